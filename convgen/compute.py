@@ -1,0 +1,156 @@
+"""What a convolution computes, as TVM tensor expressions: the one readable definition.
+
+Every rank, layout and epilogue; direct and transposed. Schedules share :class:`Operands` (the
+tensors at the user's boundary, addressed as ``(n, channel, spatial)`` whatever their layout) and
+:func:`epilogue`; the `reference` schedule lowers :func:`convolution` as it stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import te, tirx
+
+from .activation import Activation
+from .spec import ConvSpec
+
+DTYPES = {"f32": "float32"}
+
+Expr = Any  # a TVM expression; TVM's own Python classes for them are untyped
+Index = Sequence[Expr]
+
+
+class Operands:
+    """Placeholders of a spec's tensors, those it has; the others are None."""
+
+    def __init__(self, spec: ConvSpec) -> None:
+        self.spec, dtype = spec, DTYPES[spec.dtype]
+        self.src = te.placeholder(spec.src_shape, dtype, "src")
+        self.weights = te.placeholder(spec.weights_shape, dtype, "weights")
+        self.bias = te.placeholder((spec.oc,), dtype, "bias") if spec.bias else None
+        self.slope = te.placeholder((spec.oc,), dtype, "slope") if spec.has_slope else None
+        self.residual = te.placeholder(spec.dst_shape, dtype, "residual") if spec.residual else None
+
+    def order(self, n: Expr, channel: Expr, spatial: Index) -> tuple[Expr, ...]:
+        """``(n, channel, spatial)`` in the order of the spec's layout."""
+        return (n, channel, *spatial) if self.spec.layout == "nchw" else (n, *spatial, channel)
+
+    def logical(self, index: Index) -> tuple[Expr, Expr, tuple[Expr, ...]]:
+        """The inverse of :meth:`order`."""
+        if self.spec.layout == "nchw":
+            return index[0], index[1], tuple(index[2:])
+        return index[0], index[-1], tuple(index[1:-1])
+
+    @property
+    def parameters(self) -> list[te.Tensor]:
+        """What ``pack`` takes: ``weights [bias] [slope]``."""
+        return [t for t in (self.weights, self.bias, self.slope) if t is not None]
+
+    def pack(self, *packed: te.Tensor) -> list[te.Tensor]:
+        """Arguments of the pack function."""
+        return [*self.parameters, *packed]
+
+    def main(self, packed: Sequence[te.Tensor], dst: te.Tensor) -> list[te.Tensor]:
+        """Arguments of the main function."""
+        return [t for t in (self.src, self.residual) if t is not None] + [*packed, dst]
+
+    def read_src(self, n: Expr, channel: Expr, spatial: Index) -> Expr:
+        """src there, 0 in the padding (of a convolution that is not transposed)."""
+        sizes = self.spec.in_spatial
+        inside = [c for i, size in zip(spatial, sizes, strict=True) for c in (i >= 0, i < size)]
+        value = self.src[self.order(n, channel, spatial)]
+        if not any(b or e for b, e in self.spec.padding):
+            return value
+        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, self.src.dtype))
+
+    def store(self, value: Callable[[Expr, Expr, tuple[Expr, ...]], Expr]) -> te.Tensor:
+        """dst in the spec's layout: the epilogue of ``value(n, channel, spatial)``, which adds the bias itself."""
+        return te.compute(self.spec.dst_shape, lambda *index: value(*self.logical(index)), name="dst")
+
+
+def activate(op: Activation, x: Expr, slope: Expr | None = None, dtype: str = "float32") -> Expr:
+    """The activation of ``x``. The order of operands in min and max lets NaN through."""
+
+    def const(value: float) -> Expr:
+        return tirx.const(value, dtype)
+
+    def clip(value: Expr, low: float, high: float) -> Expr:
+        if low > -math.inf:
+            value = tirx.max(const(low), value)
+        return tirx.min(const(high), value) if high < math.inf else value
+
+    zero, one, p = const(0), const(1), op.params
+    match op.name:
+        case "none":
+            return x
+        case "relu":
+            return tirx.max(zero, x)
+        case "leaky_relu":
+            return tirx.Select(x < zero, x * const(p[0]), x)
+        case "prelu":
+            return tirx.Select(x < zero, x * slope, x)
+        case "clip":
+            return clip(x, *p)
+        case "sigmoid":
+            return one / (one + tirx.exp(-x))
+        case "tanh":
+            return tirx.tanh(x)
+        case "silu":
+            return x / (one + tirx.exp(-x))
+        case "hardswish":
+            return x * clip(x * const(1 / 6) + const(0.5), 0, 1)
+        case "hardsigmoid":
+            return clip(x * const(p[0]) + const(p[1]), 0, 1)
+        case "elu":
+            return tirx.Select(x < zero, const(p[0]) * (tirx.exp(tirx.min(zero, x)) - one), x)
+        case "gelu":
+            return const(0.5) * x * (one + tirx.erf(x * const(math.sqrt(0.5))))
+        case "gelu_tanh":
+            inner = const(math.sqrt(2 / math.pi)) * (x + const(0.044715) * x * x * x)
+            return const(0.5) * x * (one + tirx.tanh(inner))
+    raise AssertionError(f"activation {op.name} has no expression")
+
+
+def epilogue(
+    spec: ConvSpec, value: Expr, *, bias: Expr | None = None, residual: Expr | None = None, slope: Expr | None = None
+) -> Expr:
+    """``activation(value + bias + residual)``; what the spec lacks is None."""
+    for term in (bias, residual):
+        if term is not None:
+            value = value + term
+    return activate(spec.activation_op, value, slope)
+
+
+def convolution(spec: ConvSpec, ops: Operands, weights: te.Tensor) -> te.Tensor:
+    """Sums of products ``[n, oc, *out_spatial]``, whatever the layout; no bias yet.
+
+    Transposed convolution is the convolution of the zero-stuffed input: an output pixel takes the
+    taps whose distance to it is a whole number of strides.
+    """
+    rank, ic_group, oc_group = spec.rank, spec.ic // spec.groups, spec.oc // spec.groups
+    c = te.reduce_axis((0, ic_group), "c")
+    taps = [te.reduce_axis((0, k), f"k{axis}") for axis, k in enumerate(spec.kernel)]
+
+    def direct(n: Expr, o: Expr, *pixel: Expr) -> Expr:
+        where = [
+            p * s + t * d - b
+            for p, t, s, d, (b, _) in zip(pixel, taps, spec.stride, spec.dilation, spec.padding, strict=True)
+        ]
+        return te.sum(ops.read_src(n, o // oc_group * ic_group + c, where) * weights[(o, c, *taps)], [c, *taps])
+
+    def transposed(n: Expr, o: Expr, *pixel: Expr) -> Expr:
+        stuffed = [p + b - t * d for p, t, d, (b, _) in zip(pixel, taps, spec.dilation, spec.padding, strict=True)]
+        conditions, where = [], []
+        for axis in range(rank):
+            position, stride, size = stuffed[axis], spec.stride[axis], spec.in_spatial[axis]
+            conditions += [position >= 0, position < size * stride, tirx.floormod(position, stride) == 0]
+            where.append(tirx.floordiv(position, stride))
+        channel = o // oc_group * ic_group + c
+        value = ops.src[ops.order(n, channel, where)] * weights[(channel, o % oc_group, *taps)]
+        zero = tirx.const(0, ops.src.dtype)
+        return te.sum(tirx.if_then_else(tirx.all(*conditions), value, zero), [c, *taps])
+
+    shape = (spec.n, spec.oc, *spec.out_spatial)
+    return te.compute(shape, transposed if spec.transposed else direct, name="acc")

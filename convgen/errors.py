@@ -1,0 +1,69 @@
+"""Everything convgen raises on purpose.
+
+::
+
+    ConvgenError
+    ├── SpecError (ValueError)     a spec, descriptor or spec file that cannot be what was meant
+    ├── UnsupportedError           a valid request this version does not serve; says what would
+    ├── Inapplicable               a schedule does not apply to a spec on a target, and why
+    ├── BuildError                 lowering, compiling or linking failed
+    ├── MeasureError               timing or a worker failed
+    ├── ValidationError            a kernel's output is not what ONNX Runtime computes
+    ├── RecordError                a record or its store cannot be read or written
+    ├── ExportError                an exported library cannot be written or loaded
+    └── KernelError                a call that the kernel refused: a wrong buffer, size or CPU
+
+Messages name the field, what was expected and what was found.
+"""
+
+
+class ConvgenError(Exception):
+    """The root of every error convgen raises on purpose."""
+
+
+class SpecError(ConvgenError, ValueError):
+    """A field of a spec, descriptor or file is wrong.
+
+    Attributes: ``field`` (its name), ``expected`` and ``found`` (text).
+    """
+
+    def __init__(self, field: str, expected: str, found: object, where: str = "") -> None:
+        self.field, self.expected, self.found = field, expected, found
+        self.where = where
+        prefix = f"{where}: " if where else ""
+        super().__init__(f"{prefix}{field}: expected {expected}, found {found}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.field, self.expected, self.found, self.where)
+
+
+class UnsupportedError(ConvgenError):
+    """The request is valid, but this version does not serve it."""
+
+
+class Inapplicable(ConvgenError):
+    """A schedule does not apply here; the message is the reason."""
+
+
+class BuildError(ConvgenError):
+    """Lowering, compiling or linking failed."""
+
+
+class MeasureError(ConvgenError):
+    """A measurement or its worker failed."""
+
+
+class ValidationError(ConvgenError):
+    """A kernel's output is outside its bound, or not bit-exact where it must be."""
+
+
+class RecordError(ConvgenError):
+    """A tuning record, or the store that holds it, cannot be read or written."""
+
+
+class ExportError(ConvgenError):
+    """An exported library cannot be written, or does not match its manifest."""
+
+
+class KernelError(ConvgenError, ValueError):
+    """A kernel refused a call: a wrong shape, dtype, size, stride or CPU."""

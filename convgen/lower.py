@@ -1,0 +1,189 @@
+"""Candidate -> scheduled TIR -> object file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import BuildError, ConvgenError
+from .schedule import Candidate, Program
+from .spec import ConvSpec
+from .target import Target
+
+#: Tensors at the user's boundary: any contiguous array is taken, so they are aligned like their elements.
+BOUNDARY = frozenset({"src", "weights", "bias", "slope", "residual", "dst"})
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A candidate's scheduled module: functions ``pack`` and ``main``."""
+
+    spec: ConvSpec
+    target: Target
+    candidate: Candidate
+    module: Any  # tvm.ir.IRModule
+    packed: tuple[tuple[int, ...], ...]  # shapes of the packed tensors
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Bytes of scratch memory: once per call, and once more per task of a parallel loop."""
+
+    main: int
+    task: int
+
+
+def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
+    """Create and schedule a candidate's functions.
+
+    An empty batch is lowered like a batch of one: its kernel is never entered.
+
+    Raises:
+        Inapplicable: the picks are not valid here.
+        BuildError: TVM refused the program or its schedule.
+    """
+    import tvm
+    from tvm import te
+    from tvm.s_tir import Schedule as TirSchedule
+
+    shaped = spec if spec.n else spec.with_(n=1)
+    schedule, picks = candidate.schedule, candidate.picks
+    schedule.applies(shaped, target)
+    schedule.valid(shaped, target, picks)
+    try:
+        program = schedule.program(shaped, target, picks)
+        _check(program, spec)
+        functions = {
+            name: te.create_prim_func(args).with_attr("global_symbol", name)
+            for name, args in (("pack", program.pack), ("main", program.main))
+        }
+        sch = TirSchedule(tvm.IRModule({"main": functions["main"]}))
+        schedule.apply(sch, shaped, target, picks)
+        module = tvm.IRModule({"pack": functions["pack"], "main": sch.mod["main"]})
+    except ConvgenError:
+        raise
+    except Exception as error:  # TVM raises its errors as many types, RuntimeError among them
+        raise BuildError(f"{spec.descriptor}: {candidate} cannot be scheduled: {error}") from error
+    packed = program.pack[len(program.pack) - _packed_count(program, spec) :]
+    shapes = tuple(tuple(int(d) for d in tensor.shape) for tensor in packed)
+    return Lowered(spec, target, candidate, _align_boundary(module), shapes)
+
+
+def compile_object(lowered: Lowered, path: Path) -> Workspace:
+    """Write the object file of a lowered candidate; returns the scratch memory it asks for.
+
+    Raises:
+        BuildError: TVM or LLVM failed.
+    """
+    try:
+        host = _host_module(lowered)
+        _codegen(host, lowered.target).write_to_file(str(path))
+        return _workspace(host)
+    except Exception as error:  # as in lower
+        raise BuildError(f"{lowered.spec.descriptor}: {lowered.candidate} does not compile: {error}") from error
+
+
+def source(lowered: Lowered, kind: str) -> str:
+    """A candidate as text: ``tir`` (scheduled), ``ll`` (LLVM IR) or ``asm``."""
+    if kind == "tir":
+        return str(lowered.module.script())
+    generated = _codegen(_host_module(lowered), lowered.target)
+    return str(generated.inspect_source({"ll": "ll", "asm": "s"}[kind]))
+
+
+def _host_module(lowered: Lowered) -> Any:
+    """The TIR that LLVM is given: what ``tvm.compile`` does, kept apart so that it can be looked at."""
+    import tvm
+    from tvm.s_tir.pipeline import default_s_tir_pipeline
+    from tvm.tirx import transform
+
+    passes, _, _ = default_s_tir_pipeline()
+    target = lowered.target.tvm()
+    with tvm.transform.PassContext(opt_level=3):
+        module = transform.BindTarget(target.with_host(target))(lowered.module)
+        return transform.LowerTVMBuiltin()(passes(module))
+
+
+def _codegen(host_module: Any, target: Target) -> Any:
+    from tvm.tirx import transform
+    from tvm.tirx.build import codegen_build
+
+    return codegen_build(transform.LowerIntrin()(host_module), target.tvm())
+
+
+def _packed_count(program: Program, spec: ConvSpec) -> int:
+    return len(program.main) - 2 - spec.residual
+
+
+def _check(program: Program, spec: ConvSpec) -> None:
+    """A schedule's program must have the arguments the C entry points pass."""
+    parameters = ["weights"] + ["bias"] * spec.bias + ["slope"] * spec.has_slope
+    leading = ["src"] + ["residual"] * spec.residual
+    count = _packed_count(program, spec)
+    pack, main = program.pack, program.main
+    outputs, inputs = pack[len(parameters) :], main[len(leading) : -1]
+    if [t.op.name for t in pack[: len(parameters)]] != parameters or len(outputs) != count:
+        raise BuildError(f"pack: expected {parameters} and {count} packed tensors, found {[t.op.name for t in pack]}")
+    if [t.op.name for t in main[: len(leading)]] != leading or main[-1].op.name != "dst":
+        raise BuildError(f"main: expected {leading}, packed tensors and dst, found {[t.op.name for t in main]}")
+    for output, taken in zip(outputs, inputs, strict=True):
+        if [int(d) for d in output.shape] != [int(d) for d in taken.shape]:
+            raise BuildError(f"packed tensor {taken.op.name}: expected {output.shape}, found {taken.shape}")
+
+
+def _align_boundary(module: Any) -> Any:
+    """Declare the boundary buffers with the alignment of their element.
+
+    ``te.create_prim_func`` promises 64 bytes for every argument and has no option for it, and TIR
+    has no mutator in Python, so the serialised form is edited.
+    """
+    import tvm
+
+    graph = json.loads(tvm.ir.save_json(module))
+    nodes = graph["nodes"]
+    for node in nodes:
+        if node["type"] == "ir.Var" and nodes[node["data"]["name"]]["data"] in BOUNDARY:
+            buffer = nodes[node["data"]["ty"]]
+            if buffer["type"] == "tirx.BufferType":
+                buffer["data"]["data_alignment"] = 4
+    return tvm.ir.load_json(json.dumps(graph))
+
+
+def _workspace(module: Any) -> Workspace:
+    """Sum the allocations of lowered TIR, outside and inside parallel loops (an upper bound of both)."""
+    import tvm
+
+    nodes = json.loads(tvm.ir.save_json(module))["nodes"]
+    allocators = {i for i, node in enumerate(nodes) if node.get("data") == "tirx.TVMBackendAllocWorkspace"}
+
+    def children(node: dict[str, Any]) -> Iterable[int]:
+        data = node.get("data")
+        if node["type"] in ("ffi.Array", "ffi.Map"):
+            return (v for v in data or () if isinstance(v, int))
+        if isinstance(data, dict):
+            return (v for k, v in data.items() if isinstance(v, int) and k not in ("kind", "span", "data_alignment"))
+        return ()
+
+    def allocated(roots: Iterable[int]) -> int:
+        """Bytes allocated by the calls reachable from ``roots``, each counted once."""
+        seen, todo, total = set[int](), list(roots), 0
+        while todo:
+            index = todo.pop()
+            if index in seen or not 0 <= index < len(nodes):
+                continue
+            seen.add(index)
+            node = nodes[index]
+            if node["type"] == "ir.Call" and node["data"]["op"] in allocators:
+                size = nodes[nodes[nodes[node["data"]["args"]]["data"][2]]["data"]["value"]]
+                total += -(-int(size["data"]) // 64) * 64
+            todo.extend(children(node))
+        return total
+
+    calls = [i for i, node in enumerate(nodes) if node["type"] == "ir.Call" and node["data"]["op"] in allocators]
+    bodies = [n["data"]["body"] for n in nodes if n["type"] == "tirx.For" and n["data"]["kind"] == 1]
+    # Parallel loops follow one another and free what they take: the largest counts.
+    tasks = [allocated([body]) for body in bodies]
+    return Workspace(main=max(0, allocated(calls) - sum(tasks)), task=max(tasks, default=0))

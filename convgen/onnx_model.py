@@ -1,0 +1,170 @@
+"""ConvSpec to ONNX and back.
+
+:func:`onnx_model` states what a spec means in ONNX's own operators. It is the definition kernels
+are validated against, so it shares nothing with the TE definition of :mod:`convgen.compute`.
+:func:`specs_from_onnx` reads the convolutions of a model, with what can be fused into them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from .errors import SpecError
+from .spec import ConvSpec
+
+F32 = npt.NDArray[np.float32]
+
+#: Written models: the first opset with Gelu, and the IR version that came with it.
+OPSET, IR_VERSION = 20, 9
+
+#: Activation -> ONNX operator, where parameters are attributes in this order.
+_OPERATORS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "relu": ("Relu", ()),
+    "leaky_relu": ("LeakyRelu", ("alpha",)),
+    "sigmoid": ("Sigmoid", ()),
+    "tanh": ("Tanh", ()),
+    "hardswish": ("HardSwish", ()),
+    "hardsigmoid": ("HardSigmoid", ("alpha", "beta")),
+    "elu": ("Elu", ("alpha",)),
+    "gelu": ("Gelu", ()),
+}
+
+
+# ---- ConvSpec -> ONNX -------------------------------------------------------------------------
+
+
+def onnx_model(
+    spec: ConvSpec,
+    weights: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    slope: npt.ArrayLike | None = None,
+) -> onnx.ModelProto:
+    """The spec as an ONNX graph ``src, [weights], [bias], [slope], [residual] -> dst``.
+
+    Args:
+        weights, bias, slope: f32 constants of shape ``spec.weights_shape``, ``[oc]`` and ``[oc]``
+            (or one element). What is not given is a graph input of that name.
+
+    ``src``, ``residual`` and ``dst`` have the spec's layout; ONNX convolutions are channels-first,
+    so NHWC is transposed on the way in and out.
+
+    Raises:
+        SpecError: an array has the wrong shape or dtype, or the spec has no such argument.
+    """
+    nodes: list[onnx.NodeProto] = []
+    inputs = [helper.make_tensor_value_info("src", TensorProto.FLOAT, spec.src_shape)]
+    constants: list[onnx.TensorProto] = []
+
+    def emit(op: str, *operands: str, output: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(op, operands, [output], name=output, **attributes))
+        return output
+
+    def constant(name: str, value: npt.ArrayLike) -> str:
+        constants.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def parameter(name: str, present: bool, shape: tuple[int, ...], array: npt.ArrayLike | None) -> str:
+        if not present and array is not None:
+            raise SpecError(name, "none, as the spec has no such argument", f"an array of shape {np.shape(array)}", str(spec))
+        if not present:
+            return ""
+        if array is None:
+            inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+            return name
+        return constant(name, checked(spec, name, array, shape))
+
+    order = (0, spec.rank + 1, *range(1, spec.rank + 1))  # channels-last -> channels-first
+    back = (0, *range(2, spec.rank + 2), 1)
+    channels_last = spec.layout == "nhwc"
+
+    x = emit("Transpose", "src", output="src_nchw", perm=order) if channels_last else "src"
+    w = parameter("weights", True, spec.weights_shape, weights)
+    b = parameter("bias", spec.bias, (spec.oc,), bias)
+    s = parameter("slope", spec.has_slope, (spec.oc,), slope)
+    x = _convolution(spec, [x, w, b], emit, constant)
+    if spec.residual:
+        inputs.append(helper.make_tensor_value_info("residual", TensorProto.FLOAT, spec.dst_shape))
+        r = emit("Transpose", "residual", output="residual_nchw", perm=order) if channels_last else "residual"
+        x = emit("Add", x, r, output="sum")
+    x = _activation(spec, x, s, emit, constant)
+    if channels_last:
+        emit("Transpose", x, output="dst", perm=back)
+    else:
+        nodes[-1].output[0] = "dst"
+
+    outputs = [helper.make_tensor_value_info("dst", TensorProto.FLOAT, spec.dst_shape)]
+    graph = helper.make_graph(nodes, spec.name, inputs, outputs, constants)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="convgen"
+    )
+
+
+def checked(spec: ConvSpec, name: str, array: npt.ArrayLike, shape: tuple[int, ...]) -> F32:
+    """The array as f32 of ``shape``; a slope of one element is broadcast.
+
+    Raises:
+        SpecError: the shape or dtype is another.
+    """
+    a = np.asarray(array)
+    if a.dtype != np.float32:
+        raise SpecError(name, "dtype float32", a.dtype, str(spec))
+    if name == "slope" and a.size == 1:
+        a = np.broadcast_to(a.reshape(1), shape)
+    if a.shape != shape:
+        raise SpecError(name, f"shape {shape}", a.shape, str(spec))
+    return np.ascontiguousarray(a)
+
+
+def _convolution(spec: ConvSpec, operands: list[str], emit: Any, constant: Any) -> str:
+    x, weights, bias = operands
+    begins, ends = (list(side) for side in zip(*spec.padding, strict=True))
+    attributes: dict[str, Any] = {
+        "kernel_shape": spec.kernel,
+        "strides": spec.stride,
+        "dilations": spec.dilation,
+        "pads": begins + ends,
+        "group": spec.groups,
+    }
+    with_bias = [x, weights, bias] if bias else [x, weights]
+    if not spec.transposed:
+        return str(emit("Conv", *with_bias, output="conv", **attributes))
+    if all(extra < s for extra, s in zip(spec.output_padding, spec.stride, strict=True)):
+        return str(emit("ConvTranspose", *with_bias, output="conv", output_padding=spec.output_padding, **attributes))
+    # ONNX allows output padding below the dilation; ONNX Runtime refuses it from the stride on
+    # ("computed output shape is inconsistent"). What it adds lies beyond every window: zeros, put
+    # there before the crop and the bias.
+    y = emit("ConvTranspose", x, weights, output="conv", **attributes | {"pads": [0] * (2 * spec.rank)})
+    y = emit("Pad", y, constant("extra", np.array([0] * (spec.rank + 4) + list(spec.output_padding), np.int64)), output="padded")
+    starts, stops = np.array(begins), np.array(begins) + spec.out_spatial
+    axes = np.arange(2, spec.rank + 2)
+    y = emit("Slice", y, constant("starts", starts), constant("stops", stops), constant("axes", axes), output="cropped")
+    if bias:
+        shape = constant("bias_shape", np.array([spec.oc] + [1] * spec.rank, np.int64))
+        y = emit("Add", y, emit("Reshape", bias, shape, output="bias_nchw"), output="biased")
+    return str(y)
+
+
+def _activation(spec: ConvSpec, x: str, slope: str, emit: Any, constant: Any) -> str:
+    name, params = spec.activation_op.name, spec.activation_op.params
+    if name == "none":
+        return x
+    if name == "prelu":
+        shape = constant("slope_shape", np.array([spec.oc] + [1] * spec.rank, np.int64))
+        return str(emit("PRelu", x, emit("Reshape", slope, shape, output="slope_nchw"), output="act"))
+    if name == "clip":
+        # Both bounds are always written: ONNX Runtime's default is the largest finite number,
+        # which would turn an infinity into a finite value.
+        bounds = [constant(f"clip_{word}", np.float32(p)) for word, p in zip(("min", "max"), params, strict=True)]
+        return str(emit("Clip", x, *bounds, output="act"))
+    if name == "silu":
+        return str(emit("Mul", x, emit("Sigmoid", x, output="gate"), output="act"))
+    if name == "gelu_tanh":
+        return str(emit("Gelu", x, output="act", approximate="tanh"))
+    op, attributes = _OPERATORS[name]
+    return str(emit(op, x, output="act", **dict(zip(attributes, params, strict=True))))

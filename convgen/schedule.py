@@ -1,0 +1,192 @@
+"""What a schedule is: an algorithm, the space of its numbers, and how one point of it is lowered.
+
+A file in ``schedules/`` holds one subclass of :class:`Schedule`; :mod:`convgen.discover` finds it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .errors import Inapplicable
+
+if TYPE_CHECKING:
+    from tvm import te
+    from tvm.s_tir import Schedule as TirSchedule
+
+    from .spec import ConvSpec
+    from .target import Target
+
+Pick = int | str | bool
+
+
+def require(condition: bool, why: str) -> None:
+    """Raise :class:`Inapplicable` with the reason unless the condition holds."""
+    if not condition:
+        raise Inapplicable(why)
+
+
+class Picks(Mapping[str, Pick]):
+    """One point of a :class:`Space`: an immutable mapping whose values are attributes too."""
+
+    __slots__ = ("_items",)
+    _items: dict[str, Any]
+
+    def __init__(self, **values: Pick) -> None:
+        object.__setattr__(self, "_items", dict(values))
+
+    def __getitem__(self, name: str) -> Any:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self._items[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"picks are immutable: cannot set {name}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and self._items == dict(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self._items.items())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _picks, (self._items,)
+
+    def __repr__(self) -> str:
+        return f"Picks({self})"
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self._items.items())
+
+    def replace(self, **changes: Pick) -> Picks:
+        return Picks(**{**self._items, **changes})
+
+
+def _picks(values: dict[str, Pick]) -> Picks:
+    return Picks(**values)
+
+
+class Space:
+    """Finite named domains: the product of all values of all picks.
+
+    >>> Space(tile_ow=[7, 14], unroll_kw=[False, True]).size
+    4
+    """
+
+    def __init__(self, **domains: list[Any]) -> None:
+        self.domains = {name: tuple(dict.fromkeys(values)) for name, values in domains.items()}
+
+    @property
+    def size(self) -> int:
+        return math.prod(map(len, self.domains.values()))
+
+    def __iter__(self) -> Iterator[Picks]:
+        for values in itertools.product(*self.domains.values()):
+            yield Picks(**dict(zip(self.domains, values, strict=True)))
+
+    def __contains__(self, picks: object) -> bool:
+        return (
+            isinstance(picks, Picks)
+            and picks.keys() == self.domains.keys()
+            and all(picks[name] in values for name, values in self.domains.items())
+        )
+
+    def sample(self, rng: random.Random) -> Picks:
+        """A point drawn uniformly."""
+        return Picks(**{name: rng.choice(values) for name, values in self.domains.items()})
+
+    def neighbours(self, picks: Picks) -> Iterator[Picks]:
+        """All points that differ from ``picks`` in one value."""
+        for name, values in self.domains.items():
+            for value in values:
+                if value != picks[name]:
+                    yield picks.replace(**{name: value})
+
+
+@dataclass(frozen=True)
+class Program:
+    """The tensor expressions of one candidate.
+
+    ``pack``: placeholders ``weights [bias] [slope]``, then the packed tensors computed from them.
+    ``main``: placeholders ``src [residual]``, one placeholder per packed tensor, then ``dst``.
+    """
+
+    pack: list[te.Tensor]
+    main: list[te.Tensor]
+
+
+class Schedule(ABC):
+    """An algorithm for a class of specs; stateless.
+
+    ``id`` and ``version`` are written into records: raise the version when the code that some
+    picks produce changes, so that old measurements no longer answer for it.
+    """
+
+    id: ClassVar[str]
+    version: ClassVar[int]
+
+    @abstractmethod
+    def applies(self, spec: ConvSpec, target: Target) -> None:
+        """Raise :class:`Inapplicable` with the reason where the algorithm does not apply."""
+
+    @abstractmethod
+    def space(self, spec: ConvSpec, target: Target) -> Space:
+        """The domains of all picks; structural ones (packing width) included."""
+
+    def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:  # noqa: B027
+        """Raise :class:`Inapplicable` with the reason where a point cannot or must not be built."""
+
+    @abstractmethod
+    def default(self, spec: ConvSpec, target: Target) -> Picks:
+        """The zero-trial answer, in constant time, always valid."""
+
+    @abstractmethod
+    def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
+        """The tensor expressions; structure may depend on the picks."""
+
+    @abstractmethod
+    def apply(self, sch: TirSchedule, spec: ConvSpec, target: Target, picks: Picks) -> None:
+        """Schedule the ``main`` function in place."""
+
+    def cost(self, spec: ConvSpec, target: Target) -> float:
+        """Predicted seconds of the default, to rank schedules when nothing was measured."""
+        return math.inf
+
+    # ---- shared -------------------------------------------------------------------------------
+
+    def reason_against(self, spec: ConvSpec, target: Target, picks: Picks | None = None) -> str | None:
+        """Why the schedule (or one point of it) does not apply; None where it does."""
+        try:
+            self.applies(spec, target)
+            if picks is not None:
+                require(picks in self.space(spec, target), f"{picks} is not in the space")
+                self.valid(spec, target, picks)
+        except Inapplicable as error:
+            return str(error)
+        return None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule and one point of its space."""
+
+    schedule: Schedule
+    picks: Picks
+
+    def __str__(self) -> str:
+        return f"{self.schedule.id}({self.picks})"

@@ -1,0 +1,82 @@
+"""Target: where a kernel runs, as the facts a schedule may read.
+
+Facts, never names: a schedule asks how wide a vector is, not which processor this is.
+The families (``cpu``, ``cuda`` …) are files in ``targets/``, found by :mod:`convgen.discover`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UnsupportedError
+from .spec import DTYPE_BYTES
+
+
+@dataclass(frozen=True)
+class Target:
+    """A compilation target.
+
+    Attributes:
+        kind: the family, ``cpu``.
+        spelling: what :func:`resolve` reads back, e.g. ``cpu:znver4``.
+        tvm_config: the TVM target as JSON text.
+        vector_bits: width of a SIMD register in bits.
+        vector_registers: number of architectural SIMD registers.
+        isa: CPU features a kernel needs, as compilers name them.
+        l1, l2, l3: data cache sizes in bytes (l1, l2 per core).
+        cores: cores a kernel may use.
+        native: whether kernels run on this machine.
+        hardware: fingerprint of the machine records are tied to.
+    """
+
+    kind: str
+    spelling: str
+    tvm_config: str
+    vector_bits: int
+    vector_registers: int
+    isa: tuple[str, ...]
+    l1: int
+    l2: int
+    l3: int
+    cores: int
+    native: bool
+    hardware: str
+
+    def vector_lanes(self, dtype: str) -> int:
+        """Elements of ``dtype`` in one SIMD register."""
+        return self.vector_bits // (8 * DTYPE_BYTES[dtype])
+
+    def tvm(self) -> Any:
+        """The ``tvm.target.Target``."""
+        from tvm.target import Target as TvmTarget
+
+        return TvmTarget(json.loads(self.tvm_config))
+
+    @property
+    def key(self) -> str:
+        """A short hash of everything code generation depends on."""
+        return hashlib.sha256(f"{self.tvm_config}|{self.vector_bits}|{self.vector_registers}".encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return self.spelling
+
+
+def resolve(spelling: str | Target = "cpu") -> Target:
+    """The target that ``cpu``, ``cpu:haswell`` … names.
+
+    Raises:
+        UnsupportedError: no such family or processor.
+    """
+    if isinstance(spelling, Target):
+        return spelling
+    from .discover import target_families
+
+    family, _, model = spelling.partition(":")
+    families = target_families()
+    if family not in families:
+        raise UnsupportedError(f"target: expected one of {', '.join(sorted(families))}, found {spelling!r}")
+    resolved: Target = families[family].resolve(model)
+    return resolved

@@ -1,0 +1,57 @@
+"""The definition itself, lowered as it stands: slow, and always right.
+
+Applies to  every spec on every CPU.
+Strategy    1. Weights, bias and slope are copied, not rearranged.
+            2. One output row at a time is a task; the reduction of a pixel is one scalar loop.
+Why not     anything faster: this is what the others are checked against, and what a spec falls back
+            to that no other schedule takes.
+"""
+
+from __future__ import annotations
+
+from tvm import te
+
+from convgen.compute import Operands, convolution, epilogue
+from convgen.schedule import Picks, Program, Schedule, Space, require
+
+
+def copied(tensor: te.Tensor, name: str) -> te.Tensor:
+    """The packed form that changes nothing."""
+    return te.compute(tensor.shape, lambda *i: tensor[i], name=name)
+
+
+class Reference(Schedule):
+    id, version = "reference", 1
+
+    def applies(self, spec, target):
+        require(target.kind == "cpu", "needs a CPU")
+
+    def space(self, spec, target):
+        return Space()
+
+    def default(self, spec, target):
+        return Picks()
+
+    def program(self, spec, target, picks):
+        ops = Operands(spec)
+        copies = [copied(t, f"{t.name}_packed") for t in ops.parameters]
+        inputs = {t.name: te.placeholder(t.shape, t.dtype, f"{t.name}_in") for t in ops.parameters}
+        acc = convolution(spec, ops, inputs["weights"])
+
+        def value(n, o, pixel):
+            return epilogue(
+                spec,
+                acc[(n, o, *pixel)],
+                bias=inputs["bias"][o] if spec.bias else None,
+                residual=ops.residual[ops.order(n, o, pixel)] if spec.residual else None,
+                slope=inputs["slope"][o] if spec.has_slope else None,
+            )
+
+        return Program(pack=ops.pack(*copies), main=ops.main(list(inputs.values()), ops.store(value)))
+
+    def apply(self, sch, spec, target, picks):
+        dst, acc = sch.get_sblock("dst"), sch.get_sblock("acc")
+        *outer, _ = sch.get_loops(dst)
+        rows = sch.fuse(*outer)
+        sch.compute_at(acc, sch.get_loops(dst)[-1], preserve_unit_loops=True)
+        sch.parallel(rows)

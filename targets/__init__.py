@@ -1,0 +1,1 @@
+"""The targets: one file per family. Installed as ``convgen.targets``."""
