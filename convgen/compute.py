@@ -56,12 +56,12 @@ class Operands:
         """Arguments of the main function."""
         return [t for t in (self.src, self.residual) if t is not None] + [*packed, dst]
 
-    def read_src(self, n: Expr, channel: Expr, spatial: Index) -> Expr:
-        """src there, 0 in the padding (of a convolution that is not transposed)."""
+    def read_src(self, n: Expr, channel: Expr, spatial: Index, *, always: bool = False) -> Expr:
+        """src there, 0 outside it; checked only where the spec has padding, or ``always``."""
         sizes = self.spec.in_spatial
         inside = [c for i, size in zip(spatial, sizes, strict=True) for c in (i >= 0, i < size)]
         value = self.src[self.order(n, channel, spatial)]
-        if not any(b or e for b, e in self.spec.padding):
+        if not always and not any(b or e for b, e in self.spec.padding):
             return value
         return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, self.src.dtype))
 

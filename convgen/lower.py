@@ -39,7 +39,7 @@ class Workspace:
 def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
     """Create and schedule a candidate's functions.
 
-    An empty batch is lowered like a batch of one: its kernel is never entered.
+    What is lowered is ``spec.core``: the same buffers under the simplest shape.
 
     Raises:
         Inapplicable: the picks are not valid here.
@@ -49,19 +49,19 @@ def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
     from tvm import te
     from tvm.s_tir import Schedule as TirSchedule
 
-    shaped = spec if spec.n else spec.with_(n=1)
+    core = spec.core
     schedule, picks = candidate.schedule, candidate.picks
-    schedule.applies(shaped, target)
-    schedule.valid(shaped, target, picks)
+    schedule.applies(core, target)
+    schedule.valid(core, target, picks)
     try:
-        program = schedule.program(shaped, target, picks)
+        program = schedule.program(core, target, picks)
         _check(program, spec)
         functions = {
             name: te.create_prim_func(args).with_attr("global_symbol", name)
             for name, args in (("pack", program.pack), ("main", program.main))
         }
         sch = TirSchedule(tvm.IRModule({"main": functions["main"]}))
-        schedule.apply(sch, shaped, target, picks)
+        schedule.apply(sch, core, target, picks)
         module = tvm.IRModule({"pack": functions["pack"], "main": sch.mod["main"]})
     except ConvgenError:
         raise

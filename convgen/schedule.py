@@ -134,11 +134,13 @@ class Schedule(ABC):
     """An algorithm for a class of specs; stateless.
 
     ``id`` and ``version`` are written into records: raise the version when the code that some
-    picks produce changes, so that old measurements no longer answer for it.
+    picks produce changes, so that old measurements no longer answer for it. ``transforms`` says
+    that it does more than reorder sums (Winograd), so that integers need not come out bit for bit.
     """
 
     id: ClassVar[str]
     version: ClassVar[int]
+    transforms: ClassVar[bool] = False
 
     @abstractmethod
     def applies(self, spec: ConvSpec, target: Target) -> None:

@@ -317,6 +317,20 @@ class ConvSpec:
     def is_depthwise(self) -> bool:
         return self.groups == self.ic > 1
 
+    @cached_property
+    def core(self) -> ConvSpec:
+        """The spec that schedules lower: the same buffers under the simplest shape.
+
+        A pointwise convolution of any rank is a 1-D one over its flat pixels (NHWC: the batch's
+        too). An empty batch is lowered like a batch of one, whose kernel is then never entered.
+        """
+        core = self if self.n else self.with_(n=1)
+        if not self.is_pointwise:
+            return core
+        n, pixels = (core.n, core.out_pixels) if self.layout == "nchw" else (1, core.n * core.out_pixels)
+        one: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+        return core.with_(n=n, in_spatial=(pixels,), kernel=(1,), **one)
+
     # ---- cost ---------------------------------------------------------------------------------
 
     @property

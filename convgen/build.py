@@ -1,0 +1,310 @@
+"""Spec + target + record or default -> Kernel."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .discover import schedule as find_schedule
+from .discover import schedules
+from .errors import Inapplicable, SpecError, UnsupportedError
+from .interface import Interface, TensorInfo
+from .library import Library
+from .link import link
+from .lower import Lowered, compile_object, lower, source
+from .machine import machine
+from .records import RecordStore, TuningRecord
+from .schedule import Candidate, Picks
+from .spec import ConvSpec
+from .target import Target, resolve
+
+if TYPE_CHECKING:
+    from .tune import Progress
+
+Records = RecordStore | str | Path | bool | None
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What a kernel's code depends on besides its schedule: written into records and manifests."""
+    from tvm.target import codegen
+
+    return {
+        "convgen": importlib.metadata.version("convgen"),
+        "tvm": importlib.metadata.version("apache-tvm"),
+        "llvm": str(codegen.llvm_version_major()),
+    }
+
+
+class Kernel(Library):
+    """A compiled, callable convolution.
+
+    ``kernel.bind(weights, bias)`` packs the parameters once and gives a layer, ``layer(src)``;
+    ``kernel(src, weights, bias)`` does both at once.
+
+    Attributes:
+        spec, target, threads: what it was built for.
+        schedule, picks: how.
+        record: the tuning record it came from; None where it is the schedule's default.
+        note: what a user should know, such as that no fast schedule applied; empty otherwise.
+    """
+
+    def __init__(
+        self,
+        lowered: Lowered,
+        interface: Interface,
+        object_file: Path,
+        library: Path,
+        threads: int,
+        record: TuningRecord | None,
+        directory: Any,
+    ) -> None:
+        super().__init__(library, interface.spec, interface.name, threads)
+        self.lowered, self.interface, self.object_file = lowered, interface, object_file
+        self.target, self.record = lowered.target, record
+        self.schedule: str = lowered.candidate.schedule.id
+        self.picks = lowered.candidate.picks
+        self._directory = directory  # removed with the kernel
+
+    @property
+    def exact(self) -> bool:
+        """Whether integer-valued data must match bit for bit: the schedule only reorders sums."""
+        return not self.lowered.candidate.schedule.transforms
+
+    @property
+    def note(self) -> str:
+        if self.schedule != "reference":
+            return ""
+        return f"{self.spec.descriptor}: no fast schedule applies on {self.target}; this is the slow reference"
+
+    def __call__(
+        self, src: Any, weights: Any, bias: Any = None, slope: Any = None, *, residual: Any = None, out: Any = None
+    ) -> Any:
+        """Pack and run once; see :meth:`bind` for repeated calls."""
+        return self.bind(weights, bias, slope)(src, residual=residual, out=out)
+
+    def source(self, kind: str = "tir") -> str:
+        """The code as text: ``tir``, ``ll`` (LLVM IR) or ``asm``."""
+        return source(self.lowered, kind)
+
+    def export(self, directory: str | Path, *, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Write the library, header, manifest and C example; returns the manifest.
+
+        Args:
+            facts: what else the manifest should say, such as the validated error.
+
+        Raises:
+            ExportError: the folder cannot be written.
+        """
+        from .export import write_library
+        from .validate import error_factor
+
+        known: dict[str, Any] = {
+            "target": self.target.spelling,
+            "threads": self.threads,
+            "schedule": self.schedule,
+            "schedule_version": self.lowered.candidate.schedule.version,
+            "picks": dict(self.picks),
+            "record": self.record.id if self.record else None,
+            "seconds": self.record.seconds if self.record else None,
+            "error_factor": error_factor(self.spec),
+            "versions": versions(),
+        }
+        return write_library(Path(directory), self.interface, self.object_file, {**known, **(facts or {})})
+
+
+def default_candidate(spec: ConvSpec, target: Target) -> Candidate:
+    """The zero-trial answer: the applicable schedule that predicts the shortest time, at its default.
+
+    Raises:
+        UnsupportedError: no schedule applies on this target; says why each does not.
+    """
+    core = spec.core
+    reasons, ranked = [], []
+    for schedule in schedules().values():
+        reason = schedule.reason_against(core, target)
+        if reason is None:
+            ranked.append((schedule.cost(core, target), schedule.id, schedule))
+        else:
+            reasons.append(f"{schedule.id}: {reason}")
+    if not ranked:
+        raise UnsupportedError(f"{spec.descriptor} on {target}: no schedule applies ({'; '.join(reasons)})")
+    best = min(ranked, key=lambda entry: entry[:2])[2]
+    return Candidate(best, best.default(core, target))
+
+
+def record_candidate(record: TuningRecord, spec: ConvSpec, target: Target) -> Candidate | None:
+    """What a record describes, or None where this version's schedules no longer mean the same."""
+    try:
+        schedule = find_schedule(record.schedule)
+    except UnsupportedError:
+        return None
+    picks = Picks(**record.picks)
+    if schedule.version != record.schedule_version or schedule.reason_against(spec.core, target, picks):
+        return None
+    return Candidate(schedule, picks)
+
+
+def best_record(store: RecordStore, spec: ConvSpec, target: Target, threads: int) -> TuningRecord | None:
+    """The record to build from: the fastest of those re-measured side by side, else the fastest."""
+    trials = store.trials(
+        spec=spec.descriptor, target=target.spelling, hardware=target.hardware, threads=threads, outcome="ok"
+    )
+    usable = [r for r in trials if r.versions == versions() and record_candidate(r, spec, target)]
+    final = [r for r in usable if (r.note or {}).get("final")]
+    return min(final or usable, key=lambda r: r.seconds or 0.0, default=None)
+
+
+def open_store(records: Records) -> RecordStore | None:
+    """None: the default store; False: none at all; else a path or an open store."""
+    if records is False:
+        return None
+    if isinstance(records, RecordStore):
+        return records
+    if records is None or records is True:
+        return RecordStore()
+    return RecordStore(records)
+
+
+def check_memory(spec: ConvSpec) -> None:
+    """Raise:
+    SpecError: the layer's tensors cannot fit into this machine's memory.
+    """
+    needed, available = sum(spec.bytes.values()), machine().memory
+    if available and needed > available:
+        raise SpecError("memory", f"tensors of at most {available:,} bytes", f"{needed:,}", spec.descriptor)
+
+
+def compile_candidate(
+    spec: ConvSpec,
+    target: Target,
+    candidate: Candidate,
+    threads: int,
+    *,
+    record: TuningRecord | None = None,
+    name: str | None = None,
+) -> Kernel:
+    """Lower, compile, link and load one candidate.
+
+    Raises:
+        Inapplicable: the picks are not valid here.
+        BuildError: TVM, LLVM or the C compiler failed.
+        UnsupportedError: this machine cannot run the target's code.
+    """
+    if not target.native:
+        raise UnsupportedError(f"{target}: expected a target that runs on this machine, found one that does not")
+    lowered = lower(spec, target, candidate)
+    directory = tempfile.TemporaryDirectory(prefix="convgen-", ignore_cleanup_errors=True)
+    try:
+        interface, object_file, library = compile_lowered(lowered, Path(directory.name), name)
+        return Kernel(lowered, interface, object_file, library, threads, record, directory)
+    except BaseException:
+        directory.cleanup()
+        raise
+
+
+def compile_lowered(lowered: Lowered, directory: Path, name: str | None = None) -> tuple[Interface, Path, Path]:
+    """The interface, object file and shared library of a lowered candidate, written to ``directory``."""
+    object_file = directory / "kernel.o"
+    workspace = compile_object(lowered, object_file)
+    interface = Interface(
+        name=name or lowered.spec.name,
+        spec=lowered.spec,
+        packed=tuple(TensorInfo(f"packed{i}", shape) for i, shape in enumerate(lowered.packed)),
+        workspace_main=workspace.main,
+        workspace_task=workspace.task,
+        isa=lowered.target.isa,
+    )
+    return interface, object_file, link(interface, object_file, directory)
+
+
+def check_threads(threads: int | None, target: Target) -> int:
+    """The thread count, all cores where none is given.
+
+    Raises:
+        SpecError: it is not between 1 and 1024.
+    """
+    if threads is None:
+        return target.cores
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+        raise SpecError("threads", "an integer between 1 and 1024", repr(threads))
+    return threads
+
+
+def build(
+    spec: ConvSpec | str,
+    target: str | Target = "cpu",
+    threads: int | None = None,
+    trials: int = 0,
+    seconds: float | None = None,
+    records: Records = None,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    name: str | None = None,
+) -> Kernel:
+    """A compiled kernel for one layer.
+
+    Args:
+        spec: a spec, or its descriptor.
+        target: ``cpu`` (this machine) or ``cpu:<LLVM processor>``.
+        threads: threads the kernel is for; all cores by default.
+        trials, seconds: tuning budget; with neither, the best matching record answers, else the
+            schedule's default: always a kernel at once.
+        records: the store: None the default one, False none at all, or a path.
+        progress: called after every trial.
+        name: prefix of the exported C functions; made from the descriptor by default.
+
+    Raises:
+        SpecError: the spec, the thread count or the memory it takes is impossible.
+        UnsupportedError: the target is unknown or cannot run here.
+        BuildError: TVM, LLVM or the C compiler failed.
+        RecordError: the store cannot be read or written.
+    """
+    spec = ConvSpec.parse(spec) if isinstance(spec, str) else spec
+    resolved = resolve(target)
+    threads = check_threads(threads, resolved)
+    check_memory(spec)
+    store = open_store(records)
+    record = None
+    if (trials or seconds) and spec.n:
+        from .tune import tune
+
+        record = tune(spec, resolved, threads, trials=trials, seconds=seconds, records=store, progress=progress)
+    elif store is not None:
+        record = best_record(store, spec, resolved, threads)
+    candidate = record_candidate(record, spec, resolved) if record else None
+    if candidate is None:
+        candidate = default_candidate(spec, resolved)
+    return compile_candidate(spec, resolved, candidate, threads, record=record, name=name)
+
+
+def parse_candidate(spec: ConvSpec, target: Target, schedule_id: str, picks: str | None = None) -> Candidate:
+    """A candidate from text such as ``tile_oc=32 tile_ow=14``; the default picks where none are given.
+
+    Raises:
+        UnsupportedError: no such schedule.
+        Inapplicable: it does not apply, or the picks are malformed or not valid.
+    """
+    schedule = find_schedule(schedule_id)
+    core = spec.core
+    schedule.applies(core, target)
+    if picks is None:
+        return Candidate(schedule, schedule.default(core, target))
+    domains = schedule.space(core, target).domains
+    chosen: dict[str, Any] = {}
+    for part in picks.split():
+        key, separator, text = part.partition("=")
+        values = {str(value): value for value in domains.get(key, ())}
+        if not separator or text not in values or key in chosen:
+            known = "; ".join(f"{k}={'|'.join(map(str, v))}" for k, v in domains.items())
+            raise Inapplicable(f"picks: expected each of {known} once, found {part!r}")
+        chosen[key] = values[text]
+    for key in domains.keys() - chosen.keys():
+        raise Inapplicable(f"picks: expected a value for {key}, found none")
+    candidate = Candidate(schedule, Picks(**{key: chosen[key] for key in domains}))
+    schedule.valid(core, target, candidate.picks)
+    return candidate

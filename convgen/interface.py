@@ -1,0 +1,143 @@
+"""What the C runtime must know about one compiled kernel: its tensors, workspace and ISA.
+
+Lowering produces an :class:`Interface` beside the object file; linking, the Python library and the
+export read it. Plain data: importing this module needs neither NumPy nor TVM.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from .errors import BuildError
+from .spec import DTYPE_BYTES, ConvSpec
+
+#: Version of the C functions and structs (``runtime/types.h``) and of the manifest that goes with them.
+ABI = 1
+#: Alignment in bytes of packed tensors, of the workspace and of each allocation within it.
+ALIGNMENT = 64
+#: Bytes before the first packed tensor: magic, ABI version, identity, size, checksum.
+HEADER_BYTES = 64
+#: Most packed tensors one kernel may have, and most threads it may run on (``runtime.h``, ``types.h``).
+MAX_PACKED, MAX_THREADS = 16, 1024
+
+#: A C identifier that leaves room for ``lib….so`` in a file name. Exported symbols are ``<name>_run``
+#: and the like, so ``convgen`` itself would collide with the shared types.
+_NAME = re.compile(r"(?!convgen\Z)[A-Za-z][A-Za-z0-9_]{0,199}\Z")
+_FEATURE = re.compile(r"[a-z0-9][a-z0-9._-]*\Z")
+
+
+def round_up(size: int) -> int:
+    """``size`` in bytes, rounded up to :data:`ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def check_name(name: object) -> str:
+    """The name of a kernel, checked.
+
+    Raises:
+        BuildError: it is not a C identifier of at most 200 letters, digits and underscores.
+    """
+    if not isinstance(name, str) or not _NAME.match(name):
+        expected = "a C identifier that begins with a letter, of at most 200 characters, other than 'convgen'"
+        raise BuildError(f"name: expected {expected}, found {name!r}")
+    return name
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One dense row-major tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "f32"
+
+    @property
+    def bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
+
+
+def boundary(spec: ConvSpec) -> dict[str, TensorInfo]:
+    """The tensors at the user's boundary by name, in the C functions' order; those the spec lacks are absent."""
+    shapes = {"src": spec.src_shape, "weights": spec.weights_shape}
+    if spec.bias:
+        shapes["bias"] = (spec.oc,)
+    if spec.has_slope:
+        shapes["slope"] = (spec.oc,)
+    if spec.residual:
+        shapes["residual"] = spec.dst_shape
+    shapes["dst"] = spec.dst_shape
+    return {name: TensorInfo(name, shape, spec.dtype) for name, shape in shapes.items()}
+
+
+@dataclass(frozen=True)
+class Interface:
+    """One compiled kernel as its caller sees it.
+
+    The object file defines two functions of the TVM FFI ABI, their arguments in this order::
+
+        __tvm_ffi_pack(weights, [bias], [slope], *packed)
+        __tvm_ffi_main(src, [residual], *packed, dst)
+
+    Args:
+        name: prefix of the exported C functions.
+        spec: the layer; gives the shapes of all tensors but the packed ones.
+        packed: outputs of pack and trailing inputs of main, of any rank; at most 16.
+        workspace_main: upper bound of the bytes main holds at once outside parallel regions, each
+            allocation rounded up to 64.
+        workspace_task: the same for one task of a parallel region.
+        isa: CPU features the code needs, as ``__builtin_cpu_supports`` names them; ``()`` = baseline.
+
+    Raises:
+        BuildError: a field is not what it must be.
+    """
+
+    name: str
+    spec: ConvSpec
+    packed: tuple[TensorInfo, ...]
+    workspace_main: int
+    workspace_task: int
+    isa: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if not 1 <= len(self.packed) <= MAX_PACKED:
+            raise BuildError(f"packed: expected 1 to {MAX_PACKED} tensors, found {len(self.packed)}")
+        for tensor in self.packed:
+            if tensor.dtype not in DTYPE_BYTES or not tensor.shape or min(tensor.shape) < 1:
+                raise BuildError(f"packed: expected tensors of known dtype and sizes >= 1, found {tensor}")
+        for field in ("workspace_main", "workspace_task"):
+            if getattr(self, field) < 0:
+                raise BuildError(f"{field}: expected bytes >= 0, found {getattr(self, field)}")
+        for feature in self.isa:
+            if not _FEATURE.match(feature):
+                raise BuildError(f"isa: expected names of CPU features, found {feature!r}")
+
+    @property
+    def arguments(self) -> dict[str, TensorInfo]:
+        """The tensors the user passes, by name."""
+        return boundary(self.spec)
+
+    @property
+    def lowered_arguments(self) -> dict[str, TensorInfo]:
+        """The same buffers under the shapes the object file was compiled for (``spec.core``)."""
+        return boundary(self.spec.core)
+
+    @property
+    def packed_offsets(self) -> tuple[int, ...]:
+        """Byte offset of every packed tensor in the packed buffer."""
+        offsets, end = [], HEADER_BYTES
+        for tensor in self.packed:
+            offsets.append(end)
+            end += round_up(tensor.bytes)
+        return tuple(offsets)
+
+    @property
+    def packed_size(self) -> int:
+        """Bytes of the packed buffer, its header included."""
+        return HEADER_BYTES + sum(round_up(tensor.bytes) for tensor in self.packed)
+
+    def workspace_size(self, threads: int) -> int:
+        """Bytes of workspace a call on ``threads`` threads needs."""
+        return round_up(self.workspace_main) + threads * round_up(self.workspace_task)

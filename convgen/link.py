@@ -1,0 +1,228 @@
+"""From an object file to a library: the C entry points of one kernel, the runtime, the link.
+
+Runs once per tuning candidate, so it is one run of the C compiler: the runtime is compiled once per
+compiler and kept in the user's cache directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from .errors import BuildError
+from .interface import ABI, Interface, TensorInfo
+
+SOURCES = ("types.h", "runtime.h", "pool.c", "kernel.c")
+COMPILE_FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread")
+LINK_FLAGS = ("-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,-z,now", "-Wl,--as-needed", "-Wl,--strip-debug")
+
+
+def source(name: str) -> str:
+    """The text of one of the runtime's C files."""
+    return resources.files("convgen").joinpath("runtime", name).read_text(encoding="utf-8")
+
+
+def link(interface: Interface, object_file: Path, out: Path, *, archive: bool = False) -> Path:
+    """Link a kernel's object file with the runtime and write ``out``, in one step or not at all.
+
+    The shared library, or the static one with ``archive``, defines the functions ``<name>_*`` of
+    ``runtime/types.h`` and shows no other symbol; it needs libc, libm and libpthread only. Temporary
+    files lie beside ``out``.
+
+    Raises:
+        BuildError: there is no C compiler, or it failed; gives the command and what it said.
+    """
+    out = Path(out)
+    object_file = Path(object_file).resolve()
+    try:
+        digest = hashlib.sha256(object_file.read_bytes())
+        with tempfile.TemporaryDirectory(prefix=".link-", dir=out.parent) as temporary:
+            folder = Path(temporary)
+            (folder / "entry.c").write_text(entry_source(interface, digest.hexdigest()), encoding="utf-8")
+            (folder / "runtime.o").write_bytes(_runtime_object(_compiler()))
+            for header in ("types.h", "runtime.h"):
+                (folder / header).write_text(source(header), encoding="utf-8")
+            made = (_archive if archive else _shared)(interface.name, object_file, folder)
+            os.replace(made, out)
+    except OSError as error:
+        raise BuildError(f"{interface.name}: cannot link {object_file} into {out}: {error}") from error
+    return out
+
+
+def _shared(name: str, object_file: Path, folder: Path) -> Path:
+    made = folder / f"lib{name}.so"
+    (folder / "symbols").write_text(f"{{ global: {name}_*; local: *; }};\n", encoding="utf-8")
+    inputs = ("entry.c", "runtime.o", str(object_file), "-lm")
+    flags = (*COMPILE_FLAGS, "-shared", *LINK_FLAGS, f"-Wl,-soname,{made.name}", "-Wl,--version-script,symbols")
+    _run((*_compiler(), *flags, "-o", made.name, *inputs), folder)
+    return made
+
+
+def _archive(name: str, object_file: Path, folder: Path) -> Path:
+    made = folder / f"lib{name}.a"
+    inputs = ("entry.c", "runtime.o", str(object_file))
+    _run((*_compiler(), *COMPILE_FLAGS, "-r", "-nostdlib", "-o", f"{name}.o", *inputs), folder)
+    # Local from here on: the archives of several kernels must not see each other's runtime.
+    keep = ("--wildcard", f"--keep-global-symbol={name}_*", "--strip-unneeded", f"--keep-symbol={name}_*")
+    _run((*_tool("OBJCOPY", "objcopy"), *keep, f"{name}.o"), folder)
+    _run((*_tool("AR", "ar"), "rcsD", made.name, f"{name}.o"), folder)
+    return made
+
+
+# ---- the C compiler ----------------------------------------------------------------------------
+
+
+def _tool(variable: str, default: str) -> tuple[str, ...]:
+    return tuple(shlex.split(os.environ.get(variable, ""))) or (default,)
+
+
+def _compiler() -> tuple[str, ...]:
+    """The C compiler and its own arguments: ``CC``, else ``cc``."""
+    return _tool("CC", "cc")
+
+
+def _run(command: Sequence[str], folder: Path) -> None:
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, errors="replace"
+        )
+    except OSError as error:
+        hint = "install a C compiler (Debian: apt install gcc) or name one in CC"
+        raise BuildError(f"{command[0]}: {error.strerror}; {hint}") from error
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()
+        raise BuildError(f"exit status {done.returncode} of {shlex.join(command)}\n{said}")
+
+
+@functools.cache
+def _runtime_object(compiler: tuple[str, ...]) -> bytes:
+    """The compiled runtime, from the cache directory where it can be read and kept there.
+
+    It is identified by the compiler's file, the flags and the sources.
+    """
+    program = shutil.which(compiler[0])
+    stamp = [os.path.realpath(program), str(os.stat(program).st_mtime_ns)] if program else []
+    texts = {name: source(name) for name in SOURCES}
+    identity = "\0".join([*stamp, *compiler, *COMPILE_FLAGS, *texts.values()])
+    name = f"runtime-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.o"
+    cache = _cache_directory()
+    if cache is not None:
+        with contextlib.suppress(OSError):
+            return (cache / name).read_bytes()
+
+    with tempfile.TemporaryDirectory(prefix="convgen-") as temporary:
+        folder = Path(temporary)
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        inputs = [file for file in SOURCES if file.endswith(".c")]
+        _run((*compiler, *COMPILE_FLAGS, "-r", "-nostdlib", "-o", name, *inputs), folder)
+        data = (folder / name).read_bytes()
+    if cache is not None:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+            _keep(data, cache / name)
+    return data
+
+
+def _keep(data: bytes, path: Path) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
+def _cache_directory() -> Path | None:
+    """Where compiled runtimes are kept; None where there is no such place."""
+    import platformdirs
+
+    path = Path(platformdirs.user_cache_dir("convgen")) / "runtime"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: no home directory
+        return None
+    return path
+
+
+# ---- the entry points --------------------------------------------------------------------------
+
+
+def version_text(interface: Interface, digest: str) -> str:
+    """What ``<name>_version()`` returns: the ABI, the layer and a digest of its code."""
+    return f"convgen ABI {ABI}; {interface.spec.descriptor}; {identity(interface, digest)[:16]}"
+
+
+def identity(interface: Interface, digest: str) -> str:
+    """What a packed buffer is tied to: 128 bits, hexadecimal, of the compiled code and the packed tensors.
+
+    ``digest`` is the object file's SHA-256. Another schedule, other picks, another compiler: another
+    identity.
+    """
+    text = repr((digest, interface.spec.key, interface.packed))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def entry_source(interface: Interface, digest: str) -> str:
+    """The C file that describes one kernel and defines its exported functions."""
+    arguments = interface.lowered_arguments
+    shapes = [_shape(name, tensor) for name, tensor in arguments.items()]
+    shapes += [_shape(f"packed{i}", tensor) for i, tensor in enumerate(interface.packed)]
+    fields = [f"    .{name} = {_tensor(name, tensor, 0)}," for name, tensor in arguments.items()]
+    offsets = interface.packed_offsets
+    packed = [f"    {_tensor(f'packed{i}', t, offsets[i])}," for i, t in enumerate(interface.packed)]
+    supported = " && ".join(f'__builtin_cpu_supports("{feature}")' for feature in interface.isa) or "1"
+    words = identity(interface, digest)
+    return "\n".join(
+        [
+            '#include "runtime.h"',
+            "",
+            "int __tvm_ffi_pack(void *, const convgen_any *, int32_t, convgen_any *);",
+            "int __tvm_ffi_main(void *, const convgen_any *, int32_t, convgen_any *);",
+            "",
+            *shapes,
+            "",
+            "static const convgen_tensor packed[] = {",
+            *packed,
+            "};",
+            "",
+            f"static int cpu_supported(void) {{ return {supported}; }}",
+            "",
+            "static const convgen_kernel kernel = {",
+            *fields,
+            "    .packed = packed,",
+            f"    .packed_count = {len(interface.packed)},",
+            f"    .empty = {int(interface.spec.n == 0)},",
+            f"    .packed_size = {interface.packed_size},",
+            f"    .workspace_main = {interface.workspace_main},",
+            f"    .workspace_task = {interface.workspace_task},",
+            f"    .identity = {{0x{words[:16]}, 0x{words[16:]}}},",
+            "    .pack = __tvm_ffi_pack,",
+            "    .main = __tvm_ffi_main,",
+            "    .cpu_supported = cpu_supported,",
+            f'    .version = "{version_text(interface, digest)}",',
+            "};",
+            "",
+            f"CONVGEN_ENTRY_POINTS({interface.name}, kernel)",
+            "",
+        ]
+    )
+
+
+def _shape(name: str, tensor: TensorInfo) -> str:
+    return f"static const int64_t {name}_shape[] = {{{', '.join(map(str, tensor.shape))}}};"
+
+
+def _tensor(name: str, tensor: TensorInfo, offset: int) -> str:
+    return f"{{{len(tensor.shape)}, {name}_shape, {tensor.bytes}, {offset}}}"

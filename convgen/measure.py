@@ -1,0 +1,324 @@
+"""Compile, verify, time: one candidate at a time, in worker processes.
+
+:class:`TrialBuilder` and :class:`TrialRunner` are MetaSchedule's builder and runner over TVM's own
+process pools. A candidate that crashes, hangs or computes something else ends as an outcome, never
+as an exception of the tuning process, and is not timed.
+
+An artifact is a private folder with the linked library and ``candidate.json``; what all candidates
+of a spec share, inputs and the expected output, lies in one folder beside (:class:`Expected`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import MeasureError
+from .library import Library
+from .schedule import Candidate, Picks
+from .spec import ConvSpec
+
+
+#: A sample repeats the call until it lasts about this long (seconds): long against the clock's tick
+#: and the cost of a call, short against what disturbs a shared machine.
+SAMPLE_SECONDS = 1e-3
+#: Seconds of samples taken of one candidate.
+TRIAL_SECONDS = 0.1
+#: A candidate this many times slower than the best is timed only once.
+HOPELESS = 2.0
+OUTCOME_KEY = "outcome"
+
+
+# ---- timing -----------------------------------------------------------------------------------
+
+
+def repeats(call: Callable[[], Any], seconds: float = SAMPLE_SECONDS) -> int:
+    """How often to repeat a call in one sample; warms it up."""
+    call()
+    start = time.perf_counter()
+    call()
+    return max(1, min(10_000, int(seconds / max(time.perf_counter() - start, 1e-9))))
+
+
+def sample(call: Callable[[], Any], count: int) -> float:
+    """Seconds per call over ``count`` calls."""
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
+
+
+def time_calls(call: Callable[[], Any], *, seconds: float = 0.1, at_least: int = 5, hopeless: float = 0.0) -> list[float]:
+    """Samples of seconds per call, for about ``seconds`` in all.
+
+    Only the first is taken where it exceeds ``hopeless`` (0: no limit).
+    """
+    count = repeats(call)
+    samples = [sample(call, count)]
+    if hopeless and samples[0] > hopeless:
+        return samples
+    total = max(at_least, min(200, int(seconds / max(samples[0] * count, 1e-9))))
+    samples += [sample(call, count) for _ in range(total - 1)]
+    return samples
+
+
+def alternate(calls: Sequence[Callable[[], Any]], *, rounds: int, seconds: float = 5e-3, rest: float = 0.0) -> list[list[float]]:
+    """Samples of several calls taken in turn, so that a drifting machine hits all of them alike.
+
+    Args:
+        rounds: samples per call.
+        seconds: length of a sample.
+        rest: pause before each sample, for another library's spinning threads to go to sleep.
+    """
+    counts = [repeats(call, seconds) for call in calls]
+    samples: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, count, taken in zip(calls, counts, samples, strict=True):
+            if rest:
+                time.sleep(rest)
+                call()
+            taken.append(sample(call, count))
+    return samples
+
+
+# ---- what a worker needs besides the artifact -----------------------------------------------
+
+
+class Expected:
+    """Inputs and expected output of a spec in a folder, made once per tuning run.
+
+    Integer data, so that a schedule that only reorders sums must match bit for bit; ``bound`` is
+    for those that do not.
+    """
+
+    def __init__(self, spec: ConvSpec, directory: Path, threads: int) -> None:
+        from .validate import exact_data, reference, tolerance
+
+        self.directory = directory
+        data = exact_data(spec)
+        expected = reference(spec, data, threads)
+        data |= {"expected": expected, "bound": tolerance(spec, data, expected, threads)}
+        for name, array in data.items():
+            np.save(directory / f"{name}.npy", array)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a trial ended: one of the outcomes of :class:`~convgen.records.TuningRecord`."""
+
+    outcome: str
+    samples: tuple[float, ...] = ()
+    error: str = ""
+
+    @property
+    def seconds(self) -> float | None:
+        return statistics.median(self.samples) if self.outcome == "ok" else None
+
+
+# ---- functions that run in workers ------------------------------------------------------------
+
+
+def build_artifact(module_json: str, root: str) -> str:
+    """Compile and link a measure candidate's module into a private folder; returns the library's path."""
+    import tvm
+
+    from .build import compile_lowered
+    from .lower import Lowered
+    from .target import resolve
+
+    module = tvm.ir.load_json(module_json)
+    meta = json.loads(str(module.attrs["convgen"]))
+    spec, candidate = ConvSpec.parse(meta["spec"]), measured_candidate(module)
+    lowered = Lowered(spec, resolve(meta["target"]), candidate, module, tuple(map(tuple, meta["packed"])))
+    directory = Path(tempfile.mkdtemp(dir=root))
+    interface, _, library = compile_lowered(lowered, directory, "candidate")
+    exact = not candidate.schedule.transforms and spec.activation_op.exact
+    (directory / "candidate.json").write_text(json.dumps({"spec": meta["spec"], "name": interface.name, "exact": exact}))
+    return str(library)
+
+
+def _load(path: str, threads: int) -> tuple[Library, bool]:
+    meta = json.loads((Path(path).parent / "candidate.json").read_text())
+    return Library(Path(path), ConvSpec.parse(meta["spec"]), meta["name"], threads), meta["exact"]
+
+
+def _prepare(library: Library, directory: str, threads: int) -> tuple[Callable[[], Any], Any]:
+    """A call of the library on the expected inputs, and the output it writes."""
+    data = {path.stem: np.load(path) for path in Path(directory).glob("*.npy")}
+    packed = library.pack(data["weights"], data.get("bias"), data.get("slope"))
+    dst = np.full(library.spec.dst_shape, np.nan, np.float32)
+    return library.prepare(data["src"], packed, dst, data.get("residual"), threads=threads), dst
+
+
+def run_artifact(path: str, directory: str, threads: int, seconds: float, hopeless: float) -> dict[str, Any]:
+    """Verify a library against the expected output, then time it; an outcome as a dictionary."""
+    library, exact = _load(path, threads)
+    call, dst = _prepare(library, directory, threads)
+    call()
+    expected = np.load(Path(directory) / "expected.npy")
+    error = np.abs(dst - expected)
+    bound = np.zeros((), np.float32) if exact else np.load(Path(directory) / "bound.npy")
+    wrong = ~(error <= bound)  # NaN is wrong too
+    if wrong.any():
+        at = tuple(int(i) for i in np.argwhere(wrong)[0])
+        text = f"{int(wrong.sum())} of {wrong.size} elements; at {at} expected {expected[at]}, found {dst[at]}"
+        return {OUTCOME_KEY: "wrong", "error": text}
+    return {OUTCOME_KEY: "ok", "samples": time_calls(call, seconds=seconds, hopeless=hopeless)}
+
+
+def run_duel(paths: list[str], directory: str, threads: int, rounds: int) -> list[list[float]]:
+    """Time several libraries in turn."""
+    prepared = [_prepare(_load(path, threads)[0], directory, threads) for path in paths]
+    return alternate([call for call, _ in prepared], rounds=rounds)
+
+
+# ---- the pools --------------------------------------------------------------------------------
+
+
+class Pools:
+    """TVM's worker processes: several to build, one to run. They serve any number of specs.
+
+    Args:
+        workers: build processes.
+        build_timeout, run_timeout: seconds after which a worker is killed.
+    """
+
+    def __init__(self, *, workers: int, build_timeout: float = 60.0, run_timeout: float = 60.0) -> None:
+        from tvm.support.popen_pool import PopenPoolExecutor
+
+        self.build_timeout, self.run_timeout = build_timeout, run_timeout
+        self.root = Path(tempfile.mkdtemp(prefix="convgen-"))
+        # Builders are replaced now and then: TVM leaks a little with every compilation.
+        self._builders = PopenPoolExecutor(max_workers=workers, timeout=build_timeout, maximum_process_uses=64)
+        self._runner = PopenPoolExecutor(max_workers=1, timeout=run_timeout)
+
+    def build(self, modules: Sequence[str]) -> list[str | Result]:
+        """Library paths of serialised modules; a failure is a Result."""
+        futures = [self._builders.submit(build_artifact, module, str(self.root)) for module in modules]
+        return [_result(future, "build_error", self.build_timeout) for future in futures]
+
+    def run(self, path: str, expected: Expected, threads: int, *, seconds: float, hopeless: float) -> Result:
+        """Verify and time one library."""
+        future = self._runner.submit(run_artifact, path, str(expected.directory), threads, seconds, hopeless)
+        answer = _result(future, "run_error", self.run_timeout)
+        if isinstance(answer, Result):
+            return answer
+        return Result(answer[OUTCOME_KEY], tuple(answer.get("samples", ())), answer.get("error", ""))
+
+    def duel(self, paths: Sequence[str], expected: Expected, threads: int, rounds: int) -> list[list[float]]:
+        """Time several libraries in turn.
+
+        Raises:
+            MeasureError: the worker failed.
+        """
+        future = self._runner.submit(run_duel, list(paths), str(expected.directory), threads, rounds)
+        answer = _result(future, "run_error", self.run_timeout)
+        if isinstance(answer, Result):
+            raise MeasureError(f"re-measuring {len(paths)} candidates: {answer.outcome}: {answer.error}")
+        return list(answer)
+
+    def discard(self, path: str) -> None:
+        """Remove an artifact's private folder."""
+        shutil.rmtree(Path(path).parent, ignore_errors=True)
+
+    def close(self) -> None:
+        """End the workers and remove every artifact."""
+        for pool in (self._builders, self._runner):
+            pool.shutdown(wait=False)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _result(future: Any, failure: str, limit: float) -> Any:
+    """A worker's answer, or how it failed as a Result."""
+    try:
+        return future.result()
+    except TimeoutError:
+        return Result("timeout", error=f"killed after {limit:.0f} s")
+    except ChildProcessError as error:
+        return Result("crash", error=f"the worker process died: {error}".strip())
+    except Exception as error:  # whatever the worker raised is this trial's outcome
+        return Result(failure, error=f"{type(error).__name__}: {error}"[-2000:])
+
+
+def metaschedule_pools(
+    pools: Pools, expected: Expected, threads: int, hopeless: Callable[[], float]
+) -> tuple[Any, Any]:
+    """The pools as MetaSchedule's Builder and Runner, for one spec.
+
+    An error text begins with the outcome's name (see :func:`outcome`): that is how it travels through
+    MetaSchedule's results. ``hopeless`` is asked before each run: the time that is not worth more
+    than one sample.
+    """
+    from tvm.ir import save_json
+    from tvm.ir.utils import derived_object
+    from tvm.s_tir.meta_schedule.builder import BuilderResult, PyBuilder
+    from tvm.s_tir.meta_schedule.runner import PyRunner, PyRunnerFuture, RunnerResult
+
+    @derived_object
+    class TrialBuilder(PyBuilder):  # type: ignore[misc]
+        def build(self, build_inputs: list[Any]) -> list[Any]:
+            answers = pools.build([save_json(given.mod) for given in build_inputs])
+            return [
+                BuilderResult(None, f"{a.outcome}: {a.error}") if isinstance(a, Result) else BuilderResult(a, None)
+                for a in answers
+            ]
+
+    @derived_object
+    class TrialFuture(PyRunnerFuture):  # type: ignore[misc]
+        def __init__(self, path: str) -> None:
+            super().__init__()
+            self._path = path
+
+        def done(self) -> bool:
+            return True
+
+        def result(self) -> Any:
+            answer = pools.run(self._path, expected, threads, seconds=TRIAL_SECONDS, hopeless=hopeless())
+            pools.discard(self._path)
+            if answer.outcome == "ok":
+                return RunnerResult(list(answer.samples), None)
+            return RunnerResult(None, f"{answer.outcome}: {answer.error}")
+
+    @derived_object
+    class TrialRunner(PyRunner):  # type: ignore[misc]
+        def run(self, runner_inputs: list[Any]) -> list[Any]:
+            return [TrialFuture(str(given.artifact_path)) for given in runner_inputs]
+
+    return TrialBuilder(), TrialRunner()
+
+
+def measure_module(lowered: Any) -> Any:
+    """A lowered candidate's module with all a build worker must know as an attribute."""
+    meta = {
+        "spec": lowered.spec.descriptor,
+        "target": lowered.target.spelling,
+        "schedule": lowered.candidate.schedule.id,
+        "picks": dict(lowered.candidate.picks),
+        "packed": lowered.packed,
+    }
+    return lowered.module.with_attr("convgen", json.dumps(meta))
+
+
+def measured_candidate(module: Any) -> Candidate:
+    """The candidate a module of :func:`measure_module` was made from."""
+    from .discover import schedule
+
+    meta = json.loads(str(module.attrs["convgen"]))
+    return Candidate(schedule(meta["schedule"]), Picks(**meta["picks"]))
+
+
+def outcome(runner_result: Any) -> Result:
+    """A MetaSchedule RunnerResult back as a Result."""
+    if runner_result.run_secs is not None:
+        return Result("ok", tuple(float(seconds) for seconds in runner_result.run_secs))
+    kind, _, text = str(runner_result.error_msg).partition(": ")
+    return Result(kind, error=text)

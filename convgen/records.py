@@ -1,0 +1,691 @@
+"""Tuning records, and the store that keeps them.
+
+A record says what one trial was (``trial_key``: problem, machine, schedule, picks, versions) and how
+it ended. Its ``id`` is a hash of its whole content, so two stores merge as sets and a record that
+was altered or torn shows.
+
+The store is one SQLite file that any number of processes and threads may write at once. A record is
+on the disk when :meth:`RecordStore.add` returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import reprlib
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from . import salvage
+from .errors import RecordError
+
+#: Version of a record's JSON form.
+RECORD_SCHEMA = 1
+#: Version of the database (its ``user_version``).
+STORE_SCHEMA = 1
+OUTCOMES = ("ok", "build_error", "crash", "timeout", "wrong", "run_error")
+
+Pick = int | str | bool
+T = TypeVar("T")
+
+_APPLICATION_ID = 0x43564752  # "CVGR": tells a store from other programs' databases
+_BUSY_SECONDS = 60.0
+_IDENTITY = ("spec", "target", "hardware", "threads", "schedule", "schedule_version", "picks", "versions")
+_INT32_MAX = 2**31 - 1
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z\Z")
+
+
+def now() -> str:
+    """The time as records spell it: ISO 8601, UTC, microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def trial_key(
+    *,
+    spec: str,
+    target: str,
+    hardware: str,
+    threads: int,
+    schedule: str,
+    schedule_version: int,
+    picks: Mapping[str, Pick],
+    versions: Mapping[str, str],
+) -> str:
+    """SHA-256 (hexadecimal) of what makes two trials the same trial."""
+    values = (spec, target, hardware, threads, schedule, schedule_version, dict(picks), dict(versions))
+    return _digest(dict(zip(_IDENTITY, values, strict=True)))
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(_dump(value).encode()).hexdigest()
+
+
+def _dump(value: object) -> str:
+    """JSON in its one spelling here: ASCII, sorted keys, no NaN or infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _expect(condition: bool, name: str, expected: str, found: object) -> None:
+    if not condition:
+        raise RecordError(f"{name}: expected {expected}, found {reprlib.repr(found)}")
+
+
+def _text(name: str, value: object) -> str:
+    _expect(isinstance(value, str) and bool(value), name, "text", value)
+    text = str(value)
+    _expect(text.encode(errors="replace").decode() == text, name, "text that UTF-8 can encode", value)
+    return text
+
+
+def _positive(name: str, value: object) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    _expect(is_number and 0 < value < 1e300, name, "a positive number of seconds", value)  # type: ignore[operator]
+    return float(value)  # type: ignore[arg-type]
+
+
+def _count(name: str, value: object, minimum: int) -> None:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    _expect(is_integer and minimum <= value <= _INT32_MAX, name, f"an integer >= {minimum}", value)  # type: ignore[operator]
+
+
+def _mapping(name: str, value: object, kinds: tuple[type, ...], expected: str) -> dict[str, Any]:
+    _expect(isinstance(value, Mapping), name, "a mapping", value)
+    items: dict[str, Any] = dict(value)  # type: ignore[call-overload]
+    for key, item in items.items():
+        _expect(isinstance(key, str), name, "names as keys", key)
+        _expect(type(item) in kinds, f"{name}.{key}", expected, item)
+    return items
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningRecord:
+    """One trial: a candidate on a machine, and how it ended.
+
+    Args:
+        spec: the problem's descriptor.
+        target: its spelling, e.g. ``cpu:znver4``.
+        hardware: fingerprint of the machine (:attr:`convgen.machine.Machine.fingerprint`).
+        threads: threads the kernel was compiled for and timed with.
+        schedule, schedule_version, picks: the candidate.
+        outcome: ``ok``, or how it failed: ``build_error``, ``crash``, ``timeout``, ``wrong`` (its
+            output), ``run_error``.
+        seconds: median time of one call; given exactly where the outcome is ``ok``.
+        samples: the times it is the median of, in seconds.
+        error: what a failure said.
+        versions: of convgen, TVM, LLVM … that made the kernel.
+        when: ISO 8601 UTC, :func:`now` unless given.
+        note: any JSON object: the default's time, a peer's time …
+
+    Attributes:
+        trial_key: SHA-256 of all but the measurement; see :func:`trial_key`.
+        id: SHA-256 of the whole content.
+
+    Raises:
+        RecordError: a field is not what it must be.
+    """
+
+    spec: str
+    target: str
+    hardware: str
+    threads: int
+    schedule: str
+    schedule_version: int
+    picks: Mapping[str, Pick]
+    outcome: str
+    seconds: float | None = None
+    samples: tuple[float, ...] = ()
+    error: str = ""
+    versions: Mapping[str, str]
+    when: str = field(default_factory=now)
+    note: Mapping[str, Any] | None = None
+    trial_key: str = field(init=False)
+    id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("spec", "target", "hardware", "schedule"):
+            _text(name, getattr(self, name))
+        _count("threads", self.threads, 1)
+        _count("schedule_version", self.schedule_version, 0)
+        put("picks", _mapping("picks", self.picks, (int, str, bool), "an integer, text, true or false"))
+        put("versions", _mapping("versions", self.versions, (str,), "text"))
+        _expect(self.outcome in OUTCOMES, "outcome", f"one of {', '.join(OUTCOMES)}", self.outcome)
+        if self.outcome == "ok":
+            put("seconds", _positive("seconds", self.seconds))
+        else:
+            _expect(self.seconds is None, "seconds", f"none where the outcome is {self.outcome}", self.seconds)
+        _expect(isinstance(self.samples, (list, tuple)), "samples", "a list of seconds", self.samples)
+        put("samples", tuple(_positive(f"samples[{i}]", v) for i, v in enumerate(self.samples)))
+        _expect(isinstance(self.error, str), "error", "text", self.error)
+        # What a crashed process printed need not be text.
+        put("error", self.error.encode(errors="replace").decode())
+        is_time = isinstance(self.when, str) and _TIME.match(self.when) is not None
+        _expect(is_time and _exists(self.when), "when", "ISO 8601 UTC, as 2026-01-31T12:00:00Z", self.when)
+        if self.note is not None:
+            _expect(isinstance(self.note, Mapping), "note", "a JSON object", self.note)
+            try:
+                put("note", json.loads(_dump(dict(self.note))))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise RecordError(f"note: expected a JSON object, found one that is not: {error}") from None
+        put("trial_key", trial_key(**{name: getattr(self, name) for name in _IDENTITY}))
+        put("id", _digest([self.trial_key, *(getattr(self, name) for name in _MEASURED)]))
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values, with the version of the form; :meth:`from_dict` reads it back."""
+        values = {name: getattr(self, name) for name in _FIELDS}
+        return {"schema": RECORD_SCHEMA, **values, "samples": list(self.samples)}
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return _dump(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: object) -> TuningRecord:
+        """The record that :meth:`to_dict` gave.
+
+        Raises:
+            RecordError: a field is missing, unknown or mistyped, the form's version is another, or
+                ``id`` or ``trial_key`` is not the content's.
+        """
+        if not isinstance(values, dict):
+            raise RecordError(f"record: expected a JSON object, found {reprlib.repr(values)}")
+        schema = values.get("schema")
+        if type(schema) is not int or schema != RECORD_SCHEMA:
+            raise RecordError(f"schema: expected {RECORD_SCHEMA}, found {reprlib.repr(schema)}")
+        for name in values:
+            _expect(name == "schema" or name in _FIELDS, name, f"one of {', '.join(_FIELDS)}", "an unknown field")
+        for name in _FIELDS:
+            _expect(name in values, name, "a value", "none")
+        record = cls(**{name: values[name] for name in _FIELDS if name not in ("id", "trial_key")})
+        for name in ("trial_key", "id"):
+            _expect(values[name] == getattr(record, name), name, f"the content's {getattr(record, name)}", values[name])
+        return record
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "") -> TuningRecord:
+        """The record in one line of JSON.
+
+        Raises:
+            RecordError: as :meth:`from_dict`, or not JSON; ``where`` leads its message.
+        """
+        try:
+            return cls.from_dict(_load(text))
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"{where}: not JSON: {error}" if where else f"not JSON: {error}") from None
+        except RecordError as error:
+            raise RecordError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _exists(when: str) -> bool:
+    """Whether such a date exists."""
+    try:
+        datetime.fromisoformat(when)
+    except ValueError:
+        return False
+    return True
+
+
+def _load(text: str | bytes) -> Any:
+    """Strict JSON: no NaN, no name twice in an object.
+
+    Raises:
+        ValueError: it is not (``RecursionError`` where it nests too deep).
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a JSON value")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError("a name occurs twice in an object")
+        return values
+
+    return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
+
+
+_FIELDS = tuple(f.name for f in fields(TuningRecord))
+_MEASURED = ("outcome", "seconds", "samples", "error", "when", "note")
+_JSON_COLUMNS = ("picks", "samples", "versions", "note")
+_COLUMNS = ", ".join(f'"{name}"' for name in _FIELDS)  # quoted: `when` is an SQL word
+_INSERT = f"INSERT INTO records ({_COLUMNS}) VALUES ({', '.join('?' * len(_FIELDS))}) ON CONFLICT (id) DO NOTHING"
+
+# Rows are added, never changed or deleted.
+_TABLE = """
+CREATE TABLE IF NOT EXISTS records (
+    spec TEXT NOT NULL, target TEXT NOT NULL, hardware TEXT NOT NULL, threads INTEGER NOT NULL,
+    schedule TEXT NOT NULL, schedule_version INTEGER NOT NULL, picks TEXT NOT NULL,
+    outcome TEXT NOT NULL, seconds REAL, samples TEXT NOT NULL, error TEXT NOT NULL,
+    versions TEXT NOT NULL, "when" TEXT NOT NULL, note TEXT,
+    trial_key TEXT NOT NULL, id TEXT NOT NULL PRIMARY KEY
+);
+CREATE INDEX IF NOT EXISTS by_trial ON records (trial_key);
+CREATE INDEX IF NOT EXISTS by_speed ON records (spec, target, hardware, threads, outcome, seconds);
+"""
+
+
+Row = Sequence[Any]
+
+
+def _encode(record: TuningRecord) -> Row:
+    """A record as a row of the table."""
+    values = ((name, getattr(record, name)) for name in _FIELDS)
+    return [_dump(value) if name in _JSON_COLUMNS and value is not None else value for name, value in values]
+
+
+def _decode(row: Row) -> dict[str, Any]:
+    """A row as the values of a record's fields.
+
+    Raises:
+        RecordError: a column that holds JSON does not.
+    """
+    values = dict(zip(_FIELDS, row, strict=True))
+    for name in _JSON_COLUMNS:
+        try:
+            values[name] = None if values[name] is None else json.loads(values[name])
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RecordError(f"{name}: not JSON: {error}") from None
+    return values
+
+
+def _checked(row: Row) -> TuningRecord:
+    """A row as a record, every field checked and its hashes computed again."""
+    return TuningRecord.from_dict({"schema": RECORD_SCHEMA, **_decode(row)})
+
+
+@dataclass(frozen=True)
+class Integrity:
+    """What :meth:`RecordStore.check` found: rows read, and one line per problem."""
+
+    rows: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no problem."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What :meth:`RecordStore.recover` did: records saved, and records known to be lost."""
+
+    saved: int
+    lost: int
+
+
+def default_path() -> Path:
+    """``$CONVGEN_RECORDS``, else ``records.sqlite`` in the user's cache directory."""
+    if given := os.environ.get("CONVGEN_RECORDS"):
+        return Path(given).expanduser()
+    import platformdirs
+
+    return platformdirs.user_cache_path("convgen") / "records.sqlite"
+
+
+class RecordStore:
+    """Records in one SQLite file, created where it is missing.
+
+    Safe for several processes and threads at once, and against their sudden end: a writer killed at
+    any moment loses nothing that :meth:`add` returned from. Every commit is flushed to the disk
+    (``synchronous=FULL``, about 0.3 ms), so a power cut loses nothing either.
+
+    Args:
+        path: the file; :func:`default_path` unless given.
+        readonly: read only: the file must exist, in a folder that need not be writable.
+
+    Raises:
+        RecordError: the file cannot be opened or is no record store; names the path and the reason.
+            Every method raises it where reading or writing fails.
+    """
+
+    path: Path
+
+    def __init__(self, path: Path | str | None = None, *, readonly: bool = False) -> None:
+        self.path = default_path() if path is None else Path(path)
+        self.readonly = readonly
+        # A connection must not cross a fork: every process opens its own, with its own lock.
+        self._handles: dict[int, tuple[threading.RLock, sqlite3.Connection]] = {}
+        self._closed = False
+        self._handle()
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def add(self, record: TuningRecord) -> bool:
+        """Keep a record for good; returns whether it was new."""
+        return self._insert([record]) == 1
+
+    def merge(self, other: Path | str) -> int:
+        """Add another store's records, each checked; returns how many were new.
+
+        A union of sets: any order, any number of times.
+        """
+        with RecordStore(other, readonly=True) as source:
+            known = {row[0] for row in self._run(lambda db: db.execute("SELECT id FROM records").fetchall())}
+            missing = [source._verified(row) for row in source._rows() if row[-1] not in known]
+        return self._insert(missing)
+
+    def import_(self, path: Path | str) -> int:
+        """Add the records of a JSON-lines file, all or none; returns how many were new.
+
+        Raises:
+            RecordError: a line is not a record; names the file, line and field.
+        """
+        try:
+            lines = Path(path).read_bytes().splitlines()
+        except OSError as error:
+            raise RecordError(f"{path}: {error.strerror}") from error
+        return self._insert(
+            [TuningRecord.from_json(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+        )
+
+    def _insert(self, records: Iterable[TuningRecord]) -> int:
+        rows = [_encode(record) for record in records]
+
+        def insert(db: sqlite3.Connection) -> int:
+            before = db.total_changes
+            with db:  # commits, or rolls back where anything is raised
+                db.execute("BEGIN IMMEDIATE")
+                db.executemany(_INSERT, rows)
+            return db.total_changes - before
+
+        return self._run(insert) if rows else 0
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def has(self, trial_key: str) -> bool:
+        """Whether this trial has been measured, whatever its outcome."""
+        query = "SELECT 1 FROM records WHERE trial_key = ? LIMIT 1"
+        return self._run(lambda db: db.execute(query, (trial_key,)).fetchone()) is not None
+
+    def trials(
+        self,
+        *,
+        spec: str | None = None,
+        target: str | None = None,
+        hardware: str | None = None,
+        threads: int | None = None,
+        schedule: str | None = None,
+        outcome: str | None = None,
+        trial_key: str | None = None,
+    ) -> list[TuningRecord]:
+        """The records that match what is given, oldest first."""
+        wanted = {
+            "spec": spec,
+            "target": target,
+            "hardware": hardware,
+            "threads": threads,
+            "schedule": schedule,
+            "outcome": outcome,
+            "trial_key": trial_key,
+        }
+        return [self._record(row) for row in self._rows(**{k: v for k, v in wanted.items() if v is not None})]
+
+    def best(
+        self,
+        spec: str,
+        target: str,
+        hardware: str,
+        threads: int,
+        versions: Mapping[str, str] | None = None,
+        accept: Callable[[TuningRecord], bool] | None = None,
+    ) -> TuningRecord | None:
+        """The fastest ``ok`` record for a problem on a machine, or None.
+
+        Args:
+            spec: the problem's descriptor.
+            target, hardware, threads: where it runs; all must match.
+            versions: versions that must be the record's; those not named may differ.
+            accept: a further condition, e.g. that the schedule still has the record's version.
+        """
+        query = (
+            f"SELECT {_COLUMNS} FROM records"
+            " WHERE spec = ? AND target = ? AND hardware = ? AND threads = ? AND outcome = 'ok' ORDER BY seconds, id"
+        )
+
+        def search(db: sqlite3.Connection) -> TuningRecord | None:
+            for row in db.execute(query, (spec, target, hardware, threads)):
+                record = self._record(row)
+                same = all(record.versions.get(name) == version for name, version in (versions or {}).items())
+                if same and (accept is None or accept(record)):
+                    return self._verified(row)
+            return None
+
+        return self._run(search)
+
+    def export(self, path: Path | str) -> int:
+        """Write every record to a JSON-lines file, oldest first; returns how many.
+
+        The file appears whole or not at all. Equal sets of records give equal files.
+        """
+        path = Path(path)
+        records = self.trials()
+        part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+        try:
+            try:
+                with part.open("w") as file:
+                    file.writelines(record.to_json() + "\n" for record in records)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            raise RecordError(f"{path}: {error.strerror}") from error
+        return len(records)
+
+    def __len__(self) -> int:
+        """How many records there are."""
+        return int(self._run(lambda db: db.execute("SELECT count(*) FROM records").fetchone())[0])
+
+    def _rows(self, **wanted: object) -> list[Row]:
+        where = " AND ".join(f'"{name}" = ?' for name in wanted)
+        query = f"SELECT {_COLUMNS} FROM records" + (f" WHERE {where}" if where else "") + ' ORDER BY "when", id'
+        return self._run(lambda db: db.execute(query, tuple(wanted.values())).fetchall())
+
+    def _record(self, row: Row) -> TuningRecord:
+        """A row as a record, as it stands: what was checked on the way in is not checked again."""
+        try:
+            values = _decode(row)
+        except RecordError as error:
+            raise RecordError(f"{self.path}: record {row[-1]}: {error}") from None
+        record = object.__new__(TuningRecord)
+        record.__dict__.update(values, samples=tuple(values["samples"]))
+        return record
+
+    def _verified(self, row: Row) -> TuningRecord:
+        """A row as a record, every field checked and its hashes computed again."""
+        try:
+            return _checked(row)
+        except RecordError as error:
+            raise RecordError(f"{self.path}: record {row[-1]}: {error}") from None
+
+    # -- upkeep ----------------------------------------------------------------------------------
+
+    def check(self) -> Integrity:
+        """Check the file's structure, and every record against its own hashes."""
+        problems: list[str] = []
+        count = 0
+
+        def examine(db: sqlite3.Connection) -> None:
+            nonlocal count
+            problems.clear()
+            count = 0
+            try:
+                problems.extend(text for (text,) in db.execute("PRAGMA integrity_check") if text != "ok")
+                for row in db.execute(f"SELECT {_COLUMNS} FROM records"):
+                    count += 1
+                    try:
+                        self._verified(row)
+                    except RecordError as error:
+                        problems.append(str(error))
+            except sqlite3.DatabaseError as error:
+                if not _is_damage(error):
+                    raise
+                problems.append(f"{self.path}: after {count} records: {error}")
+
+        self._run(examine)
+        return Integrity(count, tuple(problems))
+
+    @staticmethod
+    def recover(damaged: Path | str, into: Path | str) -> Recovery:
+        """Save what can be read of a damaged store into another one, new or not.
+
+        Only records that match their own hash are saved. The damaged file stays as it is. ``lost``
+        counts records that some readable page still speaks of; where a whole stretch of the file is
+        gone there may have been more.
+
+        Raises:
+            RecordError: ``damaged`` cannot be read, or ``into`` cannot be written or is the same file.
+        """
+        damaged, into = Path(damaged), Path(into)
+        rowids, saved = set(), {}
+        try:
+            if into.exists() and damaged.samefile(into):
+                raise RecordError(f"{into}: expected another file than the damaged one, found the same")
+            for rowid, values in salvage.cells(damaged):
+                if len(values) == 1 and isinstance(values[0], str) and re.fullmatch("[0-9a-f]{64}", values[0]):
+                    rowids.add(rowid)  # of the indexes of id and trial_key
+                elif len(values) == len(_FIELDS):
+                    rowids.add(rowid)
+                    with contextlib.suppress(RecordError):  # counted as lost
+                        saved[rowid] = _checked(values)
+        except OSError as error:
+            raise RecordError(f"{damaged}: {error.strerror}") from error
+        with RecordStore(into) as store:
+            store._insert(saved.values())
+        return Recovery(len(saved), len(rowids) - len(saved))
+
+    # -- the connection --------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the file; the store cannot be used after it."""
+        self._closed = True
+        lock, db = self._handles.pop(os.getpid(), (None, None))
+        if lock is not None and db is not None:
+            with lock:
+                db.close()
+
+    def __enter__(self) -> RecordStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"RecordStore({str(self.path)!r})"
+
+    def _run(self, action: Callable[[sqlite3.Connection], T]) -> T:
+        """Run ``action`` on this process's connection, again while other writers hold the file:
+        SQLite by itself does not wait in every state of a write-ahead log.
+        """
+        lock, db = self._handle()
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                with lock:
+                    return action(db)
+            except sqlite3.Error as error:
+                if _code(error) not in _CONTENTION or time.monotonic() > deadline:
+                    raise self._failure(error) from error
+            time.sleep(0.01)
+
+    def _handle(self) -> tuple[threading.RLock, sqlite3.Connection]:
+        if self._closed:
+            raise RecordError(f"{self.path}: the store is closed")
+        pid = os.getpid()
+        if pid not in self._handles:
+            self._handles[pid] = (threading.RLock(), self._connect())
+        return self._handles[pid]
+
+    def _connect(self) -> sqlite3.Connection:
+        if self.readonly and not self.path.exists():
+            raise RecordError(f"{self.path}: no such file")
+        try:
+            if not self.readonly:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecordError(f"{self.path}: {error.strerror}: {error.filename}") from error
+        deadline = time.monotonic() + _BUSY_SECONDS
+        mode = "mode=ro" if self.readonly else "mode=rwc"
+        while True:
+            try:
+                return self._opened(mode)
+            except sqlite3.Error as error:
+                if _code(error) in _NO_ACCESS and mode == "mode=ro":
+                    mode = "immutable=1"  # a folder where SQLite cannot make the log's index: nobody writes there
+                elif _code(error) not in _CONTENTION or time.monotonic() > deadline:
+                    raise self._failure(error) from error
+            time.sleep(0.01)
+
+    def _opened(self, mode: str) -> sqlite3.Connection:
+        """A connection to a file that is a store of this version; an empty file is made one."""
+        db = sqlite3.connect(
+            f"{self.path.absolute().as_uri()}?{mode}",
+            uri=True,
+            timeout=_BUSY_SECONDS,
+            isolation_level=None,  # transactions begin and end where this module says
+            check_same_thread=False,  # the lock beside it serves threads one by one
+        )
+        try:
+            application, version, tables = (
+                db.execute(query).fetchone()[0]
+                for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+            )
+            is_new = (application, version, tables) == (0, 0, 0) and not self.readonly
+            if not is_new:
+                self._check_version(application, version)
+            if not self.readonly:
+                db.execute("PRAGMA synchronous = FULL")
+                db.execute("PRAGMA journal_mode = WAL")
+            if is_new:  # several processes may come here at once: each statement can be repeated
+                db.executescript(
+                    f"BEGIN IMMEDIATE; {_TABLE} PRAGMA application_id = {_APPLICATION_ID};"
+                    f"PRAGMA user_version = {STORE_SCHEMA}; COMMIT;"
+                )
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _check_version(self, application: int, version: int) -> None:
+        if application != _APPLICATION_ID:
+            raise RecordError(f"{self.path}: an SQLite database, but not a record store")
+        if version > STORE_SCHEMA:
+            raise RecordError(
+                f"{self.path}: written by a newer convgen: expected store version {STORE_SCHEMA}, found {version}"
+            )
+        if version < STORE_SCHEMA:
+            raise RecordError(f"{self.path}: expected store version {STORE_SCHEMA}, found {version}, which never was")
+
+    def _failure(self, error: sqlite3.Error) -> RecordError:
+        hint = "; RecordStore.recover(damaged, into) saves what is readable" if _is_damage(error) else ""
+        return RecordError(f"{self.path}: {error}{hint}")
+
+
+def _code(error: sqlite3.Error) -> int:
+    """SQLite's primary result code; 0 where the error is Python's."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+_CONTENTION = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
+_NO_ACCESS = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    return _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)

@@ -1,0 +1,111 @@
+"""ONNX Runtime as the reference: what a spec's output must be, and the time it takes there."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from .errors import SpecError
+from .onnx_model import F32, as_f32, onnx_model
+from .spec import ConvSpec
+
+
+def _session(model: bytes, threads: int, level: ort.GraphOptimizationLevel) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = level
+    options.log_severity_level = 3  # errors only
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _data(
+    spec: ConvSpec, src: npt.ArrayLike, residual: npt.ArrayLike | None, **parameters: npt.ArrayLike | None
+) -> dict[str, F32]:
+    """The given arrays by name, checked against what the spec takes."""
+    shapes = {"src": spec.src_shape, "weights": spec.weights_shape}
+    if spec.bias:
+        shapes["bias"] = (spec.oc,)
+    if spec.has_slope:
+        shapes["slope"] = (spec.oc,)
+    if spec.residual:
+        shapes["residual"] = spec.dst_shape
+    given = {"src": src, "residual": residual, **parameters}
+    for name, array in given.items():
+        if (array is None) == (name in shapes):
+            raise SpecError(
+                name, "an array" if name in shapes else "none", "none" if array is None else "one", str(spec)
+            )
+    return {name: as_f32(spec, name, array, shapes[name]) for name, array in given.items() if array is not None}
+
+
+def run_onnxruntime(
+    spec: ConvSpec,
+    src: npt.ArrayLike,
+    weights: npt.ArrayLike,
+    bias: npt.ArrayLike | None = None,
+    slope: npt.ArrayLike | None = None,
+    residual: npt.ArrayLike | None = None,
+    *,
+    threads: int = 1,
+) -> F32:
+    """The spec's output ``dst_shape`` f32, computed once: weights fed as inputs, nothing fused.
+
+    Raises:
+        SpecError: an array is missing, superfluous or of the wrong shape or dtype.
+    """
+    data = _data(spec, src, residual, weights=weights, bias=bias, slope=slope)
+    model = onnx_model(spec).SerializeToString()
+    session = _session(model, threads, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    return np.asarray(session.run(["dst"], data)[0], np.float32)
+
+
+class OrtReference:
+    """A spec prepared in ONNX Runtime as a user of it would for speed.
+
+    Constant weights, full graph optimisation, ``threads`` threads, inputs bound and the output
+    allocated once. Calling it runs the layer into :attr:`output` and nothing else: that is what is
+    timed. An NHWC spec includes the transposes, as ONNX has no other convolution.
+
+    Args:
+        src, weights, bias, slope, residual: f32 arrays as in :func:`run_onnxruntime`; src and
+            residual are kept, so that writing to them changes the next run's input.
+
+    Raises:
+        SpecError: an array is missing, superfluous or of the wrong shape or dtype.
+    """
+
+    def __init__(
+        self,
+        spec: ConvSpec,
+        src: npt.ArrayLike,
+        weights: npt.ArrayLike,
+        bias: npt.ArrayLike | None = None,
+        slope: npt.ArrayLike | None = None,
+        residual: npt.ArrayLike | None = None,
+        *,
+        threads: int = 1,
+    ) -> None:
+        data = _data(spec, src, residual, weights=weights, bias=bias, slope=slope)
+        inputs = {name: data[name] for name in ("src", "residual") if name in data}
+        model = onnx_model(spec, *(data.get(name) for name in ("weights", "bias", "slope")))
+        level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        self.spec, self.threads = spec, threads
+        self.output: F32 = np.empty(spec.dst_shape, np.float32)
+        self._inputs = inputs  # bound by address: they must live as long as the session
+        self._session = _session(model.SerializeToString(), threads, level)
+        self._binding = self._session.io_binding()
+        for name, array in inputs.items():
+            self._binding.bind_cpu_input(name, array)
+        self._binding.bind_output("dst", "cpu", 0, np.float32, self.output.shape, self.output.ctypes.data)
+
+    def __call__(self) -> None:
+        """Run the layer into :attr:`output`."""
+        self._session.run_with_iobinding(self._binding)
+
+    def run(self) -> F32:
+        """A copy of the output of one run, ``dst_shape`` f32."""
+        self()
+        return self.output.copy()

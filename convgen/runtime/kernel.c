@@ -1,0 +1,398 @@
+/* Calls generated code and gives it what TVM's runtime would: parallel launches and workspace.
+ *
+ * Generated code reaches the runtime through a few data symbols that it defines weakly as NULL; the
+ * definitions at the end of this file take their place at link time, so there is nothing to set up.
+ */
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "runtime.h"
+
+static const uint64_t MAGIC = 0x6b636170766e6f63; /* "convpack" */
+
+static size_t round_up(size_t size) { return (size + CONVGEN_ALIGNMENT - 1) & ~(size_t)(CONVGEN_ALIGNMENT - 1); }
+
+/* ---- workspace ------------------------------------------------------------------------------- */
+
+/* One call of a kernel. Its workspace is [main][task 0][task 1]…; a kernel that packs has none and
+ * allocates from the heap, because packing is rare and its needs are not worth a buffer. */
+typedef struct {
+    convgen_pool *pool; /* acquired for this call, or NULL */
+    char *shares;       /* of the tasks; NULL: heap */
+    size_t share;
+} call;
+
+typedef struct heap_block {
+    _Alignas(CONVGEN_ALIGNMENT) struct heap_block *next;
+} heap_block;
+
+/* What the running thread allocates from. Generated code frees in reverse order. */
+typedef struct {
+    const call *call;
+    char *top, *end;
+    heap_block *blocks;
+    int in_task;
+} frame;
+
+static _Thread_local frame *current;
+
+static void *allocate(int device_type, int device_id, uint64_t size, int dtype_code, int dtype_bits)
+{
+    (void)device_type, (void)device_id, (void)dtype_code, (void)dtype_bits;
+    frame *f = current;
+    if (size > SIZE_MAX - 2 * CONVGEN_ALIGNMENT)
+        return NULL;
+    size = round_up(size);
+    if (f->call->shares == NULL) {
+        heap_block *block = aligned_alloc(CONVGEN_ALIGNMENT, sizeof(heap_block) + size);
+        if (block == NULL)
+            return NULL;
+        block->next = f->blocks;
+        f->blocks = block;
+        return block + 1;
+    }
+    if (size > (size_t)(f->end - f->top))
+        return NULL;
+    char *start = f->top;
+    f->top += size;
+    return start;
+}
+
+static void pop_block(frame *f)
+{
+    heap_block *block = f->blocks;
+    f->blocks = block->next;
+    free(block);
+}
+
+static int deallocate(int device_type, int device_id, void *start)
+{
+    (void)device_type, (void)device_id;
+    frame *f = current;
+    if (f->call->shares != NULL)
+        f->top = start;
+    else if (f->blocks != NULL && f->blocks + 1 == (heap_block *)start)
+        pop_block(f);
+    else
+        return -1;
+    return 0;
+}
+
+/* ---- parallel regions ------------------------------------------------------------------------ */
+
+/* Whether denormals are flushed and how results are rounded is a property of a thread. Workers take
+ * the caller's, so that results do not depend on the number of threads. */
+static unsigned floating_point_mode(void)
+{
+#ifdef __x86_64__
+    return __builtin_ia32_stmxcsr();
+#else
+    return 0;
+#endif
+}
+
+static void set_floating_point_mode(unsigned mode)
+{
+#ifdef __x86_64__
+    const unsigned flags = 0x3f; /* what has happened so far: no part of the mode */
+    if ((__builtin_ia32_stmxcsr() ^ mode) & ~flags)
+        __builtin_ia32_ldmxcsr(mode & ~flags);
+#else
+    (void)mode;
+#endif
+}
+
+typedef struct {
+    const call *call;
+    convgen_lambda lambda;
+    void *closure;
+    unsigned mode;
+    atomic_int failed;
+} region;
+
+static void run_task(void *context, int task, int tasks)
+{
+    region *r = context;
+    char *share = r->call->shares ? r->call->shares + (size_t)task * r->call->share : NULL;
+    frame f = {.call = r->call, .top = share, .end = share + r->call->share, .in_task = 1};
+    frame *outer = current;
+    convgen_group group = {NULL, tasks};
+    current = &f;
+    set_floating_point_mode(r->mode);
+    if (r->lambda(task, &group, r->closure) != 0)
+        atomic_store(&r->failed, 1);
+    while (f.blocks != NULL)
+        pop_block(&f);
+    current = outer;
+}
+
+static int parallel_launch(convgen_lambda lambda, void *closure, int tasks)
+{
+    (void)tasks; /* generated code passes 0, "as many as there are threads", and divides by num_task */
+    frame *f = current;
+    if (f->in_task) { /* a nested region runs inline, on the workspace of its task */
+        convgen_group group = {NULL, 1};
+        return lambda(0, &group, closure);
+    }
+    region r = {.call = f->call, .lambda = lambda, .closure = closure, .mode = floating_point_mode()};
+    if (f->call->pool != NULL)
+        f->call->pool->launch(f->call->pool, run_task, &r);
+    else
+        run_task(&r, 0, 1);
+    return atomic_load(&r.failed) ? -1 : 0;
+}
+
+/* Run generated code with a thread-local frame around it. */
+static int enter(const call *c, char *main_workspace, convgen_function function, const convgen_any *args, int count)
+{
+    frame f = {.call = c, .top = main_workspace, .end = c->shares};
+    frame *outer = current;
+    convgen_any result = {0};
+    current = &f;
+    const int failed = function(NULL, args, count, &result);
+    while (f.blocks != NULL)
+        pop_block(&f);
+    current = outer;
+    return failed ? CONVGEN_INTERNAL : CONVGEN_OK;
+}
+
+/* ---- arguments ------------------------------------------------------------------------------- */
+
+typedef struct {
+    convgen_dltensor tensors[CONVGEN_MAX_PACKED + 4];
+    convgen_any args[CONVGEN_MAX_PACKED + 4];
+    int count;
+} arguments;
+
+static void push(arguments *a, const convgen_tensor *tensor, const void *data)
+{
+    if (tensor->ndim == 0)
+        return;
+    convgen_dltensor *t = &a->tensors[a->count];
+    *t = (convgen_dltensor){
+        .data = (void *)data, .device = {1, 0}, .ndim = tensor->ndim, .dtype = {2, 32, 1}, .shape = tensor->shape};
+    a->args[a->count++] = (convgen_any){.type_index = 7, .value.v_ptr = t};
+}
+
+static void push_packed(arguments *a, const convgen_kernel *kernel, const void *packed)
+{
+    for (int i = 0; i < kernel->packed_count; ++i)
+        push(a, &kernel->packed[i], (const char *)packed + kernel->packed[i].offset);
+}
+
+static int check_buffer(const void *data, size_t size, size_t expected, size_t alignment)
+{
+    if (expected == 0)
+        return data == NULL && size == 0 ? CONVGEN_OK : CONVGEN_WRONG_SIZE;
+    if (data == NULL)
+        return CONVGEN_NULL_POINTER;
+    if (size != expected)
+        return CONVGEN_WRONG_SIZE;
+    return (uintptr_t)data % alignment ? CONVGEN_MISALIGNED : CONVGEN_OK;
+}
+
+static int check_tensor(const void *data, size_t size, const convgen_tensor *tensor)
+{
+    return check_buffer(data, size, tensor->bytes, sizeof(float));
+}
+
+static int overlap(const void *a, size_t a_size, const void *b, size_t b_size)
+{
+    const uintptr_t x = (uintptr_t)a, y = (uintptr_t)b;
+    return x < y ? y - x < a_size && b_size > 0 : x - y < b_size && a_size > 0;
+}
+
+/* ---- the packed buffer ----------------------------------------------------------------------- */
+
+static uint64_t checksum(const void *payload, size_t size) /* size is a multiple of 64 */
+{
+    const uint64_t *words = payload;
+    uint64_t hash = size;
+    for (size_t i = 0; i < size / sizeof *words; ++i) {
+        hash = (hash ^ words[i]) * 0x9e3779b97f4a7c15;
+        hash ^= hash >> 29;
+    }
+    return hash;
+}
+
+static int check_packed(const convgen_kernel *kernel, const void *packed, size_t size)
+{
+    const int status = check_buffer(packed, size, kernel->packed_size, CONVGEN_ALIGNMENT);
+    if (status != CONVGEN_OK)
+        return status;
+    const convgen_packed_header *header = packed;
+    const int ours = header->magic == MAGIC && header->abi == CONVGEN_ABI && header->header_size == sizeof *header &&
+                     memcmp(header->identity, kernel->identity, sizeof kernel->identity) == 0 &&
+                     header->payload_size == kernel->packed_size - sizeof *header;
+    return ours ? CONVGEN_OK : CONVGEN_WRONG_PACKED;
+}
+
+/* ---- what the entry points call -------------------------------------------------------------- */
+
+#define RETURN_UNLESS_OK(expression)                                                                                   \
+    do {                                                                                                               \
+        const int status_ = (expression);                                                                              \
+        if (status_ != CONVGEN_OK)                                                                                     \
+            return status_;                                                                                            \
+    } while (0)
+
+static size_t workspace_size(const convgen_kernel *kernel, int threads)
+{
+    return round_up(kernel->workspace_main) + (size_t)threads * round_up(kernel->workspace_task);
+}
+
+int convgen_kernel_sizes(const convgen_kernel *kernel, int threads, convgen_sizes *sizes)
+{
+    if (sizes == NULL)
+        return CONVGEN_NULL_POINTER;
+    if (threads < 1 || threads > CONVGEN_MAX_THREADS)
+        return CONVGEN_BAD_ARGUMENT;
+    *sizes = (convgen_sizes){
+        .src = kernel->src.bytes,
+        .weights = kernel->weights.bytes,
+        .bias = kernel->bias.bytes,
+        .slope = kernel->slope.bytes,
+        .residual = kernel->residual.bytes,
+        .dst = kernel->dst.bytes,
+        .packed = kernel->packed_size,
+        .workspace = workspace_size(kernel, threads),
+    };
+    return CONVGEN_OK;
+}
+
+int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *args)
+{
+    if (args == NULL)
+        return CONVGEN_NULL_POINTER;
+    const convgen_pack_args a = *args;
+    RETURN_UNLESS_OK(check_tensor(a.weights, a.weights_size, &kernel->weights));
+    RETURN_UNLESS_OK(check_tensor(a.bias, a.bias_size, &kernel->bias));
+    RETURN_UNLESS_OK(check_tensor(a.slope, a.slope_size, &kernel->slope));
+    RETURN_UNLESS_OK(check_buffer(a.packed, a.packed_size, kernel->packed_size, CONVGEN_ALIGNMENT));
+    if (overlap(a.packed, a.packed_size, a.weights, a.weights_size) ||
+        overlap(a.packed, a.packed_size, a.bias, a.bias_size) || overlap(a.packed, a.packed_size, a.slope, a.slope_size))
+        return CONVGEN_OVERLAP;
+    if (!kernel->cpu_supported())
+        return CONVGEN_UNSUPPORTED_CPU;
+
+    /* The header comes last: a buffer whose packing failed is not a packed buffer. Gaps between the
+     * tensors are zeroed, so that equal weights give equal bytes. */
+    convgen_packed_header *header = a.packed;
+    memset(header, 0, sizeof *header);
+    for (int i = 0; i < kernel->packed_count; ++i) {
+        const convgen_tensor *t = &kernel->packed[i];
+        memset((char *)a.packed + t->offset + t->bytes, 0, round_up(t->bytes) - t->bytes);
+    }
+    arguments list = {.count = 0};
+    push(&list, &kernel->weights, a.weights);
+    push(&list, &kernel->bias, a.bias);
+    push(&list, &kernel->slope, a.slope);
+    push_packed(&list, kernel, a.packed);
+    const call c = {.pool = NULL};
+    if (enter(&c, NULL, kernel->pack, list.args, list.count) != CONVGEN_OK)
+        return CONVGEN_NO_MEMORY; /* all that can fail there is the heap */
+
+    *header = (convgen_packed_header){
+        .magic = MAGIC,
+        .abi = CONVGEN_ABI,
+        .header_size = sizeof *header,
+        .identity = {kernel->identity[0], kernel->identity[1]},
+        .payload_size = kernel->packed_size - sizeof *header,
+        .checksum = checksum(header + 1, kernel->packed_size - sizeof *header),
+    };
+    return CONVGEN_OK;
+}
+
+int convgen_kernel_verify(const convgen_kernel *kernel, const void *packed, size_t size)
+{
+    RETURN_UNLESS_OK(check_packed(kernel, packed, size));
+    const convgen_packed_header *header = packed;
+    return header->checksum == checksum(header + 1, header->payload_size) ? CONVGEN_OK : CONVGEN_WRONG_PACKED;
+}
+
+int convgen_kernel_run(const convgen_kernel *kernel, const convgen_run_args *args)
+{
+    if (args == NULL)
+        return CONVGEN_NULL_POINTER;
+    if (kernel->empty)
+        return CONVGEN_OK;
+    const convgen_run_args a = *args;
+    if (a.pool != NULL && a.pool->abi != CONVGEN_ABI)
+        return CONVGEN_BAD_ARGUMENT;
+    const size_t workspace = workspace_size(kernel, a.pool != NULL ? a.pool->threads : 1);
+    RETURN_UNLESS_OK(check_tensor(a.src, a.src_size, &kernel->src));
+    RETURN_UNLESS_OK(check_packed(kernel, a.packed, a.packed_size));
+    RETURN_UNLESS_OK(check_tensor(a.residual, a.residual_size, &kernel->residual));
+    RETURN_UNLESS_OK(check_tensor(a.dst, a.dst_size, &kernel->dst));
+    if (workspace > 0) {
+        if (a.workspace_size < workspace) /* more is welcome: layers share one */
+            return a.workspace == NULL ? CONVGEN_NULL_POINTER : CONVGEN_WRONG_SIZE;
+        RETURN_UNLESS_OK(check_buffer(a.workspace, workspace, workspace, CONVGEN_ALIGNMENT));
+    }
+    if (overlap(a.dst, a.dst_size, a.src, a.src_size) || overlap(a.dst, a.dst_size, a.packed, a.packed_size) ||
+        overlap(a.dst, a.dst_size, a.residual, a.residual_size) ||
+        overlap(a.workspace, workspace, a.src, a.src_size) || overlap(a.workspace, workspace, a.packed, a.packed_size) ||
+        overlap(a.workspace, workspace, a.residual, a.residual_size) ||
+        overlap(a.workspace, workspace, a.dst, a.dst_size))
+        return CONVGEN_OVERLAP;
+    if (!kernel->cpu_supported())
+        return CONVGEN_UNSUPPORTED_CPU;
+
+    arguments list;
+    list.count = 0;
+    push(&list, &kernel->src, a.src);
+    push(&list, &kernel->residual, a.residual);
+    push_packed(&list, kernel, a.packed);
+    push(&list, &kernel->dst, a.dst);
+
+    char *main_workspace = workspace > 0 ? a.workspace : (char *)&list; /* not NULL, of size 0 */
+    const call c = {
+        .pool = a.pool != NULL && a.pool->acquire(a.pool) ? a.pool : NULL,
+        .shares = main_workspace + round_up(kernel->workspace_main),
+        .share = round_up(kernel->workspace_task),
+    };
+    const int status = enter(&c, main_workspace, kernel->main, list.args, list.count);
+    if (c.pool != NULL)
+        c.pool->release(c.pool);
+    return status;
+}
+
+const char *convgen_status_text(int status)
+{
+    switch (status) {
+    case CONVGEN_OK: return "no error";
+    case CONVGEN_NULL_POINTER: return "a pointer that the layer needs is NULL";
+    case CONVGEN_WRONG_SIZE: return "a size is not what the layer needs";
+    case CONVGEN_MISALIGNED: return "packed or workspace is not aligned to 64 bytes, or a tensor not to its element";
+    case CONVGEN_WRONG_PACKED: return "packed was not written by this library's pack, or was changed since";
+    case CONVGEN_UNSUPPORTED_CPU: return "this CPU lacks instructions the library was compiled for";
+    case CONVGEN_OVERLAP: return "a buffer that is written overlaps another one";
+    case CONVGEN_NO_MEMORY: return "memory or threads ran out";
+    case CONVGEN_BAD_ARGUMENT: return "a thread count is out of range, or a pool is of another ABI";
+    case CONVGEN_INTERNAL: return "a fault in the library itself";
+    default: return "not a status of this library";
+    }
+}
+
+/* ---- symbols of generated code ---------------------------------------------------------------- */
+
+/* Called before generated code returns an error, with a text meant for Python. The status code has
+ * to do: the arguments were checked above. */
+void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count)
+{
+    (void)kind, (void)parts, (void)count;
+}
+
+void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message) { (void)kind, (void)message; }
+
+/* Services that kernels have no business with. Called all the same they fail, as an error of the call. */
+static int unavailable(void) { return -1; }
+
+int (*__TVMBackendParallelLaunch)(convgen_lambda, void *, int) = parallel_launch;
+void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = allocate;
+int (*__TVMBackendFreeWorkspace)(int, int, void *) = deallocate;
+int (*__TVMBackendParallelBarrier)(void) = unavailable;
+int (*__TVMFFIEnvModLookupFromImports)(void) = unavailable;
+int (*__TVMFFIFunctionCall)(void) = unavailable;
+int (*__TVMFFIHandleInitOnce)(void) = unavailable;

@@ -1,0 +1,129 @@
+/* Between the runtime and the entry points of one kernel; not installed. */
+#ifndef CONVGEN_RUNTIME_H
+#define CONVGEN_RUNTIME_H
+
+#include <stdint.h>
+
+#include "types.h"
+
+/* The part of DLPack's and tvm-ffi's C ABI that generated code uses, layout for layout. */
+typedef struct {
+    int32_t device_type; /* 1: CPU */
+    int32_t device_id;
+} convgen_device;
+
+typedef struct {
+    uint8_t code; /* 2: floating point */
+    uint8_t bits;
+    uint16_t lanes;
+} convgen_dtype;
+
+typedef struct {
+    void *data;
+    convgen_device device;
+    int32_t ndim;
+    convgen_dtype dtype;
+    const int64_t *shape;
+    const int64_t *strides; /* NULL: dense, row-major */
+    uint64_t byte_offset;
+} convgen_dltensor; /* DLTensor */
+
+typedef struct {
+    int32_t type_index; /* 7: DLTensor * */
+    uint32_t zero_padding;
+    union {
+        int64_t v_int64;
+        void *v_ptr;
+    } value;
+} convgen_any; /* TVMFFIAny */
+
+typedef int (*convgen_function)(void *self, const convgen_any *args, int32_t count, convgen_any *result);
+
+typedef struct {
+    void *sync_handle;
+    int32_t num_task;
+} convgen_group; /* TVMParallelGroupEnv */
+
+typedef int (*convgen_lambda)(int task, convgen_group *group, void *closure); /* FTVMParallelLambda */
+
+/* One tensor of a kernel. ndim 0: the kernel has no such tensor. */
+typedef struct {
+    int32_t ndim;
+    const int64_t *shape;
+    size_t bytes;
+    size_t offset; /* of a packed tensor, in the packed buffer */
+} convgen_tensor;
+
+enum { CONVGEN_MAX_PACKED = 16 };
+
+typedef struct {
+    convgen_tensor src, weights, bias, slope, residual, dst;
+    const convgen_tensor *packed;
+    int packed_count;
+    int empty; /* batch 0: nothing to compute */
+    size_t packed_size, workspace_main, workspace_task;
+    uint64_t identity[2]; /* what a packed buffer is tied to */
+    convgen_function pack, main;
+    int (*cpu_supported)(void);
+    const char *version;
+} convgen_kernel;
+
+/* The first bytes of a packed buffer; the tensors follow, each at a multiple of 64. */
+typedef struct {
+    uint64_t magic;
+    uint32_t abi, header_size;
+    uint64_t identity[2];
+    uint64_t payload_size, checksum;
+    uint64_t reserved[2];
+} convgen_packed_header;
+
+_Static_assert(sizeof(convgen_packed_header) == CONVGEN_ALIGNMENT, "the tensors after the header must be aligned");
+
+typedef void (*convgen_task)(void *context, int task, int tasks);
+
+/* The public head of a pool. Kernels of other libraries reach a pool only through it, so a change
+ * here is a change of CONVGEN_ABI. */
+struct convgen_pool {
+    uint32_t abi;
+    int32_t threads;
+    int (*acquire)(convgen_pool *pool); /* 1: the caller has the pool to itself until release */
+    void (*release)(convgen_pool *pool);
+    void (*launch)(convgen_pool *pool, convgen_task task, void *context); /* returns when all tasks are done */
+    void (*destroy)(convgen_pool *pool);
+};
+
+int convgen_kernel_sizes(const convgen_kernel *kernel, int threads, convgen_sizes *sizes);
+int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *args);
+int convgen_kernel_run(const convgen_kernel *kernel, const convgen_run_args *args);
+int convgen_kernel_verify(const convgen_kernel *kernel, const void *packed, size_t size);
+int convgen_create_pool(int threads, convgen_pool **pool);
+void convgen_destroy_pool(convgen_pool *pool);
+const char *convgen_status_text(int status);
+
+#define CONVGEN_EXPORT __attribute__((visibility("default")))
+
+/* The exported functions of one kernel. */
+#define CONVGEN_ENTRY_POINTS(name, kernel)                                                                  \
+    CONVGEN_EXPORT int name##_sizes(int threads, convgen_sizes *sizes)                                      \
+    {                                                                                                       \
+        return convgen_kernel_sizes(&kernel, threads, sizes);                                               \
+    }                                                                                                       \
+    CONVGEN_EXPORT int name##_pack(const convgen_pack_args *args) { return convgen_kernel_pack(&kernel, args); } \
+    CONVGEN_EXPORT int name##_run(const convgen_run_args *args) { return convgen_kernel_run(&kernel, args); } \
+    CONVGEN_EXPORT int name##_verify_packed(const void *packed, size_t size)                                \
+    {                                                                                                       \
+        return convgen_kernel_verify(&kernel, packed, size);                                                \
+    }                                                                                                       \
+    CONVGEN_EXPORT int name##_check_cpu(void)                                                               \
+    {                                                                                                       \
+        return kernel.cpu_supported() ? CONVGEN_OK : CONVGEN_UNSUPPORTED_CPU;                               \
+    }                                                                                                       \
+    CONVGEN_EXPORT const char *name##_version(void) { return kernel.version; }                              \
+    CONVGEN_EXPORT const char *name##_error(int status) { return convgen_status_text(status); }             \
+    CONVGEN_EXPORT int name##_pool_create(int threads, convgen_pool **pool)                                 \
+    {                                                                                                       \
+        return convgen_create_pool(threads, pool);                                                          \
+    }                                                                                                       \
+    CONVGEN_EXPORT void name##_pool_destroy(convgen_pool *pool) { convgen_destroy_pool(pool); }
+
+#endif

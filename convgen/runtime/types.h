@@ -1,0 +1,70 @@
+/* What all convgen libraries share. Several of their headers can be included together. */
+#ifndef CONVGEN_ABI
+#define CONVGEN_ABI 1
+
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* What every function that returns int returns; <name>_error() puts it into words. */
+enum convgen_status {
+    CONVGEN_OK = 0,
+    CONVGEN_NULL_POINTER,    /* a pointer that the layer needs is NULL */
+    CONVGEN_WRONG_SIZE,      /* a size is not what <name>_sizes() tells, or the layer has no such tensor */
+    CONVGEN_MISALIGNED,      /* packed or workspace is not at a multiple of 64, or a tensor not of 4 */
+    CONVGEN_WRONG_PACKED,    /* packed was not written by this library's <name>_pack(), or was changed since */
+    CONVGEN_UNSUPPORTED_CPU, /* this CPU lacks instructions the library was compiled for */
+    CONVGEN_OVERLAP,         /* a buffer that is written overlaps another one */
+    CONVGEN_NO_MEMORY,       /* memory or threads ran out */
+    CONVGEN_BAD_ARGUMENT,    /* a thread count out of range, or a pool of another ABI */
+    CONVGEN_INTERNAL         /* a fault in the library itself; dst is then unspecified */
+};
+
+enum { CONVGEN_ALIGNMENT = 64, CONVGEN_MAX_THREADS = 1024 };
+
+/* A pool of threads. One pool serves the kernels of all convgen libraries, whichever created it.
+ * Of several calls at once on one pool, one gets its threads; the others run on the thread that
+ * calls, with the same result. So does a child after fork(). A pool must be destroyed before the
+ * library that created it is unloaded, and not during a call that uses it. */
+typedef struct convgen_pool convgen_pool;
+
+/* Bytes of every buffer; 0 where the layer has no such tensor. */
+typedef struct {
+    size_t src, weights, bias, slope, residual, dst, packed, workspace;
+} convgen_sizes;
+
+/* Tensors are dense, row-major float32. Those the layer does not have are NULL and of size 0. */
+typedef struct {
+    const float *weights;
+    size_t weights_size;
+    const float *bias;
+    size_t bias_size;
+    const float *slope;
+    size_t slope_size;
+    void *packed; /* out: aligned to 64 bytes */
+    size_t packed_size;
+} convgen_pack_args;
+
+typedef struct {
+    const float *src;
+    size_t src_size;
+    const void *packed; /* as <name>_pack() wrote it, aligned to 64 bytes; may be copied, saved and mapped */
+    size_t packed_size;
+    const float *residual;
+    size_t residual_size;
+    float *dst; /* out */
+    size_t dst_size;
+    void *workspace; /* scratch, aligned to 64 bytes; may be NULL where its size is 0 */
+    size_t workspace_size;
+    convgen_pool *pool; /* NULL: on the thread that calls, alone */
+} convgen_run_args;
+
+#ifdef __cplusplus
+}
+#endif
+
+#elif CONVGEN_ABI != 1
+#error "headers of convgen libraries with different ABI versions are included together"
+#endif

@@ -1,0 +1,143 @@
+"""Runs a compiled kernel in a process of its own, its buffers against guard pages.
+
+A kernel under test may read or write where it must not. Here that ends a child process, not the
+caller: every input is read-only memory, and every buffer touches a page that may not be accessed,
+at its end or at its beginning. ``python -m convgen.sandbox DIR`` is the child.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import MeasureError
+from .library import Library
+from .spec import ConvSpec
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+PARAMETERS = ("weights", "bias", "slope")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call: which case, on how many threads, with the guard page at which end of the buffers."""
+
+    case: str
+    threads: int
+    guard: str  # "end" or "start"
+
+    def __str__(self) -> str:
+        return f"{self.case} data, {self.threads} thread{'s' * (self.threads > 1)}, guard page at the {self.guard}"
+
+
+def run_guarded(
+    library: Path, name: str, spec: ConvSpec, cases: Mapping[str, Arrays], threads: int, directory: Path, timeout: float
+) -> dict[Run, npt.NDArray[np.float32]]:
+    """The kernel's output for each case, on 1 and on ``threads`` threads, between guard pages.
+
+    ``cases`` maps a name to the tensors of one call: ``src weights [bias] [slope] [residual]``.
+    The output is filled with NaN before each call.
+
+    Raises:
+        MeasureError: the child was killed (the message says in which run and by what), ran longer
+            than ``timeout`` seconds or refused the call.
+    """
+    runs = [Run(c, t, g) for c in cases for t, g in dict.fromkeys([(1, "end"), (threads, "start"), (threads, "end")])]
+    for case, arrays in cases.items():
+        for tensor, array in arrays.items():
+            np.save(directory / f"{case}.{tensor}.npy", array)
+    job = {
+        "library": str(library),
+        "name": name,
+        "spec": spec.descriptor,
+        "threads": threads,
+        "cases": {case: list(arrays) for case, arrays in cases.items()},
+        "runs": [vars(run) for run in runs],
+    }
+    (directory / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "convgen.sandbox", str(directory)]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        raise MeasureError(f"{spec.descriptor}: expected an answer within {timeout:.0f} s, found none") from None
+    if child.returncode:
+        done = child.stdout.count("\n")
+        cause = f"signal {-child.returncode}" if child.returncode < 0 else child.stderr.strip().rpartition("\n")[2]
+        where = runs[min(done, len(runs) - 1)]
+        raise MeasureError(f"{spec.descriptor}: expected a clean run, found {cause} ({where})")
+    return {run: np.load(directory / f"out.{index}.npy") for index, run in enumerate(runs)}
+
+
+# ---- the child --------------------------------------------------------------------------------
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_NONE, _READ, _WRITE = 0, 1, 2
+
+
+class Guarded:
+    """``size`` bytes between two pages that may not be touched, flush with one of them."""
+
+    def __init__(self, size: int, guard: str) -> None:
+        page = mmap.PAGESIZE
+        inner = max(page, -(-size // page) * page)
+        self._map = mmap.mmap(-1, inner + 2 * page)
+        whole = np.frombuffer(self._map, np.uint8)
+        self._address, self._inner = whole.ctypes.data, inner
+        for offset in (0, page + inner):
+            self._protect(offset, page, _NONE)
+        start = page + (inner - size if guard == "end" else 0)
+        self.bytes = whole[start : start + size]
+
+    def _protect(self, offset: int, size: int, access: int) -> None:
+        if _libc.mprotect(ctypes.c_void_p(self._address + offset), ctypes.c_size_t(size), access):
+            raise MeasureError(f"mprotect: errno {ctypes.get_errno()}")
+
+    def seal(self) -> None:
+        """Make the contents read-only."""
+        self._protect(mmap.PAGESIZE, self._inner, _READ)
+
+    def array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        return self.bytes.view(np.float32).reshape(shape)
+
+
+def _filled(array: npt.NDArray[Any], guard: str) -> npt.NDArray[Any]:
+    """A read-only copy between guard pages."""
+    buffer = Guarded(array.nbytes, guard)
+    buffer.bytes[:] = array.reshape(-1).view(np.uint8)
+    buffer.seal()
+    return buffer.bytes.view(array.dtype).reshape(array.shape)
+
+
+def _child(directory: Path) -> None:
+    job = json.loads((directory / "job.json").read_text())
+    spec = ConvSpec.parse(job["spec"])
+    library = Library(Path(job["library"]), spec, job["name"], job["threads"])
+    for index, run in enumerate(job["runs"]):
+        case, threads, guard = run["case"], run["threads"], run["guard"]
+        data = {t: np.load(directory / f"{case}.{t}.npy") for t in job["cases"][case]}
+        placed = {tensor: _filled(array, guard) for tensor, array in data.items()}
+        packed = Guarded(library.sizes(threads).packed, guard)
+        library.pack(*(placed.get(p) for p in PARAMETERS), packed=packed.bytes)
+        packed.seal()
+        dst = Guarded(library.sizes(threads).dst, guard).array(spec.dst_shape)
+        dst.fill(np.nan)
+        workspace = Guarded(library.sizes(threads).workspace, guard).bytes
+        workspace.fill(0xFF)  # NaN
+        library.run(placed["src"], packed.bytes, dst, placed.get("residual"), workspace=workspace, threads=threads)
+        np.save(directory / f"out.{index}.npy", dst)
+        sys.stdout.write("done\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _child(Path(sys.argv[1]))

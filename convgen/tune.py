@@ -1,0 +1,376 @@
+"""Tuning: MetaSchedule's search interfaces over the spaces that schedules declare.
+
+All applicable schedules race for one layer. :class:`Race` decides what to try next; MetaSchedule's
+builder and runner (:mod:`convgen.measure`) compile, verify and time it in worker processes; every
+trial is committed to the record store the moment it ends, and one that is already there is never
+measured again. At the end the leaders and the default are re-measured in turn, and those figures
+decide.
+
+The spaces are small and structured, where plain sampling with a local search around the leaders
+comes close to the best in few trials (Tollenaere et al., ACM TACO 20(1), 2022).
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .build import default_candidate, record_candidate, versions
+from .discover import schedules
+from .errors import BuildError, Inapplicable
+from .lower import lower
+from .measure import HOPELESS, Expected, Pools, Result, measure_module, measured_candidate, metaschedule_pools, outcome
+from .records import RecordStore, TuningRecord
+from .schedule import Candidate, Picks, Schedule
+from .spec import ConvSpec
+from .target import Target
+
+#: Candidates per round: enough to keep the build processes busy, few enough to learn from each.
+ROUND = 8
+#: Trials without a gain of 1 % after which a layer is done.
+PATIENCE = 48
+#: A schedule whose best is this many times slower than the leader after `TRIES` trials drops out.
+BEHIND, TRIES = 1.3, 12
+#: How many leaders are re-measured against the default, and how often each.
+FINALISTS, ROUNDS = 3, 15
+
+
+@dataclass
+class Progress:
+    """Where the tuning of one layer stands; handed to the progress callback after each trial.
+
+    ``best`` and ``default`` are seconds; ``failures`` counts trials by outcome.
+    """
+
+    spec: ConvSpec
+    trials: int
+    seconds: float | None
+    done: int = 0
+    elapsed: float = 0.0
+    best: float | None = None
+    best_candidate: str = ""
+    default: float | None = None
+    failures: Counter[str] = field(default_factory=Counter)
+    phase: str = "search"
+
+
+class Race:
+    """What to try next: the schedules' candidates, those that lead tried more.
+
+    Half of the draws are uniform over a schedule's valid picks, half change one value of one of its
+    three best. Schedules that stay behind drop out.
+    """
+
+    def __init__(self, spec: ConvSpec, target: Target, seed: int = 0) -> None:
+        self.spec, self.target, self.rng = spec.core, target, random.Random(seed)
+        applicable = [s for s in schedules().values() if s.reason_against(self.spec, target) is None]
+        fast = [s for s in applicable if s.id != "reference"]
+        self.schedules: list[Schedule] = fast or applicable
+        self.results: dict[Schedule, list[tuple[float, Picks]]] = {s: [] for s in self.schedules}
+        self.tried: dict[Schedule, int] = dict.fromkeys(self.schedules, 0)
+        self.seen: set[Candidate] = set()
+        self.wanted = ROUND
+        self.refused: list[tuple[Candidate, Result]] = []
+
+    @property
+    def best(self) -> float:
+        return min((seconds for found in self.results.values() for seconds, _ in found), default=float("inf"))
+
+    def defaults(self) -> list[Candidate]:
+        """Every schedule's zero-trial answer."""
+        return [Candidate(s, s.default(self.spec, self.target)) for s in self.schedules]
+
+    def tell(self, candidate: Candidate, result: Result) -> None:
+        """Learn how a candidate did."""
+        self.seen.add(candidate)
+        if candidate.schedule in self.tried:
+            self.tried[candidate.schedule] += 1
+            if result.seconds is not None:
+                self.results[candidate.schedule].append((result.seconds, candidate.picks))
+
+    def ask(self, count: int) -> list[Candidate]:
+        """Up to ``count`` distinct valid candidates not yet tried; none where the spaces are exhausted."""
+        chosen: list[Candidate] = [c for c in self.defaults() if c not in self.seen][:count]
+        self.seen.update(chosen)
+        survivors = [s for s in self.schedules if self._alive(s)]
+        while len(chosen) < count and survivors:
+            schedule = self.rng.choices(survivors, [self._weight(s) for s in survivors])[0]
+            candidate = self._draw(schedule)
+            if candidate is None:
+                survivors.remove(schedule)
+            else:
+                self.seen.add(candidate)
+                chosen.append(candidate)
+        return chosen
+
+    def _alive(self, schedule: Schedule) -> bool:
+        own = min((seconds for seconds, _ in self.results[schedule]), default=float("inf"))
+        return self.tried[schedule] < TRIES or own <= BEHIND * self.best
+
+    def _weight(self, schedule: Schedule) -> float:
+        own = min((seconds for seconds, _ in self.results[schedule]), default=None)
+        return 1.0 if own is None else (self.best / own) ** 4
+
+    def _draw(self, schedule: Schedule) -> Candidate | None:
+        space = schedule.space(self.spec, self.target)
+        leaders = [picks for _, picks in sorted(self.results[schedule], key=lambda r: r[0])[:3]]
+        if leaders and self.rng.random() < 0.5:
+            near = [p for leader in leaders for p in space.neighbours(leader)]
+            self.rng.shuffle(near)
+            for picks in near:
+                if self._fresh(schedule, picks):
+                    return Candidate(schedule, picks)
+        for _ in range(64):
+            picks = space.sample(self.rng)
+            if self._fresh(schedule, picks):
+                return Candidate(schedule, picks)
+        # Chance finds nothing new: what is left is little, or nothing.
+        return next((Candidate(schedule, p) for p in space if self._fresh(schedule, p)), None)
+
+    def _fresh(self, schedule: Schedule, picks: Picks) -> bool:
+        return Candidate(schedule, picks) not in self.seen and not schedule.reason_against(self.spec, self.target, picks)
+
+
+def race_strategy(race: Race, spec: ConvSpec, target: Target) -> Any:
+    """A race as MetaSchedule's SearchStrategy: measure candidates made from different modules.
+
+    A candidate that TVM cannot schedule is put into ``race.refused``. Results reach the race as they
+    come, through :meth:`Race.tell`, because a budget may end within a batch.
+    """
+    from tvm.ir.utils import derived_object
+    from tvm.s_tir import Schedule as TirSchedule
+    from tvm.s_tir.meta_schedule.search_strategy import MeasureCandidate, PySearchStrategy
+
+    @derived_object
+    class RaceStrategy(PySearchStrategy):  # type: ignore[misc]
+        def generate_measure_candidates(self) -> list[Any] | None:
+            drawn = race.ask(race.wanted)
+            candidates = []
+            for candidate in drawn:
+                try:
+                    module = measure_module(lower(spec, target, candidate))
+                    candidates.append(MeasureCandidate(TirSchedule(module), []))
+                except Inapplicable:
+                    continue
+                except BuildError as error:
+                    race.refused.append((candidate, Result("build_error", error=str(error)[-2000:])))
+            return candidates if drawn else None
+
+        def clone(self) -> Any:
+            return race_strategy(race, spec, target)
+
+    return RaceStrategy()
+
+
+class Tuner:
+    """Worker processes and a store, for any number of layers one after another.
+
+    Args:
+        target: where the kernels run: this machine.
+        threads: threads of the kernels.
+        records: the store trials are committed to; None keeps them for this run only.
+    """
+
+    def __init__(self, target: Target, threads: int, records: RecordStore | None) -> None:
+        self.target, self.threads, self.records = target, threads, records
+        self._pools: Pools | None = None
+
+    def __enter__(self) -> Tuner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pools:
+            self._pools.close()
+
+    @property
+    def pools(self) -> Pools:
+        if self._pools is None:
+            self._pools = Pools(workers=self.target.cores)
+        return self._pools
+
+    def tune(
+        self,
+        spec: ConvSpec,
+        *,
+        trials: int = 0,
+        seconds: float | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        seed: int = 0,
+    ) -> TuningRecord | None:
+        """The best record for one layer, after spending a budget.
+
+        Args:
+            trials: trials in all, those already in the store included; 0: no limit.
+            seconds: time to spend; None: no limit. With neither, it stops when nothing is gained.
+            progress: called after every trial.
+
+        Returns:
+            The winner of the final comparison; None where no candidate was right.
+        """
+        race = Race(spec, self.target, seed)
+        state = Progress(spec, trials, seconds)
+        report = progress or (lambda _: None)
+        default = default_candidate(spec, self.target)
+        start, since_gain = time.monotonic(), 0
+        measured: dict[Candidate, TuningRecord] = {}
+
+        def learn(candidate: Candidate, record: TuningRecord) -> None:
+            nonlocal since_gain
+            result = Result(record.outcome, record.samples, record.error)
+            before = race.best
+            race.tell(candidate, result)
+            since_gain = 0 if race.best < 0.99 * before else since_gain + 1
+            measured[candidate] = record
+            state.done += 1
+            state.elapsed = time.monotonic() - start
+            if record.outcome != "ok":
+                state.failures[record.outcome] += 1
+            elif record.seconds == race.best:
+                state.best, state.best_candidate = record.seconds, str(candidate)
+            if candidate == default:
+                state.default = record.seconds
+            report(state)
+
+        for record in self._known(spec):
+            candidate = record_candidate(record, spec, self.target)
+            if candidate and candidate not in measured:
+                learn(candidate, record)
+        since_gain, known = 0, state.done
+
+        with tempfile.TemporaryDirectory(prefix="convgen-") as directory:
+            expected: Expected | None = None
+
+            def finished() -> bool:
+                return (
+                    (trials > 0 and state.done >= trials)
+                    or (seconds is not None and time.monotonic() - start >= seconds)
+                    or since_gain >= PATIENCE
+                )
+
+            search = race_strategy(race, spec, self.target)
+            while not finished():
+                race.wanted = ROUND if not trials else min(ROUND, trials - state.done)
+                batch = search.generate_measure_candidates()
+                if batch is None:
+                    break
+                for candidate, result in race.refused:
+                    learn(candidate, self._record(spec, candidate, result))
+                race.refused.clear()
+                expected = expected or Expected(spec, Path(directory), self.threads)
+                for candidate, result in self._measure(expected, batch, lambda: HOPELESS * race.best, finished):
+                    learn(candidate, self._record(spec, candidate, result))
+            if state.done == known and any((r.note or {}).get("final") for r in self._known(spec)):
+                return self._winner(spec, [])
+            state.phase = "final"
+            report(state)
+            expected = expected or Expected(spec, Path(directory), self.threads)
+            return self._final(spec, expected, measured, default)
+
+    # ---- measuring ----------------------------------------------------------------------------
+
+    def _measure(
+        self, expected: Expected, batch: list[Any], hopeless: Callable[[], float], finished: Callable[[], bool]
+    ) -> Iterator[tuple[Candidate, Result]]:
+        """Results of a batch of measure candidates in its order, each as soon as it is known."""
+        from tvm.s_tir.meta_schedule.builder import BuilderInput
+        from tvm.s_tir.meta_schedule.runner import RunnerInput
+
+        builder, runner = metaschedule_pools(self.pools, expected, self.threads, hopeless)
+        target = self.target.tvm()
+        built = builder.build([BuilderInput(candidate.sch.mod, target) for candidate in batch])
+        for measured, made in zip(batch, built, strict=True):
+            if finished():
+                break
+            candidate = measured_candidate(measured.sch.mod)
+            if made.error_msg is not None:
+                kind, _, text = str(made.error_msg).partition(": ")
+                yield candidate, Result(kind, error=text)
+                continue
+            (future,) = runner.run([RunnerInput(made.artifact_path, target.kind.name, measured.args_info)])
+            yield candidate, outcome(future.result())
+
+    def _final(
+        self, spec: ConvSpec, expected: Expected, measured: dict[Candidate, TuningRecord], default: Candidate
+    ) -> TuningRecord | None:
+        """Re-measure the leaders and the default in turn; the fastest of that comparison wins."""
+        from tvm.ir import save_json
+
+        good = sorted((r.seconds, i, c) for i, (c, r) in enumerate(measured.items()) if r.seconds is not None)
+        if not good:
+            return None
+        finalists = [c for _, _, c in good[:FINALISTS]]
+        if default not in finalists and measured.get(default, None) and measured[default].outcome == "ok":
+            finalists.append(default)
+        paths = self.pools.build([save_json(measure_module(lower(spec, self.target, c))) for c in finalists])
+        kept = [(c, p) for c, p in zip(finalists, paths, strict=True) if isinstance(p, str)]
+        samples = self.pools.duel([p for _, p in kept], expected, self.threads, ROUNDS)
+        for _, path in kept:
+            self.pools.discard(path)
+        medians = {c: statistics.median(taken) for (c, _), taken in zip(kept, samples, strict=True)}
+        note = {"final": True, "default_seconds": medians.get(default)}
+        finals = [
+            self._record(spec, c, Result("ok", tuple(taken)), note) for (c, _), taken in zip(kept, samples, strict=True)
+        ]
+        return self._winner(spec, finals)
+
+    # ---- records ------------------------------------------------------------------------------
+
+    def _known(self, spec: ConvSpec) -> list[TuningRecord]:
+        if self.records is None:
+            return []
+        trials = self.records.trials(
+            spec=spec.descriptor, target=self.target.spelling, hardware=self.target.hardware, threads=self.threads
+        )
+        return [r for r in trials if r.versions == versions()]
+
+    def _record(
+        self, spec: ConvSpec, candidate: Candidate, result: Result, note: dict[str, Any] | None = None
+    ) -> TuningRecord:
+        record = TuningRecord(
+            spec=spec.descriptor,
+            target=self.target.spelling,
+            hardware=self.target.hardware,
+            threads=self.threads,
+            schedule=candidate.schedule.id,
+            schedule_version=candidate.schedule.version,
+            picks=dict(candidate.picks),
+            outcome=result.outcome,
+            seconds=result.seconds,
+            samples=result.samples,
+            error=result.error,
+            versions=versions(),
+            note=note,
+        )
+        if self.records is not None:
+            self.records.add(record)
+        return record
+
+    def _winner(self, spec: ConvSpec, finals: list[TuningRecord]) -> TuningRecord | None:
+        known = finals or [r for r in self._known(spec) if (r.note or {}).get("final")]
+        return min(known, key=lambda r: r.seconds or 0.0, default=None)
+
+
+def tune(
+    spec: ConvSpec,
+    target: Target,
+    threads: int,
+    *,
+    trials: int = 0,
+    seconds: float | None = None,
+    records: RecordStore | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    seed: int = 0,
+) -> TuningRecord | None:
+    """Tune one layer; see :meth:`Tuner.tune`."""
+    with Tuner(target, threads, records) as tuner:
+        return tuner.tune(spec, trials=trials, seconds=seconds, progress=progress, seed=seed)

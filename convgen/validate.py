@@ -1,0 +1,268 @@
+"""Kernel against ONNX Runtime: is what comes out right, everywhere, always?
+
+Bounds (rounding analysis of a dot product; Higham, *Accuracy and Stability of Numerical Algorithms*,
+2nd ed., §3; for the square root, Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019): element-wise
+
+    |dst - reference| <= L * c * u * (conv(|src|, |weights|) + |bias| + |residual|) + the activation's own error
+
+with ``u = 2**-24``, ``K`` products per element, ``L`` the activation's slope and
+
+    ``c = f * (8 + 2 * sqrt(K))``,  ``f = 1`` (strict), ``8`` (standard), ``64`` (relaxed).
+
+On small integers every partial sum is exact, so a schedule that only reorders sums must match bit
+for bit; one that transforms (Winograd) is held to its bound there too.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import KernelError, MeasureError, ValidationError
+from .sandbox import Arrays, Run, run_guarded
+from .spec import ConvSpec
+
+if TYPE_CHECKING:
+    from .build import Kernel
+
+F32 = npt.NDArray[np.float32]
+
+UNIT_ROUNDOFF = 2.0**-24
+CLASS_FACTOR = {"strict": 1.0, "standard": 8.0, "relaxed": 64.0}
+#: Rounding errors of the activation itself, in units of ``u * (|dst| + 1)``: exp, tanh and erf of a
+#: good libm stay within 2 ulp, and a handful of operations go around them.
+ACTIVATION_ERROR = 16.0
+#: Seconds a kernel may take in the sandbox, per GFLOP and at least.
+SECONDS_PER_GFLOP, SECONDS_AT_LEAST = 60.0, 120.0
+
+
+def error_factor(spec: ConvSpec) -> float:
+    """``c`` above: the admitted error in units of ``u * conv(|src|, |weights|)``."""
+    return CLASS_FACTOR[spec.accuracy] * (8 + 2 * math.sqrt(spec.reduction_length))
+
+
+# ---- data -------------------------------------------------------------------------------------
+
+
+def float_data(spec: ConvSpec, seed: int = 0) -> Arrays:
+    """Standard normal tensors by name: ``src weights [bias] [slope] [residual]``."""
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in _shapes(spec).items()}
+
+
+def exact_data(spec: ConvSpec, seed: int = 0) -> Arrays:
+    """Small integers: every partial sum is below 2**24, so f32 arithmetic is exact in any order."""
+    rng = np.random.default_rng(seed)
+    largest = max(1, min(8, math.isqrt(2**22 // max(1, spec.reduction_length))))
+    return {
+        name: rng.integers(-largest, largest + 1, shape).astype(np.float32) for name, shape in _shapes(spec).items()
+    }
+
+
+def special_data(spec: ConvSpec, seed: int = 0) -> Arrays:
+    """Integers with a NaN and infinities of both signs here and there in src; no zero weights."""
+    data = exact_data(spec, seed)
+    rng = np.random.default_rng(seed + 1)
+    data["weights"][data["weights"] == 0] = 1
+    flat = data["src"].reshape(-1)
+    if flat.size:
+        for value in (np.nan, np.inf, -np.inf):
+            flat[rng.integers(flat.size)] = value
+    return data
+
+
+def _shapes(spec: ConvSpec) -> dict[str, tuple[int, ...]]:
+    shapes = {"src": spec.src_shape, "weights": spec.weights_shape}
+    if spec.bias:
+        shapes["bias"] = (spec.oc,)
+    if spec.has_slope:
+        shapes["slope"] = (spec.oc,)
+    if spec.residual:
+        shapes["residual"] = spec.dst_shape
+    return shapes
+
+
+# ---- reference and bound ----------------------------------------------------------------------
+
+
+def reference(spec: ConvSpec, data: Arrays, threads: int = 1) -> F32:
+    """ONNX Runtime's output for ``data``."""
+    if spec.n == 0:
+        return np.empty(spec.dst_shape, np.float32)
+    from .reference import run_onnxruntime
+
+    return run_onnxruntime(spec, **data, threads=threads)  # type: ignore[arg-type]
+
+
+def tolerance(spec: ConvSpec, data: Arrays, expected: F32, threads: int = 1) -> F32:
+    """The element-wise bound for ``data``, of the output's shape."""
+    plain = spec.with_(activation="none")
+    magnitude = reference(plain, {k: np.abs(v) for k, v in data.items() if k != "slope"}, threads)
+    op = spec.activation_op
+    slope = op.lipschitz
+    if spec.has_slope and data["slope"].size:
+        slope = max(1.0, float(np.abs(data["slope"]).max()))
+    bound = slope * error_factor(spec) * UNIT_ROUNDOFF * magnitude
+    if op.name != "none":
+        bound += np.float32(ACTIVATION_ERROR * UNIT_ROUNDOFF) * (np.abs(expected) + 1)
+    return np.asarray(bound, np.float32)
+
+
+def worst(error: F32, bound: F32) -> float:
+    """Largest error as a fraction of its bound; infinite where an element is NaN."""
+    if not error.size:
+        return 0.0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(error == 0, 0, error / bound)
+    return float(np.where(np.isnan(ratio), np.inf, ratio).max())
+
+
+# ---- report -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: what it looked at, whether it passed, and what was found."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks of one kernel.
+
+    ``worst_error`` is the largest error as a fraction of its bound, ``error_factor`` the bound's
+    ``c``; ``repro`` is the command line that repeats the run.
+    """
+
+    spec: str
+    candidate: str
+    threads: int
+    checks: tuple[Check, ...]
+    error_factor: float
+    worst_error: float
+    repro: str
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def raise_if_failed(self) -> None:
+        """Raise:
+        ValidationError: a check failed; names it, and ends with the reproducing command.
+        """
+        for check in self.checks:
+            if not check.passed:
+                raise ValidationError(f"{self.spec}: {check.name}: {check.found}; repeat with: {self.repro}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed}
+
+
+def validate(kernel: Kernel, *, seed: int = 0) -> Report:
+    """Check a kernel against ONNX Runtime.
+
+    Exact integer data, float data against the bound, NaN and infinities; each between guard pages
+    with the output poisoned, on 1 and on the kernel's threads; the same bits for any thread count;
+    and the Python call refuses what is not contiguous.
+
+    A failed check is reported, not raised; see :meth:`Report.raise_if_failed`.
+    """
+    spec, threads = kernel.spec, kernel.threads
+    checks: list[Check] = []
+    ratio = 0.0
+    cases = {"float": float_data(spec, seed), "exact": exact_data(spec, seed)}
+    if kernel.exact:
+        cases["special"] = special_data(spec, seed)
+    try:
+        with tempfile.TemporaryDirectory(prefix="convgen-") as directory:
+            limit = SECONDS_AT_LEAST + SECONDS_PER_GFLOP * spec.flops / 1e9
+            outputs = run_guarded(kernel.path, kernel.name, spec, cases, threads, Path(directory), limit)
+    except MeasureError as error:
+        checks.append(Check("memory", False, str(error)))
+        outputs = {}
+    else:
+        checks.append(Check("memory", True, f"{len(outputs)} runs between guard pages, inputs read-only"))
+
+    if outputs:
+        firsts = {case: next(out for run, out in outputs.items() if run.case == case) for case in cases}
+        checks.append(_same(outputs, firsts))
+        expected = reference(spec, cases["float"], threads)
+        bound = tolerance(spec, cases["float"], expected, threads)
+        ratio = worst(np.abs(firsts["float"] - expected), bound)
+        found = f"largest error {ratio:.3g} of the bound (c = {error_factor(spec):.3g})"
+        checks.append(Check("float", ratio <= 1, found))
+        checks.append(_exact(kernel, cases["exact"], firsts["exact"]))
+        if "special" in cases:
+            checks.append(_special(spec, cases["special"], firsts["special"], threads))
+    checks.append(_refusal(kernel))
+    repro = (
+        f'convgen validate "{spec.descriptor}" --target {kernel.target} --threads {threads} '
+        f'--schedule {kernel.schedule} --picks "{kernel.picks}" --seed {seed}'
+    )
+    return Report(
+        spec.descriptor, f"{kernel.schedule}({kernel.picks})", threads, tuple(checks), error_factor(spec), ratio, repro
+    )
+
+
+def _same(outputs: dict[Run, F32], firsts: dict[str, F32]) -> Check:
+    for run, output in outputs.items():
+        if output.tobytes() != firsts[run.case].tobytes():
+            return Check("threads", False, f"expected the bits of the first run, found others: {run}")
+    return Check("threads", True, "the same bits for every thread count and placement")
+
+
+def _exact(kernel: Kernel, data: Arrays, output: F32) -> Check:
+    spec = kernel.spec
+    expected = reference(spec, data, kernel.threads)
+    if kernel.exact and spec.activation_op.exact:
+        wrong = np.argwhere(output != expected)
+        if not len(wrong):
+            return Check("exact", True, f"{output.size} elements bit for bit")
+        at = tuple(int(i) for i in wrong[0])
+        return Check(
+            "exact",
+            False,
+            f"{len(wrong)} of {output.size} elements differ; at {at} expected {expected[at]}, found {output[at]}",
+        )
+    why = f"activation {spec.activation}" if kernel.exact else "a transform"
+    ratio = worst(np.abs(output - expected), tolerance(spec, data, expected, kernel.threads))
+    return Check("exact", ratio <= 1, f"integers through {why}: largest error {ratio:.3g} of the bound")
+
+
+def _special(spec: ConvSpec, data: Arrays, output: F32, threads: int) -> Check:
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = reference(spec, data, threads)
+    for kind, where in (("NaN", np.isnan), ("infinity", np.isinf)):
+        differ = np.argwhere(where(expected) != where(output))
+        if len(differ):
+            at = tuple(int(i) for i in differ[0])
+            return Check("special", False, f"{kind}: at {at} expected {expected[at]}, found {output[at]}")
+    infinite = np.isinf(expected)
+    same = bool((expected[infinite] == output[infinite]).all())
+    found = f"{int(np.isnan(expected).sum())} NaN and {int(infinite.sum())} infinities where ONNX Runtime has them"
+    return Check("special", same, found if same else "an infinity of the other sign")
+
+
+def _refusal(kernel: Kernel) -> Check:
+    """The Python call refuses an array it could only take with a copy."""
+    spec = kernel.spec
+    data = float_data(spec)
+    parameters = [data.get(name) for name in ("weights", "bias", "slope")]
+    layer = kernel.bind(*parameters)
+    strided = np.empty((*spec.src_shape, 2), np.float32)[..., 0]
+    if strided.size < 2:
+        return Check("refusal", True, "nothing to refuse: an array of one element is contiguous")
+    try:
+        layer(strided, residual=data.get("residual"))
+    except KernelError as error:
+        return Check("refusal", True, str(error))
+    return Check("refusal", False, "expected a non-contiguous src to be refused, found it accepted")

@@ -1,0 +1,224 @@
+"""Direct convolution with output channels in the vector lanes and a tile of pixels in registers.
+
+Applies to  dense convolutions (groups 1, not transposed) of any rank, stride, dilation and layout.
+Strategy    1. Pack weights as [oc/t][kernel…][ic][t]: one load fills the lanes with t channels.
+            2. Copy the input with its padding, rounded up to whole tiles, so that the inner loop
+               has no conditions; skip the copy where there is nothing to pad or round.
+            3. Keep a tile of `tile_oh` × `tile_ow` pixels × `tile_oc` channels in registers;
+               broadcast src scalars. (The pixels of a 1×1 kernel at stride 1 arrive as one flat row.)
+            4. Reduce over the kernel, then ic innermost, and don't unroll it: unrolled, LLVM keeps
+               shifted broadcasts alive and spills.
+            5. Bias, residual and activation on the tile, then the (NCHW: transposed) store.
+            6. One parallel loop over batch × blocks of rows (× channel blocks, where the weights are
+               the larger operand).
+Why not     lanes over pixels: better with few output channels, a schedule of its own; im2col: it
+            writes every input k² times.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tvm import te, tirx
+
+from convgen.compute import DTYPES, Operands, epilogue
+from convgen.schedule import Picks, Program, Schedule, Space, require
+
+
+def ceildiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def round_up(a: int, b: int) -> int:
+    return ceildiv(a, b) * b
+
+
+class CpuDirect(Schedule):
+    id, version = "cpu_direct", 1
+
+    def applies(self, spec, target):
+        require(target.kind == "cpu", "needs a CPU")
+        require(not spec.transposed, "needs a convolution that is not transposed")
+        require(spec.groups == 1, "needs groups 1")
+
+    def space(self, spec, target):
+        lanes = target.vector_lanes(spec.dtype)
+        rows, width = _output(spec)
+        widths = {w for w in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16, 20, 24, 28) if w <= width}
+        return Space(
+            tile_oc=[lanes * v for v in (1, 2, 3, 4) if v == 1 or lanes * (v - 1) < spec.oc],
+            tile_oh=[h for h in (1, 2, 4) if h <= rows],
+            tile_ow=sorted(widths | {min(width, 28)}),
+            block_oh=[b for b in (1, 2, 4, 7, 8, 14, 28, 56) if b == 1 or b < 2 * rows],
+            order=["oc", "pixels"],
+            parallel_oc=[1, 2, 4, 8, 16],
+        )
+
+    def valid(self, spec, target, picks):
+        lanes = target.vector_lanes(spec.dtype)
+        vectors, pixels = picks.tile_oc // lanes, picks.tile_oh * picks.tile_ow
+        used = vectors * (pixels + 1) + (0 if target.vector_bits == 512 else 1)
+        require(used <= target.vector_registers, f"{used} vectors in a tile, {target.vector_registers} registers")
+        require(picks.block_oh % picks.tile_oh == 0, "block_oh is not whole tiles")
+        require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
+
+    def default(self, spec, target):
+        lanes = target.vector_lanes(spec.dtype)
+        rows, width = _output(spec)
+        vectors = 2 if spec.oc > lanes else 1
+        room = (target.vector_registers - (0 if target.vector_bits == 512 else 1)) // vectors - 1
+        space = self.space(spec, target).domains
+        tile_ow = min((w for w in space["tile_ow"] if w <= room), key=lambda w: (round_up(width, w) / w * (w + 2), -w))
+        tile_oh = max(h for h in space["tile_oh"] if h * tile_ow <= room and (h == 1 or rows % h == 0))
+        # Enough tasks for every core to stay busy to the end, each as large as possible.
+        tasks, parallel_oc = 4 * target.cores, 1
+        blocks = [b for b in space["block_oh"] if b % tile_oh == 0] or [tile_oh]
+        enough = [b for b in blocks if spec.n * ceildiv(rows, b) >= tasks]
+        channel_blocks = ceildiv(spec.oc, vectors * lanes)
+        if spec.macs and math.prod(spec.weights_shape) > spec.ic * math.prod(spec.in_spatial):
+            parallel_oc = max(p for p in space["parallel_oc"] if p <= min(tasks, channel_blocks))
+            enough = [b for b in blocks if b >= rows][:1] or blocks[-1:]
+        return Picks(
+            tile_oc=vectors * lanes,
+            tile_oh=tile_oh,
+            tile_ow=tile_ow,
+            block_oh=max(enough, default=tile_oh),
+            order="oc",
+            parallel_oc=parallel_oc,
+        )
+
+    def program(self, spec, target, picks):
+        ops, dtype, tile = Operands(spec), DTYPES[spec.dtype], picks.tile_oc
+        blocks = ceildiv(spec.oc, tile)
+        packed_shape = (blocks, *spec.kernel, spec.ic, tile)
+
+        def pack_weights(b, *rest):
+            *taps, c, t = rest
+            o = b * tile + t
+            value = ops.weights[(o, c, *taps)]
+            return value if spec.oc % tile == 0 else tirx.if_then_else(o < spec.oc, value, tirx.const(0, dtype))
+
+        packed = [te.compute(packed_shape, pack_weights, name="packed")]
+        inputs = [te.placeholder(packed_shape, dtype, "w")]
+        bias, slope = None, None
+        if spec.bias:
+            packed.append(te.compute((spec.oc,), lambda o: ops.bias[o], name="packed_bias"))
+            bias = te.placeholder((spec.oc,), dtype, "b")
+            inputs.append(bias)
+        if spec.has_slope:
+            packed.append(te.compute((spec.oc,), lambda o: ops.slope[o], name="packed_slope"))
+            slope = te.placeholder((spec.oc,), dtype, "a")
+            inputs.append(slope)
+
+        c = te.reduce_axis((0, spec.ic), "c")
+        taps = [te.reduce_axis((0, k), f"k{axis}") for axis, k in enumerate(spec.kernel)]
+        source, w = _padded(spec, ops, picks), inputs[0]
+        # Always with an axis of rows, so that every rank is scheduled alike: [n][oc/t][…][rows][width][t].
+        shape = (spec.n, blocks, *spec.out_spatial[:-2], *_rounded(spec, picks), tile)
+
+        def product(n, b, *rest):
+            *pixel, t = rest
+            where = [
+                p * s + k * d
+                for p, k, s, d in zip(pixel[-spec.rank :], taps, spec.stride, spec.dilation, strict=True)
+            ]
+            return te.sum(source(n, c, where) * w[(b, *taps, c, t)], [*taps, c])
+
+        acc = te.compute(shape, product, name="acc")
+
+        def value(n, o, pixel):
+            where = (0, *pixel) if spec.rank == 1 else pixel
+            return epilogue(
+                spec,
+                acc[(n, tirx.floordiv(o, tile), *where, tirx.floormod(o, tile))],
+                bias=bias[o] if spec.bias else None,
+                residual=ops.residual[ops.order(n, o, pixel)] if spec.residual else None,
+                slope=slope[o] if spec.has_slope else None,
+            )
+
+        return Program(pack=ops.pack(*packed), main=ops.main(inputs, ops.store(value)))
+
+    def apply(self, sch, spec, target, picks):
+        acc, dst = sch.get_sblock("acc"), sch.get_sblock("dst")
+        n, *spatial, oc = _channels_last(spec, sch.get_loops(dst))
+        if len(spatial) == 1:
+            spatial = sch.split(spatial[0], [1, None])
+        *outer, h, w = spatial
+
+        channel_block, channel = sch.split(oc, [None, picks.tile_oc])
+        channel_task, channel_block = sch.split(channel_block, [picks.parallel_oc, None])
+        row_block, row_tile, row = sch.split(h, [None, picks.block_oh // picks.tile_oh, picks.tile_oh])
+        pixel_tile, pixel = sch.split(w, [None, picks.tile_ow])
+        tiles = [channel_block, row_tile, pixel_tile]
+        if picks.order == "pixels":
+            tiles = [row_tile, pixel_tile, channel_block]
+        inner = [channel, row, pixel] if spec.layout == "nchw" else [row, pixel, channel]
+        sch.reorder(n, channel_task, *outer, row_block, *tiles, *inner)
+        task = sch.fuse(n, channel_task, *outer, row_block)
+        sch.parallel(task)
+        whole = spec.oc % picks.tile_oc == 0 if spec.layout == "nhwc" else _output(spec)[1] % picks.tile_ow == 0
+        if whole:
+            sch.vectorize(inner[-1])
+
+        sch.compute_at(acc, tiles[-1], preserve_unit_loops=True)
+        reductions = 1 + spec.rank
+        block_axes = len(sch.get(acc).iter_vars)
+        loops = sch.get_loops(acc)[-block_axes:]
+        axes, reduce = loops[:-reductions], loops[-reductions:]
+        *units, row, pixel, channel = axes
+        vector, lane = sch.split(channel, [None, target.vector_lanes(spec.dtype)])
+        sch.reorder(*reduce, *units, row, pixel, vector, lane)
+        sch.vectorize(lane)
+        for loop in (vector, pixel, row):
+            sch.unroll(loop)
+        sch.decompose_reduction(acc, reduce[0])
+
+        if _needs_copy(spec, picks):
+            copy = sch.get_sblock("padded")
+            if picks.parallel_oc == 1:
+                sch.compute_at(copy, task, preserve_unit_loops=True)
+            else:
+                first, second, *_ = sch.get_loops(copy)
+                sch.parallel(sch.fuse(first, second))
+
+
+def _output(spec):
+    """(rows, width) of the output as the tiles see it."""
+    return (spec.out_spatial[-2] if spec.rank > 1 else 1), spec.out_spatial[-1]
+
+
+def _rounded(spec, picks):
+    """(rows, width) rounded up to whole tiles."""
+    rows, width = _output(spec)
+    return round_up(rows, picks.tile_oh), round_up(width, picks.tile_ow)
+
+
+def _extent(spec, picks):
+    """Input size per axis that whole tiles of output pixels read."""
+    pixels = [*spec.out_spatial[:-2], *_rounded(spec, picks)][-spec.rank :]
+    return [(p - 1) * s + w for p, s, w in zip(pixels, spec.stride, spec.window, strict=True)]
+
+
+def _needs_copy(spec, picks):
+    padded = any(b or e for b, e in spec.padding)
+    return padded or any(e > size for e, size in zip(_extent(spec, picks), spec.in_spatial, strict=True))
+
+
+def _padded(spec, ops, picks):
+    """src as ``f(n, c, where)``: as it is, or through a copy with its padding and whole tiles."""
+    if not _needs_copy(spec, picks):
+        return lambda n, c, where: ops.src[ops.order(n, c, where)]
+
+    def value(*index):
+        n, c, where = ops.logical(index)
+        return ops.read_src(n, c, [p - b for p, (b, _) in zip(where, spec.padding, strict=True)], always=True)
+
+    extent = _extent(spec, picks)
+    copy = te.compute(ops.order(spec.n, spec.ic, extent), value, name="padded")
+    return lambda n, c, where: copy[ops.order(n, c, where)]
+
+
+def _channels_last(spec, loops):
+    """Loops of dst as n, spatial, oc."""
+    return loops if spec.layout == "nhwc" else [loops[0], *loops[2:], loops[1]]
+
