@@ -49,6 +49,8 @@ _SLOPES = {"silu": 1.1, "hardswish": 1.5, "gelu": 1.13, "gelu_tanh": 1.13}
 #: Activations whose value on integers is an integer or exact product: bit-exact checks hold.
 EXACT = frozenset({"none", "relu", "clip", "leaky_relu", "prelu"})
 
+F32_MAX = (2 - 2**-23) * 2.0**127
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?|[-+]?inf")
 _PATTERN = re.compile(r"([a-z_0-9]+)(?:\((.*)\))?\Z")
 
 
@@ -82,11 +84,12 @@ class Activation:
         if len(given) > len(defaults):
             raise SpecError("activation", f"at most {len(defaults)} parameters for {name}", repr(text))
         try:
-            params = tuple(float(part) for part in given) + defaults[len(given) :]
-        except ValueError:
+            params = tuple(float(_NUMBER.fullmatch(part.strip())[0]) for part in given)  # type: ignore[index]
+        except TypeError:
             raise SpecError("activation", f"numbers as parameters of {name}", repr(text)) from None
-        if any(math.isnan(p) for p in params):
-            raise SpecError("activation", f"numbers as parameters of {name}", repr(text))
+        params += defaults[len(given) :]
+        if any(abs(p) > F32_MAX and not (name == "clip" and math.isinf(p)) for p in params):
+            raise SpecError("activation", f"float32 numbers as parameters of {name}", repr(text))
         if name == "clip" and params[0] > params[1]:
             raise SpecError("activation", "clip(lo,hi) with lo <= hi", repr(text))
         return cls(name, params)

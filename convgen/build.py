@@ -48,6 +48,7 @@ class Kernel(Library):
 
     Attributes:
         spec, target, threads: what it was built for.
+        path: its shared library.
         schedule, picks: how.
         record: the tuning record it came from; None where it is the schedule's default.
         note: what a user should know, such as that no fast schedule applied; empty otherwise.
@@ -64,7 +65,7 @@ class Kernel(Library):
         directory: Any,
     ) -> None:
         super().__init__(library, interface.spec, interface.name, threads)
-        self.lowered, self.interface, self.object_file = lowered, interface, object_file
+        self.path, self.lowered, self.interface, self.object_file = library, lowered, interface, object_file
         self.target, self.record = lowered.target, record
         self.schedule: str = lowered.candidate.schedule.id
         self.picks = lowered.candidate.picks
@@ -219,7 +220,7 @@ def compile_lowered(lowered: Lowered, directory: Path, name: str | None = None) 
         workspace_task=workspace.task,
         isa=lowered.target.isa,
     )
-    return interface, object_file, link(interface, object_file, directory)
+    return interface, object_file, link(interface, object_file, directory / f"lib{interface.name}.so")
 
 
 def check_threads(threads: int | None, target: Target) -> int:

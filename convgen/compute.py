@@ -22,6 +22,23 @@ Expr = Any  # a TVM expression; TVM's own Python classes for them are untyped
 Index = Sequence[Expr]
 
 
+def ceildiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def round_up(a: int, b: int) -> int:
+    """``a`` rounded up to a multiple of ``b``."""
+    return ceildiv(a, b) * b
+
+
+def flat(index: Index, shape: Sequence[int]) -> Expr:
+    """The row-major position of ``index`` in ``shape``."""
+    position: Expr = 0
+    for i, size in zip(index, shape, strict=True):
+        position = position * size + i
+    return position
+
+
 class Operands:
     """Placeholders of a spec's tensors, those it has; the others are None."""
 
@@ -55,6 +72,11 @@ class Operands:
     def main(self, packed: Sequence[te.Tensor], dst: te.Tensor) -> list[te.Tensor]:
         """Arguments of the main function."""
         return [t for t in (self.src, self.residual) if t is not None] + [*packed, dst]
+
+    def per_channel(self, vectors: Sequence[te.Tensor], channel: Expr) -> dict[str, Expr]:
+        """Bias and slope of a channel, as :func:`epilogue` takes them, from the packed ``[bias] [slope]``."""
+        names = [t.op.name for t in self.parameters[1:]]
+        return {name: vector[channel] for name, vector in zip(names, vectors, strict=True)}
 
     def read_src(self, n: Expr, channel: Expr, spatial: Index, *, always: bool = False) -> Expr:
         """src there, 0 outside it; checked only where the spec has padding, or ``always``."""
@@ -121,6 +143,36 @@ def epilogue(
         if term is not None:
             value = value + term
     return activate(spec.activation_op, value, slope)
+
+
+def pack_channels(ops: Operands, tile: int) -> tuple[list[te.Tensor], list[te.Tensor]]:
+    """Weights of a dense convolution as ``[oc/tile][taps][ic][tile]``, and bias and slope as they are.
+
+    Returns the packed tensors and, for the main function, their placeholders. The taps are one axis,
+    row-major; channels past ``oc`` are zero.
+    """
+    spec, weights = ops.spec, ops.weights
+    taps = math.prod(spec.kernel)
+    shape = (ceildiv(spec.oc, tile), taps, spec.ic, tile)
+
+    def packed_weights(b: Expr, tap: Expr, c: Expr, t: Expr) -> Expr:
+        where: list[Expr] = []
+        for size in reversed(spec.kernel):
+            where.insert(0, tirx.floormod(tap, size))
+            tap = tirx.floordiv(tap, size)
+        value = weights[(b * tile + t, c, *where)]
+        if spec.oc % tile == 0:
+            return value
+        return tirx.if_then_else(b * tile + t < spec.oc, value, tirx.const(0, weights.dtype))
+
+    packed = [te.compute(shape, packed_weights, name="weights_packed")]
+    packed += [copied(t, f"{t.op.name}_packed") for t in ops.parameters[1:]]
+    return packed, [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
+
+
+def copied(tensor: te.Tensor, name: str) -> te.Tensor:
+    """The packed form that changes nothing."""
+    return te.compute(tensor.shape, lambda *i: tensor[i], name=name)
 
 
 def convolution(spec: ConvSpec, ops: Operands, weights: te.Tensor) -> te.Tensor:

@@ -57,7 +57,9 @@ def sample(call: Callable[[], Any], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def time_calls(call: Callable[[], Any], *, seconds: float = 0.1, at_least: int = 5, hopeless: float = 0.0) -> list[float]:
+def time_calls(
+    call: Callable[[], Any], *, seconds: float = 0.1, at_least: int = 5, hopeless: float = 0.0
+) -> list[float]:
     """Samples of seconds per call, for about ``seconds`` in all.
 
     Only the first is taken where it exceeds ``hopeless`` (0: no limit).
@@ -71,7 +73,9 @@ def time_calls(call: Callable[[], Any], *, seconds: float = 0.1, at_least: int =
     return samples
 
 
-def alternate(calls: Sequence[Callable[[], Any]], *, rounds: int, seconds: float = 5e-3, rest: float = 0.0) -> list[list[float]]:
+def alternate(
+    calls: Sequence[Callable[[], Any]], *, rounds: int, seconds: float = 5e-3, rest: float = 0.0
+) -> list[list[float]]:
     """Samples of several calls taken in turn, so that a drifting machine hits all of them alike.
 
     Args:
@@ -142,7 +146,9 @@ def build_artifact(module_json: str, root: str) -> str:
     directory = Path(tempfile.mkdtemp(dir=root))
     interface, _, library = compile_lowered(lowered, directory, "candidate")
     exact = not candidate.schedule.transforms and spec.activation_op.exact
-    (directory / "candidate.json").write_text(json.dumps({"spec": meta["spec"], "name": interface.name, "exact": exact}))
+    (directory / "candidate.json").write_text(
+        json.dumps({"spec": meta["spec"], "name": interface.name, "exact": exact})
+    )
     return str(library)
 
 

@@ -341,7 +341,9 @@ def _bodies(node: NodeProto) -> list[GraphProto]:
 
 
 def _names_used(node: NodeProto) -> list[str]:
-    """The values a node reads, its bodies included."""
+    """The values a node reads, its bodies included; not those of which it asks only shape or type."""
+    if node.op_type in ("Shape", "Size", "CastLike"):
+        return list(node.input[:1]) if node.op_type == "CastLike" else []
     inner = [name for body in _bodies(node) for inside in body.node for name in _names_used(inside)]
     returned = [value.name for body in _bodies(node) for value in body.output]
     return [*node.input, *inner, *returned]
@@ -395,7 +397,9 @@ class _Reader:
     def _convolution(self, node: NodeProto, where: str) -> dict[str, Any]:
         attributes = _attributes(node)
         if len(node.input) < 2 or not node.output:
-            raise SpecError("node", "src, weights and an output", f"{len(node.input)} inputs, {len(node.output)} outputs")
+            raise SpecError(
+                "node", "src, weights and an output", f"{len(node.input)} inputs, {len(node.output)} outputs"
+            )
         weights = self._shape("weights", node.input[1], where)
         rank = len(weights) - 2
         if not 1 <= rank <= 3:
@@ -413,6 +417,9 @@ class _Reader:
         kernel = tuple(attributes.get("kernel_shape", weights[2:]))
         if kernel != weights[2:]:
             raise SpecError("kernel_shape", f"the weights' {list(weights[2:])}", list(kernel))
+        for name in ("strides", "dilations", "output_padding"):
+            if len(attributes.get(name, kernel)) != rank:
+                raise SpecError(name, f"{rank} values", attributes[name])
         fields: dict[str, Any] = {
             "n": src[0],
             "ic": channels[0],
@@ -429,7 +436,8 @@ class _Reader:
         if transposed:
             fields["output_padding"] = tuple(attributes.get("output_padding", [0] * rank))
             if wanted := attributes.get("output_shape"):
-                # Early exporters wrote batch and channels into output_shape as well.
+                if len(wanted) not in (rank, rank + 2):  # ONNX Runtime takes batch and channels in front, too
+                    raise SpecError("output_shape", f"{rank} values", wanted)
                 fields["output_spatial"] = tuple(wanted[-rank:])
             elif str(fields["padding"]).startswith("same"):
                 window = [(k - 1) * d + 1 for k, d in zip(kernel, fields["dilation"], strict=False)]
@@ -453,15 +461,15 @@ class _Reader:
         sizes = tuple(d for d in shape if isinstance(d, int)) if shape is not None else ()
         if shape is not None and len(sizes) == len(shape) and dtype == TensorProto.FLOAT:
             return sizes
-        symbols = [d for d in shape or () if d in self.unknown] or self.unknown
-        if symbols:
-            given = ", ".join(f"{symbol!r}" for symbol in symbols)
-            raise SpecError("dims", f"a size for {given}", f"none ({what} is {_text(shape)})")
+        if self.unknown:
+            raise SpecError(
+                "dims", f"a size for {', '.join(map(repr, self.unknown))}", f"none ({what} is {_text(shape)})"
+            )
         raise SpecError(what, "a shape that shape inference finds", _text(shape) + self._lost(name))
 
     def _lost(self, name: str) -> str:
         """Where a shape got lost: the first node on the way back whose inputs all have one."""
-        producers = {output: node for node in self.graph.graph.node for output in node.output}
+        producers = {output: node for node in self.graph.graph.node for output in node.output if output}
         culprit = None
         while node := producers.pop(name, None):
             culprit = node

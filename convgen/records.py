@@ -161,11 +161,11 @@ class TuningRecord:
         _count("schedule_version", self.schedule_version, 0)
         put("picks", _mapping("picks", self.picks, (int, str, bool), "an integer, text, true or false"))
         put("versions", _mapping("versions", self.versions, (str,), "text"))
-        _expect(self.outcome in OUTCOMES, "outcome", f"one of {', '.join(OUTCOMES)}", self.outcome)
+        _expect(self.outcome in OUTCOMES, "outcome", f"one of {OUTCOMES}", self.outcome)
         if self.outcome == "ok":
             put("seconds", _positive("seconds", self.seconds))
         else:
-            _expect(self.seconds is None, "seconds", f"none where the outcome is {self.outcome}", self.seconds)
+            _expect(self.seconds is None, "seconds", "none where the outcome is not ok", self.seconds)
         _expect(isinstance(self.samples, (list, tuple)), "samples", "a list of seconds", self.samples)
         put("samples", tuple(_positive(f"samples[{i}]", v) for i, v in enumerate(self.samples)))
         _expect(isinstance(self.error, str), "error", "text", self.error)
@@ -207,13 +207,13 @@ class TuningRecord:
         schema = values.get("schema")
         if type(schema) is not int or schema != RECORD_SCHEMA:
             raise RecordError(f"schema: expected {RECORD_SCHEMA}, found {reprlib.repr(schema)}")
-        for name in values:
-            _expect(name == "schema" or name in _FIELDS, name, f"one of {', '.join(_FIELDS)}", "an unknown field")
-        for name in _FIELDS:
-            _expect(name in values, name, "a value", "none")
+        for name in sorted(values.keys() ^ {"schema", *_FIELDS}):
+            if name in values:
+                raise RecordError(f"{name}: expected one of {', '.join(_FIELDS)}, found an unknown field")
+            raise RecordError(f"{name}: expected a value, found none")
         record = cls(**{name: values[name] for name in _FIELDS if name not in ("id", "trial_key")})
         for name in ("trial_key", "id"):
-            _expect(values[name] == getattr(record, name), name, f"the content's {getattr(record, name)}", values[name])
+            _expect(values[name] == getattr(record, name), name, "the hash of the content", values[name])
         return record
 
     @classmethod
@@ -261,46 +261,48 @@ def _load(text: str | bytes) -> Any:
 
 _FIELDS = tuple(f.name for f in fields(TuningRecord))
 _MEASURED = ("outcome", "seconds", "samples", "error", "when", "note")
-_JSON_COLUMNS = ("picks", "samples", "versions", "note")
-_COLUMNS = ", ".join(f'"{name}"' for name in _FIELDS)  # quoted: `when` is an SQL word
-_INSERT = f"INSERT INTO records ({_COLUMNS}) VALUES ({', '.join('?' * len(_FIELDS))}) ON CONFLICT (id) DO NOTHING"
 
-# Rows are added, never changed or deleted.
+# Rows are added, never changed or deleted. What no query asks for is one column of JSON, `detail`,
+# because parsing it is most of the time that listing takes.
+_DETAIL = {"picks", "samples", "versions", "note"}
+_PLAIN = tuple(name for name in _FIELDS if name not in _DETAIL)
+_COLUMNS = ", ".join(f'"{name}"' for name in ("detail", *_PLAIN))  # quoted: `when` is an SQL word
+_ID = len(_PLAIN)  # the last column
+_INSERT = f"INSERT INTO records ({_COLUMNS}) VALUES (?{', ?' * _ID}) ON CONFLICT (id) DO NOTHING"
 _TABLE = """
 CREATE TABLE IF NOT EXISTS records (
-    spec TEXT NOT NULL, target TEXT NOT NULL, hardware TEXT NOT NULL, threads INTEGER NOT NULL,
-    schedule TEXT NOT NULL, schedule_version INTEGER NOT NULL, picks TEXT NOT NULL,
-    outcome TEXT NOT NULL, seconds REAL, samples TEXT NOT NULL, error TEXT NOT NULL,
-    versions TEXT NOT NULL, "when" TEXT NOT NULL, note TEXT,
+    detail TEXT NOT NULL, spec TEXT NOT NULL, target TEXT NOT NULL, hardware TEXT NOT NULL,
+    threads INTEGER NOT NULL, schedule TEXT NOT NULL, schedule_version INTEGER NOT NULL,
+    outcome TEXT NOT NULL, seconds REAL, error TEXT NOT NULL, "when" TEXT NOT NULL,
     trial_key TEXT NOT NULL, id TEXT NOT NULL PRIMARY KEY
 );
 CREATE INDEX IF NOT EXISTS by_trial ON records (trial_key);
 CREATE INDEX IF NOT EXISTS by_speed ON records (spec, target, hardware, threads, outcome, seconds);
 """
 
-
 Row = Sequence[Any]
 
 
 def _encode(record: TuningRecord) -> Row:
     """A record as a row of the table."""
-    values = ((name, getattr(record, name)) for name in _FIELDS)
-    return [_dump(value) if name in _JSON_COLUMNS and value is not None else value for name, value in values]
+    detail = {name: getattr(record, name) for name in _DETAIL}
+    return [_dump(detail), *(getattr(record, name) for name in _PLAIN)]
 
 
 def _decode(row: Row) -> dict[str, Any]:
     """A row as the values of a record's fields.
 
     Raises:
-        RecordError: a column that holds JSON does not.
+        RecordError: the column that holds JSON does not.
     """
-    values = dict(zip(_FIELDS, row, strict=True))
-    for name in _JSON_COLUMNS:
-        try:
-            values[name] = None if values[name] is None else json.loads(values[name])
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RecordError(f"{name}: not JSON: {error}") from None
-    return values
+    try:
+        detail = json.loads(row[0])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecordError(f"detail: not JSON: {error}") from None
+    if not isinstance(detail, dict) or detail.keys() != _DETAIL or not isinstance(detail["samples"], list):
+        raise RecordError(f"detail: expected a JSON object of {', '.join(sorted(_DETAIL))}, found {reprlib.repr(detail)}")
+    detail.update(zip(_PLAIN, row[1:], strict=True))
+    return detail
 
 
 def _checked(row: Row) -> TuningRecord:
@@ -377,7 +379,7 @@ class RecordStore:
         """
         with RecordStore(other, readonly=True) as source:
             known = {row[0] for row in self._run(lambda db: db.execute("SELECT id FROM records").fetchall())}
-            missing = [source._verified(row) for row in source._rows() if row[-1] not in known]
+            missing = [source._verified(row) for row in source._rows() if row[_ID] not in known]
         return self._insert(missing)
 
     def import_(self, path: Path | str) -> int:
@@ -501,7 +503,7 @@ class RecordStore:
         try:
             values = _decode(row)
         except RecordError as error:
-            raise RecordError(f"{self.path}: record {row[-1]}: {error}") from None
+            raise RecordError(f"{self.path}: record {row[_ID]}: {error}") from None
         record = object.__new__(TuningRecord)
         record.__dict__.update(values, samples=tuple(values["samples"]))
         return record
@@ -511,7 +513,7 @@ class RecordStore:
         try:
             return _checked(row)
         except RecordError as error:
-            raise RecordError(f"{self.path}: record {row[-1]}: {error}") from None
+            raise RecordError(f"{self.path}: record {row[_ID]}: {error}") from None
 
     # -- upkeep ----------------------------------------------------------------------------------
 
@@ -559,7 +561,7 @@ class RecordStore:
             for rowid, values in salvage.cells(damaged):
                 if len(values) == 1 and isinstance(values[0], str) and re.fullmatch("[0-9a-f]{64}", values[0]):
                     rowids.add(rowid)  # of the indexes of id and trial_key
-                elif len(values) == len(_FIELDS):
+                elif len(values) == 1 + len(_PLAIN):
                     rowids.add(rowid)
                     with contextlib.suppress(RecordError):  # counted as lost
                         saved[rowid] = _checked(values)

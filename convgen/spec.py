@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
@@ -44,14 +45,17 @@ Spatial = tuple[int, ...]
 
 
 def _integer(name: str, value: object, minimum: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:  # also an array of several elements, which has an __index__
+        raise SpecError(name, f"an integer >= {minimum}", repr(value)) from None
+    if isinstance(value, bool):
         raise SpecError(name, f"an integer >= {minimum}", repr(value))
-    number = value.__index__()
     if number < minimum:
         raise SpecError(name, f"an integer >= {minimum}", number)
     if number > INT32_MAX:
         raise SpecError(name, f"at most {INT32_MAX} (int32 indexing)", number)
-    return int(number)
+    return number
 
 
 def _flag(name: str, value: object) -> bool:
@@ -168,8 +172,9 @@ class ConvSpec:
             put(name, _flag(name, getattr(self, name)))
         put("activation", str(Activation.parse(self.activation)))
         for name, known in (("accuracy", ACCURACIES), ("dtype", DTYPES)):
-            if getattr(self, name) not in known:
-                raise SpecError(name, f"one of {', '.join(known)}", repr(getattr(self, name)))
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise SpecError(name, f"one of {', '.join(known)}", repr(value))
         layout, layout_rank = LAYOUTS.get(str(self.layout).lower(), ("", 0))
         if not layout or layout_rank not in (0, rank):
             raise SpecError("layout", f"a {rank}-D layout among {', '.join(LAYOUTS)}", repr(self.layout))
@@ -226,7 +231,9 @@ class ConvSpec:
             if self.transposed:
                 raise SpecError(f"padding[{axis}]", "less than the transposed output", self.padding[axis])
             padded = self.in_spatial[axis] + sum(self.padding[axis])
-            raise SpecError(f"kernel[{axis}]", f"a dilated kernel within the padded input ({padded})", self.window[axis])
+            raise SpecError(
+                f"kernel[{axis}]", f"a dilated kernel within the padded input ({padded})", self.window[axis]
+            )
         for name, shape in (
             ("src", (self.n, self.ic, *self.padded_spatial)),
             ("weights", self.weights_shape),
@@ -472,8 +479,9 @@ def _join(letter: str, values: Spatial) -> str:
     return letter + "x".join(map(str, values))
 
 
-_NUMBER = re.compile(r"(n|ic|oc|g|op|i|k|s|d)(\d+(?:x\d+)*)\Z")
-_PADS = re.compile(r"p(\d+(?:_\d+)?(?:x\d+(?:_\d+)?)*)\Z")
+# ASCII digits, and so few that int() takes them.
+_NUMBER = re.compile(r"(n|ic|oc|g|op|i|k|s|d)([0-9]{1,18}(?:x[0-9]{1,18})*)\Z")
+_PADS = re.compile(r"p([0-9]{1,18}(?:_[0-9]{1,18})?(?:x[0-9]{1,18}(?:_[0-9]{1,18})?)*)\Z")
 _SCALARS = {"n": "n", "ic": "ic", "oc": "oc", "g": "groups"}
 _SPATIALS = {"i": "in_spatial", "k": "kernel", "s": "stride", "d": "dilation", "op": "output_padding"}
 
@@ -515,4 +523,6 @@ def _token(token: str, rank: int) -> tuple[str, Any]:
     except SpecError as error:
         if "(" in token:
             raise
-        raise SpecError(token, "a descriptor token (see `convgen show --help`)", "an unknown or malformed one") from error
+        raise SpecError(
+            token, "a descriptor token (see `convgen show --help`)", "an unknown or malformed one"
+        ) from error

@@ -56,6 +56,12 @@ class Target:
         return TvmTarget(json.loads(self.tvm_config))
 
     @property
+    def peak_flops(self) -> float:
+        """A nominal f32 peak in FLOP/s, all cores: one FMA per vector and cycle at 3.5 GHz. It only
+        scales predicted times; :func:`convgen.machine.measured_peak` is the real one."""
+        return self.cores * 2 * self.vector_lanes("f32") * 3.5e9
+
+    @property
     def key(self) -> str:
         """A short hash of everything code generation depends on."""
         return hashlib.sha256(f"{self.tvm_config}|{self.vector_bits}|{self.vector_registers}".encode()).hexdigest()[:16]

@@ -136,7 +136,9 @@ class Race:
         return next((Candidate(schedule, p) for p in space if self._fresh(schedule, p)), None)
 
     def _fresh(self, schedule: Schedule, picks: Picks) -> bool:
-        return Candidate(schedule, picks) not in self.seen and not schedule.reason_against(self.spec, self.target, picks)
+        return Candidate(schedule, picks) not in self.seen and not schedule.reason_against(
+            self.spec, self.target, picks
+        )
 
 
 def race_strategy(race: Race, spec: ConvSpec, target: Target) -> Any:

@@ -21,16 +21,8 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import DTYPES, Operands, epilogue
+from convgen.compute import Operands, ceildiv, epilogue, flat, pack_channels, round_up
 from convgen.schedule import Picks, Program, Schedule, Space, require
-
-
-def ceildiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def round_up(a: int, b: int) -> int:
-    return ceildiv(a, b) * b
 
 
 class CpuDirect(Schedule):
@@ -87,34 +79,25 @@ class CpuDirect(Schedule):
             parallel_oc=parallel_oc,
         )
 
+    def cost(self, spec, target):
+        lanes = target.vector_lanes(spec.dtype)
+        rows, width = _output(spec)
+        picks = self.default(spec, target)
+        reduction = spec.reduction_length
+        tail = spec.oc / round_up(spec.oc, picks.tile_oc) * width / round_up(width, picks.tile_ow)
+        tile = picks.tile_oh * picks.tile_ow * picks.tile_oc // lanes
+        # A tile must cover the latency of its FMAs, and the reduction its prologue and store.
+        efficiency = 0.95 * tail * min(1.0, tile / 10) * reduction / (reduction + (20 if spec.layout == "nchw" else 8))
+        return spec.flops / (target.peak_flops * efficiency)
+
     def program(self, spec, target, picks):
-        ops, dtype, tile = Operands(spec), DTYPES[spec.dtype], picks.tile_oc
-        blocks = ceildiv(spec.oc, tile)
-        packed_shape = (blocks, *spec.kernel, spec.ic, tile)
-
-        def pack_weights(b, *rest):
-            *taps, c, t = rest
-            o = b * tile + t
-            value = ops.weights[(o, c, *taps)]
-            return value if spec.oc % tile == 0 else tirx.if_then_else(o < spec.oc, value, tirx.const(0, dtype))
-
-        packed = [te.compute(packed_shape, pack_weights, name="packed")]
-        inputs = [te.placeholder(packed_shape, dtype, "w")]
-        bias, slope = None, None
-        if spec.bias:
-            packed.append(te.compute((spec.oc,), lambda o: ops.bias[o], name="packed_bias"))
-            bias = te.placeholder((spec.oc,), dtype, "b")
-            inputs.append(bias)
-        if spec.has_slope:
-            packed.append(te.compute((spec.oc,), lambda o: ops.slope[o], name="packed_slope"))
-            slope = te.placeholder((spec.oc,), dtype, "a")
-            inputs.append(slope)
-
+        ops, tile = Operands(spec), picks.tile_oc
+        packed, (w, *vectors) = pack_channels(ops, tile)
+        source = _padded(spec, ops, picks)
         c = te.reduce_axis((0, spec.ic), "c")
         taps = [te.reduce_axis((0, k), f"k{axis}") for axis, k in enumerate(spec.kernel)]
-        source, w = _padded(spec, ops, picks), inputs[0]
         # Always with an axis of rows, so that every rank is scheduled alike: [n][oc/t][…][rows][width][t].
-        shape = (spec.n, blocks, *spec.out_spatial[:-2], *_rounded(spec, picks), tile)
+        shape = (spec.n, ceildiv(spec.oc, tile), *spec.out_spatial[:-2], *_rounded(spec, picks), tile)
 
         def product(n, b, *rest):
             *pixel, t = rest
@@ -122,7 +105,7 @@ class CpuDirect(Schedule):
                 p * s + k * d
                 for p, k, s, d in zip(pixel[-spec.rank :], taps, spec.stride, spec.dilation, strict=True)
             ]
-            return te.sum(source(n, c, where) * w[(b, *taps, c, t)], [*taps, c])
+            return te.sum(source(n, c, where) * w[b, flat(taps, spec.kernel), c, t], [*taps, c])
 
         acc = te.compute(shape, product, name="acc")
 
@@ -131,12 +114,11 @@ class CpuDirect(Schedule):
             return epilogue(
                 spec,
                 acc[(n, tirx.floordiv(o, tile), *where, tirx.floormod(o, tile))],
-                bias=bias[o] if spec.bias else None,
                 residual=ops.residual[ops.order(n, o, pixel)] if spec.residual else None,
-                slope=slope[o] if spec.has_slope else None,
+                **ops.per_channel(vectors, o),
             )
 
-        return Program(pack=ops.pack(*packed), main=ops.main(inputs, ops.store(value)))
+        return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
 
     def apply(self, sch, spec, target, picks):
         acc, dst = sch.get_sblock("acc"), sch.get_sblock("dst")

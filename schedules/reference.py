@@ -11,13 +11,8 @@ from __future__ import annotations
 
 from tvm import te
 
-from convgen.compute import Operands, convolution, epilogue
+from convgen.compute import Operands, convolution, copied, epilogue
 from convgen.schedule import Picks, Program, Schedule, Space, require
-
-
-def copied(tensor: te.Tensor, name: str) -> te.Tensor:
-    """The packed form that changes nothing."""
-    return te.compute(tensor.shape, lambda *i: tensor[i], name=name)
 
 
 class Reference(Schedule):
@@ -32,22 +27,20 @@ class Reference(Schedule):
     def default(self, spec, target):
         return Picks()
 
+    def cost(self, spec, target):
+        return spec.flops / 1e9  # about what a scalar loop does in a second
+
     def program(self, spec, target, picks):
         ops = Operands(spec)
-        copies = [copied(t, f"{t.name}_packed") for t in ops.parameters]
-        inputs = {t.name: te.placeholder(t.shape, t.dtype, f"{t.name}_in") for t in ops.parameters}
-        acc = convolution(spec, ops, inputs["weights"])
+        packed = [copied(t, f"{t.op.name}_packed") for t in ops.parameters]
+        weights, *vectors = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
+        acc = convolution(spec, ops, weights)
 
         def value(n, o, pixel):
-            return epilogue(
-                spec,
-                acc[(n, o, *pixel)],
-                bias=inputs["bias"][o] if spec.bias else None,
-                residual=ops.residual[ops.order(n, o, pixel)] if spec.residual else None,
-                slope=inputs["slope"][o] if spec.has_slope else None,
-            )
+            residual = ops.residual[ops.order(n, o, pixel)] if spec.residual else None
+            return epilogue(spec, acc[(n, o, *pixel)], residual=residual, **ops.per_channel(vectors, o))
 
-        return Program(pack=ops.pack(*copies), main=ops.main(list(inputs.values()), ops.store(value)))
+        return Program(pack=ops.pack(*packed), main=ops.main([weights, *vectors], ops.store(value)))
 
     def apply(self, sch, spec, target, picks):
         dst, acc = sch.get_sblock("dst"), sch.get_sblock("acc")

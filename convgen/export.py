@@ -1,0 +1,342 @@
+"""Writes a kernel as a library: shared, static, C header, manifest, and an example that checks it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from .activation import Activation
+from .errors import ExportError
+from .interface import ABI, ALIGNMENT, HEADER_BYTES, Interface, round_up
+from .library import MANIFEST
+from .link import link, source
+from .spec import ConvSpec
+
+#: Multiply-accumulates the example spends on plain loops: about a second without optimisation.
+EXAMPLE_MACS = 30_000_000
+
+#: What a lead may tell of a kernel beyond its interface; :func:`write_library` explains each.
+FACTS = ("target", "threads", "schedule", "picks", "seconds", "bound", "versions")
+
+
+def write_library(
+    directory: str | os.PathLike[str], interface: Interface, object_file: Path, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write ``lib<name>.so``, ``lib<name>.a``, ``<name>.h``, ``example.c`` and ``manifest.json``.
+
+    All of it or nothing: the files are made beside ``directory`` and moved there when they are done.
+    An earlier export of the same name is replaced.
+
+    Args:
+        directory: created where it does not exist; it holds one library.
+        interface: the kernel.
+        object_file: its compiled code.
+        facts: ``threads`` (those it was tuned for, what :func:`convgen.load` runs it on), and where
+            known ``target`` (its spelling), ``schedule`` (id and version), ``picks``, ``seconds``
+            (measured), ``versions`` (of the software that made it) and ``bound``: the largest error
+            in units of 2^-24 * (conv(|src|, |weights|) + |bias| + |residual|), before the activation.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ExportError: the directory holds something else, or cannot be written.
+        BuildError: linking failed.
+    """
+    if "threads" not in facts or not set(facts) <= set(FACTS):
+        raise ExportError(f"facts: expected threads and some of {', '.join(FACTS)}, found {', '.join(facts)}")
+    target = Path(os.path.abspath(directory))
+    try:
+        _check_destination(target, interface)
+        # A sibling, so that moving is renaming; made by mkdir, for the usual permissions.
+        existing = next(parent for parent in target.parents if parent.exists())
+        folder = existing / f".{target.name}-{secrets.token_hex(8)}"
+        folder.mkdir()
+        try:
+            manifest = _write_files(folder, interface, object_file, facts)
+            _move(folder, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise ExportError(f"{target}: cannot write the library {interface.name}: {error}") from error
+    return manifest
+
+
+def _file_names(name: str) -> tuple[str, ...]:
+    """The files of a library; the manifest is the last to arrive."""
+    return f"lib{name}.so", f"lib{name}.a", f"{name}.h", "example.c", MANIFEST
+
+
+def _check_destination(target: Path, interface: Interface) -> None:
+    if target.exists() and not target.is_dir():
+        raise ExportError(f"{target}: expected a directory, found a file")
+    for name in _file_names(interface.name):
+        if (target / name).exists() and not (target / name).is_file():
+            raise ExportError(f"{target / name}: expected a file or nothing, found a directory")
+    path = target / MANIFEST
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["name"]
+        except (ValueError, KeyError, TypeError):
+            found = "something else"
+        if found != interface.name:
+            raise ExportError(f"{target}: expected an earlier export of {interface.name} or none, found {found}")
+
+
+def _write_files(folder: Path, interface: Interface, object_file: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    shared, archive, header, example, _ = (folder / name for name in _file_names(interface.name))
+    link(interface, object_file, shared)
+    link(interface, object_file, archive, archive=True)
+    header.write_text(header_text(interface), encoding="utf-8")
+    example.write_text(example_text(interface, facts.get("bound")), encoding="utf-8")
+    manifest = _manifest(interface, facts)
+    manifest["files"] = {
+        path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
+        for path in (shared, archive, header, example)
+    }
+    try:
+        text = json.dumps(manifest, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"facts: expected JSON values, found {error}") from error
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return manifest
+
+
+def _move(folder: Path, target: Path) -> None:
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(folder, target)
+        return
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
+        os.replace(path, target / path.name)
+
+
+# ---- manifest ----------------------------------------------------------------------------------
+
+
+def _axes(spec: ConvSpec) -> dict[str, list[str]]:
+    """The names of every tensor's axes, outermost first."""
+    letters = "dhw"[3 - spec.rank :]
+
+    def activations(channels: str, prefix: str) -> list[str]:
+        spatial = [prefix + letter for letter in letters]
+        return ["n", channels, *spatial] if spec.layout == "nchw" else ["n", *spatial, channels]
+
+    channels = ["ic", "oc/groups"] if spec.transposed else ["oc", "ic/groups"]
+    return {
+        "src": activations("ic", "i"),
+        "weights": [*channels, *(f"k{letter}" for letter in letters)],
+        "bias": ["oc"],
+        "slope": ["oc"],
+        "residual": activations("oc", "o"),
+        "dst": activations("oc", "o"),
+    }
+
+
+def _manifest(interface: Interface, facts: Mapping[str, Any]) -> dict[str, Any]:
+    spec, axes = interface.spec, _axes(interface.spec)
+    threads = facts["threads"]
+    return {
+        "abi": ABI,
+        "name": interface.name,
+        "spec": {"descriptor": spec.descriptor, "key": spec.key, "fields": spec.to_dict()},
+        "arguments": [
+            {
+                "name": name,
+                "function": "pack" if name in ("weights", "bias", "slope") else "run",
+                "shape": list(tensor.shape),
+                "axes": axes[name],
+                "layout": "dense, row-major",
+                "dtype": tensor.dtype,
+                "bytes": tensor.bytes,
+                "alignment": 4,
+            }
+            for name, tensor in interface.arguments.items()
+        ],
+        "packed": {
+            "bytes": interface.packed_size,
+            "alignment": ALIGNMENT,
+            "header_bytes": HEADER_BYTES,
+            "tensors": [
+                {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "bytes": t.bytes, "offset": offset}
+                for t, offset in zip(interface.packed, interface.packed_offsets, strict=True)
+            ],
+        },
+        "workspace": {
+            "formula": "fixed + threads * per_thread",
+            "fixed": round_up(interface.workspace_main),
+            "per_thread": round_up(interface.workspace_task),
+            "bytes": interface.workspace_size(threads),
+            "alignment": ALIGNMENT,
+        },
+        "isa": list(interface.isa),
+        "target": facts.get("target"),
+        "threads": threads,
+        "schedule": facts.get("schedule"),
+        "picks": dict(facts.get("picks") or {}),
+        "seconds": facts.get("seconds"),
+        "error_bound": {
+            "factor": facts.get("bound"),
+            "unit": "2^-24 * (conv(|src|, |weights|) + |bias| + |residual|), before the activation",
+        },
+        "versions": dict(facts.get("versions") or {}),
+    }
+
+
+# ---- header and example ------------------------------------------------------------------------
+
+
+def header_text(interface: Interface) -> str:
+    """``<name>.h``: includes nothing but ``stddef.h``; C11 and C++."""
+    axes = _axes(interface.spec)
+    lines = []
+    for name, tensor in interface.arguments.items():
+        sizes = ", ".join(map(str, tensor.shape))
+        lines.append(f" *   {name:9}[{', '.join(axes[name])}] = [{sizes}], {tensor.bytes} bytes")
+    fixed, share = round_up(interface.workspace_main), round_up(interface.workspace_task)
+    lines.append(f" *   packed    {interface.packed_size} bytes, aligned to {ALIGNMENT}")
+    lines.append(f" *   workspace {fixed} + threads * {share} bytes, aligned to {ALIGNMENT}")
+    return Template(source("header.template.h")).substitute(
+        name=interface.name,
+        guard=interface.name.upper(),
+        descriptor=interface.spec.descriptor,
+        meaning=_meaning(interface.spec),
+        tensors="\n".join(lines),
+        isa=f"Needs a CPU with {', '.join(interface.isa)}." if interface.isa else "Runs on every CPU of its kind.",
+        types=source("types.h").strip(),
+    )
+
+
+def _meaning(spec: ConvSpec) -> str:
+    operation = "conv_transpose" if spec.transposed else "conv"
+    terms = [f"{operation}(src, weights)"] + ["bias"] * spec.bias + ["residual"] * spec.residual
+    total = " + ".join(terms)
+    return f"dst = {total}" if spec.activation == "none" else f"dst = {spec.activation_op.name}({total})"
+
+
+def example_text(interface: Interface, bound: float | None = None) -> str:
+    """``example.c``: calls the library on whole numbers and compares with plain loops.
+
+    ``bound`` is the error factor of :func:`write_library`; where None, that of plain summation.
+    """
+    spec = interface.spec
+    optional = {"bias": spec.bias, "slope": spec.has_slope, "residual": spec.residual}
+    extra = [name for name, present in optional.items() if present]
+    values = {"bias": "-4, 4", "slope": "0, 1", "residual": "-4, 4"}
+
+    def fields(*names: str) -> str:
+        return "".join(f"        .{x} = {x},\n        .{x}_size = sizes.{x},\n" for x in names if x in extra)
+
+    epilogue = ""
+    if spec.bias:
+        epilogue += "    sum += bias[oc];\n    absolute += fabs(bias[oc]);\n"
+    if spec.residual:
+        value = "residual[offset(n, OC, oc, out_size, out)]"
+        epilogue += f"    sum += {value};\n    absolute += fabs({value});\n"
+    return Template(source("example.template.c")).substitute(
+        name=interface.name,
+        descriptor=spec.descriptor,
+        n=spec.n,
+        ic=spec.ic,
+        oc=spec.oc,
+        groups=spec.groups,
+        in_size=_three(spec.in_spatial, 1),
+        out_size=_three(spec.out_spatial, 1),
+        kernel=_three(spec.kernel, 1),
+        stride=_three(spec.stride, 1),
+        padding=_three(tuple(begin for begin, _ in spec.padding), 0),
+        dilation=_three(spec.dilation, 1),
+        step=_step(spec),
+        globals=", ".join(f"*{name}" for name in ("src", "weights", *extra)),
+        layout=", ".join(_axes(spec)["src"]),
+        offset=_OFFSETS[spec.layout],
+        activation=_activation(spec.activation_op),
+        position=_TRANSPOSED_POSITION if spec.transposed else _POSITION,
+        weight="ic * OC_GROUP + oc % OC_GROUP" if spec.transposed else "oc * IC_GROUP + c",
+        epilogue=epilogue,
+        tensors="".join(f"    {name} = tensor(sizes.{name}, {values[name]});\n" for name in extra),
+        pack=fields("bias", "slope"),
+        run=fields("residual"),
+        allowed=_allowed(spec, bound),
+        free="".join(f"    free({name});\n" for name in reversed(extra)),
+    )
+
+
+_OFFSETS = {
+    "nchw": "(((n * channels + channel) * size[0] + at[0]) * size[1] + at[1]) * size[2] + at[2]",
+    "nhwc": "(((n * size[0] + at[0]) * size[1] + at[1]) * size[2] + at[2]) * channels + channel",
+}
+
+_INDENT = " " * 24
+_POSITION = f"{_INDENT}in[axis] = out[axis] * stride[axis] - padding[axis] + tap[axis] * dilation[axis];"
+# The output is the sum of the windows that the inputs spread over it, so a tap has an input where the
+# distance is a whole number of strides.
+_TRANSPOSED_POSITION = f"""\
+{_INDENT}const long spread = out[axis] + padding[axis] - tap[axis] * dilation[axis];
+{_INDENT}in[axis] = spread / stride[axis];
+{_INDENT}inside = inside && spread >= 0 && spread % stride[axis] == 0;"""
+
+
+def _three(sizes: tuple[int, ...], missing: int) -> str:
+    return ", ".join(map(str, (missing,) * (3 - len(sizes)) + sizes))
+
+
+def _step(spec: ConvSpec) -> int:
+    """The distance of checked outputs: coprime to every extent, so that all positions get their turn."""
+    outputs = math.prod(spec.dst_shape)
+    samples = max(1000, EXAMPLE_MACS // spec.reduction_length)
+    step = max(1, -(-outputs // samples))
+    while any(math.gcd(step, extent) > 1 for extent in (spec.oc, *spec.out_spatial)):
+        step += 1
+    return step
+
+
+def _allowed(spec: ConvSpec, bound: float | None) -> str:
+    """The error that is allowed, in C: rounding before the activation, then the activation's own."""
+    op = spec.activation_op
+    factor = spec.reduction_length + 4 if bound is None else bound
+    rounding = f"{float(factor * max(op.lipschitz, 1.0))!r} * 0x1p-24 * magnitude"
+    return rounding if op.exact or op.name == "leaky_relu" else f"{rounding} + 1e-5 * (1 + fabs(expected))"
+
+
+def _activation(op: Activation) -> str:
+    """The activation of ``x`` as a C expression; prelu's slope is that of channel ``oc``."""
+    p = [repr(float(value)) for value in op.params]
+    match op.name:
+        case "none":
+            return "x"
+        case "relu":
+            return "fmax(x, 0)"
+        case "leaky_relu":
+            return f"x < 0 ? x * {p[0]} : x"
+        case "prelu":
+            return "x < 0 ? x * slope[oc] : x"
+        case "clip":
+            low, high = op.params
+            inner = f"fmax(x, {p[0]})" if math.isfinite(low) else "x"
+            return f"fmin({inner}, {p[1]})" if math.isfinite(high) else inner
+        case "sigmoid":
+            return "1 / (1 + exp(-x))"
+        case "tanh":
+            return "tanh(x)"
+        case "silu":
+            return "x / (1 + exp(-x))"
+        case "hardswish":
+            return "x * fmin(fmax(x / 6 + 0.5, 0), 1)"
+        case "hardsigmoid":
+            return f"fmin(fmax(x * {p[0]} + {p[1]}, 0), 1)"
+        case "elu":
+            return f"x < 0 ? {p[0]} * expm1(x) : x"
+        case "gelu":
+            return "0.5 * x * (1 + erf(x * sqrt(0.5)))"
+        case "gelu_tanh":
+            return "0.5 * x * (1 + tanh(sqrt(2 / acos(-1.0)) * (x + 0.044715 * x * x * x)))"
+    raise ExportError(f"activation: expected one that example.c can show, found {op.name}")

@@ -1,0 +1,176 @@
+/* Shows how the library is called and checks it against plain loops.
+ *
+ *     cc -std=c11 -O2 example.c -L. -l$name -lm -lpthread -Wl,-rpath,. -o example && ./example
+ *
+ * or, with the library in the program:
+ *
+ *     cc -std=c11 -O2 example.c lib$name.a -lm -lpthread -o example && ./example
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "$name.h"
+
+/* The layer: $descriptor
+ * Spatial sizes have three axes here; of those a layer lacks the size is 1. */
+enum { BATCH = $n, IC = $ic, OC = $oc, GROUPS = $groups, IC_GROUP = IC / GROUPS, OC_GROUP = OC / GROUPS };
+static const long in_size[3] = {$in_size}, out_size[3] = {$out_size}, kernel[3] = {$kernel};
+static const long stride[3] = {$stride}, padding[3] = {$padding}, dilation[3] = {$dilation};
+
+/* Every STEP-th output is checked, so that this takes seconds at most. */
+enum { STEP = $step };
+
+static float $globals;
+
+/* ---- the layer in plain loops ---------------------------------------------------------------- */
+
+/* Where element (n, channel, at) of src or dst lies ($layout). */
+static size_t offset(long n, long channels, long channel, const long size[3], const long at[3])
+{
+    return (size_t)($offset);
+}
+
+static double activation(double x, long oc)
+{
+    (void)oc;
+    return $activation;
+}
+
+/* One output. *magnitude becomes the sum of absolute values, which rounding errors grow with. */
+static double reference(long n, long oc, const long out[3], double *magnitude)
+{
+    double sum = 0, absolute = 0;
+    for (long c = 0; c < IC_GROUP; ++c)
+        for (long d = 0; d < kernel[0]; ++d)
+            for (long h = 0; h < kernel[1]; ++h)
+                for (long w = 0; w < kernel[2]; ++w) {
+                    const long tap[3] = {d, h, w}, ic = oc / OC_GROUP * IC_GROUP + c;
+                    long in[3];
+                    int inside = 1;
+                    for (int axis = 0; axis < 3; ++axis) {
+$position
+                        inside = inside && in[axis] >= 0 && in[axis] < in_size[axis];
+                    }
+                    if (!inside)
+                        continue;
+                    const long weight = $weight;
+                    const double product = (double)src[offset(n, IC, ic, in_size, in)] *
+                                           weights[((weight * kernel[0] + d) * kernel[1] + h) * kernel[2] + w];
+                    sum += product;
+                    absolute += fabs(product);
+                }
+$epilogue    *magnitude = absolute;
+    return activation(sum, oc);
+}
+
+/* ---- helpers ---------------------------------------------------------------------------------- */
+
+static void must(const char *what, int status)
+{
+    if (status != CONVGEN_OK) {
+        fprintf(stderr, "%s: %s\n", what, ${name}_error(status));
+        exit(1);
+    }
+}
+
+static void *buffer(size_t size)
+{
+    void *memory = aligned_alloc(CONVGEN_ALIGNMENT, (size / CONVGEN_ALIGNMENT + 1) * CONVGEN_ALIGNMENT);
+    if (memory == NULL) {
+        fprintf(stderr, "out of memory (%zu bytes)\n", size);
+        exit(1);
+    }
+    return memory;
+}
+
+/* A tensor of small whole numbers, the same in every run, from low to high. */
+static float *tensor(size_t size, int low, int high)
+{
+    static unsigned state = 1;
+    float *values = buffer(size);
+    for (size_t i = 0; i < size / sizeof(float); ++i) {
+        state = state * 1664525u + 1013904223u;
+        values[i] = (float)(low + (int)((state >> 16) % (unsigned)(high - low + 1)));
+    }
+    return values;
+}
+
+int main(void)
+{
+    must("check_cpu", ${name}_check_cpu());
+
+    /* How large everything is; the workspace for up to two threads. */
+    convgen_sizes sizes;
+    must("sizes", ${name}_sizes(2, &sizes));
+    src = tensor(sizes.src, -4, 4);
+    weights = tensor(sizes.weights, -2, 2);
+$tensors    float *dst = buffer(sizes.dst), *again = buffer(sizes.dst);
+    void *packed = buffer(sizes.packed), *workspace = buffer(sizes.workspace);
+
+    /* Once: pack the weights. */
+    const convgen_pack_args pack = {
+        .weights = weights,
+        .weights_size = sizes.weights,
+$pack        .packed = packed,
+        .packed_size = sizes.packed,
+    };
+    must("pack", ${name}_pack(&pack));
+
+    /* As often as there is input: run, here on the calling thread … */
+    convgen_run_args run = {
+        .src = src,
+        .src_size = sizes.src,
+        .packed = packed,
+        .packed_size = sizes.packed,
+$run        .dst = dst,
+        .dst_size = sizes.dst,
+        .workspace = workspace,
+        .workspace_size = sizes.workspace,
+        .pool = NULL,
+    };
+    memset(dst, 0xff, sizes.dst); /* NaN: what is not written shows */
+    must("run", ${name}_run(&run));
+
+    /* … and here on two. One pool serves all layers of a program. */
+    must("pool_create", ${name}_pool_create(2, &run.pool));
+    memset(again, 0xff, sizes.dst);
+    run.dst = again;
+    must("run with a pool", ${name}_run(&run));
+    ${name}_pool_destroy(run.pool);
+    if (memcmp(dst, again, sizes.dst) != 0) {
+        fprintf(stderr, "one thread and two threads disagree\n");
+        return 1;
+    }
+
+    /* Against the plain loops, within what float32 rounding can explain. */
+    const long pixels = out_size[0] * out_size[1] * out_size[2];
+    long checked = 0;
+    double worst = 0;
+    for (long i = BATCH * OC * pixels - 1; i >= 0; i -= STEP, ++checked) {
+        const long n = i / pixels / OC, oc = i / pixels % OC;
+        const long out[3] = {i % pixels / out_size[2] / out_size[1], i / out_size[2] % out_size[1], i % out_size[2]};
+        double magnitude;
+        const double expected = reference(n, oc, out, &magnitude), found = dst[offset(n, OC, oc, out_size, out)];
+        const double allowed = $allowed;
+        const double error = fabs(found - expected);
+        if (!(error <= allowed)) {
+            fprintf(stderr, "n %ld, channel %ld, at %ld %ld %ld: expected %.9g, found %.9g\n", n, oc, out[0], out[1],
+                    out[2], expected, found);
+            return 1;
+        }
+        if (error > 0 && error / allowed > worst)
+            worst = error / allowed;
+    }
+    printf("$descriptor: %ld of %ld outputs checked, largest error %.2g of what is allowed; ok\n", checked,
+           BATCH * OC * pixels, worst);
+
+    free(workspace);
+    free(packed);
+    free(again);
+    free(dst);
+$free    free(weights);
+    free(src);
+    return 0;
+}

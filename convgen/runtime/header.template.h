@@ -1,0 +1,48 @@
+/* $name: $descriptor
+ *
+ * $meaning
+ *
+$tensors
+ *
+ * $isa
+ * Made by convgen; example.c beside this file shows every call.
+ */
+#ifndef CONVGEN_KERNEL_${guard}_H
+#define CONVGEN_KERNEL_${guard}_H
+
+$types
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Bytes of every buffer, for calls on `threads` threads (1 for calls without a pool). */
+int ${name}_sizes(int threads, convgen_sizes *sizes);
+
+/* Rearranges the weights for ${name}_run(), once. The packed buffer stays the caller's. */
+int ${name}_pack(const convgen_pack_args *args);
+
+/* Computes dst. Buffers must not overlap dst or workspace. Any number of threads may call at once,
+ * each with its own dst and workspace. Results do not depend on the number of threads. */
+int ${name}_run(const convgen_run_args *args);
+
+/* Whether a packed buffer is this library's and unchanged to the last bit: for one that was stored.
+ * ${name}_run() looks at its first 64 bytes only. */
+int ${name}_verify_packed(const void *packed, size_t size);
+
+/* CONVGEN_OK where this CPU can run the library, else CONVGEN_UNSUPPORTED_CPU. */
+int ${name}_check_cpu(void);
+
+/* Threads for ${name}_run(), the calling one included. */
+int ${name}_pool_create(int threads, convgen_pool **pool);
+void ${name}_pool_destroy(convgen_pool *pool);
+
+/* What this library is, and what a status means. */
+const char *${name}_version(void);
+const char *${name}_error(int status);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
