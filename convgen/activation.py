@@ -83,11 +83,9 @@ class Activation:
         given = [part for part in match[2].split(",")] if match[2] else []
         if len(given) > len(defaults):
             raise SpecError("activation", f"at most {len(defaults)} parameters for {name}", repr(text))
-        try:
-            params = tuple(float(_NUMBER.fullmatch(part.strip())[0]) for part in given)  # type: ignore[index]
-        except TypeError:
-            raise SpecError("activation", f"numbers as parameters of {name}", repr(text)) from None
-        params += defaults[len(given) :]
+        if not all(_NUMBER.fullmatch(part.strip()) for part in given):
+            raise SpecError("activation", f"numbers as parameters of {name}", repr(text))
+        params = tuple(map(float, given)) + defaults[len(given) :]
         if any(abs(p) > F32_MAX and not (name == "clip" and math.isinf(p)) for p in params):
             raise SpecError("activation", f"float32 numbers as parameters of {name}", repr(text))
         if name == "clip" and params[0] > params[1]:

@@ -23,7 +23,7 @@ from .spec import ConvSpec
 #: Multiply-accumulates the example spends on plain loops: about a second without optimisation.
 EXAMPLE_MACS = 30_000_000
 
-#: What a lead may tell of a kernel beyond its interface; :func:`write_library` explains each.
+#: What is known of a kernel beyond its interface; :func:`write_library` explains each.
 FACTS = ("target", "threads", "schedule", "picks", "seconds", "bound", "versions")
 
 
@@ -230,7 +230,7 @@ def example_text(interface: Interface, bound: float | None = None) -> str:
     spec = interface.spec
     optional = {"bias": spec.bias, "slope": spec.has_slope, "residual": spec.residual}
     extra = [name for name, present in optional.items() if present]
-    values = {"bias": "-4, 4", "slope": "0, 1", "residual": "-4, 4"}
+    values = {"bias": "-4, 4", "slope": "-1, 1", "residual": "-4, 4"}
 
     def fields(*names: str) -> str:
         return "".join(f"        .{x} = {x},\n        .{x}_size = sizes.{x},\n" for x in names if x in extra)

@@ -300,7 +300,9 @@ def _decode(row: Row) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError) as error:
         raise RecordError(f"detail: not JSON: {error}") from None
     if not isinstance(detail, dict) or detail.keys() != _DETAIL or not isinstance(detail["samples"], list):
-        raise RecordError(f"detail: expected a JSON object of {', '.join(sorted(_DETAIL))}, found {reprlib.repr(detail)}")
+        raise RecordError(
+            f"detail: expected a JSON object of {', '.join(sorted(_DETAIL))}, found {reprlib.repr(detail)}"
+        )
     detail.update(zip(_PLAIN, row[1:], strict=True))
     return detail
 
@@ -645,10 +647,10 @@ class RecordStore:
             check_same_thread=False,  # the lock beside it serves threads one by one
         )
         try:
-            application, version, tables = (
-                db.execute(query).fetchone()[0]
-                for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
-            )
+            queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+            db.execute("BEGIN")  # one snapshot: another process may be making it a store right now
+            application, version, tables = (db.execute(query).fetchone()[0] for query in queries)
+            db.execute("COMMIT")
             is_new = (application, version, tables) == (0, 0, 0) and not self.readonly
             if not is_new:
                 self._check_version(application, version)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -57,10 +58,13 @@ def read_specs(source: str | Path, dims: Mapping[str, int] | None = None) -> lis
         SpecError: the file cannot be read, or a layer is wrong; names file, layer and key.
         UnsupportedError: an ONNX model has a convolution of another dtype or rank.
     """
-    if isinstance(source, str) and not _is_path(source):
-        return [SpecEntry(ConvSpec.parse(source))]
+    descriptor = isinstance(source, str) and not _is_path(source)
     path = Path(source)
     suffix = path.suffix.lower()
+    if dims and (descriptor or suffix != ".onnx"):
+        raise SpecError("dims", "an ONNX model to use them in", f"{', '.join(dims)} for another source", str(source))
+    if descriptor:
+        return [SpecEntry(ConvSpec.parse(str(source)))]
     if suffix == ".onnx":
         from .onnx_model import specs_from_onnx  # onnx is only needed for its own files
 
@@ -68,8 +72,6 @@ def read_specs(source: str | Path, dims: Mapping[str, int] | None = None) -> lis
     if suffix not in _PARSERS:
         expected = f"a file that ends in {', '.join([*_PARSERS, '.onnx'])}"
         raise SpecError("file", expected, f"{suffix or 'no suffix'}" if path.exists() else "no such file", str(path))
-    if dims:
-        raise SpecError("dims", "an ONNX model to use them in", f"{', '.join(dims)} for another file", str(path))
     return merge(_entries(_PARSERS[suffix](_read_text(path), str(path)), str(path)))
 
 
@@ -83,16 +85,14 @@ def dump_specs(entries: Iterable[SpecEntry], path: str | Path) -> None:
     suffix = path.suffix.lower()
     if suffix not in _PARSERS:
         raise SpecError("file", f"a file that ends in {', '.join(_PARSERS)}", suffix or "no suffix", str(path))
+    layers = [_layer(entry) for entry in entries]
     if suffix == ".txt":
         text = "".join(f"{entry.spec}\n" * entry.count for entry in entries)
-    else:
-        layers = [json.dumps(_layer(entry), ensure_ascii=False) for entry in entries]
-        # JSON is YAML as it is; of TOML only the braces and colons of the layers differ.
-        if suffix == ".toml":
-            layers = [_inline_table(_layer(entry)) for entry in entries]
-            text = "layers = [\n" + "".join(f"  {layer},\n" for layer in layers) + "]\n"
-        else:
-            text = '{"layers": [\n' + ",\n".join(layers) + "\n]}\n"
+    elif suffix == ".toml":
+        tables = (", ".join(f"{key} = {_quoted(value)}" for key, value in layer.items()) for layer in layers)
+        text = "layers = [\n" + "".join(f"    {{ {table} }},\n" for table in tables) + "]\n"
+    else:  # JSON is YAML, too
+        text = '{"layers": [\n' + ",\n".join(map(_quoted, layers)) + "\n]}\n"
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -108,10 +108,13 @@ def _layer(entry: SpecEntry) -> dict[str, Any]:
     return layer | {"spec": entry.spec.descriptor}
 
 
-def _inline_table(values: Mapping[str, Any]) -> str:
-    # JSON's numbers, strings and lists are TOML's, but for DEL, which TOML wants escaped.
-    pairs = (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
-    return ("{ " + ", ".join(pairs) + " }").replace("\x7f", "\\u007F")
+def _quoted(value: Any) -> str:
+    """A value as JSON that is YAML, and in its strings, numbers and lists TOML, as well."""
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
+
+
+#: What YAML or TOML do not take inside quotes, or fold into a space.
+_UNPRINTABLE = re.compile("[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 
 
 def _is_path(text: str) -> bool:

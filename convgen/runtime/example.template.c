@@ -118,7 +118,7 @@ $pack        .packed = packed,
     };
     must("pack", ${name}_pack(&pack));
 
-    /* As often as there is input: run, here on the calling thread … */
+    /* As often as there is input: run, here on the calling thread ... */
     convgen_run_args run = {
         .src = src,
         .src_size = sizes.src,
@@ -133,7 +133,7 @@ $run        .dst = dst,
     memset(dst, 0xff, sizes.dst); /* NaN: what is not written shows */
     must("run", ${name}_run(&run));
 
-    /* … and here on two. One pool serves all layers of a program. */
+    /* ... and here on two. One pool serves all layers of a program. */
     must("pool_create", ${name}_pool_create(2, &run.pool));
     memset(again, 0xff, sizes.dst);
     run.dst = again;

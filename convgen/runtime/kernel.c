@@ -15,7 +15,7 @@ static size_t round_up(size_t size) { return (size + CONVGEN_ALIGNMENT - 1) & ~(
 
 /* ---- workspace ------------------------------------------------------------------------------- */
 
-/* One call of a kernel. Its workspace is [main][task 0][task 1]…; a kernel that packs has none and
+/* One call of a kernel. Its workspace is [main][task 0][task 1]...; a kernel that packs has none and
  * allocates from the heap, because packing is rare and its needs are not worth a buffer. */
 typedef struct {
     convgen_pool *pool; /* acquired for this call, or NULL */
