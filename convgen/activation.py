@@ -80,7 +80,7 @@ class Activation:
         if match is None or name not in DEFAULTS:
             raise SpecError("activation", f"one of {', '.join(DEFAULTS)}, relu6", repr(text))
         defaults = DEFAULTS[name]
-        given = [part for part in match[2].split(",")] if match[2] else []
+        given = match[2].split(",") if match[2] else []
         if len(given) > len(defaults):
             raise SpecError("activation", f"at most {len(defaults)} parameters for {name}", repr(text))
         if not all(_NUMBER.fullmatch(part.strip()) for part in given):

@@ -10,12 +10,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable
 from ctypes import c_char, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsFloat, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,6 +162,25 @@ def _take_workspace(size: int) -> tuple[int, int, Bytes]:
     return workspace
 
 
+#: Files that were loaded, by path.
+_loaded: dict[str, tuple[int, int]] = {}
+
+
+def _open(path: str) -> ctypes.CDLL:
+    """Load a library.
+
+    The system's loader takes a path it knows for the file that was there before: a library that was
+    made anew would stay the old one. So a path's later files are loaded through a copy.
+    """
+    path = os.path.realpath(path)
+    status = os.stat(path)
+    file = (status.st_dev, status.st_ino)
+    if _loaded.setdefault(path, file) == file:
+        return ctypes.CDLL(path)
+    with tempfile.TemporaryDirectory(prefix="convgen-") as folder:
+        return ctypes.CDLL(shutil.copy(path, folder))
+
+
 class Library:
     """A shared library with one kernel, loaded.
 
@@ -179,7 +199,7 @@ class Library:
         self.spec, self.name, self.threads = spec, name, _thread_count(threads)
         self._tensors = boundary(spec)
         try:
-            self._dll = ctypes.CDLL(os.fspath(path))
+            self._dll = _open(os.fspath(path))
             self._sizes = self._function("sizes", c_int, c_void_p)
             self._pack = self._function("pack", c_void_p)
             self._run = self._function("run", c_void_p)
@@ -241,9 +261,8 @@ class Library:
         return packed
 
     def _broadcast_slope(self, slope: object) -> object:
-        if isinstance(slope, SupportsFloat) and getattr(slope, "size", 1) == 1:
-            return np.full(self.spec.oc, float(slope), np.float32)
-        return slope
+        one = slope.item() if isinstance(slope, np.ndarray | np.generic) and slope.size == 1 else slope
+        return np.full(self.spec.oc, one, np.float32) if isinstance(one, int | float) else slope
 
     def _operand(self, name: str, value: object) -> NDArray[Any] | None:
         """An input of the kernel, checked; None where the layer has no such input and none is given."""
@@ -465,23 +484,9 @@ def load(directory: str | os.PathLike[str], threads: int | None = None) -> Libra
     except (BuildError, SpecError) as error:
         raise ExportError(f"{path}: {error}") from error
     try:
-        data = (folder / file).read_bytes()
+        digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
     except OSError as error:
         raise ExportError(f"{folder / file}: expected a library, found {error.strerror}") from error
-    digest = hashlib.sha256(data).hexdigest()
     if digest != expected:
         raise ExportError(f"{folder / file}: expected SHA-256 {expected}, as {path.name} has it, found {digest}")
-    return _load_bytes(data, folder / file, spec, name, tuned if threads is None else threads)
-
-
-def _load_bytes(data: bytes, path: Path, spec: ConvSpec, name: str, threads: int) -> Library:
-    """Load what was checked, through a copy: the loader takes a path it knows for the file it had
-    there before, so a library that was exported anew would stay the old one in this process.
-    """
-    with tempfile.TemporaryDirectory(prefix="convgen-") as temporary:
-        copy = Path(temporary, path.name)
-        copy.write_bytes(data)
-        try:
-            return Library(copy, spec, name, threads)
-        except ExportError:
-            return Library(path, spec, name, threads)  # temporary files may not be executable here
+    return Library(folder / file, spec, name, tuned if threads is None else threads)

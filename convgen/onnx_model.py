@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from .sources import SpecEntry, merge, read_bytes
 from .spec import ConvSpec
 
 F32 = npt.NDArray[np.float32]
+_Emit = Callable[..., str]  # (operator, *inputs, output=name, **attributes) -> name
+_Constant = Callable[[str, npt.ArrayLike], str]  # (name, value) -> name
 
 #: Written models: the first opset with Gelu, and the IR version that came with it.
 OPSET, IR_VERSION = 20, 9
@@ -128,7 +130,7 @@ def as_f32(spec: ConvSpec, name: str, array: npt.ArrayLike, shape: tuple[int, ..
     return np.ascontiguousarray(a)
 
 
-def _convolution(spec: ConvSpec, operands: list[str], emit: Any, constant: Any) -> str:
+def _convolution(spec: ConvSpec, operands: list[str], emit: _Emit, constant: _Constant) -> str:
     x, weights, bias = operands
     begins, ends = (list(side) for side in zip(*spec.padding, strict=True))
     attributes: dict[str, Any] = {
@@ -140,9 +142,9 @@ def _convolution(spec: ConvSpec, operands: list[str], emit: Any, constant: Any) 
     }
     with_bias = [x, weights, bias] if bias else [x, weights]
     if not spec.transposed:
-        return str(emit("Conv", *with_bias, output="conv", **attributes))
+        return emit("Conv", *with_bias, output="conv", **attributes)
     if all(extra < s for extra, s in zip(spec.output_padding, spec.stride, strict=True)):
-        return str(emit("ConvTranspose", *with_bias, output="conv", output_padding=spec.output_padding, **attributes))
+        return emit("ConvTranspose", *with_bias, output="conv", output_padding=spec.output_padding, **attributes)
     # ONNX allows output padding below the dilation; ONNX Runtime refuses it from the stride on
     # ("computed output shape is inconsistent"). What it adds lies beyond every window: zeros, put
     # there before the crop and the bias.
@@ -155,27 +157,27 @@ def _convolution(spec: ConvSpec, operands: list[str], emit: Any, constant: Any) 
     if bias:
         shape = constant("bias_shape", np.array([spec.oc] + [1] * spec.rank, np.int64))
         y = emit("Add", y, emit("Reshape", bias, shape, output="bias_nchw"), output="biased")
-    return str(y)
+    return y
 
 
-def _activation(spec: ConvSpec, x: str, slope: str, emit: Any, constant: Any) -> str:
+def _activation(spec: ConvSpec, x: str, slope: str, emit: _Emit, constant: _Constant) -> str:
     name, params = spec.activation_op.name, spec.activation_op.params
     if name == "none":
         return x
     if name == "prelu":
         shape = constant("slope_shape", np.array([spec.oc] + [1] * spec.rank, np.int64))
-        return str(emit("PRelu", x, emit("Reshape", slope, shape, output="slope_nchw"), output="act"))
+        return emit("PRelu", x, emit("Reshape", slope, shape, output="slope_nchw"), output="act")
     if name == "clip":
         # Both bounds are always written: ONNX Runtime's default is the largest finite number,
         # which would turn an infinity into a finite value.
         bounds = [constant(f"clip_{word}", np.float32(p)) for word, p in zip(("min", "max"), params, strict=True)]
-        return str(emit("Clip", x, *bounds, output="act"))
+        return emit("Clip", x, *bounds, output="act")
     if name == "silu":
-        return str(emit("Mul", x, emit("Sigmoid", x, output="gate"), output="act"))
+        return emit("Mul", x, emit("Sigmoid", x, output="gate"), output="act")
     if name == "gelu_tanh":
-        return str(emit("Gelu", x, output="act", approximate="tanh"))
+        return emit("Gelu", x, output="act", approximate="tanh")
     op, attributes = _OPERATORS[name]
-    return str(emit(op, x, output="act", **dict(zip(attributes, params, strict=True))))
+    return emit(op, x, output="act", **dict(zip(attributes, params, strict=True)))
 
 
 # ---- ONNX -> ConvSpec -------------------------------------------------------------------------
@@ -238,6 +240,8 @@ def _load(source: str | Path | ModelProto, where: str) -> ModelProto:
         # A damaged or other protobuf file can parse into next to nothing.
         if not model.graph.node or not model.opset_import:
             raise SpecError("file", "an ONNX model", "no graph in it", where)
+        if not all(node.output for node in model.graph.node):
+            raise SpecError("file", "an ONNX model", "a node without outputs", where)
         names = [name for node in model.graph.node for name in (node.op_type, node.name, *node.input, *node.output)]
         if not all(isinstance(name, str) for name in names):  # protobuf returns bytes where UTF-8 is broken
             raise SpecError("file", "an ONNX model", "a name that is not UTF-8", where)
@@ -301,7 +305,7 @@ class _Graph:
             for name in _names_used(node):
                 self.users[name].append(node)
             if node.op_type == "Constant" and (tensor := _constant_value(node)) is not None:
-                self.tensors[node.output[0]] = tensor
+                self.tensors.update(dict.fromkeys(node.output, tensor))
         self.outputs = {value.name for value in graph.output}
         inputs = {value.name for value in graph.input}
         self.constants: set[str] = self._closure(outer.constants if outer else set())
@@ -320,7 +324,10 @@ class _Graph:
         tensor = self.tensors.get(name)
         if tensor is None or math.prod(tensor.dims) != 1 or tensor.data_location == TensorProto.EXTERNAL:
             return None
-        return _shortest(numpy_helper.to_array(tensor).reshape(()))
+        try:
+            return _shortest(numpy_helper.to_array(tensor).reshape(()))
+        except (ValueError, TypeError):  # damaged, or not a number
+            return None
 
 
 def _graphs(graph: GraphProto, outer: _Graph | None = None) -> Iterator[_Graph]:
@@ -384,7 +391,7 @@ class _Reader:
         return [entries[index] for index in range(len(nodes))]
 
     def _entry(self, node: NodeProto) -> SpecEntry:
-        name = node.name or next(iter(node.output), "")
+        name = node.name or node.output[0]
         where = f"{self.where}: {node.op_type} {name!r}"
         try:
             spec = ConvSpec(**self._convolution(node, where))
@@ -396,16 +403,12 @@ class _Reader:
 
     def _convolution(self, node: NodeProto, where: str) -> dict[str, Any]:
         attributes = _attributes(node)
-        if len(node.input) < 2 or not node.output:
-            raise SpecError(
-                "node", "src, weights and an output", f"{len(node.input)} inputs, {len(node.output)} outputs"
-            )
+        if len(node.input) < 2:
+            raise SpecError("inputs", "src and weights", f"{len(node.input)}")
         weights = self._shape("weights", node.input[1], where)
         rank = len(weights) - 2
         if not 1 <= rank <= 3:
-            raise UnsupportedError(
-                f"{where}: has {rank} spatial axes (weights {list(weights)}); 1, 2 or 3 are supported"
-            )
+            raise UnsupportedError(f"{where}: weights {list(weights)} have {rank} spatial axes; 1 to 3 are supported")
         src = self._shape("src", node.input[0], where)
         transposed = node.op_type == "ConvTranspose"
         groups = attributes.get("group", 1)
@@ -440,8 +443,8 @@ class _Reader:
                     raise SpecError("output_shape", f"{rank} values", wanted)
                 fields["output_spatial"] = tuple(wanted[-rank:])
             elif str(fields["padding"]).startswith("same"):
-                window = [(k - 1) * d + 1 for k, d in zip(kernel, fields["dilation"], strict=False)]
-                if any(s > w for s, w in zip(fields["stride"], window, strict=False)):
+                window = [(k - 1) * d + 1 for k, d in zip(kernel, fields["dilation"], strict=True)]
+                if any(s > w for s, w in zip(fields["stride"], window, strict=True)):
                     # The text says input * stride; shape inference and ONNX Runtime take less.
                     raise UnsupportedError(f"{where}: auto_pad=SAME_* with strides above the window; give pads")
         return fields
@@ -462,9 +465,8 @@ class _Reader:
         if shape is not None and len(sizes) == len(shape) and dtype == TensorProto.FLOAT:
             return sizes
         if self.unknown:
-            raise SpecError(
-                "dims", f"a size for {', '.join(map(repr, self.unknown))}", f"none ({what} is {_text(shape)})"
-            )
+            missing = ", ".join(map(repr, self.unknown))
+            raise SpecError("dims", f"a size for {missing}", f"none ({what} is {_text(shape)})")
         raise SpecError(what, "a shape that shape inference finds", _text(shape) + self._lost(name))
 
     def _lost(self, name: str) -> str:
@@ -550,7 +552,7 @@ class _Reader:
         op = node.op_type
         numbers = {a.name: _shortest(a.f) for a in node.attribute if a.type == AttributeProto.FLOAT}
         if op == "PRelu":
-            return "prelu" if node.input[0] == x and self._per_channel([node.input[1]], spec) else None
+            return "prelu" if node.input[0] == x and self._per_channel(list(node.input[1:]), spec) else None
         if op == "Clip":
             if node.input[0] != x:
                 return None
@@ -580,7 +582,6 @@ class _Reader:
 
 _F32_MAX = _shortest(np.finfo(np.float32).max)
 
-
 #: Attributes of Conv and ConvTranspose and their types.
 _ATTRIBUTES = dict.fromkeys(
     ("kernel_shape", "strides", "dilations", "pads", "output_padding", "output_shape"), AttributeProto.INTS
@@ -601,7 +602,8 @@ def _attributes(node: NodeProto) -> dict[str, Any]:
 
 def _enum_name(enum: Any, number: int) -> str:
     """A protobuf enum's name; the number where a damaged or newer file has one without."""
-    return {value: name.lower() for name, value in enum.items()}.get(number, str(number))
+    names: dict[int, str] = {value: name.lower() for name, value in enum.items()}
+    return names.get(number, str(number))
 
 
 def _padding(attributes: Mapping[str, Any], rank: int) -> Any:

@@ -103,7 +103,9 @@ def convolve(spec: ConvSpec, inputs: dict[str, np.ndarray]) -> np.ndarray:
     if spec.transposed:
         w = weights.reshape(groups, spec.ic // groups, spec.oc // groups, *spec.kernel).swapaxes(1, 2)
         full = [(i - 1) * s + k for i, s, k in zip(spec.in_spatial, spec.stride, spec.window, strict=True)]
-        sums = np.zeros((spec.n, groups, spec.oc // groups, *(f + o for f, o in zip(full, spec.output_padding))))
+        sums = np.zeros(
+            (spec.n, groups, spec.oc // groups, *(f + o for f, o in zip(full, spec.output_padding, strict=True)))
+        )
     else:
         w = weights.reshape(groups, spec.oc // groups, spec.ic // groups, *spec.kernel)
         split = np.pad(split, [(0, 0)] * 3 + list(spec.padding))

@@ -511,7 +511,7 @@ def test_wrong_model(source: onnx.ModelProto, dims: dict[str, int], message: str
     ("source", "message"),
     [
         (model(dtype=TensorProto.FLOAT16), "Conv 'layer': weights 'w' has dtype float16; float32 is supported"),
-        (model(src=(1, 4, 9, 9, 9, 9), weights=(4, 4, 3, 3, 3, 3)), "'layer': has 4 spatial axes"),
+        (model(src=(1, 4, 9, 9, 9, 9), weights=(4, 4, 3, 3, 3, 3)), "'layer': weights .* have 4 spatial axes"),
         (
             model("ConvTranspose", auto_pad="SAME_UPPER", strides=[4, 4]),
             "auto_pad=SAME_.* with strides above the window",

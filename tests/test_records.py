@@ -27,7 +27,7 @@ from convgen.errors import RecordError
 from convgen.records import OUTCOMES, RecordStore, TuningRecord, default_path, now, trial_key
 
 SPEC = "conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu"
-PLACE = {"target": "cpu:znver4", "hardware": "AuthenticAMD-25-17-1", "threads": 2}
+PLACE: dict[str, Any] = {"target": "cpu:znver4", "hardware": "AuthenticAMD-25-17-1", "threads": 2}
 
 
 def record(**changes: Any) -> TuningRecord:
@@ -114,7 +114,7 @@ def test_json_and_pickle_give_the_same_record_back(item: TuningRecord) -> None:
         assert (copy.id, copy.trial_key, hash(copy)) == (item.id, item.trial_key, hash(item))
 
 
-IDENTITY = {
+IDENTITY: dict[str, Any] = {
     "spec": "conv2d n1 ic3 oc64 i8x8 k1x1 s1x1 p0x0",
     "target": "cpu:haswell",
     "hardware": "another",
@@ -124,7 +124,7 @@ IDENTITY = {
     "picks": {"tile_ow": 14, "order": "ic", "unroll": 1},
     "versions": {"convgen": "0.1.0", "tvm": "0.28.0"},
 }
-MEASUREMENT = {
+MEASUREMENT: dict[str, Any] = {
     "seconds": 2e-3,
     "samples": [1e-3],
     "error": "warm",
@@ -213,7 +213,7 @@ def altered(**changes: Any) -> str:
     return json.dumps({**record().to_dict(), **changes})
 
 
-BAD_LINES = {
+BAD_LINES: dict[str, tuple[str | bytes, str]] = {
     "not JSON": ("{", "not JSON"),
     "not an object": ("[1]", "record: expected a JSON object"),
     "too deep": ("[" * 100_000, "not JSON"),
@@ -279,7 +279,7 @@ def test_trials_come_oldest_first(store: RecordStore) -> None:
 
 
 def test_best_is_the_fastest_that_fits(store: RecordStore) -> None:
-    here = (SPEC, *PLACE.values())
+    here = (SPEC, "cpu:znver4", "AuthenticAMD-25-17-1", 2)
     assert store.best(*here) is None
     good, slow = record(seconds=2e-3), record(seconds=3e-3)
     faster = [
@@ -585,10 +585,14 @@ def test_a_full_disk_loses_nothing_that_was_added(tmp_path: Path) -> None:
         pages = store._run(lambda db: db.execute("PRAGMA page_count").fetchone()[0])
         store._run(lambda db: db.execute(f"PRAGMA max_page_count = {pages + 5}").fetchall())
         added = set(some(10))
-        with pytest.raises(RecordError, match=r"r\.sqlite: database or disk is full"):
+
+        def add_until_it_fails() -> None:
             for item in some(1000, 10):
                 store.add(item)
                 added.add(item)
+
+        with pytest.raises(RecordError, match=r"r\.sqlite: database or disk is full"):
+            add_until_it_fails()
         assert set(store.trials()) == added
         store._run(lambda db: db.execute("PRAGMA max_page_count = 100000").fetchall())
         assert store.add(record())
@@ -648,7 +652,7 @@ def test_a_row_that_was_altered_is_found(tmp_path: Path) -> None:
         assert len(report.problems) == 1
         assert some(3)[1].id in report.problems[0]
         with pytest.raises(RecordError, match="id: expected the hash"):
-            store.best(SPEC, *PLACE.values())
+            store.best(spec=SPEC, **PLACE)
         with RecordStore(tmp_path / "other.sqlite") as other, pytest.raises(RecordError, match="id: expected the hash"):
             other.merge(path)
     assert RecordStore.recover(path, tmp_path / "new.sqlite").lost == 1
@@ -684,7 +688,7 @@ def test_a_damaged_root_hides_no_row(tmp_path: Path) -> None:
     with RecordStore(path) as store:
         report = store.check()
         assert not report.ok
-        with pytest.raises(RecordError, match="malformed; .*recover"):
+        with pytest.raises(RecordError, match=r"malformed; .*recover"):
             store.trials()
     recovery = RecordStore.recover(path, tmp_path / "new.sqlite")
     assert (recovery.saved, recovery.lost) == (200, 0)

@@ -1,0 +1,276 @@
+"""Facts about this machine: told by the system, and measured.
+
+Imports neither NumPy nor TVM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+
+from .errors import BuildError, MeasureError
+
+#: Where reads can be served from, nearest first.
+LEVELS = ("l2", "l3", "dram")
+
+_SYSFS = Path("/sys/devices/system/cpu")
+_CPUINFO = Path("/proc/cpuinfo")
+#: What identifies a processor: the fields of x86, and those of Arm.
+_MODEL_FIELDS = (
+    ("vendor_id", "cpu family", "model", "stepping"),
+    ("CPU implementer", "CPU part", "CPU variant", "CPU revision"),
+)
+#: The features code generation looks at. Linux lists others too, and more with every release.
+_ISA = re.compile(r"(sse|ssse|avx|fma|f16c|bmi|amx|gfni|popcnt|movbe|fp|asimd|sve|sme|bf16|i8mm|neon|vfp)")
+
+_RENAMED = {
+    "pni": "sse3",
+    "sse4_1": "sse4.1",
+    "sse4_2": "sse4.2",
+    "bmi1": "bmi",
+    "abm": "lzcnt",
+    "amx_tile": "amx-tile",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the system tells about this machine.
+
+    Attributes:
+        cpu: the processor's name.
+        fingerprint: what tuning records are tied to: model, instruction set and number of CPUs. The
+            same in every run, whatever CPUs the process may use.
+        features: what the processor supports, by Linux's names; vector extensions of x86 by those
+            of ``__builtin_cpu_supports``.
+        cores: physical cores this process may use.
+        logical: logical CPUs this process may use.
+        l1, l2, l3: data cache sizes in bytes, as seen by one core; None where the system does not tell.
+        memory: physical memory in bytes.
+    """
+
+    cpu: str
+    fingerprint: str
+    features: frozenset[str]
+    cores: int
+    logical: int
+    l1: int | None
+    l2: int | None
+    l3: int | None
+    memory: int
+
+    @classmethod
+    def detect(cls) -> Machine:
+        """Read the facts now; :func:`machine` keeps them."""
+        text = _CPUINFO.read_text(errors="replace") if _CPUINFO.exists() else ""
+        name, model, features = _parse_cpuinfo(text)
+        isa = " ".join(sorted(feature for feature in features if _ISA.match(feature)))
+        digest = hashlib.sha256(isa.encode()).hexdigest()[:12]
+        usable = os.sched_getaffinity(0)
+        caches = _caches(_SYSFS / "cpu0" / "cache")
+        return cls(
+            cpu=name,
+            fingerprint=f"{model}-{digest}-{os.cpu_count()}",
+            features=features,
+            cores=_physical(usable, _SYSFS),
+            logical=len(usable),
+            l1=caches.get(1),
+            l2=caches.get(2),
+            l3=caches.get(3),
+            memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        )
+
+
+@functools.cache
+def machine() -> Machine:
+    """This machine, as it was at the first call."""
+    return Machine.detect()
+
+
+def _parse_cpuinfo(text: str) -> tuple[str, str, frozenset[str]]:
+    """Name, model and features from the text of ``/proc/cpuinfo``.
+
+    Cores of several kinds in one machine give a model that names each kind, and the features that
+    all of them have.
+    """
+    processors = []
+    for block in re.split(r"\n\s*\n", text.strip()):
+        pairs = (line.partition(":") for line in block.splitlines())
+        processors.append({key.strip(): value.strip() for key, _, value in pairs})
+    models = {
+        "-".join(processor.get(name, "") for name in names)
+        for processor in processors
+        for names in _MODEL_FIELDS
+        if names[0] in processor
+    }
+    model = re.sub(r"[^\w+.-]+", "_", "+".join(sorted(models))) or platform.machine() or "unknown"
+    flags = [p.get("flags") or p.get("Features", "") for p in processors]
+    features = [frozenset(map(_feature, words.split())) for words in flags if words]
+    common = frozenset.intersection(*features) if features else frozenset()
+    name = next((p["model name"] for p in processors if p.get("model name")), model)
+    return name, model, common
+
+
+def _feature(flag: str) -> str:
+    """Linux's name of a feature -> the C compilers'."""
+    return _RENAMED.get(flag) or re.sub(r"^(avx512|avx)_", r"\1", flag)
+
+
+def _physical(usable: set[int], sysfs: Path) -> int:
+    """How many cores the logical CPUs belong to; each its own where the system does not tell."""
+    cores = set()
+    for cpu in usable:
+        siblings = sysfs / f"cpu{cpu}" / "topology" / "thread_siblings_list"
+        cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
+    return len(cores)
+
+
+def _caches(folder: Path) -> dict[int, int]:
+    """Level -> bytes of the data or unified cache, where the system tells."""
+    sizes = {}
+    for index in folder.glob("index*"):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # some virtual machines leave files out
+            kind, level, size = ((index / name).read_text().strip() for name in ("type", "level", "size"))
+            if kind in ("Data", "Unified"):
+                sizes[int(level)] = int(size[:-1]) << {"K": 10, "M": 20, "G": 30}[size[-1]]
+    return sizes
+
+
+# -- measured --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What this machine reaches with a number of threads.
+
+    Attributes:
+        peak: f32 operations per second, a fused multiply-add counting two.
+        l2, l3, dram: bytes per second read from there; None where the size of the cache is not known.
+        date: when, ISO 8601 UTC.
+    """
+
+    peak: float
+    l2: float | None
+    l3: float | None
+    dram: float
+    date: str
+
+
+def measured_peak(threads: int, *, refresh: bool = False) -> float:
+    """f32 operations per second that ``threads`` threads reach; see :func:`measured`."""
+    return measured(threads, refresh=refresh).peak
+
+
+def measured_bandwidth(threads: int, level: str = "dram", *, refresh: bool = False) -> float:
+    """Bytes per second that ``threads`` threads read from ``l2``, ``l3`` or ``dram``; see :func:`measured`.
+
+    Raises:
+        MeasureError: the system does not tell how large that cache is.
+    """
+    if level not in LEVELS:
+        raise MeasureError(f"level: expected one of {', '.join(LEVELS)}, found {level!r}")
+    value: float | None = getattr(measured(threads, refresh=refresh), level)
+    if value is None:
+        raise MeasureError(f"level: expected a cache whose size the system tells, found {level}")
+    return value
+
+
+def measured(threads: int, *, refresh: bool = False) -> Measured:
+    """Measure this machine, in about a second, or look up what was measured before.
+
+    Results are kept in the user's cache directory; ``refresh`` measures again. More threads than
+    this process has CPUs count as one per CPU.
+
+    Raises:
+        BuildError: there is no C compiler, or it failed.
+        MeasureError: the measurement failed.
+    """
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise MeasureError(f"threads: expected an integer >= 1, found {threads!r}")
+    here = machine()
+    threads = min(threads, here.logical)
+    path = _cache_path(here, threads)
+    if not refresh and (kept := _kept(path)):
+        return kept
+    found = _measure(here, threads)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps({"fingerprint": here.fingerprint, "threads": threads, **asdict(found)}, indent=1))
+        part.replace(path)
+    return found
+
+
+def _cache_path(here: Machine, threads: int) -> Path:
+    import platformdirs
+
+    return platformdirs.user_cache_path("convgen") / "machine" / f"{here.fingerprint}-t{threads}.json"
+
+
+def _kept(path: Path) -> Measured | None:
+    try:
+        values = json.loads(path.read_text())
+        numbers = {name: values[name] for name in ("peak", *LEVELS)}
+        is_sound = all(value is None or value > 0 for value in numbers.values()) and numbers["peak"] and numbers["dram"]
+        return Measured(**numbers, date=str(values["date"])) if is_sound else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not there, or not whole: measured anew
+
+
+def _measure(here: Machine, threads: int) -> Measured:
+    command = [str(threads)]
+    for level, size in _buffers(here, threads).items():
+        command += [level, str(size)]
+    with tempfile.TemporaryDirectory(prefix="convgen-") as folder:
+        program = _compile(Path(folder))
+        try:
+            done = subprocess.run([program, *command], capture_output=True, text=True, timeout=60)
+            done.check_returncode()
+            values = {name: float(value) for name, value in map(str.split, done.stdout.splitlines())}
+            date = datetime.now(UTC).isoformat(timespec="seconds")
+            return Measured(values["peak"], values.get("l2"), values.get("l3"), values["dram"], date)
+        except (OSError, subprocess.SubprocessError, ValueError, KeyError) as error:
+            raise MeasureError(f"measuring this machine with {threads} threads failed: {error}") from error
+
+
+def _buffers(here: Machine, threads: int) -> dict[str, int]:
+    """Bytes each thread reads, so that they come from that level: level -> size."""
+    sizes = {}
+    if here.l2:
+        sizes["l2"] = here.l2 // 2
+        if here.l3:
+            sizes["l3"] = max(2 * here.l2, here.l3 // (2 * threads))
+    # Twice the cache: what is read in a circle is gone when it comes round. Getting more pages takes long.
+    sizes["dram"] = max(64 << 20, min(2 * (here.l3 or 0), 512 << 20)) // threads
+    return {level: max(size, 64 << 10) for level, size in sizes.items()}
+
+
+def _compile(folder: Path) -> Path:
+    """The measuring program, for exactly this machine."""
+    source = resources.files("convgen").joinpath("runtime", "machine.c").read_text(encoding="utf-8")
+    (folder / "machine.c").write_text(source, encoding="utf-8")
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    said = ""
+    for native in ("-march=native", "-mcpu=native"):  # Arm's compilers may know one of them only
+        command = [*compiler, "-O3", native, "-pthread", "-o", "machine", "machine.c"]
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+        except OSError as error:
+            hint = "install a C compiler (Debian: apt install gcc) or name one in CC"
+            raise BuildError(f"{compiler[0]}: {error.strerror}; {hint}") from error
+        if not done.returncode:
+            return folder / "machine"
+        said = said or f"exit status {done.returncode} of {shlex.join(command)}\n{done.stderr.strip()}"
+    raise BuildError(said)

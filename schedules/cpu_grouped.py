@@ -1,0 +1,202 @@
+"""Convolution with few channels per group: pixels in the vector lanes, rows strung together.
+
+Applies to  NCHW convolutions that are not transposed, with at most 16 output channels per group:
+            depthwise with any multiplier, grouped, and dense layers with few output channels.
+Strategy    1. Copy a block of rows of one group's input with its padding, split by stride phase, so
+               that neighbouring output pixels read neighbouring elements whatever the stride.
+            2. Treat the padded rows as one flat row: an output pixel `f` reads `f + offset` for each
+               tap, the row ends compute a few pixels nobody wants, and short rows still fill vectors.
+            3. Keep a tile of `tile_oc` channels × `tile_px` flat pixels in registers; taps unrolled,
+               weights broadcast.
+            4. Copy the wanted pixels out, with bias, residual and activation.
+            5. One parallel loop over batch × groups × blocks of rows.
+Why not     channels in the lanes: NCHW would have to be transposed in and out.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tvm import te, tirx
+
+from convgen.compute import Operands, ceildiv, copied, epilogue, round_up
+from convgen.schedule import Picks, Program, Schedule, Space, require
+
+#: Unrolled multiply-adds of one tile; more makes the code outgrow the instruction cache.
+MOST_UNROLLED = 1024
+
+
+class CpuGrouped(Schedule):
+    id, version = "cpu_grouped", 1
+
+    def applies(self, spec, target):
+        require(target.kind == "cpu", "needs a CPU")
+        require(not spec.transposed, "needs a convolution that is not transposed")
+        require(spec.layout == "nchw", "needs NCHW")
+        require(spec.oc // spec.groups <= 16, "needs at most 16 output channels per group")
+        require(math.prod(spec.kernel) <= MOST_UNROLLED, f"needs at most {MOST_UNROLLED} taps")
+
+    def space(self, spec, target):
+        lanes = target.vector_lanes(spec.dtype)
+        per_group = spec.oc // spec.groups
+        rows = _rows(spec)
+        return Space(
+            tile_oc=[c for c in (1, 2, 3, 4, 6, 8) if per_group % c == 0],
+            tile_px=[lanes * v for v in (1, 2, 3, 4, 6, 8, 12, 16)],
+            block_oh=sorted({b for b in (1, 2, 4, 7, 8, 14, 16, 28, 56) if b < rows} | {rows}),
+        )
+
+    def valid(self, spec, target, picks):
+        lanes = target.vector_lanes(spec.dtype)
+        vectors = picks.tile_px // lanes
+        used = vectors * picks.tile_oc + min(vectors, 2) + 1
+        require(used <= target.vector_registers, f"{used} vectors in a tile, {target.vector_registers} registers")
+        unrolled = vectors * picks.tile_oc * math.prod(spec.kernel)
+        require(unrolled <= MOST_UNROLLED, f"{unrolled} unrolled multiply-adds, at most {MOST_UNROLLED}")
+        g = _Geometry(spec, picks)
+        require(vectors == 1 or picks.tile_px < 2 * g.wanted, "tile_px exceeds the pixels of a block")
+
+    def default(self, spec, target):
+        lanes, rows = target.vector_lanes(spec.dtype), _rows(spec)
+        space = self.space(spec, target).domains
+        tile_oc = max(c for c in space["tile_oc"] if c <= 4)
+        # The block's input should stay in the L1 cache; and there must be tasks for every core.
+        def block_bytes(b):
+            g = _Geometry(spec, Picks(tile_oc=1, tile_px=lanes, block_oh=b))
+            return 4 * g.phases * g.copied_rows * g.pitch * (spec.ic // spec.groups)
+
+        fitting = [b for b in space["block_oh"] if block_bytes(b) <= target.l1 or b == space["block_oh"][0]]
+        busy = [b for b in fitting if spec.n * spec.groups * ceildiv(rows, b) >= 4 * target.cores]
+        picks = Picks(tile_oc=tile_oc, tile_px=lanes, block_oh=max(busy, default=min(fitting)))
+        options = [picks.replace(tile_px=px) for px in space["tile_px"]]
+        good = [p for p in options if self.reason_against(spec, target, p) is None]
+
+        def waste(p):
+            vectors = p.tile_px // lanes * p.tile_oc
+            return round_up(_Geometry(spec, p).wanted, p.tile_px) * (1 + 8 / vectors)
+
+        return min(good, key=waste, default=picks.replace(tile_oc=1))
+
+    def cost(self, spec, target):
+        picks = self.default(spec, target)
+        g = _Geometry(spec, picks)
+        products = spec.flops * round_up(g.wanted, picks.tile_px) / (picks.block_oh * spec.out_spatial[-1])
+        vectors = picks.tile_oc * picks.tile_px // target.vector_lanes(spec.dtype)
+        efficiency = 0.5 * min(1.0, vectors / 8)  # a load for most multiply-adds
+        moved = spec.bytes["src"] + 2 * spec.bytes["dst"]
+        return products / (efficiency * target.peak_flops) + moved / (target.cores * 8e9)
+
+    def program(self, spec, target, picks):
+        ops, g = Operands(spec), _Geometry(spec, picks)
+        per_group_in, per_group = spec.ic // spec.groups, spec.oc // spec.groups
+        packed = [copied(p, f"{p.op.name}_packed") for p in ops.parameters]
+        w, *vectors = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
+        depth_in, depth = spec.padded_spatial[: spec.rank - g.axes], spec.out_spatial[: spec.rank - g.axes]
+        stride, dilation = spec.stride[-g.axes :], spec.dilation[-g.axes :]
+
+        def gathered(*index):
+            n, c, block, *rest = index
+            at, (phase, row, col) = rest[:-3], rest[-3:]
+            x = col * stride[-1] + tirx.floormod(phase, stride[-1])
+            where = [*at, x]
+            if g.axes == 2:
+                y = (block * picks.block_oh + row) * stride[0] + tirx.floordiv(phase, stride[-1])
+                where = [*at, y, x]
+            return ops.read_src(
+                n, c, [p - b for p, (b, _) in zip(where, spec.padding, strict=True)], always=True
+            )
+
+        shape = (spec.n, spec.ic, g.blocks, *depth_in, g.phases, g.copied_rows, g.pitch)
+        padded = te.compute(shape, gathered, name="padded")
+
+        c = te.reduce_axis((0, per_group_in), "c")
+        taps = [te.reduce_axis((0, k), f"k{axis}") for axis, k in enumerate(spec.kernel)]
+
+        def product(*index):
+            n, o, block, *at, tile, p = index
+            f = tile * picks.tile_px + p
+            inner = [t * d for t, d in zip(taps[-g.axes :], dilation, strict=True)]
+            phase, offset = 0, f
+            for position, s, step in zip(inner, stride, ([g.pitch, 1])[-g.axes :], strict=True):
+                phase = phase * s + tirx.floormod(position, s)
+                offset = offset + tirx.floordiv(position, s) * step
+            deep = [
+                p * s + t * d for p, t, s, d in zip(at, taps, spec.stride, spec.dilation, strict=False)
+            ]
+            where = (phase, tirx.floordiv(offset, g.pitch), tirx.floormod(offset, g.pitch))
+            channel = tirx.floordiv(o, per_group) * per_group_in + c
+            return te.sum(padded[(n, channel, block, *deep, *where)] * w[(o, c, *taps)], [c, *taps])
+
+        # [tile][pixel] and not one axis: scheduling would trim that to the wanted pixels, and mask.
+        shape = (spec.n, spec.oc, g.blocks, *depth, g.computed // picks.tile_px, picks.tile_px)
+        acc = te.compute(shape, product, name="acc")
+
+        def value(n, o, pixel):
+            at, plane = pixel[: spec.rank - g.axes], pixel[spec.rank - g.axes :]
+            block, f = 0, plane[-1]
+            if g.axes == 2:
+                block = tirx.floordiv(plane[0], picks.block_oh)
+                f = tirx.floormod(plane[0], picks.block_oh) * g.pitch + plane[1]
+            residual = ops.residual[(n, o, *pixel)] if spec.residual else None
+            total = acc[(n, o, block, *at, tirx.floordiv(f, picks.tile_px), tirx.floormod(f, picks.tile_px))]
+            return epilogue(spec, total, residual=residual, **ops.per_channel(vectors, o))
+
+        return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
+
+    def apply(self, sch, spec, target, picks):
+        lanes, per_group = target.vector_lanes(spec.dtype), spec.oc // spec.groups
+        g = _Geometry(spec, picks)
+        dst, acc, padded = sch.get_sblock("dst"), sch.get_sblock("acc"), sch.get_sblock("padded")
+        n, oc, *spatial = sch.get_loops(dst)
+        depth, plane = spatial[: spec.rank - g.axes], spatial[spec.rank - g.axes :]
+        group, channel = sch.split(oc, [spec.groups, per_group])
+        if g.axes == 2:
+            block, row = sch.split(plane[0], [None, picks.block_oh])
+            plane = [row, plane[1]]
+        else:
+            block, plane[0] = sch.split(plane[0], [1, None])
+        channel_tile, channel = sch.split(channel, [None, picks.tile_oc])
+        sch.reorder(n, group, block, channel_tile, *depth, channel, *plane)
+        task = sch.fuse(n, group, block)
+        sch.parallel(task)
+
+        sch.compute_at(acc, depth[-1] if depth else channel_tile, preserve_unit_loops=True)
+        axes = 5 + len(depth)
+        loops = sch.get_loops(acc)[-(axes + 1 + spec.rank) :]
+        (n, channel, *units, tile, pixel), (c, *taps) = loops[:axes], loops[axes:]
+        vector, lane = sch.split(pixel, [None, lanes])
+        sch.reorder(n, *units, tile, c, *taps, channel, vector, lane)
+        sch.vectorize(lane)
+        for loop in (vector, channel, *reversed(taps)):
+            sch.unroll(loop)
+        result = sch.cache_write(acc, 0, "global")
+        sch.reverse_compute_at(result, tile, preserve_unit_loops=True)
+        *_, channel, pixel = sch.get_loops(result)
+        vector, lane = sch.split(pixel, [None, lanes])
+        sch.vectorize(lane)
+        sch.decompose_reduction(acc, c)
+        sch.compute_at(padded, task, preserve_unit_loops=True)
+        # Rows strung together: now `f + offset` is one address, however many rows it spans.
+        sch.transform_layout(padded, ("write", 0), lambda *index: [*index[:-2], index[-2] * g.pitch + index[-1]])
+
+
+class _Geometry:
+    """Sizes of the flattened rows of one block."""
+
+    def __init__(self, spec, picks):
+        self.axes = axes = min(spec.rank, 2)
+        width = spec.out_spatial[-1]
+        stride, window = spec.stride[-axes:], spec.window[-axes:]
+        reach = [(w - 1) // s for w, s in zip(window, stride, strict=True)]  # in elements of one phase
+        self.phases = math.prod(stride)
+        self.pitch = width + reach[-1]
+        self.blocks = ceildiv(_rows(spec), picks.block_oh)
+        self.wanted = (picks.block_oh - 1) * self.pitch + width
+        self.computed = round_up(self.wanted, picks.tile_px)
+        # Rows whose elements the last tile reads, though nobody wants what it makes of them.
+        last = self.computed - 1 + reach[-1] + (reach[0] * self.pitch if axes == 2 else 0)
+        self.copied_rows = last // self.pitch + 1
+
+
+def _rows(spec):
+    return spec.out_spatial[-2] if spec.rank > 1 else 1
