@@ -23,9 +23,6 @@ from .spec import ConvSpec
 #: Multiply-accumulates the example spends on plain loops: about a second without optimisation.
 EXAMPLE_MACS = 30_000_000
 
-#: What is known of a kernel beyond its interface; :func:`write_library` explains each.
-FACTS = ("target", "threads", "schedule", "picks", "seconds", "bound", "versions")
-
 
 def write_library(
     directory: str | os.PathLike[str], interface: Interface, object_file: Path, facts: Mapping[str, Any]
@@ -39,10 +36,10 @@ def write_library(
         directory: created where it does not exist; it holds one library.
         interface: the kernel.
         object_file: its compiled code.
-        facts: ``threads`` (those it was tuned for, what :func:`convgen.load` runs it on), and where
-            known ``target`` (its spelling), ``schedule`` (id and version), ``picks``, ``seconds``
-            (measured), ``versions`` (of the software that made it) and ``bound``: the largest error
-            in units of 2^-24 * (conv(|src|, |weights|) + |bias| + |residual|), before the activation.
+        facts: what else the manifest says, as JSON values: ``threads`` (those it was tuned for and
+            :func:`convgen.load` runs it on), and where known ``target``, ``schedule``, ``picks``,
+            ``seconds``, ``versions`` and whatever else. ``error_factor`` is the admitted error in
+            units of 2^-24 * (conv(|src|, |weights|) + |bias| + |residual|), before the activation.
 
     Returns:
         The manifest.
@@ -51,8 +48,8 @@ def write_library(
         ExportError: the directory holds something else, or cannot be written.
         BuildError: linking failed.
     """
-    if "threads" not in facts or not set(facts) <= set(FACTS):
-        raise ExportError(f"facts: expected threads and some of {', '.join(FACTS)}, found {', '.join(facts)}")
+    if "threads" not in facts:
+        raise ExportError(f"facts: expected threads among them, found {', '.join(facts) or 'none'}")
     target = Path(os.path.abspath(directory))
     try:
         _check_destination(target, interface)
@@ -96,7 +93,7 @@ def _write_files(folder: Path, interface: Interface, object_file: Path, facts: M
     link(interface, object_file, shared)
     link(interface, object_file, archive, archive=True)
     header.write_text(header_text(interface), encoding="utf-8")
-    example.write_text(example_text(interface, facts.get("bound")), encoding="utf-8")
+    example.write_text(example_text(interface, facts.get("error_factor")), encoding="utf-8")
     manifest = _manifest(interface, facts)
     manifest["files"] = {
         path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
@@ -143,8 +140,8 @@ def _axes(spec: ConvSpec) -> dict[str, list[str]]:
 
 def _manifest(interface: Interface, facts: Mapping[str, Any]) -> dict[str, Any]:
     spec, axes = interface.spec, _axes(interface.spec)
-    threads = facts["threads"]
-    return {
+    rest = {name: fact for name, fact in facts.items() if name != "error_factor"}
+    own = {
         "abi": ABI,
         "name": interface.name,
         "spec": {"descriptor": spec.descriptor, "key": spec.key, "fields": spec.to_dict()},
@@ -174,21 +171,18 @@ def _manifest(interface: Interface, facts: Mapping[str, Any]) -> dict[str, Any]:
             "formula": "fixed + threads * per_thread",
             "fixed": round_up(interface.workspace_main),
             "per_thread": round_up(interface.workspace_task),
-            "bytes": interface.workspace_size(threads),
+            "bytes": interface.workspace_size(facts["threads"]),
             "alignment": ALIGNMENT,
         },
         "isa": list(interface.isa),
-        "target": facts.get("target"),
-        "threads": threads,
-        "schedule": facts.get("schedule"),
-        "picks": dict(facts.get("picks") or {}),
-        "seconds": facts.get("seconds"),
         "error_bound": {
-            "factor": facts.get("bound"),
+            "factor": facts.get("error_factor"),
             "unit": "2^-24 * (conv(|src|, |weights|) + |bias| + |residual|), before the activation",
         },
-        "versions": dict(facts.get("versions") or {}),
     }
+    if clash := sorted({*own, "files"} & rest.keys()):
+        raise ExportError(f"facts: expected none that the manifest has of its own, found {', '.join(clash)}")
+    return own | rest
 
 
 # ---- header and example ------------------------------------------------------------------------
@@ -222,10 +216,10 @@ def _meaning(spec: ConvSpec) -> str:
     return f"dst = {total}" if spec.activation == "none" else f"dst = {spec.activation_op.name}({total})"
 
 
-def example_text(interface: Interface, bound: float | None = None) -> str:
+def example_text(interface: Interface, error_factor: float | None = None) -> str:
     """``example.c``: calls the library on whole numbers and compares with plain loops.
 
-    ``bound`` is the error factor of :func:`write_library`; where None, that of plain summation.
+    ``error_factor`` is that of :func:`write_library`; where None, that of plain summation.
     """
     spec = interface.spec
     optional = {"bias": spec.bias, "slope": spec.has_slope, "residual": spec.residual}
@@ -265,7 +259,7 @@ def example_text(interface: Interface, bound: float | None = None) -> str:
         tensors="".join(f"    {name} = tensor(sizes.{name}, {values[name]});\n" for name in extra),
         pack=fields("bias", "slope"),
         run=fields("residual"),
-        allowed=_allowed(spec, bound),
+        allowed=_allowed(spec, error_factor),
         free="".join(f"    free({name});\n" for name in reversed(extra)),
     )
 
@@ -299,10 +293,11 @@ def _step(spec: ConvSpec) -> int:
     return step
 
 
-def _allowed(spec: ConvSpec, bound: float | None) -> str:
+def _allowed(spec: ConvSpec, factor: float | None) -> str:
     """The error that is allowed, in C: rounding before the activation, then the activation's own."""
     op = spec.activation_op
-    factor = spec.reduction_length + 4 if bound is None else bound
+    if factor is None:
+        factor = spec.reduction_length + 4
     rounding = f"{float(factor * max(op.lipschitz, 1.0))!r} * 0x1p-24 * magnitude"
     return rounding if op.exact or op.name == "leaky_relu" else f"{rounding} + 1e-5 * (1 + fabs(expected))"
 

@@ -34,15 +34,8 @@ _MODEL_FIELDS = (
 )
 #: The features code generation looks at. Linux lists others too, and more with every release.
 _ISA = re.compile(r"(sse|ssse|avx|fma|f16c|bmi|amx|gfni|popcnt|movbe|fp|asimd|sve|sme|bf16|i8mm|neon|vfp)")
-
-_RENAMED = {
-    "pni": "sse3",
-    "sse4_1": "sse4.1",
-    "sse4_2": "sse4.2",
-    "bmi1": "bmi",
-    "abm": "lzcnt",
-    "amx_tile": "amx-tile",
-}
+#: Linux's names of features that the C compilers call otherwise.
+_RENAMED = {"pni": "sse3", "sse4_1": "sse4.1", "sse4_2": "sse4.2", "bmi1": "bmi", "abm": "lzcnt"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +118,7 @@ def _parse_cpuinfo(text: str) -> tuple[str, str, frozenset[str]]:
 
 def _feature(flag: str) -> str:
     """Linux's name of a feature -> the C compilers'."""
-    return _RENAMED.get(flag) or re.sub(r"^(avx512|avx)_", r"\1", flag)
+    return _RENAMED.get(flag) or re.sub(r"^(avx512|avx)_", r"\1", flag).replace("amx_", "amx-")
 
 
 def _physical(usable: set[int], sysfs: Path) -> int:

@@ -336,7 +336,7 @@ class Recovery:
 def default_path() -> Path:
     """``$CONVGEN_RECORDS``, else ``records.sqlite`` in the user's cache directory."""
     if given := os.environ.get("CONVGEN_RECORDS"):
-        return Path(given).expanduser()
+        return Path(os.path.expanduser(given))
     import platformdirs
 
     return platformdirs.user_cache_path("convgen") / "records.sqlite"
@@ -618,7 +618,7 @@ class RecordStore:
         return self._handles[pid]
 
     def _connect(self) -> sqlite3.Connection:
-        if self.readonly and not self.path.exists():
+        if self.readonly and not os.path.exists(self.path):
             raise RecordError(f"{self.path}: no such file")
         try:
             if not self.readonly:
@@ -631,11 +631,15 @@ class RecordStore:
             try:
                 return self._opened(mode)
             except sqlite3.Error as error:
-                if _code(error) in _NO_ACCESS and mode == "mode=ro":
+                if _code(error) in _NO_ACCESS and mode == "mode=ro" and not self._has_log():
                     mode = "immutable=1"  # a folder where SQLite cannot make the log's index: nobody writes there
                 elif _code(error) not in _CONTENTION or time.monotonic() > deadline:
                     raise self._failure(error) from error
             time.sleep(0.01)
+
+    def _has_log(self) -> bool:
+        log = f"{self.path}-wal"
+        return os.path.exists(log) and os.path.getsize(log) > 0
 
     def _opened(self, mode: str) -> sqlite3.Connection:
         """A connection to a file that is a store of this version; an empty file is made one."""

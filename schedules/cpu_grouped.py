@@ -19,7 +19,7 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import Operands, ceildiv, copied, epilogue, round_up
+from convgen.compute import Operands, ceildiv, copied, epilogue, read_whole
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 #: Unrolled multiply-adds of one tile; more makes the code outgrow the instruction cache.
@@ -42,19 +42,22 @@ class CpuGrouped(Schedule):
         rows = _rows(spec)
         return Space(
             tile_oc=[c for c in (1, 2, 3, 4, 6, 8) if per_group % c == 0],
+            tile_oh=[1, 2, 4, 8] if spec.rank > 1 else [1],
             tile_px=[lanes * v for v in (1, 2, 3, 4, 6, 8, 12, 16)],
             block_oh=sorted({b for b in (1, 2, 4, 7, 8, 14, 16, 28, 56) if b < rows} | {rows}),
         )
 
     def valid(self, spec, target, picks):
         lanes = target.vector_lanes(spec.dtype)
-        vectors = picks.tile_px // lanes
+        vectors = picks.tile_px // lanes * picks.tile_oh
         used = vectors * picks.tile_oc + min(vectors, 2) + 1
         require(used <= target.vector_registers, f"{used} vectors in a tile, {target.vector_registers} registers")
         unrolled = vectors * picks.tile_oc * math.prod(spec.kernel)
         require(unrolled <= MOST_UNROLLED, f"{unrolled} unrolled multiply-adds, at most {MOST_UNROLLED}")
         g = _Geometry(spec, picks)
-        require(vectors == 1 or picks.tile_px < 2 * g.wanted, "tile_px exceeds the pixels of a block")
+        width = g.wanted if picks.tile_oh == 1 else spec.out_spatial[-1]
+        require(vectors == 1 or picks.tile_px - lanes < width, "tile_px exceeds the pixels there are")
+        require(picks.block_oh % picks.tile_oh == 0, "block_oh is not whole tiles")
 
     def default(self, spec, target):
         lanes, rows = target.vector_lanes(spec.dtype), _rows(spec)
@@ -62,29 +65,34 @@ class CpuGrouped(Schedule):
         tile_oc = max(c for c in space["tile_oc"] if c <= 4)
         # The block's input should stay in the L1 cache; and there must be tasks for every core.
         def block_bytes(b):
-            g = _Geometry(spec, Picks(tile_oc=1, tile_px=lanes, block_oh=b))
+            g = _Geometry(spec, Picks(tile_oc=1, tile_oh=1, tile_px=lanes, block_oh=b))
             return 4 * g.phases * g.copied_rows * g.pitch * (spec.ic // spec.groups)
 
         fitting = [b for b in space["block_oh"] if block_bytes(b) <= target.l1 or b == space["block_oh"][0]]
         busy = [b for b in fitting if spec.n * spec.groups * ceildiv(rows, b) >= 4 * target.cores]
-        picks = Picks(tile_oc=tile_oc, tile_px=lanes, block_oh=max(busy, default=min(fitting)))
-        options = [picks.replace(tile_px=px) for px in space["tile_px"]]
+        base = Picks(tile_oc=tile_oc, tile_oh=1, tile_px=lanes, block_oh=max(busy, default=min(fitting)))
+        options = [base.replace(tile_oh=h, tile_px=px) for h in space["tile_oh"] for px in space["tile_px"]]
         good = [p for p in options if self.reason_against(spec, target, p) is None]
+        return min(good, key=lambda p: self._work(spec, target, p), default=base.replace(tile_oc=1))
 
-        def waste(p):
-            vectors = p.tile_px // lanes * p.tile_oc
-            return round_up(_Geometry(spec, p).wanted, p.tile_px) * (1 + 8 / vectors)
-
-        return min(good, key=waste, default=picks.replace(tile_oc=1))
+    def _work(self, spec, target, picks):
+        """Loads and multiply-adds of one channel's block, in vectors: what there is to compare."""
+        g, lanes = _Geometry(spec, picks), target.vector_lanes(spec.dtype)
+        vectors, taps = picks.tile_px // lanes, math.prod(spec.kernel)
+        rows_read = picks.tile_oh if g.axes == 1 else (picks.tile_oh - 1) + spec.kernel[-2]
+        loads = rows_read * vectors * taps // (spec.kernel[-2] if g.axes == 2 else 1) / picks.tile_oc
+        products = picks.tile_oh * vectors * taps
+        chains = picks.tile_oc * picks.tile_oh * vectors
+        return math.prod(g.tiles) * (2 * loads + products) * max(1.0, 8 / chains)
 
     def cost(self, spec, target):
         picks = self.default(spec, target)
         g = _Geometry(spec, picks)
-        products = spec.flops * round_up(g.wanted, picks.tile_px) / (picks.block_oh * spec.out_spatial[-1])
-        vectors = picks.tile_oc * picks.tile_px // target.vector_lanes(spec.dtype)
-        efficiency = 0.5 * min(1.0, vectors / 8)  # a load for most multiply-adds
-        moved = spec.bytes["src"] + 2 * spec.bytes["dst"]
-        return products / (efficiency * target.peak_flops) + moved / (target.cores * 8e9)
+        vectors = self._work(spec, target, picks) * spec.n * spec.oc * g.blocks * (spec.ic // spec.groups)
+        vectors *= math.prod(spec.out_spatial[: spec.rank - g.axes])
+        moved = spec.bytes["src"] * g.copied_rows / (picks.block_oh * g.phases**0.5) + 2 * spec.bytes["dst"]
+        cycles = 2 * target.vector_lanes(spec.dtype) / target.peak_flops  # seconds of a vector operation
+        return vectors * cycles + moved / (target.cores * 8e9)
 
     def program(self, spec, target, picks):
         ops, g = Operands(spec), _Geometry(spec, picks)
@@ -113,8 +121,8 @@ class CpuGrouped(Schedule):
         taps = [te.reduce_axis((0, k), f"k{axis}") for axis, k in enumerate(spec.kernel)]
 
         def product(*index):
-            n, o, block, *at, tile, p = index
-            f = tile * picks.tile_px + p
+            n, o, block, *at, row_tile, tile, row, p = index
+            f = (row_tile * picks.tile_oh + row) * g.pitch + tile * picks.tile_px + p
             inner = [t * d for t, d in zip(taps[-g.axes :], dilation, strict=True)]
             phase, offset = 0, f
             for position, s, step in zip(inner, stride, ([g.pitch, 1])[-g.axes :], strict=True):
@@ -127,18 +135,19 @@ class CpuGrouped(Schedule):
             channel = tirx.floordiv(o, per_group) * per_group_in + c
             return te.sum(padded[(n, channel, block, *deep, *where)] * w[(o, c, *taps)], [c, *taps])
 
-        # [tile][pixel] and not one axis: scheduling would trim that to the wanted pixels, and mask.
-        shape = (spec.n, spec.oc, g.blocks, *depth, g.computed // picks.tile_px, picks.tile_px)
+        shape = (spec.n, spec.oc, g.blocks, *depth, *g.tiles, picks.tile_oh, picks.tile_px)
         acc = te.compute(shape, product, name="acc")
 
         def value(n, o, pixel):
             at, plane = pixel[: spec.rank - g.axes], pixel[spec.rank - g.axes :]
-            block, f = 0, plane[-1]
+            block, row, x = 0, 0, plane[-1]
             if g.axes == 2:
-                block = tirx.floordiv(plane[0], picks.block_oh)
-                f = tirx.floormod(plane[0], picks.block_oh) * g.pitch + plane[1]
+                block, row = tirx.floordiv(plane[0], picks.block_oh), tirx.floormod(plane[0], picks.block_oh)
+            if picks.tile_oh == 1:  # one long row
+                row, x = 0, row * g.pitch + x
+            where = (row // picks.tile_oh, x // picks.tile_px, row % picks.tile_oh, x % picks.tile_px)
+            total = read_whole(acc, (n, o, block, *at, *where))
             residual = ops.residual[(n, o, *pixel)] if spec.residual else None
-            total = acc[(n, o, block, *at, tirx.floordiv(f, picks.tile_px), tirx.floormod(f, picks.tile_px))]
             return epilogue(spec, total, residual=residual, **ops.per_channel(vectors, o))
 
         return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
@@ -161,21 +170,23 @@ class CpuGrouped(Schedule):
         sch.parallel(task)
 
         sch.compute_at(acc, depth[-1] if depth else channel_tile, preserve_unit_loops=True)
-        axes = 5 + len(depth)
+        axes = 7 + len(depth)
         loops = sch.get_loops(acc)[-(axes + 1 + spec.rank) :]
-        (n, channel, *units, tile, pixel), (c, *taps) = loops[:axes], loops[axes:]
+        (n, channel, *units, row_tile, tile, row, pixel), (c, *taps) = loops[:axes], loops[axes:]
         vector, lane = sch.split(pixel, [None, lanes])
-        sch.reorder(n, *units, tile, c, *taps, channel, vector, lane)
+        sch.reorder(n, *units, row_tile, tile, c, *taps, channel, row, vector, lane)
         sch.vectorize(lane)
-        for loop in (vector, channel, *reversed(taps)):
+        for loop in (vector, row, channel, *reversed(taps)):
             sch.unroll(loop)
         result = sch.cache_write(acc, 0, "global")
         sch.reverse_compute_at(result, tile, preserve_unit_loops=True)
-        *_, channel, pixel = sch.get_loops(result)
+        *_, pixel = sch.get_loops(result)
         vector, lane = sch.split(pixel, [None, lanes])
         sch.vectorize(lane)
         sch.decompose_reduction(acc, c)
         sch.compute_at(padded, task, preserve_unit_loops=True)
+        for loop in sch.get_loops(padded)[-2:]:
+            sch.annotate(loop, "pragma_loop_partition_hint", True)
         # Rows strung together: now `f + offset` is one address, however many rows it spans.
         sch.transform_layout(padded, ("write", 0), lambda *index: [*index[:-2], index[-2] * g.pitch + index[-1]])
 
@@ -192,9 +203,13 @@ class _Geometry:
         self.pitch = width + reach[-1]
         self.blocks = ceildiv(_rows(spec), picks.block_oh)
         self.wanted = (picks.block_oh - 1) * self.pitch + width
-        self.computed = round_up(self.wanted, picks.tile_px)
+        # Tiles of one long row, or of the block's rows.
+        rows, row = (1, self.wanted) if picks.tile_oh == 1 else (picks.block_oh, width)
+        self.tiles = ceildiv(rows, picks.tile_oh), ceildiv(row, picks.tile_px)
+        self.computed = math.prod(self.tiles) * picks.tile_oh * picks.tile_px
         # Rows whose elements the last tile reads, though nobody wants what it makes of them.
-        last = self.computed - 1 + reach[-1] + (reach[0] * self.pitch if axes == 2 else 0)
+        last = (self.tiles[0] * picks.tile_oh - 1) * self.pitch + self.tiles[1] * picks.tile_px - 1
+        last += reach[-1] + (reach[0] * self.pitch if axes == 2 else 0)
         self.copied_rows = last // self.pitch + 1
 
 

@@ -27,7 +27,7 @@ FACTS = {
     "schedule": "naive 1",
     "picks": {"tile": 4},
     "seconds": 1.5e-3,
-    "bound": 50.0,
+    "error_factor": 50.0,
     "versions": {"convgen": "0"},
 }
 STRICT = ("-std=c11", "-Wall", "-Wextra", "-Werror")
@@ -313,8 +313,10 @@ def test_nothing_is_left_of_an_export_that_failed(tmp_path: Path) -> None:
         write_library(tmp_path / "a" / "b", interface, broken, FACTS)
     with pytest.raises(ExportError, match="facts: expected JSON values"):
         write_library(tmp_path / "a" / "b", interface, path, {**FACTS, "picks": {"x": object()}})
-    with pytest.raises(ExportError, match="facts: expected threads and some of"):
+    with pytest.raises(ExportError, match="facts: expected threads among them, found target"):
         write_library(tmp_path / "a" / "b", interface, path, {"target": "cpu"})
+    with pytest.raises(ExportError, match="facts: expected none that the manifest has of its own, found files, isa"):
+        write_library(tmp_path / "a" / "b", interface, path, {**FACTS, "isa": [], "files": {}})
     with pytest.raises(ExportError, match="expected a directory, found a file"):
         write_library(broken, interface, path, FACTS)
     assert sorted(tmp_path.iterdir()) == present

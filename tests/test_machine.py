@@ -23,7 +23,7 @@ model\t\t: 143
 model name\t: Intel(R) Xeon(R) Platinum 8480+
 stepping\t: 8
 cpu MHz\t\t: 2000.{cpu}
-flags\t\t: fpu sse sse2 ssse3 fma sse4_1 sse4_2 avx avx2 avx512f avx512_vnni avx512_vbmi2 avx_vnni amx_tile bmi1 bmi2 nopl
+flags\t\t: fpu sse ssse3 fma sse4_1 sse4_2 avx avx2 avx512f avx512_vnni avx512_vbmi2 avx_vnni amx_tile bmi1 bmi2 nopl
 """
 ARM = """\
 processor\t: {cpu}

@@ -362,7 +362,9 @@ def test_fused(body: str) -> None:
         ("s = Sigmoid(c) y = Mul(x, s)  z = Relu(c)", "y z"),  # not c's own gate
         ("h = HardSigmoid(c) y = Mul(c, h)", "y"),  # another slope than hardswish's
         ("y = Add(c, c)", "y"),
-        ("y, m, v = BatchNormalization<training_mode=1>(c, k, k, k, k)", "y"),
+        ("y = BatchNormalization<training_mode=1>(c, k, k, k, k)", "y"),
+        ("y, m, v = BatchNormalization(c, k, k, k, k)", "y"),  # updated statistics: training as well
+        ("p = GlobalAveragePool(x) q = Squeeze(p) y = BatchNormalization(c, q, k, k, k)", "y"),
         ("s = GlobalAveragePool(x) y = Mul(c, s)", "y"),  # a scale that depends on the data
         ("s = GlobalAveragePool(x) y = Add(c, s)", "y"),  # a residual that is broadcast
         ("s = GlobalAveragePool(x) y = Clip(c, , s)", "y"),  # a bound that depends on the data
