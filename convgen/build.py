@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -62,14 +64,14 @@ class Kernel(Library):
         library: Path,
         threads: int,
         record: TuningRecord | None,
-        directory: Any,
+        directory: Path,
     ) -> None:
         super().__init__(library, interface.spec, interface.name, threads)
         self.path, self.lowered, self.interface, self.object_file = library, lowered, interface, object_file
         self.target, self.record = lowered.target, record
         self.schedule: str = lowered.candidate.schedule.id
         self.picks = lowered.candidate.picks
-        self._directory = directory  # removed with the kernel
+        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
 
     @property
     def exact(self) -> bool:
@@ -199,12 +201,12 @@ def compile_candidate(
     if not target.native:
         raise UnsupportedError(f"{target}: expected a target that runs on this machine, found one that does not")
     lowered = lower(spec, target, candidate)
-    directory = tempfile.TemporaryDirectory(prefix="convgen-", ignore_cleanup_errors=True)
+    directory = Path(tempfile.mkdtemp(prefix="convgen-"))
     try:
-        interface, object_file, library = compile_lowered(lowered, Path(directory.name), name)
+        interface, object_file, library = compile_lowered(lowered, directory, name)
         return Kernel(lowered, interface, object_file, library, threads, record, directory)
     except BaseException:
-        directory.cleanup()
+        shutil.rmtree(directory, ignore_errors=True)
         raise
 
 

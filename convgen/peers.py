@@ -11,10 +11,10 @@ import random
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +25,6 @@ from .measure import repeats, sample
 from .sandbox import Arrays
 from .spec import ConvSpec
 from .validate import float_data, reference, tolerance, worst
-
-if TYPE_CHECKING:
-    from .build import Kernel
 
 F32 = npt.NDArray[np.float32]
 
@@ -44,10 +41,10 @@ class Entrant:
     """One way to run a layer.
 
     ``run`` runs it and nothing else; ``output`` is what it computed last, of ``spec.dst_shape``.
-    ``context`` is entered around all runs of a turn.
+    ``context`` is entered around all runs of a turn. ``way`` tells a library's several ways apart.
     """
 
-    name: str
+    way: str
     run: Callable[[], Any]
     output: Callable[[], F32]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -84,8 +81,8 @@ class OnnxRuntime(Peer):
     def entrants(self, spec: ConvSpec, data: Arrays, threads: int) -> list[Entrant]:
         from .reference import OrtReference
 
-        prepared = OrtReference(spec, **data, threads=threads)  # type: ignore[arg-type]
-        return [Entrant(self.name, prepared, lambda: prepared.output)]
+        prepared = OrtReference(spec, **data, threads=threads)
+        return [Entrant("", prepared, lambda: prepared.output)]
 
 
 class Torch(Peer):
@@ -104,9 +101,9 @@ class Torch(Peer):
         formats = [("channels last", last)] if last else []
         if spec.layout == "nchw" or not last:
             formats.insert(0, ("contiguous", torch.contiguous_format))
-        return [self._entrant(spec, data, f"{self.name} {label}", form) for label, form in formats]
+        return [self._entrant(spec, data, label, form) for label, form in formats]
 
-    def _entrant(self, spec: ConvSpec, data: Arrays, label: str, form: Any) -> Entrant:
+    def _entrant(self, spec: ConvSpec, data: Arrays, way: str, form: Any) -> Entrant:
         import torch
 
         # An NHWC array is a channels-last tensor as it lies in memory.
@@ -133,7 +130,7 @@ class Torch(Peer):
                 dst.add_(residual)
             result[0] = activate(dst)
 
-        return Entrant(label, run, lambda: np.ascontiguousarray(result[0].permute(back).numpy()), torch.inference_mode)
+        return Entrant(way, run, lambda: np.ascontiguousarray(result[0].permute(back).numpy()), torch.inference_mode)
 
     def _convolution(self, spec: ConvSpec, weights: Any, bias: Any) -> Callable[[Any], Any]:
         import torch
@@ -148,12 +145,12 @@ class Torch(Peer):
                 return lambda src: conv(src, *args)
             pad = [amount for pair in reversed(rest) for amount in pair]
             return lambda src: conv(functional.pad(src, pad), *args)
-        conv = getattr(functional, f"conv_transpose{spec.rank}d")
-        args = (weights, bias, spec.stride, even, spec.output_padding, spec.groups, spec.dilation)
+        transposed = getattr(functional, f"conv_transpose{spec.rank}d")
+        options = (weights, bias, spec.stride, even, spec.output_padding, spec.groups, spec.dilation)
         if not any(map(any, rest)):
-            return lambda src: conv(src, *args)
+            return lambda src: transposed(src, *options)
         crop = (slice(None), slice(None), *(slice(begin, -end or None) for begin, end in rest))
-        return lambda src: conv(src, *args)[crop].contiguous()
+        return lambda src: transposed(src, *options)[crop].contiguous()
 
     def _activation(self, spec: ConvSpec, slope: Any) -> Callable[[Any], Any]:
         import torch
@@ -209,7 +206,7 @@ class OpenVino(Peer):
             request.start_async()
             request.wait()
 
-        return [Entrant(self.name, run, lambda: output)]
+        return [Entrant("", run, lambda: output)]
 
 
 PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (OnnxRuntime, Torch, OpenVino)}
@@ -220,10 +217,13 @@ PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (OnnxRuntime, Torch,
 
 @dataclass(frozen=True)
 class Timing:
-    """How one entrant did: ``seconds`` per call, the median of ``rounds``; or why it was not timed."""
+    """How a kernel or a peer did: ``seconds`` per call, the median of ``rounds``; or the ``problem``
+    why it was not timed. ``way`` is a peer's fastest of several.
+    """
 
     name: str
     version: str | None
+    way: str = ""
     seconds: float | None = None
     rounds: tuple[float, ...] = ()
     problem: str = ""
@@ -247,8 +247,7 @@ class Comparison:
 
     @property
     def best_peer(self) -> Timing | None:
-        timed = [peer for peer in self.peers if peer.seconds]
-        return min(timed, key=lambda peer: peer.seconds or 0.0, default=None)
+        return _fastest(self.peers)
 
     def to_dict(self) -> dict[str, Any]:
         best = self.best_peer
@@ -256,7 +255,7 @@ class Comparison:
 
 
 def compare(
-    kernels: dict[str, Kernel] | dict[str, Library],
+    kernels: Mapping[str, Library],
     peers: Sequence[str],
     threads: int,
     *,
@@ -283,49 +282,52 @@ def compare(
     data = float_data(spec, seed)
     expected = reference(spec, data, threads)
     # Another algorithm in a peer is no reason not to time it.
-    bound = tolerance(spec.with_(accuracy="relaxed"), data, expected, threads)
+    bound = tolerance(spec.with_(accuracy="relaxed"), data, threads)
 
-    ours = [_kernel_entrant(name, kernel, data, threads) for name, kernel in kernels.items()]
-    timings: list[Timing] = []
-    ready: list[tuple[str, Entrant]] = [("convgen", entrant) for entrant in ours]
+    found: dict[str, Timing] = {}
+    ready = [(name, _kernel_entrant(kernel, data, threads)) for name, kernel in kernels.items()]
     for name in peers:
         peer = find_peer(name)
         version = peer.version()
         if version is None:
-            timings.append(Timing(name, None, problem='not installed; get it with: pip install "convgen[peers]"'))
+            found[name] = Timing(name, None, problem='not installed; get it with: pip install "convgen[peers]"')
             continue
         try:
             entrants = peer().entrants(spec, data, threads)
             for entrant in entrants:
-                with entrant.context():
-                    entrant.run()
-                error = worst(np.abs(entrant.output() - expected), bound)
-                if not error <= 1:
-                    raise UnsupportedError(f"wrong output: error {error:.3g} of the bound")
+                _check(entrant, expected, bound)
         except Exception as error:  # a peer's failures are of its own kinds, and part of the answer
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            timings.append(Timing(name, version, problem=first[:200]))
-            continue
-        ready += [(name, entrant) for entrant in entrants]
+            found[name] = Timing(name, version, problem=first[:200])
+        else:
+            ready += [(name, entrant) for entrant in entrants]
 
-    taken = _turns([entrant for _, entrant in ready], rounds, rest)
-    medians = [statistics.median(times) for times in taken]
-    own = [Timing(e.name, _own_version(), medians[i], tuple(taken[i])) for i, e in enumerate(ours)]
-    for name in peers:
-        ways = [i for i, (owner, _) in enumerate(ready) if owner == name]
-        if ways:
-            best = min(ways, key=medians.__getitem__)
-            label = ready[best][1].name
-            timings.append(Timing(label, find_peer(name).version(), medians[best], tuple(taken[best])))
-    timings.sort(key=lambda timing: [timing.name.startswith(name) for name in peers].index(True))
+    for (name, entrant), times in zip(ready, _turns([entrant for _, entrant in ready], rounds, rest), strict=True):
+        version = _own_version() if name in kernels else PEERS[name].version()
+        timing = Timing(name, version, entrant.way, statistics.median(times), tuple(times))
+        if name not in found or (timing.seconds or 0.0) < (found[name].seconds or 0.0):
+            found[name] = timing
 
-    timed = [timing for timing in timings if timing.seconds]
+    own = tuple(found[name] for name in kernels)
+    others = tuple(found[name] for name in dict.fromkeys(peers))
     ratio = interval = None
-    if timed:
-        best_peer = min(timed, key=lambda timing: timing.seconds or 0.0)
-        ratio = statistics.median(best_peer.rounds) / statistics.median(own[0].rounds)
-        interval = ratio_interval(best_peer.rounds, own[0].rounds)
-    return Comparison(spec.descriptor, threads, spec.flops, tuple(own), tuple(timings), ratio, interval)
+    if best := _fastest(others):
+        ratio = statistics.median(best.rounds) / statistics.median(own[0].rounds)
+        interval = ratio_interval(best.rounds, own[0].rounds)
+    return Comparison(spec.descriptor, threads, spec.flops, own, others, ratio, interval)
+
+
+def _fastest(timings: Sequence[Timing]) -> Timing | None:
+    return min((t for t in timings if t.seconds), key=lambda timing: timing.seconds or 0.0, default=None)
+
+
+def _check(entrant: Entrant, expected: F32, bound: F32) -> None:
+    """Run once, and raise UnsupportedError unless the output is right."""
+    with entrant.context():
+        entrant.run()
+        error = worst(np.abs(entrant.output() - expected), bound)
+    if not error <= 1:
+        raise UnsupportedError(f"wrong output: its error is {error:.3g} of the bound")
 
 
 def find_peer(name: str) -> type[Peer]:
@@ -339,11 +341,11 @@ def find_peer(name: str) -> type[Peer]:
     return PEERS[name]
 
 
-def _kernel_entrant(name: str, kernel: Library, data: Arrays, threads: int) -> Entrant:
-    packed = kernel.pack(*(data.get(parameter) for parameter in ("weights", "bias", "slope")))
+def _kernel_entrant(kernel: Library, data: Arrays, threads: int) -> Entrant:
+    packed = kernel.pack(data["weights"], data.get("bias"), data.get("slope"))
     dst = np.empty(kernel.spec.dst_shape, np.float32)
     call = kernel.prepare(data["src"], packed, dst, data.get("residual"), threads=threads)
-    return Entrant(name, call, lambda: dst)
+    return Entrant("", call, lambda: dst)
 
 
 def _own_version() -> str:
