@@ -6,7 +6,8 @@ import importlib.metadata
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,15 +163,16 @@ def best_record(store: RecordStore, spec: ConvSpec, target: Target, threads: int
     return min(final or usable, key=lambda r: r.seconds or 0.0, default=None)
 
 
-def open_store(records: Records) -> RecordStore | None:
-    """None: the default store; False: none at all; else a path or an open store."""
-    if records is False:
-        return None
+@contextmanager
+def open_store(records: Records) -> Iterator[RecordStore | None]:
+    """The store for a while. None: the default one; False: none at all; a path; or an open store, left open."""
     if isinstance(records, RecordStore):
-        return records
-    if records is None or records is True:
-        return RecordStore()
-    return RecordStore(records)
+        yield records
+    elif records is False:
+        yield None
+    else:
+        with RecordStore(None if records is None or records is True else records) as store:
+            yield store
 
 
 def check_memory(spec: ConvSpec) -> None:
@@ -180,6 +182,14 @@ def check_memory(spec: ConvSpec) -> None:
     needed, available = sum(spec.bytes.values()), machine().memory
     if available and needed > available:
         raise SpecError("memory", f"tensors of at most {available:,} bytes", f"{needed:,}", spec.descriptor)
+
+
+def check_native(target: Target) -> None:
+    """Raise:
+    UnsupportedError: this machine cannot run the target's code.
+    """
+    if not target.native:
+        raise UnsupportedError(f"{target}: expected a target that runs on this machine, found one that does not")
 
 
 def compile_candidate(
@@ -198,8 +208,7 @@ def compile_candidate(
         BuildError: TVM, LLVM or the C compiler failed.
         UnsupportedError: this machine cannot run the target's code.
     """
-    if not target.native:
-        raise UnsupportedError(f"{target}: expected a target that runs on this machine, found one that does not")
+    check_native(target)
     lowered = lower(spec, target, candidate)
     directory = Path(tempfile.mkdtemp(prefix="convgen-"))
     try:
@@ -271,14 +280,15 @@ def build(
     resolved = resolve(target)
     threads = check_threads(threads, resolved)
     check_memory(spec)
-    store = open_store(records)
-    record = None
-    if (trials or seconds) and spec.n:
-        from .tune import tune
+    with open_store(records) as store:
+        record = None
+        if (trials or seconds) and spec.n:
+            from .tune import Tuner
 
-        record = tune(spec, resolved, threads, trials=trials, seconds=seconds, records=store, progress=progress)
-    elif store is not None:
-        record = best_record(store, spec, resolved, threads)
+            with Tuner(resolved, threads, store) as tuner:
+                record = tuner.tune(spec, trials=trials, seconds=seconds, progress=progress)
+        elif store is not None:
+            record = best_record(store, spec, resolved, threads)
     candidate = record_candidate(record, spec, resolved) if record else None
     if candidate is None:
         candidate = default_candidate(spec, resolved)

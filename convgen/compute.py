@@ -39,6 +39,15 @@ def flat(index: Index, shape: Sequence[int]) -> Expr:
     return position
 
 
+def unflat(position: Expr, shape: Sequence[int]) -> list[Expr]:
+    """The index that :func:`flat` made ``position`` of."""
+    index: list[Expr] = []
+    for size in reversed(shape):
+        index.insert(0, tirx.floormod(position, size))
+        position = tirx.floordiv(position, size)
+    return index
+
+
 class Operands:
     """Placeholders of a spec's tensors, those it has; the others are None."""
 
@@ -156,11 +165,7 @@ def pack_channels(ops: Operands, tile: int) -> tuple[list[te.Tensor], list[te.Te
     shape = (ceildiv(spec.oc, tile), taps, spec.ic, tile)
 
     def packed_weights(b: Expr, tap: Expr, c: Expr, t: Expr) -> Expr:
-        where: list[Expr] = []
-        for size in reversed(spec.kernel):
-            where.insert(0, tirx.floormod(tap, size))
-            tap = tirx.floordiv(tap, size)
-        value = weights[(b * tile + t, c, *where)]
+        value = weights[(b * tile + t, c, *unflat(tap, spec.kernel))]
         if spec.oc % tile == 0:
             return value
         return tirx.if_then_else(b * tile + t < spec.oc, value, tirx.const(0, weights.dtype))

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,15 +208,16 @@ class Pools:
         # Builders are replaced now and then: TVM leaks a little with every compilation.
         self._builders = PopenPoolExecutor(max_workers=workers, timeout=build_timeout, maximum_process_uses=64)
         self._runner = PopenPoolExecutor(max_workers=1, timeout=run_timeout)
+        self._pending: set[Future[Any]] = set()
 
     def build(self, modules: Sequence[str]) -> list[str | Result]:
         """Library paths of serialised modules; a failure is a Result."""
-        futures = [self._builders.submit(build_artifact, module, str(self.root)) for module in modules]
+        futures = [self._submit(self._builders, build_artifact, module, str(self.root)) for module in modules]
         return [_result(future, "build_error", self.build_timeout) for future in futures]
 
     def run(self, path: str, expected: Expected, threads: int, *, seconds: float, hopeless: float) -> Result:
         """Verify and time one library."""
-        future = self._runner.submit(run_artifact, path, str(expected.directory), threads, seconds, hopeless)
+        future = self._submit(self._runner, run_artifact, path, str(expected.directory), threads, seconds, hopeless)
         answer = _result(future, "run_error", self.run_timeout)
         if isinstance(answer, Result):
             return answer
@@ -225,7 +229,7 @@ class Pools:
         Raises:
             MeasureError: the worker failed.
         """
-        future = self._runner.submit(run_duel, list(paths), str(expected.directory), threads, rounds)
+        future = self._submit(self._runner, run_duel, list(paths), str(expected.directory), threads, rounds)
         answer = _result(future, "run_error", self.run_timeout)
         if isinstance(answer, Result):
             raise MeasureError(f"re-measuring {len(paths)} candidates: {answer.outcome}: {answer.error}")
@@ -236,10 +240,41 @@ class Pools:
         shutil.rmtree(Path(path).parent, ignore_errors=True)
 
     def close(self) -> None:
-        """End the workers and remove every artifact."""
-        for pool in (self._builders, self._runner):
-            pool.shutdown(wait=False)
-        shutil.rmtree(self.root, ignore_errors=True)
+        """End the workers, whatever they are doing, and remove every artifact."""
+        with _interrupts_held():
+            for future in self._pending:
+                future.cancel()
+            for pool in (self._builders, self._runner):
+                # TVM's shutdown waits for the answer of a busy worker; a dead one has none to give.
+                for worker in list(pool._worker_map.values()):
+                    if process := worker._proc:
+                        process.kill()
+            wait(self._pending, timeout=10)
+            for pool in (self._builders, self._runner):
+                pool.shutdown(wait=False)
+            shutil.rmtree(self.root, ignore_errors=True)
+
+    def _submit(self, pool: Any, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """A job for a pool; its worker never sees an interrupt from the terminal.
+
+        Ctrl-C reaches every process of the foreground group. Workers would print tracebacks; but a
+        process starts with the signals blocked that its starter blocks, and the pool's threads, which
+        start the workers, are themselves started here.
+        """
+        with _interrupts_held():
+            future: Future[Any] = pool.submit(function, *arguments)
+        self._pending = {job for job in self._pending if not job.done()} | {future}
+        return future
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _result(future: Any, failure: str, limit: float) -> Any:

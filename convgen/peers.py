@@ -203,8 +203,7 @@ class OpenVino(Peer):
         request.set_tensor("dst", openvino.Tensor(output, shared_memory=True))
 
         def run(_memory: object = inputs) -> None:
-            request.start_async()
-            request.wait()
+            request.infer(share_outputs=True)
 
         return [Entrant("", run, lambda: output)]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .build import default_candidate, record_candidate, versions
+from .build import Records, check_native, check_threads, default_candidate, open_store, record_candidate, versions
 from .discover import schedules
 from .errors import BuildError, Inapplicable
 from .lower import lower
@@ -31,7 +31,7 @@ from .measure import HOPELESS, Expected, Pools, Result, measure_module, measured
 from .records import RecordStore, TuningRecord
 from .schedule import Candidate, Picks, Schedule
 from .spec import ConvSpec
-from .target import Target
+from .target import Target, resolve
 
 #: Candidates per round: enough to keep the build processes busy, few enough to learn from each.
 ROUND = 8
@@ -47,13 +47,15 @@ FINALISTS, ROUNDS = 3, 15
 class Progress:
     """Where the tuning of one layer stands; handed to the progress callback after each trial.
 
-    ``best`` and ``default`` are seconds; ``failures`` counts trials by outcome.
+    ``best`` and ``default`` are seconds; ``failures`` counts trials by outcome. ``known`` of the
+    ``done`` trials were in the store before.
     """
 
     spec: ConvSpec
     trials: int
     seconds: float | None
     done: int = 0
+    known: int = 0
     elapsed: float = 0.0
     best: float | None = None
     best_candidate: str = ""
@@ -179,9 +181,13 @@ class Tuner:
         target: where the kernels run: this machine.
         threads: threads of the kernels.
         records: the store trials are committed to; None keeps them for this run only.
+
+    Raises:
+        UnsupportedError: kernels for the target do not run on this machine.
     """
 
     def __init__(self, target: Target, threads: int, records: RecordStore | None) -> None:
+        check_native(target)
         self.target, self.threads, self.records = target, threads, records
         self._pools: Pools | None = None
 
@@ -247,7 +253,7 @@ class Tuner:
             candidate = record_candidate(record, spec, self.target)
             if candidate and candidate not in measured:
                 learn(candidate, record)
-        since_gain, known = 0, state.done
+        since_gain, state.known = 0, state.done
 
         with tempfile.TemporaryDirectory(prefix="convgen-") as directory:
             expected: Expected | None = None
@@ -271,7 +277,7 @@ class Tuner:
                 expected = expected or Expected(spec, Path(directory), self.threads)
                 for candidate, result in self._measure(expected, batch, lambda: HOPELESS * race.best, finished):
                     learn(candidate, self._record(spec, candidate, result))
-            if state.done == known and any((r.note or {}).get("final") for r in self._known(spec)):
+            if state.done == state.known and any((r.note or {}).get("final") for r in self._known(spec)):
                 return self._winner(spec, [])
             state.phase = "final"
             report(state)
@@ -311,7 +317,7 @@ class Tuner:
         if not good:
             return None
         finalists = [c for _, _, c in good[:FINALISTS]]
-        if default not in finalists and measured.get(default, None) and measured[default].outcome == "ok":
+        if default not in finalists and measured.get(default) and measured[default].outcome == "ok":
             finalists.append(default)
         paths = self.pools.build([save_json(measure_module(lower(spec, self.target, c))) for c in finalists])
         kept = [(c, p) for c, p in zip(finalists, paths, strict=True) if isinstance(p, str)]
@@ -363,16 +369,18 @@ class Tuner:
 
 
 def tune(
-    spec: ConvSpec,
-    target: Target,
-    threads: int,
+    spec: ConvSpec | str,
+    target: str | Target = "cpu",
+    threads: int | None = None,
     *,
     trials: int = 0,
     seconds: float | None = None,
-    records: RecordStore | None = None,
+    records: Records = None,
     progress: Callable[[Progress], None] | None = None,
     seed: int = 0,
 ) -> TuningRecord | None:
-    """Tune one layer; see :meth:`Tuner.tune`."""
-    with Tuner(target, threads, records) as tuner:
+    """Tune one layer; see :meth:`Tuner.tune`, and :func:`convgen.build` for the arguments it shares."""
+    spec = ConvSpec.parse(spec) if isinstance(spec, str) else spec
+    resolved = resolve(target)
+    with open_store(records) as store, Tuner(resolved, check_threads(threads, resolved), store) as tuner:
         return tuner.tune(spec, trials=trials, seconds=seconds, progress=progress, seed=seed)

@@ -25,7 +25,7 @@ from functools import cache
 
 from tvm import te, tirx
 
-from convgen.compute import DTYPES, Operands, ceildiv, copied, epilogue, flat, round_up
+from convgen.compute import DTYPES, Operands, ceildiv, copied, epilogue, flat, round_up, unflat
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 #: Output pixels per tile and axis that an accuracy class admits.
@@ -130,7 +130,7 @@ class CpuWinograd(Schedule):
 
         def packed_weights(position, tap, b, c, lane):
             o = b * t + lane
-            index = (o, c, *_unflat(tap, g.direct), *_unflat(position, [alpha] * axes))
+            index = (o, c, *unflat(tap, g.direct), *unflat(position, [alpha] * axes))
             inside = tirx.all(o < spec.oc, c < spec.ic)
             return tirx.if_then_else(inside, stage[index], zero)
 
@@ -376,11 +376,3 @@ def transforms(m, r):
     weights.append([Fraction(k == r - 1) for k in range(r)])
     inputs = [[*expanded(rest), Fraction(0)] for rest in others] + [expanded(points)]
     return tuple([[float(v) for v in row] for row in rows] for rows in (back, weights, inputs))
-
-
-def _unflat(position, shape):
-    index = []
-    for size in reversed(shape):
-        index.insert(0, tirx.floormod(position, size))
-        position = tirx.floordiv(position, size)
-    return index

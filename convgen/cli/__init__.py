@@ -1,0 +1,108 @@
+"""The command line: it parses, calls the core and prints.
+
+Nothing heavy is imported before the arguments are known to be right, so that ``--help`` and wrong
+ones answer at once: TVM, ONNX, NumPy and rich are imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from ..errors import ConvgenError, ExportError, Inapplicable, RecordError, SpecError, UnsupportedError
+from . import bench, generate, records, show
+from .common import FAILED, INTERRUPTED, TROUBLE, WRONG
+
+_EPILOG = """\
+\b
+Exit status:
+    0  all is well
+    1  a kernel failed validation, or a build failed
+    2  wrong usage or a wrong spec
+    3  records, an export or a file could not be read or written
+  130  interrupted; what was measured is kept
+
+\b
+A SPEC is one line, quoted or not:
+  conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu
+operator: conv1d conv2d conv3d convtranspose1d convtranspose2d convtranspose3d
+tokens:   n ic oc g (groups)  i (input size)  k (kernel)  s (stride)  d (dilation)
+          p (padding: p1x1, begin_end p0_1x0_1, same, same_lower, valid)
+          op (output padding)  nobias  residual  nhwc  strict | relaxed
+          an activation: relu relu6 leaky_relu(0.1) prelu clip(0,6) sigmoid tanh
+          silu hardswish hardsigmoid elu gelu gelu_tanh
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG)
+@click.version_option(package_name="convgen", message="convgen %(version)s")
+def cli() -> None:
+    """Tuned, validated convolution kernels from a declarative spec.
+
+    Each command takes a SPEC, a FILE of layers (TOML, YAML, JSON, text) or a MODEL.onnx.
+    """
+
+
+for command in (
+    generate.build,
+    generate.tune,
+    generate.validate,
+    bench.bench,
+    show.show,
+    records.records,
+    show.targets,
+    show.schedules,
+):
+    cli.add_command(command)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell.
+
+    \b
+    bash:  eval "$(convgen completion bash)"      in ~/.bashrc
+    zsh:   eval "$(convgen completion zsh)"       in ~/.zshrc
+    fish:  convgen completion fish | source       in config.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    made = get_completion_class(shell)
+    if made is None:
+        raise click.UsageError(f"no completion for {shell}")
+    click.echo(made(cli, {}, "convgen", "_CONVGEN_COMPLETE").source())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (the process's own where None); returns its exit status."""
+    try:
+        status = cli.main(arguments, prog_name="convgen", standalone_mode=False)
+        sys.stdout.flush()
+        return int(status or 0)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", INTERRUPTED)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+        return WRONG
+    except click.UsageError as error:
+        help_line = f" (see: {error.ctx.command_path} --help)" if error.ctx else ""
+        return _fail(error.format_message() + help_line, WRONG)
+    except BrokenPipeError:
+        # Whoever read has enough. Nothing more must be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except (SpecError, UnsupportedError, Inapplicable) as error:
+        return _fail(str(error), WRONG)
+    except (RecordError, ExportError, OSError) as error:
+        return _fail(str(error), TROUBLE)
+    except ConvgenError as error:
+        return _fail(str(error), FAILED)
+
+
+def _fail(message: str, status: int) -> int:
+    click.echo(f"convgen: {' '.join(message.split())}", err=True)
+    return status
