@@ -180,15 +180,17 @@ def copied(tensor: te.Tensor, name: str) -> te.Tensor:
     return te.compute(tensor.shape, lambda *i: tensor[i], name=name)
 
 
-def read_whole(tensor: te.Tensor, index: Index) -> Expr:
-    """``tensor[index]``, keeping the last axis whole.
+def read_whole(tensor: te.Tensor, index: Index, axes: Sequence[int] = (-1,)) -> Expr:
+    """``tensor[index]``, keeping some axes whole.
 
-    Scheduling trims a producer to what its consumer reads; a last axis trimmed to less than whole
-    vectors would be masked, element by element. So pretend to read its last element too, under a
-    condition that later simplifies to false.
+    Scheduling trims a producer to what its consumer reads; a vector or tile axis trimmed to less
+    than whole vectors or tiles would be masked, element by element. So pretend to read the last
+    element of these axes too, under a condition that later simplifies to false.
     """
-    *front, _ = index
-    return tirx.Select(index[1] < 0, tensor[(*front, tensor.shape[-1] - 1)], tensor[tuple(index)])
+    last = list(index)
+    for axis in axes:
+        last[axis] = tensor.shape[axis] - 1
+    return tirx.Select(index[1] < 0, tensor[tuple(last)], tensor[tuple(index)])
 
 
 def convolution(spec: ConvSpec, ops: Operands, weights: te.Tensor) -> te.Tensor:

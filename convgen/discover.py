@@ -14,10 +14,18 @@ if TYPE_CHECKING:
     from .schedule import Schedule
 
 
-def _modules(package_name: str) -> list[ModuleType]:
+def _names(package_name: str) -> list[str]:
     package = importlib.import_module(package_name)
-    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_"))
-    return [importlib.import_module(f"{package_name}.{name}") for name in names]
+    return sorted(info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_"))
+
+
+def _modules(package_name: str) -> list[ModuleType]:
+    return [importlib.import_module(f"{package_name}.{name}") for name in _names(package_name)]
+
+
+def schedule_ids() -> list[str]:
+    """The ids of all schedules, without importing one (and TVM with it): a file is named after its schedule."""
+    return _names("convgen.schedules")
 
 
 @cache

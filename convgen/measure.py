@@ -30,7 +30,6 @@ from .library import Library
 from .schedule import Candidate, Picks
 from .spec import ConvSpec
 
-
 #: A sample repeats the call until it lasts about this long (seconds): long against the clock's tick
 #: and the cost of a call, short against what disturbs a shared machine.
 SAMPLE_SECONDS = 1e-3

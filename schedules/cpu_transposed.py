@@ -3,9 +3,9 @@
 Applies to  transposed convolutions of any rank with groups 1, dilated only where the stride is 1.
 Strategy    1. Output pixels whose distance to the first one is the same modulo the stride form a
                phase. Each phase is an ordinary convolution at stride 1 with every stride-th tap:
-               tap k = p + s·t of phase p reads input pixel q - t.
-            2. Pack weights as [phase][tap][oc/t][ic][t].
-            3. Copy the input with zeros around it; a task is a block of output rows.
+               output s·q + r takes tap (r + pad) mod s + s·t of input pixel q + (r + pad) div s - t.
+            2. Pack weights as [phase…][tap][oc/t][ic][t].
+            3. Copy the input with zeros around it; a task is a block of rows of tiles.
             4. Per phase keep a tile of `tile_px` pixels × `tile_oc` channels in registers; channels
                in the lanes, broadcast src scalars, ic innermost.
             5. Store the phases interleaved, with bias, residual and activation.
@@ -18,7 +18,7 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import DTYPES, Operands, ceildiv, copied, epilogue, flat, read_whole, round_up, unflat
+from convgen.compute import DTYPES, Operands, ceildiv, copied, epilogue, flat, round_up, unflat
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 
@@ -34,18 +34,22 @@ class CpuTransposed(Schedule):
 
     def space(self, spec, target):
         lanes = target.vector_lanes(spec.dtype)
-        g = _Geometry(spec)
+        pixels = _Geometry(spec).pixels
+        tiles = {p for p in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16, 20, 24, 28) if p < pixels[-1]}
         return Space(
             tile_oc=[lanes * v for v in (1, 2, 3, 4) if v == 1 or lanes * (v - 1) < spec.oc],
-            tile_px=sorted({p for p in (2, 4, 6, 7, 8, 10, 12, 14, 16, 20, 24) if p <= g.pixels[-1]} | {min(g.pixels[-1], 14)}),
-            block_rows=sorted({b for b in (1, 2, 4, 8, 16, 32, 64, 128) if b < g.pixels[0]} | {g.pixels[0]}),
+            tile_px=sorted(tiles | {min(pixels[-1], 28)}),
+            block=[1, 2, 4, 8, 16, 32],
+            order=["oc", "pixels"],
             parallel_oc=[1, 2, 4, 8],
         )
 
     def valid(self, spec, target, picks):
+        g = _Geometry(spec)
         vectors = picks.tile_oc // target.vector_lanes(spec.dtype)
         used = vectors * (picks.tile_px + 1) + (0 if target.vector_bits == 512 else 1)
         require(used <= target.vector_registers, f"{used} vectors in a tile, {target.vector_registers} registers")
+        require(picks.block < 2 * g.blockable(picks.tile_px), "block exceeds what there is")
         require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
 
     def default(self, spec, target):
@@ -55,15 +59,13 @@ class CpuTransposed(Schedule):
         space = self.space(spec, target).domains
         width = g.pixels[-1]
         tile_px = min((p for p in space["tile_px"] if p <= room), key=lambda p: (round_up(width, p) / p * (p + 2), -p))
-        tasks, blocks = 4 * target.cores, space["block_rows"]
-        row_bytes = 4 * math.prod(g.pixels[1:]) * math.prod(spec.stride) * vectors * lanes
-        fitting = [b for b in blocks if b * row_bytes <= target.l2 // 2] or blocks[:1]
-        busy = [b for b in fitting if spec.n * ceildiv(g.pixels[0], b) >= tasks]
-        block = max(busy, default=min(fitting))
+        tasks, count = 4 * target.cores, g.blockable(tile_px)
+        blocks = [b for b in space["block"] if b < 2 * count]
+        block = max((b for b in blocks if spec.n * ceildiv(count, b) >= tasks), default=1)
         parallel_oc = 1
-        if spec.n * ceildiv(g.pixels[0], block) < tasks:
+        if spec.n * ceildiv(count, block) < tasks:
             parallel_oc = max(p for p in space["parallel_oc"] if p <= ceildiv(spec.oc, vectors * lanes))
-        return Picks(tile_oc=vectors * lanes, tile_px=tile_px, block_rows=block, parallel_oc=parallel_oc)
+        return Picks(tile_oc=vectors * lanes, tile_px=tile_px, block=block, order="oc", parallel_oc=parallel_oc)
 
     def cost(self, spec, target):
         picks, g = self.default(spec, target), _Geometry(spec)
@@ -84,16 +86,18 @@ class CpuTransposed(Schedule):
             """The kernel's tap per axis, and whether there is one."""
             if g.phases == 1:
                 return list(t), []
-            taps = [p + s * i for p, s, i in zip(phase, spec.stride, t, strict=True)]
+            pads = [b for b, _ in spec.padding]
+            taps = [tirx.floormod(p + b, s) + s * i for p, b, s, i in zip(phase, pads, spec.stride, t, strict=True)]
             return taps, [k < size for k, size in zip(taps, spec.kernel, strict=True)]
 
-        def packed_weights(phase, position, b, c, lane):
-            taps, inside = tap(unflat(phase, spec.stride), unflat(position, g.taps))
+        def packed_weights(*index):
+            *phase, position, b, c, lane = index
+            taps, inside = tap(phase, unflat(position, g.taps))
             o = b * tile + lane
             inside = [*inside, o < spec.oc]
             return tirx.if_then_else(tirx.all(*inside), ops.weights[(c, o, *taps)], zero)
 
-        shape = (g.phases, math.prod(g.taps), oc_blocks, spec.ic, tile)
+        shape = (*spec.stride, math.prod(g.taps), oc_blocks, spec.ic, tile)
         packed = [te.compute(shape, packed_weights, name="weights_packed")]
         packed += [copied(p, f"{p.op.name}_packed") for p in ops.parameters[1:]]
         w, *vectors = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
@@ -103,38 +107,35 @@ class CpuTransposed(Schedule):
 
         def gathered(*index):
             n, c, where = ops.logical(index)
-            where = [p - r + first for p, r, first in zip(where, g.reach, g.first, strict=True)]
-            inside = [i for p, size in zip(where, spec.in_spatial, strict=True) for i in (p >= 0, p < size)]
-            return tirx.if_then_else(tirx.all(*inside), ops.src[ops.order(n, c, where)], zero)
+            where = [p + first for p, first in zip(where, g.first, strict=True)]
+            return ops.read_src(n, c, where, always=True)
 
         padded = te.compute(ops.order(spec.n, spec.ic, extent), gathered, name="padded")
 
         c = te.reduce_axis((0, spec.ic), "c")
         t = [te.reduce_axis((0, count), f"t{axis}") for axis, count in enumerate(g.taps)]
 
-        def product(n, b, phase, *rest):
-            *pixel, lane = rest
-            if len(pixel) > spec.rank:  # 1-D has an axis of one row
-                pixel = pixel[1:]
-            where = [p + r - i * d for p, r, i, d in zip(pixel, g.reach, t, spec.dilation, strict=True)]
-            value = padded[ops.order(n, c, where)] * w[phase, flat(t, g.taps), b, c, lane]
+        def product(n, b, *rest):
+            phase, pixel, lane = rest[: spec.rank], rest[-1 - spec.rank : -1], rest[-1]
+            where = [
+                p + tirx.floordiv(r + pad, s) - i * d - first
+                for p, r, i, s, d, (pad, _), first in zip(
+                    pixel, phase, t, spec.stride, spec.dilation, spec.padding, g.first, strict=True
+                )
+            ]
+            value = padded[ops.order(n, c, where)] * w[(*phase, flat(t, g.taps), b, c, lane)]
             # Where the stride does not divide the kernel, the last tap of some phases is not there.
-            _, inside = tap(unflat(phase, spec.stride), t)
-            if g.whole:
-                inside = []
-            return te.sum(tirx.if_then_else(tirx.all(*inside), value, zero) if inside else value, [*t, c])
+            _, inside = tap(phase, t)
+            return te.sum(value if g.whole else tirx.if_then_else(tirx.all(*inside), value, zero), [*t, c])
 
-        pixels = (*((1,) if spec.rank == 1 else ()), *g.pixels[:-1], width)
-        acc = te.compute((spec.n, oc_blocks, g.phases, *pixels, tile), product, name="acc")
+        rows = g.pixels[:-1] or (1,)
+        acc = te.compute((spec.n, oc_blocks, *spec.stride, *rows, width, tile), product, name="acc")
 
         def value(n, o, pixel):
-            shifted = [p + b for p, (b, _) in zip(pixel, spec.padding, strict=True)]
-            phase = flat([tirx.floormod(p, s) for p, s in zip(shifted, spec.stride, strict=True)], spec.stride)
-            where = [
-                tirx.floordiv(p, s) - first for p, s, first in zip(shifted, spec.stride, g.first, strict=True)
-            ]
+            phase = [tirx.floormod(p, s) for p, s in zip(pixel, spec.stride, strict=True)]
+            where = [tirx.floordiv(p, s) for p, s in zip(pixel, spec.stride, strict=True)]
             where = [0, *where] if spec.rank == 1 else where
-            total = read_whole(acc, (n, tirx.floordiv(o, tile), phase, *where, tirx.floormod(o, tile)))
+            total = acc[(n, tirx.floordiv(o, tile), *phase, *where, tirx.floormod(o, tile))]
             residual = ops.residual[ops.order(n, o, pixel)] if spec.residual else None
             return epilogue(spec, total, residual=residual, **ops.per_channel(vectors, o))
 
@@ -147,26 +148,33 @@ class CpuTransposed(Schedule):
         n, *spatial, oc = loops if spec.layout == "nhwc" else [loops[0], *loops[2:], loops[1]]
         channel_block, channel = sch.split(oc, [None, picks.tile_oc])
         channel_task, channel_block = sch.split(channel_block, [picks.parallel_oc, None])
-        block, row = sch.split(spatial[0], [None, picks.block_rows * spec.stride[0]])
-        inner = [channel, row, *spatial[1:]] if spec.layout == "nchw" else [row, *spatial[1:], channel]
-        sch.reorder(n, channel_task, block, channel_block, *inner)
+        split = [sch.split(axis, [None, s]) for axis, s in zip(spatial[:-1], spec.stride[:-1], strict=True)]
+        pixel_tile, pixel = sch.split(spatial[-1], [None, picks.tile_px * spec.stride[-1]])
+        rows, steps = [q for q, _ in split], [r for _, r in split]
+        if spec.rank == 1:
+            block, pixel_tile = sch.split(pixel_tile, [None, picks.block])
+        else:
+            block, rows[0] = sch.split(rows[0], [None, picks.block])
+        tiles = [channel_block, *rows, pixel_tile] if picks.order == "oc" else [*rows, pixel_tile, channel_block]
+        inner = [channel, *steps, pixel] if spec.layout == "nchw" else [*steps, pixel, channel]
+        sch.reorder(n, channel_task, block, *tiles, *inner)
         task = sch.fuse(n, channel_task, block)
         sch.parallel(task)
 
-        sch.compute_at(acc, channel_block, preserve_unit_loops=True)
+        sch.compute_at(acc, tiles[-1], preserve_unit_loops=True)
         count = len(g.taps) + 1
         loops = sch.get_loops(acc)
         axes, reduce = loops[:-count], loops[-count:]
-        phase, pixel, channel = axes[-2 - max(2, spec.rank)], axes[-2], axes[-1]
-        tile, pixel = sch.split(pixel, [None, picks.tile_px])
+        outer = 2 + max(2, spec.rank) - 1  # rows, pixel, channel
+        phases, (*_, pixel, channel) = axes[-outer - spec.rank : -outer], axes
         vector, lane = sch.split(channel, [None, lanes])
-        sch.reorder(tile, *reduce, pixel, vector, lane)
+        tile = axes[-3]
+        sch.reorder(*reduce, pixel, vector, lane)
         sch.vectorize(lane)
         sch.unroll(vector)
         sch.unroll(pixel)
         if not g.whole:
-            sch.unroll(phase)
-            for loop in reduce[:-1]:
+            for loop in (*phases, *reduce[:-1]):
                 sch.unroll(loop)
         local = sch.cache_write(acc, 0, "global")
         sch.reverse_compute_at(local, tile, preserve_unit_loops=True)
@@ -187,8 +195,14 @@ class _Geometry:
         self.phases = math.prod(spec.stride)
         self.taps = tuple(ceildiv(k, s) for k, s in zip(spec.kernel, spec.stride, strict=True))
         self.whole = all(k % s == 0 for k, s in zip(spec.kernel, spec.stride, strict=True))
-        # First and last phase pixel that an output pixel belongs to.
-        self.first = tuple(b // s for (b, _), s in zip(spec.padding, spec.stride, strict=True))
-        last = [(o - 1 + b) // s for o, (b, _), s in zip(spec.out_spatial, spec.padding, spec.stride, strict=True)]
-        self.pixels = tuple(b - a + 1 for a, b in zip(self.first, last, strict=True))
-        self.reach = tuple((t - 1) * d for t, d in zip(self.taps, spec.dilation, strict=True))
+        self.pixels = tuple(ceildiv(o, s) for o, s in zip(spec.out_spatial, spec.stride, strict=True))
+        # Input pixels that phase pixel 0 reads, first and last, over all phases and taps.
+        pads = [b for b, _ in spec.padding]
+        back = [(t - 1) * d for t, d in zip(self.taps, spec.dilation, strict=True)]
+        self.first = tuple(b // s - r for b, s, r in zip(pads, spec.stride, back, strict=True))
+        last = [(s - 1 + b) // s for b, s in zip(pads, spec.stride, strict=True)]
+        self.reach = tuple(b - a for a, b in zip(self.first, last, strict=True))
+
+    def blockable(self, tile_px):
+        """What a task takes a block of: rows of the first axis; in 1-D, tiles."""
+        return ceildiv(self.pixels[0], tile_px) if len(self.pixels) == 1 else self.pixels[0]

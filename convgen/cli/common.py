@@ -1,0 +1,231 @@
+"""What the commands share: arguments, exit statuses, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..errors import UnsupportedError
+from ..sources import SpecEntry, read_specs
+from ..spec import OPERATORS
+
+if TYPE_CHECKING:
+    from ..build import Records
+    from ..schedule import Candidate
+    from ..spec import ConvSpec
+    from ..target import Target
+
+OK, FAILED, WRONG, TROUBLE, INTERRUPTED = 0, 1, 2, 3, 130
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# ---- arguments --------------------------------------------------------------------------------
+
+
+def _complete_spec(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[click.shell_completion.CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    operators = [CompletionItem(name) for name in OPERATORS if name.startswith(incomplete)]
+    return operators or [CompletionItem(incomplete, type="file")]
+
+
+def _complete_schedule(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from ..discover import schedule_ids
+
+    return [name for name in schedule_ids() if name.startswith(incomplete)]
+
+
+def _parse_dims(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, int]:
+    dims = {}
+    for text in values:
+        name, _, size = text.partition("=")
+        if not name or not size.isdecimal() or name in dims:
+            raise click.BadParameter(f"expected NAME=SIZE, each name once, found {text!r}")
+        dims[name] = int(size)
+    return dims
+
+
+def _check_target(context: click.Context, parameter: click.Parameter, spelling: str) -> str:
+    from ..discover import target_families
+
+    family = spelling.partition(":")[0]
+    if family not in target_families():
+        raise click.BadParameter(f"expected one of {', '.join(target_families())}, found {family!r}")
+    return spelling
+
+
+def _check_schedule(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    from ..discover import schedule_ids
+
+    if name is not None and name not in schedule_ids():
+        raise click.BadParameter(f"expected one of {', '.join(schedule_ids())}, found {name!r}")
+    return name
+
+
+def _grouped(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+#: What to work on; gives ``spec`` (words) and ``dims``.
+layers_argument = _grouped(
+    click.argument("spec", nargs=-1, required=True, metavar="SPEC|FILE|MODEL.onnx", shell_complete=_complete_spec),
+    click.option(
+        "--dim", "dims", multiple=True, callback=_parse_dims, metavar="NAME=SIZE", help="Size of a symbolic dimension."
+    ),
+)
+target_option = click.option(
+    "--target", default="cpu", show_default=True, callback=_check_target, help="cpu, or cpu:<LLVM processor>."
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads of a kernel.  [default: all cores]"
+)
+#: Gives ``records`` (a path or None) and ``no_records``.
+records_options = _grouped(
+    click.option(
+        "--records",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Record store.  [default: $CONVGEN_RECORDS, or one in the user's cache]",
+    ),
+    click.option("--no-records", is_flag=True, help="Neither read nor write records."),
+)
+budget_options = _grouped(
+    click.option("--trials", type=click.IntRange(min=0), metavar="N", help="Trials per layer, earlier ones included."),
+    click.option(
+        "--seconds", type=click.FloatRange(min=0), metavar="S", help="Tuning time in all, shared among the layers."
+    ),
+)
+candidate_options = _grouped(
+    click.option(
+        "--schedule",
+        callback=_check_schedule,
+        shell_complete=_complete_schedule,
+        metavar="ID",
+        help="Use this schedule, not the best record or default.",
+    ),
+    click.option("--picks", metavar="TEXT", help='Its picks, as "tile_oc=32 tile_ow=14".  [default: its own]'),
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def read_layers(words: Sequence[str], dims: dict[str, int] | None = None) -> list[SpecEntry]:
+    """The layers that a spec in one or several words, a file or a model gives."""
+    return read_specs(" ".join(words), dims or None)
+
+
+def chosen_records(records: Path | None, no_records: bool) -> Records:
+    """The core's word for the record options."""
+    if records is not None and no_records:
+        raise click.UsageError("--records and --no-records exclude each other")
+    return False if no_records else records
+
+
+def check_picks(schedule: str | None, picks: str | None) -> None:
+    """Refuse picks without the schedule they belong to."""
+    if picks is not None and schedule is None:
+        raise click.UsageError("--picks needs --schedule")
+
+
+def forced_candidate(spec: ConvSpec, target: Target, schedule: str | None, picks: str | None) -> Candidate | None:
+    """The candidate that --schedule and --picks name; None without them."""
+    from ..build import parse_candidate
+
+    return parse_candidate(spec, target, schedule, picks) if schedule else None
+
+
+def check_names(what: str, text: str, known: Iterable[str]) -> list[str]:
+    """A comma-separated list, each item known and once."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise UnsupportedError(f"{what}: expected some of {', '.join(known)}, found {name!r}")
+    return list(dict.fromkeys(names))
+
+
+# ---- results ----------------------------------------------------------------------------------
+
+
+def emit(document: object) -> None:
+    """Print a result as the one JSON document on standard output."""
+    click.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The value without what JSON cannot say: infinity and NaN become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def note(message: str) -> None:
+    """A line for people, on standard error."""
+    click.echo(message, err=True)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Aligned columns; one whose name ends in ``>`` is aligned to the right."""
+    texts = [[name.removesuffix(">") for name in header], *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
+    lines = []
+    for row in texts:
+        cells = [
+            cell.rjust(width) if name.endswith(">") else cell.ljust(width)
+            for name, cell, width in zip(header, row, widths, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("─" * width for width in widths))
+    return "\n".join(lines)
+
+
+def duration(seconds: float | None) -> str:
+    """``512.3 µs``: four digits in the unit that suits."""
+    if seconds is None:
+        return "–"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.4g} {unit}"
+    return f"{seconds / 1e-9:.4g} ns"
+
+
+def rate(flops: float, seconds: float | None) -> str:
+    """GFLOP/s."""
+    return f"{flops / seconds / 1e9:.4g}" if seconds else "–"
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= factor:
+            return f"{count / factor:.4g} {unit}"
+    return f"{count:.0f} B"
+
+
+def label(entry: SpecEntry) -> str:
+    """A layer's name in lists: its first name, and how often it occurs."""
+    name = entry.names[0] if entry.names else ""
+    return f"{name} ×{entry.count}".strip() if entry.count > 1 else name
+
+
+def tidy(path: Path) -> str:
+    """A path as people write it: relative where it is below here, else with ``~``."""
+    absolute = path.absolute()
+    if absolute.is_relative_to(Path.cwd()):
+        return str(absolute.relative_to(Path.cwd()))
+    home = os.path.expanduser("~")
+    return str(absolute).replace(home, "~", 1) if str(absolute).startswith(home + os.sep) else str(absolute)

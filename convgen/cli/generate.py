@@ -1,0 +1,523 @@
+"""``convgen build``, ``tune`` and ``validate``: layers in, kernels and records out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import BuildError, ExportError, MeasureError
+from ..sources import SpecEntry
+from .common import (
+    FAILED,
+    INTERRUPTED,
+    budget_options,
+    candidate_options,
+    check_picks,
+    chosen_records,
+    duration,
+    emit,
+    forced_candidate,
+    json_option,
+    label,
+    layers_argument,
+    note,
+    rate,
+    read_layers,
+    records_options,
+    table,
+    target_option,
+    threads_option,
+    tidy,
+)
+from .view import View
+
+if TYPE_CHECKING:
+    from ..build import Kernel, Records
+    from ..records import RecordStore, TuningRecord
+    from ..schedule import Candidate
+    from ..target import Target
+    from ..tune import Progress, Tuner
+    from ..validate import Report
+
+INDEX = "index.json"
+
+
+@dataclass
+class Work:
+    """A command's layers, one after the other, and what they share: target, store and workers.
+
+    ``seconds`` is tuning time for all of them: each layer may use an equal part of what is left, so
+    that time one layer did not need serves the ones after it.
+    """
+
+    entries: list[SpecEntry]
+    target: Target
+    threads: int
+    store: RecordStore | None
+    tuner: Tuner
+    view: View
+    trials: int = 0
+    seconds: float | None = None
+    spent: float = 0.0
+    measured: int = 0
+    interrupted: bool = False
+    state: Progress | None = field(default=None, init=False)
+
+    def layers(self) -> Iterator[SpecEntry]:
+        """The layers in order; the view follows."""
+        for number, entry in enumerate(self.entries, 1):
+            self._left = len(self.entries) - number + 1
+            self.state = None
+            self.view.start(number, entry)
+            yield entry
+
+    def tune(self, entry: SpecEntry) -> TuningRecord | None:
+        """Spend the layer's part of the budget; the record to build from."""
+        share = None if self.seconds is None else max(0.0, self.seconds - self.spent) / self._left
+        try:
+            return self.tuner.tune(entry.spec, trials=self.trials, seconds=share, progress=self._progress)
+        finally:
+            if self.state:
+                self.spent += self.state.elapsed
+                self.measured += self.state.done - self.state.known
+
+    def _progress(self, state: Progress) -> None:
+        self.state = state
+        self.view.progress(state)
+
+    def kernel(self, entry: SpecEntry, forced: Candidate | None = None, name: str | None = None) -> Kernel:
+        """The layer's kernel: the forced candidate, else the tuned or best recorded one, else the default."""
+        from ..build import best_record, compile_candidate, default_candidate, record_candidate
+
+        record = None
+        if forced is None:
+            if (self.trials or self.seconds) and entry.spec.n:
+                record = self.tune(entry)
+            elif self.store is not None:
+                record = best_record(self.store, entry.spec, self.target, self.threads)
+        self.view.phase("compiling")
+        recorded = record_candidate(record, entry.spec, self.target) if record else None
+        candidate = forced or recorded or default_candidate(entry.spec, self.target)
+        return compile_candidate(entry.spec, self.target, candidate, self.threads, record=record, name=name)
+
+    def say_interrupted(self, done: str = "") -> None:
+        """One line: what an interrupt left behind, and how to go on."""
+        kept = f"kept in {tidy(self.store.path)}" if self.store is not None else "not kept, without a record store"
+        trials = f"{self.measured} trial{'s' * (self.measured != 1)} measured, {kept}"
+        note(f"convgen: interrupted: {trials}{done}; the same command goes on from there")
+
+
+@contextmanager
+def working(
+    entries: list[SpecEntry],
+    target: str,
+    threads: int | None,
+    records: Records,
+    trials: int | None = None,
+    seconds: float | None = None,
+) -> Iterator[Work]:
+    """The work on some layers. An interrupt ends the block and is noted in ``Work.interrupted``."""
+    from ..build import check_memory, check_threads, open_store
+    from ..target import resolve
+    from ..tune import Tuner
+
+    for entry in entries:
+        check_memory(entry.spec)
+    resolved = resolve(target)
+    count = check_threads(threads, resolved)
+    with open_store(records) as store, Tuner(resolved, count, store) as tuner, View(len(entries)) as view:
+        work = Work(entries, resolved, count, store, tuner, view, trials or 0, seconds)
+        try:
+            yield work
+        except KeyboardInterrupt:
+            work.interrupted = True
+
+
+def describe(entry: SpecEntry) -> dict[str, Any]:
+    """A layer as JSON values."""
+    return {"names": list(entry.names), "count": entry.count, "spec": entry.spec.descriptor}
+
+
+def chosen(kernel: Kernel) -> dict[str, Any]:
+    """How a kernel was made, as JSON values."""
+    seconds = kernel.record.seconds if kernel.record else None
+    return {
+        "schedule": kernel.schedule,
+        "picks": dict(kernel.picks),
+        "record": kernel.record.id if kernel.record else None,
+        "seconds": seconds,
+        "gflops": kernel.spec.flops / seconds / 1e9 if seconds else None,
+        "note": kernel.note,
+    }
+
+
+# ---- build ------------------------------------------------------------------------------------
+
+
+@click.command()
+@layers_argument
+@target_option
+@threads_option
+@budget_options
+@records_options
+@candidate_options
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Where to export.  [default: convgen-out, below it a folder per layer]",
+)
+@click.option("--name", metavar="NAME", help="Prefix of the C functions of a single layer.")
+@click.option("--no-validate", is_flag=True, help="Export without checking against ONNX Runtime.")
+@json_option
+def build(
+    spec: tuple[str, ...],
+    dims: dict[str, int],
+    target: str,
+    threads: int | None,
+    trials: int | None,
+    seconds: float | None,
+    records: Path | None,
+    no_records: bool,
+    schedule: str | None,
+    picks: str | None,
+    out: Path | None,
+    name: str | None,
+    no_validate: bool,
+    as_json: bool,
+) -> int:
+    """Build, validate and export kernels.
+
+    Without a tuning budget each layer gets its best record, else its schedule's default: always a
+    kernel at once. One layer is exported into --out itself; several into a folder each, with an
+    index.json that lists them.
+    """
+    check_picks(schedule, picks)
+    if schedule and (trials or seconds):
+        raise click.UsageError("--schedule fixes the candidate: there is nothing left to tune")
+    entries = read_layers(spec, dims)
+    if name is not None:
+        if len(entries) > 1:
+            raise click.UsageError(f"--name is for a single layer, found {len(entries)}")
+        from ..interface import check_name
+
+        try:
+            check_name(name)
+        except BuildError as error:
+            raise click.UsageError(str(error)) from None
+    several = len(entries) > 1
+    root = out or Path("convgen-out", *(() if several else (entries[0].spec.name,)))
+    results: list[dict[str, Any]] = []
+    with working(entries, target, threads, chosen_records(records, no_records), trials, seconds) as work:
+        if several:
+            _make_folder(root)
+        for entry in work.layers():
+            folder = root / entry.spec.name if several else root
+            try:
+                forced = forced_candidate(entry.spec, work.target, schedule, picks)
+                result = _build_layer(work, entry, folder, forced, name, not no_validate)
+            except (BuildError, MeasureError) as error:
+                if not several:
+                    raise
+                result = {"error": str(error)}
+                work.view.finish(f"failed: {error}")
+            if several and "folder" in result:
+                result["folder"] = folder.name
+            results.append(describe(entry) | result)
+            if several:
+                _write_index(root, work, " ".join(spec), results)
+
+    failed = [result for result in results if "error" in result]
+    document = _index(work, " ".join(spec), results)
+    if as_json:
+        emit(document | {"folder": str(root), "interrupted": work.interrupted})
+    elif several:
+        click.echo(_summary(entries, results))
+        note(f"{len(results) - len(failed)} of {len(entries)} layers in {tidy(root)}, listed in {INDEX}")
+    elif results and not failed:
+        click.echo(_single(results[0]))
+    if work.interrupted:
+        work.say_interrupted(f"; {len(results) - len(failed)} of {len(entries)} layers exported" if several else "")
+        return INTERRUPTED
+    for result in failed:
+        note(f"convgen: {result['spec']}: {result['error']}")
+    return FAILED if failed else 0
+
+
+def _build_layer(
+    work: Work, entry: SpecEntry, folder: Path, forced: Candidate | None, name: str | None, check: bool
+) -> dict[str, Any]:
+    """Build, validate and export one layer; ``error`` in the result says that it was not exported."""
+    from ..validate import validate
+
+    kernel = work.kernel(entry, forced, name)
+    if kernel.note:
+        note(f"convgen: {kernel.note}")
+    result: dict[str, Any] = {"name": kernel.name, **chosen(kernel), "validation": None}
+    report: Report | None = None
+    if check:
+        work.view.phase("validating")
+        report = validate(kernel)
+        result["validation"] = report.to_dict()
+    line = f"{kernel.schedule}({kernel.picks})"
+    if seconds := result["seconds"]:
+        line = f"{duration(seconds)}  {rate(entry.spec.flops, seconds)} GFLOP/s  {line}"
+    if report is not None and not report.passed:
+        work.view.finish(f"{line}  failed validation")
+        return result | {"error": f"{_first_failure(report)}; repeat with: {report.repro}"}
+    work.view.phase("exporting")
+    kernel.export(folder)
+    work.view.finish(f"{line}  {'validated' if report else 'not validated'}")
+    return result | {"folder": str(folder)}
+
+
+def _first_failure(report: Report) -> str:
+    check = next(check for check in report.checks if not check.passed)
+    return f"{check.name}: {check.found}"
+
+
+def _index(work: Work, source: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    from .. import __version__
+
+    return {
+        "convgen": __version__,
+        "source": source,
+        "target": work.target.spelling,
+        "threads": work.threads,
+        "complete": len(results) == len(work.entries),
+        "layers": results,
+    }
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"{folder}: expected a folder that can be made, found {error.strerror}") from error
+
+
+def _write_index(root: Path, work: Work, source: str, results: list[dict[str, Any]]) -> None:
+    """Write the index of what is done so far, whole or not at all."""
+    part = root / f"{INDEX}.part"
+    try:
+        part.write_text(json.dumps(_index(work, source, results), indent=2) + "\n", encoding="utf-8")
+        part.replace(root / INDEX)
+    except OSError as error:
+        raise ExportError(f"{root / INDEX}: {error.strerror}") from error
+
+
+def _summary(entries: list[SpecEntry], results: list[dict[str, Any]]) -> str:
+    rows = []
+    for entry, result in zip(entries, results, strict=False):
+        if "error" in result:
+            rows.append([label(entry), result["spec"], "failed", "", "", ""])
+            continue
+        picks = " ".join(f"{name}={value}" for name, value in result["picks"].items())
+        checked = f"{result['validation']['worst_error']:.3f}" if result["validation"] else "–"
+        rows.append(
+            [
+                label(entry),
+                result["spec"],
+                duration(result["seconds"]),
+                rate(entry.spec.flops, result["seconds"]),
+                checked,
+                f"{result['schedule']}({picks})",
+            ]
+        )
+    return table(["layer", "spec", "time>", "GFLOP/s>", "error/bound>", "candidate"], rows)
+
+
+def _single(result: dict[str, Any]) -> str:
+    picks = " ".join(f"{name}={value}" for name, value in result["picks"].items())
+    origin = f"record {result['record'][:12]}" if result["record"] else "default"
+    lines = [result["spec"], f"  candidate  {result['schedule']}({picks})  [{origin}]"]
+    if result["seconds"]:
+        lines.append(f"  time       {duration(result['seconds'])}, {result['gflops']:.4g} GFLOP/s")
+    if validation := result["validation"]:
+        lines.append(f"  checks     {len(validation['checks'])} passed, error {validation['worst_error']:.3g} of its bound")
+    else:
+        lines.append("  checks     none made")
+    return "\n".join([*lines, f"  library    {tidy(Path(result['folder'], 'lib' + result['name'] + '.so'))}"])
+
+
+# ---- tune -------------------------------------------------------------------------------------
+
+
+@click.command()
+@layers_argument
+@target_option
+@threads_option
+@budget_options
+@records_options
+@json_option
+def tune(
+    spec: tuple[str, ...],
+    dims: dict[str, int],
+    target: str,
+    threads: int | None,
+    trials: int | None,
+    seconds: float | None,
+    records: Path | None,
+    no_records: bool,
+    as_json: bool,
+) -> int:
+    """Search for fast kernels and keep every trial in the record store.
+
+    Without a budget each layer is tuned until nothing more is gained. Ctrl-C keeps everything
+    measured so far; the same command goes on from there.
+    """
+    entries = read_layers(spec, dims)
+    results: list[dict[str, Any]] = []
+    with working(entries, target, threads, chosen_records(records, no_records), trials, seconds) as work:
+        for entry in work.layers():
+            if not entry.spec.n:
+                work.view.finish("an empty batch: nothing to tune")
+                results.append(describe(entry) | _tuned(work, None))
+                continue
+            error = ""
+            try:
+                record = work.tune(entry)
+            except (BuildError, MeasureError) as failure:
+                record, error = None, str(failure)
+            result = describe(entry) | _tuned(work, record)
+            if record is None:
+                result["error"] = error or "no candidate was right"
+            results.append(result)
+            work.view.finish(_tuned_line(entry, result))
+
+    failed = [result for result in results if "error" in result]
+    store = str(work.store.path) if work.store is not None else None
+    if as_json:
+        facts = {"target": work.target.spelling, "threads": work.threads, "records": store}
+        emit(facts | {"interrupted": work.interrupted, "layers": results})
+    elif len(entries) > 1 and results:
+        click.echo(_tuned_table(entries, results))
+    elif results and not failed:
+        click.echo(_tuned_line(entries[0], results[0]))
+    if work.interrupted:
+        work.say_interrupted()
+        return INTERRUPTED
+    for result in failed:
+        note(f"convgen: {result['spec']}: {result['error']}")
+    return FAILED if failed else 0
+
+
+def _tuned(work: Work, record: TuningRecord | None) -> dict[str, Any]:
+    state = work.state
+    return {
+        "trials": state.done - state.known if state else 0,
+        "known_trials": state.known if state else 0,
+        "failures": dict(state.failures) if state else {},
+        "tuning_seconds": state.elapsed if state else 0.0,
+        "default_seconds": (record.note or {}).get("default_seconds") if record else None,
+        "best": record.to_dict() if record else None,
+    }
+
+
+def _tuned_cells(entry: SpecEntry, result: dict[str, Any]) -> list[str]:
+    best = result["best"]
+    if best is None:
+        return ["–", "–", "–", str(result["trials"]), result.get("error", "")]
+    picks = " ".join(f"{name}={value}" for name, value in best["picks"].items())
+    default = result["default_seconds"]
+    return [
+        duration(best["seconds"]),
+        rate(entry.spec.flops, best["seconds"]),
+        f"{default / best['seconds']:.2f}" if default else "–",
+        str(result["trials"] + result["known_trials"]),
+        f"{best['schedule']}({picks})",
+    ]
+
+
+def _tuned_line(entry: SpecEntry, result: dict[str, Any]) -> str:
+    time, gflops, gain, trials, candidate = _tuned_cells(entry, result)
+    if result["best"] is None:
+        return f"no kernel: {candidate}"
+    spent = f"{trials} trials in {result['tuning_seconds']:.0f} s"
+    return f"{time}  {gflops} GFLOP/s  {gain}× the default  {candidate}  {spent}"
+
+
+def _tuned_table(entries: list[SpecEntry], results: list[dict[str, Any]]) -> str:
+    rows = [
+        [label(entry), entry.spec, *_tuned_cells(entry, result)]
+        for entry, result in zip(entries, results, strict=False)
+    ]
+    return table(["layer", "spec", "time>", "GFLOP/s>", "× default>", "trials>", "candidate"], rows)
+
+
+# ---- validate ---------------------------------------------------------------------------------
+
+
+@click.command()
+@layers_argument
+@target_option
+@threads_option
+@records_options
+@candidate_options
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random data.")
+@json_option
+def validate(
+    spec: tuple[str, ...],
+    dims: dict[str, int],
+    target: str,
+    threads: int | None,
+    records: Path | None,
+    no_records: bool,
+    schedule: str | None,
+    picks: str | None,
+    seed: int,
+    as_json: bool,
+) -> int:
+    """Check kernels against ONNX Runtime.
+
+    Exact integer data, float data against its error bound, NaN and infinities, memory accesses
+    between guard pages, and the same bits on one and on all threads. A failure ends with the
+    command that repeats it.
+    """
+    check_picks(schedule, picks)
+    entries = read_layers(spec, dims)
+    results: list[dict[str, Any]] = []
+    with working(entries, target, threads, chosen_records(records, no_records)) as work:
+        for entry in work.layers():
+            forced = forced_candidate(entry.spec, work.target, schedule, picks)
+            try:
+                results.append(describe(entry) | _validated(work, entry, forced, seed))
+            except (BuildError, MeasureError) as error:
+                results.append(describe(entry) | {"passed": False, "error": str(error), "checks": []})
+            work.view.finish("passed" if results[-1]["passed"] else "failed")
+            if not as_json:
+                _print_checks(results[-1])
+
+    failed = sum(not result["passed"] for result in results)
+    if as_json:
+        facts = {"target": work.target.spelling, "threads": work.threads, "interrupted": work.interrupted}
+        emit(facts | {"passed": not failed and not work.interrupted, "layers": results})
+    if work.interrupted:
+        note(f"convgen: interrupted: {len(results)} of {len(entries)} layers checked")
+        return INTERRUPTED
+    return FAILED if failed else 0
+
+
+def _validated(work: Work, entry: SpecEntry, forced: Candidate | None, seed: int) -> dict[str, Any]:
+    from ..validate import validate
+
+    kernel = work.kernel(entry, forced)
+    work.view.phase("validating")
+    return chosen(kernel) | validate(kernel, seed=seed).to_dict()
+
+
+def _print_checks(result: dict[str, Any]) -> None:
+    click.echo(f"{result['spec']}  {result.get('candidate', '')}".rstrip())
+    if "error" in result:
+        click.echo(f"  FAIL  {result['error']}")
+        return
+    for check in result["checks"]:
+        click.echo(f"  {'ok  ' if check['passed'] else 'FAIL'}  {check['name']:<8}  {check['found']}")
+    if not result["passed"]:
+        click.echo(f"  repeat with: {result['repro']}")

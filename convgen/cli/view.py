@@ -1,0 +1,152 @@
+"""How a running command looks: a live display on a terminal, log lines anywhere else.
+
+Everything here goes to standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ..sources import SpecEntry
+from .common import duration, label, note, rate
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from ..tune import Progress
+
+#: Seconds between two updates: on a terminal, and in a log.
+LIVE_SECONDS, LOG_SECONDS = 0.1, 15.0
+
+
+class View:
+    """The progress of a command through its layers.
+
+    Drawn only when something was reported, never from a thread: what is timed meanwhile is not
+    disturbed.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self._title = self._spec = ""
+        self._drawn = 0.0
+        self._best: float | None = None
+        self._live: Any = None
+
+    def __enter__(self) -> View:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            console = Console(stderr=True, highlight=False)
+            self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def start(self, number: int, entry: SpecEntry) -> None:
+        """A layer begins."""
+        position = f"[{number}/{self.layers}] " if self.layers > 1 else ""
+        self._title = f"{position}{label(entry)}".strip()
+        self._spec, self._best = entry.spec.descriptor, None
+        if self._live:
+            self.phase("")
+        elif self.layers > 1:
+            note(f"{self._title}  {self._spec}".strip())
+
+    def phase(self, text: str) -> None:
+        """What is being done with the layer now."""
+        if self._live:
+            from rich.text import Text
+
+            self._show(Text(f"{self._heading()}\n  {text}" if text else self._heading()))
+
+    def progress(self, state: Progress) -> None:
+        """The tuner's report after a trial."""
+        is_better, self._best = state.best != self._best, state.best
+        now = time.monotonic()
+        if self._live:
+            if now - self._drawn >= LIVE_SECONDS or state.phase == "final":
+                self._drawn = now
+                self._show(self._panel(state))
+        elif state.done > state.known and (is_better or now - self._drawn >= LOG_SECONDS):
+            self._drawn = now
+            note("  " + "  ".join(self._facts(state)))
+
+    def finish(self, text: str) -> None:
+        """One line that stays: how the layer ended."""
+        line = f"{self._title}  {text}".strip()
+        if self._live:
+            from rich.text import Text
+
+            self._live.console.print(Text(line), soft_wrap=True)
+        else:
+            note(line)
+
+    # ---- drawing ------------------------------------------------------------------------------
+
+    def _heading(self) -> str:
+        return f"{self._title}  {self._spec}".strip()
+
+    def _show(self, content: Any) -> None:
+        self._live.update(content, refresh=True)
+
+    def _panel(self, state: Progress) -> Group:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        count, left, best, *failures = self._facts(state)
+        lines: list[Any] = [Text(self._heading(), style="bold")]
+        if (fraction := _fraction(state)) is not None:
+            bar = Table.grid(padding=(0, 1))
+            bar.add_row(ProgressBar(total=1.0, completed=fraction, width=32), Text(f"{count}, {left}"))
+            lines.append(bar)
+        else:
+            lines.append(Text(f"{count}, {left}"))
+        lines.append(Text(best, style="green"))
+        lines += [Text(text, style="yellow") for text in failures]
+        return Group(*lines)
+
+    def _facts(self, state: Progress) -> list[str]:
+        """Trials, time left, best so far and, where there are any, failures by kind."""
+        count = f"{state.done}/{state.trials} trials" if state.trials else f"{state.done} trials"
+        best = f"best {duration(state.best)}  {rate(state.spec.flops, state.best)} GFLOP/s"
+        if state.best and state.default:
+            best += f"  {state.default / state.best:.2f}× the default"
+        facts = [count, _left(state), f"{best}  {state.best_candidate}" if state.best else "none measured yet"]
+        if state.failures:
+            facts.append("failed: " + ", ".join(f"{n} {kind}" for kind, n in state.failures.most_common()))
+        return facts
+
+
+def _fraction(state: Progress) -> float | None:
+    """How much of the budget is spent; None where there is no limit."""
+    spent = []
+    if state.trials:
+        spent.append(state.done / state.trials)
+    if state.seconds:
+        spent.append(state.elapsed / state.seconds)
+    return min(1.0, max(spent)) if spent else None
+
+
+def _left(state: Progress) -> str:
+    if state.phase == "final":
+        return "comparing the best"
+    times = []
+    if state.seconds is not None:
+        times.append(state.seconds - state.elapsed)
+    if state.trials and state.done > state.known:
+        times.append((state.trials - state.done) * state.elapsed / (state.done - state.known))
+    if not times:
+        return f"{state.elapsed:.0f} s so far, until nothing more is gained"
+    return f"{max(0.0, min(times)):.0f} s left"
