@@ -180,6 +180,12 @@ def copied(tensor: te.Tensor, name: str) -> te.Tensor:
     return te.compute(tensor.shape, lambda *i: tensor[i], name=name)
 
 
+def partition_edges(sch: Any, block: Any, axes: int) -> None:
+    """Have the last ``axes`` loops of a copy with padding split into edges and a middle without conditions."""
+    for loop in sch.get_loops(block)[-axes:]:
+        sch.annotate(loop, "pragma_loop_partition_hint", True)
+
+
 def read_whole(tensor: te.Tensor, index: Index, axes: Sequence[int] = (-1,)) -> Expr:
     """``tensor[index]``, keeping some axes whole.
 

@@ -1,6 +1,7 @@
 """Direct convolution with output channels in the vector lanes and a tile of pixels in registers.
 
-Applies to  dense convolutions (groups 1, not transposed) of any rank, stride, dilation and layout.
+Applies to  convolutions of any rank, stride, dilation and layout that are not transposed, dense or
+            with groups of whole vectors of output channels.
 Strategy    1. Pack weights as [oc/t][kernel…][ic][t]: one load fills the lanes with t channels.
             2. Copy the input with its padding, rounded up to whole tiles, so that the inner loop
                has no conditions; skip the copy where there is nothing to pad or round.
@@ -9,8 +10,8 @@ Strategy    1. Pack weights as [oc/t][kernel…][ic][t]: one load fills the lane
             4. Reduce over the kernel, then ic innermost, and don't unroll it: unrolled, LLVM keeps
                shifted broadcasts alive and spills.
             5. Bias, residual and activation on the tile, then the (NCHW: transposed) store.
-            6. One parallel loop over batch × blocks of rows (× channel blocks, where the weights are
-               the larger operand).
+            6. One parallel loop over batch × blocks of rows (in 1-D of tiles) × channel blocks; the
+               latter where the weights are the larger operand or rows are few.
 Why not     lanes over pixels: better with few output channels, a schedule of its own; im2col: it
             writes every input k² times.
 """
@@ -21,7 +22,7 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import Operands, ceildiv, epilogue, flat, pack_channels, round_up
+from convgen.compute import Operands, ceildiv, epilogue, flat, pack_channels, partition_edges, round_up
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 
@@ -31,17 +32,21 @@ class CpuDirect(Schedule):
     def applies(self, spec, target):
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
-        require(spec.groups == 1, "needs groups 1")
+        lanes = target.vector_lanes(spec.dtype)
+        whole = spec.oc // spec.groups % lanes == 0
+        require(spec.groups == 1 or whole, f"needs groups 1, or multiples of {lanes} output channels per group")
 
     def space(self, spec, target):
         lanes = target.vector_lanes(spec.dtype)
         rows, width = _output(spec)
+        per_group = spec.oc // spec.groups
+        tiles = [lanes * v for v in (1, 2, 3, 4) if v == 1 or lanes * (v - 1) < per_group]
         widths = {w for w in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16, 20, 24, 28) if w <= width}
         return Space(
-            tile_oc=[lanes * v for v in (1, 2, 3, 4) if v == 1 or lanes * (v - 1) < spec.oc],
+            tile_oc=[t for t in tiles if spec.groups == 1 or per_group % t == 0],
             tile_oh=[h for h in (1, 2, 4) if h <= rows],
             tile_ow=sorted(widths | {min(width, 28)}),
-            block_oh=[b for b in (1, 2, 4, 7, 8, 14, 28, 56) if b == 1 or b < 2 * rows],
+            block=[b for b in (1, 2, 4, 7, 8, 14, 28, 56) if b == 1 or b < 2 * max(rows, width // 4 if rows == 1 else 1)],
             order=["oc", "pixels"],
             parallel_oc=[1, 2, 4, 8, 16],
         )
@@ -51,33 +56,35 @@ class CpuDirect(Schedule):
         vectors, pixels = picks.tile_oc // lanes, picks.tile_oh * picks.tile_ow
         used = vectors * (pixels + 1) + (0 if target.vector_bits == 512 else 1)
         require(used <= target.vector_registers, f"{used} vectors in a tile, {target.vector_registers} registers")
-        require(picks.block_oh % picks.tile_oh == 0, "block_oh is not whole tiles")
+        require(picks.block % picks.tile_oh == 0, "block is not whole tiles")
+        require(picks.block < 2 * _blockable(spec, picks), "block exceeds what there is")
         require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
 
     def default(self, spec, target):
         lanes = target.vector_lanes(spec.dtype)
         rows, width = _output(spec)
-        vectors = 2 if spec.oc > lanes else 1
-        room = (target.vector_registers - (0 if target.vector_bits == 512 else 1)) // vectors - 1
         space = self.space(spec, target).domains
+        vectors = 2 if 2 * lanes in space["tile_oc"] else 1
+        room = (target.vector_registers - (0 if target.vector_bits == 512 else 1)) // vectors - 1
         tile_ow = min((w for w in space["tile_ow"] if w <= room), key=lambda w: (round_up(width, w) / w * (w + 2), -w))
         tile_oh = max(h for h in space["tile_oh"] if h * tile_ow <= room and (h == 1 or rows % h == 0))
-        # Enough tasks for every core to stay busy to the end, each as large as possible.
-        tasks, parallel_oc = 4 * target.cores, 1
-        blocks = [b for b in space["block_oh"] if b % tile_oh == 0] or [tile_oh]
-        enough = [b for b in blocks if spec.n * ceildiv(rows, b) >= tasks]
-        channel_blocks = ceildiv(spec.oc, vectors * lanes)
-        if spec.macs and math.prod(spec.weights_shape) > spec.ic * math.prod(spec.in_spatial):
-            parallel_oc = max(p for p in space["parallel_oc"] if p <= min(tasks, channel_blocks))
-            enough = [b for b in blocks if b >= rows][:1] or blocks[-1:]
-        return Picks(
-            tile_oc=vectors * lanes,
-            tile_oh=tile_oh,
-            tile_ow=tile_ow,
-            block_oh=max(enough, default=tile_oh),
-            order="oc",
-            parallel_oc=parallel_oc,
+        base = Picks(
+            tile_oc=vectors * lanes, tile_oh=tile_oh, tile_ow=tile_ow, block=tile_oh, order="oc", parallel_oc=1
         )
+        # Enough tasks for every core to stay busy to the end, each as large as possible.
+        tasks, count = 4 * target.cores, _blockable(spec, base)
+        blocks = [b for b in space["block"] if b % tile_oh == 0 and b < 2 * count] or [tile_oh]
+        batch = spec.n * math.prod(spec.out_spatial[:-2])
+        channel_blocks = ceildiv(spec.oc, vectors * lanes)
+        splits = [p for p in space["parallel_oc"] if p <= channel_blocks]
+        if math.prod(spec.weights_shape) > spec.ic * math.prod(spec.in_spatial):
+            # The weights are the larger operand: they are split among the cores, not the pixels.
+            parallel_oc = max(p for p in splits if p <= tasks)
+            block = min((b for b in blocks if b >= count), default=blocks[-1])
+        else:
+            block = max((b for b in blocks if batch * ceildiv(count, b) >= tasks), default=blocks[0])
+            parallel_oc = next((p for p in splits if batch * ceildiv(count, block) * p >= tasks), splits[-1])
+        return base.replace(block=block, parallel_oc=parallel_oc)
 
     def cost(self, spec, target):
         lanes = target.vector_lanes(spec.dtype)
@@ -94,7 +101,8 @@ class CpuDirect(Schedule):
         ops, tile = Operands(spec), picks.tile_oc
         packed, (w, *vectors) = pack_channels(ops, tile)
         source = _padded(spec, ops, picks)
-        c = te.reduce_axis((0, spec.ic), "c")
+        ic_group, oc_group = spec.ic // spec.groups, spec.oc // spec.groups
+        c = te.reduce_axis((0, ic_group), "c")
         taps = [te.reduce_axis((0, k), f"k{axis}") for axis, k in enumerate(spec.kernel)]
         # Always with an axis of rows, so that every rank is scheduled alike: [n][oc/t][…][rows][width][t].
         shape = (spec.n, ceildiv(spec.oc, tile), *spec.out_spatial[:-2], *_rounded(spec, picks), tile)
@@ -105,7 +113,8 @@ class CpuDirect(Schedule):
                 p * s + k * d
                 for p, k, s, d in zip(pixel[-spec.rank :], taps, spec.stride, spec.dilation, strict=True)
             ]
-            return te.sum(source(n, c, where) * w[b, flat(taps, spec.kernel), c, t], [*taps, c])
+            channel = c if spec.groups == 1 else tirx.floordiv(b * tile, oc_group) * ic_group + c
+            return te.sum(source(n, channel, where) * w[b, flat(taps, spec.kernel), c, t], [*taps, c])
 
         acc = te.compute(shape, product, name="acc")
 
@@ -129,14 +138,18 @@ class CpuDirect(Schedule):
 
         channel_block, channel = sch.split(oc, [None, picks.tile_oc])
         channel_task, channel_block = sch.split(channel_block, [picks.parallel_oc, None])
-        row_block, row_tile, row = sch.split(h, [None, picks.block_oh // picks.tile_oh, picks.tile_oh])
+        row_tile, row = sch.split(h, [None, picks.tile_oh])
         pixel_tile, pixel = sch.split(w, [None, picks.tile_ow])
+        if spec.rank == 1:
+            block, pixel_tile = sch.split(pixel_tile, [None, picks.block])
+        else:
+            block, row_tile = sch.split(row_tile, [None, picks.block // picks.tile_oh])
         tiles = [channel_block, row_tile, pixel_tile]
         if picks.order == "pixels":
             tiles = [row_tile, pixel_tile, channel_block]
         inner = [channel, row, pixel] if spec.layout == "nchw" else [row, pixel, channel]
-        sch.reorder(n, channel_task, *outer, row_block, *tiles, *inner)
-        task = sch.fuse(n, channel_task, *outer, row_block)
+        sch.reorder(n, channel_task, *outer, block, *tiles, *inner)
+        task = sch.fuse(n, channel_task, *outer, block)
         sch.parallel(task)
         whole = spec.oc % picks.tile_oc == 0 if spec.layout == "nhwc" else _output(spec)[1] % picks.tile_ow == 0
         if whole:
@@ -162,11 +175,18 @@ class CpuDirect(Schedule):
             else:
                 first, second, *_ = sch.get_loops(copy)
                 sch.parallel(sch.fuse(first, second))
+            partition_edges(sch, copy, spec.rank + (spec.layout == "nhwc"))
 
 
 def _output(spec):
     """(rows, width) of the output as the tiles see it."""
     return (spec.out_spatial[-2] if spec.rank > 1 else 1), spec.out_spatial[-1]
+
+
+def _blockable(spec, picks):
+    """What a task takes a block of: rows; in 1-D, tiles."""
+    rows, width = _output(spec)
+    return rows if spec.rank > 1 else ceildiv(width, picks.tile_ow)
 
 
 def _rounded(spec, picks):

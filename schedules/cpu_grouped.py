@@ -19,7 +19,7 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import Operands, ceildiv, copied, epilogue, read_whole
+from convgen.compute import Operands, ceildiv, copied, epilogue, partition_edges, read_whole
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 #: Unrolled multiply-adds of one tile; more makes the code outgrow the instruction cache.
@@ -185,8 +185,7 @@ class CpuGrouped(Schedule):
         sch.vectorize(lane)
         sch.decompose_reduction(acc, c)
         sch.compute_at(padded, task, preserve_unit_loops=True)
-        for loop in sch.get_loops(padded)[-2:]:
-            sch.annotate(loop, "pragma_loop_partition_hint", True)
+        partition_edges(sch, padded, 2)
         # Rows strung together: now `f + offset` is one address, however many rows it spans.
         sch.transform_layout(padded, ("write", 0), lambda *index: [*index[:-2], index[-2] * g.pitch + index[-1]])
 

@@ -129,6 +129,7 @@ class CpuTransposed(Schedule):
             return te.sum(value if g.whole else tirx.if_then_else(tirx.all(*inside), value, zero), [*t, c])
 
         rows = g.pixels[:-1] or (1,)
+        # One axis per axis' phase: TVM 0.27 simplifies (flat_phase // s % s + pad) // s to the wrong value.
         acc = te.compute((spec.n, oc_blocks, *spec.stride, *rows, width, tile), product, name="acc")
 
         def value(n, o, pixel):

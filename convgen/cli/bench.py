@@ -1,0 +1,132 @@
+"""``convgen bench``: kernels beside other libraries."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..sources import SpecEntry
+from .common import (
+    FAILED,
+    INTERRUPTED,
+    candidate_options,
+    check_names,
+    check_picks,
+    chosen_records,
+    duration,
+    emit,
+    forced_candidate,
+    json_option,
+    label,
+    layers_argument,
+    note,
+    rate,
+    read_layers,
+    records_options,
+    table,
+    target_option,
+)
+from .generate import Work, chosen, describe, working
+
+if TYPE_CHECKING:
+    from ..peers import Comparison, Timing
+
+#: Names in :data:`convgen.peers.PEERS`, which is not imported for a wrong argument.
+PEER_NAMES = ("onnxruntime", "torch", "openvino")
+
+
+def _parse_threads(context: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if not all(1 <= count <= 1024 for count in counts):
+        raise click.BadParameter(f"expected numbers between 1 and 1024 joined by commas, found {text!r}")
+    return list(dict.fromkeys(counts))
+
+
+@click.command()
+@layers_argument
+@target_option
+@click.option(
+    "--threads", callback=_parse_threads, metavar="N,…", help="Thread counts, as 1,2.  [default: all cores]"
+)
+@click.option(
+    "--peers", default=",".join(PEER_NAMES), show_default=True, metavar="NAME,…", help="Libraries to compare with."
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="Rounds of timing.")
+@records_options
+@candidate_options
+@json_option
+def bench(
+    spec: tuple[str, ...],
+    dims: dict[str, int],
+    target: str,
+    threads: list[int] | None,
+    peers: str,
+    repeats: int,
+    records: Path | None,
+    no_records: bool,
+    schedule: str | None,
+    picks: str | None,
+    as_json: bool,
+) -> int:
+    """Time kernels beside ONNX Runtime, PyTorch and OpenVINO.
+
+    The same data and threads for all. They run in turn, several rounds, with a pause before each
+    turn; times are medians. A ratio is the best peer's time over convgen's, above 1 where convgen is
+    faster, with its 95 % confidence interval. Each peer's output is checked before it is timed.
+
+    Each layer's kernel is its best record (then its default is timed too), or the default.
+    """
+    check_picks(schedule, picks)
+    names = check_names("peers", peers, PEER_NAMES)
+    entries = read_layers(spec, dims)
+    results: list[dict[str, Any]] = []
+    interrupted = False
+    for count in threads or [None]:
+        with working(entries, target, count, chosen_records(records, no_records)) as work:
+            for entry in work.layers():
+                result = _bench_layer(work, entry, schedule, picks, names, repeats)
+                results.append(result)
+                work.view.finish(_line(result))
+        interrupted = work.interrupted
+        if interrupted:
+            break
+
+    if as_json:
+        emit({"target": work.target.spelling, "interrupted": interrupted, "layers": results, "totals": _totals(results)})
+    else:
+        click.echo(_table(entries, results))
+    if interrupted:
+        note(f"convgen: interrupted: {len(results)} of {len(entries) * len(threads or [0])} comparisons made")
+        return INTERRUPTED
+    return 0
+
+
+def _bench_layer(
+    work: Work, entry: SpecEntry, schedule: str | None, picks: str | None, peers: list[str], repeats: int
+) -> dict[str, Any]:
+    from ..build import compile_candidate, default_candidate
+    from ..machine import measured_peak
+    from ..peers import compare
+
+    forced = forced_candidate(entry.spec, work.target, schedule, picks)
+    kernels = {"convgen": work.kernel(entry, forced)}
+    default = default_candidate(entry.spec, work.target)
+    if kernels["convgen"].lowered.candidate != default:
+        kernels["default"] = compile_candidate(entry.spec, work.target, default, work.threads)
+    peak = measured_peak(work.threads)
+    work.view.phase(f"timing {', '.join([*kernels, *peers])} on {work.threads} threads")
+    comparison = compare(kernels, peers, work.threads, rounds=repeats)
+    seconds = comparison.kernels[0].seconds or math.inf
+    return describe(entry) | {
+        **chosen(kernels["convgen"]),
+        **comparison.to_dict(),
+        "seconds": seconds,
+        "gflops": entry.spec.flops / seconds / 1e9,
+        "peak_gflops": peak / 1e9,
+        "percent_of_peak": 100 * entry.spec.flops / seconds / peak,
+    }

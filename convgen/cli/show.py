@@ -1,0 +1,267 @@
+"""``convgen show``, ``schedules`` and ``targets``: what is known before anything is built."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..sources import SpecEntry
+from .common import (
+    candidate_options,
+    check_picks,
+    duration,
+    emit,
+    json_option,
+    label,
+    layers_argument,
+    read_layers,
+    size,
+    table,
+    target_option,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from ..spec import ConvSpec
+    from ..target import Target
+
+KINDS = ("tir", "ll", "asm")
+
+
+@click.command()
+@layers_argument
+@target_option
+@threads_option
+@candidate_options
+@click.option("--ir", type=click.Choice(KINDS), help="Print a candidate's scheduled TIR, LLVM IR or assembly instead.")
+@json_option
+def show(
+    spec: tuple[str, ...],
+    dims: dict[str, int],
+    target: str,
+    threads: int | None,
+    schedule: str | None,
+    picks: str | None,
+    ir: str | None,
+    as_json: bool,
+) -> None:
+    """Explain a layer: shapes, work, limits, and the schedules that apply.
+
+    Of a file or model with several layers: a list of them with their share of the work.
+
+    The roofline says how long the layer takes at least on this machine: its arithmetic at the
+    measured peak, its tensors once through the measured memory bandwidth.
+    """
+    check_picks(schedule, picks)
+    if schedule and not ir:
+        raise click.UsageError("--schedule needs --ir: it chooses the candidate to print")
+    entries = read_layers(spec, dims)
+    if ir:
+        if len(entries) > 1:
+            raise click.UsageError(f"--ir is for a single layer, found {len(entries)}")
+        _print_source(entries[0].spec, target, schedule, picks, ir, as_json)
+    elif len(entries) > 1:
+        _print_layers(entries, as_json)
+    else:
+        _print_layer(entries[0], target, threads, as_json)
+
+
+def _print_source(
+    spec: ConvSpec, target: str, schedule: str | None, picks: str | None, kind: str, as_json: bool
+) -> None:
+    from ..build import default_candidate
+    from ..lower import lower, source
+    from ..target import resolve
+    from .common import forced_candidate
+
+    resolved = resolve(target)
+    candidate = forced_candidate(spec, resolved, schedule, picks) or default_candidate(spec, resolved)
+    text = source(lower(spec, resolved, candidate), kind)
+    if as_json:
+        facts = {"spec": spec.descriptor, "target": resolved.spelling, "schedule": candidate.schedule.id}
+        emit(facts | {"picks": dict(candidate.picks), "kind": kind, "text": text})
+    else:
+        click.echo(text)
+
+
+# ---- several layers ---------------------------------------------------------------------------
+
+
+def _print_layers(entries: list[SpecEntry], as_json: bool) -> None:
+    total = sum(entry.count * entry.spec.flops for entry in entries)
+    layers = [
+        {
+            "names": list(entry.names),
+            "count": entry.count,
+            "spec": entry.spec.descriptor,
+            "flops": entry.spec.flops,
+            "share": entry.count * entry.spec.flops / total if total else 0.0,
+        }
+        for entry in entries
+    ]
+    if as_json:
+        emit({"flops": total, "convolutions": sum(entry.count for entry in entries), "layers": layers})
+        return
+    rows = [
+        [layer["names"][0] if layer["names"] else "", layer["count"], f"{layer['flops'] / 1e9:.4g}",
+         f"{layer['share']:.1%}", layer["spec"]]
+        for layer in layers
+    ]  # fmt: skip
+    click.echo(table(["layer", "count>", "GFLOP>", "share>", "spec"], rows))
+    count = sum(entry.count for entry in entries)
+    click.echo(f"{len(entries)} different layers, {count} in all, {total / 1e9:.4g} GFLOP")
+
+
+# ---- one layer --------------------------------------------------------------------------------
+
+
+def _print_layer(entry: SpecEntry, target: str, threads: int | None, as_json: bool) -> None:
+    from ..build import check_threads
+    from ..target import resolve
+
+    spec, resolved = entry.spec, resolve(target)
+    count = check_threads(threads, resolved)
+    document = {
+        "names": list(entry.names),
+        "spec": spec.descriptor,
+        "key": spec.key,
+        "name": spec.name,
+        "fields": spec.to_dict(),
+        "shapes": _shapes(spec),
+        "flops": spec.flops,
+        "bytes": spec.bytes,
+        "intensity": spec.flops / sum(spec.bytes.values()),
+        "target": resolved.spelling,
+        "roofline": _roofline(spec, count) if resolved.native else None,
+        "schedules": _schedules(spec, resolved),
+    }
+    if as_json:
+        emit(document)
+    else:
+        click.echo(_text(document))
+
+
+def _shapes(spec: ConvSpec) -> dict[str, list[int]]:
+    from ..interface import boundary
+
+    return {name: list(tensor.shape) for name, tensor in boundary(spec).items()}
+
+
+def _roofline(spec: ConvSpec, threads: int) -> dict[str, Any]:
+    """The least times of the arithmetic and of the memory traffic, in seconds."""
+    from ..machine import measured
+
+    found = measured(threads)
+    compute, memory = spec.flops / found.peak, sum(spec.bytes.values()) / found.dram
+    return {
+        "threads": threads,
+        "peak_flops": found.peak,
+        "bandwidth": found.dram,
+        "compute_seconds": compute,
+        "memory_seconds": memory,
+        "limited_by": "compute" if compute >= memory else "memory",
+    }
+
+
+def _schedules(spec: ConvSpec, target: Target) -> list[dict[str, Any]]:
+    """Every schedule: its space and default picks where it applies, the reason where it does not."""
+    from ..build import default_candidate
+    from ..discover import schedules
+
+    core, chosen = spec.core, default_candidate(spec, target).schedule
+    found = []
+    for schedule in schedules().values():
+        reason = schedule.reason_against(core, target)
+        facts: dict[str, Any] = {"id": schedule.id, "version": schedule.version, "reason_against": reason}
+        if reason is None:
+            facts["candidates"] = schedule.space(core, target).size
+            facts["default"] = dict(schedule.default(core, target))
+            facts["is_default"] = schedule is chosen
+        found.append(facts)
+    return found
+
+
+def _text(document: dict[str, Any]) -> str:
+    lines = [document["spec"]]
+    for name, shape in document["shapes"].items():
+        lines.append(f"  {name:<9} {' × '.join(map(str, shape)):<24} {size(document['bytes'][name]):>10}")
+    work, traffic = document["flops"], sum(document["bytes"].values())
+    lines += ["", f"  work       {work / 1e9:.4g} GFLOP over {size(traffic)}: {document['intensity']:.4g} FLOP/byte"]
+    if roofline := document["roofline"]:
+        threads = roofline["threads"]
+        lines += [
+            f"  compute    {duration(roofline['compute_seconds'] or None)} at {roofline['peak_flops'] / 1e9:.4g} GFLOP/s"
+            f" (measured, {threads} thread{'s' * (threads > 1)})",
+            f"  memory     {duration(roofline['memory_seconds'] or None)} at {roofline['bandwidth'] / 1e9:.4g} GB/s"
+            f" (measured); limited by {roofline['limited_by']}",
+        ]
+    lines += ["", f"  schedules on {document['target']}"]
+    for facts in document["schedules"]:
+        if facts["reason_against"] is not None:
+            lines.append(f"    {facts['id']:<14} no: {facts['reason_against']}")
+            continue
+        picks = " ".join(f"{name}={value}" for name, value in facts["default"].items())
+        mark = "  ← default" if facts["is_default"] else ""
+        count = facts["candidates"]
+        digits = f"{count}" if count < 10**6 else f"10^{math.log10(count):.0f}"
+        lines.append(f"    {facts['id']:<14} {digits} candidate{'s' * (count != 1)}: {picks or 'no picks'}{mark}")
+    return "\n".join(lines)
+
+
+# ---- lists ------------------------------------------------------------------------------------
+
+
+def _summary(documented: object) -> str:
+    """The first line of a docstring."""
+    return (getattr(documented, "__doc__", None) or "").strip().partition("\n")[0]
+
+
+@click.command()
+@json_option
+def schedules(as_json: bool) -> None:
+    """List the schedules."""
+    import importlib
+
+    from ..discover import schedules as found
+
+    listed = [
+        {"id": s.id, "version": s.version, "summary": _summary(importlib.import_module(type(s).__module__))}
+        for s in found().values()
+    ]
+    if as_json:
+        emit(listed)
+    else:
+        click.echo(table(["schedule", "version>", "what it does"], [list(row.values()) for row in listed]))
+
+
+@click.command()
+@json_option
+def targets(as_json: bool) -> None:
+    """List the targets: families, and spellings worth knowing."""
+    from ..discover import target_families
+    from ..target import resolve
+
+    listed = []
+    for family, module in target_families().items():
+        for spelling in module.known():
+            found = resolve(spelling)
+            listed.append(
+                {
+                    "target": spelling,
+                    "family": family,
+                    "summary": _summary(module),
+                    "resolved": found.spelling,
+                    "vector_bits": found.vector_bits,
+                    "cores": found.cores,
+                    "native": found.native,
+                }
+            )
+    if as_json:
+        emit(listed)
+        return
+    rows = [[t["target"], t["resolved"], t["vector_bits"], "yes" if t["native"] else "no"] for t in listed]
+    click.echo(table(["target", "means", "vector bits>", "runs here"], rows))
+    for family, module in target_families().items():
+        click.echo(f"{family}: {_summary(module)}")
