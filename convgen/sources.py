@@ -66,6 +66,8 @@ def read_specs(source: str | Path, dims: Mapping[str, int] | None = None) -> lis
     if descriptor:
         return [SpecEntry(ConvSpec.parse(str(source)))]
     if suffix == ".onnx":
+        if not path.is_file():
+            read_bytes(path)  # says what is wrong, before onnx is imported
         from .onnx_model import specs_from_onnx  # onnx is only needed for its own files
 
         return specs_from_onnx(path, dims)

@@ -42,7 +42,7 @@ class CpuGrouped(Schedule):
         rows = _rows(spec)
         return Space(
             tile_oc=[c for c in (1, 2, 3, 4, 6, 8) if per_group % c == 0],
-            tile_oh=[1, 2, 4, 8] if spec.rank > 1 else [1],
+            tile_oh=[1, 2, 4] if spec.rank > 1 else [1],
             tile_px=[lanes * v for v in (1, 2, 3, 4, 6, 8, 12, 16)],
             block_oh=sorted({b for b in (1, 2, 4, 7, 8, 14, 16, 28, 56) if b < rows} | {rows}),
         )
@@ -72,6 +72,9 @@ class CpuGrouped(Schedule):
         busy = [b for b in fitting if spec.n * spec.groups * ceildiv(rows, b) >= 4 * target.cores]
         base = Picks(tile_oc=tile_oc, tile_oh=1, tile_px=lanes, block_oh=max(busy, default=min(fitting)))
         options = [base.replace(tile_oh=h, tile_px=px) for h in space["tile_oh"] for px in space["tile_px"]]
+        # More independent sums hide no more latency, they only outgrow the load buffers.
+        most = (8 if tile_oc == 1 else 12) * lanes
+        options = [p for p in options if p.tile_oh <= (2 if tile_oc == 1 else 1) and p.tile_oc * p.tile_oh * p.tile_px <= most]
         good = [p for p in options if self.reason_against(spec, target, p) is None]
         return min(good, key=lambda p: self._work(spec, target, p), default=base.replace(tile_oc=1))
 
@@ -186,6 +189,8 @@ class CpuGrouped(Schedule):
         sch.decompose_reduction(acc, c)
         sch.compute_at(padded, task, preserve_unit_loops=True)
         partition_edges(sch, padded, 2)
+        if 1 < g.phases <= 4:  # with a constant phase the strided reads become shuffles
+            sch.unroll(sch.get_loops(padded)[-3])
         # Rows strung together: now `f + offset` is one address, however many rows it spans.
         sch.transform_layout(padded, ("write", 0), lambda *index: [*index[:-2], index[-2] * g.pitch + index[-1]])
 

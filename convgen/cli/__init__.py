@@ -14,9 +14,9 @@ import click
 
 from ..errors import ConvgenError, ExportError, Inapplicable, RecordError, SpecError, UnsupportedError
 from . import bench, generate, records, show
-from .common import FAILED, INTERRUPTED, TROUBLE, WRONG
+from .common import FAILED, INTERRUPTED, SPEC_HELP, TROUBLE, WRONG
 
-_EPILOG = """\
+_STATUS = """\
 \b
 Exit status:
     0  all is well
@@ -24,20 +24,12 @@ Exit status:
     2  wrong usage or a wrong spec
     3  records, an export or a file could not be read or written
   130  interrupted; what was measured is kept
-
-\b
-A SPEC is one line, quoted or not:
-  conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu
-operator: conv1d conv2d conv3d convtranspose1d convtranspose2d convtranspose3d
-tokens:   n ic oc g (groups)  i (input size)  k (kernel)  s (stride)  d (dilation)
-          p (padding: p1x1, begin_end p0_1x0_1, same, same_lower, valid)
-          op (output padding)  nobias  residual  nhwc  strict | relaxed
-          an activation: relu relu6 leaky_relu(0.1) prelu clip(0,6) sigmoid tanh
-          silu hardswish hardsigmoid elu gelu gelu_tanh
 """
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG)
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=f"{_STATUS}\n{SPEC_HELP}"
+)
 @click.version_option(package_name="convgen", message="convgen %(version)s")
 def cli() -> None:
     """Tuned, validated convolution kernels from a declarative spec.
@@ -68,7 +60,7 @@ def completion(shell: str) -> None:
     bash:  eval "$(convgen completion bash)"      in ~/.bashrc
     zsh:   eval "$(convgen completion zsh)"       in ~/.zshrc
     fish:  convgen completion fish | source       in config.fish
-    """
+    """  # noqa: D301 - click's mark for a paragraph that is not to be wrapped
     from click.shell_completion import get_completion_class
 
     made = get_completion_class(shell)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ..sources import SpecEntry
 from .common import (
-    FAILED,
     INTERRUPTED,
     candidate_options,
     check_names,
@@ -23,16 +22,12 @@ from .common import (
     label,
     layers_argument,
     note,
-    rate,
     read_layers,
     records_options,
     table,
     target_option,
 )
 from .generate import Work, chosen, describe, working
-
-if TYPE_CHECKING:
-    from ..peers import Comparison, Timing
 
 #: Names in :data:`convgen.peers.PEERS`, which is not imported for a wrong argument.
 PEER_NAMES = ("onnxruntime", "torch", "openvino")
@@ -50,9 +45,7 @@ def _parse_threads(context: click.Context, parameter: click.Parameter, text: str
 @click.command()
 @layers_argument
 @target_option
-@click.option(
-    "--threads", callback=_parse_threads, metavar="N,…", help="Thread counts, as 1,2.  [default: all cores]"
-)
+@click.option("--threads", callback=_parse_threads, metavar="N,…", help="Thread counts, as 1,2.  [default: all cores]")
 @click.option(
     "--peers", default=",".join(PEER_NAMES), show_default=True, metavar="NAME,…", help="Libraries to compare with."
 )
@@ -86,7 +79,8 @@ def bench(
     entries = read_layers(spec, dims)
     results: list[dict[str, Any]] = []
     interrupted = False
-    for count in threads or [None]:
+    counts: list[int | None] = [*(threads or [None])]
+    for count in counts:
         with working(entries, target, count, chosen_records(records, no_records)) as work:
             for entry in work.layers():
                 result = _bench_layer(work, entry, schedule, picks, names, repeats)
@@ -97,11 +91,13 @@ def bench(
             break
 
     if as_json:
-        emit({"target": work.target.spelling, "interrupted": interrupted, "layers": results, "totals": _totals(results)})
+        emit(
+            {"target": work.target.spelling, "interrupted": interrupted, "layers": results, "totals": _totals(results)}
+        )
     else:
         click.echo(_table(entries, results))
     if interrupted:
-        note(f"convgen: interrupted: {len(results)} of {len(entries) * len(threads or [0])} comparisons made")
+        note(f"convgen: interrupted: {len(results)} of {len(entries) * len(counts)} comparisons made")
         return INTERRUPTED
     return 0
 
@@ -130,3 +126,74 @@ def _bench_layer(
         "peak_gflops": peak / 1e9,
         "percent_of_peak": 100 * entry.spec.flops / seconds / peak,
     }
+
+
+def _line(result: dict[str, Any]) -> str:
+    facts = f"{duration(result['seconds'])}  {result['gflops']:.4g} GFLOP/s"
+    return f"{facts}  {_ratio(result)} {result['best_peer'] or ''}".rstrip()
+
+
+def _ratio(result: dict[str, Any]) -> str:
+    if result["ratio"] is None:
+        return "–"
+    low, high = result["interval"]
+    return f"{result['ratio']:.2f}× [{low:.2f}, {high:.2f}]"
+
+
+def _table(entries: list[SpecEntry], results: list[dict[str, Any]]) -> str:
+    """A row per layer and thread count, then what is not in it: totals, and peers with a problem."""
+    if not results:
+        return ""
+    peers = [peer["name"] for peer in results[0]["peers"]]
+    with_default = any(len(result["kernels"]) > 1 for result in results)
+    header = ["layer", "threads>", "convgen>", *(["default>"] * with_default), *(f"{name}>" for name in peers)]
+    rows = []
+    for result, entry in zip(results, entries * len(results), strict=False):
+        default = [duration(result["kernels"][-1]["seconds"])] * with_default
+        times = [duration(peer["seconds"]) for peer in result["peers"]]
+        rows.append(
+            [
+                label(entry) or result["spec"],
+                result["threads"],
+                duration(result["seconds"]),
+                *default,
+                *times,
+                _ratio(result),
+                f"{result['gflops']:.4g}",
+                f"{result['percent_of_peak']:.0f} %",
+            ]
+        )
+    lines = [table([*header, "best peer / convgen>", "GFLOP/s>", "of peak>"], rows)]
+    if len(results) > 1:
+        lines += [_total_line(total) for total in _totals(results)]
+    problems = {peer["name"]: peer["problem"] for result in results for peer in result["peers"] if peer["problem"]}
+    lines += [f"{name}: {problem}" for name, problem in problems.items()]
+    return "\n".join(lines)
+
+
+def _totals(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per thread count: the time of all layers with their counts, of convgen and of each peer that
+    ran them all, and the geometric mean of the ratios.
+    """
+    totals = []
+    for threads in dict.fromkeys(result["threads"] for result in results):
+        group = [result for result in results if result["threads"] == threads]
+        peers = {}
+        for name in (peer["name"] for peer in group[0]["peers"]):
+            times = [next(p["seconds"] for p in result["peers"] if p["name"] == name) for result in group]
+            if all(times):
+                peers[name] = sum(t * result["count"] for t, result in zip(times, group, strict=True))
+        ratios = [result["ratio"] for result in group if result["ratio"]]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+        own = sum(result["seconds"] * result["count"] for result in group)
+        totals.append({"threads": threads, "convgen": own, "peers": peers, "mean_ratio": mean})
+    return totals
+
+
+def _total_line(total: dict[str, Any]) -> str:
+    threads = f"{total['threads']} thread{'s' * (total['threads'] > 1)}"
+    times = [
+        f"{name} {duration(seconds)}" for name, seconds in ({"convgen": total["convgen"]} | total["peers"]).items()
+    ]
+    mean = f"; geometric mean of the ratios {total['mean_ratio']:.2f}×" if total["mean_ratio"] else ""
+    return f"all layers with their counts, {threads}: {', '.join(times)}{mean}"

@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 
 OK, FAILED, WRONG, TROUBLE, INTERRUPTED = 0, 1, 2, 3, 130
 
+#: Of the commands that take one.
+SPEC_HELP = """\
+\b
+A SPEC is one line, quoted or not, such as
+  conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu
+operator: conv1d conv2d conv3d convtranspose1d convtranspose2d convtranspose3d
+tokens:   n ic oc  g (groups)  i (input size)  k (kernel)  s (stride)  d (dilation)
+          p (padding: p1x1, begin_end p0_1x0_1, same, same_lower, valid)
+          op (output padding)  nobias  residual  nhwc  strict or relaxed
+          an activation: relu relu6 leaky_relu(0.1) prelu clip(0,6) sigmoid tanh
+          silu hardswish hardsigmoid elu gelu gelu_tanh
+"""
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # ---- arguments --------------------------------------------------------------------------------

@@ -340,7 +340,9 @@ def _single(result: dict[str, Any]) -> str:
     if result["seconds"]:
         lines.append(f"  time       {duration(result['seconds'])}, {result['gflops']:.4g} GFLOP/s")
     if validation := result["validation"]:
-        lines.append(f"  checks     {len(validation['checks'])} passed, error {validation['worst_error']:.3g} of its bound")
+        lines.append(
+            f"  checks     {len(validation['checks'])} passed, error {validation['worst_error']:.3g} of its bound"
+        )
     else:
         lines.append("  checks     none made")
     return "\n".join([*lines, f"  library    {tidy(Path(result['folder'], 'lib' + result['name'] + '.so'))}"])
@@ -349,7 +351,7 @@ def _single(result: dict[str, Any]) -> str:
 # ---- tune -------------------------------------------------------------------------------------
 
 
-@click.command()
+@click.command(short_help="Search for fast kernels; fills the record store.")
 @layers_argument
 @target_option
 @threads_option

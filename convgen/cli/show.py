@@ -9,12 +9,12 @@ import click
 
 from ..sources import SpecEntry
 from .common import (
+    SPEC_HELP,
     candidate_options,
     check_picks,
     duration,
     emit,
     json_option,
-    label,
     layers_argument,
     read_layers,
     size,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 KINDS = ("tir", "ll", "asm")
 
 
-@click.command()
+@click.command(epilog=SPEC_HELP, short_help="Explain a layer: work, limits, schedules.")
 @layers_argument
 @target_option
 @threads_option
@@ -91,7 +91,7 @@ def _print_source(
 
 def _print_layers(entries: list[SpecEntry], as_json: bool) -> None:
     total = sum(entry.count * entry.spec.flops for entry in entries)
-    layers = [
+    layers: list[dict[str, Any]] = [
         {
             "names": list(entry.names),
             "count": entry.count,
@@ -191,11 +191,11 @@ def _text(document: dict[str, Any]) -> str:
     lines += ["", f"  work       {work / 1e9:.4g} GFLOP over {size(traffic)}: {document['intensity']:.4g} FLOP/byte"]
     if roofline := document["roofline"]:
         threads = roofline["threads"]
+        compute, memory = (duration(roofline[f"{kind}_seconds"] or None) for kind in ("compute", "memory"))
+        peak, bandwidth = (f"{roofline[kind] / 1e9:.4g}" for kind in ("peak_flops", "bandwidth"))
         lines += [
-            f"  compute    {duration(roofline['compute_seconds'] or None)} at {roofline['peak_flops'] / 1e9:.4g} GFLOP/s"
-            f" (measured, {threads} thread{'s' * (threads > 1)})",
-            f"  memory     {duration(roofline['memory_seconds'] or None)} at {roofline['bandwidth'] / 1e9:.4g} GB/s"
-            f" (measured); limited by {roofline['limited_by']}",
+            f"  compute    {compute} at {peak} GFLOP/s, measured on {threads} thread{'s' * (threads > 1)}",
+            f"  memory     {memory} at {bandwidth} GB/s: limited by {roofline['limited_by']}",
         ]
     lines += ["", f"  schedules on {document['target']}"]
     for facts in document["schedules"]:
