@@ -150,7 +150,8 @@ def record_candidate(record: TuningRecord, spec: ConvSpec, target: Target) -> Ca
     picks = Picks(**record.picks)
     if schedule.version != record.schedule_version or schedule.reason_against(spec.core, target, picks):
         return None
-    return Candidate(schedule, picks)
+    names = schedule.space(spec.core, target).domains  # records sort theirs
+    return Candidate(schedule, Picks(**{name: picks[name] for name in names}))
 
 
 def best_record(store: RecordStore, spec: ConvSpec, target: Target, threads: int) -> TuningRecord | None:

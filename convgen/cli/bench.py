@@ -79,7 +79,7 @@ def bench(
     entries = read_layers(spec, dims)
     results: list[dict[str, Any]] = []
     interrupted = False
-    counts: list[int | None] = [*(threads or [None])]
+    counts: list[int | None] = [*threads] if threads else [None]
     for count in counts:
         with working(entries, target, count, chosen_records(records, no_records)) as work:
             for entry in work.layers():

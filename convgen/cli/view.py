@@ -82,14 +82,15 @@ class View:
             note("  " + "  ".join(self._facts(state)))
 
     def finish(self, text: str) -> None:
-        """One line that stays: how the layer ended."""
-        line = f"{self._title}  {text}".strip()
+        """One line that stays, where there are several layers: how this one ended."""
+        if self.layers == 1:
+            return
         if self._live:
             from rich.text import Text
 
-            self._live.console.print(Text(line), soft_wrap=True)
+            self._live.console.print(Text(f"{self._title}  {text}"), soft_wrap=True)
         else:
-            note(line)
+            note(f"  {text}")
 
     # ---- drawing ------------------------------------------------------------------------------
 
@@ -145,8 +146,8 @@ def _left(state: Progress) -> str:
     times = []
     if state.seconds is not None:
         times.append(state.seconds - state.elapsed)
-    if state.trials and state.done > state.known:
+    if state.trials and state.done - state.known >= 4:  # the first ones wait for the workers to start
         times.append((state.trials - state.done) * state.elapsed / (state.done - state.known))
-    if not times:
+    if not times and not state.trials:
         return f"{state.elapsed:.0f} s so far, until nothing more is gained"
-    return f"{max(0.0, min(times)):.0f} s left"
+    return f"{max(0.0, min(times)):.0f} s left" if times else f"{state.elapsed:.0f} s so far"
