@@ -77,9 +77,9 @@ def table(rows: list[dict[str, Any]], peers: list[str]) -> str:
         lines += [
             f"## {threads} thread{'s' * (threads > 1)}",
             "",
-            f"{one['cpu']} ({one['fingerprint']}), {one['date']}, Python {one['python']}, {packages}. Measured FMA peak "
-            f"{one['peak'] / 1e9:.0f} GFLOP/s. Times in µs, medians of alternating turns; ratio = best peer / convgen "
-            "(tuned where there is one), with its 95 % interval.",
+            f"{one['cpu']} ({one['fingerprint']}), {one['date']}, Python {one['python']}, {packages}.",
+            f"Measured FMA peak {one['peak'] / 1e9:.0f} GFLOP/s. Times in µs, medians of alternating turns;",
+            "ratio = best peer / convgen (tuned where there is one), with its 95 % interval.",
             "",
             f"| layer | × | convgen | default | {' | '.join(peers)} | ratio | of peak | schedule |",
             "|---|--:|--:|--:|" + "--:|" * len(peers) + "--:|--:|---|",
@@ -98,15 +98,20 @@ def table(rows: list[dict[str, Any]], peers: list[str]) -> str:
         rated = [row for row in chosen if row["ratio"]]
         if rated:
             defaults = [r["ratio"] * r["kernels"][0]["seconds"] / r["kernels"][-1]["seconds"] for r in rated]
+            mean, default_mean = geometric_mean([r["ratio"] for r in rated]), geometric_mean(defaults)
+            faster = sum(r["ratio"] > 1 for r in rated)
+            slower = sum(r["interval"][1] < 1 for r in rated)
             lines += [
                 "",
-                f"Geometric mean of the ratios: **{geometric_mean([r['ratio'] for r in rated]):.2f}** "
-                f"(default: {geometric_mean(defaults):.2f}); {sum(r['ratio'] > 1 for r in rated)} of {len(rated)} "
-                f"layers faster than the best peer, {sum(r['interval'][1] < 1 for r in rated)} slower beyond the interval.",
+                f"Geometric mean of the ratios: **{mean:.2f}** (default: {default_mean:.2f});",
+                f"{faster} of {len(rated)} layers faster than the best peer, {slower} slower beyond the interval.",
             ]
             own = sum(r["kernels"][0]["seconds"] * r["count"] for r in rated)
             best = sum(min(t["seconds"] for t in r["peers"] if t["seconds"]) * r["count"] for r in rated)
-            lines += ["", f"All convolutions of the network: {own * 1e3:.1f} ms, best peer per layer {best * 1e3:.1f} ms."]
+            lines += [
+                "",
+                f"All convolutions of the network: {own * 1e3:.1f} ms, best peer per layer {best * 1e3:.1f} ms.",
+            ]
         lines.append("")
     return "\n".join(lines)
 
@@ -137,7 +142,9 @@ def main() -> None:
                     row = rows[key] = measure(entry, threads, options, tuner)
                     kept.write_text("".join(json.dumps(r) + "\n" for r in rows.values()))
                     ratio = f"{row['ratio']:.2f}" if row["ratio"] else "no peer"
-                    console.print(f"{problem.stem} {threads}T {index}/{len(entries)} {key[0]}: {ratio} {row['schedule']}")
+                    console.print(
+                        f"{problem.stem} {threads}T {index}/{len(entries)} {key[0]}: {ratio} {row['schedule']}"
+                    )
         order = [(e.spec.descriptor, t) for t in options.threads for e in entries]
         text = table([rows[key] for key in order], options.peers)
         title = f"# {problem.stem}: convgen {convgen.__version__}"

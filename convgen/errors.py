@@ -41,7 +41,7 @@ class UnsupportedError(ConvgenError):
     """The request is valid, but this version does not serve it."""
 
 
-class Inapplicable(ConvgenError):
+class Inapplicable(ConvgenError):  # noqa: N818  (an answer more than an error)
     """A schedule does not apply here; the message is the reason."""
 
 

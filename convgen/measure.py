@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from .errors import MeasureError
+from .interrupts import Interrupts, interrupts_blocked, interrupts_held
 from .library import Library
 from .schedule import Candidate, Picks
 from .spec import ConvSpec
@@ -129,6 +128,10 @@ class Result:
         return statistics.median(self.samples) if self.outcome == "ok" else None
 
 
+#: Not an outcome of the trial: it was never finished.
+INTERRUPTED = Result("interrupted")
+
+
 # ---- functions that run in workers ------------------------------------------------------------
 
 
@@ -208,16 +211,18 @@ class Pools:
         self._builders = PopenPoolExecutor(max_workers=workers, timeout=build_timeout, maximum_process_uses=64)
         self._runner = PopenPoolExecutor(max_workers=1, timeout=run_timeout)
         self._pending: set[Future[Any]] = set()
+        #: Of the block that uses the pools.
+        self.interrupts = Interrupts()
 
     def build(self, modules: Sequence[str]) -> list[str | Result]:
         """Library paths of serialised modules; a failure is a Result."""
         futures = [self._submit(self._builders, build_artifact, module, str(self.root)) for module in modules]
-        return [_result(future, "build_error", self.build_timeout) for future in futures]
+        return [self._wait(future, "build_error", self.build_timeout) for future in futures]
 
     def run(self, path: str, expected: Expected, threads: int, *, seconds: float, hopeless: float) -> Result:
         """Verify and time one library."""
         future = self._submit(self._runner, run_artifact, path, str(expected.directory), threads, seconds, hopeless)
-        answer = _result(future, "run_error", self.run_timeout)
+        answer = self._wait(future, "run_error", self.run_timeout)
         if isinstance(answer, Result):
             return answer
         return Result(answer[OUTCOME_KEY], tuple(answer.get("samples", ())), answer.get("error", ""))
@@ -229,7 +234,7 @@ class Pools:
             MeasureError: the worker failed.
         """
         future = self._submit(self._runner, run_duel, list(paths), str(expected.directory), threads, rounds)
-        answer = _result(future, "run_error", self.run_timeout)
+        answer = self._wait(future, "run_error", self.run_timeout)
         if isinstance(answer, Result):
             raise MeasureError(f"re-measuring {len(paths)} candidates: {answer.outcome}: {answer.error}")
         return list(answer)
@@ -240,7 +245,7 @@ class Pools:
 
     def close(self) -> None:
         """End the workers, whatever they are doing, and remove every artifact."""
-        with _interrupts_held():
+        with interrupts_held():
             for future in self._pending:
                 future.cancel()
             for pool in (self._builders, self._runner):
@@ -253,6 +258,13 @@ class Pools:
                 pool.shutdown(wait=False)
             shutil.rmtree(self.root, ignore_errors=True)
 
+    def _wait(self, future: Future[Any], failure: str, limit: float) -> Any:
+        """A worker's answer, or how it failed as a Result; INTERRUPTED where Ctrl-C came first."""
+        while not wait([future], timeout=0.1).done:
+            if self.interrupts.came:
+                return INTERRUPTED
+        return _outcome(future, failure, limit)
+
     def _submit(self, pool: Any, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """A job for a pool; its worker never sees an interrupt from the terminal.
 
@@ -260,23 +272,13 @@ class Pools:
         process starts with the signals blocked that its starter blocks, and the pool's threads, which
         start the workers, are themselves started here.
         """
-        with _interrupts_held():
+        with interrupts_blocked():
             future: Future[Any] = pool.submit(function, *arguments)
         self._pending = {job for job in self._pending if not job.done()} | {future}
         return future
 
 
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _result(future: Any, failure: str, limit: float) -> Any:
+def _outcome(future: Future[Any], failure: str, limit: float) -> Any:
     """A worker's answer, or how it failed as a Result."""
     try:
         return future.result()

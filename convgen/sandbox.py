@@ -127,7 +127,8 @@ def _child(directory: Path) -> None:
         data = {t: np.load(directory / f"{case}.{t}.npy") for t in job["cases"][case]}
         placed = {tensor: _filled(array, guard) for tensor, array in data.items()}
         packed = Guarded(library.sizes(threads).packed, guard)
-        library.pack(*(placed.get(p) for p in PARAMETERS), packed=packed.bytes)
+        weights, bias, slope = (placed.get(name) for name in PARAMETERS)
+        library.pack(weights, bias, slope, packed.bytes)
         packed.seal()
         dst = Guarded(library.sizes(threads).dst, guard).array(spec.dst_shape)
         dst.fill(np.nan)

@@ -58,7 +58,8 @@ class Target:
     @property
     def peak_flops(self) -> float:
         """A nominal f32 peak in FLOP/s, all cores: one FMA per vector and cycle at 3.5 GHz. It only
-        scales predicted times; :func:`convgen.machine.measured_peak` is the real one."""
+        scales predicted times; :func:`convgen.machine.measured_peak` is the real one.
+        """
         return self.cores * 2 * self.vector_lanes("f32") * 3.5e9
 
     @property

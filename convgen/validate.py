@@ -97,7 +97,7 @@ def reference(spec: ConvSpec, data: Arrays, threads: int = 1) -> F32:
         return np.empty(spec.dst_shape, np.float32)
     from .reference import run_onnxruntime
 
-    return run_onnxruntime(spec, **data, threads=threads)  # type: ignore[arg-type]
+    return run_onnxruntime(spec, **data, threads=threads)
 
 
 def tolerance(spec: ConvSpec, data: Arrays, threads: int = 1) -> F32:

@@ -46,7 +46,9 @@ class CpuDirect(Schedule):
             tile_oc=[t for t in tiles if spec.groups == 1 or per_group % t == 0],
             tile_oh=[h for h in (1, 2, 4) if h <= rows],
             tile_ow=sorted(widths | {min(width, 28)}),
-            block=[b for b in (1, 2, 4, 7, 8, 14, 28, 56) if b == 1 or b < 2 * max(rows, width // 4 if rows == 1 else 1)],
+            block=[
+                b for b in (1, 2, 4, 7, 8, 14, 28, 56) if b == 1 or b < 2 * max(rows, width // 4 if rows == 1 else 1)
+            ],
             order=["oc", "pixels"],
             parallel_oc=[1, 2, 4, 8, 16],
         )
@@ -110,8 +112,7 @@ class CpuDirect(Schedule):
         def product(n, b, *rest):
             *pixel, t = rest
             where = [
-                p * s + k * d
-                for p, k, s, d in zip(pixel[-spec.rank :], taps, spec.stride, spec.dilation, strict=True)
+                p * s + k * d for p, k, s, d in zip(pixel[-spec.rank :], taps, spec.stride, spec.dilation, strict=True)
             ]
             channel = c if spec.groups == 1 else tirx.floordiv(b * tile, oc_group) * ic_group + c
             return te.sum(source(n, channel, where) * w[b, flat(taps, spec.kernel), c, t], [*taps, c])
@@ -223,4 +224,3 @@ def _padded(spec, ops, picks):
 def _channels_last(spec, loops):
     """Loops of dst as n, spatial, oc."""
     return loops if spec.layout == "nhwc" else [loops[0], *loops[2:], loops[1]]
-

@@ -14,8 +14,6 @@ Why not     channels in the lanes (cpu_direct): better with many channels and fe
 
 from __future__ import annotations
 
-import math
-
 from tvm import te, tirx
 
 from convgen.compute import DTYPES, Operands, ceildiv, epilogue, pack_channels
@@ -48,7 +46,9 @@ class CpuGemm(Schedule):
         vectors = picks.tile_px // target.vector_lanes(spec.dtype)
         used = vectors * (picks.tile_oc + 1) + (0 if target.vector_bits == 512 else 1)
         require(used <= target.vector_registers, f"{used} vectors in a tile, {target.vector_registers} registers")
-        require(picks.copy_src or spec.out_pixels % picks.tile_px == 0, "pixels are not whole tiles, so copy_src is needed")
+        require(
+            picks.copy_src or spec.out_pixels % picks.tile_px == 0, "pixels are not whole tiles, so copy_src is needed"
+        )
         require(picks.block_px < 2 * ceildiv(spec.out_pixels, picks.tile_px), "block_px exceeds the tiles there are")
         require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
 
@@ -56,7 +56,9 @@ class CpuGemm(Schedule):
         lanes, wide = target.vector_lanes(spec.dtype), target.vector_bits == 512
         vectors = 2 if spec.out_pixels >= 2 * lanes else 1
         limit = min(spec.oc, 8 if wide else 6)
-        tile_oc = max((c for c in (8, 7, 6, 5, 4, 3, 2, 1) if c <= limit), key=lambda c: (-(ceildiv(spec.oc, c) * c), c))
+        tile_oc = max(
+            (c for c in (8, 7, 6, 5, 4, 3, 2, 1) if c <= limit), key=lambda c: (-(ceildiv(spec.oc, c) * c), c)
+        )
         tiles = ceildiv(spec.out_pixels, vectors * lanes)
         tasks, blocks = 4 * target.cores, (1, 2, 4, 8, 16, 32)
         block_px = max((b for b in blocks if spec.n * ceildiv(tiles, b) >= tasks), default=1)
@@ -102,14 +104,14 @@ class CpuGemm(Schedule):
 
         c = te.reduce_axis((0, spec.ic), "c")
         shape = (spec.n, ceildiv(spec.oc, tile), tiles, tile, width)
-        acc = te.compute(
-            shape, lambda n, o, b, t, p: te.sum(source(n, c, b, p) * w[o, 0, c, t], c), name="acc"
-        )
+        acc = te.compute(shape, lambda n, o, b, t, p: te.sum(source(n, c, b, p) * w[o, 0, c, t], c), name="acc")
 
         def value(n, o, pixel):
             (p,) = pixel
             total = acc[n, o // tile, p // width, o % tile, p % width]
-            return epilogue(spec, total, residual=ops.residual[n, o, p] if spec.residual else None, **ops.per_channel(vectors, o))
+            return epilogue(
+                spec, total, residual=ops.residual[n, o, p] if spec.residual else None, **ops.per_channel(vectors, o)
+            )
 
         return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
 

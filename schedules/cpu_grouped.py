@@ -63,6 +63,7 @@ class CpuGrouped(Schedule):
         lanes, rows = target.vector_lanes(spec.dtype), _rows(spec)
         space = self.space(spec, target).domains
         tile_oc = max(c for c in space["tile_oc"] if c <= 4)
+
         # The block's input should stay in the L1 cache; and there must be tasks for every core.
         def block_bytes(b):
             g = _Geometry(spec, Picks(tile_oc=1, tile_oh=1, tile_px=lanes, block_oh=b))
@@ -74,7 +75,9 @@ class CpuGrouped(Schedule):
         options = [base.replace(tile_oh=h, tile_px=px) for h in space["tile_oh"] for px in space["tile_px"]]
         # More independent sums hide no more latency, they only outgrow the load buffers.
         most = (8 if tile_oc == 1 else 12) * lanes
-        options = [p for p in options if p.tile_oh <= (2 if tile_oc == 1 else 1) and p.tile_oc * p.tile_oh * p.tile_px <= most]
+        options = [
+            p for p in options if p.tile_oh <= (2 if tile_oc == 1 else 1) and p.tile_oc * p.tile_oh * p.tile_px <= most
+        ]
         good = [p for p in options if self.reason_against(spec, target, p) is None]
         return min(good, key=lambda p: self._work(spec, target, p), default=base.replace(tile_oc=1))
 
@@ -113,9 +116,7 @@ class CpuGrouped(Schedule):
             if g.axes == 2:
                 y = (block * picks.block_oh + row) * stride[0] + tirx.floordiv(phase, stride[-1])
                 where = [*at, y, x]
-            return ops.read_src(
-                n, c, [p - b for p, (b, _) in zip(where, spec.padding, strict=True)], always=True
-            )
+            return ops.read_src(n, c, [p - b for p, (b, _) in zip(where, spec.padding, strict=True)], always=True)
 
         shape = (spec.n, spec.ic, g.blocks, *depth_in, g.phases, g.copied_rows, g.pitch)
         padded = te.compute(shape, gathered, name="padded")
@@ -131,9 +132,7 @@ class CpuGrouped(Schedule):
             for position, s, step in zip(inner, stride, ([g.pitch, 1])[-g.axes :], strict=True):
                 phase = phase * s + tirx.floormod(position, s)
                 offset = offset + tirx.floordiv(position, s) * step
-            deep = [
-                p * s + t * d for p, t, s, d in zip(at, taps, spec.stride, spec.dilation, strict=False)
-            ]
+            deep = [p * s + t * d for p, t, s, d in zip(at, taps, spec.stride, spec.dilation, strict=False)]
             where = (phase, tirx.floordiv(offset, g.pitch), tirx.floormod(offset, g.pitch))
             channel = tirx.floordiv(o, per_group) * per_group_in + c
             return te.sum(padded[(n, channel, block, *deep, *where)] * w[(o, c, *taps)], [c, *taps])

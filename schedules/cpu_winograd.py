@@ -172,7 +172,9 @@ class CpuWinograd(Schedule):
                 *at, position, cb, tile, lane = index
                 return combine(input_rows, position, lambda k: x0[(*at, cb, 0, tile * m + k, lane)])
 
-        v = te.compute((*batch, g.blocks, g.positions, ic_blocks, g.padded_tiles, lanes), horizontal, name="transformed")
+        v = te.compute(
+            (*batch, g.blocks, g.positions, ic_blocks, g.padded_tiles, lanes), horizontal, name="transformed"
+        )
 
         # One matrix product per position.
         cb = te.reduce_axis((0, ic_blocks), "cb")
@@ -184,7 +186,8 @@ class CpuWinograd(Schedule):
             n, *rest = index
             depth, (block, ob, position, tile, lane) = rest[: len(g.outer)], rest[len(g.outer) :]
             depth_in = [
-                p * s + k * d for p, k, s, d in zip(depth, taps, spec.stride[:-axes], spec.dilation[:-axes], strict=True)
+                p * s + k * d
+                for p, k, s, d in zip(depth, taps, spec.stride[:-axes], spec.dilation[:-axes], strict=True)
             ]
             return te.sum(
                 v[(n, *depth_in, block, position, cb, tile, cl)]
@@ -201,7 +204,9 @@ class CpuWinograd(Schedule):
                 *at, p, j, tile, lane = index
                 return combine(back_rows, p, lambda k: acc[(*at, k * alpha + j, tile, lane)])
 
-            y1 = te.compute((*batch_out, g.blocks, oc_blocks, m, alpha, g.block_tiles, t), back_vertical, name="back_vertical")
+            y1 = te.compute(
+                (*batch_out, g.blocks, oc_blocks, m, alpha, g.block_tiles, t), back_vertical, name="back_vertical"
+            )
 
             def back(*index):
                 *at, p, q, tile, lane = index
@@ -257,7 +262,7 @@ class CpuWinograd(Schedule):
             """Innermost: the transformed positions unrolled, then the lanes vectorised."""
             *_, lane = sch.get_loops(block)
             if keep > lanes:
-                vector, lane = sch.split(lane, [None, lanes])
+                _, lane = sch.split(lane, [None, lanes])
             sch.vectorize(lane)
             for loop in positions:
                 sch.unroll(loop)
@@ -304,7 +309,7 @@ class CpuWinograd(Schedule):
         order = [loop for loop in (cb, i, row_tile, col_tile, j, lane) if loop is not None]
         sch.reorder(*order)
         if task is None:
-            outers = [loop for loop in sch.get_loops(transformed)][: -len(order)]
+            outers = list(sch.get_loops(transformed))[: -len(order)]
             cb = sch.fuse(*outers, cb)
             sch.parallel(cb)
         unrolled_lanes(transformed, [j], lanes)
@@ -342,7 +347,14 @@ class _Geometry:
 def _blocks(spec, rows):
     """Rows of tiles per block; in 1-D, tiles."""
     sizes = (1, 2, 4, 7, 8, 14) if spec.rank > 1 else (7, 14, 28, 56, 112, 224)
-    return sorted({b for b in sizes if b <= rows} | {ceildiv(spec.out_spatial[_axes(spec)[0]], m) for m in TILES[spec.accuracy] if spec.out_spatial[_axes(spec)[0]] <= 14 * m})
+    return sorted(
+        {b for b in sizes if b <= rows}
+        | {
+            ceildiv(spec.out_spatial[_axes(spec)[0]], m)
+            for m in TILES[spec.accuracy]
+            if spec.out_spatial[_axes(spec)[0]] <= 14 * m
+        }
+    )
 
 
 def _axes(spec):
@@ -372,7 +384,9 @@ def transforms(m, r):
 
     others = [[q for q in points if q != p] for p in points]
     back = [[p**i for p in points] + [Fraction(i == m - 1)] for i in range(m)]
-    weights = [[p**k / math.prod(p - q for q in rest) for k in range(r)] for p, rest in zip(points, others, strict=True)]
+    weights = [
+        [p**k / math.prod(p - q for q in rest) for k in range(r)] for p, rest in zip(points, others, strict=True)
+    ]
     weights.append([Fraction(k == r - 1) for k in range(r)])
     inputs = [[*expanded(rest), Fraction(0)] for rest in others] + [expanded(points)]
     return tuple([[float(v) for v in row] for row in rows] for rows in (back, weights, inputs))
