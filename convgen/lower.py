@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BuildError, ConvgenError
+from .interrupts import interrupts_held
 from .schedule import Candidate, Program
 from .spec import ConvSpec
 from .target import Target
@@ -36,6 +37,7 @@ class Workspace:
     task: int
 
 
+@interrupts_held()
 def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
     """Create and schedule a candidate's functions.
 
@@ -72,6 +74,7 @@ def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
     return Lowered(spec, target, candidate, _align_boundary(module), shapes)
 
 
+@interrupts_held()
 def compile_object(lowered: Lowered, path: Path) -> Workspace:
     """Write the object file of a lowered candidate; returns the scratch memory it asks for.
 

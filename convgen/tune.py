@@ -26,8 +26,19 @@ from typing import Any
 from .build import Records, check_native, check_threads, default_candidate, open_store, record_candidate, versions
 from .discover import schedules
 from .errors import BuildError, Inapplicable
+from .interrupts import interrupts_held
 from .lower import lower
-from .measure import HOPELESS, Expected, Pools, Result, measure_module, measured_candidate, metaschedule_pools, outcome
+from .measure import (
+    HOPELESS,
+    INTERRUPTED,
+    Expected,
+    Pools,
+    Result,
+    measure_module,
+    measured_candidate,
+    metaschedule_pools,
+    outcome,
+)
 from .records import RecordStore, TuningRecord
 from .schedule import Candidate, Picks, Schedule
 from .spec import ConvSpec
@@ -224,6 +235,9 @@ class Tuner:
 
         Returns:
             The winner of the final comparison; None where no candidate was right.
+
+        Raises:
+            KeyboardInterrupt: what was measured until then is in the store.
         """
         race = Race(spec, self.target, seed)
         state = Progress(spec, trials, seconds)
@@ -255,12 +269,14 @@ class Tuner:
                 learn(candidate, record)
         since_gain, state.known = 0, state.done
 
-        with tempfile.TemporaryDirectory(prefix="convgen-") as directory:
+        with interrupts_held() as interrupts, tempfile.TemporaryDirectory(prefix="convgen-") as directory:
+            self.pools.interrupts = interrupts
             expected: Expected | None = None
 
             def finished() -> bool:
                 return (
-                    (trials > 0 and state.done >= trials)
+                    interrupts.came
+                    or (trials > 0 and state.done >= trials)
                     or (seconds is not None and time.monotonic() - start >= seconds)
                     or since_gain >= PATIENCE
                 )
@@ -277,6 +293,8 @@ class Tuner:
                 expected = expected or Expected(spec, Path(directory), self.threads)
                 for candidate, result in self._measure(expected, batch, lambda: HOPELESS * race.best, finished):
                     learn(candidate, self._record(spec, candidate, result))
+            if interrupts.came:
+                return None  # and the block raises
             if state.done == state.known and any((r.note or {}).get("final") for r in self._known(spec)):
                 return self._winner(spec, [])
             state.phase = "final"
@@ -305,7 +323,10 @@ class Tuner:
                 yield candidate, Result(kind, error=text)
                 continue
             (future,) = runner.run([RunnerInput(made.artifact_path, target.kind.name, measured.args_info)])
-            yield candidate, outcome(future.result())
+            result = outcome(future.result())
+            if result.outcome == INTERRUPTED.outcome:
+                break
+            yield candidate, result
 
     def _final(
         self, spec: ConvSpec, expected: Expected, measured: dict[Candidate, TuningRecord], default: Candidate

@@ -90,7 +90,7 @@ class CpuDirect(Schedule):
 
     def cost(self, spec, target):
         lanes = target.vector_lanes(spec.dtype)
-        rows, width = _output(spec)
+        _, width = _output(spec)
         picks = self.default(spec, target)
         reduction = spec.reduction_length
         tail = spec.oc / round_up(spec.oc, picks.tile_oc) * width / round_up(width, picks.tile_ow)

@@ -91,8 +91,9 @@ class CpuWinograd(Schedule):
         products = 2 * tiles * g.positions * math.prod(g.direct) * spec.ic * round_up(spec.oc, picks.tile_oc)
         moved = tiles * g.positions * (3 * spec.ic + 3 * spec.oc)
         weights = g.positions * math.prod(g.direct) * spec.ic * spec.oc * 4
-        streamed = weights * (g.blocks if weights > target.l2 else 1)
-        return products / (0.8 * target.peak_flops) + moved / (target.cores * 8e9) + streamed / 30e9
+        # Weights that outgrow a core's cache come from the shared one, again for every block of rows.
+        streamed = weights * (spec.n * g.blocks if weights > target.l2 else 1)
+        return products / (0.8 * target.peak_flops) + moved / (target.cores * 8e9) + streamed / (target.cores * 40e9)
 
     def program(self, spec, target, picks):
         ops, dtype = Operands(spec), DTYPES[spec.dtype]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -80,11 +81,13 @@ class Work:
     def tune(self, entry: SpecEntry) -> TuningRecord | None:
         """Spend the layer's part of the budget; the record to build from."""
         share = None if self.seconds is None else max(0.0, self.seconds - self.spent) / self._left
+        start = time.monotonic()
+        self.view.phase("compiling the first candidates")
         try:
             return self.tuner.tune(entry.spec, trials=self.trials, seconds=share, progress=self._progress)
         finally:
+            self.spent += time.monotonic() - start
             if self.state:
-                self.spent += self.state.elapsed
                 self.measured += self.state.done - self.state.known
 
     def _progress(self, state: Progress) -> None:

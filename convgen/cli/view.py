@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..tune import Progress
 
 #: Seconds between two updates: on a terminal, and in a log.
-LIVE_SECONDS, LOG_SECONDS = 0.1, 15.0
+LIVE_SECONDS, LOG_SECONDS = 0.03, 15.0
 
 
 class View:
