@@ -30,7 +30,8 @@ class CpuTransposed(Schedule):
         require(spec.transposed, "needs a transposed convolution")
         require(spec.groups == 1, "needs groups 1")
         require(all(s == 1 or d == 1 for s, d in zip(spec.stride, spec.dilation, strict=True)), "dilated and strided")
-        require(math.prod(spec.stride) <= 256, "needs at most 256 phases")
+        g = _Geometry(spec)
+        require(g.whole or g.phases <= 64, "needs at most 64 phases where the stride does not divide the kernel")
 
     def space(self, spec, target):
         lanes = target.vector_lanes(spec.dtype)
@@ -156,8 +157,9 @@ class CpuTransposed(Schedule):
             block, pixel_tile = sch.split(pixel_tile, [None, picks.block])
         else:
             block, rows[0] = sch.split(rows[0], [None, picks.block])
+        rows += steps
         tiles = [channel_block, *rows, pixel_tile] if picks.order == "oc" else [*rows, pixel_tile, channel_block]
-        inner = [channel, *steps, pixel] if spec.layout == "nchw" else [*steps, pixel, channel]
+        inner = [channel, pixel] if spec.layout == "nchw" else [pixel, channel]
         sch.reorder(n, channel_task, block, *tiles, *inner)
         task = sch.fuse(n, channel_task, block)
         sch.parallel(task)
@@ -175,7 +177,7 @@ class CpuTransposed(Schedule):
         sch.unroll(vector)
         sch.unroll(pixel)
         if not g.whole:
-            for loop in (*phases, *reduce[:-1]):
+            for loop in (*phases, *reduce[:-1], *steps):
                 sch.unroll(loop)
         local = sch.cache_write(acc, 0, "global")
         sch.reverse_compute_at(local, tile, preserve_unit_loops=True)

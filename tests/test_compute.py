@@ -29,9 +29,9 @@ from convgen.target import resolve
 from convgen.validate import exact_data
 
 HOW = ["reference", "default"]
-few = settings(max_examples=6, deadline=None, print_blob=True)
+few = settings(max_examples=5, deadline=None, print_blob=True)
 #: Identities build several kernels for each example.
-fewer = settings(few, max_examples=4)
+fewer = settings(few, max_examples=3)
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 

@@ -248,13 +248,14 @@ int convgen_kernel_sizes(const convgen_kernel *kernel, int threads, convgen_size
         return CONVGEN_NULL_POINTER;
     if (threads < 1 || threads > CONVGEN_MAX_THREADS)
         return CONVGEN_BAD_ARGUMENT;
+    const size_t images = kernel->empty ? 0 : 1; /* an empty batch is compiled as a batch of one */
     *sizes = (convgen_sizes){
-        .src = kernel->src.bytes,
+        .src = images * kernel->src.bytes,
         .weights = kernel->weights.bytes,
         .bias = kernel->bias.bytes,
         .slope = kernel->slope.bytes,
-        .residual = kernel->residual.bytes,
-        .dst = kernel->dst.bytes,
+        .residual = images * kernel->residual.bytes,
+        .dst = images * kernel->dst.bytes,
         .packed = kernel->packed_size,
         .workspace = workspace_size(kernel, threads),
     };

@@ -1,0 +1,54 @@
+# Every target sets itself up: a virtual environment in .venv, its packages pinned by constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
+
+.PHONY: help demo test test-all check bench clean
+
+help:
+	@echo 'make demo      a tuned, validated, exported kernel for a ResNet-50 layer, in build/demo'
+	@echo 'make test      the tests (minutes)'
+	@echo 'make test-all  the exhaustive run'
+	@echo 'make check     ruff and mypy'
+	@echo 'make bench     tune the ResNet-50 layers and time them beside the peers (an hour; resumes)'
+	@echo 'make clean     remove what the others made'
+	@echo 'PYTHON=python3.12 make …   another interpreter (3.11 or later)'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'convgen needs Python 3.11 or later: PYTHON=… make …'; exit 1; }
+	@echo 'setting up $(VENV)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints.txt pip setuptools
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(PEERS): $(INSTALLED)
+	@echo 'installing the peers'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,peers]'
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(BIN)/python examples/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(PEERS)
+	$(BIN)/python bench/run.py bench/problems/resnet50.json
+
+clean:
+	rm -rf $(VENV) build dist convgen.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
