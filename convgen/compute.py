@@ -155,14 +155,14 @@ def epilogue(
 
 
 def pack_channels(ops: Operands, tile: int) -> tuple[list[te.Tensor], list[te.Tensor]]:
-    """Weights of a dense convolution as ``[oc/tile][taps][ic][tile]``, and bias and slope as they are.
+    """Weights as ``[oc/tile][taps][ic/groups][tile]``, and bias and slope as they are.
 
     Returns the packed tensors and, for the main function, their placeholders. The taps are one axis,
     row-major; channels past ``oc`` are zero.
     """
     spec, weights = ops.spec, ops.weights
     taps = math.prod(spec.kernel)
-    shape = (ceildiv(spec.oc, tile), taps, spec.ic, tile)
+    shape = (ceildiv(spec.oc, tile), taps, spec.ic // spec.groups, tile)
 
     def packed_weights(b: Expr, tap: Expr, c: Expr, t: Expr) -> Expr:
         value = weights[(b * tile + t, c, *unflat(tap, spec.kernel))]
