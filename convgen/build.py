@@ -272,7 +272,7 @@ def build(
         name: prefix of the exported C functions; made from the descriptor by default.
 
     Raises:
-        SpecError: the spec, the thread count or the memory it takes is impossible.
+        SpecError: the spec, the thread count, the budget or the memory it takes is impossible.
         UnsupportedError: the target is unknown or cannot run here.
         BuildError: TVM, LLVM or the C compiler failed.
         RecordError: the store cannot be read or written.
@@ -292,7 +292,7 @@ def build(
             record = best_record(store, spec, resolved, threads)
     candidate = record_candidate(record, spec, resolved) if record else None
     if candidate is None:
-        candidate = default_candidate(spec, resolved)
+        candidate, record = default_candidate(spec, resolved), None
     return compile_candidate(spec, resolved, candidate, threads, record=record, name=name)
 
 

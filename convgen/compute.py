@@ -180,10 +180,19 @@ def copied(tensor: te.Tensor, name: str) -> te.Tensor:
     return te.compute(tensor.shape, lambda *i: tensor[i], name=name)
 
 
-def partition_edges(sch: Any, block: Any, axes: int) -> None:
-    """Have the last ``axes`` loops of a copy with padding split into edges and a middle without conditions."""
-    for loop in sch.get_loops(block)[-axes:]:
-        sch.annotate(loop, "pragma_loop_partition_hint", True)
+def dst_loops(sch: Any, spec: ConvSpec) -> tuple[Any, list[Any], Any]:
+    """The loops of the block ``dst`` as ``n, spatial, oc``, whatever the layout."""
+    n, *rest = sch.get_loops(sch.get_sblock("dst"))
+    return (n, rest[1:], rest[0]) if spec.layout == "nchw" else (n, rest[:-1], rest[-1])
+
+
+def partition_edges(sch: Any, loop: Any) -> None:
+    """Split a copy's loop into the edges, which are padding, and a middle without conditions.
+
+    Only for a loop whose condition depends on nothing else: where the edges move with an outer loop,
+    TVM 0.27 does not clamp them to the loop's range, and writes outside the buffer.
+    """
+    sch.annotate(loop, "pragma_loop_partition_hint", True)
 
 
 def read_whole(tensor: te.Tensor, index: Index, axes: Sequence[int] = (-1,)) -> Expr:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import BuildError, ConvgenError
+from .errors import BuildError, ConvgenError, UnsupportedError
 from .interrupts import interrupts_held
 from .schedule import Candidate, Program
 from .spec import ConvSpec
@@ -90,11 +90,17 @@ def compile_object(lowered: Lowered, path: Path) -> Workspace:
 
 
 def source(lowered: Lowered, kind: str) -> str:
-    """A candidate as text: ``tir`` (scheduled), ``ll`` (LLVM IR) or ``asm``."""
+    """A candidate as text: ``tir`` (scheduled), ``ll`` (LLVM IR) or ``asm``.
+
+    Raises:
+        UnsupportedError: another kind.
+    """
+    formats = {"ll": "ll", "asm": "s"}
     if kind == "tir":
         return str(lowered.module.script())
-    generated = _codegen(_host_module(lowered), lowered.target)
-    return str(generated.inspect_source({"ll": "ll", "asm": "s"}[kind]))
+    if kind not in formats:
+        raise UnsupportedError(f"source: expected one of tir, {', '.join(formats)}, found {kind!r}")
+    return str(_codegen(_host_module(lowered), lowered.target).inspect_source(formats[kind]))
 
 
 def _host_module(lowered: Lowered) -> Any:

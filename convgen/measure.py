@@ -219,7 +219,7 @@ class Pools:
         futures = [self._submit(self._builders, build_artifact, module, str(self.root)) for module in modules]
         return [self._wait(future, "build_error", self.build_timeout) for future in futures]
 
-    def run(self, path: str, expected: Expected, threads: int, *, seconds: float, hopeless: float) -> Result:
+    def run(self, path: str, expected: Expected, threads: int, *, seconds: float, hopeless: float = 0.0) -> Result:
         """Verify and time one library."""
         future = self._submit(self._runner, run_artifact, path, str(expected.directory), threads, seconds, hopeless)
         answer = self._wait(future, "run_error", self.run_timeout)

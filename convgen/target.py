@@ -49,6 +49,12 @@ class Target:
         """Elements of ``dtype`` in one SIMD register."""
         return self.vector_bits // (8 * DTYPE_BYTES[dtype])
 
+    def most_pixels(self, vectors: int) -> int:
+        """Pixels of ``vectors`` SIMD registers each that fit into a register tile, beside one such set
+        of weights and, where FMAs take no broadcast operand from memory (AVX-512 does), a scalar.
+        """
+        return (self.vector_registers - (self.vector_bits != 512)) // vectors - 1
+
     def tvm(self) -> Any:
         """The ``tvm.target.Target``."""
         from tvm.target import Target as TvmTarget

@@ -13,7 +13,6 @@ comes close to the best in few trials (Tollenaere et al., ACM TACO 20(1), 2022).
 from __future__ import annotations
 
 import random
-import statistics
 import tempfile
 import time
 from collections import Counter
@@ -25,12 +24,13 @@ from typing import Any
 
 from .build import Records, check_native, check_threads, default_candidate, open_store, record_candidate, versions
 from .discover import schedules
-from .errors import BuildError, Inapplicable
+from .errors import BuildError, Inapplicable, MeasureError, SpecError
 from .interrupts import interrupts_held
 from .lower import lower
 from .measure import (
     HOPELESS,
     INTERRUPTED,
+    TRIAL_SECONDS,
     Expected,
     Pools,
     Result,
@@ -79,14 +79,15 @@ class Race:
     """What to try next: the schedules' candidates, those that lead tried more.
 
     Half of the draws are uniform over a schedule's valid picks, half change one value of one of its
-    three best. Schedules that stay behind drop out.
+    three best. Schedules that stay behind drop out. The reference takes part only where it is the
+    ``default``, the zero-trial answer that tuning must not lose to.
     """
 
     def __init__(self, spec: ConvSpec, target: Target, seed: int = 0) -> None:
         self.spec, self.target, self.rng = spec.core, target, random.Random(seed)
+        self.default = default_candidate(spec, target)
         applicable = [s for s in schedules().values() if s.reason_against(self.spec, target) is None]
-        fast = [s for s in applicable if s.id != "reference"]
-        self.schedules: list[Schedule] = fast or applicable
+        self.schedules: list[Schedule] = [s for s in applicable if s.id != "reference" or s is self.default.schedule]
         self.results: dict[Schedule, list[tuple[float, Picks]]] = {s: [] for s in self.schedules}
         self.tried: dict[Schedule, int] = dict.fromkeys(self.schedules, 0)
         self.seen: set[Candidate] = set()
@@ -98,8 +99,9 @@ class Race:
         return min((seconds for found in self.results.values() for seconds, _ in found), default=float("inf"))
 
     def defaults(self) -> list[Candidate]:
-        """Every schedule's zero-trial answer."""
-        return [Candidate(s, s.default(self.spec, self.target)) for s in self.schedules]
+        """Every schedule's zero-trial answer; first the one that is taken where nothing was measured."""
+        found = [Candidate(s, s.default(self.spec, self.target)) for s in self.schedules]
+        return sorted(found, key=lambda candidate: candidate != self.default)
 
     def tell(self, candidate: Candidate, result: Result) -> None:
         """Learn how a candidate did."""
@@ -237,12 +239,13 @@ class Tuner:
             The winner of the final comparison; None where no candidate was right.
 
         Raises:
+            SpecError: the budget is not a number, or negative.
             KeyboardInterrupt: what was measured until then is in the store.
         """
+        check_budget(trials, seconds)
         race = Race(spec, self.target, seed)
         state = Progress(spec, trials, seconds)
         report = progress or (lambda _: None)
-        default = default_candidate(spec, self.target)
         start, since_gain = time.monotonic(), 0
         measured: dict[Candidate, TuningRecord] = {}
 
@@ -259,13 +262,13 @@ class Tuner:
                 state.failures[record.outcome] += 1
             elif record.seconds == race.best:
                 state.best, state.best_candidate = record.seconds, str(candidate)
-            if candidate == default:
+            if candidate == race.default:
                 state.default = record.seconds
             report(state)
 
-        for record in self._known(spec):
-            candidate = record_candidate(record, spec, self.target)
-            if candidate and candidate not in measured:
+        known = self._known(spec)
+        for candidate, record in known:
+            if candidate not in measured:
                 learn(candidate, record)
         since_gain, state.known = 0, state.done
 
@@ -295,12 +298,13 @@ class Tuner:
                     learn(candidate, self._record(spec, candidate, result))
             if interrupts.came:
                 return None  # and the block raises
-            if state.done == state.known and any((r.note or {}).get("final") for r in self._known(spec)):
-                return self._winner(spec, [])
+            finals = [record for _, record in known if (record.note or {}).get("final")]
+            if state.done == state.known and finals:
+                return _fastest(finals)
             state.phase = "final"
             report(state)
             expected = expected or Expected(spec, Path(directory), self.threads)
-            return self._final(spec, expected, measured, default)
+            return self._final(spec, expected, measured, race.default)
 
     # ---- measuring ----------------------------------------------------------------------------
 
@@ -342,25 +346,33 @@ class Tuner:
             finalists.append(default)
         paths = self.pools.build([save_json(measure_module(lower(spec, self.target, c))) for c in finalists])
         kept = [(c, p) for c, p in zip(finalists, paths, strict=True) if isinstance(p, str)]
-        samples = self.pools.duel([p for _, p in kept], expected, self.threads, ROUNDS)
+        results = self._compare(expected, kept)
         for _, path in kept:
             self.pools.discard(path)
-        medians = {c: statistics.median(taken) for (c, _), taken in zip(kept, samples, strict=True)}
-        note = {"final": True, "default_seconds": medians.get(default)}
-        finals = [
-            self._record(spec, c, Result("ok", tuple(taken)), note) for (c, _), taken in zip(kept, samples, strict=True)
-        ]
-        return self._winner(spec, finals)
+        if self.pools.interrupts.came:
+            return None
+        note = {"final": True, "default_seconds": dict(results).get(default, INTERRUPTED).seconds}
+        return _fastest([self._record(spec, c, result, note) for c, result in results])
+
+    def _compare(self, expected: Expected, built: list[tuple[Candidate, str]]) -> list[tuple[Candidate, Result]]:
+        """Time libraries in turn."""
+        try:
+            samples = self.pools.duel([path for _, path in built], expected, self.threads, ROUNDS)
+        except MeasureError:  # one of them fails now and then: it shows when each runs by itself
+            return [(c, self.pools.run(path, expected, self.threads, seconds=TRIAL_SECONDS)) for c, path in built]
+        return [(c, Result("ok", tuple(taken))) for (c, _), taken in zip(built, samples, strict=True)]
 
     # ---- records ------------------------------------------------------------------------------
 
-    def _known(self, spec: ConvSpec) -> list[TuningRecord]:
+    def _known(self, spec: ConvSpec) -> list[tuple[Candidate, TuningRecord]]:
+        """The store's trials that still mean the same, oldest first."""
         if self.records is None:
             return []
         trials = self.records.trials(
             spec=spec.descriptor, target=self.target.spelling, hardware=self.target.hardware, threads=self.threads
         )
-        return [r for r in trials if r.versions == versions()]
+        found = [(record_candidate(r, spec, self.target), r) for r in trials if r.versions == versions()]
+        return [(candidate, record) for candidate, record in found if candidate]
 
     def _record(
         self, spec: ConvSpec, candidate: Candidate, result: Result, note: dict[str, Any] | None = None
@@ -384,9 +396,21 @@ class Tuner:
             self.records.add(record)
         return record
 
-    def _winner(self, spec: ConvSpec, finals: list[TuningRecord]) -> TuningRecord | None:
-        known = finals or [r for r in self._known(spec) if (r.note or {}).get("final")]
-        return min(known, key=lambda r: r.seconds or 0.0, default=None)
+
+def _fastest(records: list[TuningRecord]) -> TuningRecord | None:
+    return min((r for r in records if r.seconds is not None), key=lambda r: r.seconds or 0.0, default=None)
+
+
+def check_budget(trials: object, seconds: object) -> None:
+    """Raise:
+    SpecError: ``trials`` is not an integer or ``seconds`` not a number or None, or one is negative.
+    """
+    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 0:
+        raise SpecError("trials", "an integer >= 0", repr(trials))
+    if seconds is None:
+        return
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+        raise SpecError("seconds", "a number >= 0", repr(seconds))
 
 
 def tune(

@@ -77,11 +77,13 @@ def main() -> None:
         "library": f"{FOLDER}/lib{built['name']}.so",
     }
     table = Table(show_header=False, title="The kernel")
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
     Console(highlight=False).print(table)
     if built["schedule"] == "cpu_winograd":
-        console.print("Winograd does the same work with fewer multiplications: it can exceed 100 % of the peak.")
+        console.print("GFLOP/s count the multiplications of the definition; Winograd needs fewer.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """convgen from Python: build, call, validate, export, load again.
 
-    python examples/python_api.py
+python examples/python_api.py
 """
 
 from __future__ import annotations

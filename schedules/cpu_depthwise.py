@@ -137,7 +137,8 @@ class CpuDepthwise(Schedule):
             sch.unroll(loop)
         sch.decompose_reduction(acc, taps[0])
         sch.compute_at(padded, task, preserve_unit_loops=True)
-        partition_edges(sch, padded, spec.rank + 1)
+        if spec.rank > 1:  # in 1-D the width is what tasks divide
+            partition_edges(sch, sch.get_loops(padded)[-2])
 
 
 def _rows(spec):

@@ -22,7 +22,7 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import Operands, ceildiv, epilogue, flat, pack_channels, partition_edges, round_up
+from convgen.compute import Operands, ceildiv, dst_loops, epilogue, flat, pack_channels, partition_edges, round_up
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 
@@ -46,18 +46,15 @@ class CpuDirect(Schedule):
             tile_oc=[t for t in tiles if spec.groups == 1 or per_group % t == 0],
             tile_oh=[h for h in (1, 2, 4) if h <= rows],
             tile_ow=sorted(widths | {min(width, 28)}),
-            block=[
-                b for b in (1, 2, 4, 7, 8, 14, 28, 56) if b == 1 or b < 2 * max(rows, width // 4 if rows == 1 else 1)
-            ],
+            block=[b for b in (1, 2, 4, 7, 8, 14, 28, 56) if b < 2 * (rows if spec.rank > 1 else width)],
             order=["oc", "pixels"],
             parallel_oc=[1, 2, 4, 8, 16],
         )
 
     def valid(self, spec, target, picks):
         lanes = target.vector_lanes(spec.dtype)
-        vectors, pixels = picks.tile_oc // lanes, picks.tile_oh * picks.tile_ow
-        used = vectors * (pixels + 1) + (0 if target.vector_bits == 512 else 1)
-        require(used <= target.vector_registers, f"{used} vectors in a tile, {target.vector_registers} registers")
+        pixels, most = picks.tile_oh * picks.tile_ow, target.most_pixels(picks.tile_oc // lanes)
+        require(pixels <= most, f"{pixels} pixels in a tile, registers for {most}")
         require(picks.block % picks.tile_oh == 0, "block is not whole tiles")
         require(picks.block < 2 * _blockable(spec, picks), "block exceeds what there is")
         require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
@@ -67,7 +64,7 @@ class CpuDirect(Schedule):
         rows, width = _output(spec)
         space = self.space(spec, target).domains
         vectors = 2 if 2 * lanes in space["tile_oc"] else 1
-        room = (target.vector_registers - (0 if target.vector_bits == 512 else 1)) // vectors - 1
+        room = target.most_pixels(vectors)
         tile_ow = min((w for w in space["tile_ow"] if w <= room), key=lambda w: (round_up(width, w) / w * (w + 2), -w))
         tile_oh = max(h for h in space["tile_oh"] if h * tile_ow <= room and (h == 1 or rows % h == 0))
         base = Picks(
@@ -131,8 +128,8 @@ class CpuDirect(Schedule):
         return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
 
     def apply(self, sch, spec, target, picks):
-        acc, dst = sch.get_sblock("acc"), sch.get_sblock("dst")
-        n, *spatial, oc = _channels_last(spec, sch.get_loops(dst))
+        acc = sch.get_sblock("acc")
+        n, spatial, oc = dst_loops(sch, spec)
         if len(spatial) == 1:
             spatial = sch.split(spatial[0], [1, None])
         *outer, h, w = spatial
@@ -176,7 +173,8 @@ class CpuDirect(Schedule):
             else:
                 first, second, *_ = sch.get_loops(copy)
                 sch.parallel(sch.fuse(first, second))
-            partition_edges(sch, copy, spec.rank + (spec.layout == "nhwc"))
+            if spec.rank > 1:  # in 1-D the width is what tasks divide
+                partition_edges(sch, sch.get_loops(copy)[-1 if spec.layout == "nchw" else -2])
 
 
 def _output(spec):
@@ -219,8 +217,3 @@ def _padded(spec, ops, picks):
     extent = _extent(spec, picks)
     copy = te.compute(ops.order(spec.n, spec.ic, extent), value, name="padded")
     return lambda n, c, where: copy[ops.order(n, c, where)]
-
-
-def _channels_last(spec, loops):
-    """Loops of dst as n, spatial, oc."""
-    return loops if spec.layout == "nhwc" else [loops[0], *loops[2:], loops[1]]

@@ -43,9 +43,8 @@ class CpuGemm(Schedule):
         )
 
     def valid(self, spec, target, picks):
-        vectors = picks.tile_px // target.vector_lanes(spec.dtype)
-        used = vectors * (picks.tile_oc + 1) + (0 if target.vector_bits == 512 else 1)
-        require(used <= target.vector_registers, f"{used} vectors in a tile, {target.vector_registers} registers")
+        most = target.most_pixels(picks.tile_px // target.vector_lanes(spec.dtype))  # here: channels
+        require(picks.tile_oc <= most, f"{picks.tile_oc} channels in a tile, registers for {most}")
         require(
             picks.copy_src or spec.out_pixels % picks.tile_px == 0, "pixels are not whole tiles, so copy_src is needed"
         )

@@ -108,18 +108,26 @@ class CpuGrouped(Schedule):
         depth_in, depth = spec.padded_spatial[: spec.rank - g.axes], spec.out_spatial[: spec.rank - g.axes]
         stride, dilation = spec.stride[-g.axes :], spec.dilation[-g.axes :]
 
+        # Copied with its padding, and then, where there is a stride, split by phase.
         def gathered(*index):
-            n, c, block, *rest = index
-            at, (phase, row, col) = rest[:-3], rest[-3:]
-            x = col * stride[-1] + tirx.floormod(phase, stride[-1])
-            where = [*at, x]
-            if g.axes == 2:
-                y = (block * picks.block_oh + row) * stride[0] + tirx.floordiv(phase, stride[-1])
-                where = [*at, y, x]
-            return ops.read_src(n, c, [p - b for p, (b, _) in zip(where, spec.padding, strict=True)], always=True)
+            n, c, block, *at, row, x = index
+            y = [block * picks.block_oh * stride[0] + row] if g.axes == 2 else []
+            where = [p - b for p, (b, _) in zip([*at, *y, x], spec.padding, strict=True)]
+            return ops.read_src(n, c, where, always=True)
 
-        shape = (spec.n, spec.ic, g.blocks, *depth_in, g.phases, g.copied_rows, g.pitch)
-        padded = te.compute(shape, gathered, name="padded")
+        front = (spec.n, spec.ic, g.blocks, *depth_in)
+        steps = stride if g.axes == 2 else (1, *stride)
+        padded = te.compute((*front, g.copied_rows * steps[0], g.pitch * steps[1]), gathered, name="padded")
+
+        def phase_of(*index):
+            *at, phase, row, col = index
+            y, x = row * steps[0] + tirx.floordiv(phase, steps[1]), col * steps[1] + tirx.floormod(phase, steps[1])
+            return padded[(*at, y, x)]
+
+        if g.phases > 1:
+            source = te.compute((*front, g.phases, g.copied_rows, g.pitch), phase_of, name="phases")
+        else:
+            source = padded
 
         c = te.reduce_axis((0, per_group_in), "c")
         taps = [te.reduce_axis((0, k), f"k{axis}") for axis, k in enumerate(spec.kernel)]
@@ -133,9 +141,10 @@ class CpuGrouped(Schedule):
                 phase = phase * s + tirx.floormod(position, s)
                 offset = offset + tirx.floordiv(position, s) * step
             deep = [p * s + t * d for p, t, s, d in zip(at, taps, spec.stride, spec.dilation, strict=False)]
-            where = (phase, tirx.floordiv(offset, g.pitch), tirx.floormod(offset, g.pitch))
+            where = (tirx.floordiv(offset, g.pitch), tirx.floormod(offset, g.pitch))
+            where = (phase, *where) if g.phases > 1 else where
             channel = tirx.floordiv(o, per_group) * per_group_in + c
-            return te.sum(padded[(n, channel, block, *deep, *where)] * w[(o, c, *taps)], [c, *taps])
+            return te.sum(source[(n, channel, block, *deep, *where)] * w[(o, c, *taps)], [c, *taps])
 
         shape = (spec.n, spec.oc, g.blocks, *depth, *g.tiles, picks.tile_oh, picks.tile_px)
         acc = te.compute(shape, product, name="acc")
@@ -186,12 +195,16 @@ class CpuGrouped(Schedule):
         vector, lane = sch.split(pixel, [None, lanes])
         sch.vectorize(lane)
         sch.decompose_reduction(acc, c)
+        source = padded
+        if g.phases > 1:
+            source = sch.get_sblock("phases")
+            sch.compute_at(source, task, preserve_unit_loops=True)
+            if g.phases <= 4:  # with a constant phase the strided reads become shuffles
+                sch.unroll(sch.get_loops(source)[-3])
         sch.compute_at(padded, task, preserve_unit_loops=True)
-        partition_edges(sch, padded, 2)
-        if 1 < g.phases <= 4:  # with a constant phase the strided reads become shuffles
-            sch.unroll(sch.get_loops(padded)[-3])
+        partition_edges(sch, sch.get_loops(padded)[-1])
         # Rows strung together: now `f + offset` is one address, however many rows it spans.
-        sch.transform_layout(padded, ("write", 0), lambda *index: [*index[:-2], index[-2] * g.pitch + index[-1]])
+        sch.transform_layout(source, ("write", 0), lambda *index: [*index[:-2], index[-2] * g.pitch + index[-1]])
 
 
 class _Geometry:

@@ -18,7 +18,7 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import DTYPES, Operands, ceildiv, copied, epilogue, flat, round_up, unflat
+from convgen.compute import DTYPES, Operands, ceildiv, copied, dst_loops, epilogue, flat, round_up, unflat
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 
@@ -47,16 +47,15 @@ class CpuTransposed(Schedule):
 
     def valid(self, spec, target, picks):
         g = _Geometry(spec)
-        vectors = picks.tile_oc // target.vector_lanes(spec.dtype)
-        used = vectors * (picks.tile_px + 1) + (0 if target.vector_bits == 512 else 1)
-        require(used <= target.vector_registers, f"{used} vectors in a tile, {target.vector_registers} registers")
+        most = target.most_pixels(picks.tile_oc // target.vector_lanes(spec.dtype))
+        require(picks.tile_px <= most, f"{picks.tile_px} pixels in a tile, registers for {most}")
         require(picks.block < 2 * g.blockable(picks.tile_px), "block exceeds what there is")
         require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
 
     def default(self, spec, target):
         lanes, g = target.vector_lanes(spec.dtype), _Geometry(spec)
         vectors = 2 if spec.oc > lanes else 1
-        room = (target.vector_registers - (0 if target.vector_bits == 512 else 1)) // vectors - 1
+        room = target.most_pixels(vectors)
         space = self.space(spec, target).domains
         width = g.pixels[-1]
         tile_px = min((p for p in space["tile_px"] if p <= room), key=lambda p: (round_up(width, p) / p * (p + 2), -p))
@@ -145,9 +144,8 @@ class CpuTransposed(Schedule):
 
     def apply(self, sch, spec, target, picks):
         lanes, g = target.vector_lanes(spec.dtype), _Geometry(spec)
-        dst, acc, padded = sch.get_sblock("dst"), sch.get_sblock("acc"), sch.get_sblock("padded")
-        loops = sch.get_loops(dst)
-        n, *spatial, oc = loops if spec.layout == "nhwc" else [loops[0], *loops[2:], loops[1]]
+        acc, padded = sch.get_sblock("acc"), sch.get_sblock("padded")
+        n, spatial, oc = dst_loops(sch, spec)
         channel_block, channel = sch.split(oc, [None, picks.tile_oc])
         channel_task, channel_block = sch.split(channel_block, [picks.parallel_oc, None])
         split = [sch.split(axis, [None, s]) for axis, s in zip(spatial[:-1], spec.stride[:-1], strict=True)]

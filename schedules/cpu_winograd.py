@@ -25,7 +25,7 @@ from functools import cache
 
 from tvm import te, tirx
 
-from convgen.compute import DTYPES, Operands, ceildiv, copied, epilogue, flat, round_up, unflat
+from convgen.compute import DTYPES, Operands, ceildiv, copied, dst_loops, epilogue, flat, round_up, unflat
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 #: Output pixels per tile and axis that an accuracy class admits.
@@ -57,9 +57,8 @@ class CpuWinograd(Schedule):
         )
 
     def valid(self, spec, target, picks):
-        vectors = picks.tile_oc // target.vector_lanes(spec.dtype)
-        used = vectors * (picks.tile_px + 1) + (0 if target.vector_bits == 512 else 1)
-        require(used <= target.vector_registers, f"{used} vectors in a tile, {target.vector_registers} registers")
+        most = target.most_pixels(picks.tile_oc // target.vector_lanes(spec.dtype))
+        require(picks.tile_px <= most, f"{picks.tile_px} tiles in a register tile, registers for {most}")
         g = _Geometry(spec, picks)
         require(picks.block_rows <= g.tiles[0], "block_rows exceeds the rows of tiles")
         require(picks.tile_px <= g.block_tiles, "fewer tiles in a block than tile_px")
@@ -70,7 +69,7 @@ class CpuWinograd(Schedule):
         if min(spec.out_spatial[a] for a in _axes(spec)) <= 2 * tile and tile > 2:
             tile = 4 if min(spec.out_spatial[a] for a in _axes(spec)) > 7 else 2
         vectors = 2 if spec.oc > lanes else 1
-        room = min(14, (target.vector_registers - (0 if target.vector_bits == 512 else 1)) // vectors - 1)
+        room = min(14, target.most_pixels(vectors))
         base = Picks(tile=tile, tile_oc=vectors * lanes, tile_px=1, block_rows=1, parallel="rows")
         g = _Geometry(spec, base)
         rows = g.tiles[0]
@@ -239,9 +238,8 @@ class CpuWinograd(Schedule):
         lanes, m = target.vector_lanes(spec.dtype), picks.tile
         g = _Geometry(spec, picks)
         axes = len(g.axes)
-        dst, acc, back = sch.get_sblock("dst"), sch.get_sblock("acc"), sch.get_sblock("back")
-        loops = sch.get_loops(dst)
-        n, *spatial, oc = loops if spec.layout == "nhwc" else [loops[0], *loops[2:], loops[1]]
+        acc, back = sch.get_sblock("acc"), sch.get_sblock("back")
+        n, spatial, oc = dst_loops(sch, spec)
         depth, plane = spatial[:-axes], spatial[-axes:]
         channel_block, channel = sch.split(oc, [None, picks.tile_oc])
         block, first = sch.split(plane[0], [None, g.block_rows * m])

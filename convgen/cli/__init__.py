@@ -7,6 +7,7 @@ ones answer at once: TVM, ONNX, NumPy and rich are imported inside the commands.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -83,10 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.UsageError as error:
         help_line = f" (see: {error.ctx.command_path} --help)" if error.ctx else ""
         return _fail(error.format_message() + help_line, WRONG)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # click exits where it finds the pipe closed
         # Whoever read has enough. Nothing more must be written, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
+        return 128 + signal.SIGPIPE
     except (SpecError, UnsupportedError, Inapplicable) as error:
         return _fail(str(error), WRONG)
     except (RecordError, ExportError, OSError) as error:

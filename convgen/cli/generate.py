@@ -105,8 +105,9 @@ class Work:
             elif self.store is not None:
                 record = best_record(self.store, entry.spec, self.target, self.threads)
         self.view.phase("compiling")
-        recorded = record_candidate(record, entry.spec, self.target) if record else None
-        candidate = forced or recorded or default_candidate(entry.spec, self.target)
+        candidate = forced or (record_candidate(record, entry.spec, self.target) if record else None)
+        if candidate is None:
+            candidate, record = default_candidate(entry.spec, self.target), None
         return compile_candidate(entry.spec, self.target, candidate, self.threads, record=record, name=name)
 
     def say_interrupted(self, done: str = "") -> None:

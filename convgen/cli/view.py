@@ -120,7 +120,9 @@ class View:
 
     def _facts(self, state: Progress) -> list[str]:
         """Trials, time left, best so far and, where there are any, failures by kind."""
-        count = f"{state.done}/{state.trials} trials" if state.trials else f"{state.done} trials"
+        count = (
+            f"{state.done}/{state.trials} trials" if state.trials else f"{state.done} trial{'s' * (state.done != 1)}"
+        )
         best = f"best {duration(state.best)}  {rate(state.spec.flops, state.best)} GFLOP/s"
         if state.best and state.default:
             best += f"  {state.default / state.best:.2f}× the default"

@@ -1,0 +1,536 @@
+"""The command line as a user meets it: what it prints, what it returns, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from convgen.build import compile_candidate
+from convgen.cli import cli, main
+from convgen.cli.bench import PEER_NAMES
+from convgen.cli.common import duration, size, table
+from convgen.cli.generate import Work
+from convgen.discover import schedule_ids, schedules
+from convgen.peers import PEERS
+from convgen.records import RecordStore
+from convgen.sources import SpecEntry
+from convgen.spec import ConvSpec
+from convgen.tune import Progress
+from convgen.validate import Check, Report
+
+SMALL = "conv2d n1 ic8 oc16 i10x10 k3x3 s1x1 p1x1 relu"
+TINY = "conv1d n1 ic4 oc4 i20 k3 s1 p1"
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command line here; gives status, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def run_json(run: Run) -> Callable[..., Any]:
+    """Runs a command line with --json; gives the document, which must be all of stdout."""
+
+    def call(*arguments: object, status: int = 0) -> Any:
+        found, out, err = run(*arguments, "--json")
+        assert found == status, err
+        return json.loads(out)
+
+    return call
+
+
+def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+# ---- quick answers ----------------------------------------------------------------------------
+
+HEAVY = ("tvm", "tvm_ffi", "onnx", "onnxruntime", "numpy", "rich", "torch", "yaml")
+
+QUICK: list[tuple[Sequence[str], int]] = [
+    (["--help"], 0),
+    (["--version"], 0),
+    (["build", "--help"], 0),
+    (["tune", "--help"], 0),
+    (["validate", "--help"], 0),
+    (["bench", "--help"], 0),
+    (["show", "--help"], 0),
+    (["records", "--help"], 0),
+    (["records", "list", "--help"], 0),
+    (["targets", "--help"], 0),
+    (["completion", "zsh"], 0),
+    ([], 2),
+    (["nonsense"], 2),
+    (["build"], 2),
+    (["build", "nonsense"], 2),
+    (["build", "conv2d", "n1", "ic0", "oc4", "i4x4", "k1"], 2),
+    (["tune", "conv2d n1 ic8 oc8 i4x4 k9x9"], 2),
+    (["show", "conv2d n1 ic8 oc8 i4x4 k3 k3"], 2),
+    (["validate", "missing.onnx"], 2),
+    (["bench", "missing.toml"], 2),
+    (["build", SMALL, "--threads", "0"], 2),
+    (["build", SMALL, "--trials", "-1"], 2),
+    (["build", SMALL, "--seconds", "soon"], 2),
+    (["build", SMALL, "--target", "gpu"], 2),
+    (["build", SMALL, "--schedule", "nonsense"], 2),
+    (["build", SMALL, "--picks", "tile=4"], 2),
+    (["build", SMALL, "--schedule", "reference", "--trials", "4"], 2),
+    (["build", SMALL, "--name", "not a name"], 2),
+    (["build", SMALL, "--records", "x.sqlite", "--no-records"], 2),
+    (["build", "model.onnx", "--dim", "N"], 2),
+    (["bench", SMALL, "--peers", "nobody"], 2),
+    (["bench", SMALL, "--threads", "1,none"], 2),
+    (["show", SMALL, "--schedule", "reference"], 2),
+    (["records", "list", "--outcome", "nonsense"], 2),
+    (["records", "best", "conv9d"], 2),
+]
+
+
+def test_help_and_wrong_arguments_import_nothing_heavy(tmp_path: Path) -> None:
+    script = f"""
+import contextlib, io, json, sys
+from convgen.cli import main
+found = []
+for arguments in {[list(arguments) for arguments, _ in QUICK]!r}:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(arguments)
+    found.append([status, err.getvalue(), sorted(set({HEAVY!r}) & set(sys.modules))])
+print(json.dumps(found))
+"""
+    done = python("-c", script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for (arguments, status), (found, err, heavy) in zip(QUICK, json.loads(done.stdout), strict=True):
+        assert (found, heavy) == (status, []), arguments
+        if status and arguments:  # one line that begins with the program's name
+            assert re.fullmatch(r"convgen: [^\n]+\n", err), arguments
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_installed_command_and_the_module_agree() -> None:
+    command = shutil.which("convgen", path=str(Path(sys.executable).parent))
+    assert command
+    by_name = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+    assert by_name == python("-m", "convgen", "--version").stdout
+    assert re.fullmatch(r"convgen \d+\.\d+\.\d+\S*\n", by_name)
+
+
+def test_wrong_spec_names_field_expected_and_found(run: Run) -> None:
+    status, out, err = run("build", "conv2d", "n1", "ic8", "oc8", "i4x4", "k9x9")
+    assert (status, out) == (2, "")
+    assert err == "convgen: kernel[0]: expected a dilated kernel within the padded input (4), found 9\n"
+
+
+def test_impossible_memory_is_a_wrong_spec(run: Run) -> None:
+    status, out, err = run("build", "conv3d n512 ic1 oc1 i1024x64x64 k1", "--no-records")
+    if status == 0:
+        pytest.skip("this machine has the memory")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+def test_every_schedule_is_named_after_its_file() -> None:
+    assert schedule_ids() == sorted(schedules())
+
+
+def test_peer_names_are_the_peers() -> None:
+    assert tuple(PEERS) == PEER_NAMES
+
+
+def test_broken_pipe_is_silent() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "convgen", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+# ---- completion -------------------------------------------------------------------------------
+
+
+def test_completion_scripts(run: Run) -> None:
+    for shell in ("bash", "zsh", "fish"):
+        status, out, _ = run("completion", shell)
+        assert status == 0
+        assert f"{shell}_complete" in out
+    checked = subprocess.run(["bash", "-n"], input=run("completion", "bash")[1], text=True, check=False)
+    assert checked.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["b"], {"build", "bench"}),
+        (["build", "convt"], {"convtranspose1d", "convtranspose2d", "convtranspose3d"}),
+        (["show", "--schedule", "cpu_d"], {"cpu_direct"}),
+        (["records", "m"], {"merge"}),
+    ],
+)
+def test_completion_knows_commands_operators_and_schedules(words: list[str], expected: set[str]) -> None:
+    line = " ".join(["convgen", *words])
+    environment = {"_CONVGEN_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words))}
+    done = python("-m", "convgen", env={**os.environ, **environment})
+    assert expected <= {entry.partition(",")[2] for entry in done.stdout.split()}
+
+
+# ---- show, schedules, targets -----------------------------------------------------------------
+
+
+def test_show_explains_a_layer(run: Run, run_json: Callable[..., Any]) -> None:
+    found = run_json("show", SMALL, "--threads", 1)
+    spec = ConvSpec.parse(SMALL)
+    assert (found["spec"], found["flops"], found["bytes"]) == (SMALL, spec.flops, spec.bytes)
+    assert found["shapes"]["dst"] == [1, 16, 10, 10]
+    assert found["roofline"]["compute_seconds"] == pytest.approx(spec.flops / found["roofline"]["peak_flops"])
+    reasons = {s["id"]: s["reason_against"] for s in found["schedules"]}
+    assert reasons["reference"] is None
+    assert "1×1" in reasons["cpu_gemm"]
+    assert sum(s.get("is_default", False) for s in found["schedules"]) == 1
+    status, out, _ = run("show", *SMALL.split(), "--threads", 1)  # the same, in several words
+    assert status == 0
+    assert out.startswith(SMALL)
+    assert "no: needs a dense 1×1 kernel" in out
+
+
+def test_show_lists_the_layers_of_a_file(tmp_path: Path, run: Run, run_json: Callable[..., Any]) -> None:
+    file = tmp_path / "net.txt"
+    file.write_text(f"{SMALL}\n{TINY}\n{SMALL}\n")
+    found = run_json("show", file)
+    assert [(layer["spec"], layer["count"]) for layer in found["layers"]] == [(SMALL, 2), (TINY, 1)]
+    assert sum(layer["share"] for layer in found["layers"]) == pytest.approx(1)
+    assert "2 different layers, 3 in all" in run("show", file)[1]
+
+
+@pytest.mark.parametrize(("kind", "mark"), [("tir", "def main"), ("ll", "define "), ("asm", ".text")])
+def test_show_prints_a_candidate(run: Run, kind: str, mark: str) -> None:
+    status, out, _ = run("show", TINY, "--ir", kind, "--schedule", "reference")
+    assert status == 0
+    assert mark in out
+
+
+def test_show_refuses_picks_outside_the_space(run: Run) -> None:
+    status, out, err = run("show", SMALL, "--ir", "tir", "--schedule", "cpu_direct", "--picks", "tile_oc=7")
+    assert (status, out) == (2, "")
+    assert "tile_oc=" in err
+
+
+def test_schedules_and_targets(run_json: Callable[..., Any]) -> None:
+    listed = run_json("schedules")
+    assert {row["id"] for row in listed} == set(schedules())
+    assert all(row["summary"] for row in listed)
+    assert any(row["native"] and row["family"] == "cpu" for row in run_json("targets"))
+
+
+# ---- build ------------------------------------------------------------------------------------
+
+
+def check_example(folder: Path) -> None:
+    """Compile the exported example and let it check the library."""
+    library = next(folder.glob("lib*.a"))
+    program = folder / "example"
+    flags = ["-std=c11", "-Wall", "-Werror", "-O1"]
+    command = ["cc", *flags, "-o", program, folder / "example.c", library, "-lm", "-lpthread"]
+    subprocess.run(list(map(str, command)), check=True, timeout=60)
+    subprocess.run([str(program)], check=True, timeout=60, capture_output=True)
+
+
+def test_build_exports_one_layer_into_the_folder(tmp_path: Path, run_json: Callable[..., Any]) -> None:
+    found = run_json("build", SMALL, "--no-records", "--threads", 2, "--out", tmp_path / "out", "--name", "small")
+    (layer,) = found["layers"]
+    assert layer["spec"] == SMALL
+    assert layer["validation"]["passed"]
+    assert layer["record"] is None
+    assert found["complete"]
+    assert {"libsmall.so", "libsmall.a", "small.h", "manifest.json", "example.c"} <= set(os.listdir(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["schedule"] is not None
+    check_example(tmp_path / "out")
+
+
+def test_build_forces_a_candidate(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run("build", TINY, "--no-records", "--threads", 1, "--schedule", "reference", "--no-validate")
+    assert status == 0
+    assert "reference()" in out
+    assert "checks     none made" in out
+    assert "slow reference" in err
+    assert (tmp_path / "convgen-out" / ConvSpec.parse(TINY).name / "manifest.json").exists()
+
+
+def two_convolutions(path: Path) -> Path:
+    """A model: Conv, Relu, Conv, the weights as inputs."""
+    shapes = {"x": [1, 4, 8, 8], "w": [8, 4, 3, 3], "b": [8], "v": [8, 8, 1, 1], "y": [1, 8, 8, 8]}
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["a"], name="first", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["r"]),
+        helper.make_node("Conv", ["r", "v"], ["y"], name="second"),
+    ]
+    graph = helper.make_graph(nodes, "two", [values[name] for name in ("x", "w", "b", "v")], [values["y"]])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
+    return path
+
+
+def test_build_of_a_model_writes_an_index(tmp_path: Path, run: Run) -> None:
+    model = two_convolutions(tmp_path / "two.onnx")
+    status, out, err = run("build", model, "--no-records", "--threads", 1, "--out", tmp_path / "out")
+    assert status == 0, err
+    assert "first" in out
+    assert "2 of 2 layers" in err
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["complete"]
+    assert [layer["names"] for layer in index["layers"]] == [["first"], ["second"]]
+    assert index["layers"][0]["spec"].endswith("relu")
+    for layer in index["layers"]:
+        assert layer["validation"]["passed"]
+        check_example(tmp_path / "out" / layer["folder"])
+
+
+def failing(kernel: Any, *, seed: int = 0) -> Report:
+    checks = (Check("float", False, "largest error 7 of the bound"),)
+    return Report(kernel.spec.descriptor, "x()", 1, checks, 1.0, float("inf"), "convgen validate …")
+
+
+def test_a_kernel_that_fails_validation_is_not_exported(
+    tmp_path: Path, run: Run, run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["convgen.validate"], "validate", failing)
+    status, _, err = run("build", TINY, "--no-records", "--threads", 1, "--out", tmp_path / "out")
+    assert status == 1
+    assert "float: largest error 7 of the bound; repeat with: convgen validate …" in err
+    assert not (tmp_path / "out").exists()
+    found = run_json("validate", TINY, "--no-records", "--threads", 1, status=1)
+    assert found["passed"] is False
+    assert found["layers"][0]["worst_error"] is None  # JSON has no infinity
+
+    file = tmp_path / "net.txt"
+    file.write_text(f"{SMALL}\n{TINY}\n")
+    found = run_json("build", file, "--no-records", "--threads", 1, "--out", tmp_path / "out", status=1)
+    assert [("error" in layer, "folder" in layer) for layer in found["layers"]] == [(True, False)] * 2
+
+
+def test_build_where_nothing_can_be_written(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "file").write_text("")
+    for source in (TINY, two_convolutions(tmp_path / "two.onnx")):
+        out = tmp_path / "file" / "out"
+        status, _, err = run("build", source, "--no-records", "--threads", 1, "--no-validate", "--out", out)
+        assert status == 3
+        assert re.fullmatch(r"convgen: [^\n]+\n", err.splitlines(keepends=True)[-1])
+
+
+# ---- tune, records ----------------------------------------------------------------------------
+
+
+def test_tune_fills_the_store_and_build_uses_it(tmp_path: Path, run: Run, run_json: Callable[..., Any]) -> None:
+    store = ["--records", tmp_path / "records.sqlite"]
+    found = run_json("tune", SMALL, "--threads", 1, "--trials", 3, *store)
+    (layer,) = found["layers"]
+    assert (layer["trials"], layer["known_trials"], layer["spec"]) == (3, 0, SMALL)
+    assert layer["best"]["outcome"] == "ok"
+    assert layer["default_seconds"] >= layer["best"]["seconds"]
+
+    listed = run_json("records", "list", *store)
+    wanted = {"id", "trial_key", "spec", "target", "threads", "schedule", "picks", "outcome", "seconds"}
+    assert all(wanted <= record.keys() for record in listed)
+    assert {record["spec"] for record in listed} == {SMALL}
+    assert run_json("records", "list", "--spec", TINY, *store) == []
+
+    # What was measured is not measured again, and decides what is built.
+    again = run_json("tune", SMALL, "--threads", 1, "--trials", 3, *store)
+    assert (again["layers"][0]["trials"], again["layers"][0]["known_trials"]) == (0, 3)
+    (best,) = run_json("records", "best", SMALL, *store)
+    built = run_json("build", SMALL, "--threads", 1, "--out", tmp_path / "out", *store)["layers"][0]
+    assert built["record"] == best["id"] == again["layers"][0]["best"]["id"]
+    assert built["seconds"] == best["seconds"]
+    status, out, err = run("validate", SMALL, "--threads", 1, *store)
+    assert (status, err) == (0, "")
+    assert f"{best['schedule']}(" in out
+
+
+def test_records_travel(tmp_path: Path, run: Run, run_json: Callable[..., Any]) -> None:
+    first, second, file = tmp_path / "a.sqlite", tmp_path / "b.sqlite", tmp_path / "records.jsonl"
+    run_json("tune", TINY, "--threads", 1, "--trials", 2, "--records", first)
+    count = len(run_json("records", "list", "--records", first))
+    assert count >= 2
+    assert run_json("records", "export", file, "--records", first)["exported"] == count
+    assert run_json("records", "import", file, "--records", second) == {"added": count, "records": count}
+    assert run_json("records", "import", file, "--records", second) == {"added": 0, "records": count}
+    merged = run_json("records", "merge", first, second, "--records", tmp_path / "c.sqlite")
+    assert merged["records"] == count
+    assert run_json("records", "check", "--records", second)["ok"]
+    assert run_json("records", "recover", first, tmp_path / "d.sqlite")["saved"] == count
+    assert "records in" in run("records", "list", "--records", second)[2]
+
+
+def test_damaged_and_missing_stores_are_trouble(tmp_path: Path, run: Run) -> None:
+    broken = tmp_path / "broken.sqlite"
+    broken.write_bytes(b"not a database at all" * 100)
+    for arguments in (["list", "--records", broken], ["check", "--records", tmp_path / "none.sqlite"]):
+        status, out, err = run("records", *arguments)
+        assert (status, out) == (3, "")
+        assert re.fullmatch(r"convgen: [^\n]+\n", err)
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    assert run("records", "import", tmp_path / "bad.jsonl", "--records", tmp_path / "x.sqlite")[0] == 3
+
+
+class FakeTuner:
+    """Spends a part of what it is given, by a clock of its own."""
+
+    def __init__(self, part: float) -> None:
+        self.part, self.now, self.given = part, 100.0, list[float | None]()
+
+    def tune(self, spec: ConvSpec, *, trials: int, seconds: float | None, progress: Callable[[Progress], None]) -> None:
+        self.given.append(seconds)
+        self.now += (seconds or 0.0) * self.part
+        progress(Progress(spec, trials, seconds, done=5, known=2))
+
+
+class FakeView:
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+@pytest.mark.parametrize(("part", "expected"), [(1.0, [10, 10, 10]), (0.0, [10, 15, 30]), (2.0, [10, 5, 0])])
+def test_layers_share_the_time(part: float, expected: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, entry = FakeTuner(part), SpecEntry(ConvSpec.parse(TINY))
+    monkeypatch.setattr("convgen.cli.generate.time.monotonic", lambda: tuner.now)
+    work = Work([entry] * 3, None, 1, None, tuner, FakeView(), seconds=30.0)  # type: ignore[arg-type]
+    for layer in work.layers():
+        work.tune(layer)
+    assert tuner.given == pytest.approx(expected)
+    assert work.measured == 9
+
+
+def test_tuning_survives_ctrl_c(tmp_path: Path) -> None:
+    """On a terminal: every finished trial is kept, one line says so, and no worker says anything."""
+    store, spec = tmp_path / "records.sqlite", "conv2d n1 ic32 oc64 i28x28 k3x3 s1x1 p1x1 relu"
+    command = [sys.executable, "-m", "convgen", "tune", spec, "--threads", "1", "--records", str(store)]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(command[0], command)
+    shown, pressed, deadline = b"", 0.0, time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.05)[0]:
+            try:
+                text = os.read(terminal, 1 << 16)
+            except OSError:  # the program has closed it
+                break
+            if not text:
+                break
+            shown += text
+        if not pressed and _count(store) >= 3:
+            os.write(terminal, b"\x03")
+            pressed = time.monotonic()
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    os.close(terminal)
+    last = shown.decode().replace("\r", "").strip().splitlines()[-1]
+    assert pressed, shown
+    assert status == 130
+    assert b"Traceback" not in shown
+    assert b"best " in shown  # the live view
+    said = re.search(r"convgen: interrupted: (\d+) trials measured, kept in .*; the same command goes on", last)
+    assert said, last
+    assert int(said[1]) == _count(store) >= 3
+
+
+def _count(path: Path) -> int:
+    if not path.exists() or not path.stat().st_size:
+        return 0
+    with RecordStore(path) as store:
+        return len(store)
+
+
+def test_interrupt_while_building_keeps_what_is_done(
+    tmp_path: Path, run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second_is_interrupted(spec: ConvSpec, *arguments: Any, **options: Any) -> Any:
+        if spec.rank == 1:
+            raise KeyboardInterrupt
+        return compile_candidate(spec, *arguments, **options)
+
+    monkeypatch.setattr(sys.modules["convgen.build"], "compile_candidate", second_is_interrupted)
+    file = tmp_path / "net.txt"
+    file.write_text(f"{SMALL}\n{TINY}\n")
+    found = run_json("build", file, "--no-records", "--threads", 1, "--out", tmp_path / "out", status=130)
+    assert (found["interrupted"], found["complete"], len(found["layers"])) == (True, False, 1)
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert (index["complete"], len(index["layers"])) == (False, 1)
+
+
+def test_a_tuner_refuses_a_target_that_does_not_run_here(run: Run) -> None:
+    status, _, err = run("tune", TINY, "--target", "cpu:aarch64-cortex-a72", "--no-records")
+    assert status == 2
+    assert "runs on this machine" in err
+    assert run("build", TINY, "--target", "cpu:nonsense", "--no-records")[0] == 2
+
+
+def test_empty_batch_is_built_not_tuned(tmp_path: Path, run_json: Callable[..., Any]) -> None:
+    empty = "conv1d n0 ic4 oc4 i20 k3"
+    assert run_json("tune", empty, "--no-records", "--threads", 1)["layers"][0]["trials"] == 0
+    built = run_json("build", empty, "--no-records", "--threads", 1, "--trials", 4, "--out", tmp_path / "out")
+    assert built["layers"][0]["validation"]["passed"]
+
+
+# ---- bench ------------------------------------------------------------------------------------
+
+
+def test_bench_compares_with_what_is_installed(
+    run: Run, run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convgen.peers.REST", 0.0)
+    monkeypatch.setattr(PEERS["torch"], "version", classmethod(lambda cls: None))
+    options = ["--peers", "onnxruntime,torch", "--repeats", 2, "--no-records"]
+    found = run_json("bench", TINY, "--threads", "1,2", *options)
+    assert [layer["threads"] for layer in found["layers"]] == [1, 2]
+    for layer in found["layers"]:
+        peer, missing = layer["peers"]
+        low, high = layer["interval"]
+        assert low <= layer["ratio"] <= high
+        assert layer["ratio"] == pytest.approx(peer["seconds"] / layer["seconds"])
+        assert "pip install" in missing["problem"]
+    assert found["totals"][0]["peers"].keys() == {"onnxruntime"}
+    status, out, _ = run("bench", TINY, "--threads", "1", *options)
+    assert status == 0
+    assert 'torch: not installed; get it with: pip install "convgen[peers]"' in out
+
+
+# ---- formatting -------------------------------------------------------------------------------
+
+
+def test_formatting() -> None:
+    assert [duration(value) for value in (None, 2.5, 1.5e-3, 12.345e-6, 3e-9)] == [
+        "–",
+        "2.5 s",
+        "1.5 ms",
+        "12.35 µs",
+        "3 ns",
+    ]
+    assert [size(value) for value in (4, 2048, 3 << 20, 5 << 30)] == ["4 B", "2 KiB", "3 MiB", "5 GiB"]
+    assert table(["a", "b>"], [["x", 1], ["long", 22]]) == "a      b\n────  ──\nx      1\nlong  22"
+
+
+def test_commands_are_documented() -> None:
+    assert all(command.get_short_help_str() for command in cli.commands.values())

@@ -1,0 +1,349 @@
+"""Timing, and how a trial ends in a worker process: no figure of time is asserted but those of a false clock."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from tvm.ir import save_json
+
+from convgen.build import parse_candidate
+from convgen.errors import MeasureError
+from convgen.lower import lower
+from convgen.measure import (
+    INTERRUPTED,
+    SAMPLE_SECONDS,
+    Expected,
+    Pools,
+    Result,
+    alternate,
+    build_artifact,
+    measure_module,
+    measured_candidate,
+    outcome,
+    repeats,
+    run_artifact,
+    run_duel,
+    sample,
+    time_calls,
+)
+from convgen.schedule import Candidate
+from convgen.spec import ConvSpec
+from convgen.target import resolve
+from convgen.validate import exact_data, reference
+
+SPEC = ConvSpec.parse("conv2d n1 ic3 oc5 i6x7 k3x3 p1 residual prelu")
+
+
+# ---- timing -----------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes only in calls and in sleep."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.calls: list[str] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.calls.append("rest")
+        self.now += seconds
+
+    def call(self, name: str, *seconds: float) -> Callable[[], None]:
+        """A function that takes so long, each time the next of ``seconds``, in the end the last."""
+        left = list(seconds)
+
+        def called() -> None:
+            self.calls.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return called
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(sys.modules["convgen.measure"], "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize(("duration", "count"), [(1e-5, 100), (1e-3, 1), (2.0, 1), (1e-12, 10_000), (0.0, 10_000)])
+def test_a_sample_repeats_a_call_until_it_is_long_enough(clock: Clock, duration: float, count: int) -> None:
+    found = repeats(clock.call("f", 5.0, duration))  # the first call warms up
+    assert found == pytest.approx(count, abs=1)
+    assert clock.calls == ["f", "f"]
+
+
+def test_a_sample_is_seconds_per_call(clock: Clock) -> None:
+    assert sample(clock.call("f", 1.0, 2.0, 3.0), 3) == pytest.approx(2.0)
+
+
+def test_samples_fill_the_time_there_is(clock: Clock) -> None:
+    samples = time_calls(clock.call("f", 1e-4), seconds=0.1)
+    assert len(samples) == pytest.approx(0.1 / SAMPLE_SECONDS, rel=0.15)
+    assert samples == pytest.approx([1e-4] * len(samples))
+
+
+def test_slow_calls_are_sampled_a_few_times_and_quick_ones_not_forever(clock: Clock) -> None:
+    assert len(time_calls(clock.call("f", 7.0), seconds=0.1, at_least=5)) == 5
+    assert len(time_calls(clock.call("f", 1e-4), seconds=1000)) == 200
+
+
+def test_a_hopeless_call_is_sampled_once(clock: Clock) -> None:
+    call = clock.call("f", 1e-2)
+    assert len(time_calls(call, hopeless=9e-3)) == 1
+    assert len(time_calls(call, hopeless=11e-3)) > 1
+    assert len(time_calls(call, hopeless=0.0)) > 1
+
+
+def test_alternating_calls_take_turns(clock: Clock) -> None:
+    calls = [clock.call("a", 1.0), clock.call("b", 3.0)]
+    assert alternate(calls, rounds=3) == [pytest.approx([1.0] * 3), pytest.approx([3.0] * 3)]
+    assert clock.calls == ["a", "a", "b", "b", *["a", "b"] * 3]
+
+
+def test_a_rest_comes_before_each_sample_and_then_a_warm_call(clock: Clock) -> None:
+    alternate([clock.call("a", 1.0), clock.call("b", 1.0)], rounds=2, rest=0.1)
+    assert clock.calls[4:] == ["rest", "a", "a", "rest", "b", "b"] * 2
+
+
+def test_nothing_to_alternate() -> None:
+    assert alternate([], rounds=3) == []
+
+
+# ---- results ----------------------------------------------------------------------------------
+
+
+def test_the_time_of_a_result_is_its_median() -> None:
+    assert Result("ok", (3.0, 1.0, 2.0)).seconds == 2.0
+    assert Result("wrong", (), "at 3").seconds is None
+
+
+@pytest.mark.parametrize(
+    ("run_secs", "error", "expected"),
+    [
+        ([1.0, 2.0], None, Result("ok", (1.0, 2.0))),
+        (
+            None,
+            "crash: the worker process died: signal 11",
+            Result("crash", error="the worker process died: signal 11"),
+        ),
+        (None, "wrong: 3 of 9", Result("wrong", error="3 of 9")),
+        (None, "timeout: ", Result("timeout")),
+    ],
+)
+def test_outcomes_travel_through_metaschedules_results(run_secs: Any, error: str | None, expected: Result) -> None:
+    assert outcome(SimpleNamespace(run_secs=run_secs, error_msg=error)) == expected
+
+
+# ---- a trial, in this process -----------------------------------------------------------------
+
+
+def candidate(schedule: str = "cpu_direct", spec: ConvSpec = SPEC) -> Candidate:
+    return parse_candidate(spec, resolve(), schedule)
+
+
+def module_text(spec: ConvSpec = SPEC, schedule: str = "cpu_direct") -> str:
+    return str(save_json(measure_module(lower(spec, resolve(), candidate(schedule, spec)))))
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    return Expected(SPEC, tmp_path_factory.mktemp("expected"), 2)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build_artifact(module_text(), str(tmp_path_factory.mktemp("root")))
+
+
+def test_what_all_candidates_share_is_written_once(expected: Expected) -> None:
+    data = {path.stem: np.load(path) for path in expected.directory.iterdir()}
+    assert data.keys() == {"src", "weights", "bias", "slope", "residual", "expected", "bound"}
+    np.testing.assert_array_equal(data["expected"], reference(SPEC, exact_data(SPEC)))
+    assert data["bound"].shape == SPEC.dst_shape
+    assert (data["bound"] > 0).all()
+
+
+@pytest.mark.parametrize("descriptor", ["conv1d n1 ic16 oc33 i20 k1", "conv2d n1 ic3 oc4 i6x6 k3x3"])
+def test_a_module_says_which_candidate_it_is(descriptor: str) -> None:
+    """True stays True and 1 stays 1 on the way through JSON."""
+    spec = ConvSpec.parse(descriptor)
+    for schedule in ("cpu_direct", "cpu_gemm", "cpu_grouped"):
+        if spec.kernel != (1,) and schedule == "cpu_gemm" or spec.oc > 16 and schedule == "cpu_grouped":
+            continue
+        chosen = candidate(schedule, spec)
+        found = measured_candidate(measure_module(lower(spec, resolve(), chosen)))
+        assert found == chosen
+        assert [type(value) for value in found.picks.values()] == [type(value) for value in chosen.picks.values()]
+
+
+def test_an_artifact_is_a_private_folder(artifact: str) -> None:
+    files = {path.name for path in Path(artifact).parent.iterdir()}
+    assert files >= {"candidate.json", Path(artifact).name}
+    root = Path(artifact).parents[1]
+    assert build_artifact(module_text(), str(root)) != artifact
+
+
+def test_a_right_candidate_is_timed(artifact: str, expected: Expected) -> None:
+    for threads in (1, 3):
+        found = run_artifact(artifact, str(expected.directory), threads, seconds=0.01, hopeless=0.0)
+        assert found["outcome"] == "ok"
+        assert all(seconds > 0 for seconds in found["samples"])
+        json.dumps(found)
+
+
+def altered(expected: Expected, folder: Path, change: Callable[[np.ndarray[Any, Any]], None]) -> str:
+    for path in expected.directory.iterdir():
+        array = np.load(path)
+        if path.stem == "expected":
+            change(array)
+        np.save(folder / path.name, array)
+    return str(folder)
+
+
+def test_a_wrong_candidate_is_not_timed(artifact: str, expected: Expected, tmp_path: Path) -> None:
+    def change(array: np.ndarray[Any, Any]) -> None:
+        array[0, 2, 3, 4] += 1
+
+    found = run_artifact(artifact, altered(expected, tmp_path, change), 2, seconds=0.01, hopeless=0.0)
+    assert found["outcome"] == "wrong"
+    assert "samples" not in found
+    assert found["error"].startswith("1 of 210 elements; at (0, 2, 3, 4) expected ")
+
+
+def test_a_transform_may_round_and_others_may_not(artifact: str, expected: Expected, tmp_path: Path) -> None:
+    """By less than the bound, which is written beside the expected output."""
+
+    def change(array: np.ndarray[Any, Any]) -> None:
+        array[0, 0, 0, 0] = np.nextafter(array[0, 0, 0, 0], np.inf)
+
+    folder = altered(expected, tmp_path, change)
+    assert run_artifact(artifact, folder, 2, seconds=0.01, hopeless=0.0)["outcome"] == "wrong"
+    facts = Path(artifact).parent / "candidate.json"
+    before = facts.read_text()
+    facts.write_text(json.dumps(json.loads(before) | {"exact": False}))
+    try:
+        assert run_artifact(artifact, folder, 2, seconds=0.01, hopeless=0.0)["outcome"] == "ok"
+    finally:
+        facts.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "schedule", "exact"),
+    [
+        ("conv2d n1 ic3 oc5 i6x6 k3x3 relu", "cpu_direct", True),
+        ("conv2d n1 ic3 oc5 i6x6 k3x3 tanh", "cpu_direct", False),
+        ("conv2d n1 ic16 oc16 i6x6 k3x3 relu", "cpu_winograd", False),
+    ],
+)
+def test_integers_must_match_bit_for_bit_unless_something_rounds(
+    descriptor: str, schedule: str, exact: bool, tmp_path: Path
+) -> None:
+    spec = ConvSpec.parse(descriptor)
+    path = build_artifact(module_text(spec, schedule), str(tmp_path))
+    assert json.loads((Path(path).parent / "candidate.json").read_text())["exact"] is exact
+    (tmp_path / "expected").mkdir()
+    shared = Expected(spec, tmp_path / "expected", 2)
+    assert run_artifact(path, str(shared.directory), 2, seconds=0.001, hopeless=0.0)["outcome"] == "ok"
+
+
+def test_a_duel_samples_each_as_often(artifact: str, expected: Expected) -> None:
+    samples = run_duel([artifact, artifact], str(expected.directory), 2, rounds=4)
+    assert [len(taken) for taken in samples] == [4, 4]
+
+
+# ---- worker processes -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[Pools]:
+    pools = Pools(workers=1, build_timeout=30, run_timeout=2)
+    yield pools
+    pools.close()
+
+
+def in_workers(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -> None:
+    """Let workers run these functions, which travel by value, instead of the module's."""
+    for name, function in functions.items():
+        monkeypatch.setattr(sys.modules["convgen.measure"], name, function)
+
+
+def test_workers_build_and_run(pools: Pools, expected: Expected) -> None:
+    (path,) = pools.build([module_text()])
+    assert isinstance(path, str)
+    assert Path(path).is_relative_to(pools.root)
+    result = pools.run(path, expected, 2, seconds=0.001)
+    assert (result.outcome, result.error) == ("ok", "")
+    assert result.seconds is not None
+    assert [len(taken) for taken in pools.duel([path, path], expected, 2, 3)] == [3, 3]
+    pools.discard(path)
+    assert not Path(path).parent.exists()
+
+
+def test_a_module_that_does_not_build_is_an_outcome(pools: Pools) -> None:
+    broken, good = pools.build(["{}", module_text()])
+    assert isinstance(broken, Result)
+    assert broken.outcome == "build_error"
+    assert broken.error
+    assert isinstance(good, str)
+
+
+def test_a_call_that_fails_is_an_outcome(pools: Pools, expected: Expected) -> None:
+    result = pools.run("/nowhere/lib.so", expected, 1, seconds=0.001)
+    assert result.outcome == "run_error"
+    assert "FileNotFoundError" in result.error
+    with pytest.raises(MeasureError, match=r"re-measuring 1 candidates: run_error: .*No such file"):
+        pools.duel(["/nowhere/lib.so"], expected, 1, 3)
+
+
+def test_a_worker_that_dies_is_a_crash_and_replaced(
+    pools: Pools, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        in_workers(patch, run_artifact=lambda *_: os.kill(os.getpid(), 11), build_artifact=lambda *_: os._exit(3))
+        assert pools.run("any", expected, 1, seconds=0.001).outcome == "crash"
+        (built,) = pools.build(["any"])
+        assert isinstance(built, Result)
+        assert built.outcome == "crash"
+    (path,) = pools.build([module_text()])
+    assert isinstance(path, str)
+    assert pools.run(path, expected, 2, seconds=0.001).outcome == "ok"
+
+
+def test_a_worker_that_hangs_is_killed_and_replaced(
+    pools: Pools, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        in_workers(patch, run_artifact=lambda *_: time.sleep(1000))
+        result = pools.run("any", expected, 1, seconds=0.001)
+    assert result == Result("timeout", error="killed after 2 s")
+    assert pools.run("/nowhere/lib.so", expected, 1, seconds=0.001).outcome == "run_error"
+
+
+def test_an_interrupt_ends_the_wait(expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And closing ends workers that are busy, removes the artifacts and leaves no process."""
+    pools = Pools(workers=1, build_timeout=100, run_timeout=100)
+    children = set(psutil.Process().children(recursive=True))
+    in_workers(monkeypatch, run_artifact=lambda *_: time.sleep(1000), build_artifact=lambda *_: time.sleep(1000))
+    pools.interrupts.came = True
+    assert pools.run("any", expected, 1, seconds=0.001) == INTERRUPTED
+    assert pools.build(["a", "b", "c"]) == [INTERRUPTED] * 3
+    assert pools.root.is_dir()
+    pools.close()
+    assert not pools.root.exists()
+    started = set(psutil.Process().children(recursive=True)) - children
+    psutil.wait_procs(list(started), timeout=10)
+    assert not any(process.is_running() for process in started)
