@@ -26,7 +26,7 @@ from convgen.cli.common import duration, size, table
 from convgen.cli.generate import Work
 from convgen.discover import schedule_ids, schedules
 from convgen.peers import PEERS
-from convgen.records import RecordStore
+from convgen.records import RecordStore, TuningRecord
 from convgen.sources import SpecEntry
 from convgen.spec import ConvSpec
 from convgen.tune import Progress
@@ -225,6 +225,14 @@ def test_show_lists_the_layers_of_a_file(tmp_path: Path, run: Run, run_json: Cal
     assert "2 different layers, 3 in all" in run("show", file)[1]
 
 
+def test_show_needs_no_compiler(run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = run_json("show", SMALL)
+    assert found["roofline"] is None
+    assert found["schedules"]
+
+
 @pytest.mark.parametrize(("kind", "mark"), [("tir", "def main"), ("ll", "define "), ("asm", ".text")])
 def test_show_prints_a_candidate(run: Run, kind: str, mark: str) -> None:
     status, out, _ = run("show", TINY, "--ir", kind, "--schedule", "reference")
@@ -236,6 +244,15 @@ def test_show_refuses_picks_outside_the_space(run: Run) -> None:
     status, out, err = run("show", SMALL, "--ir", "tir", "--schedule", "cpu_direct", "--picks", "tile_oc=7")
     assert (status, out) == (2, "")
     assert "tile_oc=" in err
+
+
+def test_a_forced_schedule_must_apply_to_every_layer(tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "net.txt"
+    file.write_text(f"conv2d ic16 oc16 i8x8 k1x1\n{SMALL}\n")
+    status, out, err = run("build", file, "--schedule", "cpu_gemm", "--no-records", "--out", tmp_path / "out")
+    assert (status, out) == (2, "")
+    assert err.startswith("convgen: --schedule cpu_gemm: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_schedules_and_targets(run_json: Callable[..., Any]) -> None:
@@ -370,11 +387,21 @@ def test_tune_fills_the_store_and_build_uses_it(tmp_path: Path, run: Run, run_js
     assert f"{best['schedule']}(" in out
 
 
+def record(seconds: float) -> TuningRecord:
+    """A trial on a machine that is not this one."""
+    candidate: dict[str, Any] = {"schedule": "reference", "schedule_version": 1, "picks": {}}
+    where: dict[str, Any] = {"target": "cpu:elsewhere", "hardware": "elsewhere", "threads": 1}
+    return TuningRecord(spec=TINY, outcome="ok", seconds=seconds, versions={"convgen": "0"}, **candidate, **where)
+
+
 def test_records_travel(tmp_path: Path, run: Run, run_json: Callable[..., Any]) -> None:
     first, second, file = tmp_path / "a.sqlite", tmp_path / "b.sqlite", tmp_path / "records.jsonl"
-    run_json("tune", TINY, "--threads", 1, "--trials", 2, "--records", first)
-    count = len(run_json("records", "list", "--records", first))
-    assert count >= 2
+    count = 3
+    with RecordStore(first) as store:
+        for number in range(count):
+            store.add(record(seconds=1e-6 * (number + 1)))
+    assert len(run_json("records", "list", "--records", first)) == count
+    assert run_json("records", "best", "--records", first) == []  # of another machine
     assert run_json("records", "export", file, "--records", first)["exported"] == count
     assert run_json("records", "import", file, "--records", second) == {"added": count, "records": count}
     assert run_json("records", "import", file, "--records", second) == {"added": 0, "records": count}
@@ -426,8 +453,8 @@ def test_layers_share_the_time(part: float, expected: list[float], monkeypatch: 
 
 def test_tuning_survives_ctrl_c(tmp_path: Path) -> None:
     """On a terminal: every finished trial is kept, one line says so, and no worker says anything."""
-    store, spec = tmp_path / "records.sqlite", "conv2d n1 ic32 oc64 i28x28 k3x3 s1x1 p1x1 relu"
-    command = [sys.executable, "-m", "convgen", "tune", spec, "--threads", "1", "--records", str(store)]
+    store = tmp_path / "records.sqlite"
+    command = [sys.executable, "-m", "convgen", "tune", SMALL, "--threads", "1", "--records", str(store)]
     process, terminal = pty.fork()
     if process == 0:
         os.execv(command[0], command)

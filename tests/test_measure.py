@@ -177,17 +177,14 @@ def test_what_all_candidates_share_is_written_once(expected: Expected) -> None:
     assert (data["bound"] > 0).all()
 
 
-@pytest.mark.parametrize("descriptor", ["conv1d n1 ic16 oc33 i20 k1", "conv2d n1 ic3 oc4 i6x6 k3x3"])
-def test_a_module_says_which_candidate_it_is(descriptor: str) -> None:
+@pytest.mark.parametrize("schedule", ["reference", "cpu_direct", "cpu_gemm", "cpu_grouped"])
+def test_a_module_says_which_candidate_it_is(schedule: str) -> None:
     """True stays True and 1 stays 1 on the way through JSON."""
-    spec = ConvSpec.parse(descriptor)
-    for schedule in ("cpu_direct", "cpu_gemm", "cpu_grouped"):
-        if spec.kernel != (1,) and schedule == "cpu_gemm" or spec.oc > 16 and schedule == "cpu_grouped":
-            continue
-        chosen = candidate(schedule, spec)
-        found = measured_candidate(measure_module(lower(spec, resolve(), chosen)))
-        assert found == chosen
-        assert [type(value) for value in found.picks.values()] == [type(value) for value in chosen.picks.values()]
+    spec = ConvSpec.parse("conv1d n1 ic16 oc15 i20 k1")
+    chosen = candidate(schedule, spec)
+    found = measured_candidate(measure_module(lower(spec, resolve(), chosen)))
+    assert found == chosen
+    assert [type(value) for value in found.picks.values()] == [type(value) for value in chosen.picks.values()]
 
 
 def test_an_artifact_is_a_private_folder(artifact: str) -> None:
@@ -305,7 +302,7 @@ def test_a_call_that_fails_is_an_outcome(pools: Pools, expected: Expected) -> No
     result = pools.run("/nowhere/lib.so", expected, 1, seconds=0.001)
     assert result.outcome == "run_error"
     assert "FileNotFoundError" in result.error
-    with pytest.raises(MeasureError, match=r"re-measuring 1 candidates: run_error: .*No such file"):
+    with pytest.raises(MeasureError, match=r"(?s)re-measuring 1 candidates: run_error: .*No such file"):
         pools.duel(["/nowhere/lib.so"], expected, 1, 3)
 
 

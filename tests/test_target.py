@@ -7,16 +7,16 @@ import json
 import platform
 
 import pytest
+from convgen.schedules.reference import Reference
+from convgen.targets import cpu
 
 from convgen.discover import target_families
 from convgen.errors import UnsupportedError
 from convgen.lower import lower, source
 from convgen.machine import machine
 from convgen.schedule import Candidate
-from convgen.schedules.reference import Reference
 from convgen.spec import ConvSpec
 from convgen.target import resolve
-from convgen.targets import cpu
 
 x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86-64 processors")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,7 +17,7 @@ from .common import (
     chosen_records,
     duration,
     emit,
-    forced_candidate,
+    forced_candidates,
     json_option,
     label,
     layers_argument,
@@ -28,6 +28,9 @@ from .common import (
     target_option,
 )
 from .generate import Work, chosen, describe, working
+
+if TYPE_CHECKING:
+    from ..schedule import Candidate
 
 #: Names in :data:`convgen.peers.PEERS`, which is not imported for a wrong argument.
 PEER_NAMES = ("onnxruntime", "torch", "openvino")
@@ -82,8 +85,9 @@ def bench(
     counts: list[int | None] = [*threads] if threads else [None]
     for count in counts:
         with working(entries, target, count, chosen_records(records, no_records)) as work:
-            for entry in work.layers():
-                result = _bench_layer(work, entry, schedule, picks, names, repeats)
+            forced = forced_candidates(entries, work.target, schedule, picks)
+            for entry, candidate in zip(work.layers(), forced, strict=True):
+                result = _bench_layer(work, entry, candidate, names, repeats)
                 results.append(result)
                 work.view.finish(_line(result))
         interrupted = work.interrupted
@@ -103,13 +107,12 @@ def bench(
 
 
 def _bench_layer(
-    work: Work, entry: SpecEntry, schedule: str | None, picks: str | None, peers: list[str], repeats: int
+    work: Work, entry: SpecEntry, forced: Candidate | None, peers: list[str], repeats: int
 ) -> dict[str, Any]:
     from ..build import compile_candidate, default_candidate
     from ..machine import measured_peak
     from ..peers import compare
 
-    forced = forced_candidate(entry.spec, work.target, schedule, picks)
     kernels = {"convgen": work.kernel(entry, forced)}
     default = default_candidate(entry.spec, work.target)
     if kernels["convgen"].lowered.candidate != default:

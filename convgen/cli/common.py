@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import UnsupportedError
+from ..errors import Inapplicable, UnsupportedError
 from ..sources import SpecEntry, read_specs
 from ..spec import OPERATORS
 
 if TYPE_CHECKING:
     from ..build import Records
     from ..schedule import Candidate
-    from ..spec import ConvSpec
     from ..target import Target
 
 OK, FAILED, WRONG, TROUBLE, INTERRUPTED = 0, 1, 2, 3, 130
@@ -152,11 +151,18 @@ def check_picks(schedule: str | None, picks: str | None) -> None:
         raise click.UsageError("--picks needs --schedule")
 
 
-def forced_candidate(spec: ConvSpec, target: Target, schedule: str | None, picks: str | None) -> Candidate | None:
-    """The candidate that --schedule and --picks name; None without them."""
+def forced_candidates(
+    entries: Sequence[SpecEntry], target: Target, schedule: str | None, picks: str | None
+) -> list[Candidate | None]:
+    """Of each layer the candidate that --schedule and --picks name; None without them."""
     from ..build import parse_candidate
 
-    return parse_candidate(spec, target, schedule, picks) if schedule else None
+    if schedule is None:
+        return [None] * len(entries)
+    try:
+        return [parse_candidate(entry.spec, target, schedule, picks) for entry in entries]
+    except Inapplicable as error:
+        raise Inapplicable(f"--schedule {schedule}: {error}") from error
 
 
 def check_names(what: str, text: str, known: Iterable[str]) -> list[str]:
@@ -192,8 +198,11 @@ def note(message: str) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned columns; one whose name ends in ``>`` is aligned to the right."""
-    texts = [[name.removesuffix(">") for name in header], *([str(cell) for cell in row] for row in rows)]
+    """Aligned columns without the empty ones; one whose name ends in ``>`` is aligned to the right."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    kept = [i for i in range(len(header)) if not texts or any(row[i] for row in texts)]
+    header = [header[i] for i in kept]
+    texts = [[name.removesuffix(">") for name in header], *([row[i] for i in kept] for row in texts)]
     widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
     lines = []
     for row in texts:

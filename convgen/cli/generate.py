@@ -23,7 +23,7 @@ from .common import (
     chosen_records,
     duration,
     emit,
-    forced_candidate,
+    forced_candidates,
     json_option,
     label,
     layers_argument,
@@ -219,13 +219,13 @@ def build(
     root = out or Path("convgen-out", *(() if several else (entries[0].spec.name,)))
     results: list[dict[str, Any]] = []
     with working(entries, target, threads, chosen_records(records, no_records), trials, seconds) as work:
+        forced = forced_candidates(entries, work.target, schedule, picks)
         if several:
             _make_folder(root)
-        for entry in work.layers():
+        for entry, candidate in zip(work.layers(), forced, strict=True):
             folder = root / entry.spec.name if several else root
             try:
-                forced = forced_candidate(entry.spec, work.target, schedule, picks)
-                result = _build_layer(work, entry, folder, forced, name, not no_validate)
+                result = _build_layer(work, entry, folder, candidate, name, not no_validate)
             except (BuildError, MeasureError) as error:
                 if not several:
                     raise
@@ -490,10 +490,10 @@ def validate(
     entries = read_layers(spec, dims)
     results: list[dict[str, Any]] = []
     with working(entries, target, threads, chosen_records(records, no_records)) as work:
-        for entry in work.layers():
-            forced = forced_candidate(entry.spec, work.target, schedule, picks)
+        forced = forced_candidates(entries, work.target, schedule, picks)
+        for entry, candidate in zip(work.layers(), forced, strict=True):
             try:
-                results.append(describe(entry) | _validated(work, entry, forced, seed))
+                results.append(describe(entry) | _validated(work, entry, candidate, seed))
             except (BuildError, MeasureError) as error:
                 results.append(describe(entry) | {"passed": False, "error": str(error), "checks": []})
             work.view.finish("passed" if results[-1]["passed"] else "failed")

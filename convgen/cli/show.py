@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import BuildError, MeasureError
 from ..sources import SpecEntry
 from .common import (
     SPEC_HELP,
@@ -14,8 +15,10 @@ from .common import (
     check_picks,
     duration,
     emit,
+    forced_candidates,
     json_option,
     layers_argument,
+    note,
     read_layers,
     size,
     table,
@@ -74,10 +77,10 @@ def _print_source(
     from ..build import default_candidate
     from ..lower import lower, source
     from ..target import resolve
-    from .common import forced_candidate
 
     resolved = resolve(target)
-    candidate = forced_candidate(spec, resolved, schedule, picks) or default_candidate(spec, resolved)
+    (forced,) = forced_candidates([SpecEntry(spec)], resolved, schedule, picks)
+    candidate = forced or default_candidate(spec, resolved)
     text = source(lower(spec, resolved, candidate), kind)
     if as_json:
         facts = {"spec": spec.descriptor, "target": resolved.spelling, "schedule": candidate.schedule.id}
@@ -149,11 +152,17 @@ def _shapes(spec: ConvSpec) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in boundary(spec).items()}
 
 
-def _roofline(spec: ConvSpec, threads: int) -> dict[str, Any]:
-    """The least times of the arithmetic and of the memory traffic, in seconds."""
+def _roofline(spec: ConvSpec, threads: int) -> dict[str, Any] | None:
+    """The least times of the arithmetic and of the memory traffic, in seconds; None where the machine
+    cannot be measured.
+    """
     from ..machine import measured
 
-    found = measured(threads)
+    try:
+        found = measured(threads)
+    except (BuildError, MeasureError) as error:
+        note(f"convgen: no roofline: {error}")
+        return None
     compute, memory = spec.flops / found.peak, sum(spec.bytes.values()) / found.dram
     return {
         "threads": threads,

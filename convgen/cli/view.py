@@ -55,12 +55,13 @@ class View:
     def start(self, number: int, entry: SpecEntry) -> None:
         """A layer begins."""
         position = f"[{number}/{self.layers}] " if self.layers > 1 else ""
-        self._title = f"{position}{label(entry)}".strip()
-        self._spec, self._best = entry.spec.descriptor, None
+        # A layer without a name goes by its descriptor, which is not said twice.
+        name, spec = (label(entry), entry.spec.descriptor) if entry.names else (f"{entry.spec} {label(entry)}", "")
+        self._title, self._spec, self._best = f"{position}{name}".strip(), spec, None
         if self._live:
             self.phase("")
         elif self.layers > 1:
-            note(f"{self._title}  {self._spec}".strip())
+            note(self._heading())
 
     def phase(self, text: str) -> None:
         """What is being done with the layer now."""
