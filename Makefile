@@ -24,12 +24,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo 'setting up $(VENV)'
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install -c constraints.txt pip setuptools
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@PYTHONWARNINGS=ignore $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 $(PEERS): $(INSTALLED)
 	@echo 'installing the peers'
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,peers]'
+	@PYTHONWARNINGS=ignore $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,peers]'
 	@touch $@
 
 demo: $(INSTALLED)
