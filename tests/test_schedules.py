@@ -14,6 +14,7 @@ import random
 import re
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -53,6 +54,14 @@ SMOKE = [
     "conv2d n1 ic8 oc17 i5x4 k5x4 s1 p0",  # the kernel covers the input
     "conv2d n1 ic5 oc9 i11x11 k2x2 s3x4 p0 clip(-1,2.5)",  # strides past the kernel
 ]
+#: More padding than input: whole blocks of rows, tiles and strides that lie in nothing but padding.
+PADDED = [
+    "conv2d n1 ic2 oc30 g2 i4x1 k1x1 s1 p0_3x0 residual relu",
+    "conv3d n1 ic2 oc2 g2 i1x5x1 k1x1x1 s1 p1x1_2x2_1 nobias",
+    "conv2d n1 ic17 oc18 i2x3 k2x2 s1x2 p5_4x4_6",
+    "conv2d n1 ic16 oc16 g16 i3x1 k2x1 s1x100 p3_4x99_3 nhwc",
+    "conv1d n2 ic16 oc5 i3 k2 s3 p9_8",
+]
 NATIVE = resolve()
 #: Targets whose facts differ; no code is run for these.
 TARGETS = [NATIVE, *map(resolve, ("cpu:x86-64-v2", "cpu:haswell", "cpu:znver4", "cpu:aarch64-cortex-a72"))]
@@ -82,7 +91,13 @@ def checked(kernel: Kernel, seed: int = 0) -> Report:
     return report
 
 
-PAIRS = [pytest.param(s, f, id=f"{f.id}-{s.replace(' ', '-')}") for s in SMOKE for f in applicable(ConvSpec.parse(s))]
+def pairs(descriptors: list[str]) -> list[Any]:
+    """Every descriptor with every schedule that applies to it, as parameters."""
+    found = [(s, f) for s in descriptors for f in applicable(ConvSpec.parse(s))]
+    return [pytest.param(s, f, id=f"{f.id}-{s.replace(' ', '-')}") for s, f in found]
+
+
+PAIRS = pairs(SMOKE)
 
 
 # ---- what comes out ---------------------------------------------------------------------------
@@ -95,6 +110,14 @@ def test_kernels_of_the_default_and_of_random_picks_pass_validation(descriptor: 
     for picks in [schedule.default(spec.core, NATIVE), *random_picks(schedule, spec, 2, rng)]:
         report = checked(compiled(spec, schedule, picks))
         assert {c.name for c in report.checks} >= {"memory", "threads", "float", "exact", "refusal"}
+
+
+@pytest.mark.parametrize(("descriptor", "schedule"), pairs(PADDED))
+def test_padding_larger_than_the_input_passes_validation(descriptor: str, schedule: Schedule) -> None:
+    spec = ConvSpec.parse(descriptor)
+    rng = random.Random(f"{schedule.id} {descriptor}")
+    for picks in [schedule.default(spec.core, NATIVE), *random_picks(schedule, spec, 4, rng)]:
+        checked(compiled(spec, schedule, picks))
 
 
 @pytest.mark.parametrize("schedule_id", schedules())
