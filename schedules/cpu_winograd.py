@@ -33,7 +33,7 @@ TILES = {"strict": (2,), "standard": (2, 4), "relaxed": (2, 4, 6)}
 
 
 class CpuWinograd(Schedule):
-    id, version = "cpu_winograd", 1
+    id, version = "cpu_winograd", 2
     transforms = True
 
     def applies(self, spec, target):
@@ -43,6 +43,8 @@ class CpuWinograd(Schedule):
         axes = _axes(spec)
         require(all(spec.kernel[a] == 3 for a in axes), "needs 3 taps along the transformed axes")
         require(all(spec.stride[a] == spec.dilation[a] == 1 for a in axes), "needs stride and dilation 1")
+        # Where a window lies in nothing but padding the exact result admits no error; a transform has one.
+        require(all(max(spec.padding[a]) <= 2 for a in axes), "needs a padding of at most 2")
         require(spec.ic >= lanes and spec.oc >= lanes, f"needs at least {lanes} input and output channels")
 
     def space(self, spec, target):
@@ -159,7 +161,7 @@ class CpuWinograd(Schedule):
                 *at, i, row, col, lane = index
                 return combine(input_rows, i, lambda k: x0[(*at, row * m + k, col, lane)])
 
-            x1 = te.compute((*batch, g.blocks, ic_blocks, alpha, g.block_rows, cols, lanes), vertical, name="vertical")
+            x1 = te.compute((*batch, g.blocks, ic_blocks, alpha, g.rows_read, cols, lanes), vertical, name="vertical")
 
             def horizontal(*index):
                 *at, position, cb, tile, lane = index
@@ -339,7 +341,9 @@ class _Geometry:
         self.blocks = ceildiv(self.tiles[0], self.block_rows)
         self.block_tiles = self.block_rows * self.tiles[1]
         self.padded_tiles = round_up(self.block_tiles, picks.tile_px)
-        height = self.block_rows * m + 2
+        # The tiles that round a block up to whole register tiles read rows of their own.
+        self.rows_read = ceildiv(self.padded_tiles, self.tiles[1])
+        height = self.rows_read * m + 2
         self.rows_in, self.cols_in = (height, self.tiles[1] * m + 2) if count == 2 else (1, height)
 
 

@@ -61,6 +61,7 @@ PADDED = [
     "conv2d n1 ic17 oc18 i2x3 k2x2 s1x2 p5_4x4_6",
     "conv2d n1 ic16 oc16 g16 i3x1 k2x1 s1x100 p3_4x99_3 nhwc",
     "conv1d n2 ic16 oc5 i3 k2 s3 p9_8",
+    "conv2d n1 ic16 oc16 i5x5 k3x3 s1 p4",
 ]
 NATIVE = resolve()
 #: Targets whose facts differ; no code is run for these.
@@ -131,6 +132,7 @@ def test_the_smoke_problems_exercise_every_activation() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @settings(max_examples=150, deadline=None, print_blob=True)
 @given(specs(), st.sampled_from((1, 15, 16, 17, 33)), st.integers(0, 2**32))
 def test_every_kernel_of_any_spec_passes_validation(spec: ConvSpec, channels: int, seed: int) -> None:
