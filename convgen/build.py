@@ -6,7 +6,7 @@ import importlib.metadata
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -83,7 +83,8 @@ class Kernel(Library):
     def note(self) -> str:
         if self.schedule != "reference":
             return ""
-        return f"{self.spec.descriptor}: no fast schedule applies on {self.target}; this is the slow reference"
+        why = f"no fast schedule applies on {self.target}, or none was right"
+        return f"{self.spec.descriptor}: {why}; this is the slow reference"
 
     def __call__(
         self, src: Any, weights: Any, bias: Any = None, slope: Any = None, *, residual: Any = None, out: Any = None
@@ -152,6 +153,23 @@ def record_candidate(record: TuningRecord, spec: ConvSpec, target: Target) -> Ca
         return None
     names = schedule.space(spec.core, target).domains  # records sort theirs
     return Candidate(schedule, Picks(**{name: picks[name] for name in names}))
+
+
+def choose(
+    spec: ConvSpec, target: Target, record: TuningRecord | None, rejected: Collection[Candidate] = ()
+) -> tuple[Candidate, TuningRecord | None]:
+    """What to build, and the record it comes from: the record's candidate, else the default.
+
+    A default that a search has ``rejected`` (it crashed, or its output was wrong) is not built: the
+    reference, which the others are checked against, answers instead.
+    """
+    candidate = record_candidate(record, spec, target) if record else None
+    if candidate is not None:
+        return candidate, record
+    candidate = default_candidate(spec, target)
+    if candidate in rejected:
+        candidate = parse_candidate(spec, target, "reference")
+    return candidate, None
 
 
 def best_record(store: RecordStore, spec: ConvSpec, target: Target, threads: int) -> TuningRecord | None:
@@ -281,6 +299,7 @@ def build(
     resolved = resolve(target)
     threads = check_threads(threads, resolved)
     check_memory(spec)
+    rejected: frozenset[Candidate] = frozenset()
     with open_store(records) as store:
         record = None
         if (trials or seconds) and spec.n:
@@ -288,11 +307,10 @@ def build(
 
             with Tuner(resolved, threads, store) as tuner:
                 record = tuner.tune(spec, trials=trials, seconds=seconds, progress=progress)
+                rejected = frozenset(tuner.rejected)
         elif store is not None:
             record = best_record(store, spec, resolved, threads)
-    candidate = record_candidate(record, spec, resolved) if record else None
-    if candidate is None:
-        candidate, record = default_candidate(spec, resolved), None
+    candidate, record = choose(spec, resolved, record, rejected)
     return compile_candidate(spec, resolved, candidate, threads, record=record, name=name)
 
 

@@ -202,6 +202,8 @@ class Tuner:
     def __init__(self, target: Target, threads: int, records: RecordStore | None) -> None:
         check_native(target)
         self.target, self.threads, self.records = target, threads, records
+        #: Candidates of the last layer that failed: they crashed, hung or were wrong.
+        self.rejected: set[Candidate] = set()
         self._pools: Pools | None = None
 
     def __enter__(self) -> Tuner:
@@ -249,6 +251,8 @@ class Tuner:
         start, since_gain = time.monotonic(), 0
         measured: dict[Candidate, TuningRecord] = {}
 
+        self.rejected = set()
+
         def learn(candidate: Candidate, record: TuningRecord) -> None:
             nonlocal since_gain
             result = Result(record.outcome, record.samples, record.error)
@@ -260,6 +264,7 @@ class Tuner:
             state.elapsed = time.monotonic() - start
             if record.outcome != "ok":
                 state.failures[record.outcome] += 1
+                self.rejected.add(candidate)
             elif record.seconds == race.best:
                 state.best, state.best_candidate = record.seconds, str(candidate)
             if candidate == race.default:

@@ -17,6 +17,7 @@ from convgen import ConvSpec, Kernel
 from convgen.build import (
     best_record,
     check_threads,
+    choose,
     compile_candidate,
     default_candidate,
     open_store,
@@ -447,3 +448,13 @@ def test_tensors_of_another_library_are_read_and_written_in_place(kernel: Kernel
     out = torch.zeros(SPEC.dst_shape)
     layer(torch.from_numpy(data["src"].copy()), out=out)
     np.testing.assert_array_equal(out.numpy(), reference(SPEC, data))
+
+
+def test_a_default_that_a_search_rejected_is_not_built() -> None:
+    target = resolve()
+    default = default_candidate(SPEC, target)
+    assert choose(SPEC, target, None) == (default, None)
+    candidate, found = choose(SPEC, target, None, {default})
+    assert (candidate.schedule.id, found) == ("reference", None)
+    known = record(default)
+    assert choose(SPEC, target, known, {default}) == (default, known)

@@ -96,7 +96,7 @@ class Work:
 
     def kernel(self, entry: SpecEntry, forced: Candidate | None = None, name: str | None = None) -> Kernel:
         """The layer's kernel: the forced candidate, else the tuned or best recorded one, else the default."""
-        from ..build import best_record, compile_candidate, default_candidate, record_candidate
+        from ..build import best_record, choose, compile_candidate
 
         record = None
         if forced is None:
@@ -105,9 +105,10 @@ class Work:
             elif self.store is not None:
                 record = best_record(self.store, entry.spec, self.target, self.threads)
         self.view.phase("compiling")
-        candidate = forced or (record_candidate(record, entry.spec, self.target) if record else None)
-        if candidate is None:
-            candidate, record = default_candidate(entry.spec, self.target), None
+        if forced is not None:
+            candidate = forced
+        else:
+            candidate, record = choose(entry.spec, self.target, record, self.tuner.rejected)
         return compile_candidate(entry.spec, self.target, candidate, self.threads, record=record, name=name)
 
     def say_interrupted(self, done: str = "") -> None:
