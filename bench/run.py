@@ -57,6 +57,11 @@ def measure(entry: SpecEntry, threads: int, options: argparse.Namespace, tuner: 
     }
 
 
+def spread(row: dict[str, Any]) -> float:
+    """The factor that the interval of a row's ratio spans."""
+    return row["interval"][1] / row["interval"][0] if row["interval"] else 1.0
+
+
 def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
@@ -124,6 +129,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--records", type=Path, help="record store; the default one unless given")
     parser.add_argument("--fresh", action="store_true", help="measure rows again that are there")
+    parser.add_argument(
+        "--unsteady",
+        type=float,
+        default=math.inf,
+        metavar="F",
+        help="measure rows again whose ratio's interval spans more than a factor F: the machine was disturbed",
+    )
     options = parser.parse_args()
     console = Console(stderr=True)
     RESULTS.mkdir(exist_ok=True)
@@ -136,7 +148,7 @@ def main() -> None:
             with Tuner(resolve("cpu"), threads, RecordStore(options.records)) as tuner:
                 for index, entry in enumerate(entries, 1):
                     key = (entry.spec.descriptor, threads)
-                    if key in rows:
+                    if key in rows and spread(rows[key]) <= options.unsteady:
                         continue
                     row = rows[key] = measure(entry, threads, options, tuner)
                     kept.write_text("".join(json.dumps(r) + "\n" for r in rows.values()))
