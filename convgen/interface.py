@@ -60,15 +60,7 @@ class TensorInfo:
 
 def boundary(spec: ConvSpec) -> dict[str, TensorInfo]:
     """The tensors at the user's boundary by name, in the C functions' order; those the spec lacks are absent."""
-    shapes = {"src": spec.src_shape, "weights": spec.weights_shape}
-    if spec.bias:
-        shapes["bias"] = (spec.oc,)
-    if spec.has_slope:
-        shapes["slope"] = (spec.oc,)
-    if spec.residual:
-        shapes["residual"] = spec.dst_shape
-    shapes["dst"] = spec.dst_shape
-    return {name: TensorInfo(name, shape, spec.dtype) for name, shape in shapes.items()}
+    return {name: TensorInfo(name, shape, spec.dtype) for name, shape in spec.shapes.items()}
 
 
 @dataclass(frozen=True)

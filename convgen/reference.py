@@ -25,13 +25,7 @@ def _data(
     spec: ConvSpec, src: npt.ArrayLike, residual: npt.ArrayLike | None, **parameters: npt.ArrayLike | None
 ) -> dict[str, F32]:
     """The given arrays by name, checked against what the spec takes."""
-    shapes = {"src": spec.src_shape, "weights": spec.weights_shape}
-    if spec.bias:
-        shapes["bias"] = (spec.oc,)
-    if spec.has_slope:
-        shapes["slope"] = (spec.oc,)
-    if spec.residual:
-        shapes["residual"] = spec.dst_shape
+    shapes = {name: shape for name, shape in spec.shapes.items() if name != "dst"}
     given = {"src": src, "residual": residual, **parameters}
     for name, array in given.items():
         if (array is None) == (name in shapes):

@@ -298,6 +298,18 @@ class ConvSpec:
         return (self.oc, self.ic // self.groups, *self.kernel)
 
     @property
+    def shapes(self) -> dict[str, Spatial]:
+        """Shape of each tensor by name: ``src weights [bias] [slope] [residual] dst``; the ones it lacks are absent."""
+        shapes = {"src": self.src_shape, "weights": self.weights_shape}
+        if self.bias:
+            shapes["bias"] = (self.oc,)
+        if self.has_slope:
+            shapes["slope"] = (self.oc,)
+        if self.residual:
+            shapes["residual"] = self.dst_shape
+        return {**shapes, "dst": self.dst_shape}
+
+    @property
     def activation_op(self) -> Activation:
         return Activation.parse(self.activation)
 
@@ -360,14 +372,7 @@ class ConvSpec:
     def bytes(self) -> dict[str, int]:
         """Bytes of each tensor of the layer; the ones it lacks are absent."""
         size = DTYPE_BYTES[self.dtype]
-        shapes = {"src": self.src_shape, "weights": self.weights_shape, "dst": self.dst_shape}
-        if self.bias:
-            shapes["bias"] = (self.oc,)
-        if self.has_slope:
-            shapes["slope"] = (self.oc,)
-        if self.residual:
-            shapes["residual"] = self.dst_shape
-        return {name: size * math.prod(shape) for name, shape in shapes.items()}
+        return {name: size * math.prod(shape) for name, shape in self.shapes.items()}
 
     # ---- identity -----------------------------------------------------------------------------
 

@@ -78,14 +78,8 @@ def special_data(spec: ConvSpec, seed: int = 0) -> Arrays:
 
 
 def _shapes(spec: ConvSpec) -> dict[str, tuple[int, ...]]:
-    shapes = {"src": spec.src_shape, "weights": spec.weights_shape}
-    if spec.bias:
-        shapes["bias"] = (spec.oc,)
-    if spec.has_slope:
-        shapes["slope"] = (spec.oc,)
-    if spec.residual:
-        shapes["residual"] = spec.dst_shape
-    return shapes
+    """Of a call's inputs."""
+    return {name: shape for name, shape in spec.shapes.items() if name != "dst"}
 
 
 # ---- reference and bound ----------------------------------------------------------------------

@@ -132,7 +132,7 @@ def _print_layer(entry: SpecEntry, target: str, threads: int | None, as_json: bo
         "key": spec.key,
         "name": spec.name,
         "fields": spec.to_dict(),
-        "shapes": _shapes(spec),
+        "shapes": {name: list(shape) for name, shape in spec.shapes.items()},
         "flops": spec.flops,
         "bytes": spec.bytes,
         "intensity": spec.flops / sum(spec.bytes.values()),
@@ -144,12 +144,6 @@ def _print_layer(entry: SpecEntry, target: str, threads: int | None, as_json: bo
         emit(document)
     else:
         click.echo(_text(document))
-
-
-def _shapes(spec: ConvSpec) -> dict[str, list[int]]:
-    from ..interface import boundary
-
-    return {name: list(tensor.shape) for name, tensor in boundary(spec).items()}
 
 
 def _roofline(spec: ConvSpec, threads: int) -> dict[str, Any] | None:
