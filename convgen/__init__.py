@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .build import Kernel, build
     from .errors import ConvgenError
     from .library import Layer, Library, load
-    from .onnx_model import specs_from_onnx
+    from .onnx_reader import specs_from_onnx
     from .sources import SpecEntry, read_specs
     from .spec import ConvSpec
     from .tune import tune
@@ -56,7 +56,7 @@ _MODULES = {
     "build": "build",
     "load": "library",
     "read_specs": "sources",
-    "specs_from_onnx": "onnx_model",
+    "specs_from_onnx": "onnx_reader",
     "tune": "tune",
     "validate": "validate",
 }

@@ -25,6 +25,7 @@ DEFAULTS: dict[str, tuple[float, ...]] = {
     "sigmoid": (),
     "tanh": (),
     "silu": (),
+    "mish": (),
     "hardswish": (),
     "hardsigmoid": (0.2, 0.5),
     "elu": (1.0,),
@@ -44,7 +45,7 @@ ALIASES = {
 }
 
 #: Largest slope (Lipschitz constant), where it does not depend on parameters.
-_SLOPES = {"silu": 1.1, "hardswish": 1.5, "gelu": 1.13, "gelu_tanh": 1.13}
+_SLOPES = {"silu": 1.1, "mish": 1.1, "hardswish": 1.5, "gelu": 1.13, "gelu_tanh": 1.13}
 
 #: Activations whose value on integers is an integer or exact product: bit-exact checks hold.
 EXACT = frozenset({"none", "relu", "clip", "leaky_relu", "prelu"})

@@ -16,7 +16,10 @@ from tvm import te, tirx
 from .activation import Activation
 from .spec import ConvSpec
 
-DTYPES = {"f32": "float32"}
+#: TVM's names of what sums are kept in, and of the storage types. bf16 is moved as bits: TVM would
+#: legalise it anew in every expression.
+ACCUMULATOR = "float32"
+STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
 
 Expr = Any  # a TVM expression; TVM's own Python classes for them are untyped
 Index = Sequence[Expr]
@@ -48,16 +51,51 @@ def unflat(position: Expr, shape: Sequence[int]) -> list[Expr]:
     return index
 
 
+def widen(value: Expr, dtype: str) -> Expr:
+    """A stored value of ``dtype`` as f32."""
+    if dtype == "bf16":  # the upper half of an f32
+        return tirx.reinterpret("float32", value.astype("uint32") << tirx.const(16, "uint32"))
+    return value.astype(ACCUMULATOR)
+
+
+def narrow(value: Expr, dtype: str) -> Expr:
+    """An f32 value as it is stored in ``dtype``: rounded to nearest, ties to even."""
+    if dtype != "bf16":
+        return value.astype(STORAGE[dtype])
+
+    def const(number: int) -> Expr:
+        return tirx.const(number, "uint32")
+
+    f32 = tirx.Var("f32", ACCUMULATOR)
+    bits = tirx.reinterpret("uint32", f32)
+    rounded = bits + const(0x7FFF) + ((bits >> const(16)) & const(1))
+    kept = tirx.Select(f32 == f32, rounded, bits | const(0x400000))  # a NaN stays one, and gets quiet
+    return tirx.Let(f32, value, (kept >> const(16)).astype(STORAGE[dtype]))
+
+
+class Operand:
+    """A tensor at the user's boundary. Its elements read as f32, however they are stored."""
+
+    def __init__(self, name: str, shape: Sequence[int], dtype: str) -> None:
+        self.name, self.shape, self.dtype = name, shape, dtype
+        self.tensor = te.placeholder(shape, STORAGE[dtype], name)
+
+    def __getitem__(self, index: Any) -> Expr:
+        return widen(self.tensor(*index) if isinstance(index, tuple) else self.tensor(index), self.dtype)
+
+
 class Operands:
-    """Placeholders of a spec's tensors, those it has; the others are None."""
+    """A spec's tensors, those it has; the others are None."""
 
     def __init__(self, spec: ConvSpec) -> None:
-        self.spec, dtype = spec, DTYPES[spec.dtype]
-        self.src = te.placeholder(spec.src_shape, dtype, "src")
-        self.weights = te.placeholder(spec.weights_shape, dtype, "weights")
-        self.bias = te.placeholder((spec.oc,), dtype, "bias") if spec.bias else None
-        self.slope = te.placeholder((spec.oc,), dtype, "slope") if spec.has_slope else None
-        self.residual = te.placeholder(spec.dst_shape, dtype, "residual") if spec.residual else None
+        self.spec = spec
+
+        def operand(name: str) -> Operand | None:
+            return Operand(name, spec.shapes[name], spec.dtype) if name in spec.shapes else None
+
+        self.src = Operand("src", spec.src_shape, spec.dtype)
+        self.weights = Operand("weights", spec.weights_shape, spec.dtype)
+        self.bias, self.slope, self.residual = operand("bias"), operand("slope"), operand("residual")
 
     def order(self, n: Expr, channel: Expr, spatial: Index) -> tuple[Expr, ...]:
         """``(n, channel, spatial)`` in the order of the spec's layout."""
@@ -70,21 +108,21 @@ class Operands:
         return index[0], index[-1], tuple(index[1:-1])
 
     @property
-    def parameters(self) -> list[te.Tensor]:
+    def parameters(self) -> list[Operand]:
         """What ``pack`` takes: ``weights [bias] [slope]``."""
         return [t for t in (self.weights, self.bias, self.slope) if t is not None]
 
     def pack(self, *packed: te.Tensor) -> list[te.Tensor]:
         """Arguments of the pack function."""
-        return [*self.parameters, *packed]
+        return [*(p.tensor for p in self.parameters), *packed]
 
     def main(self, packed: Sequence[te.Tensor], dst: te.Tensor) -> list[te.Tensor]:
         """Arguments of the main function."""
-        return [t for t in (self.src, self.residual) if t is not None] + [*packed, dst]
+        return [o.tensor for o in (self.src, self.residual) if o is not None] + [*packed, dst]
 
     def per_channel(self, vectors: Sequence[te.Tensor], channel: Expr) -> dict[str, Expr]:
         """Bias and slope of a channel, as :func:`epilogue` takes them, from the packed ``[bias] [slope]``."""
-        names = [t.op.name for t in self.parameters[1:]]
+        names = [parameter.name for parameter in self.parameters[1:]]
         return {name: vector[channel] for name, vector in zip(names, vectors, strict=True)}
 
     def read_src(self, n: Expr, channel: Expr, spatial: Index, *, always: bool = False) -> Expr:
@@ -94,18 +132,19 @@ class Operands:
         value = self.src[self.order(n, channel, spatial)]
         if not always and not any(b or e for b, e in self.spec.padding):
             return value
-        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, self.src.dtype))
+        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, ACCUMULATOR))
 
     def store(self, value: Callable[[Expr, Expr, tuple[Expr, ...]], Expr]) -> te.Tensor:
         """dst in the spec's layout: the epilogue of ``value(n, channel, spatial)``, which adds the bias itself."""
-        return te.compute(self.spec.dst_shape, lambda *index: value(*self.logical(index)), name="dst")
+        dtype = self.spec.dtype
+        return te.compute(self.spec.dst_shape, lambda *index: narrow(value(*self.logical(index)), dtype), name="dst")
 
 
-def activate(op: Activation, x: Expr, slope: Expr | None = None, dtype: str = "float32") -> Expr:
+def activate(op: Activation, x: Expr, slope: Expr | None = None) -> Expr:
     """The activation of ``x``. The order of operands in min and max lets NaN through."""
 
     def const(value: float) -> Expr:
-        return tirx.const(value, dtype)
+        return tirx.const(value, ACCUMULATOR)
 
     def clip(value: Expr, low: float, high: float) -> Expr:
         if low > -math.inf:
@@ -130,6 +169,10 @@ def activate(op: Activation, x: Expr, slope: Expr | None = None, dtype: str = "f
             return tirx.tanh(x)
         case "silu":
             return x / (one + tirx.exp(-x))
+        case "mish":  # x tanh(log(1 + e^x)), where (1 + e^x)^2 - 1 = n; from e^20 on the factor is 1
+            e = tirx.exp(tirx.min(const(20), x))
+            n = e * (e + const(2))
+            return x * (n / (n + const(2)))
         case "hardswish":
             return x * clip(x * const(1 / 6) + const(0.5), 0, 1)
         case "hardsigmoid":
@@ -168,16 +211,16 @@ def pack_channels(ops: Operands, tile: int) -> tuple[list[te.Tensor], list[te.Te
         value = weights[(b * tile + t, c, *unflat(tap, spec.kernel))]
         if spec.oc % tile == 0:
             return value
-        return tirx.if_then_else(b * tile + t < spec.oc, value, tirx.const(0, weights.dtype))
+        return tirx.if_then_else(b * tile + t < spec.oc, value, tirx.const(0, ACCUMULATOR))
 
     packed = [te.compute(shape, packed_weights, name="weights_packed")]
-    packed += [copied(t, f"{t.op.name}_packed") for t in ops.parameters[1:]]
+    packed += [copied(p) for p in ops.parameters[1:]]
     return packed, [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
 
 
-def copied(tensor: te.Tensor, name: str) -> te.Tensor:
-    """The packed form that changes nothing."""
-    return te.compute(tensor.shape, lambda *i: tensor[i], name=name)
+def copied(parameter: Operand) -> te.Tensor:
+    """The packed form that changes nothing but the storage: f32."""
+    return te.compute(parameter.shape, lambda *i: parameter[i], name=f"{parameter.name}_packed")
 
 
 def dst_loops(sch: Any, spec: ConvSpec) -> tuple[Any, list[Any], Any]:
@@ -234,7 +277,7 @@ def convolution(spec: ConvSpec, ops: Operands, weights: te.Tensor) -> te.Tensor:
             where.append(tirx.floordiv(position, stride))
         channel = o // oc_group * ic_group + c
         value = ops.src[ops.order(n, channel, where)] * weights[(channel, o % oc_group, *taps)]
-        zero = tirx.const(0, ops.src.dtype)
+        zero = tirx.const(0, ACCUMULATOR)
         return te.sum(tirx.if_then_else(tirx.all(*conditions), value, zero), [c, *taps])
 
     shape = (spec.n, spec.oc, *spec.out_spatial)

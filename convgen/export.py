@@ -14,6 +14,7 @@ from string import Template
 from typing import Any
 
 from .activation import Activation
+from .dtypes import BYTES, UNDERFLOW, UNIT_ROUNDOFF
 from .errors import ExportError
 from .interface import ABI, ALIGNMENT, HEADER_BYTES, Interface, round_up
 from .library import MANIFEST
@@ -154,7 +155,7 @@ def _manifest(interface: Interface, facts: Mapping[str, Any]) -> dict[str, Any]:
                 "layout": "dense, row-major",
                 "dtype": tensor.dtype,
                 "bytes": tensor.bytes,
-                "alignment": 4,
+                "alignment": BYTES[tensor.dtype],
             }
             for name, tensor in interface.arguments.items()
         ],
@@ -194,7 +195,7 @@ def header_text(interface: Interface) -> str:
     lines = []
     for name, tensor in interface.arguments.items():
         sizes = ", ".join(map(str, tensor.shape))
-        lines.append(f" *   {name:9}[{', '.join(axes[name])}] = [{sizes}], {tensor.bytes} bytes")
+        lines.append(f" *   {name:9}[{', '.join(axes[name])}] = [{sizes}], {tensor.dtype}, {tensor.bytes} bytes")
     fixed, share = round_up(interface.workspace_main), round_up(interface.workspace_task)
     lines.append(f" *   packed    {interface.packed_size} bytes, aligned to {ALIGNMENT}")
     lines.append(f" *   workspace {fixed} + threads * {share} bytes, aligned to {ALIGNMENT}")
@@ -231,9 +232,9 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
 
     epilogue = ""
     if spec.bias:
-        epilogue += "    sum += bias[oc];\n    absolute += fabs(bias[oc]);\n"
+        epilogue += "    sum += value(bias[oc]);\n    absolute += fabs(value(bias[oc]));\n"
     if spec.residual:
-        value = "residual[offset(n, OC, oc, out_size, out)]"
+        value = "value(residual[offset(n, OC, oc, out_size, out)])"
         epilogue += f"    sum += {value};\n    absolute += fabs({value});\n"
     return Template(source("example.template.c")).substitute(
         name=interface.name,
@@ -249,6 +250,7 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
         padding=_three(tuple(begin for begin, _ in spec.padding), 0),
         dilation=_three(spec.dilation, 1),
         step=_step(spec),
+        element=_ELEMENTS[spec.dtype],
         globals=", ".join(f"*{name}" for name in ("src", "weights", *extra)),
         layout=", ".join(_axes(spec)["src"]),
         offset=_OFFSETS[spec.layout],
@@ -263,6 +265,37 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
         free="".join(f"    free({name});\n" for name in reversed(extra)),
     )
 
+
+#: How example.c spells the storage types; bfloat16, which C lacks, is the upper half of a float.
+_ELEMENTS = {
+    "f32": """\
+typedef float element;
+
+static double value(element x) { return x; }
+static element stored(float x) { return x; }""",
+    "f16": """\
+typedef _Float16 element;
+
+static double value(element x) { return (double)x; }
+static element stored(float x) { return (element)x; }""",
+    "bf16": """\
+typedef unsigned short element; /* bfloat16: the upper half of a float */
+
+static double value(element x)
+{
+    const unsigned bits = (unsigned)x << 16;
+    float y;
+    memcpy(&y, &bits, sizeof y);
+    return y;
+}
+
+static element stored(float x) /* a small whole number: nothing to round */
+{
+    unsigned bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (element)(bits >> 16);
+}""",
+}
 
 _OFFSETS = {
     "nchw": "(((n * channels + channel) * size[0] + at[0]) * size[1] + at[1]) * size[2] + at[2]",
@@ -299,7 +332,13 @@ def _allowed(spec: ConvSpec, factor: float | None) -> str:
     if factor is None:
         factor = spec.reduction_length + 4
     rounding = f"{float(factor * max(op.lipschitz, 1.0))!r} * 0x1p-24 * magnitude"
-    return rounding if op.exact or op.name == "leaky_relu" else f"{rounding} + 1e-5 * (1 + fabs(expected))"
+    if not op.exact and op.name != "leaky_relu":
+        rounding += " + 1e-5 * (1 + fabs(expected))"
+    if spec.dtype != "f32":  # and dst is rounded once more
+        rounding = (
+            f"(fabs(expected) + {rounding}) * {UNIT_ROUNDOFF[spec.dtype]!r} + {UNDERFLOW[spec.dtype]!r} + {rounding}"
+        )
+    return rounding
 
 
 def _activation(op: Activation) -> str:
@@ -313,7 +352,7 @@ def _activation(op: Activation) -> str:
         case "leaky_relu":
             return f"x < 0 ? x * {p[0]} : x"
         case "prelu":
-            return "x < 0 ? x * slope[oc] : x"
+            return "x < 0 ? x * value(slope[oc]) : x"
         case "clip":
             low, high = op.params
             inner = f"fmax(x, {p[0]})" if math.isfinite(low) else "x"
@@ -324,6 +363,8 @@ def _activation(op: Activation) -> str:
             return "tanh(x)"
         case "silu":
             return "x / (1 + exp(-x))"
+        case "mish":
+            return "x * tanh(log1p(exp(x)))"
         case "hardswish":
             return "x * fmin(fmax(x / 6 + 0.5, 0), 1)"
         case "hardsigmoid":

@@ -10,8 +10,9 @@ import math
 import re
 from dataclasses import dataclass
 
+from .dtypes import BYTES
 from .errors import BuildError
-from .spec import DTYPE_BYTES, ConvSpec
+from .spec import ConvSpec
 
 #: Version of the C functions and structs (``runtime/types.h``) and of the manifest that goes with them.
 ABI = 1
@@ -55,7 +56,7 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
-        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
+        return BYTES[self.dtype] * math.prod(self.shape)
 
 
 def boundary(spec: ConvSpec) -> dict[str, TensorInfo]:
@@ -97,7 +98,7 @@ class Interface:
         if not 1 <= len(self.packed) <= MAX_PACKED:
             raise BuildError(f"packed: expected 1 to {MAX_PACKED} tensors, found {len(self.packed)}")
         for tensor in self.packed:
-            if tensor.dtype not in DTYPE_BYTES or not tensor.shape or min(tensor.shape) < 1:
+            if tensor.dtype not in BYTES or not tensor.shape or min(tensor.shape) < 1:
                 raise BuildError(f"packed: expected tensors of known dtype and sizes >= 1, found {tensor}")
         for field in ("workspace_main", "workspace_task"):
             if getattr(self, field) < 0:

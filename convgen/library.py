@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from .dtypes import BYTES, numpy_dtype
 from .errors import BuildError, ExportError, KernelError, SpecError
 from .interface import ABI, ALIGNMENT, MAX_THREADS, TensorInfo, boundary, check_name
 from .spec import ConvSpec
@@ -28,10 +29,9 @@ from .spec import ConvSpec
 #: The file that describes an exported library.
 MANIFEST = "manifest.json"
 
-Array: TypeAlias = NDArray[np.float32]
+Array: TypeAlias = NDArray[Any]
 Bytes: TypeAlias = NDArray[np.uint8]
 
-_F32 = np.dtype(np.float32)
 _CPU_DEVICES = {1: "cpu", 3: "cuda_host"}  # DLPack's device types whose memory the CPU reads
 
 # enum convgen_status
@@ -112,12 +112,13 @@ def _check(info: TensorInfo, array: NDArray[Any], *, written: bool = False) -> N
     name, flags = info.name, array.flags
     if array.shape != info.shape:
         raise KernelError(f"{name}: expected shape {info.shape}, found {array.shape}")
-    if array.dtype != _F32:
-        raise KernelError(f"{name}: expected dtype float32 in native byte order, found {array.dtype.str}")
+    if array.dtype != (dtype := numpy_dtype(info.dtype)):
+        raise KernelError(f"{name}: expected dtype {dtype.name} in native byte order, found {_dtype_text(array)}")
     if not flags.c_contiguous:
         raise KernelError(f"{name}: expected a C-contiguous array, found strides {array.strides}")
     if not flags.aligned:
-        raise KernelError(f"{name}: expected an address that is a multiple of 4, found {array.ctypes.data:#x}")
+        element = BYTES[info.dtype]
+        raise KernelError(f"{name}: expected an address that is a multiple of {element}, found {array.ctypes.data:#x}")
     if written and not flags.writeable:
         raise KernelError(f"{name}: expected writable memory, found a read-only array")
 
@@ -134,6 +135,11 @@ def _check_bytes(name: str, array: object, size: int, *, written: bool, at_least
     if written and not array.flags.writeable:
         raise KernelError(f"{name}: expected writable memory, found a read-only array")
     return array
+
+
+def _dtype_text(array: NDArray[Any]) -> str:
+    """Its name; of the other byte order, NumPy's code of both."""
+    return array.dtype.name if array.dtype.isnative else array.dtype.str
 
 
 def _describe(value: object) -> str:
@@ -236,9 +242,10 @@ class Library:
         """Weights, bias and slope as the kernel reads them; into ``packed`` where given.
 
         Args:
-            weights: float32, ``spec.weights_shape``.
-            bias: float32 ``[oc]``, given exactly where the spec has one.
-            slope: of prelu, float32 ``[oc]`` or one number.
+            weights: ``spec.weights_shape``; like all tensors of the spec's dtype: float32, float16 or
+                ml_dtypes.bfloat16.
+            bias: ``[oc]``, given exactly where the spec has one.
+            slope: of prelu, ``[oc]`` or one number.
             packed: ``sizes().packed`` bytes at a multiple of 64.
 
         Raises:
@@ -262,7 +269,7 @@ class Library:
 
     def _broadcast_slope(self, slope: object) -> object:
         one = slope.item() if isinstance(slope, np.ndarray | np.generic) and slope.size == 1 else slope
-        return np.full(self.spec.oc, one, np.float32) if isinstance(one, int | float) else slope
+        return np.full(self.spec.oc, one, numpy_dtype(self.spec.dtype)) if isinstance(one, int | float) else slope
 
     def _operand(self, name: str, value: object) -> NDArray[Any] | None:
         """An input of the kernel, checked; None where the layer has no such input and none is given."""
@@ -324,10 +331,10 @@ class Library:
         """Check the arguments of a run once; what is returned runs the kernel and does nothing else.
 
         Args:
-            src: float32, ``spec.src_shape``.
+            src: ``spec.src_shape``, like dst and residual of the spec's dtype.
             packed: what :meth:`pack` gave.
-            dst: float32, ``spec.dst_shape``, written; overlaps no other argument.
-            residual: float32, ``spec.dst_shape``, given exactly where the spec has one.
+            dst: ``spec.dst_shape``, written; overlaps no other argument.
+            residual: ``spec.dst_shape``, given exactly where the spec has one.
             workspace: at least ``sizes(threads).workspace`` bytes at a multiple of 64; new memory
                 where None. Only one call at a time can use it.
             threads: the library's own where None.
@@ -416,10 +423,10 @@ class Layer:
         """The layer's output for ``x``.
 
         Args:
-            x: float32, ``spec.src_shape``: a NumPy array or anything with DLPack, in CPU memory and
+            x: of the spec's dtype, ``spec.src_shape``: a NumPy array or anything with DLPack, in CPU memory and
                 contiguous; it is read where it is.
-            residual: float32, ``spec.dst_shape``, given exactly where the spec has one.
-            out: where to write, float32, ``spec.dst_shape``; a new array where None.
+            residual: ``spec.dst_shape``, given exactly where the spec has one.
+            out: where to write, ``spec.dst_shape``; a new array where None.
 
         Returns:
             ``out`` as an array.
@@ -431,7 +438,7 @@ class Layer:
         src = x if type(x) is np.ndarray else _array("x", x)
         _check(self._src, src)
         if out is None:
-            dst = np.empty(self._dst.shape, _F32)
+            dst = np.empty(self._dst.shape, numpy_dtype(self._dst.dtype))
         else:
             dst = _array("out", out, written=True)
             _check(self._dst, dst, written=True)

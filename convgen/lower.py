@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .dtypes import BYTES
 from .errors import BuildError, ConvgenError, UnsupportedError
 from .interrupts import interrupts_held
 from .schedule import Candidate, Program
@@ -71,7 +72,7 @@ def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
         raise BuildError(f"{spec.descriptor}: {candidate} cannot be scheduled: {error}") from error
     packed = program.pack[len(program.pack) - _packed_count(program, spec) :]
     shapes = tuple(tuple(int(d) for d in tensor.shape) for tensor in packed)
-    return Lowered(spec, target, candidate, _align_boundary(module), shapes)
+    return Lowered(spec, target, candidate, _align_boundary(module, BYTES[spec.dtype]), shapes)
 
 
 @interrupts_held()
@@ -143,8 +144,8 @@ def _check(program: Program, spec: ConvSpec) -> None:
             raise BuildError(f"packed tensor {taken.op.name}: expected {output.shape}, found {taken.shape}")
 
 
-def _align_boundary(module: Any) -> Any:
-    """Declare the boundary buffers with the alignment of their element.
+def _align_boundary(module: Any, element: int) -> Any:
+    """Declare the boundary buffers with the alignment of their element, in bytes.
 
     ``te.create_prim_func`` promises 64 bytes for every argument and has no option for it, and TIR
     has no mutator in Python, so the serialised form is edited.
@@ -157,7 +158,7 @@ def _align_boundary(module: Any) -> Any:
         if node["type"] == "ir.Var" and nodes[node["data"]["name"]]["data"] in BOUNDARY:
             buffer = nodes[node["data"]["ty"]]
             if buffer["type"] == "tirx.BufferType":
-                buffer["data"]["data_alignment"] = 4
+                buffer["data"]["data_alignment"] = element
     return tvm.ir.load_json(json.dumps(graph))
 
 

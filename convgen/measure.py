@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from .dtypes import distance, load, numpy_dtype, save
 from .errors import MeasureError
 from .interrupts import Interrupts, interrupts_blocked, interrupts_held
 from .library import Library
@@ -110,9 +111,9 @@ class Expected:
 
         self.directory = directory
         data = exact_data(spec)
-        data |= {"expected": reference(spec, data, threads), "bound": tolerance(spec, data, threads)}
-        for name, array in data.items():
-            np.save(directory / f"{name}.npy", array)
+        for name, array in (data | {"expected": reference(spec, data, threads)}).items():
+            save(directory / f"{name}.npy", array)
+        np.save(directory / "bound.npy", tolerance(spec, data, threads))
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,10 @@ def _load(path: str, threads: int) -> tuple[Library, bool]:
 
 def _prepare(library: Library, directory: str, threads: int) -> tuple[Callable[[], Any], Any]:
     """A call of the library on the expected inputs, and the output it writes."""
-    data = {path.stem: np.load(path) for path in Path(directory).glob("*.npy")}
+    spec, folder = library.spec, Path(directory)
+    data = {name: load(folder / f"{name}.npy", spec.dtype) for name in spec.shapes if name != "dst"}
     packed = library.pack(data["weights"], data.get("bias"), data.get("slope"))
-    dst = np.full(library.spec.dst_shape, np.nan, np.float32)
+    dst = np.full(spec.dst_shape, np.nan, numpy_dtype(spec.dtype))
     return library.prepare(data["src"], packed, dst, data.get("residual"), threads=threads), dst
 
 
@@ -174,8 +176,8 @@ def run_artifact(path: str, directory: str, threads: int, seconds: float, hopele
     library, exact = _load(path, threads)
     call, dst = _prepare(library, directory, threads)
     call()
-    expected = np.load(Path(directory) / "expected.npy")
-    error = np.abs(dst - expected)
+    expected = load(Path(directory) / "expected.npy", library.spec.dtype)
+    error = distance(dst, expected)
     bound = np.zeros((), np.float32) if exact else np.load(Path(directory) / "bound.npy")
     wrong = ~(error <= bound)  # NaN is wrong too
     if wrong.any():

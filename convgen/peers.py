@@ -167,6 +167,7 @@ class Torch(Peer):
             "sigmoid": torch.sigmoid_,
             "tanh": torch.tanh_,
             "silu": lambda y: functional.silu(y, inplace=True),
+            "mish": lambda y: functional.mish(y, inplace=True),
             "hardswish": lambda y: functional.hardswish(y, inplace=True),
             "hardsigmoid": lambda y: y.mul_(p[0]).add_(p[1]).clamp_(0, 1),
             "elu": lambda y: functional.elu_(y, p[0]),
@@ -273,11 +274,13 @@ def compare(
 
     Raises:
         SpecError: the spec's batch is empty: there is nothing to time.
-        UnsupportedError: no such peer.
+        UnsupportedError: no such peer, or another dtype than f32.
     """
     spec = next(iter(kernels.values())).spec
     if spec.n == 0:
         raise SpecError("n", "a batch of at least 1 to time", 0, spec.descriptor)
+    if spec.dtype != "f32":
+        raise UnsupportedError(f"{spec.descriptor}: expected an f32 layer to compare, found {spec.dtype}")
     data = float_data(spec, seed)
     expected = reference(spec, data, threads)
     # Another algorithm in a peer is no reason not to time it.

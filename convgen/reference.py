@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from .dtypes import narrow, numpy_dtype, widen
 from .errors import SpecError
-from .onnx_model import F32, as_f32, onnx_model
+from .onnx_model import checked, onnx_model
 from .spec import ConvSpec
+
+Array = npt.NDArray[Any]
 
 
 def _session(model: bytes, threads: int, level: ort.GraphOptimizationLevel) -> ort.InferenceSession:
@@ -23,7 +28,7 @@ def _session(model: bytes, threads: int, level: ort.GraphOptimizationLevel) -> o
 
 def _data(
     spec: ConvSpec, src: npt.ArrayLike, residual: npt.ArrayLike | None, **parameters: npt.ArrayLike | None
-) -> dict[str, F32]:
+) -> dict[str, Array]:
     """The given arrays by name, checked against what the spec takes."""
     shapes = {name: shape for name, shape in spec.shapes.items() if name != "dst"}
     given = {"src": src, "residual": residual, **parameters}
@@ -32,7 +37,7 @@ def _data(
             raise SpecError(
                 name, "an array" if name in shapes else "none", "none" if array is None else "one", str(spec)
             )
-    return {name: as_f32(spec, name, array, shapes[name]) for name, array in given.items() if array is not None}
+    return {name: checked(spec, name, array, shapes[name]) for name, array in given.items() if array is not None}
 
 
 def run_onnxruntime(
@@ -44,16 +49,19 @@ def run_onnxruntime(
     residual: npt.ArrayLike | None = None,
     *,
     threads: int = 1,
-) -> F32:
-    """The spec's output ``dst_shape`` f32, computed once: weights fed as inputs, nothing fused.
+) -> Array:
+    """The spec's output ``dst_shape``, computed once: weights fed as inputs, nothing fused.
+
+    f16 and bf16 layers are computed in f32 and their output rounded: that is what they mean.
 
     Raises:
         SpecError: an array is missing, superfluous or of the wrong shape or dtype.
     """
     data = _data(spec, src, residual, weights=weights, bias=bias, slope=slope)
-    model = onnx_model(spec).SerializeToString()
+    model = onnx_model(spec.with_(dtype="f32")).SerializeToString()
     session = _session(model, threads, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
-    return np.asarray(session.run(["dst"], data)[0], np.float32)
+    dst = session.run(["dst"], {name: widen(array) for name, array in data.items()})[0]
+    return narrow(np.asarray(dst, np.float32), spec.dtype)
 
 
 class OrtReference:
@@ -64,7 +72,7 @@ class OrtReference:
     timed. An NHWC spec includes the transposes, as ONNX has no other convolution.
 
     Args:
-        src, weights, bias, slope, residual: f32 arrays as in :func:`run_onnxruntime`; src and
+        src, weights, bias, slope, residual: arrays as in :func:`run_onnxruntime`; src and
             residual are kept, so that writing to them changes the next run's input.
 
     Raises:
@@ -87,19 +95,19 @@ class OrtReference:
         model = onnx_model(spec, *(data.get(name) for name in ("weights", "bias", "slope")))
         level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         self.spec, self.threads = spec, threads
-        self.output: F32 = np.empty(spec.dst_shape, np.float32)
+        self.output: Array = np.empty(spec.dst_shape, numpy_dtype(spec.dtype))
         self._inputs = inputs  # bound by address: they must live as long as the session
         self._session = _session(model.SerializeToString(), threads, level)
         self._binding = self._session.io_binding()
         for name, array in inputs.items():
             self._binding.bind_cpu_input(name, array)
-        self._binding.bind_output("dst", "cpu", 0, np.float32, self.output.shape, self.output.ctypes.data)
+        self._binding.bind_output("dst", "cpu", 0, self.output.dtype, self.output.shape, self.output.ctypes.data)
 
     def __call__(self) -> None:
         """Run the layer into :attr:`output`."""
         self._session.run_with_iobinding(self._binding)
 
-    def run(self) -> F32:
-        """A copy of the output of one run, ``dst_shape`` f32."""
+    def run(self) -> Array:
+        """A copy of the output of one run, ``dst_shape``."""
         self()
         return self.output.copy()

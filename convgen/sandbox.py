@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .dtypes import load, numpy_dtype, save
 from .errors import MeasureError
 from .library import Library
 from .spec import ConvSpec
 
-Arrays = dict[str, npt.NDArray[np.float32]]
+Arrays = dict[str, npt.NDArray[Any]]
 PARAMETERS = ("weights", "bias", "slope")
 
 
@@ -42,7 +43,7 @@ class Run:
 
 def run_guarded(
     library: Path, name: str, spec: ConvSpec, cases: Mapping[str, Arrays], threads: int, directory: Path, timeout: float
-) -> dict[Run, npt.NDArray[np.float32]]:
+) -> dict[Run, npt.NDArray[Any]]:
     """The kernel's output for each case, on 1 and on ``threads`` threads, between guard pages.
 
     ``cases`` maps a name to the tensors of one call: ``src weights [bias] [slope] [residual]``.
@@ -55,7 +56,7 @@ def run_guarded(
     runs = [Run(c, t, g) for c in cases for t, g in dict.fromkeys([(1, "end"), (threads, "start"), (threads, "end")])]
     for case, arrays in cases.items():
         for tensor, array in arrays.items():
-            np.save(directory / f"{case}.{tensor}.npy", array)
+            save(directory / f"{case}.{tensor}.npy", array)
     job = {
         "library": str(library),
         "name": name,
@@ -75,7 +76,7 @@ def run_guarded(
         cause = f"signal {-child.returncode}" if child.returncode < 0 else child.stderr.strip().rpartition("\n")[2]
         where = runs[min(done, len(runs) - 1)]
         raise MeasureError(f"{spec.descriptor}: expected a clean run, found {cause} ({where})")
-    return {run: np.load(directory / f"out.{index}.npy") for index, run in enumerate(runs)}
+    return {run: load(directory / f"out.{index}.npy", spec.dtype) for index, run in enumerate(runs)}
 
 
 # ---- the child --------------------------------------------------------------------------------
@@ -106,16 +107,17 @@ class Guarded:
         """Make the contents read-only."""
         self._protect(mmap.PAGESIZE, self._inner, _READ)
 
-    def array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        return self.bytes.view(np.float32).reshape(shape)
-
 
 def _filled(array: npt.NDArray[Any], guard: str) -> npt.NDArray[Any]:
     """A read-only copy between guard pages."""
     buffer = Guarded(array.nbytes, guard)
     buffer.bytes[:] = array.reshape(-1).view(np.uint8)
     buffer.seal()
-    return buffer.bytes.view(array.dtype).reshape(array.shape)
+    return _as(buffer.bytes, array.dtype, array.shape)
+
+
+def _as(memory: npt.NDArray[np.uint8], dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    return memory.view(dtype).reshape(shape)
 
 
 def _child(directory: Path) -> None:
@@ -124,18 +126,19 @@ def _child(directory: Path) -> None:
     library = Library(Path(job["library"]), spec, job["name"], job["threads"])
     for index, run in enumerate(job["runs"]):
         case, threads, guard = run["case"], run["threads"], run["guard"]
-        data = {t: np.load(directory / f"{case}.{t}.npy") for t in job["cases"][case]}
+        data = {t: load(directory / f"{case}.{t}.npy", spec.dtype) for t in job["cases"][case]}
         placed = {tensor: _filled(array, guard) for tensor, array in data.items()}
         packed = Guarded(library.sizes(threads).packed, guard)
         weights, bias, slope = (placed.get(name) for name in PARAMETERS)
         library.pack(weights, bias, slope, packed.bytes)
         packed.seal()
-        dst = Guarded(library.sizes(threads).dst, guard).array(spec.dst_shape)
-        dst.fill(np.nan)
+        out = Guarded(library.sizes(threads).dst, guard).bytes
+        out.fill(0xFF)  # NaN, in every storage type
+        dst = _as(out, numpy_dtype(spec.dtype), spec.dst_shape)
         workspace = Guarded(library.sizes(threads).workspace, guard).bytes
         workspace.fill(0xFF)  # NaN
         library.run(placed["src"], packed.bytes, dst, placed.get("residual"), workspace=workspace, threads=threads)
-        np.save(directory / f"out.{index}.npy", dst)
+        save(directory / f"out.{index}.npy", dst)
         sys.stdout.write("done\n")
         sys.stdout.flush()
 

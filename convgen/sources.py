@@ -68,7 +68,7 @@ def read_specs(source: str | Path, dims: Mapping[str, int] | None = None) -> lis
     if suffix == ".onnx":
         if not path.is_file():
             read_bytes(path)  # says what is wrong, before onnx is imported
-        from .onnx_model import specs_from_onnx  # onnx is only needed for its own files
+        from .onnx_reader import specs_from_onnx  # onnx is only needed for its own files
 
         return specs_from_onnx(path, dims)
     if suffix not in _PARSERS:

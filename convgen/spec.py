@@ -19,14 +19,14 @@ from functools import cached_property
 from typing import Any
 
 from .activation import Activation
+from .dtypes import BYTES
 from .errors import SpecError
 
 #: Version of the canonical form. A new field with a neutral default does not change it.
 CANONICAL_VERSION = 1
 
 OPERATORS = tuple(f"{op}{rank}d" for op in ("conv", "convtranspose") for rank in (1, 2, 3))
-DTYPES = ("f32",)
-DTYPE_BYTES = {"f32": 4}
+DTYPES = tuple(BYTES)
 ACCURACIES = ("strict", "standard", "relaxed")
 #: Every accepted layout token -> (canonical layout, rank it names; 0 = any).
 LAYOUTS = {
@@ -120,12 +120,12 @@ class ConvSpec:
             as ONNX's ``output_shape`` does (the larger half at the beginning, or at the end where
             padding is ``"same"``).
         bias: whether a bias ``[oc]`` is added.
-        activation: ``none relu relu6 leaky_relu(a) prelu clip(lo,hi) sigmoid tanh silu hardswish
-            hardsigmoid(a,b) elu(a) gelu gelu_tanh``.
+        activation: ``none relu relu6 leaky_relu(a) prelu clip(lo,hi) sigmoid tanh silu mish
+            hardswish hardsigmoid(a,b) elu(a) gelu gelu_tanh``.
         residual: whether a tensor of the output's shape is added before the activation.
         accuracy: the class of its error bound (:mod:`convgen.validate`): ``strict``, ``standard``
             or ``relaxed``.
-        dtype: of src, weights and dst: ``f32``.
+        dtype: how all tensors are stored: ``f32``, ``f16`` or ``bf16``; sums are f32 whatever it is.
         layout: of src, dst and residual: ``nchw`` (1-D ``ncw``, 3-D ``ncdhw``) or ``nhwc``.
             Weights are always ``[oc, ic/groups, *kernel]``, transposed ``[ic, oc/groups, *kernel]``.
 
@@ -371,7 +371,7 @@ class ConvSpec:
     @property
     def bytes(self) -> dict[str, int]:
         """Bytes of each tensor of the layer; the ones it lacks are absent."""
-        size = DTYPE_BYTES[self.dtype]
+        size = BYTES[self.dtype]
         return {name: size * math.prod(shape) for name, shape in self.shapes.items()}
 
     # ---- identity -----------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from .dtypes import ACCUMULATOR, BYTES
 from .errors import UnsupportedError
-from .spec import DTYPE_BYTES
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,10 @@ class Target:
     native: bool
     hardware: str
 
-    def vector_lanes(self, dtype: str) -> int:
-        """Elements of ``dtype`` in one SIMD register."""
-        return self.vector_bits // (8 * DTYPE_BYTES[dtype])
+    @property
+    def lanes(self) -> int:
+        """Sums in one SIMD register: they are f32 however tensors are stored."""
+        return self.vector_bits // (8 * BYTES[ACCUMULATOR])
 
     def most_pixels(self, vectors: int) -> int:
         """Pixels of ``vectors`` SIMD registers each that fit into a register tile, beside one such set
@@ -66,7 +67,7 @@ class Target:
         """A nominal f32 peak in FLOP/s, all cores: one FMA per vector and cycle at 3.5 GHz. It only
         scales predicted times; :func:`convgen.machine.measured_peak` is the real one.
         """
-        return self.cores * 2 * self.vector_lanes("f32") * 3.5e9
+        return self.cores * 2 * self.lanes * 3.5e9
 
     @property
     def key(self) -> str:

@@ -9,6 +9,9 @@ with ``u = 2**-24``, ``K`` products per element, ``L`` the activation's slope an
 
     ``c = f * (8 + 2 * sqrt(K))``,  ``f = 1`` (strict), ``8`` (standard), ``64`` (relaxed).
 
+A layer stored as f16 or bf16 is computed in f32 and rounded once: two results that far apart may round
+to neighbours, so the bound grows by twice the rounding of what may come out.
+
 On small integers every partial sum is exact, so a schedule that only reorders sums must match bit
 for bit; one that transforms (Winograd) is held to its bound there too.
 """
@@ -24,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from . import dtypes
+from .dtypes import UNDERFLOW, distance, narrow, numpy_dtype, widen
 from .errors import KernelError, MeasureError, ValidationError
 from .sandbox import Arrays, Run, run_guarded
 from .spec import ConvSpec
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
     from .build import Kernel
 
 F32 = npt.NDArray[np.float32]
+Stored = npt.NDArray[Any]  # of the spec's dtype
 
 UNIT_ROUNDOFF = 2.0**-24
 CLASS_FACTOR = {"strict": 1.0, "standard": 8.0, "relaxed": 64.0}
@@ -53,7 +59,7 @@ def error_factor(spec: ConvSpec) -> float:
 def float_data(spec: ConvSpec, seed: int = 0) -> Arrays:
     """Standard normal tensors by name: ``src weights [bias] [slope] [residual]``."""
     rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in _shapes(spec).items()}
+    return {n: narrow(rng.standard_normal(shape, np.float32), spec.dtype) for n, shape in _shapes(spec).items()}
 
 
 def exact_data(spec: ConvSpec, seed: int = 0) -> Arrays:
@@ -61,7 +67,8 @@ def exact_data(spec: ConvSpec, seed: int = 0) -> Arrays:
     rng = np.random.default_rng(seed)
     largest = max(1, min(8, math.isqrt(2**22 // max(1, spec.reduction_length))))
     return {
-        name: rng.integers(-largest, largest + 1, shape).astype(np.float32) for name, shape in _shapes(spec).items()
+        name: rng.integers(-largest, largest + 1, shape).astype(numpy_dtype(spec.dtype))
+        for name, shape in _shapes(spec).items()
     }
 
 
@@ -85,10 +92,10 @@ def _shapes(spec: ConvSpec) -> dict[str, tuple[int, ...]]:
 # ---- reference and bound ----------------------------------------------------------------------
 
 
-def reference(spec: ConvSpec, data: Arrays, threads: int = 1) -> F32:
-    """ONNX Runtime's output for ``data``."""
+def reference(spec: ConvSpec, data: Arrays, threads: int = 1) -> Stored:
+    """ONNX Runtime's output for ``data``, computed in f32 and rounded to the spec's dtype."""
     if spec.n == 0:
-        return np.empty(spec.dst_shape, np.float32)
+        return np.empty(spec.dst_shape, numpy_dtype(spec.dtype))
     from .reference import run_onnxruntime
 
     return run_onnxruntime(spec, **data, threads=threads)
@@ -96,15 +103,18 @@ def reference(spec: ConvSpec, data: Arrays, threads: int = 1) -> F32:
 
 def tolerance(spec: ConvSpec, data: Arrays, threads: int = 1) -> F32:
     """The element-wise bound for ``data``, of the output's shape."""
-    plain = spec.with_(activation="none")
-    magnitude = reference(plain, {k: np.abs(v) for k, v in data.items() if k != "slope"}, threads)
+    plain = spec.with_(activation="none", dtype="f32")
+    magnitude = reference(plain, {k: np.abs(widen(v)) for k, v in data.items() if k != "slope"}, threads)
     op = spec.activation_op
     slope = op.lipschitz
     if spec.has_slope and data["slope"].size:
-        slope = max(1.0, float(np.abs(data["slope"]).max()))
+        slope = max(1.0, float(np.abs(widen(data["slope"])).max()))
     bound = slope * error_factor(spec) * UNIT_ROUNDOFF * magnitude
     if op.name != "none":
         bound += np.float32(ACTIVATION_ERROR * UNIT_ROUNDOFF) * (magnitude + 1)
+    if spec.dtype != "f32":
+        largest = np.abs(widen(reference(spec, data, threads))) + bound
+        bound += 2 * (np.float32(dtypes.UNIT_ROUNDOFF[spec.dtype]) * largest + np.float32(UNDERFLOW[spec.dtype]))
     return np.asarray(bound, np.float32)
 
 
@@ -194,7 +204,7 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
         checks.append(_same(outputs, firsts))
         expected = reference(spec, cases["float"], threads)
         bound = tolerance(spec, cases["float"], threads)
-        ratio = worst(np.abs(firsts["float"] - expected), bound)
+        ratio = worst(distance(firsts["float"], expected), bound)
         found = f"largest error {ratio:.3g} of the bound (c = {error_factor(spec):.3g})"
         checks.append(Check("float", ratio <= 1, found))
         checks.append(_exact(kernel, cases["exact"], firsts["exact"]))
@@ -210,14 +220,14 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
     )
 
 
-def _same(outputs: dict[Run, F32], firsts: dict[str, F32]) -> Check:
+def _same(outputs: dict[Run, Stored], firsts: dict[str, Stored]) -> Check:
     for run, output in outputs.items():
         if output.tobytes() != firsts[run.case].tobytes():
             return Check("threads", False, f"expected the bits of the first run, found others: {run}")
     return Check("threads", True, "the same bits for every thread count and placement")
 
 
-def _exact(kernel: Kernel, data: Arrays, output: F32) -> Check:
+def _exact(kernel: Kernel, data: Arrays, output: Stored) -> Check:
     spec = kernel.spec
     expected = reference(spec, data, kernel.threads)
     if kernel.exact and spec.activation_op.exact:
@@ -231,13 +241,14 @@ def _exact(kernel: Kernel, data: Arrays, output: F32) -> Check:
             f"{len(wrong)} of {output.size} elements differ; at {at} expected {expected[at]}, found {output[at]}",
         )
     why = f"activation {spec.activation}" if kernel.exact else "a transform"
-    ratio = worst(np.abs(output - expected), tolerance(spec, data, kernel.threads))
+    ratio = worst(distance(output, expected), tolerance(spec, data, kernel.threads))
     return Check("exact", ratio <= 1, f"integers through {why}: largest error {ratio:.3g} of the bound")
 
 
-def _special(spec: ConvSpec, data: Arrays, output: F32, threads: int) -> Check:
+def _special(spec: ConvSpec, data: Arrays, output: Stored, threads: int) -> Check:
     with np.errstate(invalid="ignore", over="ignore"):
-        expected, bound = reference(spec, data, threads), tolerance(spec, data, threads)
+        expected, bound = widen(reference(spec, data, threads)), tolerance(spec, data, threads)
+        output = widen(output)
         error = np.abs(output - expected)
     for kind, where in (("NaN", np.isnan), ("infinity", np.isinf)):
         differ = np.argwhere(where(expected) != where(output))
@@ -266,7 +277,7 @@ def _refusal(kernel: Kernel) -> Check:
     data = float_data(spec)
     parameters = [data.get(name) for name in ("weights", "bias", "slope")]
     layer = kernel.bind(*parameters)
-    strided = np.empty((*spec.src_shape, 2), np.float32)[..., 0]
+    strided = np.empty((*spec.src_shape, 2), numpy_dtype(spec.dtype))[..., 0]
     if strided.size < 2:
         return Check("refusal", True, "nothing to refuse: an array of one element is contiguous")
     try:

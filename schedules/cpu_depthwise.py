@@ -16,7 +16,7 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import DTYPES, Operands, ceildiv, copied, epilogue, flat, partition_edges, round_up, unflat
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, flat, partition_edges, round_up, unflat
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 #: Unrolled multiply-adds of one tile; more makes the code outgrow the instruction cache.
@@ -34,7 +34,7 @@ class CpuDepthwise(Schedule):
         require(math.prod(spec.kernel) <= MOST_UNROLLED // 2, f"needs at most {MOST_UNROLLED // 2} taps")
 
     def space(self, spec, target):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         width = spec.out_spatial[-1]
         rows = _rows(spec)
         return Space(
@@ -45,14 +45,14 @@ class CpuDepthwise(Schedule):
         )
 
     def valid(self, spec, target, picks):
-        vectors = picks.tile_c // target.vector_lanes(spec.dtype) * picks.tile_ow
+        vectors = picks.tile_c // target.lanes * picks.tile_ow
         require(vectors + 2 <= target.vector_registers, f"{vectors} sums, {target.vector_registers} registers")
         unrolled = vectors * math.prod(spec.kernel)
         require(unrolled <= MOST_UNROLLED, f"{unrolled} unrolled multiply-adds, at most {MOST_UNROLLED}")
         require(picks.parallel_c <= ceildiv(spec.oc, picks.tile_c), "fewer channel blocks than parallel_c")
 
     def default(self, spec, target):
-        lanes, width, rows = target.vector_lanes(spec.dtype), spec.out_spatial[-1], _rows(spec)
+        lanes, width, rows = target.lanes, spec.out_spatial[-1], _rows(spec)
         space = self.space(spec, target).domains
         most = max(1, min(8, MOST_UNROLLED // math.prod(spec.kernel)))
         tile_ow = min((w for w in space["tile_ow"] if w <= most), key=lambda w: (round_up(width, w) * (w + 2) / w, -w))
@@ -67,7 +67,7 @@ class CpuDepthwise(Schedule):
         return spec.flops / (0.25 * target.peak_flops) + moved / (target.cores * 8e9)
 
     def program(self, spec, target, picks):
-        ops, tile, dtype = Operands(spec), picks.tile_c, DTYPES[spec.dtype]
+        ops, tile, dtype = Operands(spec), picks.tile_c, ACCUMULATOR
         channels = round_up(spec.oc, tile)
         zero = tirx.const(0, dtype)
 
@@ -76,7 +76,7 @@ class CpuDepthwise(Schedule):
             return value if channels == spec.oc else tirx.if_then_else(c < spec.oc, value, zero)
 
         packed = [te.compute((math.prod(spec.kernel), channels), packed_weights, name="weights_packed")]
-        packed += [copied(p, f"{p.op.name}_packed") for p in ops.parameters[1:]]
+        packed += [copied(p) for p in ops.parameters[1:]]
         w, *vectors = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
 
         width = round_up(spec.out_spatial[-1], picks.tile_ow)
@@ -108,7 +108,7 @@ class CpuDepthwise(Schedule):
         return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
 
     def apply(self, sch, spec, target, picks):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         dst, acc, padded = sch.get_sblock("dst"), sch.get_sblock("acc"), sch.get_sblock("padded")
         n, *spatial, oc = sch.get_loops(dst)
         channel_block, channel = sch.split(oc, [None, picks.tile_c])

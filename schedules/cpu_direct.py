@@ -32,12 +32,12 @@ class CpuDirect(Schedule):
     def applies(self, spec, target):
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         whole = spec.oc // spec.groups % lanes == 0
         require(spec.groups == 1 or whole, f"needs groups 1, or multiples of {lanes} output channels per group")
 
     def space(self, spec, target):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         rows, width = _output(spec)
         per_group = spec.oc // spec.groups
         tiles = [lanes * v for v in (1, 2, 3, 4) if v == 1 or lanes * (v - 1) < per_group]
@@ -52,7 +52,7 @@ class CpuDirect(Schedule):
         )
 
     def valid(self, spec, target, picks):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         pixels, most = picks.tile_oh * picks.tile_ow, target.most_pixels(picks.tile_oc // lanes)
         require(pixels <= most, f"{pixels} pixels in a tile, registers for {most}")
         require(picks.block % picks.tile_oh == 0, "block is not whole tiles")
@@ -60,7 +60,7 @@ class CpuDirect(Schedule):
         require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
 
     def default(self, spec, target):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         rows, width = _output(spec)
         space = self.space(spec, target).domains
         vectors = 2 if 2 * lanes in space["tile_oc"] else 1
@@ -86,7 +86,7 @@ class CpuDirect(Schedule):
         return base.replace(block=block, parallel_oc=parallel_oc)
 
     def cost(self, spec, target):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         _, width = _output(spec)
         picks = self.default(spec, target)
         reduction = spec.reduction_length
@@ -159,7 +159,7 @@ class CpuDirect(Schedule):
         loops = sch.get_loops(acc)[-block_axes:]
         axes, reduce = loops[:-reductions], loops[-reductions:]
         *units, row, pixel, channel = axes
-        vector, lane = sch.split(channel, [None, target.vector_lanes(spec.dtype)])
+        vector, lane = sch.split(channel, [None, target.lanes])
         sch.reorder(*reduce, *units, row, pixel, vector, lane)
         sch.vectorize(lane)
         for loop in (vector, pixel, row):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from tvm import te, tirx
 
-from convgen.compute import DTYPES, Operands, ceildiv, epilogue, pack_channels
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, epilogue, pack_channels
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 
@@ -24,14 +24,14 @@ class CpuGemm(Schedule):
     id, version = "cpu_gemm", 1
 
     def applies(self, spec, target):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         require(target.kind == "cpu", "needs a CPU")
         require(spec.is_pointwise and spec.groups == 1, "needs a dense 1×1 kernel, stride 1, no padding")
         require(spec.layout == "nchw", "needs NCHW")
         require(spec.out_pixels >= lanes, f"needs at least {lanes} pixels")
 
     def space(self, spec, target):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         channels = {c for c in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 14) if c <= spec.oc}
         return Space(
             tile_oc=sorted(channels),
@@ -43,7 +43,7 @@ class CpuGemm(Schedule):
         )
 
     def valid(self, spec, target, picks):
-        most = target.most_pixels(picks.tile_px // target.vector_lanes(spec.dtype))  # here: channels
+        most = target.most_pixels(picks.tile_px // target.lanes)  # here: channels
         require(picks.tile_oc <= most, f"{picks.tile_oc} channels in a tile, registers for {most}")
         require(
             picks.copy_src or spec.out_pixels % picks.tile_px == 0, "pixels are not whole tiles, so copy_src is needed"
@@ -52,7 +52,7 @@ class CpuGemm(Schedule):
         require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
 
     def default(self, spec, target):
-        lanes, wide = target.vector_lanes(spec.dtype), target.vector_bits == 512
+        lanes, wide = target.lanes, target.vector_bits == 512
         vectors = 2 if spec.out_pixels >= 2 * lanes else 1
         limit = min(spec.oc, 8 if wide else 6)
         tile_oc = max(
@@ -75,13 +75,13 @@ class CpuGemm(Schedule):
         )
 
     def cost(self, spec, target):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         # Short reductions and few pixels leave the tile's prologue and store uncovered.
         efficiency = 0.9 * spec.ic / (spec.ic + 12) * min(1.0, spec.out_pixels / (32 * lanes))
         return spec.flops / (target.peak_flops * efficiency)
 
     def program(self, spec, target, picks):
-        ops, dtype, tile, width = Operands(spec), DTYPES[spec.dtype], picks.tile_oc, picks.tile_px
+        ops, dtype, tile, width = Operands(spec), ACCUMULATOR, picks.tile_oc, picks.tile_px
         pixels, tiles = spec.out_pixels, ceildiv(spec.out_pixels, picks.tile_px)
         packed, (w, *vectors) = pack_channels(ops, tile)
 
@@ -115,7 +115,7 @@ class CpuGemm(Schedule):
         return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
 
     def apply(self, sch, spec, target, picks):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         acc, dst = sch.get_sblock("acc"), sch.get_sblock("dst")
         n, oc, px = sch.get_loops(dst)
         channel_block, channel = sch.split(oc, [None, picks.tile_oc])

@@ -37,7 +37,7 @@ class CpuGrouped(Schedule):
         require(math.prod(spec.kernel) <= MOST_UNROLLED, f"needs at most {MOST_UNROLLED} taps")
 
     def space(self, spec, target):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         per_group = spec.oc // spec.groups
         rows = _rows(spec)
         return Space(
@@ -48,7 +48,7 @@ class CpuGrouped(Schedule):
         )
 
     def valid(self, spec, target, picks):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         vectors = picks.tile_px // lanes * picks.tile_oh
         used = vectors * picks.tile_oc + min(vectors, 2) + 1
         require(used <= target.vector_registers, f"{used} vectors in a tile, {target.vector_registers} registers")
@@ -60,7 +60,7 @@ class CpuGrouped(Schedule):
         require(picks.block_oh % picks.tile_oh == 0, "block_oh is not whole tiles")
 
     def default(self, spec, target):
-        lanes, rows = target.vector_lanes(spec.dtype), _rows(spec)
+        lanes, rows = target.lanes, _rows(spec)
         space = self.space(spec, target).domains
         tile_oc = max(c for c in space["tile_oc"] if c <= 4)
 
@@ -83,7 +83,7 @@ class CpuGrouped(Schedule):
 
     def _work(self, spec, target, picks):
         """Loads and multiply-adds of one channel's block, in vectors: what there is to compare."""
-        g, lanes = _Geometry(spec, picks), target.vector_lanes(spec.dtype)
+        g, lanes = _Geometry(spec, picks), target.lanes
         vectors, taps = picks.tile_px // lanes, math.prod(spec.kernel)
         rows_read = picks.tile_oh if g.axes == 1 else (picks.tile_oh - 1) + spec.kernel[-2]
         loads = rows_read * vectors * taps // (spec.kernel[-2] if g.axes == 2 else 1) / picks.tile_oc
@@ -97,13 +97,13 @@ class CpuGrouped(Schedule):
         vectors = self._work(spec, target, picks) * spec.n * spec.oc * g.blocks * (spec.ic // spec.groups)
         vectors *= math.prod(spec.out_spatial[: spec.rank - g.axes])
         moved = spec.bytes["src"] * g.copied_rows / (picks.block_oh * g.phases**0.5) + 2 * spec.bytes["dst"]
-        cycles = 2 * target.vector_lanes(spec.dtype) / target.peak_flops  # seconds of a vector operation
+        cycles = 2 * target.lanes / target.peak_flops  # seconds of a vector operation
         return vectors * cycles + moved / (target.cores * 8e9)
 
     def program(self, spec, target, picks):
         ops, g = Operands(spec), _Geometry(spec, picks)
         per_group_in, per_group = spec.ic // spec.groups, spec.oc // spec.groups
-        packed = [copied(p, f"{p.op.name}_packed") for p in ops.parameters]
+        packed = [copied(p) for p in ops.parameters]
         w, *vectors = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
         depth_in, depth = spec.padded_spatial[: spec.rank - g.axes], spec.out_spatial[: spec.rank - g.axes]
         stride, dilation = spec.stride[-g.axes :], spec.dilation[-g.axes :]
@@ -164,7 +164,7 @@ class CpuGrouped(Schedule):
         return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
 
     def apply(self, sch, spec, target, picks):
-        lanes, per_group = target.vector_lanes(spec.dtype), spec.oc // spec.groups
+        lanes, per_group = target.lanes, spec.oc // spec.groups
         g = _Geometry(spec, picks)
         dst, acc, padded = sch.get_sblock("dst"), sch.get_sblock("acc"), sch.get_sblock("padded")
         n, oc, *spatial = sch.get_loops(dst)

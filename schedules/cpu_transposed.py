@@ -18,7 +18,7 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import DTYPES, Operands, ceildiv, copied, dst_loops, epilogue, flat, round_up, unflat
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, dst_loops, epilogue, flat, round_up, unflat
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 
@@ -34,7 +34,7 @@ class CpuTransposed(Schedule):
         require(g.whole or g.phases <= 64, "needs at most 64 phases where the stride does not divide the kernel")
 
     def space(self, spec, target):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         pixels = _Geometry(spec).pixels
         tiles = {p for p in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16, 20, 24, 28) if p < pixels[-1]}
         return Space(
@@ -47,13 +47,13 @@ class CpuTransposed(Schedule):
 
     def valid(self, spec, target, picks):
         g = _Geometry(spec)
-        most = target.most_pixels(picks.tile_oc // target.vector_lanes(spec.dtype))
+        most = target.most_pixels(picks.tile_oc // target.lanes)
         require(picks.tile_px <= most, f"{picks.tile_px} pixels in a tile, registers for {most}")
         require(picks.block < 2 * g.blockable(picks.tile_px), "block exceeds what there is")
         require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
 
     def default(self, spec, target):
-        lanes, g = target.vector_lanes(spec.dtype), _Geometry(spec)
+        lanes, g = target.lanes, _Geometry(spec)
         vectors = 2 if spec.oc > lanes else 1
         room = target.most_pixels(vectors)
         space = self.space(spec, target).domains
@@ -69,7 +69,7 @@ class CpuTransposed(Schedule):
 
     def cost(self, spec, target):
         picks, g = self.default(spec, target), _Geometry(spec)
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         pixels = math.prod(g.pixels[:-1]) * round_up(g.pixels[-1], picks.tile_px)
         taps = math.prod(spec.kernel)  # over all phases
         products = 2 * spec.n * pixels * taps * spec.ic * round_up(spec.oc, picks.tile_oc)
@@ -78,7 +78,7 @@ class CpuTransposed(Schedule):
         return products / (efficiency * target.peak_flops) + 3 * spec.bytes["dst"] / (target.cores * 8e9)
 
     def program(self, spec, target, picks):
-        ops, g, dtype, tile = Operands(spec), _Geometry(spec), DTYPES[spec.dtype], picks.tile_oc
+        ops, g, dtype, tile = Operands(spec), _Geometry(spec), ACCUMULATOR, picks.tile_oc
         zero = tirx.const(0, dtype)
         oc_blocks = ceildiv(spec.oc, tile)
 
@@ -99,7 +99,7 @@ class CpuTransposed(Schedule):
 
         shape = (*spec.stride, math.prod(g.taps), oc_blocks, spec.ic, tile)
         packed = [te.compute(shape, packed_weights, name="weights_packed")]
-        packed += [copied(p, f"{p.op.name}_packed") for p in ops.parameters[1:]]
+        packed += [copied(p) for p in ops.parameters[1:]]
         w, *vectors = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
 
         width = round_up(g.pixels[-1], picks.tile_px)
@@ -143,7 +143,7 @@ class CpuTransposed(Schedule):
         return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
 
     def apply(self, sch, spec, target, picks):
-        lanes, g = target.vector_lanes(spec.dtype), _Geometry(spec)
+        lanes, g = target.lanes, _Geometry(spec)
         acc, padded = sch.get_sblock("acc"), sch.get_sblock("padded")
         n, spatial, oc = dst_loops(sch, spec)
         channel_block, channel = sch.split(oc, [None, picks.tile_oc])

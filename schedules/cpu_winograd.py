@@ -25,7 +25,7 @@ from functools import cache
 
 from tvm import te, tirx
 
-from convgen.compute import DTYPES, Operands, ceildiv, copied, dst_loops, epilogue, flat, round_up, unflat
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, dst_loops, epilogue, flat, round_up, unflat
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 #: Output pixels per tile and axis that an accuracy class admits.
@@ -37,18 +37,19 @@ class CpuWinograd(Schedule):
     transforms = True
 
     def applies(self, spec, target):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed and spec.groups == 1, "needs groups 1, not transposed")
         axes = _axes(spec)
         require(all(spec.kernel[a] == 3 for a in axes), "needs 3 taps along the transformed axes")
         require(all(spec.stride[a] == spec.dilation[a] == 1 for a in axes), "needs stride and dilation 1")
+        require(any(spec.out_spatial[a] > 2 for a in axes), "needs more than 2 output pixels along a transformed axis")
         # Where a window lies in nothing but padding the exact result admits no error; a transform has one.
         require(all(max(spec.padding[a]) <= 2 for a in axes), "needs a padding of at most 2")
         require(spec.ic >= lanes and spec.oc >= lanes, f"needs at least {lanes} input and output channels")
 
     def space(self, spec, target):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         tiles = ceildiv(spec.out_spatial[_axes(spec)[0]], 2)
         return Space(
             tile=list(TILES[spec.accuracy]),
@@ -59,14 +60,14 @@ class CpuWinograd(Schedule):
         )
 
     def valid(self, spec, target, picks):
-        most = target.most_pixels(picks.tile_oc // target.vector_lanes(spec.dtype))
+        most = target.most_pixels(picks.tile_oc // target.lanes)
         require(picks.tile_px <= most, f"{picks.tile_px} tiles in a register tile, registers for {most}")
         g = _Geometry(spec, picks)
         require(picks.block_rows <= g.tiles[0], "block_rows exceeds the rows of tiles")
         require(picks.tile_px <= g.block_tiles, "fewer tiles in a block than tile_px")
 
     def default(self, spec, target):
-        lanes = target.vector_lanes(spec.dtype)
+        lanes = target.lanes
         tile = max(TILES[spec.accuracy]) if spec.accuracy != "relaxed" else 4
         if min(spec.out_spatial[a] for a in _axes(spec)) <= 2 * tile and tile > 2:
             tile = 4 if min(spec.out_spatial[a] for a in _axes(spec)) > 7 else 2
@@ -97,8 +98,8 @@ class CpuWinograd(Schedule):
         return products / (0.8 * target.peak_flops) + moved / (target.cores * 8e9) + streamed / (target.cores * 40e9)
 
     def program(self, spec, target, picks):
-        ops, dtype = Operands(spec), DTYPES[spec.dtype]
-        lanes, t, m = target.vector_lanes(spec.dtype), picks.tile_oc, picks.tile
+        ops, dtype = Operands(spec), ACCUMULATOR
+        lanes, t, m = target.lanes, picks.tile_oc, picks.tile
         g = _Geometry(spec, picks)
         back_rows, weight_rows, input_rows = transforms(m, 3)
         ic_blocks, oc_blocks, alpha, axes = ceildiv(spec.ic, lanes), ceildiv(spec.oc, t), m + 2, len(g.axes)
@@ -137,7 +138,7 @@ class CpuWinograd(Schedule):
             return tirx.if_then_else(inside, stage[index], zero)
 
         packed = [te.compute(packed_shape, packed_weights, name="weights_packed")]
-        packed += [copied(p, f"{p.op.name}_packed") for p in ops.parameters[1:]]
+        packed += [copied(p) for p in ops.parameters[1:]]
         w, *vectors = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
 
         # Input: gathered with its padding, channels last, one block of rows of tiles after another.
@@ -237,7 +238,7 @@ class CpuWinograd(Schedule):
         return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
 
     def apply(self, sch, spec, target, picks):
-        lanes, m = target.vector_lanes(spec.dtype), picks.tile
+        lanes, m = target.lanes, picks.tile
         g = _Geometry(spec, picks)
         axes = len(g.axes)
         acc, back = sch.get_sblock("acc"), sch.get_sblock("back")

@@ -32,7 +32,7 @@ class Reference(Schedule):
 
     def program(self, spec, target, picks):
         ops = Operands(spec)
-        packed = [copied(t, f"{t.op.name}_packed") for t in ops.parameters]
+        packed = [copied(t) for t in ops.parameters]
         weights, *vectors = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
         acc = convolution(spec, ops, weights)
 

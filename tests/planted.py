@@ -135,7 +135,7 @@ class Planted(Reference):
         from tvm import te
 
         ops = Operands(spec)
-        packed = [copied(t, f"{t.op.name}_packed") for t in ops.parameters]
+        packed = [copied(t) for t in ops.parameters]
         weights, *vectors = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
         acc = self.sums(spec, ops, weights)
 

@@ -119,12 +119,13 @@ static int cpu = 1;
 
 static int cpu_supported(void) { return cpu; }
 
+#define F32 {2, 32, 1}
 static const int64_t shape[] = {COUNT}, one[] = {1};
-static const convgen_tensor packed_tensors[] = {{1, one, 4, 64}};
+static const convgen_tensor packed_tensors[] = {{1, F32, one, 4, 64}};
 static const convgen_kernel kernel = {
-    .src = {1, shape, COUNT * 4, 0},
-    .weights = {1, one, 4, 0},
-    .dst = {1, shape, COUNT * 4, 0},
+    .src = {1, F32, shape, COUNT * 4, 0},
+    .weights = {1, F32, one, 4, 0},
+    .dst = {1, F32, shape, COUNT * 4, 0},
     .packed = packed_tensors,
     .packed_count = 1,
     .packed_size = 128,

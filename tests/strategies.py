@@ -11,7 +11,7 @@ from convgen.errors import SpecError
 from convgen.spec import ConvSpec
 
 ACTIVATIONS = ["none", "relu", "relu6", "clip(-1,2.5)", "clip(0,inf)", "leaky_relu", "leaky_relu(0.25)", "prelu"]
-ACTIVATIONS += ["sigmoid", "tanh", "silu", "hardswish", "hardsigmoid", "hardsigmoid(0.25,0.5)"]
+ACTIVATIONS += ["sigmoid", "tanh", "silu", "mish", "hardswish", "hardsigmoid", "hardsigmoid(0.25,0.5)"]
 ACTIVATIONS += ["elu", "elu(0.5)", "gelu", "gelu_tanh"]
 
 
@@ -45,6 +45,7 @@ def spec_fields(draw: st.DrawFn, activations: Sequence[str] = ACTIVATIONS) -> di
         "activation": draw(st.sampled_from(activations)),
         "residual": draw(st.booleans()),
         "accuracy": draw(st.sampled_from(("standard", "strict", "relaxed"))),
+        "dtype": draw(st.sampled_from(("f32", "f32", "f16", "bf16"))),
         "layout": draw(st.sampled_from(("nchw", "nhwc"))),
     }
 

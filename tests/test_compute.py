@@ -323,6 +323,7 @@ FORMULAS: dict[str, Callable[[Array], Any]] = {
     "sigmoid": sigmoid,
     "tanh": np.tanh,
     "silu": lambda x: x * sigmoid(x),
+    "mish": lambda x: x * np.tanh(np.logaddexp(0, x)),
     "hardswish": lambda x: x * clip(0, 1)(x / 6 + 0.5),
     "hardsigmoid": lambda x: clip(0, 1)(0.2 * x + 0.5),
     "hardsigmoid(0.25,0.5)": lambda x: clip(0, 1)(0.25 * x + 0.5),

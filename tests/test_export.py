@@ -92,12 +92,22 @@ def test_every_activation_has_an_example(tmp_path: Path) -> None:
         assert "; ok" in succeed("./example", cwd=folder)
 
 
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_an_example_stores_what_the_layer_stores(tmp_path: Path, dtype: str) -> None:
+    spec = ConvSpec.parse(f"conv2d n1 ic3 oc4 i9x8 k3 p1 residual prelu {dtype}")
+    folder = export(spec, tmp_path, name="narrow")
+    succeed("cc", *STRICT, "example.c", "libnarrow.a", "-lm", "-lpthread", "-o", "example", cwd=folder)
+    assert "; ok" in succeed("./example", cwd=folder)
+    arguments = json.loads((folder / "manifest.json").read_text())["arguments"]
+    assert {(a["dtype"], a["alignment"]) for a in arguments} == {(dtype, 2)}
+
+
 @pytest.mark.parametrize(
     ("found", "replaced"),
     [
         ("return fmax(x, 0);", "return x;"),
         ("- padding[axis]", "- 0 * padding[axis]"),
-        ("sum += bias[oc];", ""),
+        ("sum += value(bias[oc]);", ""),
         ("sum += product;", "sum += product * (1 + 1e-4);"),
     ],
 )

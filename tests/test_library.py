@@ -158,7 +158,7 @@ def refused(match: str, call: Callable[..., object], *args: Any, **kwargs: Any) 
 def test_layer_refuses_wrong_arrays(layer: Layer, inputs: dict[str, np.ndarray]) -> None:
     x = inputs["src"]
     refused(r"x: expected shape \(2, 3, 20, 20\), found \(3, 20, 20\)", layer, x[0])
-    refused(r"x: expected dtype float32 .*, found <f8", layer, x.astype(np.float64))
+    refused(r"x: expected dtype float32 .*, found float64", layer, x.astype(np.float64))
     refused(r"x: expected dtype float32 .*, found >f4", layer, x.astype(">f4"))
     refused(r"x: expected a C-contiguous array, found strides", layer, np.asfortranarray(x))
     refused(r"x: expected a C-contiguous array, found strides", layer, np.repeat(x, 2, axis=3)[..., ::2])
@@ -173,7 +173,7 @@ def test_layer_refuses_wrong_arrays(layer: Layer, inputs: dict[str, np.ndarray])
 def test_layer_refuses_wrong_out(layer: Layer, inputs: dict[str, np.ndarray]) -> None:
     x, out = inputs["src"], np.empty(SPEC.dst_shape, np.float32)
     refused(r"out: expected shape .*, found \(4000,\)", layer, x, out=out.reshape(-1))
-    refused(r"out: expected dtype float32 .*, found <f8", layer, x, out=out.astype(np.float64))
+    refused(r"out: expected dtype float32 .*, found float64", layer, x, out=out.astype(np.float64))
     out.flags.writeable = False
     refused(r"out: expected writable memory", layer, x, out=out)
     shared = np.empty(4000 + 2400, np.float32)

@@ -32,7 +32,7 @@ from convgen.target import Target, resolve
 from convgen.validate import Report, validate
 
 THREADS = 3
-#: Between them: every rank, layout, feature and activation; channels one off the tiles.
+#: Between them: every rank, layout, feature, activation and dtype; channels one off the tiles.
 SMOKE = [
     "conv2d n1 ic3 oc17 i9x10 k3x3 s2 p0_1x1_0 relu",
     "conv2d n2 ic16 oc31 i7x6 k3x3 s1 p1 residual silu",
@@ -53,6 +53,11 @@ SMOKE = [
     "conv2d n1 ic16 oc16 i1x1 k1x1 s1 p0 clip(0,inf)",  # one pixel
     "conv2d n1 ic8 oc17 i5x4 k5x4 s1 p0",  # the kernel covers the input
     "conv2d n1 ic5 oc9 i11x11 k2x2 s3x4 p0 clip(-1,2.5)",  # strides past the kernel
+    "conv2d n1 ic17 oc18 i7x9 k3x3 s1 p1 residual mish bf16",
+    "conv2d n1 ic16 oc33 i6x6 k1x1 s1 p0 residual prelu f16",
+    "conv2d n1 ic9 oc9 g9 i9x8 k3x3 s2 p1 relu f16",
+    "conv2d n1 ic17 oc17 g17 i6x5 k3x3 s1 p1 nhwc residual bf16",
+    "convtranspose2d n1 ic5 oc18 i4x5 k4x4 s2 p1 relu f16",
 ]
 #: More padding than input: whole blocks of rows, tiles and strides that lie in nothing but padding.
 PADDED = [
@@ -124,6 +129,12 @@ def test_padding_larger_than_the_input_passes_validation(descriptor: str, schedu
 @pytest.mark.parametrize("schedule_id", schedules())
 def test_a_smoke_problem_exercises_every_schedule(schedule_id: str) -> None:
     assert any(find_schedule(schedule_id) in applicable(ConvSpec.parse(s)) for s in SMOKE)
+
+
+@pytest.mark.parametrize("schedule_id", schedules())
+def test_a_smoke_problem_exercises_every_schedule_with_a_narrow_dtype(schedule_id: str) -> None:
+    narrow = [spec for spec in map(ConvSpec.parse, SMOKE) if spec.dtype != "f32"]
+    assert any(find_schedule(schedule_id) in applicable(spec) for spec in narrow)
 
 
 def test_the_smoke_problems_exercise_every_activation() -> None:

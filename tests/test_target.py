@@ -58,7 +58,7 @@ def test_the_spelling_names_the_same_target_again(spelling: str) -> None:
 def test_facts_of_x86_processors(model: str, bits: int, registers: int, has: set[str], lacks: set[str]) -> None:
     target = resolve(f"cpu:{model}")
     assert (target.vector_bits, target.vector_registers) == (bits, registers)
-    assert target.vector_lanes("f32") == bits // 32
+    assert target.lanes == bits // 32
     assert has <= set(target.isa)
     assert not lacks & set(target.isa)
     assert target.native == (set(target.isa) <= set(machine().features))

@@ -22,7 +22,9 @@ static const long stride[3] = {$stride}, padding[3] = {$padding}, dilation[3] = 
 /* Every STEP-th output is checked, so that this takes seconds at most. */
 enum { STEP = $step };
 
-static float $globals;
+$element
+
+static element $globals;
 
 /* ---- the layer in plain loops ---------------------------------------------------------------- */
 
@@ -56,8 +58,8 @@ $position
                     if (!inside)
                         continue;
                     const long weight = $weight;
-                    const double product = (double)src[offset(n, IC, ic, in_size, in)] *
-                                           weights[((weight * kernel[0] + d) * kernel[1] + h) * kernel[2] + w];
+                    const double product = value(src[offset(n, IC, ic, in_size, in)]) *
+                                           value(weights[((weight * kernel[0] + d) * kernel[1] + h) * kernel[2] + w]);
                     sum += product;
                     absolute += fabs(product);
                 }
@@ -86,13 +88,13 @@ static void *buffer(size_t size)
 }
 
 /* A tensor of small whole numbers, the same in every run, from low to high. */
-static float *tensor(size_t size, int low, int high)
+static element *tensor(size_t size, int low, int high)
 {
     static unsigned state = 1;
-    float *values = buffer(size);
-    for (size_t i = 0; i < size / sizeof(float); ++i) {
+    element *values = buffer(size);
+    for (size_t i = 0; i < size / sizeof(element); ++i) {
         state = state * 1664525u + 1013904223u;
-        values[i] = (float)(low + (int)((state >> 16) % (unsigned)(high - low + 1)));
+        values[i] = stored((float)(low + (int)((state >> 16) % (unsigned)(high - low + 1))));
     }
     return values;
 }
@@ -106,7 +108,7 @@ int main(void)
     must("sizes", ${name}_sizes(2, &sizes));
     src = tensor(sizes.src, -4, 4);
     weights = tensor(sizes.weights, -2, 2);
-$tensors    float *dst = buffer(sizes.dst), *again = buffer(sizes.dst);
+$tensors    element *dst = buffer(sizes.dst), *again = buffer(sizes.dst);
     void *packed = buffer(sizes.packed), *workspace = buffer(sizes.workspace);
 
     /* Once: pack the weights. */
@@ -144,7 +146,7 @@ $run        .dst = dst,
         return 1;
     }
 
-    /* Against the plain loops, within what float32 rounding can explain. */
+    /* Against the plain loops, within what rounding can explain. */
     const long pixels = out_size[0] * out_size[1] * out_size[2];
     long checked = 0;
     double worst = 0;
@@ -152,7 +154,7 @@ $run        .dst = dst,
         const long n = i / pixels / OC, oc = i / pixels % OC;
         const long out[3] = {i % pixels / out_size[2] / out_size[1], i / out_size[2] % out_size[1], i % out_size[2]};
         double magnitude;
-        const double expected = reference(n, oc, out, &magnitude), found = dst[offset(n, OC, oc, out_size, out)];
+        const double expected = reference(n, oc, out, &magnitude), found = value(dst[offset(n, OC, oc, out_size, out)]);
         const double allowed = $allowed;
         const double error = fabs(found - expected);
         if (!(error <= allowed)) {

@@ -171,7 +171,7 @@ static void push(arguments *a, const convgen_tensor *tensor, const void *data)
         return;
     convgen_dltensor *t = &a->tensors[a->count];
     *t = (convgen_dltensor){
-        .data = (void *)data, .device = {1, 0}, .ndim = tensor->ndim, .dtype = {2, 32, 1}, .shape = tensor->shape};
+        .data = (void *)data, .device = {1, 0}, .ndim = tensor->ndim, .dtype = tensor->dtype, .shape = tensor->shape};
     a->args[a->count++] = (convgen_any){.type_index = 7, .value.v_ptr = t};
 }
 
@@ -194,7 +194,7 @@ static int check_buffer(const void *data, size_t size, size_t expected, size_t a
 
 static int check_tensor(const void *data, size_t size, const convgen_tensor *tensor)
 {
-    return check_buffer(data, size, tensor->bytes, sizeof(float));
+    return check_buffer(data, size, tensor->bytes, tensor->dtype.bits / 8);
 }
 
 static int overlap(const void *a, size_t a_size, const void *b, size_t b_size)

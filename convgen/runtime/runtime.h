@@ -13,7 +13,7 @@ typedef struct {
 } convgen_device;
 
 typedef struct {
-    uint8_t code; /* 2: floating point */
+    uint8_t code; /* 1: unsigned integer (bfloat16 is handled as its bits), 2: floating point */
     uint8_t bits;
     uint16_t lanes;
 } convgen_dtype;
@@ -49,6 +49,7 @@ typedef int (*convgen_lambda)(int task, convgen_group *group, void *closure); /*
 /* One tensor of a kernel. ndim 0: the kernel has no such tensor. */
 typedef struct {
     int32_t ndim;
+    convgen_dtype dtype;
     const int64_t *shape;
     size_t bytes;
     size_t offset; /* of a packed tensor, in the packed buffer */

@@ -13,7 +13,7 @@ enum convgen_status {
     CONVGEN_OK = 0,
     CONVGEN_NULL_POINTER,    /* a pointer that the layer needs is NULL */
     CONVGEN_WRONG_SIZE,      /* a size is not what <name>_sizes() tells, or the layer has no such tensor */
-    CONVGEN_MISALIGNED,      /* packed or workspace is not at a multiple of 64, or a tensor not of 4 */
+    CONVGEN_MISALIGNED,      /* packed or workspace is not at a multiple of 64, or a tensor not of its element */
     CONVGEN_WRONG_PACKED,    /* packed was not written by this library's <name>_pack(), or was changed since */
     CONVGEN_UNSUPPORTED_CPU, /* this CPU lacks instructions the library was compiled for */
     CONVGEN_OVERLAP,         /* a buffer that is written overlaps another one */
@@ -35,26 +35,27 @@ typedef struct {
     size_t src, weights, bias, slope, residual, dst, packed, workspace;
 } convgen_sizes;
 
-/* Tensors are dense, row-major float32. Those the layer does not have are NULL and of size 0. */
+/* Tensors are dense, row-major, of the element type that <name>.h states. Those the layer does not
+ * have are NULL and of size 0. */
 typedef struct {
-    const float *weights;
+    const void *weights;
     size_t weights_size;
-    const float *bias;
+    const void *bias;
     size_t bias_size;
-    const float *slope;
+    const void *slope;
     size_t slope_size;
     void *packed; /* out: aligned to 64 bytes */
     size_t packed_size;
 } convgen_pack_args;
 
 typedef struct {
-    const float *src;
+    const void *src;
     size_t src_size;
     const void *packed; /* as <name>_pack() wrote it, aligned to 64 bytes; may be copied, saved and mapped */
     size_t packed_size;
-    const float *residual;
+    const void *residual;
     size_t residual_size;
-    float *dst; /* out */
+    void *dst; /* out */
     size_t dst_size;
     void *workspace; /* scratch, aligned to 64 bytes; may be NULL where its size is 0 */
     size_t workspace_size;

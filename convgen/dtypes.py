@@ -1,0 +1,79 @@
+"""Storage types of tensors: their names, sizes, rounding, and NumPy forms.
+
+A spec's dtype is how src, weights, bias, slope, residual and dst are stored. Arithmetic is float32
+whatever the storage, and dst is rounded once, at the end.
+
+This module needs the standard library only; NumPy (and ml_dtypes, for bf16) are imported where used.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+#: Bytes of one element.
+BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+#: Half the distance from 1 to the next number: the largest relative error of rounding to it.
+UNIT_ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
+#: The same for numbers so small that they lose digits: an absolute error.
+UNDERFLOW = {"f32": 2.0**-150, "f16": 2.0**-25, "bf16": 2.0**-134}
+#: What sums are kept in.
+ACCUMULATOR = "f32"
+
+
+@functools.cache
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """float32, float16, or ml_dtypes' bfloat16, which NumPy lacks."""
+    import numpy as np
+
+    if dtype == "bf16":
+        import ml_dtypes
+
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    return np.dtype("float16" if dtype == "f16" else "float32")
+
+
+def narrow(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """The array rounded to nearest, ties to even, as ``dtype``; itself where it is that already."""
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond the largest number is infinity
+        return array.astype(numpy_dtype(dtype), copy=False)
+
+
+def widen(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """The array as float32, which holds every value of the storage types; itself where it is that already."""
+    import numpy as np
+
+    return array.astype(np.float32, copy=False)
+
+
+def distance(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """``|found - expected|`` in float32, and 0 where they are equal, infinities included."""
+    import numpy as np
+
+    a, b = widen(found), widen(expected)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.where(a == b, np.float32(0), np.abs(a - b))
+
+
+def save(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write an array as ``.npy``, as its bits: NumPy's format does not know bfloat16."""
+    import numpy as np
+
+    np.save(path, array.reshape(-1).view(f"u{array.itemsize}").reshape(array.shape))
+
+
+def load(path: Path, dtype: str) -> npt.NDArray[Any]:
+    """What :func:`save` wrote."""
+    import numpy as np
+
+    bits = np.load(path)
+    array: npt.NDArray[Any] = bits.reshape(-1).view(numpy_dtype(dtype)).reshape(bits.shape)
+    return array

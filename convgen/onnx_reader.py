@@ -1,0 +1,217 @@
+"""The convolutions of an ONNX model as specs.
+
+A file is read in a process of its own, of limited memory and time: it may come from anywhere, and what
+parses it and infers its shapes is not ours. A model in memory is read in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .dtypes import load
+from .errors import ConvgenError, SpecError, UnsupportedError
+from .sources import SpecEntry, merge
+from .spec import ConvSpec
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from onnx import ModelProto
+
+#: Of the process that reads a file: seconds, and bytes unless it reads weights, too.
+TIMEOUT, MEMORY = 120, 2 << 30
+
+
+@dataclass(frozen=True)
+class OnnxLayer:
+    """A Conv or ConvTranspose node as it was read.
+
+    Attributes:
+        name: the node's, or that of its output; inside a function or subgraph with the path to it.
+        operator: ``Conv`` or ``ConvTranspose``.
+        spec: what it computes with everything folded; None where it was refused.
+        refusal: why it was refused; None where it was not.
+        src, dst, residual: the model's values that these tensors of the spec are; "" where there is none.
+        arrays: ``weights [bias] [slope]`` of the spec, as ``kernel.bind`` takes them; empty unless asked for,
+            and where the model has one of them as an input.
+    """
+
+    name: str
+    operator: str
+    spec: ConvSpec | None
+    refusal: ConvgenError | None = None
+    src: str = ""
+    dst: str = ""
+    residual: str = ""
+    arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict, compare=False, repr=False)
+
+
+def specs_from_onnx(source: str | Path | ModelProto, dims: Mapping[str, int] | None = None) -> list[SpecEntry]:
+    """The Conv and ConvTranspose nodes of a model as specs, identical ones merged.
+
+    See :func:`layers_from_onnx`; here the first node that is refused raises its error.
+    """
+    entries = []
+    for layer in layers_from_onnx(source, dims):
+        if layer.spec is None:
+            raise layer.refusal or UnsupportedError(layer.name)
+        entries.append(SpecEntry(layer.spec, 1, (layer.name,)))
+    return merge(entries)
+
+
+def layers_from_onnx(
+    source: str | Path | ModelProto, dims: Mapping[str, int] | None = None, *, arrays: bool = False
+) -> list[OnnxLayer]:
+    """The Conv and ConvTranspose nodes of a model, those inside functions and subgraphs included.
+
+    What follows a node is folded into its spec when that is exact and nothing else uses the value
+    between: a scale or shift per channel that is known beforehand (BatchNormalization, or arithmetic
+    with constants; it goes into weights and bias), one tensor added (residual), then one activation in
+    any of its spellings. So is a Pad with zeros before it. Where two convolutions meet in one addition,
+    the one with more convolutions before it takes it: the other's output is there by then (of a ResNet
+    block: the main path, not the shortcut). Before opset 7, nothing is folded.
+
+    Args:
+        source: a path or a model. Its weights may be inputs; their data is read only for ``arrays``.
+        dims: sizes of symbolic dimensions, ``{"N": 1}``; a dimension without a symbol is called
+            ``"input[axis]"``.
+        arrays: read the parameters as well.
+
+    Returns:
+        One layer per node in the order of the graph; what cannot be read has its refusal: a
+        SpecError (a shape that is not known, a wrong attribute) or an UnsupportedError (a dtype or
+        rank that specs lack).
+
+    Raises:
+        SpecError: not an ONNX model, no convolution in it, or shapes that contradict each other.
+    """
+    if not isinstance(source, str | os.PathLike):
+        from .onnx_layers import read_layers
+
+        return read_layers(source, dims or {}, arrays)
+    with tempfile.TemporaryDirectory(prefix="convgen-") as directory:
+        return _isolated(os.fspath(source), dict(dims or {}), directory if arrays else None)
+
+
+# ---- the process that reads a file ------------------------------------------------------------
+
+
+def _isolated(path: str, dims: Mapping[str, int], directory: str | None) -> list[OnnxLayer]:
+    memory = MEMORY if directory is None else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = {"RLIMIT_AS": memory, "RLIMIT_CPU": TIMEOUT, "RLIMIT_CORE": 0}
+    job = {"path": path, "dims": dims, "directory": directory, "limits": limits}
+    command = [sys.executable, "-P", "-m", "convgen.onnx_layers"]  # -P: no module of the working directory
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # each of its threads reserves memory
+    try:
+        child = subprocess.run(
+            command,
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise SpecError("file", f"a model that can be read in {TIMEOUT} s", "another one", path) from None
+    if child.returncode:
+        cause = f"signal {-child.returncode}" if child.returncode < 0 else child.stderr.strip().rpartition("\n")[2]
+        raise SpecError("file", "a model that can be read", f"one that ended its reader: {cause}", path)
+    answer = json.loads(child.stdout)
+    if "error" in answer:
+        raise _error(answer["error"])
+    return [_layer(index, plain, directory) for index, plain in enumerate(answer["layers"])]
+
+
+def _layer(index: int, plain: dict[str, Any], directory: str | None) -> OnnxLayer:
+    fields, refusal = plain.pop("spec"), plain.pop("refusal")
+    spec = ConvSpec.from_dict(fields) if fields else None
+    arrays = {name: load(Path(directory or "", f"{index}.{name}.npy"), fields["dtype"]) for name in plain.pop("arrays")}
+    return OnnxLayer(**plain, spec=spec, refusal=_error(refusal) if refusal else None, arrays=arrays)
+
+
+def _error(told: list[str]) -> ConvgenError:
+    return SpecError(*told) if len(told) == 4 else UnsupportedError(*told)
+
+
+# ---- what a node means ------------------------------------------------------------------------
+
+
+def convolution_fields(
+    op: str, attributes: Mapping[str, Any], src: tuple[int, ...], weights: tuple[int, ...], bias: bool, where: str
+) -> dict[str, Any]:
+    """What a Conv or ConvTranspose means, as ConvSpec's fields.
+
+    Args:
+        op: the node's operator.
+        attributes: the node's, by name; strings as text, absent ones left out.
+        src, weights: the operands' shapes.
+        bias: whether there is one.
+        where: leads the message of an UnsupportedError.
+
+    Raises:
+        SpecError: an attribute or shape does not fit the others.
+        UnsupportedError: other than 1 to 3 spatial axes, or padding that ONNX leaves open.
+    """
+    rank = len(weights) - 2
+    if not 1 <= rank <= 3:
+        raise UnsupportedError(f"{where}: weights {list(weights)} have {rank} spatial axes; 1 to 3 are supported")
+    transposed = op == "ConvTranspose"
+    groups = attributes.get("group", 1)
+    if len(src) != rank + 2:
+        raise SpecError("src", f"{rank + 2} axes as the weights have", list(src))
+    channels = (weights[0], weights[1] * groups) if transposed else (weights[1] * groups, weights[0])
+    if channels[0] != src[1]:
+        raise SpecError("weights", f"{src[1]} input channels as src has (group={groups})", list(weights))
+    kernel = tuple(attributes.get("kernel_shape", weights[2:]))
+    if kernel != weights[2:]:
+        raise SpecError("kernel_shape", f"the weights' {list(weights[2:])}", list(kernel))
+    for name in ("strides", "dilations", "output_padding"):
+        if len(attributes.get(name, kernel)) != rank:
+            raise SpecError(name, f"{rank} values", attributes[name])
+    fields: dict[str, Any] = {
+        "n": src[0],
+        "ic": channels[0],
+        "oc": channels[1],
+        "in_spatial": src[2:],
+        "kernel": kernel,
+        "stride": tuple(attributes.get("strides", [1] * rank)),
+        "dilation": tuple(attributes.get("dilations", [1] * rank)),
+        "groups": groups,
+        "transposed": transposed,
+        "bias": bias,
+        "padding": _padding(attributes, rank),
+    }
+    if transposed:
+        fields["output_padding"] = tuple(attributes.get("output_padding", [0] * rank))
+        if wanted := attributes.get("output_shape"):
+            if len(wanted) not in (rank, rank + 2):  # ONNX Runtime takes batch and channels in front, too
+                raise SpecError("output_shape", f"{rank} values", wanted)
+            fields["output_spatial"] = tuple(wanted[-rank:])
+        elif str(fields["padding"]).startswith("same"):
+            window = [(k - 1) * d + 1 for k, d in zip(kernel, fields["dilation"], strict=True)]
+            if any(s > w for s, w in zip(fields["stride"], window, strict=True)):
+                # The text says input * stride; shape inference and ONNX Runtime take less.
+                raise UnsupportedError(f"{where}: auto_pad=SAME_* with strides above the window; give pads")
+    return fields
+
+
+def _padding(attributes: Mapping[str, Any], rank: int) -> Any:
+    """``auto_pad`` and ``pads`` as ConvSpec's padding."""
+    word = attributes.get("auto_pad", "NOTSET")
+    words = {"SAME_UPPER": "same", "SAME_LOWER": "same_lower", "VALID": "valid"}
+    if word in words:
+        return words[word]
+    if word not in ("NOTSET", ""):
+        raise SpecError("auto_pad", f"NOTSET or one of {', '.join(words)}", repr(word))
+    pads = attributes.get("pads", [0] * (2 * rank))
+    if len(pads) != 2 * rank:
+        raise SpecError("pads", f"{2 * rank} values, begins and ends", list(pads))
+    return tuple(zip(pads[:rank], pads[rank:], strict=True))
