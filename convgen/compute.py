@@ -69,7 +69,8 @@ def narrow(value: Expr, dtype: str) -> Expr:
     f32 = tirx.Var("f32", ACCUMULATOR)
     bits = tirx.reinterpret("uint32", f32)
     rounded = bits + const(0x7FFF) + ((bits >> const(16)) & const(1))
-    kept = tirx.Select(f32 == f32, rounded, bits | const(0x400000))  # a NaN stays one, and gets quiet
+    # A NaN stays one, and gets quiet; the simplifier would take f32 != f32 for false.
+    kept = tirx.Select(tirx.isnan(f32), bits | const(0x400000), rounded)
     return tirx.Let(f32, value, (kept >> const(16)).astype(STORAGE[dtype]))
 
 

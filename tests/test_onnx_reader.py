@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from test_onnx_model import integers
 
 from convgen.errors import SpecError, UnsupportedError
 from convgen.onnx_model import onnx_model
-from convgen.onnx_reader import specs_from_onnx
+from convgen.onnx_reader import OnnxLayer, layers_from_onnx, specs_from_onnx
 from convgen.reference import run_onnxruntime
 from convgen.sources import SpecEntry
 from convgen.spec import ConvSpec
@@ -140,40 +141,122 @@ def test_round_trip(spec: ConvSpec) -> None:
     assert specs_from_onnx(onnx_model(spec)) == [SpecEntry(spec, 1, ("conv",))]
 
 
+SCALARS = {"half": 0.5, "nhalf": -0.5, "zero": 0, "one1": 1, "two": 2, "three": 3, "six": 6, "sixth": 1 / 6}
+SCALARS |= {"fifth": 0.2, "sqrt2": 2**0.5, "rsqrt2": 0.5**0.5, "cubic": 0.044715, "root": (2 / math.pi) ** 0.5}
+
+
 def graph(body: str, outputs: str = "y", inputs: str = "", opset: int = 20) -> onnx.ModelProto:
     """A 4-channel 3x3 convolution of x into c, followed by ``body``."""
     declared = ", ".join(f"float[1,4,8,8] {name}" for name in outputs.split())
-    shapes = {"w": "[4,4,3,3]", "k": "[4]", "k3": "[4,1,1]", "k4": "[1,4,1,1]", "one": "[1]", "half": ""}
-    sizes = {"w": 144, "one": 1, "half": 1}
-    constants = ", ".join(f"float{s} {n} = {{{','.join(['0.5'] * sizes.get(n, 4))}}}" for n, s in shapes.items())
-    return parser.parse_model(
+    source = parser.parse_model(
         f"""<ir_version: 8, opset_import: ["" : {opset}]>
-        g (float[1,4,8,8] x{inputs}) => ({declared}) <{constants}>
+        g (float[1,4,8,8] x{inputs}) => ({declared})
         {{ c = Conv<pads=[1,1,1,1]>(x, w)
            {body} }}"""
     )
+    rng = np.random.default_rng(0)
+    shapes = {"w": (4, 4, 3, 3), "k": (4,), "mean": (4,), "shift": (4,), "k3": (4, 1, 1), "k4": (1, 4, 1, 1), "one": (1,)}
+    arrays: dict[str, Any] = {name: rng.uniform(0.5, 1.5, shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays |= {name: np.float32(value) for name, value in SCALARS.items()}
+    arrays |= {"axes12": np.array([1, 2]), "shape": np.array([1, 4, 1, 1])}
+    source.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in arrays.items())
+    return source
 
 
+def run_onnx(model: onnx.ModelProto, wanted: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Values of a model, inner ones too, by ONNX Runtime without its own fusions."""
+    import onnxruntime
+
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    del changed.graph.output[:]
+    changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(changed.SerializeToString(), options, ["CPUExecutionProvider"])
+    return session.run(None, feeds)
+
+
+def same_numbers(model: onnx.ModelProto, layer: OnnxLayer, feeds: dict[str, np.ndarray] | None = None) -> None:
+    """The folded spec with the folded arrays computes the value of the model that it says it does."""
+    spec = layer.spec
+    assert spec is not None
+    rng = np.random.default_rng(1)
+    if feeds is None:
+        feeds = {}
+        for value in model.graph.input:
+            shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
+            feeds[value.name] = (3 * rng.standard_normal(shape)).astype(np.float32)
+    names = [layer.src, layer.dst] + [layer.residual] * spec.residual
+    given = [name for name in names if name in feeds]
+    found = dict(zip(rest := [n for n in names if n not in given], run_onnx(model, rest, feeds), strict=True)) | feeds
+    residual = {"residual": found[layer.residual]} if spec.residual else {}
+    got = run_onnxruntime(spec, found[layer.src], **layer.arrays, **residual)
+    expected = found[layer.dst]
+    scale = max(1.0, float(np.abs(expected).max()))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5 * scale, err_msg=str(spec))
+
+
+#: What follows a convolution without bias -> what the spec has instead of ``nobias``.
 FUSED = {
     "y = BatchNormalization(c, k, k, k, k)": "",
-    "b = BatchNormalization(c, k, k, k, k) y = Relu(b)": "relu",
-    "b = BatchNormalization(c, k, k, k, k) m = Mul(b, k3) a = Add(k4, m) y = Relu(a)": "relu",
-    "u = Unsqueeze<axes=[1,2]>(k) y = Add(c, u)": "",
+    "y = BatchNormalization<epsilon=0.5>(c, k, mean, shift, k)": "",
+    "b = BatchNormalization(c, k, k, shift, k) y = Relu(b)": "relu",
+    "b = BatchNormalization(c, k, k, shift, k) m = Mul(b, k3) a = Add(k4, m) y = Relu(a)": "relu",
+    "u = Unsqueeze(k, axes12) y = Add(c, u)": "",
+    "u = Reshape(shift, shape) y = Add(u, c)": "",
+    "u = Reshape(shift, shape) v = Mul(u, two) n = Neg(v) y = Add(n, c)": "",
     "a = Add(c, k3) r = Sum(a, x) y = Tanh(r)": "residual tanh",
     "r = Add(x, c) a = Add(r, one) y = Sigmoid(a)": "residual sigmoid",
+    "r = Add(x, c) a = Sub(r, k3) y = Sigmoid(a)": "residual sigmoid",
     "i = Identity(c) r = Add(i, x) y = LeakyRelu<alpha=0.1>(r)": "nobias residual leaky_relu(0.1)",
     "y = LeakyRelu(c)": "nobias leaky_relu",
     "y = Mul(c, half)": "nobias",
+    "y = Div(c, k3)": "nobias",
+    "y = Neg(c)": "nobias",
+    "a = Sub(c, k3) n = Neg(a) y = Relu(n)": "relu",
+    "a = Sub(k4, c) y = Relu(a)": "relu",
     "y = PRelu(c, k3)": "nobias prelu",
     "y = PRelu(c, one)": "nobias prelu",
+    "d = Dropout(c) y = Relu(d)": "nobias relu",
+    "h = Cast<to=1>(c) y = Relu(h)": "nobias relu",
     "s = Sigmoid(c) y = Mul(c, s)": "nobias silu",
     "s = Sigmoid(c) y = Mul(s, c)": "nobias silu",
+    "n = Neg(c) e = Exp(n) p = Add(e, one1) y = Div(c, p)": "nobias silu",
+    "n = Neg(c) e = Exp(n) p = Add(one1, e) s = Div(one1, p) y = Mul(s, c)": "nobias silu",
+    "n = Neg(c) e = Exp(n) p = Add(one1, e) y = Reciprocal(p)": "nobias sigmoid",
     "h = HardSigmoid<alpha=0.16666667, beta=0.5>(c) y = Mul(c, h)": "nobias hardswish",
+    "a = Add(c, three) l = Clip(a, zero, six) m = Mul(c, l) y = Div(m, six)": "nobias hardswish",
+    "a = Add(three, c) l = Clip(a, zero, six) d = Div(l, six) y = Mul(d, c)": "nobias hardswish",
+    "a = Add(c, three) l = Clip(a, zero, six) d = Mul(l, sixth) y = Mul(c, d)": "nobias hardswish",
+    "a = Add(c, three) l = Relu(a) u = Min(l, six) m = Mul(u, c) y = Mul(m, sixth)": "nobias hardswish",
+    "a = Add(c, three) l = Max(a, zero) u = Min(six, l) m = Mul(c, sixth) y = Mul(m, u)": "nobias hardswish",
     "y = HardSwish(c)": "nobias hardswish",
     "y = HardSigmoid(c)": "nobias hardsigmoid",
+    "a = Add(c, three) l = Clip(a, zero, six) y = Div(l, six)": "nobias hardsigmoid(0.16666667,0.5)",
+    "m = Mul(c, fifth) a = Add(m, half) u = Min(a, one1) y = Max(zero, u)": "nobias hardsigmoid",
     "y = Elu<alpha=0.5>(c)": "nobias elu(0.5)",
     "y = Gelu(c)": "nobias gelu",
     'y = Gelu<approximate="tanh">(c)': "nobias gelu_tanh",
+    "d = Div(c, sqrt2) e = Erf(d) a = Add(e, one1) m = Mul(c, a) y = Mul(m, half)": "nobias gelu",
+    "h = Mul(half, c) d = Mul(c, rsqrt2) e = Erf(d) a = Add(one1, e) y = Mul(h, a)": "nobias gelu",
+    "r = Sqrt(two) d = Div(c, r) e = Erf(d) f = Mul(e, half) a = Add(half, f) y = Mul(a, c)": "nobias gelu",
+    "p = Pow(c, three) q = Mul(p, cubic) a = Add(c, q) t = Mul(a, root) h = Tanh(t) "
+    "b = Add(one1, h) d = Mul(c, half) y = Mul(d, b)": "nobias gelu_tanh",
+    "s = Mul(c, c) p = Mul(s, c) q = Mul(cubic, p) a = Add(q, c) t = Mul(root, a) h = Tanh(t) "
+    "b = Add(h, one1) d = Mul(b, half) y = Mul(d, c)": "nobias gelu_tanh",
+    "s = Pow(c, two) q = Mul(cubic, s) f = Add(q, one1) g = Mul(root, c) t = Mul(g, f) h = Tanh(t) "
+    "b = Add(h, one1) d = Mul(b, c) y = Mul(d, half)": "nobias gelu_tanh",
+    "y = Mish(c)": "nobias mish",
+    "s = Softplus(c) t = Tanh(s) y = Mul(c, t)": "nobias mish",
+    "e = Exp(c) p = Add(e, one1) s = Log(p) t = Tanh(s) y = Mul(t, c)": "nobias mish",
+    "m = Mul(c, fifth) y = Max(m, c)": "nobias leaky_relu(0.2)",
+    "y = Max(c, zero)": "nobias clip(0,inf)",
+    "a = Relu(c) y = Min(a, six)": "nobias relu6",
+    "a = Relu(c) y = Clip(a, , six)": "nobias relu6",
+    "a = Max(c, nhalf) y = Min(half, a)": "nobias clip(-0.5,0.5)",
+    "a = Min(c, half) y = Max(nhalf, a)": "nobias clip(-0.5,0.5)",
     "lo = Constant<value_float=0.0>() hi = Constant<value=float {6.0}>() y = Clip(c, lo, hi)": "nobias relu6",
     "lo = Constant<value_float=-0.5>() y = Clip(c, lo)": "nobias clip(-0.5,inf)",
     "y = Clip(c, , half)": "nobias clip(-inf,0.5)",
@@ -184,9 +267,10 @@ FUSED = {
 
 @pytest.mark.parametrize("body", FUSED)
 def test_fused(body: str) -> None:
-    opset = 11 if "Unsqueeze" in body else 20
-    (entry,) = specs_from_onnx(graph(body, opset=opset))
-    assert entry.spec == ConvSpec.parse(f"conv2d ic4 oc4 i8x8 k3x3 p1 {FUSED[body]}")
+    source = graph(body)
+    (layer,) = layers_from_onnx(source, arrays=True)
+    assert layer.spec == ConvSpec.parse(f"conv2d ic4 oc4 i8x8 k3x3 p1 {FUSED[body]}")
+    same_numbers(source, layer)
 
 
 @pytest.mark.parametrize(

