@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .build import Kernel, build
     from .errors import ConvgenError
+    from .formats.keras import specs_from_keras
+    from .formats.pytorch import spec_from_torch
     from .library import Layer, Library, load
     from .onnx_reader import specs_from_onnx
     from .sources import SpecEntry, read_specs
@@ -40,6 +42,8 @@ __all__ = [
     "build",
     "load",
     "read_specs",
+    "spec_from_torch",
+    "specs_from_keras",
     "specs_from_onnx",
     "tune",
     "validate",
@@ -56,6 +60,8 @@ _MODULES = {
     "build": "build",
     "load": "library",
     "read_specs": "sources",
+    "spec_from_torch": "formats.pytorch",
+    "specs_from_keras": "formats.keras",
     "specs_from_onnx": "onnx_reader",
     "tune": "tune",
     "validate": "validate",

@@ -30,7 +30,7 @@ def python(script: str, *arguments: object, **options: object) -> str:
 
 
 def test_public_names() -> None:
-    assert len(PUBLIC) <= 14
+    assert len(PUBLIC) <= 16
     for name in PUBLIC:
         assert getattr(convgen, name) is not None
     assert set(dir(convgen)) >= PUBLIC
@@ -117,7 +117,7 @@ def test_the_wheel_is_one_package_with_all_its_parts(wheel: zipfile.ZipFile) -> 
     names = [name for name in wheel.namelist() if ".dist-info/" not in name]
     assert {PurePosixPath(name).parts[0] for name in names} == {"convgen"}
     expected = {"convgen/py.typed"}
-    for folder in ("convgen", "convgen/cli", "schedules", "targets"):
+    for folder in ("convgen", "convgen/cli", "convgen/formats", "schedules", "targets"):
         prefix = "" if folder.startswith("convgen") else "convgen/"
         expected |= {f"{prefix}{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     expected |= {f"convgen/runtime/{path.name}" for path in (ROOT / "convgen/runtime").glob("*.[ch]")}

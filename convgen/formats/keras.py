@@ -1,0 +1,402 @@
+"""Layers of Keras: the configuration dictionaries that a layer or model gives of itself.
+
+Keras is not imported: ``layer.get_config()``, ``keras.saving.serialize_keras_object(layer)`` and
+``model.to_json()``, of Keras 2 and 3, are plain values. Keys that are not needed are ignored, as
+every version adds some; missing ones have Keras's default where there is one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..activation import Activation
+from ..errors import SpecError, UnsupportedError
+from ..spec import ConvSpec
+
+_Config = Mapping[str, Any]
+_Shape = tuple[Any, ...]  # with the batch and in the layer's data format; None where a size is not known
+
+_CONVOLUTION = re.compile(r"(?:Conv|Convolution)[123]D(?:Transpose)?|(?:Depthwise|Separable)(?:Conv|Convolution)[12]D")
+_DTYPES = {
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "mixed_float16": "f16",
+    "mixed_bfloat16": "bf16",
+}
+_LAYOUTS = {"channels_last": "nhwc", "channels_first": "nchw"}
+
+#: Functions of keras.activations.
+_ACTIVATIONS = {
+    "linear": "none",
+    "relu": "relu",
+    "relu6": "relu6",
+    "leaky_relu": "leaky_relu(0.2)",
+    "hard_tanh": "clip(-1,1)",
+    "sigmoid": "sigmoid",
+    "hard_sigmoid": str(Activation("hardsigmoid", (1 / 6, 0.5))),
+    "tanh": "tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "hard_silu": "hardswish",
+    "hard_swish": "hardswish",
+    "elu": "elu",
+    "celu": "elu",  # the same where alpha is 1
+    "gelu": "gelu",
+    "mish": "mish",
+}
+
+
+def specs_from_keras(
+    config: _Config | str,
+    input_shape: Sequence[int | None] | None = None,
+    *,
+    class_name: str = "",
+    accuracy: str = "standard",
+) -> list[ConvSpec]:
+    """The convolutions of a Keras layer or model, in its order.
+
+    ``Conv1D…3D``, ``Conv1DTranspose…``, ``DepthwiseConv1D/2D`` (whose groups are the input channels)
+    and ``SeparableConv1D/2D``, as its depthwise part without bias and its pointwise part with bias and
+    activation. Other layers of a model are passed over. A spec's weights are Keras's kernel
+    ``[*k, ic/groups, oc]`` as ``[oc, ic/groups, *k]``, transposed ``[*k, oc, ic]`` as ``[ic, oc, *k]``,
+    depthwise ``[*k, ic, multiplier]`` as ``[ic * multiplier, 1, *k]``.
+
+    Args:
+        config: a layer or model as ``serialize_keras_object`` or ``to_json`` give it, as a dictionary
+            or as JSON text; or a ``get_config()``, with ``class_name``.
+        input_shape: of the layer, or of a Sequential model, in its data format; without a batch, or
+            with ``None`` for it, ``n`` is 1. Else what the configuration says of itself counts.
+        class_name: of the layer, such as ``"Conv2D"``, where ``config`` does not have it.
+        accuracy: as in :class:`ConvSpec`.
+
+    A mixed dtype policy gives the dtype it computes in. ``hard_sigmoid`` is Keras 3's unless the
+    configuration has a ``keras_version`` below 3, as ``to_json`` of Keras 2 writes.
+
+    Raises:
+        SpecError: a key is missing or wrong, or a shape is not known; names the layer.
+        UnsupportedError: an activation, dtype or wrapper that a spec cannot say; names the layer.
+    """
+    layer = _parse(config) if isinstance(config, str) else config
+    if class_name and isinstance(layer, Mapping):
+        layer = {**(layer if "config" in layer else {"config": layer}), "class_name": class_name}
+    if _layers(layer) is None and not _CONVOLUTION.fullmatch(_class(layer)):
+        raise SpecError("class_name", "a convolution, or a model of layers", _class(layer), _name(layer))
+    reader = _Reader(accuracy, _version(layer), [], input_shape is not None)
+    try:
+        reader.read(layer, None if input_shape is None else _sizes(input_shape))
+    except RecursionError:
+        raise SpecError("config", "models nested less deeply", "a deep one") from None
+    return reader.specs
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SpecError("config", "a dictionary or JSON", error) from error
+
+
+# ---- a configuration's parts ------------------------------------------------------------------
+
+
+def _class(layer: Any) -> str:
+    if not isinstance(layer, Mapping):
+        raise SpecError("config", "the dictionary of a layer", repr(layer))
+    name = layer.get("class_name")
+    if not isinstance(name, str):
+        raise SpecError("class_name", "the class of the layer", repr(name), _name(layer))
+    return name
+
+
+def _config(layer: _Config) -> _Config:
+    config = layer.get("config")
+    if not isinstance(config, Mapping):
+        raise SpecError("config", "the dictionary of a layer", repr(config), _name(layer))
+    return config
+
+
+def _name(layer: _Config) -> str:
+    """What a message calls a layer."""
+    config = layer.get("config", layer)
+    name = config.get("name") if isinstance(config, Mapping) else None
+    return f"layer {name}" if isinstance(name, str) else f"layer of class {layer.get('class_name')}"
+
+
+def _layers(layer: _Config) -> list[Any] | None:
+    """The layers of a model; None for a layer."""
+    config = layer.get("config") if isinstance(layer, Mapping) else None
+    layers = config.get("layers") if isinstance(config, Mapping) else config  # Keras 2.1's Sequential is a list
+    return layers if isinstance(layers, list) else None
+
+
+def _version(layer: Any) -> int:
+    """Keras's major version."""
+    text = layer.get("keras_version") if isinstance(layer, Mapping) else None
+    return int(text[0]) if isinstance(text, str) and text[:1].isdecimal() else 3
+
+
+def _sizes(value: Any) -> _Shape:
+    if not _is_shape(value):
+        raise SpecError("input_shape", "a list of sizes", repr(value))
+    return tuple(value)
+
+
+def _is_shape(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(size is None or hasattr(size, "__index__") for size in value)
+    )
+
+
+def _stated(layer: _Config) -> _Shape | None:
+    """The input shape that a layer or Sequential model says of itself."""
+    config, built = layer.get("config"), layer.get("build_config")
+    places = [(built, "input_shape"), (config, "batch_shape"), (config, "batch_input_shape")]
+    for place, key in [*places, (config, "build_input_shape")]:
+        if isinstance(place, Mapping) and _is_shape(place.get(key)):
+            return tuple(place[key])
+    return None
+
+
+def _with_batch(shape: _Shape, rank: int, where: str) -> _Shape:
+    if len(shape) not in (rank + 1, rank + 2):
+        raise SpecError("input_shape", f"{rank + 2} sizes, or {rank + 1} without the batch", list(shape), where)
+    return shape if len(shape) == rank + 2 else (None, *shape)
+
+
+def _rank(class_name: str) -> int:
+    """The spatial rank that a layer's name says: ``Conv2D``."""
+    (digit,) = re.findall(r"([123])D", class_name)
+    return int(digit)
+
+
+def _word(config: _Config, key: str, default: str, known: Sequence[str], where: str) -> str:
+    value = config.get(key) or default
+    if not isinstance(value, str) or value.lower() not in known:
+        raise SpecError(key, f"one of {', '.join(known)}", repr(value), where)
+    return value.lower()
+
+
+def _layout(config: _Config, where: str) -> str:
+    return _LAYOUTS[_word(config, "data_format", "channels_last", tuple(_LAYOUTS), where)]
+
+
+def _axes(config: _Config, key: str, default: Any, rank: int, where: str, *, minimum: int = 1) -> tuple[int, ...]:
+    """One integer for all axes, or one per axis."""
+    value = config.get(key)
+    value = default if value is None else value
+    values = [value] * rank if isinstance(value, int) else value
+    if not isinstance(values, Sequence) or len(values) != rank or not all(type(v) is int for v in values):
+        raise SpecError(key, f"an integer, or {rank} of them", "none" if value is None else repr(value), where)
+    if min(values) < minimum:
+        raise SpecError(key, f"at least {minimum}", repr(value), where)
+    return tuple(values)
+
+
+def _dtype(value: Any, where: str) -> str:
+    """The dtype computed in: a name, or a policy object with one."""
+    inner = value.get("config") if isinstance(value, Mapping) else None
+    name = inner.get("name") if isinstance(inner, Mapping) else value
+    if name is None:
+        return "f32"
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise UnsupportedError(f"{where}: dtype: expected one of {', '.join(_DTYPES)}, found {name!r}")
+    return _DTYPES[name]
+
+
+def _activation(value: Any, version: int, where: str) -> str:
+    """A spec's activation from a name, a function object or a layer object."""
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping) and isinstance(value.get("config"), Mapping):
+        return _activation_layer(_class(value), value["config"], version, where)
+    name = value.get("config") if isinstance(value, Mapping) else value
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise UnsupportedError(f"{where}: activation: expected one of {', '.join(_ACTIVATIONS)}, found {name!r}")
+    if name == "hard_sigmoid" and version < 3:
+        return "hardsigmoid(0.2,0.5)"
+    return _ACTIVATIONS[name]
+
+
+def _activation_layer(name: str, config: _Config, version: int, where: str) -> str:
+    def number(*keys: str, default: float) -> float:
+        value = next((config[key] for key in keys if config.get(key) is not None), default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise SpecError(keys[0], "a number", repr(value), where)
+        return float(value)
+
+    if name == "Activation":
+        return _activation(config.get("activation"), version, where)
+    if name == "LeakyReLU":
+        return str(Activation("leaky_relu", (number("negative_slope", "alpha", default=0.3),)))
+    if name == "ELU":
+        return str(Activation("elu", (number("alpha", default=1.0),)))
+    if name == "ReLU" and not number("threshold", default=0):
+        slope, top = number("negative_slope", default=0), number("max_value", default=float("inf"))
+        if top == float("inf"):
+            return str(Activation("leaky_relu", (slope,))) if slope else "relu"
+        if not slope:
+            return str(Activation("clip", (0.0, top)))
+    raise UnsupportedError(f"{where}: activation: expected Activation, ELU, LeakyReLU or a plain ReLU, found {name}")
+
+
+# ---- layers and models ------------------------------------------------------------------------
+
+_RESIZING = re.compile(r"(MaxPooling|AveragePooling|ZeroPadding|Cropping|UpSampling)[123]D")
+
+#: Layers whose output has the shape of their input.
+_KEEPING = re.compile(
+    "InputLayer|Activation|ReLU|LeakyReLU|PReLU|ELU|Softmax|Identity|Rescaling|(|Batch|Layer|Group|Unit)Normalization|"
+    "(|Alpha|Gaussian)Dropout|SpatialDropout[123]D|GaussianNoise|ActivityRegularization"
+)
+
+
+@dataclass
+class _Reader:
+    """Collects the convolutions of nested layers.
+
+    ``given``: the input's shape is the caller's, so what layers say of theirs does not count.
+    """
+
+    accuracy: str
+    version: int
+    specs: list[ConvSpec]
+    given: bool
+
+    def read(self, layer: _Config, shape: _Shape | None) -> _Shape | None:
+        """Add the convolutions of a layer or model that is fed ``shape``; the shape after it. None: not known."""
+        name, where, layers = _class(layer), _name(layer), _layers(layer)
+        if not self.given:
+            shape = _stated(layer) or shape
+        if layers is not None:
+            if name == "Sequential":
+                for inner in layers:
+                    shape = self.read(inner, shape)
+                return shape
+            if self.given:
+                raise SpecError("input_shape", "none for a model that is not Sequential", "one", where)
+            for inner in layers:
+                self.read(inner, None)
+            return None
+        config = _config(layer)
+        if _CONVOLUTION.fullmatch(name):
+            _check_origin(layer, where)
+            if shape is None:
+                raise SpecError("input_shape", "build_config.input_shape, or one given", "none", where)
+            return self._convolution(name, config, _with_batch(shape, _rank(name), where), where)
+        if _has_convolution(config.get("layer")):
+            raise UnsupportedError(f"{where}: expected no convolution within a {name}")
+        return None if shape is None else _after(name, config, shape, where)
+
+    def _convolution(self, name: str, config: _Config, shape: _Shape, where: str) -> _Shape:
+        rank, layout = _rank(name), _layout(config, where)
+        n, ic, *in_spatial = shape if layout == "nchw" else (shape[0], shape[-1], *shape[1:-1])
+        if None in (ic, *in_spatial):
+            raise SpecError("input_shape", "sizes, where only the batch may be None", list(shape), where)
+        fields: dict[str, Any] = {
+            "n": 1 if n is None else n,
+            "ic": ic,
+            "in_spatial": in_spatial,
+            "kernel": _axes(config, "kernel_size", None, rank, where),
+            "stride": _axes(config, "strides", 1, rank, where),
+            "dilation": _axes(config, "dilation_rate", 1, rank, where),
+        }
+        common = {"dtype": _dtype(config.get("dtype"), where), "layout": layout, "accuracy": self.accuracy}
+        activation = _activation(config.get("activation"), self.version, where)
+        epilogue = {"bias": config.get("use_bias", True), "activation": activation}
+        fields |= common | _padding(name, config, fields, where)
+
+        if name.startswith(("Depthwise", "Separable")):
+            (multiplier,) = _axes(config, "depth_multiplier", 1, 1, where)
+            fields |= {"oc": ic * multiplier, "groups": ic}
+        else:
+            (filters,) = _axes(config, "filters", None, 1, where)
+            fields |= {"oc": filters, "groups": config.get("groups", 1), "transposed": name.endswith("Transpose")}
+        if not name.startswith("Separable"):
+            self.specs.append(ConvSpec.from_dict(fields | epilogue, where))
+        else:
+            (filters,) = _axes(config, "filters", None, 1, where)
+            depthwise = ConvSpec.from_dict(fields | {"bias": False}, where)
+            point = {"n": depthwise.n, "ic": depthwise.oc, "oc": filters, "in_spatial": depthwise.out_spatial}
+            pointwise = ConvSpec.from_dict(point | common | epilogue | {"kernel": (1,) * rank}, where)
+            self.specs += [depthwise, pointwise]
+        return self.specs[-1].dst_shape
+
+
+def _check_origin(layer: _Config, where: str) -> None:
+    """Refuse a class of the user's that has the name of Keras's."""
+    module = layer.get("module")
+    if isinstance(module, str) and module.partition(".")[0] not in ("keras", "tf_keras", "tensorflow"):
+        raise UnsupportedError(f"{where}: module: expected a layer of Keras, found {module}")
+
+
+def _has_convolution(layer: Any) -> bool:
+    if not isinstance(layer, Mapping):
+        return False
+    if _CONVOLUTION.fullmatch(_class(layer)):
+        return True
+    return any(map(_has_convolution, _layers(layer) or [_config(layer).get("layer")]))
+
+
+def _padding(name: str, config: _Config, fields: _Config, where: str) -> dict[str, Any]:
+    """Fields of ConvSpec for ``padding``, given its sizes.
+
+    A transposed convolution is the gradient of one whose padding is computed from the output's size,
+    which is that of Keras's ``compute_conv_transpose_output_shape``; the smaller half is cropped first.
+    """
+    axes = list(zip(*(fields[key] for key in ("in_spatial", "kernel", "stride", "dilation")), strict=True))
+    rank, windows = len(axes), [(kernel - 1) * dilation + 1 for _, kernel, _, dilation in axes]
+    if not name.endswith("Transpose"):
+        causal = ("causal",) if rank == 1 else ()
+        word = _word(config, "padding", "valid", ("valid", "same", *causal), where)
+        return {"padding": [(windows[0] - 1, 0)] if word == "causal" else word}
+
+    same = _word(config, "padding", "valid", ("valid", "same"), where) == "same"
+    extras: Sequence[int | None] = (None,) * rank
+    if config.get("output_padding") is not None:
+        extras = _axes(config, "output_padding", None, rank, where, minimum=0)
+    sizes = []
+    for (size, _, stride, _), window, extra in zip(axes, windows, extras, strict=True):
+        if extra is None:
+            reach = stride if same else max(window, stride)
+        elif extra < stride:
+            reach = extra + (window % 2 if same else window)
+        else:
+            raise SpecError("output_padding", f"less than strides = {stride}", extra, where)
+        sizes.append((size - 1) * stride + reach)
+    return {"padding": "same", "output_spatial": sizes}
+
+
+def _after(name: str, config: _Config, shape: _Shape, where: str) -> _Shape | None:
+    """The shape after a layer that is no convolution; None where that is not known."""
+    if _KEEPING.fullmatch(name):
+        return shape
+    if not _RESIZING.fullmatch(name):
+        return None
+    rank = _rank(name)
+    shape, kind = _with_batch(shape, rank, where), name[:-2]
+    first = 2 if _layout(config, where) == "nchw" else 1
+    spatial = shape[first : first + rank]
+    if kind == "UpSampling":
+        factors = _axes(config, "size", 2, rank, where)
+        sizes = [size and size * factor for size, factor in zip(spatial, factors, strict=True)]
+    elif kind.endswith("Pooling"):
+        windows = _axes(config, "pool_size", 2, rank, where)
+        strides = _axes(config, "strides", windows, rank, where)
+        if _word(config, "padding", "valid", ("valid", "same"), where) == "same":
+            windows = (1,) * rank
+        sizes = [size and (size - w) // s + 1 for size, w, s in zip(spatial, windows, strides, strict=True)]
+    else:
+        sign, key = (1, "padding") if kind == "ZeroPadding" else (-1, "cropping")
+        pairs = [config.get(key)] if rank == 1 else config.get(key)
+        if not isinstance(pairs, Sequence) or len(pairs) != rank:
+            raise SpecError(key, f"{rank} (begin, end) pairs", repr(pairs), where)
+        amounts = [sum(_axes({key: pair}, key, None, 2, where, minimum=0)) for pair in pairs]
+        sizes = [size and size + sign * amount for size, amount in zip(spatial, amounts, strict=True)]
+    return (*shape[:first], *sizes, *shape[first + rank :])

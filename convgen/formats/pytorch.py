@@ -1,0 +1,227 @@
+"""Layers of PyTorch: a convolution module, alone or in a ``Sequential`` with what follows it.
+
+PyTorch is not imported here: whoever has a module has it. A module is known by the class that
+defines its ``forward``, so that a subclass with another one is refused instead of misread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..activation import Activation
+from ..dtypes import narrow
+from ..errors import SpecError, UnsupportedError
+from ..spec import ConvSpec
+
+F64 = npt.NDArray[np.float64]
+
+#: Class in torch.nn.modules -> (rank, transposed).
+_CONVOLUTIONS = {
+    f"conv.{operator}{rank}d": (rank, operator == "ConvTranspose")
+    for operator in ("Conv", "ConvTranspose")
+    for rank in (1, 2, 3)
+}
+_NORMS = ("batchnorm._BatchNorm", "batchnorm.SyncBatchNorm")
+_ACTIVATIONS: dict[str, Callable[[Any], Activation]] = {
+    "activation.ReLU": lambda m: Activation("relu"),
+    "activation.LeakyReLU": lambda m: Activation("leaky_relu", (m.negative_slope,)),
+    "activation.PReLU": lambda m: Activation("prelu"),
+    "activation.Hardtanh": lambda m: Activation("clip", (m.min_val, m.max_val)),  # ReLU6 too
+    "activation.Sigmoid": lambda m: Activation("sigmoid"),
+    "activation.Tanh": lambda m: Activation("tanh"),
+    "activation.SiLU": lambda m: Activation("silu"),
+    "activation.Hardswish": lambda m: Activation("hardswish"),
+    "activation.Hardsigmoid": lambda m: Activation("hardsigmoid", (1 / 6, 0.5)),
+    "activation.ELU": lambda m: Activation("elu", (m.alpha,)),
+    "activation.GELU": lambda m: Activation("gelu_tanh" if m.approximate == "tanh" else "gelu"),
+    "activation.Mish": lambda m: Activation("mish"),
+}
+_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+def spec_from_torch(
+    module: Any, input_shape: Sequence[int], *, accuracy: str = "standard", layout: str = "nchw"
+) -> ConvSpec:
+    """The layer that a module of ``torch.nn`` computes in eval mode.
+
+    Args:
+        module: ``Conv1d…3d`` or ``ConvTranspose1d…3d``, lazy ones included, or a ``Sequential``,
+            nested at will, of one, then BatchNorm, then an activation. BatchNorm becomes part of
+            weights and bias, as :func:`arrays_from_torch` gives them; Identity and Dropout count
+            for nothing. Of hooks only those of ``torch.nn.utils`` are known.
+        input_shape: ``(n, channels, *sizes)`` whatever the memory format, or without ``n``: one image.
+        accuracy: as in :class:`ConvSpec`.
+        layout: the memory format of input and output: ``"nhwc"`` is torch's channels_last.
+
+    Raises:
+        SpecError: the input's shape is not the module's; names the field.
+        UnsupportedError: a module, padding mode or dtype that a spec cannot say; names its place.
+    """
+    chain = _chain(module)
+    conv, where = chain.conv, chain.where
+    rank, transposed = _CONVOLUTIONS[_kind(conv)]
+    if not isinstance(input_shape, Sequence) or len(input_shape) not in (rank + 1, rank + 2):
+        raise SpecError("input_shape", f"(n, channels, {rank} sizes), or without n", repr(input_shape), where)
+    n, channels, *in_spatial = input_shape if len(input_shape) == rank + 2 else (1, *input_shape)
+    if channels != conv.in_channels and not _is_lazy(conv.weight):
+        raise SpecError("input_shape", f"in_channels = {conv.in_channels}", f"{channels} channels", where)
+    return ConvSpec(
+        n=n,
+        ic=channels,
+        oc=conv.out_channels,
+        in_spatial=tuple(in_spatial),
+        kernel=conv.kernel_size,
+        stride=conv.stride,
+        padding=conv.padding,  # "same" at stride 1, where it is ONNX's SAME_UPPER
+        dilation=conv.dilation,
+        groups=conv.groups,
+        transposed=transposed,
+        output_padding=conv.output_padding,  # zeros unless transposed
+        bias=conv.bias is not None or bool(chain.norms),
+        activation=chain.activation,
+        accuracy=accuracy,
+        dtype=_dtype(chain),
+        layout=layout,
+    )
+
+
+def arrays_from_torch(module: Any) -> dict[str, npt.NDArray[Any]]:
+    """What ``kernel.bind`` takes, by name: ``weights``, ``bias`` and ``slope`` where the layer has them.
+
+    BatchNorm is folded in float64; the arrays have the dtype of the convolution's weights.
+
+    Args:
+        module: as in :func:`spec_from_torch`.
+
+    Raises:
+        SpecError: a parameter has no values yet (lazy modules, the meta device).
+        UnsupportedError: as in :func:`spec_from_torch`.
+    """
+    chain = _chain(module)
+    conv, where = chain.conv, chain.where
+    for hook in getattr(conv, "_forward_pre_hooks", {}).values():
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            hook(conv, ())  # weight_norm and the like: makes the weight of its parts, as a call would
+
+    weights = _values("weight", conv.weight, where)
+    arrays = {"weights": weights}
+    if conv.bias is not None or chain.norms:
+        arrays["bias"] = np.zeros(conv.out_channels) if conv.bias is None else _values("bias", conv.bias, where)
+    for norm in chain.norms:
+        mean, variance = (_values(name, getattr(norm, name), where) for name in ("running_mean", "running_var"))
+        scale = 1 / np.sqrt(variance + norm.eps)
+        if norm.weight is not None:
+            scale *= _values("weight", norm.weight, where)
+        arrays["weights"] = _scaled(conv, arrays["weights"], scale)
+        arrays["bias"] = (arrays["bias"] - mean) * scale
+        if norm.bias is not None:
+            arrays["bias"] += _values("bias", norm.bias, where)
+    if chain.slope is not None:
+        arrays["slope"] = np.resize(_values("weight", chain.slope, where), conv.out_channels)
+    return {name: narrow(array, _dtype(chain)) for name, array in arrays.items()}
+
+
+@dataclass
+class _Chain:
+    """A convolution and what follows it, in this order."""
+
+    conv: Any
+    where: str
+    norms: list[Any]
+    activation: str = "none"
+    slope: Any = None
+
+
+def _chain(module: Any) -> _Chain:
+    chain: _Chain | None = None
+    for place, part in _flat(module):
+        kind, where = _kind(part), f"{place} ({type(part).__name__})" if place else type(part).__name__
+        if kind.startswith("dropout.") and part.training and part.p:
+            raise UnsupportedError(f"{where}: expected eval mode, found training mode")
+        if kind.startswith("dropout.") or kind == "linear.Identity":
+            continue
+        if chain is None:
+            if kind not in _CONVOLUTIONS:
+                raise UnsupportedError(f"{where}: expected a convolution of torch.nn with its own forward")
+            if part.padding_mode != "zeros":
+                raise UnsupportedError(f"{where}: padding_mode: expected 'zeros', found {part.padding_mode!r}")
+            chain = _Chain(part, where, [])
+        elif chain.activation != "none":
+            raise UnsupportedError(f"{where}: expected nothing after the activation {chain.activation}")
+        elif kind in _NORMS:
+            if part.training or part.running_mean is None:
+                raise UnsupportedError(f"{where}: expected statistics kept by eval mode, found those of each batch")
+            _check_channels("num_features", part.num_features, part.running_mean, chain, where)
+            chain.norms.append(part)
+        elif kind in _ACTIVATIONS:
+            chain.activation = str(_ACTIVATIONS[kind](part))
+            if chain.activation == "prelu":
+                if part.num_parameters != 1:
+                    _check_channels("num_parameters", part.num_parameters, part.weight, chain, where)
+                chain.slope = part.weight
+        else:
+            known = ", ".join(name.rpartition(".")[2] for name in _ACTIVATIONS)
+            raise UnsupportedError(f"{where}: expected BatchNorm or one of {known}")
+    if chain is None:
+        raise SpecError("module", "a convolution of torch.nn", "none in it", type(module).__name__)
+    return chain
+
+
+def _dtype(chain: _Chain) -> str:
+    name = str(chain.conv.weight.dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise UnsupportedError(f"{chain.where}: dtype: expected one of {', '.join(_DTYPES)}, found {name}")
+    return _DTYPES[name]
+
+
+def _flat(module: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """The modules of nested Sequentials in order, with their places such as ``0.1``."""
+    if _kind(module) != "container.Sequential":
+        yield place, module
+        return
+    for name, child in module._modules.items():
+        yield from _flat(child, f"{place}.{name}" if place else name)
+
+
+def _kind(module: Any) -> str:
+    """The class in torch.nn.modules whose ``forward`` the module runs, such as ``conv.Conv2d``; else ``""``."""
+    if "forward" in getattr(module, "__dict__", {}):  # replaced on the instance
+        return ""
+    classes = type(module).__mro__
+    owners = [cls for cls in classes if {"forward", "_conv_forward"} & set(vars(cls))]
+    if not owners or "forward" not in vars(owners[0]):  # Conv*d.forward is little but its _conv_forward
+        return ""
+    prefix, name = "torch.nn.modules.", f"{owners[0].__module__}.{owners[0].__qualname__}"
+    return name.removeprefix(prefix) if name.startswith(prefix) else ""
+
+
+def _check_channels(field: str, found: int, parameter: Any, chain: _Chain, where: str) -> None:
+    if found != chain.conv.out_channels and not _is_lazy(parameter):
+        raise SpecError(field, f"out_channels = {chain.conv.out_channels}", found, where)
+
+
+def _is_lazy(parameter: Any) -> bool:
+    """Whether a parameter has no shape yet."""
+    return hasattr(parameter, "materialize")
+
+
+def _values(name: str, parameter: Any, where: str) -> F64:
+    if _is_lazy(parameter) or parameter.is_meta:
+        raise SpecError(name, "a parameter with values", "one without", where)
+    return np.asarray(parameter.detach().cpu().double())
+
+
+def _scaled(conv: Any, weights: F64, scale: F64) -> F64:
+    """Weights whose output channels are multiplied by ``scale`` ``[oc]``."""
+    shape = weights.shape
+    if not _CONVOLUTIONS[_kind(conv)][1]:
+        return weights * scale.reshape(-1, *(1,) * (len(shape) - 1))
+    groups = conv.groups  # [ic, oc/groups, *kernel]
+    split = weights.reshape(groups, shape[0] // groups, *shape[1:])
+    by_group = scale.reshape(groups, 1, shape[1], *(1,) * (len(shape) - 2))
+    return (split * by_group).reshape(shape)
