@@ -41,7 +41,7 @@ class CpuDirect(Schedule):
         rows, width = _output(spec)
         per_group = spec.oc // spec.groups
         tiles = [lanes * v for v in (1, 2, 3, 4) if v == 1 or lanes * (v - 1) < per_group]
-        widths = {w for w in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16, 20, 24, 28) if w <= width}
+        widths = {w for w in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16, 17, 20, 24, 25, 28) if w <= width}
         return Space(
             tile_oc=[t for t in tiles if spec.groups == 1 or per_group % t == 0],
             tile_oh=[h for h in (1, 2, 4) if h <= rows],
@@ -63,9 +63,13 @@ class CpuDirect(Schedule):
         lanes = target.lanes
         rows, width = _output(spec)
         space = self.space(spec, target).domains
-        vectors = 2 if 2 * lanes in space["tile_oc"] else 1
+        # What a tile computes in all, and the loads around it; two vectors of channels where that is equal.
+        shapes = [(v, w) for v in (2, 1) if v * lanes in space["tile_oc"] for w in space["tile_ow"]]
+        vectors, tile_ow = min(
+            ((v, w) for v, w in shapes if w <= target.most_pixels(v)),
+            key=lambda vw: (round_up(width, vw[1]) * round_up(spec.oc, vw[0] * lanes) * (1 + 2 / math.prod(vw)), -vw[0]),
+        )
         room = target.most_pixels(vectors)
-        tile_ow = min((w for w in space["tile_ow"] if w <= room), key=lambda w: (round_up(width, w) / w * (w + 2), -w))
         tile_oh = max(h for h in space["tile_oh"] if h * tile_ow <= room and (h == 1 or rows % h == 0))
         base = Picks(
             tile_oc=vectors * lanes, tile_oh=tile_oh, tile_ow=tile_ow, block=tile_oh, order="oc", parallel_oc=1
