@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import specs
 
-from convgen.errors import SpecError
-from convgen.sources import SpecEntry, dump_specs, merge, read_specs
+from convgen.errors import SpecError, UnsupportedError
+from convgen.formats import plain
+from convgen.sources import FORMS, SpecEntry, dump_specs, format_specs, merge, read_specs, write_text
 from convgen.spec import ConvSpec
 
 PROBLEMS = Path(__file__).parents[1] / "bench" / "problems"
@@ -142,6 +144,95 @@ def test_merge() -> None:
     ]
 
 
+# ---- other notations --------------------------------------------------------------------------
+
+BENCHDNN = "mb1ic4oc8ih8kh3ph1"
+MIOPEN = "./bin/MIOpenDriver conv -n 1 -c 4 -k 8 -H 8 -W 8 -p 1 -q 1 -b 1"
+
+
+@pytest.mark.parametrize("line", [f"--attr-post-ops=relu {BENCHDNN}", f"--dir=FWD_B {BENCHDNN}", BENCHDNN, MIOPEN])
+def test_a_line_of_another_notation(line: str) -> None:
+    activation = "relu" if "relu" in line else "none"
+    assert read_specs(line) == [SpecEntry(ONE.with_(activation=activation))]
+
+
+@pytest.mark.parametrize("name", ["mixed.txt", "mixed.in", "mixed"])
+def test_a_text_file_of_several_notations(name: str, tmp_path: Path) -> None:
+    text = f'--attr-post-ops=relu\n{BENCHDNN}_n"a"  # first\n{ONE}\n{MIOPEN}\n{BENCHDNN}n"b#c*2"\n'
+    entries = read_specs(write(tmp_path, name, text))
+    assert entries == [SpecEntry(ONE, 4, ("a", "b#c")), SpecEntry(ONE.with_(activation="none"))]
+
+
+def test_a_log_has_other_lines(tmp_path: Path) -> None:
+    prefix = "MIOpen(HIP): Command [LogCmdConvolution] "
+    text = f"epoch 1\n{prefix}{MIOPEN}\nMIOpen(HIP): Info [Find] done\n{prefix}./bin/MIOpenDriver bnorm -n 1\n"
+    assert read_specs(write(tmp_path, "train.log", text)) == [SpecEntry(ONE.with_(activation="none"))]
+
+
+def test_a_long_command_goes_on_in_the_next_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "run.sh.txt", MIOPEN.replace(" -k", " \\\n  -k").replace(" -q", "\\\n -q") + " \\")
+    assert read_specs(path) == [SpecEntry(ONE.with_(activation="none"))]
+
+
+def test_what_cannot_be_served_is_left_out_where_that_is_wanted(tmp_path: Path) -> None:
+    path = write(tmp_path, "train.txt", f"{MIOPEN} -F 4\n{MIOPEN} -F 1\n--dir=BWD_D,FWD_B {BENCHDNN}\nconv2d ic4\n")
+    with pytest.raises(UnsupportedError, match=r"train.txt: line 1: forw: expected 0"):
+        read_specs(path)
+    skipped: list[str] = []
+    assert read_specs(path, skipped=skipped) == [SpecEntry(ONE.with_(activation="none"), 2)]
+    assert [reason.removeprefix(f"{path}: ").partition(": expected")[0] for reason in skipped] == [
+        "line 1: forw",
+        "line 3: --dir",
+        "line 4: oc",
+    ]
+
+
+def test_keras_configuration(tmp_path: Path) -> None:
+    layer = {
+        "class_name": "Conv2D",
+        "config": {"name": "c", "filters": 8, "kernel_size": [3, 3], "padding": "same", "activation": "relu"},
+        "build_config": {"input_shape": [None, 8, 8, 4]},
+    }
+    assert read_specs(write(tmp_path, "layer.json", json.dumps(layer))) == [SpecEntry(ONE.with_(layout="nhwc"))]
+    del layer["build_config"]
+    with pytest.raises(SpecError, match=r"layer.json: .*input_shape: expected"):
+        read_specs(write(tmp_path, "layer.json", json.dumps(layer)))
+    layer["config"] = {"filters": 8, "kernel_size": 3, "activation": "softmax"}
+    layer["build_config"] = {"input_shape": [None, 8, 8, 4]}
+    with pytest.raises((SpecError, UnsupportedError), match=r"layer.json: .*activation: expected"):
+        read_specs(write(tmp_path, "layer.json", json.dumps(layer)))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    entries=st.lists(
+        st.builds(SpecEntry, specs().map(lambda spec: plain(spec.with_(accuracy="standard"))), st.integers(1, 3)),
+        min_size=1,
+        max_size=3,
+        unique_by=lambda entry: entry.spec,
+    ),
+    form=st.sampled_from(FORMS),
+)
+def test_every_form_reads_back(entries: list[SpecEntry], form: str, tmp_path: Path) -> None:
+    skipped: list[str] = []
+    text = format_specs(entries, form, skipped)
+    assert form == "miopen" or not skipped
+    if text:
+        found = read_specs(write(tmp_path, f"layers.{form if form in ('toml', 'yaml', 'json') else 'txt'}", text))
+        assert len(found) + len(skipped) == len(entries)
+        assert all(entry in entries for entry in found)
+
+
+def test_a_layer_that_a_form_cannot_say() -> None:
+    entries = [SpecEntry(TWO), SpecEntry(ONE, 1, ("stem",))]
+    with pytest.raises(UnsupportedError, match=r"^layer 1: in_spatial: expected 2 or 3 sizes"):
+        format_specs(entries, "miopen")
+    with pytest.raises(UnsupportedError, match=r"^layer 1 \(stem\): activation: expected what MIOpenDriver can say"):
+        format_specs(entries[1:], "miopen")
+    with pytest.raises(SpecError, match="layer 1: count: expected at most"):
+        format_specs([SpecEntry(TWO, 10**9)], "descriptors")
+
+
 # ---- a descriptor or a path -------------------------------------------------------------------
 
 
@@ -178,7 +269,7 @@ def test_wrong_descriptor_with_a_dot_is_a_descriptor() -> None:
     ("name", "content", "message"),
     [
         ("f.toml", b"", "file: expected some content, found an empty file"),
-        ("f.onnx", b"", "file: expected some content, found an empty file"),
+        ("f.onnx", b"", "file: expected .* content, found an empty"),
         ("f.onnx", b"not a model at all", "file: expected an ONNX model, found"),
         ("f.txt", b"# nothing\n\n", "layers: expected a list of layers, found an empty one"),
         ("f.json", b'{"ic": "\xff"}', "file: expected UTF-8 text, found byte 0xff at 8"),
@@ -231,8 +322,13 @@ def test_wrong_descriptor_with_a_dot_is_a_descriptor() -> None:
             r"layer 1: n: expected no other field \(nor defaults\) beside spec",
         ),
         ("f.txt", b"conv1d ic1 oc1 i4 k1\nconv1d ic1 k1\n", "f.txt: line 2: oc: expected a token"),
-        ("f.cfg", b"x", "file: expected a file that ends in .toml, .yaml, .yml, .json, .txt, .onnx, found .cfg"),
-        ("plain", b"x", "file: expected a file that ends in .*, found no suffix"),
+        ("f.cfg", b"\n\nx\n", "f.cfg: line 3: operator: expected one of conv1d, .*, a MIOpenDriver command, found 'x'"),
+        ("shapes_plain", b"ic4oc4ih5kh1\nic4oc4ih5\n", "shapes_plain: line 2: kh: expected a size of 1 or more"),
+        ("f.log", b"nothing\nto see here\n", "f.log: layers: expected a list of layers, found an empty one"),
+        ("f.log", b"time\n./bin/MIOpenDriver conv -n x\n", "f.log: line 2: batchsize: expected an integer"),
+        ("f.txt", b"--dir=FWD_D\n", "f.txt: layers: expected a list of layers, found an empty one"),
+        ("f.txt", b"./bin/MIOpenDriver conv -n 1 \\\n  --frob 1\n", "f.txt: line 1: --frob: expected a flag"),
+        ("f.json", b'{"class_name": "Conv2D", "config": {}}', "f.json: .*expected"),
     ],
 )
 def test_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -269,6 +365,25 @@ def test_dump_refuses(tmp_path: Path) -> None:
         dump_specs([SpecEntry(ONE)], tmp_path / "x.onnx")
     with pytest.raises(SpecError, match="file: expected a file that can be written"):
         dump_specs([SpecEntry(ONE)], tmp_path / "no" / "x.json")
+
+
+def test_what_is_written_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out.txt"
+    write_text("old\n", path)
+    path.chmod(0o640)
+    (tmp_path / "link").symlink_to(path)
+    write_text("new\n", tmp_path / "link")
+    assert path.read_text() == "new\n"
+    assert path.stat().st_mode & 0o777 == 0o640
+    with pytest.raises(UnicodeEncodeError):
+        write_text("\ud800", path)
+    assert path.read_text() == "new\n"
+    with pytest.raises(OSError, match="No such file") as caught:
+        write_text("", tmp_path / "no" / "out.txt")
+    assert caught.value.filename == str(tmp_path / "no" / "out.txt")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "out.txt"]
+    write_text("gone", Path(os.devnull))
+    assert not Path(os.devnull).is_file()
 
 
 def test_reading_a_descriptor_imports_nothing_heavy() -> None:

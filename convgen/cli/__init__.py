@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import click
 
 from ..errors import ConvgenError, ExportError, Inapplicable, RecordError, SpecError, UnsupportedError
-from . import bench, generate, records, show
+from . import bench, convert, fuzz, generate, records, show
 from .common import FAILED, INTERRUPTED, SPEC_HELP, TROUBLE, WRONG
 
 _STATUS = """\
@@ -43,8 +43,10 @@ for command in (
     generate.build,
     generate.tune,
     generate.validate,
+    fuzz.fuzz,
     bench.bench,
     show.show,
+    convert.convert,
     records.records,
     show.targets,
     show.schedules,

@@ -18,6 +18,7 @@ that is silent, ``conv/conv_aux.cpp``, ``deconv/deconv_aux.cpp``, ``common.cpp``
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -132,11 +133,11 @@ class Reader:
     def _batch(self, name: str, where: str) -> Iterator[Outcome]:
         """The problems of another file: beside the one that names it, or beside that one's, and so on."""
         folders = [file.parent for file in reversed(self._files)] or [Path()]
-        path = next((folder / name for folder in folders if (folder / name).is_file()), folders[0] / name)
-        if len(self._files) > DEPTH or any(path.resolve() == file.resolve() for file in self._files):
+        path = next((path for folder in folders if os.path.isfile(path := folder / name)), None)
+        if path is None:
+            raise SpecError("--batch", "an existing file", name[:80], where)
+        if len(self._files) > DEPTH or any(path.samefile(file) for file in self._files):
             raise SpecError("--batch", f"a file that does not include itself, at most {DEPTH} deep", name, where)
-        if not path.is_file():
-            raise SpecError("--batch", "an existing file", name, where)
         self._files.append(path)
         for place, line in self._lines(path):
             yield from self.read(line, place)

@@ -1,0 +1,71 @@
+"""``convgen convert``: from whatever describes layers to any textual form."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from ..errors import SpecError
+from ..sources import FORMS, SUFFIXES, format_specs, read_specs, write_text
+from .common import emit, json_option, layers_argument, note, tidy
+
+#: Reasons printed of those why layers were left out; --json gives all.
+REASONS = 20
+
+
+@click.command(short_help="Write layers in another notation.")
+@layers_argument
+@click.option("-o", "--output", required=True, metavar="FILE", type=click.Path(allow_dash=True), help="- is stdout.")
+@click.option("--to", "form", type=click.Choice(FORMS), help="The form.  [default: by FILE's suffix; descriptors]")
+@click.option("--skip", is_flag=True, help="Leave out layers that cannot be read or written, and say which.")
+@json_option
+def convert(
+    spec: tuple[str, ...], dims: dict[str, int], output: str, form: str | None, skip: bool, as_json: bool
+) -> None:
+    """Write layers in another notation.
+
+    \b
+    descriptors  conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1    .txt
+    benchdnn     --conv ... mb1_g1ic64oc64_ih56oh56kh3...     oneDNN's
+    miopen       ./bin/MIOpenDriver conv -n 1 -c 64 ...       AMD's
+    toml yaml json                                            .toml .yaml .yml .json
+
+    benchdnn and the last three keep names and counts; descriptors and miopen have a line for each time
+    a layer occurs. Where benchdnn and miopen have no word for padding or output padding at the end,
+    they say the same layer in the way they can. A field that a form cannot say is an error, and nothing
+    is written; with --skip the other layers are, and the exit status is 0.
+
+    \b
+    A line that begins with -- comes after one:
+      convgen convert -o - -- --deconv ic3ih8oc4kh3
+    """  # noqa: D301 - click's mark for a paragraph that is not to be wrapped
+    source, path = " ".join(spec), Path(output)
+    to_stdout = output == "-"
+    form = form or ("descriptors" if to_stdout else SUFFIXES.get(path.suffix.lower()))
+    if form is None:
+        raise click.UsageError(f"the suffix of {output} says no form: give --to")
+    if to_stdout and as_json:
+        raise click.UsageError("--json needs -o FILE: layers and report would both go to standard output")
+    if path.exists() and os.path.exists(source) and path.samefile(source):
+        raise click.UsageError(f"{output} is what is read: give another -o")
+    skipped: list[str] | None = [] if skip else None
+    entries = read_specs(source, dims or None, skipped)
+    unread = len(skipped or ())
+    text = format_specs(entries, form, skipped)
+    written = len(entries) - len(skipped or ()) + unread
+    for reason in (skipped or ())[:REASONS]:
+        note(f"left out: {reason}")
+    if skipped and len(skipped) > REASONS:
+        note(f"left out: {len(skipped) - REASONS} more")
+    if not written:
+        raise SpecError("layers", f"one that can be written as {form}", "none", source)
+    if to_stdout:
+        click.echo(text, nl=False)
+        return
+    write_text(text, path)
+    if as_json:
+        emit({"output": output, "form": form, "layers": written, "skipped": skipped or []})
+    else:
+        click.echo(f"{written} different layer{'s' * (written != 1)} in {tidy(path)} as {form}")
