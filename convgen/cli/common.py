@@ -30,9 +30,9 @@ A SPEC is one line, quoted or not, such as
 operator: conv1d conv2d conv3d convtranspose1d convtranspose2d convtranspose3d
 tokens:   n ic oc  g (groups)  i (input size)  k (kernel)  s (stride)  d (dilation)
           p (padding: p1x1, begin_end p0_1x0_1, same, same_lower, valid)
-          op (output padding)  nobias  residual  nhwc  strict or relaxed
+          op (output padding)  nobias  residual  nhwc  f16 or bf16  strict or relaxed
           an activation: relu relu6 leaky_relu(0.1) prelu clip(0,6) sigmoid tanh
-          silu hardswish hardsigmoid elu gelu gelu_tanh
+          silu mish hardswish hardsigmoid elu gelu gelu_tanh
 """
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -120,14 +120,17 @@ budget_options = _grouped(
         "--seconds", type=click.FloatRange(min=0), metavar="S", help="Tuning time in all, shared among the layers."
     ),
 )
+
+
+def schedule_option(meaning: str) -> Callable[[Command], Command]:
+    """``--schedule``, which means this to the command."""
+    return click.option(
+        "--schedule", callback=_check_schedule, shell_complete=_complete_schedule, metavar="ID", help=meaning
+    )
+
+
 candidate_options = _grouped(
-    click.option(
-        "--schedule",
-        callback=_check_schedule,
-        shell_complete=_complete_schedule,
-        metavar="ID",
-        help="Use this schedule, not the best record or default.",
-    ),
+    schedule_option("Use this schedule, not the best record or default."),
     click.option("--picks", metavar="TEXT", help='Its picks, as "tile_oc=32 tile_ow=14".  [default: its own]'),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import RecordError
 from .common import (
     TROUBLE,
     duration,
@@ -192,11 +191,12 @@ def recover(damaged: Path, into: Path, as_json: bool) -> None:
     """Save what can be read of a DAMAGED store INTO another one."""
     from ..records import RecordStore
 
-    if not damaged.exists():
-        raise RecordError(f"{damaged}: no such file")
     found = RecordStore.recover(damaged, into)
     text = f"{found.saved} records saved in {tidy(into)}, {found.lost} lost"
-    _say({"saved": found.saved, "lost": found.lost, "into": str(into)}, text, as_json)
+    if found.missing_pages:
+        text += f"; {found.missing_pages} pages of the file are missing: there may have been more"
+    document = {"saved": found.saved, "lost": found.lost, "missing_pages": found.missing_pages, "into": str(into)}
+    _say(document, text, as_json)
 
 
 def _say(document: dict[str, Any], text: str, as_json: bool) -> None:

@@ -1,0 +1,136 @@
+"""``convgen fuzz``: random layers and candidates through the full validation."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from .common import FAILED, INTERRUPTED, OK, duration, emit, json_option, note, schedule_option, table, target_option
+from .view import LOG_SECONDS
+
+if TYPE_CHECKING:
+    from collections import Counter
+
+    from ..fuzz import Finding, Summary
+
+#: Seconds of a run that neither --seconds nor --specs ends.
+SECONDS = 60.0
+
+
+@click.command(short_help="Check random layers and candidates; shrink what fails.")
+@click.option("--seconds", type=click.FloatRange(min=0), metavar="S", help="How long.  [default: 60, without --specs]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is drawn.")
+@click.option(
+    "--start", type=click.IntRange(min=0), default=0, show_default=True, help="The seed's first spec to check."
+)
+@click.option("--specs", type=click.IntRange(min=1), metavar="N", help="How many specs.")
+@target_option
+@click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads of a kernel.  [default: drawn]")
+@schedule_option("Draw candidates of this schedule only.")
+@click.option(
+    "--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Candidates checked at once."
+)
+@json_option
+def fuzz(
+    seconds: float | None,
+    seed: int,
+    start: int,
+    specs: int | None,
+    target: str,
+    threads: int | None,
+    schedule: str | None,
+    workers: int,
+    as_json: bool,
+) -> int:
+    """Check random layers and candidates as validate does; shrink what fails.
+
+    Small layers of every kind, mostly with sizes one off a schedule's tiles. Each is built as the
+    default, and with random picks of schedules that apply. What fails, crashes or hangs is made as
+    simple as it can be while it still fails in the same way, and printed as the command that repeats
+    it. A spec and its candidates depend on --seed and its number, not on the time: to see one again,
+    use --start and --specs 1.
+
+    The exit status is 1 where anything was found. Ctrl-C ends the run with what was found so far.
+    """
+    from ..fuzz import Fuzzer
+
+    if seconds is None and specs is None:
+        seconds = SECONDS
+    fuzzer = Fuzzer(seed, target, threads=threads, schedule=schedule, workers=workers)
+    with _progress() as show:
+        summary = fuzzer.run(seconds=seconds, specs=specs, start=start, progress=show)
+    if as_json:
+        emit(summary.to_dict())
+    else:
+        click.echo(_text(summary))
+    if summary.interrupted:
+        note("convgen: interrupted")
+    if summary.findings:
+        return FAILED
+    return INTERRUPTED if summary.interrupted else OK
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Summary], None]]:
+    """What shows how far a run is: a line on a terminal, log lines anywhere else."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        with Console(stderr=True, highlight=False).status("") as status:
+            yield lambda summary: status.update(_line(summary))
+        return
+    last = time.monotonic()
+
+    def log(summary: Summary) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOG_SECONDS:
+            last = time.monotonic()
+            note(_line(summary))
+
+    yield log
+
+
+def _line(summary: Summary) -> str:
+    counts = {"spec": summary.specs, "candidate": summary.candidates, "finding": len(summary.findings)}
+    texts = [f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()]
+    return f"{', '.join(texts)} in {summary.seconds:.0f} s"
+
+
+def _text(summary: Summary) -> str:
+    """A table of candidates by schedule and operator, what else was counted, and every finding."""
+    operators = sorted(summary.operators)
+    rows: list[list[object]] = [
+        [name, *(found[operator] for operator in operators), found.total(), f"{summary.errors[name]:.3f}"]
+        for name, found in sorted(summary.schedules.items())
+    ]
+    rows.append(["specs", *(summary.operators[operator] for operator in operators), summary.specs, ""])
+    header = ["candidates", *(f"{operator}>" for operator in operators), "all>", "error/bound>"]
+    lines = [table(header, rows), ""]
+    for name, counts in (("dtypes", summary.dtypes), ("features", summary.features), ("checks", summary.checks)):
+        lines.append(f"{name}: {_counts(counts)}")
+    lines += [f"skipped {count}×: {why}" for why, count in sorted(summary.skipped.items())]
+    lines.append(f"slowest: {duration(summary.slowest[0])} {summary.slowest[1]}")
+    lines += [f"seed {summary.seed} from {summary.start} on {summary.target}: {_line(summary)}"]
+    lines += [_finding(finding) for finding in summary.findings]
+    return "\n".join(lines)
+
+
+def _counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
+
+
+def _finding(finding: Finding) -> str:
+    """What was found, and the command that repeats it."""
+    from ..fuzz import KINDS
+
+    lines = [f"\n{finding.kind}: {KINDS[finding.kind]}", f"  {finding.message}", f"  repeat with: {finding.command}"]
+    if finding.drawn and finding.drawn.command != finding.command:
+        lines.append(f"  shrunk from: {finding.drawn.command} (spec {finding.index})")
+    if finding.repeats is False:
+        lines.append("  it did not fail when it was checked again")
+    return "\n".join(lines)
