@@ -51,27 +51,33 @@ def unflat(position: Expr, shape: Sequence[int]) -> list[Expr]:
     return index
 
 
-def widen(value: Expr, dtype: str) -> Expr:
+def of_lanes(dtype: str, lanes: int) -> str:
+    """TVM's name of a vector type; of one lane, the scalar's."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def widen(value: Expr, dtype: str, lanes: int = 1) -> Expr:
     """A stored value of ``dtype`` as f32."""
     if dtype == "bf16":  # the upper half of an f32
-        return tirx.reinterpret("float32", value.astype("uint32") << tirx.const(16, "uint32"))
-    return value.astype(ACCUMULATOR)
+        bits = value.astype(of_lanes("uint32", lanes)) << tirx.const(16, "uint32")
+        return tirx.reinterpret(of_lanes("float32", lanes), bits)
+    return value.astype(of_lanes(ACCUMULATOR, lanes))
 
 
-def narrow(value: Expr, dtype: str) -> Expr:
+def narrow(value: Expr, dtype: str, lanes: int = 1) -> Expr:
     """An f32 value as it is stored in ``dtype``: rounded to nearest, ties to even."""
     if dtype != "bf16":
-        return value.astype(STORAGE[dtype])
+        return value.astype(of_lanes(STORAGE[dtype], lanes))
 
     def const(number: int) -> Expr:
         return tirx.const(number, "uint32")
 
-    f32 = tirx.Var("f32", ACCUMULATOR)
-    bits = tirx.reinterpret("uint32", f32)
+    f32 = tirx.Var("f32", of_lanes(ACCUMULATOR, lanes))
+    bits = tirx.reinterpret(of_lanes("uint32", lanes), f32)
     rounded = bits + const(0x7FFF) + ((bits >> const(16)) & const(1))
     # A NaN stays one, and gets quiet; the simplifier would take f32 != f32 for false.
     kept = tirx.Select(tirx.isnan(f32), bits | const(0x400000), rounded)
-    return tirx.Let(f32, value, (kept >> const(16)).astype(STORAGE[dtype]))
+    return tirx.Let(f32, value, (kept >> const(16)).astype(of_lanes(STORAGE[dtype], lanes)))
 
 
 class Operand:

@@ -67,7 +67,7 @@ class CpuDirect(Schedule):
         shapes = [(v, w) for v in (2, 1) if v * lanes in space["tile_oc"] for w in space["tile_ow"]]
         vectors, tile_ow = min(
             ((v, w) for v, w in shapes if w <= target.most_pixels(v)),
-            key=lambda vw: (round_up(width, vw[1]) * round_up(spec.oc, vw[0] * lanes) * (1 + 2 / math.prod(vw)), -vw[0]),
+            key=lambda t: (round_up(width, t[1]) * round_up(spec.oc, t[0] * lanes) * (1 + 2 / math.prod(t)), -t[0]),
         )
         room = target.most_pixels(vectors)
         tile_oh = max(h for h in space["tile_oh"] if h * tile_ow <= room and (h == 1 or rows % h == 0))

@@ -68,6 +68,12 @@ PADDED = [
     "conv1d n2 ic16 oc5 i3 k2 s3 p9_8",
     "conv2d n1 ic16 oc16 i5x5 k3x3 s1 p4",
 ]
+#: What ``convgen fuzz`` found, as it shrunk it.
+FOUND = [
+    "conv1d n1 ic1 oc17 i1 k1 s1 p0 nobias bf16",  # masked 16-bit stores went past the end of dst
+    "conv1d n1 ic16 oc17 i4 k3 s1 p0_1 nobias bf16 nhwc",
+    "conv1d n1 ic16 oc16 i3 k3 s1 p0 nobias",  # a single Winograd tile: its default was not valid
+]
 NATIVE = resolve()
 #: Targets whose facts differ; no code is run for these.
 TARGETS = [NATIVE, *map(resolve, ("cpu:x86-64-v2", "cpu:haswell", "cpu:znver4", "cpu:aarch64-cortex-a72"))]
@@ -124,6 +130,12 @@ def test_padding_larger_than_the_input_passes_validation(descriptor: str, schedu
     rng = random.Random(f"{schedule.id} {descriptor}")
     for picks in [schedule.default(spec.core, NATIVE), *random_picks(schedule, spec, 4, rng)]:
         checked(compiled(spec, schedule, picks))
+
+
+@pytest.mark.parametrize(("descriptor", "schedule"), pairs(FOUND))
+def test_what_was_found_passes_validation(descriptor: str, schedule: Schedule) -> None:
+    spec = ConvSpec.parse(descriptor)
+    checked(compiled(spec, schedule, schedule.default(spec.core, NATIVE)))
 
 
 @pytest.mark.parametrize("schedule_id", schedules())
