@@ -113,6 +113,7 @@ def _move(folder: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(folder, target)
         return
+    (target / MANIFEST).unlink(missing_ok=True)  # until the new one arrives there is no library
     for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
         os.replace(path, target / path.name)
 

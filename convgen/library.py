@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from ctypes import c_char, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from .spec import ConvSpec
 
 #: The file that describes an exported library.
 MANIFEST = "manifest.json"
+_MANIFEST_BYTES = 1 << 20  # more than any manifest has
 
 Array: TypeAlias = NDArray[Any]
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -187,7 +188,21 @@ def _open(path: str) -> ctypes.CDLL:
         return ctypes.CDLL(shutil.copy(path, folder))
 
 
-class Library:
+class _Loaded:
+    """A part of this process: its copies are itself, and it cannot be sent to another one."""
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(f"cannot pickle {name}: it is loaded into this process; build or load it in the other one")
+
+
+class Library(_Loaded):
     """A shared library with one kernel, loaded.
 
     Args:
@@ -198,7 +213,7 @@ class Library:
 
     Raises:
         KernelError: ``threads`` is out of range.
-        ExportError: the file is no library, or not one with these functions.
+        ExportError: the file is no library, or not one with these functions and this layer.
     """
 
     def __init__(self, path: str | os.PathLike[str], spec: ConvSpec, name: str, threads: int) -> None:
@@ -216,6 +231,18 @@ class Library:
             self._version = self._function("version", returns=c_char_p)
         except (OSError, AttributeError) as error:
             raise ExportError(f"{os.fspath(path)}: expected a library with the kernel {name}, found {error}") from error
+        self._check_layer(os.fspath(path))
+
+    def _check_layer(self, path: str) -> None:
+        """Raise ExportError unless the library is of the spec's layer: arrays are checked against the spec."""
+        expected = f"convgen ABI {ABI}; {self.spec.descriptor}"
+        if not self.version.startswith(f"{expected}; "):
+            raise ExportError(f"{path}: expected {expected}, found {self.version}")
+        sizes = self.sizes(1)._asdict()
+        for name in ("src", "weights", "bias", "slope", "residual", "dst"):
+            size = self._tensors[name].bytes if name in self._tensors else 0
+            if sizes[name] != size:
+                raise ExportError(f"{path}: {name}: expected {size} bytes, found {sizes[name]}")
 
     def _function(self, suffix: str, *arguments: type, returns: type = c_int) -> Any:
         function = getattr(self._dll, f"{self.name}_{suffix}")
@@ -406,7 +433,7 @@ def _thread_count(threads: object) -> int:
     return threads
 
 
-class Layer:
+class Layer(_Loaded):
     """A kernel with its weights: ``layer(x)``. Several threads may call one layer at once."""
 
     def __init__(self, library: Library, packed: Bytes) -> None:
@@ -474,26 +501,53 @@ def load(directory: str | os.PathLike[str], threads: int | None = None) -> Libra
     folder = Path(directory)
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ExportError(f"{path}: expected a manifest, found {error.strerror}") from error
-    except ValueError as error:
+        manifest = json.loads(_read(path, "a manifest", _MANIFEST_BYTES).data)
+    except (ValueError, RecursionError) as error:
         raise ExportError(f"{path}: expected JSON, found {error}") from error
     try:
         if manifest["abi"] != ABI:
             raise ExportError(f"{path}: abi: expected {ABI}, found {manifest['abi']!r}")
         spec, name = ConvSpec.from_dict(manifest["spec"]["fields"], str(path)), check_name(manifest["name"])
-        file, tuned = f"lib{name}.so", manifest["threads"]
+        file, tuned = f"lib{name}.so", _thread_count(manifest["threads"])
         expected = manifest["files"][file]["sha256"]
     except (KeyError, TypeError, AttributeError) as error:
         found = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ExportError(f"{path}: expected the manifest of a library, found {found}") from error
-    except (BuildError, SpecError) as error:
+    except (BuildError, KernelError, SpecError) as error:
         raise ExportError(f"{path}: {error}") from error
-    try:
-        digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
-    except OSError as error:
-        raise ExportError(f"{folder / file}: expected a library, found {error.strerror}") from error
+    checked = _read(folder / file, "a library")
+    digest = hashlib.sha256(checked.data).hexdigest()
     if digest != expected:
         raise ExportError(f"{folder / file}: expected SHA-256 {expected}, as {path.name} has it, found {digest}")
-    return Library(folder / file, spec, name, tuned if threads is None else threads)
+    library = Library(folder / file, spec, name, tuned if threads is None else threads)
+    if _read(folder / file, "a library") != checked:
+        raise ExportError(f"{folder / file}: expected the file that was checked, found one that was put in its place")
+    return library
+
+
+class _File(NamedTuple):
+    """A file's bytes; which file it was, and when it was changed."""
+
+    data: bytes
+    device: int
+    inode: int
+    changed: int
+
+
+def _read(path: Path, what: str, most: int | None = None) -> _File:
+    """A file, of which no more than ``most`` bytes are read.
+
+    Raises:
+        ExportError: there is none, or it is larger, or no regular file.
+    """
+    try:
+        if not path.is_file() and path.exists():
+            raise ExportError(f"{path}: expected {what}, found no file but something else")
+        with open(path, "rb") as file:
+            data = file.read() if most is None else file.read(most + 1)
+            status = os.fstat(file.fileno())
+    except OSError as error:
+        raise ExportError(f"{path}: expected {what}, found {error.strerror}") from error
+    if most is not None and len(data) > most:
+        raise ExportError(f"{path}: expected {what} of at most {most} bytes, found more")
+    return _File(data, status.st_dev, status.st_ino, status.st_ctime_ns)

@@ -24,6 +24,7 @@ from .interface import ABI, Interface, TensorInfo
 SOURCES = ("types.h", "runtime.h", "pool.c", "kernel.c")
 COMPILE_FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread")
 LINK_FLAGS = ("-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,-z,now", "-Wl,--as-needed", "-Wl,--strip-debug")
+_DIGEST = hashlib.sha256().digest_size
 
 
 def source(name: str) -> str:
@@ -108,7 +109,8 @@ def _run(command: Sequence[str], folder: Path) -> None:
 def _runtime_object(compiler: tuple[str, ...]) -> bytes:
     """The compiled runtime, from the cache directory where it can be read and kept there.
 
-    It is identified by the compiler's file, the flags and the sources.
+    It is identified by the compiler's file, the flags and the sources. Its SHA-256 is kept with it: what
+    a full disk or a crash left behind is not linked into kernels.
     """
     program = shutil.which(compiler[0])
     stamp = [os.path.realpath(program), str(os.stat(program).st_mtime_ns)] if program else []
@@ -118,7 +120,9 @@ def _runtime_object(compiler: tuple[str, ...]) -> bytes:
     cache = _cache_directory()
     if cache is not None:
         with contextlib.suppress(OSError):
-            return (cache / name).read_bytes()
+            data = (cache / name).read_bytes()
+            if hashlib.sha256(data[_DIGEST:]).digest() == data[:_DIGEST]:
+                return data[_DIGEST:]
 
     with tempfile.TemporaryDirectory(prefix="convgen-") as temporary:
         folder = Path(temporary)
@@ -129,7 +133,7 @@ def _runtime_object(compiler: tuple[str, ...]) -> bytes:
         data = (folder / name).read_bytes()
     if cache is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-            _keep(data, cache / name)
+            _keep(hashlib.sha256(data).digest() + data, cache / name)
     return data
 
 

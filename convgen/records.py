@@ -11,14 +11,18 @@ on the disk when :meth:`RecordStore.add` returns.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import reprlib
 import sqlite3
+import stat
+import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -39,9 +43,12 @@ Pick = int | str | bool
 T = TypeVar("T")
 
 _APPLICATION_ID = 0x43564752  # "CVGR": tells a store from other programs' databases
+_LINE_BYTES = 1 << 24  # of the longest line an import reads
 _BUSY_SECONDS = 60.0
 _IDENTITY = ("spec", "target", "hardware", "threads", "schedule", "schedule_version", "picks", "versions")
 _INT32_MAX = 2**31 - 1
+_HASH = re.compile(r"[0-9a-f]{64}\Z")
+_HINT = "RecordStore.recover(damaged, into) saves what is readable"
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z\Z")
 
 
@@ -270,17 +277,21 @@ _COLUMNS = ", ".join(f'"{name}"' for name in ("detail", *_PLAIN))  # quoted: `wh
 _ID = len(_PLAIN)  # the last column
 _INSERT = f"INSERT INTO records ({_COLUMNS}) VALUES (?{', ?' * _ID}) ON CONFLICT (id) DO NOTHING"
 _TABLE = """
-CREATE TABLE IF NOT EXISTS records (
+CREATE TABLE records (
     detail TEXT NOT NULL, spec TEXT NOT NULL, target TEXT NOT NULL, hardware TEXT NOT NULL,
     threads INTEGER NOT NULL, schedule TEXT NOT NULL, schedule_version INTEGER NOT NULL,
     outcome TEXT NOT NULL, seconds REAL, error TEXT NOT NULL, "when" TEXT NOT NULL,
     trial_key TEXT NOT NULL, id TEXT NOT NULL PRIMARY KEY
 );
-CREATE INDEX IF NOT EXISTS by_trial ON records (trial_key);
-CREATE INDEX IF NOT EXISTS by_speed ON records (spec, target, hardware, threads, outcome, seconds);
+CREATE INDEX by_trial ON records (trial_key);
+CREATE INDEX by_speed ON records (spec, target, hardware, threads, outcome, seconds);
 """
+_SCHEMA = {" ".join(statement.split()) for statement in _TABLE.split(";")} - {""}
 
 Row = Sequence[Any]
+
+#: A column of text: what is damaged need not be UTF-8, and shows in the record's hash.
+_column_text = functools.partial(str, encoding="utf-8", errors="backslashreplace")
 
 
 def _encode(record: TuningRecord) -> Row:
@@ -327,10 +338,13 @@ class Integrity:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What :meth:`RecordStore.recover` did: records saved, and records known to be lost."""
+    """What :meth:`RecordStore.recover` did: records saved, records known to be lost, and pages that the
+    file should have and has not. Where pages are missing, more may be lost than is known.
+    """
 
     saved: int
     lost: int
+    missing_pages: int
 
 
 def default_path() -> Path:
@@ -347,7 +361,10 @@ class RecordStore:
 
     Safe for several processes and threads at once, and against their sudden end: a writer killed at
     any moment loses nothing that :meth:`add` returned from. Every commit is flushed to the disk
-    (``synchronous=FULL``, about 0.3 ms), so a power cut loses nothing either.
+    (``synchronous=FULL``, about 0.6 ms), so a power cut loses nothing either. What was added is in the
+    file itself, not in the log beside it, so that a lost or damaged log loses nothing.
+
+    Every record that is read is checked against its hash.
 
     Args:
         path: the file; :func:`default_path` unless given.
@@ -381,7 +398,7 @@ class RecordStore:
         """
         with RecordStore(other, readonly=True) as source:
             known = {row[0] for row in self._run(lambda db: db.execute("SELECT id FROM records").fetchall())}
-            missing = [source._verified(row) for row in source._rows() if row[_ID] not in known]
+            missing = [source._record(row) for row in source._rows() if row[_ID] not in known]
         return self._insert(missing)
 
     def import_(self, path: Path | str) -> int:
@@ -390,16 +407,23 @@ class RecordStore:
         Raises:
             RecordError: a line is not a record; names the file, line and field.
         """
+        found = []
         try:
-            lines = Path(path).read_bytes().splitlines()
+            with open(path, "rb") as file:
+                for number, line in enumerate(iter(lambda: file.readline(_LINE_BYTES + 1), b""), 1):
+                    where = f"{path}: line {number}"
+                    if len(line) > _LINE_BYTES:
+                        raise RecordError(f"{where}: expected at most {_LINE_BYTES} bytes, found more")
+                    if line.strip():
+                        found.append(TuningRecord.from_json(line, where))
         except OSError as error:
             raise RecordError(f"{path}: {error.strerror}") from error
-        return self._insert(
-            [TuningRecord.from_json(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-        )
+        return self._insert(found)
 
     def _insert(self, records: Iterable[TuningRecord]) -> int:
         rows = [_encode(record) for record in records]
+        if not rows:
+            return 0
 
         def insert(db: sqlite3.Connection) -> int:
             before = db.total_changes
@@ -408,7 +432,20 @@ class RecordStore:
                 db.executemany(_INSERT, rows)
             return db.total_changes - before
 
-        return self._run(insert) if rows else 0
+        added = self._run(insert)
+        self._flush()
+        return added
+
+    def _flush(self) -> None:
+        """Move what was committed from the log into the file, and wait for others who do.
+
+        It stays in the log where somebody has been reading for a minute.
+        """
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while self._run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.001)
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -467,7 +504,7 @@ class RecordStore:
                 record = self._record(row)
                 same = all(record.versions.get(name) == version for name, version in (versions or {}).items())
                 if same and (accept is None or accept(record)):
-                    return self._verified(row)
+                    return record
             return None
 
         return self._run(search)
@@ -501,21 +538,11 @@ class RecordStore:
         return self._run(lambda db: db.execute(query, tuple(wanted.values())).fetchall())
 
     def _record(self, row: Row) -> TuningRecord:
-        """A row as a record, as it stands: what was checked on the way in is not checked again."""
-        try:
-            values = _decode(row)
-        except RecordError as error:
-            raise RecordError(f"{self.path}: record {row[_ID]}: {error}") from None
-        record = object.__new__(TuningRecord)
-        record.__dict__.update(values, samples=tuple(values["samples"]))
-        return record
-
-    def _verified(self, row: Row) -> TuningRecord:
         """A row as a record, every field checked and its hashes computed again."""
         try:
             return _checked(row)
         except RecordError as error:
-            raise RecordError(f"{self.path}: record {row[_ID]}: {error}") from None
+            raise RecordError(f"{self.path}: record {row[_ID]}: {error}; {_HINT}") from None
 
     # -- upkeep ----------------------------------------------------------------------------------
 
@@ -533,10 +560,10 @@ class RecordStore:
                 for row in db.execute(f"SELECT {_COLUMNS} FROM records"):
                     count += 1
                     try:
-                        self._verified(row)
+                        _checked(row)
                     except RecordError as error:
-                        problems.append(str(error))
-            except sqlite3.DatabaseError as error:
+                        problems.append(f"{self.path}: record {row[_ID]}: {error}")
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
                 if not _is_damage(error):
                     raise
                 problems.append(f"{self.path}: after {count} records: {error}")
@@ -548,30 +575,47 @@ class RecordStore:
     def recover(damaged: Path | str, into: Path | str) -> Recovery:
         """Save what can be read of a damaged store into another one, new or not.
 
-        Only records that match their own hash are saved. The damaged file stays as it is. ``lost``
-        counts records that some readable page still speaks of; where a whole stretch of the file is
-        gone there may have been more.
+        Only records that match their own hash are saved. The damaged file stays as it is.
 
         Raises:
-            RecordError: ``damaged`` cannot be read, or ``into`` cannot be written or is the same file.
+            RecordError: ``damaged`` cannot be read or holds nothing of a store, or ``into`` cannot be
+                written or is the same file.
         """
         damaged, into = Path(damaged), Path(into)
-        rowids, saved = set(), {}
         try:
             if into.exists() and damaged.samefile(into):
                 raise RecordError(f"{into}: expected another file than the damaged one, found the same")
-            for rowid, values in salvage.cells(damaged):
-                if len(values) == 1 and isinstance(values[0], str) and re.fullmatch("[0-9a-f]{64}", values[0]):
-                    rowids.add(rowid)  # of the indexes of id and trial_key
-                elif len(values) == 1 + len(_PLAIN):
-                    rowids.add(rowid)
-                    with contextlib.suppress(RecordError):  # counted as lost
-                        saved[rowid] = _checked(values)
+            file = salvage.read(damaged)
         except OSError as error:
             raise RecordError(f"{damaged}: {error.strerror}") from error
+        saved: dict[str, TuningRecord] = {}
+        seen: set[int] = set()  # rows that are saved
+        bad: set[int] = set()  # rows that are not what their hash says
+        entries: set[tuple[int, str]] = set()  # of the indexes of id and trial_key
+        mentions: Counter[int] = Counter()
+        for rowid, values in file.cells():
+            mentions[rowid] += 1
+            if len(values) == 1 and isinstance(values[0], str) and _HASH.match(values[0]):
+                entries.add((rowid, values[0]))
+            elif len(values) == 1 + len(_PLAIN):
+                try:
+                    record = _checked(values)
+                except RecordError:
+                    bad.add(rowid)
+                else:
+                    saved[record.id] = record
+                    seen.add(rowid)
+        if not mentions and not file.has_header:
+            raise RecordError(f"{damaged}: expected what is left of a record store, found no trace of one")
+        keys = saved.keys() | {record.trial_key for record in saved.values()}
+        seen |= {rowid for rowid, key in entries if key in saved}
+        lost = (bad | {rowid for rowid, key in entries if key not in keys}) - seen
+        # Rows are numbered from 1 without a gap. A damaged number is in one place, a row's own in several.
+        last = max((rowid for rowid, count in mentions.items() if count > 1), default=0)
+        gaps = last - sum(1 <= rowid <= last for rowid in seen | lost)
         with RecordStore(into) as store:
             store._insert(saved.values())
-        return Recovery(len(saved), len(rowids) - len(saved))
+        return Recovery(len(saved), len(lost) + gaps, file.missing_pages)
 
     # -- the connection --------------------------------------------------------------------------
 
@@ -607,6 +651,8 @@ class RecordStore:
             except sqlite3.Error as error:
                 if _code(error) not in _CONTENTION or time.monotonic() > deadline:
                     raise self._failure(error) from error
+            except UnicodeDecodeError as error:  # of a message that quotes what is damaged
+                raise self._failure(error) from error
             time.sleep(0.01)
 
     def _handle(self) -> tuple[threading.RLock, sqlite3.Connection]:
@@ -618,31 +664,71 @@ class RecordStore:
         return self._handles[pid]
 
     def _connect(self) -> sqlite3.Connection:
-        if self.readonly and not os.path.exists(self.path):
-            raise RecordError(f"{self.path}: no such file")
-        try:
-            if not self.readonly:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RecordError(f"{self.path}: {error.strerror}: {error.filename}") from error
         deadline = time.monotonic() + _BUSY_SECONDS
-        mode = "mode=ro" if self.readonly else "mode=rwc"
+        mode = "mode=ro" if self.readonly else "mode=rw"
         while True:
             try:
+                if not self._exists():
+                    self._create()
                 return self._opened(mode)
             except sqlite3.Error as error:
                 if _code(error) in _NO_ACCESS and mode == "mode=ro" and not self._has_log():
                     mode = "immutable=1"  # a folder where SQLite cannot make the log's index: nobody writes there
                 elif _code(error) not in _CONTENTION or time.monotonic() > deadline:
                     raise self._failure(error) from error
+            except UnicodeDecodeError as error:
+                raise self._failure(error) from error
+            except (OSError, ValueError) as error:  # ValueError: a path with a null character
+                raise RecordError(f"{self.path}: {getattr(error, 'strerror', error)}") from error
             time.sleep(0.01)
 
+    def _exists(self) -> bool:
+        """Whether there is a file.
+
+        Raises:
+            RecordError: it has lost its contents, is no file, or is missing and must not be.
+        """
+        has_log = self._has_log()  # first: a store that is made right now has its file before its log
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            if has_log:
+                raise RecordError(f"{self.path}: no such file, but the log of one beside it; {_HINT}") from None
+            if self.readonly:
+                raise RecordError(f"{self.path}: no such file") from None
+            return False
+        if not stat.S_ISREG(status.st_mode):
+            raise RecordError(f"{self.path}: expected a file, found something else")
+        if not status.st_size:
+            raise RecordError(f"{self.path}: expected a record store or no file, found an empty file")
+        return True
+
     def _has_log(self) -> bool:
-        log = f"{self.path}-wal"
-        return os.path.exists(log) and os.path.getsize(log) > 0
+        try:
+            return os.path.getsize(f"{os.path.realpath(self.path)}-wal") > 0
+        except FileNotFoundError:
+            return False
+
+    def _create(self) -> None:
+        """Make an empty store, whole or not at all: other processes may do the same right now."""
+        path = Path(os.path.realpath(self.path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".records-", dir=path.parent) as folder:
+            part = Path(folder) / "new.sqlite"
+            with contextlib.closing(sqlite3.connect(part)) as db:
+                db.executescript(
+                    f"{_TABLE} PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {STORE_SCHEMA};"
+                )
+            try:
+                os.link(part, path)
+            except FileExistsError:
+                pass  # another process was faster
+            except OSError:  # a file system without links
+                if not path.exists():
+                    os.rename(part, path)
 
     def _opened(self, mode: str) -> sqlite3.Connection:
-        """A connection to a file that is a store of this version; an empty file is made one."""
+        """A connection to a file that is a store of this version."""
         db = sqlite3.connect(
             f"{self.path.absolute().as_uri()}?{mode}",
             uri=True,
@@ -651,21 +737,22 @@ class RecordStore:
             check_same_thread=False,  # the lock beside it serves threads one by one
         )
         try:
-            queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
-            db.execute("BEGIN")  # one snapshot: another process may be making it a store right now
-            application, version, tables = (db.execute(query).fetchone()[0] for query in queries)
+            db.text_factory = _column_text
+            db.execute("BEGIN")  # one snapshot
+            application, version = (
+                db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+            )
+            schema = {
+                " ".join(sql.split())
+                for (sql,) in db.execute("SELECT sql FROM sqlite_master WHERE tbl_name = 'records' AND sql IS NOT NULL")
+            }
             db.execute("COMMIT")
-            is_new = (application, version, tables) == (0, 0, 0) and not self.readonly
-            if not is_new:
-                self._check_version(application, version)
+            self._check_version(application, version)
+            if schema != _SCHEMA:
+                raise RecordError(f"{self.path}: expected the table of a record store, found another; {_HINT}")
             if not self.readonly:
                 db.execute("PRAGMA synchronous = FULL")
                 db.execute("PRAGMA journal_mode = WAL")
-            if is_new:  # several processes may come here at once: each statement can be repeated
-                db.executescript(
-                    f"BEGIN IMMEDIATE; {_TABLE} PRAGMA application_id = {_APPLICATION_ID};"
-                    f"PRAGMA user_version = {STORE_SCHEMA}; COMMIT;"
-                )
         except BaseException:
             db.close()
             raise
@@ -681,12 +768,11 @@ class RecordStore:
         if version < STORE_SCHEMA:
             raise RecordError(f"{self.path}: expected store version {STORE_SCHEMA}, found {version}, which never was")
 
-    def _failure(self, error: sqlite3.Error) -> RecordError:
-        hint = "; RecordStore.recover(damaged, into) saves what is readable" if _is_damage(error) else ""
-        return RecordError(f"{self.path}: {error}{hint}")
+    def _failure(self, error: Exception) -> RecordError:
+        return RecordError(f"{self.path}: {error}" + (f"; {_HINT}" if _is_damage(error) else ""))
 
 
-def _code(error: sqlite3.Error) -> int:
+def _code(error: Exception) -> int:
     """SQLite's primary result code; 0 where the error is Python's."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
@@ -695,5 +781,6 @@ _CONTENTION = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOC
 _NO_ACCESS = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 
 
-def _is_damage(error: sqlite3.Error) -> bool:
-    return _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+def _is_damage(error: Exception) -> bool:
+    damaged = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    return isinstance(error, UnicodeDecodeError) or _code(error) in damaged

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from .dtypes import load, numpy_dtype, save
 from .errors import MeasureError
+from .interface import MAX_THREADS
 from .library import Library
 from .spec import ConvSpec
 
@@ -44,7 +45,7 @@ class Run:
 def run_guarded(
     library: Path, name: str, spec: ConvSpec, cases: Mapping[str, Arrays], threads: int, directory: Path, timeout: float
 ) -> dict[Run, npt.NDArray[Any]]:
-    """The kernel's output for each case, on 1 and on ``threads`` threads, between guard pages.
+    """The kernel's output for each case, on 1, ``threads`` and one more thread, between guard pages.
 
     ``cases`` maps a name to the tensors of one call: ``src weights [bias] [slope] [residual]``.
     The output is filled with NaN before each call.
@@ -53,7 +54,8 @@ def run_guarded(
         MeasureError: the child was killed (the message says in which run and by what), ran longer
             than ``timeout`` seconds or refused the call.
     """
-    runs = [Run(c, t, g) for c in cases for t, g in dict.fromkeys([(1, "end"), (threads, "start"), (threads, "end")])]
+    ways = [(1, "end"), (threads, "start"), (min(threads + 1, MAX_THREADS), "end")]
+    runs = [Run(case, count, guard) for case in cases for count, guard in ways]
     for case, arrays in cases.items():
         for tensor, array in arrays.items():
             save(directory / f"{case}.{tensor}.npy", array)

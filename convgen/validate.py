@@ -178,7 +178,7 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
     """Check a kernel against ONNX Runtime.
 
     Exact integer data, float data against the bound, NaN and infinities; each between guard pages
-    with the output poisoned, on 1 and on the kernel's threads; the same bits for any thread count;
+    with the output poisoned, on 1, the kernel's and one more thread; the same bits for any thread count;
     and the Python call refuses what is not contiguous.
 
     A failed check is reported, not raised; see :meth:`Report.raise_if_failed`.

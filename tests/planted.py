@@ -100,15 +100,19 @@ def compile_c(text: str, path: Path) -> Path:
     return path
 
 
+def interface() -> Interface:
+    """That of the kernel in C."""
+    packed = (TensorInfo("packed0", SPEC.weights_shape), TensorInfo("packed1", (SPEC.oc,)))
+    return Interface("planted", SPEC, packed, workspace_main=0, workspace_task=64, isa=())
+
+
 def c_kernel(folder: Path, *, store: str = "t.dst[at] = v", before: str = "", threads: int = 3) -> Kernel:
     """The kernel of :data:`SPEC` with other statements in two places: right, as it stands."""
     spec = SPEC
     lowered = Lowered(spec, resolve(), Candidate(Reference(), Picks()), None, (spec.weights_shape, (spec.oc,)))
-    packed = (TensorInfo("packed0", spec.weights_shape), TensorInfo("packed1", (spec.oc,)))
-    interface = Interface("planted", spec, packed, workspace_main=0, workspace_task=64, isa=())
     object_file = compile_c(SOURCE.format(store=store, before=before), folder / "kernel.o")
-    library = link(interface, object_file, folder / "libplanted.so")
-    return Kernel(lowered, interface, object_file, library, threads, None, folder)
+    library = link(interface(), object_file, folder / "libplanted.so")
+    return Kernel(lowered, interface(), object_file, library, threads, None, folder)
 
 
 class Planted(Reference):

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -31,7 +32,7 @@ enum { COUNT = 1000, MAIN = 4096, TASK = 1024, THREADS = 4, CALLERS = 8 };
 /* dst = 2 * src + packed[0], through a copy of src in the workspace and a scratch per task. */
 static uint64_t main_request = 4000, task_request = 1000;
 static int fail_task = -1, call_service;
-static atomic_int most_tasks;
+static atomic_int most_tasks, hold, held;
 
 typedef struct {
     float *copy;
@@ -47,6 +48,8 @@ static int half_region(int task, convgen_group *group, void *data)
     const float bias = *(const float *)tensor(c->args, 1)->data;
     if (task == fail_task)
         return -1;
+    while (task == 0 && atomic_load(&hold))
+        atomic_store(&held, 1);
     if (group->num_task > atomic_load(&most_tasks))
         atomic_store(&most_tasks, group->num_task);
     float *scratch = __TVMBackendAllocWorkspace(1, 0, task_request, 2, 32);
@@ -222,6 +225,55 @@ static void check_failures(convgen_pool *pool)
     CHECK(run(pool) == CONVGEN_OK); /* none of it sticks */
 }
 
+static void *run_once(void *pool)
+{
+    CHECK(run(pool) == CONVGEN_OK);
+    return NULL;
+}
+
+static atomic_int destroyed;
+
+static void *destroy(void *pool)
+{
+    convgen_destroy_pool(pool);
+    destroyed = 1;
+    return NULL;
+}
+
+/* A pool that is destroyed during a call: the call ends first. */
+static void check_destroy_waits(void)
+{
+    convgen_pool *pool = NULL;
+    pthread_t caller, destroyer;
+    CHECK(convgen_create_pool(THREADS, &pool) == CONVGEN_OK);
+    hold = 1;
+    pthread_create(&caller, NULL, run_once, pool);
+    while (!atomic_load(&held))
+        usleep(100);
+    pthread_create(&destroyer, NULL, destroy, pool);
+    usleep(20000);
+    CHECK(!destroyed);
+    hold = 0;
+    pthread_join(caller, NULL);
+    pthread_join(destroyer, NULL);
+    CHECK(destroyed);
+}
+
+/* No memory for the stacks of so many threads: those that were made are gone again. */
+static void check_limit(void)
+{
+    struct rlimit before, little;
+    convgen_pool *pool = NULL;
+    CHECK(getrlimit(RLIMIT_AS, &before) == 0);
+    little = before;
+    little.rlim_cur = 200 << 20;
+    CHECK(setrlimit(RLIMIT_AS, &little) == 0);
+    CHECK(convgen_create_pool(CONVGEN_MAX_THREADS, &pool) == CONVGEN_NO_MEMORY && pool == NULL);
+    CHECK(setrlimit(RLIMIT_AS, &before) == 0);
+    CHECK(convgen_create_pool(THREADS, &pool) == CONVGEN_OK && run(pool) == CONVGEN_OK);
+    convgen_destroy_pool(pool);
+}
+
 static void check_fork(convgen_pool *pool)
 {
     fflush(stdout);
@@ -243,7 +295,7 @@ static void check_fork(convgen_pool *pool)
 
 int main(int argc, char **argv)
 {
-    const int forks = argc > 1 && strcmp(argv[1], "fork") == 0;
+    const int forks = argc > 1 && strcmp(argv[1], "fork") == 0, limits = argc > 2 && strcmp(argv[2], "limits") == 0;
     for (int i = 0; i < COUNT; ++i)
         src[i] = (float)(i % 17);
     check_packing();
@@ -274,6 +326,9 @@ int main(int argc, char **argv)
     check_callers(pool);
     if (forks)
         check_fork(pool);
+    if (limits)
+        check_limit();
+    check_destroy_waits();
     CHECK(run(pool) == CONVGEN_OK);
     convgen_destroy_pool(pool);
     printf("%d failures\n", failures);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -552,9 +553,14 @@ def test_compiled_runtimes_are_kept_and_not_needed(
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     first = runtime()
     (kept,) = (cache / "convgen" / "runtime").iterdir()
-    assert kept.read_bytes() == first
-    kept.write_bytes(b"from the cache")
-    assert runtime() == b"from the cache"
+    assert kept.read_bytes() == hashlib.sha256(first).digest() + first
+    other = b"from the cache"
+    kept.write_bytes(hashlib.sha256(other).digest() + other)
+    assert runtime() == other
+    for damaged in (b"", first, kept.read_bytes()[:-1]):
+        kept.write_bytes(damaged)
+        assert runtime() == first
+        assert kept.read_bytes()[32:] == first
 
     shutil.rmtree(cache)
     cache.write_text("a file where the directory should be")

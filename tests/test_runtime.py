@@ -34,8 +34,9 @@ def test_runtime_program(tmp_path: Path, sanitizer: str) -> None:
     sources = (PROGRAM, RUNTIME / "pool.c", RUNTIME / "kernel.c")
     built = cc(tmp_path, *WARNINGS, *flags, f"-I{RUNTIME}", *sources, "-o", "program")
     assert built.returncode == 0, built.stderr
-    # A forked child that makes threads is outside what the thread sanitizer follows.
-    arguments = [] if sanitizer == "thread" else ["fork"]
+    # A forked child that makes threads is outside what the thread sanitizer follows, and sanitizers need
+    # more address space than the limit leaves.
+    arguments = {"": ["fork", "limits"], "thread": []}.get(sanitizer, ["fork"])
     ran = subprocess.run([tmp_path / "program", *arguments], capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
     assert "0 failures" in ran.stdout

@@ -125,6 +125,22 @@ BUGS_IN_C: dict[str, tuple[dict[str, str], set[str], str]] = {
         {"threads"},
         "expected the bits of the first run, found others: .*, 3 threads",
     ),
+    "a race between threads": (
+        {"store": "static volatile float shared; shared = v; usleep(20); t.dst[at] = shared"},
+        {"threads"},
+        "expected the bits of the first run, found others: .*, 3 threads",
+    ),
+    "another result every time": (
+        {"store": "static int count; t.dst[at] = v * (1 + 1e-7f * (count++ % 11))"},
+        {"threads", "exact"},
+        "expected the bits of the first run",
+    ),
+    "wrong where the threads do not divide the work": (
+        {"store": "t.dst[at] = group->num_task == 4 && o == 4 ? 0 : v"},
+        {"threads"},
+        "expected the bits of the first run, found others: .*, 4 threads",
+    ),
+    "off by one in a tail": ({"store": "t.dst[at] = x < OW - 1 ? v : t.dst[at - 1]"}, {"float", "exact"}, "bound"),
     "a task that only the first thread finds": (
         {"store": "if (index == 0 || o < OC - 1) t.dst[at] = v"},
         {"threads"},
@@ -153,6 +169,12 @@ def test_a_bug_in_c_fails_its_check(name: str, tmp_path: Path) -> None:
     first = next(iter(found))
     with pytest.raises(ValidationError, match=rf"(?s)conv2d .*: {first}: .*{message}.*; repeat with: convgen validate"):
         report.raise_if_failed()
+
+
+def test_a_kernel_of_one_thread_is_run_on_two(tmp_path: Path) -> None:
+    """Whoever loads its library may do that, too."""
+    report = validate(c_kernel(tmp_path, store="t.dst[at] = v + index", threads=1))
+    assert "2 threads" in failures(report)["threads"]
 
 
 def test_a_kernel_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,8 +240,18 @@ def test_a_bug_in_tensor_expressions_fails_its_check(name: str) -> None:
     assert expected <= failures(validate(planted(descriptor, schedule))).keys()
 
 
-@pytest.mark.parametrize(("times", "fails"), [(0.25, {"exact"}), (4.0, {"exact", "float", "special"})])
-def test_an_error_past_the_bound_fails_and_one_within_it_does_not(times: float, fails: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("times", "transforms", "fails"),
+    [
+        (0.25, True, set()),
+        (4.0, True, {"exact", "float"}),
+        (0.25, False, {"exact"}),
+        (4.0, False, {"exact", "float", "special"}),
+    ],
+)
+def test_an_error_past_the_bound_fails_and_one_within_it_does_not(
+    times: float, transforms: bool, fails: set[str]
+) -> None:
     """One product per element: the bound is relative to the element itself."""
     spec = ConvSpec.parse("conv1d n1 ic1 oc1 i64 k1 nobias")
     factor = 1 + times * error_factor(spec) * UNIT_ROUNDOFF
@@ -227,8 +259,9 @@ def test_an_error_past_the_bound_fails_and_one_within_it_does_not(times: float, 
     def off(value: Any, acc: Any, where: Any, spec: ConvSpec) -> Any:
         return value * tirx.const(factor, "float32")
 
-    report = validate(planted(spec.descriptor, Planted(finish=off)))
+    report = validate(planted(spec.descriptor, Planted(finish=off, transforms=transforms)))
     assert failures(report).keys() == fails
+    assert report.passed == (not fails)
     assert report.worst_error == pytest.approx(times, rel=0.05)
 
 

@@ -224,7 +224,8 @@ static int check_packed(const convgen_kernel *kernel, const void *packed, size_t
     const convgen_packed_header *header = packed;
     const int ours = header->magic == MAGIC && header->abi == CONVGEN_ABI && header->header_size == sizeof *header &&
                      memcmp(header->identity, kernel->identity, sizeof kernel->identity) == 0 &&
-                     header->payload_size == kernel->packed_size - sizeof *header;
+                     header->payload_size == kernel->packed_size - sizeof *header && header->reserved[0] == 0 &&
+                     header->reserved[1] == 0;
     return ours ? CONVGEN_OK : CONVGEN_WRONG_PACKED;
 }
 

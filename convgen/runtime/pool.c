@@ -188,6 +188,8 @@ static void destroy(convgen_pool *head)
 {
     pool *p = (pool *)head;
     if (p->forks == atomic_load(&forks)) {
+        while (!acquire(head)) /* a call that has the threads ends first */
+            sched_yield();
         join(p, head->threads - 1);
         pthread_cond_destroy(&p->done);
         pthread_cond_destroy(&p->wake);

@@ -26,8 +26,9 @@ enum { CONVGEN_ALIGNMENT = 64, CONVGEN_MAX_THREADS = 1024 };
 
 /* A pool of threads. One pool serves the kernels of all convgen libraries, whichever created it.
  * Of several calls at once on one pool, one gets its threads; the others run on the thread that
- * calls, with the same result. So does a child after fork(). A pool must be destroyed before the
- * library that created it is unloaded, and not during a call that uses it. */
+ * calls, with the same result. So does a child after fork(). A pool is destroyed once, before the
+ * library that created it is unloaded. That waits for the call that has the threads; no other call
+ * may use the pool from then on. A library that has no pool of its own may be unloaded at any time. */
 typedef struct convgen_pool convgen_pool;
 
 /* Bytes of every buffer; 0 where the layer has no such tensor. */
