@@ -9,7 +9,7 @@ is kept as ``lo + (hi - lo) * clip(., 0, 1)``, which makes ``clip(x + 3, 0, 6) /
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, reduce
@@ -19,7 +19,7 @@ from typing import Any
 _Product = tuple[tuple[tuple[Any, ...], int], ...]
 _Bound = Fraction | float  # float: an infinity
 
-_MAX_TERMS, _MAX_DEGREE = 8, 4
+_MAX_TERMS, _MAX_DEGREE, _MAX_FACTOR = 8, 4, Fraction(2) ** 250  # below what floats hold
 
 
 class NoExpressionError(Exception):
@@ -73,7 +73,7 @@ class Expr:
 
 def _sorted(terms: dict[_Product, Fraction]) -> Expr:
     kept = [(product, factor) for product, factor in terms.items() if factor]
-    if len(kept) > _MAX_TERMS:
+    if len(kept) > _MAX_TERMS or any(not 1 / _MAX_FACTOR < abs(factor) < _MAX_FACTOR for _, factor in kept):
         raise NoExpressionError
     return Expr(tuple(sorted(kept, key=lambda term: _shape(term[0]))))
 
@@ -84,7 +84,7 @@ def _shape(product: _Product) -> str:
 
 def number(value: float | Fraction) -> Expr:
     """A constant, which must be finite."""
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise NoExpressionError
     return _sorted({(): Fraction(value)})
 
@@ -123,17 +123,17 @@ def _inverse(p: Expr) -> Expr:
         raise NoExpressionError
     if p.terms == number(p.constant).terms:
         return number(1 / p.constant)
-    (((name, *arguments), power),) = _single(p - number(1))
-    if name != "exp" or power != 1:
-        raise NoExpressionError
-    return sigmoid(-arguments[0])
+    match _alone(p - number(1)):
+        case ("exp", q):
+            return sigmoid(-q)
+    raise NoExpressionError
 
 
-def _single(p: Expr) -> _Product:
-    """The product of one atom that the expression is, with the coefficient 1."""
-    if len(p.terms) != 1 or p.terms[0][1] != 1 or len(p.terms[0][0]) != 1:
-        raise NoExpressionError
-    return p.terms[0][0]
+def _alone(p: Expr) -> tuple[Any, ...] | None:
+    """The atom that an expression is; None where it is something else."""
+    if len(p.terms) != 1 or p.terms[0][1] != 1 or len(p.terms[0][0]) != 1 or p.terms[0][0][0][1] != 1:
+        return None
+    return p.terms[0][0][0][0]
 
 
 def power(p: Expr, exponent: Expr) -> Expr:
@@ -220,10 +220,8 @@ def gelu_tanh(p: Expr) -> Expr:
     return number(0.5) * p * (number(1) + tanh(cubic))
 
 
-Attribute = Callable[[str, float], float]  # (name, default) -> value
-
 #: ONNX's operators: the number of operands (0: one or more) and what they make of them and of attributes.
-_OPERATORS: dict[str, tuple[int, Callable[[Sequence[Expr], Attribute], Expr]]] = {
+_OPERATORS: dict[str, tuple[int, Callable[[Sequence[Expr], Mapping[str, float]], Expr]]] = {
     "Add": (2, lambda p, a: p[0] + p[1]),
     "Sum": (0, lambda p, a: reduce(Expr.__add__, p)),
     "Sub": (2, lambda p, a: p[0] - p[1]),
@@ -239,20 +237,20 @@ _OPERATORS: dict[str, tuple[int, Callable[[Sequence[Expr], Attribute], Expr]]] =
     "Log": (1, lambda p, a: log(p[0])),
     "Softplus": (1, lambda p, a: softplus(p[0])),
     "Relu": (1, lambda p, a: relu(p[0])),
-    "LeakyRelu": (1, lambda p, a: leaky_relu(p[0], Fraction(a("alpha", 0.01)))),
-    "Elu": (1, lambda p, a: elu(p[0], Fraction(a("alpha", 1.0)))),
+    "LeakyRelu": (1, lambda p, a: leaky_relu(p[0], number(a.get("alpha", 0.01)).constant)),
+    "Elu": (1, lambda p, a: elu(p[0], number(a.get("alpha", 1.0)).constant)),
     "Sigmoid": (1, lambda p, a: sigmoid(p[0])),
     "Tanh": (1, lambda p, a: tanh(p[0])),
-    "HardSigmoid": (1, lambda p, a: hardsigmoid(p[0], a("alpha", 0.2), a("beta", 0.5))),
+    "HardSigmoid": (1, lambda p, a: hardsigmoid(p[0], a.get("alpha", 0.2), a.get("beta", 0.5))),
     "HardSwish": (1, lambda p, a: hardswish(p[0])),
-    "Swish": (1, lambda p, a: p[0] * sigmoid(number(a("alpha", 1.0)) * p[0])),
+    "Swish": (1, lambda p, a: p[0] * sigmoid(number(a.get("alpha", 1.0)) * p[0])),
     "Gelu": (1, lambda p, a: gelu(p[0])),
     "GeluTanh": (1, lambda p, a: gelu_tanh(p[0])),
     "Mish": (1, lambda p, a: mish(p[0])),
 }
 
 
-def apply(operator: str, operands: Sequence[Expr], attribute: Attribute) -> Expr:
+def apply(operator: str, operands: Sequence[Expr], attributes: Mapping[str, float]) -> Expr:
     """What an operator computes.
 
     Raises:
@@ -263,7 +261,7 @@ def apply(operator: str, operands: Sequence[Expr], attribute: Attribute) -> Expr
     count, function = _OPERATORS[operator]
     if len(operands) != (count or max(1, len(operands))):
         raise NoExpressionError
-    return function(operands, attribute)
+    return function(operands, attributes)
 
 
 _FIXED = {
@@ -287,9 +285,9 @@ def close(p: Expr, q: Expr, tolerance: float) -> bool:
     def near(a: Any, b: Any) -> bool:
         if isinstance(a, Expr) and isinstance(b, Expr):
             return close(a, b, tolerance)
-        if isinstance(a, (Fraction, float)) and isinstance(b, (Fraction, float)):
-            return a == b or (math.isfinite(a) and math.isfinite(b) and abs(a - b) <= tolerance * abs(b))
-        return bool(a == b)
+        if isinstance(a, str):
+            return bool(a == b)
+        return bool(a == b) or math.isclose(a, b, rel_tol=tolerance)
 
     if p.shape != q.shape:
         return False
@@ -312,17 +310,14 @@ def activation(p: Expr, tolerance: float, text: Callable[[_Bound], str]) -> str 
             return name
     inner, low, high = _unclipped(p)
     if (low, high) != (-math.inf, math.inf):
-        if close(inner, X, tolerance):
+        if inner == X:
             return f"clip({text(low)},{text(high)})"
         slope = inner - number(inner.constant)
-        unit = close(number(low) + number(high), number(1), tolerance) if math.isfinite(high) and low == 0 else False
-        if unit and len(slope.terms) == 1 and slope.terms[0][0] == X.terms[0][0]:
+        linear = [product for product, _ in slope.terms] == [X.terms[0][0]]
+        if linear and low == 0 and math.isclose(high, 1, rel_tol=tolerance):
             return f"hardsigmoid({text(slope.terms[0][1])},{text(inner.constant)})"
         return None
-    if len(p.terms) == 1 and p.terms[0][1] == 1 and len(p.terms[0][0]) == 1:
-        (((name, *arguments), power),) = p.terms[0][0]
-        if name == "prelu" and power == 1 and arguments[0] == X:
-            return "prelu"
-        if name in ("leaky_relu", "elu") and power == 1 and arguments[0] == X:
-            return f"{name}({text(arguments[1])})"
+    function, *arguments = _alone(p) or ("none",)
+    if function in ("prelu", "leaky_relu", "elu") and arguments[0] == X:
+        return function if function == "prelu" else f"{function}({text(arguments[1])})"
     return None

@@ -32,10 +32,11 @@ _MAX_DEPTH = 100  # protobuf's own limit
 _DROP, _DATA = "drop", "data"
 _FIELDS: dict[str, dict[int, str]] = {
     "model": {6: _DROP, 7: "graph", 14: _DROP, 20: _DROP, 25: "function"},
-    "graph": {1: "node", 5: "tensor", 10: _DROP, 14: _DROP, 16: _DROP},
+    "graph": {1: "node", 5: "tensor", 10: _DROP, 14: _DROP, 15: "sparse", 16: _DROP},
     "function": {7: "node", 8: _DROP, 11: "attribute", 14: _DROP},
     "node": {5: "attribute", 6: _DROP, 9: _DROP},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 13: _DROP},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 13: _DROP, 22: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
     # float_data, raw_data and double_data have the same layout: little-endian, packed.
     "tensor": {4: _DATA, 9: _DATA, 10: _DATA, 12: _DROP, 16: _DROP},
 }
@@ -139,19 +140,22 @@ class ModelFile:
 
 
 def _open(path: Path) -> tuple[BinaryIO, int]:
+    """A regular file and its size."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not wait for a pipe's writer
-        file = open(descriptor, "rb")  # noqa: SIM115
     except FileNotFoundError:
         raise SpecError("file", "an existing file", "no such file", str(path)) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = getattr(error, "strerror", None) or error
         raise SpecError("file", "a readable file", reason, repr(str(path))) from error
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode) or not status.st_size:
-        found = "an empty one" if stat.S_ISREG(status.st_mode) else "another kind of file"
-        raise SpecError("file", "a regular file with some content", found, str(path))
-    return file, status.st_size
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size:
+        return open(descriptor, "rb"), status.st_size
+    os.close(descriptor)
+    if stat.S_ISREG(status.st_mode):
+        raise SpecError("file", "some content", "an empty file", str(path))
+    kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+    raise SpecError("file", "a file", kind, str(path))
 
 
 def _open_inside(folder: Path, location: str, where: str) -> BinaryIO:
@@ -213,9 +217,7 @@ class _Walk:
             elif wire == 2:
                 size, at = self._varint(at, end)
                 if at + size > end:
-                    raise SpecError(
-                        "file", "an ONNX model", f"an end after {end} bytes, {at + size} wanted", self.where
-                    )
+                    raise SpecError("file", "an ONNX model", f"an end before byte {at + size}", self.where)
                 inside = known.get(field) if size > SMALL else None
                 if inside is None:
                     pieces.append(_field(field, self._bytes(size, at, end)))

@@ -1,6 +1,6 @@
-"""An ONNX graph made ready for questions: functions inlined, shapes inferred, constants known.
+"""ONNX graphs made ready for questions: functions inlined, shapes inferred, constants known.
 
-:func:`scopes` gives a model's graph and those inside its If, Loop and Scan nodes.
+:func:`prepare` gives a model's graph and those inside its If, Loop and Scan nodes, each as a :class:`Scope`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -36,21 +37,22 @@ Shape = tuple[Dim, ...]
 Array = npt.NDArray[Any]
 
 ROOTS = frozenset({"", "ai.onnx"})  # the two spellings of ONNX's own operator domain
-MAX_NODES = 250_000  # of functions inlined
-MAX_ELEMENTS = 1 << 28  # of a constant that is computed, not stored
+MAX_NODES, MAX_CALLS = 250_000, 100  # of functions inlined: nodes in all, calls inside each other
+MAX_ELEMENTS, MAX_STEPS = 1 << 28, 256  # of a constant that is computed, not stored
 
 #: Operators that give a constant for constants, in time and memory of their output.
-_FOLDED = {"Constant", "ConstantOfShape", "Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
-_FOLDED |= {"Flatten", "Concat", "Slice", "Split", "Gather", "Expand", "Tile", "DequantizeLinear"}
+_FOLDED = {"ConstantOfShape", "Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
+_FOLDED |= {"Flatten", "Concat", "Slice", "Gather", "Expand", "Tile", "DequantizeLinear"}
 _SHAPING = frozenset(_FOLDED - {"Gather", "DequantizeLinear"})
 _FOLDED |= {"Add", "Sub", "Mul", "Div", "Neg", "Abs", "Sqrt", "Reciprocal", "Pow", "Exp"}
+_FOLDED |= {"Floor", "Ceil", "Max", "Min", "Mod", "Equal", "Where"}
 
 
 # ---- a model whose shapes are known -----------------------------------------------------------
 
 
-def prepare(file: ModelFile, dims: Mapping[str, int]) -> tuple[ModelProto, list[str]]:
-    """The model with functions inlined, sizes set and shapes inferred; and the symbols left without a size.
+def prepare(file: ModelFile, dims: Mapping[str, int]) -> tuple[list[Scope], list[str]]:
+    """The model's graph and those inside it, functions inlined and shapes inferred; and symbols without a size.
 
     Raises:
         SpecError: a graph that is not one: functions that call themselves, values computed twice or used
@@ -60,65 +62,48 @@ def prepare(file: ModelFile, dims: Mapping[str, int]) -> tuple[ModelProto, list[
     _check_text(model, where)
     if model.functions:
         _inline(model, where)
-    _check_graph(model.graph, frozenset(), where)
+    opset = max((o.version for o in model.opset_import if o.domain in ROOTS), default=1)
+    _check_graph(model.graph, (), opset, where)
     left = _set_dims(model.graph, dict(dims), where)
     _keep_small(file, model.graph)
     for output in model.graph.output:  # what is declared there is often another batch
         output.type.tensor_type.ClearField("shape")
-    return _inferred(file, model), left
+    return _carried(*_inferred(file, model)), left
 
 
-def _inferred(file: ModelFile, model: ModelProto) -> ModelProto:
+def _inferred(file: ModelFile, model: ModelProto) -> tuple[ModelProto, list[Scope]]:
     """The model with the shapes of its values.
 
-    Shape inference leaves the values that a Loop carries open, as each turn may change their shape. They
-    are tried with the shapes of what is passed in, which holds if the body then gives back the same.
+    Where an operator's output depends on the value of a constant that shape inference does not compute
+    (the pads of a Pad, for one), it is computed here and inference is repeated.
     """
-    model = _infer(file, model)
     while True:
-        tried = ModelProto()
-        tried.CopyFrom(model)
-        carried = [loop for scope in scopes(tried.graph, file) for loop in _carried(scope)]
-        if not carried:
-            return model
         try:
-            tried = _infer(file, tried)
+            model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        except (onnx.shape_inference.InferenceError, DecodeError, RuntimeError, ValueError) as error:
+            expected = "a graph whose shapes can be inferred"
+            raise SpecError("model", expected, first_line(error), file.where) from error
+        found = list(_scopes(model.graph, file, None, ""))
+        if not sum(scope.store_sizes() for scope in found):
+            return model, found
+
+
+def _carried(model: ModelProto, found: list[Scope]) -> list[Scope]:
+    """The graphs with the shapes of what Loops carry.
+
+    Shape inference leaves them open, as each turn may change them. They are tried with the shapes of
+    what is passed in, which holds if the body then gives back the same.
+    """
+    file = found[0].file
+    while sum(scope.enter_loops() for scope in found):
+        try:
+            model, tried = _inferred(file, model)
         except SpecError:
-            return model
-        if any(before != after for scope in scopes(tried.graph, file) for before, after in _turns(scope)):
-            return model
-        model = tried
-
-
-def _infer(file: ModelFile, model: ModelProto) -> ModelProto:
-    try:
-        return onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except (onnx.shape_inference.InferenceError, DecodeError, RuntimeError, ValueError) as error:
-        raise SpecError("model", "a graph whose shapes can be inferred", first_line(error), file.where) from error
-
-
-def _carried(scope: Scope) -> Iterator[str]:
-    """Writes shapes into the inputs of Loop bodies; yields the names of those that had none."""
-    for node in scope.nodes:
-        if node.op_type != "Loop" or node.domain not in ROOTS:
-            continue
-        for _, body in bodies(node):
-            for value, given in zip(body.input[2:], node.input[2:], strict=False):
-                shape, kind = scope.shape(given), value.type.tensor_type
-                if shape is None or kind.HasField("shape") or not all(isinstance(d, int) for d in shape):
-                    continue
-                kind.elem_type = scope.dtype(given)
-                kind.shape.dim.extend(TensorShapeProto.Dimension(dim_value=size) for size in shape)
-                kind.shape.SetInParent()
-                yield value.name
-
-
-def _turns(scope: Scope) -> Iterator[tuple[Shape | None, Shape | None]]:
-    """The shapes of what the body of a Loop gets and gives back, where the former is known."""
-    if scope.loop:
-        for before, after in zip(scope.graph.input[2:], scope.graph.output[1:], strict=False):
-            if before.type.tensor_type.HasField("shape"):
-                yield scope.shape(before.name), scope.shape(after.name)
+            break
+        if any(before != after for scope in tried for before, after in scope.turns()):
+            break
+        found = tried
+    return found
 
 
 def bodies(node: NodeProto) -> list[tuple[str, GraphProto]]:
@@ -130,8 +115,8 @@ def bodies(node: NodeProto) -> list[tuple[str, GraphProto]]:
     ]
 
 
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """A graph and all those inside it."""
+def _graphs(graph: GraphProto | FunctionProto) -> Iterator[GraphProto]:
+    """A graph (or function) and all graphs inside it."""
     yield graph
     for node in graph.node:
         for _, body in bodies(node):
@@ -140,32 +125,44 @@ def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
 
 def _check_text(model: ModelProto, where: str) -> None:
     """Protobuf returns bytes for text that is not UTF-8."""
-    nodes = [node for graph in _graphs(model.graph) for node in graph.node]
-    nodes += [node for function in model.functions for node in function.node]
-    for node in nodes:
+    for node in [node for part in (model.graph, *model.functions) for graph in _graphs(part) for node in graph.node]:
         names = (node.op_type, node.domain, node.name, *node.input, *node.output, *(a.name for a in node.attribute))
         if not all(isinstance(name, str) for name in names):
             raise SpecError("file", "an ONNX model", "a name that is not UTF-8", where)
-        if not node.output:
-            raise SpecError("file", "an ONNX model", f"a node without outputs ({node.op_type})", where)
+        if not node.op_type.isidentifier() or not node.output:
+            raise SpecError("file", "an ONNX model", f"a node {node.op_type!r} with {len(node.output)} outputs", where)
 
 
-def _check_graph(graph: GraphProto, outer: frozenset[str], where: str) -> None:
-    """Every value is computed once, and before it is used; that leaves no cycles.
+@cache
+def _least_inputs(operator: str, opset: int) -> int:
+    """How many inputs an operator of ONNX has at least; 0 for an unknown one."""
+    try:
+        least: int = onnx.defs.get_schema(operator, opset, "").min_input
+    except (onnx.defs.SchemaError, OverflowError, TypeError):  # the latter two: not an opset's number
+        return 0
+    return least
 
-    ``outer`` holds the values of the surrounding graphs, which a graph inside may use.
+
+def _check_graph(graph: GraphProto, outer: tuple[set[str], ...], opset: int, where: str) -> None:
+    """Every operand is there; every value is computed once, and before it is used: that leaves no cycles.
+
+    ``outer`` holds the values of each surrounding graph, which a graph inside may use.
     """
     stored = {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
     known = stored | {value.name for value in graph.input}
+    around = (known, *outer)
     for node in graph.node:
-        inner = None
-        for name in node.input:
-            if name and name not in known and name not in outer:
-                found = f"{node.op_type} {node.name or node.output[0]!r} before it is computed, or never is"
+        if node.domain in ROOTS and len(node.input) < (least := _least_inputs(node.op_type, opset)):
+            found = f"{len(node.input)} of {(node.name or node.output[0])!r}"
+            raise SpecError(f"inputs of {node.op_type}", f"at least {least}", found, where)
+        if any(attribute.ref_attr_name for attribute in node.attribute):
+            raise SpecError("attribute", "a value outside of functions", "a reference", where)
+        for name in filter(None, node.input):
+            if not any(name in values for values in around):
+                found = f"{node.op_type} {(node.name or node.output[0])!r} before it is computed, or never is"
                 raise SpecError(f"value {name!r}", "a use after it is computed", found, where)
         for _, body in bodies(node):
-            inner = inner or outer | known
-            _check_graph(body, inner, where)
+            _check_graph(body, around, opset, where)
         for name in filter(None, node.output):
             if name in known:
                 raise SpecError(f"value {name!r}", "one node that computes it", "another one", where)
@@ -174,9 +171,6 @@ def _check_graph(graph: GraphProto, outer: frozenset[str], where: str) -> None:
 
 def _set_dims(graph: GraphProto, dims: dict[str, int], where: str) -> list[str]:
     """Write the given sizes into the graph; returns the input dimensions left without one."""
-    for name, size in dims.items():
-        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 2**63:
-            raise SpecError(f"dims[{name}]", "an integer >= 0", repr(size), where)
     stored = {tensor.name for tensor in graph.initializer}
     known: dict[str, None] = {}
     left: dict[str, None] = {}
@@ -193,7 +187,7 @@ def _set_dims(graph: GraphProto, dims: dict[str, int], where: str) -> list[str]:
                 dim.dim_param = symbol
     for name in dims:
         if name not in known:
-            raise SpecError("dims", f"names among {', '.join(known) or 'none'}", repr(name), where)
+            raise SpecError("dims", f"names among {', '.join(map(printable, known)) or 'none'}", repr(name), where)
     for inside in _graphs(graph):
         for value in [*inside.input, *inside.value_info, *inside.output]:
             for dim in value.type.tensor_type.shape.dim:
@@ -223,9 +217,7 @@ def _keep_small(file: ModelFile, graph: GraphProto) -> None:
 def _inline(model: ModelProto, where: str) -> None:
     """Replace the calls of the model's own functions by their nodes, whose names get the call's in front."""
     functions = {(f.domain, f.name, f.overload): f for f in model.functions}
-    inliner = _Inliner(functions, where)
-    for graph in list(_graphs(model.graph)):
-        inliner.expand(graph)
+    _Inliner(functions, where).expand(model.graph, ())
     known = {opset.domain for opset in model.opset_import}
     for function in functions.values():
         for opset in function.opset_import:
@@ -240,12 +232,12 @@ class _Inliner:
         self.functions, self.where = functions, where
         self.calls = self.nodes = 0
 
-    def expand(self, graph: GraphProto) -> None:
-        if not any(self._called(node) for node in graph.node):
-            return
-        nodes = [inner for node in graph.node for inner in self._expanded(node, ())]
-        del graph.node[:]
-        graph.node.extend(nodes)
+    def expand(self, graph: GraphProto, callers: tuple[str, ...]) -> None:
+        """Inline what a graph calls, which stands inside the given functions."""
+        nodes = [inner for node in graph.node for inner in self._expanded(node, callers)]
+        if any(self._called(node) for node in graph.node):
+            del graph.node[:]
+            graph.node.extend(nodes)
 
     def _called(self, node: NodeProto) -> FunctionProto | None:
         return self.functions.get((node.domain, node.op_type, node.overload))
@@ -257,13 +249,14 @@ class _Inliner:
             raise SpecError("functions", f"at most {MAX_NODES} nodes when inlined", "more", self.where)
         function = self._called(node)
         if function is None:
-            for _, body in bodies(node) if callers else ():
-                self.expand(body)
+            for _, body in bodies(node):
+                self.expand(body, callers)
             yield node
             return
         name = f"{function.domain}.{function.name}"
-        if name in callers:
-            raise SpecError("functions", "none that calls itself", name, self.where)
+        if name in callers or len(callers) > MAX_CALLS:
+            expected = f"none that calls itself, and at most {MAX_CALLS} calls inside each other"
+            raise SpecError("functions", expected, repr(name), self.where)
         self.calls += 1
         path, mark = node.name or node.output[0] or function.name, f"{function.name}#{self.calls}"
         values = dict(zip(function.input, chain(node.input, repeat("")), strict=False))
@@ -272,8 +265,8 @@ class _Inliner:
         for inner in function.node:
             copy = NodeProto()
             copy.CopyFrom(inner)
-            copy.name = f"{path}/{inner.name or inner.output[0]}"
             _rename(copy, values, mark)
+            copy.name = f"{path}/{copy.name}"
             _bind(copy, attributes)
             yield from self._expanded(copy, (*callers, name))
 
@@ -284,6 +277,7 @@ def _rename(node: NodeProto, values: Mapping[str, str], mark: str) -> None:
     def name(inner: str) -> str:
         return values.get(inner, f"{mark}/{inner}") if inner else ""
 
+    node.name = node.name or next(filter(None, node.output), "")
     node.input[:] = list(map(name, node.input))
     node.output[:] = list(map(name, node.output))
     for _, body in bodies(node):
@@ -315,12 +309,8 @@ def _bind(node: NodeProto, given: Mapping[str, AttributeProto]) -> None:
 # ---- one graph and what surrounds it ----------------------------------------------------------
 
 
-def scopes(graph: GraphProto, file: ModelFile) -> Iterator[Scope]:
-    """A graph and, recursively, those inside its nodes."""
-    yield from _scopes(graph, file, None, "")
-
-
 def _scopes(graph: GraphProto, file: ModelFile, outer: Scope | None, path: str, loop: bool = False) -> Iterator[Scope]:
+    """A graph and, recursively, those inside its nodes."""
     this = Scope(graph, file, outer, path, loop)
     yield this
     for node in graph.node:
@@ -357,24 +347,39 @@ class Scope:
                 self.users[name].add(index)
             self.producers.update((name, index) for name in node.output if name)
             if node.op_type == "Constant" and node.domain in ROOTS:
-                self.sparse.update(node.output if any(a.name == "sparse_value" for a in node.attribute) else ())
+                self._store(node)
         self._constants: set[str] = set(self.tensors)
         self._parameters: set[str] = set() if outer else set(self.inputs)
         for node in self.nodes:
             if self._folds(node):
                 self._constants.update(filter(None, node.output))
-            elif (
-                node.op_type in _SHAPING and node.domain in ROOTS and all(map(self.parameter, filter(None, node.input)))
-            ):
+            elif self._reshapes(node):
                 self._parameters.update(filter(None, node.output))
+
+    def _store(self, node: NodeProto) -> None:
+        """The value of a Constant node; text has none here."""
+        for a in node.attribute:
+            if a.type == AttributeProto.SPARSE_TENSOR:
+                self.sparse.add(node.output[0])
+            elif a.type == AttributeProto.TENSOR:
+                self.tensors[node.output[0]] = a.t
+            elif a.type in (AttributeProto.FLOAT, AttributeProto.FLOATS):
+                value = np.array(a.f if a.type == AttributeProto.FLOAT else a.floats, np.float32)
+                self.tensors[node.output[0]] = numpy_helper.from_array(value)
+            elif a.type in (AttributeProto.INT, AttributeProto.INTS):
+                value = np.array(a.i if a.type == AttributeProto.INT else a.ints, np.int64)
+                self.tensors[node.output[0]] = numpy_helper.from_array(value)
 
     def _folds(self, node: NodeProto) -> bool:
         if node.domain not in ROOTS or self.sparse.intersection(node.output):
             return False
         if node.op_type == "Shape":
-            shape = self.shape(node.input[0])
-            return shape is not None and all(isinstance(d, int) for d in shape)
+            return static(self.shape(node.input[0]))
         return node.op_type in _FOLDED and all(self.constant(name) for name in node.input if name)
+
+    def _reshapes(self, node: NodeProto) -> bool:
+        known = node.op_type in _SHAPING and node.domain in ROOTS
+        return known and all(self.parameter(name) for name in node.input if name)
 
     def name(self, node: NodeProto) -> str:
         """A node's name, or its first output's; inside others with the path to it."""
@@ -405,6 +410,48 @@ class Scope:
         """Whether the value is a constant or an input of the model, reshaped or not."""
         owner = self.owner(name)
         return owner is not None and (name in owner._constants or name in owner._parameters)
+
+    def enter_loops(self) -> int:
+        """Write the shapes of what is passed to Loops into their bodies; how many there were."""
+        new = 0
+        for node in self.nodes:
+            for _, body in bodies(node) if node.op_type == "Loop" and node.domain in ROOTS else ():
+                for value, given in zip(body.input[2:], node.input[2:], strict=False):
+                    shape, kind = self.shape(given), value.type.tensor_type
+                    if not kind.HasField("shape") and static(shape):
+                        kind.elem_type = self.dtype(given)
+                        kind.shape.SetInParent()  # of a scalar, too
+                        kind.shape.dim.extend(TensorShapeProto.Dimension(dim_value=size) for size in shape or ())
+                        new += 1
+        return new
+
+    def turns(self) -> Iterator[tuple[Shape | None, Shape | None]]:
+        """The shapes of what the body of a Loop gets and gives back, where the former is known."""
+        for before, after in zip(self.graph.input[2:], self.graph.output[1:], strict=False) if self.loop else ():
+            if before.type.tensor_type.HasField("shape"):
+                yield self.shape(before.name), self.shape(after.name)
+
+    def store_sizes(self) -> int:
+        """Store small constants that are computed for nodes whose output has no shape; how many there were."""
+        new = 0
+        for node in self.nodes:
+            if all(static(self.shape(name)) for name in node.output if name):
+                continue
+            for index, name in enumerate(node.input):
+                owner = self.owner(name)
+                small = math.prod(shape) * 8 <= SMALL if static(shape := self.shape(name)) and shape else False
+                if owner is None or name in owner.tensors or not self.constant(name) or not small:
+                    continue
+                try:
+                    value = self.value(name)
+                except SpecError:
+                    continue
+                if value.dtype.kind not in "iufb":
+                    continue
+                node.input[index] = f"{name} of {self.path}{node.output[0]}[{index}]"
+                self.graph.initializer.append(numpy_helper.from_array(value, node.input[index]))
+                new += 1
+        return new
 
     def scalar(self, name: str) -> float | None:
         """The value of a constant of one element; None where it is not known."""
@@ -439,15 +486,16 @@ class Scope:
         while wanted:
             at = wanted.pop()
             index = self.producers.get(at)
-            if index is None:  # stored, or of a graph around this one
+            if index is None or at in self.tensors:  # stored, or of a graph around this one
                 leaves[at] = self.value(at) if at not in leaves else leaves[at]
             elif self.nodes[index].op_type == "Shape":
                 leaves[at] = self._shape_of(self.nodes[index])
             elif index not in needed:
                 needed.add(index)
                 elements += self._size(self.nodes[index])
-                if elements > MAX_ELEMENTS:
-                    raise SpecError(f"value {at!r}", f"at most {MAX_ELEMENTS} elements", elements, self.file.where)
+                if elements > MAX_ELEMENTS or len(needed) > MAX_STEPS:
+                    expected = f"a constant of at most {MAX_ELEMENTS} elements, from {MAX_STEPS} nodes"
+                    raise SpecError(f"value {name!r}", expected, "more", self.file.where)
                 wanted += [i for i in self.nodes[index].input if i]
         return _evaluate([self.nodes[i] for i in sorted(needed)], leaves, name, self.file)
 
@@ -461,9 +509,9 @@ class Scope:
         size = 0
         for output in filter(None, node.output):
             shape = self.shape(output)
-            if shape is None or not all(isinstance(d, int) for d in shape):
+            if not static(shape):
                 raise SpecError(f"value {output!r}", "a constant of known shape", text(shape), self.file.where)
-            size += math.prod(shape)  # type: ignore[arg-type]
+            size += math.prod(shape)
         return size
 
 
@@ -471,9 +519,19 @@ def _dim(dim: Any) -> Dim:
     return dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else str(dim.dim_param) or None
 
 
+def static(shape: Shape | None) -> TypeGuard[tuple[int, ...]]:
+    """Whether a shape is known."""
+    return shape is not None and all(isinstance(d, int) for d in shape)
+
+
 def text(shape: Shape | None) -> str:
     """A shape for people: ``[N, 3, ?, 224]``."""
-    return "?" if shape is None else f"[{', '.join('?' if d is None else str(d) for d in shape)}]"
+    words = ["?" if d is None else str(d) for d in shape or ()]
+    return "?" if shape is None else f"[{', '.join(map(printable, words))}]"
+
+
+def printable(name: str) -> str:
+    return name if name.isprintable() else repr(name)
 
 
 def _names_used(node: NodeProto) -> Iterable[str]:
@@ -492,23 +550,17 @@ def _evaluate(nodes: list[NodeProto], leaves: Mapping[str, Array], wanted: str, 
     """What ONNX's reference implementation computes."""
     from onnx.reference import ReferenceEvaluator  # only where there is something to compute
 
-    copies = []
-    for node in nodes:
-        copy = NodeProto()
-        copy.CopyFrom(node)
-        for attribute in copy.attribute:
-            if attribute.t.data_location == TensorProto.EXTERNAL:
-                attribute.t.CopyFrom(numpy_helper.from_array(file.array(attribute.t), attribute.t.name))
-        copies.append(copy)
     inputs = [helper.make_tensor_value_info(n, TensorProto.UNDEFINED, None) for n in leaves]
     outputs = [helper.make_tensor_value_info(wanted, TensorProto.UNDEFINED, None)]
-    graph = helper.make_graph(copies, "constants", inputs, outputs)
-    model = helper.make_model(graph, opset_imports=file.proto.opset_import)
+    graph = helper.make_graph(nodes, "constants", inputs, outputs)
+    version = next((o.version for o in file.proto.opset_import if o.domain in ROOTS), 1)
+    if 13 <= version < 19:  # nothing that is folded changed its meaning, and the evaluator has DequantizeLinear
+        version = 19
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)])
     try:
         with np.errstate(all="ignore"):
             (value,) = ReferenceEvaluator(model).run(None, dict(leaves))
     except Exception as error:  # the evaluator raises whatever NumPy or its own code happens to
-        raise SpecError(
-            f"value {wanted!r}", "a constant that can be computed", first_line(error), file.where
-        ) from error
+        expected = "a constant that can be computed"
+        raise SpecError(f"value {wanted!r}", expected, first_line(error), file.where) from error
     return np.asarray(value)

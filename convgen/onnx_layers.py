@@ -27,7 +27,7 @@ from .dtypes import UNIT_ROUNDOFF, narrow, save
 from .errors import ConvgenError, SpecError, UnsupportedError
 from .onnx_algebra import Expr, NoExpressionError, X, number
 from .onnx_file import ModelFile
-from .onnx_graph import ROOTS, Array, Scope, prepare, scopes, text
+from .onnx_graph import ROOTS, Array, Scope, prepare, static, text
 from .onnx_reader import OnnxLayer, convolution_fields
 from .spec import ConvSpec
 
@@ -38,15 +38,15 @@ FOLDING_OPSET = 7
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 _DTYPES = {TensorProto.FLOAT: "f32", TensorProto.FLOAT16: "f16", TensorProto.BFLOAT16: "bf16"}
 _F32_MAX = (2 - 2**-23) * 2.0**127
+_MAX_OPERANDS = 5  # of a node that is folded: BatchNormalization has them
 _MAX_REGION = 16  # nodes of an activation; the longest one that exporters spell has 9
 
 
 def read_layers(source: str | Path | ModelProto, dims: Mapping[str, int], arrays: bool) -> list[OnnxLayer]:
     """See :func:`convgen.onnx_reader.layers_from_onnx`; this one works in this process."""
     with ModelFile(source) as file:
-        model, unknown = prepare(file, dims)
-        graphs = list(scopes(model.graph, file))
-        old = any(opset.domain in ROOTS and opset.version < FOLDING_OPSET for opset in model.opset_import)
+        graphs, unknown = prepare(file, dims)
+        old = any(opset.domain in ROOTS and opset.version < FOLDING_OPSET for opset in file.proto.opset_import)
         layers = [layer for graph in graphs for layer in _Reader(graph, unknown, not old).layers(arrays)]
     if not layers:
         found = sorted({node.op_type for graph in graphs for node in graph.nodes if "Conv" in node.op_type})
@@ -60,6 +60,7 @@ class _Reader:
     def __init__(self, scope: Scope, unknown: list[str], folds: bool) -> None:
         self.scope, self.unknown, self.folds, self.where = scope, unknown, folds, scope.file.where
         self.taken: set[str] = set()  # outputs of additions that are some convolution's residual
+        self._lost: dict[str, str] = {}
 
     def layers(self, arrays: bool) -> list[OnnxLayer]:
         nodes = [i for i, n in enumerate(self.scope.nodes) if n.op_type in CONVOLUTIONS and n.domain in ROOTS]
@@ -71,6 +72,18 @@ class _Reader:
         order = sorted(nodes, key=lambda index: (depth[self.scope.nodes[index].output[0]], index), reverse=True)
         layers = {index: self._layer(self.scope.nodes[index], arrays) for index in order}
         return [layers[index] for index in nodes]
+
+    def lost(self, name: str) -> str:
+        """Where a shape got lost: after the first node on the way back whose inputs all have one."""
+        way = []
+        while name not in self._lost and (index := self.scope.producers.get(name)) is not None:
+            node = self.scope.nodes[index]
+            way.append(name)
+            self._lost[name] = f" after {node.op_type} {(node.name or node.output[0])!r}"
+            name = next((i for i in node.input if i and "?" in text(self.scope.shape(i))), "")
+        culprit = self._lost.get(name) or (self._lost[way[-1]] if way else "")
+        self._lost.update(dict.fromkeys(way, culprit))
+        return culprit
 
     def _layer(self, node: NodeProto, arrays: bool) -> OnnxLayer:
         name = self.scope.name(node)
@@ -99,8 +112,6 @@ class _Fold:
         self.residual = self.slope = ""
         self.steps: list[tuple[NodeProto, str]] = []  # a scale and shift per channel, and the value it is of
         self.parameters = [name for name in node.input[1:3] if name]
-        if len(node.input) < 2:
-            raise SpecError("inputs", "src and weights", f"{len(node.input)}")
         self.src, self.dst = node.input[0], node.output[0]
         self.spec = self._convolution()
         if reader.folds:
@@ -113,10 +124,11 @@ class _Fold:
         weights = self._shape("weights", self.node.input[1])
         src = self._shape("src", self.src)
         bias = len(self.node.input) > 2 and bool(self.node.input[2])
-        if bias:
-            self._shape("bias", self.node.input[2])
         fields = convolution_fields(self.node.op_type, _attributes(self.node), src, weights, bias, self.where)
-        return ConvSpec(**fields, dtype=self.dtype)
+        spec = ConvSpec(**fields, dtype=self.dtype)
+        if bias and (shape := self._shape("bias", self.node.input[2])) != (spec.oc,):
+            raise SpecError("bias", f"shape [{spec.oc}]", text(shape))
+        return spec
 
     def _shape(self, what: str, name: str) -> tuple[int, ...]:
         """The shape of an operand, whose dtype becomes the spec's.
@@ -133,25 +145,18 @@ class _Fold:
             names = ", ".join(_DTYPES.values())
             found = _enum_name(TensorProto.DataType, dtype)
             raise UnsupportedError(f"{self.where}: {what} {name!r} has dtype {found}; supported are {names}")
-        sizes = tuple(d for d in shape if isinstance(d, int)) if shape is not None else ()
-        if shape is not None and len(sizes) == len(shape) and dtype:
+        if static(shape) and dtype:
             if what == "weights":
                 self.dtype = _DTYPES[dtype]
             elif self.dtype != _DTYPES[dtype]:
                 raise SpecError(what, f"the weights' dtype {self.dtype}", _DTYPES[dtype])
-            return sizes
+            return shape
         if self.reader.unknown:
-            missing, first = ", ".join(map(repr, self.reader.unknown)), self.reader.unknown[0]
-            raise SpecError("dims", f"a size for {missing} (as in --dim {first}=1)", f"none ({what} is {text(shape)})")
-        raise SpecError(what, "a shape that shape inference finds", text(shape) + self._lost(name))
-
-    def _lost(self, name: str) -> str:
-        """Where a shape got lost: the first node on the way back whose inputs all have one."""
-        culprit = None
-        while (index := self.scope.producers.get(name)) is not None:
-            culprit = self.scope.nodes[index]
-            name = next((i for i in culprit.input if i and "?" in text(self.scope.shape(i))), "")
-        return f" after {culprit.op_type} {culprit.name or culprit.output[0]!r}" if culprit else ""
+            missing, example = ", ".join(map(repr, self.reader.unknown)), f"{self.reader.unknown[0]}=1"
+            raise SpecError(
+                "dims", f"a size for {missing} (as in --dim {example!r})", f"none ({what} is {text(shape)})"
+            )
+        raise SpecError(what, "a shape that shape inference finds", text(shape) + self.reader.lost(name))
 
     # ---- what comes before it ----
 
@@ -162,15 +167,13 @@ class _Fold:
             node = self.scope.nodes[index] if index is not None else None
             pads = _zeros_around(self.scope, node) if node and node.op_type == "Pad" and node.domain in ROOTS else None
             shape = self.scope.shape(node.input[0]) if node else None
-            rank = self.spec.rank
-            if node is None or pads is None or shape is None or len(pads) != len(shape) or len(shape) != rank + 2:
+            if node is None or pads is None or not static(shape) or not len(pads) == len(shape) == self.spec.rank + 2:
                 return
-            sizes = tuple(d for d in shape if isinstance(d, int))
             sums = tuple((p + b, q + e) for (p, q), (b, e) in zip(self.spec.padding, pads[2:], strict=True))
-            grown = tuple(size + b + e for size, (b, e) in zip(sizes, pads, strict=False))
+            grown = tuple(size + b + e for size, (b, e) in zip(shape, pads, strict=True))
             if any(p < 0 for pair in pads for p in pair) or any(map(any, pads[:2])) or grown != self._src_shape():
                 return
-            self.spec = self.spec.with_(in_spatial=sizes[2:], padding=sums)
+            self.spec = self.spec.with_(in_spatial=shape[2:], padding=sums)
             self.src = node.input[0]
 
     def _src_shape(self) -> tuple[int, ...]:
@@ -184,17 +187,20 @@ class _Fold:
 
     def _take_what_follows(self) -> None:
         while self.dst not in self.scope.outputs:
-            if self._take_activation():
-                return
             users = self.scope.users[self.dst]
-            if len(users) != 1 or not self._take(self.scope.nodes[next(iter(users))]):
+            only = self.scope.nodes[next(iter(users))] if len(users) == 1 else None
+            if only and only.domain in ROOTS and self._passes(only):
+                self.dst = only.output[0]
+            elif self._take_activation() or only is None or not self._take(only):
                 return
 
     def _take(self, node: NodeProto) -> bool:
         """Fold a node that alone uses the value so far; False where that is not exact."""
         spec, op = self.spec, node.op_type
+        if node.domain not in ROOTS or any(node.output[1:]) or len(node.input) > _MAX_OPERANDS:
+            return False
         others = [name for name in node.input if name != self.dst]
-        if node.domain not in ROOTS or any(node.output[1:]) or len(others) != len(node.input) - 1:
+        if len(others) != len(node.input) - 1:
             return False
         adds = op in ("Add", "Sum") or (op == "Sub" and node.input[0] == self.dst)
         scales = op in ("Mul", "Sub") or (op == "Div" and node.input[0] == self.dst)
@@ -206,10 +212,7 @@ class _Fold:
             self.spec, self.residual, self.dst = spec.with_(residual=True), others[0], node.output[0]
             self.reader.taken.add(self.dst)
             return True
-        elif not (op == "Neg" and not spec.residual):
-            if self._passes(node):
-                self.dst = node.output[0]
-                return True
+        elif op != "Neg" or spec.residual:
             return False
         self.steps.append((node, self.dst))
         self.parameters += others
@@ -224,9 +227,11 @@ class _Fold:
         """Whether a node hands on its only changing operand as it is."""
         if node.op_type == "Cast":
             return self.scope.dtype(node.output[0]) == self.scope.dtype(node.input[0])
-        if node.op_type == "Dropout":  # before opset 12 an operator of inference
+        if any(self.scope.users[name] or name in self.scope.outputs for name in node.output[1:]):
+            return False
+        if node.op_type == "Dropout":  # before opset 12 always as in inference
             return len(node.input) < 3 or not node.input[2]
-        return node.op_type == "Identity"
+        return bool(node.op_type == "Identity")
 
     def _normalizes(self, node: NodeProto) -> bool:
         """Whether a BatchNormalization is a scale and a shift per channel, known beforehand."""
@@ -262,7 +267,7 @@ class _Fold:
         while waiting and seen < _MAX_REGION:
             index = heapq.heappop(waiting)
             node, seen = scope.nodes[index], seen + 1
-            if not node.output or node.output[0] in expressions or any(node.output[1:]):
+            if node.output[0] in expressions or (any(node.output[1:]) and not self._passes(node)):
                 continue
             y = node.output[0]
             try:
@@ -274,8 +279,9 @@ class _Fold:
             expressions[y] = expression
             cones[y] = frozenset({index}).union(*(cones[name] for name in node.input if name in cones))
             inside = [x, *(scope.nodes[i].output[0] for i in cones[y] if i != index)]
-            if all(name not in scope.outputs and scope.users[name] <= cones[y] for name in inside):
-                tolerance = 4 * UNIT_ROUNDOFF[self.dtype]
+            if expression != X and all(name not in scope.outputs and scope.users[name] <= cones[y] for name in inside):
+                # Constants are rounded to the dtype, and coefficients are products of two at most.
+                tolerance = 3 * UNIT_ROUNDOFF[self.dtype]
                 if activation := algebra.activation(expression, tolerance, _shortest):
                     self.spec, self.dst, found = self.spec.with_(activation=activation), y, activation
             if len(scope.users[y]) <= _MAX_REGION:
@@ -310,9 +316,7 @@ class _Fold:
             operands.append(operand)
         attributes = {a.name: a for a in node.attribute}
         form = "Tanh" if "approximate" in attributes and attributes["approximate"].s == b"tanh" else ""
-        return algebra.apply(
-            node.op_type + form, operands, lambda name, default: _number(attributes.get(name), default)
-        )
+        return algebra.apply(node.op_type + form, operands, {name: a.f for name, a in attributes.items()})
 
     def _constant(self, name: str) -> Expr | None:
         """A constant of one element, which does not add axes."""
@@ -377,15 +381,17 @@ class _Fold:
     def _scaled(self, weights: Array, scale: F64) -> Array:
         """Weights times a factor per output channel."""
         spec = self.spec
-        groups = spec.groups if spec.transposed else 1
-        by_channel = weights.astype(np.float64).reshape(groups, -1 if spec.transposed else 1, spec.oc // groups, -1)
+        groups, inner = (spec.groups, spec.ic // spec.groups) if spec.transposed else (1, 1)
+        by_channel = weights.astype(np.float64).reshape(groups, inner, spec.oc // groups, -1)
         scaled = by_channel * scale.reshape(groups, 1, -1, 1)
         return narrow(scaled.reshape(weights.shape), spec.dtype)
 
     def _channels(self, name: str) -> F64:
         """A constant with one element, or one per output channel, as float64 ``[oc]``."""
-        values = self.scope.value(name).astype(np.float64).reshape(-1)
-        return np.broadcast_to(values, (self.spec.oc,)).copy()
+        values = self.scope.value(name)
+        if values.dtype.kind in "SUO":
+            raise SpecError(f"value {name!r}", "numbers", values.dtype)
+        return np.broadcast_to(values.astype(np.float64).reshape(-1), (self.spec.oc,)).copy()
 
 
 #: Attributes of Conv and ConvTranspose and their types.
@@ -413,18 +419,12 @@ def _enum_name(enum: Any, number: int) -> str:
     return names.get(number, str(number))
 
 
-def _number(attribute: AttributeProto | None, default: float) -> float:
-    value = default if attribute is None else attribute.f
-    if not math.isfinite(value):
-        raise NoExpressionError
-    return float(value)
-
-
 def _shortest(value: Fraction | float) -> str:
     """The number that is written like the f32 value: 0.1 instead of 0.10000000149011612."""
-    if math.isfinite(value) and abs(value) >= _F32_MAX:
+    rounded = np.float32(float(value))
+    if math.isfinite(value) and not np.isfinite(rounded):
         raise NoExpressionError
-    return repr(float(str(np.float32(float(value)))))
+    return repr(float(str(rounded)))
 
 
 def _zeros_around(scope: Scope, node: NodeProto) -> list[tuple[int, int]] | None:
@@ -449,7 +449,10 @@ def _zeros_around(scope: Scope, node: NodeProto) -> list[tuple[int, int]] | None
 
 
 def _integers(scope: Scope, name: str) -> list[int]:
-    return [int(value) for value in scope.value(name).reshape(-1)]
+    values = scope.value(name)
+    if values.dtype.kind not in "iu":
+        raise SpecError(f"value {name!r}", "integers", values.dtype)
+    return [int(value) for value in values.reshape(-1)]
 
 
 # ---- in a process of its own ------------------------------------------------------------------
@@ -459,7 +462,10 @@ def _child() -> None:
     """Reads one job from standard input and prints what :func:`convgen.onnx_reader.layers_from_onnx` makes of it."""
     job = json.load(sys.stdin)
     for limit, value in job["limits"].items():
-        resource.setrlimit(getattr(resource, limit), (value, value))
+        kind = getattr(resource, limit)
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
     answer: dict[str, Any] = {}
     try:
         layers = read_layers(Path(job["path"]), job["dims"], job["directory"] is not None)

@@ -7,6 +7,7 @@ parses it and infers its shapes is not ours. A model in memory is read in this p
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -53,17 +54,20 @@ class OnnxLayer:
     arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict, compare=False, repr=False)
 
 
-def specs_from_onnx(source: str | Path | ModelProto, dims: Mapping[str, int] | None = None) -> list[SpecEntry]:
+def specs_from_onnx(
+    source: str | Path | ModelProto, dims: Mapping[str, int] | None = None, skipped: list[str] | None = None
+) -> list[SpecEntry]:
     """The Conv and ConvTranspose nodes of a model as specs, identical ones merged.
 
-    See :func:`layers_from_onnx`; here the first node that is refused raises its error.
+    See :func:`layers_from_onnx`. The first node that is refused raises its error, or, where ``skipped``
+    is given, each of them is left out and the reason appended there.
     """
-    entries = []
-    for layer in layers_from_onnx(source, dims):
-        if layer.spec is None:
-            raise layer.refusal or UnsupportedError(layer.name)
-        entries.append(SpecEntry(layer.spec, 1, (layer.name,)))
-    return merge(entries)
+    layers = layers_from_onnx(source, dims)
+    for refusal in [layer.refusal for layer in layers if layer.refusal]:
+        if skipped is None:
+            raise refusal
+        skipped.append(str(refusal))
+    return merge(SpecEntry(layer.spec, 1, (layer.name,)) for layer in layers if layer.spec)
 
 
 def layers_from_onnx(
@@ -92,6 +96,9 @@ def layers_from_onnx(
     Raises:
         SpecError: not an ONNX model, no convolution in it, or shapes that contradict each other.
     """
+    for name, size in (dims or {}).items():
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 2**63:
+            raise SpecError(f"dims[{name}]", "an integer >= 0", repr(size))
     if not isinstance(source, str | os.PathLike):
         from .onnx_layers import read_layers
 
@@ -105,20 +112,13 @@ def layers_from_onnx(
 
 def _isolated(path: str, dims: Mapping[str, int], directory: str | None) -> list[OnnxLayer]:
     memory = MEMORY if directory is None else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = {"RLIMIT_AS": memory, "RLIMIT_CPU": TIMEOUT, "RLIMIT_CORE": 0}
+    limits = {"RLIMIT_AS": memory, "RLIMIT_CPU": math.ceil(TIMEOUT), "RLIMIT_CORE": 0}
     job = {"path": path, "dims": dims, "directory": directory, "limits": limits}
     command = [sys.executable, "-P", "-m", "convgen.onnx_layers"]  # -P: no module of the working directory
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # each of its threads reserves memory
+    options: dict[str, Any] = {"env": os.environ | {"OPENBLAS_NUM_THREADS": "1"}}  # each thread reserves memory
+    options |= {"capture_output": True, "encoding": "utf-8", "errors": "replace", "timeout": TIMEOUT}
     try:
-        child = subprocess.run(
-            command,
-            input=json.dumps(job),
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=TIMEOUT,
-            check=False,
-        )
+        child = subprocess.run(command, input=json.dumps(job), check=False, **options)
     except subprocess.TimeoutExpired:
         raise SpecError("file", f"a model that can be read in {TIMEOUT} s", "another one", path) from None
     if child.returncode:

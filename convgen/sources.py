@@ -122,8 +122,8 @@ def read_specs(
     Args:
         source: a descriptor, benchdnn problem or MIOpenDriver command, or the path of a file.
         dims: sizes of an ONNX model's symbolic dimensions, such as ``{"N": 1}``.
-        skipped: where given, a problem or command that is wrong, or beyond this version as a backward
-            pass is, is left out, and the reason appended here.
+        skipped: where given, a problem, command or node of a model that is wrong, or beyond this version
+            as a backward pass is, is left out, and the reason appended here.
 
     Raises:
         SpecError: the file cannot be read, or a layer is wrong; names file, line or layer, and field.
@@ -137,11 +137,9 @@ def read_specs(
     if is_line:
         return _read_lines([("", str(source).strip())], None, skipped)
     if suffix == ".onnx":
-        if not path.is_file():
-            read_bytes(path)  # says what is wrong, before onnx is imported
-        from .onnx_reader import specs_from_onnx  # onnx is only needed for its own files
+        from .onnx_reader import specs_from_onnx
 
-        return specs_from_onnx(path, dims)
+        return specs_from_onnx(path, dims, skipped)
     if suffix in _PARSERS:
         return merge(_entries(_PARSERS[suffix](_read_text(path), str(path)), str(path)))
     return _read_lines(_lines_of(path), path, skipped)

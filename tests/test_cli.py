@@ -225,6 +225,35 @@ def test_show_lists_the_layers_of_a_file(tmp_path: Path, run: Run, run_json: Cal
     assert "2 different layers, 3 in all" in run("show", file)[1]
 
 
+def test_show_lists_the_layers_of_a_model(tmp_path: Path, run: Run, run_json: Callable[..., Any]) -> None:
+    """With the node that each came from, and those that could not be read, with the reason."""
+    from onnx import parser
+
+    source = """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N,4,8,8] x, float[4,4,3,3] w, float[4,4,1,1] v, double[4,4,3,3] u) => (float y) {
+          [one] a = Conv(x, w) r = Relu(a) b = Conv<pads=[1,1,1,1]>(r, w) s = Relu(b)
+          [two] c = Conv<pads=[1,1,1,1]>(s, w) t = Relu(c)
+          [last] d = Conv(t, v) e = Cast<to=11>(d) [wide] y = Conv(e, u) }"""
+    file = tmp_path / "net.onnx"
+    file.write_bytes(parser.parse_model(source).SerializeToString())
+    found = run_json("show", file, "--dim", "N=2")
+    assert [layer["names"] for layer in found["layers"]] == [["one"], ["b", "two"], ["last"]]
+    assert [layer["count"] for layer in found["layers"]] == [1, 2, 1]
+    assert found["convolutions"] == 4
+    assert sum(layer["share"] for layer in found["layers"]) == pytest.approx(1)
+    assert found["flops"] == sum(layer["count"] * layer["flops"] for layer in found["layers"])
+    reason = f"{file}: Conv 'wide': weights 'u' has dtype double; supported are f32, f16, bf16"
+    assert found["skipped"] == [reason]
+    status, out, err = run("show", file, "--dim", "N=2")
+    assert status == 0
+    assert "b +1" in out
+    assert "3 different layers, 4 in all" in out
+    assert f"left out: {reason}" in err
+    status, out, err = run("show", file)
+    assert (status, out) == (2, "")
+    assert "a size for 'N' (as in --dim 'N=1')" in err
+
+
 def test_show_needs_no_compiler(run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 OK, FAILED, WRONG, TROUBLE, INTERRUPTED = 0, 1, 2, 3, 130
 
+#: Reasons printed of those why layers were left out; --json gives all.
+REASONS = 20
+
 #: Of the commands that take one.
 SPEC_HELP = """\
 \b
@@ -136,9 +139,11 @@ candidate_options = _grouped(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
-def read_layers(words: Sequence[str], dims: dict[str, int] | None = None) -> list[SpecEntry]:
-    """The layers that a spec in one or several words, a file or a model gives."""
-    return read_specs(" ".join(words), dims or None)
+def read_layers(
+    words: Sequence[str], dims: dict[str, int] | None = None, skipped: list[str] | None = None
+) -> list[SpecEntry]:
+    """The layers that a spec in one or several words, a file or a model gives; see :func:`read_specs`."""
+    return read_specs(" ".join(words), dims or None, skipped)
 
 
 def chosen_records(records: Path | None, no_records: bool) -> Records:
@@ -198,6 +203,14 @@ def _finite(value: Any) -> Any:
 def note(message: str) -> None:
     """A line for people, on standard error."""
     click.echo(message, err=True)
+
+
+def note_left_out(reasons: Sequence[str]) -> None:
+    """Why layers are missing from a result, for people; the first reasons of many."""
+    for reason in reasons[:REASONS]:
+        note(f"left out: {reason}")
+    if len(reasons) > REASONS:
+        note(f"left out: {len(reasons) - REASONS} more")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

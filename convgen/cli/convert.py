@@ -9,10 +9,7 @@ import click
 
 from ..errors import SpecError
 from ..sources import FORMS, SUFFIXES, format_specs, read_specs, write_text
-from .common import emit, json_option, layers_argument, note, tidy
-
-#: Reasons printed of those why layers were left out; --json gives all.
-REASONS = 20
+from .common import emit, json_option, layers_argument, note_left_out, tidy
 
 
 @click.command(short_help="Write layers in another notation.")
@@ -55,10 +52,7 @@ def convert(
     unread = len(skipped or ())
     text = format_specs(entries, form, skipped)
     written = len(entries) - len(skipped or ()) + unread
-    for reason in (skipped or ())[:REASONS]:
-        note(f"left out: {reason}")
-    if skipped and len(skipped) > REASONS:
-        note(f"left out: {len(skipped) - REASONS} more")
+    note_left_out(skipped or [])
     if not written:
         raise SpecError("layers", f"one that can be written as {form}", "none", source)
     if to_stdout:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import BuildError, MeasureError
-from ..sources import SpecEntry, merge
+from ..sources import SpecEntry
 from .common import (
     SPEC_HELP,
     candidate_options,
@@ -20,6 +19,7 @@ from .common import (
     json_option,
     layers_argument,
     note,
+    note_left_out,
     read_layers,
     size,
     table,
@@ -28,7 +28,6 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..onnx_reader import OnnxLayer
     from ..spec import ConvSpec
     from ..target import Target
 
@@ -55,7 +54,7 @@ def show(
     """Explain a layer: shapes, work, limits, and the schedules that apply.
 
     Of a file or model with several layers: a list of them, each with its share of the work of all
-    these convolutions, and what of a model could not be read.
+    these convolutions, and why what is missing could not be read.
 
     The roofline says how long the layer takes at least on this machine: its arithmetic at the
     measured peak, its tensors once through the measured memory bandwidth.
@@ -63,29 +62,16 @@ def show(
     check_picks(schedule, picks)
     if schedule and not ir:
         raise click.UsageError("--schedule needs --ir: it chooses the candidate to print")
-    entries, refused = _read(spec, dims)
+    skipped: list[str] = []
+    entries = read_layers(spec, dims, skipped) or read_layers(spec, dims)  # which says why there is none
     if ir:
         if len(entries) > 1:
             raise click.UsageError(f"--ir is for a single layer, found {len(entries)}")
         _print_source(entries[0].spec, target, schedule, picks, ir, as_json)
-    elif len(entries) > 1 or refused:
-        _print_layers(entries, refused, as_json)
+    elif len(entries) > 1 or skipped:
+        _print_layers(entries, skipped, as_json)
     else:
         _print_layer(entries[0], target, threads, as_json)
-
-
-def _read(words: tuple[str, ...], dims: dict[str, int]) -> tuple[list[SpecEntry], list[OnnxLayer]]:
-    """The layers, and of a model also those that could not be read."""
-    source = " ".join(words)
-    if not (source.lower().endswith(".onnx") and os.path.isfile(source)):
-        return read_layers(words, dims), []
-    from ..onnx_reader import layers_from_onnx
-
-    layers = layers_from_onnx(source, dims)
-    refused = [layer for layer in layers if layer.refusal]
-    if len(refused) == len(layers) and refused[0].refusal:
-        raise refused[0].refusal
-    return merge(SpecEntry(layer.spec, 1, (layer.name,)) for layer in layers if layer.spec), refused
 
 
 def _print_source(
@@ -109,7 +95,7 @@ def _print_source(
 # ---- several layers ---------------------------------------------------------------------------
 
 
-def _print_layers(entries: list[SpecEntry], refused: list[OnnxLayer], as_json: bool) -> None:
+def _print_layers(entries: list[SpecEntry], skipped: list[str], as_json: bool) -> None:
     total = sum(entry.count * entry.spec.flops for entry in entries)
     layers: list[dict[str, Any]] = [
         {
@@ -122,9 +108,8 @@ def _print_layers(entries: list[SpecEntry], refused: list[OnnxLayer], as_json: b
         for entry in entries
     ]
     if as_json:
-        failed = [{"name": layer.name, "operator": layer.operator, "reason": str(layer.refusal)} for layer in refused]
         count = sum(entry.count for entry in entries)
-        emit({"flops": total, "convolutions": count, "layers": layers, "refused": failed})
+        emit({"flops": total, "convolutions": count, "layers": layers, "skipped": skipped})
         return
     rows = [
         [_names(layer["names"]), layer["count"], f"{layer['flops'] / 1e9:.4g}", f"{layer['share']:.1%}", layer["spec"]]
@@ -133,8 +118,7 @@ def _print_layers(entries: list[SpecEntry], refused: list[OnnxLayer], as_json: b
     click.echo(table(["layer", "count>", "GFLOP>", "share>", "spec"], rows))
     count = sum(entry.count for entry in entries)
     click.echo(f"{len(entries)} different layers, {count} in all, {total / 1e9:.4g} GFLOP, of which each has its share")
-    for layer in refused:
-        note(f"not read: {layer.refusal}")
+    note_left_out(skipped)
 
 
 def _names(names: list[str]) -> str:
