@@ -108,6 +108,11 @@ class Activation:
         return _SLOPES.get(self.name, 1.0)
 
     @property
+    def costly(self) -> bool:
+        """Whether it takes tens of operations: an exponential."""
+        return self.name in {"sigmoid", "tanh", "silu", "mish", "elu", "gelu", "gelu_tanh"}
+
+    @property
     def exact(self) -> bool:
         """Whether small integers stay exactly representable through it."""
         if self.name == "leaky_relu":

@@ -147,8 +147,63 @@ class Operands:
         return te.compute(self.spec.dst_shape, lambda *index: narrow(value(*self.logical(index)), dtype), name="dst")
 
 
+def _exponential(x: Expr, offset: float) -> Expr:
+    """``exp(x) - offset`` (0 or 1), within two units in the last place, by arithmetic that vectorises.
+
+    ``x = n ln 2 + r`` with ``|r| <= ln 2 / 2``, the series of ``exp(r) - 1`` up to ``r**7 / 7!``, then times
+    ``2**n`` in two steps, so that what over- or underflows does so once (Muller, *Elementary Functions*,
+    3rd ed., §5.2 and §11). NaN and infinities come out as they should.
+    """
+
+    def const(value: float) -> Expr:
+        return tirx.const(value, ACCUMULATOR)
+
+    x = tirx.max(const(-104.0), tirx.min(const(104.0), x))
+    n = tirx.floor(x * const(1 / math.log(2)) + const(0.5))
+    r = x - n * const(0.693359375) - n * const(math.log(2) - 0.693359375)  # the first has 9 bits: exact
+    series = const(1 / math.factorial(7))
+    for k in (6, 5, 4, 3, 2):
+        series = series * r + const(1 / math.factorial(k))
+    series = series * r * r + r
+    lanes = f"x{x.ty.dtype.lanes}" if x.ty.dtype.lanes > 1 else ""
+    whole = tirx.max(n, const(-160.0)).astype(f"int32{lanes}")  # of NaN: something, not undefined
+    half = whole >> tirx.const(1, "int32")
+    first, second = (
+        tirx.reinterpret(f"float32{lanes}", (power + tirx.const(127, "int32")) << tirx.const(23, "int32"))
+        for power in (half, whole - half)
+    )
+    if offset:  # exp(r) - 1 loses nothing where n is 0
+        return series * first * second + (first * second - const(offset))
+    return (series * first + first) * second
+
+
+def _erf(x: Expr) -> Expr:
+    """The error function, to 1.5e-7 (Abramowitz & Stegun, *Handbook of Mathematical Functions*, 7.1.26)."""
+
+    def const(value: float) -> Expr:
+        return tirx.const(value, ACCUMULATOR)
+
+    size = tirx.abs(x)
+    t = const(1.0) / (const(1.0) + const(0.3275911) * size)
+    series = const(1.061405429)
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        series = series * t + const(coefficient)
+    value = const(1.0) - series * t * _exponential(-(size * size), 0)
+    return tirx.Select(x < const(0.0), -value, value)
+
+
+def _tanh(x: Expr) -> Expr:
+    """``-e / (e + 2)`` with ``e = exp(-2|x|) - 1``, and the sign."""
+    e = _exponential(tirx.abs(x) * tirx.const(-2.0, ACCUMULATOR), 1)
+    value = -e / (e + tirx.const(2.0, ACCUMULATOR))
+    return tirx.Select(x < tirx.const(0.0, ACCUMULATOR), -value, value)
+
+
 def activate(op: Activation, x: Expr, slope: Expr | None = None) -> Expr:
-    """The activation of ``x``. The order of operands in min and max lets NaN through."""
+    """The activation of ``x``. The order of operands in min and max lets NaN through.
+
+    exp, tanh and erf are written out: what TVM has for them calls the C library, an element at a time.
+    """
 
     def const(value: float) -> Expr:
         return tirx.const(value, ACCUMULATOR)
@@ -171,13 +226,13 @@ def activate(op: Activation, x: Expr, slope: Expr | None = None) -> Expr:
         case "clip":
             return clip(x, *p)
         case "sigmoid":
-            return one / (one + tirx.exp(-x))
+            return one / (one + _exponential(-x, 0))
         case "tanh":
-            return tirx.tanh(x)
+            return _tanh(x)
         case "silu":
-            return x / (one + tirx.exp(-x))
+            return x / (one + _exponential(-x, 0))
         case "mish":  # x tanh(log(1 + e^x)), where (1 + e^x)^2 - 1 = n; from e^20 on the factor is 1
-            e = tirx.exp(tirx.min(const(20), x))
+            e = _exponential(tirx.min(const(20), x), 0)
             n = e * (e + const(2))
             return x * (n / (n + const(2)))
         case "hardswish":
@@ -185,12 +240,12 @@ def activate(op: Activation, x: Expr, slope: Expr | None = None) -> Expr:
         case "hardsigmoid":
             return clip(x * const(p[0]) + const(p[1]), 0, 1)
         case "elu":
-            return tirx.Select(x < zero, const(p[0]) * (tirx.exp(tirx.min(zero, x)) - one), x)
+            return tirx.Select(x < zero, const(p[0]) * _exponential(tirx.min(zero, x), 1), x)
         case "gelu":
-            return const(0.5) * x * (one + tirx.erf(x * const(math.sqrt(0.5))))
+            return const(0.5) * x * (one + _erf(x * const(math.sqrt(0.5))))
         case "gelu_tanh":
             inner = const(math.sqrt(2 / math.pi)) * (x + const(0.044715) * x * x * x)
-            return const(0.5) * x * (one + tirx.tanh(inner))
+            return const(0.5) * x * (one + _tanh(inner))
     raise AssertionError(f"activation {op.name} has no expression")
 
 
@@ -221,13 +276,47 @@ def pack_channels(ops: Operands, tile: int) -> tuple[list[te.Tensor], list[te.Te
         return tirx.if_then_else(b * tile + t < spec.oc, value, tirx.const(0, ACCUMULATOR))
 
     packed = [te.compute(shape, packed_weights, name="weights_packed")]
-    packed += [copied(p) for p in ops.parameters[1:]]
+    packed += [copied(p, shape[0] * tile) for p in ops.parameters[1:]]
     return packed, [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
 
 
-def copied(parameter: Operand) -> te.Tensor:
-    """The packed form that changes nothing but the storage: f32."""
-    return te.compute(parameter.shape, lambda *i: parameter[i], name=f"{parameter.name}_packed")
+def copied(parameter: Operand, channels: int = 0) -> te.Tensor:
+    """The packed form that changes nothing but the storage, which is f32, and a vector's length: zeros follow."""
+    name = f"{parameter.name}_packed"
+    if channels <= parameter.shape[0]:
+        return te.compute(parameter.shape, lambda *i: parameter[i], name=name)
+
+    def value(o: Expr) -> Expr:
+        return tirx.if_then_else(o < parameter.shape[0], parameter[o], tirx.const(0, ACCUMULATOR))
+
+    return te.compute((channels,), value, name=name)
+
+
+def finished(
+    ops: Operands, sums: te.Tensor, vectors: Sequence[te.Tensor], channel: Callable[[Index], Expr]
+) -> tuple[te.Tensor, bool]:
+    """A costly epilogue as a stage of its own, while channels are still in the lanes.
+
+    The store of NCHW runs along pixels, in tiles that rarely are whole vectors. ``channel`` tells that of an
+    index of ``sums``; bias and slope must reach as far. Returns ``sums`` itself and False where the
+    epilogue is cheap, or waits for a residual; its block is called ``finished``.
+    """
+    spec = ops.spec
+    if spec.residual or not spec.activation_op.costly:
+        return sums, False
+
+    def value(*index: Expr) -> Expr:
+        return epilogue(spec, sums[index], **ops.per_channel(vectors, channel(index)))
+
+    return te.compute(sums.shape, value, name="finished"), True
+
+
+def vectorize_finished(sch: Any, loop: Any, lanes: int) -> None:
+    """Schedule the stage of :func:`finished` under ``loop``."""
+    block = sch.get_sblock("finished")
+    sch.compute_at(block, loop, preserve_unit_loops=True)
+    _, lane = sch.split(sch.get_loops(block)[-1], [None, lanes])
+    sch.vectorize(lane)
 
 
 def dst_loops(sch: Any, spec: ConvSpec) -> tuple[Any, list[Any], Any]:

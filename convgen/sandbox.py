@@ -68,7 +68,7 @@ def run_guarded(
         "runs": [vars(run) for run in runs],
     }
     (directory / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, "-m", "convgen.sandbox", str(directory)]
+    command = [sys.executable, "-P", "-m", "convgen.sandbox", str(directory)]  # -P: no module of the working directory
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:

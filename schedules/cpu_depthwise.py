@@ -24,7 +24,7 @@ MOST_UNROLLED = 1024
 
 
 class CpuDepthwise(Schedule):
-    id, version = "cpu_depthwise", 1
+    id, version = "cpu_depthwise", 2
 
     def applies(self, spec, target):
         require(target.kind == "cpu", "needs a CPU")

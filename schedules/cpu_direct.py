@@ -22,12 +22,23 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import Operands, ceildiv, dst_loops, epilogue, flat, pack_channels, partition_edges, round_up
+from convgen.compute import (
+    Operands,
+    ceildiv,
+    dst_loops,
+    epilogue,
+    finished,
+    flat,
+    pack_channels,
+    partition_edges,
+    round_up,
+    vectorize_finished,
+)
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 
 class CpuDirect(Schedule):
-    id, version = "cpu_direct", 1
+    id, version = "cpu_direct", 2
 
     def applies(self, spec, target):
         require(target.kind == "cpu", "needs a CPU")
@@ -63,11 +74,16 @@ class CpuDirect(Schedule):
         lanes = target.lanes
         rows, width = _output(spec)
         space = self.space(spec, target).domains
-        # What a tile computes in all, and the loads around it; two vectors of channels where that is equal.
+        # What tiles compute in all, the loads around it and the store; two vectors of channels where equal.
         shapes = [(v, w) for v in (2, 1) if v * lanes in space["tile_oc"] for w in space["tile_ow"]]
         vectors, tile_ow = min(
             ((v, w) for v, w in shapes if w <= target.most_pixels(v)),
-            key=lambda t: (round_up(width, t[1]) * round_up(spec.oc, t[0] * lanes) * (1 + 2 / math.prod(t)), -t[0]),
+            key=lambda t: (
+                round_up(width, t[1])
+                * round_up(spec.oc, t[0] * lanes)
+                * (1 + 2 / math.prod(t) + _store(spec, t[1]) / spec.reduction_length),
+                -t[0],
+            ),
         )
         room = target.most_pixels(vectors)
         tile_oh = max(h for h in space["tile_oh"] if h * tile_ow <= room and (h == 1 or rows % h == 0))
@@ -97,7 +113,7 @@ class CpuDirect(Schedule):
         tail = spec.oc / round_up(spec.oc, picks.tile_oc) * width / round_up(width, picks.tile_ow)
         tile = picks.tile_oh * picks.tile_ow * picks.tile_oc // lanes
         # A tile must cover the latency of its FMAs, and the reduction its prologue and store.
-        efficiency = 0.95 * tail * min(1.0, tile / 10) * reduction / (reduction + (20 if spec.layout == "nchw" else 8))
+        efficiency = 0.95 * tail * min(1.0, tile / 10) * reduction / (reduction + _store(spec, picks.tile_ow))
         return spec.flops / (target.peak_flops * efficiency)
 
     def program(self, spec, target, picks):
@@ -119,15 +135,13 @@ class CpuDirect(Schedule):
             return te.sum(source(n, channel, where) * w[b, flat(taps, spec.kernel), c, t], [*taps, c])
 
         acc = te.compute(shape, product, name="acc")
+        sums, done = finished(ops, acc, vectors, lambda index: index[1] * tile + index[-1])
 
         def value(n, o, pixel):
             where = (0, *pixel) if spec.rank == 1 else pixel
-            return epilogue(
-                spec,
-                acc[(n, tirx.floordiv(o, tile), *where, tirx.floormod(o, tile))],
-                residual=ops.residual[ops.order(n, o, pixel)] if spec.residual else None,
-                **ops.per_channel(vectors, o),
-            )
+            total = sums[(n, tirx.floordiv(o, tile), *where, tirx.floormod(o, tile))]
+            residual = ops.residual[ops.order(n, o, pixel)] if spec.residual else None
+            return total if done else epilogue(spec, total, residual=residual, **ops.per_channel(vectors, o))
 
         return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
 
@@ -157,6 +171,8 @@ class CpuDirect(Schedule):
         if whole:
             sch.vectorize(inner[-1])
 
+        if not spec.residual and spec.activation_op.costly:
+            vectorize_finished(sch, tiles[-1], target.lanes)
         sch.compute_at(acc, tiles[-1], preserve_unit_loops=True)
         reductions = 1 + spec.rank
         block_axes = len(sch.get(acc).iter_vars)
@@ -184,6 +200,15 @@ class CpuDirect(Schedule):
 def _output(spec):
     """(rows, width) of the output as the tiles see it."""
     return (spec.out_spatial[-2] if spec.rank > 1 else 1), spec.out_spatial[-1]
+
+
+def _store(spec, tile_ow):
+    """Storing one output, in products: NCHW is transposed, element by element where tiles are not whole."""
+    if spec.layout == "nhwc":
+        return 8
+    if _output(spec)[1] % tile_ow:
+        return 55
+    return 10 if tile_ow % 16 == 0 else 20  # a square of vectors is transposed by shuffles
 
 
 def _blockable(spec, picks):

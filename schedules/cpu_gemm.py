@@ -21,7 +21,7 @@ from convgen.schedule import Picks, Program, Schedule, Space, require
 
 
 class CpuGemm(Schedule):
-    id, version = "cpu_gemm", 1
+    id, version = "cpu_gemm", 2
 
     def applies(self, spec, target):
         lanes = target.lanes

@@ -1,9 +1,9 @@
 """Convolution with few channels per group: pixels in the vector lanes, rows strung together.
 
-Applies to  NCHW convolutions that are not transposed, with at most 16 output channels per group:
-            depthwise with any multiplier, grouped, and dense layers with few output channels.
-Strategy    1. Copy a block of rows of one group's input with its padding, split by stride phase, so
-               that neighbouring output pixels read neighbouring elements whatever the stride.
+Applies to  NCHW convolutions that are not transposed, with few channels per group: depthwise with any
+            multiplier, grouped, and dense layers with few output channels or few products per output.
+Strategy    1. Copy a block of rows (in 1-D a stretch of the row) of one group's input with its padding,
+               split by stride phase, so that neighbouring output pixels read neighbouring elements.
             2. Treat the padded rows as one flat row: an output pixel `f` reads `f + offset` for each
                tap, the row ends compute a few pixels nobody wants, and short rows still fill vectors.
             3. Keep a tile of `tile_oc` channels × `tile_px` flat pixels in registers; taps unrolled,
@@ -27,24 +27,24 @@ MOST_UNROLLED = 1024
 
 
 class CpuGrouped(Schedule):
-    id, version = "cpu_grouped", 1
+    id, version = "cpu_grouped", 2
 
     def applies(self, spec, target):
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
         require(spec.layout == "nchw", "needs NCHW")
-        require(spec.oc // spec.groups <= 16, "needs at most 16 output channels per group")
+        few = spec.oc // spec.groups <= 32 or spec.reduction_length <= 160
+        require(few, "needs at most 32 output channels per group, or at most 160 products per output")
         require(math.prod(spec.kernel) <= MOST_UNROLLED, f"needs at most {MOST_UNROLLED} taps")
 
     def space(self, spec, target):
         lanes = target.lanes
         per_group = spec.oc // spec.groups
-        rows = _rows(spec)
         return Space(
             tile_oc=[c for c in (1, 2, 3, 4, 6, 8) if per_group % c == 0],
             tile_oh=[1, 2, 4] if spec.rank > 1 else [1],
             tile_px=[lanes * v for v in (1, 2, 3, 4, 6, 8, 12, 16)],
-            block_oh=sorted({b for b in (1, 2, 4, 7, 8, 14, 16, 28, 56) if b < rows} | {rows}),
+            block=_blocks(spec),
         )
 
     def valid(self, spec, target, picks):
@@ -57,21 +57,22 @@ class CpuGrouped(Schedule):
         g = _Geometry(spec, picks)
         width = g.wanted if picks.tile_oh == 1 else spec.out_spatial[-1]
         require(vectors == 1 or picks.tile_px - lanes < width, "tile_px exceeds the pixels there are")
-        require(picks.block_oh % picks.tile_oh == 0, "block_oh is not whole tiles")
+        require(spec.rank == 1 or picks.block % picks.tile_oh == 0, "block is not whole tiles")
 
     def default(self, spec, target):
         lanes, rows = target.lanes, _rows(spec)
         space = self.space(spec, target).domains
-        tile_oc = max(c for c in space["tile_oc"] if c <= 4)
+        tile_oc = max(c for c in space["tile_oc"] if c <= (8 if spec.oc // spec.groups > 16 else 4))
 
         # The block's input should stay in the L1 cache; and there must be tasks for every core.
         def block_bytes(b):
-            g = _Geometry(spec, Picks(tile_oc=1, tile_oh=1, tile_px=lanes, block_oh=b))
+            g = _Geometry(spec, Picks(tile_oc=1, tile_oh=1, tile_px=lanes, block=b))
             return 4 * g.phases * g.copied_rows * g.pitch * (spec.ic // spec.groups)
 
-        fitting = [b for b in space["block_oh"] if block_bytes(b) <= target.l1 or b == space["block_oh"][0]]
+        room = target.l1 if spec.oc // spec.groups <= 16 else target.l2 // 4
+        fitting = [b for b in space["block"] if block_bytes(b) <= room or b == space["block"][0]]
         busy = [b for b in fitting if spec.n * spec.groups * ceildiv(rows, b) >= 4 * target.cores]
-        base = Picks(tile_oc=tile_oc, tile_oh=1, tile_px=lanes, block_oh=max(busy, default=min(fitting)))
+        base = Picks(tile_oc=tile_oc, tile_oh=1, tile_px=lanes, block=max(busy, default=min(fitting)))
         options = [base.replace(tile_oh=h, tile_px=px) for h in space["tile_oh"] for px in space["tile_px"]]
         # More independent sums hide no more latency, they only outgrow the load buffers.
         most = (8 if tile_oc == 1 else 12) * lanes
@@ -96,7 +97,7 @@ class CpuGrouped(Schedule):
         g = _Geometry(spec, picks)
         vectors = self._work(spec, target, picks) * spec.n * spec.oc * g.blocks * (spec.ic // spec.groups)
         vectors *= math.prod(spec.out_spatial[: spec.rank - g.axes])
-        moved = spec.bytes["src"] * g.copied_rows / (picks.block_oh * g.phases**0.5) + 2 * spec.bytes["dst"]
+        moved = spec.bytes["src"] * g.copied_rows / (picks.block * g.phases**0.5) + 2 * spec.bytes["dst"]
         cycles = 2 * target.lanes / target.peak_flops  # seconds of a vector operation
         return vectors * cycles + moved / (target.cores * 8e9)
 
@@ -111,7 +112,8 @@ class CpuGrouped(Schedule):
         # Copied with its padding, and then, where there is a stride, split by phase.
         def gathered(*index):
             n, c, block, *at, row, x = index
-            y = [block * picks.block_oh * stride[0] + row] if g.axes == 2 else []
+            y = [block * picks.block * stride[0] + row] if g.axes == 2 else []
+            x = x if g.axes == 2 else block * picks.block * stride[0] + x
             where = [p - b for p, (b, _) in zip([*at, *y, x], spec.padding, strict=True)]
             return ops.read_src(n, c, where, always=True)
 
@@ -151,9 +153,8 @@ class CpuGrouped(Schedule):
 
         def value(n, o, pixel):
             at, plane = pixel[: spec.rank - g.axes], pixel[spec.rank - g.axes :]
-            block, row, x = 0, 0, plane[-1]
-            if g.axes == 2:
-                block, row = tirx.floordiv(plane[0], picks.block_oh), tirx.floormod(plane[0], picks.block_oh)
+            block, row = tirx.floordiv(plane[0], picks.block), tirx.floormod(plane[0], picks.block)
+            row, x = (row, plane[-1]) if g.axes == 2 else (0, row)
             if picks.tile_oh == 1:  # one long row
                 row, x = 0, row * g.pitch + x
             where = (row // picks.tile_oh, x // picks.tile_px, row % picks.tile_oh, x % picks.tile_px)
@@ -170,11 +171,7 @@ class CpuGrouped(Schedule):
         n, oc, *spatial = sch.get_loops(dst)
         depth, plane = spatial[: spec.rank - g.axes], spatial[spec.rank - g.axes :]
         group, channel = sch.split(oc, [spec.groups, per_group])
-        if g.axes == 2:
-            block, row = sch.split(plane[0], [None, picks.block_oh])
-            plane = [row, plane[1]]
-        else:
-            block, plane[0] = sch.split(plane[0], [1, None])
+        block, plane[0] = sch.split(plane[0], [None, picks.block])
         channel_tile, channel = sch.split(channel, [None, picks.tile_oc])
         sch.reorder(n, group, block, channel_tile, *depth, channel, *plane)
         task = sch.fuse(n, group, block)
@@ -202,7 +199,8 @@ class CpuGrouped(Schedule):
             if g.phases <= 4:  # with a constant phase the strided reads become shuffles
                 sch.unroll(sch.get_loops(source)[-3])
         sch.compute_at(padded, task, preserve_unit_loops=True)
-        partition_edges(sch, sch.get_loops(padded)[-1])
+        if g.axes == 2 or g.blocks == 1:  # else the edges move with the block
+            partition_edges(sch, sch.get_loops(padded)[-1])
         # Rows strung together: now `f + offset` is one address, however many rows it spans.
         sch.transform_layout(source, ("write", 0), lambda *index: [*index[:-2], index[-2] * g.pitch + index[-1]])
 
@@ -212,15 +210,15 @@ class _Geometry:
 
     def __init__(self, spec, picks):
         self.axes = axes = min(spec.rank, 2)
-        width = spec.out_spatial[-1]
+        width = spec.out_spatial[-1] if axes == 2 else picks.block
         stride, window = spec.stride[-axes:], spec.window[-axes:]
         reach = [(w - 1) // s for w, s in zip(window, stride, strict=True)]  # in elements of one phase
         self.phases = math.prod(stride)
         self.pitch = width + reach[-1]
-        self.blocks = ceildiv(_rows(spec), picks.block_oh)
-        self.wanted = (picks.block_oh - 1) * self.pitch + width
+        self.blocks = ceildiv(_rows(spec), picks.block)
+        self.wanted = (picks.block - 1) * self.pitch + width if axes == 2 else width
         # Tiles of one long row, or of the block's rows.
-        rows, row = (1, self.wanted) if picks.tile_oh == 1 else (picks.block_oh, width)
+        rows, row = (1, self.wanted) if picks.tile_oh == 1 else (picks.block, width)
         self.tiles = ceildiv(rows, picks.tile_oh), ceildiv(row, picks.tile_px)
         self.computed = math.prod(self.tiles) * picks.tile_oh * picks.tile_px
         # Rows whose elements the last tile reads, though nobody wants what it makes of them.
@@ -229,5 +227,14 @@ class _Geometry:
         self.copied_rows = last // self.pitch + 1
 
 
+def _blocks(spec):
+    """Sizes of a block: rows; in 1-D pixels, equal parts of the row where it can be had."""
+    rows = _rows(spec)
+    if spec.rank == 1:
+        return sorted({ceildiv(rows, parts) for parts in (1, 2, 4, 8, 16, 32, 64)})
+    return sorted({b for b in (1, 2, 4, 7, 8, 14, 16, 28, 56) if b < rows} | {rows})
+
+
 def _rows(spec):
-    return spec.out_spatial[-2] if spec.rank > 1 else 1
+    """What a task takes a block of: rows; in 1-D pixels."""
+    return spec.out_spatial[max(-2, -spec.rank)]

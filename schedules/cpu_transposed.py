@@ -18,12 +18,24 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, dst_loops, epilogue, flat, round_up, unflat
+from convgen.compute import (
+    ACCUMULATOR,
+    Operands,
+    ceildiv,
+    copied,
+    dst_loops,
+    epilogue,
+    finished,
+    flat,
+    round_up,
+    unflat,
+    vectorize_finished,
+)
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 
 class CpuTransposed(Schedule):
-    id, version = "cpu_transposed", 1
+    id, version = "cpu_transposed", 2
 
     def applies(self, spec, target):
         require(target.kind == "cpu", "needs a CPU")
@@ -99,7 +111,7 @@ class CpuTransposed(Schedule):
 
         shape = (*spec.stride, math.prod(g.taps), oc_blocks, spec.ic, tile)
         packed = [te.compute(shape, packed_weights, name="weights_packed")]
-        packed += [copied(p) for p in ops.parameters[1:]]
+        packed += [copied(p, oc_blocks * tile) for p in ops.parameters[1:]]
         w, *vectors = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
 
         width = round_up(g.pixels[-1], picks.tile_px)
@@ -131,14 +143,15 @@ class CpuTransposed(Schedule):
         rows = g.pixels[:-1] or (1,)
         # One axis per axis' phase: TVM 0.27 simplifies (flat_phase // s % s + pad) // s to the wrong value.
         acc = te.compute((spec.n, oc_blocks, *spec.stride, *rows, width, tile), product, name="acc")
+        sums, done = finished(ops, acc, vectors, lambda index: index[1] * tile + index[-1])
 
         def value(n, o, pixel):
             phase = [tirx.floormod(p, s) for p, s in zip(pixel, spec.stride, strict=True)]
             where = [tirx.floordiv(p, s) for p, s in zip(pixel, spec.stride, strict=True)]
             where = [0, *where] if spec.rank == 1 else where
-            total = acc[(n, tirx.floordiv(o, tile), *phase, *where, tirx.floormod(o, tile))]
+            total = sums[(n, tirx.floordiv(o, tile), *phase, *where, tirx.floormod(o, tile))]
             residual = ops.residual[ops.order(n, o, pixel)] if spec.residual else None
-            return epilogue(spec, total, residual=residual, **ops.per_channel(vectors, o))
+            return total if done else epilogue(spec, total, residual=residual, **ops.per_channel(vectors, o))
 
         return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
 
@@ -162,6 +175,8 @@ class CpuTransposed(Schedule):
         task = sch.fuse(n, channel_task, block)
         sch.parallel(task)
 
+        if not spec.residual and spec.activation_op.costly:
+            vectorize_finished(sch, tiles[-1], lanes)
         sch.compute_at(acc, tiles[-1], preserve_unit_loops=True)
         count = len(g.taps) + 1
         loops = sch.get_loops(acc)

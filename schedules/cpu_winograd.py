@@ -25,7 +25,19 @@ from functools import cache
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, dst_loops, epilogue, flat, round_up, unflat
+from convgen.compute import (
+    ACCUMULATOR,
+    Operands,
+    ceildiv,
+    copied,
+    dst_loops,
+    epilogue,
+    finished,
+    flat,
+    round_up,
+    unflat,
+    vectorize_finished,
+)
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 #: Output pixels per tile and axis that an accuracy class admits.
@@ -33,7 +45,7 @@ TILES = {"strict": (2,), "standard": (2, 4), "relaxed": (2, 4, 6)}
 
 
 class CpuWinograd(Schedule):
-    id, version = "cpu_winograd", 2
+    id, version = "cpu_winograd", 3
     transforms = True
 
     def applies(self, spec, target):
@@ -138,7 +150,7 @@ class CpuWinograd(Schedule):
             return tirx.if_then_else(inside, stage[index], zero)
 
         packed = [te.compute(packed_shape, packed_weights, name="weights_packed")]
-        packed += [copied(p) for p in ops.parameters[1:]]
+        packed += [copied(p, oc_blocks * t) for p in ops.parameters[1:]]
         w, *vectors = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
 
         # Input: gathered with its padding, channels last, one block of rows of tiles after another.
@@ -224,6 +236,8 @@ class CpuWinograd(Schedule):
 
             y = te.compute((*batch_out, g.blocks, oc_blocks, 1, m, g.block_tiles, t), back, name="back")
 
+        sums, done = finished(ops, y, vectors, lambda index: index[-5] * t + index[-1])
+
         def value(n, o, pixel):
             depth, first, last = pixel[:-axes], pixel[-axes], pixel[-1]
             height = g.block_rows * m
@@ -231,9 +245,9 @@ class CpuWinograd(Schedule):
             row, p = tirx.floordiv(inner, m), tirx.floormod(inner, m)
             tile = row * g.tiles[1] + tirx.floordiv(last, m) if axes == 2 else row
             position = (p, tirx.floormod(last, m)) if axes == 2 else (0, p)
-            total = y[(n, *depth, block, tirx.floordiv(o, t), *position, tile, tirx.floormod(o, t))]
+            total = sums[(n, *depth, block, tirx.floordiv(o, t), *position, tile, tirx.floormod(o, t))]
             residual = ops.residual[ops.order(n, o, pixel)] if spec.residual else None
-            return epilogue(spec, total, residual=residual, **ops.per_channel(vectors, o))
+            return total if done else epilogue(spec, total, residual=residual, **ops.per_channel(vectors, o))
 
         return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
 
@@ -270,6 +284,8 @@ class CpuWinograd(Schedule):
                 sch.unroll(loop)
 
         # Output transforms, for one channel block at a time.
+        if not spec.residual and spec.activation_op.costly:
+            vectorize_finished(sch, channel_block, lanes)
         sch.compute_at(back, channel_block, preserve_unit_loops=True)
         p, q, tile, lane = sch.get_loops(back)[-4:]
         sch.reorder(tile, p, q, lane)

@@ -73,6 +73,7 @@ FOUND = [
     "conv1d n1 ic1 oc17 i1 k1 s1 p0 nobias bf16",  # masked 16-bit stores went past the end of dst
     "conv1d n1 ic16 oc17 i4 k3 s1 p0_1 nobias bf16 nhwc",
     "conv1d n1 ic16 oc16 i3 k3 s1 p0 nobias",  # a single Winograd tile: its default was not valid
+    "conv1d n1 ic1 oc1 i1 k4 s1 p0_9 nobias",  # 1-D blocks whose padding moves with the block
 ]
 NATIVE = resolve()
 #: Targets whose facts differ; no code is run for these.
@@ -135,7 +136,9 @@ def test_padding_larger_than_the_input_passes_validation(descriptor: str, schedu
 @pytest.mark.parametrize(("descriptor", "schedule"), pairs(FOUND))
 def test_what_was_found_passes_validation(descriptor: str, schedule: Schedule) -> None:
     spec = ConvSpec.parse(descriptor)
-    checked(compiled(spec, schedule, schedule.default(spec.core, NATIVE)))
+    rng = random.Random(f"{schedule.id} {descriptor}")
+    for picks in [schedule.default(spec.core, NATIVE), *random_picks(schedule, spec, 4, rng)]:
+        checked(compiled(spec, schedule, picks))
 
 
 @pytest.mark.parametrize("schedule_id", schedules())
