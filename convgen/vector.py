@@ -6,13 +6,14 @@ stores with a mask, lanes shifted in from zero, strided reads by shuffles.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from tvm import tirx
 
 from .compute import ACCUMULATOR, STORAGE, Expr, narrow, of_lanes, widen
+from .spec import ConvSpec
 
 
 class Block:
@@ -33,26 +34,67 @@ class Block:
         return var
 
     @contextmanager
-    def loop(self, extent: int, *, parallel: bool = False) -> Iterator[tuple[Block, Expr]]:
+    def loop(self, extent: Expr, *, parallel: bool = False) -> Iterator[tuple[Block, Expr]]:
         """The body of a loop and its variable; a loop of one pass is its body."""
         inner = Block()
-        if extent == 1 and not parallel:
+        if isinstance(extent, int) and extent == 1 and not parallel:
             yield self, 0
             return
         var = tirx.Var("i", "int32")
         yield inner, var
         kind = tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
-        self.add(tirx.For(var, tirx.const(0, "int32"), tirx.const(extent, "int32"), kind, inner.statement()))
+        end = tirx.const(extent, "int32") if isinstance(extent, int) else extent
+        self.add(tirx.For(var, tirx.const(0, "int32"), end, kind, inner.statement()))
 
     @contextmanager
     def when(self, condition: Expr) -> Iterator[Block]:
-        """The statements of a condition."""
+        """The statements of a condition, which may be known."""
         inner = Block()
         yield inner
+        if isinstance(condition, bool):
+            if condition:
+                self._statements += inner._statements
+            return
         self.add(tirx.IfThenElse(condition, inner.statement(), None))
 
+    def cases(self, index: Expr, whole: int, pattern: Any, rest: Any) -> Iterator[tuple[Block, Any]]:
+        """Code for ``index < whole`` with one pattern, and for ``index == whole`` with what rest there is."""
+        for condition, found in ((index < whole, pattern if whole else None), (index == whole, rest)):
+            if found:
+                with self.when(condition) as branch:
+                    yield branch, found
+
+    def buffer(self, shape: Sequence[int], scope: str = "global") -> Any:
+        """Scratch memory of f32; ``local`` is for what LLVM shall keep in registers."""
+        buffer = tirx.decl_buffer(shape, ACCUMULATOR, "scratch", scope=scope)
+        # On the stack: TVM would take workspace, which LLVM cannot tell from what masked loads read.
+        self.add(tirx.AllocBuffer(buffer, {"disable_lower_builtin": True} if scope == "local" else {}))
+        return buffer
+
+    def registers(self, keys: Sequence[Any], lanes: int) -> Registers:
+        """Vectors of sums, at zero, that a loop may add to."""
+        return Registers(self, keys, lanes)
+
     def statement(self) -> Any:
+        if not self._statements:
+            return tirx.Evaluate(tirx.const(0, "int32"))
         return self._statements[0] if len(self._statements) == 1 else tirx.SeqStmt(self._statements)
+
+
+class Registers:
+    """Vectors that change: one buffer addressed by constants, which LLVM keeps in registers."""
+
+    def __init__(self, block: Block, keys: Sequence[Any], lanes: int) -> None:
+        self._lanes, self._places = lanes, {key: place * lanes for place, key in enumerate(keys)}
+        self._buffer = block.buffer((len(keys) * lanes,), "local")
+        for place in self._places.values():
+            block.add(tirx.BufferStore(self._buffer, zeros(lanes), _row([place], lanes)))
+
+    def __getitem__(self, key: Any) -> Expr:
+        return tirx.BufferLoad(self._buffer, _row([self._places[key]], self._lanes))
+
+    def add(self, block: Block, key: Any, value: Expr) -> None:
+        block.add(tirx.BufferStore(self._buffer, self[key] + value, _row([self._places[key]], self._lanes)))
 
 
 def zeros(lanes: int) -> Expr:
@@ -104,6 +146,19 @@ def store(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: in
     return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, pointer, mask))
 
 
+def interleave(block: Block, vectors: Sequence[Expr], lanes: int) -> list[Expr]:
+    """As many vectors: the first element of each, then the second of each, and so on."""
+    count = len(vectors)
+    if count == 1:
+        return list(vectors)
+    if count % 2:
+        order = [e % count * lanes + e // count for e in range(count * lanes)]
+        return [block.let(tirx.Shuffle(vectors, order[i : i + lanes])) for i in range(0, count * lanes, lanes)]
+    pairs = zip(interleave(block, vectors[::2], lanes), interleave(block, vectors[1::2], lanes), strict=True)
+    order = [i // 2 + i % 2 * lanes for i in range(2 * lanes)]
+    return [block.let(tirx.Shuffle(pair, part)) for pair in pairs for part in (order[:lanes], order[lanes:])]
+
+
 def runs(patterns: Sequence[Any]) -> list[tuple[int, int, Any]]:
     """Neighbours that are equal, as one: ``(first, count, pattern)``."""
     found: list[tuple[int, int, Any]] = []
@@ -113,3 +168,71 @@ def runs(patterns: Sequence[Any]) -> list[tuple[int, int, Any]]:
         else:
             found.append((index, 1, pattern))
     return found
+
+
+class Columns:
+    """A row of output pixels as tiles of ``vectors`` vectors, and what of the input row each tile meets.
+
+    ``runs`` lists runs of equal tiles. A tile maps ``("stored", v)`` to the pixels of its v-th vector that there are,
+    and ``(v, group, j)`` to what :func:`load` needs to know of the load ``offset(v, group, j)`` elements past the
+    tile's first: how many lanes lie left of the image, and how many elements follow.
+    """
+
+    def __init__(self, spec: ConvSpec, lanes: int, vectors: int) -> None:
+        self.lanes, self.vectors, self.step = lanes, vectors, lanes * vectors
+        self.kernel, self.stride, self.dilation = spec.kernel[-1], spec.stride[-1], spec.dilation[-1]
+        self._begin, self._size, self._out = spec.padding[-1][0], spec.in_spatial[-1], spec.out_spatial[-1]
+        self.runs = runs([self._tile(x) for x in range(0, self._out, self.step)])
+
+    def offset(self, v: int, group: int, j: int) -> int:
+        return (v * self.stride + j) * self.lanes + group * self.stride - self._begin
+
+    def _tile(self, x0: int) -> dict[Any, Any]:
+        lanes, tile = self.lanes, {}
+        groups = {kx * self.dilation // self.stride for kx in range(self.kernel)}
+        for v in range(self.vectors):
+            tile["stored", v] = min(lanes, self._out - x0 - v * lanes)
+            for group in groups:
+                for j in range(self.stride):
+                    x = x0 * self.stride + self.offset(v, group, j)
+                    shift = min(lanes, max(0, -x))
+                    tile[v, group, j] = (shift, max(0, min(lanes - shift, self._size - x - shift)))
+        return tile
+
+
+class Taps:
+    """What the taps of a row read, as vectors: loaded, and where there is a stride shuffled apart, once each.
+
+    ``read(offset, count, shift)`` is the :func:`load` of a vector that lies ``offset`` past the tile's first element.
+    """
+
+    def __init__(self, block: Block, columns: Columns, tile: dict[Any, Any], read: Callable[[int, int, int], Expr]):
+        self._block, self._columns, self._tile, self._read = block, columns, tile, read
+        self._found: dict[Any, Expr | None] = {}
+
+    def __getitem__(self, key: tuple[int, int]) -> Expr | None:
+        """The input of tap kx for the v-th vector; None where all of it is padding."""
+        v, kx = key
+        group, phase = divmod(kx * self._columns.dilation, self._columns.stride)
+        return self._every(self._columns.stride, phase, 0, v, group)
+
+    def _every(self, step: int, phase: int, j: int, v: int, group: int) -> Expr | None:
+        """The j-th vector of every step-th element, by halves where that goes: they are shared by phases."""
+        key = (step, phase, j, v, group)
+        if key not in self._found:
+            value = self._load(v, group, j) if step == 1 else self._shuffled(step, phase, j, v, group)
+            self._found[key] = None if value is None else self._block.let(value)
+        return self._found[key]
+
+    def _load(self, v: int, group: int, j: int) -> Expr | None:
+        shift, count = self._tile[v, group, j]
+        return self._read(self._columns.offset(v, group, j) + shift, count, shift) if count > 0 else None
+
+    def _shuffled(self, step: int, phase: int, j: int, v: int, group: int) -> Expr | None:
+        lanes, ways = self._columns.lanes, 2 if step % 2 == 0 else step
+        outer, inner = divmod(phase, step // ways)
+        parts = [self._every(step // ways, inner, j * ways + i, v, group) for i in range(ways)]
+        if all(part is None for part in parts):
+            return None
+        parts = [zeros(lanes) if part is None else part for part in parts]
+        return tirx.Shuffle(parts, [outer + i * ways for i in range(lanes)])

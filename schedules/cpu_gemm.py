@@ -3,12 +3,13 @@
 Applies to  dense 1×1 kernels at stride 1 without padding, NCHW, at least one vector of pixels.
 Strategy    1. Pack weights as [oc/t][ic][t], so that the t scalars of one step lie together.
             2. Keep a tile of `tile_oc` channels × `tile_px` pixels in registers: one vector load of
-               src per `lanes` pixels, broadcast weights.
+               src per `lanes` pixels, broadcast weights. The last vector of the image is masked, the
+               last channels are a smaller tile: both are code of their own.
             3. Reduce over ic innermost, not unrolled.
             4. Bias, residual and activation on the tile; the store is contiguous: no transposition.
             5. `copy_src`: a tile's pixels are first copied to [ic][tile_px], where many channel blocks
-               read them again or rows lie far apart; needed where pixels are not whole tiles.
-            6. One parallel loop over batch × blocks of pixels (× channel blocks).
+               read them again: rows lie far apart, each in a page of its own.
+            6. One parallel loop over batch × tiles of pixels × parts of the channels.
 Why not     channels in the lanes (cpu_direct): better with many channels and few pixels.
 """
 
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, epilogue, pack_channels
+from convgen.compute import STORAGE, Operands, ceildiv, epilogue, pack_channels, round_up
 from convgen.schedule import Picks, Program, Schedule, Space, require
+from convgen.vector import Block, load, store
 
 
 class CpuGemm(Schedule):
-    id, version = "cpu_gemm", 2
+    id, version = "cpu_gemm", 3
 
     def applies(self, spec, target):
         lanes = target.lanes
@@ -32,114 +34,115 @@ class CpuGemm(Schedule):
 
     def space(self, spec, target):
         lanes = target.lanes
-        channels = {c for c in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 14) if c <= spec.oc}
         return Space(
-            tile_oc=sorted(channels),
-            tile_px=[lanes * v for v in (1, 2, 3, 4, 6) if lanes * v <= spec.out_pixels],
-            block_px=[1, 2, 4, 8, 16, 32],
-            order=["oc", "pixels"],
-            parallel_oc=[1, 2, 4, 8],
+            tile_oc=[c for c in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 14) if c <= spec.oc],
+            tile_px=[lanes * v for v in (1, 2, 3, 4, 6) if lanes * (v - 1) < spec.out_pixels],
+            parallel_oc=[1, 2, 3, 4, 8],
             copy_src=[False, True],
         )
 
     def valid(self, spec, target, picks):
         most = target.most_pixels(picks.tile_px // target.lanes)  # here: channels
         require(picks.tile_oc <= most, f"{picks.tile_oc} channels in a tile, registers for {most}")
-        require(
-            picks.copy_src or spec.out_pixels % picks.tile_px == 0, "pixels are not whole tiles, so copy_src is needed"
-        )
-        require(picks.block_px < 2 * ceildiv(spec.out_pixels, picks.tile_px), "block_px exceeds the tiles there are")
         require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
 
     def default(self, spec, target):
-        lanes, wide = target.lanes, target.vector_bits == 512
-        vectors = 2 if spec.out_pixels >= 2 * lanes else 1
-        limit = min(spec.oc, 8 if wide else 6)
-        tile_oc = max(
-            (c for c in (8, 7, 6, 5, 4, 3, 2, 1) if c <= limit), key=lambda c: (-(ceildiv(spec.oc, c) * c), c)
-        )
-        tiles = ceildiv(spec.out_pixels, vectors * lanes)
-        tasks, blocks = 4 * target.cores, (1, 2, 4, 8, 16, 32)
-        block_px = max((b for b in blocks if spec.n * ceildiv(tiles, b) >= tasks), default=1)
-        parallel_oc = 1
-        if spec.n * ceildiv(tiles, block_px) < tasks:
-            channel_blocks = ceildiv(spec.oc, tile_oc)
-            parallel_oc = max(p for p in (1, 2, 4, 8) if p <= channel_blocks)
+        lanes = target.lanes
+        vectors = 2 if spec.out_pixels > lanes else 1
+        most = min(spec.oc, 8 if target.vector_registers > 16 else 6)
+        tile_oc = min(range(1, most + 1), key=lambda c: (round_up(spec.oc, c) * (1 + 0.3 / c), -c))
+        tiles = spec.n * ceildiv(spec.out_pixels, vectors * lanes)
+        splits = [p for p in (1, 2, 3, 4, 8) if p <= ceildiv(spec.oc, tile_oc)]
+
+        copy_src = spec.oc >= 6 * tile_oc
+
+        def busiest(p):
+            """What the busiest core has to do, and the copy, of about three products, which each part repeats."""
+            share = ceildiv(tiles * p, target.cores) * target.cores / (tiles * p)
+            return share + p * (3 / spec.oc if copy_src else 0.01)
+
         return Picks(
             tile_oc=tile_oc,
             tile_px=vectors * lanes,
-            block_px=block_px,
-            order="pixels",
-            parallel_oc=parallel_oc,
-            copy_src=spec.oc >= 4 * tile_oc or spec.out_pixels % (vectors * lanes) != 0,
+            parallel_oc=min(splits, key=busiest),
+            copy_src=copy_src,
         )
 
     def cost(self, spec, target):
         lanes = target.lanes
-        # Short reductions and few pixels leave the tile's prologue and store uncovered.
-        efficiency = 0.9 * spec.ic / (spec.ic + 12) * min(1.0, spec.out_pixels / (32 * lanes))
+        # A short reduction leaves the tile's prologue and store uncovered.
+        efficiency = 0.95 * spec.ic / (spec.ic + 5) * spec.out_pixels / round_up(spec.out_pixels, lanes)
         return spec.flops / (target.peak_flops * efficiency)
 
     def program(self, spec, target, picks):
-        ops, dtype, tile, width = Operands(spec), ACCUMULATOR, picks.tile_oc, picks.tile_px
-        pixels, tiles = spec.out_pixels, ceildiv(spec.out_pixels, picks.tile_px)
-        packed, (w, *vectors) = pack_channels(ops, tile)
+        ops = Operands(spec)
+        packed, inputs = pack_channels(ops, picks.tile_oc)
+        names = ["weights", *(p.name for p in ops.parameters[1:])]
 
-        def read(n, c, b, p):
-            return ops.src[n, c, b * width + p]
+        def body(ins, outs):
+            src, *rest = ins
+            residual = rest.pop(0) if spec.residual else None
+            return _kernel(spec, picks, target.lanes, src, residual, dict(zip(names, rest, strict=True)), outs[0])
 
-        def read_checked(n, c, b, p):
-            # Only the last tile asks pixel by pixel; LLVM moves the outer condition out of the loop.
-            edge = tirx.if_then_else(b * width + p < pixels, read(n, c, b, p), tirx.const(0, dtype))
-            return edge if tiles == 1 else tirx.if_then_else(b < tiles - 1, read(n, c, b, p), edge)
-
-        source = read
-        if picks.copy_src:
-            copy = read if pixels % width == 0 else read_checked
-            copied = te.compute((spec.n, tiles, spec.ic, width), lambda n, b, c, p: copy(n, c, b, p), name="copied")
-
-            def source(n, c, b, p):
-                return copied[n, b, c, p]
-
-        c = te.reduce_axis((0, spec.ic), "c")
-        shape = (spec.n, ceildiv(spec.oc, tile), tiles, tile, width)
-        acc = te.compute(shape, lambda n, o, b, t, p: te.sum(source(n, c, b, p) * w[o, 0, c, t], c), name="acc")
-
-        def value(n, o, pixel):
-            (p,) = pixel
-            total = acc[n, o // tile, p // width, o % tile, p % width]
-            return epilogue(
-                spec, total, residual=ops.residual[n, o, p] if spec.residual else None, **ops.per_channel(vectors, o)
-            )
-
-        return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
+        leading = [o.tensor for o in (ops.src, ops.residual) if o is not None]
+        dst = te.extern(spec.dst_shape, [*leading, *inputs], body, name="dst", dtype=STORAGE[spec.dtype])
+        return Program(pack=ops.pack(*packed), main=ops.main(inputs, dst))
 
     def apply(self, sch, spec, target, picks):
-        lanes = target.lanes
-        acc, dst = sch.get_sblock("acc"), sch.get_sblock("dst")
-        n, oc, px = sch.get_loops(dst)
-        channel_block, channel = sch.split(oc, [None, picks.tile_oc])
-        channel_task, channel_block = sch.split(channel_block, [picks.parallel_oc, None])
-        pixel_block, pixel_tile, pixel = sch.split(px, [None, picks.block_px, picks.tile_px])
-        tiles = [channel_block, pixel_tile] if picks.order == "oc" else [pixel_tile, channel_block]
-        sch.reorder(n, channel_task, pixel_block, *tiles, channel, pixel)
-        task = sch.fuse(n, channel_task, pixel_block)
-        sch.parallel(task)
-        if spec.out_pixels % picks.tile_px == 0:
-            vector, lane = sch.split(pixel, [None, lanes])
-            sch.vectorize(lane)
+        pass  # the statements are final
 
-        sch.compute_at(acc, tiles[-1], preserve_unit_loops=True)
-        *units, channel, pixel, reduce = sch.get_loops(acc)[-6:]
-        vector, lane = sch.split(pixel, [None, lanes])
-        sch.reorder(reduce, *units, channel, vector, lane)
-        sch.vectorize(lane)
-        sch.unroll(vector)
-        sch.unroll(channel)
-        sch.decompose_reduction(acc, reduce)
-        if picks.copy_src:
-            copied = sch.get_sblock("copied")
-            sch.compute_at(copied, task if picks.order == "oc" else pixel_tile, preserve_unit_loops=True)
-            if spec.out_pixels % picks.tile_px == 0:
-                vector, lane = sch.split(sch.get_loops(copied)[-1], [None, lanes])
-                sch.vectorize(lane)
+
+def _kernel(spec, picks, lanes, src, residual, parameters, dst):
+    """All of the layer: a loop over blocks of pixels and of channels."""
+    width, pixels = picks.tile_px, spec.out_pixels
+    vectors = width // lanes
+    tiles, per_task = ceildiv(pixels, width), ceildiv(ceildiv(spec.oc, picks.tile_oc), picks.parallel_oc)
+    whole = Block()
+    with whole.loop(spec.n * picks.parallel_oc * tiles, parallel=True) as (task, index):
+        tile, outer = task.let(index % tiles), index // tiles
+        part, n = task.let(outer % picks.parallel_oc), task.let(outer // picks.parallel_oc)
+        panel = task.buffer((spec.ic, width)) if picks.copy_src else None
+
+        def copied(inside, x, counts):
+            """The tile's pixels, one channel after another."""
+            with inside.loop(spec.ic) as (step, c):
+                for v, count in enumerate(counts):
+                    value = load(src, spec.dtype, [n, c, x + v * lanes], lanes, count)
+                    step.add(store(panel, "f32", [c, v * lanes], value, lanes, lanes))
+
+        def product(inside, b, channels, x, counts):
+            """``channels`` of block b times the pixels from x on; ``counts`` says how many there are per vector."""
+            live = [v for v, count in enumerate(counts) if count > 0]
+            sums = inside.registers([(t, v) for t in range(channels) for v in live], lanes)
+            with inside.loop(spec.ic) as (step, c):
+                rows = {}
+                for v in live:
+                    if panel is None:
+                        rows[v] = step.let(load(src, spec.dtype, [n, c, x + v * lanes], lanes, counts[v]))
+                    else:
+                        rows[v] = step.let(load(panel, "f32", [c, v * lanes], lanes, lanes))
+                for t in range(channels):
+                    weight = step.let(tirx.Broadcast(parameters["weights"][b, 0, c, t], lanes))
+                    for v in live:
+                        sums.add(step, (t, v), rows[v] * weight)
+            for t in range(channels):
+                o = inside.let(b * picks.tile_oc + t)
+                given = {k: inside.let(tirx.Broadcast(p[o], lanes)) for k, p in parameters.items() if k != "weights"}
+                for v in live:
+                    at = [n, o, x + v * lanes]
+                    more = None if residual is None else load(residual, spec.dtype, at, lanes, counts[v])
+                    value = epilogue(spec, sums[t, v], residual=more, **given)
+                    inside.add(store(dst, spec.dtype, at, value, lanes, counts[v]))
+
+        full = [lanes] * vectors
+        edge = [max(0, min(lanes, pixels % width - v * lanes)) for v in range(vectors)]
+        for these, counts in task.cases(tile, pixels // width, full, edge if pixels % width else None):
+            x = these.let(tile * width)
+            if panel is not None:
+                copied(these, x, counts)
+            with these.loop(per_task) as (inside, j):
+                b = inside.let(part * per_task + j)
+                full_blocks, rest = divmod(spec.oc, picks.tile_oc)
+                for those, channels in inside.cases(b, full_blocks, picks.tile_oc, rest):
+                    product(those, b, channels, x, counts)
+    return whole.statement()
