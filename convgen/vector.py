@@ -64,11 +64,10 @@ class Block:
                 with self.when(condition) as branch:
                     yield branch, found
 
-    def buffer(self, shape: Sequence[int], scope: str = "global") -> Any:
-        """Scratch memory of f32; ``local`` is for what LLVM shall keep in registers."""
-        buffer = tirx.decl_buffer(shape, ACCUMULATOR, "scratch", scope=scope)
-        # On the stack: TVM would take workspace, which LLVM cannot tell from what masked loads read.
-        self.add(tirx.AllocBuffer(buffer, {"disable_lower_builtin": True} if scope == "local" else {}))
+    def buffer(self, shape: Sequence[int]) -> Any:
+        """Scratch memory of f32."""
+        buffer = tirx.decl_buffer(shape, ACCUMULATOR, "scratch")
+        self.add(tirx.AllocBuffer(buffer))
         return buffer
 
     def registers(self, keys: Sequence[Any], lanes: int) -> Registers:
@@ -82,19 +81,21 @@ class Block:
 
 
 class Registers:
-    """Vectors that change: one buffer addressed by constants, which LLVM keeps in registers."""
+    """Vectors that change: a buffer each. TVM puts what has less than 1 KiB (and the scope `global`) on the stack,
+    from where LLVM takes it into registers; in workspace, masked loads might read it.
+    """
 
     def __init__(self, block: Block, keys: Sequence[Any], lanes: int) -> None:
-        self._lanes, self._places = lanes, {key: place * lanes for place, key in enumerate(keys)}
-        self._buffer = block.buffer((len(keys) * lanes,), "local")
-        for place in self._places.values():
-            block.add(tirx.BufferStore(self._buffer, zeros(lanes), _row([place], lanes)))
+        self._row = _row([0], lanes)
+        self._buffers = {key: block.buffer((lanes,)) for key in keys}
+        for buffer in self._buffers.values():
+            block.add(tirx.BufferStore(buffer, zeros(lanes), self._row))
 
     def __getitem__(self, key: Any) -> Expr:
-        return tirx.BufferLoad(self._buffer, _row([self._places[key]], self._lanes))
+        return tirx.BufferLoad(self._buffers[key], self._row)
 
     def add(self, block: Block, key: Any, value: Expr) -> None:
-        block.add(tirx.BufferStore(self._buffer, self[key] + value, _row([self._places[key]], self._lanes)))
+        block.add(tirx.BufferStore(self._buffers[key], self[key] + value, self._row))
 
 
 def zeros(lanes: int) -> Expr:
@@ -146,6 +147,14 @@ def store(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: in
     return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, pointer, mask))
 
 
+def prefetch(buffer: Any, index: Sequence[Expr]) -> Any:
+    """The statement that fetches an element's cache line ahead; it may lie past the end."""
+    read, keep, data = (tirx.const(i, "int32") for i in (0, 3, 1))
+    return tirx.Evaluate(
+        tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(_element(buffer, index)), read, keep, data)
+    )
+
+
 def interleave(block: Block, vectors: Sequence[Expr], lanes: int) -> list[Expr]:
     """As many vectors: the first element of each, then the second of each, and so on."""
     count = len(vectors)
@@ -182,13 +191,24 @@ class Columns:
         self.lanes, self.vectors, self.step = lanes, vectors, lanes * vectors
         self.kernel, self.stride, self.dilation = spec.kernel[-1], spec.stride[-1], spec.dilation[-1]
         self._begin, self._size, self._out = spec.padding[-1][0], spec.in_spatial[-1], spec.out_spatial[-1]
-        self.runs = runs([self._tile(x) for x in range(0, self._out, self.step)])
+        self.runs = self._runs()
+
+    def _runs(self) -> list[tuple[int, int, Any]]:
+        """In a time that does not depend on the width: those in the middle meet nothing but image."""
+        advance, furthest = self.step * self.stride, (self.kernel - 1) * self.dilation // self.stride
+        count = -(-self._out // self.step)
+        start = min(count, -(-self._begin // advance))
+        reach = self.offset(self.vectors - 1, furthest, self.stride - 1) + self.lanes
+        end = max(start, min(self._out // self.step, (self._size - reach) // advance + 1))
+        left, right = (runs([self._tile(i * self.step) for i in edge]) for edge in (range(start), range(end, count)))
+        middle = [(start, end - start, self._tile(start * self.step))] if end > start else []
+        return [*left, *middle, *((first + end, times, tile) for first, times, tile in right)]
 
     def offset(self, v: int, group: int, j: int) -> int:
         return (v * self.stride + j) * self.lanes + group * self.stride - self._begin
 
     def _tile(self, x0: int) -> dict[Any, Any]:
-        lanes, tile = self.lanes, {}
+        lanes, tile = self.lanes, dict[Any, Any]()
         groups = {kx * self.dilation // self.stride for kx in range(self.kernel)}
         for v in range(self.vectors):
             tile["stored", v] = min(lanes, self._out - x0 - v * lanes)

@@ -20,14 +20,14 @@ from tvm import te, tirx
 
 from convgen.compute import STORAGE, Operands, ceildiv, copied, epilogue
 from convgen.schedule import Picks, Program, Schedule, Space, require
-from convgen.vector import Block, load, runs, store, zeros
+from convgen.vector import Block, Columns, Taps, load, runs, store, zeros
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096
 
 
 class CpuRows(Schedule):
-    id, version = "cpu_rows", 1
+    id, version = "cpu_rows", 2
 
     def applies(self, spec, target):
         require(target.kind == "cpu", "needs a CPU")
@@ -37,7 +37,6 @@ class CpuRows(Schedule):
         require(spec.groups == spec.ic, "needs one input channel per group")
         require(max(spec.stride) <= 4, "needs strides of at most 4")
         require(math.prod(spec.kernel) <= 64, "needs at most 64 taps")
-        require(spec.activation_op.name != "gelu", "TVM has no vector form of erf, which gelu needs")
 
     def space(self, spec, target):
         rows, width = _output(spec)
@@ -113,7 +112,7 @@ class CpuRows(Schedule):
 
 def _kernel(spec, picks, g, src, residual, parameters, dst):
     """All of the layer: a loop over planes (and parts of their rows)."""
-    lanes, stride, taps = picks.lanes, g.stride[1], g.kernel
+    lanes, taps = picks.lanes, g.kernel
     whole = Block()
     with whole.loop(spec.n * spec.oc * picks.parallel_oh, parallel=True) as (task, index):
         plane, part = index, 0
@@ -139,31 +138,16 @@ def _kernel(spec, picks, g, src, residual, parameters, dst):
             """Rows from y0 on, vectors from x0 on; ``rows`` and ``columns`` tell what of the image they meet."""
             sums = {}
             for row, uses in rows[1]:
-                y, found = y0 * g.stride[0] + row - g.begin[0], {}
+                y = y0 * g.stride[0] + row - g.begin
 
-                def vector(v, kx, y=y, found=found):
-                    """The input of tap kx for the v-th vector: every stride-th element; None where all is padding."""
-                    group, phase = divmod(kx * g.dilation[1], stride)
-                    for j in range(stride):
-                        if (v, group, j) not in found:
-                            shift, count = columns[v, group, j]
-                            x = x0 * stride + (v * stride + j) * lanes + group * stride - g.begin[1]
-                            value = load(src, spec.dtype, where(c, y, x + shift), lanes, count, shift)
-                            found[v, group, j] = block.let(value) if count > 0 else None
-                    loads = [found[v, group, j] for j in range(stride)]
-                    if not any(value is not None for value in loads):
-                        return None
-                    if stride == 1:
-                        return loads[0]
-                    if (v, kx) not in found:
-                        loads = [zeros(lanes) if value is None else value for value in loads]
-                        found[v, kx] = block.let(tirx.Shuffle(loads, [phase + i * stride for i in range(lanes)]))
-                    return found[v, kx]
+                def read(offset, count, shift, y=y):
+                    return load(src, spec.dtype, where(c, y, x0 * g.stride[1] + offset), lanes, count, shift)
 
+                inputs = Taps(block, g.columns, columns, read)
                 for v in range(picks.tile_ow):
                     for kx in range(taps[1]):
                         for r, ky in uses if columns["stored", v] > 0 else ():
-                            if (value := vector(v, kx)) is None:
+                            if (value := inputs[v, kx]) is None:
                                 break
                             before = sums.get((r, v), bias)
                             product = value * weights[ky, kx]
@@ -182,9 +166,9 @@ def _kernel(spec, picks, g, src, residual, parameters, dst):
             for first_row, row_count, rows in blocks:
                 with block.loop(row_count) as (strip, i):
                     y0 = strip.let((i + first_row) * picks.tile_oh)
-                    for first, count, columns in g.columns:
+                    for first, count, columns in g.columns.runs:
                         with strip.loop(count) as (inside, j):
-                            tile(inside, rows, y0, dict(columns), inside.let((j + first) * (lanes * picks.tile_ow)))
+                            tile(inside, rows, y0, columns, inside.let((j + first) * g.columns.step))
 
         if picks.parallel_oh == 1:
             rows_of(task, runs(g.rows))
@@ -200,42 +184,27 @@ class _Geometry:
 
     ``rows`` lists, per block of output rows, the input rows that are there with their uses: a tuple of
     ``(row, ((r, ky), …))``, the row counted from the block's first input row, padding included, and last
-    the number of output rows. ``columns`` lists runs of equal tiles of a row.
+    the number of output rows.
     """
 
     def __init__(self, spec, picks):
         one = (1,) * (2 - spec.rank)
-        self.kernel, self.stride, self.dilation = one + spec.kernel, one + spec.stride, one + spec.dilation
-        self.begin = (0,) * (2 - spec.rank) + tuple(b for b, _ in spec.padding)
-        self.size, self.out = one + spec.in_spatial, one + spec.out_spatial
-        self.rows = [self._rows(y, min(picks.tile_oh, self.out[0] - y)) for y in range(0, self.out[0], picks.tile_oh)]
-        step = picks.lanes * picks.tile_ow
-        self.columns = runs([self._columns(x, picks) for x in range(0, self.out[1], step)])
+        self.kernel, self.stride = one + spec.kernel, one + spec.stride
+        self.dilation, self.begin = (one + spec.dilation)[0], spec.padding[0][0] if spec.rank == 2 else 0
+        self.size, self.out = (one + spec.in_spatial)[0], (one + spec.out_spatial)[0]
+        self.rows = [self._rows(y, min(picks.tile_oh, self.out - y)) for y in range(0, self.out, picks.tile_oh)]
+        self.columns = Columns(spec, picks.lanes, picks.tile_ow)
         #: Tiles that are written out.
-        self.written = len(runs(self.rows)) * len(self.columns)
+        self.written = len(runs(self.rows)) * len(self.columns.runs)
 
     def _rows(self, y0, count):
         uses = {}
         for r in range(count):
             for ky in range(self.kernel[0]):
-                row = r * self.stride[0] + ky * self.dilation[0]
-                if 0 <= y0 * self.stride[0] + row - self.begin[0] < self.size[0]:
+                row = r * self.stride[0] + ky * self.dilation
+                if 0 <= y0 * self.stride[0] + row - self.begin < self.size:
                     uses.setdefault(row, []).append((r, ky))
         return (count, tuple((row, tuple(uses[row])) for row in sorted(uses)))
-
-    def _columns(self, x0, picks):
-        """Of each load: how many lanes lie left of the image, and how many elements follow."""
-        stride, lanes = self.stride[1], picks.lanes
-        groups = {kx * self.dilation[1] // stride for kx in range(self.kernel[1])}
-        facts = {}
-        for v in range(picks.tile_ow):
-            facts["stored", v] = min(lanes, self.out[1] - x0 - v * lanes)
-            for group in groups:
-                for j in range(stride):
-                    x = x0 * stride + (v * stride + j) * lanes + group * stride - self.begin[1]
-                    shift = min(lanes, max(0, -x))
-                    facts[v, group, j] = (shift, max(0, min(lanes - shift, self.size[1] - x - shift)))
-        return tuple(facts.items())
 
 
 def _output(spec):

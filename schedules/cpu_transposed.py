@@ -33,9 +33,12 @@ from convgen.compute import (
 )
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
+#: Unrolled multiply-adds of one input channel.
+MOST_UNROLLED = 1024
+
 
 class CpuTransposed(Schedule):
-    id, version = "cpu_transposed", 2
+    id, version = "cpu_transposed", 3
 
     def applies(self, spec, target):
         require(target.kind == "cpu", "needs a CPU")
@@ -189,7 +192,9 @@ class CpuTransposed(Schedule):
         sch.vectorize(lane)
         sch.unroll(vector)
         sch.unroll(pixel)
-        if not g.whole:
+        # Where taps are missing, the condition is one of constants, unless that is too much code.
+        unrolled = g.phases * math.prod(g.taps) * picks.tile_px * picks.tile_oc // lanes
+        if not g.whole and unrolled <= MOST_UNROLLED:
             for loop in (*phases, *reduce[:-1], *steps):
                 sch.unroll(loop)
         local = sch.cache_write(acc, 0, "global")

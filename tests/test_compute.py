@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import platform
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from convgen.target import resolve
 from convgen.validate import exact_data
 
 HOW = ["reference", "default"]
+x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86-64 processor")
 few = settings(max_examples=5, deadline=None, print_blob=True)
 #: Identities build several kernels for each example.
 fewer = settings(few, max_examples=3)
@@ -348,6 +350,31 @@ def test_activations_follow_their_formula(activation: str) -> None:
     assert np.isnan(found[-1])
     error = np.abs(found[:-1] - expected) / (1 + np.abs(x[:-1]))
     assert error.max() < 16 * 2.0**-24, f"at {x[error.argmax()]}: {found[error.argmax()]}"
+
+
+#: Largest error in units in the last place over the inputs named: what was measured, and a little more.
+ULPS = {"sigmoid": (3, -80, 80), "silu": (3, -80, 80), "mish": (5, -40, 80), "elu": (2, -80, 80), "tanh": (7, -80, 80)}
+ULPS |= {"gelu": (4, -0.5, 80), "gelu_tanh": (4, -0.5, 80)}
+
+
+@pytest.mark.parametrize("how", ["cpu", pytest.param("cpu:x86-64-v2", marks=x86_only)])  # with and without FMA
+@pytest.mark.parametrize("activation", ULPS)
+def test_activations_are_accurate_in_units_in_the_last_place(activation: str, how: str) -> None:
+    """Of floats of every size, from subnormal results to saturation."""
+    most, low, high = ULPS[activation]
+    x = np.arange(0, 0x7F800000, 9973, dtype=np.uint32).view(np.float32)
+    x = np.concatenate([x, -x])
+    x = x[(low <= x) & (x <= high)]
+    spec = ConvSpec(1, 1, 1, (x.size,), (1,), bias=False, activation=activation)
+    target = resolve(how)
+    built = compile_candidate(spec, target, parse_candidate(spec, target, "reference"), 1)
+    found = built(x.reshape(spec.src_shape), np.ones(spec.weights_shape, np.float32)).reshape(-1)
+    expected = np.asarray(FORMULAS[activation](x.astype(np.float64)))
+    unit = np.spacing(np.maximum(np.abs(expected), 2.0**-126).astype(np.float32))
+    error = np.abs(found - expected) / unit
+    assert error.max() < most, f"at {x[error.argmax()]}: {found[error.argmax()]}"
+    if activation in {"tanh", "sigmoid"}:
+        assert np.abs(found).max() <= 1
 
 
 # ---- helpers of the definition ----------------------------------------------------------------

@@ -58,6 +58,8 @@ SMOKE = [
     "conv2d n1 ic9 oc9 g9 i9x8 k3x3 s2 p1 relu f16",
     "conv2d n1 ic17 oc17 g17 i6x5 k3x3 s1 p1 nhwc residual bf16",
     "convtranspose2d n1 ic5 oc18 i4x5 k4x4 s2 p1 relu f16",
+    "convtranspose1d n1 ic6 oc10 g2 i150 k7 s3 p2 prelu",  # edges and a middle
+    "convtranspose2d n4 ic9 oc5 i1x1 k4x3 s1 p0x1_0 residual relu bf16",  # one input pixel
 ]
 #: More padding than input: whole blocks of rows, tiles and strides that lie in nothing but padding.
 PADDED = [
