@@ -245,7 +245,8 @@ def _blocks(spec, picks):
 
 def _offsets(spec):
     """How many input pixels the phases of one q meet."""
-    return len({dx for taps in _phases(spec) for _, dx in taps})
+    begin, taps, stride = spec.padding[-1][0], spec.kernel[-1], spec.stride[-1]
+    return taps if stride == 1 else ceildiv(begin, stride) - ceildiv(begin - taps + 1, stride) + 1
 
 
 def _phases(spec):
