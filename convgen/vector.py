@@ -10,10 +10,31 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tvm import tirx
+from tvm import te, tirx
 
-from .compute import ACCUMULATOR, STORAGE, Expr, narrow, of_lanes, widen
+from .compute import ACCUMULATOR, STORAGE, Expr, Operands, narrow, of_lanes, widen
+from .schedule import Program
 from .spec import ConvSpec
+
+
+def written(ops: Operands, packed: Sequence[te.Tensor], kernel: Callable[..., Any]) -> Program:
+    """The program whose main function is ``kernel(src, residual, parameters, dst)``, a statement.
+
+    Its arguments are buffers; ``residual`` is None where there is none, ``parameters`` the packed
+    weights, bias and slope by name.
+    """
+    spec = ops.spec
+    inputs = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
+    names = [p.name for p in ops.parameters]
+
+    def body(ins: Sequence[Any], outs: Sequence[Any]) -> Any:
+        src, *rest = ins
+        residual = rest.pop(0) if spec.residual else None
+        return kernel(src, residual, dict(zip(names, rest, strict=True)), outs[0])
+
+    boundary = [o.tensor for o in (ops.src, ops.residual) if o is not None]
+    dst = te.extern(spec.dst_shape, [*boundary, *inputs], body, name="dst", dtype=STORAGE[spec.dtype])
+    return Program(pack=ops.pack(*packed), main=ops.main(inputs, dst))
 
 
 class Block:

@@ -15,11 +15,11 @@ Why not     channels in the lanes (cpu_direct): better with many channels and fe
 
 from __future__ import annotations
 
-from tvm import te, tirx
+from tvm import tirx
 
-from convgen.compute import STORAGE, Operands, ceildiv, epilogue, pack_channels, round_up
-from convgen.schedule import Picks, Program, Schedule, Space, require
-from convgen.vector import Block, load, store
+from convgen.compute import Operands, ceildiv, epilogue, pack_channels, round_up
+from convgen.schedule import Picks, Schedule, Space, require
+from convgen.vector import Block, load, store, written
 
 
 class CpuGemm(Schedule):
@@ -76,17 +76,8 @@ class CpuGemm(Schedule):
 
     def program(self, spec, target, picks):
         ops = Operands(spec)
-        packed, inputs = pack_channels(ops, picks.tile_oc)
-        names = ["weights", *(p.name for p in ops.parameters[1:])]
-
-        def body(ins, outs):
-            src, *rest = ins
-            residual = rest.pop(0) if spec.residual else None
-            return _kernel(spec, picks, target.lanes, src, residual, dict(zip(names, rest, strict=True)), outs[0])
-
-        leading = [o.tensor for o in (ops.src, ops.residual) if o is not None]
-        dst = te.extern(spec.dst_shape, [*leading, *inputs], body, name="dst", dtype=STORAGE[spec.dtype])
-        return Program(pack=ops.pack(*packed), main=ops.main(inputs, dst))
+        packed, _ = pack_channels(ops, picks.tile_oc)
+        return written(ops, packed, lambda *buffers: _kernel(spec, picks, target.lanes, *buffers))
 
     def apply(self, sch, spec, target, picks):
         pass  # the statements are final

@@ -20,9 +20,9 @@ from contextlib import ExitStack
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, STORAGE, Operands, ceildiv, copied, epilogue, flat, unflat
-from convgen.schedule import Picks, Program, Schedule, Space, require
-from convgen.vector import Block, Columns, Taps, load, store
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, flat, unflat
+from convgen.schedule import Picks, Schedule, Space, require
+from convgen.vector import Block, Columns, Taps, load, store, written
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096
@@ -109,17 +109,7 @@ class CpuMasked(Schedule):
         shape = (spec.groups * tiles, math.prod(rows), spec.ic // spec.groups, spec.kernel[-1], tile)
         packed = [te.compute(shape, packed_weights, name="weights_packed")]
         packed += [copied(p) for p in ops.parameters[1:]]
-        inputs = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
-        names = [p.name for p in ops.parameters]
-
-        def body(ins, outs):
-            src, *rest = ins
-            residual = rest.pop(0) if spec.residual else None
-            return _kernel(spec, picks, src, residual, dict(zip(names, rest, strict=True)), outs[0])
-
-        leading = [o.tensor for o in (ops.src, ops.residual) if o is not None]
-        dst = te.extern(spec.dst_shape, [*leading, *inputs], body, name="dst", dtype=STORAGE[spec.dtype])
-        return Program(pack=ops.pack(*packed), main=ops.main(inputs, dst))
+        return written(ops, packed, lambda *buffers: _kernel(spec, picks, *buffers))
 
     def apply(self, sch, spec, target, picks):
         pass  # the statements are final

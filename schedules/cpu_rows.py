@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import math
 
-from tvm import te, tirx
+from tvm import tirx
 
-from convgen.compute import STORAGE, Operands, ceildiv, copied, epilogue
-from convgen.schedule import Picks, Program, Schedule, Space, require
-from convgen.vector import Block, Columns, Taps, load, runs, store, zeros
+from convgen.compute import Operands, ceildiv, copied, epilogue
+from convgen.schedule import Picks, Schedule, Space, require
+from convgen.vector import Block, Columns, Taps, load, runs, store, written, zeros
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096
@@ -93,18 +93,8 @@ class CpuRows(Schedule):
     def program(self, spec, target, picks):
         ops = Operands(spec)
         packed = [copied(p) for p in ops.parameters]
-        inputs = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
         g = _Geometry(spec, picks)
-
-        def body(ins, outs):
-            names = [t.op.name.removesuffix("_packed_in") for t in inputs]
-            src, *rest = ins
-            residual = rest.pop(0) if spec.residual else None
-            return _kernel(spec, picks, g, src, residual, dict(zip(names, rest, strict=True)), outs[0])
-
-        leading = [o.tensor for o in (ops.src, ops.residual) if o is not None]
-        dst = te.extern(spec.dst_shape, [*leading, *inputs], body, name="dst", dtype=STORAGE[spec.dtype])
-        return Program(pack=ops.pack(*packed), main=ops.main(inputs, dst))
+        return written(ops, packed, lambda *buffers: _kernel(spec, picks, g, *buffers))
 
     def apply(self, sch, spec, target, picks):
         pass  # the statements are final

@@ -17,9 +17,9 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, STORAGE, Operands, ceildiv, epilogue, unflat, widen
-from convgen.schedule import Picks, Program, Schedule, Space, require
-from convgen.vector import Block, load, store
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, epilogue, unflat, widen
+from convgen.schedule import Picks, Schedule, Space, require
+from convgen.vector import Block, load, store, written
 
 
 class CpuTransposedPixel(Schedule):
@@ -81,17 +81,7 @@ class CpuTransposedPixel(Schedule):
 
         packed = [te.compute((blocks, spec.ic, tile), packed_weights, name="weights_packed")]
         packed += [repeated(p) for p in ops.parameters[1:]]
-        inputs = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
-
-        def body(ins, outs):
-            names = [t.op.name.removesuffix("_packed_in") for t in inputs]
-            src, *rest = ins
-            residual = rest.pop(0) if spec.residual else None
-            return _kernel(spec, target.lanes, picks, src, residual, dict(zip(names, rest, strict=True)), outs[0])
-
-        boundary = [o.tensor for o in (ops.src, ops.residual) if o is not None]
-        dst = te.extern(spec.dst_shape, [*boundary, *inputs], body, name="dst", dtype=STORAGE[spec.dtype])
-        return Program(pack=ops.pack(*packed), main=ops.main(inputs, dst))
+        return written(ops, packed, lambda *buffers: _kernel(spec, target.lanes, picks, *buffers))
 
     def apply(self, sch, spec, target, picks):
         pass  # the statements are final

@@ -21,10 +21,10 @@ from contextlib import ExitStack
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, STORAGE, Operands, ceildiv, copied, epilogue, flat, unflat
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, flat, unflat
 from convgen.dtypes import BYTES
-from convgen.schedule import Picks, Program, Schedule, Space, require
-from convgen.vector import Block, interleave, load, prefetch, runs, store
+from convgen.schedule import Picks, Schedule, Space, require
+from convgen.vector import Block, interleave, load, prefetch, runs, store, written
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096
@@ -129,17 +129,7 @@ class CpuTransposedRows(Schedule):
         shape = (blocks * spec.groups, math.prod(leading), depth, spec.kernel[-1], tile)
         packed = [te.compute(shape, packed_weights, name="weights_packed")]
         packed += [copied(p) for p in ops.parameters[1:]]
-        inputs = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
-
-        def body(ins, outs):
-            names = [t.op.name.removesuffix("_packed_in") for t in inputs]
-            src, *rest = ins
-            residual = rest.pop(0) if spec.residual else None
-            return _kernel(spec, picks, src, residual, dict(zip(names, rest, strict=True)), outs[0])
-
-        boundary = [o.tensor for o in (ops.src, ops.residual) if o is not None]
-        dst = te.extern(spec.dst_shape, [*boundary, *inputs], body, name="dst", dtype=STORAGE[spec.dtype])
-        return Program(pack=ops.pack(*packed), main=ops.main(inputs, dst))
+        return written(ops, packed, lambda *buffers: _kernel(spec, picks, *buffers))
 
     def apply(self, sch, spec, target, picks):
         pass  # the statements are final
