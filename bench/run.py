@@ -1,133 +1,140 @@
 """Measure networks against the other libraries, layer by layer; stops and resumes anywhere.
 
     python bench/run.py bench/problems/resnet50.json --threads 1,2 --seconds 30
+    python bench/run.py --quick      # 24 layers of all kinds, zero-trial, one thread: two minutes
+    python bench/run.py --summary    # what all results together say
 
-For each layer and thread count: tune it (``--seconds 0``: don't), then time the zero-trial kernel, the
-tuned one and every peer in turn, in this process. Each row is appended to a JSON-lines file the moment
-it is known; a row that is there is not measured again. At the end the table is written beside it.
+For each layer and thread count: tune it (``--seconds 0``: don't), then time the tuned kernel, the
+zero-trial one and every peer in turn, in this process. Each row is appended to a JSON-lines file the
+moment it is known; a row that is there is not measured again. At the end, or when interrupted, the
+tables and the picture are written beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
-import platform
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import convgen
-from convgen.build import compile_candidate, default_candidate, record_candidate, versions
-from convgen.machine import machine, measured_peak
-from convgen.peers import PEERS, compare
+from convgen import picture, report
+from convgen.build import compile_candidate, default_candidate, record_candidate
+from convgen.peers import PEERS
 from convgen.records import RecordStore
-from convgen.sources import SpecEntry, read_specs
+from convgen.rows import Row, RowFile, measure
+from convgen.sources import SpecEntry, read_specs, write_text
+from convgen.spec import ACCURACIES
 from convgen.target import resolve
 from convgen.tune import Tuner
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+SAMPLE = HERE / "sample.json"
+
+#: Measures one layer; what tests replace.
+Measurer = Callable[[SpecEntry, Tuner, argparse.Namespace], Row]
 
 
-def measure(entry: SpecEntry, threads: int, options: argparse.Namespace, tuner: Tuner) -> dict[str, Any]:
-    """One row: the layer's times here, and what it was measured with."""
-    spec, target = entry.spec, tuner.target
+def tune_and_measure(entry: SpecEntry, tuner: Tuner, options: argparse.Namespace) -> Row:
+    """One row: the layer's tuned kernel, where it is another than the default, the default and the peers."""
+    spec, target, threads = entry.spec, tuner.target, tuner.threads
     default = default_candidate(spec, target)
-    kernels = {"default": compile_candidate(spec, target, default, threads)}
+    kernels = {}
     record = tuner.tune(spec, seconds=options.seconds) if options.seconds else None
-    if record is not None and (candidate := record_candidate(record, spec, target)):
-        tuned = compile_candidate(spec, target, candidate, threads, record=record)
-        kernels = {"tuned": tuned, **kernels}
-    comparison = compare(kernels, options.peers, threads, rounds=options.rounds)
-    first = next(iter(kernels.values()))
-    return {
-        **comparison.to_dict(),
-        "names": list(entry.names),
-        "count": entry.count,
-        "candidates": {name: f"{k.schedule}({k.picks})" for name, k in kernels.items()},
-        "schedule": first.schedule,
-        "peak": measured_peak(threads),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "cpu": machine().cpu,
-        "fingerprint": machine().fingerprint,
-        "python": platform.python_version(),
-        "versions": versions(),
-    }
+    if record is not None and (best := record_candidate(record, spec, target)) and best != default:
+        kernels["tuned"] = compile_candidate(spec, target, best, threads, record=record)
+    kernels["default"] = compile_candidate(spec, target, default, threads)
+    row = measure(entry, kernels, options.peers, threads, rounds=options.rounds, cold=options.cold)
+    return Row({**row.values, "tuning_seconds": options.seconds})
 
 
-def spread(row: dict[str, Any]) -> float:
-    """The factor that the interval of a row's ratio spans."""
-    return row["interval"][1] / row["interval"][0] if row["interval"] else 1.0
+def is_known(row: Row | None, options: argparse.Namespace) -> bool:
+    """Whether a row need not be measured (again)."""
+    if row is None or (options.seconds and not row.is_tuned):
+        return False
+    low, high = row.interval or (1.0, 1.0)
+    return high <= options.unsteady * low
 
 
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+def run(problem: Path, options: argparse.Namespace, console: Console, measurer: Measurer) -> None:
+    """Measure what is missing of one file of layers, and write its tables and picture."""
+    entries = [
+        SpecEntry(entry.spec.with_(accuracy=options.accuracy or entry.spec.accuracy), entry.count, entry.names)
+        for entry in read_specs(problem)
+    ]
+    name = problem.stem + ".cold" * options.cold
+    kept = RowFile(options.results / f"{name}.jsonl")
+    wanted = [(entry, threads) for threads in options.threads for entry in entries]
+    missing = [
+        (entry, threads)
+        for entry, threads in wanted
+        if options.fresh or not is_known(kept.rows.get((entry.spec.descriptor, threads)), options)
+    ]
+    # Nothing draws while a layer is timed: the display changes between two of them only.
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    settings = {"auto_refresh": False, "transient": True, "disable": not console.is_terminal}
+    try:
+        with Progress(*columns, console=console, **settings) as progress:
+            task = progress.add_task(name, total=len(missing))
+            for threads in options.threads:
+                part = [entry for entry, count in missing if count == threads]
+                if part:
+                    with Tuner(resolve("cpu"), threads, RecordStore(options.records)) as tuner:
+                        for entry in part:
+                            progress.update(task, description=f"{name} {threads}T {entry.spec}", refresh=True)
+                            row = measurer(entry, tuner, options)
+                            kept.add(row)
+                            progress.advance(task)
+                            done = round(progress.tasks[task].completed)
+                            said = f"{report.rated(row)}  {report.limit(row)}  {row.schedule}"
+                            progress.print(f"{name} {threads}T {done}/{len(missing)} {entry.spec}: {said}")
+    finally:
+        if kept.rows:
+            in_order = dict.fromkeys(
+                (entry.spec.with_(accuracy=accuracy).descriptor, threads)
+                for accuracy in ACCURACIES
+                for entry in entries
+                for threads in sorted({key[1] for key in kept.rows})
+            )
+            kept.compact(in_order)
+            rows = [kept.rows[key] for key in in_order if key in kept.rows]
+            write_reports(options.results / name, rows)
+            console.print(f"wrote {options.results / name}.md and .html")
 
 
-def microseconds(timings: list[dict[str, Any]], name: str) -> str:
-    seconds = next((t["seconds"] for t in timings if t["name"] == name), None)
-    return f"{seconds * 1e6:.0f}" if seconds else "–"
+def write_reports(path: Path, rows: Sequence[Row]) -> None:
+    """The tables and the picture of a network, beside its rows."""
+    title = f"{path.name}: convgen {convgen.__version__}"
+    write_text(report.network(title, rows), path.with_name(path.name + ".md"))
+    write_text(picture.page(title, rows), path.with_name(path.name + ".html"))
 
 
-def table(rows: list[dict[str, Any]], peers: list[str]) -> str:
-    """The rows as Markdown: one table per thread count, times in µs, ratios to the best peer."""
-    lines = []
-    for threads in sorted({row["threads"] for row in rows}):
-        chosen = [row for row in rows if row["threads"] == threads]
-        one = chosen[0]
-        found = {t["name"]: t["version"] for row in chosen for t in row["peers"] if t["version"]}
-        packages = ", ".join(f"{name} {version}" for name, version in {**one["versions"], **found}.items())
-        lines += [
-            f"## {threads} thread{'s' * (threads > 1)}",
-            "",
-            f"{one['cpu']} ({one['fingerprint']}), {one['date']}, Python {one['python']}, {packages}.",
-            f"Measured FMA peak {one['peak'] / 1e9:.0f} GFLOP/s. Times in µs, medians of alternating turns;",
-            "ratio = best peer / convgen (tuned where there is one), with its 95 % interval.",
-            "",
-            f"| layer | × | convgen | default | {' | '.join(peers)} | ratio | of peak | schedule |",
-            "|---|--:|--:|--:|" + "--:|" * len(peers) + "--:|--:|---|",
-        ]
-        for row in chosen:
-            seconds = row["kernels"][0]["seconds"]
-            cells = [microseconds(row["peers"], peer) for peer in peers]
-            ratio = "–"
-            if row["ratio"]:
-                low, high = row["interval"]
-                ratio = f"**{row['ratio']:.2f}** ({low:.2f}–{high:.2f})"
-            own = [f"{seconds * 1e6:.0f}", microseconds(row["kernels"], "default")]
-            rest = [ratio, f"{row['flops'] / seconds / row['peak']:.0%}", row["schedule"]]
-            lines.append("| " + " | ".join(["`" + row["spec"] + "`", str(row["count"]), *own, *cells, *rest]) + " |")
-        rated = [row for row in chosen if row["ratio"]]
-        if rated:
-            defaults = [r["ratio"] * r["kernels"][0]["seconds"] / r["kernels"][-1]["seconds"] for r in rated]
-            mean, default_mean = geometric_mean([r["ratio"] for r in rated]), geometric_mean(defaults)
-            faster = sum(r["ratio"] > 1 for r in rated)
-            slower = sum(r["interval"][1] < 1 for r in rated)
-            lines += [
-                "",
-                f"Geometric mean of the ratios: **{mean:.2f}** (default: {default_mean:.2f});",
-                f"{faster} of {len(rated)} layers faster than the best peer, {slower} slower beyond the interval.",
-            ]
-            own = sum(r["kernels"][0]["seconds"] * r["count"] for r in rated)
-            best = sum(min(t["seconds"] for t in r["peers"] if t["seconds"]) * r["count"] for r in rated)
-            lines += [
-                "",
-                f"All convolutions of the network: {own * 1e3:.1f} ms, best peer per layer {best * 1e3:.1f} ms.",
-            ]
-        lines.append("")
-    return "\n".join(lines)
+def summarise(results: Path, console: Console) -> None:
+    """Write README.md and summary.svg over all rows but the sample's, whose layers are in the others."""
+    files = [path for path in sorted(results.glob("*.jsonl")) if path.name.partition(".")[0] != SAMPLE.stem]
+    networks = {path.stem: list(RowFile(path).rows.values()) for path in files}
+    write_text(report.summary(networks), results / "README.md")
+    write_text(picture.summary(networks), results / "summary.svg")
+    console.print(f"wrote {results / 'README.md'} and summary.svg")
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("problems", type=Path, nargs="+", help="spec files or ONNX models")
+    parser.add_argument("problems", type=Path, nargs="*", help="spec files or ONNX models")
+    parser.add_argument("--quick", action="store_true", help="the sample, anew: --threads 1 --seconds 0 --rounds 5")
+    parser.add_argument("--summary", action="store_true", help="write README.md and summary.svg over all results")
     parser.add_argument("--threads", type=lambda s: [int(t) for t in s.split(",")], default=[1, 2])
     parser.add_argument("--seconds", type=float, default=30.0, help="tuning time per layer; 0: defaults only")
+    parser.add_argument("--accuracy", choices=ACCURACIES, help="of every layer, instead of its own")
+    parser.add_argument("--cold", action="store_true", help="empty caches before every timed call")
     parser.add_argument("--peers", type=lambda s: s.split(","), default=list(PEERS))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="at least; more where a ratio is not clear yet")
     parser.add_argument("--records", type=Path, help="record store; the default one unless given")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
     parser.add_argument("--fresh", action="store_true", help="measure rows again that are there")
     parser.add_argument(
         "--unsteady",
@@ -136,32 +143,31 @@ def main() -> None:
         metavar="F",
         help="measure rows again whose ratio's interval spans more than a factor F: the machine was disturbed",
     )
-    options = parser.parse_args()
-    console = Console(stderr=True)
-    RESULTS.mkdir(exist_ok=True)
-    for problem in options.problems:
-        kept = RESULTS / f"{problem.stem}.jsonl"
-        lines = kept.read_text().splitlines() if kept.exists() and not options.fresh else []
-        rows = {(r["spec"], r["threads"]): r for r in map(json.loads, lines)}
-        entries = read_specs(problem)
-        for threads in options.threads:
-            with Tuner(resolve("cpu"), threads, RecordStore(options.records)) as tuner:
-                for index, entry in enumerate(entries, 1):
-                    key = (entry.spec.descriptor, threads)
-                    if key in rows and spread(rows[key]) <= options.unsteady:
-                        continue
-                    row = rows[key] = measure(entry, threads, options, tuner)
-                    kept.write_text("".join(json.dumps(r) + "\n" for r in rows.values()))
-                    ratio = f"{row['ratio']:.2f}" if row["ratio"] else "no peer"
-                    console.print(
-                        f"{problem.stem} {threads}T {index}/{len(entries)} {key[0]}: {ratio} {row['schedule']}"
-                    )
-        order = [(e.spec.descriptor, t) for t in options.threads for e in entries]
-        text = table([rows[key] for key in order], options.peers)
-        title = f"# {problem.stem}: convgen {convgen.__version__}"
-        (RESULTS / f"{problem.stem}.md").write_text(f"{title}\n\n{text}")
-        console.print(f"wrote {RESULTS / problem.stem}.md")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.problems, options.fresh = [SAMPLE], True
+        options.threads, options.seconds, options.rounds = [1], 0.0, 5
+    elif not options.problems and not options.summary:
+        parser.error("nothing to do: name problems, or give --quick or --summary")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None, measurer: Measurer = tune_and_measure) -> int:
+    options = parse(arguments)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    options.results.mkdir(parents=True, exist_ok=True)
+    try:
+        for problem in options.problems:
+            run(problem, options, console, measurer)
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on from here")
+        return 130
+    if options.quick:
+        print((options.results / f"{SAMPLE.stem}{'.cold' * options.cold}.md").read_text())
+    if options.summary:
+        summarise(options.results, console)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,6 +27,7 @@ from convgen.cli.generate import Work
 from convgen.discover import schedule_ids, schedules
 from convgen.peers import PEERS
 from convgen.records import RecordStore, TuningRecord
+from convgen.roofline import roofline
 from convgen.sources import SpecEntry
 from convgen.spec import ConvSpec
 from convgen.tune import Progress
@@ -104,6 +105,7 @@ QUICK: list[tuple[Sequence[str], int]] = [
     (["build", "model.onnx", "--dim", "N"], 2),
     (["bench", SMALL, "--peers", "nobody"], 2),
     (["bench", SMALL, "--threads", "1,none"], 2),
+    (["bench", SMALL, "--report", "table.txt"], 2),
     (["show", SMALL, "--schedule", "reference"], 2),
     (["records", "list", "--outcome", "nonsense"], 2),
     (["records", "best", "conv9d"], 2),
@@ -205,7 +207,7 @@ def test_show_explains_a_layer(run: Run, run_json: Callable[..., Any]) -> None:
     spec = ConvSpec.parse(SMALL)
     assert (found["spec"], found["flops"], found["bytes"]) == (SMALL, spec.flops, spec.bytes)
     assert found["shapes"]["dst"] == [1, 16, 10, 10]
-    assert found["roofline"]["compute_seconds"] == pytest.approx(spec.flops / found["roofline"]["peak_flops"])
+    assert found["roofline"] == roofline(spec, 1).to_dict()
     reasons = {s["id"]: s["reason_against"] for s in found["schedules"]}
     assert reasons["reference"] is None
     assert "1×1" in reasons["cpu_gemm"]
@@ -214,6 +216,7 @@ def test_show_explains_a_layer(run: Run, run_json: Callable[..., Any]) -> None:
     assert status == 0
     assert out.startswith(SMALL)
     assert "no: needs a dense 1×1 kernel" in out
+    assert f"limited by {found['roofline']['limited_by']}\n" in out
 
 
 def test_show_lists_the_layers_of_a_file(tmp_path: Path, run: Run, run_json: Callable[..., Any]) -> None:
@@ -556,7 +559,7 @@ def test_empty_batch_is_built_not_tuned(tmp_path: Path, run_json: Callable[..., 
 def test_bench_compares_with_what_is_installed(
     run: Run, run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convgen.peers.REST", 0.0)
+    monkeypatch.setattr("convgen.compare.REST", 0.0)
     monkeypatch.setattr(PEERS["torch"], "version", classmethod(lambda cls: None))
     options = ["--peers", "onnxruntime,torch", "--repeats", 2, "--no-records"]
     found = run_json("bench", TINY, "--threads", "1,2", *options)
@@ -567,10 +570,21 @@ def test_bench_compares_with_what_is_installed(
         assert low <= layer["ratio"] <= high
         assert layer["ratio"] == pytest.approx(peer["seconds"] / layer["seconds"])
         assert "pip install" in missing["problem"]
+        assert layer["percent_of_limit"] == pytest.approx(100 * layer["roofline"]["seconds"] / layer["seconds"])
     assert found["totals"][0]["peers"].keys() == {"onnxruntime"}
     status, out, _ = run("bench", TINY, "--threads", "1", *options)
     assert status == 0
     assert 'torch: not installed; get it with: pip install "convgen[peers]"' in out
+
+
+def test_bench_reports_cold_figures(run: Run, tmp_path: Path) -> None:
+    options = ["--peers", "onnxruntime", "--repeats", 1, "--threads", 1, "--no-records", "--cold"]
+    for name, mark in {"net.md": "## 1 thread", "net.html": "<!doctype html>"}.items():
+        status, out, err = run("bench", TINY, *options, "--report", tmp_path / name)
+        assert status == 0
+        assert " dram " in out  # where every call's tensors come from
+        assert name in err
+        assert mark in (tmp_path / name).read_text()
 
 
 # ---- formatting -------------------------------------------------------------------------------

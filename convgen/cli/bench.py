@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +25,13 @@ from .common import (
     records_options,
     table,
     target_option,
+    tidy,
 )
-from .generate import Work, chosen, describe, working
+from .generate import Work, chosen, working
 
 if TYPE_CHECKING:
+    from ..build import Kernel
+    from ..rows import Row
     from ..schedule import Candidate
 
 #: Names in :data:`convgen.peers.PEERS`, which is not imported for a wrong argument.
@@ -45,6 +47,12 @@ def _parse_threads(context: click.Context, parameter: click.Parameter, text: str
     return list(dict.fromkeys(counts))
 
 
+def _check_report(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and path.suffix not in (".md", ".html"):
+        raise click.BadParameter(f"expected a file name that ends in .md or .html, found {path.name!r}")
+    return path
+
+
 @click.command()
 @layers_argument
 @target_option
@@ -52,7 +60,21 @@ def _parse_threads(context: click.Context, parameter: click.Parameter, text: str
 @click.option(
     "--peers", default=",".join(PEER_NAMES), show_default=True, metavar="NAME,…", help="Libraries to compare with."
 )
-@click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="Rounds of timing.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=7,
+    show_default=True,
+    help="Rounds of timing, at least; up to three times as many where the ratio is not clear yet.",
+)
+@click.option("--cold", is_flag=True, help="Empty the caches before every call that is timed.")
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_check_report,
+    metavar="FILE",
+    help="Write the figures there too: FILE.md as tables, FILE.html as a picture.",
+)
 @records_options
 @candidate_options
 @json_option
@@ -63,6 +85,8 @@ def bench(
     threads: list[int] | None,
     peers: str,
     repeats: int,
+    cold: bool,
+    report: Path | None,
     records: Path | None,
     no_records: bool,
     schedule: str | None,
@@ -71,132 +95,112 @@ def bench(
 ) -> int:
     """Time kernels beside ONNX Runtime, PyTorch and OpenVINO.
 
-    The same data and threads for all. They run in turn, several rounds, with a pause before each
-    turn; times are medians. A ratio is the best peer's time over convgen's, above 1 where convgen is
-    faster, with its 95 % confidence interval. Each peer's output is checked before it is timed.
+    The same data and threads for all. They run in turn, several rounds; times are medians. A ratio
+    is the best peer's time over convgen's, above 1 where convgen is faster, with its 95 % confidence
+    interval. The limit is the roofline of `convgen show`. Each peer's output is checked before it is
+    timed; one that is far behind after two rounds is left at that.
 
     Each layer's kernel is its best record (then its default is timed too), or the default.
     """
     check_picks(schedule, picks)
     names = check_names("peers", peers, PEER_NAMES)
     entries = read_layers(spec, dims)
-    results: list[dict[str, Any]] = []
+    rows: list[Row] = []
+    kernels: list[Kernel] = []
     interrupted = False
     counts: list[int | None] = [*threads] if threads else [None]
     for count in counts:
         with working(entries, target, count, chosen_records(records, no_records)) as work:
             forced = forced_candidates(entries, work.target, schedule, picks)
             for entry, candidate in zip(work.layers(), forced, strict=True):
-                result = _bench_layer(work, entry, candidate, names, repeats)
-                results.append(result)
-                work.view.finish(_line(result))
+                kernel, row = _bench_layer(work, entry, candidate, names, repeats, cold)
+                kernels.append(kernel)
+                rows.append(row)
+                work.view.finish(_line(row))
         interrupted = work.interrupted
         if interrupted:
             break
 
+    if report is not None and rows:
+        _write_report(report, " ".join(spec), rows)
     if as_json:
-        emit(
-            {"target": work.target.spelling, "interrupted": interrupted, "layers": results, "totals": _totals(results)}
-        )
-    else:
-        click.echo(_table(entries, results))
+        layers = [_layer(kernel, row) for kernel, row in zip(kernels, rows, strict=True)]
+        totals = _totals(rows)
+        emit({"target": work.target.spelling, "interrupted": interrupted, "layers": layers, "totals": totals})
+    elif rows:
+        click.echo(_text(entries, rows))
     if interrupted:
-        note(f"convgen: interrupted: {len(results)} of {len(entries) * len(counts)} comparisons made")
+        note(f"convgen: interrupted: {len(rows)} of {len(entries) * len(counts)} comparisons made")
         return INTERRUPTED
     return 0
 
 
 def _bench_layer(
-    work: Work, entry: SpecEntry, forced: Candidate | None, peers: list[str], repeats: int
-) -> dict[str, Any]:
+    work: Work, entry: SpecEntry, forced: Candidate | None, peers: list[str], repeats: int, cold: bool
+) -> tuple[Kernel, Row]:
     from ..build import compile_candidate, default_candidate
-    from ..machine import measured_peak
-    from ..peers import compare
+    from ..rows import measure
 
     kernels = {"convgen": work.kernel(entry, forced)}
     default = default_candidate(entry.spec, work.target)
     if kernels["convgen"].lowered.candidate != default:
         kernels["default"] = compile_candidate(entry.spec, work.target, default, work.threads)
-    peak = measured_peak(work.threads)
     work.view.phase(f"timing {', '.join([*kernels, *peers])} on {work.threads} threads")
-    comparison = compare(kernels, peers, work.threads, rounds=repeats)
-    seconds = comparison.kernels[0].seconds or math.inf
-    return describe(entry) | {
-        **chosen(kernels["convgen"]),
-        **comparison.to_dict(),
-        "seconds": seconds,
-        "gflops": entry.spec.flops / seconds / 1e9,
-        "peak_gflops": peak / 1e9,
-        "percent_of_peak": 100 * entry.spec.flops / seconds / peak,
+    return kernels["convgen"], measure(entry, kernels, peers, work.threads, rounds=repeats, cold=cold)
+
+
+def _layer(kernel: Kernel, row: Row) -> dict[str, Any]:
+    """A row as JSON values, with how the kernel was made and what it reaches."""
+    return {
+        **row.values,
+        **chosen(kernel),
+        "seconds": row.seconds,
+        "gflops": row.gflops,
+        "percent_of_limit": None if row.of_limit is None else 100 * row.of_limit,
     }
 
 
-def _line(result: dict[str, Any]) -> str:
-    facts = f"{duration(result['seconds'])}  {result['gflops']:.4g} GFLOP/s"
-    return f"{facts}  {_ratio(result)} {result['best_peer'] or ''}".rstrip()
-
-
-def _ratio(result: dict[str, Any]) -> str:
-    if result["ratio"] is None:
-        return "–"
-    low, high = result["interval"]
-    return f"{result['ratio']:.2f}× [{low:.2f}, {high:.2f}]"
-
-
-def _table(entries: list[SpecEntry], results: list[dict[str, Any]]) -> str:
-    """A row per layer and thread count, then what is not in it: totals, and peers with a problem."""
-    if not results:
-        return ""
-    peers = [peer["name"] for peer in results[0]["peers"]]
-    with_default = any(len(result["kernels"]) > 1 for result in results)
-    header = ["layer", "threads>", "convgen>", *(["default>"] * with_default), *(f"{name}>" for name in peers)]
-    rows = []
-    for result, entry in zip(results, entries * len(results), strict=False):
-        default = [duration(result["kernels"][-1]["seconds"])] * with_default
-        times = [duration(peer["seconds"]) for peer in result["peers"]]
-        rows.append(
-            [
-                label(entry) or result["spec"],
-                result["threads"],
-                duration(result["seconds"]),
-                *default,
-                *times,
-                _ratio(result),
-                f"{result['gflops']:.4g}",
-                f"{result['percent_of_peak']:.0f} %",
-            ]
-        )
-    lines = [table([*header, "best peer / convgen>", "GFLOP/s>", "of peak>"], rows)]
-    if len(results) > 1:
-        lines += [_total_line(total) for total in _totals(results)]
-    problems = {peer["name"]: peer["problem"] for result in results for peer in result["peers"] if peer["problem"]}
-    lines += [f"{name}: {problem}" for name, problem in problems.items()]
-    return "\n".join(lines)
-
-
-def _totals(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _totals(rows: list[Row]) -> list[dict[str, Any]]:
     """Per thread count: the time of all layers with their counts, of convgen and of each peer that
     ran them all, and the geometric mean of the ratios.
     """
-    totals = []
-    for threads in dict.fromkeys(result["threads"] for result in results):
-        group = [result for result in results if result["threads"] == threads]
-        peers = {}
-        for name in (peer["name"] for peer in group[0]["peers"]):
-            times = [next(p["seconds"] for p in result["peers"] if p["name"] == name) for result in group]
-            if all(times):
-                peers[name] = sum(t * result["count"] for t, result in zip(times, group, strict=True))
-        ratios = [result["ratio"] for result in group if result["ratio"]]
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
-        own = sum(result["seconds"] * result["count"] for result in group)
-        totals.append({"threads": threads, "convgen": own, "peers": peers, "mean_ratio": mean})
-    return totals
+    from ..report import Totals, by_threads
+
+    found = []
+    for threads, group in by_threads(rows).items():
+        totals = Totals.of(group)
+        peers = {name: seconds for name, seconds in totals.peers.items() if seconds}
+        found.append({"threads": threads, "convgen": totals.seconds, "peers": peers, "mean_ratio": totals.mean})
+    return found
 
 
-def _total_line(total: dict[str, Any]) -> str:
-    threads = f"{total['threads']} thread{'s' * (total['threads'] > 1)}"
-    times = [
-        f"{name} {duration(seconds)}" for name, seconds in ({"convgen": total["convgen"]} | total["peers"]).items()
-    ]
-    mean = f"; geometric mean of the ratios {total['mean_ratio']:.2f}×" if total["mean_ratio"] else ""
-    return f"all layers with their counts, {threads}: {', '.join(times)}{mean}"
+def _line(row: Row) -> str:
+    from ..report import limit, rated
+
+    facts = f"{duration(row.seconds)}  {row.gflops:.4g} GFLOP/s  {limit(row)}"
+    return f"{facts}  {rated(row)} {row.values['best_peer'] or ''}".rstrip()
+
+
+def _text(entries: list[SpecEntry], rows: list[Row]) -> str:
+    """Per thread count a row per layer, and what they come to; then why peers were not timed."""
+    from ..report import ABOVE_NOTE, Totals, by_threads, layers, plural, problems
+
+    names = {entry.spec.descriptor: label(entry) or entry.spec.descriptor for entry in entries}
+    lines = []
+    for threads, group in by_threads(rows).items():
+        header, cells = layers(group, lambda row: names[row.values["spec"]])
+        lines += [f"{plural(threads, 'thread')}, times in µs", "", table(header, cells)]
+        lines += Totals.of(group).sentences() if len(group) > 1 else []
+        lines.append("")
+    if any((row.of_limit or 0) > 1 for row in rows):
+        lines.append(ABOVE_NOTE)
+    return "\n".join([*lines, *problems(rows)]).rstrip()
+
+
+def _write_report(path: Path, title: str, rows: list[Row]) -> None:
+    from .. import __version__, picture, report
+    from ..sources import write_text
+
+    made = report.network if path.suffix == ".md" else picture.page
+    write_text(made(f"{title}: convgen {__version__}", rows), path)
+    note(f"wrote {tidy(path)}")

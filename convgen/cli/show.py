@@ -57,7 +57,8 @@ def show(
     these convolutions, and why what is missing could not be read.
 
     The roofline says how long the layer takes at least on this machine: its arithmetic at the
-    measured peak, its tensors once through the measured memory bandwidth.
+    measured peak, its tensors once at the measured bandwidth of the nearest of L2, L3 and memory
+    that holds them all.
     """
     check_picks(schedule, picks)
     if schedule and not ir:
@@ -158,25 +159,14 @@ def _print_layer(entry: SpecEntry, target: str, threads: int | None, as_json: bo
 
 
 def _roofline(spec: ConvSpec, threads: int) -> dict[str, Any] | None:
-    """The least times of the arithmetic and of the memory traffic, in seconds; None where the machine
-    cannot be measured.
-    """
-    from ..machine import measured
+    """The least times of the arithmetic and of the traffic; None where the machine cannot be measured."""
+    from ..roofline import roofline
 
     try:
-        found = measured(threads)
+        return roofline(spec, threads).to_dict()
     except (BuildError, MeasureError) as error:
         note(f"convgen: no roofline: {error}")
         return None
-    compute, memory = spec.flops / found.peak, sum(spec.bytes.values()) / found.dram
-    return {
-        "threads": threads,
-        "peak_flops": found.peak,
-        "bandwidth": found.dram,
-        "compute_seconds": compute,
-        "memory_seconds": memory,
-        "limited_by": "compute" if compute >= memory else "memory",
-    }
 
 
 def _schedules(spec: ConvSpec, target: Target) -> list[dict[str, Any]]:
@@ -209,7 +199,7 @@ def _text(document: dict[str, Any]) -> str:
         peak, bandwidth = (f"{roofline[kind] / 1e9:.4g}" for kind in ("peak_flops", "bandwidth"))
         lines += [
             f"  compute    {compute} at {peak} GFLOP/s, measured on {threads} thread{'s' * (threads > 1)}",
-            f"  memory     {memory} at {bandwidth} GB/s: limited by {roofline['limited_by']}",
+            f"  memory     {memory} at {bandwidth} GB/s from {roofline['level']}: limited by {roofline['limited_by']}",
         ]
     lines += ["", f"  schedules on {document['target']}"]
     for facts in document["schedules"]:
