@@ -7,13 +7,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: help demo test test-all check bench clean
+.PHONY: help demo test test-all check bench bench-quick clean
 
 help:
 	@echo 'make demo      a tuned, validated, exported kernel for a ResNet-50 layer, in build/demo'
 	@echo 'make test      the tests (minutes)'
 	@echo 'make test-all  the exhaustive run'
 	@echo 'make check     ruff and mypy'
+	@echo 'make bench-quick  24 layers of all kinds beside the peers, untuned (2 minutes)'
 	@echo 'make bench     tune the ResNet-50 layers and time them beside the peers (an hour; resumes)'
 	@echo 'make clean     remove what the others made'
 	@echo 'PYTHON=python3.12 make …   another interpreter (3.11 or later)'
@@ -45,6 +46,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-quick: $(PEERS)
+	@$(BIN)/python bench/run.py --quick
 
 bench: $(PEERS)
 	$(BIN)/python bench/run.py bench/problems/resnet50.json

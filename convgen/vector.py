@@ -25,7 +25,7 @@ def written(ops: Operands, packed: Sequence[te.Tensor], kernel: Callable[..., An
     """
     spec = ops.spec
     inputs = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
-    names = [p.name for p in ops.parameters]
+    names = [p.op.name.removesuffix("_packed") for p in packed]
 
     def body(ins: Sequence[Any], outs: Sequence[Any]) -> Any:
         src, *rest = ins
@@ -168,11 +168,41 @@ def store(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: in
     return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, pointer, mask))
 
 
-def prefetch(buffer: Any, index: Sequence[Expr]) -> Any:
-    """The statement that fetches an element's cache line ahead; it may lie past the end."""
-    read, keep, data = (tirx.const(i, "int32") for i in (0, 3, 1))
+def _within(buffer: Any, index: Sequence[Expr], lanes: int, count: int) -> Expr:
+    """The mask of those of the first ``count`` lanes that lie in the buffer's last axis."""
+    ramp = tirx.Ramp(index[-1], tirx.const(1, "int32"), lanes)
+    size = tirx.Broadcast(tirx.const(int(buffer.shape[-1]), "int32"), lanes)
+    mask = tirx.And(ramp >= tirx.Broadcast(tirx.const(0, "int32"), lanes), ramp < size)
+    return mask if count >= lanes else tirx.And(mask, _first(count, lanes))
+
+
+def load_within(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int = 1 << 30) -> Expr:
+    """As :func:`load`, from an ``index`` that may lie anywhere along the last axis; zeros outside it."""
+    stored = of_lanes(STORAGE[dtype], lanes)
+    nothing = tirx.Broadcast(tirx.const(0, STORAGE[dtype]), lanes)
+    pointer, mask = tirx.address_of(_element(buffer, index)), _within(buffer, index, lanes, count)
+    return widen(tirx.call_llvm_intrin(stored, "llvm.masked.load", pointer, mask, nothing), dtype, lanes)
+
+
+def store_within(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: int) -> Any:
+    """The statement that writes those of the lanes that lie in the buffer's last axis."""
+    pointer, mask = tirx.address_of(_element(buffer, index)), _within(buffer, index, lanes, lanes)
+    value = narrow(value, dtype, lanes)
+    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, pointer, mask))
+
+
+def gathered(vectors: Sequence[Expr], order: Sequence[int], lanes: int) -> Expr:
+    """A vector of the elements that ``order`` numbers, of all the vectors one after another."""
+    used = sorted({e // lanes for e in order})
+    at = {vector: i for i, vector in enumerate(used)}
+    return tirx.Shuffle([vectors[v] for v in used], [at[e // lanes] * lanes + e % lanes for e in order])
+
+
+def prefetch(buffer: Any, index: Sequence[Expr], *, write: bool = False) -> Any:
+    """The statement that fetches an element's cache line ahead, to ``write`` it; it may lie past the end."""
+    intent, keep, data = (tirx.const(i, "int32") for i in (int(write), 3, 1))
     return tirx.Evaluate(
-        tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(_element(buffer, index)), read, keep, data)
+        tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(_element(buffer, index)), intent, keep, data)
     )
 
 

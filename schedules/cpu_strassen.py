@@ -1,0 +1,264 @@
+"""1×1 convolution as a matrix product with 7 multiplications for 8: Strassen's algorithm, one level.
+
+Applies to  dense 1×1 kernels at stride 1 without padding, NCHW, even channel counts, many pixels and channels;
+            accuracy `standard` or `relaxed`.
+Strategy    Winograd's form of Strassen's algorithm on halves of the output channels, of the input channels, and of a
+            tile's pixels: C = A B with 7 products of half the size. A are the weights.
+            1. Pack the sums of weights as [oc/2/t][product][ic/2][t], each output channel scaled by the power of two
+               of its largest weight: channels meet in sums, and small ones must not drown in large ones.
+            2. A tile of pixels is copied once, as the seven operands [product][ic/2][tile_px].
+            3. Pixels in the lanes as in cpu_gemm: one product after the other in registers, each going on from the
+               sums that it is added to; three sums wait in memory.
+            4. Scale back, bias, residual and activation on the tile; the store is contiguous.
+            5. One parallel loop over batch × tiles of pixels × parts of the channels.
+Accuracy    The error of an element is relative to the largest elements of its channel's weights and of the pixels in
+            the tile (Higham, *Accuracy and Stability of Numerical Algorithms*, §23.2.2), so `strict` excludes it.
+Why not     few channels: the copy costs more than an eighth of the products.
+"""
+
+from __future__ import annotations
+
+from tvm import te, tirx
+
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, round_up
+from convgen.schedule import Picks, Schedule, Space, require
+from convgen.vector import Block, interleave, load, store, written, zeros
+
+#: Weights of the seven products, as multiples of the blocks (11, 12, 21, 22), in the order they are summed in.
+WEIGHTS = ((1, 0, 0, 0), (0, 1, 0, 0), (-1, 0, 1, 1), (1, 0, -1, 0), (0, 0, 0, -1), (0, 0, 1, 1), (1, 1, -1, -1))
+#: Pixels of the seven products, likewise.
+PIXELS = ((1, 0, 0, 0), (0, 0, 1, 0), (1, -1, 0, 1), (0, -1, 0, 1), (1, -1, -1, 1), (-1, 1, 0, 0), (0, 0, 0, 1))
+
+
+class CpuStrassen(Schedule):
+    id, version = "cpu_strassen", 1
+    transforms = True
+
+    def applies(self, spec, target):
+        require(target.kind == "cpu", "needs a CPU")
+        require(spec.accuracy != "strict", "mixes channels: needs accuracy standard or relaxed")
+        require(spec.is_pointwise and spec.groups == 1, "needs a dense 1×1 kernel, stride 1, no padding")
+        require(spec.layout == "nchw", "needs NCHW")
+        require(spec.ic % 2 == spec.oc % 2 == 0, "needs even numbers of channels")
+        require(spec.oc >= 8, "needs at least 8 output channels")
+        require(spec.out_pixels > target.lanes, f"needs more than {target.lanes} pixels")
+
+    def space(self, spec, target):
+        lanes = target.lanes
+        wide = [lanes * v for v in (1, 2, 3, 4) if lanes * (2 * v - 1) < spec.out_pixels]
+        narrow = [p for p in (4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 16) if p < spec.out_pixels and p <= lanes]
+        return Space(
+            lanes=["pixels", "channels"],
+            tile_oc=sorted({4, 5, 6, 7, 8, 10, 12, 13, 14, *(lanes * v for v in (1, 2, 3) if lanes * v <= spec.oc)}),
+            tile_px=sorted({*wide, *narrow}),
+            parallel_oc=[1, 2, 3, 4, 8],
+        )
+
+    def valid(self, spec, target, picks):
+        lanes, pixels = target.lanes, picks.lanes == "pixels"
+        vector, other = (picks.tile_px, picks.tile_oc) if pixels else (picks.tile_oc, picks.tile_px)
+        require(vector % lanes == 0, f"{picks.lanes} in the lanes: needs whole vectors of them")
+        require(pixels or other <= lanes, f"at most {lanes} pixels where channels are in the lanes")
+        most = target.most_pixels(vector // lanes)
+        require(other <= most, f"{other} × {vector // lanes} vectors in a tile, registers for {most}")
+        require(picks.parallel_oc <= ceildiv(spec.oc // 2, picks.tile_oc), "fewer channel blocks than parallel_oc")
+
+    def default(self, spec, target):
+        lanes = target.lanes
+        base = Picks(lanes="pixels", tile_oc=4, tile_px=lanes, parallel_oc=1)
+        options = []
+        for v in (1, 2):
+            most = target.most_pixels(v)
+            options.append(base.replace(tile_oc=min(8, most), tile_px=lanes * v))
+            options += [
+                base.replace(lanes="channels", tile_oc=lanes * v, tile_px=p) for p in range(4, min(lanes, most) + 1)
+            ]
+        options = [p for p in options if self.reason_against(spec, target, p) is None]
+        picks = min(options, key=lambda p: self._cycles(spec, target, p), default=base)
+        split = [picks.replace(parallel_oc=p) for p in (1, 2, 3, 4, 8)]
+        split = [p for p in split if self.reason_against(spec, target, p) is None]
+        return min(split, key=lambda p: self._cycles(spec, target, p))
+
+    def _cycles(self, spec, target, picks):
+        """Cycles of the busiest core: products, the copy, the stores."""
+        lanes, across = target.lanes, picks.lanes == "pixels"
+        tiles, rest = divmod(spec.out_pixels, 2 * picks.tile_px)
+        halves = [(picks.tile_px, tiles), (_edge(rest, picks, lanes), int(rest > 0))]
+        half_oc, half_ic = spec.oc // 2, spec.ic // 2
+        filled = round_up(half_oc, picks.tile_oc if across else lanes)
+        one_vector = (picks.tile_px if across else picks.tile_oc) == lanes
+        pixels = sum(half * count for half, count in halves)
+        products = pixels * filled / lanes * 7 * half_ic * (1.03 + 0.04 * one_vector)
+        copy = sum(round_up(half, lanes) * count for half, count in halves) / lanes * half_ic * 24
+        back = pixels * filled / lanes * (30 if across else 70)
+        tasks = spec.n * (tiles + (rest > 0)) * picks.parallel_oc
+        return spec.n * (ceildiv(tasks, target.cores) / tasks) * (products + back + copy * picks.parallel_oc)
+
+    def cost(self, spec, target):
+        cycles = self._cycles(spec, target, self.default(spec, target))
+        return cycles * 2 * target.lanes * target.cores / target.peak_flops
+
+    def program(self, spec, target, picks):
+        ops, t = Operands(spec), picks.tile_oc
+        half_oc, half_ic = spec.oc // 2, spec.ic // 2
+        channel = te.reduce_axis((0, spec.ic), "c")
+        point = (0,) * spec.rank
+        largest = te.compute(
+            (spec.oc,), lambda o: te.max(tirx.abs(ops.weights[(o, channel, *point)]), axis=channel), name="largest"
+        )
+
+        def power(o):
+            """Of two, of the largest weight: no less than the smallest normal number."""
+            exponent = tirx.reinterpret("int32", largest[o]) & tirx.const(0x7F800000, "int32")
+            return tirx.reinterpret("float32", tirx.max(exponent, tirx.const(0x00800000, "int32")))
+
+        def packed_weights(b, product, c, lane):
+            o = tirx.min(b * t + lane, half_oc - 1)
+
+            def block(row, column):
+                index = o + row * half_oc
+                return ops.weights[(index, c + column * half_ic, *point)] / power(index)
+
+            blocks = [block(row, column) for row in (0, 1) for column in (0, 1)]
+            value = _sum(WEIGHTS[-1], blocks)
+            for index in range(len(WEIGHTS) - 2, -1, -1):
+                value = tirx.if_then_else(product == index, _sum(WEIGHTS[index], blocks), value)
+            return value
+
+        def packed_scale(o):
+            # Exactly zero where all weights are.
+            return tirx.Select(largest[o] > tirx.const(0, ACCUMULATOR), power(o), tirx.const(0, ACCUMULATOR))
+
+        shape = (ceildiv(half_oc, t), len(WEIGHTS), half_ic, t)
+        packed = [te.compute(shape, packed_weights, name="weights_packed")]
+        packed += [copied(p) for p in ops.parameters[1:]]
+        packed += [te.compute((spec.oc,), packed_scale, name="scale_packed")]
+        return written(ops, packed, lambda *buffers: _kernel(spec, picks, target.lanes, *buffers))
+
+    def apply(self, sch, spec, target, picks):
+        pass  # the statements are final
+
+
+def _sum(factors, values):
+    """Values added and subtracted, by factors of 1, -1 and 0."""
+    total = None
+    for factor, value in sorted(zip(factors, values, strict=True), key=lambda pair: -pair[0]):
+        if factor:
+            total = value * factor if total is None else total + value if factor > 0 else total - value
+    return total
+
+
+def _edge(rest, picks, lanes):
+    """Pixels per half of a tile that has but ``rest``."""
+    half = ceildiv(rest, 2)
+    return round_up(half, lanes) if picks.lanes == "pixels" else half
+
+
+def _kernel(spec, picks, lanes, src, residual, parameters, dst):
+    """All of the layer: a loop over tiles of pixels and parts of the channels."""
+    pixels, half_ic, half_oc = spec.out_pixels, spec.ic // 2, spec.oc // 2
+    across = picks.lanes == "pixels"
+    step = 2 * picks.tile_px
+    tiles, rest = ceildiv(pixels, step), pixels % step
+    per_task = ceildiv(ceildiv(half_oc, picks.tile_oc), picks.parallel_oc)
+    weights = parameters.pop("weights")
+    whole = Block()
+
+    def copy(block, operands, n, x, half, counts):
+        """The operands of a tile of two times ``half`` pixels, of which there are ``counts``."""
+        with block.loop(half_ic) as (inner, c):
+            for v in range(0, half, lanes):
+                parts = [
+                    inner.let(load(src, spec.dtype, [n, c + row, x + at + v], lanes, min(lanes, count - v)))
+                    for row in (0, half_ic)
+                    for at, count in zip((0, half), counts, strict=True)
+                ]
+                for p, factors in enumerate(PIXELS):
+                    inner.add(store(operands, "f32", [p, c, v], _sum(factors, parts), lanes, lanes))
+
+    def products(block, operands, n, b, channels, x, half, counts):
+        """``channels`` of block b in both halves, for the tile of pixels at x."""
+        along, others = (half, channels) if across else (round_up(channels, lanes), half)
+        keys = [(i, v) for i in range(others) for v in range(0, along, lanes)]
+        slots = {key: slot for slot, key in enumerate(keys)}
+        kept = block.buffer((2, len(keys), lanes))
+
+        def accumulate(sums, p):
+            with block.loop(half_ic) as (inner, c):
+                vectors, scalars = (operands, weights) if across else (weights, operands)
+                places = ([p, c], [b, p, c]) if across else ([b, p, c], [p, c])
+                row = {
+                    v: inner.let(load(vectors, "f32", [*places[0], v], lanes, lanes)) for v in range(0, along, lanes)
+                }
+                for i in range(others):
+                    scalar = inner.let(tirx.Broadcast(scalars[(*places[1], i)], lanes))
+                    for v, vector in row.items():
+                        sums.add(inner, (i, v), vector * scalar)
+
+        def keep(sums, index):
+            for key, slot in slots.items():
+                block.add(store(kept, "f32", [index, slot, 0], sums[key], lanes, lanes))
+
+        def recall(sums, index):
+            for key, slot in slots.items():
+                sums.add(block, key, load(kept, "f32", [index, slot, 0], lanes, lanes))
+
+        def rows(value):
+            """``(channel, first pixel, vector of pixels)`` of all sums."""
+            if across:
+                yield from ((t, v, value((t, v))) for t, v in keys)
+                return
+            for v in range(0, along, lanes):
+                columns = [block.let(value((i, v))) if i < half else zeros(lanes) for i in range(lanes)]
+                turned = interleave(block, columns, lanes)
+                yield from ((v + t, 0, turned[t]) for t in range(min(lanes, channels - v)))
+
+        def finish(row, column, value):
+            """Epilogue and store of one of the four blocks."""
+            for t, v, total in rows(value):
+                count = min(lanes, counts[column] - v)
+                if count <= 0:
+                    continue
+                o = b * picks.tile_oc + t + row * half_oc
+                given = {name: tirx.Broadcast(vector[o], lanes) for name, vector in parameters.items()}
+                at = [n, o, x + (column * half + v)]
+                more = None if residual is None else load(residual, spec.dtype, at, lanes, count)
+                result = epilogue(spec, total * given.pop("scale"), residual=more, **given)
+                block.add(store(dst, spec.dtype, at, result, lanes, count))
+
+        # P1 + P2 = C11; P1 + P6 = U2; U2 + P7 = U3; U3 - P4 = C21; U3 + P5 = C22; U2 + P5 + P3 = C12.
+        sums = block.registers(keys, lanes)
+        accumulate(sums, 0)
+        keep(sums, 0)
+        accumulate(sums, 1)
+        finish(0, 0, sums.__getitem__)
+        sums = block.registers(keys, lanes)
+        recall(sums, 0)
+        accumulate(sums, 2)
+        keep(sums, 0)
+        accumulate(sums, 3)
+        keep(sums, 1)
+        accumulate(sums, 4)
+        finish(1, 0, sums.__getitem__)
+        sums = block.registers(keys, lanes)
+        accumulate(sums, 5)
+        finish(1, 1, lambda key: sums[key] + load(kept, "f32", [1, slots[key], 0], lanes, lanes))
+        recall(sums, 0)
+        accumulate(sums, 6)
+        finish(0, 1, sums.__getitem__)
+
+    with whole.loop(spec.n * picks.parallel_oc * tiles, parallel=True) as (task, index):
+        tile, outer = task.let(index % tiles), index // tiles
+        part, n = task.let(outer % picks.parallel_oc), task.let(outer // picks.parallel_oc)
+        operands = task.buffer((len(PIXELS), half_ic, round_up(picks.tile_px, lanes)))
+        smaller = _edge(rest, picks, lanes)
+        full, edge = (picks.tile_px, (picks.tile_px,) * 2), (smaller, (min(smaller, rest), max(0, rest - smaller)))
+        for these, (half, counts) in task.cases(tile, pixels // step, full, edge if rest else None):
+            x = these.let(tile * step)
+            copy(these, operands, n, x, half, counts)
+            with these.loop(per_task) as (inside, j):
+                b = inside.let(part * per_task + j)
+                whole_blocks, remaining = divmod(half_oc, picks.tile_oc)
+                for those, channels in inside.cases(b, whole_blocks, picks.tile_oc, remaining):
+                    products(those, operands, n, b, channels, x, half, counts)
+    return whole.statement()
