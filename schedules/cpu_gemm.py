@@ -9,11 +9,14 @@ Strategy    1. Pack weights as [oc/t][ic][t], so that the t scalars of one step 
             4. Bias, residual and activation on the tile; the store is contiguous: no transposition.
             5. `copy_src`: a tile's pixels are first copied to [ic][tile_px], where many channel blocks
                read them again: rows lie far apart, each in a page of its own.
-            6. One parallel loop over batch × tiles of pixels × parts of the channels.
+            6. One parallel loop over batch × blocks of tiles × parts of the channels; within it the channels come
+               first, so that a channel's stores follow each other: rows of dst lie in a page each, too.
 Why not     channels in the lanes (cpu_direct): better with many channels and few pixels.
 """
 
 from __future__ import annotations
+
+import itertools
 
 from tvm import tirx
 
@@ -21,9 +24,12 @@ from convgen.compute import Operands, ceildiv, epilogue, pack_channels, round_up
 from convgen.schedule import Picks, Schedule, Space, require
 from convgen.vector import Block, load, store, written
 
+#: Tiles of pixels in a task.
+BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)
+
 
 class CpuGemm(Schedule):
-    id, version = "cpu_gemm", 3
+    id, version = "cpu_gemm", 4
 
     def applies(self, spec, target):
         lanes = target.lanes
@@ -39,6 +45,7 @@ class CpuGemm(Schedule):
             tile_px=[lanes * v for v in (1, 2, 3, 4, 6) if lanes * (v - 1) < spec.out_pixels],
             parallel_oc=[1, 2, 3, 4, 8],
             copy_src=[False, True],
+            block_px=list(BLOCKS),
         )
 
     def valid(self, spec, target, picks):
@@ -51,21 +58,30 @@ class CpuGemm(Schedule):
         vectors = 2 if spec.out_pixels > lanes else 1
         most = min(spec.oc, 8 if target.vector_registers > 16 else 6)
         tile_oc = min(range(1, most + 1), key=lambda c: (round_up(spec.oc, c) * (1 + 0.3 / c), -c))
-        tiles = spec.n * ceildiv(spec.out_pixels, vectors * lanes)
+        tiles = ceildiv(spec.out_pixels, vectors * lanes)
         splits = [p for p in (1, 2, 3, 4, 8) if p <= ceildiv(spec.oc, tile_oc)]
 
         copy_src = spec.oc >= 6 * tile_oc
 
-        def busiest(p):
-            """What the busiest core has to do, and the copy, of about three products, which each part repeats."""
-            share = ceildiv(tiles * p, target.cores) * target.cores / (tiles * p)
-            return share + p * (3 / spec.oc if copy_src else 0.01)
+        def penalty(option):
+            """What the busiest core has to do; the copy, of about three products, which each part repeats; short rows
+            of stores.
+            """
+            block, parts = option
+            tasks = spec.n * parts * ceildiv(tiles, block)
+            share = ceildiv(tasks, target.cores) * target.cores / tasks * ceildiv(tiles, block) * block / tiles
+            return share + parts * (3 / spec.oc if copy_src else 0.01) + 0.08 / block
 
+        # What a task copies has to stay in its core's cache.
+        most = max(1, target.l2 // 2 // (4 * spec.ic * vectors * lanes))
+        blocks = [b for b in BLOCKS if b == 1 or (b <= most and b <= tiles)]
+        block_px, parallel_oc = min(itertools.product(blocks, splits), key=penalty)
         return Picks(
             tile_oc=tile_oc,
             tile_px=vectors * lanes,
-            parallel_oc=min(splits, key=busiest),
+            parallel_oc=parallel_oc,
             copy_src=copy_src,
+            block_px=block_px,
         )
 
     def cost(self, spec, target):
@@ -89,29 +105,32 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
     vectors = width // lanes
     tiles, per_task = ceildiv(pixels, width), ceildiv(ceildiv(spec.oc, picks.tile_oc), picks.parallel_oc)
     whole = Block()
-    with whole.loop(spec.n * picks.parallel_oc * tiles, parallel=True) as (task, index):
-        tile, outer = task.let(index % tiles), index // tiles
+    blocks = ceildiv(tiles, picks.block_px)
+    with whole.loop(spec.n * picks.parallel_oc * blocks, parallel=True) as (task, index):
+        block, outer = task.let(index % blocks), index // blocks
         part, n = task.let(outer % picks.parallel_oc), task.let(outer // picks.parallel_oc)
-        panel = task.buffer((spec.ic, width)) if picks.copy_src else None
+        panels = task.buffer((picks.block_px, spec.ic, width)) if picks.copy_src else None
+        first = task.let(block * picks.block_px)
+        count = task.let(tirx.min(picks.block_px, tiles - first)) if picks.block_px > 1 else 1
 
-        def copied(inside, x, counts):
+        def copied(inside, i, x, counts):
             """The tile's pixels, one channel after another."""
             with inside.loop(spec.ic) as (step, c):
-                for v, count in enumerate(counts):
-                    value = load(src, spec.dtype, [n, c, x + v * lanes], lanes, count)
-                    step.add(store(panel, "f32", [c, v * lanes], value, lanes, lanes))
+                for v, there in enumerate(counts):
+                    value = load(src, spec.dtype, [n, c, x + v * lanes], lanes, there)
+                    step.add(store(panels, "f32", [i, c, v * lanes], value, lanes, lanes))
 
-        def product(inside, b, channels, x, counts):
+        def product(inside, i, b, channels, x, counts):
             """``channels`` of block b times the pixels from x on; ``counts`` says how many there are per vector."""
-            live = [v for v, count in enumerate(counts) if count > 0]
+            live = [v for v, there in enumerate(counts) if there > 0]
             sums = inside.registers([(t, v) for t in range(channels) for v in live], lanes)
             with inside.loop(spec.ic) as (step, c):
                 rows = {}
                 for v in live:
-                    if panel is None:
+                    if panels is None:
                         rows[v] = step.let(load(src, spec.dtype, [n, c, x + v * lanes], lanes, counts[v]))
                     else:
-                        rows[v] = step.let(load(panel, "f32", [c, v * lanes], lanes, lanes))
+                        rows[v] = step.let(load(panels, "f32", [i, c, v * lanes], lanes, lanes))
                 for t in range(channels):
                     weight = step.let(tirx.Broadcast(parameters["weights"][b, 0, c, t], lanes))
                     for v in live:
@@ -125,15 +144,23 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
                     value = epilogue(spec, sums[t, v], residual=more, **given)
                     inside.add(store(dst, spec.dtype, at, value, lanes, counts[v]))
 
-        full = [lanes] * vectors
-        edge = [max(0, min(lanes, pixels % width - v * lanes)) for v in range(vectors)]
-        for these, counts in task.cases(tile, pixels // width, full, edge if pixels % width else None):
-            x = these.let(tile * width)
-            if panel is not None:
-                copied(these, x, counts)
-            with these.loop(per_task) as (inside, j):
-                b = inside.let(part * per_task + j)
-                full_blocks, rest = divmod(spec.oc, picks.tile_oc)
-                for those, channels in inside.cases(b, full_blocks, picks.tile_oc, rest):
-                    product(those, b, channels, x, counts)
+        full, rest = [lanes] * vectors, pixels % width
+        edge = [max(0, min(lanes, rest - v * lanes)) for v in range(vectors)] if rest else None
+
+        def tiles_of(block):
+            """Code for each of the block's tiles: ``(block, i, x, counts)``."""
+            with block.loop(count) as (one, i):
+                tile = one.let(first + i)
+                for these, counts in one.cases(tile, pixels // width, full, edge):
+                    yield these, i, these.let(tile * width), counts
+
+        if panels is not None:
+            for these, i, x, counts in tiles_of(task):
+                copied(these, i, x, counts)
+        with task.loop(per_task) as (inside, j):
+            b = inside.let(part * per_task + j)
+            full_blocks, remaining = divmod(spec.oc, picks.tile_oc)
+            for those, channels in inside.cases(b, full_blocks, picks.tile_oc, remaining):
+                for these, i, x, counts in tiles_of(those):
+                    product(these, i, b, channels, x, counts)
     return whole.statement()

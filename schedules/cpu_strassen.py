@@ -10,7 +10,7 @@ Strategy    Winograd's form of Strassen's algorithm on halves of the output chan
             3. Pixels in the lanes as in cpu_gemm: one product after the other in registers, each going on from the
                sums that it is added to; three sums wait in memory.
             4. Scale back, bias, residual and activation on the tile; the store is contiguous.
-            5. One parallel loop over batch × tiles of pixels × parts of the channels.
+            5. One parallel loop over batch × blocks of tiles × parts of the channels.
 Accuracy    The error of an element is relative to the largest elements of its channel's weights and of the pixels in
             the tile (Higham, *Accuracy and Stability of Numerical Algorithms*, §23.2.2), so `strict` excludes it.
 Why not     few channels: the copy costs more than an eighth of the products.
@@ -52,6 +52,7 @@ class CpuStrassen(Schedule):
             tile_oc=sorted({4, 5, 6, 7, 8, 10, 12, 13, 14, *(lanes * v for v in (1, 2, 3) if lanes * v <= spec.oc)}),
             tile_px=sorted({*wide, *narrow}),
             parallel_oc=[1, 2, 3, 4, 8],
+            block_px=[1, 2, 3, 4, 6, 8],
         )
 
     def valid(self, spec, target, picks):
@@ -65,7 +66,7 @@ class CpuStrassen(Schedule):
 
     def default(self, spec, target):
         lanes = target.lanes
-        base = Picks(lanes="pixels", tile_oc=4, tile_px=lanes, parallel_oc=1)
+        base = Picks(lanes="pixels", tile_oc=4, tile_px=lanes, parallel_oc=1, block_px=1)
         options = []
         for v in (1, 2):
             most = target.most_pixels(v)
@@ -75,7 +76,10 @@ class CpuStrassen(Schedule):
             ]
         options = [p for p in options if self.reason_against(spec, target, p) is None]
         picks = min(options, key=lambda p: self._cycles(spec, target, p), default=base)
-        split = [picks.replace(parallel_oc=p) for p in (1, 2, 3, 4, 8)]
+        # What a task copies has to stay in its core's cache.
+        most = max(1, target.l2 // 2 // (4 * len(PIXELS) * spec.ic // 2 * round_up(picks.tile_px, lanes)))
+        blocks = [b for b in (1, 2, 3, 4, 6, 8) if b <= most]
+        split = [picks.replace(parallel_oc=p, block_px=b) for b in blocks for p in (1, 2, 3, 4, 8)]
         split = [p for p in split if self.reason_against(spec, target, p) is None]
         return min(split, key=lambda p: self._cycles(spec, target, p))
 
@@ -91,8 +95,11 @@ class CpuStrassen(Schedule):
         products = pixels * filled / lanes * 7 * half_ic * (1.03 + 0.04 * one_vector)
         copy = sum(round_up(half, lanes) * count for half, count in halves) / lanes * half_ic * 24
         back = pixels * filled / lanes * (30 if across else 70)
-        tasks = spec.n * (tiles + (rest > 0)) * picks.parallel_oc
-        return spec.n * (ceildiv(tasks, target.cores) / tasks) * (products + back + copy * picks.parallel_oc)
+        blocks = ceildiv(tiles + (rest > 0), picks.block_px)
+        tasks = spec.n * blocks * picks.parallel_oc
+        share = ceildiv(tasks, target.cores) / tasks * blocks * picks.block_px / (tiles + (rest > 0))
+        stores = 1 + 0.04 / picks.block_px
+        return spec.n * share * (products * stores + back + copy * picks.parallel_oc)
 
     def cost(self, spec, target):
         cycles = self._cycles(spec, target, self.default(spec, target))
@@ -164,7 +171,7 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
     weights = parameters.pop("weights")
     whole = Block()
 
-    def copy(block, operands, n, x, half, counts):
+    def copy(block, operands, i, n, x, half, counts):
         """The operands of a tile of two times ``half`` pixels, of which there are ``counts``."""
         with block.loop(half_ic) as (inner, c):
             for v in range(0, half, lanes):
@@ -174,9 +181,9 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
                     for at, count in zip((0, half), counts, strict=True)
                 ]
                 for p, factors in enumerate(PIXELS):
-                    inner.add(store(operands, "f32", [p, c, v], _sum(factors, parts), lanes, lanes))
+                    inner.add(store(operands, "f32", [i, p, c, v], _sum(factors, parts), lanes, lanes))
 
-    def products(block, operands, n, b, channels, x, half, counts):
+    def products(block, operands, i, n, b, channels, x, half, counts):
         """``channels`` of block b in both halves, for the tile of pixels at x."""
         along, others = (half, channels) if across else (round_up(channels, lanes), half)
         keys = [(i, v) for i in range(others) for v in range(0, along, lanes)]
@@ -186,14 +193,14 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
         def accumulate(sums, p):
             with block.loop(half_ic) as (inner, c):
                 vectors, scalars = (operands, weights) if across else (weights, operands)
-                places = ([p, c], [b, p, c]) if across else ([b, p, c], [p, c])
+                places = ([i, p, c], [b, p, c]) if across else ([b, p, c], [i, p, c])
                 row = {
                     v: inner.let(load(vectors, "f32", [*places[0], v], lanes, lanes)) for v in range(0, along, lanes)
                 }
-                for i in range(others):
-                    scalar = inner.let(tirx.Broadcast(scalars[(*places[1], i)], lanes))
+                for t in range(others):
+                    scalar = inner.let(tirx.Broadcast(scalars[(*places[1], t)], lanes))
                     for v, vector in row.items():
-                        sums.add(inner, (i, v), vector * scalar)
+                        sums.add(inner, (t, v), vector * scalar)
 
         def keep(sums, index):
             for key, slot in slots.items():
@@ -247,18 +254,29 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
         accumulate(sums, 6)
         finish(0, 1, sums.__getitem__)
 
-    with whole.loop(spec.n * picks.parallel_oc * tiles, parallel=True) as (task, index):
-        tile, outer = task.let(index % tiles), index // tiles
+    blocks = ceildiv(tiles, picks.block_px)
+    with whole.loop(spec.n * picks.parallel_oc * blocks, parallel=True) as (task, index):
+        block, outer = task.let(index % blocks), index // blocks
         part, n = task.let(outer % picks.parallel_oc), task.let(outer // picks.parallel_oc)
-        operands = task.buffer((len(PIXELS), half_ic, round_up(picks.tile_px, lanes)))
+        operands = task.buffer((picks.block_px, len(PIXELS), half_ic, round_up(picks.tile_px, lanes)))
+        first = task.let(block * picks.block_px)
+        count = task.let(tirx.min(picks.block_px, tiles - first)) if picks.block_px > 1 else 1
         smaller = _edge(rest, picks, lanes)
         full, edge = (picks.tile_px, (picks.tile_px,) * 2), (smaller, (min(smaller, rest), max(0, rest - smaller)))
-        for these, (half, counts) in task.cases(tile, pixels // step, full, edge if rest else None):
-            x = these.let(tile * step)
-            copy(these, operands, n, x, half, counts)
-            with these.loop(per_task) as (inside, j):
-                b = inside.let(part * per_task + j)
-                whole_blocks, remaining = divmod(half_oc, picks.tile_oc)
-                for those, channels in inside.cases(b, whole_blocks, picks.tile_oc, remaining):
-                    products(those, operands, n, b, channels, x, half, counts)
+
+        def tiles_of(block):
+            """Code for each of the block's tiles: ``(block, i, x, half, counts)``."""
+            with block.loop(count) as (one, i):
+                tile = one.let(first + i)
+                for these, (half, counts) in one.cases(tile, pixels // step, full, edge if rest else None):
+                    yield these, i, these.let(tile * step), half, counts
+
+        for these, i, x, half, counts in tiles_of(task):
+            copy(these, operands, i, n, x, half, counts)
+        with task.loop(per_task) as (inside, j):
+            b = inside.let(part * per_task + j)
+            whole_blocks, remaining = divmod(half_oc, picks.tile_oc)
+            for those, channels in inside.cases(b, whole_blocks, picks.tile_oc, remaining):
+                for these, i, x, half, counts in tiles_of(those):
+                    products(these, operands, i, n, b, channels, x, half, counts)
     return whole.statement()
