@@ -6,13 +6,14 @@ stores with a mask, lanes shifted in from zero, strided reads by shuffles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from tvm import te, tirx
 
-from .compute import ACCUMULATOR, STORAGE, Expr, Operands, narrow, of_lanes, widen
+from .compute import ACCUMULATOR, STORAGE, Expr, Operands, narrow, of_lanes, unflat, widen
 from .schedule import Program
 from .spec import ConvSpec
 
@@ -217,6 +218,38 @@ def interleave(block: Block, vectors: Sequence[Expr], lanes: int) -> list[Expr]:
     pairs = zip(interleave(block, vectors[::2], lanes), interleave(block, vectors[1::2], lanes), strict=True)
     order = [i // 2 + i % 2 * lanes for i in range(2 * lanes)]
     return [block.let(tirx.Shuffle(pair, part)) for pair in pairs for part in (order[:lanes], order[lanes:])]
+
+
+def subsampled(block: Block, spec: ConvSpec, src: Any, lanes: int) -> tuple[Any, str]:
+    """The pixels that a 1×1 kernel reads, ``[n, ic, pixels]``, and how they are stored.
+
+    ``src`` itself at stride 1. Else a copy in f32, made in parallel over the channels: most of what is read
+    with a stride is skipped, and every block of output channels would skip it again.
+    """
+    if spec.is_pointwise:
+        return src, spec.dtype
+    *rows, width = spec.out_spatial
+    columns = Columns(spec, lanes, 1)
+    copy = block.buffer((spec.n, spec.ic, math.prod(rows) * width))
+    with block.loop(spec.n * spec.ic, parallel=True) as (plane, index):
+        n, c = plane.let(index // spec.ic), plane.let(index % spec.ic)
+        with plane.loop(math.prod(rows)) as (row, y):
+            where = [row.let(p * s) for p, s in zip(unflat(y, rows), spec.stride, strict=False)]
+            for start, count, tile in columns.runs:
+                with row.loop(count) as (one, j):
+                    x0 = one.let((start + j) * lanes)
+
+                    def read(offset: int, stored: int, shift: int, x0: Expr = x0) -> Expr:
+                        return load(
+                            src, spec.dtype, [n, c, *where, x0 * spec.stride[-1] + offset], lanes, stored, shift
+                        )
+
+                    value = Taps(one, columns, tile, read)[0, 0]
+                    place = [n, c, y * width + x0]
+                    one.add(
+                        store(copy, "f32", place, zeros(lanes) if value is None else value, lanes, tile["stored", 0])
+                    )
+    return copy, "f32"
 
 
 def runs(patterns: Sequence[Any]) -> list[tuple[int, int, Any]]:

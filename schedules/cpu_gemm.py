@@ -1,6 +1,6 @@
 """1×1 convolution as a matrix product with pixels in the vector lanes.
 
-Applies to  dense 1×1 kernels at stride 1 without padding, NCHW, at least one vector of pixels.
+Applies to  dense 1×1 kernels without padding, NCHW, at least one vector of pixels.
 Strategy    1. Pack weights as [oc/t][ic][t], so that the t scalars of one step lie together.
             2. Keep a tile of `tile_oc` channels × `tile_px` pixels in registers: one vector load of
                src per `lanes` pixels, broadcast weights. The last vector of the image is masked, the
@@ -17,12 +17,13 @@ Why not     channels in the lanes (cpu_direct): better with many channels and fe
 from __future__ import annotations
 
 import itertools
+import math
 
 from tvm import tirx
 
 from convgen.compute import Operands, ceildiv, epilogue, pack_channels, round_up
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, load, store, written
+from convgen.vector import Block, load, store, subsampled, written
 
 #: Tiles of pixels in a task.
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -34,7 +35,9 @@ class CpuGemm(Schedule):
     def applies(self, spec, target):
         lanes = target.lanes
         require(target.kind == "cpu", "needs a CPU")
-        require(spec.is_pointwise and spec.groups == 1, "needs a dense 1×1 kernel, stride 1, no padding")
+        one = math.prod(spec.kernel) == 1 and not spec.transposed and not any(map(any, spec.padding))
+        require(one and spec.groups == 1, "needs a dense 1×1 kernel, no padding, not transposed")
+        require(spec.stride[-1] <= 8, "needs a stride along the row of at most 8")
         require(spec.layout == "nchw", "needs NCHW")
         require(spec.out_pixels >= lanes, f"needs at least {lanes} pixels")
 
@@ -105,6 +108,8 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
     vectors = width // lanes
     tiles, per_task = ceildiv(pixels, width), ceildiv(ceildiv(spec.oc, picks.tile_oc), picks.parallel_oc)
     whole = Block()
+    src, stored = subsampled(whole, spec, src, lanes)
+    origin = [0] * (spec.rank - 1)  # pixels are flat: as if all in the first row
     blocks = ceildiv(tiles, picks.block_px)
     with whole.loop(spec.n * picks.parallel_oc * blocks, parallel=True) as (task, index):
         block, outer = task.let(index % blocks), index // blocks
@@ -117,7 +122,7 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
             """The tile's pixels, one channel after another."""
             with inside.loop(spec.ic) as (step, c):
                 for v, there in enumerate(counts):
-                    value = load(src, spec.dtype, [n, c, x + v * lanes], lanes, there)
+                    value = load(src, stored, [n, c, x + v * lanes], lanes, there)
                     step.add(store(panels, "f32", [i, c, v * lanes], value, lanes, lanes))
 
         def product(inside, i, b, channels, x, counts):
@@ -128,7 +133,7 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
                 rows = {}
                 for v in live:
                     if panels is None:
-                        rows[v] = step.let(load(src, spec.dtype, [n, c, x + v * lanes], lanes, counts[v]))
+                        rows[v] = step.let(load(src, stored, [n, c, x + v * lanes], lanes, counts[v]))
                     else:
                         rows[v] = step.let(load(panels, "f32", [i, c, v * lanes], lanes, lanes))
                 for t in range(channels):
@@ -139,7 +144,7 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
                 o = inside.let(b * picks.tile_oc + t)
                 given = {k: inside.let(tirx.Broadcast(p[o], lanes)) for k, p in parameters.items() if k != "weights"}
                 for v in live:
-                    at = [n, o, x + v * lanes]
+                    at = [n, o, *origin, x + v * lanes]
                     more = None if residual is None else load(residual, spec.dtype, at, lanes, counts[v])
                     value = epilogue(spec, sums[t, v], residual=more, **given)
                     inside.add(store(dst, spec.dtype, at, value, lanes, counts[v]))

@@ -1,6 +1,6 @@
 """1×1 convolution as a matrix product with 7 multiplications for 8: Strassen's algorithm, one level.
 
-Applies to  dense 1×1 kernels at stride 1 without padding, NCHW, even channel counts, many pixels and channels;
+Applies to  dense 1×1 kernels without padding, NCHW, even channel counts, many pixels and channels;
             accuracy `standard` or `relaxed`.
 Strategy    Winograd's form of Strassen's algorithm on halves of the output channels, of the input channels, and of a
             tile's pixels: C = A B with 7 products of half the size. A are the weights.
@@ -18,11 +18,13 @@ Why not     few channels: the copy costs more than an eighth of the products.
 
 from __future__ import annotations
 
+import math
+
 from tvm import te, tirx
 
 from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, round_up
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, interleave, load, store, written, zeros
+from convgen.vector import Block, interleave, load, store, subsampled, written, zeros
 
 #: Weights of the seven products, as multiples of the blocks (11, 12, 21, 22), in the order they are summed in.
 WEIGHTS = ((1, 0, 0, 0), (0, 1, 0, 0), (-1, 0, 1, 1), (1, 0, -1, 0), (0, 0, 0, -1), (0, 0, 1, 1), (1, 1, -1, -1))
@@ -37,7 +39,9 @@ class CpuStrassen(Schedule):
     def applies(self, spec, target):
         require(target.kind == "cpu", "needs a CPU")
         require(spec.accuracy != "strict", "mixes channels: needs accuracy standard or relaxed")
-        require(spec.is_pointwise and spec.groups == 1, "needs a dense 1×1 kernel, stride 1, no padding")
+        one = math.prod(spec.kernel) == 1 and not spec.transposed and not any(map(any, spec.padding))
+        require(one and spec.groups == 1, "needs a dense 1×1 kernel, no padding, not transposed")
+        require(spec.stride[-1] <= 8, "needs a stride along the row of at most 8")
         require(spec.layout == "nchw", "needs NCHW")
         require(spec.ic % 2 == spec.oc % 2 == 0, "needs even numbers of channels")
         require(spec.oc >= 8, "needs at least 8 output channels")
@@ -170,13 +174,15 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
     per_task = ceildiv(ceildiv(half_oc, picks.tile_oc), picks.parallel_oc)
     weights = parameters.pop("weights")
     whole = Block()
+    src, stored = subsampled(whole, spec, src, lanes)
+    origin = [0] * (spec.rank - 1)  # pixels are flat: as if all in the first row
 
     def copy(block, operands, i, n, x, half, counts):
         """The operands of a tile of two times ``half`` pixels, of which there are ``counts``."""
         with block.loop(half_ic) as (inner, c):
             for v in range(0, half, lanes):
                 parts = [
-                    inner.let(load(src, spec.dtype, [n, c + row, x + at + v], lanes, min(lanes, count - v)))
+                    inner.let(load(src, stored, [n, c + row, x + at + v], lanes, min(lanes, count - v)))
                     for row in (0, half_ic)
                     for at, count in zip((0, half), counts, strict=True)
                 ]
@@ -228,7 +234,7 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
                     continue
                 o = b * picks.tile_oc + t + row * half_oc
                 given = {name: tirx.Broadcast(vector[o], lanes) for name, vector in parameters.items()}
-                at = [n, o, x + (column * half + v)]
+                at = [n, o, *origin, x + (column * half + v)]
                 more = None if residual is None else load(residual, spec.dtype, at, lanes, count)
                 result = epilogue(spec, total * given.pop("scale"), residual=more, **given)
                 block.add(store(dst, spec.dtype, at, result, lanes, count))
