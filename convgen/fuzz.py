@@ -320,6 +320,8 @@ def _channels(rng: random.Random, tiles: Sequence[int]) -> dict[str, int]:
         ic, oc = rng.choice(((1, oc), (ic, 1), (1, 1)))
     if kind == "between":
         groups = rng.choice((2, 3, 4, 5))
+        if rng.random() < 0.4:  # whole vectors of a group, which some schedules ask for
+            ic, oc = (tiles[0] * rng.choice((1, 1, 2)) for _ in range(2))
         return {"ic": groups * max(ic, 2), "oc": groups * oc, "groups": groups}
     if kind == "depthwise":
         return {"ic": max(ic, 2), "oc": max(ic, 2) * rng.choice((1, 1, 1, 2, 3)), "groups": max(ic, 2)}

@@ -230,7 +230,9 @@ def subsampled(block: Block, spec: ConvSpec, src: Any, lanes: int) -> tuple[Any,
         return src, spec.dtype
     *rows, width = spec.out_spatial
     columns = Columns(spec, lanes, 1)
-    copy = block.buffer((spec.n, spec.ic, math.prod(rows) * width))
+    # Whole vectors, overwritten by the next row: TVM shrinks a buffer to what it sees accessed, and of a masked
+    # store it sees the first element.
+    copy = block.buffer((spec.n, spec.ic, math.prod(rows) * width + lanes))
     with block.loop(spec.n * spec.ic, parallel=True) as (plane, index):
         n, c = plane.let(index // spec.ic), plane.let(index % spec.ic)
         with plane.loop(math.prod(rows)) as (row, y):
@@ -246,9 +248,7 @@ def subsampled(block: Block, spec: ConvSpec, src: Any, lanes: int) -> tuple[Any,
 
                     value = Taps(one, columns, tile, read)[0, 0]
                     place = [n, c, y * width + x0]
-                    one.add(
-                        store(copy, "f32", place, zeros(lanes) if value is None else value, lanes, tile["stored", 0])
-                    )
+                    one.add(store(copy, "f32", place, zeros(lanes) if value is None else value, lanes, lanes))
     return copy, "f32"
 
 
@@ -261,6 +261,20 @@ def runs(patterns: Sequence[Any]) -> list[tuple[int, int, Any]]:
         else:
             found.append((index, 1, pattern))
     return found
+
+
+def meeting(spec: ConvSpec, axis: int, y: Expr) -> tuple[Expr, Expr]:
+    """The taps that lie in the image for output ``y`` along an axis: the first, and how many."""
+    kernel, size, dilation = spec.kernel[axis], spec.in_spatial[axis], spec.dilation[axis]
+    if spec.padding[axis] == (0, 0):
+        return 0, kernel
+    start = y * spec.stride[axis] - spec.padding[axis][0]
+
+    def reaching(pixel: int) -> Expr:
+        """The number of taps that lie before a pixel."""
+        return tirx.min(tirx.max(pixel - start + (dilation - 1), 0) // dilation, kernel)
+
+    return reaching(0), reaching(size) - reaching(0)
 
 
 class Columns:

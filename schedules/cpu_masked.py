@@ -22,7 +22,7 @@ from tvm import te, tirx
 
 from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, flat, unflat
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, Columns, Taps, load, store, written
+from convgen.vector import Block, Columns, Taps, load, meeting, store, written
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096
@@ -130,7 +130,7 @@ def _kernel(spec, picks, src, residual, parameters, dst):
         with ExitStack() as loops:
             inner, taps, where = block, [], []
             for axis, y in enumerate(at):
-                first, count = _meeting(spec, axis, y)
+                first, count = meeting(spec, axis, y)
                 inner, k = loops.enter_context(inner.loop(count))
                 taps.append(inner.let(first + k))
                 where.append(y * spec.stride[axis] + taps[-1] * spec.dilation[axis] - spec.padding[axis][0])
@@ -171,20 +171,6 @@ def _kernel(spec, picks, src, residual, parameters, dst):
                         x0 = inside.let((j + start) * columns.step)
                         tile_of(inside, n, group, b, channels, at, x0, tile)
     return whole.statement()
-
-
-def _meeting(spec, axis, y):
-    """The taps that lie in the image for output ``y`` along an axis: the first, and how many."""
-    kernel, size, dilation = spec.kernel[axis], spec.in_spatial[axis], spec.dilation[axis]
-    if spec.padding[axis] == (0, 0):
-        return 0, kernel
-    start = y * spec.stride[axis] - spec.padding[axis][0]
-
-    def reaching(pixel):
-        """The number of taps that lie before a pixel."""
-        return tirx.min(tirx.max(pixel - start + (dilation - 1), 0) // dilation, kernel)
-
-    return reaching(0), reaching(size) - reaching(0)
 
 
 def _output(spec):

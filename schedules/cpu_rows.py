@@ -61,7 +61,9 @@ class CpuRows(Schedule):
     def default(self, spec, target):
         rows, width = _output(spec)
         space = self.space(spec, target).domains
-        lanes = min(space["lanes"], key=lambda n: (ceildiv(width, n) * max(n, 8), -n))
+        # Two half vectors take a whole one's time to multiply, but twice its time to shuffle apart.
+        shuffled = 8 if spec.stride[-1] > 1 else 0
+        lanes = min(space["lanes"], key=lambda n: (ceildiv(width, n) * (max(n, 8) + shuffled), -n))
         parallel_oh = 1
         if spec.n * spec.oc < 4 * target.cores:
             parallel_oh = max(p for p in space["parallel_oh"] if p == 1 or p <= rows)
@@ -83,7 +85,8 @@ class CpuRows(Schedule):
         loads = read * picks.tile_ow * (spec.kernel[-1] if spec.stride[-1] == 1 else 2 * groups * spec.stride[-1])
         products = picks.tile_oh * picks.tile_ow * math.prod(spec.kernel)
         latency = max(1.0, 6 / (picks.tile_oh * picks.tile_ow))
-        return tiles * (loads + products * latency + 6)
+        # Every row of a tile is a place of its own in memory.
+        return tiles * (loads + products * latency + 2 * read + 6)
 
     def cost(self, spec, target):
         picks = self.default(spec, target)

@@ -54,12 +54,18 @@ SMOKE = [
     "conv2d n1 ic8 oc17 i5x4 k5x4 s1 p0",  # the kernel covers the input
     "conv2d n1 ic5 oc9 i11x11 k2x2 s3x4 p0 clip(-1,2.5)",  # strides past the kernel
     "conv2d n1 ic17 oc18 i7x9 k3x3 s1 p1 residual mish bf16",
-    "conv2d n1 ic16 oc33 i6x6 k1x1 s1 p0 residual prelu f16",
+    "conv2d n1 ic16 oc34 i6x6 k1x1 s1 p0 residual prelu f16",
     "conv2d n1 ic9 oc9 g9 i9x8 k3x3 s2 p1 relu f16",
     "conv2d n1 ic17 oc17 g17 i6x5 k3x3 s1 p1 nhwc residual bf16",
     "convtranspose2d n1 ic5 oc18 i4x5 k4x4 s2 p1 relu f16",
     "convtranspose1d n1 ic6 oc10 g2 i150 k7 s3 p2 prelu",  # edges and a middle
     "convtranspose2d n4 ic9 oc5 i1x1 k4x3 s1 p0x1_0 residual relu bf16",  # one input pixel
+    "conv2d n1 ic32 oc64 g2 i9x18 k3x3 s1 p1 residual relu",
+    "conv2d n2 ic48 oc48 g3 i5x11 k5x4 s1 p2_3x1 prelu f16",
+    "conv2d n1 ic32 oc32 g2 i12x19 k3x3 s2 p1x0_1 gelu nobias",
+    "conv2d n1 ic6 oc18 i5x9 k1x1 s1x2 p0 residual relu",
+    "conv1d n1 ic5 oc7 i131 k3 s1 p16_4 d8 prelu",
+    "conv1d n2 ic3 oc6 i70 k2 s1 p19_0 d19 tanh bf16",
 ]
 #: More padding than input: whole blocks of rows, tiles and strides that lie in nothing but padding.
 PADDED = [
@@ -69,6 +75,7 @@ PADDED = [
     "conv2d n1 ic16 oc16 g16 i3x1 k2x1 s1x100 p3_4x99_3 nhwc",
     "conv1d n2 ic16 oc5 i3 k2 s3 p9_8",
     "conv2d n1 ic16 oc16 i5x5 k3x3 s1 p4",
+    "conv2d n1 ic32 oc32 g2 i1x2 k3x3 s1 p2",
 ]
 #: What ``convgen fuzz`` found, as it shrunk it.
 FOUND = [

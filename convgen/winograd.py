@@ -1,0 +1,123 @@
+"""Winograd's minimal filtering algorithms: short convolutions with fewer products than taps.
+
+All are exact fractions, rounded once where they are used. F(m, r) makes m outputs of r taps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import cache
+
+Matrix = list[list[Fraction]]
+
+#: What an accuracy class admits: outputs of a phase per tile, and interpolation points, infinity among them.
+#: Largest errors in units of 2**-24 * conv(|src|, |weights|), 16 to 256 channels, normal data, two axes:
+#:   F(2,2) F(3,2) F(2,3) 1–3; F(2,4) 4; F(2,5) 6; F(3,3) 8; F(2,6) F(2,7) F(3,5) F(3,6) F(4,5) 7–13;
+#:   F(3,4) F(4,4) 14; F(4,3) F(4,2) 18; F(5,4) 22; F(5,3) 28; F(6,3) 36; F(5,2) 49; F(6,2) F(7,2) 59–76.
+ADMITTED = {"strict": (3, 4), "standard": (4, 8), "relaxed": (7, 8)}
+
+#: Interpolation points besides infinity: small, in pairs of opposite sign.
+POINTS = (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2))
+
+
+@cache
+def toom_cook(m: int, r: int) -> tuple[Matrix, Matrix, Matrix]:
+    """Rows of Aᵀ (back), G (weights) and Bᵀ (input) of F(m, r), as fractions: y = Aᵀ[(G g) · (Bᵀ d)].
+
+    Toom-Cook interpolation, transposed (Winograd, *Arithmetic Complexity of Computations*, 1980;
+    Blahut, *Fast Algorithms for Signal Processing*, §5).
+    """
+    if min(m, r) == 1:  # nothing to save: every product as it is
+        ones, identity = [[Fraction(1)] * max(m, r)], _identity(max(m, r))
+        return (identity, [[v] for v in ones[0]], identity) if r == 1 else (ones, identity, identity)
+    points = [Fraction(p) for p in POINTS[: m + r - 2]]
+
+    def expanded(roots: Sequence[Fraction]) -> list[Fraction]:
+        """Coefficients of the product of (x - root), lowest power first."""
+        poly = [Fraction(1)]
+        for root in roots:
+            poly = [a - root * b for a, b in zip([Fraction(0), *poly], [*poly, Fraction(0)], strict=True)]
+        return poly
+
+    others = [[q for q in points if q != p] for p in points]
+    back = [[p**i for p in points] + [Fraction(i == m - 1)] for i in range(m)]
+    weights = [
+        [p**k / math.prod(p - q for q in rest) for k in range(r)] for p, rest in zip(points, others, strict=True)
+    ]
+    weights.append([Fraction(k == r - 1) for k in range(r)])
+    inputs = [[*expanded(rest), Fraction(0)] for rest in others] + [expanded(points)]
+    return back, weights, inputs
+
+
+def _identity(size: int) -> Matrix:
+    return [[Fraction(i == j) for j in range(size)] for i in range(size)]
+
+
+def _spread(row: Sequence[Fraction], places: Sequence[int], size: int) -> list[Fraction]:
+    """A row's values at their places among zeros."""
+    spread = [Fraction(0)] * size
+    for place, value in zip(places, row, strict=True):
+        spread[place] = value
+    return spread
+
+
+@cache
+def strided(m: int, kernel: int, stride: int) -> tuple[Matrix, Matrix, Matrix]:
+    """Aᵀ, G and Bᵀ of ``m`` outputs of a strided correlation: the sum of its phases.
+
+    Phase p reads inputs p, p + s, p + 2s … under the taps p, p + s, …
+    """
+    back: Matrix = [[] for _ in range(m)]
+    weights: Matrix = []
+    inputs: Matrix = []
+    for phase, taps in enumerate(phases(kernel, stride)):
+        a, g, b = toom_cook(m, taps)
+        for row, more in zip(back, a, strict=True):
+            row += more
+        weights += [_spread(row, range(phase, kernel, stride), kernel) for row in g]
+        extent = stride * (m - 1) + kernel
+        inputs += [_spread(row, [phase + stride * i for i in range(m + taps - 1)], extent) for row in b]
+    return back, weights, inputs
+
+
+@cache
+def transposed(m: int, kernel: int, stride: int, begin: int) -> tuple[Matrix, Matrix, Matrix, int]:
+    """Aᵀ, G and Bᵀ of ``m`` outputs of each phase of a transposed convolution, interleaved; and the first
+    input that they read, where the first output is 0 and ``begin`` the padding.
+
+    Phase r, the outputs s·q + r, reads inputs q + (r + begin) div s - t under the taps (r + begin) mod s + s·t.
+    """
+    found = []
+    for phase in range(stride):
+        shift, tap = divmod(phase + begin, stride)
+        taps = list(range(tap, kernel, stride))[::-1]
+        found.append((shift - len(taps) + 1, taps))
+    first = min(shift for shift, taps in found if taps)
+    extent = max(shift + m + len(taps) - 1 for shift, taps in found if taps) - first
+    positions = sum(m + len(taps) - 1 for _, taps in found if taps)
+    back = [[Fraction(0)] * positions for _ in range(m * stride)]
+    weights: Matrix = []
+    inputs: Matrix = []
+    for phase, (shift, taps) in enumerate(found):
+        if not taps:  # these outputs are the bias
+            continue
+        a, g, b = toom_cook(m, len(taps))
+        places = range(len(inputs), len(inputs) + len(b))
+        for q, row in enumerate(a):
+            back[q * stride + phase] = _spread(row, places, positions)
+        weights += [_spread(row, taps, kernel) for row in g]
+        inputs += [_spread(row, range(shift - first, shift - first + len(row)), extent) for row in b]
+    return back, weights, inputs, first
+
+
+def phases(kernel: int, stride: int) -> list[int]:
+    """Taps of each phase of a stride that has any."""
+    return [-((phase - kernel) // stride) for phase in range(min(kernel, stride))]
+
+
+def admitted(accuracy: str, taps: int) -> list[int]:
+    """The tile sizes m that the accuracy class admits for F(m, taps)."""
+    most, points = ADMITTED[accuracy]
+    return list(range(2, min(most, points - taps + 1) + 1))

@@ -1,0 +1,143 @@
+"""The bilinear algorithms of cpu_winograd: exact identities, and what an accuracy class admits."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from fractions import Fraction
+
+import pytest
+
+from convgen.build import compile_candidate
+from convgen.discover import schedule as find_schedule
+from convgen.schedule import Candidate
+from convgen.spec import ConvSpec
+from convgen.target import resolve
+from convgen.validate import validate
+from convgen.winograd import ADMITTED, POINTS, admitted, strided, toom_cook, transposed
+
+NATIVE = resolve("cpu")
+WINOGRAD = find_schedule("cpu_winograd")
+
+Matrix = list[list[Fraction]]
+
+
+def times(matrix: Matrix, vector: list[Fraction]) -> list[Fraction]:
+    return [sum((a * b for a, b in zip(row, vector, strict=True)), Fraction(0)) for row in matrix]
+
+
+def bilinear(back: Matrix, weights: Matrix, inputs: Matrix, d: list[Fraction], g: list[Fraction]) -> list[Fraction]:
+    """Aᵀ[(G g) · (Bᵀ d)], exactly."""
+    return times(back, [a * b for a, b in zip(times(weights, g), times(inputs, d), strict=True)])
+
+
+def integers(rng: random.Random, count: int) -> list[Fraction]:
+    return [Fraction(rng.randint(-9, 9)) for _ in range(count)]
+
+
+def sizes() -> list[tuple[int, int, int]]:
+    """Every (m, kernel, stride) that there are points for."""
+    found = itertools.product(range(1, 8), range(1, 9), range(1, 5))
+    return [(m, k, s) for m, k, s in found if m + -(-k // s) - 2 <= len(POINTS)]
+
+
+@pytest.mark.parametrize(("m", "r"), [(m, k) for m, k, s in sizes() if s == 1])
+def test_toom_cook_is_a_correlation_with_the_fewest_products(m: int, r: int) -> None:
+    back, weights, inputs = toom_cook(m, r)
+    assert len(weights) == len(inputs) == m + r - 1
+    rng = random.Random(m * 10 + r)
+    d, g = integers(rng, m + r - 1), integers(rng, r)
+    assert bilinear(back, weights, inputs, d, g) == [sum(d[i + t] * g[t] for t in range(r)) for i in range(m)]
+
+
+def test_strided_is_the_strided_correlation() -> None:
+    rng = random.Random(0)
+    for m, k, s in sizes():
+        matrices = strided(m, k, s)
+        d, g = integers(rng, s * (m - 1) + k), integers(rng, k)
+        expected = [sum(d[i * s + t] * g[t] for t in range(k)) for i in range(m)]
+        assert bilinear(*matrices, d, g) == expected, (m, k, s)
+
+
+def test_transposed_is_the_transposed_convolution() -> None:
+    rng = random.Random(0)
+    for (m, k, s), begin in itertools.product(sizes(), range(4)):
+        *matrices, first = transposed(m, k, s, begin)
+        values = integers(rng, 40)
+        x = dict(zip(range(-20, 20), values, strict=True))  # more than any tile reads
+        g = integers(rng, k)
+        d = [x[first + i] for i in range(len(matrices[2][0]))]
+        expected = [
+            sum((g[t] * x[(o + begin - t) // s] for t in range(k) if (o + begin - t) % s == 0), Fraction(0))
+            for o in range(m * s)
+        ]
+        assert bilinear(*matrices, d, g) == expected, (m, k, s, begin)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "m", "products"),
+    [(3, 1, 2, 4), (3, 1, 4, 6), (3, 2, 2, 5), (3, 2, 4, 9), (5, 2, 4, 11), (7, 2, 3, 11), (4, 2, 3, 8)],
+)
+def test_a_stride_costs_the_products_of_its_phases(kernel: int, stride: int, m: int, products: int) -> None:
+    assert len(strided(m, kernel, stride)[1]) == products
+
+
+@pytest.mark.parametrize("accuracy", ADMITTED)
+@pytest.mark.parametrize("taps", range(1, 8))
+def test_an_accuracy_class_admits_tiles_within_its_points(accuracy: str, taps: int) -> None:
+    most, points = ADMITTED[accuracy]
+    for m in admitted(accuracy, taps):
+        assert m <= most
+        assert m + taps - 1 <= points <= len(POINTS) + 1
+
+
+#: One layer for each kind of transform, its channels and tiles one off.
+LAYERS = [
+    "conv2d n1 ic17 oc33 i15x18 k3x3 s2 p1 relu strict",
+    "conv2d n2 ic33 oc17 i15x14 k3x3 s2x1 p1x0 nhwc residual",
+    "conv2d n1 ic16 oc16 i13x14 k5x5 s2 p2",
+    "conv2d n1 ic17 oc18 i13x14 k7x7 s2 p3 relaxed",
+    "conv2d n1 ic17 oc16 i11x9 k5x5 s1 p2",
+    "conv2d n1 ic16 oc17 i9x9 k7x7 s1 p3",
+    "conv2d n1 ic17 oc17 i9x10 k2x2 s1 p0_1 strict",
+    "conv2d n1 ic17 oc17 i9x30 k1x7 s1 p0x3",
+    "conv2d n1 ic17 oc17 i30x9 k7x1 s1 p3x0 bf16",
+    "conv2d n1 ic17 oc17 i17x19 k3x3 s1 p2 d2 gelu",
+    "conv1d n1 ic17 oc33 i99 k3 s2 p1 strict silu",
+    "conv1d n2 ic17 oc33 i50 k3 s1 p4 d4 nhwc",
+    "conv3d n1 ic17 oc17 i3x7x9 k3x3x3 s2 p1",
+    "convtranspose2d n1 ic17 oc33 i5x7 k4x4 s2 p1 relu strict",
+    "convtranspose2d n2 ic16 oc17 i7x5 k3x3 s2 p1 op1 nhwc residual",
+    "convtranspose1d n1 ic17 oc33 i37 k4 s2 p1 gelu relaxed",
+    "convtranspose2d n1 ic17 oc17 i6x5 k3x3 s1 p1 f16",
+]
+
+
+@pytest.mark.parametrize("descriptor", LAYERS)
+def test_every_kind_of_transform_keeps_its_bound(descriptor: str) -> None:
+    spec, rng = ConvSpec.parse(descriptor), random.Random(descriptor)
+    space = WINOGRAD.space(spec.core, NATIVE)
+    chosen = {WINOGRAD.default(spec.core, NATIVE)}
+    for m in space.domains["tile"]:
+        points = (p for p in iter(lambda: space.sample(rng), None) if p.tile == m)
+        chosen.add(next(p for p in points if WINOGRAD.reason_against(spec.core, NATIVE, p) is None))
+    for picks in chosen:
+        validate(compile_candidate(spec, NATIVE, Candidate(WINOGRAD, picks), 2)).raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "why"),
+    [
+        ("conv2d n1 ic16 oc16 i9x9 k2x2 s2", "saves enough products"),
+        ("conv2d n1 ic16 oc16 i9x9 k5x5 p2 strict", "saves enough products"),
+        ("conv2d n1 ic16 oc16 i9x9 k3x3 p3", "half of their taps inside"),
+        ("conv2d n1 ic16 oc16 i9x9 k3x3 s2 d2", "dilated and strided"),
+        ("convtranspose2d n1 ic16 oc16 i9x9 k4x4 s2 p0 op1", "half of their taps inside"),
+        ("convtranspose3d n1 ic16 oc16 i5x5x5 k4x4x4 s2 p1", "two axes where transposed"),
+        ("conv2d n1 ic3 oc64 i32x32 k3x3 p1", "input and output channels"),
+    ],
+)
+def test_it_says_where_it_does_not_apply(descriptor: str, why: str) -> None:
+    reason = WINOGRAD.reason_against(ConvSpec.parse(descriptor).core, NATIVE)
+    assert reason is not None
+    assert why in reason
