@@ -177,7 +177,7 @@ def _within(buffer: Any, index: Sequence[Expr], lanes: int, count: int) -> Expr:
     return mask if count >= lanes else tirx.And(mask, _first(count, lanes))
 
 
-def load_within(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int = 1 << 30) -> Expr:
+def load_within(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int) -> Expr:
     """As :func:`load`, from an ``index`` that may lie anywhere along the last axis; zeros outside it."""
     stored = of_lanes(STORAGE[dtype], lanes)
     nothing = tirx.Broadcast(tirx.const(0, STORAGE[dtype]), lanes)
@@ -185,9 +185,9 @@ def load_within(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, coun
     return widen(tirx.call_llvm_intrin(stored, "llvm.masked.load", pointer, mask, nothing), dtype, lanes)
 
 
-def store_within(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: int) -> Any:
-    """The statement that writes those of the lanes that lie in the buffer's last axis."""
-    pointer, mask = tirx.address_of(_element(buffer, index)), _within(buffer, index, lanes, lanes)
+def store_within(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: int, count: int) -> Any:
+    """The statement that writes those of the first ``count`` lanes that lie in the buffer's last axis."""
+    pointer, mask = tirx.address_of(_element(buffer, index)), _within(buffer, index, lanes, count)
     value = narrow(value, dtype, lanes)
     return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, pointer, mask))
 

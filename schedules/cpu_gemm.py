@@ -90,7 +90,7 @@ class CpuGemm(Schedule):
     def cost(self, spec, target):
         lanes = target.lanes
         # A short reduction leaves the tile's prologue and store uncovered.
-        efficiency = 0.95 * spec.ic / (spec.ic + 5) * spec.out_pixels / round_up(spec.out_pixels, lanes)
+        efficiency = 0.9 * spec.ic / (spec.ic + 5) * spec.out_pixels / round_up(spec.out_pixels, lanes)
         return spec.flops / (target.peak_flops * efficiency)
 
     def program(self, spec, target, picks):

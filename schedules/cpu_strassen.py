@@ -19,6 +19,7 @@ Why not     few channels: the copy costs more than an eighth of the products. A 
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from tvm import te, tirx
@@ -79,6 +80,7 @@ class CpuStrassen(Schedule):
             options += [
                 base.replace(lanes="channels", tile_oc=lanes * v, tile_px=p) for p in range(4, min(lanes, most) + 1)
             ]
+        options += [p.replace(parallel_oc=2) for p in options]
         options = [p for p in options if self.reason_against(spec, target, p) is None]
         picks = min(options, key=lambda p: self._cycles(spec, target, p), default=base)
         # What a task copies has to stay in its core's cache.
@@ -97,13 +99,12 @@ class CpuStrassen(Schedule):
         filled = round_up(half_oc, picks.tile_oc if across else lanes)
         one_vector = (picks.tile_px if across else picks.tile_oc) == lanes
         pixels = sum(half * count for half, count in halves)
-        products = pixels * filled / lanes * 7 * half_ic * (1.03 + 0.04 * one_vector)
+        loads = 1.01 if across else 1.02 + 0.5 / picks.tile_px
+        products = pixels * filled / lanes * 7 * half_ic * (loads + 0.04 * one_vector)
         copy = sum(round_up(half, lanes) * count for half, count in halves) / lanes * half_ic * 24
-        back = pixels * filled / lanes * (30 if across else 70)
-        blocks = ceildiv(tiles + (rest > 0), picks.block_px)
-        tasks = spec.n * blocks * picks.parallel_oc
-        share = ceildiv(tasks, target.cores) / tasks * blocks * picks.block_px / (tiles + (rest > 0))
-        stores = 1 + 0.04 / picks.block_px
+        back = pixels * filled / lanes * (42 if across else 70)
+        share = _busiest([half for half, count in halves for _ in range(count)], picks, spec.n, target.cores)
+        stores = 1 + 0.04 / picks.block_px if across else 1.0
         return spec.n * share * (products * stores + back + copy * picks.parallel_oc)
 
     def cost(self, spec, target):
@@ -149,6 +150,16 @@ class CpuStrassen(Schedule):
 
     def apply(self, sch, spec, target, picks):
         pass  # the statements are final
+
+
+def _busiest(sizes, picks, images, cores):
+    """The share of all tiles' work that the busiest core has; ``sizes`` are the tiles'. Tasks go to cores in order."""
+    blocks = [sum(sizes[i : i + picks.block_px]) for i in range(0, len(sizes), picks.block_px)]
+    tasks = blocks * picks.parallel_oc * images
+    if len(tasks) > 64 * cores:
+        return 1 / cores
+    ends = [ceildiv(len(tasks) * (core + 1), cores) for core in range(cores)]
+    return max(sum(tasks[a:b]) for a, b in itertools.pairwise([0, *ends])) / sum(tasks)
 
 
 def _sum(factors, values):

@@ -531,17 +531,18 @@ def _seconds(spec, target, picks):
     g = _Geometry(spec, picks)
     blocks = spec.n * math.prod(g.outer) * g.blocks
     oc, direct = round_up(spec.oc, picks.tile_oc), math.prod(g.direct)
+    ic = round_up(spec.ic, target.lanes)
     tiles = blocks * g.block_tiles
-    products = 2 * tiles * g.positions * direct * spec.ic * oc / (target.peak_flops / target.cores)
+    products = 2 * tiles * g.positions * direct * ic * oc / (target.peak_flops / target.cores)
     seconds = products * _product_cost(g.block_tiles, picks.tile_px)
     gigabytes = 4e-9 * blocks
     # Weights that outgrow a core's cache come from the shared one, again for every block; or from memory.
-    weights = g.positions * direct * spec.ic * oc
+    weights = g.positions * direct * ic * oc
     if 4 * weights > target.l2 / 2:
         seconds += 0.0045 * gigabytes * weights
     if 4 * weights > 0.75 * target.l3:
         seconds += 0.012 * gigabytes * weights
-    transformed = g.positions * g.block_tiles * spec.ic
+    transformed = g.positions * g.block_tiles * ic
     if 4 * transformed > 0.6 * target.l2:
         seconds += 0.01 * gigabytes * transformed * direct * (oc // picks.tile_oc)
     if picks.parallel == "rows":  # each task makes what it reads
@@ -551,7 +552,7 @@ def _seconds(spec, target, picks):
         if 4 * transformed * blocks > target.l2:
             seconds += 0.05 * gigabytes * transformed
     seconds += 0.01 * gigabytes * made * transformed
-    seconds += 0.027 * gigabytes * made * g.lines * round_up(g.length, target.lanes) * spec.ic
+    seconds += 0.027 * gigabytes * made * g.lines * round_up(g.length, target.lanes) * ic
     seconds += 0.043 * gigabytes * g.positions * g.block_tiles * oc
     seconds += 0.25 * gigabytes * g.block_pixels * g.cols.tiles * g.cols.outputs * spec.oc
     tasks = blocks * (oc // picks.tile_oc if picks.parallel == "oc" else 1)

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, unflat
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, flat, unflat
 from convgen.schedule import Picks, Schedule, Space, require
 from convgen.vector import Block, gathered, load, load_within, meeting, prefetch, store, store_within, written, zeros
 from convgen.winograd import admitted, toom_cook
@@ -200,8 +200,8 @@ def _kernel(spec, picks, src, residual, parameters, dst):
         def read(offset, count=lanes):
             index = [*source, x0 - begin + offset]
             block.add(prefetch(src, [*source, x0 - begin + offset + ahead]))
-            inside = load(src, spec.dtype, index, lanes, count) if image else None
-            return block.let(inside if image else load_within(src, spec.dtype, index, lanes, count))
+            read_row = load if image else load_within
+            return block.let(read_row(src, spec.dtype, index, lanes, count))
 
         if g.apart:
             elements = [read(i * g.d) for i in range(g.positions)]
@@ -225,49 +225,71 @@ def _kernel(spec, picks, src, residual, parameters, dst):
                 values = [block.let(gathered(values, order, lanes)) for order in orders]
             for complete in (True, False):
                 with block.when(x0 + g.covered <= width if complete else x0 + g.covered > width) as branch:
+                    read, write = (load, store) if complete else (load_within, store_within)
                     for x, value in zip(pixels, values, strict=True):
                         index = [at[0], o + t, *at[1:], x0 + x]
-                        if complete:
-                            more = None if residual is None else load(residual, spec.dtype, index, lanes, lanes)
-                            value = epilogue(spec, value, residual=more, **given)
-                            branch.add(store(dst, spec.dtype, index, value, lanes, lanes))
-                        else:
-                            more = None if residual is None else load_within(residual, spec.dtype, index, lanes)
-                            value = epilogue(spec, value, residual=more, **given)
-                            branch.add(store_within(dst, spec.dtype, index, value, lanes))
+                        more = None if residual is None else read(residual, spec.dtype, index, lanes, lanes)
+                        result = epilogue(spec, value, residual=more, **given)
+                        branch.add(write(dst, spec.dtype, index, result, lanes, lanes))
+
+    @contextmanager
+    def meeting_taps(block, at):
+        """Loops over the taps of the first axes that lie in the image for the outputs ``at``: the block, the taps."""
+        with ExitStack() as loops:
+            found = []
+            for axis, y in enumerate(at):
+                start, count = meeting(spec, axis, y)
+                block, k = loops.enter_context(block.loop(count))
+                found.append(block.let(start + k))
+            yield block, found
 
     def source_rows(block, plane, first):
-        """``(block, panel row, [plane …, row])`` of the input rows that a block meets, in the image."""
-        if not outer:
-            yield block, 0, []
-            return
-        with ExitStack() as loops:
-            inner, at, flat_tap = block, [], 0
-            for axis, z in enumerate(plane):
-                start, count = meeting(spec, axis, z)
-                inner, k = loops.enter_context(inner.loop(count))
-                tap = inner.let(start + k)
-                flat_tap = flat_tap * taps[axis] + tap
-                at.append(inner.let(z * spec.stride[axis] + tap * spec.dilation[axis] - spec.padding[axis][0]))
-            inner, row = loops.enter_context(inner.loop(g.rows_in))
-            y = inner.let(first * spec.stride[-2] + row - spec.padding[-2][0])
-            inside = loops.enter_context(inner.when(tirx.all(y >= 0, y < spec.in_spatial[-2])))
-            yield inside, inside.let(flat_tap * g.rows_in + row), [*at, y]
+        """Code for each input row that a block of rows meets: ``(block, row of the panel, place in src)``."""
+        with meeting_taps(block, plane) as (inner, found):
+            if not outer:
+                yield inner, 0, []
+                return
+            at = [
+                inner.let(z * s + k * d - start)
+                for z, s, k, d, (start, _) in zip(plane, spec.stride, found, spec.dilation, spec.padding, strict=False)
+            ]
+            with inner.loop(g.rows_in) as (each, row):
+                y = each.let(first * spec.stride[-2] + row - spec.padding[-2][0])
+                with each.when(tirx.all(y >= 0, y < spec.in_spatial[-2])) as inside:
+                    yield inside, inside.let(flat(found, taps[:-1]) * g.rows_in + row), [*at, y]
 
-    with whole.loop(spec.n * math.prod(g.planes) * blocks_y * blocks_x, parallel=True) as (task, index):
+    def product(block, panel, b, channels, plane, first_row, r, x):
+        """The sums of ``channels`` of block b for a tile of vectors, by vector, channel and position."""
+        vectors = range(picks.tile_px)
+        sums = block.registers(list(itertools.product(vectors, range(channels), range(g.positions))), lanes)
+        with meeting_taps(block, [*plane, first_row + r][: len(outer)]) as (inner, found):
+            tap = inner.let(flat(found, taps))
+            row = 0
+            if outer:
+                *found, k = found
+                row = inner.let(flat(found, taps[:-1]) * g.rows_in + r * spec.stride[-2] + k * spec.dilation[-2])
+            with inner.loop(spec.ic) as (step, c):
+                for p in range(g.positions):
+                    places = [[x * picks.tile_px + v, row, c, p, 0] for v in vectors]
+                    values = [step.let(load(panel, "f32", place, lanes, lanes)) for place in places]
+                    for t in range(channels):
+                        weight = step.let(tirx.Broadcast(parameters["weights"][b, tap, c, p, t], lanes))
+                        for v, value in enumerate(values):
+                            sums.add(step, (v, t, p), value * weight)
+        return sums
+
+    planes = math.prod(g.planes)
+    with whole.loop(spec.n * planes * blocks_y * blocks_x, parallel=True) as (task, index):
         rest, block_x = index // blocks_x, task.let(index % blocks_x)
         rest, block_y = rest // blocks_y, task.let(rest % blocks_y)
-        n, plane = (
-            task.let(rest // math.prod(g.planes)),
-            [task.let(z) for z in unflat(rest % math.prod(g.planes), g.planes)],
-        )
+        n, plane = task.let(rest // planes), [task.let(z) for z in unflat(rest % planes, g.planes)]
         panel = task.buffer((width_block, math.prod(taps[:-1]) * g.rows_in, spec.ic, g.positions, lanes))
         first_vector, first_row = task.let(block_x * width_block), task.let(block_y * picks.block_rows)
         # In whole tiles: what lies past the row reads zeros and is not stored.
-        tiles_x = task.let(tirx.min(picks.block_px, (g.vectors - first_vector + picks.tile_px - 1) // picks.tile_px))
+        tiles = task.let(tirx.min(picks.block_px, (g.vectors - first_vector + picks.tile_px - 1) // picks.tile_px))
         rows = task.let(tirx.min(picks.block_rows, g.height - first_row))
         for where, row, at in source_rows(task, plane, first_row):
-            with where.loop(spec.ic) as (channel, c), channel.loop(tiles_x * picks.tile_px) as (one, v):
+            with where.loop(spec.ic) as (channel, c), channel.loop(tiles * picks.tile_px) as (one, v):
                 x0 = one.let(g.first(first_vector + v))
                 image = tirx.all(x0 >= begin, x0 - begin + g.reach <= width_in)
                 for all_image, condition in ((True, image), (False, tirx.Not(image))):
@@ -276,38 +298,12 @@ def _kernel(spec, picks, src, residual, parameters, dst):
         with task.loop(ceildiv(spec.oc, picks.tile_oc)) as (outputs, b):
             whole_blocks, remaining = divmod(spec.oc, picks.tile_oc)
             for these, channels in outputs.cases(b, whole_blocks, picks.tile_oc, remaining):
-                with these.loop(tiles_x) as (tiles, x), tiles.loop(rows) as (one, r):
-                    y, some = one.let(first_row + r), range(picks.tile_px)
-                    keys = itertools.product(some, range(channels), range(g.positions))
-                    sums = one.registers(list(keys), lanes)
-                    with ExitStack() as loops:
-                        inner, tap, row = one, 0, 0
-                        for axis, z in enumerate([*plane, y] if outer else []):
-                            start, count = meeting(spec, axis, z)
-                            inner, k = loops.enter_context(inner.loop(count))
-                            k = inner.let(start + k)
-                            tap = tap * taps[axis] + k
-                            last = axis == len(plane)
-                            row = (
-                                row * g.rows_in + r * spec.stride[-2] + k * spec.dilation[-2]
-                                if last
-                                else (row * taps[axis] + k)
-                            )
-                        tap, row = inner.let(tap), inner.let(row)
-                        inner, c = loops.enter_context(inner.loop(spec.ic))
-                        for p in range(g.positions):
-                            values = [
-                                inner.let(load(panel, "f32", [x * picks.tile_px + v, row, c, p, 0], lanes, lanes))
-                                for v in some
-                            ]
-                            for t in range(channels):
-                                weight = inner.let(tirx.Broadcast(parameters["weights"][b, tap, c, p, t], lanes))
-                                for v, value in enumerate(values):
-                                    sums.add(inner, (v, t, p), value * weight)
-                    for v in some:
+                with these.loop(tiles) as (each, x), each.loop(rows) as (one, r):
+                    sums = product(one, panel, b, channels, plane, first_row, r, x)
+                    at = [n, *plane, *[one.let(first_row + r)][: len(outer)]]
+                    for v in range(picks.tile_px):
                         x0 = one.let(g.first(first_vector + x * picks.tile_px + v))
-                        o = one.let(b * picks.tile_oc)
-                        transformed_back(one, sums, v, channels, o, [n, *plane, *[y][: len(outer)]], x0)
+                        transformed_back(one, sums, v, channels, one.let(b * picks.tile_oc), at, x0)
     return whole.statement()
 
 
