@@ -1,7 +1,7 @@
 """1×1 convolution as a matrix product with 7 multiplications for 8: Strassen's algorithm, one level.
 
 Applies to  dense 1×1 kernels without padding, NCHW, even channel counts, many pixels and channels;
-            accuracy `standard` or `relaxed`.
+            accuracy `relaxed`.
 Strategy    Winograd's form of Strassen's algorithm on halves of the output channels, of the input channels, and of a
             tile's pixels: C = A B with 7 products of half the size. A are the weights.
             1. Pack the sums of weights as [oc/2/t][product][ic/2][t], each output channel scaled by the power of two
@@ -12,7 +12,9 @@ Strategy    Winograd's form of Strassen's algorithm on halves of the output chan
             4. Scale back, bias, residual and activation on the tile; the store is contiguous.
             5. One parallel loop over batch × blocks of tiles × parts of the channels.
 Accuracy    The error of an element is relative to the largest elements of its channel's weights and of the pixels in
-            the tile (Higham, *Accuracy and Stability of Numerical Algorithms*, §23.2.2), so `strict` excludes it.
+            the tile (Higham, *Accuracy and Stability of Numerical Algorithms*, §23.2.2). On data whose elements are
+            alike it is a few hundredths of the bound of `standard`; but channels with the same weights no longer
+            have the same result to the last bit, on which a softmax of logits of 1e10 depends. So: `relaxed`.
 Why not     few channels: the copy costs more than an eighth of the products. A second level: 3-6 % faster on large
             layers, but four times the error, and ten seconds to compile.
 """
@@ -40,7 +42,7 @@ class CpuStrassen(Schedule):
 
     def applies(self, spec, target):
         require(target.kind == "cpu", "needs a CPU")
-        require(spec.accuracy != "strict", "mixes channels: needs accuracy standard or relaxed")
+        require(spec.accuracy == "relaxed", "mixes channels: needs accuracy relaxed")
         one = math.prod(spec.kernel) == 1 and not spec.transposed and not any(map(any, spec.padding))
         require(one and spec.groups == 1, "needs a dense 1×1 kernel, no padding, not transposed")
         require(spec.stride[-1] <= 8, "needs a stride along the row of at most 8")

@@ -204,18 +204,19 @@ class CpuWinograd(Schedule):
         # One matrix product per position.
         cb = te.reduce_axis((0, ic_blocks), "cb")
         cl = te.reduce_axis((0, lanes), "cl")
-        taps = [te.reduce_axis((0, k), f"k{axis}") for axis, k in enumerate(g.direct)]
+        met = [te.reduce_axis((0, k), f"k{axis}") for axis, k in enumerate(g.met)]
         batch_out = (spec.n, *g.outer)
 
         def product(*index):
             n, *rest = index
             depth, (block, ob, i, j, tile, lane) = rest[: len(g.outer)], rest[len(g.outer) :]
             position = i * cols.positions + j
+            taps = [_first_met(spec, axis, p) + k for axis, (p, k) in enumerate(zip(depth, met, strict=True))]
             depth_in = [p * s + k * d for p, k, s, d in zip(depth, taps, spec.stride, spec.dilation, strict=False)]
             return te.sum(
                 v[(n, *depth_in, block, position, cb, tile, cl)]
                 * w[position, flat(taps, g.direct), ob, cb * lanes + cl, lane],
-                [*taps, cb, cl],
+                [*met, cb, cl],
             )
 
         shape = (*batch_out, g.blocks, oc_blocks, rows.positions, cols.positions, g.block_tiles, t)
@@ -450,6 +451,8 @@ class _Geometry:
         self.outer = spec.out_spatial[:-count]
         self.outer_in = spec.padded_spatial[:-count]
         self.direct = spec.kernel[:-count]
+        # Of these taps, those that can meet the input at once: it may be shorter than the kernel.
+        self.met = tuple(_met(spec, axis) for axis in range(len(self.direct)))
         self.positions = self.rows.positions * self.cols.positions
         rows, self.block_rows = self.rows, picks.block_rows
         self.block_pixels = self.block_rows * rows.period * rows.outputs
@@ -465,6 +468,18 @@ class _Geometry:
 def _axes(spec):
     """The axes that are transformed: the last two, in 1-D the only one."""
     return tuple(range(spec.rank))[-2:]
+
+
+def _met(spec, axis):
+    """How many taps of an axis meet the input at most, from :func:`_first_met` on."""
+    return min(spec.kernel[axis], spec.in_spatial[axis]) if spec.dilation[axis] == 1 else spec.kernel[axis]
+
+
+def _first_met(spec, axis, pixel):
+    spare = spec.kernel[axis] - _met(spec, axis)
+    if not spare:
+        return 0
+    return tirx.max(tirx.min(spec.padding[axis][0] - pixel * spec.stride[axis], spare), 0)
 
 
 def _tile(spec, axis, m):
@@ -532,8 +547,8 @@ def _seconds(spec, target, picks):
     blocks = spec.n * math.prod(g.outer) * g.blocks
     oc, direct = round_up(spec.oc, picks.tile_oc), math.prod(g.direct)
     ic = round_up(spec.ic, target.lanes)
-    tiles = blocks * g.block_tiles
-    products = 2 * tiles * g.positions * direct * ic * oc / (target.peak_flops / target.cores)
+    tiles, met = blocks * g.block_tiles, math.prod(g.met)
+    products = 2 * tiles * g.positions * met * ic * oc / (target.peak_flops / target.cores)
     seconds = products * _product_cost(g.block_tiles, picks.tile_px)
     gigabytes = 4e-9 * blocks
     # Weights that outgrow a core's cache come from the shared one, again for every block; or from memory.
@@ -544,9 +559,9 @@ def _seconds(spec, target, picks):
         seconds += 0.012 * gigabytes * weights
     transformed = g.positions * g.block_tiles * ic
     if 4 * transformed > 0.6 * target.l2:
-        seconds += 0.01 * gigabytes * transformed * direct * (oc // picks.tile_oc)
+        seconds += 0.01 * gigabytes * transformed * met * (oc // picks.tile_oc)
     if picks.parallel == "rows":  # each task makes what it reads
-        made = direct
+        made = met
     else:  # once, and then from the shared cache
         made = 1
         if 4 * transformed * blocks > target.l2:

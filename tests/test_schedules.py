@@ -54,7 +54,7 @@ SMOKE = [
     "conv2d n1 ic8 oc17 i5x4 k5x4 s1 p0",  # the kernel covers the input
     "conv2d n1 ic5 oc9 i11x11 k2x2 s3x4 p0 clip(-1,2.5)",  # strides past the kernel
     "conv2d n1 ic17 oc18 i7x9 k3x3 s1 p1 residual mish bf16",
-    "conv2d n1 ic16 oc34 i6x6 k1x1 s1 p0 residual prelu f16",
+    "conv2d n1 ic16 oc34 i6x6 k1x1 s1 p0 residual prelu f16 relaxed",
     "conv2d n1 ic9 oc9 g9 i9x8 k3x3 s2 p1 relu f16",
     "conv2d n1 ic17 oc17 g17 i6x5 k3x3 s1 p1 nhwc residual bf16",
     "convtranspose2d n1 ic5 oc18 i4x5 k4x4 s2 p1 relu f16",
@@ -63,7 +63,7 @@ SMOKE = [
     "conv2d n1 ic32 oc64 g2 i9x18 k3x3 s1 p1 residual relu",
     "conv2d n2 ic48 oc48 g3 i5x11 k5x4 s1 p2_3x1 prelu f16",
     "conv2d n1 ic32 oc32 g2 i12x19 k3x3 s2 p1x0_1 gelu nobias",
-    "conv2d n1 ic6 oc18 i5x9 k1x1 s1x2 p0 residual relu",
+    "conv2d n1 ic6 oc18 i5x9 k1x1 s1x2 p0 residual relu relaxed",
     "conv1d n1 ic5 oc7 i131 k3 s1 p16_4 d8 prelu",
     "conv1d n2 ic3 oc6 i70 k2 s1 p19_0 d19 tanh bf16",
 ]

@@ -106,6 +106,7 @@ LAYERS = [
     "conv1d n1 ic17 oc33 i99 k3 s2 p1 strict silu",
     "conv1d n2 ic17 oc33 i50 k3 s1 p4 d4 nhwc",
     "conv3d n1 ic17 oc17 i3x7x9 k3x3x3 s2 p1",
+    "conv3d n2 ic17 oc18 i2x7x9 k4x3x3 s1 p3_2x1x1",  # the depth is shorter than the kernel
     "convtranspose2d n1 ic17 oc33 i5x7 k4x4 s2 p1 relu strict",
     "convtranspose2d n2 ic16 oc17 i7x5 k3x3 s2 p1 op1 nhwc residual",
     "convtranspose1d n1 ic17 oc33 i37 k4 s2 p1 gelu relaxed",
