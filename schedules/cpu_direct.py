@@ -18,6 +18,7 @@ Why not     lanes over pixels: better with few output channels, a schedule of it
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from tvm import te, tirx
@@ -98,7 +99,8 @@ class CpuDirect(Schedule):
         splits = [p for p in space["parallel_oc"] if p <= channel_blocks]
         if math.prod(spec.weights_shape) > spec.ic * math.prod(spec.in_spatial):
             # The weights are the larger operand: they are split among the cores, not the pixels.
-            parallel_oc = max(p for p in splits if p <= tasks)
+            shares = {p: _busiest(channel_blocks, p, target.cores) for p in splits if p <= tasks}
+            parallel_oc = min(shares, key=lambda p: (shares[p], -p))
             block = min((b for b in blocks if b >= count), default=blocks[-1])
         else:
             block = max((b for b in blocks if batch * ceildiv(count, b) >= tasks), default=blocks[0])
@@ -195,6 +197,14 @@ class CpuDirect(Schedule):
                 sch.parallel(sch.fuse(first, second))
             if spec.rank > 1:  # in 1-D the width is what tasks divide
                 partition_edges(sch, sch.get_loops(copy)[-1 if spec.layout == "nchw" else -2])
+
+
+def _busiest(blocks, parts, cores):
+    """Blocks of the busiest core, where each part has as many but the last ones, and cores have parts in order."""
+    size = ceildiv(blocks, parts)
+    sizes = [max(0, min(size, blocks - part * size)) for part in range(parts)]
+    ends = [ceildiv(parts * core, cores) for core in range(cores + 1)]
+    return max(sum(sizes[a:b]) for a, b in itertools.pairwise(ends))
 
 
 def _output(spec):

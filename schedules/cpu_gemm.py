@@ -73,6 +73,7 @@ class CpuGemm(Schedule):
             block, parts = option
             tasks = spec.n * parts * ceildiv(tiles, block)
             share = ceildiv(tasks, target.cores) * target.cores / tasks * ceildiv(tiles, block) * block / tiles
+            share *= round_up(ceildiv(spec.oc, tile_oc), parts) / ceildiv(spec.oc, tile_oc)
             return share + parts * (3 / spec.oc if copy_src else 0.01) + 0.08 / block
 
         # What a task copies has to stay in its core's cache.
@@ -90,7 +91,7 @@ class CpuGemm(Schedule):
     def cost(self, spec, target):
         lanes = target.lanes
         # A short reduction leaves the tile's prologue and store uncovered.
-        efficiency = 0.9 * spec.ic / (spec.ic + 5) * spec.out_pixels / round_up(spec.out_pixels, lanes)
+        efficiency = 0.94 * spec.ic / (spec.ic + 5) * spec.out_pixels / round_up(spec.out_pixels, lanes)
         return spec.flops / (target.peak_flops * efficiency)
 
     def program(self, spec, target, picks):

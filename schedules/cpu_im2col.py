@@ -30,6 +30,8 @@ class CpuIm2col(Schedule):
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed and spec.groups == 1, "needs groups 1, not transposed")
         require(spec.layout == "nchw", "needs NCHW")
+        alone = math.prod(spec.kernel) == 1 and not any(map(any, spec.padding))
+        require(not alone, "needs more than a pixel's own products: cpu_gemm is for these")
         require(spec.stride[-1] <= 16, "needs a stride along the row of at most 16")
         require(spec.kernel[-1] <= 128, "needs at most 128 taps along the row")
         require(spec.reduction_length <= 512, "needs at most 512 products per output")
