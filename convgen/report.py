@@ -229,10 +229,10 @@ def layers(rows: Sequence[Row], name: Callable[[Row], str]) -> Table:
 
 
 def classes(rows: Sequence[Row]) -> Table:
-    """A row per class of layers."""
+    """A row per class of layers, and one of all."""
     header = ["class", "layers>", "ratio>", "default ratio>", "faster>", "slower>"]
     cells = []
-    for name, group in by_class(rows).items():
+    for name, group in [*by_class(rows).items(), ("all", rows)]:
         totals = Totals.of(group)
         means = [factor(totals.mean), factor(totals.default_mean)]
         cells.append([name, str(totals.layers), *means, str(totals.faster), str(totals.slower)])

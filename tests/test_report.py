@@ -143,6 +143,7 @@ def test_classes_have_means_of_their_own() -> None:
     assert cells == [
         ["1×1, many pixels", "2", "2.83", "2.83", "2", "0"],
         ["2-D, large plane", "1", "2.00", "2.00", "1", "0"],
+        ["all", "3", "2.52", "2.52", "3", "0"],
     ]
 
 
