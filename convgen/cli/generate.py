@@ -394,7 +394,7 @@ def tune(
                 record, error = None, str(failure)
             result = describe(entry) | _tuned(work, record)
             if record is None:
-                result["error"] = error or "no candidate was right"
+                result["error"] = error or "no candidate finished within the budget with the right result"
             results.append(result)
             work.view.finish(_tuned_line(entry, result))
 
