@@ -70,7 +70,7 @@ def main() -> None:
         "picks": " ".join(f"{name}={value}" for name, value in built["picks"].items()),
         "time": f"{timed['seconds'] * 1e6:.1f} µs on {threads}",
         "speed": f"{timed['gflops']:.1f} GFLOP/s",
-        "of the measured peak": f"{timed['percent_of_peak']:.0f} % of {timed['peak_gflops']:.0f} GFLOP/s",
+        "of its limit": f"{timed['percent_of_limit']:.0f} % ({timed['roofline']['limited_by']})",
         f"ONNX Runtime {peer['version']}": f"{peer['seconds'] * 1e6:.1f} µs, same input and threads",
         "ratio": f"{timed['ratio']:.2f}× as fast (95 % interval {low:.2f} to {high:.2f})",
         "error": f"{validation['worst_error']:.3f} of its bound; {len(validation['checks'])} checks passed",
