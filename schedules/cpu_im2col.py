@@ -7,7 +7,7 @@ Strategy    1. Pack weights as [oc/t][row of the kernel, ic, k][t].
                by phase of the stride, into [row of the kernel, ic, k][tile_px], for all channels.
             3. Pixels in the lanes as in cpu_gemm: `tile_oc` channels × `tile_px` pixels in registers.
             4. Bias, residual and activation on the tile; the store is contiguous.
-            5. One parallel loop over batch × rows × parts of the channels.
+            5. One parallel loop over batch × rows × blocks of tiles × parts of the channels.
 Why not     shuffles in the product's loop (cpu_masked): every block of channels repeats them. Many products per
             output: patches outgrow the cache, and what is loaded is too large for what it saves.
 """
