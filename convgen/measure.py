@@ -1,8 +1,4 @@
-"""Compile, verify, time: one candidate at a time, in worker processes.
-
-:class:`TrialBuilder` and :class:`TrialRunner` are MetaSchedule's builder and runner over TVM's own
-process pools. A candidate that crashes, hangs or computes something else ends as an outcome, never
-as an exception of the tuning process, and is not timed.
+"""Compile, verify, time: what is done to one candidate; :mod:`convgen.workers` says where.
 
 An artifact is a private folder with the linked library and ``candidate.json``; what all candidates
 of a spec share, inputs and the expected output, lies in one folder beside (:class:`Expected`).
@@ -11,12 +7,10 @@ of a spec share, inputs and the expected output, lies in one folder beside (:cla
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +18,6 @@ from typing import Any
 import numpy as np
 
 from .dtypes import distance, load, numpy_dtype, save
-from .errors import MeasureError
-from .interrupts import Interrupts, interrupts_blocked, interrupts_held
 from .library import Library
 from .schedule import Candidate, Picks
 from .spec import ConvSpec
@@ -133,6 +125,29 @@ class Result:
 INTERRUPTED = Result("interrupted")
 
 
+# ---- modules --------------------------------------------------------------------------------------
+
+
+def measure_module(lowered: Any) -> Any:
+    """A lowered candidate's module with all a build worker must know as an attribute."""
+    meta = {
+        "spec": lowered.spec.descriptor,
+        "target": lowered.target.spelling,
+        "schedule": lowered.candidate.schedule.id,
+        "picks": dict(lowered.candidate.picks),
+        "packed": lowered.packed,
+    }
+    return lowered.module.with_attr("convgen", json.dumps(meta))
+
+
+def measured_candidate(module: Any) -> Candidate:
+    """The candidate a module of :func:`measure_module` was made from."""
+    from .discover import schedule
+
+    meta = json.loads(str(module.attrs["convgen"]))
+    return Candidate(schedule(meta["schedule"]), Picks(**meta["picks"]))
+
+
 # ---- functions that run in workers ------------------------------------------------------------
 
 
@@ -191,177 +206,3 @@ def run_duel(paths: list[str], directory: str, threads: int, rounds: int) -> lis
     """Time several libraries in turn."""
     prepared = [_prepare(_load(path, threads)[0], directory, threads) for path in paths]
     return alternate([call for call, _ in prepared], rounds=rounds)
-
-
-# ---- the pools --------------------------------------------------------------------------------
-
-
-class Pools:
-    """TVM's worker processes: several to build, one to run. They serve any number of specs.
-
-    Args:
-        workers: build processes.
-        build_timeout, run_timeout: seconds after which a worker is killed.
-    """
-
-    def __init__(self, *, workers: int, build_timeout: float = 60.0, run_timeout: float = 60.0) -> None:
-        from tvm.support.popen_pool import PopenPoolExecutor
-
-        self.build_timeout, self.run_timeout = build_timeout, run_timeout
-        self.root = Path(tempfile.mkdtemp(prefix="convgen-"))
-        # Builders are replaced now and then: TVM leaks a little with every compilation.
-        self._builders = PopenPoolExecutor(max_workers=workers, timeout=build_timeout, maximum_process_uses=64)
-        self._runner = PopenPoolExecutor(max_workers=1, timeout=run_timeout)
-        self._pending: set[Future[Any]] = set()
-        #: Of the block that uses the pools.
-        self.interrupts = Interrupts()
-
-    def build(self, modules: Sequence[str]) -> list[str | Result]:
-        """Library paths of serialised modules; a failure is a Result."""
-        futures = [self._submit(self._builders, build_artifact, module, str(self.root)) for module in modules]
-        return [self._wait(future, "build_error", self.build_timeout) for future in futures]
-
-    def run(self, path: str, expected: Expected, threads: int, *, seconds: float, hopeless: float = 0.0) -> Result:
-        """Verify and time one library."""
-        future = self._submit(self._runner, run_artifact, path, str(expected.directory), threads, seconds, hopeless)
-        answer = self._wait(future, "run_error", self.run_timeout)
-        if isinstance(answer, Result):
-            return answer
-        return Result(answer[OUTCOME_KEY], tuple(answer.get("samples", ())), answer.get("error", ""))
-
-    def duel(self, paths: Sequence[str], expected: Expected, threads: int, rounds: int) -> list[list[float]]:
-        """Time several libraries in turn.
-
-        Raises:
-            MeasureError: the worker failed.
-        """
-        future = self._submit(self._runner, run_duel, list(paths), str(expected.directory), threads, rounds)
-        answer = self._wait(future, "run_error", self.run_timeout)
-        if isinstance(answer, Result):
-            raise MeasureError(f"re-measuring {len(paths)} candidates: {answer.outcome}: {answer.error}")
-        return list(answer)
-
-    def discard(self, path: str) -> None:
-        """Remove an artifact's private folder."""
-        shutil.rmtree(Path(path).parent, ignore_errors=True)
-
-    def close(self) -> None:
-        """End the workers, whatever they are doing, and remove every artifact."""
-        with interrupts_held():
-            for future in self._pending:
-                future.cancel()
-            for pool in (self._builders, self._runner):
-                # TVM's shutdown waits for the answer of a busy worker; a dead one has none to give.
-                for worker in list(pool._worker_map.values()):
-                    if process := worker._proc:
-                        process.kill()
-            wait(self._pending, timeout=10)
-            for pool in (self._builders, self._runner):
-                pool.shutdown(wait=False)
-            shutil.rmtree(self.root, ignore_errors=True)
-
-    def _wait(self, future: Future[Any], failure: str, limit: float) -> Any:
-        """A worker's answer, or how it failed as a Result; INTERRUPTED where Ctrl-C came first."""
-        while not wait([future], timeout=0.1).done:
-            if self.interrupts.came:
-                return INTERRUPTED
-        return _outcome(future, failure, limit)
-
-    def _submit(self, pool: Any, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """A job for a pool; its worker never sees an interrupt from the terminal.
-
-        Ctrl-C reaches every process of the foreground group. Workers would print tracebacks; but a
-        process starts with the signals blocked that its starter blocks, and the pool's threads, which
-        start the workers, are themselves started here.
-        """
-        with interrupts_blocked():
-            future: Future[Any] = pool.submit(function, *arguments)
-        self._pending = {job for job in self._pending if not job.done()} | {future}
-        return future
-
-
-def _outcome(future: Future[Any], failure: str, limit: float) -> Any:
-    """A worker's answer, or how it failed as a Result."""
-    try:
-        return future.result()
-    except TimeoutError:
-        return Result("timeout", error=f"killed after {limit:.0f} s")
-    except ChildProcessError as error:
-        return Result("crash", error=f"the worker process died: {error}".strip())
-    except Exception as error:  # whatever the worker raised is this trial's outcome
-        return Result(failure, error=f"{type(error).__name__}: {error}"[-2000:])
-
-
-def metaschedule_pools(
-    pools: Pools, expected: Expected, threads: int, hopeless: Callable[[], float]
-) -> tuple[Any, Any]:
-    """The pools as MetaSchedule's Builder and Runner, for one spec.
-
-    An error text begins with the outcome's name (see :func:`outcome`): that is how it travels through
-    MetaSchedule's results. ``hopeless`` is asked before each run: the time that is not worth more
-    than one sample.
-    """
-    from tvm.ir import save_json
-    from tvm.ir.utils import derived_object
-    from tvm.s_tir.meta_schedule.builder import BuilderResult, PyBuilder
-    from tvm.s_tir.meta_schedule.runner import PyRunner, PyRunnerFuture, RunnerResult
-
-    @derived_object
-    class TrialBuilder(PyBuilder):  # type: ignore[misc]
-        def build(self, build_inputs: list[Any]) -> list[Any]:
-            answers = pools.build([save_json(given.mod) for given in build_inputs])
-            return [
-                BuilderResult(None, f"{a.outcome}: {a.error}") if isinstance(a, Result) else BuilderResult(a, None)
-                for a in answers
-            ]
-
-    @derived_object
-    class TrialFuture(PyRunnerFuture):  # type: ignore[misc]
-        def __init__(self, path: str) -> None:
-            super().__init__()
-            self._path = path
-
-        def done(self) -> bool:
-            return True
-
-        def result(self) -> Any:
-            answer = pools.run(self._path, expected, threads, seconds=TRIAL_SECONDS, hopeless=hopeless())
-            pools.discard(self._path)
-            if answer.outcome == "ok":
-                return RunnerResult(list(answer.samples), None)
-            return RunnerResult(None, f"{answer.outcome}: {answer.error}")
-
-    @derived_object
-    class TrialRunner(PyRunner):  # type: ignore[misc]
-        def run(self, runner_inputs: list[Any]) -> list[Any]:
-            return [TrialFuture(str(given.artifact_path)) for given in runner_inputs]
-
-    return TrialBuilder(), TrialRunner()
-
-
-def measure_module(lowered: Any) -> Any:
-    """A lowered candidate's module with all a build worker must know as an attribute."""
-    meta = {
-        "spec": lowered.spec.descriptor,
-        "target": lowered.target.spelling,
-        "schedule": lowered.candidate.schedule.id,
-        "picks": dict(lowered.candidate.picks),
-        "packed": lowered.packed,
-    }
-    return lowered.module.with_attr("convgen", json.dumps(meta))
-
-
-def measured_candidate(module: Any) -> Candidate:
-    """The candidate a module of :func:`measure_module` was made from."""
-    from .discover import schedule
-
-    meta = json.loads(str(module.attrs["convgen"]))
-    return Candidate(schedule(meta["schedule"]), Picks(**meta["picks"]))
-
-
-def outcome(runner_result: Any) -> Result:
-    """A MetaSchedule RunnerResult back as a Result."""
-    if runner_result.run_secs is not None:
-        return Result("ok", tuple(float(seconds) for seconds in runner_result.run_secs))
-    kind, _, text = str(runner_result.error_msg).partition(": ")
-    return Result(kind, error=text)

@@ -27,22 +27,12 @@ from .discover import schedules
 from .errors import BuildError, Inapplicable, MeasureError, SpecError
 from .interrupts import interrupts_held
 from .lower import lower
-from .measure import (
-    HOPELESS,
-    INTERRUPTED,
-    TRIAL_SECONDS,
-    Expected,
-    Pools,
-    Result,
-    measure_module,
-    measured_candidate,
-    metaschedule_pools,
-    outcome,
-)
+from .measure import HOPELESS, INTERRUPTED, TRIAL_SECONDS, Expected, Result, measure_module, measured_candidate
 from .records import RecordStore, TuningRecord
 from .schedule import Candidate, Picks, Schedule
 from .spec import ConvSpec
 from .target import Target, resolve
+from .workers import LocalBuilder, LocalRunner, Pools, metaschedule_pools, outcome
 
 #: Candidates per round: enough to keep the build processes busy, few enough to learn from each.
 ROUND = 8
@@ -218,7 +208,7 @@ class Tuner:
     @property
     def pools(self) -> Pools:
         if self._pools is None:
-            self._pools = Pools(workers=self.target.cores)
+            self._pools = Pools(LocalBuilder(self.target.cores), LocalRunner())
         return self._pools
 
     def tune(

@@ -25,13 +25,11 @@ from convgen.measure import (
     INTERRUPTED,
     SAMPLE_SECONDS,
     Expected,
-    Pools,
     Result,
     alternate,
     build_artifact,
     measure_module,
     measured_candidate,
-    outcome,
     repeats,
     run_artifact,
     run_duel,
@@ -42,6 +40,7 @@ from convgen.schedule import Candidate
 from convgen.spec import ConvSpec
 from convgen.target import resolve
 from convgen.validate import exact_data, reference
+from convgen.workers import LocalBuilder, LocalRunner, Pools, outcome
 
 SPEC = ConvSpec.parse("conv2d n1 ic3 oc5 i6x7 k3x3 p1 residual prelu")
 
@@ -271,7 +270,7 @@ def test_a_duel_samples_each_as_often(artifact: str, expected: Expected) -> None
 
 @pytest.fixture(scope="module")
 def pools() -> Iterator[Pools]:
-    pools = Pools(workers=1, build_timeout=30, run_timeout=2)
+    pools = Pools(LocalBuilder(1, timeout=30), LocalRunner(timeout=2))
     yield pools
     pools.close()
 
@@ -279,13 +278,13 @@ def pools() -> Iterator[Pools]:
 def in_workers(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -> None:
     """Let workers run these functions, which travel by value, instead of the module's."""
     for name, function in functions.items():
-        monkeypatch.setattr(sys.modules["convgen.measure"], name, function)
+        monkeypatch.setattr(sys.modules["convgen.workers"], name, function)
 
 
 def test_workers_build_and_run(pools: Pools, expected: Expected) -> None:
     (path,) = pools.build([module_text()])
     assert isinstance(path, str)
-    assert Path(path).is_relative_to(pools.root)
+    assert Path(path).is_relative_to(pools.builder.root)
     result = pools.run(path, expected, 2, seconds=0.001)
     assert (result.outcome, result.error) == ("ok", "")
     assert result.seconds is not None
@@ -336,15 +335,15 @@ def test_a_worker_that_hangs_is_killed_and_replaced(
 
 def test_an_interrupt_ends_the_wait(expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
     """And closing ends workers that are busy, removes the artifacts and leaves no process."""
-    pools = Pools(workers=1, build_timeout=100, run_timeout=100)
+    pools = Pools(LocalBuilder(1, timeout=100), LocalRunner(timeout=100))
     children = set(psutil.Process().children(recursive=True))
     in_workers(monkeypatch, run_artifact=lambda *_: time.sleep(1000), build_artifact=lambda *_: time.sleep(1000))
     pools.interrupts.came = True
     assert pools.run("any", expected, 1, seconds=0.001) == INTERRUPTED
     assert pools.build(["a", "b", "c"]) == [INTERRUPTED] * 3
-    assert pools.root.is_dir()
+    assert pools.builder.root.is_dir()
     pools.close()
-    assert not pools.root.exists()
+    assert not pools.builder.root.exists()
     started = set(psutil.Process().children(recursive=True)) - children
     psutil.wait_procs(list(started), timeout=10)
     assert not any(process.is_running() for process in started)

@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 
 from convgen.build import default_candidate, parse_candidate, versions
 from convgen.errors import MeasureError, SpecError
-from convgen.measure import Pools, Result
+from convgen.measure import Result
 from convgen.records import RecordStore, TuningRecord
 from convgen.schedule import Candidate, Picks, Schedule, Space, require
 from convgen.spec import ConvSpec
 from convgen.target import Target, resolve
 from convgen.tune import BEHIND, FINALISTS, ROUND, TRIES, Progress, Race, Tuner, tune
+from convgen.workers import LocalBuilder, LocalRunner, Pools
 
 # The package's names `build`, `tune` … are the functions.
 tune_module, build_module = importlib.import_module("convgen.tune"), importlib.import_module("convgen.build")
@@ -227,7 +228,7 @@ def store(tmp_path: Path) -> Iterator[RecordStore]:
 @pytest.fixture(scope="module")
 def pools() -> Iterator[Pools]:
     """Workers that all tests of this module share: they take seconds to start."""
-    pools = Pools(workers=2, build_timeout=60, run_timeout=4)
+    pools = Pools(LocalBuilder(2), LocalRunner(timeout=4))
     yield pools
     pools.close()
 
@@ -356,11 +357,13 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
 
         def build(self: Pools, modules: list[str]) -> list[Any]:
             futures = []
+            builder = self.builder
+            assert isinstance(builder, LocalBuilder)
             for module in modules:
                 outcome = left.pop(0) if left else "ok"
-                arguments = (injected, module, str(self.root), BODIES.get(outcome), outcome)
-                futures.append(self._submit(self._builders, *arguments))
-            return [self._wait(future, "build_error", self.build_timeout) for future in futures]
+                arguments = (injected, module, str(builder.root), BODIES.get(outcome), outcome)
+                futures.append(builder._workers.submit(*arguments))
+            return [self._wait(future) for future in futures]
 
         monkeypatch.setattr(Pools, "build", build)
 
