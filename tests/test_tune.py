@@ -22,15 +22,17 @@ from hypothesis import strategies as st
 from convgen.build import default_candidate, parse_candidate, versions
 from convgen.errors import MeasureError, SpecError
 from convgen.measure import Result
+from convgen.race import BEHIND, ROUND, TRIES, Race
 from convgen.records import RecordStore, TuningRecord
 from convgen.schedule import Candidate, Picks, Schedule, Space, require
 from convgen.spec import ConvSpec
 from convgen.target import Target, resolve
-from convgen.tune import BEHIND, FINALISTS, ROUND, TRIES, Progress, Race, Tuner, tune
+from convgen.tune import FINALISTS, Progress, Tuner, tune
 from convgen.workers import LocalBuilder, LocalRunner, Pools
 
 # The package's names `build`, `tune` … are the functions.
 tune_module, build_module = importlib.import_module("convgen.tune"), importlib.import_module("convgen.build")
+race_module = importlib.import_module("convgen.race")
 
 # ---- the race: pure Python --------------------------------------------------------------------
 
@@ -72,7 +74,7 @@ class Fake(Schedule):
 def race(*schedules: Fake, seed: int = 0) -> Race:
     found = {schedule.id: schedule for schedule in schedules}
     with pytest.MonkeyPatch.context() as patch:
-        for module in (tune_module, build_module):
+        for module in (race_module, build_module):
             patch.setattr(module, "schedules", lambda: found)
         return Race(LAYER, resolve(), seed)
 
@@ -470,7 +472,7 @@ def test_a_layer_with_one_candidate_is_done_after_it(
 ) -> None:
     """Without any budget."""
     reference = parse_candidate(SPEC, tuner.target, "reference").schedule
-    for module in (tune_module, build_module):
+    for module in (race_module, build_module):
         monkeypatch.setattr(module, "schedules", lambda: {"reference": reference})
     winner = tuner.tune(SPEC)
     assert winner is not None
