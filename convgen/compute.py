@@ -364,6 +364,18 @@ def read_whole(tensor: te.Tensor, index: Index, axes: Sequence[int] = (-1,)) -> 
     return tirx.Select(index[1] < 0, tensor[tuple(last)], tensor[tuple(index)])
 
 
+def row_times(matrix: Sequence[Sequence[Any]], position: Expr, read: Callable[[int], Expr]) -> Expr:
+    """Row ``position`` of a constant matrix times ``read(0), read(1), …``; folds where the position is known."""
+    zero = tirx.const(0, ACCUMULATOR)
+    values = [
+        sum((tirx.const(float(c), ACCUMULATOR) * read(k) for k, c in enumerate(row) if c), zero) for row in matrix
+    ]
+    chosen = values[-1]
+    for index in range(len(values) - 2, -1, -1):
+        chosen = tirx.Select(position == index, values[index], chosen)
+    return chosen
+
+
 def convolution(spec: ConvSpec, ops: Operands, weights: te.Tensor) -> te.Tensor:
     """Sums of products ``[n, oc, *out_spatial]``, whatever the layout; no bias yet.
 

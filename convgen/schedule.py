@@ -9,7 +9,7 @@ import itertools
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +29,15 @@ def require(condition: bool, why: str) -> None:
     """Raise :class:`Inapplicable` with the reason unless the condition holds."""
     if not condition:
         raise Inapplicable(why)
+
+
+def busiest(work: Sequence[float], cores: int) -> float:
+    """What the core with the most to do has, of tasks that take ``work`` each.
+
+    Every core gets as many tasks as any other, or one less; they follow each other, and so do the cores.
+    """
+    ends = [-(-len(work) * core // cores) for core in range(cores + 1)]
+    return max(sum(work[start:end]) for start, end in itertools.pairwise(ends))
 
 
 class Picks(Mapping[str, Pick]):

@@ -323,14 +323,14 @@ class ConvSpec:
         return math.prod(self.out_spatial)
 
     @property
+    def has_unit_kernel(self) -> bool:
+        """A 1x1 kernel without padding, not transposed: each output pixel reads a single input pixel."""
+        return not self.transposed and set(self.kernel) == {1} and not any(map(any, self.padding))
+
+    @property
     def is_pointwise(self) -> bool:
-        """A 1x1 kernel at stride 1 without padding: a matrix product over the flat pixels."""
-        return (
-            not self.transposed
-            and set(self.kernel) == {1}
-            and set(self.stride) == {1}
-            and all(pair == (0, 0) for pair in self.padding)
-        )
+        """A unit kernel at stride 1: a matrix product over the flat pixels."""
+        return self.has_unit_kernel and set(self.stride) == {1}
 
     @property
     def is_depthwise(self) -> bool:

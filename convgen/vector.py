@@ -7,13 +7,13 @@ stores with a mask, lanes shifted in from zero, strided reads by shuffles.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from tvm import te, tirx
 
-from .compute import ACCUMULATOR, STORAGE, Expr, Operands, narrow, of_lanes, unflat, widen
+from .compute import ACCUMULATOR, STORAGE, Expr, Operands, epilogue, narrow, of_lanes, unflat, widen
 from .schedule import Program
 from .spec import ConvSpec
 
@@ -22,7 +22,7 @@ def written(ops: Operands, packed: Sequence[te.Tensor], kernel: Callable[..., An
     """The program whose main function is ``kernel(src, residual, parameters, dst)``, a statement.
 
     Its arguments are buffers; ``residual`` is None where there is none, ``parameters`` the packed
-    weights, bias and slope by name.
+    tensors by name, without ``_packed``.
     """
     spec = ops.spec
     inputs = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
@@ -108,7 +108,7 @@ class Registers:
     """
 
     def __init__(self, block: Block, keys: Sequence[Any], lanes: int) -> None:
-        self._row = _row([0], lanes)
+        self.keys, self.lanes, self._row = tuple(keys), lanes, _row([0], lanes)
         self._buffers = {key: block.buffer((lanes,)) for key in keys}
         for buffer in self._buffers.values():
             block.add(tirx.BufferStore(buffer, zeros(lanes), self._row))
@@ -140,6 +140,17 @@ def _first(count: int, lanes: int) -> Expr:
     return ramp < tirx.Broadcast(tirx.const(count, "int32"), lanes)
 
 
+def _masked_load(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, mask: Expr) -> Expr:
+    stored = of_lanes(STORAGE[dtype], lanes)
+    nothing = tirx.Broadcast(tirx.const(0, STORAGE[dtype]), lanes)
+    return tirx.call_llvm_intrin(stored, "llvm.masked.load", tirx.address_of(_element(buffer, index)), mask, nothing)
+
+
+def _masked_store(buffer: Any, index: Sequence[Expr], value: Expr, mask: Expr) -> Any:
+    pointer = tirx.address_of(_element(buffer, index))
+    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, pointer, mask))
+
+
 def load(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int, shift: int = 0) -> Expr:
     """``lanes`` numbers stored as ``dtype``, as f32: ``shift`` zeros, ``count`` elements, then zeros again.
 
@@ -150,10 +161,7 @@ def load(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int,
     if count >= lanes:
         value = _element(buffer, _row(index, lanes))
     else:
-        pointer, mask = tirx.address_of(_element(buffer, index)), _first(count, lanes)
-        stored = of_lanes(STORAGE[dtype], lanes)
-        nothing = tirx.Broadcast(tirx.const(0, STORAGE[dtype]), lanes)
-        value = tirx.call_llvm_intrin(stored, "llvm.masked.load", pointer, mask, nothing)
+        value = _masked_load(buffer, dtype, index, lanes, _first(count, lanes))
     value = widen(value, dtype, lanes)
     if shift == 0:
         return value
@@ -165,8 +173,7 @@ def store(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: in
     value = narrow(value, dtype, lanes)
     if count >= lanes:
         return tirx.BufferStore(buffer, value, _row(index, lanes))
-    pointer, mask = tirx.address_of(_element(buffer, index)), _first(count, lanes)
-    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, pointer, mask))
+    return _masked_store(buffer, index, value, _first(count, lanes))
 
 
 def _within(buffer: Any, index: Sequence[Expr], lanes: int, count: int) -> Expr:
@@ -179,17 +186,75 @@ def _within(buffer: Any, index: Sequence[Expr], lanes: int, count: int) -> Expr:
 
 def load_within(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int) -> Expr:
     """As :func:`load`, from an ``index`` that may lie anywhere along the last axis; zeros outside it."""
-    stored = of_lanes(STORAGE[dtype], lanes)
-    nothing = tirx.Broadcast(tirx.const(0, STORAGE[dtype]), lanes)
-    pointer, mask = tirx.address_of(_element(buffer, index)), _within(buffer, index, lanes, count)
-    return widen(tirx.call_llvm_intrin(stored, "llvm.masked.load", pointer, mask, nothing), dtype, lanes)
+    return widen(_masked_load(buffer, dtype, index, lanes, _within(buffer, index, lanes, count)), dtype, lanes)
 
 
 def store_within(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: int, count: int) -> Any:
     """The statement that writes those of the first ``count`` lanes that lie in the buffer's last axis."""
-    pointer, mask = tirx.address_of(_element(buffer, index)), _within(buffer, index, lanes, count)
-    value = narrow(value, dtype, lanes)
-    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, pointer, mask))
+    return _masked_store(buffer, index, narrow(value, dtype, lanes), _within(buffer, index, lanes, count))
+
+
+def finish(
+    block: Block,
+    spec: ConvSpec,
+    dst: Any,
+    residual: Any,
+    place: Sequence[Expr],
+    value: Expr,
+    lanes: int,
+    count: int,
+    *,
+    within: bool = False,
+    **given: Expr,
+) -> None:
+    """The epilogue of a vector of sums, and its store in the first ``count`` elements of dst from ``place`` on.
+
+    ``given`` is the bias and slope there are, as vectors. ``within``: ``place`` may lie anywhere along the last axis.
+    """
+    read, write = (load_within, store_within) if within else (load, store)
+    more = None if residual is None else read(residual, spec.dtype, place, lanes, count)
+    result = epilogue(spec, value, residual=more, **given)
+    block.add(write(dst, spec.dtype, place, result, lanes, count))
+
+
+def outer_products(
+    block: Block,
+    sums: Registers,
+    length: Expr,
+    scalar: Callable[[Any, Expr], Expr],
+    vector: Callable[[Any, Expr], Expr],
+) -> None:
+    """Add ``scalar(t, k) * vector(v, k)`` to every sum, whose keys are all pairs ``(t, v)``, for each k of a length."""
+    scalars, vectors = (dict.fromkeys(part) for part in zip(*sums.keys, strict=True))
+    with block.loop(length) as (step, k):
+        row = {v: step.let(vector(v, k)) for v in vectors}
+        for t in scalars:
+            factor = step.let(tirx.Broadcast(scalar(t, k), sums.lanes))
+            for v, value in row.items():
+                sums.add(step, (t, v), value * factor)
+
+
+def weighted_sum(terms: Iterable[tuple[Any, Expr]]) -> Expr:
+    """The sum of constant coefficients times values, ``(coefficient, value)`` each, in this order, without those of 0.
+
+    None where no other is left.
+    """
+    total: Expr = None
+    for c, value in terms:
+        if not c:
+            continue
+        size = value if abs(c) == 1 else value * _constant(abs(c), value)
+        if total is None:
+            total = size if c > 0 else _constant(0, value) - size
+        else:
+            total = total + size if c > 0 else total - size
+    return total
+
+
+def _constant(c: Any, like: Expr) -> Expr:
+    """A number in as many lanes as another value has, which may be one."""
+    number, lanes = tirx.const(float(c), ACCUMULATOR), like.ty.dtype.lanes
+    return number if lanes == 1 else tirx.Broadcast(number, lanes)
 
 
 def gathered(vectors: Sequence[Expr], order: Sequence[int], lanes: int) -> Expr:
@@ -199,11 +264,11 @@ def gathered(vectors: Sequence[Expr], order: Sequence[int], lanes: int) -> Expr:
     return tirx.Shuffle([vectors[v] for v in used], [at[e // lanes] * lanes + e % lanes for e in order])
 
 
-def prefetch(buffer: Any, index: Sequence[Expr], *, write: bool = False) -> Any:
-    """The statement that fetches an element's cache line ahead, to ``write`` it; it may lie past the end."""
-    intent, keep, data = (tirx.const(i, "int32") for i in (int(write), 3, 1))
+def prefetch(buffer: Any, index: Sequence[Expr]) -> Any:
+    """The statement that fetches an element's cache line ahead; it may lie past the end."""
+    read, keep, data = (tirx.const(i, "int32") for i in (0, 3, 1))
     return tirx.Evaluate(
-        tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(_element(buffer, index)), intent, keep, data)
+        tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(_element(buffer, index)), read, keep, data)
     )
 
 

@@ -18,7 +18,6 @@ Why not     lanes over pixels: better with few output channels, a schedule of it
 
 from __future__ import annotations
 
-import itertools
 import math
 
 from tvm import te, tirx
@@ -35,7 +34,7 @@ from convgen.compute import (
     round_up,
     vectorize_finished,
 )
-from convgen.schedule import Picks, Program, Schedule, Space, require
+from convgen.schedule import Picks, Program, Schedule, Space, busiest, require
 
 
 class CpuDirect(Schedule):
@@ -99,7 +98,7 @@ class CpuDirect(Schedule):
         splits = [p for p in space["parallel_oc"] if p <= channel_blocks]
         if math.prod(spec.weights_shape) > spec.ic * math.prod(spec.in_spatial):
             # The weights are the larger operand: they are split among the cores, not the pixels.
-            shares = {p: _busiest(channel_blocks, p, target.cores) for p in splits if p <= tasks}
+            shares = {p: busiest(_shares(channel_blocks, p), target.cores) for p in splits if p <= tasks}
             parallel_oc = min(shares, key=lambda p: (shares[p], -p))
             block = min((b for b in blocks if b >= count), default=blocks[-1])
         else:
@@ -199,12 +198,10 @@ class CpuDirect(Schedule):
                 partition_edges(sch, sch.get_loops(copy)[-1 if spec.layout == "nchw" else -2])
 
 
-def _busiest(blocks, parts, cores):
-    """Blocks of the busiest core, where each part has as many but the last ones, and cores have parts in order."""
+def _shares(blocks, parts):
+    """Blocks of each part: as many for all but the last ones."""
     size = ceildiv(blocks, parts)
-    sizes = [max(0, min(size, blocks - part * size)) for part in range(parts)]
-    ends = [ceildiv(parts * core, cores) for core in range(cores + 1)]
-    return max(sum(sizes[a:b]) for a, b in itertools.pairwise(ends))
+    return [max(0, min(size, blocks - part * size)) for part in range(parts)]
 
 
 def _output(spec):

@@ -17,13 +17,12 @@ Why not     channels in the lanes (cpu_direct): better with many channels and fe
 from __future__ import annotations
 
 import itertools
-import math
 
 from tvm import tirx
 
-from convgen.compute import Operands, ceildiv, epilogue, pack_channels, round_up
+from convgen.compute import Operands, ceildiv, pack_channels, round_up
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, load, store, subsampled, written
+from convgen.vector import Block, finish, load, outer_products, store, subsampled, written
 
 #: Tiles of pixels in a task.
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -35,8 +34,7 @@ class CpuGemm(Schedule):
     def applies(self, spec, target):
         lanes = target.lanes
         require(target.kind == "cpu", "needs a CPU")
-        one = math.prod(spec.kernel) == 1 and not spec.transposed and not any(map(any, spec.padding))
-        require(one and spec.groups == 1, "needs a dense 1×1 kernel, no padding, not transposed")
+        require(spec.has_unit_kernel and spec.groups == 1, "needs a dense 1×1 kernel, no padding, not transposed")
         require(spec.stride[-1] <= 8, "needs a stride along the row of at most 8")
         require(spec.layout == "nchw", "needs NCHW")
         require(spec.out_pixels >= lanes, f"needs at least {lanes} pixels")
@@ -130,25 +128,19 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
             """``channels`` of block b times the pixels from x on; ``counts`` says how many there are per vector."""
             live = [v for v, there in enumerate(counts) if there > 0]
             sums = inside.registers([(t, v) for t in range(channels) for v in live], lanes)
-            with inside.loop(spec.ic) as (step, c):
-                rows = {}
-                for v in live:
-                    if panels is None:
-                        rows[v] = step.let(load(src, stored, [n, c, x + v * lanes], lanes, counts[v]))
-                    else:
-                        rows[v] = step.let(load(panels, "f32", [i, c, v * lanes], lanes, lanes))
-                for t in range(channels):
-                    weight = step.let(tirx.Broadcast(parameters["weights"][b, 0, c, t], lanes))
-                    for v in live:
-                        sums.add(step, (t, v), rows[v] * weight)
+
+            def vector(v, c):
+                if panels is None:
+                    return load(src, stored, [n, c, x + v * lanes], lanes, counts[v])
+                return load(panels, "f32", [i, c, v * lanes], lanes, lanes)
+
+            outer_products(inside, sums, spec.ic, lambda t, c: parameters["weights"][b, 0, c, t], vector)
             for t in range(channels):
                 o = inside.let(b * picks.tile_oc + t)
                 given = {k: inside.let(tirx.Broadcast(p[o], lanes)) for k, p in parameters.items() if k != "weights"}
                 for v in live:
                     at = [n, o, *origin, x + v * lanes]
-                    more = None if residual is None else load(residual, spec.dtype, at, lanes, counts[v])
-                    value = epilogue(spec, sums[t, v], residual=more, **given)
-                    inside.add(store(dst, spec.dtype, at, value, lanes, counts[v]))
+                    finish(inside, spec, dst, residual, at, sums[t, v], lanes, counts[v], **given)
 
         full, rest = [lanes] * vectors, pixels % width
         edge = [max(0, min(lanes, rest - v * lanes)) for v in range(vectors)] if rest else None

@@ -18,9 +18,9 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, round_up, unflat
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, round_up, unflat
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, Columns, Taps, load, store, written, zeros
+from convgen.vector import Block, Columns, Taps, finish, load, outer_products, store, written, zeros
 
 
 class CpuIm2col(Schedule):
@@ -30,8 +30,7 @@ class CpuIm2col(Schedule):
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed and spec.groups == 1, "needs groups 1, not transposed")
         require(spec.layout == "nchw", "needs NCHW")
-        alone = math.prod(spec.kernel) == 1 and not any(map(any, spec.padding))
-        require(not alone, "needs more than a pixel's own products: cpu_gemm is for these")
+        require(not spec.has_unit_kernel, "needs more than a pixel's own products: cpu_gemm is for these")
         require(spec.stride[-1] <= 16, "needs a stride along the row of at most 16")
         require(spec.kernel[-1] <= 128, "needs at most 128 taps along the row")
         require(spec.reduction_length <= 512, "needs at most 512 products per output")
@@ -134,20 +133,19 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
         """``channels`` of block b times the tile at x0; ``counts`` says how many pixels there are per vector."""
         live = [v for v, count in enumerate(counts) if count > 0]
         sums = block.registers([(t, v) for t in range(channels) for v in live], lanes)
-        with block.loop(length) as (inner, k):
-            row = {v: inner.let(load(patches, "f32", [i, k, v * lanes], lanes, lanes)) for v in live}
-            for t in range(channels):
-                weight = inner.let(tirx.Broadcast(parameters["weights"][b, k, t], lanes))
-                for v in live:
-                    sums.add(inner, (t, v), row[v] * weight)
+        outer_products(
+            block,
+            sums,
+            length,
+            lambda t, k: parameters["weights"][b, k, t],
+            lambda v, k: load(patches, "f32", [i, k, v * lanes], lanes, lanes),
+        )
         for t in range(channels):
             o = block.let(b * picks.tile_oc + t)
             given = {k: block.let(tirx.Broadcast(p[o], lanes)) for k, p in parameters.items() if k != "weights"}
             for v in live:
                 place = [n, o, *at, x0 + v * lanes]
-                more = None if residual is None else load(residual, spec.dtype, place, lanes, counts[v])
-                value = epilogue(spec, sums[t, v], residual=more, **given)
-                block.add(store(dst, spec.dtype, place, value, lanes, counts[v]))
+                finish(block, spec, dst, residual, place, sums[t, v], lanes, counts[v], **given)
 
     with whole.loop(spec.n * math.prod(rows) * blocks * picks.parallel_oc, parallel=True) as (task, index):
         rest, part = index // picks.parallel_oc, task.let(index % picks.parallel_oc)

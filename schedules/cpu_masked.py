@@ -20,9 +20,9 @@ from contextlib import ExitStack
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, flat, unflat
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, Columns, Taps, load, meeting, store, written
+from convgen.vector import Block, Columns, Taps, finish, load, meeting, written
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096
@@ -154,9 +154,7 @@ def _kernel(spec, picks, src, residual, parameters, dst):
             given = {k: block.let(tirx.Broadcast(p[o], lanes)) for k, p in parameters.items() if k != "weights"}
             for v in live:
                 place, count = [n, o, *at, x0 + v * lanes], tile["stored", v]
-                more = None if residual is None else load(residual, spec.dtype, place, lanes, count)
-                value = epilogue(spec, sums[t, v], residual=more, **given)
-                block.add(store(dst, spec.dtype, place, value, lanes, count))
+                finish(block, spec, dst, residual, place, sums[t, v], lanes, count, **given)
 
     with whole.loop(spec.n * spec.groups * tiles * parts, parallel=True) as (task, index):
         rest, part = index // parts, task.let(index % parts)

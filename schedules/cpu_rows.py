@@ -18,9 +18,9 @@ import math
 
 from tvm import tirx
 
-from convgen.compute import Operands, ceildiv, copied, epilogue
+from convgen.compute import Operands, ceildiv, copied
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, Columns, Taps, load, runs, store, written, zeros
+from convgen.vector import Block, Columns, Taps, finish, load, runs, written, zeros
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096
@@ -151,9 +151,7 @@ def _kernel(spec, picks, g, src, residual, parameters, dst):
                     if count > 0:
                         at = where(o, y0 + r, x0 + v * lanes)
                         value = sums.get((r, v), zeros(lanes) if bias is None else bias)
-                        more = None if residual is None else load(residual, spec.dtype, at, lanes, count)
-                        value = epilogue(spec, value, residual=more, slope=slope)
-                        block.add(store(dst, spec.dtype, at, value, lanes, count))
+                        finish(block, spec, dst, residual, at, value, lanes, count, slope=slope)
 
         def rows_of(block, blocks):
             for first_row, row_count, rows in blocks:

@@ -21,14 +21,22 @@ Why not     few channels: the copy costs more than an eighth of the products. A 
 
 from __future__ import annotations
 
-import itertools
-import math
-
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, round_up
-from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, interleave, load, store, subsampled, written, zeros
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, round_up
+from convgen.schedule import Picks, Schedule, Space, busiest, require
+from convgen.vector import (
+    Block,
+    finish,
+    interleave,
+    load,
+    outer_products,
+    store,
+    subsampled,
+    weighted_sum,
+    written,
+    zeros,
+)
 
 #: Weights of the seven products, as multiples of the blocks (11, 12, 21, 22), in the order they are summed in.
 WEIGHTS = ((1, 0, 0, 0), (0, 1, 0, 0), (-1, 0, 1, 1), (1, 0, -1, 0), (0, 0, 0, -1), (0, 0, 1, 1), (1, 1, -1, -1))
@@ -43,8 +51,7 @@ class CpuStrassen(Schedule):
     def applies(self, spec, target):
         require(target.kind == "cpu", "needs a CPU")
         require(spec.accuracy == "relaxed", "mixes channels: needs accuracy relaxed")
-        one = math.prod(spec.kernel) == 1 and not spec.transposed and not any(map(any, spec.padding))
-        require(one and spec.groups == 1, "needs a dense 1×1 kernel, no padding, not transposed")
+        require(spec.has_unit_kernel and spec.groups == 1, "needs a dense 1×1 kernel, no padding, not transposed")
         require(spec.stride[-1] <= 8, "needs a stride along the row of at most 8")
         require(spec.layout == "nchw", "needs NCHW")
         require(spec.ic % 2 == spec.oc % 2 == 0, "needs even numbers of channels")
@@ -105,7 +112,7 @@ class CpuStrassen(Schedule):
         products = pixels * filled / lanes * 7 * half_ic * (loads + 0.04 * one_vector)
         copy = sum(round_up(half, lanes) * count for half, count in halves) / lanes * half_ic * 24
         back = pixels * filled / lanes * (42 if across else 70)
-        share = _busiest([half for half, count in halves for _ in range(count)], picks, spec.n, target.cores)
+        share = _largest_share([half for half, count in halves for _ in range(count)], picks, spec.n, target.cores)
         stores = 1 + 0.04 / picks.block_px if across else 1.0
         return spec.n * share * (products * stores + back + copy * picks.parallel_oc)
 
@@ -154,23 +161,18 @@ class CpuStrassen(Schedule):
         pass  # the statements are final
 
 
-def _busiest(sizes, picks, images, cores):
-    """The share of all tiles' work that the busiest core has; ``sizes`` are the tiles'. Tasks go to cores in order."""
+def _largest_share(sizes, picks, images, cores):
+    """The share of all tiles' work that the busiest core has; ``sizes`` are the tiles'."""
     blocks = [sum(sizes[i : i + picks.block_px]) for i in range(0, len(sizes), picks.block_px)]
     tasks = blocks * picks.parallel_oc * images
     if len(tasks) > 64 * cores:
         return 1 / cores
-    ends = [ceildiv(len(tasks) * (core + 1), cores) for core in range(cores)]
-    return max(sum(tasks[a:b]) for a, b in itertools.pairwise([0, *ends])) / sum(tasks)
+    return busiest(tasks, cores) / sum(tasks)
 
 
 def _sum(factors, values):
-    """Values added and subtracted, by factors of 1, -1 and 0."""
-    total = None
-    for factor, value in sorted(zip(factors, values, strict=True), key=lambda pair: -pair[0]):
-        if factor:
-            total = value * factor if total is None else total + value if factor > 0 else total - value
-    return total
+    """What is subtracted comes last, so that little is negated."""
+    return weighted_sum(sorted(zip(factors, values, strict=True), key=lambda pair: -pair[0]))
 
 
 def _edge(rest, picks, lanes):
@@ -211,16 +213,15 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
         kept = block.buffer((2, len(keys), lanes))
 
         def accumulate(sums, p):
-            with block.loop(half_ic) as (inner, c):
-                vectors, scalars = (operands, weights) if across else (weights, operands)
-                places = ([i, p, c], [b, p, c]) if across else ([b, p, c], [i, p, c])
-                row = {
-                    v: inner.let(load(vectors, "f32", [*places[0], v], lanes, lanes)) for v in range(0, along, lanes)
-                }
-                for t in range(others):
-                    scalar = inner.let(tirx.Broadcast(scalars[(*places[1], t)], lanes))
-                    for v, vector in row.items():
-                        sums.add(inner, (t, v), vector * scalar)
+            pixel, channel = (operands, i), (weights, b)
+            (vectors, at), (scalars, place) = (pixel, channel) if across else (channel, pixel)
+            outer_products(
+                block,
+                sums,
+                half_ic,
+                lambda t, c: scalars[place, p, c, t],
+                lambda v, c: load(vectors, "f32", [at, p, c, v], lanes, lanes),
+            )
 
         def keep(sums, index):
             for key, slot in slots.items():
@@ -240,7 +241,7 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
                 turned = interleave(block, columns, lanes)
                 yield from ((v + t, 0, turned[t]) for t in range(min(lanes, channels - v)))
 
-        def finish(row, column, value):
+        def complete(row, column, value):
             """Epilogue and store of one of the four blocks."""
             for t, v, total in rows(value):
                 count = min(lanes, counts[column] - v)
@@ -249,16 +250,14 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
                 o = b * picks.tile_oc + t + row * half_oc
                 given = {name: tirx.Broadcast(vector[o], lanes) for name, vector in parameters.items()}
                 at = [n, o, *origin, x + (column * half + v)]
-                more = None if residual is None else load(residual, spec.dtype, at, lanes, count)
-                result = epilogue(spec, total * given.pop("scale"), residual=more, **given)
-                block.add(store(dst, spec.dtype, at, result, lanes, count))
+                finish(block, spec, dst, residual, at, total * given.pop("scale"), lanes, count, **given)
 
         # P1 + P2 = C11; P1 + P6 = U2; U2 + P7 = U3; U3 - P4 = C21; U3 + P5 = C22; U2 + P5 + P3 = C12.
         sums = block.registers(keys, lanes)
         accumulate(sums, 0)
         keep(sums, 0)
         accumulate(sums, 1)
-        finish(0, 0, sums.__getitem__)
+        complete(0, 0, sums.__getitem__)
         sums = block.registers(keys, lanes)
         recall(sums, 0)
         accumulate(sums, 2)
@@ -266,13 +265,13 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
         accumulate(sums, 3)
         keep(sums, 1)
         accumulate(sums, 4)
-        finish(1, 0, sums.__getitem__)
+        complete(1, 0, sums.__getitem__)
         sums = block.registers(keys, lanes)
         accumulate(sums, 5)
-        finish(1, 1, lambda key: sums[key] + load(kept, "f32", [1, slots[key], 0], lanes, lanes))
+        complete(1, 1, lambda key: sums[key] + load(kept, "f32", [1, slots[key], 0], lanes, lanes))
         recall(sums, 0)
         accumulate(sums, 6)
-        finish(0, 1, sums.__getitem__)
+        complete(0, 1, sums.__getitem__)
 
     blocks = ceildiv(tiles, picks.block_px)
     with whole.loop(spec.n * picks.parallel_oc * blocks, parallel=True) as (task, index):

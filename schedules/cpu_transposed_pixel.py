@@ -17,9 +17,9 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, epilogue, unflat, widen
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, unflat, widen
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, load, store, written
+from convgen.vector import Block, finish, load, written
 
 
 class CpuTransposedPixel(Schedule):
@@ -119,7 +119,5 @@ def _kernel(spec, lanes, picks, src, residual, parameters, dst):
                 }
                 for i in images:
                     at = [n + i, *[0] * spec.rank, first]  # elements lie one after the other
-                    more = None if residual is None else load(residual, spec.dtype, at, lanes, count)
-                    value = epilogue(spec, sums[i, v], residual=more, **per_channel)
-                    branch.add(store(dst, spec.dtype, at, value, lanes, count))
+                    finish(branch, spec, dst, residual, at, sums[i, v], lanes, count, **per_channel)
     return whole.statement()

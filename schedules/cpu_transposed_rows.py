@@ -21,10 +21,10 @@ from contextlib import ExitStack
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, flat, unflat
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat
 from convgen.dtypes import BYTES
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, interleave, load, prefetch, runs, store, written
+from convgen.vector import Block, finish, interleave, load, prefetch, runs, written
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096
@@ -209,9 +209,7 @@ def _kernel(spec, picks, src, residual, parameters, dst):
                             if count <= 0:
                                 continue
                             at = [n, o, *row, q0 * stride + (v * stride + j) * lanes]
-                            more = None if residual is None else load(residual, spec.dtype, at, lanes, count)
-                            value = epilogue(spec, value, residual=more, **per_channel)
-                            one.add(store(dst, spec.dtype, at, value, lanes, count))
+                            finish(one, spec, dst, residual, at, value, lanes, count, **per_channel)
 
         for first, count, facts in columns.runs:
             start, end = first, first + count

@@ -45,6 +45,7 @@ from convgen.compute import (
     partition_edges,
     read_whole,
     round_up,
+    row_times,
     unflat,
     vectorize_finished,
 )
@@ -110,14 +111,6 @@ class CpuWinograd(Schedule):
         ic_blocks, oc_blocks = ceildiv(spec.ic, lanes), ceildiv(spec.oc, t)
         zero = tirx.const(0, dtype)
 
-        def combine(matrix, position, read):
-            """Row ``position`` of a constant matrix times ``read(0), read(1), …``; folds when unrolled."""
-            values = [sum((tirx.const(c, dtype) * read(k) for k, c in enumerate(row) if c), zero) for row in matrix]
-            chosen = values[-1]
-            for index in range(len(values) - 2, -1, -1):
-                chosen = tirx.Select(position == index, values[index], chosen)
-            return chosen
-
         # Weights: one transform pass per axis, then [position][direct taps][oc/t][ic][t].
         def transformed(axis, read):
             """(oc, ic, direct taps, positions so far + kernel taps) -> one more axis transformed."""
@@ -126,7 +119,7 @@ class CpuWinograd(Schedule):
             at = 2 + len(g.direct) + axis
 
             def value(*index):
-                return combine(g.axes[axis].weights, index[at], lambda k: read(*index[:at], k, *index[at + 1 :]))
+                return row_times(g.axes[axis].weights, index[at], lambda k: read(*index[:at], k, *index[at + 1 :]))
 
             return te.compute(shape, value, name=f"weights_{axis}")
 
@@ -187,7 +180,7 @@ class CpuWinograd(Schedule):
 
         def vertical(*index):
             *at, i, row, col, lane = index
-            return combine(rows.inputs, i, lambda k: pixel_of(at, rows.input(row, k), col, lane))
+            return row_times(rows.inputs, i, lambda k: pixel_of(at, rows.input(row, k), col, lane))
 
         shape = (*batch, g.blocks, ic_blocks, rows.positions, g.block_rows * rows.period, cols.reach(cols.tiles), lanes)
         x1 = te.compute(shape, vertical, name="vertical")
@@ -196,7 +189,7 @@ class CpuWinograd(Schedule):
             *at, position, cb, tile, lane = index
             row, col = tirx.floordiv(tile, cols.tiles), tirx.floormod(tile, cols.tiles)
             i, j = tirx.floordiv(position, cols.positions), tirx.floormod(position, cols.positions)
-            return combine(cols.inputs, j, lambda k: x1[(*at, cb, i, row, cols.input(col, k), lane)])
+            return row_times(cols.inputs, j, lambda k: x1[(*at, cb, i, row, cols.input(col, k), lane)])
 
         shape = (*batch, g.blocks, g.positions, ic_blocks, g.block_tiles, lanes)
         v = te.compute(shape, horizontal, name="transformed")
@@ -225,14 +218,14 @@ class CpuWinograd(Schedule):
         # And back.
         def back_vertical(*index):
             *at, p, j, tile, lane = index
-            return combine(rows.back, p, lambda k: acc[(*at, k, j, tile, lane)])
+            return row_times(rows.back, p, lambda k: acc[(*at, k, j, tile, lane)])
 
         shape = (*batch_out, g.blocks, oc_blocks, rows.outputs, cols.positions, g.block_tiles, t)
         y1 = te.compute(shape, back_vertical, name="back_vertical")
 
         def back(*index):
             *at, p, q, tile, lane = index
-            return combine(cols.back, q, lambda k: y1[(*at, p, k, tile, lane)])
+            return row_times(cols.back, q, lambda k: y1[(*at, p, k, tile, lane)])
 
         shape = (*batch_out, g.blocks, oc_blocks, rows.outputs, cols.outputs, g.block_tiles, t)
         y = te.compute(shape, back, name="back")

@@ -23,9 +23,9 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue
+from convgen.compute import Operands, ceildiv, copied, row_times
 from convgen.schedule import Schedule, Space, require
-from convgen.vector import Block, interleave, load, store, written, zeros
+from convgen.vector import Block, finish, interleave, load, store, weighted_sum, written, zeros
 from convgen.winograd import admitted, strided
 
 #: Products per output, against the taps, that a transform must save to be worth its passes.
@@ -105,23 +105,15 @@ class CpuWinogradGrouped(Schedule):
             _tile(spec, picks.tile),
         )
 
-        def combined(axis, position, read):
-            """Row ``position`` of the weights' matrix times ``read(0), read(1), …``."""
-            _, rows, _ = strided(picks.tile, spec.kernel[axis], spec.stride[axis])
-            values = [sum(tirx.const(float(c), ACCUMULATOR) * read(k) for k, c in enumerate(row) if c) for row in rows]
-            chosen = values[-1]
-            for index in range(len(values) - 2, -1, -1):
-                chosen = tirx.Select(position == index, values[index], chosen)
-            return chosen
-
+        down, along = (strided(picks.tile, *axis)[1] for axis in zip(spec.kernel, spec.stride, strict=True))
         halfway = te.compute(
             (spec.oc, depth, high, spec.kernel[1]),
-            lambda o, c, i, x: combined(0, i, lambda y: ops.weights[o, c, y, x]),
+            lambda o, c, i, x: row_times(down, i, lambda y: ops.weights[o, c, y, x]),
             name="columns",
         )
         transformed = te.compute(
             (spec.oc, depth, high, wide),
-            lambda o, c, i, j: combined(1, j, lambda x: halfway[o, c, i, x]),
+            lambda o, c, i, j: row_times(along, j, lambda x: halfway[o, c, i, x]),
             name="rows",
         )
         packed = [
@@ -237,9 +229,7 @@ def _kernel(spec, picks, src, residual, parameters, dst):
                             o = first + v * lanes + c
                             given = {k: tirx.Broadcast(a[o], lanes) for k, a in parameters.items() if k != "weights"}
                             place = [n, o, y, x]
-                            more = None if residual is None else load(residual, spec.dtype, place, lanes, count)
-                            total = epilogue(spec, value, residual=more, **given)
-                            inside.add(store(dst, spec.dtype, place, total, lanes, count))
+                            finish(inside, spec, dst, residual, place, value, lanes, count, **given)
 
     with whole.loop(spec.n * spec.groups * blocks, parallel=True) as (task, index):
         rest, top = index // blocks, task.let(index % blocks * picks.block_rows)
@@ -266,20 +256,8 @@ def _pairs(rows):
 
 
 def _sum(block, terms):
-    """Of ``(coefficient, value)``."""
-    total = None
-    for c, value in sorted(terms, key=lambda term: term[0] < 0):
-        if total is None:
-            total = value if c == 1 else value * _constant(c, value)
-        elif abs(c) == 1:
-            total = total + value if c > 0 else total - value
-        else:
-            total = total + value * _constant(c, value)
-    return block.let(total)
-
-
-def _constant(c, like):
-    return tirx.Broadcast(tirx.const(float(c), ACCUMULATOR), like.ty.dtype.lanes)
+    """Of ``(coefficient, value)``; what is subtracted comes last, so that nothing is negated."""
+    return block.let(weighted_sum(sorted(terms, key=lambda term: term[0] < 0)))
 
 
 def _forward(block, rows, values):

@@ -21,9 +21,9 @@ from contextlib import ExitStack, contextmanager
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, flat, unflat
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, row_times, unflat
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, gathered, load, load_within, meeting, prefetch, store, store_within, written, zeros
+from convgen.vector import Block, finish, gathered, load, load_within, meeting, prefetch, store, weighted_sum, written
 from convgen.winograd import admitted, toom_cook
 
 
@@ -110,21 +110,8 @@ class CpuWinogradRows(Schedule):
 
         def packed_weights(block, row, c, position, t):
             o = block * tile + t
-            values = [
-                sum(
-                    (
-                        tirx.const(float(f), ACCUMULATOR) * ops.weights[(o, c, *unflat(row, rows), k)]
-                        for k, f in enumerate(factors)
-                        if f
-                    ),
-                    tirx.const(0, ACCUMULATOR),
-                )
-                for factors in weight_rows
-            ]
-            chosen = values[-1]
-            for index in range(len(values) - 2, -1, -1):
-                chosen = tirx.if_then_else(position == index, values[index], chosen)
-            return chosen if spec.oc % tile == 0 else tirx.if_then_else(o < spec.oc, chosen, tirx.const(0, ACCUMULATOR))
+            value = row_times(weight_rows, position, lambda k: ops.weights[(o, c, *unflat(row, rows), k)])
+            return value if spec.oc % tile == 0 else tirx.if_then_else(o < spec.oc, value, tirx.const(0, ACCUMULATOR))
 
         shape = (ceildiv(spec.oc, tile), math.prod(rows), spec.ic, g.positions, tile)
         packed = [te.compute(shape, packed_weights, name="weights_packed")]
@@ -210,7 +197,8 @@ def _kernel(spec, picks, src, residual, parameters, dst):
             orders = [[g.element(i, lane) for lane in range(lanes)] for i in range(g.positions)]
             elements = [block.let(gathered(row, order, lanes)) for order in orders]
         for p, factors in enumerate(input_rows):
-            block.add(store(panel, "f32", [*place, p, 0], _combined(factors, elements, lanes), lanes, lanes))
+            value = weighted_sum(zip(factors, elements, strict=True))
+            block.add(store(panel, "f32", [*place, p, 0], value, lanes, lanes))
 
     def transformed_back(block, sums, v, channels, o, at, x0):
         """Outputs of ``channels`` from o on."""
@@ -218,19 +206,16 @@ def _kernel(spec, picks, src, residual, parameters, dst):
         for t in range(channels):
             given = {k: block.let(tirx.Broadcast(q[o + t], lanes)) for k, q in parameters.items() if k != "weights"}
             positions = [sums[v, t, p] for p in range(g.positions)]
-            values = [block.let(_combined(factors, positions, lanes)) for factors in back_rows]
+            values = [block.let(weighted_sum(zip(factors, positions, strict=True))) for factors in back_rows]
             if not g.apart:
                 place = {g.element(i, lane): i * lanes + lane for i in range(g.m) for lane in range(lanes)}
                 orders = [[place[x + lane] for lane in range(lanes)] for x in pixels]
                 values = [block.let(gathered(values, order, lanes)) for order in orders]
             for complete in (True, False):
                 with block.when(x0 + g.covered <= width if complete else x0 + g.covered > width) as branch:
-                    read, write = (load, store) if complete else (load_within, store_within)
                     for x, value in zip(pixels, values, strict=True):
-                        index = [at[0], o + t, *at[1:], x0 + x]
-                        more = None if residual is None else read(residual, spec.dtype, index, lanes, lanes)
-                        result = epilogue(spec, value, residual=more, **given)
-                        branch.add(write(dst, spec.dtype, index, result, lanes, lanes))
+                        place = [at[0], o + t, *at[1:], x0 + x]
+                        finish(branch, spec, dst, residual, place, value, lanes, lanes, within=not complete, **given)
 
     @contextmanager
     def meeting_taps(block, at):
@@ -305,21 +290,6 @@ def _kernel(spec, picks, src, residual, parameters, dst):
                         x0 = one.let(g.first(first_vector + x * picks.tile_px + v))
                         transformed_back(one, sums, v, channels, one.let(b * picks.tile_oc), at, x0)
     return whole.statement()
-
-
-def _combined(factors, values, lanes):
-    """A row of a constant matrix times vectors."""
-    total = None
-    for factor, value in zip(factors, values, strict=True):
-        if not factor:
-            continue
-        if abs(factor) != 1:
-            value = value * tirx.Broadcast(tirx.const(float(abs(factor)), ACCUMULATOR), lanes)
-        if total is None:
-            total = value if factor > 0 else zeros(lanes) - value
-        else:
-            total = total + value if factor > 0 else total - value
-    return total
 
 
 def _lanes(spec, target):
