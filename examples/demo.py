@@ -8,6 +8,7 @@ this file does the same from Python.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -19,9 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-SPEC = "conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu"
 FOLDER = Path("build", "demo")
-SECONDS = 45
 
 console = Console(stderr=True, highlight=False)
 
@@ -55,10 +54,14 @@ def run_example(folder: Path) -> str:
 
 
 def main() -> None:
-    built = convgen("build", SPEC, "--seconds", str(SECONDS), "--out", str(FOLDER))["layers"][0]
+    parser = argparse.ArgumentParser(description="A tuned, validated, exported kernel, beside ONNX Runtime.")
+    parser.add_argument("spec", nargs="?", default="conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu", help="the layer")
+    parser.add_argument("--seconds", default="45", help="tuning time")
+    options = parser.parse_args()
+    built = convgen("build", options.spec, "--seconds", options.seconds, "--out", str(FOLDER))["layers"][0]
     said = run_example(FOLDER)
     console.print(said)
-    timed = convgen("bench", SPEC, "--peers", "onnxruntime")["layers"][0]
+    timed = convgen("bench", options.spec, "--peers", "onnxruntime")["layers"][0]
 
     peer = timed["peers"][0]
     low, high = timed["interval"]
