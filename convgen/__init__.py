@@ -11,10 +11,15 @@ the standard library only, :func:`load` NumPy besides, and TVM comes with :func:
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime 1.31 and later reports on its use over the network, and leaves a file in the working directory.
+# A user's layers are nobody's business; who wants the reports sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from .build import Kernel, build
