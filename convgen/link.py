@@ -1,7 +1,8 @@
 """From an object file to a library: the C entry points of one kernel, the runtime, the link.
 
 Runs once per tuning candidate, so it is one run of the C compiler: the runtime is compiled once per
-compiler and kept in the user's cache directory.
+compiler and kept in the user's cache directory. The object file says which architecture it is for, and
+so which compiler it takes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -24,6 +27,8 @@ from .interface import ABI, Interface, TensorInfo
 SOURCES = ("types.h", "runtime.h", "pool.c", "kernel.c")
 COMPILE_FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread")
 LINK_FLAGS = ("-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,-z,now", "-Wl,--as-needed", "-Wl,--strip-debug")
+#: This machine's architecture.
+NATIVE = platform.machine()
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -40,55 +45,126 @@ def link(interface: Interface, object_file: Path, out: Path, *, archive: bool = 
     files lie beside ``out``.
 
     Raises:
-        BuildError: there is no C compiler, or it failed; gives the command and what it said.
+        BuildError: there is no C compiler for the architecture, or it failed; gives the command and what it said.
     """
     out = Path(out)
     object_file = Path(object_file).resolve()
     try:
-        digest = hashlib.sha256(object_file.read_bytes())
+        data = object_file.read_bytes()
+        arch, digest = architecture(data), hashlib.sha256(data).hexdigest()
         with tempfile.TemporaryDirectory(prefix=".link-", dir=out.parent) as temporary:
             folder = Path(temporary)
-            (folder / "entry.c").write_text(entry_source(interface, digest.hexdigest()), encoding="utf-8")
-            (folder / "runtime.o").write_bytes(_runtime_object(_compiler()))
+            (folder / "entry.c").write_text(entry_source(interface, digest, arch), encoding="utf-8")
+            (folder / "runtime.o").write_bytes(_runtime_object(compiler(arch)))
             for header in ("types.h", "runtime.h"):
                 (folder / header).write_text(source(header), encoding="utf-8")
-            made = (_archive if archive else _shared)(interface.name, object_file, folder)
+            made = (_archive if archive else _shared)(interface.name, object_file, folder, arch)
             os.replace(made, out)
     except OSError as error:
         raise BuildError(f"{interface.name}: cannot link {object_file} into {out}: {error}") from error
     return out
 
 
-def _shared(name: str, object_file: Path, folder: Path) -> Path:
+def link_shared(sources: Sequence[str], out: Path, arch: str, *, headers: Sequence[str] = ()) -> Path:
+    """Compile some of the runtime's C files, as :func:`source` names them, to a shared library for an architecture.
+
+    Raises:
+        BuildError: there is no C compiler for it, or it failed; gives the command and what it said.
+    """
+    with tempfile.TemporaryDirectory(prefix=".link-", dir=out.parent) as temporary:
+        folder = Path(temporary)
+        for name in (*sources, *headers):
+            (folder / name).write_text(source(name), encoding="utf-8")
+        _run((*compiler(arch), *COMPILE_FLAGS, "-shared", *LINK_FLAGS, "-o", "made", *sources), folder)
+        os.replace(folder / "made", out)
+    return out
+
+
+def _shared(name: str, object_file: Path, folder: Path, arch: str) -> Path:
     made = folder / f"lib{name}.so"
     (folder / "symbols").write_text(f"{{ global: {name}_*; local: *; }};\n", encoding="utf-8")
     inputs = ("entry.c", "runtime.o", str(object_file), "-lm")
     flags = (*COMPILE_FLAGS, "-shared", *LINK_FLAGS, f"-Wl,-soname,{made.name}", "-Wl,--version-script,symbols")
-    _run((*_compiler(), *flags, "-o", made.name, *inputs), folder)
+    _run((*compiler(arch), *flags, "-o", made.name, *inputs), folder)
     return made
 
 
-def _archive(name: str, object_file: Path, folder: Path) -> Path:
+def _archive(name: str, object_file: Path, folder: Path, arch: str) -> Path:
     made = folder / f"lib{name}.a"
     inputs = ("entry.c", "runtime.o", str(object_file))
-    _run((*_compiler(), *COMPILE_FLAGS, "-r", "-nostdlib", "-o", f"{name}.o", *inputs), folder)
+    _relocatable(compiler(arch), f"{name}.o", inputs, folder)
     # Local from here on: the archives of several kernels must not see each other's runtime.
     keep = ("--wildcard", f"--keep-global-symbol={name}_*", "--strip-unneeded", f"--keep-symbol={name}_*")
-    _run((*_tool("OBJCOPY", "objcopy"), *keep, f"{name}.o"), folder)
-    _run((*_tool("AR", "ar"), "rcsD", made.name, f"{name}.o"), folder)
+    _run((*_binutils("objcopy", arch), *keep, f"{name}.o"), folder)
+    _run((*_binutils("ar", arch), "rcsD", made.name, f"{name}.o"), folder)
     return made
+
+
+def _relocatable(compiler: tuple[str, ...], made: str, inputs: Sequence[str], folder: Path) -> None:
+    """One object file of C and object files. They are compiled one by one: not every compiler takes more at once."""
+    objects = []
+    for file in inputs:
+        if file.endswith(".c"):
+            objects.append(file.removesuffix(".c") + ".part.o")
+            _run((*compiler, *COMPILE_FLAGS, "-c", "-o", objects[-1], file), folder)
+        else:
+            objects.append(file)
+    _run((*compiler, "-r", "-nostdlib", "-o", made, *objects), folder)
 
 
 # ---- the C compiler ----------------------------------------------------------------------------
+
+
+#: ELF's numbers of architectures -> their names in ``uname -m`` and in the names of cross compilers.
+_MACHINES = {62: "x86_64", 183: "aarch64"}
+#: The C library that zig links against: any later one serves.
+_ZIG_GLIBC = "2.28"
+
+
+def architecture(object_file: bytes) -> str:
+    """What an ELF file's code runs on, by the name ``uname -m`` has for it; this machine's where the file does
+    not tell.
+    """
+    is_elf = object_file[:4] == b"\x7fELF" and len(object_file) >= 20
+    number = int.from_bytes(object_file[18:20], "little" if object_file[5] == 1 else "big") if is_elf else None
+    return _MACHINES.get(number or 0, NATIVE)
 
 
 def _tool(variable: str, default: str) -> tuple[str, ...]:
     return tuple(shlex.split(os.environ.get(variable, ""))) or (default,)
 
 
-def _compiler() -> tuple[str, ...]:
-    """The C compiler and its own arguments: ``CC``, else ``cc``."""
-    return _tool("CC", "cc")
+def compiler(arch: str) -> tuple[str, ...]:
+    """The C compiler for an architecture, with its own arguments.
+
+    For this machine's ``CC``, else ``cc``. For another, such as aarch64, the first there is of ``CC_AARCH64``,
+    ``aarch64-linux-gnu-gcc`` and the one in the Python package ziglang.
+
+    Raises:
+        BuildError: there is none for another architecture; names these ways.
+    """
+    if arch == NATIVE:
+        return _tool("CC", "cc")
+    variable, gcc = f"CC_{arch.upper()}", f"{arch}-linux-gnu-gcc"
+    if os.environ.get(variable) or shutil.which(gcc):
+        return _tool(variable, gcc)
+    zig = importlib.util.find_spec("ziglang")
+    if zig is not None and zig.submodule_search_locations:
+        program = Path(zig.submodule_search_locations[0]) / "zig"
+        return str(program), "cc", "-target", f"{arch}-linux-gnu.{_ZIG_GLIBC}"
+    raise BuildError(
+        f"expected a C compiler for {arch}, found none: install {gcc} (Debian: apt install gcc-{arch}-linux-gnu) "
+        f"or the Python package ziglang, or name one in {variable}"
+    )
+
+
+def _binutils(tool: str, arch: str) -> tuple[str, ...]:
+    """``objcopy`` or ``ar`` for an architecture: what ``OBJCOPY``, for another ``OBJCOPY_AARCH64``, names, else
+    the compiler's companion.
+    """
+    if arch == NATIVE:
+        return _tool(tool.upper(), tool)
+    return _tool(f"{tool.upper()}_{arch.upper()}", f"{arch}-linux-gnu-{tool}")
 
 
 def _run(command: Sequence[str], folder: Path) -> None:
@@ -99,6 +175,8 @@ def _run(command: Sequence[str], folder: Path) -> None:
         )
     except OSError as error:
         hint = "install a C compiler (Debian: apt install gcc) or name one in CC"
+        if command[0].endswith(("objcopy", "ar")):
+            hint = "install the binutils of the target's architecture"
         raise BuildError(f"{command[0]}: {error.strerror}; {hint}") from error
     if done.returncode:
         said = (done.stderr or done.stdout).strip()
@@ -129,7 +207,7 @@ def _runtime_object(compiler: tuple[str, ...]) -> bytes:
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")
         inputs = [file for file in SOURCES if file.endswith(".c")]
-        _run((*compiler, *COMPILE_FLAGS, "-r", "-nostdlib", "-o", name, *inputs), folder)
+        _relocatable(compiler, name, inputs, folder)
         data = (folder / name).read_bytes()
     if cache is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
@@ -178,7 +256,7 @@ def identity(interface: Interface, digest: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def entry_source(interface: Interface, digest: str) -> str:
+def entry_source(interface: Interface, digest: str, arch: str = NATIVE) -> str:
     """The C file that describes one kernel and defines its exported functions."""
     arguments = interface.lowered_arguments
     shapes = [_shape(name, tensor) for name, tensor in arguments.items()]
@@ -186,11 +264,12 @@ def entry_source(interface: Interface, digest: str) -> str:
     fields = [f"    .{name} = {_tensor(name, tensor, 0)}," for name, tensor in arguments.items()]
     offsets = interface.packed_offsets
     packed = [f"    {_tensor(f'packed{i}', t, offsets[i])}," for i, t in enumerate(interface.packed)]
-    supported = " && ".join(f'__builtin_cpu_supports("{feature}")' for feature in interface.isa) or "1"
+    supported = " && ".join(_support(feature, arch) for feature in interface.isa) or "1"
     words = identity(interface, digest)
     return "\n".join(
         [
             '#include "runtime.h"',
+            *(["#include <sys/auxv.h>"] if arch == "aarch64" else []),
             "",
             "int __tvm_ffi_pack(void *, const convgen_any *, int32_t, convgen_any *);",
             "int __tvm_ffi_main(void *, const convgen_any *, int32_t, convgen_any *);",
@@ -222,6 +301,21 @@ def entry_source(interface: Interface, digest: str) -> str:
             "",
         ]
     )
+
+
+#: Linux's names of Arm features (``Features`` of ``/proc/cpuinfo``) that are told by the second word; it names
+#: its bits after them.
+_HWCAP2 = frozenset({"sve2", "sveaes", "svebf16", "svei8mm", "svef32mm", "i8mm", "bf16", "frint", "flagm2"})
+
+
+def _support(feature: str, arch: str) -> str:
+    """A C expression: whether the CPU has a feature. Those of x86 are named as ``__builtin_cpu_supports`` names
+    them, those of Arm, whose processors tell it to the system only, as Linux does.
+    """
+    if arch != "aarch64":
+        return f'__builtin_cpu_supports("{feature}")'
+    word = "HWCAP2" if feature in _HWCAP2 else "HWCAP"
+    return f"(getauxval(AT_{word}) & {word}_{feature.upper()}) != 0"
 
 
 def _shape(name: str, tensor: TensorInfo) -> str:

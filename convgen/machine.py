@@ -6,6 +6,7 @@ Imports neither NumPy nor TVM.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -15,10 +16,13 @@ import re
 import shlex
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from .errors import BuildError, MeasureError
 
@@ -52,6 +56,8 @@ class Machine:
         logical: logical CPUs this process may use.
         l1, l2, l3: data cache sizes in bytes, as seen by one core; None where the system does not tell.
         memory: physical memory in bytes.
+        arch: the architecture, as Linux calls it: ``x86_64``, ``aarch64``.
+        llvm: LLVM's name of the processor, of a machine that was asked for it; empty otherwise.
     """
 
     cpu: str
@@ -63,6 +69,29 @@ class Machine:
     l2: int | None
     l3: int | None
     memory: int
+    arch: str = platform.machine()
+    llvm: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as JSON can say them."""
+        return asdict(self) | {"features": sorted(self.features)}
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> Machine:
+        """What :meth:`to_dict` gave, on another machine.
+
+        Raises:
+            MeasureError: they are not the facts of a machine; names ``where`` they are from.
+        """
+        try:
+            made = cls(**{field.name: values[field.name] for field in fields(cls)})
+            made = replace(made, features=frozenset(map(str, made.features)))
+            numbers = [made.cores, made.logical, made.memory, made.l1 or 1, made.l2 or 1, made.l3 or 1]
+            if not made.fingerprint or not all(type(number) is int and number > 0 for number in numbers):
+                raise ValueError(f"found {values!r}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise MeasureError(f"{where}: expected the facts of a machine, found {error}") from error
+        return made
 
     @classmethod
     def detect(cls) -> Machine:
@@ -123,11 +152,84 @@ def _feature(flag: str) -> str:
 
 def _physical(usable: set[int], sysfs: Path) -> int:
     """How many cores the logical CPUs belong to; each its own where the system does not tell."""
-    cores = set()
-    for cpu in usable:
-        siblings = sysfs / f"cpu{cpu}" / "topology" / "thread_siblings_list"
-        cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
-    return len(cores)
+    return len({_core(cpu, sysfs) for cpu in usable})
+
+
+# -- CPUs of one's own --------------------------------------------------------------------------------
+
+#: Seconds to wait for CPUs that others measure on before sharing them.
+PATIENCE = 2.0
+
+
+@contextlib.contextmanager
+def pinned(threads: int) -> Iterator[bool]:
+    """Keep this process on ``threads`` CPUs, of as many physical cores as there are; gives whether it could.
+
+    Processes of one user that measure at the same time claim different CPUs, and take turns where
+    there are too few: a claim is a lock on a file, which goes with its process.
+    """
+    try:
+        before = os.sched_getaffinity(0)
+        cpus = _by_core(before, _SYSFS)
+    except (AttributeError, OSError):  # not this system, or not in this sandbox
+        yield False
+        return
+    with contextlib.ExitStack() as claims:
+        chosen = _claim(cpus, threads, claims) if threads <= len(cpus) else set(cpus)
+        try:
+            _set_affinity(chosen)
+        except OSError:
+            yield False
+            return
+        try:
+            yield threads <= len(cpus)
+        finally:
+            _set_affinity(before)
+
+
+def _set_affinity(cpus: set[int]) -> None:
+    """Of every thread of this process: a pool of an earlier measurement is used again."""
+    os.sched_setaffinity(0, cpus)
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(int(thread), cpus)
+
+
+def _claim(cpus: list[int], threads: int, claims: contextlib.ExitStack) -> set[int]:
+    """CPUs that nobody else measures on; the first ones where there are too few for too long."""
+    folder = Path(tempfile.gettempdir()) / f"convgen-cpus-{os.getuid()}"
+    end = time.monotonic() + PATIENCE
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        while time.monotonic() < end:
+            with contextlib.ExitStack() as locks:
+                claimed: set[int] = set()
+                for cpu in cpus:
+                    file = locks.enter_context(open(folder / str(cpu), "w"))
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        claimed.add(cpu)
+                    if len(claimed) == threads:
+                        claims.push(locks.pop_all())
+                        return claimed
+            time.sleep(0.005)
+    return set(cpus[:threads])
+
+
+def _by_core(usable: set[int], sysfs: Path) -> list[int]:
+    """The CPUs, one of each physical core first."""
+    cores: dict[str, int] = {}
+    rank = {}
+    for cpu in sorted(usable):
+        core = _core(cpu, sysfs)
+        rank[cpu] = cores[core] = cores.get(core, -1) + 1
+    return sorted(usable, key=lambda cpu: (rank[cpu], cpu))
+
+
+def _core(cpu: int, sysfs: Path) -> str:
+    """What tells a logical CPU's core from others."""
+    siblings = sysfs / f"cpu{cpu}" / "topology" / "thread_siblings_list"
+    return siblings.read_text().strip() if siblings.exists() else str(cpu)
 
 
 def _caches(folder: Path) -> dict[int, int]:

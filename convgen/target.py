@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .dtypes import ACCUMULATOR, BYTES
 from .errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from .machine import Machine
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Target:
         isa: CPU features a kernel needs, as compilers name them.
         l1, l2, l3: data cache sizes in bytes (l1, l2 per core).
         cores: cores a kernel may use.
-        native: whether kernels run on this machine.
+        native: whether kernels run on the machine: this one, or the one the target was resolved for.
         hardware: fingerprint of the machine records are tied to.
     """
 
@@ -78,8 +81,12 @@ class Target:
         return self.spelling
 
 
-def resolve(spelling: str | Target = "cpu") -> Target:
+def resolve(spelling: str | Target = "cpu", machine: Machine | None = None) -> Target:
     """The target that ``cpu``, ``cpu:haswell`` … names.
+
+    Args:
+        machine: the one the kernels are to run on; this one where None. Cores, caches and what
+            ``cpu`` names are that machine's.
 
     Raises:
         UnsupportedError: no such family or processor.
@@ -92,5 +99,5 @@ def resolve(spelling: str | Target = "cpu") -> Target:
     families = target_families()
     if family not in families:
         raise UnsupportedError(f"target: expected one of {', '.join(sorted(families))}, found {spelling!r}")
-    resolved: Target = families[family].resolve(model)
+    resolved: Target = families[family].resolve(model) if machine is None else families[family].resolve(model, machine)
     return resolved

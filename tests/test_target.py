@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import platform
+from pathlib import Path
 
 import pytest
 from convgen.schedules.reference import Reference
 from convgen.targets import cpu
+from tvm.ir import save_json
 
 from convgen.discover import target_families
-from convgen.errors import UnsupportedError
-from convgen.lower import lower, source
-from convgen.machine import machine
+from convgen.errors import BuildError, MeasureError, UnsupportedError
+from convgen.lower import Lowered, lower, source
+from convgen.machine import Machine, machine
+from convgen.measure import build_artifact, measure_module
 from convgen.schedule import Candidate
 from convgen.spec import ConvSpec
-from convgen.target import resolve
+from convgen.target import Target, resolve
 
 x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86-64 processors")
 
@@ -68,10 +72,85 @@ def test_facts_of_x86_processors(model: str, bits: int, registers: int, has: set
 def test_another_architecture_is_not_native() -> None:
     target = resolve("cpu:aarch64-cortex-a72")
     assert not target.native
-    assert target.isa == ()
+    assert target.isa == ("asimd",)
     assert (target.vector_bits, target.vector_registers) == (128, 32)
     assert target.hardware == "unknown"
     assert json.loads(target.tvm_config)["mtriple"].startswith("aarch64")
+
+
+ARM = Machine(
+    "Neoverse-N1", "0x41-0xd0c-0x3-1-4", frozenset({"asimd", "asimdrdm", "asimddp", "asimdhp", "atomics", "fp"}),
+    cores=3, logical=4, l1=64 << 10, l2=1 << 20, l3=None, memory=1 << 33, arch="aarch64", llvm="neoverse-n1",
+)  # fmt: skip
+INTEL = Machine(
+    "Xeon", "GenuineIntel-6-85-4-4", frozenset({"sse4.2", "avx", "avx2", "fma", "bmi", "bmi2"}),
+    cores=2, logical=4, l1=32 << 10, l2=1 << 18, l3=1 << 23, memory=1 << 33, arch="x86_64", llvm="haswell",
+)  # fmt: skip
+
+
+def test_a_target_for_another_machine_has_its_facts() -> None:
+    target = resolve("cpu", machine=ARM)
+    assert (target.spelling, target.native, target.hardware) == ("cpu:aarch64-neoverse-n1", True, ARM.fingerprint)
+    assert (target.cores, target.l1, target.l2) == (3, 64 << 10, 1 << 20)
+    assert json.loads(target.tvm_config)["num-cores"] == 3
+    assert resolve(target.spelling, machine=ARM) == target
+    assert resolve("cpu", machine=machine_with_llvm()) == resolve("cpu")
+
+
+def machine_with_llvm() -> Machine:
+    """This machine, as a device describes itself."""
+    return dataclasses.replace(machine(), llvm=resolve().spelling.removeprefix("cpu:").removeprefix("aarch64-"))
+
+
+@pytest.mark.parametrize(
+    ("spelling", "where", "native"),
+    [
+        ("cpu:haswell", INTEL, True),
+        ("cpu:x86-64-v2", INTEL, True),
+        ("cpu:znver4", INTEL, False),
+        ("cpu:aarch64-cortex-a72", INTEL, False),
+        ("cpu:aarch64-cortex-a72", ARM, True),
+        ("cpu:aarch64-neoverse-v1", ARM, False),  # SVE
+        ("cpu:haswell", ARM, False),
+    ],
+)
+def test_native_is_decided_against_the_machine(spelling: str, where: Machine, native: bool) -> None:
+    target = resolve(spelling, machine=where)
+    assert target.native is native
+    assert target.hardware == (where.fingerprint if native else "unknown")
+
+
+def test_a_machines_facts_travel_as_json() -> None:
+    for one in (ARM, INTEL, machine()):
+        assert Machine.from_dict(json.loads(json.dumps(one.to_dict())), "device a") == one
+
+
+@pytest.mark.parametrize(
+    "change", [{"cores": 0}, {"cores": "2"}, {"l1": -1}, {"fingerprint": ""}, {"features": None}, {"memory": True}]
+)
+def test_what_is_no_machine_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(MeasureError, match="device a: expected the facts of a machine, found"):
+        Machine.from_dict(ARM.to_dict() | change, "device a")
+    with pytest.raises(MeasureError, match="'cores'"):
+        Machine.from_dict({"cpu": "x", "fingerprint": "y", "features": []}, "device a")
+
+
+def test_a_candidate_is_compiled_for_the_machine_it_was_lowered_for(tmp_path: Path) -> None:
+    """Also where that is decided by what the compiling one knows only from the module."""
+    schedule, spec = Reference(), ConvSpec.parse("conv1d n1 ic2 oc3 i9 k3")
+    target = dataclasses.replace(resolve(), isa=("sse4.2",), hardware="elsewhere")
+    lowered = lower(spec, target, Candidate(schedule, schedule.default(spec, target)))
+    seen: list[Target] = []
+
+    def compiled(lowered: Lowered, *_: object) -> None:
+        seen.append(lowered.target)
+        raise BuildError("enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("convgen.build"), "compile_lowered", compiled)
+        with pytest.raises(BuildError, match="enough"):
+            build_artifact(str(save_json(measure_module(lowered))), str(tmp_path))
+    assert seen == [target]
 
 
 def test_code_for_another_architecture_compiles() -> None:
