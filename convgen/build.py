@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .best import Answer, find_record
+from .best import best_record as best_record
+from .best import choose as choose
+from .best import record_candidate as record_candidate
 from .discover import schedule as find_schedule
 from .discover import schedules
 from .errors import Inapplicable, SpecError, UnsupportedError
@@ -20,13 +25,13 @@ from .library import Library
 from .link import link
 from .lower import Lowered, compile_object, lower, source
 from .machine import machine
-from .records import RecordStore, TuningRecord
+from .records import RecordStore, TuningRecord, default_path
 from .schedule import Candidate, Picks
 from .spec import ConvSpec
 from .target import Target, resolve
 
 if TYPE_CHECKING:
-    from .tune import Progress
+    from .search import Progress
 
 Records = RecordStore | str | Path | bool | None
 
@@ -54,6 +59,7 @@ class Kernel(Library):
         path: its shared library.
         schedule, picks: how.
         record: the tuning record it came from; None where it is the schedule's default.
+        origin: where the record is from, unless this machine made it; empty otherwise.
         note: what a user should know, such as that no fast schedule applied; empty otherwise.
     """
 
@@ -66,10 +72,12 @@ class Kernel(Library):
         threads: int,
         record: TuningRecord | None,
         directory: Path,
+        origin: str = "",
+        note: str = "",
     ) -> None:
         super().__init__(library, interface.spec, interface.name, threads)
         self.path, self.lowered, self.interface, self.object_file = library, lowered, interface, object_file
-        self.target, self.record = lowered.target, record
+        self.target, self.record, self.origin, self._note = lowered.target, record, origin, note
         self.schedule: str = lowered.candidate.schedule.id
         self.picks = lowered.candidate.picks
         weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
@@ -82,9 +90,10 @@ class Kernel(Library):
     @property
     def note(self) -> str:
         if self.schedule != "reference":
-            return ""
+            return self._note
         why = f"no fast schedule applies on {self.target}, or none was right"
-        return f"{self.spec.descriptor}: {why}; this is the slow reference"
+        slow = f"{self.spec.descriptor}: {why}; this is the slow reference"
+        return f"{self._note}; {slow}" if self._note else slow
 
     def __call__(
         self, src: Any, weights: Any, bias: Any = None, slope: Any = None, *, residual: Any = None, out: Any = None
@@ -115,6 +124,7 @@ class Kernel(Library):
             "schedule_version": self.lowered.candidate.schedule.version,
             "picks": dict(self.picks),
             "record": self.record.id if self.record else None,
+            "record_origin": self.origin,
             "seconds": self.record.seconds if self.record else None,
             "error_factor": error_factor(self.spec),
             "versions": versions(),
@@ -142,56 +152,27 @@ def default_candidate(spec: ConvSpec, target: Target) -> Candidate:
     return Candidate(best, best.default(core, target))
 
 
-def record_candidate(record: TuningRecord, spec: ConvSpec, target: Target) -> Candidate | None:
-    """What a record describes, or None where this version's schedules no longer mean the same."""
-    try:
-        schedule = find_schedule(record.schedule)
-    except UnsupportedError:
-        return None
-    picks = Picks(**record.picks)
-    if schedule.version != record.schedule_version or schedule.reason_against(spec.core, target, picks):
-        return None
-    names = schedule.space(spec.core, target).domains  # records sort theirs
-    return Candidate(schedule, Picks(**{name: picks[name] for name in names}))
-
-
-def choose(
-    spec: ConvSpec, target: Target, record: TuningRecord | None, rejected: Collection[Candidate] = ()
-) -> tuple[Candidate, TuningRecord | None]:
-    """What to build, and the record it comes from: the record's candidate, else the default.
-
-    A default that a search has ``rejected`` (it crashed, or its output was wrong) is not built: the
-    reference, which the others are checked against, answers instead.
-    """
-    candidate = record_candidate(record, spec, target) if record else None
-    if candidate is not None:
-        return candidate, record
-    candidate = default_candidate(spec, target)
-    if candidate in rejected:
-        candidate = parse_candidate(spec, target, "reference")
-    return candidate, None
-
-
-def best_record(store: RecordStore, spec: ConvSpec, target: Target, threads: int) -> TuningRecord | None:
-    """The record to build from: the fastest of those re-measured side by side, else the fastest."""
-    trials = store.trials(
-        spec=spec.descriptor, target=target.spelling, hardware=target.hardware, threads=threads, outcome="ok"
-    )
-    usable = [r for r in trials if r.versions == versions() and record_candidate(r, spec, target)]
-    final = [r for r in usable if (r.note or {}).get("final")]
-    return min(final or usable, key=lambda r: r.seconds or 0.0, default=None)
-
-
 @contextmanager
-def open_store(records: Records) -> Iterator[RecordStore | None]:
-    """The store for a while. None: the default one; False: none at all; a path; or an open store, left open."""
+def open_store(records: Records, *, write: bool = True) -> Iterator[RecordStore | None]:
+    """The store for a while. None: the default one; False: none at all; a path; or an open store, left open.
+
+    Where nothing must be written, one that this process may only read is opened read-only.
+    """
     if isinstance(records, RecordStore):
         yield records
     elif records is False:
         yield None
     else:
-        with RecordStore(None if records is None or records is True else records) as store:
+        path = default_path() if records is None or records is True else Path(records)
+        readonly = not write and path.exists() and not _is_writable(path)
+        with RecordStore(path, readonly=readonly) as store:
             yield store
+
+
+def _is_writable(path: Path) -> bool:
+    """Whether a store can be: SQLite writes its log beside it."""
+    path = path.resolve()
+    return all(os.access(each, os.W_OK, effective_ids=True) for each in (path, path.parent))
 
 
 def check_memory(spec: ConvSpec) -> None:
@@ -219,8 +200,13 @@ def compile_candidate(
     *,
     record: TuningRecord | None = None,
     name: str | None = None,
+    origin: str = "",
+    note: str = "",
 ) -> Kernel:
     """Lower, compile, link and load one candidate.
+
+    Args:
+        record, origin, note: kept by the kernel; see :class:`Kernel`.
 
     Raises:
         Inapplicable: the picks are not valid here.
@@ -232,7 +218,7 @@ def compile_candidate(
     directory = Path(tempfile.mkdtemp(prefix="convgen-"))
     try:
         interface, object_file, library = compile_lowered(lowered, directory, name)
-        return Kernel(lowered, interface, object_file, library, threads, record, directory)
+        return Kernel(lowered, interface, object_file, library, threads, record, directory, origin, note)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
@@ -283,9 +269,10 @@ def build(
         spec: a spec, or its descriptor.
         target: ``cpu`` (this machine) or ``cpu:<LLVM processor>``.
         threads: threads the kernel is for; all cores by default.
-        trials, seconds: tuning budget; with neither, the best matching record answers, else the
-            schedule's default: always a kernel at once.
-        records: the store: None the default one, False none at all, or a path.
+        trials, seconds: tuning budget; with neither, the best matching record answers, from the store or
+            the package, else the schedule's default: always a kernel at once. A record of other versions
+            is first measured again, in one or two seconds; :attr:`Kernel.note` says so.
+        records: the store: None the default one, False no records at all, or a path.
         progress: called after every trial.
         name: prefix of the exported C functions; made from the descriptor by default.
 
@@ -299,19 +286,20 @@ def build(
     resolved = resolve(target)
     threads = check_threads(threads, resolved)
     check_memory(spec)
-    rejected: frozenset[Candidate] = frozenset()
-    with open_store(records) as store:
-        record = None
+    answer = Answer(None)
+    with open_store(records, write=bool(trials or seconds)) as store:
         if (trials or seconds) and spec.n:
             from .tune import Tuner
 
             with Tuner(resolved, threads, store) as tuner:
                 record = tuner.tune(spec, trials=trials, seconds=seconds, progress=progress)
-                rejected = frozenset(tuner.rejected)
-        elif store is not None:
-            record = best_record(store, spec, resolved, threads)
-    candidate, record = choose(spec, resolved, record, rejected)
-    return compile_candidate(spec, resolved, candidate, threads, record=record, name=name)
+                answer = Answer(record, rejected=frozenset(tuner.rejected))
+        elif store is not None and resolved.native:
+            answer = find_record(store, spec, resolved, threads)
+    candidate, record = choose(spec, resolved, answer.record, answer.rejected)
+    return compile_candidate(
+        spec, resolved, candidate, threads, record=record, name=name, origin=answer.origin, note=answer.note
+    )
 
 
 def parse_candidate(spec: ConvSpec, target: Target, schedule_id: str, picks: str | None = None) -> Candidate:

@@ -37,7 +37,7 @@ from .errors import RecordError
 RECORD_SCHEMA = 1
 #: Version of the database (its ``user_version``).
 STORE_SCHEMA = 1
-OUTCOMES = ("ok", "build_error", "crash", "timeout", "wrong", "run_error")
+OUTCOMES = ("ok", "build_error", "crash", "timeout", "memory", "wrong", "run_error")
 
 Pick = int | str | bool
 T = TypeVar("T")
@@ -124,8 +124,8 @@ class TuningRecord:
         hardware: fingerprint of the machine (:attr:`convgen.machine.Machine.fingerprint`).
         threads: threads the kernel was compiled for and timed with.
         schedule, schedule_version, picks: the candidate.
-        outcome: ``ok``, or how it failed: ``build_error``, ``crash``, ``timeout``, ``wrong`` (its
-            output), ``run_error``.
+        outcome: ``ok``, or how it failed: ``build_error``, ``crash``, ``timeout``, ``memory`` (it took
+            too much), ``wrong`` (its output), ``run_error``.
         seconds: median time of one call; given exactly where the outcome is ``ok``.
         samples: the times it is the median of, in seconds.
         error: what a failure said.
@@ -231,7 +231,7 @@ class TuningRecord:
             RecordError: as :meth:`from_dict`, or not JSON; ``where`` leads its message.
         """
         try:
-            return cls.from_dict(_load(text))
+            return cls.from_dict(load_json(text))
         except (ValueError, RecursionError) as error:
             raise RecordError(f"{where}: not JSON: {error}" if where else f"not JSON: {error}") from None
         except RecordError as error:
@@ -247,7 +247,7 @@ def _exists(when: str) -> bool:
     return True
 
 
-def _load(text: str | bytes) -> Any:
+def load_json(text: str | bytes) -> Any:
     """Strict JSON: no NaN, no name twice in an object.
 
     Raises:
@@ -266,10 +266,58 @@ def _load(text: str | bytes) -> Any:
     return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
 
 
+def read_lines(path: Path | str) -> list[TuningRecord]:
+    """The records of a JSON-lines file.
+
+    Raises:
+        RecordError: the file cannot be read, or a line is not a record; names the file, line and field.
+    """
+    found = []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LINE_BYTES + 1), b""), 1):
+                where = f"{path}: line {number}"
+                if len(line) > _LINE_BYTES:
+                    raise RecordError(f"{where}: expected at most {_LINE_BYTES} bytes, found more")
+                if line.strip():
+                    found.append(TuningRecord.from_json(line, where))
+    except OSError as error:
+        raise RecordError(f"{path}: {error.strerror}") from error
+    return found
+
+
+def write_lines(path: Path | str, records: Iterable[TuningRecord]) -> None:
+    """Write records to a JSON-lines file, which appears whole or not at all.
+
+    Raises:
+        RecordError: it cannot be written.
+    """
+    write_whole(Path(path), (record.to_json() + "\n" for record in records))
+
+
+def write_whole(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file, which appears whole or not at all.
+
+    Raises:
+        RecordError: it cannot be written.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.writelines(lines)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise RecordError(f"{path}: {error.strerror}") from error
+
+
 _FIELDS = tuple(f.name for f in fields(TuningRecord))
 _MEASURED = ("outcome", "seconds", "samples", "error", "when", "note")
 
-# Rows are added, never changed or deleted. What no query asks for is one column of JSON, `detail`,
+# Rows are numbered from 1 without a gap: RecordStore.recover counts gaps. They are added, never changed, and
+# removed by RecordStore.remove alone. What no query asks for is one column of JSON, `detail`,
 # because parsing it is most of the time that listing takes.
 _DETAIL = {"picks", "samples", "versions", "note"}
 _PLAIN = tuple(name for name in _FIELDS if name not in _DETAIL)
@@ -391,6 +439,10 @@ class RecordStore:
         """Keep a record for good; returns whether it was new."""
         return self._insert([record]) == 1
 
+    def add_all(self, records: Iterable[TuningRecord]) -> int:
+        """Keep several records for good, all or none; returns how many were new."""
+        return self._insert(records)
+
     def merge(self, other: Path | str) -> int:
         """Add another store's records, each checked; returns how many were new.
 
@@ -407,18 +459,7 @@ class RecordStore:
         Raises:
             RecordError: a line is not a record; names the file, line and field.
         """
-        found = []
-        try:
-            with open(path, "rb") as file:
-                for number, line in enumerate(iter(lambda: file.readline(_LINE_BYTES + 1), b""), 1):
-                    where = f"{path}: line {number}"
-                    if len(line) > _LINE_BYTES:
-                        raise RecordError(f"{where}: expected at most {_LINE_BYTES} bytes, found more")
-                    if line.strip():
-                        found.append(TuningRecord.from_json(line, where))
-        except OSError as error:
-            raise RecordError(f"{path}: {error.strerror}") from error
-        return self._insert(found)
+        return self._insert(read_lines(path))
 
     def _insert(self, records: Iterable[TuningRecord]) -> int:
         rows = [_encode(record) for record in records]
@@ -435,6 +476,37 @@ class RecordStore:
         added = self._run(insert)
         self._flush()
         return added
+
+    def remove(self, ids: Iterable[str]) -> int:
+        """Take records out for good; returns how many of them there were.
+
+        In place and in one transaction, because others may have the store open: a new file in its place
+        would lose what they add to the old one. Writers wait, readers see the store before or after, and
+        a sudden end leaves one of the two. For :meth:`recover` the rows that stay are numbered anew, as it
+        counts gaps, and what goes is overwritten, as it reads whatever looks like a row.
+        """
+        wanted = [(id_,) for id_ in ids]
+
+        def remove(db: sqlite3.Connection) -> int:
+            db.execute("PRAGMA secure_delete = ON").fetchall()
+            with db:
+                db.execute("BEGIN IMMEDIATE")
+                before = db.total_changes
+                db.executemany("DELETE FROM records WHERE id = ?", wanted)
+                removed = db.total_changes - before
+                rows = db.execute("SELECT rowid FROM records ORDER BY rowid").fetchall()
+                moved = [(number, row) for number, (row,) in enumerate(rows, 1) if number != row]
+                db.executemany("UPDATE records SET rowid = ? WHERE rowid = ?", moved)
+            return removed
+
+        removed = self._run(remove)
+        self._flush()
+        return removed
+
+    def compact(self) -> None:
+        """Give the space of removed records back to the system; whole or not at all."""
+        self._run(lambda db: db.execute("VACUUM"))
+        self._flush()
 
     def _flush(self) -> None:
         """Move what was committed from the log into the file, and wait for others who do.
@@ -477,6 +549,25 @@ class RecordStore:
         }
         return [self._record(row) for row in self._rows(**{k: v for k, v in wanted.items() if v is not None})]
 
+    def problems(self) -> list[tuple[str, str, str, int]]:
+        """What there are records of: each spec, target, hardware and number of threads once."""
+        query = "SELECT DISTINCT spec, target, hardware, threads FROM records"
+        return self._run(lambda db: db.execute(query).fetchall())
+
+    def find(self, prefix: str) -> TuningRecord:
+        """The record whose id begins with ``prefix``.
+
+        Raises:
+            RecordError: the prefix is not hexadecimal, or begins no id, or several.
+        """
+        _expect(re.fullmatch(r"[0-9a-f]{1,64}", prefix) is not None, "id", "the first hexadecimal digits", prefix)
+        query = f"SELECT {_COLUMNS} FROM records WHERE id >= ? AND id < ? ORDER BY id LIMIT 9"
+        rows = self._run(lambda db: db.execute(query, (prefix, prefix + "g")).fetchall())
+        if len(rows) != 1:
+            found = ", ".join(row[_ID][:16] for row in rows[:8]) + (" …" if len(rows) > 8 else "")
+            raise RecordError(f"{self.path}: id {prefix}: expected it to begin one record's, found {found or 'none'}")
+        return self._record(rows[0])
+
     def best(
         self,
         spec: str,
@@ -514,18 +605,8 @@ class RecordStore:
 
         The file appears whole or not at all. Equal sets of records give equal files.
         """
-        path = Path(path)
         records = self.trials()
-        part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
-        try:
-            try:
-                with part.open("w") as file:
-                    file.writelines(record.to_json() + "\n" for record in records)
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
-        except OSError as error:
-            raise RecordError(f"{path}: {error.strerror}") from error
+        write_lines(path, records)
         return len(records)
 
     def __len__(self) -> int:

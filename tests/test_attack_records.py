@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -356,6 +357,121 @@ def test_a_killed_import_is_whole_or_nothing(tmp_path: Path) -> None:
     assert killed
 
 
+REMOVE = """
+import sys
+from convgen.records import RecordStore
+with RecordStore(sys.argv[1]) as store:
+    ids = [record.id for record in store.trials()]
+    print("ready", flush=True)
+    store.remove(ids[::2])
+    store.compact()
+"""
+
+
+def test_a_killed_removal_is_whole_or_nothing(tmp_path: Path) -> None:
+    items, killed = some(3000), 0
+    for number in range(8):
+        path = tmp_path / f"{number}.sqlite"
+        with RecordStore(path) as store:
+            store.add_all(items)
+        with subprocess.Popen([sys.executable, "-c", REMOVE, str(path)], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(number * 0.02)
+            process.kill()
+        killed += process.returncode == -signal.SIGKILL
+        with RecordStore(path) as store:
+            assert len(store) in (1500, 3000)
+            assert store.check().ok
+            count = len(store)
+        found = RecordStore.recover(path, tmp_path / "new.sqlite")
+        assert (found.saved, found.lost) == (count, 0)
+    assert killed
+
+
+def test_records_are_removed_while_others_write(tmp_path: Path) -> None:
+    path = tmp_path / "r.sqlite"
+    old, count = some(500), 60
+    with RecordStore(path) as store:
+        store.add_all(old)
+        running = [writer(path, number, count) for number in range(4)]
+        for item in old:
+            assert store.remove([item.id]) == 1
+            if all(process.poll() is not None for process in running):
+                break
+        store.remove(item.id for item in old)
+        store.compact()
+        printed: set[str] = set()
+        for process in running:
+            printed |= set(process.communicate()[0].split())
+            assert process.returncode == 0
+        assert len(printed) == 4 * count
+        assert {item.id for item in store.trials()} == printed
+        assert store.check().ok
+    assert RecordStore.recover(path, tmp_path / "new.sqlite").lost == 0
+
+
+def test_a_removal_from_a_damaged_store_says_so(tmp_path: Path) -> None:
+    path = fill(tmp_path / "r.sqlite", some(300))
+    data = bytearray(path.read_bytes())
+    data[PAGE : 2 * PAGE] = random.Random(1).randbytes(PAGE)  # the root of the table
+    path.write_bytes(data)
+    with RecordStore(path) as store, pytest.raises(RecordError, match=r"malformed; .*recover"):
+        store.remove([some(1)[0].id])
+    assert RecordStore.recover(path, tmp_path / "new.sqlite").saved == 300
+
+
+# -- load --------------------------------------------------------------------------------------------
+
+
+LOADER = """
+import sys
+from convgen.records import RecordStore, TuningRecord
+path, writer, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+with RecordStore(path) as store:
+    for i in range(count):
+        item = TuningRecord(
+            spec="conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu", target="cpu", hardware="here", threads=2,
+            schedule="reference", schedule_version=1, picks={"writer": writer, "i": i}, outcome="ok", seconds=1e-3,
+            samples=[1e-3 + j * 1e-6 for j in range(15)], versions={"convgen": "0.1.0", "tvm": "0.27.0"},
+        )
+        assert store.add(item)
+        print(item.id, flush=True)
+"""
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_eight_writers_lose_and_tear_nothing(count: int, tmp_path: Path) -> None:
+    """Each adds its records one by one, and a ninth process reads meanwhile."""
+    path = tmp_path / "r.sqlite"
+    fill(path, some(1))
+    outputs = [(tmp_path / f"{number}.txt").open("w+") for number in range(8)]
+    command = [sys.executable, "-c", LOADER, str(path)]
+    running = [
+        subprocess.Popen([*command, str(number), str(count)], stdout=output) for number, output in enumerate(outputs)
+    ]
+    seen = 1
+    while any(process.poll() is None for process in running):
+        with RecordStore(path, readonly=True) as store:
+            found = len(store)
+            assert found >= seen  # what was added stays
+            seen = found
+        time.sleep(0.5)
+    assert [process.returncode for process in running] == [0] * 8
+    printed: set[str] = set()
+    for output in outputs:
+        output.seek(0)
+        printed |= set(output.read().split())
+        output.close()
+    assert len(printed) == 8 * count
+    with RecordStore(path) as store:
+        report = store.check()  # every record against its hash
+        assert (report.ok, report.rows) == (True, 8 * count + 1)
+        ids = store._run(lambda db: db.execute("SELECT id FROM records").fetchall())
+        assert {id_ for (id_,) in ids} == printed | {some(1)[0].id}
+
+
 # -- what may not be written -----------------------------------------------------------------------
 
 
@@ -414,6 +530,9 @@ try:
         RecordStore.recover(folder / "large.sqlite", folder / "new.sqlite")
     elif what == "create":
         RecordStore(folder / "new.sqlite")
+    elif what in ("remove", "compact"):
+        with RecordStore(folder / "large.sqlite") as store:
+            store.compact() if what == "compact" else store.remove([r.id for r in store.trials()][1:])
 except RecordError as error:
     sys.exit(f"RecordError: {error}")
 """
@@ -448,7 +567,15 @@ def check_full(folder: Path, done: subprocess.CompletedProcess[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "limit"), [("merge", 60_000), ("import", 60_000), ("recover", 60_000), ("export", 9000)]
+    ("what", "limit"),
+    [
+        ("merge", 60_000),
+        ("import", 60_000),
+        ("recover", 60_000),
+        ("export", 9000),
+        ("remove", 60_000),
+        ("compact", 9000),
+    ],
 )
 def test_a_write_that_is_refused_changes_nothing(what: str, limit: int, stores: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(stores, tmp_path / "stores")
@@ -456,7 +583,7 @@ def test_a_write_that_is_refused_changes_nothing(what: str, limit: int, stores: 
     check_full(folder, subprocess.run(command, capture_output=True, text=True, check=False))
 
 
-@pytest.mark.parametrize("what", ["merge", "import", "recover", "export", "create"])
+@pytest.mark.parametrize("what", ["merge", "import", "recover", "export", "create", "remove", "compact"])
 def test_a_full_disk_changes_nothing(what: str, stores: Path, tmp_path: Path) -> None:
     """A file system of its own, filled to the last byte; the stores come back from it."""
     script = f"""
@@ -569,7 +696,7 @@ def test_a_clock_that_runs_backwards_loses_nothing(tmp_path: Path, monkeypatch: 
 
 def test_no_module_of_the_store_can_unpickle() -> None:
     package = Path(records_module.__file__).parent
-    for name in ("records.py", "salvage.py", "cli/records.py"):
+    for name in ("records.py", "salvage.py", "best.py", "tuned/__init__.py", "cli/records.py"):
         tree = ast.parse((package / name).read_text())
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -129,7 +129,6 @@ def _when(store: RecordStore, seconds: float) -> str:
         {"threads": 3},
         {"target": "cpu:haswell"},
         {"spec": SPEC.with_(oc=18).descriptor},
-        {"versions": {"convgen": "0.0.1"}},
         {"schedule_version": 1000},
         {"schedule": "cpu_gone"},
         {"picks": {"tile": 3}},

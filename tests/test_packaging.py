@@ -95,6 +95,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     for name in tracked():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
+    for suffix in ("json", "jsonl"):  # a database, whether or not one ships
+        (source / "convgen" / "tuned" / f"planted.{suffix}").touch()
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -117,10 +119,12 @@ def test_the_wheel_is_one_package_with_all_its_parts(wheel: zipfile.ZipFile) -> 
     names = [name for name in wheel.namelist() if ".dist-info/" not in name]
     assert {PurePosixPath(name).parts[0] for name in names} == {"convgen"}
     expected = {"convgen/py.typed"}
-    for folder in ("convgen", "convgen/cli", "convgen/formats", "schedules", "targets"):
+    for folder in ("convgen", "convgen/cli", "convgen/formats", "convgen/tuned", "schedules", "targets"):
         prefix = "" if folder.startswith("convgen") else "convgen/"
         expected |= {f"{prefix}{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     expected |= {f"convgen/runtime/{path.name}" for path in (ROOT / "convgen/runtime").glob("*.[ch]")}
+    expected |= {f"convgen/tuned/{path.name}" for path in (ROOT / "convgen/tuned").glob("*.*")}
+    expected |= {"convgen/tuned/planted.json", "convgen/tuned/planted.jsonl", "convgen/tuned/README.md"}
     assert {"convgen/schedules/reference.py", "convgen/targets/cpu.py", "convgen/runtime/pool.c"} <= expected
     assert expected <= set(names)
 

@@ -342,6 +342,68 @@ def test_export_and_import_give_the_same_set(items: list[TuningRecord]) -> None:
             assert target.check().ok
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(records(), max_size=5), min_size=1, max_size=3), st.data())
+def test_stores_merge_as_sets(parts: list[list[TuningRecord]], data: st.DataObject) -> None:
+    """Any order, any number of times, some of it shared, and into a store that has some already."""
+    parts = [[*part, *parts[0][:1]] for part in parts]
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        paths = [fill(Path(folder) / f"{i}.sqlite", part) for i, part in enumerate(parts)]
+        order = data.draw(st.permutations(range(len(parts))))
+        again = data.draw(st.lists(st.sampled_from(order), max_size=3))
+        with RecordStore(Path(folder) / "all.sqlite") as target:
+            target.add_all(data.draw(st.sampled_from(parts)))
+            for i in [*order, *again]:
+                target.merge(paths[i])
+            assert set(target.trials()) == set(itertools.chain(*parts))
+            assert len(target) == len(set(itertools.chain(*parts)))
+            assert target.check().ok
+        assert [contents(path) for path in paths] == [set(part) for part in parts]
+
+
+def test_a_record_is_found_by_the_first_digits_of_its_id(store: RecordStore) -> None:
+    items = some(40)
+    store.add_all(items)
+    for item in items:
+        assert store.find(item.id) == store.find(item.id[:16]) == item
+    shared = next(digit for digit in "0123456789abcdef" if sum(item.id[0] == digit for item in items) > 1)
+    for prefix, message in ((shared, "found [0-9a-f]{16}, [0-9a-f]{16}"), ("0" * 64, "found none")):
+        with pytest.raises(
+            RecordError, match=rf"r.*\.sqlite: id {prefix}: expected it to begin one record's, {message}"
+        ):
+            store.find(prefix)
+    for prefix in ("", "g", "%", "A" * 3, "0" * 65, "0\n"):
+        with pytest.raises(RecordError, match="id: expected the first hexadecimal digits"):
+            store.find(prefix)
+
+
+def test_removed_records_are_gone_and_leave_no_trace(store: RecordStore, tmp_path: Path) -> None:
+    """Nor a gap, which recovery would take for a loss."""
+    long = [record(picks={"tile_ow": i}, error="e" * 20_000, outcome="crash") for i in range(9)]
+    items = [*some(600), *long]
+    store.add_all(items)
+    goes = random.Random(2).sample(items, 400)
+    with RecordStore(store.path) as other:
+        assert store.remove(item.id for item in [*goes, record(seconds=7.0)]) == 400
+        assert store.remove(item.id for item in goes) == 0
+        stays = set(items) - set(goes)
+        assert set(store.trials()) == set(other.trials()) == stays
+        assert other.add(goes[0])
+        assert store.remove([goes[0].id]) == 1
+        size = store.path.stat().st_size
+        for compact in (False, True):
+            if compact:
+                other.compact()
+                assert store.path.stat().st_size < size
+            found = RecordStore.recover(store.path, tmp_path / f"{compact}.sqlite")
+            assert (found.saved, found.lost, found.missing_pages) == (len(stays), 0, 0)
+            assert contents(tmp_path / f"{compact}.sqlite") == stays
+            assert other.check().ok
+        assert other.add(record(seconds=8.0))
+    with pytest.raises(RecordError, match="readonly"), RecordStore(store.path, readonly=True) as readonly:
+        readonly.remove([some(1)[0].id])
+
+
 def test_export_where_it_cannot_be_written(store: RecordStore, tmp_path: Path) -> None:
     store.add(record())
     with pytest.raises(RecordError, match=r"nowhere/r\.jsonl: No such file"):

@@ -43,7 +43,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # ---- arguments --------------------------------------------------------------------------------
 
 
-def _complete_spec(
+def complete_spec(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[click.shell_completion.CompletionItem]:
     from click.shell_completion import CompletionItem
@@ -68,7 +68,7 @@ def _parse_dims(context: click.Context, parameter: click.Parameter, values: Sequ
     return dims
 
 
-def _check_target(context: click.Context, parameter: click.Parameter, spelling: str) -> str:
+def check_target(context: click.Context, parameter: click.Parameter, spelling: str) -> str:
     from ..discover import target_families
 
     family = spelling.partition(":")[0]
@@ -94,15 +94,17 @@ def _grouped(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
     return decorate
 
 
+#: Gives ``dims``.
+dim_option = click.option(
+    "--dim", "dims", multiple=True, callback=_parse_dims, metavar="NAME=SIZE", help="Size of a symbolic dimension."
+)
 #: What to work on; gives ``spec`` (words) and ``dims``.
 layers_argument = _grouped(
-    click.argument("spec", nargs=-1, required=True, metavar="SPEC|FILE|MODEL.onnx", shell_complete=_complete_spec),
-    click.option(
-        "--dim", "dims", multiple=True, callback=_parse_dims, metavar="NAME=SIZE", help="Size of a symbolic dimension."
-    ),
+    click.argument("spec", nargs=-1, required=True, metavar="SPEC|FILE|MODEL.onnx", shell_complete=complete_spec),
+    dim_option,
 )
 target_option = click.option(
-    "--target", default="cpu", show_default=True, callback=_check_target, help="cpu, or cpu:<LLVM processor>."
+    "--target", default="cpu", show_default=True, callback=check_target, help="cpu, or cpu:<LLVM processor>."
 )
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads of a kernel.  [default: all cores]"

@@ -1,4 +1,4 @@
-"""``convgen build``, ``tune`` and ``validate``: layers in, kernels and records out."""
+"""``convgen build`` and ``validate``: layers in, kernels out."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from ..build import Kernel, Records
     from ..records import RecordStore, TuningRecord
     from ..schedule import Candidate
+    from ..search import Progress
     from ..target import Target
-    from ..tune import Progress, Tuner
+    from ..tune import Tuner
     from ..validate import Report
 
 INDEX = "index.json"
@@ -96,20 +97,32 @@ class Work:
 
     def kernel(self, entry: SpecEntry, forced: Candidate | None = None, name: str | None = None) -> Kernel:
         """The layer's kernel: the forced candidate, else the tuned or best recorded one, else the default."""
-        from ..build import best_record, choose, compile_candidate
+        from ..best import Answer, choose, find_record
+        from ..build import compile_candidate
 
-        record = None
+        answer = Answer(None)
         if forced is None:
             if (self.trials or self.seconds) and entry.spec.n:
-                record = self.tune(entry)
-            elif self.store is not None:
-                record = best_record(self.store, entry.spec, self.target, self.threads)
+                answer = Answer(self.tune(entry), rejected=frozenset(self.tuner.rejected))
+            elif self.store is not None and self.target.native:
+                tuner = self.tuner
+                answer = find_record(self.store, entry.spec, self.target, self.threads, pools=lambda: tuner.pools)
         self.view.phase("compiling")
+        record = None
         if forced is not None:
             candidate = forced
         else:
-            candidate, record = choose(entry.spec, self.target, record, self.tuner.rejected)
-        return compile_candidate(entry.spec, self.target, candidate, self.threads, record=record, name=name)
+            candidate, record = choose(entry.spec, self.target, answer.record, answer.rejected)
+        return compile_candidate(
+            entry.spec,
+            self.target,
+            candidate,
+            self.threads,
+            record=record,
+            name=name,
+            origin=answer.origin,
+            note=answer.note,
+        )
 
     def say_interrupted(self, done: str = "") -> None:
         """One line: what an interrupt left behind, and how to go on."""
@@ -351,111 +364,6 @@ def _single(result: dict[str, Any]) -> str:
     else:
         lines.append("  checks     none made")
     return "\n".join([*lines, f"  library    {tidy(Path(result['folder'], 'lib' + result['name'] + '.so'))}"])
-
-
-# ---- tune -------------------------------------------------------------------------------------
-
-
-@click.command(short_help="Search for fast kernels; fills the record store.")
-@layers_argument
-@target_option
-@threads_option
-@budget_options
-@records_options
-@json_option
-def tune(
-    spec: tuple[str, ...],
-    dims: dict[str, int],
-    target: str,
-    threads: int | None,
-    trials: int | None,
-    seconds: float | None,
-    records: Path | None,
-    no_records: bool,
-    as_json: bool,
-) -> int:
-    """Search for fast kernels and keep every trial in the record store.
-
-    Without a budget each layer is tuned until nothing more is gained. Ctrl-C keeps everything
-    measured so far; the same command goes on from there.
-    """
-    entries = read_layers(spec, dims)
-    results: list[dict[str, Any]] = []
-    with working(entries, target, threads, chosen_records(records, no_records), trials, seconds) as work:
-        for entry in work.layers():
-            if not entry.spec.n:
-                work.view.finish("an empty batch: nothing to tune")
-                results.append(describe(entry) | _tuned(work, None))
-                continue
-            error = ""
-            try:
-                record = work.tune(entry)
-            except (BuildError, MeasureError) as failure:
-                record, error = None, str(failure)
-            result = describe(entry) | _tuned(work, record)
-            if record is None:
-                result["error"] = error or "no candidate finished within the budget with the right result"
-            results.append(result)
-            work.view.finish(_tuned_line(entry, result))
-
-    failed = [result for result in results if "error" in result]
-    store = str(work.store.path) if work.store is not None else None
-    if as_json:
-        facts = {"target": work.target.spelling, "threads": work.threads, "records": store}
-        emit(facts | {"interrupted": work.interrupted, "layers": results})
-    elif len(entries) > 1 and results:
-        click.echo(_tuned_table(entries, results))
-    elif results and not failed:
-        click.echo(_tuned_line(entries[0], results[0]))
-    if work.interrupted:
-        work.say_interrupted()
-        return INTERRUPTED
-    for result in failed:
-        note(f"convgen: {result['spec']}: {result['error']}")
-    return FAILED if failed else 0
-
-
-def _tuned(work: Work, record: TuningRecord | None) -> dict[str, Any]:
-    state = work.state
-    return {
-        "trials": state.done - state.known if state else 0,
-        "known_trials": state.known if state else 0,
-        "failures": dict(state.failures) if state else {},
-        "tuning_seconds": state.elapsed if state else 0.0,
-        "default_seconds": (record.note or {}).get("default_seconds") if record else None,
-        "best": record.to_dict() if record else None,
-    }
-
-
-def _tuned_cells(entry: SpecEntry, result: dict[str, Any]) -> list[str]:
-    best = result["best"]
-    if best is None:
-        return ["–", "–", "–", str(result["trials"]), result.get("error", "")]
-    picks = " ".join(f"{name}={value}" for name, value in best["picks"].items())
-    default = result["default_seconds"]
-    return [
-        duration(best["seconds"]),
-        rate(entry.spec.flops, best["seconds"]),
-        f"{default / best['seconds']:.2f}" if default else "–",
-        str(result["trials"] + result["known_trials"]),
-        f"{best['schedule']}({picks})",
-    ]
-
-
-def _tuned_line(entry: SpecEntry, result: dict[str, Any]) -> str:
-    time, gflops, gain, trials, candidate = _tuned_cells(entry, result)
-    if result["best"] is None:
-        return f"no kernel: {candidate}"
-    spent = f"{trials} trials in {result['tuning_seconds']:.0f} s"
-    return f"{time}  {gflops} GFLOP/s  {gain}× the default  {candidate}  {spent}"
-
-
-def _tuned_table(entries: list[SpecEntry], results: list[dict[str, Any]]) -> str:
-    rows = [
-        [label(entry), entry.spec, *_tuned_cells(entry, result)]
-        for entry, result in zip(entries, results, strict=False)
-    ]
-    return table(["layer", "spec", "time>", "GFLOP/s>", "× default>", "trials>", "candidate"], rows)
 
 
 # ---- validate ---------------------------------------------------------------------------------

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import random
+import shlex
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from .common import (
+    FAILED,
     TROUBLE,
+    dim_option,
     duration,
     emit,
     json_option,
@@ -17,12 +23,14 @@ from .common import (
     rate,
     read_layers,
     table,
-    target_option,
     tidy,
 )
 
 if TYPE_CHECKING:
+    from ..best import Answer, Checked
     from ..records import RecordStore, TuningRecord
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 store_option = click.option(
     "--records",
@@ -45,6 +53,95 @@ def _open(path: Path | None) -> RecordStore:
     return RecordStore(path, readonly=path is not None)
 
 
+# ---- which records ----------------------------------------------------------------------------
+
+
+def _filters(command: Command) -> Command:
+    """The layers, ``--target`` and so on that limit what a command looks at; for :meth:`Wanted.of`."""
+    for option in reversed(
+        (
+            click.argument("sources", nargs=-1, metavar="[SPEC|FILE|MODEL.onnx]…"),
+            dim_option,
+            click.option("--spec", metavar="SPEC", help="Only of this layer."),
+            click.option("--target", metavar="TARGET", help="Only for this target."),
+            click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Only for so many threads."),
+            click.option("--schedule", metavar="ID", help="Only of this schedule."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which records a command looks at; None: all."""
+
+    specs: list[str] | None
+    target: str | None
+    threads: int | None
+    schedule: str | None
+
+    @classmethod
+    def of(
+        cls,
+        sources: Sequence[str],
+        dims: dict[str, int],
+        spec: str | None,
+        target: str | None,
+        threads: int | None,
+        schedule: str | None,
+    ) -> Wanted:
+        """The options of :func:`_filters`."""
+        # Several files, or one layer in several words.
+        groups = [[word] for word in sources] if all(map(_is_file, sources)) else [list(sources)]
+        layers = [entry for words in groups for entry in read_layers(words, dims if _is_model(words) else None)]
+        layers += read_layers([spec]) if spec else []
+        names = list(dict.fromkeys(entry.spec.descriptor for entry in layers))
+        if target is not None and ":" not in target:
+            from ..target import resolve
+
+            target = resolve(target).spelling
+        return cls(names if sources or spec else None, target, threads, schedule)
+
+    def records(self, store: RecordStore, outcome: str | None = None) -> list[TuningRecord]:
+        """Those of a store, oldest first."""
+        found = store.trials(target=self.target, threads=self.threads, schedule=self.schedule, outcome=outcome)
+        return [record for record in found if self.specs is None or record.spec in self.specs]
+
+    def answers(self, store: RecordStore) -> list[Answer]:
+        """What answers builds on this machine: for the layers asked for, or all of the store."""
+        from ..best import find_record
+        from ..errors import SpecError
+        from ..spec import ConvSpec
+        from ..target import resolve
+
+        target = resolve(self.target or "cpu")
+        known = store.trials(target=target.spelling, threads=self.threads, outcome="ok")
+        problems = {record.spec: {record.threads} for record in known}
+        for record in known:
+            problems[record.spec].add(record.threads)
+        found = []
+        for name in problems if self.specs is None else self.specs:
+            try:
+                spec = ConvSpec.parse(name)
+            except SpecError:  # a record of another version
+                continue
+            counts = problems.get(name, set()) | ({self.threads or target.cores} if self.specs else set())
+            found += [find_record(store, spec, target, count, measure=False) for count in sorted(counts)]
+        return [a for a in found if a.record and self.schedule in (None, a.record.schedule)]
+
+
+def _is_file(word: str) -> bool:
+    return Path(word).is_file()
+
+
+def _is_model(words: Sequence[str]) -> bool:
+    return len(words) == 1 and words[0].lower().endswith(".onnx")
+
+
+# ---- how they are shown -----------------------------------------------------------------------
+
+
 def _gflops(record: TuningRecord) -> str:
     from ..errors import SpecError
     from ..spec import ConvSpec
@@ -55,34 +152,48 @@ def _gflops(record: TuningRecord) -> str:
         return "–"
 
 
-def _rows(found: list[TuningRecord]) -> str:
+def _picks(record: TuningRecord) -> str:
+    return " ".join(f"{name}={value}" for name, value in record.picks.items())
+
+
+def _rows(found: Iterable[TuningRecord], origins: Iterable[str] = ()) -> str:
     rows = []
     for record in found:
-        picks = " ".join(f"{name}={value}" for name, value in record.picks.items())
         time = duration(record.seconds) if record.outcome == "ok" else record.outcome
-        candidate = f"{record.schedule}({picks})"
+        candidate = f"{record.schedule}({_picks(record)})"
         rows.append([record.id[:12], record.spec, record.threads, time, _gflops(record), candidate])
-    return table(["id", "spec", "threads>", "time>", "GFLOP/s>", "candidate"], rows)
+    for row, origin in zip(rows, origins, strict=False):
+        row.append(origin)
+    header = ["id", "spec", "threads>", "time>", "GFLOP/s>", "candidate", *(["origin"] if origins else [])]
+    return table(header, rows)
 
 
-@records.command("list")
+def _say(document: dict[str, Any], text: str, as_json: bool) -> None:
+    if as_json:
+        emit(document)
+    else:
+        click.echo(text)
+
+
+# ---- looking ----------------------------------------------------------------------------------
+
+
+@records.command("list", short_help="List the records, oldest first.")
+@_filters
+@click.option(
+    "--outcome", metavar="NAME", help="Only these: ok, build_error, crash, timeout, memory, wrong, run_error."
+)
 @store_option
-@click.option("--spec", metavar="SPEC", help="Only of this layer.")
-@click.option("--schedule", metavar="ID", help="Only of this schedule.")
-@click.option("--outcome", metavar="NAME", help="Only these: ok, build_error, crash, timeout, wrong, run_error.")
-@click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Only for so many threads.")
 @json_option
-def list_(
-    path: Path | None, spec: str | None, schedule: str | None, outcome: str | None, threads: int | None, as_json: bool
-) -> None:
-    """List the records, oldest first."""
+def list_(path: Path | None, outcome: str | None, as_json: bool, **wanted: Any) -> None:
+    """List the records, oldest first: of some layers or of all."""
     from ..records import OUTCOMES
 
     if outcome is not None and outcome not in OUTCOMES:
         raise click.UsageError(f"--outcome: expected one of {', '.join(OUTCOMES)}, found {outcome!r}")
-    descriptor = read_layers([spec])[0].spec.descriptor if spec else None
+    which = Wanted.of(**wanted)
     with _open(path) as store:
-        found = store.trials(spec=descriptor, schedule=schedule, outcome=outcome, threads=threads)
+        found = which.records(store, outcome)
     if as_json:
         emit([record.to_dict() for record in found])
         return
@@ -94,93 +205,204 @@ def list_(
 
 
 @records.command(short_help="Show the records that builds would use here.")
-@click.argument("spec", nargs=-1, metavar="[SPEC|FILE|MODEL.onnx]")
+@_filters
 @store_option
-@target_option
-@click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Only for so many threads.")
 @json_option
-def best(spec: tuple[str, ...], path: Path | None, target: str, threads: int | None, as_json: bool) -> None:
-    """Show the record a build on this machine would use, of some layers or of all in the store."""
-    wanted = [entry.spec.descriptor for entry in read_layers(spec)] if spec else None
+def best(path: Path | None, as_json: bool, **wanted: Any) -> None:
+    """Show the record a build on this machine would use, of some layers or of all in the store.
+
+    Of layers that are named, those that ship with convgen count too. A record of other versions of
+    convgen, TVM or LLVM is not shown: a build would measure it again first.
+    """
+    which = Wanted.of(**wanted)
     with _open(path) as store:
-        found = _best(store, wanted, target, threads)
+        found = which.answers(store)
+    chosen = [answer.record for answer in found if answer.record]
     if as_json:
-        emit([record.to_dict() for record in found])
+        emit([record.to_dict() for record in chosen])
     elif found:
-        click.echo(_rows(found))
+        click.echo(_rows(chosen, [answer.origin for answer in found]))
     else:
         note(f"no record for this machine and these versions in {tidy(store.path)}")
 
 
-def _best(store: RecordStore, wanted: list[str] | None, target: str, threads: int | None) -> list[TuningRecord]:
-    from ..build import best_record
-    from ..spec import ConvSpec
-    from ..target import resolve
-
-    resolved = resolve(target)
-    known = store.trials(target=resolved.spelling, hardware=resolved.hardware, threads=threads, outcome="ok")
-    problems = dict.fromkeys((record.spec, record.threads) for record in known)
-    chosen = [
-        best_record(store, ConvSpec.parse(spec), resolved, count)
-        for spec, count in problems
-        if wanted is None or spec in wanted
-    ]
-    return [record for record in chosen if record is not None]
-
-
-@records.command(short_help="Add the records of other stores.")
-@click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="STORE…")
+@records.command(short_help="Show all of one record.")
+@click.argument("prefix", metavar="ID")
 @store_option
 @json_option
-def merge(stores: tuple[Path, ...], path: Path | None, as_json: bool) -> None:
-    """Add the records of other stores; what is there already stays once."""
-    from ..records import RecordStore
+def show(prefix: str, path: Path | None, as_json: bool) -> None:
+    """Show everything about the record whose id begins with ID, and the command that builds its kernel."""
+    from ..best import reason_against
 
-    with RecordStore(path) as store:
-        added = {str(other): store.merge(other) for other in stores}
-        total = len(store)
-    _say({"added": added, "records": total}, f"{sum(added.values())} added, {total} in {tidy(store.path)}", as_json)
-
-
-@records.command()
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@store_option
-@json_option
-def export(file: Path, path: Path | None, as_json: bool) -> None:
-    """Write all records to FILE, one JSON object per line."""
     with _open(path) as store:
-        count = store.export(file)
-    _say({"exported": count, "file": str(file)}, f"{count} records in {tidy(file)}", as_json)
+        record = store.find(prefix.lower())
+    command = ["convgen", "build", *record.spec.split(), "--target", record.target, "--threads", str(record.threads)]
+    command += ["--schedule", record.schedule, *(["--picks", _picks(record)] if record.picks else [])]
+    reason = reason_against(record)
+    if as_json:
+        emit(record.to_dict() | {"command": shlex.join(command), "reason_against": reason or None})
+        return
+    lines = {
+        "record": record.id,
+        "trial": record.trial_key,
+        "spec": record.spec,
+        "target": record.target,
+        "hardware": record.hardware,
+        "threads": record.threads,
+        "candidate": f"{record.schedule} version {record.schedule_version} ({_picks(record)})",
+        "outcome": record.outcome + (f": {record.error}" if record.error else ""),
+        "time": f"{duration(record.seconds)}, {_gflops(record)} GFLOP/s" if record.seconds else "",
+        "samples": " ".join(duration(seconds).replace(" ", "") for seconds in record.samples),
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(record.versions.items())),
+        "when": record.when,
+        **{f"  {name}": value for name, value in sorted((record.note or {}).items()) if value is not None},
+        "answers here": f"no: {reason}" if reason else "yes, where no other record is preferred",
+        "build it": shlex.join(command),
+    }
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        if value != "":
+            click.echo(f"{name:<{width}}  {value}")
 
 
-@records.command("import", short_help="Add the records of FILE, all or none.")
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@store_option
+@records.command(short_help="Compare two stores.")
+@click.argument("first", type=click.Path(dir_okay=False, path_type=Path), metavar="STORE_A")
+@click.argument("second", type=click.Path(dir_okay=False, path_type=Path), metavar="STORE_B")
+@_filters
 @json_option
-def import_(file: Path, path: Path | None, as_json: bool) -> None:
-    """Add the records of FILE, each checked; all of them or, where one is wrong, none."""
+def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> None:
+    """Compare two stores: the records that only one of them has, and the best of each problem.
+
+    A ratio is the time of A's best over that of B's: above 1, B's is faster.
+    """
+    from ..best import preferred
     from ..records import RecordStore
 
-    with RecordStore(path) as store:
-        added, total = store.import_(file), len(store)
-    _say({"added": added, "records": total}, f"{added} added, {total} in {tidy(store.path)}", as_json)
+    which = Wanted.of(**wanted)
+    both = []
+    for path in (first, second):
+        with RecordStore(path, readonly=True) as store:
+            both.append(which.records(store))
+    ids = [{record.id for record in found} for found in both]
+    only = [
+        [record for record in found if record.id not in other] for found, other in zip(both, ids[::-1], strict=True)
+    ]
+    problems: dict[tuple[Any, ...], tuple[list[TuningRecord], list[TuningRecord]]] = {}
+    for side, found in enumerate(both):
+        for record in found:
+            place = (record.spec, record.target, record.hardware, record.threads)
+            problems.setdefault(place, ([], []))[side].append(record)
+    rows: list[dict[str, Any]] = []
+    for place, sides in sorted(problems.items()):
+        pair = [preferred(side) for side in sides]
+        seconds = [record.seconds if record else None for record in pair]
+        rows.append(
+            dict(zip(("spec", "target", "hardware", "threads"), place, strict=True))
+            | {"a": pair[0].id if pair[0] else None, "b": pair[1].id if pair[1] else None, "seconds": seconds}
+            | {"ratio": seconds[0] / seconds[1] if seconds[0] and seconds[1] else None}
+        )
+    if as_json:
+        listed = {name: [record.to_dict() for record in found] for name, found in zip("ab", only, strict=True)}
+        emit({"only": listed, "common": len(ids[0] & ids[1]), "problems": rows})
+        return
+    if rows:
+        hardware = len({row["hardware"] for row in rows}) > 1
+        cells = [
+            [row["spec"], row["target"], row["hardware"] if hardware else "", row["threads"]]
+            + [duration(seconds) for seconds in row["seconds"]]
+            + [f"{row['ratio']:.3f}" if row["ratio"] else "–"]
+            for row in rows
+        ]
+        click.echo(table(["spec", "target", "hardware", "threads>", "A>", "B>", "A/B>"], cells))
+    note(f"{len(only[0])} records only in {tidy(first)}, {len(only[1])} only in {tidy(second)}")
+    note(f"{len(ids[0] & ids[1])} records in both")
+
+
+# ---- upkeep -----------------------------------------------------------------------------------
 
 
 @records.command(short_help="Check the store and every record.")
+@_filters
+@click.option("--measure", type=click.IntRange(1), metavar="N", help="Also measure N of the best records again.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which N.")
 @store_option
 @json_option
-@click.pass_context
-def check(context: click.Context, path: Path | None, as_json: bool) -> None:
-    """Check the store's structure, and every record against its hashes."""
+def check(path: Path | None, measure: int | None, seed: int, as_json: bool, **wanted: Any) -> int:
+    """Check the store's structure, and every record against its hashes.
+
+    With --measure, N of the records that builds would use here, of the layers asked for, are built again,
+    validated against ONNX Runtime and timed in turn with their layers' defaults. The exit status is 1 where one
+    is wrong or certainly slower than the default, and 3 where the store is damaged.
+    """
+    which = Wanted.of(**wanted)
     with _open(path) as store:
         found = store.check()
+        checked = _measured(which, store, measure, seed) if measure and found.ok else []
     document = {"file": str(store.path), "rows": found.rows, "ok": found.ok, "problems": list(found.problems)}
+    if measure:
+        document["measured"] = [asdict(one) | {"record": one.record.to_dict()} for one in checked]
     _say(document, f"{found.rows} records in {tidy(store.path)}: {'all whole' if found.ok else 'damaged'}", as_json)
     if not found.ok:
         for problem in found.problems:
             note(f"convgen: {problem}")
         note("convgen: `convgen records recover DAMAGED INTO` saves what is readable")
-        context.exit(TROUBLE)
+        return TROUBLE
+    bad = [one for one in checked if one.outcome != "ok"]
+    if measure and not as_json:
+        click.echo(f"{len(checked)} measured again: {len(checked) - len(bad)} right and no slower than the default")
+    return FAILED if bad else 0
+
+
+def _measured(which: Wanted, store: RecordStore, count: int, seed: int) -> list[Checked]:
+    from ..best import check_records
+    from ..target import resolve
+
+    best = [answer.record for answer in which.answers(store) if answer.record]
+    sample = random.Random(seed).sample(best, min(count, len(best)))
+    results = []
+    for one in check_records(sample, resolve(which.target or "cpu")):
+        ratio = one.ratio_default
+        text = f"{ratio[0]:.3f}× the default ({ratio[1]:.3f}–{ratio[2]:.3f})" if ratio else one.error
+        note(f"{one.record.id[:12]}  {one.outcome}  {text}  {one.record.spec}, {one.record.threads} threads")
+        results.append(one)
+    return results
+
+
+@records.command(short_help="Drop records that can no longer answer.")
+@_filters
+@click.option("--keep", type=click.IntRange(1), default=16, show_default=True, help="Of a problem, this many stay.")
+@click.option(
+    "--days", type=click.FloatRange(min=0), default=180, show_default=True, help="Age of records of other versions."
+)
+@click.option("--yes", is_flag=True, help="Do it; otherwise it is only said what would go.")
+@store_option
+@json_option
+def prune(path: Path | None, keep: int, days: float, yes: bool, as_json: bool, **wanted: Any) -> None:
+    """Drop records that can no longer answer a build, or never will.
+
+    These go: records of schedules that have another version now; those of other versions of convgen, TVM or
+    LLVM that failed, or are older than --days; of each problem all but the --keep fastest. The final
+    comparisons and the failures of these versions stay. What goes is gone from a job's count of trials too.
+    """
+    from ..best import prunable
+    from ..records import RecordStore, now
+
+    which = Wanted.of(**wanted)
+    with RecordStore(path) if yes else _open(path) as store:
+        reasons = prunable(which.records(store), keep=keep, days=days, now=now())
+        dropped = [record.id for found in reasons.values() for record in found]
+        removed = store.remove(dropped) if yes else 0
+        total = len(store)
+        if removed:
+            store.compact()
+    counts = {reason: len(found) for reason, found in sorted(reasons.items())}
+    if not as_json:
+        for reason, count in counts.items():
+            note(f"{count} {reason}")
+    left = total if yes else total - len(dropped)
+    verb = "dropped" if yes else "to drop (--yes does it)"
+    document = {"file": str(store.path), "reasons": counts, "removed": removed, "records": total}
+    _say(document, f"{removed if yes else len(dropped)} {verb}, {left} stay in {tidy(store.path)}", as_json)
 
 
 @records.command()
@@ -199,8 +421,74 @@ def recover(damaged: Path, into: Path, as_json: bool) -> None:
     _say(document, text, as_json)
 
 
-def _say(document: dict[str, Any], text: str, as_json: bool) -> None:
-    if as_json:
-        emit(document)
+# ---- travelling -------------------------------------------------------------------------------
+
+
+@records.command(short_help="Add the records of other stores.")
+@click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="STORE…")
+@store_option
+@json_option
+def merge(stores: tuple[Path, ...], path: Path | None, as_json: bool) -> None:
+    """Add the records of other stores; what is there already stays once."""
+    from ..records import RecordStore
+
+    with RecordStore(path) as store:
+        added = {str(other): store.merge(other) for other in stores}
+        total = len(store)
+    _say({"added": added, "records": total}, f"{sum(added.values())} added, {total} in {tidy(store.path)}", as_json)
+
+
+@records.command(short_help="Write records as lines of JSON.")
+@_filters
+@click.option("--best", "best_only", is_flag=True, help="Only those that builds on this machine would use.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path, allow_dash=True),
+    metavar="FILE",
+    help="Where to.  [default: -, standard output]",
+)
+@click.option("--note", "about", metavar="TEXT", help="Describe FILE in a .json beside it, as convgen/tuned has it.")
+@store_option
+@json_option
+def export(
+    best_only: bool, out: Path | None, about: str | None, path: Path | None, as_json: bool, **wanted: Any
+) -> None:
+    """Write records, one JSON object per line: all, those of some layers, or the best.
+
+    `convgen records export --best MODEL.onnx > tuned.jsonl` makes a file that, imported on another machine of
+    the same kind, lets builds of the model's layers reach the same kernels without a search.
+    """
+    from .. import tuned
+    from ..records import write_lines
+
+    to_file = out is not None and str(out) != "-"
+    if not to_file and (as_json or about is not None):
+        raise click.UsageError(f"{'--json' if as_json else '--note'} needs --out FILE")
+    which = Wanted.of(**wanted)
+    with _open(path) as store:
+        found = [a.record for a in which.answers(store) if a.record] if best_only else which.records(store)
+    found = sorted(set(found), key=lambda record: (record.when, record.id))
+    if out is None or not to_file:
+        for record in found:
+            click.echo(record.to_json())
+        note(f"{len(found)} records")
+        return
+    if about is None:
+        write_lines(out, found)
     else:
-        click.echo(text)
+        tuned.write(out, found, tuned.Origin.of(found, wanted["sources"], about))
+    _say({"exported": len(found), "file": str(out)}, f"{len(found)} records in {tidy(out)}", as_json)
+
+
+@records.command("import", short_help="Add the records of FILE, all or none.")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@store_option
+@json_option
+def import_(file: Path, path: Path | None, as_json: bool) -> None:
+    """Add the records of FILE, each checked; all of them or, where one is wrong, none."""
+    from ..records import RecordStore
+
+    with RecordStore(path) as store:
+        added, total = store.import_(file), len(store)
+    _say({"added": added, "records": total}, f"{added} added, {total} in {tidy(store.path)}", as_json)
