@@ -11,6 +11,7 @@ few samples, a time the median of the turns. Only what may still matter takes pa
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import random
@@ -18,16 +19,19 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .dtypes import load
 from .errors import SpecError, UnsupportedError
 from .library import Library
-from .machine import Machine, machine
-from .measure import repeats, sample
-from .peers import PEERS, Entrant, find_peer
+from .machine import Machine, machine, pinned
+from .measure import alternate, load_artifact, prepare_artifact, repeats, sample
+from .peers import PEERS, Entrant, OnnxRuntime, find_peer
 from .sandbox import Arrays
 from .validate import float_data, reference, tolerance, worst
 
@@ -210,8 +214,8 @@ def take_turns(
         rest: pause before another library's turn, in seconds.
         flush: called before every timed call, of which a sample then takes one.
     """
-    active = list(contestants)
-    last = None
+    active: Sequence[Contestant] = contestants
+    last: str | None = None
     for number in range(MORE * rounds):
         if number == TRIAL_ROUNDS:
             active = _hopeful(active)
@@ -219,13 +223,22 @@ def take_turns(
             active = _close(active)
         if number >= rounds and _is_settled(active):
             return
-        # Back and forth: nobody always follows the same neighbour.
-        for one in active if number % 2 == 0 else active[::-1]:
-            library = "" if one.is_kernel else one.name
-            if library != last:
-                time.sleep(rest)
-            last = library
-            one.rounds.append(_turn(one.entrant, flush))
+        last = _take_round(active, number, last, rest, flush)
+
+
+def _take_round(
+    active: Sequence[Contestant], number: int, last: str | None, rest: float, flush: Callable[[], None] | None = None
+) -> str | None:
+    """A turn for each, back and forth: nobody always follows the same neighbour. The last one's library, before
+    which ``last`` was, is returned.
+    """
+    for one in active if number % 2 == 0 else active[::-1]:
+        library = "" if one.is_kernel else one.name
+        if library != last:
+            time.sleep(rest)
+        last = library
+        one.rounds.append(_turn(one.entrant, flush))
+    return last
 
 
 def _turn(entrant: Entrant, flush: Callable[[], None] | None) -> float:
@@ -281,6 +294,48 @@ def ratio_interval(above: Sequence[float], below: Sequence[float], *, draws: int
         ratios.append(statistics.median(a for a, _ in drawn) / statistics.median(b for _, b in drawn))
     ratios.sort()
     return ratios[round(0.025 * (draws - 1))], ratios[round(0.975 * (draws - 1))]
+
+
+def run_comparison(
+    paths: list[str], directory: str, threads: int, rounds: int, limit: float
+) -> tuple[list[list[float]], list[float] | None]:
+    """In a worker: times of libraries and, for an f32 layer, ONNX Runtime, taken in turn on CPUs of their own.
+
+    Each is a list of medians, one per turn; of a slow layer, where that would last longer than ``limit``
+    seconds, of single calls.
+
+    Args:
+        paths, directory: artifacts of one spec, and the folder of its inputs; see :mod:`convgen.measure`.
+    """
+    libraries = [load_artifact(path, threads)[0] for path in paths]
+    spec = libraries[0].spec
+    with pinned(threads):
+        field_ = []
+        for library in libraries:
+            call, dst = prepare_artifact(library, directory, threads)
+            field_.append(Contestant("", Entrant("", call, partial(_same, dst)), is_kernel=True))
+        if spec.dtype == "f32":
+            data = {n: load(Path(directory) / f"{n}.npy", spec.dtype) for n in spec.shapes if n != "dst"}
+            with contextlib.suppress(Exception):  # of its own kinds, for a layer it cannot run
+                field_ += [Contestant("onnxruntime", one) for one in OnnxRuntime().entrants(spec, data, threads)]
+        peer = field_[len(paths) :]
+        rest = REST if threads > 1 and peer else 0.0
+        seconds = 0.0
+        for one in field_:
+            one.entrant.run()
+            seconds += sample(one.entrant.run, 1)
+        round_seconds = len(field_) * (WARM_UP + SAMPLES * SAMPLE_SECONDS) + (SAMPLES + 3) * seconds + rest
+        if rounds * round_seconds > limit:
+            samples = alternate([one.entrant.run for one in field_], rounds=rounds)
+            return samples[: len(paths)], samples[len(paths)] if peer else None
+        last = None
+        for number in range(rounds):
+            last = _take_round(field_, number, last, rest)
+    return [one.rounds for one in field_[: len(paths)]], peer[0].rounds if peer else None
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 # ---- cold caches ------------------------------------------------------------------------------

@@ -6,12 +6,16 @@ of a spec share, inputs and the expected output, lies in one folder beside (:cla
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+import os
+import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,10 @@ import numpy as np
 
 from .dtypes import distance, load, numpy_dtype, save
 from .library import Library
+from .machine import pinned
 from .schedule import Candidate, Picks
 from .spec import ConvSpec
+from .target import Target
 
 #: A sample repeats the call until it lasts about this long (seconds): long against the clock's tick
 #: and the cost of a call, short against what disturbs a shared machine.
@@ -30,6 +36,9 @@ TRIAL_SECONDS = 0.1
 #: A candidate this many times slower than the best is timed only once.
 HOPELESS = 2.0
 OUTCOME_KEY = "outcome"
+#: Bytes a worker may have: this and so many times the layer's tensors. It has TVM and NumPy in it, packed
+#: weights (a Winograd transform's are up to 11 times the layer's) and a workspace.
+WORKER_BYTES, LAYER_FACTOR = 1 << 30, 32
 
 
 # ---- timing -----------------------------------------------------------------------------------
@@ -51,26 +60,44 @@ def sample(call: Callable[[], Any], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
+def preemptions() -> int:
+    """How often the system has taken a CPU away from this process: its involuntary context switches."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
 def time_calls(
     call: Callable[[], Any], *, seconds: float = 0.1, at_least: int = 5, hopeless: float = 0.0
 ) -> list[float]:
     """Samples of seconds per call, for about ``seconds`` in all.
 
-    Only the first is taken where it exceeds ``hopeless`` (0: no limit).
+    Samples during which something else got one of the CPUs say little of the call: they are left
+    out where at least ``at_least`` others remain. Only the first is taken where it exceeds
+    ``hopeless`` (0: no limit).
     """
     count = repeats(call)
-    samples = [sample(call, count)]
-    if hopeless and samples[0] > hopeless:
+    samples, quiet = [], []
+
+    def take() -> float:
+        before = preemptions()
+        samples.append(sample(call, count))
+        if preemptions() == before:
+            quiet.append(samples[-1])
+        return samples[-1]
+
+    first = take()
+    if hopeless and first > hopeless:
         return samples
-    total = max(at_least, min(200, int(seconds / max(samples[0] * count, 1e-9))))
-    samples += [sample(call, count) for _ in range(total - 1)]
-    return samples
+    for _ in range(max(at_least, min(200, int(seconds / max(first * count, 1e-9)))) - 1):
+        take()
+    return quiet if len(quiet) >= at_least else samples
 
 
 def alternate(
     calls: Sequence[Callable[[], Any]], *, rounds: int, seconds: float = 5e-3, rest: float = 0.0
 ) -> list[list[float]]:
     """Samples of several calls taken in turn, so that a drifting machine hits all of them alike.
+
+    A round in which something else got one of the CPUs is taken again, at most ``rounds`` times in all.
 
     Args:
         rounds: samples per call.
@@ -79,13 +106,40 @@ def alternate(
     """
     counts = [repeats(call, seconds) for call in calls]
     samples: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, count, taken in zip(calls, counts, samples, strict=True):
+    kept, again = 0, rounds if calls else 0
+    while kept < rounds:
+        disturbed, one_round = False, []
+        for call, count in zip(calls, counts, strict=True):
             if rest:
                 time.sleep(rest)
                 call()
-            taken.append(sample(call, count))
+            before = preemptions()
+            one_round.append(sample(call, count))
+            disturbed |= preemptions() != before
+        if disturbed and again:
+            again -= 1
+            continue
+        kept += 1
+        for taken, seconds_per_call in zip(samples, one_round, strict=True):
+            taken.append(seconds_per_call)
     return samples
+
+
+def reference_kernel(repeats: int = 5) -> float:
+    """Seconds of a small fixed computation on one thread: what the machine gives at the moment.
+
+    Multiplications and additions on 32 KiB, about 0.4 ms of them, the median of ``repeats``. It
+    takes a busy core, a lower clock or another machine's share of the core as long as anything else.
+    """
+    values = np.ones(8192, np.float32)
+
+    def compute() -> None:
+        for _ in range(200):
+            np.multiply(values, np.float32(0.5), out=values)
+            np.add(values, np.float32(1.0), out=values)
+
+    compute()
+    return statistics.median(sample(compute, 1) for _ in range(repeats))
 
 
 # ---- what a worker needs besides the artifact -----------------------------------------------
@@ -106,18 +160,58 @@ class Expected:
         for name, array in (data | {"expected": reference(spec, data, threads)}).items():
             save(directory / f"{name}.npy", array)
         np.save(directory / "bound.npy", tolerance(spec, data, threads))
+        self.bytes = sum(file.stat().st_size for file in self.files)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(self.directory.glob("*.npy"))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What tells these data from others."""
+        return digest_of(self.files)
+
+    @property
+    def memory(self) -> int:
+        """Bytes a worker may use for one candidate."""
+        return memory_limit(self.bytes)
+
+
+def digest_of(files: Sequence[Path]) -> str:
+    """SHA-256, hexadecimal, of files and their names."""
+    whole = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            whole.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def memory_limit(layer: int) -> int:
+    """Bytes a worker may use for a candidate of a layer whose data take ``layer`` bytes; never the last tenth."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(WORKER_BYTES + LAYER_FACTOR * layer, physical // 10 * 9)
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a trial ended: one of the outcomes of :class:`~convgen.records.TuningRecord`."""
+    """How a trial ended: one of the outcomes of :class:`~convgen.records.TuningRecord`.
+
+    Attributes:
+        samples: seconds per call, each over many calls.
+        drift: the reference kernel's time after this trial over its time after the runner's first:
+            1.1 is a machine that has become 10 % slower. None where nothing was timed.
+        device: name of the machine that measured; empty for this one.
+    """
 
     outcome: str
     samples: tuple[float, ...] = ()
     error: str = ""
+    drift: float | None = None
+    device: str = ""
 
     @property
     def seconds(self) -> float | None:
+        """The median: a few disturbed samples do not move it."""
         return statistics.median(self.samples) if self.outcome == "ok" else None
 
 
@@ -132,7 +226,7 @@ def measure_module(lowered: Any) -> Any:
     """A lowered candidate's module with all a build worker must know as an attribute."""
     meta = {
         "spec": lowered.spec.descriptor,
-        "target": lowered.target.spelling,
+        "target": asdict(lowered.target),
         "schedule": lowered.candidate.schedule.id,
         "picks": dict(lowered.candidate.picks),
         "packed": lowered.packed,
@@ -157,12 +251,13 @@ def build_artifact(module_json: str, root: str) -> str:
 
     from .build import compile_lowered
     from .lower import Lowered
-    from .target import resolve
 
     module = tvm.ir.load_json(module_json)
     meta = json.loads(str(module.attrs["convgen"]))
     spec, candidate = ConvSpec.parse(meta["spec"]), measured_candidate(module)
-    lowered = Lowered(spec, resolve(meta["target"]), candidate, module, tuple(map(tuple, meta["packed"])))
+    # Whole, because the machine it is for may be another one than this, which would resolve its name otherwise.
+    target = Target(**meta["target"] | {"isa": tuple(meta["target"]["isa"])})
+    lowered = Lowered(spec, target, candidate, module, tuple(map(tuple, meta["packed"])))
     directory = Path(tempfile.mkdtemp(dir=root))
     interface, _, library = compile_lowered(lowered, directory, "candidate")
     exact = not candidate.schedule.transforms and spec.activation_op.exact
@@ -172,12 +267,13 @@ def build_artifact(module_json: str, root: str) -> str:
     return str(library)
 
 
-def _load(path: str, threads: int) -> tuple[Library, bool]:
+def load_artifact(path: str, threads: int) -> tuple[Library, bool]:
+    """An artifact's library, and whether its results must be exact."""
     meta = json.loads((Path(path).parent / "candidate.json").read_text())
     return Library(Path(path), ConvSpec.parse(meta["spec"]), meta["name"], threads), meta["exact"]
 
 
-def _prepare(library: Library, directory: str, threads: int) -> tuple[Callable[[], Any], Any]:
+def prepare_artifact(library: Library, directory: str, threads: int) -> tuple[Callable[[], Any], Any]:
     """A call of the library on the expected inputs, and the output it writes."""
     spec, folder = library.spec, Path(directory)
     data = {name: load(folder / f"{name}.npy", spec.dtype) for name in spec.shapes if name != "dst"}
@@ -187,22 +283,36 @@ def _prepare(library: Library, directory: str, threads: int) -> tuple[Callable[[
 
 
 def run_artifact(path: str, directory: str, threads: int, seconds: float, hopeless: float) -> dict[str, Any]:
-    """Verify a library against the expected output, then time it; an outcome as a dictionary."""
-    library, exact = _load(path, threads)
-    call, dst = _prepare(library, directory, threads)
-    call()
-    expected = load(Path(directory) / "expected.npy", library.spec.dtype)
-    error = distance(dst, expected)
-    bound = np.zeros((), np.float32) if exact else np.load(Path(directory) / "bound.npy")
-    wrong = ~(error <= bound)  # NaN is wrong too
-    if wrong.any():
-        at = tuple(int(i) for i in np.argwhere(wrong)[0])
-        text = f"{int(wrong.sum())} of {wrong.size} elements; at {at} expected {expected[at]}, found {dst[at]}"
-        return {OUTCOME_KEY: "wrong", "error": text}
-    return {OUTCOME_KEY: "ok", "samples": time_calls(call, seconds=seconds, hopeless=hopeless)}
+    """Verify a library against the expected output, then time it on CPUs of its own; an outcome as a dictionary.
+
+    Beside the samples it has the seconds of the reference kernel, and whether the threads could be pinned.
+    """
+    try:
+        return _run_artifact(path, directory, threads, seconds, hopeless)
+    except MemoryError as error:  # a workspace larger than any memory
+        return {OUTCOME_KEY: "memory", "error": str(error)}
+
+
+def _run_artifact(path: str, directory: str, threads: int, seconds: float, hopeless: float) -> dict[str, Any]:
+    library, exact = load_artifact(path, threads)
+    with pinned(threads) as is_pinned:
+        call, dst = prepare_artifact(library, directory, threads)
+        call()
+        expected = load(Path(directory) / "expected.npy", library.spec.dtype)
+        error = distance(dst, expected)
+        bound = np.zeros((), np.float32) if exact else np.load(Path(directory) / "bound.npy")
+        wrong = ~(error <= bound)  # NaN is wrong too
+        if wrong.any():
+            at = tuple(int(i) for i in np.argwhere(wrong)[0])
+            text = f"{int(wrong.sum())} of {wrong.size} elements; at {at} expected {expected[at]}, found {dst[at]}"
+            return {OUTCOME_KEY: "wrong", "error": text}
+        samples = time_calls(call, seconds=seconds, hopeless=hopeless)
+        return {OUTCOME_KEY: "ok", "samples": samples, "reference": reference_kernel(), "pinned": is_pinned}
 
 
 def run_duel(paths: list[str], directory: str, threads: int, rounds: int) -> list[list[float]]:
-    """Time several libraries in turn."""
-    prepared = [_prepare(_load(path, threads)[0], directory, threads) for path in paths]
-    return alternate([call for call, _ in prepared], rounds=rounds)
+    """Time several libraries in turn, on CPUs of their own."""
+    libraries = [load_artifact(path, threads)[0] for path in paths]
+    with pinned(threads):
+        prepared = [prepare_artifact(library, directory, threads) for library in libraries]
+        return alternate([call for call, _ in prepared], rounds=rounds)

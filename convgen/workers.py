@@ -5,24 +5,44 @@ Both answer with futures, so that any number of processes or devices can be at w
 is a pair of them that serves any number of specs. A candidate that crashes, hangs or computes
 something else ends as an outcome, never as an exception of the tuning process.
 
-The local ones are TVM's own process pools, and :func:`metaschedule_pools` shows a pair to MetaSchedule.
+The local ones are TVM's own process pools, others :mod:`convgen.fleet` (measuring on devices) and
+:mod:`convgen.cluster` (compiling on many machines).
 """
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import os
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import MeasureError
 from .interrupts import Interrupts, interrupts_blocked, interrupts_held
-from .measure import INTERRUPTED, OUTCOME_KEY, TRIAL_SECONDS, Expected, Result, build_artifact, run_artifact, run_duel
+from .measure import INTERRUPTED, OUTCOME_KEY, Expected, Result, build_artifact, run_artifact, run_duel
+
+if TYPE_CHECKING:
+    from tvm.support.popen_pool import PopenPoolExecutor, PopenWorker
 
 Samples = list[list[float]]
+#: Those of libraries, and of ONNX Runtime where it took part.
+Compared = tuple[Samples, list[float] | None]
+
+_log = logging.getLogger(__name__)
+
+#: Seconds between looks at the memory of a worker: what it can get hold of in the meantime is little.
+_LOOK = 0.05
+_PR_SET_PDEATHSIG = 1
+#: Share of a worker's time limit that the turns of a comparison may take.
+COMPARE_SHARE = 0.5
 
 
 class Builder(ABC):
@@ -66,12 +86,86 @@ class Runner(ABC):
     def duel(self, paths: Sequence[str], expected: Expected, threads: int, rounds: int) -> Future[Samples | Result]:
         """Time several libraries in turn, on one device; a Result where that failed."""
 
+    def compare(self, paths: Sequence[str], expected: Expected, threads: int, rounds: int) -> Future[Compared | Result]:
+        """Time several libraries in turn, and ONNX Runtime with them where it can run the layer; here it takes no
+        part: a device need not have it.
+        """
+        answer: Future[Compared | Result] = Future()
+
+        def hand_on(done: Future[Samples | Result]) -> None:
+            samples = done.result()
+            answer.set_result(samples if isinstance(samples, Result) else (samples, None))
+
+        self.duel(paths, expected, threads, rounds).add_done_callback(hand_on)
+        return answer
+
     @abstractmethod
     def close(self) -> None:
         """End the workers, whatever they are doing."""
 
 
 # ---- worker processes of this machine -----------------------------------------------------------
+
+
+def end_with(parent: int) -> None:
+    """Let the system kill this process when the one that started it, ``parent``, ends, however that is."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended before
+        os._exit(1)
+
+
+def _pool(workers: int, timeout: float, uses: int) -> PopenPoolExecutor:
+    """TVM's pool of processes, which end with this one. A job's keyword ``memory`` is a limit in bytes:
+    a process that exceeds it is killed, and the job raises MemoryError.
+    """
+    from tvm.support.popen_pool import PopenPoolExecutor
+
+    class Pool(PopenPoolExecutor):  # type: ignore[misc]
+        def _worker_run(self, function: Any, arguments: Any, keywords: Any) -> Any:
+            """Runs in a thread that has a worker process of its own."""
+            limit = keywords.pop("memory", 0)
+            if not limit:
+                return super()._worker_run(function, arguments, keywords)
+            me, ended, found = threading.get_ident(), threading.Event(), [0]
+
+            def watch() -> None:
+                while not ended.wait(_LOOK):
+                    if (worker := self._worker_map.get(me)) and (size := _resident(worker)) > limit:
+                        found[0] = size
+                        worker._proc.kill()
+                        return
+
+            watcher = threading.Thread(target=watch, daemon=True)
+            watcher.start()
+            try:
+                return super()._worker_run(function, arguments, keywords)
+            except ChildProcessError:
+                if found[0]:
+                    text = f"killed with {found[0] >> 20} MiB; a candidate of this layer may use {limit >> 20} MiB"
+                    raise MemoryError(text) from None
+                raise
+            finally:
+                ended.set()
+                watcher.join()
+
+    return Pool(
+        max_workers=workers,
+        timeout=timeout,
+        initializer=end_with,
+        initargs=(os.getpid(),),
+        maximum_process_uses=uses or None,
+    )
+
+
+def _resident(worker: PopenWorker) -> int:
+    """Bytes of memory a worker process has; 0 where it has ended."""
+    process = worker._proc
+    try:
+        with open(f"/proc/{process.pid}/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError, IndexError):  # none yet, or none any more
+        return 0
 
 
 class _Workers:
@@ -84,22 +178,23 @@ class _Workers:
     """
 
     def __init__(self, workers: int, failure: str, timeout: float, uses: int = 0) -> None:
-        from tvm.support.popen_pool import PopenPoolExecutor
-
         self.failure, self.timeout = failure, timeout
-        self._pool = PopenPoolExecutor(max_workers=workers, timeout=timeout, maximum_process_uses=uses or None)
+        self._pool = _pool(workers, timeout, uses)
         self._pending: set[Future[Any]] = set()
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    def submit(self, function: Callable[..., Any], *arguments: Any, memory: int = 0) -> Future[Any]:
         """The function's answer, or how it failed as a Result.
 
         The worker never sees an interrupt from the terminal. Ctrl-C reaches every process of the
         foreground group, and workers would print tracebacks; but a process starts with the signals
         blocked that its starter blocks, and the pool's threads, which start the workers, are
         themselves started here.
+
+        Args:
+            memory: bytes the worker may have; 0: no limit.
         """
         with interrupts_blocked():
-            job: Future[Any] = self._pool.submit(function, *arguments)
+            job: Future[Any] = self._pool.submit(function, *arguments, **({"memory": memory} if memory else {}))
         self._pending = {other for other in self._pending if not other.done()} | {job}
         answer: Future[Any] = Future()
         job.add_done_callback(lambda done: answer.set_result(self._outcome(done)))
@@ -112,6 +207,8 @@ class _Workers:
             return job.result()
         except TimeoutError:
             return Result("timeout", error=f"killed after {self.timeout:.0f} s")
+        except MemoryError as error:
+            return Result("memory", error=str(error)[-2000:])
         except ChildProcessError as error:
             return Result("crash", error=f"the worker process died: {error}".strip())
         except Exception as error:  # whatever the worker raised is this trial's outcome
@@ -155,27 +252,50 @@ class LocalRunner(Runner):
 
     def __init__(self, *, timeout: float = 60.0) -> None:
         self._workers = _Workers(1, "run_error", timeout)
+        #: Seconds of the reference kernel in the first trial; it outlives the worker.
+        self._reference: float | None = None
+        self._warned = False
 
     def submit(
         self, path: str, expected: Expected, threads: int, *, seconds: float, hopeless: float = 0.0
     ) -> Future[Result]:
-        job = self._workers.submit(run_artifact, path, str(expected.directory), threads, seconds, hopeless)
+        arguments = (path, str(expected.directory), threads, seconds, hopeless)
+        job = self._workers.submit(run_artifact, *arguments, memory=expected.memory)
         answer: Future[Result] = Future()
-        job.add_done_callback(lambda done: answer.set_result(as_result(done.result())))
+        job.add_done_callback(lambda done: answer.set_result(self._result(done.result(), threads)))
         return answer
 
+    def _result(self, answer: Any, threads: int) -> Result:
+        if isinstance(answer, dict) and answer.get("reference"):
+            self._reference = self._reference or answer["reference"]
+            if not (self._warned or answer.get("pinned", True)):
+                self._warned = True
+                _log.warning("%d threads cannot be kept on CPUs of their own here: times will vary more", threads)
+        return as_result(answer, self._reference)
+
     def duel(self, paths: Sequence[str], expected: Expected, threads: int, rounds: int) -> Future[Samples | Result]:
-        return self._workers.submit(run_duel, list(paths), str(expected.directory), threads, rounds)
+        arguments = (list(paths), str(expected.directory), threads, rounds)
+        return self._workers.submit(run_duel, *arguments, memory=len(paths) * expected.memory)
+
+    def compare(self, paths: Sequence[str], expected: Expected, threads: int, rounds: int) -> Future[Compared | Result]:
+        from .compare import run_comparison
+
+        arguments = (list(paths), str(expected.directory), threads, rounds, COMPARE_SHARE * self._workers.timeout)
+        return self._workers.submit(run_comparison, *arguments, memory=(len(paths) + 2) * expected.memory)
 
     def close(self) -> None:
         self._workers.close()
 
 
-def as_result(answer: Any) -> Result:
-    """What :func:`convgen.measure.run_artifact` answered, as a Result; one is left as it is."""
+def as_result(answer: Any, reference: float | None = None, device: str = "") -> Result:
+    """What :func:`convgen.measure.run_artifact` answered, as a Result; one is left as it is.
+
+    ``reference`` is the time of the reference kernel after the runner's first trial.
+    """
     if isinstance(answer, Result):
         return answer
-    return Result(answer[OUTCOME_KEY], tuple(answer.get("samples", ())), answer.get("error", ""))
+    drift = answer["reference"] / reference if reference and answer.get("reference") else None
+    return Result(answer[OUTCOME_KEY], tuple(answer.get("samples", ())), answer.get("error", ""), drift, device)
 
 
 # ---- the pair -----------------------------------------------------------------------------------
@@ -208,10 +328,23 @@ class Pools:
         Raises:
             MeasureError: the worker failed.
         """
-        answer = self._wait(self.runner.duel(paths, expected, threads, rounds))
+        samples: Samples = self._times(self.runner.duel(paths, expected, threads, rounds))
+        return samples
+
+    def compare(self, paths: Sequence[str], expected: Expected, threads: int, rounds: int) -> Compared:
+        """Time several libraries in turn, and ONNX Runtime where it can take part.
+
+        Raises:
+            MeasureError: the worker failed.
+        """
+        compared: Compared = self._times(self.runner.compare(paths, expected, threads, rounds))
+        return compared
+
+    def _times(self, future: Future[Any]) -> Any:
+        answer = self._wait(future)
         if isinstance(answer, Result):
-            raise MeasureError(f"re-measuring {len(paths)} candidates: {answer.outcome}: {answer.error}")
-        return list(answer)
+            raise MeasureError(f"re-measuring: {answer.outcome}: {answer.error}")
+        return answer
 
     def discard(self, path: str) -> None:
         """Remove an artifact's private folder."""
@@ -229,58 +362,3 @@ class Pools:
             if self.interrupts.came:
                 return INTERRUPTED
         return future.result()
-
-
-def metaschedule_pools(
-    pools: Pools, expected: Expected, threads: int, hopeless: Callable[[], float]
-) -> tuple[Any, Any]:
-    """The pools as MetaSchedule's Builder and Runner, for one spec.
-
-    An error text begins with the outcome's name (see :func:`outcome`): that is how it travels through
-    MetaSchedule's results. ``hopeless`` is asked before each run: the time that is not worth more
-    than one sample.
-    """
-    from tvm.ir import save_json
-    from tvm.ir.utils import derived_object
-    from tvm.s_tir.meta_schedule.builder import BuilderResult, PyBuilder
-    from tvm.s_tir.meta_schedule.runner import PyRunner, PyRunnerFuture, RunnerResult
-
-    @derived_object
-    class TrialBuilder(PyBuilder):  # type: ignore[misc]
-        def build(self, build_inputs: list[Any]) -> list[Any]:
-            answers = pools.build([save_json(given.mod) for given in build_inputs])
-            return [
-                BuilderResult(None, f"{a.outcome}: {a.error}") if isinstance(a, Result) else BuilderResult(a, None)
-                for a in answers
-            ]
-
-    @derived_object
-    class TrialFuture(PyRunnerFuture):  # type: ignore[misc]
-        def __init__(self, path: str) -> None:
-            super().__init__()
-            self._path = path
-
-        def done(self) -> bool:
-            return True
-
-        def result(self) -> Any:
-            answer = pools.run(self._path, expected, threads, seconds=TRIAL_SECONDS, hopeless=hopeless())
-            pools.discard(self._path)
-            if answer.outcome == "ok":
-                return RunnerResult(list(answer.samples), None)
-            return RunnerResult(None, f"{answer.outcome}: {answer.error}")
-
-    @derived_object
-    class TrialRunner(PyRunner):  # type: ignore[misc]
-        def run(self, runner_inputs: list[Any]) -> list[Any]:
-            return [TrialFuture(str(given.artifact_path)) for given in runner_inputs]
-
-    return TrialBuilder(), TrialRunner()
-
-
-def outcome(runner_result: Any) -> Result:
-    """A MetaSchedule RunnerResult back as a Result."""
-    if runner_result.run_secs is not None:
-        return Result("ok", tuple(float(seconds) for seconds in runner_result.run_secs))
-    kind, _, text = str(runner_result.error_msg).partition(": ")
-    return Result(kind, error=text)

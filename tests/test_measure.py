@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import planted
 import psutil
 import pytest
 from tvm.ir import save_json
@@ -20,6 +23,7 @@ from tvm.ir import save_json
 from convgen.build import parse_candidate
 from convgen.dtypes import load, save
 from convgen.errors import MeasureError
+from convgen.link import link
 from convgen.lower import lower
 from convgen.measure import (
     INTERRUPTED,
@@ -30,6 +34,8 @@ from convgen.measure import (
     build_artifact,
     measure_module,
     measured_candidate,
+    memory_limit,
+    reference_kernel,
     repeats,
     run_artifact,
     run_duel,
@@ -40,7 +46,7 @@ from convgen.schedule import Candidate
 from convgen.spec import ConvSpec
 from convgen.target import resolve
 from convgen.validate import exact_data, reference
-from convgen.workers import LocalBuilder, LocalRunner, Pools, outcome
+from convgen.workers import LocalBuilder, LocalRunner, Pools, as_result
 
 SPEC = ConvSpec.parse("conv2d n1 ic3 oc5 i6x7 k3x3 p1 residual prelu")
 
@@ -53,6 +59,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 100.0
+        self.preempted = 0
         self.calls: list[str] = []
 
     def perf_counter(self) -> float:
@@ -77,6 +84,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(sys.modules["convgen.measure"], "time", clock)
+    monkeypatch.setattr(sys.modules["convgen.measure"], "preemptions", lambda: clock.preempted)
     return clock
 
 
@@ -109,6 +117,45 @@ def test_a_hopeless_call_is_sampled_once(clock: Clock) -> None:
     assert len(time_calls(call, hopeless=0.0)) > 1
 
 
+def preempted(clock: Clock, *lengths: float) -> Callable[[], None]:
+    """A call that is preempted whenever it takes more than a second."""
+    call, usual = clock.call("p", *lengths), 1.0
+
+    def called() -> None:
+        before = clock.now
+        call()
+        clock.preempted += clock.now - before > usual
+
+    return called
+
+
+def test_samples_with_a_preemption_are_left_out(clock: Clock) -> None:
+    call = preempted(clock, 1.0, 1.0, 1.0, 9.0, 1.0, 9.0, 1.0)  # two of them warm up
+    assert time_calls(call, seconds=7.0) == pytest.approx([1.0] * 5)
+
+
+def test_samples_with_a_preemption_are_better_than_none(clock: Clock) -> None:
+    call = preempted(clock, 1.0, 1.0, 9.0)
+    assert time_calls(call, seconds=0.0, at_least=4) == pytest.approx([9.0] * 4)
+
+
+def test_a_round_with_a_preemption_is_taken_again(clock: Clock) -> None:
+    calls = [clock.call("a", 1.0), preempted(clock, 1.0, 1.0, 9.0, 1.0)]
+    assert alternate(calls, rounds=2) == [pytest.approx([1.0] * 2)] * 2
+    assert clock.calls.count("a") == 2 + 3
+
+
+def test_a_machine_that_is_never_quiet_is_measured_all_the_same(clock: Clock) -> None:
+    assert alternate([preempted(clock, 9.0)], rounds=3) == [pytest.approx([9.0] * 3)]
+    assert len(clock.calls) == 2 + 2 * 3
+
+
+def test_the_reference_kernel_is_the_median_of_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([2.0, 9.0, 1.0])
+    monkeypatch.setattr(sys.modules["convgen.measure"], "sample", lambda call, count: next(times))
+    assert reference_kernel(repeats=3) == 2.0
+
+
 def test_alternating_calls_take_turns(clock: Clock) -> None:
     calls = [clock.call("a", 1.0), clock.call("b", 3.0)]
     assert alternate(calls, rounds=3) == [pytest.approx([1.0] * 3), pytest.approx([3.0] * 3)]
@@ -132,21 +179,11 @@ def test_the_time_of_a_result_is_its_median() -> None:
     assert Result("wrong", (), "at 3").seconds is None
 
 
-@pytest.mark.parametrize(
-    ("run_secs", "error", "expected"),
-    [
-        ([1.0, 2.0], None, Result("ok", (1.0, 2.0))),
-        (
-            None,
-            "crash: the worker process died: signal 11",
-            Result("crash", error="the worker process died: signal 11"),
-        ),
-        (None, "wrong: 3 of 9", Result("wrong", error="3 of 9")),
-        (None, "timeout: ", Result("timeout")),
-    ],
-)
-def test_outcomes_travel_through_metaschedules_results(run_secs: Any, error: str | None, expected: Result) -> None:
-    assert outcome(SimpleNamespace(run_secs=run_secs, error_msg=error)) == expected
+def test_the_drift_is_relative_to_the_first_trial_and_unknown_where_nothing_was_timed() -> None:
+    answer = {"outcome": "ok", "samples": [1.0], "reference": 3.0}
+    assert as_result(answer, 2.0, "d") == Result("ok", (1.0,), drift=1.5, device="d")
+    assert as_result(answer).drift is None
+    assert as_result({"outcome": "wrong", "error": "at 3"}, 2.0) == Result("wrong", error="at 3")
 
 
 # ---- a trial, in this process -----------------------------------------------------------------
@@ -179,6 +216,18 @@ def test_what_all_candidates_share_is_written_once(expected: Expected) -> None:
     assert (data["bound"] > 0).all()
 
 
+def test_the_digest_is_of_the_data(expected: Expected, tmp_path: Path) -> None:
+    assert Expected(SPEC, tmp_path, 1).digest == expected.digest
+    (tmp_path / "other").mkdir()
+    assert Expected(SPEC.with_(padding=2), tmp_path / "other", 1).digest != expected.digest
+
+
+def test_a_candidate_may_use_more_memory_than_its_layer_but_not_all() -> None:
+    physical = psutil.virtual_memory().total
+    assert 1 << 30 <= memory_limit(0) < memory_limit(1 << 20) < physical
+    assert memory_limit(1 << 50) < physical
+
+
 @pytest.mark.parametrize("schedule", ["reference", "cpu_direct", "cpu_gemm", "cpu_grouped"])
 def test_a_module_says_which_candidate_it_is(schedule: str) -> None:
     """True stays True and 1 stays 1 on the way through JSON."""
@@ -200,7 +249,7 @@ def test_a_right_candidate_is_timed(artifact: str, expected: Expected) -> None:
     for threads in (1, 3):
         found = run_artifact(artifact, str(expected.directory), threads, seconds=0.01, hopeless=0.0)
         assert found["outcome"] == "ok"
-        assert all(seconds > 0 for seconds in found["samples"])
+        assert all(seconds > 0 for seconds in [*found["samples"], found["reference"]])
         json.dumps(found)
 
 
@@ -265,6 +314,27 @@ def test_a_duel_samples_each_as_often(artifact: str, expected: Expected) -> None
     assert [len(taken) for taken in samples] == [4, 4]
 
 
+# ---- kernels with bugs in them ----------------------------------------------------------------
+
+
+def planted_artifact(root: Path, before: str = "", store: str = "t.dst[at] = v") -> str:
+    """The artifact of a kernel in C that does this before it computes, and stores its results so."""
+    folder = Path(tempfile.mkdtemp(dir=root))
+    source = planted.SOURCE.replace("#include <math.h>", "#include <math.h>\n#include <signal.h>\n#include <unistd.h>")
+    object_file = planted.compile_c(source.format(store=store, before=before), folder / "kernel.o")
+    library = link(planted.interface(), object_file, folder / "libplanted.so")
+    facts = {"spec": planted.SPEC.descriptor, "name": "planted", "exact": True}
+    (folder / "candidate.json").write_text(json.dumps(facts))
+    return str(library)
+
+
+def expected_of(root: Path) -> Expected:
+    """What the planted kernel should compute."""
+    folder = root / "expected"
+    folder.mkdir(exist_ok=True)
+    return Expected(planted.SPEC, folder, 1)
+
+
 # ---- worker processes -------------------------------------------------------------------------
 
 
@@ -305,7 +375,7 @@ def test_a_call_that_fails_is_an_outcome(pools: Pools, expected: Expected) -> No
     result = pools.run("/nowhere/lib.so", expected, 1, seconds=0.001)
     assert result.outcome == "run_error"
     assert "FileNotFoundError" in result.error
-    with pytest.raises(MeasureError, match=r"(?s)re-measuring 1 candidates: run_error: .*No such file"):
+    with pytest.raises(MeasureError, match=r"(?s)re-measuring: run_error: .*No such file"):
         pools.duel(["/nowhere/lib.so"], expected, 1, 3)
 
 
@@ -321,6 +391,89 @@ def test_a_worker_that_dies_is_a_crash_and_replaced(
     (path,) = pools.build([module_text()])
     assert isinstance(path, str)
     assert pools.run(path, expected, 2, seconds=0.001).outcome == "ok"
+
+
+def test_a_worker_that_eats_memory_is_killed(pools: Pools, expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it asks for more than there is, or takes it page by page in code that is not Python's."""
+
+    def eat(*_: Any) -> None:
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = ctypes.c_void_p
+        while True:
+            libc.memset(ctypes.c_void_p(libc.malloc(1 << 24)), 1, 1 << 24)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Expected, "memory", 600 << 20)
+        in_workers(patch, run_artifact=eat)
+        result = pools.run("any", expected, 1, seconds=0.001)
+        assert result.outcome == "memory"
+        assert "may use 600 MiB" in result.error
+        in_workers(patch, run_artifact=lambda *_: bytearray(1 << 60))
+        assert pools.run("any", expected, 1, seconds=0.001).outcome == "memory"
+
+
+def test_a_workspace_that_cannot_be_had_is_an_outcome(
+    artifact: str, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(*_: Any) -> None:
+        np.empty(1 << 60, np.uint8)
+
+    monkeypatch.setattr(sys.modules["convgen.measure"], "prepare_artifact", prepare)
+    found = run_artifact(artifact, str(expected.directory), 1, seconds=0.001, hopeless=0.0)
+    assert found["outcome"] == "memory"
+    assert "1.00 EiB" in found["error"]
+
+
+@pytest.mark.parametrize(("signal", "name"), [(4, "SIGILL"), (11, "SIGSEGV")])
+def test_a_kernel_that_crashes_is_an_outcome(
+    pools: Pools, expected: Expected, tmp_path: Path, signal: int, name: str
+) -> None:
+    """In compiled code, as a candidate would."""
+    assert (
+        pools.run(planted_artifact(tmp_path, f"raise({signal})"), expected_of(tmp_path), 2, seconds=0.001).outcome
+        == "crash"
+    )
+
+
+def test_a_kernel_that_hangs_or_is_wrong_is_an_outcome(pools: Pools, tmp_path: Path) -> None:
+    hangs = planted_artifact(tmp_path, "for (volatile int x = 1; x;) pause()")
+    assert pools.run(hangs, expected_of(tmp_path), 2, seconds=0.001).outcome == "timeout"
+    wrong = planted_artifact(tmp_path, store="t.dst[at] = v + (at == 7)")
+    result = pools.run(wrong, expected_of(tmp_path), 2, seconds=0.001)
+    assert result.outcome == "wrong"
+    assert result.error.startswith("1 of 350 elements; at (0, 0, 1, 0) ")
+    right = pools.run(planted_artifact(tmp_path), expected_of(tmp_path), 2, seconds=0.001)
+    assert (right.outcome, right.device) == ("ok", "")
+    assert right.drift is not None
+
+
+def test_a_kernel_that_eats_memory_is_an_outcome(pools: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Expected, "memory", 600 << 20)
+    eats = planted_artifact(tmp_path, "for (;;) memset(malloc(1 << 24), 1, 1 << 24)")
+    result = pools.run(eats, expected_of(tmp_path), 2, seconds=0.001)
+    assert result.outcome == "memory"
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    """However it ends, and whatever they are doing."""
+    script = f"""
+import os, time
+from pathlib import Path
+from convgen import workers
+def busy(*_):
+    Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
+    time.sleep(1000)
+pool = workers._Workers(1, "run_error", 1000)
+pool.submit(busy)
+time.sleep(1000)
+"""
+    with subprocess.Popen([sys.executable, "-c", script]) as starter:
+        while not (text := (tmp_path / "pid").read_text() if (tmp_path / "pid").exists() else ""):
+            time.sleep(0.02)
+        worker = psutil.Process(int(text))
+        starter.kill()
+    worker.wait(timeout=10)
+    assert not worker.is_running()
 
 
 def test_a_worker_that_hangs_is_killed_and_replaced(
