@@ -1,80 +1,130 @@
-"""Tuning: MetaSchedule's search interfaces over the spaces that schedules declare.
+"""Tuning: what the searches of layers share, and the tuning of one layer.
 
-All applicable schedules race for one layer. :class:`Race` decides what to try next; MetaSchedule's
-builder and runner (:mod:`convgen.measure`) compile, verify and time it in worker processes; every
-trial is committed to the record store the moment it ends, and one that is already there is never
-measured again. At the end the leaders and the default are re-measured in turn, and those figures
-decide.
+All applicable schedules race for a layer (:mod:`convgen.search`); MetaSchedule's search interface is what
+draws, compiles and measures their candidates. :class:`Tuner` has what the layers of one target and
+thread count share, :class:`Journal` what all tuners of a job share. :mod:`convgen.job` divides time among
+many layers.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .build import Records, check_native, check_threads, open_store, record_candidate, versions
-from .errors import MeasureError, SpecError
+from .build import Records, check_native, check_threads, open_store
+from .claims import Claims, claims_path
+from .errors import SpecError
 from .interrupts import interrupts_held
-from .lower import lower
-from .measure import HOPELESS, INTERRUPTED, TRIAL_SECONDS, Expected, Result, measure_module, measured_candidate
-from .race import ROUND, Race, race_strategy
+from .measure import Expected
+from .ranker import Ranker
 from .records import RecordStore, TuningRecord
 from .schedule import Candidate
+from .search import Progress, Search, round_size, take_rounds
 from .spec import ConvSpec
 from .target import Target, resolve
-from .workers import LocalBuilder, LocalRunner, Pools, metaschedule_pools, outcome
+from .workers import LocalBuilder, LocalRunner, Pools
 
-#: Trials without a gain of 1 % after which a layer is done.
-PATIENCE = 48
-#: How many leaders are re-measured against the default, and how often each.
-FINALISTS, ROUNDS = 3, 15
+#: Layers whose inputs and expected outputs are kept on the disk at once.
+EXPECTED = 4
 
 
-@dataclass
-class Progress:
-    """Where the tuning of one layer stands; handed to the progress callback after each trial.
+class Journal:
+    """Where trials go: the store, the claims beside it, and the time they cost.
 
-    ``best`` and ``default`` are seconds; ``failures`` counts trials by outcome. ``known`` of the
-    ``done`` trials were in the store before.
+    Tuners that share one also share a clock: a trial costs what has passed since the last one ended,
+    so that the costs add up to the time spent.
+
+    Args:
+        store: None: nothing is kept, and nothing claimed.
+        job: the id that records are marked with.
+        now: the clock, in seconds.
     """
 
-    spec: ConvSpec
-    trials: int
-    seconds: float | None
-    done: int = 0
-    known: int = 0
-    elapsed: float = 0.0
-    best: float | None = None
-    best_candidate: str = ""
-    default: float | None = None
-    failures: Counter[str] = field(default_factory=Counter)
-    phase: str = "search"
+    def __init__(self, store: RecordStore | None, job: str = "", *, now: Callable[[], float] = time.monotonic) -> None:
+        self.store, self.job, self.now = store, job, now
+        self._claims: Claims | None = None
+        self._mark = now()
+        self._added = 0
+
+    def add(self, *records: TuningRecord) -> None:
+        """Keep records for good, all or none."""
+        if self.store is not None:
+            self._added += self.store.add_all(records)
+
+    def has(self, key: str) -> bool:
+        return self.store is not None and self.store.has(key)
+
+    def claim(self, key: str) -> bool:
+        """Whether the trial may be measured here: no other job is doing so."""
+        if self.store is None or self.store.readonly:
+            return True
+        if self._claims is None:
+            self._claims = Claims(claims_path(self.store.path))
+        return self._claims.take(key)
+
+    def release(self, key: str) -> None:
+        if self._claims is not None:
+            self._claims.drop(key)
+
+    def foreign(self) -> int:
+        """How many records came from elsewhere: where it has grown, there is something to learn."""
+        return 0 if self.store is None else len(self.store) - self._added
+
+    def charge(self) -> float:
+        """Seconds since this was called last."""
+        before, self._mark = self._mark, self.now()
+        return self._mark - before
+
+    @property
+    def uncharged(self) -> float:
+        """Seconds since :meth:`charge` was called last."""
+        return self.now() - self._mark
+
+    def close(self) -> None:
+        """Give all claims back."""
+        if self._claims is not None:
+            self._claims.close()
+            self._claims = None
 
 
 class Tuner:
-    """Worker processes and a store, for any number of layers one after another.
+    """Worker processes and a store, for any number of layers one after another or in turns.
 
     Args:
-        target: where the kernels run: this machine.
+        target: where the kernels run: this machine, or the one the runner measures on.
         threads: threads of the kernels.
-        records: the store trials are committed to; None keeps them for this run only.
+        records: the store trials are committed to, or the journal of a job; None keeps them for this
+            run only.
+        pools: who compiles and measures; processes of this machine by default. Those that are given
+            are left open.
+        ranker: ranks candidates before they are measured; by default one that learns from the store.
 
     Raises:
-        UnsupportedError: kernels for the target do not run on this machine.
+        UnsupportedError: kernels for the target do not run on this machine, which is to measure them.
     """
 
-    def __init__(self, target: Target, threads: int, records: RecordStore | None) -> None:
-        check_native(target)
-        self.target, self.threads, self.records = target, threads, records
+    def __init__(
+        self,
+        target: Target,
+        threads: int,
+        records: RecordStore | Journal | None,
+        *,
+        pools: Pools | None = None,
+        ranker: Ranker | None = None,
+    ) -> None:
+        if pools is None or not pools.runner.isolated:
+            check_native(target)
+        self.target, self.threads, self._ranker = target, threads, ranker
+        self.journal = records if isinstance(records, Journal) else Journal(records)
         #: Candidates of the last layer that failed: they crashed, hung or were wrong.
         self.rejected: set[Candidate] = set()
-        self._pools: Pools | None = None
+        self._pools, self._own_pools, self._own_journal = pools, pools is None, self.journal is not records
+        self._expected: OrderedDict[ConvSpec, tuple[tempfile.TemporaryDirectory[str], Expected]] = OrderedDict()
 
     def __enter__(self) -> Tuner:
         return self
@@ -82,14 +132,50 @@ class Tuner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pools:
-            self._pools.close()
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, and give claims back."""
+        with interrupts_held():
+            if self._pools and self._own_pools:
+                self._pools.close()
+            self._forget(0)
+            if self._own_journal:
+                self.journal.close()
+
+    @property
+    def records(self) -> RecordStore | None:
+        return self.journal.store
+
+    @property
+    def ranker(self) -> Ranker:
+        """Learns from every layer of the store, and from every trial made here."""
+        if self._ranker is None:
+            self._ranker = Ranker.from_store(self.journal.store, self.target, self.threads)
+        return self._ranker
 
     @property
     def pools(self) -> Pools:
         if self._pools is None:
             self._pools = Pools(LocalBuilder(self.target.cores), LocalRunner())
         return self._pools
+
+    def expected(self, spec: ConvSpec) -> Expected:
+        """Inputs and expected output of a layer in a folder, which is kept for a while."""
+        if spec not in self._expected:
+            self._forget(EXPECTED - 1)
+            folder = tempfile.TemporaryDirectory(prefix="convgen-")
+            self._expected[spec] = folder, Expected(spec, Path(folder.name), self.threads)
+        self._expected.move_to_end(spec)
+        return self._expected[spec][1]
+
+    def _forget(self, keep: int) -> None:
+        while len(self._expected) > keep:
+            self._expected.popitem(last=False)[1][0].cleanup()
+
+    def search(self, spec: ConvSpec, **options: Any) -> Search:
+        """The search of a layer, to be taken on in rounds; the arguments are those of :class:`Search`."""
+        return Search(self, spec, **options)
 
     def tune(
         self,
@@ -99,6 +185,8 @@ class Tuner:
         seconds: float | None = None,
         progress: Callable[[Progress], None] | None = None,
         seed: int = 0,
+        exclude: Collection[str] = (),
+        patience: int | None = None,
     ) -> TuningRecord | None:
         """The best record for one layer, after spending a budget.
 
@@ -106,6 +194,8 @@ class Tuner:
             trials: trials in all, those already in the store included; 0: no limit.
             seconds: time to spend; None: no limit. With neither, it stops when nothing is gained.
             progress: called after every trial.
+            exclude: ids of schedules that do not take part.
+            patience: trials without a gain of 1 % after which it stops; :data:`PATIENCE` by default.
 
         Returns:
             The winner of the final comparison; None where no candidate was right.
@@ -115,165 +205,25 @@ class Tuner:
             KeyboardInterrupt: what was measured until then is in the store.
         """
         check_budget(trials, seconds)
-        race = Race(spec, self.target, seed)
-        state = Progress(spec, trials, seconds)
-        report = progress or (lambda _: None)
-        start, since_gain = time.monotonic(), 0
-        measured: dict[Candidate, TuningRecord] = {}
+        with interrupts_held() as interrupts:
+            pools, journal = self.pools, self.journal
+            pools.interrupts = interrupts
+            journal.charge()
+            start = journal.now()
+            search = self.search(
+                spec, trials=trials, seconds=seconds, progress=progress, seed=seed, exclude=exclude, patience=patience
+            )
+            self.rejected = search.rejected
 
-        self.rejected = set()
+            def stop() -> bool:
+                return interrupts.came or (seconds is not None and journal.now() - start >= seconds)
 
-        def learn(candidate: Candidate, record: TuningRecord) -> None:
-            nonlocal since_gain
-            result = Result(record.outcome, record.samples, record.error)
-            before = race.best
-            race.tell(candidate, result)
-            since_gain = 0 if race.best < 0.99 * before else since_gain + 1
-            measured[candidate] = record
-            state.done += 1
-            state.elapsed = time.monotonic() - start
-            if record.outcome != "ok":
-                state.failures[record.outcome] += 1
-                self.rejected.add(candidate)
-            elif record.seconds == race.best:
-                state.best, state.best_candidate = record.seconds, str(candidate)
-            if candidate == race.default:
-                state.default = record.seconds
-            report(state)
-
-        known = self._known(spec)
-        for candidate, record in known:
-            if candidate not in measured:
-                learn(candidate, record)
-        since_gain, state.known = 0, state.done
-
-        with interrupts_held() as interrupts, tempfile.TemporaryDirectory(prefix="convgen-") as directory:
-            self.pools.interrupts = interrupts
-            expected: Expected | None = None
-
-            def finished() -> bool:
-                return (
-                    interrupts.came
-                    or (trials > 0 and state.done >= trials)
-                    or (seconds is not None and time.monotonic() - start >= seconds)
-                    or since_gain >= PATIENCE
-                )
-
-            search = race_strategy(race, spec, self.target)
-            while not finished():
-                race.wanted = ROUND if not trials else min(ROUND, trials - state.done)
-                batch = search.generate_measure_candidates()
-                if batch is None:
-                    break
-                for candidate, result in race.refused:
-                    learn(candidate, self._record(spec, candidate, result))
-                race.refused.clear()
-                expected = expected or Expected(spec, Path(directory), self.threads)
-                for candidate, result in self._measure(expected, batch, lambda: HOPELESS * race.best, finished):
-                    learn(candidate, self._record(spec, candidate, result))
-            if interrupts.came:
-                return None  # and the block raises
-            finals = [record for _, record in known if (record.note or {}).get("final")]
-            if state.done == state.known and finals:
-                return _fastest(finals)
-            state.phase = "final"
-            report(state)
-            expected = expected or Expected(spec, Path(directory), self.threads)
-            return self._final(spec, expected, measured, race.default)
-
-    # ---- measuring ----------------------------------------------------------------------------
-
-    def _measure(
-        self, expected: Expected, batch: list[Any], hopeless: Callable[[], float], finished: Callable[[], bool]
-    ) -> Iterator[tuple[Candidate, Result]]:
-        """Results of a batch of measure candidates in its order, each as soon as it is known."""
-        from tvm.s_tir.meta_schedule.builder import BuilderInput
-        from tvm.s_tir.meta_schedule.runner import RunnerInput
-
-        builder, runner = metaschedule_pools(self.pools, expected, self.threads, hopeless)
-        target = self.target.tvm()
-        built = builder.build([BuilderInput(candidate.sch.mod, target) for candidate in batch])
-        for measured, made in zip(batch, built, strict=True):
-            if finished():
-                break
-            candidate = measured_candidate(measured.sch.mod)
-            if made.error_msg is not None:
-                kind, _, text = str(made.error_msg).partition(": ")
-                yield candidate, Result(kind, error=text)
-                continue
-            (future,) = runner.run([RunnerInput(made.artifact_path, target.kind.name, measured.args_info)])
-            result = outcome(future.result())
-            if result.outcome == INTERRUPTED.outcome:
-                break
-            yield candidate, result
-
-    def _final(
-        self, spec: ConvSpec, expected: Expected, measured: dict[Candidate, TuningRecord], default: Candidate
-    ) -> TuningRecord | None:
-        """Re-measure the leaders and the default in turn; the fastest of that comparison wins."""
-        from tvm.ir import save_json
-
-        good = sorted((r.seconds, i, c) for i, (c, r) in enumerate(measured.items()) if r.seconds is not None)
-        if not good:
-            return None
-        finalists = [c for _, _, c in good[:FINALISTS]]
-        if default not in finalists and measured.get(default) and measured[default].outcome == "ok":
-            finalists.append(default)
-        paths = self.pools.build([save_json(measure_module(lower(spec, self.target, c))) for c in finalists])
-        kept = [(c, p) for c, p in zip(finalists, paths, strict=True) if isinstance(p, str)]
-        results = self._compare(expected, kept)
-        for _, path in kept:
-            self.pools.discard(path)
-        if self.pools.interrupts.came:
-            return None
-        note = {"final": True, "default_seconds": dict(results).get(default, INTERRUPTED).seconds}
-        return _fastest([self._record(spec, c, result, note) for c, result in results])
-
-    def _compare(self, expected: Expected, built: list[tuple[Candidate, str]]) -> list[tuple[Candidate, Result]]:
-        """Time libraries in turn."""
-        try:
-            samples = self.pools.duel([path for _, path in built], expected, self.threads, ROUNDS)
-        except MeasureError:  # one of them fails now and then: it shows when each runs by itself
-            return [(c, self.pools.run(path, expected, self.threads, seconds=TRIAL_SECONDS)) for c, path in built]
-        return [(c, Result("ok", tuple(taken))) for (c, _), taken in zip(built, samples, strict=True)]
-
-    # ---- records ------------------------------------------------------------------------------
-
-    def _known(self, spec: ConvSpec) -> list[tuple[Candidate, TuningRecord]]:
-        """The store's trials that still mean the same, oldest first."""
-        if self.records is None:
-            return []
-        trials = self.records.trials(
-            spec=spec.descriptor, target=self.target.spelling, hardware=self.target.hardware, threads=self.threads
-        )
-        found = [(record_candidate(r, spec, self.target), r) for r in trials if r.versions == versions()]
-        return [(candidate, record) for candidate, record in found if candidate]
-
-    def _record(
-        self, spec: ConvSpec, candidate: Candidate, result: Result, note: dict[str, Any] | None = None
-    ) -> TuningRecord:
-        record = TuningRecord(
-            spec=spec.descriptor,
-            target=self.target.spelling,
-            hardware=self.target.hardware,
-            threads=self.threads,
-            schedule=candidate.schedule.id,
-            schedule_version=candidate.schedule.version,
-            picks=dict(candidate.picks),
-            outcome=result.outcome,
-            seconds=result.seconds,
-            samples=result.samples,
-            error=result.error,
-            versions=versions(),
-            note=note,
-        )
-        if self.records is not None:
-            self.records.add(record)
-        return record
-
-
-def _fastest(records: list[TuningRecord]) -> TuningRecord | None:
-    return min((r for r in records if r.seconds is not None), key=lambda r: r.seconds or 0.0, default=None)
+            try:
+                take_rounds(pools, lambda: None if search.over else (search, round_size(pools)), stop)
+                return None if interrupts.came else search.final()
+            finally:
+                search.close()
+                self._forget(0)
 
 
 def check_budget(trials: object, seconds: object) -> None:

@@ -28,9 +28,9 @@ from convgen.discover import schedule_ids, schedules
 from convgen.peers import PEERS
 from convgen.records import RecordStore, TuningRecord
 from convgen.roofline import roofline
+from convgen.search import Progress
 from convgen.sources import SpecEntry
 from convgen.spec import ConvSpec
-from convgen.tune import Progress
 from convgen.validate import Check, Report
 
 SMALL = "conv2d n1 ic8 oc16 i10x10 k3x3 s1x1 p1x1 relu"
@@ -434,7 +434,7 @@ def test_records_travel(tmp_path: Path, run: Run, run_json: Callable[..., Any]) 
             store.add(record(seconds=1e-6 * (number + 1)))
     assert len(run_json("records", "list", "--records", first)) == count
     assert run_json("records", "best", "--records", first) == []  # of another machine
-    assert run_json("records", "export", file, "--records", first)["exported"] == count
+    assert run_json("records", "export", "-o", file, "--records", first)["exported"] == count
     assert run_json("records", "import", file, "--records", second) == {"added": count, "records": count}
     assert run_json("records", "import", file, "--records", second) == {"added": 0, "records": count}
     merged = run_json("records", "merge", first, second, "--records", tmp_path / "c.sqlite")

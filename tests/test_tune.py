@@ -5,215 +5,40 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from fake_tuning import Clock, FakeBuilder, FakeRunner, FakeSchedule, Speed, done, fake_pools, fake_tuning
 
+from convgen.best import is_final
 from convgen.build import default_candidate, parse_candidate, versions
-from convgen.errors import MeasureError, SpecError
+from convgen.claims import Claims, claims_path
+from convgen.errors import SpecError
 from convgen.measure import Result
-from convgen.race import BEHIND, ROUND, TRIES, Race
 from convgen.records import RecordStore, TuningRecord
-from convgen.schedule import Candidate, Picks, Schedule, Space, require
+from convgen.schedule import Picks, Schedule
+from convgen.search import FINALISTS, Progress
 from convgen.spec import ConvSpec
-from convgen.target import Target, resolve
-from convgen.tune import FINALISTS, Progress, Tuner, tune
+from convgen.target import resolve
+from convgen.tune import Journal, Tuner, tune
 from convgen.workers import LocalBuilder, LocalRunner, Pools
 
 # The package's names `build`, `tune` … are the functions.
-tune_module, build_module = importlib.import_module("convgen.tune"), importlib.import_module("convgen.build")
+search_module, build_module = importlib.import_module("convgen.search"), importlib.import_module("convgen.build")
 race_module = importlib.import_module("convgen.race")
-
-# ---- the race: pure Python --------------------------------------------------------------------
-
-LAYER = ConvSpec.parse("conv1d n1 ic4 oc4 i20 k3")
-
-
-class Fake(Schedule):
-    """A space, the points of it that are valid, and a predicted time."""
-
-    id, version = "fake", 1
-
-    def __init__(self, name: str, cost: float = 1.0, good: Callable[[Picks], bool] | None = None, **domains: Any):
-        self.id, self._cost, self._good, self._space = name, cost, good, Space(**domains)  # type: ignore[misc]
-
-    def applies(self, spec: ConvSpec, target: Target) -> None:
-        pass
-
-    def space(self, spec: ConvSpec, target: Target) -> Space:
-        return self._space
-
-    def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        require(self._good is None or self._good(picks), "no good")
-
-    def points(self) -> list[Picks]:
-        return [picks for picks in self._space if self._good is None or self._good(picks)]
-
-    def default(self, spec: ConvSpec, target: Target) -> Picks:
-        return next(picks for picks in self._space if self._good is None or self._good(picks))
-
-    def cost(self, spec: ConvSpec, target: Target) -> float:
-        return self._cost
-
-    def program(self, *_: Any) -> Any:
-        raise AssertionError("nothing is compiled here")
-
-    apply = program
-
-
-def race(*schedules: Fake, seed: int = 0) -> Race:
-    found = {schedule.id: schedule for schedule in schedules}
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (race_module, build_module):
-            patch.setattr(module, "schedules", lambda: found)
-        return Race(LAYER, resolve(), seed)
 
 
 def ok(seconds: float) -> Result:
     return Result("ok", (seconds,))
-
-
-def test_the_zero_trial_answer_comes_first_then_the_other_defaults() -> None:
-    slow, fast = Fake("a", 2.0, x=[1, 2]), Fake("b", 1.0, x=[1, 2])
-    assert race(slow, fast).ask(1) == [Candidate(fast, Picks(x=1))]
-    assert race(slow, fast).ask(2) == [Candidate(fast, Picks(x=1)), Candidate(slow, Picks(x=1))]
-
-
-def test_a_small_space_is_exhausted_and_then_there_is_nothing() -> None:
-    a, b = Fake("a", x=[1, 2, 3], y=[0, 1]), Fake("b", x=list(range(9)), good=lambda picks: picks.x % 2 == 0)
-    run, asked = race(a, b), list[Candidate]()
-    while batch := run.ask(4):
-        assert len(batch) <= 4
-        asked += batch
-        for candidate in batch:
-            run.tell(candidate, ok(1.0))
-    assert len(asked) == len(set(asked)) == 6 + 5
-    assert set(asked) == {Candidate(s, p) for s in (a, b) for p in s.points()}
-    assert run.ask(1) == []
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.data(), st.integers(0, 2**32))
-def test_no_candidate_comes_twice_and_every_one_is_valid(data: st.DataObject, seed: int) -> None:
-    sizes = st.lists(st.integers(1, 5), min_size=1, max_size=3)
-    schedules = []
-    for name in "abc"[: data.draw(st.integers(1, 3))]:
-        domains = {f"x{i}": list(range(size)) for i, size in enumerate(data.draw(sizes))}
-        modulus = data.draw(st.integers(1, 3))
-        schedules.append(Fake(name, good=lambda p, m=modulus: sum(p.values()) % m == 0, **domains))
-    run, rng, asked = race(*schedules, seed=seed), random.Random(seed), list[Candidate]()
-    while batch := run.ask(rng.randint(1, 10)):
-        asked += batch
-        for candidate in batch:
-            failed = rng.random() < 0.3
-            run.tell(candidate, Result("crash") if failed else ok(rng.choice([1.0, 1.2, 5.0])))
-    assert len(asked) == len(set(asked))
-    for schedule in schedules:
-        points, tried = set(schedule.points()), {c.picks for c in asked if c.schedule is schedule}
-        assert tried <= points
-        assert tried == points or len(tried) >= TRIES, f"{schedule.id} dropped out after {len(tried)} trials"
-
-
-def test_what_was_told_before_is_not_asked_for() -> None:
-    a = Fake("a", x=list(range(10)))
-    run = race(a)
-    for x in range(9):
-        run.tell(Candidate(a, Picks(x=x)), ok(1.0))
-    assert run.ask(5) == [Candidate(a, Picks(x=9))]
-
-
-def test_a_schedule_that_stays_behind_drops_out() -> None:
-    wide = {"x": list(range(100))}
-    leader, close, behind = Fake("leader", **wide), Fake("close", **wide), Fake("behind", **wide)
-    speed = {"leader": 1.0, "close": BEHIND - 0.01, "behind": BEHIND + 0.01}
-    run, tried = race(leader, close, behind), Counter[str]()
-    for _ in range(40):
-        for candidate in run.ask(ROUND):
-            tried[candidate.schedule.id] += 1
-            run.tell(candidate, ok(speed[candidate.schedule.id]))
-    assert TRIES <= tried["behind"] < TRIES + ROUND
-    assert tried["leader"] == tried["close"] == 100
-
-
-def test_a_schedule_that_only_fails_drops_out_where_another_does_not() -> None:
-    works, fails = Fake("works", x=list(range(60))), Fake("fails", x=list(range(60)))
-    run, tried = race(works, fails), Counter[str]()
-    while batch := run.ask(ROUND):
-        for candidate in batch:
-            tried[candidate.schedule.id] += 1
-            run.tell(candidate, ok(1.0) if candidate.schedule is works else Result("wrong"))
-    assert tried["works"] == 60
-    assert TRIES <= tried["fails"] < TRIES + ROUND
-
-
-def test_where_everything_fails_everything_is_tried() -> None:
-    a = Fake("a", x=list(range(40)))
-    run, count = race(a), 0
-    while batch := run.ask(ROUND):
-        count += len(batch)
-        for candidate in batch:
-            run.tell(candidate, Result("crash"))
-    assert count == 40
-    assert run.best == math.inf
-
-
-def test_half_of_the_draws_are_neighbours_of_a_leader_in_one_pick() -> None:
-    """In so large a space none is one by chance."""
-    a = Fake("a", **{f"x{i}": list(range(20)) for i in range(6)})
-    run, rng, near, total = race(a, seed=1), random.Random(1), 0, 0
-    for _ in range(40):
-        leaders = [picks for _, picks in sorted(run.results[a], key=lambda result: result[0])[:3]]
-        batch = run.ask(8)
-        assert len(batch) == 8
-        for candidate in batch:
-            distances = [sum(candidate.picks[k] != leader[k] for k in leader) for leader in leaders]
-            near += min(distances, default=6) == 1
-            total += 1
-        for candidate in batch:
-            run.tell(candidate, ok(rng.uniform(1, 2)))
-    assert 0.35 < near / total < 0.65
-
-
-def test_faster_schedules_are_tried_more() -> None:
-    wide = {"x": list(range(1000))}
-    fast, slower = Fake("fast", **wide), Fake("slower", **wide)
-    run, tried = race(fast, slower), Counter[str]()
-    for _ in range(50):
-        for candidate in run.ask(ROUND):
-            tried[candidate.schedule.id] += 1
-            run.tell(candidate, ok(1.0 if candidate.schedule is fast else 1.25))
-    assert tried["fast"] > 1.5 * tried["slower"] > 1.5 * TRIES
-
-
-def test_the_same_seed_asks_for_the_same() -> None:
-    def sequence(seed: int) -> list[list[Candidate]]:
-        run, asked = race(a, b, seed=seed), []
-        for step in range(6):
-            asked.append(run.ask(ROUND))
-            for i, candidate in enumerate(asked[-1]):
-                run.tell(candidate, ok(1 + (step * ROUND + i) % 7))
-        return asked
-
-    a, b = Fake("a", x=list(range(50)), y=[1, 2]), Fake("b", x=list(range(50)))
-    assert sequence(3) == sequence(3)
-    assert sequence(3) != sequence(4)
-
-
-def test_the_reference_takes_part_only_where_it_is_the_answer() -> None:
-    """Where nothing else applies, or where it is predicted to be the fastest: then it must be beaten."""
-    assert race(Fake("reference", 1.0), Fake("fast", 2.0, x=[1])).schedules[0].id == "reference"
-    assert [s.id for s in race(Fake("reference", 9.0), Fake("fast", 2.0, x=[1])).schedules] == ["fast"]
-    assert [s.id for s in race(Fake("reference", 9.0)).schedules] == ["reference"]
 
 
 # ---- in worker processes ----------------------------------------------------------------------
@@ -236,14 +61,10 @@ def pools() -> Iterator[Pools]:
 
 
 @pytest.fixture
-def tuner(store: RecordStore, pools: Pools) -> Tuner:
-    tuner = Tuner(resolve(), 2, store)
-    tuner._pools = pools
-    return tuner
-
-
-def is_final(record: TuningRecord) -> bool:
-    return bool((record.note or {}).get("final"))
+def tuner(store: RecordStore, pools: Pools, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tuner]:
+    monkeypatch.setattr(search_module, "ROUNDS", 3)
+    with Tuner(resolve(), 1, store, pools=pools) as tuner:
+        yield tuner
 
 
 def searched(store: RecordStore) -> list[TuningRecord]:
@@ -258,7 +79,8 @@ def test_every_trial_is_kept_and_none_is_made_twice(tuner: Tuner, store: RecordS
         seen.append((state.phase, state.done, len(store)))
 
     winner = tuner.tune(SPEC, trials=6, progress=progress)
-    assert seen == [("search", i, i) for i in range(1, 7)] + [("final", 6, 6)]  # committed before it is reported
+    searching = [("search", i, i) for i in range(1, 7)]  # committed before it is reported
+    assert seen == [*searching, ("final", 6, 6), ("done", 6, len(store))]
     trials, finals = searched(store), [record for record in store.trials() if is_final(record)]
     assert len({record.trial_key for record in trials}) == len(trials) == 6
     assert {record.outcome for record in trials} == {"ok"}
@@ -271,8 +93,8 @@ def test_every_trial_is_kept_and_none_is_made_twice(tuner: Tuner, store: RecordS
 
     count = len(store)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("build", "run", "duel"):
-            patch.setattr(Pools, name, refuse)
+        for worker in (LocalBuilder, LocalRunner):
+            patch.setattr(worker, "submit", refuse)
         assert tuner.tune(SPEC, trials=6) == winner
         assert tuner.tune(SPEC, trials=3) == winner
     assert len(store) == count
@@ -284,30 +106,24 @@ def test_every_trial_is_kept_and_none_is_made_twice(tuner: Tuner, store: RecordS
     assert states[-1] == (6, 8)
 
 
-def test_the_final_comparison_has_the_default_and_the_fastest_of_it_wins(tuner: Tuner, store: RecordStore) -> None:
+def test_the_final_comparison_has_the_default_and_onnx_runtime(tuner: Tuner, store: RecordStore) -> None:
     winner = tuner.tune(SPEC, trials=5)
     finals = [record for record in store.trials() if is_final(record)]
     assert winner is not None
-    assert winner.seconds == min(record.seconds or math.inf for record in finals)
     default = default_candidate(SPEC, tuner.target)
     (again,) = [record for record in finals if dict(record.picks) == dict(default.picks)]
-    assert {(record.note or {})["default_seconds"] for record in finals} == {again.seconds}
-    assert winner.seconds <= (again.seconds or 0)
-
-
-def test_the_search_does_not_outweigh_the_final_comparison(
-    tuner: Tuner, store: RecordStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What was fastest in the search loses where the default is faster side by side."""
-    monkeypatch.setattr(Pools, "duel", lambda self, paths, *_: [[9.0 - i] * 3 for i in range(len(paths))])
-    speeds = iter([3.0, 2.0, 1.0, 2.5, 2.5, 2.5, 2.5])
-    monkeypatch.setattr(Pools, "run", lambda self, *_, **__: ok(next(speeds)))
-    winner = tuner.tune(SPEC, trials=7)
-    default = default_candidate(SPEC, tuner.target)
-    assert winner is not None
-    assert dict(winner.picks) == dict(default.picks)  # the last to be compared, as it was the slowest
-    assert winner.seconds == 9.0 - FINALISTS
-    assert winner.note == {"final": True, "default_seconds": winner.seconds}
+    assert [record for record in finals if (record.note or {})["winner"]] == [winner]
+    for record in finals:
+        note = record.note or {}
+        assert note["default_seconds"] == again.seconds
+        median, low, high = note["ratio_default"]
+        assert low <= median <= high
+        assert median == pytest.approx((again.seconds or 0) / (record.seconds or 1))
+        median, low, high = note["ratio_onnxruntime"]
+        assert low <= median <= high
+        assert median == pytest.approx(note["onnxruntime_seconds"] / (record.seconds or 1))
+        assert record is winner or record == winner or not note["winner"]
+    assert winner == again or (winner.note or {})["ratio_default"][1] > 1
 
 
 #: C statements of a kernel that does not compute the layer -> the outcome of its trial.
@@ -357,17 +173,11 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
     def plant(outcomes: list[str]) -> None:
         left = list(outcomes)
 
-        def build(self: Pools, modules: list[str]) -> list[Any]:
-            futures = []
-            builder = self.builder
-            assert isinstance(builder, LocalBuilder)
-            for module in modules:
-                outcome = left.pop(0) if left else "ok"
-                arguments = (injected, module, str(builder.root), BODIES.get(outcome), outcome)
-                futures.append(builder._workers.submit(*arguments))
-            return [self._wait(future) for future in futures]
+        def submit(self: LocalBuilder, module: str) -> Any:
+            outcome = left.pop(0) if left else "ok"
+            return self._workers.submit(injected, module, str(self.root), BODIES.get(outcome), outcome)
 
-        monkeypatch.setattr(Pools, "build", build)
+        monkeypatch.setattr(LocalBuilder, "submit", submit)
 
     yield plant  # type: ignore[misc]
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -393,14 +203,6 @@ def test_failures_are_outcomes_and_the_run_goes_on(
     assert tuner.tune(SPEC, trials=len(planned)) == winner  # failures are not tried again either
 
 
-def test_where_no_candidate_is_right_there_is_no_winner(
-    tuner: Tuner, store: RecordStore, inject: Callable[[list[str]], None]
-) -> None:
-    inject(["wrong"] * 3)
-    assert tuner.tune(SPEC, trials=3) is None
-    assert [record.outcome for record in store.trials()] == ["wrong"] * 3
-
-
 def test_a_candidate_that_cannot_be_scheduled_is_an_outcome(
     tuner: Tuner, store: RecordStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,72 +221,6 @@ def test_a_candidate_that_cannot_be_scheduled_is_an_outcome(
     assert sorted(record.outcome for record in searched(store)) == ["build_error", "ok", "ok"]
     (failed,) = [record for record in searched(store) if record.outcome == "build_error"]
     assert "no such block" in failed.error
-
-
-def test_a_finalist_that_fails_in_the_comparison_does_not_end_it(
-    tuner: Tuner, store: RecordStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each runs by itself then, and the one that fails again is out."""
-    run, alone = Pools.run, list[str]()
-
-    def duel(self: Pools, paths: list[str], *_: Any) -> Any:
-        monkeypatch.setattr(Pools, "run", once_more)
-        raise MeasureError("re-measuring: crash: the worker process died")
-
-    def once_more(self: Pools, path: str, *arguments: Any, **options: Any) -> Result:
-        alone.append(path)
-        return Result("crash", error="again") if len(alone) == 1 else run(self, path, *arguments, **options)
-
-    monkeypatch.setattr(Pools, "duel", duel)
-    winner = tuner.tune(SPEC, trials=3)
-    finals = [record for record in store.trials() if is_final(record)]
-    assert [record.outcome for record in finals] == ["crash", *["ok"] * (len(alone) - 1)]
-    assert winner in finals
-    assert winner.outcome == "ok"
-
-
-def test_records_of_another_version_of_a_schedule_are_not_the_answer(tuner: Tuner, store: RecordStore) -> None:
-    default = default_candidate(SPEC, tuner.target)
-    fields: dict[str, Any] = {
-        "spec": SPEC.descriptor,
-        "target": tuner.target.spelling,
-        "hardware": tuner.target.hardware,
-        "threads": 2,
-        "schedule": default.schedule.id,
-        "picks": dict(default.picks),
-        "outcome": "ok",
-        "seconds": 1e-9,
-        "versions": versions(),
-        "note": {"final": True},
-    }
-    store.add(TuningRecord(schedule_version=default.schedule.version + 1, **fields))
-    store.add(TuningRecord(schedule_version=default.schedule.version, **fields | {"threads": 3}))
-    store.add(TuningRecord(schedule_version=default.schedule.version, **fields | {"hardware": "another"}))
-    store.add(TuningRecord(schedule_version=default.schedule.version, **fields | {"versions": {"convgen": "0"}}))
-    winner = tuner.tune(SPEC, trials=1)
-    assert winner is not None
-    assert winner.seconds != 1e-9
-    assert winner.schedule_version == default.schedule.version
-
-
-def test_a_layer_with_one_candidate_is_done_after_it(
-    tuner: Tuner, store: RecordStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without any budget."""
-    reference = parse_candidate(SPEC, tuner.target, "reference").schedule
-    for module in (race_module, build_module):
-        monkeypatch.setattr(module, "schedules", lambda: {"reference": reference})
-    winner = tuner.tune(SPEC)
-    assert winner is not None
-    assert winner.schedule == "reference"
-    assert [record.schedule for record in searched(store)] == ["reference"]
-
-
-def test_without_a_gain_the_search_ends(tuner: Tuner, store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_module, "PATIENCE", 4)
-    monkeypatch.setattr(Pools, "run", lambda self, *_, **__: ok(1.0))
-    tuner.tune(SPEC)
-    assert len(searched(store)) == 1 + 4
 
 
 def test_no_time_no_trials(store: RecordStore) -> None:
@@ -512,11 +248,240 @@ def test_an_impossible_budget_is_refused(budget: dict[str, Any], message: str, s
 
 def test_without_a_store_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVGEN_RECORDS", str(tmp_path / "records.sqlite"))
-    monkeypatch.setattr(Pools, "run", lambda self, *_, **__: ok(1.0))
     winner = tune("conv1d n1 ic1 oc1 i9 k3", threads=1, trials=1, records=False)
     assert winner is not None
     assert is_final(winner)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- with workers that answer as told ------------------------------------------------------------
+
+LAYER = ConvSpec.parse("conv1d n1 ic4 oc4 i20 k3")
+
+
+def fakes(
+    monkeypatch: pytest.MonkeyPatch, store: RecordStore | None, speed: Speed, *schedules: FakeSchedule, **options: Any
+) -> tuple[Tuner, FakeRunner]:
+    fake_tuning(monkeypatch, *schedules)
+    pools = fake_pools(speed, **options)
+    assert isinstance(pools.runner, FakeRunner)
+    return Tuner(resolve(), 1, store, pools=pools), pools.runner
+
+
+def test_a_budget_means_total_trials_and_none_is_repeated(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for total in (3, 5, 5, 9):
+        tuner, runner = fakes(monkeypatch, store, lambda *what: 1e-3 + 1e-5 * what[2])
+        assert tuner.tune(LAYER, trials=total, seed=total) is not None  # a seed of its own each time
+        assert len(searched(store)) == len({record.trial_key for record in searched(store)}) == total
+    assert len(runner.trials) == 4
+
+
+def test_without_a_gain_the_search_ends_and_stays_ended(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, _ = fakes(monkeypatch, store, lambda *_: 1e-3, FakeSchedule(size=90))
+    tuner.tune(LAYER, patience=4)
+    assert len(searched(store)) == 1 + 4
+    again, runner = fakes(monkeypatch, store, lambda *_: 1e-3, FakeSchedule(size=90))
+    again.tune(LAYER, patience=4)
+    assert runner.trials == runner.duels == []
+
+
+def test_a_layer_with_one_candidate_is_done_after_it(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, runner = fakes(monkeypatch, store, lambda *_: 1e-3, FakeSchedule(size=1))
+    winner = tuner.tune(LAYER)
+    assert winner is not None
+    assert len(runner.trials) == 1
+
+
+def test_where_no_candidate_is_right_there_is_no_winner(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, _ = fakes(monkeypatch, store, lambda *_: "wrong", FakeSchedule(size=3))
+    assert tuner.tune(LAYER) is None
+    assert [record.outcome for record in store.trials()] == ["wrong"] * 3
+
+
+@pytest.mark.parametrize(("final", "wins"), [(0.5e-3, True), (1.0e-3, False), (2.0e-3, False)])
+def test_a_candidate_wins_only_where_it_beats_the_default_side_by_side(
+    final: float, wins: bool, store: RecordStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the search has found: there ``x = 3`` is twice as fast."""
+    tuner, runner = fakes(monkeypatch, store, lambda *what: 0.5e-3 if what[2] == 3 else 1e-3, FakeSchedule(size=5))
+    runner.duel_speed = lambda *what: final if what[2] == 3 else 1e-3
+    winner = tuner.tune(LAYER)
+    assert winner is not None
+    assert winner.picks["x"] == (3 if wins else 0)
+    note = winner.note or {}
+    assert (note["winner"], note["default_seconds"]) == (True, 1e-3)
+    assert note["ratio_default"] == ([2.0] * 3 if wins else [1.0] * 3)
+    assert sum((record.note or {}).get("winner", False) for record in store.trials()) == 1
+    assert store.trials()[-1].note is not None
+
+
+def test_a_default_that_fails_is_no_rival(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, runner = fakes(monkeypatch, store, lambda *what: 1e-3 if what[2] else "crash", FakeSchedule(size=3))
+    winner = tuner.tune(LAYER)
+    assert winner is not None
+    assert winner.picks["x"] != 0
+    assert (winner.note or {})["default_seconds"] is None
+    assert all(x != 0 for _, _, x in runner.duels[0])
+    assert {candidate.picks["x"] for candidate in tuner.rejected} == {0}
+
+
+def test_a_comparison_that_fails_lets_each_run_by_itself(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, runner = fakes(monkeypatch, store, lambda *what: 1e-3 - 1e-5 * what[2], FakeSchedule(size=3))
+    monkeypatch.setattr(runner, "duel", lambda *_: done(Result("crash", error="the worker process died")))
+    failing = iter([0, 0, 0, 1, 0, 0])  # after the search the first of three
+    speed = runner.speed
+    runner.speed = lambda *what: "crash" if next(failing) else speed(*what)
+    winner = tuner.tune(LAYER)
+    finals = [record for record in store.trials() if is_final(record)]
+    assert sorted(record.outcome for record in finals) == ["crash", "ok", "ok"]
+    assert winner in finals
+    assert winner.outcome == "ok"
+
+
+def test_nothing_new_is_not_compared_again(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, runner = fakes(monkeypatch, store, lambda *what: 1e-3 + 1e-5 * what[2], FakeSchedule(size=30))
+    winner = tuner.tune(LAYER, trials=6)
+    assert len(runner.duels) == 1
+    assert tuner.tune(LAYER, trials=6) == winner
+    assert len(runner.duels) == 1
+    runner.speed = lambda *what: 1e-4  # from now on all are faster
+    runner.duel_speed = lambda *what: 1e-4 if what[2] else 1e-3
+    assert tuner.tune(LAYER, trials=8) != winner
+    assert len(runner.duels) == 2
+
+
+def test_records_of_other_versions_or_machines_are_not_the_answer(
+    store: RecordStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuner, _ = fakes(monkeypatch, store, lambda *_: 1e-3)
+    fields: dict[str, Any] = {
+        "spec": LAYER.descriptor,
+        "target": tuner.target.spelling,
+        "hardware": tuner.target.hardware,
+        "threads": 1,
+        "schedule": "fake",
+        "schedule_version": 1,
+        "picks": {"x": 0},
+        "outcome": "ok",
+        "seconds": 1e-9,
+        "versions": versions(),
+        "note": {"final": True, "winner": True},
+    }
+    changes = ({"schedule_version": 2}, {"threads": 3}, {"hardware": "another"}, {"versions": {"convgen": "0"}})
+    for change in changes:
+        store.add(TuningRecord(**fields | change))
+    winner = tuner.tune(LAYER, trials=1)
+    assert winner is not None
+    assert winner.seconds == 1e-3
+    store.add(TuningRecord(**fields))  # and one that travelled without its search is
+    again = tuner.tune(LAYER, trials=1)
+    assert again is not None
+    assert again.seconds == 1e-9
+
+
+def test_costs_add_up_to_the_time_spent(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    tuner, _ = fakes(monkeypatch, Journal(store, "job", now=clock), lambda *_: 1e-3, clock=clock)  # type: ignore[arg-type]
+    start = clock.now
+    tuner.tune(LAYER, trials=7)
+    notes = [record.note or {} for record in store.trials()]
+    assert {note["job"] for note in notes} == {"job"}
+    assert sum(note["cost"] for note in notes) == pytest.approx(clock.now - start)
+    before = clock.now
+    tuner.tune(LAYER, seconds=10.0)
+    assert 10.0 <= clock.now - before <= 10.0 + 1.5 + 4 * 1.0 + 0.5  # a trial, a round's compiling, the comparison
+
+
+class Busy(FakeRunner):
+    """Measures in threads; knows how many run."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.running, self.most = 0, 0
+        self.lock = threading.Lock()
+        self.threads = ThreadPoolExecutor(self.devices)
+
+    def submit(self, *arguments: Any, **options: Any) -> Any:
+        with self.lock:
+            self.running += 1
+
+        def measure() -> Any:
+            with self.lock:
+                self.most = max(self.most, self.running)
+            time.sleep(0.01)
+            answer = FakeRunner.submit(self, *arguments, **options).result()
+            with self.lock:
+                self.running -= 1
+            return answer
+
+        return self.threads.submit(measure)
+
+    def close(self) -> None:
+        self.threads.shutdown()
+
+
+@pytest.mark.parametrize(("isolated", "devices"), [(False, 1), (True, 1), (True, 3)])
+def test_other_machines_are_kept_busy_and_this_one_is_left_in_peace(
+    isolated: bool, devices: int, store: RecordStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_tuning(monkeypatch, FakeSchedule(size=60))
+    clock = Clock()
+    runner = Busy(clock, lambda *what: 1e-3 + 1e-5 * what[2], 0.0, isolated=isolated, devices=devices)
+    meanwhile: list[bool] = []
+
+    class Watching(FakeBuilder):
+        def submit(self, module: str) -> Any:
+            meanwhile.append(runner.running > 0)
+            return super().submit(module)
+
+    pools = Pools(Watching(clock, 0.0), runner)
+    try:
+        with Tuner(resolve(), 1, store, pools=pools) as tuner:
+            tuner.tune(LAYER, trials=24)
+    finally:
+        pools.close()
+    assert len(searched(store)) == len({record.trial_key for record in searched(store)}) == 24
+    assert any(meanwhile) == isolated
+    assert runner.most == 1 if not isolated else runner.most >= devices
+
+
+# ---- beside other jobs --------------------------------------------------------------------------
+
+
+def test_what_another_job_is_measuring_is_left_to_it(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, runner = fakes(monkeypatch, store, lambda *what: 1e-3 + 1e-5 * what[2], FakeSchedule(size=6))
+    search = tuner.search(LAYER)
+    with Claims(claims_path(store.path)) as other:
+        taken = [c for c in search.race.ask(6) if c.picks["x"] in (2, 4)]
+        for candidate in taken:
+            assert other.take(search._key(candidate))
+        search = tuner.search(LAYER)
+        round_ = search.prepare(6)
+        round_.measure(lambda: False)
+        assert {x for _, _, x in runner.trials} == {0, 1, 3, 5}
+        assert (search.blocked, search.over) == (True, "")
+        assert not search.prepare(6).building
+    round_ = search.prepare(6)  # the other one has ended without a result
+    round_.measure(lambda: False)
+    assert {x for _, _, x in runner.trials} == set(range(6))
+    assert not search.prepare(1).building
+    assert search.over == "exhausted"
+    search.close()
+
+
+def test_what_another_job_has_measured_is_learnt(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, runner = fakes(monkeypatch, store, lambda *what: 1e-3 + 1e-5 * what[2], FakeSchedule(size=8))
+    with RecordStore(store.path) as same:
+        one, other = tuner.search(LAYER), Tuner(resolve(), 1, same, pools=tuner.pools).search(LAYER)
+        while not (one.over and other.over):
+            for search in (one, other):
+                search.prepare(2).measure(lambda: False)
+        assert len(runner.trials) == len(set(runner.trials)) == 8
+        assert one.state.done == other.state.done == 8
+        assert one.state.best == other.state.best == 1e-3
+        one.final()
+        other.final()
+    assert len(runner.duels) == 1
 
 
 # ---- interrupts -------------------------------------------------------------------------------
@@ -569,7 +534,8 @@ def test_a_process_that_is_ended_leaves_its_records_and_nothing_else(number: sig
         if number is signal.SIGINT:
             assert error.count("Traceback") == 1  # no worker's
             assert error.rstrip().endswith("KeyboardInterrupt")
-            assert [p.name for p in tmp_path.iterdir() if p.name.startswith("convgen-")] == []
+            left = {path.name for path in tmp_path.iterdir()} - {f"convgen-cpus-{os.getuid()}"}  # locks
+            assert left <= {"records.sqlite", "records.sqlite-wal", "records.sqlite-shm", "records.sqlite.claims"}
         give_up = time.monotonic() + 30
         while _alive(process.pid):
             assert time.monotonic() < give_up, "workers outlive the process"

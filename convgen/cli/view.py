@@ -16,10 +16,13 @@ from .common import duration, label, note, rate
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from ..tune import Progress
+    from ..job import JobRun, Layer
+    from ..search import Progress
 
 #: Seconds between two updates: on a terminal, and in a log.
 LIVE_SECONDS, LOG_SECONDS = 0.03, 15.0
+#: Order in which a job's layers are shown.
+STATES = ("comparing", "searching", "done", "failed", "waiting", "skipped")
 
 
 class View:
@@ -154,3 +157,138 @@ def _left(state: Progress) -> str:
     if not times and not state.trials:
         return f"{state.elapsed:.0f} s so far, until nothing more is gained"
     return f"{max(0.0, min(times)):.0f} s left" if times else f"{state.elapsed:.0f} s so far"
+
+
+# ---- jobs -------------------------------------------------------------------------------------
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03``, ``12:34`` or ``56 s``."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def remaining(run: JobRun) -> str:
+    """What is left of a job's budget."""
+    parts = []
+    if run.left is not None:
+        parts.append(f"{clock(run.left)} left")
+    if run.job.trials is not None:
+        parts.append(f"{max(0, run.job.trials - run.trials)} trials left")
+    return ", ".join(parts) or "until nothing more is gained"
+
+
+class JobView:
+    """A tuning job at work: a table of its layers on a terminal, log lines anywhere else.
+
+    Drawn only when something was reported, never from a thread.
+    """
+
+    def __init__(self) -> None:
+        self._live: Any = None
+        self._drawn = 0.0
+        self._said: dict[int, tuple[str, float | None]] = {}
+
+    def __enter__(self) -> JobView:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            console = Console(stderr=True, highlight=False)
+            self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def update(self, run: JobRun, layer: Layer) -> None:
+        """Something has happened to a layer."""
+        now = time.monotonic()
+        if self._live:
+            if now - self._drawn >= LIVE_SECONDS or layer.state != "searching":
+                self._drawn = now
+                self._live.update(self._panel(run, layer), refresh=True)
+            return
+        state = layer.progress
+        said, self._said[id(layer)] = self._said.get(id(layer)), (layer.state, state.best if state else None)
+        if said != self._said[id(layer)] or now - self._drawn >= LOG_SECONDS:
+            self._drawn = now
+            note("  ".join([f"[{clock(run.spent)}]", *self._facts(run, layer)]))
+
+    # ---- drawing ------------------------------------------------------------------------------
+
+    def _facts(self, run: JobRun, layer: Layer) -> list[str]:
+        """A log line's parts."""
+        state = layer.progress
+        facts = [f"{_name(layer)}  {layer.problem.threads}T", layer.state]
+        if state and state.done:
+            facts.append(f"{state.done} trial{'s' * (state.done != 1)}")
+        if state and state.best:
+            facts.append(f"best {duration(state.best)}  {rate(state.spec.flops, state.best)} GFLOP/s")
+            facts += [f"{_times(state.default, state.best)} the default"] if state.default else []
+            facts += [f"{_times(state.onnxruntime, state.best)} ONNX Runtime"] if state.onnxruntime else []
+        if state and state.failures:
+            facts.append("failed: " + _failures(state))
+        return [*facts, layer.reason or remaining(run)]
+
+    def _panel(self, run: JobRun, current: Layer) -> Group:
+        from rich import box
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        counts = {state: sum(layer.state == state for layer in run.layers) for state in STATES}
+        layers = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        lines: list[Any] = [Text(f"{layers}; {run.trials} trials in {clock(run.spent)}, {remaining(run)}")]
+        if run.job.seconds:
+            done = min(1.0, run.spent / run.job.seconds)
+            lines.append(ProgressBar(total=1.0, completed=done, width=48))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+        table.add_column("layer", no_wrap=True, overflow="ellipsis", max_width=48)
+        for name in ("best", "× default", "× ORT", "trials"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name in ("state", "failed"):
+            table.add_column(name, no_wrap=True)
+        height = max(3, self._live.console.size.height - 8)
+        order = sorted(run.layers, key=lambda layer: (layer is not current, STATES.index(layer.state), -layer.share))
+        for layer in order[:height]:
+            state = layer.progress
+            best = state.best if state else None
+            cells = [
+                _name(layer) + (f"  {layer.problem.threads}T" if len(run.job.threads) > 1 else ""),
+                f"best {duration(best)}" if layer is current else duration(best),
+                _times(state.default if state else None, best),
+                _times(state.onnxruntime if state else None, best),
+                str(state.done) if state else "",
+                layer.state,
+                _failures(state) if state else "",
+            ]
+            table.add_row(*map(Text, cells), style="bold" if layer is current else "")
+        lines.append(table)
+        if len(order) > height:
+            lines.append(Text(f"and {len(order) - height} more"))
+        return Group(*lines)
+
+
+def _name(layer: Layer) -> str:
+    """A layer's name and how often it occurs, else its descriptor."""
+    problem = layer.problem
+    entry = SpecEntry(problem.spec, problem.count, problem.names)
+    return label(entry) if problem.names else f"{problem.spec} {label(entry)}".strip()
+
+
+def _times(other: float | None, best: float | None) -> str:
+    return f"{other / best:.2f}×" if other and best else "–"
+
+
+def _failures(state: Progress) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in state.failures.most_common())

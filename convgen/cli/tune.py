@@ -1,0 +1,348 @@
+"""``convgen tune``: tuning jobs, from the command line or a job file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..job import Job, JobRun, Layer, split_sources
+from ..sources import SpecEntry
+from .common import (
+    FAILED,
+    INTERRUPTED,
+    check_names,
+    chosen_records,
+    complete_spec,
+    dim_option,
+    duration,
+    emit,
+    json_option,
+    label,
+    note,
+    note_left_out,
+    rate,
+    records_options,
+    table,
+    tidy,
+)
+from .view import JobView, clock, remaining
+
+if TYPE_CHECKING:
+    from ..build import Records
+    from ..target import Target
+    from ..workers import Pools
+
+
+def _check_targets(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    from ..discover import target_families
+
+    if text is None:
+        return None
+    spellings = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for spelling in spellings:
+        if spelling.partition(":")[0] not in target_families():
+            raise click.BadParameter(f"expected some of {', '.join(target_families())}, found {spelling!r}")
+    return spellings
+
+
+def _check_threads(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 1 <= int(part) <= 1024 for part in parts):
+        raise click.BadParameter(f"expected numbers from 1 to 1024, as 1,2, found {text!r}")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+@click.command(short_help="Search for fast kernels; fills the record store.")
+@click.argument("sources", nargs=-1, metavar="[SPEC|FILE|MODEL.onnx]…", shell_complete=complete_spec)
+@click.option(
+    "--job",
+    "job_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="A job file (TOML); other options change what it says.",
+)
+@dim_option
+@click.option("--target", callback=_check_targets, metavar="TARGET[,…]", help="cpu, or cpu:<LLVM processor>.")
+@click.option("--threads", callback=_check_threads, metavar="N[,N]", help="Threads of a kernel.  [default: all cores]")
+@click.option(
+    "--seconds", type=click.FloatRange(min=0), metavar="S", help="Time in all, that of earlier runs included."
+)
+@click.option("--trials", type=click.IntRange(min=0), metavar="N", help="Trials per layer, earlier ones included.")
+@click.option(
+    "--total-trials", type=click.IntRange(min=0), metavar="N", help="Trials in all, those of earlier runs included."
+)
+@click.option(
+    "--patience", type=click.IntRange(min=1), metavar="N", help="Trials without a gain after which a layer is done."
+)
+@click.option("--exclude", metavar="ID,…", help="Schedules that do not take part.")
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Of the search.  [default: 0]")
+@records_options
+@click.option("--tracker", metavar="HOST:PORT", help="Measure on the devices of this RPC tracker.")
+@click.option("--device-key", metavar="KEY", help="Which of its devices.")
+@click.option("--cluster", metavar="ADDRESS", help="Compile on this Dask cluster.")
+@click.option("--status", is_flag=True, help="Say where the job stands, and measure nothing.")
+@json_option
+def tune(
+    sources: tuple[str, ...],
+    job_file: Path | None,
+    dims: dict[str, int],
+    records: Path | None,
+    no_records: bool,
+    status: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Search for fast kernels and keep every trial in the record store.
+
+    All layers of all models share the budget: each round goes to the layer that is expected to save
+    most. Without a budget each is tuned until nothing more is gained. What the store already answers
+    is skipped. Ctrl-C keeps everything measured so far; the same command goes on from there.
+    """
+    job = _job(sources, job_file, dims, options)
+    if records is not None:
+        job = replace(job, records=records)
+    kept = chosen_records(records if job.records is None else job.records, no_records)
+    if status:
+        return _print_status(job, kept, as_json)
+    interrupted = False
+    with _working(job, kept) as (run, view):
+        note_left_out(job.skipped)
+        try:
+            with view:
+                run.run()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            run.close()
+    return _print_results(run, as_json, interrupted)
+
+
+def _job(sources: tuple[str, ...], job_file: Path | None, dims: dict[str, int], options: dict[str, Any]) -> Job:
+    """The job that a command line describes."""
+    if bool(sources) == bool(job_file):
+        raise click.UsageError("expected layers or models to tune, or --job FILE" + ", not both" * bool(sources))
+    if (options["tracker"] is None) != (options["device_key"] is None):
+        raise click.UsageError("--tracker and --device-key belong together")
+    job = Job.from_file(job_file) if job_file else Job(split_sources(sources))
+    if options["exclude"] is not None:
+        from ..discover import schedule_ids
+
+        options["exclude"] = tuple(check_names("--exclude", options["exclude"], schedule_ids()))
+    options["targets"] = options.pop("target")
+    options["trials_per_layer"], options["trials"] = options.pop("trials"), options.pop("total_trials")
+    job = replace(job, **{name: value for name, value in options.items() if value is not None})
+    return replace(job, dims={**job.dims, **dims})
+
+
+@contextmanager
+def _working(job: Job, records: Records) -> Iterator[tuple[JobRun, JobView]]:
+    """A job ready to run, with its workers."""
+    job.problems(lambda spelling: _facts(spelling))  # what is wrong shows before anything starts
+    from ..build import check_native, open_store
+
+    resolve: Callable[[str], Target] | None = None
+    with open_store(records) as store:
+        if job.tracker is None:
+            for problem in job.problems():
+                check_native(problem.target)
+        pools, resolve = _pools(job)
+        try:
+            view = JobView()
+            yield JobRun(job, store, pools, report=view.update, resolve=resolve), view
+        finally:
+            pools.close()
+
+
+def _facts(spelling: str) -> Target:
+    from ..target import resolve
+
+    return resolve(spelling)
+
+
+def _pools(job: Job) -> tuple[Pools, Callable[[str], Target] | None]:
+    """Who compiles and measures, and what a target's spelling means there."""
+    from ..target import resolve
+    from ..workers import Builder, LocalBuilder, LocalRunner, Pools, Runner
+
+    runner: Runner
+    builder: Builder
+    facts: Callable[[str], Target] | None = None
+    if job.tracker is not None and job.device_key is not None:
+        from ..fleet import RemoteRunner
+
+        runner = remote = RemoteRunner(job.tracker, job.device_key)
+
+        def facts(spelling: str) -> Target:
+            return resolve(spelling, machine=remote.machine())
+    else:
+        runner = LocalRunner()
+    try:
+        if job.cluster is not None:
+            from ..cluster import DaskBuilder
+
+            builder = DaskBuilder(job.cluster)
+        else:
+            builder = LocalBuilder(resolve().cores)
+    except BaseException:
+        runner.close()
+        raise
+    return Pools(builder, runner), facts
+
+
+# ---- results ----------------------------------------------------------------------------------
+
+
+def _entry(layer: Layer) -> SpecEntry:
+    return SpecEntry(layer.problem.spec, layer.problem.count, layer.problem.names)
+
+
+def _result(layer: Layer) -> dict[str, Any]:
+    """A layer as JSON values."""
+    problem, search, state = layer.problem, layer.search, layer.progress
+    winner = search.winner if search else None
+    said = (winner.note or {}) if winner else {}
+    result = {
+        "names": list(problem.names),
+        "models": list(problem.models),
+        "count": problem.count,
+        "spec": problem.spec.descriptor,
+        "target": problem.target.spelling,
+        "threads": problem.threads,
+        "state": layer.state,
+        "reason": layer.reason,
+        "trials": search.made if search else 0,
+        "known_trials": state.done - search.made if state and search else 0,
+        "failures": dict(state.failures) if state else {},
+        "tuning_seconds": state.elapsed if state else 0.0,
+        "default_seconds": said.get("default_seconds", state.default if state else None),
+        "onnxruntime_seconds": said.get("onnxruntime_seconds"),
+        "ratio_default": said.get("ratio_default"),
+        "ratio_onnxruntime": said.get("ratio_onnxruntime"),
+        "best": layer.best.to_dict() if layer.best else None,
+    }
+    if layer.state == "failed":
+        result["error"] = layer.reason
+    return result
+
+
+def _document(run: JobRun, results: list[dict[str, Any]]) -> dict[str, Any]:
+    layers = run.layers
+    targets = list(dict.fromkeys(layer.problem.target.spelling for layer in layers))
+    threads = list(dict.fromkeys(layer.problem.threads for layer in layers))
+    return {
+        "job": run.job.id,
+        "target": targets[0] if len(targets) == 1 else targets,
+        "threads": threads[0] if len(threads) == 1 else threads,
+        "records": str(run.store.path) if run.store is not None else None,
+        "seconds": run.job.seconds,
+        "trials": run.job.trials,
+        "spent_seconds": run.spent,
+        "spent_trials": run.trials,
+        "skipped": list(run.job.skipped),
+        "layers": results,
+    }
+
+
+def _print_results(run: JobRun, as_json: bool, interrupted: bool) -> int:
+    results = [_result(layer) for layer in run.layers]
+    failed = [result for result in results if "error" in result]
+    reached = [result for result in results if result["state"] != "waiting"]
+    if as_json:
+        emit(_document(run, results) | {"interrupted": interrupted})
+    elif len(results) > 1:
+        click.echo(summary(run.layers))
+    elif reached and not failed:
+        click.echo(line(run.layers[0]))
+    if interrupted:
+        where = f"kept in {tidy(run.store.path)}" if run.store is not None else "not kept, without a record store"
+        trials = f"{run.measured} trial{'s' * (run.measured != 1)} measured, {where}"
+        note(f"convgen: interrupted: {trials}; the same command goes on from there")
+        return INTERRUPTED
+    for result in failed:
+        note(f"convgen: {result['spec']}: {result['error']}")
+    if len(reached) < len(results):
+        rest = len(results) - len(reached)
+        note(f"convgen: {rest} of {len(results)} layers not reached within the budget; a larger one goes on from here")
+    return FAILED if failed or not reached else 0
+
+
+def _print_status(job: Job, records: Records, as_json: bool) -> int:
+    """Where a job stands, from the store alone."""
+    from ..errors import UnsupportedError
+    from ..records import RecordStore, default_path
+
+    if job.tracker is not None:
+        raise UnsupportedError("--status: expected a job on this machine, found one for devices; see: convgen report")
+    path = default_path() if records in (None, True) else records
+    store = RecordStore(path, readonly=True) if isinstance(path, Path) and path.exists() else None
+    try:
+        run = JobRun(job, store)
+        run.close()
+    finally:
+        if store is not None:
+            store.close()
+    results = [_result(layer) for layer in run.layers]
+    if as_json:
+        emit(_document(run, results))
+        return 0
+    if results:
+        click.echo(summary(run.layers))
+    trials = f"{run.trials} trial{'s' * (run.trials != 1)}" + (f" of {job.trials}" if job.trials is not None else "")
+    budget = f" of {clock(job.seconds)}" if job.seconds is not None else ""
+    note(f"job {job.id}: {trials} in {clock(run.spent)}{budget}, {remaining(run)}")
+    return 0
+
+
+def _cells(layer: Layer) -> list[str]:
+    """Time, rate, gain over the default and ONNX Runtime, trials, state, candidate."""
+    result, best, flops = _result(layer), layer.best, layer.problem.spec.flops
+    trials = str(result["trials"] + result["known_trials"])
+    failures = sum(result["failures"].values())
+    if best is None or best.seconds is None:
+        return ["–", "–", "–", "–", trials, str(failures), layer.state, layer.reason]
+    picks = " ".join(f"{name}={value}" for name, value in best.picks.items())
+    default, peer = result["default_seconds"], result["onnxruntime_seconds"]
+    return [
+        duration(best.seconds),
+        rate(flops, best.seconds),
+        f"{default / best.seconds:.2f}" if default else "–",
+        f"{peer / best.seconds:.2f}" if peer else "–",
+        trials,
+        str(failures),
+        layer.state,
+        f"{best.schedule}({picks})",
+    ]
+
+
+def line(layer: Layer) -> str:
+    """How a layer ended."""
+    time, gflops, gain, peer, trials, failures, _, candidate = _cells(layer)
+    if layer.best is None:
+        return f"no kernel: {candidate}"
+    spent = layer.progress.elapsed if layer.progress else 0.0
+    said = f"{trials} trials" + (f", {failures} failed," if failures != "0" else "") + f" in {spent:.0f} s"
+    against = f"{gain}× the default" + (f"  {peer}× ONNX Runtime" if peer != "–" else "")
+    return f"{time}  {gflops} GFLOP/s  {against}  {candidate}  {said}"
+
+
+def summary(layers: list[Layer]) -> str:
+    """A table of all layers."""
+    several = len({(layer.problem.target.spelling, layer.problem.threads) for layer in layers}) > 1
+    rows = []
+    for layer in layers:
+        where = f"{layer.problem.target.spelling} {layer.problem.threads}T" if several else ""
+        rows.append([label(_entry(layer)), layer.problem.spec, where, *_cells(layer)])
+    return table(
+        [
+            *("layer", "spec", "for", "time>", "GFLOP/s>", "× default>", "× ONNX Runtime>", "trials>", "failed>"),
+            *("state", "candidate"),
+        ],
+        rows,
+    )
