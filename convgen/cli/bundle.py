@@ -1,0 +1,212 @@
+"""``convgen fleet pack``, ``run`` and ``import``: measuring where there is no compiler and no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import MeasureError
+from ..sources import SpecEntry
+from .common import (
+    check_target,
+    emit,
+    json_option,
+    layers_argument,
+    note,
+    read_layers,
+    records_options,
+    size,
+    tidy,
+)
+
+if TYPE_CHECKING:
+    from ..machine import Machine
+
+
+def _parse_threads(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...]:
+    counts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    for count in counts:
+        if not count.isdecimal() or not 1 <= int(count) <= 1024:
+            raise click.BadParameter(f"expected numbers from 1 to 1024 such as 1,2, found {count!r}")
+    return tuple(dict.fromkeys(map(int, counts)))
+
+
+@click.command(short_help="Compile candidates into a bundle for a machine without compiler or network.")
+@layers_argument
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    callback=lambda context, parameter, given: [check_target(context, parameter, text) for text in given or ("cpu",)],
+    help="cpu:<LLVM processor>, such as cpu:znver4 or cpu:aarch64-cortex-a72; may be repeated.  [default: cpu]",
+)
+@click.option(
+    "--threads", callback=_parse_threads, metavar="N,…", help="Threads of the kernels.  [default: all cores there]"
+)
+@click.option(
+    "--candidates",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="Per layer, target and thread count: the default and the most promising.",
+)
+@click.option(
+    "--facts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="What `run.py --facts` printed on the machine that will measure, or earlier results of it.",
+)
+@click.option("--exclude", multiple=True, metavar="ID", help="Leave out a schedule; may be repeated.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the choice of candidates.")
+@records_options
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("bundle.tar.gz"),
+    show_default=True,
+    metavar="FILE",
+    help="The bundle: .tar.gz or .zip.",
+)
+@json_option
+def pack(
+    spec: tuple[str, ...],
+    dims: dict[str, int],
+    targets: list[str],
+    threads: tuple[int, ...],
+    candidates: int,
+    facts: Path | None,
+    exclude: tuple[str, ...],
+    seed: int,
+    records: Path | None,
+    no_records: bool,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Compile candidates, and write them with inputs and expected outputs into one file.
+
+    Carry it to the machine, unpack it and run `python3 run.py` there: that takes Python 3.8 and nothing
+    else. `convgen fleet import` takes the results back.
+
+    With --facts the candidates are chosen for that machine's caches and cores, and what the record
+    store has of it already is not measured again.
+    """
+    entries = _read(spec, dims)
+    machine = _machine(facts)
+
+    from ..build import open_store
+    from ..bundle import pack as write
+    from ..target import resolve
+    from .common import chosen_records
+
+    if machine is not None and not machine.llvm and "cpu" in targets:
+        raise click.UsageError("--target: expected cpu:<LLVM processor> with --facts, found cpu: they do not name it")
+    resolved = [resolve(target) for target in dict.fromkeys(targets)]
+    counts = threads or (machine.cores if machine else resolved[0].cores,)
+    with open_store(chosen_records(records, no_records), write=False) as store:
+        packed = write(
+            [entry.spec for entry in entries],
+            resolved,
+            counts,
+            out,
+            candidates=candidates,
+            machine=machine,
+            store=store,
+            exclude=exclude,
+            seed=seed,
+            progress=note,
+        )
+    facts_of = {"layers": packed.layers, "trials": packed.trials, "known": packed.known, "failed": packed.failed}
+    if as_json:
+        emit({"bundle": str(out), "bytes": packed.bytes, **facts_of, "errors": packed.errors})
+        return
+    for error in packed.errors[:5]:
+        note(f"convgen: did not compile: {error.splitlines()[0] if error else ''}")
+    failed = f", {packed.failed} of which did not compile" if packed.failed else ""
+    known = f"; {packed.known} more, known already, take part in the comparisons" if packed.known else ""
+    click.echo(f"{packed.trials} trials of {packed.layers} layers{failed}{known}: {tidy(out)}, {size(packed.bytes)}")
+
+
+def _read(words: tuple[str, ...], dims: dict[str, int]) -> list[SpecEntry]:
+    """Layers of several files, or of one spec in several words."""
+    from ..sources import merge
+
+    if all(Path(word).is_file() for word in words):
+        return merge(entry for word in words for entry in read_layers([word], dims))
+    return read_layers(words, dims)
+
+
+def _machine(facts: Path | None) -> Machine | None:
+    from ..bundle import read_facts
+
+    try:
+        return read_facts(facts) if facts is not None else None
+    except MeasureError as error:
+        raise click.UsageError(f"--facts: {error}") from error
+
+
+@click.command(short_help="Measure a bundle on this machine.")
+@click.argument("bundle", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Where results go.  [default: the bundle's name with .results.jsonl, here]",
+)
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Per candidate.  [60]")
+@click.option(
+    "--memory", type=click.IntRange(min=0), metavar="MIB", help="Per candidate; 0: any.  [by the layer's size]"
+)
+@click.pass_context
+def run(context: click.Context, bundle: Path, out: Path | None, timeout: float | None, memory: int | None) -> None:
+    """Measure a bundle, packed or unpacked; the same command goes on where it stopped.
+
+    What it does is what `python3 run.py` does in the unpacked bundle. A bundle holds compiled code:
+    run only those that you would run a program from.
+    """
+    from ..bundle import bundle_name, unpacked
+    from ..runtime import measure_bundle
+
+    results = (out or Path(f"{bundle_name(bundle)}.results.jsonl")).absolute()
+    options = ["--out", str(results)]
+    options += ["--timeout", str(timeout)] if timeout is not None else []
+    options += ["--memory", str(memory)] if memory is not None else []
+    with unpacked(bundle) as folder:
+        context.exit(measure_bundle.main([str(folder), *options]))
+
+
+@click.command("import", short_help="Take in the results of a bundle, all or none.")
+@click.argument("results", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--bundle",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="FILE",
+    help="Check that they are of this bundle: its trials, its libraries.",
+)
+@click.option(
+    "--records",
+    "store_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Record store.  [default: $CONVGEN_RECORDS, or one in the user's cache]",
+)
+@json_option
+def import_(results: Path, bundle: Path | None, store_path: Path | None, as_json: bool) -> None:
+    """Make records of what a bundle's runner wrote, the same as measuring here would have made.
+
+    Each line is checked; where one is wrong, nothing is taken. Twice the same adds nothing.
+    """
+    from ..bundle import import_results
+    from ..records import RecordStore
+
+    with RecordStore(store_path) as store:
+        count, added = import_results(results, store, bundle)
+        total, path = len(store), store.path
+    if as_json:
+        emit({"results": count, "added": added, "records": total})
+    else:
+        click.echo(f"{count} results, {added} of them new; {total} records in {tidy(path)}")

@@ -1,0 +1,602 @@
+"""Bundles: packed here, measured by a bare interpreter, taken back; and compiling for another architecture."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import planted
+import pytest
+
+from convgen import link, measure
+from convgen.build import default_candidate, versions
+from convgen.bundle import (
+    import_results,
+    machine_from_facts,
+    pack,
+    read_facts,
+    read_results,
+    target_on,
+    trial_id,
+    unpacked,
+)
+from convgen.cli import main
+from convgen.errors import BuildError, ExportError, MeasureError, RecordError, UnsupportedError
+from convgen.export import write_library
+from convgen.interface import Interface, TensorInfo
+from convgen.lower import compile_object, lower
+from convgen.machine import _parse_cpuinfo, machine
+from convgen.records import RecordStore, TuningRecord
+from convgen.runtime import measure_bundle
+from convgen.spec import ConvSpec
+from convgen.target import resolve
+from convgen.tune import tune
+from convgen.validate import error_factor
+
+SPEC = planted.SPEC
+#: An interpreter that finds nothing but the standard library, in an environment without variables.
+BARE = (sys.executable, "-I", "-S")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundle") / "layer.tar.gz"
+    packed = pack([SPEC], [resolve()], [1], out, candidates=3)
+    assert (packed.layers, packed.trials, packed.failed, packed.bytes) == (1, 3, 0, out.stat().st_size)
+    return out
+
+
+@pytest.fixture
+def folder(archive: Path, tmp_path: Path) -> Path:
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    return tmp_path / "layer"
+
+
+@pytest.fixture(scope="module")
+def results(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a bare interpreter wrote."""
+    folder = tmp_path_factory.mktemp("device")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    run(folder / "layer", "-o", folder / "results.jsonl")
+    return folder / "results.jsonl"
+
+
+def run(folder: Path, *arguments: object, status: int = 0) -> str:
+    command = [*BARE, str(folder / "run.py"), *map(str, arguments)]
+    done = subprocess.run(command, env={}, cwd="/", capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status, done.stderr
+    return done.stdout + done.stderr
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path: Path, values: list[dict[str, Any]]) -> None:
+    """Results as a forger would write them: with digests that are right."""
+    run_digest = ""
+    text = ""
+    for i, line in enumerate(values):
+        line = {**line, "run": run_digest} if i else dict(line)
+        line["digest"] = measure_bundle.digest(line)
+        run_digest = run_digest or line["digest"]
+        text += json.dumps(line) + "\n"
+    path.write_text(text)
+
+
+# ---- there and back ------------------------------------------------------------------------------
+
+
+def test_the_interpreter_is_bare() -> None:
+    done = subprocess.run([*BARE, "-c", "import numpy"], env={}, capture_output=True, text=True, check=False)
+    assert "No module named 'numpy'" in done.stderr
+
+
+def test_records_are_those_of_measuring_live(results: Path, archive: Path, tmp_path: Path) -> None:
+    with RecordStore(tmp_path / "imported.sqlite") as store, RecordStore(tmp_path / "live.sqlite") as live:
+        count, added = import_results(results, store, archive)
+        assert count == added == len(store)
+        tune(SPEC, threads=1, trials=1, records=live)
+        imported = {r.trial_key: r for r in store.trials() if not (r.note or {}).get("final")}
+        measured = {r.trial_key: r for r in live.trials() if not (r.note or {}).get("final")}
+        finals = [r.note or {} for r in store.trials() if (r.note or {}).get("final")]
+        live_final = next(r.note or {} for r in live.trials() if (r.note or {}).get("final"))
+        assert import_results(results, store, archive) == (count, 0)
+    assert len(imported) == 3
+    # Which candidates a search goes on with depends on times; it begins with the default, as a bundle does.
+    common = imported.keys() & measured.keys()
+    assert common
+    times = {"seconds", "samples", "when", "note", "id"}
+    for key in common:
+        one, other = imported[key].to_dict(), measured[key].to_dict()
+        assert {k: v for k, v in one.items() if k not in times} == {k: v for k, v in other.items() if k not in times}
+        assert imported[key].outcome == "ok"
+    default = default_candidate(SPEC, resolve())
+    assert any(r.schedule == default.schedule.id and r.picks == default.picks for r in imported.values())
+    assert sum(note["winner"] for note in finals) == 1
+    for note in finals:
+        assert note.keys() <= live_final.keys()
+        low, high = note["ratio_default"][1:]
+        assert low <= note["ratio_default"][0] <= high
+
+
+def test_this_machine_is_told_as_it_is_known_here(results: Path, tmp_path: Path) -> None:
+    here = machine_from_facts(measure_bundle.facts())
+    assert here == machine()
+    (tmp_path / "facts.json").write_text(json.dumps(here.to_dict()))
+    assert read_facts(tmp_path / "facts.json") == read_facts(results) == here
+    assert target_on(resolve(), here) == resolve()
+    with pytest.raises(UnsupportedError, match=r"cpu:aarch64-cortex-a72: expected a machine that has asimd, found"):
+        target_on(resolve("cpu:aarch64-cortex-a72"), replace(here, arch="x86_64"))
+    for damaged in ("[]", "{}", '{"cpuinfo": 3}', "nothing"):
+        (tmp_path / "facts.json").write_text(damaged)
+        with pytest.raises(MeasureError, match=r"facts.json: .*expected"):
+            read_facts(tmp_path / "facts.json")
+
+
+def test_a_machine_of_cores_of_two_kinds() -> None:
+    text = "\n\n".join(
+        f"processor\t: {i}\nBogoMIPS\t: 50\nFeatures\t: fp asimd {extra}\nCPU implementer\t: 0x41\nCPU part\t: {part}"
+        for i, (part, extra) in enumerate([("0xd03", ""), ("0xd03", ""), ("0xd09", "crc32")])
+    )
+    text += "\n\nHardware\t: board\nSerial\t\t: 0123456789"
+    kept = measure_bundle.processors(text)
+    assert _parse_cpuinfo(kept) == _parse_cpuinfo(text)
+    assert kept.count("CPU part") == 2
+    assert "Serial" not in kept
+
+
+def test_the_same_estimator_as_measuring_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both on one false clock, with disturbances at the same moments."""
+
+    class Clock:
+        def __init__(self) -> None:
+            self.now, self.calls = 0.0, 0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+        def call(self) -> None:
+            self.calls += 1
+            self.now += 1e-4 * (1 + self.calls % 7)
+
+        def preemptions(self) -> int:
+            return self.calls // 40
+
+    def both(what: Callable[[Any, Clock], Any]) -> None:
+        answers = []
+        for module in (measure, measure_bundle):
+            clock = Clock()
+            monkeypatch.setattr(module, "time", clock)
+            monkeypatch.setattr(module, "preemptions", clock.preemptions)
+            answers.append((what(module, clock), clock.calls))
+        assert answers[0] == answers[1]
+
+    for hopeless in (0.0, 1e-5, 1.0):
+        for seconds in (0.1, 1e-4):
+
+            def times(module: Any, clock: Clock, seconds: float = seconds, hopeless: float = hopeless) -> list[float]:
+                more = {"sample_seconds": measure.SAMPLE_SECONDS} if module is measure_bundle else {}
+                return list(module.time_calls(clock.call, seconds=seconds, hopeless=hopeless, **more))
+
+            both(times)
+    both(lambda module, clock: module.alternate([clock.call, clock.call], rounds=7, seconds=5e-3))
+
+
+def test_the_runner_is_for_python_3_8_and_its_library() -> None:
+    text = resources.files("convgen").joinpath("runtime", "measure_bundle.py").read_text(encoding="utf-8")
+    tree = ast.parse(text, feature_version=(3, 8))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported <= sys.stdlib_module_names
+    newer = {"removeprefix", "removesuffix", "UTC", "pairwise", "strict", "file_digest"}
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not newer & (names | {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)})
+
+
+# ---- what goes wrong there -----------------------------------------------------------------------
+
+
+def kernel(folder: Path, workspace: int = 0, **statements: str) -> Path:
+    """A library with the kernel in C, with a bug or without."""
+    folder.mkdir()
+    plain = planted.interface()
+    interface = Interface("planted", SPEC, plain.packed, workspace, 64, ())
+    text = planted.SOURCE.format(**{"store": "t.dst[at] = v", "before": "", **statements})
+    return link.link(interface, planted.compile_c(text, folder / "kernel.o"), folder / "libplanted.so")
+
+
+def plant(folder: Path, libraries: dict[str, Path]) -> dict[str, str]:
+    """Replace a bundle's trials by one per library; returns the keys by name."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    pattern = manifest["trials"][0]
+    trials, keys = [], {}
+    for name, path in libraries.items():
+        shutil.copy(path, folder / "lib" / f"{name}.so")
+        trial = {**pattern, "schedule": name, "default": name == "right", "name": "planted", "exact": True}
+        trial |= {"library": f"lib/{name}.so", "library_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        trial["key"] = keys[name] = trial_id(trial)
+        manifest["files"][trial["library"]] = trial["library_sha256"]
+        trials.append(trial)
+    manifest["trials"] = trials
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return keys
+
+
+def test_what_fails_costs_one_trial(folder: Path, tmp_path: Path) -> None:
+    keys = plant(
+        folder,
+        {
+            "right": kernel(tmp_path / "right"),
+            "wrong": kernel(tmp_path / "wrong", store="t.dst[at] = at == 37 ? v + 1 : v"),
+            "crash": kernel(tmp_path / "crash", before="*(volatile int *)8 = 1"),
+            "hang": kernel(tmp_path / "hang", before="for (volatile int i = 1; i;);"),
+            "memory": kernel(tmp_path / "memory", workspace=1 << 44),
+            "unwritten": kernel(tmp_path / "unwritten", store="if (at != 3) t.dst[at] = v"),
+            "exits": kernel(tmp_path / "exits", before="exit(0)"),
+            "also-right": kernel(tmp_path / "also-right"),
+        },
+    )
+    said = run(folder, "--timeout", 5)
+    found = {line["schedule"]: line for line in lines(folder / "results.jsonl") if line["kind"] == "trial"}
+    outcomes = {name: line["outcome"] for name, line in found.items()}
+    expected = {"right": "ok", "wrong": "wrong", "crash": "crash", "hang": "timeout", "memory": "memory"}
+    assert outcomes == {**expected, "unwritten": "wrong", "exits": "crash", "also-right": "ok"}
+    assert "8 results" in said
+    assert found["wrong"]["error"].startswith("1 of 350 elements; at (0, 1, 0, 2) expected ")
+    assert "nan" in found["unwritten"]["error"]
+    assert "SIGSEGV" in found["crash"]["error"]
+    (final,) = [line for line in lines(folder / "results.jsonl") if line["kind"] == "final"]
+    assert {trial["key"] for trial in final["trials"]} == {keys["right"], keys["also-right"]}
+    records = read_results(folder / "results.jsonl", folder)
+    assert {r.schedule: r.outcome for r in records if not (r.note or {}).get("final")} == outcomes
+
+
+def test_a_transform_is_held_to_its_bound(folder: Path, tmp_path: Path) -> None:
+    within, beyond = "t.dst[at] = v * (1 + 1e-7f)", "t.dst[at] = v * 1.01f"
+    plant(folder, {"within": kernel(tmp_path / "a", store=within), "beyond": kernel(tmp_path / "b", store=beyond)})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if "bound" not in manifest["layers"][0]["data"]:  # none of the packed candidates needed it
+        data = folder / "data" / "0"
+        measure.Expected(SPEC, tmp_path, 1)
+        import numpy as np
+
+        (data / "bound.bin").write_bytes(np.load(tmp_path / "bound.npy").tobytes())
+        manifest["layers"][0]["data"]["bound"] = "data/0/bound.bin"
+    for trial in manifest["trials"]:
+        trial["exact"] = False
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    run(folder)
+    outcomes = {
+        line["schedule"]: line["outcome"] for line in lines(folder / "results.jsonl") if line["kind"] == "trial"
+    }
+    assert outcomes == {"within": "ok", "beyond": "wrong"}
+
+
+def test_it_goes_on_after_a_kill(folder: Path, tmp_path: Path) -> None:
+    slow = kernel(tmp_path / "slow", before="extern int usleep(unsigned); usleep(50000)")
+    plant(folder, {"one": slow, "two": slow, "three": slow})
+    out = folder / "results.jsonl"
+    process = subprocess.Popen([*BARE, str(folder / "run.py")], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not out.exists() or out.read_bytes().count(b"\n") < 2:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
+        assert "another process is writing it" in run(folder, status=3)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = out.read_bytes()
+    out.write_bytes(before + b'{"kind": "trial", "sch')  # what a kill may leave
+    if len(before.splitlines()) < 5:
+        with pytest.raises(RecordError, match=r"line \d: expected a whole line, found one cut short: run the bundle"):
+            read_results(out)
+    run(folder)
+    assert out.read_bytes().startswith(before)
+    kinds = [line["kind"] for line in lines(out)]
+    assert kinds == ["run", "trial", "trial", "trial", "final"]
+    assert len({line["key"] for line in lines(out)[1:4]}) == 3
+    after = out.read_bytes()
+    run(folder)
+    assert out.read_bytes() == after
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = measure_bundle.Results(str(tmp_path / "r.jsonl"), "0", measure_bundle.facts())
+    before = (tmp_path / "r.jsonl").read_bytes()
+
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(measure_bundle.Trouble, match=r"r.jsonl: No space left on device; what was measured"):
+        results.add({"kind": "trial"})
+    assert (tmp_path / "r.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["lib/*.so", "data/0/expected.bin", "run.py"])
+def test_a_damaged_bundle_is_not_run(folder: Path, name: str) -> None:
+    path = sorted(folder.glob(name))[0]
+    data = bytearray(path.read_bytes())
+    if name == "run.py":
+        data += b"\n"
+    else:
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert f"{path}: expected SHA-256" in run(folder, status=3)
+    assert not (folder / "results.jsonl").exists()
+
+
+def test_results_of_another_bundle_or_machine_are_not_continued(folder: Path, results: Path) -> None:
+    out = folder / "results.jsonl"
+    header, *rest = lines(results)
+    write(out, [{**header, "manifest": "0" * 64}, *rest])
+    assert "expected results of this bundle" in run(folder, status=3)
+    write(out, [{**header, "facts": {**header["facts"], "cpus": 999}}, *rest])
+    assert "expected results of this machine" in run(folder, status=3)
+    out.write_text("text\n")
+    assert "line 1: expected a line of results, found a damaged one" in run(folder, status=3)
+
+
+def test_a_target_of_another_architecture_is_left_out(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["targets"][0]["architecture"] = "m68k"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "left out: for m68k" in run(folder, status=3)
+    assert [line["kind"] for line in lines(folder / "results.jsonl")] == ["run"]
+
+
+# ---- taking results in ---------------------------------------------------------------------------
+
+Change = Callable[[list[dict[str, Any]]], Any]
+
+_DAMAGE: list[tuple[Change, str]] = [
+    (lambda v: v[0].update(format=2), r"line 1: format: expected 1, found 2"),
+    (lambda v: v[0].update(extra=1), r"line 1: extra: expected one of .* found an unknown field"),
+    (lambda v: v[0].pop("python"), r"line 1: python: expected a value, found none"),
+    (lambda v: v[0]["facts"].update(cpus="two"), r"line 1: facts: cpus: expected an integer >= 1, found 'two'"),
+    (lambda v: v[0]["facts"].update(caches={"1": -1}), r"line 1: facts: caches.1: expected bytes"),
+    (lambda v: v[0].update(facts=[]), r"line 1: facts: expected a JSON object"),
+    (lambda v: v.insert(0, v[1]), r"line 1: kind: expected the run's own line first"),
+    (lambda v: v.insert(1, dict(v[0])), r"line 2: "),
+    (lambda v: v[1].update(kind="x"), r"line 2: kind: expected run, trial or final, found 'x'"),
+    (
+        lambda v: v[1].update(spec="conv2d ic3 oc5 i6x7 k3x3"),
+        r"line 2: spec: expected a descriptor in its one spelling",
+    ),
+    (lambda v: v[1].update(spec="conv9d"), r"line 2: spec: "),
+    (lambda v: v[1].update(threads=7), r"line 2: key: expected the trial's own"),
+    (lambda v: v[1].update(samples=[]), r"line 2: samples: expected times where, and only where, it is ok"),
+    (lambda v: v[1].update(samples=[-1.0]), r"line 2: samples: expected positive numbers of seconds, found -1"),
+    (lambda v: v[1].update(samples=[True]), r"line 2: samples: expected positive numbers of seconds"),
+    (lambda v: v[1].update(samples="fast"), r"line 2: samples: expected a list of seconds"),
+    (lambda v: v[1].update(outcome="great"), r"line 2: outcome: expected one of .* found 'great'"),
+    (lambda v: v[1].update(cost="much"), r"line 2: cost: expected seconds"),
+    (lambda v: v[1].update(error=1), r"line 2: error: expected text"),
+    (lambda v: v[1].update(when="today"), r"line 2: when: expected ISO 8601"),
+    (lambda v: v.insert(2, v[1]), r"line 3: key: expected each trial once"),
+    (lambda v: v[-1].update(group="g"), r"line 5: group: expected each group once"),
+    (lambda v: v[-1].update(samples=[[1.0]]), r"line 5: samples: expected a list per trial"),
+    (lambda v: v[-1]["trials"][0].pop("picks"), r"line 5: trials\[0\].picks: expected a value, found none"),
+    (lambda v: v[-1]["samples"][0].clear(), r"line 5: samples\[0\]: expected times"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), _DAMAGE, ids=[message for _, message in _DAMAGE])
+def test_a_wrong_line_is_named_and_nothing_is_taken(
+    change: Change, message: str, results: Path, tmp_path: Path
+) -> None:
+    values = lines(results)
+    change(values)
+    write(tmp_path / "r.jsonl", values)
+    with RecordStore(tmp_path / "s.sqlite") as store:
+        with pytest.raises(RecordError, match=rf"r.jsonl: {message}"):
+            import_results(tmp_path / "r.jsonl", store)
+        assert len(store) == 0
+
+
+def test_a_changed_byte_shows_or_changes_nothing(results: Path, tmp_path: Path) -> None:
+    data = results.read_bytes()
+    records = read_results(results)
+    refused = 0
+    for at in range(0, len(data), max(1, len(data) // 60)):
+        damaged = bytearray(data)
+        damaged[at] ^= 1
+        (tmp_path / "r.jsonl").write_bytes(damaged)
+        try:
+            found = read_results(tmp_path / "r.jsonl")
+        except RecordError as error:
+            message = str(error)
+        else:  # the last digit of a number need not make it another one
+            assert found == records
+            continue
+        assert re.match(rf"{tmp_path}/r.jsonl: line \d+: ", message)
+        refused += 1
+    assert refused > 40
+    (tmp_path / "r.jsonl").write_text("")
+    with pytest.raises(RecordError, match="expected results, found an empty file"):
+        read_results(tmp_path / "r.jsonl")
+
+
+def test_results_must_be_of_the_bundle(results: Path, archive: Path, folder: Path, tmp_path: Path) -> None:
+    assert read_results(results, archive) == read_results(results)
+    values = lines(results)
+    values[1]["library_sha256"] = "0" * 64
+    write(tmp_path / "r.jsonl", values)
+    with pytest.raises(RecordError, match=r"line 2: library_sha256: expected [0-9a-f]{64}, found '0000"):
+        read_results(tmp_path / "r.jsonl", archive)
+    values = lines(results)
+    values[1]["schedule"] = "other"
+    values[1]["key"] = trial_id(values[1])
+    write(tmp_path / "r.jsonl", values)
+    with pytest.raises(RecordError, match=r"line 2: key: expected a trial of the bundle"):
+        read_results(tmp_path / "r.jsonl", folder)
+    (folder / "manifest.json").write_text((folder / "manifest.json").read_text() + "\n")
+    with pytest.raises(RecordError, match=r"line 1: manifest: expected the bundle's"):
+        read_results(results, folder)
+    with pytest.raises(ExportError, match="expected a bundle, found"):
+        read_results(results, results)
+
+
+# ---- packing -------------------------------------------------------------------------------------
+
+
+def test_what_the_store_has_of_a_machine_is_not_packed(results: Path, tmp_path: Path) -> None:
+    first = read_results(results)
+    with RecordStore(tmp_path / "s.sqlite") as store:
+        store.add_all(first)
+        packed = pack(
+            [SPEC], [resolve()], [1], tmp_path / "b.zip", candidates=2, machine=read_facts(results), store=store
+        )
+    assert (packed.trials, packed.known) == (2, 1)  # the default is there for the comparison
+    with zipfile.ZipFile(tmp_path / "b.zip") as file:
+        trials = json.loads(file.read("b/manifest.json"))["trials"]
+    known = {trial_id(record.to_dict()) for record in first}
+    assert [trial["key"] in known for trial in trials] == [trial["known"] is not None for trial in trials]
+    with unpacked(tmp_path / "b.zip") as folder:
+        run(folder)
+        kinds = [line["kind"] for line in lines(folder / "results.jsonl")]
+        final = lines(folder / "results.jsonl")[-1]
+    assert kinds == ["run", "trial", "trial", "final"]
+    assert [trial["default"] for trial in final["trials"]].count(True) == 1
+
+
+def test_what_cannot_be_packed(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"expected a name that ends in .tar.gz or .tgz or .zip"):
+        pack([SPEC], [resolve()], [1], tmp_path / "b.rar")
+    with pytest.raises(ExportError, match="expected a layer to measure, found none"):
+        pack([SPEC.with_(n=0)], [resolve()], [1], tmp_path / "b.zip")
+    with pytest.raises(ExportError, match="No such file"):
+        pack([SPEC], [resolve()], [1], tmp_path / "absent" / "b.zip")
+    facts = measure_bundle.facts()
+    facts["cpuinfo"] = "vendor_id\t: X\nflags\t: sse"
+    with pytest.raises(UnsupportedError, match=r"expected a machine that has .*avx"):
+        pack([SPEC], [resolve("cpu:haswell")], [1], tmp_path / "b.zip", machine=machine_from_facts(facts))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["conv2d", "ic4", "oc8", "i5x5", "k1x1"]
+    assert main(["fleet", "pack", *words, "--threads", "1,zero", "--no-records"]) == 2
+    assert "expected numbers from 1 to 1024" in capsys.readouterr().err
+    assert main(["fleet", "pack", *words, "--threads", "1", "--candidates", "1", "--no-records", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trials"] == 1
+    assert main(["fleet", "run", "bundle.tar.gz"]) == 0
+    assert main(["fleet", "import", "bundle.results.jsonl", "--bundle", str(archive), "--records", "s.sqlite"]) == 3
+    assert "line 1: manifest: expected the bundle's" in capsys.readouterr().err
+    assert main(["fleet", "import", "bundle.results.jsonl", "--records", "s.sqlite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"results": 2, "added": 2, "records": 2}
+    with RecordStore("s.sqlite") as store:
+        found: list[TuningRecord] = store.trials(outcome="ok")
+    assert {(r.spec, r.threads, r.hardware) for r in found} == {
+        (ConvSpec.parse(" ".join(words)).descriptor, 1, machine().fingerprint)
+    }
+    assert all(r.versions == versions() for r in found)
+
+
+# ---- compiling for another architecture ----------------------------------------------------------
+
+AARCH64 = "aarch64-linux-gnu-gcc"
+
+
+@pytest.fixture
+def emulated() -> Callable[..., str]:
+    """Runs a program for aarch64."""
+    for tool in (AARCH64, "qemu-aarch64"):
+        if not shutil.which(tool):
+            pytest.skip(f"{tool} is not installed")
+
+    def run(*command: object, cwd: Path) -> str:
+        full = ["qemu-aarch64", "-cpu", "cortex-a72", "-L", "/usr/aarch64-linux-gnu", *map(str, command)]
+        done = subprocess.run(full, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+        return done.stdout + done.stderr
+
+    return run
+
+
+def export(spec: ConvSpec, folder: Path, isa: tuple[str, ...] = ()) -> None:
+    target = resolve("cpu:aarch64-cortex-a72")
+    lowered = lower(spec, target, default_candidate(spec, target))
+    workspace = compile_object(lowered, folder / "kernel.o")
+    packed = tuple(TensorInfo(f"packed{i}", shape) for i, shape in enumerate(lowered.packed))
+    interface = Interface("kernel", spec, packed, workspace.main, workspace.task, isa)
+    facts = {"threads": 2, "error_factor": error_factor(spec)}
+    write_library(folder / "out", interface, folder / "kernel.o", facts)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["conv2d ic16 oc24 i14x14 k3x3 p1 relu", "conv2d ic32 oc8 i9x7 k1x1 residual", "conv1d ic6 oc6 g6 i50 k5 p2"],
+)
+def test_a_kernel_for_aarch64_computes_what_it_should(text: str, tmp_path: Path, emulated: Callable[..., str]) -> None:
+    export(ConvSpec.parse(text), tmp_path, isa=("asimd", "crc32"))
+    subprocess.run(
+        [AARCH64, "-std=c11", "-O1", "-o", "static", "out/example.c", "out/libkernel.a", "-lm", "-pthread"],
+        cwd=tmp_path,
+        check=True,
+    )
+    assert "outputs checked" in emulated("./static", cwd=tmp_path)
+    subprocess.run(
+        [AARCH64, "-std=c11", "-O1", "-o", "shared", "out/example.c", "-Lout", "-lkernel"], cwd=tmp_path, check=True
+    )
+    said = subprocess.run(
+        ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-E", "LD_LIBRARY_PATH=out", "./shared"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "; ok" in said.stdout, said.stdout + said.stderr
+
+
+@pytest.mark.parametrize("feature", ["sve", "i8mm"])
+def test_a_processor_without_the_instructions_is_told(
+    feature: str, tmp_path: Path, emulated: Callable[..., str]
+) -> None:
+    export(ConvSpec.parse("conv2d ic4 oc4 i5x5 k1x1"), tmp_path, isa=("asimd", feature))
+    subprocess.run(
+        [AARCH64, "-std=c11", "-O1", "-o", "static", "out/example.c", "out/libkernel.a", "-lm", "-pthread"],
+        cwd=tmp_path,
+        check=True,
+    )
+    assert "CPU" in emulated("./static", cwd=tmp_path)
+
+
+def test_a_bundle_for_aarch64(tmp_path: Path) -> None:
+    if not shutil.which(AARCH64):
+        pytest.skip(f"{AARCH64} is not installed")
+    target = resolve("cpu:aarch64-cortex-a72")
+    packed = pack([ConvSpec.parse("conv2d ic4 oc8 i5x5 k1x1")], [target], [1], tmp_path / "b.zip", candidates=1)
+    assert (packed.trials, packed.failed) == (1, 0)
+    with unpacked(tmp_path / "b.zip") as folder:
+        libraries = [path.read_bytes() for path in folder.glob("lib/*.so")]
+        assert {link.architecture(data) for data in libraries} == {"aarch64"}
+        if link.NATIVE != "aarch64":
+            assert "left out: for aarch64" in run(folder, status=3)
+
+
+def test_without_a_compiler_the_ways_to_one_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CC_RISCV64", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BuildError, match=r"C compiler for riscv64, .*riscv64-linux-gnu-gcc .*ziglang.*CC_RISCV64"):
+        link.compiler("riscv64")
+    monkeypatch.setenv("CC_RISCV64", "some-cc -march=rv64gcv")
+    assert link.compiler("riscv64") == ("some-cc", "-march=rv64gcv")
