@@ -73,7 +73,9 @@ PEERS
 """
 
 
-def _style() -> str:
+def style() -> str:
+    """The style sheet of a page, with the colours of its marks."""
+
     def colours(shade: int) -> str:
         return " ".join(f"--p{index}: {pair[shade]};" for index, pair in enumerate(_COLOURS))
 
@@ -106,7 +108,8 @@ class Scale:
         return self.ticks[0] <= ratio <= self.ticks[-1]
 
 
-def _times(ratio: float) -> str:
+def times_text(ratio: float) -> str:
+    """``1.5×``."""
     return f"{ratio:g}×"
 
 
@@ -129,7 +132,7 @@ def page(title: str, rows: Sequence[Row]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_style()}</style>\n<main>\n<h1>{escape(title)}</h1>\n"
+        f"<title>{escape(title)}</title>\n<style>{style()}</style>\n<main>\n<h1>{escape(title)}</h1>\n"
         f'<p class="soft">{about}{escape(LIMIT_NOTE)}{above}{cold}</p>\n' + "\n".join(sections) + "\n</main>\n</html>\n"
     )
 
@@ -140,7 +143,8 @@ def _section(rows: Sequence[Row], accuracy: str) -> str:
     scale = Scale.of([seconds / row.seconds for row in rows for seconds in row.peers.values() if seconds])
     said = totals.sentences()[0] if totals.mean else ""
     axis = "".join(
-        f'<text x="{_percent(scale, tick)}" y="12" text-anchor="middle">{_times(tick)}</text>' for tick in scale.ticks
+        f'<text x="{percent(scale, tick)}" y="12" text-anchor="middle">{times_text(tick)}</text>'
+        for tick in scale.ticks
     )
     return "\n".join(
         [
@@ -178,10 +182,11 @@ def _bars(totals: Totals, peers: Sequence[str]) -> list[str]:
 
 
 def _legend(index: int, peer: str) -> str:
-    return f'<span><svg height="14">{_mark(index, "7")}</svg> {escape(peer)}</span>'
+    return f'<span><svg height="14">{mark(index, "7")}</svg> {escape(peer)}</span>'
 
 
-def _mark(index: int, x: str, y: float | str = 7) -> str:
+def mark(index: int, x: str, y: float | str = 7) -> str:
+    """The mark of a peer at a place of the SVG around it."""
     kind = index % len(_MARKS)
     return f'<svg x="{x}" y="{y}" class="p{kind}" overflow="visible"><path d="{_MARKS[kind]}"/></svg>'
 
@@ -191,12 +196,12 @@ def _layer(row: Row, peers: Sequence[str], scale: Scale) -> str:
     about = ", ".join([*([f"×{row.count}"] if row.count > 1 else []), class_of(row.spec), row.schedule])
     ratios = {peer: seconds / row.seconds for peer in peers if (seconds := row.peers.get(peer))}
     told = "; ".join(f"{peer} {microseconds(row.peers[peer])} µs, {ratio:.2f}×" for peer, ratio in ratios.items())
-    parts = [_tick(scale, tick) for tick in scale.ticks]
+    parts = [grid_line(scale, tick) for tick in scale.ticks]
     if row.interval:
-        ends = " ".join(f'x{i}="{_percent(scale, end)}"' for i, end in enumerate(row.interval, 1))
+        ends = " ".join(f'x{i}="{percent(scale, end)}"' for i, end in enumerate(row.interval, 1))
         parts.append(f'<line class="interval" {ends} y1="50%" y2="50%"/>')
-    parts += [_mark(peers.index(peer), _percent(scale, ratio), "50%") for peer, ratio in ratios.items()]
-    outside = ", ".join(_times(round(ratio, 1)) for ratio in sorted(ratios.values()) if not scale.holds(ratio))
+    parts += [mark(peers.index(peer), percent(scale, ratio), "50%") for peer, ratio in ratios.items()]
+    outside = ", ".join(times_text(round(ratio, 1)) for ratio in sorted(ratios.values()) if not scale.holds(ratio))
     if outside:
         right = max(ratios.values()) > scale.ticks[-1]
         place = 'x="100%" dx="-10" text-anchor="end"' if right else 'x="0" dx="10"'
@@ -221,12 +226,14 @@ def _layer(row: Row, peers: Sequence[str], scale: Scale) -> str:
     )
 
 
-def _percent(scale: Scale, ratio: float) -> str:
+def percent(scale: Scale, ratio: float) -> str:
+    """Where a ratio is on an axis as wide as what it is drawn in."""
     return f"{100 * scale.place(ratio):.2f}%"
 
 
-def _tick(scale: Scale, tick: float) -> str:
-    x = _percent(scale, tick)
+def grid_line(scale: Scale, tick: float) -> str:
+    """The line of a tick; the one of 1 stands out."""
+    x = percent(scale, tick)
     return f'<line class="{"one" if tick == 1 else "grid"}" x1="{x}" x2="{x}" y2="100%"/>'
 
 
@@ -270,7 +277,7 @@ def summary(networks: Mapping[str, Sequence[Row]]) -> str:
     y += 26
     x = _MARGIN
     for index, peer in enumerate(peers):
-        parts += [_mark(index, str(x + 6), y - 5), _text("ink", x + 18, y, peer)]
+        parts += [mark(index, str(x + 6), y - 5), _text("ink", x + 18, y, peer)]
         x += 40 + 8 * len(peer)
     parts.append(_text("soft small", _WIDTH - _MARGIN, y, "right of 1×: convgen is faster", "end"))
     for threads, panel in panels.items():
@@ -300,7 +307,7 @@ def _panel(panel: Mapping[str, Totals], peers: Sequence[str], scale: Scale, top:
         x = f"{_across(scale, tick):.1f}"
         kind = "one" if tick == 1 else "grid"
         parts.append(f'<line class="{kind}" x1="{x}" x2="{x}" y1="{top}" y2="{top + _STEP * len(panel)}"/>')
-        parts.append(_text("soft small", x, top - 8, _times(tick), "middle"))
+        parts.append(_text("soft small", x, top - 8, times_text(tick), "middle"))
     for number, (name, totals) in enumerate(panel.items()):
         y = top + _STEP * number + _STEP // 2
         parts.append(_text("ink", _MARGIN, y + 5, name))
@@ -308,7 +315,7 @@ def _panel(panel: Mapping[str, Totals], peers: Sequence[str], scale: Scale, top:
         if places:
             ends = f'x1="{min(places.values()):.1f}" x2="{max(places.values()):.1f}"'
             parts.append(f'<line class="span" {ends} y1="{y}" y2="{y}"/>')
-        parts += [_mark(peers.index(peer), f"{x:.1f}", y) for peer, x in places.items()]
+        parts += [mark(peers.index(peer), f"{x:.1f}", y) for peer, x in places.items()]
     return parts
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import click
 
 from ..errors import ConvgenError, ExportError, Inapplicable, RecordError, SpecError, UnsupportedError
-from . import bench, convert, fuzz, generate, records, show
+from . import bench, convert, fleet, fuzz, generate, records, report, show, tune
 from .common import FAILED, INTERRUPTED, SPEC_HELP, TROUBLE, WRONG
 
 _STATUS = """\
@@ -41,13 +41,15 @@ def cli() -> None:
 
 for command in (
     generate.build,
-    generate.tune,
+    tune.tune,
     generate.validate,
     fuzz.fuzz,
     bench.bench,
     show.show,
     convert.convert,
     records.records,
+    report.report,
+    fleet.fleet,
     show.targets,
     show.schedules,
 ):

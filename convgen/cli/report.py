@@ -1,0 +1,111 @@
+"""``convgen report``: what tuning did, as a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .common import dim_option, emit, json_option, note, read_layers, tidy
+
+if TYPE_CHECKING:
+    from ..tuning_report import Model
+
+
+def _check_out(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and path.suffix not in (".md", ".html"):
+        raise click.BadParameter(f"expected a file name that ends in .html or .md, found {path.name!r}")
+    return path
+
+
+@click.command(short_help="Show what a store's or job's tuning brought, as one page.")
+@click.argument("where", type=click.Path(dir_okay=False, path_type=Path), metavar="STORE|JOB.toml")
+@click.argument("sources", nargs=-1, metavar="[SPEC|FILE|MODEL.onnx]…")
+@dim_option
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_check_out,
+    metavar="FILE",
+    help="Write it there: FILE.html as a page, FILE.md as tables.  [default: print the tables]",
+)
+@click.option("--target", metavar="TARGET", help="Only of this target: cpu, or cpu:<LLVM processor>.")
+@click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Only for so many threads.")
+@click.option(
+    "--bench",
+    "benches",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="ROWS.jsonl",
+    help="Rows of a bench on the same machine, for the times of other libraries; may be repeated.",
+)
+@json_option
+def report(
+    where: Path,
+    sources: tuple[str, ...],
+    dims: dict[str, int],
+    out: Path | None,
+    target: str | None,
+    threads: int | None,
+    benches: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Show what tuning brought, from the records alone.
+
+    Of a record STORE, or of the store and models of a JOB file. With models or layers, it is about
+    these: each layer with its count, and each model's time in all. It says what was gained over the
+    default and over other libraries, how far each layer is from the machine's limit, how the
+    search went, which schedules won, and lists every trial that failed.
+    """
+    from ..records import RecordStore
+    from ..sources import write_text
+    from ..tuning_report import Model, gather, markdown, read_rows
+
+    models = [_model(source, dims) for source in sources]
+    path: Path | None = where
+    title, notes = None, []
+    targets, counts = [target] if target else [], [threads] if threads else []
+    if where.suffix == ".toml":
+        from ..job import Job
+
+        job = Job.from_file(where)
+        path, title = job.records, where.stem
+        targets, counts = targets or list(job.targets), counts or list(job.threads)
+        if not models:
+            models = [Model(_name(job.folder / model, model), entries) for model, entries in job.layers]
+            notes = [f"Left out: {reason}" for reason in job.skipped]
+    rows = [row for bench in benches for row in read_rows(bench)]
+    with RecordStore(path, readonly=True) as store:
+        spelled = [_spelling(name) for name in targets]
+        found = gather(store, models, title=title, targets=spelled, threads=counts, rows=rows, notes=notes)
+    if out is not None:
+        from ..tuning_page import page
+
+        write_text(markdown(found) if out.suffix == ".md" else page(found), out)
+        note(f"wrote {tidy(out)}")
+    if as_json:
+        emit(found.to_dict())
+    elif out is None:
+        click.echo(markdown(found), nl=False)
+
+
+def _spelling(target: str) -> str:
+    """What records call a target: a family alone is this machine."""
+    if ":" in target:
+        return target
+    from ..target import resolve
+
+    return resolve(target).spelling
+
+
+def _model(source: str, dims: dict[str, int]) -> Model:
+    from ..tuning_report import Model
+
+    return Model(_name(Path(source), source), read_layers([source], dims))
+
+
+def _name(path: Path, source: str) -> str:
+    """A model's name: its file's, or what stands for it."""
+    return path.stem if path.is_file() else source
