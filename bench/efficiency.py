@@ -32,7 +32,8 @@ from typing import Any
 
 from rich.console import Console
 
-from convgen.build import default_candidate, record_candidate, versions
+from convgen.best import record_candidate
+from convgen.build import default_candidate, versions
 from convgen.errors import BuildError, Inapplicable
 from convgen.interrupts import interrupts_held
 from convgen.lower import lower
@@ -472,7 +473,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     text = [
         "# Trials and seconds to come near the best known kernel",
         "",
-        f"{of['cpu']}, {of['threads']} threads, {of['date'][:10]}; {made}. [bench/README.md](../README.md) says how.",
+        f"{of['cpu']}, {of['threads']} threads, {of['date'][:10]}; {made}.",
+        "[bench/README.md](../../README.md) says how.",
         "",
         f"Of {count} layers, those within {GOAL_TRIALS} trials or {GOAL_SECONDS:.0f} s, and medians over all:",
         "",
@@ -519,7 +521,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--random-trials", type=int, default=32, help="of random search")
     parser.add_argument("--longest", type=float, default=12.0, help="seconds per layer of the longest search")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "search", help="where results are kept")
     parser.add_argument("--json", action="store_true", help="print the rows and the summary as one JSON document")
     options = parser.parse_args(arguments)
     if options.layers and not all(1 <= number <= len(read_specs(SAMPLE)) for number in options.layers):

@@ -1,13 +1,14 @@
 """Measure networks against the other libraries, layer by layer; stops and resumes anywhere.
 
     python bench/run.py bench/problems/resnet50.json --threads 1,2 --seconds 30
+    python bench/run.py bench/problems/*.json --recorded --records job.sqlite   # what a tuning job has found
     python bench/run.py --quick      # 24 layers of all kinds, zero-trial, one thread: two minutes
     python bench/run.py --summary    # what all results together say
 
-For each layer and thread count: tune it (``--seconds 0``: don't), then time the tuned kernel, the
-zero-trial one and every peer in turn, in this process. Each row is appended to a JSON-lines file the
-moment it is known; a row that is there is not measured again. At the end, or when interrupted, the
-tables and the picture are written beside it.
+For each layer and thread count: tune it (``--seconds 0``: don't; ``--recorded``: take what the store
+answers), then time the tuned kernel, the zero-trial one and every peer in turn, in this process. Each row
+is appended to a JSON-lines file the moment it is known; a row that is there is not measured again. At the
+end, or when interrupted, the tables and the picture are written beside it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import convgen
 from convgen import picture, report
-from convgen.build import compile_candidate, default_candidate, record_candidate
+from convgen.best import best_record, record_candidate
+from convgen.build import compile_candidate, default_candidate, versions
 from convgen.peers import PEERS
-from convgen.records import RecordStore
+from convgen.records import RecordStore, TuningRecord
 from convgen.rows import Row, RowFile, measure
 from convgen.sources import SpecEntry, read_specs, write_text
 from convgen.spec import ACCURACIES
@@ -44,17 +46,35 @@ def tune_and_measure(entry: SpecEntry, tuner: Tuner, options: argparse.Namespace
     spec, target, threads = entry.spec, tuner.target, tuner.threads
     default = default_candidate(spec, target)
     kernels = {}
-    record = tuner.tune(spec, seconds=options.seconds) if options.seconds else None
+    record, seconds = None, options.seconds
+    if options.recorded:
+        record, seconds = recorded(entry, tuner)
+    elif seconds:
+        record = tuner.tune(spec, seconds=seconds)
     if record is not None and (best := record_candidate(record, spec, target)) and best != default:
         kernels["tuned"] = compile_candidate(spec, target, best, threads, record=record)
     kernels["default"] = compile_candidate(spec, target, default, threads)
     row = measure(entry, kernels, options.peers, threads, rounds=options.rounds, cold=options.cold)
-    return Row({**row.values, "tuning_seconds": options.seconds})
+    return Row({**row.values, "tuning_seconds": seconds})
+
+
+def recorded(entry: SpecEntry, tuner: Tuner) -> tuple[TuningRecord | None, float]:
+    """The record that answers a build of the layer, and the seconds that were spent on finding it."""
+    if tuner.records is None:
+        return None, 0.0
+    known = tuner.records.trials(
+        spec=entry.spec.descriptor,
+        target=tuner.target.spelling,
+        hardware=tuner.target.hardware,
+        threads=tuner.threads,
+    )
+    costs = [(record.note or {}).get("cost", 0.0) for record in known if record.versions == versions()]
+    return best_record(tuner.records, entry.spec, tuner.target, tuner.threads), round(sum(costs), 1)
 
 
 def is_known(row: Row | None, options: argparse.Namespace) -> bool:
     """Whether a row need not be measured (again)."""
-    if row is None or (options.seconds and not row.is_tuned):
+    if row is None or ((options.seconds or options.recorded) and not row.is_tuned):
         return False
     low, high = row.interval or (1.0, 1.0)
     return high <= options.unsteady * low
@@ -129,6 +149,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--summary", action="store_true", help="write README.md and summary.svg over all results")
     parser.add_argument("--threads", type=lambda s: [int(t) for t in s.split(",")], default=[1, 2])
     parser.add_argument("--seconds", type=float, default=30.0, help="tuning time per layer; 0: defaults only")
+    parser.add_argument("--recorded", action="store_true", help="instead of tuning, what --records has")
     parser.add_argument("--accuracy", choices=ACCURACIES, help="of every layer, instead of its own")
     parser.add_argument("--cold", action="store_true", help="empty caches before every timed call")
     parser.add_argument("--peers", type=lambda s: s.split(","), default=list(PEERS))
@@ -146,7 +167,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         options.problems, options.fresh = [SAMPLE], True
-        options.threads, options.seconds, options.rounds = [1], 0.0, 5
+        options.threads, options.seconds, options.recorded, options.rounds = [1], 0.0, False, 5
     elif not options.problems and not options.summary:
         parser.error("nothing to do: name problems, or give --quick or --summary")
     return options

@@ -42,6 +42,8 @@ F32 = npt.NDArray[np.float32]
 REST = 0.35
 #: Samples a turn takes, and their length in seconds.
 SAMPLES, SAMPLE_SECONDS = 5, 5e-3
+#: Rounds between two rests in the comparison that ends a search.
+BLOCK = 3
 #: Seconds a turn runs before its first sample, to wake threads and fill caches.
 WARM_UP = 0.02
 #: Rounds that all take part in, and how many times slower than the best library one may be to go on;
@@ -328,9 +330,14 @@ def run_comparison(
         if rounds * round_seconds > limit:
             samples = alternate([one.entrant.run for one in field_], rounds=rounds)
             return samples[: len(paths)], samples[len(paths)] if peer else None
+        # Where a change of libraries takes a rest, each has a few rounds between two of them.
+        groups = [field_] if not rest else [field_[: len(paths)], peer]
+        several = BLOCK if rest else 1
         last = None
-        for number in range(rounds):
-            last = _take_round(field_, number, last, rest)
+        for begin in range(0, rounds, several):
+            for group in groups if begin // several % 2 == 0 else groups[::-1]:
+                for number in range(begin, min(begin + several, rounds)):
+                    last = _take_round(group, number, last, rest)
     return [one.rounds for one in field_[: len(paths)]], peer[0].rounds if peer else None
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .workers import Pools
 
 #: Seconds that a final comparison takes, before one was made: on one thread, and on several.
-FINAL_GUESS = (3.0, 6.0)
+FINAL_GUESS = (2.5, 5.0)
 #: Share of the budget that is kept for final comparisons at most, and that first trials take at most.
 RESERVE, FIRST = 1 / 3, 1 / 2
 #: Trials that the job's mean cost of one counts as, when a layer's own is estimated.
@@ -406,6 +406,7 @@ class JobRun:
         self.layers = [Layer(problem) for problem in job.problems(resolve)]
         self._tuners: dict[tuple[str, int], Tuner] = {}
         self._finals: list[float] = []  # what final comparisons took
+        self._running = False
         for layer in self.layers:
             target, threads = layer.problem.target, layer.problem.threads
             key = (target.spelling, threads)
@@ -466,7 +467,8 @@ class JobRun:
     @property
     def spent(self) -> float:
         """Seconds spent on the job, in all its runs."""
-        return sum(search.job_cost for search in self._searches) + self.journal.uncharged
+        kept = sum(search.job_cost for search in self._searches)
+        return kept + (self.journal.uncharged if self._running else 0.0)
 
     @property
     def trials(self) -> int:
@@ -501,6 +503,7 @@ class JobRun:
         with interrupts_held() as interrupts:
             self.pools.interrupts = interrupts
             self.journal.charge()
+            self._running = True
 
             def stop() -> bool:
                 return interrupts.came or self._is_spent()
@@ -517,6 +520,7 @@ class JobRun:
                 if not finished:  # the time is over, or nothing is left to try
                     break
             self._last_comparisons(lambda: interrupts.came)
+            self._running = False
 
     def close(self) -> None:
         """Give claims and files back; the workers are the caller's."""

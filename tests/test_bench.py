@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 from bench_rows import row
 
+from convgen.build import default_candidate, parse_candidate, versions
+from convgen.records import RecordStore, TuningRecord
 from convgen.rows import Row, RowFile
 from convgen.sources import SpecEntry
+from convgen.spec import ConvSpec
+from convgen.target import resolve
 from convgen.tune import Tuner
 
 SPECS = [f"conv1d n1 ic4 oc{oc} i20 k3 s1 p1" for oc in (4, 8, 12)]
@@ -157,3 +161,42 @@ def test_rows_in_the_repository_are_readable() -> None:
         rows = RowFile(path).rows.values()
         assert len(rows) == len(path.read_text().splitlines())
         assert all(one.seconds > 0 and one.spec and one.schedule for one in rows)
+
+
+def test_recorded_rows_are_of_what_a_job_has_found(
+    runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The winner of a job beside the default; the seconds are those of its trials."""
+    spec, target = ConvSpec.parse(SPECS[0]), resolve()
+    candidate = parse_candidate(spec, target, "reference")
+    common: dict[str, Any] = {
+        "spec": SPECS[0],
+        "target": target.spelling,
+        "hardware": target.hardware,
+        "threads": 1,
+        "schedule": "reference",
+        "schedule_version": candidate.schedule.version,
+        "picks": dict(candidate.picks),
+        "outcome": "ok",
+        "versions": versions(),
+    }
+    timed: list[dict[str, Any]] = []
+
+    def measure(entry: SpecEntry, kernels: dict[str, Any], *_: Any, **__: Any) -> Row:
+        timed.append({name: kernel.schedule for name, kernel in kernels.items()})
+        return row(entry.spec.descriptor, 1)
+
+    monkeypatch.setattr(runner, "measure", measure)
+    with RecordStore(tmp_path / "records.sqlite") as store:
+        store.add(TuningRecord(**common, seconds=2e-3, samples=(2e-3,), note={"cost": 1.25}))
+        final = {"final": True, "winner": True, "cost": 2.5}
+        store.add(TuningRecord(**common, seconds=1e-3, samples=(1e-3,), note=final))
+    default = default_candidate(spec, target).schedule.id
+    problem = tmp_path / "net.txt"
+    problem.write_text("\n".join(SPECS))
+    kept = ["--records", str(tmp_path / "records.sqlite"), "--results", str(tmp_path / "results")]
+    assert runner.main([str(problem), "--threads", "1", "--recorded", *kept]) == 0
+    assert timed[0] == {"tuned": "reference", "default": default}
+    assert [set(kernels) for kernels in timed[1:]] == [{"default"}] * 2
+    rows = RowFile(tmp_path / "results" / "net.jsonl").rows
+    assert [row.values["tuning_seconds"] for row in rows.values()] == [3.8, 0.0, 0.0]

@@ -435,3 +435,9 @@ def test_ten_hours_stay_flat_in_memory(tmp_path: Path, monkeypatch: pytest.Monke
     assert run.measured > 5000
     (first, least), (last, most) = sizes[1], sizes[-1]
     assert most - least < 2000 * (last - first)
+
+
+def test_the_example_is_a_job() -> None:
+    job = Job.from_file(Path(__file__).parent.parent / "examples" / "job.toml")
+    assert (job.threads, job.seconds) == ((1, 2), 120)
+    assert len(job.problems()) == 4
