@@ -11,7 +11,7 @@ Strategy    1. Pack weights as [oc/t][ic][t], so that the t scalars of one step 
                read them again: rows lie far apart, each in a page of its own.
             6. One parallel loop over batch × blocks of tiles × parts of the channels; within it the channels come
                first, so that a channel's stores follow each other: rows of dst lie in a page each, too.
-Why not     channels in the lanes (cpu_direct): better with many channels and few pixels.
+Why not     channels in the lanes (cpu_gemm_channels): better with many channels, or few pixels.
 """
 
 from __future__ import annotations
@@ -88,8 +88,10 @@ class CpuGemm(Schedule):
 
     def cost(self, spec, target):
         lanes = target.lanes
-        # A short reduction leaves the tile's prologue and store uncovered.
-        efficiency = 0.94 * spec.ic / (spec.ic + 5) * spec.out_pixels / round_up(spec.out_pixels, lanes)
+        # A short reduction leaves the tile's prologue and store uncovered, few channels the copy.
+        efficiency = 0.95 * spec.ic / (spec.ic + 3.2) * spec.out_pixels / round_up(spec.out_pixels, lanes)
+        if self.default(spec, target).copy_src:
+            efficiency *= spec.oc / (spec.oc + 6 * spec.ic / (spec.ic + 32))
         return spec.flops / (target.peak_flops * efficiency)
 
     def program(self, spec, target, picks):

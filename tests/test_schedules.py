@@ -64,6 +64,7 @@ SMOKE = [
     "conv2d n2 ic48 oc48 g3 i5x11 k5x4 s1 p2_3x1 prelu f16",
     "conv2d n1 ic32 oc32 g2 i12x19 k3x3 s2 p1x0_1 gelu nobias",
     "conv2d n1 ic6 oc18 i5x9 k1x1 s1x2 p0 residual relu relaxed",
+    "conv3d n2 ic9 oc70 i3x5x7 k1x1x1 s2x1x3 p0 residual hardswish bf16",  # a matrix product with all its tails
     "conv1d n1 ic5 oc7 i131 k3 s1 p16_4 d8 prelu",
     "conv1d n2 ic3 oc6 i70 k2 s1 p19_0 d19 tanh bf16",
 ]
