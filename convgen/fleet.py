@@ -608,6 +608,7 @@ class RemoteRunner(Runner):
             raise _Lost(str(error)) from error
         with self._changed:
             self._machine = known = self._machine or found
+            found = replace(found, memory=known.memory)  # devices of a kind differ by some pages
             if found == known:
                 self._connected.add(id(worker))
         if found != known:

@@ -148,11 +148,12 @@ class Job:
         skipped: list[str] = []
         for model in self.models:
             path = self.folder / model
-            source = str(path) if _is_file(model, self.folder) else model
             dims = self.dims if path.suffix.lower() == ".onnx" else None
-            reasons: list[str] = []
-            found.append((model, tuple(read_specs(source, dims or None, reasons))))
-            skipped += reasons
+            if _is_file(model, self.folder):
+                entries = read_specs(str(path), dims or None, skipped)
+            else:
+                entries = read_specs(model)
+            found.append((model, tuple(entries)))
         return tuple(found), tuple(skipped)
 
     @property

@@ -296,16 +296,20 @@ def test_failures_of_every_kind_are_counted_and_the_job_goes_on(
     assert layer.state == "done"
 
 
-def test_a_layer_that_cannot_be_tuned_does_not_end_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_cannot_be_tuned_does_not_end_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def speed(descriptor: str, *_: Any) -> float | str:
         return "wrong" if descriptor == FAST else 1e-3
 
-    job = Job(
-        (FAST, "conv1d n0 ic4 oc4 i20 k3", "conv3d n512 ic64 oc64 i1024x256x256 k1", SLOW), threads=(1,), trials=60
-    )
+    large = "conv3d n512 ic64 oc64 i1024x256x256 k1"
+    (tmp_path / "net.txt").write_text(f"{FAST}\nconv1d n0 ic4 oc4 i20 k3\n{large}\n{SLOW}\n")
+    job = Job(("net.txt",), threads=(1,), trials=60, folder=tmp_path)
     run, _ = run_job(monkeypatch, job, None, speed, size=5)
     assert [layer.state for layer in run.layers] == ["failed", "skipped", "done"]
-    assert ["int32" in reason for reason in job.skipped] == [True]
+    assert [reason.partition("found")[0] for reason in job.skipped] == [
+        f"{tmp_path}/net.txt: line 3: src: expected at most 2147483647 elements (int32 indexing), "
+    ]
+    with pytest.raises(SpecError, match="src: expected at most 2147483647 elements"):
+        _ = Job((large,)).layers
     assert "right result" in run.layers[0].reason
 
 
