@@ -9,7 +9,8 @@ In this order, for the spec, the target and the number of threads asked for:
    (:func:`recheck`). What comes of it is stored, so that the old record, right or expired, is not
    measured again.
 
-Among several of one kind :func:`preferred` decides. None of them answers where its schedule is gone,
+Among several of one kind :func:`preferred` decides; a trial that had no final comparison must be clearly faster
+than the default's. None of them answers where its schedule is gone,
 has another version or no longer admits the picks.
 """
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 #: Samples of each kernel in a re-check, and seconds of samples that precede them.
 ROUNDS, VERIFY_SECONDS = 25, 0.02
+#: A single trial's time over the default's below which it is certainly faster: trials scatter by some percent.
+CLEARLY = 0.97
 #: Days after which the search's records of other versions are not worth their space.
 KEEP_DAYS = 180.0
 
@@ -146,8 +149,7 @@ class Answer:
 
 def best_record(store: RecordStore, spec: ConvSpec, target: Target, threads: int) -> TuningRecord | None:
     """The record of this machine and these versions to build from, or None."""
-    known = _Known(store, spec, target, threads)
-    return known.best(known.own)
+    return _Known(store, spec, target, threads).own_best()
 
 
 def find_record(
@@ -173,7 +175,7 @@ def find_record(
     from .build import default_candidate
 
     known, versions = _Known(store, spec, target, threads), current_versions()
-    own, old = known.best(known.own), known.best(known.outdated, new=True)
+    own, old = known.own_best(), known.best(known.outdated, new=True)
     if own is not None and (is_final(own) or old is None or not is_final(old)):
         return Answer(own)
     alike, shipped = known.best(known.alike, new=True), _shipped(spec, target, threads)
@@ -224,6 +226,20 @@ class _Known:
                 return best
             left.remove(best)
         return None
+
+    def own_best(self) -> TuningRecord | None:
+        """The preferred record of this machine and these versions. A trial that had no final comparison must be
+        :data:`CLEARLY` faster than the default's, or that one answers: tuning must not make a layer slower.
+        """
+        best = self.best(self.own)
+        if best is None or is_final(best):
+            return best
+        from .build import default_candidate
+
+        default = default_candidate(self._spec, self._target)
+        tried = [r for r in self.own if r.outcome == "ok" and record_candidate(r, self._spec, self._target) == default]
+        unproven = [r for r in tried if (best.seconds or 0.0) > CLEARLY * (r.seconds or 0.0)]
+        return preferred(unproven) or best
 
     @cached_property
     def _measured(self) -> set[Candidate | None]:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import statistics
 import tarfile
 import tempfile
 import zipfile
@@ -679,7 +678,7 @@ class _Reader:
 
     def _final(self, values: dict[str, Any]) -> None:
         """The comparison of the leaders; see :meth:`convgen.search.Search.final`."""
-        from .search import ratio
+        from .search import judge
 
         group, trials, samples = values["group"], values["trials"], values["samples"]
         _expect(type(group) is int and group not in self.groups, "group", "each group once", group)
@@ -696,27 +695,9 @@ class _Reader:
             defaults.append(trial["default"] is True)
         same = {(trial["spec"], trial["target"], trial["threads"]) for trial in identities}
         _expect(len(same) <= 1, "trials", "one layer, target and thread count", sorted(map(str, same)))
-        default = defaults.index(True) if True in defaults else None
-        ratios = [ratio(times[default], taken) for taken in times] if default is not None else None
-        winner = self._winner(times, default, ratios)
-        for i, identity in enumerate(identities):
-            note = {
-                "final": True,
-                "default_seconds": statistics.median(times[default]) if default is not None else None,
-                "onnxruntime_seconds": None,
-                "ratio_default": ratios[i] if ratios is not None else None,
-                "ratio_onnxruntime": None,
-                "winner": i == winner,
-            }
-            self._add(identity, values["when"], "ok", times[i], "", note)
-
-    @staticmethod
-    def _winner(times: list[tuple[float, ...]], default: int | None, ratios: list[list[float]] | None) -> int | None:
-        """The fastest that is surely faster than the default, else the default."""
-        for i in sorted(range(len(times)), key=lambda i: statistics.median(times[i])):
-            if ratios is None or i == default or ratios[i][1] > 1.0:
-                return i
-        return default
+        _, notes = judge(times, defaults.index(True) if True in defaults else None)
+        for identity, taken, note in zip(identities, times, notes, strict=True):
+            self._add(identity, values["when"], "ok", taken, "", note)
 
     def _add(
         self,

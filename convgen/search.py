@@ -426,28 +426,47 @@ class Search:
 
     def _finals(self, results: list[tuple[Candidate, Result]], peer: list[float] | None) -> list[TuningRecord]:
         """The records of a comparison, the winner's last."""
-        default = next((r for c, r in results if c == self.race.default and r.outcome == "ok"), None)
-        good = sorted((r.seconds, i) for i, (_, r) in enumerate(results) if r.seconds is not None)
-        against = {i: ratio(default.samples, results[i][1].samples) for _, i in good} if default else {}
-        winner = next((i for _, i in good if i not in against or against[i][1] > 1.0), None)
-        if winner is None and default is not None:
-            winner = next(i for i, (c, _) in enumerate(results) if c == self.race.default)
+        times = [result.samples if result.outcome == "ok" else None for _, result in results]
+        default = next((i for i, (c, _) in enumerate(results) if c == self.race.default and times[i]), None)
+        winner, notes = judge(times, default, peer)
         cost = self._charge() / max(len(results), 1)
         records = []
         for i in sorted(range(len(results)), key=lambda i: i == winner):
             candidate, result = results[i]
-            note = {
-                "final": True,
-                "cost": cost,
-                "default_seconds": default.seconds if default else None,
-                "onnxruntime_seconds": statistics.median(peer) if peer else None,
-                "ratio_default": against.get(i),
-                "ratio_onnxruntime": ratio(peer, result.samples) if peer and result.outcome == "ok" else None,
-                "winner": i == winner,
-                **_measured_note(result),
-            }
-            records.append(self._record(candidate, result, note))
+            records.append(self._record(candidate, result, {**notes[i], "cost": cost, **_measured_note(result)}))
         return records
+
+
+def judge(
+    times: Sequence[Sequence[float] | None], default: int | None, peer: Sequence[float] | None = None
+) -> tuple[int | None, list[dict[str, Any]]]:
+    """Which of several kernels wins: the fastest that is certainly faster than the default, else the default.
+
+    Args:
+        times: samples of each in seconds, taken in turn; None where it failed.
+        default: which is the default; None: it is not among them, or failed. The fastest wins then.
+        peer: samples of ONNX Runtime, taken in turn with them.
+
+    Returns:
+        The winner's index, None where all failed; and what the record of each says (see
+        :attr:`~convgen.records.TuningRecord.note`). Ratios are the other's time over the kernel's.
+    """
+    base = times[default] if default is not None else None
+    against = [ratio(base, taken) if base and taken else None for taken in times]
+    ranked = sorted((statistics.median(taken), i) for i, taken in enumerate(times) if taken)
+    winner = next((i for _, i in ranked if i == default or (r := against[i]) is None or r[1] > 1.0), None)
+    notes = [
+        {
+            "final": True,
+            "default_seconds": statistics.median(base) if base else None,
+            "onnxruntime_seconds": statistics.median(peer) if peer else None,
+            "ratio_default": against[i],
+            "ratio_onnxruntime": ratio(peer, taken) if peer and taken else None,
+            "winner": i == winner,
+        }
+        for i, taken in enumerate(times)
+    ]
+    return winner, notes
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> list[float]:

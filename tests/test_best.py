@@ -123,6 +123,21 @@ def test_a_new_comparison_replaces_the_one_before(store: RecordStore) -> None:
     assert (found.seconds, found.picks) == (2e-6, dict(default_candidate(SPEC, resolve()).picks))
 
 
+def test_a_trial_alone_must_be_clearly_faster_than_the_default(store: RecordStore) -> None:
+    """Or a lucky measurement would make a layer slower."""
+    default = record(default_candidate(SPEC, resolve()), 1e-3)
+    for added, answer in (
+        (record(another(), 0.98e-3), 0.98e-3),  # the default was never tried
+        (default, 1e-3),
+        (record(reference(), 0.96e-3), 0.96e-3),
+        (final(another(), 0.99e-3, winner=True), 0.99e-3),
+    ):
+        store.add(added)
+        found = best_record(store, SPEC, resolve(), 2)
+        assert found is not None
+        assert found.seconds == answer
+
+
 def test_a_winner_that_means_nothing_any_more_leaves_it_to_the_next(store: RecordStore) -> None:
     store.add(final(winner=True, schedule_version=1000, when=WHEN.format(3)))
     store.add(final(default_candidate(SPEC, resolve()), winner=True, picks={"tile": 1}, when=WHEN.format(2)))
