@@ -10,7 +10,8 @@ race told all of these trials, for as long as there is time.
 
 Every trial is committed to the store given by --records the moment it ends, and no candidate is measured
 twice: a search that comes to one again takes the recorded time, and the seconds that it took then. In the end
-all that led one of the searches are measured side by side, and those figures count.
+all that a tuning would have compared at its end, had it ended at any trial of one of the searches, are measured
+side by side, and those figures count.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from convgen.race import ROUND, Race
 from convgen.ranker import Ranker
 from convgen.records import RecordStore, TuningRecord
 from convgen.schedule import Candidate
+from convgen.search import FINALISTS
 from convgen.sources import SpecEntry, read_specs, write_text
 from convgen.spec import ConvSpec
 from convgen.target import Target, resolve
@@ -80,25 +82,24 @@ class Search:
 
     trials: list[Trial] = field(default_factory=list)
 
-    def reached(self, goal: Iterable[Candidate]) -> tuple[int, float] | None:
-        """Trials and seconds after which the fastest so far is one of ``goal``; None: never."""
-        wanted, best, spent = set(goal), math.inf, 0.0
+    def finalists(self, default: Candidate) -> Iterator[tuple[int, float, list[Candidate]]]:
+        """After each trial: how many there were, the seconds they took, and what the final comparison would have if
+        the search ended there, as that of a tuning does: the fastest few, and the default where it was tried.
+        """
+        spent, good = 0.0, list[tuple[float, int, Candidate]]()
         for number, trial in enumerate(self.trials, 1):
             spent += trial.cost
-            if trial.seconds is not None and trial.seconds < best:
-                best = trial.seconds
-                if trial.candidate in wanted:
-                    return number, spent
-        return None
+            if trial.seconds is not None:
+                good = sorted([*good, (trial.seconds, number, trial.candidate)])
+            yield number, spent, [c for i, (_, _, c) in enumerate(good) if i < FINALISTS or c == default]
 
-    def leaders(self) -> list[Candidate]:
-        """What was the fastest so far at some time."""
-        found, best = [], math.inf
-        for trial in self.trials:
-            if trial.seconds is not None and trial.seconds < best:
-                best = trial.seconds
-                found.append(trial.candidate)
-        return found
+    def reached(self, goal: Iterable[Candidate], default: Candidate) -> tuple[int, float] | None:
+        """Trials and seconds after which the final comparison would have one of ``goal``; None: never."""
+        wanted = set(goal)
+        for number, spent, found in self.finalists(default):
+            if not wanted.isdisjoint(found):
+                return number, spent
+        return None
 
     def shuffled(self, seed: int) -> Search:
         trials = list(self.trials)
@@ -318,30 +319,39 @@ def conclude(entry: SpecEntry, bench: Bench, searches: dict[str, Search], exhaus
     default = default_candidate(bench.spec, bench.target)
     limit = CLOSE * min(known.values())
     fastest = sorted(known, key=lambda candidate: (known[candidate], str(candidate)))[:4]
-    led = [c for name in ("warm", "cold", "random") for c in searches[name].leaders() if known[c] <= limit]
+    led = [
+        candidate
+        for name in ("warm", "cold", "random")
+        for _, _, found in searches[name].finalists(default)
+        for candidate in found
+        if known[candidate] <= limit
+    ]
     again = bench.compare(list(dict.fromkeys([*fastest, *([default] if default in known else []), *led])))
     best = min(again, key=lambda candidate: again[candidate])
 
     def needed(search: Search, share: float) -> dict[str, float] | None:
         goal = [candidate for candidate, seconds in again.items() if seconds * share <= again[best]]
-        found = search.reached(goal)
+        found = search.reached(goal, default)
         return None if found is None else {"trials": found[0], "seconds": round(found[1], 2)}
 
     def usual(share: float) -> dict[str, float] | None:
-        """Of random search: the median over orders of its trials. What led in one order was not measured
-        again if it did not in the first; then the time of its trial counts.
+        """Of random search: the median over orders of its trials. What would have been compared in one order was
+        not measured again if not so in the first; then the time of its trial counts.
         """
         goal = {c for c, s in again.items() if s * share <= again[best]}
         scale = again[best] / known[best]
         goal |= {c for c, s in known.items() if c not in again and s * scale * share <= again[best]}
-        found = sorted(searches["random"].shuffled(i).reached(goal) or (math.inf, math.inf) for i in range(ORDERS))
+        found = sorted(
+            searches["random"].shuffled(i).reached(goal, default) or (math.inf, math.inf) for i in range(ORDERS)
+        )
         trials, seconds = (statistics.median(values) for values in zip(*found, strict=True))
         return None if math.isinf(trials) else {"trials": trials, "seconds": round(seconds, 2)}
 
     def leading(search: Search, trials: int) -> float:
         """The share of the best known speed after so many trials."""
-        led = Search(search.trials[:trials]).leaders()
-        return round(again[best] / again[led[-1]], 4) if led and led[-1] in again else 0.0
+        count = min(trials, len(search.trials))
+        found = [again[c] for n, _, some in search.finalists(default) if n == count for c in some if c in again]
+        return round(again[best] / min(found), 4) if found else 0.0
 
     methods = {}
     for name, search in searches.items():

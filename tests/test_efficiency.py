@@ -71,14 +71,18 @@ def at(x: int) -> Candidate:
 FAKE = Fake("fake", x=list(range(20)))
 
 
-def test_a_search_has_reached_what_leads_by_its_own_times(bench: ModuleType) -> None:
-    times = [(1, 5.0), (2, None), (3, 6.0), (4, 3.0), (5, 2.0)]
+def test_a_search_has_reached_what_its_comparison_would_have(bench: ModuleType) -> None:
+    """The three fastest by its own times, and the default."""
+    times = [(1, 5.0), (2, None), (3, 6.0), (4, 3.0), (5, 2.0), (6, 9.0), (7, 2.5)]
     search = bench.Search([bench.Trial(at(x), seconds, 0.5) for x, seconds in times])
-    assert search.leaders() == [at(1), at(4), at(5)]
-    assert search.reached([at(1), at(5)]) == (1, 0.5)
-    assert search.reached([at(5), at(4)]) == (4, 2.0)
-    assert search.reached([at(3)]) is None  # tried, but it never led
-    assert search.reached([at(2)]) is None  # failed
+    found = {number: candidates for number, _, candidates in search.finalists(at(3))}
+    assert found[2] == [at(1)]
+    assert found[4] == [at(4), at(1), at(3)]
+    assert found[7] == [at(5), at(7), at(4), at(3)]  # the default stays
+    assert search.reached([at(5), at(7)], at(3)) == (5, 2.5)
+    assert search.reached([at(3)], at(1)) == (3, 1.5)
+    assert search.reached([at(6)], at(1)) is None  # tried, but never among the fastest
+    assert search.reached([at(2)], at(1)) is None  # failed
     assert sorted(str(t.candidate) for t in search.shuffled(1).trials) == sorted(str(at(x)) for x, _ in times)
 
 
