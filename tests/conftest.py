@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from convgen import tuned
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_records(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The default record store of this run: never the user's. (The cache of compiled runtimes stays shared.)"""
+    """The default record store of this run: never the user's, nor the records that ship: what a test sees does not
+    depend on the machine. (The cache of compiled runtimes stays shared.)
+    """
     path: Path = tmp_path_factory.mktemp("records") / "records.sqlite"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONVGEN_RECORDS", str(path))
+        patch.setattr(tuned, "FOLDER", tmp_path_factory.mktemp("tuned"))
         yield

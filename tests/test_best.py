@@ -43,6 +43,7 @@ from convgen.workers import LocalBuilder, LocalRunner, Pools
 build_module = importlib.import_module("convgen.build")  # convgen.build is the function
 
 OTHER = {"convgen": "0.0.1", "tvm": "0.26.0", "llvm": "19"}
+PROBLEMS = Path(__file__).parents[1] / "bench" / "problems"
 WHEN = "2026-01-{:02}T12:00:00Z"
 
 
@@ -255,15 +256,21 @@ def test_what_is_shipped_says_where_it_is_from(folder: Path) -> None:
         tuned.write(folder / "a.txt", items, origin)
 
 
-def test_what_ships_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package's own databases, as many as there are."""
-    monkeypatch.undo()
-    for origin, path in tuned.databases():
+def test_what_ships_is_whole() -> None:
+    """The package's own databases: each problem has one answer, of a comparison, with a layer of the bench."""
+    folder = Path(tuned.__file__).parent
+    known = {entry.spec.descriptor for path in PROBLEMS.glob("*.json") for entry in convgen.read_specs(path)}
+    shipped = tuned.databases(folder)
+    assert shipped
+    for origin, path in shipped:
         found = [item for items in tuned.records_of(path, origin.records).values() for item in items]
         assert {item.hardware for item in found} == {origin.hardware}
         assert {item.outcome for item in found} == {"ok"}
         assert all(item.versions == origin.versions for item in found)
-    assert {path.stem for path in tuned.FOLDER.glob("*.jsonl")} == {path.stem for path in tuned.FOLDER.glob("*.json")}
+        assert len({(item.spec, item.threads) for item in found}) == len(found)
+        assert all((item.note or {})["winner"] for item in found)
+        assert {item.spec for item in found} <= known
+    assert {path.stem for path in folder.glob("*.jsonl")} == {path.stem for path in folder.glob("*.json")}
 
 
 # ---- records of other versions ----------------------------------------------------------------
