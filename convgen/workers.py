@@ -116,8 +116,8 @@ def end_with(parent: int) -> None:
 
 
 def _pool(workers: int, timeout: float, uses: int) -> PopenPoolExecutor:
-    """TVM's pool of processes, which end with this one. A job's keyword ``memory`` is a limit in bytes:
-    a process that exceeds it is killed, and the job raises MemoryError.
+    """TVM's pool of processes, which end with this one. A job's keyword ``memory`` is a limit in bytes of what
+    the job may add: a process that exceeds it is killed, and the job raises MemoryError.
     """
     from tvm.support.popen_pool import PopenPoolExecutor
 
@@ -128,11 +128,13 @@ def _pool(workers: int, timeout: float, uses: int) -> PopenPoolExecutor:
             if not limit:
                 return super()._worker_run(function, arguments, keywords)
             me, ended, found = threading.get_ident(), threading.Event(), [0]
+            worker = self._worker_map.get(me)
+            before = _resident(worker) if worker else 0  # what earlier jobs have left there: libraries, caches
 
             def watch() -> None:
                 while not ended.wait(_LOOK):
-                    if (worker := self._worker_map.get(me)) and (size := _resident(worker)) > limit:
-                        found[0] = size
+                    if (worker := self._worker_map.get(me)) and (added := _resident(worker) - before) > limit:
+                        found[0] = added
                         worker._proc.kill()
                         return
 
@@ -251,7 +253,8 @@ class LocalRunner(Runner):
     isolated = False
 
     def __init__(self, *, timeout: float = 60.0) -> None:
-        self._workers = _Workers(1, "run_error", timeout)
+        # Replaced now and then: every library stays loaded.
+        self._workers = _Workers(1, "run_error", timeout, uses=256)
         #: Seconds of the reference kernel in the first trial; it outlives the worker.
         self._reference: float | None = None
         self._warned = False
