@@ -179,13 +179,13 @@ class Job:
         Raises:
             SpecError, UnsupportedError: a model cannot be read, or there is no such target.
         """
-        from .build import check_threads
-        from .target import resolve as resolve_here
-
         uses: dict[ConvSpec, list[Use]] = {}
         for model, entries in self.layers:
             for entry in entries:
                 uses.setdefault(entry.spec, []).append(Use(model, entry.count, entry.names))
+        from .build import check_threads  # after the layers: what is wrong with one is said at once
+        from .target import resolve as resolve_here
+
         targets = [(resolve or resolve_here)(spelling) for spelling in self.targets]
         return [
             Problem(spec, target, check_threads(threads, target), tuple(found))
