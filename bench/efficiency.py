@@ -33,13 +33,12 @@ from typing import Any
 
 from rich.console import Console
 
-from convgen.best import record_candidate
+from convgen.best import candidate_record, record_candidate
 from convgen.build import default_candidate, versions
 from convgen.errors import BuildError, Inapplicable
 from convgen.interrupts import interrupts_held
-from convgen.lower import lower
 from convgen.machine import machine
-from convgen.measure import HOPELESS, INTERRUPTED, TRIAL_SECONDS, Expected, Result, measure_module
+from convgen.measure import HOPELESS, INTERRUPTED, TRIAL_SECONDS, Expected, Result, candidate_module
 from convgen.race import ROUND, Race
 from convgen.ranker import Ranker
 from convgen.records import RecordStore, TuningRecord
@@ -189,12 +188,10 @@ class Bench:
 
     def _lowered(self, candidates: Iterable[Candidate]) -> tuple[dict[Candidate, str], dict[Candidate, Result]]:
         """Serialised modules, and what TVM refused."""
-        from tvm.ir import save_json
-
         modules, failed = {}, {}
         for candidate in candidates:
             try:
-                modules[candidate] = save_json(measure_module(lower(self.spec, self.target, candidate)))
+                modules[candidate] = candidate_module(self.spec, self.target, candidate)
             except Inapplicable:
                 continue
             except BuildError as error:
@@ -206,21 +203,7 @@ class Bench:
         self.store.add(self.known[candidate])
 
     def _record(self, candidate: Candidate, result: Result, note: dict[str, Any]) -> TuningRecord:
-        return TuningRecord(
-            spec=self.spec.descriptor,
-            target=self.target.spelling,
-            hardware=self.target.hardware,
-            threads=self.threads,
-            schedule=candidate.schedule.id,
-            schedule_version=candidate.schedule.version,
-            picks=dict(candidate.picks),
-            outcome=result.outcome,
-            seconds=result.seconds,
-            samples=result.samples,
-            error=result.error,
-            versions=versions(),
-            note=note,
-        )
+        return candidate_record(self.spec, self.target, self.threads, candidate, result, note)
 
 
 def _cost(record: TuningRecord) -> float:
@@ -421,12 +404,10 @@ def run(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
 
 def _warm_up(pools: Pools, target: Target, threads: int, folder: Path) -> None:
     """Start the workers: a job does so once, so that no layer should pay for it."""
-    from tvm.ir import save_json
-
     spec = ConvSpec.parse("conv1d n1 ic1 oc1 i9 k3")
     folder.mkdir()
     expected = Expected(spec, folder, threads)
-    module = save_json(measure_module(lower(spec, target, default_candidate(spec, target))))
+    module = candidate_module(spec, target, default_candidate(spec, target))
     for path in pools.build([module] * target.cores):
         if isinstance(path, str):
             pools.run(path, expected, threads, seconds=0.0)

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import tuned
 from .discover import schedule as find_schedule
@@ -69,6 +69,39 @@ def record_candidate(record: TuningRecord, spec: ConvSpec, target: Target) -> Ca
         return None
     names = schedule.space(spec.core, target).domains  # records sort theirs
     return Candidate(schedule, Picks(**{name: picks[name] for name in names}))
+
+
+def candidate_record(
+    spec: ConvSpec,
+    target: Target,
+    threads: int,
+    candidate: Candidate,
+    result: Result,
+    note: dict[str, Any] | None = None,
+) -> TuningRecord:
+    """The record of a candidate that was measured here and now."""
+    return TuningRecord(
+        **trial_identity(spec, target, threads, candidate),
+        outcome=result.outcome,
+        seconds=result.seconds,
+        samples=result.samples,
+        error=result.error,
+        note=note,
+    )
+
+
+def trial_identity(spec: ConvSpec, target: Target, threads: int, candidate: Candidate) -> dict[str, Any]:
+    """What tells a trial of today's from all others: the arguments of :func:`convgen.records.trial_key`."""
+    return {
+        "spec": spec.descriptor,
+        "target": target.spelling,
+        "hardware": target.hardware,
+        "threads": threads,
+        "schedule": candidate.schedule.id,
+        "schedule_version": candidate.schedule.version,
+        "picks": dict(candidate.picks),
+        "versions": current_versions(),
+    }
 
 
 def choose(
@@ -289,11 +322,8 @@ def measure_in_turn(
     Raises:
         KeyboardInterrupt: at the end of the running measurement.
     """
-    from tvm.ir import save_json
-
     from .interrupts import interrupts_held
-    from .lower import lower
-    from .measure import Expected, Result, measure_module
+    from .measure import Expected, Result, candidate_module
 
     results: dict[Candidate, Result] = {}
     with interrupts_held() as interrupts, tempfile.TemporaryDirectory(prefix="convgen-") as folder:
@@ -301,7 +331,7 @@ def measure_in_turn(
         modules: dict[Candidate, str] = {}
         for candidate in dict.fromkeys(candidates):
             try:
-                modules[candidate] = save_json(measure_module(lower(spec, target, candidate)))
+                modules[candidate] = candidate_module(spec, target, candidate)
             except (BuildError, Inapplicable) as error:
                 results[candidate] = Result("build_error", error=str(error)[-2000:])
         expected = Expected(spec, Path(folder), threads)
@@ -373,21 +403,8 @@ def recheck(
             "ratio_default": ratios.get(candidate),
             "recheck": records[0].id,
         }
-        made[candidate] = TuningRecord(
-            spec=spec.descriptor,
-            target=target.spelling,
-            hardware=target.hardware,
-            threads=threads,
-            schedule=candidate.schedule.id,
-            schedule_version=candidate.schedule.version,
-            picks=dict(candidate.picks),
-            outcome=result.outcome,
-            seconds=result.seconds,
-            samples=result.samples,
-            error=result.error,
-            versions=current_versions(),
-            note=note if result.outcome == "ok" else None,
-        )
+        kept_note = note if result.outcome == "ok" else None
+        made[candidate] = candidate_record(spec, target, threads, candidate, result, kept_note)
     kept = "; not kept: the store is read-only" if store.readonly else ""
     if not store.readonly:
         try:

@@ -293,13 +293,10 @@ class _Packer:
         return chosen, race.default, known
 
     def _submit(self, spec: ConvSpec, target: Target, candidate: Candidate) -> Future[Any] | Exception:
-        from tvm.ir import save_json
-
-        from .lower import lower
-        from .measure import measure_module
+        from .measure import candidate_module
 
         try:
-            future: Future[Any] = self.builder.submit(save_json(measure_module(lower(spec, target, candidate))))
+            future: Future[Any] = self.builder.submit(candidate_module(spec, target, candidate))
             return future
         except (BuildError, Inapplicable) as error:
             return error

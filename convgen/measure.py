@@ -234,6 +234,19 @@ def measure_module(lowered: Any) -> Any:
     return lowered.module.with_attr("convgen", json.dumps(meta))
 
 
+def candidate_module(spec: ConvSpec, target: Target, candidate: Candidate) -> str:
+    """A candidate lowered and serialised, as builders take it.
+
+    Raises:
+        Inapplicable, BuildError: see :func:`convgen.lower.lower`.
+    """
+    from tvm.ir import save_json
+
+    from .lower import lower
+
+    return str(save_json(measure_module(lower(spec, target, candidate))))
+
+
 def measured_candidate(module: Any) -> Candidate:
     """The candidate a module of :func:`measure_module` was made from."""
     from .discover import schedule

@@ -19,16 +19,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from .best import is_final, record_candidate
+from .best import candidate_record, is_final, record_candidate, trial_identity
 from .build import versions
 from .errors import MeasureError
-from .lower import lower
-from .measure import HOPELESS, INTERRUPTED, TRIAL_SECONDS, Expected, Result, measure_module, measured_candidate
+from .measure import HOPELESS, INTERRUPTED, TRIAL_SECONDS, Expected, Result, candidate_module, measured_candidate
 from .race import ROUND, Race, race_strategy
 from .records import TuningRecord, trial_key
 from .schedule import Candidate
 from .spec import ConvSpec
-from .target import Target
 from .workers import Pools
 
 if TYPE_CHECKING:
@@ -305,29 +303,12 @@ class Search:
         return cost
 
     def _key(self, candidate: Candidate) -> str:
-        return trial_key(**self._identity(candidate))
-
-    def _identity(self, candidate: Candidate) -> dict[str, Any]:
-        return {
-            "spec": self.spec.descriptor,
-            "target": self.tuner.target.spelling,
-            "hardware": self.tuner.target.hardware,
-            "threads": self.tuner.threads,
-            "schedule": candidate.schedule.id,
-            "schedule_version": candidate.schedule.version,
-            "picks": dict(candidate.picks),
-            "versions": versions(),
-        }
+        return trial_key(**trial_identity(self.spec, self.tuner.target, self.tuner.threads, candidate))
 
     def _record(self, candidate: Candidate, result: Result, note: dict[str, Any]) -> TuningRecord:
         job = {"job": self.journal.job} if self.journal.job else {}
-        return TuningRecord(
-            **self._identity(candidate),
-            outcome=result.outcome,
-            seconds=result.seconds,
-            samples=result.samples,
-            error=result.error,
-            note={**job, **note},
+        return candidate_record(
+            self.spec, self.tuner.target, self.tuner.threads, candidate, result, note={**job, **note}
         )
 
     def _artifact(self, candidate: Candidate, path: str) -> None:
@@ -407,7 +388,7 @@ class Search:
     def _build(self, candidates: Sequence[Candidate]) -> list[tuple[Candidate, str]]:
         missing = [c for c in candidates if c not in self._artifacts]
         if missing:
-            modules = [_module(self.spec, self.tuner.target, c) for c in missing]
+            modules = [candidate_module(self.spec, self.tuner.target, c) for c in missing]
             for candidate, path in zip(missing, self.tuner.pools.build(modules), strict=True):
                 if isinstance(path, str):
                     self._artifacts[candidate] = path
@@ -487,13 +468,6 @@ def _measured_note(result: Result) -> dict[str, Any]:
 def _number(value: object) -> float | None:
     """A number of a note, which may hold anything."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _module(spec: ConvSpec, target: Target, candidate: Candidate) -> str:
-    """A candidate lowered and serialised."""
-    from tvm.ir import save_json
-
-    return str(save_json(measure_module(lower(spec, target, candidate))))
 
 
 def _lowered(strategy: Any) -> list[tuple[Candidate, str]]:

@@ -146,5 +146,5 @@ def fake_tuning(patch: pytest.MonkeyPatch, *schedules: FakeSchedule) -> None:
         "_lowered",
         lambda made: [(c, text(made.race.spec, made.race.tuner.target, c)) for c in made.race.ask(made.race.wanted)],
     )
-    patch.setattr(search, "_module", text)
+    patch.setattr(search, "candidate_module", text)
     patch.setattr(Tuner, "expected", lambda self, spec: None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ..sources import SpecEntry
 from .common import duration, label, note, rate
@@ -25,21 +25,12 @@ LIVE_SECONDS, LOG_SECONDS = 0.03, 15.0
 STATES = ("comparing", "searching", "done", "failed", "waiting", "skipped")
 
 
-class View:
-    """The progress of a command through its layers.
+class _Display:
+    """A live display where standard error is a terminal; ``_live`` is None elsewhere, and when it has ended."""
 
-    Drawn only when something was reported, never from a thread: what is timed meanwhile is not
-    disturbed.
-    """
+    _live: Any = None
 
-    def __init__(self, layers: int) -> None:
-        self.layers = layers
-        self._title = self._spec = ""
-        self._drawn = 0.0
-        self._best: float | None = None
-        self._live: Any = None
-
-    def __enter__(self) -> View:
+    def __enter__(self) -> Self:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.live import Live
@@ -54,6 +45,21 @@ class View:
     ) -> None:
         if self._live:
             self._live.stop()
+            self._live = None
+
+
+class View(_Display):
+    """The progress of a command through its layers.
+
+    Drawn only when something was reported, never from a thread: what is timed meanwhile is not
+    disturbed.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self._title = self._spec = ""
+        self._drawn = 0.0
+        self._best: float | None = None
 
     def start(self, number: int, entry: SpecEntry) -> None:
         """A layer begins."""
@@ -181,33 +187,15 @@ def remaining(run: JobRun) -> str:
     return ", ".join(parts) or "until nothing more is gained"
 
 
-class JobView:
+class JobView(_Display):
     """A tuning job at work: a table of its layers on a terminal, log lines anywhere else.
 
     Drawn only when something was reported, never from a thread.
     """
 
     def __init__(self) -> None:
-        self._live: Any = None
         self._drawn = 0.0
         self._said: dict[int, tuple[str, float | None]] = {}
-
-    def __enter__(self) -> JobView:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.live import Live
-
-            console = Console(stderr=True, highlight=False)
-            self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._live.stop()
-            self._live = None
 
     def update(self, run: JobRun, layer: Layer) -> None:
         """Something has happened to a layer."""
