@@ -21,6 +21,7 @@ from .common import (
     label,
     layers_argument,
     note,
+    parse_threads,
     read_layers,
     records_options,
     table,
@@ -38,15 +39,6 @@ if TYPE_CHECKING:
 PEER_NAMES = ("onnxruntime", "torch", "openvino")
 
 
-def _parse_threads(context: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if not all(1 <= count <= 1024 for count in counts):
-        raise click.BadParameter(f"expected numbers between 1 and 1024 joined by commas, found {text!r}")
-    return list(dict.fromkeys(counts))
-
-
 def _check_report(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
     if path is not None and path.suffix not in (".md", ".html"):
         raise click.BadParameter(f"expected a file name that ends in .md or .html, found {path.name!r}")
@@ -56,7 +48,7 @@ def _check_report(context: click.Context, parameter: click.Parameter, path: Path
 @click.command()
 @layers_argument
 @target_option
-@click.option("--threads", callback=_parse_threads, metavar="N,…", help="Thread counts, as 1,2.  [default: all cores]")
+@click.option("--threads", callback=parse_threads, metavar="N,…", help="Thread counts, as 1,2.  [default: all cores]")
 @click.option(
     "--peers", default=",".join(PEER_NAMES), show_default=True, metavar="NAME,…", help="Libraries to compare with."
 )
@@ -82,7 +74,7 @@ def bench(
     spec: tuple[str, ...],
     dims: dict[str, int],
     target: str,
-    threads: list[int] | None,
+    threads: tuple[int, ...] | None,
     peers: str,
     repeats: int,
     cold: bool,

@@ -15,6 +15,7 @@ from .common import (
     json_option,
     layers_argument,
     note,
+    parse_threads,
     read_layers,
     records_options,
     size,
@@ -23,14 +24,6 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..machine import Machine
-
-
-def _parse_threads(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...]:
-    counts = [part.strip() for part in (text or "").split(",") if part.strip()]
-    for count in counts:
-        if not count.isdecimal() or not 1 <= int(count) <= 1024:
-            raise click.BadParameter(f"expected numbers from 1 to 1024 such as 1,2, found {count!r}")
-    return tuple(dict.fromkeys(map(int, counts)))
 
 
 @click.command(short_help="Compile candidates into a bundle for a machine without compiler or network.")
@@ -43,7 +36,7 @@ def _parse_threads(context: click.Context, parameter: click.Parameter, text: str
     help="cpu:<LLVM processor>, such as cpu:znver4 or cpu:aarch64-cortex-a72; may be repeated.  [default: cpu]",
 )
 @click.option(
-    "--threads", callback=_parse_threads, metavar="N,…", help="Threads of the kernels.  [default: all cores there]"
+    "--threads", callback=parse_threads, metavar="N,…", help="Threads of the kernels.  [default: all cores there]"
 )
 @click.option(
     "--candidates",
@@ -76,7 +69,7 @@ def pack(
     spec: tuple[str, ...],
     dims: dict[str, int],
     targets: list[str],
-    threads: tuple[int, ...],
+    threads: tuple[int, ...] | None,
     candidates: int,
     facts: Path | None,
     exclude: tuple[str, ...],

@@ -77,6 +77,16 @@ def check_target(context: click.Context, parameter: click.Parameter, spelling: s
     return spelling
 
 
+def parse_threads(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """Thread counts joined by commas, each once."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 1 <= int(part) <= 1024 for part in parts):
+        raise click.BadParameter(f"expected numbers from 1 to 1024, as 1,2, found {text!r}")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
 def _check_schedule(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
     from ..discover import schedule_ids
 

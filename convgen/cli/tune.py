@@ -25,6 +25,7 @@ from .common import (
     label,
     note,
     note_left_out,
+    parse_threads,
     rate,
     records_options,
     table,
@@ -50,15 +51,6 @@ def _check_targets(context: click.Context, parameter: click.Parameter, text: str
     return spellings
 
 
-def _check_threads(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and 1 <= int(part) <= 1024 for part in parts):
-        raise click.BadParameter(f"expected numbers from 1 to 1024, as 1,2, found {text!r}")
-    return tuple(dict.fromkeys(map(int, parts)))
-
-
 @click.command(short_help="Search for fast kernels; fills the record store.")
 @click.argument("sources", nargs=-1, metavar="[SPEC|FILE|MODEL.onnx]…", shell_complete=complete_spec)
 @click.option(
@@ -70,7 +62,7 @@ def _check_threads(context: click.Context, parameter: click.Parameter, text: str
 )
 @dim_option
 @click.option("--target", callback=_check_targets, metavar="TARGET[,…]", help="cpu, or cpu:<LLVM processor>.")
-@click.option("--threads", callback=_check_threads, metavar="N[,N]", help="Threads of a kernel.  [default: all cores]")
+@click.option("--threads", callback=parse_threads, metavar="N[,N]", help="Threads of a kernel.  [default: all cores]")
 @click.option(
     "--seconds", type=click.FloatRange(min=0), metavar="S", help="Time in all, that of earlier runs included."
 )
