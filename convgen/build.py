@@ -20,7 +20,7 @@ from .best import record_candidate as record_candidate
 from .discover import schedule as find_schedule
 from .discover import schedules
 from .errors import Inapplicable, SpecError, UnsupportedError
-from .interface import Interface, TensorInfo
+from .interface import Interface
 from .library import Library
 from .link import link
 from .lower import Lowered, compile_object, lower, source
@@ -231,7 +231,7 @@ def compile_lowered(lowered: Lowered, directory: Path, name: str | None = None) 
     interface = Interface(
         name=name or lowered.spec.name,
         spec=lowered.spec,
-        packed=tuple(TensorInfo(f"packed{i}", shape) for i, shape in enumerate(lowered.packed)),
+        packed=lowered.packed,
         workspace_main=workspace.main,
         workspace_task=workspace.task,
         isa=lowered.target.isa,

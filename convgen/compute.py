@@ -21,6 +21,9 @@ from .spec import ConvSpec
 ACCUMULATOR = "float32"
 STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
 
+#: The storage type that a TVM type is.
+STORED = {tvm: name for name, tvm in STORAGE.items()}
+
 Expr = Any  # a TVM expression; TVM's own Python classes for them are untyped
 Index = Sequence[Expr]
 

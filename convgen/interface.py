@@ -65,6 +65,39 @@ def boundary(spec: ConvSpec) -> dict[str, TensorInfo]:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """One launch of a device function.
+
+    Attributes:
+        function: its name in the images.
+        grid, block: blocks, and threads of a block, along x, y and z.
+        shared: bytes of dynamic shared memory.
+        arguments: what its pointers point to: ``src``, ``residual``, ``packed0`` …, ``dst``, or ``workspace0`` ….
+    """
+
+    function: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DeviceCode:
+    """A kernel's code for GPUs: launched one after the other on one stream.
+
+    Attributes:
+        images: code by what it is for, the best first: a cubin for ``sm_80``, PTX for ``compute_80`` and later.
+        launches: in order.
+        workspace: bytes of what the launches hand to each other, ``workspace0`` ….
+    """
+
+    images: tuple[tuple[str, bytes], ...]
+    launches: tuple[Launch, ...]
+    workspace: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Interface:
     """One compiled kernel as its caller sees it.
 
@@ -81,6 +114,8 @@ class Interface:
             allocation rounded up to 64.
         workspace_task: the same for one task of a parallel region.
         isa: CPU features the code needs, as ``__builtin_cpu_supports`` names them; ``()`` = baseline.
+        device: of a kernel that runs on a GPU; the object file then defines ``__tvm_ffi_pack`` only, and there
+            is no CPU workspace.
 
     Raises:
         BuildError: a field is not what it must be.
@@ -92,6 +127,7 @@ class Interface:
     workspace_main: int
     workspace_task: int
     isa: tuple[str, ...]
+    device: DeviceCode | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name)

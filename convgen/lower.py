@@ -10,6 +10,7 @@ from typing import Any
 
 from .dtypes import BYTES
 from .errors import BuildError, ConvgenError, UnsupportedError
+from .interface import TensorInfo
 from .interrupts import interrupts_held
 from .schedule import Candidate, Program
 from .spec import ConvSpec
@@ -27,7 +28,7 @@ class Lowered:
     target: Target
     candidate: Candidate
     module: Any  # tvm.ir.IRModule
-    packed: tuple[tuple[int, ...], ...]  # shapes of the packed tensors
+    packed: tuple[TensorInfo, ...]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
     from tvm import te
     from tvm.s_tir import Schedule as TirSchedule
 
+    from .compute import STORED
+
     core = spec.core
     schedule, picks = candidate.schedule, candidate.picks
     schedule.applies(core, target)
@@ -71,8 +74,11 @@ def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
     except Exception as error:  # TVM raises its errors as many types, RuntimeError among them
         raise BuildError(f"{spec.descriptor}: {candidate} cannot be scheduled: {error}") from error
     packed = program.pack[len(program.pack) - _packed_count(program, spec) :]
-    shapes = tuple(tuple(int(d) for d in tensor.shape) for tensor in packed)
-    return Lowered(spec, target, candidate, _align_boundary(module, BYTES[spec.dtype]), shapes)
+    infos = tuple(
+        TensorInfo(f"packed{i}", tuple(int(d) for d in tensor.shape), STORED[str(tensor.dtype)])
+        for i, tensor in enumerate(packed)
+    )
+    return Lowered(spec, target, candidate, _align_boundary(module, BYTES[spec.dtype]), infos)
 
 
 @interrupts_held()

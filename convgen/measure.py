@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from .dtypes import distance, load, numpy_dtype, save
+from .interface import TensorInfo
 from .library import Library
 from .machine import pinned
 from .schedule import Candidate, Picks
@@ -229,7 +230,7 @@ def measure_module(lowered: Any) -> Any:
         "target": asdict(lowered.target),
         "schedule": lowered.candidate.schedule.id,
         "picks": dict(lowered.candidate.picks),
-        "packed": lowered.packed,
+        "packed": [asdict(tensor) for tensor in lowered.packed],
     }
     return lowered.module.with_attr("convgen", json.dumps(meta))
 
@@ -270,7 +271,8 @@ def build_artifact(module_json: str, root: str) -> str:
     spec, candidate = ConvSpec.parse(meta["spec"]), measured_candidate(module)
     # Whole, because the machine it is for may be another one than this, which would resolve its name otherwise.
     target = Target(**meta["target"] | {"isa": tuple(meta["target"]["isa"])})
-    lowered = Lowered(spec, target, candidate, module, tuple(map(tuple, meta["packed"])))
+    packed = tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in meta["packed"])
+    lowered = Lowered(spec, target, candidate, module, packed)
     directory = Path(tempfile.mkdtemp(dir=root))
     interface, _, library = compile_lowered(lowered, directory, "candidate")
     exact = not candidate.schedule.transforms and spec.activation_op.exact

@@ -33,6 +33,11 @@ class Target:
         cores: cores a kernel may use.
         native: whether kernels run on the machine: this one, or the one the target was resolved for.
         hardware: fingerprint of the machine records are tied to.
+        arch: of a GPU, ``sm_90a``; its cores are the streaming multiprocessors. All below is of GPUs.
+        shared_memory, shared_per_core: bytes of shared memory a block may have, and a core has.
+        threads_per_core: threads a core holds at once.
+        matrix: operand types its matrix units take with f32 sums: ``f16``, ``bf16``, ``tf32``.
+        features: groups of instructions there are: ``ldmatrix``, ``cp_async``, ``tma``, ``wgmma``.
     """
 
     kind: str
@@ -47,6 +52,12 @@ class Target:
     cores: int
     native: bool
     hardware: str
+    arch: str = ""
+    shared_memory: int = 0
+    shared_per_core: int = 0
+    threads_per_core: int = 0
+    matrix: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
 
     @property
     def lanes(self) -> int:

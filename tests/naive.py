@@ -66,8 +66,7 @@ def compile_naive(
     lowered = lower(spec, TARGET, Candidate(schedule, schedule.default(spec, TARGET)))
     path = folder / f"{name or spec.name}-{how}.o"
     workspace = compile_object(lowered, path)
-    packed = tuple(TensorInfo(f"packed{i}", shape) for i, shape in enumerate(lowered.packed))
-    return Interface(name or spec.name, spec, packed, workspace.main, workspace.task, isa), path
+    return Interface(name or spec.name, spec, lowered.packed, workspace.main, workspace.task, isa), path
 
 
 def link_naive(spec: ConvSpec, folder: Path, how: str = "reference", name: str = "") -> tuple[Interface, Path]:

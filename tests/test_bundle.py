@@ -538,8 +538,7 @@ def export(spec: ConvSpec, folder: Path, isa: tuple[str, ...] = ()) -> None:
     target = resolve("cpu:aarch64-cortex-a72")
     lowered = lower(spec, target, default_candidate(spec, target))
     workspace = compile_object(lowered, folder / "kernel.o")
-    packed = tuple(TensorInfo(f"packed{i}", shape) for i, shape in enumerate(lowered.packed))
-    interface = Interface("kernel", spec, packed, workspace.main, workspace.task, isa)
+    interface = Interface("kernel", spec, lowered.packed, workspace.main, workspace.task, isa)
     facts = {"threads": 2, "error_factor": error_factor(spec)}
     write_library(folder / "out", interface, folder / "kernel.o", facts)
 

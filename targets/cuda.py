@@ -1,0 +1,131 @@
+"""NVIDIA GPUs, compiled through CUDA C: this machine's (``cuda``) or an architecture (``cuda:sm_90a``).
+
+An architecture needs no device: kernels are built, inspected, emulated and exported without one.
+
+Sources of the facts: CUDA C++ Programming Guide, "Compute Capabilities"; PTX ISA, the "Target ISA Notes" of
+the instructions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import NamedTuple
+
+from convgen.errors import UnsupportedError
+from convgen.machine import Machine
+from convgen.target import Target
+
+
+class Architecture(NamedTuple):
+    """What every device of a compute capability has.
+
+    Attributes:
+        shared_block, shared_sm: bytes of shared memory a block may ask for, and an SM has.
+        threads_sm: threads an SM holds.
+        l2: bytes of L2 of the capability's usual device.
+        sms: its streaming multiprocessors; a device's own where there is one.
+        matrix: operand types its tensor cores take with f32 sums.
+        features: instructions a schedule may use: ``ldmatrix``, ``cp_async``, ``tma``, ``wgmma``.
+    """
+
+    shared_block: int
+    shared_sm: int
+    threads_sm: int
+    l2: int
+    sms: int
+    matrix: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+
+
+_AMPERE = ("f16", "bf16", "tf32"), ("ldmatrix", "cp_async")
+_HOPPER = _AMPERE[0], (*_AMPERE[1], "tma", "wgmma")
+_BLACKWELL = _AMPERE[0], (*_AMPERE[1], "tma")
+
+ARCHITECTURES = {
+    "sm_70": Architecture(96 << 10, 96 << 10, 2048, 6 << 20, 80),
+    "sm_75": Architecture(64 << 10, 64 << 10, 1024, 4 << 20, 40, ("f16",), ("ldmatrix",)),
+    "sm_80": Architecture(163 << 10, 164 << 10, 2048, 40 << 20, 108, *_AMPERE),
+    "sm_86": Architecture(99 << 10, 100 << 10, 1536, 6 << 20, 84, *_AMPERE),
+    "sm_87": Architecture(163 << 10, 164 << 10, 1536, 4 << 20, 16, *_AMPERE),
+    "sm_89": Architecture(99 << 10, 100 << 10, 1536, 72 << 20, 128, *_AMPERE),
+    "sm_90": Architecture(227 << 10, 228 << 10, 2048, 50 << 20, 132, _AMPERE[0], (*_AMPERE[1], "tma")),
+    "sm_90a": Architecture(227 << 10, 228 << 10, 2048, 50 << 20, 132, *_HOPPER),
+    "sm_100": Architecture(227 << 10, 228 << 10, 2048, 126 << 20, 148, *_BLACKWELL),
+    "sm_120": Architecture(99 << 10, 100 << 10, 1536, 96 << 20, 170, *_BLACKWELL),
+}
+
+
+def resolve(model: str, machine: Machine | None = None) -> Target:
+    """The target of an architecture such as ``sm_80``; that of this machine's first device where ``model`` is empty.
+
+    Raises:
+        UnsupportedError: no such architecture, or there is no device.
+    """
+    from convgen.cuda import device
+
+    found = device() if machine is None else None
+    if not model and found is None:
+        raise UnsupportedError("target: expected a CUDA device for 'cuda', found none; name one such as cuda:sm_90a")
+    arch = model or _of_device(found.capability if found else (0, 0))
+    if arch not in ARCHITECTURES:
+        raise UnsupportedError(f"target: expected one of {', '.join(known())}, found {f'cuda:{model}'!r}")
+    facts = ARCHITECTURES[arch]
+    native = found is not None and runs(arch, found.capability)
+    config = {
+        "kind": "cuda",
+        "arch": arch,
+        "max_threads_per_block": 1024,
+        "max_shared_memory_per_block": facts.shared_block,
+        "thread_warp_size": 32,
+        "registers_per_block": 1 << 16,
+    }
+    return Target(
+        kind="cuda",
+        spelling=f"cuda:{arch}",
+        tvm_config=json.dumps(config, sort_keys=True),
+        vector_bits=128,
+        vector_registers=255,
+        isa=(),
+        l1=facts.shared_sm,
+        l2=found.l2 if native and found else facts.l2,
+        l3=0,
+        cores=found.sms if native and found else facts.sms,
+        native=native,
+        hardware=found.fingerprint if native and found else "unknown",
+        arch=arch,
+        shared_memory=facts.shared_block,
+        shared_per_core=facts.shared_sm,
+        threads_per_core=facts.threads_sm,
+        matrix=facts.matrix,
+        features=facts.features,
+    )
+
+
+def known() -> list[str]:
+    """Spellings worth listing."""
+    return ["cuda", *(f"cuda:{arch}" for arch in ARCHITECTURES)]
+
+
+def capability(arch: str) -> tuple[int, int]:
+    """``(9, 0)`` of ``sm_90a``."""
+    match = re.fullmatch(r"sm_(\d+)(\d)a?", arch)
+    if match is None:
+        raise UnsupportedError(f"target: expected an architecture such as sm_90a, found {arch!r}")
+    return int(match[1]), int(match[2])
+
+
+def runs(arch: str, device: tuple[int, int]) -> bool:
+    """Whether a device runs an architecture's code: the same major capability and no later minor; exactly the
+    same for an ``a`` architecture, whose instructions no other has.
+    """
+    own = capability(arch)
+    return own == device if arch.endswith("a") else own[0] == device[0] and own[1] <= device[1]
+
+
+def _of_device(device: tuple[int, int]) -> str:
+    """The best architecture a device runs."""
+    fitting = [arch for arch in ARCHITECTURES if runs(arch, device)]
+    if not fitting:
+        raise UnsupportedError(f"target: expected a device of {', '.join(known()[1:])}, found capability {device}")
+    return max(fitting, key=lambda arch: (capability(arch), arch))
