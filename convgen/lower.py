@@ -85,6 +85,8 @@ def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
 def compile_object(lowered: Lowered, path: Path) -> Workspace:
     """Write the object file of a lowered candidate; returns the scratch memory it asks for.
 
+    For a GPU that is ``pack`` alone, for this machine's CPU.
+
     Raises:
         BuildError: TVM or LLVM failed.
     """
@@ -118,8 +120,11 @@ def _host_module(lowered: Lowered) -> Any:
 
     passes, _, _ = default_s_tir_pipeline()
     target = _llvm(lowered)
+    functions = lowered.module
+    if lowered.target.kind != "cpu":
+        functions = tvm.IRModule({"pack": functions["pack"]})
     with tvm.transform.PassContext(opt_level=3):
-        module = transform.BindTarget(target.with_host(target))(lowered.module)
+        module = transform.BindTarget(target.with_host(target))(functions)
         return transform.LowerTVMBuiltin()(passes(module))
 
 
@@ -137,7 +142,10 @@ def _llvm(lowered: Lowered) -> Any:
     lane, to a 32-bit store: two bytes too many. Without AVX512BW it makes no such stores. (bf16 alone
     is narrowed so; it is moved as integers.)
     """
-    config = json.loads(lowered.target.tvm_config)
+    if lowered.target.kind != "cpu":  # any machine's CPU may pack for a device
+        config = {"kind": "llvm"}
+    else:
+        config = json.loads(lowered.target.tvm_config)
     if lowered.spec.dtype == "bf16" and "avx512bw" in lowered.target.isa:
         config["mattr"] = ["-avx512bw"]
     from tvm.target import Target as TvmTarget

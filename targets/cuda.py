@@ -62,7 +62,7 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
     Raises:
         UnsupportedError: no such architecture, or there is no device.
     """
-    from convgen.cuda import device
+    from convgen.cuda.driver import device
 
     found = device() if machine is None else None
     if not model and found is None:

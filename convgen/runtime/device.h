@@ -134,7 +134,7 @@ struct __align__(4) half2 {
 
 CG_DEVICE half __float2half_rn(float x) { return half(x); }
 CG_DEVICE float __half2float(half x) { return float(x); }
-CG_DEVICE uint __pack_half2(half x, half y) { return uint(y.bits) << 16 | x.bits; }
+CG_DEVICE uint32_t __pack_half2(half x, half y) { return (uint32_t)y.bits << 16 | x.bits; }
 
 /* ---- a warp's tile of a matrix product --------------------------------------------------------- */
 

@@ -1,0 +1,379 @@
+"""Lowered TIR -> CUDA source -> code for the device.
+
+TVM's own header is left behind with its helpers: what the kernels need of it is in ``runtime/device.h``,
+which also compiles for a CPU (:mod:`convgen.cuda.emulate`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import subprocess
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BuildError, UnsupportedError
+from ..interface import DeviceCode, Launch
+from ..interrupts import interrupts_held
+from ..link import source as runtime_source
+from ..lower import Lowered
+from ..target import Target
+
+#: TVM's words -> those of device.h. Its copies are told the type's name and sizes in the function's name.
+_WORDS = (
+    (r"tvm_builtin_ptx_cp_async_commit_group\w*\(\)", "cg_commit()"),
+    (r"tvm_builtin_ptx_cp_async_wait_group\w*_(\d+)\(\)", r"cg_wait<\1>()"),
+    # A warp's tile: each of the 32 threads holds its share.
+    (r"alignas\(\d+\) float (\w*tile_sums\w*)\[(\d+)\]", lambda m: f"float {m[1]}[{int(m[2]) // 32}]"),
+)
+_AXES = ("x", "y", "z")
+
+
+@dataclass(frozen=True)
+class DeviceSource:
+    """CUDA source, what is launched of it, and bytes of what the launches hand to each other."""
+
+    text: str
+    launches: tuple[Launch, ...]
+    workspace: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiler reports of one device function.
+
+    Attributes:
+        registers: per thread.
+        spilled: bytes of registers kept in memory instead.
+        shared: bytes of shared memory, dynamic ones included.
+        threads: of a block.
+    """
+
+    function: str
+    registers: int
+    spilled: int
+    shared: int
+    threads: int
+
+
+@interrupts_held()
+def generate(lowered: Lowered) -> DeviceSource:
+    """The CUDA source of a lowered candidate's ``main``.
+
+    Raises:
+        BuildError: TVM failed.
+    """
+    try:
+        host, device = _split(lowered)
+        text = _cuda_text(device, lowered.target)
+        names = [f"packed{i}" for i in range(len(lowered.packed))]
+        return _launches(host, device, text, _arguments(lowered, names))
+    except BuildError:
+        raise
+    except Exception as error:  # TVM raises its errors as many types, RuntimeError among them
+        raise BuildError(f"{lowered.spec.descriptor}: {lowered.candidate} does not compile: {error}") from error
+
+
+def _split(lowered: Lowered) -> tuple[Any, Any]:
+    """``main`` as its host function and its device functions."""
+    import tvm
+    from tvm.s_tir.pipeline import finalize_device_passes
+    from tvm.target import Target as TvmTarget
+    from tvm.tirx import transform
+
+    target = TvmTarget(json.loads(lowered.target.tvm_config), host="llvm")
+    with tvm.transform.PassContext(opt_level=3, config={"tirx.use_async_copy": True}):
+        module = transform.BindTarget(target)(tvm.IRModule({"main": lowered.module["main"]}))
+        module = tvm.ir.transform.Sequential(_passes())(module)
+    device = {name: function for name, function in module.functions.items() if name.name_hint != "main"}
+    return module["main"], finalize_device_passes()(tvm.IRModule(device))
+
+
+def _passes() -> list[Any]:
+    """TVM's default pipeline for GPUs, less what no kernel here has.
+
+    Shared memory is reused by one pass only, and pointers into it are resolved before: StorageRewrite as well as
+    merging let buffers of different element types share a name, and pointers are then refused.
+    """
+    from tvm import s_tir, tirx
+
+    s, t = s_tir.transform, tirx.transform
+    return [
+        s.CanonicalizeLoop(),
+        s.LowerCrossThreadReduction(),
+        s.LowerInitBlock(),
+        s.PlanAndUpdateBufferAllocationLocation(),
+        s.ConvertBlocksToOpaque(),
+        s.LiftThreadBinding(),
+        s.CompactBufferAllocation(),
+        s.UnifyThreadBinding(),
+        s.LowerMatchBuffer(),
+        s.StmtSimplify(),
+        s.AnnotateIrregularLoop(),
+        s.InjectSoftwarePipeline(),
+        s.LowerOpaqueBlock(),
+        t.FlattenBuffer(),
+        t.NarrowDataType(32),
+        s.LoopPartition(),
+        t.VectorizeLoop(True),
+        s.InjectVirtualThread(),
+        s.LowerAsyncDMA(),
+        s.HoistIfThenElse(),
+        t.UnrollLoop(),
+        s.RenormalizeSplitPattern(),
+        t.StmtSimplify(),
+        t.RemoveNoOp(),
+        s.RewriteUnsafeSelect(),
+        t.CommonSubexprElim(),
+        t.VerifyMemory(),
+        t.AnnotateEntryFunc(),
+        s.ThreadSync("shared"),
+        s.ThreadSync("shared.dyn"),
+        s.LowerThreadAllreduce(),
+        s.InjectPTXAsyncCopy(),
+        t.LowerIntrin(),
+        s.MergeSharedMemoryAllocations(),
+        t.SplitHostDevice(),
+        t.MakePackedAPI(),
+    ]
+
+
+def _cuda_text(device: Any, target: Target) -> str:
+    """What TVM generates, in the words of device.h."""
+    import tvm
+    import tvm_ffi
+
+    # TVM compiles what it generates at once; the text is wanted, for several compilers.
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", lambda code, _: code, override=True)
+    module = tvm.get_global_func("target.build.cuda")(device, target.tvm())
+    text = str(module.inspect_source("cuda"))
+    kernels = text[text.index('extern "C" __global__') :]
+    # Every function is declared first.
+    kernels = re.sub(r'extern "C" __global__[^{};]*;\n', "", kernels)
+    kernels = _asynchronous(kernels)
+    for pattern, word in _WORDS:
+        kernels = re.sub(pattern, word, kernels)
+    return '#include "device.h"\n\n' + kernels
+
+
+def _asynchronous(text: str) -> str:
+    """``ptx_cp_async…_<bytes>_<dst size>_<src size>(dst, offset, src, offset, …)`` as ``cg_copy_async``."""
+
+    def copy(match: re.Match[str]) -> str:
+        size, dst_size, src_size = int(match[1]), int(match[2]), int(match[3])
+        end, parts = _parts(text_after := text[match.end() :])
+        dst, dst_offset, src, src_offset, *valid = parts
+        made = (
+            f"cg_copy_async<{size}>((char*)({dst}) + ({dst_offset}) * {dst_size}, "
+            f"(const char*)({src}) + ({src_offset}) * {src_size}{''.join(', ' + v for v in valid)})"
+        )
+        spans.append((match.start(), len(text) - len(text_after) + end, made))
+        return ""
+
+    spans: list[tuple[int, int, str]] = []
+    for match in re.finditer(r"ptx_cp_async\w*?_cg?a?_?(\d+)_(\d+)_(\d+)\w*\(", text):
+        copy(match)
+    for start, end, made in reversed(spans):
+        text = text[:start] + made + text[end:]
+    return text
+
+
+def _parts(text: str) -> tuple[int, list[str]]:
+    """The arguments of a call whose opening parenthesis precedes ``text``, and where it ends."""
+    depth, start, parts = 0, 0, []
+    for i, letter in enumerate(text):
+        if letter in "([{":
+            depth += 1
+        elif letter in ")]}" and depth:
+            depth -= 1
+        elif letter == ")" or (letter == "," and not depth):
+            parts.append(text[start:i].strip())
+            start = i + 1
+            if letter == ")":
+                return i + 1, parts
+    raise BuildError("expected a call in the generated code to end, found the end of the text")
+
+
+def _arguments(lowered: Lowered, packed: list[str]) -> dict[str, str]:
+    """The interface's names of main's buffers, by those in TIR."""
+    main = lowered.module["main"]
+    names = [str(parameter.name) for parameter in main.params]
+    leading = len(names) - len(packed) - 1
+    return dict(zip(names, [*names[:leading], *packed, names[-1]], strict=True))
+
+
+def _launches(host: Any, device: Any, text: str, arguments: dict[str, str]) -> DeviceSource:
+    """The launches the host function makes, from its calls."""
+    functions = {str(f.attrs["global_symbol"]) if "global_symbol" in f.attrs else n.name_hint: f for n, f in device.functions.items()}
+    sizes = _intermediates(host)
+    spaces: dict[str, int] = {}
+    launches = []
+    for name, tags, extents in _calls(host):
+        parameters = re.search(rf"\b{name}\(([^)]*)\)", text)
+        if parameters is None or name not in functions:
+            raise BuildError(f"expected a device function {name}, found none")
+        taken = []
+        for parameter in parameters[1].split(","):
+            variable = parameter.split()[-1].removesuffix("_ptr")
+            if variable in arguments:
+                taken.append(arguments[variable])
+            elif variable in sizes:
+                position = spaces.setdefault(variable, len(spaces))
+                taken.append(f"workspace{position}")
+            else:
+                raise BuildError(f"{name}: expected a tensor, found the parameter {variable}")
+        launches.append(
+            Launch(
+                name,
+                _three(tags, extents, "blockIdx"),
+                _three(tags, extents, "threadIdx"),
+                extents[tags.index("tirx.use_dyn_shared_memory")] if "tirx.use_dyn_shared_memory" in tags else 0,
+                tuple(taken),
+            )
+        )
+    return DeviceSource(text, tuple(launches), tuple(sizes[name] for name in spaces))
+
+
+def _three(tags: list[str], extents: list[int], kind: str) -> tuple[int, int, int]:
+    x, y, z = (extents[tags.index(f"{kind}.{a}")] if f"{kind}.{a}" in tags else 1 for a in _AXES)
+    return x, y, z
+
+
+def _calls(host: Any) -> list[tuple[str, list[str], list[int]]]:
+    """Of each launch the function's name, what its last arguments are, and these."""
+    found = []
+    for match in re.finditer(r'T\.call_ffi_kernel\("(\w+)", (.*?), launch_params=\[(.*?)\]', host.script()):
+        tags = re.findall(r'"([\w.]+)"', match[3])
+        values = match[2].split(", ")[-len(tags) :] if tags else []
+        found.append((match[1], tags, [int(re.sub(r"T\.int64\((\d+)\)", r"\1", value)) for value in values]))
+    if not found:
+        raise BuildError("expected the scheduled program to launch a kernel, found none: no loop is bound to blocks")
+    return found
+
+
+def _intermediates(host: Any) -> dict[str, int]:
+    """Bytes of the buffers that host code allocates for its launches, by name."""
+    sizes = {}
+    for match in re.finditer(r"(\w+)(?:: [^=\n]*)? = T\.alloc_buffer\(\(([\d, ]*)\)(?:, \"(\w+)\")?", host.script()):
+        shape = [int(size) for size in match[2].split(",") if size.strip()]
+        bits = int(re.search(r"\d+", match[3] or "float32")[0])  # type: ignore[index]
+        sizes[match[1]] = math.prod(shape) * bits // 8
+    return sizes
+
+
+# ---- the compiler ------------------------------------------------------------------------------
+
+
+def compile_images(source: DeviceSource, target: Target) -> tuple[tuple[tuple[str, bytes], ...], tuple[Resources, ...]]:
+    """Code for the target's architecture, and PTX for later devices where the architecture has any.
+
+    Returns:
+        ``((what it is for, code), …)`` as :class:`~convgen.interface.DeviceCode` has them, and what each function
+        takes of the device.
+
+    Raises:
+        UnsupportedError: the compiler is not installed, or does not know the architecture.
+        BuildError: it refused the source.
+    """
+    cubin, ptx, log = _nvrtc(source.text, target.arch)
+    images = [(target.arch, cubin)]
+    if not target.arch.endswith("a"):  # what is special to one architecture no later device has
+        images.append((target.arch.replace("sm_", "compute_"), ptx))
+    return tuple(images), tuple(_resources(log, launch) for launch in source.launches)
+
+
+def _resources(log: str, launch: Launch) -> Resources:
+    """What ``ptxas -v`` says of a function."""
+    said = re.search(
+        rf"Compiling entry function '{launch.function}'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers([^\n]*)",
+        log,
+        re.DOTALL,
+    )
+    if said is None:
+        raise BuildError(f"expected the compiler to report on {launch.function}, found {log!r}")
+    static = re.search(r"(\d+) bytes smem", said[4])
+    shared = launch.shared + (int(static[1]) if static else 0)
+    return Resources(launch.function, int(said[3]), int(said[1]) + int(said[2]), shared, math.prod(launch.block))
+
+
+@functools.cache
+def _compiler() -> Any:
+    try:
+        from cuda.bindings import nvrtc
+
+        error, _, _ = nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError) as error:  # RuntimeError: the library it loads is missing
+        raise UnsupportedError(
+            f"target cuda: expected NVIDIA's compiler library, found none ({error}): pip install 'convgen[cuda]'"
+        ) from error
+    return nvrtc
+
+
+def _nvrtc(text: str, arch: str) -> tuple[bytes, bytes, str]:
+    """Cubin, PTX and log of a source."""
+    nvrtc = _compiler()
+    numbers = nvrtc.nvrtcGetSupportedArchs()[1]
+    if int(re.sub(r"\D", "", arch)) not in numbers:
+        known = ", ".join(f"sm_{number}" for number in numbers)
+        raise UnsupportedError(f"target cuda:{arch}: expected an architecture the compiler knows ({known})")
+    header = runtime_source("device.h").encode()
+    error, program = nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", 1, [header], [b"device.h"])
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise BuildError(f"NVRTC: {error.name}")
+    try:
+        options = [f"--gpu-architecture={arch}".encode(), b"-std=c++17", b"--ptxas-options=-v", b"--diag-suppress=177"]
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        log = _bytes(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
+        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise BuildError(f"NVRTC refuses the generated code for {arch}: {log.strip()}")
+        cubin = _bytes(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+        ptx = _bytes(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)
+        return cubin, ptx, log
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _bytes(size_of: Any, get: Any, program: Any) -> bytes:
+    _, size = size_of(program)
+    data = bytearray(size)
+    get(program, data)
+    return bytes(data)
+
+
+def device_code(lowered: Lowered) -> DeviceCode:
+    """A lowered candidate's code for its target.
+
+    Raises:
+        UnsupportedError, BuildError: see :func:`compile_images`.
+    """
+    source = generate(lowered)
+    images, _ = compile_images(source, lowered.target)
+    return DeviceCode(images, source.launches, source.workspace)
+
+
+def disassembled(cubin: bytes) -> str:
+    """A cubin's instructions (SASS).
+
+    Raises:
+        UnsupportedError: nvdisasm is not installed.
+    """
+    program = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(program) if program.exists() else "nvdisasm", "-c", file.name]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise UnsupportedError(
+                "source: expected nvdisasm, found none: pip install nvidia-cuda-nvdisasm"
+            ) from error
+    if done.returncode:
+        raise BuildError(f"nvdisasm: {done.stderr.strip()}")
+    return done.stdout

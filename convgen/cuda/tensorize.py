@@ -1,0 +1,138 @@
+"""A warp's tile of a matrix product, as tensor intrinsics: what they compute, and the functions of device.h that do.
+
+The sums of a tile are one buffer ``[rows][cols]`` here; on the device every thread holds a 32nd part of it
+(:mod:`convgen.cuda.code` declares it so), in an order that only these intrinsics know.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ..compute import STORAGE, widen
+
+#: Bytes of a step of the reduction.
+STEP = 32
+
+
+@functools.cache
+def mma(kind: str, dtype: str, rows: int, cols: int) -> str:
+    """``sums[i, j] += a[i, k, v] * b[j, k, v]`` over one step: two vectors of 16 bytes; returns the intrinsic's name.
+
+    Args:
+        kind: the type of device.h that multiplies: ``f16``, ``bf16``, ``tf32`` or ``tf32x3``.
+        dtype: how a and b are stored.
+    """
+    from tvm.s_tir import TensorIntrin
+    from tvm.script import tirx as T  # noqa: N812
+
+    size = 4 if dtype == "f32" else 2
+    lanes, stored = 16 // size, STORAGE[dtype]
+    function = f"cg_mma_tile<cg_{kind}, {rows}, {cols}>"
+
+    def wide(value: Any) -> Any:
+        return widen(value, dtype)
+
+    @T.prim_func(s_tir=True, private=True)
+    def description(c: T.handle, a: T.handle, b: T.handle) -> None:
+        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        A = T.match_buffer(a, (rows, 2, lanes), stored, offset_factor=1, scope="shared.dyn")
+        B = T.match_buffer(b, (cols, 2, lanes), stored, offset_factor=1, scope="shared.dyn")
+        with T.sblock("root"):
+            T.reads(C[0:rows, 0:cols], A[0:rows, 0:2, 0:lanes], B[0:cols, 0:2, 0:lanes])
+            T.writes(C[0:rows, 0:cols])
+            for i, j, k, v in T.grid(rows, cols, 2, lanes):
+                with T.sblock("product"):
+                    vi, vj, vk, vv = T.axis.remap("SSRR", [i, j, k, v])
+                    C[vi, vj] = C[vi, vj] + wide(A[vi, vk, vv]) * wide(B[vj, vk, vv])
+
+    @T.prim_func(s_tir=True, private=True)
+    def implementation(c: T.handle, a: T.handle, b: T.handle) -> None:
+        a0, a1, b0, b1 = T.int32(), T.int32(), T.int32(), T.int32()
+        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        A = T.match_buffer(a, (rows, 2, lanes), stored, offset_factor=1, scope="shared.dyn", strides=[a0, a1, 1])
+        B = T.match_buffer(b, (cols, 2, lanes), stored, offset_factor=1, scope="shared.dyn", strides=[b0, b1, 1])
+        with T.sblock("root"):
+            T.reads(C[0:rows, 0:cols], A[0:rows, 0:2, 0:lanes], B[0:cols, 0:2, 0:lanes])
+            T.writes(C[0:rows, 0:cols])
+            T.evaluate(
+                T.call_extern(
+                    "void",
+                    function,
+                    C.access_ptr("rw"),
+                    A.access_ptr("r"),
+                    a0 * size,
+                    B.access_ptr("r"),
+                    b0 * size,
+                )
+            )
+
+    return _registered(f"convgen_mma_{kind}_{dtype}_{rows}x{cols}", description, implementation)
+
+
+@functools.cache
+def clear(rows: int, cols: int) -> str:
+    """``sums[i, j] = 0``."""
+    from tvm.script import tirx as T  # noqa: N812
+
+    function = f"cg_clear_tile<{rows}, {cols}>"
+
+    @T.prim_func(s_tir=True, private=True)
+    def description(c: T.handle) -> None:
+        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        with T.sblock("root"):
+            T.reads()
+            T.writes(C[0:rows, 0:cols])
+            for i, j in T.grid(rows, cols):
+                with T.sblock("zero"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    C[vi, vj] = T.float32(0)
+
+    @T.prim_func(s_tir=True, private=True)
+    def implementation(c: T.handle) -> None:
+        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        with T.sblock("root"):
+            T.reads()
+            T.writes(C[0:rows, 0:cols])
+            T.evaluate(T.call_extern("void", function, C.access_ptr("w")))
+
+    return _registered(f"convgen_clear_{rows}x{cols}", description, implementation)
+
+
+@functools.cache
+def store(rows: int, cols: int) -> str:
+    """``tile[i, j] = sums[i, j]``, to shared memory."""
+    from tvm.script import tirx as T  # noqa: N812
+
+    function = f"cg_store_tile<{rows}, {cols}>"
+
+    @T.prim_func(s_tir=True, private=True)
+    def description(d: T.handle, c: T.handle) -> None:
+        D = T.match_buffer(d, (rows, cols), "float32", offset_factor=1, scope="shared.dyn")
+        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        with T.sblock("root"):
+            T.reads(C[0:rows, 0:cols])
+            T.writes(D[0:rows, 0:cols])
+            for i, j in T.grid(rows, cols):
+                with T.sblock("copy"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    D[vi, vj] = C[vi, vj]
+
+    @T.prim_func(s_tir=True, private=True)
+    def implementation(d: T.handle, c: T.handle) -> None:
+        d0 = T.int32()
+        D = T.match_buffer(d, (rows, cols), "float32", offset_factor=1, scope="shared.dyn", strides=[d0, 1])
+        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        with T.sblock("root"):
+            T.reads(C[0:rows, 0:cols])
+            T.writes(D[0:rows, 0:cols])
+            T.evaluate(T.call_extern("void", function, D.access_ptr("w"), d0, C.access_ptr("r")))
+
+    return _registered(f"convgen_store_{rows}x{cols}", description, implementation)
+
+
+def _registered(name: str, description: Any, implementation: Any) -> str:
+    from tvm.s_tir import TensorIntrin
+
+    TensorIntrin.register(name, description, implementation, override=True)
+    return name
