@@ -12,11 +12,12 @@ import json
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from ctypes import c_char, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,11 @@ from numpy.typing import NDArray
 from .dtypes import BYTES, numpy_dtype
 from .errors import BuildError, ExportError, KernelError, SpecError
 from .interface import ABI, ALIGNMENT, MAX_THREADS, TensorInfo, boundary, check_name
+from .link import abi_text
 from .spec import ConvSpec
+
+if TYPE_CHECKING:
+    from .cuda.library import CudaLibrary
 
 #: The file that describes an exported library.
 MANIFEST = "manifest.json"
@@ -202,8 +207,8 @@ class _Loaded:
         raise TypeError(f"cannot pickle {name}: it is loaded into this process; build or load it in the other one")
 
 
-class Library(_Loaded):
-    """A shared library with one kernel, loaded.
+class BaseLibrary(_Loaded, ABC):
+    """A shared library with one kernel, loaded: what kernels for CPUs and for GPUs have in common.
 
     Args:
         path: the library.
@@ -216,29 +221,42 @@ class Library(_Loaded):
         ExportError: the file is no library, or not one with these functions and this layer.
     """
 
+    #: Whether it runs on a GPU.
+    on_device: ClassVar[bool]
+
     def __init__(self, path: str | os.PathLike[str], spec: ConvSpec, name: str, threads: int) -> None:
         self.spec, self.name, self.threads = spec, name, _thread_count(threads)
         self._tensors = boundary(spec)
         try:
             self._dll = _open(os.fspath(path))
-            self._sizes = self._function("sizes", c_int, c_void_p)
             self._pack = self._function("pack", c_void_p)
             self._run = self._function("run", c_void_p)
             self._verify = self._function("verify_packed", c_void_p, c_size_t)
-            self._check_cpu = self._function("check_cpu")
-            self._pool_create = self._function("pool_create", c_int, c_void_p)
             self._error = self._function("error", c_int, returns=c_char_p)
             self._version = self._function("version", returns=c_char_p)
+            self._find_functions()
         except (OSError, AttributeError) as error:
             raise ExportError(f"{os.fspath(path)}: expected a library with the kernel {name}, found {error}") from error
         self._check_layer(os.fspath(path))
 
+    @abstractmethod
+    def _find_functions(self) -> None:
+        """The functions that libraries of this kind have besides."""
+
+    @abstractmethod
+    def sizes(self) -> Sizes:
+        """Bytes of every buffer."""
+
+    @abstractmethod
+    def bind(self, weights: object, bias: object = None, slope: object = None) -> Any:
+        """A layer with these weights, packed once; arguments as in :meth:`pack`."""
+
     def _check_layer(self, path: str) -> None:
         """Raise ExportError unless the library is of the spec's layer: arrays are checked against the spec."""
-        expected = f"convgen ABI {ABI}; {self.spec.descriptor}"
+        expected = f"{abi_text(self.on_device)}; {self.spec.descriptor}"
         if not self.version.startswith(f"{expected}; "):
             raise ExportError(f"{path}: expected {expected}, found {self.version}")
-        sizes = self.sizes(1)._asdict()
+        sizes = self.sizes()._asdict()
         for name in ("src", "weights", "bias", "slope", "residual", "dst"):
             size = self._tensors[name].bytes if name in self._tensors else 0
             if sizes[name] != size:
@@ -253,17 +271,6 @@ class Library(_Loaded):
     def version(self) -> str:
         """What the library says of itself: its ABI, layer and a digest of its code."""
         return str(self._version().decode())
-
-    def check_cpu(self) -> None:
-        """Raise KernelError unless this CPU has the instructions the library was compiled for."""
-        self._require(self._check_cpu())
-
-    def sizes(self, threads: int | None = None) -> Sizes:
-        """Bytes of every buffer for calls on ``threads`` threads (the library's own where None)."""
-        threads = self.threads if threads is None else _thread_count(threads)
-        sizes = _Sizes()
-        self._require(self._sizes(threads, ctypes.byref(sizes)))
-        return Sizes(*(getattr(sizes, name) for name in Sizes._fields))
 
     def pack(self, weights: object, bias: object = None, slope: object = None, packed: Bytes | None = None) -> Bytes:
         """Weights, bias and slope as the kernel reads them; into ``packed`` where given.
@@ -322,6 +329,35 @@ class Library(_Loaded):
         if status != _WRONG_PACKED:
             self._require(status)
         return bool(status == _OK)
+
+    def _require(self, status: int) -> None:
+        if status != _OK:
+            text = self._error(status).decode()
+            if status == _OVERLAP:
+                text = "out (dst): expected memory apart from all other arguments, found an overlap"
+            raise KernelError(f"{self.name}: {text}")
+
+
+class Library(BaseLibrary):
+    """A library that runs on the CPU; arguments as :class:`BaseLibrary` has them."""
+
+    on_device = False
+
+    def _find_functions(self) -> None:
+        self._sizes = self._function("sizes", c_int, c_void_p)
+        self._check_cpu = self._function("check_cpu")
+        self._pool_create = self._function("pool_create", c_int, c_void_p)
+
+    def check_cpu(self) -> None:
+        """Raise KernelError unless this CPU has the instructions the library was compiled for."""
+        self._require(self._check_cpu())
+
+    def sizes(self, threads: int | None = None) -> Sizes:
+        """Bytes of every buffer for calls on ``threads`` threads (the library's own where None)."""
+        threads = self.threads if threads is None else _thread_count(threads)
+        sizes = _Sizes()
+        self._require(self._sizes(threads, ctypes.byref(sizes)))
+        return Sizes(*(getattr(sizes, name) for name in Sizes._fields))
 
     def run(
         self,
@@ -419,13 +455,6 @@ class Library(_Loaded):
                 self._function("pool_destroy", c_void_p)(pool)
         return _pools[threads]
 
-    def _require(self, status: int) -> None:
-        if status != _OK:
-            text = self._error(status).decode()
-            if status == _OVERLAP:
-                text = "out (dst): expected memory apart from all other arguments, found an overlap"
-            raise KernelError(f"{self.name}: {text}")
-
 
 def _thread_count(threads: object) -> int:
     if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= MAX_THREADS:
@@ -492,8 +521,10 @@ class Layer(_Loaded):
 # ---- exported libraries ------------------------------------------------------------------------
 
 
-def load(directory: str | os.PathLike[str], threads: int | None = None) -> Library:
+def load(directory: str | os.PathLike[str], threads: int | None = None) -> Library | CudaLibrary:
     """The library that an export wrote into ``directory``; ``threads`` as it was tuned where None.
+
+    One for a GPU loads without a driver and a device; its layers need both.
 
     Raises:
         ExportError: there is no manifest, or the library is not the one it describes.
@@ -519,10 +550,18 @@ def load(directory: str | os.PathLike[str], threads: int | None = None) -> Libra
     digest = hashlib.sha256(checked.data).hexdigest()
     if digest != expected:
         raise ExportError(f"{folder / file}: expected SHA-256 {expected}, as {path.name} has it, found {digest}")
-    library = Library(folder / file, spec, name, tuned if threads is None else threads)
+    library = _kind(manifest)(folder / file, spec, name, tuned if threads is None else threads)
     if _read(folder / file, "a library") != checked:
         raise ExportError(f"{folder / file}: expected the file that was checked, found one that was put in its place")
     return library
+
+
+def _kind(manifest: dict[str, Any]) -> type[Library | CudaLibrary]:
+    if manifest.get("device") is None:
+        return Library
+    from .cuda.library import CudaLibrary
+
+    return CudaLibrary
 
 
 class _File(NamedTuple):

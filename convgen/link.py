@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,9 +23,15 @@ from importlib import resources
 from pathlib import Path
 
 from .errors import BuildError
-from .interface import ABI, Interface, TensorInfo
+from .interface import ABI, DeviceCode, Interface, Launch, TensorInfo
 
 SOURCES = ("types.h", "runtime.h", "pool.c", "kernel.c")
+#: Of a kernel that runs on a GPU.
+CUDA_SOURCES = ("types.h", "cuda_types.h", "runtime.h", "launch.h", "kernel.c", "launch.c")
+#: Alignment in bytes of what a kernel's launches hand to each other, from the workspace's beginning.
+PART_ALIGNMENT = 256
+#: Most pointers one launch may take (``launch.h``).
+MAX_LAUNCH_ARGUMENTS = 64
 COMPILE_FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread")
 LINK_FLAGS = ("-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,-z,now", "-Wl,--as-needed", "-Wl,--strip-debug")
 #: This machine's architecture.
@@ -41,8 +48,8 @@ def link(interface: Interface, object_file: Path, out: Path, *, archive: bool = 
     """Link a kernel's object file with the runtime and write ``out``, in one step or not at all.
 
     The shared library, or the static one with ``archive``, defines the functions ``<name>_*`` of
-    ``runtime/types.h`` and shows no other symbol; it needs libc, libm and libpthread only. Temporary
-    files lie beside ``out``.
+    ``runtime/types.h`` and shows no other symbol; it needs libc, libm and libpthread only, one of a
+    kernel for a GPU libdl too, and the driver once it runs. Temporary files lie beside ``out``.
 
     Raises:
         BuildError: there is no C compiler for the architecture, or it failed; gives the command and what it said.
@@ -51,13 +58,16 @@ def link(interface: Interface, object_file: Path, out: Path, *, archive: bool = 
     object_file = Path(object_file).resolve()
     try:
         data = object_file.read_bytes()
-        arch, digest = architecture(data), hashlib.sha256(data).hexdigest()
+        arch, digest = architecture(data), _digest(data, interface.device)
+        sources = SOURCES if interface.device is None else CUDA_SOURCES
         with tempfile.TemporaryDirectory(prefix=".link-", dir=out.parent) as temporary:
             folder = Path(temporary)
             (folder / "entry.c").write_text(entry_source(interface, digest, arch), encoding="utf-8")
-            (folder / "runtime.o").write_bytes(_runtime_object(compiler(arch)))
-            for header in ("types.h", "runtime.h"):
+            (folder / "runtime.o").write_bytes(_runtime_object(compiler(arch), sources))
+            for header in (name for name in sources if name.endswith(".h")):
                 (folder / header).write_text(source(header), encoding="utf-8")
+            for index, (_, image) in enumerate(interface.device.images if interface.device else ()):
+                (folder / f"image{index}").write_bytes(image)
             made = (_archive if archive else _shared)(interface.name, object_file, folder, arch)
             os.replace(made, out)
     except OSError as error:
@@ -83,7 +93,7 @@ def link_shared(sources: Sequence[str], out: Path, arch: str, *, headers: Sequen
 def _shared(name: str, object_file: Path, folder: Path, arch: str) -> Path:
     made = folder / f"lib{name}.so"
     (folder / "symbols").write_text(f"{{ global: {name}_*; local: *; }};\n", encoding="utf-8")
-    inputs = ("entry.c", "runtime.o", str(object_file), "-lm")
+    inputs = ("entry.c", "runtime.o", str(object_file), "-lm", "-ldl")
     flags = (*COMPILE_FLAGS, "-shared", *LINK_FLAGS, f"-Wl,-soname,{made.name}", "-Wl,--version-script,symbols")
     _run((*compiler(arch), *flags, "-o", made.name, *inputs), folder)
     return made
@@ -184,7 +194,7 @@ def _run(command: Sequence[str], folder: Path) -> None:
 
 
 @functools.cache
-def _runtime_object(compiler: tuple[str, ...]) -> bytes:
+def _runtime_object(compiler: tuple[str, ...], sources: tuple[str, ...] = SOURCES) -> bytes:
     """The compiled runtime, from the cache directory where it can be read and kept there.
 
     It is identified by the compiler's file, the flags and the sources. Its SHA-256 is kept with it: what
@@ -192,7 +202,7 @@ def _runtime_object(compiler: tuple[str, ...]) -> bytes:
     """
     program = shutil.which(compiler[0])
     stamp = [os.path.realpath(program), str(os.stat(program).st_mtime_ns)] if program else []
-    texts = {name: source(name) for name in SOURCES}
+    texts = {name: source(name) for name in sources}
     identity = "\0".join([*stamp, *compiler, *COMPILE_FLAGS, *texts.values()])
     name = f"runtime-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.o"
     cache = _cache_directory()
@@ -206,7 +216,7 @@ def _runtime_object(compiler: tuple[str, ...]) -> bytes:
         folder = Path(temporary)
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")
-        inputs = [file for file in SOURCES if file.endswith(".c")]
+        inputs = [file for file in sources if file.endswith(".c")]
         _relocatable(compiler, name, inputs, folder)
         data = (folder / name).read_bytes()
     if cache is not None:
@@ -243,36 +253,67 @@ def _cache_directory() -> Path | None:
 
 def version_text(interface: Interface, digest: str) -> str:
     """What ``<name>_version()`` returns: the ABI, the layer and a digest of its code."""
-    return f"convgen ABI {ABI}; {interface.spec.descriptor}; {identity(interface, digest)[:16]}"
+    return f"{abi_text(interface.device is not None)}; {interface.spec.descriptor}; {identity(interface, digest)[:16]}"
+
+
+def abi_text(device: bool) -> str:
+    """How a library names its ABI: that of a GPU's has other functions."""
+    return f"convgen CUDA ABI {ABI}" if device else f"convgen ABI {ABI}"
 
 
 def identity(interface: Interface, digest: str) -> str:
     """What a packed buffer is tied to: 128 bits, hexadecimal, of the compiled code and the packed tensors.
 
-    ``digest`` is the object file's SHA-256. Another schedule, other picks, another compiler: another
+    ``digest`` is the compiled code's SHA-256. Another schedule, other picks, another compiler: another
     identity.
     """
     text = repr((digest, interface.spec.key, interface.packed))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def _digest(object_file: bytes, device: DeviceCode | None) -> str:
+    """The SHA-256 of a kernel's compiled code."""
+    digest = hashlib.sha256(object_file)
+    if device is not None:
+        digest.update(repr(device).encode())
+    return digest.hexdigest()
+
+
 def entry_source(interface: Interface, digest: str, arch: str = NATIVE) -> str:
-    """The C file that describes one kernel and defines its exported functions."""
+    """The C file that describes one kernel and defines its exported functions.
+
+    The images of a kernel for a GPU are included from files beside it, ``image0`` ….
+    """
+    device = interface.device
     arguments = interface.lowered_arguments
     shapes = [_shape(name, tensor) for name, tensor in arguments.items()]
     shapes += [_shape(f"packed{i}", tensor) for i, tensor in enumerate(interface.packed)]
-    fields = [f"    .{name} = {_tensor(name, tensor, 0)}," for name, tensor in arguments.items()]
     offsets = interface.packed_offsets
     packed = [f"    {_tensor(f'packed{i}', t, offsets[i])}," for i, t in enumerate(interface.packed)]
     supported = " && ".join(_support(feature, arch) for feature in interface.isa) or "1"
     words = identity(interface, digest)
+    functions = ("pack", "main") if device is None else ("pack",)
+    workspace = interface.workspace_main if device is None else workspace_layout(device)[1]
+    fields = [
+        *(f"    .{name} = {_tensor(name, tensor, 0)}," for name, tensor in arguments.items()),
+        "    .packed = packed,",
+        f"    .packed_count = {len(interface.packed)},",
+        f"    .empty = {int(interface.spec.n == 0)},",
+        f"    .packed_size = {interface.packed_size},",
+        f"    .workspace_main = {workspace},",
+        f"    .workspace_task = {interface.workspace_task},",
+        f"    .identity = {{0x{words[:16]}, 0x{words[16:]}}},",
+        *(f"    .{name} = __tvm_ffi_{name}," for name in functions),
+        "    .cpu_supported = cpu_supported,",
+        f'    .version = "{version_text(interface, digest)}",',
+    ]
+    host = "static const convgen_kernel kernel = {"
     return "\n".join(
         [
-            '#include "runtime.h"',
+            f'#include "{"runtime.h" if device is None else "launch.h"}"',
             *(["#include <sys/auxv.h>"] if arch == "aarch64" else []),
             "",
-            "int __tvm_ffi_pack(void *, const convgen_any *, int32_t, convgen_any *);",
-            "int __tvm_ffi_main(void *, const convgen_any *, int32_t, convgen_any *);",
+            *(f"int __tvm_ffi_{name}(void *, const convgen_any *, int32_t, convgen_any *);" for name in functions),
             "",
             *shapes,
             "",
@@ -282,26 +323,96 @@ def entry_source(interface: Interface, digest: str, arch: str = NATIVE) -> str:
             "",
             f"static int cpu_supported(void) {{ return {supported}; }}",
             "",
-            "static const convgen_kernel kernel = {",
-            *fields,
-            "    .packed = packed,",
-            f"    .packed_count = {len(interface.packed)},",
-            f"    .empty = {int(interface.spec.n == 0)},",
-            f"    .packed_size = {interface.packed_size},",
-            f"    .workspace_main = {interface.workspace_main},",
-            f"    .workspace_task = {interface.workspace_task},",
-            f"    .identity = {{0x{words[:16]}, 0x{words[16:]}}},",
-            "    .pack = __tvm_ffi_pack,",
-            "    .main = __tvm_ffi_main,",
-            "    .cpu_supported = cpu_supported,",
-            f'    .version = "{version_text(interface, digest)}",',
-            "};",
+            *([host, *fields, "};"] if device is None else _device_source(interface, device, fields)),
             "",
-            f"CONVGEN_ENTRY_POINTS({interface.name}, kernel)",
+            f"CONVGEN_{'' if device is None else 'CUDA_'}ENTRY_POINTS({interface.name}, kernel)",
             "",
         ]
     )
 
+
+# ---- device code -------------------------------------------------------------------------------
+
+
+def workspace_layout(device: DeviceCode) -> tuple[tuple[int, ...], int]:
+    """Where the parts of a device's workspace begin, and the bytes of all."""
+    offsets, end = [], 0
+    for size in device.workspace:
+        offsets.append(end)
+        end += -(-size // PART_ALIGNMENT) * PART_ALIGNMENT
+    return tuple(offsets), end
+
+
+def _device_source(interface: Interface, device: DeviceCode, host: list[str]) -> list[str]:
+    """The lines that describe a kernel with its images and launches; ``host`` are the fields of its host part."""
+    lines, launches = [], []
+    for index in range(len(device.images)):
+        # PTX is a C string, so a zero follows.
+        lines += [
+            f'__asm__(".pushsection .rodata.image{index},\\"a\\"\\n.balign 64\\n"',
+            f'        "convgen_image{index}: .incbin \\"image{index}\\"\\n.byte 0\\n.popsection");',
+            f'extern const unsigned char convgen_image{index}[] __attribute__((visibility("hidden")));',
+        ]
+    images = [f"    {{{_image(what)}, convgen_image{i}}}," for i, (what, _) in enumerate(device.images)]
+    for index, launch in enumerate(device.launches):
+        taken = ", ".join(_argument(interface, device, name) for name in launch.arguments)
+        lines.append(f"static const convgen_cuda_argument arguments{index}[] = {{{taken}}};")
+        launches.append(f"    {_launch(launch, index)},")
+    return [
+        *lines,
+        "",
+        "static const convgen_cuda_image images[] = {",
+        *images,
+        "};",
+        "",
+        "static const convgen_cuda_launch launches[] = {",
+        *launches,
+        "};",
+        "",
+        "static convgen_cuda_state state = {PTHREAD_MUTEX_INITIALIZER, 0};",
+        "",
+        "static const convgen_cuda_kernel kernel = {",
+        "    .host = {",
+        *(f"    {line}" for line in host),
+        "    },",
+        "    .images = images,",
+        f"    .image_count = {len(images)},",
+        "    .launches = launches,",
+        f"    .launch_count = {len(launches)},",
+        "    .state = &state,",
+        "};",
+    ]
+
+
+def _image(what: str) -> str:
+    """Whom an image is for, ``sm_90a`` or ``compute_80``, as the first fields of ``convgen_cuda_image``."""
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)(a?)", what)
+    if match is None:
+        raise BuildError(f"images: expected one for sm_90a, compute_80 or the like, found {what!r}")
+    return f"{match[2]}, {match[3]}, {int(bool(match[4]))}, {int(match[1] == 'compute')}"
+
+
+def _launch(launch: Launch, index: int) -> str:
+    if len(launch.arguments) > MAX_LAUNCH_ARGUMENTS:
+        found = len(launch.arguments)
+        raise BuildError(f"{launch.function}: expected at most {MAX_LAUNCH_ARGUMENTS} arguments, found {found}")
+    grid, block = (", ".join(map(str, sizes)) for sizes in (launch.grid, launch.block))
+    function, count = launch.function, len(launch.arguments)
+    return f'{{"{function}", {{{grid}}}, {{{block}}}, {launch.shared}, arguments{index}, {count}}}'
+
+
+def _argument(interface: Interface, device: DeviceCode, name: str) -> str:
+    """What a launch's pointer points to, as a ``convgen_cuda_argument``."""
+    match = re.fullmatch(r"(src|residual|dst|packed|workspace)(\d*)", name)
+    offsets = {"packed": interface.packed_offsets, "workspace": workspace_layout(device)[0]}
+    tensor, part = (match[1], match[2]) if match else (name, "")
+    known = range(len(offsets[tensor])) if tensor in offsets else None
+    if match is None or (part == "") != (known is None) or (known is not None and int(part) not in known):
+        raise BuildError(f"launch: expected the argument src, residual, packed0, workspace0 or dst, found {name!r}")
+    return f"{{CONVGEN_{tensor.upper()}, {offsets[tensor][int(part)] if part else 0}}}"
+
+
+# ---- CPU features ------------------------------------------------------------------------------
 
 #: Linux's names of Arm features (``Features`` of ``/proc/cpuinfo``) that are told by the second word; it names
 #: its bits after them.

@@ -1,0 +1,76 @@
+/* Between the runtime and the entry points of one GPU kernel; not installed. */
+#ifndef CONVGEN_LAUNCH_H
+#define CONVGEN_LAUNCH_H
+
+#include <pthread.h>
+
+#include "runtime.h"
+
+#include "cuda_types.h"
+
+/* What a launch's pointer points into. */
+enum convgen_cuda_buffer { CONVGEN_SRC, CONVGEN_PACKED, CONVGEN_RESIDUAL, CONVGEN_DST, CONVGEN_WORKSPACE, CONVGEN_BUFFERS };
+
+typedef struct {
+    enum convgen_cuda_buffer buffer;
+    size_t offset;
+} convgen_cuda_argument;
+
+typedef struct {
+    const char *function;
+    unsigned grid[3], block[3], shared;
+    const convgen_cuda_argument *arguments;
+    int argument_count;
+} convgen_cuda_launch;
+
+enum { CONVGEN_MAX_LAUNCH_ARGUMENTS = 64 };
+
+/* Machine code for a compute capability's major number from a minor one on, or PTX for all from a capability on;
+ * either for exactly that capability where it uses instructions of an "a" architecture. */
+typedef struct {
+    int major, minor, exact, ptx;
+    const unsigned char *data;
+} convgen_cuda_image;
+
+/* What is loaded into one context. */
+typedef struct convgen_cuda_loaded convgen_cuda_loaded;
+
+typedef struct {
+    pthread_mutex_t lock;
+    convgen_cuda_loaded *loaded;
+} convgen_cuda_state;
+
+typedef struct {
+    convgen_kernel host; /* its tensors and pack; workspace_main is the device's workspace */
+    const convgen_cuda_image *images; /* the best first */
+    int image_count;
+    const convgen_cuda_launch *launches;
+    int launch_count;
+    convgen_cuda_state *state;
+} convgen_cuda_kernel;
+
+int convgen_cuda_load(const convgen_cuda_kernel *kernel);
+int convgen_cuda_unload(const convgen_cuda_kernel *kernel);
+int convgen_cuda_run(const convgen_cuda_kernel *kernel, const convgen_cuda_run_args *args);
+const char *convgen_cuda_status_text(int status);
+const char *convgen_cuda_driver_error(void);
+
+/* The exported functions of one kernel. */
+#define CONVGEN_CUDA_ENTRY_POINTS(name, kernel)                                                              \
+    CONVGEN_EXPORT int name##_sizes(convgen_sizes *sizes) { return convgen_kernel_sizes(&kernel.host, 1, sizes); } \
+    CONVGEN_EXPORT int name##_pack(const convgen_pack_args *args)                                            \
+    {                                                                                                        \
+        return convgen_kernel_pack(&kernel.host, args);                                                      \
+    }                                                                                                        \
+    CONVGEN_EXPORT int name##_verify_packed(const void *packed, size_t size)                                 \
+    {                                                                                                        \
+        return convgen_kernel_verify(&kernel.host, packed, size);                                            \
+    }                                                                                                        \
+    CONVGEN_EXPORT int name##_load(void) { return convgen_cuda_load(&kernel); }                              \
+    CONVGEN_EXPORT int name##_unload(void) { return convgen_cuda_unload(&kernel); }                          \
+    CONVGEN_EXPORT int name##_run(const convgen_cuda_run_args *args) { return convgen_cuda_run(&kernel, args); } \
+    CONVGEN_EXPORT const char *name##_version(void) { return kernel.host.version; }                          \
+    CONVGEN_EXPORT const char *name##_error(int status) { return convgen_cuda_status_text(status); }         \
+    CONVGEN_EXPORT const char *name##_driver_error(void) { return convgen_cuda_driver_error(); }
+
+#endif
