@@ -43,6 +43,12 @@ def schedules() -> dict[str, Schedule]:
     return found
 
 
+def schedules_of(kind: str) -> dict[str, Schedule]:
+    """The schedules for a kind of target, by id: all but those whose ids begin with another kind's name."""
+    others = tuple(f"{family}_" for family in target_families() if family != kind)
+    return {name: found for name, found in schedules().items() if not name.startswith(others)}
+
+
 def schedule(schedule_id: str) -> Schedule:
     """The schedule of that id.
 

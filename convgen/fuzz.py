@@ -38,7 +38,7 @@ from typing import Any, TypeVar
 from .activation import DEFAULTS, Activation
 from .build import check_native, compile_candidate, default_candidate, parse_candidate
 from .discover import schedule as find_schedule
-from .discover import schedules
+from .discover import schedules, schedules_of
 from .errors import BuildError, Inapplicable, SpecError, UnsupportedError
 from .schedule import Picks, Schedule
 from .spec import ACCURACIES, DTYPES, ConvSpec
@@ -149,7 +149,7 @@ def draw(seed: int, index: int, target: Target, *, threads: int | None = None, s
     """
     rng = random.Random(f"{seed} {index}")
     lanes = (target.vector_bits // 32,)
-    wanted = find_schedule(schedule or rng.choice(list(schedules())))
+    wanted = find_schedule(schedule or rng.choice(list(schedules_of(target.kind))))
     for _ in range(DRAWS):
         spec = _spec(rng, lanes)
         why = wanted.reason_against(spec.core, target)

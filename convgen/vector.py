@@ -18,11 +18,12 @@ from .schedule import Program
 from .spec import ConvSpec
 
 
-def written(ops: Operands, packed: Sequence[te.Tensor], kernel: Callable[..., Any]) -> Program:
+def written(ops: Operands, packed: Sequence[te.Tensor], kernel: Callable[..., Any], *, offsets: bool = True) -> Program:
     """The program whose main function is ``kernel(src, residual, parameters, dst)``, a statement.
 
     Its arguments are buffers; ``residual`` is None where there is none, ``parameters`` the packed
-    tensors by name, without ``_packed``.
+    tensors by name, without ``_packed``. ``offsets``: buffers may start elsewhere than where they point; a
+    GPU's functions take pointers alone.
     """
     spec = ops.spec
     inputs = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
@@ -33,8 +34,12 @@ def written(ops: Operands, packed: Sequence[te.Tensor], kernel: Callable[..., An
         residual = rest.pop(0) if spec.residual else None
         return kernel(src, residual, dict(zip(names, rest, strict=True)), outs[0])
 
-    boundary = [o.tensor for o in (ops.src, ops.residual) if o is not None]
-    dst = te.extern(spec.dst_shape, [*boundary, *inputs], body, name="dst", dtype=STORAGE[spec.dtype])
+    taken = [*(o.tensor for o in (ops.src, ops.residual) if o is not None), *inputs]
+    dtype, buffers = STORAGE[spec.dtype], {}
+    if not offsets:
+        buffers["in_buffers"] = [tirx.decl_buffer(t.shape, t.dtype, t.op.name) for t in taken]
+        buffers["out_buffers"] = [tirx.decl_buffer(spec.dst_shape, dtype, "dst")]
+    dst = te.extern(spec.dst_shape, taken, body, name="dst", dtype=dtype, **buffers)
     return Program(pack=ops.pack(*packed), main=ops.main(inputs, dst))
 
 

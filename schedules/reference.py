@@ -1,8 +1,9 @@
 """The definition itself, lowered as it stands: slow, and always right.
 
-Applies to  every spec on every CPU.
+Applies to  every spec on every target.
 Strategy    1. Weights, bias and slope are copied, not rearranged.
-            2. One output row at a time is a task; the reduction of a pixel is one scalar loop.
+            2. One output row at a time is a task; the reduction of a pixel is one scalar loop. On a GPU
+               one output element is a thread's.
 Why not     anything faster: this is what the others are checked against, and what a spec falls back
             to that no other schedule takes.
 """
@@ -12,14 +13,17 @@ from __future__ import annotations
 from tvm import te
 
 from convgen.compute import Operands, convolution, copied, epilogue
-from convgen.schedule import Picks, Program, Schedule, Space, require
+from convgen.schedule import Picks, Program, Schedule, Space
+
+#: Of a block, on a GPU.
+THREADS = 128
 
 
 class Reference(Schedule):
     id, version = "reference", 2
 
     def applies(self, spec, target):
-        require(target.kind == "cpu", "needs a CPU")
+        pass
 
     def space(self, spec, target):
         return Space()
@@ -28,6 +32,8 @@ class Reference(Schedule):
         return Picks()
 
     def cost(self, spec, target):
+        if target.kind == "cuda":
+            return spec.flops / (target.cores * 5e9) + 1e-5
         return spec.flops / 1e9  # about what a scalar loop does in a second
 
     def program(self, spec, target, picks):
@@ -44,6 +50,13 @@ class Reference(Schedule):
 
     def apply(self, sch, spec, target, picks):
         dst, acc = sch.get_sblock("dst"), sch.get_sblock("acc")
+        if target.kind == "cuda":
+            blocks, threads = sch.split(sch.fuse(*sch.get_loops(dst)), [None, THREADS])
+            sch.bind(blocks, "blockIdx.x")
+            sch.bind(threads, "threadIdx.x")
+            sch.set_scope(acc, 0, "local")
+            sch.compute_at(acc, threads, preserve_unit_loops=True)
+            return
         *outer, _ = sch.get_loops(dst)
         rows = sch.fuse(*outer)
         sch.compute_at(acc, sch.get_loops(dst)[-1], preserve_unit_loops=True)

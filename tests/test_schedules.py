@@ -1,4 +1,4 @@
-"""Every discovered schedule on a set of small problems, and what a schedule must keep to.
+"""Every discovered schedule for CPUs on a set of small problems, and what any schedule must keep to.
 
 A new file in ``schedules/`` is tested here without a line added, but for a problem in :data:`SMOKE`
 where none applies to it.
@@ -23,7 +23,7 @@ from strategies import ACTIVATIONS, specs
 
 from convgen.build import Kernel, compile_candidate, default_candidate, parse_candidate
 from convgen.discover import schedule as find_schedule
-from convgen.discover import schedules
+from convgen.discover import schedules, schedules_of
 from convgen.errors import Inapplicable, SpecError, UnsupportedError
 from convgen.schedule import Candidate, Picks, Schedule, Space, require
 from convgen.sources import read_specs
@@ -151,12 +151,12 @@ def test_what_was_found_passes_validation(descriptor: str, schedule: Schedule) -
         checked(compiled(spec, schedule, picks))
 
 
-@pytest.mark.parametrize("schedule_id", schedules())
+@pytest.mark.parametrize("schedule_id", schedules_of("cpu"))
 def test_a_smoke_problem_exercises_every_schedule(schedule_id: str) -> None:
     assert any(find_schedule(schedule_id) in applicable(ConvSpec.parse(s)) for s in SMOKE)
 
 
-@pytest.mark.parametrize("schedule_id", schedules())
+@pytest.mark.parametrize("schedule_id", schedules_of("cpu"))
 def test_a_smoke_problem_exercises_every_schedule_with_a_narrow_dtype(schedule_id: str) -> None:
     narrow = [spec for spec in map(ConvSpec.parse, SMOKE) if spec.dtype != "f32"]
     assert any(find_schedule(schedule_id) in applicable(spec) for spec in narrow)

@@ -1,0 +1,35 @@
+"""What the CUDA schedules take a GPU to reach, to predict times: nominal figures, which only rank candidates."""
+
+from __future__ import annotations
+
+from ..compute import ceildiv
+from ..target import Target
+
+#: f32 multiply-adds an SM does in a cycle, and cycles in a second.
+LANES, CLOCK = 128, 1.7e9
+#: Bytes a second from memory, of each SM.
+BANDWIDTH = 15e9
+#: Seconds a launch takes.
+LAUNCH = 3e-6
+#: 32-bit registers of an SM, and the most a thread may have.
+REGISTERS, MOST_REGISTERS = 1 << 16, 255
+
+
+def blocks_per_core(target: Target, threads: int, shared: int, registers: int) -> int:
+    """Thread blocks an SM holds at once, at most."""
+    limits = [target.threads_per_core // threads, REGISTERS // (threads * min(registers, MOST_REGISTERS))]
+    if shared:
+        limits.append(target.shared_per_core // (shared + 1024))
+    return max(1, min(limits))
+
+
+def seconds(target: Target, blocks: int, macs: float, moved: float, threads: int, resident: int) -> float:
+    """Of a launch of ``blocks``, each of ``macs`` multiply-adds and ``threads`` threads, that moves ``moved`` bytes.
+
+    Blocks on one SM share its lanes; too few threads do not fill them.
+    """
+    turns = ceildiv(blocks, target.cores)  # one SM's blocks, one after the other or side by side
+    side_by_side = min(resident, turns)
+    busy = min(1.0, side_by_side * threads / (2 * LANES))
+    compute = turns * macs / (LANES * CLOCK * busy)
+    return max(compute, moved / (BANDWIDTH * min(blocks, target.cores))) + LAUNCH
