@@ -86,25 +86,31 @@ def narrow(value: Expr, dtype: str, lanes: int = 1) -> Expr:
 class Operand:
     """A tensor at the user's boundary. Its elements read as f32, however they are stored."""
 
-    def __init__(self, name: str, shape: Sequence[int], dtype: str) -> None:
+    def __init__(self, name: str, shape: Sequence[int], dtype: str, storage: str) -> None:
         self.name, self.shape, self.dtype = name, shape, dtype
-        self.tensor = te.placeholder(shape, STORAGE[dtype], name)
+        self.tensor = te.placeholder(shape, storage, name)
 
     def __getitem__(self, index: Any) -> Expr:
+        if self.tensor.dtype == "bfloat16":
+            return self.tensor(*index if isinstance(index, tuple) else (index,)).astype(ACCUMULATOR)
         return widen(self.tensor(*index) if isinstance(index, tuple) else self.tensor(index), self.dtype)
 
 
 class Operands:
-    """A spec's tensors, those it has; the others are None."""
+    """A spec's tensors, those it has; the others are None.
 
-    def __init__(self, spec: ConvSpec) -> None:
+    With ``native`` they are of TVM's own type for bf16: code generators that have one may use it.
+    """
+
+    def __init__(self, spec: ConvSpec, *, native: bool = False) -> None:
         self.spec = spec
+        storage = "bfloat16" if native and spec.dtype == "bf16" else STORAGE[spec.dtype]
 
         def operand(name: str) -> Operand | None:
-            return Operand(name, spec.shapes[name], spec.dtype) if name in spec.shapes else None
+            return Operand(name, spec.shapes[name], spec.dtype, storage) if name in spec.shapes else None
 
-        self.src = Operand("src", spec.src_shape, spec.dtype)
-        self.weights = Operand("weights", spec.weights_shape, spec.dtype)
+        self.src = Operand("src", spec.src_shape, spec.dtype, storage)
+        self.weights = Operand("weights", spec.weights_shape, spec.dtype, storage)
         self.bias, self.slope, self.residual = operand("bias"), operand("slope"), operand("residual")
 
     def order(self, n: Expr, channel: Expr, spatial: Index) -> tuple[Expr, ...]:

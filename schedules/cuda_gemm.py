@@ -23,7 +23,7 @@ import math
 from tvm import te, tirx
 from tvm.tirx import IndexMap
 
-from convgen.compute import STORAGE, Operands, ceildiv, copied, epilogue, flat, narrow, round_up, unflat, widen
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, flat, round_up, unflat
 from convgen.cuda import tensorize
 from convgen.dtypes import BYTES
 from convgen.schedule import Picks, Program, Schedule, Space, require
@@ -32,6 +32,8 @@ from convgen.schedule import Picks, Program, Schedule, Space, require
 VECTOR = 16
 #: A thread's registers beside its sums and fragments: addresses, counters.
 OTHER_REGISTERS = 64
+#: Seconds that a further launch takes.
+LAUNCH = 3e-6
 
 
 class CudaGemm(Schedule):
@@ -96,8 +98,8 @@ class CudaGemm(Schedule):
         return _seconds(spec, target, self.default(spec, target))
 
     def program(self, spec, target, picks):
-        ops, lanes = Operands(spec), _lanes(spec)
-        stored = STORAGE[spec.dtype]
+        ops, host, lanes = Operands(spec, native=True), Operands(spec), _lanes(spec)
+        stored = tensorize.STORED[spec.dtype]
         depth = _vectors(spec)  # vectors of channels
         taps = math.prod(spec.kernel)
         pixels = spec.n * math.prod(spec.out_spatial)
@@ -108,11 +110,13 @@ class CudaGemm(Schedule):
         def packed_weights(o, vector, v):
             tap, c = tirx.floordiv(vector, depth), tirx.floormod(vector, depth) * lanes + v
             inside = tirx.all(o < spec.oc, tap < taps, c < spec.ic)
-            return tirx.if_then_else(inside, ops.weights.tensor(o, c, *unflat(tap, spec.kernel)), zero)
+            value = host.weights.tensor(o, c, *unflat(tap, spec.kernel))
+            return tirx.if_then_else(inside, value, tirx.const(0, value.ty.dtype))
 
         packed = [te.compute((n, vectors, lanes), packed_weights, name="weights_packed")]
-        packed += [copied(p, n) for p in ops.parameters[1:]]
-        w, *per_channel = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
+        packed += [copied(p, n) for p in host.parameters[1:]]
+        w = te.placeholder((n, vectors, lanes), stored, "weights_in")
+        per_channel = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed[1:]]
 
         source = _channels_last(spec, ops)
 
@@ -142,7 +146,7 @@ class CudaGemm(Schedule):
         def product(s, i, j):
             vector = s * (vectors // split) + outer
             return te.sum(
-                widen(a[i, vector, inner], spec.dtype) * widen(w[j, vector, inner], spec.dtype), [outer, inner]
+                a[i, vector, inner].astype(ACCUMULATOR) * w[j, vector, inner].astype(ACCUMULATOR), [outer, inner]
             )
 
         sums = te.compute((split, m, n), product, name="tile_sums")
@@ -159,9 +163,7 @@ class CudaGemm(Schedule):
                 total = tile[0, pixel, o]
             image, *out = unflat(pixel, (spec.n, *spec.out_spatial))
             residual = ops.residual[ops.order(image, o, out)] if spec.residual else None
-            return narrow(
-                epilogue(spec, total, residual=residual, **ops.per_channel(per_channel, o)), spec.dtype
-            )
+            return epilogue(spec, total, residual=residual, **ops.per_channel(per_channel, o)).astype(stored)
 
         finished = te.compute((pixels, spec.oc), value, name="finished")
 
@@ -170,7 +172,7 @@ class CudaGemm(Schedule):
             return finished[flat((image, *out), (spec.n, *spec.out_spatial)), o]
 
         dst = te.compute(spec.dst_shape, stored_at, name="dst")
-        return Program(pack=ops.pack(*packed), main=ops.main([w, *per_channel], dst))
+        return Program(pack=host.pack(*packed), main=ops.main([w, *per_channel], dst))
 
     def apply(self, sch, spec, target, picks):
         warps = picks.warps_m * picks.warps_n
@@ -214,11 +216,10 @@ class CudaGemm(Schedule):
         sch.set_scope(finished, 0, "local")
         sch.unroll(sch.get_loops(finished)[-1])
         if vector > 1:
-            for read in range(picks.split_k):
-                loaded = sch.cache_read(finished, read, "local")
-                sch.compute_at(loaded, thread, preserve_unit_loops=True)
-                _, v = sch.split(sch.get_loops(loaded)[-1], [None, min(4, vector)])
-                sch.vectorize(v)
+            loaded = sch.cache_read(finished, 0, "local")
+            sch.compute_at(loaded, thread, preserve_unit_loops=True)
+            _, v = sch.split(sch.get_loops(loaded)[-1], [None, min(4, vector)])
+            sch.vectorize(v)
 
         sums = sch.get_sblock("tile_sums")
         sch.compute_at(sums, warp, preserve_unit_loops=True)
@@ -238,11 +239,12 @@ class CudaGemm(Schedule):
             sch.vectorize(v2)
 
         init = sch.decompose_reduction(sums, step)
-        sch.tensorize(sch.get_loops(init)[-2], tensorize.clear(rows, cols))
+        tensorize.replace(sch, sch.get_loops(init)[-2], init, tensorize.clear(rows, cols))
         sch.unroll(within)
-        sch.tensorize(i, tensorize.mma(kind, spec.dtype, rows, cols))
-        sch.tensorize(mi, tensorize.store(rows, cols))
-        sch.storage_align(sch.get_sblock("tile_o"), 0, axis=1, factor=32, offset=8)
+        tensorize.replace(sch, i, sums, tensorize.mma(kind, spec.dtype, rows, cols))
+        tile = tensorize.replace(sch, mi, tile, tensorize.store(rows, cols))
+        # Rows of two-float stores meet no bank twice where they are 8 banks apart.
+        sch.storage_align(tile, 0, axis=1, factor=32, offset=8)
         if picks.stages > 1:
             sch.annotate(step, "software_pipeline_stage", [0, 0, picks.stages - 1])
             sch.annotate(step, "software_pipeline_order", [0, 1, 2])
@@ -336,7 +338,7 @@ def _channels_last(spec, ops):
     """src as ``f(n, *spatial, channel)``: itself, or laid out with whole vectors of channels by a first launch."""
     if not _needs_layout(spec):
         return lambda *index: ops.src.tensor(*index)
-    zero = tirx.const(0, STORAGE[spec.dtype])
+    zero = tirx.const(0, tensorize.STORED[spec.dtype])
 
     def value(image, *rest):
         *at, c = rest
@@ -349,29 +351,39 @@ def _channels_last(spec, ops):
 
 
 def _seconds(spec, target, picks):
-    """Predicted seconds: full waves of blocks, each at the rate its tile's traffic through shared memory allows."""
+    """Predicted seconds: what limits a core, matrix units or the way to its shared memory, and what waits.
+
+    Rates are of an A100, per core and cycle; waiting is for L2, once per step where few steps are under way.
+    """
     m, n, k = _rounded(spec, picks)
-    blocks = m // picks.tile_m * (n // picks.tile_n) * picks.split_k
     rows, cols = _warp(picks)
     warps = picks.warps_m * picks.warps_n
-    fit = min(
+    size = BYTES[spec.dtype]
+    blocks = m // picks.tile_m * (n // picks.tile_n) * picks.split_k
+    resident = min(
         target.shared_per_core // (shared_memory(spec, picks) + 1024),
         (1 << 16) // (_registers(spec, picks) * 32 * warps),
         target.threads_per_core // (32 * warps),
     )
-    fit = max(1, fit)
+    if not resident:
+        return math.inf
     per_core = ceildiv(blocks, target.cores)
-    # A core's matrix units per cycle, and how much of it so many warps with such tiles keep busy.
-    rate = {2: 1024.0, 4: 512.0 if _single(spec) else 170.0}[BYTES[spec.dtype]]
-    resident = min(fit, per_core) * warps
-    efficiency = min(1.0, resident / 8) * min(1.0, rows * cols / (rows + cols) / 24) * (0.9 if picks.stages > 2 else 0.7)
+    waves = ceildiv(per_core, resident)
     steps = k // picks.split_k // picks.tile_k
-    cycles = per_core * (picks.tile_m * picks.tile_n * picks.tile_k * steps / (rate * efficiency) + 600)
-    # Latency that nothing hides: the pipeline's filling, and the sums' way out.
-    cycles += 1500 + 30 * steps
-    seconds = cycles / 1.5e9
-    if picks.split_k > 1:
-        seconds += 3e-6 + picks.split_k * m * n * 8 / 2e12
+    products = {2: 1024, 4: 512 if _single(spec) else 170}[size]
+    row = picks.tile_k * size
+    through = row * (warps * (rows + cols) + picks.tile_m + picks.tile_n)
+    step = max(
+        picks.tile_m * picks.tile_n * picks.tile_k / products,
+        through / 128,
+        row * (picks.tile_m + picks.tile_n) / 40,
+    )
+    alone = max(800 / (picks.stages - 1), 4 * (picks.tile_k * size / 32) * (rows // 16 * (cols // 8)) * 2)
+    finish = picks.tile_m * picks.tile_n * (8 / 128 + size / 40)
+    cycles = max(per_core * (steps * step + finish), waves * (steps * alone + finish)) + 2000
+    seconds = cycles / 1.4e9
+    if picks.split_k > 1:  # another launch, which reads what this one wrote
+        seconds += LAUNCH + picks.split_k * m * n * 8 / 2e12
     if _needs_layout(spec):
-        seconds += 3e-6 + 3 * sum(spec.bytes.values()) / 2e12
+        seconds += LAUNCH + 3 * math.prod(spec.src_shape) * size / 1e12
     return seconds

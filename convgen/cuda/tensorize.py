@@ -7,12 +7,38 @@ The sums of a tile are one buffer ``[rows][cols]`` here; on the device every thr
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-from ..compute import STORAGE, widen
+from ..compute import ACCUMULATOR
 
+#: How vectors are stored in shared memory, by dtype.
+STORED = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 #: Bytes of a step of the reduction.
 STEP = 32
+
+_described: ContextVar[bool] = ContextVar("described", default=False)
+
+
+@contextmanager
+def described() -> Iterator[None]:
+    """Programs that are scheduled meanwhile keep what the intrinsics compute: loops that any compiler takes."""
+    token = _described.set(True)
+    try:
+        yield
+    finally:
+        _described.reset(token)
+
+
+def replace(sch: Any, loop: Any, block: Any, intrinsic: str) -> Any:
+    """Put an intrinsic in place of the block under ``loop`` that it describes; returns the block there then."""
+    if _described.get():
+        return block
+    name = sch.get(block).name_hint
+    sch.tensorize(loop, intrinsic)
+    return sch.get_sblock(f"{name}_o")
 
 
 @functools.cache
@@ -23,15 +49,14 @@ def mma(kind: str, dtype: str, rows: int, cols: int) -> str:
         kind: the type of device.h that multiplies: ``f16``, ``bf16``, ``tf32`` or ``tf32x3``.
         dtype: how a and b are stored.
     """
-    from tvm.s_tir import TensorIntrin
     from tvm.script import tirx as T  # noqa: N812
 
     size = 4 if dtype == "f32" else 2
-    lanes, stored = 16 // size, STORAGE[dtype]
+    lanes, stored = 16 // size, STORED[dtype]
     function = f"cg_mma_tile<cg_{kind}, {rows}, {cols}>"
 
     def wide(value: Any) -> Any:
-        return widen(value, dtype)
+        return value.astype(ACCUMULATOR)
 
     @T.prim_func(s_tir=True, private=True)
     def description(c: T.handle, a: T.handle, b: T.handle) -> None:

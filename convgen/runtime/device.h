@@ -32,6 +32,15 @@ CG_DEVICE float cg_of_f16(uint16_t bits)
     return x;
 }
 
+#if __CUDA_ARCH__ >= 800
+CG_DEVICE uint16_t cg_to_bf16(float x)
+{
+    uint16_t bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+#endif
+
 CG_DEVICE uint32_t cg_shared_address(const void *p)
 {
     uint32_t address;
@@ -131,6 +140,21 @@ struct __align__(2) half {
 struct __align__(4) half2 {
     half x, y;
 };
+
+#if defined CONVGEN_EMULATE || __CUDA_ARCH__ >= 800
+struct __align__(2) nv_bfloat16 {
+    uint16_t bits;
+    nv_bfloat16() = default;
+    CG_DEVICE nv_bfloat16(float x) : bits(cg_to_bf16(x)) {}
+    CG_DEVICE operator float() const { return __uint_as_float((uint32_t)bits << 16); }
+};
+
+CG_DEVICE nv_bfloat16 __float2bfloat16_rn(float x) { return nv_bfloat16(x); }
+
+struct __align__(4) nv_bfloat162 {
+    nv_bfloat16 x, y;
+};
+#endif
 
 CG_DEVICE half __float2half_rn(float x) { return half(x); }
 CG_DEVICE float __half2float(half x) { return float(x); }
