@@ -94,6 +94,11 @@ def where(conditions: Sequence[Expr], value: Expr, lanes: int = 1) -> Expr:
     return tirx.if_then_else(tirx.all(*conditions), value, zero)
 
 
+def all_of(conditions: Sequence[Expr]) -> Expr:
+    """Whether all hold, as :meth:`Block.when` takes it."""
+    return tirx.all(*conditions) if conditions else True
+
+
 def read(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int = 1) -> Expr:
     """Elements of a tensor at the user's boundary, as f32."""
     return widen(load(buffer, index, lanes), dtype, lanes)
@@ -217,7 +222,7 @@ def _drain(
         column = one.let(first[1] + (j // size_n * groups_n + at[1]) * size_n + j % size_n)
         inside = [row < product.size.rows] * (product.size.rows % tile.tile_m != 0)
         inside += [column < product.size.columns] * (product.size.columns % tile.tile_n != 0)
-        with one.when(tirx.all(*inside) if inside else True) as within:
+        with one.when(all_of(inside)) as within:
             taken = memory(within, (count,), "local", "taken")
             with unrolled(within, count) as (copy, e):
                 source = i * tile.thread_n + j + e if product.by_row else (i + e) * tile.thread_n + j
