@@ -1,0 +1,668 @@
+/* Runs CUDA kernels on the CPU, so that wrong ones fail.
+ *
+ * The threads of a block are fibers; one runs at a time, until a barrier or an operation of its warp, in an order
+ * that is the caller's choice. Two threads that touch the same shared memory with no barrier between are a fault
+ * in any order, unless both store the same. Shared memory begins as NaN and ends at a guard page. An asynchronous
+ * copy leaves NaN behind until its thread has waited for it. What CUDA leaves undefined is a fault: it ends the
+ * launch and names the thread.
+ *
+ * Kernels are compiled apart from this file, with the compiler's checks, whose calls arrive here.
+ *
+ * Sources: PTX ISA 8.8, "Matrix Fragments for mma.m16n8k16 with floating point type", "... mma.m16n8k8",
+ * "ldmatrix", "cp.async"; CUDA C++ Programming Guide, "Synchronization Functions".
+ */
+#include "emulate.h"
+#include <algorithm>
+#include <csetjmp>
+#include <csignal>
+#include <cstdarg>
+#include <cstdio>
+#include <deque>
+#include <numeric>
+#include <random>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <vector>
+
+uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+enum { WARP = 32, PAGE = 4096, STACK = 256 << 10 };
+enum { ASCENDING = -1, DESCENDING = -2 };
+enum class State { ready, collective, barrier, done };
+
+/* What the lanes of a warp do together, from their data: null of a lane that takes no part. */
+struct Collective {
+    const char *name;
+    int line;
+    uint32_t mask;
+    void *data;
+    void (*all)(void *const *lanes);
+};
+
+struct Copy {
+    unsigned char *to;
+    const void *from; /* null: zeros */
+    int bytes;
+    unsigned char data[16];
+};
+
+struct Thread {
+    uint3 index;
+    jmp_buf context;
+    ucontext_t first;
+    bool started;
+    State state;
+    int line; /* of the barrier */
+    Collective collective;
+    std::vector<Copy> open; /* copies that belong to no group yet */
+    std::deque<std::vector<Copy>> groups;
+};
+
+struct Access {
+    int thread = -1;
+    uint32_t barriers, warp_barriers;
+};
+
+/* The accesses to a byte of shared memory that a later one may conflict with. */
+struct Shadow {
+    Access writer, reader;
+    bool lanes, warps; /* other threads of the reader's warp, or of other warps, have read it as well */
+};
+
+/* A stretch of memory before a page that may not be touched. */
+struct Memory {
+    char *map;
+    size_t mapped;
+    char *begin;
+    size_t size;
+    std::vector<Shadow> shadow;
+};
+
+/* A second thread stores what is there already, or it is a fault. */
+struct Rewrite {
+    char *at;
+    size_t bytes;
+    char before[16];
+    int other;
+};
+
+static std::vector<Memory> shared; /* dynamic, then static arrays by when they are first met */
+static std::vector<Thread> threads;
+static Thread *self, *running; /* whom a fault names; whose code runs, if any's */
+static uint32_t barriers;      /* so many have been met */
+static std::vector<uint32_t> warp_barriers;
+static Rewrite rewrite;
+static void (*body)(void *const *);
+static void *const *arguments;
+static jmp_buf scheduler, escape;
+static char message[1024];
+
+static int number(const Thread &thread) { return &thread - threads.data(); }
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) static void fault(const char *format, ...)
+{
+    int n = snprintf(message, sizeof message, "block (%u, %u, %u)", blockIdx.x, blockIdx.y, blockIdx.z);
+    if (self)
+        n += snprintf(message + n, sizeof message - n, ", thread (%u, %u, %u)", self->index.x, self->index.y,
+                      self->index.z);
+    n += snprintf(message + n, sizeof message - n, ": ");
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(message + n, sizeof message - n, format, arguments);
+    va_end(arguments);
+    _longjmp(escape, 1);
+}
+
+static Memory guarded(size_t size, bool watched = true)
+{
+    const size_t inner = (size + PAGE - 1) / PAGE * PAGE, mapped = inner + PAGE;
+    void *map = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (map == MAP_FAILED || mprotect((char *)map + inner, PAGE, PROT_NONE))
+        fault("no memory for %zu bytes", size);
+    return {(char *)map, mapped, (char *)map + inner - (size + 15) / 16 * 16, size,
+            std::vector<Shadow>(watched ? size : 0)};
+}
+
+static void poison(Memory &memory)
+{
+    memset(memory.map, 0xff, memory.mapped - PAGE);
+    std::fill(memory.shadow.begin(), memory.shadow.end(), Shadow());
+}
+
+static Memory *find_shared(const void *p, size_t bytes)
+{
+    for (Memory &memory : shared)
+        if (p >= memory.begin && (const char *)p + bytes <= memory.begin + memory.size)
+            return &memory;
+    return nullptr;
+}
+
+void *shared_array(size_t bytes)
+{
+    shared.push_back(guarded(bytes));
+    poison(shared.back());
+    return shared.back().begin;
+}
+
+void *dynamic_shared() { return shared[0].begin; }
+
+/* ---- unordered accesses ------------------------------------------------------------------------ */
+
+/* Whether no barrier, nor one of their warp, lies between an earlier access and one of this thread now. */
+static bool unordered(const Access &earlier)
+{
+    const int thread = number(*self);
+    if (earlier.thread < 0 || earlier.thread == thread || earlier.barriers != barriers)
+        return false;
+    return earlier.thread / WARP != thread / WARP || earlier.warp_barriers == warp_barriers[thread / WARP];
+}
+
+static void check_rewrite()
+{
+    if (rewrite.bytes && memcmp(rewrite.at, rewrite.before, rewrite.bytes)) {
+        const uint3 other = threads[rewrite.other].index;
+        fault("stores to shared memory other than thread (%u, %u, %u) did, with no barrier between", other.x, other.y,
+              other.z);
+    }
+    rewrite.bytes = 0;
+}
+
+/* `copies`: two threads may; what they copy differs or not. */
+static void access(const void *p, size_t bytes, bool write, bool copies = false)
+{
+    Memory *const memory = running ? find_shared(p, bytes) : nullptr;
+    if (!memory)
+        return;
+    check_rewrite();
+    const int thread = number(*self), warp = thread / WARP;
+    const Access now = {thread, barriers, warp_barriers[warp]};
+    const size_t offset = (const char *)p - memory->begin;
+    for (size_t i = offset; i < offset + bytes; ++i) {
+        Shadow &byte = memory->shadow[i];
+        const Access &reader = byte.reader, &writer = byte.writer;
+        const bool read = reader.thread >= 0 && reader.barriers == barriers;
+        const bool beside = read && byte.lanes && reader.warp_barriers == now.warp_barriers;
+        if (write && (unordered(reader) || (read && byte.warps) || beside))
+            fault("writes byte %zu of %zu of shared memory, which others read, with no barrier between", i,
+                  memory->size);
+        if (unordered(writer)) {
+            const uint3 other = threads[writer.thread].index;
+            if (!write)
+                fault("reads byte %zu of %zu of shared memory, which thread (%u, %u, %u) wrote, with no barrier between",
+                      i, memory->size, other.x, other.y, other.z);
+            if (!copies && bytes <= sizeof rewrite.before) {
+                rewrite = {(char *)p, bytes, {}, writer.thread};
+                memcpy(rewrite.before, p, bytes);
+            }
+        }
+        if (write) {
+            byte = {now, {}, false, false};
+        } else {
+            const bool same = read && reader.thread / WARP == warp;
+            byte.warps = read && (byte.warps || !same);
+            byte.lanes = same && reader.warp_barriers == now.warp_barriers && (byte.lanes || reader.thread != thread);
+            byte.reader = now;
+        }
+    }
+}
+
+/* ---- fibers ------------------------------------------------------------------------------------ */
+
+static void suspend(State state)
+{
+    check_rewrite();
+    self->state = state;
+    if (!_setjmp(self->context))
+        _longjmp(scheduler, 1);
+}
+
+static void fiber()
+{
+    for (;;) {
+        body(arguments);
+        suspend(State::done);
+    }
+}
+
+static void resume(Thread &thread)
+{
+    self = running = &thread;
+    threadIdx = thread.index;
+    if (!_setjmp(scheduler)) {
+        if (thread.started)
+            _longjmp(thread.context, 1);
+        thread.started = true;
+        setcontext(&thread.first);
+    }
+    running = nullptr;
+}
+
+static const char SYNCWARP[] = "__syncwarp";
+
+static void together(const char *name, int line, uint32_t mask, void *data, void (*all)(void *const *))
+{
+    self->collective = {name, line, mask, data, all};
+    suspend(State::collective);
+}
+
+/* The first lane that `wanted` takes and that has not come to it; null where all have. */
+static Thread *absent(const Collective &wanted, Thread *lanes, int count, void **data)
+{
+    for (int lane = 0; lane < count; ++lane) {
+        const Collective &found = lanes[lane].collective;
+        if (!(wanted.mask >> lane & 1))
+            continue;
+        if (lanes[lane].state != State::collective || found.name != wanted.name || found.line != wanted.line ||
+            found.mask != wanted.mask)
+            return &lanes[lane];
+        data[lane] = found.data;
+    }
+    return nullptr;
+}
+
+/* Does what lanes of a warp wait for, once all that it takes have come; false where none waits. */
+static bool collect(Thread *lanes, int count)
+{
+    Thread *waiting = nullptr, *missing = nullptr;
+    for (int lane = 0; lane < count; ++lane) {
+        if (lanes[lane].state != State::collective)
+            continue;
+        const Collective wanted = lanes[lane].collective;
+        void *data[WARP] = {};
+        self = &lanes[lane];
+        if (!(wanted.mask >> lane & 1))
+            fault("%s (line %d): its mask %08x lacks its own lane", wanted.name, wanted.line, wanted.mask);
+        if (Thread *thread = absent(wanted, lanes, count, data)) {
+            if (!missing)
+                waiting = self, missing = thread;
+            continue;
+        }
+        if (wanted.all)
+            wanted.all(data);
+        warp_barriers[number(*lanes) / WARP] += wanted.name == SYNCWARP;
+        for (int other = 0; other < count; ++other)
+            if (wanted.mask >> other & 1)
+                lanes[other].state = State::ready;
+        return true;
+    }
+    if (!missing)
+        return false;
+    self = waiting;
+    const Collective &wanted = waiting->collective, &found = missing->collective;
+    const char *at = missing->state == State::collective ? found.name : "a barrier";
+    const int line = missing->state == State::collective ? found.line : missing->line;
+    const uint3 other = missing->index;
+    if (missing->state == State::done)
+        fault("%s (line %d) takes thread (%u, %u, %u), which has ended", wanted.name, wanted.line, other.x, other.y,
+              other.z);
+    fault("%s (line %d) takes thread (%u, %u, %u), which waits in %s (line %d)", wanted.name, wanted.line, other.x,
+          other.y, other.z, at, line);
+}
+
+/* Every thread waits at a barrier or has ended: whether all wait, at one. */
+static bool meet()
+{
+    Thread &one = threads[0];
+    for (Thread &thread : threads) {
+        if (thread.state == one.state && thread.line == one.line)
+            continue;
+        Thread &other = one.state == State::barrier ? thread : one;
+        self = &other == &thread ? &one : &thread;
+        fault("waits at the barrier in line %d, which thread (%u, %u, %u) %s", self->line, other.index.x, other.index.y,
+              other.index.z, other.state == State::done ? "ends without" : "does not wait at");
+    }
+    return one.state == State::barrier;
+}
+
+struct Order {
+    long long way;
+    std::mt19937 random;
+
+    std::vector<int> of(int count)
+    {
+        std::vector<int> order(count);
+        std::iota(order.begin(), order.end(), 0);
+        if (way == DESCENDING)
+            std::reverse(order.begin(), order.end());
+        else if (way != ASCENDING)
+            std::shuffle(order.begin(), order.end(), random);
+        return order;
+    }
+};
+
+static void run_block(Order &order)
+{
+    for (Memory &memory : shared)
+        poison(memory);
+    const int count = threads.size();
+    do {
+        for (Thread &thread : threads)
+            thread.state = State::ready, thread.line = 0;
+        std::vector<int> warps = order.of((count + WARP - 1) / WARP);
+        while (!warps.empty()) {
+            const auto warp = warps.begin() + (order.way < 0 ? 0 : order.random() % warps.size());
+            Thread *const lanes = &threads[*warp * WARP];
+            const int here = std::min<int>(WARP, count - *warp * WARP);
+            for (int lane : order.of(here))
+                if (lanes[lane].state == State::ready)
+                    resume(lanes[lane]);
+            if (!collect(lanes, here))
+                warps.erase(warp);
+        }
+        ++barriers;
+    } while (meet());
+    for (Thread &thread : threads)
+        thread.groups.clear(), thread.open.clear();
+}
+
+/* ---- launches ---------------------------------------------------------------------------------- */
+
+static void on_signal(int, siginfo_t *info, void *)
+{
+    const char *const p = (const char *)info->si_addr;
+    for (const Memory &memory : shared)
+        if (p >= memory.map && p < memory.map + memory.mapped)
+            fault("touches byte %td of %zu of shared memory", p - memory.begin, memory.size);
+    fault("touches address %p, which it may not", info->si_addr);
+}
+
+const char *launch(void (*kernel)(void *const *), void *const *taken, const unsigned *grid, const unsigned *block,
+                   size_t bytes, long long way)
+{
+    const int count = block[0] * block[1] * block[2], blocks = grid[0] * grid[1] * grid[2];
+    static std::vector<Memory> stacks;
+    static char signal_stack[64 << 10];
+    stack_t own = {}, previous;
+    own.ss_sp = signal_stack, own.ss_size = sizeof signal_stack;
+    struct sigaction action = {}, actions[2];
+    action.sa_sigaction = on_signal;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER; /* the handler leaves by longjmp */
+    sigaltstack(&own, &previous);
+    sigaction(SIGSEGV, &action, &actions[0]);
+    sigaction(SIGBUS, &action, &actions[1]);
+
+    body = kernel, arguments = taken;
+    *message = 0;
+    self = running = nullptr;
+    rewrite.bytes = 0;
+    blockIdx = {0, 0, 0}, blockDim = {block[0], block[1], block[2]}, gridDim = {grid[0], grid[1], grid[2]};
+    if (!_setjmp(escape)) {
+        if (shared.empty())
+            shared.emplace_back();
+        shared[0] = guarded(bytes);
+        threads = std::vector<Thread>(count);
+        warp_barriers.assign((count + WARP - 1) / WARP, 0);
+        for (int i = 0; i < count; ++i) {
+            stacks.push_back(guarded(STACK, false));
+            Thread &thread = threads[i];
+            thread.index = {i % block[0], i / block[0] % block[1], i / block[0] / block[1]};
+            getcontext(&thread.first);
+            thread.first.uc_stack.ss_sp = stacks.back().begin;
+            thread.first.uc_stack.ss_size = STACK;
+            makecontext(&thread.first, fiber, 0);
+        }
+        Order order{way, std::mt19937(way)};
+        for (unsigned i : order.of(blocks)) {
+            blockIdx = {i % grid[0], i / grid[0] % grid[1], i / grid[0] / grid[1]};
+            run_block(order);
+        }
+    }
+    for (const Memory &memory : stacks)
+        munmap(memory.map, memory.mapped);
+    stacks.clear(), threads.clear();
+    if (shared[0].map)
+        munmap(shared[0].map, shared[0].mapped);
+    shared[0] = {};
+    sigaction(SIGSEGV, &actions[0], nullptr);
+    sigaction(SIGBUS, &actions[1], nullptr);
+    sigaltstack(&previous, nullptr);
+    return *message ? message : nullptr;
+}
+
+/* ---- warps ------------------------------------------------------------------------------------- */
+
+int lane() { return number(*self) % WARP; }
+
+int lanes() { return std::min<int>(WARP, threads.size() - number(*self) / WARP * WARP); }
+
+void barrier(int line)
+{
+    self->line = line;
+    suspend(State::barrier);
+}
+
+void warp_barrier(int line, uint32_t mask) { together(SYNCWARP, line, mask, nullptr, nullptr); }
+
+struct Shuffle {
+    const void *value;
+    void *result;
+    int bytes, source;
+};
+
+void shuffle(const char *name, int line, uint32_t mask, const void *value, void *result, int bytes, int source)
+{
+    Shuffle data = {value, result, bytes, source};
+    memset(result, 0xff, bytes);
+    together(name, line, mask, &data, [](void *const *lanes) {
+        for (int lane = 0; lane < WARP; ++lane)
+            if (auto *to = (Shuffle *)lanes[lane])
+                if (auto *from = (Shuffle *)lanes[to->source])
+                    memcpy(to->result, from->value, to->bytes);
+    });
+}
+
+static void whole_warp(void *const *lanes, const char *name)
+{
+    for (int lane = 0; lane < WARP; ++lane)
+        if (!lanes[lane])
+            fault("%s takes 32 lanes, found fewer", name);
+}
+
+/* One to four 8x8 matrices of 16-bit elements, each row 16 bytes that one lane points to. Lane l receives
+ * elements 2 (l % 4) and the next of row l / 4. */
+struct Rows {
+    uint32_t *r;
+    const void *row;
+    int matrices;
+};
+
+static void load(void *const *lanes)
+{
+    whole_warp(lanes, "ldmatrix");
+    Thread *const first = self - number(*self) % WARP;
+    const int matrices = ((Rows *)lanes[0])->matrices;
+    for (int i = 0; i < 8 * matrices; ++i) {
+        const void *const row = ((Rows *)lanes[i])->row;
+        self = running = first + i;
+        if ((uintptr_t)row % 16)
+            fault("ldmatrix of row %p: expected a multiple of 16", row);
+        if (!find_shared(row, 16))
+            fault("ldmatrix of row %p: expected shared memory", row);
+        access(row, 16, false);
+        for (int column = 0; column < 4; ++column)
+            memcpy(&((Rows *)lanes[i % 8 * 4 + column])->r[i / 8], (const char *)row + 4 * column, 4);
+    }
+    running = nullptr;
+}
+
+void load_rows(int line, uint32_t *r, const void *row, int matrices)
+{
+    Rows rows = {r, row, matrices};
+    together(matrices == 4 ? "ldmatrix.x4" : "ldmatrix.x2", line, ~0u, &rows, load);
+}
+
+struct Fragments {
+    float *d;
+    const uint32_t *a, *b;
+};
+
+float of_half(uint16_t bits)
+{
+    _Float16 x;
+    memcpy(&x, &bits, 2);
+    return x;
+}
+
+static float of_bits(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static float of_bfloat(uint16_t bits) { return of_bits(uint32_t(bits) << 16); }
+
+/* An operand that is no tf32 is cut by hardware: rounding it is the kernel's to do. */
+static float of_tf32(uint32_t bits)
+{
+    const float x = of_bits(bits);
+    if (bits & 0x1fff && x == x)
+        fault("mma: expected an operand rounded to tf32, found %a", x);
+    return x;
+}
+
+/* D += A B of the warp, from and to its fragments: A is 16 x K, B is K x 8. */
+template <int K, class Gather> static void multiply(void *const *lanes, Gather gather)
+{
+    whole_warp(lanes, "mma");
+    Thread *const first = self - number(*self) % WARP;
+    float a[16][K], b[K][8], d[16][8];
+    for (int lane = 0; lane < WARP; ++lane) {
+        self = first + lane;
+        gather(*(Fragments *)lanes[lane], lane >> 2, lane % 4, a, b);
+    }
+    for (int i = 0; i < 16; ++i)
+        for (int j = 0; j < 8; ++j) {
+            float *const c = ((Fragments *)lanes[i % 8 * 4 + j / 2])->d + (i >= 8) * 2 + j % 2;
+            d[i][j] = *c;
+            for (int k = 0; k < K; ++k)
+                d[i][j] += a[i][k] * b[k][j];
+            *c = d[i][j];
+        }
+}
+
+template <float (*VALUE)(uint16_t)> static void m16n8k16(void *const *lanes)
+{
+    multiply<16>(lanes, [](const Fragments &from, int group, int member, float (*a)[16], float (*b)[8]) {
+        for (int i = 0; i < 8; ++i) {
+            const int row = (0 <= i && i < 2) || (4 <= i && i < 6) ? group : group + 8;
+            const int column = i < 4 ? member * 2 + (i & 1) : member * 2 + (i & 1) + 8;
+            a[row][column] = VALUE(from.a[i / 2] >> i % 2 * 16);
+        }
+        for (int i = 0; i < 4; ++i)
+            b[i < 2 ? member * 2 + (i & 1) : member * 2 + (i & 1) + 8][group] = VALUE(from.b[i / 2] >> i % 2 * 16);
+    });
+}
+
+static void m16n8k8(void *const *lanes)
+{
+    multiply<8>(lanes, [](const Fragments &from, int group, int member, float (*a)[8], float (*b)[8]) {
+        for (int i = 0; i < 4; ++i)
+            a[i == 0 || i == 2 ? group : group + 8][i < 2 ? member : member + 4] = of_tf32(from.a[i]);
+        for (int i = 0; i < 2; ++i)
+            b[i < 1 ? member : member + 4][group] = of_tf32(from.b[i]);
+    });
+}
+
+void multiply_f16(int line, float *d, const uint32_t *a, const uint32_t *b)
+{
+    Fragments fragments = {d, a, b};
+    together("mma.f16", line, ~0u, &fragments, m16n8k16<of_half>);
+}
+
+void multiply_bf16(int line, float *d, const uint32_t *a, const uint32_t *b)
+{
+    Fragments fragments = {d, a, b};
+    together("mma.bf16", line, ~0u, &fragments, m16n8k16<of_bfloat>);
+}
+
+void multiply_tf32(int line, float *d, const uint32_t *a, const uint32_t *b)
+{
+    Fragments fragments = {d, a, b};
+    together("mma.tf32", line, ~0u, &fragments, m16n8k8);
+}
+
+/* ---- asynchronous copies ----------------------------------------------------------------------- */
+
+void copy_async(void *to, const void *from, int bytes, bool valid)
+{
+    if ((uintptr_t)to % bytes || (uintptr_t)from % bytes)
+        fault("copies %d bytes from %p to %p: expected multiples of %d", bytes, from, to, bytes);
+    if (!find_shared(to, bytes))
+        fault("copies %d bytes to %p: expected shared memory", bytes, to);
+    if (valid && find_shared(from, 1))
+        fault("copies %d bytes from %p: expected global memory", bytes, from);
+    Copy copy = {(unsigned char *)to, valid ? from : nullptr, bytes, {}};
+    if (valid)
+        memcpy(copy.data, from, bytes);
+    access(to, bytes, true, true);
+    memset(to, 0xff, bytes);
+    self->open.push_back(copy);
+}
+
+void commit()
+{
+    self->groups.push_back(std::move(self->open));
+    self->open.clear();
+}
+
+void wait(size_t pending)
+{
+    for (; self->groups.size() > pending; self->groups.pop_front())
+        for (const Copy &copy : self->groups.front()) {
+            if (copy.from && memcmp(copy.data, copy.from, copy.bytes))
+                fault("the source of an asynchronous copy, %p, changes under way", copy.from);
+            access(copy.to, copy.bytes, true, true);
+            memcpy(copy.to, copy.data, copy.bytes);
+        }
+}
+
+} // namespace emulation
+
+/* ---- what the compiler calls -------------------------------------------------------------------- */
+
+/* g++ -fsanitize=thread announces every access so. */
+#define CG_ACCESS(bytes)                                                                                       \
+    void __tsan_read##bytes(void *p) { emulation::access(p, bytes, false); }                         \
+    void __tsan_write##bytes(void *p) { emulation::access(p, bytes, true); }                         \
+    void __tsan_unaligned_read##bytes(void *p) { emulation::access(p, bytes, false); }               \
+    void __tsan_unaligned_write##bytes(void *p) { emulation::access(p, bytes, true); }
+
+extern "C" {
+CG_ACCESS(1)
+CG_ACCESS(2)
+CG_ACCESS(4)
+CG_ACCESS(8)
+CG_ACCESS(16)
+void __tsan_read_range(void *p, unsigned long bytes) { emulation::access(p, bytes, false); }
+void __tsan_write_range(void *p, unsigned long bytes) { emulation::access(p, bytes, true); }
+void __tsan_vptr_update(void **, void *) {}
+void __tsan_vptr_read(void **) {}
+void __tsan_func_entry(void *) {}
+void __tsan_func_exit() {}
+void __tsan_init() {}
+
+/* -fsanitize=alignment,bounds,object-size: LLVM's compiler-rt, ubsan_handlers.h. */
+struct cg_location {
+    const char *file;
+    uint32_t line, column;
+};
+struct cg_mismatch {
+    cg_location where;
+    const void *type;
+    unsigned char log_alignment, kind;
+};
+void __ubsan_handle_type_mismatch_v1_abort(const cg_mismatch *data, void *p)
+{
+    if ((uintptr_t)p & ((1u << data->log_alignment) - 1))
+        emulation::fault("line %u: touches address %p, expected a multiple of %u", data->where.line, p,
+                         1u << data->log_alignment);
+    emulation::fault("line %u: touches address %p, outside its object", data->where.line, p);
+}
+void __ubsan_handle_out_of_bounds_abort(const cg_location *where, unsigned long index)
+{
+    emulation::fault("line %u: index %ld is outside its array", where->line, (long)index);
+}
+}
