@@ -7,23 +7,26 @@ import os
 import shutil
 import tempfile
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .best import Answer, find_record
 from .best import best_record as best_record
 from .best import choose as choose
 from .best import record_candidate as record_candidate
+from .cuda.library import CudaLibrary
 from .discover import schedule as find_schedule
 from .discover import schedules
 from .errors import Inapplicable, SpecError, UnsupportedError
-from .interface import Interface
-from .library import Library
+from .interface import DeviceCode, Interface
+from .library import BaseLibrary, Library
 from .link import link
-from .lower import Lowered, compile_object, lower, source
+from .lower import Lowered, compile_object, lower
+from .lower import source as host_source
 from .machine import machine
 from .records import RecordStore, TuningRecord, default_path
 from .schedule import Candidate, Picks
@@ -48,8 +51,8 @@ def versions() -> dict[str, str]:
     }
 
 
-class Kernel(Library):
-    """A compiled, callable convolution.
+class Kernel(BaseLibrary):
+    """A compiled, callable convolution: a :class:`CpuKernel` or a :class:`CudaKernel`.
 
     ``kernel.bind(weights, bias)`` packs the parameters once and gives a layer, ``layer(src)``;
     ``kernel(src, weights, bias)`` does both at once.
@@ -62,6 +65,9 @@ class Kernel(Library):
         origin: where the record is from, unless this machine made it; empty otherwise.
         note: what a user should know, such as that no fast schedule applied; empty otherwise.
     """
+
+    #: What :meth:`source` gives.
+    sources: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -102,8 +108,30 @@ class Kernel(Library):
         return self.bind(weights, bias, slope)(src, residual=residual, out=out)
 
     def source(self, kind: str = "tir") -> str:
-        """The code as text: ``tir``, ``ll`` (LLVM IR) or ``asm``."""
+        """The code as text, one of :attr:`sources`."""
         return source(self.lowered, kind)
+
+    @classmethod
+    @abstractmethod
+    def check(cls, target: Target) -> None:
+        """Raise:
+        UnsupportedError: kernels for the target cannot be loaded on this machine.
+        """
+
+    @classmethod
+    @abstractmethod
+    def threads_for(cls, threads: int | None, target: Target) -> int:
+        """The thread count of a kernel where this many are asked for."""
+
+    @classmethod
+    @abstractmethod
+    def device_code(cls, lowered: Lowered) -> DeviceCode | None:
+        """What runs on a GPU of a candidate."""
+
+    @classmethod
+    @abstractmethod
+    def text(cls, lowered: Lowered, kind: str) -> str:
+        """A candidate as text, one of :attr:`sources`."""
 
     def export(self, directory: str | Path, *, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write the library, header, manifest and C example; returns the manifest.
@@ -130,6 +158,76 @@ class Kernel(Library):
             "versions": versions(),
         }
         return write_library(Path(directory), self.interface, self.object_file, {**known, **(facts or {})})
+
+
+class CpuKernel(Kernel, Library):
+    """A kernel that runs on the CPU; its sources are scheduled TIR, LLVM IR and assembly."""
+
+    sources = ("tir", "ll", "asm")
+
+    @classmethod
+    def check(cls, target: Target) -> None:
+        check_native(target)
+
+    @classmethod
+    def threads_for(cls, threads: int | None, target: Target) -> int:
+        return target.cores if threads is None else threads
+
+    @classmethod
+    def device_code(cls, lowered: Lowered) -> None:
+        return None
+
+    @classmethod
+    def text(cls, lowered: Lowered, kind: str) -> str:
+        return host_source(lowered, kind)
+
+
+class CudaKernel(Kernel, CudaLibrary):
+    """A kernel that runs on a GPU; its sources are scheduled TIR, CUDA C++, PTX and machine code (SASS).
+
+    It is built, packed for and exported without a device.
+    """
+
+    sources = ("tir", "cuda", "ptx", "sass")
+
+    @classmethod
+    def check(cls, target: Target) -> None:
+        """Any machine loads it."""
+
+    @classmethod
+    def threads_for(cls, threads: int | None, target: Target) -> int:
+        """One: how many threads of the device run is fixed in its launches."""
+        return 1
+
+    @classmethod
+    def device_code(cls, lowered: Lowered) -> DeviceCode:
+        from .cuda.code import device_code
+
+        return device_code(lowered)
+
+    @classmethod
+    def text(cls, lowered: Lowered, kind: str) -> str:
+        from .cuda.listing import listing
+
+        return host_source(lowered, kind) if kind == "tir" else listing(lowered, kind)
+
+
+def kernel_type(target: Target) -> type[CpuKernel | CudaKernel]:
+    """How kernels for a target run."""
+    return CudaKernel if target.kind == "cuda" else CpuKernel
+
+
+def source(lowered: Lowered, kind: str) -> str:
+    """A candidate as text.
+
+    Raises:
+        UnsupportedError: the target has no such kind; says which it has.
+    """
+    made = kernel_type(lowered.target)
+    if kind not in made.sources:
+        expected = ", ".join(made.sources)
+        raise UnsupportedError(f"{lowered.target}: source: expected one of {expected}, found {kind!r}")
+    return made.text(lowered, kind)
 
 
 def default_candidate(spec: ConvSpec, target: Target) -> Candidate:
@@ -211,14 +309,15 @@ def compile_candidate(
     Raises:
         Inapplicable: the picks are not valid here.
         BuildError: TVM, LLVM or the C compiler failed.
-        UnsupportedError: this machine cannot run the target's code.
+        UnsupportedError: this machine cannot load the target's code.
     """
-    check_native(target)
+    made = kernel_type(target)
+    made.check(target)
     lowered = lower(spec, target, candidate)
     directory = Path(tempfile.mkdtemp(prefix="convgen-"))
     try:
         interface, object_file, library = compile_lowered(lowered, directory, name)
-        return Kernel(lowered, interface, object_file, library, threads, record, directory, origin, note)
+        return made(lowered, interface, object_file, library, threads, record, directory, origin, note)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
@@ -228,28 +327,28 @@ def compile_lowered(lowered: Lowered, directory: Path, name: str | None = None) 
     """The interface, object file and shared library of a lowered candidate, written to ``directory``."""
     object_file = directory / "kernel.o"
     workspace = compile_object(lowered, object_file)
+    device = kernel_type(lowered.target).device_code(lowered)
     interface = Interface(
         name=name or lowered.spec.name,
         spec=lowered.spec,
         packed=lowered.packed,
-        workspace_main=workspace.main,
-        workspace_task=workspace.task,
+        workspace_main=0 if device else workspace.main,
+        workspace_task=0 if device else workspace.task,
         isa=lowered.target.isa,
+        device=device,
     )
     return interface, object_file, link(interface, object_file, directory / f"lib{interface.name}.so")
 
 
 def check_threads(threads: int | None, target: Target) -> int:
-    """The thread count, all cores where none is given.
+    """The thread count: all cores where none is given, 1 on a GPU whatever is given.
 
     Raises:
         SpecError: it is not between 1 and 1024.
     """
-    if threads is None:
-        return target.cores
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
         raise SpecError("threads", "an integer between 1 and 1024", repr(threads))
-    return threads
+    return kernel_type(target).threads_for(threads, target)
 
 
 def build(
@@ -267,8 +366,9 @@ def build(
 
     Args:
         spec: a spec, or its descriptor.
-        target: ``cpu`` (this machine) or ``cpu:<LLVM processor>``.
-        threads: threads the kernel is for; all cores by default.
+        target: ``cpu`` (this machine) or ``cpu:<LLVM processor>``; ``cuda`` (this machine's GPU) or an architecture
+            such as ``cuda:sm_90a``, which needs no device until a layer is bound.
+        threads: threads the kernel is for; all cores by default. On a GPU it means nothing and is 1.
         trials, seconds: tuning budget; with neither, the best matching record answers, from the store or
             the package, else the schedule's default: always a kernel at once. A record of other versions
             is first measured again, in one or two seconds; :attr:`Kernel.note` says so.
@@ -278,8 +378,8 @@ def build(
 
     Raises:
         SpecError: the spec, the thread count, the budget or the memory it takes is impossible.
-        UnsupportedError: the target is unknown or cannot run here.
-        BuildError: TVM, LLVM or the C compiler failed.
+        UnsupportedError: the target is unknown, or is a CPU's and cannot run here.
+        BuildError: TVM, LLVM, NVIDIA's or the C compiler failed.
         RecordError: the store cannot be read or written.
     """
     spec = ConvSpec.parse(spec) if isinstance(spec, str) else spec

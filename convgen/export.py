@@ -16,11 +16,13 @@ from typing import Any
 from .activation import Activation
 from .dtypes import BYTES, UNDERFLOW, UNIT_ROUNDOFF
 from .errors import ExportError
-from .interface import ABI, ALIGNMENT, HEADER_BYTES, Interface, round_up
+from .interface import ABI, ALIGNMENT, HEADER_BYTES, DeviceCode, Interface, TensorInfo, round_up
 from .library import MANIFEST
-from .link import link, source
+from .link import PART_ALIGNMENT, link, source, workspace_layout
 from .spec import ConvSpec
 
+#: Alignment in bytes of tensors in a GPU's memory (``cuda_types.h``).
+TENSOR_ALIGNMENT = 16
 #: Multiply-accumulates the example spends on plain loops: about a second without optimisation.
 EXAMPLE_MACS = 30_000_000
 
@@ -156,7 +158,7 @@ def _manifest(interface: Interface, facts: Mapping[str, Any]) -> dict[str, Any]:
                 "layout": "dense, row-major",
                 "dtype": tensor.dtype,
                 "bytes": tensor.bytes,
-                "alignment": BYTES[tensor.dtype],
+                "alignment": _alignment(interface, name, tensor),
             }
             for name, tensor in interface.arguments.items()
         ],
@@ -169,13 +171,8 @@ def _manifest(interface: Interface, facts: Mapping[str, Any]) -> dict[str, Any]:
                 for t, offset in zip(interface.packed, interface.packed_offsets, strict=True)
             ],
         },
-        "workspace": {
-            "formula": "fixed + threads * per_thread",
-            "fixed": round_up(interface.workspace_main),
-            "per_thread": round_up(interface.workspace_task),
-            "bytes": interface.workspace_size(facts["threads"]),
-            "alignment": ALIGNMENT,
-        },
+        "workspace": _workspace(interface, facts["threads"]),
+        **({} if interface.device is None else {"device": _device(interface.device)}),
         "isa": list(interface.isa),
         "error_bound": {
             "factor": facts.get("error_factor"),
@@ -185,6 +182,50 @@ def _manifest(interface: Interface, facts: Mapping[str, Any]) -> dict[str, Any]:
     if clash := sorted({*own, "files"} & rest.keys()):
         raise ExportError(f"facts: expected none that the manifest has of its own, found {', '.join(clash)}")
     return own | rest
+
+
+def _alignment(interface: Interface, name: str, tensor: TensorInfo) -> int:
+    """Of what a run takes from a GPU's memory, or of an element."""
+    on_device = interface.device is not None and name in ("src", "residual", "dst")
+    return TENSOR_ALIGNMENT if on_device else BYTES[tensor.dtype]
+
+
+def _workspace(interface: Interface, threads: int) -> dict[str, Any]:
+    if interface.device is not None:
+        return {"bytes": workspace_layout(interface.device)[1], "alignment": ALIGNMENT}
+    return {
+        "formula": "fixed + threads * per_thread",
+        "fixed": round_up(interface.workspace_main),
+        "per_thread": round_up(interface.workspace_task),
+        "bytes": interface.workspace_size(threads),
+        "alignment": ALIGNMENT,
+    }
+
+
+def _device(device: DeviceCode) -> dict[str, Any]:
+    """What runs on a GPU, one launch after the other."""
+    offsets, size = workspace_layout(device)
+    return {
+        "architectures": [what for what, _ in device.images],
+        "launches": [
+            {
+                "function": launch.function,
+                "grid": list(launch.grid),
+                "block": list(launch.block),
+                "dynamic_shared_memory": launch.shared,
+                "arguments": list(launch.arguments),
+            }
+            for launch in device.launches
+        ],
+        "workspace": {
+            "bytes": size,
+            "part_alignment": PART_ALIGNMENT,
+            "parts": [
+                {"name": f"workspace{i}", "bytes": part, "offset": offset}
+                for i, (part, offset) in enumerate(zip(device.workspace, offsets, strict=True))
+            ],
+        },
+    }
 
 
 # ---- header and example ------------------------------------------------------------------------
@@ -197,18 +238,46 @@ def header_text(interface: Interface) -> str:
     for name, tensor in interface.arguments.items():
         sizes = ", ".join(map(str, tensor.shape))
         lines.append(f" *   {name:9}[{', '.join(axes[name])}] = [{sizes}], {tensor.dtype}, {tensor.bytes} bytes")
-    fixed, share = round_up(interface.workspace_main), round_up(interface.workspace_task)
     lines.append(f" *   packed    {interface.packed_size} bytes, aligned to {ALIGNMENT}")
+    common = {
+        "name": interface.name,
+        "guard": interface.name.upper(),
+        "descriptor": interface.spec.descriptor,
+        "meaning": _meaning(interface.spec),
+        "types": source("types.h").strip(),
+    }
+    if interface.device is not None:
+        lines.append(f" *   workspace {workspace_layout(interface.device)[1]} bytes, aligned to {ALIGNMENT}")
+        lines.append(f" * src, residual and dst are aligned to {TENSOR_ALIGNMENT}.")
+        return Template(source("header_cuda.template.h")).substitute(
+            common,
+            tensors="\n".join(lines),
+            devices=_devices(interface.device),
+            cuda_types=source("cuda_types.h").strip(),
+        )
+    fixed, share = round_up(interface.workspace_main), round_up(interface.workspace_task)
     lines.append(f" *   workspace {fixed} + threads * {share} bytes, aligned to {ALIGNMENT}")
     return Template(source("header.template.h")).substitute(
-        name=interface.name,
-        guard=interface.name.upper(),
-        descriptor=interface.spec.descriptor,
-        meaning=_meaning(interface.spec),
+        common,
         tensors="\n".join(lines),
         isa=f"Needs a CPU with {', '.join(interface.isa)}." if interface.isa else "Runs on every CPU of its kind.",
-        types=source("types.h").strip(),
     )
+
+
+def _devices(device: DeviceCode) -> str:
+    """Those the images are for, in words."""
+    words = []
+    for what, _ in device.images:
+        kind, _, arch = what.partition("_")
+        digits = arch.rstrip("a")
+        number = f"{digits[:-1]}.{digits[-1]}"
+        if arch.endswith("a"):
+            words.append(f"compute capability {number} exactly")
+        elif kind == "sm":
+            words.append(f"{number} to {digits[:-1]}.9")
+        else:
+            words.append(f"{number} and later (compiled when it is loaded)")
+    return "; ".join(words)
 
 
 def _meaning(spec: ConvSpec) -> str:
@@ -229,7 +298,7 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
     values = {"bias": "-4, 4", "slope": "-1, 1", "residual": "-4, 4"}
 
     def fields(*names: str) -> str:
-        return "".join(f"        .{x} = {x},\n        .{x}_size = sizes.{x},\n" for x in names if x in extra)
+        return "".join(f"        .{x} = {x},\n        .{x}_size = sizes->{x},\n" for x in names if x in extra)
 
     epilogue = ""
     if spec.bias:
@@ -237,8 +306,18 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
     if spec.residual:
         value = "value(residual[offset(n, OC, oc, out_size, out)])"
         epilogue += f"    sum += {value};\n    absolute += fabs({value});\n"
+    pack = fields("bias", "slope")
+    if interface.device is None:
+        part, run, libraries, sizes = "example_cpu.template.c", fields("residual"), "-lm -lpthread", "2, &sizes"
+    else:
+        run = fields("residual").replace("= residual,", "= upload(residual, sizes->residual),")
+        part, libraries, sizes = "example_cuda.template.c", "-lm -lpthread -ldl", "&sizes"
     return Template(source("example.template.c")).substitute(
         name=interface.name,
+        libraries=libraries,
+        compute=Template(source(part)).substitute(name=interface.name, pack=pack, run=run),
+        sizes_arguments=sizes,
+        sizes_note="; the workspace for up to two threads" if interface.device is None else "",
         descriptor=spec.descriptor,
         n=spec.n,
         ic=spec.ic,
@@ -260,8 +339,6 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
         weight="ic * OC_GROUP + oc % OC_GROUP" if spec.transposed else "oc * IC_GROUP + c",
         epilogue=epilogue,
         tensors="".join(f"    {name} = tensor(sizes.{name}, {values[name]});\n" for name in extra),
-        pack=fields("bias", "slope"),
-        run=fields("residual"),
         allowed=_allowed(spec, error_factor),
         free="".join(f"    free({name});\n" for name in reversed(extra)),
     )

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import UnsupportedError
 from .sources import SpecEntry, write_text
 from .spec import ConvSpec
 
@@ -133,13 +134,23 @@ def measure(
     rounds: int = 7,
     cold: bool = False,
 ) -> Row:
-    """Time a layer's kernels, the default one last, beside other libraries; see :func:`~convgen.compare.compare`."""
+    """Time a layer's kernels, the default one last, beside other libraries; see :func:`~convgen.compare.compare`.
+
+    Raises:
+        UnsupportedError: the kernels run on a GPU, the other libraries on the CPU.
+    """
     from .build import versions
     from .compare import compare
+    from .library import Library
     from .machine import machine
     from .roofline import roofline
 
-    comparison = compare(kernels, peers, threads, rounds=rounds, cold=cold)
+    on_cpu = {name: kernel for name, kernel in kernels.items() if isinstance(kernel, Library)}
+    if len(on_cpu) < len(kernels):
+        raise UnsupportedError(
+            f"{entry.spec.descriptor}: expected kernels for the CPU to compare, found some for a GPU"
+        )
+    comparison = compare(on_cpu, peers, threads, rounds=rounds, cold=cold)
     limit = roofline(entry.spec, threads, cold=cold)
     return Row(
         {

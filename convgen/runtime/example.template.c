@@ -1,10 +1,10 @@
 /* Shows how the library is called and checks it against plain loops.
  *
- *     cc -std=c11 -O2 example.c -L. -l$name -lm -lpthread -Wl,-rpath,. -o example && ./example
+ *     cc -std=c11 -O2 example.c -L. -l$name $libraries -Wl,-rpath,. -o example && ./example
  *
  * or, with the library in the program:
  *
- *     cc -std=c11 -O2 example.c lib$name.a -lm -lpthread -o example && ./example
+ *     cc -std=c11 -O2 example.c lib$name.a $libraries -o example && ./example
  */
 #include <math.h>
 #include <stdio.h>
@@ -99,52 +99,16 @@ static element *tensor(size_t size, int low, int high)
     return values;
 }
 
+$compute
 int main(void)
 {
-    must("check_cpu", ${name}_check_cpu());
-
-    /* How large everything is; the workspace for up to two threads. */
+    /* How large everything is$sizes_note. */
     convgen_sizes sizes;
-    must("sizes", ${name}_sizes(2, &sizes));
+    must("sizes", ${name}_sizes($sizes_arguments));
     src = tensor(sizes.src, -4, 4);
     weights = tensor(sizes.weights, -2, 2);
-$tensors    element *dst = buffer(sizes.dst), *again = buffer(sizes.dst);
-    void *packed = buffer(sizes.packed), *workspace = buffer(sizes.workspace);
-
-    /* Once: pack the weights. */
-    const convgen_pack_args pack = {
-        .weights = weights,
-        .weights_size = sizes.weights,
-$pack        .packed = packed,
-        .packed_size = sizes.packed,
-    };
-    must("pack", ${name}_pack(&pack));
-
-    /* As often as there is input: run, here on the calling thread ... */
-    convgen_run_args run = {
-        .src = src,
-        .src_size = sizes.src,
-        .packed = packed,
-        .packed_size = sizes.packed,
-$run        .dst = dst,
-        .dst_size = sizes.dst,
-        .workspace = workspace,
-        .workspace_size = sizes.workspace,
-        .pool = NULL,
-    };
-    memset(dst, 0xff, sizes.dst); /* NaN: what is not written shows */
-    must("run", ${name}_run(&run));
-
-    /* ... and here on two. One pool serves all layers of a program. */
-    must("pool_create", ${name}_pool_create(2, &run.pool));
-    memset(again, 0xff, sizes.dst);
-    run.dst = again;
-    must("run with a pool", ${name}_run(&run));
-    ${name}_pool_destroy(run.pool);
-    if (memcmp(dst, again, sizes.dst) != 0) {
-        fprintf(stderr, "one thread and two threads disagree\n");
-        return 1;
-    }
+$tensors    element *dst = buffer(sizes.dst);
+    compute(&sizes, dst);
 
     /* Against the plain loops, within what rounding can explain. */
     const long pixels = out_size[0] * out_size[1] * out_size[2];
@@ -168,9 +132,6 @@ $run        .dst = dst,
     printf("$descriptor: %ld of %ld outputs checked, largest error %.2g of what is allowed; ok\n", checked,
            BATCH * OC * pixels, worst);
 
-    free(workspace);
-    free(packed);
-    free(again);
     free(dst);
 $free    free(weights);
     free(src);
