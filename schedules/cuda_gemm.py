@@ -1,8 +1,8 @@
 """Implicit GEMM on tensor cores: pixels × output channels, reduced over taps and input channels.
 
-Applies to  convolutions of any rank, stride and dilation that are not transposed, with groups 1, on GPUs
-            with ``mma.sync``, ``ldmatrix`` and ``cp.async``: f16 and bf16; f32 as TF32 where the accuracy
-            allows it, else each product as three of TF32.
+Applies to  convolutions of any rank, stride and dilation, dense or with groups; transposed ones whose
+            output is whole strides and whose dilation shares no divisor with them; on GPUs with ``mma.sync``, ``ldmatrix`` and ``cp.async``: f16 and bf16; f32 as TF32 where the accuracy is
+            `tf32`.
 Strategy    1. Pack weights as [oc][taps × ic], in vectors of 16 bytes along the reduction.
             2. src is read as [pixels][taps × ic] without writing that anywhere: 16 bytes at a time
                straight into shared memory, asynchronously, zeros where the padding is, `stages` steps
@@ -12,12 +12,15 @@ Strategy    1. Pack weights as [oc][taps × ic], in vectors of 16 bytes along th
                tile of sums in registers.
             5. The sums pass through shared memory once, for stores of 16 bytes; bias, residual and
                activation on the way.
-            6. `split_k` blocks share a long reduction of few pixels; a second launch adds them up.
+            6. Transposed: outputs that are a stride apart meet the same taps. Each such phase is a
+               product of its own; no zeros between inputs are multiplied.
+            7. `split_k` blocks share a long reduction of few pixels; a second launch adds them up.
 Why not     im2col in memory: it writes every input k² times; sums straight to dst: 4 bytes at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from tvm import te, tirx
@@ -42,18 +45,35 @@ class CudaGemm(Schedule):
     def applies(self, spec, target):
         require(target.kind == "cuda", "needs a GPU")
         require({"ldmatrix", "cp_async"} <= set(target.features), "needs ldmatrix and cp.async (sm_80 or later)")
-        require(not spec.transposed, "needs a convolution that is not transposed")
-        require(spec.groups == 1, "needs groups 1")
+        if spec.transposed:
+            whole = all(o % s == 0 for o, s in zip(spec.out_spatial, spec.stride, strict=True))
+            require(whole, "needs whole strides of output where it is transposed")
+            coprime = all(math.gcd(d, s) == 1 for d, s in zip(spec.dilation, spec.stride, strict=True))
+            require(coprime, "needs a dilation that shares no divisor with the stride where it is transposed")
+        require(spec.groups < spec.ic or spec.groups == 1, "needs more than one channel in a group")
         need = "tf32" if spec.dtype == "f32" else spec.dtype
         require(need in target.matrix, f"needs matrix units for {need}")
-        require(spec.dtype != "f32" or spec.accuracy != "strict", "sums of three TF32 products are not strict")
+        self.admits(spec)
+
+    def admits(self, spec):
+        """Raise Inapplicable where another schedule of this family is the one for it."""
+        require(spec.dtype != "f32" or spec.accuracy == "tf32", "needs accuracy tf32 for products of TF32")
+
+    #: The groups that may be one, and the type that multiplies.
+    def merges(self, spec):
+        return [1]
+
+    def kind(self, spec):
+        return "tf32" if spec.dtype == "f32" else spec.dtype
 
     def space(self, spec, target):
         step = 2 * _lanes(spec)
-        reduction = _reduction(spec)
+        merges = self.merges(spec)
+        oc, reduction = spec.oc // spec.groups * merges[-1], _reduction(spec, merges[-1])
         return Space(
+            merge_g=merges,
             tile_m=[32, 64, 128, 256],
-            tile_n=[n for n in (16, 32, 64, 128, 256) if n < 2 * max(16, spec.oc)],
+            tile_n=[n for n in (16, 32, 64, 128, 256) if n < 2 * max(16, oc)],
             tile_k=[k for k in (step, 2 * step, 4 * step) if k < 2 * reduction or k == step],
             warps_m=[1, 2, 4],
             warps_n=[1, 2, 4],
@@ -71,7 +91,7 @@ class CudaGemm(Schedule):
         registers = _registers(spec, picks) * 32 * picks.warps_m * picks.warps_n
         require(registers <= 1 << 16, f"{registers} registers in a block, {1 << 16} there")
         require(picks.tile_m * picks.tile_k * BYTES[spec.dtype] % (VECTOR * 32) == 0, "less than a copy per lane")
-        steps = ceildiv(_reduction(spec), picks.tile_k)
+        steps = ceildiv(_reduction(spec, picks.merge_g), picks.tile_k)
         require(picks.split_k <= max(1, steps // 2), "less than two steps for each of split_k")
 
     def default(self, spec, target):
@@ -86,9 +106,9 @@ class CudaGemm(Schedule):
         for tile_m, tile_n, warps_m, warps_n in shapes:
             for tile_k in (2 * step, 4 * step, step):
                 for stages in (4, 3, 2):
-                    for split_k in space["split_k"]:
+                    for split_k, merge_g in itertools.product(space["split_k"], space["merge_g"]):
                         picks = Picks(
-                            tile_m=tile_m, tile_n=tile_n, tile_k=tile_k, warps_m=warps_m, warps_n=warps_n,
+                            merge_g=merge_g, tile_m=tile_m, tile_n=tile_n, tile_k=tile_k, warps_m=warps_m, warps_n=warps_n,
                             stages=stages, split_k=split_k,
                         )  # fmt: skip
                         if self.reason_against(spec, target, picks) is None:
@@ -100,104 +120,109 @@ class CudaGemm(Schedule):
     def program(self, spec, target, picks):
         ops, host, lanes = Operands(spec, native=True), Operands(spec), _lanes(spec)
         stored = tensorize.STORED[spec.dtype]
-        depth = _vectors(spec)  # vectors of channels
-        taps = math.prod(spec.kernel)
-        pixels = spec.n * math.prod(spec.out_spatial)
+        groups, merge = spec.groups // picks.merge_g, picks.merge_g
+        ic_group, oc_group = spec.ic // spec.groups, spec.oc // spec.groups
+        ic, oc = ic_group * merge, oc_group * merge  # of a group from here on
+        depth = ceildiv(ic, lanes)  # vectors of channels
+        taps = _taps(spec)
+        pixels = _pixels(spec)
         m, n, k = _rounded(spec, picks)
         vectors = k // lanes
-        zero = tirx.const(0, stored)
+        products = _phases(spec) * groups
 
-        def packed_weights(o, vector, v):
+        def where(b, vector, v):
+            """Of an element of the reduction: phase, group, tap of that phase per axis, channel of the group."""
+            phase, g = (tirx.floordiv(b, groups), tirx.floormod(b, groups)) if _phases(spec) > 1 else (0, b)
             tap, c = tirx.floordiv(vector, depth), tirx.floormod(vector, depth) * lanes + v
-            inside = tirx.all(o < spec.oc, tap < taps, c < spec.ic)
-            value = host.weights.tensor(o, c, *unflat(tap, spec.kernel))
-            return tirx.if_then_else(inside, value, tirx.const(0, value.ty.dtype))
+            return _phase(spec, phase), g, unflat(tap, taps), c
 
-        packed = [te.compute((n, vectors, lanes), packed_weights, name="weights_packed")]
-        packed += [copied(p, n) for p in host.parameters[1:]]
-        w = te.placeholder((n, vectors, lanes), stored, "weights_in")
+        def packed_weights(b, j, vector, v):
+            phase, g, tap, c = where(b, vector, v)
+            at = [_kernel_tap(spec, axis, phase, t) for axis, t in enumerate(tap)]
+            inside = [j < oc, vector < math.prod(taps) * depth, c < ic]
+            inside += [t < size for t, size in zip(at, spec.kernel, strict=True)]
+            if merge > 1:
+                inside.append(tirx.floordiv(j, oc_group) == tirx.floordiv(c, ic_group))
+            o, c = g * oc + j, g * ic + c
+            own = (c, tirx.floormod(o, oc_group)) if spec.transposed else (o, tirx.floormod(c, ic_group))
+            value = host.weights.tensor(*own, *at)
+            return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, value.ty.dtype))
+
+        packed = [te.compute((products, n, vectors, lanes), packed_weights, name="weights_packed")]
+        packed += [copied(p) for p in host.parameters[1:]]
+        w = te.placeholder(packed[0].shape, stored, "weights_in")
         per_channel = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed[1:]]
 
-        source = _channels_last(spec, ops)
+        source = _channels_last(spec, ops, picks)
 
-        def gathered(pixel, vector, v):
-            image, *out = unflat(pixel, (spec.n, *spec.out_spatial))
-            tap, c = tirx.floordiv(vector, depth), tirx.floormod(vector, depth) * lanes + v
-            at = [
-                o * s + t * d - begin
-                for o, t, s, d, (begin, _) in zip(
-                    out, unflat(tap, spec.kernel), spec.stride, spec.dilation, spec.padding, strict=True
-                )
-            ]
-            conditions = [x >= 0 for x, (begin, _) in zip(at, spec.padding, strict=True) if begin]
-            conditions += [x < size for x, size, (_, end) in zip(at, spec.in_spatial, spec.padding, strict=True) if end]
+        def gathered(b, pixel, vector, v):
+            phase, g, tap, c = where(b, vector, v)
+            image, *out = unflat(pixel, (spec.n, *_grid(spec)))
+            at, conditions = [], []
+            for axis, (o, tap_) in enumerate(zip(out, tap, strict=True)):
+                position, inside = _read(spec, axis, phase, o, tap_)
+                at.append(position)
+                conditions += inside
             if m != pixels:
                 conditions.append(pixel < pixels)
-            if vectors != taps * depth:
-                conditions.append(vector < taps * depth)
-            value = source(image, *at, c)
-            return tirx.if_then_else(tirx.all(*conditions), value, zero) if conditions else value
+            if vectors != math.prod(taps) * depth:
+                conditions.append(vector < math.prod(taps) * depth)
+            value = source(image, *at, g * depth * lanes + c)
+            return tirx.if_then_else(tirx.all(*conditions), value, tirx.const(0, stored)) if conditions else value
 
-        a = te.compute((m, vectors, lanes), gathered, name="gathered")
+        a = te.compute((products, m, vectors, lanes), gathered, name="gathered")
         split = picks.split_k
         outer = te.reduce_axis((0, vectors // split), "vector")
         inner = te.reduce_axis((0, lanes), "v")
 
-        def product(s, i, j):
+        def product(s, g, i, j):
             vector = s * (vectors // split) + outer
-            return te.sum(
-                a[i, vector, inner].astype(ACCUMULATOR) * w[j, vector, inner].astype(ACCUMULATOR), [outer, inner]
-            )
+            left, right = a[g, i, vector, inner], w[g, j, vector, inner]
+            return te.sum(left.astype(ACCUMULATOR) * right.astype(ACCUMULATOR), [outer, inner])
 
-        sums = te.compute((split, m, n), product, name="tile_sums")
-        tile = te.compute((split, m, n), lambda s, i, j: sums[s, i, j], name="tile")
-        if split > 1:
-            parts = te.compute((split, m, n), lambda s, i, j: tile[s, i, j], name="parts")
+        sums = te.compute((split, products, m, n), product, name="tile_sums")
+        tile = te.compute(sums.shape, lambda *index: sums[index], name="tile")
+        total = te.compute(sums.shape, lambda *index: tile[index], name="parts") if split > 1 else tile
 
-        def value(pixel, o):
-            if split > 1:
-                total = parts[0, pixel, o]
-                for s in range(1, split):
-                    total = total + parts[s, pixel, o]
-            else:
-                total = tile[0, pixel, o]
-            image, *out = unflat(pixel, (spec.n, *spec.out_spatial))
+        def value(b, pixel, j):
+            whole = total[0, b, pixel, j]
+            for s in range(1, split):
+                whole = whole + total[s, b, pixel, j]
+            phase, g, _, _ = where(b, 0, 0)
+            o = g * oc + j
+            image, *out = unflat(pixel, (spec.n, *_grid(spec)))
+            if spec.transposed:
+                out = [q * s + f for q, s, f in zip(out, spec.stride, phase, strict=True)]
             residual = ops.residual[ops.order(image, o, out)] if spec.residual else None
-            return epilogue(spec, total, residual=residual, **ops.per_channel(per_channel, o)).astype(stored)
+            return epilogue(spec, whole, residual=residual, **ops.per_channel(per_channel, o)).astype(stored)
 
-        finished = te.compute((pixels, spec.oc), value, name="finished")
-
-        def stored_at(*index):
-            image, o, out = ops.logical(index)
-            return finished[flat((image, *out), (spec.n, *spec.out_spatial)), o]
-
-        dst = te.compute(spec.dst_shape, stored_at, name="dst")
+        finished = te.compute((products, pixels, oc), value, name="finished")
+        dst = te.compute(spec.dst_shape, lambda *index: finished(*_matrix(spec, index, oc)), name="dst")
         return Program(pack=host.pack(*packed), main=ops.main([w, *per_channel], dst))
 
     def apply(self, sch, spec, target, picks):
         warps = picks.warps_m * picks.warps_n
         rows, cols = _warp(picks)
-        kind = {"f16": "f16", "bf16": "bf16"}.get(spec.dtype) or ("tf32" if _single(spec) else "tf32x3")
         lanes = _lanes(spec)
 
         # A block's tile, divided among warps.
         tile = sch.get_sblock("tile")
-        s, i, j = sch.get_loops(tile)
+        s, g, i, j = sch.get_loops(tile)
         block_i, i = sch.split(i, [None, picks.tile_m])
         block_j, j = sch.split(j, [None, picks.tile_n])
         wm, mi = sch.split(i, [picks.warps_m, None])
         wn, nj = sch.split(j, [picks.warps_n, None])
-        sch.reorder(s, block_i, block_j, wm, wn, mi, nj)
-        block, warp = sch.fuse(s, block_i, block_j), sch.fuse(wm, wn)
+        sch.reorder(s, g, block_i, block_j, wm, wn, mi, nj)
+        block, warp = sch.fuse(s, g, block_i, block_j), sch.fuse(wm, wn)
         sch.bind(block, "blockIdx.x")
         sch.bind(warp, "threadIdx.y")
         sch.set_scope(tile, 0, "shared.dyn")
 
         # What becomes of it: dst, its pixels in one row, or the part of a sum that another launch adds up.
         dst = sch.get_sblock("dst")
-        axes = len(spec.dst_shape)
-        sch.transform_block_layout(dst, IndexMap.from_func(lambda *index: _matrix(spec, index), ndim=axes))
-        vector = 1 if spec.layout == "nchw" else math.gcd(VECTOR // BYTES[spec.dtype], spec.oc)
+        axes, oc = len(spec.dst_shape), spec.oc // spec.groups * picks.merge_g
+        sch.transform_block_layout(dst, IndexMap.from_func(lambda *index: _matrix(spec, index, oc), ndim=axes))
+        vector = 1 if spec.layout == "nchw" else math.gcd(VECTOR // BYTES[spec.dtype], oc)
         if picks.split_k > 1:
             parts = sch.get_sblock("parts")
             sch.reverse_compute_at(parts, block, preserve_unit_loops=True)
@@ -206,11 +231,11 @@ class CudaGemm(Schedule):
         else:
             for follower in (sch.get_sblock("finished"), dst):
                 sch.reverse_compute_at(follower, block, preserve_unit_loops=True)
-            loops = sch.get_loops(dst)[1:]
+            g, i, j = sch.get_loops(dst)[1:]
             if spec.layout == "nchw":  # its rows are pixels
-                sch.reorder(loops[1], loops[0])
-                loops.reverse()
-            thread = _within(sch, loops, warps, vector)
+                sch.reorder(j, i)
+                i, j = j, i
+            thread = _within(sch, [g, i, j], warps, vector)
         finished = sch.get_sblock("finished")
         sch.compute_at(finished, thread, preserve_unit_loops=True)
         sch.set_scope(finished, 0, "local")
@@ -231,7 +256,7 @@ class CudaGemm(Schedule):
         sch.set_scope(sch.get_sblock("gathered"), 0, "shared.dyn")
         for copied_block in (sch.get_sblock("gathered"), sch.cache_read(sums, 1, "shared.dyn")):
             sch.compute_at(copied_block, step, preserve_unit_loops=True)
-            sch.storage_align(copied_block, 0, axis=0, factor=2 * lanes, offset=lanes)
+            sch.storage_align(copied_block, 0, axis=1, factor=2 * lanes, offset=lanes)
             *_, i2, k2, v2 = sch.get_loops(copied_block)
             _, ty, tx = sch.split(sch.fuse(i2, k2), [None, warps, 32], preserve_unit_iters=True)
             sch.bind(ty, "threadIdx.y")
@@ -241,25 +266,102 @@ class CudaGemm(Schedule):
         init = sch.decompose_reduction(sums, step)
         tensorize.replace(sch, sch.get_loops(init)[-2], init, tensorize.clear(rows, cols))
         sch.unroll(within)
-        tensorize.replace(sch, i, sums, tensorize.mma(kind, spec.dtype, rows, cols))
+        tensorize.replace(sch, i, sums, tensorize.mma(self.kind(spec), spec.dtype, rows, cols))
         tile = tensorize.replace(sch, mi, tile, tensorize.store(rows, cols))
         # Rows of two-float stores meet no bank twice where they are 8 banks apart.
-        sch.storage_align(tile, 0, axis=1, factor=32, offset=8)
+        sch.storage_align(tile, 0, axis=2, factor=32, offset=8)
         if picks.stages > 1:
             sch.annotate(step, "software_pipeline_stage", [0, 0, picks.stages - 1])
             sch.annotate(step, "software_pipeline_order", [0, 1, 2])
             sch.annotate(step, "software_pipeline_async_stages", [0])
 
-        if _needs_layout(spec):
+        if _needs_layout(spec, picks):
             staged = sch.get_sblock("channels_last")
             _spread(sch, sch.get_loops(staged), 256, 1)
 
 
-def _matrix(spec, index):
-    """The index of dst as (pixel, channel)."""
+def _matrix(spec, index, oc):
+    """The index of dst as (product: phase and group of ``oc`` channels, pixel of it, channel of it)."""
     image, *rest = index
     o, out = (rest[0], rest[1:]) if spec.layout == "nchw" else (rest[-1], rest[:-1])
-    return flat((image, *out), (spec.n, *spec.out_spatial)), o
+    product = tirx.floordiv(o, oc)
+    if spec.transposed:
+        phases = [tirx.floormod(x, s) for x, s in zip(out, spec.stride, strict=True)]
+        product = flat(phases, spec.stride) * (spec.oc // oc) + product
+        out = [tirx.floordiv(x, s) for x, s in zip(out, spec.stride, strict=True)]
+    return product, flat((image, *out), (spec.n, *_grid(spec))), tirx.floormod(o, oc)
+
+
+# ---- taps and pixels of a product --------------------------------------------------------------
+
+
+def _phases(spec):
+    return math.prod(spec.stride) if spec.transposed else 1
+
+
+def _phase(spec, phase):
+    """Per axis."""
+    return unflat(phase, spec.stride) if spec.transposed else [0] * spec.rank
+
+
+def _grid(spec):
+    """Outputs of a phase per axis."""
+    if not spec.transposed:
+        return spec.out_spatial
+    return tuple(o // s for o, s in zip(spec.out_spatial, spec.stride, strict=True))
+
+
+def _pixels(spec):
+    return spec.n * math.prod(_grid(spec))
+
+
+def _taps(spec):
+    """Most taps of a phase per axis."""
+    if not spec.transposed:
+        return spec.kernel
+    return tuple(ceildiv(k, s) for k, s in zip(spec.kernel, spec.stride, strict=True))
+
+
+def _by_phase(spec, axis, phase, value):
+    """``value(phase)`` of an axis as a choice among constants: TVM's simplifier has wrong rules for the arithmetic."""
+    last = spec.stride[axis] - 1
+    chosen = tirx.const(value(last), "int32")
+    for i in reversed(range(last)):
+        chosen = tirx.Select(phase[axis] == i, tirx.const(value(i), "int32"), chosen)
+    return chosen
+
+
+def _first(spec, axis, phase):
+    """The first tap that an output of a phase meets: ``phase + padding - tap * dilation`` is whole strides."""
+    stride = spec.stride[axis]
+    return (phase + spec.padding[axis][0]) * pow(spec.dilation[axis], -1, stride) % stride if stride > 1 else 0
+
+
+def _first_tap(spec, axis, phase):
+    return _by_phase(spec, axis, phase, lambda f: _first(spec, axis, f))
+
+
+def _kernel_tap(spec, axis, phase, tap):
+    """The tap of the kernel that one of a phase is."""
+    return _first_tap(spec, axis, phase) + spec.stride[axis] * tap if spec.transposed else tap
+
+
+def _read(spec, axis, phase, o, tap):
+    """Where output ``o`` reads src for a tap, and when that is inside."""
+    (begin, end), size = spec.padding[axis], spec.in_spatial[axis]
+    stride, dilation = spec.stride[axis], spec.dilation[axis]
+    if not spec.transposed:
+        at = o * stride + tap * dilation - begin
+        return at, [at >= 0] * bool(begin) + [at < size] * bool(end)
+    start = _by_phase(spec, axis, phase, lambda f: (f + begin - _first(spec, axis, f) * dilation) // stride)
+    at = o + start - tap * dilation
+    inside = [at >= 0, at < size]
+    if spec.kernel[axis] % stride:
+        inside.append(_kernel_tap(spec, axis, phase, tap) < spec.kernel[axis])
+    return at, inside
+
+
+# ---- threads -----------------------------------------------------------------------------------
 
 
 def _within(sch, loops, warps, vector):
@@ -284,31 +386,25 @@ def _spread(sch, loops, threads, vector):
     return tx
 
 
-def _single(spec):
-    """Whether one product of TF32 will do."""
-    return spec.accuracy == "tf32"
+# ---- sizes -------------------------------------------------------------------------------------
 
 
 def _lanes(spec):
     return VECTOR // BYTES[spec.dtype]
 
 
-def _vectors(spec):
-    """Vectors of input channels."""
-    return ceildiv(spec.ic, _lanes(spec))
-
-
-def _reduction(spec):
-    return math.prod(spec.kernel) * _vectors(spec) * _lanes(spec)
+def _reduction(spec, merge_g=1):
+    """Length of the reduction, in whole vectors of channels."""
+    lanes = _lanes(spec)
+    return math.prod(_taps(spec)) * round_up(spec.ic // spec.groups * merge_g, lanes)
 
 
 def _rounded(spec, picks):
-    """(pixels, channels, reduction) rounded up to whole tiles."""
-    pixels = spec.n * math.prod(spec.out_spatial)
+    """(pixels, channels of a group, reduction) rounded up to whole tiles."""
     return (
-        round_up(pixels, picks.tile_m),
-        round_up(spec.oc, picks.tile_n),
-        round_up(_reduction(spec), picks.tile_k * picks.split_k),
+        round_up(_pixels(spec), picks.tile_m),
+        round_up(spec.oc // spec.groups * picks.merge_g, picks.tile_n),
+        round_up(_reduction(spec, picks.merge_g), picks.tile_k * picks.split_k),
     )
 
 
@@ -326,26 +422,32 @@ def shared_memory(spec, picks):
 def _registers(spec, picks):
     """Of a thread, about."""
     rows, cols = _warp(picks)
-    fragments = (rows // 16 * 4 + cols // 8 * 2) * (1 if spec.dtype != "f32" or _single(spec) else 3)
+    fragments = (rows // 16 * 4 + cols // 8 * 2) * (3 if spec.dtype == "f32" else 1)
     return rows * cols // 32 + fragments + OTHER_REGISTERS
 
 
-def _needs_layout(spec):
-    return spec.layout == "nchw" or spec.ic % _lanes(spec) != 0
+def _needs_layout(spec, picks):
+    return spec.layout == "nchw" or spec.ic // spec.groups * picks.merge_g % _lanes(spec) != 0
 
 
-def _channels_last(spec, ops):
-    """src as ``f(n, *spatial, channel)``: itself, or laid out with whole vectors of channels by a first launch."""
-    if not _needs_layout(spec):
+def _channels_last(spec, ops, picks):
+    """src as ``f(n, *spatial, channel)``, every group whole vectors of channels: itself, or laid out so by a first
+    launch.
+    """
+    if not _needs_layout(spec, picks):
         return lambda *index: ops.src.tensor(*index)
-    zero = tirx.const(0, tensorize.STORED[spec.dtype])
+    ic = spec.ic // spec.groups * picks.merge_g
+    whole = round_up(ic, _lanes(spec))
 
     def value(image, *rest):
         *at, c = rest
-        read = ops.src.tensor(*ops.order(image, c, at))
-        return tirx.if_then_else(c < spec.ic, read, zero) if spec.ic % _lanes(spec) else read
+        if whole == ic:
+            return ops.src.tensor(*ops.order(image, c, at))
+        g, c = tirx.floordiv(c, whole), tirx.floormod(c, whole)
+        read = ops.src.tensor(*ops.order(image, g * ic + c, at))
+        return tirx.if_then_else(c < ic, read, tirx.const(0, tensorize.STORED[spec.dtype]))
 
-    shape = (spec.n, *spec.in_spatial, _vectors(spec) * _lanes(spec))
+    shape = (spec.n, *spec.in_spatial, spec.groups // picks.merge_g * whole)
     staged = te.compute(shape, value, name="channels_last")
     return lambda *index: staged(*index)
 
@@ -359,7 +461,8 @@ def _seconds(spec, target, picks):
     rows, cols = _warp(picks)
     warps = picks.warps_m * picks.warps_n
     size = BYTES[spec.dtype]
-    blocks = m // picks.tile_m * (n // picks.tile_n) * picks.split_k
+    groups = _phases(spec) * spec.groups // picks.merge_g
+    blocks = groups * (m // picks.tile_m) * (n // picks.tile_n) * picks.split_k
     resident = min(
         target.shared_per_core // (shared_memory(spec, picks) + 1024),
         (1 << 16) // (_registers(spec, picks) * 32 * warps),
@@ -370,7 +473,7 @@ def _seconds(spec, target, picks):
     per_core = ceildiv(blocks, target.cores)
     waves = ceildiv(per_core, resident)
     steps = k // picks.split_k // picks.tile_k
-    products = {2: 1024, 4: 512 if _single(spec) else 170}[size]
+    products = {2: 1024, 4: 512 if spec.accuracy == "tf32" else 170}[size]
     row = picks.tile_k * size
     through = row * (warps * (rows + cols) + picks.tile_m + picks.tile_n)
     step = max(
@@ -383,7 +486,7 @@ def _seconds(spec, target, picks):
     cycles = max(per_core * (steps * step + finish), waves * (steps * alone + finish)) + 2000
     seconds = cycles / 1.4e9
     if picks.split_k > 1:  # another launch, which reads what this one wrote
-        seconds += LAUNCH + picks.split_k * m * n * 8 / 2e12
-    if _needs_layout(spec):
+        seconds += LAUNCH + picks.split_k * groups * m * n * 8 / 2e12
+    if _needs_layout(spec, picks):
         seconds += LAUNCH + 3 * math.prod(spec.src_shape) * size / 1e12
     return seconds

@@ -1,0 +1,25 @@
+"""cuda_gemm for f32: each product as three of TF32, which together are nearly one of f32.
+
+Applies to  what cuda_gemm does, f32, accuracy standard or relaxed.
+Strategy    each operand is the sum of two numbers of 11 bits; the product of the two smaller ones is left out
+            (Ootomo and Yokota, Int. J. High Perform. Comput. Appl. 36(4), 2022).
+Why not     strict accuracy: the error is some 2^-22 of a product, four times that of f32. Nor where infinities
+            must come out: what is left of one is NaN.
+"""
+
+from __future__ import annotations
+
+from convgen.schedule import require
+
+from .cuda_gemm import CudaGemm
+
+
+class CudaGemmTf32x3(CudaGemm):
+    id, version, transforms = "cuda_gemm_tf32x3", 1, True
+
+    def admits(self, spec):
+        require(spec.dtype == "f32", "needs f32")
+        require(spec.accuracy in ("standard", "relaxed"), "its error is that of accuracy standard")
+
+    def kind(self, spec):
+        return "tf32x3"
