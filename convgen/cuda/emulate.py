@@ -171,9 +171,9 @@ def _bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return array.reshape(-1).view(np.uint8)
 
 
-def emulated_driver(directory: Path, capability: tuple[int, int] = (8, 0)) -> Path:
-    """A ``libcuda.so.1`` in ``directory`` whose one device is this CPU and takes the libraries of
-    :func:`compile_emulated` for modules; its compute capability is made up.
+def emulated_driver(directory: Path, capability: tuple[int, int] = (8, 0), devices: int = 1) -> Path:
+    """A ``libcuda.so.1`` in ``directory`` whose devices are this CPU and take the libraries of
+    :func:`compile_emulated` for modules; their compute capability is made up.
 
     Raises:
         BuildError: there is no g++ (``CXX`` may name one), or it failed.
@@ -182,7 +182,7 @@ def emulated_driver(directory: Path, capability: tuple[int, int] = (8, 0)) -> Pa
     major, minor = capability
     with tempfile.TemporaryDirectory(prefix=".emulate-", dir=directory) as folder:
         Path(folder, "driver.cpp").write_text(runtime_source("emulated_driver.cpp"), encoding="utf-8")
-        defines = (f"-DMAJOR={major}", f"-DMINOR={minor}")
+        defines = (f"-DMAJOR={major}", f"-DMINOR={minor}", f"-DDEVICES={devices}")
         flags = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", "-fno-gnu-unique")
         _compile((*flags, *defines, "-o", str(library), "driver.cpp", "-ldl"), folder)
     return library
