@@ -127,7 +127,10 @@ def _export(array: Any, stream: int) -> object:
 
 def _read(name: str, capsule: object) -> View:
     """What a capsule holds. It is not taken over: the array's owner frees it with the capsule."""
-    kind, writable = _name(capsule), True
+    try:
+        kind, writable = _name(capsule), True
+    except ValueError:
+        raise KernelError(f"{name}: expected a DLPack capsule, found {type(capsule).__name__}") from None
     if kind == b"dltensor_versioned":
         versioned = _Versioned.from_address(_pointer(capsule, kind))
         if versioned.major != 1:
