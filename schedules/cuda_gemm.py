@@ -221,7 +221,8 @@ class CudaGemm(Schedule):
         # What becomes of it: dst, its pixels in one row, or the part of a sum that another launch adds up.
         dst = sch.get_sblock("dst")
         axes, oc = len(spec.dst_shape), spec.oc // spec.groups * picks.merge_g
-        sch.transform_block_layout(dst, IndexMap.from_func(lambda *index: _matrix(spec, index, oc), ndim=axes))
+        matrix = IndexMap.from_func(lambda *index: _matrix(spec, index, oc), ndim=axes, index_dtype="int32")
+        sch.transform_block_layout(dst, matrix)
         vector = 1 if spec.layout == "nchw" else math.gcd(VECTOR // BYTES[spec.dtype], oc)
         if picks.split_k > 1:
             parts = sch.get_sblock("parts")

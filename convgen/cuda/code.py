@@ -95,11 +95,10 @@ def _split(lowered: Lowered) -> tuple[Any, Any]:
 
 
 def _passes() -> list[Any]:
-    """TVM's default pipeline for GPUs, less what no kernel here has.
-
-    Shared memory is reused by one pass only, and pointers into it are resolved before: StorageRewrite as well as
-    merging let buffers of different element types share a name, and pointers are then refused.
+    """TVM's default pipeline for GPUs, less what no kernel here has. StorageRewrite would let buffers in shared
+    memory share a name; one pass that reuses memory is enough.
     """
+    import tvm
     from tvm import s_tir, tirx
 
     s, t = s_tir.transform, tirx.transform
@@ -136,11 +135,40 @@ def _passes() -> list[Any]:
         s.ThreadSync("shared.dyn"),
         s.LowerThreadAllreduce(),
         s.InjectPTXAsyncCopy(),
-        t.LowerIntrin(),
         s.MergeSharedMemoryAllocations(),
+        tvm.transform.module_pass(lambda module, _: _resolve_pointers(module), opt_level=0, name="ResolvePointers"),
         t.SplitHostDevice(),
         t.MakePackedAPI(),
     ]
+
+
+def _resolve_pointers(module: Any) -> Any:
+    """Pointers into shared memory as calls of device.h's ``cg_at``.
+
+    Buffers of several element types are parts of one there, and TVM refuses pointers of another type than the
+    buffer it takes for the whole. TIR has no mutator in Python: the serialised form is edited.
+    """
+    import tvm
+
+    graph = json.loads(tvm.ir.save_json(module))
+    nodes = graph["nodes"]
+    operators = {node["data"]: i for i, node in enumerate(nodes) if node["type"] == "ir.Op"}
+    pointer, extern = operators.get("tirx.tvm_access_ptr"), operators.get("tirx.call_extern")
+    if pointer is None or extern is None:
+        return module
+    text = next(node for node in nodes if node["type"] == "ir.StringImm")["data"]
+    for node in list(nodes):
+        if node["type"] != "ir.Call" or node["data"]["op"] != pointer:
+            continue
+        element, data, offset, _, _ = nodes[node["data"]["args"]]["data"]
+        if nodes[nodes[nodes[data]["data"]["ty"]]["data"]["storage_scope"]]["data"] != "shared.dyn":
+            continue
+        bits = int(re.sub(r"\D", "", nodes[nodes[element]["data"]["ty"]]["data"]["dtype"]))
+        nodes.append({"type": "ffi.String", "data": f"cg_at<{bits // 8}>"})
+        nodes.append({"type": "ir.StringImm", "data": {**text, "value": len(nodes) - 1}})
+        nodes.append({"type": "ffi.Array", "data": [len(nodes) - 1, data, offset]})
+        node["data"] |= {"op": extern, "args": len(nodes) - 1}
+    return tvm.ir.load_json(json.dumps(graph))
 
 
 def _cuda_text(device: Any, target: Target) -> str:

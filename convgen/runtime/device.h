@@ -160,6 +160,9 @@ CG_DEVICE half __float2half_rn(float x) { return half(x); }
 CG_DEVICE float __half2float(half x) { return float(x); }
 CG_DEVICE uint32_t __pack_half2(half x, half y) { return (uint32_t)y.bits << 16 | x.bits; }
 
+/* An element of so many bytes in shared memory. */
+template <int BYTES> CG_DEVICE void *cg_at(void *shared, int offset) { return (char *)shared + offset * BYTES; }
+
 /* ---- a warp's tile of a matrix product --------------------------------------------------------- */
 
 /* 32 bytes of the reduction at a time, whatever the type: 16 elements of two bytes, 8 of four. The tile is
@@ -243,7 +246,7 @@ template <int ROWS, int COLS> CG_DEVICE void cg_clear_tile(float *acc)
 }
 
 /* The tile as a matrix in memory, its rows ldc floats apart (even). */
-template <int ROWS, int COLS> CG_DEVICE void cg_store_tile(float *c, int ldc, const float *acc)
+template <int ROWS, int COLS> CG_DEVICE void cg_store_tile(void *c, int ldc, const float *acc)
 {
     const int lane = cg_lane();
 #pragma unroll
@@ -251,6 +254,6 @@ template <int ROWS, int COLS> CG_DEVICE void cg_store_tile(float *c, int ldc, co
 #pragma unroll
         for (int j = 0; j < COLS / 8; ++j) {
             const float *from = acc + (i / 2 * (COLS / 8) + j) * 4 + i % 2 * 2;
-            *(float2 *)(c + (i * 8 + lane / 4) * ldc + j * 8 + lane % 4 * 2) = make_float2(from[0], from[1]);
+            *(float2 *)((float *)c + (i * 8 + lane / 4) * ldc + j * 8 + lane % 4 * 2) = make_float2(from[0], from[1]);
         }
 }
