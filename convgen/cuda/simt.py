@@ -21,6 +21,8 @@ from .tiles import Size, Tile
 
 #: Elements of an access that is 16 bytes of f32, and 8 of f16 or bf16.
 LANES = 4
+#: Loads that a thread has under way at once.
+MOST_UNROLLED = 8
 
 
 @contextmanager
@@ -56,7 +58,8 @@ def unrolled(block: Block, extent: int) -> Iterator[tuple[Block, Expr]]:
 def together(block: Block, count: int, threads: int) -> Iterator[tuple[Block, Expr]]:
     """All threads of a block share ``count`` pieces of work, neighbours doing neighbouring ones."""
     rounds = ceildiv(count, threads)
-    with bound(block, threads, "threadIdx.x") as (body, thread), unrolled(body, rounds) as (one, turn):
+    loop = unrolled if rounds <= MOST_UNROLLED else Block.loop  # more at once would take too many registers
+    with bound(block, threads, "threadIdx.x") as (body, thread), loop(body, rounds) as (one, turn):
         piece = one.let(turn * threads + thread)
         if count % threads:
             with one.when(piece < count) as within:
