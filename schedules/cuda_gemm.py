@@ -66,6 +66,15 @@ class CudaGemm(Schedule):
     def kind(self, spec):
         return "tf32" if spec.dtype == "f32" else spec.dtype
 
+    #: Vectors of the reduction that the intrinsic takes, itself, and bytes after every row in shared memory.
+    padding = VECTOR
+
+    def depth(self, spec):
+        return tensorize.STEP // VECTOR
+
+    def intrinsic(self, spec, picks):
+        return tensorize.mma(self.kind(spec), spec.dtype, *_warp(picks))
+
     def space(self, spec, target):
         step = 2 * _lanes(spec)
         merges = self.merges(spec)
@@ -86,7 +95,7 @@ class CudaGemm(Schedule):
         require(picks.tile_m % (16 * picks.warps_m) == 0 and picks.tile_n % (8 * picks.warps_n) == 0, "warps without a tile")
         require(rows * cols <= 64 * 64, f"{rows} × {cols} sums of a warp, registers for {64 * 64}")
         require(2 <= picks.warps_m * picks.warps_n <= 16, "2 to 16 warps in a block")
-        need = shared_memory(spec, picks)
+        need = self.shared_memory(spec, picks)
         require(need <= target.shared_memory, f"{need} bytes of shared memory, {target.shared_memory} there")
         registers = _registers(spec, picks) * 32 * picks.warps_m * picks.warps_n
         require(registers <= 1 << 16, f"{registers} registers in a block, {1 << 16} there")
@@ -95,27 +104,73 @@ class CudaGemm(Schedule):
         require(picks.split_k <= max(1, steps // 2), "less than two steps for each of split_k")
 
     def default(self, spec, target):
-        return min(self._likely(spec, target), key=lambda picks: _seconds(spec, target, picks))
+        points = [p for p in self.likely(spec, target) if self.reason_against(spec, target, p) is None]
+        return min(points, key=lambda picks: self.seconds(spec, target, picks))
 
-    def _likely(self, spec, target):
-        """Points worth a prediction: a few dozen."""
-        space = self.space(spec, target).domains
-        step = 2 * _lanes(spec)
+    def likely(self, spec, target):
+        """Points worth a prediction: a few hundred; at least one is valid."""
+        domains = self.space(spec, target).domains
         shapes = [(256, 128, 4, 2), (128, 256, 2, 4), (128, 128, 2, 2), (128, 64, 2, 2), (64, 128, 2, 2)]
         shapes += [(64, 64, 2, 2), (128, 32, 4, 1), (64, 32, 2, 1), (32, 64, 1, 2), (32, 32, 2, 1), (64, 16, 4, 1)]
-        for tile_m, tile_n, warps_m, warps_n in shapes:
-            for tile_k in (2 * step, 4 * step, step):
-                for stages in (4, 3, 2):
-                    for split_k, merge_g in itertools.product(space["split_k"], space["merge_g"]):
-                        picks = Picks(
-                            merge_g=merge_g, tile_m=tile_m, tile_n=tile_n, tile_k=tile_k, warps_m=warps_m, warps_n=warps_n,
-                            stages=stages, split_k=split_k,
-                        )  # fmt: skip
-                        if self.reason_against(spec, target, picks) is None:
-                            yield picks
+        others = [domains[name] for name in ("tile_k", "stages", "split_k", "merge_g")]
+        for (tile_m, tile_n, warps_m, warps_n), (tile_k, stages, split_k, merge_g) in itertools.product(
+            shapes, itertools.product(*others)
+        ):
+            yield Picks(
+                merge_g=merge_g, tile_m=tile_m, tile_n=tile_n, tile_k=tile_k,
+                warps_m=warps_m, warps_n=warps_n, stages=stages, split_k=split_k,
+            )  # fmt: skip
+
+    def rate(self, spec):
+        """Products per core and cycle."""
+        return {2: 1024, 4: 512 if spec.accuracy == "tf32" else 170}[BYTES[spec.dtype]]
+
+    def shared_memory(self, spec, picks):
+        """Bytes of a block: the steps under way, and the sums on their way out."""
+        row = picks.tile_k * BYTES[spec.dtype] + self.padding
+        sums = picks.tile_m * (round_up(picks.tile_n - 8, 32) + 8) * 4
+        return max(picks.stages * (picks.tile_m + picks.tile_n) * row, sums)
 
     def cost(self, spec, target):
-        return _seconds(spec, target, self.default(spec, target))
+        return self.seconds(spec, target, self.default(spec, target))
+
+    def seconds(self, spec, target, picks):
+        """Predicted seconds: what limits a core, matrix units or the way to its shared memory, and what waits.
+
+        Rates are of an A100, per core and cycle; waiting is for L2, once per step where few steps are under way.
+        """
+        m, n, k = _rounded(spec, picks)
+        rows, cols = _warp(picks)
+        warps = picks.warps_m * picks.warps_n
+        size = BYTES[spec.dtype]
+        groups = _phases(spec) * spec.groups // picks.merge_g
+        blocks = groups * (m // picks.tile_m) * (n // picks.tile_n) * picks.split_k
+        resident = min(
+            target.shared_per_core // (self.shared_memory(spec, picks) + 1024),
+            (1 << 16) // (_registers(spec, picks) * 32 * warps),
+            target.threads_per_core // (32 * warps),
+        )
+        if not resident:
+            return math.inf
+        per_core = ceildiv(blocks, target.cores)
+        waves = ceildiv(per_core, resident)
+        steps = k // picks.split_k // picks.tile_k
+        row = picks.tile_k * size
+        through = row * (warps * (rows + cols) + picks.tile_m + picks.tile_n)
+        step = max(
+            picks.tile_m * picks.tile_n * picks.tile_k / self.rate(spec),
+            through / 128,
+            row * (picks.tile_m + picks.tile_n) / 40,
+        )
+        alone = max(800 / (picks.stages - 1), 4 * (picks.tile_k * size / 32) * (rows // 16 * (cols // 8)) * 2)
+        finish = picks.tile_m * picks.tile_n * (8 / 128 + size / 40)
+        cycles = max(per_core * (steps * step + finish), waves * (steps * alone + finish)) + 2000
+        seconds = cycles / 1.4e9
+        if picks.split_k > 1:  # another launch, which reads what this one wrote
+            seconds += LAUNCH + picks.split_k * groups * m * n * 8 / 2e12
+        if _needs_layout(spec, picks):
+            seconds += LAUNCH + 3 * math.prod(spec.src_shape) * size / 1e12
+        return seconds
 
     def program(self, spec, target, picks):
         ops, host, lanes = Operands(spec, native=True), Operands(spec), _lanes(spec)
@@ -251,13 +306,15 @@ class CudaGemm(Schedule):
         sch.compute_at(sums, warp, preserve_unit_loops=True)
         sch.set_scope(sums, 0, "local")
         *_, i, j, k, v = sch.get_loops(sums)
-        step, within, k = sch.split(k, [None, picks.tile_k // (2 * lanes), 2])
+        depth = self.depth(spec)
+        step, within, k = sch.split(k, [None, picks.tile_k // (depth * lanes), depth])
         sch.reorder(step, within, i, j, k, v)
 
         sch.set_scope(sch.get_sblock("gathered"), 0, "shared.dyn")
         for copied_block in (sch.get_sblock("gathered"), sch.cache_read(sums, 1, "shared.dyn")):
             sch.compute_at(copied_block, step, preserve_unit_loops=True)
-            sch.storage_align(copied_block, 0, axis=1, factor=2 * lanes, offset=lanes)
+            if self.padding:
+                sch.storage_align(copied_block, 0, axis=1, factor=2 * lanes, offset=lanes)
             *_, i2, k2, v2 = sch.get_loops(copied_block)
             _, ty, tx = sch.split(sch.fuse(i2, k2), [None, warps, 32], preserve_unit_iters=True)
             sch.bind(ty, "threadIdx.y")
@@ -267,7 +324,7 @@ class CudaGemm(Schedule):
         init = sch.decompose_reduction(sums, step)
         tensorize.replace(sch, sch.get_loops(init)[-2], init, tensorize.clear(rows, cols))
         sch.unroll(within)
-        tensorize.replace(sch, i, sums, tensorize.mma(self.kind(spec), spec.dtype, rows, cols))
+        tensorize.replace(sch, i, sums, self.intrinsic(spec, picks))
         tile = tensorize.replace(sch, mi, tile, tensorize.store(rows, cols))
         # Rows of two-float stores meet no bank twice where they are 8 banks apart.
         sch.storage_align(tile, 0, axis=2, factor=32, offset=8)
@@ -414,12 +471,6 @@ def _warp(picks):
     return picks.tile_m // picks.warps_m, picks.tile_n // picks.warps_n
 
 
-def shared_memory(spec, picks):
-    """Bytes of shared memory of a block: the steps under way, and the sums on their way out."""
-    row = picks.tile_k * BYTES[spec.dtype] + VECTOR
-    return picks.stages * (picks.tile_m + picks.tile_n) * row + picks.tile_m * (picks.tile_n + 24) * 4
-
-
 def _registers(spec, picks):
     """Of a thread, about."""
     rows, cols = _warp(picks)
@@ -451,43 +502,3 @@ def _channels_last(spec, ops, picks):
     shape = (spec.n, *spec.in_spatial, spec.groups // picks.merge_g * whole)
     staged = te.compute(shape, value, name="channels_last")
     return lambda *index: staged(*index)
-
-
-def _seconds(spec, target, picks):
-    """Predicted seconds: what limits a core, matrix units or the way to its shared memory, and what waits.
-
-    Rates are of an A100, per core and cycle; waiting is for L2, once per step where few steps are under way.
-    """
-    m, n, k = _rounded(spec, picks)
-    rows, cols = _warp(picks)
-    warps = picks.warps_m * picks.warps_n
-    size = BYTES[spec.dtype]
-    groups = _phases(spec) * spec.groups // picks.merge_g
-    blocks = groups * (m // picks.tile_m) * (n // picks.tile_n) * picks.split_k
-    resident = min(
-        target.shared_per_core // (shared_memory(spec, picks) + 1024),
-        (1 << 16) // (_registers(spec, picks) * 32 * warps),
-        target.threads_per_core // (32 * warps),
-    )
-    if not resident:
-        return math.inf
-    per_core = ceildiv(blocks, target.cores)
-    waves = ceildiv(per_core, resident)
-    steps = k // picks.split_k // picks.tile_k
-    products = {2: 1024, 4: 512 if spec.accuracy == "tf32" else 170}[size]
-    row = picks.tile_k * size
-    through = row * (warps * (rows + cols) + picks.tile_m + picks.tile_n)
-    step = max(
-        picks.tile_m * picks.tile_n * picks.tile_k / products,
-        through / 128,
-        row * (picks.tile_m + picks.tile_n) / 40,
-    )
-    alone = max(800 / (picks.stages - 1), 4 * (picks.tile_k * size / 32) * (rows // 16 * (cols // 8)) * 2)
-    finish = picks.tile_m * picks.tile_n * (8 / 128 + size / 40)
-    cycles = max(per_core * (steps * step + finish), waves * (steps * alone + finish)) + 2000
-    seconds = cycles / 1.4e9
-    if picks.split_k > 1:  # another launch, which reads what this one wrote
-        seconds += LAUNCH + picks.split_k * groups * m * n * 8 / 2e12
-    if _needs_layout(spec, picks):
-        seconds += LAUNCH + 3 * math.prod(spec.src_shape) * size / 1e12
-    return seconds

@@ -23,6 +23,7 @@ from ..interrupts import interrupts_held
 from ..link import source as runtime_source
 from ..lower import Lowered
 from ..target import Target
+from .tensorize import wgmma_definition
 
 #: TVM's words -> those of device.h. Its copies are told the type's name and sizes in the function's name.
 _WORDS = (
@@ -32,6 +33,8 @@ _WORDS = (
     (r"alignas\(\d+\) float (\w*tile_sums\w*)\[(\d+)\]", lambda m: f"float {m[1]}[{int(m[2]) // 32}]"),
 )
 _AXES = ("x", "y", "z")
+#: Shared memory of a kernel that swizzles starts at a multiple of so many bytes, and is whole ones.
+_SWIZZLE = 1024
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,22 @@ def _cuda_text(device: Any, target: Target) -> str:
     kernels = _asynchronous(kernels)
     for pattern, word in _WORDS:
         kernels = re.sub(pattern, word, kernels)
-    return '#include "device.h"\n\n' + kernels
+    head = '#include "device.h"\n\n'
+    wide = sorted(set(re.findall(r"cg_wgmma_tile<cg_(\w+), (\d+)>", kernels)))
+    if wide:
+        head += "#ifndef CONVGEN_EMULATE\n"
+        head += "".join(wgmma_definition(kind, int(cols)) for kind, cols in wide) + "#endif\n\n"
+        kernels = "".join(map(_swizzled, re.split(r'(?=extern "C" __global__)', kernels)))
+    return head + kernels
+
+
+def _swizzled(kernel: str) -> str:
+    """A kernel whose copies go where wgmma reads, and are visible to it; others as they are."""
+    if "cg_wgmma_tile" not in kernel:
+        return kernel
+    kernel = kernel.replace("cg_copy_async<16>(", "cg_copy_swizzled(")
+    kernel = re.sub(r"cg_wait<\d+>\(\);", r"\g<0> cg_fence_async();", kernel)
+    return re.sub(r"(extern __shared__ __align__)\(\d+\)", rf"\1({_SWIZZLE})", kernel)
 
 
 def _asynchronous(text: str) -> str:
@@ -255,16 +273,19 @@ def _launches(host: Any, device: Any, text: str, arguments: dict[str, str]) -> D
                 taken.append(f"workspace{position}")
             else:
                 raise BuildError(f"{name}: expected a tensor, found the parameter {variable}")
-        launches.append(
-            Launch(
-                name,
-                _three(tags, extents, "blockIdx"),
-                _three(tags, extents, "threadIdx"),
-                extents[tags.index("tirx.use_dyn_shared_memory")] if "tirx.use_dyn_shared_memory" in tags else 0,
-                tuple(taken),
-            )
-        )
+        shared = dict(zip(tags, extents, strict=True)).get("tirx.use_dyn_shared_memory", 0)
+        if f"__align__({_SWIZZLE})" in _body(text, name):
+            shared = -(-shared // _SWIZZLE) * _SWIZZLE
+        grid, block = _three(tags, extents, "blockIdx"), _three(tags, extents, "threadIdx")
+        launches.append(Launch(name, grid, block, shared, tuple(taken)))
     return DeviceSource(text, tuple(launches), tuple(sizes[name] for name in spaces))
+
+
+def _body(text: str, name: str) -> str:
+    """A function's text."""
+    start = text.index(f" {name}(")
+    end = text.find('extern "C" __global__', start)
+    return text[start:end] if end >= 0 else text[start:]
 
 
 def _three(tags: list[str], extents: list[int], kind: str) -> tuple[int, int, int]:

@@ -18,6 +18,8 @@ from ..compute import ACCUMULATOR
 STORED = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 #: Bytes of a step of the reduction.
 STEP = 32
+#: Bytes of a row in shared memory as wgmma takes them.
+ROW = 128
 
 _described: ContextVar[bool] = ContextVar("described", default=False)
 
@@ -93,6 +95,63 @@ def mma(kind: str, dtype: str, rows: int, cols: int) -> str:
             )
 
     return _registered(f"convgen_mma_{kind}_{dtype}_{rows}x{cols}", description, implementation)
+
+
+@functools.cache
+def wgmma(kind: str, dtype: str, cols: int) -> str:
+    """What :func:`mma` computes, over rows of 128 bytes, with 16 rows to each of the four warps of a warpgroup."""
+    from tvm.script import tirx as T  # noqa: N812
+
+    size = 4 if dtype == "f32" else 2
+    lanes, stored, rows, vectors = 16 // size, STORED[dtype], 16, ROW // 16
+    function = f"cg_wgmma_tile<cg_{kind}, {cols}>"
+
+    def wide(value: Any) -> Any:
+        return value.astype(ACCUMULATOR)
+
+    @T.prim_func(s_tir=True, private=True)
+    def description(c: T.handle, a: T.handle, b: T.handle) -> None:
+        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        A = T.match_buffer(a, (rows, vectors, lanes), stored, offset_factor=1, scope="shared.dyn")
+        B = T.match_buffer(b, (cols, vectors, lanes), stored, offset_factor=1, scope="shared.dyn")
+        with T.sblock("root"):
+            T.reads(C[0:rows, 0:cols], A[0:rows, 0:vectors, 0:lanes], B[0:cols, 0:vectors, 0:lanes])
+            T.writes(C[0:rows, 0:cols])
+            for i, j, k, v in T.grid(rows, cols, vectors, lanes):
+                with T.sblock("product"):
+                    vi, vj, vk, vv = T.axis.remap("SSRR", [i, j, k, v])
+                    C[vi, vj] = C[vi, vj] + wide(A[vi, vk, vv]) * wide(B[vj, vk, vv])
+
+    @T.prim_func(s_tir=True, private=True)
+    def implementation(c: T.handle, a: T.handle, b: T.handle) -> None:
+        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        A = T.match_buffer(a, (rows, vectors, lanes), stored, offset_factor=1, scope="shared.dyn")
+        B = T.match_buffer(b, (cols, vectors, lanes), stored, offset_factor=1, scope="shared.dyn")
+        with T.sblock("root"):
+            T.reads(C[0:rows, 0:cols], A[0:rows, 0:vectors, 0:lanes], B[0:cols, 0:vectors, 0:lanes])
+            T.writes(C[0:rows, 0:cols])
+            T.evaluate(T.call_extern("void", function, C.access_ptr("rw"), A.access_ptr("r"), B.access_ptr("r")))
+
+    return _registered(f"convgen_wgmma_{kind}_{dtype}_{cols}", description, implementation)
+
+
+def wgmma_definition(kind: str, cols: int) -> str:
+    """The instruction for tiles 64 × ``cols``, in CUDA: ``cg_wgmma`` of device.h.
+
+    Source: PTX ISA, "Asynchronous Multiply-and-Accumulate Instruction: wgmma.mma_async".
+    """
+    count = cols // 2
+    sums = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+f"(acc[{i}])' for i in range(count))
+    return f"""\
+template <> struct cg_wgmma<cg_{kind}, {cols}> {{
+    static CG_DEVICE void mma(float *acc, uint64_t a, uint64_t b)
+    {{
+        asm volatile("wgmma.mma_async.sync.aligned.m64n{cols}k16.f32.{kind}.{kind} {{{sums}}}, %{count}, %{count + 1}, "
+                     "1, 1, 1, 0, 0;" : {outputs} : "l"(a), "l"(b));
+    }}
+}};
+"""
 
 
 @functools.cache

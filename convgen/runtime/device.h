@@ -8,6 +8,11 @@
  */
 #ifdef CONVGEN_EMULATE
 #include "emulate.h"
+inline uint32_t cg_shared_address(const void *p)
+{
+    return (uint32_t)((const char *)p - (const char *)emulation::dynamic_shared());
+}
+
 #else
 
 #define CG_DEVICE __device__ __forceinline__
@@ -170,12 +175,14 @@ template <int BYTES> CG_DEVICE void *cg_at(void *shared, int offset) { return (c
  * rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and the next. */
 struct cg_f16 {
     static constexpr int bytes = 2;
+    static CG_DEVICE float value(uint16_t bits) { return cg_of_f16(bits); }
     static CG_DEVICE void mma(float *d, const uint32_t (&a)[4], const uint32_t *b) { cg_mma_f16(d, a, b); }
 };
 
 #if defined CONVGEN_EMULATE || __CUDA_ARCH__ >= 800
 struct cg_bf16 {
     static constexpr int bytes = 2;
+    static CG_DEVICE float value(uint16_t bits) { return __uint_as_float((uint32_t)bits << 16); }
     static CG_DEVICE void mma(float *d, const uint32_t (&a)[4], const uint32_t *b) { cg_mma_bf16(d, a, b); }
 };
 
@@ -237,6 +244,79 @@ CG_DEVICE void cg_mma_tile(float *acc, const void *a, int lda, const void *b, in
             T::mma(acc + (i * N + j) * 4, x[i], y[j]);
 }
 #endif
+
+/* ---- Hopper: a warpgroup's tile ---------------------------------------------------------------- */
+
+/* Rows of 128 bytes in shared memory, in the swizzle that wgmma reads: of every 1024 bytes, 16-byte chunk c of
+ * row r is where c ^ r would be (PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout"). Shared
+ * memory starts at a multiple of 1024 bytes, and so does every tile. */
+#if defined CONVGEN_EMULATE || defined __CUDA_ARCH_FEAT_SM90_ALL
+CG_DEVICE void cg_copy_swizzled(void *shared, const void *global, bool valid = true)
+{
+    const uint32_t address = cg_shared_address(shared);
+    cg_copy_async<16>((char *)shared + (int)((address ^ (address >> 3 & 0x70)) - address), global, valid);
+}
+
+/* Of a tile whose rows follow one another: 1024 bytes from 8 rows to the next 8, 128-byte swizzle. */
+CG_DEVICE uint64_t cg_descriptor(const void *tile)
+{
+    return (uint64_t)1 << 62 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 16 | (cg_shared_address(tile) >> 4 & 0x3fff);
+}
+
+template <class T, int COLS> struct cg_wgmma; /* defined where it is used: its operands are a list as long as COLS */
+
+#ifdef CONVGEN_EMULATE
+/* Every thread computes its own sums: what it reads of shared memory is what the instruction reads. */
+template <class T, int COLS> struct cg_wgmma {
+    static void mma(float *acc, uint64_t a, uint64_t b)
+    {
+        const int lane = cg_lane(), warp = threadIdx.y % 4;
+        for (int i = 0; i < COLS / 2; ++i) {
+            const int row = warp * 16 + i / 2 % 2 * 8 + lane / 4, col = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            for (int k = 0; k < 16; ++k)
+                acc[i] += T::value(element(a, row, k)) * T::value(element(b, col, k));
+        }
+    }
+
+    static uint16_t element(uint64_t descriptor, int row, int k)
+    {
+        if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0 || (descriptor & 0x3f) * 16 % 1024 >= 128)
+            __builtin_trap(); /* another layout, or a tile that starts elsewhere */
+        const uint32_t stride = (descriptor >> 32 & 0x3fff) << 4, start = (descriptor & 0x3fff) << 4;
+        uint32_t address = start + row / 8 * stride + row % 8 * 128 + k * 2;
+        address ^= address >> 3 & 0x70;
+        return *(const uint16_t *)((const char *)emulation::dynamic_shared() + address);
+    }
+};
+
+CG_DEVICE void cg_wgmma_begin() {}
+CG_DEVICE void cg_wgmma_end() {}
+CG_DEVICE void cg_fence_async() {}
+#else
+/* Sums in registers and what this thread wrote to shared memory are the instruction's from here on. */
+CG_DEVICE void cg_wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+CG_DEVICE void cg_wgmma_end()
+{
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+/* Copies that have arrived become visible to wgmma, which reads through another proxy than threads write. */
+CG_DEVICE void cg_fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#endif
+
+/* acc += a b^T over 128 bytes of the reduction. The warpgroup's tile is 64 rows; a points to this warp's 16. */
+template <class T, int COLS> CG_DEVICE void cg_wgmma_tile(float *acc, const void *a, const void *b)
+{
+    const uint64_t x = cg_descriptor((const char *)a - threadIdx.y % 4 * (16 * 128)), y = cg_descriptor(b);
+    cg_wgmma_begin();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) /* 32 bytes further within the swizzled rows */
+        cg_wgmma<T, COLS>::mma(acc, x + k * 2, y + k * 2);
+    cg_wgmma_end();
+}
+#endif
+
+/* ---- sums in and out --------------------------------------------------------------------------- */
 
 template <int ROWS, int COLS> CG_DEVICE void cg_clear_tile(float *acc)
 {
