@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import dtypes
+from .cuda.driver import device
 from .dtypes import UNDERFLOW, distance, narrow, numpy_dtype, widen
 from .errors import KernelError, MeasureError, ValidationError
 from .sandbox import Arrays, Run, run_guarded
@@ -46,6 +47,7 @@ CLASS_FACTOR = {"strict": 1.0, "standard": 8.0, "relaxed": 64.0}
 ACTIVATION_ERROR = 16.0
 #: Seconds a kernel may take in the sandbox, per GFLOP and at least.
 SECONDS_PER_GFLOP, SECONDS_AT_LEAST = 60.0, 120.0
+EMULATED_SECONDS_PER_GFLOP = 10_000.0
 
 
 def error_factor(spec: ConvSpec) -> float:
@@ -179,7 +181,8 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
 
     Exact integer data, float data against the bound, NaN and infinities; each between guard pages
     with the output poisoned, on 1, the kernel's and one more thread; the same bits for any thread count;
-    and the Python call refuses what is not contiguous.
+    and the Python call refuses what is not contiguous. A GPU's kernel runs in its memory, with NaN
+    around the buffers; where there is no such GPU, emulated (:mod:`convgen.cuda.emulate`), which is slow.
 
     A failed check is reported, not raised; see :meth:`Report.raise_if_failed`.
     """
@@ -191,17 +194,31 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
         cases["special"] = special_data(spec, seed)
     try:
         with tempfile.TemporaryDirectory(prefix="convgen-") as directory:
-            limit = SECONDS_AT_LEAST + SECONDS_PER_GFLOP * spec.flops / 1e9
-            outputs = run_guarded(kernel.path, kernel.name, spec, cases, threads, Path(directory), limit)
+            library, driver = _runnable(kernel, Path(directory))
+            limit = SECONDS_AT_LEAST + (EMULATED_SECONDS_PER_GFLOP if driver else SECONDS_PER_GFLOP) * spec.flops / 1e9
+            outputs = run_guarded(
+                library,
+                kernel.name,
+                spec,
+                cases,
+                threads,
+                Path(directory),
+                limit,
+                on_device=kernel.on_device,
+                environment={"CONVGEN_CUDA_DRIVER": str(driver)} if driver else {},
+            )
     except MeasureError as error:
         checks.append(Check("memory", False, str(error)))
         outputs = {}
     else:
-        checks.append(Check("memory", True, f"{len(outputs)} runs between guard pages, inputs read-only"))
+        found = (
+            "in device memory, nothing else written" if kernel.on_device else "between guard pages, inputs read-only"
+        )
+        checks.append(Check("memory", True, f"{len(outputs)} runs {found}{', emulated' * bool(driver)}"))
 
     if outputs:
         firsts = {case: next(out for run, out in outputs.items() if run.case == case) for case in cases}
-        checks.append(_same(outputs, firsts))
+        checks.append(_same(kernel, outputs, firsts))
         expected = reference(spec, cases["float"], threads)
         bound = tolerance(spec, cases["float"], threads)
         ratio = worst(distance(firsts["float"], expected), bound)
@@ -210,7 +227,8 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
         checks.append(_exact(kernel, cases["exact"], firsts["exact"]))
         if "special" in cases:
             checks.append(_special(spec, cases["special"], firsts["special"], threads))
-    checks.append(_refusal(kernel))
+    if not kernel.on_device:
+        checks.append(_refusal(kernel))
     repro = (
         f'convgen validate "{spec.descriptor}" --target {kernel.target} --threads {threads} '
         f'--schedule {kernel.schedule} --picks "{kernel.picks}" --seed {seed}'
@@ -220,11 +238,24 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
     )
 
 
-def _same(outputs: dict[Run, Stored], firsts: dict[str, Stored]) -> Check:
+def _runnable(kernel: Kernel, directory: Path) -> tuple[Path, Path | None]:
+    """The kernel's library, or the one that stands in for it and its driver: without a GPU that runs the kernel."""
+    if not kernel.on_device:
+        return kernel.path, None
+    found = device()
+    if kernel.target.native and found is not None and not found.emulated:
+        return kernel.path, None
+    from .cuda.standin import emulated_library
+
+    return emulated_library(kernel.lowered, kernel.interface, kernel.object_file, directory)
+
+
+def _same(kernel: Kernel, outputs: dict[Run, Stored], firsts: dict[str, Stored]) -> Check:
     for run, output in outputs.items():
         if output.tobytes() != firsts[run.case].tobytes():
             return Check("threads", False, f"expected the bits of the first run, found others: {run}")
-    return Check("threads", True, "the same bits for every thread count and placement")
+    ways = "in every run" if kernel.on_device else "for every thread count and placement"
+    return Check("threads", True, f"the same bits {ways}")
 
 
 def _exact(kernel: Kernel, data: Arrays, output: Stored) -> Check:

@@ -11,7 +11,7 @@ from typing import Any
 from convgen.schedules.reference import Reference
 
 from convgen.activation import Activation
-from convgen.build import Kernel
+from convgen.build import CpuKernel
 from convgen.compute import Operands, convolution, copied, epilogue
 from convgen.interface import Interface, TensorInfo
 from convgen.link import link
@@ -106,13 +106,13 @@ def interface() -> Interface:
     return Interface("planted", SPEC, packed, workspace_main=0, workspace_task=64, isa=())
 
 
-def c_kernel(folder: Path, *, store: str = "t.dst[at] = v", before: str = "", threads: int = 3) -> Kernel:
+def c_kernel(folder: Path, *, store: str = "t.dst[at] = v", before: str = "", threads: int = 3) -> CpuKernel:
     """The kernel of :data:`SPEC` with other statements in two places: right, as it stands."""
     spec = SPEC
     lowered = Lowered(spec, resolve(), Candidate(Reference(), Picks()), None, (spec.weights_shape, (spec.oc,)))
     object_file = compile_c(SOURCE.format(store=store, before=before), folder / "kernel.o")
     library = link(interface(), object_file, folder / "libplanted.so")
-    return Kernel(lowered, interface(), object_file, library, threads, None, folder)
+    return CpuKernel(lowered, interface(), object_file, library, threads, None, folder)
 
 
 class Planted(Reference):

@@ -58,6 +58,12 @@ def _complete_schedule(context: click.Context, parameter: click.Parameter, incom
     return [name for name in schedule_ids() if name.startswith(incomplete)]
 
 
+def _complete_target(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from ..discover import target_families
+
+    return [name for family in target_families().values() for name in family.known() if name.startswith(incomplete)]
+
+
 def _parse_dims(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, int]:
     dims = {}
     for text in values:
@@ -114,10 +120,19 @@ layers_argument = _grouped(
     dim_option,
 )
 target_option = click.option(
-    "--target", default="cpu", show_default=True, callback=check_target, help="cpu, or cpu:<LLVM processor>."
+    "--target",
+    default="cpu",
+    show_default=True,
+    callback=check_target,
+    shell_complete=_complete_target,
+    help="cpu, or cpu:<LLVM processor>; cuda (this machine's GPU), or an architecture such as cuda:sm_90a, "
+    "which needs no GPU to build for.",
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads of a kernel.  [default: all cores]"
+    "--threads",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="Threads of a kernel; a GPU's has 1.  [default: all cores]",
 )
 #: Gives ``records`` (a path or None) and ``no_records``.
 records_options = _grouped(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ class Work:
     target: Target
     threads: int
     store: RecordStore | None
-    tuner: Tuner
+    tuner: Tuner | None
     view: View
     trials: int = 0
     seconds: float | None = None
@@ -81,6 +81,8 @@ class Work:
 
     def tune(self, entry: SpecEntry) -> TuningRecord | None:
         """Spend the layer's part of the budget; the record to build from."""
+        if self.tuner is None:
+            return None
         share = None if self.seconds is None else max(0.0, self.seconds - self.spent) / self._left
         start = time.monotonic()
         self.view.phase("compiling the first candidates")
@@ -100,12 +102,11 @@ class Work:
         from ..best import Answer, choose, find_record
         from ..build import compile_candidate
 
-        answer = Answer(None)
-        if forced is None:
+        answer, tuner = Answer(None), self.tuner
+        if forced is None and tuner is not None:
             if (self.trials or self.seconds) and entry.spec.n:
-                answer = Answer(self.tune(entry), rejected=frozenset(self.tuner.rejected))
+                answer = Answer(self.tune(entry), rejected=frozenset(tuner.rejected))
             elif self.store is not None and self.target.native:
-                tuner = self.tuner
                 answer = find_record(self.store, entry.spec, self.target, self.threads, pools=lambda: tuner.pools)
         self.view.phase("compiling")
         record = None
@@ -141,15 +142,20 @@ def working(
     seconds: float | None = None,
 ) -> Iterator[Work]:
     """The work on some layers. An interrupt ends the block and is noted in ``Work.interrupted``."""
-    from ..build import check_memory, check_threads, open_store
+    from ..build import check_memory, check_threads, kernel_type, open_store
     from ..target import resolve
     from ..tune import Tuner
 
     for entry in entries:
         check_memory(entry.spec)
     resolved = resolve(target)
+    kernel_type(resolved).check(resolved)
     count = check_threads(threads, resolved)
-    with open_store(records) as store, Tuner(resolved, count, store) as tuner, View(len(entries)) as view:
+    with ExitStack() as stack:
+        store = stack.enter_context(open_store(records))
+        tunes = resolved.native or trials or seconds
+        tuner = stack.enter_context(Tuner(resolved, count, store)) if tunes else None
+        view = stack.enter_context(View(len(entries)))
         work = Work(entries, resolved, count, store, tuner, view, trials or 0, seconds)
         try:
             yield work
@@ -279,7 +285,9 @@ def _build_layer(
         note(f"convgen: {kernel.note}")
     result: dict[str, Any] = {"name": kernel.name, **chosen(kernel), "validation": None}
     report: Report | None = None
-    if check:
+    if check and not work.target.native:
+        note("convgen: not validated: no such GPU here; convgen validate emulates one, slowly")
+    elif check:
         work.view.phase("validating")
         report = validate(kernel)
         result["validation"] = report.to_dict()
@@ -393,7 +401,7 @@ def validate(
 
     Exact integer data, float data against its error bound, NaN and infinities, memory accesses
     between guard pages, and the same bits on one and on all threads. A failure ends with the
-    command that repeats it.
+    command that repeats it. A GPU's kernel is emulated, slowly, where there is no such GPU.
     """
     check_picks(schedule, picks)
     entries = read_layers(spec, dims)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import BuildError, MeasureError
+from ..errors import BuildError, MeasureError, UnsupportedError
 from ..sources import SpecEntry
 from .common import (
     SPEC_HELP,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..spec import ConvSpec
     from ..target import Target
 
-KINDS = ("tir", "ll", "asm")
+KINDS = ("tir", "ll", "asm", "cuda", "ptx", "sass")
 
 
 @click.command(epilog=SPEC_HELP, short_help="Explain a layer: work, limits, schedules.")
@@ -39,7 +39,12 @@ KINDS = ("tir", "ll", "asm")
 @target_option
 @threads_option
 @candidate_options
-@click.option("--ir", type=click.Choice(KINDS), help="Print a candidate's scheduled TIR, LLVM IR or assembly instead.")
+@click.option(
+    "--ir",
+    type=click.Choice(KINDS),
+    help="Print a candidate instead: scheduled TIR; of a CPU's LLVM IR or assembly; of a GPU's CUDA C++, PTX or "
+    "machine code.",
+)
 @json_option
 def show(
     spec: tuple[str, ...],
@@ -56,7 +61,7 @@ def show(
     Of a file or model with several layers: a list of them, each with its share of the work of all
     these convolutions, and why what is missing could not be read.
 
-    The roofline says how long the layer takes at least on this machine: its arithmetic at the
+    The roofline says how long the layer takes at least on this machine's CPU: its arithmetic at the
     measured peak, its tensors once at the measured bandwidth of the nearest of L2, L3 and memory
     that holds them all.
     """
@@ -78,8 +83,8 @@ def show(
 def _print_source(
     spec: ConvSpec, target: str, schedule: str | None, picks: str | None, kind: str, as_json: bool
 ) -> None:
-    from ..build import default_candidate
-    from ..lower import lower, source
+    from ..build import default_candidate, source
+    from ..lower import lower
     from ..target import resolve
 
     resolved = resolve(target)
@@ -149,7 +154,7 @@ def _print_layer(entry: SpecEntry, target: str, threads: int | None, as_json: bo
         "bytes": spec.bytes,
         "intensity": spec.flops / sum(spec.bytes.values()),
         "target": resolved.spelling,
-        "roofline": _roofline(spec, count) if resolved.native else None,
+        "roofline": _roofline(spec, count) if resolved.kind == "cpu" and resolved.native else None,
         "schedules": _schedules(spec, resolved),
     }
     if as_json:
@@ -250,22 +255,27 @@ def targets(as_json: bool) -> None:
     listed = []
     for family, module in target_families().items():
         for spelling in module.known():
-            found = resolve(spelling)
+            try:
+                found: Target | None = resolve(spelling)
+            except UnsupportedError:  # this machine's GPU, where there is none
+                found = None
             listed.append(
                 {
                     "target": spelling,
                     "family": family,
                     "summary": _summary(module),
-                    "resolved": found.spelling,
-                    "vector_bits": found.vector_bits,
-                    "cores": found.cores,
-                    "native": found.native,
+                    "resolved": found.spelling if found else None,
+                    "vector_bits": found.vector_bits if found else None,
+                    "cores": found.cores if found else None,
+                    "native": found is not None and found.native,
                 }
             )
     if as_json:
         emit(listed)
         return
-    rows = [[t["target"], t["resolved"], t["vector_bits"], "yes" if t["native"] else "no"] for t in listed]
+    rows = [
+        [t["target"], t["resolved"] or "–", t["vector_bits"] or "–", "yes" if t["native"] else "no"] for t in listed
+    ]
     click.echo(table(["target", "means", "vector bits>", "runs here"], rows))
     for family, module in target_families().items():
         click.echo(f"{family}: {_summary(module)}")

@@ -128,6 +128,11 @@ class Device:
         text = repr((self.name, self.capability, self.sms, self.memory, self.driver))
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}-{self.sms}"
 
+    @property
+    def emulated(self) -> bool:
+        """Whether it is a CPU (``runtime/emulated_driver.cpp``), which runs no machine code of GPUs."""
+        return self.name.startswith("Emulated")
+
 
 def device() -> Device | None:
     """This machine's first GPU; None where there is no driver or no device."""

@@ -1,0 +1,34 @@
+"""A kernel's library with emulated device code, for machines without a GPU that runs the real one."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from ..errors import UnsupportedError
+from ..interface import DeviceCode, Interface
+from ..link import link
+from ..lower import Lowered
+from .code import generate
+from .emulate import compile_emulated, emulated_driver
+
+
+def emulated_library(lowered: Lowered, interface: Interface, object_file: Path, directory: Path) -> tuple[Path, Path]:
+    """The library, and the driver that ``CONVGEN_CUDA_DRIVER`` must name where it runs.
+
+    All but the instructions is the kernel's own: its packing, its launches, its CUDA source.
+
+    Raises:
+        BuildError: there is no C++ compiler, or it failed.
+    """
+    source = generate(lowered)
+    arch = lowered.target.arch
+    match = re.fullmatch(r"sm_(\d+)(\d)a?", arch)
+    if match is None:
+        raise UnsupportedError(f"{lowered.target}: expected an architecture such as sm_80 to emulate, found {arch!r}")
+    code = compile_emulated(source.text, directory).read_bytes()
+    device = DeviceCode(((arch, code),), source.launches, source.workspace)
+    library = directory / f"lib{interface.name}-emulated.so"
+    link(dataclasses.replace(interface, device=device), object_file, library)
+    return library, emulated_driver(directory, (int(match[1]), int(match[2])))
