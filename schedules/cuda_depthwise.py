@@ -19,14 +19,13 @@ from tvm import te, tirx
 
 from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat
 from convgen.cuda import model
-from convgen.cuda.simt import LANES, bound, finish, load, memory, put, read, unrolled, where
+from convgen.cuda.simt import LANES, bound, finish, load, memory, put, unrolled
+from convgen.cuda.window import Window, axis_of
 from convgen.schedule import Picks, Schedule, Space, require
 from convgen.vector import Block, written
 
 #: Taps along the tile that are written out; of a longer kernel each is loaded for itself.
 MOST_TAPS = 32
-#: Passes over the other taps that the CUDA compiler unrolls.
-MOST_UNROLLED = 9
 
 
 class CudaDepthwise(Schedule):
@@ -40,7 +39,7 @@ class CudaDepthwise(Schedule):
     def space(self, spec, target):
         vectors = spec.layout == "nhwc" and spec.oc == spec.ic
         return Space(
-            tile=[t for t in (1, 2, 4, 8) if t == 1 or t < 2 * spec.out_spatial[_axis(spec)]],
+            tile=[t for t in (1, 2, 4, 8) if t == 1 or t < 2 * spec.out_spatial[axis_of(spec)]],
             tile_c=[c for c in (1, 2, LANES) if c == 1 or (vectors and spec.oc % c == 0)],
             threads=[32, 64, 128, 256],
         )
@@ -61,9 +60,10 @@ class CudaDepthwise(Schedule):
 
     def cost(self, spec, target):
         picks = self.default(spec, target)
+        window = _window(spec, picks)
         blocks = ceildiv(_items(spec, picks), picks.threads)
         # An FMA, and the loads it shares with its neighbours.
-        instructions = 2 + 6 * len(_offsets(spec, picks)) / (picks.tile * picks.tile_c * _inner(spec))
+        instructions = 2 + 6 * len(window.offsets) / (picks.tile * picks.tile_c * window.inner)
         macs = picks.threads * picks.tile * picks.tile_c * math.prod(spec.kernel) * instructions
         resident = model.blocks_per_core(target, picks.threads, 0, _registers(spec, picks))
         return model.seconds(target, blocks, macs, sum(spec.bytes.values()), picks.threads, resident)
@@ -86,89 +86,49 @@ class CudaDepthwise(Schedule):
 
 
 def _kernel(ops, picks, src, parameters, buffers):
-    spec, axis, lanes = ops.spec, _axis(ops.spec), picks.tile_c
-    multiplier, size, items = spec.oc // spec.ic, spec.in_spatial[axis], _items(spec, picks)
-    stride, pad, offsets, inner = spec.stride[axis], spec.padding[axis][0], _offsets(spec, picks), _inner(spec)
+    spec, lanes, window, items = ops.spec, picks.tile_c, _window(ops.spec, picks), _items(ops.spec, picks)
     whole = Block()
     with (
         bound(whole, ceildiv(items, picks.threads), "blockIdx.x") as (grid, block),
         bound(grid, picks.threads, "threadIdx.x") as (every, thread),
         every.when(block * picks.threads + thread < items if items % picks.threads else True) as body,
     ):
-        index = unflat(block * picks.threads + thread, _grid(spec, picks))
+        index = unflat(block * picks.threads + thread, window.grid(spec.oc // lanes))
         n, c, pixel = ops.logical([body.let(i) for i in index])
         o = body.let(c * lanes)
-        first = body.let(pixel[axis] * picks.tile)
+        pixel = [body.let(p * picks.tile) if a == window.axis else p for a, p in enumerate(pixel)]
         sums = memory(body, (picks.tile * lanes,), "local", "sums")
         with unrolled(body, picks.tile * lanes) as (one, i):
             put(one, sums, [i], tirx.const(0, ACCUMULATOR))
-        # Taps along the tile's axis are written out; those along the others are passes.
-        passes = [1 if a == axis and inner > 1 else k for a, k in enumerate(spec.kernel)]
-        count = math.prod(passes)
-        with unrolled(body, count) if count <= MOST_UNROLLED else body.loop(count) as (turn, i):
-            taps = unflat(i, passes)
-            at, inside = [], []
-            for a, (p, t) in enumerate(zip(pixel, taps, strict=True)):
-                begin, end = spec.padding[a]
-                y = turn.let((first if a == axis else p) * spec.stride[a] + t * spec.dilation[a] - begin)
-                at.append(y)
-                if a != axis:
-                    inside += [y >= 0] * (begin > 0) + [y < spec.in_spatial[a]] * (end > 0)
-            row = memory(turn, (len(offsets) * lanes,), "local", "row")
-            overhang = spec.padding[axis][1] > 0 or spec.out_spatial[axis] % picks.tile
-            for number, offset in enumerate(offsets):
-                y = turn.let(at[axis] + offset)
-                within = inside + [y >= 0] * (pad > 0) + [y < size] * bool(overhang)
-                place = ops.order(n, o // multiplier, [y if a == axis else p for a, p in enumerate(at)])
-                put(turn, row, [number * lanes], where(within, read(src, spec.dtype, place, lanes), lanes), lanes)
-            for k in range(inner):
-                tap = [k if a == axis and inner > 1 else t for a, t in enumerate(taps)]
+        with window.loop(body) as (turn, i):
+            taps = window.taps(i)
+            row = window.read(turn, ops, src, (n, o // (spec.oc // spec.ic), pixel), taps, lanes)
+            for k in range(window.inner):
                 factors = memory(turn, (lanes,), "local", "factors")
-                put(turn, factors, [0], load(parameters["weights"], [flat(tap, spec.kernel), o], lanes), lanes)
+                tap = flat(window.along(taps, k), spec.kernel)
+                put(turn, factors, [0], load(parameters["weights"], [tap, o], lanes), lanes)
                 for x in range(picks.tile):
-                    number = offsets.index(x * stride + k * spec.dilation[axis])
+                    first = window.place(x, k) * lanes
                     with unrolled(turn, lanes) as (one, e):
-                        product = load(row, [number * lanes + e]) * load(factors, [e])
+                        product = load(row, [first + e]) * load(factors, [e])
                         put(one, sums, [x * lanes + e], load(sums, [x * lanes + e]) + product)
-        with unrolled(body, picks.tile) as (one, x):
-            last = one.let(first + x)
-            with one.when(last < spec.out_spatial[axis] if spec.out_spatial[axis] % picks.tile else True) as there:
-                taken = memory(there, (lanes,), "local", "taken")
-                with unrolled(there, lanes) as (copy, e):
-                    put(copy, taken, [e], load(sums, [x * lanes + e]))
-                place = ops.order(n, o, [last if a == axis else p for a, p in enumerate(pixel)])
-                finish(there, spec, buffers, place, lambda e: o + e, taken, lanes)
+        with window.outputs(body, pixel) as (there, x, where):
+            taken = memory(there, (lanes,), "local", "taken")
+            with unrolled(there, lanes) as (copy, e):
+                put(copy, taken, [e], load(sums, [x * lanes + e]))
+            finish(there, spec, buffers, ops.order(n, o, where), lambda e: o + e, taken, lanes)
     return whole.statement()
 
 
-def _axis(spec):
-    """The spatial axis along which a thread has several outputs: not the one its neighbours run along."""
-    return spec.rank - 1 if spec.layout == "nhwc" else max(0, spec.rank - 2)
-
-
-def _inner(spec):
-    """Taps along that axis that are written out."""
-    taps = spec.kernel[_axis(spec)]
-    return taps if taps <= MOST_TAPS else 1
-
-
-def _offsets(spec, picks):
-    """What a thread reads along that axis in one pass, from its first input on."""
-    stride, dilation = spec.stride[_axis(spec)], spec.dilation[_axis(spec)]
-    return sorted({x * stride + k * dilation for x in range(picks.tile) for k in range(_inner(spec))})
-
-
-def _grid(spec, picks):
-    """What threads are numbered by: dst's axes, in tiles."""
-    spatial = [ceildiv(y, picks.tile) if a == _axis(spec) else y for a, y in enumerate(spec.out_spatial)]
-    channels = spec.oc // picks.tile_c
-    return (spec.n, channels, *spatial) if spec.layout == "nchw" else (spec.n, *spatial, channels)
+def _window(spec, picks):
+    return Window(spec, picks.tile, MOST_TAPS)
 
 
 def _items(spec, picks):
-    return math.prod(_grid(spec, picks))
+    """Threads there is work for."""
+    return _window(spec, picks).items(spec.oc // picks.tile_c)
 
 
 def _registers(spec, picks):
     """Of a thread, about."""
-    return (picks.tile + len(_offsets(spec, picks)) + 2) * picks.tile_c + 40
+    return (picks.tile + len(_window(spec, picks).offsets) + 2) * picks.tile_c + 40

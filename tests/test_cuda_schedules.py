@@ -25,8 +25,9 @@ from convgen.target import Target, resolve
 from convgen.validate import distance, exact_data, float_data, reference, tolerance, worst
 
 TARGET = resolve("cuda:sm_80")
-#: Tensor cores are not plain statements.
-SCHEDULES = [s for s in schedules_of("cuda").values() if not s.id.startswith("cuda_gemm")]
+#: Instructions of tensor cores are not plain statements.
+TENSOR_CORES = ("cuda_gemm", "cuda_wgmma")
+SCHEDULES = [s for s in schedules_of("cuda").values() if not s.id.startswith(TENSOR_CORES)]
 #: Between them: every rank, layout, dtype and feature; channels and pixels beside the tiles.
 SMOKE = [
     "conv2d n1 ic3 oc17 i9x10 k3x3 s2 p0_1x1_0 relu",
@@ -90,26 +91,26 @@ def random_picks(schedule: Schedule, spec: ConvSpec, count: int) -> list[Picks]:
     return [p for p in drawn if p != default and schedule.reason_against(core, TARGET, p) is None][:count]
 
 
-def run_serially(spec: ConvSpec, candidate: Candidate, data: dict[str, Any]) -> list[Any]:
-    """Outputs of a candidate between guard pages, flush with either."""
+def run_serially(spec: ConvSpec, candidate: Candidate, cases: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Outputs of a candidate by case, between guard pages, flush with either."""
     with tempfile.TemporaryDirectory() as folder:
         lowered = serialised(lower(spec, TARGET, candidate))
         interface, _, library = compile_lowered(lowered, Path(folder))
-        return list(run_guarded(library, interface.name, spec, {"": data}, 1, Path(folder), 60).values())
+        outputs = run_guarded(library, interface.name, spec, cases, 1, Path(folder), 60)
+        return [(run.case, out) for run, out in outputs.items()]
 
 
 @pytest.mark.parametrize(("descriptor", "schedule"), pairs(SMOKE))
 def test_statements_run_serially_are_right(descriptor: str, schedule: Schedule) -> None:
     spec = ConvSpec.parse(descriptor)
-    exact, floats = exact_data(spec), float_data(spec)
+    cases = {"exact": exact_data(spec), "float": float_data(spec)}
+    expected = {case: reference(spec, data) for case, data in cases.items()}
     for picks in [schedule.default(spec.core, TARGET), *random_picks(schedule, spec, 1)]:
         candidate = Candidate(schedule, picks)
-        for out in run_serially(spec, candidate, exact):
-            if spec.activation_op.exact and not schedule.transforms:
-                np.testing.assert_array_equal(out, reference(spec, exact), err_msg=str(candidate))
-            assert worst(distance(out, reference(spec, exact)), tolerance(spec, exact)) <= 1, candidate
-        for out in run_serially(spec, candidate, floats):
-            assert worst(distance(out, reference(spec, floats)), tolerance(spec, floats)) <= 1, candidate
+        for case, out in run_serially(spec, candidate, cases):
+            if case == "exact" and spec.activation_op.exact and not schedule.transforms:
+                np.testing.assert_array_equal(out, expected[case], err_msg=str(candidate))
+            assert worst(distance(out, expected[case]), tolerance(spec, cases[case])) <= 1, (case, candidate)
 
 
 def test_what_is_run_serially_is_compared() -> None:
@@ -119,7 +120,8 @@ def test_what_is_run_serially_is_compared() -> None:
     data = exact_data(spec)
     expected = reference(spec, data)
     data["weights"].flat[5] += 1
-    for out in run_serially(spec, Candidate(schedule, schedule.default(spec.core, TARGET)), data):
+    candidate = Candidate(schedule, schedule.default(spec.core, TARGET))
+    for _, out in run_serially(spec, candidate, {"exact": data}):
         assert (out != expected).any()
 
 

@@ -26,10 +26,12 @@ def blocks_per_core(target: Target, threads: int, shared: int, registers: int) -
 def seconds(target: Target, blocks: int, macs: float, moved: float, threads: int, resident: int) -> float:
     """Of a launch of ``blocks``, each of ``macs`` multiply-adds and ``threads`` threads, that moves ``moved`` bytes.
 
-    Blocks on one SM share its lanes; too few threads do not fill them.
+    Blocks on one SM share its lanes; too few threads do not fill them. Copies hide most of the arithmetic, or
+    it them.
     """
     turns = ceildiv(blocks, target.cores)  # one SM's blocks, one after the other or side by side
     side_by_side = min(resident, turns)
     busy = min(1.0, side_by_side * threads / (2 * LANES))
     compute = turns * macs / (LANES * CLOCK * busy)
-    return max(compute, moved / (BANDWIDTH * min(blocks, target.cores))) + LAUNCH
+    memory = moved / (BANDWIDTH * min(blocks, target.cores))
+    return max(compute, memory) + min(compute, memory) / 4 + LAUNCH
