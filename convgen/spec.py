@@ -27,7 +27,7 @@ CANONICAL_VERSION = 1
 
 OPERATORS = tuple(f"{op}{rank}d" for op in ("conv", "convtranspose") for rank in (1, 2, 3))
 DTYPES = tuple(BYTES)
-ACCURACIES = ("strict", "standard", "relaxed")
+ACCURACIES = ("strict", "standard", "relaxed", "tf32")
 #: Every accepted layout token -> (canonical layout, rank it names; 0 = any).
 LAYOUTS = {
     "nchw": ("nchw", 0),
@@ -123,8 +123,8 @@ class ConvSpec:
         activation: ``none relu relu6 leaky_relu(a) prelu clip(lo,hi) sigmoid tanh silu mish
             hardswish hardsigmoid(a,b) elu(a) gelu gelu_tanh``.
         residual: whether a tensor of the output's shape is added before the activation.
-        accuracy: the class of its error bound (:mod:`convgen.validate`): ``strict``, ``standard``
-            or ``relaxed``.
+        accuracy: the class of its error bound (:mod:`convgen.validate`): ``strict``, ``standard``,
+            ``relaxed``, or ``tf32``, whose products may be of operands of 11 bits.
         dtype: how all tensors are stored: ``f32``, ``f16`` or ``bf16``; sums are f32 whatever it is.
         layout: of src, dst and residual: ``nchw`` (1-D ``ncw``, 3-D ``ncdhw``) or ``nhwc``.
             Weights are always ``[oc, ic/groups, *kernel]``, transposed ``[ic, oc/groups, *kernel]``.
