@@ -7,7 +7,9 @@ Bounds (rounding analysis of a dot product; Higham, *Accuracy and Stability of N
 
 with ``u = 2**-24``, ``K`` products per element, ``L`` the activation's slope and
 
-    ``c = f * (8 + 2 * sqrt(K))``,  ``f = 1`` (strict), ``8`` (standard), ``64`` (relaxed).
+    ``c = f * (8 + 2 * sqrt(K))``,  ``f = 1`` (strict), ``8`` (standard), ``64`` (relaxed),
+
+and ``2**15`` more than relaxed for tf32: two operands cut off after 11 bits.
 
 A layer stored as f16 or bf16 is computed in f32 and rounded once: two results that far apart may round
 to neighbours, so the bound grows by twice the rounding of what may come out.
@@ -41,7 +43,9 @@ F32 = npt.NDArray[np.float32]
 Stored = npt.NDArray[Any]  # of the spec's dtype
 
 UNIT_ROUNDOFF = 2.0**-24
-CLASS_FACTOR = {"strict": 1.0, "standard": 8.0, "relaxed": 64.0}
+CLASS_FACTOR = {"strict": 1.0, "standard": 8.0, "relaxed": 64.0, "tf32": 64.0}
+#: Of a product of TF32.
+OPERAND_FACTOR = {"tf32": 2.0**15}
 #: Rounding errors of the activation itself, in units of ``u`` times its input's magnitude plus 1: an
 #: exp, tanh or erf that is a few ulp off near its saturation is that much of the input off in silu or gelu.
 ACTIVATION_ERROR = 16.0
@@ -52,7 +56,8 @@ EMULATED_SECONDS_PER_GFLOP = 10_000.0
 
 def error_factor(spec: ConvSpec) -> float:
     """``c`` above: the admitted error in units of ``u * conv(|src|, |weights|)``."""
-    return CLASS_FACTOR[spec.accuracy] * (8 + 2 * math.sqrt(spec.reduction_length))
+    sums = CLASS_FACTOR[spec.accuracy] * (8 + 2 * math.sqrt(spec.reduction_length))
+    return sums + OPERAND_FACTOR.get(spec.accuracy, 0)
 
 
 # ---- data -------------------------------------------------------------------------------------
