@@ -37,6 +37,8 @@ SMOKE = [
     "conv2d n1 ic32 oc24 i8x8 k1x1 s1 p0 residual relu6 bf16",
     "conv2d n1 ic33 oc16 i4x4 k1x1 s1 p0 nhwc nobias",
     "conv2d n1 ic8 oc12 i11x11 k2x2 s3x4 p0 d2x1 clip(-1,2.5) bf16 nhwc",
+    "conv2d n1 ic17 oc18 i7x9 k3x3 s1 p1 residual mish bf16",
+    "conv2d n1 ic16 oc16 i5x9 k2x3 s1 p0x1 relu strict nhwc",
     "conv1d n1 ic16 oc17 i33 k3 s1 p2_0 elu(0.5) strict",
     "conv1d n2 ic6 oc12 g3 i20 k5 s2 p2 d2 hardswish",
     "conv2d n1 ic16 oc24 g4 i9x7 k3x3 s1 p1 nhwc relu residual bf16",
@@ -160,6 +162,22 @@ def test_real_layers_compile_without_spills(descriptor: str, schedule: Schedule)
             assert found.shared <= target.shared_memory
             assert found.threads <= 1024
             assert found.threads * found.registers <= 1 << 16
+
+
+def test_what_launches_hand_to_each_other_is_workspace() -> None:
+    from convgen.cuda.code import generate
+
+    spec = ConvSpec.parse("conv2d n1 ic16 oc32 i8x8 k3x3 s1 p1 strict")
+    schedule = schedules_of("cuda")["cuda_winograd"]
+    picks = schedule.default(spec, TARGET)
+    source = generate(lower(spec, TARGET, Candidate(schedule, picks)))
+    tiles, positions = 16, 16  # of 2 x 2 outputs, and their products
+    rows = -(-tiles // picks.tile_m) * picks.tile_m
+    assert source.workspace == (4 * positions * 16 * rows, 4 * positions * 32 * rows)
+    first, second, last = (set(launch.arguments) for launch in source.launches)
+    assert first == {"src", "workspace0"}
+    assert second == {"workspace0", "packed0", "workspace1"}
+    assert last == {"workspace1", "packed1", "dst"}
 
 
 def test_schedules_for_gpus_refuse_cpus() -> None:
