@@ -28,7 +28,9 @@ from ..link import source as runtime_source
 
 #: Threads of a block, and blocks, run one after the other: in their order, in the reverse, or by a seed.
 ORDERS = {"ascending": -1, "descending": -2}
-_SHARED = re.compile(r"__shared__\s+(?:__align__\(\d+\)\s+)?(?P<type>[\w ]+?)\s+(?P<name>\w+)\s*(?P<sizes>(?:\[[^\]]*\])+);")
+_SHARED = re.compile(
+    r"__shared__\s+(?:__align__\(\d+\)\s+)?(?P<type>[\w ]+?)\s+(?P<name>\w+)\s*(?P<sizes>(?:\[[^\]]*\])+);"
+)
 _CHECKS = ("-fsanitize=thread,alignment,bounds,object-size", "-fno-sanitize-recover=all")
 _FLAGS = (
     "-std=c++17",

@@ -2,7 +2,7 @@
  *
  * The threads of a block are fibers; one runs at a time, until a barrier or an operation of its warp, in an order
  * that is the caller's choice. Two threads that touch the same shared memory with no barrier between are a fault
- * in any order, unless both store the same. Shared memory begins as NaN and ends at a guard page. An asynchronous
+ * in any order, unless both store the same. Shared memory begins as NaN and ends where nothing may be touched. An asynchronous
  * copy leaves NaN behind until its thread has waited for it. What CUDA leaves undefined is a fault: it ends the
  * launch and names the thread.
  *
@@ -28,7 +28,7 @@ uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
-enum { WARP = 32, PAGE = 4096, STACK = 256 << 10 };
+enum { WARP = 32, PAGE = 4096, GUARD = 1 << 20, STACK = 256 << 10 };
 enum { ASCENDING = -1, DESCENDING = -2 };
 enum class State { ready, collective, barrier, done };
 
@@ -68,10 +68,11 @@ struct Access {
 /* The accesses to a byte of shared memory that a later one may conflict with. */
 struct Shadow {
     Access writer, reader;
-    bool lanes, warps; /* other threads of the reader's warp, or of other warps, have read it as well */
+    bool lanes, warps;  /* other threads of the reader's warp, or of other warps, have read it as well */
+    const char *source; /* of the asynchronous copy that is under way to it, if any */
 };
 
-/* A stretch of memory before a page that may not be touched. */
+/* A stretch of memory before one that may not be touched. */
 struct Memory {
     char *map;
     size_t mapped;
@@ -117,9 +118,9 @@ static int number(const Thread &thread) { return &thread - threads.data(); }
 
 static Memory guarded(size_t size, bool watched = true)
 {
-    const size_t inner = (size + PAGE - 1) / PAGE * PAGE, mapped = inner + PAGE;
-    void *map = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (map == MAP_FAILED || mprotect((char *)map + inner, PAGE, PROT_NONE))
+    const size_t inner = (size + PAGE - 1) / PAGE * PAGE, mapped = inner + GUARD;
+    void *map = mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (map == MAP_FAILED || mprotect(map, inner, PROT_READ | PROT_WRITE))
         fault("no memory for %zu bytes", size);
     return {(char *)map, mapped, (char *)map + inner - (size + 15) / 16 * 16, size,
             std::vector<Shadow>(watched ? size : 0)};
@@ -127,7 +128,7 @@ static Memory guarded(size_t size, bool watched = true)
 
 static void poison(Memory &memory)
 {
-    memset(memory.map, 0xff, memory.mapped - PAGE);
+    memset(memory.map, 0xff, memory.mapped - GUARD);
     std::fill(memory.shadow.begin(), memory.shadow.end(), Shadow());
 }
 
@@ -169,8 +170,10 @@ static void check_rewrite()
     rewrite.bytes = 0;
 }
 
-/* `copies`: two threads may; what they copy differs or not. */
-static void access(const void *p, size_t bytes, bool write, bool copies = false)
+static const char ZERO[16] = {};
+
+/* `source`: of an asynchronous copy that begins; `landing`: it ends. */
+static void access(const void *p, size_t bytes, bool write, const char *source = nullptr, bool landing = false)
 {
     Memory *const memory = running ? find_shared(p, bytes) : nullptr;
     if (!memory)
@@ -183,6 +186,10 @@ static void access(const void *p, size_t bytes, bool write, bool copies = false)
         Shadow &byte = memory->shadow[i];
         const Access &reader = byte.reader, &writer = byte.writer;
         const bool read = reader.thread >= 0 && reader.barriers == barriers;
+        const char *const from = source ? source + (i - offset) : nullptr;
+        if (byte.source && !landing && byte.source != from)
+            fault("%s byte %zu of %zu of shared memory, to which a copy from %p is under way",
+                  write ? "writes" : "reads", i, memory->size, byte.source);
         const bool beside = read && byte.lanes && reader.warp_barriers == now.warp_barriers;
         if (write && (unordered(reader) || (read && byte.warps) || beside))
             fault("writes byte %zu of %zu of shared memory, which others read, with no barrier between", i,
@@ -192,13 +199,13 @@ static void access(const void *p, size_t bytes, bool write, bool copies = false)
             if (!write)
                 fault("reads byte %zu of %zu of shared memory, which thread (%u, %u, %u) wrote, with no barrier between",
                       i, memory->size, other.x, other.y, other.z);
-            if (!copies && bytes <= sizeof rewrite.before) {
+            if (!source && !landing && bytes <= sizeof rewrite.before) {
                 rewrite = {(char *)p, bytes, {}, writer.thread};
                 memcpy(rewrite.before, p, bytes);
             }
         }
         if (write) {
-            byte = {now, {}, false, false};
+            byte = {now, {}, false, false, from};
         } else {
             const bool same = read && reader.thread / WARP == warp;
             byte.warps = read && (byte.warps || !same);
@@ -597,7 +604,7 @@ void copy_async(void *to, const void *from, int bytes, bool valid)
     Copy copy = {(unsigned char *)to, valid ? from : nullptr, bytes, {}};
     if (valid)
         memcpy(copy.data, from, bytes);
-    access(to, bytes, true, true);
+    access(to, bytes, true, valid ? (const char *)from : ZERO);
     memset(to, 0xff, bytes);
     self->open.push_back(copy);
 }
@@ -614,7 +621,7 @@ void wait(size_t pending)
         for (const Copy &copy : self->groups.front()) {
             if (copy.from && memcmp(copy.data, copy.from, copy.bytes))
                 fault("the source of an asynchronous copy, %p, changes under way", copy.from);
-            access(copy.to, copy.bytes, true, true);
+            access(copy.to, copy.bytes, true, nullptr, true);
             memcpy(copy.to, copy.data, copy.bytes);
         }
 }
