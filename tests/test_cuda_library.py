@@ -22,6 +22,7 @@ from naive import compile_naive, operands
 
 import convgen
 from convgen.cuda import driver as driver_module
+from convgen.cuda.dlpack import _read
 from convgen.cuda.driver import Event, Memory, Stream, context, device, synchronize
 from convgen.cuda.library import CudaLayer, CudaLibrary, _RunArgs, current_stream
 from convgen.errors import BuildError, ExportError, KernelError
@@ -854,6 +855,17 @@ def test_an_array_that_refuses_to_be_shared_is_named(fake: Fake, layer: CudaLaye
     refused(layer, "x: expected an array that can be shared, found Array: requires grad", x, residual=z)
     x.__dlpack__ = lambda **options: object()  # type: ignore[method-assign]
     refused(layer, "x: expected a DLPack capsule, found object", x, residual=z)
+
+
+@pytest.mark.parametrize("version", [None, (1, 0)])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_pytorch_says_of_its_tensors_is_read(dtype: str, version: tuple[int, int] | None) -> None:
+    torch = pytest.importorskip("torch")
+    tensor = torch.zeros(2, 6, 5, dtype=getattr(torch, dtype))[:, 1::2]
+    found = _read("x", tensor.__dlpack__(max_version=version) if version else tensor.__dlpack__())
+    assert found.address == tensor.data_ptr()
+    assert (found.shape, found.strides) == ((2, 3, 5), (30, 10, 1))
+    assert (found.dtype, found.writable) == (dtype, True)
 
 
 def test_the_stream_is_the_frameworks_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

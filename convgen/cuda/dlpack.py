@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import KernelError
 from ..interface import TensorInfo
@@ -54,8 +54,7 @@ _pointer: Any = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer.argtypes, _pointer.restype = (ctypes.py_object, c_char_p), c_void_p
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """An array in device memory: where it is, and what.
 
     Attributes:
@@ -85,12 +84,12 @@ class View:
 
     @property
     def _contiguous(self) -> bool:
-        step = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if size != 1 and stride != step:
-                return 0 in self.shape
-            step *= size
-        return True
+        dense = _dense(self.shape)
+        if self.strides == dense or 0 in self.shape:
+            return True
+        return all(
+            size == 1 or found == step for size, found, step in zip(self.shape, self.strides, dense, strict=True)
+        )
 
 
 def view(name: str, array: Any, ordinal: int, stream: int) -> View:
@@ -146,7 +145,9 @@ def _read(name: str, capsule: object) -> View:
     return View(address, shape, strides, _dtype(tensor.dtype), writable, capsule)
 
 
+@functools.lru_cache(maxsize=1024)
 def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides, in elements."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -155,5 +156,6 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _dtype(dtype: _DataType) -> str:
+    """Its name, as NumPy has it."""
     lanes = f"x{dtype.lanes}" if dtype.lanes != 1 else ""
     return f"{_CODES.get(dtype.code, f'type {dtype.code} of ')}{dtype.bits}{lanes}"

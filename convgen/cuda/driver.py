@@ -12,8 +12,7 @@ import functools
 import hashlib
 import os
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from ctypes import POINTER, c_char_p, c_float, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -161,23 +160,25 @@ def _device(loaded: Driver, ordinal: int) -> Device:
     )
 
 
-@contextmanager
-def context(ordinal: int = 0) -> Iterator[None]:
+class context:  # noqa: N801  (used like the functions of contextlib)
     """A device's primary context, current on this thread for a while.
 
     Raises:
         KernelError: there is no such device.
     """
-    loaded = driver()
-    handle = _primary(loaded, ordinal)
-    if loaded.get("cuCtxGetCurrent", c_void_p) == handle:
-        yield
-        return
-    loaded("cuCtxPushCurrent_v2", handle)
-    try:
-        yield
-    finally:
-        loaded("cuCtxPopCurrent_v2", ctypes.byref(c_void_p()))
+
+    def __init__(self, ordinal: int = 0) -> None:
+        self._driver = driver()
+        self._handle = _primary(self._driver, ordinal)
+
+    def __enter__(self) -> None:
+        self._pushed = self._driver.get("cuCtxGetCurrent", c_void_p) != self._handle
+        if self._pushed:
+            self._driver("cuCtxPushCurrent_v2", self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        if self._pushed:
+            self._driver("cuCtxPopCurrent_v2", ctypes.byref(c_void_p()))
 
 
 @functools.cache
