@@ -270,8 +270,9 @@ def build_artifact(module_json: str, root: str) -> str:
     meta = json.loads(str(module.attrs["convgen"]))
     spec, candidate = ConvSpec.parse(meta["spec"]), measured_candidate(module)
     # Whole, because the machine it is for may be another one than this, which would resolve its name otherwise.
-    fields: dict[str, Any] = meta["target"]
-    target = Target(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})  # JSON has no tuples
+    # JSON has lists for tuples.
+    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in meta["target"].items()}
+    target = Target(**fields)
     packed = tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in meta["packed"])
     lowered = Lowered(spec, target, candidate, module, packed)
     directory = Path(tempfile.mkdtemp(dir=root))
