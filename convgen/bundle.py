@@ -168,12 +168,14 @@ def pack(
     Raises:
         BuildError: there is no C compiler for a target.
         ExportError: the bundle cannot be written, or there is nothing to write.
-        UnsupportedError: the machine lacks instructions of a target, or no schedule is left.
+        UnsupportedError: a target is a GPU's, the machine lacks instructions of one, or no schedule is left.
     """
     from .workers import LocalBuilder
 
     if not out.name.endswith(ENDINGS):
         raise ExportError(f"{out}: expected a name that ends in {' or '.join(ENDINGS)}")
+    if gpus := ", ".join(str(target) for target in targets if target.kind != "cpu"):
+        raise UnsupportedError(f"targets: expected CPUs, which is where a bundle measures, found {gpus}")
     if machine is not None:
         targets = [target_on(target, machine) for target in targets]
     specs = [spec for spec in specs if spec.n]

@@ -18,6 +18,7 @@ from naive import compile_naive, convolve, operands
 
 import convgen
 from convgen.build import CpuKernel, CudaKernel, Kernel, check_threads, compile_candidate, default_candidate
+from convgen.bundle import pack
 from convgen.cli import main
 from convgen.cuda.driver import Memory, Stream, device
 from convgen.cuda.emulate import compile_emulated, emulated_driver
@@ -109,6 +110,11 @@ def test_another_kind_of_source_is_refused(kernel: Kernel) -> None:
 def test_kernels_for_a_gpu_are_not_compared_with_libraries_of_the_cpu(kernel: Kernel) -> None:
     with pytest.raises(UnsupportedError, match="expected kernels for the CPU to compare, found some for a GPU"):
         measure(SpecEntry(kernel.spec), {"convgen": kernel}, [], 1)
+
+
+def test_a_bundle_is_for_cpus(kernel: Kernel, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="expected CPUs, which is where a bundle measures, found cuda:sm_80"):
+        pack([kernel.spec], [resolve("cpu"), kernel.target], [1], tmp_path / "b.zip")
 
 
 def test_what_is_exported_says_what_it_is_for(kernel: Kernel, tmp_path: Path) -> None:
