@@ -303,6 +303,7 @@ WRONG = {
         kernel("uint32_t a[4] = {1, 1, 1, 1}; float d[4] = {}; cg_mma_tf32(d, a, a);", threads=32),
         "rounded to tf32",
     ),
+    "a division by zero": (kernel("dst[t] = 100 / (int(src[t]) - 100);"), "divides by zero"),
     "the stack": (kernel("volatile float x[100000]; x[t] = 1; dst[t] = x[t];"), "which it may not"),
 }
 

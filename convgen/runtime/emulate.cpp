@@ -1,8 +1,8 @@
 /* Runs CUDA kernels on the CPU, so that wrong ones fail.
  *
  * The threads of a block are fibers; one runs at a time, until a barrier or an operation of its warp, in an order
- * that is the caller's choice. Two threads that touch the same shared memory with no barrier between are a fault
- * in any order, unless both store the same. Shared memory begins as NaN and ends where nothing may be touched. An asynchronous
+ * that is the caller's choice. Two threads that touch the same shared memory with no barrier between are a
+ * fault in any order, unless both store the same. Shared memory begins as NaN and ends where nothing may be touched. An asynchronous
  * copy leaves NaN behind until its thread has waited for it. What CUDA leaves undefined is a fault: it ends the
  * launch and names the thread.
  *
@@ -197,7 +197,8 @@ static void access(const void *p, size_t bytes, bool write, const char *source =
         if (unordered(writer)) {
             const uint3 other = threads[writer.thread].index;
             if (!write)
-                fault("reads byte %zu of %zu of shared memory, which thread (%u, %u, %u) wrote, with no barrier between",
+                fault("reads byte %zu of %zu of shared memory, which thread (%u, %u, %u) wrote, "
+                      "with no barrier between",
                       i, memory->size, other.x, other.y, other.z);
             if (!source && !landing && bytes <= sizeof rewrite.before) {
                 rewrite = {(char *)p, bytes, {}, writer.thread};
@@ -366,8 +367,10 @@ static void run_block(Order &order)
 
 /* ---- launches ---------------------------------------------------------------------------------- */
 
-static void on_signal(int, siginfo_t *info, void *)
+static void on_signal(int number, siginfo_t *info, void *)
 {
+    if (number == SIGILL || number == SIGFPE)
+        fault("%s", number == SIGILL ? "traps" : "divides by zero");
     const char *const p = (const char *)info->si_addr;
     for (const Memory &memory : shared)
         if (p >= memory.map && p < memory.map + memory.mapped)
@@ -383,12 +386,13 @@ const char *launch(void (*kernel)(void *const *), void *const *taken, const unsi
     static char signal_stack[64 << 10];
     stack_t own = {}, previous;
     own.ss_sp = signal_stack, own.ss_size = sizeof signal_stack;
-    struct sigaction action = {}, actions[2];
+    static const int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+    struct sigaction action = {}, actions[4];
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER; /* the handler leaves by longjmp */
     sigaltstack(&own, &previous);
-    sigaction(SIGSEGV, &action, &actions[0]);
-    sigaction(SIGBUS, &action, &actions[1]);
+    for (int i = 0; i < 4; ++i)
+        sigaction(signals[i], &action, &actions[i]);
 
     body = kernel, arguments = taken;
     *message = 0;
@@ -422,8 +426,8 @@ const char *launch(void (*kernel)(void *const *), void *const *taken, const unsi
     if (shared[0].map)
         munmap(shared[0].map, shared[0].mapped);
     shared[0] = {};
-    sigaction(SIGSEGV, &actions[0], nullptr);
-    sigaction(SIGBUS, &actions[1], nullptr);
+    for (int i = 0; i < 4; ++i)
+        sigaction(signals[i], &actions[i], nullptr);
     sigaltstack(&previous, nullptr);
     return *message ? message : nullptr;
 }
