@@ -1,10 +1,10 @@
 /* Runs CUDA kernels on the CPU, so that wrong ones fail.
  *
  * The threads of a block are fibers; one runs at a time, until a barrier or an operation of its warp, in an order
- * that is the caller's choice. Two threads that touch the same shared memory with no barrier between are a
- * fault in any order, unless both store the same. Shared memory begins as NaN and ends where nothing may be touched. An asynchronous
- * copy leaves NaN behind until its thread has waited for it. What CUDA leaves undefined is a fault: it ends the
- * launch and names the thread.
+ * that is the caller's choice. Two threads that touch the same shared memory with no barrier between are a fault
+ * in any order, unless both store the same. Shared memory begins as NaN and ends where nothing may be touched.
+ * What an asynchronous copy goes to is NaN, and a fault to touch, until its thread has waited for it. What CUDA
+ * leaves undefined is a fault: it ends the launch and names the thread.
  *
  * Kernels are compiled apart from this file, with the compiler's checks, whose calls arrive here.
  *
