@@ -29,6 +29,7 @@ from .tensorize import wgmma_definition
 _WORDS = (
     (r"tvm_builtin_ptx_cp_async_commit_group\w*\(\)", "cg_commit()"),
     (r"tvm_builtin_ptx_cp_async_wait_group\w*_(\d+)\(\)", r"cg_wait<\1>()"),
+    (r"\b(max|min)\(", r"cg_\1("),
     # A warp's tile: each of the 32 threads holds its share.
     (r"alignas\(\d+\) float (\w*tile_sums\w*)\[(\d+)\]", lambda m: f"float {m[1]}[{int(m[2]) // 32}]"),
 )

@@ -135,6 +135,27 @@ CG_DEVICE void cg_mma_f16(float *d, const uint32_t (&a)[4], const uint32_t *b)
 #define ushort unsigned short
 #define uint unsigned int
 
+/* NaN where either is, as ONNX has it; CUDA's own take the other one. */
+#if __CUDA_ARCH__ >= 800
+CG_DEVICE float cg_max(float x, float y)
+{
+    float r;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+    return r;
+}
+CG_DEVICE float cg_min(float x, float y)
+{
+    float r;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+    return r;
+}
+#else
+CG_DEVICE float cg_max(float x, float y) { return x != x ? x : x > y ? x : y; }
+CG_DEVICE float cg_min(float x, float y) { return x != x ? x : x < y ? x : y; }
+#endif
+CG_DEVICE int cg_max(int x, int y) { return x > y ? x : y; }
+CG_DEVICE int cg_min(int x, int y) { return x < y ? x : y; }
+
 struct __align__(2) half {
     uint16_t bits;
     half() = default;
@@ -144,6 +165,10 @@ struct __align__(2) half {
 
 struct __align__(4) half2 {
     half x, y;
+};
+
+struct __align__(8) half4 {
+    half x, y, z, w;
 };
 
 #if defined CONVGEN_EMULATE || __CUDA_ARCH__ >= 800
@@ -158,6 +183,10 @@ CG_DEVICE nv_bfloat16 __float2bfloat16_rn(float x) { return nv_bfloat16(x); }
 
 struct __align__(4) nv_bfloat162 {
     nv_bfloat16 x, y;
+};
+
+struct __align__(8) nv_bfloat164 {
+    nv_bfloat16 x, y, z, w;
 };
 #endif
 
