@@ -22,7 +22,7 @@ from naive import compile_naive, operands
 
 import convgen
 from convgen.cuda import driver as driver_module
-from convgen.cuda.dlpack import _read
+from convgen.cuda.dlpack import _read, _Tensor
 from convgen.cuda.driver import Event, Memory, Stream, context, device, synchronize
 from convgen.cuda.library import CudaLayer, CudaLibrary, _RunArgs, current_stream
 from convgen.errors import BuildError, ExportError, KernelError
@@ -36,7 +36,7 @@ SPEC = ConvSpec.parse("conv2d n2 ic3 oc5 i20x20 k3x3 p1 relu residual")
 PLAIN = ConvSpec.parse("conv2d n1 ic3 oc5 i9x9 k3x3")
 #: Two launches that hand two buffers to each other.
 DEVICE = DeviceCode(
-    images=(("sm_90a", b"CUBIN90a"), ("sm_80", b"CUBIN80"), ("sm_86", b"CUBIN86"), ("compute_80", b"PTX80")),
+    images=(("sm_90a", b"CUBIN90a"), ("sm_80", b"CUBIN80"), ("sm_86", b"CUBIN86".ljust(64)), ("compute_80", b"PTX80")),
     launches=(
         Launch("first", (3, 2, 1), (128, 1, 1), 70000, ("src", "packed0", "workspace0", "workspace1")),
         Launch("second", (4, 1, 5), (64, 2, 3), 0, ("workspace1", "residual", "packed1", "dst")),
@@ -855,6 +855,18 @@ def test_an_array_that_refuses_to_be_shared_is_named(fake: Fake, layer: CudaLaye
     refused(layer, "x: expected an array that can be shared, found Array: requires grad", x, residual=z)
     x.__dlpack__ = lambda **options: object()  # type: ignore[method-assign]
     refused(layer, "x: expected a DLPack capsule, found object", x, residual=z)
+
+
+def test_a_view_begins_at_its_offset_and_may_lack_strides() -> None:
+    shape = (ctypes.c_int64 * 2)(3, 4)
+    tensor = _Tensor(data=0x1000, ndim=2, shape=shape, byte_offset=0x40)
+    tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes = 2, 32, 1
+    new = ctypes.pythonapi.PyCapsule_New
+    new.argtypes, new.restype = (ctypes.c_void_p,) * 3, ctypes.py_object
+    name = ctypes.create_string_buffer(b"dltensor")
+    found = _read("x", new(ctypes.addressof(tensor), ctypes.addressof(name), None))
+    assert (found.address, found.shape, found.strides) == (0x1040, (3, 4), (4, 1))
+    assert (found.dtype, found.writable) == ("float32", True)
 
 
 @pytest.mark.parametrize("version", [None, (1, 0)])
