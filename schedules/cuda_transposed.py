@@ -4,7 +4,8 @@ Applies to  transposed convolutions of any rank, stride, dilation, groups, layou
 Strategy    1. Output pixels that are the same modulo the stride form a phase: an ordinary convolution at
                stride 1 with the taps that meet them, every stride-th one where the kernel is not dilated.
             2. Phases and groups are a batch of products; weights are packed for each, as cuda_direct's.
-            3. Thread blocks, slices and registers as in cuda_direct.
+            3. Thread blocks, slices and registers as in cuda_direct. Where the stride does not divide the
+               kernel some phases have fewer taps: the slices of the others are skipped.
             4. Bias, residual and activation in registers; stores are a stride of pixels apart.
 Why not     a product over all taps and col2im: it writes each product, and adds them up again in memory.
 """
@@ -41,11 +42,14 @@ class CudaTransposed(Schedule):
         return tiles.default(target, _size(spec), _gather(spec))
 
     def cost(self, spec, target):
-        return tiles.cost(spec, target, _size(spec), _gather(spec))
+        skipped = spec.ic // spec.groups % self.default(spec, target).tile_k == 0
+        met = math.prod(axis.kernel / (axis.period * axis.taps * axis.common) for axis in _axes(spec))
+        return tiles.cost(spec, target, _size(spec), _gather(spec), met if skipped else 1)
 
     def program(self, spec, target, picks):
         ops, tile, size, axes = Operands(spec), tiles.of(picks), _size(spec), _axes(spec)
         channels, columns = spec.ic // spec.groups, size.columns
+        one_tap = channels % tile.tile_k == 0  # in a slice
 
         def split(b):
             """Phase per axis, and group, of a product of the batch."""
@@ -64,7 +68,7 @@ class CudaTransposed(Schedule):
             def fetch(block, b, row, start, offset, lanes):
                 phase, g = split(b)
                 n, *pixel = unflat(row, (spec.n, *(axis.pixels for axis in axes)))
-                if channels % tile.tile_k == 0:  # a slice is of one tap
+                if one_tap:
                     tap, c = block.let(start // channels), start % channels + offset
                 else:
                     k = block.let(start + offset)
@@ -75,10 +79,19 @@ class CudaTransposed(Schedule):
                 at = []
                 for axis, r, q, j in zip(axes, phase, pixel, positions, strict=True):
                     i = block.let(q + axis.first(r) - j * axis.step)
-                    inside += [i >= 0, i < axis.inputs, *axis.meets(r, axis.tap(r, j))]
+                    inside += [i >= 0, i < axis.inputs]
+                    inside += [] if one_tap else axis.meets(r, axis.tap(r, j))
                     at.append(i)
                 index = ops.order(n, g * channels + c, at)
                 return where(inside, read(src, spec.dtype, index, lanes), lanes)
+
+            def needed(b, start):
+                if not one_tap:
+                    return []
+                phase, _ = split(b)
+                positions = unflat(start // channels, [axis.taps for axis in axes])
+                each = zip(axes, phase, positions, strict=True)
+                return [c for axis, r, j in each for c in axis.meets(r, axis.tap(r, j))]
 
             def store(block, b, row, column, sums, count):
                 phase, g = split(b)
@@ -90,7 +103,7 @@ class CudaTransposed(Schedule):
                     place = ops.order(n, o, at)
                     finish(within, spec, (dst, residual, parameters), place, lambda e: o + e * by_row, sums, count)
 
-            product = Product(size, fetch, _vectors(spec), store, *_stores(spec))
+            product = Product(size, fetch, _vectors(spec), store, *_stores(spec), needed)
             return multiply(product, tile, parameters["weights"])
 
         return written(ops, weights, kernel, offsets=False)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from convgen.build import compile_lowered, default_candidate
+from convgen.cuda.code import compile_images, generate
 from convgen.cuda.serial import serialised
 from convgen.discover import schedules_of
 from convgen.lower import lower
@@ -52,6 +53,7 @@ SMOKE = [
     "conv2d n1 ic17 oc18 i2x3 k2x2 s1x2 p5_4x4_6",  # more padding than input
     "convtranspose2d n1 ic5 oc6 i4x5 k3x3 s2 p1x0_1 op1x0 tanh",
     "convtranspose2d n1 ic16 oc16 i5x5 k4x4 s2 p1 relu nhwc f16",  # the stride divides the kernel
+    "convtranspose2d n1 ic16 oc18 i4x5 k3x3 s2 p1 relu",  # phases with fewer taps
     "convtranspose1d n2 ic4 oc6 g2 i6 k4 s3 p1 d2 op2 nhwc gelu_tanh residual",
     "convtranspose1d n2 ic4 oc6 i6 k5 s4 p0 d6 op2",  # strides and dilations with a common factor
     "convtranspose2d n1 ic4 oc8 i5x4 k2x2 s3x4 p0 relu bf16",  # strides past the kernel
@@ -70,6 +72,7 @@ REAL = [
     "conv1d n4 ic256 oc256 g256 i1000 k31 s1 p15 nhwc",
     "conv3d n1 ic32 oc64 i16x28x28 k3x3x3 s1 p1",
     "convtranspose2d n1 ic512 oc256 i16x16 k4x4 s2 p1 relu",
+    "convtranspose2d n8 ic64 oc32 i64x64 k3x3 s2 p1 op1 nhwc bf16",
     "convtranspose3d n1 ic64 oc32 i8x16x16 k3x3x3 s2 p1 op1",
 ]
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90a")
@@ -113,6 +116,7 @@ def test_statements_run_serially_are_right(descriptor: str, schedule: Schedule) 
             if case == "exact" and spec.activation_op.exact and not schedule.transforms:
                 np.testing.assert_array_equal(out, expected[case], err_msg=str(candidate))
             assert worst(distance(out, expected[case]), tolerance(spec, cases[case])) <= 1, (case, candidate)
+        assert "main_kernel" in generate(lower(spec, TARGET, candidate)).text
 
 
 def test_what_is_run_serially_is_compared() -> None:
@@ -150,8 +154,6 @@ def test_defaults_are_valid_points_of_the_space(descriptor: str, arch: str) -> N
 def test_real_layers_compile_without_spills(descriptor: str, schedule: Schedule) -> None:
     """For every architecture by the default; registers and shared memory are the device's."""
     pytest.importorskip("cuda.bindings.nvrtc")
-    from convgen.cuda.code import compile_images, generate
-
     spec = ConvSpec.parse(descriptor)
     for arch in ARCHITECTURES:
         target = resolve(f"cuda:{arch}")
@@ -165,8 +167,6 @@ def test_real_layers_compile_without_spills(descriptor: str, schedule: Schedule)
 
 
 def test_what_launches_hand_to_each_other_is_workspace() -> None:
-    from convgen.cuda.code import generate
-
     spec = ConvSpec.parse("conv2d n1 ic16 oc32 i8x8 k3x3 s1 p1 strict")
     schedule = schedules_of("cuda")["cuda_winograd"]
     picks = schedule.default(spec, TARGET)

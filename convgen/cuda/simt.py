@@ -118,6 +118,8 @@ class Product(NamedTuple):
             a column.
         by_row: which of the two.
         piece: how many at once: four where those are one access.
+        needed: conditions, the same for all threads, without which a slice from ``needed(b, start)`` on is
+            nothing but zeros.
     """
 
     size: Size
@@ -126,6 +128,7 @@ class Product(NamedTuple):
     store: Callable[[Block, Expr, Expr, Expr, Any, int], None]
     by_row: bool
     piece: int
+    needed: Callable[[Expr, Expr], Sequence[Expr]] = lambda b, start: ()
 
 
 def packed(size: Size, tile: Tile, value: Callable[[Expr, Expr, Expr], Expr]) -> te.Tensor:
@@ -166,7 +169,10 @@ def multiply(product: Product, tile: Tile, weights: Any) -> Any:
             put(one, sums, [i], tirx.const(0, ACCUMULATOR))
         left = memory(body, (tile.tile_k * tile.tile_m,), "shared.dyn", "left")
         right = memory(body, (tile.tile_k * tile.tile_n,), "shared.dyn", "right")
-        with body.loop(ceildiv(size.depth, tile.tile_k)) as (turn, ko):
+        with (
+            body.loop(ceildiv(size.depth, tile.tile_k)) as (every, ko),
+            _if_all(every, product.needed(b, ko * tile.tile_k)) as turn,
+        ):
             start = turn.let(ko * tile.tile_k)
             _fill(turn, product, tile, left, b, m0, start)
             with together(turn, tile.tile_k * tile.tile_n // min(LANES, tile.tile_n), threads) as (one, piece):
@@ -181,6 +187,14 @@ def multiply(product: Product, tile: Tile, weights: Any) -> Any:
                     put(inner, sums, [at], load(sums, [at]) + load(column, [i]) * load(row, [j]))
         _drain(body, product, tile, sums, b, (m0, n0), (at_m, at_n))
     return whole.statement()
+
+
+@contextmanager
+def _if_all(block: Block, conditions: Sequence[Expr]) -> Iterator[Block]:
+    """What is done where all conditions hold. As a loop of one pass or none: TVM sets no barrier in a branch."""
+    passes = tirx.Select(tirx.all(*conditions), tirx.const(1, "int32"), 0) if conditions else 1
+    with block.loop(passes) as (body, _):
+        yield body
 
 
 def _fill(block: Block, product: Product, tile: Tile, left: Any, b: Expr, m0: Expr, start: Expr) -> None:

@@ -87,19 +87,25 @@ def of(picks: Picks) -> Tile:
     return Tile(*(picks[name] for name in Tile._fields))
 
 
-def compute_seconds(target: Target, size: Size, tile: Tile, gather: float, moved: float = 0) -> float:
-    """Predicted seconds; ``gather`` is the instructions that fetch an element of the first operand."""
+def compute_seconds(target: Target, size: Size, tile: Tile, gather: float, moved: float = 0, share: float = 1) -> float:
+    """Predicted seconds.
+
+    Args:
+        gather: instructions that fetch an element of the first operand.
+        moved: bytes from and to memory.
+        share: of the depth, what is computed on average.
+    """
     m, n = tile.thread_m, tile.thread_n
     # Per product and thread: its FMA, loads of whole vectors from shared memory, and its share of a slice's copy.
     instructions = 1 + (1 / m + 1 / n) / 2 + gather / tile.tile_n + 1 / tile.tile_m
     from_shared, from_l2 = 1.5 * (1 / m + 1 / n), 8 * (1 / tile.tile_m + 1 / tile.tile_n)
     slowdown = max(instructions, from_shared) + from_l2
-    macs = tile.tile_m * tile.tile_n * round_up(size.depth, tile.tile_k) * slowdown
+    macs = tile.tile_m * tile.tile_n * round_up(size.depth, tile.tile_k) * slowdown * share
     resident = model.blocks_per_core(target, tile.threads, tile.shared, tile.registers)
     return model.seconds(target, size.blocks(tile), macs, moved, tile.threads, resident)
 
 
-def cost(spec: ConvSpec, target: Target, size: Size, gather: float) -> float:
+def cost(spec: ConvSpec, target: Target, size: Size, gather: float, share: float = 1) -> float:
     """Predicted seconds of the default."""
     tile = of(default(target, size, gather))
-    return compute_seconds(target, size, tile, gather, sum(spec.bytes.values()))
+    return compute_seconds(target, size, tile, gather, sum(spec.bytes.values()), share)
