@@ -17,7 +17,15 @@ import pytest
 from naive import compile_naive, convolve, operands
 
 import convgen
-from convgen.build import CpuKernel, CudaKernel, Kernel, check_threads, compile_candidate, default_candidate
+from convgen.build import (
+    CpuKernel,
+    CudaKernel,
+    Kernel,
+    check_threads,
+    compile_candidate,
+    default_candidate,
+    parse_candidate,
+)
 from convgen.bundle import pack
 from convgen.cli import main
 from convgen.cuda.driver import Memory, Stream, device
@@ -148,6 +156,16 @@ def test_kernels_are_validated_by_emulation(text: str, target: str) -> None:
     assert "in device memory, nothing else written, emulated" in found["memory"]
     assert found["threads"] == "the same bits in every run"
     assert "refusal" not in found
+
+
+def test_launches_hand_their_workspace_to_each_other() -> None:
+    spec, target = ConvSpec.parse("conv2d n1 ic8 oc8 i8x8 k3x3 p1"), resolve(TARGET)
+    kernel = compile_candidate(spec, target, parse_candidate(spec, target, "cuda_winograd"), 1)
+    device_code = kernel.interface.device
+    assert device_code is not None
+    assert len(device_code.launches) == 3
+    assert kernel.sizes().workspace >= sum(device_code.workspace) > 0
+    validate(kernel).raise_if_failed()
 
 
 def test_the_exported_example_checks_the_kernel(
