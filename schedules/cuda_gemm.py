@@ -125,10 +125,23 @@ class CudaGemm(Schedule):
         """Products per core and cycle."""
         return {2: 1024, 4: 512 if spec.accuracy == "tf32" else 170}[BYTES[spec.dtype]]
 
+    def rows_read(self, picks):
+        """Rows of a step that are read from shared memory."""
+        return picks.warps_m * picks.warps_n * sum(_warp(picks))
+
+    def step_cycles(self, spec, picks):
+        """Cycles of a warp's own products in a step: it has a quarter of a core's units."""
+        rows, cols = _warp(picks)
+        return rows * cols * picks.tile_k / (self.rate(spec) / 4)
+
     def shared_memory(self, spec, picks):
         """Bytes of a block: the steps under way, and the sums on their way out."""
         row = picks.tile_k * BYTES[spec.dtype] + self.padding
-        sums = picks.tile_m * (round_up(picks.tile_n - 8, 32) + 8) * 4
+        # Threads past a small tile's end read as far as if it were larger; they store nothing.
+        oc = spec.oc // spec.groups * picks.merge_g
+        vectors = ceildiv(min(picks.tile_n, oc), _store(spec, oc))
+        rows = ceildiv(round_up(picks.tile_m * vectors, 32 * picks.warps_m * picks.warps_n), vectors)
+        sums = rows * (round_up(picks.tile_n - 8, 32) + 8) * 4
         return max(picks.stages * (picks.tile_m + picks.tile_n) * row, sums)
 
     def cost(self, spec, target):
@@ -156,13 +169,13 @@ class CudaGemm(Schedule):
         waves = ceildiv(per_core, resident)
         steps = k // picks.split_k // picks.tile_k
         row = picks.tile_k * size
-        through = row * (warps * (rows + cols) + picks.tile_m + picks.tile_n)
+        through = row * (self.rows_read(picks) + picks.tile_m + picks.tile_n)
         step = max(
             picks.tile_m * picks.tile_n * picks.tile_k / self.rate(spec),
             through / 128,
             row * (picks.tile_m + picks.tile_n) / 40,
         )
-        alone = max(800 / (picks.stages - 1), 4 * (picks.tile_k * size / 32) * (rows // 16 * (cols // 8)) * 2)
+        alone = max(800 / (picks.stages - 1), self.step_cycles(spec, picks)) + 40
         finish = picks.tile_m * picks.tile_n * (8 / 128 + size / 40)
         cycles = max(per_core * (steps * step + finish), waves * (steps * alone + finish)) + 2000
         seconds = cycles / 1.4e9
@@ -278,7 +291,7 @@ class CudaGemm(Schedule):
         axes, oc = len(spec.dst_shape), spec.oc // spec.groups * picks.merge_g
         matrix = IndexMap.from_func(lambda *index: _matrix(spec, index, oc), ndim=axes, index_dtype="int32")
         sch.transform_block_layout(dst, matrix)
-        vector = 1 if spec.layout == "nchw" else math.gcd(VECTOR // BYTES[spec.dtype], oc)
+        vector = _store(spec, oc)
         if picks.split_k > 1:
             parts = sch.get_sblock("parts")
             sch.reverse_compute_at(parts, block, preserve_unit_loops=True)
@@ -445,6 +458,11 @@ def _spread(sch, loops, threads, vector):
 
 
 # ---- sizes -------------------------------------------------------------------------------------
+
+
+def _store(spec, oc):
+    """Elements that are stored together."""
+    return 1 if spec.layout == "nchw" else math.gcd(_lanes(spec), oc)
 
 
 def _lanes(spec):

@@ -71,3 +71,10 @@ class CudaWgmma(CudaGemm):
 
     def rate(self, spec):
         return 4096 // BYTES[spec.dtype]
+
+    def rows_read(self, picks):
+        return picks.warps_m // 4 * (64 + picks.tile_n)
+
+    def step_cycles(self, spec, picks):
+        """A warpgroup has all of a core's units; it waits for each step's products to end."""
+        return 64 * picks.tile_n * picks.tile_k / self.rate(spec) + 60

@@ -494,6 +494,7 @@ def test_cuda_bindings_take_the_driver(tmp_path: Path) -> None:
 # ---- the device's compiler ---------------------------------------------------------------------
 
 TILES = {
+    "sm_70": (),
     "sm_75": ("cg_f16",),
     "sm_80": ("cg_f16", "cg_bf16", "cg_tf32", "cg_tf32x3"),
     "sm_90a": ("cg_f16", "cg_bf16", "cg_tf32", "cg_tf32x3"),

@@ -202,11 +202,13 @@ template <int BYTES> CG_DEVICE void *cg_at(void *shared, int offset) { return (c
 /* 32 bytes of the reduction at a time, whatever the type: 16 elements of two bytes, 8 of four. The tile is
  * rows x cols, in fragments of 16 x 8: of fragment (i, j), acc[(i * cols / 8 + j) * 4 + 0..3] are
  * rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and the next. */
+#if defined CONVGEN_EMULATE || __CUDA_ARCH__ >= 750
 struct cg_f16 {
     static constexpr int bytes = 2;
     static CG_DEVICE float value(uint16_t bits) { return cg_of_f16(bits); }
     static CG_DEVICE void mma(float *d, const uint32_t (&a)[4], const uint32_t *b) { cg_mma_f16(d, a, b); }
 };
+#endif
 
 #if defined CONVGEN_EMULATE || __CUDA_ARCH__ >= 800
 struct cg_bf16 {
