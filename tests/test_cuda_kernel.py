@@ -159,7 +159,7 @@ def test_kernels_are_validated_by_emulation(text: str, target: str) -> None:
 
 
 def test_launches_hand_their_workspace_to_each_other() -> None:
-    spec, target = ConvSpec.parse("conv2d n1 ic8 oc8 i8x8 k3x3 p1"), resolve(TARGET)
+    spec, target = ConvSpec.parse("conv2d n1 ic16 oc16 i10x10 k3x3 p1"), resolve(TARGET)
     kernel = compile_candidate(spec, target, parse_candidate(spec, target, "cuda_winograd"), 1)
     device_code = kernel.interface.device
     assert device_code is not None
