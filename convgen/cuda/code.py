@@ -332,8 +332,12 @@ def compile_images(source: DeviceSource, target: Target) -> tuple[tuple[tuple[st
     """
     cubin, ptx, log = _nvrtc(source.text, target.arch)
     images = [(target.arch, cubin)]
-    if not target.arch.endswith("a"):  # what is special to one architecture no later device has
-        images.append((target.arch.replace("sm_", "compute_"), ptx))
+    later = target.arch.replace("sm_", "compute_")
+    if not later.endswith("a"):
+        images.append((later, ptx))
+    elif "cg_wgmma" not in source.text:  # nothing of what only this architecture has
+        later = later.removesuffix("a")
+        images.append((later, _nvrtc(source.text, later)[1]))
     return tuple(images), tuple(_resources(log, launch) for launch in source.launches)
 
 
