@@ -142,10 +142,8 @@ def _llvm(lowered: Lowered) -> Any:
     lane, to a 32-bit store: two bytes too many. Without AVX512BW it makes no such stores. (bf16 alone
     is narrowed so; it is moved as integers.)
     """
-    if lowered.target.kind != "cpu":  # any machine's CPU may pack for a device
-        config = {"kind": "llvm"}
-    else:
-        config = json.loads(lowered.target.tvm_config)
+    # Any machine's CPU may pack for a device.
+    config = json.loads(lowered.target.tvm_config) if lowered.target.kind == "cpu" else {"kind": "llvm"}
     if lowered.spec.dtype == "bf16" and "avx512bw" in lowered.target.isa:
         config["mattr"] = ["-avx512bw"]
     from tvm.target import Target as TvmTarget

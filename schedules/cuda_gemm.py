@@ -1,7 +1,8 @@
 """Implicit GEMM on tensor cores: pixels × output channels, reduced over taps and input channels.
 
 Applies to  convolutions of any rank, stride and dilation, dense or with groups; transposed ones whose
-            output is whole strides and whose dilation shares no divisor with them; on GPUs with ``mma.sync``, ``ldmatrix`` and ``cp.async``: f16 and bf16; f32 as TF32 where the accuracy is
+            output is whole strides and whose dilation shares no divisor with them; on GPUs with
+            ``mma.sync``, ``ldmatrix`` and ``cp.async``: f16 and bf16; f32 as TF32 where the accuracy is
             `tf32`.
 Strategy    1. Pack weights as [oc][taps × ic], in vectors of 16 bytes along the reduction.
             2. src is read as [pixels][taps × ic] without writing that anywhere: 16 bytes at a time
@@ -32,7 +33,7 @@ from convgen.dtypes import BYTES
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
 #: Bytes of a copy, and rows of a step in shared memory are this much longer than their data.
-VECTOR = 16
+VECTOR = tensorize.VECTOR
 #: A thread's registers beside its sums and fragments: addresses, counters.
 OTHER_REGISTERS = 64
 #: Seconds that a further launch takes.
@@ -92,7 +93,9 @@ class CudaGemm(Schedule):
 
     def valid(self, spec, target, picks):
         rows, cols = _warp(picks)
-        require(picks.tile_m % (16 * picks.warps_m) == 0 and picks.tile_n % (8 * picks.warps_n) == 0, "warps without a tile")
+        require(
+            picks.tile_m % (16 * picks.warps_m) == 0 and picks.tile_n % (8 * picks.warps_n) == 0, "warps without a tile"
+        )
         require(rows * cols <= 64 * 64, f"{rows} × {cols} sums of a warp, registers for {64 * 64}")
         require(2 <= picks.warps_m * picks.warps_n <= 16, "2 to 16 warps in a block")
         need = self.shared_memory(spec, picks)
@@ -153,7 +156,6 @@ class CudaGemm(Schedule):
         Rates are of an A100, per core and cycle; waiting is for L2, once per step where few steps are under way.
         """
         m, n, k = _rounded(spec, picks)
-        rows, cols = _warp(picks)
         warps = picks.warps_m * picks.warps_n
         size = BYTES[spec.dtype]
         groups = _phases(spec) * spec.groups // picks.merge_g

@@ -30,7 +30,7 @@ class CudaWgmma(CudaGemm):
         require(spec.dtype != "f32", "needs f16 or bf16")
 
     def depth(self, spec):
-        return tensorize.ROW // 16
+        return tensorize.ROW // tensorize.VECTOR
 
     def intrinsic(self, spec, picks):
         return tensorize.wgmma(self.kind(spec), spec.dtype, picks.tile_n)

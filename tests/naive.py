@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from convgen.activation import Activation
-from convgen.interface import Interface, TensorInfo
+from convgen.interface import Interface
 from convgen.link import link
 from convgen.lower import compile_object, lower
 from convgen.schedule import Candidate

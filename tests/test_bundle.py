@@ -38,7 +38,7 @@ from convgen.bundle import (
 from convgen.cli import main
 from convgen.errors import BuildError, ExportError, MeasureError, RecordError, UnsupportedError
 from convgen.export import write_library
-from convgen.interface import Interface, TensorInfo
+from convgen.interface import Interface
 from convgen.lower import compile_object, lower
 from convgen.machine import _parse_cpuinfo, machine
 from convgen.records import RecordStore, TuningRecord

@@ -256,7 +256,10 @@ def _arguments(lowered: Lowered, packed: list[str]) -> dict[str, str]:
 
 def _launches(host: Any, device: Any, text: str, arguments: dict[str, str]) -> DeviceSource:
     """The launches the host function makes, from its calls."""
-    functions = {str(f.attrs["global_symbol"]) if "global_symbol" in f.attrs else n.name_hint: f for n, f in device.functions.items()}
+    functions = {
+        str(f.attrs["global_symbol"]) if "global_symbol" in f.attrs else n.name_hint: f
+        for n, f in device.functions.items()
+    }
     sizes = _intermediates(host)
     spaces: dict[str, int] = {}
     launches = []
@@ -425,9 +428,7 @@ def disassembled(cubin: bytes) -> str:
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
-            raise UnsupportedError(
-                "source: expected nvdisasm, found none: pip install nvidia-cuda-nvdisasm"
-            ) from error
+            raise UnsupportedError("source: expected nvdisasm, found none: pip install nvidia-cuda-nvdisasm") from error
     if done.returncode:
         raise BuildError(f"nvdisasm: {done.stderr.strip()}")
     return done.stdout

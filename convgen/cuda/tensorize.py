@@ -13,9 +13,12 @@ from contextvars import ContextVar
 from typing import Any
 
 from ..compute import ACCUMULATOR
+from ..dtypes import BYTES
 
 #: How vectors are stored in shared memory, by dtype.
 STORED = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+#: Bytes of a copy, and of a load from shared memory.
+VECTOR = 16
 #: Bytes of a step of the reduction.
 STEP = 32
 #: Bytes of a row in shared memory as wgmma takes them.
@@ -43,7 +46,6 @@ def replace(sch: Any, loop: Any, block: Any, intrinsic: str) -> Any:
     return sch.get_sblock(f"{name}_o")
 
 
-@functools.cache
 def mma(kind: str, dtype: str, rows: int, cols: int) -> str:
     """``sums[i, j] += a[i, k, v] * b[j, k, v]`` over one step: two vectors of 16 bytes; returns the intrinsic's name.
 
@@ -51,88 +53,64 @@ def mma(kind: str, dtype: str, rows: int, cols: int) -> str:
         kind: the type of device.h that multiplies: ``f16``, ``bf16``, ``tf32`` or ``tf32x3``.
         dtype: how a and b are stored.
     """
+    return _product(f"cg_mma_tile<cg_{kind}, {rows}, {cols}>", dtype, rows, cols, STEP // VECTOR)
+
+
+def wgmma(kind: str, dtype: str, cols: int) -> str:
+    """What :func:`mma` computes, over rows of 128 bytes, with 16 rows to each of the four warps of a warpgroup."""
+    return _product(f"cg_wgmma_tile<cg_{kind}, {cols}>", dtype, 16, cols, ROW // VECTOR)
+
+
+@functools.cache
+def _product(function: str, dtype: str, rows: int, cols: int, vectors: int) -> str:
+    """The intrinsic of a function of device.h: ``f(sums, a, bytes between its rows, b, bytes between its rows)``."""
     from tvm.script import tirx as T  # noqa: N812
 
-    size = 4 if dtype == "f32" else 2
-    lanes, stored = 16 // size, STORED[dtype]
-    function = f"cg_mma_tile<cg_{kind}, {rows}, {cols}>"
+    size = BYTES[dtype]
+    lanes, stored = VECTOR // size, STORED[dtype]
 
     def wide(value: Any) -> Any:
         return value.astype(ACCUMULATOR)
 
     @T.prim_func(s_tir=True, private=True)
     def description(c: T.handle, a: T.handle, b: T.handle) -> None:
-        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
-        A = T.match_buffer(a, (rows, 2, lanes), stored, offset_factor=1, scope="shared.dyn")
-        B = T.match_buffer(b, (cols, 2, lanes), stored, offset_factor=1, scope="shared.dyn")
+        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        left = T.match_buffer(a, (rows, vectors, lanes), stored, offset_factor=1, scope="shared.dyn")
+        right = T.match_buffer(b, (cols, vectors, lanes), stored, offset_factor=1, scope="shared.dyn")
         with T.sblock("root"):
-            T.reads(C[0:rows, 0:cols], A[0:rows, 0:2, 0:lanes], B[0:cols, 0:2, 0:lanes])
-            T.writes(C[0:rows, 0:cols])
-            for i, j, k, v in T.grid(rows, cols, 2, lanes):
+            T.reads(sums[0:rows, 0:cols], left[0:rows, 0:vectors, 0:lanes], right[0:cols, 0:vectors, 0:lanes])
+            T.writes(sums[0:rows, 0:cols])
+            for i, j, k, v in T.grid(rows, cols, vectors, lanes):
                 with T.sblock("product"):
                     vi, vj, vk, vv = T.axis.remap("SSRR", [i, j, k, v])
-                    C[vi, vj] = C[vi, vj] + wide(A[vi, vk, vv]) * wide(B[vj, vk, vv])
+                    sums[vi, vj] = sums[vi, vj] + wide(left[vi, vk, vv]) * wide(right[vj, vk, vv])
 
     @T.prim_func(s_tir=True, private=True)
     def implementation(c: T.handle, a: T.handle, b: T.handle) -> None:
         a0, a1, b0, b1 = T.int32(), T.int32(), T.int32(), T.int32()
-        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
-        A = T.match_buffer(a, (rows, 2, lanes), stored, offset_factor=1, scope="shared.dyn", strides=[a0, a1, 1])
-        B = T.match_buffer(b, (cols, 2, lanes), stored, offset_factor=1, scope="shared.dyn", strides=[b0, b1, 1])
+        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        left = T.match_buffer(
+            a, (rows, vectors, lanes), stored, offset_factor=1, scope="shared.dyn", strides=[a0, a1, 1]
+        )
+        right = T.match_buffer(
+            b, (cols, vectors, lanes), stored, offset_factor=1, scope="shared.dyn", strides=[b0, b1, 1]
+        )
         with T.sblock("root"):
-            T.reads(C[0:rows, 0:cols], A[0:rows, 0:2, 0:lanes], B[0:cols, 0:2, 0:lanes])
-            T.writes(C[0:rows, 0:cols])
+            T.reads(sums[0:rows, 0:cols], left[0:rows, 0:vectors, 0:lanes], right[0:cols, 0:vectors, 0:lanes])
+            T.writes(sums[0:rows, 0:cols])
             T.evaluate(
                 T.call_extern(
                     "void",
                     function,
-                    C.access_ptr("rw"),
-                    A.access_ptr("r"),
+                    sums.access_ptr("rw"),
+                    left.access_ptr("r"),
                     a0 * size,
-                    B.access_ptr("r"),
+                    right.access_ptr("r"),
                     b0 * size,
                 )
             )
 
-    return _registered(f"convgen_mma_{kind}_{dtype}_{rows}x{cols}", description, implementation)
-
-
-@functools.cache
-def wgmma(kind: str, dtype: str, cols: int) -> str:
-    """What :func:`mma` computes, over rows of 128 bytes, with 16 rows to each of the four warps of a warpgroup."""
-    from tvm.script import tirx as T  # noqa: N812
-
-    size = 4 if dtype == "f32" else 2
-    lanes, stored, rows, vectors = 16 // size, STORED[dtype], 16, ROW // 16
-    function = f"cg_wgmma_tile<cg_{kind}, {cols}>"
-
-    def wide(value: Any) -> Any:
-        return value.astype(ACCUMULATOR)
-
-    @T.prim_func(s_tir=True, private=True)
-    def description(c: T.handle, a: T.handle, b: T.handle) -> None:
-        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
-        A = T.match_buffer(a, (rows, vectors, lanes), stored, offset_factor=1, scope="shared.dyn")
-        B = T.match_buffer(b, (cols, vectors, lanes), stored, offset_factor=1, scope="shared.dyn")
-        with T.sblock("root"):
-            T.reads(C[0:rows, 0:cols], A[0:rows, 0:vectors, 0:lanes], B[0:cols, 0:vectors, 0:lanes])
-            T.writes(C[0:rows, 0:cols])
-            for i, j, k, v in T.grid(rows, cols, vectors, lanes):
-                with T.sblock("product"):
-                    vi, vj, vk, vv = T.axis.remap("SSRR", [i, j, k, v])
-                    C[vi, vj] = C[vi, vj] + wide(A[vi, vk, vv]) * wide(B[vj, vk, vv])
-
-    @T.prim_func(s_tir=True, private=True)
-    def implementation(c: T.handle, a: T.handle, b: T.handle) -> None:
-        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
-        A = T.match_buffer(a, (rows, vectors, lanes), stored, offset_factor=1, scope="shared.dyn")
-        B = T.match_buffer(b, (cols, vectors, lanes), stored, offset_factor=1, scope="shared.dyn")
-        with T.sblock("root"):
-            T.reads(C[0:rows, 0:cols], A[0:rows, 0:vectors, 0:lanes], B[0:cols, 0:vectors, 0:lanes])
-            T.writes(C[0:rows, 0:cols])
-            T.evaluate(T.call_extern("void", function, C.access_ptr("rw"), A.access_ptr("r"), B.access_ptr("r")))
-
-    return _registered(f"convgen_wgmma_{kind}_{dtype}_{cols}", description, implementation)
+    return _registered(f"convgen {function} {dtype}", description, implementation)
 
 
 def wgmma_definition(kind: str, cols: int) -> str:
@@ -163,22 +141,22 @@ def clear(rows: int, cols: int) -> str:
 
     @T.prim_func(s_tir=True, private=True)
     def description(c: T.handle) -> None:
-        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads()
-            T.writes(C[0:rows, 0:cols])
+            T.writes(sums[0:rows, 0:cols])
             for i, j in T.grid(rows, cols):
                 with T.sblock("zero"):
                     vi, vj = T.axis.remap("SS", [i, j])
-                    C[vi, vj] = T.float32(0)
+                    sums[vi, vj] = T.float32(0)
 
     @T.prim_func(s_tir=True, private=True)
     def implementation(c: T.handle) -> None:
-        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads()
-            T.writes(C[0:rows, 0:cols])
-            T.evaluate(T.call_extern("void", function, C.access_ptr("w")))
+            T.writes(sums[0:rows, 0:cols])
+            T.evaluate(T.call_extern("void", function, sums.access_ptr("w")))
 
     return _registered(f"convgen_clear_{rows}x{cols}", description, implementation)
 
@@ -192,25 +170,25 @@ def store(rows: int, cols: int) -> str:
 
     @T.prim_func(s_tir=True, private=True)
     def description(d: T.handle, c: T.handle) -> None:
-        D = T.match_buffer(d, (rows, cols), "float32", offset_factor=1, scope="shared.dyn")
-        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        tile = T.match_buffer(d, (rows, cols), "float32", offset_factor=1, scope="shared.dyn")
+        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
         with T.sblock("root"):
-            T.reads(C[0:rows, 0:cols])
-            T.writes(D[0:rows, 0:cols])
+            T.reads(sums[0:rows, 0:cols])
+            T.writes(tile[0:rows, 0:cols])
             for i, j in T.grid(rows, cols):
                 with T.sblock("copy"):
                     vi, vj = T.axis.remap("SS", [i, j])
-                    D[vi, vj] = C[vi, vj]
+                    tile[vi, vj] = sums[vi, vj]
 
     @T.prim_func(s_tir=True, private=True)
     def implementation(d: T.handle, c: T.handle) -> None:
-        d0 = T.int32()
-        D = T.match_buffer(d, (rows, cols), "float32", offset_factor=1, scope="shared.dyn", strides=[d0, 1])
-        C = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        row = T.int32()
+        tile = T.match_buffer(d, (rows, cols), "float32", offset_factor=1, scope="shared.dyn", strides=[row, 1])
+        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
         with T.sblock("root"):
-            T.reads(C[0:rows, 0:cols])
-            T.writes(D[0:rows, 0:cols])
-            T.evaluate(T.call_extern("void", function, D.access_ptr("w"), d0, C.access_ptr("r")))
+            T.reads(sums[0:rows, 0:cols])
+            T.writes(tile[0:rows, 0:cols])
+            T.evaluate(T.call_extern("void", function, tile.access_ptr("w"), row, sums.access_ptr("r")))
 
     return _registered(f"convgen_store_{rows}x{cols}", description, implementation)
 

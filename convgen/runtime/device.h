@@ -336,7 +336,8 @@ CG_DEVICE void cg_fence_async() { asm volatile("fence.proxy.async.shared::cta;" 
 #endif
 
 /* acc += a b^T over 128 bytes of the reduction. The warpgroup's tile is 64 rows; a points to this warp's 16. */
-template <class T, int COLS> CG_DEVICE void cg_wgmma_tile(float *acc, const void *a, const void *b)
+template <class T, int COLS>
+CG_DEVICE void cg_wgmma_tile(float *acc, const void *a, int /* 128 */, const void *b, int /* 128 */)
 {
     const uint64_t x = cg_descriptor((const char *)a - threadIdx.y % 4 * (16 * 128)), y = cg_descriptor(b);
     cg_wgmma_begin();
