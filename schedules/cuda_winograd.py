@@ -18,11 +18,25 @@ import itertools
 import math
 from contextlib import contextmanager
 
-from tvm import te, tirx
+from tvm import te
 
 from convgen.compute import Operands, ceildiv, copied, round_up, row_times, unflat
 from convgen.cuda import model, tiles
-from convgen.cuda.simt import LANES, Product, bound, finish, load, memory, multiply, packed, put, read, where
+from convgen.cuda.simt import (
+    LANES,
+    Product,
+    all_of,
+    bound,
+    finish,
+    load,
+    memory,
+    multiply,
+    packed,
+    put,
+    read,
+    unrolled,
+    where,
+)
 from convgen.cuda.tiles import Size
 from convgen.schedule import Picks, Schedule, Space, require
 from convgen.vector import Block, weighted_sum, written
@@ -106,16 +120,16 @@ def _transform(ops, m, src, inputs):
         n, *at = unflat(t, (spec.n, *_grid(spec, m)))
         first = [body.let(q * m - begin) for q, (begin, _) in zip(at, spec.padding, strict=True)]
         tile = memory(body, (math.prod(positions),), "local", "tile")
-        for i, j in itertools.product(*map(range, positions)):
-            pixel = [body.let(first[0] + i), body.let(first[1] + j)]
+        with unrolled(body, positions[0]) as (column, i), unrolled(column, positions[1]) as (one, j):
+            pixel = [one.let(first[0] + i), one.let(first[1] + j)]
             # Past the end lie padding and what the last tile has too many of.
             inside = [y < extent for y, extent in zip(pixel, spec.in_spatial, strict=True)]
             inside += [y >= 0 for y, (begin, _) in zip(pixel, spec.padding, strict=True) if begin]
             value = read(src, spec.dtype, ops.order(n, c, pixel))
-            put(body, tile, [i * positions[1] + j], where(inside, value))
+            put(one, tile, [i * positions[1] + j], where(inside, value))
         result = _both(body, tile, positions, b_rows, b_cols)
-        for p in range(math.prod(positions)):
-            put(body, inputs, _place(spec, p, t, c), load(result, [p]))
+        with unrolled(body, math.prod(positions)) as (one, p):
+            put(one, inputs, _place(spec, p, t, c), load(result, [p]))
     return whole.statement()
 
 
@@ -143,16 +157,16 @@ def _transform_back(ops, m, sums, buffers):
     with _each(whole, spec, m, spec.oc) as (body, o, t):
         n, *at = unflat(t, (spec.n, *_grid(spec, m)))
         tile = memory(body, (math.prod(positions),), "local", "tile")
-        for p in range(math.prod(positions)):
-            put(body, tile, [p], load(sums, _place(spec, p, t, o)))
+        with unrolled(body, math.prod(positions)) as (one, p):
+            put(one, tile, [p], load(sums, _place(spec, p, t, o)))
         result = _both(body, tile, positions, a_rows, a_cols)
-        for i, j in itertools.product(range(m), range(m)):
-            pixel = [body.let(q * m + d) for q, d in zip(at, (i, j), strict=True)]
+        with unrolled(body, m) as (column, i), unrolled(column, m) as (one, j):
+            pixel = [one.let(q * m + d) for q, d in zip(at, (i, j), strict=True)]
             inside = [y < extent for y, extent in zip(pixel, spec.out_spatial, strict=True) if extent % m]
-            with body.when(tirx.all(*inside) if inside else True) as within:
+            with one.when(all_of(inside)) as within:
                 taken = memory(within, (1,), "local", "taken")
                 put(within, taken, [0], load(result, [i * m + j]))
-                finish(within, spec, buffers, ops.order(n, o, pixel), lambda e, o=o: o, taken, 1)
+                finish(within, spec, buffers, ops.order(n, o, pixel), lambda e: o, taken, 1)
     return whole.statement()
 
 

@@ -64,6 +64,7 @@ SMOKE = [
 REAL = [
     "conv2d n8 ic64 oc128 i56x56 k3x3 s1 p1 relu",
     "conv2d n8 ic64 oc128 i56x56 k3x3 s1 p1 nhwc residual relu bf16",
+    "conv2d n8 ic64 oc64 i56x56 k3x3 s1 p1 nhwc relu f16",
     "conv2d n1 ic3 oc64 i224x224 k7x7 s2 p3 relu",
     "conv2d n8 ic256 oc64 i56x56 k1x1 s1 p0 silu",
     "conv2d n8 ic128 oc128 g32 i56x56 k3x3 s1 p1 relu",
