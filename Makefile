@@ -25,12 +25,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo 'setting up $(VENV)'
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install -c constraints.txt pip setuptools
-	@PYTHONWARNINGS=ignore $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@PYTHONWARNINGS=ignore $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,cuda]'
 	@touch $@
 
 $(PEERS): $(INSTALLED)
 	@echo 'installing the peers'
-	@PYTHONWARNINGS=ignore $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,peers]'
+	@PYTHONWARNINGS=ignore $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,cuda,peers]'
 	@touch $@
 
 demo: $(INSTALLED)

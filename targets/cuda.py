@@ -64,9 +64,11 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
     """
     from convgen.cuda.driver import device
 
-    found = device() if machine is None else None
+    found = device() if machine is None else machine.gpu
     if not model and found is None:
-        raise UnsupportedError("target: expected a CUDA device for 'cuda', found none; name one such as cuda:sm_90a")
+        raise UnsupportedError(
+            "target: expected a CUDA device for 'cuda', found none; name an architecture such as cuda:sm_90a"
+        )
     arch = model or _of_device(found.capability if found else (0, 0))
     if arch not in ARCHITECTURES:
         raise UnsupportedError(f"target: expected one of {', '.join(known())}, found {f'cuda:{model}'!r}")
@@ -103,8 +105,10 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
 
 
 def known() -> list[str]:
-    """Spellings worth listing."""
-    return ["cuda", *(f"cuda:{arch}" for arch in ARCHITECTURES)]
+    """Spellings worth listing: this machine's device first, where there is one."""
+    from convgen.cuda.driver import device
+
+    return [*(["cuda"] if device() else []), *(f"cuda:{arch}" for arch in ARCHITECTURES)]
 
 
 def capability(arch: str) -> tuple[int, int]:
@@ -127,5 +131,5 @@ def _of_device(device: tuple[int, int]) -> str:
     """The best architecture a device runs."""
     fitting = [arch for arch in ARCHITECTURES if runs(arch, device)]
     if not fitting:
-        raise UnsupportedError(f"target: expected a device of {', '.join(known()[1:])}, found capability {device}")
+        raise UnsupportedError(f"target: expected a device of {', '.join(known())}, found capability {device}")
     return max(fitting, key=lambda arch: (capability(arch), arch))

@@ -333,14 +333,14 @@ def compile_images(source: DeviceSource, target: Target) -> tuple[tuple[tuple[st
         UnsupportedError: the compiler is not installed, or does not know the architecture.
         BuildError: it refused the source.
     """
-    cubin, ptx, log = _nvrtc(source.text, target.arch)
+    cubin, ptx, log = compiled(source.text, target.arch)
     images = [(target.arch, cubin)]
     later = target.arch.replace("sm_", "compute_")
     if not later.endswith("a"):
         images.append((later, ptx))
     elif "cg_wgmma" not in source.text:  # nothing of what only this architecture has
         later = later.removesuffix("a")
-        images.append((later, _nvrtc(source.text, later)[1]))
+        images.append((later, compiled(source.text, later)[1]))
     return tuple(images), tuple(_resources(log, launch) for launch in source.launches)
 
 
@@ -372,8 +372,13 @@ def _compiler() -> Any:
     return nvrtc
 
 
-def _nvrtc(text: str, arch: str) -> tuple[bytes, bytes, str]:
-    """Cubin, PTX and log of a source."""
+def compiled(text: str, arch: str) -> tuple[bytes, bytes, str]:
+    """Cubin, PTX and log of a source, for an architecture ``sm_…``; no cubin for a virtual one, ``compute_…``.
+
+    Raises:
+        UnsupportedError: the compiler is not installed, or does not know the architecture.
+        BuildError: it refused the source; quotes what it said.
+    """
     nvrtc = _compiler()
     numbers = nvrtc.nvrtcGetSupportedArchs()[1]
     if int(re.sub(r"\D", "", arch)) not in numbers:

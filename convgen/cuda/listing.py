@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..lower import Lowered
-from .code import _nvrtc, disassembled, generate
+from .code import compiled, disassembled, generate
 
 
 def listing(lowered: Lowered, kind: str) -> str:
@@ -16,5 +16,5 @@ def listing(lowered: Lowered, kind: str) -> str:
     text = generate(lowered).text
     if kind == "cuda":
         return text
-    cubin, ptx, _ = _nvrtc(text, lowered.target.arch)
+    cubin, ptx, _ = compiled(text, lowered.target.arch)
     return disassembled(cubin) if kind == "sass" else ptx.rstrip(b"\0").decode()
