@@ -177,11 +177,11 @@ def _roofline(spec: ConvSpec, threads: int) -> dict[str, Any] | None:
 def _schedules(spec: ConvSpec, target: Target) -> list[dict[str, Any]]:
     """Every schedule: its space and default picks where it applies, the reason where it does not."""
     from ..build import default_candidate
-    from ..discover import schedules
+    from ..discover import schedules_of
 
     core, chosen = spec.core, default_candidate(spec, target).schedule
     found = []
-    for schedule in schedules().values():
+    for schedule in schedules_of(target.kind).values():
         reason = schedule.reason_against(core, target)
         facts: dict[str, Any] = {"id": schedule.id, "version": schedule.version, "reason_against": reason}
         if reason is None:
