@@ -7,28 +7,33 @@ as PTX describes them. It is no device: what hardware does beyond that descripti
 from __future__ import annotations
 
 import builtins
+import json
 import random
 import re
 import shutil
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from convgen.build import compile_candidate
-from convgen.cuda import code
+from convgen.build import compile_candidate, compile_lowered, default_candidate
+from convgen.cuda import code, tensorize
 from convgen.cuda.emulate import run
+from convgen.cuda.serial import serialised
 from convgen.discover import schedules_of
 from convgen.errors import BuildError, KernelError, UnsupportedError
 from convgen.lower import lower
+from convgen.sandbox import run_guarded
 from convgen.schedule import Candidate, Picks, Schedule
 from convgen.spec import ConvSpec
 from convgen.target import Target, resolve
-from convgen.validate import validate
+from convgen.validate import distance, exact_data, reference, tolerance, validate
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
 
+ROOT = Path(__file__).parent.parent
 SCHEDULES = {name: s for name, s in schedules_of("cuda").items() if name.startswith(("cuda_gemm", "cuda_wgmma"))}
 #: Between them: every rank, layout, dtype and feature; pixels and channels beside the tiles; a reduction of one
 #: step and of many; groups; phases.
@@ -107,6 +112,25 @@ def test_kernels_are_right_in_emulation(text: str, schedule: Schedule) -> None:
     picks = drawn(schedule, spec) if SMOKE.index(text) % 2 else schedule.default(spec.core, target)
     report = validate(compile_candidate(spec, target, Candidate(schedule, picks), 1))
     assert report.passed, report.to_dict()
+
+
+@pytest.mark.parametrize(("text", "schedule"), pairs([text for text in SMOKE if "bf16" not in text]))
+def test_what_intrinsics_describe_runs_serially(text: str, schedule: Schedule, tmp_path: Path) -> None:
+    """The scheduled program with its intrinsics' descriptions in their place, threads one after the other.
+
+    Not bf16: programs for devices have TVM's type for it, ones for CPUs its bits.
+    """
+    spec, target = ConvSpec.parse(text), target_of(schedule)
+    with tensorize.described():
+        lowered = lower(spec, target, Candidate(schedule, drawn(schedule, spec)))
+    interface, _, library = compile_lowered(serialised(lowered), tmp_path)
+    data = exact_data(spec)
+    outputs = run_guarded(library, interface.name, spec, {"exact": data}, 1, tmp_path, 120)
+    expected, bound = reference(spec, data), tolerance(spec, data)
+    for output in outputs.values():
+        error = distance(output, expected)
+        assert (error <= bound).all()
+        assert spec.activation_op.exact is False or not error.any()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -191,3 +215,21 @@ def test_source_the_compiler_refuses_is_quoted() -> None:
     source = code.DeviceSource('#include "device.h"\nextern "C" __global__ void f() { nonsense; }', ())
     with pytest.raises(BuildError, match="nonsense"):
         code.compile_images(source, resolve("cuda:sm_80"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("dtype", ["f16 nhwc", "f32 nchw"])
+@pytest.mark.parametrize("network", sorted((ROOT / "bench" / "problems").glob("*.json")), ids=lambda path: path.stem)
+def test_every_layer_compiles_without_spills(network: Path, dtype: str, arch: str) -> None:
+    """The default of every layer of every network."""
+    target = resolve(f"cuda:{arch}")
+    stored, layout = dtype.split()
+    for text in sorted({layer["spec"] for layer in json.loads(network.read_text())["layers"]}):
+        spec = ConvSpec.parse(text).with_(dtype=stored, layout=layout)
+        candidate = default_candidate(spec, target)
+        _, resources = code.compile_images(code.generate(lower(spec, target, candidate)), target)
+        for each in resources:
+            assert not each.spilled, (spec.descriptor, candidate, each)
+            assert each.registers * each.threads <= 1 << 16
+            assert each.shared <= target.shared_memory
