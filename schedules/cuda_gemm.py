@@ -254,20 +254,23 @@ class CudaGemm(Schedule):
         tile = te.compute(sums.shape, lambda *index: sums[index], name="tile")
         total = te.compute(sums.shape, lambda *index: tile[index], name="parts") if split > 1 else tile
 
-        def value(b, pixel, j):
+        strides = spec.stride if spec.transposed else ()
+
+        def value(*index):
+            *phase, g, pixel, j = index
+            b = flat((*phase, g), (*strides, groups))
             whole = total[0, b, pixel, j]
             for s in range(1, split):
                 whole = whole + total[s, b, pixel, j]
-            phase, g, _, _ = where(b, 0, 0)
             o = g * oc + j
             image, *out = unflat(pixel, (spec.n, *_grid(spec)))
             if spec.transposed:
-                out = [q * s + f for q, s, f in zip(out, spec.stride, phase, strict=True)]
+                out = [q * s + f for q, s, f in zip(out, strides, phase, strict=True)]
             residual = ops.residual[ops.order(image, o, out)] if spec.residual else None
             return epilogue(spec, whole, residual=residual, **ops.per_channel(per_channel, o)).astype(stored)
 
-        finished = te.compute((products, pixels, oc), value, name="finished")
-        dst = te.compute(spec.dst_shape, lambda *index: finished(*_matrix(spec, index, oc)), name="dst")
+        finished = te.compute((*strides, groups, pixels, oc), value, name="finished")
+        dst = te.compute(finished.shape, lambda *index: finished(*index), name="dst")
         return Program(pack=host.pack(*packed), main=ops.main([w, *per_channel], dst))
 
     def apply(self, sch, spec, target, picks):
@@ -288,11 +291,16 @@ class CudaGemm(Schedule):
         sch.bind(warp, "threadIdx.y")
         sch.set_scope(tile, 0, "shared.dyn")
 
-        # What becomes of it: dst, its pixels in one row, or the part of a sum that another launch adds up.
+        # What becomes of it: dst, or the part of a sum that another launch adds up. Up to here dst has the axes of
+        # the products; now it gets its own.
         dst = sch.get_sblock("dst")
-        axes, oc = len(spec.dst_shape), spec.oc // spec.groups * picks.merge_g
-        matrix = IndexMap.from_func(lambda *index: _matrix(spec, index, oc), ndim=axes, index_dtype="int32")
-        sch.transform_block_layout(dst, matrix)
+        oc = spec.oc // spec.groups * picks.merge_g
+        own = IndexMap.from_func(
+            lambda *index: _own_axes(spec, index, oc),
+            ndim=3 + (spec.rank if spec.transposed else 0),
+            index_dtype="int32",
+        )
+        sch.transform_layout(dst, ("write", 0), own)
         vector = _store(spec, oc)
         if picks.split_k > 1:
             parts = sch.get_sblock("parts")
@@ -302,11 +310,11 @@ class CudaGemm(Schedule):
         else:
             for follower in (sch.get_sblock("finished"), dst):
                 sch.reverse_compute_at(follower, block, preserve_unit_loops=True)
-            g, i, j = sch.get_loops(dst)[1:]
+            *ones, i, j = sch.get_loops(dst)[1:]
             if spec.layout == "nchw":  # its rows are pixels
                 sch.reorder(j, i)
                 i, j = j, i
-            thread = _within(sch, [g, i, j], warps, vector)
+            thread = _within(sch, [*ones, i, j], warps, vector)
         finished = sch.get_sblock("finished")
         sch.compute_at(finished, thread, preserve_unit_loops=True)
         sch.set_scope(finished, 0, "local")
@@ -353,16 +361,14 @@ class CudaGemm(Schedule):
             _spread(sch, sch.get_loops(staged), 256, 1)
 
 
-def _matrix(spec, index, oc):
-    """The index of dst as (product: phase and group of ``oc`` channels, pixel of it, channel of it)."""
-    image, *rest = index
-    o, out = (rest[0], rest[1:]) if spec.layout == "nchw" else (rest[-1], rest[:-1])
-    product = tirx.floordiv(o, oc)
+def _own_axes(spec, index, oc):
+    """dst's own index of (phases, group of ``oc`` channels, pixel of the phase, channel of the group)."""
+    *phases, g, pixel, j = index
+    image, *out = unflat(pixel, (spec.n, *_grid(spec)))
     if spec.transposed:
-        phases = [tirx.floormod(x, s) for x, s in zip(out, spec.stride, strict=True)]
-        product = flat(phases, spec.stride) * (spec.oc // oc) + product
-        out = [tirx.floordiv(x, s) for x, s in zip(out, spec.stride, strict=True)]
-    return product, flat((image, *out), (spec.n, *_grid(spec))), tirx.floormod(o, oc)
+        out = [q * s + f for q, s, f in zip(out, spec.stride, phases, strict=True)]
+    o = g * oc + j
+    return [image, o, *out] if spec.layout == "nchw" else [image, *out, o]
 
 
 # ---- taps and pixels of a product --------------------------------------------------------------

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sysconfig
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ _WORDS = (
 _AXES = ("x", "y", "z")
 #: Shared memory of a kernel that swizzles starts at a multiple of so many bytes, and is whole ones.
 _SWIZZLE = 1024
+#: Bytes of shared memory that every block takes besides its own.
+_RESERVED = 1024
+#: Registers a thread with a tile of sums is left, at least.
+_REGISTERS = 168
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def generate(lowered: Lowered) -> DeviceSource:
         host, device = _split(lowered)
         text = _cuda_text(device, lowered.target)
         names = [f"packed{i}" for i in range(len(lowered.packed))]
-        return _launches(host, device, text, _arguments(lowered, names))
+        source = _launches(host, device, text, _arguments(lowered, names))
+        return replace(source, text=_bounded(source, lowered.target))
     except BuildError:
         raise
     except Exception as error:  # TVM raises its errors as many types, RuntimeError among them
@@ -283,6 +288,20 @@ def _launches(host: Any, device: Any, text: str, arguments: dict[str, str]) -> D
         grid, block = _three(tags, extents, "blockIdx"), _three(tags, extents, "threadIdx")
         launches.append(Launch(name, grid, block, shared, tuple(taken)))
     return DeviceSource(text, tuple(launches), tuple(sizes[name] for name in spaces))
+
+
+def _bounded(source: DeviceSource, target: Target) -> str:
+    """The text, kernels with matrix units told how many blocks a core is to hold: as many as shared memory allows,
+    with registers for sums and fragments. Untold, the compiler saves registers for more, and spills.
+    """
+    text = source.text
+    for launch in source.launches:
+        threads = math.prod(launch.block)
+        if launch.shared and "_tile<" in _body(text, launch.function):
+            blocks = min(target.shared_per_core // (launch.shared + _RESERVED), (1 << 16) // (threads * _REGISTERS))
+            bounds = f"__launch_bounds__({threads}) {launch.function}("
+            text = text.replace(bounds, f"__launch_bounds__({threads}, {max(1, blocks)}) {launch.function}(")
+    return text
 
 
 def _body(text: str, name: str) -> str:
