@@ -1,8 +1,9 @@
 """cuda_gemm for f32: each product as three of TF32, which together are nearly one of f32.
 
 Applies to  what cuda_gemm does, f32, accuracy standard or relaxed.
-Strategy    each operand is the sum of two numbers of 11 bits; the product of the two smaller ones is left out
-            (Ootomo and Yokota, Int. J. High Perform. Comput. Appl. 36(4), 2022).
+Strategy    1. Each operand is the sum of two numbers of 11 bits, split in registers.
+            2. The product of the two smaller ones is left out (Ootomo and Yokota, Int. J. High Perform.
+               Comput. Appl. 36(4), 2022). The rest is cuda_gemm's.
 Why not     strict accuracy: the error is some 2^-22 of a product, four times that of f32. Nor where infinities
             must come out: what is left of one is NaN.
 """

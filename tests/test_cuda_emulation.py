@@ -364,6 +364,7 @@ LAYERS = {
     "cuda_gemm_merged": ["conv2d n1 ic32 oc32 g8 i9x7 k3x3 s1 p1 nhwc relu f16"],
     "cuda_direct": ["conv2d n1 ic3 oc17 i9x10 k3x3 s2 p0_1x1_0 relu", "conv2d n2 ic16 oc31 i7x6 k3x3 s1 p1 residual"],
     "cuda_depthwise": ["conv2d n1 ic16 oc16 g16 i6x5 k3x3 s1 p1 d1x2 nhwc residual relu bf16"],
+    "cuda_grouped": ["conv2d n1 ic16 oc24 g2 i6x5 k3x3 s1 p1 d1x2 nhwc residual relu f16"],
     "cuda_transposed": ["convtranspose2d n1 ic5 oc6 i4x5 k3x3 s2 p1x0_1 op1x0"],
 }
 

@@ -15,15 +15,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from convgen.build import compile_candidate, compile_lowered, default_candidate
 from convgen.cuda import code, tensorize
-from convgen.cuda.emulate import run
 from convgen.cuda.serial import serialised
 from convgen.discover import schedules_of
-from convgen.errors import BuildError, KernelError, UnsupportedError
+from convgen.errors import BuildError, UnsupportedError
 from convgen.lower import lower
 from convgen.sandbox import run_guarded
 from convgen.schedule import Candidate, Picks, Schedule
@@ -162,28 +160,6 @@ def test_real_layers_use_matrix_units(case: tuple[str, str], schedule: Schedule)
     assert any(name.startswith("LDGSTS") and ".128" in name for name in found), "no asynchronous copies of 16 bytes"
     if spec.layout == "nhwc" and spec.oc // spec.groups * picks.merge_g % 8 == 0:
         assert found["STG.E.128"], "no stores of 16 bytes"
-
-
-@emulated
-@pytest.mark.parametrize("barrier", [r"__syncthreads\(\);", r"cg_wait<\d+>\(\);"])
-def test_what_keeps_threads_apart_is_needed(barrier: str) -> None:
-    """Without barriers, or without waiting for copies, the emulator finds the fault."""
-    text, schedule = SMOKE[0], SCHEDULES["cuda_gemm"]
-    spec = ConvSpec.parse(text)
-    kernel = compile_candidate(
-        spec, target_of(schedule), Candidate(schedule, schedule.default(spec.core, target_of(schedule))), 1
-    )
-    source = code.generate(kernel.lowered)
-    broken = re.sub(barrier, "", source.text)
-    buffers: dict[str, Any] = {
-        "src": np.ones(spec.src_shape, np.float16),
-        "dst": np.empty(spec.dst_shape, np.float16),
-    }
-    for tensor in kernel.interface.packed:
-        buffers[tensor.name] = np.ones(tensor.shape, np.float32 if tensor.dtype == "f32" else np.float16)
-    with pytest.raises(KernelError):
-        run(code.DeviceSource(broken, source.launches, source.workspace), buffers)
-    run(source, buffers)
 
 
 def test_an_unknown_architecture_is_refused() -> None:
