@@ -323,11 +323,16 @@ def compile_candidate(
         raise
 
 
-def compile_lowered(lowered: Lowered, directory: Path, name: str | None = None) -> tuple[Interface, Path, Path]:
-    """The interface, object file and shared library of a lowered candidate, written to ``directory``."""
+def compile_lowered(
+    lowered: Lowered, directory: Path, name: str | None = None, device: DeviceCode | None = None
+) -> tuple[Interface, Path, Path]:
+    """The interface, object file and shared library of a lowered candidate, written to ``directory``.
+
+    ``device`` is the code for a GPU where it is compiled already.
+    """
     object_file = directory / "kernel.o"
     workspace = compile_object(lowered, object_file)
-    device = kernel_type(lowered.target).device_code(lowered)
+    device = device or kernel_type(lowered.target).device_code(lowered)
     interface = Interface(
         name=name or lowered.spec.name,
         spec=lowered.spec,

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BuildError, ExportError, Inapplicable, MeasureError, RecordError, SpecError, UnsupportedError
-from .machine import _ISA, _MODEL_FIELDS, Machine, _parse_cpuinfo
+from .machine import _ISA, _MODEL_FIELDS, Device, Machine, _parse_cpuinfo
 from .records import OUTCOMES, RecordStore, TuningRecord, load_json
 from .runtime.measure_bundle import FORMAT, IDENTITY, digest
 from .spec import ConvSpec
@@ -61,6 +61,7 @@ def machine_from_facts(facts: object, where: str = "facts") -> Machine:
             raise MeasureError(f"{where}: {name}: expected {expected}, found {value!r:.80}")
         return value
 
+    gpu = facts.get("gpu")  # None, or not there: of a runner that did not ask
     cpuinfo, cpus = fact("cpuinfo", str), fact("cpus", int)
     caches = fact("caches", dict)
     for level, size in caches.items():
@@ -82,6 +83,7 @@ def machine_from_facts(facts: object, where: str = "facts") -> Machine:
         l3=caches.get("3"),
         memory=fact("memory", int),
         arch=fact("architecture", str),
+        gpu=Device.from_dict(gpu, f"{where}: gpu") if gpu is not None else None,
     )
 
 
@@ -119,7 +121,8 @@ def target_on(target: Target, machine: Machine) -> Target:
     there = resolve(target.spelling, machine)
     if not there.native:
         missing = ", ".join(sorted(set(there.isa) - machine.features)) or "another architecture"
-        raise UnsupportedError(f"{target}: expected a machine that has {missing}, found {machine.cpu}")
+        found = machine.cpu if target.kind == "cpu" else machine.gpu.name if machine.gpu else "none with a GPU"
+        raise UnsupportedError(f"{target}: expected a machine that has {missing}, found {found}")
     return there
 
 
@@ -155,7 +158,7 @@ def pack(
 
     Args:
         specs: layers; those with an empty batch are left out.
-        targets, threads: each layer is measured for every pair.
+        targets, threads: each layer is measured for every pair; for CPUs or for GPUs, where threads mean nothing.
         out: a file that ends in ``.tar.gz`` or ``.zip``.
         candidates: of each layer, target and thread count: the default and the most promising.
         machine: the one that will measure. Its caches and cores are what candidates are chosen for, and what
@@ -168,14 +171,19 @@ def pack(
     Raises:
         BuildError: there is no C compiler for a target.
         ExportError: the bundle cannot be written, or there is nothing to write.
-        UnsupportedError: a target is a GPU's, the machine lacks instructions of one, or no schedule is left.
+        UnsupportedError: targets are both CPUs' and GPUs', the machine lacks instructions of one, or no schedule
+            is left.
     """
     from .workers import LocalBuilder
 
     if not out.name.endswith(ENDINGS):
         raise ExportError(f"{out}: expected a name that ends in {' or '.join(ENDINGS)}")
-    if gpus := ", ".join(str(target) for target in targets if target.kind != "cpu"):
-        raise UnsupportedError(f"targets: expected CPUs, which is where a bundle measures, found {gpus}")
+    kinds = {target.kind for target in targets}
+    if len(kinds) > 1:
+        found = ", ".join(map(str, targets))
+        raise UnsupportedError(f"targets: expected CPUs or GPUs in a bundle, not both, found {found}")
+    if kinds == {"cuda"}:
+        threads = [1]
     if machine is not None:
         targets = [target_on(target, machine) for target in targets]
     specs = [spec for spec in specs if spec.n]
@@ -227,6 +235,7 @@ class _Packer:
         self.targets: list[dict[str, Any]] = []
         self.rankers: dict[tuple[str, int], Ranker] = {}
         self.groups = 0
+        self.device = "cpu"
         self.packed = Packed()
         for name in ("lib", "data"):
             (folder / name).mkdir(parents=True)
@@ -236,6 +245,7 @@ class _Packer:
         from .link import NATIVE, link_shared
 
         for target in targets:
+            self.device = target.kind
             triple = json.loads(target.tvm_config).get("mtriple", NATIVE)
             arch = triple.partition("-")[0]
             check = f"lib/check-{arch}.so"
@@ -396,7 +406,7 @@ class _Packer:
             ExportError: there is no trial.
         """
         from .build import versions
-        from .measure import HOPELESS, SAMPLE_SECONDS, TRIAL_SECONDS
+        from .measure import DUEL_SECONDS, HOPELESS, SAMPLE_SECONDS, TRIAL_SECONDS
         from .search import FINALISTS, ROUNDS
 
         to_measure = [trial for trial in self.trials if not trial["known"]]
@@ -407,7 +417,7 @@ class _Packer:
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         manifest = {
             "format": FORMAT,
-            "device": "cpu",
+            "device": self.device,
             "versions": versions(),
             "targets": self.targets,
             "layers": self.layers,
@@ -418,7 +428,7 @@ class _Packer:
                 "hopeless": HOPELESS,
                 "finalists": FINALISTS,
                 "rounds": ROUNDS,
-                "duel_seconds": 5e-3,
+                "duel_seconds": DUEL_SECONDS,
             },
             "files": {
                 path.relative_to(self.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -608,7 +618,8 @@ class _Reader:
 
     def __init__(self, manifest: tuple[str, dict[str, Any]] | None) -> None:
         self.manifest = manifest
-        self.run, self.hardware = "", ""
+        self.run = ""
+        self.hardware: dict[str, str] = {}  # by kind of target
         self.reference: float | None = None
         self.keys: set[str] = set()
         self.groups: set[int] = set()
@@ -637,7 +648,8 @@ class _Reader:
         if self.manifest is not None:
             expected = self.manifest[0]
             _expect(values["manifest"] == expected, "manifest", f"the bundle's, {expected}", values["manifest"])
-        self.hardware = machine_from_facts(values["facts"]).fingerprint
+        machine = machine_from_facts(values["facts"])
+        self.hardware = {"cpu": machine.fingerprint} | ({"cuda": machine.gpu.fingerprint} if machine.gpu else {})
         self.run = values["digest"]
 
     def _identity(self, values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -710,10 +722,12 @@ class _Reader:
         from .measure import Result
 
         seconds = Result(outcome, samples).seconds
+        kind = str(identity["target"]).partition(":")[0]
+        _expect(kind in self.hardware, "target", f"one of {', '.join(self.hardware)}, which is there", kind)
         self.records.append(
             TuningRecord(
                 **identity,
-                hardware=self.hardware,
+                hardware=self.hardware[kind],
                 outcome=outcome,
                 seconds=seconds,
                 samples=samples,

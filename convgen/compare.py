@@ -30,7 +30,7 @@ from .dtypes import load
 from .errors import SpecError, UnsupportedError
 from .library import Library
 from .machine import Machine, machine, pinned
-from .measure import alternate, load_artifact, prepare_artifact, repeats, sample
+from .measure import alternate, artifact_facts, load_artifact, prepare_artifact, repeats, run_duel, sample
 from .peers import PEERS, Entrant, OnnxRuntime, find_peer
 from .sandbox import Arrays
 from .validate import float_data, reference, tolerance, worst
@@ -301,7 +301,8 @@ def ratio_interval(above: Sequence[float], below: Sequence[float], *, draws: int
 def run_comparison(
     paths: list[str], directory: str, threads: int, rounds: int, limit: float
 ) -> tuple[list[list[float]], list[float] | None]:
-    """In a worker: times of libraries and, for an f32 layer, ONNX Runtime, taken in turn on CPUs of their own.
+    """In a worker: times of libraries and, for an f32 layer on the CPU, ONNX Runtime, taken in turn on CPUs of
+    their own.
 
     Each is a list of medians, one per turn; of a slow layer, where that would last longer than ``limit``
     seconds, of single calls.
@@ -309,6 +310,8 @@ def run_comparison(
     Args:
         paths, directory: artifacts of one spec, and the folder of its inputs; see :mod:`convgen.measure`.
     """
+    if artifact_facts(paths[0])["device"] != "cpu":
+        return run_duel(paths, directory, threads, rounds), None
     libraries = [load_artifact(path, threads)[0] for path in paths]
     spec = libraries[0].spec
     with pinned(threads):

@@ -7,6 +7,7 @@
     ├── UnsupportedError           a valid request this version does not serve; says what would
     ├── Inapplicable               a schedule does not apply to a spec on a target, and why
     ├── BuildError                 lowering, compiling or linking failed
+    │   └── ResourceError          a kernel takes more of a GPU than it may
     ├── MeasureError               timing or a worker failed
     ├── ValidationError            a kernel's output is not what ONNX Runtime computes
     ├── RecordError                a record or its store cannot be read or written
@@ -47,6 +48,10 @@ class Inapplicable(ConvgenError):  # noqa: N818  (an answer more than an error)
 
 class BuildError(ConvgenError):
     """Lowering, compiling or linking failed."""
+
+
+class ResourceError(BuildError):
+    """A kernel takes more of a GPU than it may: registers spill, or a block does not fit."""
 
 
 class MeasureError(ConvgenError):

@@ -36,6 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .cuda.driver import device
 from .errors import MeasureError, SpecError
 from .interrupts import interrupts_blocked, interrupts_held
 from .machine import Machine, machine
@@ -251,7 +252,9 @@ class _Device:
         self.kept, self.name, self.server = kept, name, os.getpid()
         found = machine()
         limit = min(threads_limit or found.logical, found.logical)
-        self.machine = replace(found, cores=min(found.cores, limit), logical=limit, llvm=_llvm_processor())
+        self.machine = replace(
+            found, cores=min(found.cores, limit), logical=limit, llvm=_llvm_processor(), gpu=device()
+        )
         self._runner: LocalRunner | None = None
 
     def describe(self, request: Any) -> dict[str, Any]:

@@ -43,6 +43,55 @@ _RENAMED = {"pni": "sse3", "sse4_1": "sse4.1", "sse4_2": "sse4.2", "bmi1": "bmi"
 
 
 @dataclass(frozen=True)
+class Device:
+    """A GPU.
+
+    Attributes:
+        capability: its compute capability.
+        sms: its streaming multiprocessors.
+        l2, memory: bytes.
+        driver: the driver's version, as ``1000 * major + 10 * minor`` of the CUDA it is for.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    sms: int
+    l2: int
+    memory: int
+    driver: int
+
+    @property
+    def fingerprint(self) -> str:
+        """What tuning records are tied to."""
+        text = repr((self.name, self.capability, self.sms, self.memory, self.driver))
+        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}-{self.sms}"
+
+    @property
+    def emulated(self) -> bool:
+        """Whether it is a CPU (``runtime/emulated_driver.cpp``), which runs no machine code of GPUs."""
+        return self.name.startswith("Emulated")
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> Device:
+        """Its fields from JSON.
+
+        Raises:
+            MeasureError: they are not the facts of a GPU; names ``where`` they are from.
+        """
+        try:
+            made = cls(**{field.name: values[field.name] for field in fields(cls)})
+            major, minor = made.capability
+            numbers = [major, made.sms, made.l2, made.memory, made.driver]
+            if type(made.name) is not str or not made.name or type(minor) is not int or minor < 0:
+                raise ValueError(f"found {values!r:.80}")
+            if not all(type(number) is int and number > 0 for number in numbers):
+                raise ValueError(f"found {values!r:.80}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise MeasureError(f"{where}: expected the facts of a GPU, found {error}") from error
+        return replace(made, capability=(major, minor))
+
+
+@dataclass(frozen=True)
 class Machine:
     """What the system tells about this machine.
 
@@ -58,6 +107,7 @@ class Machine:
         memory: physical memory in bytes.
         arch: the architecture, as Linux calls it: ``x86_64``, ``aarch64``.
         llvm: LLVM's name of the processor, of a machine that was asked for it; empty otherwise.
+        gpu: its first one, of a machine that was asked for it.
     """
 
     cpu: str
@@ -71,6 +121,7 @@ class Machine:
     memory: int
     arch: str = platform.machine()
     llvm: str = ""
+    gpu: Device | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as JSON can say them."""
@@ -85,7 +136,8 @@ class Machine:
         """
         try:
             made = cls(**{field.name: values[field.name] for field in fields(cls)})
-            made = replace(made, features=frozenset(map(str, made.features)))
+            gpu = Device.from_dict(made.gpu, where) if made.gpu is not None else None
+            made = replace(made, gpu=gpu, features=frozenset(map(str, made.features)))
             numbers = [made.cores, made.logical, made.memory, made.l1 or 1, made.l2 or 1, made.l3 or 1]
             if not made.fingerprint or not all(type(number) is int and number > 0 for number in numbers):
                 raise ValueError(f"found {values!r}")

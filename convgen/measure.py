@@ -34,12 +34,14 @@ from .target import Target
 SAMPLE_SECONDS = 1e-3
 #: Seconds of samples taken of one candidate.
 TRIAL_SECONDS = 0.1
+#: A sample's length where several are compared.
+DUEL_SECONDS = 5e-3
 #: A candidate this many times slower than the best is timed only once.
 HOPELESS = 2.0
 OUTCOME_KEY = "outcome"
 #: Bytes a worker may have: this and so many times the layer's tensors. It has TVM and NumPy in it, packed
-#: weights (a Winograd transform's are up to 11 times the layer's) and a workspace.
-WORKER_BYTES, LAYER_FACTOR = 1 << 30, 32
+#: weights (a Winograd transform's are up to 11 times the layer's), a workspace, and perhaps a GPU's driver.
+WORKER_BYTES, LAYER_FACTOR = 3 << 29, 32
 
 
 # ---- timing -----------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ def time_calls(
 
 
 def alternate(
-    calls: Sequence[Callable[[], Any]], *, rounds: int, seconds: float = 5e-3, rest: float = 0.0
+    calls: Sequence[Callable[[], Any]], *, rounds: int, seconds: float = DUEL_SECONDS, rest: float = 0.0
 ) -> list[list[float]]:
     """Samples of several calls taken in turn, so that a drifting machine hits all of them alike.
 
@@ -276,24 +278,39 @@ def build_artifact(module_json: str, root: str) -> str:
     packed = tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in meta["packed"])
     lowered = Lowered(spec, target, candidate, module, packed)
     directory = Path(tempfile.mkdtemp(dir=root))
-    interface, _, library = compile_lowered(lowered, directory, "candidate")
+    device = None
+    if target.kind == "cuda":
+        from .cuda.measure import measured_code
+
+        device = measured_code(lowered, directory)
+    interface, _, library = compile_lowered(lowered, directory, "candidate", device)
     exact = not candidate.schedule.transforms and spec.activation_op.exact
     (directory / "candidate.json").write_text(
-        json.dumps({"spec": meta["spec"], "name": interface.name, "exact": exact})
+        json.dumps({"spec": meta["spec"], "name": interface.name, "exact": exact, "device": target.kind})
     )
     return str(library)
 
 
+def artifact_facts(path: str) -> dict[str, Any]:
+    """What is to be known about an artifact: its spec, its library's prefix, whether it is exact, where it runs."""
+    facts: dict[str, Any] = json.loads((Path(path).parent / "candidate.json").read_text())
+    return {"device": "cpu"} | facts
+
+
 def load_artifact(path: str, threads: int) -> tuple[Library, bool]:
     """An artifact's library, and whether its results must be exact."""
-    meta = json.loads((Path(path).parent / "candidate.json").read_text())
+    meta = artifact_facts(path)
     return Library(Path(path), ConvSpec.parse(meta["spec"]), meta["name"], threads), meta["exact"]
+
+
+def load_inputs(spec: ConvSpec, directory: str) -> dict[str, Any]:
+    """The inputs of a layer."""
+    return {name: load(Path(directory) / f"{name}.npy", spec.dtype) for name in spec.shapes if name != "dst"}
 
 
 def prepare_artifact(library: Library, directory: str, threads: int) -> tuple[Callable[[], Any], Any]:
     """A call of the library on the expected inputs, and the output it writes."""
-    spec, folder = library.spec, Path(directory)
-    data = {name: load(folder / f"{name}.npy", spec.dtype) for name in spec.shapes if name != "dst"}
+    spec, data = library.spec, load_inputs(library.spec, directory)
     packed = library.pack(data["weights"], data.get("bias"), data.get("slope"))
     dst = np.full(spec.dst_shape, np.nan, numpy_dtype(spec.dtype))
     return library.prepare(data["src"], packed, dst, data.get("residual"), threads=threads), dst
@@ -311,25 +328,61 @@ def run_artifact(path: str, directory: str, threads: int, seconds: float, hopele
 
 
 def _run_artifact(path: str, directory: str, threads: int, seconds: float, hopeless: float) -> dict[str, Any]:
+    if artifact_facts(path)["device"] == "cuda":
+        return _run_on_gpu(path, directory, seconds, hopeless)
     library, exact = load_artifact(path, threads)
     with pinned(threads) as is_pinned:
         call, dst = prepare_artifact(library, directory, threads)
         call()
-        expected = load(Path(directory) / "expected.npy", library.spec.dtype)
-        error = distance(dst, expected)
-        bound = np.zeros((), np.float32) if exact else np.load(Path(directory) / "bound.npy")
-        wrong = ~(error <= bound)  # NaN is wrong too
-        if wrong.any():
-            at = tuple(int(i) for i in np.argwhere(wrong)[0])
-            text = f"{int(wrong.sum())} of {wrong.size} elements; at {at} expected {expected[at]}, found {dst[at]}"
+        if text := _difference(library.spec, directory, dst, exact):
             return {OUTCOME_KEY: "wrong", "error": text}
         samples = time_calls(call, seconds=seconds, hopeless=hopeless)
         return {OUTCOME_KEY: "ok", "samples": samples, "reference": reference_kernel(), "pinned": is_pinned}
 
 
+def _run_on_gpu(path: str, directory: str, seconds: float, hopeless: float) -> dict[str, Any]:
+    from .cuda.measure import gpu, output, prepare
+
+    facts = artifact_facts(path)
+    spec = ConvSpec.parse(facts["spec"])
+    call = prepare(path, facts["name"], load_inputs(spec, directory))
+    dst = np.empty(spec.dst_shape, numpy_dtype(spec.dtype))
+    call()
+    samples: list[float] = []
+    for last in (False, True):  # what races is wrong now and then
+        if text := _difference(spec, directory, output(call, dst), facts["exact"]):
+            return {OUTCOME_KEY: "wrong", "error": text}
+        if not last:
+            samples = gpu().time_calls(call, seconds, SAMPLE_SECONDS, hopeless)
+    call.close()
+    return {OUTCOME_KEY: "ok", "samples": samples}
+
+
+def _difference(spec: ConvSpec, directory: str, dst: Any, exact: bool) -> str:
+    """How an output differs from the expected one; empty where it does not."""
+    expected = load(Path(directory) / "expected.npy", spec.dtype)
+    error = distance(dst, expected)
+    bound = np.zeros((), np.float32) if exact else np.load(Path(directory) / "bound.npy")
+    wrong = ~(error <= bound)  # NaN is wrong too
+    if not wrong.any():
+        return ""
+    at = tuple(int(i) for i in np.argwhere(wrong)[0])
+    return f"{int(wrong.sum())} of {wrong.size} elements; at {at} expected {expected[at]}, found {dst[at]}"
+
+
 def run_duel(paths: list[str], directory: str, threads: int, rounds: int) -> list[list[float]]:
-    """Time several libraries in turn, on CPUs of their own."""
+    """Time several libraries of one spec in turn, on CPUs of their own or on the GPU."""
+    facts = [artifact_facts(path) for path in paths]
+    if facts and facts[0]["device"] == "cuda":
+        from .cuda.measure import gpu, prepare
+
+        data = load_inputs(ConvSpec.parse(facts[0]["spec"]), directory)
+        running = [prepare(path, known["name"], data) for path, known in zip(paths, facts, strict=True)]
+        samples = gpu().alternate(running, rounds, DUEL_SECONDS)
+        for call in running:
+            call.close()
+        return samples
     libraries = [load_artifact(path, threads)[0] for path in paths]
     with pinned(threads):
         prepared = [prepare_artifact(library, directory, threads) for library in libraries]
-        return alternate([call for call, _ in prepared], rounds=rounds)
+        return alternate([call for call, _ in prepared], rounds=rounds, seconds=DUEL_SECONDS)

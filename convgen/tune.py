@@ -20,6 +20,7 @@ from .build import Records, check_native, check_threads, open_store
 from .claims import Claims, claims_path
 from .errors import SpecError
 from .interrupts import interrupts_held
+from .machine import machine
 from .measure import Expected
 from .ranker import Ranker
 from .records import RecordStore, TuningRecord
@@ -157,7 +158,7 @@ class Tuner:
     @property
     def pools(self) -> Pools:
         if self._pools is None:
-            self._pools = Pools(LocalBuilder(self.target.cores), LocalRunner())
+            self._pools = Pools(LocalBuilder(machine().cores), LocalRunner())
         return self._pools
 
     def expected(self, spec: ConvSpec) -> Expected:
@@ -165,7 +166,8 @@ class Tuner:
         if spec not in self._expected:
             self._forget(EXPECTED - 1)
             folder = tempfile.TemporaryDirectory(prefix="convgen-")
-            self._expected[spec] = folder, Expected(spec, Path(folder.name), self.threads)
+            threads = self.threads if self.target.kind == "cpu" else machine().cores
+            self._expected[spec] = folder, Expected(spec, Path(folder.name), threads)
         self._expected.move_to_end(spec)
         return self._expected[spec][1]
 

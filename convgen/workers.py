@@ -115,15 +115,25 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
-def _pool(workers: int, timeout: float, uses: int) -> PopenPoolExecutor:
+def _pool(workers: int, timeout: float, uses: int, forgiving: bool) -> PopenPoolExecutor:
     """TVM's pool of processes, which end with this one. A job's keyword ``memory`` is a limit in bytes of what
-    the job may add: a process that exceeds it is killed, and the job raises MemoryError.
+    the job may add: a process that exceeds it is killed, and the job raises MemoryError. Unless ``forgiving``,
+    a process whose job raised is replaced.
     """
     from tvm.support.popen_pool import PopenPoolExecutor
 
     class Pool(PopenPoolExecutor):  # type: ignore[misc]
         def _worker_run(self, function: Any, arguments: Any, keywords: Any) -> Any:
             """Runs in a thread that has a worker process of its own."""
+            try:
+                return self._held(function, arguments, keywords)
+            except Exception:
+                if not forgiving and (worker := self._worker_map.get(threading.get_ident())):
+                    worker.kill()
+                raise
+
+        def _held(self, function: Any, arguments: Any, keywords: Any) -> Any:
+            """Runs a job within its memory."""
             limit = keywords.pop("memory", 0)
             if not limit:
                 return super()._worker_run(function, arguments, keywords)
@@ -177,11 +187,12 @@ class _Workers:
         failure: outcome of a job that raises.
         timeout: seconds after which a worker is killed.
         uses: jobs after which a worker is replaced; 0: never.
+        forgiving: whether a worker is kept whose job raised.
     """
 
-    def __init__(self, workers: int, failure: str, timeout: float, uses: int = 0) -> None:
+    def __init__(self, workers: int, failure: str, timeout: float, uses: int = 0, *, forgiving: bool = True) -> None:
         self.failure, self.timeout = failure, timeout
-        self._pool = _pool(workers, timeout, uses)
+        self._pool = _pool(workers, timeout, uses, forgiving)
         self._pending: set[Future[Any]] = set()
 
     def submit(self, function: Callable[..., Any], *arguments: Any, memory: int = 0) -> Future[Any]:
@@ -253,8 +264,9 @@ class LocalRunner(Runner):
     isolated = False
 
     def __init__(self, *, timeout: float = 60.0) -> None:
-        # Replaced now and then: every library stays loaded.
-        self._workers = _Workers(1, "run_error", timeout, uses=256)
+        # Replaced now and then: every library stays loaded. And at once where a candidate failed: what a GPU's
+        # kernel has done wrong fails every later call of the process.
+        self._workers = _Workers(1, "run_error", timeout, uses=256, forgiving=False)
         #: Seconds of the reference kernel in the first trial; it outlives the worker.
         self._reference: float | None = None
         self._warned = False

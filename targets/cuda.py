@@ -66,9 +66,7 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
 
     found = device() if machine is None else machine.gpu
     if not model and found is None:
-        raise UnsupportedError(
-            "target: expected a CUDA device for 'cuda', found none; name an architecture such as cuda:sm_90a"
-        )
+        raise UnsupportedError("target: expected a CUDA device for 'cuda', found none; name one such as cuda:sm_90a")
     arch = model or _of_device(found.capability if found else (0, 0))
     if arch not in ARCHITECTURES:
         raise UnsupportedError(f"target: expected one of {', '.join(known())}, found {f'cuda:{model}'!r}")

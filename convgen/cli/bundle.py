@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     "targets",
     multiple=True,
     callback=lambda context, parameter, given: [check_target(context, parameter, text) for text in given or ("cpu",)],
-    help="cpu:<LLVM processor>, such as cpu:znver4 or cpu:aarch64-cortex-a72; may be repeated.  [default: cpu]",
+    help="cpu:<LLVM processor>, such as cpu:znver4 or cpu:aarch64-cortex-a72, or a GPU's, such as cuda:sm_90a; may be "
+    "repeated.  [default: cpu]",
 )
 @click.option(
     "--threads", callback=parse_threads, metavar="N,…", help="Threads of the kernels.  [default: all cores there]"
@@ -81,8 +82,8 @@ def pack(
 ) -> None:
     """Compile candidates, and write them with inputs and expected outputs into one file.
 
-    Carry it to the machine, unpack it and run `python3 run.py` there: that takes Python 3.8 and nothing
-    else. `convgen fleet import` takes the results back.
+    Carry it to the machine, unpack it and run `python3 run.py` there: that takes Python 3.8, for a GPU its
+    driver, and nothing else. `convgen fleet import` takes the results back.
 
     With --facts the candidates are chosen for that machine's caches and cores, and what the record
     store has of it already is not measured again.
@@ -97,7 +98,8 @@ def pack(
 
     if machine is not None and not machine.llvm and "cpu" in targets:
         raise click.UsageError("--target: expected cpu:<LLVM processor> with --facts, found cpu: they do not name it")
-    resolved = [resolve(target) for target in dict.fromkeys(targets)]
+    # Plain cuda is the GPU there.
+    resolved = [resolve(target, machine if target == "cuda" else None) for target in dict.fromkeys(targets)]
     counts = threads or (machine.cores if machine else resolved[0].cores,)
     with open_store(chosen_records(records, no_records), write=False) as store:
         packed = write(

@@ -61,7 +61,12 @@ def _check_targets(context: click.Context, parameter: click.Parameter, text: str
     help="A job file (TOML); other options change what it says.",
 )
 @dim_option
-@click.option("--target", callback=_check_targets, metavar="TARGET[,…]", help="cpu, or cpu:<LLVM processor>.")
+@click.option(
+    "--target",
+    callback=_check_targets,
+    metavar="TARGET[,…]",
+    help="cpu, cpu:<LLVM processor>, cuda or cuda:<architecture>.",
+)
 @click.option("--threads", callback=parse_threads, metavar="N[,N]", help="Threads of a kernel.  [default: all cores]")
 @click.option(
     "--seconds", type=click.FloatRange(min=0), metavar="S", help="Time in all, that of earlier runs included."
@@ -136,7 +141,8 @@ def _job(sources: tuple[str, ...], job_file: Path | None, dims: dict[str, int], 
 @contextmanager
 def _working(job: Job, records: Records) -> Iterator[tuple[JobRun, JobView]]:
     """A job ready to run, with its workers."""
-    job.problems(lambda spelling: _facts(spelling))  # what is wrong shows before anything starts
+    if job.tracker is None or "cuda" not in job.targets:  # else the device says which GPU that is
+        job.problems(lambda spelling: _facts(spelling))  # what is wrong shows before anything starts
     from ..build import check_native, open_store
 
     resolve: Callable[[str], Target] | None = None

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import weakref
 from contextlib import suppress
 from ctypes import POINTER, c_char_p, c_float, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import KernelError
+from ..machine import Device
 
 #: What of the driver is called; all return a CUresult.
 _FUNCTIONS: dict[str, tuple[type, ...]] = {
@@ -101,36 +100,6 @@ _loaded = functools.cache(Driver)
 
 
 # ---- devices -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU.
-
-    Attributes:
-        capability: its compute capability.
-        sms: its streaming multiprocessors.
-        l2, memory: bytes.
-        driver: the driver's version, as ``1000 * major + 10 * minor`` of the CUDA it is for.
-    """
-
-    name: str
-    capability: tuple[int, int]
-    sms: int
-    l2: int
-    memory: int
-    driver: int
-
-    @property
-    def fingerprint(self) -> str:
-        """What tuning records are tied to."""
-        text = repr((self.name, self.capability, self.sms, self.memory, self.driver))
-        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}-{self.sms}"
-
-    @property
-    def emulated(self) -> bool:
-        """Whether it is a CPU (``runtime/emulated_driver.cpp``), which runs no machine code of GPUs."""
-        return self.name.startswith("Emulated")
 
 
 def device() -> Device | None:

@@ -14,6 +14,17 @@ from .code import generate
 from .emulate import compile_emulated, emulated_driver
 
 
+def emulated_code(lowered: Lowered, directory: Path) -> DeviceCode:
+    """What an emulated device runs of a candidate.
+
+    Raises:
+        BuildError: there is no C++ compiler, or it failed.
+    """
+    source = generate(lowered)
+    code = compile_emulated(source.text, directory).read_bytes()
+    return DeviceCode(((lowered.target.arch, code),), source.launches, source.workspace)
+
+
 def emulated_library(lowered: Lowered, interface: Interface, object_file: Path, directory: Path) -> tuple[Path, Path]:
     """The library, and the driver that ``CONVGEN_CUDA_DRIVER`` must name where it runs.
 
@@ -22,13 +33,10 @@ def emulated_library(lowered: Lowered, interface: Interface, object_file: Path, 
     Raises:
         BuildError: there is no C++ compiler, or it failed.
     """
-    source = generate(lowered)
     arch = lowered.target.arch
     match = re.fullmatch(r"sm_(\d+)(\d)a?", arch)
     if match is None:
         raise UnsupportedError(f"{lowered.target}: expected an architecture such as sm_80 to emulate, found {arch!r}")
-    code = compile_emulated(source.text, directory).read_bytes()
-    device = DeviceCode(((arch, code),), source.launches, source.workspace)
     library = directory / f"lib{interface.name}-emulated.so"
-    link(dataclasses.replace(interface, device=device), object_file, library)
+    link(dataclasses.replace(interface, device=emulated_code(lowered, directory)), object_file, library)
     return library, emulated_driver(directory, (int(match[1]), int(match[2])))

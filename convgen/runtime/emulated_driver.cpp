@@ -672,3 +672,6 @@ API cuGetProcAddress(const char *name, void **function, int version, uint64_t fl
 {
     return cuGetProcAddress_v2(name, function, version, flags, nullptr);
 }
+
+/* What NVIDIA's compiler asks of a driver that it finds loaded; it does without. */
+API cuGetExportTable(const void **table, const void *) { return *table = nullptr, NOT_FOUND; }

@@ -4,9 +4,10 @@
     python3 run.py --facts          prints what is to be known about this machine, as JSON
 
 `convgen fleet pack` copies this file into the bundle as ``run.py``. It needs Python 3.8 or later and its standard
-library: no convgen, no NumPy, no compiler, no network. Every candidate runs in a process of its own, with limits
-of time and memory, and its output is compared with what is expected before it is timed. A result is on the disk
-before the next candidate begins; the same command goes on where it was stopped, however that was.
+library, and for a GPU's kernels the driver: no convgen, no NumPy, no compiler, no network. Every candidate runs in
+a process of its own, with limits of time and memory, and its output is compared with what is expected before it is
+timed. A result is on the disk before the next candidate begins; the same command goes on where it was stopped,
+however that was.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import datetime
 import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -143,6 +145,7 @@ def facts() -> dict[str, Json]:
         "logical": len(usable),
         "caches": _caches(),
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "gpu": gpu_facts(),
     }
 
 
@@ -185,6 +188,7 @@ def _read(path: str) -> str:
 _DTYPES = {"f32": 0, "f16": 1, "bf16": 2}
 _ALIGNMENT = 64
 _NO_MEMORY = 7  # enum convgen_status
+_NO_IMAGE, _DRIVER_ERROR = 34, 35  # enum convgen_cuda_status
 #: Addresses that the C library sets aside for a thread: its stack and a heap.
 _THREAD_BYTES = 256 << 20
 
@@ -208,6 +212,10 @@ class _RunArgs(ctypes.Structure):
     _fields_ = [*_fields("src", "packed", "residual", "dst", "workspace"), ("pool", ctypes.c_void_p)]
 
 
+class _GpuRunArgs(ctypes.Structure):
+    _fields_ = [*_fields("src", "packed", "residual", "dst", "workspace"), ("stream", ctypes.c_void_p)]
+
+
 class _Difference(ctypes.Structure):
     _fields_ = [
         ("wrong", ctypes.c_uint64),
@@ -221,8 +229,306 @@ class Refused(Exception):  # noqa: N818 - says something about the machine, not 
     """This machine cannot run what the bundle holds for the target."""
 
 
+def _pass(args: ctypes.Structure, sizes: _Sizes, data: dict[str, Any], *names: str) -> None:
+    """Hand tensors to a function."""
+    for name in names:
+        if name in data:
+            if len(data[name]) != getattr(sizes, name):
+                raise RuntimeError(f"{name}: expected {getattr(sizes, name)} bytes, found {len(data[name])}")
+            setattr(args, name, ctypes.addressof(data[name]))
+            setattr(args, name + "_size", getattr(sizes, name))
+
+
+def _aligned(size: int) -> ctypes.c_void_p:
+    """The address of so many bytes at a multiple of 64, which live as long as the process."""
+    memory = (ctypes.c_char * (size + _ALIGNMENT))()
+    _kept.append(memory)
+    return ctypes.c_void_p(-(-ctypes.addressof(memory) // _ALIGNMENT) * _ALIGNMENT)
+
+
+_kept: list[Any] = []
+
+
+# ---- a GPU -------------------------------------------------------------------------------------
+
+#: What of the CUDA driver is called, and with what; all return a CUresult.
+_DRIVER: dict[str, tuple[Any, ...]] = {
+    "cuInit": (ctypes.c_uint,),
+    "cuDriverGetVersion": (ctypes.c_void_p,),
+    "cuDeviceGet": (ctypes.c_void_p, ctypes.c_int),
+    "cuDeviceGetName": (ctypes.c_char_p, ctypes.c_int, ctypes.c_int),
+    "cuDeviceTotalMem_v2": (ctypes.c_void_p, ctypes.c_int),
+    "cuDeviceGetAttribute": (ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
+    "cuDevicePrimaryCtxRetain": (ctypes.c_void_p, ctypes.c_int),
+    "cuCtxPushCurrent_v2": (ctypes.c_void_p,),
+    "cuStreamSynchronize": (ctypes.c_void_p,),
+    "cuMemAlloc_v2": (ctypes.c_void_p, ctypes.c_size_t),
+    "cuMemFree_v2": (ctypes.c_uint64,),
+    "cuMemcpyHtoD_v2": (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t),
+    "cuMemcpyDtoH_v2": (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t),
+    "cuMemsetD8_v2": (ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t),
+    "cuEventCreate": (ctypes.c_void_p, ctypes.c_uint),
+    "cuEventRecord": (ctypes.c_void_p, ctypes.c_void_p),
+    "cuEventSynchronize": (ctypes.c_void_p,),
+    "cuEventElapsedTime": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+    "cuGetErrorName": (ctypes.c_int, ctypes.c_void_p),
+}
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+_SMS, _L2, _MAJOR, _MINOR = 16, 38, 75, 76  # enum CUdevice_attribute
+_GPU_ALIGNMENT = 256
+#: Tensors are there so often that a call finds what the last one but so many times the L2 cache has used.
+_COLD, _COPIES = 2, 1024
+#: Seconds of calls before the first sample, for the clock to rise; calls that fit into the driver's queue.
+_WARM_UP, _QUEUE = 20e-3, 256
+#: Times the memory is filled at most, to keep the device busy while a sample is launched.
+_FILLS = 200
+
+
+class Gpu:
+    """The first GPU, used through its driver on the default stream of its primary context, on this thread.
+
+    Raises:
+        Refused: there is no driver, or no device.
+    """
+
+    def __init__(self) -> None:
+        self._driver()
+        self("cuCtxPushCurrent_v2", self.get("cuDevicePrimaryCtxRetain", ctypes.c_void_p, self.number))
+        self._begin, self._end = (self.get("cuEventCreate", ctypes.c_void_p, 0) for _ in range(2))
+        self._scratch_size = max(_COLD * self.facts["l2"], 1 << 20)
+        self._scratch = self.allocate(self._scratch_size)
+        self._fill_seconds = statistics.median(self._elapsed(self._fill) for _ in range(5))
+
+    def _driver(self) -> None:
+        """Open the driver, and ask for the device."""
+        name = os.environ.get("CONVGEN_CUDA_DRIVER") or "libcuda.so.1"
+        try:
+            library = ctypes.CDLL(name)
+            self._functions = {function: getattr(library, function) for function in _DRIVER}
+        except (OSError, AttributeError) as error:
+            raise Refused(f"expected a CUDA driver, found none: {error}") from None
+        for function, arguments in _DRIVER.items():
+            self._functions[function].argtypes = arguments
+        try:
+            self("cuInit", 0)
+            self.number = self.get("cuDeviceGet", ctypes.c_int, 0)
+        except RuntimeError as error:
+            raise Refused(f"expected a CUDA device, found none: {error}") from None
+        text = ctypes.create_string_buffer(256)
+        self("cuDeviceGetName", text, len(text), self.number)
+        #: What a device's records are tied to, and what tensors are laid out for.
+        self.facts: dict[str, Json] = {
+            "name": text.value.decode(errors="replace"),
+            "capability": [self._attribute(_MAJOR), self._attribute(_MINOR)],
+            "sms": self._attribute(_SMS),
+            "l2": self._attribute(_L2),
+            "memory": self.get("cuDeviceTotalMem_v2", ctypes.c_size_t, self.number),
+            "driver": self.get("cuDriverGetVersion", ctypes.c_int),
+        }
+
+    @classmethod
+    def known(cls) -> dict[str, Json]:
+        """A device's facts, without a context on it."""
+        made = cls.__new__(cls)
+        made._driver()
+        return made.facts
+
+    def _attribute(self, which: int) -> int:
+        return int(self.get("cuDeviceGetAttribute", ctypes.c_int, which, self.number))
+
+    def __call__(self, function: str, *arguments: Any) -> None:
+        """Call a function of the driver.
+
+        Raises:
+            MemoryError: the device has not as much.
+            RuntimeError: it failed otherwise; what a kernel did shows in whatever is called next.
+        """
+        error = self._functions[function](*arguments)
+        if error:
+            name = ctypes.c_char_p()
+            self._functions["cuGetErrorName"](error, ctypes.byref(name))
+            text = f"{function}: the CUDA driver reported {(name.value or b'').decode() or error}"
+            raise MemoryError(text) if error == _OUT_OF_MEMORY else RuntimeError(text)
+
+    def get(self, function: str, kind: Any, *arguments: Any) -> Any:
+        """What a function writes to its first argument, of type ``kind``."""
+        value = kind()
+        self(function, ctypes.byref(value), *arguments)
+        return value.value
+
+    def allocate(self, size: int) -> int:
+        """The address of so many bytes of device memory, all NaN; 0 of none."""
+        if not size:
+            return 0
+        address = int(self.get("cuMemAlloc_v2", ctypes.c_uint64, size))
+        self("cuMemsetD8_v2", address, 0xFF, size)
+        return address
+
+    def free(self, address: int) -> None:
+        if address:
+            self("cuMemFree_v2", address)
+
+    def wait(self) -> None:
+        self("cuStreamSynchronize", None)
+
+    # As the functions of the same names do it on a CPU, by the device's clock.
+
+    def sample(self, call: Call, count: int, fills: int = 1) -> float:
+        """Seconds per call over ``count`` calls. Filling memory first keeps the device busy while they are launched:
+        it never waits for the next one.
+        """
+        for _ in range(fills):
+            self._fill()
+        return self._elapsed(call, count)
+
+    def repeats(self, call: Call, seconds: float) -> tuple[int, int]:
+        """How often to repeat a call in one sample of ``seconds``, and to fill memory before; warms up."""
+        end = time.perf_counter() + _WARM_UP
+        while True:
+            call()
+            self.wait()
+            if time.perf_counter() >= end:
+                break
+        count = max(1, min(_QUEUE, int(seconds / max(self.sample(call, 3), 1e-9))))
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        launching = time.perf_counter() - start
+        self.wait()
+        return count, max(1, min(_FILLS, int(1.5 * launching / self._fill_seconds) + 1))
+
+    def time_calls(
+        self, call: Call, seconds: float, sample_seconds: float, hopeless: float = 0.0, at_least: int = 5
+    ) -> list[float]:
+        """Samples of seconds per call for about ``seconds``; only one where it exceeds ``hopeless`` (0: no limit)."""
+        count, fills = self.repeats(call, sample_seconds)
+        samples = [self.sample(call, count, fills)]
+        if hopeless and samples[0] > hopeless:
+            return samples
+        for _ in range(max(at_least, min(200, int(seconds / max(samples[0] * count, 1e-9)))) - 1):
+            samples.append(self.sample(call, count, fills))
+        return samples
+
+    def alternate(self, calls: Sequence[Call], rounds: int, seconds: float) -> list[list[float]]:
+        """Samples of several calls taken in turn."""
+        ways = [self.repeats(call, seconds) for call in calls]
+        samples: list[list[float]] = [[] for _ in calls]
+        for _ in range(rounds):
+            for i, call in enumerate(calls):
+                samples[i].append(self.sample(call, *ways[i]))
+        return samples
+
+    def _elapsed(self, call: Call, count: int = 1) -> float:
+        self("cuEventRecord", self._begin, None)
+        for _ in range(count):
+            call()
+        self("cuEventRecord", self._end, None)
+        self("cuEventSynchronize", self._end)
+        milliseconds: float = self.get("cuEventElapsedTime", ctypes.c_float, self._begin, self._end)
+        return max(milliseconds, 1e-6) / 1e3 / count
+
+    def _fill(self) -> None:
+        self("cuMemsetD8_v2", self._scratch, 0, self._scratch_size)
+
+
+def gpu_facts() -> dict[str, Json] | None:
+    """What the first GPU is; None where there is none."""
+    try:
+        return Gpu.known()
+    except Refused:
+        return None
+
+
+class GpuCall:
+    """A library's kernel on device memory: each call takes the next of several copies of the tensors, which
+    together are larger than the L2 cache.
+
+    Args:
+        gpu: where it runs.
+        library: the loaded library; ``name`` is the prefix of its functions.
+        data: the tensors in CPU memory that it reads.
+
+    Raises:
+        Refused: the library has no code for this device.
+        MemoryError: the device has not enough.
+        RuntimeError: the library refused.
+    """
+
+    def __init__(self, gpu: Gpu, library: Any, name: str, data: dict[str, Any]) -> None:
+        self._gpu, self._library, self._name = gpu, library, name
+        self._function("error").restype = self._function("driver_error").restype = ctypes.c_char_p
+        sizes = _Sizes()
+        self._require(self._function("sizes")(ctypes.byref(sizes)))
+        packed = _aligned(sizes.packed)
+        pack = _PackArgs(packed=packed, packed_size=sizes.packed)
+        _pass(pack, sizes, data, "weights", "bias", "slope")
+        self._require(self._function("pack")(ctypes.byref(pack)))
+        self._require(self._function("load")())
+        for tensor in ("src", "residual"):
+            if len(data.get(tensor, b"")) != getattr(sizes, tensor):
+                raise RuntimeError(f"{tensor}: expected {getattr(sizes, tensor)} bytes, found another size")
+        parts = {"src": data["src"], "packed": packed, "residual": data.get("residual"), "dst": None}
+        places, stride = {}, 0
+        for part in parts:
+            places[part] = stride
+            stride += -(-getattr(sizes, part) // _GPU_ALIGNMENT) * _GPU_ALIGNMENT
+        copies = max(1, min(_COPIES, -(-_COLD * gpu.facts["l2"] // max(stride, 1)), gpu.facts["memory"] // 4 // stride))
+        self._memory = [gpu.allocate(copies * stride), gpu.allocate(sizes.workspace)]
+        self._turns = []
+        for first in range(self._memory[0], self._memory[0] + copies * stride, stride):
+            args = _GpuRunArgs(workspace=self._memory[1] or None, workspace_size=sizes.workspace)
+            for part, source in parts.items():
+                size = getattr(sizes, part)
+                if size:
+                    setattr(args, part, first + places[part])
+                    setattr(args, part + "_size", size)
+                if size and source is not None:
+                    gpu("cuMemcpyHtoD_v2", first + places[part], source, size)
+            self._turns.append(args)
+        gpu.wait()
+        self._run = self._function("run")
+        self._next = itertools.cycle([ctypes.byref(args) for args in self._turns])
+
+    def __call__(self) -> None:
+        """Launch it; what goes wrong on the device shows when it is waited for."""
+        status = self._run(next(self._next))
+        if status:
+            self._require(status)
+
+    def output(self) -> Any:
+        """What the first copy's call has written."""
+        first = self._turns[0]
+        memory = (ctypes.c_char * first.dst_size)()
+        self._gpu.wait()
+        self._gpu("cuMemcpyDtoH_v2", memory, first.dst, first.dst_size)
+        return memory
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+        self._gpu.wait()
+        self._require(self._function("unload")())
+        for address in self._memory:
+            self._gpu.free(address)
+
+    def _function(self, suffix: str) -> Any:
+        return getattr(self._library, self._name + "_" + suffix)
+
+    def _require(self, status: int) -> None:
+        if not status:
+            return
+        text = self._function("error")(status).decode()
+        if status == _NO_IMAGE:
+            raise Refused(text)
+        if status == _DRIVER_ERROR:
+            text += ": " + self._function("driver_error")().decode()
+        raise MemoryError(text) if status == _NO_MEMORY or "OUT_OF_MEMORY" in text else RuntimeError(text)
+
+
+# ---- kinds of devices ------------------------------------------------------------------------
+
+
 class Cpu:
-    """Candidates as shared libraries with convgen's C runtime.
+    """Candidates as shared libraries with convgen's C runtime; on the CPU.
 
     Args:
         root: the bundle.
@@ -231,14 +537,17 @@ class Cpu:
         threads: of the calls.
     """
 
+    #: Whether a process is held to its memory.
+    is_limited = True
+
     def __init__(self, root: str, layer: dict[str, Json], check: str, threads: int) -> None:
         self.root, self.layer, self.threads = root, layer, threads
         self.data = {name: self._load(file) for name, file in layer["data"].items()}
         self.check = self._open(check)
         self._pool = ctypes.c_void_p()
 
-    def prepare(self, trial: dict[str, Json]) -> tuple[Call, Any]:
-        """A call of a candidate on the layer's inputs, and the memory it writes."""
+    def prepare(self, trial: dict[str, Json]) -> tuple[Call, Call]:
+        """A call of a candidate on the layer's inputs, and what gives the memory it writes."""
         library, name = self._open(trial["library"]), trial["name"]
 
         def function(suffix: str) -> Any:
@@ -259,7 +568,7 @@ class Cpu:
         require(function("sizes")(self.threads, ctypes.byref(sizes)))
         packed, workspace = _aligned(sizes.packed), _aligned(sizes.workspace)
         pack = _PackArgs(packed=packed, packed_size=sizes.packed)
-        self._pass(pack, sizes, "weights", "bias", "slope")
+        _pass(pack, sizes, self.data, "weights", "bias", "slope")
         require(function("pack")(ctypes.byref(pack)))
         if self.threads > 1 and not self._pool:  # one pool serves all libraries
             require(function("pool_create")(self.threads, ctypes.byref(self._pool)))
@@ -267,7 +576,7 @@ class Cpu:
         ctypes.memset(dst, 0xFF, sizes.dst)  # NaN
         run_args = _RunArgs(packed=packed, packed_size=sizes.packed, dst=ctypes.addressof(dst), dst_size=sizes.dst)
         run_args.workspace, run_args.workspace_size, run_args.pool = workspace, sizes.workspace, self._pool
-        self._pass(run_args, sizes, "src", "residual")
+        _pass(run_args, sizes, self.data, "src", "residual")
         run, reference = function("run"), ctypes.byref(run_args)
 
         def call(_memory: Any = (run_args, packed, workspace, dst)) -> None:
@@ -275,7 +584,7 @@ class Cpu:
             if status:
                 require(status)
 
-        return call, dst
+        return call, lambda: dst
 
     def difference(self, dst: Any, exact: bool) -> str:
         """How an output differs from the expected one; empty where it does not."""
@@ -297,7 +606,15 @@ class Cpu:
         values = "expected %.9g, found %.9g" % (result.expected, result.found)  # noqa: UP031
         return f"{result.wrong} of {count} elements; at {tuple(at)} {values}"
 
-    def reference(self) -> float:
+    def time(self, call: Call, timing: dict[str, Json], hopeless: float) -> list[float]:
+        """Samples of a call."""
+        return time_calls(call, timing["trial_seconds"], timing["sample_seconds"], hopeless)
+
+    def compare(self, calls: Sequence[Call], timing: dict[str, Json]) -> list[list[float]]:
+        """Samples of several calls taken in turn."""
+        return alternate(calls, timing["rounds"], timing["duel_seconds"])
+
+    def reference(self) -> float | None:
         """Seconds of a fixed piece of arithmetic: whether the machine is as fast as it was."""
         return statistics.median(sample(self.check.convgen_reference_kernel, 1) for _ in range(5))
 
@@ -313,27 +630,32 @@ class Cpu:
         except OSError as error:  # its bytes are right: the C library is another, or too old
             raise Refused(str(error)) from None
 
-    def _pass(self, args: ctypes.Structure, sizes: _Sizes, *names: str) -> None:
-        for name in names:
-            if name in self.data:
-                if len(self.data[name]) != getattr(sizes, name):
-                    raise RuntimeError(f"{name}: expected {getattr(sizes, name)} bytes, found {len(self.data[name])}")
-                setattr(args, name, ctypes.addressof(self.data[name]))
-                setattr(args, name + "_size", getattr(sizes, name))
+
+class Cuda(Cpu):
+    """Candidates whose libraries run on a GPU; their inputs come from and their outputs go to the CPU's memory."""
+
+    is_limited = False  # a driver sets aside more addresses than there is memory
+
+    def __init__(self, root: str, layer: dict[str, Json], check: str, threads: int) -> None:
+        super().__init__(root, layer, check, threads)
+        self.gpu = Gpu()
+
+    def prepare(self, trial: dict[str, Json]) -> tuple[Call, Call]:
+        call = GpuCall(self.gpu, self._open(trial["library"]), trial["name"], self.data)
+        return call, call.output
+
+    def time(self, call: Call, timing: dict[str, Json], hopeless: float) -> list[float]:
+        return self.gpu.time_calls(call, timing["trial_seconds"], timing["sample_seconds"], hopeless)
+
+    def compare(self, calls: Sequence[Call], timing: dict[str, Json]) -> list[list[float]]:
+        return self.gpu.alternate(calls, timing["rounds"], timing["duel_seconds"])
+
+    def reference(self) -> None:
+        """Its clock is not what the CPU's arithmetic tells of."""
 
 
 #: Kinds of devices by the manifest's name for them.
-DEVICES: dict[str, Any] = {"cpu": Cpu}
-
-
-def _aligned(size: int) -> ctypes.c_void_p:
-    """The address of so many bytes at a multiple of 64, which live as long as the process."""
-    memory = (ctypes.c_char * (size + _ALIGNMENT))()
-    _kept.append(memory)
-    return ctypes.c_void_p(-(-ctypes.addressof(memory) // _ALIGNMENT) * _ALIGNMENT)
-
-
-_kept: list[Any] = []
+DEVICES: dict[str, Any] = {"cpu": Cpu, "cuda": Cuda}
 
 
 def child() -> int:
@@ -346,7 +668,7 @@ def child() -> int:
         return TROUBLE
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 24, 1 << 24))  # standard error is a file
-    if job["memory"]:
+    if job["memory"] and DEVICES[job["device"]].is_limited:
         resource.setrlimit(resource.RLIMIT_AS, (job["memory"], job["memory"]))
     pin(job["trials"][0]["threads"])
     try:
@@ -362,22 +684,24 @@ def child() -> int:
 
 
 def _measure(job: dict[str, Json]) -> dict[str, Json]:
-    trial, timing = job["trials"][0], job["timing"]
-    device = DEVICES[job["device"]](job["root"], job["layer"], job["check"], trial["threads"])
-    call, dst = device.prepare(trial)
+    trial, device = job["trials"][0], _device(job)
+    call, output = device.prepare(trial)
     call()
-    difference = device.difference(dst, trial["exact"])
+    difference = device.difference(output(), trial["exact"])
     if difference:
         return {"outcome": "wrong", "error": difference}
-    samples = time_calls(call, timing["trial_seconds"], timing["sample_seconds"], job["hopeless"])
+    samples = device.time(call, job["timing"], job["hopeless"])
     return {"outcome": "ok", "samples": samples, "reference": device.reference()}
 
 
 def _compare(job: dict[str, Json]) -> dict[str, Json]:
-    timing = job["timing"]
-    device = DEVICES[job["device"]](job["root"], job["layer"], job["check"], job["trials"][0]["threads"])
+    device = _device(job)
     calls = [device.prepare(trial)[0] for trial in job["trials"]]
-    return {"outcome": "ok", "samples": alternate(calls, timing["rounds"], timing["duel_seconds"])}
+    return {"outcome": "ok", "samples": device.compare(calls, job["timing"])}
+
+
+def _device(job: dict[str, Json]) -> Any:
+    return DEVICES[job["device"]](job["root"], job["layer"], job["check"], job["trials"][0]["threads"])
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -401,7 +725,7 @@ class Results:
     The first line says which bundle and machine they are of. What a kill left of the last line is cut off.
     """
 
-    def __init__(self, path: str, manifest: str, machine: dict[str, Json]) -> None:
+    def __init__(self, path: str, manifest: str, machine: dict[str, Json], device: str = "cpu") -> None:
         self.path = path
         self.lines: list[dict[str, Json]] = []
         try:
@@ -421,7 +745,8 @@ class Results:
         if header.get("manifest") != manifest:
             raise Trouble(f"{path}: expected results of this bundle, found those of another one: name a new file")
         found = header["facts"]
-        if any(found.get(name) != machine[name] for name in ("cpuinfo", "cpus", "architecture")):
+        names = ["cpuinfo", "cpus", "architecture"] + ["gpu"] * (device == "cuda")
+        if any(found.get(name) != machine[name] for name in names):
             raise Trouble(f"{path}: expected results of this machine, found those of another one: name a new file")
 
     def _resume(self) -> int:
@@ -709,7 +1034,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         memory = None if given.memory is None else given.memory << 20
         bundle = Bundle(given.bundle)
         out = given.out or os.path.join(bundle.root, "results.jsonl")
-        session = Session(bundle, Results(out, bundle.digest, machine), given.timeout, memory)
+        session = Session(
+            bundle, Results(out, bundle.digest, machine, bundle.manifest["device"]), given.timeout, memory
+        )
         try:
             session.measure()
         except KeyboardInterrupt:

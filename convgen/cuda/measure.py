@@ -1,0 +1,84 @@
+"""Building and measuring candidates for GPUs: what :mod:`convgen.measure` does for the CPU's."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ResourceError
+from ..interface import DeviceCode
+from ..lower import Lowered
+from ..runtime.measure_bundle import Gpu, GpuCall
+from ..target import Target
+from .code import Resources, compile_images, generate
+from .driver import device
+from .standin import emulated_code
+
+#: Registers of a block's threads at most, on every architecture; a warp has them in units.
+_REGISTERS, _UNIT, _WARP = 1 << 16, 256, 32
+
+
+def measured_code(lowered: Lowered, directory: Path) -> DeviceCode:
+    """A candidate's code, to be measured; an emulated device's where this machine has one.
+
+    Raises:
+        ResourceError: it takes more of the device than it may.
+        UnsupportedError, BuildError: see :func:`~convgen.cuda.code.compile_images`.
+    """
+    source = generate(lowered)
+    images, resources = compile_images(source, lowered.target)
+    check_resources(resources, lowered.target)
+    if (found := device()) is not None and found.emulated:
+        return emulated_code(lowered, directory)
+    return DeviceCode(images, source.launches, source.workspace)
+
+
+def check_resources(resources: Sequence[Resources], target: Target) -> None:
+    """Refuse what cannot be launched, and what is slow for certain.
+
+    Raises:
+        ResourceError: registers are spilled to memory, or a block does not fit; names the function.
+    """
+    for one in resources:
+
+        def expect(good: bool, expected: str, found: object, name: str = one.function) -> None:
+            if not good:
+                raise ResourceError(f"{name}: expected {expected}, found {found}")
+
+        expect(not one.spilled, "all values in registers", f"{one.spilled} bytes spilled")
+        warps = -(-one.threads // _WARP)
+        registers = warps * -(-one.registers * _WARP // _UNIT) * _UNIT
+        expect(registers <= _REGISTERS, f"at most {_REGISTERS} registers of a block", registers)
+        most = target.shared_memory
+        expect(one.shared <= most, f"at most {most} bytes of shared memory", one.shared)
+
+
+# ---- in workers --------------------------------------------------------------------------------
+
+
+@functools.cache
+def gpu() -> Gpu:
+    """This process's GPU."""
+    return Gpu()
+
+
+def prepare(path: str, name: str, data: Mapping[str, npt.NDArray[Any]]) -> GpuCall:
+    """A library's kernel on copies of these tensors."""
+    return GpuCall(gpu(), ctypes.CDLL(path), name, {tensor: _bytes(array) for tensor, array in data.items()})
+
+
+def output(call: GpuCall, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """What a call wrote, of another array's type and shape."""
+    return np.frombuffer(call.output(), np.uint8).view(like.dtype).reshape(like.shape)
+
+
+def _bytes(array: npt.NDArray[Any]) -> Any:
+    """An array's bytes as ctypes takes them."""
+    flat = np.array(array).reshape(-1).view(np.uint8)
+    return (ctypes.c_char * flat.size).from_buffer(flat.data)
