@@ -7,12 +7,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: help demo test test-all check bench bench-quick clean
+.PHONY: help demo test test-all test-gpu check bench bench-quick clean
 
 help:
 	@echo 'make demo      a tuned, validated, exported kernel for a ResNet-50 layer, in build/demo'
 	@echo 'make test      the tests (minutes)'
 	@echo 'make test-all  the exhaustive run'
+	@echo 'make test-gpu  what needs an NVIDIA GPU'
 	@echo 'make check     ruff and mypy'
 	@echo 'make bench-quick  24 layers of all kinds beside the peers, untuned (2 minutes)'
 	@echo 'make bench     tune the ResNet-50 layers and time them beside the peers (an hour; resumes)'
@@ -41,6 +42,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-gpu: $(PEERS)
+	$(BIN)/python -m pytest -m gpu
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -266,8 +266,8 @@ def facts(rows: Sequence[Row]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in {**one["versions"], **found}.items())
     dates = sorted({row.values["date"] for row in rows})
     date = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    peak = f"measured FMA peak {one['peak'] / 1e9:.0f} GFLOP/s"
-    return f"{one['cpu']} ({one['fingerprint']}), {date}, Python {one['python']}, {packages}; {peak}."
+    rate = f"; measured {one.get('peak_of', 'FMA peak')} {one['peak'] / 1e9:.0f} GFLOP/s" if one["peak"] else ""
+    return f"{one['cpu']} ({one['fingerprint']}), {date}, Python {one['python']}, {packages}{rate}."
 
 
 def network(title: str, rows: Sequence[Row]) -> str:
@@ -282,8 +282,8 @@ def network(title: str, rows: Sequence[Row]) -> str:
     lines.append("")
     standard = {row.key: row for row in rows if row.spec.accuracy == "standard"}
     for accuracy, chosen in by_accuracy(rows).items():
-        for threads, group in by_threads(chosen).items():
-            heading = plural(threads, "thread") + (f", {accuracy}" if accuracy != "standard" else "")
+        for group in by_threads(chosen).values():
+            heading = _place(group) + (f", {accuracy}" if accuracy != "standard" else "")
             lines += [f"## {heading}", "", facts(group), ""]
             lines += [*markdown(layers(group, lambda row: f"`{row.spec}`")), "", *Totals.of(group).sentences()]
             lines += ["", *(f"- {reason}" for reason in problems(group)), ""]
@@ -291,6 +291,11 @@ def network(title: str, rows: Sequence[Row]) -> str:
                 lines += [*markdown(_beside(group, standard, accuracy)), ""]
             lines += [*markdown(classes(group)), ""]
     return "\n".join(lines).replace("\n\n\n", "\n\n")
+
+
+def _place(rows: Sequence[Row]) -> str:
+    """Where rows of one thread count ran."""
+    return plural(rows[0].threads, "thread") if rows[0].device == "cpu" else "GPU"
 
 
 def _beside(group: Sequence[Row], standard: Mapping[tuple[str, int], Row], accuracy: str) -> Table:
@@ -322,9 +327,9 @@ def summary(networks: Mapping[str, Sequence[Row]]) -> str:
     peers = peer_names(everything)
     for mode in ("warm", "cold"):
         for accuracy, chosen in by_accuracy(row for row in everything if row.mode == mode).items():
-            for threads in by_threads(chosen):
+            for threads, there in by_threads(chosen).items():
                 marks = [mark for mark in (accuracy, f"{mode} caches") if mark not in ("standard", "warm caches")]
-                lines += [f"## {', '.join([plural(threads, 'thread'), *marks])}", ""]
+                lines += [f"## {', '.join([_place(there), *marks])}", ""]
                 header = ["network", "layers>", "ratio>", "default ratio>", "faster>", "slower>"]
                 header += ["convgen>", "default>", *(f"{peer}>" for peer in peers), "best peers>"]
                 cells: list[list[str]] = []

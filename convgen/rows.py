@@ -47,6 +47,11 @@ class Row:
         return int(self.values["threads"])
 
     @property
+    def device(self) -> str:
+        """What it was measured on, a kind of target."""
+        return str(self.values.get("device", "cpu"))
+
+    @property
     def mode(self) -> str:
         """What a call finds in the caches: ``warm`` or ``cold``."""
         return str(self.values.get("mode", "warm"))

@@ -16,7 +16,7 @@ from ..interface import DeviceCode
 from ..lower import Lowered
 from ..runtime.measure_bundle import Gpu, GpuCall
 from ..target import Target
-from .code import Resources, compile_images, generate
+from .code import Resources, compile_images, device_code, generate
 from .driver import device
 from .standin import emulated_code
 
@@ -34,9 +34,22 @@ def measured_code(lowered: Lowered, directory: Path) -> DeviceCode:
     source = generate(lowered)
     images, resources = compile_images(source, lowered.target)
     check_resources(resources, lowered.target)
-    if (found := device()) is not None and found.emulated:
+    if _is_emulated():
         return emulated_code(lowered, directory)
     return DeviceCode(images, source.launches, source.workspace)
+
+
+def runnable_code(lowered: Lowered, directory: Path) -> DeviceCode:
+    """A candidate's code for this machine's device, whatever it takes of it.
+
+    Raises:
+        UnsupportedError, BuildError: see :func:`~convgen.cuda.code.compile_images`.
+    """
+    return emulated_code(lowered, directory) if _is_emulated() else device_code(lowered)
+
+
+def _is_emulated() -> bool:
+    return (found := device()) is not None and found.emulated
 
 
 def check_resources(resources: Sequence[Resources], target: Target) -> None:
