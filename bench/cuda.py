@@ -345,21 +345,30 @@ def cudnn_ways(
     with torch.inference_mode():
         good: dict[str, Callable[[], Any]] = {}
         times: dict[str, float] = {}
-        problem = ""
+        problems = []
         try:
-            for way, (call, result) in Cudnn().calls(spec, data).items():
+            found = Cudnn().calls(spec, data)
+        except Exception as error:  # a peer's failures are of its own kinds, and part of the answer
+            found = {}
+            problems.append(_first_line(error))
+        for way, (call, result) in found.items():
+            try:
                 error = distance(result(), widen(expected))
                 if (error <= bound).all():
                     good[way], times[way] = call, statistics.median(gpu().time_calls(call, 0.02, 1e-3))
                 else:
-                    problem = f"{way}: wrong output: its error is {float(np.nanmax(error)):.3g}"
-        except Exception as error:  # a peer's failures are of its own kinds, and part of the answer
-            problem = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                    problems.append(f"{way}: wrong output: its error is {float(np.nanmax(error)):.3g}")
+            except Exception as error:  # one of cuDNN's fused kernels, for a layer that it does not take
+                problems.append(f"{way}: {_first_line(error)}")
         best = min(times.values(), default=0.0)
-        yield {way: call for way, call in good.items() if times[way] <= WORSE_WAY * best}, problem
+        yield {way: call for way, call in good.items() if times[way] <= WORSE_WAY * best}, "; ".join(problems)
         if torch.cuda.is_available():
             good.clear()
             torch.cuda.empty_cache()  # for kernels that do not allocate through PyTorch
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 # ---- compute-sanitizer ----------------------------------------------------------------------------

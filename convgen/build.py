@@ -287,7 +287,8 @@ def check_native(target: Target) -> None:
     UnsupportedError: this machine cannot run the target's code.
     """
     if not target.native:
-        raise UnsupportedError(f"{target}: expected a target that runs on this machine, found one that does not")
+        found = "one that does not" if target.kind == "cpu" else f"no GPU that runs {target.arch}"
+        raise UnsupportedError(f"{target}: expected a target that runs on this machine, found {found}")
 
 
 def compile_candidate(

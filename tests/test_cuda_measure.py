@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_fleet import KEY, LONG, Fleet
 
 from convgen import bundle as bundles
 from convgen.build import default_candidate
@@ -231,7 +232,7 @@ def test_without_a_device_live_tuning_says_so_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CONVGEN_CUDA_DRIVER", "/none")
-    with pytest.raises(UnsupportedError, match="expected a target that runs on this machine"):
+    with pytest.raises(UnsupportedError, match="expected a target that runs on this machine, found no GPU that runs"):
         Tuner(resolve("cuda:sm_80"), 1, None)
     assert main(["tune", OTHER.descriptor, "--target", "cuda", "--trials", "1"]) != 0
     assert "expected a CUDA device for 'cuda', found none" in capsys.readouterr().err
@@ -255,6 +256,26 @@ def test_a_job_finishes_with_records_of_the_device(pools: Pools, target: Target,
             assert layer.best is not None
             assert (layer.best.note or {})["winner"]
             assert (layer.best.note or {})["ratio_onnxruntime"] is None
+
+
+def test_a_device_of_a_fleet_has_a_gpu(artifact: str, expected: Expected, target: Target, tmp_path: Path) -> None:
+    from convgen.fleet import RemoteRunner
+
+    fleet = Fleet(tmp_path)
+    try:
+        fleet.serve("a")
+        fleet.wait_for(1)
+        runner = RemoteRunner(fleet.tracker, KEY, timeout=20.0, patience=LONG)
+        try:
+            assert resolve("cuda", machine=runner.machine()) == target
+            result = runner.submit(artifact, expected, 1, seconds=0.01).result(LONG)
+            assert (result.outcome, result.device) == ("ok", "a"), result.error
+            samples = runner.duel([artifact, artifact], expected, 1, 2).result(LONG)
+            assert [len(taken) for taken in samples] == [2, 2]  # type: ignore[union-attr,arg-type]
+        finally:
+            runner.close()
+    finally:
+        fleet.close()
 
 
 # ---- bundles ---------------------------------------------------------------------------------------

@@ -297,7 +297,7 @@ class Gpu:
         self._begin, self._end = (self.get("cuEventCreate", ctypes.c_void_p, 0) for _ in range(2))
         self._scratch_size = max(_COLD * self.facts["l2"], 1 << 20)
         self._scratch = self.allocate(self._scratch_size)
-        self._fill_seconds = statistics.median(self._elapsed(self._fill) for _ in range(5))
+        self._fill_seconds = min(self._elapsed(self._fill, 8) for _ in range(5))
 
     def _driver(self) -> None:
         """Open the driver, and ask for the device."""
