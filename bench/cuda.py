@@ -475,7 +475,7 @@ def run_all(options: argparse.Namespace, console: Console, measurer: Measurer) -
                 for problem in options.problems:
                     for batch in options.batches:
                         failed += run(problem, mode, batch, bench, console, measurer, live, shown)
-    if sys.stdout.isatty() and shown:
+    if console.is_terminal and shown:
         console.print(table(shown))
     networks = {path.stem: list(RowFile(path).rows.values()) for path in sorted(options.results.glob("*.n*.jsonl"))}
     write_text(report.summary(networks), options.results / "README.md")

@@ -676,7 +676,8 @@ def child() -> int:
     except Refused as error:
         result = {"refused": str(error)}
     except MemoryError as error:
-        result = {"outcome": "memory", "error": f"expected at most {job['memory']} bytes; {error}".rstrip("; ")}
+        limit = f"expected at most {job['memory']} bytes; " if DEVICES[job["device"]].is_limited else ""
+        result = {"outcome": "memory", "error": f"{limit}{error}".rstrip("; ")}
     except Exception as error:  # whatever it raised is this trial's outcome
         result = {"outcome": "run_error", "error": f"{type(error).__name__}: {error}"[-2000:]}
     os.write(answer, json.dumps(result).encode())
