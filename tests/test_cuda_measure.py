@@ -195,6 +195,33 @@ def test_a_wrong_candidate_is_rejected(target: Target, expected: Expected, tmp_p
     assert "elements; at (0, 0, " in result.error
 
 
+def test_one_that_needs_more_memory_than_there_is_ends_as_such(
+    artifact: str, expected: Expected, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it had is given back: nothing is left after it, nor after others."""
+    wrong = build_altered(target, tmp_path, lambda text: text.replace("residual_ptr[", "0.5f + residual_ptr["))
+    gpu = gpu_measure.gpu()
+    taken: list[int] = []
+    allocate, free = gpu.allocate, gpu.free
+
+    def noted(size: int) -> int:
+        if len(taken) == limit:
+            allocate(1 << 50)
+        taken.append(allocate(size))
+        return taken[-1]
+
+    monkeypatch.setattr(gpu, "allocate", noted)
+    monkeypatch.setattr(gpu, "free", lambda address: (taken.remove(address), free(address)))
+    limit = 99
+    assert [run(path, expected)["outcome"] for path in (artifact, wrong)] == ["ok", "wrong"]
+    assert not taken
+    limit = 1  # the tensors are there, the workspace has no room
+    answer = run(artifact, expected)
+    assert answer["outcome"] == "memory"
+    assert "CUDA_ERROR_OUT_OF_MEMORY" in answer["error"]
+    assert not taken
+
+
 def test_a_candidate_that_ends_the_context_costs_its_trial(
     target: Target, artifact: str, expected: Expected, tmp_path: Path, pools: Pools
 ) -> None:
