@@ -74,6 +74,7 @@ MODES: dict[str, dict[str, str]] = {
     "tf32": {"accuracy": "tf32", "layout": "nhwc"},
     "f32": {},
 }
+BATCHES = (1, 16, 64)
 OK, FAILED, NO_DEVICE, INTERRUPTED = 0, 1, 2, 130
 #: Tensors are there so often that they exceed the L2 cache by this factor; and at most so often.
 COLD, COPIES = 2, 1024
@@ -473,7 +474,7 @@ def run_all(options: argparse.Namespace, console: Console, measurer: Measurer) -
             with tuner or contextlib.nullcontext():
                 bench = Bench(mode, target, options, tuner)
                 for problem in options.problems:
-                    for batch in options.batches:
+                    for batch in options.batches or BATCHES:
                         failed += run(problem, mode, batch, bench, console, measurer, live, shown)
     if console.is_terminal and shown:
         console.print(table(shown))
@@ -518,7 +519,11 @@ def compile_all(options: argparse.Namespace, console: Console) -> int:
                 values = json.loads(line)
                 kept[values["spec"], values["target"]] = values
     entries = [
-        in_mode(entry, mode) for problem in options.problems for entry in read_specs(problem) for mode in options.modes
+        in_mode(entry, mode, batch)
+        for problem in options.problems
+        for entry in read_specs(problem)
+        for mode in options.modes
+        for batch in options.batches or (None,)
     ]
     wanted = list(dict.fromkeys((entry.spec.descriptor, f"cuda:{arch}") for arch in options.archs for entry in entries))
     missing = [key for key in wanted if options.fresh or key not in kept or kept[key]["error"]]
@@ -607,7 +612,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("problems", type=Path, nargs="*", help="spec files or ONNX models [resnet50]")
     parser.add_argument("--modes", type=several(list(MODES)), default=list(MODES), metavar="M,…", help=", ".join(MODES))
-    parser.add_argument("--batches", type=batches, default=[1, 16, 64], metavar="N,…")
+    parser.add_argument("--batches", type=batches, metavar="N,…", help="[1,16,64; with --compile, the layers' own]")
     parser.add_argument("--seconds", type=float, default=0.0, help="tuning time per layer; 0: defaults only")
     parser.add_argument("--rounds", type=int, default=15, help="turns of a comparison")
     parser.add_argument("--records", type=Path, help="record store; the default one unless given")
