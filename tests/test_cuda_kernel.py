@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ t
 
 TEXT = "conv2d n1 ic8 oc8 i7x6 k3x3 p1 relu residual"
 TARGET = "cuda:sm_80"
+#: The program of this environment, which need not be on the path.
+CONVGEN = Path(sys.executable).parent / "convgen"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -314,6 +317,6 @@ def test_targets_are_completed() -> None:
         "COMP_WORDS": "convgen build --target cuda:sm_9",
         "COMP_CWORD": "3",
     }
-    done = subprocess.run(["convgen"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([CONVGEN], env=environment, capture_output=True, text=True, check=False)
     assert "cuda:sm_90a" in done.stdout
     assert "cuda:sm_80" not in done.stdout
