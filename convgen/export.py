@@ -16,7 +16,7 @@ from typing import Any
 from .activation import Activation
 from .dtypes import BYTES, UNDERFLOW, UNIT_ROUNDOFF
 from .errors import ExportError
-from .interface import ABI, ALIGNMENT, HEADER_BYTES, DeviceCode, Interface, TensorInfo, round_up
+from .interface import ABI, ALIGNMENT, HEADER_BYTES, DeviceCode, Interface, TensorInfo, read_architecture, round_up
 from .library import MANIFEST
 from .link import PART_ALIGNMENT, link, source, workspace_layout
 from .spec import ConvSpec
@@ -268,13 +268,12 @@ def _devices(device: DeviceCode) -> str:
     """Those the images are for, in words."""
     words = []
     for what, _ in device.images:
-        kind, _, arch = what.partition("_")
-        digits = arch.rstrip("a")
-        number = f"{digits[:-1]}.{digits[-1]}"
-        if arch.endswith("a"):
+        arch = read_architecture(what)
+        number = f"{arch.major}.{arch.minor}"
+        if arch.exact:
             words.append(f"compute capability {number} exactly")
-        elif kind == "sm":
-            words.append(f"{number} to {digits[:-1]}.9")
+        elif not arch.virtual:
+            words.append(f"{number} to {arch.major}.9")
         else:
             words.append(f"{number} and later (compiled when it is loaded)")
     return "; ".join(words)

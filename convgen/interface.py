@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .dtypes import BYTES
 from .errors import BuildError
@@ -62,6 +63,33 @@ class TensorInfo:
 def boundary(spec: ConvSpec) -> dict[str, TensorInfo]:
     """The tensors at the user's boundary by name, in the C functions' order; those the spec lacks are absent."""
     return {name: TensorInfo(name, shape, spec.dtype) for name, shape in spec.shapes.items()}
+
+
+class Architecture(NamedTuple):
+    """Whom code for GPUs is for.
+
+    Attributes:
+        virtual: PTX, compiled when it is loaded.
+        major, minor: the compute capability.
+        exact: of this capability only.
+    """
+
+    virtual: bool
+    major: int
+    minor: int
+    exact: bool
+
+
+def read_architecture(text: str) -> Architecture:
+    """Of ``sm_90a`` or ``compute_80``.
+
+    Raises:
+        BuildError: it is not like these.
+    """
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)(a?)", text)
+    if match is None:
+        raise BuildError(f"images: expected one for sm_90a, compute_80 or the like, found {text!r}")
+    return Architecture(match[1] == "compute", int(match[2]), int(match[3]), bool(match[4]))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from importlib import resources
 from pathlib import Path
 
 from .errors import BuildError
-from .interface import ABI, DeviceCode, Interface, Launch, TensorInfo
+from .interface import ABI, DeviceCode, Interface, Launch, TensorInfo, read_architecture
 
 SOURCES = ("types.h", "runtime.h", "pool.c", "kernel.c")
 #: Of a kernel that runs on a GPU.
@@ -386,10 +386,8 @@ def _device_source(interface: Interface, device: DeviceCode, host: list[str]) ->
 
 def _image(what: str) -> str:
     """Whom an image is for, ``sm_90a`` or ``compute_80``, as the first fields of ``convgen_cuda_image``."""
-    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)(a?)", what)
-    if match is None:
-        raise BuildError(f"images: expected one for sm_90a, compute_80 or the like, found {what!r}")
-    return f"{match[2]}, {match[3]}, {int(bool(match[4]))}, {int(match[1] == 'compute')}"
+    arch = read_architecture(what)
+    return f"{arch.major}, {arch.minor}, {int(arch.exact)}, {int(arch.virtual)}"
 
 
 def _launch(launch: Launch, index: int) -> str:

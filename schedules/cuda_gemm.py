@@ -28,7 +28,7 @@ from tvm import te, tirx
 from tvm.tirx import IndexMap
 
 from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, flat, round_up, unflat
-from convgen.cuda import tensorize
+from convgen.cuda import model, tensorize
 from convgen.dtypes import BYTES
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
@@ -36,8 +36,6 @@ from convgen.schedule import Picks, Program, Schedule, Space, require
 VECTOR = tensorize.VECTOR
 #: A thread's registers beside its sums and fragments: addresses, counters.
 OTHER_REGISTERS = 64
-#: Seconds that a further launch takes.
-LAUNCH = 3e-6
 
 
 class CudaGemm(Schedule):
@@ -60,17 +58,19 @@ class CudaGemm(Schedule):
         """Raise Inapplicable where another schedule of this family is the one for it."""
         require(spec.dtype != "f32" or spec.accuracy == "tf32", "needs accuracy tf32 for products of TF32")
 
-    #: The groups that may be one, and the type that multiplies.
     def merges(self, spec):
+        """How many groups may be one."""
         return [1]
 
     def kind(self, spec):
+        """The type of device.h that multiplies."""
         return "tf32" if spec.dtype == "f32" else spec.dtype
 
-    #: Vectors of the reduction that the intrinsic takes, itself, and bytes after every row in shared memory.
+    #: Bytes after every row in shared memory.
     padding = VECTOR
 
     def depth(self, spec):
+        """Vectors of the reduction that the intrinsic takes."""
         return tensorize.STEP // VECTOR
 
     def intrinsic(self, spec, picks):
@@ -101,7 +101,7 @@ class CudaGemm(Schedule):
         need = self.shared_memory(spec, picks)
         require(need <= target.shared_memory, f"{need} bytes of shared memory, {target.shared_memory} there")
         registers = _registers(spec, picks) * 32 * picks.warps_m * picks.warps_n
-        require(registers <= 1 << 16, f"{registers} registers in a block, {1 << 16} there")
+        require(registers <= model.REGISTERS, f"{registers} registers in a block, {model.REGISTERS} there")
         require(picks.tile_m * picks.tile_k * BYTES[spec.dtype] % (VECTOR * 32) == 0, "less than a copy per lane")
         steps = ceildiv(_reduction(spec, picks.merge_g), picks.tile_k)
         require(picks.split_k <= max(1, steps // 2), "less than two steps for each of split_k")
@@ -161,8 +161,8 @@ class CudaGemm(Schedule):
         groups = _phases(spec) * spec.groups // picks.merge_g
         blocks = groups * (m // picks.tile_m) * (n // picks.tile_n) * picks.split_k
         resident = min(
-            target.shared_per_core // (self.shared_memory(spec, picks) + 1024),
-            (1 << 16) // (_registers(spec, picks) * 32 * warps),
+            target.shared_per_core // (self.shared_memory(spec, picks) + model.RESERVED),
+            model.REGISTERS // (_registers(spec, picks) * 32 * warps),
             target.threads_per_core // (32 * warps),
         )
         if not resident:
@@ -182,9 +182,9 @@ class CudaGemm(Schedule):
         cycles = max(per_core * (steps * step + finish), waves * (steps * alone + finish)) + 2000
         seconds = cycles / 1.4e9
         if picks.split_k > 1:  # another launch, which reads what this one wrote
-            seconds += LAUNCH + picks.split_k * groups * m * n * 8 / 2e12
+            seconds += model.LAUNCH + picks.split_k * groups * m * n * 8 / 2e12
         if _needs_layout(spec, picks):
-            seconds += LAUNCH + 3 * math.prod(spec.src_shape) * size / 1e12
+            seconds += model.LAUNCH + 3 * math.prod(spec.src_shape) * size / 1e12
         return seconds
 
     def program(self, spec, target, picks):

@@ -11,7 +11,7 @@ Why not     TMA: the gather of an implicit GEMM is predicated per tap and pixel;
 from __future__ import annotations
 
 from convgen.compute import ceildiv
-from convgen.cuda import tensorize
+from convgen.cuda import model, tensorize
 from convgen.dtypes import BYTES
 from convgen.schedule import Picks, Space, require
 
@@ -54,7 +54,7 @@ class CudaWgmma(CudaGemm):
         need = self.shared_memory(spec, picks)
         require(need <= target.shared_memory, f"{need} bytes of shared memory, {target.shared_memory} there")
         registers = (picks.tile_n // 2 + 64) * 32 * picks.warps_m
-        require(registers <= 1 << 16, f"{registers} registers in a block, {1 << 16} there")
+        require(registers <= model.REGISTERS, f"{registers} registers in a block, {model.REGISTERS} there")
         steps = ceildiv(_reduction(spec), picks.tile_k)
         require(picks.split_k <= max(1, steps // 2), "less than two steps for each of split_k")
 

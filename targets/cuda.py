@@ -9,10 +9,10 @@ the instructions.
 from __future__ import annotations
 
 import json
-import re
 from typing import NamedTuple
 
 from convgen.errors import UnsupportedError
+from convgen.interface import read_architecture
 from convgen.machine import Machine
 from convgen.target import Target
 
@@ -111,10 +111,8 @@ def known() -> list[str]:
 
 def capability(arch: str) -> tuple[int, int]:
     """``(9, 0)`` of ``sm_90a``."""
-    match = re.fullmatch(r"sm_(\d+)(\d)a?", arch)
-    if match is None:
-        raise UnsupportedError(f"target: expected an architecture such as sm_90a, found {arch!r}")
-    return int(match[1]), int(match[2])
+    read = read_architecture(arch)
+    return read.major, read.minor
 
 
 def runs(arch: str, device: tuple[int, int]) -> bool:

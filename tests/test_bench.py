@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from bench_module import load_bench
 from bench_rows import row
 
 from convgen.build import default_candidate, parse_candidate, versions
@@ -27,14 +26,7 @@ SPECS = [f"conv1d n1 ic4 oc{oc} i20 k3 s1 p1" for oc in (4, 8, 12)]
 
 @pytest.fixture(scope="module")
 def runner() -> ModuleType:
-    path = Path(__file__).parents[1] / "bench" / "run.py"
-    spec = importlib.util.spec_from_file_location("bench_run", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_bench("run")
 
 
 class Measurer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from bench_module import load_bench
 from bench_rows import row
 
 from convgen.cuda.emulate import emulated_driver
@@ -28,14 +28,7 @@ LAYERS = ["conv2d n1 ic8 oc8 i6x6 k1x1 relu", "conv2d n1 ic16 oc16 i6x6 k3x3 p1"
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    path = Path(__file__).parents[1] / "bench" / "cuda.py"
-    spec = importlib.util.spec_from_file_location("bench_cuda", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_bench("cuda")
 
 
 @pytest.fixture

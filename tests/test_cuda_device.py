@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from bench_module import load_bench
 
 from convgen.build import build
 from convgen.bundle import import_results, pack
@@ -41,14 +40,7 @@ LAYERS = [
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    path = Path(__file__).parents[1] / "bench" / "cuda.py"
-    spec = importlib.util.spec_from_file_location("bench_cuda", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_bench("cuda")
 
 
 @pytest.mark.parametrize("text", LAYERS)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from bench_module import load_bench
 from race_fakes import Fake
 
 from convgen.build import default_candidate
@@ -26,14 +25,7 @@ SPEC = ConvSpec.parse("conv2d n1 ic3 oc17 i6x7 k3x3 p1 relu")
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    path = Path(__file__).parents[1] / "bench" / "efficiency.py"
-    spec = importlib.util.spec_from_file_location("bench_efficiency", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_bench("efficiency")
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from ..interrupts import interrupts_held
 from ..link import source as runtime_source
 from ..lower import Lowered
 from ..target import Target
+from . import model
 from .tensorize import wgmma_definition
 
 #: TVM's words -> those of device.h. Its copies are told the type's name and sizes in the function's name.
@@ -36,8 +37,6 @@ _WORDS = (
 _AXES = ("x", "y", "z")
 #: Shared memory of a kernel that swizzles starts at a multiple of so many bytes, and is whole ones.
 _SWIZZLE = 1024
-#: Bytes of shared memory that every block takes besides its own.
-_RESERVED = 1024
 #: Registers a thread with a tile of sums is left, at least.
 _REGISTERS = 168
 
@@ -298,7 +297,9 @@ def _bounded(source: DeviceSource, target: Target) -> str:
     for launch in source.launches:
         threads = math.prod(launch.block)
         if launch.shared and "_tile<" in _body(text, launch.function):
-            blocks = min(target.shared_per_core // (launch.shared + _RESERVED), (1 << 16) // (threads * _REGISTERS))
+            blocks = min(
+                target.shared_per_core // (launch.shared + model.RESERVED), model.REGISTERS // (threads * _REGISTERS)
+            )
             bounds = f"__launch_bounds__({threads}) {launch.function}("
             text = text.replace(bounds, f"__launch_bounds__({threads}, {max(1, blocks)}) {launch.function}(")
     return text

@@ -18,10 +18,11 @@ from ..runtime.measure_bundle import Gpu, GpuCall
 from ..target import Target
 from .code import Resources, compile_images, device_code, generate
 from .driver import device
+from .model import REGISTERS
 from .standin import emulated_code
 
-#: Registers of a block's threads at most, on every architecture; a warp has them in units.
-_REGISTERS, _UNIT, _WARP = 1 << 16, 256, 32
+#: A warp has its registers in units.
+_UNIT, _WARP = 256, 32
 
 
 def measured_code(lowered: Lowered, directory: Path) -> DeviceCode:
@@ -67,7 +68,7 @@ def check_resources(resources: Sequence[Resources], target: Target) -> None:
         expect(not one.spilled, "all values in registers", f"{one.spilled} bytes spilled")
         warps = -(-one.threads // _WARP)
         registers = warps * -(-one.registers * _WARP // _UNIT) * _UNIT
-        expect(registers <= _REGISTERS, f"at most {_REGISTERS} registers of a block", registers)
+        expect(registers <= REGISTERS, f"at most {REGISTERS} registers of a block", registers)
         most = target.shared_memory
         expect(one.shared <= most, f"at most {most} bytes of shared memory", one.shared)
 

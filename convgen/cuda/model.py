@@ -13,13 +13,15 @@ BANDWIDTH = 15e9
 LAUNCH = 3e-6
 #: 32-bit registers of an SM, and the most a thread may have.
 REGISTERS, MOST_REGISTERS = 1 << 16, 255
+#: Bytes of shared memory that every block takes besides its own.
+RESERVED = 1024
 
 
 def blocks_per_core(target: Target, threads: int, shared: int, registers: int) -> int:
     """Thread blocks an SM holds at once, at most."""
     limits = [target.threads_per_core // threads, REGISTERS // (threads * min(registers, MOST_REGISTERS))]
     if shared:
-        limits.append(target.shared_per_core // (shared + 1024))
+        limits.append(target.shared_per_core // (shared + RESERVED))
     return max(1, min(limits))
 
 

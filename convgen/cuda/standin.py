@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
-from ..errors import UnsupportedError
-from ..interface import DeviceCode, Interface
+from ..interface import DeviceCode, Interface, read_architecture
 from ..link import link
 from ..lower import Lowered
 from .code import generate
@@ -33,10 +31,7 @@ def emulated_library(lowered: Lowered, interface: Interface, object_file: Path, 
     Raises:
         BuildError: there is no C++ compiler, or it failed.
     """
-    arch = lowered.target.arch
-    match = re.fullmatch(r"sm_(\d+)(\d)a?", arch)
-    if match is None:
-        raise UnsupportedError(f"{lowered.target}: expected an architecture such as sm_80 to emulate, found {arch!r}")
+    arch = read_architecture(lowered.target.arch)
     library = directory / f"lib{interface.name}-emulated.so"
     link(dataclasses.replace(interface, device=emulated_code(lowered, directory)), object_file, library)
-    return library, emulated_driver(directory, (int(match[1]), int(match[2])))
+    return library, emulated_driver(directory, (arch.major, arch.minor))
