@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -80,13 +81,26 @@ def is_known(row: Row | None, options: argparse.Namespace) -> bool:
     return high <= options.unsteady * low
 
 
+def changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of every layer that are other than in its file."""
+    wanted = {"accuracy": options.accuracy, "n": options.batch, "layout": options.layout}
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def variant(stem: str, options: argparse.Namespace) -> str:
+    """The name of the files that rows are kept in: those of another layout, say, have their own."""
+    batch = None if options.batch is None else f"n{options.batch}"
+    target = options.target.replace(":", "-") if options.target != "cpu" else None
+    marks = [batch, options.layout, target, "cold" if options.cold else None]
+    return ".".join([stem, *(mark for mark in marks if mark)])
+
+
 def run(problem: Path, options: argparse.Namespace, console: Console, measurer: Measurer) -> None:
     """Measure what is missing of one file of layers, and write its tables and picture."""
     entries = [
-        SpecEntry(entry.spec.with_(accuracy=options.accuracy or entry.spec.accuracy), entry.count, entry.names)
-        for entry in read_specs(problem)
+        SpecEntry(entry.spec.with_(**changes(options)), entry.count, entry.names) for entry in read_specs(problem)
     ]
-    name = problem.stem + ".cold" * options.cold
+    name = variant(problem.stem, options)
     kept = RowFile(options.results / f"{name}.jsonl")
     wanted = [(entry, threads) for threads in options.threads for entry in entries]
     missing = [
@@ -103,7 +117,7 @@ def run(problem: Path, options: argparse.Namespace, console: Console, measurer: 
             for threads in options.threads:
                 part = [entry for entry, count in missing if count == threads]
                 if part:
-                    with Tuner(resolve("cpu"), threads, RecordStore(options.records)) as tuner:
+                    with Tuner(resolve(options.target), threads, RecordStore(options.records)) as tuner:
                         for entry in part:
                             progress.update(task, description=f"{name} {threads}T {entry.spec}", refresh=True)
                             row = measurer(entry, tuner, options)
@@ -134,10 +148,15 @@ def write_reports(path: Path, rows: Sequence[Row]) -> None:
 
 
 def summarise(results: Path, console: Console) -> None:
-    """Write README.md and summary.svg over all rows but the sample's, whose layers are in the others."""
-    files = [path for path in sorted(results.glob("*.jsonl")) if path.name.partition(".")[0] != SAMPLE.stem]
-    networks = {path.stem: list(RowFile(path).rows.values()) for path in files}
-    write_text(report.summary(networks), results / "README.md")
+    """Write README.md and summary.svg over all rows; the sample's, whose layers are in the others, and those of
+    another batch, layout or target have a table of their own.
+    """
+    networks, checks = {}, {}
+    for path in sorted(results.glob("*.jsonl")):
+        name, *marks = path.stem.split(".")
+        own = networks if name != SAMPLE.stem and marks in ([], ["cold"]) else checks
+        own[path.stem] = list(RowFile(path).rows.values())
+    write_text(report.summary(networks, checks), results / "README.md")
     write_text(picture.summary(networks), results / "summary.svg")
     console.print(f"wrote {results / 'README.md'} and summary.svg")
 
@@ -151,6 +170,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=30.0, help="tuning time per layer; 0: defaults only")
     parser.add_argument("--recorded", action="store_true", help="instead of tuning, what --records has")
     parser.add_argument("--accuracy", choices=ACCURACIES, help="of every layer, instead of its own")
+    parser.add_argument("--batch", type=int, metavar="N", help="of every layer, instead of its own")
+    parser.add_argument("--layout", choices=("nchw", "nhwc"), help="of every layer, instead of its own")
+    parser.add_argument("--target", default="cpu", help="as cpu:haswell: the libraries are kept to its vectors too")
     parser.add_argument("--cold", action="store_true", help="empty caches before every timed call")
     parser.add_argument("--peers", type=lambda s: s.split(","), default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=7, help="at least; more where a ratio is not clear yet")
@@ -184,7 +206,7 @@ def main(arguments: Sequence[str] | None = None, measurer: Measurer = tune_and_m
         console.print("interrupted: the same command goes on from here")
         return 130
     if options.quick:
-        print((options.results / f"{SAMPLE.stem}{'.cold' * options.cold}.md").read_text())
+        print((options.results / f"{variant(SAMPLE.stem, options)}.md").read_text())
     if options.summary:
         summarise(options.results, console)
     return 0

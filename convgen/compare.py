@@ -119,6 +119,7 @@ def compare(
     seed: int = 0,
     rest: float | None = None,
     cold: bool = False,
+    vector_bits: int | None = None,
 ) -> Comparison:
     """Time kernels of one spec and peers, in turn, several times over.
 
@@ -129,6 +130,8 @@ def compare(
         seed: of the data.
         rest: pause before another library's turn, in seconds; :data:`REST` on several threads.
         cold: empty the caches before each call, and take one call per sample.
+        vector_bits: keep the peers to vectors of so many, for the rest of this process; one that cannot be kept
+            to them is not timed.
 
     Raises:
         SpecError: the spec's batch is empty: there is nothing to time.
@@ -153,6 +156,8 @@ def compare(
             found[name] = Timing(name, None, problem='not installed; get it with: pip install "convgen[peers]"')
             continue
         try:
+            if vector_bits is not None:
+                peer.restrict(vector_bits)
             entrants = peer().entrants(spec, data, threads)
             for entrant in entrants:
                 _check(entrant, expected, bound)

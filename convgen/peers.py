@@ -7,8 +7,10 @@ once where the library takes one. A peer is timed only after its output agrees w
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -42,6 +44,22 @@ class Peer(ABC):
 
     name: ClassVar[str]
     package: ClassVar[str]
+    #: By bits of a vector, the environment that keeps the library to such vectors; it is read at the first use.
+    restrictions: ClassVar[Mapping[int, Mapping[str, str]]] = {}
+
+    @classmethod
+    def restrict(cls, bits: int) -> None:
+        """Keep the library to vectors of so many bits, for the rest of this process.
+
+        Raises:
+            UnsupportedError: it cannot be restricted, or was in use before.
+        """
+        if bits not in cls.restrictions:
+            raise UnsupportedError(f"cannot be restricted to vectors of {bits} bits")
+        wanted = cls.restrictions[bits]
+        if cls.package in sys.modules and any(os.environ.get(name) != value for name, value in wanted.items()):
+            raise UnsupportedError("was in use before it could be restricted to narrower vectors")
+        os.environ.update(wanted)
 
     @classmethod
     def version(cls) -> str | None:
@@ -60,8 +78,15 @@ class Peer(ABC):
         """
 
 
+#: oneDNN, which PyTorch and OpenVINO bring, by bits of a vector.
+ONEDNN = {256: {"ONEDNN_MAX_CPU_ISA": "AVX2"}, 128: {"ONEDNN_MAX_CPU_ISA": "SSE41"}}
+
+
 class OnnxRuntime(Peer):
-    """ONNX Runtime: a session with full graph optimisation, inputs and output bound."""
+    """ONNX Runtime: a session with full graph optimisation, inputs and output bound.
+
+    It takes the widest vectors there are, and nothing restricts it.
+    """
 
     name, package = "onnxruntime", "onnxruntime"
 
@@ -79,6 +104,10 @@ class Torch(Peer):
     """
 
     name, package = "torch", "torch"
+    restrictions: ClassVar = {
+        256: {**ONEDNN[256], "ATEN_CPU_CAPABILITY": "avx2"},
+        128: {**ONEDNN[128], "ATEN_CPU_CAPABILITY": "default"},
+    }
 
     def entrants(self, spec: ConvSpec, data: Arrays, threads: int) -> list[Entrant]:
         import torch
@@ -170,6 +199,7 @@ class OpenVino(Peer):
     """OpenVINO: the layer's ONNX model compiled for latency in f32, tensors shared."""
 
     name, package = "openvino", "openvino"
+    restrictions: ClassVar = ONEDNN
 
     def entrants(self, spec: ConvSpec, data: Arrays, threads: int) -> list[Entrant]:
         import openvino

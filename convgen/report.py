@@ -266,8 +266,10 @@ def facts(rows: Sequence[Row]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in {**one["versions"], **found}.items())
     dates = sorted({row.values["date"] for row in rows})
     date = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    bits = rows[-1].restricted
     rate = f"; measured {one.get('peak_of', 'FMA peak')} {one['peak'] / 1e9:.0f} GFLOP/s" if one["peak"] else ""
-    return f"{one['cpu']} ({one['fingerprint']}), {date}, Python {one['python']}, {packages}{rate}."
+    told = f"; kernels for {one['target']}, the libraries kept to its vectors of {bits} bits" if bits else ""
+    return f"{one['cpu']} ({one['fingerprint']}), {date}, Python {one['python']}, {packages}{rate}{told}."
 
 
 def network(title: str, rows: Sequence[Row]) -> str:
@@ -317,8 +319,12 @@ def _beside(group: Sequence[Row], standard: Mapping[tuple[str, int], Row], accur
     return header, cells
 
 
-def summary(networks: Mapping[str, Sequence[Row]]) -> str:
-    """All networks as a Markdown page: a row each, a row per class of layers, and what is slower."""
+def summary(networks: Mapping[str, Sequence[Row]], checks: Mapping[str, Sequence[Row]] | None = None) -> str:
+    """All networks as a Markdown page: a row each, a row per class of layers, and what is slower.
+
+    Args:
+        checks: other rows, a line each, which count nowhere else but among the slower ones.
+    """
     lines = ["# What was measured", ""]
     lines += ["Ratios are geometric means of best peer / convgen over the layers, above 1 where convgen is faster;"]
     lines += ["“faster” and “slower” count the layers whose 95 % interval lies on that side of 1. Times are of all"]
@@ -342,6 +348,10 @@ def summary(networks: Mapping[str, Sequence[Row]]) -> str:
                         cells.append([f"[{name}]({name}.md)", *_figures(Totals.of(group), peers)])
                         unique |= {row.key: row for row in group}  # a layer of two networks counts once below
                 lines += [*markdown((header, cells)), "", *markdown(classes(list(unique.values()))), ""]
+    if checks:
+        lines += ["## Spot checks", ""]
+        lines += [*markdown(_checks(checks)), ""]
+    networks = {**networks, **(checks or {})}
     slower = [(name, row) for name, rows in networks.items() for row in rows if row.verdict == "slower"]
     lines += ["## Slower than the best peer beyond the interval", ""]
     if slower:
@@ -354,6 +364,19 @@ def summary(networks: Mapping[str, Sequence[Row]]) -> str:
     else:
         lines.append("None.")
     return "\n".join([*lines, ""])
+
+
+def _checks(checks: Mapping[str, Sequence[Row]]) -> Table:
+    """A line for each of some sets of rows and each thread count."""
+    header = ["layers", "threads>", "number>", "ratio>", "default ratio>", "least>", "faster>", "slower>"]
+    cells = []
+    for name, rows in checks.items():
+        for threads, group in by_threads(rows).items():
+            found = Totals.of(group)
+            least = min((row for row in group if row.ratio), key=lambda row: row.ratio or 0.0, default=None)
+            figures = [str(found.layers), factor(found.mean), factor(found.default_mean), rated(least) if least else ""]
+            cells.append([f"[{name}]({name}.md)", str(threads), *figures, str(found.faster), str(found.slower)])
+    return header, cells
 
 
 def _figures(totals: Totals, peers: Sequence[str]) -> list[str]:

@@ -57,6 +57,12 @@ class Row:
         return str(self.values.get("mode", "warm"))
 
     @property
+    def restricted(self) -> int | None:
+        """Bits of a vector that the other libraries were kept to; None where to none."""
+        bits: int | None = self.values.get("restricted")
+        return bits
+
+    @property
     def count(self) -> int:
         """How often the layer occurs in its network."""
         return int(self.values["count"])
@@ -141,6 +147,8 @@ def measure(
 ) -> Row:
     """Time a layer's kernels, the default one last, beside other libraries; see :func:`~convgen.compare.compare`.
 
+    Where the kernels' target has narrower vectors than this machine, the others are restricted to these too.
+
     Raises:
         UnsupportedError: the kernels run on a GPU, the other libraries on the CPU.
     """
@@ -149,19 +157,24 @@ def measure(
     from .library import Library
     from .machine import machine
     from .roofline import roofline
+    from .target import resolve
 
     on_cpu = {name: kernel for name, kernel in kernels.items() if isinstance(kernel, Library)}
     if len(on_cpu) < len(kernels):
         raise UnsupportedError(
             f"{entry.spec.descriptor}: expected kernels for the CPU to compare, found some for a GPU"
         )
-    comparison = compare(on_cpu, peers, threads, rounds=rounds, cold=cold)
+    target = next(iter(kernels.values())).target
+    narrower = target.vector_bits if target.vector_bits < resolve("cpu").vector_bits else None
+    comparison = compare(on_cpu, peers, threads, rounds=rounds, cold=cold, vector_bits=narrower)
     limit = roofline(entry.spec, threads, cold=cold)
     return Row(
         {
             **comparison.to_dict(),
             "names": list(entry.names),
             "count": entry.count,
+            "target": target.spelling,
+            "restricted": narrower,
             "candidates": {name: f"{kernel.schedule}({kernel.picks})" for name, kernel in kernels.items()},
             "schedule": next(iter(kernels.values())).schedule,
             "peak": limit.peak_flops,

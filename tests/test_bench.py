@@ -122,6 +122,15 @@ def test_cold_rows_have_a_file_of_their_own(bench: Any, tmp_path: Path) -> None:
         assert (tmp_path / "results" / f"{name}.md").exists()
 
 
+def test_rows_of_another_batch_layout_or_target_have_files_of_their_own(bench: Any, tmp_path: Path) -> None:
+    options = ["--batch", "8", "--layout", "nhwc", "--target", "cpu:haswell"]
+    asked = [ConvSpec.parse(spec).with_(n=8, layout="nhwc").descriptor for spec in SPECS]
+    assert bench("--threads", "1", *options) == (0, keys(1, asked))
+    assert set(RowFile(tmp_path / "results" / "net.n8.nhwc.cpu-haswell.jsonl").rows) == set(keys(1, asked))
+    assert bench("--threads", "1", *options) == (0, [])
+    assert bench("--threads", "1") == (0, keys(1))
+
+
 def test_the_quick_sample_is_measured_anew(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         status, asked = bench("--quick")
@@ -133,10 +142,11 @@ def test_the_quick_sample_is_measured_anew(bench: Any, tmp_path: Path, capsys: p
 def test_a_summary_of_all_results(bench: Any, tmp_path: Path) -> None:
     bench("--threads", "1,2")
     bench("--quick")
+    bench("--threads", "1", "--layout", "nhwc")
     assert bench("--summary") == (0, [])
     text = (tmp_path / "results" / "README.md").read_text()
     assert "[net](net.md)" in text
-    assert "sample" not in text
+    assert "Spot checks" not in text.partition("[sample](sample.md)")[2]
     assert (tmp_path / "results" / "summary.svg").read_text().startswith("<svg")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -59,6 +60,34 @@ def test_compare_times_only_what_is_right(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.best_peer is timed
     assert found.ratio == pytest.approx(timed.seconds / found.kernels[0].seconds)  # type: ignore[operator]
     assert compare({"convgen": kernel}, [], 1, rounds=1, rest=0.0).ratio is None
+
+
+def test_a_peer_is_kept_to_narrower_vectors_or_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Narrow(Fake):
+        package = "narrow"
+        restrictions: ClassVar = {256: {"NARROW_ISA": "AVX2"}}
+
+        def entrants(self, spec: ConvSpec, data: Any, threads: int) -> list[Entrant]:
+            assert os.environ["NARROW_ISA"] == "AVX2"
+            return OnnxRuntime().entrants(spec, data, threads)
+
+    monkeypatch.setitem(PEERS, "narrow", Narrow)
+    monkeypatch.setenv("NARROW_ISA", "AVX512")  # so that it is restored
+    kernel = convgen.build("conv1d n1 ic4 oc4 i20 k3 p1", threads=1, records=False)
+
+    def problems(bits: int | None) -> list[str]:
+        return [
+            t.problem
+            for t in compare(
+                {"convgen": kernel}, ["onnxruntime", "narrow"], 1, rounds=1, rest=0.0, vector_bits=bits
+            ).peers
+        ]
+
+    assert problems(128) == ["cannot be restricted to vectors of 128 bits"] * 2
+    assert problems(256) == ["cannot be restricted to vectors of 256 bits", ""]
+    monkeypatch.setenv("NARROW_ISA", "AVX512")
+    monkeypatch.setitem(sys.modules, "narrow", sys)
+    assert problems(256)[1] == "was in use before it could be restricted to narrower vectors"
 
 
 def test_compare_refuses_what_it_cannot_time() -> None:

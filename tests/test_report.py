@@ -157,6 +157,7 @@ def test_a_network_as_markdown() -> None:
     assert "Above 100 %" in text  # the second row's limit is over its time
     assert "Above 100 %" not in network("net", rows[:1])
     assert "caches empty" in network("net", [row(mode="cold")])
+    assert "kept to its vectors of 256 bits" in network("net", [row(target="cpu:haswell", restricted=256)])
     assert network("net", []).startswith("# net")
 
 
@@ -179,6 +180,11 @@ def test_a_summary_of_networks() -> None:
     assert "| 2-D, large plane | 1 | 2.00" in text  # the layer of both networks, once
     assert text.count(f"| `{B}` | two | 1 | 0.50 (0.40–0.60) |") == 1
     assert summary({}).endswith("None.\n")
+    checks = {"sample.nhwc": [new(), new(B, own=4e-3, interval=(0.4, 0.6)), row(A, 2)]}
+    text = summary({"one": [row(A)]}, checks)
+    assert "| [sample.nhwc](sample.nhwc.md) | 1 | 2 | 1.00 | 1.00 | 0.50 (0.40–0.60) | 1 | 1 |" in text
+    assert "| [sample.nhwc](sample.nhwc.md) | 2 | 1 | 2.00 |" in text
+    assert f"| `{B}` | sample.nhwc | 1 | 0.50" in text
 
 
 # ---- pictures ---------------------------------------------------------------------------------
