@@ -181,17 +181,23 @@ def store(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: in
     return _masked_store(buffer, index, value, _first(count, lanes))
 
 
-def _within(buffer: Any, index: Sequence[Expr], lanes: int, count: int) -> Expr:
-    """The mask of those of the first ``count`` lanes that lie in the buffer's last axis."""
+def _within(buffer: Any, index: Sequence[Expr], lanes: int, count: int, size: int | None = None) -> Expr:
+    """The mask of those of the first ``count`` lanes that lie in the buffer's last axis, or in its first ``size``."""
     ramp = tirx.Ramp(index[-1], tirx.const(1, "int32"), lanes)
-    size = tirx.Broadcast(tirx.const(int(buffer.shape[-1]), "int32"), lanes)
-    mask = tirx.And(ramp >= tirx.Broadcast(tirx.const(0, "int32"), lanes), ramp < size)
+    end = tirx.Broadcast(tirx.const(int(buffer.shape[-1]) if size is None else size, "int32"), lanes)
+    mask = tirx.And(ramp >= tirx.Broadcast(tirx.const(0, "int32"), lanes), ramp < end)
     return mask if count >= lanes else tirx.And(mask, _first(count, lanes))
 
 
-def load_within(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int) -> Expr:
-    """As :func:`load`, from an ``index`` that may lie anywhere along the last axis; zeros outside it."""
-    return widen(_masked_load(buffer, dtype, index, lanes, _within(buffer, index, lanes, count)), dtype, lanes)
+def load_within(
+    buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int, *, size: int | None = None
+) -> Expr:
+    """As :func:`load`, from an ``index`` that may lie anywhere along the last axis; zeros outside it.
+
+    ``size``: elements that count as the last axis; more than it has go on in the next ones.
+    """
+    mask = _within(buffer, index, lanes, count, size)
+    return widen(_masked_load(buffer, dtype, index, lanes, mask), dtype, lanes)
 
 
 def store_within(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: int, count: int) -> Any:
