@@ -81,7 +81,7 @@ class CpuDirect(Schedule):
             key=lambda t: (
                 round_up(width, t[1])
                 * round_up(spec.oc, t[0] * lanes)
-                * (1 + 2 / math.prod(t) + _store(spec, t[1]) / spec.reduction_length),
+                * (_loads(target, *t) + 2 / math.prod(t) + _store(spec, t[1]) / spec.reduction_length),
                 -t[0],
             ),
         )
@@ -116,6 +116,7 @@ class CpuDirect(Schedule):
         # A tile must cover the latency of its FMAs, and the reduction its prologue and store.
         most = 0.95 if spec.layout == "nchw" else 0.87  # channels last: cpu_channels_last
         efficiency = most * tail * min(1.0, tile / 10) * reduction / (reduction + _store(spec, picks.tile_ow))
+        efficiency /= _loads(target, picks.tile_oc // lanes, picks.tile_oh * picks.tile_ow)
         return spec.flops / (target.peak_flops * efficiency)
 
     def program(self, spec, target, picks):
@@ -208,6 +209,11 @@ def _shares(blocks, parts):
 def _output(spec):
     """(rows, width) of the output as the tiles see it."""
     return (spec.out_spatial[-2] if spec.rank > 1 else 1), spec.out_spatial[-1]
+
+
+def _loads(target, vectors, pixels):
+    """Time of a product, of which FMAs are 1: before AVX-512 two are done beside two loads."""
+    return 1.0 if target.lanes == 16 else max(1.0, 1.3 * (vectors + pixels) / (vectors * pixels))
 
 
 def _store(spec, tile_ow):

@@ -58,7 +58,8 @@ class CpuGemm(Schedule):
         lanes = target.lanes
         vectors = 2 if spec.out_pixels > lanes else 1
         most = min(spec.oc, 8 if target.vector_registers > 16 else 6)
-        tile_oc = min(range(1, most + 1), key=lambda c: (round_up(spec.oc, c) * (1 + 0.3 / c), -c))
+        loads = 0.3 if target.vector_registers > 16 else 0.5
+        tile_oc = min(range(1, most + 1), key=lambda c: (round_up(spec.oc, c) * (1 + loads / c), -c))
         tiles = ceildiv(spec.out_pixels, vectors * lanes)
         splits = [p for p in (1, 2, 3, 4, 8) if p <= ceildiv(spec.oc, tile_oc)]
 
