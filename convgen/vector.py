@@ -296,36 +296,41 @@ def interleave(block: Block, vectors: Sequence[Expr], lanes: int) -> list[Expr]:
     return [block.let(tirx.Shuffle(pair, part)) for pair in pairs for part in (order[:lanes], order[lanes:])]
 
 
-def subsampled(block: Block, spec: ConvSpec, src: Any, lanes: int) -> tuple[Any, str]:
-    """The pixels that a 1×1 kernel reads, ``[n, ic, pixels]``, and how they are stored.
+@contextmanager
+def subsampled(block: Block, spec: ConvSpec, src: Any, lanes: int) -> Iterator[tuple[Block, int, Expr, Any, str]]:
+    """The pixels that a 1×1 kernel reads: ``(block, images, first, pixels, dtype)``.
 
-    ``src`` itself at stride 1. Else a copy in f32, made in parallel over the channels: most of what is read
-    with a stride is skipped, and every block of output channels would skip it again.
+    In ``block`` there are so many ``images`` from ``first`` on, as ``pixels`` ``[images, ic, pixels]`` stored as
+    ``dtype``. At stride 1 all of ``src``. Else an image at a time, a copy in f32, made in parallel over the
+    channels: most of what is read with a stride is skipped, and every block of output channels would skip it again.
     """
     if spec.is_pointwise:
-        return src, spec.dtype
+        yield block, spec.n, 0, src, spec.dtype
+        return
+    with block.loop(spec.n) as (image, n):
+        yield image, 1, n, _subsampled(image, spec, src, n, lanes), "f32"
+
+
+def _subsampled(block: Block, spec: ConvSpec, src: Any, n: Expr, lanes: int) -> Any:
+    """The copy of an image."""
     *rows, width = spec.out_spatial
     columns = Columns(spec, lanes, 1)
     # Whole vectors, overwritten by the next row: TVM shrinks a buffer to what it sees accessed, and of a masked
     # store it sees the first element.
-    copy = block.buffer((spec.n, spec.ic, math.prod(rows) * width + lanes))
-    with block.loop(spec.n * spec.ic, parallel=True) as (plane, index):
-        n, c = plane.let(index // spec.ic), plane.let(index % spec.ic)
-        with plane.loop(math.prod(rows)) as (row, y):
-            where = [row.let(p * s) for p, s in zip(unflat(y, rows), spec.stride, strict=False)]
-            for start, count, tile in columns.runs:
-                with row.loop(count) as (one, j):
-                    x0 = one.let((start + j) * lanes)
+    copy = block.buffer((1, spec.ic, math.prod(rows) * width + lanes))
+    with block.loop(spec.ic, parallel=True) as (plane, c), plane.loop(math.prod(rows)) as (row, y):
+        where = [row.let(p * s) for p, s in zip(unflat(y, rows), spec.stride, strict=False)]
+        for start, count, tile in columns.runs:
+            with row.loop(count) as (one, j):
+                x0 = one.let((start + j) * lanes)
 
-                    def read(offset: int, stored: int, shift: int, x0: Expr = x0) -> Expr:
-                        return load(
-                            src, spec.dtype, [n, c, *where, x0 * spec.stride[-1] + offset], lanes, stored, shift
-                        )
+                def read(offset: int, stored: int, shift: int, x0: Expr = x0) -> Expr:
+                    return load(src, spec.dtype, [n, c, *where, x0 * spec.stride[-1] + offset], lanes, stored, shift)
 
-                    value = Taps(one, columns, tile, read)[0, 0]
-                    place = [n, c, y * width + x0]
-                    one.add(store(copy, "f32", place, zeros(lanes) if value is None else value, lanes, lanes))
-    return copy, "f32"
+                value = Taps(one, columns, tile, read)[0, 0]
+                place = [0, c, y * width + x0]
+                one.add(store(copy, "f32", place, zeros(lanes) if value is None else value, lanes, lanes))
+    return copy
 
 
 def runs(patterns: Sequence[Any]) -> list[tuple[int, int, Any]]:

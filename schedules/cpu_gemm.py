@@ -110,12 +110,14 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
     vectors = width // lanes
     tiles, per_task = ceildiv(pixels, width), ceildiv(ceildiv(spec.oc, picks.tile_oc), picks.parallel_oc)
     whole = Block()
-    src, stored = subsampled(whole, spec, src, lanes)
     origin = [0] * (spec.rank - 1)  # pixels are flat: as if all in the first row
     blocks = ceildiv(tiles, picks.block_px)
-    with whole.loop(spec.n * picks.parallel_oc * blocks, parallel=True) as (task, index):
+    with (
+        subsampled(whole, spec, src, lanes) as (batch, images, image, src, stored),
+        batch.loop(images * picks.parallel_oc * blocks, parallel=True) as (task, index),
+    ):
         block, outer = task.let(index % blocks), index // blocks
-        part, n = task.let(outer % picks.parallel_oc), task.let(outer // picks.parallel_oc)
+        part, n = task.let(outer % picks.parallel_oc), task.let(image + outer // picks.parallel_oc)
         panels = task.buffer((picks.block_px, spec.ic, width)) if picks.copy_src else None
         first = task.let(block * picks.block_px)
         count = task.let(tirx.min(picks.block_px, tiles - first)) if picks.block_px > 1 else 1
@@ -124,7 +126,7 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
             """The tile's pixels, one channel after another."""
             with inside.loop(spec.ic) as (step, c):
                 for v, there in enumerate(counts):
-                    value = load(src, stored, [n, c, x + v * lanes], lanes, there)
+                    value = load(src, stored, [n - image, c, x + v * lanes], lanes, there)
                     step.add(store(panels, "f32", [i, c, v * lanes], value, lanes, lanes))
 
         def product(inside, i, b, channels, x, counts):
@@ -134,7 +136,7 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
 
             def vector(v, c):
                 if panels is None:
-                    return load(src, stored, [n, c, x + v * lanes], lanes, counts[v])
+                    return load(src, stored, [n - image, c, x + v * lanes], lanes, counts[v])
                 return load(panels, "f32", [i, c, v * lanes], lanes, lanes)
 
             outer_products(inside, sums, spec.ic, lambda t, c: parameters["weights"][b, 0, c, t], vector)

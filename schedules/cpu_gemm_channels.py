@@ -151,13 +151,12 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
     vectors, tiles = ceildiv(spec.oc, lanes), ceildiv(pixels, picks.tile_px)
     blocks, rest = ceildiv(tiles, picks.block_px), pixels % picks.tile_px
     whole = Block()
-    src, stored = subsampled(whole, spec, src, lanes)
     origin = [0] * (spec.rank - 1)  # pixels are flat: as if all in the first row
 
     def copied(block, panels, i, n, x, count):
         """The pixels of a tile, one channel after another."""
         with block.loop(spec.ic) as (step, c):
-            step.add(store(panels, "f32", [i, c, 0], load(src, stored, [n, c, x], lanes, count), lanes, lanes))
+            step.add(store(panels, "f32", [i, c, 0], load(src, stored, [n - image, c, x], lanes, count), lanes, lanes))
 
     def product(block, panels, i, n, first, width, x, count):
         """``width`` vectors of channels, from the vector ``first`` on, times ``count`` pixels from x on."""
@@ -166,7 +165,7 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
             block,
             sums,
             spec.ic,
-            lambda t, c: widen(src[n, c, x + t], stored) if panels is None else panels[i, c, t],
+            lambda t, c: widen(src[n - image, c, x + t], stored) if panels is None else panels[i, c, t],
             lambda v, c: load(weights, "f32", [first + v, 0, c, 0], lanes, lanes),
         )
         for v in range(width):
@@ -177,9 +176,12 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
                     given = {k: there.let(tirx.Broadcast(p[o], lanes)) for k, p in parameters.items()}
                     finish(there, spec, dst, residual, [n, o, *origin, x], row, lanes, count, **given)
 
-    with whole.loop(spec.n * parts * blocks, parallel=True) as (task, index):
+    with (
+        subsampled(whole, spec, src, lanes) as (batch, images, image, src, stored),
+        batch.loop(images * parts * blocks, parallel=True) as (task, index),
+    ):
         block, outer = task.let(index % blocks), index // blocks
-        part, n = task.let(outer % parts), task.let(outer // parts)
+        part, n = task.let(outer % parts), task.let(image + outer // parts)
         first, count = task.let(block * picks.block_px), picks.block_px
         if tiles % picks.block_px:
             count = task.let(tirx.min(picks.block_px, tiles - first))

@@ -190,7 +190,6 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
     per_task = ceildiv(ceildiv(half_oc, picks.tile_oc), picks.parallel_oc)
     weights = parameters.pop("weights")
     whole = Block()
-    src, stored = subsampled(whole, spec, src, lanes)
     origin = [0] * (spec.rank - 1)  # pixels are flat: as if all in the first row
 
     def copy(block, operands, i, n, x, half, counts):
@@ -198,7 +197,7 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
         with block.loop(half_ic) as (inner, c):
             for v in range(0, half, lanes):
                 parts = [
-                    inner.let(load(src, stored, [n, c + row, x + at + v], lanes, min(lanes, count - v)))
+                    inner.let(load(src, stored, [n - image, c + row, x + at + v], lanes, min(lanes, count - v)))
                     for row in (0, half_ic)
                     for at, count in zip((0, half), counts, strict=True)
                 ]
@@ -274,9 +273,12 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
         complete(0, 1, sums.__getitem__)
 
     blocks = ceildiv(tiles, picks.block_px)
-    with whole.loop(spec.n * picks.parallel_oc * blocks, parallel=True) as (task, index):
+    with (
+        subsampled(whole, spec, src, lanes) as (batch, images, image, src, stored),
+        batch.loop(images * picks.parallel_oc * blocks, parallel=True) as (task, index),
+    ):
         block, outer = task.let(index % blocks), index // blocks
-        part, n = task.let(outer % picks.parallel_oc), task.let(outer // picks.parallel_oc)
+        part, n = task.let(outer % picks.parallel_oc), task.let(image + outer // picks.parallel_oc)
         operands = task.buffer((picks.block_px, len(PIXELS), half_ic, round_up(picks.tile_px, lanes)))
         first = task.let(block * picks.block_px)
         count = task.let(tirx.min(picks.block_px, tiles - first)) if picks.block_px > 1 else 1
