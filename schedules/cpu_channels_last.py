@@ -1,17 +1,20 @@
-"""Direct convolution of channels-last data: output channels in the vector lanes, runs of input in memory.
+"""Direct convolution of channels-last rows: output channels in the vector lanes, runs of input in memory.
 
-Applies to  NHWC (NWC, NDHWC) convolutions of any rank, stride and dilation that are not transposed, dense or with
-            groups of whole vectors of output channels.
-Strategy    1. The taps of a kernel's row and their channels lie side by side in src: one run of `kw × ic` numbers
-               per row of the kernel (dilated or grouped: a run of channels per tap). Pack weights as
-               [oc/t][rows of the kernel][run][t].
-            2. A task copies its rows with their padding; a 1×1 kernel reads src where it lies.
+Applies to  convolutions of any rank, stride and dilation that are not transposed, dense or with groups of whole
+            vectors of output channels: NHWC; and NCHW with more than a 1×1 kernel.
+Strategy    1. The taps of a kernel's row and their channels lie side by side: one run of `kw × ic` numbers per row of
+               the kernel (dilated or grouped: a run of channels per tap). Pack weights as [oc/t][rows of the
+               kernel][run][t].
+            2. A task copies its rows with their padding, NCHW transposed in registers; a 1×1 kernel reads src where it
+               lies.
             3. Keep a tile of `tile_px` pixels × `tile_oc` channels in registers: vector loads of weights, broadcast
                src. The last pixels of a row and the last vectors of channels are smaller tiles, with code of their own.
-            4. Bias, residual and activation on the tile; vectors of channels are stored, the last one masked.
+            4. Bias, residual and activation on the tile; vectors of channels are stored, the last one masked. NCHW:
+               of pixels, transposed in registers.
             5. One parallel loop over parts of the channels × batch × blocks of rows (in 1-D of tiles). `order` says
                whether a task's weights or its pixels are gone through again.
-Why not     pixels in the lanes: channels-last data would have to be transposed in and out.
+Why not     pixels in the lanes: channels-last data would have to be transposed in and out. Of NCHW, rows that make
+            good vectors need no transposition (cpu_masked, cpu_im2col).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from tvm import te, tirx
 
 from convgen.compute import Operands, ceildiv, copied, round_up, unflat, widen
 from convgen.schedule import Picks, Schedule, Space, busiest, require
-from convgen.vector import Block, finish, load, load_within, outer_products, store, written, zeros
+from convgen.vector import Block, finish, interleave, load, load_within, outer_products, store, written, zeros
 
 #: Rows of a task, in 1-D tiles; parts of the channels.
 BLOCKS, PARTS = (1, 2, 4, 7, 8, 14, 16, 28, 56), (1, 2, 3, 4, 6, 8, 12, 16)
@@ -34,7 +37,8 @@ class CpuChannelsLast(Schedule):
     def applies(self, spec, target):
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
-        require(spec.layout == "nhwc", "needs NHWC")
+        gemm = spec.layout == "nchw" and spec.has_unit_kernel
+        require(not gemm, "needs NHWC, or more than a 1×1 kernel: cpu_gemm_channels is for these")
         whole = spec.oc // spec.groups % target.lanes == 0
         require(spec.groups == 1 or whole, f"needs groups 1, or multiples of {target.lanes} output channels per group")
 
@@ -138,6 +142,11 @@ class _Geometry:
         return [(o - 1) * s + w for o, s, w in zip((1, rows, pixels), self.stride, self.window, strict=True)]
 
 
+def _chunks(pixels, lanes):
+    """Pixels of each vector that a row of so many is stored as."""
+    return [min(lanes, pixels - t) for t in range(0, pixels, lanes)]
+
+
 def _tile_cycles(spec, target, g, vectors, pixels):
     """Of a tile, in FMAs: its products, or what takes longer: loads, a sum's latency; and the store."""
     lanes = target.lanes
@@ -149,9 +158,10 @@ def _tile_cycles(spec, target, g, vectors, pixels):
     apart = 4 * spec.ic * g.stride[2]
     if pixels > 8 * (target.l1 // 8) // math.gcd(target.l1 // 8, apart) - vectors:
         step *= 2
-    rows = math.prod(g.taps)
-    costly = 20 if spec.activation_op.costly else 0
-    return rows * (g.run * step + 6 * fmas) + vectors * pixels * (3 + 2 * spec.residual + costly) + 10 * fmas
+    store = vectors * pixels * (3 + 2 * spec.residual)
+    if spec.layout == "nchw":  # whole vectors; or with masks, which are slow before AVX-512
+        store += vectors * lanes * sum(4 if c == lanes else 6 if lanes == 16 else 30 for c in _chunks(pixels, lanes))
+    return math.prod(g.taps) * (g.run * step + 6 * fmas) + store + 10 * fmas
 
 
 def _row_cycles(spec, target, picks):
@@ -172,7 +182,7 @@ def _cycles(spec, target, picks):
     g, lanes = _Geometry(spec), target.lanes
     rows, tiles = g.blocks(picks)
     row = spec.groups * _row_cycles(spec, target, picks) / ceildiv(g.out[2], picks.tile_px)  # of a tile
-    copy = 4 * math.prod(g.extent(picks)) * spec.ic / lanes if g.copies else 0
+    copy = (4 if spec.layout == "nhwc" else 8) * math.prod(g.extent(picks)) * spec.ic / lanes if g.copies else 0
     whole = spec.n * g.out[0]
     across = ceildiv(g.out[1], rows) if g.rank > 1 else ceildiv(ceildiv(g.out[2], picks.tile_px), tiles)
     blocks = ceildiv(spec.oc, picks.tile_oc)
@@ -197,11 +207,13 @@ def _kernel(spec, g, picks, lanes, src, residual, parameters, dst):
     blocks, most, parts = ceildiv(spec.oc, picks.tile_oc), picks.tile_oc // lanes, picks.parallel_oc
     last = ceildiv(spec.oc - (blocks - 1) * picks.tile_oc, lanes)  # vectors of the last block
     planes, lines, columns = g.extent(picks)
-    width = round_up(columns * spec.ic, lanes)
+    channels_last = spec.layout == "nhwc"
+    # NCHW: whole vectors of pixels, and of the last one's channels.
+    width = round_up(columns * spec.ic if channels_last else round_up(columns, lanes) * spec.ic + lanes, lanes)
     whole = Block()
 
-    def place(n, *pixel):
-        return [n, *pixel[more:]]
+    def place(n, pixel, channel):
+        return [n, *pixel[more:], channel] if channels_last else [n, channel, *pixel[more:]]
 
     def copied_rows(block, n, corner):
         """The rows that the task reads from ``corner`` on, zeros outside the image."""
@@ -210,14 +222,33 @@ def _kernel(spec, g, picks, lanes, src, residual, parameters, dst):
             at = [line.let(c + i) for c, i in zip(corner[:2], (z, y), strict=True)]
             inside = tirx.all(*(c for i, size in zip(at, g.size, strict=False) for c in (i >= 0, i < size)))
             for condition, there in ((inside, True), (tirx.Not(inside), False)):
-                with line.when(condition) as branch, branch.loop(width // lanes) as (one, i):
-                    value = zeros(lanes)
-                    if there:
-                        first = one.let(corner[2] * spec.ic + i * lanes)
-                        row = place(n, *at, 0)
-                        value = load_within(src, spec.dtype, [*row, first], lanes, lanes, size=g.size[2] * spec.ic)
-                    one.add(store(panel, "f32", [z, y, i * lanes], value, lanes, lanes))
+                with line.when(condition) as branch:
+                    if there and not channels_last:
+                        transposed_row(branch, panel, n, z, y, at, corner[2])
+                        continue
+                    with branch.loop(width // lanes) as (one, i):
+                        value = zeros(lanes)
+                        if there:
+                            first = one.let(corner[2] * spec.ic + i * lanes)
+                            row = place(n, (*at, 0), first)
+                            value = load_within(src, spec.dtype, row, lanes, lanes, size=g.size[2] * spec.ic)
+                        one.add(store(panel, "f32", [z, y, i * lanes], value, lanes, lanes))
         return panel
+
+    def transposed_row(block, panel, n, z, y, at, x0):
+        """A row of each channel's plane as one row of pixels, squares of vectors at a time."""
+        full, rest = divmod(spec.ic, lanes)
+        with block.loop(ceildiv(columns, lanes)) as (some, i), some.loop(full + (rest > 0)) as (square, j):
+            x = square.let(x0 + i * lanes)
+            for these, channels in square.cases(j, full, lanes, rest):
+                c = these.let(j * lanes)
+                rows = [load_within(src, spec.dtype, place(n, (*at, x), c + k), lanes, lanes) for k in range(channels)]
+                rows = [these.let(row) for row in rows] + [zeros(lanes)] * (lanes - channels)
+                # Fewer channels than a vector has: the next pixel overwrites what follows.
+                count = channels if full else lanes
+                for k, pixel in enumerate(interleave(these, rows, lanes)):
+                    where = [z, y, (i * lanes + k) * spec.ic + c]
+                    these.add(store(panel, "f32", where, pixel, lanes, count))
 
     with whole.loop(parts * spec.n * g.out[0] * blocks_y * blocks_x, parallel=True) as (task, index):
         part, n, z, block_y, block_x = map(task.let, unflat(index, (parts, spec.n, g.out[0], blocks_y, blocks_x)))
@@ -257,9 +288,9 @@ def _kernel(spec, g, picks, lanes, src, residual, parameters, dst):
 
                 def scalar(t, k):
                     if panel is None:
-                        at = place(n, z * g.stride[0], (y0 + r) * g.stride[1])
-                        column = (tile0 * picks.tile_px + x + t) * g.stride[2]
-                        return widen(src[(*at, column, group + k)], spec.dtype)
+                        pixel = (z, y0 + r, tile0 * picks.tile_px + x + t)
+                        at = [p * s for p, s in zip(pixel, g.stride, strict=True)]
+                        return widen(src[tuple(place(n, at, group + k))], spec.dtype)
                     column = (x + t) * g.stride[2] + kx * g.dilation[2]
                     line = r * g.stride[1] + ky * g.dilation[1]
                     return panel[kz * g.dilation[0], line, column * spec.ic + group + k]
@@ -269,11 +300,24 @@ def _kernel(spec, g, picks, lanes, src, residual, parameters, dst):
                 )
             for v in range(vectors):
                 o = block.let(b * picks.tile_oc + v * lanes)
+                if not channels_last:
+                    stored_planes(block, sums, v, o, r, x, pixels)
+                    continue
                 for these, count in block.cases(o, spec.oc - spec.oc % lanes, lanes, spec.oc % lanes):
                     given = {name: these.let(load(p, "f32", [o], lanes, count)) for name, p in parameters.items()}
                     for t in range(pixels):
-                        pixel = (z, y0 + r, tile0 * picks.tile_px + x + t)
-                        finish(these, spec, dst, residual, [*place(n, *pixel), o], sums[t, v], lanes, count, **given)
+                        at = place(n, (z, y0 + r, tile0 * picks.tile_px + x + t), o)
+                        finish(these, spec, dst, residual, at, sums[t, v], lanes, count, **given)
+
+        def stored_planes(block, sums, v, o, r, x, pixels):
+            """A vector of channels as rows of pixels."""
+            for t, count in enumerate(_chunks(pixels, lanes)):
+                columns = [sums[t * lanes + i, v] if i < count else zeros(lanes) for i in range(lanes)]
+                for k, row in enumerate(interleave(block, columns, lanes)):
+                    with block.when(True if spec.oc % lanes == 0 else o + k < spec.oc) as there:
+                        given = {name: there.let(tirx.Broadcast(p[o + k], lanes)) for name, p in parameters.items()}
+                        at = place(n, (z, y0 + r, tile0 * picks.tile_px + x + t * lanes), o + k)
+                        finish(there, spec, dst, residual, at, row, lanes, count, **given)
 
         if picks.order == "oc":
             for a, b, vectors in channels_of(task):

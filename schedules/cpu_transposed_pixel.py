@@ -49,7 +49,8 @@ class CpuTransposedPixel(Schedule):
 
     def default(self, spec, target):
         space, lanes = self.space(spec, target).domains, target.lanes
-        tile_dst = max(d for d in space["tile_dst"] if d <= (8 if spec.n == 1 else 4) * lanes)
+        most = (8 if spec.n == 1 else 4) * lanes
+        tile_dst = max(d for d in space["tile_dst"] if d <= most and target.most_pixels(d // lanes))
         tile_n = max(b for b in space["tile_n"] if b <= min(6, target.most_pixels(tile_dst // lanes)))
         return Picks(tile_dst=tile_dst, tile_n=tile_n)
 

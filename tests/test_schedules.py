@@ -86,6 +86,7 @@ FOUND = [
     "conv1d n1 ic1 oc1 i1 k4 s1 p0_9 nobias",  # 1-D blocks whose padding moves with the block
 ]
 NATIVE = resolve()
+HASWELL = resolve("cpu:haswell")
 #: Targets whose facts differ; no code is run for these.
 TARGETS = [NATIVE, *map(resolve, ("cpu:x86-64-v2", "cpu:haswell", "cpu:znver4", "cpu:aarch64-cortex-a72"))]
 
@@ -250,16 +251,16 @@ def test_a_schedule_says_why_it_does_not_apply_or_has_a_valid_default(
     assert len(reasons) < len(schedules()), "no schedule applies"
 
 
-def test_every_real_layer_gets_a_default_that_is_not_the_reference() -> None:
-    """The reference is for what no fast schedule takes; none of these are, on this machine."""
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("target", [NATIVE, HASWELL], ids=["native", "haswell"])
+def test_every_real_layer_gets_a_default_that_is_not_the_reference(target: Target, layout: str) -> None:
+    """The reference is for what no fast schedule takes; none of these are."""
     files = sorted((Path(__file__).parents[1] / "bench" / "problems").glob("*.json"))
     assert files
-    for file in files:
-        for entry in read_specs(file):
-            candidate = default_candidate(entry.spec, NATIVE)
-            assert candidate.schedule.reason_against(entry.spec.core, NATIVE, candidate.picks) is None
-            if not entry.spec.transposed:
-                assert candidate.schedule.id != "reference", entry.spec.descriptor
+    for spec in {entry.spec.with_(layout=layout) for file in files for entry in read_specs(file)}:
+        candidate = default_candidate(spec, target)
+        assert candidate.schedule.reason_against(spec.core, target, candidate.picks) is None
+        assert candidate.schedule.id != "reference", spec.descriptor
 
 
 @pytest.mark.parametrize(("descriptor", "schedule"), PAIRS)
