@@ -8,7 +8,8 @@ Strategy    1. Pack weights as [oc][taps × ic], in vectors of 16 bytes along th
             2. src is read as [pixels][taps × ic] without writing that anywhere: 16 bytes at a time
                straight into shared memory, asynchronously, zeros where the padding is, `stages` steps
                ahead. A first launch lays out NCHW, or channels that are not whole vectors, for it.
-            3. Rows in shared memory are 16 bytes longer than their data: `ldmatrix` then meets no bank twice.
+            3. Rows in shared memory are swizzled: 16-byte chunks trade places, told by their address, so that
+               neither `ldmatrix` nor the copies meet a bank twice, and no byte is padding.
             4. A block of `tile_m` pixels × `tile_n` channels is divided among warps; each keeps its
                tile of sums in registers.
             5. The sums pass through shared memory once, for stores of 16 bytes; bias, residual and
@@ -32,14 +33,14 @@ from convgen.cuda import model, tensorize
 from convgen.dtypes import BYTES
 from convgen.schedule import Picks, Program, Schedule, Space, require
 
-#: Bytes of a copy, and rows of a step in shared memory are this much longer than their data.
+#: Bytes of a copy.
 VECTOR = tensorize.VECTOR
 #: A thread's registers beside its sums and fragments: addresses, counters.
 OTHER_REGISTERS = 64
 
 
 class CudaGemm(Schedule):
-    id, version = "cuda_gemm", 1
+    id, version = "cuda_gemm", 2
 
     def applies(self, spec, target):
         require(target.kind == "cuda", "needs a GPU")
@@ -65,9 +66,6 @@ class CudaGemm(Schedule):
     def kind(self, spec):
         """The type of device.h that multiplies."""
         return "tf32" if spec.dtype == "f32" else spec.dtype
-
-    #: Bytes after every row in shared memory.
-    padding = VECTOR
 
     def depth(self, spec):
         """Vectors of the reduction that the intrinsic takes."""
@@ -139,13 +137,13 @@ class CudaGemm(Schedule):
 
     def shared_memory(self, spec, picks):
         """Bytes of a block: the steps under way, and the sums on their way out."""
-        row = picks.tile_k * BYTES[spec.dtype] + self.padding
+        row = picks.tile_k * BYTES[spec.dtype]
         # Threads past a small tile's end read as far as if it were larger; they store nothing.
         oc = spec.oc // spec.groups * picks.merge_g
         vectors = ceildiv(min(picks.tile_n, oc), _store(spec, oc))
         rows = ceildiv(round_up(picks.tile_m * vectors, 32 * picks.warps_m * picks.warps_n), vectors)
         sums = rows * (round_up(picks.tile_n - 8, 32) + 8) * 4
-        return max(picks.stages * (picks.tile_m + picks.tile_n) * row, sums)
+        return round_up(max(picks.stages * (picks.tile_m + picks.tile_n) * row, sums), 8 * row)
 
     def cost(self, spec, target):
         return self.seconds(spec, target, self.default(spec, target))
@@ -336,8 +334,6 @@ class CudaGemm(Schedule):
         sch.set_scope(sch.get_sblock("gathered"), 0, "shared.dyn")
         for copied_block in (sch.get_sblock("gathered"), sch.cache_read(sums, 1, "shared.dyn")):
             sch.compute_at(copied_block, step, preserve_unit_loops=True)
-            if self.padding:
-                sch.storage_align(copied_block, 0, axis=1, factor=2 * lanes, offset=lanes)
             *_, i2, k2, v2 = sch.get_loops(copied_block)
             _, ty, tx = sch.split(sch.fuse(i2, k2), [None, warps, 32], preserve_unit_iters=True)
             sch.bind(ty, "threadIdx.y")

@@ -18,7 +18,7 @@ CHANNELS = 64
 
 
 class CudaGemmMerged(CudaGemm):
-    id, version, transforms = "cuda_gemm_merged", 1, True
+    id, version, transforms = "cuda_gemm_merged", 2, True
 
     def admits(self, spec):
         super().admits(spec)

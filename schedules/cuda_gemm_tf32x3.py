@@ -16,7 +16,7 @@ from .cuda_gemm import CudaGemm
 
 
 class CudaGemmTf32x3(CudaGemm):
-    id, version, transforms = "cuda_gemm_tf32x3", 1, True
+    id, version, transforms = "cuda_gemm_tf32x3", 2, True
 
     def admits(self, spec):
         require(spec.dtype == "f32", "needs f32")

@@ -20,7 +20,6 @@ from .cuda_gemm import CudaGemm, _reduction
 
 class CudaWgmma(CudaGemm):
     id, version = "cuda_wgmma", 1
-    padding = 0
 
     def applies(self, spec, target):
         super().applies(spec, target)

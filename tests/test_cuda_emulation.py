@@ -60,12 +60,13 @@ STORED = {"cg_f16": np.float16, "cg_bf16": ml_dtypes.bfloat16, "cg_tf32": np.flo
 
 
 def product(kind: str, a: Any, b: Any, order: str | int = "ascending") -> Any:
-    """``a b^T`` by one warp through ``cg_mma_tile``; rows in shared memory are 16 bytes longer than their data."""
+    """``a b^T`` by one warp through ``cg_mma_tile``; rows in shared memory are swizzled."""
     (rows, depth), cols = a.shape, len(b)
     stored = np.dtype(STORED[kind])
-    pitch = depth * stored.itemsize + 16
-    placed = np.full((rows + cols, pitch), 0xFF, np.uint8)
-    placed[:, :-16] = np.concatenate([a, b]).astype(stored).view(np.uint8)
+    pitch = depth * stored.itemsize
+    plain = np.concatenate([a, b]).astype(stored).view(np.uint8)
+    at = np.arange(plain.size)
+    placed = plain.reshape(-1)[at ^ (at >> 3 & (pitch - 16))].reshape(plain.shape)
     body = f"""
   extern __shared__ __align__(64) uchar tile[];
   for (int i = t; i < {placed.size // 4}; i += 32) ((float*)tile)[i] = src[i];
@@ -81,9 +82,30 @@ def product(kind: str, a: Any, b: Any, order: str | int = "ascending") -> Any:
 
 @pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize(("rows", "cols"), [(16, 8), (16, 16), (32, 24), (64, 40)])
-def test_products_of_whole_numbers_are_exact(kind: str, rows: int, cols: int) -> None:
-    a, b = whole_numbers(rows + cols, 48)[:rows], whole_numbers(rows + cols, 48)[rows:]
+@pytest.mark.parametrize("row", [32, 64, 128])
+def test_products_of_whole_numbers_are_exact(kind: str, rows: int, cols: int, row: int) -> None:
+    both = whole_numbers(rows + cols, row // np.dtype(STORED[kind]).itemsize)
+    a, b = both[:rows], both[rows:]
     np.testing.assert_array_equal(product(kind, a, b, order=1), a @ b.T)
+
+
+@pytest.mark.parametrize("row", [32, 64, 128])
+def test_swizzled_rows_meet_no_bank_twice(row: int) -> None:
+    """What is copied or read of shared memory at once, 8 chunks of 16 bytes, takes each of the 32 banks once."""
+    body = """
+  extern __shared__ __align__(1024) uchar rows[];
+  for (int i = t; i < %d; i += 64) {
+    const uchar* chunk = rows + i * 16;
+    dst[i] = cg_shared_address(chunk + cg_swizzle(chunk, %d));
+  }""" % (4 * row, row)  # 64 rows
+    size = 64 * row
+    at = result(kernel(body, shared=size), whole_numbers(1), (64, row // 16)).astype(int)
+    assert sorted(at.reshape(-1)) == list(range(0, size, 16))
+    assert (at // 128 == np.arange(0, size, 16).reshape(at.shape) // 128).all()
+    copies = at.reshape(-1, 8)  # of 8 threads that follow one another
+    matrices = at.reshape(8, 8, -1).transpose(0, 2, 1).reshape(-1, 8)  # a chunk of each of 8 rows
+    for chunks in (copies, matrices):
+        assert (np.sort(chunks % 128) == np.arange(0, 128, 16)).all()
 
 
 def test_three_products_of_tf32_are_nearly_f32() -> None:
@@ -509,7 +531,7 @@ def test_the_devices_compiler_takes_the_prelude(arch: str) -> None:
     for kind in TILES[arch]:
         body += f"""
   cg_clear_tile<16, 24>(acc);
-  cg_mma_tile<{kind}, 16, 24>(acc, x, 48, x + 768, 48);
+  cg_mma_tile<{kind}, 16, 24>(acc, x, 64, x + 1024, 64);
   cg_store_tile<16, 24>(dst, 24, acc);"""
     if "cg_bf16" in TILES[arch]:
         body += "cg_copy_async<16>(x, src); cg_copy_async<4>(x + 16, src, t < 3); cg_commit(); cg_wait<0>();"

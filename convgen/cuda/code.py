@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..compute import round_up
 from ..errors import BuildError, UnsupportedError
 from ..interface import DeviceCode, Launch
 from ..interrupts import interrupts_held
@@ -35,8 +36,8 @@ _WORDS = (
     (r"alignas\(\d+\) float (\w*tile_sums\w*)\[(\d+)\]", lambda m: f"float {m[1]}[{int(m[2]) // 32}]"),
 )
 _AXES = ("x", "y", "z")
-#: Shared memory of a kernel that swizzles starts at a multiple of so many bytes, and is whole ones.
-_SWIZZLE = 1024
+#: Declares a kernel's shared memory.
+_SHARED = re.compile(r"(extern __shared__ __align__)\((\d+)\)")
 #: Registers a thread with a tile of sums is left, at least.
 _REGISTERS = 168
 
@@ -199,17 +200,19 @@ def _cuda_text(device: Any, target: Target) -> str:
     if wide:
         head += "#ifndef CONVGEN_EMULATE\n"
         head += "".join(wgmma_definition(kind, int(cols)) for kind, cols in wide) + "#endif\n\n"
-        kernels = "".join(map(_swizzled, re.split(r'(?=extern "C" __global__)', kernels)))
-    return head + kernels
+    return head + "".join(map(_swizzled, re.split(r'(?=extern "C" __global__)', kernels)))
 
 
 def _swizzled(kernel: str) -> str:
-    """A kernel whose copies go where wgmma reads, and are visible to it; others as they are."""
-    if "cg_wgmma_tile" not in kernel:
+    """A kernel whose copies go where its products read; others as they are."""
+    product = re.search(r"cg_(wg)?mma_tile<[^>]*>\(", kernel)
+    if product is None:
         return kernel
-    kernel = kernel.replace("cg_copy_async<16>(", "cg_copy_swizzled(")
-    kernel = re.sub(r"cg_wait<\d+>\(\);", r"\g<0> cg_fence_async();", kernel)
-    return re.sub(r"(extern __shared__ __align__)\(\d+\)", rf"\1({_SWIZZLE})", kernel)
+    row = int(_parts(kernel[product.end() :])[1][2])
+    kernel = kernel.replace("cg_copy_async<16>(", f"cg_copy_swizzled<{row}>(")
+    if product[1]:  # it does not see what threads wrote before the fence
+        kernel = re.sub(r"cg_wait<\d+>\(\);", r"\g<0> cg_fence_async();", kernel)
+    return _SHARED.sub(rf"\1({8 * row})", kernel)
 
 
 def _asynchronous(text: str) -> str:
@@ -282,8 +285,8 @@ def _launches(host: Any, device: Any, text: str, arguments: dict[str, str]) -> D
             else:
                 raise BuildError(f"{name}: expected a tensor, found the parameter {variable}")
         shared = dict(zip(tags, extents, strict=True)).get("tirx.use_dyn_shared_memory", 0)
-        if f"__align__({_SWIZZLE})" in _body(text, name):
-            shared = -(-shared // _SWIZZLE) * _SWIZZLE
+        if declared := _SHARED.search(_body(text, name)):
+            shared = round_up(shared, int(declared[2]))
         grid, block = _three(tags, extents, "blockIdx"), _three(tags, extents, "threadIdx")
         launches.append(Launch(name, grid, block, shared, tuple(taken)))
     return DeviceSource(text, tuple(launches), tuple(sizes[name] for name in spaces))

@@ -197,6 +197,24 @@ CG_DEVICE uint32_t __pack_half2(half x, half y) { return (uint32_t)y.bits << 16 
 /* An element of so many bytes in shared memory. */
 template <int BYTES> CG_DEVICE void *cg_at(void *shared, int offset) { return (char *)shared + offset * BYTES; }
 
+/* ---- rows in shared memory --------------------------------------------------------------------- */
+
+/* Rows of 32, 64 or 128 bytes follow one another; 16-byte chunks trade places within every 128 bytes, so that a
+ * chunk of each of 8 rows meets every bank once. Where one goes is told by its address alone, and is where wgmma
+ * and TMA have it (PTX ISA, "Swizzling Modes"). Tiles start at multiples of 8 rows. */
+CG_DEVICE int cg_swizzle(const void *shared, int row)
+{
+    const uint32_t address = cg_shared_address(shared);
+    return (int)((address ^ (address >> 3 & (row - 16))) - address);
+}
+
+#if defined CONVGEN_EMULATE || __CUDA_ARCH__ >= 800
+template <int ROW> CG_DEVICE void cg_copy_swizzled(void *shared, const void *global, bool valid = true)
+{
+    cg_copy_async<16>((char *)shared + cg_swizzle(shared, ROW), global, valid);
+}
+#endif
+
 /* ---- a warp's tile of a matrix product --------------------------------------------------------- */
 
 /* 32 bytes of the reduction at a time, whatever the type: 16 elements of two bytes, 8 of four. The tile is
@@ -250,24 +268,28 @@ struct cg_tf32x3 {
 #endif
 
 #if defined CONVGEN_EMULATE || __CUDA_ARCH__ >= 750
-/* acc += a b^T; a is ROWS x 32 bytes, b is COLS x 32 bytes, their rows lda and ldb bytes apart. */
+/* acc += a b^T; a is ROWS x 32 bytes, b is COLS x 32 bytes, of swizzled rows of lda and ldb bytes. */
 template <class T, int ROWS, int COLS>
 CG_DEVICE void cg_mma_tile(float *acc, const void *a, int lda, const void *b, int ldb)
 {
     constexpr int M = ROWS / 16, N = COLS / 8;
     const int lane = cg_lane();
     uint32_t x[M][4], y[N][2];
+    /* The swizzle is the same for every 8 rows. */
+    const char *left = (const char *)a + lane % 16 * lda + lane / 16 * 16;
+    const char *right = (const char *)b + (lane / 16 * 8 + lane % 8) * ldb + lane / 8 % 2 * 16;
+    left += cg_swizzle(left, lda), right += cg_swizzle(right, ldb);
 #pragma unroll
     for (int i = 0; i < M; ++i)
-        cg_ldmatrix(x[i], (const char *)a + (i * 16 + lane % 16) * lda + lane / 16 * 16);
+        cg_ldmatrix(x[i], left + i * 16 * lda);
 #pragma unroll
     for (int j = 0; j + 1 < N; j += 2) {
         uint32_t both[4];
-        cg_ldmatrix(both, (const char *)b + (j * 8 + lane / 16 * 8 + lane % 8) * ldb + lane / 8 % 2 * 16);
+        cg_ldmatrix(both, right + j * 8 * ldb);
         y[j][0] = both[0], y[j][1] = both[1], y[j + 1][0] = both[2], y[j + 1][1] = both[3];
     }
     if constexpr (N % 2)
-        cg_ldmatrix(y[N - 1], (const char *)b + ((N - 1) * 8 + lane % 8) * ldb + lane / 8 % 2 * 16);
+        cg_ldmatrix(y[N - 1], right + (N - 1) * 8 * ldb);
 #pragma unroll
     for (int i = 0; i < M; ++i)
 #pragma unroll
@@ -278,16 +300,7 @@ CG_DEVICE void cg_mma_tile(float *acc, const void *a, int lda, const void *b, in
 
 /* ---- Hopper: a warpgroup's tile ---------------------------------------------------------------- */
 
-/* Rows of 128 bytes in shared memory, in the swizzle that wgmma reads: of every 1024 bytes, 16-byte chunk c of
- * row r is where c ^ r would be (PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout"). Shared
- * memory starts at a multiple of 1024 bytes, and so does every tile. */
 #if defined CONVGEN_EMULATE || defined __CUDA_ARCH_FEAT_SM90_ALL
-CG_DEVICE void cg_copy_swizzled(void *shared, const void *global, bool valid = true)
-{
-    const uint32_t address = cg_shared_address(shared);
-    cg_copy_async<16>((char *)shared + (int)((address ^ (address >> 3 & 0x70)) - address), global, valid);
-}
-
 /* Of a tile whose rows follow one another: 1024 bytes from 8 rows to the next 8, 128-byte swizzle. */
 CG_DEVICE uint64_t cg_descriptor(const void *tile)
 {
