@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -214,6 +215,7 @@ def _device(device: DeviceCode) -> dict[str, Any]:
                 "block": list(launch.block),
                 "dynamic_shared_memory": launch.shared,
                 "arguments": list(launch.arguments),
+                "tensor_maps": {name: dataclasses.asdict(made) for name, made in launch.maps.items()},
             }
             for launch in device.launches
         ],

@@ -6,8 +6,10 @@ export read it. Plain data: importing this module needs neither NumPy nor TVM.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +23,8 @@ ABI = 1
 ALIGNMENT = 64
 #: Bytes before the first packed tensor: magic, ABI version, identity, size, checksum.
 HEADER_BYTES = 64
+#: CUtensorMapDataType and CUtensorMapSwizzle of the CUDA driver, by dtype and by bytes.
+TENSOR_TYPES, SWIZZLES = {"f16": 6, "f32": 7, "bf16": 9}, {0: 0, 32: 1, 64: 2, 128: 3}
 #: Most packed tensors one kernel may have, and most threads it may run on (``runtime.h``, ``types.h``).
 MAX_PACKED, MAX_THREADS = 16, 1024
 
@@ -93,6 +97,30 @@ def read_architecture(text: str) -> Architecture:
 
 
 @dataclass(frozen=True)
+class TensorMap:
+    """How the copy engine of a GPU reads a tensor: what ``cuTensorMapEncodeTiled``, or ``…Im2col`` where there are
+    corners, is told. Axes are innermost first; what is outside the tensor reads as zero.
+
+    Attributes:
+        dtype, dims: the tensor.
+        strides: bytes from one element to the next, of every axis but the innermost.
+        box: elements of a copy along each axis; in im2col mode, channels and pixels.
+        swizzle: bytes of the rows that are swizzled in shared memory.
+        lower, upper: in im2col mode, per spatial axis, where pixels begin and end, from the first and the last one.
+        steps: in im2col mode, elements from one that is read to the next, per axis.
+    """
+
+    dtype: str
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    swizzle: int
+    lower: tuple[int, ...] = ()
+    upper: tuple[int, ...] = ()
+    steps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Launch:
     """One launch of a device function.
 
@@ -101,6 +129,7 @@ class Launch:
         grid, block: blocks, and threads of a block, along x, y and z.
         shared: bytes of dynamic shared memory.
         arguments: what its pointers point to: ``src``, ``residual``, ``packed0`` …, ``dst``, or ``workspace0`` ….
+        maps: of those that are no pointers but maps, by their names.
     """
 
     function: str
@@ -108,6 +137,7 @@ class Launch:
     block: tuple[int, int, int]
     shared: int
     arguments: tuple[str, ...]
+    maps: Mapping[str, TensorMap] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

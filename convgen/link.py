@@ -23,15 +23,25 @@ from importlib import resources
 from pathlib import Path
 
 from .errors import BuildError
-from .interface import ABI, DeviceCode, Interface, Launch, TensorInfo, read_architecture
+from .interface import (
+    ABI,
+    SWIZZLES,
+    TENSOR_TYPES,
+    DeviceCode,
+    Interface,
+    Launch,
+    TensorInfo,
+    TensorMap,
+    read_architecture,
+)
 
 SOURCES = ("types.h", "runtime.h", "pool.c", "kernel.c")
 #: Of a kernel that runs on a GPU.
 CUDA_SOURCES = ("types.h", "cuda_types.h", "runtime.h", "launch.h", "kernel.c", "launch.c")
 #: Alignment in bytes of what a kernel's launches hand to each other, from the workspace's beginning.
 PART_ALIGNMENT = 256
-#: Most pointers one launch may take (``launch.h``).
-MAX_LAUNCH_ARGUMENTS = 64
+#: Most pointers and maps one launch may take (``launch.h``).
+MAX_LAUNCH_ARGUMENTS, MAX_LAUNCH_MAPS = 64, 4
 COMPILE_FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread")
 LINK_FLAGS = ("-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,-z,now", "-Wl,--as-needed", "-Wl,--strip-debug")
 #: This machine's architecture.
@@ -355,7 +365,7 @@ def _device_source(interface: Interface, device: DeviceCode, host: list[str]) ->
         ]
     images = [f"    {{{_image(what)}, convgen_image{i}}}," for i, (what, _) in enumerate(device.images)]
     for index, launch in enumerate(device.launches):
-        taken = ", ".join(_argument(interface, device, name) for name in launch.arguments)
+        taken = ", ".join(_argument(interface, device, name, launch.maps.get(name)) for name in launch.arguments)
         lines.append(f"static const convgen_cuda_argument arguments{index}[] = {{{taken}}};")
         launches.append(f"    {_launch(launch, index)},")
     return [
@@ -394,20 +404,39 @@ def _launch(launch: Launch, index: int) -> str:
     if len(launch.arguments) > MAX_LAUNCH_ARGUMENTS:
         found = len(launch.arguments)
         raise BuildError(f"{launch.function}: expected at most {MAX_LAUNCH_ARGUMENTS} arguments, found {found}")
+    if len(launch.maps) > MAX_LAUNCH_MAPS:
+        raise BuildError(f"{launch.function}: expected at most {MAX_LAUNCH_MAPS} maps, found {len(launch.maps)}")
     grid, block = (", ".join(map(str, sizes)) for sizes in (launch.grid, launch.block))
     function, count = launch.function, len(launch.arguments)
     return f'{{"{function}", {{{grid}}}, {{{block}}}, {launch.shared}, arguments{index}, {count}}}'
 
 
-def _argument(interface: Interface, device: DeviceCode, name: str) -> str:
-    """What a launch's pointer points to, as a ``convgen_cuda_argument``."""
+def _argument(interface: Interface, device: DeviceCode, name: str, tensor_map: TensorMap | None) -> str:
+    """What a launch's pointer points to, or its map is of, as a ``convgen_cuda_argument``."""
     match = re.fullmatch(r"(src|residual|dst|packed|workspace)(\d*)", name)
     offsets = {"packed": interface.packed_offsets, "workspace": workspace_layout(device)[0]}
     tensor, part = (match[1], match[2]) if match else (name, "")
     known = range(len(offsets[tensor])) if tensor in offsets else None
     if match is None or (part == "") != (known is None) or (known is not None and int(part) not in known):
         raise BuildError(f"launch: expected the argument src, residual, packed0, workspace0 or dst, found {name!r}")
-    return f"{{CONVGEN_{tensor.upper()}, {offsets[tensor][int(part)] if part else 0}}}"
+    mapped = f"&(const convgen_cuda_map){_map(tensor_map)}" if tensor_map else "0"
+    return f"{{CONVGEN_{tensor.upper()}, {offsets[tensor][int(part)] if part else 0}, {mapped}}}"
+
+
+def _map(tensor_map: TensorMap) -> str:
+    """The fields of a ``convgen_cuda_map``."""
+    rank = len(tensor_map.dims)
+    arrays = {
+        "dims": tensor_map.dims,
+        "strides": tensor_map.strides,
+        "box": tensor_map.box,
+        "steps": tensor_map.steps or (1,) * rank,
+        "lower": tensor_map.lower,
+        "upper": tensor_map.upper,
+    }
+    fields = [int(bool(tensor_map.lower)), TENSOR_TYPES[tensor_map.dtype], SWIZZLES[tensor_map.swizzle], rank]
+    named = [f".{name} = {{{', '.join(map(str, values))}}}" for name, values in arrays.items() if values]
+    return f"{{{', '.join([*map(str, fields), *named])}}}"
 
 
 # ---- CPU features ------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tvm import te
     from tvm.s_tir import Schedule as TirSchedule
 
+    from .interface import TensorMap
     from .spec import ConvSpec
     from .target import Target
 
@@ -173,6 +174,10 @@ class Schedule(ABC):
     @abstractmethod
     def apply(self, sch: TirSchedule, spec: ConvSpec, target: Target, picks: Picks) -> None:
         """Schedule the ``main`` function in place."""
+
+    def maps(self, spec: ConvSpec, picks: Picks) -> dict[str, TensorMap]:
+        """What a GPU's copy engine reads, by the names of :class:`~convgen.interface.Launch`."""
+        return {}
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
         """Predicted seconds of the default, to rank schedules when nothing was measured."""

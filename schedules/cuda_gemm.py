@@ -67,6 +67,22 @@ class CudaGemm(Schedule):
         """The type of device.h that multiplies."""
         return "tf32" if spec.dtype == "f32" else spec.dtype
 
+    #: Bytes of channels that a tap's are rounded up to in the reduction.
+    whole = VECTOR
+
+    def reduction(self, spec, merge_g=1):
+        """Length of the reduction."""
+        lanes = self.whole // BYTES[spec.dtype]
+        return math.prod(_taps(spec)) * round_up(spec.ic // spec.groups * merge_g, lanes)
+
+    def rounded(self, spec, picks):
+        """(pixels, channels of a group, reduction) rounded up to whole tiles."""
+        return (
+            round_up(_pixels(spec), picks.tile_m),
+            round_up(spec.oc // spec.groups * picks.merge_g, picks.tile_n),
+            round_up(self.reduction(spec, picks.merge_g), picks.tile_k * picks.split_k),
+        )
+
     def depth(self, spec):
         """Vectors of the reduction that the intrinsic takes."""
         return tensorize.STEP // VECTOR
@@ -77,7 +93,7 @@ class CudaGemm(Schedule):
     def space(self, spec, target):
         step = 2 * _lanes(spec)
         merges = self.merges(spec)
-        oc, reduction = spec.oc // spec.groups * merges[-1], _reduction(spec, merges[-1])
+        oc, reduction = spec.oc // spec.groups * merges[-1], self.reduction(spec, merges[-1])
         return Space(
             merge_g=merges,
             tile_m=[32, 64, 128, 256],
@@ -101,7 +117,7 @@ class CudaGemm(Schedule):
         registers = _registers(spec, picks) * 32 * picks.warps_m * picks.warps_n
         require(registers <= model.REGISTERS, f"{registers} registers in a block, {model.REGISTERS} there")
         require(picks.tile_m * picks.tile_k * BYTES[spec.dtype] % (VECTOR * 32) == 0, "less than a copy per lane")
-        steps = ceildiv(_reduction(spec, picks.merge_g), picks.tile_k)
+        steps = ceildiv(self.reduction(spec, picks.merge_g), picks.tile_k)
         require(picks.split_k <= max(1, steps // 2), "less than two steps for each of split_k")
 
     def default(self, spec, target):
@@ -153,7 +169,7 @@ class CudaGemm(Schedule):
 
         Rates are of an A100, per core and cycle; waiting is for L2, once per step where few steps are under way.
         """
-        m, n, k = _rounded(spec, picks)
+        m, n, k = self.rounded(spec, picks)
         warps = picks.warps_m * picks.warps_n
         size = BYTES[spec.dtype]
         groups = _phases(spec) * spec.groups // picks.merge_g
@@ -191,10 +207,10 @@ class CudaGemm(Schedule):
         groups, merge = spec.groups // picks.merge_g, picks.merge_g
         ic_group, oc_group = spec.ic // spec.groups, spec.oc // spec.groups
         ic, oc = ic_group * merge, oc_group * merge  # of a group from here on
-        depth = ceildiv(ic, lanes)  # vectors of channels
         taps = _taps(spec)
+        depth = self.reduction(spec, merge) // math.prod(taps) // lanes  # vectors of channels
         pixels = _pixels(spec)
-        m, n, k = _rounded(spec, picks)
+        m, n, k = self.rounded(spec, picks)
         vectors = k // lanes
         products = _phases(spec) * groups
 
@@ -235,7 +251,9 @@ class CudaGemm(Schedule):
                 conditions.append(pixel < pixels)
             if vectors != math.prod(taps) * depth:
                 conditions.append(vector < math.prod(taps) * depth)
-            value = source(image, *at, g * depth * lanes + c)
+            if depth > ceildiv(ic, lanes):
+                conditions.append(c < round_up(ic, lanes))
+            value = source(image, *at, g * round_up(ic, lanes) + c)
             return tirx.if_then_else(tirx.all(*conditions), value, tirx.const(0, stored)) if conditions else value
 
         a = te.compute((products, m, vectors, lanes), gathered, name="gathered")
@@ -248,7 +266,7 @@ class CudaGemm(Schedule):
             left, right = a[g, i, vector, inner], w[g, j, vector, inner]
             return te.sum(left.astype(ACCUMULATOR) * right.astype(ACCUMULATOR), [outer, inner])
 
-        sums = te.compute((split, products, m, n), product, name="tile_sums")
+        sums = self.sums(spec, source, w, te.compute((split, products, m, n), product, name="tile_sums"))
         tile = te.compute(sums.shape, lambda *index: sums[index], name="tile")
         total = te.compute(sums.shape, lambda *index: tile[index], name="parts") if split > 1 else tile
 
@@ -271,10 +289,13 @@ class CudaGemm(Schedule):
         dst = te.compute(finished.shape, lambda *index: finished(*index), name="dst")
         return Program(pack=host.pack(*packed), main=ops.main([w, *per_channel], dst))
 
+    def sums(self, spec, source, weights, products):
+        """What is stored, of the products of src, as a function of its index, and packed weights."""
+        return products
+
     def apply(self, sch, spec, target, picks):
         warps = picks.warps_m * picks.warps_n
         rows, cols = _warp(picks)
-        lanes = _lanes(spec)
 
         # A block's tile, divided among warps.
         tile = sch.get_sblock("tile")
@@ -323,6 +344,18 @@ class CudaGemm(Schedule):
             _, v = sch.split(sch.get_loops(loaded)[-1], [None, min(4, vector)])
             sch.vectorize(v)
 
+        self.reduce(sch, spec, picks, warp)
+        tile = tensorize.replace(sch, mi, tile, tensorize.store(rows, cols))
+        # Rows of two-float stores meet no bank twice where they are 8 banks apart.
+        sch.storage_align(tile, 0, axis=2, factor=32, offset=8)
+        if _needs_layout(spec, picks):
+            staged = sch.get_sblock("channels_last")
+            _spread(sch, sch.get_loops(staged), 256, 1)
+
+    def reduce(self, sch, spec, picks, warp):
+        """Schedule the sums of each warp's tile."""
+        warps, lanes = picks.warps_m * picks.warps_n, _lanes(spec)
+        rows, cols = _warp(picks)
         sums = sch.get_sblock("tile_sums")
         sch.compute_at(sums, warp, preserve_unit_loops=True)
         sch.set_scope(sums, 0, "local")
@@ -344,17 +377,10 @@ class CudaGemm(Schedule):
         tensorize.replace(sch, sch.get_loops(init)[-2], init, tensorize.clear(rows, cols))
         sch.unroll(within)
         tensorize.replace(sch, i, sums, self.intrinsic(spec, picks))
-        tile = tensorize.replace(sch, mi, tile, tensorize.store(rows, cols))
-        # Rows of two-float stores meet no bank twice where they are 8 banks apart.
-        sch.storage_align(tile, 0, axis=2, factor=32, offset=8)
         if picks.stages > 1:
             sch.annotate(step, "software_pipeline_stage", [0, 0, picks.stages - 1])
             sch.annotate(step, "software_pipeline_order", [0, 1, 2])
             sch.annotate(step, "software_pipeline_async_stages", [0])
-
-        if _needs_layout(spec, picks):
-            staged = sch.get_sblock("channels_last")
-            _spread(sch, sch.get_loops(staged), 256, 1)
 
 
 def _own_axes(spec, index, oc):
@@ -471,21 +497,6 @@ def _store(spec, oc):
 
 def _lanes(spec):
     return VECTOR // BYTES[spec.dtype]
-
-
-def _reduction(spec, merge_g=1):
-    """Length of the reduction, in whole vectors of channels."""
-    lanes = _lanes(spec)
-    return math.prod(_taps(spec)) * round_up(spec.ic // spec.groups * merge_g, lanes)
-
-
-def _rounded(spec, picks):
-    """(pixels, channels of a group, reduction) rounded up to whole tiles."""
-    return (
-        round_up(_pixels(spec), picks.tile_m),
-        round_up(spec.oc // spec.groups * picks.merge_g, picks.tile_n),
-        round_up(_reduction(spec, picks.merge_g), picks.tile_k * picks.split_k),
-    )
 
 
 def _warp(picks):

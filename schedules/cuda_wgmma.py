@@ -4,8 +4,8 @@ Applies to  what cuda_gemm does, f16 and bf16, on GPUs with ``wgmma`` (sm_90a).
 Strategy    1. A warpgroup's tile is 64 pixels × `tile_n` channels; its sums alone are in registers.
             2. Rows of a step are 128 bytes, swizzled as the instruction reads them; the copies that fill
                them are those of cuda_gemm, made visible by a proxy fence.
-Why not     TMA: the gather of an implicit GEMM is predicated per tap and pixel; its im2col mode has no
-            dilation of its own in every rank, and copies of 16 bytes reach the same shared memory.
+Why not     TMA: cuda_wgmma_tma has it, within what its im2col mode encodes. This gathers by 16 bytes whatever
+            strides, groups and transposed convolutions ask for, and multiplies no zeros after few channels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from convgen.cuda import model, tensorize
 from convgen.dtypes import BYTES
 from convgen.schedule import Picks, Space, require
 
-from .cuda_gemm import CudaGemm, _reduction
+from .cuda_gemm import CudaGemm
 
 
 class CudaWgmma(CudaGemm):
@@ -36,7 +36,7 @@ class CudaWgmma(CudaGemm):
 
     def space(self, spec, target):
         oc = spec.oc // spec.groups
-        reduction, step = _reduction(spec), tensorize.ROW // BYTES[spec.dtype]
+        reduction, step = self.reduction(spec), tensorize.ROW // BYTES[spec.dtype]
         return Space(
             merge_g=[1],
             tile_m=[64, 128, 256],
@@ -54,7 +54,7 @@ class CudaWgmma(CudaGemm):
         require(need <= target.shared_memory, f"{need} bytes of shared memory, {target.shared_memory} there")
         registers = (picks.tile_n // 2 + 64) * 32 * picks.warps_m
         require(registers <= model.REGISTERS, f"{registers} registers in a block, {model.REGISTERS} there")
-        steps = ceildiv(_reduction(spec), picks.tile_k)
+        steps = ceildiv(self.reduction(spec), picks.tile_k)
         require(picks.split_k <= max(1, steps // 2), "less than two steps for each of split_k")
 
     def likely(self, spec, target):

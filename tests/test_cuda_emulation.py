@@ -92,12 +92,12 @@ def test_products_of_whole_numbers_are_exact(kind: str, rows: int, cols: int, ro
 @pytest.mark.parametrize("row", [32, 64, 128])
 def test_swizzled_rows_meet_no_bank_twice(row: int) -> None:
     """What is copied or read of shared memory at once, 8 chunks of 16 bytes, takes each of the 32 banks once."""
-    body = """
+    body = f"""
   extern __shared__ __align__(1024) uchar rows[];
-  for (int i = t; i < %d; i += 64) {
+  for (int i = t; i < {4 * row}; i += 64) {{
     const uchar* chunk = rows + i * 16;
-    dst[i] = cg_shared_address(chunk + cg_swizzle(chunk, %d));
-  }""" % (4 * row, row)  # 64 rows
+    dst[i] = cg_shared_address(chunk + cg_swizzle(chunk, {row}));
+  }}"""  # 64 rows
     size = 64 * row
     at = result(kernel(body, shared=size), whole_numbers(1), (64, row // 16)).astype(int)
     assert sorted(at.reshape(-1)) == list(range(0, size, 16))

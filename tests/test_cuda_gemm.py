@@ -152,12 +152,16 @@ def test_real_layers_use_matrix_units(case: tuple[str, str], schedule: Schedule)
     for each in resources:
         assert not each.spilled, each
         assert each.registers * each.threads <= 1 << 16
-    if schedule.id == "cuda_wgmma":
+    if schedule.id.startswith("cuda_wgmma"):
         assert any(name.startswith(f"HGMMA.64x{picks.tile_n}x16.F32") for name in found), found
     else:
         assert found[f"HMMA.{shape}"], found
         assert any(name.startswith("LDSM.16.M88") for name in found)
-    assert any(name.startswith("LDGSTS") and ".128" in name for name in found), "no asynchronous copies of 16 bytes"
+    if schedule.id == "cuda_wgmma_tma":
+        assert found[f"UTMALDG.{spec.rank + 2}D.IM2COL"], "no patches fetched"
+        assert found["UTMALDG.2D"], "no weights fetched"
+    else:
+        assert any(name.startswith("LDGSTS") and ".128" in name for name in found), "no asynchronous copies of 16 bytes"
     if spec.layout == "nhwc" and spec.oc // spec.groups * picks.merge_g % 8 == 0:
         assert found["STG.E.128"], "no stores of 16 bytes"
 

@@ -522,6 +522,7 @@ def test_the_manifest_describes_the_launches(exported: Path) -> None:
         "block": [64, 2, 3],
         "dynamic_shared_memory": 0,
         "arguments": ["workspace1", "residual", "packed1", "dst"],
+        "tensor_maps": {},
     }
     assert [part["offset"] for part in manifest["device"]["workspace"]["parts"]] == [0, 256]
     alignments = {argument["name"]: argument["alignment"] for argument in manifest["arguments"]}

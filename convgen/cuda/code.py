@@ -19,13 +19,13 @@ from typing import Any
 
 from ..compute import round_up
 from ..errors import BuildError, UnsupportedError
-from ..interface import DeviceCode, Launch
+from ..interface import DeviceCode, Launch, TensorMap
 from ..interrupts import interrupts_held
 from ..link import source as runtime_source
 from ..lower import Lowered
 from ..target import Target
 from . import model
-from .tensorize import wgmma_definition
+from .tensorize import ROW, wgmma_definition
 
 #: TVM's words -> those of device.h. Its copies are told the type's name and sizes in the function's name.
 _WORDS = (
@@ -36,6 +36,8 @@ _WORDS = (
     (r"alignas\(\d+\) float (\w*tile_sums\w*)\[(\d+)\]", lambda m: f"float {m[1]}[{int(m[2]) // 32}]"),
 )
 _AXES = ("x", "y", "z")
+#: Declares a parameter that is a map.
+_MAP = "const __grid_constant__ cg_tensor_map"
 #: Declares a kernel's shared memory.
 _SHARED = re.compile(r"(extern __shared__ __align__)\((\d+)\)")
 #: Registers a thread with a tile of sums is left, at least.
@@ -80,7 +82,7 @@ def generate(lowered: Lowered) -> DeviceSource:
         host, device = _split(lowered)
         text = _cuda_text(device, lowered.target)
         names = [f"packed{i}" for i in range(len(lowered.packed))]
-        source = _launches(host, device, text, _arguments(lowered, names))
+        source = _launches(host, device, text, _arguments(lowered, names), _maps(lowered))
         return replace(source, text=_bounded(source, lowered.target))
     except BuildError:
         raise
@@ -196,11 +198,11 @@ def _cuda_text(device: Any, target: Target) -> str:
     for pattern, word in _WORDS:
         kernels = re.sub(pattern, word, kernels)
     head = '#include "device.h"\n\n'
-    wide = sorted(set(re.findall(r"cg_wgmma_tile<cg_(\w+), (\d+)>", kernels)))
+    wide = sorted(set(re.findall(r"cg_(?:wgmma|tma)_tile<cg_(\w+), (\d+)", kernels)))
     if wide:
         head += "#ifndef CONVGEN_EMULATE\n"
         head += "".join(wgmma_definition(kind, int(cols)) for kind, cols in wide) + "#endif\n\n"
-    return head + "".join(map(_swizzled, re.split(r'(?=extern "C" __global__)', kernels)))
+    return head + "".join(_mapped(_swizzled(kernel)) for kernel in re.split(r'(?=extern "C" __global__)', kernels))
 
 
 def _swizzled(kernel: str) -> str:
@@ -213,6 +215,18 @@ def _swizzled(kernel: str) -> str:
     if product[1]:  # it does not see what threads wrote before the fence
         kernel = re.sub(r"cg_wait<\d+>\(\);", r"\g<0> cg_fence_async();", kernel)
     return _SHARED.sub(rf"\1({8 * row})", kernel)
+
+
+def _mapped(kernel: str) -> str:
+    """A kernel whose tiles the copy engine fetches, given maps of the tensors; others as they are."""
+    product = re.search(r"cg_tma_tile<.*?>>\(", kernel)
+    if product is None:
+        return kernel
+    for pointer in _parts(kernel[product.end() :])[1][2:4]:
+        tensor = re.findall(r"\w+", pointer)[0]
+        kernel = kernel.replace(pointer, tensor)
+        kernel = re.sub(rf"\w+\* __restrict__ {tensor}\b", f"{_MAP} {tensor}", kernel)
+    return _SHARED.sub(rf"\1({8 * ROW})", kernel)
 
 
 def _asynchronous(text: str) -> str:
@@ -261,7 +275,11 @@ def _arguments(lowered: Lowered, packed: list[str]) -> dict[str, str]:
     return dict(zip(names, [*names[:leading], *packed, names[-1]], strict=True))
 
 
-def _launches(host: Any, device: Any, text: str, arguments: dict[str, str]) -> DeviceSource:
+def _maps(lowered: Lowered) -> dict[str, TensorMap]:
+    return lowered.candidate.schedule.maps(lowered.spec.core, lowered.candidate.picks)
+
+
+def _launches(host: Any, device: Any, text: str, arguments: dict[str, str], maps: dict[str, TensorMap]) -> DeviceSource:
     """The launches the host function makes, from its calls."""
     functions = {
         str(f.attrs["global_symbol"]) if "global_symbol" in f.attrs else n.name_hint: f
@@ -274,7 +292,7 @@ def _launches(host: Any, device: Any, text: str, arguments: dict[str, str]) -> D
         parameters = re.search(rf"\b{name}\(([^)]*)\)", text)
         if parameters is None or name not in functions:
             raise BuildError(f"expected a device function {name}, found none")
-        taken = []
+        taken, mapped = [], {}
         for parameter in parameters[1].split(","):
             variable = parameter.split()[-1].removesuffix("_ptr")
             if variable in arguments:
@@ -284,11 +302,13 @@ def _launches(host: Any, device: Any, text: str, arguments: dict[str, str]) -> D
                 taken.append(f"workspace{position}")
             else:
                 raise BuildError(f"{name}: expected a tensor, found the parameter {variable}")
+            if _MAP in parameter:
+                mapped[taken[-1]] = maps[taken[-1]]
         shared = dict(zip(tags, extents, strict=True)).get("tirx.use_dyn_shared_memory", 0)
         if declared := _SHARED.search(_body(text, name)):
             shared = round_up(shared, int(declared[2]))
         grid, block = _three(tags, extents, "blockIdx"), _three(tags, extents, "threadIdx")
-        launches.append(Launch(name, grid, block, shared, tuple(taken)))
+        launches.append(Launch(name, grid, block, shared, tuple(taken), mapped))
     return DeviceSource(text, tuple(launches), tuple(sizes[name] for name in spaces))
 
 

@@ -7,6 +7,7 @@ buffers against guard pages. ``python -m convgen.cuda.emulate DIR`` is the child
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import json
 import os
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BuildError, KernelError
-from ..interface import Launch
+from ..interface import SWIZZLES, TENSOR_TYPES, Launch, TensorMap
 from ..link import source as runtime_source
 
 #: Threads of a block, and blocks, run one after the other: in their order, in the reverse, or by a seed.
@@ -87,7 +88,7 @@ def compile_emulated(text: str, directory: Path) -> Path:
 def _machine(_compiler: str) -> bytes:
     """What kernels run on, compiled."""
     with tempfile.TemporaryDirectory(prefix="convgen-emulate-") as folder:
-        for name in ("emulate.h", "emulate.cpp"):
+        for name in ("emulate.h", "emulated_map.h", "emulate.cpp"):
             Path(folder, name).write_text(runtime_source(name), encoding="utf-8")
         _compile((*_FLAGS, "-c", "-o", "emulate.o", "emulate.cpp"), folder)
         return Path(folder, "emulate.o").read_bytes()
@@ -147,7 +148,7 @@ def run(
                 np.save(folder / f"{name}.npy", _bytes(np.ascontiguousarray(array)))
         job = {
             "library": str(library),
-            "launches": [vars(launch) for launch in source.launches],
+            "launches": [dataclasses.asdict(launch) for launch in source.launches],
             "sizes": sizes,
             "written": written,
             "order": ORDERS.get(order, order) if isinstance(order, str) else order,
@@ -183,10 +184,11 @@ def emulated_driver(directory: Path, capability: tuple[int, int] = (8, 0), devic
     library = Path(directory).resolve() / "libcuda.so.1"
     major, minor = capability
     with tempfile.TemporaryDirectory(prefix=".emulate-", dir=directory) as folder:
-        Path(folder, "driver.cpp").write_text(runtime_source("emulated_driver.cpp"), encoding="utf-8")
+        for name in ("emulated_map.h", "emulated_driver.cpp"):
+            Path(folder, name).write_text(runtime_source(name), encoding="utf-8")
         defines = (f"-DMAJOR={major}", f"-DMINOR={minor}", f"-DDEVICES={devices}")
         flags = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", "-fno-gnu-unique")
-        _compile((*flags, *defines, "-o", str(library), "driver.cpp", "-ldl"), folder)
+        _compile((*flags, *defines, "-o", str(library), "emulated_driver.cpp", "-ldl"), folder)
     return library
 
 
@@ -216,7 +218,8 @@ def _child(folder: Path) -> None:
         function.restype = ctypes.c_char_p
         if getattr(library, f"{launch['function']}_parameters")() != len(launch["arguments"]):
             sys.exit(f"{where}expected its parameters to be {', '.join(launch['arguments'])}, found another number")
-        values = [ctypes.c_void_p(memory[name].ctypes.data) for name in launch["arguments"]]
+        maps = {name: TensorMap(**made) for name, made in launch["maps"].items()}
+        values = [_argument(library, memory[name].ctypes.data, maps.get(name)) for name in launch["arguments"]]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         three = ctypes.c_uint * 3
         fault = function(
@@ -233,6 +236,39 @@ def _child(folder: Path) -> None:
                 sys.exit(f"{where}writes past the end of {name}")
     for name in job["written"]:
         np.save(folder / f"{name}.npy", memory[name][: job["sizes"][name]])
+
+
+def _argument(library: ctypes.CDLL, address: int, tensor_map: TensorMap | None) -> Any:
+    """A launch's: a pointer, or a map of what is there."""
+    if tensor_map is None:
+        return ctypes.c_void_p(address)
+    storage = np.zeros(128 + 64, np.uint8)  # 128 bytes at a multiple of 64
+    encoded = storage[-storage.ctypes.data % 64 :][:128]
+    rank, im2col = len(tensor_map.dims), bool(tensor_map.lower)
+
+    def array(kind: Any, values: Sequence[int]) -> Any:
+        return (kind * len(values))(*values)
+
+    box = array(ctypes.c_uint32, tensor_map.box)
+    shape = [array(ctypes.c_int, tensor_map.lower), array(ctypes.c_int, tensor_map.upper), *box] if im2col else [box]
+    function = library.cuTensorMapEncodeIm2col if im2col else library.cuTensorMapEncodeTiled
+    refused = function(
+        ctypes.c_void_p(encoded.ctypes.data),
+        TENSOR_TYPES[tensor_map.dtype],
+        rank,
+        ctypes.c_void_p(address),
+        array(ctypes.c_uint64, tensor_map.dims),
+        array(ctypes.c_uint64, tensor_map.strides),
+        *shape,
+        array(ctypes.c_uint32, tensor_map.steps or (1,) * rank),
+        0,
+        SWIZZLES[tensor_map.swizzle],
+        2,
+        0,
+    )
+    if refused:
+        sys.exit(f"expected a map within the driver's limits, found {tensor_map}")
+    return (ctypes.c_char * 128).from_buffer(encoded.data)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ The sums of a tile are one buffer ``[rows][cols]`` here; on the device every thr
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -35,6 +35,11 @@ def described() -> Iterator[None]:
         yield
     finally:
         _described.reset(token)
+
+
+def is_described() -> bool:
+    """Whether intrinsics stay what they compute."""
+    return _described.get()
 
 
 def replace(sch: Any, loop: Any, block: Any, intrinsic: str) -> Any:
@@ -130,6 +135,79 @@ template <> struct cg_wgmma<cg_{kind}, {cols}> {{
     }}
 }};
 """
+
+
+def opaque(source: Any, weights: Any) -> Any:
+    """A sum that is read off src and packed weights in a way that TIR is not told; :func:`tma` takes its place."""
+    from tvm import tirx
+
+    return tirx.call_extern("float32", "cg_sum", source, weights)
+
+
+def tma(
+    kind: str,
+    dtype: str,
+    cols: int,
+    warpgroups: int,
+    stages: int,
+    axes: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+) -> str:
+    """The :func:`opaque` sums of 16 rows × ``cols``, as ``cg_tma_tile`` of device.h computes them.
+
+    Args:
+        axes: what it has per spatial axis: outputs, taps, strides, dilations, padding in front.
+        sizes: its other arguments, in its order.
+    """
+    rank = len(axes[0])
+    missing = [(1,) * (3 - rank)] * 4 + [(0,) * (3 - rank)]
+    along = [f"cg_axes<{', '.join(map(str, (*ones, *axis)))}>" for ones, axis in zip(missing, axes, strict=True)]
+    function = f"cg_tma_tile<cg_{kind}, {cols}, {warpgroups}, {stages}, {rank}, {', '.join(along)}>"
+    memory = stages * ((64 * warpgroups + cols) * ROW + 8)
+    return _tma(function, STORED[dtype], cols, (1,) * (rank + 2), memory, *sizes)
+
+
+@functools.cache
+def _tma(function: str, stored: str, cols: int, ones: tuple[int, ...], size: int, *sizes: int) -> str:
+    from tvm.script import tirx as T  # noqa: N812
+
+    first, rows = (0,) * len(ones), 16
+
+    @T.prim_func(s_tir=True, private=True)
+    def description(c: T.handle, a: T.handle, b: T.handle) -> None:
+        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        source = T.match_buffer(a, ones, stored, offset_factor=1, align=2)
+        weights = T.match_buffer(b, (1, 1, 1, 1), stored, offset_factor=1, align=2)
+        with T.sblock("root"):
+            T.reads(source[first], weights[0, 0, 0, 0])
+            T.writes(sums[0:rows, 0:cols])
+            for i, j in T.grid(rows, cols):
+                with T.sblock("sum"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    sums[vi, vj] = T.call_extern("float32", "cg_sum", source[first], weights[0, 0, 0, 0])
+
+    @T.prim_func(s_tir=True, private=True)
+    def implementation(c: T.handle, a: T.handle, b: T.handle) -> None:
+        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        source = T.match_buffer(a, ones, stored, offset_factor=1, align=2)
+        weights = T.match_buffer(b, (1, 1, 1, 1), stored, offset_factor=1, align=2)
+        with T.sblock("root"):
+            T.reads(source[first], weights[0, 0, 0, 0])
+            T.writes(sums[0:rows, 0:cols])
+            stages = T.alloc_buffer((size,), "uint8", scope="shared.dyn")
+            T.evaluate(
+                T.call_extern(
+                    "void",
+                    function,
+                    sums.access_ptr("w"),
+                    stages.access_ptr("w"),
+                    source.access_ptr("r"),
+                    weights.access_ptr("r"),
+                    *sizes,
+                )
+            )
+
+    return _registered(f"convgen {function} {stored} {sizes}", description, implementation)
 
 
 @functools.cache

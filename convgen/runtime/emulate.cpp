@@ -3,21 +3,25 @@
  * The threads of a block are fibers; one runs at a time, until a barrier or an operation of its warp, in an order
  * that is the caller's choice. Two threads that touch the same shared memory with no barrier between are a fault
  * in any order, unless both store the same. Shared memory begins as NaN and ends where nothing may be touched.
- * What an asynchronous copy goes to is NaN, and a fault to touch, until its thread has waited for it. What CUDA
- * leaves undefined is a fault: it ends the launch and names the thread.
+ * What an asynchronous copy goes to is NaN, and a fault to touch, until its thread has waited for it: copies end,
+ * and products of warpgroups read, as late as they may. What CUDA leaves undefined is a fault: it ends the launch
+ * and names the thread.
  *
  * Kernels are compiled apart from this file, with the compiler's checks, whose calls arrive here.
  *
  * Sources: PTX ISA 8.8, "Matrix Fragments for mma.m16n8k16 with floating point type", "... mma.m16n8k8",
- * "ldmatrix", "cp.async"; CUDA C++ Programming Guide, "Synchronization Functions".
+ * "ldmatrix", "cp.async", "mbarrier", "Tensors", "cp.async.bulk.tensor", "wgmma"; CUDA C++ Programming Guide, "Synchronization Functions".
  */
 #include "emulate.h"
+#include "emulated_map.h"
 #include <algorithm>
+#include <bitset>
 #include <csetjmp>
 #include <csignal>
 #include <cstdarg>
 #include <cstdio>
 #include <deque>
+#include <map>
 #include <numeric>
 #include <random>
 #include <sys/mman.h>
@@ -30,7 +34,7 @@ namespace emulation {
 
 enum { WARP = 32, PAGE = 4096, GUARD = 1 << 20, STACK = 256 << 10 };
 enum { ASCENDING = -1, DESCENDING = -2 };
-enum class State { ready, collective, barrier, done };
+enum class State { ready, collective, phase, barrier, done };
 
 /* What the lanes of a warp do together, from their data: null of a lane that takes no part. */
 struct Collective {
@@ -48,6 +52,21 @@ struct Copy {
     unsigned char data[16];
 };
 
+/* acc += a b^T of a warpgroup, this thread's share. */
+struct Product {
+    void (*multiply)(float *, uint64_t, uint64_t);
+    float *d;
+    uint64_t a, b;
+    std::vector<struct Shadow *> read;
+};
+
+/* A phase ends when all threads have arrived that are to, and all bytes. */
+struct Barrier {
+    int count, arrivals; /* of a phase, and still to come */
+    long long bytes;     /* still to come */
+    uint32_t phase;
+};
+
 struct Thread {
     uint3 index;
     jmp_buf context;
@@ -58,6 +77,10 @@ struct Thread {
     Collective collective;
     std::vector<Copy> open; /* copies that belong to no group yet */
     std::deque<std::vector<Copy>> groups;
+    std::vector<Product> begun; /* that belong to no group yet */
+    std::deque<std::vector<Product>> products;
+    Barrier *phase_of; /* what it waits for */
+    uint32_t parity;
 };
 
 struct Access {
@@ -70,6 +93,20 @@ struct Shadow {
     Access writer, reader;
     bool lanes, warps;  /* other threads of the reader's warp, or of other warps, have read it as well */
     const char *source; /* of the asynchronous copy that is under way to it, if any */
+    uint32_t reading;   /* products under way that do */
+    uint32_t tile;      /* number of the tile that was copied to it, from 1, if any */
+};
+
+/* A copy by a map. */
+struct Tile {
+    Barrier *barrier;
+    uint32_t phase;
+    unsigned char *to;
+    std::vector<unsigned char> data;
+    const void *from;
+    bool landed;
+    std::bitset<1024> seen; /* threads that have waited for it */
+    uint32_t barriers;      /* met when one had, first */
 };
 
 /* A stretch of memory before one that may not be touched. */
@@ -95,6 +132,8 @@ static Thread *self, *running; /* whom a fault names; whose code runs, if any's 
 static uint32_t barriers;      /* so many have been met */
 static std::vector<uint32_t> warp_barriers;
 static Rewrite rewrite;
+static std::map<void *, Barrier> phased; /* by where they are */
+static std::vector<Tile> tiles;
 static void (*body)(void *const *);
 static void *const *arguments;
 static jmp_buf scheduler, escape;
@@ -171,6 +210,16 @@ static void check_rewrite()
 }
 
 static const char ZERO[16] = {};
+static const char BARRIER[16] = {};
+
+/* Whether this thread, or one before a barrier of all, has waited for what came to a byte. */
+static bool seen(Shadow &byte)
+{
+    const Tile &tile = tiles[byte.tile - 1];
+    if (tile.seen.any() && tile.barriers < barriers)
+        byte.tile = 0;
+    return !byte.tile || tile.seen[number(*self)];
+}
 
 /* `source`: of an asynchronous copy that begins; `landing`: it ends. */
 static void access(const void *p, size_t bytes, bool write, const char *source = nullptr, bool landing = false)
@@ -187,9 +236,17 @@ static void access(const void *p, size_t bytes, bool write, const char *source =
         const Access &reader = byte.reader, &writer = byte.writer;
         const bool read = reader.thread >= 0 && reader.barriers == barriers;
         const char *const from = source ? source + (i - offset) : nullptr;
+        if (byte.source >= BARRIER && byte.source < BARRIER + sizeof BARRIER && byte.source != from)
+            fault("%s byte %zu of %zu of shared memory, which is an mbarrier", write ? "writes" : "reads", i,
+                  memory->size);
+        if (byte.tile && !seen(byte))
+            fault("%s byte %zu of %zu of shared memory, to which a copy from %p is under way",
+                  write ? "writes" : "reads", i, memory->size, tiles[byte.tile - 1].from);
         if (byte.source && !landing && byte.source != from)
             fault("%s byte %zu of %zu of shared memory, to which a copy from %p is under way",
                   write ? "writes" : "reads", i, memory->size, byte.source);
+        if (write && byte.reading)
+            fault("writes byte %zu of %zu of shared memory, which products under way read", i, memory->size);
         const bool beside = read && byte.lanes && reader.warp_barriers == now.warp_barriers;
         if (write && (unordered(reader) || (read && byte.warps) || beside))
             fault("writes byte %zu of %zu of shared memory, which others read, with no barrier between", i,
@@ -206,7 +263,7 @@ static void access(const void *p, size_t bytes, bool write, const char *source =
             }
         }
         if (write) {
-            byte = {now, {}, false, false, from};
+            byte = {now, {}, false, false, from, 0, 0};
         } else {
             const bool same = read && reader.thread / WARP == warp;
             byte.warps = read && (byte.warps || !same);
@@ -230,6 +287,8 @@ static void fiber()
 {
     for (;;) {
         body(arguments);
+        if (!self->products.empty() || !self->begun.empty())
+            fault("ends while its products are under way");
         suspend(State::done);
     }
 }
@@ -270,6 +329,25 @@ static Thread *absent(const Collective &wanted, Thread *lanes, int count, void *
     return nullptr;
 }
 
+/* Whether the phase that a thread waits for has ended; of those under way, the copies land. */
+static bool phase_over(const Thread &thread)
+{
+    Barrier &barrier = *thread.phase_of;
+    if (barrier.phase % 2 != thread.parity)
+        return true;
+    for (Tile &tile : tiles)
+        if (tile.barrier == &barrier && !tile.landed) {
+            tile.landed = true;
+            memcpy(tile.to, tile.data.data(), tile.data.size());
+            barrier.bytes -= tile.data.size();
+            std::vector<unsigned char>().swap(tile.data);
+        }
+    if (barrier.arrivals || barrier.bytes)
+        return false;
+    barrier.arrivals = barrier.count, ++barrier.phase;
+    return true;
+}
+
 /* Does what lanes of a warp wait for, once all that it takes have come; false where none waits. */
 static bool collect(Thread *lanes, int count)
 {
@@ -283,6 +361,8 @@ static bool collect(Thread *lanes, int count)
         if (!(wanted.mask >> lane & 1))
             fault("%s (line %d): its mask %08x lacks its own lane", wanted.name, wanted.line, wanted.mask);
         if (Thread *thread = absent(wanted, lanes, count, data)) {
+            if (thread->state == State::phase) /* it may come yet */
+                return false;
             if (!missing)
                 waiting = self, missing = thread;
             continue;
@@ -340,6 +420,28 @@ struct Order {
     }
 };
 
+/* The warps of threads whose phase is over; a fault where threads wait for one and none is. */
+static bool wake(std::vector<int> &warps, const std::vector<int> &all)
+{
+    self = nullptr;
+    for (int warp : all) {
+        bool any = false;
+        for (size_t i = warp * WARP; i < threads.size() && i < (warp + 1u) * WARP; ++i)
+            if (threads[i].state == State::phase) {
+                if (phase_over(threads[i]))
+                    threads[i].state = State::ready, any = true;
+                else
+                    self = &threads[i];
+            }
+        if (any)
+            warps.push_back(warp);
+    }
+    if (warps.empty() && self)
+        fault("waits in line %d for a phase of an mbarrier that does not end: %d arrivals and %lld bytes are missing",
+              self->line, self->phase_of->arrivals, self->phase_of->bytes);
+    return !warps.empty();
+}
+
 static void run_block(Order &order)
 {
     for (Memory &memory : shared)
@@ -349,7 +451,7 @@ static void run_block(Order &order)
         for (Thread &thread : threads)
             thread.state = State::ready, thread.line = 0;
         std::vector<int> warps = order.of((count + WARP - 1) / WARP);
-        while (!warps.empty()) {
+        while (!warps.empty() || wake(warps, order.of((count + WARP - 1) / WARP))) {
             const auto warp = warps.begin() + (order.way < 0 ? 0 : order.random() % warps.size());
             Thread *const lanes = &threads[*warp * WARP];
             const int here = std::min<int>(WARP, count - *warp * WARP);
@@ -361,8 +463,12 @@ static void run_block(Order &order)
         }
         ++barriers;
     } while (meet());
+    for (const Tile &tile : tiles)
+        if (!tile.landed)
+            fault("ends while a copy from %p is under way", tile.from);
     for (Thread &thread : threads)
         thread.groups.clear(), thread.open.clear();
+    tiles.clear(), phased.clear();
 }
 
 /* ---- launches ---------------------------------------------------------------------------------- */
@@ -398,6 +504,7 @@ const char *launch(void (*kernel)(void *const *), void *const *taken, const unsi
     *message = 0;
     self = running = nullptr;
     rewrite.bytes = 0;
+    tiles.clear(), phased.clear();
     blockIdx = {0, 0, 0}, blockDim = {block[0], block[1], block[2]}, gridDim = {grid[0], grid[1], grid[2]};
     if (!_setjmp(escape)) {
         if (shared.empty())
@@ -628,6 +735,189 @@ void wait(size_t pending)
             access(copy.to, copy.bytes, true, nullptr, true);
             memcpy(copy.to, copy.data, copy.bytes);
         }
+}
+
+/* ---- warpgroups -------------------------------------------------------------------------------- */
+
+void multiply_later(void (*multiply)(float *, uint64_t, uint64_t), float *d, uint64_t a, uint64_t b,
+                    const void *const *read, int count)
+{
+    self->begun.push_back({multiply, d, a, b, {}});
+    for (int i = 0; i < count; ++i) {
+        Memory *const memory = find_shared(read[i], 2);
+        if (!memory)
+            fault("multiplies what is at %p: expected shared memory", read[i]);
+        access(read[i], 2, false);
+        Shadow &byte = memory->shadow[(const char *)read[i] - memory->begin];
+        ++byte.reading;
+        self->begun.back().read.push_back(&byte);
+    }
+}
+
+void commit_products()
+{
+    self->products.push_back(std::move(self->begun));
+    self->begun.clear();
+}
+
+void wait_products(size_t pending)
+{
+    for (; self->products.size() > pending; self->products.pop_front())
+        for (const Product &product : self->products.front()) {
+            product.multiply(product.d, product.a, product.b);
+            for (Shadow *byte : product.read)
+                --byte->reading;
+        }
+}
+
+/* ---- barriers that count bytes, and copies by maps ---------------------------------------------- */
+
+static Barrier &barrier_at(void *p)
+{
+    const auto found = phased.find(p);
+    if (found == phased.end())
+        fault("takes %p for an mbarrier: expected one that was initialised", p);
+    return found->second;
+}
+
+void barrier_init(void *p, int count)
+{
+    if ((uintptr_t)p % 8 || !find_shared(p, 8) || count < 1 || phased.count(p))
+        fault("initialises an mbarrier at %p for %d: expected a multiple of 8 in shared memory, a count, none before", p,
+              count);
+    access(p, 8, true, BARRIER);
+    phased[p] = {count, count, 0, 0};
+}
+
+void barrier_end(void *p)
+{
+    Barrier &barrier = barrier_at(p);
+    for (Thread &thread : threads)
+        if (thread.state == State::phase && thread.phase_of == &barrier)
+            fault("ends an mbarrier that others wait for");
+    access(p, 8, true, BARRIER);
+    Memory *memory = find_shared(p, 8);
+    for (size_t i = (char *)p - memory->begin, end = i + 8; i < end; ++i)
+        memory->shadow[i].source = nullptr;
+    for (Tile &tile : tiles) /* its address may be another's */
+        if (tile.barrier == &barrier)
+            tile.barrier = nullptr;
+    phased.erase(p);
+}
+
+void barrier_expect(void *p, int bytes)
+{
+    Barrier &barrier = barrier_at(p);
+    access(p, 8, false, BARRIER);
+    if (bytes < 0 || bytes >= 1 << 20 || !barrier.arrivals)
+        fault("expects %d bytes at an mbarrier with %d arrivals to come", bytes, barrier.arrivals);
+    barrier.bytes += bytes;
+    --barrier.arrivals;
+}
+
+void barrier_wait(int line, void *p, int parity)
+{
+    Barrier &barrier = barrier_at(p);
+    access(p, 8, false, BARRIER);
+    self->line = line, self->phase_of = &barrier, self->parity = parity;
+    while (!phase_over(*self))
+        suspend(State::phase);
+    for (Tile &tile : tiles)
+        if (tile.barrier == &barrier && tile.phase < barrier.phase) {
+            if (tile.seen.none())
+                tile.barriers = barriers;
+            tile.seen.set(number(*self));
+        }
+}
+
+/* The pixels of a copy in im2col mode: the box is walked along w, then h, d and the images. */
+struct Walk {
+    const Map &map;
+    int at[MOST_AXES];
+
+    bool within(int axis) const
+    {
+        return map.lower[axis - 1] <= at[axis] && at[axis] <= (int64_t)map.last[axis] + map.upper[axis - 1];
+    }
+
+    void step()
+    {
+        for (int axis = 1; axis < map.rank - 1; ++axis) {
+            at[axis] += map.steps[axis];
+            if (within(axis))
+                return;
+            at[axis] = map.lower[axis - 1];
+        }
+        ++at[map.rank - 1];
+    }
+};
+
+/* A row of a tile: elements that follow one another, zeros outside of the tensor. */
+static void read_row(const Map &map, const int *at, unsigned char *to)
+{
+    const char *from = (const char *)map.address;
+    for (int axis = 1; axis < map.rank; ++axis) {
+        if (at[axis] < 0 || (uint32_t)at[axis] > map.last[axis])
+            return;
+        from += at[axis] * map.strides[axis - 1];
+    }
+    for (int i = 0; i < map.box[0]; ++i)
+        if (at[0] + i >= 0 && (uint32_t)(at[0] + i) <= map.last[0])
+            memcpy(to + i * map.bytes, from + (int64_t)(at[0] + i) * map.bytes, map.bytes);
+}
+
+void copy_tile(void *to, const void *opaque, void *p, int rank, const int *first, const uint16_t *by)
+{
+    Map map;
+    memcpy(&map, opaque, sizeof map);
+    if ((uintptr_t)opaque % 64 || map.magic != MAP_MAGIC || map.rank != rank || map.im2col != (by != nullptr))
+        fault("copies by what is no map of %d axes in this mode", rank);
+    Barrier &barrier = barrier_at(p);
+    access(p, 8, false, BARRIER);
+    const size_t row = map.box[0] * map.bytes;
+    size_t rows = map.box[1];
+    for (int axis = 2; !by && axis < rank; ++axis)
+        rows *= map.box[axis];
+    const uint32_t offset = (char *)to - (char *)dynamic_shared();
+    if (!find_shared(to, rows * row) || offset % 128 || (map.swizzle && offset % (8 * map.swizzle)))
+        fault("copies a tile to %p: expected shared memory, at a multiple of %d", to, map.swizzle ? 8 * map.swizzle : 128);
+    if (!by && (rank > 2 || map.steps[1] != 1))
+        fault("copies a tile of %d axes: not emulated", rank);
+    Walk walk = {map, {}};
+    std::copy(first, first + rank, walk.at);
+    for (int axis = 1; by && axis < rank - 1; ++axis) {
+        const int limit = 1 << 16 / (rank - 2);
+        if (!walk.within(axis) || by[axis - 1] >= limit)
+            fault("copies pixels from %d on, by %d, along axis %d: expected one of the box, by less than %d", walk.at[axis],
+                  by[axis - 1], axis, limit);
+    }
+    std::vector<unsigned char> data(rows * row);
+    for (size_t i = 0; i < rows; ++i) {
+        int at[MOST_AXES];
+        std::copy(walk.at, walk.at + rank, at);
+        for (int axis = 1; by && axis < rank - 1; ++axis)
+            at[axis] += by[axis - 1];
+        std::vector<unsigned char> bytes(row);
+        read_row(map, at, bytes.data());
+        for (size_t chunk = 0; chunk < row; chunk += 16) {
+            size_t place = i * row + chunk;
+            if (map.swizzle)
+                place ^= place >> 3 & (map.swizzle - 16);
+            memcpy(&data[place], &bytes[chunk], 16);
+        }
+        if (by)
+            walk.step();
+        else
+            ++walk.at[1];
+    }
+    access(to, data.size(), true, ZERO);
+    Memory *memory = find_shared(to, data.size());
+    tiles.push_back({&barrier, barrier.phase, (unsigned char *)to, data, (const void *)map.address, false, {}, 0});
+    for (size_t i = offset; i < offset + data.size(); ++i) {
+        Shadow &byte = memory->shadow[i];
+        byte.writer = {}, byte.source = nullptr, byte.tile = tiles.size();
+    }
+    memset(to, 0xff, data.size());
 }
 
 } // namespace emulation

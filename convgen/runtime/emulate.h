@@ -17,6 +17,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 #define __builtin_assume(condition)
 
@@ -68,6 +69,19 @@ void multiply_tf32(int line, float *d, const uint32_t *a, const uint32_t *b);
 void copy_async(void *to, const void *from, int bytes, bool valid);
 void commit();
 void wait(size_t pending);
+/* A thread's share of the products that a warpgroup starts: done by the wait that covers their group. `read` are
+ * places that are read until then. */
+void multiply_later(void (*multiply)(float *, uint64_t, uint64_t), float *d, uint64_t a, uint64_t b,
+                    const void *const *read, int count);
+void commit_products();
+void wait_products(size_t pending);
+void barrier_init(void *barrier, int count);
+/* Arrives, and makes the phase wait for so many bytes. */
+void barrier_expect(void *barrier, int bytes);
+void barrier_wait(int line, void *barrier, int parity);
+void barrier_end(void *barrier);
+/* By a map, from `at` on; in im2col mode (`by` is not null) each pixel by an offset. */
+void copy_tile(void *to, const void *map, void *barrier, int rank, const int *at, const uint16_t *by);
 void *dynamic_shared();
 /* A shared array, made when first met. */
 void *shared_array(size_t bytes);

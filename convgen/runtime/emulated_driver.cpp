@@ -8,6 +8,7 @@
  *
  * Source: CUDA Driver API, whose numbers and signatures these are.
  */
+#include "emulated_map.h"
 #include <chrono>
 #include <cstdint>
 #include <cstdio>

@@ -17,8 +17,15 @@ enum {
     CUDA_ERROR_NOT_INITIALIZED = 3,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
-    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
+    CU_TENSOR_MAP_INTERLEAVE_NONE = 0,
+    CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2,
+    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0 /* zeros */
 };
+
+typedef struct {
+    _Alignas(64) uint64_t opaque[16];
+} CUtensorMap;
 
 typedef struct CUctx_st *CUcontext;
 typedef struct CUmod_st *CUmodule;
@@ -37,7 +44,15 @@ static struct {
                           unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void **arguments,
                           void **extra);
     int (*cuGetErrorName)(int error, const char **name);
-    int (*cuCtxGetId)(CUcontext context, unsigned long long *id); /* NULL before CUDA 12 */
+    /* NULL before CUDA 12: */
+    int (*cuCtxGetId)(CUcontext context, unsigned long long *id);
+    int (*cuTensorMapEncodeTiled)(CUtensorMap *map, int type, unsigned rank, void *address, const uint64_t *dims,
+                                  const uint64_t *strides, const uint32_t *box, const uint32_t *steps, int interleave,
+                                  int swizzle, int promotion, int fill);
+    int (*cuTensorMapEncodeIm2col)(CUtensorMap *map, int type, unsigned rank, void *address, const uint64_t *dims,
+                                   const uint64_t *strides, const int *lower, const int *upper, unsigned channels,
+                                   unsigned pixels, const uint32_t *steps, int interleave, int swizzle, int promotion,
+                                   int fill);
 } driver;
 
 static int has_driver;
@@ -59,6 +74,8 @@ static void open_driver(void)
                  FIND(cuModuleLoadData) && FIND(cuModuleUnload) && FIND(cuModuleGetFunction) &&
                  FIND(cuFuncSetAttribute) && FIND(cuLaunchKernel) && FIND(cuGetErrorName);
     FIND(cuCtxGetId);
+    FIND(cuTensorMapEncodeTiled);
+    FIND(cuTensorMapEncodeIm2col);
 }
 
 /* What the driver last said to this thread's calls. */
@@ -142,6 +159,10 @@ static int find_functions(const convgen_cuda_kernel *kernel, convgen_cuda_loaded
 {
     for (int i = 0; i < kernel->launch_count; ++i) {
         const convgen_cuda_launch *launch = &kernel->launches[i];
+        for (int k = 0; k < launch->argument_count; ++k)
+            if (launch->arguments[k].map != NULL &&
+                (driver.cuTensorMapEncodeTiled == NULL || driver.cuTensorMapEncodeIm2col == NULL))
+                return CONVGEN_NO_DRIVER;
         CUfunction *function = &loaded->functions[i];
         RETURN_UNLESS_OK(checked(driver.cuModuleGetFunction(function, loaded->module, launch->function)));
         /* Needed above 48 KiB, which a function's static shared memory counts towards as well. */
@@ -254,13 +275,32 @@ static int check_buffers(const convgen_kernel *host, const buffer buffers[CONVGE
     return CONVGEN_OK;
 }
 
+static int encode(const convgen_cuda_map *m, const void *address, CUtensorMap *map)
+{
+    void *at = (void *)(uintptr_t)address; /* it is only read */
+    if (m->im2col)
+        return checked(driver.cuTensorMapEncodeIm2col(map, m->type, m->rank, at, m->dims, m->strides, m->lower, m->upper,
+                                                      m->box[0], m->box[1], m->steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                                      m->swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+    return checked(driver.cuTensorMapEncodeTiled(map, m->type, m->rank, at, m->dims, m->strides, m->box, m->steps,
+                                                 CU_TENSOR_MAP_INTERLEAVE_NONE, m->swizzle,
+                                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+}
+
 static int launch(const convgen_cuda_launch *l, CUfunction function, const buffer *buffers, CUstream stream)
 {
     const void *values[CONVGEN_MAX_LAUNCH_ARGUMENTS];
     void *arguments[CONVGEN_MAX_LAUNCH_ARGUMENTS];
+    CUtensorMap maps[CONVGEN_MAX_LAUNCH_MAPS];
+    int mapped = 0;
     for (int i = 0; i < l->argument_count; ++i) {
         values[i] = (const char *)buffers[l->arguments[i].buffer].data + l->arguments[i].offset;
         arguments[i] = &values[i];
+        if (l->arguments[i].map != NULL) {
+            RETURN_UNLESS_OK(encode(l->arguments[i].map, values[i], &maps[mapped]));
+            arguments[i] = &maps[mapped++];
+        }
     }
     return checked(driver.cuLaunchKernel(function, l->grid[0], l->grid[1], l->grid[2], l->block[0], l->block[1],
                                          l->block[2], l->shared, stream, arguments, NULL));

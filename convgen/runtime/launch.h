@@ -11,9 +11,20 @@
 /* What a launch's pointer points into. */
 enum convgen_cuda_buffer { CONVGEN_SRC, CONVGEN_PACKED, CONVGEN_RESIDUAL, CONVGEN_DST, CONVGEN_WORKSPACE, CONVGEN_BUFFERS };
 
+/* How the device's copy engine reads a tensor: what cuTensorMapEncodeTiled is told, or cuTensorMapEncodeIm2col, whose
+ * box is of channels and pixels. Axes are innermost first. */
+typedef struct {
+    int im2col, type, swizzle; /* CUtensorMapDataType, CUtensorMapSwizzle */
+    unsigned rank;
+    uint64_t dims[5], strides[4];
+    uint32_t box[5], steps[5];
+    int lower[3], upper[3];
+} convgen_cuda_map;
+
 typedef struct {
     enum convgen_cuda_buffer buffer;
     size_t offset;
+    const convgen_cuda_map *map; /* what the function is given of it instead of a pointer; or NULL */
 } convgen_cuda_argument;
 
 typedef struct {
@@ -23,7 +34,7 @@ typedef struct {
     int argument_count;
 } convgen_cuda_launch;
 
-enum { CONVGEN_MAX_LAUNCH_ARGUMENTS = 64 };
+enum { CONVGEN_MAX_LAUNCH_ARGUMENTS = 64, CONVGEN_MAX_LAUNCH_MAPS = 4 };
 
 /* Machine code for a compute capability's major number from a minor one on, or PTX for all from a capability on;
  * either for exactly that capability where it uses instructions of an "a" architecture. */
