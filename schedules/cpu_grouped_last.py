@@ -24,7 +24,7 @@ from tvm import te, tirx
 
 from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat, widen
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, finish, gathered, load, meeting, runs, written
+from convgen.vector import Block, finish, gathered, load, meeting, runs, store, written
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096
@@ -47,20 +47,30 @@ class CpuGroupedLast(Schedule):
         return Space(
             lanes=lanes,
             tile_ow=sorted({w for w in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28) if w <= width}),
+            tile_c=[t for t in (1, 2, 3, 4) if t == 1 or (t - 1) * lanes[0] < spec.oc // spec.groups],
             unroll_c=[c for c in range(1, 17) if depth % c == 0],
             block_c=[b for b in (1, 2, 4, 8, 16, 32, 64) if b == 1 or b * lanes[0] < 2 * spec.oc],
+            copy_src=[False, True],
             parallel_oh=[p for p in (1, 2, 4, 8, 16, 32) if p <= (rows if spec.rank > 1 else width)],
         )
 
     def valid(self, spec, target, picks):
-        used = picks.tile_ow + spec.kernel[-1] + 1 + (target.vector_bits != 512)
-        require(picks.tile_ow == 1 or used <= target.vector_registers, f"{used} vectors, {target.vector_registers} registers")
-        require(picks.block_c == 1 or picks.block_c < 2 * _Lanes(spec, picks.lanes).vectors, "block_c exceeds the vectors")
+        vectors = _Vectors(spec, picks)
+        used = picks.tile_c * (picks.tile_ow + spec.kernel[-1]) + 1 + (target.vector_bits != 512)
+        small = picks.tile_ow == picks.tile_c == picks.unroll_c == 1
+        require(small or used <= target.vector_registers, f"{used} vectors, {target.vector_registers} registers")
+        require(vectors.parts % picks.tile_c == 0, "tile_c needs as many vectors in a group, or a multiple")
+        require(picks.block_c == 1 or picks.block_c < 2 * vectors.tiles, "block_c exceeds the vectors")
         if spec.rank == 1:
             require(picks.parallel_oh <= ceildiv(spec.out_spatial[0], picks.tile_ow), "fewer tiles than parallel_oh")
-        tiles = _tiles(spec, picks.tile_ow)
-        unrolled = sum(len(uses) for *_, tile in tiles for _, uses in tile[1]) * picks.unroll_c
-        require(unrolled <= MOST_UNROLLED or picks.tile_ow == picks.unroll_c == 1, f"{unrolled} unrolled multiply-adds, at most {MOST_UNROLLED}")
+        products = sum(len(uses) for *_, tile in _tiles(spec, picks.tile_ow) for _, uses in tile[1])
+        unrolled = products * picks.unroll_c * picks.tile_c
+        require(small or unrolled <= MOST_UNROLLED, f"{unrolled} unrolled multiply-adds, at most {MOST_UNROLLED}")
+        if picks.copy_src:
+            require(vectors.groups == 1, "copy_src needs vectors of one group")
+            require(picks.block_c == vectors.parts // picks.tile_c, "copy_src needs blocks of one group")
+            size = 4 * vectors.depth * math.prod(spec.in_spatial)
+            require(size <= target.l2 // 2, f"{size} bytes of a group, {target.l2} of L2 cache")
 
     def default(self, spec, target):
         return next(iter(self.space(spec, target)))
@@ -69,17 +79,18 @@ class CpuGroupedLast(Schedule):
         return 1.0
 
     def program(self, spec, target, picks):
-        ops, vectors = Operands(spec), _Lanes(spec, picks.lanes)
+        ops, vectors = Operands(spec), _Vectors(spec, picks)
         rows, width = spec.kernel[:-1], spec.kernel[-1]
 
-        def packed_weights(v, row, c, kx, t):
-            o = tirx.min(vectors.first(v) + t, spec.oc - 1) if vectors.count < picks.lanes else vectors.first(v) + t
+        def packed_weights(b, row, c, kx, v, t):
+            o = vectors.first(b * picks.tile_c + v) + t
+            o = o if vectors.count == picks.lanes else tirx.min(o, spec.oc - 1)
             value = ops.weights[(o, c, *unflat(row, rows), kx)]
             if vectors.count == picks.lanes:
                 return value
             return tirx.if_then_else(t < vectors.count, value, tirx.const(0, ACCUMULATOR))
 
-        shape = (vectors.vectors, math.prod(rows), vectors.depth, width, picks.lanes)
+        shape = (vectors.tiles, math.prod(rows), vectors.depth, width, picks.tile_c, picks.lanes)
         packed = [te.compute(shape, packed_weights, name="weights_packed")]
         packed += [copied(p, spec.oc + picks.lanes) for p in ops.parameters[1:]]  # whole vectors from any channel
         return written(ops, packed, lambda *buffers: _kernel(spec, picks, vectors, *buffers))
@@ -93,14 +104,27 @@ def _kernel(spec, picks, vectors, src, residual, parameters, dst):
     lanes, tiles = picks.lanes, _tiles(spec, picks.tile_ow)
     outer = spec.out_spatial[:-1]
     rows = math.prod(outer) if outer else ceildiv(spec.out_spatial[0], picks.tile_ow)
-    blocks, parts = ceildiv(vectors.vectors, picks.block_c), picks.parallel_oh
+    blocks, parts = ceildiv(vectors.tiles, picks.block_c), picks.parallel_oh
     weights = parameters.pop("weights")
     whole = Block()
 
-    def tile_of(block, n, v, at, x0, tile):
-        """A vector of channels × the pixels from x0 on, in the row ``at``."""
+    def copied_group(block, n, first):
+        """A group's channels, one pixel after another."""
+        copy = block.buffer((math.prod(spec.in_spatial) * vectors.depth + lanes,))
+        channel = block.let(vectors.source(first * picks.tile_c))
+        with block.loop(math.prod(spec.in_spatial)) as (one, pixel):
+            for c in range(0, vectors.depth, lanes):
+                place = [n, *unflat(pixel, spec.in_spatial), channel + c]
+                value = load(src, spec.dtype, place, lanes, vectors.depth - c)
+                # Whole vectors, overwritten by the next pixel.
+                one.add(store(copy, "f32", [pixel * vectors.depth + c], value, lanes, lanes))
+        return copy
+
+    def tile_of(block, copy, n, b, at, x0, tile):
+        """``tile_c`` vectors of channels × the pixels from x0 on, in the row ``at``."""
         pixels, met = tile
-        sums = block.registers(range(pixels), lanes)
+        each = [block.let(b * picks.tile_c + v) for v in range(picks.tile_c)]
+        sums = block.registers([(p, v) for p in range(pixels) for v in range(picks.tile_c)], lanes)
         begin = x0 * spec.stride[-1] - spec.padding[-1][0]
         with ExitStack() as loops:
             inner, taps, where = block, [], []
@@ -109,29 +133,41 @@ def _kernel(spec, picks, vectors, src, residual, parameters, dst):
                 inner, k = loops.enter_context(inner.loop(count))
                 taps.append(inner.let(first + k))
                 where.append(inner.let(y * spec.stride[axis] + taps[-1] * spec.dilation[axis] - spec.padding[axis][0]))
+            row = inner.let(flat(taps, spec.kernel[:-1]))
             inner, chunk = loops.enter_context(inner.loop(vectors.depth // picks.unroll_c))
             c0 = inner.let(chunk * picks.unroll_c)
-            row = inner.let(flat(taps, spec.kernel[:-1]))
-            channel = inner.let(vectors.source(v) + c0)
+            channel = inner.let(vectors.source(each[0]) + c0)
+
+            def value(offset, c):
+                pixel = [*where, begin + offset]
+                if copy is not None:
+                    return tirx.Broadcast(copy[flat(pixel, spec.in_spatial) * vectors.depth + c0 + c], lanes)
+                return vectors.read(src, spec, [n, *pixel], channel, c, picks.unroll_c)
+
             for c in range(picks.unroll_c):
                 factors = {}
                 for offset, uses in met:
-                    value = inner.let(vectors.read(src, spec, [n, *where, begin + offset], channel, c, picks.unroll_c))
+                    factor = inner.let(value(offset, c))
                     for pixel, kx in uses:
-                        if kx not in factors:
-                            factors[kx] = inner.let(load(weights, "f32", [v, row, c0 + c, kx, 0], lanes, lanes))
-                        sums.add(inner, pixel, value * factors[kx])
-        o = block.let(vectors.first(v))
-        given = {k: block.let(load(p, "f32", [o], lanes, lanes)) for k, p in parameters.items()}
-        for pixel in range(pixels):
-            finish(block, spec, dst, residual, [n, *at, x0 + pixel, o], sums[pixel], lanes, vectors.count, **given)
+                        for v in range(picks.tile_c):
+                            if (kx, v) not in factors:
+                                place = [b, row, c0 + c, kx, v, 0]
+                                factors[kx, v] = inner.let(load(weights, "f32", place, lanes, lanes))
+                            sums.add(inner, (pixel, v), factor * factors[kx, v])
+        for v in range(picks.tile_c):
+            o = block.let(vectors.first(each[v]))
+            given = {k: block.let(load(p, "f32", [o], lanes, lanes)) for k, p in parameters.items()}
+            for p in range(pixels):
+                place = [n, *at, x0 + p, o]
+                finish(block, spec, dst, residual, place, sums[p, v], lanes, vectors.count, **given)
 
     with whole.loop(spec.n * blocks * parts, parallel=True) as (task, index):
         rest, part = index // parts, task.let(index % parts)
         n, first = task.let(rest // blocks), task.let(rest % blocks * picks.block_c)
         count = picks.block_c
-        if vectors.vectors % count:
-            count = task.let(tirx.min(count, vectors.vectors - first))
+        if vectors.tiles % count:
+            count = task.let(tirx.min(count, vectors.tiles - first))
+        copy = copied_group(task, n, first) if picks.copy_src else None
         start, end = (task.let(p * rows // parts) for p in (part, part + 1))
         with task.loop(end - start if outer else 1) as (row, i):
             at = [row.let(y) for y in unflat(start + i, outer)]
@@ -142,29 +178,29 @@ def _kernel(spec, picks, vectors, src, residual, parameters, dst):
                     begin = low
                 with row.loop(number) as (inside, j):
                     x0 = inside.let((begin + j) * picks.tile_ow)
-                    with inside.loop(count) as (one, v):
-                        tile_of(one, n, one.let(first + v), at, x0, tile)
+                    with inside.loop(count) as (one, b):
+                        tile_of(one, copy, n, one.let(first + b), at, x0, tile)
     return whole.statement()
 
 
-class _Lanes:
+class _Vectors:
     """Which channels the lanes of a vector hold: ``count`` of them, of ``groups`` groups or a part of one."""
 
-    def __init__(self, spec, lanes):
-        self.lanes, self._all = lanes, spec.groups
+    def __init__(self, spec, picks):
+        self.lanes, self._all = picks.lanes, spec.groups
         self.depth, self._outputs = spec.ic // spec.groups, spec.oc // spec.groups
-        self.groups = min(max(1, lanes // self._outputs), spec.groups)
-        self._parts = ceildiv(self._outputs, lanes)
-        self.count = min(lanes, self.groups * self._outputs)
-        self.vectors = ceildiv(spec.groups, self.groups) * self._parts
+        self.groups = min(max(1, self.lanes // self._outputs), spec.groups)
+        self.parts = ceildiv(self._outputs, self.lanes)
+        self.count = min(self.lanes, self.groups * self._outputs)
+        self.tiles = ceildiv(spec.groups, self.groups) * self.parts // picks.tile_c
 
     def _group(self, v):
         """The first group of a vector."""
-        return tirx.min(v // self._parts * self.groups, self._all - self.groups)
+        return tirx.min(v // self.parts * self.groups, self._all - self.groups)
 
     def first(self, v):
         """The first output channel."""
-        within = tirx.min(v % self._parts * self.lanes, self._outputs - self.count) if self._parts > 1 else 0
+        within = tirx.min(v % self.parts * self.lanes, self._outputs - self.count) if self.parts > 1 else 0
         return self._group(v) * self._outputs + within
 
     def source(self, v):
