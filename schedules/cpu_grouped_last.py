@@ -24,10 +24,14 @@ from tvm import te, tirx
 
 from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat, widen
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, finish, gathered, load, meeting, runs, store, written
+from convgen.vector import Block, finish, load, meeting, runs, written, zeros
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096
+#: Bytes after which addresses meet in the same set of the L1 cache.
+L1_WAY = 4096
+#: Pixels in a tile of the default: each is a place of its own in memory, in several rows.
+MOST_PIXELS = 8
 
 
 class CpuGroupedLast(Schedule):
@@ -50,13 +54,13 @@ class CpuGroupedLast(Schedule):
             tile_c=[t for t in (1, 2, 3, 4) if t == 1 or (t - 1) * lanes[0] < spec.oc // spec.groups],
             unroll_c=[c for c in range(1, 17) if depth % c == 0],
             block_c=[b for b in (1, 2, 4, 8, 16, 32, 64) if b == 1 or b * lanes[0] < 2 * spec.oc],
-            copy_src=[False, True],
             parallel_oh=[p for p in (1, 2, 4, 8, 16, 32) if p <= (rows if spec.rank > 1 else width)],
         )
 
     def valid(self, spec, target, picks):
         vectors = _Vectors(spec, picks)
-        used = picks.tile_c * (picks.tile_ow + spec.kernel[-1]) + 1 + (target.vector_bits != 512)
+        # Beside the sums the weights of the taps that a pixel meets, and the pixel.
+        used = picks.tile_c * (picks.tile_ow + min(picks.tile_ow, spec.kernel[-1])) + 1
         small = picks.tile_ow == picks.tile_c == picks.unroll_c == 1
         require(small or used <= target.vector_registers, f"{used} vectors, {target.vector_registers} registers")
         require(vectors.parts % picks.tile_c == 0, "tile_c needs as many vectors in a group, or a multiple")
@@ -66,17 +70,63 @@ class CpuGroupedLast(Schedule):
         products = sum(len(uses) for *_, tile in _tiles(spec, picks.tile_ow) for _, uses in tile[1])
         unrolled = products * picks.unroll_c * picks.tile_c
         require(small or unrolled <= MOST_UNROLLED, f"{unrolled} unrolled multiply-adds, at most {MOST_UNROLLED}")
-        if picks.copy_src:
-            require(vectors.groups == 1, "copy_src needs vectors of one group")
-            require(picks.block_c == vectors.parts // picks.tile_c, "copy_src needs blocks of one group")
-            size = 4 * vectors.depth * math.prod(spec.in_spatial)
-            require(size <= target.l2 // 2, f"{size} bytes of a group, {target.l2} of L2 cache")
 
     def default(self, spec, target):
-        return next(iter(self.space(spec, target)))
+        space = self.space(spec, target).domains
+        unroll_c = max(c for c in space["unroll_c"] if c <= 8)
+        small = Picks(lanes=space["lanes"][0], tile_ow=1, tile_c=1, unroll_c=1, block_c=1, parallel_oh=1)
+        options = [
+            small.replace(lanes=n, tile_ow=w, tile_c=c, unroll_c=unroll_c)
+            for n in space["lanes"]
+            for w in space["tile_ow"]
+            for c in space["tile_c"]
+            if w <= MOST_PIXELS
+        ]
+        options = [p for p in options if self.reason_against(spec, target, p) is None]
+        picks = min(options, key=lambda p: self._cycles(spec, target, p), default=small)
+        # The weights of a block of vectors, which the next tile reads again, leave room in the L1 cache.
+        vectors = _Vectors(spec, picks)
+        fits = target.l1 // 4 // (4 * picks.lanes * picks.tile_c * vectors.depth * math.prod(spec.kernel))
+        block_c = max(b for b in space["block_c"] if b == 1 or b <= min(fits, 2 * vectors.tiles - 1))
+        picks = picks.replace(block_c=block_c)
+        tasks = spec.n * ceildiv(vectors.tiles, block_c)
+        splits = [picks.replace(parallel_oh=p) for p in space["parallel_oh"]]
+        splits = [p for p in splits if self.reason_against(spec, target, p) is None]
+        enough = [p for p in splits if tasks * p.parallel_oh >= 4 * target.cores]
+        return enough[0] if enough else splits[-1]
+
+    def _cycles(self, spec, target, picks):
+        """Cycles of an image: products, and in their shade loads and shuffles; the factors were measured."""
+        vectors, taps = _Vectors(spec, picks), spec.kernel[-1]
+        # Of a cycle: vectors of 256 bits go in pairs where there are larger ones; narrower ones gain nothing.
+        share = max(picks.lanes, min(8, target.lanes)) / target.lanes * (1 if picks.lanes == target.lanes else 1.1)
+        steps = math.prod(spec.kernel[:-1]) * vectors.depth
+        # Of a register tile that exceeds the L1 cache weights come from the L2 cache.
+        far = 4 * picks.lanes * picks.tile_c * math.prod(spec.kernel) * vectors.depth > target.l1
+        # Pixels a power of two apart meet in the same sets of the L1 cache.
+        crowd = math.gcd(4 * spec.ic, L1_WAY) / L1_WAY
+
+        def tile(pixels):
+            sums = pixels * picks.tile_c
+            offsets = {p * spec.stride[-1] + k * spec.dilation[-1] for p in range(pixels) for k in range(taps)}
+            loads = len(offsets) + taps * picks.tile_c * (2 if far else 1)
+            products = sums * taps * max(1.0, 4 / (sums * share))
+            step = share * (max(products, loads) + 0.12 * loads) + 2 / picks.unroll_c
+            if len(offsets) * crowd > 8:
+                step *= 1.3
+            # Permuted vectors are kept for all channels that they hold.
+            if vectors.permuted and pixels + len(offsets) + taps > target.vector_registers:
+                step *= 1.1
+            return steps * step + 2 * sums * share + 8
+
+        width = spec.out_spatial[-1]
+        full, rest = divmod(width, picks.tile_ow)
+        row = full * tile(picks.tile_ow) + (tile(rest) if rest else 0)
+        return math.prod(spec.out_spatial[:-1]) * vectors.tiles * row
 
     def cost(self, spec, target):
-        return 1.0
+        cycles = self._cycles(spec, target, self.default(spec, target)) * spec.n
+        return cycles * 2 * target.lanes / target.peak_flops + sum(spec.bytes.values()) / (target.cores * 80e9)
 
     def program(self, spec, target, picks):
         ops, vectors = Operands(spec), _Vectors(spec, picks)
@@ -105,22 +155,11 @@ def _kernel(spec, picks, vectors, src, residual, parameters, dst):
     outer = spec.out_spatial[:-1]
     rows = math.prod(outer) if outer else ceildiv(spec.out_spatial[0], picks.tile_ow)
     blocks, parts = ceildiv(vectors.tiles, picks.block_c), picks.parallel_oh
+    size = ceildiv(vectors.tiles, blocks)  # all alike, or the last one is smaller
     weights = parameters.pop("weights")
     whole = Block()
 
-    def copied_group(block, n, first):
-        """A group's channels, one pixel after another."""
-        copy = block.buffer((math.prod(spec.in_spatial) * vectors.depth + lanes,))
-        channel = block.let(vectors.source(first * picks.tile_c))
-        with block.loop(math.prod(spec.in_spatial)) as (one, pixel):
-            for c in range(0, vectors.depth, lanes):
-                place = [n, *unflat(pixel, spec.in_spatial), channel + c]
-                value = load(src, spec.dtype, place, lanes, vectors.depth - c)
-                # Whole vectors, overwritten by the next pixel.
-                one.add(store(copy, "f32", [pixel * vectors.depth + c], value, lanes, lanes))
-        return copy
-
-    def tile_of(block, copy, n, b, at, x0, tile):
+    def tile_of(block, n, b, at, x0, tile):
         """``tile_c`` vectors of channels × the pixels from x0 on, in the row ``at``."""
         pixels, met = tile
         each = [block.let(b * picks.tile_c + v) for v in range(picks.tile_c)]
@@ -138,16 +177,10 @@ def _kernel(spec, picks, vectors, src, residual, parameters, dst):
             c0 = inner.let(chunk * picks.unroll_c)
             channel = inner.let(vectors.source(each[0]) + c0)
 
-            def value(offset, c):
-                pixel = [*where, begin + offset]
-                if copy is not None:
-                    return tirx.Broadcast(copy[flat(pixel, spec.in_spatial) * vectors.depth + c0 + c], lanes)
-                return vectors.read(src, spec, [n, *pixel], channel, c, picks.unroll_c)
-
             for c in range(picks.unroll_c):
                 factors = {}
                 for offset, uses in met:
-                    factor = inner.let(value(offset, c))
+                    factor = inner.let(vectors.read(src, spec, [n, *where, begin + offset], channel, c, picks.unroll_c))
                     for pixel, kx in uses:
                         for v in range(picks.tile_c):
                             if (kx, v) not in factors:
@@ -163,11 +196,8 @@ def _kernel(spec, picks, vectors, src, residual, parameters, dst):
 
     with whole.loop(spec.n * blocks * parts, parallel=True) as (task, index):
         rest, part = index // parts, task.let(index % parts)
-        n, first = task.let(rest // blocks), task.let(rest % blocks * picks.block_c)
-        count = picks.block_c
-        if vectors.tiles % count:
-            count = task.let(tirx.min(count, vectors.tiles - first))
-        copy = copied_group(task, n, first) if picks.copy_src else None
+        n, first = task.let(rest // blocks), task.let(rest % blocks * size)
+        count = size if vectors.tiles % size == 0 else task.let(tirx.max(tirx.min(size, vectors.tiles - first), 0))
         start, end = (task.let(p * rows // parts) for p in (part, part + 1))
         with task.loop(end - start if outer else 1) as (row, i):
             at = [row.let(y) for y in unflat(start + i, outer)]
@@ -179,7 +209,7 @@ def _kernel(spec, picks, vectors, src, residual, parameters, dst):
                 with row.loop(number) as (inside, j):
                     x0 = inside.let((begin + j) * picks.tile_ow)
                     with inside.loop(count) as (one, b):
-                        tile_of(one, copy, n, one.let(first + b), at, x0, tile)
+                        tile_of(one, n, one.let(first + b), at, x0, tile)
     return whole.statement()
 
 
@@ -192,6 +222,8 @@ class _Vectors:
         self.groups = min(max(1, self.lanes // self._outputs), spec.groups)
         self.parts = ceildiv(self._outputs, self.lanes)
         self.count = min(self.lanes, self.groups * self._outputs)
+        #: Whether a vector of inputs is made of loaded ones, neither loaded nor broadcast.
+        self.permuted = self.groups > 1 and self.depth * self._outputs > 1
         self.tiles = ceildiv(spec.groups, self.groups) * self.parts // picks.tile_c
 
     def _group(self, v):
@@ -209,18 +241,17 @@ class _Vectors:
 
     def read(self, src, spec, pixel, channel, c, several):
         """The c-th input channel of each lane's group; ``several`` are read of each from ``channel`` on."""
-        order = [min(t // self._outputs, self.groups - 1) * self.depth + c for t in range(self.lanes)]
         if self.groups == 1:
             return tirx.Broadcast(widen(src[(*pixel, channel + c)], spec.dtype), self.lanes)
         length = (self.groups - 1) * self.depth + several
-        if self.depth == self._outputs == 1:
+        if not self.permuted:
             return load(src, spec.dtype, [*pixel, channel], self.lanes, length)
+        order = [min(t // self._outputs, self.groups - 1) * self.depth + c for t in range(self.lanes)]
         width = min(self.lanes, 1 << (length - 1).bit_length())
-        loaded = {
-            i: load(src, spec.dtype, [*pixel, channel + i * width], width, length - i * width)
-            for i in sorted({e // width for e in order})
-        }
-        return gathered([loaded.get(i) for i in range(max(loaded) + 1)], order, width)
+        used = sorted({e // width for e in order})
+        loaded = [load(src, spec.dtype, [*pixel, channel + i * width], width, length - i * width) for i in used]
+        loaded += [zeros(width)] * (self.lanes // width - len(used))  # shuffles take no fewer lanes than they give
+        return tirx.Shuffle(loaded, [used.index(e // width) * width + e % width for e in order])
 
 
 def _tiles(spec, size):
