@@ -67,6 +67,9 @@ SMOKE = [
     "conv3d n2 ic9 oc70 i3x5x7 k1x1x1 s2x1x3 p0 residual hardswish bf16",  # a matrix product with all its tails
     "conv1d n1 ic5 oc7 i131 k3 s1 p16_4 d8 prelu",
     "conv1d n2 ic3 oc6 i70 k2 s1 p19_0 d19 tanh bf16",
+    "conv2d n1 ic28 oc56 g7 i6x11 k3x3 s1 p1 nhwc relu",  # several groups in a vector, the last ones twice
+    "conv1d n2 ic18 oc15 g3 i40 k3 s2 p2 d2 nhwc residual f16",  # a vector of groups that do not fill it
+    "conv1d n1 ic5 oc10 g5 i80 k66 s1 p33 nhwc prelu",  # more taps than are written out
 ]
 #: More padding than input: whole blocks of rows, tiles and strides that lie in nothing but padding.
 PADDED = [
