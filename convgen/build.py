@@ -90,8 +90,8 @@ class Kernel(BaseLibrary):
 
     @property
     def exact(self) -> bool:
-        """Whether integer-valued data must match bit for bit: the schedule only reorders sums."""
-        return not self.lowered.candidate.schedule.transforms
+        """Whether integer-valued data must match bit for bit: the schedule only reorders sums, or all is integers."""
+        return self.lowered.candidate.is_exact(self.spec)
 
     @property
     def note(self) -> str:
@@ -102,10 +102,18 @@ class Kernel(BaseLibrary):
         return f"{self._note}; {slow}" if self._note else slow
 
     def __call__(
-        self, src: Any, weights: Any, bias: Any = None, slope: Any = None, *, residual: Any = None, out: Any = None
+        self,
+        src: Any,
+        weights: Any,
+        bias: Any = None,
+        slope: Any = None,
+        *,
+        scale: Any = None,
+        residual: Any = None,
+        out: Any = None,
     ) -> Any:
         """Pack and run once; see :meth:`bind` for repeated calls."""
-        return self.bind(weights, bias, slope)(src, residual=residual, out=out)
+        return self.bind(weights, bias, slope, scale=scale)(src, residual=residual, out=out)
 
     def source(self, kind: str = "tir") -> str:
         """The code as text, one of :attr:`sources`."""
@@ -417,7 +425,7 @@ def parse_candidate(spec: ConvSpec, target: Target, schedule_id: str, picks: str
     """
     schedule = find_schedule(schedule_id)
     core = spec.core
-    schedule.applies(core, target)
+    schedule.check(core, target)
     if picks is None:
         return Candidate(schedule, schedule.default(core, target))
     domains = schedule.space(core, target).domains

@@ -202,7 +202,7 @@ def _check(entrant: Entrant, expected: F32, bound: F32) -> None:
 
 
 def _kernel_entrant(kernel: Library, data: Arrays, threads: int) -> Entrant:
-    packed = kernel.pack(data["weights"], data.get("bias"), data.get("slope"))
+    packed = kernel.pack(**{name: data[name] for name in kernel.spec.parameters})
     dst = np.empty(kernel.spec.dst_shape, np.float32)
     call = kernel.prepare(data["src"], packed, dst, data.get("residual"), threads=threads)
     return Entrant("", call, lambda: dst)

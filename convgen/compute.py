@@ -19,7 +19,9 @@ from .spec import ConvSpec
 #: TVM's names of what sums are kept in, and of the storage types. bf16 is moved as bits: TVM would
 #: legalise it anew in every expression.
 ACCUMULATOR = "float32"
-STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
+STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16", "i8": "int8", "i32": "int32"}
+#: What exact sums of integers are kept in.
+INTEGER = "int32"
 
 #: The storage type that a TVM type is.
 STORED = {tvm: name for name, tvm in STORAGE.items()}
@@ -60,7 +62,9 @@ def of_lanes(dtype: str, lanes: int) -> str:
 
 
 def widen(value: Expr, dtype: str, lanes: int = 1) -> Expr:
-    """A stored value of ``dtype`` as f32."""
+    """A stored value of ``dtype`` as f32; an i32 stays one."""
+    if dtype == "i32":
+        return value
     if dtype == "bf16":  # the upper half of an f32
         bits = value.astype(of_lanes("uint32", lanes)) << tirx.const(16, "uint32")
         return tirx.reinterpret(of_lanes("float32", lanes), bits)
@@ -68,7 +72,12 @@ def widen(value: Expr, dtype: str, lanes: int = 1) -> Expr:
 
 
 def narrow(value: Expr, dtype: str, lanes: int = 1) -> Expr:
-    """An f32 value as it is stored in ``dtype``: rounded to nearest, ties to even."""
+    """An f32 value as it is stored in ``dtype``: rounded to nearest, ties to even; to integers, saturated too."""
+    if dtype == "i8":
+        within = tirx.max(tirx.const(-128, ACCUMULATOR), tirx.min(tirx.const(127, ACCUMULATOR), value))
+        # Added to 1.5 * 2**23 a number is rounded to a whole one, whose lowest bits are the sum's.
+        sums = within + tirx.const(1.5 * 2**23, ACCUMULATOR)
+        return tirx.reinterpret(of_lanes(INTEGER, lanes), sums).astype(of_lanes(STORAGE[dtype], lanes))
     if dtype != "bf16":
         return value.astype(of_lanes(STORAGE[dtype], lanes))
 
@@ -84,34 +93,42 @@ def narrow(value: Expr, dtype: str, lanes: int = 1) -> Expr:
 
 
 class Operand:
-    """A tensor at the user's boundary. Its elements read as f32, however they are stored."""
+    """A tensor at the user's boundary. Its elements read as f32, however they are stored; i32 as itself, and i8 as
+    i32 where ``integers``.
+    """
 
-    def __init__(self, name: str, shape: Sequence[int], dtype: str, storage: str) -> None:
+    def __init__(self, name: str, shape: Sequence[int], dtype: str, storage: str, integers: bool = False) -> None:
         self.name, self.shape, self.dtype = name, shape, dtype
+        self._integers = integers and dtype == "i8"
         self.tensor = te.placeholder(shape, storage, name)
 
     def __getitem__(self, index: Any) -> Expr:
-        if self.tensor.dtype == "bfloat16":
-            return self.tensor(*index if isinstance(index, tuple) else (index,)).astype(ACCUMULATOR)
-        return widen(self.tensor(*index) if isinstance(index, tuple) else self.tensor(index), self.dtype)
+        value = self.tensor(*index if isinstance(index, tuple) else (index,))
+        if self._integers:
+            return value.astype(INTEGER)
+        return value.astype(ACCUMULATOR) if self.tensor.dtype == "bfloat16" else widen(value, self.dtype)
 
 
 class Operands:
     """A spec's tensors, those it has; the others are None.
 
-    With ``native`` they are of TVM's own type for bf16: code generators that have one may use it.
+    Args:
+        native: they are of TVM's own type for bf16: code generators that have one may use it.
+        integers: elements of i8 read as i32, of which sums are exact however long they are.
     """
 
-    def __init__(self, spec: ConvSpec, *, native: bool = False) -> None:
+    def __init__(self, spec: ConvSpec, *, native: bool = False, integers: bool = False) -> None:
         self.spec = spec
-        storage = "bfloat16" if native and spec.dtype == "bf16" else STORAGE[spec.dtype]
+        dtypes = spec.dtypes
 
-        def operand(name: str) -> Operand | None:
-            return Operand(name, spec.shapes[name], spec.dtype, storage) if name in spec.shapes else None
+        def operand(name: str) -> Operand:
+            storage = "bfloat16" if native and dtypes[name] == "bf16" else STORAGE[dtypes[name]]
+            return Operand(name, spec.shapes[name], dtypes[name], storage, integers)
 
-        self.src = Operand("src", spec.src_shape, spec.dtype, storage)
-        self.weights = Operand("weights", spec.weights_shape, spec.dtype, storage)
-        self.bias, self.slope, self.residual = operand("bias"), operand("slope"), operand("residual")
+        self.src, self.weights = operand("src"), operand("weights")
+        self.residual = operand("residual") if spec.residual else None
+        #: What ``pack`` takes: ``weights [bias] [slope] [scale]``.
+        self.parameters = [self.weights, *(operand(name) for name in spec.parameters[1:])]
 
     def order(self, n: Expr, channel: Expr, spatial: Index) -> tuple[Expr, ...]:
         """``(n, channel, spatial)`` in the order of the spec's layout."""
@@ -123,11 +140,6 @@ class Operands:
             return index[0], index[1], tuple(index[2:])
         return index[0], index[-1], tuple(index[1:-1])
 
-    @property
-    def parameters(self) -> list[Operand]:
-        """What ``pack`` takes: ``weights [bias] [slope]``."""
-        return [t for t in (self.weights, self.bias, self.slope) if t is not None]
-
     def pack(self, *packed: te.Tensor) -> list[te.Tensor]:
         """Arguments of the pack function."""
         return [*(p.tensor for p in self.parameters), *packed]
@@ -137,7 +149,7 @@ class Operands:
         return [o.tensor for o in (self.src, self.residual) if o is not None] + [*packed, dst]
 
     def per_channel(self, vectors: Sequence[te.Tensor], channel: Expr) -> dict[str, Expr]:
-        """Bias and slope of a channel, as :func:`epilogue` takes them, from the packed ``[bias] [slope]``."""
+        """What :func:`epilogue` takes of a channel, from the packed ``[bias] [slope] [scale]``."""
         names = [parameter.name for parameter in self.parameters[1:]]
         return {name: vector[channel] for name, vector in zip(names, vectors, strict=True)}
 
@@ -148,7 +160,7 @@ class Operands:
         value = self.src[self.order(n, channel, spatial)]
         if not always and not any(b or e for b, e in self.spec.padding):
             return value
-        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, ACCUMULATOR))
+        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, value.ty.dtype))
 
     def store(self, value: Callable[[Expr, Expr, tuple[Expr, ...]], Expr]) -> te.Tensor:
         """dst in the spec's layout: the epilogue of ``value(n, channel, spatial)``, which adds the bias itself."""
@@ -276,17 +288,31 @@ def activate(op: Activation, x: Expr, slope: Expr | None = None) -> Expr:
 
 
 def epilogue(
-    spec: ConvSpec, value: Expr, *, bias: Expr | None = None, residual: Expr | None = None, slope: Expr | None = None
+    spec: ConvSpec,
+    value: Expr,
+    *,
+    bias: Expr | None = None,
+    residual: Expr | None = None,
+    slope: Expr | None = None,
+    scale: Expr | None = None,
+    lanes: int = 1,
 ) -> Expr:
-    """``activation(value + bias + residual)``; what the spec lacks is None."""
+    """``activation(value + bias + residual)`` as f32; what the spec lacks is None.
+
+    With a scale, ``activation((value + bias) * scale)``: of i8, whose sums are added to the bias as i32.
+    """
+    if scale is not None:
+        value = value.astype(of_lanes(INTEGER, lanes))
     for term in (bias, residual):
         if term is not None:
             value = value + term
+    if scale is not None:
+        value = value.astype(of_lanes(ACCUMULATOR, lanes)) * scale
     return activate(spec.activation_op, value, slope)
 
 
 def pack_channels(ops: Operands, tile: int) -> tuple[list[te.Tensor], list[te.Tensor]]:
-    """Weights as ``[oc/tile][taps][ic/groups][tile]``, and bias and slope as they are.
+    """Weights as ``[oc/tile][taps][ic/groups][tile]``, and the other parameters as they are.
 
     Returns the packed tensors and, for the main function, their placeholders. The taps are one axis,
     row-major; channels past ``oc`` are zero.
@@ -307,13 +333,16 @@ def pack_channels(ops: Operands, tile: int) -> tuple[list[te.Tensor], list[te.Te
 
 
 def copied(parameter: Operand, channels: int = 0) -> te.Tensor:
-    """The packed form that changes nothing but the storage, which is f32, and a vector's length: zeros follow."""
+    """The packed form that changes nothing but the storage, which is what it reads as, and a vector's length: zeros
+    follow.
+    """
     name = f"{parameter.name}_packed"
     if channels <= parameter.shape[0]:
         return te.compute(parameter.shape, lambda *i: parameter[i], name=name)
 
     def value(o: Expr) -> Expr:
-        return tirx.if_then_else(o < parameter.shape[0], parameter[o], tirx.const(0, ACCUMULATOR))
+        read = parameter[o]
+        return tirx.if_then_else(o < parameter.shape[0], read, tirx.const(0, read.ty.dtype))
 
     return te.compute((channels,), value, name=name)
 

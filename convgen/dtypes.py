@@ -1,7 +1,7 @@
 """Storage types of tensors: their names, sizes, rounding, and NumPy forms.
 
-A spec's dtype is how src, weights, bias, slope, residual and dst are stored. Arithmetic is float32
-whatever the storage, and dst is rounded once, at the end.
+How a layer's tensors are stored follows from its spec's dtype (:attr:`ConvSpec.dtypes`). Arithmetic is float32
+whatever the storage, and dst is rounded once, at the end; of i8, sums of products are 32-bit integers.
 
 This module needs the standard library only; NumPy (and ml_dtypes, for bf16) are imported where used.
 """
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 #: Bytes of one element.
-BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "i32": 4}
+#: What a spec's dtype may be.
+DTYPES = ("f32", "f16", "bf16", "i8")
 #: Half the distance from 1 to the next number: the largest relative error of rounding to it.
 UNIT_ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
 #: The same for numbers so small that they lose digits: an absolute error.
@@ -26,9 +28,12 @@ UNDERFLOW = {"f32": 2.0**-150, "f16": 2.0**-25, "bf16": 2.0**-134}
 ACCUMULATOR = "f32"
 
 
+_NUMPY = {"f32": "float32", "f16": "float16", "i8": "int8", "i32": "int32"}
+
+
 @functools.cache
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """float32, float16, or ml_dtypes' bfloat16, which NumPy lacks."""
+    """NumPy's type; ml_dtypes' bfloat16, which NumPy lacks."""
     import numpy as np
 
     if dtype == "bf16":
@@ -36,7 +41,7 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
 
         bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
         return bfloat16
-    return np.dtype("float16" if dtype == "f16" else "float32")
+    return np.dtype(_NUMPY[dtype])
 
 
 def narrow(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
@@ -48,7 +53,7 @@ def narrow(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
 
 
 def widen(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """The array as float32, which holds every value of the storage types; itself where it is that already."""
+    """The array as float32, which holds every value of what src and dst are stored in; itself where it is that."""
     import numpy as np
 
     return array.astype(np.float32, copy=False)

@@ -20,7 +20,7 @@ from .errors import ExportError
 from .interface import ABI, ALIGNMENT, HEADER_BYTES, DeviceCode, Interface, TensorInfo, read_architecture, round_up
 from .library import MANIFEST
 from .link import PART_ALIGNMENT, link, source, workspace_layout
-from .spec import ConvSpec
+from .spec import PARAMETERS, ConvSpec
 
 #: Alignment in bytes of tensors in a GPU's memory (``cuda_types.h``).
 TENSOR_ALIGNMENT = 16
@@ -138,6 +138,7 @@ def _axes(spec: ConvSpec) -> dict[str, list[str]]:
         "weights": [*channels, *(f"k{letter}" for letter in letters)],
         "bias": ["oc"],
         "slope": ["oc"],
+        "scale": ["oc"],
         "residual": activations("oc", "o"),
         "dst": activations("oc", "o"),
     }
@@ -153,7 +154,7 @@ def _manifest(interface: Interface, facts: Mapping[str, Any]) -> dict[str, Any]:
         "arguments": [
             {
                 "name": name,
-                "function": "pack" if name in ("weights", "bias", "slope") else "run",
+                "function": "pack" if name in PARAMETERS else "run",
                 "shape": list(tensor.shape),
                 "axes": axes[name],
                 "layout": "dense, row-major",
@@ -240,6 +241,8 @@ def header_text(interface: Interface) -> str:
     for name, tensor in interface.arguments.items():
         sizes = ", ".join(map(str, tensor.shape))
         lines.append(f" *   {name:9}[{', '.join(axes[name])}] = [{sizes}], {tensor.dtype}, {tensor.bytes} bytes")
+    if interface.spec.dtype == "i8":
+        lines.append(" *   (i8 is int8_t, i32 int32_t, f32 float)")
     lines.append(f" *   packed    {interface.packed_size} bytes, aligned to {ALIGNMENT}")
     common = {
         "name": interface.name,
@@ -285,6 +288,9 @@ def _meaning(spec: ConvSpec) -> str:
     operation = "conv_transpose" if spec.transposed else "conv"
     terms = [f"{operation}(src, weights)"] + ["bias"] * spec.bias + ["residual"] * spec.residual
     total = " + ".join(terms)
+    if spec.dtype == "i8":
+        total = f"({total}) * scale" if spec.bias else f"{total} * scale"
+        return f"dst = saturate(round({total if spec.activation == 'none' else f'{spec.activation}({total})'}))"
     return f"dst = {total}" if spec.activation == "none" else f"dst = {spec.activation_op.name}({total})"
 
 
@@ -294,20 +300,29 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
     ``error_factor`` is that of :func:`write_library`; where None, that of plain summation.
     """
     spec = interface.spec
-    optional = {"bias": spec.bias, "slope": spec.has_slope, "residual": spec.residual}
-    extra = [name for name, present in optional.items() if present]
+    extra = [name for name in spec.shapes if name not in ("src", "weights", "dst")]
     values = {"bias": "-4, 4", "slope": "-1, 1", "residual": "-4, 4"}
+    made = {name: f"    {name} = tensor(sizes.{name}, {low_high});\n" for name, low_high in values.items()}
+    operands = ["src", "weights", *extra]
+    if spec.dtype == "i8":
+        operands = ["src", "weights"]
+        loop = "    for (long oc = 0; oc < OC; ++oc)\n"
+        made = {
+            name: f"    {name} = buffer(sizes.{name});\n{loop}        {name}[oc] = {value};\n"
+            for name, value in {"bias": "(int32_t)(oc * 7 % 9 - 4)", "scale": "0.25f * (float)(1 + oc % 3)"}.items()
+        }
 
     def fields(*names: str) -> str:
         return "".join(f"        .{x} = {x},\n        .{x}_size = sizes->{x},\n" for x in names if x in extra)
 
     epilogue = ""
     if spec.bias:
-        epilogue += "    sum += value(bias[oc]);\n    absolute += fabs(value(bias[oc]));\n"
+        value = "(double)bias[oc]" if spec.dtype == "i8" else "value(bias[oc])"
+        epilogue += f"    sum += {value};\n    absolute += fabs({value});\n"
     if spec.residual:
         value = "value(residual[offset(n, OC, oc, out_size, out)])"
         epilogue += f"    sum += {value};\n    absolute += fabs({value});\n"
-    pack = fields("bias", "slope")
+    pack = fields(*PARAMETERS)
     if interface.device is None:
         part, run, libraries, sizes = "example_cpu.template.c", fields("residual"), "-lm -lpthread", "2, &sizes"
     else:
@@ -332,14 +347,14 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
         dilation=_three(spec.dilation, 1),
         step=_step(spec),
         element=_ELEMENTS[spec.dtype],
-        globals=", ".join(f"*{name}" for name in ("src", "weights", *extra)),
+        globals=", ".join(f"*{name}" for name in operands),
         layout=", ".join(_axes(spec)["src"]),
         offset=_OFFSETS[spec.layout],
-        activation=_activation(spec.activation_op),
+        activation=_rounded(spec) if spec.dtype == "i8" else _activation(spec.activation_op),
         position=_TRANSPOSED_POSITION if spec.transposed else _POSITION,
         weight="ic * OC_GROUP + oc % OC_GROUP" if spec.transposed else "oc * IC_GROUP + c",
         epilogue=epilogue,
-        tensors="".join(f"    {name} = tensor(sizes.{name}, {values[name]});\n" for name in extra),
+        tensors="".join(made[name] for name in extra),
         allowed=_allowed(spec, error_factor),
         free="".join(f"    free({name});\n" for name in reversed(extra)),
     )
@@ -374,6 +389,14 @@ static element stored(float x) /* a small whole number: nothing to round */
     memcpy(&bits, &x, sizeof bits);
     return (element)(bits >> 16);
 }""",
+    "i8": """\
+typedef int8_t element;
+
+static int32_t *bias;
+static float *scale;
+
+static double value(element x) { return x; }
+static element stored(float x) { return (element)x; }""",
 }
 
 _OFFSETS = {
@@ -408,6 +431,8 @@ def _step(spec: ConvSpec) -> int:
 def _allowed(spec: ConvSpec, factor: float | None) -> str:
     """The error that is allowed, in C: rounding before the activation, then the activation's own."""
     op = spec.activation_op
+    if spec.dtype == "i8":
+        return "0 * magnitude"
     if factor is None:
         factor = spec.reduction_length + 4
     rounding = f"{float(factor * max(op.lipschitz, 1.0))!r} * 0x1p-24 * magnitude"
@@ -418,6 +443,12 @@ def _allowed(spec: ConvSpec, factor: float | None) -> str:
             f"(fabs(expected) + {rounding}) * {UNIT_ROUNDOFF[spec.dtype]!r} + {UNDERFLOW[spec.dtype]!r} + {rounding}"
         )
     return rounding
+
+
+def _rounded(spec: ConvSpec) -> str:
+    """The sum ``x`` as i8, as a C expression."""
+    value = "fmax(x * scale[oc], 0)" if spec.activation == "relu" else "x * scale[oc]"
+    return f"fmin(fmax(nearbyint({value}), -128), 127)"
 
 
 def _activation(op: Activation) -> str:

@@ -39,9 +39,10 @@ from .activation import DEFAULTS, Activation
 from .build import check_native, compile_candidate, default_candidate, parse_candidate
 from .discover import schedule as find_schedule
 from .discover import schedules, schedules_of
+from .dtypes import DTYPES
 from .errors import BuildError, Inapplicable, SpecError, UnsupportedError
 from .schedule import Picks, Schedule
-from .spec import ACCURACIES, DTYPES, ConvSpec
+from .spec import ACCURACIES, ConvSpec
 from .target import Target, resolve
 
 #: A layer's multiply-accumulates and a tensor's elements, at most: compiling is to take most of the time.
@@ -153,7 +154,7 @@ def draw(seed: int, index: int, target: Target, *, threads: int | None = None, s
     for _ in range(DRAWS):
         spec = _spec(rng, lanes)
         why = wanted.reason_against(spec.core, target)
-        if why is not None:  # for lack of nothing but accuracy?
+        if why is not None and spec.dtype != "i8":  # for lack of nothing but accuracy?
             loose = spec.with_(accuracy="relaxed")
             if wanted.reason_against(loose.core, target) is None:
                 spec, why = loose, None
@@ -268,7 +269,7 @@ def _fields(rng: random.Random, tiles: Sequence[int]) -> dict[str, Any]:
             near = _near(rng, tiles, MOST_PIXELS[rank])
             window = axis["kernel"], axis["stride"], axis["dilation"], axis["padding"]
             axis["in_spatial"] = _size(rng, near, *window, transposed=transposed)
-    return {
+    fields = {
         **_channels(rng, tiles),
         **{name: tuple(axis[name] for axis in axes) for name in axes[0]},
         "n": rng.choice((1, 1, 1, 1, 2, 2, 0)),
@@ -280,6 +281,10 @@ def _fields(rng: random.Random, tiles: Sequence[int]) -> dict[str, Any]:
         "dtype": rng.choice(DTYPES),
         "layout": rng.choice(("nchw", "nhwc")),
     }
+    if fields["dtype"] == "i8":  # which has no others
+        fields |= {"transposed": False, "output_padding": 0, "residual": False, "accuracy": "standard"}
+        fields["activation"] = rng.choice(("none", "relu"))
+    return fields
 
 
 def _axis(rng: random.Random, transposed: bool) -> dict[str, Any]:

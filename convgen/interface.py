@@ -18,7 +18,7 @@ from .errors import BuildError
 from .spec import ConvSpec
 
 #: Version of the C functions and structs (``runtime/types.h``) and of the manifest that goes with them.
-ABI = 1
+ABI = 2
 #: Alignment in bytes of packed tensors, of the workspace and of each allocation within it.
 ALIGNMENT = 64
 #: Bytes before the first packed tensor: magic, ABI version, identity, size, checksum.
@@ -66,7 +66,8 @@ class TensorInfo:
 
 def boundary(spec: ConvSpec) -> dict[str, TensorInfo]:
     """The tensors at the user's boundary by name, in the C functions' order; those the spec lacks are absent."""
-    return {name: TensorInfo(name, shape, spec.dtype) for name, shape in spec.shapes.items()}
+    dtypes = spec.dtypes
+    return {name: TensorInfo(name, shape, dtypes[name]) for name, shape in spec.shapes.items()}
 
 
 class Architecture(NamedTuple):
@@ -161,7 +162,7 @@ class Interface:
 
     The object file defines two functions of the TVM FFI ABI, their arguments in this order::
 
-        __tvm_ffi_pack(weights, [bias], [slope], *packed)
+        __tvm_ffi_pack(weights, [bias], [slope], [scale], *packed)
         __tvm_ffi_main(src, [residual], *packed, dst)
 
     Args:

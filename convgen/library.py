@@ -26,7 +26,7 @@ from .dtypes import BYTES, numpy_dtype
 from .errors import BuildError, ExportError, KernelError, SpecError
 from .interface import ABI, ALIGNMENT, MAX_THREADS, TensorInfo, boundary, check_name
 from .link import abi_text
-from .spec import ConvSpec
+from .spec import PARAMETERS, ConvSpec
 
 if TYPE_CHECKING:
     from .cuda.library import CudaLibrary
@@ -51,6 +51,7 @@ class Sizes(NamedTuple):
     weights: int
     bias: int
     slope: int
+    scale: int
     residual: int
     dst: int
     packed: int
@@ -66,7 +67,7 @@ def _buffers(*names: str) -> list[tuple[str, type]]:
 
 
 class _PackArgs(ctypes.Structure):
-    _fields_ = _buffers("weights", "bias", "slope", "packed")
+    _fields_ = _buffers(*PARAMETERS, "packed")
 
 
 class _RunArgs(ctypes.Structure):
@@ -248,7 +249,7 @@ class BaseLibrary(_Loaded, ABC):
         """Bytes of every buffer."""
 
     @abstractmethod
-    def bind(self, weights: object, bias: object = None, slope: object = None) -> Any:
+    def bind(self, weights: object, bias: object = None, slope: object = None, *, scale: object = None) -> Any:
         """A layer with these weights, packed once; arguments as in :meth:`pack`."""
 
     def _check_layer(self, path: str) -> None:
@@ -257,7 +258,7 @@ class BaseLibrary(_Loaded, ABC):
         if not self.version.startswith(f"{expected}; "):
             raise ExportError(f"{path}: expected {expected}, found {self.version}")
         sizes = self.sizes()._asdict()
-        for name in ("src", "weights", "bias", "slope", "residual", "dst"):
+        for name in ("src", *PARAMETERS, "residual", "dst"):
             size = self._tensors[name].bytes if name in self._tensors else 0
             if sizes[name] != size:
                 raise ExportError(f"{path}: {name}: expected {size} bytes, found {sizes[name]}")
@@ -272,14 +273,23 @@ class BaseLibrary(_Loaded, ABC):
         """What the library says of itself: its ABI, layer and a digest of its code."""
         return str(self._version().decode())
 
-    def pack(self, weights: object, bias: object = None, slope: object = None, packed: Bytes | None = None) -> Bytes:
-        """Weights, bias and slope as the kernel reads them; into ``packed`` where given.
+    def pack(
+        self,
+        weights: object,
+        bias: object = None,
+        slope: object = None,
+        packed: Bytes | None = None,
+        *,
+        scale: object = None,
+    ) -> Bytes:
+        """The parameters as the kernel reads them; into ``packed`` where given.
 
         Args:
-            weights: ``spec.weights_shape``; like all tensors of the spec's dtype: float32, float16 or
-                ml_dtypes.bfloat16.
-            bias: ``[oc]``, given exactly where the spec has one.
+            weights: ``spec.weights_shape``; like all tensors stored as ``spec.dtypes`` says: float32, float16,
+                ml_dtypes.bfloat16, int8 or int32.
+            bias: ``[oc]``, given exactly where the spec has one. With the sum of products it must fit into its type.
             slope: of prelu, ``[oc]`` or one number.
+            scale: of i8, ``[oc]``.
             packed: ``sizes().packed`` bytes at a multiple of 64.
 
         Raises:
@@ -287,7 +297,7 @@ class BaseLibrary(_Loaded, ABC):
         """
         if slope is not None and self.spec.has_slope:
             slope = self._broadcast_slope(slope)
-        given = {"weights": weights, "bias": bias, "slope": slope}
+        given = {"weights": weights, "bias": bias, "slope": slope, "scale": scale}
         args, arrays = _PackArgs(), []
         for name, value in given.items():
             array = self._operand(name, value)
@@ -430,9 +440,9 @@ class Library(BaseLibrary):
 
         return call
 
-    def bind(self, weights: object, bias: object = None, slope: object = None) -> Layer:
+    def bind(self, weights: object, bias: object = None, slope: object = None, *, scale: object = None) -> Layer:
         """A layer with these weights, packed once; arguments as in :meth:`pack`."""
-        return Layer(self, self.pack(weights, bias, slope))
+        return Layer(self, self.pack(weights, bias, slope, scale=scale))
 
     def _run_args(self, packed: Bytes, sizes: Sizes, threads: int) -> _RunArgs:
         """The struct of a call, but for the addresses of src, residual, dst and workspace."""

@@ -13,11 +13,11 @@ from .errors import BuildError, ConvgenError, UnsupportedError
 from .interface import TensorInfo
 from .interrupts import interrupts_held
 from .schedule import Candidate, Program
-from .spec import ConvSpec
+from .spec import PARAMETERS, ConvSpec
 from .target import Target
 
 #: Tensors at the user's boundary: any contiguous array is taken, so they are aligned like their elements.
-BOUNDARY = frozenset({"src", "weights", "bias", "slope", "residual", "dst"})
+BOUNDARY = frozenset({"src", *PARAMETERS, "residual", "dst"})
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
 
     core = spec.core
     schedule, picks = candidate.schedule, candidate.picks
-    schedule.applies(core, target)
+    schedule.check(core, target)
     schedule.valid(core, target, picks)
     try:
         program = schedule.program(core, target, picks)
@@ -78,7 +78,7 @@ def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
         TensorInfo(f"packed{i}", tuple(int(d) for d in tensor.shape), STORED[str(tensor.dtype)])
         for i, tensor in enumerate(packed)
     )
-    return Lowered(spec, target, candidate, _align_boundary(module, BYTES[spec.dtype]), infos)
+    return Lowered(spec, target, candidate, _align_boundary(module, spec), infos)
 
 
 @interrupts_held()
@@ -138,13 +138,13 @@ def _codegen(host_module: Any, target: Any) -> Any:
 def _llvm(lowered: Lowered) -> Any:
     """The target as LLVM gets it.
 
-    LLVM 22 compiles a masked store of 32-bit integers narrowed to 16 bits, its mask a constant with one
-    lane, to a 32-bit store: two bytes too many. Without AVX512BW it makes no such stores. (bf16 alone
-    is narrowed so; it is moved as integers.)
+    LLVM 22 compiles a masked store of 32-bit integers narrowed to fewer bits, its mask a constant with one
+    lane, to a 32-bit store: bytes too many. Without AVX512BW it makes no such stores. (bf16, which is moved
+    as integers, and i8 are narrowed so.)
     """
     # Any machine's CPU may pack for a device.
     config = json.loads(lowered.target.tvm_config) if lowered.target.kind == "cpu" else {"kind": "llvm"}
-    if lowered.spec.dtype == "bf16" and "avx512bw" in lowered.target.isa:
+    if lowered.spec.dtype in ("bf16", "i8") and "avx512bw" in lowered.target.isa:
         config["mattr"] = ["-avx512bw"]
     from tvm.target import Target as TvmTarget
 
@@ -157,7 +157,7 @@ def _packed_count(program: Program, spec: ConvSpec) -> int:
 
 def _check(program: Program, spec: ConvSpec) -> None:
     """A schedule's program must have the arguments the C entry points pass."""
-    parameters = ["weights"] + ["bias"] * spec.bias + ["slope"] * spec.has_slope
+    parameters = spec.parameters
     leading = ["src"] + ["residual"] * spec.residual
     count = _packed_count(program, spec)
     pack, main = program.pack, program.main
@@ -171,8 +171,8 @@ def _check(program: Program, spec: ConvSpec) -> None:
             raise BuildError(f"packed tensor {taken.op.name}: expected {output.shape}, found {taken.shape}")
 
 
-def _align_boundary(module: Any, element: int) -> Any:
-    """Declare the boundary buffers with the alignment of their element, in bytes.
+def _align_boundary(module: Any, spec: ConvSpec) -> Any:
+    """Declare the boundary buffers with the alignment of their element.
 
     ``te.create_prim_func`` promises 64 bytes for every argument and has no option for it, and TIR
     has no mutator in Python, so the serialised form is edited.
@@ -180,12 +180,13 @@ def _align_boundary(module: Any, element: int) -> Any:
     import tvm
 
     graph = json.loads(tvm.ir.save_json(module))
-    nodes = graph["nodes"]
+    nodes, dtypes = graph["nodes"], spec.dtypes
     for node in nodes:
-        if node["type"] == "ir.Var" and nodes[node["data"]["name"]]["data"] in BOUNDARY:
-            buffer = nodes[node["data"]["ty"]]
-            if buffer["type"] == "tirx.BufferType":
-                buffer["data"]["data_alignment"] = element
+        if node["type"] != "ir.Var" or (name := nodes[node["data"]["name"]]["data"]) not in BOUNDARY:
+            continue
+        buffer = nodes[node["data"]["ty"]]
+        if buffer["type"] == "tirx.BufferType":
+            buffer["data"]["data_alignment"] = BYTES[dtypes[name]]
     return tvm.ir.load_json(json.dumps(graph))
 
 

@@ -284,7 +284,7 @@ def build_artifact(module_json: str, root: str) -> str:
 
         device = measured_code(lowered, directory)
     interface, _, library = compile_lowered(lowered, directory, "candidate", device)
-    exact = not candidate.schedule.transforms and spec.activation_op.exact
+    exact = candidate.is_exact(spec) and spec.activation_op.exact
     (directory / "candidate.json").write_text(
         json.dumps({"spec": meta["spec"], "name": interface.name, "exact": exact, "device": target.kind})
     )
@@ -305,14 +305,15 @@ def load_artifact(path: str, threads: int) -> tuple[Library, bool]:
 
 def load_inputs(spec: ConvSpec, directory: str) -> dict[str, Any]:
     """The inputs of a layer."""
-    return {name: load(Path(directory) / f"{name}.npy", spec.dtype) for name in spec.shapes if name != "dst"}
+    return {name: load(Path(directory) / f"{name}.npy", dtype) for name, dtype in spec.dtypes.items() if name != "dst"}
 
 
 def prepare_artifact(library: Library, directory: str, threads: int) -> tuple[Callable[[], Any], Any]:
     """A call of the library on the expected inputs, and the output it writes."""
     spec, data = library.spec, load_inputs(library.spec, directory)
-    packed = library.pack(data["weights"], data.get("bias"), data.get("slope"))
-    dst = np.full(spec.dst_shape, np.nan, numpy_dtype(spec.dtype))
+    packed = library.pack(**{name: data[name] for name in spec.parameters})
+    dst = np.empty(spec.dst_shape, numpy_dtype(spec.dtype))
+    dst.reshape(-1).view(np.uint8).fill(0xFF)  # NaN, but of i8
     return library.prepare(data["src"], packed, dst, data.get("residual"), threads=threads), dst
 
 

@@ -26,7 +26,7 @@ from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from .build import Kernel, build
-from .dtypes import BYTES, numpy_dtype
+from .dtypes import UNIT_ROUNDOFF, numpy_dtype
 from .errors import SpecError, UnsupportedError
 from .onnx_reader import convolution_fields
 from .reference import _session
@@ -34,7 +34,7 @@ from .spec import ConvSpec
 
 Array = npt.NDArray[Any]
 
-_DTYPES = {numpy_dtype(name): name for name in BYTES}
+_DTYPES = {numpy_dtype(name): name for name in UNIT_ROUNDOFF}
 
 
 @cache

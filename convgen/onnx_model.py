@@ -22,9 +22,15 @@ _Emit = Callable[..., str]  # (operator, *inputs, output=name, **attributes) -> 
 _Constant = Callable[[str, npt.ArrayLike], str]  # (name, value) -> name
 
 #: Written models, (opset, IR version): the first with Gelu; for bf16, the first whose Conv takes it.
-VERSIONS = {"f32": (20, 9), "f16": (20, 9), "bf16": (22, 10)}
+VERSIONS = {"f32": (20, 9), "f16": (20, 9), "bf16": (22, 10), "i8": (20, 9)}
 #: Of tensors, ONNX's name of the storage type.
-ELEMENTS = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+ELEMENTS = {
+    "f32": TensorProto.FLOAT,
+    "f16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+    "i8": TensorProto.INT8,
+    "i32": TensorProto.INT32,
+}
 
 #: Activation -> ONNX operator, where parameters are attributes in this order.
 _OPERATORS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -44,12 +50,13 @@ def onnx_model(
     weights: npt.ArrayLike | None = None,
     bias: npt.ArrayLike | None = None,
     slope: npt.ArrayLike | None = None,
+    scale: npt.ArrayLike | None = None,
 ) -> onnx.ModelProto:
-    """The spec as an ONNX graph ``src, [weights], [bias], [slope], [residual] -> dst``.
+    """The spec as an ONNX graph ``src, [weights], [bias], [slope], [scale], [residual] -> dst``.
 
     Args:
-        weights, bias, slope: constants of the spec's dtype and shape ``spec.weights_shape``, ``[oc]`` and ``[oc]``
-            (or one element). What is not given is a graph input of that name.
+        weights, bias, slope, scale: constants of the spec's dtypes and shape ``spec.weights_shape``, and ``[oc]``
+            each (a slope may have one element). What is not given is a graph input of that name.
 
     ``src``, ``residual`` and ``dst`` have the spec's layout; ONNX convolutions are channels-first,
     so NHWC is transposed on the way in and out.
@@ -70,25 +77,24 @@ def onnx_model(
         constants.append(numpy_helper.from_array(np.asarray(value, dtype if isinstance(value, float) else None), name))
         return name
 
-    def parameter(name: str, present: bool, shape: tuple[int, ...], array: npt.ArrayLike | None) -> str:
-        if not present and array is not None:
-            raise SpecError(name, "none, as the spec has no such argument", "an array", str(spec))
-        if not present:
+    def parameter(name: str, array: npt.ArrayLike | None) -> str:
+        if name not in spec.shapes:
+            if array is not None:
+                raise SpecError(name, "none, as the spec has no such argument", "an array", str(spec))
             return ""
         if array is None:
-            inputs.append(helper.make_tensor_value_info(name, element, shape))
+            inputs.append(helper.make_tensor_value_info(name, ELEMENTS[spec.dtypes[name]], spec.shapes[name]))
             return name
-        return constant(name, checked(spec, name, array, shape))
+        return constant(name, checked(spec, name, array, spec.shapes[name]))
 
     order = (0, spec.rank + 1, *range(1, spec.rank + 1))  # channels-last -> channels-first
     back = (0, *range(2, spec.rank + 2), 1)
     channels_last = spec.layout == "nhwc"
 
     x = emit("Transpose", "src", output="src_nchw", perm=order) if channels_last else "src"
-    w = parameter("weights", True, spec.weights_shape, weights)
-    b = parameter("bias", spec.bias, (spec.oc,), bias)
-    s = parameter("slope", spec.has_slope, (spec.oc,), slope)
-    x = _convolution(spec, [x, w, b], emit, constant)
+    w, b, s = parameter("weights", weights), parameter("bias", bias), parameter("slope", slope)
+    by = parameter("scale", scale)
+    x = _quantised(spec, [x, w, b, by], emit, constant) if by else _convolution(spec, [x, w, b], emit, constant)
     if spec.residual:
         inputs.append(helper.make_tensor_value_info("residual", element, spec.dst_shape))
         r = emit("Transpose", "residual", output="residual_nchw", perm=order) if channels_last else "residual"
@@ -108,13 +114,13 @@ def onnx_model(
 
 
 def checked(spec: ConvSpec, name: str, array: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """The array, which must be of the spec's dtype and ``shape``; a slope of one element is broadcast.
+    """The array, which must be stored as the spec says and have ``shape``; a slope of one element is broadcast.
 
     Raises:
         SpecError: the shape or dtype is another.
     """
     a = np.asarray(array)
-    if a.dtype != (dtype := numpy_dtype(spec.dtype)):
+    if a.dtype != (dtype := numpy_dtype(spec.dtypes[name])):
         raise SpecError(name, f"dtype {dtype.name}", a.dtype, str(spec))
     if name == "slope" and a.size == 1:
         a = np.broadcast_to(a.reshape(1), shape)
@@ -123,16 +129,29 @@ def checked(spec: ConvSpec, name: str, array: npt.ArrayLike, shape: tuple[int, .
     return np.ascontiguousarray(a)
 
 
-def _convolution(spec: ConvSpec, operands: list[str], emit: _Emit, constant: _Constant) -> str:
-    x, weights, bias = operands
+def _attributes(spec: ConvSpec) -> dict[str, Any]:
     begins, ends = (list(side) for side in zip(*spec.padding, strict=True))
-    attributes: dict[str, Any] = {
+    return {
         "kernel_shape": spec.kernel,
         "strides": spec.stride,
         "dilations": spec.dilation,
         "pads": begins + ends,
         "group": spec.groups,
     }
+
+
+def _quantised(spec: ConvSpec, operands: list[str], emit: _Emit, constant: _Constant) -> str:
+    """QLinearConv of scales 1 but for the weights', one for each channel, and zero points 0."""
+    x, weights, bias, scale = operands
+    one = constant("one", np.ones((), np.float32))
+    zero, zeros = constant("zero", np.zeros((), np.int8)), constant("zeros", np.zeros(spec.oc, np.int8))
+    operands = [x, one, zero, weights, scale, zeros, one, zero] + [bias] * spec.bias
+    return emit("QLinearConv", *operands, output="conv", **_attributes(spec))
+
+
+def _convolution(spec: ConvSpec, operands: list[str], emit: _Emit, constant: _Constant) -> str:
+    x, weights, bias = operands
+    attributes = _attributes(spec)
     with_bias = [x, weights, bias] if bias else [x, weights]
     if not spec.transposed:
         return emit("Conv", *with_bias, output="conv", **attributes)
@@ -144,7 +163,7 @@ def _convolution(spec: ConvSpec, operands: list[str], emit: _Emit, constant: _Co
     y = emit("ConvTranspose", x, weights, output="conv", **attributes | {"pads": [0] * (2 * spec.rank)})
     amounts = constant("amounts", np.array([0] * (spec.rank + 4) + list(spec.output_padding), np.int64))
     y = emit("Pad", y, amounts, output="padded")
-    first = np.array(begins, np.int64)
+    first = np.array([begin for begin, _ in spec.padding], np.int64)
     bounds = {"starts": first, "stops": first + spec.out_spatial, "axes": np.arange(2, spec.rank + 2)}
     y = emit("Slice", y, *(constant(name, value) for name, value in bounds.items()), output="cropped")
     if bias:

@@ -206,7 +206,7 @@ class OpenVino(Peer):
 
         from .onnx_model import onnx_model
 
-        model = onnx_model(spec, *(data.get(name) for name in ("weights", "bias", "slope")))
+        model = onnx_model(spec, **{name: data[name] for name in spec.parameters})
         options = {
             "INFERENCE_PRECISION_HINT": "f32",
             "INFERENCE_NUM_THREADS": threads,

@@ -18,6 +18,8 @@ Array = npt.NDArray[Any]
 
 def _session(model: bytes, threads: int, level: ort.GraphOptimizationLevel) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    # Sums of pairs of products of 8-bit integers would saturate at 16 bits on x86 without VNNI.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
@@ -48,20 +50,23 @@ def run_onnxruntime(
     slope: npt.ArrayLike | None = None,
     residual: npt.ArrayLike | None = None,
     *,
+    scale: npt.ArrayLike | None = None,
     threads: int = 1,
 ) -> Array:
     """The spec's output ``dst_shape``, computed once: weights fed as inputs, nothing fused.
 
-    f16 and bf16 layers are computed in f32 and their output rounded: that is what they mean.
+    f16 and bf16 layers are computed in f32 and their output rounded: that is what they mean. i8 is computed as such.
 
     Raises:
         SpecError: an array is missing, superfluous or of the wrong shape or dtype.
     """
-    data = _data(spec, src, residual, weights=weights, bias=bias, slope=slope)
-    model = onnx_model(spec.with_(dtype="f32")).SerializeToString()
+    data = _data(spec, src, residual, weights=weights, bias=bias, slope=slope, scale=scale)
+    computed = spec
+    if spec.dtype != "i8":
+        computed, data = spec.with_(dtype="f32"), {name: widen(array) for name, array in data.items()}
+    model = onnx_model(computed).SerializeToString()
     session = _session(model, threads, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
-    dst = session.run(["dst"], {name: widen(array) for name, array in data.items()})[0]
-    return narrow(np.asarray(dst, np.float32), spec.dtype)
+    return narrow(np.asarray(session.run(["dst"], data)[0]), spec.dtype)
 
 
 class OrtReference:
@@ -72,7 +77,7 @@ class OrtReference:
     timed. An NHWC spec includes the transposes, as ONNX has no other convolution.
 
     Args:
-        src, weights, bias, slope, residual: arrays as in :func:`run_onnxruntime`; src and
+        src, weights, bias, slope, residual, scale: arrays as in :func:`run_onnxruntime`; src and
             residual are kept, so that writing to them changes the next run's input.
 
     Raises:
@@ -88,12 +93,15 @@ class OrtReference:
         slope: npt.ArrayLike | None = None,
         residual: npt.ArrayLike | None = None,
         *,
+        scale: npt.ArrayLike | None = None,
         threads: int = 1,
     ) -> None:
-        data = _data(spec, src, residual, weights=weights, bias=bias, slope=slope)
+        data = _data(spec, src, residual, weights=weights, bias=bias, slope=slope, scale=scale)
         inputs = {name: data[name] for name in ("src", "residual") if name in data}
-        model = onnx_model(spec, *(data.get(name) for name in ("weights", "bias", "slope")))
+        model = onnx_model(spec, **{name: data[name] for name in spec.parameters})
         level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        if spec.dtype == "i8":  # what it then puts in place of QLinearConv takes no i8 (1.31)
+            level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         self.spec, self.threads = spec, threads
         self.output: Array = np.empty(spec.dst_shape, numpy_dtype(spec.dtype))
         self._inputs = inputs  # bound by address: they must live as long as the session

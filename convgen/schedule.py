@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Pick = int | str | bool
 
+#: Most products of i8, 2**14 at most each, whose sum is exact in f32.
+EXACT_I8_PRODUCTS = 1 << 10
+
 
 def require(condition: bool, why: str) -> None:
     """Raise :class:`Inapplicable` with the reason unless the condition holds."""
@@ -132,7 +135,7 @@ class Space:
 class Program:
     """The tensor expressions of one candidate.
 
-    ``pack``: placeholders ``weights [bias] [slope]``, then the packed tensors computed from them.
+    ``pack``: placeholders ``weights [bias] [slope] [scale]``, then the packed tensors computed from them.
     ``main``: placeholders ``src [residual]``, one placeholder per packed tensor, then ``dst``.
     """
 
@@ -146,15 +149,17 @@ class Schedule(ABC):
     ``id`` and ``version`` are written into records: raise the version when the code that some
     picks produce changes, so that old measurements no longer answer for it. ``transforms`` says
     that it does more than reorder sums (Winograd), so that integers need not come out bit for bit.
+    ``sums_integers`` says that sums of a layer of integers are integers; elsewhere they are f32.
     """
 
     id: ClassVar[str]
     version: ClassVar[int]
     transforms: ClassVar[bool] = False
+    sums_integers: ClassVar[bool] = False
 
     @abstractmethod
     def applies(self, spec: ConvSpec, target: Target) -> None:
-        """Raise :class:`Inapplicable` with the reason where the algorithm does not apply."""
+        """Raise :class:`Inapplicable` with the reason where the algorithm does not apply; see :meth:`check`."""
 
     @abstractmethod
     def space(self, spec: ConvSpec, target: Target) -> Space:
@@ -185,10 +190,21 @@ class Schedule(ABC):
 
     # ---- shared -------------------------------------------------------------------------------
 
+    def check(self, spec: ConvSpec, target: Target) -> None:
+        """Raise :class:`Inapplicable` with the reason where the schedule does not apply, or is not exact for i8."""
+        self.applies(spec, target)
+        if spec.dtype == "i8" and not self.sums_integers:
+            require(not self.transforms, "its transform is not exact for i8")
+            length = spec.reduction_length
+            require(
+                length <= EXACT_I8_PRODUCTS,
+                f"sums in f32, exact for {EXACT_I8_PRODUCTS} products of i8; there are {length}",
+            )
+
     def reason_against(self, spec: ConvSpec, target: Target, picks: Picks | None = None) -> str | None:
         """Why the schedule (or one point of it) does not apply; None where it does."""
         try:
-            self.applies(spec, target)
+            self.check(spec, target)
             if picks is not None:
                 require(picks in self.space(spec, target), f"{picks} is not in the space")
                 self.valid(spec, target, picks)
@@ -203,6 +219,10 @@ class Candidate:
 
     schedule: Schedule
     picks: Picks
+
+    def is_exact(self, spec: ConvSpec) -> bool:
+        """Whether integer-valued data must match bit for bit."""
+        return spec.dtype == "i8" or not self.schedule.transforms
 
     def __str__(self) -> str:
         return f"{self.schedule.id}({self.picks})"

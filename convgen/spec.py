@@ -1,7 +1,9 @@
 """ConvSpec: what a convolution is, independent of how it is computed.
 
 A spec means ONNX's ``Conv`` / ``ConvTranspose`` (cross-correlation) followed by bias, residual and
-activation: ``dst = activation(conv(src, weights) + bias + residual)``.
+activation: ``dst = activation(conv(src, weights) + bias + residual)``. Of 8-bit integers it means ``QLinearConv``
+whose zero points are 0: ``dst = saturate(round(activation((conv(src, weights) + bias) * scale)))``, where the sum is
+a 32-bit integer, the rest f32, ties are rounded to even and ``scale`` is a tensor ``[oc]``.
 
 This module imports neither NumPy nor TVM, so that the command line can refuse a wrong spec at once.
 """
@@ -19,14 +21,13 @@ from functools import cached_property
 from typing import Any
 
 from .activation import Activation
-from .dtypes import BYTES
+from .dtypes import BYTES, DTYPES
 from .errors import SpecError
 
 #: Version of the canonical form. A new field with a neutral default does not change it.
 CANONICAL_VERSION = 1
 
 OPERATORS = tuple(f"{op}{rank}d" for op in ("conv", "convtranspose") for rank in (1, 2, 3))
-DTYPES = tuple(BYTES)
 ACCURACIES = ("strict", "standard", "relaxed", "tf32")
 #: Every accepted layout token -> (canonical layout, rank it names; 0 = any).
 LAYOUTS = {
@@ -38,7 +39,11 @@ LAYOUTS = {
     "ndhwc": ("nhwc", 3),
 }
 PADDING_WORDS = ("valid", "same", "same_lower")
+#: What is bound once, in the order of functions that take it.
+PARAMETERS = ("weights", "bias", "slope", "scale")
 INT32_MAX = 2**31 - 1
+#: Most products of i8 in one sum: what is left of 32 bits, 1,179,647, is the bias'.
+MOST_I8_PRODUCTS = 131_000
 
 Pair = tuple[int, int]
 Spatial = tuple[int, ...]
@@ -125,7 +130,9 @@ class ConvSpec:
         residual: whether a tensor of the output's shape is added before the activation.
         accuracy: the class of its error bound (:mod:`convgen.validate`): ``strict``, ``standard``,
             ``relaxed``, or ``tf32``, whose products may be of operands of 11 bits.
-        dtype: how all tensors are stored: ``f32``, ``f16`` or ``bf16``; sums are f32 whatever it is.
+        dtype: how tensors are stored: ``f32``, ``f16`` or ``bf16``; sums are f32 whatever it is. Or ``i8``: src,
+            weights and dst are, the bias is i32, the scale f32 (:attr:`dtypes`). It is exact, takes no
+            residual, no activation but ``relu``, no accuracy but ``standard``, and is not transposed.
         layout: of src, dst and residual: ``nchw`` (1-D ``ncw``, 3-D ``ncdhw``) or ``nhwc``.
             Weights are always ``[oc, ic/groups, *kernel]``, transposed ``[ic, oc/groups, *kernel]``.
 
@@ -191,6 +198,8 @@ class ConvSpec:
                 raise SpecError(f"output_padding[{axis}]", f"below max(stride, dilation) = {limit}", extra)
         self._resolve_padding(output_spatial, put)
         self._check_sizes()
+        if self.dtype == "i8":
+            self._check_i8()
 
     def _resolve_padding(self, wanted: Any, put: Any) -> None:
         rank, word = self.rank, self.padding if isinstance(self.padding, str) else None
@@ -241,6 +250,19 @@ class ConvSpec:
         ):
             if math.prod(shape) > INT32_MAX:
                 raise SpecError(name, f"at most {INT32_MAX} elements (int32 indexing)", f"shape {shape}")
+
+    def _check_i8(self) -> None:
+        for name, why, neutral in (
+            ("transposed", "false for i8, as ONNX has no such operator", (False,)),
+            ("residual", "false for i8, as it would have a scale of its own", (False,)),
+            ("activation", "none or relu for i8, as others do not commute with rounding to it", ("none", "relu")),
+            ("accuracy", "standard for i8, which is exact", ("standard",)),
+        ):
+            if getattr(self, name) not in neutral:
+                raise SpecError(name, why, getattr(self, name))
+        if self.reduction_length > MOST_I8_PRODUCTS:
+            expected = f"at most {MOST_I8_PRODUCTS} products of i8 in a sum of 32 bits"
+            raise SpecError("ic/groups * kernel", expected, self.reduction_length)
 
     # ---- shapes -------------------------------------------------------------------------------
 
@@ -299,15 +321,30 @@ class ConvSpec:
 
     @property
     def shapes(self) -> dict[str, Spatial]:
-        """Shape of each tensor by name: ``src weights [bias] [slope] [residual] dst``; the ones it lacks are absent."""
+        """Shape of each tensor by name: ``src weights [bias] [slope] [scale] [residual] dst``; the ones it lacks are
+        absent.
+        """
         shapes = {"src": self.src_shape, "weights": self.weights_shape}
         if self.bias:
             shapes["bias"] = (self.oc,)
         if self.has_slope:
             shapes["slope"] = (self.oc,)
+        if self.dtype == "i8":
+            shapes["scale"] = (self.oc,)
         if self.residual:
             shapes["residual"] = self.dst_shape
         return {**shapes, "dst": self.dst_shape}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """How each tensor of :attr:`shapes` is stored."""
+        own = {"bias": "i32", "scale": "f32"} if self.dtype == "i8" else {}
+        return {name: own.get(name, self.dtype) for name in self.shapes}
+
+    @property
+    def parameters(self) -> list[str]:
+        """The tensors that are bound once: ``weights [bias] [slope] [scale]``."""
+        return [name for name in PARAMETERS if name in self.shapes]
 
     @property
     def activation_op(self) -> Activation:
@@ -371,8 +408,8 @@ class ConvSpec:
     @property
     def bytes(self) -> dict[str, int]:
         """Bytes of each tensor of the layer; the ones it lacks are absent."""
-        size = BYTES[self.dtype]
-        return {name: size * math.prod(shape) for name, shape in self.shapes.items()}
+        dtypes = self.dtypes
+        return {name: BYTES[dtypes[name]] * math.prod(shape) for name, shape in self.shapes.items()}
 
     # ---- identity -----------------------------------------------------------------------------
 
@@ -428,7 +465,8 @@ class ConvSpec:
     def parse(cls, text: str) -> ConvSpec:
         """Read a descriptor such as ``conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu``.
 
-        The operator comes first; the other tokens follow in any order, each at most once.
+        The operator comes first; the other tokens follow in any order, each at most once. ``i8`` is the dtype where
+        it cannot be the input's size: in 1-D, where another token gives that.
 
         Raises:
             SpecError: a token is malformed, unknown, repeated or missing, or the spec is wrong.
@@ -438,6 +476,10 @@ class ConvSpec:
             raise SpecError("operator", f"one of {', '.join(OPERATORS)}", repr(tokens[0] if tokens else text))
         values: dict[str, Any] = {"transposed": tokens[0].startswith("convtranspose")}
         rank = int(tokens[0][-2])
+        sizes = [token for token in tokens if _SIZES.match(token)]
+        if "i8" in sizes and (rank > 1 or len(sizes) > 1):  # in 1-D it is a size, too
+            tokens.remove("i8")
+            values["dtype"] = "i8"
         for token in tokens[1:]:
             name, value = _token(token, rank)
             if name in values:
@@ -486,6 +528,7 @@ def _join(letter: str, values: Spatial) -> str:
 
 # ASCII digits, and so few that int() takes them.
 _NUMBER = re.compile(r"(n|ic|oc|g|op|i|k|s|d)([0-9]{1,18}(?:x[0-9]{1,18})*)\Z")
+_SIZES = re.compile(r"i[0-9x]+\Z")
 _PADS = re.compile(r"p([0-9]{1,18}(?:_[0-9]{1,18})?(?:x[0-9]{1,18}(?:_[0-9]{1,18})?)*)\Z")
 _SCALARS = {"n": "n", "ic": "ic", "oc": "oc", "g": "groups"}
 _SPATIALS = {"i": "in_spatial", "k": "kernel", "s": "stride", "d": "dilation", "op": "output_padding"}

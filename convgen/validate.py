@@ -14,6 +14,9 @@ and ``2**15`` more than relaxed for tf32: two operands cut off after 11 bits.
 A layer stored as f16 or bf16 is computed in f32 and rounded once: two results that far apart may round
 to neighbours, so the bound grows by twice the rounding of what may come out.
 
+Layers of i8 are exact: every element must be ONNX Runtime's, on data whose sums take the whole range of types,
+saturate here and there, and on data half of whose outputs are ties.
+
 On small integers every partial sum is exact, so a schedule that only reorders sums must match bit
 for bit; one that transforms (Winograd) is held to its bound there too.
 """
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from .build import Kernel
 
 F32 = npt.NDArray[np.float32]
-Stored = npt.NDArray[Any]  # of the spec's dtype
+Stored = npt.NDArray[Any]  # as the spec says
 
 UNIT_ROUNDOFF = 2.0**-24
 CLASS_FACTOR = {"strict": 1.0, "standard": 8.0, "relaxed": 64.0, "tf32": 64.0}
@@ -55,7 +58,9 @@ EMULATED_SECONDS_PER_GFLOP = 10_000.0
 
 
 def error_factor(spec: ConvSpec) -> float:
-    """``c`` above: the admitted error in units of ``u * conv(|src|, |weights|)``."""
+    """``c`` above: the admitted error in units of ``u * conv(|src|, |weights|)``; 0 of integers."""
+    if spec.dtype == "i8":
+        return 0.0
     sums = CLASS_FACTOR[spec.accuracy] * (8 + 2 * math.sqrt(spec.reduction_length))
     return sums + OPERAND_FACTOR.get(spec.accuracy, 0)
 
@@ -64,19 +69,44 @@ def error_factor(spec: ConvSpec) -> float:
 
 
 def float_data(spec: ConvSpec, seed: int = 0) -> Arrays:
-    """Standard normal tensors by name: ``src weights [bias] [slope] [residual]``."""
+    """Standard normal tensors by name: ``src weights [bias] [slope] [scale] [residual]``; of i8, any integers, and
+    scales with which outputs spread over the type's range and beyond.
+    """
     rng = np.random.default_rng(seed)
+    if spec.dtype == "i8":
+        return _integers(spec, rng, 128, 2.0 ** rng.uniform(-1, 2, spec.oc))
     return {n: narrow(rng.standard_normal(shape, np.float32), spec.dtype) for n, shape in _shapes(spec).items()}
 
 
 def exact_data(spec: ConvSpec, seed: int = 0) -> Arrays:
-    """Small integers: every partial sum is below 2**24, so f32 arithmetic is exact in any order."""
+    """Small integers: every partial sum is below 2**24, so f32 arithmetic is exact in any order. Of i8, with scales
+    that are powers of two: many outputs are ties.
+    """
     rng = np.random.default_rng(seed)
+    if spec.dtype == "i8":
+        return _integers(spec, rng, 2, 2.0 ** -np.ones(spec.oc))
     largest = max(1, min(8, math.isqrt(2**22 // max(1, spec.reduction_length))))
     return {
         name: rng.integers(-largest, largest + 1, shape).astype(numpy_dtype(spec.dtype))
         for name, shape in _shapes(spec).items()
     }
+
+
+def _integers(spec: ConvSpec, rng: np.random.Generator, largest: int, factors: npt.NDArray[np.float64]) -> Arrays:
+    """Tensors of a layer of i8 from ``-largest`` to ``largest - 1``; scaled by ``factors`` so that some outputs
+    saturate where the factor is 1 or more. Every other scale is a power of two.
+    """
+    rms = math.sqrt(spec.reduction_length) * largest**2 / 3
+    scale = factors * min(1.0, 64 / rms)
+    scale[::2] = 2.0 ** np.floor(np.log2(scale[::2]))
+    bias = round(2 * rms)
+    data: Arrays = {
+        name: rng.integers(-largest, largest, shape).astype(np.int8)
+        for name, shape in (("src", spec.src_shape), ("weights", spec.weights_shape))
+    }
+    if spec.bias:
+        data["bias"] = rng.integers(-bias, bias + 1, spec.oc).astype(np.int32)
+    return data | {"scale": scale.astype(np.float32)}
 
 
 def special_data(spec: ConvSpec, seed: int = 0) -> Arrays:
@@ -109,7 +139,9 @@ def reference(spec: ConvSpec, data: Arrays, threads: int = 1) -> Stored:
 
 
 def tolerance(spec: ConvSpec, data: Arrays, threads: int = 1) -> F32:
-    """The element-wise bound for ``data``, of the output's shape."""
+    """The element-wise bound for ``data``, of the output's shape; of integers, zeros."""
+    if spec.dtype == "i8":
+        return np.zeros(spec.dst_shape, np.float32)
     plain = spec.with_(activation="none", dtype="f32")
     magnitude = reference(plain, {k: np.abs(widen(v)) for k, v in data.items() if k != "slope"}, threads)
     op = spec.activation_op
@@ -184,8 +216,8 @@ class Report:
 def validate(kernel: Kernel, *, seed: int = 0) -> Report:
     """Check a kernel against ONNX Runtime.
 
-    Exact integer data, float data against the bound, NaN and infinities; each between guard pages
-    with the output poisoned, on 1, the kernel's and one more thread; the same bits for any thread count;
+    Exact integer data, float data against the bound, NaN and infinities; of i8, integers alone; each between guard
+    pages with the output poisoned, on 1, the kernel's and one more thread; the same bits for any thread count;
     and the Python call refuses what is not contiguous. A GPU's kernel runs in its memory, with NaN
     around the buffers; where there is no such GPU, emulated (:mod:`convgen.cuda.emulate`), which is slow.
 
@@ -195,7 +227,7 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
     checks: list[Check] = []
     ratio = math.inf
     cases = {"float": float_data(spec, seed), "exact": exact_data(spec, seed)}
-    if kernel.exact:
+    if kernel.exact and spec.dtype != "i8":
         cases["special"] = special_data(spec, seed)
     try:
         with tempfile.TemporaryDirectory(prefix="convgen-") as directory:
@@ -227,8 +259,11 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
         expected = reference(spec, cases["float"], threads)
         bound = tolerance(spec, cases["float"], threads)
         ratio = worst(distance(firsts["float"], expected), bound)
-        found = f"largest error {ratio:.3g} of the bound (c = {error_factor(spec):.3g})"
-        checks.append(Check("float", ratio <= 1, found))
+        if spec.dtype == "i8":
+            checks.append(_equal("integers", expected, firsts["float"]))
+        else:
+            found = f"largest error {ratio:.3g} of the bound (c = {error_factor(spec):.3g})"
+            checks.append(Check("float", ratio <= 1, found))
         checks.append(_exact(kernel, cases["exact"], firsts["exact"]))
         if "special" in cases:
             checks.append(_special(spec, cases["special"], firsts["special"], threads))
@@ -267,18 +302,19 @@ def _exact(kernel: Kernel, data: Arrays, output: Stored) -> Check:
     spec = kernel.spec
     expected = reference(spec, data, kernel.threads)
     if kernel.exact and spec.activation_op.exact:
-        wrong = np.argwhere(output != expected)
-        if not len(wrong):
-            return Check("exact", True, f"{output.size} elements bit for bit")
-        at = tuple(int(i) for i in wrong[0])
-        return Check(
-            "exact",
-            False,
-            f"{len(wrong)} of {output.size} elements differ; at {at} expected {expected[at]}, found {output[at]}",
-        )
+        return _equal("exact", expected, output)
     why = f"activation {spec.activation}" if kernel.exact else "a transform"
     ratio = worst(distance(output, expected), tolerance(spec, data, kernel.threads))
     return Check("exact", ratio <= 1, f"integers through {why}: largest error {ratio:.3g} of the bound")
+
+
+def _equal(name: str, expected: Stored, output: Stored) -> Check:
+    wrong = np.argwhere(output != expected)
+    if not len(wrong):
+        return Check(name, True, f"{output.size} elements bit for bit")
+    at = tuple(int(i) for i in wrong[0])
+    differ = f"{len(wrong)} of {output.size} elements differ; at {at} expected {expected[at]}, found {output[at]}"
+    return Check(name, False, differ)
 
 
 def _special(spec: ConvSpec, data: Arrays, output: Stored, threads: int) -> Check:
@@ -311,8 +347,7 @@ def _refusal(kernel: Kernel) -> Check:
     """The Python call refuses an array it could only take with a copy."""
     spec = kernel.spec
     data = float_data(spec)
-    parameters = [data.get(name) for name in ("weights", "bias", "slope")]
-    layer = kernel.bind(*parameters)
+    layer = kernel.bind(**{name: data[name] for name in spec.parameters})
     strided = np.empty((*spec.src_shape, 2), numpy_dtype(spec.dtype))[..., 0]
     if strided.size < 2:
         return Check("refusal", True, "nothing to refuse: an array of one element is contiguous")

@@ -220,11 +220,12 @@ def finish(
 ) -> None:
     """The epilogue of a vector of sums, and its store in the first ``count`` elements of dst from ``place`` on.
 
-    ``given`` is the bias and slope there are, as vectors. ``within``: ``place`` may lie anywhere along the last axis.
+    ``given`` is the bias, slope and scale there are, as vectors. ``within``: ``place`` may lie anywhere along the last
+    axis.
     """
     read, write = (load_within, store_within) if within else (load, store)
     more = None if residual is None else read(residual, spec.dtype, place, lanes, count)
-    result = epilogue(spec, value, residual=more, **given)
+    result = epilogue(spec, value, residual=more, **given, lanes=lanes)
     block.add(write(dst, spec.dtype, place, result, lanes, count))
 
 

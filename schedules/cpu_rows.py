@@ -20,6 +20,7 @@ from tvm import tirx
 
 from convgen.compute import Operands, ceildiv, copied
 from convgen.schedule import Picks, Schedule, Space, require
+from convgen.spec import PARAMETERS
 from convgen.vector import Block, Columns, Taps, finish, load, runs, written, zeros
 
 #: Unrolled multiply-adds of all tiles that are written out.
@@ -125,7 +126,9 @@ def _kernel(spec, picks, g, src, residual, parameters, dst):
             for ky in range(taps[0])
             for kx in range(taps[1])
         }
-        bias, slope = parameter("bias"), parameter("slope")
+        # Of i8 the bias is another type than the sums in f32, to which it comes last.
+        given = {name: value for name in PARAMETERS[1:] if (value := parameter(name)) is not None}
+        bias = None if spec.dtype == "i8" else given.pop("bias", None)
 
         def tile(block, rows, y0, columns, x0):
             """Rows from y0 on, vectors from x0 on; ``rows`` and ``columns`` tell what of the image they meet."""
@@ -151,7 +154,7 @@ def _kernel(spec, picks, g, src, residual, parameters, dst):
                     if count > 0:
                         at = where(o, y0 + r, x0 + v * lanes)
                         value = sums.get((r, v), zeros(lanes) if bias is None else bias)
-                        finish(block, spec, dst, residual, at, value, lanes, count, slope=slope)
+                        finish(block, spec, dst, residual, at, value, lanes, count, **given)
 
         def rows_of(block, blocks):
             for first_row, row_count, rows in blocks:

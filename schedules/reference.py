@@ -1,7 +1,7 @@
 """The definition itself, lowered as it stands: slow, and always right.
 
 Applies to  every spec on every target.
-Strategy    1. Weights, bias and slope are copied, not rearranged.
+Strategy    1. Weights and other parameters are copied, not rearranged.
             2. One output row at a time is a task; the reduction of a pixel is one scalar loop. On a GPU
                one output element is a thread's.
 Why not     anything faster: this is what the others are checked against, and what a spec falls back
@@ -20,7 +20,7 @@ THREADS = 128
 
 
 class Reference(Schedule):
-    id, version = "reference", 2
+    id, version, sums_integers = "reference", 2, True
 
     def applies(self, spec, target):
         pass
@@ -37,7 +37,7 @@ class Reference(Schedule):
         return spec.flops / 1e9  # about what a scalar loop does in a second
 
     def program(self, spec, target, picks):
-        ops = Operands(spec)
+        ops = Operands(spec, integers=True)
         packed = [copied(t) for t in ops.parameters]
         weights, *vectors = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
         acc = convolution(spec, ops, weights)

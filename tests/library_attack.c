@@ -158,7 +158,7 @@ static void attack_pack(void)
 {
     buffer b[] = {make(sizes.weights, 4), make(sizes.bias, 4), make(sizes.packed, 64)};
     fill(b[0], 1), fill(b[1], 2);
-    convgen_pack_args args = {b[0].start, b[0].size, b[1].start, b[1].size, NULL, 0, b[2].start, b[2].size};
+    convgen_pack_args args = {b[0].start, b[0].size, b[1].start, b[1].size, NULL, 0, NULL, 0, b[2].start, b[2].size};
     argument arguments[] = {
         {&args.weights, &args.weights_size, b[0], 0, 0, 0},
         {&args.bias, &args.bias_size, b[1], 0, 0, 0},
@@ -342,7 +342,7 @@ int main(int argc, char **argv)
     fill(inputs[0], 3), fill(inputs[2], 4);
     buffer weights = make(sizes.weights, 4), bias = make(sizes.bias, 4), dst = make(sizes.dst, 4);
     fill(weights, 1), fill(bias, 2);
-    const convgen_pack_args pack = {weights.start, weights.size, bias.start, bias.size, NULL, 0, inputs[1].start, inputs[1].size};
+    const convgen_pack_args pack = {weights.start, weights.size, bias.start, bias.size, NULL, 0, NULL, 0, inputs[1].start, inputs[1].size};
     CHECK(planted_pack(&pack) == CONVGEN_OK, "pack");
     buffer workspace = make(sizes.workspace, 64);
     const convgen_run_args run = {inputs[0].start, inputs[0].size, inputs[1].start, inputs[1].size,

@@ -29,7 +29,7 @@ def spec_fields(draw: st.DrawFn, activations: Sequence[str] = ACTIVATIONS) -> di
     if transposed:
         extra = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
     groups = draw(st.sampled_from((1, 1, 2, 3)))
-    return {
+    fields = {
         "n": draw(st.sampled_from((1, 1, 2, 0))),
         "ic": groups * draw(st.sampled_from((1, 2, 3, 16))),
         "oc": groups * draw(st.sampled_from((1, 2, 5, 16))),
@@ -45,9 +45,13 @@ def spec_fields(draw: st.DrawFn, activations: Sequence[str] = ACTIVATIONS) -> di
         "activation": draw(st.sampled_from(activations)),
         "residual": draw(st.booleans()),
         "accuracy": draw(st.sampled_from(("standard", "strict", "relaxed"))),
-        "dtype": draw(st.sampled_from(("f32", "f32", "f16", "bf16"))),
+        "dtype": draw(st.sampled_from(("f32", "f32", "f16", "bf16", "i8"))),
         "layout": draw(st.sampled_from(("nchw", "nhwc"))),
     }
+    if fields["dtype"] == "i8":  # which has no others
+        fields |= {"transposed": False, "output_padding": 0, "residual": False, "accuracy": "standard"}
+        fields["activation"] = draw(st.sampled_from(("none", "relu")))
+    return fields
 
 
 @st.composite

@@ -121,7 +121,7 @@ static layer open_layer(const char *name)
     l.create = symbol(l.library, name, "pool_create");
     l.destroy = symbol(l.library, name, "pool_destroy");
     void *packed = zeros(s.packed), *weights = zeros(s.weights), *bias = zeros(s.bias);
-    const convgen_pack_args p = {weights, s.weights, bias, s.bias, NULL, 0, packed, s.packed};
+    const convgen_pack_args p = {weights, s.weights, bias, s.bias, NULL, 0, NULL, 0, packed, s.packed};
     if (((int (*)(const convgen_pack_args *))symbol(l.library, name, "pack"))(&p))
         abort();
     free(weights), free(bias);
@@ -540,7 +540,7 @@ def test_a_manifest_of_another_layer_is_refused(exported: Path, spec: ConvSpec) 
     """The hash is right. Smaller arrays would pass the checks in Python and be read beyond their end."""
     fields = {"descriptor": spec.descriptor, "key": spec.key, "fields": spec.to_dict()}
     with pytest.raises(
-        ExportError, match=r"liblayer\.so: expected convgen ABI 1; conv2d .*, found convgen ABI 1; conv2d "
+        ExportError, match=r"liblayer\.so: expected convgen ABI 2; conv2d .*, found convgen ABI 2; conv2d "
     ):
         load(altered(exported, lambda manifest: manifest.update(spec=fields)))
 
@@ -562,7 +562,7 @@ def test_another_library_under_the_same_name_is_refused(exported: Path, tmp_path
         load(exported)
     data = (exported / "liblayer.so").read_bytes()
     files = {"liblayer.so": {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
-    with pytest.raises(ExportError, match="expected convgen ABI 1; "):
+    with pytest.raises(ExportError, match="expected convgen ABI 2; "):
         load(altered(exported, lambda manifest: manifest.update(files=files)))
 
 

@@ -92,14 +92,16 @@ def test_every_activation_has_an_example(tmp_path: Path) -> None:
         assert "; ok" in succeed("./example", cwd=folder)
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "i8"])
 def test_an_example_stores_what_the_layer_stores(tmp_path: Path, dtype: str) -> None:
-    spec = ConvSpec.parse(f"conv2d n1 ic3 oc4 i9x8 k3 p1 residual prelu {dtype}")
+    epilogue = "relu" if dtype == "i8" else "residual prelu"
+    spec = ConvSpec.parse(f"conv2d n1 ic3 oc4 i9x8 k3 p1 {epilogue} {dtype}")
     folder = export(spec, tmp_path, name="narrow")
     succeed("cc", *STRICT, "example.c", "libnarrow.a", "-lm", "-lpthread", "-o", "example", cwd=folder)
     assert "; ok" in succeed("./example", cwd=folder)
     arguments = json.loads((folder / "manifest.json").read_text())["arguments"]
-    assert {(a["dtype"], a["alignment"]) for a in arguments} == {(dtype, 2)}
+    own = {("i8", 1), ("i32", 4), ("f32", 4)} if dtype == "i8" else {(dtype, 2)}
+    assert {(a["dtype"], a["alignment"]) for a in arguments} == own
 
 
 @pytest.mark.parametrize(
@@ -204,8 +206,8 @@ int main(void)
         bias[i] = 1;
     for (size_t i = 0; i < b.weights / 4; ++i)
         weights[i] = 2;
-    convgen_pack_args p = {weights, a.weights, bias, a.bias, NULL, 0, packed, a.packed};
-    convgen_pack_args q = {weights, b.weights, bias, b.bias, NULL, 0, other, b.packed};
+    convgen_pack_args p = {weights, a.weights, bias, a.bias, NULL, 0, NULL, 0, packed, a.packed};
+    convgen_pack_args q = {weights, b.weights, bias, b.bias, NULL, 0, NULL, 0, other, b.packed};
     convgen_run_args r = {src, a.src, packed, a.packed, NULL, 0, middle, a.dst, workspace, a.workspace, pool};
     convgen_run_args s = {middle, a.dst, other, b.packed, NULL, 0, dst, b.dst, workspace, b.workspace, pool};
     if (first_pack(&p) || second_pack(&q) || first_run(&r) || second_run(&s))
@@ -274,7 +276,7 @@ def test_manifest(out: Path) -> None:
     assert workspace["bytes"] == workspace["fixed"] + 2 * workspace["per_thread"] >= arguments["dst"]["bytes"]
     assert (manifest["target"], manifest["schedule"], manifest["picks"]) == ("cpu:test", "naive 1", {"tile": 4})
     assert (manifest["seconds"], manifest["error_bound"]["factor"]) == (1.5e-3, 50.0)
-    assert (manifest["abi"], manifest["threads"], manifest["versions"]) == (1, 2, {"convgen": "0"})
+    assert (manifest["abi"], manifest["threads"], manifest["versions"]) == (2, 2, {"convgen": "0"})
     assert set(manifest["files"]) == {path.name for path in out.iterdir()} - {"manifest.json"}
     for name, facts in manifest["files"].items():
         data = (out / name).read_bytes()

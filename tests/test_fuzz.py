@@ -25,6 +25,7 @@ from convgen.activation import DEFAULTS
 from convgen.build import compile_candidate, default_candidate, parse_candidate
 from convgen.cli import main
 from convgen.discover import schedules, schedules_of
+from convgen.dtypes import DTYPES
 from convgen.fuzz import (
     FEATURES,
     KINDS,
@@ -42,7 +43,7 @@ from convgen.fuzz import (
     shrink,
 )
 from convgen.schedule import Candidate, Picks
-from convgen.spec import ACCURACIES, DTYPES, LAYOUTS, OPERATORS, ConvSpec
+from convgen.spec import ACCURACIES, LAYOUTS, OPERATORS, ConvSpec
 from convgen.target import resolve
 from convgen.validate import validate
 

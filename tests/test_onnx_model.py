@@ -58,19 +58,16 @@ def plain_loops(spec: ConvSpec, data: dict[str, np.ndarray]) -> np.ndarray:
         y = y + data["bias"].reshape(-1, *[1] * spec.rank)
     if residual is not None:
         y = y + residual
+    if spec.dtype == "i8":
+        y = np.clip(np.rint(y * data["scale"].reshape(-1, *[1] * spec.rank)), -128, 127)
     return np.moveaxis(y, 1, -1) if spec.layout == "nhwc" else y
 
 
 def integers(spec: ConvSpec, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    shapes = {"src": spec.src_shape, "weights": spec.weights_shape}
-    if spec.bias:
-        shapes["bias"] = (spec.oc,)
-    if spec.has_slope:
-        shapes["slope"] = (spec.oc,)
-    if spec.residual:
-        shapes["residual"] = spec.dst_shape
-    return {name: rng.integers(-4, 5, shape).astype(numpy_dtype(spec.dtype)) for name, shape in shapes.items()}
+    shapes = {name: shape for name, shape in spec.shapes.items() if name != "dst"}
+    data = {name: rng.integers(-4, 5, shape).astype(numpy_dtype(spec.dtypes[name])) for name, shape in shapes.items()}
+    return data | ({"scale": data["scale"] / 4} if "scale" in data else {})
 
 
 @settings(max_examples=150, deadline=None)
@@ -82,7 +79,7 @@ def test_onnx_runtime_agrees_with_plain_loops(spec: ConvSpec) -> None:
     found = run_onnxruntime(spec, **data)
     assert found.dtype == numpy_dtype(spec.dtype)
     np.testing.assert_array_equal(found, narrow(expected, spec.dtype))
-    if spec.dtype == "f32":
+    if spec.dtype in ("f32", "i8"):
         np.testing.assert_array_equal(OrtReference(spec, **data).run(), expected)
     onnx.checker.check_model(onnx_model(spec), full_check=True)
 

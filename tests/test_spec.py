@@ -131,10 +131,9 @@ def test_cost_and_bytes(spec: ConvSpec) -> None:
     elements = np.prod(spec.dst_shape) if not spec.transposed else np.prod(spec.src_shape) * (spec.oc // spec.groups)
     assert spec.macs == elements * per_element
     assert spec.flops == 2 * spec.macs
-    assert spec.bytes["src"] == {"f32": 4, "f16": 2, "bf16": 2}[spec.dtype] * np.prod(spec.src_shape)
-    assert set(spec.bytes) - {"src", "weights", "dst"} == {
-        name for name, there in (("bias", spec.bias), ("slope", spec.has_slope), ("residual", spec.residual)) if there
-    }
+    assert spec.bytes["src"] == {"f32": 4, "f16": 2, "bf16": 2, "i8": 1}[spec.dtype] * np.prod(spec.src_shape)
+    extra = {"bias": spec.bias, "slope": spec.has_slope, "scale": spec.dtype == "i8", "residual": spec.residual}
+    assert set(spec.bytes) - {"src", "weights", "dst"} == {name for name, there in extra.items() if there}
 
 
 # ---- identity ---------------------------------------------------------------------------------

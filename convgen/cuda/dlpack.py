@@ -13,7 +13,7 @@ from ..interface import TensorInfo
 #: DLPack's device types of memory that kernels reach: a device's own, and managed.
 CUDA_DEVICES = frozenset({2, 13})
 _READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
-_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8"}
 _CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 
 

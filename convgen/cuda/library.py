@@ -93,18 +93,26 @@ class CudaLibrary(BaseLibrary):
         with context(device):
             self._require(self._run(ctypes.byref(args)))
 
-    def bind(self, weights: object, bias: object = None, slope: object = None, *, device: int = 0) -> CudaLayer:
+    def bind(
+        self,
+        weights: object,
+        bias: object = None,
+        slope: object = None,
+        *,
+        scale: object = None,
+        device: int = 0,
+    ) -> CudaLayer:
         """A layer with these weights, packed and copied to a device once.
 
         Args:
-            weights, bias, slope: in CPU memory, as :meth:`pack` takes them.
+            weights, bias, slope, scale: in CPU memory, as :meth:`pack` takes them.
             device: the device's number, as the driver counts.
 
         Raises:
             KernelError: an argument is not what the layer needs; there is no driver or no such device, or the
                 library has no code for it.
         """
-        packed = self.pack(weights, bias, slope)
+        packed = self.pack(weights, bias, slope, scale=scale)
         self.load(device)
         memory = Memory(packed.size, device)
         memory.upload(packed)

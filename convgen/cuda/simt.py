@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tvm import te, tirx
 
 from ..compute import ACCUMULATOR, STORAGE, Expr, ceildiv, epilogue, narrow, round_up, widen
-from ..spec import ConvSpec
+from ..spec import PARAMETERS, ConvSpec
 from ..vector import Block, zeros
 from .tiles import Size, Tile
 
@@ -271,7 +271,7 @@ def finish(
         put(block, more, [0], load(residual, place, count), count)
     with unrolled(block, count) as (one, e):
         given: dict[str, Expr] = {
-            name: load(parameters[name], [channel(e)]) for name in ("bias", "slope") if name in parameters
+            name: load(parameters[name], [channel(e)]) for name in PARAMETERS[1:] if name in parameters
         }
         if residual is not None:
             given["residual"] = read(more, spec.dtype, [e])

@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..activation import Activation
+from ..dtypes import DTYPES
 from ..errors import SpecError, UnsupportedError
-from ..spec import DTYPES, ConvSpec
+from ..spec import ConvSpec
 from . import check_said, plain, unsupported
 
 #: Options, problems and batch files of one source, those of its batch files included.

@@ -7,7 +7,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { F32, F16, BF16 };
+enum { F32, F16, BF16, I8 };
 
 typedef struct {
     uint64_t wrong; /* elements */
@@ -39,6 +39,8 @@ static float element(const void *array, uint64_t i, int dtype)
         return ((const float *)array)[i];
     case F16:
         return from_half(((const uint16_t *)array)[i]);
+    case I8:
+        return ((const int8_t *)array)[i];
     default:
         return from_bits((uint32_t)((const uint16_t *)array)[i] << 16);
     }

@@ -7,6 +7,7 @@
  *     cc -std=c11 -O2 example.c lib$name.a $libraries -o example && ./example
  */
 #include <math.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

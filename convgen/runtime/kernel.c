@@ -255,6 +255,7 @@ int convgen_kernel_sizes(const convgen_kernel *kernel, int threads, convgen_size
         .weights = kernel->weights.bytes,
         .bias = kernel->bias.bytes,
         .slope = kernel->slope.bytes,
+        .scale = kernel->scale.bytes,
         .residual = images * kernel->residual.bytes,
         .dst = images * kernel->dst.bytes,
         .packed = kernel->packed_size,
@@ -271,9 +272,11 @@ int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *a
     RETURN_UNLESS_OK(check_tensor(a.weights, a.weights_size, &kernel->weights));
     RETURN_UNLESS_OK(check_tensor(a.bias, a.bias_size, &kernel->bias));
     RETURN_UNLESS_OK(check_tensor(a.slope, a.slope_size, &kernel->slope));
+    RETURN_UNLESS_OK(check_tensor(a.scale, a.scale_size, &kernel->scale));
     RETURN_UNLESS_OK(check_buffer(a.packed, a.packed_size, kernel->packed_size, CONVGEN_ALIGNMENT));
     if (overlap(a.packed, a.packed_size, a.weights, a.weights_size) ||
-        overlap(a.packed, a.packed_size, a.bias, a.bias_size) || overlap(a.packed, a.packed_size, a.slope, a.slope_size))
+        overlap(a.packed, a.packed_size, a.bias, a.bias_size) ||
+        overlap(a.packed, a.packed_size, a.slope, a.slope_size) || overlap(a.packed, a.packed_size, a.scale, a.scale_size))
         return CONVGEN_OVERLAP;
     if (!kernel->cpu_supported())
         return CONVGEN_UNSUPPORTED_CPU;
@@ -290,6 +293,7 @@ int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *a
     push(&list, &kernel->weights, a.weights);
     push(&list, &kernel->bias, a.bias);
     push(&list, &kernel->slope, a.slope);
+    push(&list, &kernel->scale, a.scale);
     push_packed(&list, kernel, a.packed);
     const call c = {.pool = NULL};
     if (enter(&c, NULL, kernel->pack, list.args, list.count) != CONVGEN_OK)

@@ -185,7 +185,8 @@ def _read(path: str) -> str:
 
 # ---- a candidate on a device: in a process of its own ------------------------------------------
 
-_DTYPES = {"f32": 0, "f16": 1, "bf16": 2}
+_DTYPES = {"f32": 0, "f16": 1, "bf16": 2, "i8": 3}
+_PARAMETERS = ("weights", "bias", "slope", "scale")
 _ALIGNMENT = 64
 _NO_MEMORY = 7  # enum convgen_status
 _NO_IMAGE, _DRIVER_ERROR = 34, 35  # enum convgen_cuda_status
@@ -198,14 +199,11 @@ def _fields(*names: str) -> list[tuple[str, Any]]:
 
 
 class _Sizes(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("src", "weights", "bias", "slope", "residual", "dst", "packed", "workspace")
-    ]
+    _fields_ = [(name, ctypes.c_size_t) for name in ("src", *_PARAMETERS, "residual", "dst", "packed", "workspace")]
 
 
 class _PackArgs(ctypes.Structure):
-    _fields_ = _fields("weights", "bias", "slope", "packed")
+    _fields_ = _fields(*_PARAMETERS, "packed")
 
 
 class _RunArgs(ctypes.Structure):
@@ -461,7 +459,7 @@ class GpuCall:
         self._require(self._function("sizes")(ctypes.byref(sizes)))
         packed = _aligned(sizes.packed)
         pack = _PackArgs(packed=packed, packed_size=sizes.packed)
-        _pass(pack, sizes, data, "weights", "bias", "slope")
+        _pass(pack, sizes, data, *_PARAMETERS)
         self._require(self._function("pack")(ctypes.byref(pack)))
         self._require(self._function("load")())
         for tensor in ("src", "residual"):
@@ -577,7 +575,7 @@ class Cpu:
         require(function("sizes")(self.threads, ctypes.byref(sizes)))
         packed, workspace = _aligned(sizes.packed), _aligned(sizes.workspace)
         pack = _PackArgs(packed=packed, packed_size=sizes.packed)
-        _pass(pack, sizes, self.data, "weights", "bias", "slope")
+        _pass(pack, sizes, self.data, *_PARAMETERS)
         require(function("pack")(ctypes.byref(pack)))
         if self.threads > 1 and not self._pool:  # one pool serves all libraries
             require(function("pool_create")(self.threads, ctypes.byref(self._pool)))

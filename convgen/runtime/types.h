@@ -1,6 +1,6 @@
 /* What all convgen libraries share. Several of their headers can be included together. */
 #ifndef CONVGEN_ABI
-#define CONVGEN_ABI 1
+#define CONVGEN_ABI 2
 
 #include <stddef.h>
 
@@ -33,7 +33,7 @@ typedef struct convgen_pool convgen_pool;
 
 /* Bytes of every buffer; 0 where the layer has no such tensor. */
 typedef struct {
-    size_t src, weights, bias, slope, residual, dst, packed, workspace;
+    size_t src, weights, bias, slope, scale, residual, dst, packed, workspace;
 } convgen_sizes;
 
 /* Tensors are dense, row-major, of the element type that <name>.h states. Those the layer does not
@@ -45,6 +45,8 @@ typedef struct {
     size_t bias_size;
     const void *slope;
     size_t slope_size;
+    const void *scale;
+    size_t scale_size;
     void *packed; /* out: aligned to 64 bytes */
     size_t packed_size;
 } convgen_pack_args;
@@ -67,6 +69,6 @@ typedef struct {
 }
 #endif
 
-#elif CONVGEN_ABI != 1
+#elif CONVGEN_ABI != 2
 #error "headers of convgen libraries with different ABI versions are included together"
 #endif
