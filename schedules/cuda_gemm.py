@@ -2,7 +2,7 @@
 
 Applies to  convolutions of any rank, stride and dilation, dense or with groups; transposed ones whose
             output is whole strides and whose dilation shares no divisor with them; on GPUs with
-            ``mma.sync``, ``ldmatrix`` and ``cp.async``: f16 and bf16; f32 as TF32 where the accuracy is
+            ``mma.sync``, ``ldmatrix`` and ``cp.async``: f16, bf16 and i8; f32 as TF32 where the accuracy is
             `tf32`.
 Strategy    1. Pack weights as [oc][taps × ic], in vectors of 16 bytes along the reduction.
             2. src is read as [pixels][taps × ic] without writing that anywhere: 16 bytes at a time
@@ -28,7 +28,7 @@ import math
 from tvm import te, tirx
 from tvm.tirx import IndexMap
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, epilogue, flat, round_up, unflat
+from convgen.compute import Operands, ceildiv, copied, epilogue, flat, narrow, round_up, unflat
 from convgen.cuda import model, tensorize
 from convgen.dtypes import BYTES
 from convgen.schedule import Picks, Program, Schedule, Space, require
@@ -40,7 +40,7 @@ OTHER_REGISTERS = 64
 
 
 class CudaGemm(Schedule):
-    id, version = "cuda_gemm", 2
+    id, version, sums_integers = "cuda_gemm", 2, True
 
     def applies(self, spec, target):
         require(target.kind == "cuda", "needs a GPU")
@@ -140,7 +140,7 @@ class CudaGemm(Schedule):
 
     def rate(self, spec):
         """Products per core and cycle."""
-        return {2: 1024, 4: 512 if spec.accuracy == "tf32" else 170}[BYTES[spec.dtype]]
+        return {1: 2048, 2: 1024, 4: 512 if spec.accuracy == "tf32" else 170}[BYTES[spec.dtype]]
 
     def rows_read(self, picks):
         """Rows of a step that are read from shared memory."""
@@ -203,7 +203,7 @@ class CudaGemm(Schedule):
 
     def program(self, spec, target, picks):
         ops, host, lanes = Operands(spec, native=True), Operands(spec), _lanes(spec)
-        stored = tensorize.STORED[spec.dtype]
+        stored, summed = tensorize.STORED[spec.dtype], tensorize.sums_of(spec.dtype)
         groups, merge = spec.groups // picks.merge_g, picks.merge_g
         ic_group, oc_group = spec.ic // spec.groups, spec.oc // spec.groups
         ic, oc = ic_group * merge, oc_group * merge  # of a group from here on
@@ -264,7 +264,7 @@ class CudaGemm(Schedule):
         def product(s, g, i, j):
             vector = s * (vectors // split) + outer
             left, right = a[g, i, vector, inner], w[g, j, vector, inner]
-            return te.sum(left.astype(ACCUMULATOR) * right.astype(ACCUMULATOR), [outer, inner])
+            return te.sum(left.astype(summed) * right.astype(summed), [outer, inner])
 
         sums = self.sums(spec, source, w, te.compute((split, products, m, n), product, name="tile_sums"))
         tile = te.compute(sums.shape, lambda *index: sums[index], name="tile")
@@ -283,7 +283,8 @@ class CudaGemm(Schedule):
             if spec.transposed:
                 out = [q * s + f for q, s, f in zip(out, strides, phase, strict=True)]
             residual = ops.residual[ops.order(image, o, out)] if spec.residual else None
-            return epilogue(spec, whole, residual=residual, **ops.per_channel(per_channel, o)).astype(stored)
+            result = epilogue(spec, whole, residual=residual, **ops.per_channel(per_channel, o))
+            return narrow(result, spec.dtype) if spec.dtype == "i8" else result.astype(stored)
 
         finished = te.compute((*strides, groups, pixels, oc), value, name="finished")
         dst = te.compute(finished.shape, lambda *index: finished(*index), name="dst")
@@ -296,6 +297,7 @@ class CudaGemm(Schedule):
     def apply(self, sch, spec, target, picks):
         warps = picks.warps_m * picks.warps_n
         rows, cols = _warp(picks)
+        summed = tensorize.sums_of(spec.dtype)
 
         # A block's tile, divided among warps.
         tile = sch.get_sblock("tile")
@@ -345,7 +347,7 @@ class CudaGemm(Schedule):
             sch.vectorize(v)
 
         self.reduce(sch, spec, picks, warp)
-        tile = tensorize.replace(sch, mi, tile, tensorize.store(rows, cols))
+        tile = tensorize.replace(sch, mi, tile, tensorize.store(rows, cols, summed))
         # Rows of two-float stores meet no bank twice where they are 8 banks apart.
         sch.storage_align(tile, 0, axis=2, factor=32, offset=8)
         if _needs_layout(spec, picks):
@@ -354,7 +356,7 @@ class CudaGemm(Schedule):
 
     def reduce(self, sch, spec, picks, warp):
         """Schedule the sums of each warp's tile."""
-        warps, lanes = picks.warps_m * picks.warps_n, _lanes(spec)
+        warps, lanes, summed = picks.warps_m * picks.warps_n, _lanes(spec), tensorize.sums_of(spec.dtype)
         rows, cols = _warp(picks)
         sums = sch.get_sblock("tile_sums")
         sch.compute_at(sums, warp, preserve_unit_loops=True)
@@ -374,7 +376,7 @@ class CudaGemm(Schedule):
             sch.vectorize(v2)
 
         init = sch.decompose_reduction(sums, step)
-        tensorize.replace(sch, sch.get_loops(init)[-2], init, tensorize.clear(rows, cols))
+        tensorize.replace(sch, sch.get_loops(init)[-2], init, tensorize.clear(rows, cols, summed))
         sch.unroll(within)
         tensorize.replace(sch, i, sums, self.intrinsic(spec, picks))
         if picks.stages > 1:

@@ -1,6 +1,6 @@
 """cuda_gemm for groups of few channels: several groups are one, with zero weights between them.
 
-Applies to  what cuda_gemm does, f16, bf16 or accuracy tf32, with groups of at most 32 channels.
+Applies to  what cuda_gemm does, f16, bf16, i8 or accuracy tf32, with groups of at most 32 channels.
 Strategy    1. `merge_g` groups are one of cuda_gemm's, packed with zeros where they do not meet.
             2. The rest is cuda_gemm's. Matrix units that multiply zeros cost less than ones that wait for
                whole tiles.

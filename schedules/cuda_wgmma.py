@@ -1,6 +1,6 @@
 """cuda_gemm with Hopper's warpgroup instructions: four warps multiply tiles they read from shared memory.
 
-Applies to  what cuda_gemm does, f16 and bf16, on GPUs with ``wgmma`` (sm_90a).
+Applies to  what cuda_gemm does, f16, bf16 and i8, on GPUs with ``wgmma`` (sm_90a).
 Strategy    1. A warpgroup's tile is 64 pixels × `tile_n` channels; its sums alone are in registers.
             2. Rows of a step are 128 bytes, swizzled as the instruction reads them; the copies that fill
                them are those of cuda_gemm, made visible by a proxy fence.
@@ -26,7 +26,7 @@ class CudaWgmma(CudaGemm):
         require("wgmma" in target.features, "needs wgmma (sm_90a)")
 
     def admits(self, spec):
-        require(spec.dtype != "f32", "needs f16 or bf16")
+        require(spec.dtype != "f32", "needs f16, bf16 or i8")
 
     def depth(self, spec):
         return tensorize.ROW // tensorize.VECTOR

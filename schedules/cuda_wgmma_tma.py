@@ -43,6 +43,7 @@ class CudaWgmmaTma(CudaWgmma):
 
     def admits(self, spec):
         super().admits(spec)
+        require(spec.dtype != "i8", "needs f16 or bf16")
         require(not spec.transposed, "needs a convolution that is not transposed")
         channels = tensorize.ROW // BYTES[spec.dtype]
         # Past a group's last channel are those of the next, not zeros.

@@ -25,7 +25,7 @@ class Architecture(NamedTuple):
         threads_sm: threads an SM holds.
         l2: bytes of L2 of the capability's usual device.
         sms: its streaming multiprocessors; a device's own where there is one.
-        matrix: operand types its tensor cores take with f32 sums.
+        matrix: operand types its tensor cores take with sums of 32 bits.
         features: instructions a schedule may use: ``ldmatrix``, ``cp_async``, ``tma``, ``wgmma``.
     """
 
@@ -38,7 +38,7 @@ class Architecture(NamedTuple):
     features: tuple[str, ...] = ()
 
 
-_AMPERE = ("f16", "bf16", "tf32"), ("ldmatrix", "cp_async")
+_AMPERE = ("f16", "bf16", "tf32", "i8"), ("ldmatrix", "cp_async")
 _HOPPER = _AMPERE[0], (*_AMPERE[1], "tma", "wgmma")
 _BLACKWELL = _AMPERE[0], (*_AMPERE[1], "tma")
 

@@ -56,14 +56,20 @@ def whole_numbers(*shape: int) -> Any:
 
 # ---- what warps compute ------------------------------------------------------------------------
 
-STORED = {"cg_f16": np.float16, "cg_bf16": ml_dtypes.bfloat16, "cg_tf32": np.float32, "cg_tf32x3": np.float32}
+STORED = {
+    "cg_f16": np.float16,
+    "cg_bf16": ml_dtypes.bfloat16,
+    "cg_tf32": np.float32,
+    "cg_tf32x3": np.float32,
+    "cg_i8": np.int8,
+}
 
 
 def product(kind: str, a: Any, b: Any, order: str | int = "ascending") -> Any:
     """``a b^T`` by one warp through ``cg_mma_tile``; rows in shared memory are swizzled."""
     (rows, depth), cols = a.shape, len(b)
     stored = np.dtype(STORED[kind])
-    pitch = depth * stored.itemsize
+    pitch, sums = depth * stored.itemsize, "int" if kind == "cg_i8" else "float"
     plain = np.concatenate([a, b]).astype(stored).view(np.uint8)
     at = np.arange(plain.size)
     placed = plain.reshape(-1)[at ^ (at >> 3 & (pitch - 16))].reshape(plain.shape)
@@ -71,13 +77,14 @@ def product(kind: str, a: Any, b: Any, order: str | int = "ascending") -> Any:
   extern __shared__ __align__(64) uchar tile[];
   for (int i = t; i < {placed.size // 4}; i += 32) ((float*)tile)[i] = src[i];
   __syncwarp();
-  float acc[{rows * cols // 32}];
+  {sums} acc[{rows * cols // 32}];
   cg_clear_tile<{rows}, {cols}>(acc);
   for (int k = 0; k < {depth * stored.itemsize}; k += 32)
     cg_mma_tile<{kind}, {rows}, {cols}>(acc, tile + k, {pitch}, tile + {rows * pitch} + k, {pitch});
   cg_store_tile<{rows}, {cols}>(dst, {cols}, acc);"""
     source = kernel(body, shared=placed.size, threads=32)
-    return result(source, placed.reshape(-1).view(np.float32), (rows, cols), order)
+    found = result(source, placed.reshape(-1).view(np.float32), (rows, cols), order)
+    return found.view(np.int32) if kind == "cg_i8" else found
 
 
 @pytest.mark.parametrize("kind", STORED)
@@ -519,20 +526,21 @@ def test_cuda_bindings_take_the_driver(tmp_path: Path) -> None:
 TILES = {
     "sm_70": (),
     "sm_75": ("cg_f16",),
-    "sm_80": ("cg_f16", "cg_bf16", "cg_tf32", "cg_tf32x3"),
-    "sm_90a": ("cg_f16", "cg_bf16", "cg_tf32", "cg_tf32x3"),
+    "sm_80": ("cg_f16", "cg_bf16", "cg_tf32", "cg_tf32x3", "cg_i8"),
+    "sm_90a": ("cg_f16", "cg_bf16", "cg_tf32", "cg_tf32x3", "cg_i8"),
 }
 
 
 @pytest.mark.parametrize("arch", TILES)
 def test_the_devices_compiler_takes_the_prelude(arch: str) -> None:
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
-    body = "extern __shared__ __align__(64) uchar x[]; float acc[12]; dst[t] = half(src[t]);"
+    body = "extern __shared__ __align__(64) uchar x[]; float acc[12]; int sums[12]; dst[t] = half(src[t]);"
     for kind in TILES[arch]:
+        acc = "sums" if kind == "cg_i8" else "acc"
         body += f"""
-  cg_clear_tile<16, 24>(acc);
-  cg_mma_tile<{kind}, 16, 24>(acc, x, 64, x + 1024, 64);
-  cg_store_tile<16, 24>(dst, 24, acc);"""
+  cg_clear_tile<16, 24>({acc});
+  cg_mma_tile<{kind}, 16, 24>({acc}, x, 64, x + 1024, 64);
+  cg_store_tile<16, 24>(dst, 24, {acc});"""
     if "cg_bf16" in TILES[arch]:
         body += "cg_copy_async<16>(x, src); cg_copy_async<4>(x + 16, src, t < 3); cg_commit(); cg_wait<0>();"
     try:

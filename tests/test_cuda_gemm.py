@@ -47,6 +47,8 @@ SMOKE = [
     "conv2d n1 ic16 oc24 g4 i9x7 k3x3 s1 p1 nhwc relu residual bf16",
     "conv2d n2 ic24 oc24 g3 i6x7 k3x3 s2 p1 silu tf32",
     "conv2d n1 ic12 oc18 g6 i6x7 k3x3 s1 p1 relu6 f16",
+    "conv2d n1 ic16 oc32 g2 i7x5 k3x3 s1 p1 relu nhwc i8",
+    "conv2d n2 ic259 oc33 i4x5 k3x3 s2 p1x0_2 nobias i8",
     "convtranspose2d n2 ic16 oc24 g2 i4x5 k3x3 s2 p1 op1 residual f16",
     "convtranspose1d n1 ic24 oc12 i10 k16 s8 p4 relu bf16 nhwc",
     "convtranspose3d n1 ic8 oc12 i2x3x4 k2 s1 p0 d2 relaxed prelu",
@@ -62,6 +64,7 @@ REAL = [
     ("convtranspose2d n1 ic512 oc256 i16x16 k4x4 s2 p1 relu nhwc bf16", "16816.F32.BF16"),
     ("conv2d n16 ic128 oc128 g32 i56x56 k3x3 s1 p1 relu nhwc f16", "16816.F32"),
     ("conv2d n8 ic128 oc128 i28x28 k3x3 s1 p1 nhwc", "1688.F32.TF32"),
+    ("conv2d n16 ic64 oc64 i56x56 k3x3 s1 p1 relu nhwc i8", "16832.S8.S8"),
 ]
 emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to emulate")
 
@@ -136,7 +139,8 @@ def test_problems_exercise_every_schedule(schedule: Schedule) -> None:
     specs = [spec for spec in map(ConvSpec.parse, SMOKE) if schedule in applicable(spec)]
     assert len(specs) >= 2
     if schedule.id != "cuda_gemm_tf32x3":
-        assert {"f16", "bf16"} <= {spec.dtype for spec in specs}
+        served = {"f16", "bf16"} if schedule.id == "cuda_wgmma_tma" else {"f16", "bf16", "i8"}
+        assert served <= {spec.dtype for spec in specs}
 
 
 @pytest.mark.parametrize(("case", "schedule"), pairs(REAL))
@@ -152,17 +156,18 @@ def test_real_layers_use_matrix_units(case: tuple[str, str], schedule: Schedule)
     for each in resources:
         assert not each.spilled, each
         assert each.registers * each.threads <= 1 << 16
+    kind, depth, lanes = ("I", "x32.S8.S8", 16) if spec.dtype == "i8" else ("H", "x16.F32", 8)
     if schedule.id.startswith("cuda_wgmma"):
-        assert any(name.startswith(f"HGMMA.64x{picks.tile_n}x16.F32") for name in found), found
+        assert any(name.startswith(f"{kind}GMMA.64x{picks.tile_n}{depth}") for name in found), found
     else:
-        assert found[f"HMMA.{shape}"], found
+        assert found[f"{kind}MMA.{shape}"], found
         assert any(name.startswith("LDSM.16.M88") for name in found)
     if schedule.id == "cuda_wgmma_tma":
         assert found[f"UTMALDG.{spec.rank + 2}D.IM2COL"], "no patches fetched"
         assert found["UTMALDG.2D"], "no weights fetched"
     else:
         assert any(name.startswith("LDGSTS") and ".128" in name for name in found), "no asynchronous copies of 16 bytes"
-    if spec.layout == "nhwc" and spec.oc // spec.groups * picks.merge_g % 8 == 0:
+    if spec.layout == "nhwc" and spec.oc // spec.groups * picks.merge_g % lanes == 0:
         assert found["STG.E.128"], "no stores of 16 bytes"
 
 

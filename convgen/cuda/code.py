@@ -33,8 +33,15 @@ _WORDS = (
     (r"tvm_builtin_ptx_cp_async_wait_group\w*_(\d+)\(\)", r"cg_wait<\1>()"),
     (r"\b(max|min)\(", r"cg_\1("),
     # A warp's tile: each of the 32 threads holds its share.
-    (r"alignas\(\d+\) float (\w*tile_sums\w*)\[(\d+)\]", lambda m: f"float {m[1]}[{int(m[2]) // 32}]"),
+    (r"alignas\(\d+\) (float|int) (\w*tile_sums\w*)\[(\d+)\]", lambda m: f"{m[1]} {m[2]}[{int(m[3]) // 32}]"),
 )
+#: Sixteen 8-bit integers, or zeros, on their way to shared memory: TVM makes asynchronous copies of floats alone.
+_COPY_OR_ZERO = re.compile(
+    r"int4 (\w+);\s*if \((.*)\) \{\s*\1 = \*\(int4\*\)\((\w+) \+ (.*)\);\s*"
+    r"\} else \{\s*\1 = make_int4\((?:\(signed char\)0(?:, )?){16}\);\s*\}\s*"
+    r"\*\(int4\*\)\(\(\(signed char\*\)(\w+)\) \+ (.*)\) = \1;"
+)
+_COPY = r"cg_copy_async<16>((char*)(\5) + \6, (const char*)(\3) + \4, \2);"
 _AXES = ("x", "y", "z")
 #: Declares a parameter that is a map.
 _MAP = "const __grid_constant__ cg_tensor_map"
@@ -194,7 +201,7 @@ def _cuda_text(device: Any, target: Target) -> str:
     kernels = text[text.index('extern "C" __global__') :]
     # Every function is declared first.
     kernels = re.sub(r'extern "C" __global__[^{};]*;\n', "", kernels)
-    kernels = _asynchronous(kernels)
+    kernels = _COPY_OR_ZERO.sub(_COPY, _asynchronous(kernels))
     for pattern, word in _WORDS:
         kernels = re.sub(pattern, word, kernels)
     head = '#include "device.h"\n\n'

@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from ..compute import ACCUMULATOR
+from ..compute import ACCUMULATOR, INTEGER
 from ..dtypes import BYTES
 
 #: How vectors are stored in shared memory, by dtype.
-STORED = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+STORED = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8"}
+#: What sums are kept in, where it is not f32.
+_SUMS = {"i8": INTEGER}
 #: Bytes of a copy, and of a load from shared memory.
 VECTOR = 16
 #: Bytes of a step of the reduction.
@@ -51,11 +53,16 @@ def replace(sch: Any, loop: Any, block: Any, intrinsic: str) -> Any:
     return sch.get_sblock(f"{name}_o")
 
 
+def sums_of(dtype: str) -> str:
+    """TVM's name of what sums of products are kept in."""
+    return _SUMS.get(dtype, ACCUMULATOR)
+
+
 def mma(kind: str, dtype: str, rows: int, cols: int) -> str:
     """``sums[i, j] += a[i, k, v] * b[j, k, v]`` over one step: two vectors of 16 bytes; returns the intrinsic's name.
 
     Args:
-        kind: the type of device.h that multiplies: ``f16``, ``bf16``, ``tf32`` or ``tf32x3``.
+        kind: the type of device.h that multiplies: ``f16``, ``bf16``, ``i8``, ``tf32`` or ``tf32x3``.
         dtype: how a and b are stored.
     """
     return _product(f"cg_mma_tile<cg_{kind}, {rows}, {cols}>", dtype, rows, cols, STEP // VECTOR)
@@ -72,14 +79,14 @@ def _product(function: str, dtype: str, rows: int, cols: int, vectors: int) -> s
     from tvm.script import tirx as T  # noqa: N812
 
     size = BYTES[dtype]
-    lanes, stored = VECTOR // size, STORED[dtype]
+    lanes, stored, summed = VECTOR // size, STORED[dtype], sums_of(dtype)
 
     def wide(value: Any) -> Any:
-        return value.astype(ACCUMULATOR)
+        return value.astype(summed)
 
     @T.prim_func(s_tir=True, private=True)
     def description(c: T.handle, a: T.handle, b: T.handle) -> None:
-        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        sums = T.match_buffer(c, (rows, cols), summed, offset_factor=1, scope="local")
         left = T.match_buffer(a, (rows, vectors, lanes), stored, offset_factor=1, scope="shared.dyn")
         right = T.match_buffer(b, (cols, vectors, lanes), stored, offset_factor=1, scope="shared.dyn")
         with T.sblock("root"):
@@ -93,7 +100,7 @@ def _product(function: str, dtype: str, rows: int, cols: int, vectors: int) -> s
     @T.prim_func(s_tir=True, private=True)
     def implementation(c: T.handle, a: T.handle, b: T.handle) -> None:
         a0, a1, b0, b1 = T.int32(), T.int32(), T.int32(), T.int32()
-        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        sums = T.match_buffer(c, (rows, cols), summed, offset_factor=1, scope="local")
         left = T.match_buffer(
             a, (rows, vectors, lanes), stored, offset_factor=1, scope="shared.dyn", strides=[a0, a1, 1]
         )
@@ -124,14 +131,18 @@ def wgmma_definition(kind: str, cols: int) -> str:
     Source: PTX ISA, "Asynchronous Multiply-and-Accumulate Instruction: wgmma.mma_async".
     """
     count = cols // 2
+    if kind == "i8":
+        operation, letter, summed, rest = "k32.s32.s8.s8", "r", "int", "1"
+    else:
+        operation, letter, summed, rest = f"k16.f32.{kind}.{kind}", "f", "float", "1, 1, 1, 0, 0"
     sums = ", ".join(f"%{i}" for i in range(count))
-    outputs = ", ".join(f'"+f"(acc[{i}])' for i in range(count))
+    outputs = ", ".join(f'"+{letter}"(acc[{i}])' for i in range(count))
     return f"""\
 template <> struct cg_wgmma<cg_{kind}, {cols}> {{
-    static CG_DEVICE void mma(float *acc, uint64_t a, uint64_t b)
+    static CG_DEVICE void mma({summed} *acc, uint64_t a, uint64_t b)
     {{
-        asm volatile("wgmma.mma_async.sync.aligned.m64n{cols}k16.f32.{kind}.{kind} {{{sums}}}, %{count}, %{count + 1}, "
-                     "1, 1, 1, 0, 0;" : {outputs} : "l"(a), "l"(b));
+        asm volatile("wgmma.mma_async.sync.aligned.m64n{cols}{operation} {{{sums}}}, %{count}, %{count + 1}, "
+                     "{rest};" : {outputs} : "l"(a), "l"(b));
     }}
 }};
 """
@@ -211,45 +222,48 @@ def _tma(function: str, stored: str, cols: int, ones: tuple[int, ...], size: int
 
 
 @functools.cache
-def clear(rows: int, cols: int) -> str:
-    """``sums[i, j] = 0``."""
+def clear(rows: int, cols: int, summed: str) -> str:
+    """``sums[i, j] = 0``; ``summed`` is the type of sums."""
+    from tvm import tirx
     from tvm.script import tirx as T  # noqa: N812
+
+    zero = tirx.const(0, summed)
 
     function = f"cg_clear_tile<{rows}, {cols}>"
 
     @T.prim_func(s_tir=True, private=True)
     def description(c: T.handle) -> None:
-        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        sums = T.match_buffer(c, (rows, cols), summed, offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads()
             T.writes(sums[0:rows, 0:cols])
             for i, j in T.grid(rows, cols):
                 with T.sblock("zero"):
                     vi, vj = T.axis.remap("SS", [i, j])
-                    sums[vi, vj] = T.float32(0)
+                    sums[vi, vj] = zero
 
     @T.prim_func(s_tir=True, private=True)
     def implementation(c: T.handle) -> None:
-        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        sums = T.match_buffer(c, (rows, cols), summed, offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads()
             T.writes(sums[0:rows, 0:cols])
             T.evaluate(T.call_extern("void", function, sums.access_ptr("w")))
 
-    return _registered(f"convgen_clear_{rows}x{cols}", description, implementation)
+    return _registered(f"convgen_clear_{rows}x{cols}_{summed}", description, implementation)
 
 
 @functools.cache
-def store(rows: int, cols: int) -> str:
-    """``tile[i, j] = sums[i, j]``, to shared memory."""
+def store(rows: int, cols: int, summed: str) -> str:
+    """``tile[i, j] = sums[i, j]``, to shared memory; ``summed`` is the type of sums."""
     from tvm.script import tirx as T  # noqa: N812
 
     function = f"cg_store_tile<{rows}, {cols}>"
 
     @T.prim_func(s_tir=True, private=True)
     def description(d: T.handle, c: T.handle) -> None:
-        tile = T.match_buffer(d, (rows, cols), "float32", offset_factor=1, scope="shared.dyn")
-        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        tile = T.match_buffer(d, (rows, cols), summed, offset_factor=1, scope="shared.dyn")
+        sums = T.match_buffer(c, (rows, cols), summed, offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads(sums[0:rows, 0:cols])
             T.writes(tile[0:rows, 0:cols])
@@ -261,14 +275,14 @@ def store(rows: int, cols: int) -> str:
     @T.prim_func(s_tir=True, private=True)
     def implementation(d: T.handle, c: T.handle) -> None:
         row = T.int32()
-        tile = T.match_buffer(d, (rows, cols), "float32", offset_factor=1, scope="shared.dyn", strides=[row, 1])
-        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
+        tile = T.match_buffer(d, (rows, cols), summed, offset_factor=1, scope="shared.dyn", strides=[row, 1])
+        sums = T.match_buffer(c, (rows, cols), summed, offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads(sums[0:rows, 0:cols])
             T.writes(tile[0:rows, 0:cols])
             T.evaluate(T.call_extern("void", function, tile.access_ptr("w"), row, sums.access_ptr("r")))
 
-    return _registered(f"convgen_store_{rows}x{cols}", description, implementation)
+    return _registered(f"convgen_store_{rows}x{cols}_{summed}", description, implementation)
 
 
 def _registered(name: str, description: Any, implementation: Any) -> str:

@@ -91,6 +91,14 @@ CG_DEVICE void cg_mma_f16(float *d, const uint32_t (&a)[4], const uint32_t *b) {
 CG_DEVICE void cg_mma_bf16(float *d, const uint32_t (&a)[4], const uint32_t *b) { CG_MMA("m16n8k16", "bf16.bf16"); }
 CG_DEVICE void cg_mma_tf32(float *d, const uint32_t (&a)[4], const uint32_t *b) { CG_MMA("m16n8k8", "tf32.tf32"); }
 
+CG_DEVICE void cg_mma_i8(int *d, const uint32_t (&a)[4], const uint32_t *b)
+{
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 /* Rounded to nearest, ties away from zero, to 11 bits. */
 CG_DEVICE uint32_t cg_to_tf32(uint32_t f32)
 {
@@ -217,7 +225,7 @@ template <int ROW> CG_DEVICE void cg_copy_swizzled(void *shared, const void *glo
 
 /* ---- a warp's tile of a matrix product --------------------------------------------------------- */
 
-/* 32 bytes of the reduction at a time, whatever the type: 16 elements of two bytes, 8 of four. The tile is
+/* 32 bytes of the reduction at a time, whatever the type: 32 elements of one byte, 16 of two, 8 of four. The tile is
  * rows x cols, in fragments of 16 x 8: of fragment (i, j), acc[(i * cols / 8 + j) * 4 + 0..3] are
  * rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and the next. */
 #if defined CONVGEN_EMULATE || __CUDA_ARCH__ >= 750
@@ -233,6 +241,12 @@ struct cg_bf16 {
     static constexpr int bytes = 2;
     static CG_DEVICE float value(uint16_t bits) { return __uint_as_float((uint32_t)bits << 16); }
     static CG_DEVICE void mma(float *d, const uint32_t (&a)[4], const uint32_t *b) { cg_mma_bf16(d, a, b); }
+};
+
+struct cg_i8 { /* its sums are int */
+    static constexpr int bytes = 1;
+    static CG_DEVICE int value(int8_t x) { return x; }
+    static CG_DEVICE void mma(int *d, const uint32_t (&a)[4], const uint32_t *b) { cg_mma_i8(d, a, b); }
 };
 
 struct cg_tf32 { /* f32 in memory */
@@ -269,8 +283,8 @@ struct cg_tf32x3 {
 
 #if defined CONVGEN_EMULATE || __CUDA_ARCH__ >= 750
 /* acc += a b^T; a is ROWS x 32 bytes, b is COLS x 32 bytes, of swizzled rows of lda and ldb bytes. */
-template <class T, int ROWS, int COLS>
-CG_DEVICE void cg_mma_tile(float *acc, const void *a, int lda, const void *b, int ldb)
+template <class T, int ROWS, int COLS, class Sum>
+CG_DEVICE void cg_mma_tile(Sum *acc, const void *a, int lda, const void *b, int ldb)
 {
     constexpr int M = ROWS / 16, N = COLS / 8;
     const int lane = cg_lane();
@@ -300,23 +314,26 @@ CG_DEVICE void cg_mma_tile(float *acc, const void *a, int lda, const void *b, in
 
 /* ---- sums in and out --------------------------------------------------------------------------- */
 
-template <int ROWS, int COLS> CG_DEVICE void cg_clear_tile(float *acc)
+template <int ROWS, int COLS, class Sum> CG_DEVICE void cg_clear_tile(Sum *acc)
 {
 #pragma unroll
     for (int i = 0; i < ROWS * COLS / 32; ++i)
         acc[i] = 0;
 }
 
-/* The tile as a matrix in memory, its rows ldc floats apart (even). */
-template <int ROWS, int COLS> CG_DEVICE void cg_store_tile(void *c, int ldc, const float *acc)
+CG_DEVICE void cg_put(float *c, float x, float y) { *(float2 *)c = make_float2(x, y); }
+CG_DEVICE void cg_put(int *c, int x, int y) { *(int2 *)c = make_int2(x, y); }
+
+/* The tile as a matrix in memory, its rows ldc sums apart (even). */
+template <int ROWS, int COLS, class Sum> CG_DEVICE void cg_store_tile(void *c, int ldc, const Sum *acc)
 {
     const int lane = cg_lane();
 #pragma unroll
     for (int i = 0; i < ROWS / 8; ++i)
 #pragma unroll
         for (int j = 0; j < COLS / 8; ++j) {
-            const float *from = acc + (i / 2 * (COLS / 8) + j) * 4 + i % 2 * 2;
-            *(float2 *)((float *)c + (i * 8 + lane / 4) * ldc + j * 8 + lane % 4 * 2) = make_float2(from[0], from[1]);
+            const Sum *from = acc + (i / 2 * (COLS / 8) + j) * 4 + i % 2 * 2;
+            cg_put((Sum *)c + (i * 8 + lane / 4) * ldc + j * 8 + lane % 4 * 2, from[0], from[1]);
         }
 }
 
@@ -334,35 +351,39 @@ template <class T, int COLS> struct cg_wgmma; /* defined where it is used: its o
 #ifdef CONVGEN_EMULATE
 /* Every thread computes its own sums: what it reads of shared memory is what the instruction reads. */
 template <class T, int COLS> struct cg_wgmma {
+    using Stored = std::conditional_t<T::bytes == 1, int8_t, uint16_t>;
+    using Sum = std::conditional_t<T::bytes == 1, int, float>;
+
     /* It reads from now on, until it is waited for. */
-    static void mma(float *acc, uint64_t a, uint64_t b)
+    static void mma(Sum *acc, uint64_t a, uint64_t b)
     {
         const void *read[COLS / 16 + 3];
         int count = 0;
-        read[count++] = at(a, threadIdx.y % 4 * 16 + cg_lane() / 2, cg_lane() % 2 * 8);
+        read[count++] = at(a, threadIdx.y % 4 * 16 + cg_lane() / 2, cg_lane() % 2 * (16 / T::bytes));
         for (int row = cg_lane(); row < COLS; row += 32)
-            read[count++] = at(b, row, 0), read[count++] = at(b, row, 8);
-        emulation::multiply_later(sum, acc, a, b, read, count);
+            read[count++] = at(b, row, 0), read[count++] = at(b, row, 16 / T::bytes);
+        emulation::multiply_later(sum, (float *)acc, a, b, read, count);
     }
 
-    static void sum(float *acc, uint64_t a, uint64_t b)
+    static void sum(float *sums, uint64_t a, uint64_t b)
     {
+        Sum *const acc = (Sum *)sums;
         const int lane = cg_lane(), warp = threadIdx.y % 4;
         for (int i = 0; i < COLS / 2; ++i) {
             const int row = warp * 16 + i / 2 % 2 * 8 + lane / 4, col = i / 4 * 8 + lane % 4 * 2 + i % 2;
-            for (int k = 0; k < 16; ++k)
+            for (int k = 0; k < 32 / T::bytes; ++k)
                 acc[i] += T::value(*at(a, row, k)) * T::value(*at(b, col, k));
         }
     }
 
-    static const uint16_t *at(uint64_t descriptor, int row, int k)
+    static const Stored *at(uint64_t descriptor, int row, int k)
     {
         if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0 || (descriptor & 0x3f) * 16 % 1024 >= 128)
             __builtin_trap(); /* another layout, or a tile that starts elsewhere */
         const uint32_t stride = (descriptor >> 32 & 0x3fff) << 4, start = (descriptor & 0x3fff) << 4;
-        uint32_t address = start + row / 8 * stride + row % 8 * 128 + k * 2;
+        uint32_t address = start + row / 8 * stride + row % 8 * 128 + k * T::bytes;
         address ^= address >> 3 & 0x70;
-        return (const uint16_t *)((const char *)emulation::dynamic_shared() + address);
+        return (const Stored *)((const char *)emulation::dynamic_shared() + address);
     }
 };
 
@@ -384,8 +405,8 @@ CG_DEVICE void cg_fence_async() { asm volatile("fence.proxy.async.shared::cta;" 
 #endif
 
 /* acc += a b^T over 128 bytes of the reduction. The warpgroup's tile is 64 rows; a points to this warp's 16. */
-template <class T, int COLS>
-CG_DEVICE void cg_wgmma_tile(float *acc, const void *a, int /* 128 */, const void *b, int /* 128 */)
+template <class T, int COLS, class Sum>
+CG_DEVICE void cg_wgmma_tile(Sum *acc, const void *a, int /* 128 */, const void *b, int /* 128 */)
 {
     const uint64_t x = cg_descriptor((const char *)a - threadIdx.y % 4 * (16 * 128)), y = cg_descriptor(b);
     cg_wgmma_begin();

@@ -612,7 +612,7 @@ void load_rows(int line, uint32_t *r, const void *row, int matrices)
 }
 
 struct Fragments {
-    float *d;
+    void *d;
     const uint32_t *a, *b;
 };
 
@@ -642,18 +642,18 @@ static float of_tf32(uint32_t bits)
 }
 
 /* D += A B of the warp, from and to its fragments: A is 16 x K, B is K x 8. */
-template <int K, class Gather> static void multiply(void *const *lanes, Gather gather)
+template <int K, class Value = float, class Gather> static void multiply(void *const *lanes, Gather gather)
 {
     whole_warp(lanes, "mma");
     Thread *const first = self - number(*self) % WARP;
-    float a[16][K], b[K][8], d[16][8];
+    Value a[16][K], b[K][8], d[16][8];
     for (int lane = 0; lane < WARP; ++lane) {
         self = first + lane;
         gather(*(Fragments *)lanes[lane], lane >> 2, lane % 4, a, b);
     }
     for (int i = 0; i < 16; ++i)
         for (int j = 0; j < 8; ++j) {
-            float *const c = ((Fragments *)lanes[i % 8 * 4 + j / 2])->d + (i >= 8) * 2 + j % 2;
+            Value *const c = (Value *)((Fragments *)lanes[i % 8 * 4 + j / 2])->d + (i >= 8) * 2 + j % 2;
             d[i][j] = *c;
             for (int k = 0; k < K; ++k)
                 d[i][j] += a[i][k] * b[k][j];
@@ -684,6 +684,19 @@ static void m16n8k8(void *const *lanes)
     });
 }
 
+static void m16n8k32(void *const *lanes)
+{
+    multiply<32, int>(lanes, [](const Fragments &from, int group, int member, int (*a)[32], int (*b)[8]) {
+        for (int i = 0; i < 16; ++i) {
+            const int row = (0 <= i && i < 4) || (8 <= i && i < 12) ? group : group + 8;
+            const int column = i < 8 ? member * 4 + (i & 3) : member * 4 + (i & 3) + 16;
+            a[row][column] = (int8_t)(from.a[i / 4] >> i % 4 * 8);
+        }
+        for (int i = 0; i < 8; ++i)
+            b[i < 4 ? member * 4 + (i & 3) : member * 4 + (i & 3) + 16][group] = (int8_t)(from.b[i / 4] >> i % 4 * 8);
+    });
+}
+
 void multiply_f16(int line, float *d, const uint32_t *a, const uint32_t *b)
 {
     Fragments fragments = {d, a, b};
@@ -694,6 +707,12 @@ void multiply_bf16(int line, float *d, const uint32_t *a, const uint32_t *b)
 {
     Fragments fragments = {d, a, b};
     together("mma.bf16", line, ~0u, &fragments, m16n8k16<of_bfloat>);
+}
+
+void multiply_i8(int line, int *d, const uint32_t *a, const uint32_t *b)
+{
+    Fragments fragments = {d, a, b};
+    together("mma.i8", line, ~0u, &fragments, m16n8k32);
 }
 
 void multiply_tf32(int line, float *d, const uint32_t *a, const uint32_t *b)

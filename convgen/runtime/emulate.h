@@ -9,6 +9,7 @@
 #include <cstring>
 #include <math.h>
 #include <sys/types.h>
+#include <type_traits>
 #include <utility>
 
 #define CG_DEVICE inline
@@ -65,6 +66,7 @@ void load_rows(int line, uint32_t *r, const void *row, int matrices);
 /* D += A B of fragments. */
 void multiply_f16(int line, float *d, const uint32_t *a, const uint32_t *b);
 void multiply_bf16(int line, float *d, const uint32_t *a, const uint32_t *b);
+void multiply_i8(int line, int *d, const uint32_t *a, const uint32_t *b);
 void multiply_tf32(int line, float *d, const uint32_t *a, const uint32_t *b);
 void copy_async(void *to, const void *from, int bytes, bool valid);
 void commit();
@@ -232,6 +234,10 @@ inline void cg_mma_f16(float *d, const uint32_t (&a)[4], const uint32_t *b, CG_L
 inline void cg_mma_bf16(float *d, const uint32_t (&a)[4], const uint32_t *b, CG_LINE)
 {
     emulation::multiply_bf16(line, d, a, b);
+}
+inline void cg_mma_i8(int *d, const uint32_t (&a)[4], const uint32_t *b, CG_LINE)
+{
+    emulation::multiply_i8(line, d, a, b);
 }
 inline void cg_mma_tf32(float *d, const uint32_t (&a)[4], const uint32_t *b, CG_LINE)
 {
