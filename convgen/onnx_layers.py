@@ -1,4 +1,4 @@
-"""The Conv and ConvTranspose nodes of a model with what can be folded into them.
+"""The Conv, ConvTranspose and QLinearConv nodes of a model with what can be folded into them.
 
 ``python -m convgen.onnx_layers`` reads a model in a process of its own; :mod:`convgen.onnx_reader`
 starts it.
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ F64 = npt.NDArray[np.float64]
 
 #: Conv has always meant the same, but before this opset Add and others were broadcast another way.
 FOLDING_OPSET = 7
-CONVOLUTIONS = ("Conv", "ConvTranspose")
+CONVOLUTIONS = ("Conv", "ConvTranspose", "QLinearConv")
 _DTYPES = {TensorProto.FLOAT: "f32", TensorProto.FLOAT16: "f16", TensorProto.BFLOAT16: "bf16"}
 _F32_MAX = (2 - 2**-23) * 2.0**127
 _MAX_OPERANDS = 5  # of a node that is folded: BatchNormalization has them
@@ -50,7 +50,7 @@ def read_layers(source: str | Path | ModelProto, dims: Mapping[str, int], arrays
         layers = [layer for graph in graphs for layer in _Reader(graph, unknown, not old).layers(arrays)]
     if not layers:
         found = sorted({node.op_type for graph in graphs for node in graph.nodes if "Conv" in node.op_type})
-        raise SpecError("model", "a Conv or ConvTranspose node", ", ".join(found) or "none", file.where)
+        raise SpecError("model", f"a node {', '.join(CONVOLUTIONS)}", ", ".join(found) or "none", file.where)
     return layers
 
 
@@ -89,7 +89,7 @@ class _Reader:
         name = self.scope.name(node)
         where = f"{self.where}: {node.op_type} {name!r}"
         try:
-            fold = _Fold(self, node, where)
+            fold = (_Quantised if node.op_type == "QLinearConv" else _Fold)(self, node, where)
             layer = OnnxLayer(name, node.op_type, fold.spec, None, fold.src, fold.dst, fold.residual)
             return replace(layer, arrays=fold.arrays()) if arrays else layer
         except SpecError as error:
@@ -106,13 +106,17 @@ class _Fold:
     Attributes: ``src``, ``dst`` and ``residual`` name the values that the spec's tensors are.
     """
 
+    #: Of src and weights.
+    dtypes: ClassVar[Mapping[int, str]] = _DTYPES
+
     def __init__(self, reader: _Reader, node: NodeProto, where: str) -> None:
         self.reader, self.scope, self.where, self.node = reader, reader.scope, where, node
-        self.dtype = "f32"
+        self.dtype = next(iter(self.dtypes.values()))
         self.residual = self.slope = ""
         self.steps: list[tuple[NodeProto, str]] = []  # a scale and shift per channel, and the value it is of
-        self.parameters = [name for name in node.input[1:3] if name]
-        self.src, self.dst = node.input[0], node.output[0]
+        self.src, self.weights, self.bias = self._operands(node)
+        self.parameters = [name for name in (self.weights, self.bias) if name]
+        self.dst = node.output[0]
         self.spec = self._convolution()
         if reader.folds:
             self._take_padding()
@@ -120,15 +124,21 @@ class _Fold:
 
     # ---- the node itself ----
 
+    def _operands(self, node: NodeProto) -> tuple[str, str, str]:
+        """The names of src, weights and bias."""
+        return node.input[0], node.input[1], node.input[2] if len(node.input) > 2 else ""
+
     def _convolution(self) -> ConvSpec:
-        weights = self._shape("weights", self.node.input[1])
-        src = self._shape("src", self.src)
-        bias = len(self.node.input) > 2 and bool(self.node.input[2])
+        weights = self._shape("weights", self.weights)
+        src, bias = self._shape("src", self.src), bool(self.bias)
         fields = convolution_fields(self.node.op_type, _attributes(self.node), src, weights, bias, self.where)
         spec = ConvSpec(**fields, dtype=self.dtype)
-        if bias and (shape := self._shape("bias", self.node.input[2])) != (spec.oc,):
+        if bias and (shape := self._bias_shape()) != (spec.oc,):
             raise SpecError("bias", f"shape [{spec.oc}]", text(shape))
         return spec
+
+    def _bias_shape(self) -> Any:
+        return self._shape("bias", self.bias)
 
     def _shape(self, what: str, name: str) -> tuple[int, ...]:
         """The shape of an operand, whose dtype becomes the spec's.
@@ -141,15 +151,15 @@ class _Fold:
         if owner and name in owner.sparse:
             raise UnsupportedError(f"{self.where}: {what} {name!r} is a sparse tensor; dense ones are supported")
         dtype, shape = self.scope.dtype(name), self.scope.shape(name)
-        if dtype not in (*_DTYPES, TensorProto.UNDEFINED):
-            names = ", ".join(_DTYPES.values())
+        if dtype not in (*self.dtypes, TensorProto.UNDEFINED):
+            names = ", ".join(self.dtypes.values())
             found = _enum_name(TensorProto.DataType, dtype)
             raise UnsupportedError(f"{self.where}: {what} {name!r} has dtype {found}; supported are {names}")
         if static(shape) and dtype:
             if what == "weights":
-                self.dtype = _DTYPES[dtype]
-            elif self.dtype != _DTYPES[dtype]:
-                raise SpecError(what, f"the weights' dtype {self.dtype}", _DTYPES[dtype])
+                self.dtype = self.dtypes[dtype]
+            elif self.dtype != self.dtypes[dtype]:
+                raise SpecError(what, f"the weights' dtype {self.dtype}", self.dtypes[dtype])
             return shape
         if self.reader.unknown:
             missing, example = ", ".join(map(repr, self.reader.unknown)), f"{self.reader.unknown[0]}=1"
@@ -343,10 +353,10 @@ class _Fold:
         """``weights [bias] [slope]`` with everything folded in float64; empty where one is given at run time."""
         if not all(map(self.scope.constant, [*self.parameters, *filter(None, [self.slope])])):
             return {}
-        spec, weights = self.spec, self.scope.value(self.node.input[1])
+        spec, weights = self.spec, self.scope.value(self.weights)
         scale, shift = np.ones(spec.oc), np.zeros(spec.oc)
-        if len(self.node.input) > 2 and self.node.input[2]:
-            shift = self._channels(self.node.input[2])
+        if self.bias:
+            shift = self._channels(self.bias)
         with np.errstate(all="ignore"):
             for node, x in self.steps:
                 factor, addend = self._affine(node, x)
@@ -394,7 +404,58 @@ class _Fold:
         return np.broadcast_to(values.astype(np.float64).reshape(-1), (self.spec.oc,)).copy()
 
 
-#: Attributes of Conv and ConvTranspose and their types.
+class _Quantised(_Fold):
+    """A QLinearConv of i8 with zero points 0. Zeros around src and one Relu are all that it takes in."""
+
+    dtypes: ClassVar[Mapping[int, str]] = {TensorProto.INT8: "i8"}
+
+    def _operands(self, node: NodeProto) -> tuple[str, str, str]:
+        if not 8 <= len(node.input) <= 9:
+            raise SpecError("inputs", "8 or 9", len(node.input))
+        x, x_scale, x_zero, weights, w_scale, w_zero, y_scale, y_zero, *bias = node.input
+        self.scales = (x_scale, w_scale, y_scale)
+        if (dtype := self.scope.dtype(y_zero)) != TensorProto.INT8:
+            found = _enum_name(TensorProto.DataType, dtype)
+            raise UnsupportedError(f"{self.where}: dst has the dtype of {y_zero!r}, {found}; supported is i8")
+        for name in (x_zero, w_zero, y_zero):
+            if not self.scope.constant(name) or self.scope.value(name).any():
+                raise UnsupportedError(f"{self.where}: zero point {name!r} is not known to be 0; 0 is supported")
+        for name in self.scales:
+            if not self.scope.constant(name):
+                raise UnsupportedError(f"{self.where}: scale {name!r} is no constant; constants are supported")
+        return x, weights, bias[0] if bias else ""
+
+    def _convolution(self) -> ConvSpec:
+        spec = super()._convolution()
+        for name, most in zip(self.scales, (1, spec.oc, 1), strict=True):
+            if (size := self.scope.value(name).size) not in (1, most):
+                raise SpecError(f"scale {name!r}", f"{most} elements" if most > 1 else "one element", size)
+        return spec
+
+    def _bias_shape(self) -> Any:
+        if (dtype := self.scope.dtype(self.bias)) != TensorProto.INT32:
+            raise SpecError("bias", "dtype int32", _enum_name(TensorProto.DataType, dtype))
+        return self.scope.shape(self.bias)
+
+    def _take_what_follows(self) -> None:
+        if not self._alone(self.dst):
+            return
+        node = self.scope.nodes[next(iter(self.scope.users[self.dst]))]
+        if node.op_type == "Relu" and node.domain in ROOTS:
+            self.spec, self.dst = self.spec.with_(activation="relu"), node.output[0]
+
+    def arrays(self) -> dict[str, Array]:
+        """``weights [bias] scale``; empty where one is given at run time."""
+        if not all(map(self.scope.constant, self.parameters)):
+            return {}
+        found = {"weights": self.scope.value(self.weights)}
+        if self.bias:
+            found["bias"] = self.scope.value(self.bias)
+        src, weights, dst = (self.scope.value(name).astype(np.float32).reshape(-1) for name in self.scales)
+        return found | {"scale": np.broadcast_to(src * weights / dst, (self.spec.oc,)).copy()}
+
+
+#: Attributes of convolutions and their types.
 _ATTRIBUTES = dict.fromkeys(
     ("kernel_shape", "strides", "dilations", "pads", "output_padding", "output_shape"), AttributeProto.INTS
 ) | {"group": AttributeProto.INT, "auto_pad": AttributeProto.STRING}

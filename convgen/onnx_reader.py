@@ -32,15 +32,15 @@ TIMEOUT, MEMORY = 120, 2 << 30
 
 @dataclass(frozen=True)
 class OnnxLayer:
-    """A Conv or ConvTranspose node as it was read.
+    """A Conv, ConvTranspose or QLinearConv node as it was read.
 
     Attributes:
         name: the node's, or that of its output; inside a function or subgraph with the path to it.
-        operator: ``Conv`` or ``ConvTranspose``.
+        operator: ``Conv``, ``ConvTranspose`` or ``QLinearConv``.
         spec: what it computes with everything folded; None where it was refused.
         refusal: why it was refused; None where it was not.
         src, dst, residual: the model's values that these tensors of the spec are; "" where there is none.
-        arrays: ``weights [bias] [slope]`` of the spec, as ``kernel.bind`` takes them; empty unless asked for,
+        arrays: ``weights [bias] [slope] [scale]`` of the spec, as ``kernel.bind`` takes them; empty unless asked for,
             and where the model has one of them as an input.
     """
 
@@ -57,7 +57,7 @@ class OnnxLayer:
 def specs_from_onnx(
     source: str | Path | ModelProto, dims: Mapping[str, int] | None = None, skipped: list[str] | None = None
 ) -> list[SpecEntry]:
-    """The Conv and ConvTranspose nodes of a model as specs, identical ones merged.
+    """The Conv, ConvTranspose and QLinearConv nodes of a model as specs, identical ones merged.
 
     See :func:`layers_from_onnx`. The first node that is refused raises its error, or, where ``skipped``
     is given, each of them is left out and the reason appended there.
@@ -73,14 +73,15 @@ def specs_from_onnx(
 def layers_from_onnx(
     source: str | Path | ModelProto, dims: Mapping[str, int] | None = None, *, arrays: bool = False
 ) -> list[OnnxLayer]:
-    """The Conv and ConvTranspose nodes of a model, those inside functions and subgraphs included.
+    """The Conv, ConvTranspose and QLinearConv nodes of a model, those inside functions and subgraphs included.
 
     What follows a node is folded into its spec when that is exact and nothing else uses the value
     between: a scale or shift per channel that is known beforehand (BatchNormalization, or arithmetic
     with constants; it goes into weights and bias), one tensor added (residual), then one activation in
     any of its spellings. So is a Pad with zeros before it. Where two convolutions meet in one addition,
     the one with more convolutions before it takes it: the other's output is there by then (of a ResNet
-    block: the main path, not the shortcut). Before opset 7, nothing is folded.
+    block: the main path, not the shortcut). Before opset 7, nothing is folded. A QLinearConv of 8-bit integers
+    with zero points 0 and constant scales is a layer of i8; a Relu alone is folded into it.
 
     Args:
         source: a path or a model. Its weights may be inputs; their data is read only for ``arrays``.
@@ -133,7 +134,8 @@ def _isolated(path: str, dims: Mapping[str, int], directory: str | None) -> list
 def _layer(index: int, plain: dict[str, Any], directory: str | None) -> OnnxLayer:
     fields, refusal = plain.pop("spec"), plain.pop("refusal")
     spec = ConvSpec.from_dict(fields) if fields else None
-    arrays = {name: load(Path(directory or "", f"{index}.{name}.npy"), fields["dtype"]) for name in plain.pop("arrays")}
+    dtypes = spec.dtypes if spec else {}
+    arrays = {name: load(Path(directory or "", f"{index}.{name}.npy"), dtypes[name]) for name in plain.pop("arrays")}
     return OnnxLayer(**plain, spec=spec, refusal=_error(refusal) if refusal else None, arrays=arrays)
 
 

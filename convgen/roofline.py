@@ -4,8 +4,8 @@ Its operations at the measured peak, and its tensors once from where they lie be
 nearest level that holds them all. The weights count as the layer has them, whatever a schedule makes
 of them, so that the limit is the layer's and no candidate can raise it.
 
-Two things can beat the limit: a transform does fewer operations than are counted, and what stays of the
-tensors in a nearer cache comes faster.
+Three things can beat the limit: a transform does fewer operations than are counted, what stays of the
+tensors in a nearer cache comes faster, and the peak is that of f32, whatever narrower types may reach.
 """
 
 from __future__ import annotations

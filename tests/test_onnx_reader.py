@@ -659,7 +659,7 @@ def test_symbols_behind_other_operators() -> None:
         (model(src=(1, 4, 2, 9)), {}, r"kernel\[0\]: expected a dilated kernel within the padded input \(2\), found 3"),
         (model("ConvTranspose", output_shape=[30, 30]), {}, r"output_spatial\[0\]: expected a size the windows reach"),
         (model("ConvTranspose", output_shape=[1, 18, 18]), {}, r"output_shape: expected 2 values, found \[1, 18, 18\]"),
-        (model("Relu"), {}, "model: expected a Conv or ConvTranspose node, found none"),
+        (model("Relu"), {}, "model: expected a node Conv, ConvTranspose, QLinearConv, found none"),
         (onnx.ModelProto(), {}, "file: expected an ONNX model, found no graph in it"),
     ],
 )
@@ -740,7 +740,7 @@ def test_quantized_models_say_what_was_found() -> None:
     changed.CopyFrom(source)
     for node in changed.graph.node:
         node.op_type = "ConvInteger"
-    with pytest.raises(SpecError, match="expected a Conv or ConvTranspose node, found ConvInteger"):
+    with pytest.raises(SpecError, match="expected a node Conv, ConvTranspose, QLinearConv, found ConvInteger"):
         specs_from_onnx(changed)
 
 
@@ -879,3 +879,74 @@ def test_a_kernel_takes_the_arrays() -> None:
     bound = convgen.build(layer.spec, threads=1, records=False).bind(**layer.arrays)
     (expected,) = run_onnx(source, [layer.dst], {"x": x})
     np.testing.assert_allclose(bound(x, residual=x), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- QLinearConv -------------------------------------------------------------------------------
+
+_RNG = np.random.default_rng(3)
+QUANTISED: dict[str, np.ndarray] = {
+    "x_scale": np.float32(0.5),
+    "x_zero": np.int8(0),
+    "w": _RNG.integers(-128, 128, (6, 2, 3, 3)).astype(np.int8),
+    "w_scale": _RNG.uniform(0.001, 0.01, 6).astype(np.float32),
+    "w_zero": np.zeros(6, np.int8),
+    "y_scale": np.float32(0.3),
+    "y_zero": np.int8(0),
+    "b": _RNG.integers(-5000, 5000, 6).astype(np.int32),
+}
+
+
+def quantised(inputs: tuple[str, ...] = (), relu: bool = True, **changes: Any) -> onnx.ModelProto:
+    """x int8 [1, 4, 7, 7] -> QLinearConv -> Relu; ``inputs`` are given at run time."""
+    arrays = {name: np.asarray(value) for name, value in {**QUANTISED, **changes}.items()}
+    nodes = [helper.make_node("QLinearConv", ["x", *arrays], ["y"], name="q", group=2, pads=[1, 1, 1, 1])]
+    nodes += [helper.make_node("Relu", ["y"], ["z"])] * relu
+    given = [("x", np.zeros((1, 4, 7, 7), np.int8)), *((name, arrays.pop(name)) for name in inputs)]
+    types = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in given]
+    output = helper.make_tensor_value_info("z" if relu else "y", TensorProto.INT8, None)
+    constants = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    graph = helper.make_graph(nodes, "quantised", types, [output], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_a_quantised_convolution_is_a_layer_of_i8(relu: bool, tmp_path: Path) -> None:
+    source = quantised(relu=relu)
+    onnx.save(source, tmp_path / "q.onnx")
+    (layer,) = layers_from_onnx(tmp_path / "q.onnx", arrays=True)
+    spec = layer.spec
+    assert spec is not None
+    activation = " relu" if relu else ""
+    assert spec.descriptor == f"conv2d n1 ic4 oc6 g2 i7x7 k3x3 s1x1 p1x1{activation} i8"
+    assert (layer.operator, layer.dst) == ("QLinearConv", "z" if relu else "y")
+    src = np.random.default_rng(0).integers(-128, 128, spec.src_shape).astype(np.int8)
+    options = convgen.reference.ort.SessionOptions()
+    options.graph_optimization_level = convgen.reference.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = convgen.reference.ort.InferenceSession(source.SerializeToString(), options)
+    expected = session.run(None, {"x": src})[0]
+    assert np.unique(expected).size > 50
+    np.testing.assert_array_equal(run_onnxruntime(spec, src, **layer.arrays), expected)
+
+
+def test_one_scale_of_weights_is_every_channels() -> None:
+    (layer,) = layers_from_onnx(quantised(w_scale=np.float32(0.01), w_zero=np.int8(0)), arrays=True)
+    assert layer.arrays["scale"].shape == (6,)
+    assert layers_from_onnx(quantised(inputs=("w",)), arrays=True)[0].arrays == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_zero": np.int8(3)}, "zero point 'x_zero' is not known to be 0"),
+        ({"w_zero": np.int8([0, 0, 0, 0, 1, 0])}, "zero point 'w_zero' is not known to be 0"),
+        ({"inputs": ("y_zero",)}, "zero point 'y_zero' is not known to be 0"),
+        ({"inputs": ("w_scale",)}, "scale 'w_scale' is no constant"),
+        ({"y_zero": np.uint8(0)}, "dst has the dtype of 'y_zero', uint8; supported is i8"),
+        ({"w": QUANTISED["w"].astype(np.uint8)}, "weights 'w' has dtype uint8; supported are i8"),
+        ({"w_scale": np.ones(2, np.float32)}, "scale 'w_scale': expected 6 elements, found 2"),
+    ],
+)
+def test_quantised_convolutions_that_mean_another_thing_are_refused(changes: dict[str, Any], message: str) -> None:
+    skipped: list[str] = []
+    assert specs_from_onnx(quantised(**changes), skipped=skipped) == []
+    assert re.search(message, skipped[0]), skipped

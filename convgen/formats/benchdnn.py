@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..activation import Activation
-from ..dtypes import DTYPES
 from ..errors import SpecError, UnsupportedError
 from ..spec import ConvSpec
 from . import check_said, plain, unsupported
@@ -41,6 +40,8 @@ _LINE = re.compile(
     re.DOTALL,
 )
 
+#: Not i8: oneDNN adds the bias after the scales.
+_DTYPES = ("f32", "f16", "bf16")
 _DRIVERS = ("--conv", "--deconv")
 #: What a problem is made of, and the value where no option says otherwise.
 _MADE_OF = {"dir": "FWD_B", "dt": "f32", "bia-dt": "undef", "stag": "any", "dtag": "any", "mb": "0"}
@@ -254,8 +255,8 @@ def _with_options(spec: ConvSpec, options: dict[str, str], where: str) -> ConvSp
         if options[name] not in values:
             raise unsupported(where, f"--{name}", "none", options[name])
     dtype, *others = options["dt"].split(":")
-    if dtype not in DTYPES or len(others) not in (0, 2) or {dtype, *others} != {dtype}:
-        raise unsupported(where, "--dt", f"one of {', '.join(DTYPES)} for all tensors", options["dt"])
+    if dtype not in _DTYPES or len(others) not in (0, 2) or {dtype, *others} != {dtype}:
+        raise unsupported(where, "--dt", f"one of {', '.join(_DTYPES)} for all tensors", options["dt"])
     direction, bias = options["dir"].upper(), options["bia-dt"]
     if direction not in ("FWD_B", "FWD_D", "FWD_I"):
         raise unsupported(where, "--dir", "FWD_B, FWD_D or FWD_I", options["dir"])
@@ -388,6 +389,8 @@ def write(spec: ConvSpec, count: int = 1, names: Sequence[str] = ()) -> str:
     Raises:
         UnsupportedError: benchdnn cannot say a field; names it.
     """
+    if spec.dtype not in _DTYPES:
+        raise unsupported("", "dtype", f"one of {', '.join(_DTYPES)} for benchdnn", spec.dtype)
     tag = _tags(spec.layout, spec.rank)[0]
     words = ["--deconv" if spec.transposed else "--conv", "--dir=FWD_I"]
     words += [f"--bia-dt={spec.dtype}"] * spec.bias + [f"--dt={spec.dtype}", f"--stag={tag}", f"--dtag={tag}"]

@@ -206,6 +206,8 @@ def write(spec: ConvSpec) -> str:
         raise unsupported("", "padding", "the same at the beginning and end for MIOpenDriver", spec.padding)
     if any(extra >= stride for extra, stride in zip(said.output_padding, spec.stride, strict=True) if extra):
         raise unsupported("", "output_padding", "less than the stride for MIOpenDriver", said.output_padding)
+    if spec.dtype not in _DTYPES.values():  # convint8 has no scales
+        raise unsupported("", "dtype", f"one of {', '.join(_DTYPES.values())} for MIOpenDriver", spec.dtype)
     axes = "dhw"[3 - spec.rank :]
     sizes = {"in": spec.in_spatial, "fil": spec.kernel, "pad": [begin for begin, _ in said.padding]}
     sizes |= {"conv_stride": spec.stride, "dilation": spec.dilation}
