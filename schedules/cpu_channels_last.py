@@ -23,7 +23,7 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import Operands, ceildiv, copied, round_up, unflat, widen
+from convgen.compute import STORED, Operands, ceildiv, copied, round_up, unflat, widen
 from convgen.schedule import Picks, Schedule, Space, busiest, require
 from convgen.vector import Block, finish, interleave, load, load_within, outer_products, store, written, zeros
 
@@ -304,7 +304,10 @@ def _kernel(spec, g, picks, lanes, src, residual, parameters, dst):
                     stored_planes(block, sums, v, o, r, x, pixels)
                     continue
                 for these, count in block.cases(o, spec.oc - spec.oc % lanes, lanes, spec.oc % lanes):
-                    given = {name: these.let(load(p, "f32", [o], lanes, count)) for name, p in parameters.items()}
+                    given = {
+                        name: these.let(load(p, STORED[str(p.dtype)], [o], lanes, count))
+                        for name, p in parameters.items()
+                    }
                     for t in range(pixels):
                         at = place(n, (z, y0 + r, tile0 * picks.tile_px + x + t), o)
                         finish(these, spec, dst, residual, at, sums[t, v], lanes, count, **given)
