@@ -190,6 +190,7 @@ def test_sizes_count_each_part_of_the_workspace_from_a_multiple_of_256(library: 
         weights=5 * 3 * 9 * 4,
         bias=20,
         slope=0,
+        scale=0,
         residual=2 * 5 * 400 * 4,
         dst=2 * 5 * 400 * 4,
         packed=sizes.packed,
