@@ -97,19 +97,19 @@ def test_a_token_too_many_or_too_few_is_refused(rest: str) -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_every_schedule_is_exact(spec: ConvSpec) -> None:
+    """Its default for every other problem, else a point drawn from its space."""
     rng = random.Random(spec.descriptor)
     applicable = [s for s in schedules().values() if s.reason_against(spec.core, NATIVE) is None]
     assert len(applicable) > 1
     for schedule in applicable:
         space = schedule.space(spec.core, NATIVE)
-        drawn = (space.sample(rng) for _ in range(200))
-        picks = next((p for p in drawn if not schedule.reason_against(spec.core, NATIVE, p)), None)
-        for candidate in {schedule.default(spec.core, NATIVE), picks} - {None}:
-            kernel = compile_candidate(spec, NATIVE, Candidate(schedule, candidate), 2)
-            report = validate(kernel)
-            report.raise_if_failed()
-            assert {"integers", "exact", "memory", "threads"} <= {check.name for check in report.checks}
-            assert report.error_factor == report.worst_error == 0
+        drawn = (space.sample(rng) for _ in range(200 * (SPECS.index(spec) % 2)))
+        default = schedule.default(spec.core, NATIVE)
+        picks = next((p for p in drawn if not schedule.reason_against(spec.core, NATIVE, p)), default)
+        report = validate(compile_candidate(spec, NATIVE, Candidate(schedule, picks), 2))
+        report.raise_if_failed()
+        assert {"integers", "exact", "memory", "threads"} <= {check.name for check in report.checks}
+        assert report.error_factor == report.worst_error == 0
 
 
 @pytest.mark.parametrize("schedule", ["reference", "cpu_direct"])
