@@ -68,12 +68,14 @@ from convgen.workers import _Workers
 HERE = Path(__file__).parent
 
 #: How a layer is changed for each mode.
-MODES: dict[str, dict[str, str]] = {
+MODES: dict[str, dict[str, Any]] = {
     "f16": {"dtype": "f16", "layout": "nhwc"},
     "bf16": {"dtype": "bf16", "layout": "nhwc"},
     "tf32": {"accuracy": "tf32", "layout": "nhwc"},
     "f32": {},
 }
+#: What is compiled only: PyTorch has no such layer of cuDNN's. Without what i8 does not take.
+COMPILED = {**MODES, "i8": {"dtype": "i8", "layout": "nhwc", "accuracy": "standard", "residual": False}}
 BATCHES = (1, 16, 64)
 OK, FAILED, NO_DEVICE, INTERRUPTED = 0, 1, 2, 130
 #: Tensors are there so often that they exceed the L2 cache by this factor; and at most so often.
@@ -90,12 +92,14 @@ TOOLS = ("memcheck", "racecheck")
 #: Seconds that a layer may take to compile.
 COMPILE_SECONDS = 300.0
 #: Instructions that are counted: matrix units, asynchronous copies, loads of matrices, sums of f32.
-INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "UTMALDG", "LDSM", "FFMA")
+INSTRUCTIONS = ("HMMA", "HGMMA", "IMMA", "IGMMA", "LDGSTS", "UTMALDG", "LDSM", "FFMA")
 
 
 def in_mode(entry: SpecEntry, mode: str, batch: int | None = None) -> SpecEntry:
     """A layer in a mode, and with a batch where one is given."""
-    changes: dict[str, Any] = {**MODES[mode], **({"n": batch} if batch else {})}
+    changes: dict[str, Any] = {**COMPILED[mode], **({"n": batch} if batch else {})}
+    if mode == "i8" and entry.spec.activation != "relu":
+        changes["activation"] = "none"
     return SpecEntry(entry.spec.with_(**changes), entry.count, entry.names)
 
 
@@ -523,6 +527,7 @@ def compile_all(options: argparse.Namespace, console: Console) -> int:
         for problem in options.problems
         for entry in read_specs(problem)
         for mode in options.modes
+        if mode != "i8" or not entry.spec.transposed
         for batch in options.batches or (None,)
     ]
     wanted = list(dict.fromkeys((entry.spec.descriptor, f"cuda:{arch}") for arch in options.archs for entry in entries))
@@ -573,7 +578,7 @@ def compile_report(rows: Sequence[dict[str, Any]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for values in rows:
         spec = ConvSpec.parse(values["spec"])
-        kind = next(mode for mode, given in MODES.items() if spec.with_(**given) == spec)
+        kind = next(mode for mode, given in COMPILED.items() if spec.with_(**given) == spec)
         groups.setdefault(f"{values['target']}, {kind}", []).append(values)
     for name, group in groups.items():
         cells = []
@@ -611,7 +616,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("problems", type=Path, nargs="*", help="spec files or ONNX models [resnet50]")
-    parser.add_argument("--modes", type=several(list(MODES)), default=list(MODES), metavar="M,…", help=", ".join(MODES))
+    parser.add_argument(
+        "--modes",
+        type=several(list(COMPILED)),
+        default=list(MODES),
+        metavar="M,…",
+        help=f"{', '.join(MODES)}; with --compile i8 too",
+    )
     parser.add_argument("--batches", type=batches, metavar="N,…", help="[1,16,64; with --compile, the layers' own]")
     parser.add_argument("--seconds", type=float, default=0.0, help="tuning time per layer; 0: defaults only")
     parser.add_argument("--rounds", type=int, default=15, help="turns of a comparison")
@@ -622,6 +633,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--archs", type=several(), default=["sm_80", "sm_90a", "sm_75"], help="with --compile")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="with --compile: processes")
     options = parser.parse_args(arguments)
+    if "i8" in options.modes and not options.compile:
+        parser.error("i8 is compiled only: PyTorch has no such layer of cuDNN's to compare with")
     options.problems = options.problems or [HERE / "problems" / "resnet50.json"]
     if not math.isfinite(options.seconds) or options.seconds < 0 or options.rounds < 3 or options.jobs < 1:
         parser.error("expected --seconds >= 0, --rounds >= 3 and --jobs >= 1")

@@ -52,7 +52,7 @@ MOST_TAPS = 125
 #: Channels per group, and pixels per axis by rank, at most.
 MOST_CHANNELS, MOST_PIXELS = 130, {1: 150, 2: 30, 3: 9}
 #: Specs drawn for a schedule until it applies; points of a space until one is valid.
-DRAWS = 2000
+DRAWS = 6000
 #: Seconds a worker has for one candidate.
 LIMIT = 100.0
 #: Candidates after which a worker is replaced: TVM leaks a little with every compilation.
@@ -154,8 +154,8 @@ def draw(seed: int, index: int, target: Target, *, threads: int | None = None, s
     for _ in range(DRAWS):
         spec = _spec(rng, lanes)
         why = wanted.reason_against(spec.core, target)
-        if why is not None and spec.dtype != "i8":  # for lack of nothing but accuracy?
-            loose = spec.with_(accuracy="relaxed")
+        if why is not None:  # for lack of nothing but accuracy, or of a type with fractions?
+            loose = spec.with_(accuracy="relaxed", dtype="f32" if spec.dtype == "i8" else spec.dtype)
             if wanted.reason_against(loose.core, target) is None:
                 spec, why = loose, None
         if why is None:

@@ -140,6 +140,14 @@ def test_every_default_is_compiled_without_a_device_and_resumes(problem: Path) -
     assert [json.loads(line) for line in (results / "compile.jsonl").read_text().splitlines()] == [first, rows[1]]
 
 
+def test_a_layer_as_i8_lacks_what_i8_does_not_take(bench: ModuleType) -> None:
+    for text, expected in (("residual clip(0,6) strict", "i8 nhwc"), ("relu", "relu i8 nhwc")):
+        entry = SpecEntry(ConvSpec.parse(f"conv2d n1 ic8 oc8 i6x6 k3x3 {text}"))
+        assert bench.in_mode(entry, "i8").spec == ConvSpec.parse(f"conv2d n1 ic8 oc8 i6x6 k3x3 {expected}")
+    with pytest.raises(SystemExit):
+        bench.parse(["--modes", "i8"])
+
+
 def test_what_does_not_compile_is_in_the_table(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVGEN_CUDA_DRIVER", "/none")
     failed = bench.compiled("conv2d n1 ic8 oc8 i6x6 k1x1", "cuda:sm_1")
