@@ -42,8 +42,8 @@ class CudaWgmmaTma(CudaWgmma):
         require("tma" in target.features, "needs TMA (sm_90a)")
 
     def admits(self, spec):
+        require(spec.dtype in ("f16", "bf16"), "needs f16 or bf16")
         super().admits(spec)
-        require(spec.dtype != "i8", "needs f16 or bf16")
         require(not spec.transposed, "needs a convolution that is not transposed")
         channels = tensorize.ROW // BYTES[spec.dtype]
         # Past a group's last channel are those of the next, not zeros.

@@ -254,8 +254,7 @@ def test_a_schedule_says_why_it_does_not_apply_or_has_a_valid_default(
     assert len(reasons) < len(schedules()), "no schedule applies"
 
 
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("target", [NATIVE, HASWELL], ids=["native", "haswell"])
+@pytest.mark.parametrize(("target", "layout"), [(NATIVE, "nchw"), (HASWELL, "nhwc")], ids=["native", "haswell nhwc"])
 def test_every_real_layer_gets_a_default_that_is_not_the_reference(target: Target, layout: str) -> None:
     """The reference is for what no fast schedule takes; none of these are."""
     files = sorted((Path(__file__).parents[1] / "bench" / "problems").glob("*.json"))
