@@ -75,7 +75,8 @@ class CpuDirect(Schedule):
         rows, width = _output(spec)
         space = self.space(spec, target).domains
         # What tiles compute in all, the loads around it and the store; two vectors of channels where equal.
-        shapes = [(v, w) for v in (2, 1) if v * lanes in space["tile_oc"] for w in space["tile_ow"]]
+        most = (2, 1) if lanes == 16 else (4, 2, 1)
+        shapes = [(v, w) for v in most if v * lanes in space["tile_oc"] for w in space["tile_ow"]]
         vectors, tile_ow = min(
             ((v, w) for v, w in shapes if w <= target.most_pixels(v)),
             key=lambda t: (
@@ -213,8 +214,9 @@ def _output(spec):
 
 
 def _loads(target, vectors, pixels):
-    """Time of a product, of which FMAs are 1: before AVX-512 two are done beside two loads."""
-    return 1.0 if target.lanes == 16 else max(1.0, 1.3 * (vectors + pixels) / (vectors * pixels))
+    """Time of a product, of which FMAs are 1: before AVX-512 two are done beside two loads, and eight at once."""
+    tile = vectors * pixels
+    return 1.0 if target.lanes == 16 else max(1.0, 1.3 * (vectors + pixels) / tile, 8 / tile)
 
 
 def _store(spec, tile_ow):
