@@ -578,7 +578,8 @@ def compile_report(rows: Sequence[dict[str, Any]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for values in rows:
         spec = ConvSpec.parse(values["spec"])
-        kind = next(mode for mode, given in COMPILED.items() if spec.with_(**given) == spec)
+        others = (mode for mode, given in MODES.items() if spec.with_(**given) == spec)
+        kind = "i8" if spec.dtype == "i8" else next(others)
         groups.setdefault(f"{values['target']}, {kind}", []).append(values)
     for name, group in groups.items():
         cells = []
