@@ -143,13 +143,9 @@ def test_every_default_is_compiled_without_a_device_and_resumes(problem: Path) -
 def test_a_layer_as_i8_lacks_what_i8_does_not_take(bench: ModuleType) -> None:
     for text, expected in (("residual clip(0,6) strict", "i8 nhwc"), ("relu", "relu i8 nhwc")):
         entry = SpecEntry(ConvSpec.parse(f"conv2d n1 ic8 oc8 i6x6 k3x3 {text}"))
-        assert bench.in_mode(entry, "i8").spec == ConvSpec.parse(f"conv2d n1 ic8 oc8 i6x6 k3x3 {expected}")
-        refused = {
-            "spec": str(bench.in_mode(entry, "i8").spec),
-            "target": "cuda:sm_80",
-            "versions": {},
-            "error": "none",
-        }
+        spec = bench.in_mode(entry, "i8").spec
+        assert spec == ConvSpec.parse(f"conv2d n1 ic8 oc8 i6x6 k3x3 {expected}")
+        refused = {"spec": spec.descriptor, "target": "cuda:sm_80", "versions": {}, "error": "none"}
         assert "## cuda:sm_80, i8" in bench.compile_report([refused])
     with pytest.raises(SystemExit):
         bench.parse(["--modes", "i8"])
