@@ -7,13 +7,13 @@ stores with a mask, lanes shifted in from zero, strided reads by shuffles.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from tvm import te, tirx
 
-from .compute import ACCUMULATOR, STORAGE, Expr, Operands, epilogue, narrow, of_lanes, unflat, widen
+from .compute import ACCUMULATOR, STORAGE, STORED, Expr, Operands, epilogue, narrow, of_lanes, unflat, widen
 from .schedule import Program
 from .spec import ConvSpec
 
@@ -179,6 +179,13 @@ def store(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: in
     if count >= lanes:
         return tirx.BufferStore(buffer, value, _row(index, lanes))
     return _masked_store(buffer, index, value, _first(count, lanes))
+
+
+def load_parameters(
+    block: Block, parameters: Mapping[str, Any], channel: Expr, lanes: int, count: int
+) -> dict[str, Expr]:
+    """What :func:`finish` takes of ``count`` channels from one on, from vectors ``[oc]``, as they are stored."""
+    return {name: block.let(load(p, STORED[str(p.dtype)], [channel], lanes, count)) for name, p in parameters.items()}
 
 
 def _within(buffer: Any, index: Sequence[Expr], lanes: int, count: int, size: int | None = None) -> Expr:

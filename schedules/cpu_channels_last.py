@@ -23,9 +23,20 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import STORED, Operands, ceildiv, copied, round_up, unflat, widen
+from convgen.compute import Operands, ceildiv, copied, round_up, unflat, widen
 from convgen.schedule import Picks, Schedule, Space, busiest, require
-from convgen.vector import Block, finish, interleave, load, load_within, outer_products, store, written, zeros
+from convgen.vector import (
+    Block,
+    finish,
+    interleave,
+    load,
+    load_parameters,
+    load_within,
+    outer_products,
+    store,
+    written,
+    zeros,
+)
 
 #: Rows of a task, in 1-D tiles; parts of the channels.
 BLOCKS, PARTS = (1, 2, 4, 7, 8, 14, 16, 28, 56), (1, 2, 3, 4, 6, 8, 12, 16)
@@ -112,7 +123,7 @@ class _Geometry:
 
     def __init__(self, spec):
         more = 3 - spec.rank
-        self.rank, self.ic = spec.rank, spec.ic
+        self.rank = spec.rank
         self.out, self.size, self.kernel, self.stride, self.dilation, self.window = (
             (1,) * more + tuple(values)
             for values in (spec.out_spatial, spec.in_spatial, spec.kernel, spec.stride, spec.dilation, spec.window)
@@ -304,10 +315,7 @@ def _kernel(spec, g, picks, lanes, src, residual, parameters, dst):
                     stored_planes(block, sums, v, o, r, x, pixels)
                     continue
                 for these, count in block.cases(o, spec.oc - spec.oc % lanes, lanes, spec.oc % lanes):
-                    given = {
-                        name: these.let(load(p, STORED[str(p.dtype)], [o], lanes, count))
-                        for name, p in parameters.items()
-                    }
+                    given = load_parameters(these, parameters, o, lanes, count)
                     for t in range(pixels):
                         at = place(n, (z, y0 + r, tile0 * picks.tile_px + x + t), o)
                         finish(these, spec, dst, residual, at, sums[t, v], lanes, count, **given)

@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, STORED, Operands, ceildiv, copied, flat, unflat, widen
+from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat, widen
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, finish, load, meeting, runs, written, zeros
+from convgen.vector import Block, finish, load, load_parameters, meeting, runs, written, zeros
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096
@@ -200,7 +200,7 @@ def _kernel(spec, picks, vectors, src, residual, parameters, dst):
                             sums.add(inner, (p, v), factor * factors[kx, v])
         for v in range(picks.tile_c):
             o = block.let(vectors.first(each[v]))
-            given = {k: block.let(load(p, STORED[str(p.dtype)], [o], lanes, lanes)) for k, p in parameters.items()}
+            given = load_parameters(block, parameters, o, lanes, lanes)
             for p in range(pixels):
                 place = [*[n, *at, x0 + p][: 1 + spec.rank], o]
                 finish(block, spec, dst, residual, place, sums[p, v], lanes, vectors.count, **given)
