@@ -55,7 +55,7 @@ def store(tmp_path: Path) -> Iterator[RecordStore]:
 @pytest.fixture(scope="module")
 def pools() -> Iterator[Pools]:
     """Workers that all tests of this module share: they take seconds to start."""
-    pools = Pools(LocalBuilder(2), LocalRunner(timeout=4))
+    pools = Pools(LocalBuilder(2), LocalRunner(timeout=8))
     yield pools
     pools.close()
 
