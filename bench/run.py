@@ -27,6 +27,7 @@ import convgen
 from convgen import picture, report
 from convgen.best import best_record, record_candidate
 from convgen.build import compile_candidate, default_candidate, versions
+from convgen.errors import ConvgenError
 from convgen.peers import PEERS
 from convgen.records import RecordStore, TuningRecord
 from convgen.rows import Row, RowFile, measure
@@ -161,12 +162,27 @@ def summarise(results: Path, console: Console) -> None:
     console.print(f"wrote {results / 'README.md'} and summary.svg")
 
 
+def thread_counts(text: str) -> list[int]:
+    """``1,2``, as an option's value."""
+    counts = [int(part) for part in text.split(",")]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"expected integers >= 1, found {text!r}")
+    return counts
+
+
+def peer_names(text: str) -> list[str]:
+    """``onnxruntime,torch``, as an option's value."""
+    if unknown := set(names := text.split(",")) - set(PEERS):
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(PEERS)}, found {', '.join(sorted(unknown))!r}")
+    return names
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("problems", type=Path, nargs="*", help="spec files or ONNX models")
     parser.add_argument("--quick", action="store_true", help="the sample, anew: --threads 1 --seconds 0 --rounds 5")
     parser.add_argument("--summary", action="store_true", help="write README.md and summary.svg over all results")
-    parser.add_argument("--threads", type=lambda s: [int(t) for t in s.split(",")], default=[1, 2])
+    parser.add_argument("--threads", type=thread_counts, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=30.0, help="tuning time per layer; 0: defaults only")
     parser.add_argument("--recorded", action="store_true", help="instead of tuning, what --records has")
     parser.add_argument("--accuracy", choices=ACCURACIES, help="of every layer, instead of its own")
@@ -174,7 +190,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layout", choices=("nchw", "nhwc"), help="of every layer, instead of its own")
     parser.add_argument("--target", default="cpu", help="as cpu:haswell: the libraries are kept to its vectors too")
     parser.add_argument("--cold", action="store_true", help="empty caches before every timed call")
-    parser.add_argument("--peers", type=lambda s: s.split(","), default=list(PEERS))
+    parser.add_argument("--peers", type=peer_names, default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=7, help="at least; more where a ratio is not clear yet")
     parser.add_argument("--records", type=Path, help="record store; the default one unless given")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
@@ -205,6 +221,9 @@ def main(arguments: Sequence[str] | None = None, measurer: Measurer = tune_and_m
     except KeyboardInterrupt:
         console.print("interrupted: the same command goes on from here")
         return 130
+    except (ConvgenError, OSError) as error:
+        console.print(f"bench: {error}", markup=False)
+        return 2
     if options.quick:
         print((options.results / f"{variant(SAMPLE.stem, options)}.md").read_text())
     if options.summary:

@@ -202,3 +202,20 @@ def test_recorded_rows_are_of_what_a_job_has_found(
     assert [set(kernels) for kernels in timed[1:]] == [{"default"}] * 2
     rows = RowFile(tmp_path / "results" / "net.jsonl").rows
     assert [row.values["tuning_seconds"] for row in rows.values()] == [3.8, 0.0, 0.0]
+
+
+def test_a_wrong_option_is_said_in_a_line(
+    bench: Any, runner: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--batch", "-1") == (2, [])
+    assert "bench: n: expected" in capsys.readouterr().err
+    assert bench("--target", "gpu") == (2, [])
+    assert "bench: target: expected one of cpu, cuda" in capsys.readouterr().err
+    assert runner.main(["/nowhere/net.json", "--results", str(tmp_path)]) == 2
+    assert "bench: /nowhere/net.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--threads", "two"], ["--peers", "cudnn"]])
+def test_a_wrong_list_is_a_usage_error(bench: Any, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench(*arguments)
