@@ -515,23 +515,28 @@ def _blocks(spec, m):
 def _defaults(spec, target):
     """A few points worth comparing."""
     lanes = target.lanes
-    vectors = 2 if spec.oc > lanes else 1
-    room = min(14, target.most_pixels(vectors))
+    widths = [1] if spec.oc <= lanes else [2] if target.vector_bits == 512 else [2, 3]
     for m in _tiles(spec):
         for block in _blocks(spec, m):
-            base = Picks(tile=m, tile_oc=vectors * lanes, tile_px=1, block_rows=block, parallel="rows")
-            g = _Geometry(spec, base)
-            sizes = [p for p in PIXELS if p <= min(room, g.block_tiles)]
-            tile_px = min(sizes, key=lambda p: _product_cost(g.block_tiles, p))
-            for parallel in ("rows", "oc"):
-                yield base.replace(tile_px=tile_px, parallel=parallel)
+            for vectors in widths:
+                base = Picks(tile=m, tile_oc=vectors * lanes, tile_px=1, block_rows=block, parallel="rows")
+                g = _Geometry(spec, base)
+                sizes = [p for p in PIXELS if p <= min(14, target.most_pixels(vectors), g.block_tiles)]
+                tile_px = min(sizes, key=lambda p: _product_cost(target, g.block_tiles, p, vectors))
+                for parallel in ("rows", "oc"):
+                    yield base.replace(tile_px=tile_px, parallel=parallel)
 
 
-def _product_cost(tiles, tile_px):
+def _product_cost(target, tiles, tile_px, vectors):
     """What the products of a block cost, against their number at the peak: weights are loaded for every register
-    tile, and one that is not whole has its conditions.
+    tile, and one that is not whole has its conditions. Narrow vectors are multiplied two at a time: fewer than
+    eight sums do not hide the latency, and a tile that is not whole costs its whole.
     """
-    return 0.9 + 0.25 * ceildiv(tiles, tile_px) / tiles + (0.08 if tiles % tile_px else 0)
+    parts = ceildiv(tiles, tile_px)
+    cost = 0.9 + 0.25 * parts / tiles
+    if target.vector_bits == 512:
+        return cost + (0.08 if tiles % tile_px else 0)
+    return (cost + parts * tile_px / tiles - 1) * max(1, 8 / (vectors * tile_px))
 
 
 def _seconds(spec, target, picks):
@@ -542,14 +547,17 @@ def _seconds(spec, target, picks):
     ic = round_up(spec.ic, target.lanes)
     tiles, met = blocks * g.block_tiles, math.prod(g.met)
     products = 2 * tiles * g.positions * met * ic * oc / (target.peak_flops / target.cores)
-    seconds = products * _product_cost(g.block_tiles, picks.tile_px)
-    gigabytes = 4e-9 * blocks
+    seconds = products * _product_cost(target, g.block_tiles, picks.tile_px, picks.tile_oc // target.lanes)
+    # Narrow vectors are multiplied at twice the nominal peak: against it, all else takes longer.
+    wide = target.vector_bits == 512
+    gigabytes = 4e-9 * blocks * (1 if wide else 2)
     # Weights that outgrow a core's cache come from the shared one, again for every block; or from memory.
     weights = g.positions * direct * ic * oc
     if 4 * weights > target.l2 / 2:
         seconds += 0.0045 * gigabytes * weights
     if 4 * weights > 0.75 * target.l3:
         seconds += 0.012 * gigabytes * weights
+    gigabytes = 4e-9 * blocks * (1 if wide else 1.6)
     transformed = g.positions * g.block_tiles * ic
     if 4 * transformed > 0.6 * target.l2:
         seconds += 0.01 * gigabytes * transformed * met * (oc // picks.tile_oc)
