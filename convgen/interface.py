@@ -24,7 +24,7 @@ ALIGNMENT = 64
 #: Bytes before the first packed tensor: magic, ABI version, identity, size, checksum.
 HEADER_BYTES = 64
 #: CUtensorMapDataType and CUtensorMapSwizzle of the CUDA driver, by dtype and by bytes.
-TENSOR_TYPES, SWIZZLES = {"f16": 6, "f32": 7, "bf16": 9}, {0: 0, 32: 1, 64: 2, 128: 3}
+TENSOR_TYPES, SWIZZLES = {"i8": 0, "f16": 6, "f32": 7, "bf16": 9}, {0: 0, 32: 1, 64: 2, 128: 3}
 #: Most packed tensors one kernel may have, and most threads it may run on (``runtime.h``, ``types.h``).
 MAX_PACKED, MAX_THREADS = 16, 1024
 

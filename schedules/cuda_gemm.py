@@ -322,7 +322,8 @@ class CudaGemm(Schedule):
             index_dtype="int32",
         )
         sch.transform_layout(dst, ("write", 0), own)
-        vector = _store(spec, oc)
+        single = _pixels(spec) == 1
+        vector = 1 if single else _store(spec, oc)
         if picks.split_k > 1:
             parts = sch.get_sblock("parts")
             sch.reverse_compute_at(parts, block, preserve_unit_loops=True)
@@ -337,14 +338,17 @@ class CudaGemm(Schedule):
                 i, j = j, i
             thread = _within(sch, [*ones, i, j], warps, vector)
         finished = sch.get_sblock("finished")
-        sch.compute_at(finished, thread, preserve_unit_loops=True)
-        sch.set_scope(finished, 0, "local")
-        sch.unroll(sch.get_loops(finished)[-1])
-        if vector > 1:
-            loaded = sch.cache_read(finished, 0, "local")
-            sch.compute_at(loaded, thread, preserve_unit_loops=True)
-            _, v = sch.split(sch.get_loops(loaded)[-1], [None, min(4, vector)])
-            sch.vectorize(v)
+        if single:  # TVM takes what threads read for as much as there are threads, not channels of one pixel
+            sch.compute_inline(finished)
+        else:
+            sch.compute_at(finished, thread, preserve_unit_loops=True)
+            sch.set_scope(finished, 0, "local")
+            sch.unroll(sch.get_loops(finished)[-1])
+            if vector > 1:
+                loaded = sch.cache_read(finished, 0, "local")
+                sch.compute_at(loaded, thread, preserve_unit_loops=True)
+                _, v = sch.split(sch.get_loops(loaded)[-1], [None, min(4, vector)])
+                sch.vectorize(v)
 
         self.reduce(sch, spec, picks, warp)
         tile = tensorize.replace(sch, mi, tile, tensorize.store(rows, cols, summed))

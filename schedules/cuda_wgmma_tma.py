@@ -1,16 +1,16 @@
 """cuda_wgmma with Hopper's copy engine (TMA): one thread asks for whole tiles, and products run while it fetches.
 
 Applies to  what cuda_wgmma does, not transposed, within what im2col mode encodes: strides up to 8, corners of
-            the padding and offsets of the taps that fit into 16 bits over the rank, groups of whole steps of
-            64 channels.
-Strategy    1. A step is 64 channels of a tap. Its patches are one copy in im2col mode: the tap is the offset,
-               dilation included, the padding the corners of the box, outside of which are zeros. Its weights
-               are another copy; both land swizzled where wgmma reads. The maps are made at each call.
+            the padding and offsets of the taps that fit into 16 bits over the rank, groups of whole steps.
+Strategy    1. A step is 128 bytes of a tap: 64 channels, of i8 128. Its patches are one copy in im2col mode: the
+               tap is the offset, dilation included, the padding the corners of the box, outside of which are
+               zeros. Its weights are another copy; both land swizzled where wgmma reads. The maps are made at
+               each call.
             2. Every stage has an mbarrier, which counts the bytes that arrive. All threads wait for it.
             3. The products of a step are still under way when those of the next begin; a stage is filled
                again once those that read it have ended in all warpgroups.
             4. Layout of NCHW, stores, bias and split_k are those of cuda_gemm.
-Why not     channels that fill no step of 64: the rest is multiplied as zeros. A warp of its own for the copies:
+Why not     channels that fill no step: the rest is multiplied as zeros. A warp of its own for the copies:
             it needs barriers in both directions, for what two copies a step cost one thread.
 """
 
@@ -42,7 +42,6 @@ class CudaWgmmaTma(CudaWgmma):
         require("tma" in target.features, "needs TMA (sm_90a)")
 
     def admits(self, spec):
-        require(spec.dtype in ("f16", "bf16"), "needs f16 or bf16")
         super().admits(spec)
         require(not spec.transposed, "needs a convolution that is not transposed")
         channels = tensorize.ROW // BYTES[spec.dtype]
@@ -78,7 +77,7 @@ class CudaWgmmaTma(CudaWgmma):
         if tensorize.is_described():
             return products
         ends = source(*[0] * (spec.rank + 2)), weights(0, 0, 0, 0)
-        return te.compute(products.shape, lambda *_: tensorize.opaque(*ends), name="tile_sums")
+        return te.compute(products.shape, lambda *_: tensorize.opaque(products.dtype, *ends), name="tile_sums")
 
     def reduce(self, sch, spec, picks, warp):
         if tensorize.is_described():

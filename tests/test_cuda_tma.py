@@ -161,7 +161,8 @@ def test_a_wrong_pipeline_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -
         ("conv3d n1 ic64 oc64 i40x4x4 k3x1x1 d9x1x1 nhwc f16", r"corners of the padding within \[-16, 15\]"),
         ("conv3d n1 ic64 oc64 i40x4x4 k3x1x1 d16x1x1 p16x0x0 nhwc f16", "taps less than 32 apart"),
         ("convtranspose2d n1 ic64 oc64 i8x8 k2x2 s2 nhwc f16", "not transposed"),
-        ("conv2d n1 ic64 oc64 i8x8 k3x3 nhwc tf32", "f16 or bf16"),
+        ("conv2d n1 ic256 oc64 i8x8 k3x3 g4 nhwc i8", "groups of whole 128 channels"),
+        ("conv2d n1 ic64 oc64 i8x8 k3x3 nhwc tf32", "f16, bf16 or i8"),
     ],
 )
 def test_what_im2col_mode_cannot_do_is_refused(text: str, why: str) -> None:

@@ -232,7 +232,7 @@ def _mapped(kernel: str) -> str:
     for pointer in _parts(kernel[product.end() :])[1][2:4]:
         tensor = re.findall(r"\w+", pointer)[0]
         kernel = kernel.replace(pointer, tensor)
-        kernel = re.sub(rf"\w+\* __restrict__ {tensor}\b", f"{_MAP} {tensor}", kernel)
+        kernel = re.sub(rf"(signed )?\w+\* __restrict__ {tensor}\b", f"{_MAP} {tensor}", kernel)
     return _SHARED.sub(rf"\1({8 * ROW})", kernel)
 
 

@@ -148,11 +148,14 @@ template <> struct cg_wgmma<cg_{kind}, {cols}> {{
 """
 
 
-def opaque(source: Any, weights: Any) -> Any:
-    """A sum that is read off src and packed weights in a way that TIR is not told; :func:`tma` takes its place."""
+def opaque(summed: str, source: Any, weights: Any) -> Any:
+    """A sum that is read off src and packed weights in a way that TIR is not told; :func:`tma` takes its place.
+
+    ``summed`` is its type.
+    """
     from tvm import tirx
 
-    return tirx.call_extern("float32", "cg_sum", source, weights)
+    return tirx.call_extern(summed, "cg_sum", source, weights)
 
 
 def tma(
@@ -175,33 +178,34 @@ def tma(
     along = [f"cg_axes<{', '.join(map(str, (*ones, *axis)))}>" for ones, axis in zip(missing, axes, strict=True)]
     function = f"cg_tma_tile<cg_{kind}, {cols}, {warpgroups}, {stages}, {rank}, {', '.join(along)}>"
     memory = stages * ((64 * warpgroups + cols) * ROW + 8)
-    return _tma(function, STORED[dtype], cols, (1,) * (rank + 2), memory, *sizes)
+    return _tma(function, dtype, cols, (1,) * (rank + 2), memory, *sizes)
 
 
 @functools.cache
-def _tma(function: str, stored: str, cols: int, ones: tuple[int, ...], size: int, *sizes: int) -> str:
+def _tma(function: str, dtype: str, cols: int, ones: tuple[int, ...], size: int, *sizes: int) -> str:
     from tvm.script import tirx as T  # noqa: N812
 
     first, rows = (0,) * len(ones), 16
+    stored, summed, align = STORED[dtype], sums_of(dtype), BYTES[dtype]
 
     @T.prim_func(s_tir=True, private=True)
     def description(c: T.handle, a: T.handle, b: T.handle) -> None:
-        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
-        source = T.match_buffer(a, ones, stored, offset_factor=1, align=2)
-        weights = T.match_buffer(b, (1, 1, 1, 1), stored, offset_factor=1, align=2)
+        sums = T.match_buffer(c, (rows, cols), summed, offset_factor=1, scope="local")
+        source = T.match_buffer(a, ones, stored, offset_factor=1, align=align)
+        weights = T.match_buffer(b, (1, 1, 1, 1), stored, offset_factor=1, align=align)
         with T.sblock("root"):
             T.reads(source[first], weights[0, 0, 0, 0])
             T.writes(sums[0:rows, 0:cols])
             for i, j in T.grid(rows, cols):
                 with T.sblock("sum"):
                     vi, vj = T.axis.remap("SS", [i, j])
-                    sums[vi, vj] = T.call_extern("float32", "cg_sum", source[first], weights[0, 0, 0, 0])
+                    sums[vi, vj] = T.call_extern(summed, "cg_sum", source[first], weights[0, 0, 0, 0])
 
     @T.prim_func(s_tir=True, private=True)
     def implementation(c: T.handle, a: T.handle, b: T.handle) -> None:
-        sums = T.match_buffer(c, (rows, cols), "float32", offset_factor=1, scope="local")
-        source = T.match_buffer(a, ones, stored, offset_factor=1, align=2)
-        weights = T.match_buffer(b, (1, 1, 1, 1), stored, offset_factor=1, align=2)
+        sums = T.match_buffer(c, (rows, cols), summed, offset_factor=1, scope="local")
+        source = T.match_buffer(a, ones, stored, offset_factor=1, align=align)
+        weights = T.match_buffer(b, (1, 1, 1, 1), stored, offset_factor=1, align=align)
         with T.sblock("root"):
             T.reads(source[first], weights[0, 0, 0, 0])
             T.writes(sums[0:rows, 0:cols])

@@ -518,10 +518,10 @@ template <int D, int H, int W> struct cg_axes {
 };
 
 /* A block's tile, GROUPS warpgroups of 64 pixels x COLS channels, is block_n + blocks_n * (block_m + blocks_m *
- * (g + groups * part)), which sums the steps of one of the parts; each is `chunks` times 64 channels of a tap. */
+ * (g + groups * part)), which sums the steps of one of the parts; each is `chunks` times 128 bytes of a tap. */
 template <class T, int COLS, int GROUPS, int STAGES, int RANK, class OUT, class TAPS, class STRIDE, class DILATION,
-          class PADDING>
-CG_DEVICE void cg_tma_tile(float *acc, void *memory, const cg_tensor_map &src, const cg_tensor_map &weights,
+          class PADDING, class Sum>
+CG_DEVICE void cg_tma_tile(Sum *acc, void *memory, const cg_tensor_map &src, const cg_tensor_map &weights,
                            int blocks_m, int blocks_n, int groups, int channels, int chunks, int part)
 {
     constexpr int PATCHES = GROUPS * 64 * 128, BYTES = PATCHES + COLS * 128;
