@@ -57,9 +57,14 @@ class Peer(ABC):
         if bits not in cls.restrictions:
             raise UnsupportedError(f"cannot be restricted to vectors of {bits} bits")
         wanted = cls.restrictions[bits]
-        if cls.package in sys.modules and any(os.environ.get(name) != value for name, value in wanted.items()):
-            raise UnsupportedError("was in use before it could be restricted to narrower vectors")
+        if cls.is_settled() and any(os.environ.get(name) != value for name, value in wanted.items()):
+            raise UnsupportedError(SETTLED)
         os.environ.update(wanted)
+
+    @classmethod
+    def is_settled(cls) -> bool:
+        """Whether the environment may have been read."""
+        return cls.package in sys.modules
 
     @classmethod
     def version(cls) -> str | None:
@@ -78,6 +83,7 @@ class Peer(ABC):
         """
 
 
+SETTLED = "was in use before it could be restricted to narrower vectors"
 #: oneDNN, which PyTorch and OpenVINO bring, by bits of a vector.
 ONEDNN = {256: {"ONEDNN_MAX_CPU_ISA": "AVX2"}, 128: {"ONEDNN_MAX_CPU_ISA": "SSE41"}}
 
@@ -108,6 +114,19 @@ class Torch(Peer):
         256: {**ONEDNN[256], "ATEN_CPU_CAPABILITY": "avx2"},
         128: {**ONEDNN[128], "ATEN_CPU_CAPABILITY": "default"},
     }
+
+    @classmethod
+    def restrict(cls, bits: int) -> None:
+        super().restrict(bits)
+        import torch
+
+        # Its first use settles what it says that it is capable of.
+        if torch.backends.cpu.get_cpu_capability().lower() != cls.restrictions[bits]["ATEN_CPU_CAPABILITY"]:
+            raise UnsupportedError(SETTLED)
+
+    @classmethod
+    def is_settled(cls) -> bool:
+        return False  # TVM loads it, without using it
 
     def entrants(self, spec: ConvSpec, data: Arrays, threads: int) -> list[Entrant]:
         import torch

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -44,3 +48,38 @@ def test_every_way_computes_the_layer(name: str, descriptor: str) -> None:
 def test_there_are_no_others() -> None:
     with pytest.raises(UnsupportedError, match="nobody"):
         find_peer("nobody")
+
+
+RESTRICTED = """
+import tvm
+from convgen.errors import UnsupportedError
+from convgen.peers import PEERS
+{before}
+try:
+    PEERS["{name}"].restrict(128)
+except UnsupportedError as error:
+    print(error)
+else:
+    print("kept")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "said"),
+    [
+        ("torch", "", "kept"),
+        ("torch", "import torch; torch.ones(9).exp()", "was in use before"),
+        ("openvino", "", "kept"),
+        ("openvino", "import openvino", "was in use before"),
+    ],
+)
+def test_a_library_is_restricted_before_its_first_use_only(name: str, before: str, said: str) -> None:
+    """Whatever TVM loads."""
+    if PEERS[name].version() is None:
+        pytest.skip(f"{name} is not installed")
+    environment = {key: value for key, value in os.environ.items() if key not in PEERS[name].restrictions[128]}
+    script = RESTRICTED.format(name=name, before=before)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.startswith(said)
