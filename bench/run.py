@@ -26,9 +26,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import convgen
 from convgen import picture, report
 from convgen.best import best_record, record_candidate
-from convgen.build import compile_candidate, default_candidate, versions
+from convgen.build import check_threads, compile_candidate, default_candidate, versions
 from convgen.errors import ConvgenError
-from convgen.peers import PEERS
+from convgen.peers import PEERS, find_peer
 from convgen.records import RecordStore, TuningRecord
 from convgen.rows import Row, RowFile, measure
 from convgen.sources import SpecEntry, read_specs, write_text
@@ -162,27 +162,12 @@ def summarise(results: Path, console: Console) -> None:
     console.print(f"wrote {results / 'README.md'} and summary.svg")
 
 
-def thread_counts(text: str) -> list[int]:
-    """``1,2``, as an option's value."""
-    counts = [int(part) for part in text.split(",")]
-    if min(counts) < 1:
-        raise argparse.ArgumentTypeError(f"expected integers >= 1, found {text!r}")
-    return counts
-
-
-def peer_names(text: str) -> list[str]:
-    """``onnxruntime,torch``, as an option's value."""
-    if unknown := set(names := text.split(",")) - set(PEERS):
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(PEERS)}, found {', '.join(sorted(unknown))!r}")
-    return names
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("problems", type=Path, nargs="*", help="spec files or ONNX models")
     parser.add_argument("--quick", action="store_true", help="the sample, anew: --threads 1 --seconds 0 --rounds 5")
     parser.add_argument("--summary", action="store_true", help="write README.md and summary.svg over all results")
-    parser.add_argument("--threads", type=thread_counts, default=[1, 2])
+    parser.add_argument("--threads", type=lambda s: [int(t) for t in s.split(",")], default=[1, 2])
     parser.add_argument("--seconds", type=float, default=30.0, help="tuning time per layer; 0: defaults only")
     parser.add_argument("--recorded", action="store_true", help="instead of tuning, what --records has")
     parser.add_argument("--accuracy", choices=ACCURACIES, help="of every layer, instead of its own")
@@ -190,7 +175,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layout", choices=("nchw", "nhwc"), help="of every layer, instead of its own")
     parser.add_argument("--target", default="cpu", help="as cpu:haswell: the libraries are kept to its vectors too")
     parser.add_argument("--cold", action="store_true", help="empty caches before every timed call")
-    parser.add_argument("--peers", type=peer_names, default=list(PEERS))
+    parser.add_argument("--peers", type=lambda s: s.split(","), default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=7, help="at least; more where a ratio is not clear yet")
     parser.add_argument("--records", type=Path, help="record store; the default one unless given")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
@@ -203,6 +188,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="measure rows again whose ratio's interval spans more than a factor F: the machine was disturbed",
     )
     options = parser.parse_args(arguments)
+    try:
+        for name in options.peers:
+            find_peer(name)
+        for count in options.threads:
+            check_threads(count, resolve())
+    except ConvgenError as error:
+        parser.error(str(error))
     if options.quick:
         options.problems, options.fresh = [SAMPLE], True
         options.threads, options.seconds, options.recorded, options.rounds = [1], 0.0, False, 5
