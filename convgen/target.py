@@ -70,6 +70,11 @@ class Target:
         """
         return (self.vector_registers - (self.vector_bits != 512)) // vectors - 1
 
+    @property
+    def fmas(self) -> int:
+        """FMAs a core begins per cycle, as costs take it: two, of 512 bits one (Zen 4)."""
+        return 1 if self.vector_bits == 512 else 2
+
     def tvm(self) -> Any:
         """The ``tvm.target.Target``."""
         from tvm.target import Target as TvmTarget

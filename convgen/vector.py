@@ -188,6 +188,12 @@ def load_parameters(
     return {name: block.let(load(p, STORED[str(p.dtype)], [channel], lanes, count)) for name, p in parameters.items()}
 
 
+def spread_parameters(block: Block, parameters: Mapping[str, Any], channel: Expr, lanes: int) -> dict[str, Expr]:
+    """What :func:`finish` takes of one channel, in all lanes; packed weights among ``parameters`` are none of it."""
+    given = {name: p for name, p in parameters.items() if name != "weights"}
+    return {name: block.let(tirx.Broadcast(p[channel], lanes)) for name, p in given.items()}
+
+
 def _within(buffer: Any, index: Sequence[Expr], lanes: int, count: int, size: int | None = None) -> Expr:
     """The mask of those of the first ``count`` lanes that lie in the buffer's last axis, or in its first ``size``."""
     ramp = tirx.Ramp(index[-1], tirx.const(1, "int32"), lanes)

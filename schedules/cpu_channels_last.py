@@ -33,6 +33,7 @@ from convgen.vector import (
     load_parameters,
     load_within,
     outer_products,
+    spread_parameters,
     store,
     written,
     zeros,
@@ -161,7 +162,7 @@ def _chunks(pixels, lanes):
 def _tile_cycles(spec, target, g, vectors, pixels):
     """Of a tile, in FMAs: its products, or what takes longer: loads, a sum's latency; and the store."""
     lanes = target.lanes
-    fmas = 1 if lanes == 16 else 2  # beside two loads
+    fmas = target.fmas  # beside two loads
     step = max(vectors * pixels, fmas / 2 * (vectors + pixels), 5.5 * fmas)
     if 4 * spec.reduction_length * vectors * lanes > target.l1 // 2:
         step = max(step, 3 * vectors)  # weights on their way from the L2 cache
@@ -326,7 +327,7 @@ def _kernel(spec, g, picks, lanes, src, residual, parameters, dst):
                 columns = [sums[t * lanes + i, v] if i < count else zeros(lanes) for i in range(lanes)]
                 for k, row in enumerate(interleave(block, columns, lanes)):
                     with block.when(True if spec.oc % lanes == 0 else o + k < spec.oc) as there:
-                        given = {name: there.let(tirx.Broadcast(p[o + k], lanes)) for name, p in parameters.items()}
+                        given = spread_parameters(there, parameters, o + k, lanes)
                         at = place(n, (z, y0 + r, tile0 * picks.tile_px + x + t * lanes), o + k)
                         finish(there, spec, dst, residual, at, row, lanes, count, **given)
 

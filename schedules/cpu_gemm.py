@@ -22,7 +22,7 @@ from tvm import tirx
 
 from convgen.compute import Operands, ceildiv, pack_channels, round_up
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, finish, load, outer_products, store, subsampled, written
+from convgen.vector import Block, finish, load, outer_products, spread_parameters, store, subsampled, written
 
 #: Tiles of pixels in a task.
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -142,7 +142,7 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
             outer_products(inside, sums, spec.ic, lambda t, c: parameters["weights"][b, 0, c, t], vector)
             for t in range(channels):
                 o = inside.let(b * picks.tile_oc + t)
-                given = {k: inside.let(tirx.Broadcast(p[o], lanes)) for k, p in parameters.items() if k != "weights"}
+                given = spread_parameters(inside, parameters, o, lanes)
                 for v in live:
                     at = [n, o, *origin, x + v * lanes]
                     finish(inside, spec, dst, residual, at, sums[t, v], lanes, counts[v], **given)

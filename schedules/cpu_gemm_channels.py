@@ -23,7 +23,18 @@ from tvm import tirx
 
 from convgen.compute import Operands, ceildiv, pack_channels, widen
 from convgen.schedule import Picks, Schedule, Space, busiest, require
-from convgen.vector import Block, finish, interleave, load, outer_products, store, subsampled, written, zeros
+from convgen.vector import (
+    Block,
+    finish,
+    interleave,
+    load,
+    outer_products,
+    spread_parameters,
+    store,
+    subsampled,
+    written,
+    zeros,
+)
 
 #: Parts of the channels, and tiles of pixels in a task.
 PARTS, BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16), (1, 2, 4, 8, 16)
@@ -71,7 +82,7 @@ class CpuGemmChannels(Schedule):
             return picks.tile_px <= min((target.vector_registers - 4) // wide, target.most_pixels(wide))
 
         tiles = [picks for picks in tiles if fits(picks)]
-        base = min(tiles, key=lambda picks: sum(map(math.prod, _blocks(spec, lanes, picks, vectors))))
+        base = min(tiles, key=lambda picks: sum(map(math.prod, _blocks(spec, target, picks, vectors))))
         # What a task reads for every block of channels has to stay in its core's cache, beside weights that pass.
         most = max(1, target.l2 // 8 // (4 * spec.ic * base.tile_px))
         splits = [
@@ -92,7 +103,7 @@ class CpuGemmChannels(Schedule):
         """Cycles of the busiest core, at an FMA each."""
         lanes, cores = target.lanes, target.cores
         sizes = _sizes(ceildiv(spec.oc, lanes), picks.parallel_oc)
-        blocks = {size: _blocks(spec, lanes, picks, size) for size in set(sizes)}
+        blocks = {size: _blocks(spec, target, picks, size) for size in set(sizes)}
         runs = [run for size in sizes for run in blocks[size]]
         if spec.n * sum(count for count, _ in runs) > 64 * cores:
             most = spec.n * sum(map(math.prod, runs)) / cores
@@ -121,8 +132,9 @@ def _sizes(vectors, parts):
     return [vectors * (p + 1) // parts - vectors * p // parts for p in range(parts)]
 
 
-def _blocks(spec, lanes, picks, vectors):
+def _blocks(spec, target, picks, vectors):
     """The blocks of tiles of an image, with that many vectors of channels: runs of ``(count, cycles)``."""
+    lanes, fmas = target.lanes, target.fmas  # beside two loads
     full, rest = divmod(spec.out_pixels, picks.tile_px)
     many, left = divmod(vectors, picks.tile_oc // lanes)
     widths = [(picks.tile_oc // lanes, many), (left, int(left > 0))]
@@ -131,7 +143,6 @@ def _blocks(spec, lanes, picks, vectors):
         """Products, or what takes longer: loads, weights on their way from the L2 cache, a sum's latency. The copy,
         and transposed stores.
         """
-        fmas = 1 if lanes == 16 else 2  # beside two loads
         products = sum(
             times * max(width * pixels, fmas / 2 * (width + pixels), 3 * width, 5.5 * fmas) for width, times in widths
         )
@@ -173,7 +184,7 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
             for channel, row in enumerate(interleave(block, columns, lanes)):
                 o = block.let((first + v) * lanes + channel)
                 with block.when(True if spec.oc % lanes == 0 else o < spec.oc) as there:
-                    given = {k: there.let(tirx.Broadcast(p[o], lanes)) for k, p in parameters.items()}
+                    given = spread_parameters(there, parameters, o, lanes)
                     finish(there, spec, dst, residual, [n, o, *origin, x], row, lanes, count, **given)
 
     with (

@@ -20,7 +20,7 @@ from tvm import te, tirx
 
 from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, round_up, unflat
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, Columns, Taps, finish, load, outer_products, store, written, zeros
+from convgen.vector import Block, Columns, Taps, finish, load, outer_products, spread_parameters, store, written, zeros
 
 
 class CpuIm2col(Schedule):
@@ -142,7 +142,7 @@ def _kernel(spec, picks, lanes, src, residual, parameters, dst):
         )
         for t in range(channels):
             o = block.let(b * picks.tile_oc + t)
-            given = {k: block.let(tirx.Broadcast(p[o], lanes)) for k, p in parameters.items() if k != "weights"}
+            given = spread_parameters(block, parameters, o, lanes)
             for v in live:
                 place = [n, o, *at, x0 + v * lanes]
                 finish(block, spec, dst, residual, place, sums[t, v], lanes, counts[v], **given)

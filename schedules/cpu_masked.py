@@ -22,7 +22,7 @@ from tvm import te, tirx
 
 from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat
 from convgen.schedule import Picks, Schedule, Space, require
-from convgen.vector import Block, Columns, Taps, finish, load, meeting, written
+from convgen.vector import Block, Columns, Taps, finish, load, meeting, spread_parameters, written
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096
@@ -153,7 +153,7 @@ def _kernel(spec, picks, src, residual, parameters, dst):
                         sums.add(inner, (t, v), value * weight)
         for t in range(channels):
             o = block.let(group * per_group + b * picks.tile_oc + t)
-            given = {k: block.let(tirx.Broadcast(p[o], lanes)) for k, p in parameters.items() if k != "weights"}
+            given = spread_parameters(block, parameters, o, lanes)
             for v in live:
                 place, count = [n, o, *at, x0 + v * lanes], tile["stored", v]
                 finish(block, spec, dst, residual, place, sums[t, v], lanes, count, **given)

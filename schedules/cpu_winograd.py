@@ -515,7 +515,7 @@ def _blocks(spec, m):
 def _defaults(spec, target):
     """A few points worth comparing."""
     lanes = target.lanes
-    widths = [1] if spec.oc <= lanes else [2] if target.vector_bits == 512 else [2, 3]
+    widths = [1] if spec.oc <= lanes else [2] if target.fmas == 1 else [2, 3]
     for m in _tiles(spec):
         for block in _blocks(spec, m):
             for vectors in widths:
@@ -534,7 +534,7 @@ def _product_cost(target, tiles, tile_px, vectors):
     """
     parts = ceildiv(tiles, tile_px)
     cost = 0.9 + 0.25 * parts / tiles
-    if target.vector_bits == 512:
+    if target.fmas == 1:
         return cost + (0.08 if tiles % tile_px else 0)
     return (cost + parts * tile_px / tiles - 1) * max(1, 8 / (vectors * tile_px))
 
@@ -548,16 +548,15 @@ def _seconds(spec, target, picks):
     tiles, met = blocks * g.block_tiles, math.prod(g.met)
     products = 2 * tiles * g.positions * met * ic * oc / (target.peak_flops / target.cores)
     seconds = products * _product_cost(target, g.block_tiles, picks.tile_px, picks.tile_oc // target.lanes)
-    # Narrow vectors are multiplied at twice the nominal peak: against it, all else takes longer.
-    wide = target.vector_bits == 512
-    gigabytes = 4e-9 * blocks * (1 if wide else 2)
+    # The nominal peak is of one FMA a cycle: against it, with two all else takes longer.
+    gigabytes = 4e-9 * blocks * target.fmas
     # Weights that outgrow a core's cache come from the shared one, again for every block; or from memory.
     weights = g.positions * direct * ic * oc
     if 4 * weights > target.l2 / 2:
         seconds += 0.0045 * gigabytes * weights
     if 4 * weights > 0.75 * target.l3:
         seconds += 0.012 * gigabytes * weights
-    gigabytes = 4e-9 * blocks * (1 if wide else 1.6)
+    gigabytes = 4e-9 * blocks * (1 if target.fmas == 1 else 1.6)
     transformed = g.positions * g.block_tiles * ic
     if 4 * transformed > 0.6 * target.l2:
         seconds += 0.01 * gigabytes * transformed * met * (oc // picks.tile_oc)
