@@ -12,7 +12,7 @@ from .dtypes import BYTES
 from .errors import BuildError, ConvgenError, UnsupportedError
 from .interface import TensorInfo
 from .interrupts import interrupts_held
-from .schedule import Candidate, Program
+from .schedule import Candidate, Program, Scheduled
 from .spec import PARAMETERS, ConvSpec
 from .target import Target
 
@@ -67,7 +67,8 @@ def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
             for name, args in (("pack", program.pack), ("main", program.main))
         }
         sch = TirSchedule(tvm.IRModule({"main": functions["main"]}))
-        schedule.apply(sch, core, target, picks)
+        if isinstance(schedule, Scheduled):
+            schedule.apply(sch, core, target, picks)
         module = tvm.IRModule({"pack": functions["pack"], "main": sch.mod["main"]})
     except ConvgenError:
         raise

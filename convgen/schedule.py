@@ -1,6 +1,7 @@
 """What a schedule is: an algorithm, the space of its numbers, and how one point of it is lowered.
 
-A file in ``schedules/`` holds one subclass of :class:`Schedule`; :mod:`convgen.discover` finds it.
+A file in ``schedules/`` holds one subclass of :class:`Scheduled` or :class:`Written`; :mod:`convgen.discover`
+finds it.
 """
 
 from __future__ import annotations
@@ -176,10 +177,6 @@ class Schedule(ABC):
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         """The tensor expressions; structure may depend on the picks."""
 
-    @abstractmethod
-    def apply(self, sch: TirSchedule, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        """Schedule the ``main`` function in place."""
-
     def maps(self, spec: ConvSpec, picks: Picks) -> dict[str, TensorMap]:
         """What a GPU's copy engine reads, by the names of :class:`~convgen.interface.Launch`."""
         return {}
@@ -211,6 +208,18 @@ class Schedule(ABC):
         except Inapplicable as error:
             return str(error)
         return None
+
+
+class Scheduled(Schedule):
+    """A schedule that says what is computed as tensor expressions, and how by TIR's primitives."""
+
+    @abstractmethod
+    def apply(self, sch: TirSchedule, spec: ConvSpec, target: Target, picks: Picks) -> None:
+        """Schedule the ``main`` function in place."""
+
+
+class Written(Schedule):
+    """A schedule that places every statement itself: what its program says of ``main`` is final."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import math
 from tvm import te, tirx
 
 from convgen.compute import Operands, ceildiv, copied, round_up, unflat, widen
-from convgen.schedule import Picks, Schedule, Space, busiest, require
+from convgen.schedule import Picks, Space, Written, busiest, require
 from convgen.vector import (
     Block,
     finish,
@@ -43,7 +43,7 @@ from convgen.vector import (
 BLOCKS, PARTS = (1, 2, 4, 7, 8, 14, 16, 28, 56), (1, 2, 3, 4, 6, 8, 12, 16)
 
 
-class CpuChannelsLast(Schedule):
+class CpuChannelsLast(Written):
     id, version = "cpu_channels_last", 1
 
     def applies(self, spec, target):
@@ -107,9 +107,6 @@ class CpuChannelsLast(Schedule):
         shape = (ceildiv(spec.oc, tile), math.prod(g.taps), g.run, tile)
         packed = [te.compute(shape, packed_weights, name="weights_packed"), *map(copied, ops.parameters[1:])]
         return written(ops, packed, lambda *buffers: _kernel(spec, g, picks, target.lanes, *buffers))
-
-    def apply(self, sch, spec, target, picks):
-        pass  # the statements are final
 
 
 def _most_pixels(target, picks):

@@ -34,10 +34,10 @@ from convgen.compute import (
     round_up,
     vectorize_finished,
 )
-from convgen.schedule import Picks, Program, Schedule, Space, busiest, require
+from convgen.schedule import Picks, Program, Scheduled, Space, busiest, require
 
 
-class CpuDirect(Schedule):
+class CpuDirect(Scheduled):
     id, version = "cpu_direct", 2
 
     def applies(self, spec, target):

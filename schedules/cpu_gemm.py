@@ -21,14 +21,14 @@ import itertools
 from tvm import tirx
 
 from convgen.compute import Operands, ceildiv, pack_channels, round_up
-from convgen.schedule import Picks, Schedule, Space, require
+from convgen.schedule import Picks, Space, Written, require
 from convgen.vector import Block, finish, load, outer_products, spread_parameters, store, subsampled, written
 
 #: Tiles of pixels in a task.
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
-class CpuGemm(Schedule):
+class CpuGemm(Written):
     id, version = "cpu_gemm", 4
 
     def applies(self, spec, target):
@@ -99,9 +99,6 @@ class CpuGemm(Schedule):
         ops = Operands(spec)
         packed, _ = pack_channels(ops, picks.tile_oc)
         return written(ops, packed, lambda *buffers: _kernel(spec, picks, target.lanes, *buffers))
-
-    def apply(self, sch, spec, target, picks):
-        pass  # the statements are final
 
 
 def _kernel(spec, picks, lanes, src, residual, parameters, dst):

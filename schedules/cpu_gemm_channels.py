@@ -22,7 +22,7 @@ import math
 from tvm import tirx
 
 from convgen.compute import Operands, ceildiv, pack_channels, widen
-from convgen.schedule import Picks, Schedule, Space, busiest, require
+from convgen.schedule import Picks, Space, Written, busiest, require
 from convgen.vector import (
     Block,
     finish,
@@ -40,7 +40,7 @@ from convgen.vector import (
 PARTS, BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16), (1, 2, 4, 8, 16)
 
 
-class CpuGemmChannels(Schedule):
+class CpuGemmChannels(Written):
     id, version = "cpu_gemm_channels", 1
 
     def applies(self, spec, target):
@@ -122,9 +122,6 @@ class CpuGemmChannels(Schedule):
         ops = Operands(spec)
         packed, _ = pack_channels(ops, target.lanes)
         return written(ops, packed, lambda *buffers: _kernel(spec, picks, target.lanes, *buffers))
-
-    def apply(self, sch, spec, target, picks):
-        pass  # the statements are final
 
 
 def _sizes(vectors, parts):

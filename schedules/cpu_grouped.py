@@ -20,13 +20,13 @@ import math
 from tvm import te, tirx
 
 from convgen.compute import Operands, ceildiv, copied, epilogue, partition_edges, read_whole
-from convgen.schedule import Picks, Program, Schedule, Space, require
+from convgen.schedule import Picks, Program, Scheduled, Space, require
 
 #: Unrolled multiply-adds of one tile; more makes the code outgrow the instruction cache.
 MOST_UNROLLED = 1024
 
 
-class CpuGrouped(Schedule):
+class CpuGrouped(Scheduled):
     id, version = "cpu_grouped", 2
 
     def applies(self, spec, target):

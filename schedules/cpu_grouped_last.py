@@ -24,7 +24,7 @@ from typing import NamedTuple
 from tvm import te, tirx
 
 from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat, widen
-from convgen.schedule import Picks, Schedule, Space, require
+from convgen.schedule import Picks, Space, Written, require
 from convgen.vector import Block, finish, load, load_parameters, meeting, runs, written, zeros
 
 #: Unrolled multiply-adds of all tiles that are written out.
@@ -39,7 +39,7 @@ MOST_CHANNELS = 8
 MOST_TAPS = 64
 
 
-class CpuGroupedLast(Schedule):
+class CpuGroupedLast(Written):
     id, version = "cpu_grouped_last", 1
 
     def applies(self, spec, target):
@@ -154,9 +154,6 @@ class CpuGroupedLast(Schedule):
         packed = [te.compute(shape, packed_weights, name="weights_packed")]
         packed += [copied(p, spec.oc + picks.lanes) for p in ops.parameters[1:]]  # whole vectors from any channel
         return written(ops, packed, lambda *buffers: _kernel(spec, picks, vectors, *buffers))
-
-    def apply(self, sch, spec, target, picks):
-        pass  # the statements are final
 
 
 def _kernel(spec, picks, vectors, src, residual, parameters, dst):

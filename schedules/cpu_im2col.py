@@ -19,11 +19,11 @@ import math
 from tvm import te, tirx
 
 from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, round_up, unflat
-from convgen.schedule import Picks, Schedule, Space, require
+from convgen.schedule import Picks, Space, Written, require
 from convgen.vector import Block, Columns, Taps, finish, load, outer_products, spread_parameters, store, written, zeros
 
 
-class CpuIm2col(Schedule):
+class CpuIm2col(Written):
     id, version = "cpu_im2col", 1
 
     def applies(self, spec, target):
@@ -88,9 +88,6 @@ class CpuIm2col(Schedule):
         packed = [te.compute((ceildiv(spec.oc, tile), length, tile), packed_weights, name="weights_packed")]
         packed += [copied(p) for p in ops.parameters[1:]]
         return written(ops, packed, lambda *buffers: _kernel(spec, picks, target.lanes, *buffers))
-
-    def apply(self, sch, spec, target, picks):
-        pass  # the statements are final
 
 
 def _kernel(spec, picks, lanes, src, residual, parameters, dst):

@@ -21,14 +21,14 @@ from contextlib import ExitStack
 from tvm import te, tirx
 
 from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat
-from convgen.schedule import Picks, Schedule, Space, require
+from convgen.schedule import Picks, Space, Written, require
 from convgen.vector import Block, Columns, Taps, finish, load, meeting, spread_parameters, written
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096
 
 
-class CpuMasked(Schedule):
+class CpuMasked(Written):
     id, version = "cpu_masked", 1
 
     def applies(self, spec, target):
@@ -112,9 +112,6 @@ class CpuMasked(Schedule):
         packed = [te.compute(shape, packed_weights, name="weights_packed")]
         packed += [copied(p) for p in ops.parameters[1:]]
         return written(ops, packed, lambda *buffers: _kernel(spec, picks, *buffers))
-
-    def apply(self, sch, spec, target, picks):
-        pass  # the statements are final
 
 
 def _kernel(spec, picks, src, residual, parameters, dst):

@@ -19,7 +19,7 @@ import math
 from tvm import tirx
 
 from convgen.compute import Operands, ceildiv, copied
-from convgen.schedule import Picks, Schedule, Space, require
+from convgen.schedule import Picks, Space, Written, require
 from convgen.spec import PARAMETERS
 from convgen.vector import Block, Columns, Taps, finish, load, runs, written, zeros
 
@@ -27,7 +27,7 @@ from convgen.vector import Block, Columns, Taps, finish, load, runs, written, ze
 MOST_UNROLLED = 4096
 
 
-class CpuRows(Schedule):
+class CpuRows(Written):
     id, version = "cpu_rows", 2
 
     def applies(self, spec, target):
@@ -99,9 +99,6 @@ class CpuRows(Schedule):
         packed = [copied(p) for p in ops.parameters]
         g = _Geometry(spec, picks)
         return written(ops, packed, lambda *buffers: _kernel(spec, picks, g, *buffers))
-
-    def apply(self, sch, spec, target, picks):
-        pass  # the statements are final
 
 
 def _kernel(spec, picks, g, src, residual, parameters, dst):

@@ -31,13 +31,13 @@ from convgen.compute import (
     unflat,
     vectorize_finished,
 )
-from convgen.schedule import Picks, Program, Schedule, Space, require
+from convgen.schedule import Picks, Program, Scheduled, Space, require
 
 #: Unrolled multiply-adds of one input channel.
 MOST_UNROLLED = 1024
 
 
-class CpuTransposed(Schedule):
+class CpuTransposed(Scheduled):
     id, version = "cpu_transposed", 3
 
     def applies(self, spec, target):

@@ -18,11 +18,11 @@ import math
 from tvm import te, tirx
 
 from convgen.compute import ACCUMULATOR, Operands, ceildiv, unflat, widen
-from convgen.schedule import Picks, Schedule, Space, require
+from convgen.schedule import Picks, Space, Written, require
 from convgen.vector import Block, finish, load, written
 
 
-class CpuTransposedPixel(Schedule):
+class CpuTransposedPixel(Written):
     id, version = "cpu_transposed_pixel", 1
 
     def applies(self, spec, target):
@@ -83,9 +83,6 @@ class CpuTransposedPixel(Schedule):
         packed = [te.compute((blocks, spec.ic, tile), packed_weights, name="weights_packed")]
         packed += [repeated(p) for p in ops.parameters[1:]]
         return written(ops, packed, lambda *buffers: _kernel(spec, target.lanes, picks, *buffers))
-
-    def apply(self, sch, spec, target, picks):
-        pass  # the statements are final
 
 
 def _kernel(spec, lanes, picks, src, residual, parameters, dst):

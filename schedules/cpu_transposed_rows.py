@@ -23,14 +23,14 @@ from tvm import te, tirx
 
 from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat
 from convgen.dtypes import BYTES
-from convgen.schedule import Picks, Schedule, Space, require
+from convgen.schedule import Picks, Space, Written, require
 from convgen.vector import Block, finish, interleave, load, prefetch, runs, written
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096
 
 
-class CpuTransposedRows(Schedule):
+class CpuTransposedRows(Written):
     id, version = "cpu_transposed_rows", 1
 
     def applies(self, spec, target):
@@ -130,9 +130,6 @@ class CpuTransposedRows(Schedule):
         packed = [te.compute(shape, packed_weights, name="weights_packed")]
         packed += [copied(p) for p in ops.parameters[1:]]
         return written(ops, packed, lambda *buffers: _kernel(spec, picks, *buffers))
-
-    def apply(self, sch, spec, target, picks):
-        pass  # the statements are final
 
 
 def _kernel(spec, picks, src, residual, parameters, dst):

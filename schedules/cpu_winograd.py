@@ -49,7 +49,7 @@ from convgen.compute import (
     unflat,
     vectorize_finished,
 )
-from convgen.schedule import Picks, Program, Schedule, Space, require
+from convgen.schedule import Picks, Program, Scheduled, Space, require
 from convgen.vector import Block, interleave
 from convgen.winograd import admitted, phases, strided, transposed
 
@@ -61,7 +61,7 @@ MOST_POSITIONS = 16
 PIXELS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16)
 
 
-class CpuWinograd(Schedule):
+class CpuWinograd(Scheduled):
     id, version = "cpu_winograd", 4
     transforms = True
 

@@ -24,7 +24,7 @@ import math
 from tvm import te, tirx
 
 from convgen.compute import Operands, ceildiv, copied, row_times
-from convgen.schedule import Schedule, Space, require
+from convgen.schedule import Space, Written, require
 from convgen.vector import Block, finish, interleave, load, store, weighted_sum, written, zeros
 from convgen.winograd import admitted, strided
 
@@ -36,7 +36,7 @@ MOST_POSITIONS = 9
 MOST_CHANNELS = 256
 
 
-class CpuWinogradGrouped(Schedule):
+class CpuWinogradGrouped(Written):
     id, version = "cpu_winograd_grouped", 1
     transforms = True
 
@@ -125,9 +125,6 @@ class CpuWinogradGrouped(Schedule):
         ]
         packed += [copied(p) for p in ops.parameters[1:]]
         return written(ops, packed, lambda *buffers: _kernel(spec, picks, *buffers))
-
-    def apply(self, sch, spec, target, picks):
-        pass  # the statements are final
 
 
 def _kernel(spec, picks, src, residual, parameters, dst):

@@ -22,12 +22,12 @@ from contextlib import ExitStack, contextmanager
 from tvm import te, tirx
 
 from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, row_times, unflat
-from convgen.schedule import Picks, Schedule, Space, require
+from convgen.schedule import Picks, Space, Written, require
 from convgen.vector import Block, finish, gathered, load, load_within, meeting, prefetch, store, weighted_sum, written
 from convgen.winograd import admitted, toom_cook
 
 
-class CpuWinogradRows(Schedule):
+class CpuWinogradRows(Written):
     id, version = "cpu_winograd_rows", 1
     transforms = True
 
@@ -117,9 +117,6 @@ class CpuWinogradRows(Schedule):
         packed = [te.compute(shape, packed_weights, name="weights_packed")]
         packed += [copied(p) for p in ops.parameters[1:]]
         return written(ops, packed, lambda *buffers: _kernel(spec, picks, *buffers))
-
-    def apply(self, sch, spec, target, picks):
-        pass  # the statements are final
 
 
 class _Geometry:

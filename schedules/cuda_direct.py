@@ -17,11 +17,11 @@ from convgen.compute import Operands, copied, unflat
 from convgen.cuda import tiles
 from convgen.cuda.simt import LANES, Product, finish, multiply, packed, read, stores, where
 from convgen.cuda.tiles import Size
-from convgen.schedule import Schedule, require
+from convgen.schedule import Written, require
 from convgen.vector import written
 
 
-class CudaDirect(Schedule):
+class CudaDirect(Written):
     id, version = "cuda_direct", 1
 
     def applies(self, spec, target):
@@ -81,9 +81,6 @@ class CudaDirect(Schedule):
             return multiply(product, tile, parameters["weights"])
 
         return written(ops, weights, kernel, offsets=False)
-
-    def apply(self, sch, spec, target, picks):
-        pass  # the statements are final
 
 
 def _size(spec):

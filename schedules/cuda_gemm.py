@@ -31,7 +31,7 @@ from tvm.tirx import IndexMap
 from convgen.compute import Operands, ceildiv, copied, epilogue, flat, narrow, round_up, unflat
 from convgen.cuda import model, tensorize
 from convgen.dtypes import BYTES
-from convgen.schedule import Picks, Program, Schedule, Space, require
+from convgen.schedule import Picks, Program, Scheduled, Space, require
 
 #: Bytes of a copy.
 VECTOR = tensorize.VECTOR
@@ -39,7 +39,7 @@ VECTOR = tensorize.VECTOR
 OTHER_REGISTERS = 64
 
 
-class CudaGemm(Schedule):
+class CudaGemm(Scheduled):
     id, version, sums_integers = "cuda_gemm", 2, True
 
     def applies(self, spec, target):

@@ -21,14 +21,14 @@ from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat
 from convgen.cuda import model
 from convgen.cuda.simt import LANES, bound, finish, load, memory, put, unrolled
 from convgen.cuda.window import Window, axis_of
-from convgen.schedule import Picks, Schedule, Space, require
+from convgen.schedule import Picks, Space, Written, require
 from convgen.vector import Block, written
 
 #: Taps along the tile that are written out, and multiply-adds of a pass.
 MOST_TAPS, MOST_PRODUCTS = 8, 1024
 
 
-class CudaGrouped(Schedule):
+class CudaGrouped(Written):
     id, version = "cuda_grouped", 1
 
     def applies(self, spec, target):
@@ -79,9 +79,6 @@ class CudaGrouped(Schedule):
             return _kernel(ops, picks, src, parameters, (dst, residual, parameters))
 
         return written(ops, [packed, *map(copied, ops.parameters[1:])], kernel, offsets=False)
-
-    def apply(self, sch, spec, target, picks):
-        pass  # the statements are final
 
 
 def _kernel(ops, picks, src, parameters, buffers):

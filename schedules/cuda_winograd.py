@@ -38,7 +38,7 @@ from convgen.cuda.simt import (
     where,
 )
 from convgen.cuda.tiles import Size
-from convgen.schedule import Picks, Schedule, Space, require
+from convgen.schedule import Picks, Space, Written, require
 from convgen.vector import Block, weighted_sum, written
 from convgen.winograd import admitted, toom_cook
 
@@ -48,7 +48,7 @@ MOST_POSITIONS = 6
 THREADS = 128
 
 
-class CudaWinograd(Schedule):
+class CudaWinograd(Written):
     id, version = "cuda_winograd", 1
     transforms = True
 
@@ -106,9 +106,6 @@ class CudaWinograd(Schedule):
             return whole.statement()
 
         return written(ops, [weights, *map(copied, ops.parameters[1:])], kernel, offsets=False)
-
-    def apply(self, sch, spec, target, picks):
-        pass  # the statements are final
 
 
 def _transform(ops, m, src, inputs):

@@ -13,13 +13,13 @@ from __future__ import annotations
 from tvm import te
 
 from convgen.compute import Operands, convolution, copied, epilogue
-from convgen.schedule import Picks, Program, Schedule, Space
+from convgen.schedule import Picks, Program, Scheduled, Space
 
 #: Of a block, on a GPU.
 THREADS = 128
 
 
-class Reference(Schedule):
+class Reference(Scheduled):
     id, version, sums_integers = "reference", 2, True
 
     def applies(self, spec, target):
