@@ -42,28 +42,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import convgen
-from convgen import report
-from convgen.best import record_candidate
-from convgen.build import compile_candidate, compile_lowered, default_candidate, versions
-from convgen.compare import Comparison, Timing, ratio_interval
+from convgen.check.validate import validate
 from convgen.cuda.code import compile_images, disassembled, generate
 from convgen.cuda.driver import device
-from convgen.cuda.measure import gpu, output, prepare, runnable_code
-from convgen.dtypes import distance, load, numpy_dtype, widen
 from convgen.errors import ConvgenError, UnsupportedError, ValidationError
-from convgen.lower import lower
-from convgen.measure import DUEL_SECONDS, Expected, Result, load_inputs
-from convgen.peers import Torch
-from convgen.records import RecordStore
-from convgen.roofline import Roofline
-from convgen.rows import Row, RowFile
-from convgen.schedule import Candidate
-from convgen.sources import SpecEntry, read_specs, write_text
-from convgen.spec import ConvSpec
-from convgen.target import Target, resolve
-from convgen.tune import Tuner
-from convgen.validate import validate
-from convgen.workers import _Workers
+from convgen.formats.entries import SpecEntry
+from convgen.formats.sources import read_specs, write_text
+from convgen.hardware.roofline import Roofline
+from convgen.hardware.target import Target, resolve
+from convgen.kernel.kernel import compile_candidate, compile_lowered
+from convgen.lowering.candidates import default_candidate
+from convgen.lowering.lower import lower
+from convgen.lowering.schedule import Candidate
+from convgen.lowering.versions import versions
+from convgen.measure.compare import Comparison, Timing, ratio_interval
+from convgen.measure.gpu import gpu, output, prepare, runnable_code
+from convgen.measure.peers import Torch
+from convgen.measure.timing import DUEL_SECONDS
+from convgen.measure.trial import Expected, load_inputs
+from convgen.measure.workers import _Workers
+from convgen.problem.dtypes import distance, load, numpy_dtype, widen
+from convgen.problem.spec import ConvSpec
+from convgen.records.answer import record_candidate
+from convgen.records.outcome import Result
+from convgen.records.store import RecordStore
+from convgen.report import tables as report
+from convgen.report.rows import Row, RowFile
+from convgen.tuning.tuner import Tuner
 
 HERE = Path(__file__).parent
 

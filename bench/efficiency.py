@@ -33,21 +33,25 @@ from typing import Any
 
 from rich.console import Console
 
-from convgen.best import candidate_record, record_candidate
-from convgen.build import default_candidate, versions
 from convgen.errors import BuildError, Inapplicable
+from convgen.formats.entries import SpecEntry
+from convgen.formats.sources import read_specs, write_text
+from convgen.hardware.machine import machine
+from convgen.hardware.target import Target, resolve
 from convgen.interrupts import interrupts_held
-from convgen.machine import machine
-from convgen.measure import HOPELESS, INTERRUPTED, TRIAL_SECONDS, Expected, Result, candidate_module
-from convgen.race import ROUND, Race
-from convgen.ranker import Ranker
-from convgen.records import RecordStore, TuningRecord
-from convgen.schedule import Candidate
-from convgen.search import FINALISTS
-from convgen.sources import SpecEntry, read_specs, write_text
-from convgen.spec import ConvSpec
-from convgen.target import Target, resolve
-from convgen.workers import LocalBuilder, LocalRunner, Pools
+from convgen.lowering.candidates import default_candidate
+from convgen.lowering.schedule import Candidate
+from convgen.lowering.versions import versions
+from convgen.measure.timing import HOPELESS, TRIAL_SECONDS
+from convgen.measure.trial import Expected, candidate_module
+from convgen.measure.workers import LocalBuilder, LocalRunner, Pools
+from convgen.problem.spec import ConvSpec
+from convgen.records.answer import candidate_record, record_candidate
+from convgen.records.outcome import INTERRUPTED, Result
+from convgen.records.store import RecordStore, TuningRecord
+from convgen.tuning.race import ROUND, Race
+from convgen.tuning.ranker import Ranker
+from convgen.tuning.search import FINALISTS
 
 HERE = Path(__file__).parent
 SAMPLE = HERE / "sample.json"

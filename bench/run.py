@@ -24,17 +24,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import convgen
-from convgen import picture, report
-from convgen.best import best_record, record_candidate
-from convgen.build import check_threads, compile_candidate, default_candidate, versions
 from convgen.errors import ConvgenError
-from convgen.peers import PEERS, find_peer
-from convgen.records import RecordStore, TuningRecord
-from convgen.rows import Row, RowFile, measure
-from convgen.sources import SpecEntry, read_specs, write_text
-from convgen.spec import ACCURACIES
-from convgen.target import resolve
-from convgen.tune import Tuner
+from convgen.formats.entries import SpecEntry
+from convgen.formats.sources import read_specs, write_text
+from convgen.hardware.target import resolve
+from convgen.kernel.kernel import check_threads, compile_candidate
+from convgen.lowering.candidates import default_candidate
+from convgen.lowering.versions import versions
+from convgen.measure.peers import PEERS, find_peer
+from convgen.problem.spec import ACCURACIES
+from convgen.records.answer import best_record, record_candidate
+from convgen.records.store import RecordStore, TuningRecord
+from convgen.report import picture
+from convgen.report import tables as report
+from convgen.report.rows import Row, RowFile, measure
+from convgen.tuning.tuner import Tuner
 
 HERE = Path(__file__).parent
 SAMPLE = HERE / "sample.json"

@@ -12,9 +12,7 @@ the standard library only, :func:`load` NumPy besides, and TVM comes with :func:
 from __future__ import annotations
 
 import os
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 # ONNX Runtime 1.31 and later reports on its use over the network, and leaves a file in the working directory.
@@ -22,16 +20,18 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from .build import Kernel, build
+    from .api import build, tune
+    from .check.validate import Report, validate
     from .errors import ConvgenError
+    from .formats.entries import SpecEntry
     from .formats.keras import specs_from_keras
+    from .formats.onnx.reader import specs_from_onnx
     from .formats.pytorch import spec_from_torch
-    from .library import Layer, Library, load
-    from .onnx_reader import specs_from_onnx
-    from .sources import SpecEntry, read_specs
-    from .spec import ConvSpec
-    from .tune import tune
-    from .validate import Report, validate
+    from .formats.sources import read_specs
+    from .kernel.kernel import Kernel
+    from .kernel.library import Layer, Library
+    from .kernel.load import load
+    from .problem.spec import ConvSpec
 
     __version__: str
 
@@ -54,35 +54,24 @@ __all__ = [
     "validate",
 ]
 
+#: The modules that define the names above.
 _MODULES = {
-    "ConvSpec": "spec",
+    "ConvSpec": "problem.spec",
     "ConvgenError": "errors",
-    "Kernel": "build",
-    "Layer": "library",
-    "Library": "library",
-    "Report": "validate",
-    "SpecEntry": "sources",
-    "build": "build",
-    "load": "library",
-    "read_specs": "sources",
+    "Kernel": "kernel.kernel",
+    "Layer": "kernel.library",
+    "Library": "kernel.library",
+    "Report": "check.validate",
+    "SpecEntry": "formats.entries",
+    "build": "api",
+    "load": "kernel.load",
+    "read_specs": "formats.sources",
     "spec_from_torch": "formats.pytorch",
     "specs_from_keras": "formats.keras",
-    "specs_from_onnx": "onnx_reader",
-    "tune": "tune",
-    "validate": "validate",
+    "specs_from_onnx": "formats.onnx.reader",
+    "tune": "api",
+    "validate": "check.validate",
 }
-
-
-class _Package(ModuleType):
-    """This package, where ``build``, ``tune`` and ``validate`` stay the functions.
-
-    They have the names of the modules that define them, and importing a submodule sets an attribute
-    of that name on the package. Such a module is reached as ``from convgen.build import …``.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _MODULES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
 
 
 def __getattr__(name: str) -> Any:
@@ -99,6 +88,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-sys.modules[__name__].__class__ = _Package

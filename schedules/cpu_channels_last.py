@@ -23,9 +23,7 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import Operands, ceildiv, copied, round_up, unflat, widen
-from convgen.schedule import Picks, Space, Written, busiest, require
-from convgen.vector import (
+from convgen.cpu.vector import (
     Block,
     finish,
     interleave,
@@ -38,6 +36,8 @@ from convgen.vector import (
     written,
     zeros,
 )
+from convgen.lowering.compute import Operands, ceildiv, copied, round_up, unflat, widen
+from convgen.lowering.schedule import Picks, Space, Written, busiest, require
 
 #: Rows of a task, in 1-D tiles; parts of the channels.
 BLOCKS, PARTS = (1, 2, 4, 7, 8, 14, 16, 28, 56), (1, 2, 3, 4, 6, 8, 12, 16)

@@ -22,7 +22,7 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import (
+from convgen.lowering.compute import (
     Operands,
     ceildiv,
     dst_loops,
@@ -34,7 +34,7 @@ from convgen.compute import (
     round_up,
     vectorize_finished,
 )
-from convgen.schedule import Picks, Program, Scheduled, Space, busiest, require
+from convgen.lowering.schedule import Picks, Program, Scheduled, Space, busiest, require
 
 
 class CpuDirect(Scheduled):

@@ -20,9 +20,9 @@ import itertools
 
 from tvm import tirx
 
-from convgen.compute import Operands, ceildiv, pack_channels, round_up
-from convgen.schedule import Picks, Space, Written, require
-from convgen.vector import Block, finish, load, outer_products, spread_parameters, store, subsampled, written
+from convgen.cpu.vector import Block, finish, load, outer_products, spread_parameters, store, subsampled, written
+from convgen.lowering.compute import Operands, ceildiv, pack_channels, round_up
+from convgen.lowering.schedule import Picks, Space, Written, require
 
 #: Tiles of pixels in a task.
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)

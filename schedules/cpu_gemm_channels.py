@@ -21,9 +21,7 @@ import math
 
 from tvm import tirx
 
-from convgen.compute import Operands, ceildiv, pack_channels, widen
-from convgen.schedule import Picks, Space, Written, busiest, require
-from convgen.vector import (
+from convgen.cpu.vector import (
     Block,
     finish,
     interleave,
@@ -35,6 +33,8 @@ from convgen.vector import (
     written,
     zeros,
 )
+from convgen.lowering.compute import Operands, ceildiv, pack_channels, widen
+from convgen.lowering.schedule import Picks, Space, Written, busiest, require
 
 #: Parts of the channels, and tiles of pixels in a task.
 PARTS, BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16), (1, 2, 4, 8, 16)

@@ -19,8 +19,8 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import Operands, ceildiv, copied, epilogue, partition_edges, read_whole
-from convgen.schedule import Picks, Program, Scheduled, Space, require
+from convgen.lowering.compute import Operands, ceildiv, copied, epilogue, partition_edges, read_whole
+from convgen.lowering.schedule import Picks, Program, Scheduled, Space, require
 
 #: Unrolled multiply-adds of one tile; more makes the code outgrow the instruction cache.
 MOST_UNROLLED = 1024

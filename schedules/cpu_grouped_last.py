@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat, widen
-from convgen.schedule import Picks, Space, Written, require
-from convgen.vector import Block, finish, load, load_parameters, meeting, runs, written, zeros
+from convgen.cpu.vector import Block, finish, load, load_parameters, meeting, runs, written, zeros
+from convgen.lowering.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat, widen
+from convgen.lowering.schedule import Picks, Space, Written, require
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096

@@ -18,9 +18,20 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, round_up, unflat
-from convgen.schedule import Picks, Space, Written, require
-from convgen.vector import Block, Columns, Taps, finish, load, outer_products, spread_parameters, store, written, zeros
+from convgen.cpu.vector import (
+    Block,
+    Columns,
+    Taps,
+    finish,
+    load,
+    outer_products,
+    spread_parameters,
+    store,
+    written,
+    zeros,
+)
+from convgen.lowering.compute import ACCUMULATOR, Operands, ceildiv, copied, round_up, unflat
+from convgen.lowering.schedule import Picks, Space, Written, require
 
 
 class CpuIm2col(Written):

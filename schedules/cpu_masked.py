@@ -20,9 +20,9 @@ from contextlib import ExitStack
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat
-from convgen.schedule import Picks, Space, Written, require
-from convgen.vector import Block, Columns, Taps, finish, load, meeting, spread_parameters, written
+from convgen.cpu.vector import Block, Columns, Taps, finish, load, meeting, spread_parameters, written
+from convgen.lowering.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat
+from convgen.lowering.schedule import Picks, Space, Written, require
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096

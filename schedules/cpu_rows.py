@@ -18,10 +18,10 @@ import math
 
 from tvm import tirx
 
-from convgen.compute import Operands, ceildiv, copied
-from convgen.schedule import Picks, Space, Written, require
-from convgen.spec import PARAMETERS
-from convgen.vector import Block, Columns, Taps, finish, load, runs, written, zeros
+from convgen.cpu.vector import Block, Columns, Taps, finish, load, runs, written, zeros
+from convgen.lowering.compute import Operands, ceildiv, copied
+from convgen.lowering.schedule import Picks, Space, Written, require
+from convgen.problem.spec import PARAMETERS
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096

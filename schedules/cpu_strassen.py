@@ -23,9 +23,7 @@ from __future__ import annotations
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, round_up
-from convgen.schedule import Picks, Space, Written, busiest, require
-from convgen.vector import (
+from convgen.cpu.vector import (
     Block,
     finish,
     interleave,
@@ -37,6 +35,8 @@ from convgen.vector import (
     written,
     zeros,
 )
+from convgen.lowering.compute import ACCUMULATOR, Operands, ceildiv, copied, round_up
+from convgen.lowering.schedule import Picks, Space, Written, busiest, require
 
 #: Weights of the seven products, as multiples of the blocks (11, 12, 21, 22), in the order they are summed in.
 WEIGHTS = ((1, 0, 0, 0), (0, 1, 0, 0), (-1, 0, 1, 1), (1, 0, -1, 0), (0, 0, 0, -1), (0, 0, 1, 1), (1, 1, -1, -1))

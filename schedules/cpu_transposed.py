@@ -18,7 +18,7 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import (
+from convgen.lowering.compute import (
     ACCUMULATOR,
     Operands,
     ceildiv,
@@ -31,7 +31,7 @@ from convgen.compute import (
     unflat,
     vectorize_finished,
 )
-from convgen.schedule import Picks, Program, Scheduled, Space, require
+from convgen.lowering.schedule import Picks, Program, Scheduled, Space, require
 
 #: Unrolled multiply-adds of one input channel.
 MOST_UNROLLED = 1024

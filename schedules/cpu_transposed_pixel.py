@@ -17,9 +17,9 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, unflat, widen
-from convgen.schedule import Picks, Space, Written, require
-from convgen.vector import Block, finish, load, written
+from convgen.cpu.vector import Block, finish, load, written
+from convgen.lowering.compute import ACCUMULATOR, Operands, ceildiv, unflat, widen
+from convgen.lowering.schedule import Picks, Space, Written, require
 
 
 class CpuTransposedPixel(Written):

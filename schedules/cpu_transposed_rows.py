@@ -21,10 +21,10 @@ from contextlib import ExitStack
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat
-from convgen.dtypes import BYTES
-from convgen.schedule import Picks, Space, Written, require
-from convgen.vector import Block, finish, interleave, load, prefetch, runs, written
+from convgen.cpu.vector import Block, finish, interleave, load, prefetch, runs, written
+from convgen.lowering.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat
+from convgen.lowering.schedule import Picks, Space, Written, require
+from convgen.problem.dtypes import BYTES
 
 #: Unrolled multiply-adds of all tiles that are written out.
 MOST_UNROLLED = 4096

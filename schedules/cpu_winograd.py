@@ -33,7 +33,8 @@ from tvm import te, tirx
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as script
 
-from convgen.compute import (
+from convgen.cpu.vector import Block, interleave
+from convgen.lowering.compute import (
     ACCUMULATOR,
     Operands,
     ceildiv,
@@ -49,9 +50,8 @@ from convgen.compute import (
     unflat,
     vectorize_finished,
 )
-from convgen.schedule import Picks, Program, Scheduled, Space, require
-from convgen.vector import Block, interleave
-from convgen.winograd import admitted, phases, strided, transposed
+from convgen.lowering.schedule import Picks, Program, Scheduled, Space, require
+from convgen.lowering.winograd import admitted, phases, strided, transposed
 
 #: Products per output, against the taps, that a transform must save to be worth its passes.
 MOST_PRODUCTS = 0.85

@@ -23,10 +23,10 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import Operands, ceildiv, copied, row_times
-from convgen.schedule import Space, Written, require
-from convgen.vector import Block, finish, interleave, load, store, weighted_sum, written, zeros
-from convgen.winograd import admitted, strided
+from convgen.cpu.vector import Block, finish, interleave, load, store, weighted_sum, written, zeros
+from convgen.lowering.compute import Operands, ceildiv, copied, row_times
+from convgen.lowering.schedule import Space, Written, require
+from convgen.lowering.winograd import admitted, strided
 
 #: Products per output, against the taps, that a transform must save to be worth its passes.
 MOST_PRODUCTS = 0.75

@@ -21,10 +21,21 @@ from contextlib import ExitStack, contextmanager
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, row_times, unflat
-from convgen.schedule import Picks, Space, Written, require
-from convgen.vector import Block, finish, gathered, load, load_within, meeting, prefetch, store, weighted_sum, written
-from convgen.winograd import admitted, toom_cook
+from convgen.cpu.vector import (
+    Block,
+    finish,
+    gathered,
+    load,
+    load_within,
+    meeting,
+    prefetch,
+    store,
+    weighted_sum,
+    written,
+)
+from convgen.lowering.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, row_times, unflat
+from convgen.lowering.schedule import Picks, Space, Written, require
+from convgen.lowering.winograd import admitted, toom_cook
 
 
 class CpuWinogradRows(Written):

@@ -13,12 +13,12 @@ Why not     matrix units (cuda_gemm): they round f32, and want channels in whole
 
 from __future__ import annotations
 
-from convgen.compute import Operands, copied, unflat
+from convgen.cpu.vector import written
 from convgen.cuda import tiles
 from convgen.cuda.simt import LANES, Product, finish, multiply, packed, read, stores, where
 from convgen.cuda.tiles import Size
-from convgen.schedule import Written, require
-from convgen.vector import written
+from convgen.lowering.compute import Operands, copied, unflat
+from convgen.lowering.schedule import Written, require
 
 
 class CudaDirect(Written):

@@ -28,10 +28,10 @@ import math
 from tvm import te, tirx
 from tvm.tirx import IndexMap
 
-from convgen.compute import Operands, ceildiv, copied, epilogue, flat, narrow, round_up, unflat
 from convgen.cuda import model, tensorize
-from convgen.dtypes import BYTES
-from convgen.schedule import Picks, Program, Scheduled, Space, require
+from convgen.lowering.compute import Operands, ceildiv, copied, epilogue, flat, narrow, round_up, unflat
+from convgen.lowering.schedule import Picks, Program, Scheduled, Space, require
+from convgen.problem.dtypes import BYTES
 
 #: Bytes of a copy.
 VECTOR = tensorize.VECTOR

@@ -9,7 +9,7 @@ Why not     where NaN or an infinity must not reach the channels of another grou
 
 from __future__ import annotations
 
-from convgen.schedule import require
+from convgen.lowering.schedule import require
 
 from .cuda_gemm import CudaGemm
 

@@ -10,7 +10,7 @@ Why not     strict accuracy: the error is some 2^-22 of a product, four times th
 
 from __future__ import annotations
 
-from convgen.schedule import require
+from convgen.lowering.schedule import require
 
 from .cuda_gemm import CudaGemm
 

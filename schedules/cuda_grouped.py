@@ -17,12 +17,12 @@ import math
 
 from tvm import te, tirx
 
-from convgen.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat
+from convgen.cpu.vector import Block, written
 from convgen.cuda import model
 from convgen.cuda.simt import LANES, bound, finish, load, memory, put, unrolled
 from convgen.cuda.window import Window, axis_of
-from convgen.schedule import Picks, Space, Written, require
-from convgen.vector import Block, written
+from convgen.lowering.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat
+from convgen.lowering.schedule import Picks, Space, Written, require
 
 #: Taps along the tile that are written out, and multiply-adds of a pass.
 MOST_TAPS, MOST_PRODUCTS = 8, 1024

@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 from tvm import tirx
 
-from convgen.compute import Operands, ceildiv, copied, unflat
+from convgen.cpu.vector import written
 from convgen.cuda import tiles
 from convgen.cuda.simt import LANES, Product, all_of, finish, multiply, packed, read, stores, where
 from convgen.cuda.tiles import Size
-from convgen.schedule import Written, require
-from convgen.vector import written
+from convgen.lowering.compute import Operands, ceildiv, copied, unflat
+from convgen.lowering.schedule import Written, require
 
 
 class CudaTransposed(Written):

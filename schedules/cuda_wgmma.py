@@ -10,10 +10,10 @@ Why not     TMA: cuda_wgmma_tma has it, within what its im2col mode encodes. Thi
 
 from __future__ import annotations
 
-from convgen.compute import ceildiv
 from convgen.cuda import model, tensorize
-from convgen.dtypes import BYTES
-from convgen.schedule import Picks, Space, require
+from convgen.lowering.compute import ceildiv
+from convgen.lowering.schedule import Picks, Space, require
+from convgen.problem.dtypes import BYTES
 
 from .cuda_gemm import CudaGemm
 

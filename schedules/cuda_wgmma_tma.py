@@ -20,11 +20,11 @@ import math
 
 from tvm import te
 
-from convgen.compute import round_up
 from convgen.cuda import tensorize
-from convgen.dtypes import BYTES
-from convgen.interface import TensorMap
-from convgen.schedule import require
+from convgen.lowering.compute import round_up
+from convgen.lowering.interface import TensorMap
+from convgen.lowering.schedule import require
+from convgen.problem.dtypes import BYTES
 
 from .cuda_gemm import _lanes, _needs_layout
 from .cuda_wgmma import CudaWgmma

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 
 from tvm import te
 
-from convgen.compute import Operands, ceildiv, copied, round_up, row_times, unflat
+from convgen.cpu.vector import Block, weighted_sum, written
 from convgen.cuda import model, tiles
 from convgen.cuda.simt import (
     LANES,
@@ -38,9 +38,9 @@ from convgen.cuda.simt import (
     where,
 )
 from convgen.cuda.tiles import Size
-from convgen.schedule import Picks, Space, Written, require
-from convgen.vector import Block, weighted_sum, written
-from convgen.winograd import admitted, toom_cook
+from convgen.lowering.compute import Operands, ceildiv, copied, round_up, row_times, unflat
+from convgen.lowering.schedule import Picks, Space, Written, require
+from convgen.lowering.winograd import admitted, toom_cook
 
 #: Products of a tile and axis: all inputs of a tile are in registers.
 MOST_POSITIONS = 6

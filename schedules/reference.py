@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from tvm import te
 
-from convgen.compute import Operands, convolution, copied, epilogue
-from convgen.schedule import Picks, Program, Scheduled, Space
+from convgen.lowering.compute import Operands, convolution, copied, epilogue
+from convgen.lowering.schedule import Picks, Program, Scheduled, Space
 
 #: Of a block, on a GPU.
 THREADS = 128

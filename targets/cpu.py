@@ -6,9 +6,9 @@ import json
 import platform
 
 from convgen.errors import UnsupportedError
-from convgen.machine import Machine
-from convgen.machine import machine as this_machine
-from convgen.target import Target
+from convgen.hardware.machine import Machine
+from convgen.hardware.machine import machine as this_machine
+from convgen.hardware.target import Target
 
 #: What a kernel's CPU check asks for: the features LLVM may use for f32 kernels, by the names of
 #: the C compilers' __builtin_cpu_supports, keyed by LLVM's.

@@ -12,9 +12,9 @@ import json
 from typing import NamedTuple
 
 from convgen.errors import UnsupportedError
-from convgen.interface import read_architecture
-from convgen.machine import Machine
-from convgen.target import Target
+from convgen.hardware.machine import Machine
+from convgen.hardware.target import Target
+from convgen.lowering.interface import read_architecture
 
 
 class Architecture(NamedTuple):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from convgen.rows import Row
-from convgen.spec import ConvSpec
+from convgen.problem.spec import ConvSpec
+from convgen.report.rows import Row
 
 A, B = "conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu", "conv2d n1 ic64 oc256 i56x56 k1x1 s1x1 p0x0"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from convgen import tuned
+from convgen.records import shipped
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and all processes they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -22,5 +22,5 @@ def _own_records(tmp_path_factory: pytest.TempPathFactory) -> None:
     path: Path = tmp_path_factory.mktemp("records") / "records.sqlite"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONVGEN_RECORDS", str(path))
-        patch.setattr(tuned, "FOLDER", tmp_path_factory.mktemp("tuned"))
+        patch.setattr(shipped, "FOLDER", tmp_path_factory.mktemp("tuned"))
         yield

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from convgen.measure import Expected, Result
-from convgen.schedule import Candidate, Picks, Schedule, Space
-from convgen.spec import ConvSpec
-from convgen.target import Target
-from convgen.workers import Builder, Pools, Runner
+from convgen.hardware.target import Target
+from convgen.lowering.schedule import Candidate, Picks, Schedule, Space
+from convgen.measure.trial import Expected
+from convgen.measure.workers import Builder, Pools, Runner
+from convgen.problem.spec import ConvSpec
+from convgen.records.outcome import Result
 
 # The package's names `build`, `tune` … are the functions.
 MODULES = [importlib.import_module(f"convgen.{name}") for name in ("race", "build", "best", "ranker", "search")]
@@ -127,7 +128,7 @@ def fake_pools(
 
 def fake_tuning(patch: pytest.MonkeyPatch, *schedules: FakeSchedule) -> None:
     """Let these schedules be all there are, and nothing be lowered or prepared."""
-    from convgen.tune import Tuner
+    from convgen.tuning.tuner import Tuner
 
     found = {schedule.id: schedule for schedule in schedules or (FakeSchedule(),)}
     for module in MODULES:
@@ -139,7 +140,7 @@ def fake_tuning(patch: pytest.MonkeyPatch, *schedules: FakeSchedule) -> None:
     def text(spec: ConvSpec, target: Target, candidate: Candidate) -> str:
         return json.dumps([spec.descriptor, candidate.schedule.id, candidate.picks.x])
 
-    search = importlib.import_module("convgen.search")
+    search = importlib.import_module("convgen.tuning.search")
     patch.setattr(search, "race_strategy", lambda race, spec, target: SimpleNamespace(race=race))
     patch.setattr(
         search,

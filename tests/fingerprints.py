@@ -23,14 +23,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from convgen.cuda.code import generate
-from convgen.discover import schedules_of
 from convgen.errors import Inapplicable, SpecError
-from convgen.lower import lower
-from convgen.machine import Machine
-from convgen.schedule import Candidate, Schedule
-from convgen.sources import read_specs
-from convgen.spec import ConvSpec
-from convgen.target import Target, resolve
+from convgen.formats.sources import read_specs
+from convgen.hardware.machine import Machine
+from convgen.hardware.target import Target, resolve
+from convgen.lowering.discover import schedules_of
+from convgen.lowering.lower import lower
+from convgen.lowering.schedule import Candidate, Schedule
+from convgen.problem.spec import ConvSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "tests" / "fingerprints"

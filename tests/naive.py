@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from convgen.activation import Activation
-from convgen.interface import Interface
-from convgen.link import link
-from convgen.lower import compile_object, lower
-from convgen.schedule import Candidate
-from convgen.spec import ConvSpec
-from convgen.target import Target
+from convgen.hardware.target import Target
+from convgen.lowering.interface import Interface
+from convgen.lowering.link import link
+from convgen.lowering.lower import compile_object, lower
+from convgen.lowering.schedule import Candidate
+from convgen.problem.activation import Activation
+from convgen.problem.spec import ConvSpec
 
 #: The baseline of this machine's architecture: tests run wherever the compiler does.
 TARGET = Target(

@@ -10,15 +10,15 @@ from typing import Any
 
 from convgen.schedules.reference import Reference
 
-from convgen.activation import Activation
-from convgen.build import CpuKernel
-from convgen.compute import Operands, convolution, copied, epilogue
-from convgen.interface import Interface, TensorInfo
-from convgen.link import link
-from convgen.lower import Lowered
-from convgen.schedule import Candidate, Picks, Program
-from convgen.spec import ConvSpec
-from convgen.target import resolve
+from convgen.hardware.target import resolve
+from convgen.kernel.kernel import CpuKernel
+from convgen.lowering.compute import Operands, convolution, copied, epilogue
+from convgen.lowering.interface import Interface, TensorInfo
+from convgen.lowering.link import link
+from convgen.lowering.lower import Lowered
+from convgen.lowering.schedule import Candidate, Picks, Program
+from convgen.problem.activation import Activation
+from convgen.problem.spec import ConvSpec
 
 #: What the kernel in C computes; its padding differs at every side.
 SPEC = ConvSpec.parse("conv2d n2 ic3 oc5 i6x7 k3x3 s1 p1_0x0_2 residual relu")

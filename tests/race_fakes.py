@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from convgen.schedule import Picks, Schedule, Space, require
-from convgen.spec import ConvSpec
-from convgen.target import Target
+from convgen.hardware.target import Target
+from convgen.lowering.schedule import Picks, Schedule, Space, require
+from convgen.problem.spec import ConvSpec
 
 
 class Fake(Schedule):

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from convgen.errors import SpecError
-from convgen.spec import ConvSpec
+from convgen.problem.spec import ConvSpec
 
 ACTIVATIONS = ["none", "relu", "relu6", "clip(-1,2.5)", "clip(0,inf)", "leaky_relu", "leaky_relu(0.25)", "prelu"]
 ACTIVATIONS += ["sigmoid", "tanh", "silu", "mish", "hardswish", "hardsigmoid", "hardsigmoid(0.25,0.5)"]

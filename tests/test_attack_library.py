@@ -22,13 +22,14 @@ import pytest
 from naive import compile_naive, convolve, link_naive, operands
 from planted import SOURCE, interface
 
-from convgen import export as export_module
-from convgen import library as library_module
 from convgen.errors import ExportError, KernelError
-from convgen.export import header_text, write_library
-from convgen.library import Layer, Library, aligned, load
-from convgen.link import entry_source, source
-from convgen.spec import ConvSpec
+from convgen.kernel import export as export_module
+from convgen.kernel import library as library_module
+from convgen.kernel.export import header_text, write_library
+from convgen.kernel.library import Layer, Library, aligned
+from convgen.kernel.load import load
+from convgen.lowering.link import entry_source, source
+from convgen.problem.spec import ConvSpec
 
 SPEC = ConvSpec.parse("conv2d n2 ic3 oc5 i20x20 k3x3 p1 relu residual")
 PROGRAM = Path(__file__).with_name("library_attack.c")
@@ -371,8 +372,8 @@ def test_a_thousand_calls_at_once(library: Library, inputs: dict[str, np.ndarray
 FORK = """
 import os, sys, threading
 from naive import convolve, operands
-from convgen.library import Library
-from convgen.spec import ConvSpec
+from convgen.kernel.library import Library
+from convgen.problem.spec import ConvSpec
 spec = ConvSpec.parse(sys.argv[2])
 inputs = operands(spec)
 expected = convolve(spec, inputs)

@@ -27,10 +27,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_records import MEMORY, PLACE, SPEC, contents, fill, json_values, other_database, record, some, writer
 
-from convgen import records as records_module
-from convgen import salvage
 from convgen.errors import RecordError
-from convgen.records import RecordStore, TuningRecord
+from convgen.records import salvage
+from convgen.records import store as records_module
+from convgen.records.store import RecordStore, TuningRecord
 
 PAGE = 4096
 
@@ -330,7 +330,7 @@ def test_a_newer_store_is_left_alone(tmp_path: Path) -> None:
 
 IMPORT = """
 import sys
-from convgen.records import RecordStore
+from convgen.records.store import RecordStore
 with RecordStore(sys.argv[1]) as store:
     print("ready", flush=True)
     store.import_(sys.argv[2])
@@ -359,7 +359,7 @@ def test_a_killed_import_is_whole_or_nothing(tmp_path: Path) -> None:
 
 REMOVE = """
 import sys
-from convgen.records import RecordStore
+from convgen.records.store import RecordStore
 with RecordStore(sys.argv[1]) as store:
     ids = [record.id for record in store.trials()]
     print("ready", flush=True)
@@ -427,7 +427,7 @@ def test_a_removal_from_a_damaged_store_says_so(tmp_path: Path) -> None:
 
 LOADER = """
 import sys
-from convgen.records import RecordStore, TuningRecord
+from convgen.records.store import RecordStore, TuningRecord
 path, writer, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with RecordStore(path) as store:
     for i in range(count):
@@ -507,7 +507,7 @@ FULL = """
 import resource, shutil, sys
 from pathlib import Path
 from convgen.errors import RecordError
-from convgen.records import RecordStore
+from convgen.records.store import RecordStore
 folder, what = Path(sys.argv[1]), sys.argv[2]
 store = None if what in ("create", "recover") else RecordStore(folder / "small.sqlite")
 if sys.argv[3:]:
@@ -712,7 +712,7 @@ seen = []
 sys.addaudithook(lambda event, arguments: seen.append(event) if event == "pickle.find_class" else None)
 from pathlib import Path
 from convgen.errors import RecordError
-from convgen.records import RecordStore
+from convgen.records.store import RecordStore
 folder = Path(sys.argv[1])
 with RecordStore(folder / "r.sqlite") as store:
     for record in store.trials():

@@ -13,13 +13,14 @@ import pytest
 from bench_module import load_bench
 from bench_rows import row
 
-from convgen.build import default_candidate, parse_candidate, versions
-from convgen.records import RecordStore, TuningRecord
-from convgen.rows import Row, RowFile
-from convgen.sources import SpecEntry
-from convgen.spec import ConvSpec
-from convgen.target import resolve
-from convgen.tune import Tuner
+from convgen.formats.entries import SpecEntry
+from convgen.hardware.target import resolve
+from convgen.lowering.candidates import default_candidate, parse_candidate
+from convgen.lowering.versions import versions
+from convgen.problem.spec import ConvSpec
+from convgen.records.store import RecordStore, TuningRecord
+from convgen.report.rows import Row, RowFile
+from convgen.tuning.tuner import Tuner
 
 SPECS = [f"conv1d n1 ic4 oc{oc} i20 k3 s1 p1" for oc in (4, 8, 12)]
 

@@ -18,27 +18,21 @@ from test_build import SPEC, record
 from test_records import unprivileged
 
 import convgen
-from convgen import ConvSpec, tuned
-from convgen import best as best_module
-from convgen.best import (
-    Answer,
-    best_record,
-    check_records,
-    find_record,
-    measure_in_turn,
-    preferred,
-    prunable,
-    reason_against,
-    same_kind,
-)
-from convgen.build import default_candidate, open_store, parse_candidate, versions
+from convgen import ConvSpec
 from convgen.errors import RecordError
-from convgen.machine import machine
-from convgen.measure import Result
-from convgen.records import RecordStore, TuningRecord, write_lines
-from convgen.schedule import Candidate
-from convgen.target import resolve
-from convgen.workers import LocalBuilder, LocalRunner, Pools
+from convgen.hardware.machine import machine
+from convgen.hardware.target import resolve
+from convgen.lowering.candidates import default_candidate, parse_candidate
+from convgen.lowering.schedule import Candidate
+from convgen.lowering.versions import versions
+from convgen.measure.workers import LocalBuilder, LocalRunner, Pools
+from convgen.records import answer as best_module
+from convgen.records.answer import Answer, best_record, find_record, preferred, reason_against, same_kind
+from convgen.records.opening import open_store
+from convgen.records.outcome import Result
+from convgen.records.pruning import prunable
+from convgen.records.store import RecordStore, TuningRecord, write_lines
+from convgen.tuning.recheck import check_records, measure_in_turn
 
 build_module = importlib.import_module("convgen.build")  # convgen.build is the function
 

@@ -14,23 +14,18 @@ import pytest
 
 import convgen
 from convgen import ConvSpec, Kernel
-from convgen.build import (
-    best_record,
-    check_threads,
-    choose,
-    compile_candidate,
-    default_candidate,
-    open_store,
-    parse_candidate,
-    record_candidate,
-    versions,
-)
+from convgen.check.bounds import reference
+from convgen.check.data import exact_data
+from convgen.check.validate import validate
 from convgen.errors import BuildError, Inapplicable, KernelError, RecordError, SpecError, UnsupportedError
-from convgen.machine import Machine, machine
-from convgen.records import RecordStore, TuningRecord, default_path
-from convgen.schedule import Candidate, Picks
-from convgen.target import resolve
-from convgen.validate import exact_data, reference, validate
+from convgen.hardware.machine import Machine, machine
+from convgen.hardware.target import resolve
+from convgen.kernel.kernel import best_record, check_threads, choose, compile_candidate, record_candidate
+from convgen.lowering.candidates import default_candidate, parse_candidate
+from convgen.lowering.schedule import Candidate, Picks
+from convgen.lowering.versions import versions
+from convgen.records.opening import open_store
+from convgen.records.store import RecordStore, TuningRecord, default_path
 
 TEXT = "conv2d n1 ic3 oc17 i6x7 k3x3 s1x1 p1x1 relu"
 SPEC = ConvSpec.parse(TEXT)
@@ -309,7 +304,7 @@ def test_picks_that_are_not_valid_are_refused() -> None:
 def test_a_schedule_with_other_arguments_is_an_error_that_names_them() -> None:
     from convgen.schedules.reference import Reference
 
-    from convgen.schedule import Program
+    from convgen.lowering.schedule import Program
 
     class Forgetful(Reference):
         def program(self, *arguments: Any) -> Program:

@@ -23,9 +23,23 @@ from typing import Any
 import planted
 import pytest
 
-from convgen import link, measure
-from convgen.build import default_candidate, versions
-from convgen.bundle import (
+from convgen.api import tune
+from convgen.cli import main
+from convgen.errors import BuildError, ExportError, MeasureError, RecordError, UnsupportedError
+from convgen.hardware.machine import machine, parse_cpuinfo
+from convgen.hardware.target import resolve
+from convgen.kernel.export import write_library
+from convgen.lowering import link
+from convgen.lowering.candidates import default_candidate
+from convgen.lowering.interface import Interface
+from convgen.lowering.lower import compile_object, lower
+from convgen.lowering.versions import versions
+from convgen.measure import trial as measure
+from convgen.problem.accuracy import error_factor
+from convgen.problem.spec import ConvSpec
+from convgen.records.store import RecordStore, TuningRecord
+from convgen.runtime import measure_bundle
+from convgen.tuning.bundle import (
     import_results,
     machine_from_facts,
     pack,
@@ -35,18 +49,6 @@ from convgen.bundle import (
     trial_id,
     unpacked,
 )
-from convgen.cli import main
-from convgen.errors import BuildError, ExportError, MeasureError, RecordError, UnsupportedError
-from convgen.export import write_library
-from convgen.interface import Interface
-from convgen.lower import compile_object, lower
-from convgen.machine import _parse_cpuinfo, machine
-from convgen.records import RecordStore, TuningRecord
-from convgen.runtime import measure_bundle
-from convgen.spec import ConvSpec
-from convgen.target import resolve
-from convgen.tune import tune
-from convgen.validate import error_factor
 
 SPEC = planted.SPEC
 #: An interpreter that finds nothing but the standard library, in an environment without variables.
@@ -158,7 +160,7 @@ def test_a_machine_of_cores_of_two_kinds() -> None:
     )
     text += "\n\nHardware\t: board\nSerial\t\t: 0123456789"
     kept = measure_bundle.processors(text)
-    assert _parse_cpuinfo(kept) == _parse_cpuinfo(text)
+    assert parse_cpuinfo(kept) == parse_cpuinfo(text)
     assert kept.count("CPU part") == 2
     assert "Serial" not in kept
 

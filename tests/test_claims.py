@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convgen.claims import Claims, claims_path
 from convgen.errors import RecordError
+from convgen.records.claims import Claims, claims_path
 
 KEY, OTHER = "a" * 64, "b" * 64
 
@@ -61,7 +61,7 @@ def test_any_keys_are_kept_apart(tmp_path_factory: pytest.TempPathFactory, seeds
 
 def test_a_claim_ends_with_its_process(path: Path) -> None:
     code = f"""
-from convgen.claims import Claims
+from convgen.records.claims import Claims
 claims = Claims({str(path)!r})
 print(claims.take({KEY!r}), flush=True)
 input()

@@ -19,19 +19,19 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from convgen.build import compile_candidate
+from convgen.check.validate import Check, Report
 from convgen.cli import cli, main
 from convgen.cli.bench import PEER_NAMES
 from convgen.cli.common import duration, size, table
 from convgen.cli.generate import Work
-from convgen.discover import schedule_ids, schedules
-from convgen.peers import PEERS
-from convgen.records import RecordStore, TuningRecord
-from convgen.roofline import roofline
-from convgen.search import Progress
-from convgen.sources import SpecEntry
-from convgen.spec import ConvSpec
-from convgen.validate import Check, Report
+from convgen.formats.entries import SpecEntry
+from convgen.hardware.roofline import roofline
+from convgen.kernel.kernel import compile_candidate
+from convgen.lowering.discover import schedule_ids, schedules
+from convgen.measure.peers import PEERS
+from convgen.problem.spec import ConvSpec
+from convgen.records.store import RecordStore, TuningRecord
+from convgen.tuning.search import Progress
 
 SMALL = "conv2d n1 ic8 oc16 i10x10 k3x3 s1x1 p1x1 relu"
 TINY = "conv1d n1 ic4 oc4 i20 k3 s1 p1"
@@ -559,7 +559,7 @@ def test_empty_batch_is_built_not_tuned(tmp_path: Path, run_json: Callable[..., 
 def test_bench_compares_with_what_is_installed(
     run: Run, run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convgen.compare.REST", 0.0)
+    monkeypatch.setattr("convgen.measure.compare.REST", 0.0)
     monkeypatch.setattr(PEERS["torch"], "version", classmethod(lambda cls: None))
     options = ["--peers", "onnxruntime,torch", "--repeats", 2, "--no-records"]
     found = run_json("bench", TINY, "--threads", "1,2", *options)

@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 from tvm.ir import save_json
 
-from convgen import cluster
-from convgen.build import parse_candidate, versions
-from convgen.cluster import DaskBuilder
 from convgen.errors import BuildError, UnsupportedError
-from convgen.lower import lower
-from convgen.measure import INTERRUPTED, Expected, Result, measure_module, run_artifact
-from convgen.spec import ConvSpec
-from convgen.target import resolve
+from convgen.hardware.target import resolve
+from convgen.lowering.candidates import parse_candidate
+from convgen.lowering.lower import lower
+from convgen.lowering.versions import versions
+from convgen.measure import cluster
+from convgen.measure.cluster import DaskBuilder
+from convgen.measure.trial import Expected, measure_module, run_artifact
+from convgen.problem.spec import ConvSpec
+from convgen.records.outcome import INTERRUPTED, Result
 
 SPEC = ConvSpec.parse("conv2d n1 ic3 oc5 i6x7 k3x3 p1")
 LONG = 120.0

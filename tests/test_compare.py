@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import convgen
-from convgen import compare as module
-from convgen.compare import Contestant, Flush, compare, ratio_interval, take_turns
 from convgen.errors import SpecError
-from convgen.machine import machine
-from convgen.peers import PEERS, Entrant, OnnxRuntime, Peer
-from convgen.spec import ConvSpec
+from convgen.hardware.machine import machine
+from convgen.measure import compare as module
+from convgen.measure.compare import Contestant, Flush, compare, ratio_interval, take_turns
+from convgen.measure.peers import PEERS, Entrant, OnnxRuntime, Peer
+from convgen.problem.spec import ConvSpec
 
 
 class Fake(Peer):

@@ -21,13 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import ACTIVATIONS
 
-from convgen.build import Kernel, compile_candidate, default_candidate, parse_candidate
-from convgen.compute import Operands, ceildiv, flat, round_up
+from convgen.check.data import exact_data
+from convgen.check.sandbox import run_guarded
 from convgen.errors import SpecError
-from convgen.sandbox import run_guarded
-from convgen.spec import ConvSpec
-from convgen.target import resolve
-from convgen.validate import exact_data
+from convgen.hardware.target import resolve
+from convgen.kernel.kernel import Kernel, compile_candidate
+from convgen.lowering.candidates import default_candidate, parse_candidate
+from convgen.lowering.compute import Operands, ceildiv, flat, round_up
+from convgen.problem.spec import ConvSpec
 
 HOW = ["reference", "default"]
 x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86-64 processor")

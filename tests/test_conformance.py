@@ -21,16 +21,18 @@ import onnxruntime as ort
 import pytest
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper, numpy_helper, parser
 
-from convgen import onnx_backend
-from convgen.build import Kernel, build, compile_candidate, parse_candidate
-from convgen.discover import schedule_ids
-from convgen.dtypes import UNIT_ROUNDOFF as NARROW_ROUNDOFF
-from convgen.dtypes import narrow, numpy_dtype, widen
+from convgen.api import build
+from convgen.check import onnx_backend
+from convgen.check.onnx_backend import Representation
 from convgen.errors import Inapplicable, SpecError, UnsupportedError
-from convgen.onnx_backend import Representation
-from convgen.spec import ConvSpec
-from convgen.target import resolve
-from convgen.validate import CLASS_FACTOR, UNIT_ROUNDOFF
+from convgen.hardware.target import resolve
+from convgen.kernel.kernel import Kernel, compile_candidate
+from convgen.lowering.candidates import parse_candidate
+from convgen.lowering.discover import schedule_ids
+from convgen.problem.accuracy import CLASS_FACTOR, UNIT_ROUNDOFF
+from convgen.problem.dtypes import UNIT_ROUNDOFF as NARROW_ROUNDOFF
+from convgen.problem.dtypes import narrow, numpy_dtype, widen
+from convgen.problem.spec import ConvSpec
 
 THREADS = 2
 pytestmark = pytest.mark.timeout(1200)  # on a busy machine the kernels of the real graphs take minutes

@@ -11,8 +11,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from convgen.cli import main
-from convgen.sources import FORMS, SpecEntry, read_specs
-from convgen.spec import ConvSpec
+from convgen.formats.entries import SpecEntry
+from convgen.formats.sources import FORMS, read_specs
+from convgen.problem.spec import ConvSpec
 
 ONE = ConvSpec.parse("conv2d ic4 oc8 i8x8 k3 p1")
 TWO = ConvSpec.parse("conv1d n2 ic4 oc4 i9 k3 relu")

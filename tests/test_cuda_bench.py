@@ -15,11 +15,11 @@ import pytest
 from bench_module import load_bench
 from bench_rows import row
 
-from convgen.cuda.emulate import emulated_driver
+from convgen.check.emulation.emulate import emulated_driver
 from convgen.errors import ValidationError
-from convgen.rows import Row
-from convgen.sources import SpecEntry
-from convgen.spec import ConvSpec
+from convgen.formats.entries import SpecEntry
+from convgen.problem.spec import ConvSpec
+from convgen.report.rows import Row
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
 

@@ -9,15 +9,15 @@ from types import ModuleType
 import pytest
 from bench_module import load_bench
 
-from convgen.build import build
-from convgen.bundle import import_results, pack
+from convgen.api import build
+from convgen.check.validate import validate
 from convgen.cuda.driver import device
-from convgen.records import RecordStore
+from convgen.hardware.target import resolve
+from convgen.problem.spec import ConvSpec
+from convgen.records.store import RecordStore
 from convgen.runtime import measure_bundle
-from convgen.spec import ConvSpec
-from convgen.target import resolve
-from convgen.tune import Tuner
-from convgen.validate import validate
+from convgen.tuning.bundle import import_results, pack
+from convgen.tuning.tuner import Tuner
 
 FOUND = device()
 WHY = "needs an NVIDIA GPU and its driver (libcuda.so.1), found none"
@@ -77,7 +77,7 @@ def test_cudnn_agrees_and_is_timed(bench: ModuleType, tmp_path: Path) -> None:
 
 def test_a_bundle_is_measured_here(tmp_path: Path) -> None:
     pack([ConvSpec.parse(LAYERS[2])], [resolve("cuda")], [1], tmp_path / "b.zip", candidates=3)
-    from convgen.bundle import unpacked
+    from convgen.tuning.bundle import unpacked
 
     with unpacked(tmp_path / "b.zip") as folder:
         assert measure_bundle.main([str(folder), "-o", str(tmp_path / "r.jsonl")]) == 0

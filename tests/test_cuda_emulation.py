@@ -15,17 +15,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from convgen.check.bounds import reference
+from convgen.check.data import exact_data
+from convgen.check.emulation.emulate import compile_emulated, emulated_driver, run
 from convgen.cuda.code import DeviceSource, generate
-from convgen.cuda.emulate import compile_emulated, emulated_driver, run
-from convgen.discover import schedules_of
 from convgen.errors import BuildError, KernelError
-from convgen.interface import Launch
-from convgen.link import source as runtime_source
-from convgen.lower import Lowered, lower
-from convgen.schedule import Candidate
-from convgen.spec import ConvSpec
-from convgen.target import resolve
-from convgen.validate import exact_data, reference
+from convgen.hardware.target import resolve
+from convgen.lowering.discover import schedules_of
+from convgen.lowering.interface import Launch
+from convgen.lowering.link import source as runtime_source
+from convgen.lowering.lower import Lowered, lower
+from convgen.lowering.schedule import Candidate
+from convgen.problem.spec import ConvSpec
 
 COMPILER = (shlex.split(os.environ.get("CXX", "")) or ["g++"])[0]
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs {COMPILER}")

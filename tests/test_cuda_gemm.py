@@ -17,17 +17,20 @@ from typing import Any
 
 import pytest
 
-from convgen.build import compile_candidate, compile_lowered, default_candidate
+from convgen.check.bounds import reference, tolerance
+from convgen.check.data import exact_data
+from convgen.check.emulation.serial import serialised
+from convgen.check.sandbox import run_guarded
+from convgen.check.validate import distance, validate
 from convgen.cuda import code, tensorize
-from convgen.cuda.serial import serialised
-from convgen.discover import schedules_of
 from convgen.errors import BuildError, UnsupportedError
-from convgen.lower import lower
-from convgen.sandbox import run_guarded
-from convgen.schedule import Candidate, Picks, Schedule
-from convgen.spec import ConvSpec
-from convgen.target import Target, resolve
-from convgen.validate import distance, exact_data, reference, tolerance, validate
+from convgen.hardware.target import Target, resolve
+from convgen.kernel.kernel import compile_candidate, compile_lowered
+from convgen.lowering.candidates import default_candidate
+from convgen.lowering.discover import schedules_of
+from convgen.lowering.lower import lower
+from convgen.lowering.schedule import Candidate, Picks, Schedule
+from convgen.problem.spec import ConvSpec
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
 

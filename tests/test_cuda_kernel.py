@@ -18,31 +18,25 @@ import pytest
 from naive import compile_naive, convolve, operands
 
 import convgen
-from convgen.build import (
-    CpuKernel,
-    CudaKernel,
-    Kernel,
-    check_threads,
-    compile_candidate,
-    default_candidate,
-    parse_candidate,
-)
-from convgen.bundle import pack
+from convgen.check.data import exact_data
+from convgen.check.emulation.emulate import compile_emulated, emulated_driver
+from convgen.check.emulation.standin import emulated_library
+from convgen.check.sandbox import run_guarded
+from convgen.check.validate import validate
 from convgen.cli import main
 from convgen.cuda.driver import Memory, Stream, device
-from convgen.cuda.emulate import compile_emulated, emulated_driver
-from convgen.cuda.library import CudaLibrary
-from convgen.cuda.standin import emulated_library
 from convgen.errors import KernelError, MeasureError, UnsupportedError
-from convgen.export import write_library
-from convgen.interface import DeviceCode, Launch
-from convgen.link import link
-from convgen.rows import measure
-from convgen.sandbox import run_guarded
-from convgen.sources import SpecEntry
-from convgen.spec import ConvSpec
-from convgen.target import resolve
-from convgen.validate import exact_data, validate
+from convgen.formats.entries import SpecEntry
+from convgen.hardware.target import resolve
+from convgen.kernel.cuda_library import CudaLibrary
+from convgen.kernel.export import write_library
+from convgen.kernel.kernel import CpuKernel, CudaKernel, Kernel, check_threads, compile_candidate
+from convgen.lowering.candidates import default_candidate, parse_candidate
+from convgen.lowering.interface import DeviceCode, Launch
+from convgen.lowering.link import link
+from convgen.problem.spec import ConvSpec
+from convgen.report.rows import measure
+from convgen.tuning.bundle import pack
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to emulate")

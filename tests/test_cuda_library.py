@@ -22,15 +22,15 @@ from naive import compile_naive, operands
 
 import convgen
 from convgen.cuda import driver as driver_module
-from convgen.cuda.dlpack import _read, _Tensor
 from convgen.cuda.driver import Event, Memory, Stream, context, device, synchronize
-from convgen.cuda.library import CudaLayer, CudaLibrary, _RunArgs, current_stream
 from convgen.errors import BuildError, ExportError, KernelError
-from convgen.export import write_library
-from convgen.interface import DeviceCode, Interface, Launch
-from convgen.library import Library, Sizes
-from convgen.link import entry_source, link, workspace_layout
-from convgen.spec import ConvSpec
+from convgen.kernel.cuda_library import CudaLayer, CudaLibrary, _RunArgs, current_stream
+from convgen.kernel.dlpack import _read, _Tensor
+from convgen.kernel.export import write_library
+from convgen.kernel.library import Library, Sizes
+from convgen.lowering.interface import DeviceCode, Interface, Launch
+from convgen.lowering.link import entry_source, link, workspace_layout
+from convgen.problem.spec import ConvSpec
 
 SPEC = ConvSpec.parse("conv2d n2 ic3 oc5 i20x20 k3x3 p1 relu residual")
 PLAIN = ConvSpec.parse("conv2d n1 ic3 oc5 i9x9 k3x3")

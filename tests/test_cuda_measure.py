@@ -16,23 +16,23 @@ from typing import Any
 import pytest
 from test_fleet import KEY, LONG, Fleet
 
-from convgen import bundle as bundles
-from convgen.build import default_candidate
+from convgen.check.emulation.emulate import emulated_driver
 from convgen.cli import main
-from convgen.cuda import measure as gpu_measure
 from convgen.cuda.code import Resources
 from convgen.cuda.driver import device
-from convgen.cuda.emulate import emulated_driver
 from convgen.errors import MeasureError, ResourceError, UnsupportedError
-from convgen.job import Job, JobRun
-from convgen.machine import Machine, machine
-from convgen.measure import Expected, build_artifact, candidate_module, run_artifact, run_duel
-from convgen.records import RecordStore
+from convgen.hardware.machine import Machine, machine
+from convgen.hardware.target import Target, resolve
+from convgen.lowering.candidates import default_candidate
+from convgen.measure import gpu as gpu_measure
+from convgen.measure.trial import Expected, build_artifact, candidate_module, run_artifact, run_duel
+from convgen.measure.workers import LocalBuilder, LocalRunner, Pools
+from convgen.problem.spec import ConvSpec
+from convgen.records.store import RecordStore
 from convgen.runtime import measure_bundle
-from convgen.spec import ConvSpec
-from convgen.target import Target, resolve
-from convgen.tune import Tuner
-from convgen.workers import LocalBuilder, LocalRunner, Pools
+from convgen.tuning import bundle as bundles
+from convgen.tuning.job import Job, JobRun
+from convgen.tuning.tuner import Tuner
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to emulate")
@@ -116,7 +116,7 @@ def test_calls_take_turns_on_more_than_the_cache_holds(
 
     import numpy as np
 
-    from convgen.measure import artifact_facts, load_inputs
+    from convgen.measure.trial import artifact_facts, load_inputs
 
     monkeypatch.setattr(gpu_measure.gpu(), "facts", {**gpu_measure.gpu().facts, "l2": 20_000})
     data = load_inputs(SPEC, str(expected.directory))
@@ -160,8 +160,8 @@ def test_a_spilling_candidate_is_an_outcome_and_is_not_measured(
         """What builds a candidate, with a compiler that has few registers."""
         from dataclasses import replace
 
-        from convgen.cuda import measure as there
-        from convgen.measure import build_artifact
+        from convgen.measure import gpu as there
+        from convgen.measure.trial import build_artifact
 
         compile_images = there.compile_images
 
@@ -176,7 +176,7 @@ def test_a_spilling_candidate_is_an_outcome_and_is_not_measured(
             there.compile_images = compile_images
 
     measured: list[str] = []
-    monkeypatch.setattr("convgen.workers.build_artifact", spilling)
+    monkeypatch.setattr("convgen.measure.workers.build_artifact", spilling)
     monkeypatch.setattr(pools.runner, "submit", lambda path, *_, **__: measured.append(path))
     with RecordStore(tmp_path / "r.sqlite") as store, Tuner(target, 1, store, pools=pools) as tuner:
         assert tuner.tune(OTHER, trials=1) is None
@@ -238,7 +238,7 @@ def test_a_candidate_that_ends_the_context_costs_its_trial(
 
 def build_altered(target: Target, root: Path, change: Callable[[str], str]) -> str:
     """The artifact of a candidate whose CUDA source is changed."""
-    from convgen.cuda import standin
+    from convgen.check.emulation import standin
 
     generate, changed = standin.generate, []
 
@@ -286,7 +286,7 @@ def test_a_job_finishes_with_records_of_the_device(pools: Pools, target: Target,
 
 
 def test_a_device_of_a_fleet_has_a_gpu(artifact: str, expected: Expected, target: Target, tmp_path: Path) -> None:
-    from convgen.fleet import RemoteRunner
+    from convgen.measure.fleet import RemoteRunner
 
     fleet = Fleet(tmp_path)
     try:

@@ -1,7 +1,7 @@
 """Schedules for NVIDIA GPUs, without one: run serially on the CPU, and compiled for devices.
 
 What is run are the statements of a candidate, its loops over blocks and threads one after the other
-(``convgen.cuda.serial``): index maps, tails, types and epilogues, but neither barriers nor the device's code.
+(``convgen.check.emulation.serial``): index maps, tails, types and epilogues, but neither barriers nor device code.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convgen.build import compile_lowered, default_candidate
+from convgen.check.bounds import reference, tolerance, worst
+from convgen.check.data import exact_data, float_data
+from convgen.check.emulation.serial import serialised
+from convgen.check.sandbox import run_guarded
+from convgen.check.validate import distance
 from convgen.cuda.code import compile_images, generate
-from convgen.cuda.serial import serialised
-from convgen.discover import schedules_of
-from convgen.lower import lower
-from convgen.sandbox import run_guarded
-from convgen.schedule import Candidate, Picks, Schedule
-from convgen.spec import ConvSpec
-from convgen.target import Target, resolve
-from convgen.validate import distance, exact_data, float_data, reference, tolerance, worst
+from convgen.hardware.target import Target, resolve
+from convgen.kernel.kernel import compile_lowered
+from convgen.lowering.candidates import default_candidate
+from convgen.lowering.discover import schedules_of
+from convgen.lowering.lower import lower
+from convgen.lowering.schedule import Candidate, Picks, Schedule
+from convgen.problem.spec import ConvSpec
 
 TARGET = resolve("cuda:sm_80")
 #: Instructions of tensor cores are not plain statements.

@@ -19,23 +19,25 @@ import numpy as np
 import pytest
 from test_cuda_emulation import ORDERS, packed
 
-import convgen.cuda.emulate as emulate
-from convgen.build import compile_candidate, parse_candidate
+import convgen.check.emulation.emulate as emulate
+from convgen.check.bounds import reference
+from convgen.check.data import exact_data
+from convgen.check.emulation.emulate import compile_emulated, emulated_driver, run
+from convgen.check.emulation.standin import emulated_code
 from convgen.cuda import code
 from convgen.cuda.code import DeviceSource, generate
-from convgen.cuda.emulate import compile_emulated, emulated_driver, run
-from convgen.cuda.standin import emulated_code
-from convgen.discover import schedules_of
 from convgen.errors import BuildError, KernelError
-from convgen.export import write_library
-from convgen.interface import Launch, TensorMap
-from convgen.link import link
-from convgen.link import source as runtime_source
-from convgen.lower import lower
-from convgen.schedule import Candidate, Picks
-from convgen.spec import ConvSpec
-from convgen.target import resolve
-from convgen.validate import exact_data, reference
+from convgen.hardware.target import resolve
+from convgen.kernel.export import write_library
+from convgen.kernel.kernel import compile_candidate
+from convgen.lowering.candidates import parse_candidate
+from convgen.lowering.discover import schedules_of
+from convgen.lowering.interface import Launch, TensorMap
+from convgen.lowering.link import link
+from convgen.lowering.link import source as runtime_source
+from convgen.lowering.lower import lower
+from convgen.lowering.schedule import Candidate, Picks
+from convgen.problem.spec import ConvSpec
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
 emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to emulate")

@@ -11,14 +11,14 @@ import pytest
 from bench_module import load_bench
 from race_fakes import Fake
 
-from convgen.build import default_candidate
-from convgen.measure import Result
-from convgen.ranker import Ranker
-from convgen.records import RecordStore
-from convgen.schedule import Candidate, Picks
-from convgen.sources import SpecEntry
-from convgen.spec import ConvSpec
-from convgen.target import resolve
+from convgen.formats.entries import SpecEntry
+from convgen.hardware.target import resolve
+from convgen.lowering.candidates import default_candidate
+from convgen.lowering.schedule import Candidate, Picks
+from convgen.problem.spec import ConvSpec
+from convgen.records.outcome import Result
+from convgen.records.store import RecordStore
+from convgen.tuning.ranker import Ranker
 
 SPEC = ConvSpec.parse("conv2d n1 ic3 oc17 i6x7 k3x3 p1 relu")
 

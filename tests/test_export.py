@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from naive import compile_naive
 
-from convgen.activation import DEFAULTS
 from convgen.errors import BuildError, ExportError
-from convgen.export import example_text, write_library
-from convgen.interface import Interface
-from convgen.spec import ConvSpec
+from convgen.kernel.export import example_text, write_library
+from convgen.lowering.interface import Interface
+from convgen.problem.activation import DEFAULTS
+from convgen.problem.spec import ConvSpec
 
 SPEC = ConvSpec.parse("conv2d n1 ic4 oc6 i20x18 k3x3 p1 relu")
 FACTS = {

@@ -24,14 +24,15 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from convgen import fleet
 from convgen.cli import cli
 from convgen.errors import MeasureError, SpecError
-from convgen.fleet import Devices, RemoteRunner, is_loopback, parse_address, status
-from convgen.link import link
-from convgen.machine import machine
-from convgen.measure import INTERRUPTED, Expected, Result
-from convgen.target import resolve
+from convgen.hardware.machine import machine
+from convgen.hardware.target import resolve
+from convgen.lowering.link import link
+from convgen.measure import fleet
+from convgen.measure.fleet import Devices, RemoteRunner, is_loopback, parse_address, status
+from convgen.measure.trial import Expected
+from convgen.records.outcome import INTERRUPTED, Result
 
 pytest.importorskip("tornado", reason="TVM's tracker needs tornado")
 

@@ -12,11 +12,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import ACTIVATIONS, specs
 
+from convgen.check.reference import run_onnxruntime
 from convgen.errors import SpecError, UnsupportedError
-from convgen.formats import benchdnn, miopen, plain
-from convgen.reference import run_onnxruntime
-from convgen.sources import read_specs
-from convgen.spec import ConvSpec
+from convgen.formats import benchdnn, miopen
+from convgen.formats.notation import plain
+from convgen.formats.sources import read_specs
+from convgen.problem.spec import ConvSpec
 
 
 def problems(text: str) -> Iterator[ConvSpec]:

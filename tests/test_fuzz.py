@@ -20,13 +20,7 @@ from typing import Any
 import convgen.schedules
 import pytest
 
-from convgen import discover
-from convgen.activation import DEFAULTS
-from convgen.build import compile_candidate, default_candidate, parse_candidate
-from convgen.cli import main
-from convgen.discover import schedules, schedules_of
-from convgen.dtypes import DTYPES
-from convgen.fuzz import (
+from convgen.check.fuzz import (
     FEATURES,
     KINDS,
     MOST_ELEMENTS,
@@ -42,10 +36,17 @@ from convgen.fuzz import (
     misread,
     shrink,
 )
-from convgen.schedule import Candidate, Picks
-from convgen.spec import ACCURACIES, LAYOUTS, OPERATORS, ConvSpec
-from convgen.target import resolve
-from convgen.validate import validate
+from convgen.check.validate import validate
+from convgen.cli import main
+from convgen.hardware.target import resolve
+from convgen.kernel.kernel import compile_candidate
+from convgen.lowering import discover
+from convgen.lowering.candidates import default_candidate, parse_candidate
+from convgen.lowering.discover import schedules, schedules_of
+from convgen.lowering.schedule import Candidate, Picks
+from convgen.problem.activation import DEFAULTS
+from convgen.problem.dtypes import DTYPES
+from convgen.problem.spec import ACCURACIES, LAYOUTS, OPERATORS, ConvSpec
 
 NATIVE = resolve()
 SEED, COUNT = 3, 300
@@ -66,7 +67,7 @@ def test_a_draw_depends_on_the_seed_and_the_index_alone() -> None:
     assert len({d.spec for d in draws()}) > 0.9 * COUNT
     assert draw(SEED + 1, 9, NATIVE) != draws()[9]
     script = f"""
-from convgen.fuzz import draw, resolve
+from convgen.check.fuzz import draw, resolve
 for index in range(12):
     for case in draw({SEED}, index, resolve()).cases:
         print(case.command)
@@ -288,7 +289,7 @@ import functools, os, sys, time
 from planted import Planted
 from tvm import tirx
 from convgen.errors import Inapplicable
-from convgen.schedule import Picks, Space
+from convgen.lowering.schedule import Picks, Space
 """
 
 #: A tile that does not divide the width makes the last column wrong.
@@ -351,7 +352,7 @@ def test_a_planted_bug_is_found_and_shrunk_to_a_command_that_repeats_it(
     plant: Plant, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(TAIL)
-    monkeypatch.setattr("convgen.fuzz.MOST_SHRUNK", 1)
+    monkeypatch.setattr("convgen.check.fuzz.MOST_SHRUNK", 1)
     found_by = (i for i in range(100) if any(map(hits_the_tail, planted_draw(i).cases)))
     summary = fuzz(start=next(found_by), specs=1)
     first = summary.findings[0]

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convgen import reference
-from convgen.build import Kernel, compile_candidate, default_candidate, parse_candidate
-from convgen.discover import schedules
+from convgen.check import reference
+from convgen.check.validate import validate
 from convgen.errors import Inapplicable, KernelError, SpecError
-from convgen.schedule import Candidate
-from convgen.spec import ConvSpec
-from convgen.target import resolve
-from convgen.validate import validate
+from convgen.hardware.target import resolve
+from convgen.kernel.kernel import Kernel, compile_candidate
+from convgen.lowering.candidates import default_candidate, parse_candidate
+from convgen.lowering.discover import schedules
+from convgen.lowering.schedule import Candidate
+from convgen.problem.spec import ConvSpec
 
 NATIVE = resolve("cpu")
 SPECS = [

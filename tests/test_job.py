@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 from fake_tuning import Clock, FakeRunner, FakeSchedule, Speed, fake_pools, fake_tuning
 
-from convgen.best import best_record, is_final
 from convgen.errors import SpecError
-from convgen.job import Job, JobRun, split_sources
-from convgen.records import RecordStore, TuningRecord
-from convgen.spec import ConvSpec
-from convgen.target import resolve
+from convgen.hardware.target import resolve
+from convgen.problem.spec import ConvSpec
+from convgen.records.answer import best_record, is_final
+from convgen.records.store import RecordStore, TuningRecord
+from convgen.tuning.job import Job, JobRun, split_sources
 
 SMALL = "conv1d n1 ic4 oc4 i20 k3 s1 p0"
 LARGE = "conv2d n1 ic8 oc16 i10x10 k3x3 s1x1 p1x1 relu"
@@ -345,8 +345,8 @@ SCRIPT = """
 import json, sys, time
 import pytest
 from fake_tuning import FakeSchedule, fake_pools, fake_tuning
-from convgen.job import Job, JobRun
-from convgen.records import RecordStore
+from convgen.tuning.job import Job, JobRun
+from convgen.records.store import RecordStore
 
 path, trials = sys.argv[1], int(sys.argv[2])
 patch = pytest.MonkeyPatch()
@@ -415,8 +415,8 @@ def test_ten_hours_stay_flat_in_memory(tmp_path: Path, monkeypatch: pytest.Monke
     models = tuple(f"conv1d n1 ic4 oc{oc} i20 k3" for oc in range(1, 41))
     fake_tuning(monkeypatch, FakeSchedule(size=400))
     cheap: Callable[..., Any] = lambda self, pool, count: pool[:count]  # noqa: E731 - no ranking of thousands
-    monkeypatch.setattr("convgen.race.Race._choose", cheap)
-    monkeypatch.setattr("convgen.race.Race._alive", lambda self, schedule: True)
+    monkeypatch.setattr("convgen.tuning.race.Race._choose", cheap)
+    monkeypatch.setattr("convgen.tuning.race.Race._alive", lambda self, schedule: True)
     pools = fake_pools(lambda *what: 1e-3 / (1 + what[2] % 97), clock=clock, build=3.0, run=1.0)
     job = Job(models, threads=(1,), seconds=hours * 3600.0, patience=100_000)
     sizes: list[tuple[int, int]] = []

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convgen
+from convgen.check.reference import run_onnxruntime
 from convgen.errors import ConvgenError, SpecError, UnsupportedError
 from convgen.formats.keras import specs_from_keras
-from convgen.reference import run_onnxruntime
-from convgen.spec import ConvSpec
+from convgen.problem.spec import ConvSpec
 
 
 def layer(class_name: str, **config: Any) -> dict[str, Any]:

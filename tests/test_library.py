@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 from naive import compile_naive, convolve, link_naive, operands
 
-from convgen import library as library_module
-from convgen import link as link_module
 from convgen.errors import BuildError, ExportError, KernelError
-from convgen.export import write_library
-from convgen.library import Layer, Library, aligned, load
-from convgen.link import link
-from convgen.spec import ConvSpec
+from convgen.kernel import library as library_module
+from convgen.kernel.export import write_library
+from convgen.kernel.library import Layer, Library, aligned
+from convgen.kernel.load import load
+from convgen.lowering import link as link_module
+from convgen.lowering.link import link
+from convgen.problem.spec import ConvSpec
 
 #: Planes that are too large for the stack: `staged` and `shared` take them from the workspace.
 SPEC = ConvSpec.parse("conv2d n2 ic3 oc5 i20x20 k3x3 p1 relu")
@@ -396,8 +397,8 @@ def test_fork_after_use(folder: Path) -> None:
         """
         import os, sys
         from naive import convolve, operands
-        from convgen.library import Library
-        from convgen.spec import ConvSpec
+        from convgen.kernel.library import Library
+        from convgen.problem.spec import ConvSpec
         spec = ConvSpec.parse(sys.argv[2])
         inputs = operands(spec)
         library = Library(sys.argv[1], spec, spec.name, 2)
@@ -454,7 +455,7 @@ def test_loading_needs_nothing_but_numpy(exported: Path, tmp_path: Path, inputs:
     code = BLOCKED + textwrap.dedent(
         """
         import numpy as np
-        from convgen.library import load
+        from convgen.kernel.library import load
         arrays = np.load(sys.argv[2])
         layer = load(sys.argv[1]).bind(arrays["weights"], arrays["bias"])
         assert (layer(arrays["src"]) == arrays["expected"]).all()

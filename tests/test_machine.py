@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from convgen import machine as module
 from convgen.errors import BuildError, MeasureError
-from convgen.machine import Machine, machine, measured, measured_bandwidth, measured_peak
+from convgen.hardware import machine as module
+from convgen.hardware.machine import Machine, machine, measured, measured_bandwidth, measured_peak
 
 X86 = """\
 processor\t: {cpu}
@@ -123,7 +123,9 @@ def test_this_machine() -> None:
     assert 1 <= here.cores <= here.logical == len(os.sched_getaffinity(0))
     assert here.memory > 1 << 28
     assert here.l1 is None or 1 << 12 < here.l1 < 1 << 24
-    code = "import sys; from convgen.machine import machine; print(machine().fingerprint, 'tvm' in sys.modules)"
+    code = (
+        "import sys; from convgen.hardware.machine import machine; print(machine().fingerprint, 'tvm' in sys.modules)"
+    )
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert again == [here.fingerprint, "False"]
 

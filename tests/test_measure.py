@@ -20,33 +20,28 @@ import psutil
 import pytest
 from tvm.ir import save_json
 
-from convgen.build import parse_candidate
-from convgen.dtypes import load, save
+from convgen.check.bounds import reference
+from convgen.check.data import exact_data
 from convgen.errors import MeasureError
-from convgen.link import link
-from convgen.lower import lower
-from convgen.measure import (
-    INTERRUPTED,
-    SAMPLE_SECONDS,
+from convgen.hardware.target import resolve
+from convgen.lowering.candidates import parse_candidate
+from convgen.lowering.link import link
+from convgen.lowering.lower import lower
+from convgen.lowering.schedule import Candidate
+from convgen.measure.timing import SAMPLE_SECONDS, alternate, reference_kernel, repeats, sample, time_calls
+from convgen.measure.trial import (
     Expected,
-    Result,
-    alternate,
     build_artifact,
     measure_module,
     measured_candidate,
     memory_limit,
-    reference_kernel,
-    repeats,
     run_artifact,
     run_duel,
-    sample,
-    time_calls,
 )
-from convgen.schedule import Candidate
-from convgen.spec import ConvSpec
-from convgen.target import resolve
-from convgen.validate import exact_data, reference
-from convgen.workers import LocalBuilder, LocalRunner, Pools, as_result
+from convgen.measure.workers import LocalBuilder, LocalRunner, Pools, as_result
+from convgen.problem.dtypes import load, save
+from convgen.problem.spec import ConvSpec
+from convgen.records.outcome import INTERRUPTED, Result
 
 SPEC = ConvSpec.parse("conv2d n1 ic3 oc5 i6x7 k3x3 p1 residual prelu")
 
@@ -83,8 +78,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(sys.modules["convgen.measure"], "time", clock)
-    monkeypatch.setattr(sys.modules["convgen.measure"], "preemptions", lambda: clock.preempted)
+    monkeypatch.setattr(sys.modules["convgen.measure.trial"], "time", clock)
+    monkeypatch.setattr(sys.modules["convgen.measure.trial"], "preemptions", lambda: clock.preempted)
     return clock
 
 
@@ -152,7 +147,7 @@ def test_a_machine_that_is_never_quiet_is_measured_all_the_same(clock: Clock) ->
 
 def test_the_reference_kernel_is_the_median_of_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([2.0, 9.0, 1.0])
-    monkeypatch.setattr(sys.modules["convgen.measure"], "sample", lambda call, count: next(times))
+    monkeypatch.setattr(sys.modules["convgen.measure.trial"], "sample", lambda call, count: next(times))
     assert reference_kernel(repeats=3) == 2.0
 
 
@@ -356,7 +351,7 @@ def hasty() -> Iterator[Pools]:
 def in_workers(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -> None:
     """Let workers run these functions, which travel by value, instead of the module's."""
     for name, function in functions.items():
-        monkeypatch.setattr(sys.modules["convgen.workers"], name, function)
+        monkeypatch.setattr(sys.modules["convgen.measure.workers"], name, function)
 
 
 def test_workers_build_and_run(pools: Pools, expected: Expected) -> None:
@@ -426,7 +421,7 @@ def test_a_workspace_that_cannot_be_had_is_an_outcome(
     def prepare(*_: Any) -> None:
         np.empty(1 << 60, np.uint8)
 
-    monkeypatch.setattr(sys.modules["convgen.measure"], "prepare_artifact", prepare)
+    monkeypatch.setattr(sys.modules["convgen.measure.trial"], "prepare_artifact", prepare)
     found = run_artifact(artifact, str(expected.directory), 1, seconds=0.001, hopeless=0.0)
     assert found["outcome"] == "memory"
     assert "1.00 EiB" in found["error"]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convgen.onnx_algebra import (
+from convgen.formats.onnx.algebra import (
     Expr,
     NoExpressionError,
     X,

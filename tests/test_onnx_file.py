@@ -16,12 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, NodeProto, TensorProto, external_data_helper, helper, numpy_helper, parser
 
-from convgen import onnx_file, onnx_graph, onnx_reader
 from convgen.errors import ConvgenError, SpecError
-from convgen.onnx_file import ModelFile
-from convgen.onnx_layers import read_layers
-from convgen.onnx_reader import layers_from_onnx, specs_from_onnx
-from convgen.spec import ConvSpec
+from convgen.formats.onnx import file as onnx_file
+from convgen.formats.onnx import graph as onnx_graph
+from convgen.formats.onnx import reader as onnx_reader
+from convgen.formats.onnx.file import ModelFile
+from convgen.formats.onnx.layers import read_layers
+from convgen.formats.onnx.reader import layers_from_onnx, specs_from_onnx
+from convgen.problem.spec import ConvSpec
 
 LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
 SPEC = ConvSpec.parse("conv2d ic4 oc4 i9x9 k3x3 relu")

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from strategies import ACTIVATIONS, specs
 
-from convgen.dtypes import narrow, numpy_dtype
+from convgen.check.onnx_model import onnx_model
+from convgen.check.reference import OrtReference, run_onnxruntime
 from convgen.errors import SpecError
-from convgen.onnx_model import onnx_model
-from convgen.reference import OrtReference, run_onnxruntime
-from convgen.spec import ConvSpec
+from convgen.problem.dtypes import narrow, numpy_dtype
+from convgen.problem.spec import ConvSpec
 
 # ---- the written model means the spec ---------------------------------------------------------
 

@@ -21,12 +21,13 @@ from strategies import specs
 from test_onnx_model import integers
 
 import convgen
+from convgen.check.onnx_model import onnx_model
+from convgen.check.reference import run_onnxruntime
 from convgen.errors import SpecError, UnsupportedError
-from convgen.onnx_model import onnx_model
-from convgen.onnx_reader import OnnxLayer, layers_from_onnx, specs_from_onnx
-from convgen.reference import run_onnxruntime
-from convgen.sources import SpecEntry
-from convgen.spec import ConvSpec
+from convgen.formats.entries import SpecEntry
+from convgen.formats.onnx.node import OnnxLayer
+from convgen.formats.onnx.reader import layers_from_onnx, specs_from_onnx
+from convgen.problem.spec import ConvSpec
 
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 LIGHT = sorted((DATA / "light").glob("light_*.onnx"))
@@ -920,9 +921,9 @@ def test_a_quantised_convolution_is_a_layer_of_i8(relu: bool, tmp_path: Path) ->
     assert spec.descriptor == f"conv2d n1 ic4 oc6 g2 i7x7 k3x3 s1x1 p1x1{activation} i8"
     assert (layer.operator, layer.dst) == ("QLinearConv", "z" if relu else "y")
     src = np.random.default_rng(0).integers(-128, 128, spec.src_shape).astype(np.int8)
-    options = convgen.reference.ort.SessionOptions()
-    options.graph_optimization_level = convgen.reference.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = convgen.reference.ort.InferenceSession(source.SerializeToString(), options)
+    options = convgen.check.reference.ort.SessionOptions()
+    options.graph_optimization_level = convgen.check.reference.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = convgen.check.reference.ort.InferenceSession(source.SerializeToString(), options)
     expected = session.run(None, {"x": src})[0]
     assert np.unique(expected).size > 50
     np.testing.assert_array_equal(run_onnxruntime(spec, src, **layer.arrays), expected)

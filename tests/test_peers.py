@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 
+from convgen.check.bounds import reference, tolerance, worst
+from convgen.check.data import float_data
 from convgen.errors import UnsupportedError
-from convgen.peers import PEERS, find_peer
-from convgen.spec import ConvSpec
-from convgen.validate import float_data, reference, tolerance, worst
+from convgen.measure.peers import PEERS, find_peer
+from convgen.problem.spec import ConvSpec
 
 SPECS = [
     "conv2d n1 ic8 oc12 i9x11 k3x3 p1x1 relu",
@@ -53,7 +54,7 @@ def test_there_are_no_others() -> None:
 RESTRICTED = """
 import tvm
 from convgen.errors import UnsupportedError
-from convgen.peers import PEERS
+from convgen.measure.peers import PEERS
 {before}
 try:
     PEERS["{name}"].restrict(128)

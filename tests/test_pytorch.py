@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convgen
-from convgen.dtypes import numpy_dtype
+from convgen.check.reference import run_onnxruntime
 from convgen.errors import SpecError, UnsupportedError
 from convgen.formats.pytorch import arrays_from_torch, spec_from_torch
-from convgen.reference import run_onnxruntime
-from convgen.spec import ConvSpec
+from convgen.problem.dtypes import numpy_dtype
+from convgen.problem.spec import ConvSpec
 
 # PyTorch's, about its speed
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from race_fakes import Fake
 
 from convgen.errors import UnsupportedError
-from convgen.measure import Result
-from convgen.race import BEHIND, REACH, ROUND, TRIES, Race
-from convgen.ranker import Ranker
-from convgen.schedule import Candidate, Picks
-from convgen.spec import ConvSpec
-from convgen.target import resolve
+from convgen.hardware.target import resolve
+from convgen.lowering.schedule import Candidate, Picks
+from convgen.problem.spec import ConvSpec
+from convgen.records.outcome import Result
+from convgen.tuning.race import BEHIND, REACH, ROUND, TRIES, Race
+from convgen.tuning.ranker import Ranker
 
 # The package's name `build` is the function.
-build_module, race_module = importlib.import_module("convgen.build"), importlib.import_module("convgen.race")
+build_module, race_module = importlib.import_module("convgen.build"), importlib.import_module("convgen.tuning.race")
 
 LAYER = ConvSpec.parse("conv1d n1 ic4 oc4 i20 k3")
 
@@ -64,7 +64,7 @@ def test_what_won_elsewhere_comes_right_after_the_default() -> None:
         taught.observe(LAYER, Candidate(b, Picks(x=x)), seconds)
     taught.threads = 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("convgen.ranker"), "schedules", lambda: {"a": a, "b": b})
+        patch.setattr(importlib.import_module("convgen.tuning.ranker"), "schedules", lambda: {"a": a, "b": b})
         assert taught.similar(LAYER) == [Candidate(b, Picks(x=7))]
         run = race(a, b, ranker=taught)
     assert run.ask(2) == [Candidate(a, Picks(x=1)), Candidate(b, Picks(x=7))]

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from race_fakes import Fake
 
-from convgen.build import default_candidate
-from convgen.ranker import WINNERS, Ranker
-from convgen.records import RecordStore, TuningRecord
-from convgen.schedule import Candidate, Picks
-from convgen.spec import ConvSpec
-from convgen.target import Target, resolve
+from convgen.hardware.target import Target, resolve
+from convgen.lowering.candidates import default_candidate
+from convgen.lowering.schedule import Candidate, Picks
+from convgen.problem.spec import ConvSpec
+from convgen.records.store import RecordStore, TuningRecord
+from convgen.tuning.ranker import WINNERS, Ranker
 
 LAYER = ConvSpec.parse("conv2d n1 ic64 oc64 i28x28 k3x3 p1")
 ALIKE = ConvSpec.parse("conv2d n1 ic96 oc64 i28x28 k3x3 p1")
@@ -31,7 +31,7 @@ FAST, SLOW = Fake("fast", 1e-4, tile_x=SIZES, tile_y=SIZES), Fake("slow", 3e-4, 
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Fake]]:
     """The schedules that records may name."""
     found = {schedule.id: schedule for schedule in (FAST, SLOW)}
-    monkeypatch.setattr(importlib.import_module("convgen.ranker"), "schedules", lambda: found)
+    monkeypatch.setattr(importlib.import_module("convgen.tuning.ranker"), "schedules", lambda: found)
     return found
 
 
@@ -204,7 +204,7 @@ def test_a_winner_is_adapted_to_the_layer() -> None:
 
     wide = Wide("wide", 1e-4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("convgen.ranker"), "schedules", lambda: {"wide": wide})
+        patch.setattr(importlib.import_module("convgen.tuning.ranker"), "schedules", lambda: {"wide": wide})
         default = Candidate(wide, Picks(tile_x=3, order="b"))
         assert taught(record(ALIKE, default, 1e-4)).similar(LAYER) == [Candidate(wide, Picks(tile_x=2, order="b"))]
         moved = Candidate(wide, Picks(tile_x=6, order="a"))
@@ -231,9 +231,9 @@ def test_a_store_teaches_of_every_thread_count_and_machine(tmp_path: Path) -> No
 
 def test_real_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default of a real layer, and all the neighbours of it that are valid, get finite and different scores."""
-    from convgen.discover import schedules
+    from convgen.lowering.discover import schedules
 
-    monkeypatch.setattr(importlib.import_module("convgen.ranker"), "schedules", schedules)
+    monkeypatch.setattr(importlib.import_module("convgen.tuning.ranker"), "schedules", schedules)
     target = resolve()
     default = default_candidate(LAYER, target)
     space = default.schedule.space(LAYER.core, target)

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convgen.errors import RecordError
-from convgen.records import OUTCOMES, RecordStore, TuningRecord, default_path, now, trial_key
+from convgen.records.store import OUTCOMES, RecordStore, TuningRecord, default_path, now, trial_key
 
 SPEC = "conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu"
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # no disk: every commit waits for one
@@ -434,7 +434,7 @@ def test_a_closed_store_says_so(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-from convgen.records import RecordStore, TuningRecord
+from convgen.records.store import RecordStore, TuningRecord
 path, writer, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with RecordStore(path) as store:
     for i in range(count):
@@ -469,7 +469,7 @@ def test_processes_write_at_once(tmp_path: Path) -> None:
 
 RACER = """
 import sys, time
-from convgen.records import RecordStore
+from convgen.records.store import RecordStore
 folder, start = sys.argv[1], float(sys.argv[2])
 for i in range(60):
     while time.time() < start + i * 0.02:
@@ -529,7 +529,7 @@ def test_a_killed_writer_loses_nothing(tmp_path: Path) -> None:
 
 FORK = """
 import os, sys
-from convgen.records import RecordStore, TuningRecord
+from convgen.records.store import RecordStore, TuningRecord
 store = RecordStore(sys.argv[1])
 def add(i):
     store.add(TuningRecord(spec="s", target="cpu", hardware="here", threads=1, schedule="reference", schedule_version=1,
@@ -665,7 +665,7 @@ def test_a_full_disk_loses_nothing_that_was_added(tmp_path: Path) -> None:
 FULL = """
 import resource, sys
 from convgen.errors import RecordError
-from convgen.records import RecordStore, TuningRecord
+from convgen.records.store import RecordStore, TuningRecord
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 store = RecordStore(sys.argv[1])
 try:

@@ -16,13 +16,14 @@ from test_build import SPEC, TEXT, record
 from test_records import some
 
 import convgen
-from convgen import tuned
-from convgen.build import best_record, default_candidate, versions
 from convgen.cli import main
-from convgen.machine import machine
-from convgen.measure import Result
-from convgen.records import RecordStore, TuningRecord
-from convgen.target import resolve
+from convgen.hardware.machine import machine
+from convgen.hardware.target import resolve
+from convgen.kernel.kernel import best_record
+from convgen.lowering.candidates import default_candidate
+from convgen.lowering.versions import versions
+from convgen.records.outcome import Result
+from convgen.records.store import RecordStore, TuningRecord
 
 OTHER_LAYER = "conv1d n1 ic4 oc4 i20 k3 s1 p1"
 Run = Callable[..., tuple[int, str, str]]

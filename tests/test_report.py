@@ -11,8 +11,11 @@ from xml.etree import ElementTree
 import pytest
 from bench_rows import A, B, new, row
 
-from convgen import picture
-from convgen.report import (
+from convgen.formats.sources import read_specs
+from convgen.problem.spec import ConvSpec
+from convgen.report import picture
+from convgen.report.rows import RowFile
+from convgen.report.tables import (
     CLASSES,
     Totals,
     class_of,
@@ -23,9 +26,6 @@ from convgen.report import (
     problems,
     summary,
 )
-from convgen.rows import RowFile
-from convgen.sources import read_specs
-from convgen.spec import ConvSpec
 
 # ---- files ------------------------------------------------------------------------------------
 

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from convgen.machine import Machine, Measured
-from convgen.roofline import roofline
-from convgen.spec import ConvSpec
+from convgen.hardware.machine import Machine, Measured
+from convgen.hardware.roofline import roofline
+from convgen.problem.spec import ConvSpec
 
 HERE = Machine("cpu", "cpu-0-2", frozenset(), cores=2, logical=4, l1=32 << 10, l2=1 << 20, l3=32 << 20, memory=1 << 34)
 FOUND = Measured(peak=100e9, l2=100e9, l3=50e9, dram=10e9, date="2026-01-01")

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from convgen import interface, library
 from convgen.errors import BuildError
-from convgen.interface import Interface, TensorInfo
-from convgen.link import source
-from convgen.spec import ConvSpec
+from convgen.kernel import library
+from convgen.lowering import interface
+from convgen.lowering.interface import Interface, TensorInfo
+from convgen.lowering.link import source
+from convgen.problem.spec import ConvSpec
 
 RUNTIME = Path(interface.__file__).parent / "runtime"
 PROGRAM = Path(__file__).with_name("runtime_check.c")

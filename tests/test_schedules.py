@@ -21,15 +21,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import ACTIVATIONS, specs
 
-from convgen.build import Kernel, compile_candidate, default_candidate, parse_candidate
-from convgen.discover import schedule as find_schedule
-from convgen.discover import schedules, schedules_of
+from convgen.check.validate import Report, validate
 from convgen.errors import Inapplicable, SpecError, UnsupportedError
-from convgen.schedule import Candidate, Picks, Schedule, Space, require
-from convgen.sources import read_specs
-from convgen.spec import ConvSpec
-from convgen.target import Target, resolve
-from convgen.validate import Report, validate
+from convgen.formats.sources import read_specs
+from convgen.hardware.target import Target, resolve
+from convgen.kernel.kernel import Kernel, compile_candidate
+from convgen.lowering.candidates import default_candidate, parse_candidate
+from convgen.lowering.discover import schedule as find_schedule
+from convgen.lowering.discover import schedules, schedules_of
+from convgen.lowering.schedule import Candidate, Picks, Schedule, Space, require
+from convgen.problem.spec import ConvSpec
 
 THREADS = 3
 #: Between them: every rank, layout, feature, activation and dtype; channels one off the tiles.

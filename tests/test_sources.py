@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from strategies import specs
 
 from convgen.errors import SpecError, UnsupportedError
-from convgen.formats import plain
-from convgen.sources import FORMS, SpecEntry, dump_specs, format_specs, merge, read_specs, write_text
-from convgen.spec import ConvSpec
+from convgen.formats.entries import SpecEntry, merge
+from convgen.formats.notation import plain
+from convgen.formats.sources import FORMS, dump_specs, format_specs, read_specs, write_text
+from convgen.problem.spec import ConvSpec
 
 PROBLEMS = Path(__file__).parents[1] / "bench" / "problems"
 ONE = ConvSpec.parse("conv2d ic4 oc8 i8x8 k3x3 p1 relu")
@@ -389,7 +390,7 @@ def test_what_is_written_is_whole(tmp_path: Path) -> None:
 
 def test_reading_a_descriptor_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from convgen.sources import read_specs; read_specs('conv1d ic1 oc1 i4 k1');"
+        "import sys; from convgen.formats.sources import read_specs; read_specs('conv1d ic1 oc1 i4 k1');"
         "print(*{'numpy', 'onnx', 'tvm', 'yaml', 'onnxruntime'} & set(sys.modules))"
     )
     found = subprocess.run(

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from strategies import spec_fields, specs
 
 from convgen.errors import ConvgenError, SpecError
-from convgen.spec import ConvSpec
+from convgen.problem.spec import ConvSpec
 
 BASE: dict[str, Any] = {"n": 1, "ic": 4, "oc": 6, "in_spatial": (8, 9), "kernel": (3, 3)}
 

@@ -7,12 +7,13 @@ import pytest
 from convgen.schedules.cpu_strassen import PIXELS, WEIGHTS
 
 import convgen
-from convgen.build import compile_candidate
-from convgen.discover import schedules
-from convgen.schedule import Candidate
-from convgen.spec import ConvSpec
-from convgen.target import resolve
-from convgen.validate import float_data, reference, tolerance
+from convgen.check.bounds import reference, tolerance
+from convgen.check.data import float_data
+from convgen.hardware.target import resolve
+from convgen.kernel.kernel import compile_candidate
+from convgen.lowering.discover import schedules
+from convgen.lowering.schedule import Candidate
+from convgen.problem.spec import ConvSpec
 
 #: Which of the seven products each block of the result is the sum of.
 RESULT = {(0, 0): (0, 1), (0, 1): (0, 2, 5, 6), (1, 0): (0, 2, 3, 4), (1, 1): (0, 2, 3, 5)}

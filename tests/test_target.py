@@ -13,14 +13,14 @@ from convgen.schedules.reference import Reference
 from convgen.targets import cpu
 from tvm.ir import save_json
 
-from convgen.discover import target_families
 from convgen.errors import BuildError, MeasureError, UnsupportedError
-from convgen.lower import Lowered, lower, source
-from convgen.machine import Machine, machine
-from convgen.measure import build_artifact, measure_module
-from convgen.schedule import Candidate
-from convgen.spec import ConvSpec
-from convgen.target import Target, resolve
+from convgen.hardware.discover import target_families
+from convgen.hardware.machine import Machine, machine
+from convgen.hardware.target import Target, resolve
+from convgen.lowering.lower import Lowered, lower, source
+from convgen.lowering.schedule import Candidate
+from convgen.measure.trial import build_artifact, measure_module
+from convgen.problem.spec import ConvSpec
 
 x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86-64 processors")
 

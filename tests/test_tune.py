@@ -19,22 +19,25 @@ from typing import Any
 import pytest
 from fake_tuning import Clock, FakeBuilder, FakeRunner, FakeSchedule, Speed, done, fake_pools, fake_tuning
 
-from convgen.best import is_final
-from convgen.build import default_candidate, parse_candidate, versions
-from convgen.claims import Claims, claims_path
+from convgen.api import tune
 from convgen.errors import SpecError
-from convgen.measure import Result
-from convgen.records import RecordStore, TuningRecord
-from convgen.schedule import Picks, Schedule
-from convgen.search import FINALISTS, Progress
-from convgen.spec import ConvSpec
-from convgen.target import resolve
-from convgen.tune import Journal, Tuner, tune
-from convgen.workers import LocalBuilder, LocalRunner, Pools
+from convgen.hardware.target import resolve
+from convgen.lowering.candidates import default_candidate, parse_candidate
+from convgen.lowering.schedule import Picks, Schedule
+from convgen.lowering.versions import versions
+from convgen.measure.workers import LocalBuilder, LocalRunner, Pools
+from convgen.problem.spec import ConvSpec
+from convgen.records.answer import is_final
+from convgen.records.claims import Claims, claims_path
+from convgen.records.outcome import Result
+from convgen.records.store import RecordStore, TuningRecord
+from convgen.tuning.journal import Journal
+from convgen.tuning.search import FINALISTS, Progress
+from convgen.tuning.tuner import Tuner
 
 # The package's names `build`, `tune` … are the functions.
-search_module, build_module = importlib.import_module("convgen.search"), importlib.import_module("convgen.build")
-race_module = importlib.import_module("convgen.race")
+search_module, build_module = importlib.import_module("convgen.tuning.search"), importlib.import_module("convgen.build")
+race_module = importlib.import_module("convgen.tuning.race")
 
 
 def ok(seconds: float) -> Result:
@@ -140,7 +143,7 @@ def injected(module: str, root: str, body: str | None, outcome: str) -> str:
     import importlib
     import subprocess
 
-    from convgen.measure import build_artifact
+    from convgen.measure.trial import build_artifact
 
     if outcome == "build_error":
         raise RuntimeError("planted")

@@ -15,24 +15,17 @@ import pytest
 from planted import SPEC, Planted, c_kernel
 from tvm import tirx
 
-from convgen.build import Kernel, compile_candidate, parse_candidate
-from convgen.compute import convolution
+from convgen.check.bounds import reference, tolerance, worst
+from convgen.check.data import exact_data, float_data, special_data
+from convgen.check.validate import Report, validate
 from convgen.errors import ValidationError
-from convgen.schedule import Candidate, Picks
-from convgen.spec import ConvSpec
-from convgen.target import resolve
-from convgen.validate import (
-    UNIT_ROUNDOFF,
-    Report,
-    error_factor,
-    exact_data,
-    float_data,
-    reference,
-    special_data,
-    tolerance,
-    validate,
-    worst,
-)
+from convgen.hardware.target import resolve
+from convgen.kernel.kernel import Kernel, compile_candidate
+from convgen.lowering.candidates import parse_candidate
+from convgen.lowering.compute import convolution
+from convgen.lowering.schedule import Candidate, Picks
+from convgen.problem.accuracy import UNIT_ROUNDOFF, error_factor
+from convgen.problem.spec import ConvSpec
 
 CHECKS = ["memory", "threads", "float", "exact", "special", "refusal"]
 

@@ -8,13 +8,13 @@ from fractions import Fraction
 
 import pytest
 
-from convgen.build import compile_candidate
-from convgen.discover import schedule as find_schedule
-from convgen.schedule import Candidate
-from convgen.spec import ConvSpec
-from convgen.target import resolve
-from convgen.validate import validate
-from convgen.winograd import ADMITTED, POINTS, admitted, strided, toom_cook, transposed
+from convgen.check.validate import validate
+from convgen.hardware.target import resolve
+from convgen.kernel.kernel import compile_candidate
+from convgen.lowering.discover import schedule as find_schedule
+from convgen.lowering.schedule import Candidate
+from convgen.lowering.winograd import ADMITTED, POINTS, admitted, strided, toom_cook, transposed
+from convgen.problem.spec import ConvSpec
 
 NATIVE = resolve("cpu")
 WINOGRAD = find_schedule("cpu_winograd")

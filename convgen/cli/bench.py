@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..sources import SpecEntry
+from ..formats.entries import SpecEntry
 from .common import (
     INTERRUPTED,
     candidate_options,
@@ -31,11 +31,11 @@ from .common import (
 from .generate import Work, chosen, working
 
 if TYPE_CHECKING:
-    from ..build import Kernel
-    from ..rows import Row
-    from ..schedule import Candidate
+    from ..kernel.kernel import Kernel
+    from ..lowering.schedule import Candidate
+    from ..report.rows import Row
 
-#: Names in :data:`convgen.peers.PEERS`, which is not imported for a wrong argument.
+#: Names in :data:`convgen.measure.peers.PEERS`, which is not imported for a wrong argument.
 PEER_NAMES = ("onnxruntime", "torch", "openvino")
 
 
@@ -130,8 +130,9 @@ def bench(
 def _bench_layer(
     work: Work, entry: SpecEntry, forced: Candidate | None, peers: list[str], repeats: int, cold: bool
 ) -> tuple[Kernel, Row]:
-    from ..build import compile_candidate, default_candidate
-    from ..rows import measure
+    from ..kernel.kernel import compile_candidate
+    from ..lowering.candidates import default_candidate
+    from ..report.rows import measure
 
     kernels = {"convgen": work.kernel(entry, forced)}
     default = default_candidate(entry.spec, work.target)
@@ -156,7 +157,7 @@ def _totals(rows: list[Row]) -> list[dict[str, Any]]:
     """Per thread count: the time of all layers with their counts, of convgen and of each peer that
     ran them all, and the geometric mean of the ratios.
     """
-    from ..report import Totals, by_threads
+    from ..report.tables import Totals, by_threads
 
     found = []
     for threads, group in by_threads(rows).items():
@@ -167,7 +168,7 @@ def _totals(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def _line(row: Row) -> str:
-    from ..report import limit, rated
+    from ..report.tables import limit, rated
 
     facts = f"{duration(row.seconds)}  {row.gflops:.4g} GFLOP/s  {limit(row)}"
     return f"{facts}  {rated(row)} {row.values['best_peer'] or ''}".rstrip()
@@ -175,7 +176,7 @@ def _line(row: Row) -> str:
 
 def _text(entries: list[SpecEntry], rows: list[Row]) -> str:
     """Per thread count a row per layer, and what they come to; then why peers were not timed."""
-    from ..report import ABOVE_NOTE, Totals, by_threads, layers, plural, problems
+    from ..report.tables import ABOVE_NOTE, Totals, by_threads, layers, plural, problems
 
     names = {entry.spec.descriptor: label(entry) or entry.spec.descriptor for entry in entries}
     lines = []
@@ -190,9 +191,12 @@ def _text(entries: list[SpecEntry], rows: list[Row]) -> str:
 
 
 def _write_report(path: Path, title: str, rows: list[Row]) -> None:
-    from .. import __version__, picture, report
-    from ..sources import write_text
+    from importlib.metadata import version
+
+    from ..formats.sources import write_text
+    from ..report import picture
+    from ..report import tables as report
 
     made = report.network if path.suffix == ".md" else picture.page
-    write_text(made(f"{title}: convgen {__version__}", rows), path)
+    write_text(made(f"{title}: convgen {version('convgen')}", rows), path)
     note(f"wrote {tidy(path)}")

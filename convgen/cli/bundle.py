@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import MeasureError
-from ..sources import SpecEntry
+from ..formats.entries import SpecEntry
 from .common import (
     check_target,
     emit,
@@ -23,7 +23,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..machine import Machine
+    from ..hardware.machine import Machine
 
 
 @click.command(short_help="Compile candidates into a bundle for a machine without compiler or network.")
@@ -91,9 +91,9 @@ def pack(
     entries = _read(spec, dims)
     machine = _machine(facts)
 
-    from ..build import open_store
-    from ..bundle import pack as write
-    from ..target import resolve
+    from ..hardware.target import resolve
+    from ..records.opening import open_store
+    from ..tuning.bundle import pack as write
     from .common import chosen_records
 
     if machine is not None and not machine.llvm and "cpu" in targets:
@@ -127,7 +127,7 @@ def pack(
 
 def _read(words: tuple[str, ...], dims: dict[str, int]) -> list[SpecEntry]:
     """Layers of several files, or of one spec in several words."""
-    from ..sources import merge
+    from ..formats.entries import merge
 
     if all(Path(word).is_file() for word in words):
         return merge(entry for word in words for entry in read_layers([word], dims))
@@ -135,7 +135,7 @@ def _read(words: tuple[str, ...], dims: dict[str, int]) -> list[SpecEntry]:
 
 
 def _machine(facts: Path | None) -> Machine | None:
-    from ..bundle import read_facts
+    from ..tuning.bundle import read_facts
 
     try:
         return read_facts(facts) if facts is not None else None
@@ -163,8 +163,8 @@ def run(context: click.Context, bundle: Path, out: Path | None, timeout: float |
     What it does is what `python3 run.py` does in the unpacked bundle. A bundle holds compiled code:
     run only those that you would run a program from.
     """
-    from ..bundle import bundle_name, unpacked
     from ..runtime import measure_bundle
+    from ..tuning.bundle import bundle_name, unpacked
 
     results = (out or Path(f"{bundle_name(bundle)}.results.jsonl")).absolute()
     options = ["--out", str(results)]
@@ -195,8 +195,8 @@ def import_(results: Path, bundle: Path | None, store_path: Path | None, as_json
 
     Each line is checked; where one is wrong, nothing is taken. Twice the same adds nothing.
     """
-    from ..bundle import import_results
-    from ..records import RecordStore
+    from ..records.store import RecordStore
+    from ..tuning.bundle import import_results
 
     with RecordStore(store_path) as store:
         count, added = import_results(results, store, bundle)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import Inapplicable, UnsupportedError
-from ..sources import SpecEntry, read_specs
-from ..spec import OPERATORS
+from ..formats.entries import SpecEntry
+from ..formats.sources import read_specs
+from ..problem.spec import OPERATORS
 
 if TYPE_CHECKING:
-    from ..build import Records
-    from ..schedule import Candidate
-    from ..target import Target
+    from ..hardware.target import Target
+    from ..lowering.schedule import Candidate
+    from ..records.opening import Records
 
 OK, FAILED, WRONG, TROUBLE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -53,13 +54,13 @@ def complete_spec(
 
 
 def _complete_schedule(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    from ..discover import schedule_ids
+    from ..lowering.discover import schedule_ids
 
     return [name for name in schedule_ids() if name.startswith(incomplete)]
 
 
 def _complete_target(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    from ..discover import target_families
+    from ..hardware.discover import target_families
 
     return [name for family in target_families().values() for name in family.known() if name.startswith(incomplete)]
 
@@ -75,7 +76,7 @@ def _parse_dims(context: click.Context, parameter: click.Parameter, values: Sequ
 
 
 def check_target(context: click.Context, parameter: click.Parameter, spelling: str) -> str:
-    from ..discover import target_families
+    from ..hardware.discover import target_families
 
     family = spelling.partition(":")[0]
     if family not in target_families():
@@ -94,7 +95,7 @@ def parse_threads(context: click.Context, parameter: click.Parameter, text: str 
 
 
 def _check_schedule(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
-    from ..discover import schedule_ids
+    from ..lowering.discover import schedule_ids
 
     if name is not None and name not in schedule_ids():
         raise click.BadParameter(f"expected one of {', '.join(schedule_ids())}, found {name!r}")
@@ -190,7 +191,7 @@ def forced_candidates(
     entries: Sequence[SpecEntry], target: Target, schedule: str | None, picks: str | None
 ) -> list[Candidate | None]:
     """Of each layer the candidate that --schedule and --picks name; None without them."""
-    from ..build import parse_candidate
+    from ..lowering.candidates import parse_candidate
 
     if schedule is None:
         return [None] * len(entries)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..errors import SpecError
-from ..sources import FORMS, SUFFIXES, format_specs, read_specs, write_text
+from ..formats.sources import FORMS, SUFFIXES, format_specs, read_specs, write_text
 from .common import emit, json_option, layers_argument, note_left_out, tidy
 
 

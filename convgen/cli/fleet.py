@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from . import bundle
+from ..cli import bundle
 from .common import Command, emit, json_option, note, table
 
 _UNSAFE = (
@@ -37,7 +37,7 @@ def fleet() -> None:
 @click.option("--port", type=click.IntRange(1, 65535), default=9190, show_default=True)
 def tracker(host: str, port: int) -> None:
     """Know the devices, and share them out among those who ask: TVM's RPC tracker, until interrupted."""
-    from ..fleet import is_loopback, run_tracker
+    from ..measure.fleet import is_loopback, run_tracker
 
     if not is_loopback(host):
         note(_UNSAFE.format(host=host))
@@ -62,8 +62,8 @@ def serve(
     name: str,
 ) -> None:
     """Measure for others on this machine, until interrupted: TVM's RPC server, reporting to a tracker."""
-    from ..fleet import is_loopback
-    from ..fleet import serve as serve_devices
+    from ..measure.fleet import is_loopback
+    from ..measure.fleet import serve as serve_devices
 
     if not proxy and not is_loopback(host):
         note(_UNSAFE.format(host=host))
@@ -85,7 +85,7 @@ def serve(
 @json_option
 def status(tracker: str, as_json: bool) -> None:
     """The devices a tracker knows, by key: how many are free or busy, and how many requests wait for one."""
-    from ..fleet import status as known
+    from ..measure.fleet import status as known
 
     found = known(tracker)
     if as_json:

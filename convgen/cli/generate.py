@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import BuildError, ExportError, MeasureError
-from ..sources import SpecEntry
+from ..formats.entries import SpecEntry
 from .common import (
     FAILED,
     INTERRUPTED,
@@ -39,13 +40,14 @@ from .common import (
 from .view import View
 
 if TYPE_CHECKING:
-    from ..build import Kernel, Records
-    from ..records import RecordStore, TuningRecord
-    from ..schedule import Candidate
-    from ..search import Progress
-    from ..target import Target
-    from ..tune import Tuner
-    from ..validate import Report
+    from ..check.validate import Report
+    from ..hardware.target import Target
+    from ..kernel.kernel import Kernel
+    from ..lowering.schedule import Candidate
+    from ..records.opening import Records
+    from ..records.store import RecordStore, TuningRecord
+    from ..tuning.search import Progress
+    from ..tuning.tuner import Tuner
 
 INDEX = "index.json"
 
@@ -99,15 +101,19 @@ class Work:
 
     def kernel(self, entry: SpecEntry, forced: Candidate | None = None, name: str | None = None) -> Kernel:
         """The layer's kernel: the forced candidate, else the tuned or best recorded one, else the default."""
-        from ..best import Answer, choose, find_record
-        from ..build import compile_candidate
+        from ..kernel.kernel import compile_candidate
+        from ..records.answer import Answer, choose, find_record
+        from ..tuning.recheck import recheck
 
         answer, tuner = Answer(None), self.tuner
         if forced is None and tuner is not None:
             if (self.trials or self.seconds) and entry.spec.n:
                 answer = Answer(self.tune(entry), rejected=frozenset(tuner.rejected))
             elif self.store is not None and self.target.native:
-                answer = find_record(self.store, entry.spec, self.target, self.threads, pools=lambda: tuner.pools)
+                answer = find_record(self.store, entry.spec, self.target, self.threads)
+                if answer.outdated:
+                    described = self.store, entry.spec, self.target, self.threads
+                    answer = recheck(*described, answer.outdated, lambda: tuner.pools)
         self.view.phase("compiling")
         record = None
         if forced is not None:
@@ -142,9 +148,11 @@ def working(
     seconds: float | None = None,
 ) -> Iterator[Work]:
     """The work on some layers. An interrupt ends the block and is noted in ``Work.interrupted``."""
-    from ..build import check_memory, check_threads, kernel_type, open_store
-    from ..target import resolve
-    from ..tune import Tuner
+    from ..hardware.machine import check_memory
+    from ..hardware.target import resolve
+    from ..kernel.kernel import check_threads, kernel_type
+    from ..records.opening import open_store
+    from ..tuning.tuner import Tuner
 
     for entry in entries:
         check_memory(entry.spec)
@@ -229,7 +237,7 @@ def build(
     if name is not None:
         if len(entries) > 1:
             raise click.UsageError(f"--name is for a single layer, found {len(entries)}")
-        from ..interface import check_name
+        from ..lowering.interface import check_name
 
         try:
             check_name(name)
@@ -278,7 +286,7 @@ def _build_layer(
     work: Work, entry: SpecEntry, folder: Path, forced: Candidate | None, name: str | None, check: bool
 ) -> dict[str, Any]:
     """Build, validate and export one layer; ``error`` in the result says that it was not exported."""
-    from ..validate import validate
+    from ..check.validate import validate
 
     kernel = work.kernel(entry, forced, name)
     if kernel.note:
@@ -309,10 +317,8 @@ def _first_failure(report: Report) -> str:
 
 
 def _index(work: Work, source: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    from .. import __version__
-
     return {
-        "convgen": __version__,
+        "convgen": version("convgen"),
         "source": source,
         "target": work.target.spelling,
         "threads": work.threads,
@@ -428,7 +434,7 @@ def validate(
 
 
 def _validated(work: Work, entry: SpecEntry, forced: Candidate | None, seed: int) -> dict[str, Any]:
-    from ..validate import validate
+    from ..check.validate import validate
 
     kernel = work.kernel(entry, forced)
     work.view.phase("validating")

@@ -12,23 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .common import (
-    FAILED,
-    TROUBLE,
-    dim_option,
-    duration,
-    emit,
-    json_option,
-    note,
-    rate,
-    read_layers,
-    table,
-    tidy,
-)
+from .common import FAILED, TROUBLE, dim_option, duration, emit, json_option, note, rate, read_layers, table, tidy
 
 if TYPE_CHECKING:
-    from ..best import Answer, Checked
-    from ..records import RecordStore, TuningRecord
+    from ..records.answer import Answer
+    from ..records.store import RecordStore, TuningRecord
+    from ..tuning.recheck import Checked
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -48,7 +37,7 @@ def records() -> None:
 
 def _open(path: Path | None) -> RecordStore:
     """A store to read: one that was named must exist."""
-    from ..records import RecordStore
+    from ..records.store import RecordStore
 
     return RecordStore(path, readonly=path is not None)
 
@@ -98,7 +87,7 @@ class Wanted:
         layers += read_layers([spec]) if spec else []
         names = list(dict.fromkeys(entry.spec.descriptor for entry in layers))
         if target is not None and ":" not in target:
-            from ..target import resolve
+            from ..hardware.target import resolve
 
             target = resolve(target).spelling
         return cls(names if sources or spec else None, target, threads, schedule)
@@ -110,10 +99,10 @@ class Wanted:
 
     def answers(self, store: RecordStore) -> list[Answer]:
         """What answers builds on this machine: for the layers asked for, or all of the store."""
-        from ..best import find_record
         from ..errors import SpecError
-        from ..spec import ConvSpec
-        from ..target import resolve
+        from ..hardware.target import resolve
+        from ..problem.spec import ConvSpec
+        from ..records.answer import find_record
 
         target = resolve(self.target or "cpu")
         known = store.trials(target=target.spelling, threads=self.threads, outcome="ok")
@@ -144,7 +133,7 @@ def _is_model(words: Sequence[str]) -> bool:
 
 def _gflops(record: TuningRecord) -> str:
     from ..errors import SpecError
-    from ..spec import ConvSpec
+    from ..problem.spec import ConvSpec
 
     try:
         return rate(ConvSpec.parse(record.spec).flops, record.seconds)
@@ -187,7 +176,7 @@ def _say(document: dict[str, Any], text: str, as_json: bool) -> None:
 @json_option
 def list_(path: Path | None, outcome: str | None, as_json: bool, **wanted: Any) -> None:
     """List the records, oldest first: of some layers or of all."""
-    from ..records import OUTCOMES
+    from ..records.store import OUTCOMES
 
     if outcome is not None and outcome not in OUTCOMES:
         raise click.UsageError(f"--outcome: expected one of {', '.join(OUTCOMES)}, found {outcome!r}")
@@ -232,7 +221,7 @@ def best(path: Path | None, as_json: bool, **wanted: Any) -> None:
 @json_option
 def show(prefix: str, path: Path | None, as_json: bool) -> None:
     """Show everything about the record whose id begins with ID, and the command that builds its kernel."""
-    from ..best import reason_against
+    from ..records.answer import reason_against
 
     with _open(path) as store:
         record = store.find(prefix.lower())
@@ -275,8 +264,8 @@ def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> None:
 
     A ratio is the time of A's best over that of B's: above 1, B's is faster.
     """
-    from ..best import preferred
-    from ..records import RecordStore
+    from ..records.answer import preferred
+    from ..records.store import RecordStore
 
     which = Wanted.of(**wanted)
     both = []
@@ -354,8 +343,8 @@ def check(path: Path | None, measure: int | None, seed: int, as_json: bool, **wa
 
 
 def _measured(which: Wanted, store: RecordStore, count: int, seed: int) -> list[Checked]:
-    from ..best import check_records
-    from ..target import resolve
+    from ..hardware.target import resolve
+    from ..tuning.recheck import check_records
 
     best = [answer.record for answer in which.answers(store) if answer.record]
     sample = random.Random(seed).sample(best, min(count, len(best)))
@@ -384,8 +373,8 @@ def prune(path: Path | None, keep: int, days: float, yes: bool, as_json: bool, *
     LLVM that failed, or are older than --days; of each problem all but the --keep fastest. The final
     comparisons and the failures of these versions stay. What goes is gone from a job's count of trials too.
     """
-    from ..best import prunable
-    from ..records import RecordStore, now
+    from ..records.pruning import prunable
+    from ..records.store import RecordStore, now
 
     which = Wanted.of(**wanted)
     with RecordStore(path) if yes else _open(path) as store:
@@ -411,7 +400,7 @@ def prune(path: Path | None, keep: int, days: float, yes: bool, as_json: bool, *
 @json_option
 def recover(damaged: Path, into: Path, as_json: bool) -> None:
     """Save what can be read of a DAMAGED store INTO another one."""
-    from ..records import RecordStore
+    from ..records.store import RecordStore
 
     found = RecordStore.recover(damaged, into)
     text = f"{found.saved} records saved in {tidy(into)}, {found.lost} lost"
@@ -430,7 +419,7 @@ def recover(damaged: Path, into: Path, as_json: bool) -> None:
 @json_option
 def merge(stores: tuple[Path, ...], path: Path | None, as_json: bool) -> None:
     """Add the records of other stores; what is there already stays once."""
-    from ..records import RecordStore
+    from ..records.store import RecordStore
 
     with RecordStore(path) as store:
         added = {str(other): store.merge(other) for other in stores}
@@ -459,8 +448,8 @@ def export(
     `convgen records export --best MODEL.onnx > tuned.jsonl` makes a file that, imported on another machine of
     the same kind, lets builds of the model's layers reach the same kernels without a search.
     """
-    from .. import tuned
-    from ..records import write_lines
+    from ..records import shipped as tuned
+    from ..records.store import write_lines
 
     to_file = out is not None and str(out) != "-"
     if not to_file and (as_json or about is not None):
@@ -487,7 +476,7 @@ def export(
 @json_option
 def import_(file: Path, path: Path | None, as_json: bool) -> None:
     """Add the records of FILE, each checked; all of them or, where one is wrong, none."""
-    from ..records import RecordStore
+    from ..records.store import RecordStore
 
     with RecordStore(path) as store:
         added, total = store.import_(file), len(store)

@@ -10,7 +10,7 @@ import click
 from .common import dim_option, emit, json_option, note, read_layers, tidy
 
 if TYPE_CHECKING:
-    from ..tuning_report import Model
+    from ..report.tuning import Model
 
 
 def _check_out(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
@@ -59,16 +59,16 @@ def report(
     default and over other libraries, how far each layer is from the machine's limit, how the
     search went, which schedules won, and lists every trial that failed.
     """
-    from ..records import RecordStore
-    from ..sources import write_text
-    from ..tuning_report import Model, gather, markdown, read_rows
+    from ..formats.sources import write_text
+    from ..records.store import RecordStore
+    from ..report.tuning import Model, gather, markdown, read_rows
 
     models = [_model(source, dims) for source in sources]
     path: Path | None = where
     title, notes = None, []
     targets, counts = [target] if target else [], [threads] if threads else []
     if where.suffix == ".toml":
-        from ..job import Job
+        from ..tuning.job import Job
 
         job = Job.from_file(where)
         path, title = job.records, where.stem
@@ -81,7 +81,7 @@ def report(
         spelled = [_spelling(name) for name in targets]
         found = gather(store, models, title=title, targets=spelled, threads=counts, rows=rows, notes=notes)
     if out is not None:
-        from ..tuning_page import page
+        from ..report.page import page
 
         write_text(markdown(found) if out.suffix == ".md" else page(found), out)
         note(f"wrote {tidy(out)}")
@@ -95,13 +95,13 @@ def _spelling(target: str) -> str:
     """What records call a target: a family alone is this machine."""
     if ":" in target:
         return target
-    from ..target import resolve
+    from ..hardware.target import resolve
 
     return resolve(target).spelling
 
 
 def _model(source: str, dims: dict[str, int]) -> Model:
-    from ..tuning_report import Model
+    from ..report.tuning import Model
 
     return Model(_name(Path(source), source), read_layers([source], dims))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import BuildError, MeasureError, UnsupportedError
-from ..sources import SpecEntry
+from ..formats.entries import SpecEntry
 from .common import (
     SPEC_HELP,
     candidate_options,
@@ -28,8 +28,8 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..spec import ConvSpec
-    from ..target import Target
+    from ..hardware.target import Target
+    from ..problem.spec import ConvSpec
 
 KINDS = ("tir", "ll", "asm", "cuda", "ptx", "sass")
 
@@ -83,9 +83,10 @@ def show(
 def _print_source(
     spec: ConvSpec, target: str, schedule: str | None, picks: str | None, kind: str, as_json: bool
 ) -> None:
-    from ..build import default_candidate, source
-    from ..lower import lower
-    from ..target import resolve
+    from ..hardware.target import resolve
+    from ..kernel.kernel import source
+    from ..lowering.candidates import default_candidate
+    from ..lowering.lower import lower
 
     resolved = resolve(target)
     (forced,) = forced_candidates([SpecEntry(spec)], resolved, schedule, picks)
@@ -138,8 +139,8 @@ def _names(names: list[str]) -> str:
 
 
 def _print_layer(entry: SpecEntry, target: str, threads: int | None, as_json: bool) -> None:
-    from ..build import check_threads
-    from ..target import resolve
+    from ..hardware.target import resolve
+    from ..kernel.kernel import check_threads
 
     spec, resolved = entry.spec, resolve(target)
     count = check_threads(threads, resolved)
@@ -165,7 +166,7 @@ def _print_layer(entry: SpecEntry, target: str, threads: int | None, as_json: bo
 
 def _roofline(spec: ConvSpec, threads: int) -> dict[str, Any] | None:
     """The least times of the arithmetic and of the traffic; None where the machine cannot be measured."""
-    from ..roofline import roofline
+    from ..hardware.roofline import roofline
 
     try:
         return roofline(spec, threads).to_dict()
@@ -176,8 +177,8 @@ def _roofline(spec: ConvSpec, threads: int) -> dict[str, Any] | None:
 
 def _schedules(spec: ConvSpec, target: Target) -> list[dict[str, Any]]:
     """Every schedule: its space and default picks where it applies, the reason where it does not."""
-    from ..build import default_candidate
-    from ..discover import schedules_of
+    from ..lowering.candidates import default_candidate
+    from ..lowering.discover import schedules_of
 
     core, chosen = spec.core, default_candidate(spec, target).schedule
     found = []
@@ -233,7 +234,7 @@ def schedules(as_json: bool) -> None:
     """List the schedules."""
     import importlib
 
-    from ..discover import schedules as found
+    from ..lowering.discover import schedules as found
 
     listed = [
         {"id": s.id, "version": s.version, "summary": _summary(importlib.import_module(type(s).__module__))}
@@ -249,8 +250,8 @@ def schedules(as_json: bool) -> None:
 @json_option
 def targets(as_json: bool) -> None:
     """List the targets: families, and spellings worth knowing."""
-    from ..discover import target_families
-    from ..target import resolve
+    from ..hardware.discover import target_families
+    from ..hardware.target import resolve
 
     listed = []
     for family, module in target_families().items():

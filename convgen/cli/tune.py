@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..job import Job, JobRun, Layer, split_sources
-from ..sources import SpecEntry
+from ..formats.entries import SpecEntry
+from ..tuning.job import Job, JobRun, Layer, split_sources
 from .common import (
     FAILED,
     INTERRUPTED,
@@ -34,13 +34,13 @@ from .common import (
 from .view import JobView, clock, remaining
 
 if TYPE_CHECKING:
-    from ..build import Records
-    from ..target import Target
-    from ..workers import Pools
+    from ..hardware.target import Target
+    from ..measure.workers import Pools
+    from ..records.opening import Records
 
 
 def _check_targets(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
-    from ..discover import target_families
+    from ..hardware.discover import target_families
 
     if text is None:
         return None
@@ -129,7 +129,7 @@ def _job(sources: tuple[str, ...], job_file: Path | None, dims: dict[str, int], 
         raise click.UsageError("--tracker and --device-key belong together")
     job = Job.from_file(job_file) if job_file else Job(split_sources(sources))
     if options["exclude"] is not None:
-        from ..discover import schedule_ids
+        from ..lowering.discover import schedule_ids
 
         options["exclude"] = tuple(check_names("--exclude", options["exclude"], schedule_ids()))
     options["targets"] = options.pop("target")
@@ -143,7 +143,8 @@ def _working(job: Job, records: Records) -> Iterator[tuple[JobRun, JobView]]:
     """A job ready to run, with its workers."""
     if job.tracker is None or "cuda" not in job.targets:  # else the device says which GPU that is
         job.problems(lambda spelling: _facts(spelling))  # what is wrong shows before anything starts
-    from ..build import check_native, open_store
+    from ..hardware.target import check_native
+    from ..records.opening import open_store
 
     resolve: Callable[[str], Target] | None = None
     with open_store(records) as store:
@@ -159,21 +160,21 @@ def _working(job: Job, records: Records) -> Iterator[tuple[JobRun, JobView]]:
 
 
 def _facts(spelling: str) -> Target:
-    from ..target import resolve
+    from ..hardware.target import resolve
 
     return resolve(spelling)
 
 
 def _pools(job: Job) -> tuple[Pools, Callable[[str], Target] | None]:
     """Who compiles and measures, and what a target's spelling means there."""
-    from ..target import resolve
-    from ..workers import Builder, LocalBuilder, LocalRunner, Pools, Runner
+    from ..hardware.target import resolve
+    from ..measure.workers import Builder, LocalBuilder, LocalRunner, Pools, Runner
 
     runner: Runner
     builder: Builder
     facts: Callable[[str], Target] | None = None
     if job.tracker is not None and job.device_key is not None:
-        from ..fleet import RemoteRunner
+        from ..measure.fleet import RemoteRunner
 
         runner = remote = RemoteRunner(job.tracker, job.device_key)
 
@@ -183,7 +184,7 @@ def _pools(job: Job) -> tuple[Pools, Callable[[str], Target] | None]:
         runner = LocalRunner()
     try:
         if job.cluster is not None:
-            from ..cluster import DaskBuilder
+            from ..measure.cluster import DaskBuilder
 
             builder = DaskBuilder(job.cluster)
         else:
@@ -274,7 +275,7 @@ def _print_results(run: JobRun, as_json: bool, interrupted: bool) -> int:
 def _print_status(job: Job, records: Records, as_json: bool) -> int:
     """Where a job stands, from the store alone."""
     from ..errors import UnsupportedError
-    from ..records import RecordStore, default_path
+    from ..records.store import RecordStore, default_path
 
     if job.tracker is not None:
         raise UnsupportedError("--status: expected a job on this machine, found one for devices; see: convgen report")

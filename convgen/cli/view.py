@@ -10,14 +10,14 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from ..sources import SpecEntry
+from ..formats.entries import SpecEntry
 from .common import duration, label, note, rate
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from ..job import JobRun, Layer
-    from ..search import Progress
+    from ..tuning.job import JobRun, Layer
+    from ..tuning.search import Progress
 
 #: Seconds between two updates: on a terminal, and in a log.
 LIVE_SECONDS, LOG_SECONDS = 0.03, 15.0

@@ -1,7 +1,7 @@
 """Lowered TIR -> CUDA source -> code for the device.
 
 TVM's own header is left behind with its helpers: what the kernels need of it is in ``runtime/device.h``,
-which also compiles for a CPU (:mod:`convgen.cuda.emulate`).
+which also compiles for a CPU (:mod:`convgen.check.emulation.emulate`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..compute import round_up
+from ..cuda import model
 from ..errors import BuildError, UnsupportedError
-from ..interface import DeviceCode, Launch, TensorMap
+from ..hardware.target import Target
 from ..interrupts import interrupts_held
-from ..link import source as runtime_source
-from ..lower import Lowered
-from ..target import Target
-from . import model
+from ..lowering.compute import round_up
+from ..lowering.interface import DeviceCode, Launch, TensorMap
+from ..lowering.link import source as runtime_source
+from ..lowering.lower import Lowered
 from .tensorize import ROW, wgmma_definition
 
 #: TVM's words -> those of device.h. Its copies are told the type's name and sizes in the function's name.
@@ -376,8 +376,8 @@ def compile_images(source: DeviceSource, target: Target) -> tuple[tuple[tuple[st
     """Code for the target's architecture, and PTX for later devices where the architecture has any.
 
     Returns:
-        ``((what it is for, code), …)`` as :class:`~convgen.interface.DeviceCode` has them, and what each function
-        takes of the device.
+        ``((what it is for, code), …)`` as :class:`~convgen.lowering.interface.DeviceCode` has them, and what each
+        function takes of the device.
 
     Raises:
         UnsupportedError: the compiler is not installed, or does not know the architecture.

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import KernelError
-from ..machine import Device
+from ..hardware.machine import Device
 
 #: What of the driver is called; all return a CUresult.
 _FUNCTIONS: dict[str, tuple[type, ...]] = {

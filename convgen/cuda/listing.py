@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..lower import Lowered
+from ..lowering.lower import Lowered
 from .code import compiled, disassembled, generate
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..compute import ceildiv
-from ..target import Target
+from ..hardware.target import Target
+from ..lowering.compute import ceildiv
 
 #: f32 multiply-adds an SM does in a cycle, and cycles in a second.
 LANES, CLOCK = 128, 1.7e9

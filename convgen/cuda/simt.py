@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from tvm import te, tirx
 
-from ..compute import ACCUMULATOR, STORAGE, Expr, ceildiv, epilogue, narrow, round_up, widen
-from ..spec import PARAMETERS, ConvSpec
-from ..vector import Block, zeros
+from ..cpu.vector import Block, zeros
+from ..lowering.compute import ACCUMULATOR, STORAGE, Expr, ceildiv, epilogue, narrow, round_up, widen
+from ..problem.spec import PARAMETERS, ConvSpec
 from .tiles import Size, Tile
 
 #: Elements of an access that is 16 bytes of f32, and 8 of f16 or bf16.

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from ..compute import ACCUMULATOR, INTEGER
-from ..dtypes import BYTES
+from ..lowering.compute import ACCUMULATOR, INTEGER
+from ..problem.dtypes import BYTES
 
 #: How vectors are stored in shared memory, by dtype.
 STORED = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-from ..compute import ceildiv, round_up
-from ..schedule import Picks, Space, require
-from ..spec import ConvSpec
-from ..target import Target
-from . import model
+from ..cuda import model
+from ..hardware.target import Target
+from ..lowering.compute import ceildiv, round_up
+from ..lowering.schedule import Picks, Space, require
+from ..problem.spec import ConvSpec
 
 
 class Tile(NamedTuple):

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from ..compute import Expr, Operands, ceildiv, unflat
-from ..spec import ConvSpec
-from ..vector import Block
+from ..cpu.vector import Block
+from ..lowering.compute import Expr, Operands, ceildiv, unflat
+from ..problem.spec import ConvSpec
 from .simt import memory, put, read, unrolled, where
 
 #: Passes over the other taps that the CUDA compiler unrolls.

@@ -23,10 +23,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ..activation import Activation
 from ..errors import SpecError, UnsupportedError
-from ..spec import ConvSpec
-from . import check_said, plain, unsupported
+from ..problem.activation import Activation
+from ..problem.spec import ConvSpec
+from .notation import check_said, plain, unsupported
 
 #: Options, problems and batch files of one source, those of its batch files included.
 LIMIT = 1_000_000

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..activation import Activation
 from ..errors import SpecError, UnsupportedError
-from ..spec import ConvSpec
+from ..problem.activation import Activation
+from ..problem.spec import ConvSpec
 
 _Config = Mapping[str, Any]
 _Shape = tuple[Any, ...]  # with the batch and in the layer's data format; None where a size is not known

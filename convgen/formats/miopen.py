@@ -14,8 +14,8 @@ import re
 from typing import Any
 
 from ..errors import SpecError
-from ..spec import ConvSpec
-from . import check_said, plain, unsupported
+from ..problem.spec import ConvSpec
+from .notation import check_said, plain, unsupported
 
 _LINE = re.compile(
     r"(?P<prefix>.*?)(?:^|[\s/\\])MIOpenDriver(?:\.exe)?\s+(?P<command>conv\w*|CBAInfer\w*)(?P<flags>(?:\s.*)?)"
@@ -194,7 +194,7 @@ def _pad(mode: str, size: int, kernel: int, stride: int, pad: int) -> int:
 
 
 def write(spec: ConvSpec) -> str:
-    """The command of a layer, which :func:`parse` reads as :func:`~convgen.formats.plain` of the spec.
+    """The command of a layer, which :func:`parse` reads as :func:`~convgen.formats.notation.plain` of the spec.
 
     Raises:
         UnsupportedError: MIOpenDriver cannot say a field; names it.

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..activation import Activation
-from ..dtypes import narrow
 from ..errors import SpecError, UnsupportedError
-from ..spec import ConvSpec
+from ..problem.activation import Activation
+from ..problem.dtypes import narrow
+from ..problem.spec import ConvSpec
 
 F64 = npt.NDArray[np.float64]
 

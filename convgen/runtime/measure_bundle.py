@@ -45,7 +45,7 @@ class Trouble(Exception):  # noqa: N818 - a message for the user
     """What keeps the bundle from being measured here; the message says what was expected and what was found."""
 
 
-# ---- timing: as convgen.measure does it --------------------------------------------------------
+# ---- timing: as convgen.measure.trial does it --------------------------------------------------------
 
 
 def repeats(call: Call, seconds: float) -> int:
@@ -135,7 +135,7 @@ _KEPT = {
 
 
 def facts() -> dict[str, Json]:
-    """What this machine is: what ``convgen.machine`` reads, for whoever imports the results."""
+    """What this machine is: what ``convgen.hardware.machine`` reads, for whoever imports the results."""
     usable = os.sched_getaffinity(0)
     return {
         "cpuinfo": processors(_read("/proc/cpuinfo")),

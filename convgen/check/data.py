@@ -1,0 +1,73 @@
+"""Inputs that kernels are checked with: random floats, small integers, NaN and infinities."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..problem.dtypes import narrow, numpy_dtype
+from ..problem.spec import ConvSpec
+
+#: Tensors by name.
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def float_data(spec: ConvSpec, seed: int = 0) -> Arrays:
+    """Standard normal tensors by name: ``src weights [bias] [slope] [scale] [residual]``; of i8, any integers, and
+    scales with which outputs spread over the type's range and beyond.
+    """
+    rng = np.random.default_rng(seed)
+    if spec.dtype == "i8":
+        return _integers(spec, rng, 128, 2.0 ** rng.uniform(-1, 2, spec.oc))
+    return {n: narrow(rng.standard_normal(shape, np.float32), spec.dtype) for n, shape in _shapes(spec).items()}
+
+
+def exact_data(spec: ConvSpec, seed: int = 0) -> Arrays:
+    """Small integers: every partial sum is below 2**24, so f32 arithmetic is exact in any order. Of i8, with scales
+    that are powers of two: many outputs are ties.
+    """
+    rng = np.random.default_rng(seed)
+    if spec.dtype == "i8":
+        return _integers(spec, rng, 2, 2.0 ** -np.ones(spec.oc))
+    largest = max(1, min(8, math.isqrt(2**22 // max(1, spec.reduction_length))))
+    return {
+        name: rng.integers(-largest, largest + 1, shape).astype(numpy_dtype(spec.dtype))
+        for name, shape in _shapes(spec).items()
+    }
+
+
+def _integers(spec: ConvSpec, rng: np.random.Generator, largest: int, factors: npt.NDArray[np.float64]) -> Arrays:
+    """Tensors of a layer of i8 from ``-largest`` to ``largest - 1``; scaled by ``factors`` so that some outputs
+    saturate where the factor is 1 or more. Every other scale is a power of two.
+    """
+    rms = math.sqrt(spec.reduction_length) * largest**2 / 3
+    scale = factors * min(1.0, 64 / rms)
+    scale[::2] = 2.0 ** np.floor(np.log2(scale[::2]))
+    bias = round(2 * rms)
+    data: Arrays = {
+        name: rng.integers(-largest, largest, shape).astype(np.int8)
+        for name, shape in (("src", spec.src_shape), ("weights", spec.weights_shape))
+    }
+    if spec.bias:
+        data["bias"] = rng.integers(-bias, bias + 1, spec.oc).astype(np.int32)
+    return data | {"scale": scale.astype(np.float32)}
+
+
+def special_data(spec: ConvSpec, seed: int = 0) -> Arrays:
+    """Integers with a NaN and infinities of both signs here and there in src; no zero weights."""
+    data = exact_data(spec, seed)
+    rng = np.random.default_rng(seed + 1)
+    data["weights"][data["weights"] == 0] = 1
+    flat = data["src"].reshape(-1)
+    if flat.size:
+        for value in (np.nan, np.inf, -np.inf):
+            flat[rng.integers(flat.size)] = value
+    return data
+
+
+def _shapes(spec: ConvSpec) -> dict[str, tuple[int, ...]]:
+    """Of a call's inputs."""
+    return {name: shape for name, shape in spec.shapes.items() if name != "dst"}

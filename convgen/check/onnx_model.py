@@ -1,0 +1,195 @@
+"""ConvSpec to ONNX: what a spec means, in ONNX's own operators.
+
+It is the definition kernels are validated against, so it shares nothing with the TE definition of
+:mod:`convgen.lowering.compute`. The way back is :mod:`convgen.formats.onnx.reader`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ..errors import SpecError
+from ..problem.dtypes import numpy_dtype
+from ..problem.spec import ConvSpec
+
+_Emit = Callable[..., str]  # (operator, *inputs, output=name, **attributes) -> name
+_Constant = Callable[[str, npt.ArrayLike], str]  # (name, value) -> name
+
+#: Written models, (opset, IR version): the first with Gelu; for bf16, the first whose Conv takes it.
+VERSIONS = {"f32": (20, 9), "f16": (20, 9), "bf16": (22, 10), "i8": (20, 9)}
+#: Of tensors, ONNX's name of the storage type.
+ELEMENTS = {
+    "f32": TensorProto.FLOAT,
+    "f16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+    "i8": TensorProto.INT8,
+    "i32": TensorProto.INT32,
+}
+
+#: Activation -> ONNX operator, where parameters are attributes in this order.
+_OPERATORS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "relu": ("Relu", ()),
+    "leaky_relu": ("LeakyRelu", ("alpha",)),
+    "sigmoid": ("Sigmoid", ()),
+    "tanh": ("Tanh", ()),
+    "hardswish": ("HardSwish", ()),
+    "hardsigmoid": ("HardSigmoid", ("alpha", "beta")),
+    "elu": ("Elu", ("alpha",)),
+    "gelu": ("Gelu", ()),
+}
+
+
+def onnx_model(
+    spec: ConvSpec,
+    weights: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    slope: npt.ArrayLike | None = None,
+    scale: npt.ArrayLike | None = None,
+) -> onnx.ModelProto:
+    """The spec as an ONNX graph ``src, [weights], [bias], [slope], [scale], [residual] -> dst``.
+
+    Args:
+        weights, bias, slope, scale: constants of the spec's dtypes and shape ``spec.weights_shape``, and ``[oc]``
+            each (a slope may have one element). What is not given is a graph input of that name.
+
+    ``src``, ``residual`` and ``dst`` have the spec's layout; ONNX convolutions are channels-first,
+    so NHWC is transposed on the way in and out.
+
+    Raises:
+        SpecError: an array has the wrong shape or dtype, or the spec has no such argument.
+    """
+    nodes: list[onnx.NodeProto] = []
+    element, dtype = ELEMENTS[spec.dtype], numpy_dtype(spec.dtype)
+    inputs = [helper.make_tensor_value_info("src", element, spec.src_shape)]
+    constants: list[onnx.TensorProto] = []
+
+    def emit(op: str, *operands: str, output: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(op, operands, [output], name=output, **attributes))
+        return output
+
+    def constant(name: str, value: npt.ArrayLike) -> str:
+        constants.append(numpy_helper.from_array(np.asarray(value, dtype if isinstance(value, float) else None), name))
+        return name
+
+    def parameter(name: str, array: npt.ArrayLike | None) -> str:
+        if name not in spec.shapes:
+            if array is not None:
+                raise SpecError(name, "none, as the spec has no such argument", "an array", str(spec))
+            return ""
+        if array is None:
+            inputs.append(helper.make_tensor_value_info(name, ELEMENTS[spec.dtypes[name]], spec.shapes[name]))
+            return name
+        return constant(name, checked(spec, name, array, spec.shapes[name]))
+
+    order = (0, spec.rank + 1, *range(1, spec.rank + 1))  # channels-last -> channels-first
+    back = (0, *range(2, spec.rank + 2), 1)
+    channels_last = spec.layout == "nhwc"
+
+    x = emit("Transpose", "src", output="src_nchw", perm=order) if channels_last else "src"
+    w, b, s = parameter("weights", weights), parameter("bias", bias), parameter("slope", slope)
+    by = parameter("scale", scale)
+    x = _quantised(spec, [x, w, b, by], emit, constant) if by else _convolution(spec, [x, w, b], emit, constant)
+    if spec.residual:
+        inputs.append(helper.make_tensor_value_info("residual", element, spec.dst_shape))
+        r = emit("Transpose", "residual", output="residual_nchw", perm=order) if channels_last else "residual"
+        x = emit("Add", x, r, output="sum")
+    x = _activation(spec, x, s, emit, constant)
+    if channels_last:
+        emit("Transpose", x, output="dst", perm=back)
+    else:
+        nodes[-1].output[0] = "dst"
+
+    outputs = [helper.make_tensor_value_info("dst", element, spec.dst_shape)]
+    graph = helper.make_graph(nodes, spec.name, inputs, outputs, constants)
+    opset, ir_version = VERSIONS[spec.dtype]
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version, producer_name="convgen"
+    )
+
+
+def checked(spec: ConvSpec, name: str, array: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """The array, which must be stored as the spec says and have ``shape``; a slope of one element is broadcast.
+
+    Raises:
+        SpecError: the shape or dtype is another.
+    """
+    a = np.asarray(array)
+    if a.dtype != (dtype := numpy_dtype(spec.dtypes[name])):
+        raise SpecError(name, f"dtype {dtype.name}", a.dtype, str(spec))
+    if name == "slope" and a.size == 1:
+        a = np.broadcast_to(a.reshape(1), shape)
+    if a.shape != shape:
+        raise SpecError(name, f"shape {shape}", a.shape, str(spec))
+    return np.ascontiguousarray(a)
+
+
+def _attributes(spec: ConvSpec) -> dict[str, Any]:
+    begins, ends = (list(side) for side in zip(*spec.padding, strict=True))
+    return {
+        "kernel_shape": spec.kernel,
+        "strides": spec.stride,
+        "dilations": spec.dilation,
+        "pads": begins + ends,
+        "group": spec.groups,
+    }
+
+
+def _quantised(spec: ConvSpec, operands: list[str], emit: _Emit, constant: _Constant) -> str:
+    """QLinearConv of scales 1 but for the weights', one for each channel, and zero points 0."""
+    x, weights, bias, scale = operands
+    one = constant("one", np.ones((), np.float32))
+    zero, zeros = constant("zero", np.zeros((), np.int8)), constant("zeros", np.zeros(spec.oc, np.int8))
+    operands = [x, one, zero, weights, scale, zeros, one, zero] + [bias] * spec.bias
+    return emit("QLinearConv", *operands, output="conv", **_attributes(spec))
+
+
+def _convolution(spec: ConvSpec, operands: list[str], emit: _Emit, constant: _Constant) -> str:
+    x, weights, bias = operands
+    attributes = _attributes(spec)
+    with_bias = [x, weights, bias] if bias else [x, weights]
+    if not spec.transposed:
+        return emit("Conv", *with_bias, output="conv", **attributes)
+    if all(extra < s for extra, s in zip(spec.output_padding, spec.stride, strict=True)):
+        return emit("ConvTranspose", *with_bias, output="conv", output_padding=spec.output_padding, **attributes)
+    # ONNX allows output padding below the dilation; ONNX Runtime refuses it from the stride on
+    # ("computed output shape is inconsistent"). What it adds lies beyond every window: zeros, put
+    # there before the crop and the bias.
+    y = emit("ConvTranspose", x, weights, output="conv", **attributes | {"pads": [0] * (2 * spec.rank)})
+    amounts = constant("amounts", np.array([0] * (spec.rank + 4) + list(spec.output_padding), np.int64))
+    y = emit("Pad", y, amounts, output="padded")
+    first = np.array([begin for begin, _ in spec.padding], np.int64)
+    bounds = {"starts": first, "stops": first + spec.out_spatial, "axes": np.arange(2, spec.rank + 2)}
+    y = emit("Slice", y, *(constant(name, value) for name, value in bounds.items()), output="cropped")
+    if bias:
+        shape = constant("bias_shape", np.array([spec.oc] + [1] * spec.rank, np.int64))
+        y = emit("Add", y, emit("Reshape", bias, shape, output="bias_nchw"), output="biased")
+    return y
+
+
+def _activation(spec: ConvSpec, x: str, slope: str, emit: _Emit, constant: _Constant) -> str:
+    name, params = spec.activation_op.name, spec.activation_op.params
+    if name == "none":
+        return x
+    if name == "prelu":
+        shape = constant("slope_shape", np.array([spec.oc] + [1] * spec.rank, np.int64))
+        return emit("PRelu", x, emit("Reshape", slope, shape, output="slope_nchw"), output="act")
+    if name == "clip":
+        # Both bounds are always written: ONNX Runtime's default is the largest finite number,
+        # which would turn an infinity into a finite value.
+        bounds = [constant(f"clip_{word}", p) for word, p in zip(("min", "max"), params, strict=True)]
+        return emit("Clip", x, *bounds, output="act")
+    if name == "silu":
+        return emit("Mul", x, emit("Sigmoid", x, output="gate"), output="act")
+    if name == "mish":  # an operator of its own from opset 18 on, which ONNX Runtime takes apart again
+        gate = emit("Tanh", emit("Softplus", x, output="softplus"), output="gate")
+        return emit("Mul", x, gate, output="act")
+    if name == "gelu_tanh":
+        return emit("Gelu", x, output="act", approximate="tanh")
+    op, attributes = _OPERATORS[name]
+    return emit(op, x, output="act", **dict(zip(attributes, params, strict=True)))

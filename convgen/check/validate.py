@@ -1,0 +1,223 @@
+"""Kernel against ONNX Runtime: is what comes out right, everywhere, always?
+
+The bound that floats are held to is in :mod:`convgen.check.bounds`. On small integers every partial sum is exact, so a
+schedule that only reorders sums must match bit for bit; one that transforms (Winograd) is held to its bound there too.
+Layers of i8 are exact.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..cuda.driver import device
+from ..errors import KernelError, MeasureError, ValidationError
+from ..problem.accuracy import ACTIVATION_ERROR, UNIT_ROUNDOFF, error_factor
+from ..problem.dtypes import distance, numpy_dtype, widen
+from ..problem.spec import ConvSpec
+from .bounds import Stored, reference, tolerance, worst
+from .data import Arrays, exact_data, float_data, special_data
+from .sandbox import Run, run_guarded
+
+if TYPE_CHECKING:
+    from ..kernel.kernel import Kernel
+#: Seconds a kernel may take in the sandbox, per GFLOP and at least.
+SECONDS_PER_GFLOP, SECONDS_AT_LEAST = 60.0, 120.0
+EMULATED_SECONDS_PER_GFLOP = 10_000.0
+
+
+# ---- report -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: what it looked at, whether it passed, and what was found."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks of one kernel.
+
+    ``worst_error`` is the largest error as a fraction of its bound, infinite where an element is NaN
+    or there is no output; ``error_factor`` is the bound's ``c``; ``repro`` is the command line that
+    repeats the run.
+    """
+
+    spec: str
+    candidate: str
+    threads: int
+    checks: tuple[Check, ...]
+    error_factor: float
+    worst_error: float
+    repro: str
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def raise_if_failed(self) -> None:
+        """Raise:
+        ValidationError: a check failed; names it, and ends with the reproducing command.
+        """
+        for check in self.checks:
+            if not check.passed:
+                raise ValidationError(f"{self.spec}: {check.name}: {check.found}; repeat with: {self.repro}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and ``passed`` as JSON values; an infinite error is None."""
+        error = self.worst_error if math.isfinite(self.worst_error) else None
+        return asdict(self) | {"worst_error": error, "passed": self.passed}
+
+
+def validate(kernel: Kernel, *, seed: int = 0) -> Report:
+    """Check a kernel against ONNX Runtime.
+
+    Exact integer data, float data against the bound, NaN and infinities; of i8, integers alone; each between guard
+    pages with the output poisoned, on 1, the kernel's and one more thread; the same bits for any thread count;
+    and the Python call refuses what is not contiguous. A GPU's kernel runs in its memory, with NaN
+    around the buffers; where there is no such GPU, emulated (:mod:`convgen.check.emulation.emulate`), which is slow.
+
+    A failed check is reported, not raised; see :meth:`Report.raise_if_failed`.
+    """
+    spec, threads = kernel.spec, kernel.threads
+    checks: list[Check] = []
+    ratio = math.inf
+    cases = {"float": float_data(spec, seed), "exact": exact_data(spec, seed)}
+    if kernel.exact and spec.dtype != "i8":
+        cases["special"] = special_data(spec, seed)
+    try:
+        with tempfile.TemporaryDirectory(prefix="convgen-") as directory:
+            library, driver = _runnable(kernel, Path(directory))
+            limit = SECONDS_AT_LEAST + (EMULATED_SECONDS_PER_GFLOP if driver else SECONDS_PER_GFLOP) * spec.flops / 1e9
+            outputs = run_guarded(
+                library,
+                kernel.name,
+                spec,
+                cases,
+                threads,
+                Path(directory),
+                limit,
+                on_device=kernel.on_device,
+                environment={"CONVGEN_CUDA_DRIVER": str(driver)} if driver else {},
+            )
+    except MeasureError as error:
+        checks.append(Check("memory", False, str(error)))
+        outputs = {}
+    else:
+        found = (
+            "in device memory, nothing else written" if kernel.on_device else "between guard pages, inputs read-only"
+        )
+        checks.append(Check("memory", True, f"{len(outputs)} runs {found}{', emulated' * bool(driver)}"))
+
+    if outputs:
+        firsts = {case: next(out for run, out in outputs.items() if run.case == case) for case in cases}
+        checks.append(_same(kernel, outputs, firsts))
+        expected = reference(spec, cases["float"], threads)
+        bound = tolerance(spec, cases["float"], threads)
+        ratio = worst(distance(firsts["float"], expected), bound)
+        if spec.dtype == "i8":
+            checks.append(_equal("integers", expected, firsts["float"]))
+        else:
+            found = f"largest error {ratio:.3g} of the bound (c = {error_factor(spec):.3g})"
+            checks.append(Check("float", ratio <= 1, found))
+        checks.append(_exact(kernel, cases["exact"], firsts["exact"]))
+        if "special" in cases:
+            checks.append(_special(spec, cases["special"], firsts["special"], threads))
+    if not kernel.on_device:
+        checks.append(_refusal(kernel))
+    repro = (
+        f'convgen validate "{spec.descriptor}" --target {kernel.target} --threads {threads} '
+        f'--schedule {kernel.schedule} --picks "{kernel.picks}" --seed {seed}'
+    )
+    return Report(
+        spec.descriptor, f"{kernel.schedule}({kernel.picks})", threads, tuple(checks), error_factor(spec), ratio, repro
+    )
+
+
+def _runnable(kernel: Kernel, directory: Path) -> tuple[Path, Path | None]:
+    """The kernel's library, or the one that stands in for it and its driver: without a GPU that runs the kernel."""
+    if not kernel.on_device:
+        return kernel.path, None
+    found = device()
+    if kernel.target.native and found is not None and not found.emulated:
+        return kernel.path, None
+    from .emulation.standin import emulated_library
+
+    return emulated_library(kernel.lowered, kernel.interface, kernel.object_file, directory)
+
+
+def _same(kernel: Kernel, outputs: dict[Run, Stored], firsts: dict[str, Stored]) -> Check:
+    for run, output in outputs.items():
+        if output.tobytes() != firsts[run.case].tobytes():
+            return Check("threads", False, f"expected the bits of the first run, found others: {run}")
+    ways = "in every run" if kernel.on_device else "for every thread count and placement"
+    return Check("threads", True, f"the same bits {ways}")
+
+
+def _exact(kernel: Kernel, data: Arrays, output: Stored) -> Check:
+    spec = kernel.spec
+    expected = reference(spec, data, kernel.threads)
+    if kernel.exact and spec.activation_op.exact:
+        return _equal("exact", expected, output)
+    why = f"activation {spec.activation}" if kernel.exact else "a transform"
+    ratio = worst(distance(output, expected), tolerance(spec, data, kernel.threads))
+    return Check("exact", ratio <= 1, f"integers through {why}: largest error {ratio:.3g} of the bound")
+
+
+def _equal(name: str, expected: Stored, output: Stored) -> Check:
+    wrong = np.argwhere(output != expected)
+    if not len(wrong):
+        return Check(name, True, f"{output.size} elements bit for bit")
+    at = tuple(int(i) for i in wrong[0])
+    differ = f"{len(wrong)} of {output.size} elements differ; at {at} expected {expected[at]}, found {output[at]}"
+    return Check(name, False, differ)
+
+
+def _special(spec: ConvSpec, data: Arrays, output: Stored, threads: int) -> Check:
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected, bound = widen(reference(spec, data, threads)), tolerance(spec, data, threads)
+        output = widen(output)
+        error = np.abs(output - expected)
+    for kind, where in (("NaN", np.isnan), ("infinity", np.isinf)):
+        differ = np.argwhere(where(expected) != where(output))
+        if len(differ):
+            at = tuple(int(i) for i in differ[0])
+            return Check("special", False, f"{kind}: at {at} expected {expected[at]}, found {output[at]}")
+    infinite, finite = np.isinf(expected), np.isfinite(expected)
+    if (expected[infinite] != output[infinite]).any():
+        return Check("special", False, "an infinity of the other sign")
+    # Where an activation made an infinity finite, it is as exact as a saturated value can be.
+    saturated = np.float32(ACTIVATION_ERROR * UNIT_ROUNDOFF) * (np.abs(expected) + 1)
+    bound = np.where(np.isfinite(bound), bound, saturated)
+    wrong = np.argwhere(finite & ~(error <= bound))
+    if len(wrong):
+        at = tuple(int(i) for i in wrong[0])
+        return Check(
+            "special", False, f"beside NaN and infinities: at {at} expected {expected[at]}, found {output[at]}"
+        )
+    found = f"{int(np.isnan(expected).sum())} NaN and {int(infinite.sum())} infinities where ONNX Runtime has them"
+    return Check("special", True, found)
+
+
+def _refusal(kernel: Kernel) -> Check:
+    """The Python call refuses an array it could only take with a copy."""
+    spec = kernel.spec
+    data = float_data(spec)
+    layer = kernel.bind(**{name: data[name] for name in spec.parameters})
+    strided = np.empty((*spec.src_shape, 2), numpy_dtype(spec.dtype))[..., 0]
+    if strided.size < 2:
+        return Check("refusal", True, "nothing to refuse: an array of one element is contiguous")
+    try:
+        layer(strided, residual=data.get("residual"))
+    except KernelError as error:
+        return Check("refusal", True, str(error))
+    return Check("refusal", False, "expected a non-contiguous src to be refused, found it accepted")

@@ -1,0 +1,437 @@
+"""Where specs come from, and how they are written: one line each, a file of layers, or a model.
+
+A TOML, YAML or JSON file holds one layer's fields at its top level, or several layers::
+
+    network = "resnet50"                     # optional, for people
+    defaults = { n = 1, activation = "relu" }
+    layers = [
+        { name = "conv1", ic = 3, oc = 64, in_spatial = [224, 224], kernel = 7, stride = 2, padding = 3 },
+        { name = "fc", count = 2, spec = "conv2d n1 ic2048 oc1000 i1x1 k1x1" },
+    ]
+
+A layer is fields of :class:`~convgen.problem.spec.ConvSpec`, or ``spec`` with a descriptor; ``name`` (one or
+a list) and ``count`` are optional. A JSON file may also be the plain list of layers, or what Keras
+says of a layer or model (:mod:`convgen.formats.keras`). An unknown or repeated key is an error.
+
+Any other file is text, whatever its suffix: each line a descriptor, problems and options of oneDNN's
+benchdnn (:mod:`convgen.formats.benchdnn`) or a MIOpenDriver command (:mod:`convgen.formats.miopen`);
+a comment goes from a ``#`` at its beginning or after a space to the end of the line. A ``.log`` file
+has other lines as well, which are passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import SpecError, UnsupportedError
+from ..formats import benchdnn, miopen
+from ..problem.spec import OPERATORS, ConvSpec
+from .entries import SpecEntry, merge
+
+#: A line and its place -> its layers, how often and under which names, or errors in place of them.
+Reader = Callable[[str, str], Iterable[benchdnn.Outcome]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A notation in lines.
+
+    ``recognise``: whether a line is meant as one of it. ``reader``: what reads the lines of a file
+    (None: a line alone) in order. ``write``: the lines of an entry.
+    """
+
+    recognise: Callable[[str], bool]
+    reader: Callable[[Path | None], Reader]
+    write: Callable[[SpecEntry], str]
+
+
+def _each(parse: Callable[[str, str], ConvSpec]) -> Callable[[Path | None], Reader]:
+    """The reader of a notation whose lines stand for themselves."""
+
+    def read(line: str, where: str) -> Iterable[benchdnn.Outcome]:
+        try:
+            return [(parse(line, where), 1, ())]
+        except (SpecError, UnsupportedError) as error:
+            return [error]
+
+    return lambda path: read
+
+
+def _descriptor(text: str, where: str) -> ConvSpec:
+    try:
+        return ConvSpec.parse(text)
+    except SpecError as error:
+        raise SpecError(error.field, error.expected, error.found, where) from None
+
+
+def _repeated(write: Callable[[ConvSpec], str]) -> Callable[[SpecEntry], str]:
+    """The writer of a notation that has neither names nor counts."""
+    return lambda entry: f"{write(entry.spec)}\n" * entry.count
+
+
+#: Notations in lines.
+LINES = {
+    "descriptors": Form(
+        lambda line: line.split()[0].lower() in OPERATORS, _each(_descriptor), _repeated(ConvSpec.__str__)
+    ),
+    "benchdnn": Form(
+        benchdnn.recognise,
+        lambda path: benchdnn.Reader(_lines_of, path).read,
+        lambda entry: benchdnn.write(entry.spec, entry.count, entry.names) + "\n",
+    ),
+    "miopen": Form(miopen.recognise, _each(miopen.parse), _repeated(miopen.write)),
+}
+#: How layers are written.
+FORMS = (*LINES, "toml", "yaml", "json")
+#: The form that a file's suffix says.
+SUFFIXES = {".toml": "toml", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".txt": "descriptors"}
+
+
+def read_specs(
+    source: str | Path, dims: Mapping[str, int] | None = None, skipped: list[str] | None = None
+) -> list[SpecEntry]:
+    """The layers of a line, file or ONNX model, identical ones merged.
+
+    Args:
+        source: a descriptor, benchdnn problem or MIOpenDriver command, or the path of a file.
+        dims: sizes of an ONNX model's symbolic dimensions, such as ``{"N": 1}``.
+        skipped: where given, a problem, command or node of a model that is wrong, or beyond this version
+            as a backward pass is, is left out, and the reason appended here.
+
+    Raises:
+        SpecError: the file cannot be read, or a layer is wrong; names file, line or layer, and field.
+        UnsupportedError: a layer is of a kind, dtype or rank that this version does not serve.
+    """
+    is_line = isinstance(source, str) and not _is_path(source)
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if dims and (is_line or suffix != ".onnx"):
+        raise SpecError("dims", "an ONNX model to use them in", f"{', '.join(dims)} for another source", str(source))
+    if is_line:
+        return _read_lines([("", str(source).strip())], None, skipped)
+    if suffix == ".onnx":
+        from .onnx.reader import specs_from_onnx
+
+        return specs_from_onnx(path, dims, skipped)
+    if suffix in _PARSERS:
+        return merge(_entries(_PARSERS[suffix](_read_text(path), str(path)), str(path)))
+    return _read_lines(_lines_of(path), path, skipped)
+
+
+def format_specs(entries: Iterable[SpecEntry], form: str, skipped: list[str] | None = None) -> str:
+    """The text of entries in one of :data:`FORMS`; :func:`read_specs` gives them back.
+
+    Descriptors and MIOpenDriver commands have no names, and a line for each time a layer occurs.
+
+    Args:
+        entries: the layers.
+        form: one of :data:`FORMS`.
+        skipped: where given, a layer that the form cannot say is left out, and the reason appended here.
+
+    Raises:
+        UnsupportedError: the form cannot say a layer; names layer and field.
+    """
+    if form == "toml":
+        tables = (", ".join(f"{key} = {_quoted(value)}" for key, value in _layer(entry).items()) for entry in entries)
+        return "layers = [\n" + "".join(f"    {{ {table} }},\n" for table in tables) + "]\n"
+    if form not in LINES:  # JSON is YAML, too
+        return '{"layers": [\n' + ",\n".join(_quoted(_layer(entry)) for entry in entries) + "\n]}\n"
+    lines = []
+    for number, entry in enumerate(entries, 1):
+        where = f"layer {number}" + (f" ({entry.names[0]})" if entry.names else "")
+        if entry.count > benchdnn.LIMIT:
+            raise SpecError("count", f"at most {benchdnn.LIMIT} of a layer in lines", entry.count, where)
+        try:
+            lines.append(LINES[form].write(entry))
+        except UnsupportedError as error:
+            reason = f"{where}: {error}"
+            if skipped is None:
+                raise UnsupportedError(reason) from None
+            skipped.append(reason)
+    return "".join(lines)
+
+
+def dump_specs(entries: Iterable[SpecEntry], path: str | Path) -> None:
+    """Write entries as a file that :func:`read_specs` reads back; the suffix gives the form.
+
+    Raises:
+        SpecError: the suffix is none of :data:`SUFFIXES`, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        expected = f"a file that ends in {', '.join(SUFFIXES)}"
+        raise SpecError("file", expected, path.suffix or "no suffix", str(path))
+    text = format_specs(entries, SUFFIXES[path.suffix.lower()])
+    try:
+        write_text(text, path)
+    except OSError as error:
+        raise SpecError("file", "a file that can be written", error.strerror or error, str(path)) from error
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file so that there is the old one or the whole new one, whatever happens meanwhile.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(os.path.realpath(path))  # of a link, what it leads to
+    if path.exists() and not path.is_file():  # a device or a pipe
+        path.write_text(text, encoding="utf-8")
+        return
+    temporary = path.with_name(f".{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+        if path.exists():
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _layer(entry: SpecEntry) -> dict[str, Any]:
+    layer: dict[str, Any] = {}
+    if entry.names:
+        layer["name"] = entry.names[0] if len(entry.names) == 1 else list(entry.names)
+    if entry.count > 1:
+        layer["count"] = entry.count
+    return layer | {"spec": entry.spec.descriptor}
+
+
+def _quoted(value: Any) -> str:
+    """A value as JSON that is YAML, and in its strings, numbers and lists TOML, as well."""
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
+
+
+#: What YAML or TOML do not take inside quotes, or fold into a space.
+_UNPRINTABLE = re.compile("[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+
+
+def _is_path(text: str) -> bool:
+    """Whether text names a file: an existing one, or something that no line looks like."""
+    if os.path.exists(text):
+        return True
+    if not text.strip() or any(form.recognise(text) for form in LINES.values()):
+        return False
+    path = Path(text)
+    if path.suffix.lower() in (*SUFFIXES, ".onnx", ".log"):
+        return True
+    return len(text.split()) == 1 and (bool(path.suffix) or any(sep in text for sep in (os.sep, os.altsep) if sep))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        SpecError: there is no such file, it is a folder, empty or unreadable.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise SpecError("file", "an existing file", "no such file", str(path)) from None
+    except IsADirectoryError:
+        raise SpecError("file", "a file", "a directory", str(path)) from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError("file", "a readable file", reason, repr(str(path))) from error
+    if not data.strip():
+        raise SpecError("file", "some content", "an empty file", str(path))
+    return data
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.object[error.start]:#04x} at {error.start}"
+        raise SpecError("file", "UTF-8 text", byte, str(path)) from None
+
+
+# ---- formats: text -> the plain value it spells -----------------------------------------------
+
+
+def _parse_toml(text: str, where: str) -> Any:
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SpecError("file", "TOML", error, where) from error
+
+
+def _parse_json(text: str, where: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            keys = [key for key, _ in pairs]
+            repeated = next(key for key in values if keys.count(key) > 1)
+            raise SpecError(repeated, "each key once", "a repeated key", where)
+        return values
+
+    def refuse(word: str) -> NoReturn:
+        raise SpecError("file", "JSON numbers", word, where)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except SpecError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise SpecError("file", "JSON", error, where) from error
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    import yaml  # only where there is a YAML file to read
+
+    class Loader(yaml.SafeLoader):
+        """The safe loader, which would take the last of several equal keys."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise SpecError(key, "each key once", "a repeated key", where)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except SpecError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SpecError("file", "YAML", " ".join(str(error).split()), where) from error
+
+
+_PARSERS: dict[str, Callable[[str, str], Any]] = {
+    ".toml": _parse_toml,
+    ".yaml": _parse_yaml,
+    ".yml": _parse_yaml,
+    ".json": _parse_json,
+}
+
+# ---- lines ------------------------------------------------------------------------------------
+
+
+def _lines_of(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a text file without comments and empty ones, each after its place.
+
+    One that ends in a backslash goes on in the next; the backslash stays, as a word between them.
+    """
+    begun: list[str] = []
+    first = 0
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        line = _COMMENT.sub("", line).strip()
+        first = first if begun else number
+        begun.append(line.removesuffix("\\").rstrip())
+        if not line.endswith("\\"):
+            if any(begun):
+                yield f"{path}: line {first}", " \\ ".join(begun)
+            begun = []
+    if any(begun):
+        yield f"{path}: line {first}", " \\ ".join(begun)
+
+
+_COMMENT = re.compile(r"(^|\s)#.*")
+
+
+def _read_lines(lines: Iterable[tuple[str, str]], path: Path | None, skipped: list[str] | None) -> list[SpecEntry]:
+    readers = {name: form.reader(path) for name, form in LINES.items()}
+    found: list[SpecEntry] = []
+    reasons: list[str] = []
+    for where, line in lines:
+        name = next((name for name, form in LINES.items() if line and form.recognise(line)), None)
+        if name is None:
+            if path is not None and path.suffix.lower() == ".log":
+                continue
+            expected = f"one of {', '.join(OPERATORS)}, a benchdnn problem, a MIOpenDriver command"
+            raise SpecError("operator", expected, repr(line[:60]), where)
+        for outcome in readers[name](line, where):
+            if isinstance(outcome, tuple):
+                found.append(SpecEntry(*outcome))
+            elif skipped is None:
+                raise outcome
+            else:
+                reasons.append(str(outcome))
+    if skipped is not None:
+        skipped += reasons
+    if not found and not reasons:
+        raise SpecError("layers", "a list of layers", "an empty one", str(path or ""))
+    return merge(found)
+
+
+# ---- the value -> entries ---------------------------------------------------------------------
+
+_FILE_KEYS = ("network", "defaults", "layers")
+_LAYER_KEYS = ("name", "count", "spec")
+
+
+def _entries(value: Any, where: str) -> list[SpecEntry]:
+    defaults: Any = {}
+    if isinstance(value, Mapping) and "class_name" in value:
+        return _keras(value, where)
+    if isinstance(value, Mapping) and "layers" not in value and "defaults" not in value:
+        value = dict(value)
+        _network(value.pop("network", ""), where)
+        return [_entry(value, {}, where)]
+    if isinstance(value, Mapping):
+        for key in value:
+            if key not in _FILE_KEYS:
+                raise SpecError(str(key), f"one of {', '.join(_FILE_KEYS)}", "an unknown key", where)
+        _network(value.get("network", ""), where)
+        defaults, value = value.get("defaults", {}), value.get("layers")
+    if not isinstance(defaults, Mapping):
+        raise SpecError("defaults", "fields of a layer", repr(defaults), where)
+    if not isinstance(value, list) or not value:
+        raise SpecError("layers", "a list of layers", "an empty one" if value == [] else repr(value), where)
+    return [_entry(layer, defaults, _place(layer, number, where)) for number, layer in enumerate(value, 1)]
+
+
+def _keras(config: Mapping[str, Any], where: str) -> list[SpecEntry]:
+    """The layers of what Keras says of a layer or model."""
+    from .keras import specs_from_keras  # only where there is one to read
+
+    try:
+        return [SpecEntry(spec) for spec in specs_from_keras(config)]
+    except SpecError as error:
+        place = f"{where}: {error.where}" if error.where else where
+        raise SpecError(error.field, error.expected, error.found, place) from None
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{where}: {error}") from None
+
+
+def _network(value: object, where: str) -> None:
+    if not isinstance(value, str):
+        raise SpecError("network", "a string", repr(value), where)
+
+
+def _place(layer: object, number: int, where: str) -> str:
+    name = layer.get("name") if isinstance(layer, Mapping) else None
+    return f"{where}: layer {number}" + (f" ({name})" if isinstance(name, str) else "")
+
+
+def _entry(layer: object, defaults: Mapping[str, Any], where: str) -> SpecEntry:
+    if not isinstance(layer, Mapping):
+        raise SpecError("layer", "fields of a layer", repr(layer), where)
+    fields = {key: value for key, value in layer.items() if key not in _LAYER_KEYS}
+    names, count = layer.get("name", ()), layer.get("count", 1)
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise SpecError("name", "a string or a list of strings", repr(names), where)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise SpecError("count", "an integer >= 1", repr(count), where)
+    if "spec" not in layer:
+        return SpecEntry(ConvSpec.from_dict({**defaults, **fields}, where), count, tuple(names))
+    if not isinstance(layer["spec"], str):
+        raise SpecError("spec", "a descriptor", repr(layer["spec"]), where)
+    if fields or defaults:
+        key = next(iter(fields or defaults))
+        raise SpecError(str(key), "no other field (nor defaults) beside spec", "one", where)
+    return SpecEntry(_descriptor(layer["spec"], where), count, tuple(names))

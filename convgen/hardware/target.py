@@ -1,0 +1,128 @@
+"""Target: where a kernel runs, as the facts a schedule may read.
+
+Facts, never names: a schedule asks how wide a vector is, not which processor this is.
+The families (``cpu``, ``cuda`` …) are files in ``targets/``, found by :mod:`convgen.lowering.discover`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UnsupportedError
+from ..problem.dtypes import ACCUMULATOR, BYTES
+
+if TYPE_CHECKING:
+    from .machine import Machine
+
+
+@dataclass(frozen=True)
+class Target:
+    """A compilation target.
+
+    Attributes:
+        kind: the family, ``cpu``.
+        spelling: what :func:`resolve` reads back, e.g. ``cpu:znver4``.
+        tvm_config: the TVM target as JSON text.
+        vector_bits: width of a SIMD register in bits.
+        vector_registers: number of architectural SIMD registers.
+        isa: CPU features a kernel needs, as compilers name them.
+        l1, l2, l3: data cache sizes in bytes (l1, l2 per core).
+        cores: cores a kernel may use.
+        native: whether kernels run on the machine: this one, or the one the target was resolved for.
+        hardware: fingerprint of the machine records are tied to.
+        arch: of a GPU, ``sm_90a``; its cores are the streaming multiprocessors. All below is of GPUs.
+        shared_memory, shared_per_core: bytes of shared memory a block may have, and a core has.
+        threads_per_core: threads a core holds at once.
+        matrix: operand types its matrix units take with f32 sums: ``f16``, ``bf16``, ``tf32``.
+        features: groups of instructions there are: ``ldmatrix``, ``cp_async``, ``tma``, ``wgmma``.
+    """
+
+    kind: str
+    spelling: str
+    tvm_config: str
+    vector_bits: int
+    vector_registers: int
+    isa: tuple[str, ...]
+    l1: int
+    l2: int
+    l3: int
+    cores: int
+    native: bool
+    hardware: str
+    arch: str = ""
+    shared_memory: int = 0
+    shared_per_core: int = 0
+    threads_per_core: int = 0
+    matrix: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+
+    @property
+    def lanes(self) -> int:
+        """Sums in one SIMD register: they are f32 however tensors are stored."""
+        return self.vector_bits // (8 * BYTES[ACCUMULATOR])
+
+    def most_pixels(self, vectors: int) -> int:
+        """Pixels of ``vectors`` SIMD registers each that fit into a register tile, beside one such set
+        of weights and, where FMAs take no broadcast operand from memory (AVX-512 does), a scalar.
+        """
+        return (self.vector_registers - (self.vector_bits != 512)) // vectors - 1
+
+    @property
+    def fmas(self) -> int:
+        """FMAs a core begins per cycle, as costs take it: two, of 512 bits one (Zen 4)."""
+        return 1 if self.vector_bits == 512 else 2
+
+    def tvm(self) -> Any:
+        """The ``tvm.target.Target``."""
+        from tvm.target import Target as TvmTarget
+
+        return TvmTarget(json.loads(self.tvm_config))
+
+    @property
+    def peak_flops(self) -> float:
+        """A nominal f32 peak in FLOP/s, all cores: one FMA per vector and cycle at 3.5 GHz. It only
+        scales predicted times; :func:`convgen.hardware.machine.measured_peak` is the real one.
+        """
+        return self.cores * 2 * self.lanes * 3.5e9
+
+    @property
+    def key(self) -> str:
+        """A short hash of everything code generation depends on."""
+        return hashlib.sha256(f"{self.tvm_config}|{self.vector_bits}|{self.vector_registers}".encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return self.spelling
+
+
+def resolve(spelling: str | Target = "cpu", machine: Machine | None = None) -> Target:
+    """The target that ``cpu``, ``cpu:haswell`` … names.
+
+    Args:
+        machine: the one the kernels are to run on; this one where None. Cores, caches and what
+            ``cpu`` names are that machine's.
+
+    Raises:
+        UnsupportedError: no such family or processor.
+    """
+    if isinstance(spelling, Target):
+        return spelling
+    from .discover import target_families
+
+    family, _, model = spelling.partition(":")
+    families = target_families()
+    if family not in families:
+        raise UnsupportedError(f"target: expected one of {', '.join(sorted(families))}, found {spelling!r}")
+    resolved: Target = families[family].resolve(model) if machine is None else families[family].resolve(model, machine)
+    return resolved
+
+
+def check_native(target: Target) -> None:
+    """Raise:
+    UnsupportedError: this machine cannot run the target's code.
+    """
+    if not target.native:
+        found = "one that does not" if target.kind == "cpu" else f"no GPU that runs {target.arch}"
+        raise UnsupportedError(f"{target}: expected a target that runs on this machine, found {found}")

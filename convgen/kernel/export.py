@@ -1,0 +1,497 @@
+"""Writes a kernel as a library: shared, static, C header, manifest, and an example that checks it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from ..errors import ExportError
+from ..lowering.interface import (
+    ABI,
+    ALIGNMENT,
+    HEADER_BYTES,
+    DeviceCode,
+    Interface,
+    TensorInfo,
+    read_architecture,
+    round_up,
+)
+from ..lowering.link import PART_ALIGNMENT, link, source, workspace_layout
+from ..problem.activation import Activation
+from ..problem.dtypes import BYTES, UNDERFLOW, UNIT_ROUNDOFF
+from ..problem.spec import PARAMETERS, ConvSpec
+from .load import MANIFEST
+
+#: Alignment in bytes of tensors in a GPU's memory (``cuda_types.h``).
+TENSOR_ALIGNMENT = 16
+#: Multiply-accumulates the example spends on plain loops: about a second without optimisation.
+EXAMPLE_MACS = 30_000_000
+
+
+def write_library(
+    directory: str | os.PathLike[str], interface: Interface, object_file: Path, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write ``lib<name>.so``, ``lib<name>.a``, ``<name>.h``, ``example.c`` and ``manifest.json``.
+
+    All of it or nothing: the files are made beside ``directory`` and moved there when they are done.
+    An earlier export of the same name is replaced.
+
+    Args:
+        directory: created where it does not exist; it holds one library.
+        interface: the kernel.
+        object_file: its compiled code.
+        facts: what else the manifest says, as JSON values: ``threads`` (those it was tuned for and
+            :func:`convgen.load` runs it on), and where known ``target``, ``schedule``, ``picks``,
+            ``seconds``, ``versions`` and whatever else. ``error_factor`` is the admitted error in
+            units of 2^-24 * (conv(|src|, |weights|) + |bias| + |residual|), before the activation.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ExportError: the directory holds something else, or cannot be written.
+        BuildError: linking failed.
+    """
+    if "threads" not in facts:
+        raise ExportError(f"facts: expected threads among them, found {', '.join(facts) or 'none'}")
+    target = Path(os.path.abspath(directory))
+    try:
+        _check_destination(target, interface)
+        # A sibling, so that moving is renaming; made by mkdir, for the usual permissions.
+        existing = next(parent for parent in target.parents if parent.exists())
+        folder = existing / f".{target.name}-{secrets.token_hex(8)}"
+        folder.mkdir()
+        try:
+            manifest = _write_files(folder, interface, object_file, facts)
+            _move(folder, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise ExportError(f"{target}: cannot write the library {interface.name}: {error}") from error
+    return manifest
+
+
+def _file_names(name: str) -> tuple[str, ...]:
+    """The files of a library; the manifest is the last to arrive."""
+    return f"lib{name}.so", f"lib{name}.a", f"{name}.h", "example.c", MANIFEST
+
+
+def _check_destination(target: Path, interface: Interface) -> None:
+    if target.exists() and not target.is_dir():
+        raise ExportError(f"{target}: expected a directory, found a file")
+    for name in _file_names(interface.name):
+        if (target / name).exists() and not (target / name).is_file():
+            raise ExportError(f"{target / name}: expected a file or nothing, found a directory")
+    path = target / MANIFEST
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["name"]
+        except (ValueError, KeyError, TypeError):
+            found = "something else"
+        if found != interface.name:
+            raise ExportError(f"{target}: expected an earlier export of {interface.name} or none, found {found}")
+
+
+def _write_files(folder: Path, interface: Interface, object_file: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    shared, archive, header, example, _ = (folder / name for name in _file_names(interface.name))
+    link(interface, object_file, shared)
+    link(interface, object_file, archive, archive=True)
+    header.write_text(header_text(interface), encoding="utf-8")
+    example.write_text(example_text(interface, facts.get("error_factor")), encoding="utf-8")
+    manifest = _manifest(interface, facts)
+    manifest["files"] = {
+        path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
+        for path in (shared, archive, header, example)
+    }
+    try:
+        text = json.dumps(manifest, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"facts: expected JSON values, found {error}") from error
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return manifest
+
+
+def _move(folder: Path, target: Path) -> None:
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(folder, target)
+        return
+    (target / MANIFEST).unlink(missing_ok=True)  # until the new one arrives there is no library
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
+        os.replace(path, target / path.name)
+
+
+# ---- manifest ----------------------------------------------------------------------------------
+
+
+def _axes(spec: ConvSpec) -> dict[str, list[str]]:
+    """The names of every tensor's axes, outermost first."""
+    letters = "dhw"[3 - spec.rank :]
+
+    def activations(channels: str, prefix: str) -> list[str]:
+        spatial = [prefix + letter for letter in letters]
+        return ["n", channels, *spatial] if spec.layout == "nchw" else ["n", *spatial, channels]
+
+    channels = ["ic", "oc/groups"] if spec.transposed else ["oc", "ic/groups"]
+    return {
+        "src": activations("ic", "i"),
+        "weights": [*channels, *(f"k{letter}" for letter in letters)],
+        "bias": ["oc"],
+        "slope": ["oc"],
+        "scale": ["oc"],
+        "residual": activations("oc", "o"),
+        "dst": activations("oc", "o"),
+    }
+
+
+def _manifest(interface: Interface, facts: Mapping[str, Any]) -> dict[str, Any]:
+    spec, axes = interface.spec, _axes(interface.spec)
+    rest = {name: fact for name, fact in facts.items() if name != "error_factor"}
+    own = {
+        "abi": ABI,
+        "name": interface.name,
+        "spec": {"descriptor": spec.descriptor, "key": spec.key, "fields": spec.to_dict()},
+        "arguments": [
+            {
+                "name": name,
+                "function": "pack" if name in PARAMETERS else "run",
+                "shape": list(tensor.shape),
+                "axes": axes[name],
+                "layout": "dense, row-major",
+                "dtype": tensor.dtype,
+                "bytes": tensor.bytes,
+                "alignment": _alignment(interface, name, tensor),
+            }
+            for name, tensor in interface.arguments.items()
+        ],
+        "packed": {
+            "bytes": interface.packed_size,
+            "alignment": ALIGNMENT,
+            "header_bytes": HEADER_BYTES,
+            "tensors": [
+                {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "bytes": t.bytes, "offset": offset}
+                for t, offset in zip(interface.packed, interface.packed_offsets, strict=True)
+            ],
+        },
+        "workspace": _workspace(interface, facts["threads"]),
+        **({} if interface.device is None else {"device": _device(interface.device)}),
+        "isa": list(interface.isa),
+        "error_bound": {
+            "factor": facts.get("error_factor"),
+            "unit": "2^-24 * (conv(|src|, |weights|) + |bias| + |residual|), before the activation",
+        },
+    }
+    if clash := sorted({*own, "files"} & rest.keys()):
+        raise ExportError(f"facts: expected none that the manifest has of its own, found {', '.join(clash)}")
+    return own | rest
+
+
+def _alignment(interface: Interface, name: str, tensor: TensorInfo) -> int:
+    """Of what a run takes from a GPU's memory, or of an element."""
+    on_device = interface.device is not None and name in ("src", "residual", "dst")
+    return TENSOR_ALIGNMENT if on_device else BYTES[tensor.dtype]
+
+
+def _workspace(interface: Interface, threads: int) -> dict[str, Any]:
+    if interface.device is not None:
+        return {"bytes": workspace_layout(interface.device)[1], "alignment": ALIGNMENT}
+    return {
+        "formula": "fixed + threads * per_thread",
+        "fixed": round_up(interface.workspace_main),
+        "per_thread": round_up(interface.workspace_task),
+        "bytes": interface.workspace_size(threads),
+        "alignment": ALIGNMENT,
+    }
+
+
+def _device(device: DeviceCode) -> dict[str, Any]:
+    """What runs on a GPU, one launch after the other."""
+    offsets, size = workspace_layout(device)
+    return {
+        "architectures": [what for what, _ in device.images],
+        "launches": [
+            {
+                "function": launch.function,
+                "grid": list(launch.grid),
+                "block": list(launch.block),
+                "dynamic_shared_memory": launch.shared,
+                "arguments": list(launch.arguments),
+                "tensor_maps": {name: dataclasses.asdict(made) for name, made in launch.maps.items()},
+            }
+            for launch in device.launches
+        ],
+        "workspace": {
+            "bytes": size,
+            "part_alignment": PART_ALIGNMENT,
+            "parts": [
+                {"name": f"workspace{i}", "bytes": part, "offset": offset}
+                for i, (part, offset) in enumerate(zip(device.workspace, offsets, strict=True))
+            ],
+        },
+    }
+
+
+# ---- header and example ------------------------------------------------------------------------
+
+
+def header_text(interface: Interface) -> str:
+    """``<name>.h``: includes nothing but ``stddef.h``; C11 and C++."""
+    axes = _axes(interface.spec)
+    lines = []
+    for name, tensor in interface.arguments.items():
+        sizes = ", ".join(map(str, tensor.shape))
+        lines.append(f" *   {name:9}[{', '.join(axes[name])}] = [{sizes}], {tensor.dtype}, {tensor.bytes} bytes")
+    if interface.spec.dtype == "i8":
+        lines.append(" *   (i8 is int8_t, i32 int32_t, f32 float)")
+    lines.append(f" *   packed    {interface.packed_size} bytes, aligned to {ALIGNMENT}")
+    common = {
+        "name": interface.name,
+        "guard": interface.name.upper(),
+        "descriptor": interface.spec.descriptor,
+        "meaning": _meaning(interface.spec),
+        "types": source("types.h").strip(),
+    }
+    if interface.device is not None:
+        lines.append(f" *   workspace {workspace_layout(interface.device)[1]} bytes, aligned to {ALIGNMENT}")
+        lines.append(f" * src, residual and dst are aligned to {TENSOR_ALIGNMENT}.")
+        return Template(source("header_cuda.template.h")).substitute(
+            common,
+            tensors="\n".join(lines),
+            devices=_devices(interface.device),
+            cuda_types=source("cuda_types.h").strip(),
+        )
+    fixed, share = round_up(interface.workspace_main), round_up(interface.workspace_task)
+    lines.append(f" *   workspace {fixed} + threads * {share} bytes, aligned to {ALIGNMENT}")
+    return Template(source("header.template.h")).substitute(
+        common,
+        tensors="\n".join(lines),
+        isa=f"Needs a CPU with {', '.join(interface.isa)}." if interface.isa else "Runs on every CPU of its kind.",
+    )
+
+
+def _devices(device: DeviceCode) -> str:
+    """Those the images are for, in words."""
+    words = []
+    for what, _ in device.images:
+        arch = read_architecture(what)
+        number = f"{arch.major}.{arch.minor}"
+        if arch.exact:
+            words.append(f"compute capability {number} exactly")
+        elif not arch.virtual:
+            words.append(f"{number} to {arch.major}.9")
+        else:
+            words.append(f"{number} and later (compiled when it is loaded)")
+    return "; ".join(words)
+
+
+def _meaning(spec: ConvSpec) -> str:
+    operation = "conv_transpose" if spec.transposed else "conv"
+    terms = [f"{operation}(src, weights)"] + ["bias"] * spec.bias + ["residual"] * spec.residual
+    total = " + ".join(terms)
+    if spec.dtype == "i8":
+        total = f"({total}) * scale" if spec.bias else f"{total} * scale"
+        return f"dst = saturate(round({total if spec.activation == 'none' else f'{spec.activation}({total})'}))"
+    return f"dst = {total}" if spec.activation == "none" else f"dst = {spec.activation_op.name}({total})"
+
+
+def example_text(interface: Interface, error_factor: float | None = None) -> str:
+    """``example.c``: calls the library on whole numbers and compares with plain loops.
+
+    ``error_factor`` is that of :func:`write_library`; where None, that of plain summation.
+    """
+    spec = interface.spec
+    extra = [name for name in spec.shapes if name not in ("src", "weights", "dst")]
+    values = {"bias": "-4, 4", "slope": "-1, 1", "residual": "-4, 4"}
+    made = {name: f"    {name} = tensor(sizes.{name}, {low_high});\n" for name, low_high in values.items()}
+    operands = ["src", "weights", *extra]
+    if spec.dtype == "i8":
+        operands = ["src", "weights"]
+        loop = "    for (long oc = 0; oc < OC; ++oc)\n"
+        made = {
+            name: f"    {name} = buffer(sizes.{name});\n{loop}        {name}[oc] = {value};\n"
+            for name, value in {"bias": "(int32_t)(oc * 7 % 9 - 4)", "scale": "0.25f * (float)(1 + oc % 3)"}.items()
+        }
+
+    def fields(*names: str) -> str:
+        return "".join(f"        .{x} = {x},\n        .{x}_size = sizes->{x},\n" for x in names if x in extra)
+
+    epilogue = ""
+    if spec.bias:
+        value = "(double)bias[oc]" if spec.dtype == "i8" else "value(bias[oc])"
+        epilogue += f"    sum += {value};\n    absolute += fabs({value});\n"
+    if spec.residual:
+        value = "value(residual[offset(n, OC, oc, out_size, out)])"
+        epilogue += f"    sum += {value};\n    absolute += fabs({value});\n"
+    pack = fields(*PARAMETERS)
+    if interface.device is None:
+        part, run, libraries, sizes = "example_cpu.template.c", fields("residual"), "-lm -lpthread", "2, &sizes"
+    else:
+        run = fields("residual").replace("= residual,", "= upload(residual, sizes->residual),")
+        part, libraries, sizes = "example_cuda.template.c", "-lm -lpthread -ldl", "&sizes"
+    return Template(source("example.template.c")).substitute(
+        name=interface.name,
+        libraries=libraries,
+        compute=Template(source(part)).substitute(name=interface.name, pack=pack, run=run),
+        sizes_arguments=sizes,
+        sizes_note="; the workspace for up to two threads" if interface.device is None else "",
+        descriptor=spec.descriptor,
+        n=spec.n,
+        ic=spec.ic,
+        oc=spec.oc,
+        groups=spec.groups,
+        in_size=_three(spec.in_spatial, 1),
+        out_size=_three(spec.out_spatial, 1),
+        kernel=_three(spec.kernel, 1),
+        stride=_three(spec.stride, 1),
+        padding=_three(tuple(begin for begin, _ in spec.padding), 0),
+        dilation=_three(spec.dilation, 1),
+        step=_step(spec),
+        element=_ELEMENTS[spec.dtype],
+        globals=", ".join(f"*{name}" for name in operands),
+        layout=", ".join(_axes(spec)["src"]),
+        offset=_OFFSETS[spec.layout],
+        activation=_rounded(spec) if spec.dtype == "i8" else _activation(spec.activation_op),
+        position=_TRANSPOSED_POSITION if spec.transposed else _POSITION,
+        weight="ic * OC_GROUP + oc % OC_GROUP" if spec.transposed else "oc * IC_GROUP + c",
+        epilogue=epilogue,
+        tensors="".join(made[name] for name in extra),
+        allowed=_allowed(spec, error_factor),
+        free="".join(f"    free({name});\n" for name in reversed(extra)),
+    )
+
+
+#: How example.c spells the storage types; bfloat16, which C lacks, is the upper half of a float.
+_ELEMENTS = {
+    "f32": """\
+typedef float element;
+
+static double value(element x) { return x; }
+static element stored(float x) { return x; }""",
+    "f16": """\
+typedef _Float16 element;
+
+static double value(element x) { return (double)x; }
+static element stored(float x) { return (element)x; }""",
+    "bf16": """\
+typedef unsigned short element; /* bfloat16: the upper half of a float */
+
+static double value(element x)
+{
+    const unsigned bits = (unsigned)x << 16;
+    float y;
+    memcpy(&y, &bits, sizeof y);
+    return y;
+}
+
+static element stored(float x) /* a small whole number: nothing to round */
+{
+    unsigned bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (element)(bits >> 16);
+}""",
+    "i8": """\
+typedef int8_t element;
+
+static int32_t *bias;
+static float *scale;
+
+static double value(element x) { return x; }
+static element stored(float x) { return (element)x; }""",
+}
+
+_OFFSETS = {
+    "nchw": "(((n * channels + channel) * size[0] + at[0]) * size[1] + at[1]) * size[2] + at[2]",
+    "nhwc": "(((n * size[0] + at[0]) * size[1] + at[1]) * size[2] + at[2]) * channels + channel",
+}
+
+_INDENT = " " * 24
+_POSITION = f"{_INDENT}in[axis] = out[axis] * stride[axis] - padding[axis] + tap[axis] * dilation[axis];"
+# The output is the sum of the windows that the inputs spread over it, so a tap has an input where the
+# distance is a whole number of strides.
+_TRANSPOSED_POSITION = f"""\
+{_INDENT}const long spread = out[axis] + padding[axis] - tap[axis] * dilation[axis];
+{_INDENT}in[axis] = spread / stride[axis];
+{_INDENT}inside = inside && spread >= 0 && spread % stride[axis] == 0;"""
+
+
+def _three(sizes: tuple[int, ...], missing: int) -> str:
+    return ", ".join(map(str, (missing,) * (3 - len(sizes)) + sizes))
+
+
+def _step(spec: ConvSpec) -> int:
+    """The distance of checked outputs: coprime to every extent, so that all positions get their turn."""
+    outputs = math.prod(spec.dst_shape)
+    samples = max(1000, EXAMPLE_MACS // spec.reduction_length)
+    step = max(1, -(-outputs // samples))
+    while any(math.gcd(step, extent) > 1 for extent in (spec.oc, *spec.out_spatial)):
+        step += 1
+    return step
+
+
+def _allowed(spec: ConvSpec, factor: float | None) -> str:
+    """The error that is allowed, in C: rounding before the activation, then the activation's own."""
+    op = spec.activation_op
+    if spec.dtype == "i8":
+        return "0 * magnitude"
+    if factor is None:
+        factor = spec.reduction_length + 4
+    rounding = f"{float(factor * max(op.lipschitz, 1.0))!r} * 0x1p-24 * magnitude"
+    if not op.exact and op.name != "leaky_relu":
+        rounding += " + 1e-5 * (1 + fabs(expected))"
+    if spec.dtype != "f32":  # and dst is rounded once more
+        rounding = (
+            f"(fabs(expected) + {rounding}) * {UNIT_ROUNDOFF[spec.dtype]!r} + {UNDERFLOW[spec.dtype]!r} + {rounding}"
+        )
+    return rounding
+
+
+def _rounded(spec: ConvSpec) -> str:
+    """The sum ``x`` as i8, as a C expression."""
+    value = "fmax(x * scale[oc], 0)" if spec.activation == "relu" else "x * scale[oc]"
+    return f"fmin(fmax(nearbyint({value}), -128), 127)"
+
+
+def _activation(op: Activation) -> str:
+    """The activation of ``x`` as a C expression; prelu's slope is that of channel ``oc``."""
+    p = [repr(float(value)) for value in op.params]
+    match op.name:
+        case "none":
+            return "x"
+        case "relu":
+            return "fmax(x, 0)"
+        case "leaky_relu":
+            return f"x < 0 ? x * {p[0]} : x"
+        case "prelu":
+            return "x < 0 ? x * value(slope[oc]) : x"
+        case "clip":
+            low, high = op.params
+            inner = f"fmax(x, {p[0]})" if math.isfinite(low) else "x"
+            return f"fmin({inner}, {p[1]})" if math.isfinite(high) else inner
+        case "sigmoid":
+            return "1 / (1 + exp(-x))"
+        case "tanh":
+            return "tanh(x)"
+        case "silu":
+            return "x / (1 + exp(-x))"
+        case "mish":
+            return "x * tanh(log1p(exp(x)))"
+        case "hardswish":
+            return "x * fmin(fmax(x / 6 + 0.5, 0), 1)"
+        case "hardsigmoid":
+            return f"fmin(fmax(x * {p[0]} + {p[1]}, 0), 1)"
+        case "elu":
+            return f"x < 0 ? {p[0]} * expm1(x) : x"
+        case "gelu":
+            return "0.5 * x * (1 + erf(x * sqrt(0.5)))"
+        case "gelu_tanh":
+            return "0.5 * x * (1 + tanh(sqrt(2 / acos(-1.0)) * (x + 0.044715 * x * x * x)))"
+    raise ExportError(f"activation: expected one that example.c can show, found {op.name}")

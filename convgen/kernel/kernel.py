@@ -1,0 +1,277 @@
+"""Spec + target + record or default -> Kernel."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import SpecError, UnsupportedError
+from ..hardware.target import Target, check_native
+from ..lowering.interface import DeviceCode, Interface
+from ..lowering.link import link
+from ..lowering.lower import Lowered, compile_object, lower
+from ..lowering.lower import source as host_source
+from ..lowering.schedule import Candidate
+from ..lowering.versions import versions
+from ..problem.spec import ConvSpec
+from ..records.store import TuningRecord
+from .cuda_library import CudaLibrary
+from .library import BaseLibrary, Library
+
+
+class Kernel(BaseLibrary):
+    """A compiled, callable convolution: a :class:`CpuKernel` or a :class:`CudaKernel`.
+
+    ``kernel.bind(weights, bias)`` packs the parameters once and gives a layer, ``layer(src)``;
+    ``kernel(src, weights, bias)`` does both at once.
+
+    Attributes:
+        spec, target, threads: what it was built for.
+        path: its shared library.
+        schedule, picks: how.
+        record: the tuning record it came from; None where it is the schedule's default.
+        origin: where the record is from, unless this machine made it; empty otherwise.
+        note: what a user should know, such as that no fast schedule applied; empty otherwise.
+    """
+
+    #: What :meth:`source` gives.
+    sources: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        lowered: Lowered,
+        interface: Interface,
+        object_file: Path,
+        library: Path,
+        threads: int,
+        record: TuningRecord | None,
+        directory: Path,
+        origin: str = "",
+        note: str = "",
+    ) -> None:
+        super().__init__(library, interface.spec, interface.name, threads)
+        self.path, self.lowered, self.interface, self.object_file = library, lowered, interface, object_file
+        self.target, self.record, self.origin, self._note = lowered.target, record, origin, note
+        self.schedule: str = lowered.candidate.schedule.id
+        self.picks = lowered.candidate.picks
+        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+
+    @property
+    def exact(self) -> bool:
+        """Whether integer-valued data must match bit for bit: the schedule only reorders sums, or all is integers."""
+        return self.lowered.candidate.is_exact(self.spec)
+
+    @property
+    def note(self) -> str:
+        if self.schedule != "reference":
+            return self._note
+        why = f"no fast schedule applies on {self.target}, or none was right"
+        slow = f"{self.spec.descriptor}: {why}; this is the slow reference"
+        return f"{self._note}; {slow}" if self._note else slow
+
+    def __call__(
+        self,
+        src: Any,
+        weights: Any,
+        bias: Any = None,
+        slope: Any = None,
+        *,
+        scale: Any = None,
+        residual: Any = None,
+        out: Any = None,
+    ) -> Any:
+        """Pack and run once; see :meth:`bind` for repeated calls."""
+        return self.bind(weights, bias, slope, scale=scale)(src, residual=residual, out=out)
+
+    def source(self, kind: str = "tir") -> str:
+        """The code as text, one of :attr:`sources`."""
+        return source(self.lowered, kind)
+
+    @classmethod
+    @abstractmethod
+    def check(cls, target: Target) -> None:
+        """Raise:
+        UnsupportedError: kernels for the target cannot be loaded on this machine.
+        """
+
+    @classmethod
+    @abstractmethod
+    def threads_for(cls, threads: int | None, target: Target) -> int:
+        """The thread count of a kernel where this many are asked for."""
+
+    @classmethod
+    @abstractmethod
+    def device_code(cls, lowered: Lowered) -> DeviceCode | None:
+        """What runs on a GPU of a candidate."""
+
+    @classmethod
+    @abstractmethod
+    def text(cls, lowered: Lowered, kind: str) -> str:
+        """A candidate as text, one of :attr:`sources`."""
+
+    def export(self, directory: str | Path, *, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Write the library, header, manifest and C example; returns the manifest.
+
+        Args:
+            facts: what else the manifest should say, such as the validated error.
+
+        Raises:
+            ExportError: the folder cannot be written.
+        """
+        from ..problem.accuracy import error_factor
+        from .export import write_library
+
+        known: dict[str, Any] = {
+            "target": self.target.spelling,
+            "threads": self.threads,
+            "schedule": self.schedule,
+            "schedule_version": self.lowered.candidate.schedule.version,
+            "picks": dict(self.picks),
+            "record": self.record.id if self.record else None,
+            "record_origin": self.origin,
+            "seconds": self.record.seconds if self.record else None,
+            "error_factor": error_factor(self.spec),
+            "versions": versions(),
+        }
+        return write_library(Path(directory), self.interface, self.object_file, {**known, **(facts or {})})
+
+
+class CpuKernel(Kernel, Library):
+    """A kernel that runs on the CPU; its sources are scheduled TIR, LLVM IR and assembly."""
+
+    sources = ("tir", "ll", "asm")
+
+    @classmethod
+    def check(cls, target: Target) -> None:
+        check_native(target)
+
+    @classmethod
+    def threads_for(cls, threads: int | None, target: Target) -> int:
+        return target.cores if threads is None else threads
+
+    @classmethod
+    def device_code(cls, lowered: Lowered) -> None:
+        return None
+
+    @classmethod
+    def text(cls, lowered: Lowered, kind: str) -> str:
+        return host_source(lowered, kind)
+
+
+class CudaKernel(Kernel, CudaLibrary):
+    """A kernel that runs on a GPU; its sources are scheduled TIR, CUDA C++, PTX and machine code (SASS).
+
+    It is built, packed for and exported without a device.
+    """
+
+    sources = ("tir", "cuda", "ptx", "sass")
+
+    @classmethod
+    def check(cls, target: Target) -> None:
+        """Any machine loads it."""
+
+    @classmethod
+    def threads_for(cls, threads: int | None, target: Target) -> int:
+        """One: how many threads of the device run is fixed in its launches."""
+        return 1
+
+    @classmethod
+    def device_code(cls, lowered: Lowered) -> DeviceCode:
+        from ..cuda.code import device_code
+
+        return device_code(lowered)
+
+    @classmethod
+    def text(cls, lowered: Lowered, kind: str) -> str:
+        from ..cuda.listing import listing
+
+        return host_source(lowered, kind) if kind == "tir" else listing(lowered, kind)
+
+
+def kernel_type(target: Target) -> type[CpuKernel | CudaKernel]:
+    """How kernels for a target run."""
+    return CudaKernel if target.kind == "cuda" else CpuKernel
+
+
+def source(lowered: Lowered, kind: str) -> str:
+    """A candidate as text.
+
+    Raises:
+        UnsupportedError: the target has no such kind; says which it has.
+    """
+    made = kernel_type(lowered.target)
+    if kind not in made.sources:
+        expected = ", ".join(made.sources)
+        raise UnsupportedError(f"{lowered.target}: source: expected one of {expected}, found {kind!r}")
+    return made.text(lowered, kind)
+
+
+def compile_candidate(
+    spec: ConvSpec,
+    target: Target,
+    candidate: Candidate,
+    threads: int,
+    *,
+    record: TuningRecord | None = None,
+    name: str | None = None,
+    origin: str = "",
+    note: str = "",
+) -> Kernel:
+    """Lower, compile, link and load one candidate.
+
+    Args:
+        record, origin, note: kept by the kernel; see :class:`Kernel`.
+
+    Raises:
+        Inapplicable: the picks are not valid here.
+        BuildError: TVM, LLVM or the C compiler failed.
+        UnsupportedError: this machine cannot load the target's code.
+    """
+    made = kernel_type(target)
+    made.check(target)
+    lowered = lower(spec, target, candidate)
+    directory = Path(tempfile.mkdtemp(prefix="convgen-"))
+    try:
+        interface, object_file, library = compile_lowered(lowered, directory, name)
+        return made(lowered, interface, object_file, library, threads, record, directory, origin, note)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def compile_lowered(
+    lowered: Lowered, directory: Path, name: str | None = None, device: DeviceCode | None = None
+) -> tuple[Interface, Path, Path]:
+    """The interface, object file and shared library of a lowered candidate, written to ``directory``.
+
+    ``device`` is the code for a GPU where it is compiled already.
+    """
+    object_file = directory / "kernel.o"
+    workspace = compile_object(lowered, object_file)
+    device = device or kernel_type(lowered.target).device_code(lowered)
+    interface = Interface(
+        name=name or lowered.spec.name,
+        spec=lowered.spec,
+        packed=lowered.packed,
+        workspace_main=0 if device else workspace.main,
+        workspace_task=0 if device else workspace.task,
+        isa=lowered.target.isa,
+        device=device,
+    )
+    return interface, object_file, link(interface, object_file, directory / f"lib{interface.name}.so")
+
+
+def check_threads(threads: int | None, target: Target) -> int:
+    """The thread count: all cores where none is given, 1 on a GPU whatever is given.
+
+    Raises:
+        SpecError: it is not between 1 and 1024.
+    """
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
+        raise SpecError("threads", "an integer between 1 and 1024", repr(threads))
+    return kernel_type(target).threads_for(threads, target)

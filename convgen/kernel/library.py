@@ -1,0 +1,518 @@
+"""Loads a linked kernel and calls it: NumPy, ctypes and the standard library, nothing else.
+
+Tuned, measured and exported kernels all run through here, on the C runtime linked into each library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from ctypes import c_char, c_char_p, c_int, c_size_t, c_void_p
+from typing import Any, ClassVar, NamedTuple, NoReturn, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ExportError, KernelError
+from ..lowering.interface import ALIGNMENT, MAX_THREADS, TensorInfo, boundary
+from ..lowering.link import abi_text
+from ..problem.dtypes import BYTES, numpy_dtype
+from ..problem.spec import PARAMETERS, ConvSpec
+
+Array: TypeAlias = NDArray[Any]
+Bytes: TypeAlias = NDArray[np.uint8]
+
+_CPU_DEVICES = {1: "cpu", 3: "cuda_host"}  # DLPack's device types whose memory the CPU reads
+
+# enum convgen_status
+_OK, _WRONG_PACKED, _OVERLAP = 0, 4, 6
+
+
+class Sizes(NamedTuple):
+    """Bytes of every buffer of a kernel; 0 where the layer has no such tensor."""
+
+    src: int
+    weights: int
+    bias: int
+    slope: int
+    scale: int
+    residual: int
+    dst: int
+    packed: int
+    workspace: int
+
+
+class SizesStruct(ctypes.Structure):
+    _fields_ = [(name, c_size_t) for name in Sizes._fields]
+
+
+def buffer_fields(*names: str) -> list[tuple[str, type]]:
+    return [field for name in names for field in ((name, c_void_p), (f"{name}_size", c_size_t))]
+
+
+class _PackArgs(ctypes.Structure):
+    _fields_ = buffer_fields(*PARAMETERS, "packed")
+
+
+class _RunArgs(ctypes.Structure):
+    _fields_ = [*buffer_fields("src", "packed", "residual", "dst", "workspace"), ("pool", c_void_p)]
+
+
+# ---- arrays ------------------------------------------------------------------------------------
+
+
+def aligned(size: int) -> Bytes:
+    """``size`` uninitialised bytes at a multiple of 64."""
+    raw = np.empty(size + ALIGNMENT - 1, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
+
+
+def _address(array: NDArray[Any]) -> int:
+    """The address of an array's first byte; the quick way needs at least one writable byte."""
+    try:
+        return ctypes.addressof(_from_buffer(array))
+    except (TypeError, ValueError):
+        return int(array.ctypes.data)
+
+
+_from_buffer: Any = c_char.from_buffer
+
+
+def _array(name: str, value: object, *, written: bool = False) -> NDArray[Any]:
+    """``value`` as an array that shares its memory: a NumPy array, or anything with DLPack."""
+    if isinstance(value, np.ndarray):
+        return value
+    if not hasattr(value, "__dlpack__"):
+        raise KernelError(f"{name}: expected a NumPy array or one with __dlpack__, found {type(value).__name__}")
+    device = int(value.__dlpack_device__()[0]) if hasattr(value, "__dlpack_device__") else 1
+    if device not in _CPU_DEVICES:
+        raise KernelError(f"{name}: expected an array in CPU memory, found DLPack device type {device}")
+    try:
+        array = np.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        kind = type(value).__name__
+        raise KernelError(f"{name}: expected an array NumPy can share, found {kind}: {error}") from error
+    if written and not array.flags.writeable:
+        raise KernelError(f"{name}: expected writable memory, found {type(value).__name__}, shared read-only")
+    return array
+
+
+def _check(info: TensorInfo, array: NDArray[Any], *, written: bool = False) -> None:
+    """Raise KernelError unless the array is what the kernel reads or writes."""
+    name, flags = info.name, array.flags
+    if array.shape != info.shape:
+        raise KernelError(f"{name}: expected shape {info.shape}, found {array.shape}")
+    if array.dtype != (dtype := numpy_dtype(info.dtype)):
+        raise KernelError(f"{name}: expected dtype {dtype.name} in native byte order, found {_dtype_text(array)}")
+    if not flags.c_contiguous:
+        raise KernelError(f"{name}: expected a C-contiguous array, found strides {array.strides}")
+    if not flags.aligned:
+        element = BYTES[info.dtype]
+        raise KernelError(f"{name}: expected an address that is a multiple of {element}, found {array.ctypes.data:#x}")
+    if written and not flags.writeable:
+        raise KernelError(f"{name}: expected writable memory, found a read-only array")
+
+
+def _check_bytes(name: str, array: object, size: int, *, written: bool, at_least: bool = False) -> Bytes:
+    """A buffer of bytes the caller gives for ``packed`` or ``workspace``, checked."""
+    wanted = f"{'at least ' if at_least else ''}{size} contiguous bytes (uint8)"
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 1:
+        raise KernelError(f"{name}: expected an array of {wanted}, found {_describe(array)}")
+    if (array.size < size if at_least else array.size != size) or not array.flags.c_contiguous:
+        raise KernelError(f"{name}: expected {wanted}, found {_describe(array)}")
+    if array.ctypes.data % ALIGNMENT:
+        raise KernelError(f"{name}: expected an address that is a multiple of {ALIGNMENT}, found {_describe(array)}")
+    if written and not array.flags.writeable:
+        raise KernelError(f"{name}: expected writable memory, found a read-only array")
+    return array
+
+
+def _dtype_text(array: NDArray[Any]) -> str:
+    """Its name; of the other byte order, NumPy's code of both."""
+    return array.dtype.name if array.dtype.isnative else array.dtype.str
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape} with strides {value.strides} at {value.ctypes.data:#x}"
+    return type(value).__name__
+
+
+# ---- what all libraries of the process share ---------------------------------------------------
+
+_pools: dict[int, int] = {}
+
+#: Workspaces that no call uses. Calls return the largest they had; a deque's ends are atomic.
+_workspaces: deque[tuple[int, int, Bytes]] = deque()
+
+
+def _take_workspace(size: int) -> tuple[int, int, Bytes]:
+    """(address, size, its memory), of at least ``size`` bytes."""
+    try:
+        workspace = _workspaces.pop()
+    except IndexError:
+        workspace = (0, 0, np.empty(0, np.uint8))
+    if workspace[1] < size:
+        memory = aligned(size)
+        return memory.ctypes.data, size, memory
+    return workspace
+
+
+#: Files that were loaded, by path.
+_loaded: dict[str, tuple[int, int]] = {}
+
+
+def _open(path: str) -> ctypes.CDLL:
+    """Load a library.
+
+    The system's loader takes a path it knows for the file that was there before: a library that was
+    made anew would stay the old one. So a path's later files are loaded through a copy.
+    """
+    path = os.path.realpath(path)
+    status = os.stat(path)
+    file = (status.st_dev, status.st_ino)
+    if _loaded.setdefault(path, file) == file:
+        return ctypes.CDLL(path)
+    with tempfile.TemporaryDirectory(prefix="convgen-") as folder:
+        return ctypes.CDLL(shutil.copy(path, folder))
+
+
+class Loaded:
+    """A part of this process: its copies are itself, and it cannot be sent to another one."""
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(f"cannot pickle {name}: it is loaded into this process; build or load it in the other one")
+
+
+class BaseLibrary(Loaded, ABC):
+    """A shared library with one kernel, loaded: what kernels for CPUs and for GPUs have in common.
+
+    Args:
+        path: the library.
+        spec: its layer.
+        name: the prefix of its functions.
+        threads: how many threads a layer runs on.
+
+    Raises:
+        KernelError: ``threads`` is out of range.
+        ExportError: the file is no library, or not one with these functions and this layer.
+    """
+
+    #: Whether it runs on a GPU.
+    on_device: ClassVar[bool]
+
+    def __init__(self, path: str | os.PathLike[str], spec: ConvSpec, name: str, threads: int) -> None:
+        self.spec, self.name, self.threads = spec, name, thread_count(threads)
+        self._tensors = boundary(spec)
+        try:
+            self._dll = _open(os.fspath(path))
+            self._pack = self._function("pack", c_void_p)
+            self._run = self._function("run", c_void_p)
+            self._verify = self._function("verify_packed", c_void_p, c_size_t)
+            self._error = self._function("error", c_int, returns=c_char_p)
+            self._version = self._function("version", returns=c_char_p)
+            self._find_functions()
+        except (OSError, AttributeError) as error:
+            raise ExportError(f"{os.fspath(path)}: expected a library with the kernel {name}, found {error}") from error
+        self._check_layer(os.fspath(path))
+
+    @abstractmethod
+    def _find_functions(self) -> None:
+        """The functions that libraries of this kind have besides."""
+
+    @abstractmethod
+    def sizes(self) -> Sizes:
+        """Bytes of every buffer."""
+
+    @abstractmethod
+    def bind(self, weights: object, bias: object = None, slope: object = None, *, scale: object = None) -> Any:
+        """A layer with these weights, packed once; arguments as in :meth:`pack`."""
+
+    def _check_layer(self, path: str) -> None:
+        """Raise ExportError unless the library is of the spec's layer: arrays are checked against the spec."""
+        expected = f"{abi_text(self.on_device)}; {self.spec.descriptor}"
+        if not self.version.startswith(f"{expected}; "):
+            raise ExportError(f"{path}: expected {expected}, found {self.version}")
+        sizes = self.sizes()._asdict()
+        for name in ("src", *PARAMETERS, "residual", "dst"):
+            size = self._tensors[name].bytes if name in self._tensors else 0
+            if sizes[name] != size:
+                raise ExportError(f"{path}: {name}: expected {size} bytes, found {sizes[name]}")
+
+    def _function(self, suffix: str, *arguments: type, returns: type = c_int) -> Any:
+        function = getattr(self._dll, f"{self.name}_{suffix}")
+        function.argtypes, function.restype = arguments, returns
+        return function
+
+    @property
+    def version(self) -> str:
+        """What the library says of itself: its ABI, layer and a digest of its code."""
+        return str(self._version().decode())
+
+    def pack(
+        self,
+        weights: object,
+        bias: object = None,
+        slope: object = None,
+        packed: Bytes | None = None,
+        *,
+        scale: object = None,
+    ) -> Bytes:
+        """The parameters as the kernel reads them; into ``packed`` where given.
+
+        Args:
+            weights: ``spec.weights_shape``; like all tensors stored as ``spec.dtypes`` says: float32, float16,
+                ml_dtypes.bfloat16, int8 or int32.
+            bias: ``[oc]``, given exactly where the spec has one. With the sum of products it must fit into its type.
+            slope: of prelu, ``[oc]`` or one number.
+            scale: of i8, ``[oc]``.
+            packed: ``sizes().packed`` bytes at a multiple of 64.
+
+        Raises:
+            KernelError: an argument is not what the layer needs.
+        """
+        if slope is not None and self.spec.has_slope:
+            slope = self._broadcast_slope(slope)
+        given = {"weights": weights, "bias": bias, "slope": slope, "scale": scale}
+        args, arrays = _PackArgs(), []
+        for name, value in given.items():
+            array = self._operand(name, value)
+            if array is not None:
+                arrays.append(array)
+                setattr(args, name, array.ctypes.data)
+                setattr(args, f"{name}_size", array.nbytes)
+        size = self.sizes().packed
+        packed = aligned(size) if packed is None else _check_bytes("packed", packed, size, written=True)
+        args.packed, args.packed_size = packed.ctypes.data, size
+        self._require(self._pack(ctypes.byref(args)))
+        return packed
+
+    def _broadcast_slope(self, slope: object) -> object:
+        one = slope.item() if isinstance(slope, np.ndarray | np.generic) and slope.size == 1 else slope
+        return np.full(self.spec.oc, one, numpy_dtype(self.spec.dtype)) if isinstance(one, int | float) else slope
+
+    def _operand(self, name: str, value: object) -> NDArray[Any] | None:
+        """An input of the kernel, checked; None where the layer has no such input and none is given."""
+        if name in self._tensors:
+            return self._required(name, value)
+        if value is not None:
+            raise KernelError(f"{name}: expected none ({self.spec.descriptor}), found {type(value).__name__}")
+        return None
+
+    def _required(self, name: str, value: object) -> NDArray[Any]:
+        info = self._tensors[name]
+        if value is None:
+            raise KernelError(f"{name}: expected shape {info.shape} ({self.spec.descriptor}), found none")
+        array = _array(name, value)
+        _check(info, array)
+        return array
+
+    def verify_packed(self, packed: Bytes) -> bool:
+        """Whether ``packed`` is what :meth:`pack` of this library wrote, to the last bit."""
+        size = self.sizes().packed
+        address = _check_bytes("packed", packed, size, written=False).ctypes.data
+        status = self._verify(address, size)
+        if status != _WRONG_PACKED:
+            self._require(status)
+        return bool(status == _OK)
+
+    def _require(self, status: int) -> None:
+        if status != _OK:
+            text = self._error(status).decode()
+            if status == _OVERLAP:
+                text = "out (dst): expected memory apart from all other arguments, found an overlap"
+            raise KernelError(f"{self.name}: {text}")
+
+
+class Library(BaseLibrary):
+    """A library that runs on the CPU; arguments as :class:`BaseLibrary` has them."""
+
+    on_device = False
+
+    def _find_functions(self) -> None:
+        self._sizes = self._function("sizes", c_int, c_void_p)
+        self._check_cpu = self._function("check_cpu")
+        self._pool_create = self._function("pool_create", c_int, c_void_p)
+
+    def check_cpu(self) -> None:
+        """Raise KernelError unless this CPU has the instructions the library was compiled for."""
+        self._require(self._check_cpu())
+
+    def sizes(self, threads: int | None = None) -> Sizes:
+        """Bytes of every buffer for calls on ``threads`` threads (the library's own where None)."""
+        threads = self.threads if threads is None else thread_count(threads)
+        sizes = SizesStruct()
+        self._require(self._sizes(threads, ctypes.byref(sizes)))
+        return Sizes(*(getattr(sizes, name) for name in Sizes._fields))
+
+    def run(
+        self,
+        src: object,
+        packed: Bytes,
+        dst: object,
+        residual: object = None,
+        workspace: Bytes | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """Run the kernel once; arguments as in :meth:`prepare`, the workspace is the process's own where None.
+
+        Raises:
+            KernelError: an argument is not what the layer needs.
+        """
+        if workspace is not None:
+            self.prepare(src, packed, dst, residual, workspace, threads)()
+            return
+        taken = _take_workspace(self.sizes(threads).workspace)
+        try:
+            self.prepare(src, packed, dst, residual, taken[2], threads)()
+        finally:
+            _workspaces.append(taken)
+
+    def prepare(
+        self,
+        src: object,
+        packed: Bytes,
+        dst: object,
+        residual: object = None,
+        workspace: Bytes | None = None,
+        threads: int | None = None,
+    ) -> Callable[[], None]:
+        """Check the arguments of a run once; what is returned runs the kernel and does nothing else.
+
+        Args:
+            src: ``spec.src_shape``, like dst and residual of the spec's dtype.
+            packed: what :meth:`pack` gave.
+            dst: ``spec.dst_shape``, written; overlaps no other argument.
+            residual: ``spec.dst_shape``, given exactly where the spec has one.
+            workspace: at least ``sizes(threads).workspace`` bytes at a multiple of 64; new memory
+                where None. Only one call at a time can use it.
+            threads: the library's own where None.
+
+        Raises:
+            KernelError: an argument is not what the layer needs (overlaps: when it is run).
+        """
+        threads = self.threads if threads is None else thread_count(threads)
+        source, added = self._required("src", src), self._operand("residual", residual)
+        out = _array("dst", dst, written=True)
+        _check(self._tensors["dst"], out, written=True)
+        sizes = self.sizes(threads)
+        _check_bytes("packed", packed, sizes.packed, written=False)
+        if workspace is None:
+            workspace = aligned(sizes.workspace)
+        else:
+            _check_bytes("workspace", workspace, sizes.workspace, written=True, at_least=True)
+        args = self._run_args(packed, sizes, threads)
+        args.workspace, args.workspace_size = workspace.ctypes.data, workspace.size
+        args.src, args.dst = source.ctypes.data, out.ctypes.data
+        if added is not None:
+            args.residual = added.ctypes.data
+        memory = (source, packed, out, added, workspace)  # the struct has their addresses only
+        run, reference, require = self._run, ctypes.byref(args), self._require
+
+        def call(_memory: object = memory) -> None:
+            status = run(reference)
+            if status:
+                require(status)
+
+        return call
+
+    def bind(self, weights: object, bias: object = None, slope: object = None, *, scale: object = None) -> Layer:
+        """A layer with these weights, packed once; arguments as in :meth:`pack`."""
+        return Layer(self, self.pack(weights, bias, slope, scale=scale))
+
+    def _run_args(self, packed: Bytes, sizes: Sizes, threads: int) -> _RunArgs:
+        """The struct of a call, but for the addresses of src, residual, dst and workspace."""
+        args = _RunArgs(packed=packed.ctypes.data, pool=self._pool(threads))
+        for name in ("src", "packed", "residual", "dst"):
+            setattr(args, f"{name}_size", getattr(sizes, name))
+        return args
+
+    def _pool(self, threads: int) -> int | None:
+        """The process's pool of that many threads, whichever library made it; None for one thread.
+
+        Never destroyed, like the libraries are never unloaded.
+        """
+        if threads == 1:
+            return None
+        if threads not in _pools:
+            pool = c_void_p()
+            self._require(self._pool_create(threads, ctypes.byref(pool)))
+            if _pools.setdefault(threads, pool.value or 0) != pool.value:  # another thread was faster
+                self._function("pool_destroy", c_void_p)(pool)
+        return _pools[threads]
+
+
+def thread_count(threads: object) -> int:
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= MAX_THREADS:
+        raise KernelError(f"threads: expected 1 to {MAX_THREADS}, found {threads!r}")
+    return threads
+
+
+class Layer(Loaded):
+    """A kernel with its weights: ``layer(x)``. Several threads may call one layer at once."""
+
+    def __init__(self, library: Library, packed: Bytes) -> None:
+        self.library, self.packed = library, packed
+        self.spec, self.threads = library.spec, library.threads
+        tensors, self._sizes = library._tensors, library.sizes()
+        self._src = dataclasses.replace(tensors["src"], name="x")
+        self._dst = dataclasses.replace(tensors["dst"], name="out")
+        self._has_residual = "residual" in tensors
+        #: Structs of this layer's calls that no call uses.
+        self._free_args: deque[_RunArgs] = deque()
+
+    def __call__(self, x: Any, *, residual: Any = None, out: Any = None) -> Array:
+        """The layer's output for ``x``.
+
+        Args:
+            x: of the spec's dtype, ``spec.src_shape``: a NumPy array or anything with DLPack, in CPU memory and
+                contiguous; it is read where it is.
+            residual: ``spec.dst_shape``, given exactly where the spec has one.
+            out: where to write, ``spec.dst_shape``; a new array where None.
+
+        Returns:
+            ``out`` as an array.
+
+        Raises:
+            KernelError: an argument is not what the layer needs, or ``out`` overlaps another one.
+        """
+        library = self.library
+        src = x if type(x) is np.ndarray else _array("x", x)
+        _check(self._src, src)
+        if out is None:
+            dst = np.empty(self._dst.shape, numpy_dtype(self._dst.dtype))
+        else:
+            dst = _array("out", out, written=True)
+            _check(self._dst, dst, written=True)
+        added = None
+        if residual is not None or self._has_residual:
+            added = library._operand("residual", residual)
+        try:
+            args = self._free_args.pop()
+        except IndexError:
+            args = library._run_args(self.packed, self._sizes, self.threads)
+        args.src, args.dst = _address(src), _address(dst)
+        if added is not None:
+            args.residual = _address(added)
+        workspace = _take_workspace(self._sizes.workspace)
+        args.workspace, args.workspace_size = workspace[0], workspace[1]
+        status = library._run(ctypes.byref(args))
+        _workspaces.append(workspace)
+        self._free_args.append(args)
+        if status:
+            library._require(status)
+        return dst

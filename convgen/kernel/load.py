@@ -1,0 +1,95 @@
+"""Loads an exported library: the file its manifest describes, or none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import BuildError, ExportError, KernelError, SpecError
+from ..lowering.interface import ABI, check_name
+from ..problem.spec import ConvSpec
+from .library import Library, thread_count
+
+if TYPE_CHECKING:
+    from .cuda_library import CudaLibrary
+
+#: The file that describes an exported library.
+MANIFEST = "manifest.json"
+_MANIFEST_BYTES = 1 << 20  # more than any manifest has
+
+
+# ---- exported libraries ------------------------------------------------------------------------
+
+
+def load(directory: str | os.PathLike[str], threads: int | None = None) -> Library | CudaLibrary:
+    """The library that an export wrote into ``directory``; ``threads`` as it was tuned where None.
+
+    One for a GPU loads without a driver and a device; its layers need both.
+
+    Raises:
+        ExportError: there is no manifest, or the library is not the one it describes.
+    """
+    folder = Path(directory)
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(_read(path, "a manifest", _MANIFEST_BYTES).data)
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path}: expected JSON, found {error}") from error
+    try:
+        if manifest["abi"] != ABI:
+            raise ExportError(f"{path}: abi: expected {ABI}, found {manifest['abi']!r}")
+        spec, name = ConvSpec.from_dict(manifest["spec"]["fields"], str(path)), check_name(manifest["name"])
+        file, tuned = f"lib{name}.so", thread_count(manifest["threads"])
+        expected = manifest["files"][file]["sha256"]
+    except (KeyError, TypeError, AttributeError) as error:
+        found = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ExportError(f"{path}: expected the manifest of a library, found {found}") from error
+    except (BuildError, KernelError, SpecError) as error:
+        raise ExportError(f"{path}: {error}") from error
+    checked = _read(folder / file, "a library")
+    digest = hashlib.sha256(checked.data).hexdigest()
+    if digest != expected:
+        raise ExportError(f"{folder / file}: expected SHA-256 {expected}, as {path.name} has it, found {digest}")
+    library = _kind(manifest)(folder / file, spec, name, tuned if threads is None else threads)
+    if _read(folder / file, "a library") != checked:
+        raise ExportError(f"{folder / file}: expected the file that was checked, found one that was put in its place")
+    return library
+
+
+def _kind(manifest: dict[str, Any]) -> type[Library | CudaLibrary]:
+    if manifest.get("device") is None:
+        return Library
+    from .cuda_library import CudaLibrary
+
+    return CudaLibrary
+
+
+class _File(NamedTuple):
+    """A file's bytes; which file it was, and when it was changed."""
+
+    data: bytes
+    device: int
+    inode: int
+    changed: int
+
+
+def _read(path: Path, what: str, most: int | None = None) -> _File:
+    """A file, of which no more than ``most`` bytes are read.
+
+    Raises:
+        ExportError: there is none, or it is larger, or no regular file.
+    """
+    try:
+        if not path.is_file() and path.exists():
+            raise ExportError(f"{path}: expected {what}, found no file but something else")
+        with open(path, "rb") as file:
+            data = file.read() if most is None else file.read(most + 1)
+            status = os.fstat(file.fileno())
+    except OSError as error:
+        raise ExportError(f"{path}: expected {what}, found {error.strerror}") from error
+    if most is not None and len(data) > most:
+        raise ExportError(f"{path}: expected {what} of at most {most} bytes, found more")
+    return _File(data, status.st_dev, status.st_ino, status.st_ctime_ns)

@@ -1,0 +1,60 @@
+"""The zero-trial default of a layer, and candidates from text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import Inapplicable, UnsupportedError
+from ..hardware.target import Target
+from ..problem.spec import ConvSpec
+from .discover import schedule as find_schedule
+from .discover import schedules
+from .schedule import Candidate, Picks
+
+
+def default_candidate(spec: ConvSpec, target: Target) -> Candidate:
+    """The zero-trial answer: the applicable schedule that predicts the shortest time, at its default.
+
+    Raises:
+        UnsupportedError: no schedule applies on this target; says why each does not.
+    """
+    core = spec.core
+    reasons, ranked = [], []
+    for schedule in schedules().values():
+        reason = schedule.reason_against(core, target)
+        if reason is None:
+            ranked.append((schedule.cost(core, target), schedule.id, schedule))
+        else:
+            reasons.append(f"{schedule.id}: {reason}")
+    if not ranked:
+        raise UnsupportedError(f"{spec.descriptor} on {target}: no schedule applies ({'; '.join(reasons)})")
+    best = min(ranked, key=lambda entry: entry[:2])[2]
+    return Candidate(best, best.default(core, target))
+
+
+def parse_candidate(spec: ConvSpec, target: Target, schedule_id: str, picks: str | None = None) -> Candidate:
+    """A candidate from text such as ``tile_oc=32 tile_ow=14``; the default picks where none are given.
+
+    Raises:
+        UnsupportedError: no such schedule.
+        Inapplicable: it does not apply, or the picks are malformed or not valid.
+    """
+    schedule = find_schedule(schedule_id)
+    core = spec.core
+    schedule.check(core, target)
+    if picks is None:
+        return Candidate(schedule, schedule.default(core, target))
+    domains = schedule.space(core, target).domains
+    chosen: dict[str, Any] = {}
+    for part in picks.split():
+        key, separator, text = part.partition("=")
+        values = {str(value): value for value in domains.get(key, ())}
+        if not separator or text not in values or key in chosen:
+            known = "; ".join(f"{k}={'|'.join(map(str, v))}" for k, v in domains.items())
+            raise Inapplicable(f"picks: expected each of {known} once, found {part!r}")
+        chosen[key] = values[text]
+    for key in domains.keys() - chosen.keys():
+        raise Inapplicable(f"picks: expected a value for {key}, found none")
+    candidate = Candidate(schedule, Picks(**{key: chosen[key] for key in domains}))
+    schedule.valid(core, target, candidate.picks)
+    return candidate

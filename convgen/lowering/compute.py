@@ -1,0 +1,447 @@
+"""What a convolution computes, as TVM tensor expressions: the one readable definition.
+
+Every rank, layout and epilogue; direct and transposed. Schedules share :class:`Operands` (the
+tensors at the user's boundary, addressed as ``(n, channel, spatial)`` whatever their layout) and
+:func:`epilogue`; the `reference` schedule lowers :func:`convolution` as it stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import te, tirx
+
+from ..problem.activation import Activation
+from ..problem.spec import ConvSpec
+
+#: TVM's names of what sums are kept in, and of the storage types. bf16 is moved as bits: TVM would
+#: legalise it anew in every expression.
+ACCUMULATOR = "float32"
+STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16", "i8": "int8", "i32": "int32"}
+#: What exact sums of integers are kept in.
+INTEGER = "int32"
+
+#: The storage type that a TVM type is.
+STORED = {tvm: name for name, tvm in STORAGE.items()}
+
+Expr = Any  # a TVM expression; TVM's own Python classes for them are untyped
+Index = Sequence[Expr]
+
+
+def ceildiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def round_up(a: int, b: int) -> int:
+    """``a`` rounded up to a multiple of ``b``."""
+    return ceildiv(a, b) * b
+
+
+def flat(index: Index, shape: Sequence[int]) -> Expr:
+    """The row-major position of ``index`` in ``shape``."""
+    position: Expr = 0
+    for i, size in zip(index, shape, strict=True):
+        position = position * size + i
+    return position
+
+
+def unflat(position: Expr, shape: Sequence[int]) -> list[Expr]:
+    """The index that :func:`flat` made ``position`` of."""
+    index: list[Expr] = []
+    for size in reversed(shape):
+        index.insert(0, tirx.floormod(position, size))
+        position = tirx.floordiv(position, size)
+    return index
+
+
+def of_lanes(dtype: str, lanes: int) -> str:
+    """TVM's name of a vector type; of one lane, the scalar's."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def widen(value: Expr, dtype: str, lanes: int = 1) -> Expr:
+    """A stored value of ``dtype`` as f32; an i32 stays one."""
+    if dtype == "i32":
+        return value
+    if dtype == "bf16":  # the upper half of an f32
+        bits = value.astype(of_lanes("uint32", lanes)) << tirx.const(16, "uint32")
+        return tirx.reinterpret(of_lanes("float32", lanes), bits)
+    return value.astype(of_lanes(ACCUMULATOR, lanes))
+
+
+def narrow(value: Expr, dtype: str, lanes: int = 1) -> Expr:
+    """An f32 value as it is stored in ``dtype``: rounded to nearest, ties to even; to integers, saturated too."""
+    if dtype == "i8":
+        within = tirx.max(tirx.const(-128, ACCUMULATOR), tirx.min(tirx.const(127, ACCUMULATOR), value))
+        # Added to 1.5 * 2**23 a number is rounded to a whole one, whose lowest bits are the sum's.
+        sums = within + tirx.const(1.5 * 2**23, ACCUMULATOR)
+        return tirx.reinterpret(of_lanes(INTEGER, lanes), sums).astype(of_lanes(STORAGE[dtype], lanes))
+    if dtype != "bf16":
+        return value.astype(of_lanes(STORAGE[dtype], lanes))
+
+    def const(number: int) -> Expr:
+        return tirx.const(number, "uint32")
+
+    f32 = tirx.Var("f32", of_lanes(ACCUMULATOR, lanes))
+    bits = tirx.reinterpret(of_lanes("uint32", lanes), f32)
+    rounded = bits + const(0x7FFF) + ((bits >> const(16)) & const(1))
+    # A NaN stays one, and gets quiet; the simplifier would take f32 != f32 for false.
+    kept = tirx.Select(tirx.isnan(f32), bits | const(0x400000), rounded)
+    return tirx.Let(f32, value, (kept >> const(16)).astype(of_lanes(STORAGE[dtype], lanes)))
+
+
+class Operand:
+    """A tensor at the user's boundary. Its elements read as f32, however they are stored; i32 as itself, and i8 as
+    i32 where ``integers``.
+    """
+
+    def __init__(self, name: str, shape: Sequence[int], dtype: str, storage: str, integers: bool = False) -> None:
+        self.name, self.shape, self.dtype = name, shape, dtype
+        self._integers = integers and dtype == "i8"
+        self.tensor = te.placeholder(shape, storage, name)
+
+    def __getitem__(self, index: Any) -> Expr:
+        value = self.tensor(*index if isinstance(index, tuple) else (index,))
+        if self._integers:
+            return value.astype(INTEGER)
+        return value.astype(ACCUMULATOR) if self.tensor.dtype == "bfloat16" else widen(value, self.dtype)
+
+
+class Operands:
+    """A spec's tensors, those it has; the others are None.
+
+    Args:
+        native: they are of TVM's own type for bf16: code generators that have one may use it.
+        integers: elements of i8 read as i32, of which sums are exact however long they are.
+    """
+
+    def __init__(self, spec: ConvSpec, *, native: bool = False, integers: bool = False) -> None:
+        self.spec = spec
+        dtypes = spec.dtypes
+
+        def operand(name: str) -> Operand:
+            storage = "bfloat16" if native and dtypes[name] == "bf16" else STORAGE[dtypes[name]]
+            return Operand(name, spec.shapes[name], dtypes[name], storage, integers)
+
+        self.src, self.weights = operand("src"), operand("weights")
+        self.residual = operand("residual") if spec.residual else None
+        #: What ``pack`` takes: ``weights [bias] [slope] [scale]``.
+        self.parameters = [self.weights, *(operand(name) for name in spec.parameters[1:])]
+
+    def order(self, n: Expr, channel: Expr, spatial: Index) -> tuple[Expr, ...]:
+        """``(n, channel, spatial)`` in the order of the spec's layout."""
+        return (n, channel, *spatial) if self.spec.layout == "nchw" else (n, *spatial, channel)
+
+    def logical(self, index: Index) -> tuple[Expr, Expr, tuple[Expr, ...]]:
+        """The inverse of :meth:`order`."""
+        if self.spec.layout == "nchw":
+            return index[0], index[1], tuple(index[2:])
+        return index[0], index[-1], tuple(index[1:-1])
+
+    def pack(self, *packed: te.Tensor) -> list[te.Tensor]:
+        """Arguments of the pack function."""
+        return [*(p.tensor for p in self.parameters), *packed]
+
+    def main(self, packed: Sequence[te.Tensor], dst: te.Tensor) -> list[te.Tensor]:
+        """Arguments of the main function."""
+        return [o.tensor for o in (self.src, self.residual) if o is not None] + [*packed, dst]
+
+    def per_channel(self, vectors: Sequence[te.Tensor], channel: Expr) -> dict[str, Expr]:
+        """What :func:`epilogue` takes of a channel, from the packed ``[bias] [slope] [scale]``."""
+        names = [parameter.name for parameter in self.parameters[1:]]
+        return {name: vector[channel] for name, vector in zip(names, vectors, strict=True)}
+
+    def read_src(self, n: Expr, channel: Expr, spatial: Index, *, always: bool = False) -> Expr:
+        """src there, 0 outside it; checked only where the spec has padding, or ``always``."""
+        sizes = self.spec.in_spatial
+        inside = [c for i, size in zip(spatial, sizes, strict=True) for c in (i >= 0, i < size)]
+        value = self.src[self.order(n, channel, spatial)]
+        if not always and not any(b or e for b, e in self.spec.padding):
+            return value
+        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, value.ty.dtype))
+
+    def store(self, value: Callable[[Expr, Expr, tuple[Expr, ...]], Expr]) -> te.Tensor:
+        """dst in the spec's layout: the epilogue of ``value(n, channel, spatial)``, which adds the bias itself."""
+        dtype = self.spec.dtype
+        return te.compute(self.spec.dst_shape, lambda *index: narrow(value(*self.logical(index)), dtype), name="dst")
+
+
+def _polynomial(x: Expr, coefficients: Sequence[float]) -> Expr:
+    """``c0 + c1 x + c2 x**2 + …`` by Horner's rule."""
+    *lower, value = (tirx.const(c, ACCUMULATOR) for c in coefficients)
+    for c in reversed(lower):
+        value = value * x + c
+    return value
+
+
+def _exponential(x: Expr) -> tuple[Expr, Expr]:
+    """``(series, power)`` with ``exp(x) - 1 = series * power + (power - 1)``, for ``x`` from -88 to 89.
+
+    ``x = n ln 2 + r`` with ``|r| <= ln 2 / 2``; the series is of ``exp(r) - 1``, the power ``2**n``: 0 at
+    ``n = -127``, infinite at 128.
+
+    Coefficients: least largest relative error of ``exp(r) - 1`` by reweighted least squares in float64,
+    rounded to f32 one after the other, those left fitted anew: 2**-26, of ``exp(r)`` 2**-27.
+    """
+
+    def const(value: float) -> Expr:
+        return tirx.const(value, ACCUMULATOR)
+
+    lanes = x.ty.dtype.lanes
+    # Added to 1.5 * 2**23 a number is rounded to a whole one, which the lowest bits hold. As an integer in
+    # between, or the simplifier would take (a + b) - b for a.
+    shift = const(1.5 * 2**23 + 127)
+    bits = tirx.reinterpret(of_lanes("int32", lanes), x * const(1 / math.log(2)) + shift)
+    n = tirx.reinterpret(of_lanes(ACCUMULATOR, lanes), bits) - shift
+    r = x - n * const(0.693359375) - n * const(math.log(2) - 0.693359375)  # the first has 9 bits: exact
+    series = _polynomial(r, (1, 0.49999997, 0.16666546, 0.04166744, 0.008366256, 0.001387032)) * r
+    return series, tirx.reinterpret(of_lanes(ACCUMULATOR, lanes), bits << tirx.const(23, "int32"))
+
+
+def _odd(x: Expr, largest: float, numerator: Sequence[float], denominator: Sequence[float], limit: float) -> Expr:
+    """An odd function that saturates: ``x`` times a quotient of polynomials of ``x**2``, within ``±limit``.
+
+    The numerator starts with 1. Beyond ``largest`` the quotient stays, and the limit takes over. Coefficients:
+    least largest error by reweighted least squares in float64, rounded to f32 as in :func:`_exponential`.
+    """
+
+    def const(value: float) -> Expr:
+        return tirx.const(value, ACCUMULATOR)
+
+    square = tirx.min(const(largest * largest), x * x)
+    value = x + x * square * _polynomial(square, numerator[1:])
+    return tirx.max(const(-limit), tirx.min(const(limit), value / _polynomial(square, denominator)))
+
+
+def _tanh(x: Expr) -> Expr:
+    """Relative error of the quotient 2**-25."""
+    numerator = (1, 0.13382743, 0.0034975365, 2.0637422e-05, 1.3386597e-08)
+    return _odd(x, 9.02, numerator, (1, 0.46716064, 0.02588463, 0.00032886624, 7.7911994e-07), 1)
+
+
+def _half_erf(x: Expr) -> Expr:
+    """``erf(x / sqrt(2)) / 2``: the normal distribution less a half. Absolute error of the quotient 2**-27."""
+    numerator = (1, 0.08432457, 0.01169432, 0.0004181272, 1.5923184e-05, 5.7678356e-08)
+    denominator = (2.5066285, 0.62914014, 0.07150739, 0.0046950164, 0.00018316589, 3.0207673e-06)
+    return _odd(x, 5.46, numerator, denominator, 0.5)
+
+
+def activate(op: Activation, x: Expr, slope: Expr | None = None) -> Expr:
+    """The activation of ``x``. The order of operands in min and max lets NaN through.
+
+    exp, tanh and erf are written out: what TVM has for them calls the C library, an element at a time.
+    Largest errors found among every 101st float, in units in the last place: elu 1.5, sigmoid and silu 2.4
+    (to -80), mish 4.2, tanh 4.6, without FMA 6.4; gelu and gelu_tanh, absolute, 2.9 * 2**-24 * (1 + |x|).
+    """
+
+    def const(value: float) -> Expr:
+        return tirx.const(value, ACCUMULATOR)
+
+    def clip(value: Expr, low: float, high: float) -> Expr:
+        if low > -math.inf:
+            value = tirx.max(const(low), value)
+        return tirx.min(const(high), value) if high < math.inf else value
+
+    def plus_exp(value: Expr) -> Expr:
+        """``1 + exp(value)``, for values from -88 to 89; infinite at the end."""
+        series, power = _exponential(value)
+        return (series + one) * power + one
+
+    zero, one, p = const(0), const(1), op.params
+    match op.name:
+        case "none":
+            return x
+        case "relu":
+            return tirx.max(zero, x)
+        case "leaky_relu":
+            return tirx.Select(x < zero, x * const(p[0]), x)
+        case "prelu":
+            return tirx.Select(x < zero, x * slope, x)
+        case "clip":
+            return clip(x, *p)
+        case "sigmoid":
+            return one / plus_exp(clip(-x, -88, 89))
+        case "tanh":
+            return _tanh(x)
+        case "silu":
+            return x / plus_exp(clip(-x, -88, 89))
+        case "mish":  # x tanh(log(1 + e^x)), where (1 + e^x)^2 - 1 = n; from e^20 on the factor is 1
+            series, power = _exponential(clip(x, -88, 20))
+            e = (series + one) * power
+            n = e * (e + const(2))
+            return x * (n / (n + const(2)))
+        case "hardswish":
+            return x * clip(x * const(1 / 6) + const(0.5), 0, 1)
+        case "hardsigmoid":
+            return clip(x * const(p[0]) + const(p[1]), 0, 1)
+        case "elu":
+            series, power = _exponential(clip(x, -88, math.inf))
+            return tirx.Select(x < zero, const(p[0]) * (series * power + (power - one)), x)
+        case "gelu":
+            return x * (_half_erf(x) + const(0.5))
+        case "gelu_tanh":
+            k = -2 * math.sqrt(2 / math.pi)
+            return x / plus_exp(clip(x * (x * x * const(0.044715 * k) + const(k)), -88, 89))
+    raise AssertionError(f"activation {op.name} has no expression")
+
+
+def epilogue(
+    spec: ConvSpec,
+    value: Expr,
+    *,
+    bias: Expr | None = None,
+    residual: Expr | None = None,
+    slope: Expr | None = None,
+    scale: Expr | None = None,
+    lanes: int = 1,
+) -> Expr:
+    """``activation(value + bias + residual)`` as f32; what the spec lacks is None.
+
+    With a scale, ``activation((value + bias) * scale)``: of i8, whose sums are added to the bias as i32.
+    """
+    if scale is not None:
+        value = value.astype(of_lanes(INTEGER, lanes))
+    for term in (bias, residual):
+        if term is not None:
+            value = value + term
+    if scale is not None:
+        value = value.astype(of_lanes(ACCUMULATOR, lanes)) * scale
+    return activate(spec.activation_op, value, slope)
+
+
+def pack_channels(ops: Operands, tile: int) -> tuple[list[te.Tensor], list[te.Tensor]]:
+    """Weights as ``[oc/tile][taps][ic/groups][tile]``, and the other parameters as they are.
+
+    Returns the packed tensors and, for the main function, their placeholders. The taps are one axis,
+    row-major; channels past ``oc`` are zero.
+    """
+    spec, weights = ops.spec, ops.weights
+    taps = math.prod(spec.kernel)
+    shape = (ceildiv(spec.oc, tile), taps, spec.ic // spec.groups, tile)
+
+    def packed_weights(b: Expr, tap: Expr, c: Expr, t: Expr) -> Expr:
+        value = weights[(b * tile + t, c, *unflat(tap, spec.kernel))]
+        if spec.oc % tile == 0:
+            return value
+        return tirx.if_then_else(b * tile + t < spec.oc, value, tirx.const(0, ACCUMULATOR))
+
+    packed = [te.compute(shape, packed_weights, name="weights_packed")]
+    packed += [copied(p, shape[0] * tile) for p in ops.parameters[1:]]
+    return packed, [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
+
+
+def copied(parameter: Operand, channels: int = 0) -> te.Tensor:
+    """The packed form that changes nothing but the storage, which is what it reads as, and a vector's length: zeros
+    follow.
+    """
+    name = f"{parameter.name}_packed"
+    if channels <= parameter.shape[0]:
+        return te.compute(parameter.shape, lambda *i: parameter[i], name=name)
+
+    def value(o: Expr) -> Expr:
+        read = parameter[o]
+        return tirx.if_then_else(o < parameter.shape[0], read, tirx.const(0, read.ty.dtype))
+
+    return te.compute((channels,), value, name=name)
+
+
+def finished(
+    ops: Operands, sums: te.Tensor, vectors: Sequence[te.Tensor], channel: Callable[[Index], Expr]
+) -> tuple[te.Tensor, bool]:
+    """A costly epilogue as a stage of its own, while channels are still in the lanes.
+
+    The store of NCHW runs along pixels, in tiles that rarely are whole vectors. ``channel`` tells that of an
+    index of ``sums``; bias and slope must reach as far. Returns ``sums`` itself and False where the
+    epilogue is cheap, or waits for a residual; its block is called ``finished``.
+    """
+    spec = ops.spec
+    if spec.residual or not spec.activation_op.costly:
+        return sums, False
+
+    def value(*index: Expr) -> Expr:
+        return epilogue(spec, sums[index], **ops.per_channel(vectors, channel(index)))
+
+    return te.compute(sums.shape, value, name="finished"), True
+
+
+def vectorize_finished(sch: Any, loop: Any, lanes: int) -> None:
+    """Schedule the stage of :func:`finished` under ``loop``."""
+    block = sch.get_sblock("finished")
+    sch.compute_at(block, loop, preserve_unit_loops=True)
+    _, lane = sch.split(sch.get_loops(block)[-1], [None, lanes])
+    sch.vectorize(lane)
+
+
+def dst_loops(sch: Any, spec: ConvSpec) -> tuple[Any, list[Any], Any]:
+    """The loops of the block ``dst`` as ``n, spatial, oc``, whatever the layout."""
+    n, *rest = sch.get_loops(sch.get_sblock("dst"))
+    return (n, rest[1:], rest[0]) if spec.layout == "nchw" else (n, rest[:-1], rest[-1])
+
+
+def partition_edges(sch: Any, loop: Any) -> None:
+    """Split a copy's loop into the edges, which are padding, and a middle without conditions.
+
+    Only for a loop whose condition depends on nothing else: where the edges move with an outer loop,
+    TVM 0.27 does not clamp them to the loop's range, and writes outside the buffer.
+    """
+    sch.annotate(loop, "pragma_loop_partition_hint", True)
+
+
+def read_whole(tensor: te.Tensor, index: Index, axes: Sequence[int] = (-1,)) -> Expr:
+    """``tensor[index]``, keeping some axes whole.
+
+    Scheduling trims a producer to what its consumer reads; a vector or tile axis trimmed to less
+    than whole vectors or tiles would be masked, element by element. So pretend to read the last
+    element of these axes too, under a condition that later simplifies to false.
+    """
+    last = list(index)
+    for axis in axes:
+        last[axis] = tensor.shape[axis] - 1
+    return tirx.Select(index[1] < 0, tensor[tuple(last)], tensor[tuple(index)])
+
+
+def row_times(matrix: Sequence[Sequence[Any]], position: Expr, read: Callable[[int], Expr]) -> Expr:
+    """Row ``position`` of a constant matrix times ``read(0), read(1), …``; folds where the position is known."""
+    zero = tirx.const(0, ACCUMULATOR)
+    values = [
+        sum((tirx.const(float(c), ACCUMULATOR) * read(k) for k, c in enumerate(row) if c), zero) for row in matrix
+    ]
+    chosen = values[-1]
+    for index in range(len(values) - 2, -1, -1):
+        chosen = tirx.Select(position == index, values[index], chosen)
+    return chosen
+
+
+def convolution(spec: ConvSpec, ops: Operands, weights: te.Tensor) -> te.Tensor:
+    """Sums of products ``[n, oc, *out_spatial]``, whatever the layout; no bias yet.
+
+    Transposed convolution is the convolution of the zero-stuffed input: an output pixel takes the
+    taps whose distance to it is a whole number of strides.
+    """
+    rank, ic_group, oc_group = spec.rank, spec.ic // spec.groups, spec.oc // spec.groups
+    c = te.reduce_axis((0, ic_group), "c")
+    taps = [te.reduce_axis((0, k), f"k{axis}") for axis, k in enumerate(spec.kernel)]
+
+    def direct(n: Expr, o: Expr, *pixel: Expr) -> Expr:
+        where = [
+            p * s + t * d - b
+            for p, t, s, d, (b, _) in zip(pixel, taps, spec.stride, spec.dilation, spec.padding, strict=True)
+        ]
+        return te.sum(ops.read_src(n, o // oc_group * ic_group + c, where) * weights[(o, c, *taps)], [c, *taps])
+
+    def transposed(n: Expr, o: Expr, *pixel: Expr) -> Expr:
+        stuffed = [p + b - t * d for p, t, d, (b, _) in zip(pixel, taps, spec.dilation, spec.padding, strict=True)]
+        conditions, where = [], []
+        for axis in range(rank):
+            position, stride, size = stuffed[axis], spec.stride[axis], spec.in_spatial[axis]
+            conditions += [position >= 0, position < size * stride, tirx.floormod(position, stride) == 0]
+            where.append(tirx.floordiv(position, stride))
+        channel = o // oc_group * ic_group + c
+        value = ops.src[ops.order(n, channel, where)] * weights[(channel, o % oc_group, *taps)]
+        zero = tirx.const(0, ACCUMULATOR)
+        return te.sum(tirx.if_then_else(tirx.all(*conditions), value, zero), [c, *taps])
+
+    shape = (spec.n, spec.oc, *spec.out_spatial)
+    return te.compute(shape, transposed if spec.transposed else direct, name="acc")

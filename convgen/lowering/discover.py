@@ -1,0 +1,50 @@
+"""Finds what is in ``schedules/`` and ``targets/``. The core reaches them only through here."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from ..errors import UnsupportedError
+from ..hardware.discover import module_names, modules, target_families
+
+if TYPE_CHECKING:
+    from .schedule import Schedule
+
+
+def schedule_ids() -> list[str]:
+    """The ids of all schedules, without importing one (and TVM with it): a file is named after its schedule."""
+    return module_names("convgen.schedules")
+
+
+@cache
+def schedules() -> dict[str, Schedule]:
+    """Every schedule by id: one instance of each Schedule subclass a module in ``schedules/`` defines."""
+    from .schedule import Schedule
+
+    found: dict[str, Schedule] = {}
+    for module in modules("convgen.schedules"):
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Schedule) and value.__module__ == module.__name__:
+                if value.id in found:
+                    raise UnsupportedError(f"schedule id {value.id!r}: expected once, found again in {module.__name__}")
+                found[value.id] = value()
+    return found
+
+
+def schedules_of(kind: str) -> dict[str, Schedule]:
+    """The schedules for a kind of target, by id: all but those whose ids begin with another kind's name."""
+    others = tuple(f"{family}_" for family in target_families() if family != kind)
+    return {name: found for name, found in schedules().items() if not name.startswith(others)}
+
+
+def schedule(schedule_id: str) -> Schedule:
+    """The schedule of that id.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    known = schedules()
+    if schedule_id not in known:
+        raise UnsupportedError(f"schedule: expected one of {', '.join(known)}, found {schedule_id!r}")
+    return known[schedule_id]

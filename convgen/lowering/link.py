@@ -1,0 +1,468 @@
+"""From an object file to a library: the C entry points of one kernel, the runtime, the link.
+
+Runs once per tuning candidate, so it is one run of the C compiler: the runtime is compiled once per
+compiler and kept in the user's cache directory. The object file says which architecture it is for, and
+so which compiler it takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from ..errors import BuildError
+from .interface import (
+    ABI,
+    SWIZZLES,
+    TENSOR_TYPES,
+    DeviceCode,
+    Interface,
+    Launch,
+    TensorInfo,
+    TensorMap,
+    read_architecture,
+)
+
+SOURCES = ("types.h", "runtime.h", "pool.c", "kernel.c")
+#: Of a kernel that runs on a GPU.
+CUDA_SOURCES = ("types.h", "cuda_types.h", "runtime.h", "launch.h", "kernel.c", "launch.c")
+#: Alignment in bytes of what a kernel's launches hand to each other, from the workspace's beginning.
+PART_ALIGNMENT = 256
+#: Most pointers and maps one launch may take (``launch.h``).
+MAX_LAUNCH_ARGUMENTS, MAX_LAUNCH_MAPS = 64, 4
+COMPILE_FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread")
+LINK_FLAGS = ("-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,-z,now", "-Wl,--as-needed", "-Wl,--strip-debug")
+#: This machine's architecture.
+NATIVE = platform.machine()
+_DIGEST = hashlib.sha256().digest_size
+
+
+def source(name: str) -> str:
+    """The text of one of the runtime's C files."""
+    return resources.files("convgen").joinpath("runtime", name).read_text(encoding="utf-8")
+
+
+def link(interface: Interface, object_file: Path, out: Path, *, archive: bool = False) -> Path:
+    """Link a kernel's object file with the runtime and write ``out``, in one step or not at all.
+
+    The shared library, or the static one with ``archive``, defines the functions ``<name>_*`` of
+    ``runtime/types.h`` and shows no other symbol; it needs libc, libm and libpthread only, one of a
+    kernel for a GPU libdl too, and the driver once it runs. Temporary files lie beside ``out``.
+
+    Raises:
+        BuildError: there is no C compiler for the architecture, or it failed; gives the command and what it said.
+    """
+    out = Path(out)
+    object_file = Path(object_file).resolve()
+    try:
+        data = object_file.read_bytes()
+        arch, digest = architecture(data), _digest(data, interface.device)
+        sources = SOURCES if interface.device is None else CUDA_SOURCES
+        with tempfile.TemporaryDirectory(prefix=".link-", dir=out.parent) as temporary:
+            folder = Path(temporary)
+            (folder / "entry.c").write_text(entry_source(interface, digest, arch), encoding="utf-8")
+            (folder / "runtime.o").write_bytes(_runtime_object(compiler(arch), sources))
+            for header in (name for name in sources if name.endswith(".h")):
+                (folder / header).write_text(source(header), encoding="utf-8")
+            for index, (_, image) in enumerate(interface.device.images if interface.device else ()):
+                (folder / f"image{index}").write_bytes(image)
+            made = (_archive if archive else _shared)(interface.name, object_file, folder, arch)
+            os.replace(made, out)
+    except OSError as error:
+        raise BuildError(f"{interface.name}: cannot link {object_file} into {out}: {error}") from error
+    return out
+
+
+def link_shared(sources: Sequence[str], out: Path, arch: str, *, headers: Sequence[str] = ()) -> Path:
+    """Compile some of the runtime's C files, as :func:`source` names them, to a shared library for an architecture.
+
+    Raises:
+        BuildError: there is no C compiler for it, or it failed; gives the command and what it said.
+    """
+    with tempfile.TemporaryDirectory(prefix=".link-", dir=out.parent) as temporary:
+        folder = Path(temporary)
+        for name in (*sources, *headers):
+            (folder / name).write_text(source(name), encoding="utf-8")
+        _run((*compiler(arch), *COMPILE_FLAGS, "-shared", *LINK_FLAGS, "-o", "made", *sources), folder)
+        os.replace(folder / "made", out)
+    return out
+
+
+def _shared(name: str, object_file: Path, folder: Path, arch: str) -> Path:
+    made = folder / f"lib{name}.so"
+    (folder / "symbols").write_text(f"{{ global: {name}_*; local: *; }};\n", encoding="utf-8")
+    inputs = ("entry.c", "runtime.o", str(object_file), "-lm", "-ldl")
+    flags = (*COMPILE_FLAGS, "-shared", *LINK_FLAGS, f"-Wl,-soname,{made.name}", "-Wl,--version-script,symbols")
+    _run((*compiler(arch), *flags, "-o", made.name, *inputs), folder)
+    return made
+
+
+def _archive(name: str, object_file: Path, folder: Path, arch: str) -> Path:
+    made = folder / f"lib{name}.a"
+    inputs = ("entry.c", "runtime.o", str(object_file))
+    _relocatable(compiler(arch), f"{name}.o", inputs, folder)
+    # Local from here on: the archives of several kernels must not see each other's runtime.
+    keep = ("--wildcard", f"--keep-global-symbol={name}_*", "--strip-unneeded", f"--keep-symbol={name}_*")
+    _run((*_binutils("objcopy", arch), *keep, f"{name}.o"), folder)
+    _run((*_binutils("ar", arch), "rcsD", made.name, f"{name}.o"), folder)
+    return made
+
+
+def _relocatable(compiler: tuple[str, ...], made: str, inputs: Sequence[str], folder: Path) -> None:
+    """One object file of C and object files. They are compiled one by one: not every compiler takes more at once."""
+    objects = []
+    for file in inputs:
+        if file.endswith(".c"):
+            objects.append(file.removesuffix(".c") + ".part.o")
+            _run((*compiler, *COMPILE_FLAGS, "-c", "-o", objects[-1], file), folder)
+        else:
+            objects.append(file)
+    _run((*compiler, "-r", "-nostdlib", "-o", made, *objects), folder)
+
+
+# ---- the C compiler ----------------------------------------------------------------------------
+
+
+#: ELF's numbers of architectures -> their names in ``uname -m`` and in the names of cross compilers.
+_MACHINES = {62: "x86_64", 183: "aarch64"}
+#: The C library that zig links against: any later one serves.
+_ZIG_GLIBC = "2.28"
+
+
+def architecture(object_file: bytes) -> str:
+    """What an ELF file's code runs on, by the name ``uname -m`` has for it; this machine's where the file does
+    not tell.
+    """
+    is_elf = object_file[:4] == b"\x7fELF" and len(object_file) >= 20
+    number = int.from_bytes(object_file[18:20], "little" if object_file[5] == 1 else "big") if is_elf else None
+    return _MACHINES.get(number or 0, NATIVE)
+
+
+def _tool(variable: str, default: str) -> tuple[str, ...]:
+    return tuple(shlex.split(os.environ.get(variable, ""))) or (default,)
+
+
+def compiler(arch: str) -> tuple[str, ...]:
+    """The C compiler for an architecture, with its own arguments.
+
+    For this machine's ``CC``, else ``cc``. For another, such as aarch64, the first there is of ``CC_AARCH64``,
+    ``aarch64-linux-gnu-gcc`` and the one in the Python package ziglang.
+
+    Raises:
+        BuildError: there is none for another architecture; names these ways.
+    """
+    if arch == NATIVE:
+        return _tool("CC", "cc")
+    variable, gcc = f"CC_{arch.upper()}", f"{arch}-linux-gnu-gcc"
+    if os.environ.get(variable) or shutil.which(gcc):
+        return _tool(variable, gcc)
+    zig = importlib.util.find_spec("ziglang")
+    if zig is not None and zig.submodule_search_locations:
+        program = Path(zig.submodule_search_locations[0]) / "zig"
+        return str(program), "cc", "-target", f"{arch}-linux-gnu.{_ZIG_GLIBC}"
+    raise BuildError(
+        f"expected a C compiler for {arch}, found none: install {gcc} (Debian: apt install gcc-{arch}-linux-gnu) "
+        f"or the Python package ziglang, or name one in {variable}"
+    )
+
+
+def _binutils(tool: str, arch: str) -> tuple[str, ...]:
+    """``objcopy`` or ``ar`` for an architecture: what ``OBJCOPY``, for another ``OBJCOPY_AARCH64``, names, else
+    the compiler's companion.
+    """
+    if arch == NATIVE:
+        return _tool(tool.upper(), tool)
+    return _tool(f"{tool.upper()}_{arch.upper()}", f"{arch}-linux-gnu-{tool}")
+
+
+def _run(command: Sequence[str], folder: Path) -> None:
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, errors="replace"
+        )
+    except OSError as error:
+        hint = "install a C compiler (Debian: apt install gcc) or name one in CC"
+        if command[0].endswith(("objcopy", "ar")):
+            hint = "install the binutils of the target's architecture"
+        raise BuildError(f"{command[0]}: {error.strerror}; {hint}") from error
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()
+        raise BuildError(f"exit status {done.returncode} of {shlex.join(command)}\n{said}")
+
+
+@functools.cache
+def _runtime_object(compiler: tuple[str, ...], sources: tuple[str, ...] = SOURCES) -> bytes:
+    """The compiled runtime, from the cache directory where it can be read and kept there.
+
+    It is identified by the compiler's file, the flags and the sources. Its SHA-256 is kept with it: what
+    a full disk or a crash left behind is not linked into kernels.
+    """
+    program = shutil.which(compiler[0])
+    stamp = [os.path.realpath(program), str(os.stat(program).st_mtime_ns)] if program else []
+    texts = {name: source(name) for name in sources}
+    identity = "\0".join([*stamp, *compiler, *COMPILE_FLAGS, *texts.values()])
+    name = f"runtime-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.o"
+    cache = _cache_directory()
+    if cache is not None:
+        with contextlib.suppress(OSError):
+            data = (cache / name).read_bytes()
+            if hashlib.sha256(data[_DIGEST:]).digest() == data[:_DIGEST]:
+                return data[_DIGEST:]
+
+    with tempfile.TemporaryDirectory(prefix="convgen-") as temporary:
+        folder = Path(temporary)
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        inputs = [file for file in sources if file.endswith(".c")]
+        _relocatable(compiler, name, inputs, folder)
+        data = (folder / name).read_bytes()
+    if cache is not None:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+            _keep(hashlib.sha256(data).digest() + data, cache / name)
+    return data
+
+
+def _keep(data: bytes, path: Path) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
+def _cache_directory() -> Path | None:
+    """Where compiled runtimes are kept; None where there is no such place."""
+    import platformdirs
+
+    path = Path(platformdirs.user_cache_dir("convgen")) / "runtime"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: no home directory
+        return None
+    return path
+
+
+# ---- the entry points --------------------------------------------------------------------------
+
+
+def version_text(interface: Interface, digest: str) -> str:
+    """What ``<name>_version()`` returns: the ABI, the layer and a digest of its code."""
+    return f"{abi_text(interface.device is not None)}; {interface.spec.descriptor}; {identity(interface, digest)[:16]}"
+
+
+def abi_text(device: bool) -> str:
+    """How a library names its ABI: that of a GPU's has other functions."""
+    return f"convgen CUDA ABI {ABI}" if device else f"convgen ABI {ABI}"
+
+
+def identity(interface: Interface, digest: str) -> str:
+    """What a packed buffer is tied to: 128 bits, hexadecimal, of the compiled code and the packed tensors.
+
+    ``digest`` is the compiled code's SHA-256. Another schedule, other picks, another compiler: another
+    identity.
+    """
+    text = repr((digest, interface.spec.key, interface.packed))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _digest(object_file: bytes, device: DeviceCode | None) -> str:
+    """The SHA-256 of a kernel's compiled code."""
+    digest = hashlib.sha256(object_file)
+    if device is not None:
+        digest.update(repr(device).encode())
+    return digest.hexdigest()
+
+
+def entry_source(interface: Interface, digest: str, arch: str = NATIVE) -> str:
+    """The C file that describes one kernel and defines its exported functions.
+
+    The images of a kernel for a GPU are included from files beside it, ``image0`` ….
+    """
+    device = interface.device
+    arguments = interface.lowered_arguments
+    shapes = [_shape(name, tensor) for name, tensor in arguments.items()]
+    shapes += [_shape(f"packed{i}", tensor) for i, tensor in enumerate(interface.packed)]
+    offsets = interface.packed_offsets
+    packed = [f"    {_tensor(f'packed{i}', t, offsets[i])}," for i, t in enumerate(interface.packed)]
+    supported = " && ".join(_support(feature, arch) for feature in interface.isa) or "1"
+    words = identity(interface, digest)
+    functions = ("pack", "main") if device is None else ("pack",)
+    workspace = interface.workspace_main if device is None else workspace_layout(device)[1]
+    fields = [
+        *(f"    .{name} = {_tensor(name, tensor, 0)}," for name, tensor in arguments.items()),
+        "    .packed = packed,",
+        f"    .packed_count = {len(interface.packed)},",
+        f"    .empty = {int(interface.spec.n == 0)},",
+        f"    .packed_size = {interface.packed_size},",
+        f"    .workspace_main = {workspace},",
+        f"    .workspace_task = {interface.workspace_task},",
+        f"    .identity = {{0x{words[:16]}, 0x{words[16:]}}},",
+        *(f"    .{name} = __tvm_ffi_{name}," for name in functions),
+        "    .cpu_supported = cpu_supported,",
+        f'    .version = "{version_text(interface, digest)}",',
+    ]
+    host = "static const convgen_kernel kernel = {"
+    return "\n".join(
+        [
+            f'#include "{"runtime.h" if device is None else "launch.h"}"',
+            *(["#include <sys/auxv.h>"] if arch == "aarch64" else []),
+            "",
+            *(f"int __tvm_ffi_{name}(void *, const convgen_any *, int32_t, convgen_any *);" for name in functions),
+            "",
+            *shapes,
+            "",
+            "static const convgen_tensor packed[] = {",
+            *packed,
+            "};",
+            "",
+            f"static int cpu_supported(void) {{ return {supported}; }}",
+            "",
+            *([host, *fields, "};"] if device is None else _device_source(interface, device, fields)),
+            "",
+            f"CONVGEN_{'' if device is None else 'CUDA_'}ENTRY_POINTS({interface.name}, kernel)",
+            "",
+        ]
+    )
+
+
+# ---- device code -------------------------------------------------------------------------------
+
+
+def workspace_layout(device: DeviceCode) -> tuple[tuple[int, ...], int]:
+    """Where the parts of a device's workspace begin, and the bytes of all."""
+    offsets, end = [], 0
+    for size in device.workspace:
+        offsets.append(end)
+        end += -(-size // PART_ALIGNMENT) * PART_ALIGNMENT
+    return tuple(offsets), end
+
+
+def _device_source(interface: Interface, device: DeviceCode, host: list[str]) -> list[str]:
+    """The lines that describe a kernel with its images and launches; ``host`` are the fields of its host part."""
+    lines, launches = [], []
+    for index in range(len(device.images)):
+        # PTX is a C string, so a zero follows.
+        lines += [
+            f'__asm__(".pushsection .rodata.image{index},\\"a\\"\\n.balign 64\\n"',
+            f'        "convgen_image{index}: .incbin \\"image{index}\\"\\n.byte 0\\n.popsection");',
+            f'extern const unsigned char convgen_image{index}[] __attribute__((visibility("hidden")));',
+        ]
+    images = [f"    {{{_image(what)}, convgen_image{i}}}," for i, (what, _) in enumerate(device.images)]
+    for index, launch in enumerate(device.launches):
+        taken = ", ".join(_argument(interface, device, name, launch.maps.get(name)) for name in launch.arguments)
+        lines.append(f"static const convgen_cuda_argument arguments{index}[] = {{{taken}}};")
+        launches.append(f"    {_launch(launch, index)},")
+    return [
+        *lines,
+        "",
+        "static const convgen_cuda_image images[] = {",
+        *images,
+        "};",
+        "",
+        "static const convgen_cuda_launch launches[] = {",
+        *launches,
+        "};",
+        "",
+        "static convgen_cuda_state state = {PTHREAD_MUTEX_INITIALIZER, 0};",
+        "",
+        "static const convgen_cuda_kernel kernel = {",
+        "    .host = {",
+        *(f"    {line}" for line in host),
+        "    },",
+        "    .images = images,",
+        f"    .image_count = {len(images)},",
+        "    .launches = launches,",
+        f"    .launch_count = {len(launches)},",
+        "    .state = &state,",
+        "};",
+    ]
+
+
+def _image(what: str) -> str:
+    """Whom an image is for, ``sm_90a`` or ``compute_80``, as the first fields of ``convgen_cuda_image``."""
+    arch = read_architecture(what)
+    return f"{arch.major}, {arch.minor}, {int(arch.exact)}, {int(arch.virtual)}"
+
+
+def _launch(launch: Launch, index: int) -> str:
+    if len(launch.arguments) > MAX_LAUNCH_ARGUMENTS:
+        found = len(launch.arguments)
+        raise BuildError(f"{launch.function}: expected at most {MAX_LAUNCH_ARGUMENTS} arguments, found {found}")
+    if len(launch.maps) > MAX_LAUNCH_MAPS:
+        raise BuildError(f"{launch.function}: expected at most {MAX_LAUNCH_MAPS} maps, found {len(launch.maps)}")
+    grid, block = (", ".join(map(str, sizes)) for sizes in (launch.grid, launch.block))
+    function, count = launch.function, len(launch.arguments)
+    return f'{{"{function}", {{{grid}}}, {{{block}}}, {launch.shared}, arguments{index}, {count}}}'
+
+
+def _argument(interface: Interface, device: DeviceCode, name: str, tensor_map: TensorMap | None) -> str:
+    """What a launch's pointer points to, or its map is of, as a ``convgen_cuda_argument``."""
+    match = re.fullmatch(r"(src|residual|dst|packed|workspace)(\d*)", name)
+    offsets = {"packed": interface.packed_offsets, "workspace": workspace_layout(device)[0]}
+    tensor, part = (match[1], match[2]) if match else (name, "")
+    known = range(len(offsets[tensor])) if tensor in offsets else None
+    if match is None or (part == "") != (known is None) or (known is not None and int(part) not in known):
+        raise BuildError(f"launch: expected the argument src, residual, packed0, workspace0 or dst, found {name!r}")
+    mapped = f"&(const convgen_cuda_map){_map(tensor_map)}" if tensor_map else "0"
+    return f"{{CONVGEN_{tensor.upper()}, {offsets[tensor][int(part)] if part else 0}, {mapped}}}"
+
+
+def _map(tensor_map: TensorMap) -> str:
+    """The fields of a ``convgen_cuda_map``."""
+    rank = len(tensor_map.dims)
+    arrays = {
+        "dims": tensor_map.dims,
+        "strides": tensor_map.strides,
+        "box": tensor_map.box,
+        "steps": tensor_map.steps or (1,) * rank,
+        "lower": tensor_map.lower,
+        "upper": tensor_map.upper,
+    }
+    fields = [int(bool(tensor_map.lower)), TENSOR_TYPES[tensor_map.dtype], SWIZZLES[tensor_map.swizzle], rank]
+    named = [f".{name} = {{{', '.join(map(str, values))}}}" for name, values in arrays.items() if values]
+    return f"{{{', '.join([*map(str, fields), *named])}}}"
+
+
+# ---- CPU features ------------------------------------------------------------------------------
+
+#: Linux's names of Arm features (``Features`` of ``/proc/cpuinfo``) that are told by the second word; it names
+#: its bits after them.
+_HWCAP2 = frozenset({"sve2", "sveaes", "svebf16", "svei8mm", "svef32mm", "i8mm", "bf16", "frint", "flagm2"})
+
+
+def _support(feature: str, arch: str) -> str:
+    """A C expression: whether the CPU has a feature. Those of x86 are named as ``__builtin_cpu_supports`` names
+    them, those of Arm, whose processors tell it to the system only, as Linux does.
+    """
+    if arch != "aarch64":
+        return f'__builtin_cpu_supports("{feature}")'
+    word = "HWCAP2" if feature in _HWCAP2 else "HWCAP"
+    return f"(getauxval(AT_{word}) & {word}_{feature.upper()}) != 0"
+
+
+def _shape(name: str, tensor: TensorInfo) -> str:
+    return f"static const int64_t {name}_shape[] = {{{', '.join(map(str, tensor.shape))}}};"
+
+
+def _tensor(name: str, tensor: TensorInfo, offset: int) -> str:
+    return f"{{{len(tensor.shape)}, {_DTYPES[tensor.dtype]}, {name}_shape, {tensor.bytes}, {offset}}}"
+
+
+#: DLPack's code, bits and lanes; the compiled code takes bfloat16 as its bits.
+_DTYPES = {"f32": "{2, 32, 1}", "f16": "{2, 16, 1}", "bf16": "{1, 16, 1}", "i8": "{0, 8, 1}", "i32": "{0, 32, 1}"}

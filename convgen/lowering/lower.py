@@ -1,0 +1,228 @@
+"""Candidate -> scheduled TIR -> object file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BuildError, ConvgenError, UnsupportedError
+from ..hardware.target import Target
+from ..interrupts import interrupts_held
+from ..problem.dtypes import BYTES
+from ..problem.spec import PARAMETERS, ConvSpec
+from .interface import TensorInfo
+from .schedule import Candidate, Program, Scheduled
+
+#: Tensors at the user's boundary: any contiguous array is taken, so they are aligned like their elements.
+BOUNDARY = frozenset({"src", *PARAMETERS, "residual", "dst"})
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A candidate's scheduled module: functions ``pack`` and ``main``."""
+
+    spec: ConvSpec
+    target: Target
+    candidate: Candidate
+    module: Any  # tvm.ir.IRModule
+    packed: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Bytes of scratch memory: once per call, and once more per task of a parallel loop."""
+
+    main: int
+    task: int
+
+
+@interrupts_held()
+def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
+    """Create and schedule a candidate's functions.
+
+    What is lowered is ``spec.core``: the same buffers under the simplest shape.
+
+    Raises:
+        Inapplicable: the picks are not valid here.
+        BuildError: TVM refused the program or its schedule.
+    """
+    import tvm
+    from tvm import te
+    from tvm.s_tir import Schedule as TirSchedule
+
+    from .compute import STORED
+
+    core = spec.core
+    schedule, picks = candidate.schedule, candidate.picks
+    schedule.check(core, target)
+    schedule.valid(core, target, picks)
+    try:
+        program = schedule.program(core, target, picks)
+        _check(program, spec)
+        functions = {
+            name: te.create_prim_func(args).with_attr("global_symbol", name)
+            for name, args in (("pack", program.pack), ("main", program.main))
+        }
+        sch = TirSchedule(tvm.IRModule({"main": functions["main"]}))
+        if isinstance(schedule, Scheduled):
+            schedule.apply(sch, core, target, picks)
+        module = tvm.IRModule({"pack": functions["pack"], "main": sch.mod["main"]})
+    except ConvgenError:
+        raise
+    except Exception as error:  # TVM raises its errors as many types, RuntimeError among them
+        raise BuildError(f"{spec.descriptor}: {candidate} cannot be scheduled: {error}") from error
+    packed = program.pack[len(program.pack) - _packed_count(program, spec) :]
+    infos = tuple(
+        TensorInfo(f"packed{i}", tuple(int(d) for d in tensor.shape), STORED[str(tensor.dtype)])
+        for i, tensor in enumerate(packed)
+    )
+    return Lowered(spec, target, candidate, _align_boundary(module, spec), infos)
+
+
+@interrupts_held()
+def compile_object(lowered: Lowered, path: Path) -> Workspace:
+    """Write the object file of a lowered candidate; returns the scratch memory it asks for.
+
+    For a GPU that is ``pack`` alone, for this machine's CPU.
+
+    Raises:
+        BuildError: TVM or LLVM failed.
+    """
+    try:
+        host = _host_module(lowered)
+        _codegen(host, _llvm(lowered)).write_to_file(str(path))
+        return _workspace(host)
+    except Exception as error:  # as in lower
+        raise BuildError(f"{lowered.spec.descriptor}: {lowered.candidate} does not compile: {error}") from error
+
+
+def source(lowered: Lowered, kind: str) -> str:
+    """A candidate as text: ``tir`` (scheduled), ``ll`` (LLVM IR) or ``asm``.
+
+    Raises:
+        UnsupportedError: another kind.
+    """
+    formats = {"ll": "ll", "asm": "s"}
+    if kind == "tir":
+        return str(lowered.module.script())
+    if kind not in formats:
+        raise UnsupportedError(f"source: expected one of tir, {', '.join(formats)}, found {kind!r}")
+    return str(_codegen(_host_module(lowered), _llvm(lowered)).inspect_source(formats[kind]))
+
+
+def _host_module(lowered: Lowered) -> Any:
+    """The TIR that LLVM is given: what ``tvm.compile`` does, kept apart so that it can be looked at."""
+    import tvm
+    from tvm.s_tir.pipeline import default_s_tir_pipeline
+    from tvm.tirx import transform
+
+    passes, _, _ = default_s_tir_pipeline()
+    target = _llvm(lowered)
+    functions = lowered.module
+    if lowered.target.kind != "cpu":
+        functions = tvm.IRModule({"pack": functions["pack"]})
+    with tvm.transform.PassContext(opt_level=3):
+        module = transform.BindTarget(target.with_host(target))(functions)
+        return transform.LowerTVMBuiltin()(passes(module))
+
+
+def _codegen(host_module: Any, target: Any) -> Any:
+    from tvm.tirx import transform
+    from tvm.tirx.build import codegen_build
+
+    return codegen_build(transform.LowerIntrin()(host_module), target)
+
+
+def _llvm(lowered: Lowered) -> Any:
+    """The target as LLVM gets it.
+
+    LLVM 22 compiles a masked store of 32-bit integers narrowed to fewer bits, its mask a constant with one
+    lane, to a 32-bit store: bytes too many. Without AVX512BW it makes no such stores. (bf16, which is moved
+    as integers, and i8 are narrowed so.)
+    """
+    # Any machine's CPU may pack for a device.
+    config = json.loads(lowered.target.tvm_config) if lowered.target.kind == "cpu" else {"kind": "llvm"}
+    if lowered.spec.dtype in ("bf16", "i8") and "avx512bw" in lowered.target.isa:
+        config["mattr"] = ["-avx512bw"]
+    from tvm.target import Target as TvmTarget
+
+    return TvmTarget(config)
+
+
+def _packed_count(program: Program, spec: ConvSpec) -> int:
+    return len(program.main) - 2 - spec.residual
+
+
+def _check(program: Program, spec: ConvSpec) -> None:
+    """A schedule's program must have the arguments the C entry points pass."""
+    parameters = spec.parameters
+    leading = ["src"] + ["residual"] * spec.residual
+    count = _packed_count(program, spec)
+    pack, main = program.pack, program.main
+    outputs, inputs = pack[len(parameters) :], main[len(leading) : -1]
+    if [t.op.name for t in pack[: len(parameters)]] != parameters or len(outputs) != count:
+        raise BuildError(f"pack: expected {parameters} and {count} packed tensors, found {[t.op.name for t in pack]}")
+    if [t.op.name for t in main[: len(leading)]] != leading or main[-1].op.name != "dst":
+        raise BuildError(f"main: expected {leading}, packed tensors and dst, found {[t.op.name for t in main]}")
+    for output, taken in zip(outputs, inputs, strict=True):
+        if [int(d) for d in output.shape] != [int(d) for d in taken.shape]:
+            raise BuildError(f"packed tensor {taken.op.name}: expected {output.shape}, found {taken.shape}")
+
+
+def _align_boundary(module: Any, spec: ConvSpec) -> Any:
+    """Declare the boundary buffers with the alignment of their element.
+
+    ``te.create_prim_func`` promises 64 bytes for every argument and has no option for it, and TIR
+    has no mutator in Python, so the serialised form is edited.
+    """
+    import tvm
+
+    graph = json.loads(tvm.ir.save_json(module))
+    nodes, dtypes = graph["nodes"], spec.dtypes
+    for node in nodes:
+        if node["type"] != "ir.Var" or (name := nodes[node["data"]["name"]]["data"]) not in BOUNDARY:
+            continue
+        buffer = nodes[node["data"]["ty"]]
+        if buffer["type"] == "tirx.BufferType":
+            buffer["data"]["data_alignment"] = BYTES[dtypes[name]]
+    return tvm.ir.load_json(json.dumps(graph))
+
+
+def _workspace(module: Any) -> Workspace:
+    """Sum the allocations of lowered TIR, outside and inside parallel loops (an upper bound of both)."""
+    import tvm
+
+    nodes = json.loads(tvm.ir.save_json(module))["nodes"]
+    allocators = {i for i, node in enumerate(nodes) if node.get("data") == "tirx.TVMBackendAllocWorkspace"}
+
+    def children(node: dict[str, Any]) -> Iterable[int]:
+        data = node.get("data")
+        if node["type"] in ("ffi.Array", "ffi.Map"):
+            return (v for v in data or () if isinstance(v, int))
+        if isinstance(data, dict):
+            return (v for k, v in data.items() if isinstance(v, int) and k not in ("kind", "span", "data_alignment"))
+        return ()
+
+    def allocated(roots: Iterable[int]) -> int:
+        """Bytes allocated by the calls reachable from ``roots``, each counted once."""
+        seen, todo, total = set[int](), list(roots), 0
+        while todo:
+            index = todo.pop()
+            if index in seen or not 0 <= index < len(nodes):
+                continue
+            seen.add(index)
+            node = nodes[index]
+            if node["type"] == "ir.Call" and node["data"]["op"] in allocators:
+                size = nodes[nodes[nodes[node["data"]["args"]]["data"][2]]["data"]["value"]]
+                total += -(-int(size["data"]) // 64) * 64
+            todo.extend(children(node))
+        return total
+
+    calls = [i for i, node in enumerate(nodes) if node["type"] == "ir.Call" and node["data"]["op"] in allocators]
+    bodies = [n["data"]["body"] for n in nodes if n["type"] == "tirx.For" and n["data"]["kind"] == 1]
+    # Parallel loops follow one another and free what they take: the largest counts.
+    tasks = [allocated([body]) for body in bodies]
+    return Workspace(main=max(0, allocated(calls) - sum(tasks)), task=max(tasks, default=0))

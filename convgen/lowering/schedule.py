@@ -1,0 +1,237 @@
+"""What a schedule is: an algorithm, the space of its numbers, and how one point of it is lowered.
+
+A file in ``schedules/`` holds one subclass of :class:`Scheduled` or :class:`Written`; :mod:`convgen.lowering.discover`
+finds it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import Inapplicable
+
+if TYPE_CHECKING:
+    from tvm import te
+    from tvm.s_tir import Schedule as TirSchedule
+
+    from ..hardware.target import Target
+    from ..problem.spec import ConvSpec
+    from .interface import TensorMap
+
+Pick = int | str | bool
+
+#: Most products of i8, 2**14 at most each, whose sum is exact in f32.
+EXACT_I8_PRODUCTS = 1 << 10
+
+
+def require(condition: bool, why: str) -> None:
+    """Raise :class:`Inapplicable` with the reason unless the condition holds."""
+    if not condition:
+        raise Inapplicable(why)
+
+
+def busiest(work: Sequence[float], cores: int) -> float:
+    """What the core with the most to do has, of tasks that take ``work`` each.
+
+    Every core gets as many tasks as any other, or one less; they follow each other, and so do the cores.
+    """
+    ends = [-(-len(work) * core // cores) for core in range(cores + 1)]
+    return max(sum(work[start:end]) for start, end in itertools.pairwise(ends))
+
+
+class Picks(Mapping[str, Pick]):
+    """One point of a :class:`Space`: an immutable mapping whose values are attributes too."""
+
+    __slots__ = ("_items",)
+    _items: dict[str, Any]
+
+    def __init__(self, **values: Pick) -> None:
+        object.__setattr__(self, "_items", dict(values))
+
+    def __getitem__(self, name: str) -> Any:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self._items[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"picks are immutable: cannot set {name}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and self._items == dict(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self._items.items())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _picks, (self._items,)
+
+    def __repr__(self) -> str:
+        return f"Picks({self})"
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self._items.items())
+
+    def replace(self, **changes: Pick) -> Picks:
+        return Picks(**{**self._items, **changes})
+
+
+def _picks(values: dict[str, Pick]) -> Picks:
+    return Picks(**values)
+
+
+class Space:
+    """Finite named domains: the product of all values of all picks.
+
+    >>> Space(tile_ow=[7, 14], unroll_kw=[False, True]).size
+    4
+    """
+
+    def __init__(self, **domains: list[Any]) -> None:
+        self.domains = {name: tuple(dict.fromkeys(values)) for name, values in domains.items()}
+
+    @property
+    def size(self) -> int:
+        return math.prod(map(len, self.domains.values()))
+
+    def __iter__(self) -> Iterator[Picks]:
+        for values in itertools.product(*self.domains.values()):
+            yield Picks(**dict(zip(self.domains, values, strict=True)))
+
+    def __contains__(self, picks: object) -> bool:
+        return (
+            isinstance(picks, Picks)
+            and picks.keys() == self.domains.keys()
+            and all(picks[name] in values for name, values in self.domains.items())
+        )
+
+    def sample(self, rng: random.Random) -> Picks:
+        """A point drawn uniformly."""
+        return Picks(**{name: rng.choice(values) for name, values in self.domains.items()})
+
+    def neighbours(self, picks: Picks) -> Iterator[Picks]:
+        """All points that differ from ``picks`` in one value."""
+        for name, values in self.domains.items():
+            for value in values:
+                if value != picks[name]:
+                    yield picks.replace(**{name: value})
+
+
+@dataclass(frozen=True)
+class Program:
+    """The tensor expressions of one candidate.
+
+    ``pack``: placeholders ``weights [bias] [slope] [scale]``, then the packed tensors computed from them.
+    ``main``: placeholders ``src [residual]``, one placeholder per packed tensor, then ``dst``.
+    """
+
+    pack: list[te.Tensor]
+    main: list[te.Tensor]
+
+
+class Schedule(ABC):
+    """An algorithm for a class of specs; stateless.
+
+    ``id`` and ``version`` are written into records: raise the version when the code that some
+    picks produce changes, so that old measurements no longer answer for it. ``transforms`` says
+    that it does more than reorder sums (Winograd), so that integers need not come out bit for bit.
+    ``sums_integers`` says that sums of a layer of integers are integers; elsewhere they are f32.
+    """
+
+    id: ClassVar[str]
+    version: ClassVar[int]
+    transforms: ClassVar[bool] = False
+    sums_integers: ClassVar[bool] = False
+
+    @abstractmethod
+    def applies(self, spec: ConvSpec, target: Target) -> None:
+        """Raise :class:`Inapplicable` with the reason where the algorithm does not apply; see :meth:`check`."""
+
+    @abstractmethod
+    def space(self, spec: ConvSpec, target: Target) -> Space:
+        """The domains of all picks; structural ones (packing width) included."""
+
+    def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:  # noqa: B027
+        """Raise :class:`Inapplicable` with the reason where a point cannot or must not be built."""
+
+    @abstractmethod
+    def default(self, spec: ConvSpec, target: Target) -> Picks:
+        """The zero-trial answer, in constant time, always valid."""
+
+    @abstractmethod
+    def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
+        """The tensor expressions; structure may depend on the picks."""
+
+    def maps(self, spec: ConvSpec, picks: Picks) -> dict[str, TensorMap]:
+        """What a GPU's copy engine reads, by the names of :class:`~convgen.lowering.interface.Launch`."""
+        return {}
+
+    def cost(self, spec: ConvSpec, target: Target) -> float:
+        """Predicted seconds of the default, to rank schedules when nothing was measured."""
+        return math.inf
+
+    # ---- shared -------------------------------------------------------------------------------
+
+    def check(self, spec: ConvSpec, target: Target) -> None:
+        """Raise :class:`Inapplicable` with the reason where the schedule does not apply, or is not exact for i8."""
+        self.applies(spec, target)
+        if spec.dtype == "i8" and not self.sums_integers:
+            require(not self.transforms, "its transform is not exact for i8")
+            length = spec.reduction_length
+            require(
+                length <= EXACT_I8_PRODUCTS,
+                f"sums in f32, exact for {EXACT_I8_PRODUCTS} products of i8; there are {length}",
+            )
+
+    def reason_against(self, spec: ConvSpec, target: Target, picks: Picks | None = None) -> str | None:
+        """Why the schedule (or one point of it) does not apply; None where it does."""
+        try:
+            self.check(spec, target)
+            if picks is not None:
+                require(picks in self.space(spec, target), f"{picks} is not in the space")
+                self.valid(spec, target, picks)
+        except Inapplicable as error:
+            return str(error)
+        return None
+
+
+class Scheduled(Schedule):
+    """A schedule that says what is computed as tensor expressions, and how by TIR's primitives."""
+
+    @abstractmethod
+    def apply(self, sch: TirSchedule, spec: ConvSpec, target: Target, picks: Picks) -> None:
+        """Schedule the ``main`` function in place."""
+
+
+class Written(Schedule):
+    """A schedule that places every statement itself: what its program says of ``main`` is final."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule and one point of its space."""
+
+    schedule: Schedule
+    picks: Picks
+
+    def is_exact(self, spec: ConvSpec) -> bool:
+        """Whether integer-valued data must match bit for bit."""
+        return spec.dtype == "i8" or not self.schedule.transforms
+
+    def __str__(self) -> str:
+        return f"{self.schedule.id}({self.picks})"

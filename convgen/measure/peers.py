@@ -1,0 +1,259 @@
+"""The libraries convgen is measured against, each used as its users would for speed.
+
+Constant weights, converted beforehand; the same data; the same number of threads; output allocated
+once where the library takes one. A peer is timed only after its output agrees with ONNX Runtime's.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ..check.data import Arrays
+from ..errors import UnsupportedError
+from ..problem.spec import ConvSpec
+
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One way to run a layer.
+
+    ``run`` runs it and nothing else; ``output`` is what it computed last, of ``spec.dst_shape``.
+    ``context`` is entered around all runs of a turn. ``way`` tells a library's several ways apart.
+    """
+
+    way: str
+    run: Callable[[], Any]
+    output: Callable[[], F32]
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+class Peer(ABC):
+    """A library that runs convolutions."""
+
+    name: ClassVar[str]
+    package: ClassVar[str]
+    #: By bits of a vector, the environment that keeps the library to such vectors; it is read at the first use.
+    restrictions: ClassVar[Mapping[int, Mapping[str, str]]] = {}
+
+    @classmethod
+    def restrict(cls, bits: int) -> None:
+        """Keep the library to vectors of so many bits, for the rest of this process.
+
+        Raises:
+            UnsupportedError: it cannot be restricted, or was in use before.
+        """
+        if bits not in cls.restrictions:
+            raise UnsupportedError(f"cannot be restricted to vectors of {bits} bits")
+        wanted = cls.restrictions[bits]
+        if cls.is_settled() and any(os.environ.get(name) != value for name, value in wanted.items()):
+            raise UnsupportedError(SETTLED)
+        os.environ.update(wanted)
+
+    @classmethod
+    def is_settled(cls) -> bool:
+        """Whether the environment may have been read."""
+        return cls.package in sys.modules
+
+    @classmethod
+    def version(cls) -> str | None:
+        """The installed version; None where it is not installed."""
+        try:
+            return importlib.metadata.version(cls.package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    @abstractmethod
+    def entrants(self, spec: ConvSpec, data: Arrays, threads: int) -> list[Entrant]:
+        """The ways to run the layer on ``data``; the fastest of them counts.
+
+        Raises:
+            Exception: of the library's own kinds, where it cannot run this layer.
+        """
+
+
+SETTLED = "was in use before it could be restricted to narrower vectors"
+#: oneDNN, which PyTorch and OpenVINO bring, by bits of a vector.
+ONEDNN = {256: {"ONEDNN_MAX_CPU_ISA": "AVX2"}, 128: {"ONEDNN_MAX_CPU_ISA": "SSE41"}}
+
+
+class OnnxRuntime(Peer):
+    """ONNX Runtime: a session with full graph optimisation, inputs and output bound.
+
+    It takes the widest vectors there are, and nothing restricts it.
+    """
+
+    name, package = "onnxruntime", "onnxruntime"
+
+    def entrants(self, spec: ConvSpec, data: Arrays, threads: int) -> list[Entrant]:
+        from ..check.reference import OrtReference
+
+        prepared = OrtReference(spec, **data, threads=threads)
+        return [Entrant("", prepared, lambda: prepared.output)]
+
+
+class Torch(Peer):
+    """PyTorch in inference mode, on oneDNN: contiguous tensors and, where there is one, the
+    channels-last format that its documentation recommends. The activation overwrites the
+    convolution's output.
+    """
+
+    name, package = "torch", "torch"
+    restrictions: ClassVar = {
+        256: {**ONEDNN[256], "ATEN_CPU_CAPABILITY": "avx2"},
+        128: {**ONEDNN[128], "ATEN_CPU_CAPABILITY": "default"},
+    }
+
+    @classmethod
+    def restrict(cls, bits: int) -> None:
+        super().restrict(bits)
+        import torch
+
+        # Its first use settles what it says that it is capable of.
+        if torch.backends.cpu.get_cpu_capability().lower() != cls.restrictions[bits]["ATEN_CPU_CAPABILITY"]:
+            raise UnsupportedError(SETTLED)
+
+    @classmethod
+    def is_settled(cls) -> bool:
+        return False  # TVM loads it, without using it
+
+    def entrants(self, spec: ConvSpec, data: Arrays, threads: int) -> list[Entrant]:
+        import torch
+
+        torch.set_num_threads(threads)
+        last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(spec.rank)
+        formats = [("channels last", last)] if last else []
+        if spec.layout == "nchw" or not last:
+            formats.insert(0, ("contiguous", torch.contiguous_format))
+        return [self._entrant(spec, data, label, form) for label, form in formats]
+
+    def _entrant(self, spec: ConvSpec, data: Arrays, way: str, form: Any) -> Entrant:
+        import torch
+
+        # An NHWC array is a channels-last tensor as it lies in memory.
+        order = (0, spec.rank + 1, *range(1, spec.rank + 1)) if spec.layout == "nhwc" else tuple(range(spec.rank + 2))
+        back = tuple(int(axis) for axis in np.argsort(order))
+
+        def tensor(name: str) -> Any:
+            array = data.get(name)
+            if array is None:
+                return None
+            shared = torch.from_numpy(array)
+            if name in ("src", "residual"):
+                shared = shared.permute(order)
+            return shared.contiguous(memory_format=form) if shared.dim() > 1 else shared
+
+        src, residual = tensor("src"), tensor("residual")
+        convolve = self._convolution(spec, tensor("weights"), tensor("bias"))
+        activate = self._activation(spec, tensor("slope"))
+        result: list[Any] = [None]
+
+        def run() -> None:
+            dst = convolve(src)
+            if residual is not None:
+                dst.add_(residual)
+            result[0] = activate(dst)
+
+        return Entrant(way, run, lambda: np.ascontiguousarray(result[0].permute(back).numpy()), torch.inference_mode)
+
+    def _convolution(self, spec: ConvSpec, weights: Any, bias: Any) -> Callable[[Any], Any]:
+        import torch
+
+        functional = torch.nn.functional
+        even = [min(pair) for pair in spec.padding]
+        rest = [(begin - p, end - p) for (begin, end), p in zip(spec.padding, even, strict=True)]
+        if not spec.transposed:
+            conv = getattr(functional, f"conv{spec.rank}d")
+            args = (weights, bias, spec.stride, even, spec.dilation, spec.groups)
+            if not any(map(any, rest)):
+                return lambda src: conv(src, *args)
+            pad = [amount for pair in reversed(rest) for amount in pair]
+            return lambda src: conv(functional.pad(src, pad), *args)
+        transposed = getattr(functional, f"conv_transpose{spec.rank}d")
+        options = (weights, bias, spec.stride, even, spec.output_padding, spec.groups, spec.dilation)
+        if not any(map(any, rest)):
+            return lambda src: transposed(src, *options)
+        crop = (slice(None), slice(None), *(slice(begin, -end or None) for begin, end in rest))
+        return lambda src: transposed(src, *options)[crop].contiguous()
+
+    def _activation(self, spec: ConvSpec, slope: Any) -> Callable[[Any], Any]:
+        import torch
+
+        functional = torch.nn.functional
+        name, p = spec.activation_op.name, spec.activation_op.params
+        bounds = [None if np.isinf(value) else value for value in p]
+        table: dict[str, Callable[[Any], Any]] = {
+            "none": lambda y: y,
+            "relu": torch.relu_,
+            "leaky_relu": lambda y: functional.leaky_relu_(y, p[0]),
+            "prelu": lambda y: functional.prelu(y, slope),
+            "clip": lambda y: y if bounds == [None, None] else y.clamp_(*bounds),
+            "sigmoid": torch.sigmoid_,
+            "tanh": torch.tanh_,
+            "silu": lambda y: functional.silu(y, inplace=True),
+            "mish": lambda y: functional.mish(y, inplace=True),
+            "hardswish": lambda y: functional.hardswish(y, inplace=True),
+            "hardsigmoid": lambda y: y.mul_(p[0]).add_(p[1]).clamp_(0, 1),
+            "elu": lambda y: functional.elu_(y, p[0]),
+            "gelu": functional.gelu,
+            "gelu_tanh": lambda y: functional.gelu(y, approximate="tanh"),
+        }
+        if name not in table:
+            raise UnsupportedError(f"activation: expected one torch is asked for, found {name}")
+        return table[name]
+
+
+class OpenVino(Peer):
+    """OpenVINO: the layer's ONNX model compiled for latency in f32, tensors shared."""
+
+    name, package = "openvino", "openvino"
+    restrictions: ClassVar = ONEDNN
+
+    def entrants(self, spec: ConvSpec, data: Arrays, threads: int) -> list[Entrant]:
+        import openvino
+
+        from ..check.onnx_model import onnx_model
+
+        model = onnx_model(spec, **{name: data[name] for name in spec.parameters})
+        options = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        core = openvino.Core()
+        request = core.compile_model(core.read_model(model.SerializeToString()), "CPU", options).create_infer_request()
+        output = np.empty(spec.dst_shape, np.float32)
+        inputs = {name: data[name] for name in ("src", "residual") if name in data}
+        for name, array in inputs.items():
+            request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+        request.set_tensor("dst", openvino.Tensor(output, shared_memory=True))
+
+        def run(_memory: object = inputs) -> None:
+            request.infer(share_outputs=True)
+
+        return [Entrant("", run, lambda: output)]
+
+
+PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (OnnxRuntime, Torch, OpenVino)}
+
+
+def find_peer(name: str) -> type[Peer]:
+    """The peer of that name.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    if name not in PEERS:
+        raise UnsupportedError(f"peers: expected some of {', '.join(PEERS)}, found {name!r}")
+    return PEERS[name]

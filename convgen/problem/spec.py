@@ -1,0 +1,576 @@
+"""ConvSpec: what a convolution is, independent of how it is computed.
+
+A spec means ONNX's ``Conv`` / ``ConvTranspose`` (cross-correlation) followed by bias, residual and
+activation: ``dst = activation(conv(src, weights) + bias + residual)``. Of 8-bit integers it means ``QLinearConv``
+whose zero points are 0: ``dst = saturate(round(activation((conv(src, weights) + bias) * scale)))``, where the sum is
+a 32-bit integer, the rest f32, ties are rounded to even and ``scale`` is a tensor ``[oc]``.
+
+This module imports neither NumPy nor TVM, so that the command line can refuse a wrong spec at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
+
+from ..errors import SpecError
+from .activation import Activation
+from .dtypes import BYTES, DTYPES
+
+#: Version of the canonical form. A new field with a neutral default does not change it.
+CANONICAL_VERSION = 1
+
+OPERATORS = tuple(f"{op}{rank}d" for op in ("conv", "convtranspose") for rank in (1, 2, 3))
+ACCURACIES = ("strict", "standard", "relaxed", "tf32")
+#: Every accepted layout token -> (canonical layout, rank it names; 0 = any).
+LAYOUTS = {
+    "nchw": ("nchw", 0),
+    "nhwc": ("nhwc", 0),
+    "ncw": ("nchw", 1),
+    "nwc": ("nhwc", 1),
+    "ncdhw": ("nchw", 3),
+    "ndhwc": ("nhwc", 3),
+}
+PADDING_WORDS = ("valid", "same", "same_lower")
+#: What is bound once, in the order of functions that take it.
+PARAMETERS = ("weights", "bias", "slope", "scale")
+INT32_MAX = 2**31 - 1
+#: Most products of i8 in one sum: what is left of 32 bits, 1,179,647, is the bias'.
+MOST_I8_PRODUCTS = 131_000
+
+Pair = tuple[int, int]
+Spatial = tuple[int, ...]
+
+
+def _integer(name: str, value: object, minimum: int) -> int:
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:  # also an array of several elements, which has an __index__
+        raise SpecError(name, f"an integer >= {minimum}", repr(value)) from None
+    if isinstance(value, bool):
+        raise SpecError(name, f"an integer >= {minimum}", repr(value))
+    if number < minimum:
+        raise SpecError(name, f"an integer >= {minimum}", number)
+    if number > INT32_MAX:
+        raise SpecError(name, f"at most {INT32_MAX} (int32 indexing)", number)
+    return number
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise SpecError(name, "true or false", repr(value))
+    return value
+
+
+def _spatial(name: str, value: object, rank: int, minimum: int) -> Spatial:
+    """One integer for all axes, or one per axis."""
+    if hasattr(value, "__index__"):
+        return (_integer(name, value, minimum),) * rank
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise SpecError(name, f"an integer, or {rank} of them", repr(value))
+    if len(value) == 1 and rank > 1 and name != "in_spatial":
+        value = tuple(value) * rank
+    if len(value) != rank:
+        raise SpecError(name, f"{rank} values, one per spatial axis", f"{len(value)}: {tuple(value)}")
+    return tuple(_integer(f"{name}[{axis}]", v, minimum) for axis, v in enumerate(value))
+
+
+def _pairs(value: object, rank: int) -> tuple[Pair, ...]:
+    """Padding given as an integer, one per axis, or a (begin, end) per axis."""
+    if hasattr(value, "__index__"):
+        p = _integer("padding", value, 0)
+        return ((p, p),) * rank
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise SpecError("padding", f"an integer, {rank} values, (begin, end) pairs or {PADDING_WORDS}", repr(value))
+    axes = list(value) * rank if len(value) == 1 else list(value)
+    if len(axes) != rank:
+        raise SpecError("padding", f"{rank} values, one per spatial axis", f"{len(axes)}: {value!r}")
+    pairs = []
+    for axis, item in enumerate(axes):
+        name = f"padding[{axis}]"
+        if hasattr(item, "__index__"):
+            p = _integer(name, item, 0)
+            pairs.append((p, p))
+        elif isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 2:
+            pairs.append((_integer(name, item[0], 0), _integer(name, item[1], 0)))
+        else:
+            raise SpecError(name, "an integer or a (begin, end) pair", repr(item))
+    return tuple(pairs)
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """One convolution layer with static shapes.
+
+    Args:
+        n: batch; 0 is allowed and gives an empty output.
+        ic, oc: input and output channels of the whole layer (not per group).
+        in_spatial: input size per spatial axis, without padding; its length (1-3) is the rank.
+        kernel: kernel size per spatial axis.
+        stride, dilation: per axis, 1 = dense. One number stands for all axes.
+        padding: ``(begin, end)`` per axis; also one number, one number per axis, ``"valid"``,
+            ``"same"`` (ONNX SAME_UPPER) or ``"same_lower"``; stored resolved. Of a transposed
+            convolution it is what is cropped from the output.
+        groups: divides ``ic`` and ``oc``; ``groups == ic`` is a depthwise convolution.
+        transposed: ONNX ConvTranspose instead of Conv.
+        output_padding: rows added at the end of a transposed output, below max(stride, dilation).
+        output_spatial: of a transposed convolution, the wanted output size; resolves the padding
+            as ONNX's ``output_shape`` does (the larger half at the beginning, or at the end where
+            padding is ``"same"``).
+        bias: whether a bias ``[oc]`` is added.
+        activation: ``none relu relu6 leaky_relu(a) prelu clip(lo,hi) sigmoid tanh silu mish
+            hardswish hardsigmoid(a,b) elu(a) gelu gelu_tanh``.
+        residual: whether a tensor of the output's shape is added before the activation.
+        accuracy: the class of its error bound (:mod:`convgen.validate`): ``strict``, ``standard``,
+            ``relaxed``, or ``tf32``, whose products may be of operands of 11 bits.
+        dtype: how tensors are stored: ``f32``, ``f16`` or ``bf16``; sums are f32 whatever it is. Or ``i8``: src,
+            weights and dst are, the bias is i32, the scale f32 (:attr:`dtypes`). It is exact, takes no
+            residual, no activation but ``relu``, no accuracy but ``standard``, and is not transposed.
+        layout: of src, dst and residual: ``nchw`` (1-D ``ncw``, 3-D ``ncdhw``) or ``nhwc``.
+            Weights are always ``[oc, ic/groups, *kernel]``, transposed ``[ic, oc/groups, *kernel]``.
+
+    Raises:
+        SpecError: a field is not what it must be, or the fields do not fit together.
+    """
+
+    n: int
+    ic: int
+    oc: int
+    in_spatial: Spatial
+    kernel: Spatial
+    stride: Spatial = 1  # type: ignore[assignment]
+    padding: tuple[Pair, ...] = 0  # type: ignore[assignment]
+    dilation: Spatial = 1  # type: ignore[assignment]
+    groups: int = 1
+    transposed: bool = False
+    output_padding: Spatial = 0  # type: ignore[assignment]
+    bias: bool = True
+    activation: str = "none"
+    residual: bool = False
+    accuracy: str = "standard"
+    dtype: str = "f32"
+    layout: str = "nchw"
+    output_spatial: InitVar[Any] = field(default=None, kw_only=True)
+
+    def __post_init__(self, output_spatial: Any) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        put("n", _integer("n", self.n, 0))
+        for name in ("ic", "oc", "groups"):
+            put(name, _integer(name, getattr(self, name), 1))
+        raw = self.in_spatial
+        if hasattr(raw, "__index__"):
+            raw = (raw,)  # type: ignore[assignment]
+        if isinstance(raw, str) or not isinstance(raw, Sequence) or not 1 <= len(raw) <= 3:
+            raise SpecError("in_spatial", "1, 2 or 3 sizes", repr(self.in_spatial))
+        rank = len(raw)
+        put("in_spatial", _spatial("in_spatial", raw, rank, 1))
+        for name, minimum in (("kernel", 1), ("stride", 1), ("dilation", 1), ("output_padding", 0)):
+            put(name, _spatial(name, getattr(self, name), rank, minimum))
+        for name in ("transposed", "bias", "residual"):
+            put(name, _flag(name, getattr(self, name)))
+        put("activation", str(Activation.parse(self.activation)))
+        for name, known in (("accuracy", ACCURACIES), ("dtype", DTYPES)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise SpecError(name, f"one of {', '.join(known)}", repr(value))
+        layout, layout_rank = LAYOUTS.get(str(self.layout).lower(), ("", 0))
+        if not layout or layout_rank not in (0, rank):
+            raise SpecError("layout", f"a {rank}-D layout among {', '.join(LAYOUTS)}", repr(self.layout))
+        put("layout", layout)
+
+        for name, channels in (("ic", self.ic), ("oc", self.oc)):
+            if channels % self.groups:
+                raise SpecError("groups", f"a divisor of {name}={channels}", self.groups)
+        for axis, extra in enumerate(self.output_padding):
+            limit = max(self.stride[axis], self.dilation[axis])
+            if extra and not self.transposed:
+                raise SpecError("output_padding", "0 unless transposed", self.output_padding)
+            if extra >= limit > 0 and extra:
+                raise SpecError(f"output_padding[{axis}]", f"below max(stride, dilation) = {limit}", extra)
+        self._resolve_padding(output_spatial, put)
+        self._check_sizes()
+        if self.dtype == "i8":
+            self._check_i8()
+
+    def _resolve_padding(self, wanted: Any, put: Any) -> None:
+        rank, word = self.rank, self.padding if isinstance(self.padding, str) else None
+        if word is not None and word not in PADDING_WORDS:
+            raise SpecError("padding", f"a number, pairs or one of {', '.join(PADDING_WORDS)}", repr(word))
+        if wanted is not None:
+            if not self.transposed:
+                raise SpecError("output_spatial", "None unless transposed", repr(wanted))
+            wanted = _spatial("output_spatial", wanted, rank, 1)
+        if word in (None, "valid") and wanted is None:
+            put("padding", _pairs(0 if word else self.padding, rank))
+            return
+        pairs, extras = [], []
+        for axis in range(rank):
+            size, stride, extra = self.in_spatial[axis], self.stride[axis], self.output_padding[axis]
+            window = self.window[axis]
+            if self.transposed:
+                target = wanted[axis] if wanted is not None else size * stride
+                total = (size - 1) * stride + extra + window - target
+                if total < 0:  # the output is longer than the windows reach: it goes on at the end
+                    extra, total = extra - total, 0
+                    if extra >= max(stride, self.dilation[axis]):
+                        raise SpecError(f"output_spatial[{axis}]", "a size the windows reach", target)
+            else:
+                target = -(-size // stride)
+                total = max(0, (target - 1) * stride + window - size)
+            small = total // 2
+            # ONNX: SAME_UPPER puts the odd one at the end, everything else at the beginning.
+            pairs.append((small, total - small) if word == "same" else (total - small, small))
+            extras.append(extra)
+        put("padding", tuple(pairs))
+        put("output_padding", tuple(extras))
+
+    def _check_sizes(self) -> None:
+        for axis, size in enumerate(self.out_spatial):
+            if size >= 1:
+                continue
+            if self.transposed:
+                raise SpecError(f"padding[{axis}]", "less than the transposed output", self.padding[axis])
+            padded = self.in_spatial[axis] + sum(self.padding[axis])
+            raise SpecError(
+                f"kernel[{axis}]", f"a dilated kernel within the padded input ({padded})", self.window[axis]
+            )
+        for name, shape in (
+            ("src", (self.n, self.ic, *self.padded_spatial)),
+            ("weights", self.weights_shape),
+            ("dst", self.dst_shape),
+        ):
+            if math.prod(shape) > INT32_MAX:
+                raise SpecError(name, f"at most {INT32_MAX} elements (int32 indexing)", f"shape {shape}")
+
+    def _check_i8(self) -> None:
+        for name, why, neutral in (
+            ("transposed", "false for i8, as ONNX has no such operator", (False,)),
+            ("residual", "false for i8, as it would have a scale of its own", (False,)),
+            ("activation", "none or relu for i8, as others do not commute with rounding to it", ("none", "relu")),
+            ("accuracy", "standard for i8, which is exact", ("standard",)),
+        ):
+            if getattr(self, name) not in neutral:
+                raise SpecError(name, why, getattr(self, name))
+        if self.reduction_length > MOST_I8_PRODUCTS:
+            expected = f"at most {MOST_I8_PRODUCTS} products of i8 in a sum of 32 bits"
+            raise SpecError("ic/groups * kernel", expected, self.reduction_length)
+
+    # ---- shapes -------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """Number of spatial axes."""
+        return len(self.in_spatial)
+
+    @property
+    def operator(self) -> str:
+        return f"{'convtranspose' if self.transposed else 'conv'}{self.rank}d"
+
+    @property
+    def window(self) -> Spatial:
+        """Extent of the dilated kernel per axis."""
+        return tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
+
+    @property
+    def padded_spatial(self) -> Spatial:
+        """Input size per axis with its padding (transposed: the input as it is)."""
+        if self.transposed:
+            return self.in_spatial
+        return tuple(size + b + e for size, (b, e) in zip(self.in_spatial, self.padding, strict=True))
+
+    @cached_property
+    def out_spatial(self) -> Spatial:
+        """Output size per axis (ONNX Conv / ConvTranspose)."""
+        if self.transposed:
+            return tuple(
+                (size - 1) * s + extra + w - b - e
+                for size, s, extra, w, (b, e) in zip(
+                    self.in_spatial, self.stride, self.output_padding, self.window, self.padding, strict=True
+                )
+            )
+        return tuple((p - w) // s + 1 for p, w, s in zip(self.padded_spatial, self.window, self.stride, strict=True))
+
+    def _shape(self, channels: int, spatial: Spatial) -> Spatial:
+        return (self.n, channels, *spatial) if self.layout == "nchw" else (self.n, *spatial, channels)
+
+    @property
+    def src_shape(self) -> Spatial:
+        """Shape of src in the spec's layout."""
+        return self._shape(self.ic, self.in_spatial)
+
+    @property
+    def dst_shape(self) -> Spatial:
+        """Shape of dst and residual in the spec's layout."""
+        return self._shape(self.oc, self.out_spatial)
+
+    @property
+    def weights_shape(self) -> Spatial:
+        """``[oc, ic/groups, *kernel]``, transposed ``[ic, oc/groups, *kernel]``."""
+        if self.transposed:
+            return (self.ic, self.oc // self.groups, *self.kernel)
+        return (self.oc, self.ic // self.groups, *self.kernel)
+
+    @property
+    def shapes(self) -> dict[str, Spatial]:
+        """Shape of each tensor by name: ``src weights [bias] [slope] [scale] [residual] dst``; the ones it lacks are
+        absent.
+        """
+        shapes = {"src": self.src_shape, "weights": self.weights_shape}
+        if self.bias:
+            shapes["bias"] = (self.oc,)
+        if self.has_slope:
+            shapes["slope"] = (self.oc,)
+        if self.dtype == "i8":
+            shapes["scale"] = (self.oc,)
+        if self.residual:
+            shapes["residual"] = self.dst_shape
+        return {**shapes, "dst": self.dst_shape}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """How each tensor of :attr:`shapes` is stored."""
+        own = {"bias": "i32", "scale": "f32"} if self.dtype == "i8" else {}
+        return {name: own.get(name, self.dtype) for name in self.shapes}
+
+    @property
+    def parameters(self) -> list[str]:
+        """The tensors that are bound once: ``weights [bias] [slope] [scale]``."""
+        return [name for name in PARAMETERS if name in self.shapes]
+
+    @property
+    def activation_op(self) -> Activation:
+        return Activation.parse(self.activation)
+
+    @property
+    def has_slope(self) -> bool:
+        """Whether a slope tensor ``[oc]`` is bound with the weights (prelu)."""
+        return self.activation == "prelu"
+
+    @property
+    def out_pixels(self) -> int:
+        return math.prod(self.out_spatial)
+
+    @property
+    def has_unit_kernel(self) -> bool:
+        """A 1x1 kernel without padding, not transposed: each output pixel reads a single input pixel."""
+        return not self.transposed and set(self.kernel) == {1} and not any(map(any, self.padding))
+
+    @property
+    def is_pointwise(self) -> bool:
+        """A unit kernel at stride 1: a matrix product over the flat pixels."""
+        return self.has_unit_kernel and set(self.stride) == {1}
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups == self.ic > 1
+
+    @cached_property
+    def core(self) -> ConvSpec:
+        """The spec that schedules lower: the same buffers under the simplest shape.
+
+        A pointwise convolution of any rank is a 1-D one over its flat pixels (NHWC: the batch's
+        too). An empty batch is lowered like a batch of one, whose kernel is then never entered.
+        """
+        core = self if self.n else self.with_(n=1)
+        if not self.is_pointwise:
+            return core
+        n, pixels = (core.n, core.out_pixels) if self.layout == "nchw" else (1, core.n * core.out_pixels)
+        one: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+        return core.with_(n=n, in_spatial=(pixels,), kernel=(1,), **one)
+
+    # ---- cost ---------------------------------------------------------------------------------
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates, padding included; transposed: over the input, no inserted zeros."""
+        pixels = math.prod(self.in_spatial) if self.transposed else self.out_pixels
+        return self.n * pixels * math.prod(self.weights_shape)
+
+    @property
+    def flops(self) -> int:
+        """Two per multiply-accumulate; bias, residual and activation are not counted."""
+        return 2 * self.macs
+
+    @property
+    def reduction_length(self) -> int:
+        """Products summed into one output element, at most."""
+        return self.ic // self.groups * math.prod(self.kernel)
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes of each tensor of the layer; the ones it lacks are absent."""
+        dtypes = self.dtypes
+        return {name: BYTES[dtypes[name]] * math.prod(shape) for name, shape in self.shapes.items()}
+
+    # ---- identity -----------------------------------------------------------------------------
+
+    @property
+    def canonical(self) -> dict[str, Any]:
+        """The versioned canonical form: JSON values, fields at their default omitted."""
+        form: dict[str, Any] = {"version": CANONICAL_VERSION}
+        default = ConvSpec(self.n, self.ic, self.oc, (1,) * self.rank, (1,) * self.rank)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            required = f.name in ("n", "ic", "oc", "in_spatial", "kernel")
+            if required or value != getattr(default, f.name):
+                form[f.name] = _listed(value)
+        return form
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the canonical form, hexadecimal."""
+        text = json.dumps(self.canonical, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def descriptor(self) -> str:
+        """One line that identifies the spec; :meth:`parse` reads it back."""
+        words = [self.operator, f"n{self.n}", f"ic{self.ic}", f"oc{self.oc}"]
+        if self.groups > 1:
+            words.append(f"g{self.groups}")
+        words += [_join("i", self.in_spatial), _join("k", self.kernel), _join("s", self.stride)]
+        words.append("p" + "x".join(str(b) if b == e else f"{b}_{e}" for b, e in self.padding))
+        if set(self.dilation) != {1}:
+            words.append(_join("d", self.dilation))
+        if any(self.output_padding):
+            words.append(_join("op", self.output_padding))
+        if not self.bias:
+            words.append("nobias")
+        if self.residual:
+            words.append("residual")
+        for name, neutral in (("activation", "none"), ("dtype", "f32"), ("layout", "nchw"), ("accuracy", "standard")):
+            if getattr(self, name) != neutral:
+                words.append(getattr(self, name))
+        return " ".join(words)
+
+    @property
+    def name(self) -> str:
+        """A C identifier made from the descriptor."""
+        words = self.descriptor.replace("-", "m").replace(".", "d")
+        return re.sub(r"\W+", "_", words).strip("_")
+
+    def __str__(self) -> str:
+        return self.descriptor
+
+    @classmethod
+    def parse(cls, text: str) -> ConvSpec:
+        """Read a descriptor such as ``conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu``.
+
+        The operator comes first; the other tokens follow in any order, each at most once. ``i8`` is the dtype where
+        it cannot be the input's size: in 1-D, where another token gives that.
+
+        Raises:
+            SpecError: a token is malformed, unknown, repeated or missing, or the spec is wrong.
+        """
+        tokens = text.split()
+        if not tokens or tokens[0] not in OPERATORS:
+            raise SpecError("operator", f"one of {', '.join(OPERATORS)}", repr(tokens[0] if tokens else text))
+        values: dict[str, Any] = {"transposed": tokens[0].startswith("convtranspose")}
+        rank = int(tokens[0][-2])
+        sizes = [token for token in tokens if _SIZES.match(token)]
+        if "i8" in sizes and (rank > 1 or len(sizes) > 1):  # in 1-D it is a size, too
+            tokens.remove("i8")
+            values["dtype"] = "i8"
+        for token in tokens[1:]:
+            name, value = _token(token, rank)
+            if name in values:
+                raise SpecError(token, f"{name} at most once", "a second one")
+            values[name] = value
+        for name, letter in (("ic", "ic"), ("oc", "oc"), ("in_spatial", "i"), ("kernel", "k")):
+            if name not in values:
+                raise SpecError(name, f"a token {letter}…", "none")
+        return cls(**{"n": 1, **values})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "") -> ConvSpec:
+        """A spec from field names and JSON/TOML/YAML values.
+
+        Raises:
+            SpecError: a key is unknown or missing, or a value is wrong; ``where`` leads its message.
+        """
+        known = {f.name for f in fields(cls)} | {"output_spatial"}
+        try:
+            for key in values:
+                if key not in known:
+                    raise SpecError(str(key), f"one of {', '.join(sorted(known))}", "an unknown key")
+            for name in ("ic", "oc", "in_spatial", "kernel"):
+                if name not in values:
+                    raise SpecError(name, "a value", "none")
+            return cls(**{"n": 1, **values})
+        except SpecError as error:
+            raise SpecError(error.field, error.expected, error.found, where or error.where) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values; :meth:`from_dict` reads them back."""
+        return {f.name: _listed(getattr(self, f.name)) for f in fields(self)}
+
+    def with_(self, **changes: Any) -> ConvSpec:
+        """A copy with some fields changed; checked like a new one."""
+        return replace(self, output_spatial=None, **changes)
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _join(letter: str, values: Spatial) -> str:
+    return letter + "x".join(map(str, values))
+
+
+# ASCII digits, and so few that int() takes them.
+_NUMBER = re.compile(r"(n|ic|oc|g|op|i|k|s|d)([0-9]{1,18}(?:x[0-9]{1,18})*)\Z")
+_SIZES = re.compile(r"i[0-9x]+\Z")
+_PADS = re.compile(r"p([0-9]{1,18}(?:_[0-9]{1,18})?(?:x[0-9]{1,18}(?:_[0-9]{1,18})?)*)\Z")
+_SCALARS = {"n": "n", "ic": "ic", "oc": "oc", "g": "groups"}
+_SPATIALS = {"i": "in_spatial", "k": "kernel", "s": "stride", "d": "dilation", "op": "output_padding"}
+
+
+def _axes(token: str, parts: list[str], rank: int) -> list[str]:
+    if len(parts) not in (1, rank):
+        raise SpecError(token, f"1 or {rank} values", f"{len(parts)}")
+    return parts * rank if len(parts) == 1 else parts
+
+
+def _token(token: str, rank: int) -> tuple[str, Any]:
+    """One descriptor token -> (field, value)."""
+    if match := _NUMBER.match(token):
+        letter, parts = match[1], match[2].split("x")
+        if letter in _SCALARS:
+            if len(parts) != 1:
+                raise SpecError(token, "one number", f"{len(parts)}")
+            return _SCALARS[letter], int(parts[0])
+        if letter == "i" and len(parts) != rank:
+            raise SpecError(token, f"{rank} sizes joined by x", len(parts))
+        return _SPATIALS[letter], tuple(map(int, _axes(token, parts, rank)))
+    if match := _PADS.match(token):
+        axes = [[int(v) for v in part.split("_")] for part in _axes(token, match[1].split("x"), rank)]
+        return "padding", tuple((axis[0], axis[-1]) for axis in axes)
+    if token.removeprefix("p") in PADDING_WORDS:
+        return "padding", token.removeprefix("p")
+    if token == "nobias":
+        return "bias", False
+    if token == "residual":
+        return "residual", True
+    if token in DTYPES:
+        return "dtype", token
+    if token in LAYOUTS:
+        return "layout", token
+    if token in ACCURACIES:
+        return "accuracy", token
+    try:
+        return "activation", str(Activation.parse(token))
+    except SpecError as error:
+        if "(" in token:
+            raise
+        raise SpecError(
+            token, "a descriptor token (see `convgen show --help`)", "an unknown or malformed one"
+        ) from error

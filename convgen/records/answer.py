@@ -1,0 +1,311 @@
+"""Which record answers a build.
+
+In this order, for the spec, the target and the number of threads asked for:
+
+1. a record of this machine and these versions (:func:`current_versions`), in the user's store;
+2. one of a machine of the same kind (:func:`same_kind`) and these versions: from the store, else from
+   those that ship with the package (:mod:`convgen.records.shipped`);
+3. one of other versions, after it has been verified and timed in turn with the default
+   (:func:`recheck`). What comes of it is stored, so that the old record, right or expired, is not
+   measured again.
+
+Among several of one kind :func:`preferred` decides; a trial that had no final comparison must be clearly faster
+than the default's. None of them answers where its schedule is gone,
+has another version or no longer admits the picks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SpecError, UnsupportedError
+from ..hardware.target import Target
+from ..lowering.discover import schedule as find_schedule
+from ..lowering.schedule import Candidate, Picks
+from ..problem.spec import ConvSpec
+from ..records import shipped as tuned
+from .store import RecordStore, TuningRecord
+
+if TYPE_CHECKING:
+    from .outcome import Result
+#: A single trial's time over the default's below which it is certainly faster: trials scatter by some percent.
+CLEARLY = 0.97
+
+_FINGERPRINT = re.compile(r"(.+-[0-9a-f]{12})-(\d+)\Z")
+
+
+def current_versions() -> dict[str, str]:
+    """The versions that make a record's kernel today's: :func:`convgen.lowering.versions.versions`."""
+    from ..lowering.versions import versions
+
+    return versions()
+
+
+# ---- what a record stands for -------------------------------------------------------------------
+
+
+def record_candidate(record: TuningRecord, spec: ConvSpec, target: Target) -> Candidate | None:
+    """What a record describes, or None where this version's schedules no longer mean the same."""
+    try:
+        schedule = find_schedule(record.schedule)
+    except UnsupportedError:
+        return None
+    picks = Picks(**record.picks)
+    if schedule.version != record.schedule_version or schedule.reason_against(spec.core, target, picks):
+        return None
+    names = schedule.space(spec.core, target).domains  # records sort theirs
+    return Candidate(schedule, Picks(**{name: picks[name] for name in names}))
+
+
+def candidate_record(
+    spec: ConvSpec,
+    target: Target,
+    threads: int,
+    candidate: Candidate,
+    result: Result,
+    note: dict[str, Any] | None = None,
+) -> TuningRecord:
+    """The record of a candidate that was measured here and now."""
+    return TuningRecord(
+        **trial_identity(spec, target, threads, candidate),
+        outcome=result.outcome,
+        seconds=result.seconds,
+        samples=result.samples,
+        error=result.error,
+        note=note,
+    )
+
+
+def trial_identity(spec: ConvSpec, target: Target, threads: int, candidate: Candidate) -> dict[str, Any]:
+    """What tells a trial of today's from all others: the arguments of :func:`convgen.records.store.trial_key`."""
+    return {
+        "spec": spec.descriptor,
+        "target": target.spelling,
+        "hardware": target.hardware,
+        "threads": threads,
+        "schedule": candidate.schedule.id,
+        "schedule_version": candidate.schedule.version,
+        "picks": dict(candidate.picks),
+        "versions": current_versions(),
+    }
+
+
+def choose(
+    spec: ConvSpec, target: Target, record: TuningRecord | None, rejected: Collection[Candidate] = ()
+) -> tuple[Candidate, TuningRecord | None]:
+    """What to build, and the record it comes from: the record's candidate, else the default.
+
+    A default that a search has ``rejected`` (it crashed, or its output was wrong) is not built: the
+    reference, which the others are checked against, answers instead.
+    """
+    from ..lowering.candidates import default_candidate, parse_candidate
+
+    candidate = record_candidate(record, spec, target) if record else None
+    if candidate is not None:
+        return candidate, record
+    candidate = default_candidate(spec, target)
+    if candidate in rejected:
+        candidate = parse_candidate(spec, target, "reference")
+    return candidate, None
+
+
+def has_schedule(record: TuningRecord) -> bool:
+    """Whether its schedule exists, in the same version."""
+    try:
+        return find_schedule(record.schedule).version == record.schedule_version
+    except UnsupportedError:
+        return False
+
+
+def is_final(record: TuningRecord) -> bool:
+    """Whether it is of a final comparison, where kernels were timed in turn."""
+    return bool((record.note or {}).get("final"))
+
+
+def preferred(records: Iterable[TuningRecord]) -> TuningRecord | None:
+    """The record to build from, of several of one problem: the winner of the newest final comparison,
+    else the fastest of such comparisons, else the fastest trial; None where none was right.
+    """
+    right = [record for record in records if record.outcome == "ok"]
+    finals = [record for record in right if is_final(record)]
+    winners = [record for record in finals if (record.note or {}).get("winner")]
+    if winners:
+        return max(winners, key=lambda record: (record.when, record.id))
+    return min(finals or right, key=lambda record: (record.seconds or 0.0, record.id), default=None)
+
+
+def same_kind(hardware: str, target: Target, threads: int) -> bool:
+    """Whether what was measured there holds here: the same machine, or the same processor model,
+    stepping and instruction set, where both machines have a CPU for each thread.
+    """
+    if hardware == target.hardware:
+        return True
+    there, here = _FINGERPRINT.match(hardware), _FINGERPRINT.match(target.hardware)
+    if there is None or here is None or there[1] != here[1]:
+        return False
+    return threads <= min(int(there[2]), int(here[2]))
+
+
+# ---- the answer ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What answers a build.
+
+    Attributes:
+        record: None where the default does.
+        origin: where a record is from that was not measured here and now; empty otherwise.
+        note: what a user should know about it; empty otherwise.
+        rejected: candidates that a re-check found not to work.
+        outdated: records to measure again before there is an answer (:func:`convgen.tuning.recheck.recheck`);
+            the first is the one of other versions. Empty where this is the answer.
+    """
+
+    record: TuningRecord | None
+    origin: str = ""
+    note: str = ""
+    rejected: frozenset[Candidate] = frozenset()
+    outdated: tuple[TuningRecord, ...] = ()
+
+
+def best_record(store: RecordStore, spec: ConvSpec, target: Target, threads: int) -> TuningRecord | None:
+    """The record of this machine and these versions to build from, or None."""
+    return _Known(store, spec, target, threads).own_best()
+
+
+def find_record(
+    store: RecordStore,
+    spec: ConvSpec,
+    target: Target,
+    threads: int,
+    *,
+    measure: bool = True,
+) -> Answer:
+    """The record to build from, or those to measure again first: see the top of this module.
+
+    Args:
+        measure: whether the caller can measure again; records of other versions don't answer otherwise.
+
+    Raises:
+        RecordError: the store cannot be read, or a shipped database is damaged.
+    """
+    from ..lowering.candidates import default_candidate
+
+    known, versions = _Known(store, spec, target, threads), current_versions()
+    own, old = known.own_best(), known.best(known.outdated, new=True)
+    if own is not None and (is_final(own) or old is None or not is_final(old)):
+        return Answer(own)
+    alike, shipped = known.best(known.alike, new=True), _shipped(spec, target, threads)
+    if alike is None:
+        alike = known.best((record for record in shipped if record.versions == versions), new=True)
+    if own is None and alike is None and old is None:
+        old = known.best((record for record in shipped if record.versions != versions), new=True)
+    if old is None or not measure or not spec.n:
+        found = own or alike
+        if found is None or found is own:
+            return Answer(found)
+        origin = _origin(found, shipped)
+        is_elsewhere = found.hardware != target.hardware
+        return Answer(found, origin, f"{spec.descriptor}: the record is {origin}" if is_elsewhere else "")
+    contenders = [record for record in (old, own, alike) if record]
+    default = default_candidate(spec, target)
+    if all(record_candidate(record, spec, target) == default for record in contenders):
+        return Answer(own)  # there is nothing to compare the default with
+    return Answer(None, outdated=tuple(contenders))
+
+
+class _Known:
+    """What a store knows about one problem on machines of this kind.
+
+    Attributes:
+        own: records of this machine and these versions, failures too.
+        alike: right ones of other machines and these versions.
+        outdated: right ones of other versions.
+    """
+
+    def __init__(self, store: RecordStore, spec: ConvSpec, target: Target, threads: int) -> None:
+        self._spec, self._target, versions = spec, target, current_versions()
+        found = store.trials(spec=spec.descriptor, target=target.spelling, threads=threads)
+        found = [record for record in found if same_kind(record.hardware, target, threads)]
+        self.outdated = [r for r in found if r.versions != versions and r.outcome == "ok"]
+        found = [r for r in found if r.versions == versions]
+        self.own = [r for r in found if r.hardware == target.hardware]
+        self.alike = [r for r in found if r.hardware != target.hardware and r.outcome == "ok"]
+
+    def best(self, records: Iterable[TuningRecord], *, new: bool = False) -> TuningRecord | None:
+        """The preferred one of those that still mean something; ``new``: and whose candidate has not been
+        measured here and now.
+        """
+        left = [record for record in records if has_schedule(record)]
+        while (best := preferred(left)) is not None:
+            candidate = record_candidate(best, self._spec, self._target)
+            if candidate is not None and not (new and candidate in self._measured):
+                return best
+            left.remove(best)
+        return None
+
+    def own_best(self) -> TuningRecord | None:
+        """The preferred record of this machine and these versions. A trial that had no final comparison must be
+        :data:`CLEARLY` faster than the default's, or that one answers: tuning must not make a layer slower.
+        """
+        best = self.best(self.own)
+        if best is None or is_final(best):
+            return best
+        from ..lowering.candidates import default_candidate
+
+        default = default_candidate(self._spec, self._target)
+        tried = [r for r in self.own if r.outcome == "ok" and record_candidate(r, self._spec, self._target) == default]
+        unproven = [r for r in tried if (best.seconds or 0.0) > CLEARLY * (r.seconds or 0.0)]
+        return preferred(unproven) or best
+
+    @cached_property
+    def _measured(self) -> set[Candidate | None]:
+        return {record_candidate(record, self._spec, self._target) for record in self.own}
+
+
+def _shipped(spec: ConvSpec, target: Target, threads: int) -> list[TuningRecord]:
+    """The package's records for one problem on machines of this kind."""
+    found = []
+    for origin, path in tuned.databases():
+        if same_kind(origin.hardware, target, threads) and origin.target == target.spelling:
+            found += tuned.records_of(path, origin.records).get(spec.descriptor, [])
+    return [record for record in found if record.threads == threads]
+
+
+def _origin(record: TuningRecord, shipped: Sequence[TuningRecord]) -> str:
+    there = _FINGERPRINT.match(record.hardware)
+    cpus = f"{there[2]} CPUs" if there else record.hardware
+    source = "of those that ship with convgen" if record in shipped else "from another machine"
+    return f"{source}, measured {record.when[:10]} on a machine of this kind with {cpus}"
+
+
+def other_versions(record: TuningRecord) -> str:
+    now = current_versions()
+    names = sorted(name for name in record.versions.keys() | now if record.versions.get(name) != now.get(name))
+    return ", ".join(f"{name} {record.versions.get(name, '(unknown)')}" for name in names)
+
+
+def reason_against(record: TuningRecord) -> str:
+    """Why a record answers no build on this machine; empty where it may."""
+    from ..hardware.target import resolve
+
+    if record.outcome != "ok":
+        return f"its outcome is {record.outcome}"
+    if not has_schedule(record):
+        return f"{record.schedule} is gone, or no longer has version {record.schedule_version}"
+    try:
+        spec, target = ConvSpec.parse(record.spec), resolve(record.target)
+    except (SpecError, UnsupportedError) as error:
+        return str(error)
+    if not same_kind(record.hardware, target, record.threads):
+        return f"it is of another kind of machine than this, {target.hardware}"
+    if record_candidate(record, spec, target) is None:
+        return f"{record.schedule} no longer admits its picks"
+    if record.versions != current_versions():
+        return f"it is of {other_versions(record)}: a build would measure it again first"
+    return ""

@@ -1,0 +1,57 @@
+"""What can go from a record store without changing an answer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from .answer import current_versions, has_schedule, is_final, preferred
+from .store import TuningRecord
+
+#: Days after which the search's records of other versions are not worth their space.
+KEEP_DAYS = 180.0
+
+
+# ---- stores -------------------------------------------------------------------------------------
+
+
+def prunable(
+    records: Iterable[TuningRecord], *, keep: int, days: float = KEEP_DAYS, now: str
+) -> dict[str, list[TuningRecord]]:
+    """What can go from a store, by reason.
+
+    Never the final comparisons and failures of these versions: the first answer builds, and the others
+    keep a search from repeating what crashes. Of other versions, those stay that a re-check would
+    take, for ``days``.
+
+    Args:
+        records: all of the store.
+        keep: how many of the fastest stay of each problem, on each machine.
+        days: age in days up to which records of other versions stay.
+        now: the time, as records spell it.
+    """
+    from datetime import datetime, timedelta
+
+    oldest = datetime.fromisoformat(now) - timedelta(days=days)
+    versions = current_versions()
+    reasons: dict[str, list[TuningRecord]] = defaultdict(list)
+    problems: dict[tuple[object, ...], list[TuningRecord]] = defaultdict(list)
+    for record in records:
+        if not has_schedule(record):
+            reasons["of another version of its schedule"].append(record)
+        elif record.versions == versions:
+            if record.outcome == "ok" and not is_final(record):
+                problems[record.spec, record.target, record.hardware, record.threads, True].append(record)
+        elif datetime.fromisoformat(record.when) < oldest:
+            reasons[f"of other versions, more than {days:g} days old"].append(record)
+        elif record.outcome != "ok":
+            reasons["failed with other versions"].append(record)
+        else:
+            problems[record.spec, record.target, record.hardware, record.threads, False].append(record)
+    for (*_, is_current), found in problems.items():
+        best = None if is_current else preferred(found)
+        found.sort(key=lambda record: (record is not best, record.seconds, record.id))
+        if dropped := found[keep:]:
+            which = "" if is_current else ", of other versions"
+            reasons[f"slower than the {keep} fastest of its problem{which}"] += dropped
+    return dict(reasons)

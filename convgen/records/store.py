@@ -1,0 +1,867 @@
+"""Tuning records, and the store that keeps them.
+
+A record says what one trial was (``trial_key``: problem, machine, schedule, picks, versions) and how
+it ended. Its ``id`` is a hash of its whole content, so two stores merge as sets and a record that
+was altered or torn shows.
+
+The store is one SQLite file that any number of processes and threads may write at once. A record is
+on the disk when :meth:`RecordStore.add` returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import reprlib
+import sqlite3
+import stat
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from ..errors import RecordError
+from ..records import salvage
+
+#: Version of a record's JSON form.
+RECORD_SCHEMA = 1
+#: Version of the database (its ``user_version``).
+STORE_SCHEMA = 1
+OUTCOMES = ("ok", "build_error", "crash", "timeout", "memory", "wrong", "run_error")
+
+Pick = int | str | bool
+T = TypeVar("T")
+
+_APPLICATION_ID = 0x43564752  # "CVGR": tells a store from other programs' databases
+_LINE_BYTES = 1 << 24  # of the longest line an import reads
+_BUSY_SECONDS = 60.0
+_IDENTITY = ("spec", "target", "hardware", "threads", "schedule", "schedule_version", "picks", "versions")
+_INT32_MAX = 2**31 - 1
+_HASH = re.compile(r"[0-9a-f]{64}\Z")
+_HINT = "RecordStore.recover(damaged, into) saves what is readable"
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z\Z")
+
+
+def now() -> str:
+    """The time as records spell it: ISO 8601, UTC, microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def trial_key(
+    *,
+    spec: str,
+    target: str,
+    hardware: str,
+    threads: int,
+    schedule: str,
+    schedule_version: int,
+    picks: Mapping[str, Pick],
+    versions: Mapping[str, str],
+) -> str:
+    """SHA-256 (hexadecimal) of what makes two trials the same trial."""
+    values = (spec, target, hardware, threads, schedule, schedule_version, dict(picks), dict(versions))
+    return _digest(dict(zip(_IDENTITY, values, strict=True)))
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(_dump(value).encode()).hexdigest()
+
+
+def _dump(value: object) -> str:
+    """JSON in its one spelling here: ASCII, sorted keys, no NaN or infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _expect(condition: bool, name: str, expected: str, found: object) -> None:
+    if not condition:
+        raise RecordError(f"{name}: expected {expected}, found {reprlib.repr(found)}")
+
+
+def _text(name: str, value: object) -> str:
+    _expect(isinstance(value, str) and bool(value), name, "text", value)
+    text = str(value)
+    _expect(text.encode(errors="replace").decode() == text, name, "text that UTF-8 can encode", value)
+    return text
+
+
+def _positive(name: str, value: object) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    _expect(is_number and 0 < value < 1e300, name, "a positive number of seconds", value)  # type: ignore[operator]
+    return float(value)  # type: ignore[arg-type]
+
+
+def _count(name: str, value: object, minimum: int) -> None:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    _expect(is_integer and minimum <= value <= _INT32_MAX, name, f"an integer >= {minimum}", value)  # type: ignore[operator]
+
+
+def _mapping(name: str, value: object, kinds: tuple[type, ...], expected: str) -> dict[str, Any]:
+    _expect(isinstance(value, Mapping), name, "a mapping", value)
+    items: dict[str, Any] = dict(value)  # type: ignore[call-overload]
+    for key, item in items.items():
+        _expect(isinstance(key, str), name, "names as keys", key)
+        _expect(type(item) in kinds, f"{name}.{key}", expected, item)
+    return items
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningRecord:
+    """One trial: a candidate on a machine, and how it ended.
+
+    Args:
+        spec: the problem's descriptor.
+        target: its spelling, e.g. ``cpu:znver4``.
+        hardware: fingerprint of the machine (:attr:`convgen.hardware.machine.Machine.fingerprint`).
+        threads: threads the kernel was compiled for and timed with.
+        schedule, schedule_version, picks: the candidate.
+        outcome: ``ok``, or how it failed: ``build_error``, ``crash``, ``timeout``, ``memory`` (it took
+            too much), ``wrong`` (its output), ``run_error``.
+        seconds: median time of one call; given exactly where the outcome is ``ok``.
+        samples: the times it is the median of, in seconds.
+        error: what a failure said.
+        versions: of convgen, TVM, LLVM … that made the kernel.
+        when: ISO 8601 UTC, :func:`now` unless given.
+        note: any JSON object: the default's time, a peer's time …
+
+    Attributes:
+        trial_key: SHA-256 of all but the measurement; see :func:`trial_key`.
+        id: SHA-256 of the whole content.
+
+    Raises:
+        RecordError: a field is not what it must be.
+    """
+
+    spec: str
+    target: str
+    hardware: str
+    threads: int
+    schedule: str
+    schedule_version: int
+    picks: Mapping[str, Pick]
+    outcome: str
+    seconds: float | None = None
+    samples: tuple[float, ...] = ()
+    error: str = ""
+    versions: Mapping[str, str]
+    when: str = field(default_factory=now)
+    note: Mapping[str, Any] | None = None
+    trial_key: str = field(init=False)
+    id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("spec", "target", "hardware", "schedule"):
+            _text(name, getattr(self, name))
+        _count("threads", self.threads, 1)
+        _count("schedule_version", self.schedule_version, 0)
+        put("picks", _mapping("picks", self.picks, (int, str, bool), "an integer, text, true or false"))
+        put("versions", _mapping("versions", self.versions, (str,), "text"))
+        _expect(self.outcome in OUTCOMES, "outcome", f"one of {OUTCOMES}", self.outcome)
+        if self.outcome == "ok":
+            put("seconds", _positive("seconds", self.seconds))
+        else:
+            _expect(self.seconds is None, "seconds", "none where the outcome is not ok", self.seconds)
+        _expect(isinstance(self.samples, (list, tuple)), "samples", "a list of seconds", self.samples)
+        put("samples", tuple(_positive(f"samples[{i}]", v) for i, v in enumerate(self.samples)))
+        _expect(isinstance(self.error, str), "error", "text", self.error)
+        # What a crashed process printed need not be text.
+        put("error", self.error.encode(errors="replace").decode())
+        is_time = isinstance(self.when, str) and _TIME.match(self.when) is not None
+        _expect(is_time and _exists(self.when), "when", "ISO 8601 UTC, as 2026-01-31T12:00:00Z", self.when)
+        if self.note is not None:
+            _expect(isinstance(self.note, Mapping), "note", "a JSON object", self.note)
+            try:
+                put("note", json.loads(_dump(dict(self.note))))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise RecordError(f"note: expected a JSON object, found one that is not: {error}") from None
+        put("trial_key", trial_key(**{name: getattr(self, name) for name in _IDENTITY}))
+        put("id", _digest([self.trial_key, *(getattr(self, name) for name in _MEASURED)]))
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values, with the version of the form; :meth:`from_dict` reads it back."""
+        values = {name: getattr(self, name) for name in _FIELDS}
+        return {"schema": RECORD_SCHEMA, **values, "samples": list(self.samples)}
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return _dump(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: object) -> TuningRecord:
+        """The record that :meth:`to_dict` gave.
+
+        Raises:
+            RecordError: a field is missing, unknown or mistyped, the form's version is another, or
+                ``id`` or ``trial_key`` is not the content's.
+        """
+        if not isinstance(values, dict):
+            raise RecordError(f"record: expected a JSON object, found {reprlib.repr(values)}")
+        schema = values.get("schema")
+        if type(schema) is not int or schema != RECORD_SCHEMA:
+            raise RecordError(f"schema: expected {RECORD_SCHEMA}, found {reprlib.repr(schema)}")
+        for name in sorted(values.keys() ^ {"schema", *_FIELDS}):
+            if name in values:
+                raise RecordError(f"{name}: expected one of {', '.join(_FIELDS)}, found an unknown field")
+            raise RecordError(f"{name}: expected a value, found none")
+        record = cls(**{name: values[name] for name in _FIELDS if name not in ("id", "trial_key")})
+        for name in ("trial_key", "id"):
+            _expect(values[name] == getattr(record, name), name, "the hash of the content", values[name])
+        return record
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "") -> TuningRecord:
+        """The record in one line of JSON.
+
+        Raises:
+            RecordError: as :meth:`from_dict`, or not JSON; ``where`` leads its message.
+        """
+        try:
+            return cls.from_dict(load_json(text))
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"{where}: not JSON: {error}" if where else f"not JSON: {error}") from None
+        except RecordError as error:
+            raise RecordError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _exists(when: str) -> bool:
+    """Whether such a date exists."""
+    try:
+        datetime.fromisoformat(when)
+    except ValueError:
+        return False
+    return True
+
+
+def load_json(text: str | bytes) -> Any:
+    """Strict JSON: no NaN, no name twice in an object.
+
+    Raises:
+        ValueError: it is not (``RecursionError`` where it nests too deep).
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a JSON value")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError("a name occurs twice in an object")
+        return values
+
+    return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
+
+
+def read_lines(path: Path | str) -> list[TuningRecord]:
+    """The records of a JSON-lines file.
+
+    Raises:
+        RecordError: the file cannot be read, or a line is not a record; names the file, line and field.
+    """
+    found = []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LINE_BYTES + 1), b""), 1):
+                where = f"{path}: line {number}"
+                if len(line) > _LINE_BYTES:
+                    raise RecordError(f"{where}: expected at most {_LINE_BYTES} bytes, found more")
+                if line.strip():
+                    found.append(TuningRecord.from_json(line, where))
+    except OSError as error:
+        raise RecordError(f"{path}: {error.strerror}") from error
+    return found
+
+
+def write_lines(path: Path | str, records: Iterable[TuningRecord]) -> None:
+    """Write records to a JSON-lines file, which appears whole or not at all.
+
+    Raises:
+        RecordError: it cannot be written.
+    """
+    write_whole(Path(path), (record.to_json() + "\n" for record in records))
+
+
+def write_whole(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file, which appears whole or not at all.
+
+    Raises:
+        RecordError: it cannot be written.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.writelines(lines)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise RecordError(f"{path}: {error.strerror}") from error
+
+
+_FIELDS = tuple(f.name for f in fields(TuningRecord))
+_MEASURED = ("outcome", "seconds", "samples", "error", "when", "note")
+
+# Rows are numbered from 1 without a gap: RecordStore.recover counts gaps. They are added, never changed, and
+# removed by RecordStore.remove alone. What no query asks for is one column of JSON, `detail`,
+# because parsing it is most of the time that listing takes.
+_DETAIL = {"picks", "samples", "versions", "note"}
+_PLAIN = tuple(name for name in _FIELDS if name not in _DETAIL)
+_COLUMNS = ", ".join(f'"{name}"' for name in ("detail", *_PLAIN))  # quoted: `when` is an SQL word
+_ID = len(_PLAIN)  # the last column
+_INSERT = f"INSERT INTO records ({_COLUMNS}) VALUES (?{', ?' * _ID}) ON CONFLICT (id) DO NOTHING"
+_TABLE = """
+CREATE TABLE records (
+    detail TEXT NOT NULL, spec TEXT NOT NULL, target TEXT NOT NULL, hardware TEXT NOT NULL,
+    threads INTEGER NOT NULL, schedule TEXT NOT NULL, schedule_version INTEGER NOT NULL,
+    outcome TEXT NOT NULL, seconds REAL, error TEXT NOT NULL, "when" TEXT NOT NULL,
+    trial_key TEXT NOT NULL, id TEXT NOT NULL PRIMARY KEY
+);
+CREATE INDEX by_trial ON records (trial_key);
+CREATE INDEX by_speed ON records (spec, target, hardware, threads, outcome, seconds);
+"""
+_SCHEMA = {" ".join(statement.split()) for statement in _TABLE.split(";")} - {""}
+
+Row = Sequence[Any]
+
+#: A column of text: what is damaged need not be UTF-8, and shows in the record's hash.
+_column_text = functools.partial(str, encoding="utf-8", errors="backslashreplace")
+
+
+def _encode(record: TuningRecord) -> Row:
+    """A record as a row of the table."""
+    detail = {name: getattr(record, name) for name in _DETAIL}
+    return [_dump(detail), *(getattr(record, name) for name in _PLAIN)]
+
+
+def _decode(row: Row) -> dict[str, Any]:
+    """A row as the values of a record's fields.
+
+    Raises:
+        RecordError: the column that holds JSON does not.
+    """
+    try:
+        detail = json.loads(row[0])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecordError(f"detail: not JSON: {error}") from None
+    if not isinstance(detail, dict) or detail.keys() != _DETAIL or not isinstance(detail["samples"], list):
+        raise RecordError(
+            f"detail: expected a JSON object of {', '.join(sorted(_DETAIL))}, found {reprlib.repr(detail)}"
+        )
+    detail.update(zip(_PLAIN, row[1:], strict=True))
+    return detail
+
+
+def _checked(row: Row) -> TuningRecord:
+    """A row as a record, every field checked and its hashes computed again."""
+    return TuningRecord.from_dict({"schema": RECORD_SCHEMA, **_decode(row)})
+
+
+@dataclass(frozen=True)
+class Integrity:
+    """What :meth:`RecordStore.check` found: rows read, and one line per problem."""
+
+    rows: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no problem."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What :meth:`RecordStore.recover` did: records saved, records known to be lost, and pages that the
+    file should have and has not. Where pages are missing, more may be lost than is known.
+    """
+
+    saved: int
+    lost: int
+    missing_pages: int
+
+
+def default_path() -> Path:
+    """``$CONVGEN_RECORDS``, else ``records.sqlite`` in the user's cache directory."""
+    if given := os.environ.get("CONVGEN_RECORDS"):
+        return Path(os.path.expanduser(given))
+    import platformdirs
+
+    return platformdirs.user_cache_path("convgen") / "records.sqlite"
+
+
+class RecordStore:
+    """Records in one SQLite file, created where it is missing.
+
+    Safe for several processes and threads at once, and against their sudden end: a writer killed at
+    any moment loses nothing that :meth:`add` returned from. Every commit is flushed to the disk
+    (``synchronous=FULL``, about 0.6 ms), so a power cut loses nothing either. What was added is in the
+    file itself, not in the log beside it, so that a lost or damaged log loses nothing.
+
+    Every record that is read is checked against its hash.
+
+    Args:
+        path: the file; :func:`default_path` unless given.
+        readonly: read only: the file must exist, in a folder that need not be writable.
+
+    Raises:
+        RecordError: the file cannot be opened or is no record store; names the path and the reason.
+            Every method raises it where reading or writing fails.
+    """
+
+    path: Path
+
+    def __init__(self, path: Path | str | None = None, *, readonly: bool = False) -> None:
+        self.path = default_path() if path is None else Path(path)
+        self.readonly = readonly
+        # A connection must not cross a fork: every process opens its own, with its own lock.
+        self._handles: dict[int, tuple[threading.RLock, sqlite3.Connection]] = {}
+        self._closed = False
+        self._handle()
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def add(self, record: TuningRecord) -> bool:
+        """Keep a record for good; returns whether it was new."""
+        return self._insert([record]) == 1
+
+    def add_all(self, records: Iterable[TuningRecord]) -> int:
+        """Keep several records for good, all or none; returns how many were new."""
+        return self._insert(records)
+
+    def merge(self, other: Path | str) -> int:
+        """Add another store's records, each checked; returns how many were new.
+
+        A union of sets: any order, any number of times.
+        """
+        with RecordStore(other, readonly=True) as source:
+            known = {row[0] for row in self._run(lambda db: db.execute("SELECT id FROM records").fetchall())}
+            missing = [source._record(row) for row in source._rows() if row[_ID] not in known]
+        return self._insert(missing)
+
+    def import_(self, path: Path | str) -> int:
+        """Add the records of a JSON-lines file, all or none; returns how many were new.
+
+        Raises:
+            RecordError: a line is not a record; names the file, line and field.
+        """
+        return self._insert(read_lines(path))
+
+    def _insert(self, records: Iterable[TuningRecord]) -> int:
+        rows = [_encode(record) for record in records]
+        if not rows:
+            return 0
+
+        def insert(db: sqlite3.Connection) -> int:
+            before = db.total_changes
+            with db:  # commits, or rolls back where anything is raised
+                db.execute("BEGIN IMMEDIATE")
+                db.executemany(_INSERT, rows)
+            return db.total_changes - before
+
+        added = self._run(insert)
+        self._flush()
+        return added
+
+    def remove(self, ids: Iterable[str]) -> int:
+        """Take records out for good; returns how many of them there were.
+
+        In place and in one transaction, because others may have the store open: a new file in its place
+        would lose what they add to the old one. Writers wait, readers see the store before or after, and
+        a sudden end leaves one of the two. For :meth:`recover` the rows that stay are numbered anew, as it
+        counts gaps, and what goes is overwritten, as it reads whatever looks like a row.
+        """
+        wanted = [(id_,) for id_ in ids]
+
+        def remove(db: sqlite3.Connection) -> int:
+            db.execute("PRAGMA secure_delete = ON").fetchall()
+            with db:
+                db.execute("BEGIN IMMEDIATE")
+                before = db.total_changes
+                db.executemany("DELETE FROM records WHERE id = ?", wanted)
+                removed = db.total_changes - before
+                rows = db.execute("SELECT rowid FROM records ORDER BY rowid").fetchall()
+                moved = [(number, row) for number, (row,) in enumerate(rows, 1) if number != row]
+                db.executemany("UPDATE records SET rowid = ? WHERE rowid = ?", moved)
+            return removed
+
+        removed = self._run(remove)
+        self._flush()
+        return removed
+
+    def compact(self) -> None:
+        """Give the space of removed records back to the system; whole or not at all."""
+        self._run(lambda db: db.execute("VACUUM"))
+        self._flush()
+
+    def _flush(self) -> None:
+        """Move what was committed from the log into the file, and wait for others who do.
+
+        It stays in the log where somebody has been reading for a minute.
+        """
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while self._run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.001)
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def has(self, trial_key: str) -> bool:
+        """Whether this trial has been measured, whatever its outcome."""
+        query = "SELECT 1 FROM records WHERE trial_key = ? LIMIT 1"
+        return self._run(lambda db: db.execute(query, (trial_key,)).fetchone()) is not None
+
+    def trials(
+        self,
+        *,
+        spec: str | None = None,
+        target: str | None = None,
+        hardware: str | None = None,
+        threads: int | None = None,
+        schedule: str | None = None,
+        outcome: str | None = None,
+        trial_key: str | None = None,
+    ) -> list[TuningRecord]:
+        """The records that match what is given, oldest first."""
+        wanted = {
+            "spec": spec,
+            "target": target,
+            "hardware": hardware,
+            "threads": threads,
+            "schedule": schedule,
+            "outcome": outcome,
+            "trial_key": trial_key,
+        }
+        return [self._record(row) for row in self._rows(**{k: v for k, v in wanted.items() if v is not None})]
+
+    def problems(self) -> list[tuple[str, str, str, int]]:
+        """What there are records of: each spec, target, hardware and number of threads once."""
+        query = "SELECT DISTINCT spec, target, hardware, threads FROM records"
+        return self._run(lambda db: db.execute(query).fetchall())
+
+    def find(self, prefix: str) -> TuningRecord:
+        """The record whose id begins with ``prefix``.
+
+        Raises:
+            RecordError: the prefix is not hexadecimal, or begins no id, or several.
+        """
+        _expect(re.fullmatch(r"[0-9a-f]{1,64}", prefix) is not None, "id", "the first hexadecimal digits", prefix)
+        query = f"SELECT {_COLUMNS} FROM records WHERE id >= ? AND id < ? ORDER BY id LIMIT 9"
+        rows = self._run(lambda db: db.execute(query, (prefix, prefix + "g")).fetchall())
+        if len(rows) != 1:
+            found = ", ".join(row[_ID][:16] for row in rows[:8]) + (" …" if len(rows) > 8 else "")
+            raise RecordError(f"{self.path}: id {prefix}: expected it to begin one record's, found {found or 'none'}")
+        return self._record(rows[0])
+
+    def best(
+        self,
+        spec: str,
+        target: str,
+        hardware: str,
+        threads: int,
+        versions: Mapping[str, str] | None = None,
+        accept: Callable[[TuningRecord], bool] | None = None,
+    ) -> TuningRecord | None:
+        """The fastest ``ok`` record for a problem on a machine, or None.
+
+        Args:
+            spec: the problem's descriptor.
+            target, hardware, threads: where it runs; all must match.
+            versions: versions that must be the record's; those not named may differ.
+            accept: a further condition, e.g. that the schedule still has the record's version.
+        """
+        query = (
+            f"SELECT {_COLUMNS} FROM records"
+            " WHERE spec = ? AND target = ? AND hardware = ? AND threads = ? AND outcome = 'ok' ORDER BY seconds, id"
+        )
+
+        def search(db: sqlite3.Connection) -> TuningRecord | None:
+            for row in db.execute(query, (spec, target, hardware, threads)):
+                record = self._record(row)
+                same = all(record.versions.get(name) == version for name, version in (versions or {}).items())
+                if same and (accept is None or accept(record)):
+                    return record
+            return None
+
+        return self._run(search)
+
+    def export(self, path: Path | str) -> int:
+        """Write every record to a JSON-lines file, oldest first; returns how many.
+
+        The file appears whole or not at all. Equal sets of records give equal files.
+        """
+        records = self.trials()
+        write_lines(path, records)
+        return len(records)
+
+    def __len__(self) -> int:
+        """How many records there are."""
+        return int(self._run(lambda db: db.execute("SELECT count(*) FROM records").fetchone())[0])
+
+    def _rows(self, **wanted: object) -> list[Row]:
+        where = " AND ".join(f'"{name}" = ?' for name in wanted)
+        query = f"SELECT {_COLUMNS} FROM records" + (f" WHERE {where}" if where else "") + ' ORDER BY "when", id'
+        return self._run(lambda db: db.execute(query, tuple(wanted.values())).fetchall())
+
+    def _record(self, row: Row) -> TuningRecord:
+        """A row as a record, every field checked and its hashes computed again."""
+        try:
+            return _checked(row)
+        except RecordError as error:
+            raise RecordError(f"{self.path}: record {row[_ID]}: {error}; {_HINT}") from None
+
+    # -- upkeep ----------------------------------------------------------------------------------
+
+    def check(self) -> Integrity:
+        """Check the file's structure, and every record against its own hashes."""
+        problems: list[str] = []
+        count = 0
+
+        def examine(db: sqlite3.Connection) -> None:
+            nonlocal count
+            problems.clear()
+            count = 0
+            try:
+                problems.extend(text for (text,) in db.execute("PRAGMA integrity_check") if text != "ok")
+                for row in db.execute(f"SELECT {_COLUMNS} FROM records"):
+                    count += 1
+                    try:
+                        _checked(row)
+                    except RecordError as error:
+                        problems.append(f"{self.path}: record {row[_ID]}: {error}")
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+                if not _is_damage(error):
+                    raise
+                problems.append(f"{self.path}: after {count} records: {error}")
+
+        self._run(examine)
+        return Integrity(count, tuple(problems))
+
+    @staticmethod
+    def recover(damaged: Path | str, into: Path | str) -> Recovery:
+        """Save what can be read of a damaged store into another one, new or not.
+
+        Only records that match their own hash are saved. The damaged file stays as it is.
+
+        Raises:
+            RecordError: ``damaged`` cannot be read or holds nothing of a store, or ``into`` cannot be
+                written or is the same file.
+        """
+        damaged, into = Path(damaged), Path(into)
+        try:
+            if into.exists() and damaged.samefile(into):
+                raise RecordError(f"{into}: expected another file than the damaged one, found the same")
+            file = salvage.read(damaged)
+        except OSError as error:
+            raise RecordError(f"{damaged}: {error.strerror}") from error
+        saved: dict[str, TuningRecord] = {}
+        seen: set[int] = set()  # rows that are saved
+        bad: set[int] = set()  # rows that are not what their hash says
+        entries: set[tuple[int, str]] = set()  # of the indexes of id and trial_key
+        mentions: Counter[int] = Counter()
+        for rowid, values in file.cells():
+            mentions[rowid] += 1
+            if len(values) == 1 and isinstance(values[0], str) and _HASH.match(values[0]):
+                entries.add((rowid, values[0]))
+            elif len(values) == 1 + len(_PLAIN):
+                try:
+                    record = _checked(values)
+                except RecordError:
+                    bad.add(rowid)
+                else:
+                    saved[record.id] = record
+                    seen.add(rowid)
+        if not mentions and not file.has_header:
+            raise RecordError(f"{damaged}: expected what is left of a record store, found no trace of one")
+        keys = saved.keys() | {record.trial_key for record in saved.values()}
+        seen |= {rowid for rowid, key in entries if key in saved}
+        lost = (bad | {rowid for rowid, key in entries if key not in keys}) - seen
+        # Rows are numbered from 1 without a gap. A damaged number is in one place, a row's own in several.
+        last = max((rowid for rowid, count in mentions.items() if count > 1), default=0)
+        gaps = last - sum(1 <= rowid <= last for rowid in seen | lost)
+        with RecordStore(into) as store:
+            store._insert(saved.values())
+        return Recovery(len(saved), len(lost) + gaps, file.missing_pages)
+
+    # -- the connection --------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the file; the store cannot be used after it."""
+        self._closed = True
+        lock, db = self._handles.pop(os.getpid(), (None, None))
+        if lock is not None and db is not None:
+            with lock:
+                db.close()
+
+    def __enter__(self) -> RecordStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"RecordStore({str(self.path)!r})"
+
+    def _run(self, action: Callable[[sqlite3.Connection], T]) -> T:
+        """Run ``action`` on this process's connection, again while other writers hold the file:
+        SQLite by itself does not wait in every state of a write-ahead log.
+        """
+        lock, db = self._handle()
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                with lock:
+                    return action(db)
+            except sqlite3.Error as error:
+                if _code(error) not in _CONTENTION or time.monotonic() > deadline:
+                    raise self._failure(error) from error
+            except UnicodeDecodeError as error:  # of a message that quotes what is damaged
+                raise self._failure(error) from error
+            time.sleep(0.01)
+
+    def _handle(self) -> tuple[threading.RLock, sqlite3.Connection]:
+        if self._closed:
+            raise RecordError(f"{self.path}: the store is closed")
+        pid = os.getpid()
+        if pid not in self._handles:
+            self._handles[pid] = (threading.RLock(), self._connect())
+        return self._handles[pid]
+
+    def _connect(self) -> sqlite3.Connection:
+        deadline = time.monotonic() + _BUSY_SECONDS
+        mode = "mode=ro" if self.readonly else "mode=rw"
+        while True:
+            try:
+                if not self._exists():
+                    self._create()
+                return self._opened(mode)
+            except sqlite3.Error as error:
+                if _code(error) in _NO_ACCESS and mode == "mode=ro" and not self._has_log():
+                    mode = "immutable=1"  # a folder where SQLite cannot make the log's index: nobody writes there
+                elif _code(error) not in _CONTENTION or time.monotonic() > deadline:
+                    raise self._failure(error) from error
+            except UnicodeDecodeError as error:
+                raise self._failure(error) from error
+            except (OSError, ValueError) as error:  # ValueError: a path with a null character
+                raise RecordError(f"{self.path}: {getattr(error, 'strerror', error)}") from error
+            time.sleep(0.01)
+
+    def _exists(self) -> bool:
+        """Whether there is a file.
+
+        Raises:
+            RecordError: it has lost its contents, is no file, or is missing and must not be.
+        """
+        has_log = self._has_log()  # first: a store that is made right now has its file before its log
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            if has_log:
+                raise RecordError(f"{self.path}: no such file, but the log of one beside it; {_HINT}") from None
+            if self.readonly:
+                raise RecordError(f"{self.path}: no such file") from None
+            return False
+        if not stat.S_ISREG(status.st_mode):
+            raise RecordError(f"{self.path}: expected a file, found something else")
+        if not status.st_size:
+            raise RecordError(f"{self.path}: expected a record store or no file, found an empty file")
+        return True
+
+    def _has_log(self) -> bool:
+        try:
+            return os.path.getsize(f"{os.path.realpath(self.path)}-wal") > 0
+        except FileNotFoundError:
+            return False
+
+    def _create(self) -> None:
+        """Make an empty store, whole or not at all: other processes may do the same right now."""
+        path = Path(os.path.realpath(self.path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".records-", dir=path.parent) as folder:
+            part = Path(folder) / "new.sqlite"
+            with contextlib.closing(sqlite3.connect(part)) as db:
+                db.executescript(
+                    f"{_TABLE} PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {STORE_SCHEMA};"
+                )
+            try:
+                os.link(part, path)
+            except FileExistsError:
+                pass  # another process was faster
+            except OSError:  # a file system without links
+                if not path.exists():
+                    os.rename(part, path)
+
+    def _opened(self, mode: str) -> sqlite3.Connection:
+        """A connection to a file that is a store of this version."""
+        db = sqlite3.connect(
+            f"{self.path.absolute().as_uri()}?{mode}",
+            uri=True,
+            timeout=_BUSY_SECONDS,
+            isolation_level=None,  # transactions begin and end where this module says
+            check_same_thread=False,  # the lock beside it serves threads one by one
+        )
+        try:
+            db.text_factory = _column_text
+            db.execute("BEGIN")  # one snapshot
+            application, version = (
+                db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+            )
+            schema = {
+                " ".join(sql.split())
+                for (sql,) in db.execute("SELECT sql FROM sqlite_master WHERE tbl_name = 'records' AND sql IS NOT NULL")
+            }
+            db.execute("COMMIT")
+            self._check_version(application, version)
+            if schema != _SCHEMA:
+                raise RecordError(f"{self.path}: expected the table of a record store, found another; {_HINT}")
+            if not self.readonly:
+                db.execute("PRAGMA synchronous = FULL")
+                db.execute("PRAGMA journal_mode = WAL")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _check_version(self, application: int, version: int) -> None:
+        if application != _APPLICATION_ID:
+            raise RecordError(f"{self.path}: an SQLite database, but not a record store")
+        if version > STORE_SCHEMA:
+            raise RecordError(
+                f"{self.path}: written by a newer convgen: expected store version {STORE_SCHEMA}, found {version}"
+            )
+        if version < STORE_SCHEMA:
+            raise RecordError(f"{self.path}: expected store version {STORE_SCHEMA}, found {version}, which never was")
+
+    def _failure(self, error: Exception) -> RecordError:
+        return RecordError(f"{self.path}: {error}" + (f"; {_HINT}" if _is_damage(error) else ""))
+
+
+def _code(error: Exception) -> int:
+    """SQLite's primary result code; 0 where the error is Python's."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+_CONTENTION = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
+_NO_ACCESS = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+
+
+def _is_damage(error: Exception) -> bool:
+    damaged = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    return isinstance(error, UnicodeDecodeError) or _code(error) in damaged

@@ -1,0 +1,248 @@
+"""What to try next: all applicable schedules race for one layer.
+
+The spaces are small and structured, where sampling with a local search around the leaders comes close to
+the best in few trials (Tollenaere et al., ACM TACO 20(1), 2022). Which of the samples are measured, a
+:class:`~convgen.tuning.ranker.Ranker` decides: those that may well be the fastest, given every measurement of
+this layer and of others. The candidates of a round differ: each is chosen as if those before it had
+come out as predicted (GP-BUCB: Desautels, Krause and Burdick, JMLR 15, 2014).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+
+from ..errors import BuildError, Inapplicable, UnsupportedError
+from ..hardware.target import Target
+from ..lowering.candidates import default_candidate
+from ..lowering.discover import schedules
+from ..lowering.lower import lower
+from ..lowering.schedule import Candidate, Picks, Schedule
+from ..measure.trial import measure_module
+from ..problem.spec import ConvSpec
+from ..records.outcome import Result
+from .ranker import NOISE, Ranker
+
+#: Candidates per round: enough to keep the build processes busy, few enough to learn from each.
+ROUND = 4
+#: A schedule whose best is this many times slower than the leader after `TRIES` trials drops out.
+BEHIND, TRIES = 1.3, 8
+#: How many candidates are drawn for the ranker to choose from.
+POOL = 256
+#: Another schedule's default is tried at the start where it is not predicted to be this many times slower.
+REACH = 1.6
+#: Standard deviations by which a candidate may be better than expected, in turn: what is likely the fastest, and
+#: what may well be; and the share of trials drawn by chance, where the model may be led astray.
+HOPES, CHANCE = (0.0, 1.0), 0.25
+
+
+class Race:
+    """What to try next: the schedules' candidates, those that lead tried more.
+
+    First comes the zero-trial answer, which tuning must not lose to, then what won on similar layers and the
+    defaults of the schedules within reach of the best, then what the ranker chooses among uniform draws and
+    neighbours of the leaders. Schedules that stay behind drop out. The reference takes part only where it is
+    the ``default``.
+
+    Args:
+        threads: what the ranker predicts for, where none is given.
+        ranker: taught by a store; told every result of this race. None: one that knows nothing yet.
+        exclude: ids of schedules to leave out. The default is then the best remaining schedule's.
+
+    Raises:
+        UnsupportedError: no schedule applies, or none is left.
+    """
+
+    def __init__(
+        self,
+        spec: ConvSpec,
+        target: Target,
+        threads: int,
+        seed: int = 0,
+        *,
+        ranker: Ranker | None = None,
+        exclude: Collection[str] = (),
+    ) -> None:
+        self.spec, self.target, self.rng = spec.core, target, random.Random(seed)
+        self.ranker = Ranker(target, threads) if ranker is None else ranker
+        self.default = default_candidate(spec, target)
+        applicable = [s for s in schedules().values() if s.reason_against(self.spec, target) is None]
+        applicable = [s for s in applicable if s.id not in exclude]
+        if not applicable:
+            raise UnsupportedError(f"exclude: expected to leave a schedule for {spec.descriptor}, found none")
+        if self.default.schedule.id in exclude:
+            best = min(applicable, key=lambda s: (s.cost(self.spec, target), s.id))
+            self.default = Candidate(best, best.default(self.spec, target))
+        self.schedules: list[Schedule] = [s for s in applicable if s.id != "reference" or s is self.default.schedule]
+        self.results: dict[Schedule, list[tuple[float, Picks]]] = {s: [] for s in self.schedules}
+        self.tried: dict[Schedule, int] = dict.fromkeys(self.schedules, 0)
+        self.seen: set[Candidate] = set()
+        #: Seconds of the fastest candidate so far.
+        self.best = math.inf
+        self.wanted = ROUND
+        self.refused: list[tuple[Candidate, Result]] = []
+        self._spaces = {s: s.space(self.spec, target) for s in self.schedules}
+        self._awaited: dict[Candidate, None] = {}
+        self._opening = True
+        self._hopes = itertools.cycle(HOPES)
+        self._winners = [c for c in self.ranker.similar(self.spec) if c.schedule in self.tried]
+
+    def defaults(self) -> list[Candidate]:
+        """Every schedule's zero-trial answer; first the one that is taken where nothing was measured."""
+        found = [Candidate(s, s.default(self.spec, self.target)) for s in self.schedules]
+        return sorted(found, key=lambda candidate: candidate != self.default)
+
+    def tell(self, candidate: Candidate, result: Result) -> None:
+        """Learn how a candidate did."""
+        self.seen.add(candidate)
+        self._awaited.pop(candidate, None)
+        if candidate.schedule in self.tried:
+            self.tried[candidate.schedule] += 1
+            if result.seconds is not None:
+                self.results[candidate.schedule].append((result.seconds, candidate.picks))
+                self.best = min(self.best, result.seconds)
+            self.ranker.observe(self.spec, candidate, result.seconds)
+
+    def ask(self, count: int) -> list[Candidate]:
+        """Up to ``count`` distinct valid candidates not yet tried; none where the spaces are exhausted."""
+        chosen: list[Candidate] = []
+        if self._opening:
+            chosen = [c for c in dict.fromkeys(self._first()) if c not in self.seen][:count]
+            self._opening = bool(chosen)
+            self._take(chosen)
+        while len(chosen) < count and (pool := self._pool()):
+            taken = self._choose(pool, count - len(chosen))
+            self._take(taken)
+            chosen += taken
+        return chosen
+
+    def _take(self, candidates: list[Candidate]) -> None:
+        self.seen.update(candidates)
+        self._awaited.update(dict.fromkeys(candidates))
+
+    def _first(self) -> Iterator[Candidate]:
+        """What is tried before anything is drawn."""
+        yield self.default
+        yield from self._winners
+        defaults = self.defaults()
+        log_seconds = self.ranker.predict(self.spec, defaults)
+        limit = min(log_seconds) + math.log(REACH)
+        ranked = sorted(zip(log_seconds, range(len(defaults)), defaults, strict=True), key=lambda entry: entry[:2])
+        yield from (candidate for seconds, _, candidate in ranked if seconds <= limit)
+
+    def _choose(self, pool: list[Candidate], count: int) -> list[Candidate]:
+        """Those of a pool that may well be the fastest."""
+        awaited = list(self._awaited)
+        everything = [*awaited, *pool]
+        mean, covariance = self.ranker.posterior(self.spec, everything)
+        free = np.array([False] * len(awaited) + [True] * len(pool))
+
+        def suppose(index: int) -> None:
+            """It came out as predicted: what is like it is no longer uncertain."""
+            nonlocal covariance
+            column = covariance[:, index]
+            covariance = covariance - np.outer(column, column) / (column[index] + NOISE**2)
+
+        for index in range(len(awaited)):
+            suppose(index)
+        levels = dict.fromkeys(self.schedules, math.inf)
+        for value, candidate in zip(mean, everything, strict=True):
+            levels[candidate.schedule] = min(levels[candidate.schedule], float(value))
+        # Chance draws among the schedules that may win.
+        near = np.array([levels[c.schedule] <= mean.min() + math.log(BEHIND) for c in everything])
+        taken: list[Candidate] = []
+        while len(taken) < count and free.any():
+            if self.rng.random() < CHANCE and (free & near).any():
+                index = self.rng.choice([int(i) for i in np.flatnonzero(free & near)])
+            else:
+                hope = mean - next(self._hopes) * np.sqrt(np.maximum(np.diag(covariance), 0.0))
+                index = int(np.argmin(np.where(free, hope, np.inf)))
+            suppose(index)
+            free[index] = False
+            taken.append(pool[index - len(awaited)])
+        return taken
+
+    # ---- candidates -------------------------------------------------------------------------------
+
+    def _alive(self, schedule: Schedule) -> bool:
+        own = min((seconds for seconds, _ in self.results[schedule]), default=float("inf"))
+        return self.tried[schedule] < TRIES or own <= BEHIND * self.best
+
+    def _pool(self) -> list[Candidate]:
+        """Candidates not yet tried, of the schedules that are still in the race; none where they are exhausted."""
+        alive = [s for s in self.schedules if self._alive(s)]
+        found: dict[Candidate, None] = {}
+        for schedule in alive:
+            found.update(dict.fromkeys(Candidate(schedule, p) for p in self._draw(schedule, POOL // len(alive))))
+        return list(found)
+
+    def _draw(self, schedule: Schedule, count: int) -> list[Picks]:
+        """Up to ``count`` fresh points of a schedule's space: all of a small one, else uniform ones, and
+        neighbours of its three best (of its default where it has none) and neighbours of those.
+        """
+        space, found = self._spaces[schedule], dict[Picks, None]()
+
+        def take(points: Iterator[Picks], limit: int) -> None:
+            found.update(dict.fromkeys(itertools.islice((p for p in points if self._fresh(schedule, p)), limit)))
+
+        if space.size <= 2 * count:
+            points = list(space)
+            self.rng.shuffle(points)
+            take(iter(points), count)
+            return list(found)
+        leaders = [picks for _, picks in sorted(self.results[schedule], key=lambda r: r[0])[:3]]
+        leaders = leaders or [schedule.default(self.spec, self.target)]
+        near = [p for leader in leaders for p in space.neighbours(leader)]
+        self.rng.shuffle(near)
+        take(iter(near), count // 2)
+        further = (self.rng.choice(list(space.neighbours(self.rng.choice(near)))) for _ in range(count))
+        take(further, count // 4)
+        take((space.sample(self.rng) for _ in range(2 * count)), count - len(found))
+        if not found:  # chance finds nothing new: what is left is little, or nothing
+            take(iter(space), count)
+        return list(found)
+
+    def _fresh(self, schedule: Schedule, picks: Picks) -> bool:
+        if Candidate(schedule, picks) in self.seen:
+            return False
+        try:
+            schedule.valid(self.spec, self.target, picks)
+        except Inapplicable:
+            return False
+        return True
+
+
+def race_strategy(race: Race, spec: ConvSpec, target: Target) -> Any:
+    """A race as MetaSchedule's SearchStrategy: measure candidates made from different modules.
+
+    A candidate that TVM cannot schedule is put into ``race.refused``. Results reach the race as they
+    come, through :meth:`Race.tell`, because a budget may end within a batch.
+    """
+    from tvm.ir.utils import derived_object
+    from tvm.s_tir import Schedule as TirSchedule
+    from tvm.s_tir.meta_schedule.search_strategy import MeasureCandidate, PySearchStrategy
+
+    @derived_object
+    class RaceStrategy(PySearchStrategy):  # type: ignore[misc]
+        def generate_measure_candidates(self) -> list[Any] | None:
+            drawn = race.ask(race.wanted)
+            candidates = []
+            for candidate in drawn:
+                try:
+                    module = measure_module(lower(spec, target, candidate))
+                    candidates.append(MeasureCandidate(TirSchedule(module), []))
+                except Inapplicable:
+                    continue
+                except BuildError as error:
+                    race.refused.append((candidate, Result("build_error", error=str(error)[-2000:])))
+            return candidates if drawn else None
+
+        def clone(self) -> Any:
+            return race_strategy(race, spec, target)
+
+    return RaceStrategy()
