@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from paths import ROOT
+
+EXAMPLES = ROOT / "examples"
 
 
 def test_the_demo_ends_with_a_kernel_and_its_time_beside_onnx_runtime(tmp_path: Path) -> None:

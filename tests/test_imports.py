@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from paths import ROOT
 
 #: The folders and modules of the package, top to bottom. ``schedules`` and ``targets`` stand at the top of the tree.
 ORDER = (

@@ -12,10 +12,10 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 import pytest
+from paths import ROOT
 
 import convgen
 
-ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = set(convgen.__all__)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError
 from ..problem.dtypes import ACCUMULATOR, BYTES
+from .discover import target_families
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -109,8 +110,6 @@ def resolve(spelling: str | Target = "cpu", machine: Machine | None = None) -> T
     """
     if isinstance(spelling, Target):
         return spelling
-    from .discover import target_families
-
     family, _, model = spelling.partition(":")
     families = target_families()
     if family not in families:

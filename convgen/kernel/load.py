@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import BuildError, ExportError, KernelError, SpecError
 from ..lowering.interface import ABI, check_name
 from ..problem.spec import ConvSpec
+from .cuda_library import CudaLibrary
 from .library import Library, thread_count
 
 if TYPE_CHECKING:
@@ -62,8 +63,6 @@ def load(directory: str | os.PathLike[str], threads: int | None = None) -> Libra
 def _kind(manifest: dict[str, Any]) -> type[Library | CudaLibrary]:
     if manifest.get("device") is None:
         return Library
-    from .cuda_library import CudaLibrary
-
     return CudaLibrary
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedError
 from ..hardware.discover import module_names, modules, target_families
+from .schedule import Schedule
 
 if TYPE_CHECKING:
     from .schedule import Schedule
@@ -20,8 +21,6 @@ def schedule_ids() -> list[str]:
 @cache
 def schedules() -> dict[str, Schedule]:
     """Every schedule by id: one instance of each Schedule subclass a module in ``schedules/`` defines."""
-    from .schedule import Schedule
-
     found: dict[str, Schedule] = {}
     for module in modules("convgen.schedules"):
         for value in vars(module).values():

@@ -18,14 +18,20 @@ from typing import Any
 
 import numpy as np
 
+from ..check.bounds import reference, tolerance
+from ..check.data import exact_data
 from ..hardware.machine import pinned
 from ..hardware.target import Target
+from ..kernel.kernel import compile_lowered
 from ..kernel.library import Library
+from ..lowering.discover import schedule
 from ..lowering.interface import TensorInfo
+from ..lowering.lower import Lowered, lower
 from ..lowering.schedule import Candidate, Picks
 from ..problem.dtypes import distance, load, numpy_dtype, save
 from ..problem.spec import ConvSpec
 from ..records.outcome import OUTCOME_KEY
+from .gpu import gpu, measured_code, output, prepare
 from .timing import DUEL_SECONDS, SAMPLE_SECONDS, alternate, reference_kernel, time_calls
 
 #: Bytes a worker may have: this and so many times the layer's tensors. It has TVM and NumPy in it, packed
@@ -44,9 +50,6 @@ class Expected:
     """
 
     def __init__(self, spec: ConvSpec, directory: Path, threads: int) -> None:
-        from ..check.bounds import reference, tolerance
-        from ..check.data import exact_data
-
         self.directory = directory
         data = exact_data(spec)
         for name, array in (data | {"expected": reference(spec, data, threads)}).items():
@@ -107,15 +110,11 @@ def candidate_module(spec: ConvSpec, target: Target, candidate: Candidate) -> st
     """
     from tvm.ir import save_json
 
-    from ..lowering.lower import lower
-
     return str(save_json(measure_module(lower(spec, target, candidate))))
 
 
 def measured_candidate(module: Any) -> Candidate:
     """The candidate a module of :func:`measure_module` was made from."""
-    from ..lowering.discover import schedule
-
     meta = json.loads(str(module.attrs["convgen"]))
     return Candidate(schedule(meta["schedule"]), Picks(**meta["picks"]))
 
@@ -126,9 +125,6 @@ def measured_candidate(module: Any) -> Candidate:
 def build_artifact(module_json: str, root: str) -> str:
     """Compile and link a measure candidate's module into a private folder; returns the library's path."""
     import tvm
-
-    from ..kernel.kernel import compile_lowered
-    from ..lowering.lower import Lowered
 
     module = tvm.ir.load_json(module_json)
     meta = json.loads(str(module.attrs["convgen"]))
@@ -142,8 +138,6 @@ def build_artifact(module_json: str, root: str) -> str:
     directory = Path(tempfile.mkdtemp(dir=root))
     device = None
     if target.kind == "cuda":
-        from .gpu import measured_code
-
         device = measured_code(lowered, directory)
     interface, _, library = compile_lowered(lowered, directory, "candidate", device)
     exact = candidate.is_exact(spec) and spec.activation_op.exact
@@ -204,8 +198,6 @@ def _run_artifact(path: str, directory: str, threads: int, seconds: float, hopel
 
 
 def _run_on_gpu(path: str, directory: str, seconds: float, hopeless: float) -> dict[str, Any]:
-    from .gpu import gpu, output, prepare
-
     facts = artifact_facts(path)
     spec = ConvSpec.parse(facts["spec"])
     dst = np.empty(spec.dst_shape, numpy_dtype(spec.dtype))
@@ -236,8 +228,6 @@ def run_duel(paths: list[str], directory: str, threads: int, rounds: int) -> lis
     """Time several libraries of one spec in turn, on CPUs of their own or on the GPU."""
     facts = [artifact_facts(path) for path in paths]
     if facts and facts[0]["device"] == "cuda":
-        from .gpu import gpu, prepare
-
         data = load_inputs(ConvSpec.parse(facts[0]["spec"]), directory)
         running = [prepare(path, known["name"], data) for path, known in zip(paths, facts, strict=True)]
         samples = gpu().alternate(running, rounds, DUEL_SECONDS)

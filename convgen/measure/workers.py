@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MeasureError
 from ..interrupts import Interrupts, interrupts_blocked, interrupts_held
 from ..records.outcome import INTERRUPTED, OUTCOME_KEY, Result
+from .compare import run_comparison
 from .trial import Expected, build_artifact, run_artifact, run_duel
 
 if TYPE_CHECKING:
@@ -294,8 +295,6 @@ class LocalRunner(Runner):
         return self._workers.submit(run_duel, *arguments, memory=len(paths) * expected.memory)
 
     def compare(self, paths: Sequence[str], expected: Expected, threads: int, rounds: int) -> Future[Compared | Result]:
-        from .compare import run_comparison
-
         arguments = (list(paths), str(expected.directory), threads, rounds, COMPARE_SHARE * self._workers.timeout)
         return self._workers.submit(run_comparison, *arguments, memory=(len(paths) + 2) * expected.memory)
 

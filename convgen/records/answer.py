@@ -23,9 +23,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SpecError, UnsupportedError
-from ..hardware.target import Target
+from ..hardware.target import Target, resolve
+from ..lowering.candidates import default_candidate, parse_candidate
 from ..lowering.discover import schedule as find_schedule
 from ..lowering.schedule import Candidate, Picks
+from ..lowering.versions import versions
 from ..problem.spec import ConvSpec
 from ..records import shipped as tuned
 from .store import RecordStore, TuningRecord
@@ -40,8 +42,6 @@ _FINGERPRINT = re.compile(r"(.+-[0-9a-f]{12})-(\d+)\Z")
 
 def current_versions() -> dict[str, str]:
     """The versions that make a record's kernel today's: :func:`convgen.lowering.versions.versions`."""
-    from ..lowering.versions import versions
-
     return versions()
 
 
@@ -102,8 +102,6 @@ def choose(
     A default that a search has ``rejected`` (it crashed, or its output was wrong) is not built: the
     reference, which the others are checked against, answers instead.
     """
-    from ..lowering.candidates import default_candidate, parse_candidate
-
     candidate = record_candidate(record, spec, target) if record else None
     if candidate is not None:
         return candidate, record
@@ -194,8 +192,6 @@ def find_record(
     Raises:
         RecordError: the store cannot be read, or a shipped database is damaged.
     """
-    from ..lowering.candidates import default_candidate
-
     known, versions = _Known(store, spec, target, threads), current_versions()
     own, old = known.own_best(), known.best(known.outdated, new=True)
     if own is not None and (is_final(own) or old is None or not is_final(old)):
@@ -256,8 +252,6 @@ class _Known:
         best = self.best(self.own)
         if best is None or is_final(best):
             return best
-        from ..lowering.candidates import default_candidate
-
         default = default_candidate(self._spec, self._target)
         tried = [r for r in self.own if r.outcome == "ok" and record_candidate(r, self._spec, self._target) == default]
         unproven = [r for r in tried if (best.seconds or 0.0) > CLEARLY * (r.seconds or 0.0)]
@@ -292,8 +286,6 @@ def other_versions(record: TuningRecord) -> str:
 
 def reason_against(record: TuningRecord) -> str:
     """Why a record answers no build on this machine; empty where it may."""
-    from ..hardware.target import resolve
-
     if record.outcome != "ok":
         return f"its outcome is {record.outcome}"
     if not has_schedule(record):

@@ -16,6 +16,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UnsupportedError
 from ..formats.entries import SpecEntry
 from ..formats.sources import write_text
+from ..hardware.machine import machine
+from ..hardware.roofline import roofline
+from ..hardware.target import resolve
+from ..kernel.library import Library
+from ..lowering.versions import versions
+from ..measure.compare import compare
 from ..problem.spec import ConvSpec
 
 if TYPE_CHECKING:
@@ -153,13 +159,6 @@ def measure(
     Raises:
         UnsupportedError: the kernels run on a GPU, the other libraries on the CPU.
     """
-    from ..hardware.machine import machine
-    from ..hardware.roofline import roofline
-    from ..hardware.target import resolve
-    from ..kernel.library import Library
-    from ..lowering.versions import versions
-    from ..measure.compare import compare
-
     on_cpu = {name: kernel for name, kernel in kernels.items() if isinstance(kernel, Library)}
     if len(on_cpu) < len(kernels):
         raise UnsupportedError(

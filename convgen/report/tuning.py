@@ -21,6 +21,8 @@ from typing import Any
 
 from ..errors import BuildError, MeasureError, RecordError, SpecError
 from ..formats.entries import SpecEntry
+from ..hardware.machine import machine, measured
+from ..hardware.roofline import roofline
 from ..problem.spec import ConvSpec
 from ..records.answer import is_final, preferred
 from ..records.store import RecordStore, TuningRecord
@@ -592,9 +594,6 @@ def _compare(setting: Setting, rows: Sequence[Row]) -> int:
 
 def _limits(setting: Setting, rows: Sequence[Row]) -> None:
     """Add the rooflines: of this machine, where it is the records' one, else those that benches noted."""
-    from ..hardware.machine import machine, measured
-    from ..hardware.roofline import roofline
-
     if machine().fingerprint == setting.hardware:
         setting.cpu = machine().cpu
         try:

@@ -25,9 +25,20 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BuildError, ExportError, Inapplicable, MeasureError, RecordError, SpecError, UnsupportedError
 from ..hardware.machine import ISA, MODEL_FIELDS, Device, Machine, parse_cpuinfo
+from ..hardware.target import resolve
+from ..lowering.link import NATIVE, link_shared
+from ..lowering.versions import versions
+from ..measure.timing import DUEL_SECONDS, HOPELESS, SAMPLE_SECONDS, TRIAL_SECONDS
+from ..measure.trial import LAYER_FACTOR, WORKER_BYTES, Expected, candidate_module
+from ..measure.workers import LocalBuilder
 from ..problem.spec import ConvSpec
+from ..records.answer import record_candidate
+from ..records.outcome import Result
 from ..records.store import OUTCOMES, RecordStore, TuningRecord, load_json
 from ..runtime.measure_bundle import FORMAT, IDENTITY, digest
+from .race import Race
+from .ranker import Ranker
+from .search import FINALISTS, ROUNDS, judge
 
 if TYPE_CHECKING:
     from ..hardware.target import Target
@@ -116,8 +127,6 @@ def target_on(target: Target, machine: Machine) -> Target:
     Raises:
         UnsupportedError: that machine cannot run its code.
     """
-    from ..hardware.target import resolve
-
     there = resolve(target.spelling, machine)
     if not there.native:
         missing = ", ".join(sorted(set(there.isa) - machine.features)) or "another architecture"
@@ -174,8 +183,6 @@ def pack(
         UnsupportedError: targets are both CPUs' and GPUs', the machine lacks instructions of one, or no schedule
             is left.
     """
-    from ..measure.workers import LocalBuilder
-
     if not out.name.endswith(ENDINGS):
         raise ExportError(f"{out}: expected a name that ends in {' or '.join(ENDINGS)}")
     kinds = {target.kind for target in targets}
@@ -242,8 +249,6 @@ class _Packer:
 
     def begin(self, targets: Sequence[Target]) -> None:
         """The library that compares outputs, for each target: also shows that there is a compiler."""
-        from ..lowering.link import NATIVE, link_shared
-
         for target in targets:
             self.device = target.kind
             triple = json.loads(target.tvm_config).get("mtriple", NATIVE)
@@ -280,12 +285,6 @@ class _Packer:
         self, spec: ConvSpec, target: Target, threads: int
     ) -> tuple[list[Candidate], Candidate, dict[Candidate, float]]:
         """Candidates to compile, the default among them, and the seconds of those that were measured there."""
-        from ..lowering.versions import versions
-        from ..records.answer import record_candidate
-        from ..records.outcome import Result
-        from .race import Race
-        from .ranker import Ranker
-
         key = (target.spelling, threads)
         if key not in self.rankers:
             self.rankers[key] = Ranker.from_store(self.store, target, threads)
@@ -305,8 +304,6 @@ class _Packer:
         return chosen, race.default, known
 
     def _submit(self, spec: ConvSpec, target: Target, candidate: Candidate) -> Future[Any] | Exception:
-        from ..measure.trial import candidate_module
-
         try:
             future: Future[Any] = self.builder.submit(candidate_module(spec, target, candidate))
             return future
@@ -315,8 +312,6 @@ class _Packer:
 
     def _library(self, future: Future[Any] | Exception) -> dict[str, Any]:
         """What a trial says of its library: the file, or how it failed to be made."""
-        from ..records.outcome import Result
-
         made: Any = future if isinstance(future, Exception) else future.result()
         nothing = {"library": None, "library_sha256": None, "name": "", "exact": True}
         if isinstance(made, Inapplicable):
@@ -354,8 +349,6 @@ class _Packer:
         built: dict[tuple[str, Candidate], dict[str, Any]],
     ) -> None:
         """The trials that race with each other."""
-        from ..lowering.versions import versions
-
         for candidate in chosen:
             library = built[(target.spelling, candidate)]
             if not library:
@@ -385,8 +378,6 @@ class _Packer:
         """Write a layer's inputs and expected output as their bytes."""
         import numpy as np
 
-        from ..measure.trial import LAYER_FACTOR, WORKER_BYTES, Expected
-
         names = [*(name for name in spec.shapes if name != "dst"), "expected", *(["bound"] if needs_bound else [])]
         files = {name: f"data/{index}/{name}.bin" for name in names}
         (self.folder / "data" / str(index)).mkdir()
@@ -405,10 +396,6 @@ class _Packer:
         Raises:
             ExportError: there is no trial.
         """
-        from ..lowering.versions import versions
-        from ..measure.timing import DUEL_SECONDS, HOPELESS, SAMPLE_SECONDS, TRIAL_SECONDS
-        from .search import FINALISTS, ROUNDS
-
         to_measure = [trial for trial in self.trials if not trial["known"]]
         if not to_measure:
             raise ExportError("expected trials to measure, found none: the store has them all")
@@ -689,8 +676,6 @@ class _Reader:
 
     def _final(self, values: dict[str, Any]) -> None:
         """The comparison of the leaders; see :meth:`convgen.tuning.search.Search.final`."""
-        from .search import judge
-
         group, trials, samples = values["group"], values["trials"], values["samples"]
         _expect(type(group) is int and group not in self.groups, "group", "each group once", group)
         self.groups.add(group)
@@ -719,8 +704,6 @@ class _Reader:
         error: Any,
         note: dict[str, Any],
     ) -> None:
-        from ..records.outcome import Result
-
         seconds = Result(outcome, samples).seconds
         kind = str(identity["target"]).partition(":")[0]
         _expect(kind in self.hardware, "target", f"one of {', '.join(self.hardware)}, which is there", kind)

@@ -29,7 +29,16 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BuildError, ConvgenError, MeasureError, SpecError
 from ..formats.entries import SpecEntry
 from ..formats.sources import LINES, SUFFIXES, read_bytes, read_specs
+from ..hardware.discover import target_families
+from ..hardware.machine import check_memory
+from ..hardware.target import resolve as resolve_here
+from ..interrupts import interrupts_held
+from ..kernel.kernel import check_threads  # after the layers: what is wrong with one is said at once
+from ..lowering.discover import schedule_ids
 from ..problem.spec import ConvSpec
+from .journal import Journal
+from .search import round_size, take_rounds
+from .tuner import Tuner
 
 if TYPE_CHECKING:
     from ..hardware.target import Target
@@ -185,9 +194,6 @@ class Job:
         for model, entries in self.layers:
             for entry in entries:
                 uses.setdefault(entry.spec, []).append(Use(model, entry.count, entry.names))
-        from ..hardware.target import resolve as resolve_here
-        from ..kernel.kernel import check_threads  # after the layers: what is wrong with one is said at once
-
         targets = [(resolve or resolve_here)(spelling) for spelling in self.targets]
         return [
             Problem(spec, target, check_threads(threads, target), tuple(found))
@@ -262,9 +268,6 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def _checked(values: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
     """A job file's values as a job's arguments."""
-    from ..hardware.discover import target_families
-    from ..lowering.discover import schedule_ids
-
     for key, value in values.items():
         if key not in _KEYS:
             raise SpecError(key, f"one of {', '.join(_KEYS)}", "an unknown key", where)
@@ -402,9 +405,6 @@ class JobRun:
         resolve: Callable[[str], Target] | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        from .journal import Journal
-        from .tuner import Tuner
-
         self.job, self.store, self.pools = job, store, pools
         self.journal: Journal = Journal(store, job.id, now=now)
         self._report, self._now = report or (lambda run, layer: None), now
@@ -421,8 +421,6 @@ class JobRun:
 
     def _open(self, layer: Layer, tuner: Tuner) -> None:
         """Find out where a layer stands."""
-        from ..hardware.machine import check_memory
-
         spec = layer.problem.spec
         if not spec.n:
             layer.state, layer.reason = "skipped", "an empty batch: nothing to tune"
@@ -500,9 +498,6 @@ class JobRun:
             MeasureError: nothing can be measured any more.
             RecordError: the store cannot be read or written.
         """
-        from ..interrupts import interrupts_held
-        from .search import take_rounds
-
         if self.pools is None:
             raise MeasureError("job: expected workers to run it with, found none")
         with interrupts_held() as interrupts:
@@ -562,8 +557,6 @@ class JobRun:
 
     def _choose(self) -> tuple[Search, int] | None:
         """The search that a round is to be spent on; None where comparisons are due, or there is none."""
-        from .search import round_size
-
         pools, job = self.pools, self.job
         if pools is None or any(self._is_finished(layer) for layer in self.layers):
             return None

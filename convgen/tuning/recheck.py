@@ -9,11 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..check.validate import validate
 from ..errors import BuildError, Inapplicable, MeasureError, RecordError, ValidationError
 from ..hardware.target import Target
+from ..interrupts import interrupts_held
+from ..kernel.kernel import compile_candidate
+from ..lowering.candidates import default_candidate
 from ..lowering.schedule import Candidate
+from ..measure.compare import ratio_interval
+from ..measure.trial import Expected, candidate_module
+from ..measure.workers import LocalBuilder, LocalRunner
+from ..measure.workers import Pools as OwnPools
 from ..problem.spec import ConvSpec
 from ..records.answer import Answer, candidate_record, other_versions, record_candidate
+from ..records.outcome import Result
 from ..records.store import RecordStore, TuningRecord
 
 if TYPE_CHECKING:
@@ -30,9 +39,6 @@ ROUNDS, VERIFY_SECONDS = 25, 0.02
 @contextmanager
 def _some_pools(target: Target, pools: Callable[[], Pools] | None) -> Iterator[Pools]:
     """The given pools, left open, or own ones."""
-    from ..measure.workers import LocalBuilder, LocalRunner
-    from ..measure.workers import Pools as OwnPools
-
     if pools is not None:
         yield pools()
         return
@@ -51,10 +57,6 @@ def measure_in_turn(
     Raises:
         KeyboardInterrupt: at the end of the running measurement.
     """
-    from ..interrupts import interrupts_held
-    from ..measure.trial import Expected, candidate_module
-    from ..records.outcome import Result
-
     results: dict[Candidate, Result] = {}
     with interrupts_held() as interrupts, tempfile.TemporaryDirectory(prefix="convgen-") as folder:
         pools.interrupts = interrupts
@@ -87,8 +89,6 @@ def measure_in_turn(
 
 def ratio_over(default: Result, result: Result) -> list[float] | None:
     """[median, low, high] of the default's time over another's, timed in turn; None where one failed."""
-    from ..measure.compare import ratio_interval
-
     if default.seconds is None or result.seconds is None:
         return None
     if default is result:
@@ -113,8 +113,6 @@ def recheck(
     Args:
         records: the first is the one of other versions.
     """
-    from ..lowering.candidates import default_candidate
-
     default = default_candidate(spec, target)
     old = {candidate: record for record in records if (candidate := record_candidate(record, spec, target))}
     with _some_pools(target, pools) as workers:
@@ -174,10 +172,6 @@ def check_records(
     records: Iterable[TuningRecord], target: Target, pools: Callable[[], Pools] | None = None
 ) -> Iterator[Checked]:
     """Build what records describe, validate it in full, and time it in turn with the default, one by one."""
-    from ..check.validate import validate
-    from ..kernel.kernel import compile_candidate
-    from ..lowering.candidates import default_candidate
-
     with _some_pools(target, pools) as workers:
         for record in records:
             spec = ConvSpec.parse(record.spec)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import MeasureError
 from ..lowering.schedule import Candidate
 from ..lowering.versions import versions
+from ..measure.compare import ratio_interval
 from ..measure.timing import HOPELESS, TRIAL_SECONDS
 from ..measure.trial import Expected, candidate_module, measured_candidate
 from ..measure.workers import Pools
@@ -454,8 +455,6 @@ def judge(
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> list[float]:
     """The ratio of two medians and its 95 % bootstrap interval: ``[median, low, high]``."""
-    from ..measure.compare import ratio_interval
-
     count = min(len(above), len(below))
     above, below = above[:count], below[:count]
     return [statistics.median(above) / statistics.median(below), *ratio_interval(above, below)]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RecordError
+from ...hardware.machine import machine
 from ..store import TuningRecord, read_lines, write_lines, write_whole
 
 #: Where the databases are.
@@ -58,8 +59,6 @@ class Origin:
         Raises:
             RecordError: there are none, or they are not all for the same hardware, target and versions.
         """
-        from ...hardware.machine import machine
-
         if not records:
             raise RecordError("records: expected at least one to ship, found none")
         for name in ("hardware", "target", "versions"):

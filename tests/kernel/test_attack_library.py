@@ -1,0 +1,615 @@
+"""Exported libraries under attack: an error or documented behaviour, no crash, no leak, nothing written."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from naive import compile_naive, convolve, link_naive, operands
+from paths import SUPPORT
+from planted import SOURCE, interface
+
+from convgen.errors import ExportError, KernelError
+from convgen.kernel import export as export_module
+from convgen.kernel import library as library_module
+from convgen.kernel.export import header_text, write_library
+from convgen.kernel.library import Layer, Library, aligned
+from convgen.kernel.load import load
+from convgen.lowering.link import entry_source, source
+from convgen.problem.spec import ConvSpec
+
+SPEC = ConvSpec.parse("conv2d n2 ic3 oc5 i20x20 k3x3 p1 relu residual")
+PROGRAM = SUPPORT / "library_attack.c"
+WARNINGS = ("-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter", "-pthread")
+
+
+def succeed(*command: str | Path, cwd: Path) -> str:
+    environment = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, f"{done.returncode}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+# ---- a hostile program in C ----------------------------------------------------------------------
+
+#: How the library and its caller are compiled -> arguments of the program.
+BUILDS = {"": ["20000", "fork"], "address,undefined": ["5000"], "thread": ["500"], "valgrind": ["40"]}
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_hostile_program(build: str, tmp_path: Path) -> None:
+    """Wrong arguments in one to three ways, and a thousand right calls from many threads at once.
+
+    The library is compiled with its caller, kernel included, so that the sanitizers see all of it.
+    """
+    files = {name: source(name) for name in ("types.h", "runtime.h", "pool.c", "kernel.c")}
+    files["planted.h"] = header_text(interface())
+    files["entry.c"] = entry_source(interface(), "digest")
+    files["generated.c"] = SOURCE.format(store="t.dst[at] = v", before="")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    flags: tuple[str, ...] = ()
+    command: tuple[str, ...] = ("./program", "1", *BUILDS[build])
+    if build == "valgrind":
+        if shutil.which("valgrind") is None:
+            pytest.skip("there is no valgrind")
+        checks = ("--quiet", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=all")
+        command = ("valgrind", *checks, *command)
+    elif build:
+        flags = (f"-fsanitize={build}", "-fno-sanitize-recover=all")
+        (tmp_path / "empty.c").write_text("int main(void) { return 0; }\n")
+        if subprocess.run(["cc", *flags, "empty.c"], cwd=tmp_path, capture_output=True, check=False).returncode:
+            pytest.skip(f"the C compiler has no -fsanitize={build}")
+    sources = (PROGRAM, *(name for name in files if name.endswith(".c")))
+    succeed("cc", *WARNINGS, *flags, "-I.", *sources, "-o", "program", cwd=tmp_path)
+    assert "0 failures\n" in succeed(*command, cwd=tmp_path)
+
+
+UNLOAD = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include "first.h"
+
+typedef struct {
+    void *library;
+    int (*run)(const convgen_run_args *), (*create)(int, convgen_pool **);
+    void (*destroy)(convgen_pool *);
+    convgen_run_args args;
+} layer;
+
+static void *symbol(void *library, const char *name, const char *suffix)
+{
+    char text[64];
+    snprintf(text, sizeof text, "%s_%s", name, suffix);
+    void *found = dlsym(library, text);
+    if (found == NULL)
+        abort();
+    return found;
+}
+
+static void *zeros(size_t size)
+{
+    return size ? memset(aligned_alloc(64, (size + 63) / 64 * 64), 0, size) : NULL;
+}
+
+static layer open_layer(const char *name)
+{
+    char path[64];
+    convgen_sizes s;
+    snprintf(path, sizeof path, "./lib%s.so", name);
+    layer l = {.library = dlopen(path, RTLD_NOW | RTLD_LOCAL)};
+    if (l.library == NULL || ((int (*)(int, convgen_sizes *))symbol(l.library, name, "sizes"))(3, &s))
+        abort();
+    l.run = symbol(l.library, name, "run");
+    l.create = symbol(l.library, name, "pool_create");
+    l.destroy = symbol(l.library, name, "pool_destroy");
+    void *packed = zeros(s.packed), *weights = zeros(s.weights), *bias = zeros(s.bias);
+    const convgen_pack_args p = {weights, s.weights, bias, s.bias, NULL, 0, NULL, 0, packed, s.packed};
+    if (((int (*)(const convgen_pack_args *))symbol(l.library, name, "pack"))(&p))
+        abort();
+    free(weights), free(bias);
+    l.args = (convgen_run_args){zeros(s.src), s.src, packed, s.packed, zeros(s.residual), s.residual,
+                                zeros(s.dst), s.dst, zeros(s.workspace), s.workspace, NULL};
+    return l;
+}
+
+static void close_layer(layer l)
+{
+    free((void *)l.args.src), free((void *)l.args.packed), free((void *)l.args.residual);
+    free(l.args.dst), free(l.args.workspace);
+    if (dlclose(l.library))
+        abort();
+}
+
+static int loaded(const char *name)
+{
+    char line[512];
+    int found = 0;
+    FILE *maps = fopen("/proc/self/maps", "r");
+    while (fgets(line, sizeof line, maps))
+        found |= strstr(line, name) != NULL;
+    fclose(maps);
+    return found;
+}
+
+int main(int argc, char **argv)
+{
+    for (int i = argc > 1 ? atoi(argv[1]) : 1; i > 0; --i) {
+        layer first = open_layer("first"), second = open_layer("second");
+        convgen_pool *pool = NULL;
+        if (first.create(3, &pool))
+            return 1;
+        first.args.pool = second.args.pool = pool;
+        if (first.run(&first.args) || second.run(&second.args))
+            return 2;
+        close_layer(second); /* it has no pool of its own */
+        if (loaded("libsecond.so") || first.run(&first.args))
+            return 3;
+        first.destroy(pool);
+        close_layer(first);
+        if (loaded("libfirst.so"))
+            return 4;
+        const pid_t child = fork(); /* what the library did about forks is gone with it */
+        if (child == 0)
+            _exit(0);
+        int status = -1;
+        if (waitpid(child, &status, 0) != child || status)
+            return 5;
+    }
+    puts("fine");
+    return 0;
+}
+"""
+
+
+def test_libraries_are_unloaded(tmp_path: Path) -> None:
+    """With their pools destroyed, as the header says; and those without a pool at any time."""
+    for name, spec in {"first": SPEC, "second": SPEC.with_(activation="none")}.items():
+        interface, path = compile_naive(spec, tmp_path, "shared", name)
+        write_library(tmp_path / name, interface, path, {"threads": 1})
+        for file in (f"lib{name}.so", f"{name}.h"):
+            shutil.copy(tmp_path / name / file, tmp_path)
+    (tmp_path / "unload.c").write_text(UNLOAD)
+    succeed("cc", "-std=c11", "-g", "unload.c", "-ldl", "-o", "unload", cwd=tmp_path)
+    assert succeed("./unload", "20", cwd=tmp_path) == "fine\n"
+    if shutil.which("valgrind"):
+        succeed("valgrind", "--quiet", "--error-exitcode=9", "--leak-check=full", "./unload", cwd=tmp_path)
+
+
+# ---- hostile arrays ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    _, path = link_naive(SPEC, tmp_path_factory.mktemp("library"), "shared")
+    return Library(path, SPEC, SPEC.name, 2)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, np.ndarray]:
+    return operands(SPEC)
+
+
+@pytest.fixture(scope="module")
+def layer(library: Library, inputs: dict[str, np.ndarray]) -> Layer:
+    return library.bind(inputs["weights"], inputs["bias"])
+
+
+def twice(array: np.ndarray) -> np.ndarray:
+    return np.concatenate([array, array])
+
+
+def strided(array: np.ndarray) -> np.ndarray:
+    return np.repeat(array, 2, axis=-1)[..., ::2]
+
+
+def misplaced(array: np.ndarray) -> np.ndarray:
+    """The same values at an address that is one byte off."""
+    raw = np.empty(array.nbytes + 65, np.uint8)
+    start = -raw.ctypes.data % 64 + 1
+    moved = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    moved[...] = array
+    return moved
+
+
+WRONG: list[Callable[[np.ndarray], Any]] = [
+    lambda a: None,
+    lambda a: a.tolist(),
+    lambda a: a.tobytes(),
+    lambda a: a[:-1],
+    lambda a: a[None],
+    lambda a: a.reshape(-1)[: a.size // 2],
+    twice,
+    lambda a: a.astype(np.float64),
+    lambda a: a.astype(a.dtype.newbyteorder(">")) if a.dtype.itemsize > 1 else a.astype(np.int8),
+    lambda a: a.astype(object),
+    lambda a: a.astype(np.complex64),
+    strided,
+    misplaced,
+    lambda a: np.lib.stride_tricks.as_strided(a, a.shape, (0,) * a.ndim),
+    lambda a: a[..., ::-1],
+    lambda a: memoryview(a),
+    lambda a: object(),
+    lambda a: np.float32(1),
+    lambda a: np.array(None),
+]
+
+
+def test_wrong_arrays_are_refused_and_nothing_is_written(
+    library: Library, layer: Layer, inputs: dict[str, np.ndarray]
+) -> None:
+    """Every argument of every call, wrong in every way."""
+    workspace = aligned(library.sizes().workspace)
+    calls: dict[str, tuple[Callable[..., object], dict[str, np.ndarray]]] = {
+        "pack": (library.pack, {"weights": inputs["weights"], "bias": inputs["bias"], "packed": layer.packed.copy()}),
+        "run": (
+            library.run,
+            {"src": inputs["src"], "packed": layer.packed, "residual": inputs["residual"], "workspace": workspace},
+        ),
+        "layer": (layer, {"x": inputs["src"], "residual": inputs["residual"]}),
+        "verify": (library.verify_packed, {"packed": layer.packed}),
+    }
+    dst = np.full(SPEC.dst_shape, 7, np.float32)
+    packed = layer.packed.copy()
+    for name, (call, arguments) in calls.items():
+        out = {"run": {"dst": dst}, "layer": {"out": dst}}.get(name, {})
+        arguments = arguments | out
+        for argument, right in arguments.items():
+            for wrong in WRONG:
+                value = wrong(right)
+                if value is None and argument in ("packed", "workspace", "out") and name != "verify":
+                    continue  # None: new memory
+                if argument == "workspace" and wrong is twice:
+                    continue  # more is welcome
+                with pytest.raises(KernelError, match=f"^{argument}"):
+                    call(**arguments | {argument: value})
+        if "out" in arguments or "dst" in arguments:
+            assert (dst == 7).all()
+    np.testing.assert_array_equal(layer.packed, packed)
+    expected = convolve(SPEC, inputs)
+    np.testing.assert_array_equal(layer(inputs["src"], residual=inputs["residual"]), expected)
+
+
+def test_arrays_of_another_layer_are_refused(library: Library, layer: Layer, tmp_path: Path) -> None:
+    spec = SPEC.with_(n=1)
+    _, path = link_naive(spec, tmp_path, "shared")
+    other, given = Library(path, spec, spec.name, 2), operands(spec)
+    theirs = other.bind(given["weights"], given["bias"])
+    with pytest.raises(KernelError, match=r"x: expected shape \(2, 3, 20, 20\), found \(1, 3, 20, 20\)"):
+        layer(given["src"], residual=given["residual"])
+    assert theirs.packed.size == layer.packed.size
+    with pytest.raises(KernelError, match="packed was not written by this library"):
+        library.run(
+            operands(SPEC)["src"], theirs.packed, np.empty(SPEC.dst_shape, np.float32), operands(SPEC)["residual"]
+        )
+    assert not library.verify_packed(theirs.packed)
+
+
+def test_every_flipped_bit_of_packed_weights_shows(library: Library, layer: Layer, inputs: dict[str, Any]) -> None:
+    """verify_packed sees each; a run sees those of the header but for the checksum, and computes with the rest."""
+    packed = aligned(layer.packed.size)
+    packed[:] = layer.packed
+    rng = random.Random(1)
+    for at in [*range(64), *rng.sample(range(64, packed.size), 60), packed.size - 1]:
+        packed[at] ^= 1 << rng.randrange(8)
+        assert not library.verify_packed(packed), at
+        out = np.full(SPEC.dst_shape, 7, np.float32)
+        arguments = (inputs["src"], packed, out, inputs["residual"])
+        if at < 64 and not 40 <= at < 48:
+            with pytest.raises(KernelError, match="packed was not written by this library"):
+                library.run(*arguments)
+            assert (out == 7).all()
+        else:
+            library.run(*arguments)
+        packed[at] = layer.packed[at]
+    assert library.verify_packed(packed)
+
+
+def test_an_empty_batch_touches_nothing(tmp_path: Path) -> None:
+    """Whatever it is given: there is nothing to read and nothing to write."""
+    spec = SPEC.with_(n=0)
+    _, path = link_naive(spec, tmp_path, "shared")
+    empty = Library(path, spec, spec.name, 2)
+    args = library_module._RunArgs()
+    assert empty._run(ctypes.byref(args)) == 0
+    for name, _ in args._fields_:
+        setattr(args, name, 0xDEADBEEF)
+    assert empty._run(ctypes.byref(args)) == 0
+    assert empty._run(None) != 0
+
+
+# ---- many callers --------------------------------------------------------------------------------
+
+
+def test_a_thousand_calls_at_once(library: Library, inputs: dict[str, np.ndarray]) -> None:
+    """From forty threads, on pools of every size at once, through each way to call; the same bits from all."""
+    path = library._dll._name
+    expected = convolve(SPEC, inputs).astype(np.float32)
+    libraries = [Library(path, SPEC, SPEC.name, threads) for threads in (1, 2, 3, 5)]
+    layers = [one.bind(inputs["weights"], inputs["bias"]) for one in libraries]
+    start, wrong = threading.Barrier(40), []
+
+    def caller(index: int) -> None:
+        one, layer = libraries[index % 4], layers[index % 4]
+        workspace = aligned(one.sizes().workspace)
+        start.wait()
+        for repeat in range(26):
+            out = np.full(SPEC.dst_shape, np.nan, np.float32)
+            if repeat % 3 == 0:
+                layer(inputs["src"], residual=inputs["residual"], out=out)
+            else:
+                given = workspace if repeat % 3 == 1 else None
+                one.run(inputs["src"], layer.packed, out, inputs["residual"], workspace=given)
+            if out.tobytes() != expected.tobytes():
+                wrong.append((index, repeat))
+
+    callers = [threading.Thread(target=caller, args=(index,)) for index in range(40)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    assert wrong == []
+
+
+FORK = """
+import os, sys, threading
+from naive import convolve, operands
+from convgen.kernel.library import Library
+from convgen.problem.spec import ConvSpec
+spec = ConvSpec.parse(sys.argv[2])
+inputs = operands(spec)
+expected = convolve(spec, inputs)
+def make(threads):
+    return Library(sys.argv[1], spec, spec.name, threads).bind(inputs["weights"], inputs["bias"])
+def right(layer):
+    return bool((layer(inputs["src"], residual=inputs["residual"]) == expected).all())
+layer, stop, results = make(3), threading.Event(), []
+def call():
+    while not stop.is_set():
+        results.append(right(layer))
+callers = [threading.Thread(target=call) for _ in range(3)]
+for thread in callers:
+    thread.start()
+children = []
+for _ in range(12):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if right(layer) and right(make(2)) and right(make(3)) and right(make(1)) else 1)
+    children.append(pid)
+assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 12
+stop.set()
+for thread in callers:
+    thread.join()
+assert results and all(results) and right(layer)
+print("fine")
+"""
+
+
+def test_forks_during_calls(library: Library) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORK, library._dll._name, str(SPEC)]
+    environment = {**os.environ, "PYTHONPATH": str(SUPPORT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_a_loaded_library_stays_in_its_process(library: Library, layer: Layer) -> None:
+    for item in (library, layer):
+        assert copy.copy(item) is copy.deepcopy(item) is item
+        with pytest.raises(TypeError, match=f"cannot pickle {type(item).__name__}: it is loaded into this process"):
+            pickle.dumps(item)
+
+
+# ---- folders that are not what they say ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    interface, path = compile_naive(SPEC, folder, "shared", name="layer")
+    write_library(folder / "out", interface, path, {"threads": 2})
+    return folder / "out"
+
+
+@pytest.fixture
+def exported(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "out")
+
+
+def altered(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The folder with its manifest changed."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    return folder
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of everything in a JSON document."""
+    for key in list(value if isinstance(value, dict) else range(len(value))):
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from places(value[key])
+
+
+def test_any_value_in_any_place_of_a_manifest(exported: Path) -> None:
+    """What is loaded is the layer that was exported; all else is refused, with the manifest's path."""
+    path = exported / "manifest.json"
+    whole = json.loads(path.read_text())
+    rng, loaded, refused, count = random.Random(2), 0, 0, sum(1 for _ in places(whole))
+    values = [None, True, -1, 0, 2, 10**30, 1.5, "", "x", "f16", [], {}, [[]], {"n": 1}]
+    for index in range(count):
+        for value in rng.sample(values, 4):
+            manifest = copy.deepcopy(whole)
+            container, key = list(places(manifest))[index]
+            container[key] = value
+            path.write_text(json.dumps(manifest))
+            try:
+                library = load(exported)
+            except ExportError as error:
+                refused += str(exported) in str(error)
+            else:
+                loaded += (library.spec, library.name) == (SPEC, "layer")
+    assert loaded + refused == 4 * count
+    assert min(loaded, refused) > 60
+
+
+TEXTS = {
+    "nested": ("[" * 100_000, "expected JSON"),
+    "a number of digits without end": ('{"abi": ' + "1" * 100_000 + "}", "expected JSON"),
+    "not UTF-8": (b'{"abi": "\xff"}', "expected JSON"),
+    "empty": ("", "expected JSON"),
+    "an array": ("[]", "expected the manifest of a library"),
+    "huge": (" " * 2**20 + "{}", "expected a manifest of at most 1048576 bytes, found more"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_hostile_manifest_is_refused(exported: Path, name: str) -> None:
+    text, message = TEXTS[name]
+    (exported / "manifest.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ExportError, match=rf"manifest\.json: {message}"):
+        load(exported)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "liblayer.so"])
+def test_what_is_no_file_is_refused(exported: Path, file: str, tmp_path: Path) -> None:
+    """Without waiting for it or reading it to its end."""
+    path = exported / file
+    original = path.rename(tmp_path / file)
+    with pytest.raises(ExportError, match="found No such file"):
+        load(exported)
+    os.mkfifo(path)
+    with pytest.raises(ExportError, match="found no file but something else"):
+        load(exported)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(ExportError, match="found no file but something else"):
+        load(exported)
+    path.unlink()
+    path.symlink_to(original)  # a link to the right bytes is right
+    assert load(exported).spec == SPEC
+
+
+def test_every_flipped_byte_of_a_library_is_seen(exported: Path) -> None:
+    path, rng = exported / "liblayer.so", random.Random(3)
+    data = path.read_bytes()
+    for at in rng.sample(range(len(data)), 40):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :])
+        with pytest.raises(ExportError, match="expected SHA-256"):
+            load(exported)
+    path.write_bytes(data[:-1])
+    with pytest.raises(ExportError, match="expected SHA-256"):
+        load(exported)
+
+
+def test_what_loading_does_not_need_may_be_gone(exported: Path) -> None:
+    for file in ("liblayer.a", "layer.h", "example.c"):
+        (exported / file).unlink()
+    assert load(exported).spec == SPEC
+
+
+OTHER = [
+    SPEC.with_(activation="none"),
+    SPEC.with_(n=1),
+    SPEC.with_(residual=False),
+    SPEC.with_(layout="nhwc"),
+    SPEC.with_(accuracy="strict"),
+]
+
+
+@pytest.mark.parametrize("spec", OTHER, ids=str)
+def test_a_manifest_of_another_layer_is_refused(exported: Path, spec: ConvSpec) -> None:
+    """The hash is right. Smaller arrays would pass the checks in Python and be read beyond their end."""
+    fields = {"descriptor": spec.descriptor, "key": spec.key, "fields": spec.to_dict()}
+    with pytest.raises(
+        ExportError, match=r"liblayer\.so: expected convgen ABI 2; conv2d .*, found convgen ABI 2; conv2d "
+    ):
+        load(altered(exported, lambda manifest: manifest.update(spec=fields)))
+
+
+def test_a_library_that_lies_about_its_layer_is_refused(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sizes tell, which is what its checks go by."""
+    spec = SPEC.with_(n=1)
+    monkeypatch.setattr(Library, "version", library.version.replace(SPEC.descriptor, spec.descriptor))
+    with pytest.raises(ExportError, match=r"src: expected 4800 bytes, found 9600"):
+        Library(library._dll._name, spec, SPEC.name, 1)
+
+
+def test_another_library_under_the_same_name_is_refused(exported: Path, tmp_path: Path) -> None:
+    """As a whole, hash and all: only the layer it tells of is another one."""
+    interface, path = compile_naive(SPEC.with_(activation="none"), tmp_path, "shared", name="layer")
+    write_library(tmp_path / "other", interface, path, {"threads": 1})
+    shutil.copy(tmp_path / "other" / "liblayer.so", exported)
+    with pytest.raises(ExportError, match="expected SHA-256"):
+        load(exported)
+    data = (exported / "liblayer.so").read_bytes()
+    files = {"liblayer.so": {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
+    with pytest.raises(ExportError, match="expected convgen ABI 2; "):
+        load(altered(exported, lambda manifest: manifest.update(files=files)))
+
+
+@pytest.mark.parametrize("how", ["replaced", "written over"])
+def test_a_library_that_changes_while_it_is_loaded_is_refused(
+    exported: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the hash and the loader: what was loaded is not what was checked."""
+    interface, path = compile_naive(SPEC, tmp_path, "reference", name="layer")  # the same layer, other code
+    write_library(tmp_path / "other", interface, path, {"threads": 1})
+    opened = library_module._open
+
+    def late(file: str) -> Any:
+        if how == "replaced":
+            os.replace(tmp_path / "other" / "liblayer.so", file)
+        else:
+            Path(file).write_bytes((tmp_path / "other" / "liblayer.so").read_bytes())
+        return opened(file)
+
+    monkeypatch.setattr(library_module, "_open", late)
+    with pytest.raises(ExportError, match="expected the file that was checked, found one that was put in its place"):
+        load(exported)
+
+
+def test_an_interrupted_export_is_refused_until_it_is_repeated(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended between any two of its files: the manifest is the first to go and the last to arrive."""
+    interface, path = compile_naive(SPEC.with_(activation="none"), tmp_path, "shared", name="layer")
+    replace = os.replace
+    for done in range(5):
+        folder = shutil.copytree(made, tmp_path / str(done))
+        moves = iter(range(done))
+
+        def interrupted(old: Any, new: Any, *, folder: Path = folder, moves: Iterator[int] = moves) -> None:
+            if Path(new).parent == folder and next(moves, None) is None:
+                raise KeyboardInterrupt
+            replace(old, new)
+
+        monkeypatch.setattr(export_module.os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_library(folder, interface, path, {"threads": 1})
+        assert not list(tmp_path.glob(".*"))
+        with pytest.raises(ExportError, match="expected a manifest, found No such file"):
+            load(folder)
+        monkeypatch.undo()
+        write_library(folder, interface, path, {"threads": 1})
+        assert load(folder).spec.activation == "none"
