@@ -60,9 +60,10 @@ from convgen.measure.gpu import gpu, output, prepare, runnable_code
 from convgen.measure.peers import Torch
 from convgen.measure.timing import DUEL_SECONDS
 from convgen.measure.trial import Expected, load_inputs
-from convgen.measure.workers import _Workers
+from convgen.measure.workers import Workers
 from convgen.problem.dtypes import distance, load, numpy_dtype, widen
 from convgen.problem.spec import ConvSpec
+from convgen.processes import call_in_file
 from convgen.records.answer import record_candidate
 from convgen.records.outcome import Result
 from convgen.records.store import RecordStore
@@ -538,14 +539,14 @@ def compile_all(options: argparse.Namespace, console: Console) -> int:
     wanted = list(dict.fromkeys((entry.spec.descriptor, f"cuda:{arch}") for arch in options.archs for entry in entries))
     missing = [key for key in wanted if options.fresh or key not in kept or kept[key]["error"]]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    workers = _Workers(options.jobs, "build_error", COMPILE_SECONDS, uses=64)
+    workers = Workers(options.jobs, "build_error", COMPILE_SECONDS, uses=64)
     try:
         with (
             Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
             path.open("a", encoding="utf-8") as file,
         ):
             task = progress.add_task("compiling", total=len(missing))
-            futures = {workers.submit(compiled, *key): key for key in missing}
+            futures = {workers.submit(call_in_file, __file__, "compiled", *key): key for key in missing}
             for future in as_completed(futures):
                 values = future.result()
                 if isinstance(values, Result):  # the compiler crashed, or takes too long

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..formats.entries import SpecEntry
-from ..tuning.job import Job, JobRun, Layer, split_sources
+from ..tuning.job import Job, split_sources
+from ..tuning.job_run import JobRun, Layer
 from .common import (
     FAILED,
     INTERRUPTED,

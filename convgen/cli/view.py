@@ -16,7 +16,7 @@ from .common import duration, label, note, rate
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from ..tuning.job import JobRun, Layer
+    from ..tuning.job_run import JobRun, Layer
     from ..tuning.search import Progress
 
 #: Seconds between two updates: on a terminal, and in a log.

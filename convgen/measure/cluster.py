@@ -22,6 +22,7 @@ from ..errors import BuildError, UnsupportedError
 from ..interrupts import interrupts_blocked, interrupts_held
 from ..lowering.versions import versions
 from ..records.outcome import INTERRUPTED, Result
+from .trial import CandidateModule
 from .workers import Builder, LocalBuilder
 
 #: Seconds to wait for the cluster's scheduler.
@@ -66,7 +67,7 @@ class DaskBuilder(Builder):
         """Compilations at once: the threads that the cluster has at the moment."""
         return max(1, int(sum(self._client.nthreads().values())))
 
-    def submit(self, module: str) -> Future[str | Result]:
+    def submit(self, module: CandidateModule) -> Future[str | Result]:
         """The path of the library; an error where a worker has other versions.
 
         Raises (from the future):
@@ -141,8 +142,10 @@ _builder: LocalBuilder | None = None
 _making = threading.Lock()
 
 
-def compile_there(module: str, timeout: float) -> tuple[dict[str, str], Result | tuple[str, dict[str, bytes]]]:
-    """The versions here, and the artifact of a module: the library's name and all files; or how it failed."""
+def compile_there(
+    module: CandidateModule, timeout: float
+) -> tuple[dict[str, str], Result | tuple[str, dict[str, bytes]]]:
+    """The versions here, and the artifact of a candidate: the library's name and all files; or how it failed."""
     path = _local_builder(timeout).submit(module).result()
     if isinstance(path, Result):
         return versions(), path

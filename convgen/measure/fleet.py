@@ -40,9 +40,10 @@ from ..cuda.driver import device
 from ..errors import MeasureError, SpecError
 from ..hardware.machine import Machine, machine
 from ..interrupts import interrupts_blocked, interrupts_held
+from ..processes import end_with
 from ..records.outcome import INTERRUPTED, OUTCOME_KEY, Result
 from .trial import Expected, digest_of, memory_limit, run_artifact, run_duel
-from .workers import LocalRunner, Runner, Samples, as_result, end_with
+from .workers import LocalRunner, Runner, Samples, as_result
 
 TRACKER_PORT, SERVER_PORT, PORTS = 9190, 9090, 100
 
@@ -300,7 +301,7 @@ class _Device:
             raise MeasureError(f"threads: expected at most {self.machine.logical} on {self.name}, found {threads}")
         data = self._folder(request["digest"])
         os.utime(data)
-        if self._runner is None or self._runner._workers.timeout != request["timeout"]:
+        if self._runner is None or self._runner.pool.timeout != request["timeout"]:
             self.close()
             self._runner = LocalRunner(timeout=request["timeout"])
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
@@ -311,7 +312,7 @@ class _Device:
                 shutil.move(f"{index}.json", place / "candidate.json")
                 paths.append(shutil.move(f"{index}.so", place / "lib.so"))
             memory = len(paths) * memory_limit(_bytes(data))
-            answer = self._runner._workers.submit(*job([str(p) for p in paths], str(data)), memory=memory).result()
+            answer = self._runner.pool.submit(*job([str(p) for p in paths], str(data)), memory=memory).result()
         return {OUTCOME_KEY: answer.outcome, "error": answer.error} if isinstance(answer, Result) else answer
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,62 +87,72 @@ def memory_limit(layer: int) -> int:
     return min(WORKER_BYTES + LAYER_FACTOR * layer, physical // 10 * 9)
 
 
-# ---- modules --------------------------------------------------------------------------------------
+# ---- what builders take -----------------------------------------------------------------------------
 
 
-def measure_module(lowered: Any) -> Any:
-    """A lowered candidate's module with all a build worker must know as an attribute."""
-    meta = {
-        "spec": lowered.spec.descriptor,
-        "target": asdict(lowered.target),
-        "schedule": lowered.candidate.schedule.id,
-        "picks": dict(lowered.candidate.picks),
-        "packed": [asdict(tensor) for tensor in lowered.packed],
-    }
-    return lowered.module.with_attr("convgen", json.dumps(meta))
+@dataclass(frozen=True)
+class CandidateModule:
+    """A lowered candidate as plain data, which travels to worker processes and other machines.
+
+    Attributes:
+        tir: the module, as TVM's JSON.
+        spec: the layer's descriptor.
+        target: all its facts, because the machine that compiles would resolve its name to others.
+        schedule, picks: the candidate's.
+        packed: the packed tensors.
+    """
+
+    tir: str
+    spec: str
+    target: Target
+    schedule: str
+    picks: dict[str, Any]
+    packed: tuple[TensorInfo, ...]
+
+    def lowered(self) -> Lowered:
+        """The lowered candidate, from the data."""
+        from tvm.ir import load_json
+
+        candidate = Candidate(schedule(self.schedule), Picks(**self.picks))
+        return Lowered(ConvSpec.parse(self.spec), self.target, candidate, load_json(self.tir), self.packed)
 
 
-def candidate_module(spec: ConvSpec, target: Target, candidate: Candidate) -> str:
-    """A candidate lowered and serialised, as builders take it.
+def candidate_module(spec: ConvSpec, target: Target, candidate: Candidate) -> CandidateModule:
+    """A candidate lowered, as builders take it.
 
     Raises:
         Inapplicable, BuildError: see :func:`convgen.lowering.lower.lower`.
     """
+    return serialised(lower(spec, target, candidate))
+
+
+def serialised(lowered: Lowered) -> CandidateModule:
+    """A lowered candidate, as builders take it."""
     from tvm.ir import save_json
 
-    return str(save_json(measure_module(lower(spec, target, candidate))))
-
-
-def measured_candidate(module: Any) -> Candidate:
-    """The candidate a module of :func:`measure_module` was made from."""
-    meta = json.loads(str(module.attrs["convgen"]))
-    return Candidate(schedule(meta["schedule"]), Picks(**meta["picks"]))
+    return CandidateModule(
+        str(save_json(lowered.module)),
+        lowered.spec.descriptor,
+        lowered.target,
+        lowered.candidate.schedule.id,
+        dict(lowered.candidate.picks),
+        lowered.packed,
+    )
 
 
 # ---- functions that run in workers ------------------------------------------------------------
 
 
-def build_artifact(module_json: str, root: str) -> str:
-    """Compile and link a measure candidate's module into a private folder; returns the library's path."""
-    import tvm
-
-    module = tvm.ir.load_json(module_json)
-    meta = json.loads(str(module.attrs["convgen"]))
-    spec, candidate = ConvSpec.parse(meta["spec"]), measured_candidate(module)
-    # Whole, because the machine it is for may be another one than this, which would resolve its name otherwise.
-    # JSON has lists for tuples.
-    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in meta["target"].items()}
-    target = Target(**fields)
-    packed = tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in meta["packed"])
-    lowered = Lowered(spec, target, candidate, module, packed)
+def build_artifact(module: CandidateModule, root: str) -> str:
+    """Compile and link a candidate into a private folder below ``root``; returns the library's path."""
+    lowered = module.lowered()
     directory = Path(tempfile.mkdtemp(dir=root))
-    device = None
-    if target.kind == "cuda":
-        device = measured_code(lowered, directory)
+    spec, is_cuda = lowered.spec, lowered.target.kind == "cuda"
+    device = measured_code(lowered, directory) if is_cuda else None
     interface, _, library = compile_lowered(lowered, directory, "candidate", device)
-    exact = candidate.is_exact(spec) and spec.activation_op.exact
+    exact = lowered.candidate.is_exact(spec) and spec.activation_op.exact
     (directory / "candidate.json").write_text(
-        json.dumps({"spec": meta["spec"], "name": interface.name, "exact": exact, "device": target.kind})
+        json.dumps({"spec": module.spec, "name": interface.name, "exact": exact, "device": lowered.target.kind})
     )
     return str(library)
 

@@ -1,38 +1,33 @@
 """Who compiles and who measures candidates: worker processes here, or machines elsewhere.
 
-A :class:`Builder` turns a candidate's module into a library, a :class:`Runner` verifies and times it.
+A :class:`Builder` turns a lowered candidate into a library, a :class:`Runner` verifies and times it.
 Both answer with futures, so that any number of processes or devices can be at work; :class:`Pools`
 is a pair of them that serves any number of specs. A candidate that crashes, hangs or computes
 something else ends as an outcome, never as an exception of the tuning process.
 
-The local ones are TVM's own process pools, others :mod:`convgen.measure.fleet` (measuring on devices) and
-:mod:`convgen.measure.cluster` (compiling on many machines).
+The local ones are processes of this machine (:mod:`convgen.processes`), others :mod:`convgen.measure.fleet`
+(measuring on devices) and :mod:`convgen.measure.cluster` (compiling on many machines).
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
+import math
 import shutil
-import signal
-import sys
 import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import MeasureError
-from ..interrupts import Interrupts, interrupts_blocked, interrupts_held
+from ..interrupts import Interrupts, interrupts_held
+from ..processes import JobError, MemoryLimitError, Worker
 from ..records.outcome import INTERRUPTED, OUTCOME_KEY, Result
 from .compare import run_comparison
-from .trial import Expected, build_artifact, run_artifact, run_duel
-
-if TYPE_CHECKING:
-    from tvm.support.popen_pool import PopenPoolExecutor, PopenWorker
+from .trial import CandidateModule, Expected, build_artifact, run_artifact, run_duel
 
 Samples = list[list[float]]
 #: Those of libraries, and of ONNX Runtime where it took part.
@@ -40,15 +35,26 @@ Compared = tuple[Samples, list[float] | None]
 
 _log = logging.getLogger(__name__)
 
-#: Seconds between looks at the memory of a worker: what it can get hold of in the meantime is little.
-_LOOK = 0.05
-_PR_SET_PDEATHSIG = 1
 #: Share of a worker's time limit that the turns of a comparison may take.
 COMPARE_SHARE = 0.5
 
 
+def then(future: Future[Any], function: Callable[[Any], Any]) -> Future[Any]:
+    """What a function makes of a future's result."""
+    answer: Future[Any] = Future()
+
+    def hand_on(done: Future[Any]) -> None:
+        try:
+            answer.set_result(function(done.result()))
+        except Exception as error:
+            answer.set_exception(error)
+
+    future.add_done_callback(hand_on)
+    return answer
+
+
 class Builder(ABC):
-    """Compiles modules, several at once.
+    """Compiles candidates, several at once.
 
     Attributes:
         workers: how many at once.
@@ -59,8 +65,8 @@ class Builder(ABC):
     root: Path
 
     @abstractmethod
-    def submit(self, module: str) -> Future[str | Result]:
-        """The path of the library of a serialised module, below :attr:`root`, or how it failed."""
+    def submit(self, module: CandidateModule) -> Future[str | Result]:
+        """The path of the candidate's library, below :attr:`root`, or how it failed."""
 
     @abstractmethod
     def close(self) -> None:
@@ -92,14 +98,11 @@ class Runner(ABC):
         """Time several libraries in turn, and ONNX Runtime with them where it can run the layer; here it takes no
         part: a device need not have it.
         """
-        answer: Future[Compared | Result] = Future()
 
-        def hand_on(done: Future[Samples | Result]) -> None:
-            samples = done.result()
-            answer.set_result(samples if isinstance(samples, Result) else (samples, None))
+        def without_peer(samples: Samples | Result) -> Compared | Result:
+            return samples if isinstance(samples, Result) else (samples, None)
 
-        self.duel(paths, expected, threads, rounds).add_done_callback(hand_on)
-        return answer
+        return then(self.duel(paths, expected, threads, rounds), without_peer)
 
     @abstractmethod
     def close(self) -> None:
@@ -109,83 +112,11 @@ class Runner(ABC):
 # ---- worker processes of this machine -----------------------------------------------------------
 
 
-def end_with(parent: int) -> None:
-    """Let the system kill this process when the one that started it, ``parent``, ends, however that is."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended before
-        os._exit(1)
-
-
-def _pool(workers: int, timeout: float, uses: int, forgiving: bool) -> PopenPoolExecutor:
-    """TVM's pool of processes, which end with this one. A job's keyword ``memory`` is a limit in bytes of what
-    the job may add: a process that exceeds it is killed, and the job raises MemoryError. Unless ``forgiving``,
-    a process whose job raised is replaced.
-    """
-    from tvm.support.popen_pool import PopenPoolExecutor
-
-    class Pool(PopenPoolExecutor):  # type: ignore[misc]
-        def _worker_run(self, function: Any, arguments: Any, keywords: Any) -> Any:
-            """Runs in a thread that has a worker process of its own."""
-            try:
-                return self._held(function, arguments, keywords)
-            except Exception:
-                if not forgiving and (worker := self._worker_map.get(threading.get_ident())):
-                    worker.kill()
-                raise
-
-        def _held(self, function: Any, arguments: Any, keywords: Any) -> Any:
-            """Runs a job within its memory."""
-            limit = keywords.pop("memory", 0)
-            if not limit:
-                return super()._worker_run(function, arguments, keywords)
-            me, ended, found = threading.get_ident(), threading.Event(), [0]
-            worker = self._worker_map.get(me)
-            before = _resident(worker) if worker else 0  # what earlier jobs have left there: libraries, caches
-
-            def watch() -> None:
-                while not ended.wait(_LOOK):
-                    if (worker := self._worker_map.get(me)) and (added := _resident(worker) - before) > limit:
-                        found[0] = added
-                        worker._proc.kill()
-                        return
-
-            watcher = threading.Thread(target=watch, daemon=True)
-            watcher.start()
-            try:
-                return super()._worker_run(function, arguments, keywords)
-            except ChildProcessError:
-                if found[0]:
-                    text = f"killed with {found[0] >> 20} MiB; a candidate of this layer may use {limit >> 20} MiB"
-                    raise MemoryError(text) from None
-                raise
-            finally:
-                ended.set()
-                watcher.join()
-
-    return Pool(
-        max_workers=workers,
-        timeout=timeout,
-        initializer=end_with,
-        initargs=(os.getpid(),),
-        maximum_process_uses=uses or None,
-    )
-
-
-def _resident(worker: PopenWorker) -> int:
-    """Bytes of memory a worker process has; 0 where it has ended."""
-    process = worker._proc
-    try:
-        with open(f"/proc/{process.pid}/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError, IndexError):  # none yet, or none any more
-        return 0
-
-
-class _Workers:
-    """A pool of TVM's worker processes.
+class Workers:
+    """A pool of worker processes; each is started when there is a job for it.
 
     Args:
+        workers: how many at most.
         failure: outcome of a job that raises.
         timeout: seconds after which a worker is killed.
         uses: jobs after which a worker is replaced; 0: never.
@@ -194,51 +125,68 @@ class _Workers:
 
     def __init__(self, workers: int, failure: str, timeout: float, uses: int = 0, *, forgiving: bool = True) -> None:
         self.failure, self.timeout = failure, timeout
-        self._pool = _pool(workers, timeout, uses, forgiving)
-        self._pending: set[Future[Any]] = set()
+        self._uses, self._forgiving = uses or math.inf, forgiving
+        # A thread for each worker: the worker ends with the thread that made it.
+        self._threads = ThreadPoolExecutor(workers)
+        self._lock = threading.Lock()
+        #: Every worker, and how many jobs it has had; those without a job, the last one used last.
+        self._jobs: dict[Worker, int] = {}
+        self._idle: list[Worker] = []
+        self._closed = False
 
     def submit(self, function: Callable[..., Any], *arguments: Any, memory: int = 0) -> Future[Any]:
-        """The function's answer, or how it failed as a Result.
-
-        The worker never sees an interrupt from the terminal. Ctrl-C reaches every process of the
-        foreground group, and workers would print tracebacks; but a process starts with the signals
-        blocked that its starter blocks, and the pool's threads, which start the workers, are
-        themselves started here.
+        """The function's answer, or how it failed as a Result; INTERRUPTED where the pool was closed before.
 
         Args:
-            memory: bytes the worker may have; 0: no limit.
+            function: one that workers can import.
+            memory: bytes the job may have; 0: no limit.
         """
-        with interrupts_blocked():
-            job: Future[Any] = self._pool.submit(function, *arguments, **({"memory": memory} if memory else {}))
-        self._pending = {other for other in self._pending if not other.done()} | {job}
-        answer: Future[Any] = Future()
-        job.add_done_callback(lambda done: answer.set_result(self._outcome(done)))
+        return self._threads.submit(self._run, function, arguments, memory)
+
+    def _run(self, function: Callable[..., Any], arguments: tuple[Any, ...], memory: int) -> Any:
+        """Runs in a thread: a job, in a worker that is idle or a new one."""
+        with self._lock:
+            if self._closed:
+                return INTERRUPTED
+            worker = self._idle.pop() if self._idle else Worker()
+            self._jobs[worker] = self._jobs.get(worker, 0) + 1
+        keep = False
+        try:
+            answer = worker.call(function, *arguments, seconds=self.timeout, memory=memory)
+            keep = True
+        except TimeoutError:
+            answer = Result("timeout", error=f"killed after {self.timeout:.0f} s")
+        except MemoryLimitError as error:
+            text = f"{error}; a candidate of this layer may use {memory >> 20} MiB"
+            answer = Result("memory", error=text)
+        except MemoryError as error:
+            answer, keep = Result("memory", error=str(error)[-2000:]), self._forgiving
+        except ChildProcessError as error:
+            answer = INTERRUPTED if self._closed else Result("crash", error=f"the worker process died: {error}")
+        except JobError as error:
+            answer, keep = Result(self.failure, error=str(error)[-2000:]), self._forgiving
+        except Exception as error:  # a job or an answer that cannot be sent is this trial's outcome as well
+            answer = Result(self.failure, error=f"{type(error).__name__}: {error}"[-2000:])
+        with self._lock:
+            if keep and self._jobs[worker] < self._uses and not self._closed:
+                self._idle.append(worker)
+                return answer
+            del self._jobs[worker]
+        worker.stop()
         return answer
 
-    def _outcome(self, job: Future[Any]) -> Any:
-        if job.cancelled():
-            return INTERRUPTED
-        try:
-            return job.result()
-        except TimeoutError:
-            return Result("timeout", error=f"killed after {self.timeout:.0f} s")
-        except MemoryError as error:
-            return Result("memory", error=str(error)[-2000:])
-        except ChildProcessError as error:
-            return Result("crash", error=f"the worker process died: {error}".strip())
-        except Exception as error:  # whatever the worker raised is this trial's outcome
-            return Result(self.failure, error=f"{type(error).__name__}: {error}"[-2000:])
-
     def close(self) -> None:
+        """End the workers, whatever they are doing; jobs that have not ended are INTERRUPTED."""
         with interrupts_held():
-            for job in self._pending:
-                job.cancel()
-            # TVM's shutdown waits for the answer of a busy worker; a dead one has none to give.
-            for worker in list(self._pool._worker_map.values()):
-                if process := worker._proc:
-                    process.kill()
-            wait(self._pending, timeout=10)
-            self._pool.shutdown(wait=False)
+            with self._lock:
+                self._closed = True
+                busy, idle = self._jobs.keys() - set(self._idle), self._idle
+                self._idle = []
+            for worker in busy:
+                worker.kill()
+            for worker in idle:
+                worker.stop()
+            self._threads.shutdown()
 
 
 class LocalBuilder(Builder):
@@ -248,14 +196,14 @@ class LocalBuilder(Builder):
         self.workers = workers
         self.root = Path(tempfile.mkdtemp(prefix="convgen-"))
         # Replaced now and then: TVM leaks a little with every compilation.
-        self._workers = _Workers(workers, "build_error", timeout, uses=64)
+        self.pool = Workers(workers, "build_error", timeout, uses=64)
 
-    def submit(self, module: str) -> Future[str | Result]:
-        return self._workers.submit(build_artifact, module, str(self.root))
+    def submit(self, module: CandidateModule) -> Future[str | Result]:
+        return self.pool.submit(build_artifact, module, str(self.root))
 
     def close(self) -> None:
         with interrupts_held():
-            self._workers.close()
+            self.pool.close()
             shutil.rmtree(self.root, ignore_errors=True)
 
 
@@ -268,7 +216,7 @@ class LocalRunner(Runner):
     def __init__(self, *, timeout: float = 60.0) -> None:
         # Replaced now and then: every library stays loaded. And at once where a candidate failed: what a GPU's
         # kernel has done wrong fails every later call of the process.
-        self._workers = _Workers(1, "run_error", timeout, uses=256, forgiving=False)
+        self.pool = Workers(1, "run_error", timeout, uses=256, forgiving=False)
         #: Seconds of the reference kernel in the first trial; it outlives the worker.
         self._reference: float | None = None
         self._warned = False
@@ -277,10 +225,8 @@ class LocalRunner(Runner):
         self, path: str, expected: Expected, threads: int, *, seconds: float, hopeless: float = 0.0
     ) -> Future[Result]:
         arguments = (path, str(expected.directory), threads, seconds, hopeless)
-        job = self._workers.submit(run_artifact, *arguments, memory=expected.memory)
-        answer: Future[Result] = Future()
-        job.add_done_callback(lambda done: answer.set_result(self._result(done.result(), threads)))
-        return answer
+        job = self.pool.submit(run_artifact, *arguments, memory=expected.memory)
+        return then(job, lambda answer: self._result(answer, threads))
 
     def _result(self, answer: Any, threads: int) -> Result:
         if isinstance(answer, dict) and answer.get("reference"):
@@ -292,14 +238,14 @@ class LocalRunner(Runner):
 
     def duel(self, paths: Sequence[str], expected: Expected, threads: int, rounds: int) -> Future[Samples | Result]:
         arguments = (list(paths), str(expected.directory), threads, rounds)
-        return self._workers.submit(run_duel, *arguments, memory=len(paths) * expected.memory)
+        return self.pool.submit(run_duel, *arguments, memory=len(paths) * expected.memory)
 
     def compare(self, paths: Sequence[str], expected: Expected, threads: int, rounds: int) -> Future[Compared | Result]:
-        arguments = (list(paths), str(expected.directory), threads, rounds, COMPARE_SHARE * self._workers.timeout)
-        return self._workers.submit(run_comparison, *arguments, memory=(len(paths) + 2) * expected.memory)
+        arguments = (list(paths), str(expected.directory), threads, rounds, COMPARE_SHARE * self.pool.timeout)
+        return self.pool.submit(run_comparison, *arguments, memory=(len(paths) + 2) * expected.memory)
 
     def close(self) -> None:
-        self._workers.close()
+        self.pool.close()
 
 
 def as_result(answer: Any, reference: float | None = None, device: str = "") -> Result:
@@ -328,8 +274,8 @@ class Pools:
         #: Of the block that uses the pools.
         self.interrupts = Interrupts()
 
-    def build(self, modules: Sequence[str]) -> list[str | Result]:
-        """Library paths of serialised modules; a failure is a Result."""
+    def build(self, modules: Sequence[CandidateModule]) -> list[str | Result]:
+        """Library paths of candidates; a failure is a Result."""
         return [self._wait(future) for future in [self.builder.submit(module) for module in modules]]
 
     def run(self, path: str, expected: Expected, threads: int, *, seconds: float, hopeless: float = 0.0) -> Result:

@@ -36,9 +36,10 @@ from ..records.answer import record_candidate
 from ..records.outcome import Result
 from ..records.store import OUTCOMES, RecordStore, TuningRecord, load_json
 from ..runtime.measure_bundle import FORMAT, IDENTITY, digest
+from .final import ROUNDS, judge
 from .race import Race
 from .ranker import Ranker
-from .search import FINALISTS, ROUNDS, judge
+from .search import FINALISTS
 
 if TYPE_CHECKING:
     from ..hardware.target import Target
@@ -675,7 +676,7 @@ class _Reader:
         self._add(identity, values["when"], outcome, samples, values["error"], note)
 
     def _final(self, values: dict[str, Any]) -> None:
-        """The comparison of the leaders; see :meth:`convgen.tuning.search.Search.final`."""
+        """The comparison of the leaders; see :func:`convgen.tuning.final.final_comparison`."""
         group, trials, samples = values["group"], values["trials"], values["samples"]
         _expect(type(group) is int and group not in self.groups, "group", "each group once", group)
         self.groups.add(group)

@@ -13,17 +13,14 @@ import itertools
 import math
 import random
 from collections.abc import Collection, Iterator
-from typing import Any
 
 import numpy as np
 
-from ..errors import BuildError, Inapplicable, UnsupportedError
+from ..errors import Inapplicable, UnsupportedError
 from ..hardware.target import Target
 from ..lowering.candidates import default_candidate
 from ..lowering.discover import schedules
-from ..lowering.lower import lower
 from ..lowering.schedule import Candidate, Picks, Schedule
-from ..measure.trial import measure_module
 from ..problem.spec import ConvSpec
 from ..records.outcome import Result
 from .ranker import NOISE, Ranker
@@ -84,8 +81,6 @@ class Race:
         self.seen: set[Candidate] = set()
         #: Seconds of the fastest candidate so far.
         self.best = math.inf
-        self.wanted = ROUND
-        self.refused: list[tuple[Candidate, Result]] = []
         self._spaces = {s: s.space(self.spec, target) for s in self.schedules}
         self._awaited: dict[Candidate, None] = {}
         self._opening = True
@@ -94,8 +89,8 @@ class Race:
 
     def defaults(self) -> list[Candidate]:
         """Every schedule's zero-trial answer; first the one that is taken where nothing was measured."""
-        found = [Candidate(s, s.default(self.spec, self.target)) for s in self.schedules]
-        return sorted(found, key=lambda candidate: candidate != self.default)
+        defaults = [Candidate(s, s.default(self.spec, self.target)) for s in self.schedules]
+        return sorted(defaults, key=lambda candidate: candidate != self.default)
 
     def tell(self, candidate: Candidate, result: Result) -> None:
         """Learn how a candidate did."""
@@ -176,25 +171,25 @@ class Race:
     def _pool(self) -> list[Candidate]:
         """Candidates not yet tried, of the schedules that are still in the race; none where they are exhausted."""
         alive = [s for s in self.schedules if self._alive(s)]
-        found: dict[Candidate, None] = {}
+        pool: dict[Candidate, None] = {}
         for schedule in alive:
-            found.update(dict.fromkeys(Candidate(schedule, p) for p in self._draw(schedule, POOL // len(alive))))
-        return list(found)
+            pool.update(dict.fromkeys(Candidate(schedule, p) for p in self._draw(schedule, POOL // len(alive))))
+        return list(pool)
 
     def _draw(self, schedule: Schedule, count: int) -> list[Picks]:
         """Up to ``count`` fresh points of a schedule's space: all of a small one, else uniform ones, and
         neighbours of its three best (of its default where it has none) and neighbours of those.
         """
-        space, found = self._spaces[schedule], dict[Picks, None]()
+        space, fresh = self._spaces[schedule], dict[Picks, None]()
 
         def take(points: Iterator[Picks], limit: int) -> None:
-            found.update(dict.fromkeys(itertools.islice((p for p in points if self._fresh(schedule, p)), limit)))
+            fresh.update(dict.fromkeys(itertools.islice((p for p in points if self._is_fresh(schedule, p)), limit)))
 
         if space.size <= 2 * count:
             points = list(space)
             self.rng.shuffle(points)
             take(iter(points), count)
-            return list(found)
+            return list(fresh)
         leaders = [picks for _, picks in sorted(self.results[schedule], key=lambda r: r[0])[:3]]
         leaders = leaders or [schedule.default(self.spec, self.target)]
         near = [p for leader in leaders for p in space.neighbours(leader)]
@@ -202,12 +197,12 @@ class Race:
         take(iter(near), count // 2)
         further = (self.rng.choice(list(space.neighbours(self.rng.choice(near)))) for _ in range(count))
         take(further, count // 4)
-        take((space.sample(self.rng) for _ in range(2 * count)), count - len(found))
-        if not found:  # chance finds nothing new: what is left is little, or nothing
+        take((space.sample(self.rng) for _ in range(2 * count)), count - len(fresh))
+        if not fresh:  # chance finds nothing new: what is left is little, or nothing
             take(iter(space), count)
-        return list(found)
+        return list(fresh)
 
-    def _fresh(self, schedule: Schedule, picks: Picks) -> bool:
+    def _is_fresh(self, schedule: Schedule, picks: Picks) -> bool:
         if Candidate(schedule, picks) in self.seen:
             return False
         try:
@@ -215,34 +210,3 @@ class Race:
         except Inapplicable:
             return False
         return True
-
-
-def race_strategy(race: Race, spec: ConvSpec, target: Target) -> Any:
-    """A race as MetaSchedule's SearchStrategy: measure candidates made from different modules.
-
-    A candidate that TVM cannot schedule is put into ``race.refused``. Results reach the race as they
-    come, through :meth:`Race.tell`, because a budget may end within a batch.
-    """
-    from tvm.ir.utils import derived_object
-    from tvm.s_tir import Schedule as TirSchedule
-    from tvm.s_tir.meta_schedule.search_strategy import MeasureCandidate, PySearchStrategy
-
-    @derived_object
-    class RaceStrategy(PySearchStrategy):  # type: ignore[misc]
-        def generate_measure_candidates(self) -> list[Any] | None:
-            drawn = race.ask(race.wanted)
-            candidates = []
-            for candidate in drawn:
-                try:
-                    module = measure_module(lower(spec, target, candidate))
-                    candidates.append(MeasureCandidate(TirSchedule(module), []))
-                except Inapplicable:
-                    continue
-                except BuildError as error:
-                    race.refused.append((candidate, Result("build_error", error=str(error)[-2000:])))
-            return candidates if drawn else None
-
-        def clone(self) -> Any:
-            return race_strategy(race, spec, target)
-
-    return RaceStrategy()

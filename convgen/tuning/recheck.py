@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..check.validate import validate
 from ..errors import BuildError, Inapplicable, MeasureError, RecordError, ValidationError
@@ -17,23 +16,15 @@ from ..kernel.kernel import compile_candidate
 from ..lowering.candidates import default_candidate
 from ..lowering.schedule import Candidate
 from ..measure.compare import ratio_interval
-from ..measure.trial import Expected, candidate_module
-from ..measure.workers import LocalBuilder, LocalRunner
-from ..measure.workers import Pools as OwnPools
+from ..measure.trial import CandidateModule, Expected, candidate_module
+from ..measure.workers import LocalBuilder, LocalRunner, Pools
 from ..problem.spec import ConvSpec
 from ..records.answer import Answer, candidate_record, other_versions, record_candidate
 from ..records.outcome import Result
 from ..records.store import RecordStore, TuningRecord
 
-if TYPE_CHECKING:
-    from ..measure.workers import Pools
-    from ..records.outcome import Result
-
 #: Samples of each kernel in a re-check, and seconds of samples that precede them.
 ROUNDS, VERIFY_SECONDS = 25, 0.02
-
-
-# ---- measuring again ----------------------------------------------------------------------------
 
 
 @contextmanager
@@ -42,7 +33,7 @@ def _some_pools(target: Target, pools: Callable[[], Pools] | None) -> Iterator[P
     if pools is not None:
         yield pools()
         return
-    made = OwnPools(LocalBuilder(max(1, min(2, target.cores))), LocalRunner())
+    made = Pools(LocalBuilder(max(1, min(2, target.cores))), LocalRunner())
     try:
         yield made
     finally:
@@ -60,7 +51,7 @@ def measure_in_turn(
     results: dict[Candidate, Result] = {}
     with interrupts_held() as interrupts, tempfile.TemporaryDirectory(prefix="convgen-") as folder:
         pools.interrupts = interrupts
-        modules: dict[Candidate, str] = {}
+        modules: dict[Candidate, CandidateModule] = {}
         for candidate in dict.fromkeys(candidates):
             try:
                 modules[candidate] = candidate_module(spec, target, candidate)

@@ -1,39 +1,33 @@
-"""Tuning: what the searches of layers share, and the tuning of one layer.
+"""The tuning of one layer after another: all applicable schedules race for each, within a budget.
 
-All applicable schedules race for a layer (:mod:`convgen.tuning.search`); MetaSchedule's search interface is what
-draws, compiles and measures their candidates. :class:`Tuner` has what the layers of one target and
-thread count share, :class:`Journal` what all tuners of a job share. :mod:`convgen.tuning.job` divides time among
-many layers.
+:class:`Tuner` has the workers and the store; :mod:`convgen.tuning.search` finds what to try next,
+:mod:`convgen.tuning.rounds` tries it, and :mod:`convgen.tuning.final` decides.
+:mod:`convgen.tuning.job_run` divides time among many layers.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections import OrderedDict
 from collections.abc import Callable, Collection
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..errors import SpecError
-from ..hardware.machine import machine
-from ..hardware.target import Target, check_native
+from ..hardware.target import Target
 from ..interrupts import interrupts_held
 from ..lowering.schedule import Candidate
-from ..measure.trial import Expected
-from ..measure.workers import LocalBuilder, LocalRunner, Pools
+from ..measure.workers import Pools
 from ..problem.spec import ConvSpec
 from ..records.store import RecordStore, TuningRecord
+from .context import SearchContext
+from .final import final_comparison
 from .journal import Journal
 from .ranker import Ranker
-from .search import Progress, Search, round_size, take_rounds
-
-#: Layers whose inputs and expected outputs are kept on the disk at once.
-EXPECTED = 4
+from .rounds import round_size, take_rounds
+from .search import Progress, Search
 
 
 class Tuner:
-    """Worker processes and a store, for any number of layers one after another or in turns.
+    """Worker processes and a store, for any number of layers one after another.
 
     Args:
         target: where the kernels run: this machine, or the one the runner measures on.
@@ -57,14 +51,12 @@ class Tuner:
         pools: Pools | None = None,
         ranker: Ranker | None = None,
     ) -> None:
-        if pools is None or not pools.runner.isolated:
-            check_native(target)
-        self.target, self.threads, self._ranker = target, threads, ranker
+        self.target, self.threads = target, threads
         self.journal = records if isinstance(records, Journal) else Journal(records)
+        self._own_journal = self.journal is not records
+        self.context = SearchContext(target, threads, self.journal, pools=pools, ranker=ranker)
         #: Candidates of the last layer that failed: they crashed, hung or were wrong.
         self.rejected: set[Candidate] = set()
-        self._pools, self._own_pools, self._own_journal = pools, pools is None, self.journal is not records
-        self._expected: OrderedDict[ConvSpec, tuple[tempfile.TemporaryDirectory[str], Expected]] = OrderedDict()
 
     def __enter__(self) -> Tuner:
         return self
@@ -77,9 +69,7 @@ class Tuner:
     def close(self) -> None:
         """End the workers, and give claims back."""
         with interrupts_held():
-            if self._pools and self._own_pools:
-                self._pools.close()
-            self._forget(0)
+            self.context.close()
             if self._own_journal:
                 self.journal.close()
 
@@ -88,35 +78,12 @@ class Tuner:
         return self.journal.store
 
     @property
-    def ranker(self) -> Ranker:
-        """Learns from every layer of the store, and from every trial made here."""
-        if self._ranker is None:
-            self._ranker = Ranker.from_store(self.journal.store, self.target, self.threads)
-        return self._ranker
-
-    @property
     def pools(self) -> Pools:
-        if self._pools is None:
-            self._pools = Pools(LocalBuilder(machine().cores), LocalRunner())
-        return self._pools
-
-    def expected(self, spec: ConvSpec) -> Expected:
-        """Inputs and expected output of a layer in a folder, which is kept for a while."""
-        if spec not in self._expected:
-            self._forget(EXPECTED - 1)
-            folder = tempfile.TemporaryDirectory(prefix="convgen-")
-            threads = self.threads if self.target.kind == "cpu" else machine().cores
-            self._expected[spec] = folder, Expected(spec, Path(folder.name), threads)
-        self._expected.move_to_end(spec)
-        return self._expected[spec][1]
-
-    def _forget(self, keep: int) -> None:
-        while len(self._expected) > keep:
-            self._expected.popitem(last=False)[1][0].cleanup()
+        return self.context.pools
 
     def search(self, spec: ConvSpec, **options: Any) -> Search:
         """The search of a layer, to be taken on in rounds; the arguments are those of :class:`Search`."""
-        return Search(self, spec, **options)
+        return Search(self.context, spec, **options)
 
     def tune(
         self,
@@ -136,7 +103,7 @@ class Tuner:
             seconds: time to spend; None: no limit. With neither, it stops when nothing is gained.
             progress: called after every trial.
             exclude: ids of schedules that do not take part.
-            patience: trials without a gain of 1 % after which it stops; :data:`PATIENCE` by default.
+            patience: trials without a gain of 1 % after which it stops; :data:`~convgen.tuning.search.PATIENCE` by default.
 
         Returns:
             The winner of the final comparison; None where no candidate was right.
@@ -161,10 +128,10 @@ class Tuner:
 
             try:
                 take_rounds(pools, lambda: None if search.over else (search, round_size(pools)), stop)
-                return None if interrupts.came else search.final()
+                return None if interrupts.came else final_comparison(search)
             finally:
                 search.close()
-                self._forget(0)
+                self.context.forget()
 
 
 def check_budget(trials: object, seconds: object) -> None:

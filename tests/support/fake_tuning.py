@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +17,10 @@ from convgen.measure.trial import Expected
 from convgen.measure.workers import Builder, Pools, Runner
 from convgen.problem.spec import ConvSpec
 from convgen.records.outcome import Result
+from convgen.tuning.context import SearchContext
 
 #: Where schedules are looked up.
-LOOKUPS = ("lowering.candidates", "records.answer", "tuning.race", "tuning.ranker", "tuning.search")
+LOOKUPS = ("lowering.candidates", "records.answer", "tuning.race", "tuning.ranker")
 MODULES = [importlib.import_module(f"convgen.{name}") for name in LOOKUPS]
 
 
@@ -76,9 +76,9 @@ class FakeBuilder(Builder):
     def __init__(self, clock: Clock, seconds: float, workers: int = 2) -> None:
         self.clock, self.seconds, self.workers = clock, seconds, workers
         self.root = Path("/nowhere")
-        self.modules: list[str] = []
+        self.modules: list[Any] = []
 
-    def submit(self, module: str) -> Future[str | Result]:
+    def submit(self, module: Any) -> Future[str | Result]:
         self.clock.now += self.seconds
         self.modules.append(module)
         return done(f"/nowhere/{module}/lib.so")
@@ -129,8 +129,6 @@ def fake_pools(
 
 def fake_tuning(patch: pytest.MonkeyPatch, *schedules: FakeSchedule) -> None:
     """Let these schedules be all there are, and nothing be lowered or prepared."""
-    from convgen.tuning.tuner import Tuner
-
     found = {schedule.id: schedule for schedule in schedules or (FakeSchedule(),)}
     for module in MODULES:
         if hasattr(module, "schedules"):
@@ -141,12 +139,6 @@ def fake_tuning(patch: pytest.MonkeyPatch, *schedules: FakeSchedule) -> None:
     def text(spec: ConvSpec, target: Target, candidate: Candidate) -> str:
         return json.dumps([spec.descriptor, candidate.schedule.id, candidate.picks.x])
 
-    search = importlib.import_module("convgen.tuning.search")
-    patch.setattr(search, "race_strategy", lambda race, spec, target: SimpleNamespace(race=race))
-    patch.setattr(
-        search,
-        "_lowered",
-        lambda made: [(c, text(made.race.spec, made.race.tuner.target, c)) for c in made.race.ask(made.race.wanted)],
-    )
-    patch.setattr(search, "candidate_module", text)
-    patch.setattr(Tuner, "expected", lambda self, spec: None)
+    for name in ("rounds", "final"):
+        patch.setattr(importlib.import_module(f"convgen.tuning.{name}"), "candidate_module", text)
+    patch.setattr(SearchContext, "expected", lambda self, spec: None)
