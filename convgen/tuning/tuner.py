@@ -103,7 +103,8 @@ class Tuner:
             seconds: time to spend; None: no limit. With neither, it stops when nothing is gained.
             progress: called after every trial.
             exclude: ids of schedules that do not take part.
-            patience: trials without a gain of 1 % after which it stops; :data:`~convgen.tuning.search.PATIENCE` by default.
+            patience: trials without a gain of 1 % after which it stops; by default
+                :data:`~convgen.tuning.search.PATIENCE`.
 
         Returns:
             The winner of the final comparison; None where no candidate was right.

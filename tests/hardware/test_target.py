@@ -9,9 +9,6 @@ import platform
 from pathlib import Path
 
 import pytest
-from convgen.schedules.reference import Reference
-from convgen.targets import cpu
-from tvm.ir import save_json
 
 from convgen.errors import BuildError, MeasureError, UnsupportedError
 from convgen.hardware.discover import target_families
@@ -19,8 +16,10 @@ from convgen.hardware.machine import Machine, machine
 from convgen.hardware.target import Target, resolve
 from convgen.lowering.lower import Lowered, lower, source
 from convgen.lowering.schedule import Candidate
-from convgen.measure.trial import build_artifact, measure_module
+from convgen.measure.trial import build_artifact, serialised
 from convgen.problem.spec import ConvSpec
+from convgen.schedules.reference import Reference
+from convgen.targets import cpu
 
 x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86-64 processors")
 
@@ -149,7 +148,7 @@ def test_a_candidate_is_compiled_for_the_machine_it_was_lowered_for(tmp_path: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("convgen.measure.trial"), "compile_lowered", compiled)
         with pytest.raises(BuildError, match="enough"):
-            build_artifact(str(save_json(measure_module(lowered))), str(tmp_path))
+            build_artifact(serialised(lowered), str(tmp_path))
     assert seen == [target]
 
 

@@ -13,29 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tvm.ir import save_json
 
 from convgen.errors import BuildError, UnsupportedError
 from convgen.hardware.target import resolve
 from convgen.lowering.candidates import parse_candidate
-from convgen.lowering.lower import lower
 from convgen.lowering.versions import versions
 from convgen.measure import cluster
 from convgen.measure.cluster import DaskBuilder
-from convgen.measure.trial import Expected, measure_module, run_artifact
+from convgen.measure.trial import CandidateModule, Expected, candidate_module, run_artifact
 from convgen.problem.spec import ConvSpec
 from convgen.records.outcome import INTERRUPTED, Result
 
 SPEC = ConvSpec.parse("conv2d n1 ic3 oc5 i6x7 k3x3 p1")
 LONG = 120.0
+BROKEN = CandidateModule("{}", SPEC.descriptor, resolve(), "cpu_direct", {}, ())
 
 needs_dask = pytest.mark.skipif(
     importlib.util.find_spec("distributed") is None, reason="needs Dask: pip install 'convgen[cluster]'"
 )
 
 
-def module_text() -> str:
-    return str(save_json(measure_module(lower(SPEC, resolve(), parse_candidate(SPEC, resolve(), "cpu_direct")))))
+def module() -> CandidateModule:
+    return candidate_module(SPEC, resolve(), parse_candidate(SPEC, resolve(), "cpu_direct"))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def builder(address: str) -> Iterator[DaskBuilder]:
 @needs_dask
 def test_candidates_are_compiled_by_the_workers(builder: DaskBuilder, tmp_path: Path) -> None:
     assert builder.workers == 2
-    good, broken, again = (builder.submit(text) for text in (module_text(), "{}", module_text()))
+    good, broken, again = (builder.submit(each) for each in (module(), BROKEN, module()))
     path, other = good.result(LONG), again.result(LONG)
     assert isinstance(path, str)
     assert isinstance(other, str)
@@ -86,23 +85,23 @@ def test_candidates_are_compiled_by_the_workers(builder: DaskBuilder, tmp_path: 
 def test_what_dies_is_an_outcome(builder: DaskBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that takes every other down with it, as well."""
 
-    def dies(module: str, timeout: float) -> None:
+    def dies(module: CandidateModule, timeout: float) -> None:
         os._exit(3)
 
     with monkeypatch.context() as patch:
         patch.setattr(cluster, "compile_there", dies)
-        result = builder.submit("any").result(LONG)
+        result = builder.submit(BROKEN).result(LONG)
     assert isinstance(result, Result)
     assert result.outcome == "crash"
     assert "KilledWorker" in result.error
-    assert isinstance(builder.submit(module_text()).result(LONG), str)
+    assert isinstance(builder.submit(module()).result(LONG), str)
 
 
 @needs_dask
 def test_closing_ends_what_is_being_compiled(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     builder = DaskBuilder(address)
     monkeypatch.setattr(cluster, "compile_there", lambda *_: time.sleep(3))
-    jobs = [builder.submit("any") for _ in range(3)]
+    jobs = [builder.submit(BROKEN) for _ in range(3)]
     builder.close()
     assert [job.result(LONG) for job in jobs] == [INTERRUPTED] * 3
     assert not builder.root.exists()
@@ -115,12 +114,12 @@ def test_versions_must_be_the_same(address: str, monkeypatch: pytest.MonkeyPatch
     builder = DaskBuilder(address)
     try:
 
-        def elsewhere(module: str, timeout: float) -> Any:
+        def elsewhere(module: CandidateModule, timeout: float) -> Any:
             return here | {"tvm": "0.1"}, Result("ok")
 
         monkeypatch.setattr(cluster, "compile_there", elsewhere)
         with pytest.raises(BuildError, match=f'expected the versions here, .*{here["tvm"]}.* found .*"tvm": "0.1"'):
-            builder.submit("any").result(LONG)
+            builder.submit(BROKEN).result(LONG)
     finally:
         builder.close()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from fleets import KEY, LONG, Fleet
+from worker_jobs import build_spilling, in_worker
 
 from convgen.check.emulation.emulate import emulated_driver
 from convgen.cli import main
@@ -31,7 +32,8 @@ from convgen.problem.spec import ConvSpec
 from convgen.records.store import RecordStore
 from convgen.runtime import measure_bundle
 from convgen.tuning import bundle as bundles
-from convgen.tuning.job import Job, JobRun
+from convgen.tuning.job import Job
+from convgen.tuning.job_run import JobRun
 from convgen.tuning.tuner import Tuner
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
@@ -156,27 +158,8 @@ def test_what_takes_too_much_is_refused(changed: dict[str, int], text: str) -> N
 def test_a_spilling_candidate_is_an_outcome_and_is_not_measured(
     pools: Pools, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spilling(module: str, root: str) -> str:  # goes to workers by value
-        """What builds a candidate, with a compiler that has few registers."""
-        from dataclasses import replace
-
-        from convgen.measure import gpu as there
-        from convgen.measure.trial import build_artifact
-
-        compile_images = there.compile_images
-
-        def report(source: Any, target: Any) -> Any:
-            images, resources = compile_images(source, target)
-            return images, tuple(replace(one, spilled=16) for one in resources)
-
-        there.compile_images = report
-        try:
-            return build_artifact(module, root)
-        finally:
-            there.compile_images = compile_images
-
     measured: list[str] = []
-    monkeypatch.setattr("convgen.measure.workers.build_artifact", spilling)
+    monkeypatch.setattr("convgen.measure.workers.build_artifact", in_worker(build_spilling))
     monkeypatch.setattr(pools.runner, "submit", lambda path, *_, **__: measured.append(path))
     with RecordStore(tmp_path / "r.sqlite") as store, Tuner(target, 1, store, pools=pools) as tuner:
         assert tuner.tune(OTHER, trials=1) is None

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
+import pickle
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,8 @@ import numpy as np
 import planted
 import psutil
 import pytest
-from tvm.ir import save_json
+import worker_jobs
+from worker_jobs import in_worker
 
 from convgen.check.bounds import reference
 from convgen.check.data import exact_data
@@ -30,13 +28,14 @@ from convgen.lowering.lower import lower
 from convgen.lowering.schedule import Candidate
 from convgen.measure.timing import SAMPLE_SECONDS, alternate, reference_kernel, repeats, sample, time_calls
 from convgen.measure.trial import (
+    CandidateModule,
     Expected,
     build_artifact,
-    measure_module,
-    measured_candidate,
+    candidate_module,
     memory_limit,
     run_artifact,
     run_duel,
+    serialised,
 )
 from convgen.measure.workers import LocalBuilder, LocalRunner, Pools, as_result
 from convgen.problem.dtypes import load, save
@@ -188,8 +187,12 @@ def candidate(schedule: str = "cpu_direct", spec: ConvSpec = SPEC) -> Candidate:
     return parse_candidate(spec, resolve(), schedule)
 
 
-def module_text(spec: ConvSpec = SPEC, schedule: str = "cpu_direct") -> str:
-    return str(save_json(measure_module(lower(spec, resolve(), candidate(schedule, spec)))))
+def module(spec: ConvSpec = SPEC, schedule: str = "cpu_direct") -> CandidateModule:
+    return candidate_module(spec, resolve(), candidate(schedule, spec))
+
+
+#: What no builder can read.
+BROKEN = CandidateModule("{}", SPEC.descriptor, resolve(), "cpu_direct", {}, ())
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +202,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build_artifact(module_text(), str(tmp_path_factory.mktemp("root")))
+    return build_artifact(module(), str(tmp_path_factory.mktemp("root")))
 
 
 def test_what_all_candidates_share_is_written_once(expected: Expected) -> None:
@@ -224,20 +227,28 @@ def test_a_candidate_may_use_more_memory_than_its_layer_but_not_all() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["reference", "cpu_direct", "cpu_gemm", "cpu_grouped"])
-def test_a_module_says_which_candidate_it_is(schedule: str) -> None:
-    """True stays True and 1 stays 1 on the way through JSON."""
+def test_a_lowered_candidate_travels_as_plain_data(schedule: str) -> None:
+    """True stays True and 1 stays 1, and the module is the same."""
     spec = ConvSpec.parse("conv1d n1 ic16 oc15 i20 k1")
-    chosen = candidate(schedule, spec)
-    found = measured_candidate(measure_module(lower(spec, resolve(), chosen)))
-    assert found == chosen
-    assert [type(value) for value in found.picks.values()] == [type(value) for value in chosen.picks.values()]
+    lowered = lower(spec, resolve(), candidate(schedule, spec))
+    sent = pickle.loads(pickle.dumps(serialised(lowered)))
+    arrived = sent.lowered()
+    assert (arrived.spec, arrived.target, arrived.candidate, arrived.packed) == (
+        lowered.spec,
+        lowered.target,
+        lowered.candidate,
+        lowered.packed,
+    )
+    kinds = [[type(value) for value in found.candidate.picks.values()] for found in (arrived, lowered)]
+    assert kinds[0] == kinds[1]
+    assert serialised(arrived) == sent
 
 
 def test_an_artifact_is_a_private_folder(artifact: str) -> None:
     files = {path.name for path in Path(artifact).parent.iterdir()}
     assert files >= {"candidate.json", Path(artifact).name}
     root = Path(artifact).parents[1]
-    assert build_artifact(module_text(), str(root)) != artifact
+    assert build_artifact(module(), str(root)) != artifact
 
 
 def test_a_right_candidate_is_timed(artifact: str, expected: Expected) -> None:
@@ -297,7 +308,7 @@ def test_integers_must_match_bit_for_bit_unless_something_rounds(
     descriptor: str, schedule: str, exact: bool, tmp_path: Path
 ) -> None:
     spec = ConvSpec.parse(descriptor)
-    path = build_artifact(module_text(spec, schedule), str(tmp_path))
+    path = build_artifact(module(spec, schedule), str(tmp_path))
     assert json.loads((Path(path).parent / "candidate.json").read_text())["exact"] is exact
     (tmp_path / "expected").mkdir()
     shared = Expected(spec, tmp_path / "expected", 2)
@@ -349,13 +360,13 @@ def hasty() -> Iterator[Pools]:
 
 
 def in_workers(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -> None:
-    """Let workers run these functions, which travel by value, instead of the module's."""
+    """Let workers run these functions of ``worker_jobs`` instead of the module's."""
     for name, function in functions.items():
-        monkeypatch.setattr(sys.modules["convgen.measure.workers"], name, function)
+        monkeypatch.setattr(sys.modules["convgen.measure.workers"], name, in_worker(function))
 
 
 def test_workers_build_and_run(pools: Pools, expected: Expected) -> None:
-    (path,) = pools.build([module_text()])
+    (path,) = pools.build([module()])
     assert isinstance(path, str)
     assert Path(path).is_relative_to(pools.builder.root)
     result = pools.run(path, expected, 2, seconds=0.001)
@@ -367,7 +378,7 @@ def test_workers_build_and_run(pools: Pools, expected: Expected) -> None:
 
 
 def test_a_module_that_does_not_build_is_an_outcome(pools: Pools) -> None:
-    broken, good = pools.build(["{}", module_text()])
+    broken, good = pools.build([BROKEN, module()])
     assert isinstance(broken, Result)
     assert broken.outcome == "build_error"
     assert broken.error
@@ -386,32 +397,25 @@ def test_a_worker_that_dies_is_a_crash_and_replaced(
     pools: Pools, expected: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        in_workers(patch, run_artifact=lambda *_: os.kill(os.getpid(), 11), build_artifact=lambda *_: os._exit(3))
+        in_workers(patch, run_artifact=worker_jobs.crash, build_artifact=worker_jobs.leave)
         assert pools.run("any", expected, 1, seconds=0.001).outcome == "crash"
-        (built,) = pools.build(["any"])
+        (built,) = pools.build([BROKEN])
         assert isinstance(built, Result)
         assert built.outcome == "crash"
-    (path,) = pools.build([module_text()])
+    (path,) = pools.build([module()])
     assert isinstance(path, str)
     assert pools.run(path, expected, 2, seconds=0.001).outcome == "ok"
 
 
 def test_a_worker_that_eats_memory_is_killed(pools: Pools, expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it asks for more than there is, or takes it page by page in code that is not Python's."""
-
-    def eat(*_: Any) -> None:
-        libc = ctypes.CDLL(None)
-        libc.malloc.restype = ctypes.c_void_p
-        while True:
-            libc.memset(ctypes.c_void_p(libc.malloc(1 << 24)), 1, 1 << 24)
-
     with monkeypatch.context() as patch:
         patch.setattr(Expected, "memory", 600 << 20)
-        in_workers(patch, run_artifact=eat)
+        in_workers(patch, run_artifact=worker_jobs.eat_memory)
         result = pools.run("any", expected, 1, seconds=0.001)
         assert result.outcome == "memory"
         assert "may use 600 MiB" in result.error
-        in_workers(patch, run_artifact=lambda *_: bytearray(1 << 60))
+        in_workers(patch, run_artifact=worker_jobs.ask_for_all_memory)
         assert pools.run("any", expected, 1, seconds=0.001).outcome == "memory"
 
 
@@ -457,33 +461,11 @@ def test_a_kernel_that_eats_memory_is_an_outcome(pools: Pools, tmp_path: Path, m
     assert result.outcome == "memory"
 
 
-def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
-    """However it ends, and whatever they are doing."""
-    script = f"""
-import os, time
-from pathlib import Path
-from convgen import workers
-def busy(*_):
-    Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
-    time.sleep(1000)
-pool = workers._Workers(1, "run_error", 1000)
-pool.submit(busy)
-time.sleep(1000)
-"""
-    with subprocess.Popen([sys.executable, "-c", script]) as starter:
-        while not (text := (tmp_path / "pid").read_text() if (tmp_path / "pid").exists() else ""):
-            time.sleep(0.02)
-        worker = psutil.Process(int(text))
-        starter.kill()
-    worker.wait(timeout=10)
-    assert not worker.is_running()
-
-
 def test_a_worker_that_hangs_is_killed_and_replaced(
     hasty: Pools, expected: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        in_workers(patch, run_artifact=lambda *_: time.sleep(1000))
+        in_workers(patch, run_artifact=worker_jobs.sleep)
         result = hasty.run("any", expected, 1, seconds=0.001)
     assert result == Result("timeout", error="killed after 2 s")
     assert hasty.run("/nowhere/lib.so", expected, 1, seconds=0.001).outcome == "run_error"
@@ -493,10 +475,10 @@ def test_an_interrupt_ends_the_wait(expected: Expected, monkeypatch: pytest.Monk
     """And closing ends workers that are busy, removes the artifacts and leaves no process."""
     pools = Pools(LocalBuilder(1, timeout=100), LocalRunner(timeout=100))
     children = set(psutil.Process().children(recursive=True))
-    in_workers(monkeypatch, run_artifact=lambda *_: time.sleep(1000), build_artifact=lambda *_: time.sleep(1000))
+    in_workers(monkeypatch, run_artifact=worker_jobs.sleep, build_artifact=worker_jobs.sleep)
     pools.interrupts.came = True
     assert pools.run("any", expected, 1, seconds=0.001) == INTERRUPTED
-    assert pools.build(["a", "b", "c"]) == [INTERRUPTED] * 3
+    assert pools.build([BROKEN] * 3) == [INTERRUPTED] * 3
     assert pools.builder.root.is_dir()
     pools.close()
     assert not pools.builder.root.exists()

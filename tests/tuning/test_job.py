@@ -24,7 +24,8 @@ from convgen.hardware.target import resolve
 from convgen.problem.spec import ConvSpec
 from convgen.records.answer import best_record, is_final
 from convgen.records.store import RecordStore, TuningRecord
-from convgen.tuning.job import Job, JobRun, split_sources
+from convgen.tuning.job import Job, split_sources
+from convgen.tuning.job_run import JobRun
 
 SMALL = "conv1d n1 ic4 oc4 i20 k3 s1 p0"
 LARGE = "conv2d n1 ic8 oc16 i10x10 k3x3 s1x1 p1x1 relu"
@@ -346,7 +347,8 @@ SCRIPT = """
 import json, sys, time
 import pytest
 from fake_tuning import FakeSchedule, fake_pools, fake_tuning
-from convgen.tuning.job import Job, JobRun
+from convgen.tuning.job import Job
+from convgen.tuning.job_run import JobRun
 from convgen.records.store import RecordStore
 
 path, trials = sys.argv[1], int(sys.argv[2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 from fake_tuning import Clock, FakeBuilder, FakeRunner, FakeSchedule, Speed, done, fake_pools, fake_tuning
+from worker_jobs import build_with_fault, in_worker
 
 from convgen.api import tune
 from convgen.errors import SpecError
@@ -25,19 +25,18 @@ from convgen.hardware.target import resolve
 from convgen.lowering.candidates import default_candidate, parse_candidate
 from convgen.lowering.schedule import Picks, Schedule
 from convgen.lowering.versions import versions
+from convgen.measure.trial import CandidateModule
 from convgen.measure.workers import LocalBuilder, LocalRunner, Pools
 from convgen.problem.spec import ConvSpec
 from convgen.records.answer import is_final
 from convgen.records.claims import Claims, claims_path
 from convgen.records.outcome import Result
 from convgen.records.store import RecordStore, TuningRecord
+from convgen.tuning.final import final_comparison
 from convgen.tuning.journal import Journal
+from convgen.tuning.rounds import begin_round
 from convgen.tuning.search import FINALISTS, Progress
 from convgen.tuning.tuner import Tuner
-
-# The package's names `build`, `tune` … are the functions.
-search_module = importlib.import_module("convgen.tuning.search")
-race_module = importlib.import_module("convgen.tuning.race")
 
 
 def ok(seconds: float) -> Result:
@@ -65,7 +64,7 @@ def pools() -> Iterator[Pools]:
 
 @pytest.fixture
 def tuner(store: RecordStore, pools: Pools, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tuner]:
-    monkeypatch.setattr(search_module, "ROUNDS", 3)
+    monkeypatch.setattr("convgen.tuning.final.ROUNDS", 3)
     with Tuner(resolve(), 1, store, pools=pools) as tuner:
         yield tuner
 
@@ -129,61 +128,20 @@ def test_the_final_comparison_has_the_default_and_onnx_runtime(tuner: Tuner, sto
     assert winner == again or (winner.note or {})["ratio_default"][1] > 1
 
 
-#: C statements of a kernel that does not compute the layer -> the outcome of its trial.
-BODIES = {
-    "crash": "*(volatile int *)0 = 1;",
-    "timeout": "for (volatile int i = 0;;) i = 0;",
-    "wrong": "",  # dst stays NaN
-    "run_error": "return -1;",
-}
-
-
-def injected(module: str, root: str, body: str | None, outcome: str) -> str:
-    """In a worker: build a module, but for a kernel in C where there is a ``body``."""
-    import importlib
-    import subprocess
-
-    from convgen.measure.trial import build_artifact
-
-    if outcome == "build_error":
-        raise RuntimeError("planted")
-    build = importlib.import_module("convgen.kernel.kernel")
-    original = build.compile_object
-
-    def replaced(lowered: Any, path: Any) -> Any:
-        workspace = original(lowered, path)
-        text = "int __tvm_ffi_pack(void *s, void *a, int n, void *r) { return 0; }"
-        text += f"int __tvm_ffi_main(void *s, void *a, int n, void *r) {{ {body} return 0; }}"
-        path.with_suffix(".c").write_text(text)
-        subprocess.run(["cc", "-fPIC", "-w", "-c", path.with_suffix(".c"), "-o", path], check=True)
-        return workspace
-
-    if body is not None:
-        build.compile_object = replaced
-    try:
-        return build_artifact(module, root)
-    finally:
-        build.compile_object = original
-
-
 @pytest.fixture
 def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
     """Let the next candidates that are built end as told; those after them as they are."""
-    # Workers cannot import this module: what they run must travel by value.
-    cloudpickle = pytest.importorskip("cloudpickle")
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
     def plant(outcomes: list[str]) -> None:
         left = list(outcomes)
 
-        def submit(self: LocalBuilder, module: str) -> Any:
-            outcome = left.pop(0) if left else "ok"
-            return self._workers.submit(injected, module, str(self.root), BODIES.get(outcome), outcome)
+        def submit(self: LocalBuilder, module: CandidateModule) -> Any:
+            job = in_worker(build_with_fault, left.pop(0) if left else "ok")
+            return self.pool.submit(job, module, str(self.root))
 
         monkeypatch.setattr(LocalBuilder, "submit", submit)
 
-    yield plant  # type: ignore[misc]
-    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    return plant
 
 
 def test_failures_are_outcomes_and_the_run_goes_on(
@@ -433,7 +391,7 @@ def test_other_machines_are_kept_busy_and_this_one_is_left_in_peace(
     meanwhile: list[bool] = []
 
     class Watching(FakeBuilder):
-        def submit(self, module: str) -> Any:
+        def submit(self, module: CandidateModule) -> Any:
             meanwhile.append(runner.running > 0)
             return super().submit(module)
 
@@ -457,17 +415,17 @@ def test_what_another_job_is_measuring_is_left_to_it(store: RecordStore, monkeyp
     with Claims(claims_path(store.path)) as other:
         taken = [c for c in search.race.ask(6) if c.picks["x"] in (2, 4)]
         for candidate in taken:
-            assert other.take(search._key(candidate))
+            assert other.take(search.key(candidate))
         search = tuner.search(LAYER)
-        round_ = search.prepare(6)
+        round_ = begin_round(search, 6)
         round_.measure(lambda: False)
         assert {x for _, _, x in runner.trials} == {0, 1, 3, 5}
         assert (search.blocked, search.over) == (True, "")
-        assert not search.prepare(6).building
-    round_ = search.prepare(6)  # the other one has ended without a result
+        assert not begin_round(search, 6).building
+    round_ = begin_round(search, 6)  # the other one has ended without a result
     round_.measure(lambda: False)
     assert {x for _, _, x in runner.trials} == set(range(6))
-    assert not search.prepare(1).building
+    assert not begin_round(search, 1).building
     assert search.over == "exhausted"
     search.close()
 
@@ -478,12 +436,12 @@ def test_what_another_job_has_measured_is_learnt(store: RecordStore, monkeypatch
         one, other = tuner.search(LAYER), Tuner(resolve(), 1, same, pools=tuner.pools).search(LAYER)
         while not (one.over and other.over):
             for search in (one, other):
-                search.prepare(2).measure(lambda: False)
+                begin_round(search, 2).measure(lambda: False)
         assert len(runner.trials) == len(set(runner.trials)) == 8
         assert one.state.done == other.state.done == 8
         assert one.state.best == other.state.best == 1e-3
-        one.final()
-        other.final()
+        final_comparison(one)
+        final_comparison(other)
     assert len(runner.duels) == 1
 
 
