@@ -12,9 +12,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from fake_tuning import Clock, FakeBuilder, FakeRunner, FakeSchedule, Speed, done, fake_pools, fake_tuning
 from worker_jobs import build_with_fault, in_worker
@@ -473,43 +475,55 @@ def test_an_error_in_the_callback_keeps_what_was_measured(tuner: Tuner, store: R
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
 def test_a_process_that_is_ended_leaves_its_records_and_nothing_else(number: signal.Signals, tmp_path: Path) -> None:
-    path = tmp_path / "records.sqlite"
-    code = f"import convgen; convgen.tune({SPEC.descriptor!r}, threads=1, trials=1000, records={str(path)!r})"
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    path, script = tmp_path / "records.sqlite", tmp_path / "script.py"
+    call = f"convgen.tune({SPEC.descriptor!r}, threads=1, trials=1000, records={str(path)!r})"
+    script.write_text(f"import convgen\nprint('once', flush=True)\n{call}\n")  # no `if __name__ == "__main__"`
     process = subprocess.Popen(
-        [sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, str(script)],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     try:
         with RecordStore(path) as store:
             while len(store) < 2:
                 assert process.poll() is None
                 time.sleep(0.05)
+            assert len(_processes_of(tmp_path)) > 1
             if number is signal.SIGINT:
                 os.killpg(process.pid, number)  # as a terminal does
             else:
                 process.kill()
-            _, error = process.communicate(timeout=60)
-            assert process.returncode == -number
+            said, error = process.communicate(timeout=60)
+            assert (process.returncode, said) == (-number, "once\n")
             assert store.check().ok
             assert all(record.outcome == "ok" for record in store.trials())
         if number is signal.SIGINT:
             assert error.count("Traceback") == 1  # no worker's
             assert error.rstrip().endswith("KeyboardInterrupt")
             left = {path.name for path in tmp_path.iterdir()} - {f"convgen-cpus-{os.getuid()}"}  # locks
-            assert left <= {"records.sqlite", "records.sqlite-wal", "records.sqlite-shm", "records.sqlite.claims"}
-        give_up = time.monotonic() + 30
-        while _alive(process.pid):
-            assert time.monotonic() < give_up, "workers outlive the process"
-            time.sleep(0.1)
+            assert left <= {
+                "script.py",
+                "records.sqlite",
+                "records.sqlite-wal",
+                "records.sqlite-shm",
+                "records.sqlite.claims",
+            }
+        _, alive = psutil.wait_procs(_processes_of(tmp_path), timeout=30)
+        assert not alive, "workers outlive the process"
     finally:
-        if _alive(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
+        for left in _processes_of(tmp_path):
+            left.kill()
 
 
-def _alive(group: int) -> bool:
-    """Whether a process of the group is left."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def _processes_of(folder: Path) -> list[psutil.Process]:
+    """Those whose temporary files go there: the workers have process groups of their own."""
+
+    def folder_of(process: psutil.Process) -> str | None:
+        with suppress(psutil.Error):
+            return str(process.environ().get("TMPDIR"))
+        return None
+
+    return [process for process in psutil.process_iter() if folder_of(process) == str(folder)]
