@@ -94,10 +94,10 @@ class DaskBuilder(Builder):
         if job.cancelled():
             return INTERRUPTED
         try:
-            found, made = job.result()
+            versions_there, made = job.result()
         except Exception as error:  # of Dask: too many workers died with it, or one cannot run it at all
             return Result("crash", error=f"{type(error).__name__}: {error}"[-2000:])
-        _check_versions(f"cluster {self.address}", found)
+        _check_versions(f"cluster {self.address}", versions_there)
         if isinstance(made, Result):
             return made
         name, files = made
@@ -109,12 +109,12 @@ class DaskBuilder(Builder):
     def _check_workers(self) -> None:
         try:
             self._client.wait_for_workers(1, timeout=CONNECT)
-            found = self._client.run(versions)
+            workers = self._client.run(versions)
         except Exception as error:
             text = f"cluster {self.address}: expected workers with convgen installed, found {type(error).__name__}"
             raise BuildError(f"{text}: {error}") from error
-        for worker, its in found.items():
-            _check_versions(f"worker {worker}", its)
+        for worker, versions_there in workers.items():
+            _check_versions(f"worker {worker}", versions_there)
 
     def close(self) -> None:
         with interrupts_held():
@@ -127,13 +127,13 @@ class DaskBuilder(Builder):
             shutil.rmtree(self.root, ignore_errors=True)
 
 
-def _check_versions(where: str, found: dict[str, str]) -> None:
-    if found != (here := versions()):
-        raise BuildError(f"{where}: expected the versions here, {_said(here)}, found {_said(found)}")
+def _check_versions(where: str, there: dict[str, str]) -> None:
+    if there != (here := versions()):
+        raise BuildError(f"{where}: expected the versions here, {_said(here)}, found {_said(there)}")
 
 
-def _said(found: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in found.items())
+def _said(programs: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in programs.items())
 
 
 # ---- in a worker of the cluster -----------------------------------------------------------------

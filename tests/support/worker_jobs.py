@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from convgen.processes import call_in_file
 
@@ -100,42 +101,33 @@ BODIES = {
 
 def build_with_fault(outcome: str, module: CandidateModule, root: str) -> str:
     """Build a candidate whose trial ends as told: with a kernel in C, or not at all."""
-    import convgen.kernel.kernel as kernel_module
+    from convgen.lowering.lower import compile_object
     from convgen.measure.trial import build_artifact
 
-    if outcome == "build_error":
-        raise RuntimeError("planted")
-    original = kernel_module.compile_object
-
-    def replaced(lowered: Any, path: Any) -> Any:
-        workspace = original(lowered, path)
+    def replaced(lowered: Any, path: Path) -> Any:
+        workspace = compile_object(lowered, path)
         text = "int __tvm_ffi_pack(void *s, void *a, int n, void *r) { return 0; }"
         text += f"int __tvm_ffi_main(void *s, void *a, int n, void *r) {{ {BODIES[outcome]} return 0; }}"
         path.with_suffix(".c").write_text(text)
         subprocess.run(["cc", "-fPIC", "-w", "-c", path.with_suffix(".c"), "-o", path], check=True)
         return workspace
 
-    if outcome in BODIES:
-        kernel_module.compile_object = replaced
-    try:
+    if outcome == "build_error":
+        raise RuntimeError("planted")
+    if outcome not in BODIES:
         return build_artifact(module, root)
-    finally:
-        kernel_module.compile_object = original
+    with mock.patch("convgen.kernel.kernel.compile_object", replaced):
+        return build_artifact(module, root)
 
 
 def build_spilling(module: CandidateModule, root: str) -> str:
     """Build a candidate for a GPU with a compiler that has few registers."""
-    import convgen.measure.gpu as gpu_module
+    from convgen.cuda.code import compile_images
     from convgen.measure.trial import build_artifact
 
-    compile_images = gpu_module.compile_images
-
-    def report(source: Any, target: Any) -> Any:
+    def spilling(source: Any, target: Any) -> Any:
         images, resources = compile_images(source, target)
         return images, tuple(replace(resource, spilled=16) for resource in resources)
 
-    gpu_module.compile_images = report
-    try:
+    with mock.patch("convgen.measure.gpu.compile_images", spilling):
         return build_artifact(module, root)
-    finally:
-        gpu_module.compile_images = compile_images
