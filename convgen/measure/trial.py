@@ -106,14 +106,14 @@ class CandidateModule:
     spec: str
     target: Target
     schedule: str
-    picks: dict[str, Any]
+    picks: Picks
     packed: tuple[TensorInfo, ...]
 
     def lowered(self) -> Lowered:
         """The lowered candidate, from the data."""
         from tvm.ir import load_json
 
-        candidate = Candidate(schedule(self.schedule), Picks(**self.picks))
+        candidate = Candidate(schedule(self.schedule), self.picks)
         return Lowered(ConvSpec.parse(self.spec), self.target, candidate, load_json(self.tir), self.packed)
 
 
@@ -135,7 +135,7 @@ def serialised(lowered: Lowered) -> CandidateModule:
         lowered.spec.descriptor,
         lowered.target,
         lowered.candidate.schedule.id,
-        dict(lowered.candidate.picks),
+        lowered.candidate.picks,
         lowered.packed,
     )
 

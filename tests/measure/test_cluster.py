@@ -17,6 +17,7 @@ import pytest
 from convgen.errors import BuildError, UnsupportedError
 from convgen.hardware.target import resolve
 from convgen.lowering.candidates import parse_candidate
+from convgen.lowering.schedule import Picks
 from convgen.lowering.versions import versions
 from convgen.measure import cluster
 from convgen.measure.cluster import DaskBuilder
@@ -26,7 +27,7 @@ from convgen.records.outcome import INTERRUPTED, Result
 
 SPEC = ConvSpec.parse("conv2d n1 ic3 oc5 i6x7 k3x3 p1")
 LONG = 120.0
-BROKEN = CandidateModule("{}", SPEC.descriptor, resolve(), "cpu_direct", {}, ())
+BROKEN = CandidateModule("{}", SPEC.descriptor, resolve(), "cpu_direct", Picks(), ())
 
 needs_dask = pytest.mark.skipif(
     importlib.util.find_spec("distributed") is None, reason="needs Dask: pip install 'convgen[cluster]'"

@@ -25,7 +25,7 @@ from convgen.hardware.target import resolve
 from convgen.lowering.candidates import parse_candidate
 from convgen.lowering.link import link
 from convgen.lowering.lower import lower
-from convgen.lowering.schedule import Candidate
+from convgen.lowering.schedule import Candidate, Picks
 from convgen.measure.timing import SAMPLE_SECONDS, alternate, reference_kernel, repeats, sample, time_calls
 from convgen.measure.trial import (
     CandidateModule,
@@ -192,7 +192,7 @@ def module(spec: ConvSpec = SPEC, schedule: str = "cpu_direct") -> CandidateModu
 
 
 #: What no builder can read.
-BROKEN = CandidateModule("{}", SPEC.descriptor, resolve(), "cpu_direct", {}, ())
+BROKEN = CandidateModule("{}", SPEC.descriptor, resolve(), "cpu_direct", Picks(), ())
 
 
 @pytest.fixture(scope="module")
