@@ -42,13 +42,14 @@ from convgen.interrupts import interrupts_held
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.schedule import Candidate
 from convgen.lowering.versions import versions
-from convgen.measure.timing import HOPELESS, TRIAL_SECONDS
+from convgen.measure.standalone.timing import HOPELESS, TRIAL_SECONDS
 from convgen.measure.trial import Expected, candidate_module
 from convgen.measure.workers import LocalBuilder, LocalRunner, Pools
 from convgen.problem.spec import ConvSpec
 from convgen.records.answer import candidate_record, record_candidate
 from convgen.records.outcome import INTERRUPTED, Result
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 from convgen.tuning.race import ROUND, Race
 from convgen.tuning.ranker import Ranker
 from convgen.tuning.search import FINALISTS

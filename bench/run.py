@@ -34,7 +34,8 @@ from convgen.lowering.versions import versions
 from convgen.measure.peers import PEERS, find_peer
 from convgen.problem.spec import ACCURACIES
 from convgen.records.answer import best_record, record_candidate
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 from convgen.report import picture
 from convgen.report import tables as report
 from convgen.report.rows import Row, RowFile, measure

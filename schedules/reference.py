@@ -20,7 +20,7 @@ THREADS = 128
 
 
 class Reference(Scheduled):
-    id, version, sums_integers = "reference", 2, True
+    id, version, sums_integers, is_reference = "reference", 2, True, True
 
     def applies(self, spec, target):
         pass

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from ..kernel.kernel import Kernel
     from ..lowering.schedule import Candidate
     from ..records.opening import Records
-    from ..records.store import RecordStore, TuningRecord
+    from ..records.record import TuningRecord
+    from ..records.store import RecordStore
     from ..tuning.search import Progress
     from ..tuning.tuner import Tuner
 

@@ -16,7 +16,8 @@ from .common import FAILED, TROUBLE, dim_option, duration, emit, json_option, no
 
 if TYPE_CHECKING:
     from ..records.answer import Answer
-    from ..records.store import RecordStore, TuningRecord
+    from ..records.record import TuningRecord
+    from ..records.store import RecordStore
     from ..tuning.recheck import Checked
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -176,7 +177,7 @@ def _say(document: dict[str, Any], text: str, as_json: bool) -> None:
 @json_option
 def list_(path: Path | None, outcome: str | None, as_json: bool, **wanted: Any) -> None:
     """List the records, oldest first: of some layers or of all."""
-    from ..records.store import OUTCOMES
+    from ..records.record import OUTCOMES
 
     if outcome is not None and outcome not in OUTCOMES:
         raise click.UsageError(f"--outcome: expected one of {', '.join(OUTCOMES)}, found {outcome!r}")
@@ -374,7 +375,8 @@ def prune(path: Path | None, keep: int, days: float, yes: bool, as_json: bool, *
     comparisons and the failures of these versions stay. What goes is gone from a job's count of trials too.
     """
     from ..records.pruning import prunable
-    from ..records.store import RecordStore, now
+    from ..records.record import now
+    from ..records.store import RecordStore
 
     which = Wanted.of(**wanted)
     with RecordStore(path) if yes else _open(path) as store:
@@ -449,7 +451,7 @@ def export(
     the same kind, lets builds of the model's layers reach the same kernels without a search.
     """
     from ..records import shipped as tuned
-    from ..records.store import write_lines
+    from ..records.record import write_lines
 
     to_file = out is not None and str(out) != "-"
     if not to_file and (as_json or about is not None):

@@ -61,6 +61,11 @@ class Target:
     features: tuple[str, ...] = ()
 
     @property
+    def on_device(self) -> bool:
+        """Whether kernels run on a device that has memory of its own."""
+        return bool(self.arch)
+
+    @property
     def lanes(self) -> int:
         """Sums in one SIMD register: they are f32 however tensors are stored."""
         return self.vector_bits // (8 * BYTES[ACCUMULATOR])
@@ -123,5 +128,5 @@ def check_native(target: Target) -> None:
     UnsupportedError: this machine cannot run the target's code.
     """
     if not target.native:
-        found = "one that does not" if target.kind == "cpu" else f"no GPU that runs {target.arch}"
+        found = f"no GPU that runs {target.arch}" if target.on_device else "one that does not"
         raise UnsupportedError(f"{target}: expected a target that runs on this machine, found {found}")

@@ -18,9 +18,11 @@ from ..lowering.lower import Lowered, compile_object, lower
 from ..lowering.lower import source as host_source
 from ..lowering.schedule import Candidate
 from ..lowering.versions import versions
+from ..problem.accuracy import error_factor
 from ..problem.spec import ConvSpec
-from ..records.store import TuningRecord
+from ..records.record import TuningRecord
 from .cuda_library import CudaLibrary
+from .export import write_library
 from .library import BaseLibrary, Library
 
 
@@ -68,7 +70,7 @@ class Kernel(BaseLibrary):
 
     @property
     def note(self) -> str:
-        if self.schedule != "reference":
+        if not self.lowered.candidate.schedule.is_reference:
             return self._note
         why = f"no fast schedule applies on {self.target}, or none was right"
         slow = f"{self.spec.descriptor}: {why}; this is the slow reference"
@@ -102,12 +104,12 @@ class Kernel(BaseLibrary):
     @classmethod
     @abstractmethod
     def threads_for(cls, threads: int | None, target: Target) -> int:
-        """The thread count of a kernel where this many are asked for."""
+        """How many threads a kernel has where ``threads`` are asked for, or no number (None)."""
 
     @classmethod
     @abstractmethod
     def device_code(cls, lowered: Lowered) -> DeviceCode | None:
-        """What runs on a GPU of a candidate."""
+        """The part of a candidate's code that runs on a GPU; None where it has none."""
 
     @classmethod
     @abstractmethod
@@ -123,9 +125,6 @@ class Kernel(BaseLibrary):
         Raises:
             ExportError: the folder cannot be written.
         """
-        from ..problem.accuracy import error_factor
-        from .export import write_library
-
         known: dict[str, Any] = {
             "target": self.target.spelling,
             "threads": self.threads,
@@ -182,20 +181,20 @@ class CudaKernel(Kernel, CudaLibrary):
 
     @classmethod
     def device_code(cls, lowered: Lowered) -> DeviceCode:
-        from ..cuda.code import device_code
+        from ..cuda.code import device_code  # imports TVM
 
         return device_code(lowered)
 
     @classmethod
     def text(cls, lowered: Lowered, kind: str) -> str:
-        from ..cuda.listing import listing
+        from ..cuda.listing import listing  # imports TVM
 
         return host_source(lowered, kind) if kind == "tir" else listing(lowered, kind)
 
 
 def kernel_type(target: Target) -> type[CpuKernel | CudaKernel]:
     """How kernels for a target run."""
-    return CudaKernel if target.kind == "cuda" else CpuKernel
+    return CudaKernel if target.on_device else CpuKernel
 
 
 def source(lowered: Lowered, kind: str) -> str:

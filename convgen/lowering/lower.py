@@ -122,7 +122,7 @@ def _host_module(lowered: Lowered) -> Any:
     passes, _, _ = default_s_tir_pipeline()
     target = _llvm(lowered)
     functions = lowered.module
-    if lowered.target.kind != "cpu":
+    if lowered.target.on_device:
         functions = tvm.IRModule({"pack": functions["pack"]})
     with tvm.transform.PassContext(opt_level=3):
         module = transform.BindTarget(target.with_host(target))(functions)
@@ -144,7 +144,7 @@ def _llvm(lowered: Lowered) -> Any:
     as integers, and i8 are narrowed so.)
     """
     # Any machine's CPU may pack for a device.
-    config = json.loads(lowered.target.tvm_config) if lowered.target.kind == "cpu" else {"kind": "llvm"}
+    config = {"kind": "llvm"} if lowered.target.on_device else json.loads(lowered.target.tvm_config)
     if lowered.spec.dtype in ("bf16", "i8") and "avx512bw" in lowered.target.isa:
         config["mattr"] = ["-avx512bw"]
     from tvm.target import Target as TvmTarget

@@ -151,12 +151,14 @@ class Schedule(ABC):
     picks produce changes, so that old measurements no longer answer for it. ``transforms`` says
     that it does more than reorder sums (Winograd), so that integers need not come out bit for bit.
     ``sums_integers`` says that sums of a layer of integers are integers; elsewhere they are f32.
+    ``is_reference`` says that it is the definition itself, which the others are checked against; one schedule is.
     """
 
     id: ClassVar[str]
     version: ClassVar[int]
     transforms: ClassVar[bool] = False
     sums_integers: ClassVar[bool] = False
+    is_reference: ClassVar[bool] = False
 
     @abstractmethod
     def applies(self, spec: ConvSpec, target: Target) -> None:

@@ -2,7 +2,7 @@
 
 In this order, for the spec, the target and the number of threads asked for:
 
-1. a record of this machine and these versions (:func:`current_versions`), in the user's store;
+1. a record of this machine and today's versions (:func:`~convgen.lowering.versions.versions`), in the user's store;
 2. one of a machine of the same kind (:func:`same_kind`) and these versions: from the store, else from
    those that ship with the package (:mod:`convgen.records.shipped`);
 3. one of other versions, after it has been verified and timed in turn with the default
@@ -20,29 +20,24 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import SpecError, UnsupportedError
 from ..hardware.target import Target, resolve
-from ..lowering.candidates import default_candidate, parse_candidate
+from ..lowering.candidates import default_candidate, reference_candidate
 from ..lowering.discover import schedule as find_schedule
 from ..lowering.schedule import Candidate, Picks
 from ..lowering.versions import versions
 from ..problem.spec import ConvSpec
-from ..records import shipped as tuned
-from .store import RecordStore, TuningRecord
+from . import shipped
+from .outcome import Result
+from .record import TuningRecord
+from .store import RecordStore
 
-if TYPE_CHECKING:
-    from .outcome import Result
 #: A single trial's time over the default's below which it is certainly faster: trials scatter by some percent.
 CLEARLY = 0.97
 
 _FINGERPRINT = re.compile(r"(.+-[0-9a-f]{12})-(\d+)\Z")
-
-
-def current_versions() -> dict[str, str]:
-    """The versions that make a record's kernel today's: :func:`convgen.lowering.versions.versions`."""
-    return versions()
 
 
 # ---- what a record stands for -------------------------------------------------------------------
@@ -81,7 +76,7 @@ def candidate_record(
 
 
 def trial_identity(spec: ConvSpec, target: Target, threads: int, candidate: Candidate) -> dict[str, Any]:
-    """What tells a trial of today's from all others: the arguments of :func:`convgen.records.store.trial_key`."""
+    """What tells a trial of today's from all others: the arguments of :func:`convgen.records.record.trial_key`."""
     return {
         "spec": spec.descriptor,
         "target": target.spelling,
@@ -90,7 +85,7 @@ def trial_identity(spec: ConvSpec, target: Target, threads: int, candidate: Cand
         "schedule": candidate.schedule.id,
         "schedule_version": candidate.schedule.version,
         "picks": dict(candidate.picks),
-        "versions": current_versions(),
+        "versions": versions(),
     }
 
 
@@ -107,7 +102,7 @@ def choose(
         return candidate, record
     candidate = default_candidate(spec, target)
     if candidate in rejected:
-        candidate = parse_candidate(spec, target, "reference")
+        candidate = reference_candidate(spec, target)
     return candidate, None
 
 
@@ -192,22 +187,22 @@ def find_record(
     Raises:
         RecordError: the store cannot be read, or a shipped database is damaged.
     """
-    known, versions = _Known(store, spec, target, threads), current_versions()
+    known, today = _Known(store, spec, target, threads), versions()
     own, old = known.own_best(), known.best(known.outdated, new=True)
     if own is not None and (is_final(own) or old is None or not is_final(old)):
         return Answer(own)
-    alike, shipped = known.best(known.alike, new=True), _shipped(spec, target, threads)
+    alike, packaged = known.best(known.alike, new=True), _packaged(spec, target, threads)
     if alike is None:
-        alike = known.best((record for record in shipped if record.versions == versions), new=True)
+        alike = known.best((record for record in packaged if record.versions == today), new=True)
     if own is None and alike is None and old is None:
-        old = known.best((record for record in shipped if record.versions != versions), new=True)
+        old = known.best((record for record in packaged if record.versions != today), new=True)
     if old is None or not measure or not spec.n:
-        found = own or alike
-        if found is None or found is own:
-            return Answer(found)
-        origin = _origin(found, shipped)
-        is_elsewhere = found.hardware != target.hardware
-        return Answer(found, origin, f"{spec.descriptor}: the record is {origin}" if is_elsewhere else "")
+        best = own or alike
+        if best is None or best is own:
+            return Answer(best)
+        origin = _origin(best, packaged)
+        is_elsewhere = best.hardware != target.hardware
+        return Answer(best, origin, f"{spec.descriptor}: the record is {origin}" if is_elsewhere else "")
     contenders = [record for record in (old, own, alike) if record]
     default = default_candidate(spec, target)
     if all(record_candidate(record, spec, target) == default for record in contenders):
@@ -225,13 +220,14 @@ class _Known:
     """
 
     def __init__(self, store: RecordStore, spec: ConvSpec, target: Target, threads: int) -> None:
-        self._spec, self._target, versions = spec, target, current_versions()
-        found = store.trials(spec=spec.descriptor, target=target.spelling, threads=threads)
-        found = [record for record in found if same_kind(record.hardware, target, threads)]
-        self.outdated = [r for r in found if r.versions != versions and r.outcome == "ok"]
-        found = [r for r in found if r.versions == versions]
-        self.own = [r for r in found if r.hardware == target.hardware]
-        self.alike = [r for r in found if r.hardware != target.hardware and r.outcome == "ok"]
+        self._spec, self._target, today = spec, target, versions()
+        trials = store.trials(spec=spec.descriptor, target=target.spelling, threads=threads)
+        trials = [record for record in trials if same_kind(record.hardware, target, threads)]
+        self.outdated = [record for record in trials if record.versions != today and record.outcome == "ok"]
+        current = [record for record in trials if record.versions == today]
+        self.own = [record for record in current if record.hardware == target.hardware]
+        others = [record for record in current if record.hardware != target.hardware]
+        self.alike = [record for record in others if record.outcome == "ok"]
 
     def best(self, records: Iterable[TuningRecord], *, new: bool = False) -> TuningRecord | None:
         """The preferred one of those that still mean something; ``new``: and whose candidate has not been
@@ -262,25 +258,26 @@ class _Known:
         return {record_candidate(record, self._spec, self._target) for record in self.own}
 
 
-def _shipped(spec: ConvSpec, target: Target, threads: int) -> list[TuningRecord]:
+def _packaged(spec: ConvSpec, target: Target, threads: int) -> list[TuningRecord]:
     """The package's records for one problem on machines of this kind."""
-    found = []
-    for origin, path in tuned.databases():
+    records: list[TuningRecord] = []
+    for origin, path in shipped.databases():
         if same_kind(origin.hardware, target, threads) and origin.target == target.spelling:
-            found += tuned.records_of(path, origin.records).get(spec.descriptor, [])
-    return [record for record in found if record.threads == threads]
+            records += shipped.records_of(path, origin.records).get(spec.descriptor, [])
+    return [record for record in records if record.threads == threads]
 
 
-def _origin(record: TuningRecord, shipped: Sequence[TuningRecord]) -> str:
+def _origin(record: TuningRecord, packaged: Sequence[TuningRecord]) -> str:
     there = _FINGERPRINT.match(record.hardware)
     cpus = f"{there[2]} CPUs" if there else record.hardware
-    source = "of those that ship with convgen" if record in shipped else "from another machine"
+    source = "of those that ship with convgen" if record in packaged else "from another machine"
     return f"{source}, measured {record.when[:10]} on a machine of this kind with {cpus}"
 
 
 def other_versions(record: TuningRecord) -> str:
-    now = current_versions()
-    names = sorted(name for name in record.versions.keys() | now if record.versions.get(name) != now.get(name))
+    """The versions of a record that are not today's, as text."""
+    today = versions()
+    names = sorted(name for name in record.versions.keys() | today if record.versions.get(name) != today.get(name))
     return ", ".join(f"{name} {record.versions.get(name, '(unknown)')}" for name in names)
 
 
@@ -298,6 +295,6 @@ def reason_against(record: TuningRecord) -> str:
         return f"it is of another kind of machine than this, {target.hardware}"
     if record_candidate(record, spec, target) is None:
         return f"{record.schedule} no longer admits its picks"
-    if record.versions != current_versions():
+    if record.versions != versions():
         return f"it is of {other_versions(record)}: a build would measure it again first"
     return ""

@@ -10,7 +10,7 @@ OUTCOME_KEY = "outcome"
 
 @dataclass(frozen=True)
 class Result:
-    """How a trial ended: one of the outcomes of :class:`~convgen.records.store.TuningRecord`.
+    """How a trial ended: one of the outcomes of :class:`~convgen.records.record.TuningRecord`.
 
     Attributes:
         samples: seconds per call, each over many calls.

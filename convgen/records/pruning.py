@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from datetime import datetime, timedelta
 
-from .answer import current_versions, has_schedule, is_final, preferred
-from .store import TuningRecord
+from ..lowering.versions import versions
+from .answer import has_schedule, is_final, preferred
+from .record import TuningRecord
 
 #: Days after which the search's records of other versions are not worth their space.
 KEEP_DAYS = 180.0
@@ -30,16 +32,14 @@ def prunable(
         days: age in days up to which records of other versions stay.
         now: the time, as records spell it.
     """
-    from datetime import datetime, timedelta
-
     oldest = datetime.fromisoformat(now) - timedelta(days=days)
-    versions = current_versions()
+    today = versions()
     reasons: dict[str, list[TuningRecord]] = defaultdict(list)
     problems: dict[tuple[object, ...], list[TuningRecord]] = defaultdict(list)
     for record in records:
         if not has_schedule(record):
             reasons["of another version of its schedule"].append(record)
-        elif record.versions == versions:
+        elif record.versions == today:
             if record.outcome == "ok" and not is_final(record):
                 problems[record.spec, record.target, record.hardware, record.threads, True].append(record)
         elif datetime.fromisoformat(record.when) < oldest:

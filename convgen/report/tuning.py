@@ -25,7 +25,8 @@ from ..hardware.machine import machine, measured
 from ..hardware.roofline import roofline
 from ..problem.spec import ConvSpec
 from ..records.answer import is_final, preferred
-from ..records.store import RecordStore, TuningRecord
+from ..records.record import TuningRecord
+from ..records.store import RecordStore
 from ..report import tables as report
 from .rows import Row, RowFile
 

@@ -43,7 +43,8 @@ from .tuner import Tuner
 if TYPE_CHECKING:
     from ..hardware.target import Target
     from ..measure.workers import Pools
-    from ..records.store import RecordStore, TuningRecord
+    from ..records.record import TuningRecord
+    from ..records.store import RecordStore
     from .journal import Journal
     from .search import Progress, Search
     from .tuner import Tuner

@@ -23,7 +23,8 @@ from ..measure.workers import Pools as OwnPools
 from ..problem.spec import ConvSpec
 from ..records.answer import Answer, candidate_record, other_versions, record_candidate
 from ..records.outcome import Result
-from ..records.store import RecordStore, TuningRecord
+from ..records.record import TuningRecord
+from ..records.store import RecordStore
 
 if TYPE_CHECKING:
     from ..measure.workers import Pools

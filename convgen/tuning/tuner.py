@@ -23,7 +23,8 @@ from ..lowering.schedule import Candidate
 from ..measure.trial import Expected
 from ..measure.workers import LocalBuilder, LocalRunner, Pools
 from ..problem.spec import ConvSpec
-from ..records.store import RecordStore, TuningRecord
+from ..records.record import TuningRecord
+from ..records.store import RecordStore
 from .journal import Journal
 from .ranker import Ranker
 from .search import Progress, Search, round_size, take_rounds

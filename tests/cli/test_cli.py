@@ -30,7 +30,8 @@ from convgen.kernel.kernel import compile_candidate
 from convgen.lowering.discover import schedule_ids, schedules
 from convgen.measure.peers import PEERS
 from convgen.problem.spec import ConvSpec
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 from convgen.tuning.search import Progress
 
 SMALL = "conv2d n1 ic8 oc16 i10x10 k3x3 s1x1 p1x1 relu"

@@ -31,7 +31,8 @@ from stores import MEMORY, PLACE, SPEC, contents, fill, json_values, other_datab
 from convgen.errors import RecordError
 from convgen.records import salvage
 from convgen.records import store as records_module
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 
 PAGE = 4096
 
@@ -428,7 +429,8 @@ def test_a_removal_from_a_damaged_store_says_so(tmp_path: Path) -> None:
 
 LOADER = """
 import sys
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 path, writer, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with RecordStore(path) as store:
     for i in range(count):

@@ -33,7 +33,8 @@ from convgen.records.answer import Answer, best_record, find_record, preferred, 
 from convgen.records.opening import open_store
 from convgen.records.outcome import Result
 from convgen.records.pruning import prunable
-from convgen.records.store import RecordStore, TuningRecord, write_lines
+from convgen.records.record import TuningRecord, write_lines
+from convgen.records.store import RecordStore
 from convgen.tuning import recheck as recheck_module
 from convgen.tuning.recheck import check_records, measure_in_turn
 

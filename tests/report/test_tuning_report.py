@@ -25,7 +25,8 @@ from convgen.formats.entries import SpecEntry
 from convgen.hardware import machine
 from convgen.hardware.machine import Measured
 from convgen.problem.spec import ConvSpec
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 from convgen.report.page import page
 from convgen.report.rows import Row
 from convgen.report.tuning import Drift, Model, Ratio, gather, grouped, markdown, read_rows, span, wins

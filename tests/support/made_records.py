@@ -9,7 +9,7 @@ from convgen.hardware.target import resolve
 from convgen.lowering.candidates import parse_candidate
 from convgen.lowering.schedule import Candidate
 from convgen.lowering.versions import versions
-from convgen.records.store import TuningRecord
+from convgen.records.record import TuningRecord
 
 TEXT = "conv2d n1 ic3 oc17 i6x7 k3x3 s1x1 p1x1 relu"
 

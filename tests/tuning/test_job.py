@@ -23,7 +23,8 @@ from convgen.errors import SpecError
 from convgen.hardware.target import resolve
 from convgen.problem.spec import ConvSpec
 from convgen.records.answer import best_record, is_final
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 from convgen.tuning.job import Job, JobRun, split_sources
 
 SMALL = "conv1d n1 ic4 oc4 i20 k3 s1 p0"

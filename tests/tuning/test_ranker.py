@@ -16,7 +16,8 @@ from convgen.hardware.target import Target, resolve
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.schedule import Candidate, Picks
 from convgen.problem.spec import ConvSpec
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 from convgen.tuning.ranker import WINNERS, Ranker
 
 LAYER = ConvSpec.parse("conv2d n1 ic64 oc64 i28x28 k3x3 p1")

@@ -30,7 +30,8 @@ from convgen.problem.spec import ConvSpec
 from convgen.records.answer import is_final
 from convgen.records.claims import Claims, claims_path
 from convgen.records.outcome import Result
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 from convgen.tuning.journal import Journal
 from convgen.tuning.search import FINALISTS, Progress
 from convgen.tuning.tuner import Tuner
