@@ -58,7 +58,7 @@ from convgen.lowering.versions import versions
 from convgen.measure.compare import Comparison, Timing, ratio_interval
 from convgen.measure.gpu import gpu, output, prepare, runnable_code
 from convgen.measure.peers import Torch
-from convgen.measure.timing import DUEL_SECONDS
+from convgen.measure.standalone.timing import DUEL_SECONDS
 from convgen.measure.trial import Expected, load_inputs
 from convgen.measure.workers import _Workers
 from convgen.problem.dtypes import distance, load, numpy_dtype, widen

@@ -13,7 +13,6 @@ from paths import ROOT
 ORDER = (
     "errors",
     "interrupts",
-    "runtime",
     "problem",
     "hardware",
     "formats",

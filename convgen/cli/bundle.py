@@ -163,7 +163,7 @@ def run(context: click.Context, bundle: Path, out: Path | None, timeout: float |
     What it does is what `python3 run.py` does in the unpacked bundle. A bundle holds compiled code:
     run only those that you would run a program from.
     """
-    from ..runtime import measure_bundle
+    from ..measure.standalone.command import main as measure
     from ..tuning.bundle import bundle_name, unpacked
 
     results = (out or Path(f"{bundle_name(bundle)}.results.jsonl")).absolute()
@@ -171,7 +171,7 @@ def run(context: click.Context, bundle: Path, out: Path | None, timeout: float |
     options += ["--timeout", str(timeout)] if timeout is not None else []
     options += ["--memory", str(memory)] if memory is not None else []
     with unpacked(bundle) as folder:
-        context.exit(measure_bundle.main([str(folder), *options]))
+        context.exit(measure([str(folder), *options]))
 
 
 @click.command("import", short_help="Take in the results of a bundle, all or none.")

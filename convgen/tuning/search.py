@@ -23,13 +23,13 @@ from ..errors import MeasureError
 from ..lowering.schedule import Candidate
 from ..lowering.versions import versions
 from ..measure.compare import ratio_interval
-from ..measure.timing import HOPELESS, TRIAL_SECONDS
+from ..measure.standalone.timing import HOPELESS, TRIAL_SECONDS
 from ..measure.trial import Expected, candidate_module, measured_candidate
 from ..measure.workers import Pools
 from ..problem.spec import ConvSpec
 from ..records.answer import candidate_record, is_final, record_candidate, trial_identity
 from ..records.outcome import INTERRUPTED, Result
-from ..records.store import TuningRecord, trial_key
+from ..records.record import TuningRecord, trial_key
 from .race import ROUND, Race, race_strategy
 
 if TYPE_CHECKING:
@@ -433,7 +433,7 @@ def judge(
 
     Returns:
         The winner's index, None where all failed; and what the record of each says (see
-        :attr:`~convgen.records.store.TuningRecord.note`). Ratios are the other's time over the kernel's.
+        :attr:`~convgen.records.record.TuningRecord.note`). Ratios are the other's time over the kernel's.
     """
     base = times[default] if default is not None else None
     against = [ratio(base, taken) if base and taken else None for taken in times]

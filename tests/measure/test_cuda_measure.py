@@ -25,11 +25,14 @@ from convgen.hardware.machine import Machine, machine
 from convgen.hardware.target import Target, resolve
 from convgen.lowering.candidates import default_candidate
 from convgen.measure import gpu as gpu_measure
+from convgen.measure.standalone.devices import Cuda
+from convgen.measure.standalone.errors import TROUBLE, Trouble
+from convgen.measure.standalone.facts import facts as machine_facts
+from convgen.measure.standalone.results import Results
 from convgen.measure.trial import Expected, build_artifact, candidate_module, run_artifact, run_duel
 from convgen.measure.workers import LocalBuilder, LocalRunner, Pools
 from convgen.problem.spec import ConvSpec
 from convgen.records.store import RecordStore
-from convgen.runtime import measure_bundle
 from convgen.tuning import bundle as bundles
 from convgen.tuning.job import Job, JobRun
 from convgen.tuning.tuner import Tuner
@@ -122,13 +125,13 @@ def test_calls_take_turns_on_more_than_the_cache_holds(
     data = load_inputs(SPEC, str(expected.directory))
     call = gpu_measure.prepare(artifact, artifact_facts(artifact)["name"], data)
     size = sum(array.nbytes for array in data.values())
-    assert len(call._turns) * (2 * size) >= 40_000 > 2 * size
-    assert len({args.src for args in call._turns}) == len(call._turns)
-    for _ in call._turns:
+    assert len(call.copies) * (2 * size) >= 40_000 > 2 * size
+    assert len({args.src for args in call.copies}) == len(call.copies)
+    for _ in call.copies:
         call()
     gpu_measure.gpu().wait()
     want = np.load(expected.directory / "expected.npy").tobytes()
-    for args in call._turns:
+    for args in call.copies:
         memory = (ctypes.c_char * args.dst_size)()
         gpu_measure.gpu()("cuMemcpyDtoH_v2", memory, args.dst, args.dst_size)
         assert bytes(memory) == want
@@ -341,7 +344,7 @@ def test_a_bundle_goes_there_and_its_results_come_back(
 
 
 def test_a_bundle_refuses_a_machine_without_a_device(archive: Path, tmp_path: Path) -> None:
-    said = measure(archive, tmp_path, "/none", status=measure_bundle.TROUBLE)
+    said = measure(archive, tmp_path, "/none", status=TROUBLE)
     assert "cuda:sm_80: left out: expected a CUDA driver, found none" in said
 
 
@@ -373,14 +376,14 @@ def test_a_wrong_candidate_of_a_bundle_is_rejected(archive: Path, driver: Path, 
 
 
 def test_results_of_another_device_are_not_gone_on_with(tmp_path: Path) -> None:
-    facts = measure_bundle.facts()
-    measure_bundle.Results(str(tmp_path / "here"), "0", facts, "cuda")
+    facts = machine_facts()
+    Results(str(tmp_path / "here"), "0", facts, Cuda.machine_facts)
     for name in ("same", "other"):
         shutil.copy(tmp_path / "here", tmp_path / name)
-    measure_bundle.Results(str(tmp_path / "same"), "0", facts, "cuda")
+    Results(str(tmp_path / "same"), "0", facts, Cuda.machine_facts)
     other = {**facts, "gpu": {**facts["gpu"], "name": "Another"}}
-    with pytest.raises(measure_bundle.Trouble, match="another one"):
-        measure_bundle.Results(str(tmp_path / "other"), "0", other, "cuda")
+    with pytest.raises(Trouble, match="another one"):
+        Results(str(tmp_path / "other"), "0", other, Cuda.machine_facts)
 
 
 # ---- machines ----------------------------------------------------------------------------------------

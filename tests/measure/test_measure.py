@@ -28,7 +28,8 @@ from convgen.lowering.candidates import parse_candidate
 from convgen.lowering.link import link
 from convgen.lowering.lower import lower
 from convgen.lowering.schedule import Candidate
-from convgen.measure.timing import SAMPLE_SECONDS, alternate, reference_kernel, repeats, sample, time_calls
+from convgen.measure.drift import reference_kernel
+from convgen.measure.standalone.timing import SAMPLE_SECONDS, alternate, repeats, sample, time_calls
 from convgen.measure.trial import (
     Expected,
     build_artifact,
@@ -78,8 +79,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(sys.modules["convgen.measure.trial"], "time", clock)
-    monkeypatch.setattr(sys.modules["convgen.measure.trial"], "preemptions", lambda: clock.preempted)
+    monkeypatch.setattr(sys.modules["convgen.measure.standalone.timing"], "time", clock)
+    monkeypatch.setattr(sys.modules["convgen.measure.standalone.timing"], "preemptions", lambda: clock.preempted)
     return clock
 
 
