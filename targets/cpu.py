@@ -100,7 +100,7 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
 
 
 def fingerprint(machine: Machine) -> str:
-    """What records of that machine's kernels are tied to."""
+    """The fingerprint that records of kernels for that machine's CPU are tied to."""
     return machine.fingerprint
 
 

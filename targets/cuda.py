@@ -103,7 +103,7 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
 
 
 def fingerprint(machine: Machine) -> str | None:
-    """What records of that machine's kernels are tied to; None where it has no GPU."""
+    """The fingerprint that records of kernels for that machine's GPU are tied to; None where it has none."""
     return machine.gpu.fingerprint if machine.gpu else None
 
 

@@ -35,13 +35,13 @@ class Kernel(BaseLibrary):
     Attributes:
         spec, target, threads: what it was built for.
         path: its shared library.
-        schedule, picks: how.
-        record: the tuning record it came from; None where it is the schedule's default.
+        schedule, picks: how it computes.
+        record: the tuning record it came from; None where it is a default.
         origin: where the record is from, unless this machine made it; empty otherwise.
         note: what a user should know, such as that no fast schedule applied; empty otherwise.
     """
 
-    #: What :meth:`source` gives.
+    #: The kinds of text that :meth:`source` gives.
     sources: ClassVar[tuple[str, ...]]
 
     def __init__(
@@ -65,7 +65,7 @@ class Kernel(BaseLibrary):
 
     @property
     def exact(self) -> bool:
-        """Whether integer-valued data must match bit for bit: the schedule only reorders sums, or all is integers."""
+        """Whether integer-valued data must match bit for bit: sums are only reordered, or are sums of integers."""
         return self.lowered.candidate.is_exact(self.spec)
 
     @property
@@ -165,18 +165,18 @@ class CpuKernel(Kernel, Library):
 class CudaKernel(Kernel, CudaLibrary):
     """A kernel that runs on a GPU; its sources are scheduled TIR, CUDA C++, PTX and machine code (SASS).
 
-    It is built, packed for and exported without a device.
+    Building, packing and exporting it takes no device.
     """
 
     sources = ("tir", "cuda", "ptx", "sass")
 
     @classmethod
     def check(cls, target: Target) -> None:
-        """Any machine loads it."""
+        """Nothing to check: any machine loads such kernels."""
 
     @classmethod
     def threads_for(cls, threads: int | None, target: Target) -> int:
-        """One: how many threads of the device run is fixed in its launches."""
+        """One: how many of the device's threads run is fixed in the kernel's launches."""
         return 1
 
     @classmethod
@@ -193,7 +193,7 @@ class CudaKernel(Kernel, CudaLibrary):
 
 
 def kernel_type(target: Target) -> type[CpuKernel | CudaKernel]:
-    """How kernels for a target run."""
+    """The class of kernels for a target."""
     return CudaKernel if target.on_device else CpuKernel
 
 
@@ -248,7 +248,7 @@ def compile_lowered(
 ) -> tuple[Interface, Path, Path]:
     """The interface, object file and shared library of a lowered candidate, written to ``directory``.
 
-    ``device`` is the code for a GPU where it is compiled already.
+    ``device`` is the code for a GPU where that is compiled already.
     """
     object_file = directory / "kernel.o"
     workspace = compile_object(lowered, object_file)

@@ -3,15 +3,15 @@
 In this order, for the spec, the target and the number of threads asked for:
 
 1. a record of this machine and today's versions (:func:`~convgen.lowering.versions.versions`), in the user's store;
-2. one of a machine of the same kind (:func:`same_kind`) and these versions: from the store, else from
+2. one of a machine of the same kind (:func:`same_kind`) and today's versions: from the store, else from
    those that ship with the package (:mod:`convgen.records.shipped`);
 3. one of other versions, after it has been verified and timed in turn with the default
-   (:func:`recheck`). What comes of it is stored, so that the old record, right or expired, is not
-   measured again.
+   (:func:`convgen.tuning.recheck.recheck`). The outcome is stored, so that the old record, still right or not, is
+   not measured again.
 
-Among several of one kind :func:`preferred` decides; a trial that had no final comparison must be clearly faster
-than the default's. None of them answers where its schedule is gone,
-has another version or no longer admits the picks.
+Among several records of one kind :func:`preferred` decides; a trial that had no final comparison must be clearly
+faster than the default's. A record whose schedule is gone, has another version or no longer admits the picks
+answers nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from .outcome import Result
 from .record import TuningRecord
 from .store import RecordStore
 
-#: A single trial's time over the default's below which it is certainly faster: trials scatter by some percent.
+#: A trial is certainly faster than the default where its time is below this share of the default's: trials scatter
+#: by some percent.
 CLEARLY = 0.97
 
 _FINGERPRINT = re.compile(r"(.+-[0-9a-f]{12})-(\d+)\Z")
@@ -44,7 +45,7 @@ _FINGERPRINT = re.compile(r"(.+-[0-9a-f]{12})-(\d+)\Z")
 
 
 def record_candidate(record: TuningRecord, spec: ConvSpec, target: Target) -> Candidate | None:
-    """What a record describes, or None where this version's schedules no longer mean the same."""
+    """The candidate that a record describes; None where today's schedules no longer have it."""
     try:
         schedule = find_schedule(record.schedule)
     except UnsupportedError:
@@ -76,7 +77,9 @@ def candidate_record(
 
 
 def trial_identity(spec: ConvSpec, target: Target, threads: int, candidate: Candidate) -> dict[str, Any]:
-    """What tells a trial of today's from all others: the arguments of :func:`convgen.records.record.trial_key`."""
+    """The fields that identify a trial with today's versions: the arguments of
+    :func:`convgen.records.record.trial_key`.
+    """
     return {
         "spec": spec.descriptor,
         "target": target.spelling,
@@ -107,7 +110,7 @@ def choose(
 
 
 def has_schedule(record: TuningRecord) -> bool:
-    """Whether its schedule exists, in the same version."""
+    """Whether a record's schedule exists, in the same version."""
     try:
         return find_schedule(record.schedule).version == record.schedule_version
     except UnsupportedError:
@@ -115,13 +118,13 @@ def has_schedule(record: TuningRecord) -> bool:
 
 
 def is_final(record: TuningRecord) -> bool:
-    """Whether it is of a final comparison, where kernels were timed in turn."""
+    """Whether a record is from a final comparison, where kernels were timed in turn."""
     return bool((record.note or {}).get("final"))
 
 
 def preferred(records: Iterable[TuningRecord]) -> TuningRecord | None:
-    """The record to build from, of several of one problem: the winner of the newest final comparison,
-    else the fastest of such comparisons, else the fastest trial; None where none was right.
+    """The record to build from, of several for one problem: the winner of the newest final comparison, else the
+    fastest record of a final comparison, else the fastest trial; None where no trial was right.
     """
     right = [record for record in records if record.outcome == "ok"]
     finals = [record for record in right if is_final(record)]
@@ -132,8 +135,8 @@ def preferred(records: Iterable[TuningRecord]) -> TuningRecord | None:
 
 
 def same_kind(hardware: str, target: Target, threads: int) -> bool:
-    """Whether what was measured there holds here: the same machine, or the same processor model,
-    stepping and instruction set, where both machines have a CPU for each thread.
+    """Whether records of the machine ``hardware`` hold for the target's: it is the same machine, or has the same
+    processor model, stepping and instruction set, and both have a CPU for each thread.
     """
     if hardware == target.hardware:
         return True
@@ -151,12 +154,12 @@ class Answer:
     """What answers a build.
 
     Attributes:
-        record: None where the default does.
-        origin: where a record is from that was not measured here and now; empty otherwise.
-        note: what a user should know about it; empty otherwise.
+        record: the record to build from; None: the default answers.
+        origin: where the record is from, if it was not measured on this machine; empty otherwise.
+        note: what a user should know about the record; empty otherwise.
         rejected: candidates that a re-check found not to work.
         outdated: records to measure again before there is an answer (:func:`convgen.tuning.recheck.recheck`);
-            the first is the one of other versions. Empty where this is the answer.
+            the first has other versions. Empty where this is the answer.
     """
 
     record: TuningRecord | None
@@ -179,7 +182,7 @@ def find_record(
     *,
     measure: bool = True,
 ) -> Answer:
-    """The record to build from, or those to measure again first: see the top of this module.
+    """The record to build from, or the records to measure again first: see the top of this module.
 
     Args:
         measure: whether the caller can measure again; records of other versions don't answer otherwise.
@@ -214,9 +217,9 @@ class _Known:
     """What a store knows about one problem on machines of this kind.
 
     Attributes:
-        own: records of this machine and these versions, failures too.
-        alike: right ones of other machines and these versions.
-        outdated: right ones of other versions.
+        own: records of this machine and today's versions, failures too.
+        alike: right trials of other machines and today's versions.
+        outdated: right trials of other versions.
     """
 
     def __init__(self, store: RecordStore, spec: ConvSpec, target: Target, threads: int) -> None:
@@ -230,8 +233,8 @@ class _Known:
         self.alike = [record for record in others if record.outcome == "ok"]
 
     def best(self, records: Iterable[TuningRecord], *, new: bool = False) -> TuningRecord | None:
-        """The preferred one of those that still mean something; ``new``: and whose candidate has not been
-        measured here and now.
+        """The preferred record among those that can still be built; with ``new`` only those whose candidate this
+        machine has not measured with today's versions.
         """
         left = [record for record in records if has_schedule(record)]
         while (best := preferred(left)) is not None:
@@ -242,8 +245,10 @@ class _Known:
         return None
 
     def own_best(self) -> TuningRecord | None:
-        """The preferred record of this machine and these versions. A trial that had no final comparison must be
-        :data:`CLEARLY` faster than the default's, or that one answers: tuning must not make a layer slower.
+        """The preferred record of this machine and today's versions.
+
+        A trial that had no final comparison must be :data:`CLEARLY` faster than the default's, which answers
+        otherwise: tuning must not make a layer slower.
         """
         best = self.best(self.own)
         if best is None or is_final(best):

@@ -10,11 +10,8 @@ from ..lowering.versions import versions
 from .answer import has_schedule, is_final, preferred
 from .record import TuningRecord
 
-#: Days after which the search's records of other versions are not worth their space.
+#: Days after which records of other versions are not worth their space.
 KEEP_DAYS = 180.0
-
-
-# ---- stores -------------------------------------------------------------------------------------
 
 
 def prunable(
@@ -22,13 +19,13 @@ def prunable(
 ) -> dict[str, list[TuningRecord]]:
     """What can go from a store, by reason.
 
-    Never the final comparisons and failures of these versions: the first answer builds, and the others
-    keep a search from repeating what crashes. Of other versions, those stay that a re-check would
-    take, for ``days``.
+    Final comparisons and failures of today's versions always stay: the first answer builds, the second keep a
+    search from trying again what crashes. Of other versions, the records that a re-check would take stay for
+    ``days``.
 
     Args:
-        records: all of the store.
-        keep: how many of the fastest stay of each problem, on each machine.
+        records: all records of the store.
+        keep: how many of each problem's fastest records stay, for each machine.
         days: age in days up to which records of other versions stay.
         now: the time, as records spell it.
     """

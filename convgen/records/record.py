@@ -50,7 +50,7 @@ def trial_key(
     picks: Mapping[str, Pick],
     versions: Mapping[str, str],
 ) -> str:
-    """SHA-256 (hexadecimal) of what makes two trials the same trial."""
+    """SHA-256 (hexadecimal) of the fields that make two trials the same trial."""
     values = (spec, target, hardware, threads, schedule, schedule_version, dict(picks), dict(versions))
     return _digest(dict(zip(_IDENTITY, values, strict=True)))
 
@@ -109,14 +109,14 @@ class TuningRecord:
         outcome: ``ok``, or how it failed: ``build_error``, ``crash``, ``timeout``, ``memory`` (it took
             too much), ``wrong`` (its output), ``run_error``.
         seconds: median time of one call; given exactly where the outcome is ``ok``.
-        samples: the times it is the median of, in seconds.
-        error: what a failure said.
-        versions: of convgen, TVM, LLVM … that made the kernel.
+        samples: the times whose median ``seconds`` is.
+        error: the text of a failure.
+        versions: the versions of convgen, TVM, LLVM … that made the kernel.
         when: ISO 8601 UTC, :func:`now` unless given.
         note: any JSON object: the default's time, a peer's time …
 
     Attributes:
-        trial_key: SHA-256 of all but the measurement; see :func:`trial_key`.
+        trial_key: SHA-256 of everything except the measurement; see :func:`trial_key`.
         id: SHA-256 of the whole content.
 
     Raises:
@@ -175,7 +175,7 @@ class TuningRecord:
         return hash(self.id)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values, with the version of the form; :meth:`from_dict` reads it back."""
+        """All fields as JSON values, with the form's version; :meth:`from_dict` reads them."""
         values = {name: getattr(self, name) for name in FIELDS}
         return {"schema": RECORD_SCHEMA, **values, "samples": list(self.samples)}
 
@@ -185,7 +185,7 @@ class TuningRecord:
 
     @classmethod
     def from_dict(cls, values: object) -> TuningRecord:
-        """The record that :meth:`to_dict` gave.
+        """The record of which :meth:`to_dict` gave the values.
 
         Raises:
             RecordError: a field is missing, unknown or mistyped, the form's version is another, or
@@ -210,7 +210,7 @@ class TuningRecord:
         """The record in one line of JSON.
 
         Raises:
-            RecordError: as :meth:`from_dict`, or not JSON; ``where`` leads its message.
+            RecordError: as :meth:`from_dict` raises it, or the line is not JSON; the message begins with ``where``.
         """
         try:
             return cls.from_dict(load_json(text))
@@ -225,7 +225,7 @@ FIELDS = tuple(field.name for field in fields(TuningRecord))
 
 
 def _exists(when: str) -> bool:
-    """Whether such a date exists."""
+    """Whether a time has a date that exists."""
     try:
         datetime.fromisoformat(when)
     except ValueError:
@@ -237,7 +237,7 @@ def load_json(text: str | bytes) -> Any:
     """Strict JSON: no NaN, no name twice in an object.
 
     Raises:
-        ValueError: it is not (``RecursionError`` where it nests too deep).
+        ValueError: the text is not strict JSON (``RecursionError`` where it nests too deep).
     """
 
     def refuse(constant: str) -> None:

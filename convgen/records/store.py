@@ -41,8 +41,8 @@ _HASH = re.compile(r"[0-9a-f]{64}\Z")
 _HINT = "RecordStore.recover(damaged, into) saves what is readable"
 
 # Rows are numbered from 1 without a gap: RecordStore.recover counts gaps. They are added, never changed, and
-# removed by RecordStore.remove alone. What no query asks for is one column of JSON, `detail`,
-# because parsing it is most of the time that listing takes.
+# removed by RecordStore.remove alone. The fields that no query asks for are one column of JSON, `detail`:
+# parsing it is most of the time that listing takes.
 _DETAIL = {"picks", "samples", "versions", "note"}
 _PLAIN = tuple(name for name in FIELDS if name not in _DETAIL)
 _COLUMNS = ", ".join(f'"{name}"' for name in ("detail", *_PLAIN))  # quoted: `when` is an SQL word
@@ -62,7 +62,7 @@ _SCHEMA = {" ".join(statement.split()) for statement in _TABLE.split(";")} - {""
 
 Row = Sequence[Any]
 
-#: A column of text: what is damaged need not be UTF-8, and shows in the record's hash.
+#: Decodes a column of text. A damaged one need not be UTF-8; the damage shows in the record's hash.
 _column_text = functools.partial(str, encoding="utf-8", errors="backslashreplace")
 
 
@@ -110,8 +110,8 @@ class Integrity:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What :meth:`RecordStore.recover` did: records saved, records known to be lost, and pages that the
-    file should have and has not. Where pages are missing, more may be lost than is known.
+    """What :meth:`RecordStore.recover` did: records saved, records known to be lost, and pages missing from the
+    file. Where pages are missing, more may be lost than is known.
     """
 
     saved: int
@@ -129,10 +129,10 @@ def default_path() -> Path:
 class RecordStore:
     """Records in one SQLite file, created where it is missing.
 
-    Safe for several processes and threads at once, and against their sudden end: a writer killed at
-    any moment loses nothing that :meth:`add` returned from. Every commit is flushed to the disk
-    (``synchronous=FULL``, about 0.6 ms), so a power cut loses nothing either. What was added is in the
-    file itself, not in the log beside it, so that a lost or damaged log loses nothing.
+    Safe for several processes and threads at once, and against their sudden end: when :meth:`add` has returned,
+    killing the writer loses nothing. Every commit is flushed to the disk (``synchronous=FULL``, about 0.6 ms), so a
+    power cut loses nothing either. Added records are in the file itself, not in the log beside it, so a lost or
+    damaged log loses nothing.
 
     Every record that is read is checked against its hash.
 
@@ -168,7 +168,7 @@ class RecordStore:
     def merge(self, other: Path | str) -> int:
         """Add another store's records, each checked; returns how many were new.
 
-        A union of sets: any order, any number of times.
+        Stores merge as sets: in any order, any number of times.
         """
         with RecordStore(other, readonly=True) as source:
             known = {row[0] for row in self._run(lambda db: db.execute("SELECT id FROM records").fetchall())}
@@ -202,10 +202,10 @@ class RecordStore:
     def remove(self, ids: Iterable[str]) -> int:
         """Take records out for good; returns how many of them there were.
 
-        In place and in one transaction, because others may have the store open: a new file in its place
-        would lose what they add to the old one. Writers wait, readers see the store before or after, and
-        a sudden end leaves one of the two. For :meth:`recover` the rows that stay are numbered anew, as it
-        counts gaps, and what goes is overwritten, as it reads whatever looks like a row.
+        In place and in one transaction, because other processes may have the store open: a new file in its place
+        would lose what they add to the old one. Writers wait, readers see the store before or after, and a sudden
+        end leaves one of the two. For the sake of :meth:`recover`, the rows that stay are numbered anew, because it
+        counts gaps, and those that go are overwritten, because it reads whatever looks like a row.
         """
         wanted = [(id_,) for id_ in ids]
 
@@ -231,9 +231,9 @@ class RecordStore:
         self._flush()
 
     def _flush(self) -> None:
-        """Move what was committed from the log into the file, and wait for others who do.
+        """Move committed rows from the log into the file, and wait for other processes that do the same.
 
-        It stays in the log where somebody has been reading for a minute.
+        They stay in the log where another process has been reading for a minute.
         """
         deadline = time.monotonic() + _BUSY_SECONDS
         while self._run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]):
@@ -272,7 +272,7 @@ class RecordStore:
         return [self._record(row) for row in self._rows(**{k: v for k, v in wanted.items() if v is not None})]
 
     def problems(self) -> list[tuple[str, str, str, int]]:
-        """What there are records of: each spec, target, hardware and number of threads once."""
+        """Each spec, target, hardware and number of threads that there are records of, once."""
         query = "SELECT DISTINCT spec, target, hardware, threads FROM records"
         return self._run(lambda db: db.execute(query).fetchall())
 
@@ -305,7 +305,7 @@ class RecordStore:
         Args:
             spec: the problem's descriptor.
             target, hardware, threads: where it runs; all must match.
-            versions: versions that must be the record's; those not named may differ.
+            versions: versions that the record must have; those not named may differ.
             accept: a further condition, e.g. that the schedule still has the record's version.
         """
         query = (
@@ -394,8 +394,8 @@ class RecordStore:
             raise RecordError(f"{damaged}: {error.strerror}") from error
         saved: dict[str, TuningRecord] = {}
         seen: set[int] = set()  # rows that are saved
-        bad: set[int] = set()  # rows that are not what their hash says
-        entries: set[tuple[int, str]] = set()  # of the indexes of id and trial_key
+        bad: set[int] = set()  # rows that do not match their hash
+        entries: set[tuple[int, str]] = set()  # entries of the indexes of id and trial_key
         mentions: Counter[int] = Counter()
         for rowid, values in file.cells():
             mentions[rowid] += 1
@@ -414,7 +414,7 @@ class RecordStore:
         keys = saved.keys() | {record.trial_key for record in saved.values()}
         seen |= {rowid for rowid, key in entries if key in saved}
         lost = (bad | {rowid for rowid, key in entries if key not in keys}) - seen
-        # Rows are numbered from 1 without a gap. A damaged number is in one place, a row's own in several.
+        # Rows are numbered from 1 without a gap. A damaged number stands in one place, a real one in several.
         last = max((rowid for rowid, count in mentions.items() if count > 1), default=0)
         gaps = last - sum(1 <= rowid <= last for rowid in seen | lost)
         with RecordStore(into) as store:
@@ -443,8 +443,8 @@ class RecordStore:
         return f"RecordStore({str(self.path)!r})"
 
     def _run(self, action: Callable[[sqlite3.Connection], T]) -> T:
-        """Run ``action`` on this process's connection, again while other writers hold the file:
-        SQLite by itself does not wait in every state of a write-ahead log.
+        """Run ``action`` on this process's connection, and again as long as other writers hold the file: SQLite
+        itself does not wait in every state of a write-ahead log.
         """
         lock, db = self._handle()
         deadline = time.monotonic() + _BUSY_SECONDS
@@ -455,7 +455,7 @@ class RecordStore:
             except sqlite3.Error as error:
                 if _code(error) not in _CONTENTION or time.monotonic() > deadline:
                     raise self._failure(error) from error
-            except UnicodeDecodeError as error:  # of a message that quotes what is damaged
+            except UnicodeDecodeError as error:  # from a message that quotes damaged text
                 raise self._failure(error) from error
             time.sleep(0.01)
 
@@ -490,7 +490,7 @@ class RecordStore:
         """Whether there is a file.
 
         Raises:
-            RecordError: it has lost its contents, is no file, or is missing and must not be.
+            RecordError: the file is empty, is no file, or is missing though it must exist.
         """
         has_log = self._has_log()  # first: a store that is made right now has its file before its log
         try:
@@ -532,7 +532,7 @@ class RecordStore:
                     os.rename(part, path)
 
     def _opened(self, mode: str) -> sqlite3.Connection:
-        """A connection to a file that is a store of this version."""
+        """A connection to the file, which must be a store of this version."""
         db = sqlite3.connect(
             f"{self.path.absolute().as_uri()}?{mode}",
             uri=True,

@@ -464,7 +464,7 @@ def test_what_is_wrong_is_found_in_a_worker(pools: Pools, monkeypatch: pytest.Mo
 def test_records_are_measured_again(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
     good, gone = record(default_candidate(SPEC, resolve())), record(schedule_version=1000)
     slow = record(another())
-    module = importlib.import_module("convgen.check.validate")
+    module = importlib.import_module("convgen.tuning.recheck")
     real = module.validate
     found = check_records([good, gone], resolve(), lambda: pools)
     outcomes = [(one.record, one.outcome, one.ratio_default) for one in found]
