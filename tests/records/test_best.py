@@ -151,7 +151,7 @@ def test_machines_of_the_same_kind() -> None:
 def test_a_record_of_a_like_machine_answers_and_the_kernel_says_so(
     store: RecordStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recheck_module, "recheck", no_measuring)
+    monkeypatch.setattr("convgen.api.recheck", no_measuring)
     store.add(final(another(), hardware=elsewhere(), winner=True))
     assert best_record(store, SPEC, resolve(), 2) is None
     kernel = convgen.build(SPEC, threads=2, records=store)
