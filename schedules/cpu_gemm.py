@@ -9,8 +9,8 @@ Strategy    1. Pack weights as [oc/t][ic][t], so that the t scalars of one step 
             4. Bias, residual and activation on the tile; the store is contiguous: no transposition.
             5. `copy_src`: a tile's pixels are first copied to [ic][tile_px], where many channel blocks
                read them again: rows lie far apart, each in a page of its own.
-            6. One parallel loop over batch × blocks of tiles × parts of the channels; within it the channels come
-               first, so that a channel's stores follow each other: rows of dst lie in a page each, too.
+            6. One parallel loop over batch × blocks of tiles × parts of the channels. A task's outer loop is that over
+               channels, so that a channel's stores follow each other: rows of dst lie in a page each, too.
 Why not     channels in the lanes (cpu_gemm_channels): better with many channels, or few pixels.
 """
 

@@ -3,14 +3,15 @@
 Applies to  NHWC (NWC, NDHWC) convolutions with groups that are not transposed, of any rank, kernel, stride,
             dilation and number of channels per group.
 Strategy    1. A vector is the output channels of as many whole groups as there is room for, or a part of one
-               group's. The last one overlaps its neighbour where they do not divide: all are the same code.
+               group's. Where they do not divide, the last one overlaps its neighbour, so that all share their code.
             2. Pack weights as [vector][rows of the kernel][ic][k][lanes]: in the order they are used.
-            3. Keep a tile of `tile_ow` pixels × one vector of one output row in registers. Nothing is copied: src is
-               loaded where it lies, and columns at the edge are code of their own, without the taps that miss it.
+            3. Keep a tile of `tile_ow` pixels of one output row × `tile_c` vectors in registers. Nothing is copied: src
+               is loaded where it lies, and columns at the edge are code of their own, without the taps that miss it.
             4. Loop over those rows of the kernel that meet the image, then over the group's input channels,
                `unroll_c` at a time. A pixel's vector has in each lane the c-th channel of the lane's group: loaded
                as it is (depthwise), broadcast (one group) or permuted; all taps of the row use it.
-            5. `block_c` vectors for one tile before the next tile, so that src is read in the order it lies.
+            5. Compute `block_c` tiles of vectors for one tile of pixels before the next pixels, so that src is read in
+               the order it lies.
             6. One parallel loop over batch × blocks of vectors × parts of the rows (in 1-D of the tiles).
 Why not     pixels in the lanes (cpu_masked, cpu_rows): channels-last data would have to be transposed.
 """

@@ -3,13 +3,13 @@
 Applies to  dense NCHW convolutions that are not transposed, of any rank, with few products per output and many
             output channels; stride along the row at most 16.
 Strategy    1. Pack weights as [oc/t][row of the kernel, ic, k][t].
-            2. A tile is `tile_px` pixels of an output row. Its patches are gathered once, with their padding and apart
-               by phase of the stride, into [row of the kernel, ic, k][tile_px], for all channels.
+            2. A tile is `tile_px` pixels of an output row. Its patches are gathered once for all output channels, with
+               their padding, into [row of the kernel, ic, k][tile_px]; a stride is taken out by shuffles.
             3. Pixels in the lanes as in cpu_gemm: `tile_oc` channels × `tile_px` pixels in registers.
             4. Bias, residual and activation on the tile; the store is contiguous.
             5. One parallel loop over batch × rows × blocks of tiles × parts of the channels.
-Why not     shuffles in the product's loop (cpu_masked): every block of channels repeats them. Many products per
-            output: patches outgrow the cache, and what is loaded is too large for what it saves.
+Why not     shuffles in the product's loop (cpu_masked): every block of channels repeats them. With many products
+            per output the patches outgrow the cache, and to load them costs more than they save.
 """
 
 from __future__ import annotations

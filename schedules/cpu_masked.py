@@ -10,7 +10,7 @@ Strategy    1. Pack weights as [group][oc/t][rows of the kernel][ic][k][t]: in t
             4. Where there is a stride, vectors are shuffled apart by phase; all channels of the tile use them.
             5. One parallel loop over batch × groups × channel tiles × parts of the rows.
 Why not     a padded copy (cpu_grouped): splitting it by phase in memory costs more than the shuffles. A tile of
-            several rows (cpu_rows): channels share the loads as well, and rows at the edge need no code.
+            several rows, which share loads (cpu_rows): here channels share them, and rows at the edge need no code.
 """
 
 from __future__ import annotations
