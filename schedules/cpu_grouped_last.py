@@ -50,7 +50,7 @@ FMA_LATENCY = 4
 UNHIDDEN_LOAD = 0.12
 #: Cycles of a pass of the loop over channels; to store a sum; of a tile.
 PASS, STORE, TILE = 2, 2, 8
-#: Times the cycles of vectors narrower than the target's, which gain nothing from having fewer lanes.
+#: Times the cycles of vectors narrower than the target's.
 NARROW = 1.1
 #: Times the cycles of a tile of whose input pixels more than ``PLACES`` meet in one set of the L1 cache.
 CROWDED, PLACES = 1.3, 9
@@ -131,7 +131,8 @@ class CpuGroupedLast(Written):
     def _cycles(self, spec: ConvSpec, target: Target, picks: Picks) -> float:
         """Cycles of an image: its products, and what they do not hide of loads and shuffles."""
         vectors, row = _Vectors(spec, picks), _row(spec)
-        # Of a cycle that a vector takes: those of 256 bits go in pairs where there are larger ones.
+        # What a vector takes of a cycle: those of 256 bits go in pairs where there are larger ones, and narrower ones
+        # take as long.
         share = max(picks.lanes, min(8, target.lanes)) / target.lanes * (1 if picks.lanes == target.lanes else NARROW)
         taps = row.kernel
         steps = math.prod(spec.kernel) // taps * vectors.depth
