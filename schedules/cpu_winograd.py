@@ -74,9 +74,9 @@ PIXELS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16)
 #: Weights that come from the shared cache, and what is added where they come from memory.
 WEIGHTS_FROM_L3 = 0.0045
 WEIGHTS_FROM_MEMORY = 0.012
-#: Transformed input that outgrew the core's cache, read for every block of channels.
+#: Transformed input that outgrows a core's cache: every block of channels reads it from the shared one.
 TRANSFORMED_FROM_L3 = 0.01
-#: Transformed input that other cores made.
+#: Transformed input that other cores made and that outgrows a core's cache.
 TRANSFORMED_ELSEWHERE = 0.05
 #: The passes: the input's transform, its copy and transposition, the output's transform, and the store.
 TRANSFORM = 0.01
@@ -549,17 +549,17 @@ class _Geometry:
     """Sizes of a candidate: tiles per axis, blocks, positions. The depth of 3-D stays direct.
 
     Attributes:
-        axes: those transformed; ``rows`` and ``columns`` are the same, where 1-D has one column.
-        two_passes: whether both are transformed in earnest: else one pass does it.
+        axes: the transformed axes. ``rows`` and ``columns`` are the same; 1-D layers have one column.
+        two_passes: whether both axes save products; where only one does, one pass transforms it.
         outer, outer_in, direct: sizes of the other axes, of dst, of padded src, and of the kernel.
         met: how many of the direct taps can meet the input at once: not all where it is shorter than the kernel.
         positions: products of a tile.
-        block_rows, block_pixels, block_tiles: of a block, the rows of tiles (for each that interleaves), the rows of
-            dst, and the tiles.
-        blocks: how many there are.
+        block_rows, block_pixels, block_tiles: of a block, the rows of tiles (rows that interleave count as one), the
+            rows of dst, and the tiles.
+        blocks: how many blocks there are.
         by_lines: whether the input is read along the pixels, and transposed, as channels lie far apart. Not in 3-D:
             TVM 0.27 does not recognise the transposition under the overlapping windows of a depth.
-        lines, length: of the input of a block.
+        lines, length: how many lines a block's input has, and how long they are.
     """
 
     def __init__(self, spec: ConvSpec, picks: Picks) -> None:
@@ -600,7 +600,7 @@ def _first_met(spec: ConvSpec, axis: int, pixel: Expr) -> Expr:
 
 
 def _tile(spec: ConvSpec, axis: int, m: int) -> int:
-    """Pixels of a phase per tile: 1 where an axis has no gain."""
+    """Output pixels of a phase per tile: 1 along an axis where no transform saves products."""
     return m if spec.kernel[axis] > spec.stride[axis] else 1
 
 
@@ -608,13 +608,13 @@ def _tiles(spec: ConvSpec) -> list[int]:
     """The tile sizes that the accuracy class admits and that save enough products."""
     axes = _axes(spec)
     of_axis = {a: phases(spec.kernel[a], spec.stride[a]) for a in axes}
-    found = []
+    sizes = []
     for m in admitted(spec.accuracy, max(max(taps) for taps in of_axis.values())):
         per_axis = {a: [_tile(spec, a, m) + taps - 1 for taps in of_axis[a]] for a in axes}
         share = math.prod(sum(per_axis[a]) / (_tile(spec, a, m) * spec.kernel[a]) for a in axes)
         if share <= MOST_PRODUCTS and all(sum(points) <= MOST_POSITIONS for points in per_axis.values()):
-            found.append(m)
-    return found
+            sizes.append(m)
+    return sizes
 
 
 def _covered(spec: ConvSpec, axis: int) -> bool:
@@ -629,7 +629,7 @@ def _covered(spec: ConvSpec, axis: int) -> bool:
 
 
 def _blocks(spec: ConvSpec, m: int) -> list[int]:
-    """Rows of tiles per block; in 1-D, tiles. A row is as many tiles as interleave."""
+    """Choices for the rows of tiles of a block; in 1-D, its tiles. Those that interleave count as one."""
     first = _axes(spec)[0]
     axis = _transformed_axis(spec, first, _tile(spec, first, m))
     rows = axis.tiles // axis.period
@@ -653,9 +653,10 @@ def _defaults(spec: ConvSpec, target: Target) -> Iterator[Picks]:
 
 
 def _product_cost(target: Target, tiles: int, tile_px: int, vectors: int) -> float:
-    """What the products of a block cost, against their number at the peak: weights are loaded for every register
-    tile, and one that is not whole has its conditions. Narrow vectors are multiplied two at a time: fewer than
-    eight sums do not hide the latency, and a tile that is not whole costs its whole.
+    """The time that a block's products take, as a multiple of their time at the nominal peak.
+
+    Weights are loaded for every register tile, and a last tile that is not full has conditions. On cores that begin two
+    FMAs a cycle fewer than eight sums do not hide the latency, and a tile that is not full costs as much as a full one.
     """
     parts = ceildiv(tiles, tile_px)
     cost = 0.9 + 0.25 * parts / tiles
