@@ -93,8 +93,8 @@ class CudaWinograd(Written):
         def kernel(*given: Any) -> Any:
             buffers, launches = Buffers(*given), Block()
             shapes = _shapes(spec, tile.tile_m, m)
-            inputs = memory(launches, shapes[0], "global", "transformed_inputs")
-            sums = memory(launches, shapes[1], "global", "transformed_sums")
+            inputs = memory(launches, shapes[0], "global", "inputs")
+            sums = memory(launches, shapes[1], "global", "products")
             launches.add(_transform(ops, m, buffers.src, inputs))
             launches.add(multiply(_product(spec, m, tile, inputs, sums), tile, buffers.parameters["weights"]))
             launches.add(_transform_back(ops, m, sums, buffers))
