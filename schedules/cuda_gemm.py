@@ -389,7 +389,7 @@ def _channels_last(spec: ConvSpec, ops: Operands, picks: Picks) -> Callable[...,
 
 
 def _gathered(spec: ConvSpec, products: _Products, source: Callable[..., Expr]) -> te.Tensor:
-    """The patches ``[product][pixel][vector][lane]``, which are never whole in memory."""
+    """The patches ``[product][pixel][vector][lane]``, of which memory only ever has tiles."""
     whole_ic = round_up(products.ic, products.lanes)
 
     def gathered(item: Expr, pixel: Expr, vector: Expr, lane: Expr) -> Expr:

@@ -56,7 +56,7 @@ class CudaWgmmaTma(CudaWgmma):
         super().admits(spec)
         require(not spec.transposed, "needs a convolution that is not transposed")
         channels = tensorize.ROW // BYTES[spec.dtype]
-        # Past a group's last channel are those of the next, not zeros.
+        # A step past a group's last channel would read channels of the next group, not zeros.
         whole = spec.groups == 1 or spec.ic // spec.groups % channels == 0
         require(whole, f"needs groups of whole {channels} channels")
         require(max(spec.stride) <= 8, "needs strides up to 8")

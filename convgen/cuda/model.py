@@ -1,6 +1,6 @@
 """What a GPU is taken to reach where CUDA schedules predict times.
 
-The figures are round ones, about those of an A100; predictions only rank candidates.
+The figures are nominal, of no particular device; they only serve to rank candidates.
 """
 
 from __future__ import annotations
