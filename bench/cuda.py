@@ -68,6 +68,7 @@ from convgen.records.outcome import Result
 from convgen.records.store import RecordStore
 from convgen.report import tables as report
 from convgen.report.rows import Row, RowFile
+from convgen.report.words import microseconds
 from convgen.tuning.tuner import Tuner
 
 HERE = Path(__file__).parent
@@ -443,8 +444,8 @@ def run(
                 console.print(f"{place} {failed[-1]}")
                 continue
             kept.add(row)
-            peers = report.microseconds(row.best_peer_seconds)
-            cells = [report.microseconds(row.seconds), report.microseconds(row.default_seconds), peers]
+            peers = microseconds(row.best_peer_seconds)
+            cells = [microseconds(row.seconds), microseconds(row.default_seconds), peers]
             shown.append([place, str(entry.spec), *cells, report.rated(row), report.limit(row), row.schedule])
             if console.is_terminal:
                 live.update(table(shown[-console.height + 6 :]), refresh=True)
@@ -597,7 +598,7 @@ def compile_report(rows: Sequence[dict[str, Any]]) -> str:
             figures = [len(functions), most["registers"], spilled, f"{most['shared'] / 1024:.1f}", most["threads"]]
             figures += [values["instructions"][instruction] for instruction in INSTRUCTIONS]
             cells.append([f"`{values['spec']}`", values["schedule"], *map(str, figures)])
-        lines += [f"## {name}", "", *report.markdown((header, cells)), ""]
+        lines += [f"## {name}", "", *report.markdown_table((header, cells)), ""]
     return "\n".join(lines)
 
 

@@ -35,7 +35,7 @@ from convgen.measure.peers import PEERS, find_peer
 from convgen.problem.spec import ACCURACIES
 from convgen.records.answer import best_record, record_candidate
 from convgen.records.store import RecordStore, TuningRecord
-from convgen.report import picture
+from convgen.report import bench_page, figure
 from convgen.report import tables as report
 from convgen.report.rows import Row, RowFile, measure
 from convgen.tuning.tuner import Tuner
@@ -149,7 +149,7 @@ def write_reports(path: Path, rows: Sequence[Row]) -> None:
     """The tables and the picture of a network, beside its rows."""
     title = f"{path.name}: convgen {convgen.__version__}"
     write_text(report.network(title, rows), path.with_name(path.name + ".md"))
-    write_text(picture.page(title, rows), path.with_name(path.name + ".html"))
+    write_text(bench_page.page(title, rows), path.with_name(path.name + ".html"))
 
 
 def summarise(results: Path, console: Console) -> None:
@@ -162,7 +162,7 @@ def summarise(results: Path, console: Console) -> None:
         own = networks if name != SAMPLE.stem and marks in ([], ["cold"]) else checks
         own[path.stem] = list(RowFile(path).rows.values())
     write_text(report.summary(networks, checks), results / "README.md")
-    write_text(picture.summary(networks), results / "summary.svg")
+    write_text(figure.summary(networks), results / "summary.svg")
     console.print(f"wrote {results / 'README.md'} and summary.svg")
 
 

@@ -176,7 +176,8 @@ def _line(row: Row) -> str:
 
 def _text(entries: list[SpecEntry], rows: list[Row]) -> str:
     """Per thread count a row per layer, and what they come to; then why peers were not timed."""
-    from ..report.tables import ABOVE_NOTE, Totals, by_threads, layers, plural, problems
+    from ..report.tables import ABOVE_NOTE, Totals, by_threads, layers, problems
+    from ..report.words import plural
 
     names = {entry.spec.descriptor: label(entry) or entry.spec.descriptor for entry in entries}
     lines = []
@@ -194,9 +195,9 @@ def _write_report(path: Path, title: str, rows: list[Row]) -> None:
     from importlib.metadata import version
 
     from ..formats.sources import write_text
-    from ..report import picture
-    from ..report import tables as report
+    from ..report.bench_page import page
+    from ..report.tables import network
 
-    made = report.network if path.suffix == ".md" else picture.page
-    write_text(made(f"{title}: convgen {version('convgen')}", rows), path)
+    written = network if path.suffix == ".md" else page
+    write_text(written(f"{title}: convgen {version('convgen')}", rows), path)
     note(f"wrote {tidy(path)}")

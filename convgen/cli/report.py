@@ -10,7 +10,7 @@ import click
 from .common import dim_option, emit, json_option, note, read_layers, tidy
 
 if TYPE_CHECKING:
-    from ..report.tuning import Model
+    from ..report.gather import Model
 
 
 def _check_out(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
@@ -61,7 +61,8 @@ def report(
     """
     from ..formats.sources import write_text
     from ..records.store import RecordStore
-    from ..report.tuning import Model, gather, markdown, read_rows
+    from ..report.gather import Model, gather, read_rows
+    from ..report.tuning_text import markdown
 
     models = [_model(source, dims) for source in sources]
     path: Path | None = where
@@ -81,7 +82,7 @@ def report(
         spelled = [_spelling(name) for name in targets]
         found = gather(store, models, title=title, targets=spelled, threads=counts, rows=rows, notes=notes)
     if out is not None:
-        from ..report.page import page
+        from ..report.tuning_page import page
 
         write_text(markdown(found) if out.suffix == ".md" else page(found), out)
         note(f"wrote {tidy(out)}")
@@ -101,7 +102,7 @@ def _spelling(target: str) -> str:
 
 
 def _model(source: str, dims: dict[str, int]) -> Model:
-    from ..report.tuning import Model
+    from ..report.gather import Model
 
     return Model(_name(Path(source), source), read_layers([source], dims))
 

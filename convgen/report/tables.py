@@ -9,6 +9,7 @@ from typing import Any
 
 from ..problem.spec import ConvSpec
 from .rows import Row
+from .words import factor, microseconds, milliseconds, plural
 
 #: Classes of layers that different code is fast for, in the order they are listed.
 CLASSES = (
@@ -168,22 +169,6 @@ def by_class(rows: Iterable[Row]) -> dict[str, list[Row]]:
 # ---- cells ------------------------------------------------------------------------------------
 
 
-def microseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    return f"{seconds * 1e6:.{0 if seconds >= 1e-4 else 1}f}"
-
-
-def milliseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    return f"{seconds * 1e3:.{1 if seconds >= 1e-2 else 3}f}"
-
-
-def factor(value: float | None) -> str:
-    return f"{value:.2f}" if value else "–"
-
-
 def rated(row: Row) -> str:
     """A row's ratio with its interval."""
     if row.interval is None:
@@ -195,10 +180,6 @@ def rated(row: Row) -> str:
 def limit(row: Row) -> str:
     """How much of its limit a row reaches, and what that is."""
     return "–" if row.of_limit is None else f"{row.of_limit:.0%} {row.limited_by}"
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 #: A table: its columns, those aligned to the right ending in ``>``, and its rows.
@@ -252,7 +233,7 @@ def problems(rows: Iterable[Row]) -> list[str]:
 # ---- Markdown ---------------------------------------------------------------------------------
 
 
-def markdown(table: Table) -> list[str]:
+def markdown_table(table: Table) -> list[str]:
     header, cells = table
     names = [name.removesuffix(">") for name in header]
     ruler = ["--:" if name.endswith(">") else "---" for name in header]
@@ -287,11 +268,11 @@ def network(title: str, rows: Sequence[Row]) -> str:
         for group in by_threads(chosen).values():
             heading = _place(group) + (f", {accuracy}" if accuracy != "standard" else "")
             lines += [f"## {heading}", "", facts(group), ""]
-            lines += [*markdown(layers(group, lambda row: f"`{row.spec}`")), "", *Totals.of(group).sentences()]
+            lines += [*markdown_table(layers(group, lambda row: f"`{row.spec}`")), "", *Totals.of(group).sentences()]
             lines += ["", *(f"- {reason}" for reason in problems(group)), ""]
             if accuracy != "standard":
-                lines += [*markdown(_beside(group, standard, accuracy)), ""]
-            lines += [*markdown(classes(group)), ""]
+                lines += [*markdown_table(_beside(group, standard, accuracy)), ""]
+            lines += [*markdown_table(classes(group)), ""]
     return "\n".join(lines).replace("\n\n\n", "\n\n")
 
 
@@ -347,10 +328,10 @@ def summary(networks: Mapping[str, Sequence[Row]], checks: Mapping[str, Sequence
                     if group:
                         cells.append([f"[{name}]({name}.md)", *_figures(Totals.of(group), peers)])
                         unique |= {row.key: row for row in group}  # a layer of two networks counts once below
-                lines += [*markdown((header, cells)), "", *markdown(classes(list(unique.values()))), ""]
+                lines += [*markdown_table((header, cells)), "", *markdown_table(classes(list(unique.values()))), ""]
     if checks:
         lines += ["## Spot checks", ""]
-        lines += [*markdown(_checks(checks)), ""]
+        lines += [*markdown_table(_checks(checks)), ""]
     networks = {**networks, **(checks or {})}
     slower = [(name, row) for name, rows in networks.items() for row in rows if row.verdict == "slower"]
     lines += ["## Slower than the best peer beyond the interval", ""]
@@ -360,7 +341,7 @@ def summary(networks: Mapping[str, Sequence[Row]], checks: Mapping[str, Sequence
         cells = [
             [f"`{row.spec}`", name, str(row.threads), rated(row), limit(row), row.schedule] for name, row in ordered
         ]
-        lines += markdown((header, cells))
+        lines += markdown_table((header, cells))
     else:
         lines.append("None.")
     return "\n".join([*lines, ""])

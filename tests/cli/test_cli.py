@@ -70,7 +70,7 @@ def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[st
 
 # ---- quick answers ----------------------------------------------------------------------------
 
-HEAVY = ("tvm", "tvm_ffi", "onnx", "onnxruntime", "numpy", "rich", "torch", "yaml")
+HEAVY = ("tvm", "tvm_ffi", "onnx", "onnxruntime", "numpy", "rich", "torch", "yaml", "jinja2")
 
 QUICK: list[tuple[Sequence[str], int]] = [
     (["--help"], 0),
