@@ -83,7 +83,7 @@ def is_known(row: Row | None, options: argparse.Namespace) -> bool:
     if row is None or ((options.seconds or options.recorded) and not row.is_tuned):
         return False
     low, high = row.interval or (1.0, 1.0)
-    return high <= options.unsteady * low
+    return bool(high <= options.unsteady * low)
 
 
 def changes(options: argparse.Namespace) -> dict[str, Any]:
@@ -114,10 +114,10 @@ def run(problem: Path, options: argparse.Namespace, console: Console, measurer: 
         if options.fresh or not is_known(kept.rows.get((entry.spec.descriptor, threads)), options)
     ]
     # Nothing draws while a layer is timed: the display changes between two of them only.
+    quiet = not console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    settings = {"auto_refresh": False, "transient": True, "disable": not console.is_terminal}
     try:
-        with Progress(*columns, console=console, **settings) as progress:
+        with Progress(*columns, console=console, auto_refresh=False, transient=True, disable=quiet) as progress:
             task = progress.add_task(name, total=len(missing))
             for threads in options.threads:
                 part = [entry for entry, count in missing if count == threads]
@@ -156,7 +156,8 @@ def summarise(results: Path, console: Console) -> None:
     """Write README.md and summary.svg over all rows; the sample's, whose layers are in the others, and those of
     another batch, layout or target have a table of their own.
     """
-    networks, checks = {}, {}
+    networks: dict[str, list[Row]] = {}
+    checks: dict[str, list[Row]] = {}
     for path in sorted(results.glob("*.jsonl")):
         name, *marks = path.stem.split(".")
         own = networks if name != SAMPLE.stem and marks in ([], ["cold"]) else checks
