@@ -58,8 +58,8 @@ def gather(
 
     Args:
         models: what the report is about; without any, every layer of the store.
-        targets, threads: only what was tuned for one of these; none: for any.
-        rows: of benches, for times of other libraries on the same machine.
+        targets, threads: report only what was tuned for these; without any, everything.
+        rows: of benches on the same machine, which add the times of other libraries.
         notes: what else the reader should know.
 
     Raises:
@@ -83,31 +83,31 @@ def gather(
     if not settings:
         raise RecordError(f"{store.path}: expected records of {_asked(models, targets, threads)}, found none")
 
-    said = list(notes)
+    all_notes = list(notes)
     if left_out:
-        said.append(f"The store has {plural(left_out, 'more problem')} (layer, target, threads) of no model here.")
+        all_notes.append(f"The store has {plural(left_out, 'more problem')} (layer, target, threads) of no model here.")
     used = 0
-    found = sorted(settings.items(), key=lambda item: (item[0][0], item[0][1], item[0][2]))
-    for key, setting in found:
+    ordered = sorted(settings.items())
+    for key, setting in ordered:
         setting.drift = Drift.of([drift for _, drift in sorted(drifts[key])])
         _place(setting, models)
         used += _compare(setting, rows)
         _limits(setting, rows)
         setting.totals = list(_totals(setting, models))
     if unused := len(rows) - used:
-        said.append(f"{plural(unused, 'row')} of benches left out: of other machines, threads or layers.")
-    return TuningReport(title or _title(models, store), [setting for _, setting in found], said)
+        all_notes.append(f"{plural(unused, 'row')} of benches left out: of other machines, threads or layers.")
+    return TuningReport(title or _title(models, store), [setting for _, setting in ordered], all_notes)
 
 
 def read_rows(path: Path) -> list[Row]:
     """The rows that a bench wrote, with warm caches.
 
     Raises:
-        RecordError: they are none.
+        RecordError: the file does not hold such rows.
     """
     try:
         rows = [row for row in RowFile(path).rows.values() if row.mode == "warm"]
-        for row in rows:  # what is asked of them below
+        for row in rows:  # what reports ask of a row
             _ = row.spec, row.peers, row.values["fingerprint"]
         if not rows:
             raise ValueError("no rows with warm caches")
@@ -128,17 +128,17 @@ def _title(models: Sequence[Model], store: RecordStore) -> str:
 
 
 def _add(setting: Setting, descriptor: str, records: list[TuningRecord], drifts: list[tuple[str, float]]) -> None:
-    """What is shown of a problem's records, which are ordered by time.
+    """Add a layer to a setting, from the records of its problem in the order of time.
 
-    Of several versions the newest count: figures of different code are no comparison.
+    Of several versions only the newest count: times of different code cannot be compared.
     """
     newest = records[-1].versions
     searched = [record for record in records if not is_final(record)]
-    of = searched[-1].versions if searched else newest
-    trials = [record for record in searched if record.versions == of]
+    newest_searched = searched[-1].versions if searched else newest
+    trials = [record for record in searched if record.versions == newest_searched]
     current = [record for record in records if record.versions == newest]
     layer = Layer(descriptor, _parsed(descriptor), newest, records[0].when)
-    layer.older = sum(record.versions not in (newest, of) for record in records)
+    layer.older = sum(record.versions not in (newest, newest_searched) for record in records)
 
     places: dict[str, int] = {}  # trial key -> the number of its trial
     for record in trials:
@@ -156,8 +156,8 @@ def _add(setting: Setting, descriptor: str, records: list[TuningRecord], drifts:
         if (cost := _number(record, "cost")) is not None:
             layer.cost = (layer.cost or 0.0) + cost
         if record.seconds is None:
-            named = (descriptor, record.target, record.threads, record.schedule, record.picks)
-            setting.failures.append(Failure(*named, record.outcome, record.error, record.when))
+            trial = (descriptor, record.target, record.threads, record.schedule, record.picks)
+            setting.failures.append(Failure(*trial, record.outcome, record.error, record.when))
         if (drift := _number(record, "drift")) is not None:
             drifts.append((record.when, drift))
         note = record.note or {}
@@ -180,13 +180,13 @@ def _add(setting: Setting, descriptor: str, records: list[TuningRecord], drifts:
 
 
 def _default_of(records: Sequence[TuningRecord], winner: TuningRecord) -> TuningRecord | None:
-    """The default's record in the winner's comparison: the one with the time the winner's note gives it."""
+    """The default's record in the winner's comparison: that with the time which the winner's note says."""
     seconds = _number(winner, "default_seconds")
     return next((record for record in records if is_final(record) and record.seconds == seconds), None)
 
 
 def _other(winner: TuningRecord, name: str) -> Other | None:
-    """What the comparison says of the default or ONNX Runtime."""
+    """What the winner's comparison says of the default or of ONNX Runtime."""
     seconds = _number(winner, f"{name}_seconds")
     if seconds is None or winner.seconds is None:
         return None
@@ -197,7 +197,7 @@ def _other(winner: TuningRecord, name: str) -> Other | None:
 
 
 def _number(record: TuningRecord, name: str) -> float | None:
-    """A positive number of a record's note; notes of elsewhere may hold anything."""
+    """A positive number of a record's note; a note from elsewhere may hold anything."""
     value = (record.note or {}).get(name)
     return float(value) if _is_positive(value) else None  # type: ignore[arg-type]
 
@@ -217,7 +217,7 @@ def _parsed(descriptor: str) -> ConvSpec | None:
 
 
 def _place(setting: Setting, models: Sequence[Model]) -> None:
-    """Give the layers their names and counts, in the models' order; without models, in that of time."""
+    """Give the layers their names and counts, and the models' order; without models, the order of time."""
     if not models:
         setting.layers.sort(key=lambda layer: (layer.when, layer.descriptor))
         return
@@ -253,7 +253,7 @@ def _compare(setting: Setting, rows: Sequence[Row]) -> int:
 
 
 def _limits(setting: Setting, rows: Sequence[Row]) -> None:
-    """Add the rooflines: of this machine, where it is the records' one, else those that benches noted."""
+    """Add the rooflines: this machine's where the records are of it, else those in the rows of benches."""
     if machine().fingerprint == setting.hardware:
         setting.cpu = machine().cpu
         try:
@@ -264,8 +264,8 @@ def _limits(setting: Setting, rows: Sequence[Row]) -> None:
         setting.peak = facts.peak
         for layer in setting.layers:
             if layer.spec:
-                found = roofline(layer.spec, setting.threads, found=facts)
-                layer.limit = found.seconds, found.limited_by
+                least = roofline(layer.spec, setting.threads, found=facts)
+                layer.limit = least.seconds, least.limited_by
         return
     noted = {
         row.values["spec"]: row.values["roofline"]
@@ -294,7 +294,7 @@ def _total(name: str, layers: Sequence[tuple[Layer, int]], known: int) -> Total:
     tuned = [(layer, layer.seconds, count) for layer, count in layers if layer.seconds]
     names = dict.fromkeys(other for layer, _, _ in tuned for other in layer.others)
     others = {}
-    for other in sorted(names, key=lambda found: (found != DEFAULT, found != ONNXRUNTIME)):
+    for other in sorted(names, key=lambda name: (name != DEFAULT, name != ONNXRUNTIME)):
         both = [(layer.others[other].seconds * n, own * n) for layer, own, n in tuned if other in layer.others]
         theirs, own = (math.fsum(column) for column in zip(*both, strict=True))
         others[other] = Sum(theirs, own, len(both))

@@ -24,7 +24,7 @@ class Bar:
 
     Attributes:
         kind: whose colour it has: ``own``, or that of a mark, such as ``p0``.
-        share: its length as a part of the longest one's; 0: there is none.
+        share: its length as a part of the longest one's; 0: no bar is drawn.
     """
 
     name: str

@@ -43,7 +43,7 @@ ABOVE_NOTE = (
 
 
 def class_of(spec: ConvSpec) -> str:
-    """The one of :data:`CLASSES` that a layer belongs to."""
+    """Which of :data:`CLASSES` a layer belongs to."""
     is_strided = max(spec.stride) > 1
     if spec.transposed:
         return "transposed"
@@ -82,12 +82,12 @@ class Totals:
     """Rows of one thread count taken together.
 
     Attributes:
-        layers: how many different ones; ``rated`` of them beside a peer.
+        layers: how many different layers; ``rated`` of them were compared with a peer.
         mean, default_mean: geometric means of the best peer's time over the kernel's, and over the default's.
-        faster, slower: layers whose ratio's interval lies wholly above 1, and below.
-        seconds, default_seconds: of all layers with their counts.
-        peers: the same of each peer; None where it did not run them all.
-        best_peers: the same of the best peer layer by layer; None where there is one that none ran.
+        faster, slower: how many layers have a ratio whose interval lies wholly above 1, and below.
+        seconds, default_seconds: the time of all layers with their counts, of the kernels and of the defaults.
+        peers: the same time of each peer; None where the peer did not run all layers.
+        best_peers: the same time with the best peer of each layer; None where some layer has no peer.
     """
 
     layers: int
@@ -126,9 +126,9 @@ class Totals:
 
     def sentences(self) -> list[str]:
         """What to say below a table of the rows."""
-        said = []
+        sentences = []
         if self.mean and self.default_mean:
-            said.append(
+            sentences.append(
                 f"Geometric mean of the ratios: {self.mean:.2f} (default: {self.default_mean:.2f}); beyond the interval"
                 f" {self.faster} of {self.rated} layers are faster than the best peer, {self.slower} slower."
             )
@@ -136,7 +136,7 @@ class Totals:
         if self.default_seconds != self.seconds:
             times = {"convgen": self.seconds, "its defaults": self.default_seconds, **times}
         listed = ", ".join(f"{name} {milliseconds(seconds)} ms" for name, seconds in times.items() if seconds)
-        return [*said, f"All layers with their counts: {listed}."]
+        return [*sentences, f"All layers with their counts: {listed}."]
 
 
 def peer_names(rows: Iterable[Row]) -> list[str]:
@@ -156,14 +156,14 @@ def by_accuracy(rows: Iterable[Row]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {"standard": []}
     for row in rows:
         groups.setdefault(row.spec.accuracy, []).append(row)
-    return {accuracy: found for accuracy, found in groups.items() if found}
+    return {accuracy: group for accuracy, group in groups.items() if group}
 
 
 def by_class(rows: Iterable[Row]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {name: [] for name in CLASSES}
     for row in rows:
         groups[class_of(row.spec)].append(row)
-    return {name: found for name, found in groups.items() if found}
+    return {name: group for name, group in groups.items() if group}
 
 
 # ---- cells ------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def layers(rows: Sequence[Row], name: Callable[[Row], str]) -> Table:
 
 
 def classes(rows: Sequence[Row]) -> Table:
-    """A row per class of layers, and one of all."""
+    """A row per class of layers, and a row of all layers."""
     header = ["class", "layers>", "ratio>", "default ratio>", "faster>", "slower>"]
     cells = []
     for name, group in [*by_class(rows).items(), ("all", rows)]:
@@ -222,12 +222,12 @@ def classes(rows: Sequence[Row]) -> Table:
 
 def problems(rows: Iterable[Row]) -> list[str]:
     """Why peers were not timed, each reason once."""
-    found: dict[str, list[Row]] = {}
+    rows_of: dict[str, list[Row]] = {}
     for row in rows:
         for timing in row.values["peers"]:
             if timing["problem"]:
-                found.setdefault(f"{timing['name']}: {timing['problem']}", []).append(row)
-    return [reason if len(group) == 1 else f"{reason} ({len(group)} layers)" for reason, group in found.items()]
+                rows_of.setdefault(f"{timing['name']}: {timing['problem']}", []).append(row)
+    return [reason if len(group) == 1 else f"{reason} ({len(group)} layers)" for reason, group in rows_of.items()]
 
 
 # ---- Markdown ---------------------------------------------------------------------------------
@@ -242,15 +242,15 @@ def markdown_table(table: Table) -> list[str]:
 
 def facts(rows: Sequence[Row]) -> str:
     """What the rows were measured on and with."""
-    one: Mapping[str, Any] = rows[-1].values
-    found = {t["name"]: t["version"] for row in rows for t in row.values["peers"] if t["version"]}
-    packages = ", ".join(f"{name} {version}" for name, version in {**one["versions"], **found}.items())
+    last: Mapping[str, Any] = rows[-1].values
+    peers = {peer["name"]: peer["version"] for row in rows for peer in row.values["peers"] if peer["version"]}
+    packages = ", ".join(f"{name} {version}" for name, version in {**last["versions"], **peers}.items())
     dates = sorted({row.values["date"] for row in rows})
     date = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     bits = rows[-1].restricted
-    rate = f"; measured {one.get('peak_of', 'FMA peak')} {one['peak'] / 1e9:.0f} GFLOP/s" if one["peak"] else ""
-    told = f"; kernels for {one['target']}, the libraries kept to its vectors of {bits} bits" if bits else ""
-    return f"{one['cpu']} ({one['fingerprint']}), {date}, Python {one['python']}, {packages}{rate}{told}."
+    rate = f"; measured {last.get('peak_of', 'FMA peak')} {last['peak'] / 1e9:.0f} GFLOP/s" if last["peak"] else ""
+    restricted = f"; kernels for {last['target']}, the libraries kept to its vectors of {bits} bits" if bits else ""
+    return f"{last['cpu']} ({last['fingerprint']}), {date}, Python {last['python']}, {packages}{rate}{restricted}."
 
 
 def network(title: str, rows: Sequence[Row]) -> str:
@@ -304,7 +304,7 @@ def summary(networks: Mapping[str, Sequence[Row]], checks: Mapping[str, Sequence
     """All networks as a Markdown page: a row each, a row per class of layers, and what is slower.
 
     Args:
-        checks: other rows, a line each, which count nowhere else but among the slower ones.
+        checks: sets of rows that get a line each and count nowhere else but among the slower layers.
     """
     lines = ["# What was measured", ""]
     lines += ["Ratios are geometric means of best peer / convgen over the layers, above 1 where convgen is faster;"]
@@ -314,9 +314,9 @@ def summary(networks: Mapping[str, Sequence[Row]], checks: Mapping[str, Sequence
     peers = peer_names(everything)
     for mode in ("warm", "cold"):
         for accuracy, chosen in by_accuracy(row for row in everything if row.mode == mode).items():
-            for threads, there in by_threads(chosen).items():
+            for threads, chosen_rows in by_threads(chosen).items():
                 marks = [mark for mark in (accuracy, f"{mode} caches") if mark not in ("standard", "warm caches")]
-                lines += [f"## {', '.join([_place(there), *marks])}", ""]
+                lines += [f"## {', '.join([_place(chosen_rows), *marks])}", ""]
                 header = ["network", "layers>", "ratio>", "default ratio>", "faster>", "slower>"]
                 header += ["convgen>", "default>", *(f"{peer}>" for peer in peers), "best peers>"]
                 cells: list[list[str]] = []
@@ -348,15 +348,20 @@ def summary(networks: Mapping[str, Sequence[Row]], checks: Mapping[str, Sequence
 
 
 def _checks(checks: Mapping[str, Sequence[Row]]) -> Table:
-    """A line for each of some sets of rows and each thread count."""
+    """A line for each set of rows and each thread count."""
     header = ["layers", "threads>", "number>", "ratio>", "default ratio>", "least>", "faster>", "slower>"]
     cells = []
     for name, rows in checks.items():
         for threads, group in by_threads(rows).items():
-            found = Totals.of(group)
+            totals = Totals.of(group)
             least = min((row for row in group if row.ratio), key=lambda row: row.ratio or 0.0, default=None)
-            figures = [str(found.layers), factor(found.mean), factor(found.default_mean), rated(least) if least else ""]
-            cells.append([f"[{name}]({name}.md)", str(threads), *figures, str(found.faster), str(found.slower)])
+            figures = [
+                str(totals.layers),
+                factor(totals.mean),
+                factor(totals.default_mean),
+                rated(least) if least else "",
+            ]
+            cells.append([f"[{name}]({name}.md)", str(threads), *figures, str(totals.faster), str(totals.slower)])
     return header, cells
 
 

@@ -30,7 +30,7 @@ BINS = 240
 
 @dataclass(frozen=True)
 class Ratio:
-    """Another's time over the tuned kernel's, with its 95 % interval where both were timed in turn."""
+    """The time of the default or of a peer over the tuned kernel's, with its 95 % interval where both ran in turn."""
 
     value: float
     low: float | None = None
@@ -38,7 +38,7 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """``faster`` or ``slower`` than the other beyond the interval; ``even`` within it, empty without one."""
+        """``faster`` or ``slower`` where the interval excludes 1, ``even`` where it does not; empty without one."""
         if self.low is None or self.high is None:
             return ""
         return "faster" if self.low > 1 else "slower" if self.high < 1 else "even"
@@ -81,14 +81,14 @@ class Failure:
 
     @property
     def message(self) -> str:
-        """The first line of what it said, without the names of layer and candidate."""
-        said = self.error.replace(f"{self.spec}: ", "")
-        said = re.sub(rf"{re.escape(self.schedule)}\([^()]*\) ?", "", said).strip()
-        return said.splitlines()[0][:300] if said else "no message"
+        """The first line of the error, without the names of layer and candidate."""
+        text = self.error.replace(f"{self.spec}: ", "")
+        text = re.sub(rf"{re.escape(self.schedule)}\([^()]*\) ?", "", text).strip()
+        return text.splitlines()[0][:300] if text else "no message"
 
     @property
     def command(self) -> str:
-        """What repeats it in a shell."""
+        """The command that repeats the trial in a shell."""
         words = ["convgen", "validate", self.spec, "--schedule", self.schedule]
         if self.picks:
             words += ["--picks", picks_text(self.picks)]
@@ -104,17 +104,17 @@ class Layer:
 
     Attributes:
         spec: None where this version cannot read the descriptor.
-        names: (model, name) of each place; ``count``: how often it occurs in all.
-        trials, failures: of the search.
-        cost: seconds spent on search and comparison, None where no record has it; ``costed`` trials do.
-        search: seconds of each trial in order; NaN where it failed.
-        default_trial, winner_trial: where these candidates were tried, from 1; None where unknown.
-        seconds, schedule, picks: what won; None and empty where nothing did.
-        compared: whether it won a comparison in turn, not just the search.
-        kept_default: whether that is the default: nothing was faster.
-        others: the default and the peers.
+        names: (model, name) of each place where the layer occurs; ``count``: how often it occurs in all models.
+        trials, failures: how many the search made.
+        cost: seconds spent on search and comparison, as ``costed`` trials say; None where no record says it.
+        search: seconds of each trial in order; NaN for a failed one.
+        default_trial, winner_trial: numbers of the trials of these candidates, from 1; None where not known.
+        seconds, schedule, picks: the winner; None and empty where there is no winner.
+        compared: whether the winner won a comparison in turn, not just the search.
+        kept_default: whether the winner is the default: nothing was faster.
+        others: what the default and the peers took.
         limit: least seconds by the roofline, and what bounds them.
-        older: records of other versions, which are not part of this.
+        older: how many records of other versions were left out.
     """
 
     descriptor: str
@@ -199,7 +199,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Sum:
-    """The time of another on the layers it has: ``seconds``, and ``own`` of the tuned kernels on the same."""
+    """The time of the default or of a peer on the layers that it has times of: ``seconds``; and that of the tuned
+    kernels on the same layers: ``own``.
+    """
 
     seconds: float
     own: float
@@ -222,17 +224,19 @@ class Total:
     others: Mapping[str, Sum]
 
     def is_whole(self, name: str) -> bool:
-        """Whether another has a time for every layer that was tuned."""
+        """Whether the default or a peer has a time for every layer that was tuned."""
         return self.others[name].layers == self.tuned
 
     def to_dict(self) -> dict[str, Any]:
-        others = {name: {**vars(found), "ratio": found.ratio} for name, found in self.others.items()}
+        others = {name: {**vars(other), "ratio": other.ratio} for name, other in self.others.items()}
         return {**vars(self), "others": others}
 
 
 @dataclass(frozen=True)
 class Drift:
-    """The reference kernel's time over its first, in order: medians, lowest and highest of up to :data:`BINS` parts."""
+    """How a reference kernel's time changed during a job: its times over the first, in order, as median, least and
+    largest of up to :data:`BINS` parts.
+    """
 
     count: int
     medians: tuple[float, ...]
@@ -344,7 +348,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class TuningReport:
-    """What there is to say about a store or a job.
+    """What tuning did in a store or a job, per setting.
 
     Attributes:
         title: what was tuned.
@@ -356,7 +360,7 @@ class TuningReport:
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"title": self.title, "notes": self.notes, "settings": [found.to_dict() for found in self.settings]}
+        return {"title": self.title, "notes": self.notes, "settings": [setting.to_dict() for setting in self.settings]}
 
 
 # ---- which schedule won where -----------------------------------------------------------------
@@ -367,8 +371,8 @@ class Cell:
     """A schedule on a class of layers.
 
     Attributes:
-        wins: layers it won, of the ``layers`` it was tried on.
-        behind: geometric mean of its best time over the best of any schedule; None where all its trials failed.
+        wins: how many layers the schedule won, of the ``layers`` that it was tried on.
+        behind: geometric mean of its best time over the best of all schedules; None where all its trials failed.
     """
 
     wins: int
@@ -377,12 +381,12 @@ class Cell:
 
 
 def wins(layers: Iterable[Layer]) -> dict[str, dict[str, Cell]]:
-    """Class of layers -> schedule -> how it did there; schedules with most wins first."""
+    """Class of layers -> schedule -> how the schedule did there; the schedules with most wins first."""
     groups: dict[str, list[Layer]] = {name: [] for name in CLASSES}
     for layer in layers:
         if layer.attempts:
             groups.setdefault(layer.kind, []).append(layer)
-    found = {}
+    cells_of = {}
     for kind, group in groups.items():
         cells = {}
         for schedule in dict.fromkeys(name for layer in group for name in layer.attempts):
@@ -396,15 +400,15 @@ def wins(layers: Iterable[Layer]) -> dict[str, dict[str, Cell]]:
             cells[schedule] = Cell(won, len(tried), geometric_mean(behind))
         if cells:
             ordered = sorted(cells.items(), key=lambda item: (-item[1].wins, item[1].behind or math.inf))
-            found[kind] = dict(ordered)
-    return found
+            cells_of[kind] = dict(ordered)
+    return cells_of
 
 
 # ---- failures ---------------------------------------------------------------------------------
 
 
 def grouped(failures: Iterable[Failure]) -> list[list[Failure]]:
-    """Failures that ended alike and said the same but for numbers, the largest group first."""
+    """Failures by outcome and message, where numbers in messages do not matter; the largest group first."""
     groups: dict[tuple[str, str], list[Failure]] = {}
     for failure in failures:
         groups.setdefault((failure.outcome, re.sub(r"[\d.,()\s-]+", " ", failure.message)), []).append(failure)

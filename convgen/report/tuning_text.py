@@ -26,14 +26,14 @@ def failures_text(failures: Mapping[str, int]) -> str:
 
 
 def facts(setting: Setting) -> dict[str, str]:
-    """What was measured where, when and at what cost."""
+    """What was measured, where, when and at what cost."""
     begin, end = (when[:16].replace("T", " ") for when in (setting.first, setting.last))
     lasted = (datetime.fromisoformat(setting.last) - datetime.fromisoformat(setting.first)).total_seconds()
     spent = span(setting.cost)
     if setting.cost is not None and setting.costed < setting.trials:
         spent += f" on {setting.costed} of the trials"
     failed = sum(setting.outcomes.values())
-    found = {
+    texts = {
         "machine": machine_text(setting),
         "target": setting.target,
         "threads": str(setting.threads),
@@ -44,26 +44,26 @@ def facts(setting: Setting) -> dict[str, str]:
         "spent on trials": spent,
     }
     if setting.peak:
-        found["measured peak"] = f"{setting.peak / 1e9:.0f} GFLOP/s"
+        texts["measured peak"] = f"{setting.peak / 1e9:.0f} GFLOP/s"
     if setting.devices:
-        found["devices"] = ", ".join(f"{name} ({count})" for name, count in setting.devices.most_common())
+        texts["devices"] = ", ".join(f"{name} ({count})" for name, count in setting.devices.most_common())
     if setting.older:
-        found["left out"] = plural(setting.older, "record") + " of older versions of convgen, TVM or LLVM"
-    return found
+        texts["left out"] = plural(setting.older, "record") + " of older versions of convgen, TVM or LLVM"
+    return texts
 
 
 def headline(total: Total) -> str:
     """What tuning brought, in a sentence."""
     if not total.tuned:
         return f"{total.name}: no layer has a kernel yet."
-    said = f"{total.name}: {milliseconds(total.seconds)} ms tuned"
+    tuned = f"{total.name}: {milliseconds(total.seconds)} ms tuned"
     parts = []
-    for name, found in total.others.items():
-        whole = "" if total.is_whole(name) else f" on {found.layers} of {plural(total.tuned, 'layer')}"
+    for name, other in total.others.items():
+        whole = "" if total.is_whole(name) else f" on {other.layers} of {plural(total.tuned, 'layer')}"
         label = "by default" if name == DEFAULT else f"with {name}"
-        parts.append(f"{milliseconds(found.seconds)} ms {label}{whole} ({found.ratio:.2f}×)")
+        parts.append(f"{milliseconds(other.seconds)} ms {label}{whole} ({other.ratio:.2f}×)")
     part = "" if total.tuned == total.layers else f" Of {total.layers} layers {total.tuned} were tuned."
-    return f"{said}, {', '.join(parts)}.{part}" if parts else f"{said}.{part}"
+    return f"{tuned}, {', '.join(parts)}.{part}" if parts else f"{tuned}.{part}"
 
 
 def limit_text(layer: Layer) -> str:
@@ -77,7 +77,7 @@ def drift_text(drift: Drift) -> str:
 
 
 def names_text(layer: Layer, models: int) -> str:
-    """Where the layer occurs, the models named where there are several."""
+    """Where the layer occurs; with several models, in which of them."""
     names = [f"{model}: {name}" if models > 1 else name for model, name in layer.names]
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"{shown} ×{layer.count}".strip() if layer.count > 1 else shown
@@ -86,10 +86,10 @@ def names_text(layer: Layer, models: int) -> str:
 # ---- Markdown ---------------------------------------------------------------------------------
 
 
-def markdown(found: TuningReport) -> str:
+def markdown(report: TuningReport) -> str:
     """The report as a Markdown page."""
-    lines = [f"# Tuning: {found.title}", ""]
-    for setting in found.settings:
+    lines = [f"# Tuning: {report.title}", ""]
+    for setting in report.settings:
         heading = f"{setting.cpu or setting.hardware}, {plural(setting.threads, 'thread')}"
         lines += [f"## {heading}", "", *(f"- {name}: {value}" for name, value in facts(setting).items()), ""]
         lines += [*(headline(total) for total in setting.totals), ""]
@@ -106,7 +106,7 @@ def markdown(found: TuningReport) -> str:
         lines += [] if setting.failures else ["None.", ""]
         drift = drift_text(setting.drift) if setting.drift else NOT_MEASURED
         lines += [f"The reference kernel took {drift}." if setting.drift else f"Drift of the machine: {drift}.", ""]
-    return "\n".join([*lines, *found.notes, ""]).replace("\n\n\n", "\n\n").rstrip() + "\n"
+    return "\n".join([*lines, *report.notes, ""]).replace("\n\n\n", "\n\n").rstrip() + "\n"
 
 
 def _layers(setting: Setting) -> Table:
@@ -133,10 +133,9 @@ def _layers(setting: Setting) -> Table:
 
 
 def _wins(setting: Setting) -> Table:
-    found = wins(setting.layers)
     header = ["class", "schedule", "layers>", "wins>", "best time / winner's>"]
     return header, [
         [kind, name, str(cell.layers), str(cell.wins), factor(cell.behind)]
-        for kind, cells in found.items()
+        for kind, cells in wins(setting.layers).items()
         for name, cell in cells.items()
     ]
