@@ -2,12 +2,12 @@
 
     python bench/cuda.py bench/problems/resnet50.json                      # the defaults
     python bench/cuda.py bench/problems/resnet50.json --seconds 60         # and tuned, a minute per layer
-    python bench/cuda.py bench/problems/*.json --batches 1 --modes f16     # of all networks a part
-    python bench/cuda.py --compile bench/problems/*.json                   # without a GPU: what compilers say
+    python bench/cuda.py bench/problems/*.json --batches 1 --modes f16     # a part of all networks
+    python bench/cuda.py --compile bench/problems/*.json                   # without a GPU: what the compiler says
 
-For each layer, batch and mode: validate the default (by class of layers a small one under compute-sanitizer as
-well, where that program is installed), tune (``--seconds``), and time the tuned kernel, the default and cuDNN through
-PyTorch in turn. All calls take the next of several copies of the tensors, which the L2 cache cannot hold together.
+For each layer, batch and mode: validate the default (and a small layer of each class under compute-sanitizer, where
+that program is installed), tune (``--seconds``), and time the tuned kernel, the default and cuDNN through PyTorch in
+turn. Each call takes the next of several copies of the tensors, which together do not fit into the L2 cache.
 Each row is in ``results/cuda/<network>.<mode>.n<batch>.jsonl`` the moment it is known, and is not measured again;
 tables are written beside it. A layer that fails is reported and measured again by the next run.
 
@@ -350,18 +350,18 @@ def compile_all(options: argparse.Namespace, console: Console) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     def several(known: Sequence[str] = ()) -> Callable[[str], list[str]]:
         def parts(text: str) -> list[str]:
-            found = text.split(",")
-            if known and not set(found) <= set(known):
+            names = text.split(",")
+            if known and not set(names) <= set(known):
                 raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, found {text!r}")
-            return found
+            return names
 
         return parts
 
     def batches(text: str) -> list[int]:
-        found = [int(part) for part in text.split(",")]
-        if min(found) < 1:
+        counts = [int(part) for part in text.split(",")]
+        if min(counts) < 1:
             raise argparse.ArgumentTypeError(f"expected integers >= 1, found {text!r}")
-        return found
+        return counts
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("problems", type=Path, nargs="*", help="spec files or ONNX models [resnet50]")
@@ -374,13 +374,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batches", type=batches, metavar="N,…", help="[1,16,64; with --compile, the layers' own]")
     parser.add_argument("--seconds", type=float, default=0.0, help="tuning time per layer; 0: defaults only")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of a comparison")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each comparison")
     parser.add_argument("--records", type=Path, help="record store; the default one unless given")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "cuda", help="where results are kept")
-    parser.add_argument("--fresh", action="store_true", help="measure or compile again what is there")
+    parser.add_argument("--fresh", action="store_true", help="measure or compile known rows again")
     parser.add_argument("--compile", action="store_true", help="compile and measure nothing; needs no device")
-    parser.add_argument("--archs", type=several(), default=["sm_80", "sm_90a", "sm_75"], help="with --compile")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="with --compile: processes")
+    parser.add_argument(
+        "--archs", type=several(), default=["sm_80", "sm_90a", "sm_75"], help="with --compile: architectures"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="with --compile: worker processes")
     options = parser.parse_args(arguments)
     if "i8" in options.modes and not options.compile:
         parser.error("i8 is compiled only: PyTorch has no such layer of cuDNN's to compare with")

@@ -237,10 +237,10 @@ def test_scale() -> None:
 
 
 def test_a_figure_of_networks_is_one_drawing() -> None:
-    networks = {"one": [row(A), row(A, 2)], "two": [row(A, torch=None)], "cold": [row(A, mode="cold")]}
+    networks = {"one": [row(A), row(A, 2)], "<two>": [row(A, torch=None)], "cold": [row(A, mode="cold")]}
     root = ElementTree.fromstring(figure(networks))
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert [text for text in texts if text in ("one", "two", "cold")] == ["one", "two", "one"]
+    assert [text for text in texts if text in ("one", "<two>", "cold")] == ["one", "<two>", "one"]
     paths = list(root.iter("{http://www.w3.org/2000/svg}path"))
     assert len(paths) == 2 + 2 + 1 + 2  # the legend's, then the networks'
     ElementTree.fromstring(figure({}))
