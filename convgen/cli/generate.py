@@ -295,7 +295,7 @@ def _build_layer(
     result: dict[str, Any] = {"name": kernel.name, **chosen(kernel), "validation": None}
     report: Report | None = None
     if check and not work.target.native:
-        note("convgen: not validated: this machine has no such GPU; `convgen validate` emulates one, slowly")
+        note("convgen: not validated: no such GPU here; `convgen validate` emulates one, slowly")
     elif check:
         work.view.phase("validating")
         report = validate(kernel)
