@@ -43,7 +43,7 @@ def test_import_is_light_and_names_come_when_used() -> None:
     script = """
 import sys
 import convgen
-def heavy(): return sorted({"tvm", "onnx", "onnxruntime", "numpy", "click", "rich", "yaml"} & set(sys.modules))
+def heavy(): return sorted({"tvm", "onnx", "onnxruntime", "numpy", "click", "rich", "yaml", "jinja2"} & set(sys.modules))
 print(heavy())
 convgen.ConvSpec.parse("conv2d ic4 oc4 i4x4 k1").descriptor
 convgen.read_specs("conv2d ic4 oc4 i4x4 k1")
@@ -122,6 +122,7 @@ def test_the_wheel_is_one_package_with_all_its_parts(wheel: zipfile.ZipFile) -> 
     for folder in ("convgen", "convgen/cli", "convgen/formats", "convgen/tuned", "schedules", "targets"):
         prefix = "" if folder.startswith("convgen") else "convgen/"
         expected |= {f"{prefix}{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+    expected |= {f"convgen/report/templates/{path.name}" for path in (ROOT / "convgen/report/templates").iterdir()}
     expected |= {f"convgen/runtime/{path.name}" for path in (ROOT / "convgen/runtime").glob("*.[ch]")}
     expected |= {f"convgen/tuned/{path.name}" for path in (ROOT / "convgen/tuned").glob("*.*")}
     expected |= {"convgen/tuned/planted.json", "convgen/tuned/planted.jsonl", "convgen/tuned/README.md"}
