@@ -102,7 +102,7 @@ class Space:
     4
     """
 
-    def __init__(self, **domains: list[Any]) -> None:
+    def __init__(self, **domains: Sequence[Any]) -> None:
         self.domains = {name: tuple(dict.fromkeys(values)) for name, values in domains.items()}
 
     @property

@@ -71,7 +71,7 @@ def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[st
 
 # ---- quick answers ----------------------------------------------------------------------------
 
-HEAVY = ("tvm", "tvm_ffi", "onnx", "onnxruntime", "numpy", "rich", "torch", "yaml")
+HEAVY = ("tvm", "tvm_ffi", "onnx", "onnxruntime", "numpy", "rich", "torch", "yaml", "jinja2")
 
 QUICK: list[tuple[Sequence[str], int]] = [
     (["--help"], 0),
@@ -367,7 +367,7 @@ def failing(kernel: Any, *, seed: int = 0) -> Report:
 def test_a_kernel_that_fails_validation_is_not_exported(
     tmp_path: Path, run: Run, run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["convgen.validate"], "validate", failing)
+    monkeypatch.setattr(sys.modules["convgen.check.validate"], "validate", failing)
     status, _, err = run("build", TINY, "--no-records", "--threads", 1, "--out", tmp_path / "out")
     assert status == 1
     assert "float: largest error 7 of the bound; repeat with: convgen validate …" in err
@@ -531,7 +531,7 @@ def test_interrupt_while_building_keeps_what_is_done(
             raise KeyboardInterrupt
         return compile_candidate(spec, *arguments, **options)
 
-    monkeypatch.setattr(sys.modules["convgen.build"], "compile_candidate", second_is_interrupted)
+    monkeypatch.setattr(sys.modules["convgen.kernel.kernel"], "compile_candidate", second_is_interrupted)
     file = tmp_path / "net.txt"
     file.write_text(f"{SMALL}\n{TINY}\n")
     found = run_json("build", file, "--no-records", "--threads", 1, "--out", tmp_path / "out", status=130)

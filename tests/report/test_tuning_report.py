@@ -27,9 +27,12 @@ from convgen.hardware.machine import Measured
 from convgen.problem.spec import ConvSpec
 from convgen.records.record import TuningRecord
 from convgen.records.store import RecordStore
-from convgen.report.page import page
+from convgen.report.gather import Model, gather, read_rows
 from convgen.report.rows import Row
-from convgen.report.tuning import Drift, Model, Ratio, gather, grouped, markdown, read_rows, span, wins
+from convgen.report.tuning import Drift, Ratio, grouped, wins
+from convgen.report.tuning_page import page
+from convgen.report.tuning_text import markdown
+from convgen.report.words import span
 
 HERE = "AuthenticAMD-1-2-3-0123456789ab-2"
 VERSIONS = {"convgen": "1", "tvm": "2"}
@@ -119,9 +122,9 @@ def this_machine(monkeypatch: pytest.MonkeyPatch) -> Measured:
     """This machine is the records', and its peak is known."""
     found = Measured(peak=400e9, l2=None, l3=None, dram=100e9, date=DAY)
     here = machine.Machine("Some CPU", HERE, frozenset(), 2, 2, None, None, None, 1 << 30)
-    monkeypatch.setattr("convgen.hardware.machine.machine", lambda: here)
+    monkeypatch.setattr("convgen.report.gather.machine", lambda: here)
     monkeypatch.setattr("convgen.hardware.roofline.machine", lambda: here)
-    monkeypatch.setattr("convgen.hardware.machine.measured", lambda threads: found)
+    monkeypatch.setattr("convgen.report.gather.measured", lambda threads: found)
     return found
 
 
@@ -273,7 +276,7 @@ def test_a_machine_that_cannot_be_measured_has_no_limit(
     def fail(threads: int) -> Measured:
         raise MeasureError("no clock\nat all")
 
-    monkeypatch.setattr("convgen.hardware.machine.measured", fail)
+    monkeypatch.setattr("convgen.report.gather.measured", fail)
     (setting,) = gather(store).settings
     assert setting.no_limit.endswith("no clock")
     assert "no clock" in page(gather(store))
