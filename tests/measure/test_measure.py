@@ -148,7 +148,7 @@ def test_a_machine_that_is_never_quiet_is_measured_all_the_same(clock: Clock) ->
 
 def test_the_reference_kernel_is_the_median_of_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([2.0, 9.0, 1.0])
-    monkeypatch.setattr(sys.modules["convgen.measure.trial"], "sample", lambda call, count: next(times))
+    monkeypatch.setattr(sys.modules["convgen.measure.drift"], "sample", lambda call, count: next(times))
     assert reference_kernel(repeats=3) == 2.0
 
 
