@@ -184,6 +184,24 @@ def test_every_kernel_of_any_spec_passes_validation(spec: ConvSpec, channels: in
             checked(compiled(spec, schedule, picks), seed % 1000)
 
 
+def for_avx2(schedule: Schedule, dtype: str) -> ConvSpec:
+    """The first problem which the schedule takes on AVX2, in that dtype."""
+    problems = [spec.with_(dtype=dtype) for spec in map(ConvSpec.parse, SMOKE)]
+    return next(spec for spec in problems if schedule.reason_against(spec.core, HASWELL) is None)
+
+
+@pytest.mark.skipif(not HASWELL.native, reason="needs a CPU with AVX2")
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("schedule_id", schedules_of("cpu"))
+def test_code_for_avx2_passes_validation(schedule_id: str, dtype: str) -> None:
+    """One layer per schedule and dtype; all of them in the exhaustive run."""
+    schedule = find_schedule(schedule_id)
+    spec = for_avx2(schedule, dtype)
+    kernel = compiled(spec, schedule, schedule.default(spec.core, HASWELL), HASWELL)
+    assert "zmm" not in kernel.source("asm")
+    checked(kernel)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("descriptor", "schedule"), PAIRS)
 @pytest.mark.parametrize("target", [t for t in TARGETS[1:] if t.native], ids=str)
