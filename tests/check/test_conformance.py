@@ -196,7 +196,14 @@ def graph_specs(name: str) -> tuple[ConvSpec, ...]:
     return tuple(specs)
 
 
-@pytest.fixture(scope="module", params=GRAPHS)
+#: More than half of all distinct layers are theirs, and inception_v2 has the same kinds.
+MANY_LAYERS = ("densenet121", "inception_v1")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in MANY_LAYERS)) for name in GRAPHS],
+)
 def graph(request: pytest.FixtureRequest) -> str:
     """Each real graph; all its tests follow one another, since its kernels take long to compile and are kept."""
     return request.param
