@@ -17,10 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import convgen.schedules
 import pytest
 from paths import SUPPORT
 
+import convgen.schedules
 from convgen.check.fuzz import (
     FEATURES,
     KINDS,

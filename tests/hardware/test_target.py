@@ -9,8 +9,6 @@ import platform
 from pathlib import Path
 
 import pytest
-from convgen.schedules.reference import Reference
-from convgen.targets import cpu
 from tvm.ir import save_json
 
 from convgen.errors import BuildError, MeasureError, UnsupportedError
@@ -21,6 +19,8 @@ from convgen.lowering.lower import Lowered, lower, source
 from convgen.lowering.schedule import Candidate
 from convgen.measure.trial import build_artifact, measure_module
 from convgen.problem.spec import ConvSpec
+from convgen.schedules.reference import Reference
+from convgen.targets import cpu
 
 x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86-64 processors")
 

@@ -282,9 +282,8 @@ def test_picks_that_are_not_valid_are_refused() -> None:
 
 
 def test_a_schedule_with_other_arguments_is_an_error_that_names_them() -> None:
-    from convgen.schedules.reference import Reference
-
     from convgen.lowering.schedule import Program
+    from convgen.schedules.reference import Reference
 
     class Forgetful(Reference):
         def program(self, *arguments: Any) -> Program:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from convgen.schedules.cpu_strassen import PIXELS, WEIGHTS
 
 import convgen
 from convgen.check.bounds import reference, tolerance
@@ -14,6 +13,7 @@ from convgen.kernel.kernel import compile_candidate
 from convgen.lowering.discover import schedules
 from convgen.lowering.schedule import Candidate
 from convgen.problem.spec import ConvSpec
+from convgen.schedules.cpu_strassen import PIXELS, WEIGHTS
 
 #: Which of the seven products each block of the result is the sum of.
 RESULT = {(0, 0): (0, 1), (0, 1): (0, 2, 5, 6), (1, 0): (0, 2, 3, 4), (1, 1): (0, 2, 3, 5)}

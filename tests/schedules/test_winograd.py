@@ -114,16 +114,28 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize("descriptor", LAYERS)
-def test_every_kind_of_transform_keeps_its_bound(descriptor: str) -> None:
+def check_tiles(descriptor: str, tiles: int) -> None:
+    """The kernels of the default and of a point for each of the largest tiles keep their bounds."""
     spec, rng = ConvSpec.parse(descriptor), random.Random(descriptor)
     space = WINOGRAD.space(spec.core, NATIVE)
     chosen = {WINOGRAD.default(spec.core, NATIVE)}
-    for m in space.domains["tile"]:
+    for m in sorted(space.domains["tile"])[-tiles:]:
         points = (p for p in iter(lambda: space.sample(rng), None) if p.tile == m)
         chosen.add(next(p for p in points if WINOGRAD.reason_against(spec.core, NATIVE, p) is None))
     for picks in chosen:
         validate(compile_candidate(spec, NATIVE, Candidate(WINOGRAD, picks), 2)).raise_if_failed()
+
+
+@pytest.mark.parametrize("descriptor", LAYERS)
+def test_every_kind_of_transform_keeps_its_bound(descriptor: str) -> None:
+    """The largest tile has the largest error."""
+    check_tiles(descriptor, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("descriptor", LAYERS)
+def test_every_tile_keeps_its_bound(descriptor: str) -> None:
+    check_tiles(descriptor, 99)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from convgen.schedules.reference import Reference
-
 from convgen.hardware.target import resolve
 from convgen.kernel.kernel import CpuKernel
 from convgen.lowering.compute import Operands, convolution, copied, epilogue
@@ -19,6 +17,7 @@ from convgen.lowering.lower import Lowered
 from convgen.lowering.schedule import Candidate, Picks, Program
 from convgen.problem.activation import Activation
 from convgen.problem.spec import ConvSpec
+from convgen.schedules.reference import Reference
 
 #: What the kernel in C computes; its padding differs at every side.
 SPEC = ConvSpec.parse("conv2d n2 ic3 oc5 i6x7 k3x3 s1 p1_0x0_2 residual relu")
