@@ -12,7 +12,7 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from integer_data import integers
-from strategies import ACTIVATIONS, specs
+from strategies import ACTIVATIONS, specs_without_activation
 
 from convgen.check.onnx_model import onnx_model
 from convgen.check.reference import OrtReference, run_onnxruntime
@@ -65,7 +65,7 @@ def plain_loops(spec: ConvSpec, data: dict[str, np.ndarray]) -> np.ndarray:
 
 
 @settings(max_examples=150, deadline=None)
-@given(specs(activations=["none"]))
+@given(specs_without_activation())
 def test_onnx_runtime_agrees_with_plain_loops(spec: ConvSpec) -> None:
     data = integers(spec)
     expected = plain_loops(spec, data)

@@ -142,6 +142,8 @@ def test_light_resnet50_is_resnet50() -> None:
 def test_round_trip(spec: ConvSpec) -> None:
     spec = spec.with_(layout="nchw", accuracy="standard", dtype="f32")  # ONNX has neither layout nor accuracy
     assume(all(extra < stride for extra, stride in zip(spec.output_padding, spec.stride, strict=True)))
+    activation = spec.activation_op
+    assume(activation.name != "clip" or activation.params[0] < activation.params[1])  # a constant is not fused
     assert specs_from_onnx(onnx_model(spec)) == [SpecEntry(spec, 1, ("conv",))]
 
 
