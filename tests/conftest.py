@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_records(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _own_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The default record store of this run: never the user's, nor the records that ship: what a test sees does not
     depend on the machine. (The cache of compiled runtimes stays shared.)
     """

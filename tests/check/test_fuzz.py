@@ -452,10 +452,11 @@ class Default(Planted):
 
 
 def test_a_spec_that_is_read_back_as_another_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    parse = ConvSpec.parse.__func__  # type: ignore[attr-defined]
+    parse = ConvSpec.parse.__func__  # type: ignore[attr-defined] # a classmethod has one
 
     def without_residual(cls: type[ConvSpec], text: str) -> ConvSpec:
-        return parse(cls, text.replace(" residual", ""))
+        spec: ConvSpec = parse(cls, text.replace(" residual", ""))
+        return spec
 
     monkeypatch.setattr(ConvSpec, "parse", classmethod(without_residual))
     index = next(i for i in range(100) if draw(SEED, i, NATIVE, schedule="reference").spec.residual)

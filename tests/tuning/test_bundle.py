@@ -35,6 +35,7 @@ from convgen.lowering.interface import Interface
 from convgen.lowering.lower import compile_object, lower
 from convgen.lowering.versions import versions
 from convgen.measure import trial as measure
+from convgen.measure.timing import SAMPLE_SECONDS
 from convgen.problem.accuracy import error_factor
 from convgen.problem.spec import ConvSpec
 from convgen.records.store import RecordStore, TuningRecord
@@ -195,7 +196,7 @@ def test_the_same_estimator_as_measuring_live(monkeypatch: pytest.MonkeyPatch) -
         for seconds in (0.1, 1e-4):
 
             def times(module: Any, clock: Clock, seconds: float = seconds, hopeless: float = hopeless) -> list[float]:
-                more = {"sample_seconds": measure.SAMPLE_SECONDS} if module is measure_bundle else {}
+                more = {"sample_seconds": SAMPLE_SECONDS} if module is measure_bundle else {}
                 return list(module.time_calls(clock.call, seconds=seconds, hopeless=hopeless, **more))
 
             both(times)
