@@ -24,7 +24,6 @@ from paths import SUPPORT
 from planted import SOURCE, interface
 
 from convgen.errors import ExportError, KernelError
-from convgen.kernel import export as export_module
 from convgen.kernel import library as library_module
 from convgen.kernel.export import header_text, write_library
 from convgen.kernel.library import Layer, Library, aligned
