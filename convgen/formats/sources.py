@@ -36,6 +36,8 @@ from ..errors import SpecError, UnsupportedError
 from ..formats import benchdnn, miopen
 from ..problem.spec import OPERATORS, ConvSpec
 from .entries import SpecEntry, merge
+from .keras import specs_from_keras
+from .onnx.reader import specs_from_onnx
 
 #: A line and its place -> its layers, how often and under which names, or errors in place of them.
 Reader = Callable[[str, str], Iterable[benchdnn.Outcome]]
@@ -119,8 +121,6 @@ def read_specs(
     if is_line:
         return _read_lines([("", str(source).strip())], None, skipped)
     if suffix == ".onnx":
-        from .onnx.reader import specs_from_onnx
-
         return specs_from_onnx(path, dims, skipped)
     if suffix in _PARSERS:
         return merge(_entries(_PARSERS[suffix](_read_text(path), str(path)), str(path)))
@@ -396,8 +396,6 @@ def _entries(value: Any, where: str) -> list[SpecEntry]:
 
 def _keras(config: Mapping[str, Any], where: str) -> list[SpecEntry]:
     """The layers of what Keras says of a layer or model."""
-    from .keras import specs_from_keras  # only where there is one to read
-
     try:
         return [SpecEntry(spec) for spec in specs_from_keras(config)]
     except SpecError as error:

@@ -24,6 +24,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from ..errors import BuildError, MeasureError, SpecError
 from ..problem.spec import ConvSpec
 
@@ -371,8 +373,6 @@ def measured(threads: int, *, refresh: bool = False) -> Measured:
 
 
 def _cache_path(here: Machine, threads: int) -> Path:
-    import platformdirs
-
     return platformdirs.user_cache_path("convgen") / "machine" / f"{here.fingerprint}-t{threads}.json"
 
 

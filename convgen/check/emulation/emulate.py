@@ -26,6 +26,7 @@ import numpy.typing as npt
 from ...errors import BuildError, KernelError
 from ...lowering.interface import SWIZZLES, TENSOR_TYPES, Launch, TensorMap
 from ...lowering.link import source as runtime_source
+from ..sandbox import Guarded
 
 #: Threads of a block, and blocks, run one after the other: in their order, in the reverse, or by a seed.
 ORDERS = {"ascending": -1, "descending": -2}
@@ -196,8 +197,6 @@ def emulated_driver(directory: Path, capability: tuple[int, int] = (8, 0), devic
 
 
 def _child(folder: Path) -> None:
-    from ..sandbox import Guarded
-
     job = json.loads((folder / "job.json").read_text())
     library = ctypes.CDLL(job["library"])
     memory: dict[str, npt.NDArray[np.uint8]] = {}
