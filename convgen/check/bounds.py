@@ -35,7 +35,7 @@ from ..problem.spec import ConvSpec
 from .data import Arrays
 
 F32 = npt.NDArray[np.float32]
-Stored = npt.NDArray[Any]  # as the spec says
+Stored = npt.NDArray[Any]  # of the dtype that the spec says
 
 
 # ---- reference and bound ----------------------------------------------------------------------

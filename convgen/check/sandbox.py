@@ -35,7 +35,7 @@ from .data import Arrays
 
 @dataclass(frozen=True)
 class Run:
-    """One call: which case, on how many threads, with the guard page at which end of the buffers."""
+    """One call: the case, the number of threads, and the end of the buffers that touches a guard page."""
 
     case: str
     threads: int

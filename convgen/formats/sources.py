@@ -39,7 +39,7 @@ from .entries import SpecEntry, merge
 from .keras import specs_from_keras
 from .onnx.reader import specs_from_onnx
 
-#: A line and its place -> its layers, how often and under which names, or errors in place of them.
+#: Takes a line and its place; gives its layers, how often each occurs and its names, or errors instead.
 Reader = Callable[[str, str], Iterable[benchdnn.Outcome]]
 
 
@@ -57,7 +57,7 @@ class Form:
 
 
 def _each(parse: Callable[[str, str], ConvSpec]) -> Callable[[Path | None], Reader]:
-    """The reader of a notation whose lines stand for themselves."""
+    """The reader of a notation in which every line can be read without the others."""
 
     def read(line: str, where: str) -> Iterable[benchdnn.Outcome]:
         try:
@@ -94,7 +94,7 @@ LINES = {
 }
 #: How layers are written.
 FORMS = (*LINES, "toml", "yaml", "json")
-#: The form that a file's suffix says.
+#: A file's suffix -> its form.
 SUFFIXES = {".toml": "toml", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".txt": "descriptors"}
 
 
@@ -395,7 +395,7 @@ def _entries(value: Any, where: str) -> list[SpecEntry]:
 
 
 def _keras(config: Mapping[str, Any], where: str) -> list[SpecEntry]:
-    """The layers of what Keras says of a layer or model."""
+    """The layers of the configuration of a Keras layer or model."""
     try:
         return [SpecEntry(spec) for spec in specs_from_keras(config)]
     except SpecError as error:
