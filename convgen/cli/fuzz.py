@@ -29,7 +29,7 @@ from .view import LOG_SECONDS
 if TYPE_CHECKING:
     from collections import Counter
 
-    from ..check.fuzz import Finding, Summary
+    from ..check.fuzz.run import Finding, Summary
 
 #: Seconds of a run that neither --seconds nor --specs limits.
 SECONDS = 60.0
@@ -77,7 +77,7 @@ def fuzz(
 
     The exit status is 1 where anything was found. Ctrl-C ends the run and prints what was found so far.
     """
-    from ..check.fuzz import Fuzzer
+    from ..check.fuzz.run import Fuzzer
 
     if seconds is None and specs is None:
         seconds = SECONDS
@@ -146,7 +146,7 @@ def _counts(counts: Counter[str]) -> str:
 
 def _finding(finding: Finding) -> str:
     """What was found, and the command that repeats it."""
-    from ..check.fuzz import KINDS
+    from ..check.fuzz.cases import KINDS
 
     lines = [f"\n{finding.kind}: {KINDS[finding.kind]}", f"  {finding.message}", f"  repeat with: {finding.command}"]
     if finding.drawn and finding.drawn.command != finding.command:

@@ -15,7 +15,7 @@ def module_names(package_name: str) -> list[str]:
 
 
 def modules(package_name: str) -> list[ModuleType]:
-    """The same, imported."""
+    """The modules of a package, imported."""
     return [importlib.import_module(f"{package_name}.{name}") for name in module_names(package_name)]
 
 

@@ -67,7 +67,7 @@ class Target:
 
     @property
     def lanes(self) -> int:
-        """Sums in one SIMD register: they are f32 however tensors are stored."""
+        """How many sums a SIMD register holds; sums are f32 however tensors are stored."""
         return self.vector_bits // (8 * BYTES[ACCUMULATOR])
 
     def most_pixels(self, vectors: int) -> int:
@@ -78,7 +78,7 @@ class Target:
 
     @property
     def fmas(self) -> int:
-        """FMAs a core begins per cycle, as costs take it: two, of 512 bits one (Zen 4)."""
+        """FMAs that a core begins per cycle, as predicted costs assume: two, or one where vectors have 512 bits."""
         return 1 if self.vector_bits == 512 else 2
 
     def tvm(self) -> Any:

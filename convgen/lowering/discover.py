@@ -28,7 +28,7 @@ def schedules() -> dict[str, Schedule]:
 
 
 def schedules_of(kind: str) -> dict[str, Schedule]:
-    """The schedules for a kind of target, by id: all but those whose ids begin with another kind's name."""
+    """The schedules for a kind of target, by id; those whose ids begin with the name of another kind are left out."""
     others = tuple(f"{family}_" for family in target_families() if family != kind)
     return {name: found for name, found in schedules().items() if not name.startswith(others)}
 

@@ -93,11 +93,13 @@ class Spy:
 
     def __init__(self) -> None:
         self.kernel: Callable[[ConvSpec], Any] = kernel
-        self.model, self.representation = ModelProto(), None
+        self.model = ModelProto()
+        self.representation: Representation | None = None
 
     def prepare(self, model: ModelProto, device: str) -> Representation:
-        self.model, self.representation = model, onnx_backend.prepare(model, device, kernel=self.kernel)
-        return self.representation
+        self.model = model
+        self.representation = representation = onnx_backend.prepare(model, device, kernel=self.kernel)
+        return representation
 
 
 class Suite:
@@ -206,7 +208,7 @@ MANY_LAYERS = ("densenet121", "inception_v1")
 )
 def graph(request: pytest.FixtureRequest) -> str:
     """Each real graph; all its tests follow one another, since its kernels take long to compile and are kept."""
-    return request.param
+    return str(request.param)
 
 
 def free_inputs(model: ModelProto) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -149,7 +150,7 @@ def test_calls_take_turns_on_more_than_the_cache_holds(
         ({"shared": (163 << 10) + 1}, "kernel: expected at most 166912 bytes of shared memory, found 166913"),
     ],
 )
-def test_what_takes_too_much_is_refused(changed: dict[str, int], text: str) -> None:
+def test_what_takes_too_much_is_refused(changed: dict[str, Any], text: str) -> None:
     fits = Resources("kernel", registers=128, spilled=0, shared=163 << 10, threads=512)
     gpu_measure.check_resources([fits], resolve("cuda:sm_80"))
     with pytest.raises(ResourceError, match=text):
@@ -163,9 +164,9 @@ def test_a_spilling_candidate_is_an_outcome_and_is_not_measured(
         """What builds a candidate, with a compiler that has few registers."""
         from dataclasses import replace
 
-        from convgen.measure import gpu as there
         from convgen.measure.trial import build_artifact
 
+        there: Any = importlib.import_module("convgen.measure.gpu")
         compile_images = there.compile_images
 
         def report(source: Any, target: Any) -> Any:
@@ -214,7 +215,12 @@ def test_one_that_needs_more_memory_than_there_is_ends_as_such(
         return taken[-1]
 
     monkeypatch.setattr(gpu, "allocate", noted)
-    monkeypatch.setattr(gpu, "free", lambda address: (taken.remove(address), free(address)))
+
+    def released(address: int) -> None:
+        taken.remove(address)
+        free(address)
+
+    monkeypatch.setattr(gpu, "free", released)
     limit = 99
     assert [run(path, expected)["outcome"] for path in (artifact, wrong)] == ["ok", "wrong"]
     assert not taken
@@ -241,8 +247,7 @@ def test_a_candidate_that_ends_the_context_costs_its_trial(
 
 def build_altered(target: Target, root: Path, change: Callable[[str], str]) -> str:
     """The artifact of a candidate whose CUDA source is changed."""
-    from convgen.check.emulation import standin
-
+    standin: Any = importlib.import_module("convgen.check.emulation.standin")
     generate, changed = standin.generate, []
 
     def altered(lowered: Any) -> Any:
@@ -301,7 +306,7 @@ def test_a_device_of_a_fleet_has_a_gpu(artifact: str, expected: Expected, target
             result = runner.submit(artifact, expected, 1, seconds=0.01).result(LONG)
             assert (result.outcome, result.device) == ("ok", "a"), result.error
             samples = runner.duel([artifact, artifact], expected, 1, 2).result(LONG)
-            assert [len(taken) for taken in samples] == [2, 2]  # type: ignore[union-attr,arg-type]
+            assert [len(taken) for taken in samples] == [2, 2]  # type: ignore[union-attr]
         finally:
             runner.close()
     finally:

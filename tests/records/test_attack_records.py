@@ -298,7 +298,7 @@ def test_the_first_version_s_store_is_read(tmp_path: Path) -> None:
     """Not only opened: its identities must still be what a build would compute today."""
     path = tmp_path / "r.sqlite"
     path.write_bytes(gzip.decompress(FIRST.read_bytes()))
-    place = {"target": "cpu:znver4", "hardware": "AuthenticAMD-25-17-1", "threads": 2}
+    place: dict[str, Any] = {"target": "cpu:znver4", "hardware": "AuthenticAMD-25-17-1", "threads": 2}
     with RecordStore(path) as store:
         assert store.check().rows == 3
         assert store.check().ok
@@ -306,7 +306,7 @@ def test_the_first_version_s_store_is_read(tmp_path: Path) -> None:
         best = store.best(SPEC, **place)
         assert best is not None
         assert (best.picks, best.seconds) == ({"tile_ow": 28}, 5.123456789e-4)
-        key = {"schedule": "cpu_direct", "schedule_version": 1, "picks": {"tile_ow": 7}}
+        key: dict[str, Any] = {"schedule": "cpu_direct", "schedule_version": 1, "picks": {"tile_ow": 7}}
         versions = {"tvm": "0.27.0", "convgen": "0.1.0"}
         assert store.has(records_module.trial_key(spec=SPEC, **place, **key, versions=versions))
         assert not store.add(record())  # the first of the three
@@ -682,8 +682,8 @@ def test_a_clock_that_runs_backwards_loses_nothing(tmp_path: Path, monkeypatch: 
 
     class Clock(datetime):
         @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime(next(years), 1, 1, tzinfo=UTC)
+        def now(cls, tz: Any = None) -> Clock:
+            return cls(next(years), 1, 1, tzinfo=UTC)
 
     monkeypatch.setattr(records_module, "datetime", Clock)
     items = [record(seconds=1e-3 * (i + 1), when=records_module.now()) for i in range(5)]

@@ -506,7 +506,7 @@ def test_why_a_record_does_not_answer(changes: dict[str, Any], reason: str) -> N
 
 def test_what_can_go_and_what_stays() -> None:
     now = WHEN.format(31)
-    recent = {"versions": OTHER, "when": WHEN.format(30)}
+    recent: dict[str, Any] = {"versions": OTHER, "when": WHEN.format(30)}
     trials = [record(another(), 1e-3 * i, when=WHEN.format(i)) for i in range(1, 6)]
     old = [record(another(), 1e-3 * i, **recent) for i in range(1, 6)]
     old_final = final(another(), 1.0, winner=True, **recent)

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import astuple
 from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -138,7 +139,7 @@ def test_a_layer_of_a_job(store: RecordStore) -> None:
     assert (layer.seconds, layer.schedule, layer.picks, layer.compared) == (2.2e-3, "cpu_direct", {"tile": 3}, True)
     assert (layer.default_trial, layer.winner_trial, layer.kept_default) == (1, 3, False)
     assert layer.curve == [(1, 4e-3), (3, 2e-3)]
-    assert layer.others["default"].ratio == Ratio(2.0, pytest.approx(1.8), pytest.approx(2.2))
+    assert astuple(layer.others["default"].ratio) == (2.0, pytest.approx(1.8), pytest.approx(2.2))
     assert layer.others["onnxruntime"].seconds == 3e-3
     assert layer.others["onnxruntime"].ratio.verdict == "faster"
     assert layer.failures == {"crash": 2}

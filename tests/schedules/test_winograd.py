@@ -62,16 +62,16 @@ def test_strided_is_the_strided_correlation() -> None:
 def test_transposed_is_the_transposed_convolution() -> None:
     rng = random.Random(0)
     for (m, k, s), begin in itertools.product(sizes(), range(4)):
-        *matrices, first = transposed(m, k, s, begin)
+        back, weights, inputs, first = transposed(m, k, s, begin)
         values = integers(rng, 40)
         x = dict(zip(range(-20, 20), values, strict=True))  # more than any tile reads
         g = integers(rng, k)
-        d = [x[first + i] for i in range(len(matrices[2][0]))]
+        d = [x[first + i] for i in range(len(inputs[0]))]
         expected = [
             sum((g[t] * x[(o + begin - t) // s] for t in range(k) if (o + begin - t) % s == 0), Fraction(0))
             for o in range(m * s)
         ]
-        assert bilinear(*matrices, d, g) == expected, (m, k, s, begin)
+        assert bilinear(back, weights, inputs, d, g) == expected, (m, k, s, begin)
 
 
 @pytest.mark.parametrize(

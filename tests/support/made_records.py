@@ -17,7 +17,7 @@ TEXT = "conv2d n1 ic3 oc17 i6x7 k3x3 s1x1 p1x1 relu"
 SPEC = ConvSpec.parse(TEXT)
 
 
-def record(candidate: Candidate | None = None, seconds: float = 1e-3, **changes: Any) -> TuningRecord:
+def record(candidate: Candidate | None = None, seconds: float | None = 1e-3, **changes: Any) -> TuningRecord:
     """A record of :data:`SPEC` on this machine, on two threads."""
     target = resolve()
     candidate = candidate or parse_candidate(SPEC, target, "reference")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ FAST, SLOW = Fake("fast", 1e-4, tile_x=SIZES, tile_y=SIZES), Fake("slow", 3e-4, 
 
 
 @pytest.fixture(autouse=True)
-def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Fake]]:
+def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fake]:
     """The schedules that records may name."""
     found = {schedule.id: schedule for schedule in (FAST, SLOW)}
     monkeypatch.setattr(importlib.import_module("convgen.tuning.ranker"), "schedules", lambda: found)

@@ -148,7 +148,7 @@ def injected(module: str, root: str, body: str | None, outcome: str) -> str:
 
     if outcome == "build_error":
         raise RuntimeError("planted")
-    build = importlib.import_module("convgen.kernel.kernel")
+    build: Any = importlib.import_module("convgen.kernel.kernel")
     original = build.compile_object
 
     def replaced(lowered: Any, path: Any) -> Any:
@@ -168,7 +168,7 @@ def injected(module: str, root: str, body: str | None, outcome: str) -> str:
 
 
 @pytest.fixture
-def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+def inject(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], None]]:
     """Let the next candidates that are built end as told; those after them as they are."""
     # Workers cannot import this module: what they run must travel by value.
     cloudpickle = pytest.importorskip("cloudpickle")
@@ -183,7 +183,7 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
 
         monkeypatch.setattr(LocalBuilder, "submit", submit)
 
-    yield plant  # type: ignore[misc]
+    yield plant
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
@@ -210,7 +210,7 @@ def test_failures_are_outcomes_and_the_run_goes_on(
 def test_a_candidate_that_cannot_be_scheduled_is_an_outcome(
     tuner: Tuner, store: RecordStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    direct = parse_candidate(SPEC, tuner.target, "cpu_direct").schedule
+    direct: Any = parse_candidate(SPEC, tuner.target, "cpu_direct").schedule
     apply, seen = type(direct).apply, list[Picks]()
 
     def sometimes(self: Schedule, sch: Any, spec: ConvSpec, target: Any, picks: Picks) -> None:

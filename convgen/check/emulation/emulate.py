@@ -26,8 +26,9 @@ import numpy.typing as npt
 from ...errors import BuildError, KernelError
 from ...lowering.interface import SWIZZLES, TENSOR_TYPES, Launch, TensorMap
 from ...lowering.link import source as runtime_source
+from ..sandbox import Guarded
 
-#: Threads of a block, and blocks, run one after the other: in their order, in the reverse, or by a seed.
+#: Orders in which threads and blocks run one after the other; a number is the seed of a random order.
 ORDERS = {"ascending": -1, "descending": -2}
 _SHARED = re.compile(
     r"__shared__\s+(?:__align__\(\d+\)\s+)?(?P<type>[\w ]+?)\s+(?P<name>\w+)\s*(?P<sizes>(?:\[[^\]]*\])+);"
@@ -86,7 +87,7 @@ def compile_emulated(text: str, directory: Path) -> Path:
 
 @functools.cache
 def _machine(_compiler: str) -> bytes:
-    """What kernels run on, compiled."""
+    """The machine that kernels run on (``runtime/emulate.cpp``), compiled."""
     with tempfile.TemporaryDirectory(prefix="convgen-emulate-") as folder:
         for name in ("emulate.h", "emulated_map.h", "emulate.cpp"):
             Path(folder, name).write_text(runtime_source(name), encoding="utf-8")
@@ -204,8 +205,6 @@ def _driver(_compiler: str, sources: tuple[tuple[str, str], ...], capability: tu
 
 
 def _child(folder: Path) -> None:
-    from ..sandbox import Guarded
-
     job = json.loads((folder / "job.json").read_text())
     library = ctypes.CDLL(job["library"])
     memory: dict[str, npt.NDArray[np.uint8]] = {}
