@@ -37,11 +37,11 @@ $(PEERS): $(INSTALLED)
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
+test: $(PEERS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow'
 
-test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+test-all: $(PEERS)
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-gpu: $(PEERS)
 	$(BIN)/python -m pytest -m gpu

@@ -2,12 +2,12 @@
 
     python bench/cuda.py bench/problems/resnet50.json                      # the defaults
     python bench/cuda.py bench/problems/resnet50.json --seconds 60         # and tuned, a minute per layer
-    python bench/cuda.py bench/problems/*.json --batches 1 --modes f16     # of all networks a part
-    python bench/cuda.py --compile bench/problems/*.json                   # without a GPU: what compilers say
+    python bench/cuda.py bench/problems/*.json --batches 1 --modes f16     # a part of all networks
+    python bench/cuda.py --compile bench/problems/*.json                   # without a GPU: what the compiler says
 
-For each layer, batch and mode: validate the default (by class of layers a small one under compute-sanitizer as
-well, where that program is installed), tune (``--seconds``), and time the tuned kernel, the default and cuDNN through
-PyTorch in turn. All calls take the next of several copies of the tensors, which the L2 cache cannot hold together.
+For each layer, batch and mode: validate the default (and a small layer of each class under compute-sanitizer, where
+that program is installed), tune (``--seconds``), and time the tuned kernel, the default and cuDNN through PyTorch in
+turn. Each call takes the next of several copies of the tensors, which together do not fit into the L2 cache.
 Each row is in ``results/cuda/<network>.<mode>.n<batch>.jsonl`` the moment it is known, and is not measured again;
 tables are written beside it. A layer that fails is reported and measured again by the next run.
 
@@ -18,19 +18,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,14 +34,18 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+HERE = Path(__file__).parent
+if __name__ == "__main__":  # Python looks into this folder first, where this file would hide NVIDIA's package `cuda`
+    sys.path[0] = str(HERE.parent)
+
 import convgen
+from bench.cuda_compile import compile_layers
+from bench.cudnn import Cudnn, cudnn_ways, rates
 from convgen.check.validate import validate
-from convgen.cuda.code import compile_images, disassembled, generate
 from convgen.cuda.driver import device
-from convgen.errors import ConvgenError, UnsupportedError, ValidationError
+from convgen.errors import ConvgenError, ValidationError
 from convgen.formats.entries import SpecEntry
 from convgen.formats.sources import read_specs, write_text
 from convgen.hardware.roofline import Roofline
@@ -57,21 +57,16 @@ from convgen.lowering.schedule import Candidate
 from convgen.lowering.versions import versions
 from convgen.measure.compare import Comparison, Timing, ratio_interval
 from convgen.measure.gpu import gpu, output, prepare, runnable_code
-from convgen.measure.peers import Torch
-from convgen.measure.timing import DUEL_SECONDS
+from convgen.measure.standalone.timing import DUEL_SECONDS
 from convgen.measure.trial import Expected, load_inputs
-from convgen.measure.workers import Workers
-from convgen.problem.dtypes import distance, load, numpy_dtype, widen
+from convgen.problem.dtypes import distance, load, numpy_dtype
 from convgen.problem.spec import ConvSpec
-from convgen.processes import call_in_file
 from convgen.records.answer import record_candidate
-from convgen.records.outcome import Result
 from convgen.records.store import RecordStore
-from convgen.report import tables as report
 from convgen.report.rows import Row, RowFile
+from convgen.report.tables import class_of, limit, network, rated, summary
+from convgen.report.words import microseconds
 from convgen.tuning.tuner import Tuner
-
-HERE = Path(__file__).parent
 
 #: How a layer is changed for each mode.
 MODES: dict[str, dict[str, Any]] = {
@@ -80,25 +75,15 @@ MODES: dict[str, dict[str, Any]] = {
     "tf32": {"accuracy": "tf32", "layout": "nhwc"},
     "f32": {},
 }
-#: What is compiled only: PyTorch has no such layer of cuDNN's. Without what i8 does not take.
+#: With i8, which is only compiled: PyTorch has no such layer of cuDNN's. i8 takes neither `strict` nor a residual.
 COMPILED = {**MODES, "i8": {"dtype": "i8", "layout": "nhwc", "accuracy": "standard", "residual": False}}
 BATCHES = (1, 16, 64)
 OK, FAILED, NO_DEVICE, INTERRUPTED = 0, 1, 2, 130
-#: Tensors are there so often that they exceed the L2 cache by this factor; and at most so often.
-COLD, COPIES = 2, 1024
-#: A way of using cuDNN that is so much slower than its best one takes no part in the turns.
-WORSE_WAY = 1.25
-#: cuDNN may use another algorithm: so many times the bound of an exact one.
+#: cuDNN's error may be so many times the bound of convgen's kernels: it may use another algorithm.
 SLACK = 16.0
-#: Extent of the matrices whose product tells the rate that there is, and bytes that are copied.
-GEMM, COPIED = 8192, 1 << 30
-#: Pixels per dimension of what runs under compute-sanitizer, besides its window.
+#: Output pixels per dimension of a layer that runs under compute-sanitizer; its tools run it in turn.
 SMALL = 6
 TOOLS = ("memcheck", "racecheck")
-#: Seconds that a layer may take to compile.
-COMPILE_SECONDS = 300.0
-#: Instructions that are counted: matrix units, asynchronous copies, loads of matrices, sums of f32.
-INSTRUCTIONS = ("HMMA", "HGMMA", "IMMA", "IGMMA", "LDGSTS", "UTMALDG", "LDSM", "FFMA")
 
 
 def in_mode(entry: SpecEntry, mode: str, batch: int | None = None) -> SpecEntry:
@@ -109,140 +94,16 @@ def in_mode(entry: SpecEntry, mode: str, batch: int | None = None) -> SpecEntry:
     return SpecEntry(entry.spec.with_(**changes), entry.count, entry.names)
 
 
-# ---- cuDNN --------------------------------------------------------------------------------------
-
-
-class Cudnn(Torch):
-    """cuDNN through PyTorch: both memory formats, and its fused kernels where the layer is one of these."""
-
-    name = "cudnn"
-
-    @classmethod
-    def version(cls) -> str | None:
-        with contextlib.suppress(ImportError):
-            import torch
-
-            found = torch.backends.cudnn.version()
-            return f"{found} (PyTorch {torch.__version__})" if found else None
-        return None
-
-    def calls(self, spec: ConvSpec, data: dict[str, Any]) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-        """By way: a call, and what gives the output of the first one of the layer's shape.
-
-        Raises:
-            UnsupportedError: PyTorch cannot use this machine's GPU.
-        """
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UnsupportedError("expected PyTorch with CUDA, found one without a device")
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = spec.accuracy == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = spec.accuracy == "tf32"
-        last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(spec.rank)
-        found = {}
-        for way, form in (("contiguous", torch.contiguous_format), ("channels last", last)):
-            if form is None:
-                continue
-            tensors = self._copies(spec, data, form)
-            found[way] = self._turns(spec, [self._layer(spec, one) for one in tensors])
-            if fused := self._fused(spec):
-                found[f"{way}, fused"] = self._turns(spec, [_bound(fused, one) for one in tensors])
-        return found
-
-    def _copies(self, spec: ConvSpec, data: dict[str, Any], form: Any) -> list[dict[str, Any]]:
-        import torch
-
-        dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[spec.dtype]
-        order = (0, spec.rank + 1, *range(1, spec.rank + 1)) if spec.layout == "nhwc" else tuple(range(spec.rank + 2))
-
-        def tensor(name: str, array: Any) -> Any:
-            made = torch.from_numpy(np.ascontiguousarray(widen(array))).to("cuda", dtype)
-            made = made.permute(order) if name in ("src", "residual") else made
-            return made.contiguous(memory_format=form) if made.dim() > 1 else made
-
-        one = {name: tensor(name, array) for name, array in data.items()}
-        size = sum(spec.bytes.values())
-        count = max(1, min(COPIES, -(-COLD * gpu().facts["l2"] // size), gpu().facts["memory"] // 4 // size))
-        return [one, *({name: made.clone() for name, made in one.items()} for _ in range(count - 1))]
-
-    def _layer(self, spec: ConvSpec, one: dict[str, Any]) -> Callable[[], Any]:
-        convolve = self._convolution(spec, one["weights"], one.get("bias"))
-        activate = self._activation(spec, one.get("slope"))
-        src, residual = one["src"], one.get("residual")
-
-        def layer() -> Any:
-            dst = convolve(src)
-            return activate(dst if residual is None else dst.add_(residual))
-
-        return layer
-
-    def _fused(self, spec: ConvSpec) -> Callable[[dict[str, Any]], Any] | None:
-        """cuDNN's kernel for a convolution with bias and ReLU, and perhaps a residual."""
-        import torch
-
-        symmetric = all(begin == end for begin, end in spec.padding)
-        if spec.rank != 2 or spec.transposed or not spec.bias or spec.activation != "relu" or not symmetric:
-            return None
-        rest = (list(spec.stride), [begin for begin, _ in spec.padding], list(spec.dilation), spec.groups)
-        if spec.residual:
-            return lambda one: torch.cudnn_convolution_add_relu(
-                one["src"], one["weights"], one["residual"], 1.0, one["bias"], *rest
-            )
-        return lambda one: torch.cudnn_convolution_relu(one["src"], one["weights"], one["bias"], *rest)
-
-    def _turns(
-        self, spec: ConvSpec, layers: Sequence[Callable[[], Any]]
-    ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """A call of the next layer; its output is kept until its turn comes again, so that memory is not used again
-        at once.
-        """
-        outputs: list[Any] = [None] * len(layers)
-        state = [0]
-
-        def call() -> None:
-            at = state[0]
-            outputs[at] = layers[at]()
-            state[0] = (at + 1) % len(layers)
-
-        back = (0, *range(2, spec.rank + 2), 1) if spec.layout == "nhwc" else tuple(range(spec.rank + 2))
-        return call, lambda: layers[0]().permute(back).float().cpu().numpy()
-
-
-def _bound(fused: Callable[[dict[str, Any]], Any], one: dict[str, Any]) -> Callable[[], Any]:
-    return lambda: fused(one)
-
-
-def rates(mode: str) -> tuple[float | None, float | None]:
-    """FLOP/s of a large product of matrices, and bytes per second of a copy; None where PyTorch cannot measure."""
-    try:
-        import torch
-
-        if not torch.cuda.is_available():
-            return None, None
-        torch.backends.cuda.matmul.allow_tf32 = mode == "tf32"
-        dtype = {"f16": torch.float16, "bf16": torch.bfloat16}.get(mode, torch.float32)
-        a, b, c = (torch.randn(GEMM, GEMM, device="cuda", dtype=dtype) for _ in range(3))
-        with torch.inference_mode():
-            taken = gpu().time_calls(lambda: torch.matmul(a, b, out=c), 0.5, 5e-3)
-            x, y = (torch.empty(COPIED, device="cuda", dtype=torch.uint8) for _ in range(2))
-            copied = gpu().time_calls(lambda: y.copy_(x), 0.2, 5e-3)
-        return 2 * GEMM**3 / statistics.median(taken), 2 * COPIED / statistics.median(copied)
-    except ImportError:
-        return None, None
-
-
 # ---- one layer ----------------------------------------------------------------------------------
 
 
 class Bench:
-    """What the layers of a mode share.
+    """Measures the layers of one mode.
 
-    Args:
+    Attributes:
         tuner: of the device; None: nothing is tuned.
-        seconds: of tuning per layer.
-        rounds: turns.
-        sanitizer: the program, where there is one.
+        flops, bandwidth: what this machine reaches in the mode; None where it cannot be measured.
+        sanitizer: the path of compute-sanitizer; None where it is not installed.
     """
 
     def __init__(self, mode: str, target: Target, options: argparse.Namespace, tuner: Tuner | None) -> None:
@@ -270,43 +131,43 @@ class Bench:
             return self._timed(entry, candidates, Path(folder))
 
     def validate(self, spec: ConvSpec, candidate: Candidate) -> None:
-        """Raise:
-        ValidationError: the kernel is wrong, or compute-sanitizer found an error in a small one of its class.
+        """Check a kernel, and once per schedule and class of layers a small one under compute-sanitizer.
+
+        Raises:
+            ValidationError: one of them is wrong.
         """
         validate(compile_candidate(spec, self.target, candidate, 1)).raise_if_failed()
-        key = candidate.schedule.id, report.class_of(spec)
-        if self.sanitizer and key not in self._sanitized:
+        kind = candidate.schedule.id, class_of(spec)
+        if self.sanitizer and kind not in self._sanitized:
             sanitize(self.sanitizer, small(spec), self.target)
-            self._sanitized.add(key)
+            self._sanitized.add(kind)
 
     def _timed(self, entry: SpecEntry, candidates: dict[str, Candidate], folder: Path) -> Row:
         spec = entry.spec
-        known = Expected(spec, folder, os.cpu_count() or 1)
-        data = load_inputs(spec, str(known.directory))
+        inputs = Expected(spec, folder, os.cpu_count() or 1)
+        data = load_inputs(spec, str(inputs.directory))
         expected, bound = load(folder / "expected.npy", spec.dtype), np.load(folder / "bound.npy")
-        calls: dict[str, Callable[[], Any]] = {}
+        own = {}
         for name, candidate in candidates.items():
             path = library(spec, self.target, candidate, folder / name)
-            calls[name] = call = prepare(str(path), name, data)
+            own[name] = call = prepare(str(path), name, data)
             call()
-            found = output(call, np.empty(spec.dst_shape, numpy_dtype(spec.dtype)))
-            if not (distance(found, expected) <= bound).all():
-                raise ValidationError(f"{spec.descriptor}: {candidate}: wrong beside its copies")
+            computed = output(call, np.empty(spec.dst_shape, numpy_dtype(spec.dtype)))
+            if not (distance(computed, expected) <= bound).all():
+                raise ValidationError(f"{spec.descriptor}: {candidate}: right alone, wrong with copies of its tensors")
         with cudnn_ways(spec, data, expected, SLACK * bound) as (ways, problem):
-            taken = gpu().alternate([*calls.values(), *ways.values()], self.options.rounds, DUEL_SECONDS)
-        for call in calls.values():
-            call.close()  # type: ignore[attr-defined]
-        version = convgen.__version__
-        rounds = dict(zip([*calls, *ways], map(tuple, taken), strict=True))
-        kernels = tuple(Timing(n, version, "", statistics.median(rounds[n]), rounds[n]) for n in calls)
+            taken = gpu().alternate([*own.values(), *ways.values()], self.options.rounds, DUEL_SECONDS)
+        for call in own.values():
+            call.close()
+        rounds = dict(zip([*own, *ways], map(tuple, taken), strict=True))
+        kernels = tuple(_timing(name, convgen.__version__, rounds[name]) for name in own)
         ratio = interval = None
         peer = Timing(Cudnn.name, Cudnn.version(), problem=problem)
         if ways:
             way = min(ways, key=lambda name: statistics.median(rounds[name]))
-            peer = Timing(Cudnn.name, Cudnn.version(), way, statistics.median(rounds[way]), rounds[way])
-            first = kernels[0]
-            ratio = statistics.median(peer.rounds) / statistics.median(first.rounds)
-            interval = ratio_interval(peer.rounds, first.rounds)
+            peer = _timing(Cudnn.name, Cudnn.version(), rounds[way], way)
+            ratio = statistics.median(peer.rounds) / statistics.median(kernels[0].rounds)
+            interval = ratio_interval(peer.rounds, kernels[0].rounds)
         comparison = Comparison(spec.descriptor, 1, "cold", spec.flops, kernels, (peer,), ratio, interval)
         return Row({**comparison.to_dict(), **self._facts(entry, candidates)})
 
@@ -336,50 +197,15 @@ class Bench:
         }
 
 
+def _timing(name: str, version: str | None, rounds: tuple[float, ...], way: str = "") -> Timing:
+    return Timing(name, version, way, statistics.median(rounds), rounds)
+
+
 def library(spec: ConvSpec, target: Target, candidate: Candidate, folder: Path) -> Path:
     """A candidate's library; the prefix of its functions is the folder's name."""
     folder.mkdir()
     lowered = lower(spec, target, candidate)
     return compile_lowered(lowered, folder, folder.name, runnable_code(lowered, folder))[2]
-
-
-@contextlib.contextmanager
-def cudnn_ways(
-    spec: ConvSpec, data: dict[str, Any], expected: Any, bound: Any
-) -> Iterator[tuple[dict[str, Callable[[], Any]], str]]:
-    """The best ways of using cuDNN; or none, and why."""
-    try:
-        import torch
-    except ImportError:
-        yield {}, 'PyTorch is not installed; get it with: pip install "convgen[peers]"'
-        return
-    with torch.inference_mode():
-        good: dict[str, Callable[[], Any]] = {}
-        times: dict[str, float] = {}
-        problems = []
-        try:
-            found = Cudnn().calls(spec, data)
-        except Exception as error:  # a peer's failures are of its own kinds, and part of the answer
-            found = {}
-            problems.append(_first_line(error))
-        for way, (call, result) in found.items():
-            try:
-                error = distance(result(), widen(expected))
-                if (error <= bound).all():
-                    good[way], times[way] = call, statistics.median(gpu().time_calls(call, 0.02, 1e-3))
-                else:
-                    problems.append(f"{way}: wrong output: its error is {float(np.nanmax(error)):.3g}")
-            except Exception as error:  # one of cuDNN's fused kernels, for a layer that it does not take
-                problems.append(f"{way}: {_first_line(error)}")
-        best = min(times.values(), default=0.0)
-        yield {way: call for way, call in good.items() if times[way] <= WORSE_WAY * best}, "; ".join(problems)
-        if torch.cuda.is_available():
-            good.clear()
-            torch.cuda.empty_cache()  # for kernels that do not allocate through PyTorch
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 # ---- compute-sanitizer ----------------------------------------------------------------------------
@@ -415,18 +241,38 @@ def sanitize(program: str, spec: ConvSpec, target: Target) -> None:
 Measurer = Callable[[Bench, SpecEntry], Row]
 
 
-def run(
-    problem: Path,
-    mode: str,
-    batch: int,
-    bench: Bench,
-    console: Console,
-    measurer: Measurer,
-    live: Live,
-    shown: list[Any],
-) -> list[str]:
+class Board:
+    """The rows as they come: a table on a terminal, lines elsewhere."""
+
+    def __init__(self, console: Console, live: Live) -> None:
+        self.console, self._live = console, live
+        self._rows: list[list[str]] = []
+
+    def add(self, place: str, row: Row) -> None:
+        times = map(microseconds, (row.seconds, row.default_seconds, row.best_peer_seconds))
+        self._rows.append([place, str(row.spec), *times, rated(row), limit(row), row.schedule])
+        if self.console.is_terminal:
+            self._live.update(self._table(self._rows[-self.console.height + 6 :]), refresh=True)
+        else:
+            self.console.print("  ".join(self._rows[-1]))
+
+    def print_all(self) -> None:
+        """The whole table, on a terminal."""
+        if self.console.is_terminal and self._rows:
+            self.console.print(self._table(self._rows))
+
+    def _table(self, rows: Sequence[Sequence[str]]) -> Table:
+        table = Table(box=None)
+        for header in ("", "layer", "µs>", "default>", "cuDNN>", "cuDNN / convgen>", "of limit>", "schedule"):
+            table.add_column(header.removesuffix(">"), justify="right" if header.endswith(">") else "left")
+        for cells in rows:
+            table.add_row(*cells)
+        return table
+
+
+def run(problem: Path, batch: int, bench: Bench, board: Board, measurer: Measurer) -> list[str]:
     """Measure what is missing of a network, and write its tables; returns what failed."""
-    options = bench.options
+    options, mode = bench.options, bench.mode
     name = f"{problem.stem}.{mode}.n{batch}"
     kept = RowFile(options.results / f"{name}.jsonl")
     entries = [in_mode(entry, mode, batch) for entry in read_specs(problem)]
@@ -441,33 +287,18 @@ def run(
                 row = measurer(bench, entry)
             except (ConvgenError, RuntimeError, MemoryError) as error:  # the last two are the driver's
                 failed.append(f"{entry.spec.descriptor}: {error}")
-                console.print(f"{place} {failed[-1]}")
+                board.console.print(f"{place} {failed[-1]}")
                 continue
             kept.add(row)
-            peers = report.microseconds(row.best_peer_seconds)
-            cells = [report.microseconds(row.seconds), report.microseconds(row.default_seconds), peers]
-            shown.append([place, str(entry.spec), *cells, report.rated(row), report.limit(row), row.schedule])
-            if console.is_terminal:
-                live.update(table(shown[-console.height + 6 :]), refresh=True)
-            else:
-                console.print("  ".join(shown[-1]))
+            board.add(place, row)
     finally:
         if kept.rows:
             order = [(entry.spec.descriptor, 1) for entry in entries]
             kept.compact(order)
             rows = [kept.rows[key] for key in order if key in kept.rows]
             title = f"{name}: convgen {convgen.__version__}"
-            write_text(report.network(title, rows), options.results / f"{name}.md")
+            write_text(network(title, rows), options.results / f"{name}.md")
     return failed
-
-
-def table(shown: Sequence[Sequence[str]]) -> Table:
-    made = Table(box=None)
-    for header in ("", "layer", "µs>", "default>", "cuDNN>", "cuDNN / convgen>", "of limit>", "schedule"):
-        made.add_column(header.removesuffix(">"), justify="right" if header.endswith(">") else "left")
-    for cells in shown:
-        made.add_row(*cells)
-    return made
 
 
 def run_all(options: argparse.Namespace, console: Console, measurer: Measurer) -> int:
@@ -476,20 +307,19 @@ def run_all(options: argparse.Namespace, console: Console, measurer: Measurer) -
         return NO_DEVICE
     target = resolve("cuda")
     failed: list[str] = []
-    shown: list[Any] = []
     store = RecordStore(options.records)
     with store, Live(console=console, auto_refresh=False, transient=True) as live:
+        board = Board(console, live)
         for mode in options.modes:
             tuner = Tuner(target, 1, store) if options.seconds else None
             with tuner or contextlib.nullcontext():
                 bench = Bench(mode, target, options, tuner)
                 for problem in options.problems:
                     for batch in options.batches or BATCHES:
-                        failed += run(problem, mode, batch, bench, console, measurer, live, shown)
-    if console.is_terminal and shown:
-        console.print(table(shown))
+                        failed += run(problem, batch, bench, board, measurer)
+    board.print_all()
     networks = {path.stem: list(RowFile(path).rows.values()) for path in sorted(options.results.glob("*.n*.jsonl"))}
-    write_text(report.summary(networks), options.results / "README.md")
+    write_text(summary(networks), options.results / "README.md")
     console.print(f"wrote {options.results}: README.md has a summary")
     for text in failed:
         console.print(f"failed: {text.splitlines()[0]}")
@@ -499,35 +329,8 @@ def run_all(options: argparse.Namespace, console: Console, measurer: Measurer) -
 # ---- without a device -----------------------------------------------------------------------------
 
 
-def compiled(descriptor: str, spelling: str) -> dict[str, Any]:
-    """What the compiler makes of a layer's default: runs in a worker."""
-    answer: dict[str, Any] = {"spec": descriptor, "target": spelling, "versions": versions()}
-    try:
-        spec, target = ConvSpec.parse(descriptor), resolve(spelling)
-        candidate = default_candidate(spec, target)
-        answer |= {"schedule": candidate.schedule.id, "candidate": str(candidate)}
-        source = generate(lower(spec, target, candidate))
-        images, resources = compile_images(source, target)
-        counted: dict[str, int] = dict.fromkeys(INSTRUCTIONS, 0)
-        for found in re.findall(rf"\b({'|'.join(INSTRUCTIONS)})\b", disassembled(dict(images)[target.arch])):
-            counted[found] += 1
-        answer |= {"functions": [asdict(one) for one in resources], "instructions": counted, "error": ""}
-    except ConvgenError as error:
-        answer["error"] = f"{type(error).__name__}: {error}"
-    except Exception as error:  # a schedule's bug is what this is to find
-        answer["error"] = f"{type(error).__name__}: {error}".strip()
-    return answer
-
-
 def compile_all(options: argparse.Namespace, console: Console) -> int:
     """Compile every layer's default for every architecture and mode, and write the table."""
-    path = options.results / "compile.jsonl"
-    kept: dict[tuple[str, str], dict[str, Any]] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError, KeyError):
-                values = json.loads(line)
-                kept[values["spec"], values["target"]] = values
     entries = [
         in_mode(entry, mode, batch)
         for problem in options.problems
@@ -537,69 +340,8 @@ def compile_all(options: argparse.Namespace, console: Console) -> int:
         for batch in options.batches or (None,)
     ]
     wanted = list(dict.fromkeys((entry.spec.descriptor, f"cuda:{arch}") for arch in options.archs for entry in entries))
-    missing = [key for key in wanted if options.fresh or key not in kept or kept[key]["error"]]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    workers = Workers(options.jobs, "build_error", COMPILE_SECONDS, uses=64)
-    try:
-        with (
-            Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-            path.open("a", encoding="utf-8") as file,
-        ):
-            task = progress.add_task("compiling", total=len(missing))
-            futures = {workers.submit(call_in_file, __file__, "compiled", *key): key for key in missing}
-            for future in as_completed(futures):
-                values = future.result()
-                if isinstance(values, Result):  # the compiler crashed, or takes too long
-                    spec, target = futures[future]
-                    error = f"{values.outcome}: {values.error}"
-                    values = {"spec": spec, "target": target, "versions": versions(), "error": error}
-                kept[values["spec"], values["target"]] = values
-                file.write(json.dumps(values) + "\n")
-                file.flush()
-                progress.advance(task)
-                if values["error"]:
-                    said = values["error"].strip().splitlines()[-1]
-                    progress.print(f"{values['spec']} {values['target']}: {said[:300]}")
-    finally:
-        workers.close()
-    rows = [kept[key] for key in wanted if key in kept]
-    write_text("".join(json.dumps(values) + "\n" for values in kept.values()), path)
-    write_text(compile_report(rows), options.results / "compile.md")
-    failed = sum(bool(values["error"]) for values in rows)
-    spilled = sum(any(one["spilled"] for one in values.get("functions", [])) for values in rows)
-    console.print(f"{len(rows)} layers, {failed} failed, {spilled} spill; wrote {options.results / 'compile.md'}")
+    failed = compile_layers(wanted, options.results, console, jobs=options.jobs, fresh=options.fresh)
     return FAILED if failed else OK
-
-
-def compile_report(rows: Sequence[dict[str, Any]]) -> str:
-    """What compilers say, as Markdown: per architecture and kind of layer, failures first."""
-    said = ", ".join(f"{name} {version}" for name, version in rows[-1]["versions"].items()) if rows else ""
-    lines = ["# What the compiler makes of the defaults", "", f"{datetime.now(UTC).date().isoformat()}, {said}.", ""]
-    if failures := [values for values in rows if values["error"]]:
-        lines += ["## Failures", ""]
-        lines += [f"- `{v['spec']}` {v['target']}: {v['error'].strip().splitlines()[-1][:300]}" for v in failures]
-        lines.append("")
-    header = ["layer", "schedule", "launches>", "registers>", "spilled bytes>", "shared KiB>", "threads>"]
-    header += [f"{name}>" for name in INSTRUCTIONS]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for values in rows:
-        spec = ConvSpec.parse(values["spec"])
-        others = (mode for mode, given in MODES.items() if spec.with_(**given) == spec)
-        kind = "i8" if spec.dtype == "i8" else next(others)
-        groups.setdefault(f"{values['target']}, {kind}", []).append(values)
-    for name, group in groups.items():
-        cells = []
-        for values in group:
-            if values["error"]:
-                continue
-            functions = values["functions"]
-            most = {field: max(one[field] for one in functions) for field in ("registers", "shared", "threads")}
-            spilled = sum(one["spilled"] for one in functions)
-            figures = [len(functions), most["registers"], spilled, f"{most['shared'] / 1024:.1f}", most["threads"]]
-            figures += [values["instructions"][instruction] for instruction in INSTRUCTIONS]
-            cells.append([f"`{values['spec']}`", values["schedule"], *map(str, figures)])
-        lines += [f"## {name}", "", *report.markdown((header, cells)), ""]
-    return "\n".join(lines)
 
 
 # ---- the command line -------------------------------------------------------------------------------
@@ -608,18 +350,18 @@ def compile_report(rows: Sequence[dict[str, Any]]) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     def several(known: Sequence[str] = ()) -> Callable[[str], list[str]]:
         def parts(text: str) -> list[str]:
-            found = text.split(",")
-            if known and not set(found) <= set(known):
+            names = text.split(",")
+            if known and not set(names) <= set(known):
                 raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, found {text!r}")
-            return found
+            return names
 
         return parts
 
     def batches(text: str) -> list[int]:
-        found = [int(part) for part in text.split(",")]
-        if min(found) < 1:
+        counts = [int(part) for part in text.split(",")]
+        if min(counts) < 1:
             raise argparse.ArgumentTypeError(f"expected integers >= 1, found {text!r}")
-        return found
+        return counts
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("problems", type=Path, nargs="*", help="spec files or ONNX models [resnet50]")
@@ -632,13 +374,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batches", type=batches, metavar="N,…", help="[1,16,64; with --compile, the layers' own]")
     parser.add_argument("--seconds", type=float, default=0.0, help="tuning time per layer; 0: defaults only")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of a comparison")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each comparison")
     parser.add_argument("--records", type=Path, help="record store; the default one unless given")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "cuda", help="where results are kept")
-    parser.add_argument("--fresh", action="store_true", help="measure or compile again what is there")
+    parser.add_argument("--fresh", action="store_true", help="measure or compile known rows again")
     parser.add_argument("--compile", action="store_true", help="compile and measure nothing; needs no device")
-    parser.add_argument("--archs", type=several(), default=["sm_80", "sm_90a", "sm_75"], help="with --compile")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="with --compile: processes")
+    parser.add_argument(
+        "--archs", type=several(), default=["sm_80", "sm_90a", "sm_75"], help="with --compile: architectures"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="with --compile: worker processes")
     options = parser.parse_args(arguments)
     if "i8" in options.modes and not options.compile:
         parser.error("i8 is compiled only: PyTorch has no such layer of cuDNN's to compare with")

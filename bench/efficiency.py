@@ -9,9 +9,9 @@ a schedule and then over its valid points; and, where that has not tried everyth
 race told all of these trials, for as long as there is time.
 
 Every trial is committed to the store given by --records the moment it ends, and no candidate is measured
-twice: a search that comes to one again takes the recorded time, and the seconds that it took then. In the end
-all that a tuning would have compared at its end, had it ended at any trial of one of the searches, are measured
-side by side, and those figures count.
+twice: a search that comes to a known candidate takes its recorded time, and the seconds that its trial took. A
+tuning ends with a comparison; whatever would be in that comparison if one of the searches ended at any of its
+trials is measured side by side in the end, and those figures count.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ from convgen.interrupts import interrupts_held
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.schedule import Candidate
 from convgen.lowering.versions import versions
-from convgen.measure.timing import HOPELESS, TRIAL_SECONDS
-from convgen.measure.trial import Expected, candidate_module
+from convgen.measure.standalone.timing import HOPELESS, TRIAL_SECONDS
+from convgen.measure.trial import CandidateModule, Expected, candidate_module
 from convgen.measure.workers import LocalBuilder, LocalRunner, Pools
 from convgen.problem.spec import ConvSpec
 from convgen.records.answer import candidate_record, record_candidate
 from convgen.records.outcome import INTERRUPTED, Result
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 from convgen.tuning.race import ROUND, Race
 from convgen.tuning.ranker import Ranker
 from convgen.tuning.search import FINALISTS
@@ -58,15 +59,15 @@ SAMPLE = HERE / "sample.json"
 
 #: The searches that teach the warm one about other layers.
 TEACHERS = ("cold", "random", "longest")
-#: Shares of the best known speed that are asked for.
+#: The shares of the best known speed whose trials and seconds are reported.
 SHARES = (0.95, 0.99)
 #: The goal: the first share within so many trials or seconds, on 2 cores.
 GOAL_TRIALS, GOAL_SECONDS = 16, 20.0
 #: A space of at most so many candidates is searched exhaustively.
 SMALL = 70
-#: What was more than this many times slower than the fastest is not measured again.
+#: Candidates more than this many times slower than the fastest are not measured again.
 CLOSE = 1.25
-#: Turns of the last comparison, orders of the random search, and failures of chance to find a new candidate.
+#: Turns of the last comparison, orders of the random search, and draws in a row without a new candidate that end it.
 TURNS, ORDERS, MISSES = 15, 200, 200
 
 
@@ -86,21 +87,22 @@ class Search:
     trials: list[Trial] = field(default_factory=list)
 
     def finalists(self, default: Candidate) -> Iterator[tuple[int, float, list[Candidate]]]:
-        """After each trial: how many there were, the seconds they took, and what the final comparison would have if
-        the search ended there, as that of a tuning does: the fastest few, and the default where it was tried.
+        """After each trial: its number, the seconds spent so far, and what the final comparison would hold if the
+        search ended there: as in a tuning the fastest few, and the default where it was tried.
         """
-        spent, good = 0.0, list[tuple[float, int, Candidate]]()
+        spent, measured = 0.0, list[tuple[float, int, Candidate]]()
         for number, trial in enumerate(self.trials, 1):
             spent += trial.cost
             if trial.seconds is not None:
-                good = sorted([*good, (trial.seconds, number, trial.candidate)])
-            yield number, spent, [c for i, (_, _, c) in enumerate(good) if i < FINALISTS or c == default]
+                measured = sorted([*measured, (trial.seconds, number, trial.candidate)])
+            candidates = [candidate for _, _, candidate in measured]
+            yield number, spent, [c for rank, c in enumerate(candidates) if rank < FINALISTS or c == default]
 
     def reached(self, goal: Iterable[Candidate], default: Candidate) -> tuple[int, float] | None:
-        """Trials and seconds after which the final comparison would have one of ``goal``; None: never."""
+        """Trials and seconds after which the final comparison would hold a candidate of ``goal``; None: never."""
         wanted = set(goal)
-        for number, spent, found in self.finalists(default):
-            if not wanted.isdisjoint(found):
+        for number, spent, finalists in self.finalists(default):
+            if not wanted.isdisjoint(finalists):
                 return number, spent
         return None
 
@@ -115,7 +117,7 @@ class Bench:
 
     Args:
         store: where trials are kept.
-        pools: what compiles and times; used for what is not there.
+        pools: compile and time what the store does not have.
     """
 
     def __init__(self, spec: ConvSpec, target: Target, threads: int, store: RecordStore, pools: Pools, folder: Path):
@@ -145,15 +147,15 @@ class Bench:
         return sum(_cost(record) for record in self.known.values() if (record.note or {}).get("search") == search)
 
     def measure(self, candidates: Sequence[Candidate], search: str) -> list[Trial]:
-        """Trials of candidates, in their order; those that cannot be built from their picks are left out."""
+        """Trials of candidates, in their order; candidates that cannot be built from their picks are left out."""
         missing = [candidate for candidate in candidates if candidate not in self.known]
         if missing:
-            _ = self.expected  # made once for all trials: none of them pays for it
+            _ = self.expected  # made before the clock starts, so that no trial pays for it
             start = time.perf_counter()
             modules, failed = self._lowered(missing)
             built = dict(zip(modules, self.pools.build(list(modules.values())), strict=True)) | failed
             share = (time.perf_counter() - start) / len(missing)
-            best = min((r.seconds for r in self.known.values() if r.seconds), default=0.0)
+            best = min((record.seconds for record in self.known.values() if record.seconds), default=0.0)
             for candidate, answer in built.items():
                 start = time.perf_counter()
                 result = answer if isinstance(answer, Result) else self._run(answer, HOPELESS * best)
@@ -161,8 +163,8 @@ class Bench:
                     raise KeyboardInterrupt
                 cost = share + time.perf_counter() - start
                 self._keep(candidate, result, {"search": search, "cost": round(cost, 4)})
-        found = [(candidate, self.known[candidate]) for candidate in candidates if candidate in self.known]
-        return [Trial(candidate, record.seconds, _cost(record)) for candidate, record in found]
+        records = [(candidate, self.known[candidate]) for candidate in candidates if candidate in self.known]
+        return [Trial(candidate, record.seconds, _cost(record)) for candidate, record in records]
 
     def compare(self, candidates: Sequence[Candidate]) -> dict[Candidate, float]:
         """Seconds of candidates measured side by side, in turn."""
@@ -182,16 +184,18 @@ class Bench:
             ]
             for record in done:
                 self.store.add(record)
-        found = ((record_candidate(record, self.spec, self.target), record.seconds) for record in done)
-        return {candidate: seconds for candidate, seconds in found if candidate and seconds}
+        times = ((record_candidate(record, self.spec, self.target), record.seconds) for record in done)
+        return {candidate: seconds for candidate, seconds in times if candidate and seconds}
 
     def _run(self, path: str, hopeless: float) -> Result:
         result = self.pools.run(path, self.expected, self.threads, seconds=TRIAL_SECONDS, hopeless=hopeless)
         self.pools.discard(path)
         return result
 
-    def _lowered(self, candidates: Iterable[Candidate]) -> tuple[dict[Candidate, str], dict[Candidate, Result]]:
-        """Serialised modules, and what TVM refused."""
+    def _lowered(
+        self, candidates: Iterable[Candidate]
+    ) -> tuple[dict[Candidate, CandidateModule], dict[Candidate, Result]]:
+        """The candidates' serialised modules, and how the others failed; those that do not apply are in neither."""
         modules, failed = {}, {}
         for candidate in candidates:
             try:
@@ -218,7 +222,7 @@ def _cost(record: TuningRecord) -> float:
 
 
 def race(bench: Bench, search: str, ranker: Ranker, trials: int, seed: int) -> Search:
-    """The search as users get it; deciding what to try is part of what a trial costs."""
+    """The search as users get it; the time it takes to decide what to try counts as part of a trial's cost."""
     run, done = Race(bench.spec, bench.target, bench.threads, seed, ranker=ranker), Search()
     while len(done.trials) < trials:
         start = time.perf_counter()
@@ -233,7 +237,7 @@ def race(bench: Bench, search: str, ranker: Ranker, trials: int, seed: int) -> S
 
 
 def longest(bench: Bench, seconds: float, seed: int) -> None:
-    """The race told all that is known of the layer, for so many seconds of trials."""
+    """Race for so many seconds of trials, beginning with everything that is known of the layer."""
     run = Race(bench.spec, bench.target, bench.threads, seed, ranker=Ranker(bench.target, bench.threads))
     for candidate, record in bench.known.items():
         run.tell(candidate, _result(record))
@@ -243,7 +247,7 @@ def longest(bench: Bench, seconds: float, seed: int) -> None:
 
 
 def randomly(bench: Bench, trials: int, seed: int) -> tuple[Search, bool]:
-    """Uniform draws, and whether they were all there is."""
+    """Draws candidates uniformly; returns the search, and whether it tried every candidate there is."""
     core, rng = bench.spec.core, random.Random(seed)
     schedules = Race(bench.spec, bench.target, bench.threads).schedules
     spaces = {schedule: schedule.space(core, bench.target) for schedule in schedules}
@@ -285,7 +289,7 @@ def _result(record: TuningRecord) -> Result:
 
 
 def teach(entries: Sequence[SpecEntry], left_out: ConvSpec, bench: Bench) -> Ranker:
-    """A ranker that knows what the other layers' searches measured, and nothing of this one."""
+    """A ranker that knows what the searches of the other layers measured, and nothing about ``left_out``."""
     ranker = Ranker(bench.target, bench.threads)
     for entry in entries:
         if entry.spec.core != left_out.core:
@@ -301,16 +305,18 @@ def teach(entries: Sequence[SpecEntry], left_out: ConvSpec, bench: Bench) -> Ran
 
 
 def conclude(entry: SpecEntry, bench: Bench, searches: dict[str, Search], exhaustive: bool) -> dict[str, Any]:
-    """Measure what led side by side; what each search needed to come near the fastest."""
-    known = {candidate: r.seconds for candidate, r in bench.known.items() if r.seconds is not None}
+    """The row of a layer: measures the leading candidates side by side, and says what each search needed to come near
+    the fastest.
+    """
+    known = {candidate: record.seconds for candidate, record in bench.known.items() if record.seconds is not None}
     default = default_candidate(bench.spec, bench.target)
     limit = CLOSE * min(known.values())
     fastest = sorted(known, key=lambda candidate: (known[candidate], str(candidate)))[:4]
     led = [
         candidate
         for name in ("warm", "cold", "random")
-        for _, _, found in searches[name].finalists(default)
-        for candidate in found
+        for _, _, finalists in searches[name].finalists(default)
+        for candidate in finalists
         if known[candidate] <= limit
     ]
     again = bench.compare(list(dict.fromkeys([*fastest, *([default] if default in known else []), *led])))
@@ -318,27 +324,33 @@ def conclude(entry: SpecEntry, bench: Bench, searches: dict[str, Search], exhaus
 
     def needed(search: Search, share: float) -> dict[str, float] | None:
         goal = [candidate for candidate, seconds in again.items() if seconds * share <= again[best]]
-        found = search.reached(goal, default)
-        return None if found is None else {"trials": found[0], "seconds": round(found[1], 2)}
+        reached = search.reached(goal, default)
+        return None if reached is None else {"trials": reached[0], "seconds": round(reached[1], 2)}
 
     def usual(share: float) -> dict[str, float] | None:
-        """Of random search: the median over orders of its trials. What would have been compared in one order was
-        not measured again if not so in the first; then the time of its trial counts.
+        """What random search needs: the median over orders of its trials. Only the finalists of the first order were
+        measured again; for the finalists of other orders the times of their trials count.
         """
         goal = {c for c, s in again.items() if s * share <= again[best]}
         scale = again[best] / known[best]
         goal |= {c for c, s in known.items() if c not in again and s * scale * share <= again[best]}
-        found = sorted(
+        needs = sorted(
             searches["random"].shuffled(i).reached(goal, default) or (math.inf, math.inf) for i in range(ORDERS)
         )
-        trials, seconds = (statistics.median(values) for values in zip(*found, strict=True))
+        trials, seconds = (statistics.median(values) for values in zip(*needs, strict=True))
         return None if math.isinf(trials) else {"trials": trials, "seconds": round(seconds, 2)}
 
     def leading(search: Search, trials: int) -> float:
         """The share of the best known speed after so many trials."""
         count = min(trials, len(search.trials))
-        found = [again[c] for n, _, some in search.finalists(default) if n == count for c in some if c in again]
-        return round(again[best] / min(found), 4) if found else 0.0
+        times = [
+            again[candidate]
+            for number, _, finalists in search.finalists(default)
+            if number == count
+            for candidate in finalists
+            if candidate in again
+        ]
+        return round(again[best] / min(times), 4) if times else 0.0
 
     methods = {}
     for name, search in searches.items():
@@ -370,7 +382,7 @@ def conclude(entry: SpecEntry, bench: Bench, searches: dict[str, Search], exhaus
 
 
 def run(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    """The rows of all layers: first what teaches, then what is taught."""
+    """The rows of all layers: first the searches that teach, then the warm ones that learn from them."""
     sample = read_specs(SAMPLE)
     entries = [sample[number - 1] for number in options.layers] if options.layers else sample
     target, began, rows = resolve("cpu"), time.monotonic(), []
@@ -407,7 +419,7 @@ def run(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
 
 
 def _warm_up(pools: Pools, target: Target, threads: int, folder: Path) -> None:
-    """Start the workers: a job does so once, so that no layer should pay for it."""
+    """Start the workers: a tuning job does so once, so the first layer should not pay for it."""
     spec = ConvSpec.parse("conv1d n1 ic1 oc1 i9 k3")
     folder.mkdir()
     expected = Expected(spec, folder, threads)
@@ -423,24 +435,26 @@ def _progress(number: int, count: int, began: float, entry: SpecEntry, said: str
 
 
 def _cell(row: dict[str, Any], search: str, share: float) -> str:
-    found = row["searches"][search]["reached"][f"{share:.0%}"]
-    if found is None:
+    needed = row["searches"][search]["reached"][f"{share:.0%}"]
+    if needed is None:
         return f"> {row['searches'][search]['trials']}"
-    return f"{found['trials']:.0f} / {found['seconds']:.1f} s"
+    return f"{needed['trials']:.0f} / {needed['seconds']:.1f} s"
 
 
 def within(rows: Sequence[dict[str, Any]], search: str, share: float) -> int:
     """How many layers reached a share of the best known speed within the goal's trials or seconds."""
-    found = [row["searches"][search]["reached"][f"{share:.0%}"] for row in rows]
-    return sum(f is not None and (f["trials"] <= GOAL_TRIALS or f["seconds"] <= GOAL_SECONDS) for f in found)
+    needs = [row["searches"][search]["reached"][f"{share:.0%}"] for row in rows]
+    return sum(
+        need is not None and (need["trials"] <= GOAL_TRIALS or need["seconds"] <= GOAL_SECONDS) for need in needs
+    )
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Layers within the goal, and medians over layers, per search."""
 
     def median(search: str, share: float, unit: str) -> float | None:
-        found = [row["searches"][search]["reached"][f"{share:.0%}"] for row in rows]
-        value = statistics.median(math.inf if f is None else f[unit] for f in found)
+        needs = [row["searches"][search]["reached"][f"{share:.0%}"] for row in rows]
+        value = statistics.median(math.inf if need is None else need[unit] for need in needs)
         return None if math.isinf(value) else round(value, 2)
 
     return {
@@ -461,7 +475,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table of all layers, and what they say together."""
+    """The table of all layers, and their summary."""
     searches, total, count = ("warm", "cold", "random"), summary(rows), len(rows)
     of = rows[0]
     made = ", ".join(f"{name} {version}" for name, version in of["versions"].items())

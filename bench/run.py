@@ -34,8 +34,9 @@ from convgen.lowering.versions import versions
 from convgen.measure.peers import PEERS, find_peer
 from convgen.problem.spec import ACCURACIES
 from convgen.records.answer import best_record, record_candidate
-from convgen.records.store import RecordStore, TuningRecord
-from convgen.report import picture
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
+from convgen.report import bench_page, figure
 from convgen.report import tables as report
 from convgen.report.rows import Row, RowFile, measure
 from convgen.tuning.tuner import Tuner
@@ -48,7 +49,7 @@ Measurer = Callable[[SpecEntry, Tuner, argparse.Namespace], Row]
 
 
 def tune_and_measure(entry: SpecEntry, tuner: Tuner, options: argparse.Namespace) -> Row:
-    """One row: the layer's tuned kernel, where it is another than the default, the default and the peers."""
+    """One row: the layer's tuned kernel (unless that is the default), the default, and the peers."""
     spec, target, threads = entry.spec, tuner.target, tuner.threads
     default = default_candidate(spec, target)
     kernels = {}
@@ -83,7 +84,7 @@ def is_known(row: Row | None, options: argparse.Namespace) -> bool:
     if row is None or ((options.seconds or options.recorded) and not row.is_tuned):
         return False
     low, high = row.interval or (1.0, 1.0)
-    return high <= options.unsteady * low
+    return bool(high <= options.unsteady * low)
 
 
 def changes(options: argparse.Namespace) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def changes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def variant(stem: str, options: argparse.Namespace) -> str:
-    """The name of the files that rows are kept in: those of another layout, say, have their own."""
+    """The name of the files that rows are kept in: another batch, layout or target, and cold caches, have their own."""
     batch = None if options.batch is None else f"n{options.batch}"
     target = options.target.replace(":", "-") if options.target != "cpu" else None
     marks = [batch, options.layout, target, "cold" if options.cold else None]
@@ -114,10 +115,10 @@ def run(problem: Path, options: argparse.Namespace, console: Console, measurer: 
         if options.fresh or not is_known(kept.rows.get((entry.spec.descriptor, threads)), options)
     ]
     # Nothing draws while a layer is timed: the display changes between two of them only.
+    quiet = not console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    settings = {"auto_refresh": False, "transient": True, "disable": not console.is_terminal}
     try:
-        with Progress(*columns, console=console, **settings) as progress:
+        with Progress(*columns, console=console, auto_refresh=False, transient=True, disable=quiet) as progress:
             task = progress.add_task(name, total=len(missing))
             for threads in options.threads:
                 part = [entry for entry, count in missing if count == threads]
@@ -149,47 +150,52 @@ def write_reports(path: Path, rows: Sequence[Row]) -> None:
     """The tables and the picture of a network, beside its rows."""
     title = f"{path.name}: convgen {convgen.__version__}"
     write_text(report.network(title, rows), path.with_name(path.name + ".md"))
-    write_text(picture.page(title, rows), path.with_name(path.name + ".html"))
+    write_text(bench_page.page(title, rows), path.with_name(path.name + ".html"))
 
 
 def summarise(results: Path, console: Console) -> None:
-    """Write README.md and summary.svg over all rows; the sample's, whose layers are in the others, and those of
-    another batch, layout or target have a table of their own.
+    """Write README.md and summary.svg over all rows. The sample's rows, whose layers are in the networks too, and rows
+    of another batch, layout or target have a table of their own.
     """
-    networks, checks = {}, {}
+    networks: dict[str, list[Row]] = {}
+    checks: dict[str, list[Row]] = {}
     for path in sorted(results.glob("*.jsonl")):
         name, *marks = path.stem.split(".")
         own = networks if name != SAMPLE.stem and marks in ([], ["cold"]) else checks
         own[path.stem] = list(RowFile(path).rows.values())
     write_text(report.summary(networks, checks), results / "README.md")
-    write_text(picture.summary(networks), results / "summary.svg")
+    write_text(figure.summary(networks), results / "summary.svg")
     console.print(f"wrote {results / 'README.md'} and summary.svg")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("problems", type=Path, nargs="*", help="spec files or ONNX models")
-    parser.add_argument("--quick", action="store_true", help="the sample, anew: --threads 1 --seconds 0 --rounds 5")
+    parser.add_argument(
+        "--quick", action="store_true", help="measure the sample anew, with --threads 1 --seconds 0 --rounds 5"
+    )
     parser.add_argument("--summary", action="store_true", help="write README.md and summary.svg over all results")
     parser.add_argument("--threads", type=lambda s: [int(t) for t in s.split(",")], default=[1, 2])
     parser.add_argument("--seconds", type=float, default=30.0, help="tuning time per layer; 0: defaults only")
-    parser.add_argument("--recorded", action="store_true", help="instead of tuning, what --records has")
-    parser.add_argument("--accuracy", choices=ACCURACIES, help="of every layer, instead of its own")
-    parser.add_argument("--batch", type=int, metavar="N", help="of every layer, instead of its own")
-    parser.add_argument("--layout", choices=("nchw", "nhwc"), help="of every layer, instead of its own")
-    parser.add_argument("--target", default="cpu", help="as cpu:haswell: the libraries are kept to its vectors too")
+    parser.add_argument("--recorded", action="store_true", help="take the kernels that --records has instead of tuning")
+    parser.add_argument("--accuracy", choices=ACCURACIES, help="accuracy of every layer, instead of its own")
+    parser.add_argument("--batch", type=int, metavar="N", help="batch of every layer, instead of its own")
+    parser.add_argument("--layout", choices=("nchw", "nhwc"), help="layout of every layer, instead of its own")
+    parser.add_argument(
+        "--target", default="cpu", help="such as cpu:haswell: the libraries are kept to its vectors too"
+    )
     parser.add_argument("--cold", action="store_true", help="empty caches before every timed call")
     parser.add_argument("--peers", type=lambda s: s.split(","), default=list(PEERS))
-    parser.add_argument("--rounds", type=int, default=7, help="at least; more where a ratio is not clear yet")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing; more while a ratio is not clear")
     parser.add_argument("--records", type=Path, help="record store; the default one unless given")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
-    parser.add_argument("--fresh", action="store_true", help="measure rows again that are there")
+    parser.add_argument("--fresh", action="store_true", help="measure known rows again")
     parser.add_argument(
         "--unsteady",
         type=float,
         default=math.inf,
         metavar="F",
-        help="measure rows again whose ratio's interval spans more than a factor F: the machine was disturbed",
+        help="measure rows again whose ratio's interval spans more than a factor of F: the machine was disturbed",
     )
     options = parser.parse_args(arguments)
     try:

@@ -10,7 +10,7 @@ from .kernel.kernel import Kernel, check_threads, compile_candidate
 from .problem.spec import ConvSpec
 from .records.answer import Answer, choose, find_record
 from .records.opening import Records, open_store
-from .records.store import TuningRecord
+from .records.record import TuningRecord
 from .tuning.recheck import recheck
 from .tuning.search import Progress
 from .tuning.tuner import Tuner

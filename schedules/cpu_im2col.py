@@ -3,18 +3,21 @@
 Applies to  dense NCHW convolutions that are not transposed, of any rank, with few products per output and many
             output channels; stride along the row at most 16.
 Strategy    1. Pack weights as [oc/t][row of the kernel, ic, k][t].
-            2. A tile is `tile_px` pixels of an output row. Its patches are gathered once, with their padding and apart
-               by phase of the stride, into [row of the kernel, ic, k][tile_px], for all channels.
+            2. A tile is `tile_px` pixels of an output row. Its patches are gathered once for all output channels, with
+               their padding, into [row of the kernel, ic, k][tile_px]; a stride is taken out by shuffles.
             3. Pixels in the lanes as in cpu_gemm: `tile_oc` channels × `tile_px` pixels in registers.
             4. Bias, residual and activation on the tile; the store is contiguous.
             5. One parallel loop over batch × rows × blocks of tiles × parts of the channels.
-Why not     shuffles in the product's loop (cpu_masked): every block of channels repeats them. Many products per
-            output: patches outgrow the cache, and what is loaded is too large for what it saves.
+Why not     shuffles in the product's loop (cpu_masked): every block of channels repeats them. With many products
+            per output the patches outgrow the cache, and to load them costs more than they save.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from tvm import te, tirx
 
@@ -30,23 +33,31 @@ from convgen.cpu.vector import (
     written,
     zeros,
 )
-from convgen.lowering.compute import ACCUMULATOR, Operands, ceildiv, copied, round_up, unflat
-from convgen.lowering.schedule import Picks, Space, Written, require
+from convgen.hardware.target import Target
+from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, round_up, unflat
+from convgen.lowering.schedule import Picks, Program, Space, Written, require
+from convgen.problem.spec import ConvSpec
+
+# What `cost` counts, in the time of one vector's product. Fitted to measured kernels, not measured alone.
+#: A product with its share of the loads; storing a sum.
+PRODUCT, STORE = 1.05, 5
+#: Gathering a vector of patches; each halving of the stride by shuffles.
+GATHER, SHUFFLE = 3, 2
 
 
 class CpuIm2col(Written):
     id, version = "cpu_im2col", 1
 
-    def applies(self, spec, target):
+    def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed and spec.groups == 1, "needs groups 1, not transposed")
         require(spec.layout == "nchw", "needs NCHW")
-        require(not spec.has_unit_kernel, "needs more than a pixel's own products: cpu_gemm is for these")
+        require(not spec.has_unit_kernel, "needs padding or more than a 1×1 kernel: cpu_gemm is for plain 1×1 kernels")
         require(spec.stride[-1] <= 16, "needs a stride along the row of at most 16")
         require(spec.kernel[-1] <= 128, "needs at most 128 taps along the row")
         require(spec.reduction_length <= 512, "needs at most 512 products per output")
 
-    def space(self, spec, target):
+    def space(self, spec: ConvSpec, target: Target) -> Space:
         lanes = target.lanes
         return Space(
             tile_oc=[c for c in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 14) if c <= spec.oc],
@@ -55,41 +66,43 @@ class CpuIm2col(Written):
             parallel_oc=[1, 2, 4, 8],
         )
 
-    def valid(self, spec, target, picks):
+    def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
         most = target.most_pixels(picks.tile_px // target.lanes)  # here: channels
         require(picks.tile_oc <= most, f"{picks.tile_oc} channels in a tile, registers for {most}")
         require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
 
-    def default(self, spec, target):
+    def default(self, spec: ConvSpec, target: Target) -> Picks:
         lanes = target.lanes
         vectors = 2 if spec.out_spatial[-1] > lanes else 1
-        most = min(spec.oc, 8 if target.vector_registers > 16 else 6)
-        tile_oc = min(range(1, most + 1), key=lambda c: (round_up(spec.oc, c) * (1 + 0.3 / c), -c))
+        most_channels = min(spec.oc, 8 if target.vector_registers > 16 else 6)
+        loads = 0.3  # of a step of the tile, in products of one channel
+        tile_oc = min(range(1, most_channels + 1), key=lambda c: (round_up(spec.oc, c) * (1 + loads / c), -c))
         tiles = ceildiv(spec.out_spatial[-1], vectors * lanes)
         rows = spec.n * math.prod(spec.out_spatial[:-1])
         # Long runs of stores; patches that stay in half a core's cache; enough for every core to do.
-        fits = [
+        blocks = [
             b
             for b in (2, 4, 8, 16)
             if b <= tiles
             and 4 * b * spec.reduction_length * vectors * lanes <= target.l2 // 2
             and rows * ceildiv(tiles, b) >= 4 * target.cores
         ]
-        return Picks(tile_oc=tile_oc, tile_px=vectors * lanes, block_px=max(fits, default=1), parallel_oc=1)
+        return Picks(tile_oc=tile_oc, tile_px=vectors * lanes, block_px=max(blocks, default=1), parallel_oc=1)
 
-    def cost(self, spec, target):
+    def cost(self, spec: ConvSpec, target: Target) -> float:
         picks, lanes = self.default(spec, target), target.lanes
         width, length = round_up(spec.out_spatial[-1], lanes), spec.reduction_length
         vectors = spec.n * math.prod(spec.out_spatial[:-1]) * width / lanes
-        products = round_up(spec.oc, picks.tile_oc) * (length * 1.05 + 5)
-        patches = length * (3 if spec.stride[-1] == 1 else 3 + 2 * math.log2(spec.stride[-1]))
+        products = round_up(spec.oc, picks.tile_oc) * (length * PRODUCT + STORE)
+        patches = length * (GATHER if spec.stride[-1] == 1 else GATHER + SHUFFLE * math.log2(spec.stride[-1]))
         return vectors * (products + patches) * 2 * lanes / target.peak_flops
 
-    def program(self, spec, target, picks):
-        ops = Operands(spec)
+    def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
+        ops, lanes = Operands(spec), target.lanes
         tile, taps, length = picks.tile_oc, spec.kernel[-1], spec.reduction_length
+        columns = Columns(spec, lanes, picks.tile_px // lanes)
 
-        def packed_weights(b, k, t):
+        def packed_weights(b: Expr, k: Expr, t: Expr) -> Expr:
             row, c, kx = unflat(k, (math.prod(spec.kernel[:-1]), spec.ic, taps))
             value = ops.weights[(b * tile + t, c, *unflat(row, spec.kernel[:-1]), kx)]
             if spec.oc % tile == 0:
@@ -98,81 +111,149 @@ class CpuIm2col(Written):
 
         packed = [te.compute((ceildiv(spec.oc, tile), length, tile), packed_weights, name="weights_packed")]
         packed += [copied(p) for p in ops.parameters[1:]]
-        return written(ops, packed, lambda *buffers: _kernel(spec, picks, target.lanes, *buffers))
+        return written(ops, packed, lambda *buffers: _Kernel(spec, picks, columns, *buffers).statement())
 
 
-def _kernel(spec, picks, lanes, src, residual, parameters, dst):
-    """All of the layer: a loop over images, rows, blocks of tiles and parts of the channels."""
-    columns = Columns(spec, lanes, picks.tile_px // lanes)
-    rows, taps, length, width = spec.out_spatial[:-1], spec.kernel[-1], spec.reduction_length, spec.out_spatial[-1]
-    vectors, step = range(columns.vectors), columns.step
-    tiles, per_task = ceildiv(width, step), ceildiv(ceildiv(spec.oc, picks.tile_oc), picks.parallel_oc)
-    blocks = ceildiv(tiles, picks.block_px)
-    whole = Block()
+class _Task(NamedTuple):
+    """What one task works on."""
 
-    def gather(block, patches, i, n, at, x0, tile):
-        """The patches of the tile at x0 in the output row ``at``; ``tile`` tells what of the image they meet."""
-        outer = math.prod(spec.kernel[:-1])
-        with block.loop(outer) as (kernel_row, r):
-            position = unflat(r, spec.kernel[:-1])
+    #: The image, and the output row there.
+    image: Expr
+    row: list[Expr]
+    #: The tiles of that row: the first, and the one after the last.
+    first: Expr
+    end: Expr
+    #: Their patches, ``[tile, products per output, tile_px]``.
+    patches: tirx.Buffer
+
+
+class _Tile(NamedTuple):
+    """A tile of pixels: its index in the task, and its first pixel."""
+
+    index: Expr
+    x: Expr
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """The statements of the whole layer."""
+
+    spec: ConvSpec
+    picks: Picks
+    columns: Columns
+    src: tirx.Buffer
+    residual: tirx.Buffer
+    parameters: dict[str, tirx.Buffer]
+    dst: tirx.Buffer
+
+    def statement(self) -> tirx.Stmt:
+        """The parallel loop over images, rows, blocks of tiles and parts of the channels, around what a task does."""
+        spec, picks, step, parts = self.spec, self.picks, self.columns.step, self.picks.parallel_oc
+        rows = spec.out_spatial[:-1]
+        tiles = ceildiv(spec.out_spatial[-1], step)
+        blocks = ceildiv(tiles, picks.block_px)
+        whole = Block()
+        with whole.loop(spec.n * math.prod(rows) * blocks * parts, parallel=True) as (body, index):
+            outer, part = index // parts, body.let(index % parts)
+            outer, first = outer // blocks, body.let(outer % blocks * picks.block_px)
+            image, row = body.let(outer // math.prod(rows)), outer % math.prod(rows)
+            at = [body.let(y) for y in unflat(row, rows)]
+            end = body.let(tirx.min(first + picks.block_px, tiles))
+            task = _Task(image, at, first, end, body.buffer((picks.block_px, spec.reduction_length, step)))
+            self.gather(body, task)
+            for channels_body, channel_block, channels in self.channel_blocks(body, part):
+                for tile_body, tile, counts in self.tiles(channels_body, task):
+                    self.product(tile_body, task, tile, counts, channel_block, channels)
+        return whole.statement()
+
+    def gather(self, body: Block, task: _Task) -> None:
+        """Gather the patches of all tiles of a task. Tiles that meet the same part of the image share their code."""
+        for start, count, pattern in self.columns.runs:
+            first = body.let(tirx.max(task.first, start))
+            with body.loop(body.let(tirx.max(tirx.min(task.end, start + count) - first, 0))) as (inner, i):
+                index = inner.let(first + i - task.first)
+                tile = _Tile(index, inner.let((first + i) * self.columns.step))
+                self.gather_tile(inner, task, tile, pattern)
+
+    def gather_tile(self, body: Block, task: _Task, tile: _Tile, pattern: dict[Any, Any]) -> None:
+        """Gather the patches of a tile; ``pattern`` tells what of the image its pixels meet, as in :class:`Columns`."""
+        spec = self.spec
+        rows = spec.kernel[:-1]
+        with body.loop(math.prod(rows)) as (inner, kernel_row):
             where = [
-                kernel_row.let(y * s + k * d - begin)
-                for y, s, k, d, (begin, _) in zip(at, spec.stride, position, spec.dilation, spec.padding, strict=False)
+                inner.let(y * s + k * d - begin)
+                for y, s, k, d, (begin, _) in zip(
+                    task.row, spec.stride, unflat(kernel_row, rows), spec.dilation, spec.padding, strict=False
+                )
             ]
-            sizes = list(zip(where, spec.in_spatial, spec.padding, strict=False))
-            conditions = [c for y, size, pad in sizes if any(pad) for c in (y >= 0, y < size)]
-            inside = tirx.all(*conditions) if conditions else True
-            for image, condition in ((True, inside), (False, tirx.Not(inside) if conditions else False)):
-                with kernel_row.when(condition) as branch, branch.loop(spec.ic) as (channel, c):
+            axes = zip(where, spec.in_spatial, spec.padding, strict=False)
+            bounds = [c for y, size, padding in axes if any(padding) for c in (y >= 0, y < size)]
+            with inner.when(tirx.all(*bounds) if bounds else True) as inside:
+                self.gather_row(inside, task, tile, pattern, kernel_row, where)
+            if bounds:
+                with inner.when(tirx.Not(tirx.all(*bounds))) as outside:
+                    self.gather_row(outside, task, tile, pattern, kernel_row, None)
 
-                    def read(offset, count, shift, channel=channel, c=c):
-                        index = [n, c, *where, x0 * spec.stride[-1] + offset]
-                        return load(src, spec.dtype, index, lanes, count, shift)
+    def gather_row(
+        self,
+        body: Block,
+        task: _Task,
+        tile: _Tile,
+        pattern: dict[Any, Any],
+        kernel_row: Expr,
+        where: Sequence[Expr] | None,
+    ) -> None:
+        """Gather what a row of the kernel reads: of the row ``where`` of every input channel; None: zeros, outside."""
+        spec, lanes, taps = self.spec, self.columns.lanes, self.spec.kernel[-1]
+        with body.loop(spec.ic) as (inner, c):
 
-                    inputs = Taps(channel, columns, tile, read)
-                    for kx in range(taps):
-                        for v in vectors:
-                            value = inputs[v, kx] if image and tile["stored", v] > 0 else None
-                            place = [i, (r * spec.ic + c) * taps + kx, v * lanes]
-                            value = zeros(lanes) if value is None else value
-                            channel.add(store(patches, "f32", place, value, lanes, lanes))
+            def read(offset: int, count: int, shift: int) -> Expr:
+                index = [task.image, c, *(where or ()), tile.x * spec.stride[-1] + offset]
+                return load(self.src, spec.dtype, index, lanes, count, shift)
 
-    def product(block, patches, i, n, b, channels, at, x0, counts):
-        """``channels`` of block b times the tile at x0; ``counts`` says how many pixels there are per vector."""
-        live = [v for v, count in enumerate(counts) if count > 0]
-        sums = block.registers([(t, v) for t in range(channels) for v in live], lanes)
-        outer_products(
-            block,
-            sums,
-            length,
-            lambda t, k: parameters["weights"][b, k, t],
-            lambda v, k: load(patches, "f32", [i, k, v * lanes], lanes, lanes),
-        )
+            inputs = Taps(inner, self.columns, pattern, read)
+            for kx in range(taps):
+                for v in range(self.columns.vectors):
+                    value = inputs[v, kx] if where is not None and pattern["stored", v] > 0 else None
+                    place = [tile.index, (kernel_row * spec.ic + c) * taps + kx, v * lanes]
+                    value = zeros(lanes) if value is None else value
+                    inner.add(store(task.patches, "f32", place, value, lanes, lanes))
+
+    def channel_blocks(self, body: Block, part: Expr) -> Iterator[tuple[Block, Expr, int]]:
+        """Code for each block of channels of a part: ``(its body, its index, its channels)``."""
+        tile_oc = self.picks.tile_oc
+        per_part = ceildiv(ceildiv(self.spec.oc, tile_oc), self.picks.parallel_oc)
+        full, rest = divmod(self.spec.oc, tile_oc)
+        with body.loop(per_part) as (inner, i):
+            channel_block = inner.let(part * per_part + i)
+            for case, channels in inner.cases(channel_block, full, tile_oc, rest):
+                yield case, channel_block, channels
+
+    def tiles(self, body: Block, task: _Task) -> Iterator[tuple[Block, _Tile, list[int]]]:
+        """Code for each tile of a task: ``(its body, the tile, pixels of each of its vectors)``."""
+        lanes, step = self.columns.lanes, self.columns.step
+        full, rest = divmod(self.spec.out_spatial[-1], step)
+        starts = range(0, step, lanes)
+        edge = [max(0, min(lanes, rest - start)) for start in starts] if rest else None
+        with body.loop(task.end - task.first) as (inner, i):
+            for case, counts in inner.cases(inner.let(task.first + i), full, [lanes for _ in starts], edge):
+                yield case, _Tile(i, case.let((task.first + i) * step)), counts
+
+    def product(
+        self, body: Block, task: _Task, tile: _Tile, counts: Sequence[int], channel_block: Expr, channels: int
+    ) -> None:
+        """The sums of ``channels`` output channels for a tile of pixels, their epilogue and store."""
+        spec, lanes, weights = self.spec, self.columns.lanes, self.parameters["weights"]
+        vectors = [v for v, count in enumerate(counts) if count > 0]
+        sums = body.registers([(t, v) for t in range(channels) for v in vectors], lanes)
+
+        def patch(v: int, k: Expr) -> Expr:
+            return load(task.patches, "f32", [tile.index, k, v * lanes], lanes, lanes)
+
+        outer_products(body, sums, spec.reduction_length, lambda t, k: weights[channel_block, k, t], patch)
         for t in range(channels):
-            o = block.let(b * picks.tile_oc + t)
-            given = spread_parameters(block, parameters, o, lanes)
-            for v in live:
-                place = [n, o, *at, x0 + v * lanes]
-                finish(block, spec, dst, residual, place, sums[t, v], lanes, counts[v], **given)
-
-    with whole.loop(spec.n * math.prod(rows) * blocks * picks.parallel_oc, parallel=True) as (task, index):
-        rest, part = index // picks.parallel_oc, task.let(index % picks.parallel_oc)
-        rest, first = rest // blocks, task.let(rest % blocks * picks.block_px)
-        n, row = task.let(rest // math.prod(rows)), rest % math.prod(rows)
-        at = [task.let(y) for y in unflat(row, rows)]
-        end = task.let(tirx.min(first + picks.block_px, tiles))
-        patches = task.buffer((picks.block_px, length, step))
-        for start, count, tile in columns.runs:
-            low = task.let(tirx.max(first, start))
-            with task.loop(task.let(tirx.max(tirx.min(end, start + count) - low, 0))) as (one, j):
-                gather(one, patches, one.let(low + j - first), n, at, one.let((low + j) * step), tile)
-        full, rest = [lanes] * columns.vectors, width % step
-        edge = [max(0, min(lanes, rest - v * lanes)) for v in vectors] if rest else None
-        with task.loop(per_task) as (inside, j):
-            b = inside.let(part * per_task + j)
-            for those, channels in inside.cases(b, spec.oc // picks.tile_oc, picks.tile_oc, spec.oc % picks.tile_oc):
-                with those.loop(end - first) as (one, i):
-                    for these, counts in one.cases(one.let(first + i), width // step, full, edge):
-                        x0 = these.let((first + i) * step)
-                        product(these, patches, i, n, b, channels, at, x0, counts)
-    return whole.statement()
+            channel = body.let(channel_block * self.picks.tile_oc + t)
+            given = spread_parameters(body, self.parameters, channel, lanes)
+            for v in vectors:
+                place = [task.image, channel, *task.row, tile.x + v * lanes]
+                finish(body, spec, self.dst, self.residual, place, sums[t, v], lanes, counts[v], **given)

@@ -15,11 +15,16 @@ Why not     GEMM and col2im: it writes each product, and adds them up again in m
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from tvm import te, tirx
 
+from convgen.hardware.target import Target
 from convgen.lowering.compute import (
     ACCUMULATOR,
+    Expr,
+    Index,
     Operands,
     ceildiv,
     copied,
@@ -32,15 +37,18 @@ from convgen.lowering.compute import (
     vectorize_finished,
 )
 from convgen.lowering.schedule import Picks, Program, Scheduled, Space, require
+from convgen.problem.spec import ConvSpec
 
-#: Unrolled multiply-adds of one input channel.
+#: Unrolled multiply-adds of one input channel; more take long to compile.
 MOST_UNROLLED = 1024
+#: Bytes per second that one core writes of dst, phases interleaved: a round figure that only ranks schedules.
+WRITTEN_PER_SECOND = 8e9
 
 
 class CpuTransposed(Scheduled):
     id, version = "cpu_transposed", 3
 
-    def applies(self, spec, target):
+    def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cpu", "needs a CPU")
         require(spec.transposed, "needs a transposed convolution")
         require(spec.groups == 1, "needs groups 1")
@@ -48,7 +56,7 @@ class CpuTransposed(Scheduled):
         g = _Geometry(spec)
         require(g.whole or g.phases <= 64, "needs at most 64 phases where the stride does not divide the kernel")
 
-    def space(self, spec, target):
+    def space(self, spec: ConvSpec, target: Target) -> Space:
         lanes = target.lanes
         pixels = _Geometry(spec).pixels
         tiles = {p for p in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16, 20, 24, 28) if p < pixels[-1]}
@@ -60,14 +68,14 @@ class CpuTransposed(Scheduled):
             parallel_oc=[1, 2, 4, 8],
         )
 
-    def valid(self, spec, target, picks):
+    def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
         g = _Geometry(spec)
         most = target.most_pixels(picks.tile_oc // target.lanes)
         require(picks.tile_px <= most, f"{picks.tile_px} pixels in a tile, registers for {most}")
-        require(picks.block < 2 * g.blockable(picks.tile_px), "block exceeds what there is")
+        require(picks.block < 2 * g.blockable(picks.tile_px), "block exceeds the rows of a phase (in 1-D, its tiles)")
         require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
 
-    def default(self, spec, target):
+    def default(self, spec: ConvSpec, target: Target) -> Picks:
         lanes, g = target.lanes, _Geometry(spec)
         vectors = 2 if spec.oc > lanes else 1
         room = target.most_pixels(vectors)
@@ -82,7 +90,7 @@ class CpuTransposed(Scheduled):
             parallel_oc = max(p for p in space["parallel_oc"] if p <= ceildiv(spec.oc, vectors * lanes))
         return Picks(tile_oc=vectors * lanes, tile_px=tile_px, block=block, order="oc", parallel_oc=parallel_oc)
 
-    def cost(self, spec, target):
+    def cost(self, spec: ConvSpec, target: Target) -> float:
         picks, g = self.default(spec, target), _Geometry(spec)
         lanes = target.lanes
         pixels = math.prod(g.pixels[:-1]) * round_up(g.pixels[-1], picks.tile_px)
@@ -90,140 +98,197 @@ class CpuTransposed(Scheduled):
         products = 2 * spec.n * pixels * taps * spec.ic * round_up(spec.oc, picks.tile_oc)
         tile = picks.tile_px * picks.tile_oc // lanes
         efficiency = 0.85 * min(1.0, tile / 10)
-        return products / (efficiency * target.peak_flops) + 3 * spec.bytes["dst"] / (target.cores * 8e9)
+        traffic = 3 * spec.bytes["dst"] / (target.cores * WRITTEN_PER_SECOND)
+        return float(products / (efficiency * target.peak_flops) + traffic)
 
-    def program(self, spec, target, picks):
-        ops, g, dtype, tile = Operands(spec), _Geometry(spec), ACCUMULATOR, picks.tile_oc
-        zero = tirx.const(0, dtype)
-        oc_blocks = ceildiv(spec.oc, tile)
+    def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
+        steps = _Steps(spec, picks)
+        ops = steps.ops
+        packed = [steps.packed_weights()]
+        packed += [copied(p, steps.oc_blocks * picks.tile_oc) for p in ops.parameters[1:]]
+        weights, *vectors = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
+        acc = steps.products(steps.padded(), weights)
+        dst = steps.stored(acc, vectors)
+        return Program(pack=ops.pack(*packed), main=ops.main([weights, *vectors], dst))
 
-        def tap(phase, t):
-            """The kernel's tap per axis, and whether there is one."""
-            if g.phases == 1:
-                return list(t), []
-            pads = [b for b, _ in spec.padding]
-            taps = [tirx.floormod(p + b, s) + s * i for p, b, s, i in zip(phase, pads, spec.stride, t, strict=True)]
-            return taps, [k < size for k, size in zip(taps, spec.kernel, strict=True)]
-
-        def packed_weights(*index):
-            *phase, position, b, c, lane = index
-            taps, inside = tap(phase, unflat(position, g.taps))
-            o = b * tile + lane
-            inside = [*inside, o < spec.oc]
-            return tirx.if_then_else(tirx.all(*inside), ops.weights[(c, o, *taps)], zero)
-
-        shape = (*spec.stride, math.prod(g.taps), oc_blocks, spec.ic, tile)
-        packed = [te.compute(shape, packed_weights, name="weights_packed")]
-        packed += [copied(p, oc_blocks * tile) for p in ops.parameters[1:]]
-        w, *vectors = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
-
-        width = round_up(g.pixels[-1], picks.tile_px)
-        extent = [q + r for q, r in zip([*g.pixels[:-1], width], g.reach, strict=True)]
-
-        def gathered(*index):
-            n, c, where = ops.logical(index)
-            where = [p + first for p, first in zip(where, g.first, strict=True)]
-            return ops.read_src(n, c, where, always=True)
-
-        padded = te.compute(ops.order(spec.n, spec.ic, extent), gathered, name="padded")
-
-        c = te.reduce_axis((0, spec.ic), "c")
-        t = [te.reduce_axis((0, count), f"t{axis}") for axis, count in enumerate(g.taps)]
-
-        def product(n, b, *rest):
-            phase, pixel, lane = rest[: spec.rank], rest[-1 - spec.rank : -1], rest[-1]
-            where = [
-                p + tirx.floordiv(r + pad, s) - i * d - first
-                for p, r, i, s, d, (pad, _), first in zip(
-                    pixel, phase, t, spec.stride, spec.dilation, spec.padding, g.first, strict=True
-                )
-            ]
-            value = padded[ops.order(n, c, where)] * w[(*phase, flat(t, g.taps), b, c, lane)]
-            # Where the stride does not divide the kernel, the last tap of some phases is not there.
-            _, inside = tap(phase, t)
-            return te.sum(value if g.whole else tirx.if_then_else(tirx.all(*inside), value, zero), [*t, c])
-
-        rows = g.pixels[:-1] or (1,)
-        # One axis per axis' phase: TVM 0.27 simplifies (flat_phase // s % s + pad) // s to the wrong value.
-        acc = te.compute((spec.n, oc_blocks, *spec.stride, *rows, width, tile), product, name="acc")
-        sums, done = finished(ops, acc, vectors, lambda index: index[1] * tile + index[-1])
-
-        def value(n, o, pixel):
-            phase = [tirx.floormod(p, s) for p, s in zip(pixel, spec.stride, strict=True)]
-            where = [tirx.floordiv(p, s) for p, s in zip(pixel, spec.stride, strict=True)]
-            where = [0, *where] if spec.rank == 1 else where
-            total = sums[(n, tirx.floordiv(o, tile), *phase, *where, tirx.floormod(o, tile))]
-            residual = ops.residual[ops.order(n, o, pixel)] if spec.residual else None
-            return total if done else epilogue(spec, total, residual=residual, **ops.per_channel(vectors, o))
-
-        return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
-
-    def apply(self, sch, spec, target, picks):
-        lanes, g = target.lanes, _Geometry(spec)
-        acc, padded = sch.get_sblock("acc"), sch.get_sblock("padded")
-        n, spatial, oc = dst_loops(sch, spec)
-        channel_block, channel = sch.split(oc, [None, picks.tile_oc])
-        channel_task, channel_block = sch.split(channel_block, [picks.parallel_oc, None])
-        split = [sch.split(axis, [None, s]) for axis, s in zip(spatial[:-1], spec.stride[:-1], strict=True)]
-        pixel_tile, pixel = sch.split(spatial[-1], [None, picks.tile_px * spec.stride[-1]])
-        rows, steps = [q for q, _ in split], [r for _, r in split]
-        if spec.rank == 1:
-            block, pixel_tile = sch.split(pixel_tile, [None, picks.block])
-        else:
-            block, rows[0] = sch.split(rows[0], [None, picks.block])
-        rows += steps
-        tiles = [channel_block, *rows, pixel_tile] if picks.order == "oc" else [*rows, pixel_tile, channel_block]
-        inner = [channel, pixel] if spec.layout == "nchw" else [pixel, channel]
-        sch.reorder(n, channel_task, block, *tiles, *inner)
-        task = sch.fuse(n, channel_task, block)
-        sch.parallel(task)
-
+    def apply(self, sch: Any, spec: ConvSpec, target: Target, picks: Picks) -> None:
+        task, innermost, row_phases = _split_dst(sch, spec, picks)
         if not spec.residual and spec.activation_op.costly:
-            vectorize_finished(sch, tiles[-1], lanes)
-        sch.compute_at(acc, tiles[-1], preserve_unit_loops=True)
-        count = len(g.taps) + 1
-        loops = sch.get_loops(acc)
-        axes, reduce = loops[:-count], loops[-count:]
-        outer = 2 + max(2, spec.rank) - 1  # rows, pixel, channel
-        phases, (*_, pixel, channel) = axes[-outer - spec.rank : -outer], axes
-        vector, lane = sch.split(channel, [None, lanes])
-        tile = axes[-3]
-        sch.reorder(*reduce, pixel, vector, lane)
-        sch.vectorize(lane)
-        sch.unroll(vector)
-        sch.unroll(pixel)
-        # Where taps are missing, the condition is one of constants, unless that is too much code.
-        unrolled = g.phases * math.prod(g.taps) * picks.tile_px * picks.tile_oc // lanes
-        if not g.whole and unrolled <= MOST_UNROLLED:
-            for loop in (*phases, *reduce[:-1], *steps):
-                sch.unroll(loop)
-        local = sch.cache_write(acc, 0, "global")
-        sch.reverse_compute_at(local, tile, preserve_unit_loops=True)
-        vector, lane = sch.split(sch.get_loops(local)[-1], [None, lanes])
-        sch.vectorize(lane)
-        sch.decompose_reduction(acc, reduce[0])
-
+            vectorize_finished(sch, innermost, target.lanes)
+        _schedule_products(sch, spec, target, picks, innermost, row_phases)
+        padded = sch.get_sblock("padded")
         if picks.parallel_oc == 1:
             sch.compute_at(padded, task, preserve_unit_loops=True)
-        else:
+        else:  # several tasks read the same rows
             sch.parallel(sch.fuse(*sch.get_loops(padded)[:2]))
 
 
 class _Geometry:
-    """Phases, taps per phase and the pixels of one phase, per axis."""
+    """Phases, taps per phase and the pixels of one phase, per axis.
 
-    def __init__(self, spec):
+    Attributes:
+        phases: how many there are, over all axes.
+        taps: taps of the phase that has most.
+        whole: whether all phases have as many.
+        pixels: output pixels of the phase that has most.
+        first: the first input pixel that pixel 0 of any phase reads.
+        reach: how many input pixels after the first one pixel 0 of the phases reads.
+    """
+
+    def __init__(self, spec: ConvSpec) -> None:
         self.phases = math.prod(spec.stride)
         self.taps = tuple(ceildiv(k, s) for k, s in zip(spec.kernel, spec.stride, strict=True))
         self.whole = all(k % s == 0 for k, s in zip(spec.kernel, spec.stride, strict=True))
         self.pixels = tuple(ceildiv(o, s) for o, s in zip(spec.out_spatial, spec.stride, strict=True))
-        # Input pixels that phase pixel 0 reads, first and last, over all phases and taps.
-        pads = [b for b, _ in spec.padding]
+        begins = [begin for begin, _ in spec.padding]
         back = [(t - 1) * d for t, d in zip(self.taps, spec.dilation, strict=True)]
-        self.first = tuple(b // s - r for b, s, r in zip(pads, spec.stride, back, strict=True))
-        last = [(s - 1 + b) // s for b, s in zip(pads, spec.stride, strict=True)]
+        self.first = tuple(b // s - r for b, s, r in zip(begins, spec.stride, back, strict=True))
+        last = [(s - 1 + b) // s for b, s in zip(begins, spec.stride, strict=True)]
         self.reach = tuple(b - a for a, b in zip(self.first, last, strict=True))
 
-    def blockable(self, tile_px):
+    def blockable(self, tile_px: int) -> int:
         """What a task takes a block of: rows of the first axis; in 1-D, tiles."""
         return ceildiv(self.pixels[0], tile_px) if len(self.pixels) == 1 else self.pixels[0]
+
+
+class _Steps:
+    """The tensor expressions of a candidate, a step per method."""
+
+    def __init__(self, spec: ConvSpec, picks: Picks) -> None:
+        self.spec, self.ops, self.geometry = spec, Operands(spec), _Geometry(spec)
+        self.tile_oc = picks.tile_oc
+        self.oc_blocks = ceildiv(spec.oc, picks.tile_oc)
+        #: Pixels of a phase's row, in whole tiles.
+        self.width = round_up(self.geometry.pixels[-1], picks.tile_px)
+        self.zero = tirx.const(0, ACCUMULATOR)
+
+    def _kernel_taps(self, phase: Index, t: Index) -> tuple[list[Expr], list[Expr]]:
+        """The taps of the kernel, per axis, that are the ``t``-th of a phase; and the conditions that they exist."""
+        spec = self.spec
+        if self.geometry.phases == 1:
+            return list(t), []
+        taps = [
+            tirx.floormod(p + begin, s) + s * i
+            for p, (begin, _), s, i in zip(phase, spec.padding, spec.stride, t, strict=True)
+        ]
+        return taps, [k < size for k, size in zip(taps, spec.kernel, strict=True)]
+
+    def packed_weights(self) -> te.Tensor:
+        """``[phase…][tap][oc/t][ic][t]``, zeros where a phase has fewer taps and past the last channel."""
+        spec, g = self.spec, self.geometry
+
+        def value(*index: Expr) -> Expr:
+            *phase, position, block, ic, lane = index
+            taps, exist = self._kernel_taps(phase, unflat(position, g.taps))
+            oc = block * self.tile_oc + lane
+            return tirx.if_then_else(tirx.all(*exist, oc < spec.oc), self.ops.weights[(ic, oc, *taps)], self.zero)
+
+        shape = (*spec.stride, math.prod(g.taps), self.oc_blocks, spec.ic, self.tile_oc)
+        return te.compute(shape, value, name="weights_packed")
+
+    def padded(self) -> te.Tensor:
+        """src with zeros around it, in src's layout, from the first pixel on that any phase reads."""
+        spec, g = self.spec, self.geometry
+        extent = [size + reach for size, reach in zip([*g.pixels[:-1], self.width], g.reach, strict=True)]
+
+        def value(*index: Expr) -> Expr:
+            n, ic, pixel = self.ops.logical(index)
+            where = [p + first for p, first in zip(pixel, g.first, strict=True)]
+            return self.ops.read_src(n, ic, where, always=True)
+
+        return te.compute(self.ops.order(spec.n, spec.ic, extent), value, name="padded")
+
+    def products(self, padded: te.Tensor, weights: te.Tensor) -> te.Tensor:
+        """Sums of products ``[n][oc/t][phase…][row…][pixel][t]``, where 1-D layers have one row."""
+        spec, g, rank = self.spec, self.geometry, self.spec.rank
+        ic = te.reduce_axis((0, spec.ic), "ic")
+        t = [te.reduce_axis((0, count), f"t{axis}") for axis, count in enumerate(g.taps)]
+
+        def value(n: Expr, block: Expr, *rest: Expr) -> Expr:
+            phase, pixel, lane = rest[:rank], rest[-1 - rank : -1], rest[-1]
+            where = [
+                p + tirx.floordiv(r + begin, s) - i * d - first
+                for p, r, i, s, d, (begin, _), first in zip(
+                    pixel, phase, t, spec.stride, spec.dilation, spec.padding, g.first, strict=True
+                )
+            ]
+            product = padded[self.ops.order(n, ic, where)] * weights[(*phase, flat(t, g.taps), block, ic, lane)]
+            if not g.whole:  # the last tap of some phases does not exist
+                _, exist = self._kernel_taps(phase, t)
+                product = tirx.if_then_else(tirx.all(*exist), product, self.zero)
+            return te.sum(product, [*t, ic])
+
+        rows = g.pixels[:-1] or (1,)
+        # A dimension per axis' phase: TVM 0.27 simplifies (flat_phase // s % s + pad) // s to the wrong value.
+        shape = (spec.n, self.oc_blocks, *spec.stride, *rows, self.width, self.tile_oc)
+        return te.compute(shape, value, name="acc")
+
+    def stored(self, acc: te.Tensor, vectors: Sequence[te.Tensor]) -> te.Tensor:
+        """dst, which interleaves the phases; with the epilogue. ``vectors`` are the packed parameters of channels."""
+        spec, ops, tile_oc = self.spec, self.ops, self.tile_oc
+        sums, is_finished = finished(ops, acc, vectors, lambda index: index[1] * tile_oc + index[-1])
+
+        def value(n: Expr, oc: Expr, pixel: Index) -> Expr:
+            phase = [tirx.floormod(p, s) for p, s in zip(pixel, spec.stride, strict=True)]
+            where = [tirx.floordiv(p, s) for p, s in zip(pixel, spec.stride, strict=True)]
+            where = [0, *where] if spec.rank == 1 else where
+            total = sums[(n, tirx.floordiv(oc, tile_oc), *phase, *where, tirx.floormod(oc, tile_oc))]
+            if is_finished:
+                return total
+            residual = ops.residual[ops.order(n, oc, pixel)] if ops.residual else None
+            return epilogue(spec, total, residual=residual, **ops.per_channel(vectors, oc))
+
+        return ops.store(value)
+
+
+def _split_dst(sch: Any, spec: ConvSpec, picks: Picks) -> tuple[Any, Any, list[Any]]:
+    """Split dst's loops into tasks, tiles and what a tile stores.
+
+    Returns the loop over tasks, the innermost one over tiles, and those over the phases of a block's rows.
+    """
+    n, spatial, oc = dst_loops(sch, spec)
+    channel_block, channel = sch.split(oc, [None, picks.tile_oc])
+    channel_task, channel_block = sch.split(channel_block, [picks.parallel_oc, None])
+    split_rows = [sch.split(axis, [None, s]) for axis, s in zip(spatial[:-1], spec.stride[:-1], strict=True)]
+    rows, row_phases = [row for row, _ in split_rows], [phase for _, phase in split_rows]
+    pixel_tile, pixel = sch.split(spatial[-1], [None, picks.tile_px * spec.stride[-1]])
+    if spec.rank == 1:
+        block, pixel_tile = sch.split(pixel_tile, [None, picks.block])
+    else:
+        block, rows[0] = sch.split(rows[0], [None, picks.block])
+    rows += row_phases
+    tiles = [channel_block, *rows, pixel_tile] if picks.order == "oc" else [*rows, pixel_tile, channel_block]
+    stored = [channel, pixel] if spec.layout == "nchw" else [pixel, channel]
+    sch.reorder(n, channel_task, block, *tiles, *stored)
+    task = sch.fuse(n, channel_task, block)
+    sch.parallel(task)
+    return task, tiles[-1], row_phases
+
+
+def _schedule_products(
+    sch: Any, spec: ConvSpec, target: Target, picks: Picks, innermost: Any, row_phases: Sequence[Any]
+) -> None:
+    """A tile of the products in registers, for each pass of the loop ``innermost``."""
+    g, lanes, acc = _Geometry(spec), target.lanes, sch.get_sblock("acc")
+    sch.compute_at(acc, innermost, preserve_unit_loops=True)
+    reductions = len(g.taps) + 1
+    loops = sch.get_loops(acc)
+    axes, (*taps, ic) = loops[:-reductions], loops[-reductions:]
+    after_phases = max(1, spec.rank - 1) + 2  # rows, pixel, channel
+    phases = axes[-after_phases - spec.rank : -after_phases]
+    *_, last_row, pixel, channel = axes
+    vector, lane = sch.split(channel, [None, lanes])
+    sch.reorder(*taps, ic, pixel, vector, lane)
+    sch.vectorize(lane)
+    sch.unroll(vector)
+    sch.unroll(pixel)
+    # Where some taps do not exist, unrolling makes their conditions constants; unless that is too much code.
+    unrolled = g.phases * math.prod(g.taps) * picks.tile_px * picks.tile_oc // lanes
+    if not g.whole and unrolled <= MOST_UNROLLED:
+        for loop in (*phases, *taps, *row_phases):
+            sch.unroll(loop)
+    registers = sch.cache_write(acc, 0, "global")
+    sch.reverse_compute_at(registers, last_row, preserve_unit_loops=True)
+    _, lane = sch.split(sch.get_loops(registers)[-1], [None, lanes])
+    sch.vectorize(lane)
+    sch.decompose_reduction(acc, taps[0])

@@ -17,23 +17,31 @@ Why not     channels in the lanes (cpu_transposed): better with many channels, a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 from tvm import te, tirx
 
-from convgen.cpu.vector import Block, finish, interleave, load, prefetch, runs, written
-from convgen.lowering.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat
-from convgen.lowering.schedule import Picks, Space, Written, require
+from convgen.cpu.vector import Block, Registers, finish, interleave, load, prefetch, runs, spread_parameters, written
+from convgen.hardware.target import Target
+from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, flat, unflat
+from convgen.lowering.schedule import Picks, Program, Space, Written, require
 from convgen.problem.dtypes import BYTES
+from convgen.problem.spec import ConvSpec
 
-#: Unrolled multiply-adds of all tiles that are written out.
+#: Multiply-adds written out, in all tiles together; more take long to compile.
 MOST_UNROLLED = 4096
+#: Bytes of a cache line: what a prefetch fetches.
+CACHE_LINE = 64
+#: Bytes per second that one core moves of src and dst: a round figure that only ranks schedules.
+BYTES_PER_SECOND = 12e9
 
 
 class CpuTransposedRows(Written):
     id, version = "cpu_transposed_rows", 1
 
-    def applies(self, spec, target):
+    def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cpu", "needs a CPU")
         require(spec.transposed, "needs a transposed convolution")
         require(spec.layout == "nchw", "needs NCHW")
@@ -41,7 +49,7 @@ class CpuTransposedRows(Written):
         require(spec.kernel[-1] <= 256, "needs at most 256 taps along a row")
         require(all(s == 1 or d == 1 for s, d in zip(spec.stride, spec.dilation, strict=True)), "dilated and strided")
 
-    def space(self, spec, target):
+    def space(self, spec: ConvSpec, target: Target) -> Space:
         width, phases = ceildiv(spec.out_spatial[-1], spec.stride[-1]), spec.stride[-1]
         lanes = [n for n in (4, 8, 16) if n <= target.lanes and (n == 4 or n < 2 * width)]
         return Space(
@@ -53,18 +61,20 @@ class CpuTransposedRows(Written):
             prefetch_src=[False, True],
         )
 
-    def valid(self, spec, target, picks):
+    def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
         width, phases = ceildiv(spec.out_spatial[-1], spec.stride[-1]), spec.stride[-1]
         sums = picks.tile_phase * picks.tile_oc * picks.tile_ow
         most = _most_sums(target)
         require(sums <= most or sums == picks.tile_phase, f"{sums} sums, registers for {most}")
         require(picks.lanes * (picks.tile_ow - 1) < width, "tile_ow exceeds the row")
         require(picks.parallel_ow <= ceildiv(width, picks.lanes * picks.tile_ow), "fewer tiles than parallel_ow")
-        one = picks.tile_oc * picks.tile_ow
-        unrolled = _Columns(spec, picks).written * one * max(phases, spec.kernel[-1])
-        require(unrolled <= MOST_UNROLLED or one == 1, f"{unrolled} unrolled multiply-adds, at most {MOST_UNROLLED}")
+        per_phase = picks.tile_oc * picks.tile_ow
+        unrolled = len(_Columns(spec, picks).runs) * per_phase * max(phases, spec.kernel[-1])
+        require(
+            unrolled <= MOST_UNROLLED or per_phase == 1, f"{unrolled} unrolled multiply-adds, at most {MOST_UNROLLED}"
+        )
 
-    def default(self, spec, target):
+    def default(self, spec: ConvSpec, target: Target) -> Picks:
         space = self.space(spec, target).domains
         small = min(space["tile_phase"], key=lambda p: (abs(p - 8), p))
         base = Picks(
@@ -78,164 +88,80 @@ class CpuTransposedRows(Written):
             for phase in space["tile_phase"]
             if phase * c * v <= _most_sums(target)
         ]
-        for picks in sorted(options, key=lambda p: self._cycles(spec, target, p)):
+        for picks in sorted(options, key=lambda p: _cycles(spec, target, p)):
             if self.reason_against(spec, target, picks) is None:
                 base = picks
                 break
         tasks = spec.n * math.prod(spec.out_spatial[:-1]) * _blocks(spec, base)
         tiles = ceildiv(ceildiv(spec.out_spatial[-1], spec.stride[-1]), base.lanes * base.tile_ow)
-        parts = [p for p in space["parallel_ow"] if p <= tiles]
-        parts = next((p for p in parts if p * tasks >= 4 * target.cores), parts[-1])
+        possible = [p for p in space["parallel_ow"] if p <= tiles]
+        parts = next((p for p in possible if p * tasks >= 4 * target.cores), possible[-1])
         return base.replace(parallel_ow=parts, prefetch_src=tiles > 1 and spec.bytes["src"] > target.l2)
 
-    def _cycles(self, spec, target, picks):
-        """Of one core for the whole layer, where operands come from the nearest cache."""
-        taps, phases, depth = spec.kernel[-1], spec.stride[-1], spec.ic // spec.groups
-        unit = max(picks.lanes, target.lanes // 2) / target.lanes  # halves of a vector pass two at a time
-        vectors = ceildiv(ceildiv(spec.out_spatial[-1], phases), picks.lanes)
-        tiles, groups = ceildiv(vectors, picks.tile_ow), ceildiv(phases, picks.tile_phase)
-        products = taps * picks.tile_oc * vectors * unit
-        reads = groups * min(_offsets(spec), ceildiv(taps, groups)) * vectors * (0.5 + unit / 2)
-        reads += taps * picks.tile_oc * tiles / 2
-        latency = 4 * groups * ceildiv(taps, phases) * tiles
-        step = max(products, reads, latency) + 0.2 * reads + 2 * groups * tiles
-        # Taps of the other axes that meet the input, on average over the output.
-        sizes = zip(spec.kernel[:-1], spec.in_spatial[:-1], spec.out_spatial[:-1], strict=True)
-        met = math.prod(min(k, k * i / o) for k, i, o in sizes)
-        finish = (2 + math.log2(phases)) * (3 if spec.activation_op.costly else 1)
-        finish = phases * picks.tile_oc * vectors * finish + 12 * tiles
-        rows = spec.n * math.prod(spec.out_spatial[:-1]) * _blocks(spec, picks)
-        return rows * (depth * met * step + finish + 20)
-
-    def cost(self, spec, target):
+    def cost(self, spec: ConvSpec, target: Target) -> float:
         picks = self.default(spec, target)
         tasks = spec.n * math.prod(spec.out_spatial[:-1]) * _blocks(spec, picks) * picks.parallel_ow
         idle = ceildiv(tasks, target.cores) * target.cores / max(1, tasks)
-        cycles = self._cycles(spec, target, picks) * idle * 2 * target.lanes / target.peak_flops
-        return cycles + (spec.bytes["src"] + 2 * spec.bytes["dst"]) / (target.cores * 12e9)
+        seconds = _cycles(spec, target, picks) * idle * 2 * target.lanes / target.peak_flops
+        return float(seconds + (spec.bytes["src"] + 2 * spec.bytes["dst"]) / (target.cores * BYTES_PER_SECOND))
 
-    def program(self, spec, target, picks):
+    def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, tile = Operands(spec), picks.tile_oc
         per_group, leading = spec.oc // spec.groups, spec.kernel[:-1]
         blocks, depth = ceildiv(per_group, tile), spec.ic // spec.groups
 
-        def packed_weights(b, position, c, k, lane):
-            o = b % blocks * tile + lane
-            value = ops.weights[(b // blocks * depth + c, o, *unflat(position, leading), k)]
-            return (
-                value if per_group % tile == 0 else tirx.if_then_else(o < per_group, value, tirx.const(0, ACCUMULATOR))
-            )
+        def packed_weights(block: Expr, position: Expr, ic: Expr, tap: Expr, lane: Expr) -> Expr:
+            oc = block % blocks * tile + lane
+            value = ops.weights[(block // blocks * depth + ic, oc, *unflat(position, leading), tap)]
+            if per_group % tile == 0:
+                return value
+            return tirx.if_then_else(oc < per_group, value, tirx.const(0, ACCUMULATOR))
 
         shape = (blocks * spec.groups, math.prod(leading), depth, spec.kernel[-1], tile)
         packed = [te.compute(shape, packed_weights, name="weights_packed")]
         packed += [copied(p) for p in ops.parameters[1:]]
-        return written(ops, packed, lambda *buffers: _kernel(spec, picks, *buffers))
+        return written(ops, packed, lambda *buffers: _Kernel(spec, picks, *buffers).statement())
 
 
-def _kernel(spec, picks, src, residual, parameters, dst):
-    """All of the layer: a loop over rows (and parts of them) and blocks of channels."""
-    lanes, stride, tile_oc, vectors = picks.lanes, spec.stride[-1], picks.tile_oc, range(picks.tile_ow)
-    per_group, depth = spec.oc // spec.groups, spec.ic // spec.groups
-    blocks, columns, phases = ceildiv(per_group, tile_oc), _Columns(spec, picks), _phases(spec)
-    step = lanes * picks.tile_ow
-    weights = parameters["weights"]
-    tasks = (spec.n, *spec.out_spatial[:-1], picks.parallel_ow, spec.groups, blocks)
-    whole = Block()
-    with whole.loop(math.prod(tasks), parallel=True) as (task, index):
-        n, *row, part, group, block = (task.let(i) for i in unflat(index, tasks))
-        first_oc = task.let(group * per_group + block * tile_oc)
-        taps = [task.let(value) for axis in range(spec.rank - 1) for value in _taps(spec, axis, row[axis])]
-        taps = [taps[i : i + 4] for i in range(0, len(taps), 4)]
-
-        def products(inside, facts, q0, number, sums):
-            """Add up one group of phases."""
-            inner, where, kernel = inside, [], []
-            with ExitStack() as loops:
-                for (base, k0, first, count), s, d in zip(taps, spec.stride, spec.dilation, strict=False):
-                    inner, t = loops.enter_context(inner.loop(count))
-                    t = inner.let(t + first)
-                    where.append(inner.let(base - t * d))
-                    kernel.append(k0 + t * s)
-                position = inner.let(flat(kernel, spec.kernel[:-1]))
-                with inner.loop(depth) as (one, c):
-                    channel, loaded = one.let(group * depth + c), {}
-                    if picks.prefetch_src and number == 0:
-                        for x in range(0, step, 64 // BYTES[spec.dtype]):
-                            one.add(prefetch(src, [n, channel, *where, q0 + (step + x)]))
-                    for r in range(number, min(stride, number + picks.tile_phase)):
-                        for k, dx in phases[r]:
-                            for i in range(tile_oc):
-                                weight = None
-                                for v in vectors:
-                                    shift, count = facts[v, dx]
-                                    if count <= 0:
-                                        continue
-                                    if (v, dx) not in loaded:
-                                        at = [n, channel, *where, q0 + (v * lanes + dx + shift)]
-                                        loaded[v, dx] = one.let(load(src, spec.dtype, at, lanes, count, shift))
-                                    if weight is None:
-                                        weight = weights[(group * blocks + block, position, c, k, i)]
-                                        weight = one.let(tirx.Broadcast(weight, lanes))
-                                    sums.add(one, (r, i, v), loaded[v, dx] * weight)
-
-        def tile(inside, facts, q0):
-            sums = {}
-            for number in range(0, stride, picks.tile_phase):
-                keys = [
-                    (r, i, v)
-                    for r in range(number, min(stride, number + picks.tile_phase))
-                    for i in range(tile_oc)
-                    for v in vectors
-                ]
-                found = inside.registers(keys, lanes)
-                products(inside, facts, q0, number, found)
-                sums.update(dict.fromkeys(keys, found))
-            for i in range(tile_oc):
-                o = first_oc + i
-                exists = True if per_group % tile_oc == 0 else block * tile_oc + i < per_group
-                with inside.when(exists) as one:
-                    per_channel = {
-                        name: one.let(tirx.Broadcast(parameters[name][(o,)], lanes))
-                        for name in ("bias", "slope")
-                        if name in parameters
-                    }
-                    for v in vectors:
-                        apart = [one.let(sums[r, i, v][r, i, v]) for r in range(stride)]
-                        for j, value in enumerate(interleave(one, apart, lanes)):
-                            count = facts["stored", v, j]
-                            if count <= 0:
-                                continue
-                            at = [n, o, *row, q0 * stride + (v * stride + j) * lanes]
-                            finish(one, spec, dst, residual, at, value, lanes, count, **per_channel)
-
-        for first, count, facts in columns.runs:
-            start, end = first, first + count
-            if picks.parallel_ow > 1:
-                start = tirx.max(part * columns.count // picks.parallel_ow, start)
-                end = tirx.min((part + 1) * columns.count // picks.parallel_ow, end)
-                start, count = task.let(start), task.let(tirx.max(end - start, 0))
-            with task.loop(count) as (inside, j):
-                tile(inside, dict(facts), inside.let((j + start) * step))
-    return whole.statement()
+def _cycles(spec: ConvSpec, target: Target, picks: Picks) -> float:
+    """Cycles of one core for the whole layer, where operands come from the nearest cache."""
+    taps, phases, depth = spec.kernel[-1], spec.stride[-1], spec.ic // spec.groups
+    # Cycles of a vector operation: two narrow ones begin where one of whole length does.
+    unit = max(picks.lanes, target.lanes // 2) / target.lanes
+    vectors = ceildiv(ceildiv(spec.out_spatial[-1], phases), picks.lanes)
+    tiles, groups = ceildiv(vectors, picks.tile_ow), ceildiv(phases, picks.tile_phase)
+    products = taps * picks.tile_oc * vectors * unit
+    reads = groups * min(_offsets(spec), ceildiv(taps, groups)) * vectors * (0.5 + unit / 2)
+    reads += taps * picks.tile_oc * tiles / 2
+    latency = 4 * groups * ceildiv(taps, phases) * tiles
+    step = max(products, reads, latency) + 0.2 * reads + 2 * groups * tiles
+    # Taps of the other axes that meet the input, on average over the output.
+    sizes = zip(spec.kernel[:-1], spec.in_spatial[:-1], spec.out_spatial[:-1], strict=True)
+    met = math.prod(min(k, k * i / o) for k, i, o in sizes)
+    per_vector = (2 + math.log2(phases)) * (3 if spec.activation_op.costly else 1)
+    epilogue = phases * picks.tile_oc * vectors * per_vector + 12 * tiles
+    rows = spec.n * math.prod(spec.out_spatial[:-1]) * _blocks(spec, picks)
+    return float(rows * (depth * met * step + epilogue + 20))
 
 
-def _most_sums(target):
+def _most_sums(target: Target) -> int:
     """Sums in registers beside a vector of src or two, and a weight."""
     return 28 if target.vector_registers > 16 else 12
 
 
-def _blocks(spec, picks):
-    return spec.groups * ceildiv(spec.oc // spec.groups, picks.tile_oc)
+def _blocks(spec: ConvSpec, picks: Picks) -> int:
+    """Blocks of output channels, of all groups."""
+    return spec.groups * ceildiv(spec.oc // spec.groups, int(picks.tile_oc))
 
 
-def _offsets(spec):
+def _offsets(spec: ConvSpec) -> int:
     """How many input pixels the phases of one q meet."""
     begin, taps, stride = spec.padding[-1][0], spec.kernel[-1], spec.stride[-1]
     return taps if stride == 1 else ceildiv(begin, stride) - ceildiv(begin - taps + 1, stride) + 1
 
 
-def _phases(spec):
-    """Of each phase of a row: its taps, each with the offset of the input pixel it meets."""
+def _phases(spec: ConvSpec) -> list[list[tuple[int, int]]]:
+    """For each phase of a row its taps, each with the offset of the input pixel that it meets."""
     stride, dilation, begin = spec.stride[-1], spec.dilation[-1], spec.padding[-1][0]
     return [
         [
@@ -247,49 +173,209 @@ def _phases(spec):
     ]
 
 
-def _taps(spec, axis, y):
-    """What output row y takes: its input row base - t·d at tap k0 + t·s for the t of a range, as first and count."""
+class _AxisTaps(NamedTuple):
+    """The taps that an output pixel takes along an axis before the last, by a number t of a range.
+
+    Tap ``first_tap + t * stride`` meets input pixel ``base - t * dilation``; t runs over ``size`` numbers from
+    ``start`` on.
+    """
+
+    base: Expr
+    first_tap: Expr
+    start: Expr
+    size: Expr
+
+
+def _axis_taps(spec: ConvSpec, axis: int, y: Expr) -> _AxisTaps:
+    """The taps of output pixel ``y`` that meet the input."""
     stride, dilation, size = spec.stride[axis], spec.dilation[axis], spec.in_spatial[axis]
-    base, k0 = (y + spec.padding[axis][0]) // stride, (y + spec.padding[axis][0]) % stride
-    first = (tirx.max(base - (size - 1), 0) + (dilation - 1)) // dilation
-    end = tirx.min((spec.kernel[axis] - 1 - k0 + stride) // stride, base // dilation + 1)
-    return base, k0, first, tirx.max(end - first, 0)
+    base, first_tap = (y + spec.padding[axis][0]) // stride, (y + spec.padding[axis][0]) % stride
+    start = (tirx.max(base - (size - 1), 0) + (dilation - 1)) // dilation
+    end = tirx.min((spec.kernel[axis] - 1 - first_tap + stride) // stride, base // dilation + 1)
+    return _AxisTaps(base, first_tap, start, tirx.max(end - start, 0))
+
+
+class _Met(NamedTuple):
+    """What a tile meets of a row.
+
+    Attributes:
+        loads: by ``(vector, offset of a tap)`` how many lanes lie left of the image, and how many elements follow.
+        stored: by ``(vector, part)`` how many output pixels there are, in each of the vectors that a vector of every
+            phase becomes.
+    """
+
+    loads: dict[tuple[int, int], tuple[int, int]]
+    stored: dict[tuple[int, int], int]
 
 
 class _Columns:
-    """What of a row each tile meets, as runs of equal tiles.
+    """The tiles of a row: ``runs`` lists runs of tiles that meet the same, ``tiles`` is how many there are."""
 
-    Per vector and offset of a tap how many lanes lie left of the image, and how many elements follow;
-    per stored vector how many elements there are.
-    """
-
-    def __init__(self, spec, picks):
+    def __init__(self, spec: ConvSpec, picks: Picks) -> None:
         stride, step = spec.stride[-1], picks.lanes * picks.tile_ow
-        self.spec, self.picks = spec, picks
-        self.offsets = sorted({dx for taps in _phases(spec) for _, dx in taps})
-        self.count = ceildiv(spec.out_spatial[-1], stride * step)
-        # Tiles in the middle meet the whole image.
-        left = min(self.count, ceildiv(max(0, -min(self.offsets, default=0)), step))
+        self._spec, self._picks = spec, picks
+        self._offsets = sorted({dx for taps in _phases(spec) for _, dx in taps})
+        self.tiles = ceildiv(spec.out_spatial[-1], stride * step)
+        # Tiles in the middle meet nothing but image.
+        left = min(self.tiles, ceildiv(max(0, -min(self._offsets, default=0)), step))
         right = min(
-            (spec.in_spatial[-1] - max(self.offsets, default=0)) // step, spec.out_spatial[-1] // (stride * step)
+            (spec.in_spatial[-1] - max(self._offsets, default=0)) // step, spec.out_spatial[-1] // (stride * step)
         )
         right = max(left, right)
-        middle = [(left, right - left, self._facts(left * step))] if right > left else []
-        last = runs([self._facts(i * step) for i in range(right, self.count)])
-        self.runs = runs([self._facts(i * step) for i in range(left)]) + middle
-        self.runs += [(right + first, count, facts) for first, count, facts in last]
-        #: Tiles that are written out.
-        self.written = len(self.runs)
+        middle = [(left, right - left, self._met(left * step))] if right > left else []
+        last = runs([self._met(i * step) for i in range(right, self.tiles)])
+        self.runs: list[tuple[int, int, _Met]] = runs([self._met(i * step) for i in range(left)]) + middle
+        self.runs += [(right + first, count, met) for first, count, met in last]
 
-    def _facts(self, q0):
-        spec, lanes, stride = self.spec, self.picks.lanes, self.spec.stride[-1]
-        facts = {}
-        for v in range(self.picks.tile_ow):
-            for dx in self.offsets:
+    def _met(self, q0: int) -> _Met:
+        """What the tile from pixel ``q0`` of every phase on meets."""
+        spec, lanes, stride = self._spec, self._picks.lanes, self._spec.stride[-1]
+        met = _Met({}, {})
+        for v in range(self._picks.tile_ow):
+            for dx in self._offsets:
                 x = q0 + v * lanes + dx
                 shift = min(lanes, max(0, -x))
-                facts[v, dx] = (shift, max(0, min(lanes - shift, spec.in_spatial[-1] - x - shift)))
+                met.loads[v, dx] = (shift, max(0, min(lanes - shift, spec.in_spatial[-1] - x - shift)))
             for j in range(stride):
                 x = (q0 + v * lanes) * stride + j * lanes
-                facts["stored", v, j] = min(lanes, spec.out_spatial[-1] - x)
-        return tuple(facts.items())
+                met.stored[v, j] = min(lanes, spec.out_spatial[-1] - x)
+        return met
+
+
+class _Task(NamedTuple):
+    """What a task works on: a row (or a part of it) of a block of output channels.
+
+    Attributes:
+        n, row: the image, and the row's place along the axes before the last.
+        group, block: the group, and the block of its channels.
+        first_oc: the block's first channel.
+        taps: which rows of the input the row takes, per axis.
+    """
+
+    n: Expr
+    row: list[Expr]
+    group: Expr
+    block: Expr
+    first_oc: Expr
+    taps: list[_AxisTaps]
+
+
+class _Tile(NamedTuple):
+    """A tile of a task: of every phase the pixels from ``q0`` on, and what they meet."""
+
+    task: _Task
+    q0: Expr
+    met: _Met
+
+
+class _Kernel:
+    """All of the layer: a loop over rows (and parts of them) and blocks of channels.
+
+    Sums have keys ``(phase, channel, vector)``.
+    """
+
+    def __init__(
+        self, spec: ConvSpec, picks: Picks, src: Any, residual: Any, parameters: Mapping[str, Any], dst: Any
+    ) -> None:
+        self.spec, self.picks, self.lanes = spec, picks, picks.lanes
+        self.src, self.residual, self.parameters, self.dst = src, residual, parameters, dst
+        self.per_group, self.depth = spec.oc // spec.groups, spec.ic // spec.groups
+        self.blocks = ceildiv(self.per_group, picks.tile_oc)
+        self.phases, self.columns = _phases(spec), _Columns(spec, picks)
+        self.channels, self.vectors = range(picks.tile_oc), range(picks.tile_ow)
+
+    def statement(self) -> Any:
+        spec, parts = self.spec, self.picks.parallel_ow
+        tasks = (spec.n, *spec.out_spatial[:-1], parts, spec.groups, self.blocks)
+        whole = Block()
+        with whole.loop(math.prod(tasks), parallel=True) as (body, index):
+            n, *row, part, group, block = (body.let(i) for i in unflat(index, tasks))
+            first_oc = body.let(group * self.per_group + block * self.picks.tile_oc)
+            taps = [_AxisTaps(*(body.let(value) for value in _axis_taps(spec, axis, y))) for axis, y in enumerate(row)]
+            task = _Task(n, row, group, block, first_oc, taps)
+            for first, count, met in self.columns.runs:
+                start, end = first, first + count
+                if parts > 1:
+                    start = tirx.max(part * self.columns.tiles // parts, start)
+                    end = tirx.min((part + 1) * self.columns.tiles // parts, end)
+                    start, count = body.let(start), body.let(tirx.max(end - start, 0))
+                with body.loop(count) as (inner, j):
+                    q0 = inner.let((j + start) * (self.lanes * self.picks.tile_ow))
+                    self._add_tile(inner, _Tile(task, q0, met))
+        return whole.statement()
+
+    def _add_tile(self, block: Block, tile: _Tile) -> None:
+        """Compute a tile: groups of phases one after the other, then the epilogue of all."""
+        stride, together = self.spec.stride[-1], self.picks.tile_phase
+        sums: dict[tuple[int, int, int], Registers] = {}
+        for first in range(0, stride, together):
+            phases = range(first, min(stride, first + together))
+            keys = [(r, i, v) for r in phases for i in self.channels for v in self.vectors]
+            registers = block.registers(keys, self.lanes)
+            self._add_products(block, registers, tile, phases)
+            sums.update(dict.fromkeys(keys, registers))
+        all_exist = self.per_group % self.picks.tile_oc == 0
+        for i in self.channels:
+            with block.when(all_exist or tile.task.block * self.picks.tile_oc + i < self.per_group) as branch:
+                self._finish(branch, sums, tile, i)
+
+    def _add_products(self, block: Block, sums: Registers, tile: _Tile, phases: Sequence[int]) -> None:
+        """Add up a group of phases, over the rows of src that the task's row takes, and over input channels."""
+        spec, task, tile_width = self.spec, tile.task, self.lanes * self.picks.tile_ow
+        with ExitStack() as loops:
+            inner, where, kernel = block, [], []
+            for taps, s, d in zip(task.taps, spec.stride, spec.dilation, strict=False):
+                inner, number = loops.enter_context(inner.loop(taps.size))
+                number = inner.let(number + taps.start)
+                where.append(inner.let(taps.base - number * d))
+                kernel.append(taps.first_tap + number * s)
+            position = inner.let(flat(kernel, spec.kernel[:-1]))
+            with inner.loop(self.depth) as (step, ic):
+                row = [task.n, step.let(task.group * self.depth + ic), *where]
+                if self.picks.prefetch_src and phases[0] == 0:
+                    for x in range(0, tile_width, CACHE_LINE // BYTES[spec.dtype]):
+                        step.add(prefetch(self.src, [*row, tile.q0 + (tile_width + x)]))
+                weights_row = [task.group * self.blocks + task.block, position, ic]
+                self._add_row(step, sums, tile, phases, row, weights_row)
+
+    def _add_row(
+        self,
+        step: Block,
+        sums: Registers,
+        tile: _Tile,
+        phases: Sequence[int],
+        row: Sequence[Expr],
+        weights_row: Sequence[Expr],
+    ) -> None:
+        """Add one row of src times one row of taps; every vector and weight is loaded where it is first used."""
+        loaded: dict[tuple[int, int], Expr] = {}
+        for r in phases:
+            for k, dx in self.phases[r]:
+                for i in self.channels:
+                    weight = None
+                    for v in self.vectors:
+                        shift, count = tile.met.loads[v, dx]
+                        if count <= 0:
+                            continue
+                        if (v, dx) not in loaded:
+                            place = [*row, tile.q0 + (v * self.lanes + dx + shift)]
+                            value = load(self.src, self.spec.dtype, place, self.lanes, count, shift)
+                            loaded[v, dx] = step.let(value)
+                        if weight is None:
+                            scalar = self.parameters["weights"][(*weights_row, k, i)]
+                            weight = step.let(tirx.Broadcast(scalar, self.lanes))
+                        sums.add(step, (r, i, v), loaded[v, dx] * weight)
+
+    def _finish(self, block: Block, sums: Mapping[Any, Registers], tile: _Tile, channel: int) -> None:
+        """Shuffle the phases of one of the tile's channels together; epilogue and store."""
+        stride, lanes, task = self.spec.stride[-1], self.lanes, tile.task
+        oc = task.first_oc + channel
+        per_channel = spread_parameters(block, self.parameters, oc, lanes)
+        for v in self.vectors:
+            keys = [(r, channel, v) for r in range(stride)]
+            apart = [block.let(sums[key][key]) for key in keys]
+            for j, value in enumerate(interleave(block, apart, lanes)):
+                count = tile.met.stored[v, j]
+                if count > 0:
+                    place = [task.n, oc, *task.row, tile.q0 * stride + (v * stride + j) * lanes]
+                    finish(block, self.spec, self.dst, self.residual, place, value, lanes, count, **per_channel)

@@ -13,87 +13,97 @@ Why not     matrix units (cuda_gemm): they round f32, and want channels in whole
 
 from __future__ import annotations
 
-from convgen.cpu.vector import written
+from typing import TYPE_CHECKING, Any
+
+from convgen.cpu.vector import Block, written
 from convgen.cuda import tiles
-from convgen.cuda.simt import LANES, Product, finish, multiply, packed, read, stores, where
-from convgen.cuda.tiles import Size
-from convgen.lowering.compute import Operands, copied, unflat
-from convgen.lowering.schedule import Written, require
+from convgen.cuda.simt import LANES, Buffers, Product, finish, multiply, packed, read, stores, where
+from convgen.cuda.tiles import Size, Tile
+from convgen.lowering.compute import Expr, Operands, copied, unflat
+from convgen.lowering.schedule import Picks, Program, Space, Written, require
+
+if TYPE_CHECKING:
+    from convgen.hardware.target import Target
+    from convgen.problem.spec import ConvSpec
 
 
 class CudaDirect(Written):
     id, version = "cuda_direct", 1
 
-    def applies(self, spec, target):
+    def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cuda", "needs a GPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
 
-    def space(self, spec, target):
+    def space(self, spec: ConvSpec, target: Target) -> Space:
         return tiles.space(_size(spec))
 
-    def valid(self, spec, target, picks):
+    def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
         tiles.check(target, tiles.of(picks))
 
-    def default(self, spec, target):
+    def default(self, spec: ConvSpec, target: Target) -> Picks:
         return tiles.default(target, _size(spec), _gather(spec))
 
-    def cost(self, spec, target):
+    def cost(self, spec: ConvSpec, target: Target) -> float:
         return tiles.cost(spec, target, _size(spec), _gather(spec))
 
-    def program(self, spec, target, picks):
-        ops, tile = Operands(spec), tiles.of(picks)
-        size = _size(spec)
+    def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
+        ops, tile, size = Operands(spec), tiles.of(picks), _size(spec)
         channels = spec.ic // spec.groups
 
-        def weight(g, k, o):
-            return ops.weights[(g * size.columns + o, k % channels, *unflat(k // channels, spec.kernel))]
+        def weight(group: Expr, k: Expr, column: Expr) -> Expr:
+            return ops.weights[(group * size.columns + column, k % channels, *unflat(k // channels, spec.kernel))]
 
         weights = [packed(size, tile, weight), *map(copied, ops.parameters[1:])]
 
-        def kernel(src, residual, parameters, dst):
-            def fetch(block, g, row, start, offset, lanes):
-                n, *pixel = unflat(row, (spec.n, *spec.out_spatial))
-                if channels % tile.tile_k == 0:  # a slice is of one tap
-                    tap, c = block.let(start // channels), start % channels + offset
-                else:
-                    k = block.let(start + offset)
-                    tap, c = block.let(k // channels), k % channels
-                taps = unflat(tap, spec.kernel)
-                axes = zip(pixel, taps, spec.stride, spec.dilation, spec.padding, strict=True)
-                at = [block.let(p * s + t * d - b) for p, t, s, d, (b, _) in axes]
-                inside = [row < size.rows] * (size.rows % tile.tile_m != 0) + [start + offset < size.depth] * (
-                    size.depth % tile.tile_k != 0
-                )
-                for p, extent, (begin, end) in zip(at, spec.in_spatial, spec.padding, strict=True):
-                    inside += [p >= 0] * (begin > 0) + [p < extent] * (end > 0)
-                index = ops.order(n, g * channels + c, at)
-                value = read(src, spec.dtype, index, lanes)
-                return where(inside, value, lanes)
-
-            def store(block, g, row, column, sums, count):
-                n, *pixel = unflat(row, (spec.n, *spec.out_spatial))
-                o = g * size.columns + column
-                by_row = spec.layout == "nhwc"
-                place = ops.order(n, o, pixel)
-                finish(block, spec, (dst, residual, parameters), place, lambda e: o + e * by_row, sums, count)
-
-            product = Product(size, fetch, _vectors(spec), store, *stores(spec, size.columns))
-            return multiply(product, tile, parameters["weights"])
+        def kernel(*buffers: Any) -> Any:
+            product = _product(ops, tile, Buffers(*buffers))
+            return multiply(product, tile, Buffers(*buffers).parameters["weights"])
 
         return written(ops, weights, kernel, offsets=False)
 
 
-def _size(spec):
+def _product(ops: Operands, tile: Tile, buffers: Buffers) -> Product:
+    """The products of patches, fetched from src, and weights: one for each group."""
+    spec, size = ops.spec, _size(ops.spec)
+    channels = spec.ic // spec.groups
+
+    def fetch(block: Block, group: Expr, row: Expr, start: Expr, offset: Expr, lanes: int) -> Expr:
+        image, *pixel = unflat(row, (spec.n, *spec.out_spatial))
+        if channels % tile.tile_k == 0:  # a slice is of one tap
+            tap, channel = block.let(start // channels), start % channels + offset
+        else:
+            k = block.let(start + offset)
+            tap, channel = block.let(k // channels), k % channels
+        axes = zip(pixel, unflat(tap, spec.kernel), spec.stride, spec.dilation, spec.padding, strict=True)
+        position = [block.let(p * stride + t * dilation - begin) for p, t, stride, dilation, (begin, _) in axes]
+        inside = [row < size.rows] * (size.rows % tile.tile_m != 0)
+        inside += [start + offset < size.depth] * (size.depth % tile.tile_k != 0)
+        for y, extent, (begin, end) in zip(position, spec.in_spatial, spec.padding, strict=True):
+            inside += [y >= 0] * (begin > 0) + [y < extent] * (end > 0)
+        index = ops.order(image, group * channels + channel, position)
+        return where(inside, read(buffers.src, spec.dtype, index, lanes), lanes)
+
+    def store(block: Block, group: Expr, row: Expr, column: Expr, sums: Any, count: int) -> None:
+        image, *pixel = unflat(row, (spec.n, *spec.out_spatial))
+        channel, along_channels = group * size.columns + column, spec.layout == "nhwc"
+        place = ops.order(image, channel, pixel)
+        finish(block, spec, buffers, place, lambda e: channel + e * along_channels, sums, count)
+
+    return Product(size, fetch, _vectors(spec), store, *stores(spec, size.columns))
+
+
+def _size(spec: ConvSpec) -> Size:
+    """Of the products: rows are pixels, columns the output channels of a group."""
     return Size(spec.groups, spec.n * spec.out_pixels, spec.oc // spec.groups, spec.reduction_length)
 
 
-def _vectors(spec):
+def _vectors(spec: ConvSpec) -> str:
     """The axis along which four elements of a patch are neighbours, in whole vectors."""
     if spec.layout == "nhwc":
         return "depth" if spec.ic // spec.groups % LANES == 0 else ""
     return "row" if spec.is_pointwise and spec.out_pixels % LANES == 0 else ""
 
 
-def _gather(spec):
-    """Instructions that fetch an element of a patch."""
+def _gather(spec: ConvSpec) -> int:
+    """Instructions that fetch an element of a patch, counted about."""
     return 3 if _vectors(spec) else 12

@@ -7,9 +7,9 @@ Applies to  convolutions of any rank, stride and dilation, dense or with groups;
 Strategy    1. Pack weights as [oc][taps × ic], in vectors of 16 bytes along the reduction.
             2. src is read as [pixels][taps × ic] without writing that anywhere: 16 bytes at a time
                straight into shared memory, asynchronously, zeros where the padding is, `stages` steps
-               ahead. A first launch lays out NCHW, or channels that are not whole vectors, for it.
-            3. Rows in shared memory are swizzled: 16-byte chunks trade places, told by their address, so that
-               neither `ldmatrix` nor the copies meet a bank twice, and no byte is padding.
+               ahead. Where src is NCHW, or its channels are not whole vectors, a first launch lays it out.
+            3. Rows in shared memory are swizzled: chunks of 16 bytes change places, as their address says, so
+               that neither `ldmatrix` nor the copies meet a bank twice, and no byte is padding.
             4. A block of `tile_m` pixels × `tile_n` channels is divided among warps; each keeps its
                tile of sums in registers.
             5. The sums pass through shared memory once, for stores of 16 bytes; bias, residual and
@@ -18,31 +18,94 @@ Strategy    1. Pack weights as [oc][taps × ic], in vectors of 16 bytes along th
                product of its own; no zeros between inputs are multiplied.
             7. `split_k` blocks share a long reduction of few pixels; a second launch adds them up.
 Why not     im2col in memory: it writes every input k² times; sums straight to dst: 4 bytes at a time.
+
+This file is long because four other schedules are small changes of its class.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from tvm import te, tirx
 from tvm.tirx import IndexMap
 
 from convgen.cuda import model, tensorize
-from convgen.lowering.compute import Operands, ceildiv, copied, epilogue, flat, narrow, round_up, unflat
+from convgen.lowering.compute import Expr, Operands, ceildiv, copied, epilogue, flat, narrow, round_up, unflat
 from convgen.lowering.schedule import Picks, Program, Scheduled, Space, require
 from convgen.problem.dtypes import BYTES
 
+if TYPE_CHECKING:
+    from tvm.s_tir import Schedule as TirSchedule
+
+    from convgen.hardware.target import Target
+    from convgen.problem.spec import ConvSpec
+
 #: Bytes of a copy.
 VECTOR = tensorize.VECTOR
-#: A thread's registers beside its sums and fragments: addresses, counters.
+#: A thread's registers besides its sums and fragments: addresses, counters.
 OTHER_REGISTERS = 64
+#: Threads of a block of the launches that lay out src or add up parts.
+OTHER_THREADS = 256
+#: What a core of an A100 does in a cycle: bytes through shared memory, bytes from L2; and its cycles in a second.
+SHARED_BYTES, L2_BYTES, CLOCK = 128, 40, 1.4e9
+#: Cycles that a step waits for L2, shared by the steps under way; that any step costs besides; of a launch.
+L2_CYCLES, STEP_CYCLES, LAUNCH_CYCLES = 800, 40, 2000
+#: Bytes a second that a launch moves: one that adds up parts of sums, one that lays out src.
+PARTS_BANDWIDTH, LAYOUT_BANDWIDTH = 2e12, 1e12
+
+
+class _Products(NamedTuple):
+    """The products of a candidate, one for each phase and group; `merge_g` groups of the layer are one group here.
+
+    Attributes:
+        batch: how many products.
+        groups, ic, oc: groups, and the channels of a group.
+        taps: the most taps of a phase, per axis.
+        lanes: elements of a vector of 16 bytes.
+        depth: vectors of channels that a tap has.
+        pixels: outputs of a phase.
+        rows, columns, vectors: pixels, output channels and vectors of the reduction, in whole tiles.
+    """
+
+    batch: int
+    groups: int
+    ic: int
+    oc: int
+    taps: tuple[int, ...]
+    lanes: int
+    depth: int
+    pixels: int
+    rows: int
+    columns: int
+    vectors: int
+
+    def element(self, spec: ConvSpec, item: Expr, vector: Expr, lane: Expr) -> _Element:
+        """What an element of the reduction of product ``item`` is."""
+        phase, group = (
+            (tirx.floordiv(item, self.groups), tirx.floormod(item, self.groups)) if _phases(spec) > 1 else (0, item)
+        )
+        tap, channel = tirx.floordiv(vector, self.depth), tirx.floormod(vector, self.depth) * self.lanes + lane
+        return _Element(_phase(spec, phase), group, unflat(tap, self.taps), channel)
+
+
+class _Element(NamedTuple):
+    """An element of the reduction: the phase and its tap per axis, the group, and the channel of the group."""
+
+    phase: list[Expr]
+    group: Expr
+    tap: list[Expr]
+    channel: Expr
 
 
 class CudaGemm(Scheduled):
     id, version, sums_integers = "cuda_gemm", 2, True
+    #: Bytes that the channels of a tap are rounded up to in the reduction.
+    whole: ClassVar[int] = VECTOR
 
-    def applies(self, spec, target):
+    def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cuda", "needs a GPU")
         require({"ldmatrix", "cp_async"} <= set(target.features), "needs ldmatrix and cp.async (sm_80 or later)")
         if spec.transposed:
@@ -55,27 +118,24 @@ class CudaGemm(Scheduled):
         require(need in target.matrix, f"needs matrix units for {need}")
         self.admits(spec)
 
-    def admits(self, spec):
+    def admits(self, spec: ConvSpec) -> None:
         """Raise Inapplicable where another schedule of this family is the one for it."""
         require(spec.dtype != "f32" or spec.accuracy == "tf32", "needs accuracy tf32 for products of TF32")
 
-    def merges(self, spec):
-        """How many groups may be one."""
+    def merges(self, spec: ConvSpec) -> list[int]:
+        """How many groups of the layer may be one group of the products."""
         return [1]
 
-    def kind(self, spec):
-        """The type of device.h that multiplies."""
+    def kind(self, spec: ConvSpec) -> str:
+        """The type of device.h that multiplies, without ``cg_``."""
         return "tf32" if spec.dtype == "f32" else spec.dtype
 
-    #: Bytes of channels that a tap's are rounded up to in the reduction.
-    whole = VECTOR
-
-    def reduction(self, spec, merge_g=1):
-        """Length of the reduction."""
+    def reduction(self, spec: ConvSpec, merge_g: int = 1) -> int:
+        """Length of the reduction, where ``merge_g`` groups are one."""
         lanes = self.whole // BYTES[spec.dtype]
         return math.prod(_taps(spec)) * round_up(spec.ic // spec.groups * merge_g, lanes)
 
-    def rounded(self, spec, picks):
+    def rounded(self, spec: ConvSpec, picks: Picks) -> tuple[int, int, int]:
         """(pixels, channels of a group, reduction) rounded up to whole tiles."""
         return (
             round_up(_pixels(spec), picks.tile_m),
@@ -83,15 +143,16 @@ class CudaGemm(Scheduled):
             round_up(self.reduction(spec, picks.merge_g), picks.tile_k * picks.split_k),
         )
 
-    def depth(self, spec):
-        """Vectors of the reduction that the intrinsic takes."""
+    def depth(self, spec: ConvSpec) -> int:
+        """Vectors of the reduction that the intrinsic takes at once."""
         return tensorize.STEP // VECTOR
 
-    def intrinsic(self, spec, picks):
+    def intrinsic(self, spec: ConvSpec, picks: Picks) -> str:
+        """The name of the intrinsic that multiplies a warp's tile."""
         return tensorize.mma(self.kind(spec), spec.dtype, *_warp(picks))
 
-    def space(self, spec, target):
-        step = 2 * _lanes(spec)
+    def space(self, spec: ConvSpec, target: Target) -> Space:
+        step = 2 * lanes_of(spec)
         merges = self.merges(spec)
         oc, reduction = spec.oc // spec.groups * merges[-1], self.reduction(spec, merges[-1])
         return Space(
@@ -105,26 +166,30 @@ class CudaGemm(Scheduled):
             split_k=[s for s in (1, 2, 4, 8, 16) if s == 1 or reduction >= 8 * s * step],
         )
 
-    def valid(self, spec, target, picks):
+    def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
         rows, cols = _warp(picks)
         require(
-            picks.tile_m % (16 * picks.warps_m) == 0 and picks.tile_n % (8 * picks.warps_n) == 0, "warps without a tile"
+            picks.tile_m % (16 * picks.warps_m) == 0 and picks.tile_n % (8 * picks.warps_n) == 0,
+            "a warp's tile is not whole tiles of 16 × 8",
         )
-        require(rows * cols <= 64 * 64, f"{rows} × {cols} sums of a warp, registers for {64 * 64}")
-        require(2 <= picks.warps_m * picks.warps_n <= 16, "2 to 16 warps in a block")
+        require(rows * cols <= 64 * 64, f"{rows} × {cols} sums of a warp, at most {64 * 64}")
+        require(2 <= picks.warps_m * picks.warps_n <= 16, "needs 2 to 16 warps in a block")
         need = self.shared_memory(spec, picks)
-        require(need <= target.shared_memory, f"{need} bytes of shared memory, {target.shared_memory} there")
+        require(need <= target.shared_memory, f"{need} bytes of shared memory, at most {target.shared_memory}")
         registers = _registers(spec, picks) * 32 * picks.warps_m * picks.warps_n
-        require(registers <= model.REGISTERS, f"{registers} registers in a block, {model.REGISTERS} there")
-        require(picks.tile_m * picks.tile_k * BYTES[spec.dtype] % (VECTOR * 32) == 0, "less than a copy per lane")
+        require(registers <= model.REGISTERS, f"{registers} registers in a block, at most {model.REGISTERS}")
+        require(
+            picks.tile_m * picks.tile_k * BYTES[spec.dtype] % (VECTOR * 32) == 0,
+            "a step has less than one copy for each thread of a warp",
+        )
         steps = ceildiv(self.reduction(spec, picks.merge_g), picks.tile_k)
-        require(picks.split_k <= max(1, steps // 2), "less than two steps for each of split_k")
+        require(picks.split_k <= max(1, steps // 2), "less than two steps for each part of split_k")
 
-    def default(self, spec, target):
+    def default(self, spec: ConvSpec, target: Target) -> Picks:
         points = [p for p in self.likely(spec, target) if self.reason_against(spec, target, p) is None]
         return min(points, key=lambda picks: self.seconds(spec, target, picks))
 
-    def likely(self, spec, target):
+    def likely(self, spec: ConvSpec, target: Target) -> Iterator[Picks]:
         """Points worth a prediction: a few hundred; at least one is valid."""
         domains = self.space(spec, target).domains
         shapes = [(256, 128, 4, 2), (128, 256, 2, 4), (128, 128, 2, 2), (128, 64, 2, 2), (64, 128, 2, 2)]
@@ -138,43 +203,46 @@ class CudaGemm(Scheduled):
                 warps_m=warps_m, warps_n=warps_n, stages=stages, split_k=split_k,
             )  # fmt: skip
 
-    def rate(self, spec):
-        """Products per core and cycle."""
+    def rate(self, spec: ConvSpec) -> int:
+        """Multiply-adds of a core's matrix units in a cycle."""
         return {1: 2048, 2: 1024, 4: 512 if spec.accuracy == "tf32" else 170}[BYTES[spec.dtype]]
 
-    def rows_read(self, picks):
-        """Rows of a step that are read from shared memory."""
-        return picks.warps_m * picks.warps_n * sum(_warp(picks))
+    def rows_read(self, picks: Picks) -> int:
+        """Rows of a step that are read from shared memory, by all warps together."""
+        rows: int = picks.warps_m * picks.warps_n * sum(_warp(picks))
+        return rows
 
-    def step_cycles(self, spec, picks):
-        """Cycles of a warp's own products in a step: it has a quarter of a core's units."""
+    def step_cycles(self, spec: ConvSpec, picks: Picks) -> float:
+        """Cycles of a warp's own products in a step, with the quarter of a core's units that it has."""
         rows, cols = _warp(picks)
-        return rows * cols * picks.tile_k / (self.rate(spec) / 4)
+        macs: int = rows * cols * picks.tile_k
+        return macs / (self.rate(spec) / 4)
 
-    def shared_memory(self, spec, picks):
-        """Bytes of a block: the steps under way, and the sums on their way out."""
+    def shared_memory(self, spec: ConvSpec, picks: Picks) -> int:
+        """Bytes of a block: for the steps under way, and later for the sums on their way to dst."""
         row = picks.tile_k * BYTES[spec.dtype]
-        # Threads past a small tile's end read as far as if it were larger; they store nothing.
+        # Threads past the end of a small tile read on as if it were larger; they store nothing.
         oc = spec.oc // spec.groups * picks.merge_g
-        vectors = ceildiv(min(picks.tile_n, oc), _store(spec, oc))
+        vectors = ceildiv(min(picks.tile_n, oc), _store_lanes(spec, oc))
         rows = ceildiv(round_up(picks.tile_m * vectors, 32 * picks.warps_m * picks.warps_n), vectors)
         sums = rows * (round_up(picks.tile_n - 8, 32) + 8) * 4
         return round_up(max(picks.stages * (picks.tile_m + picks.tile_n) * row, sums), 8 * row)
 
-    def cost(self, spec, target):
+    def cost(self, spec: ConvSpec, target: Target) -> float:
         return self.seconds(spec, target, self.default(spec, target))
 
-    def seconds(self, spec, target, picks):
-        """Predicted seconds: what limits a core, matrix units or the way to its shared memory, and what waits.
+    def seconds(self, spec: ConvSpec, target: Target, picks: Picks) -> float:
+        """Predicted seconds: the larger of what a core can do at best, and of what its blocks wait for.
 
-        Rates are of an A100, per core and cycle; waiting is for L2, once per step where few steps are under way.
+        At best a step takes what the slowest of matrix units, shared memory and L2 takes. A block that is alone on
+        its core waits for L2 in every step, the less, the more steps are under way.
         """
         m, n, k = self.rounded(spec, picks)
         warps = picks.warps_m * picks.warps_n
         size = BYTES[spec.dtype]
-        groups = _phases(spec) * spec.groups // picks.merge_g
-        blocks = groups * (m // picks.tile_m) * (n // picks.tile_n) * picks.split_k
-        resident = min(
+        products = _phases(spec) * spec.groups // picks.merge_g
+        blocks = products * (m // picks.tile_m) * (n // picks.tile_n) * picks.split_k
+        resident = min(  # blocks on a core
             target.shared_per_core // (self.shared_memory(spec, picks) + model.RESERVED),
             model.REGISTERS // (_registers(spec, picks) * 32 * warps),
             target.threads_per_core // (32 * warps),
@@ -188,248 +256,230 @@ class CudaGemm(Scheduled):
         through = row * (self.rows_read(picks) + picks.tile_m + picks.tile_n)
         step = max(
             picks.tile_m * picks.tile_n * picks.tile_k / self.rate(spec),
-            through / 128,
-            row * (picks.tile_m + picks.tile_n) / 40,
+            through / SHARED_BYTES,
+            row * (picks.tile_m + picks.tile_n) / L2_BYTES,
         )
-        alone = max(800 / (picks.stages - 1), self.step_cycles(spec, picks)) + 40
-        finish = picks.tile_m * picks.tile_n * (8 / 128 + size / 40)
-        cycles = max(per_core * (steps * step + finish), waves * (steps * alone + finish)) + 2000
-        seconds = cycles / 1.4e9
+        alone = max(L2_CYCLES / (picks.stages - 1), self.step_cycles(spec, picks)) + STEP_CYCLES
+        finish = picks.tile_m * picks.tile_n * (8 / SHARED_BYTES + size / L2_BYTES)
+        cycles: float = max(per_core * (steps * step + finish), waves * (steps * alone + finish)) + LAUNCH_CYCLES
+        seconds = cycles / CLOCK
         if picks.split_k > 1:  # another launch, which reads what this one wrote
-            seconds += model.LAUNCH + picks.split_k * groups * m * n * 8 / 2e12
-        if _needs_layout(spec, picks):
-            seconds += model.LAUNCH + 3 * math.prod(spec.src_shape) * size / 1e12
+            seconds += model.LAUNCH + picks.split_k * products * m * n * 8 / PARTS_BANDWIDTH
+        if needs_layout(spec, picks):
+            seconds += model.LAUNCH + 3 * math.prod(spec.src_shape) * size / LAYOUT_BANDWIDTH
         return seconds
 
-    def program(self, spec, target, picks):
-        ops, host, lanes = Operands(spec, native=True), Operands(spec), _lanes(spec)
-        stored, summed = tensorize.STORED[spec.dtype], tensorize.sums_of(spec.dtype)
-        groups, merge = spec.groups // picks.merge_g, picks.merge_g
-        ic_group, oc_group = spec.ic // spec.groups, spec.oc // spec.groups
-        ic, oc = ic_group * merge, oc_group * merge  # of a group from here on
-        taps = _taps(spec)
-        depth = self.reduction(spec, merge) // math.prod(taps) // lanes  # vectors of channels
-        pixels = _pixels(spec)
-        m, n, k = self.rounded(spec, picks)
-        vectors = k // lanes
-        products = _phases(spec) * groups
+    def products(self, spec: ConvSpec, picks: Picks) -> _Products:
+        """The sizes of the products of a candidate."""
+        groups, lanes, taps = spec.groups // picks.merge_g, lanes_of(spec), _taps(spec)
+        rows, columns, length = self.rounded(spec, picks)
+        depth = self.reduction(spec, picks.merge_g) // math.prod(taps) // lanes
+        return _Products(
+            batch=_phases(spec) * groups, groups=groups, ic=spec.ic // groups, oc=spec.oc // groups, taps=taps,
+            lanes=lanes, depth=depth, pixels=_pixels(spec), rows=rows, columns=columns, vectors=length // lanes,
+        )  # fmt: skip
 
-        def where(b, vector, v):
-            """Of an element of the reduction: phase, group, tap of that phase per axis, channel of the group."""
-            phase, g = (tirx.floordiv(b, groups), tirx.floormod(b, groups)) if _phases(spec) > 1 else (0, b)
-            tap, c = tirx.floordiv(vector, depth), tirx.floormod(vector, depth) * lanes + v
-            return _phase(spec, phase), g, unflat(tap, taps), c
-
-        def packed_weights(b, j, vector, v):
-            phase, g, tap, c = where(b, vector, v)
-            at = [_kernel_tap(spec, axis, phase, t) for axis, t in enumerate(tap)]
-            inside = [j < oc, vector < math.prod(taps) * depth, c < ic]
-            inside += [t < size for t, size in zip(at, spec.kernel, strict=True)]
-            if merge > 1:
-                inside.append(tirx.floordiv(j, oc_group) == tirx.floordiv(c, ic_group))
-            o, c = g * oc + j, g * ic + c
-            own = (c, tirx.floormod(o, oc_group)) if spec.transposed else (o, tirx.floormod(c, ic_group))
-            value = host.weights.tensor(*own, *at)
-            return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, value.ty.dtype))
-
-        packed = [te.compute((products, n, vectors, lanes), packed_weights, name="weights_packed")]
-        packed += [copied(p) for p in host.parameters[1:]]
-        w = te.placeholder(packed[0].shape, stored, "weights_in")
+    def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
+        ops, host = Operands(spec, native=True), Operands(spec)
+        products = self.products(spec, picks)
+        packed = [_packed_weights(spec, products, host, picks.merge_g), *map(copied, host.parameters[1:])]
+        weights = te.placeholder(packed[0].shape, tensorize.STORED[spec.dtype], "weights_in")
         per_channel = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed[1:]]
 
         source = _channels_last(spec, ops, picks)
-
-        def gathered(b, pixel, vector, v):
-            phase, g, tap, c = where(b, vector, v)
-            image, *out = unflat(pixel, (spec.n, *_grid(spec)))
-            at, conditions = [], []
-            for axis, (o, tap_) in enumerate(zip(out, tap, strict=True)):
-                position, inside = _read(spec, axis, phase, o, tap_)
-                at.append(position)
-                conditions += inside
-            if m != pixels:
-                conditions.append(pixel < pixels)
-            if vectors != math.prod(taps) * depth:
-                conditions.append(vector < math.prod(taps) * depth)
-            if depth > ceildiv(ic, lanes):
-                conditions.append(c < round_up(ic, lanes))
-            value = source(image, *at, g * round_up(ic, lanes) + c)
-            return tirx.if_then_else(tirx.all(*conditions), value, tirx.const(0, stored)) if conditions else value
-
-        a = te.compute((products, m, vectors, lanes), gathered, name="gathered")
-        split = picks.split_k
-        outer = te.reduce_axis((0, vectors // split), "vector")
-        inner = te.reduce_axis((0, lanes), "v")
-
-        def product(s, g, i, j):
-            vector = s * (vectors // split) + outer
-            left, right = a[g, i, vector, inner], w[g, j, vector, inner]
-            return te.sum(left.astype(summed) * right.astype(summed), [outer, inner])
-
-        sums = self.sums(spec, source, w, te.compute((split, products, m, n), product, name="tile_sums"))
+        patches = _gathered(spec, products, source)
+        sums = self.sums(spec, source, weights, _sums(spec, products, patches, weights, picks.split_k))
         tile = te.compute(sums.shape, lambda *index: sums[index], name="tile")
-        total = te.compute(sums.shape, lambda *index: tile[index], name="parts") if split > 1 else tile
-
-        strides = spec.stride if spec.transposed else ()
-
-        def value(*index):
-            *phase, g, pixel, j = index
-            b = flat((*phase, g), (*strides, groups))
-            whole = total[0, b, pixel, j]
-            for s in range(1, split):
-                whole = whole + total[s, b, pixel, j]
-            o = g * oc + j
-            image, *out = unflat(pixel, (spec.n, *_grid(spec)))
-            if spec.transposed:
-                out = [q * s + f for q, s, f in zip(out, strides, phase, strict=True)]
-            residual = ops.residual[ops.order(image, o, out)] if spec.residual else None
-            result = epilogue(spec, whole, residual=residual, **ops.per_channel(per_channel, o))
-            return narrow(result, spec.dtype) if spec.dtype == "i8" else result.astype(stored)
-
-        finished = te.compute((*strides, groups, pixels, oc), value, name="finished")
+        parts = te.compute(sums.shape, lambda *index: tile[index], name="parts") if picks.split_k > 1 else tile
+        finished = _finished(spec, products, ops, parts, per_channel)
         dst = te.compute(finished.shape, lambda *index: finished(*index), name="dst")
-        return Program(pack=host.pack(*packed), main=ops.main([w, *per_channel], dst))
+        return Program(pack=host.pack(*packed), main=ops.main([weights, *per_channel], dst))
 
-    def sums(self, spec, source, weights, products):
-        """What is stored, of the products of src, as a function of its index, and packed weights."""
+    def sums(self, spec: ConvSpec, source: Callable[..., Expr], weights: te.Tensor, products: te.Tensor) -> te.Tensor:
+        """The sums that are stored: those of the products, unless a subclass has others in their place.
+
+        Args:
+            source: src as a function of its index, channels last.
+            weights: the packed weights.
+            products: the sums of products as tensor expressions.
+        """
         return products
 
-    def apply(self, sch, spec, target, picks):
-        warps = picks.warps_m * picks.warps_n
-        rows, cols = _warp(picks)
-        summed = tensorize.sums_of(spec.dtype)
-
-        # A block's tile, divided among warps.
-        tile = sch.get_sblock("tile")
-        s, g, i, j = sch.get_loops(tile)
-        block_i, i = sch.split(i, [None, picks.tile_m])
-        block_j, j = sch.split(j, [None, picks.tile_n])
-        wm, mi = sch.split(i, [picks.warps_m, None])
-        wn, nj = sch.split(j, [picks.warps_n, None])
-        sch.reorder(s, g, block_i, block_j, wm, wn, mi, nj)
-        block, warp = sch.fuse(s, g, block_i, block_j), sch.fuse(wm, wn)
-        sch.bind(block, "blockIdx.x")
-        sch.bind(warp, "threadIdx.y")
-        sch.set_scope(tile, 0, "shared.dyn")
-
-        # What becomes of it: dst, or the part of a sum that another launch adds up. Up to here dst has the axes of
-        # the products; now it gets its own.
-        dst = sch.get_sblock("dst")
-        oc = spec.oc // spec.groups * picks.merge_g
-        own = IndexMap.from_func(
-            lambda *index: _own_axes(spec, index, oc),
-            ndim=3 + (spec.rank if spec.transposed else 0),
-            index_dtype="int32",
-        )
-        sch.transform_layout(dst, ("write", 0), own)
-        single = _pixels(spec) == 1
-        vector = 1 if single else _store(spec, oc)
-        if picks.split_k > 1:
-            parts = sch.get_sblock("parts")
-            sch.reverse_compute_at(parts, block, preserve_unit_loops=True)
-            _within(sch, sch.get_loops(parts)[1:], warps, 4)
-            thread = _spread(sch, sch.get_loops(dst), 256, vector)
-        else:
-            for follower in (sch.get_sblock("finished"), dst):
-                sch.reverse_compute_at(follower, block, preserve_unit_loops=True)
-            *ones, i, j = sch.get_loops(dst)[1:]
-            if spec.layout == "nchw":  # its rows are pixels
-                sch.reorder(j, i)
-                i, j = j, i
-            thread = _within(sch, [*ones, i, j], warps, vector)
-        finished = sch.get_sblock("finished")
-        if single:  # TVM takes what threads read for as much as there are threads, not channels of one pixel
-            sch.compute_inline(finished)
-        else:
-            sch.compute_at(finished, thread, preserve_unit_loops=True)
-            sch.set_scope(finished, 0, "local")
-            sch.unroll(sch.get_loops(finished)[-1])
-            if vector > 1:
-                loaded = sch.cache_read(finished, 0, "local")
-                sch.compute_at(loaded, thread, preserve_unit_loops=True)
-                _, v = sch.split(sch.get_loops(loaded)[-1], [None, min(4, vector)])
-                sch.vectorize(v)
-
+    def apply(self, sch: TirSchedule, spec: ConvSpec, target: Target, picks: Picks) -> None:
+        block, warp, rows = _divide_among_warps(sch, picks)
+        _schedule_stores(sch, spec, picks, block)
         self.reduce(sch, spec, picks, warp)
-        tile = tensorize.replace(sch, mi, tile, tensorize.store(rows, cols, summed))
-        # Rows of two-float stores meet no bank twice where they are 8 banks apart.
+        store = tensorize.store(*_warp(picks), tensorize.sums_of(spec.dtype))
+        tile = tensorize.replace(sch, rows, sch.get_sblock("tile"), store)
+        # A row of stores of two floats meets no bank twice where the next row begins 8 banks on.
         sch.storage_align(tile, 0, axis=2, factor=32, offset=8)
-        if _needs_layout(spec, picks):
-            staged = sch.get_sblock("channels_last")
-            _spread(sch, sch.get_loops(staged), 256, 1)
+        if needs_layout(spec, picks):
+            _spread(sch, sch.get_loops(sch.get_sblock("channels_last")), 1)
 
-    def reduce(self, sch, spec, picks, warp):
-        """Schedule the sums of each warp's tile."""
-        warps, lanes, summed = picks.warps_m * picks.warps_n, _lanes(spec), tensorize.sums_of(spec.dtype)
-        rows, cols = _warp(picks)
+    def reduce(self, sch: TirSchedule, spec: ConvSpec, picks: Picks, warp: Any) -> None:
+        """Schedule the sums of each warp's tile, under the loop over warps: copies, pipelined, and products."""
+        lanes, depth, (rows, cols) = lanes_of(spec), self.depth(spec), _warp(picks)
         sums = sch.get_sblock("tile_sums")
         sch.compute_at(sums, warp, preserve_unit_loops=True)
         sch.set_scope(sums, 0, "local")
-        *_, i, j, k, v = sch.get_loops(sums)
-        depth = self.depth(spec)
-        step, within, k = sch.split(k, [None, picks.tile_k // (depth * lanes), depth])
-        sch.reorder(step, within, i, j, k, v)
+        *_, row, column, vector, lane = sch.get_loops(sums)
+        step, within, vector = sch.split(vector, [None, picks.tile_k // (depth * lanes), depth])
+        sch.reorder(step, within, row, column, vector, lane)
 
         sch.set_scope(sch.get_sblock("gathered"), 0, "shared.dyn")
-        for copied_block in (sch.get_sblock("gathered"), sch.cache_read(sums, 1, "shared.dyn")):
-            sch.compute_at(copied_block, step, preserve_unit_loops=True)
-            *_, i2, k2, v2 = sch.get_loops(copied_block)
-            _, ty, tx = sch.split(sch.fuse(i2, k2), [None, warps, 32], preserve_unit_iters=True)
-            sch.bind(ty, "threadIdx.y")
-            sch.bind(tx, "threadIdx.x")
-            sch.vectorize(v2)
+        for operand in (sch.get_sblock("gathered"), sch.cache_read(sums, 1, "shared.dyn")):
+            sch.compute_at(operand, step, preserve_unit_loops=True)
+            _copy_together(sch, sch.get_loops(operand)[-3:], picks.warps_m * picks.warps_n)
 
         init = sch.decompose_reduction(sums, step)
-        tensorize.replace(sch, sch.get_loops(init)[-2], init, tensorize.clear(rows, cols, summed))
+        clear = tensorize.clear(rows, cols, tensorize.sums_of(spec.dtype))
+        tensorize.replace(sch, sch.get_loops(init)[-2], init, clear)
         sch.unroll(within)
-        tensorize.replace(sch, i, sums, self.intrinsic(spec, picks))
+        tensorize.replace(sch, row, sums, self.intrinsic(spec, picks))
         if picks.stages > 1:
             sch.annotate(step, "software_pipeline_stage", [0, 0, picks.stages - 1])
             sch.annotate(step, "software_pipeline_order", [0, 1, 2])
             sch.annotate(step, "software_pipeline_async_stages", [0])
 
 
-def _own_axes(spec, index, oc):
-    """dst's own index of (phases, group of ``oc`` channels, pixel of the phase, channel of the group)."""
-    *phases, g, pixel, j = index
-    image, *out = unflat(pixel, (spec.n, *_grid(spec)))
-    if spec.transposed:
-        out = [q * s + f for q, s, f in zip(out, spec.stride, phases, strict=True)]
-    o = g * oc + j
-    return [image, o, *out] if spec.layout == "nchw" else [image, *out, o]
+# ---- tensor expressions ------------------------------------------------------------------------
+
+
+def _packed_weights(spec: ConvSpec, products: _Products, host: Operands, merge_g: int) -> te.Tensor:
+    """Weights ``[product][output channel][vector][lane]``, zeros where a phase or a group has none."""
+    ic_group, oc_group = products.ic // merge_g, products.oc // merge_g
+
+    def packed(item: Expr, column: Expr, vector: Expr, lane: Expr) -> Expr:
+        phase, group, tap, channel = products.element(spec, item, vector, lane)
+        kernel_tap = [_kernel_tap(spec, axis, phase, t) for axis, t in enumerate(tap)]
+        inside = [column < products.oc, vector < math.prod(products.taps) * products.depth, channel < products.ic]
+        inside += [t < size for t, size in zip(kernel_tap, spec.kernel, strict=True)]
+        if merge_g > 1:
+            inside.append(tirx.floordiv(column, oc_group) == tirx.floordiv(channel, ic_group))
+        oc, ic = group * products.oc + column, group * products.ic + channel
+        channels = (ic, tirx.floormod(oc, oc_group)) if spec.transposed else (oc, tirx.floormod(ic, ic_group))
+        value = host.weights.tensor(*channels, *kernel_tap)
+        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, value.ty.dtype))
+
+    shape = (products.batch, products.columns, products.vectors, products.lanes)
+    return te.compute(shape, packed, name="weights_packed")
+
+
+def _channels_last(spec: ConvSpec, ops: Operands, picks: Picks) -> Callable[..., Expr]:
+    """src as a function of ``(n, *spatial, channel)``, every group whole vectors of channels.
+
+    That is src itself, or what a first launch lays out.
+    """
+    if not needs_layout(spec, picks):
+        return lambda *index: ops.src.tensor(*index)
+    ic = spec.ic // spec.groups * picks.merge_g
+    whole = round_up(ic, lanes_of(spec))
+
+    def value(image: Expr, *rest: Expr) -> Expr:
+        *position, channel = rest
+        if whole == ic:
+            return ops.src.tensor(*ops.order(image, channel, position))
+        group, channel = tirx.floordiv(channel, whole), tirx.floormod(channel, whole)
+        read = ops.src.tensor(*ops.order(image, group * ic + channel, position))
+        return tirx.if_then_else(channel < ic, read, tirx.const(0, tensorize.STORED[spec.dtype]))
+
+    shape = (spec.n, *spec.in_spatial, spec.groups // picks.merge_g * whole)
+    staged = te.compute(shape, value, name="channels_last")
+    return lambda *index: staged(*index)
+
+
+def _gathered(spec: ConvSpec, products: _Products, source: Callable[..., Expr]) -> te.Tensor:
+    """The patches ``[product][pixel][vector][lane]``, of which memory only ever has tiles."""
+    whole_ic = round_up(products.ic, products.lanes)
+
+    def gathered(item: Expr, pixel: Expr, vector: Expr, lane: Expr) -> Expr:
+        phase, group, tap, channel = products.element(spec, item, vector, lane)
+        image, *out = unflat(pixel, (spec.n, *_grid(spec)))
+        position, inside = [], []
+        for axis, (o, t) in enumerate(zip(out, tap, strict=True)):
+            y, conditions = _read(spec, axis, phase, o, t)
+            position.append(y)
+            inside += conditions
+        if products.rows != products.pixels:
+            inside.append(pixel < products.pixels)
+        if products.vectors != math.prod(products.taps) * products.depth:
+            inside.append(vector < math.prod(products.taps) * products.depth)
+        if products.depth > ceildiv(products.ic, products.lanes):
+            inside.append(channel < whole_ic)
+        value = source(image, *position, group * whole_ic + channel)
+        zero = tirx.const(0, tensorize.STORED[spec.dtype])
+        return tirx.if_then_else(tirx.all(*inside), value, zero) if inside else value
+
+    return te.compute((products.batch, products.rows, products.vectors, products.lanes), gathered, name="gathered")
+
+
+def _sums(spec: ConvSpec, products: _Products, patches: te.Tensor, weights: te.Tensor, split_k: int) -> te.Tensor:
+    """The products' sums ``[part][product][pixel][output channel]``, in ``split_k`` parts."""
+    summed, length = tensorize.sums_of(spec.dtype), products.vectors // split_k
+    outer = te.reduce_axis((0, length), "vector")
+    inner = te.reduce_axis((0, products.lanes), "lane")
+
+    def product(part: Expr, number: Expr, row: Expr, column: Expr) -> Expr:
+        vector = part * length + outer
+        left, right = patches[number, row, vector, inner], weights[number, column, vector, inner]
+        return te.sum(left.astype(summed) * right.astype(summed), [outer, inner])
+
+    return te.compute((split_k, products.batch, products.rows, products.columns), product, name="tile_sums")
+
+
+def _finished(
+    spec: ConvSpec, products: _Products, ops: Operands, parts: te.Tensor, per_channel: Sequence[te.Tensor]
+) -> te.Tensor:
+    """The outputs ``[phase per axis][group][pixel][output channel]``: all parts of a sum, and the epilogue."""
+    strides = spec.stride if spec.transposed else ()
+
+    def value(*index: Expr) -> Expr:
+        *phase, group, pixel, column = index
+        item = flat((*phase, group), (*strides, products.groups))
+        total = parts[0, item, pixel, column]
+        for part in range(1, int(parts.shape[0])):
+            total = total + parts[part, item, pixel, column]
+        image, channel, out = _output(spec, index, products.oc)
+        residual = ops.residual[ops.order(image, channel, out)] if ops.residual is not None else None
+        result = epilogue(spec, total, residual=residual, **ops.per_channel(per_channel, channel))
+        return narrow(result, spec.dtype) if spec.dtype == "i8" else result.astype(tensorize.STORED[spec.dtype])
+
+    return te.compute((*strides, products.groups, products.pixels, products.oc), value, name="finished")
 
 
 # ---- taps and pixels of a product --------------------------------------------------------------
 
 
-def _phases(spec):
+def _phases(spec: ConvSpec) -> int:
+    """Outputs whose positions differ by whole strides are a phase: how many phases there are."""
     return math.prod(spec.stride) if spec.transposed else 1
 
 
-def _phase(spec, phase):
-    """Per axis."""
+def _phase(spec: ConvSpec, phase: Expr) -> list[Expr]:
+    """A phase per axis."""
     return unflat(phase, spec.stride) if spec.transposed else [0] * spec.rank
 
 
-def _grid(spec):
+def _grid(spec: ConvSpec) -> tuple[int, ...]:
     """Outputs of a phase per axis."""
     if not spec.transposed:
         return spec.out_spatial
     return tuple(o // s for o, s in zip(spec.out_spatial, spec.stride, strict=True))
 
 
-def _pixels(spec):
+def _pixels(spec: ConvSpec) -> int:
+    """Outputs of a phase, of all images."""
     return spec.n * math.prod(_grid(spec))
 
 
-def _taps(spec):
-    """Most taps of a phase per axis."""
+def _taps(spec: ConvSpec) -> tuple[int, ...]:
+    """The most taps of a phase, per axis."""
     if not spec.transposed:
         return spec.kernel
     return tuple(ceildiv(k, s) for k, s in zip(spec.kernel, spec.stride, strict=True))
 
 
-def _by_phase(spec, axis, phase, value):
+def _by_phase(spec: ConvSpec, axis: int, phase: Sequence[Expr], value: Callable[[int], int]) -> Expr:
     """``value(phase)`` of an axis as a choice among constants: TVM's simplifier has wrong rules for the arithmetic."""
     last = spec.stride[axis] - 1
     chosen = tirx.const(value(last), "int32")
@@ -438,106 +488,162 @@ def _by_phase(spec, axis, phase, value):
     return chosen
 
 
-def _first(spec, axis, phase):
+def _first_tap(spec: ConvSpec, axis: int, phase: int) -> int:
     """The first tap that an output of a phase meets: ``phase + padding - tap * dilation`` is whole strides."""
     stride = spec.stride[axis]
     return (phase + spec.padding[axis][0]) * pow(spec.dilation[axis], -1, stride) % stride if stride > 1 else 0
 
 
-def _first_tap(spec, axis, phase):
-    return _by_phase(spec, axis, phase, lambda f: _first(spec, axis, f))
+def _kernel_tap(spec: ConvSpec, axis: int, phase: Sequence[Expr], tap: Expr) -> Expr:
+    """The tap of the kernel that a tap of a phase is."""
+    if not spec.transposed:
+        return tap
+    return _by_phase(spec, axis, phase, lambda p: _first_tap(spec, axis, p)) + spec.stride[axis] * tap
 
 
-def _kernel_tap(spec, axis, phase, tap):
-    """The tap of the kernel that one of a phase is."""
-    return _first_tap(spec, axis, phase) + spec.stride[axis] * tap if spec.transposed else tap
-
-
-def _read(spec, axis, phase, o, tap):
-    """Where output ``o`` reads src for a tap, and when that is inside."""
+def _read(spec: ConvSpec, axis: int, phase: Sequence[Expr], out: Expr, tap: Expr) -> tuple[Expr, list[Expr]]:
+    """Where output ``out`` of a phase reads src for a tap, along an axis; and the conditions for that to be inside."""
     (begin, end), size = spec.padding[axis], spec.in_spatial[axis]
     stride, dilation = spec.stride[axis], spec.dilation[axis]
     if not spec.transposed:
-        at = o * stride + tap * dilation - begin
-        return at, [at >= 0] * bool(begin) + [at < size] * bool(end)
-    start = _by_phase(spec, axis, phase, lambda f: (f + begin - _first(spec, axis, f) * dilation) // stride)
-    at = o + start - tap * dilation
-    inside = [at >= 0, at < size]
+        y = out * stride + tap * dilation - begin
+        return y, [y >= 0] * bool(begin) + [y < size] * bool(end)
+    start = _by_phase(spec, axis, phase, lambda p: (p + begin - _first_tap(spec, axis, p) * dilation) // stride)
+    y = out + start - tap * dilation
+    inside = [y >= 0, y < size]
     if spec.kernel[axis] % stride:
         inside.append(_kernel_tap(spec, axis, phase, tap) < spec.kernel[axis])
-    return at, inside
+    return y, inside
 
 
-# ---- threads -----------------------------------------------------------------------------------
+def _output(spec: ConvSpec, index: Sequence[Expr], oc: int) -> tuple[Expr, Expr, list[Expr]]:
+    """Image, channel and position in dst of an index ``[phase per axis][group][pixel][one of oc channels]``."""
+    *phase, group, pixel, column = index
+    image, *out = unflat(pixel, (spec.n, *_grid(spec)))
+    if spec.transposed:
+        out = [q * s + p for q, s, p in zip(out, spec.stride, phase, strict=True)]
+    return image, group * oc + column, out
 
 
-def _within(sch, loops, warps, vector):
+# ---- the schedule ------------------------------------------------------------------------------
+
+
+def _divide_among_warps(sch: TirSchedule, picks: Picks) -> tuple[Any, Any, Any]:
+    """A block's tile, divided among warps; returns the loops over blocks, over warps, and over a warp's rows."""
+    tile = sch.get_sblock("tile")
+    part, product, row, column = sch.get_loops(tile)
+    block_row, row = sch.split(row, [None, picks.tile_m])
+    block_column, column = sch.split(column, [None, picks.tile_n])
+    warp_row, row = sch.split(row, [picks.warps_m, None])
+    warp_column, column = sch.split(column, [picks.warps_n, None])
+    sch.reorder(part, product, block_row, block_column, warp_row, warp_column, row, column)
+    block, warp = sch.fuse(part, product, block_row, block_column), sch.fuse(warp_row, warp_column)
+    sch.bind(block, "blockIdx.x")
+    sch.bind(warp, "threadIdx.y")
+    sch.set_scope(tile, 0, "shared.dyn")
+    return block, warp, row
+
+
+def _schedule_stores(sch: TirSchedule, spec: ConvSpec, picks: Picks, block: Any) -> None:
+    """What becomes of a block's tile: it is dst, or the part of a sum that another launch adds up to dst."""
+    warps, oc = picks.warps_m * picks.warps_n, spec.oc // spec.groups * picks.merge_g
+    dst, finished = sch.get_sblock("dst"), sch.get_sblock("finished")
+    _give_own_axes(sch, spec, dst, oc)
+    single = _pixels(spec) == 1
+    lanes = 1 if single else _store_lanes(spec, oc)
+    if picks.split_k > 1:
+        parts = sch.get_sblock("parts")
+        sch.reverse_compute_at(parts, block, preserve_unit_loops=True)
+        _within(sch, sch.get_loops(parts)[1:], warps, 4)
+        thread = _spread(sch, sch.get_loops(dst), lanes)
+    else:
+        for follower in (finished, dst):
+            sch.reverse_compute_at(follower, block, preserve_unit_loops=True)
+        *outer, row, column = sch.get_loops(dst)[1:]
+        if spec.layout == "nchw":  # its rows are pixels
+            sch.reorder(column, row)
+            row, column = column, row
+        thread = _within(sch, [*outer, row, column], warps, lanes)
+    if single:  # TVM takes what threads read for as much as there are threads, not channels of one pixel
+        sch.compute_inline(finished)
+        return
+    sch.compute_at(finished, thread, preserve_unit_loops=True)
+    sch.set_scope(finished, 0, "local")
+    sch.unroll(sch.get_loops(finished)[-1])
+    if lanes > 1:
+        loaded = sch.cache_read(finished, 0, "local")
+        sch.compute_at(loaded, thread, preserve_unit_loops=True)
+        _, lane = sch.split(sch.get_loops(loaded)[-1], [None, min(4, lanes)])
+        sch.vectorize(lane)
+
+
+def _give_own_axes(sch: TirSchedule, spec: ConvSpec, dst: Any, oc: int) -> None:
+    """Until here dst has the axes of the products; from here on those of its layout."""
+
+    def own_axes(*index: Expr) -> list[Expr]:
+        image, channel, out = _output(spec, index, oc)
+        return [image, channel, *out] if spec.layout == "nchw" else [image, *out, channel]
+
+    axes = 3 + (spec.rank if spec.transposed else 0)
+    sch.transform_layout(dst, ("write", 0), IndexMap.from_func(own_axes, ndim=axes, index_dtype="int32"))
+
+
+def _copy_together(sch: TirSchedule, loops: Sequence[Any], warps: int) -> None:
+    """An operand's step, copied by all threads of a block: ``loops`` are over rows, vectors and lanes."""
+    row, vector, lane = loops
+    _, warp, thread = sch.split(sch.fuse(row, vector), [None, warps, 32], preserve_unit_iters=True)
+    sch.bind(warp, "threadIdx.y")
+    sch.bind(thread, "threadIdx.x")
+    sch.vectorize(lane)
+
+
+def _within(sch: TirSchedule, loops: Sequence[Any], warps: int, lanes: int) -> Any:
     """A tile's elements among the threads of its block, in vectors; returns a thread's loop."""
     *rows, last = loops
-    last, v = sch.split(last, [None, vector])
-    _, ty, tx = sch.split(sch.fuse(*rows, last), [None, warps, 32])
-    sch.bind(ty, "threadIdx.y")
-    sch.bind(tx, "threadIdx.x")
-    sch.vectorize(v)
-    return tx
+    last, lane = sch.split(last, [None, lanes])
+    _, warp, thread = sch.split(sch.fuse(*rows, last), [None, warps, 32])
+    sch.bind(warp, "threadIdx.y")
+    sch.bind(thread, "threadIdx.x")
+    sch.vectorize(lane)
+    return thread
 
 
-def _spread(sch, loops, threads, vector):
-    """All elements of a block of TE among the threads of a launch of its own, in vectors; returns a thread's loop."""
+def _spread(sch: TirSchedule, loops: Sequence[Any], lanes: int) -> Any:
+    """All elements of a stage among the threads of a launch of its own, in vectors; returns a thread's loop."""
     *rows, last = loops
-    last, v = sch.split(last, [None, vector])
-    blocks, tx = sch.split(sch.fuse(*rows, last), [None, threads])
+    last, lane = sch.split(last, [None, lanes])
+    blocks, thread = sch.split(sch.fuse(*rows, last), [None, OTHER_THREADS])
     sch.bind(blocks, "blockIdx.x")
-    sch.bind(tx, "threadIdx.x")
-    sch.vectorize(v)
-    return tx
+    sch.bind(thread, "threadIdx.x")
+    sch.vectorize(lane)
+    return thread
 
 
 # ---- sizes -------------------------------------------------------------------------------------
 
 
-def _store(spec, oc):
-    """Elements that are stored together."""
-    return 1 if spec.layout == "nchw" else math.gcd(_lanes(spec), oc)
-
-
-def _lanes(spec):
+def lanes_of(spec: ConvSpec) -> int:
+    """Elements of a vector of 16 bytes."""
     return VECTOR // BYTES[spec.dtype]
 
 
-def _warp(picks):
-    """(rows, cols) of a warp's tile."""
+def needs_layout(spec: ConvSpec, picks: Picks) -> bool:
+    """Whether a first launch lays out src: channels last, and whole vectors of them."""
+    return spec.layout == "nchw" or spec.ic // spec.groups * picks.merge_g % lanes_of(spec) != 0
+
+
+def _store_lanes(spec: ConvSpec, oc: int) -> int:
+    """Elements that are stored together, where a group has ``oc`` channels."""
+    return 1 if spec.layout == "nchw" else math.gcd(lanes_of(spec), oc)
+
+
+def _warp(picks: Picks) -> tuple[int, int]:
+    """Rows and columns of a warp's tile."""
     return picks.tile_m // picks.warps_m, picks.tile_n // picks.warps_n
 
 
-def _registers(spec, picks):
-    """Of a thread, about."""
+def _registers(spec: ConvSpec, picks: Picks) -> int:
+    """Registers of a thread, estimated."""
     rows, cols = _warp(picks)
     fragments = (rows // 16 * 4 + cols // 8 * 2) * (3 if spec.dtype == "f32" else 1)
     return rows * cols // 32 + fragments + OTHER_REGISTERS
-
-
-def _needs_layout(spec, picks):
-    return spec.layout == "nchw" or spec.ic // spec.groups * picks.merge_g % _lanes(spec) != 0
-
-
-def _channels_last(spec, ops, picks):
-    """src as ``f(n, *spatial, channel)``, every group whole vectors of channels: itself, or laid out so by a first
-    launch.
-    """
-    if not _needs_layout(spec, picks):
-        return lambda *index: ops.src.tensor(*index)
-    ic = spec.ic // spec.groups * picks.merge_g
-    whole = round_up(ic, _lanes(spec))
-
-    def value(image, *rest):
-        *at, c = rest
-        if whole == ic:
-            return ops.src.tensor(*ops.order(image, c, at))
-        g, c = tirx.floordiv(c, whole), tirx.floormod(c, whole)
-        read = ops.src.tensor(*ops.order(image, g * ic + c, at))
-        return tirx.if_then_else(c < ic, read, tirx.const(0, tensorize.STORED[spec.dtype]))
-
-    shape = (spec.n, *spec.in_spatial, spec.groups // picks.merge_g * whole)
-    staged = te.compute(shape, value, name="channels_last")
-    return lambda *index: staged(*index)

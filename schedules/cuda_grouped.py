@@ -14,30 +14,37 @@ Why not     a product of patches and weights (cuda_direct): it gathers every pat
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
-from tvm import te, tirx
+from tvm import te
 
 from convgen.cpu.vector import Block, written
 from convgen.cuda import model
-from convgen.cuda.simt import LANES, bound, finish, load, memory, put, unrolled
-from convgen.cuda.window import Window, axis_of
-from convgen.lowering.compute import ACCUMULATOR, Operands, ceildiv, copied, flat, unflat
-from convgen.lowering.schedule import Picks, Space, Written, require
+from convgen.cuda.simt import LANES, Buffers, finish, load, memory, put, unrolled, zero_sums
+from convgen.cuda.window import Place, Window, axis_of
+from convgen.lowering.compute import Expr, Operands, ceildiv, copied, flat, unflat
+from convgen.lowering.schedule import Picks, Program, Space, Written, require
 
-#: Taps along the tile that are written out, and multiply-adds of a pass.
+if TYPE_CHECKING:
+    from convgen.hardware.target import Target
+    from convgen.problem.spec import ConvSpec
+
+#: Taps along the tile that are written out, and multiply-adds that are written out in a pass, at most.
 MOST_TAPS, MOST_PRODUCTS = 8, 1024
+#: Registers of a thread, at most: of any point, and of the default.
+MOST_REGISTERS, DEFAULT_REGISTERS = 200, 128
 
 
 class CudaGrouped(Written):
     id, version = "cuda_grouped", 1
 
-    def applies(self, spec, target):
+    def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cuda", "needs a GPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
         require(spec.groups > 1, "needs at least two groups")
         require(spec.oc // spec.groups <= 32, "needs at most 32 output channels per group")
 
-    def space(self, spec, target):
+    def space(self, spec: ConvSpec, target: Target) -> Space:
         per_group = spec.oc // spec.groups
         vectors = spec.layout == "nhwc"
         return Space(
@@ -47,102 +54,98 @@ class CudaGrouped(Written):
             threads=[32, 64, 128, 256],
         )
 
-    def valid(self, spec, target, picks):
+    def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
         needed = _registers(spec, picks)
-        require(needed <= 200, f"about {needed} registers of a thread, at most 200")
+        require(needed <= MOST_REGISTERS, f"about {needed} registers of a thread, at most {MOST_REGISTERS}")
         products = picks.tile * picks.tile_oc * picks.tile_ic * _window(spec, picks).inner
         require(products <= MOST_PRODUCTS, f"{products} multiply-adds of a pass, at most {MOST_PRODUCTS}")
 
-    def default(self, spec, target):
+    def default(self, spec: ConvSpec, target: Target) -> Picks:
         space = self.space(spec, target).domains
         tile_ic = space["tile_ic"][-1]
         points = [
             Picks(tile=t, tile_oc=o, tile_ic=tile_ic, threads=128) for t in space["tile"] for o in space["tile_oc"]
         ]
-        fitting = [p for p in points if _registers(spec, p) <= 128 and not self.reason_against(spec, target, p)]
+        fitting = [
+            p for p in points
+            if _registers(spec, p) <= DEFAULT_REGISTERS and not self.reason_against(spec, target, p)
+        ]  # fmt: skip
         fitting = fitting or [points[0].replace(tile_ic=1)]
         return min(fitting, key=lambda p: (_seconds(spec, target, p), -p.tile))
 
-    def cost(self, spec, target):
+    def cost(self, spec: ConvSpec, target: Target) -> float:
         return _seconds(spec, target, self.default(spec, target))
 
-    def program(self, spec, target, picks):
+    def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, per_group = Operands(spec), spec.oc // spec.groups
 
-        def weight(tap, g, c, o):
-            return ops.weights[(g * per_group + o, c, *unflat(tap, spec.kernel))]
+        def weight(tap: Expr, group: Expr, ic: Expr, oc: Expr) -> Expr:
+            return ops.weights[(group * per_group + oc, ic, *unflat(tap, spec.kernel))]
 
         shape = (math.prod(spec.kernel), spec.groups, spec.ic // spec.groups, per_group)
-        packed = te.compute(shape, weight, name="weights_packed")
+        weights = te.compute(shape, weight, name="weights_packed")
 
-        def kernel(src, residual, parameters, dst):
-            return _kernel(ops, picks, src, parameters, (dst, residual, parameters))
+        def kernel(*buffers: Any) -> Any:
+            return _kernel(ops, picks, Buffers(*buffers))
 
-        return written(ops, [packed, *map(copied, ops.parameters[1:])], kernel, offsets=False)
-
-
-def _kernel(ops, picks, src, parameters, buffers):
-    spec, window, items = ops.spec, _window(ops.spec, picks), _items(ops.spec, picks)
-    channels, blocks = spec.ic // spec.groups, spec.oc // spec.groups // picks.tile_oc
-    lanes, size = picks.tile_ic, min(LANES, picks.tile_oc)
-    whole = Block()
-    with (
-        bound(whole, ceildiv(items, picks.threads), "blockIdx.x") as (grid, block),
-        bound(grid, picks.threads, "threadIdx.x") as (every, thread),
-        every.when(block * picks.threads + thread < items if items % picks.threads else True) as body,
-    ):
-        index = unflat(block * picks.threads + thread, window.grid(spec.oc // picks.tile_oc))
-        n, part, pixel = ops.logical([body.let(i) for i in index])
-        g, o = body.let(part // blocks), body.let(part % blocks * picks.tile_oc)
-        pixel = [body.let(p * picks.tile) if a == window.axis else p for a, p in enumerate(pixel)]
-        sums = memory(body, (picks.tile * picks.tile_oc,), "local", "sums")
-        with unrolled(body, picks.tile * picks.tile_oc) as (one, i):
-            put(one, sums, [i], tirx.const(0, ACCUMULATOR))
-        with body.loop(channels // lanes) as (outer, i), window.loop(outer) as (turn, j):
-            taps, c = window.taps(j), turn.let(i * lanes)
-            row = window.read(turn, ops, src, (n, g * channels + c, pixel), taps, lanes)
-            for k in range(window.inner):
-                tap = turn.let(flat(window.along(taps, k), spec.kernel))
-                for e in range(lanes):
-                    factors = memory(turn, (picks.tile_oc,), "local", "factors")
-                    for v in range(0, picks.tile_oc, size):
-                        put(turn, factors, [v], load(parameters["weights"], [tap, g, c + e, o + v], size), size)
-                    for x in range(picks.tile):
-                        source = window.place(x, k) * lanes + e
-                        with unrolled(turn, picks.tile_oc) as (one, f):
-                            at = [x * picks.tile_oc + f]
-                            put(one, sums, at, load(sums, at) + load(row, [source]) * load(factors, [f]))
-        piece = size if spec.layout == "nhwc" else 1
-        with window.outputs(body, pixel) as (there, x, where), unrolled(there, picks.tile_oc // piece) as (one, v):
-            taken = memory(one, (piece,), "local", "taken")
-            with unrolled(one, piece) as (copy, e):
-                put(copy, taken, [e], load(sums, [x * picks.tile_oc + v * piece + e]))
-            channel = one.let(part * picks.tile_oc + v * piece)
-            finish(one, spec, buffers, ops.order(n, channel, where), lambda e: channel + e, taken, piece)
-    return whole.statement()
+        return written(ops, [weights, *map(copied, ops.parameters[1:])], kernel, offsets=False)
 
 
-def _window(spec, picks):
-    return Window(spec, picks.tile, MOST_TAPS)
+def _kernel(ops: Operands, picks: Picks, buffers: Buffers) -> Any:
+    """The launch: every thread reads `tile_ic` channels of what its window reads at a time, and multiplies them."""
+    spec, window, launch = ops.spec, _window(ops.spec, picks), Block()
+    ic_group, parts_of_group = spec.ic // spec.groups, spec.oc // spec.groups // picks.tile_oc
+    vector = min(LANES, picks.tile_oc)
+    with window.each_thread(launch, ops, picks.threads) as (body, image, part, tile):
+        group, oc = body.let(part // parts_of_group), body.let(part % parts_of_group * picks.tile_oc)
+        pixel = window.first_pixel(body, tile)
+        sums = zero_sums(body, picks.tile * picks.tile_oc)
+        with body.loop(ic_group // picks.tile_ic) as (channels, ic_part), window.each_pass(channels) as (step, number):
+            first_tap, ic = window.first_tap(number), step.let(ic_part * picks.tile_ic)
+            read_from = Place(image, group * ic_group + ic, pixel)
+            row = window.read(step, ops, buffers.src, read_from, first_tap, picks.tile_ic)
+            for inner in range(window.inner):
+                tap = step.let(flat(window.tap(first_tap, inner), spec.kernel))
+                for c in range(picks.tile_ic):
+                    weights = memory(step, (picks.tile_oc,), "local", "tap_weights")
+                    for o in range(0, picks.tile_oc, vector):
+                        value = load(buffers.parameters["weights"], [tap, group, ic + c, oc + o], vector)
+                        put(step, weights, [o], value, vector)
+                    inputs = [window.place(x, inner) * picks.tile_ic + c for x in range(picks.tile)]
+                    _multiply_tap(step, inputs, row, weights, sums, picks.tile_oc)
+        count = vector if spec.layout == "nhwc" else 1
+        with window.each_store(body, pixel, sums, count) as (store, position, first, stored_sums):
+            channel = store.let(part * picks.tile_oc + first)
+            place = ops.order(image, channel, position)
+            finish(store, spec, buffers, place, lambda e: channel + e, stored_sums, count)
+    return launch.statement()
 
 
-def _items(spec, picks):
-    """Threads there is work for."""
-    return _window(spec, picks).items(spec.oc // picks.tile_oc)
+def _multiply_tap(block: Block, inputs: list[int], row: Any, weights: Any, sums: Any, channels: int) -> None:
+    """Add an input channel's products with a tap to all sums: of pixel ``x`` it is element ``inputs[x]`` of ``row``."""
+    for x, read_from in enumerate(inputs):
+        with unrolled(block, channels) as (body, o):
+            place = [x * channels + o]
+            put(body, sums, place, load(sums, place) + load(row, [read_from]) * load(weights, [o]))
 
 
-def _registers(spec, picks):
-    """Of a thread, about."""
+def _window(spec: ConvSpec, picks: Picks) -> Window:
+    return Window(spec, picks.tile, picks.tile_oc, MOST_TAPS)
+
+
+def _registers(spec: ConvSpec, picks: Picks) -> int:
+    """Registers of a thread, estimated: sums, inputs and weights, and 40 for addresses and counters."""
     row = len(_window(spec, picks).offsets) * picks.tile_ic
-    return picks.tile * picks.tile_oc + row + 2 * picks.tile_oc + 40
+    return int(picks.tile * picks.tile_oc + row + 2 * picks.tile_oc + 40)
 
 
-def _seconds(spec, target, picks):
-    """Predicted."""
+def _seconds(spec: ConvSpec, target: Target, picks: Picks) -> float:
+    """Predicted seconds of a launch."""
     window = _window(spec, picks)
-    blocks = ceildiv(_items(spec, picks), picks.threads)
-    reads = len(window.offsets) / (window.inner * picks.tile * picks.tile_oc)  # of each multiply-add
-    # What is issued, and what L1 gives: a quarter of a warp's loads for each of its multiply-adds.
+    blocks = ceildiv(window.threads, picks.threads)
+    reads = len(window.offsets) / (window.inner * picks.tile * picks.tile_oc)  # per multiply-add
+    # The slower of two: issuing instructions, and L1, which serves a quarter of a warp's loads in the time of one
+    # multiply-add of the warp.
     slowdown = max(1.2 + 4 * reads + 1 / (LANES * picks.tile), 4 * reads + 1 / picks.tile)
     macs = picks.threads * picks.tile * picks.tile_oc * spec.reduction_length * slowdown
     resident = model.blocks_per_core(target, picks.threads, 0, _registers(spec, picks))

@@ -6,9 +6,9 @@ Strategy    F(m, r) along both axes (Lavin & Gray, CVPR 2016), y = Aᵀ[(G g) ·
             2. Transform the input: a thread has one tile of one channel in registers.
             3. One matrix product per position, [tiles, ic] x [ic, oc], as in cuda_direct.
             4. Transform back: a thread has one tile of one channel; bias, residual, activation, store.
-            Neighbouring threads have neighbouring tiles (NCHW) or channels (NHWC), and so has what lies between
-            the launches.
-Accuracy    falls with m, as cpu_winograd's does; `tile` holds those that the spec's class admits.
+            Neighbouring threads have neighbouring tiles (NCHW) or channels (NHWC); the tensors that one launch
+            hands to the next are laid out in the same order.
+Accuracy    falls as m grows, as cpu_winograd's does; `tile` has the m that the spec's accuracy admits.
 Why not     all in one launch: shared memory has room for few positions of many channels.
 """
 
@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from tvm import te
 
@@ -24,27 +26,32 @@ from convgen.cpu.vector import Block, weighted_sum, written
 from convgen.cuda import model, tiles
 from convgen.cuda.simt import (
     LANES,
+    Buffers,
     Product,
     all_of,
-    bound,
     finish,
     load,
     memory,
     multiply,
+    one_each,
     packed,
     put,
     read,
     unrolled,
     where,
 )
-from convgen.cuda.tiles import Size
-from convgen.lowering.compute import Operands, ceildiv, copied, round_up, row_times, unflat
-from convgen.lowering.schedule import Picks, Space, Written, require
-from convgen.lowering.winograd import admitted, toom_cook
+from convgen.cuda.tiles import Size, Tile
+from convgen.lowering.compute import Expr, Operands, ceildiv, copied, round_up, row_times, unflat
+from convgen.lowering.schedule import Picks, Program, Space, Written, require
+from convgen.lowering.winograd import Matrix, admitted, toom_cook
 
-#: Products of a tile and axis: all inputs of a tile are in registers.
+if TYPE_CHECKING:
+    from convgen.hardware.target import Target
+    from convgen.problem.spec import ConvSpec
+
+#: Products per tile and axis, at most: a thread has all inputs of a tile in registers.
 MOST_POSITIONS = 6
-#: Threads of a block that transforms.
+#: Threads of a block in the launches that transform.
 THREADS = 128
 
 
@@ -52,7 +59,7 @@ class CudaWinograd(Written):
     id, version = "cuda_winograd", 1
     transforms = True
 
-    def applies(self, spec, target):
+    def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cuda", "needs a GPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
         require(spec.rank == 2 and spec.groups == 1, "needs a 2-D convolution of one group")
@@ -63,128 +70,130 @@ class CudaWinograd(Written):
         covered = all(2 * max(pads) <= k + 1 for pads, k in zip(spec.padding, spec.kernel, strict=True))
         require(covered, "needs windows with half of their taps inside the input")
         require(min(spec.ic, spec.oc) >= 16, "needs at least 16 input and output channels")
-        require(max(map(math.prod, _between(spec, 256, _tiles(spec)[0]))) < 1 << 31, "needs fewer elements")
+        require(max(map(math.prod, _shapes(spec, 256, _tiles(spec)[0]))) < 1 << 31, "needs fewer elements")
 
-    def space(self, spec, target):
-        found = _tiles(spec)
-        return Space(tile=found, **tiles.space(_size(spec, found[0])).domains)
+    def space(self, spec: ConvSpec, target: Target) -> Space:
+        outputs = _tiles(spec)
+        return Space(tile=outputs, **tiles.space(_size(spec, outputs[0])).domains)
 
-    def valid(self, spec, target, picks):
+    def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
         tiles.check(target, tiles.of(picks))
 
-    def default(self, spec, target):
+    def default(self, spec: ConvSpec, target: Target) -> Picks:
         points = [Picks(tile=m, **tiles.default(target, _size(spec, m), _gather(spec))) for m in _tiles(spec)]
         return min(points, key=lambda picks: _seconds(spec, target, picks))
 
-    def cost(self, spec, target):
+    def cost(self, spec: ConvSpec, target: Target) -> float:
         return _seconds(spec, target, self.default(spec, target))
 
-    def program(self, spec, target, picks):
+    def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, m, tile = Operands(spec), picks.tile, tiles.of(picks)
-        size, positions = _size(spec, m), _positions(spec, m)
-        (_, g_rows, _), (_, g_cols, _) = (toom_cook(m, k) for k in spec.kernel)
+        weights = packed(_size(spec, m), tile, _transformed_weights(ops, m))
 
-        def along_rows(o, c, a, k):
-            return row_times(g_rows, a, lambda t: ops.weights[(o, c, t, k)])
-
-        halfway = te.compute((spec.oc, spec.ic, positions[0], spec.kernel[1]), along_rows, name="halfway")
-
-        def along_both(o, c, a, b):
-            return row_times(g_cols, b, lambda t: halfway[o, c, a, t])
-
-        transformed = te.compute((spec.oc, spec.ic, *positions), along_both, name="transformed")
-        weights = packed(size, tile, lambda b, k, o: transformed[(o, k, *unflat(b, positions))])
-
-        def kernel(src, residual, parameters, dst):
-            whole = Block()
-            shapes = _between(spec, tile.tile_m, m)
-            inputs = memory(whole, shapes[0], "global", "inputs")
-            sums = memory(whole, shapes[1], "global", "products")
-            whole.add(_transform(ops, m, src, inputs))
-            whole.add(multiply(_product(spec, m, tile, inputs, sums), tile, parameters["weights"]))
-            whole.add(_transform_back(ops, m, sums, (dst, residual, parameters)))
-            return whole.statement()
+        def kernel(*given: Any) -> Any:
+            buffers, launches = Buffers(*given), Block()
+            shapes = _shapes(spec, tile.tile_m, m)
+            inputs = memory(launches, shapes[0], "global", "inputs")
+            sums = memory(launches, shapes[1], "global", "products")
+            launches.add(_transform(ops, m, buffers.src, inputs))
+            launches.add(multiply(_product(spec, m, tile, inputs, sums), tile, buffers.parameters["weights"]))
+            launches.add(_transform_back(ops, m, sums, buffers))
+            return launches.statement()
 
         return written(ops, [weights, *map(copied, ops.parameters[1:])], kernel, offsets=False)
 
 
-def _transform(ops, m, src, inputs):
+def _transformed_weights(ops: Operands, m: int) -> Callable[[Expr, Expr, Expr], Expr]:
+    """The weights ``G g Gᵀ`` as a function of position, input channel and output channel.
+
+    Output channel ``o`` and input channel ``c`` have positions ``(a, b)``, and before the second half columns ``k``.
+    """
+    spec, positions = ops.spec, _positions(ops.spec, m)
+    (_, g_rows, _), (_, g_cols, _) = (toom_cook(m, k) for k in spec.kernel)
+
+    def along_rows(o: Expr, c: Expr, a: Expr, k: Expr) -> Expr:
+        return row_times(g_rows, a, lambda tap: ops.weights[(o, c, tap, k)])
+
+    halfway = te.compute((spec.oc, spec.ic, positions[0], spec.kernel[1]), along_rows, name="halfway")
+
+    def along_both(o: Expr, c: Expr, a: Expr, b: Expr) -> Expr:
+        return row_times(g_cols, b, lambda tap: halfway[o, c, a, tap])
+
+    transformed = te.compute((spec.oc, spec.ic, *positions), along_both, name="transformed")
+    return lambda position, c, o: transformed[(o, c, *unflat(position, positions))]
+
+
+def _transform(ops: Operands, m: int, src: Any, inputs: Any) -> Any:
     """The launch that makes every tile of every input channel Bᵀ d B."""
-    spec = ops.spec
+    spec, launch = ops.spec, Block()
     positions, (_, _, b_rows), (_, _, b_cols) = _positions(spec, m), *(toom_cook(m, k) for k in spec.kernel)
-    whole = Block()
-    with _each(whole, spec, m, spec.ic) as (body, c, t):
-        n, *at = unflat(t, (spec.n, *_grid(spec, m)))
-        first = [body.let(q * m - begin) for q, (begin, _) in zip(at, spec.padding, strict=True)]
+    with _each_tile(launch, spec, m, spec.ic) as (body, channel, number):
+        image, *place = unflat(number, (spec.n, *_grid(spec, m)))
+        first = [body.let(t * m - begin) for t, (begin, _) in zip(place, spec.padding, strict=True)]
         tile = memory(body, (math.prod(positions),), "local", "tile")
-        with unrolled(body, positions[0]) as (column, i), unrolled(column, positions[1]) as (one, j):
-            pixel = [one.let(first[0] + i), one.let(first[1] + j)]
-            # Past the end lie padding and what the last tile has too many of.
+        with unrolled(body, positions[0]) as (each_row, i), unrolled(each_row, positions[1]) as (each_input, j):
+            pixel = [each_input.let(first[0] + i), each_input.let(first[1] + j)]
+            # Past the end lie the padding, and the part of the last tile that is beyond the output.
             inside = [y < extent for y, extent in zip(pixel, spec.in_spatial, strict=True)]
             inside += [y >= 0 for y, (begin, _) in zip(pixel, spec.padding, strict=True) if begin]
-            value = read(src, spec.dtype, ops.order(n, c, pixel))
-            put(one, tile, [i * positions[1] + j], where(inside, value))
+            value = read(src, spec.dtype, ops.order(image, channel, pixel))
+            put(each_input, tile, [i * positions[1] + j], where(inside, value))
         result = _both(body, tile, positions, b_rows, b_cols)
-        with unrolled(body, math.prod(positions)) as (one, p):
-            put(one, inputs, _place(spec, p, t, c), load(result, [p]))
-    return whole.statement()
+        with unrolled(body, math.prod(positions)) as (each_position, position):
+            put(each_position, inputs, _place(spec, position, number, channel), load(result, [position]))
+    return launch.statement()
 
 
-def _product(spec, m, tile, inputs, sums):
-    """The products of all positions, from one intermediate to the other."""
+def _product(spec: ConvSpec, m: int, tile: Tile, inputs: Any, sums: Any) -> Product:
+    """The products, one for each position: of the transformed inputs and the transformed weights."""
     size, nchw = _size(spec, m), spec.layout == "nchw"
 
-    def fetch(block, b, row, start, offset, lanes):
-        # Rows are in whole tiles; what lies past the last one is never stored.
+    def fetch(block: Block, position: Expr, row: Expr, start: Expr, offset: Expr, lanes: int) -> Expr:
+        # The rows of the inputs are whole tiles of the product; what lies past the last one is never stored.
         inside = [start + offset < size.depth] * (size.depth % tile.tile_k != 0)
-        return where(inside, load(inputs, _place(spec, b, row, start + offset), lanes), lanes)
+        return where(inside, load(inputs, _place(spec, position, row, start + offset), lanes), lanes)
 
-    def store(block, b, row, column, taken, count):
-        put(block, sums, _place(spec, b, row, column), load(taken, [0], count), count)
+    def store(block: Block, position: Expr, row: Expr, column: Expr, piece: Any, count: int) -> None:
+        put(block, sums, _place(spec, position, row, column), load(piece, [0], count), count)
 
     vectors = "row" if nchw else "depth" if spec.ic % LANES == 0 else ""
     return Product(size, fetch, vectors, store, not nchw, LANES if nchw else math.gcd(spec.oc, LANES))
 
 
-def _transform_back(ops, m, sums, buffers):
+def _transform_back(ops: Operands, m: int, sums: Any, buffers: Buffers) -> Any:
     """The launch that makes every tile of every output channel Aᵀ y A, and finishes it."""
-    spec = ops.spec
+    spec, launch = ops.spec, Block()
     positions, (a_rows, _, _), (a_cols, _, _) = _positions(spec, m), *(toom_cook(m, k) for k in spec.kernel)
-    whole = Block()
-    with _each(whole, spec, m, spec.oc) as (body, o, t):
-        n, *at = unflat(t, (spec.n, *_grid(spec, m)))
+    with _each_tile(launch, spec, m, spec.oc) as (body, channel, number):
+        image, *place = unflat(number, (spec.n, *_grid(spec, m)))
         tile = memory(body, (math.prod(positions),), "local", "tile")
-        with unrolled(body, math.prod(positions)) as (one, p):
-            put(one, tile, [p], load(sums, _place(spec, p, t, o)))
+        with unrolled(body, math.prod(positions)) as (each_position, position):
+            put(each_position, tile, [position], load(sums, _place(spec, position, number, channel)))
         result = _both(body, tile, positions, a_rows, a_cols)
-        with unrolled(body, m) as (column, i), unrolled(column, m) as (one, j):
-            pixel = [one.let(q * m + d) for q, d in zip(at, (i, j), strict=True)]
+        with unrolled(body, m) as (each_row, i), unrolled(each_row, m) as (each_output, j):
+            pixel = [each_output.let(t * m + offset) for t, offset in zip(place, (i, j), strict=True)]
             inside = [y < extent for y, extent in zip(pixel, spec.out_spatial, strict=True) if extent % m]
-            with one.when(all_of(inside)) as within:
-                taken = memory(within, (1,), "local", "taken")
-                put(within, taken, [0], load(result, [i * m + j]))
-                finish(within, spec, buffers, ops.order(n, o, pixel), lambda e: o, taken, 1)
-    return whole.statement()
+            with each_output.when(all_of(inside)) as within:
+                stored_sums = memory(within, (1,), "local", "stored_sums")
+                put(within, stored_sums, [0], load(result, [i * m + j]))
+                finish(within, spec, buffers, ops.order(image, channel, pixel), lambda e: channel, stored_sums, 1)
+    return launch.statement()
 
 
 @contextmanager
-def _each(whole, spec, m, channels):
-    """The body of a launch: its channel, and its tile."""
+def _each_tile(launch: Block, spec: ConvSpec, m: int, channels: int) -> Iterator[tuple[Block, Expr, Expr]]:
+    """A launch with a thread for each tile of each channel: what the thread does, its channel, its tile."""
     count = _size(spec, m).rows
-    with (
-        bound(whole, ceildiv(count * channels, THREADS), "blockIdx.x") as (grid, block),
-        bound(grid, THREADS, "threadIdx.x") as (every, thread),
-        every.when(block * THREADS + thread < count * channels if count * channels % THREADS else True) as body,
-    ):
-        number = body.let(block * THREADS + thread)
+    with one_each(launch, count * channels, THREADS) as (body, thread):
+        number = body.let(thread)
         if spec.layout == "nchw":
             yield body, body.let(number // count), body.let(number % count)
         else:
             yield body, body.let(number % channels), body.let(number // channels)
 
 
-def _both(block, tile, positions, rows, cols):
-    """``rows x tile x cols^T``, in registers; the first two are constant."""
+def _both(block: Block, tile: Any, positions: Sequence[int], rows: Matrix, cols: Matrix) -> Any:
+    """``rows · tile · colsᵀ``, in registers; ``rows`` and ``cols`` are constant."""
     height, width = positions
     halfway = memory(block, (len(rows) * width,), "local", "halfway")
     result = memory(block, (len(rows) * len(cols),), "local", "result")
@@ -197,49 +206,54 @@ def _both(block, tile, positions, rows, cols):
     return result
 
 
-def _tiles(spec):
-    """Outputs of a tile along each axis."""
+# ---- sizes -------------------------------------------------------------------------------------
+
+
+def _tiles(spec: ConvSpec) -> list[int]:
+    """Every m: how many outputs a tile may have along each axis."""
     admits = [set(admitted(spec.accuracy, k)) for k in spec.kernel]
     return sorted(m for m in set.intersection(*admits) if m + max(spec.kernel) - 1 <= MOST_POSITIONS)
 
 
-def _positions(spec, m):
+def _positions(spec: ConvSpec, m: int) -> list[int]:
+    """Products of a tile, per axis."""
     return [m + k - 1 for k in spec.kernel]
 
 
-def _grid(spec, m):
+def _grid(spec: ConvSpec, m: int) -> list[int]:
     """Tiles per axis."""
     return [ceildiv(y, m) for y in spec.out_spatial]
 
 
-def _size(spec, m):
+def _size(spec: ConvSpec, m: int) -> Size:
+    """Of the products: one for each position; rows are tiles, columns output channels."""
     return Size(math.prod(_positions(spec, m)), spec.n * math.prod(_grid(spec, m)), spec.oc, spec.ic)
 
 
-def _between(spec, tile_m, m):
-    """Shapes of the transformed input and of the products: rows, which are tiles, in whole ones of a thread block."""
+def _shapes(spec: ConvSpec, tile_m: int, m: int) -> list[tuple[int, int, int]]:
+    """Shapes of the transformed inputs and of the transformed sums.
+
+    Their rows, which are tiles, are rounded up to the ``tile_m`` of a thread block.
+    """
     size = _size(spec, m)
     rows = round_up(size.rows, tile_m)
-    return [
-        (size.batch, count, rows) if spec.layout == "nchw" else (size.batch, rows, count)
-        for count in (spec.ic, spec.oc)
-    ]
+    return [_place(spec, size.batch, rows, channels) for channels in (spec.ic, spec.oc)]
 
 
-def _place(spec, position, tile, channel):
-    """The index of an element of either."""
+def _place(spec: ConvSpec, position: Expr, tile: Expr, channel: Expr) -> tuple[Expr, Expr, Expr]:
+    """The index of an element of the transformed inputs or of the transformed sums."""
     return (position, channel, tile) if spec.layout == "nchw" else (position, tile, channel)
 
 
-def _gather(spec):
-    """Instructions that fetch an element of the transformed input."""
+def _gather(spec: ConvSpec) -> int:
+    """Instructions that fetch an element of the transformed input, counted about."""
     return 2 if spec.layout == "nchw" or spec.ic % LANES == 0 else 4
 
 
-def _seconds(spec, target, picks):
-    """Predicted: the products, and the launches around them that move data."""
+def _seconds(spec: ConvSpec, target: Target, picks: Picks) -> float:
+    """Predicted seconds: of the products, and of the two launches around them, which move data."""
     size, tile = _size(spec, picks.tile), tiles.of(picks)
-    between = [4 * math.prod(shape) for shape in _between(spec, tile.tile_m, picks.tile)]
-    products = tiles.compute_seconds(target, size, tile, _gather(spec), sum(between))
-    moved = sum(between) + 2 * spec.bytes["src"] + spec.bytes["dst"]
+    between = sum(4 * math.prod(shape) for shape in _shapes(spec, tile.tile_m, picks.tile))
+    products = tiles.compute_seconds(target, size, tile, _gather(spec), between)
+    moved = between + 2 * spec.bytes["src"] + spec.bytes["dst"]
     return products + moved / (target.cores * model.BANDWIDTH) + 2 * model.LAUNCH

@@ -2,53 +2,64 @@
 
 Applies to  every spec on every target.
 Strategy    1. Weights and other parameters are copied, not rearranged.
-            2. One output row at a time is a task; the reduction of a pixel is one scalar loop. On a GPU
-               one output element is a thread's.
-Why not     anything faster: this is what the others are checked against, and what a spec falls back
-            to that no other schedule takes.
+            2. A task is one output row; the reduction of an output element is one scalar loop. On a GPU a
+               thread computes one output element.
+Why not     anything faster: this is what the others are checked against, and what computes a spec that
+            no other schedule takes.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tvm import te
 
-from convgen.lowering.compute import Operands, convolution, copied, epilogue
+from convgen.hardware.target import Target
+from convgen.lowering.compute import Expr, Operands, convolution, copied, epilogue
 from convgen.lowering.schedule import Picks, Program, Scheduled, Space
+from convgen.problem.spec import ConvSpec
 
-#: Of a block, on a GPU.
+if TYPE_CHECKING:
+    from tvm.s_tir import Schedule as TirSchedule
+
+#: Threads of a block, on a GPU.
 THREADS = 128
+#: FLOP per second of a scalar loop on a CPU, and on one core of a GPU: roughly, as any other schedule is faster.
+CPU_FLOPS, GPU_CORE_FLOPS = 1e9, 5e9
+#: Seconds that a launch on a GPU takes at least.
+LAUNCH = 1e-5
 
 
 class Reference(Scheduled):
-    id, version, sums_integers = "reference", 2, True
+    id, version, sums_integers, is_reference = "reference", 2, True, True
 
-    def applies(self, spec, target):
+    def applies(self, spec: ConvSpec, target: Target) -> None:
         pass
 
-    def space(self, spec, target):
+    def space(self, spec: ConvSpec, target: Target) -> Space:
         return Space()
 
-    def default(self, spec, target):
+    def default(self, spec: ConvSpec, target: Target) -> Picks:
         return Picks()
 
-    def cost(self, spec, target):
+    def cost(self, spec: ConvSpec, target: Target) -> float:
         if target.kind == "cuda":
-            return spec.flops / (target.cores * 5e9) + 1e-5
-        return spec.flops / 1e9  # about what a scalar loop does in a second
+            return spec.flops / (target.cores * GPU_CORE_FLOPS) + LAUNCH
+        return spec.flops / CPU_FLOPS
 
-    def program(self, spec, target, picks):
+    def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops = Operands(spec, integers=True)
-        packed = [copied(t) for t in ops.parameters]
+        packed = [copied(parameter) for parameter in ops.parameters]
         weights, *vectors = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
         acc = convolution(spec, ops, weights)
 
-        def value(n, o, pixel):
-            residual = ops.residual[ops.order(n, o, pixel)] if spec.residual else None
+        def value(n: Expr, o: Expr, pixel: tuple[Expr, ...]) -> Expr:
+            residual = ops.residual[ops.order(n, o, pixel)] if ops.residual is not None else None
             return epilogue(spec, acc[(n, o, *pixel)], residual=residual, **ops.per_channel(vectors, o))
 
         return Program(pack=ops.pack(*packed), main=ops.main([weights, *vectors], ops.store(value)))
 
-    def apply(self, sch, spec, target, picks):
+    def apply(self, sch: TirSchedule, spec: ConvSpec, target: Target, picks: Picks) -> None:
         dst, acc = sch.get_sblock("dst"), sch.get_sblock("acc")
         if target.kind == "cuda":
             blocks, threads = sch.split(sch.fuse(*sch.get_loops(dst)), [None, THREADS])

@@ -99,6 +99,11 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
     )
 
 
+def fingerprint(machine: Machine) -> str:
+    """The fingerprint that records of kernels for that machine's CPU are tied to."""
+    return machine.fingerprint
+
+
 def known() -> list[str]:
     """Spellings worth listing: this machine first."""
     return ["cpu", "cpu:x86-64-v2", "cpu:x86-64-v3", "cpu:haswell", "cpu:znver4", "cpu:aarch64-cortex-a72"]

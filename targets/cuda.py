@@ -102,6 +102,11 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
     )
 
 
+def fingerprint(machine: Machine) -> str | None:
+    """The fingerprint that records of kernels for that machine's GPU are tied to; None where it has none."""
+    return machine.gpu.fingerprint if machine.gpu else None
+
+
 def known() -> list[str]:
     """Spellings worth listing: this machine's device first, where there is one."""
     from convgen.cuda.driver import device

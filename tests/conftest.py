@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from paths import SUPPORT
 
 from convgen.records import shipped
 
@@ -15,7 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_records(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _own_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The default record store of this run: never the user's, nor the records that ship: what a test sees does not
     depend on the machine. (The cache of compiled runtimes stays shared.)
     """
@@ -23,4 +26,15 @@ def _own_records(tmp_path_factory: pytest.TempPathFactory) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONVGEN_RECORDS", str(path))
         patch.setattr(shipped, "FOLDER", tmp_path_factory.mktemp("tuned"))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _processes_without_torch() -> Iterator[None]:
+    """TVM imports PyTorch wherever it is installed: two seconds for each process that tests start, and there are many.
+    Those do not find it; tests that use it import it themselves.
+    """
+    path = [str(SUPPORT / "without_torch"), os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
         yield

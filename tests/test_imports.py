@@ -14,7 +14,6 @@ ORDER = (
     "errors",
     "interrupts",
     "processes",
-    "runtime",
     "problem",
     "hardware",
     "formats",

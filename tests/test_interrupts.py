@@ -58,7 +58,7 @@ def test_the_outermost_block_holds() -> None:
 
 
 def test_other_handlers_and_threads_are_left_alone() -> None:
-    seen = []
+    seen: list[str | bool] = []
     before = signal.signal(signal.SIGINT, lambda *_: seen.append("own"))
     try:
         with interrupts_held():

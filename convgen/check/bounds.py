@@ -35,7 +35,7 @@ from ..problem.spec import ConvSpec
 from .data import Arrays
 
 F32 = npt.NDArray[np.float32]
-Stored = npt.NDArray[Any]  # as the spec says
+Stored = npt.NDArray[Any]  # of the dtype that the spec says
 
 
 # ---- reference and bound ----------------------------------------------------------------------
@@ -45,7 +45,7 @@ def reference(spec: ConvSpec, data: Arrays, threads: int = 1) -> Stored:
     """ONNX Runtime's output for ``data``, computed in f32 and rounded to the spec's dtype."""
     if spec.n == 0:
         return np.empty(spec.dst_shape, numpy_dtype(spec.dtype))
-    from .reference import run_onnxruntime
+    from .reference import run_onnxruntime  # imports ONNX Runtime
 
     return run_onnxruntime(spec, **data, threads=threads)
 

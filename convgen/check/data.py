@@ -69,5 +69,5 @@ def special_data(spec: ConvSpec, seed: int = 0) -> Arrays:
 
 
 def _shapes(spec: ConvSpec) -> dict[str, tuple[int, ...]]:
-    """Of a call's inputs."""
+    """The shapes of a call's inputs, by name."""
     return {name: shape for name, shape in spec.shapes.items() if name != "dst"}

@@ -96,7 +96,7 @@ class Representation(BackendRep):  # type: ignore[misc]
 
 
 class _Convolution:
-    """Goes before the evaluator's own Conv and ConvTranspose."""
+    """Replaces the evaluator's own Conv and ConvTranspose."""
 
     representation: ClassVar[Representation]
     onnx_node: NodeProto
@@ -132,7 +132,7 @@ class _OnnxRuntime:
 
 
 def _anonymous(node: NodeProto) -> bytes:
-    """The node as bytes, the same for all that compute the same."""
+    """The node as bytes without its names: equal for nodes that compute the same."""
     copy = NodeProto()
     copy.CopyFrom(node)
     copy.ClearField("name")
@@ -173,7 +173,7 @@ class _Evaluator(ReferenceEvaluator):  # type: ignore[misc]
     def _load_impl(self, node: NodeProto, input_types: Any = None) -> Any:
         implementation = super()._load_impl(node, input_types)
         bodies = any(attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for attribute in node.attribute)
-        if bodies or not isinstance(implementation, type):  # or a function: its nodes will come here
+        if bodies or not isinstance(implementation, type):  # or a function, whose nodes will be looked up here in turn
             return implementation
         convolution = not node.domain and node.op_type in ("Conv", "ConvTranspose")
         bases = (_Convolution if convolution else _OnnxRuntime, implementation)

@@ -23,7 +23,7 @@ _Constant = Callable[[str, npt.ArrayLike], str]  # (name, value) -> name
 
 #: Written models, (opset, IR version): the first with Gelu; for bf16, the first whose Conv takes it.
 VERSIONS = {"f32": (20, 9), "f16": (20, 9), "bf16": (22, 10), "i8": (20, 9)}
-#: Of tensors, ONNX's name of the storage type.
+#: Storage type -> ONNX's number for it.
 ELEMENTS = {
     "f32": TensorProto.FLOAT,
     "f16": TensorProto.FLOAT16,
@@ -186,7 +186,7 @@ def _activation(spec: ConvSpec, x: str, slope: str, emit: _Emit, constant: _Cons
         return emit("Clip", x, *bounds, output="act")
     if name == "silu":
         return emit("Mul", x, emit("Sigmoid", x, output="gate"), output="act")
-    if name == "mish":  # an operator of its own from opset 18 on, which ONNX Runtime takes apart again
+    if name == "mish":  # ONNX has Mish from opset 18 on only, and ONNX Runtime decomposes it anyway
         gate = emit("Tanh", emit("Softplus", x, output="softplus"), output="gate")
         return emit("Mul", x, gate, output="act")
     if name == "gelu_tanh":

@@ -18,25 +18,24 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..cuda.driver import Memory, Stream
 from ..errors import MeasureError
+from ..kernel.cuda_library import CudaLibrary
 from ..kernel.library import Library
 from ..lowering.interface import MAX_THREADS
 from ..problem.dtypes import load, numpy_dtype, save
 from ..problem.spec import PARAMETERS, ConvSpec
 from .data import Arrays
 
-if TYPE_CHECKING:
-    from ..kernel.cuda_library import CudaLibrary
-
 
 @dataclass(frozen=True)
 class Run:
-    """One call: which case, on how many threads, with the guard page at which end of the buffers."""
+    """One call: the case, the number of threads, and the end of the buffers that touches a guard page."""
 
     case: str
     threads: int
@@ -177,8 +176,6 @@ class Placed:
     MARGIN = 4096
 
     def __init__(self, size: int, guard: str) -> None:
-        from ..cuda.driver import Memory
-
         self._memory = Memory(size + self.MARGIN)
         self._memory.fill(0xFF)
         self._start = self.MARGIN if guard == "end" else 0
@@ -209,8 +206,6 @@ class Placed:
 
 
 def _run_on_device(library: CudaLibrary, run: Run, data: Arrays) -> npt.NDArray[Any]:
-    from ..cuda.driver import Stream
-
     # An emulated device's threads then run in the other order.
     os.environ["CONVGEN_EMULATED_ORDER"] = "-1" if run.guard == "end" else "-2"
     spec, sizes = library.spec, library.sizes()
@@ -234,8 +229,6 @@ def _child(directory: Path) -> None:
     arguments = Path(job["library"]), spec, job["name"], job["threads"]
     call: Callable[[Run, Arrays], npt.NDArray[Any]]
     if job["on_device"]:
-        from ..kernel.cuda_library import CudaLibrary
-
         call = functools.partial(_run_on_device, CudaLibrary(*arguments))
     else:
         call = functools.partial(_run_on_cpu, Library(*arguments))

@@ -150,7 +150,7 @@ def _runnable(kernel: Kernel, directory: Path) -> tuple[Path, Path | None]:
     found = device()
     if kernel.target.native and found is not None and not found.emulated:
         return kernel.path, None
-    from .emulation.standin import emulated_library
+    from .emulation.standin import emulated_library  # imports TVM
 
     return emulated_library(kernel.lowered, kernel.interface, kernel.object_file, directory)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..formats.entries import SpecEntry
+from ..formats.sources import write_text
+from ..report.words import plural
 from .common import (
     INTERRUPTED,
     candidate_options,
     check_names,
+    check_page,
     check_picks,
     chosen_records,
     duration,
@@ -21,11 +25,11 @@ from .common import (
     label,
     layers_argument,
     note,
-    parse_threads,
     read_layers,
     records_options,
     table,
     target_option,
+    thread_counts_option,
     tidy,
 )
 from .generate import Work, chosen, working
@@ -39,16 +43,10 @@ if TYPE_CHECKING:
 PEER_NAMES = ("onnxruntime", "torch", "openvino")
 
 
-def _check_report(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    if path is not None and path.suffix not in (".md", ".html"):
-        raise click.BadParameter(f"expected a file name that ends in .md or .html, found {path.name!r}")
-    return path
-
-
 @click.command()
 @layers_argument
 @target_option
-@click.option("--threads", callback=parse_threads, metavar="N,…", help="Thread counts, as 1,2.  [default: all cores]")
+@thread_counts_option("Thread counts, such as 1,2.  [default: all cores]")
 @click.option(
     "--peers", default=",".join(PEER_NAMES), show_default=True, metavar="NAME,…", help="Libraries to compare with."
 )
@@ -57,15 +55,15 @@ def _check_report(context: click.Context, parameter: click.Parameter, path: Path
     type=click.IntRange(min=1),
     default=7,
     show_default=True,
-    help="Rounds of timing, at least; up to three times as many where the ratio is not clear yet.",
+    help="Rounds of timing; up to three times as many while the ratio is not clear.",
 )
 @click.option("--cold", is_flag=True, help="Empty the caches before every call that is timed.")
 @click.option(
     "--report",
     type=click.Path(dir_okay=False, path_type=Path),
-    callback=_check_report,
+    callback=check_page,
     metavar="FILE",
-    help="Write the figures there too: FILE.md as tables, FILE.html as a picture.",
+    help="Also write the figures to a file: FILE.md as tables, FILE.html as a page.",
 )
 @records_options
 @candidate_options
@@ -87,15 +85,16 @@ def bench(
 ) -> int:
     """Time kernels beside ONNX Runtime, PyTorch and OpenVINO.
 
-    The same data and threads for all. They run in turn, several rounds; times are medians. A ratio
-    is the best peer's time over convgen's, above 1 where convgen is faster, with its 95 % confidence
-    interval. The limit is the roofline of `convgen show`. Each peer's output is checked before it is
-    timed; one that is far behind after two rounds is left at that.
+    All get the same data and threads, and run in turn for several rounds; a time is the median of the
+    rounds. A ratio is the best peer's time over convgen's, above 1 where convgen is faster, with its
+    95 % confidence interval. The limit is the roofline of `convgen show`. A peer is timed only after its
+    output was checked; one that is far behind after two rounds is not timed any further.
 
-    Each layer's kernel is its best record (then its default is timed too), or the default.
+    Each layer's kernel comes from its best record, and its default is timed beside it. Without a record
+    the kernel is the default.
     """
     check_picks(schedule, picks)
-    names = check_names("peers", peers, PEER_NAMES)
+    names = check_names("--peers", peers, PEER_NAMES)
     entries = read_layers(spec, dims)
     rows: list[Row] = []
     kernels: list[Kernel] = []
@@ -154,17 +153,19 @@ def _layer(kernel: Kernel, row: Row) -> dict[str, Any]:
 
 
 def _totals(rows: list[Row]) -> list[dict[str, Any]]:
-    """Per thread count: the time of all layers with their counts, of convgen and of each peer that
-    ran them all, and the geometric mean of the ratios.
+    """Per thread count, as JSON values: the time of all layers with their counts (convgen's, and each peer's that ran
+    them all) and the geometric mean of the ratios.
     """
     from ..report.tables import Totals, by_threads
 
-    found = []
+    totals_by_threads = []
     for threads, group in by_threads(rows).items():
         totals = Totals.of(group)
         peers = {name: seconds for name, seconds in totals.peers.items() if seconds}
-        found.append({"threads": threads, "convgen": totals.seconds, "peers": peers, "mean_ratio": totals.mean})
-    return found
+        totals_by_threads.append(
+            {"threads": threads, "convgen": totals.seconds, "peers": peers, "mean_ratio": totals.mean}
+        )
+    return totals_by_threads
 
 
 def _line(row: Row) -> str:
@@ -175,8 +176,8 @@ def _line(row: Row) -> str:
 
 
 def _text(entries: list[SpecEntry], rows: list[Row]) -> str:
-    """Per thread count a row per layer, and what they come to; then why peers were not timed."""
-    from ..report.tables import ABOVE_NOTE, Totals, by_threads, layers, plural, problems
+    """Per thread count a row per layer and the totals; then why peers were not timed."""
+    from ..report.tables import ABOVE_NOTE, Totals, by_threads, layers, problems
 
     names = {entry.spec.descriptor: label(entry) or entry.spec.descriptor for entry in entries}
     lines = []
@@ -191,12 +192,9 @@ def _text(entries: list[SpecEntry], rows: list[Row]) -> str:
 
 
 def _write_report(path: Path, title: str, rows: list[Row]) -> None:
-    from importlib.metadata import version
+    from ..report.bench_page import page
+    from ..report.tables import network
 
-    from ..formats.sources import write_text
-    from ..report import picture
-    from ..report import tables as report
-
-    made = report.network if path.suffix == ".md" else picture.page
-    write_text(made(f"{title}: convgen {version('convgen')}", rows), path)
+    written = network if path.suffix == ".md" else page
+    write_text(written(f"{title}: convgen {version('convgen')}", rows), path)
     note(f"wrote {tidy(path)}")

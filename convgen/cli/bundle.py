@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import MeasureError
-from ..formats.entries import SpecEntry
+from ..formats.entries import SpecEntry, merge
 from .common import (
     check_target,
+    chosen_records,
     emit,
     json_option,
+    layer_groups,
     layers_argument,
     note,
-    parse_threads,
     read_layers,
     records_options,
     size,
+    store_option,
+    thread_counts_option,
     tidy,
 )
 
@@ -33,28 +36,29 @@ if TYPE_CHECKING:
     "targets",
     multiple=True,
     callback=lambda context, parameter, given: [check_target(context, parameter, text) for text in given or ("cpu",)],
-    help="cpu:<LLVM processor>, such as cpu:znver4 or cpu:aarch64-cortex-a72, or a GPU's, such as cuda:sm_90a; may be "
-    "repeated.  [default: cpu]",
+    metavar="TARGET",
+    help="What to compile for: cpu:<LLVM processor>, such as cpu:znver4 or cpu:aarch64-cortex-a72, or a GPU's "
+    "architecture, such as cuda:sm_90a; may be repeated.  [default: cpu]",
 )
-@click.option(
-    "--threads", callback=parse_threads, metavar="N,…", help="Threads of the kernels.  [default: all cores there]"
-)
+@thread_counts_option("Thread counts of the kernels, such as 1,2.  [default: all cores of that machine]")
 @click.option(
     "--candidates",
     type=click.IntRange(min=1),
     default=16,
     show_default=True,
     metavar="N",
-    help="Per layer, target and thread count: the default and the most promising.",
+    help="Candidates per layer, target and thread count: the default and the most promising ones.",
 )
 @click.option(
     "--facts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="What `run.py --facts` printed on the machine that will measure, or earlier results of it.",
+    help="What `run.py --facts` printed on the machine that will measure, or earlier results from there.",
 )
-@click.option("--exclude", multiple=True, metavar="ID", help="Leave out a schedule; may be repeated.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the choice of candidates.")
+@click.option("--exclude", multiple=True, metavar="ID", help="A schedule to leave out; may be repeated.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the choice of candidates."
+)
 @records_options
 @click.option(
     "-o",
@@ -63,7 +67,7 @@ if TYPE_CHECKING:
     default=Path("bundle.tar.gz"),
     show_default=True,
     metavar="FILE",
-    help="The bundle: .tar.gz or .zip.",
+    help="The bundle to write: .tar.gz or .zip.",
 )
 @json_option
 def pack(
@@ -82,23 +86,24 @@ def pack(
 ) -> None:
     """Compile candidates, and write them with inputs and expected outputs into one file.
 
-    Carry it to the machine, unpack it and run `python3 run.py` there: that takes Python 3.8, for a GPU its
-    driver, and nothing else. `convgen fleet import` takes the results back.
+    Carry it to the machine that measures, unpack it there and run `python3 run.py`, which needs Python 3.8,
+    for a GPU its driver, and nothing else. `convgen fleet import` takes the results back.
 
     With --facts the candidates are chosen for that machine's caches and cores, and what the record
-    store has of it already is not measured again.
+    store already knows of that machine is not measured again.
     """
     entries = _read(spec, dims)
-    machine = _machine(facts)
 
     from ..hardware.target import resolve
     from ..records.opening import open_store
     from ..tuning.bundle import pack as write
-    from .common import chosen_records
 
+    machine = _machine(facts)
     if machine is not None and not machine.llvm and "cpu" in targets:
-        raise click.UsageError("--target: expected cpu:<LLVM processor> with --facts, found cpu: they do not name it")
-    # Plain cuda is the GPU there.
+        raise click.UsageError(
+            "--target: expected cpu:<LLVM processor>, found cpu: the facts do not name their machine's processor"
+        )
+    # Plain cuda is the GPU of the machine that measures.
     resolved = [resolve(target, machine if target == "cuda" else None) for target in dict.fromkeys(targets)]
     counts = threads or (machine.cores if machine else resolved[0].cores,)
     with open_store(chosen_records(records, no_records), write=False) as store:
@@ -121,17 +126,13 @@ def pack(
     for error in packed.errors[:5]:
         note(f"convgen: did not compile: {error.splitlines()[0] if error else ''}")
     failed = f", {packed.failed} of which did not compile" if packed.failed else ""
-    known = f"; {packed.known} more, known already, take part in the comparisons" if packed.known else ""
+    known = f"; {packed.known} more are known already and take part in the comparisons" if packed.known else ""
     click.echo(f"{packed.trials} trials of {packed.layers} layers{failed}{known}: {tidy(out)}, {size(packed.bytes)}")
 
 
 def _read(words: tuple[str, ...], dims: dict[str, int]) -> list[SpecEntry]:
     """Layers of several files, or of one spec in several words."""
-    from ..formats.entries import merge
-
-    if all(Path(word).is_file() for word in words):
-        return merge(entry for word in words for entry in read_layers([word], dims))
-    return read_layers(words, dims)
+    return merge(entry for group in layer_groups(words) for entry in read_layers(group, dims))
 
 
 def _machine(facts: Path | None) -> Machine | None:
@@ -150,20 +151,28 @@ def _machine(facts: Path | None) -> Machine | None:
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Where results go.  [default: the bundle's name with .results.jsonl, here]",
+    help="File of the results.  [default: the bundle's name with .results.jsonl, in this folder]",
 )
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Per candidate.  [60]")
 @click.option(
-    "--memory", type=click.IntRange(min=0), metavar="MIB", help="Per candidate; 0: any.  [by the layer's size]"
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="Seconds that a candidate may take.  [default: 60]",
+)
+@click.option(
+    "--memory",
+    type=click.IntRange(min=0),
+    metavar="MIB",
+    help="Memory that a candidate may take; 0: any amount.  [default: by the layer's size]",
 )
 @click.pass_context
 def run(context: click.Context, bundle: Path, out: Path | None, timeout: float | None, memory: int | None) -> None:
     """Measure a bundle, packed or unpacked; the same command goes on where it stopped.
 
-    What it does is what `python3 run.py` does in the unpacked bundle. A bundle holds compiled code:
-    run only those that you would run a program from.
+    It does what `python3 run.py` does in the unpacked bundle. A bundle holds compiled code: run only
+    bundles of people whose programs you would run.
     """
-    from ..runtime import measure_bundle
+    from ..measure.standalone.command import main as measure
     from ..tuning.bundle import bundle_name, unpacked
 
     results = (out or Path(f"{bundle_name(bundle)}.results.jsonl")).absolute()
@@ -171,7 +180,7 @@ def run(context: click.Context, bundle: Path, out: Path | None, timeout: float |
     options += ["--timeout", str(timeout)] if timeout is not None else []
     options += ["--memory", str(memory)] if memory is not None else []
     with unpacked(bundle) as folder:
-        context.exit(measure_bundle.main([str(folder), *options]))
+        context.exit(measure([str(folder), *options]))
 
 
 @click.command("import", short_help="Take in the results of a bundle, all or none.")
@@ -180,20 +189,15 @@ def run(context: click.Context, bundle: Path, out: Path | None, timeout: float |
     "--bundle",
     type=click.Path(exists=True, path_type=Path),
     metavar="FILE",
-    help="Check that they are of this bundle: its trials, its libraries.",
+    help="Check that the results belong to this bundle: to its trials and libraries.",
 )
-@click.option(
-    "--records",
-    "store_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Record store.  [default: $CONVGEN_RECORDS, or one in the user's cache]",
-)
+@store_option("store_path")
 @json_option
 def import_(results: Path, bundle: Path | None, store_path: Path | None, as_json: bool) -> None:
-    """Make records of what a bundle's runner wrote, the same as measuring here would have made.
+    """Make records of a bundle's results: the same as measuring here would have made.
 
-    Each line is checked; where one is wrong, nothing is taken. Twice the same adds nothing.
+    Each line is checked; where one is wrong, no result is taken. Results that were imported before
+    add nothing.
     """
     from ..records.store import RecordStore
     from ..tuning.bundle import import_results

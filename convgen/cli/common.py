@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 OK, FAILED, WRONG, TROUBLE, INTERRUPTED = 0, 1, 2, 3, 130
 
-#: Reasons printed of those why layers were left out; --json gives all.
+#: How many reasons for left out layers are printed; --json gives all.
 REASONS = 20
 
-#: Of the commands that take one.
+#: What a spec looks like, for the help of commands that take one.
 SPEC_HELP = """\
 \b
 A SPEC is one line, quoted or not, such as
@@ -40,6 +40,8 @@ tokens:   n ic oc  g (groups)  i (input size)  k (kernel)  s (stride)  d (dilati
 """
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+#: A decorator that gives a command an option or an argument.
+Option = Callable[[Any], Any]
 
 # ---- arguments --------------------------------------------------------------------------------
 
@@ -76,6 +78,7 @@ def _parse_dims(context: click.Context, parameter: click.Parameter, values: Sequ
 
 
 def check_target(context: click.Context, parameter: click.Parameter, spelling: str) -> str:
+    """The spelling of a target, of a family there is."""
     from ..hardware.discover import target_families
 
     family = spelling.partition(":")[0]
@@ -84,14 +87,21 @@ def check_target(context: click.Context, parameter: click.Parameter, spelling: s
     return spelling
 
 
-def parse_threads(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+def _parse_threads(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
     """Thread counts joined by commas, each once."""
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and 1 <= int(part) <= 1024 for part in parts):
-        raise click.BadParameter(f"expected numbers from 1 to 1024, as 1,2, found {text!r}")
+        raise click.BadParameter(f"expected numbers from 1 to 1024, such as 1,2, found {text!r}")
     return tuple(dict.fromkeys(map(int, parts)))
+
+
+def check_page(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """The name of a file that a report is written to."""
+    if path is not None and path.suffix not in (".md", ".html"):
+        raise click.BadParameter(f"expected a file name that ends in .html or .md, found {path.name!r}")
+    return path
 
 
 def _check_schedule(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
@@ -102,7 +112,9 @@ def _check_schedule(context: click.Context, parameter: click.Parameter, name: st
     return name
 
 
-def _grouped(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+def grouped(*options: Option) -> Option:
+    """Several options and arguments as one decorator, shown in this order."""
+
     def decorate(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
@@ -113,10 +125,15 @@ def _grouped(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
 
 #: Gives ``dims``.
 dim_option = click.option(
-    "--dim", "dims", multiple=True, callback=_parse_dims, metavar="NAME=SIZE", help="Size of a symbolic dimension."
+    "--dim",
+    "dims",
+    multiple=True,
+    callback=_parse_dims,
+    metavar="NAME=SIZE",
+    help="Size of a model's symbolic dimension; may be repeated.",
 )
 #: What to work on; gives ``spec`` (words) and ``dims``.
-layers_argument = _grouped(
+layers_argument = grouped(
     click.argument("spec", nargs=-1, required=True, metavar="SPEC|FILE|MODEL.onnx", shell_complete=complete_spec),
     dim_option,
 )
@@ -126,43 +143,58 @@ target_option = click.option(
     show_default=True,
     callback=check_target,
     shell_complete=_complete_target,
-    help="cpu, or cpu:<LLVM processor>; cuda (this machine's GPU), or an architecture such as cuda:sm_90a, "
-    "which needs no GPU to build for.",
+    metavar="TARGET",
+    help="What to build for: cpu (this machine's), cpu:<LLVM processor>, cuda (this machine's GPU), or an "
+    "architecture such as cuda:sm_90a, for which no GPU is needed.",
 )
-threads_option = click.option(
-    "--threads",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    help="Threads of a kernel; a GPU's has 1.  [default: all cores]",
-)
-#: Gives ``records`` (a path or None) and ``no_records``.
-records_options = _grouped(
-    click.option(
+
+
+def threads_option(meaning: str = "Threads that a kernel runs on; 1 on a GPU.  [default: all cores]") -> Option:
+    """``--threads N``, which means this to the command."""
+    return click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help=meaning)
+
+
+def thread_counts_option(meaning: str) -> Option:
+    """``--threads N,…``, which means this to the command; gives a tuple, or None."""
+    return click.option("--threads", callback=_parse_threads, metavar="N,…", help=meaning)
+
+
+def store_option(name: str = "records") -> Option:
+    """``--records FILE``; gives ``name``, a path or None."""
+    return click.option(
         "--records",
+        name,
         type=click.Path(dir_okay=False, path_type=Path),
         metavar="FILE",
         help="Record store.  [default: $CONVGEN_RECORDS, or one in the user's cache]",
-    ),
-    click.option("--no-records", is_flag=True, help="Neither read nor write records."),
+    )
+
+
+#: Gives ``records`` (a path or None) and ``no_records``.
+records_options = grouped(
+    store_option(), click.option("--no-records", is_flag=True, help="Neither read nor write records.")
 )
-budget_options = _grouped(
-    click.option("--trials", type=click.IntRange(min=0), metavar="N", help="Trials per layer, earlier ones included."),
-    click.option(
-        "--seconds", type=click.FloatRange(min=0), metavar="S", help="Tuning time in all, shared among the layers."
-    ),
+trials_option = click.option(
+    "--trials", type=click.IntRange(min=0), metavar="N", help="Trials per layer, including those of earlier runs."
+)
+budget_options = grouped(
+    trials_option,
+    click.option("--seconds", type=click.FloatRange(min=0), metavar="S", help="Tuning time for all layers together."),
 )
 
 
-def schedule_option(meaning: str) -> Callable[[Command], Command]:
+def schedule_option(meaning: str) -> Option:
     """``--schedule``, which means this to the command."""
     return click.option(
         "--schedule", callback=_check_schedule, shell_complete=_complete_schedule, metavar="ID", help=meaning
     )
 
 
-candidate_options = _grouped(
-    schedule_option("Use this schedule, not the best record or default."),
-    click.option("--picks", metavar="TEXT", help='Its picks, as "tile_oc=32 tile_ow=14".  [default: its own]'),
+candidate_options = grouped(
+    schedule_option("Use this schedule instead of the best record or the default."),
+    click.option(
+        "--picks", metavar="TEXT", help='Picks of that schedule, such as "tile_oc=32 tile_ow=14".  [default: its own]'
+    ),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
@@ -170,14 +202,19 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 def read_layers(
     words: Sequence[str], dims: dict[str, int] | None = None, skipped: list[str] | None = None
 ) -> list[SpecEntry]:
-    """The layers that a spec in one or several words, a file or a model gives; see :func:`read_specs`."""
+    """The layers of a spec in one or several words, of a file or of a model; see :func:`read_specs`."""
     return read_specs(" ".join(words), dims or None, skipped)
 
 
+def layer_groups(words: Sequence[str]) -> list[list[str]]:
+    """A command line's words by source: each alone where all are files, else one spec in several words."""
+    return [[word] for word in words] if all(Path(word).is_file() for word in words) else [list(words)]
+
+
 def chosen_records(records: Path | None, no_records: bool) -> Records:
-    """The core's word for the record options."""
+    """What the options say about records, as :func:`convgen.records.opening.open_store` takes it."""
     if records is not None and no_records:
-        raise click.UsageError("--records and --no-records exclude each other")
+        raise click.UsageError("give either --records or --no-records, not both")
     return False if no_records else records
 
 
@@ -190,7 +227,7 @@ def check_picks(schedule: str | None, picks: str | None) -> None:
 def forced_candidates(
     entries: Sequence[SpecEntry], target: Target, schedule: str | None, picks: str | None
 ) -> list[Candidate | None]:
-    """Of each layer the candidate that --schedule and --picks name; None without them."""
+    """Per layer the candidate that --schedule and --picks name; None without them."""
     from ..lowering.candidates import parse_candidate
 
     if schedule is None:
@@ -201,13 +238,13 @@ def forced_candidates(
         raise Inapplicable(f"--schedule {schedule}: {error}") from error
 
 
-def check_names(what: str, text: str, known: Iterable[str]) -> list[str]:
+def check_names(option: str, text: str, known: Iterable[str]) -> list[str]:
     """A comma-separated list, each item known and once."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     known = list(known)
     for name in names:
         if name not in known:
-            raise UnsupportedError(f"{what}: expected some of {', '.join(known)}, found {name!r}")
+            raise UnsupportedError(f"{option}: expected some of {', '.join(known)}, found {name!r}")
     return list(dict.fromkeys(names))
 
 
@@ -220,7 +257,7 @@ def emit(document: object) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """The value without what JSON cannot say: infinity and NaN become null."""
+    """The value as JSON can express it: infinity and NaN become null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -234,7 +271,7 @@ def note(message: str) -> None:
 
 
 def note_left_out(reasons: Sequence[str]) -> None:
-    """Why layers are missing from a result, for people; the first reasons of many."""
+    """Say why layers are missing from a result; of many reasons, the first."""
     for reason in reasons[:REASONS]:
         note(f"left out: {reason}")
     if len(reasons) > REASONS:
@@ -242,7 +279,7 @@ def note_left_out(reasons: Sequence[str]) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned columns without the empty ones; one whose name ends in ``>`` is aligned to the right."""
+    """Aligned columns; empty ones are left out, and those whose name ends in ``>`` are aligned to the right."""
     texts = [[str(cell) for cell in row] for row in rows]
     kept = [i for i in range(len(header)) if not texts or any(row[i] for row in texts)]
     header = [header[i] for i in kept]

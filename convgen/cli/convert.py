@@ -9,13 +9,23 @@ import click
 
 from ..errors import SpecError
 from ..formats.sources import FORMS, SUFFIXES, format_specs, read_specs, write_text
+from ..report.words import plural
 from .common import emit, json_option, layers_argument, note_left_out, tidy
 
 
 @click.command(short_help="Write layers in another notation.")
 @layers_argument
-@click.option("-o", "--output", required=True, metavar="FILE", type=click.Path(allow_dash=True), help="- is stdout.")
-@click.option("--to", "form", type=click.Choice(FORMS), help="The form.  [default: by FILE's suffix; descriptors]")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="FILE",
+    type=click.Path(allow_dash=True),
+    help="File to write; - is standard output.",
+)
+@click.option(
+    "--to", "form", type=click.Choice(FORMS), help="The notation.  [default: by FILE's suffix; for -, descriptors]"
+)
 @click.option("--skip", is_flag=True, help="Leave out layers that cannot be read or written, and say which.")
 @json_option
 def convert(
@@ -29,24 +39,24 @@ def convert(
     miopen       ./bin/MIOpenDriver conv -n 1 -c 64 ...       AMD's
     toml yaml json                                            .toml .yaml .yml .json
 
-    benchdnn and the last three keep names and counts; descriptors and miopen have a line for each time
-    a layer occurs. Where benchdnn and miopen have no word for padding or output padding at the end,
-    they say the same layer in the way they can. A field that a form cannot say is an error, and nothing
-    is written; with --skip the other layers are, and the exit status is 0.
+    benchdnn, toml, yaml and json keep names and counts; descriptors and miopen have a line for each time
+    a layer occurs. Where benchdnn and miopen have no field for padding or output padding at the end,
+    the layer is written in another way that means the same. A layer that a notation cannot express is an
+    error, and nothing is written; with --skip the other layers are written, and the exit status is 0.
 
     \b
-    A line that begins with -- comes after one:
+    To read a line that begins with --, put another -- before it:
       convgen convert -o - -- --deconv ic3ih8oc4kh3
     """  # noqa: D301 - click's mark for a paragraph that is not to be wrapped
     source, path = " ".join(spec), Path(output)
     to_stdout = output == "-"
     form = form or ("descriptors" if to_stdout else SUFFIXES.get(path.suffix.lower()))
     if form is None:
-        raise click.UsageError(f"the suffix of {output} says no form: give --to")
+        raise click.UsageError(f"the suffix of {output} does not tell the notation: give --to")
     if to_stdout and as_json:
-        raise click.UsageError("--json needs -o FILE: layers and report would both go to standard output")
+        raise click.UsageError("--json needs -o FILE: the layers and the JSON would both go to standard output")
     if path.exists() and os.path.exists(source) and path.samefile(source):
-        raise click.UsageError(f"{output} is what is read: give another -o")
+        raise click.UsageError(f"{output} is the file that is read: give another -o")
     skipped: list[str] | None = [] if skip else None
     entries = read_specs(source, dims or None, skipped)
     unread = len(skipped or ())
@@ -62,4 +72,4 @@ def convert(
     if as_json:
         emit({"output": output, "form": form, "layers": written, "skipped": skipped or []})
     else:
-        click.echo(f"{written} different layer{'s' * (written != 1)} in {tidy(path)} as {form}")
+        click.echo(f"{plural(written, 'different layer')} in {tidy(path)} as {form}")

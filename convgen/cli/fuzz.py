@@ -10,30 +10,50 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import FAILED, INTERRUPTED, OK, duration, emit, json_option, note, schedule_option, table, target_option
+from ..report.words import plural
+from .common import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    duration,
+    emit,
+    json_option,
+    note,
+    schedule_option,
+    table,
+    target_option,
+    threads_option,
+)
 from .view import LOG_SECONDS
 
 if TYPE_CHECKING:
     from collections import Counter
 
-    from ..check.fuzz import Finding, Summary
+    from ..check.fuzz.run import Finding, Summary
 
-#: Seconds of a run that neither --seconds nor --specs ends.
+#: Seconds of a run that neither --seconds nor --specs limits.
 SECONDS = 60.0
 
 
 @click.command(short_help="Check random layers and candidates; shrink what fails.")
-@click.option("--seconds", type=click.FloatRange(min=0), metavar="S", help="How long.  [default: 60, without --specs]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is drawn.")
 @click.option(
-    "--start", type=click.IntRange(min=0), default=0, show_default=True, help="The seed's first spec to check."
+    "--seconds",
+    type=click.FloatRange(min=0),
+    metavar="S",
+    help="How long to run.  [default: 60, or no limit with --specs]",
 )
-@click.option("--specs", type=click.IntRange(min=1), metavar="N", help="How many specs.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything that is drawn."
+)
+@click.option(
+    "--start", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the first spec to check."
+)
+@click.option("--specs", type=click.IntRange(min=1), metavar="N", help="How many specs to check.")
 @target_option
-@click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads of a kernel.  [default: drawn]")
+@threads_option("Threads that a kernel runs on.  [default: drawn]")
 @schedule_option("Draw candidates of this schedule only.")
 @click.option(
-    "--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Candidates checked at once."
+    "--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="How many candidates to check at once."
 )
 @json_option
 def fuzz(
@@ -49,15 +69,15 @@ def fuzz(
 ) -> int:
     """Check random layers and candidates as validate does; shrink what fails.
 
-    Small layers of every kind, mostly with sizes one off a schedule's tiles. Each is built as the
-    default, and with random picks of schedules that apply. What fails, crashes or hangs is made as
-    simple as it can be while it still fails in the same way, and printed as the command that repeats
-    it. A spec and its candidates depend on --seed and its number, not on the time: to see one again,
-    use --start and --specs 1.
+    Draws small layers of every kind, mostly with sizes that differ by one from a schedule's tiles, and
+    builds each with the default and with random picks of the schedules that apply. What fails, crashes
+    or hangs is simplified as long as it still fails in the same way, and printed as the command that
+    repeats it. A spec and its candidates depend on --seed and the spec's number alone: to see a spec
+    again, give its number to --start, with --specs 1.
 
-    The exit status is 1 where anything was found. Ctrl-C ends the run with what was found so far.
+    The exit status is 1 where anything was found. Ctrl-C ends the run and prints what was found so far.
     """
-    from ..check.fuzz import Fuzzer
+    from ..check.fuzz.run import Fuzzer
 
     if seconds is None and specs is None:
         seconds = SECONDS
@@ -77,7 +97,7 @@ def fuzz(
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Summary], None]]:
-    """What shows how far a run is: a line on a terminal, log lines anywhere else."""
+    """Gives what shows how far a run is: a status line on a terminal, log lines anywhere else."""
     if sys.stderr.isatty():
         from rich.console import Console
 
@@ -97,16 +117,16 @@ def _progress() -> Iterator[Callable[[Summary], None]]:
 
 def _line(summary: Summary) -> str:
     counts = {"spec": summary.specs, "candidate": summary.candidates, "finding": len(summary.findings)}
-    texts = [f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()]
+    texts = [plural(count, name) for name, count in counts.items()]
     return f"{', '.join(texts)} in {summary.seconds:.0f} s"
 
 
 def _text(summary: Summary) -> str:
-    """A table of candidates by schedule and operator, what else was counted, and every finding."""
+    """A table of candidates by schedule and operator, the other counts, and every finding."""
     operators = sorted(summary.operators)
     rows: list[list[object]] = [
-        [name, *(found[operator] for operator in operators), found.total(), f"{summary.errors[name]:.3f}"]
-        for name, found in sorted(summary.schedules.items())
+        [name, *(counts[operator] for operator in operators), counts.total(), f"{summary.errors[name]:.3f}"]
+        for name, counts in sorted(summary.schedules.items())
     ]
     rows.append(["specs", *(summary.operators[operator] for operator in operators), summary.specs, ""])
     header = ["candidates", *(f"{operator}>" for operator in operators), "all>", "error/bound>"]
@@ -126,7 +146,7 @@ def _counts(counts: Counter[str]) -> str:
 
 def _finding(finding: Finding) -> str:
     """What was found, and the command that repeats it."""
-    from ..check.fuzz import KINDS
+    from ..check.fuzz.cases import KINDS
 
     lines = [f"\n{finding.kind}: {KINDS[finding.kind]}", f"  {finding.message}", f"  repeat with: {finding.command}"]
     if finding.drawn and finding.drawn.command != finding.command:

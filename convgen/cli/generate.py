@@ -15,6 +15,7 @@ import click
 
 from ..errors import BuildError, ExportError, MeasureError
 from ..formats.entries import SpecEntry
+from ..report.words import picks_text, plural
 from .common import (
     FAILED,
     INTERRUPTED,
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
     from ..kernel.kernel import Kernel
     from ..lowering.schedule import Candidate
     from ..records.opening import Records
-    from ..records.store import RecordStore, TuningRecord
+    from ..records.record import TuningRecord
+    from ..records.store import RecordStore
     from ..tuning.search import Progress
     from ..tuning.tuner import Tuner
 
@@ -56,8 +58,8 @@ INDEX = "index.json"
 class Work:
     """A command's layers, one after the other, and what they share: target, store and workers.
 
-    ``seconds`` is tuning time for all of them: each layer may use an equal part of what is left, so
-    that time one layer did not need serves the ones after it.
+    ``seconds`` is the tuning time of all layers: each may use an equal part of what is left, so that time
+    which one layer did not need serves the layers after it.
     """
 
     entries: list[SpecEntry]
@@ -74,7 +76,7 @@ class Work:
     state: Progress | None = field(default=None, init=False)
 
     def layers(self) -> Iterator[SpecEntry]:
-        """The layers in order; the view follows."""
+        """The layers in order; the view shows each as it begins."""
         for number, entry in enumerate(self.entries, 1):
             self._left = len(self.entries) - number + 1
             self.state = None
@@ -82,7 +84,7 @@ class Work:
             yield entry
 
     def tune(self, entry: SpecEntry) -> TuningRecord | None:
-        """Spend the layer's part of the budget; the record to build from."""
+        """Spend the layer's part of the budget; returns the record to build from."""
         if self.tuner is None:
             return None
         share = None if self.seconds is None else max(0.0, self.seconds - self.spent) / self._left
@@ -132,9 +134,9 @@ class Work:
         )
 
     def say_interrupted(self, done: str = "") -> None:
-        """One line: what an interrupt left behind, and how to go on."""
+        """Say in one line what an interrupt left behind, and how to go on."""
         kept = f"kept in {tidy(self.store.path)}" if self.store is not None else "not kept, without a record store"
-        trials = f"{self.measured} trial{'s' * (self.measured != 1)} measured, {kept}"
+        trials = f"{plural(self.measured, 'trial')} measured, {kept}"
         note(f"convgen: interrupted: {trials}{done}; the same command goes on from there")
 
 
@@ -195,7 +197,7 @@ def chosen(kernel: Kernel) -> dict[str, Any]:
 @click.command()
 @layers_argument
 @target_option
-@threads_option
+@threads_option()
 @budget_options
 @records_options
 @candidate_options
@@ -203,9 +205,9 @@ def chosen(kernel: Kernel) -> dict[str, Any]:
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Where to export.  [default: convgen-out, below it a folder per layer]",
+    help="Folder to export into.  [default: convgen-out, or convgen-out/LAYER for a single layer]",
 )
-@click.option("--name", metavar="NAME", help="Prefix of the C functions of a single layer.")
+@click.option("--name", metavar="NAME", help="Prefix of the exported C functions, for a single layer.")
 @click.option("--no-validate", is_flag=True, help="Export without checking against ONNX Runtime.")
 @json_option
 def build(
@@ -226,19 +228,19 @@ def build(
 ) -> int:
     """Build, validate and export kernels.
 
-    Without a tuning budget each layer gets its best record, else its schedule's default: always a
-    kernel at once. One layer is exported into --out itself; several into a folder each, with an
-    index.json that lists them.
+    With a tuning budget (--trials, --seconds) each layer is tuned first. Without one it is built from its
+    best record, or else as the default, so that there is always a kernel at once. A single layer is
+    exported into --out itself; several are exported into a folder each, listed in index.json.
     """
+    from ..lowering.interface import check_name
+
     check_picks(schedule, picks)
     if schedule and (trials or seconds):
         raise click.UsageError("--schedule fixes the candidate: there is nothing left to tune")
     entries = read_layers(spec, dims)
     if name is not None:
         if len(entries) > 1:
-            raise click.UsageError(f"--name is for a single layer, found {len(entries)}")
-        from ..lowering.interface import check_name
-
+            raise click.UsageError(f"--name: expected a single layer, found {len(entries)}")
         try:
             check_name(name)
         except BuildError as error:
@@ -285,7 +287,7 @@ def build(
 def _build_layer(
     work: Work, entry: SpecEntry, folder: Path, forced: Candidate | None, name: str | None, check: bool
 ) -> dict[str, Any]:
-    """Build, validate and export one layer; ``error`` in the result says that it was not exported."""
+    """Build, validate and export one layer; a result with ``error`` was not exported."""
     from ..check.validate import validate
 
     kernel = work.kernel(entry, forced, name)
@@ -294,7 +296,7 @@ def _build_layer(
     result: dict[str, Any] = {"name": kernel.name, **chosen(kernel), "validation": None}
     report: Report | None = None
     if check and not work.target.native:
-        note("convgen: not validated: no such GPU here; convgen validate emulates one, slowly")
+        note("convgen: not validated: no such GPU here; `convgen validate` emulates one, slowly")
     elif check:
         work.view.phase("validating")
         report = validate(kernel)
@@ -335,7 +337,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _write_index(root: Path, work: Work, source: str, results: list[dict[str, Any]]) -> None:
-    """Write the index of what is done so far, whole or not at all."""
+    """Write the index of the layers so far, whole or not at all."""
     part = root / f"{INDEX}.part"
     try:
         part.write_text(json.dumps(_index(work, source, results), indent=2) + "\n", encoding="utf-8")
@@ -350,7 +352,6 @@ def _summary(entries: list[SpecEntry], results: list[dict[str, Any]]) -> str:
         if "error" in result:
             rows.append([label(entry), result["spec"], "failed", "", "", ""])
             continue
-        picks = " ".join(f"{name}={value}" for name, value in result["picks"].items())
         checked = f"{result['validation']['worst_error']:.3f}" if result["validation"] else "–"
         rows.append(
             [
@@ -359,16 +360,19 @@ def _summary(entries: list[SpecEntry], results: list[dict[str, Any]]) -> str:
                 duration(result["seconds"]),
                 rate(entry.spec.flops, result["seconds"]),
                 checked,
-                f"{result['schedule']}({picks})",
+                _candidate(result),
             ]
         )
     return table(["layer", "spec", "time>", "GFLOP/s>", "error/bound>", "candidate"], rows)
 
 
+def _candidate(result: dict[str, Any]) -> str:
+    return f"{result['schedule']}({picks_text(result['picks'])})"
+
+
 def _single(result: dict[str, Any]) -> str:
-    picks = " ".join(f"{name}={value}" for name, value in result["picks"].items())
     origin = f"record {result['record'][:12]}" if result["record"] else "default"
-    lines = [result["spec"], f"  candidate  {result['schedule']}({picks})  [{origin}]"]
+    lines = [result["spec"], f"  candidate  {_candidate(result)}  [{origin}]"]
     if result["seconds"]:
         lines.append(f"  time       {duration(result['seconds'])}, {result['gflops']:.4g} GFLOP/s")
     if validation := result["validation"]:
@@ -386,10 +390,10 @@ def _single(result: dict[str, Any]) -> str:
 @click.command()
 @layers_argument
 @target_option
-@threads_option
+@threads_option()
 @records_options
 @candidate_options
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random data.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random data.")
 @json_option
 def validate(
     spec: tuple[str, ...],
@@ -405,9 +409,9 @@ def validate(
 ) -> int:
     """Check kernels against ONNX Runtime.
 
-    Exact integer data, float data against its error bound, NaN and infinities, memory accesses
-    between guard pages, and the same bits on one and on all threads. A failure ends with the
-    command that repeats it. A GPU's kernel is emulated, slowly, where there is no such GPU.
+    Checks exact integer data, float data against its error bound, NaN and infinities, memory accesses
+    between guard pages, and that one thread and all threads compute the same bits. Each failure
+    is followed by the command that repeats it. A GPU's kernel is emulated, slowly, where there is no such GPU.
     """
     check_picks(schedule, picks)
     entries = read_layers(spec, dims)

@@ -5,29 +5,39 @@ from __future__ import annotations
 import random
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import FAILED, TROUBLE, dim_option, duration, emit, json_option, note, rate, read_layers, table, tidy
+from ..errors import SpecError
+from ..problem.spec import ConvSpec
+from ..report.words import picks_text
+from .common import (
+    FAILED,
+    TROUBLE,
+    dim_option,
+    duration,
+    emit,
+    grouped,
+    json_option,
+    layer_groups,
+    note,
+    rate,
+    read_layers,
+    store_option,
+    table,
+    threads_option,
+    tidy,
+)
 
 if TYPE_CHECKING:
     from ..records.answer import Answer
-    from ..records.store import RecordStore, TuningRecord
+    from ..records.record import TuningRecord
+    from ..records.store import RecordStore
     from ..tuning.recheck import Checked
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-store_option = click.option(
-    "--records",
-    "path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Record store.  [default: $CONVGEN_RECORDS, or one in the user's cache]",
-)
 
 
 @click.group()
@@ -45,20 +55,15 @@ def _open(path: Path | None) -> RecordStore:
 # ---- which records ----------------------------------------------------------------------------
 
 
-def _filters(command: Command) -> Command:
-    """The layers, ``--target`` and so on that limit what a command looks at; for :meth:`Wanted.of`."""
-    for option in reversed(
-        (
-            click.argument("sources", nargs=-1, metavar="[SPEC|FILE|MODEL.onnx]…"),
-            dim_option,
-            click.option("--spec", metavar="SPEC", help="Only of this layer."),
-            click.option("--target", metavar="TARGET", help="Only for this target."),
-            click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Only for so many threads."),
-            click.option("--schedule", metavar="ID", help="Only of this schedule."),
-        )
-    ):
-        command = option(command)
-    return command
+#: The layers, ``--target`` and so on that limit what a command looks at; for :meth:`Wanted.of`.
+_filters = grouped(
+    click.argument("sources", nargs=-1, metavar="[SPEC|FILE|MODEL.onnx]…"),
+    dim_option,
+    click.option("--spec", metavar="SPEC", help="Only records of this layer."),
+    click.option("--target", metavar="TARGET", help="Only records for this target."),
+    threads_option("Only records for N threads."),
+    click.option("--schedule", metavar="ID", help="Only records of this schedule."),
+)
 
 
 @dataclass(frozen=True)
@@ -80,28 +85,25 @@ class Wanted:
         threads: int | None,
         schedule: str | None,
     ) -> Wanted:
-        """The options of :func:`_filters`."""
-        # Several files, or one layer in several words.
-        groups = [[word] for word in sources] if all(map(_is_file, sources)) else [list(sources)]
+        """From the values of :data:`_filters`."""
+        from ..hardware.target import resolve
+
+        groups = layer_groups(sources)
         layers = [entry for words in groups for entry in read_layers(words, dims if _is_model(words) else None)]
         layers += read_layers([spec]) if spec else []
         names = list(dict.fromkeys(entry.spec.descriptor for entry in layers))
         if target is not None and ":" not in target:
-            from ..hardware.target import resolve
-
             target = resolve(target).spelling
         return cls(names if sources or spec else None, target, threads, schedule)
 
     def records(self, store: RecordStore, outcome: str | None = None) -> list[TuningRecord]:
-        """Those of a store, oldest first."""
-        found = store.trials(target=self.target, threads=self.threads, schedule=self.schedule, outcome=outcome)
-        return [record for record in found if self.specs is None or record.spec in self.specs]
+        """The wanted records of a store, oldest first."""
+        trials = store.trials(target=self.target, threads=self.threads, schedule=self.schedule, outcome=outcome)
+        return [record for record in trials if self.specs is None or record.spec in self.specs]
 
     def answers(self, store: RecordStore) -> list[Answer]:
-        """What answers builds on this machine: for the layers asked for, or all of the store."""
-        from ..errors import SpecError
+        """What builds on this machine would use: for the layers asked for, or for all of the store."""
         from ..hardware.target import resolve
-        from ..problem.spec import ConvSpec
         from ..records.answer import find_record
 
         target = resolve(self.target or "cpu")
@@ -109,19 +111,15 @@ class Wanted:
         problems = {record.spec: {record.threads} for record in known}
         for record in known:
             problems[record.spec].add(record.threads)
-        found = []
+        answers: list[Answer] = []
         for name in problems if self.specs is None else self.specs:
             try:
                 spec = ConvSpec.parse(name)
             except SpecError:  # a record of another version
                 continue
             counts = problems.get(name, set()) | ({self.threads or target.cores} if self.specs else set())
-            found += [find_record(store, spec, target, count, measure=False) for count in sorted(counts)]
-        return [a for a in found if a.record and self.schedule in (None, a.record.schedule)]
-
-
-def _is_file(word: str) -> bool:
-    return Path(word).is_file()
+            answers += [find_record(store, spec, target, count, measure=False) for count in sorted(counts)]
+        return [answer for answer in answers if answer.record and self.schedule in (None, answer.record.schedule)]
 
 
 def _is_model(words: Sequence[str]) -> bool:
@@ -132,24 +130,17 @@ def _is_model(words: Sequence[str]) -> bool:
 
 
 def _gflops(record: TuningRecord) -> str:
-    from ..errors import SpecError
-    from ..problem.spec import ConvSpec
-
     try:
         return rate(ConvSpec.parse(record.spec).flops, record.seconds)
     except SpecError:  # of another version
         return "–"
 
 
-def _picks(record: TuningRecord) -> str:
-    return " ".join(f"{name}={value}" for name, value in record.picks.items())
-
-
-def _rows(found: Iterable[TuningRecord], origins: Iterable[str] = ()) -> str:
+def _rows(records: Iterable[TuningRecord], origins: Iterable[str] = ()) -> str:
     rows = []
-    for record in found:
+    for record in records:
         time = duration(record.seconds) if record.outcome == "ok" else record.outcome
-        candidate = f"{record.schedule}({_picks(record)})"
+        candidate = f"{record.schedule}({picks_text(record.picks)})"
         rows.append([record.id[:12], record.spec, record.threads, time, _gflops(record), candidate])
     for row, origin in zip(rows, origins, strict=False):
         row.append(origin)
@@ -170,13 +161,15 @@ def _say(document: dict[str, Any], text: str, as_json: bool) -> None:
 @records.command("list", short_help="List the records, oldest first.")
 @_filters
 @click.option(
-    "--outcome", metavar="NAME", help="Only these: ok, build_error, crash, timeout, memory, wrong, run_error."
+    "--outcome",
+    metavar="NAME",
+    help="Only this outcome: ok, build_error, crash, timeout, memory, wrong or run_error.",
 )
-@store_option
+@store_option("path")
 @json_option
 def list_(path: Path | None, outcome: str | None, as_json: bool, **wanted: Any) -> None:
-    """List the records, oldest first: of some layers or of all."""
-    from ..records.store import OUTCOMES
+    """List the records of some layers or of all, oldest first."""
+    from ..records.record import OUTCOMES
 
     if outcome is not None and outcome not in OUTCOMES:
         raise click.UsageError(f"--outcome: expected one of {', '.join(OUTCOMES)}, found {outcome!r}")
@@ -195,13 +188,13 @@ def list_(path: Path | None, outcome: str | None, as_json: bool, **wanted: Any) 
 
 @records.command(short_help="Show the records that builds would use here.")
 @_filters
-@store_option
+@store_option("path")
 @json_option
 def best(path: Path | None, as_json: bool, **wanted: Any) -> None:
-    """Show the record a build on this machine would use, of some layers or of all in the store.
+    """Show which records builds on this machine would use, for some layers or for all in the store.
 
-    Of layers that are named, those that ship with convgen count too. A record of other versions of
-    convgen, TVM or LLVM is not shown: a build would measure it again first.
+    For layers that are named, the records that ship with convgen count too. A record of other versions
+    of convgen, TVM or LLVM is not shown: a build would measure it again first.
     """
     which = Wanted.of(**wanted)
     with _open(path) as store:
@@ -217,7 +210,7 @@ def best(path: Path | None, as_json: bool, **wanted: Any) -> None:
 
 @records.command(short_help="Show all of one record.")
 @click.argument("prefix", metavar="ID")
-@store_option
+@store_option("path")
 @json_option
 def show(prefix: str, path: Path | None, as_json: bool) -> None:
     """Show everything about the record whose id begins with ID, and the command that builds its kernel."""
@@ -226,7 +219,7 @@ def show(prefix: str, path: Path | None, as_json: bool) -> None:
     with _open(path) as store:
         record = store.find(prefix.lower())
     command = ["convgen", "build", *record.spec.split(), "--target", record.target, "--threads", str(record.threads)]
-    command += ["--schedule", record.schedule, *(["--picks", _picks(record)] if record.picks else [])]
+    command += ["--schedule", record.schedule, *(["--picks", picks_text(record.picks)] if record.picks else [])]
     reason = reason_against(record)
     if as_json:
         emit(record.to_dict() | {"command": shlex.join(command), "reason_against": reason or None})
@@ -238,7 +231,7 @@ def show(prefix: str, path: Path | None, as_json: bool) -> None:
         "target": record.target,
         "hardware": record.hardware,
         "threads": record.threads,
-        "candidate": f"{record.schedule} version {record.schedule_version} ({_picks(record)})",
+        "candidate": f"{record.schedule} version {record.schedule_version} ({picks_text(record.picks)})",
         "outcome": record.outcome + (f": {record.error}" if record.error else ""),
         "time": f"{duration(record.seconds)}, {_gflops(record)} GFLOP/s" if record.seconds else "",
         "samples": " ".join(duration(seconds).replace(" ", "") for seconds in record.samples),
@@ -313,15 +306,15 @@ def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> None:
 @records.command(short_help="Check the store and every record.")
 @_filters
 @click.option("--measure", type=click.IntRange(1), metavar="N", help="Also measure N of the best records again.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Which N.")
-@store_option
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the choice of these N records.")
+@store_option("path")
 @json_option
 def check(path: Path | None, measure: int | None, seed: int, as_json: bool, **wanted: Any) -> int:
     """Check the store's structure, and every record against its hashes.
 
-    With --measure, N of the records that builds would use here, of the layers asked for, are built again,
-    validated against ONNX Runtime and timed in turn with their layers' defaults. The exit status is 1 where one
-    is wrong or certainly slower than the default, and 3 where the store is damaged.
+    With --measure, N of the records that builds of the layers asked for would use here are built again,
+    validated against ONNX Runtime, and timed in turn with the defaults of their layers. The exit status is 1
+    where such a kernel is wrong or certainly slower than the default, and 3 where the store is damaged.
     """
     which = Wanted.of(**wanted)
     with _open(path) as store:
@@ -329,14 +322,14 @@ def check(path: Path | None, measure: int | None, seed: int, as_json: bool, **wa
         checked = _measured(which, store, measure, seed) if measure and found.ok else []
     document = {"file": str(store.path), "rows": found.rows, "ok": found.ok, "problems": list(found.problems)}
     if measure:
-        document["measured"] = [asdict(one) | {"record": one.record.to_dict()} for one in checked]
+        document["measured"] = [asdict(result) | {"record": result.record.to_dict()} for result in checked]
     _say(document, f"{found.rows} records in {tidy(store.path)}: {'all whole' if found.ok else 'damaged'}", as_json)
     if not found.ok:
         for problem in found.problems:
             note(f"convgen: {problem}")
         note("convgen: `convgen records recover DAMAGED INTO` saves what is readable")
         return TROUBLE
-    bad = [one for one in checked if one.outcome != "ok"]
+    bad = [result for result in checked if result.outcome != "ok"]
     if measure and not as_json:
         click.echo(f"{len(checked)} measured again: {len(checked) - len(bad)} right and no slower than the default")
     return FAILED if bad else 0
@@ -349,32 +342,38 @@ def _measured(which: Wanted, store: RecordStore, count: int, seed: int) -> list[
     best = [answer.record for answer in which.answers(store) if answer.record]
     sample = random.Random(seed).sample(best, min(count, len(best)))
     results = []
-    for one in check_records(sample, resolve(which.target or "cpu")):
-        ratio = one.ratio_default
-        text = f"{ratio[0]:.3f}× the default ({ratio[1]:.3f}–{ratio[2]:.3f})" if ratio else one.error
-        note(f"{one.record.id[:12]}  {one.outcome}  {text}  {one.record.spec}, {one.record.threads} threads")
-        results.append(one)
+    for result in check_records(sample, resolve(which.target or "cpu")):
+        ratio, record = result.ratio_default, result.record
+        text = f"{ratio[0]:.3f}× the default ({ratio[1]:.3f}–{ratio[2]:.3f})" if ratio else result.error
+        note(f"{record.id[:12]}  {result.outcome}  {text}  {record.spec}, {record.threads} threads")
+        results.append(result)
     return results
 
 
 @records.command(short_help="Drop records that can no longer answer.")
 @_filters
-@click.option("--keep", type=click.IntRange(1), default=16, show_default=True, help="Of a problem, this many stay.")
+@click.option("--keep", type=click.IntRange(1), default=16, show_default=True, help="How many of each problem stay.")
 @click.option(
-    "--days", type=click.FloatRange(min=0), default=180, show_default=True, help="Age of records of other versions."
+    "--days",
+    type=click.FloatRange(min=0),
+    default=180,
+    show_default=True,
+    help="Age in days at which records of other versions go.",
 )
-@click.option("--yes", is_flag=True, help="Do it; otherwise it is only said what would go.")
-@store_option
+@click.option("--yes", is_flag=True, help="Drop them; without it, only say what would go.")
+@store_option("path")
 @json_option
 def prune(path: Path | None, keep: int, days: float, yes: bool, as_json: bool, **wanted: Any) -> None:
-    """Drop records that can no longer answer a build, or never will.
+    """Drop records that no build will use, now or later.
 
-    These go: records of schedules that have another version now; those of other versions of convgen, TVM or
-    LLVM that failed, or are older than --days; of each problem all but the --keep fastest. The final
-    comparisons and the failures of these versions stay. What goes is gone from a job's count of trials too.
+    A record goes if its schedule has another version now; if it is of another version of convgen, TVM or LLVM
+    and failed or is older than --days; or if it is not among the --keep fastest of its problem (layer, target,
+    machine, threads). The final comparisons and the failures of the present versions stay. Dropped trials no
+    longer count as trials of a job.
     """
     from ..records.pruning import prunable
-    from ..records.store import RecordStore, now
+    from ..records.record import now
+    from ..records.store import RecordStore
 
     which = Wanted.of(**wanted)
     with RecordStore(path) if yes else _open(path) as store:
@@ -399,7 +398,7 @@ def prune(path: Path | None, keep: int, days: float, yes: bool, as_json: bool, *
 @click.argument("into", type=click.Path(dir_okay=False, path_type=Path))
 @json_option
 def recover(damaged: Path, into: Path, as_json: bool) -> None:
-    """Save what can be read of a DAMAGED store INTO another one."""
+    """Save what can be read of a DAMAGED store INTO another store."""
     from ..records.store import RecordStore
 
     found = RecordStore.recover(damaged, into)
@@ -415,10 +414,10 @@ def recover(damaged: Path, into: Path, as_json: bool) -> None:
 
 @records.command(short_help="Add the records of other stores.")
 @click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="STORE…")
-@store_option
+@store_option("path")
 @json_option
 def merge(stores: tuple[Path, ...], path: Path | None, as_json: bool) -> None:
-    """Add the records of other stores; what is there already stays once."""
+    """Add the records of other stores; a record that is in several stays once."""
     from ..records.store import RecordStore
 
     with RecordStore(path) as store:
@@ -429,16 +428,21 @@ def merge(stores: tuple[Path, ...], path: Path | None, as_json: bool) -> None:
 
 @records.command(short_help="Write records as lines of JSON.")
 @_filters
-@click.option("--best", "best_only", is_flag=True, help="Only those that builds on this machine would use.")
+@click.option("--best", "best_only", is_flag=True, help="Only the records that builds on this machine would use.")
 @click.option(
     "-o",
     "--out",
     type=click.Path(dir_okay=False, path_type=Path, allow_dash=True),
     metavar="FILE",
-    help="Where to.  [default: -, standard output]",
+    help="File to write.  [default: -, standard output]",
 )
-@click.option("--note", "about", metavar="TEXT", help="Describe FILE in a .json beside it, as convgen/tuned has it.")
-@store_option
+@click.option(
+    "--note",
+    "about",
+    metavar="TEXT",
+    help="Describe FILE in a .json beside it, as the records that ship with convgen are described.",
+)
+@store_option("path")
 @json_option
 def export(
     best_only: bool, out: Path | None, about: str | None, path: Path | None, as_json: bool, **wanted: Any
@@ -448,15 +452,17 @@ def export(
     `convgen records export --best MODEL.onnx > tuned.jsonl` makes a file that, imported on another machine of
     the same kind, lets builds of the model's layers reach the same kernels without a search.
     """
-    from ..records import shipped as tuned
-    from ..records.store import write_lines
+    from ..records import shipped
+    from ..records.record import write_lines
 
     to_file = out is not None and str(out) != "-"
     if not to_file and (as_json or about is not None):
         raise click.UsageError(f"{'--json' if as_json else '--note'} needs --out FILE")
     which = Wanted.of(**wanted)
     with _open(path) as store:
-        found = [a.record for a in which.answers(store) if a.record] if best_only else which.records(store)
+        found = (
+            [answer.record for answer in which.answers(store) if answer.record] if best_only else which.records(store)
+        )
     found = sorted(set(found), key=lambda record: (record.when, record.id))
     if out is None or not to_file:
         for record in found:
@@ -466,16 +472,16 @@ def export(
     if about is None:
         write_lines(out, found)
     else:
-        tuned.write(out, found, tuned.Origin.of(found, wanted["sources"], about))
+        shipped.write(out, found, shipped.Origin.of(found, wanted["sources"], about))
     _say({"exported": len(found), "file": str(out)}, f"{len(found)} records in {tidy(out)}", as_json)
 
 
 @records.command("import", short_help="Add the records of FILE, all or none.")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@store_option
+@store_option("path")
 @json_option
 def import_(file: Path, path: Path | None, as_json: bool) -> None:
-    """Add the records of FILE, each checked; all of them or, where one is wrong, none."""
+    """Add the records of FILE. Each is checked; where one is wrong, none is added."""
     from ..records.store import RecordStore
 
     with RecordStore(path) as store:

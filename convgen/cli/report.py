@@ -7,16 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import dim_option, emit, json_option, note, read_layers, tidy
+from ..formats.sources import write_text
+from .common import check_page, dim_option, emit, json_option, note, read_layers, threads_option, tidy
 
 if TYPE_CHECKING:
-    from ..report.tuning import Model
-
-
-def _check_out(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    if path is not None and path.suffix not in (".md", ".html"):
-        raise click.BadParameter(f"expected a file name that ends in .html or .md, found {path.name!r}")
-    return path
+    from ..report.gather import Model
 
 
 @click.command(short_help="Show what a store's or job's tuning brought, as one page.")
@@ -27,19 +22,19 @@ def _check_out(context: click.Context, parameter: click.Parameter, path: Path | 
     "-o",
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    callback=_check_out,
+    callback=check_page,
     metavar="FILE",
-    help="Write it there: FILE.html as a page, FILE.md as tables.  [default: print the tables]",
+    help="File to write: FILE.html as a page, FILE.md as tables.  [default: print the tables]",
 )
-@click.option("--target", metavar="TARGET", help="Only of this target: cpu, or cpu:<LLVM processor>.")
-@click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Only for so many threads.")
+@click.option("--target", metavar="TARGET", help="Only what was tuned for this target: cpu, or cpu:<LLVM processor>.")
+@threads_option("Only what was tuned for N threads.")
 @click.option(
     "--bench",
     "benches",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="ROWS.jsonl",
-    help="Rows of a bench on the same machine, for the times of other libraries; may be repeated.",
+    help="Rows of a bench on the same machine, which add the times of other libraries; may be repeated.",
 )
 @json_option
 def report(
@@ -54,22 +49,22 @@ def report(
 ) -> None:
     """Show what tuning brought, from the records alone.
 
-    Of a record STORE, or of the store and models of a JOB file. With models or layers, it is about
-    these: each layer with its count, and each model's time in all. It says what was gained over the
-    default and over other libraries, how far each layer is from the machine's limit, how the
-    search went, which schedules won, and lists every trial that failed.
+    Takes a record STORE, or a JOB file, which names a store and models. With models or layers, the report is
+    about these alone: each layer with its count, and the time of each model. It says what was gained over
+    the default and over other libraries, how far each layer is from the machine's limit, how the search
+    went and which schedules won, and lists every trial that failed.
     """
-    from ..formats.sources import write_text
     from ..records.store import RecordStore
-    from ..report.tuning import Model, gather, markdown, read_rows
+    from ..report.gather import Model, gather, read_rows
+    from ..report.tuning_page import page
+    from ..report.tuning_text import markdown
+    from ..tuning.job import Job
 
     models = [_model(source, dims) for source in sources]
     path: Path | None = where
     title, notes = None, []
     targets, counts = [target] if target else [], [threads] if threads else []
     if where.suffix == ".toml":
-        from ..tuning.job import Job
-
         job = Job.from_file(where)
         path, title = job.records, where.stem
         targets, counts = targets or list(job.targets), counts or list(job.threads)
@@ -81,8 +76,6 @@ def report(
         spelled = [_spelling(name) for name in targets]
         found = gather(store, models, title=title, targets=spelled, threads=counts, rows=rows, notes=notes)
     if out is not None:
-        from ..report.page import page
-
         write_text(markdown(found) if out.suffix == ".md" else page(found), out)
         note(f"wrote {tidy(out)}")
     if as_json:
@@ -92,20 +85,18 @@ def report(
 
 
 def _spelling(target: str) -> str:
-    """What records call a target: a family alone is this machine."""
-    if ":" in target:
-        return target
+    """The spelling of a target in records: a family alone means this machine."""
     from ..hardware.target import resolve
 
-    return resolve(target).spelling
+    return target if ":" in target else resolve(target).spelling
 
 
 def _model(source: str, dims: dict[str, int]) -> Model:
-    from ..report.tuning import Model
+    from ..report.gather import Model
 
     return Model(_name(Path(source), source), read_layers([source], dims))
 
 
 def _name(path: Path, source: str) -> str:
-    """A model's name: its file's, or what stands for it."""
+    """A model's name: that of its file, or the spec itself."""
     return path.stem if path.is_file() else source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import click
 
 from ..errors import BuildError, MeasureError, UnsupportedError
 from ..formats.entries import SpecEntry
+from ..report.words import picks_text, plural
 from .common import (
     SPEC_HELP,
     candidate_options,
@@ -37,13 +39,13 @@ KINDS = ("tir", "ll", "asm", "cuda", "ptx", "sass")
 @click.command(epilog=SPEC_HELP, short_help="Explain a layer: work, limits, schedules.")
 @layers_argument
 @target_option
-@threads_option
+@threads_option()
 @candidate_options
 @click.option(
     "--ir",
     type=click.Choice(KINDS),
-    help="Print a candidate instead: scheduled TIR; of a CPU's LLVM IR or assembly; of a GPU's CUDA C++, PTX or "
-    "machine code.",
+    help="Print the code of a candidate instead: scheduled TIR; for a CPU LLVM IR or assembly; for a GPU CUDA C++, "
+    "PTX or machine code.",
 )
 @json_option
 def show(
@@ -58,21 +60,21 @@ def show(
 ) -> None:
     """Explain a layer: shapes, work, limits, and the schedules that apply.
 
-    Of a file or model with several layers: a list of them, each with its share of the work of all
-    these convolutions, and why what is missing could not be read.
+    A file or model with several layers is shown as a list: each layer with its share of the work of all
+    these convolutions, and the reasons why other layers could not be read.
 
-    The roofline says how long the layer takes at least on this machine's CPU: its arithmetic at the
-    measured peak, its tensors once at the measured bandwidth of the nearest of L2, L3 and memory
-    that holds them all.
+    The roofline is the least time that the layer takes on this machine's CPU: its arithmetic at the
+    measured peak, or reading and writing its tensors once at the measured bandwidth of the nearest of
+    L2, L3 and memory that holds them all.
     """
     check_picks(schedule, picks)
     if schedule and not ir:
         raise click.UsageError("--schedule needs --ir: it chooses the candidate to print")
     skipped: list[str] = []
-    entries = read_layers(spec, dims, skipped) or read_layers(spec, dims)  # which says why there is none
+    entries = read_layers(spec, dims, skipped) or read_layers(spec, dims)  # the second raises: it says what is wrong
     if ir:
         if len(entries) > 1:
-            raise click.UsageError(f"--ir is for a single layer, found {len(entries)}")
+            raise click.UsageError(f"--ir: expected a single layer, found {len(entries)}")
         _print_source(entries[0].spec, target, schedule, picks, ir, as_json)
     elif len(entries) > 1 or skipped:
         _print_layers(entries, skipped, as_json)
@@ -124,12 +126,12 @@ def _print_layers(entries: list[SpecEntry], skipped: list[str], as_json: bool) -
     ]
     click.echo(table(["layer", "count>", "GFLOP>", "share>", "spec"], rows))
     count = sum(entry.count for entry in entries)
-    click.echo(f"{len(entries)} different layers, {count} in all, {total / 1e9:.4g} GFLOP, of which each has its share")
+    click.echo(f"{len(entries)} different layers, {count} in all; shares are of their {total / 1e9:.4g} GFLOP together")
     note_left_out(skipped)
 
 
 def _names(names: list[str]) -> str:
-    """The first of them, and how many more there are."""
+    """The first name, and how many more there are."""
     first = names[0] if names else ""
     shown = first if first.isprintable() else repr(first)
     return f"{shown} +{len(names) - 1}" if len(names) > 1 else shown
@@ -204,7 +206,7 @@ def _text(document: dict[str, Any]) -> str:
         compute, memory = (duration(roofline[f"{kind}_seconds"] or None) for kind in ("compute", "memory"))
         peak, bandwidth = (f"{roofline[kind] / 1e9:.4g}" for kind in ("peak_flops", "bandwidth"))
         lines += [
-            f"  compute    {compute} at {peak} GFLOP/s, measured on {threads} thread{'s' * (threads > 1)}",
+            f"  compute    {compute} at {peak} GFLOP/s, measured on {plural(threads, 'thread')}",
             f"  memory     {memory} at {bandwidth} GB/s from {roofline['level']}: limited by {roofline['limited_by']}",
         ]
     lines += ["", f"  schedules on {document['target']}"]
@@ -212,11 +214,11 @@ def _text(document: dict[str, Any]) -> str:
         if facts["reason_against"] is not None:
             lines.append(f"    {facts['id']:<14} no: {facts['reason_against']}")
             continue
-        picks = " ".join(f"{name}={value}" for name, value in facts["default"].items())
+        picks = picks_text(facts["default"])
         mark = "  ← default" if facts["is_default"] else ""
         count = facts["candidates"]
-        digits = f"{count}" if count < 10**6 else f"10^{math.log10(count):.0f}"
-        lines.append(f"    {facts['id']:<14} {digits} candidate{'s' * (count != 1)}: {picks or 'no picks'}{mark}")
+        candidates = plural(count, "candidate") if count < 10**6 else f"10^{math.log10(count):.0f} candidates"
+        lines.append(f"    {facts['id']:<14} {candidates}: {picks or 'no picks'}{mark}")
     return "\n".join(lines)
 
 
@@ -232,8 +234,6 @@ def _summary(documented: object) -> str:
 @json_option
 def schedules(as_json: bool) -> None:
     """List the schedules."""
-    import importlib
-
     from ..lowering.discover import schedules as found
 
     listed = [

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import UnsupportedError
 from ..formats.entries import SpecEntry
-from ..tuning.job import Job, split_sources
-from ..tuning.job_run import JobRun, Layer
+from ..report.words import picks_text, plural
 from .common import (
     FAILED,
     INTERRUPTED,
@@ -26,11 +26,12 @@ from .common import (
     label,
     note,
     note_left_out,
-    parse_threads,
     rate,
     records_options,
     table,
+    thread_counts_option,
     tidy,
+    trials_option,
 )
 from .view import JobView, clock, remaining
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from ..hardware.target import Target
     from ..measure.workers import Pools
     from ..records.opening import Records
+    from ..tuning.job import Job
+    from ..tuning.job_run import JobRun, Layer
 
 
 def _check_targets(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
@@ -59,33 +62,42 @@ def _check_targets(context: click.Context, parameter: click.Parameter, text: str
     "job_file",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="A job file (TOML); other options change what it says.",
+    help="A job file (TOML); other options override what it says.",
 )
 @dim_option
 @click.option(
     "--target",
     callback=_check_targets,
     metavar="TARGET[,…]",
-    help="cpu, cpu:<LLVM processor>, cuda or cuda:<architecture>.",
+    help="What to tune for: cpu, cpu:<LLVM processor>, cuda or cuda:<architecture>.",
 )
-@click.option("--threads", callback=parse_threads, metavar="N[,N]", help="Threads of a kernel.  [default: all cores]")
+@thread_counts_option("Threads that kernels run on, such as 1,2.  [default: all cores]")
 @click.option(
-    "--seconds", type=click.FloatRange(min=0), metavar="S", help="Time in all, that of earlier runs included."
+    "--seconds",
+    type=click.FloatRange(min=0),
+    metavar="S",
+    help="Time for the whole job, including that of earlier runs.",
 )
-@click.option("--trials", type=click.IntRange(min=0), metavar="N", help="Trials per layer, earlier ones included.")
+@trials_option
 @click.option(
-    "--total-trials", type=click.IntRange(min=0), metavar="N", help="Trials in all, those of earlier runs included."
+    "--total-trials",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Trials for the whole job, including those of earlier runs.",
 )
 @click.option(
-    "--patience", type=click.IntRange(min=1), metavar="N", help="Trials without a gain after which a layer is done."
+    "--patience",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many trials without a gain end the search of a layer.",
 )
-@click.option("--exclude", metavar="ID,…", help="Schedules that do not take part.")
-@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Of the search.  [default: 0]")
+@click.option("--exclude", metavar="ID,…", help="Schedules to leave out.")
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of the search.  [default: 0]")
 @records_options
 @click.option("--tracker", metavar="HOST:PORT", help="Measure on the devices of this RPC tracker.")
-@click.option("--device-key", metavar="KEY", help="Which of its devices.")
+@click.option("--device-key", metavar="KEY", help="Key of the devices to measure on.")
 @click.option("--cluster", metavar="ADDRESS", help="Compile on this Dask cluster.")
-@click.option("--status", is_flag=True, help="Say where the job stands, and measure nothing.")
+@click.option("--status", is_flag=True, help="Show where the job stands, without measuring.")
 @json_option
 def tune(
     sources: tuple[str, ...],
@@ -99,9 +111,10 @@ def tune(
 ) -> int:
     """Search for fast kernels and keep every trial in the record store.
 
-    All layers of all models share the budget: each round goes to the layer that is expected to save
-    most. Without a budget each is tuned until nothing more is gained. What the store already answers
-    is skipped. Ctrl-C keeps everything measured so far; the same command goes on from there.
+    All layers of all models share the budget: each round goes to the layer where it is expected to save
+    most time. Without a budget each layer is tuned until nothing more is gained. Layers that the store
+    already answers are skipped. Ctrl-C keeps everything measured so far; the same command goes on from
+    there.
     """
     job = _job(sources, job_file, dims, options)
     if records is not None:
@@ -124,14 +137,15 @@ def tune(
 
 def _job(sources: tuple[str, ...], job_file: Path | None, dims: dict[str, int], options: dict[str, Any]) -> Job:
     """The job that a command line describes."""
+    from ..lowering.discover import schedule_ids
+    from ..tuning.job import Job, split_sources
+
     if bool(sources) == bool(job_file):
-        raise click.UsageError("expected layers or models to tune, or --job FILE" + ", not both" * bool(sources))
+        raise click.UsageError("expected either layers or models to tune, or --job FILE" + ", not both" * bool(sources))
     if (options["tracker"] is None) != (options["device_key"] is None):
         raise click.UsageError("--tracker and --device-key belong together")
     job = Job.from_file(job_file) if job_file else Job(split_sources(sources))
     if options["exclude"] is not None:
-        from ..lowering.discover import schedule_ids
-
         options["exclude"] = tuple(check_names("--exclude", options["exclude"], schedule_ids()))
     options["targets"] = options.pop("target")
     options["trials_per_layer"], options["trials"] = options.pop("trials"), options.pop("total_trials")
@@ -142,11 +156,13 @@ def _job(sources: tuple[str, ...], job_file: Path | None, dims: dict[str, int], 
 @contextmanager
 def _working(job: Job, records: Records) -> Iterator[tuple[JobRun, JobView]]:
     """A job ready to run, with its workers."""
-    if job.tracker is None or "cuda" not in job.targets:  # else the device says which GPU that is
-        job.problems(lambda spelling: _facts(spelling))  # what is wrong shows before anything starts
     from ..hardware.target import check_native
+    from ..hardware.target import resolve as resolve_here
     from ..records.opening import open_store
+    from ..tuning.job_run import JobRun
 
+    if job.tracker is None or "cuda" not in job.targets:  # else the device says which GPU that is
+        job.problems(resolve_here)  # what is wrong shows before anything starts
     resolve: Callable[[str], Target] | None = None
     with open_store(records) as store:
         if job.tracker is None:
@@ -160,23 +176,17 @@ def _working(job: Job, records: Records) -> Iterator[tuple[JobRun, JobView]]:
             pools.close()
 
 
-def _facts(spelling: str) -> Target:
-    from ..hardware.target import resolve
-
-    return resolve(spelling)
-
-
 def _pools(job: Job) -> tuple[Pools, Callable[[str], Target] | None]:
-    """Who compiles and measures, and what a target's spelling means there."""
+    """Who compiles and measures, and what resolves a target's spelling on the device; None for this machine."""
     from ..hardware.target import resolve
+    from ..measure.cluster import DaskBuilder
+    from ..measure.fleet import RemoteRunner
     from ..measure.workers import Builder, LocalBuilder, LocalRunner, Pools, Runner
 
     runner: Runner
     builder: Builder
     facts: Callable[[str], Target] | None = None
     if job.tracker is not None and job.device_key is not None:
-        from ..measure.fleet import RemoteRunner
-
         runner = remote = RemoteRunner(job.tracker, job.device_key)
 
         def facts(spelling: str) -> Target:
@@ -184,12 +194,7 @@ def _pools(job: Job) -> tuple[Pools, Callable[[str], Target] | None]:
     else:
         runner = LocalRunner()
     try:
-        if job.cluster is not None:
-            from ..measure.cluster import DaskBuilder
-
-            builder = DaskBuilder(job.cluster)
-        else:
-            builder = LocalBuilder(resolve().cores)
+        builder = DaskBuilder(job.cluster) if job.cluster is not None else LocalBuilder(resolve().cores)
     except BaseException:
         runner.close()
         raise
@@ -262,24 +267,30 @@ def _print_results(run: JobRun, as_json: bool, interrupted: bool) -> int:
         click.echo(line(run.layers[0]))
     if interrupted:
         where = f"kept in {tidy(run.store.path)}" if run.store is not None else "not kept, without a record store"
-        trials = f"{run.measured} trial{'s' * (run.measured != 1)} measured, {where}"
+        trials = f"{plural(run.measured, 'trial')} measured, {where}"
         note(f"convgen: interrupted: {trials}; the same command goes on from there")
         return INTERRUPTED
     for result in failed:
         note(f"convgen: {result['spec']}: {result['error']}")
     if len(reached) < len(results):
         rest = len(results) - len(reached)
-        note(f"convgen: {rest} of {len(results)} layers not reached within the budget; a larger one goes on from here")
+        note(
+            f"convgen: {rest} of {len(results)} layers not reached within the budget; "
+            "the same command with a larger budget goes on from here"
+        )
     return FAILED if failed or not reached else 0
 
 
 def _print_status(job: Job, records: Records, as_json: bool) -> int:
     """Where a job stands, from the store alone."""
-    from ..errors import UnsupportedError
     from ..records.store import RecordStore, default_path
+    from ..tuning.job_run import JobRun
 
     if job.tracker is not None:
-        raise UnsupportedError("--status: expected a job on this machine, found one for devices; see: convgen report")
+        raise UnsupportedError(
+            "--status: expected a job that measures on this machine, found one for devices; `convgen report` shows "
+            "what was measured there"
+        )
     path = default_path() if records in (None, True) else records
     store = RecordStore(path, readonly=True) if isinstance(path, Path) and path.exists() else None
     try:
@@ -294,20 +305,19 @@ def _print_status(job: Job, records: Records, as_json: bool) -> int:
         return 0
     if results:
         click.echo(summary(run.layers))
-    trials = f"{run.trials} trial{'s' * (run.trials != 1)}" + (f" of {job.trials}" if job.trials is not None else "")
+    trials = plural(run.trials, "trial") + (f" of {job.trials}" if job.trials is not None else "")
     budget = f" of {clock(job.seconds)}" if job.seconds is not None else ""
     note(f"job {job.id}: {trials} in {clock(run.spent)}{budget}, {remaining(run)}")
     return 0
 
 
 def _cells(layer: Layer) -> list[str]:
-    """Time, rate, gain over the default and ONNX Runtime, trials, state, candidate."""
+    """Time, rate, gains over the default and over ONNX Runtime, trials, failures, state, candidate."""
     result, best, flops = _result(layer), layer.best, layer.problem.spec.flops
     trials = str(result["trials"] + result["known_trials"])
     failures = sum(result["failures"].values())
     if best is None or best.seconds is None:
         return ["–", "–", "–", "–", trials, str(failures), layer.state, layer.reason]
-    picks = " ".join(f"{name}={value}" for name, value in best.picks.items())
     default, peer = result["default_seconds"], result["onnxruntime_seconds"]
     return [
         duration(best.seconds),
@@ -317,7 +327,7 @@ def _cells(layer: Layer) -> list[str]:
         trials,
         str(failures),
         layer.state,
-        f"{best.schedule}({picks})",
+        f"{best.schedule}({picks_text(best.picks)})",
     ]
 
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ..formats.entries import SpecEntry
+from ..report.words import plural
 from .common import duration, label, note, rate
 
 if TYPE_CHECKING:
@@ -130,15 +131,13 @@ class View(_Display):
 
     def _facts(self, state: Progress) -> list[str]:
         """Trials, time left, best so far and, where there are any, failures by kind."""
-        count = (
-            f"{state.done}/{state.trials} trials" if state.trials else f"{state.done} trial{'s' * (state.done != 1)}"
-        )
+        count = f"{state.done}/{state.trials} trials" if state.trials else plural(state.done, "trial")
         best = f"best {duration(state.best)}  {rate(state.spec.flops, state.best)} GFLOP/s"
         if state.best and state.default:
             best += f"  {state.default / state.best:.2f}× the default"
         facts = [count, _left(state), f"{best}  {state.best_candidate}" if state.best else "none measured yet"]
         if state.failures:
-            facts.append("failed: " + ", ".join(f"{n} {kind}" for kind, n in state.failures.most_common()))
+            facts.append("failed: " + _failures(state))
         return facts
 
 
@@ -218,7 +217,7 @@ class JobView(_Display):
         state = layer.progress
         facts = [f"{_name(layer)}  {layer.problem.threads}T", layer.state]
         if state and state.done:
-            facts.append(f"{state.done} trial{'s' * (state.done != 1)}")
+            facts.append(plural(state.done, "trial"))
         if state and state.best:
             facts.append(f"best {duration(state.best)}  {rate(state.spec.flops, state.best)} GFLOP/s")
             facts += [f"{_times(state.default, state.best)} the default"] if state.default else []

@@ -1,19 +1,22 @@
-"""What the CUDA schedules take a GPU to reach, to predict times: nominal figures, which only rank candidates."""
+"""What a GPU is taken to reach where CUDA schedules predict times.
+
+The figures are nominal, of no particular device; they only serve to rank candidates.
+"""
 
 from __future__ import annotations
 
 from ..hardware.target import Target
 from ..lowering.compute import ceildiv
 
-#: f32 multiply-adds an SM does in a cycle, and cycles in a second.
+#: f32 multiply-adds that an SM begins in a cycle, and its cycles in a second.
 LANES, CLOCK = 128, 1.7e9
-#: Bytes a second from memory, of each SM.
+#: Bytes a second between memory and an SM.
 BANDWIDTH = 15e9
 #: Seconds a launch takes.
 LAUNCH = 3e-6
 #: 32-bit registers of an SM, and the most a thread may have.
 REGISTERS, MOST_REGISTERS = 1 << 16, 255
-#: Bytes of shared memory that every block takes besides its own.
+#: Bytes of shared memory that the system takes for every block, besides what the block asks for.
 RESERVED = 1024
 
 
@@ -26,12 +29,18 @@ def blocks_per_core(target: Target, threads: int, shared: int, registers: int) -
 
 
 def seconds(target: Target, blocks: int, macs: float, moved: float, threads: int, resident: int) -> float:
-    """Of a launch of ``blocks``, each of ``macs`` multiply-adds and ``threads`` threads, that moves ``moved`` bytes.
+    """Predicted seconds of a launch.
 
-    Blocks on one SM share its lanes; too few threads do not fill them. Copies hide most of the arithmetic, or
-    it them.
+    Blocks on one SM share its lanes; too few threads do not fill them. Arithmetic and memory overlap: the longer of
+    the two counts, and a quarter of the other.
+
+    Args:
+        blocks, threads: blocks of the launch, and threads of a block.
+        macs: multiply-adds of a block.
+        moved: bytes from and to memory, of the launch.
+        resident: blocks that an SM holds at once.
     """
-    turns = ceildiv(blocks, target.cores)  # one SM's blocks, one after the other or side by side
+    turns = ceildiv(blocks, target.cores)  # blocks of one SM, one after the other or side by side
     side_by_side = min(resident, turns)
     busy = min(1.0, side_by_side * threads / (2 * LANES))
     compute = turns * macs / (LANES * CLOCK * busy)

@@ -1,7 +1,9 @@
-"""A warp's tile of a matrix product, as tensor intrinsics: what they compute, and the functions of device.h that do.
+"""A warp's tile of a matrix product, as tensor intrinsics.
 
-The sums of a tile are one buffer ``[rows][cols]`` here; on the device every thread holds a 32nd part of it
-(:mod:`convgen.cuda.code` declares it so), in an order that only these intrinsics know.
+Each intrinsic has a description, which says in TIR what is computed, and an implementation, which calls the function
+of device.h that computes it. The sums of a tile are one buffer ``[rows][cols]`` in TIR; on the device every thread
+holds a 32nd part of it (:mod:`convgen.cuda.code` declares it so), in an order that only the functions of device.h
+know.
 """
 
 from __future__ import annotations
@@ -15,15 +17,15 @@ from typing import Any
 from ..lowering.compute import ACCUMULATOR, INTEGER
 from ..problem.dtypes import BYTES
 
-#: How vectors are stored in shared memory, by dtype.
+#: TVM's name of the type that operands are stored as, by dtype.
 STORED = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8"}
-#: What sums are kept in, where it is not f32.
+#: TVM's name of the type of sums, where it is not f32.
 _SUMS = {"i8": INTEGER}
-#: Bytes of a copy, and of a load from shared memory.
+#: Bytes of a copy to shared memory, and of a load from there.
 VECTOR = 16
-#: Bytes of a step of the reduction.
+#: Bytes of a row that ``mma`` multiplies in one step of the reduction.
 STEP = 32
-#: Bytes of a row in shared memory as wgmma takes them.
+#: Bytes of a row that ``wgmma`` multiplies in one step, and of a row in shared memory as it is swizzled for it.
 ROW = 128
 
 _described: ContextVar[bool] = ContextVar("described", default=False)
@@ -31,7 +33,7 @@ _described: ContextVar[bool] = ContextVar("described", default=False)
 
 @contextmanager
 def described() -> Iterator[None]:
-    """Programs that are scheduled meanwhile keep what the intrinsics compute: loops that any compiler takes."""
+    """Programs that are scheduled meanwhile keep the descriptions of the intrinsics: loops that any compiler takes."""
     token = _described.set(True)
     try:
         yield
@@ -40,12 +42,12 @@ def described() -> Iterator[None]:
 
 
 def is_described() -> bool:
-    """Whether intrinsics stay what they compute."""
+    """Whether programs keep the descriptions of the intrinsics: see :func:`described`."""
     return _described.get()
 
 
 def replace(sch: Any, loop: Any, block: Any, intrinsic: str) -> Any:
-    """Put an intrinsic in place of the block under ``loop`` that it describes; returns the block there then."""
+    """Put an intrinsic in the place of the block under ``loop``, which it describes; returns the new block."""
     if _described.get():
         return block
     name = sch.get(block).name_hint
@@ -54,12 +56,12 @@ def replace(sch: Any, loop: Any, block: Any, intrinsic: str) -> Any:
 
 
 def sums_of(dtype: str) -> str:
-    """TVM's name of what sums of products are kept in."""
+    """TVM's name of the type of sums of products."""
     return _SUMS.get(dtype, ACCUMULATOR)
 
 
 def mma(kind: str, dtype: str, rows: int, cols: int) -> str:
-    """``sums[i, j] += a[i, k, v] * b[j, k, v]`` over one step: two vectors of 16 bytes; returns the intrinsic's name.
+    """The name of the intrinsic ``sums[i, j] += a[i, k, v] * b[j, k, v]`` over a step, which is two vectors ``k``.
 
     Args:
         kind: the type of device.h that multiplies: ``f16``, ``bf16``, ``i8``, ``tf32`` or ``tf32x3``.
@@ -69,13 +71,13 @@ def mma(kind: str, dtype: str, rows: int, cols: int) -> str:
 
 
 def wgmma(kind: str, dtype: str, cols: int) -> str:
-    """What :func:`mma` computes, over rows of 128 bytes, with 16 rows to each of the four warps of a warpgroup."""
+    """As :func:`mma`, over a step of 128 bytes; each of the four warps of a warpgroup has 16 rows."""
     return _product(f"cg_wgmma_tile<cg_{kind}, {cols}>", dtype, 16, cols, ROW // VECTOR)
 
 
 @functools.cache
 def _product(function: str, dtype: str, rows: int, cols: int, vectors: int) -> str:
-    """The intrinsic of a function of device.h: ``f(sums, a, bytes between its rows, b, bytes between its rows)``."""
+    """The intrinsic of a function of device.h, which takes sums, a, bytes per row of a, b and bytes per row of b."""
     from tvm.script import tirx as T  # noqa: N812
 
     size = BYTES[dtype]
@@ -126,7 +128,7 @@ def _product(function: str, dtype: str, rows: int, cols: int, vectors: int) -> s
 
 
 def wgmma_definition(kind: str, cols: int) -> str:
-    """The instruction for tiles 64 × ``cols``, in CUDA: ``cg_wgmma`` of device.h.
+    """The definition of ``cg_wgmma`` of device.h for tiles of 64 × ``cols``, in CUDA.
 
     Source: PTX ISA, "Asynchronous Multiply-and-Accumulate Instruction: wgmma.mma_async".
     """
@@ -149,9 +151,9 @@ template <> struct cg_wgmma<cg_{kind}, {cols}> {{
 
 
 def opaque(summed: str, source: Any, weights: Any) -> Any:
-    """A sum that is read off src and packed weights in a way that TIR is not told; :func:`tma` takes its place.
+    """A sum of type ``summed`` that depends on src and packed weights; how, TIR is not told.
 
-    ``summed`` is its type.
+    The intrinsic of :func:`tma` takes its place.
     """
     from tvm import tirx
 
@@ -167,22 +169,30 @@ def tma(
     axes: Sequence[Sequence[int]],
     sizes: Sequence[int],
 ) -> str:
-    """The :func:`opaque` sums of 16 rows × ``cols``, as ``cg_tma_tile`` of device.h computes them.
+    """The name of the intrinsic that computes 16 rows × ``cols`` of :func:`opaque` sums: ``cg_tma_tile`` of device.h.
 
     Args:
-        axes: what it has per spatial axis: outputs, taps, strides, dilations, padding in front.
-        sizes: its other arguments, in its order.
+        axes: per spatial axis each: outputs, taps, strides, dilations, padding in front.
+        sizes: the other arguments of ``cg_tma_tile``, in its order.
     """
     rank = len(axes[0])
-    missing = [(1,) * (3 - rank)] * 4 + [(0,) * (3 - rank)]
-    along = [f"cg_axes<{', '.join(map(str, (*ones, *axis)))}>" for ones, axis in zip(missing, axes, strict=True)]
-    function = f"cg_tma_tile<cg_{kind}, {cols}, {warpgroups}, {stages}, {rank}, {', '.join(along)}>"
+    missing = [(1,) * (3 - rank)] * 4 + [(0,) * (3 - rank)]  # axes that a layer of lower rank lacks: as if of size 1
+    all_axes = [(*absent, *axis) for absent, axis in zip(missing, axes, strict=True)]
+    along = ", ".join(f"cg_axes<{', '.join(map(str, axis))}>" for axis in all_axes)
+    function = f"cg_tma_tile<cg_{kind}, {cols}, {warpgroups}, {stages}, {rank}, {along}>"
     memory = stages * ((64 * warpgroups + cols) * ROW + 8)
     return _tma(function, dtype, cols, (1,) * (rank + 2), memory, *sizes)
 
 
 @functools.cache
 def _tma(function: str, dtype: str, cols: int, ones: tuple[int, ...], size: int, *sizes: int) -> str:
+    """The intrinsic of a ``cg_tma_tile``.
+
+    Args:
+        ones: the shape of the one element of src that TIR sees accessed.
+        size: bytes of shared memory.
+        sizes: its last arguments.
+    """
     from tvm.script import tirx as T  # noqa: N812
 
     first, rows = (0,) * len(ones), 16
@@ -227,7 +237,7 @@ def _tma(function: str, dtype: str, cols: int, ones: tuple[int, ...], size: int,
 
 @functools.cache
 def clear(rows: int, cols: int, summed: str) -> str:
-    """``sums[i, j] = 0``; ``summed`` is the type of sums."""
+    """The name of the intrinsic ``sums[i, j] = 0``; ``summed`` is the type of sums."""
     from tvm import tirx
     from tvm.script import tirx as T  # noqa: N812
 
@@ -259,7 +269,7 @@ def clear(rows: int, cols: int, summed: str) -> str:
 
 @functools.cache
 def store(rows: int, cols: int, summed: str) -> str:
-    """``tile[i, j] = sums[i, j]``, to shared memory; ``summed`` is the type of sums."""
+    """The name of the intrinsic ``tile[i, j] = sums[i, j]``, to shared memory; ``summed`` is the type of sums."""
     from tvm.script import tirx as T  # noqa: N812
 
     function = f"cg_store_tile<{rows}, {cols}>"

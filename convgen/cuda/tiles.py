@@ -1,4 +1,4 @@
-"""How a product without matrix units is divided among thread blocks and threads: the picks, and what they cost."""
+"""How a product without matrix units is divided among thread blocks and threads: the picks, and the predicted time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..problem.spec import ConvSpec
 
 
 class Tile(NamedTuple):
-    """What a thread block computes of a product: ``tile_m`` x ``tile_n`` sums, ``tile_k`` products of each at a time.
+    """What a thread block computes: ``tile_m`` × ``tile_n`` sums, and of each sum ``tile_k`` products at a time.
 
-    A thread has ``thread_m`` x ``thread_n`` of them.
+    A thread has ``thread_m`` × ``thread_n`` of the sums.
     """
 
     tile_m: int
@@ -26,21 +26,22 @@ class Tile(NamedTuple):
 
     @property
     def threads(self) -> int:
+        """Threads of a block."""
         return self.tile_m // self.thread_m * (self.tile_n // self.thread_n)
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory."""
+        """Bytes of shared memory of a block: slices of both operands, as f32."""
         return 4 * self.tile_k * (self.tile_m + self.tile_n)
 
     @property
     def registers(self) -> int:
-        """Of a thread, about: the sums, a column and a row of operands, addresses."""
+        """Registers of a thread, estimated: the sums, a column and a row of operands, and 48 for addresses."""
         return self.thread_m * self.thread_n + self.thread_m + self.thread_n + 48
 
 
 class Size(NamedTuple):
-    """Of a batch of products ``[rows, depth] x [depth, columns]``."""
+    """How large a batch of products ``[rows, depth] × [depth, columns]`` is."""
 
     batch: int
     rows: int
@@ -48,6 +49,7 @@ class Size(NamedTuple):
     depth: int
 
     def blocks(self, tile: Tile) -> int:
+        """Thread blocks, with a tile each."""
         return self.batch * ceildiv(self.rows, tile.tile_m) * ceildiv(self.columns, tile.tile_n)
 
 
@@ -74,7 +76,7 @@ def check(target: Target, tile: Tile) -> None:
 
 
 def default(target: Target, size: Size, gather: float) -> Picks:
-    """The tile whose predicted time is least."""
+    """The tile whose predicted time is least; ``gather`` as :func:`compute_seconds` takes it."""
     tile_k = 16 if size.depth > 8 else 8 if size.depth > 4 else 4
     domains = space(size).domains | {"tile_k": (tile_k,)}
     tiles = [Tile(*values) for values in itertools.product(*domains.values())]
@@ -84,19 +86,20 @@ def default(target: Target, size: Size, gather: float) -> Picks:
 
 
 def of(picks: Picks) -> Tile:
+    """The tile that picks name, which may have other names too."""
     return Tile(*(picks[name] for name in Tile._fields))
 
 
 def compute_seconds(target: Target, size: Size, tile: Tile, gather: float, moved: float = 0, share: float = 1) -> float:
-    """Predicted seconds.
+    """Predicted seconds of a launch.
 
     Args:
         gather: instructions that fetch an element of the first operand.
         moved: bytes from and to memory.
-        share: of the depth, what is computed on average.
+        share: the share of the depth that is computed, on average; the rest is skipped.
     """
     m, n = tile.thread_m, tile.thread_n
-    # Per product and thread: its FMA, loads of whole vectors from shared memory, and its share of a slice's copy.
+    # Per product of a thread: its FMA, its share of vector loads from shared memory, and of copying a slice there.
     instructions = 1 + (1 / m + 1 / n) / 2 + gather / tile.tile_n + 1 / tile.tile_m
     from_shared, from_l2 = 1.5 * (1 / m + 1 / n), 8 * (1 / tile.tile_m + 1 / tile.tile_n)
     slowdown = max(instructions, from_shared) + from_l2
@@ -106,6 +109,6 @@ def compute_seconds(target: Target, size: Size, tile: Tile, gather: float, moved
 
 
 def cost(spec: ConvSpec, target: Target, size: Size, gather: float, share: float = 1) -> float:
-    """Predicted seconds of the default."""
+    """Predicted seconds of the default; ``gather`` and ``share`` as :func:`compute_seconds` takes them."""
     tile = of(default(target, size, gather))
     return compute_seconds(target, size, tile, gather, sum(spec.bytes.values()), share)

@@ -43,9 +43,9 @@ _LINE = re.compile(
 #: Not i8: oneDNN adds the bias after the scales.
 _DTYPES = ("f32", "f16", "bf16")
 _DRIVERS = ("--conv", "--deconv")
-#: What a problem is made of, and the value where no option says otherwise.
+#: Options that describe a problem, and their default values.
 _MADE_OF = {"dir": "FWD_B", "dt": "f32", "bia-dt": "undef", "stag": "any", "dtag": "any", "mb": "0"}
-#: Options that change what is computed, or which problems are: the values that do not.
+#: Options that change what is computed or which problems are run, with the values that change nothing.
 _NEUTRAL = {
     "attr-dropout": ("", "0"),
     "attr-rounding-mode": ("",),
@@ -63,10 +63,10 @@ _IGNORED = re.compile(
     r"fast-ref|fix-times-per-prb|global-impl|global-skip-impl|impl|max-ms-per-prb|mem-check|memory-kind|mode|"
     r"mode-modifier|num-streams|perf-template|repeats-per-prb|skip-impl|stream-kind|summary|verbose|wtag)=.*"
 )
-#: The deprecated --cfg as --dt.
+#: Values of the deprecated option --cfg -> those of --dt.
 _CONFIGURATIONS = {"f32_wino": "f32", "bf16bf16bf16": "bf16"}
 
-#: A layer, how often it occurs and its names; or why a problem is none of ours.
+#: A layer, how often it occurs and its names; or the error that says why a problem cannot be one.
 Outcome = tuple[ConvSpec, int, tuple[str, ...]] | SpecError | UnsupportedError
 
 
@@ -94,7 +94,7 @@ class Reader:
         self._options = {name: [value] for name, value in _DEFAULTS.items()}
 
     def read(self, line: str, where: str) -> Iterator[Outcome]:
-        """The problems of a line with counts and names; for one that is wrong or no layer of ours, the error.
+        """The problems of a line with counts and names; for a problem that cannot be a layer of ours, the error.
 
         Raises:
             SpecError: an option is unknown, or a batch file cannot be read; names it.
@@ -146,7 +146,7 @@ class Reader:
         self._files.pop()
 
     def _problems(self, word: str, where: str) -> Iterator[Outcome]:
-        """A problem with every combination of the options' values."""
+        """The problem, once for every combination of the options' values."""
         try:
             spec, label = _problem(word, self._driver == "--deconv", where)
         except (SpecError, UnsupportedError) as error:

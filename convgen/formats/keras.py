@@ -121,7 +121,7 @@ def _config(layer: _Config) -> _Config:
 
 
 def _name(layer: _Config) -> str:
-    """What a message calls a layer."""
+    """How messages name a layer."""
     config = layer.get("config", layer)
     name = config.get("name") if isinstance(config, Mapping) else None
     return f"layer {name}" if isinstance(name, str) else f"layer of class {layer.get('class_name')}"
@@ -155,7 +155,7 @@ def _is_shape(value: Any) -> bool:
 
 
 def _stated(layer: _Config) -> _Shape | None:
-    """The input shape that a layer or Sequential model says of itself."""
+    """The input shape that the configuration of a layer or Sequential model states."""
     config, built = layer.get("config"), layer.get("build_config")
     places = [(built, "input_shape"), (config, "batch_shape"), (config, "batch_input_shape")]
     for place, key in [*places, (config, "build_input_shape")]:
@@ -171,7 +171,7 @@ def _with_batch(shape: _Shape, rank: int, where: str) -> _Shape:
 
 
 def _rank(class_name: str) -> int:
-    """The spatial rank that a layer's name says: ``Conv2D``."""
+    """The number of spatial axes that a layer's name states: 2 for ``Conv2D``."""
     (digit,) = re.findall(r"([123])D", class_name)
     return int(digit)
 

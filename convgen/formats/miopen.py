@@ -24,7 +24,7 @@ _LINE = re.compile(
 )
 _DTYPES = {"conv": "f32", "convfp16": "f16", "convbfp16": "bf16"}
 
-#: Flags that say what the layer is: long name -> short name and default.
+#: Flags that describe the layer: long name -> short name and default.
 _FLAGS: dict[str, tuple[str, str]] = {
     "spatial_dim": ("_", "2"),
     "mode": ("m", "conv"),
@@ -157,7 +157,7 @@ def parse(line: str, where: str = "") -> ConvSpec:
 def _flags(text: str, where: str) -> dict[str, str]:
     """The value of every flag by its long name. As in MIOpenDriver, the last of several counts."""
     values = {name: default for name, (_, default) in (_FLAGS | _NEUTRAL).items()}
-    words = iter(word.strip("\"'") for word in text.split() if word != "\\")  # a continued line's
+    words = iter(word.strip("\"'") for word in text.split() if word != "\\")  # the backslash of a continued line
     for flag in words:
         name = flag[2:] if flag.startswith("--") else _LONG.get(flag[1:], "") if flag.startswith("-") else ""
         if name not in values and name not in _IGNORED:

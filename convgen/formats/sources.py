@@ -36,8 +36,10 @@ from ..errors import SpecError, UnsupportedError
 from ..formats import benchdnn, miopen
 from ..problem.spec import OPERATORS, ConvSpec
 from .entries import SpecEntry, merge
+from .keras import specs_from_keras
+from .onnx.reader import specs_from_onnx
 
-#: A line and its place -> its layers, how often and under which names, or errors in place of them.
+#: Takes a line and its place; gives its layers, how often each occurs and its names, or errors instead.
 Reader = Callable[[str, str], Iterable[benchdnn.Outcome]]
 
 
@@ -55,7 +57,7 @@ class Form:
 
 
 def _each(parse: Callable[[str, str], ConvSpec]) -> Callable[[Path | None], Reader]:
-    """The reader of a notation whose lines stand for themselves."""
+    """The reader of a notation in which every line can be read without the others."""
 
     def read(line: str, where: str) -> Iterable[benchdnn.Outcome]:
         try:
@@ -92,7 +94,7 @@ LINES = {
 }
 #: How layers are written.
 FORMS = (*LINES, "toml", "yaml", "json")
-#: The form that a file's suffix says.
+#: A file's suffix -> its form.
 SUFFIXES = {".toml": "toml", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".txt": "descriptors"}
 
 
@@ -119,8 +121,6 @@ def read_specs(
     if is_line:
         return _read_lines([("", str(source).strip())], None, skipped)
     if suffix == ".onnx":
-        from .onnx.reader import specs_from_onnx
-
         return specs_from_onnx(path, dims, skipped)
     if suffix in _PARSERS:
         return merge(_entries(_PARSERS[suffix](_read_text(path), str(path)), str(path)))
@@ -395,9 +395,7 @@ def _entries(value: Any, where: str) -> list[SpecEntry]:
 
 
 def _keras(config: Mapping[str, Any], where: str) -> list[SpecEntry]:
-    """The layers of what Keras says of a layer or model."""
-    from .keras import specs_from_keras  # only where there is one to read
-
+    """The layers of the configuration of a Keras layer or model."""
     try:
         return [SpecEntry(spec) for spec in specs_from_keras(config)]
     except SpecError as error:

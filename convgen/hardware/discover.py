@@ -15,11 +15,13 @@ def module_names(package_name: str) -> list[str]:
 
 
 def modules(package_name: str) -> list[ModuleType]:
-    """The same, imported."""
+    """The modules of a package, imported."""
     return [importlib.import_module(f"{package_name}.{name}") for name in module_names(package_name)]
 
 
 @cache
 def target_families() -> dict[str, ModuleType]:
-    """Every target family by name: modules in ``targets/`` with ``resolve(model)`` and ``known()``."""
+    """Every target family by name: modules in ``targets/`` with ``resolve(model)``, ``known()`` and
+    ``fingerprint(machine)``.
+    """
     return {module.__name__.rpartition(".")[2]: module for module in modules("convgen.targets")}

@@ -24,6 +24,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from ..errors import BuildError, MeasureError, SpecError
 from ..problem.spec import ConvSpec
 
@@ -39,7 +41,7 @@ MODEL_FIELDS = (
 )
 #: The features code generation looks at. Linux lists others too, and more with every release.
 ISA = re.compile(r"(sse|ssse|avx|fma|f16c|bmi|amx|gfni|popcnt|movbe|fp|asimd|sve|sme|bf16|i8mm|neon|vfp)")
-#: Linux's names of features that the C compilers call otherwise.
+#: Features that the C compilers call by other names than Linux: Linux's name -> theirs.
 _RENAMED = {"pni": "sse3", "sse4_1": "sse4.1", "sse4_2": "sse4.2", "bmi1": "bmi", "abm": "lzcnt"}
 
 
@@ -250,7 +252,7 @@ def pinned(threads: int) -> Iterator[bool]:
 
 
 def _set_affinity(cpus: set[int]) -> None:
-    """Of every thread of this process: a pool of an earlier measurement is used again."""
+    """Set the CPUs of every thread of this process, because a thread pool of an earlier measurement is used again."""
     os.sched_setaffinity(0, cpus)
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(ProcessLookupError):  # it has just ended
@@ -258,7 +260,7 @@ def _set_affinity(cpus: set[int]) -> None:
 
 
 def _claim(cpus: list[int], threads: int, claims: contextlib.ExitStack) -> set[int]:
-    """CPUs that nobody else measures on; the first ones where there are too few for too long."""
+    """CPUs that no other process measures on; after :data:`PATIENCE` without enough of them, simply the first ones."""
     folder = Path(tempfile.gettempdir()) / f"convgen-cpus-{os.getuid()}"
     end = time.monotonic() + PATIENCE
     with contextlib.suppress(OSError):
@@ -289,7 +291,7 @@ def _by_core(usable: set[int], sysfs: Path) -> list[int]:
 
 
 def _core(cpu: int, sysfs: Path) -> str:
-    """What tells a logical CPU's core from others."""
+    """An identifier of the physical core that a logical CPU belongs to."""
     siblings = sysfs / f"cpu{cpu}" / "topology" / "thread_siblings_list"
     return siblings.read_text().strip() if siblings.exists() else str(cpu)
 
@@ -371,8 +373,6 @@ def measured(threads: int, *, refresh: bool = False) -> Measured:
 
 
 def _cache_path(here: Machine, threads: int) -> Path:
-    import platformdirs
-
     return platformdirs.user_cache_path("convgen") / "machine" / f"{here.fingerprint}-t{threads}.json"
 
 
@@ -383,7 +383,7 @@ def _kept(path: Path) -> Measured | None:
         is_sound = all(value is None or value > 0 for value in numbers.values()) and numbers["peak"] and numbers["dram"]
         return Measured(**numbers, date=str(values["date"])) if is_sound else None
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # not there, or not whole: measured anew
+        return None  # missing or damaged: measure again
 
 
 def _measure(here: Machine, threads: int) -> Measured:
@@ -403,13 +403,13 @@ def _measure(here: Machine, threads: int) -> Measured:
 
 
 def _buffers(here: Machine, threads: int) -> dict[str, int]:
-    """Bytes each thread reads, so that they come from that level: level -> size."""
+    """How many bytes each thread must read so that they come from a level, by level."""
     sizes = {}
     if here.l2:
         sizes["l2"] = here.l2 // 2
         if here.l3:
             sizes["l3"] = max(2 * here.l2, here.l3 // (2 * threads))
-    # Twice the cache: what is read in a circle is gone when it comes round. Getting more pages takes long.
+    # Twice the cache, so that data is evicted before it is read again. Larger buffers take long to allocate.
     sizes["dram"] = max(64 << 20, min(2 * (here.l3 or 0), 512 << 20)) // threads
     return {level: max(size, 64 << 10) for level, size in sizes.items()}
 
@@ -420,7 +420,7 @@ def _compile(folder: Path) -> Path:
     (folder / "machine.c").write_text(source, encoding="utf-8")
     compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     said = ""
-    for native in ("-march=native", "-mcpu=native"):  # Arm's compilers may know one of them only
+    for native in ("-march=native", "-mcpu=native"):  # a compiler for Arm may know only one of the two options
         command = [*compiler, "-O3", native, "-pthread", "-o", "machine", "machine.c"]
         try:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)

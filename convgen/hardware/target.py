@@ -61,8 +61,13 @@ class Target:
     features: tuple[str, ...] = ()
 
     @property
+    def on_device(self) -> bool:
+        """Whether kernels run on a device that has memory of its own."""
+        return bool(self.arch)
+
+    @property
     def lanes(self) -> int:
-        """Sums in one SIMD register: they are f32 however tensors are stored."""
+        """How many sums a SIMD register holds; sums are f32 however tensors are stored."""
         return self.vector_bits // (8 * BYTES[ACCUMULATOR])
 
     def most_pixels(self, vectors: int) -> int:
@@ -73,7 +78,7 @@ class Target:
 
     @property
     def fmas(self) -> int:
-        """FMAs a core begins per cycle, as costs take it: two, of 512 bits one (Zen 4)."""
+        """FMAs that a core begins per cycle, as predicted costs assume: two, or one where vectors have 512 bits."""
         return 1 if self.vector_bits == 512 else 2
 
     def tvm(self) -> Any:
@@ -123,5 +128,5 @@ def check_native(target: Target) -> None:
     UnsupportedError: this machine cannot run the target's code.
     """
     if not target.native:
-        found = "one that does not" if target.kind == "cpu" else f"no GPU that runs {target.arch}"
+        found = f"no GPU that runs {target.arch}" if target.on_device else "one that does not"
         raise UnsupportedError(f"{target}: expected a target that runs on this machine, found {found}")

@@ -1,6 +1,6 @@
 """Calls a linked GPU kernel on device memory: NumPy, ctypes and the CUDA driver, nothing else.
 
-Arrays are those of PyTorch, CuPy or whatever else has DLPack; weights come from the CPU once.
+Arrays come from PyTorch, CuPy or another framework with DLPack; weights are copied from CPU memory once.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class _RunArgs(ctypes.Structure):
 class CudaLibrary(BaseLibrary):
     """A library that runs on a GPU; arguments as :class:`~convgen.kernel.library.BaseLibrary` has them.
 
-    It loads and packs on any machine; what runs needs the CUDA driver and a device. A launch's blocks and threads
-    are fixed when it is compiled: ``threads`` is 1 whatever is given.
+    It loads and packs on any machine; running it takes the CUDA driver and a device. A launch's blocks and threads
+    are fixed when it is compiled, so ``threads`` is 1 whatever is given.
     """
 
     on_device = True
@@ -50,7 +50,7 @@ class CudaLibrary(BaseLibrary):
         self._driver_error = self._function("driver_error", returns=c_char_p)
 
     def sizes(self) -> Sizes:
-        """Bytes of every buffer, all of them in device memory but those that are packed."""
+        """Bytes of every buffer: the parameters that are packed lie in CPU memory, all others in device memory."""
         sizes = SizesStruct()
         self._require(self._sizes(ctypes.byref(sizes)))
         return Sizes(*(getattr(sizes, name) for name in Sizes._fields))
@@ -65,7 +65,7 @@ class CudaLibrary(BaseLibrary):
             self._require(self._load())
 
     def unload(self, device: int = 0) -> None:
-        """Undo :meth:`load`; what runs on the device must be done."""
+        """Undo :meth:`load`; every run on the device must have ended."""
         with context(device):
             self._require(self._unload())
 
@@ -142,11 +142,11 @@ class CudaLayer(Loaded):
         self._src = dataclasses.replace(tensors["src"], name="x")
         self._dst = dataclasses.replace(tensors["dst"], name="out")
         self._residual = tensors.get("residual")
-        #: Of every stream the layer was called on. Calls on one stream follow each other, so they share it.
+        #: A workspace for every stream the layer was called on: calls on one stream follow each other.
         self._workspaces: dict[tuple[int, int], Memory] = {}
         self._args = _run_args(self._sizes)
         self._args.packed = packed.address
-        #: A call's launches are put on a stream without those of another between them.
+        #: Held while a call's launches are put on a stream, so that those of another call do not come between them.
         self._lock = threading.Lock()
 
     def __call__(self, x: Any, *, residual: Any = None, out: Any = None, stream: Any = None) -> Any:
@@ -192,9 +192,9 @@ class CudaLayer(Loaded):
             return None
         if residual is None:
             raise KernelError(f"residual: expected shape {self._residual.shape} ({descriptor}), found none")
-        found = view("residual", residual, self.device, stream)
-        found.check(self._residual, TENSOR_ALIGNMENT)
-        return found.address
+        source = view("residual", residual, self.device, stream)
+        source.check(self._residual, TENSOR_ALIGNMENT)
+        return source.address
 
     def _workspace(self, stream: int) -> int | None:
         if not self._sizes.workspace:
@@ -206,7 +206,7 @@ class CudaLayer(Loaded):
 
 
 def current_stream(x: Any) -> int:
-    """The handle of the stream that x's framework works on; the default stream of others than PyTorch and CuPy."""
+    """The handle of the stream that x's framework works on: the default stream unless that is PyTorch or CuPy."""
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if torch is not None and isinstance(x, torch.Tensor) and x.is_cuda:
         return int(torch.cuda.current_stream(x.device).cuda_stream)

@@ -1,4 +1,4 @@
-"""Reads what other frameworks' arrays say of themselves: DLPack's structs (dlpack.h, version 1), through ctypes."""
+"""Where other frameworks' arrays lie and what they hold: DLPack's structs (dlpack.h, version 1), through ctypes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..errors import KernelError
 from ..lowering.interface import TensorInfo
 
-#: DLPack's device types of memory that kernels reach: a device's own, and managed.
+#: DLPack's device types whose memory kernels reach: a device's own, and managed memory.
 CUDA_DEVICES = frozenset({2, 13})
 _READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8"}
@@ -55,7 +55,7 @@ _pointer.argtypes, _pointer.restype = (ctypes.py_object, c_char_p), c_void_p
 
 
 class View(NamedTuple):
-    """An array in device memory: where it is, and what.
+    """An array in device memory.
 
     Attributes:
         strides: in elements.
@@ -125,7 +125,7 @@ def _export(array: Any, stream: int) -> object:
 
 
 def _read(name: str, capsule: object) -> View:
-    """What a capsule holds. It is not taken over: the array's owner frees it with the capsule."""
+    """The array in a capsule. It still belongs to the capsule, whose owner frees it."""
     try:
         kind, writable = _name(capsule), True
     except ValueError:
@@ -156,6 +156,6 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _dtype(dtype: _DataType) -> str:
-    """Its name, as NumPy has it."""
+    """A type's name, as NumPy has it."""
     lanes = f"x{dtype.lanes}" if dtype.lanes != 1 else ""
     return f"{_CODES.get(dtype.code, f'type {dtype.code} of ')}{dtype.bits}{lanes}"

@@ -1,4 +1,4 @@
-"""Writes a kernel as a library: shared, static, C header, manifest, and an example that checks it."""
+"""Writes a kernel as a library: shared and static, with a C header, a manifest, and an example that checks it."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def write_library(
         directory: created where it does not exist; it holds one library.
         interface: the kernel.
         object_file: its compiled code.
-        facts: what else the manifest says, as JSON values: ``threads`` (those it was tuned for and
-            :func:`convgen.load` runs it on), and where known ``target``, ``schedule``, ``picks``,
-            ``seconds``, ``versions`` and whatever else. ``error_factor`` is the admitted error in
+        facts: what else the manifest says, as JSON values: ``threads`` (the number it was tuned for, on which
+            :func:`convgen.load` runs it), and where known ``target``, ``schedule``, ``picks``,
+            ``seconds``, ``versions`` and others. ``error_factor`` is the admitted error in
             units of 2^-24 * (conv(|src|, |weights|) + |bias| + |residual|), before the activation.
 
     Returns:
@@ -66,7 +66,7 @@ def write_library(
     target = Path(os.path.abspath(directory))
     try:
         _check_destination(target, interface)
-        # A sibling, so that moving is renaming; made by mkdir, for the usual permissions.
+        # A sibling, so that moving it is renaming it; made by mkdir, so that it has the usual permissions.
         existing = next(parent for parent in target.parents if parent.exists())
         folder = existing / f".{target.name}-{secrets.token_hex(8)}"
         folder.mkdir()
@@ -81,7 +81,7 @@ def write_library(
 
 
 def _file_names(name: str) -> tuple[str, ...]:
-    """The files of a library; the manifest is the last to arrive."""
+    """The names of a library's files; the manifest is moved into place last."""
     return f"lib{name}.so", f"lib{name}.a", f"{name}.h", "example.c", MANIFEST
 
 
@@ -196,7 +196,7 @@ def _manifest(interface: Interface, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _alignment(interface: Interface, name: str, tensor: TensorInfo) -> int:
-    """Of what a run takes from a GPU's memory, or of an element."""
+    """Bytes that an argument's address is a multiple of: in a GPU's memory a fixed number, else its element's size."""
     on_device = interface.device is not None and name in ("src", "residual", "dst")
     return TENSOR_ALIGNMENT if on_device else BYTES[tensor.dtype]
 
@@ -279,7 +279,7 @@ def header_text(interface: Interface) -> str:
 
 
 def _devices(device: DeviceCode) -> str:
-    """Those the images are for, in words."""
+    """The GPUs that the images are for, in words."""
     words = []
     for what, _ in device.images:
         arch = read_architecture(what)
@@ -306,7 +306,7 @@ def _meaning(spec: ConvSpec) -> str:
 def example_text(interface: Interface, error_factor: float | None = None) -> str:
     """``example.c``: calls the library on whole numbers and compares with plain loops.
 
-    ``error_factor`` is that of :func:`write_library`; where None, that of plain summation.
+    ``error_factor`` is as :func:`write_library` has it; where None, plain summation's is taken.
     """
     spec = interface.spec
     extra = [name for name in spec.shapes if name not in ("src", "weights", "dst")]
@@ -428,7 +428,7 @@ def _three(sizes: tuple[int, ...], missing: int) -> str:
 
 
 def _step(spec: ConvSpec) -> int:
-    """The distance of checked outputs: coprime to every extent, so that all positions get their turn."""
+    """How far apart the checked outputs are: coprime to every extent, so that all positions get their turn."""
     outputs = math.prod(spec.dst_shape)
     samples = max(1000, EXAMPLE_MACS // spec.reduction_length)
     step = max(1, -(-outputs // samples))

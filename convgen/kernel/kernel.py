@@ -18,9 +18,11 @@ from ..lowering.lower import Lowered, compile_object, lower
 from ..lowering.lower import source as host_source
 from ..lowering.schedule import Candidate
 from ..lowering.versions import versions
+from ..problem.accuracy import error_factor
 from ..problem.spec import ConvSpec
-from ..records.store import TuningRecord
+from ..records.record import TuningRecord
 from .cuda_library import CudaLibrary
+from .export import write_library
 from .library import BaseLibrary, Library
 
 
@@ -33,13 +35,13 @@ class Kernel(BaseLibrary):
     Attributes:
         spec, target, threads: what it was built for.
         path: its shared library.
-        schedule, picks: how.
-        record: the tuning record it came from; None where it is the schedule's default.
+        schedule, picks: how it computes.
+        record: the tuning record it came from; None where it is a default.
         origin: where the record is from, unless this machine made it; empty otherwise.
         note: what a user should know, such as that no fast schedule applied; empty otherwise.
     """
 
-    #: What :meth:`source` gives.
+    #: The kinds of text that :meth:`source` gives.
     sources: ClassVar[tuple[str, ...]]
 
     def __init__(
@@ -63,12 +65,12 @@ class Kernel(BaseLibrary):
 
     @property
     def exact(self) -> bool:
-        """Whether integer-valued data must match bit for bit: the schedule only reorders sums, or all is integers."""
+        """Whether integer-valued data must match bit for bit: sums are only reordered, or are sums of integers."""
         return self.lowered.candidate.is_exact(self.spec)
 
     @property
     def note(self) -> str:
-        if self.schedule != "reference":
+        if not self.lowered.candidate.schedule.is_reference:
             return self._note
         why = f"no fast schedule applies on {self.target}, or none was right"
         slow = f"{self.spec.descriptor}: {why}; this is the slow reference"
@@ -102,12 +104,12 @@ class Kernel(BaseLibrary):
     @classmethod
     @abstractmethod
     def threads_for(cls, threads: int | None, target: Target) -> int:
-        """The thread count of a kernel where this many are asked for."""
+        """How many threads a kernel has where ``threads`` are asked for, or no number (None)."""
 
     @classmethod
     @abstractmethod
     def device_code(cls, lowered: Lowered) -> DeviceCode | None:
-        """What runs on a GPU of a candidate."""
+        """The part of a candidate's code that runs on a GPU; None where it has none."""
 
     @classmethod
     @abstractmethod
@@ -123,9 +125,6 @@ class Kernel(BaseLibrary):
         Raises:
             ExportError: the folder cannot be written.
         """
-        from ..problem.accuracy import error_factor
-        from .export import write_library
-
         known: dict[str, Any] = {
             "target": self.target.spelling,
             "threads": self.threads,
@@ -166,36 +165,36 @@ class CpuKernel(Kernel, Library):
 class CudaKernel(Kernel, CudaLibrary):
     """A kernel that runs on a GPU; its sources are scheduled TIR, CUDA C++, PTX and machine code (SASS).
 
-    It is built, packed for and exported without a device.
+    Building, packing and exporting it takes no device.
     """
 
     sources = ("tir", "cuda", "ptx", "sass")
 
     @classmethod
     def check(cls, target: Target) -> None:
-        """Any machine loads it."""
+        """Nothing to check: any machine loads such kernels."""
 
     @classmethod
     def threads_for(cls, threads: int | None, target: Target) -> int:
-        """One: how many threads of the device run is fixed in its launches."""
+        """One: how many of the device's threads run is fixed in the kernel's launches."""
         return 1
 
     @classmethod
     def device_code(cls, lowered: Lowered) -> DeviceCode:
-        from ..cuda.code import device_code
+        from ..cuda.code import device_code  # imports TVM
 
         return device_code(lowered)
 
     @classmethod
     def text(cls, lowered: Lowered, kind: str) -> str:
-        from ..cuda.listing import listing
+        from ..cuda.listing import listing  # imports TVM
 
         return host_source(lowered, kind) if kind == "tir" else listing(lowered, kind)
 
 
 def kernel_type(target: Target) -> type[CpuKernel | CudaKernel]:
-    """How kernels for a target run."""
-    return CudaKernel if target.kind == "cuda" else CpuKernel
+    """The class of kernels for a target."""
+    return CudaKernel if target.on_device else CpuKernel
 
 
 def source(lowered: Lowered, kind: str) -> str:
@@ -249,7 +248,7 @@ def compile_lowered(
 ) -> tuple[Interface, Path, Path]:
     """The interface, object file and shared library of a lowered candidate, written to ``directory``.
 
-    ``device`` is the code for a GPU where it is compiled already.
+    ``device`` is the code for a GPU where that is compiled already.
     """
     object_file = directory / "kernel.o"
     workspace = compile_object(lowered, object_file)

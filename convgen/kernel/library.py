@@ -75,7 +75,7 @@ def aligned(size: int) -> Bytes:
 
 
 def _address(array: NDArray[Any]) -> int:
-    """The address of an array's first byte; the quick way needs at least one writable byte."""
+    """The address of an array's first byte. The quick way works for writable arrays that are not empty."""
     try:
         return ctypes.addressof(_from_buffer(array))
     except (TypeError, ValueError):
@@ -135,7 +135,7 @@ def _check_bytes(name: str, array: object, size: int, *, written: bool, at_least
 
 
 def _dtype_text(array: NDArray[Any]) -> str:
-    """Its name; of the other byte order, NumPy's code of both."""
+    """A dtype's name; in the other byte order NumPy's code, which says the order too."""
     return array.dtype.name if array.dtype.isnative else array.dtype.str
 
 
@@ -149,7 +149,8 @@ def _describe(value: object) -> str:
 
 _pools: dict[int, int] = {}
 
-#: Workspaces that no call uses. Calls return the largest they had; a deque's ends are atomic.
+#: Workspaces that no call uses at the moment. A call takes one, replaces it where it is too small, and gives it
+#: back; adding to and taking from the end of a deque is atomic.
 _workspaces: deque[tuple[int, int, Bytes]] = deque()
 
 
@@ -172,8 +173,8 @@ _loaded: dict[str, tuple[int, int]] = {}
 def _open(path: str) -> ctypes.CDLL:
     """Load a library.
 
-    The system's loader takes a path it knows for the file that was there before: a library that was
-    made anew would stay the old one. So a path's later files are loaded through a copy.
+    The system's loader knows libraries by their paths: where a file was replaced, it would give the old one again.
+    So a file that takes the place of one that was loaded is loaded from a copy.
     """
     path = os.path.realpath(path)
     status = os.stat(path)
@@ -185,7 +186,7 @@ def _open(path: str) -> ctypes.CDLL:
 
 
 class Loaded:
-    """A part of this process: its copies are itself, and it cannot be sent to another one."""
+    """An object that belongs to this process: copying it gives the object itself, and pickling it fails."""
 
     def __copy__(self) -> Self:
         return self
@@ -199,7 +200,7 @@ class Loaded:
 
 
 class BaseLibrary(Loaded, ABC):
-    """A shared library with one kernel, loaded: what kernels for CPUs and for GPUs have in common.
+    """A loaded shared library with one kernel: what CPUs and GPUs have in common.
 
     Args:
         path: the library.
@@ -232,7 +233,7 @@ class BaseLibrary(Loaded, ABC):
 
     @abstractmethod
     def _find_functions(self) -> None:
-        """The functions that libraries of this kind have besides."""
+        """Find the functions that only libraries of this kind have."""
 
     @abstractmethod
     def sizes(self) -> Sizes:
@@ -260,7 +261,7 @@ class BaseLibrary(Loaded, ABC):
 
     @property
     def version(self) -> str:
-        """What the library says of itself: its ABI, layer and a digest of its code."""
+        """The library's own text: its ABI, layer and a digest of its code."""
         return str(self._version().decode())
 
     def pack(
@@ -277,9 +278,9 @@ class BaseLibrary(Loaded, ABC):
         Args:
             weights: ``spec.weights_shape``; like all tensors stored as ``spec.dtypes`` says: float32, float16,
                 ml_dtypes.bfloat16, int8 or int32.
-            bias: ``[oc]``, given exactly where the spec has one. With the sum of products it must fit into its type.
-            slope: of prelu, ``[oc]`` or one number.
-            scale: of i8, ``[oc]``.
+            bias: ``[oc]``, given exactly where the spec has one. Its sum with the products must fit into its type.
+            slope: prelu's, ``[oc]`` or one number.
+            scale: for i8, ``[oc]``.
             packed: ``sizes().packed`` bytes at a multiple of 64.
 
         Raises:
@@ -302,8 +303,8 @@ class BaseLibrary(Loaded, ABC):
         return packed
 
     def _broadcast_slope(self, slope: object) -> object:
-        one = slope.item() if isinstance(slope, np.ndarray | np.generic) and slope.size == 1 else slope
-        return np.full(self.spec.oc, one, numpy_dtype(self.spec.dtype)) if isinstance(one, int | float) else slope
+        value = slope.item() if isinstance(slope, np.ndarray | np.generic) and slope.size == 1 else slope
+        return np.full(self.spec.oc, value, numpy_dtype(self.spec.dtype)) if isinstance(value, int | float) else slope
 
     def _operand(self, name: str, value: object) -> NDArray[Any] | None:
         """An input of the kernel, checked; None where the layer has no such input and none is given."""
@@ -391,11 +392,11 @@ class Library(BaseLibrary):
         workspace: Bytes | None = None,
         threads: int | None = None,
     ) -> Callable[[], None]:
-        """Check the arguments of a run once; what is returned runs the kernel and does nothing else.
+        """Check the arguments of a run once; returns a function that runs the kernel and does nothing else.
 
         Args:
             src: ``spec.src_shape``, like dst and residual of the spec's dtype.
-            packed: what :meth:`pack` gave.
+            packed: as :meth:`pack` returned it.
             dst: ``spec.dst_shape``, written; overlaps no other argument.
             residual: ``spec.dst_shape``, given exactly where the spec has one.
             workspace: at least ``sizes(threads).workspace`` bytes at a multiple of 64; new memory
@@ -435,7 +436,7 @@ class Library(BaseLibrary):
         return Layer(self, self.pack(weights, bias, slope, scale=scale))
 
     def _run_args(self, packed: Bytes, sizes: Sizes, threads: int) -> _RunArgs:
-        """The struct of a call, but for the addresses of src, residual, dst and workspace."""
+        """The struct of a call, without the addresses of src, residual, dst and workspace."""
         args = _RunArgs(packed=packed.ctypes.data, pool=self._pool(threads))
         for name in ("src", "packed", "residual", "dst"):
             setattr(args, f"{name}_size", getattr(sizes, name))
@@ -444,7 +445,7 @@ class Library(BaseLibrary):
     def _pool(self, threads: int) -> int | None:
         """The process's pool of that many threads, whichever library made it; None for one thread.
 
-        Never destroyed, like the libraries are never unloaded.
+        Pools are never destroyed, as libraries are never unloaded.
         """
         if threads == 1:
             return None
@@ -472,7 +473,7 @@ class Layer(Loaded):
         self._src = dataclasses.replace(tensors["src"], name="x")
         self._dst = dataclasses.replace(tensors["dst"], name="out")
         self._has_residual = "residual" in tensors
-        #: Structs of this layer's calls that no call uses.
+        #: Structs for this layer's calls that no call uses at the moment.
         self._free_args: deque[_RunArgs] = deque()
 
     def __call__(self, x: Any, *, residual: Any = None, out: Any = None) -> Array:

@@ -6,16 +6,13 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import BuildError, ExportError, KernelError, SpecError
 from ..lowering.interface import ABI, check_name
 from ..problem.spec import ConvSpec
 from .cuda_library import CudaLibrary
 from .library import Library, thread_count
-
-if TYPE_CHECKING:
-    from .cuda_library import CudaLibrary
 
 #: The file that describes an exported library.
 MANIFEST = "manifest.json"

@@ -7,8 +7,8 @@ from typing import Any
 from ..errors import Inapplicable, UnsupportedError
 from ..hardware.target import Target
 from ..problem.spec import ConvSpec
+from .discover import reference_schedule, schedules
 from .discover import schedule as find_schedule
-from .discover import schedules
 from .schedule import Candidate, Picks
 
 
@@ -30,6 +30,12 @@ def default_candidate(spec: ConvSpec, target: Target) -> Candidate:
         raise UnsupportedError(f"{spec.descriptor} on {target}: no schedule applies ({'; '.join(reasons)})")
     best = min(ranked, key=lambda entry: entry[:2])[2]
     return Candidate(best, best.default(core, target))
+
+
+def reference_candidate(spec: ConvSpec, target: Target) -> Candidate:
+    """The slow candidate that is always right."""
+    schedule = reference_schedule()
+    return Candidate(schedule, schedule.default(spec.core, target))
 
 
 def parse_candidate(spec: ConvSpec, target: Target, schedule_id: str, picks: str | None = None) -> Candidate:

@@ -23,7 +23,7 @@ STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16", "i8": "int8", "
 #: What exact sums of integers are kept in.
 INTEGER = "int32"
 
-#: The storage type that a TVM type is.
+#: TVM's name of a type -> the storage type.
 STORED = {tvm: name for name, tvm in STORAGE.items()}
 
 Expr = Any  # a TVM expression; TVM's own Python classes for them are untyped
@@ -48,7 +48,7 @@ def flat(index: Index, shape: Sequence[int]) -> Expr:
 
 
 def unflat(position: Expr, shape: Sequence[int]) -> list[Expr]:
-    """The index that :func:`flat` made ``position`` of."""
+    """The inverse of :func:`flat`: the index of an element in ``shape`` from its row-major position."""
     index: list[Expr] = []
     for size in reversed(shape):
         index.insert(0, tirx.floormod(position, size))
@@ -57,7 +57,7 @@ def unflat(position: Expr, shape: Sequence[int]) -> list[Expr]:
 
 
 def of_lanes(dtype: str, lanes: int) -> str:
-    """TVM's name of a vector type; of one lane, the scalar's."""
+    """TVM's name of a vector type, or of the scalar type where there is one lane."""
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
 
@@ -87,7 +87,7 @@ def narrow(value: Expr, dtype: str, lanes: int = 1) -> Expr:
     f32 = tirx.Var("f32", of_lanes(ACCUMULATOR, lanes))
     bits = tirx.reinterpret(of_lanes("uint32", lanes), f32)
     rounded = bits + const(0x7FFF) + ((bits >> const(16)) & const(1))
-    # A NaN stays one, and gets quiet; the simplifier would take f32 != f32 for false.
+    # Keep a NaN, as a quiet one. Not by x != x: the simplifier would take that for false.
     kept = tirx.Select(tirx.isnan(f32), bits | const(0x400000), rounded)
     return tirx.Let(f32, value, (kept >> const(16)).astype(of_lanes(STORAGE[dtype], lanes)))
 
@@ -333,9 +333,7 @@ def pack_channels(ops: Operands, tile: int) -> tuple[list[te.Tensor], list[te.Te
 
 
 def copied(parameter: Operand, channels: int = 0) -> te.Tensor:
-    """The packed form that changes nothing but the storage, which is what it reads as, and a vector's length: zeros
-    follow.
-    """
+    """A vector packed as it is, in the type its elements read as; with zeros up to ``channels`` elements."""
     name = f"{parameter.name}_packed"
     if channels <= parameter.shape[0]:
         return te.compute(parameter.shape, lambda *i: parameter[i], name=name)

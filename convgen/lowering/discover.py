@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedError
 from ..hardware.discover import module_names, modules, target_families
 from .schedule import Schedule
-
-if TYPE_CHECKING:
-    from .schedule import Schedule
 
 
 def schedule_ids() -> list[str]:
@@ -32,9 +28,14 @@ def schedules() -> dict[str, Schedule]:
 
 
 def schedules_of(kind: str) -> dict[str, Schedule]:
-    """The schedules for a kind of target, by id: all but those whose ids begin with another kind's name."""
+    """The schedules for a kind of target, by id; those whose ids begin with the name of another kind are left out."""
     others = tuple(f"{family}_" for family in target_families() if family != kind)
     return {name: found for name, found in schedules().items() if not name.startswith(others)}
+
+
+def reference_schedule() -> Schedule:
+    """The schedule that always applies and is always right, and slow."""
+    return next(schedule for schedule in schedules().values() if schedule.is_reference)
 
 
 def schedule(schedule_id: str) -> Schedule:

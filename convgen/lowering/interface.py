@@ -71,7 +71,7 @@ def boundary(spec: ConvSpec) -> dict[str, TensorInfo]:
 
 
 class Architecture(NamedTuple):
-    """Whom code for GPUs is for.
+    """Which GPUs a piece of code runs on.
 
     Attributes:
         virtual: PTX, compiled when it is loaded.
@@ -86,7 +86,7 @@ class Architecture(NamedTuple):
 
 
 def read_architecture(text: str) -> Architecture:
-    """Of ``sm_90a`` or ``compute_80``.
+    """What a name such as ``sm_90a`` or ``compute_80`` says.
 
     Raises:
         BuildError: it is not like these.

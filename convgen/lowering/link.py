@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+import platformdirs
+
 from ..errors import BuildError
 from .interface import (
     ABI,
@@ -36,7 +38,7 @@ from .interface import (
 )
 
 SOURCES = ("types.h", "runtime.h", "pool.c", "kernel.c")
-#: Of a kernel that runs on a GPU.
+#: The runtime's C files for a kernel that runs on a GPU.
 CUDA_SOURCES = ("types.h", "cuda_types.h", "runtime.h", "launch.h", "kernel.c", "launch.c")
 #: Alignment in bytes of what a kernel's launches hand to each other, from the workspace's beginning.
 PART_ALIGNMENT = 256
@@ -248,8 +250,6 @@ def _keep(data: bytes, path: Path) -> None:
 
 def _cache_directory() -> Path | None:
     """Where compiled runtimes are kept; None where there is no such place."""
-    import platformdirs
-
     path = Path(platformdirs.user_cache_dir("convgen")) / "runtime"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -267,7 +267,7 @@ def version_text(interface: Interface, digest: str) -> str:
 
 
 def abi_text(device: bool) -> str:
-    """How a library names its ABI: that of a GPU's has other functions."""
+    """How a library names its ABI; a library for a GPU has other functions, and so another name."""
     return f"convgen CUDA ABI {ABI}" if device else f"convgen ABI {ABI}"
 
 
@@ -345,7 +345,7 @@ def entry_source(interface: Interface, digest: str, arch: str = NATIVE) -> str:
 
 
 def workspace_layout(device: DeviceCode) -> tuple[tuple[int, ...], int]:
-    """Where the parts of a device's workspace begin, and the bytes of all."""
+    """The offset in bytes of each part of a device's workspace, and the size of the whole."""
     offsets, end = [], 0
     for size in device.workspace:
         offsets.append(end)
@@ -395,7 +395,7 @@ def _device_source(interface: Interface, device: DeviceCode, host: list[str]) ->
 
 
 def _image(what: str) -> str:
-    """Whom an image is for, ``sm_90a`` or ``compute_80``, as the first fields of ``convgen_cuda_image``."""
+    """Which GPUs an image is for (``sm_90a``, ``compute_80``), as the first fields of ``convgen_cuda_image``."""
     arch = read_architecture(what)
     return f"{arch.major}, {arch.minor}, {int(arch.exact)}, {int(arch.virtual)}"
 
@@ -412,7 +412,7 @@ def _launch(launch: Launch, index: int) -> str:
 
 
 def _argument(interface: Interface, device: DeviceCode, name: str, tensor_map: TensorMap | None) -> str:
-    """What a launch's pointer points to, or its map is of, as a ``convgen_cuda_argument``."""
+    """The buffer that an argument of a launch points to or maps, as a ``convgen_cuda_argument``."""
     match = re.fullmatch(r"(src|residual|dst|packed|workspace)(\d*)", name)
     offsets = {"packed": interface.packed_offsets, "workspace": workspace_layout(device)[0]}
     tensor, part = (match[1], match[2]) if match else (name, "")

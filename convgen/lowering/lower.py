@@ -16,7 +16,7 @@ from ..problem.spec import PARAMETERS, ConvSpec
 from .interface import TensorInfo
 from .schedule import Candidate, Program, Scheduled
 
-#: Tensors at the user's boundary: any contiguous array is taken, so they are aligned like their elements.
+#: Tensors that the user passes. Any contiguous array is accepted, so only their elements' alignment is sure.
 BOUNDARY = frozenset({"src", *PARAMETERS, "residual", "dst"})
 
 
@@ -122,7 +122,7 @@ def _host_module(lowered: Lowered) -> Any:
     passes, _, _ = default_s_tir_pipeline()
     target = _llvm(lowered)
     functions = lowered.module
-    if lowered.target.kind != "cpu":
+    if lowered.target.on_device:
         functions = tvm.IRModule({"pack": functions["pack"]})
     with tvm.transform.PassContext(opt_level=3):
         module = transform.BindTarget(target.with_host(target))(functions)
@@ -143,8 +143,8 @@ def _llvm(lowered: Lowered) -> Any:
     lane, to a 32-bit store: bytes too many. Without AVX512BW it makes no such stores. (bf16, which is moved
     as integers, and i8 are narrowed so.)
     """
-    # Any machine's CPU may pack for a device.
-    config = json.loads(lowered.target.tvm_config) if lowered.target.kind == "cpu" else {"kind": "llvm"}
+    # The weights of a device's kernel are packed on this machine's CPU.
+    config = {"kind": "llvm"} if lowered.target.on_device else json.loads(lowered.target.tvm_config)
     if lowered.spec.dtype in ("bf16", "i8") and "avx512bw" in lowered.target.isa:
         config["mattr"] = ["-avx512bw"]
     from tvm.target import Target as TvmTarget

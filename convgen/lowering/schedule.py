@@ -37,9 +37,9 @@ def require(condition: bool, why: str) -> None:
 
 
 def busiest(work: Sequence[float], cores: int) -> float:
-    """What the core with the most to do has, of tasks that take ``work`` each.
+    """How much the busiest core has to do, where each task takes ``work``.
 
-    Every core gets as many tasks as any other, or one less; they follow each other, and so do the cores.
+    Tasks are dealt to cores in consecutive runs, and no core gets over one task more than another.
     """
     ends = [-(-len(work) * core // cores) for core in range(cores + 1)]
     return max(sum(work[start:end]) for start, end in itertools.pairwise(ends))
@@ -102,7 +102,7 @@ class Space:
     4
     """
 
-    def __init__(self, **domains: list[Any]) -> None:
+    def __init__(self, **domains: Sequence[Any]) -> None:
         self.domains = {name: tuple(dict.fromkeys(values)) for name, values in domains.items()}
 
     @property
@@ -151,12 +151,14 @@ class Schedule(ABC):
     picks produce changes, so that old measurements no longer answer for it. ``transforms`` says
     that it does more than reorder sums (Winograd), so that integers need not come out bit for bit.
     ``sums_integers`` says that sums of a layer of integers are integers; elsewhere they are f32.
+    ``is_reference`` says that it is the definition itself, which the others are checked against; one schedule is.
     """
 
     id: ClassVar[str]
     version: ClassVar[int]
     transforms: ClassVar[bool] = False
     sums_integers: ClassVar[bool] = False
+    is_reference: ClassVar[bool] = False
 
     @abstractmethod
     def applies(self, spec: ConvSpec, target: Target) -> None:
@@ -164,7 +166,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def space(self, spec: ConvSpec, target: Target) -> Space:
-        """The domains of all picks; structural ones (packing width) included."""
+        """The domains of all picks, including those that change the program's structure, such as a packing width."""
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:  # noqa: B027
         """Raise :class:`Inapplicable` with the reason where a point cannot or must not be built."""

@@ -29,7 +29,7 @@ def toom_cook(m: int, r: int) -> tuple[Matrix, Matrix, Matrix]:
     Toom-Cook interpolation, transposed (Winograd, *Arithmetic Complexity of Computations*, 1980;
     Blahut, *Fast Algorithms for Signal Processing*, §5).
     """
-    if min(m, r) == 1:  # nothing to save: every product as it is
+    if min(m, r) == 1:  # one output or one tap: no product can be saved
         ones, identity = [[Fraction(1)] * max(m, r)], _identity(max(m, r))
         return (identity, [[v] for v in ones[0]], identity) if r == 1 else (ones, identity, identity)
     points = [Fraction(p) for p in POINTS[: m + r - 2]]
@@ -56,7 +56,7 @@ def _identity(size: int) -> Matrix:
 
 
 def _spread(row: Sequence[Fraction], places: Sequence[int], size: int) -> list[Fraction]:
-    """A row's values at their places among zeros."""
+    """A row of zeros with the given values at their places."""
     spread = [Fraction(0)] * size
     for place, value in zip(places, row, strict=True):
         spread[place] = value
@@ -113,7 +113,7 @@ def transposed(m: int, kernel: int, stride: int, begin: int) -> tuple[Matrix, Ma
 
 
 def phases(kernel: int, stride: int) -> list[int]:
-    """Taps of each phase of a stride that has any."""
+    """The number of taps of each phase of a stride, for those phases that have taps."""
     return [-((phase - kernel) // stride) for phase in range(min(kernel, stride))]
 
 

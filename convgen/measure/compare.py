@@ -33,7 +33,7 @@ from ..hardware.machine import Machine, machine, pinned
 from ..kernel.library import Library
 from ..problem.dtypes import load
 from .peers import PEERS, Entrant, OnnxRuntime, find_peer
-from .timing import alternate, repeats, sample
+from .standalone.timing import alternate, repeats, sample
 from .trial import artifact_facts, load_artifact, prepare_artifact, run_duel
 
 F32 = npt.NDArray[np.float32]

@@ -1,4 +1,4 @@
-"""Building and measuring candidates for GPUs: what :mod:`convgen.measure.trial` does for the CPU's."""
+"""Building and measuring candidates for GPUs; :mod:`convgen.measure.trial` does it for CPUs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..errors import ResourceError
 from ..hardware.target import Target
 from ..lowering.interface import DeviceCode
 from ..lowering.lower import Lowered
-from ..runtime.measure_bundle import Gpu, GpuCall
+from .standalone.gpu import Gpu, GpuCall
 
-#: A warp has its registers in units.
-_UNIT, _WARP = 256, 32
+#: Threads of a warp; registers are given to warps in units of ``_UNIT``.
+_WARP, _UNIT = 32, 256
 
 
 def measured_code(lowered: Lowered, directory: Path) -> DeviceCode:
-    """A candidate's code, to be measured; an emulated device's where this machine has one.
+    """A candidate's code, to be measured; for the emulated device where this machine has one.
 
     Raises:
         ResourceError: it takes more of the device than it may.
@@ -50,27 +50,28 @@ def runnable_code(lowered: Lowered, directory: Path) -> DeviceCode:
 
 
 def _is_emulated() -> bool:
-    return (found := device()) is not None and found.emulated
+    here = device()
+    return here is not None and here.emulated
 
 
 def check_resources(resources: Sequence[Resources], target: Target) -> None:
     """Refuse what cannot be launched, and what is slow for certain.
 
     Raises:
-        ResourceError: registers are spilled to memory, or a block does not fit; names the function.
+        ResourceError: values are spilled from registers to memory, or a block does not fit; names the function.
     """
-    for one in resources:
 
-        def expect(good: bool, expected: str, found: object, name: str = one.function) -> None:
-            if not good:
-                raise ResourceError(f"{name}: expected {expected}, found {found}")
+    def expect(condition: bool, function: str, expected: str, found: object) -> None:
+        if not condition:
+            raise ResourceError(f"{function}: expected {expected}, found {found}")
 
-        expect(not one.spilled, "all values in registers", f"{one.spilled} bytes spilled")
-        warps = -(-one.threads // _WARP)
-        registers = warps * -(-one.registers * _WARP // _UNIT) * _UNIT
-        expect(registers <= REGISTERS, f"at most {REGISTERS} registers of a block", registers)
-        most = target.shared_memory
-        expect(one.shared <= most, f"at most {most} bytes of shared memory", one.shared)
+    for used in resources:
+        name, most = used.function, target.shared_memory
+        expect(not used.spilled, name, "all values in registers", f"{used.spilled} bytes spilled")
+        warps = -(-used.threads // _WARP)
+        registers = warps * -(-used.registers * _WARP // _UNIT) * _UNIT
+        expect(registers <= REGISTERS, name, f"at most {REGISTERS} registers of a block", registers)
+        expect(used.shared <= most, name, f"at most {most} bytes of shared memory", used.shared)
 
 
 # ---- in workers --------------------------------------------------------------------------------

@@ -31,8 +31,9 @@ from ..lowering.schedule import Candidate, Picks
 from ..problem.dtypes import distance, load, numpy_dtype, save
 from ..problem.spec import ConvSpec
 from ..records.outcome import OUTCOME_KEY
+from .drift import reference_kernel
 from .gpu import gpu, measured_code, output, prepare
-from .timing import DUEL_SECONDS, SAMPLE_SECONDS, alternate, reference_kernel, time_calls
+from .standalone.timing import DUEL_SECONDS, SAMPLE_SECONDS, alternate, time_calls
 
 #: Bytes a worker may have: this and so many times the layer's tensors. It has TVM and NumPy in it, packed
 #: weights (a Winograd transform's are up to 11 times the layer's), a workspace, and perhaps a GPU's driver.

@@ -22,7 +22,7 @@ BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "i32": 4}
 DTYPES = ("f32", "f16", "bf16", "i8")
 #: Half the distance from 1 to the next number: the largest relative error of rounding to it.
 UNIT_ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
-#: The same for numbers so small that they lose digits: an absolute error.
+#: The largest absolute error of rounding numbers so small that they lose digits (subnormal ones).
 UNDERFLOW = {"f32": 2.0**-150, "f16": 2.0**-25, "bf16": 2.0**-134}
 #: What sums are kept in.
 ACCUMULATOR = "f32"
@@ -48,12 +48,12 @@ def narrow(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     """The array rounded to nearest, ties to even, as ``dtype``; itself where it is that already."""
     import numpy as np
 
-    with np.errstate(over="ignore", invalid="ignore"):  # beyond the largest number is infinity
+    with np.errstate(over="ignore", invalid="ignore"):  # what is too large becomes infinity
         return array.astype(numpy_dtype(dtype), copy=False)
 
 
 def widen(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """The array as float32, which holds every value of what src and dst are stored in; itself where it is that."""
+    """The array as float32, which holds every value that src and dst can have; a float32 array itself."""
     import numpy as np
 
     return array.astype(np.float32, copy=False)

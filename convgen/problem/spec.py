@@ -39,10 +39,10 @@ LAYOUTS = {
     "ndhwc": ("nhwc", 3),
 }
 PADDING_WORDS = ("valid", "same", "same_lower")
-#: What is bound once, in the order of functions that take it.
+#: Tensors that are bound once, in the order in which functions take them.
 PARAMETERS = ("weights", "bias", "slope", "scale")
 INT32_MAX = 2**31 - 1
-#: Most products of i8 in one sum: what is left of 32 bits, 1,179,647, is the bias'.
+#: Most products of i8 in one sum. Their sum then leaves the bias 1,179,647 of the range of 32-bit integers.
 MOST_I8_PRODUCTS = 131_000
 
 Pair = tuple[int, int]
@@ -219,7 +219,7 @@ class ConvSpec:
             if self.transposed:
                 target = wanted[axis] if wanted is not None else size * stride
                 total = (size - 1) * stride + extra + window - target
-                if total < 0:  # the output is longer than the windows reach: it goes on at the end
+                if total < 0:  # the output is longer than the windows reach: output padding extends its end
                     extra, total = extra - total, 0
                     if extra >= max(stride, self.dilation[axis]):
                         raise SpecError(f"output_spatial[{axis}]", "a size the windows reach", target)
@@ -227,7 +227,7 @@ class ConvSpec:
                 target = -(-size // stride)
                 total = max(0, (target - 1) * stride + window - size)
             small = total // 2
-            # ONNX: SAME_UPPER puts the odd one at the end, everything else at the beginning.
+            # Of an odd total, ONNX's SAME_UPPER puts the larger half at the end, everything else at the beginning.
             pairs.append((small, total - small) if word == "same" else (total - small, small))
             extras.append(extra)
         put("padding", tuple(pairs))
@@ -526,7 +526,7 @@ def _join(letter: str, values: Spatial) -> str:
     return letter + "x".join(map(str, values))
 
 
-# ASCII digits, and so few that int() takes them.
+# ASCII digits only, and no more of them than int() accepts.
 _NUMBER = re.compile(r"(n|ic|oc|g|op|i|k|s|d)([0-9]{1,18}(?:x[0-9]{1,18})*)\Z")
 _SIZES = re.compile(r"i[0-9x]+\Z")
 _PADS = re.compile(r"p([0-9]{1,18}(?:_[0-9]{1,18})?(?:x[0-9]{1,18}(?:_[0-9]{1,18})?)*)\Z")

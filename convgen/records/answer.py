@@ -2,16 +2,16 @@
 
 In this order, for the spec, the target and the number of threads asked for:
 
-1. a record of this machine and these versions (:func:`current_versions`), in the user's store;
-2. one of a machine of the same kind (:func:`same_kind`) and these versions: from the store, else from
+1. a record of this machine and today's versions (:func:`~convgen.lowering.versions.versions`), in the user's store;
+2. one of a machine of the same kind (:func:`same_kind`) and today's versions: from the store, else from
    those that ship with the package (:mod:`convgen.records.shipped`);
 3. one of other versions, after it has been verified and timed in turn with the default
-   (:func:`recheck`). What comes of it is stored, so that the old record, right or expired, is not
-   measured again.
+   (:func:`convgen.tuning.recheck.recheck`). The outcome is stored, so that the old record, still right or not, is
+   not measured again.
 
-Among several of one kind :func:`preferred` decides; a trial that had no final comparison must be clearly faster
-than the default's. None of them answers where its schedule is gone,
-has another version or no longer admits the picks.
+Among several records of one kind :func:`preferred` decides; a trial that had no final comparison must be clearly
+faster than the default's. A record whose schedule is gone, has another version or no longer admits the picks
+answers nothing.
 """
 
 from __future__ import annotations
@@ -20,36 +20,32 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import SpecError, UnsupportedError
 from ..hardware.target import Target, resolve
-from ..lowering.candidates import default_candidate, parse_candidate
+from ..lowering.candidates import default_candidate, reference_candidate
 from ..lowering.discover import schedule as find_schedule
 from ..lowering.schedule import Candidate, Picks
 from ..lowering.versions import versions
 from ..problem.spec import ConvSpec
-from ..records import shipped as tuned
-from .store import RecordStore, TuningRecord
+from . import shipped
+from .outcome import Result
+from .record import TuningRecord
+from .store import RecordStore
 
-if TYPE_CHECKING:
-    from .outcome import Result
-#: A single trial's time over the default's below which it is certainly faster: trials scatter by some percent.
+#: A trial is certainly faster than the default where its time is below this share of the default's: trials scatter
+#: by some percent.
 CLEARLY = 0.97
 
 _FINGERPRINT = re.compile(r"(.+-[0-9a-f]{12})-(\d+)\Z")
-
-
-def current_versions() -> dict[str, str]:
-    """The versions that make a record's kernel today's: :func:`convgen.lowering.versions.versions`."""
-    return versions()
 
 
 # ---- what a record stands for -------------------------------------------------------------------
 
 
 def record_candidate(record: TuningRecord, spec: ConvSpec, target: Target) -> Candidate | None:
-    """What a record describes, or None where this version's schedules no longer mean the same."""
+    """The candidate that a record describes; None where today's schedules no longer have it."""
     try:
         schedule = find_schedule(record.schedule)
     except UnsupportedError:
@@ -81,7 +77,9 @@ def candidate_record(
 
 
 def trial_identity(spec: ConvSpec, target: Target, threads: int, candidate: Candidate) -> dict[str, Any]:
-    """What tells a trial of today's from all others: the arguments of :func:`convgen.records.store.trial_key`."""
+    """The fields that identify a trial with today's versions: the arguments of
+    :func:`convgen.records.record.trial_key`.
+    """
     return {
         "spec": spec.descriptor,
         "target": target.spelling,
@@ -90,7 +88,7 @@ def trial_identity(spec: ConvSpec, target: Target, threads: int, candidate: Cand
         "schedule": candidate.schedule.id,
         "schedule_version": candidate.schedule.version,
         "picks": dict(candidate.picks),
-        "versions": current_versions(),
+        "versions": versions(),
     }
 
 
@@ -107,12 +105,12 @@ def choose(
         return candidate, record
     candidate = default_candidate(spec, target)
     if candidate in rejected:
-        candidate = parse_candidate(spec, target, "reference")
+        candidate = reference_candidate(spec, target)
     return candidate, None
 
 
 def has_schedule(record: TuningRecord) -> bool:
-    """Whether its schedule exists, in the same version."""
+    """Whether a record's schedule exists, in the same version."""
     try:
         return find_schedule(record.schedule).version == record.schedule_version
     except UnsupportedError:
@@ -120,13 +118,13 @@ def has_schedule(record: TuningRecord) -> bool:
 
 
 def is_final(record: TuningRecord) -> bool:
-    """Whether it is of a final comparison, where kernels were timed in turn."""
+    """Whether a record is from a final comparison, where kernels were timed in turn."""
     return bool((record.note or {}).get("final"))
 
 
 def preferred(records: Iterable[TuningRecord]) -> TuningRecord | None:
-    """The record to build from, of several of one problem: the winner of the newest final comparison,
-    else the fastest of such comparisons, else the fastest trial; None where none was right.
+    """The record to build from, of several for one problem: the winner of the newest final comparison, else the
+    fastest record of a final comparison, else the fastest trial; None where no trial was right.
     """
     right = [record for record in records if record.outcome == "ok"]
     finals = [record for record in right if is_final(record)]
@@ -137,8 +135,8 @@ def preferred(records: Iterable[TuningRecord]) -> TuningRecord | None:
 
 
 def same_kind(hardware: str, target: Target, threads: int) -> bool:
-    """Whether what was measured there holds here: the same machine, or the same processor model,
-    stepping and instruction set, where both machines have a CPU for each thread.
+    """Whether records of the machine ``hardware`` hold for the target's: it is the same machine, or has the same
+    processor model, stepping and instruction set, and both have a CPU for each thread.
     """
     if hardware == target.hardware:
         return True
@@ -156,12 +154,12 @@ class Answer:
     """What answers a build.
 
     Attributes:
-        record: None where the default does.
-        origin: where a record is from that was not measured here and now; empty otherwise.
-        note: what a user should know about it; empty otherwise.
+        record: the record to build from; None: the default answers.
+        origin: where the record is from, if it was not measured on this machine; empty otherwise.
+        note: what a user should know about the record; empty otherwise.
         rejected: candidates that a re-check found not to work.
         outdated: records to measure again before there is an answer (:func:`convgen.tuning.recheck.recheck`);
-            the first is the one of other versions. Empty where this is the answer.
+            the first has other versions. Empty where this is the answer.
     """
 
     record: TuningRecord | None
@@ -184,7 +182,7 @@ def find_record(
     *,
     measure: bool = True,
 ) -> Answer:
-    """The record to build from, or those to measure again first: see the top of this module.
+    """The record to build from, or the records to measure again first: see the top of this module.
 
     Args:
         measure: whether the caller can measure again; records of other versions don't answer otherwise.
@@ -192,22 +190,22 @@ def find_record(
     Raises:
         RecordError: the store cannot be read, or a shipped database is damaged.
     """
-    known, versions = _Known(store, spec, target, threads), current_versions()
+    known, today = _Known(store, spec, target, threads), versions()
     own, old = known.own_best(), known.best(known.outdated, new=True)
     if own is not None and (is_final(own) or old is None or not is_final(old)):
         return Answer(own)
-    alike, shipped = known.best(known.alike, new=True), _shipped(spec, target, threads)
+    alike, packaged = known.best(known.alike, new=True), _packaged(spec, target, threads)
     if alike is None:
-        alike = known.best((record for record in shipped if record.versions == versions), new=True)
+        alike = known.best((record for record in packaged if record.versions == today), new=True)
     if own is None and alike is None and old is None:
-        old = known.best((record for record in shipped if record.versions != versions), new=True)
+        old = known.best((record for record in packaged if record.versions != today), new=True)
     if old is None or not measure or not spec.n:
-        found = own or alike
-        if found is None or found is own:
-            return Answer(found)
-        origin = _origin(found, shipped)
-        is_elsewhere = found.hardware != target.hardware
-        return Answer(found, origin, f"{spec.descriptor}: the record is {origin}" if is_elsewhere else "")
+        best = own or alike
+        if best is None or best is own:
+            return Answer(best)
+        origin = _origin(best, packaged)
+        is_elsewhere = best.hardware != target.hardware
+        return Answer(best, origin, f"{spec.descriptor}: the record is {origin}" if is_elsewhere else "")
     contenders = [record for record in (old, own, alike) if record]
     default = default_candidate(spec, target)
     if all(record_candidate(record, spec, target) == default for record in contenders):
@@ -219,23 +217,24 @@ class _Known:
     """What a store knows about one problem on machines of this kind.
 
     Attributes:
-        own: records of this machine and these versions, failures too.
-        alike: right ones of other machines and these versions.
-        outdated: right ones of other versions.
+        own: records of this machine and today's versions, failures too.
+        alike: right trials of other machines and today's versions.
+        outdated: right trials of other versions.
     """
 
     def __init__(self, store: RecordStore, spec: ConvSpec, target: Target, threads: int) -> None:
-        self._spec, self._target, versions = spec, target, current_versions()
-        found = store.trials(spec=spec.descriptor, target=target.spelling, threads=threads)
-        found = [record for record in found if same_kind(record.hardware, target, threads)]
-        self.outdated = [r for r in found if r.versions != versions and r.outcome == "ok"]
-        found = [r for r in found if r.versions == versions]
-        self.own = [r for r in found if r.hardware == target.hardware]
-        self.alike = [r for r in found if r.hardware != target.hardware and r.outcome == "ok"]
+        self._spec, self._target, today = spec, target, versions()
+        trials = store.trials(spec=spec.descriptor, target=target.spelling, threads=threads)
+        trials = [record for record in trials if same_kind(record.hardware, target, threads)]
+        self.outdated = [record for record in trials if record.versions != today and record.outcome == "ok"]
+        current = [record for record in trials if record.versions == today]
+        self.own = [record for record in current if record.hardware == target.hardware]
+        others = [record for record in current if record.hardware != target.hardware]
+        self.alike = [record for record in others if record.outcome == "ok"]
 
     def best(self, records: Iterable[TuningRecord], *, new: bool = False) -> TuningRecord | None:
-        """The preferred one of those that still mean something; ``new``: and whose candidate has not been
-        measured here and now.
+        """The preferred record among those that can still be built; with ``new`` only those whose candidate this
+        machine has not measured with today's versions.
         """
         left = [record for record in records if has_schedule(record)]
         while (best := preferred(left)) is not None:
@@ -246,8 +245,10 @@ class _Known:
         return None
 
     def own_best(self) -> TuningRecord | None:
-        """The preferred record of this machine and these versions. A trial that had no final comparison must be
-        :data:`CLEARLY` faster than the default's, or that one answers: tuning must not make a layer slower.
+        """The preferred record of this machine and today's versions.
+
+        A trial that had no final comparison must be :data:`CLEARLY` faster than the default's, which answers
+        otherwise: tuning must not make a layer slower.
         """
         best = self.best(self.own)
         if best is None or is_final(best):
@@ -262,25 +263,26 @@ class _Known:
         return {record_candidate(record, self._spec, self._target) for record in self.own}
 
 
-def _shipped(spec: ConvSpec, target: Target, threads: int) -> list[TuningRecord]:
+def _packaged(spec: ConvSpec, target: Target, threads: int) -> list[TuningRecord]:
     """The package's records for one problem on machines of this kind."""
-    found = []
-    for origin, path in tuned.databases():
+    records: list[TuningRecord] = []
+    for origin, path in shipped.databases():
         if same_kind(origin.hardware, target, threads) and origin.target == target.spelling:
-            found += tuned.records_of(path, origin.records).get(spec.descriptor, [])
-    return [record for record in found if record.threads == threads]
+            records += shipped.records_of(path, origin.records).get(spec.descriptor, [])
+    return [record for record in records if record.threads == threads]
 
 
-def _origin(record: TuningRecord, shipped: Sequence[TuningRecord]) -> str:
+def _origin(record: TuningRecord, packaged: Sequence[TuningRecord]) -> str:
     there = _FINGERPRINT.match(record.hardware)
     cpus = f"{there[2]} CPUs" if there else record.hardware
-    source = "of those that ship with convgen" if record in shipped else "from another machine"
+    source = "of those that ship with convgen" if record in packaged else "from another machine"
     return f"{source}, measured {record.when[:10]} on a machine of this kind with {cpus}"
 
 
 def other_versions(record: TuningRecord) -> str:
-    now = current_versions()
-    names = sorted(name for name in record.versions.keys() | now if record.versions.get(name) != now.get(name))
+    """The versions of a record that are not today's, as text."""
+    today = versions()
+    names = sorted(name for name in record.versions.keys() | today if record.versions.get(name) != today.get(name))
     return ", ".join(f"{name} {record.versions.get(name, '(unknown)')}" for name in names)
 
 
@@ -298,6 +300,6 @@ def reason_against(record: TuningRecord) -> str:
         return f"it is of another kind of machine than this, {target.hardware}"
     if record_candidate(record, spec, target) is None:
         return f"{record.schedule} no longer admits its picks"
-    if record.versions != current_versions():
+    if record.versions != versions():
         return f"it is of {other_versions(record)}: a build would measure it again first"
     return ""

@@ -51,7 +51,7 @@ class Claims:
         """Claim a trial; False where another job has it.
 
         Args:
-            trial_key: see :func:`convgen.records.store.trial_key`.
+            trial_key: see :func:`convgen.records.record.trial_key`.
         """
         if trial_key not in self._held:
             if not self._lock(fcntl.F_WRLCK, trial_key):

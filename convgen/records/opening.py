@@ -15,9 +15,11 @@ Records = RecordStore | str | Path | bool | None
 
 @contextmanager
 def open_store(records: Records, *, write: bool = True) -> Iterator[RecordStore | None]:
-    """The store for a while. None: the default one; False: none at all; a path; or an open store, left open.
+    """The store that ``records`` means, open inside the ``with`` block.
 
-    Where nothing must be written, one that this process may only read is opened read-only.
+    Args:
+        records: None or True: the default store; False: no store; a path; or an open store, which stays open.
+        write: whether the caller writes to it. Otherwise a store that this process may only read will do.
     """
     if isinstance(records, RecordStore):
         yield records
@@ -31,6 +33,6 @@ def open_store(records: Records, *, write: bool = True) -> Iterator[RecordStore 
 
 
 def _is_writable(path: Path) -> bool:
-    """Whether a store can be: SQLite writes its log beside it."""
+    """Whether this process may write to a store, and to its folder, where SQLite writes the log."""
     path = path.resolve()
     return all(os.access(each, os.W_OK, effective_ids=True) for each in (path, path.parent))

@@ -1,4 +1,4 @@
-"""How a trial ended, as whatever measured it says and records keep it."""
+"""How a trial ended: what runners answer, and records keep."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ OUTCOME_KEY = "outcome"
 
 @dataclass(frozen=True)
 class Result:
-    """How a trial ended: one of the outcomes of :class:`~convgen.records.store.TuningRecord`.
+    """How a trial ended: one of the outcomes of :class:`~convgen.records.record.TuningRecord`.
 
     Attributes:
         samples: seconds per call, each over many calls.
-        drift: the reference kernel's time after this trial over its time after the runner's first:
-            1.1 is a machine that has become 10 % slower. None where nothing was timed.
+        drift: the reference kernel's time after this trial over its time after the runner's first trial:
+            1.1 means that the machine has become 10 % slower. None where nothing was timed.
         device: name of the machine that measured; empty for this one.
     """
 
@@ -31,5 +31,5 @@ class Result:
         return statistics.median(self.samples) if self.outcome == "ok" else None
 
 
-#: Not an outcome of the trial: it was never finished.
+#: A trial that was never finished, which no record keeps.
 INTERRUPTED = Result("interrupted")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from datetime import datetime, timedelta
 
-from .answer import current_versions, has_schedule, is_final, preferred
-from .store import TuningRecord
+from ..lowering.versions import versions
+from .answer import has_schedule, is_final, preferred
+from .record import TuningRecord
 
-#: Days after which the search's records of other versions are not worth their space.
+#: Days after which records of other versions are not worth their space.
 KEEP_DAYS = 180.0
-
-
-# ---- stores -------------------------------------------------------------------------------------
 
 
 def prunable(
@@ -20,26 +19,24 @@ def prunable(
 ) -> dict[str, list[TuningRecord]]:
     """What can go from a store, by reason.
 
-    Never the final comparisons and failures of these versions: the first answer builds, and the others
-    keep a search from repeating what crashes. Of other versions, those stay that a re-check would
-    take, for ``days``.
+    Final comparisons and failures of today's versions always stay: the first answer builds, the second keep a
+    search from trying again what crashes. Of other versions, the records that a re-check would take stay for
+    ``days``.
 
     Args:
-        records: all of the store.
-        keep: how many of the fastest stay of each problem, on each machine.
+        records: all records of the store.
+        keep: how many of each problem's fastest records stay, for each machine.
         days: age in days up to which records of other versions stay.
         now: the time, as records spell it.
     """
-    from datetime import datetime, timedelta
-
     oldest = datetime.fromisoformat(now) - timedelta(days=days)
-    versions = current_versions()
+    today = versions()
     reasons: dict[str, list[TuningRecord]] = defaultdict(list)
     problems: dict[tuple[object, ...], list[TuningRecord]] = defaultdict(list)
     for record in records:
         if not has_schedule(record):
             reasons["of another version of its schedule"].append(record)
-        elif record.versions == versions:
+        elif record.versions == today:
             if record.outcome == "ok" and not is_final(record):
                 problems[record.spec, record.target, record.hardware, record.threads, True].append(record)
         elif datetime.fromisoformat(record.when) < oldest:

@@ -22,8 +22,13 @@ _MAGIC = b"SQLite format 3\0"
 
 
 class File(NamedTuple):
-    """What is left of a file: its pages by number, the log's committed ones over its own; every page,
-    those of the log too; how many its header tells of that are not there, and whether there is a header.
+    """What is left of a file.
+
+    Attributes:
+        pages: pages by number: the newest that the log has committed, else the file's own.
+        all_pages: every page of the file and of the log.
+        missing_pages: how many pages the header tells of that are missing.
+        has_header: whether the file begins with a header.
     """
 
     pages: dict[int, bytes]
@@ -33,10 +38,10 @@ class File(NamedTuple):
     has_header: bool
 
     def cells(self) -> Iterator[tuple[int, list[Value]]]:
-        """(rowid, columns) of every cell that can be read: rows of the table; of an index its columns,
-        then the rowid; of the table's inner pages a rowid without columns. A cell may come twice.
+        """(rowid, columns) of every cell that can be read. The table's rows have their columns, an index's entries
+        the columns that are indexed, cells of the table's inner pages none. A cell may come twice.
         """
-        budget = 4 * self.page_size * len(self.all_pages)  # the cells of a hostile file may all be one and the same
+        budget = 4 * self.page_size * len(self.all_pages)  # all cells of a hostile file may be the same one
         for page in self.all_pages:
             if len(page) == self.page_size and page[0] in (_TABLE, _INDEX, _TABLE_LEAF, _INDEX_LEAF):
                 for length, rowid, values in _cells(page, self.pages):
@@ -47,10 +52,10 @@ class File(NamedTuple):
 
 
 def read(path: Path) -> File:
-    """The file at ``path``, or what its write-ahead log has of it.
+    """The file at ``path``, or what is left of it in its write-ahead log.
 
     Raises:
-        OSError: it is not there, or cannot be read.
+        OSError: the file is missing, or cannot be read.
     """
     path = path.resolve()  # the log is beside the file, not beside a link to it
     log_path = path.with_name(path.name + "-wal")

@@ -1,18 +1,13 @@
-"""Tuning records, and the store that keeps them.
+"""The store of tuning records: one SQLite file.
 
-A record says what one trial was (``trial_key``: problem, machine, schedule, picks, versions) and how
-it ended. Its ``id`` is a hash of its whole content, so two stores merge as sets and a record that
-was altered or torn shows.
-
-The store is one SQLite file that any number of processes and threads may write at once. A record is
-on the disk when :meth:`RecordStore.add` returns.
+Any number of processes and threads may write it at once. A record is on the disk when :meth:`RecordStore.add`
+returns.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import re
@@ -24,303 +19,32 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ..errors import RecordError
-from ..records import salvage
+import platformdirs
 
-#: Version of a record's JSON form.
-RECORD_SCHEMA = 1
+from ..errors import RecordError
+from . import salvage
+from .record import FIELDS, RECORD_SCHEMA, TuningRecord, dump, read_lines, write_lines
+
 #: Version of the database (its ``user_version``).
 STORE_SCHEMA = 1
-OUTCOMES = ("ok", "build_error", "crash", "timeout", "memory", "wrong", "run_error")
 
-Pick = int | str | bool
 T = TypeVar("T")
 
 _APPLICATION_ID = 0x43564752  # "CVGR": tells a store from other programs' databases
-_LINE_BYTES = 1 << 24  # of the longest line an import reads
 _BUSY_SECONDS = 60.0
-_IDENTITY = ("spec", "target", "hardware", "threads", "schedule", "schedule_version", "picks", "versions")
-_INT32_MAX = 2**31 - 1
 _HASH = re.compile(r"[0-9a-f]{64}\Z")
 _HINT = "RecordStore.recover(damaged, into) saves what is readable"
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z\Z")
-
-
-def now() -> str:
-    """The time as records spell it: ISO 8601, UTC, microseconds."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def trial_key(
-    *,
-    spec: str,
-    target: str,
-    hardware: str,
-    threads: int,
-    schedule: str,
-    schedule_version: int,
-    picks: Mapping[str, Pick],
-    versions: Mapping[str, str],
-) -> str:
-    """SHA-256 (hexadecimal) of what makes two trials the same trial."""
-    values = (spec, target, hardware, threads, schedule, schedule_version, dict(picks), dict(versions))
-    return _digest(dict(zip(_IDENTITY, values, strict=True)))
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(_dump(value).encode()).hexdigest()
-
-
-def _dump(value: object) -> str:
-    """JSON in its one spelling here: ASCII, sorted keys, no NaN or infinity."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _expect(condition: bool, name: str, expected: str, found: object) -> None:
-    if not condition:
-        raise RecordError(f"{name}: expected {expected}, found {reprlib.repr(found)}")
-
-
-def _text(name: str, value: object) -> str:
-    _expect(isinstance(value, str) and bool(value), name, "text", value)
-    text = str(value)
-    _expect(text.encode(errors="replace").decode() == text, name, "text that UTF-8 can encode", value)
-    return text
-
-
-def _positive(name: str, value: object) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    _expect(is_number and 0 < value < 1e300, name, "a positive number of seconds", value)  # type: ignore[operator]
-    return float(value)  # type: ignore[arg-type]
-
-
-def _count(name: str, value: object, minimum: int) -> None:
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    _expect(is_integer and minimum <= value <= _INT32_MAX, name, f"an integer >= {minimum}", value)  # type: ignore[operator]
-
-
-def _mapping(name: str, value: object, kinds: tuple[type, ...], expected: str) -> dict[str, Any]:
-    _expect(isinstance(value, Mapping), name, "a mapping", value)
-    items: dict[str, Any] = dict(value)  # type: ignore[call-overload]
-    for key, item in items.items():
-        _expect(isinstance(key, str), name, "names as keys", key)
-        _expect(type(item) in kinds, f"{name}.{key}", expected, item)
-    return items
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuningRecord:
-    """One trial: a candidate on a machine, and how it ended.
-
-    Args:
-        spec: the problem's descriptor.
-        target: its spelling, e.g. ``cpu:znver4``.
-        hardware: fingerprint of the machine (:attr:`convgen.hardware.machine.Machine.fingerprint`).
-        threads: threads the kernel was compiled for and timed with.
-        schedule, schedule_version, picks: the candidate.
-        outcome: ``ok``, or how it failed: ``build_error``, ``crash``, ``timeout``, ``memory`` (it took
-            too much), ``wrong`` (its output), ``run_error``.
-        seconds: median time of one call; given exactly where the outcome is ``ok``.
-        samples: the times it is the median of, in seconds.
-        error: what a failure said.
-        versions: of convgen, TVM, LLVM … that made the kernel.
-        when: ISO 8601 UTC, :func:`now` unless given.
-        note: any JSON object: the default's time, a peer's time …
-
-    Attributes:
-        trial_key: SHA-256 of all but the measurement; see :func:`trial_key`.
-        id: SHA-256 of the whole content.
-
-    Raises:
-        RecordError: a field is not what it must be.
-    """
-
-    spec: str
-    target: str
-    hardware: str
-    threads: int
-    schedule: str
-    schedule_version: int
-    picks: Mapping[str, Pick]
-    outcome: str
-    seconds: float | None = None
-    samples: tuple[float, ...] = ()
-    error: str = ""
-    versions: Mapping[str, str]
-    when: str = field(default_factory=now)
-    note: Mapping[str, Any] | None = None
-    trial_key: str = field(init=False)
-    id: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        def put(name: str, value: object) -> None:
-            object.__setattr__(self, name, value)
-
-        for name in ("spec", "target", "hardware", "schedule"):
-            _text(name, getattr(self, name))
-        _count("threads", self.threads, 1)
-        _count("schedule_version", self.schedule_version, 0)
-        put("picks", _mapping("picks", self.picks, (int, str, bool), "an integer, text, true or false"))
-        put("versions", _mapping("versions", self.versions, (str,), "text"))
-        _expect(self.outcome in OUTCOMES, "outcome", f"one of {OUTCOMES}", self.outcome)
-        if self.outcome == "ok":
-            put("seconds", _positive("seconds", self.seconds))
-        else:
-            _expect(self.seconds is None, "seconds", "none where the outcome is not ok", self.seconds)
-        _expect(isinstance(self.samples, (list, tuple)), "samples", "a list of seconds", self.samples)
-        put("samples", tuple(_positive(f"samples[{i}]", v) for i, v in enumerate(self.samples)))
-        _expect(isinstance(self.error, str), "error", "text", self.error)
-        # What a crashed process printed need not be text.
-        put("error", self.error.encode(errors="replace").decode())
-        is_time = isinstance(self.when, str) and _TIME.match(self.when) is not None
-        _expect(is_time and _exists(self.when), "when", "ISO 8601 UTC, as 2026-01-31T12:00:00Z", self.when)
-        if self.note is not None:
-            _expect(isinstance(self.note, Mapping), "note", "a JSON object", self.note)
-            try:
-                put("note", json.loads(_dump(dict(self.note))))
-            except (TypeError, ValueError, RecursionError) as error:
-                raise RecordError(f"note: expected a JSON object, found one that is not: {error}") from None
-        put("trial_key", trial_key(**{name: getattr(self, name) for name in _IDENTITY}))
-        put("id", _digest([self.trial_key, *(getattr(self, name) for name in _MEASURED)]))
-
-    def __hash__(self) -> int:
-        return hash(self.id)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values, with the version of the form; :meth:`from_dict` reads it back."""
-        values = {name: getattr(self, name) for name in _FIELDS}
-        return {"schema": RECORD_SCHEMA, **values, "samples": list(self.samples)}
-
-    def to_json(self) -> str:
-        """One line of JSON."""
-        return _dump(self.to_dict())
-
-    @classmethod
-    def from_dict(cls, values: object) -> TuningRecord:
-        """The record that :meth:`to_dict` gave.
-
-        Raises:
-            RecordError: a field is missing, unknown or mistyped, the form's version is another, or
-                ``id`` or ``trial_key`` is not the content's.
-        """
-        if not isinstance(values, dict):
-            raise RecordError(f"record: expected a JSON object, found {reprlib.repr(values)}")
-        schema = values.get("schema")
-        if type(schema) is not int or schema != RECORD_SCHEMA:
-            raise RecordError(f"schema: expected {RECORD_SCHEMA}, found {reprlib.repr(schema)}")
-        for name in sorted(values.keys() ^ {"schema", *_FIELDS}):
-            if name in values:
-                raise RecordError(f"{name}: expected one of {', '.join(_FIELDS)}, found an unknown field")
-            raise RecordError(f"{name}: expected a value, found none")
-        record = cls(**{name: values[name] for name in _FIELDS if name not in ("id", "trial_key")})
-        for name in ("trial_key", "id"):
-            _expect(values[name] == getattr(record, name), name, "the hash of the content", values[name])
-        return record
-
-    @classmethod
-    def from_json(cls, text: str | bytes, where: str = "") -> TuningRecord:
-        """The record in one line of JSON.
-
-        Raises:
-            RecordError: as :meth:`from_dict`, or not JSON; ``where`` leads its message.
-        """
-        try:
-            return cls.from_dict(load_json(text))
-        except (ValueError, RecursionError) as error:
-            raise RecordError(f"{where}: not JSON: {error}" if where else f"not JSON: {error}") from None
-        except RecordError as error:
-            raise RecordError(f"{where}: {error}" if where else str(error)) from None
-
-
-def _exists(when: str) -> bool:
-    """Whether such a date exists."""
-    try:
-        datetime.fromisoformat(when)
-    except ValueError:
-        return False
-    return True
-
-
-def load_json(text: str | bytes) -> Any:
-    """Strict JSON: no NaN, no name twice in an object.
-
-    Raises:
-        ValueError: it is not (``RecursionError`` where it nests too deep).
-    """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not a JSON value")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            raise ValueError("a name occurs twice in an object")
-        return values
-
-    return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
-
-
-def read_lines(path: Path | str) -> list[TuningRecord]:
-    """The records of a JSON-lines file.
-
-    Raises:
-        RecordError: the file cannot be read, or a line is not a record; names the file, line and field.
-    """
-    found = []
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(_LINE_BYTES + 1), b""), 1):
-                where = f"{path}: line {number}"
-                if len(line) > _LINE_BYTES:
-                    raise RecordError(f"{where}: expected at most {_LINE_BYTES} bytes, found more")
-                if line.strip():
-                    found.append(TuningRecord.from_json(line, where))
-    except OSError as error:
-        raise RecordError(f"{path}: {error.strerror}") from error
-    return found
-
-
-def write_lines(path: Path | str, records: Iterable[TuningRecord]) -> None:
-    """Write records to a JSON-lines file, which appears whole or not at all.
-
-    Raises:
-        RecordError: it cannot be written.
-    """
-    write_whole(Path(path), (record.to_json() + "\n" for record in records))
-
-
-def write_whole(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file, which appears whole or not at all.
-
-    Raises:
-        RecordError: it cannot be written.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                file.writelines(lines)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise RecordError(f"{path}: {error.strerror}") from error
-
-
-_FIELDS = tuple(f.name for f in fields(TuningRecord))
-_MEASURED = ("outcome", "seconds", "samples", "error", "when", "note")
 
 # Rows are numbered from 1 without a gap: RecordStore.recover counts gaps. They are added, never changed, and
-# removed by RecordStore.remove alone. What no query asks for is one column of JSON, `detail`,
-# because parsing it is most of the time that listing takes.
+# removed by RecordStore.remove alone. The fields that no query asks for are one column of JSON, `detail`:
+# parsing it is most of the time that listing takes.
 _DETAIL = {"picks", "samples", "versions", "note"}
-_PLAIN = tuple(name for name in _FIELDS if name not in _DETAIL)
+_PLAIN = tuple(name for name in FIELDS if name not in _DETAIL)
 _COLUMNS = ", ".join(f'"{name}"' for name in ("detail", *_PLAIN))  # quoted: `when` is an SQL word
 _ID = len(_PLAIN)  # the last column
 _INSERT = f"INSERT INTO records ({_COLUMNS}) VALUES (?{', ?' * _ID}) ON CONFLICT (id) DO NOTHING"
@@ -338,14 +62,14 @@ _SCHEMA = {" ".join(statement.split()) for statement in _TABLE.split(";")} - {""
 
 Row = Sequence[Any]
 
-#: A column of text: what is damaged need not be UTF-8, and shows in the record's hash.
+#: Decodes a column of text. A damaged one need not be UTF-8; the damage shows in the record's hash.
 _column_text = functools.partial(str, encoding="utf-8", errors="backslashreplace")
 
 
 def _encode(record: TuningRecord) -> Row:
     """A record as a row of the table."""
     detail = {name: getattr(record, name) for name in _DETAIL}
-    return [_dump(detail), *(getattr(record, name) for name in _PLAIN)]
+    return [dump(detail), *(getattr(record, name) for name in _PLAIN)]
 
 
 def _decode(row: Row) -> dict[str, Any]:
@@ -386,8 +110,8 @@ class Integrity:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What :meth:`RecordStore.recover` did: records saved, records known to be lost, and pages that the
-    file should have and has not. Where pages are missing, more may be lost than is known.
+    """What :meth:`RecordStore.recover` did: records saved, records known to be lost, and pages missing from the
+    file. Where pages are missing, more may be lost than is known.
     """
 
     saved: int
@@ -399,18 +123,16 @@ def default_path() -> Path:
     """``$CONVGEN_RECORDS``, else ``records.sqlite`` in the user's cache directory."""
     if given := os.environ.get("CONVGEN_RECORDS"):
         return Path(os.path.expanduser(given))
-    import platformdirs
-
     return platformdirs.user_cache_path("convgen") / "records.sqlite"
 
 
 class RecordStore:
     """Records in one SQLite file, created where it is missing.
 
-    Safe for several processes and threads at once, and against their sudden end: a writer killed at
-    any moment loses nothing that :meth:`add` returned from. Every commit is flushed to the disk
-    (``synchronous=FULL``, about 0.6 ms), so a power cut loses nothing either. What was added is in the
-    file itself, not in the log beside it, so that a lost or damaged log loses nothing.
+    Safe for several processes and threads at once, and against their sudden end: when :meth:`add` has returned,
+    killing the writer loses nothing. Every commit is flushed to the disk (``synchronous=FULL``, about 0.6 ms), so a
+    power cut loses nothing either. Added records are in the file itself, not in the log beside it, so a lost or
+    damaged log loses nothing.
 
     Every record that is read is checked against its hash.
 
@@ -446,7 +168,7 @@ class RecordStore:
     def merge(self, other: Path | str) -> int:
         """Add another store's records, each checked; returns how many were new.
 
-        A union of sets: any order, any number of times.
+        Stores merge as sets: in any order, any number of times.
         """
         with RecordStore(other, readonly=True) as source:
             known = {row[0] for row in self._run(lambda db: db.execute("SELECT id FROM records").fetchall())}
@@ -480,10 +202,10 @@ class RecordStore:
     def remove(self, ids: Iterable[str]) -> int:
         """Take records out for good; returns how many of them there were.
 
-        In place and in one transaction, because others may have the store open: a new file in its place
-        would lose what they add to the old one. Writers wait, readers see the store before or after, and
-        a sudden end leaves one of the two. For :meth:`recover` the rows that stay are numbered anew, as it
-        counts gaps, and what goes is overwritten, as it reads whatever looks like a row.
+        In place and in one transaction, because other processes may have the store open: a new file in its place
+        would lose what they add to the old one. Writers wait, readers see the store before or after, and a sudden
+        end leaves one of the two. For the sake of :meth:`recover`, the rows that stay are numbered anew, because it
+        counts gaps, and those that go are overwritten, because it reads whatever looks like a row.
         """
         wanted = [(id_,) for id_ in ids]
 
@@ -509,9 +231,9 @@ class RecordStore:
         self._flush()
 
     def _flush(self) -> None:
-        """Move what was committed from the log into the file, and wait for others who do.
+        """Move committed rows from the log into the file, and wait for other processes that do the same.
 
-        It stays in the log where somebody has been reading for a minute.
+        They stay in the log where another process has been reading for a minute.
         """
         deadline = time.monotonic() + _BUSY_SECONDS
         while self._run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]):
@@ -550,7 +272,7 @@ class RecordStore:
         return [self._record(row) for row in self._rows(**{k: v for k, v in wanted.items() if v is not None})]
 
     def problems(self) -> list[tuple[str, str, str, int]]:
-        """What there are records of: each spec, target, hardware and number of threads once."""
+        """Each spec, target, hardware and number of threads that there are records of, once."""
         query = "SELECT DISTINCT spec, target, hardware, threads FROM records"
         return self._run(lambda db: db.execute(query).fetchall())
 
@@ -560,7 +282,8 @@ class RecordStore:
         Raises:
             RecordError: the prefix is not hexadecimal, or begins no id, or several.
         """
-        _expect(re.fullmatch(r"[0-9a-f]{1,64}", prefix) is not None, "id", "the first hexadecimal digits", prefix)
+        if not re.fullmatch(r"[0-9a-f]{1,64}", prefix):
+            raise RecordError(f"id: expected the first hexadecimal digits, found {reprlib.repr(prefix)}")
         query = f"SELECT {_COLUMNS} FROM records WHERE id >= ? AND id < ? ORDER BY id LIMIT 9"
         rows = self._run(lambda db: db.execute(query, (prefix, prefix + "g")).fetchall())
         if len(rows) != 1:
@@ -582,7 +305,7 @@ class RecordStore:
         Args:
             spec: the problem's descriptor.
             target, hardware, threads: where it runs; all must match.
-            versions: versions that must be the record's; those not named may differ.
+            versions: versions that the record must have; those not named may differ.
             accept: a further condition, e.g. that the schedule still has the record's version.
         """
         query = (
@@ -671,8 +394,8 @@ class RecordStore:
             raise RecordError(f"{damaged}: {error.strerror}") from error
         saved: dict[str, TuningRecord] = {}
         seen: set[int] = set()  # rows that are saved
-        bad: set[int] = set()  # rows that are not what their hash says
-        entries: set[tuple[int, str]] = set()  # of the indexes of id and trial_key
+        bad: set[int] = set()  # rows that do not match their hash
+        entries: set[tuple[int, str]] = set()  # entries of the indexes of id and trial_key
         mentions: Counter[int] = Counter()
         for rowid, values in file.cells():
             mentions[rowid] += 1
@@ -691,7 +414,7 @@ class RecordStore:
         keys = saved.keys() | {record.trial_key for record in saved.values()}
         seen |= {rowid for rowid, key in entries if key in saved}
         lost = (bad | {rowid for rowid, key in entries if key not in keys}) - seen
-        # Rows are numbered from 1 without a gap. A damaged number is in one place, a row's own in several.
+        # Rows are numbered from 1 without a gap. A damaged number stands in one place, a real one in several.
         last = max((rowid for rowid, count in mentions.items() if count > 1), default=0)
         gaps = last - sum(1 <= rowid <= last for rowid in seen | lost)
         with RecordStore(into) as store:
@@ -720,8 +443,8 @@ class RecordStore:
         return f"RecordStore({str(self.path)!r})"
 
     def _run(self, action: Callable[[sqlite3.Connection], T]) -> T:
-        """Run ``action`` on this process's connection, again while other writers hold the file:
-        SQLite by itself does not wait in every state of a write-ahead log.
+        """Run ``action`` on this process's connection, and again as long as other writers hold the file: SQLite
+        itself does not wait in every state of a write-ahead log.
         """
         lock, db = self._handle()
         deadline = time.monotonic() + _BUSY_SECONDS
@@ -732,7 +455,7 @@ class RecordStore:
             except sqlite3.Error as error:
                 if _code(error) not in _CONTENTION or time.monotonic() > deadline:
                     raise self._failure(error) from error
-            except UnicodeDecodeError as error:  # of a message that quotes what is damaged
+            except UnicodeDecodeError as error:  # from a message that quotes damaged text
                 raise self._failure(error) from error
             time.sleep(0.01)
 
@@ -767,7 +490,7 @@ class RecordStore:
         """Whether there is a file.
 
         Raises:
-            RecordError: it has lost its contents, is no file, or is missing and must not be.
+            RecordError: the file is empty, is no file, or is missing though it must exist.
         """
         has_log = self._has_log()  # first: a store that is made right now has its file before its log
         try:
@@ -809,7 +532,7 @@ class RecordStore:
                     os.rename(part, path)
 
     def _opened(self, mode: str) -> sqlite3.Connection:
-        """A connection to a file that is a store of this version."""
+        """A connection to the file, which must be a store of this version."""
         db = sqlite3.connect(
             f"{self.path.absolute().as_uri()}?{mode}",
             uri=True,

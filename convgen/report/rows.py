@@ -33,10 +33,10 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True)
 class Row:
-    """One row, as the JSON values that are kept of it.
+    """One row, as the JSON values that are kept in its file.
 
-    The first of its kernels is the one that ratios are about, the last one the zero-trial default.
-    Rows of older versions lack some values: what needs these is None.
+    Ratios are about the first of its kernels; the last one is the zero-trial default. Rows of older versions lack
+    some values: properties that need such a value are None.
     """
 
     values: Mapping[str, Any]
@@ -55,7 +55,7 @@ class Row:
 
     @property
     def device(self) -> str:
-        """What it was measured on, a kind of target."""
+        """The kind of target that the row was measured on."""
         return str(self.values.get("device", "cpu"))
 
     @property
@@ -65,7 +65,7 @@ class Row:
 
     @property
     def restricted(self) -> int | None:
-        """Bits of a vector that the other libraries were kept to; None where to none."""
+        """Bits of the vectors that the other libraries were kept to; None where they were not restricted."""
         bits: int | None = self.values.get("restricted")
         return bits
 
@@ -92,7 +92,7 @@ class Row:
 
     @property
     def is_tuned(self) -> bool:
-        """Whether tuning was tried."""
+        """Whether the layer was tuned before it was measured."""
         return bool(self.values.get("tuning_seconds")) or len(self.values["kernels"]) > 1
 
     @property
@@ -133,14 +133,14 @@ class Row:
     @property
     def limited_by(self) -> str | None:
         """What bounds the layer's time: ``compute``, ``l2``, ``l3`` or ``dram``."""
-        found = self.values.get("roofline")
-        return found["limited_by"] if found else None
+        roofline = self.values.get("roofline")
+        return roofline["limited_by"] if roofline else None
 
     @property
     def of_limit(self) -> float | None:
-        """The least time that :mod:`convgen.hardware.roofline` allows, over the time it took."""
-        found = self.values.get("roofline")
-        return found["seconds"] / self.seconds if found else None
+        """The least time that :mod:`convgen.hardware.roofline` allows over the time taken."""
+        roofline = self.values.get("roofline")
+        return roofline["seconds"] / self.seconds if roofline else None
 
 
 def measure(
@@ -154,7 +154,7 @@ def measure(
 ) -> Row:
     """Time a layer's kernels, the default one last, beside other libraries, with :mod:`convgen.measure.compare`.
 
-    Where the kernels' target has narrower vectors than this machine, the others are restricted to these too.
+    Where the kernels' target has narrower vectors than this machine, the libraries are restricted to such vectors.
 
     Raises:
         UnsupportedError: the kernels run on a GPU, the other libraries on the CPU.
@@ -189,10 +189,10 @@ def measure(
 
 
 class RowFile:
-    """Rows in a file of JSON lines, the later one of two with the same key.
+    """Rows in a file of JSON lines; of two rows with the same key the later one counts.
 
-    Each row is in the file as soon as it is added, whatever happens afterwards: a line that was
-    not written to its end is dropped by who reads it.
+    Each row is in the file as soon as it is added, whatever happens afterwards: a line that was cut off is
+    skipped when the file is read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -216,8 +216,8 @@ class RowFile:
             file.write(line.encode())
 
     def compact(self, order: Iterable[Key] = ()) -> None:
-        """Write each key's row once, those of ``order`` first: whole or not at all."""
-        found = RowFile(self.path).rows  # with what another process may have added
-        keys = dict.fromkeys([*(key for key in order if key in found), *found])
-        self.rows = {key: found[key] for key in keys}
+        """Write the file anew with each key's row once, those of ``order`` first: whole or not at all."""
+        rows = RowFile(self.path).rows  # with what another process may have added
+        keys = dict.fromkeys([*(key for key in order if key in rows), *rows])
+        self.rows = {key: rows[key] for key in keys}
         write_text("".join(json.dumps(dict(row.values)) + "\n" for row in self.rows.values()), self.path)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..problem.spec import ConvSpec
 from .rows import Row
+from .words import factor, microseconds, milliseconds, plural
 
 #: Classes of layers that different code is fast for, in the order they are listed.
 CLASSES = (
@@ -42,7 +43,7 @@ ABOVE_NOTE = (
 
 
 def class_of(spec: ConvSpec) -> str:
-    """The one of :data:`CLASSES` that a layer belongs to."""
+    """Which of :data:`CLASSES` a layer belongs to."""
     is_strided = max(spec.stride) > 1
     if spec.transposed:
         return "transposed"
@@ -81,12 +82,12 @@ class Totals:
     """Rows of one thread count taken together.
 
     Attributes:
-        layers: how many different ones; ``rated`` of them beside a peer.
+        layers: how many different layers; ``rated`` of them were compared with a peer.
         mean, default_mean: geometric means of the best peer's time over the kernel's, and over the default's.
-        faster, slower: layers whose ratio's interval lies wholly above 1, and below.
-        seconds, default_seconds: of all layers with their counts.
-        peers: the same of each peer; None where it did not run them all.
-        best_peers: the same of the best peer layer by layer; None where there is one that none ran.
+        faster, slower: how many layers have a ratio whose interval lies wholly above 1, and below.
+        seconds, default_seconds: the time of all layers with their counts, of the kernels and of the defaults.
+        peers: the same time of each peer; None where the peer did not run all layers.
+        best_peers: the same time with the best peer of each layer; None where some layer has no peer.
     """
 
     layers: int
@@ -125,9 +126,9 @@ class Totals:
 
     def sentences(self) -> list[str]:
         """What to say below a table of the rows."""
-        said = []
+        sentences = []
         if self.mean and self.default_mean:
-            said.append(
+            sentences.append(
                 f"Geometric mean of the ratios: {self.mean:.2f} (default: {self.default_mean:.2f}); beyond the interval"
                 f" {self.faster} of {self.rated} layers are faster than the best peer, {self.slower} slower."
             )
@@ -135,7 +136,7 @@ class Totals:
         if self.default_seconds != self.seconds:
             times = {"convgen": self.seconds, "its defaults": self.default_seconds, **times}
         listed = ", ".join(f"{name} {milliseconds(seconds)} ms" for name, seconds in times.items() if seconds)
-        return [*said, f"All layers with their counts: {listed}."]
+        return [*sentences, f"All layers with their counts: {listed}."]
 
 
 def peer_names(rows: Iterable[Row]) -> list[str]:
@@ -155,33 +156,17 @@ def by_accuracy(rows: Iterable[Row]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {"standard": []}
     for row in rows:
         groups.setdefault(row.spec.accuracy, []).append(row)
-    return {accuracy: found for accuracy, found in groups.items() if found}
+    return {accuracy: group for accuracy, group in groups.items() if group}
 
 
 def by_class(rows: Iterable[Row]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {name: [] for name in CLASSES}
     for row in rows:
         groups[class_of(row.spec)].append(row)
-    return {name: found for name, found in groups.items() if found}
+    return {name: group for name, group in groups.items() if group}
 
 
 # ---- cells ------------------------------------------------------------------------------------
-
-
-def microseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    return f"{seconds * 1e6:.{0 if seconds >= 1e-4 else 1}f}"
-
-
-def milliseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    return f"{seconds * 1e3:.{1 if seconds >= 1e-2 else 3}f}"
-
-
-def factor(value: float | None) -> str:
-    return f"{value:.2f}" if value else "–"
 
 
 def rated(row: Row) -> str:
@@ -195,10 +180,6 @@ def rated(row: Row) -> str:
 def limit(row: Row) -> str:
     """How much of its limit a row reaches, and what that is."""
     return "–" if row.of_limit is None else f"{row.of_limit:.0%} {row.limited_by}"
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 #: A table: its columns, those aligned to the right ending in ``>``, and its rows.
@@ -229,7 +210,7 @@ def layers(rows: Sequence[Row], name: Callable[[Row], str]) -> Table:
 
 
 def classes(rows: Sequence[Row]) -> Table:
-    """A row per class of layers, and one of all."""
+    """A row per class of layers, and a row of all layers."""
     header = ["class", "layers>", "ratio>", "default ratio>", "faster>", "slower>"]
     cells = []
     for name, group in [*by_class(rows).items(), ("all", rows)]:
@@ -241,18 +222,18 @@ def classes(rows: Sequence[Row]) -> Table:
 
 def problems(rows: Iterable[Row]) -> list[str]:
     """Why peers were not timed, each reason once."""
-    found: dict[str, list[Row]] = {}
+    rows_of: dict[str, list[Row]] = {}
     for row in rows:
         for timing in row.values["peers"]:
             if timing["problem"]:
-                found.setdefault(f"{timing['name']}: {timing['problem']}", []).append(row)
-    return [reason if len(group) == 1 else f"{reason} ({len(group)} layers)" for reason, group in found.items()]
+                rows_of.setdefault(f"{timing['name']}: {timing['problem']}", []).append(row)
+    return [reason if len(group) == 1 else f"{reason} ({len(group)} layers)" for reason, group in rows_of.items()]
 
 
 # ---- Markdown ---------------------------------------------------------------------------------
 
 
-def markdown(table: Table) -> list[str]:
+def markdown_table(table: Table) -> list[str]:
     header, cells = table
     names = [name.removesuffix(">") for name in header]
     ruler = ["--:" if name.endswith(">") else "---" for name in header]
@@ -261,15 +242,15 @@ def markdown(table: Table) -> list[str]:
 
 def facts(rows: Sequence[Row]) -> str:
     """What the rows were measured on and with."""
-    one: Mapping[str, Any] = rows[-1].values
-    found = {t["name"]: t["version"] for row in rows for t in row.values["peers"] if t["version"]}
-    packages = ", ".join(f"{name} {version}" for name, version in {**one["versions"], **found}.items())
+    last: Mapping[str, Any] = rows[-1].values
+    peers = {peer["name"]: peer["version"] for row in rows for peer in row.values["peers"] if peer["version"]}
+    packages = ", ".join(f"{name} {version}" for name, version in {**last["versions"], **peers}.items())
     dates = sorted({row.values["date"] for row in rows})
     date = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     bits = rows[-1].restricted
-    rate = f"; measured {one.get('peak_of', 'FMA peak')} {one['peak'] / 1e9:.0f} GFLOP/s" if one["peak"] else ""
-    told = f"; kernels for {one['target']}, the libraries kept to its vectors of {bits} bits" if bits else ""
-    return f"{one['cpu']} ({one['fingerprint']}), {date}, Python {one['python']}, {packages}{rate}{told}."
+    rate = f"; measured {last.get('peak_of', 'FMA peak')} {last['peak'] / 1e9:.0f} GFLOP/s" if last["peak"] else ""
+    restricted = f"; kernels for {last['target']}, the libraries kept to its vectors of {bits} bits" if bits else ""
+    return f"{last['cpu']} ({last['fingerprint']}), {date}, Python {last['python']}, {packages}{rate}{restricted}."
 
 
 def network(title: str, rows: Sequence[Row]) -> str:
@@ -287,11 +268,11 @@ def network(title: str, rows: Sequence[Row]) -> str:
         for group in by_threads(chosen).values():
             heading = _place(group) + (f", {accuracy}" if accuracy != "standard" else "")
             lines += [f"## {heading}", "", facts(group), ""]
-            lines += [*markdown(layers(group, lambda row: f"`{row.spec}`")), "", *Totals.of(group).sentences()]
+            lines += [*markdown_table(layers(group, lambda row: f"`{row.spec}`")), "", *Totals.of(group).sentences()]
             lines += ["", *(f"- {reason}" for reason in problems(group)), ""]
             if accuracy != "standard":
-                lines += [*markdown(_beside(group, standard, accuracy)), ""]
-            lines += [*markdown(classes(group)), ""]
+                lines += [*markdown_table(_beside(group, standard, accuracy)), ""]
+            lines += [*markdown_table(classes(group)), ""]
     return "\n".join(lines).replace("\n\n\n", "\n\n")
 
 
@@ -323,7 +304,7 @@ def summary(networks: Mapping[str, Sequence[Row]], checks: Mapping[str, Sequence
     """All networks as a Markdown page: a row each, a row per class of layers, and what is slower.
 
     Args:
-        checks: other rows, a line each, which count nowhere else but among the slower ones.
+        checks: sets of rows that get a line each and count nowhere else but among the slower layers.
     """
     lines = ["# What was measured", ""]
     lines += ["Ratios are geometric means of best peer / convgen over the layers, above 1 where convgen is faster;"]
@@ -333,9 +314,9 @@ def summary(networks: Mapping[str, Sequence[Row]], checks: Mapping[str, Sequence
     peers = peer_names(everything)
     for mode in ("warm", "cold"):
         for accuracy, chosen in by_accuracy(row for row in everything if row.mode == mode).items():
-            for threads, there in by_threads(chosen).items():
+            for threads, chosen_rows in by_threads(chosen).items():
                 marks = [mark for mark in (accuracy, f"{mode} caches") if mark not in ("standard", "warm caches")]
-                lines += [f"## {', '.join([_place(there), *marks])}", ""]
+                lines += [f"## {', '.join([_place(chosen_rows), *marks])}", ""]
                 header = ["network", "layers>", "ratio>", "default ratio>", "faster>", "slower>"]
                 header += ["convgen>", "default>", *(f"{peer}>" for peer in peers), "best peers>"]
                 cells: list[list[str]] = []
@@ -347,10 +328,10 @@ def summary(networks: Mapping[str, Sequence[Row]], checks: Mapping[str, Sequence
                     if group:
                         cells.append([f"[{name}]({name}.md)", *_figures(Totals.of(group), peers)])
                         unique |= {row.key: row for row in group}  # a layer of two networks counts once below
-                lines += [*markdown((header, cells)), "", *markdown(classes(list(unique.values()))), ""]
+                lines += [*markdown_table((header, cells)), "", *markdown_table(classes(list(unique.values()))), ""]
     if checks:
         lines += ["## Spot checks", ""]
-        lines += [*markdown(_checks(checks)), ""]
+        lines += [*markdown_table(_checks(checks)), ""]
     networks = {**networks, **(checks or {})}
     slower = [(name, row) for name, rows in networks.items() for row in rows if row.verdict == "slower"]
     lines += ["## Slower than the best peer beyond the interval", ""]
@@ -360,22 +341,27 @@ def summary(networks: Mapping[str, Sequence[Row]], checks: Mapping[str, Sequence
         cells = [
             [f"`{row.spec}`", name, str(row.threads), rated(row), limit(row), row.schedule] for name, row in ordered
         ]
-        lines += markdown((header, cells))
+        lines += markdown_table((header, cells))
     else:
         lines.append("None.")
     return "\n".join([*lines, ""])
 
 
 def _checks(checks: Mapping[str, Sequence[Row]]) -> Table:
-    """A line for each of some sets of rows and each thread count."""
+    """A line for each set of rows and each thread count."""
     header = ["layers", "threads>", "number>", "ratio>", "default ratio>", "least>", "faster>", "slower>"]
     cells = []
     for name, rows in checks.items():
         for threads, group in by_threads(rows).items():
-            found = Totals.of(group)
+            totals = Totals.of(group)
             least = min((row for row in group if row.ratio), key=lambda row: row.ratio or 0.0, default=None)
-            figures = [str(found.layers), factor(found.mean), factor(found.default_mean), rated(least) if least else ""]
-            cells.append([f"[{name}]({name}.md)", str(threads), *figures, str(found.faster), str(found.slower)])
+            figures = [
+                str(totals.layers),
+                factor(totals.mean),
+                factor(totals.default_mean),
+                rated(least) if least else "",
+            ]
+            cells.append([f"[{name}]({name}.md)", str(threads), *figures, str(totals.faster), str(totals.slower)])
     return header, cells
 
 

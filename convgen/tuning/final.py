@@ -10,10 +10,10 @@ from typing import Any
 from ..errors import MeasureError
 from ..lowering.schedule import Candidate
 from ..measure.compare import ratio_interval
-from ..measure.timing import TRIAL_SECONDS
+from ..measure.standalone.timing import TRIAL_SECONDS
 from ..measure.trial import candidate_module
 from ..records.outcome import Result
-from ..records.store import TuningRecord
+from ..records.record import TuningRecord
 from .rounds import LOOK_SECONDS, Round
 from .search import Search
 
@@ -116,7 +116,7 @@ def judge(
 
     Returns:
         The winner's index, None where all failed; and what the record of each says (see
-        :attr:`~convgen.records.store.TuningRecord.note`). Ratios are the other's time over the kernel's.
+        :attr:`~convgen.records.record.TuningRecord.note`). Ratios are the other's time over the kernel's.
     """
     base = times[default] if default is not None else None
     against = [ratio(base, taken) if base and taken else None for taken in times]

@@ -17,7 +17,8 @@ from ..hardware.machine import check_memory
 from ..hardware.target import Target
 from ..interrupts import interrupts_held
 from ..measure.workers import Pools
-from ..records.store import RecordStore, TuningRecord
+from ..records.record import TuningRecord
+from ..records.store import RecordStore
 from .context import SearchContext
 from .final import final_comparison
 from .job import Job, Problem

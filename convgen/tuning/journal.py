@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 
 from ..records.claims import Claims, claims_path
-from ..records.store import RecordStore, TuningRecord
+from ..records.record import TuningRecord
+from ..records.store import RecordStore
 
 
 class Journal:

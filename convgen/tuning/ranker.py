@@ -36,7 +36,8 @@ from ..lowering.discover import schedules
 from ..lowering.schedule import Candidate, Picks, Schedule
 from ..problem.dtypes import BYTES
 from ..problem.spec import ConvSpec
-from ..records.store import RecordStore, TuningRecord
+from ..records.record import TuningRecord
+from ..records.store import RecordStore
 
 Array = NDArray[np.float64]
 

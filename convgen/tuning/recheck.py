@@ -21,7 +21,8 @@ from ..measure.workers import LocalBuilder, LocalRunner, Pools
 from ..problem.spec import ConvSpec
 from ..records.answer import Answer, candidate_record, other_versions, record_candidate
 from ..records.outcome import Result
-from ..records.store import RecordStore, TuningRecord
+from ..records.record import TuningRecord
+from ..records.store import RecordStore
 
 #: Samples of each kernel in a re-check, and seconds of samples that precede them.
 ROUNDS, VERIFY_SECONDS = 25, 0.02

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import BuildError, Inapplicable
 from ..lowering.schedule import Candidate
-from ..measure.timing import HOPELESS, TRIAL_SECONDS
+from ..measure.standalone.timing import HOPELESS, TRIAL_SECONDS
 from ..measure.trial import CandidateModule, Expected, candidate_module
 from ..measure.workers import Pools
 from ..records.outcome import INTERRUPTED, Result

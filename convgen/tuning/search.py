@@ -17,7 +17,7 @@ from ..lowering.versions import versions
 from ..problem.spec import ConvSpec
 from ..records.answer import candidate_record, is_final, record_candidate, trial_identity
 from ..records.outcome import Result
-from ..records.store import TuningRecord, trial_key
+from ..records.record import TuningRecord, trial_key
 from .context import SearchContext
 from .race import Race
 

@@ -17,7 +17,8 @@ from ..interrupts import interrupts_held
 from ..lowering.schedule import Candidate
 from ..measure.workers import Pools
 from ..problem.spec import ConvSpec
-from ..records.store import RecordStore, TuningRecord
+from ..records.record import TuningRecord
+from ..records.store import RecordStore
 from .context import SearchContext
 from .final import final_comparison
 from .journal import Journal

@@ -19,7 +19,8 @@ from convgen.hardware.target import resolve
 from convgen.lowering.candidates import default_candidate, parse_candidate
 from convgen.lowering.versions import versions
 from convgen.problem.spec import ConvSpec
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 from convgen.report.rows import Row, RowFile
 from convgen.tuning.tuner import Tuner
 

@@ -32,6 +32,11 @@ def bench() -> ModuleType:
     return load_bench("cuda")
 
 
+@pytest.fixture(scope="module")
+def compiler() -> ModuleType:
+    return load_bench("cuda_compile")
+
+
 @pytest.fixture
 def problem(tmp_path: Path) -> Path:
     (tmp_path / "net.txt").write_text("\n".join(LAYERS))
@@ -141,19 +146,19 @@ def test_every_default_is_compiled_without_a_device_and_resumes(problem: Path) -
     assert [json.loads(line) for line in (results / "compile.jsonl").read_text().splitlines()] == [first, rows[1]]
 
 
-def test_a_layer_as_i8_lacks_what_i8_does_not_take(bench: ModuleType) -> None:
+def test_a_layer_as_i8_lacks_what_i8_does_not_take(bench: ModuleType, compiler: ModuleType) -> None:
     for text, expected in (("residual clip(0,6) strict", "i8 nhwc"), ("relu", "relu i8 nhwc")):
         entry = SpecEntry(ConvSpec.parse(f"conv2d n1 ic8 oc8 i6x6 k3x3 {text}"))
         spec = bench.in_mode(entry, "i8").spec
         assert spec == ConvSpec.parse(f"conv2d n1 ic8 oc8 i6x6 k3x3 {expected}")
         refused = {"spec": spec.descriptor, "target": "cuda:sm_80", "versions": {}, "error": "none"}
-        assert "## cuda:sm_80, i8" in bench.compile_report([refused])
+        assert "## cuda:sm_80, i8" in compiler.compile_report([refused])
     with pytest.raises(SystemExit):
         bench.parse(["--modes", "i8"])
 
 
-def test_what_does_not_compile_is_in_the_table(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_compile_is_in_the_table(compiler: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVGEN_CUDA_DRIVER", "/none")
-    failed = bench.compiled("conv2d n1 ic8 oc8 i6x6 k1x1", "cuda:sm_1")
+    failed = compiler.compiled("conv2d n1 ic8 oc8 i6x6 k1x1", "cuda:sm_1")
     assert failed["error"].startswith("UnsupportedError: target: expected one of cuda:sm_70")
-    assert "- `conv2d n1 ic8 oc8 i6x6 k1x1` cuda:sm_1: UnsupportedError" in bench.compile_report([failed])
+    assert "- `conv2d n1 ic8 oc8 i6x6 k1x1` cuda:sm_1: UnsupportedError" in compiler.compile_report([failed])

@@ -536,7 +536,7 @@ def test_the_devices_compiler_takes_the_prelude(arch: str) -> None:
     except RuntimeError as error:
         pytest.skip(f"needs NVRTC: {error}")
     options = [f"--gpu-architecture={arch}".encode(), b"-std=c++17"]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     log = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
     nvrtc.nvrtcGetProgramLog(program, log)
-    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()

@@ -21,22 +21,12 @@ import pytest
 from paths import SUPPORT
 
 import convgen.schedules
-from convgen.check.fuzz import (
-    FEATURES,
-    KINDS,
-    MOST_ELEMENTS,
-    MOST_MACS,
-    Case,
-    Draw,
-    Fuzzer,
-    Outcome,
-    Summary,
-    Worker,
-    case_steps,
-    draw,
-    misread,
-    shrink,
-)
+from convgen.check.fuzz.cases import KINDS, Case, Outcome, misread
+from convgen.check.fuzz.drawing import FEATURES, Draw, draw
+from convgen.check.fuzz.run import Fuzzer, Summary
+from convgen.check.fuzz.shrinking import case_steps, shrink
+from convgen.check.fuzz.worker import Worker
+from convgen.check.random_specs import SMALL
 from convgen.check.validate import validate
 from convgen.cli import main
 from convgen.hardware.target import resolve
@@ -68,7 +58,8 @@ def test_a_draw_depends_on_the_seed_and_the_index_alone() -> None:
     assert len({d.spec for d in draws()}) > 0.9 * COUNT
     assert draw(SEED + 1, 9, NATIVE) != draws()[9]
     script = f"""
-from convgen.check.fuzz import draw, resolve
+from convgen.check.fuzz.drawing import draw
+from convgen.hardware.target import resolve
 for index in range(12):
     for case in draw({SEED}, index, resolve()).cases:
         print(case.command)
@@ -143,8 +134,8 @@ def test_every_schedule_is_drawn_alike_often_and_with_picks_of_its_own() -> None
 
 def test_cases_are_small_valid_and_begin_with_the_layers_default() -> None:
     for d in draws():
-        assert d.spec.macs <= MOST_MACS
-        assert all(size <= 4 * MOST_ELEMENTS for size in d.spec.bytes.values())
+        assert d.spec.macs <= SMALL.macs
+        assert all(size <= 4 * SMALL.elements for size in d.spec.bytes.values())
         assert misread(d.spec) is None
         assert len(set(d.cases)) == len(d.cases)
         best = default_candidate(d.spec, NATIVE)
@@ -353,7 +344,7 @@ def test_a_planted_bug_is_found_and_shrunk_to_a_command_that_repeats_it(
     plant: Plant, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(TAIL)
-    monkeypatch.setattr("convgen.check.fuzz.MOST_SHRUNK", 1)
+    monkeypatch.setattr("convgen.check.fuzz.run.MOST_SHRUNK", 1)
     found_by = (i for i in range(100) if any(map(hits_the_tail, planted_draw(i).cases)))
     summary = fuzz(start=next(found_by), specs=1)
     first = summary.findings[0]
@@ -461,10 +452,11 @@ class Default(Planted):
 
 
 def test_a_spec_that_is_read_back_as_another_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    parse = ConvSpec.parse.__func__  # type: ignore[attr-defined]
+    parse = ConvSpec.parse.__func__  # type: ignore[attr-defined] # a classmethod has one
 
     def without_residual(cls: type[ConvSpec], text: str) -> ConvSpec:
-        return parse(cls, text.replace(" residual", ""))
+        spec: ConvSpec = parse(cls, text.replace(" residual", ""))
+        return spec
 
     monkeypatch.setattr(ConvSpec, "parse", classmethod(without_residual))
     index = next(i for i in range(100) if draw(SEED, i, NATIVE, schedule="reference").spec.residual)

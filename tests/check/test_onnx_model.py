@@ -12,7 +12,7 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from integer_data import integers
-from strategies import ACTIVATIONS, specs
+from strategies import ACTIVATIONS, specs_without_activation
 
 from convgen.check.onnx_model import onnx_model
 from convgen.check.reference import OrtReference, run_onnxruntime
@@ -42,19 +42,23 @@ def plain_loops(spec: ConvSpec, data: dict[str, np.ndarray]) -> np.ndarray:
     steps = spec.in_spatial if spec.transposed else spec.out_spatial
     ic, oc = spec.ic // spec.groups, spec.oc // spec.groups
     everything = slice(None)
+    at: tuple[Any, ...]
     for tap in itertools.product(*map(range, spec.kernel)):
         starts = [t * d for t, d in zip(tap, spec.dilation, strict=True)]
         window = tuple(slice(b, b + (n - 1) * s + 1, s) for b, n, s in zip(starts, steps, spec.stride, strict=True))
         for g in range(spec.groups):
             i, o = slice(g * ic, (g + 1) * ic), slice(g * oc, (g + 1) * oc)
             if spec.transposed:
-                part = w[(i, everything, *tap)].T
+                at = (i, everything, *tap)
+                part = w[at].T
                 y[(everything, o, *window)] += np.einsum("oi,ni...->no...", part, padded[:, i])
             else:
-                part = w[(o, everything, *tap)]
+                at = (o, everything, *tap)
+                part = w[at]
                 y[:, o] += np.einsum("oi,ni...->no...", part, padded[(everything, i, *window)])
     if spec.transposed:
-        y = y[(..., *(slice(b, n - e) for n, (b, e) in zip(full, spec.padding, strict=True)))]
+        at = (..., *(slice(b, n - e) for n, (b, e) in zip(full, spec.padding, strict=True)))
+        y = y[at]
     if spec.bias:
         y = y + data["bias"].reshape(-1, *[1] * spec.rank)
     if residual is not None:
@@ -65,16 +69,16 @@ def plain_loops(spec: ConvSpec, data: dict[str, np.ndarray]) -> np.ndarray:
 
 
 @settings(max_examples=150, deadline=None)
-@given(specs(activations=["none"]))
+@given(specs_without_activation())
 def test_onnx_runtime_agrees_with_plain_loops(spec: ConvSpec) -> None:
     data = integers(spec)
     expected = plain_loops(spec, data)
     assert expected.shape == spec.dst_shape
-    found = run_onnxruntime(spec, **data)
+    found = run_onnxruntime(spec, **data, threads=1)
     assert found.dtype == numpy_dtype(spec.dtype)
     np.testing.assert_array_equal(found, narrow(expected, spec.dtype))
     if spec.dtype in ("f32", "i8"):
-        np.testing.assert_array_equal(OrtReference(spec, **data).run(), expected)
+        np.testing.assert_array_equal(OrtReference(spec, **data, threads=1).run(), expected)
     onnx.checker.check_model(onnx_model(spec), full_check=True)
 
 
@@ -82,7 +86,7 @@ def test_output_padding_up_to_the_dilation() -> None:
     """ONNX Runtime refuses output padding from the stride on; what is left of it is bias alone."""
     spec = ConvSpec.parse("convtranspose2d n1 ic2 oc3 i3x1 k2x1 s1x2 p0x1_0 d3x3 op2x2")
     data = integers(spec)
-    got = run_onnxruntime(spec, **data)
+    got = run_onnxruntime(spec, **data, threads=1)
     np.testing.assert_array_equal(got, plain_loops(spec, data))
     np.testing.assert_array_equal(got[0, :, -1, -1], data["bias"])
 
@@ -131,8 +135,10 @@ def test_prelu(rank: int, layout: str) -> None:
     data = integers(spec)
     plain = plain_loops(spec, data)
     slope = data["slope"] if layout == "nhwc" else data["slope"].reshape(-1, *[1] * rank)
-    np.testing.assert_array_equal(run_onnxruntime(spec, **data), np.where(plain < 0, slope * plain, plain))
-    shared = run_onnxruntime(spec, **data | {"slope": np.float32(0.5)})  # one slope stands for all channels
+    np.testing.assert_array_equal(run_onnxruntime(spec, **data, threads=1), np.where(plain < 0, slope * plain, plain))
+    shared = run_onnxruntime(
+        spec, **data | {"slope": np.array(0.5, np.float32)}, threads=1
+    )  # one slope stands for all channels
     np.testing.assert_array_equal(shared, np.where(plain < 0, plain / 2, plain))
 
 

@@ -155,7 +155,7 @@ BUGS_IN_C: dict[str, tuple[dict[str, str], set[str], str]] = {
 @pytest.mark.parametrize("name", BUGS_IN_C)
 def test_a_bug_in_c_fails_its_check(name: str, tmp_path: Path) -> None:
     statements, expected, message = BUGS_IN_C[name]
-    report = validate(c_kernel(tmp_path, **statements))
+    report = validate(c_kernel(tmp_path, **statements, threads=3))
     found = failures(report)
     assert expected <= found.keys(), found
     assert not report.passed

@@ -30,7 +30,8 @@ from convgen.kernel.kernel import compile_candidate
 from convgen.lowering.discover import schedule_ids, schedules
 from convgen.measure.peers import PEERS
 from convgen.problem.spec import ConvSpec
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 from convgen.tuning.search import Progress
 
 SMALL = "conv2d n1 ic8 oc16 i10x10 k3x3 s1x1 p1x1 relu"
@@ -70,7 +71,7 @@ def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[st
 
 # ---- quick answers ----------------------------------------------------------------------------
 
-HEAVY = ("tvm", "tvm_ffi", "onnx", "onnxruntime", "numpy", "rich", "torch", "yaml")
+HEAVY = ("tvm", "tvm_ffi", "onnx", "onnxruntime", "numpy", "rich", "torch", "yaml", "jinja2")
 
 QUICK: list[tuple[Sequence[str], int]] = [
     (["--help"], 0),
@@ -366,7 +367,7 @@ def failing(kernel: Any, *, seed: int = 0) -> Report:
 def test_a_kernel_that_fails_validation_is_not_exported(
     tmp_path: Path, run: Run, run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["convgen.validate"], "validate", failing)
+    monkeypatch.setattr(sys.modules["convgen.check.validate"], "validate", failing)
     status, _, err = run("build", TINY, "--no-records", "--threads", 1, "--out", tmp_path / "out")
     assert status == 1
     assert "float: largest error 7 of the bound; repeat with: convgen validate …" in err
@@ -530,7 +531,7 @@ def test_interrupt_while_building_keeps_what_is_done(
             raise KeyboardInterrupt
         return compile_candidate(spec, *arguments, **options)
 
-    monkeypatch.setattr(sys.modules["convgen.build"], "compile_candidate", second_is_interrupted)
+    monkeypatch.setattr(sys.modules["convgen.kernel.kernel"], "compile_candidate", second_is_interrupted)
     file = tmp_path / "net.txt"
     file.write_text(f"{SMALL}\n{TINY}\n")
     found = run_json("build", file, "--no-records", "--threads", 1, "--out", tmp_path / "out", status=130)

@@ -112,10 +112,10 @@ def test_lines_that_cannot_be_read_are_left_out(run: Run) -> None:
     [
         (["layers.toml", "-o", "out", "--to", "miopen"], 2, "layer 2 (b): in_spatial: expected 2 or 3 sizes"),
         ([str(TWO), "-o", "out", "--to", "miopen", "--skip"], 2, "layers: expected one that can be written as miopen"),
-        (["layers.toml", "-o", "out"], 2, "the suffix of out says no form: give --to"),
+        (["layers.toml", "-o", "out"], 2, "the suffix of out does not tell the notation: give --to"),
         (["layers.toml"], 2, "Missing option '-o'"),
         (["layers.toml", "-o", "out", "--to", "onnx"], 2, "'onnx' is not one of"),
-        (["layers.toml", "-o", "./layers.toml"], 2, "./layers.toml is what is read"),
+        (["layers.toml", "-o", "./layers.toml"], 2, "./layers.toml is the file that is read"),
         (["layers.toml", "-o", "-", "--json"], 2, "--json needs -o FILE"),
         (["layers.toml", "-o", "no/out.txt"], 3, "No such file or directory: "),
         (["layers.toml", "-o", ".", "--to", "json"], 3, "Is a directory"),

@@ -24,7 +24,8 @@ from convgen.lowering.versions import versions
 from convgen.records import shipped as tuned
 from convgen.records.answer import best_record
 from convgen.records.outcome import Result
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 
 OTHER_LAYER = "conv1d n1 ic4 oc4 i20 k3 s1 p1"
 Run = Callable[..., tuple[int, str, str]]

@@ -46,7 +46,7 @@ DOCUMENTED = [
 ]
 FIRST = {"data_format": "channels_first"}
 #: What Keras 3.15 gave: the shapes of x and y.
-RECORDED = [
+RECORDED: list[tuple[str, Any, tuple[int, ...], tuple[int, ...]]] = [
     ("Conv2D", {"filters": 4, "kernel_size": (3, 2), "strides": (2, 3), "padding": "same", "groups": 2},
      (2, 9, 7, 6), (2, 5, 3, 4)),
     ("Conv2D", {"filters": 4, "kernel_size": 4, "dilation_rate": (2, 1), **FIRST}, (1, 6, 9, 7), (1, 4, 3, 4)),
@@ -71,7 +71,7 @@ RECORDED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("class_name", "config", "x", "y"), DOCUMENTED + RECORDED)
+@pytest.mark.parametrize(("class_name", "config", "x", "y"), [*DOCUMENTED, *RECORDED])
 def test_shapes_are_those_of_keras(class_name: str, config: Any, x: tuple[int, ...], y: tuple[int, ...]) -> None:
     specs = specs_from_keras(layer(class_name, **config), x)
     assert specs[0].src_shape == x
@@ -136,7 +136,12 @@ def test_a_transpose_is_the_gradient_of_the_convolution_between_its_sizes(data: 
     rank = data.draw(st.integers(1, 3))
     axes = st.tuples(*[st.integers(1, 4)] * rank)
     strides, dilation = (data.draw(axes), 1) if data.draw(st.booleans()) else (1, data.draw(axes))
-    shared = {"kernel_size": data.draw(axes), "strides": strides, "dilation_rate": dilation, "use_bias": False}
+    shared: dict[str, Any] = {
+        "kernel_size": data.draw(axes),
+        "strides": strides,
+        "dilation_rate": dilation,
+        "use_bias": False,
+    }
     shared["padding"] = data.draw(st.sampled_from(("same", "valid")))
     sizes = data.draw(axes)
     transpose = one(layer(f"Conv{rank}DTranspose", filters=3, **shared), (2, *sizes, 4))
@@ -179,8 +184,8 @@ def test_causal_output_knows_no_later_input(k: int, s: int, d: int, class_name: 
     time = data.draw(st.integers(0, spec.out_spatial[0] - 1))
     later = x.copy()
     later[:, time * s + 1 :] = 99
-    outputs = [run_onnxruntime(spec, src, weights)[:, : time + 1] for src in (x, later)]
-    np.testing.assert_array_equal(*outputs)
+    first, second = (run_onnxruntime(spec, src, weights)[:, : time + 1] for src in (x, later))
+    np.testing.assert_array_equal(first, second)
 
 
 def test_both_data_formats_compute_the_same() -> None:

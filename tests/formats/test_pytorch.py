@@ -35,7 +35,7 @@ class Parameter(np.ndarray):
     cpu = detach
 
     def double(self) -> Parameter:
-        return self.astype(np.float64)
+        return self.astype(np.float64).view(Parameter)
 
 
 def parameter(*shape: int, seed: int = 0) -> Any:
@@ -115,13 +115,13 @@ def test_batch_norm_is_folded(transposed: bool, has_bias: bool) -> None:
     x = parameter(*spec.src_shape, seed=7)
     plain = spec_from_torch(core, (2, 4, 9))
     assert plain.bias == has_bias
-    y = run_onnxruntime(plain, x, **arrays_from_torch(core))
+    y = run_onnxruntime(plain, x, **arrays_from_torch(core), threads=1)
     for part in (first, second):
         mean, var = part.running_mean.reshape(6, 1), part.running_var.reshape(6, 1)
         y = (y - mean) / np.sqrt(var + part.eps)
         if part.weight is not None:
             y = y * part.weight.reshape(6, 1) + part.bias.reshape(6, 1)
-    np.testing.assert_allclose(run_onnxruntime(spec, x, **arrays), y, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(run_onnxruntime(spec, x, **arrays, threads=1), y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -241,16 +241,15 @@ def torch() -> Any:
     return pytest.importorskip("torch", reason="PyTorch is not installed")
 
 
-def compare(torch: Any, made: Any, shape: tuple[int, ...], **tolerance: float) -> ConvSpec:
+def compare(torch: Any, made: Any, shape: tuple[int, ...], rtol: float = 1e-4, atol: float = 1e-5) -> ConvSpec:
     """A module's output is the spec's."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = made(x).numpy()
     spec, arrays = spec_from_torch(made, shape), arrays_from_torch(made)
     assert spec.dst_shape[-expected.ndim :] == expected.shape
-    got = run_onnxruntime(spec, x.numpy().reshape(spec.src_shape), **arrays)
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} | tolerance
-    np.testing.assert_allclose(got.reshape(expected.shape), expected, **tolerance)
+    got = run_onnxruntime(spec, x.numpy().reshape(spec.src_shape), **arrays, threads=1)
+    np.testing.assert_allclose(got.reshape(expected.shape), expected, rtol=rtol, atol=atol)
     return spec
 
 
@@ -307,10 +306,10 @@ def test_random_modules(torch: Any, data: st.DataObject) -> None:
             options["stride"] = 1
     name = f"{'Lazy' if lazy else ''}Conv{'Transpose' if transposed else ''}{rank}d"
     made = getattr(nn, name)(*([oc] if lazy else [ic, oc]), **options)
-    batch = draw(st.sampled_from(((), (1,), (2,))))
+    batch: tuple[int, ...] = draw(st.sampled_from(((), (1,), (2,))))
     sizes = tuple(draw(st.integers(2 if transposed else max(reach, 2), reach + 4)) for _ in range(rank))
     parts = [made]
-    if batch and draw(st.booleans()):
+    if batch != () and draw(st.booleans()):
         parts.append(getattr(nn, f"BatchNorm{rank}d")(oc, eps=1e-2, affine=draw(st.booleans())))
         parts[-1].running_mean.normal_()
         parts[-1].running_var.uniform_(0.5, 2)

@@ -24,7 +24,6 @@ from paths import SUPPORT
 from planted import SOURCE, interface
 
 from convgen.errors import ExportError, KernelError
-from convgen.kernel import export as export_module
 from convgen.kernel import library as library_module
 from convgen.kernel.export import header_text, write_library
 from convgen.kernel.library import Layer, Library, aligned
@@ -74,7 +73,7 @@ def test_a_hostile_program(build: str, tmp_path: Path) -> None:
         (tmp_path / "empty.c").write_text("int main(void) { return 0; }\n")
         if subprocess.run(["cc", *flags, "empty.c"], cwd=tmp_path, capture_output=True, check=False).returncode:
             pytest.skip(f"the C compiler has no -fsanitize={build}")
-    sources = (PROGRAM, *(name for name in files if name.endswith(".c")))
+    sources: tuple[str | Path, ...] = (PROGRAM, *(name for name in files if name.endswith(".c")))
     succeed("cc", *WARNINGS, *flags, "-I.", *sources, "-o", "program", cwd=tmp_path)
     assert "0 failures\n" in succeed(*command, cwd=tmp_path)
 
@@ -247,7 +246,7 @@ WRONG: list[Callable[[np.ndarray], Any]] = [
     misplaced,
     lambda a: np.lib.stride_tricks.as_strided(a, a.shape, (0,) * a.ndim),
     lambda a: a[..., ::-1],
-    lambda a: memoryview(a),
+    lambda a: memoryview(a),  # type: ignore[arg-type] # before Python 3.12, type stubs do not know its buffer
     lambda a: object(),
     lambda a: np.float32(1),
     lambda a: np.array(None),
@@ -331,8 +330,8 @@ def test_an_empty_batch_touches_nothing(tmp_path: Path) -> None:
     empty = Library(path, spec, spec.name, 2)
     args = library_module._RunArgs()
     assert empty._run(ctypes.byref(args)) == 0
-    for name, _ in args._fields_:
-        setattr(args, name, 0xDEADBEEF)
+    for field in args._fields_:
+        setattr(args, field[0], 0xDEADBEEF)
     assert empty._run(ctypes.byref(args)) == 0
     assert empty._run(None) != 0
 
@@ -456,7 +455,7 @@ def test_any_value_in_any_place_of_a_manifest(exported: Path) -> None:
     path = exported / "manifest.json"
     whole = json.loads(path.read_text())
     rng, loaded, refused, count = random.Random(2), 0, 0, sum(1 for _ in places(whole))
-    values = [None, True, -1, 0, 2, 10**30, 1.5, "", "x", "f16", [], {}, [[]], {"n": 1}]
+    values: list[Any] = [None, True, -1, 0, 2, 10**30, 1.5, "", "x", "f16", [], {}, [[]], {"n": 1}]
     for index in range(count):
         for value in rng.sample(values, 4):
             manifest = copy.deepcopy(whole)
@@ -473,7 +472,7 @@ def test_any_value_in_any_place_of_a_manifest(exported: Path) -> None:
     assert min(loaded, refused) > 60
 
 
-TEXTS = {
+TEXTS: dict[str, tuple[str | bytes, str]] = {
     "nested": ("[" * 100_000, "expected JSON"),
     "a number of digits without end": ('{"abi": ' + "1" * 100_000 + "}", "expected JSON"),
     "not UTF-8": (b'{"abi": "\xff"}', "expected JSON"),
@@ -604,7 +603,7 @@ def test_an_interrupted_export_is_refused_until_it_is_repeated(
                 raise KeyboardInterrupt
             replace(old, new)
 
-        monkeypatch.setattr(export_module.os, "replace", interrupted)
+        monkeypatch.setattr("convgen.kernel.export.os.replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write_library(folder, interface, path, {"threads": 1})
         assert not list(tmp_path.glob(".*"))

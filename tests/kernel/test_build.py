@@ -24,6 +24,7 @@ from convgen.hardware.target import resolve
 from convgen.kernel.kernel import check_threads, compile_candidate
 from convgen.lowering import candidates
 from convgen.lowering.candidates import default_candidate, parse_candidate
+from convgen.lowering.discover import schedules
 from convgen.lowering.schedule import Candidate, Picks
 from convgen.lowering.versions import versions
 from convgen.records.answer import best_record, choose, record_candidate
@@ -173,7 +174,7 @@ def test_a_store_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
 
 def test_every_applicable_schedule_is_considered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default is that of the shortest predicted time; where none applies, the reasons are told."""
-    found = candidates.schedules()
+    found = schedules()
     costs = {s: f.cost(SPEC, resolve()) for s, f in found.items() if f.reason_against(SPEC, resolve()) is None}
     assert default_candidate(SPEC, resolve()).schedule.id == min(costs, key=lambda s: (costs[s], s))
     monkeypatch.setattr(candidates, "schedules", lambda: {"cpu_gemm": found["cpu_gemm"]})
@@ -387,12 +388,13 @@ def test_residual_and_slope_are_given_where_the_spec_has_them() -> None:
     found = kernel(data["src"], data["weights"], slope=data["slope"], residual=data["residual"])
     np.testing.assert_array_equal(found, expected)
     layer = kernel.bind(data["weights"], slope=data["slope"])
-    for call, message in [
+    refused: list[tuple[Callable[[], object], str]] = [
         (lambda: layer(data["src"]), "residual: expected"),
         (lambda: kernel.bind(data["weights"]), "slope: expected"),
         (lambda: kernel.bind(data["weights"], np.ones(3, np.float32), data["slope"]), "bias: expected none"),
         (lambda: layer(data["src"], residual=data["residual"][:, :1]), "residual: expected shape"),
-    ]:
+    ]
+    for call, message in refused:
         with pytest.raises(KernelError, match=message):
             call()
 

@@ -190,7 +190,7 @@ class Tensor:
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._memory = Memory(4 * int(np.prod(shape)))
         buffer = (ctypes.c_char * self._memory.size).from_address(self._memory.address)
-        self.array = np.frombuffer(buffer, np.float32).reshape(shape)
+        self.array = np.frombuffer(memoryview(buffer), np.float32).reshape(shape)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, 0

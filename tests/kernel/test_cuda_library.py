@@ -68,7 +68,8 @@ class Fake:
 
     @property
     def log(self) -> list[str]:
-        return self._dll.fake_log().decode().splitlines()
+        log: bytes = self._dll.fake_log()
+        return log.decode().splitlines()
 
     def reset(self) -> None:
         self._dll.fake_reset()
@@ -600,7 +601,7 @@ def test_memory_takes_and_gives_bytes(fake: Fake) -> None:
     memory = Memory(64)
     memory.upload(np.arange(16, dtype=np.float32))
     np.testing.assert_array_equal(memory.download().view(np.float32), np.arange(16))
-    memory.upload(np.float32([-1, -2]), 8)
+    memory.upload(np.array([-1, -2], np.float32), 8)
     np.testing.assert_array_equal(memory.download(4, 12).view(np.float32), [1, -1, -2])
     memory.fill(0xFF)
     assert (memory.download() == 0xFF).all()
@@ -679,7 +680,8 @@ class Array:
 def aligned_empty(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.zeros(size + 64, np.uint8)
-    return raw[-raw.ctypes.data % 64 :][:size].view(dtype).reshape(shape)
+    array: np.ndarray = raw[-raw.ctypes.data % 64 :][:size].view(dtype).reshape(shape)
+    return array
 
 
 @pytest.fixture
@@ -749,7 +751,7 @@ class Owner:
 def test_streams_are_the_callers_and_have_a_workspace_each(fake: Fake, layer: CudaLayer, x: Array, z: Array) -> None:
     for stream in (None, 0x550, Owner(), SimpleNamespace(cuda_stream=0x990), 0x550, 0):
         layer(x, residual=z, stream=stream)
-    used = [re.search(r"stream (\S+):", line)[1] for line in fake.log if line.startswith("launch first")]
+    used = re.findall(r"^launch first.*?stream (\S+):", "\n".join(fake.log), re.MULTILINE)
     assert used == ["0", "0x550", "0x770", "0x990", "0x550", "0"]
     assert x.streams == [1, 0x550, 0x770, 0x990, 0x550, 1]  # DLPack's word for the default stream is 1
     workspaces = [arguments[2] for arguments in launches(fake)[::2]]

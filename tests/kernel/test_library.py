@@ -456,7 +456,7 @@ def test_loading_needs_nothing_but_numpy(exported: Path, tmp_path: Path, inputs:
     code = BLOCKED + textwrap.dedent(
         """
         import numpy as np
-        from convgen.kernel.library import load
+        from convgen.kernel.load import load
         arrays = np.load(sys.argv[2])
         layer = load(sys.argv[1]).bind(arrays["weights"], arrays["bias"])
         assert (layer(arrays["src"]) == arrays["expected"]).all()

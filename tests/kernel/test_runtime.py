@@ -17,7 +17,7 @@ from convgen.lowering.interface import Interface, TensorInfo
 from convgen.lowering.link import source
 from convgen.problem.spec import ConvSpec
 
-RUNTIME = Path(interface.__file__).parent / "runtime"
+RUNTIME = Path(interface.__file__).parents[1] / "runtime"
 PROGRAM = SUPPORT / "runtime_check.c"
 WARNINGS = ("-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread")
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from convgen.cuda.code import generate
 from convgen.errors import Inapplicable, SpecError
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tests" / "lowering" / "fingerprints"
 
 TARGETS = ("cpu:znver4", "cpu:znver5", "cpu:haswell", "cuda:sm_80", "cuda:sm_90a")
-MODES = {
+MODES: dict[str, dict[str, Any]] = {
     "f32 nchw": {"dtype": "f32", "layout": "nchw"},
     "f16 nhwc": {"dtype": "f16", "layout": "nhwc"},
     "i8 nchw": {"dtype": "i8", "layout": "nchw", "residual": False},

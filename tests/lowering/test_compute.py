@@ -311,7 +311,7 @@ def clip(low: float, high: float) -> Callable[[Array], Array]:
 
 
 def gelu(x: Array) -> Array:
-    return x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    return np.asarray(x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))))
 
 
 FORMULAS: dict[str, Callable[[Array], Any]] = {
@@ -327,7 +327,7 @@ FORMULAS: dict[str, Callable[[Array], Any]] = {
     "tanh": np.tanh,
     "silu": lambda x: x * sigmoid(x),
     "mish": lambda x: x * np.tanh(np.logaddexp(0, x)),
-    "hardswish": lambda x: x * clip(0, 1)(x / 6 + 0.5),
+    "hardswish": lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
     "hardsigmoid": lambda x: clip(0, 1)(0.2 * x + 0.5),
     "hardsigmoid(0.25,0.5)": lambda x: clip(0, 1)(0.25 * x + 0.5),
     "elu": lambda x: np.where(x < 0, np.expm1(np.minimum(x, 0)), x),
@@ -354,7 +354,13 @@ def test_activations_follow_their_formula(activation: str) -> None:
 
 
 #: Largest error in units in the last place over the inputs named: what was measured, and a little more.
-ULPS = {"sigmoid": (3, -80, 80), "silu": (3, -80, 80), "mish": (5, -40, 80), "elu": (2, -80, 80), "tanh": (7, -80, 80)}
+ULPS: dict[str, tuple[int, float, float]] = {
+    "sigmoid": (3, -80, 80),
+    "silu": (3, -80, 80),
+    "mish": (5, -40, 80),
+    "elu": (2, -80, 80),
+    "tanh": (7, -80, 80),
+}
 ULPS |= {"gelu": (4, -0.5, 80), "gelu_tanh": (4, -0.5, 80)}
 
 

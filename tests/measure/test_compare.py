@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import convgen
 from convgen.errors import SpecError
 from convgen.hardware.machine import machine
+from convgen.kernel.kernel import CpuKernel
 from convgen.measure import compare as module
 from convgen.measure.compare import Contestant, Flush, compare, ratio_interval, take_turns
 from convgen.measure.peers import PEERS, Entrant, OnnxRuntime, Peer
@@ -43,10 +45,16 @@ class Missing(Fake):
         return None
 
 
+def built(descriptor: str) -> CpuKernel:
+    kernel = convgen.build(descriptor, threads=1, records=False)
+    assert isinstance(kernel, CpuKernel)
+    return kernel
+
+
 def test_compare_times_only_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, peer in {"fake": Fake, "broken": Broken, "missing": Missing}.items():
         monkeypatch.setitem(PEERS, name, peer)
-    kernel = convgen.build("conv1d n1 ic4 oc4 i20 k3 p1", threads=1, records=False)
+    kernel = built("conv1d n1 ic4 oc4 i20 k3 p1")
     names = ["missing", "onnxruntime", "fake", "broken"]
     found = compare({"convgen": kernel}, names, 1, rounds=3, rest=0.0)
     assert [timing.name for timing in found.peers] == names
@@ -73,7 +81,7 @@ def test_a_peer_is_kept_to_narrower_vectors_or_not_timed(monkeypatch: pytest.Mon
 
     monkeypatch.setitem(PEERS, "narrow", Narrow)
     monkeypatch.setenv("NARROW_ISA", "AVX512")  # so that it is restored
-    kernel = convgen.build("conv1d n1 ic4 oc4 i20 k3 p1", threads=1, records=False)
+    kernel = built("conv1d n1 ic4 oc4 i20 k3 p1")
 
     def problems(bits: int | None) -> list[str]:
         return [
@@ -91,7 +99,7 @@ def test_a_peer_is_kept_to_narrower_vectors_or_not_timed(monkeypatch: pytest.Mon
 
 
 def test_compare_refuses_what_it_cannot_time() -> None:
-    kernel = convgen.build("conv1d n0 ic4 oc4 i20 k3", threads=1, records=False)
+    kernel = built("conv1d n0 ic4 oc4 i20 k3")
     with pytest.raises(SpecError, match="at least 1"):
         compare({"convgen": kernel}, [], 1)
 
@@ -165,17 +173,20 @@ def test_nobody_to_compare_with(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rest_before_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
     made = contestants(monkeypatch, kernel=[1.0], kernel_default=[1.0], a=[2.0], a_other=[2.0], b=[2.0])
     rests: list[float] = []
-    monkeypatch.setattr(module.time, "sleep", rests.append)
+    monkeypatch.setattr("convgen.measure.compare.time.sleep", rests.append)
     take_turns(list(made.values()), 2, rest=0.5)
     assert rests == [0.5] * 5  # kernels, a, b; then back: a, kernels
 
 
 def test_threads_decide_about_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     rests = []
-    monkeypatch.setattr(
-        module, "take_turns", lambda ready, rounds, rest, flush: rests.append(rest) or _one_round(ready)
-    )
-    kernel = convgen.build("conv1d n1 ic4 oc4 i20 k3 p1", threads=1, records=False)
+
+    def turns(ready: list[Contestant], rounds: int, rest: float, flush: object) -> None:
+        rests.append(rest)
+        _one_round(ready)
+
+    monkeypatch.setattr(module, "take_turns", turns)
+    kernel = built("conv1d n1 ic4 oc4 i20 k3 p1")
     for threads in (1, 2):
         compare({"convgen": kernel}, [], threads)
     assert rests == [0.0, module.REST]
@@ -193,7 +204,7 @@ def test_cold_calls_find_the_caches_empty() -> None:
     """A flush before every call that is timed, after one that wakes the library."""
     log: list[str] = []
     made = [
-        Contestant(name, Entrant("", lambda name=name: log.append(name), lambda: np.zeros(1, np.float32)))
+        Contestant(name, Entrant("", functools.partial(log.append, name), lambda: np.zeros(1, np.float32)))
         for name in ("a", "b")
     ]
     take_turns(made, 1, flush=lambda: log.append("flush"))
@@ -211,7 +222,7 @@ def test_flush_reads_more_than_the_caches_and_leaves_the_affinity() -> None:
 
 
 def test_cold_comparison() -> None:
-    kernel = convgen.build("conv1d n1 ic4 oc4 i20 k3 p1", threads=1, records=False)
+    kernel = built("conv1d n1 ic4 oc4 i20 k3 p1")
     found = compare({"convgen": kernel}, ["onnxruntime"], 1, rounds=1, cold=True)
     assert found.mode == "cold"
     assert found.ratio

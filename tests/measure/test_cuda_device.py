@@ -13,9 +13,9 @@ from convgen.api import build
 from convgen.check.validate import validate
 from convgen.cuda.driver import device
 from convgen.hardware.target import resolve
+from convgen.measure.standalone.command import main as measure_here
 from convgen.problem.spec import ConvSpec
 from convgen.records.store import RecordStore
-from convgen.runtime import measure_bundle
 from convgen.tuning.bundle import import_results, pack
 from convgen.tuning.tuner import Tuner
 
@@ -80,7 +80,7 @@ def test_a_bundle_is_measured_here(tmp_path: Path) -> None:
     from convgen.tuning.bundle import unpacked
 
     with unpacked(tmp_path / "b.zip") as folder:
-        assert measure_bundle.main([str(folder), "-o", str(tmp_path / "r.jsonl")]) == 0
+        assert measure_here([str(folder), "-o", str(tmp_path / "r.jsonl")]) == 0
     with RecordStore(tmp_path / "r.sqlite") as store:
         count, _ = import_results(tmp_path / "r.jsonl", store, tmp_path / "b.zip")
         assert count >= 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -26,11 +27,14 @@ from convgen.hardware.machine import Machine, machine
 from convgen.hardware.target import Target, resolve
 from convgen.lowering.candidates import default_candidate
 from convgen.measure import gpu as gpu_measure
+from convgen.measure.standalone.devices import Cuda
+from convgen.measure.standalone.errors import TROUBLE, Trouble
+from convgen.measure.standalone.facts import facts as machine_facts
+from convgen.measure.standalone.results import Results
 from convgen.measure.trial import Expected, build_artifact, candidate_module, run_artifact, run_duel
 from convgen.measure.workers import LocalBuilder, LocalRunner, Pools
 from convgen.problem.spec import ConvSpec
 from convgen.records.store import RecordStore
-from convgen.runtime import measure_bundle
 from convgen.tuning import bundle as bundles
 from convgen.tuning.job import Job
 from convgen.tuning.job_run import JobRun
@@ -124,13 +128,13 @@ def test_calls_take_turns_on_more_than_the_cache_holds(
     data = load_inputs(SPEC, str(expected.directory))
     call = gpu_measure.prepare(artifact, artifact_facts(artifact)["name"], data)
     size = sum(array.nbytes for array in data.values())
-    assert len(call._turns) * (2 * size) >= 40_000 > 2 * size
-    assert len({args.src for args in call._turns}) == len(call._turns)
-    for _ in call._turns:
+    assert len(call.copies) * (2 * size) >= 40_000 > 2 * size
+    assert len({args.src for args in call.copies}) == len(call.copies)
+    for _ in call.copies:
         call()
     gpu_measure.gpu().wait()
     want = np.load(expected.directory / "expected.npy").tobytes()
-    for args in call._turns:
+    for args in call.copies:
         memory = (ctypes.c_char * args.dst_size)()
         gpu_measure.gpu()("cuMemcpyDtoH_v2", memory, args.dst, args.dst_size)
         assert bytes(memory) == want
@@ -148,7 +152,7 @@ def test_calls_take_turns_on_more_than_the_cache_holds(
         ({"shared": (163 << 10) + 1}, "kernel: expected at most 166912 bytes of shared memory, found 166913"),
     ],
 )
-def test_what_takes_too_much_is_refused(changed: dict[str, int], text: str) -> None:
+def test_what_takes_too_much_is_refused(changed: dict[str, Any], text: str) -> None:
     fits = Resources("kernel", registers=128, spilled=0, shared=163 << 10, threads=512)
     gpu_measure.check_resources([fits], resolve("cuda:sm_80"))
     with pytest.raises(ResourceError, match=text):
@@ -194,7 +198,12 @@ def test_one_that_needs_more_memory_than_there_is_ends_as_such(
         return taken[-1]
 
     monkeypatch.setattr(gpu, "allocate", noted)
-    monkeypatch.setattr(gpu, "free", lambda address: (taken.remove(address), free(address)))
+
+    def released(address: int) -> None:
+        taken.remove(address)
+        free(address)
+
+    monkeypatch.setattr(gpu, "free", released)
     limit = 99
     assert [run(path, expected)["outcome"] for path in (artifact, wrong)] == ["ok", "wrong"]
     assert not taken
@@ -221,8 +230,7 @@ def test_a_candidate_that_ends_the_context_costs_its_trial(
 
 def build_altered(target: Target, root: Path, change: Callable[[str], str]) -> str:
     """The artifact of a candidate whose CUDA source is changed."""
-    from convgen.check.emulation import standin
-
+    standin: Any = importlib.import_module("convgen.check.emulation.standin")
     generate, changed = standin.generate, []
 
     def altered(lowered: Any) -> Any:
@@ -281,7 +289,7 @@ def test_a_device_of_a_fleet_has_a_gpu(artifact: str, expected: Expected, target
             result = runner.submit(artifact, expected, 1, seconds=0.01).result(LONG)
             assert (result.outcome, result.device) == ("ok", "a"), result.error
             samples = runner.duel([artifact, artifact], expected, 1, 2).result(LONG)
-            assert [len(taken) for taken in samples] == [2, 2]  # type: ignore[union-attr,arg-type]
+            assert [len(taken) for taken in samples] == [2, 2]  # type: ignore[union-attr]
         finally:
             runner.close()
     finally:
@@ -324,7 +332,7 @@ def test_a_bundle_goes_there_and_its_results_come_back(
 
 
 def test_a_bundle_refuses_a_machine_without_a_device(archive: Path, tmp_path: Path) -> None:
-    said = measure(archive, tmp_path, "/none", status=measure_bundle.TROUBLE)
+    said = measure(archive, tmp_path, "/none", status=TROUBLE)
     assert "cuda:sm_80: left out: expected a CUDA driver, found none" in said
 
 
@@ -356,14 +364,14 @@ def test_a_wrong_candidate_of_a_bundle_is_rejected(archive: Path, driver: Path, 
 
 
 def test_results_of_another_device_are_not_gone_on_with(tmp_path: Path) -> None:
-    facts = measure_bundle.facts()
-    measure_bundle.Results(str(tmp_path / "here"), "0", facts, "cuda")
+    facts = machine_facts()
+    Results(str(tmp_path / "here"), "0", facts, Cuda.machine_facts)
     for name in ("same", "other"):
         shutil.copy(tmp_path / "here", tmp_path / name)
-    measure_bundle.Results(str(tmp_path / "same"), "0", facts, "cuda")
+    Results(str(tmp_path / "same"), "0", facts, Cuda.machine_facts)
     other = {**facts, "gpu": {**facts["gpu"], "name": "Another"}}
-    with pytest.raises(measure_bundle.Trouble, match="another one"):
-        measure_bundle.Results(str(tmp_path / "other"), "0", other, "cuda")
+    with pytest.raises(Trouble, match="another one"):
+        Results(str(tmp_path / "other"), "0", other, Cuda.machine_facts)
 
 
 # ---- machines ----------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ from convgen.hardware.target import resolve
 from convgen.lowering.link import link
 from convgen.measure import fleet
 from convgen.measure.fleet import Devices, RemoteRunner, is_loopback, parse_address, status
+from convgen.measure.fleet import device as fleet_device
+from convgen.measure.fleet import remote as fleet_remote
 from convgen.measure.trial import Expected
 from convgen.records.outcome import INTERRUPTED, Result
 
@@ -251,12 +253,12 @@ def describing(monkeypatch: pytest.MonkeyPatch, *said: dict[str, Any]) -> None:
     def exchange(self: RemoteRunner, worker: Any, function: Any, arguments: Any, patience: float | None) -> Any:
         return next(answers)
 
-    monkeypatch.setattr(fleet.RemoteRunner, "_exchange", exchange)
-    monkeypatch.setattr(fleet, "status", lambda tracker: [Devices(KEY, 1, 1, 0)])
+    monkeypatch.setattr(RemoteRunner, "_exchange", exchange)
+    monkeypatch.setattr(fleet_remote, "status", lambda tracker: [Devices(KEY, 1, 1, 0)])
 
 
 def description(**facts: Any) -> dict[str, Any]:
-    return {"name": "c", "convgen": fleet._version(), "machine": machine().to_dict() | facts}
+    return {"name": "c", "convgen": fleet_device.version(), "machine": machine().to_dict() | facts}
 
 
 @pytest.mark.parametrize(
@@ -304,7 +306,7 @@ def test_a_device_keeps_what_it_was_sent_and_not_more_than_it_may(
     kept = tmp_path / "kept"
     kept.mkdir()
     monkeypatch.chdir(tmp_path)
-    device = fleet._Device(kept, 1, "a")
+    device = fleet_device.Device(kept, 1, "a")
     assert device.machine.logical == device.machine.cores == 1
     names = [path.name for path in expected.files]
 
@@ -319,7 +321,7 @@ def test_a_device_keeps_what_it_was_sent_and_not_more_than_it_may(
     assert list(kept.iterdir()) == []
     (kept / ("f" * 64)).mkdir()
     (kept / ("f" * 64) / "src.npy").write_bytes(b"old")
-    monkeypatch.setattr(fleet, "KEPT_BYTES", 1)
+    monkeypatch.setattr(fleet_device, "KEPT_BYTES", 1)
     send()
     device.keep({"digest": expected.digest, "names": names})
     assert [path.name for path in kept.iterdir()] == [expected.digest]

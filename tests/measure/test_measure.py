@@ -26,7 +26,8 @@ from convgen.lowering.candidates import parse_candidate
 from convgen.lowering.link import link
 from convgen.lowering.lower import lower
 from convgen.lowering.schedule import Candidate, Picks
-from convgen.measure.timing import SAMPLE_SECONDS, alternate, reference_kernel, repeats, sample, time_calls
+from convgen.measure.drift import reference_kernel
+from convgen.measure.standalone.timing import SAMPLE_SECONDS, alternate, repeats, sample, time_calls
 from convgen.measure.trial import (
     CandidateModule,
     Expected,
@@ -77,8 +78,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(sys.modules["convgen.measure.timing"], "time", clock)
-    monkeypatch.setattr(sys.modules["convgen.measure.timing"], "preemptions", lambda: clock.preempted)
+    monkeypatch.setattr(sys.modules["convgen.measure.standalone.timing"], "time", clock)
+    monkeypatch.setattr(sys.modules["convgen.measure.standalone.timing"], "preemptions", lambda: clock.preempted)
     return clock
 
 
@@ -146,7 +147,7 @@ def test_a_machine_that_is_never_quiet_is_measured_all_the_same(clock: Clock) ->
 
 def test_the_reference_kernel_is_the_median_of_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([2.0, 9.0, 1.0])
-    monkeypatch.setattr(sys.modules["convgen.measure.timing"], "sample", lambda call, count: next(times))
+    monkeypatch.setattr(sys.modules["convgen.measure.drift"], "sample", lambda call, count: next(times))
     assert reference_kernel(repeats=3) == 2.0
 
 

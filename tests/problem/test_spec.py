@@ -202,8 +202,9 @@ def test_descriptor(short: str, full: str) -> None:
 
 def test_values_may_be_lists_and_numpy_integers() -> None:
     """As TOML, YAML and JSON give them, and as code that computes them does."""
-    listed = ConvSpec(np.int64(1), 4, 6, [8, 9], [3], [np.int32(1), 1], [[1, 1], 1], layout="NCHW")
-    assert listed == ConvSpec(**BASE, padding=1)
+    untyped: Any = ConvSpec
+    listed = untyped(np.int64(1), 4, 6, [8, 9], [3], [np.int32(1), 1], [[1, 1], 1], layout="NCHW")
+    assert listed == ConvSpec(**BASE, padding=((1, 1), (1, 1)))
 
 
 def test_empty_batch() -> None:

@@ -29,9 +29,10 @@ from paths import SUPPORT
 from stores import MEMORY, PLACE, SPEC, contents, fill, json_values, other_database, record, some, writer
 
 from convgen.errors import RecordError
+from convgen.records import record as records_module
 from convgen.records import salvage
-from convgen.records import store as records_module
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 
 PAGE = 4096
 
@@ -297,7 +298,7 @@ def test_the_first_version_s_store_is_read(tmp_path: Path) -> None:
     """Not only opened: its identities must still be what a build would compute today."""
     path = tmp_path / "r.sqlite"
     path.write_bytes(gzip.decompress(FIRST.read_bytes()))
-    place = {"target": "cpu:znver4", "hardware": "AuthenticAMD-25-17-1", "threads": 2}
+    place: dict[str, Any] = {"target": "cpu:znver4", "hardware": "AuthenticAMD-25-17-1", "threads": 2}
     with RecordStore(path) as store:
         assert store.check().rows == 3
         assert store.check().ok
@@ -305,7 +306,7 @@ def test_the_first_version_s_store_is_read(tmp_path: Path) -> None:
         best = store.best(SPEC, **place)
         assert best is not None
         assert (best.picks, best.seconds) == ({"tile_ow": 28}, 5.123456789e-4)
-        key = {"schedule": "cpu_direct", "schedule_version": 1, "picks": {"tile_ow": 7}}
+        key: dict[str, Any] = {"schedule": "cpu_direct", "schedule_version": 1, "picks": {"tile_ow": 7}}
         versions = {"tvm": "0.27.0", "convgen": "0.1.0"}
         assert store.has(records_module.trial_key(spec=SPEC, **place, **key, versions=versions))
         assert not store.add(record())  # the first of the three
@@ -428,7 +429,8 @@ def test_a_removal_from_a_damaged_store_says_so(tmp_path: Path) -> None:
 
 LOADER = """
 import sys
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 path, writer, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with RecordStore(path) as store:
     for i in range(count):
@@ -680,8 +682,8 @@ def test_a_clock_that_runs_backwards_loses_nothing(tmp_path: Path, monkeypatch: 
 
     class Clock(datetime):
         @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime(next(years), 1, 1, tzinfo=UTC)
+        def now(cls, tz: Any = None) -> Clock:
+            return cls(next(years), 1, 1, tzinfo=UTC)
 
     monkeypatch.setattr(records_module, "datetime", Clock)
     items = [record(seconds=1e-3 * (i + 1), when=records_module.now()) for i in range(5)]
@@ -696,9 +698,9 @@ def test_a_clock_that_runs_backwards_loses_nothing(tmp_path: Path, monkeypatch: 
 
 
 def test_no_module_of_the_store_can_unpickle() -> None:
-    package = Path(records_module.__file__).parent
-    for name in ("records.py", "salvage.py", "best.py", "tuned/__init__.py", "cli/records.py"):
-        tree = ast.parse((package / name).read_text())
+    package = Path(records_module.__file__).parents[1]
+    for path in (*(package / "records").rglob("*.py"), package / "cli" / "records.py"):
+        tree = ast.parse(path.read_text())
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

@@ -33,7 +33,8 @@ from convgen.records.answer import Answer, best_record, find_record, preferred, 
 from convgen.records.opening import open_store
 from convgen.records.outcome import Result
 from convgen.records.pruning import prunable
-from convgen.records.store import RecordStore, TuningRecord, write_lines
+from convgen.records.record import TuningRecord, write_lines
+from convgen.records.store import RecordStore
 from convgen.tuning import recheck as recheck_module
 from convgen.tuning.recheck import check_records, measure_in_turn
 
@@ -150,7 +151,7 @@ def test_machines_of_the_same_kind() -> None:
 def test_a_record_of_a_like_machine_answers_and_the_kernel_says_so(
     store: RecordStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recheck_module, "recheck", no_measuring)
+    monkeypatch.setattr("convgen.api.recheck", no_measuring)
     store.add(final(another(), hardware=elsewhere(), winner=True))
     assert best_record(store, SPEC, resolve(), 2) is None
     kernel = convgen.build(SPEC, threads=2, records=store)
@@ -463,7 +464,7 @@ def test_what_is_wrong_is_found_in_a_worker(pools: Pools, monkeypatch: pytest.Mo
 def test_records_are_measured_again(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
     good, gone = record(default_candidate(SPEC, resolve())), record(schedule_version=1000)
     slow = record(another())
-    module = importlib.import_module("convgen.check.validate")
+    module = importlib.import_module("convgen.tuning.recheck")
     real = module.validate
     found = check_records([good, gone], resolve(), lambda: pools)
     outcomes = [(one.record, one.outcome, one.ratio_default) for one in found]
@@ -505,7 +506,7 @@ def test_why_a_record_does_not_answer(changes: dict[str, Any], reason: str) -> N
 
 def test_what_can_go_and_what_stays() -> None:
     now = WHEN.format(31)
-    recent = {"versions": OTHER, "when": WHEN.format(30)}
+    recent: dict[str, Any] = {"versions": OTHER, "when": WHEN.format(30)}
     trials = [record(another(), 1e-3 * i, when=WHEN.format(i)) for i in range(1, 6)]
     old = [record(another(), 1e-3 * i, **recent) for i in range(1, 6)]
     old_final = final(another(), 1.0, winner=True, **recent)

@@ -36,7 +36,8 @@ from stores import (
 )
 
 from convgen.errors import RecordError
-from convgen.records.store import RecordStore, TuningRecord, default_path, now, trial_key
+from convgen.records.record import TuningRecord, now, trial_key
+from convgen.records.store import RecordStore, default_path
 
 
 @pytest.fixture
@@ -451,7 +452,8 @@ def test_a_killed_writer_loses_nothing(tmp_path: Path) -> None:
 
 FORK = """
 import os, sys
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 store = RecordStore(sys.argv[1])
 def add(i):
     store.add(TuningRecord(spec="s", target="cpu", hardware="here", threads=1, schedule="reference", schedule_version=1,
@@ -566,7 +568,8 @@ def test_a_full_disk_loses_nothing_that_was_added(tmp_path: Path) -> None:
 FULL = """
 import resource, sys
 from convgen.errors import RecordError
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 store = RecordStore(sys.argv[1])
 try:

@@ -14,8 +14,10 @@ from paths import ROOT
 
 from convgen.formats.sources import read_specs
 from convgen.problem.spec import ConvSpec
-from convgen.report import picture
+from convgen.report.bench_page import page
+from convgen.report.figure import summary as figure
 from convgen.report.rows import RowFile
+from convgen.report.scale import Scale
 from convgen.report.tables import (
     CLASSES,
     Totals,
@@ -200,7 +202,7 @@ class Balance(HTMLParser):
         self.marks = 0
 
     def handle_starttag(self, tag: str, attributes: Any) -> None:
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "link"):
             self.open.append(tag)
         self.marks += tag == "path"
 
@@ -213,7 +215,7 @@ class Balance(HTMLParser):
 
 def test_a_page_needs_nothing_else() -> None:
     rows = [new(), row(B, torch=None), row(A, 2, ort=30e-3, torch=40e-3), row(B, 2, ort=None, torch=None)]
-    text = picture.page("a <net>", [*rows, new(f"{A} strict")])
+    text = page("a <net>", [*rows, new(f"{A} strict")])
     parser = Balance()
     parser.feed(text)
     assert parser.open == []
@@ -226,19 +228,19 @@ def test_a_page_needs_nothing_else() -> None:
 
 
 def test_scale() -> None:
-    scale = picture.Scale.of([1.1, 2.5])
+    scale = Scale.of([1.1, 2.5])
     assert scale.ticks == (0.75, 1.0, 1.5, 2.0, 3.0)
     assert (scale.place(0.1), scale.place(0.75), scale.place(3.0), scale.place(99)) == (0, 0, 1, 1)
     assert 0 < scale.place(1.0) < scale.place(2.0) < 1
-    assert picture.Scale.of([]).ticks == (0.75, 1.0, 1.5)
-    assert picture.Scale.of([0.01, 100]).ticks == (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+    assert Scale.of([]).ticks == (0.75, 1.0, 1.5)
+    assert Scale.of([0.01, 100]).ticks == (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 def test_a_figure_of_networks_is_one_drawing() -> None:
-    networks = {"one": [row(A), row(A, 2)], "two": [row(A, torch=None)], "cold": [row(A, mode="cold")]}
-    root = ElementTree.fromstring(picture.summary(networks))
+    networks = {"one": [row(A), row(A, 2)], "<two>": [row(A, torch=None)], "cold": [row(A, mode="cold")]}
+    root = ElementTree.fromstring(figure(networks))
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert [text for text in texts if text in ("one", "two", "cold")] == ["one", "two", "one"]
+    assert [text for text in texts if text in ("one", "<two>", "cold")] == ["one", "<two>", "one"]
     paths = list(root.iter("{http://www.w3.org/2000/svg}path"))
     assert len(paths) == 2 + 2 + 1 + 2  # the legend's, then the networks'
-    ElementTree.fromstring(picture.summary({}))
+    ElementTree.fromstring(figure({}))

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import astuple
 from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,10 +26,14 @@ from convgen.formats.entries import SpecEntry
 from convgen.hardware import machine
 from convgen.hardware.machine import Measured
 from convgen.problem.spec import ConvSpec
-from convgen.records.store import RecordStore, TuningRecord
-from convgen.report.page import page
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
+from convgen.report.gather import Model, gather, read_rows
 from convgen.report.rows import Row
-from convgen.report.tuning import Drift, Model, Ratio, gather, grouped, markdown, read_rows, span, wins
+from convgen.report.tuning import Drift, Ratio, grouped, wins
+from convgen.report.tuning_page import page
+from convgen.report.tuning_text import markdown
+from convgen.report.words import span
 
 HERE = "AuthenticAMD-1-2-3-0123456789ab-2"
 VERSIONS = {"convgen": "1", "tvm": "2"}
@@ -118,9 +123,9 @@ def this_machine(monkeypatch: pytest.MonkeyPatch) -> Measured:
     """This machine is the records', and its peak is known."""
     found = Measured(peak=400e9, l2=None, l3=None, dram=100e9, date=DAY)
     here = machine.Machine("Some CPU", HERE, frozenset(), 2, 2, None, None, None, 1 << 30)
-    monkeypatch.setattr("convgen.hardware.machine.machine", lambda: here)
+    monkeypatch.setattr("convgen.report.gather.machine", lambda: here)
     monkeypatch.setattr("convgen.hardware.roofline.machine", lambda: here)
-    monkeypatch.setattr("convgen.hardware.machine.measured", lambda threads: found)
+    monkeypatch.setattr("convgen.report.gather.measured", lambda threads: found)
     return found
 
 
@@ -134,7 +139,7 @@ def test_a_layer_of_a_job(store: RecordStore) -> None:
     assert (layer.seconds, layer.schedule, layer.picks, layer.compared) == (2.2e-3, "cpu_direct", {"tile": 3}, True)
     assert (layer.default_trial, layer.winner_trial, layer.kept_default) == (1, 3, False)
     assert layer.curve == [(1, 4e-3), (3, 2e-3)]
-    assert layer.others["default"].ratio == Ratio(2.0, pytest.approx(1.8), pytest.approx(2.2))
+    assert astuple(layer.others["default"].ratio) == (2.0, pytest.approx(1.8), pytest.approx(2.2))
     assert layer.others["onnxruntime"].seconds == 3e-3
     assert layer.others["onnxruntime"].ratio.verdict == "faster"
     assert layer.failures == {"crash": 2}
@@ -272,7 +277,7 @@ def test_a_machine_that_cannot_be_measured_has_no_limit(
     def fail(threads: int) -> Measured:
         raise MeasureError("no clock\nat all")
 
-    monkeypatch.setattr("convgen.hardware.machine.measured", fail)
+    monkeypatch.setattr("convgen.report.gather.measured", fail)
     (setting,) = gather(store).settings
     assert setting.no_limit.endswith("no clock")
     assert "no clock" in page(gather(store))

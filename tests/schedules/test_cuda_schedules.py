@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +112,37 @@ def run_serially(spec: ConvSpec, candidate: Candidate, cases: dict[str, Any]) ->
         return [(run.case, out) for run, out in outputs.items()]
 
 
-@pytest.mark.parametrize(("descriptor", "schedule"), pairs(SMOKE))
-def test_statements_run_serially_are_right(descriptor: str, schedule: Schedule) -> None:
-    spec = ConvSpec.parse(descriptor)
+def check_serially(spec: ConvSpec, schedule: Schedule, chosen: Iterable[Picks]) -> None:
+    """The outputs of these points are right, and their device code can be generated."""
     cases = {"exact": exact_data(spec), "float": float_data(spec)}
     expected = {case: reference(spec, data) for case, data in cases.items()}
-    for picks in [schedule.default(spec.core, TARGET), *random_picks(schedule, spec, 1)]:
+    for picks in chosen:
         candidate = Candidate(schedule, picks)
         for case, out in run_serially(spec, candidate, cases):
             if case == "exact" and spec.activation_op.exact and not schedule.transforms:
                 np.testing.assert_array_equal(out, expected[case], err_msg=str(candidate))
             assert worst(distance(out, expected[case]), tolerance(spec, cases[case])) <= 1, (case, candidate)
         assert "main_kernel" in generate(lower(spec, TARGET, candidate)).text
+
+
+def points(schedule: Schedule, spec: ConvSpec) -> list[Picks]:
+    """The default, and a drawn point where there are others."""
+    return [schedule.default(spec.core, TARGET), *random_picks(schedule, spec, 1)]
+
+
+@pytest.mark.parametrize(("descriptor", "schedule"), pairs(SMOKE))
+def test_statements_run_serially_are_right(descriptor: str, schedule: Schedule) -> None:
+    """The default for every other problem, else a point drawn from the space."""
+    spec = ConvSpec.parse(descriptor)
+    chosen = points(schedule, spec)
+    check_serially(spec, schedule, chosen[-1:] if SMOKE.index(descriptor) % 2 else chosen[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("descriptor", "schedule"), pairs(SMOKE))
+def test_defaults_and_drawn_points_run_serially_are_right(descriptor: str, schedule: Schedule) -> None:
+    spec = ConvSpec.parse(descriptor)
+    check_serially(spec, schedule, points(schedule, spec))
 
 
 def test_what_is_run_serially_is_compared() -> None:

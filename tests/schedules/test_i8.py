@@ -118,7 +118,7 @@ def test_every_schedule_is_exact(spec: ConvSpec) -> None:
 def test_ties_go_to_even_and_what_is_too_large_saturates(schedule: str, activation: str) -> None:
     spec = ConvSpec(1, 1, 3, (1, 513), (1, 1), activation=activation, dtype="i8", bias=True)
     scale = np.array([0.5, -0.5, 0.75], np.float32)
-    data = {
+    data: dict[str, np.ndarray] = {
         "src": (np.arange(513) % 256 - 128).astype(np.int8).reshape(spec.src_shape),
         "weights": np.array([1, 3, -2], np.int8).reshape(spec.weights_shape),
         "bias": np.array([1, 0, -1], np.int32),
@@ -157,7 +157,7 @@ def test_longer_sums_are_left_to_schedules_that_add_integers() -> None:
     with pytest.raises(Inapplicable, match="exact for 1024 products of i8; there are 1025"):
         parse_candidate(spec, NATIVE, "cpu_direct", None)
     assert default_candidate(spec, NATIVE).schedule.id == "reference"
-    small = ConvSpec(1, 32, 32, (14, 14), (3, 3), padding=1, dtype="i8")
+    small = ConvSpec(1, 32, 32, (14, 14), (3, 3), padding=((1, 1), (1, 1)), dtype="i8")
     with pytest.raises(Inapplicable, match="transform is not exact for i8"):
         parse_candidate(small, NATIVE, "cpu_winograd", None)
     assert default_candidate(small, NATIVE).schedule.id != "reference"

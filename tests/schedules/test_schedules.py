@@ -131,29 +131,34 @@ PAIRS = pairs(SMOKE)
 # ---- what comes out ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("descriptor", "schedule"), PAIRS)
-def test_kernels_of_the_default_and_of_random_picks_pass_validation(descriptor: str, schedule: Schedule) -> None:
+def check_points(descriptor: str, schedule: Schedule, drawn: int) -> None:
+    """The kernels of the default and of points drawn from the space pass validation."""
     spec = ConvSpec.parse(descriptor)
     rng = random.Random(f"{schedule.id} {descriptor}")
-    for picks in [schedule.default(spec.core, NATIVE), *random_picks(schedule, spec, 2, rng)]:
+    for picks in [schedule.default(spec.core, NATIVE), *random_picks(schedule, spec, drawn, rng)]:
         report = checked(compiled(spec, schedule, picks))
         assert {c.name for c in report.checks} >= {"memory", "threads", "float", "exact", "refusal"}
 
 
+@pytest.mark.parametrize(("descriptor", "schedule"), PAIRS)
+def test_kernels_of_the_default_and_of_a_random_point_pass_validation(descriptor: str, schedule: Schedule) -> None:
+    check_points(descriptor, schedule, 1)
+
+
 @pytest.mark.parametrize(("descriptor", "schedule"), pairs(PADDED))
 def test_padding_larger_than_the_input_passes_validation(descriptor: str, schedule: Schedule) -> None:
-    spec = ConvSpec.parse(descriptor)
-    rng = random.Random(f"{schedule.id} {descriptor}")
-    for picks in [schedule.default(spec.core, NATIVE), *random_picks(schedule, spec, 4, rng)]:
-        checked(compiled(spec, schedule, picks))
+    check_points(descriptor, schedule, 2)
 
 
 @pytest.mark.parametrize(("descriptor", "schedule"), pairs(FOUND))
 def test_what_was_found_passes_validation(descriptor: str, schedule: Schedule) -> None:
-    spec = ConvSpec.parse(descriptor)
-    rng = random.Random(f"{schedule.id} {descriptor}")
-    for picks in [schedule.default(spec.core, NATIVE), *random_picks(schedule, spec, 4, rng)]:
-        checked(compiled(spec, schedule, picks))
+    check_points(descriptor, schedule, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("descriptor", "schedule"), pairs([*SMOKE, *PADDED, *FOUND]))
+def test_more_random_points_pass_validation(descriptor: str, schedule: Schedule) -> None:
+    check_points(descriptor, schedule, 4)
 
 
 @pytest.mark.parametrize("schedule_id", schedules_of("cpu"))
@@ -184,6 +189,24 @@ def test_every_kernel_of_any_spec_passes_validation(spec: ConvSpec, channels: in
             checked(compiled(spec, schedule, picks), seed % 1000)
 
 
+def for_avx2(schedule: Schedule, dtype: str) -> ConvSpec:
+    """The first problem which the schedule takes on AVX2, in that dtype."""
+    problems = [spec.with_(dtype=dtype) for spec in map(ConvSpec.parse, SMOKE)]
+    return next(spec for spec in problems if schedule.reason_against(spec.core, HASWELL) is None)
+
+
+@pytest.mark.skipif(not HASWELL.native, reason="needs a CPU with AVX2")
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("schedule_id", schedules_of("cpu"))
+def test_code_for_avx2_passes_validation(schedule_id: str, dtype: str) -> None:
+    """One layer per schedule and dtype; all of them in the exhaustive run."""
+    schedule = find_schedule(schedule_id)
+    spec = for_avx2(schedule, dtype)
+    kernel = compiled(spec, schedule, schedule.default(spec.core, HASWELL), HASWELL)
+    assert "zmm" not in kernel.source("asm")
+    checked(kernel)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("descriptor", "schedule"), PAIRS)
 @pytest.mark.parametrize("target", [t for t in TARGETS[1:] if t.native], ids=str)
@@ -209,10 +232,10 @@ def large(draw: st.DrawFn) -> ConvSpec:
         ic=channels,
         oc=channels * draw(st.integers(1, 3)) if depthwise else draw(st.integers(1, 2048)),
         in_spatial=(size,) * rank if rank < 3 else (min(size, 40 + (kernel - 1) * dilation),) * 3,
-        kernel=kernel,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
+        kernel=(kernel,) * rank,
+        stride=(stride,) * rank,
+        padding=((padding, padding),) * rank,
+        dilation=(dilation,) * rank,
         groups=channels if depthwise else 1,
         transposed=transposed,
         layout=draw(st.sampled_from(("nchw", "nhwc"))),

@@ -62,16 +62,16 @@ def test_strided_is_the_strided_correlation() -> None:
 def test_transposed_is_the_transposed_convolution() -> None:
     rng = random.Random(0)
     for (m, k, s), begin in itertools.product(sizes(), range(4)):
-        *matrices, first = transposed(m, k, s, begin)
+        back, weights, inputs, first = transposed(m, k, s, begin)
         values = integers(rng, 40)
         x = dict(zip(range(-20, 20), values, strict=True))  # more than any tile reads
         g = integers(rng, k)
-        d = [x[first + i] for i in range(len(matrices[2][0]))]
+        d = [x[first + i] for i in range(len(inputs[0]))]
         expected = [
             sum((g[t] * x[(o + begin - t) // s] for t in range(k) if (o + begin - t) % s == 0), Fraction(0))
             for o in range(m * s)
         ]
-        assert bilinear(*matrices, d, g) == expected, (m, k, s, begin)
+        assert bilinear(back, weights, inputs, d, g) == expected, (m, k, s, begin)
 
 
 @pytest.mark.parametrize(
@@ -114,16 +114,28 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize("descriptor", LAYERS)
-def test_every_kind_of_transform_keeps_its_bound(descriptor: str) -> None:
+def check_tiles(descriptor: str, tiles: int) -> None:
+    """The kernels of the default and of a point for each of the largest tiles keep their bounds."""
     spec, rng = ConvSpec.parse(descriptor), random.Random(descriptor)
     space = WINOGRAD.space(spec.core, NATIVE)
     chosen = {WINOGRAD.default(spec.core, NATIVE)}
-    for m in space.domains["tile"]:
+    for m in sorted(space.domains["tile"])[-tiles:]:
         points = (p for p in iter(lambda: space.sample(rng), None) if p.tile == m)
         chosen.add(next(p for p in points if WINOGRAD.reason_against(spec.core, NATIVE, p) is None))
     for picks in chosen:
         validate(compile_candidate(spec, NATIVE, Candidate(WINOGRAD, picks), 2)).raise_if_failed()
+
+
+@pytest.mark.parametrize("descriptor", LAYERS)
+def test_every_kind_of_transform_keeps_its_bound(descriptor: str) -> None:
+    """The largest tile has the largest error."""
+    check_tiles(descriptor, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("descriptor", LAYERS)
+def test_every_tile_keeps_its_bound(descriptor: str) -> None:
+    check_tiles(descriptor, 99)
 
 
 @pytest.mark.parametrize(

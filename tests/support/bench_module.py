@@ -1,8 +1,8 @@
-"""The programs in ``bench/``, which are no package, as modules."""
+"""The programs in ``bench/``, which are not installed, as modules."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from types import ModuleType
 
@@ -10,12 +10,7 @@ from paths import ROOT
 
 
 def load_bench(name: str) -> ModuleType:
-    """``bench/<name>.py``, known to pickle and to worker processes as ``bench_<name>``."""
-    path = ROOT / "bench" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """``bench/<name>.py``."""
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    return importlib.import_module(f"bench.{name}")

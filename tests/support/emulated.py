@@ -9,7 +9,7 @@ import numpy as np
 
 from convgen.lowering.lower import Lowered
 
-ORDERS = ("ascending", "descending", 1)
+ORDERS: tuple[str | int, ...] = ("ascending", "descending", 1)
 
 
 def packed(lowered: Lowered, data: dict[str, Any]) -> list[Any]:

@@ -108,7 +108,7 @@ def interface() -> Interface:
 def c_kernel(folder: Path, *, store: str = "t.dst[at] = v", before: str = "", threads: int = 3) -> CpuKernel:
     """The kernel of :data:`SPEC` with other statements in two places: right, as it stands."""
     spec = SPEC
-    lowered = Lowered(spec, resolve(), Candidate(Reference(), Picks()), None, (spec.weights_shape, (spec.oc,)))
+    lowered = Lowered(spec, resolve(), Candidate(Reference(), Picks()), None, interface().packed)
     object_file = compile_c(SOURCE.format(store=store, before=before), folder / "kernel.o")
     library = link(interface(), object_file, folder / "libplanted.so")
     return CpuKernel(lowered, interface(), object_file, library, threads, None, folder)
@@ -132,7 +132,7 @@ class Planted(Reference):
         transforms: bool = False,
     ) -> None:
         self.sums, self.parameters, self.finish, self.activation = sums or convolution, parameters, finish, activation
-        self.transforms = transforms  # type: ignore[misc]
+        self.transforms = transforms
 
     def program(self, spec: ConvSpec, target: Any, picks: Picks) -> Program:
         from tvm import te
@@ -144,7 +144,7 @@ class Planted(Reference):
 
         def value(n: Any, o: Any, pixel: tuple[Any, ...]) -> Any:
             total = self.finish(acc[(n, o, *pixel)], acc, (n, o, *pixel), spec)
-            residual = ops.residual[ops.order(n, o, pixel)] if spec.residual else None
+            residual = ops.residual[ops.order(n, o, pixel)] if ops.residual is not None else None
             given = self.parameters(ops.per_channel(vectors, o), o)
             if self.activation is None:
                 return epilogue(spec, total, residual=residual, **given)

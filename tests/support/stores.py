@@ -13,7 +13,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from convgen.records.store import OUTCOMES, RecordStore, TuningRecord
+from convgen.records.record import OUTCOMES, TuningRecord
+from convgen.records.store import RecordStore
 
 SPEC = "conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu"
 
@@ -99,7 +100,8 @@ def records(draw: st.DrawFn) -> TuningRecord:
 
 WRITER = """
 import sys
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 path, writer, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with RecordStore(path) as store:
     for i in range(count):

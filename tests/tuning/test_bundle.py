@@ -16,7 +16,6 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,17 @@ from convgen.lowering.candidates import default_candidate
 from convgen.lowering.interface import Interface
 from convgen.lowering.lower import compile_object, lower
 from convgen.lowering.versions import versions
+from convgen.measure import standalone
 from convgen.measure import trial as measure
+from convgen.measure.standalone import timing
+from convgen.measure.standalone.errors import Trouble
+from convgen.measure.standalone.facts import facts as machine_facts
+from convgen.measure.standalone.facts import processors
+from convgen.measure.standalone.results import Results, digest
 from convgen.problem.accuracy import error_factor
 from convgen.problem.spec import ConvSpec
-from convgen.records.store import RecordStore, TuningRecord
-from convgen.runtime import measure_bundle
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 from convgen.tuning.bundle import (
     import_results,
     machine_from_facts,
@@ -49,6 +54,7 @@ from convgen.tuning.bundle import (
     trial_id,
     unpacked,
 )
+from convgen.tuning.bundle.archive import write_runner
 
 SPEC = planted.SPEC
 #: An interpreter that finds nothing but the standard library, in an environment without variables.
@@ -97,7 +103,7 @@ def write(path: Path, values: list[dict[str, Any]]) -> None:
     text = ""
     for i, line in enumerate(values):
         line = {**line, "run": run_digest} if i else dict(line)
-        line["digest"] = measure_bundle.digest(line)
+        line["digest"] = digest(line)
         run_digest = run_digest or line["digest"]
         text += json.dumps(line) + "\n"
     path.write_text(text)
@@ -140,7 +146,7 @@ def test_records_are_those_of_measuring_live(results: Path, archive: Path, tmp_p
 
 
 def test_this_machine_is_told_as_it_is_known_here(results: Path, tmp_path: Path) -> None:
-    here = machine_from_facts(measure_bundle.facts())
+    here = machine_from_facts(machine_facts())
     assert here == machine()
     (tmp_path / "facts.json").write_text(json.dumps(here.to_dict()))
     assert read_facts(tmp_path / "facts.json") == read_facts(results) == here
@@ -159,58 +165,36 @@ def test_a_machine_of_cores_of_two_kinds() -> None:
         for i, (part, extra) in enumerate([("0xd03", ""), ("0xd03", ""), ("0xd09", "crc32")])
     )
     text += "\n\nHardware\t: board\nSerial\t\t: 0123456789"
-    kept = measure_bundle.processors(text)
+    kept = processors(text)
     assert parse_cpuinfo(kept) == parse_cpuinfo(text)
     assert kept.count("CPU part") == 2
     assert "Serial" not in kept
 
 
-def test_the_same_estimator_as_measuring_live(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both on one false clock, with disturbances at the same moments."""
-
-    class Clock:
-        def __init__(self) -> None:
-            self.now, self.calls = 0.0, 0
-
-        def perf_counter(self) -> float:
-            return self.now
-
-        def call(self) -> None:
-            self.calls += 1
-            self.now += 1e-4 * (1 + self.calls % 7)
-
-        def preemptions(self) -> int:
-            return self.calls // 40
-
-    def both(what: Callable[[Any, Clock], Any]) -> None:
-        answers = []
-        for module in (measure, measure_bundle):
-            clock = Clock()
-            monkeypatch.setattr(module, "time", clock)
-            monkeypatch.setattr(module, "preemptions", clock.preemptions)
-            answers.append((what(module, clock), clock.calls))
-        assert answers[0] == answers[1]
-
-    for hopeless in (0.0, 1e-5, 1.0):
-        for seconds in (0.1, 1e-4):
-
-            def times(module: Any, clock: Clock, seconds: float = seconds, hopeless: float = hopeless) -> list[float]:
-                more = {"sample_seconds": measure.SAMPLE_SECONDS} if module is measure_bundle else {}
-                return list(module.time_calls(clock.call, seconds=seconds, hopeless=hopeless, **more))
-
-            both(times)
-    both(lambda module, clock: module.alternate([clock.call, clock.call], rounds=7, seconds=5e-3))
+def test_measuring_live_takes_times_by_the_same_functions() -> None:
+    used = vars(measure)
+    assert (used["time_calls"], used["alternate"]) == (timing.time_calls, timing.alternate)
 
 
 def test_the_runner_is_for_python_3_8_and_its_library() -> None:
-    text = resources.files("convgen").joinpath("runtime", "measure_bundle.py").read_text(encoding="utf-8")
-    tree = ast.parse(text, feature_version=(3, 8))
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported <= sys.stdlib_module_names
     newer = {"removeprefix", "removesuffix", "UTC", "pairwise", "strict", "file_digest"}
-    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    assert not newer & (names | {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)})
+    for path in sorted(Path(standalone.__file__).parent.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        relative = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+        assert all(node.level == 1 for node in relative), path
+        absolute = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+        assert imported | {str(node.module) for node in absolute} <= sys.stdlib_module_names, path
+        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not newer & (names | {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}), path
+
+
+def test_equal_sources_make_equal_runners(folder: Path, tmp_path: Path) -> None:
+    write_runner(tmp_path / "run.py")
+    assert (tmp_path / "run.py").read_bytes() == (folder / "run.py").read_bytes()
+    with zipfile.ZipFile(tmp_path / "run.py") as file:
+        sources = {f"standalone/{path.name}" for path in Path(standalone.__file__).parent.glob("*.py")}
+        assert set(file.namelist()) == {"__main__.py", *sources}
 
 
 # ---- what goes wrong there -----------------------------------------------------------------------
@@ -323,14 +307,14 @@ def test_it_goes_on_after_a_kill(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = measure_bundle.Results(str(tmp_path / "r.jsonl"), "0", measure_bundle.facts())
+    results = Results(str(tmp_path / "r.jsonl"), "0", machine_facts())
     before = (tmp_path / "r.jsonl").read_bytes()
 
     def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(measure_bundle.Trouble, match=r"r.jsonl: No space left on device; what was measured"):
+    with pytest.raises(Trouble, match=r"r.jsonl: No space left on device; what was measured"):
         results.add({"kind": "trial"})
     assert (tmp_path / "r.jsonl").read_bytes() == before
 
@@ -489,7 +473,7 @@ def test_what_cannot_be_packed(tmp_path: Path) -> None:
         pack([SPEC.with_(n=0)], [resolve()], [1], tmp_path / "b.zip")
     with pytest.raises(ExportError, match="No such file"):
         pack([SPEC], [resolve()], [1], tmp_path / "absent" / "b.zip")
-    facts = measure_bundle.facts()
+    facts = machine_facts()
     facts["cpuinfo"] = "vendor_id\t: X\nflags\t: sse"
     with pytest.raises(UnsupportedError, match=r"expected a machine that has .*avx"):
         pack([SPEC], [resolve("cpu:haswell")], [1], tmp_path / "b.zip", machine=machine_from_facts(facts))

@@ -23,7 +23,8 @@ from convgen.errors import SpecError
 from convgen.hardware.target import resolve
 from convgen.problem.spec import ConvSpec
 from convgen.records.answer import best_record, is_final
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 from convgen.tuning.job import Job, split_sources
 from convgen.tuning.job_run import JobRun
 
@@ -412,9 +413,10 @@ def test_two_jobs_on_one_store_do_not_repeat_each_other(tmp_path: Path) -> None:
         assert len(jobs) >= 1
 
 
-def test_ten_hours_stay_flat_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands of trials by a false clock; what a trial leaves in memory is a fraction of its record."""
-    hours, clock = 10, Clock()
+@pytest.mark.parametrize("hours", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_hours_stay_flat_in_memory(hours: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many trials by a false clock; what a trial leaves in memory is a fraction of its record."""
+    clock = Clock()
     models = tuple(f"conv1d n1 ic4 oc{oc} i20 k3" for oc in range(1, 41))
     fake_tuning(monkeypatch, FakeSchedule(size=400))
     cheap: Callable[..., Any] = lambda self, pool, count: pool[:count]  # noqa: E731 - no ranking of thousands
@@ -430,7 +432,7 @@ def test_ten_hours_stay_flat_in_memory(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(RecordStore, "_flush", lambda self: None)
     with RecordStore(tmp_path / "records.sqlite") as store:
-        store._run(lambda db: db.execute("PRAGMA synchronous = OFF"))  # ten hours in seconds
+        store._run(lambda db: db.execute("PRAGMA synchronous = OFF"))  # hours in seconds
         run = JobRun(job, store, pools, report=report, now=clock)
         tracemalloc.start()
         try:
@@ -439,7 +441,7 @@ def test_ten_hours_stay_flat_in_memory(tmp_path: Path, monkeypatch: pytest.Monke
             tracemalloc.stop()
             run.close()
     assert run.spent == pytest.approx(hours * 3600.0, rel=0.02)
-    assert run.measured > 5000
+    assert run.measured > 500 * hours
     (first, least), (last, most) = sizes[1], sizes[-1]
     assert most - least < 2000 * (last - first)
 

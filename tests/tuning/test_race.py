@@ -7,6 +7,7 @@ import math
 import random
 import statistics
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,6 +34,11 @@ def race(*schedules: Fake, seed: int = 0, **options: Any) -> Race:
         for module in (race_module, candidates):
             patch.setattr(module, "schedules", lambda: found)
         return Race(LAYER, resolve(), 2, seed, **options)
+
+
+def divisible(modulus: int) -> Callable[[Picks], bool]:
+    """Whether the sum of a point's numbers is."""
+    return lambda picks: sum(map(int, picks.values())) % modulus == 0
 
 
 def ok(seconds: float) -> Result:
@@ -122,9 +128,9 @@ def test_no_candidate_comes_twice_and_every_one_is_valid(data: st.DataObject, se
     sizes = st.lists(st.integers(1, 5), min_size=1, max_size=3)
     schedules = []
     for name in "abc"[: data.draw(st.integers(1, 3))]:
-        domains = {f"x{i}": list(range(size)) for i, size in enumerate(data.draw(sizes))}
+        domains: dict[str, Any] = {f"x{i}": list(range(size)) for i, size in enumerate(data.draw(sizes))}
         modulus = data.draw(st.integers(1, 3))
-        schedules.append(Fake(name, good=lambda p, m=modulus: sum(p.values()) % m == 0, **domains))
+        schedules.append(Fake(name, good=divisible(modulus), **domains))
     run, rng, asked = race(*schedules, seed=seed), random.Random(seed), list[Candidate]()
     while batch := run.ask(rng.randint(1, 10)):
         asked += batch
@@ -173,7 +179,7 @@ def test_the_same_seed_asks_for_the_same() -> None:
 
 
 def test_a_schedule_that_stays_behind_drops_out() -> None:
-    wide = {"x": list(range(24))}
+    wide: dict[str, Any] = {"x": list(range(24))}
     leader, close, behind = Fake("leader", **wide), Fake("close", **wide), Fake("behind", **wide)
     speed = {"leader": 1.0, "close": BEHIND - 0.01, "behind": BEHIND + 0.01}
     run, tried = race(leader, close, behind), Counter[str]()
@@ -208,7 +214,7 @@ def test_where_everything_fails_everything_is_tried() -> None:
 
 
 def test_faster_schedules_are_tried_more() -> None:
-    wide = {"x": list(range(1000))}
+    wide: dict[str, Any] = {"x": list(range(1000))}
     fast, slower = Fake("fast", **wide), Fake("slower", **wide)
     run, tried = race(fast, slower), Counter[str]()
     for _ in range(10):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from convgen.hardware.target import Target, resolve
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.schedule import Candidate, Picks
 from convgen.problem.spec import ConvSpec
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 from convgen.tuning.ranker import WINNERS, Ranker
 
 LAYER = ConvSpec.parse("conv2d n1 ic64 oc64 i28x28 k3x3 p1")
@@ -28,7 +28,7 @@ FAST, SLOW = Fake("fast", 1e-4, tile_x=SIZES, tile_y=SIZES), Fake("slow", 3e-4, 
 
 
 @pytest.fixture(autouse=True)
-def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Fake]]:
+def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fake]:
     """The schedules that records may name."""
     found = {schedule.id: schedule for schedule in (FAST, SLOW)}
     monkeypatch.setattr(importlib.import_module("convgen.tuning.ranker"), "schedules", lambda: found)

@@ -33,7 +33,8 @@ from convgen.problem.spec import ConvSpec
 from convgen.records.answer import is_final
 from convgen.records.claims import Claims, claims_path
 from convgen.records.outcome import Result
-from convgen.records.store import RecordStore, TuningRecord
+from convgen.records.record import TuningRecord
+from convgen.records.store import RecordStore
 from convgen.tuning.final import final_comparison
 from convgen.tuning.journal import Journal
 from convgen.tuning.rounds import begin_round
@@ -169,7 +170,7 @@ def test_failures_are_outcomes_and_the_run_goes_on(
 def test_a_candidate_that_cannot_be_scheduled_is_an_outcome(
     tuner: Tuner, store: RecordStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    direct = parse_candidate(SPEC, tuner.target, "cpu_direct").schedule
+    direct: Any = parse_candidate(SPEC, tuner.target, "cpu_direct").schedule
     apply, seen = type(direct).apply, list[Picks]()
 
     def sometimes(self: Schedule, sch: Any, spec: ConvSpec, target: Any, picks: Picks) -> None:

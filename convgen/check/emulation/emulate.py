@@ -26,8 +26,9 @@ import numpy.typing as npt
 from ...errors import BuildError, KernelError
 from ...lowering.interface import SWIZZLES, TENSOR_TYPES, Launch, TensorMap
 from ...lowering.link import source as runtime_source
+from ..sandbox import Guarded
 
-#: Threads of a block, and blocks, run one after the other: in their order, in the reverse, or by a seed.
+#: Orders in which threads and blocks run one after the other; a number is the seed of a random order.
 ORDERS = {"ascending": -1, "descending": -2}
 _SHARED = re.compile(
     r"__shared__\s+(?:__align__\(\d+\)\s+)?(?P<type>[\w ]+?)\s+(?P<name>\w+)\s*(?P<sizes>(?:\[[^\]]*\])+);"
@@ -86,7 +87,7 @@ def compile_emulated(text: str, directory: Path) -> Path:
 
 @functools.cache
 def _machine(_compiler: str) -> bytes:
-    """What kernels run on, compiled."""
+    """The machine that kernels run on (``runtime/emulate.cpp``), compiled."""
     with tempfile.TemporaryDirectory(prefix="convgen-emulate-") as folder:
         for name in ("emulate.h", "emulated_map.h", "emulate.cpp"):
             Path(folder, name).write_text(runtime_source(name), encoding="utf-8")
@@ -182,22 +183,28 @@ def emulated_driver(directory: Path, capability: tuple[int, int] = (8, 0), devic
         BuildError: there is no g++ (``CXX`` may name one), or it failed.
     """
     library = Path(directory).resolve() / "libcuda.so.1"
+    sources = tuple((name, runtime_source(name)) for name in ("emulated_map.h", "emulated_driver.cpp"))
+    library.write_bytes(_driver(os.environ.get("CXX", ""), sources, capability, devices))
+    return library
+
+
+@functools.cache
+def _driver(_compiler: str, sources: tuple[tuple[str, str], ...], capability: tuple[int, int], devices: int) -> bytes:
+    """The driver, compiled; ``sources`` are names and texts."""
     major, minor = capability
-    with tempfile.TemporaryDirectory(prefix=".emulate-", dir=directory) as folder:
-        for name in ("emulated_map.h", "emulated_driver.cpp"):
-            Path(folder, name).write_text(runtime_source(name), encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="convgen-emulate-") as folder:
+        for name, text in sources:
+            Path(folder, name).write_text(text, encoding="utf-8")
         defines = (f"-DMAJOR={major}", f"-DMINOR={minor}", f"-DDEVICES={devices}")
         flags = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", "-fno-gnu-unique")
-        _compile((*flags, *defines, "-o", str(library), "emulated_driver.cpp", "-ldl"), folder)
-    return library
+        _compile((*flags, *defines, "-o", "libcuda.so.1", "emulated_driver.cpp", "-ldl"), folder)
+        return Path(folder, "libcuda.so.1").read_bytes()
 
 
 # ---- the child --------------------------------------------------------------------------------
 
 
 def _child(folder: Path) -> None:
-    from ..sandbox import Guarded
-
     job = json.loads((folder / "job.json").read_text())
     library = ctypes.CDLL(job["library"])
     memory: dict[str, npt.NDArray[np.uint8]] = {}

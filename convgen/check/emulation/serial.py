@@ -1,4 +1,4 @@
-"""A GPU's schedule as code for the CPU: what its threads do, one after the other.
+"""A GPU's schedule as code for the CPU that does what the threads do, one after the other.
 
 Thread-bound loops become serial ones, and memory of every scope plain memory. Threads that fill shared memory
 together are a loop of their own within the loop over threads, so that each thread's turn fills it anew: the same
@@ -45,7 +45,7 @@ def serialised(lowered: Lowered, target: Target | None = None) -> Lowered:
 
 
 def _without_pipelines(nodes: list[dict[str, Any]], annotations: list[int]) -> list[int]:
-    """Keys and values in turn, but for those that would run copies ahead of their use."""
+    """Annotations as keys and values in turn, without those that start copies ahead of their use."""
     pairs = zip(annotations[::2], annotations[1::2], strict=True)
     kept = [pair for pair in pairs if not str(nodes[pair[0]]["data"]).startswith("software_pipeline")]
     return [index for pair in kept for index in pair]

@@ -118,7 +118,7 @@ def softplus(p: Expr) -> Expr:
 
 
 def _inverse(p: Expr) -> Expr:
-    """1 / p of a constant, and of ``1 + exp(q)``, which is sigmoid(-q)."""
+    """1 / p, where p is a constant or ``1 + exp(q)``; the latter gives sigmoid(-q)."""
     if not p.terms:
         raise NoExpressionError
     if p.terms == number(p.constant).terms:
@@ -130,7 +130,7 @@ def _inverse(p: Expr) -> Expr:
 
 
 def _alone(p: Expr) -> tuple[Any, ...] | None:
-    """The atom that an expression is; None where it is something else."""
+    """The only atom of an expression that is nothing but one atom; None for others."""
     if len(p.terms) != 1 or p.terms[0][1] != 1 or len(p.terms[0][0]) != 1 or p.terms[0][0][0][1] != 1:
         return None
     return p.terms[0][0][0][0]

@@ -24,7 +24,7 @@ from ...errors import SpecError
 
 #: A message up to this size is taken as it is; also the largest tensor whose data stays with the graph.
 SMALL = 1024
-#: Of the graph without the data of its tensors: bytes, and fields seen on the way to them.
+#: Limits of a graph without its tensors' data: bytes, and fields visited while they are collected.
 MAX_GRAPH, MAX_FIELDS = 64 << 20, 1 << 20
 _MAX_DEPTH = 100  # protobuf's own limit
 
@@ -123,7 +123,7 @@ class ModelFile:
         if length != size or any(dim < 0 for dim in tensor.dims):
             raise SpecError("length", f"{size} bytes as its shape and dtype have", length, where)
         location = info.get("location", "")
-        if not location:  # in the model's own file, where it was left
+        if not location:  # the data is in the model's own file
             return self._read(self._file, offset, length, where)
         if self.folder is None:
             raise SpecError("location", "a path to the model, for its external data", "a model in memory", where)

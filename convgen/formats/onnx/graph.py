@@ -37,8 +37,8 @@ Shape = tuple[Dim, ...]
 Array = npt.NDArray[Any]
 
 ROOTS = frozenset({"", "ai.onnx"})  # the two spellings of ONNX's own operator domain
-MAX_NODES, MAX_CALLS = 250_000, 100  # of functions inlined: nodes in all, calls inside each other
-MAX_ELEMENTS, MAX_STEPS = 1 << 28, 256  # of a constant that is computed, not stored
+MAX_NODES, MAX_CALLS = 250_000, 100  # limits of inlining: nodes in all, depth of nested calls
+MAX_ELEMENTS, MAX_STEPS = 1 << 28, 256  # limits of a constant that is computed: elements, nodes
 
 #: Operators that give a constant for constants, in time and memory of their output.
 _FOLDED = {"ConstantOfShape", "Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
@@ -486,7 +486,7 @@ class Scope:
         while wanted:
             at = wanted.pop()
             index = self.producers.get(at)
-            if index is None or at in self.tensors:  # stored, or of a graph around this one
+            if index is None or at in self.tensors:  # it is stored, or belongs to a surrounding graph
                 leaves[at] = self.value(at) if at not in leaves else leaves[at]
             elif self.nodes[index].op_type == "Shape":
                 leaves[at] = self._shape_of(self.nodes[index])

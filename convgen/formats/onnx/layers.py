@@ -64,17 +64,17 @@ class _Reader:
 
     def layers(self, arrays: bool) -> list[OnnxLayer]:
         nodes = [i for i, n in enumerate(self.scope.nodes) if n.op_type in CONVOLUTIONS and n.domain in ROOTS]
-        depth: dict[str, int] = defaultdict(int)  # value -> convolutions on the longest way to it
+        depth: dict[str, int] = defaultdict(int)  # value -> number of convolutions on the longest path to it
         for node in self.scope.nodes:
             before = max((depth[name] for name in node.input), default=0)
             depth.update(dict.fromkeys(node.output, before + (node.op_type in CONVOLUTIONS)))
-        # The deepest first: of the convolutions that meet in an addition it takes it.
+        # The deepest convolution first, so that it is the one that takes an addition in which several meet.
         order = sorted(nodes, key=lambda index: (depth[self.scope.nodes[index].output[0]], index), reverse=True)
         layers = {index: self._layer(self.scope.nodes[index], arrays) for index in order}
         return [layers[index] for index in nodes]
 
     def lost(self, name: str) -> str:
-        """Where a shape got lost: after the first node on the way back whose inputs all have one."""
+        """Names, for a message, the node after which shapes are unknown although those of its inputs are known."""
         way = []
         while name not in self._lost and (index := self.scope.producers.get(name)) is not None:
             node = self.scope.nodes[index]
@@ -106,7 +106,7 @@ class _Fold:
     Attributes: ``src``, ``dst`` and ``residual`` name the values that the spec's tensors are.
     """
 
-    #: Of src and weights.
+    #: ONNX's number of a dtype that src and weights may have -> its name.
     dtypes: ClassVar[Mapping[int, str]] = _DTYPES
 
     def __init__(self, reader: _Reader, node: NodeProto, where: str) -> None:
@@ -551,7 +551,7 @@ def _plain(layer: OnnxLayer) -> dict[str, Any]:
 
 
 def _told(error: ConvgenError) -> list[str]:
-    """What makes an error: four texts of a SpecError, one of an UnsupportedError."""
+    """An error as its arguments: four texts for a SpecError, one for an UnsupportedError."""
     if isinstance(error, SpecError):
         return [error.field, error.expected, str(error.found), error.where]
     return [str(error)]

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...errors import RecordError
 from ...hardware.machine import machine
-from ..store import TuningRecord, read_lines, write_lines, write_whole
+from ..record import TuningRecord, read_lines, write_lines, write_whole
 
 #: Where the databases are.
 FOLDER = Path(__file__).parent

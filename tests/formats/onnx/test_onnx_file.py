@@ -264,11 +264,11 @@ def nested(levels: int, padding: int = 0) -> bytes:
 
     graph = field(1, field(4, b"Identity") + field(1, b"x") + field(2, b"z"))
     for level in range(levels):
-        branch = field(1, b"then_branch") + field(6, graph) + b"\xa0\x01\x05"  # type: GRAPH
+        branch = field(1, b"then_branch") + field(6, graph) + b"\xa0\x01\x05"  # the attribute's type is GRAPH
         name = b"z%d" % level
         node = field(4, b"If") + field(1, b"x") + field(2, name) + field(5, branch) + field(6, b" " * padding)
         graph = field(1, node)
-    return made([conv()]).SerializeToString() + field(7, graph)
+    return bytes(made([conv()]).SerializeToString()) + field(7, graph)
 
 
 def test_nesting(tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""What a worker process runs: ``python -m convgen.check.fuzz.checking FD`` answers on the pipe with that number."""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cache
+from multiprocessing.connection import Connection
+
+from ...errors import BuildError, Inapplicable, SpecError, UnsupportedError
+from ...hardware.target import Target, resolve
+from ...kernel.kernel import compile_candidate
+from ...lowering.candidates import default_candidate, parse_candidate
+from ...problem.spec import ConvSpec
+from ..validate import validate
+from .cases import Outcome
+
+
+def check(spec: str, target: str, threads: int, seed: int, schedule: str | None, picks: str | None) -> Outcome:
+    """Build a candidate and validate it, as ``convgen validate`` does; never raises."""
+    try:
+        layer, where = ConvSpec.parse(spec), _resolved(target)
+        if schedule is None:
+            candidate = default_candidate(layer, where)
+        else:
+            candidate = parse_candidate(layer, where, schedule, picks)
+        report = validate(compile_candidate(layer, where, candidate, threads), seed=seed)
+    except BuildError as error:
+        return Outcome("build", str(error))
+    except (SpecError, Inapplicable, UnsupportedError) as error:
+        return Outcome("refused", str(error))
+    except Exception as error:  # whatever it is, it is a finding
+        return Outcome("error", f"{type(error).__name__}: {error}")
+    made = tuple(made.name for made in report.checks)
+    for failed in report.checks:
+        if not failed.passed:
+            kind = "wrong" if failed.name in ("float", "exact") else failed.name
+            return Outcome(kind, f"{failed.name}: {failed.found}", made)
+    return Outcome("ok", "", made, report.worst_error)
+
+
+@cache
+def _resolved(target: str) -> Target:
+    return resolve(target)
+
+
+def _serve(pipe: Connection) -> None:
+    """Check what comes through the pipe, until the process at its other end is gone."""
+    faulthandler.enable()
+    pipe.send("ready")
+    with suppress(EOFError):
+        while True:
+            pipe.send(asdict(check(**pipe.recv())))
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])))

@@ -1,0 +1,195 @@
+"""Making a failing case as simple as it can be while it fails in the same way.
+
+One field or pick at a time is made simpler, after Zeller & Hildebrandt, *Simplifying and Isolating Failure-Inducing
+Input*, IEEE TSE 28(2), 2002.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+from ...errors import SpecError
+from ...hardware.target import Target
+from ...lowering.discover import schedule as find_schedule
+from ...lowering.schedule import Picks
+from ...problem.spec import ConvSpec
+from .cases import Case
+
+T = TypeVar("T", bound=Hashable)
+Step = Callable[[T], Iterable[T]]
+
+
+def shrink(value: T, steps: Sequence[Step[T]], fails: Callable[[T], bool], until: float = math.inf) -> T:
+    """The simplest value that ``steps`` lead to and that still ``fails``.
+
+    A step gives simpler values, the simplest first. It is repeated while one of them fails, and so are all steps
+    in turn, until none helps or the clock says ``until``. Nothing is tried twice.
+    """
+    tried = {value}
+
+    def simpler(step: Step[T]) -> T | None:
+        for candidate in step(value):
+            if candidate not in tried and time.monotonic() < until:
+                tried.add(candidate)
+                if fails(candidate):
+                    return candidate
+        return None
+
+    before = None
+    while before != value:
+        before = value
+        for step in steps:
+            while (found := simpler(step)) is not None:
+                value = found
+    return value
+
+
+Changes = dict[str, Any]
+
+
+def _smaller(value: int, least: int) -> list[int]:
+    """Down to ``least``: that itself, the middle, one less."""
+    return [v for v in dict.fromkeys((least, (least + value) // 2, value - 1)) if least <= v < value]
+
+
+def _plain(name: str, neutral: Any) -> Callable[[ConvSpec], Iterator[Changes]]:
+    """A field at its neutral value."""
+
+    def step(spec: ConvSpec) -> Iterator[Changes]:
+        if getattr(spec, name) != neutral:
+            yield {name: neutral}
+
+    return step
+
+
+def _epilogue(spec: ConvSpec) -> Iterator[Changes]:
+    yield {"bias": False, "residual": False, "activation": "none"}
+    yield {"residual": False}
+    yield {"activation": "none"}
+    yield {"bias": False}
+
+
+SPATIAL = ("in_spatial", "kernel", "stride", "padding", "dilation", "output_padding")
+
+
+def _fewer_axes(spec: ConvSpec) -> Iterator[Changes]:
+    for axis in range(spec.rank if spec.rank > 1 else 0):
+        yield {name: (v := getattr(spec, name))[:axis] + v[axis + 1 :] for name in SPATIAL}
+
+
+def _not_transposed(spec: ConvSpec) -> Iterator[Changes]:
+    if spec.transposed:
+        yield {"transposed": False, "output_padding": (0,) * spec.rank}
+
+
+def _groups(spec: ConvSpec) -> Iterator[Changes]:
+    ic, oc = spec.ic // spec.groups, spec.oc // spec.groups
+    for groups in _smaller(spec.groups, 1):
+        yield {"groups": groups, "ic": ic * groups, "oc": oc * groups}
+
+
+def _channels_of(name: str) -> Callable[[ConvSpec], Iterator[Changes]]:
+    def step(spec: ConvSpec) -> Iterator[Changes]:
+        for count in _smaller(getattr(spec, name) // spec.groups, 1):
+            yield {name: count * spec.groups}
+
+    return step
+
+
+def _axis_by_axis(name: str, least: int) -> Callable[[ConvSpec], Iterator[Changes]]:
+    """Smaller numbers along all axes, then along one."""
+
+    def step(spec: ConvSpec) -> Iterator[Changes]:
+        values = getattr(spec, name)
+        yield {name: (least,) * spec.rank}
+        for axis in range(spec.rank):
+            for value in _smaller(values[axis], least):
+                yield {name: (*values[:axis], value, *values[axis + 1 :])}
+
+    return step
+
+
+def _less_padding(spec: ConvSpec) -> Iterator[Changes]:
+    yield {"padding": ((0, 0),) * spec.rank}
+    for axis, (begin, end) in enumerate(spec.padding):
+        for pair in [(b, end) for b in _smaller(begin, 0)] + [(begin, e) for e in _smaller(end, 0)]:
+            yield {"padding": (*spec.padding[:axis], pair, *spec.padding[axis + 1 :])}
+
+
+SPEC_STEPS: tuple[Callable[[ConvSpec], Iterable[Changes]], ...] = (
+    _epilogue,
+    _plain("dtype", "f32"),
+    _plain("layout", "nchw"),
+    _plain("accuracy", "standard"),
+    _plain("n", 1),
+    _fewer_axes,
+    _not_transposed,
+    _groups,
+    _axis_by_axis("output_padding", 0),
+    _axis_by_axis("stride", 1),
+    _axis_by_axis("dilation", 1),
+    _less_padding,
+    _axis_by_axis("kernel", 1),
+    _axis_by_axis("in_spatial", 1),
+    _channels_of("ic"),
+    _channels_of("oc"),
+)
+
+
+def case_steps(target: Target) -> list[Step[Case]]:
+    """The steps from a case to simpler ones: its spec, its picks, its threads and seed."""
+
+    def of_spec(step: Callable[[ConvSpec], Iterable[Changes]]) -> Step[Case]:
+        def simpler(case: Case) -> Iterator[Case]:
+            for changes in step(case.spec):
+                with suppress(SpecError):
+                    yield from _refitted(replace(case, spec=case.spec.with_(**changes)), target)
+
+        return simpler
+
+    return [*map(of_spec, SPEC_STEPS), partial(_simpler_picks, target=target), _simpler_run]
+
+
+def _refitted(case: Case, target: Target) -> Iterator[Case]:
+    """The case with picks of its spec's own space: the nearest to those it has, and the default."""
+    core = case.spec.core
+    schedule = find_schedule(case.schedule) if case.schedule else None
+    if schedule is None or case.picks is None:
+        yield case
+    elif schedule.reason_against(core, target) is None:
+        default = schedule.default(core, target)
+        domains = schedule.space(core, target).domains
+        near = Picks(**{name: _nearest(values, case.picks.get(name)) for name, values in domains.items()})
+        if schedule.reason_against(core, target, near) is None:
+            yield replace(case, picks=near)
+        yield replace(case, picks=default)
+
+
+def _nearest(values: Sequence[Any], wanted: Any) -> Any:
+    below = [v for v in values if type(v) is type(wanted) is int and v <= wanted]
+    return wanted if wanted in values else max(below, default=values[0])
+
+
+def _simpler_picks(case: Case, target: Target) -> Iterator[Case]:
+    """The default, then earlier values of the domains."""
+    if not case.schedule or not case.picks:
+        return
+    schedule, core = find_schedule(case.schedule), case.spec.core
+    yield replace(case, picks=schedule.default(core, target))
+    for name, values in schedule.space(core, target).domains.items():
+        present = case.picks[name]
+        for value in values[: values.index(present) if present in values else None]:
+            picks = case.picks.replace(**{name: value})
+            if schedule.reason_against(core, target, picks) is None:
+                yield replace(case, picks=picks)
+
+
+def _simpler_run(case: Case) -> Iterator[Case]:
+    yield replace(case, seed=0)
+    yield from (replace(case, threads=threads) for threads in (1, 2) if threads < case.threads)

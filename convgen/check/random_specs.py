@@ -1,0 +1,215 @@
+"""Small random layers of every kind, for the fuzzer and for property tests.
+
+Everything is drawn from a :class:`Source`. The fuzzer's is a seeded generator; that of property tests is hypothesis,
+which makes a failing example simpler by itself. For its sake, the first of several choices is the plainest.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..errors import SpecError
+from ..problem.activation import DEFAULTS, Activation
+from ..problem.dtypes import DTYPES
+from ..problem.spec import ACCURACIES, ConvSpec
+
+T = TypeVar("T")
+
+#: What activations are given as parameters.
+ACTIVATION_PARAMETERS = (0.25, 0.5, 1.5, 2.5, 3.0, 6.0, -1.0)
+#: What i8 layers have in place of what they cannot have.
+ONLY_OF_I8 = {"transposed": False, "output_padding": 0, "residual": False, "accuracy": "standard"}
+
+
+class Source(ABC):
+    """Where random numbers come from."""
+
+    @abstractmethod
+    def integer(self, low: int, high: int) -> int:
+        """A number from ``low`` to ``high``, both included."""
+
+    def choice(self, values: Sequence[T]) -> T:
+        """One of the values."""
+        return values[self.integer(0, len(values) - 1)]
+
+    def chance(self, percent: int) -> bool:
+        """True in so many of 100 cases."""
+        return self.integer(1, 100) > 100 - percent
+
+
+class Seeded(Source):
+    """Numbers of a generator with a seed."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+
+    def integer(self, low: int, high: int) -> int:
+        return self.rng.randint(low, high)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large a layer may be.
+
+    Args:
+        channels: per group.
+        pixels: input size along an axis, by rank. Where a kernel needs more than that, it gets more.
+        taps: of the whole kernel.
+        macs: multiply-accumulates.
+        elements: of the largest tensor.
+    """
+
+    channels: int
+    pixels: Mapping[int, int]
+    taps: int
+    macs: int
+    elements: int
+
+    def admit(self, spec: ConvSpec) -> bool:
+        """Whether the spec's work and tensors are small enough."""
+        few = spec.macs <= self.macs and math.prod(spec.kernel) <= self.taps
+        return few and all(math.prod(shape) <= self.elements for shape in spec.shapes.values())
+
+
+#: Where a layer is compiled: its compilation, not its run, is to take most of the time. Some schedules unroll all
+#: taps, and LLVM takes long over many.
+SMALL = Limits(channels=130, pixels={1: 150, 2: 30, 3: 9}, taps=125, macs=2_000_000, elements=200_000)
+
+
+def random_spec(source: Source, limits: Limits, tiles: Sequence[int]) -> ConvSpec:
+    """A layer within the limits; most sizes lie at or beside a few of the ``tiles``."""
+    while True:
+        with suppress(SpecError):  # a transposed convolution that is cropped to nothing
+            spec = ConvSpec(**random_fields(source, limits, tiles))
+            if limits.admit(spec):
+                return spec
+
+
+def random_fields(source: Source, limits: Limits, tiles: Sequence[int]) -> dict[str, Any]:
+    """All fields of a layer, of any size; where it is transposed, it may have no output."""
+    rank, transposed = source.choice((1, 2, 2, 3)), source.chance(30)
+    axes = [_axis(source, transposed) for _ in range(rank)]
+    if source.chance(60):
+        axes = [dict(axes[0]) for _ in axes]  # alike, but for the size
+    for axis in axes:
+        if not axis["in_spatial"]:
+            size = near_tiles(source, tiles, limits.pixels[rank])
+            window = axis["kernel"], axis["stride"], axis["dilation"], axis["padding"]
+            axis["in_spatial"] = input_size(source, size, *window, transposed=transposed)
+    fields = {
+        **_channels(source, limits, tiles),
+        **{name: tuple(axis[name] for axis in axes) for name in axes[0]},
+        "n": source.choice((1, 1, 1, 1, 2, 2, 0)),
+        "transposed": transposed,
+        "bias": source.chance(60),
+        "residual": source.chance(30),
+        "activation": _activation(source),
+        "accuracy": source.choice(ACCURACIES),
+        "dtype": source.choice(DTYPES),
+        "layout": source.choice(("nchw", "nhwc")),
+    }
+    if fields["dtype"] == "i8":
+        fields |= {**ONLY_OF_I8, "activation": source.choice(("none", "relu"))}
+    return fields
+
+
+def near_tiles(source: Source, tiles: Sequence[int], most: int) -> int:
+    """A size up to ``most``: a few tiles, or one more or less; or a small number."""
+    if source.chance(65):
+        size = source.choice(tiles) * source.choice((1, 1, 1, 2, 3)) + source.choice((0, 1, -1))
+        if 1 <= size <= most:
+            return size
+    return source.integer(1, min(5, most))
+
+
+def input_size(
+    source: Source,
+    size: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    padding: tuple[int, int],
+    *,
+    transposed: bool,
+) -> int:
+    """An axis' input size: ``size`` itself, or such that the output has it; at least what the kernel covers."""
+    window, pads = (kernel - 1) * dilation + 1, sum(padding)
+    if source.chance(50):
+        size = (size + pads - window) // stride + 1 if transposed else (size - 1) * stride + window - pads
+    return max(size, 1, 0 if transposed else window - pads)
+
+
+def _axis(source: Source, transposed: bool) -> dict[str, Any]:
+    """What is along one spatial axis; ``in_spatial`` is 0 where any size will do."""
+    kernel, dilation = source.choice((1, 1, 1, 2, 3, 3, 3, 4, 5, 7)), source.choice((1, 1, 1, 1, 2, 3))
+    stride, size = source.choice((1, 1, 1, 1, 2, 2, 3)), 0
+    oddity = source.choice(("", "", "", "", "kernel = input", "dilation", "stride", "padding", "one pixel"))
+    if oddity == "kernel = input":
+        size, dilation = kernel, 1
+    elif oddity == "dilation":  # past the input
+        size, kernel = source.integer(1, 4), max(kernel, 2)
+        dilation = size + source.integer(1, 2)
+    elif oddity == "stride":  # past the kernel
+        stride = kernel + source.integer(1, 3)
+    elif oddity == "one pixel":
+        size = 1
+    begin, end = _padding(source, kernel, dilation, size, oddity == "padding", transposed)
+    most = max(stride, dilation) - 1
+    return {
+        "in_spatial": size,
+        "kernel": kernel,
+        "stride": stride,
+        "dilation": dilation,
+        "padding": (end, begin) if source.chance(50) else (begin, end),
+        "output_padding": source.choice((0, most, source.integer(0, most))) if transposed else 0,
+    }
+
+
+def _padding(source: Source, kernel: int, dilation: int, size: int, large: bool, transposed: bool) -> tuple[int, int]:
+    """Two ends' padding: ``large`` is more than the kernel at one; a ``size`` that is fixed gets what it lacks."""
+    window = (kernel - 1) * dilation + 1
+    if large:
+        return kernel + source.integer(1, 3), source.integer(0, kernel + 2)
+    if size:
+        missing = 0 if transposed else max(0, window - size)
+        begin = source.integer(0, missing)
+        return begin, missing - begin + source.choice((0, 0, 1))
+    same = (window - 1) // 2
+    uneven = source.integer(0, same), source.integer(0, window // 2)
+    return source.choice(((0, 0), (0, 0), (same, same), uneven))
+
+
+def _channels(source: Source, limits: Limits, tiles: Sequence[int]) -> dict[str, int]:
+    """``ic``, ``oc`` and ``groups``: dense, one channel, grouped or depthwise."""
+    kinds = ("dense", "dense", "dense", "dense", "one", "grouped", "grouped", "depthwise", "depthwise")
+    kind = source.choice(kinds)
+    ic, oc = (near_tiles(source, tiles, limits.channels) for _ in range(2))
+    if kind == "one":
+        ic, oc = source.choice(((1, oc), (ic, 1), (1, 1)))
+    if kind == "grouped":
+        groups = source.choice((2, 3, 4, 5))
+        if source.chance(40):  # whole vectors of a group, which some schedules ask for
+            ic, oc = (tiles[0] * source.choice((1, 1, 2)) for _ in range(2))
+        return {"ic": groups * max(ic, 2), "oc": groups * oc, "groups": groups}
+    if kind == "depthwise":
+        ic = max(ic, 2)
+        return {"ic": ic, "oc": ic * source.choice((1, 1, 1, 2, 3)), "groups": ic}
+    return {"ic": ic, "oc": oc, "groups": 1}
+
+
+def _activation(source: Source) -> str:
+    """None or relu half of the time; where there are parameters, others than the defaults half of the time."""
+    name = source.choice(("none", "relu", source.choice(list(DEFAULTS)), source.choice(list(DEFAULTS))))
+    if source.chance(50):
+        return name
+    values = ACTIVATION_PARAMETERS + ((0.0,) if name == "clip" else ())
+    params = sorted(source.choice(values) for _ in DEFAULTS[name])
+    if name == "clip" and source.chance(25):
+        params[1] = math.inf
+    return str(Activation(name, tuple(params)))

@@ -1,0 +1,164 @@
+"""Candidates on this machine's CPU or its GPU: prepared, called, compared with what is expected, timed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import statistics
+from typing import Any, Sequence
+
+from .errors import Refused
+from .gpu import Gpu, GpuCall
+from .interface import DTYPES, NO_MEMORY, PARAMETERS, Difference, PackArgs, RunArgs, Sizes, aligned, pass_tensors
+from .timing import Call, alternate, sample, time_calls
+
+
+class Cpu:
+    """Candidates that run on the CPU: shared libraries with convgen's C runtime.
+
+    Args:
+        root: the bundle.
+        layer: the manifest's entry: the shapes, and the files of inputs and expected output.
+        check: the library that compares outputs.
+        threads: of the calls.
+    """
+
+    #: Whether a process may be held to its memory by a limit of addresses.
+    is_limited = True
+    #: The facts of a machine that all results of a file share.
+    machine_facts: tuple[str, ...] = ("cpuinfo", "cpus", "architecture")
+
+    def __init__(self, root: str, layer: dict[str, Any], check: str, threads: int) -> None:
+        self.root, self.layer, self.threads = root, layer, threads
+        self.data = {name: self._load(file) for name, file in layer["data"].items()}
+        self.check = self.open(check)
+        self._pool = ctypes.c_void_p()
+
+    def prepare(self, trial: dict[str, Any]) -> tuple[Call, Call]:
+        """A call of a candidate on the layer's inputs, and a function that gives the memory it writes.
+
+        Raises:
+            Refused: this CPU cannot run the candidate's code.
+            MemoryError: there is not enough memory.
+            RuntimeError: the library refused.
+        """
+        library, name = self.open(trial["library"]), trial["name"]
+
+        def function(suffix: str) -> Any:
+            return getattr(library, name + "_" + suffix)
+
+        error = function("error")
+        error.restype = ctypes.c_char_p
+
+        def require(status: int) -> None:
+            if status == NO_MEMORY:
+                raise MemoryError(error(status).decode())
+            if status:
+                raise RuntimeError(error(status).decode())
+
+        if function("check_cpu")():
+            raise Refused("this CPU lacks instructions of " + trial["target"])
+        sizes = Sizes()
+        require(function("sizes")(self.threads, ctypes.byref(sizes)))
+        packed, workspace = aligned(sizes.packed), aligned(sizes.workspace)
+        pack = PackArgs(packed=packed, packed_size=sizes.packed)
+        pass_tensors(pack, sizes, self.data, *PARAMETERS)
+        require(function("pack")(ctypes.byref(pack)))
+        if self.threads > 1 and not self._pool:  # one pool serves all libraries
+            require(function("pool_create")(self.threads, ctypes.byref(self._pool)))
+        dst = (ctypes.c_char * sizes.dst)()
+        ctypes.memset(dst, 0xFF, sizes.dst)  # NaN
+        run_args = RunArgs(packed=packed, packed_size=sizes.packed, dst=ctypes.addressof(dst), dst_size=sizes.dst)
+        run_args.workspace, run_args.workspace_size, run_args.pool = workspace, sizes.workspace, self._pool
+        pass_tensors(run_args, sizes, self.data, "src", "residual")
+        run, reference = function("run"), ctypes.byref(run_args)
+
+        def call(_memory: Any = (run_args, packed, workspace, dst)) -> None:
+            status = run(reference)
+            if status:
+                require(status)
+
+        return call, lambda: dst
+
+    def difference(self, dst: Any, exact: bool) -> str:
+        """How an output differs from the expected one; empty where it does not."""
+        shape = self.layer["shape"]
+        count = 1
+        for extent in shape:
+            count *= extent
+        bound = None if exact else self.data["bound"]
+        result = Difference()
+        dtype = DTYPES[self.layer["dtype"]]
+        self.check.convgen_compare(
+            dst, self.data["expected"], bound, ctypes.c_uint64(count), dtype, ctypes.byref(result)
+        )
+        if not result.wrong:
+            return ""
+        at: list[int] = []
+        rest = int(result.first)
+        for extent in reversed(shape):
+            rest, index = divmod(rest, extent)
+            at.insert(0, index)
+        values = f"expected {result.expected:.9g}, found {result.found:.9g}"
+        return f"{result.wrong} of {count} elements; at {tuple(at)} {values}"
+
+    def time(self, call: Call, timing: dict[str, Any], hopeless: float) -> list[float]:
+        """Samples of a call; ``timing`` is the manifest's."""
+        seconds, sample_seconds = timing["trial_seconds"], timing["sample_seconds"]
+        return time_calls(call, seconds=seconds, sample_seconds=sample_seconds, hopeless=hopeless)
+
+    def compare(self, calls: Sequence[Call], timing: dict[str, Any]) -> list[list[float]]:
+        """Samples of several calls taken in turn."""
+        return alternate(calls, rounds=timing["rounds"], seconds=timing["duel_seconds"])
+
+    def reference(self) -> float | None:
+        """Seconds of a fixed piece of arithmetic, which show whether the machine is as fast as it was.
+
+        None where the arithmetic tells nothing of the device's speed.
+        """
+        return statistics.median(sample(self.check.convgen_reference_kernel, 1) for _ in range(5))
+
+    def open(self, file: str) -> Any:
+        """A library of the bundle, loaded.
+
+        Raises:
+            Refused: the system cannot load it. Its bytes are right, so the C library is another one, or too old.
+        """
+        try:
+            return ctypes.CDLL(os.path.join(self.root, file))
+        except OSError as error:
+            raise Refused(str(error)) from None
+
+    def _load(self, file: str) -> Any:
+        with open(os.path.join(self.root, file), "rb") as source:
+            memory = (ctypes.c_char * os.fstat(source.fileno()).st_size)()
+            source.readinto(memory)
+        return memory
+
+
+class Cuda(Cpu):
+    """Candidates whose libraries run on a GPU; their inputs come from and their outputs go to the CPU's memory."""
+
+    is_limited = False  # a driver sets aside more addresses than there is memory
+    machine_facts = (*Cpu.machine_facts, "gpu")
+
+    def __init__(self, root: str, layer: dict[str, Any], check: str, threads: int) -> None:
+        super().__init__(root, layer, check, threads)
+        self.gpu = Gpu()
+
+    def prepare(self, trial: dict[str, Any]) -> tuple[Call, Call]:
+        call = GpuCall(self.gpu, self.open(trial["library"]), trial["name"], self.data)
+        return call, call.output
+
+    def time(self, call: Call, timing: dict[str, Any], hopeless: float) -> list[float]:
+        return self.gpu.time_calls(call, timing["trial_seconds"], timing["sample_seconds"], hopeless)
+
+    def compare(self, calls: Sequence[Call], timing: dict[str, Any]) -> list[list[float]]:
+        return self.gpu.alternate(calls, timing["rounds"], timing["duel_seconds"])
+
+    def reference(self) -> None:
+        """None: a GPU's clock is its own."""
+
+
+#: Kinds of devices by the manifest's name for them.
+DEVICES: dict[str, type[Cpu]] = {"cpu": Cpu, "cuda": Cuda}

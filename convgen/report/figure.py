@@ -1,0 +1,87 @@
+"""All networks of a bench as one figure, for a page that shows images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .render import MARKS, render
+from .rows import Row
+from .scale import Scale, Tick
+from .tables import Totals, by_threads, peer_names
+from .words import plural
+
+#: Sizes in the drawing's units: its width, the space around it, the height of a network's line, and of a panel's name.
+_WIDTH, _MARGIN, _STEP, _HEADING = 760, 24, 27, 34
+#: Where the axis begins and ends.
+_BEGIN, _END = 200, 720
+
+
+def summary(networks: Mapping[str, Sequence[Row]]) -> str:
+    """The figure as SVG: the time of all convolutions of each peer over convgen's, per thread count. Standard
+    accuracy, warm caches.
+    """
+    kept = {
+        name: by_threads(row for row in rows if row.mode == "warm" and row.spec.accuracy == "standard")
+        for name, rows in networks.items()
+    }
+    panels = {
+        threads: {name: Totals.of(groups[threads]) for name, groups in kept.items() if threads in groups}
+        for threads in sorted({threads for groups in kept.values() for threads in groups})
+    }
+    peers = peer_names(row for groups in kept.values() for rows in groups.values() for row in rows)
+    everything = [totals for panel in panels.values() for totals in panel.values()]
+    scale = Scale.of([ratio for totals in everything for ratio in _ratios(totals).values()])
+    heading_y = _MARGIN + 14
+    legend_y = heading_y + 26
+    y, drawn = legend_y, []
+    for threads, panel in panels.items():
+        drawn.append(_panel(threads, panel, peers, scale, y + _HEADING))
+        y = drawn[-1]["bottom"]
+    return render(
+        "figure.svg",
+        width=_WIDTH,
+        height=y + _MARGIN,
+        margin=_MARGIN,
+        heading_y=heading_y,
+        legend_y=legend_y,
+        legend=_legend(peers),
+        ticks=[Tick(ratio, _across(scale, ratio)) for ratio in scale.ticks],
+        panels=drawn,
+    )
+
+
+def _legend(peers: Sequence[str]) -> list[dict[str, Any]]:
+    x, entries = _MARGIN, []
+    for index, peer in enumerate(peers):
+        entries.append({"kind": index % MARKS, "x": x, "peer": peer})
+        x += 40 + 8 * len(peer)
+    return entries
+
+
+def _panel(threads: int, panel: Mapping[str, Totals], peers: Sequence[str], scale: Scale, y: int) -> dict[str, Any]:
+    """A line per network on the axis, below the name of the panel at ``y``."""
+    top = y + 10
+    networks = []
+    for number, (name, totals) in enumerate(panel.items()):
+        ratios = _ratios(totals)
+        networks.append(
+            {
+                "name": name,
+                "y": top + _STEP * number + _STEP // 2,
+                "span": [_across(scale, end(ratios.values())) for end in (min, max)] if ratios else None,
+                "marks": [(peers.index(peer) % MARKS, _across(scale, ratio)) for peer, ratio in ratios.items()],
+            }
+        )
+    bottom = top + _STEP * len(panel)
+    return {"heading": plural(threads, "thread"), "y": y, "top": top, "bottom": bottom, "networks": networks}
+
+
+def _ratios(totals: Totals) -> dict[str, float]:
+    """Each peer's time over convgen's, of those that ran all layers."""
+    return {peer: seconds / totals.seconds for peer, seconds in totals.peers.items() if seconds}
+
+
+def _across(scale: Scale, ratio: float) -> str:
+    """Where a ratio is on the drawing's axis."""
+    return f"{_BEGIN + scale.place(ratio) * (_END - _BEGIN):.1f}"

@@ -1,0 +1,345 @@
+"""Compiling candidates into a bundle, with their inputs and expected outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import BuildError, ExportError, Inapplicable, UnsupportedError
+from ...hardware.machine import Machine
+from ...hardware.target import Target
+from ...lowering.link import NATIVE, link_shared
+from ...lowering.schedule import Candidate
+from ...lowering.versions import versions
+from ...measure.standalone.bundle import IDENTITY
+from ...measure.standalone.results import FORMAT
+from ...measure.standalone.timing import DUEL_SECONDS, HOPELESS, SAMPLE_SECONDS, TRIAL_SECONDS
+from ...measure.trial import LAYER_FACTOR, WORKER_BYTES, Expected, candidate_module
+from ...measure.workers import LocalBuilder
+from ...problem.spec import ConvSpec
+from ...records.answer import record_candidate
+from ...records.outcome import Result
+from ...records.store import RecordStore
+from ..final import ROUNDS
+from ..race import Race
+from ..ranker import Ranker
+from ..search import FINALISTS
+from .archive import ENDINGS, MANIFEST, RUNNER, bundle_name, write_archive, write_runner
+from .machine import target_on
+
+#: The C file of the library that compares outputs.
+CHECK = "check.c"
+#: Candidates per layer, target and thread count, the default among them.
+CANDIDATES = 16
+
+
+@dataclass
+class Packed:
+    """What a bundle holds.
+
+    Attributes:
+        layers: how many.
+        trials: how many are to be measured.
+        known: how many more have a result already and take part in the comparisons.
+        failed: how many candidates did not compile; ``errors`` says why.
+        bytes: the file's size.
+    """
+
+    layers: int = 0
+    trials: int = 0
+    known: int = 0
+    failed: int = 0
+    bytes: int = 0
+    errors: list[str] = field(default_factory=list)
+
+
+def pack(
+    specs: Sequence[ConvSpec],
+    targets: Sequence[Target],
+    threads: Sequence[int],
+    out: Path,
+    *,
+    candidates: int = CANDIDATES,
+    machine: Machine | None = None,
+    store: RecordStore | None = None,
+    exclude: Collection[str] = (),
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Packed:
+    """Compile candidates and write a bundle of them, whole or not at all.
+
+    Args:
+        specs: layers; those with an empty batch are left out.
+        targets, threads: each layer is measured for every pair; for CPUs or for GPUs, where threads mean nothing.
+        out: a file that ends in ``.tar.gz`` or ``.zip``.
+        candidates: of each layer, target and thread count: the default and the most promising.
+        machine: the one that will measure. Candidates are chosen for its caches and cores, and what the store
+            has of it is not measured again.
+        store: what is known; the promising candidates are chosen by it. None: nothing is known.
+        exclude: ids of schedules that do not take part.
+        seed: of the choice.
+        progress: called with a line per layer.
+
+    Raises:
+        BuildError: there is no C compiler for a target.
+        ExportError: the bundle cannot be written, or there is nothing to write.
+        UnsupportedError: targets are both CPUs' and GPUs', the machine lacks instructions of one, or no schedule
+            is left.
+    """
+    if not out.name.endswith(ENDINGS):
+        raise ExportError(f"{out}: expected a name that ends in {' or '.join(ENDINGS)}")
+    devices = {target.kind for target in targets}
+    if len(devices) > 1:
+        found = ", ".join(map(str, targets))
+        raise UnsupportedError(f"targets: expected CPUs or GPUs in a bundle, not both, found {found}")
+    if any(target.on_device for target in targets):
+        threads = [1]
+    if machine is not None:
+        targets = [target_on(target, machine) for target in targets]
+    specs = [spec for spec in specs if spec.n]
+    if not specs:
+        raise ExportError(f"{out}: expected a layer to measure, found none")
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix=".bundle-", dir=out.absolute().parent))
+        except OSError as error:
+            raise ExportError(f"{out}: {error.strerror}") from error
+        builder = LocalBuilder(os.cpu_count() or 1)
+        stack.callback(builder.close)
+        packer = _Packer(
+            Path(temporary) / bundle_name(out), builder, store, candidates, exclude, seed, machine is not None
+        )
+        try:
+            packer.begin(targets)
+            for number, spec in enumerate(specs, 1):
+                count = packer.add(spec, targets, threads)
+                if progress:
+                    progress(f"[{number}/{len(specs)}] {spec.descriptor}: {count} trials")
+            packed = packer.finish()
+            part = Path(temporary) / out.name
+            write_archive(packer.folder, part)
+            packed.bytes = part.stat().st_size
+            os.replace(part, out)
+        except OSError as error:
+            raise ExportError(f"{out}: {error.strerror or error}") from error
+    return packed
+
+
+class _Packer:
+    """Fills a bundle's folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        builder: LocalBuilder,
+        store: RecordStore | None,
+        candidates: int,
+        exclude: Collection[str],
+        seed: int,
+        is_known_machine: bool,
+    ) -> None:
+        self.folder, self.builder, self.store, self.candidates = folder, builder, store, candidates
+        self.exclude, self.seed, self.is_known_machine = exclude, seed, is_known_machine
+        self.layers: list[dict[str, Any]] = []
+        self.trials: list[dict[str, Any]] = []
+        self.targets: list[dict[str, Any]] = []
+        self.rankers: dict[tuple[str, int], Ranker] = {}
+        self.groups = 0
+        self.device = ""
+        self.packed = Packed()
+        for name in ("lib", "data"):
+            (folder / name).mkdir(parents=True)
+
+    def begin(self, targets: Sequence[Target]) -> None:
+        """The library that compares outputs, for each target: also shows that there is a compiler."""
+        for target in targets:
+            self.device = target.kind
+            triple = json.loads(target.tvm_config).get("mtriple", NATIVE)
+            arch = triple.partition("-")[0]
+            check = f"lib/check-{arch}.so"
+            if not (self.folder / check).exists():
+                link_shared([CHECK], self.folder / check, arch, headers=["types.h"])
+            self.targets.append({"spelling": target.spelling, "architecture": arch, "check": check})
+
+    def add(self, spec: ConvSpec, targets: Sequence[Target], threads: Sequence[int]) -> int:
+        """A layer and its candidates; returns how many trials it takes."""
+        index, first = len(self.layers), len(self.trials)
+        built: dict[tuple[str, Candidate], dict[str, Any]] = {}
+        futures: dict[tuple[str, Candidate], Future[Any] | Exception] = {}
+        groups = []
+        for target in targets:
+            for count in threads:
+                chosen, default, known = self._choose(spec, target, count)
+                groups.append((target, count, chosen, default, known))
+                for candidate in chosen:
+                    key = (target.spelling, candidate)
+                    if key not in futures:
+                        futures[key] = self._submit(spec, target, candidate)
+        for key, future in futures.items():
+            built[key] = self._library(future)
+        for target, count, chosen, default, known in groups:
+            self._group(index, spec, target, count, chosen, default, known, built)
+        if len(self.trials) > first:
+            needs_bound = any(not trial["exact"] for trial in self.trials[first:])
+            self.layers.append(self._data(spec, index, needs_bound))
+        return sum(not trial["known"] for trial in self.trials[first:])
+
+    def _choose(
+        self, spec: ConvSpec, target: Target, threads: int
+    ) -> tuple[list[Candidate], Candidate, dict[Candidate, float]]:
+        """Candidates to compile, the default, and the seconds of those that were measured on that machine."""
+        key = (target.spelling, threads)
+        if key not in self.rankers:
+            self.rankers[key] = Ranker.from_store(self.store, target, threads)
+        race = Race(spec, target, threads, self.seed, ranker=self.rankers[key], exclude=self.exclude)
+        known: dict[Candidate, float] = {}
+        if self.store is not None and self.is_known_machine:
+            for record in self.store.trials(
+                spec=spec.descriptor, target=target.spelling, hardware=target.hardware, threads=threads
+            ):
+                candidate = record_candidate(record, spec, target) if record.versions == versions() else None
+                if candidate is not None and candidate not in race.seen:
+                    race.tell(candidate, Result(record.outcome, record.samples, record.error))
+                    known[candidate] = record.seconds or 0.0
+        chosen = race.ask(self.candidates)
+        if chosen and known.get(race.default):
+            chosen.insert(0, race.default)  # for the comparison at the end
+        return chosen, race.default, known
+
+    def _submit(self, spec: ConvSpec, target: Target, candidate: Candidate) -> Future[Any] | Exception:
+        try:
+            future: Future[Any] = self.builder.submit(candidate_module(spec, target, candidate))
+            return future
+        except (BuildError, Inapplicable) as error:
+            return error
+
+    def _library(self, future: Future[Any] | Exception) -> dict[str, Any]:
+        """What a trial says of its library: the file, or how making it failed; empty where the candidate is none."""
+        made: Any = future if isinstance(future, Exception) else future.result()
+        nothing = {"library": None, "library_sha256": None, "name": "", "exact": True}
+        if isinstance(made, Inapplicable):
+            return {}
+        if isinstance(made, Exception):
+            made = Result("build_error", error=str(made)[-2000:])
+        if isinstance(made, Result):
+            self.packed.failed += 1
+            self.packed.errors.append(made.error)
+            return {**nothing, "failed": {"outcome": made.outcome, "error": made.error}}
+        source = Path(made)
+        meta = json.loads((source.parent / "candidate.json").read_text())
+        data = source.read_bytes()
+        sha256 = hashlib.sha256(data).hexdigest()
+        library = f"lib/{sha256[:32]}.so"
+        (self.folder / library).write_bytes(data)
+        shutil.rmtree(source.parent)
+        return {
+            "library": library,
+            "library_sha256": sha256,
+            "name": meta["name"],
+            "exact": meta["exact"],
+            "failed": None,
+        }
+
+    def _group(
+        self,
+        layer: int,
+        spec: ConvSpec,
+        target: Target,
+        threads: int,
+        chosen: list[Candidate],
+        default: Candidate,
+        known: dict[Candidate, float],
+        built: dict[tuple[str, Candidate], dict[str, Any]],
+    ) -> None:
+        """The trials that race with each other."""
+        for candidate in chosen:
+            library = built[(target.spelling, candidate)]
+            if not library:
+                continue
+            identity = {
+                "spec": spec.descriptor,
+                "target": target.spelling,
+                "threads": threads,
+                "schedule": candidate.schedule.id,
+                "schedule_version": candidate.schedule.version,
+                "picks": dict(candidate.picks),
+                "versions": versions(),
+            }
+            trial = {
+                "key": trial_id(identity),
+                **identity,
+                **library,
+                "layer": layer,
+                "group": self.groups,
+                "default": candidate == default,
+                "known": known.get(candidate),
+            }
+            self.trials.append(trial)
+        self.groups += 1
+
+    def _data(self, spec: ConvSpec, index: int, needs_bound: bool) -> dict[str, Any]:
+        """Write a layer's inputs and expected output as their bytes."""
+        names = [*(name for name in spec.shapes if name != "dst"), "expected", *(["bound"] if needs_bound else [])]
+        files = {name: f"data/{index}/{name}.bin" for name in names}
+        (self.folder / "data" / str(index)).mkdir()
+        with tempfile.TemporaryDirectory(prefix="convgen-") as temporary:
+            memory = WORKER_BYTES + LAYER_FACTOR * Expected(spec, Path(temporary), os.cpu_count() or 1).bytes
+            for name, file in files.items():
+                array = np.load(Path(temporary) / f"{name}.npy")
+                little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+                (self.folder / file).write_bytes(np.broadcast_to(little, array.shape).tobytes())
+        facts = {"spec": spec.descriptor, "dtype": spec.dtype, "shape": list(spec.dst_shape)}
+        return {**facts, "data": files, "memory": memory}
+
+    def finish(self) -> Packed:
+        """The runner and the manifest.
+
+        Raises:
+            ExportError: there is no trial.
+        """
+        to_measure = [trial for trial in self.trials if not trial["known"]]
+        if not to_measure:
+            raise ExportError("expected trials to measure, found none: the store has them all")
+        write_runner(self.folder / RUNNER)
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        manifest = {
+            "format": FORMAT,
+            "device": self.device,
+            "versions": versions(),
+            "targets": self.targets,
+            "layers": self.layers,
+            "trials": self.trials,
+            "timing": {
+                "trial_seconds": TRIAL_SECONDS,
+                "sample_seconds": SAMPLE_SECONDS,
+                "hopeless": HOPELESS,
+                "finalists": FINALISTS,
+                "rounds": ROUNDS,
+                "duel_seconds": DUEL_SECONDS,
+            },
+            "files": {
+                path.relative_to(self.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in files
+            },
+        }
+        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        self.packed.layers, self.packed.trials = len(self.layers), len(to_measure)
+        self.packed.known = len(self.trials) - len(to_measure)
+        return self.packed
+
+
+def trial_id(identity: Mapping[str, Any]) -> str:
+    """SHA-256 of the fields that make two trials the same, but for the machine."""
+    values = {name: identity[name] for name in IDENTITY}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
