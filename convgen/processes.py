@@ -19,13 +19,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 #: Seconds between looks at the memory of a worker: what it can get hold of in the meantime is little.
 LOOK = 0.05
@@ -51,14 +51,21 @@ class Worker:
 
     It ends with the thread that made it, however that ends; it does not see Ctrl-C, being in a process group of its
     own; and it imports nothing from the working directory. Only :meth:`kill` may be called from other threads.
+
+    Args:
+        log: a file for what it prints; by default that goes where this process's goes.
+        environment: variables besides this process's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, log: IO[bytes] | None = None, environment: Mapping[str, str] | None = None) -> None:
         self._pipe, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "convgen.processes", str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **(environment or {})},
                 pass_fds=[theirs.fileno()],
                 process_group=0,
             )
@@ -67,6 +74,11 @@ class Worker:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def status(self) -> int | None:
+        """The exit status once it is stopped: 0 or more, or minus the signal that ended it."""
+        return self._process.returncode
 
     def call(self, function: Callable[..., Any], *arguments: Any, seconds: float = math.inf, memory: int = 0) -> Any:
         """The value of a function, which the worker must be able to import; see :func:`call_in_file` for others.
@@ -87,6 +99,8 @@ class Worker:
             if said == _BEGUN:
                 said, value = self._answer(seconds, memory)
         except (EOFError, ConnectionError):
+            with suppress(subprocess.TimeoutExpired):  # its end of the pipe closes a moment before it ends
+                self._process.wait(timeout=10)
             self.stop()
             raise ChildProcessError("Subprocess terminated") from None
         if said == _NO_MEMORY:

@@ -1,13 +1,8 @@
-"""What a worker process runs: ``python -m convgen.check.fuzz.checking FD`` answers on the pipe with that number."""
+"""What a worker process runs: one check of one candidate."""
 
 from __future__ import annotations
 
-import faulthandler
-import sys
-from contextlib import suppress
-from dataclasses import asdict
 from functools import cache
-from multiprocessing.connection import Connection
 
 from ...errors import BuildError, Inapplicable, SpecError, UnsupportedError
 from ...hardware.target import Target, resolve
@@ -44,16 +39,3 @@ def check(spec: str, target: str, threads: int, seed: int, schedule: str | None,
 @cache
 def _resolved(target: str) -> Target:
     return resolve(target)
-
-
-def _serve(pipe: Connection) -> None:
-    """Check what comes through the pipe, until the process at its other end is gone."""
-    faulthandler.enable()
-    pipe.send("ready")
-    with suppress(EOFError):
-        while True:
-            pipe.send(asdict(check(**pipe.recv())))
-
-
-if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[1])))
