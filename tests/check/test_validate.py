@@ -171,7 +171,7 @@ def test_a_kernel_of_one_thread_is_run_on_two(tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["convgen.validate"], "SECONDS_AT_LEAST", 2.0)
+    monkeypatch.setattr(sys.modules["convgen.check.validate"], "SECONDS_AT_LEAST", 2.0)
     report = validate(c_kernel(tmp_path, before="for (volatile int i = 0;;) i = 0"))
     assert "expected an answer within 2 s, found none" in failures(report)["memory"]
     assert report.worst_error == math.inf

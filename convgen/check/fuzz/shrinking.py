@@ -122,6 +122,16 @@ def _less_padding(spec: ConvSpec) -> Iterator[Changes]:
             yield {"padding": (*spec.padding[:axis], pair, *spec.padding[axis + 1 :])}
 
 
+def _kernel_with_input(spec: ConvSpec) -> Iterator[Changes]:
+    """One tap along an axis, and an input that is smaller by the taps that went: the output keeps its size."""
+    for axis, (size, window) in enumerate(zip(spec.in_spatial, spec.window, strict=True)):
+        if not spec.transposed and 1 < window <= size:
+            yield {
+                "kernel": (*spec.kernel[:axis], 1, *spec.kernel[axis + 1 :]),
+                "in_spatial": (*spec.in_spatial[:axis], size - window + 1, *spec.in_spatial[axis + 1 :]),
+            }
+
+
 SPEC_STEPS: tuple[Callable[[ConvSpec], Iterable[Changes]], ...] = (
     _epilogue,
     _plain("dtype", "f32"),
@@ -136,6 +146,7 @@ SPEC_STEPS: tuple[Callable[[ConvSpec], Iterable[Changes]], ...] = (
     _axis_by_axis("dilation", 1),
     _less_padding,
     _axis_by_axis("kernel", 1),
+    _kernel_with_input,
     _axis_by_axis("in_spatial", 1),
     _channels_of("ic"),
     _channels_of("oc"),
