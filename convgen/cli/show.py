@@ -157,7 +157,7 @@ def _print_layer(entry: SpecEntry, target: str, threads: int | None, as_json: bo
         "bytes": spec.bytes,
         "intensity": spec.flops / sum(spec.bytes.values()),
         "target": resolved.spelling,
-        "roofline": _roofline(spec, count) if resolved.kind == "cpu" and resolved.native else None,
+        "roofline": _roofline(spec, count) if resolved.native and not resolved.on_device else None,
         "schedules": _schedules(spec, resolved),
     }
     if as_json:

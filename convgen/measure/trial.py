@@ -32,7 +32,6 @@ from ..problem.dtypes import distance, load, numpy_dtype, save
 from ..problem.spec import ConvSpec
 from ..records.outcome import OUTCOME_KEY
 from .drift import reference_kernel
-from .gpu import gpu, measured_code, output, prepare
 from .standalone.timing import DUEL_SECONDS, SAMPLE_SECONDS, alternate, time_calls
 
 #: Bytes a worker may have: this and so many times the layer's tensors. It has TVM and NumPy in it, packed
@@ -148,8 +147,11 @@ def build_artifact(module: CandidateModule, root: str) -> str:
     """Compile and link a candidate into a private folder below ``root``; returns the library's path."""
     lowered = module.lowered()
     directory = Path(tempfile.mkdtemp(dir=root))
-    spec, is_cuda = lowered.spec, lowered.target.kind == "cuda"
-    device = measured_code(lowered, directory) if is_cuda else None
+    spec, device = lowered.spec, None
+    if lowered.target.on_device:
+        from .gpu import measured_code
+
+        device = measured_code(lowered, directory)
     interface, _, library = compile_lowered(lowered, directory, "candidate", device)
     exact = lowered.candidate.is_exact(spec) and spec.activation_op.exact
     (directory / "candidate.json").write_text(
@@ -209,6 +211,8 @@ def _run_artifact(path: str, directory: str, threads: int, seconds: float, hopel
 
 
 def _run_on_gpu(path: str, directory: str, seconds: float, hopeless: float) -> dict[str, Any]:
+    from .gpu import gpu, output, prepare  # TVM comes with it, and what runs a CPU's library does without
+
     facts = artifact_facts(path)
     spec = ConvSpec.parse(facts["spec"])
     dst = np.empty(spec.dst_shape, numpy_dtype(spec.dtype))
@@ -239,6 +243,8 @@ def run_duel(paths: list[str], directory: str, threads: int, rounds: int) -> lis
     """Time several libraries of one spec in turn, on CPUs of their own or on the GPU."""
     facts = [artifact_facts(path) for path in paths]
     if facts and facts[0]["device"] == "cuda":
+        from .gpu import gpu, prepare
+
         data = load_inputs(ConvSpec.parse(facts[0]["spec"]), directory)
         running = [prepare(path, known["name"], data) for path, known in zip(paths, facts, strict=True)]
         samples = gpu().alternate(running, rounds, DUEL_SECONDS)

@@ -66,7 +66,7 @@ class SearchContext:
         if spec not in self._expected:
             self.forget(EXPECTED - 1)
             folder = tempfile.TemporaryDirectory(prefix="convgen-")
-            threads = self.threads if self.target.kind == "cpu" else machine().cores
+            threads = machine().cores if self.target.on_device else self.threads
             self._expected[spec] = folder, Expected(spec, Path(folder.name), threads)
         self._expected.move_to_end(spec)
         return self._expected[spec][1]

@@ -75,7 +75,7 @@ class Race:
         if self.default.schedule.id in exclude:
             best = min(applicable, key=lambda s: (s.cost(self.spec, target), s.id))
             self.default = Candidate(best, best.default(self.spec, target))
-        self.schedules: list[Schedule] = [s for s in applicable if s.id != "reference" or s is self.default.schedule]
+        self.schedules: list[Schedule] = [s for s in applicable if not s.is_reference or s is self.default.schedule]
         self.results: dict[Schedule, list[tuple[float, Picks]]] = {s: [] for s in self.schedules}
         self.tried: dict[Schedule, int] = dict.fromkeys(self.schedules, 0)
         self.seen: set[Candidate] = set()
