@@ -17,10 +17,11 @@ from typing import Any
 
 import onnx
 import pytest
+from commands import SMALL, TINY, Run, python
 from onnx import TensorProto, helper
 
 from convgen.check.validate import Check, Report
-from convgen.cli import cli, main
+from convgen.cli import cli
 from convgen.cli.bench import PEER_NAMES
 from convgen.cli.common import duration, size, table
 from convgen.cli.generate import Work
@@ -33,41 +34,6 @@ from convgen.problem.spec import ConvSpec
 from convgen.records.record import TuningRecord
 from convgen.records.store import RecordStore
 from convgen.tuning.search import Progress
-
-SMALL = "conv2d n1 ic8 oc16 i10x10 k3x3 s1x1 p1x1 relu"
-TINY = "conv1d n1 ic4 oc4 i20 k3 s1 p1"
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command line here; gives status, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def run_json(run: Run) -> Callable[..., Any]:
-    """Runs a command line with --json; gives the document, which must be all of stdout."""
-
-    def call(*arguments: object, status: int = 0) -> Any:
-        found, out, err = run(*arguments, "--json")
-        assert found == status, err
-        return json.loads(out)
-
-    return call
-
-
-def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
-
 
 # ---- quick answers ----------------------------------------------------------------------------
 
@@ -170,34 +136,6 @@ def test_broken_pipe_is_silent() -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
-
-
-# ---- completion -------------------------------------------------------------------------------
-
-
-def test_completion_scripts(run: Run) -> None:
-    for shell in ("bash", "zsh", "fish"):
-        status, out, _ = run("completion", shell)
-        assert status == 0
-        assert f"{shell}_complete" in out
-    checked = subprocess.run(["bash", "-n"], input=run("completion", "bash")[1], text=True, check=False)
-    assert checked.returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["b"], {"build", "bench"}),
-        (["build", "convt"], {"convtranspose1d", "convtranspose2d", "convtranspose3d"}),
-        (["show", "--schedule", "cpu_d"], {"cpu_direct"}),
-        (["records", "m"], {"merge"}),
-    ],
-)
-def test_completion_knows_commands_operators_and_schedules(words: list[str], expected: set[str]) -> None:
-    line = " ".join(["convgen", *words])
-    environment = {"_CONVGEN_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words))}
-    done = python("-m", "convgen", env={**os.environ, **environment})
-    assert expected <= {entry.partition(",")[2] for entry in done.stdout.split()}
 
 
 # ---- show, schedules, targets -----------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Records under attack: nothing that was added is lost, and nothing that is lost is lost in silence."""
+"""Records under attack: nothing that was added is lost, and nothing that is lost is lost in silence.
+
+It is long because the ways to damage a store share how stores are made, damaged and read back.
+"""
 
 from __future__ import annotations
 

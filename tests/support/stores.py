@@ -139,3 +139,15 @@ def unprivileged(folder: Path) -> Iterator[None]:
         if is_root:
             os.seteuid(0)
         folder.chmod(0o755)
+
+
+IDENTITY: dict[str, Any] = {
+    "spec": "conv2d n1 ic3 oc64 i8x8 k1x1 s1x1 p0x0",
+    "target": "cpu:haswell",
+    "hardware": "another",
+    "threads": 1,
+    "schedule": "cpu_gemm",
+    "schedule_version": 2,
+    "picks": {"tile_ow": 14, "order": "ic", "unroll": 1},
+    "versions": {"convgen": "0.1.0", "tvm": "0.28.0"},
+}

@@ -1,0 +1,36 @@
+"""Fixtures of this folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from commands import Run
+
+from convgen.cli import main
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command line here; gives status, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def run_json(run: Run) -> Callable[..., Any]:
+    """Runs a command line with --json; gives the document, which must be all of stdout."""
+
+    def call(*arguments: object, status: int = 0) -> Any:
+        found, out, err = run(*arguments, "--json")
+        assert found == status, err
+        return json.loads(out)
+
+    return call
