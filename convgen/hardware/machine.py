@@ -24,8 +24,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from ..errors import BuildError, MeasureError, SpecError
 from ..problem.spec import ConvSpec
 
@@ -373,6 +371,8 @@ def measured(threads: int, *, refresh: bool = False) -> Measured:
 
 
 def _cache_path(here: Machine, threads: int) -> Path:
+    import platformdirs  # here: an exported library loads with NumPy alone
+
     return platformdirs.user_cache_path("convgen") / "machine" / f"{here.fingerprint}-t{threads}.json"
 
 

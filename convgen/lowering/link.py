@@ -22,8 +22,6 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-import platformdirs
-
 from ..errors import BuildError
 from .interface import (
     ABI,
@@ -250,6 +248,8 @@ def _keep(data: bytes, path: Path) -> None:
 
 def _cache_directory() -> Path | None:
     """Where compiled runtimes are kept; None where there is no such place."""
+    import platformdirs  # here: an exported library loads with NumPy alone
+
     path = Path(platformdirs.user_cache_dir("convgen")) / "runtime"
     try:
         path.mkdir(parents=True, exist_ok=True)
