@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from attacked_library import SPEC
-from naive import compile_naive
+from naive import compile_naive, link_naive
 
 from convgen.errors import ExportError
 from convgen.kernel import library as library_module
@@ -32,6 +32,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     interface, path = compile_naive(SPEC, folder, "shared", name="layer")
     write_library(folder / "out", interface, path, {"threads": 2})
     return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    _, path = link_naive(SPEC, tmp_path_factory.mktemp("library"), "shared")
+    return Library(path, SPEC, SPEC.name, 2)
 
 
 @pytest.fixture
