@@ -10,6 +10,7 @@ import click
 from ..errors import MeasureError
 from ..formats.entries import SpecEntry, merge
 from .common import (
+    FiniteRange,
     check_target,
     chosen_records,
     emit,
@@ -155,7 +156,7 @@ def _machine(facts: Path | None) -> Machine | None:
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     metavar="S",
     help="Seconds that a candidate may take.  [default: 60]",
 )

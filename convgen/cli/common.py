@@ -177,9 +177,23 @@ records_options = grouped(
 trials_option = click.option(
     "--trials", type=click.IntRange(min=0), metavar="N", help="Trials per layer, including those of earlier runs."
 )
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range; neither an infinity nor NaN, which compares as in any range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, found {value!r}", param, ctx)
+        return number
+
+
+#: Of ``--seconds`` and the like.
+NON_NEGATIVE = FiniteRange(min=0)
 budget_options = grouped(
     trials_option,
-    click.option("--seconds", type=click.FloatRange(min=0), metavar="S", help="Tuning time for all layers together."),
+    click.option("--seconds", type=NON_NEGATIVE, metavar="S", help="Tuning time for all layers together."),
 )
 
 

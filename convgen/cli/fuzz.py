@@ -14,6 +14,7 @@ from ..report.words import plural
 from .common import (
     FAILED,
     INTERRUPTED,
+    NON_NEGATIVE,
     OK,
     duration,
     emit,
@@ -38,7 +39,7 @@ SECONDS = 60.0
 @click.command(short_help="Check random layers and candidates; shrink what fails.")
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0),
+    type=NON_NEGATIVE,
     metavar="S",
     help="How long to run.  [default: 60, or no limit with --specs]",
 )

@@ -17,6 +17,7 @@ from ..problem.spec import ConvSpec
 from ..report.words import picks_text
 from .common import (
     FAILED,
+    NON_NEGATIVE,
     TROUBLE,
     dim_option,
     duration,
@@ -355,7 +356,7 @@ def _measured(which: Wanted, store: RecordStore, count: int, seed: int) -> list[
 @click.option("--keep", type=click.IntRange(1), default=16, show_default=True, help="How many of each problem stay.")
 @click.option(
     "--days",
-    type=click.FloatRange(min=0),
+    type=NON_NEGATIVE,
     default=180,
     show_default=True,
     help="Age in days at which records of other versions go.",

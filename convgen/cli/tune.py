@@ -16,6 +16,7 @@ from ..report.words import picks_text, plural
 from .common import (
     FAILED,
     INTERRUPTED,
+    NON_NEGATIVE,
     check_names,
     chosen_records,
     complete_spec,
@@ -74,7 +75,7 @@ def _check_targets(context: click.Context, parameter: click.Parameter, text: str
 @thread_counts_option("Threads that kernels run on, such as 1,2.  [default: all cores]")
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0),
+    type=NON_NEGATIVE,
     metavar="S",
     help="Time for the whole job, including that of earlier runs.",
 )

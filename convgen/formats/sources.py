@@ -22,11 +22,13 @@ has other lines as well, which are passed over.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +94,8 @@ LINES = {
     ),
     "miopen": Form(miopen.recognise, _each(miopen.parse), _repeated(miopen.write)),
 }
+#: Most values of a YAML file. A few hundred bytes of aliases can stand for more than any memory holds.
+_MOST_VALUES = 1_000_000
 #: How layers are written.
 FORMS = (*LINES, "toml", "yaml", "json")
 #: A file's suffix -> its form.
@@ -296,18 +300,43 @@ def _parse_yaml(text: str, where: str) -> Any:
         """The safe loader, which would take the last of several equal keys."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for key in keys:
-                if keys.count(key) > 1:
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            for key, count in keys.items():
+                if count > 1:
                     raise SpecError(key, "each key once", "a repeated key", where)
             return super().construct_mapping(node, deep)
 
     try:
-        return yaml.load(text, Loader)
+        loader = Loader(text)
+        try:
+            root = loader.get_single_node()
+            values = 0.0 if root is None else _written_out(root)
+            if values > _MOST_VALUES:
+                found = "more" if math.isfinite(values) else "an alias within what it stands for"
+                raise SpecError("file", f"at most {_MOST_VALUES:,} values, aliases written out", found, where)
+            return loader.construct_document(root) if root is not None else None
+        finally:
+            loader.dispose()
     except SpecError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError("file", "YAML", " ".join(str(error).split()), where) from error
+
+
+def _written_out(root: Any) -> float:
+    """How many values a YAML node stands for where every alias is written out; infinite where one is within itself."""
+    sizes: dict[int, float] = {}
+
+    def size(node: Any) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # until it is known: of an alias within itself
+            below = node.value if isinstance(node.value, list) else ()
+            sizes[id(node)] = 1 + sum(
+                sum(map(size, child)) if isinstance(child, tuple) else size(child) for child in below
+            )
+        return sizes[id(node)]
+
+    return size(root)
 
 
 _PARSERS: dict[str, Callable[[str, str], Any]] = {

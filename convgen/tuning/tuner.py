@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any
@@ -138,11 +139,11 @@ class Tuner:
 
 def check_budget(trials: object, seconds: object) -> None:
     """Raise:
-    SpecError: ``trials`` is not an integer or ``seconds`` not a number or None, or one is negative.
+    SpecError: ``trials`` is not an integer, ``seconds`` not a finite number or None, or one is negative.
     """
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 0:
         raise SpecError("trials", "an integer >= 0", repr(trials))
     if seconds is None:
         return
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
-        raise SpecError("seconds", "a number >= 0", repr(seconds))
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        raise SpecError("seconds", "a finite number >= 0", repr(seconds))

@@ -88,6 +88,29 @@ def test_several_layers(name: str, tmp_path: Path) -> None:
     assert entries == [SpecEntry(ONE, 3, ("a", "c", "d")), SpecEntry(TWO, 3, ("b",))]
 
 
+BOMB = (
+    "layers:\n  - ic: &a6 "
+    + "".join(f"[&a{i} " for i in reversed(range(6)))
+    + "[1]"
+    + "".join(", " + ", ".join([f"*a{i}"] * 30) + "]" for i in range(6))
+)
+
+
+@pytest.mark.parametrize("text", [BOMB, "layers: &a [*a]", "layers: &a {b: *a}"], ids=["bomb", "list", "mapping"])
+def test_yaml_aliases_that_stand_for_more_than_a_file_can_hold(tmp_path: Path, text: str) -> None:
+    with pytest.raises(
+        SpecError, match=r"m\.yaml: file: expected at most 1,000,000 values, aliases written out, found"
+    ):
+        read_specs(write(tmp_path, "m.yaml", text))
+
+
+def test_a_long_yaml_mapping_takes_no_longer_than_it_is(tmp_path: Path) -> None:
+    """50,000 keys, which compared with each other would take minutes."""
+    text = "".join(f"key{i}: 1\n" for i in range(50_000))
+    with pytest.raises(SpecError, match="key0"):
+        read_specs(write(tmp_path, "m.yaml", text))
+
+
 def test_yaml_anchors_and_merge_keys(tmp_path: Path) -> None:
     text = "layers:\n  - &a {ic: 4, oc: 8, in_spatial: [8, 8], kernel: 3, padding: 1, activation: relu}\n"
     text += "  - {<<: *a, ic: 8}\n"
@@ -291,7 +314,7 @@ def test_wrong_descriptor_with_a_dot_is_a_descriptor() -> None:
         ("f.yaml", b"ic: 2020-13-45\n", "file: expected YAML, found month must be"),
         ("f.yaml", b"? [a]\n: 1\n", "file: expected YAML, found while constructing"),
         ("f.yaml", b"[" * 5000, "file: expected YAML, found"),
-        ("f.yaml", b"&a [*a]\n", "layer 1: layer: expected fields of a layer"),
+        ("f.yaml", b"&a [*a]\n", "aliases written out, found an alias within what it stands for"),
         ("f.yaml", b"1: 2\n", "1: expected one of accuracy, .*, found an unknown key"),
         ("f.json", b"3", "layers: expected a list of layers, found 3"),
         ("f.json", b"null", "layers: expected a list of layers, found None"),

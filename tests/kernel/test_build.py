@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,11 @@ def test_an_empty_batch_is_not_tuned(store: RecordStore) -> None:
     assert layer(np.empty((0, 3, 6, 7), np.float32)).shape == (0, 17, 4, 5)
 
 
-@pytest.mark.parametrize("budget", [{"trials": -1}, {"seconds": -1.0}, {"trials": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "budget",
+    [{"trials": -1}, {"seconds": -1.0}, {"trials": 1.5}, {"seconds": math.inf}, {"seconds": math.nan}],
+    ids=str,
+)
 def test_an_impossible_budget_is_refused(budget: dict[str, Any]) -> None:
     with pytest.raises(SpecError, match=r"trials|seconds"):
         convgen.build(TEXT, records=False, **budget)

@@ -8,13 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from archives import untar
 from fleets import KEY, LONG, Fleet
 from worker_jobs import build_spilling, in_worker
 
@@ -308,8 +308,7 @@ def archive(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure(archive: Path, folder: Path, driver: str, *, status: int = 0) -> str:
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+    untar(archive, folder)
     command = [*BARE, str(folder / "layer" / "run.py"), "-o", str(folder / "results.jsonl")]
     environment = {"CONVGEN_CUDA_DRIVER": driver}
     done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=200, check=False)
@@ -346,8 +345,7 @@ def test_a_wrong_candidate_of_a_bundle_is_rejected(archive: Path, driver: Path, 
     """What is expected is changed, and the digest with it."""
     import hashlib
 
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path, filter="data")
+    untar(archive, tmp_path)
     manifest = tmp_path / "layer" / "manifest.json"
     values = json.loads(manifest.read_text())
     name = values["layers"][0]["data"]["expected"]

@@ -21,6 +21,7 @@ from typing import Any
 
 import planted
 import pytest
+from archives import untar
 
 from convgen.api import tune
 from convgen.cli import main
@@ -54,7 +55,7 @@ from convgen.tuning.bundle import (
     trial_id,
     unpacked,
 )
-from convgen.tuning.bundle.archive import write_runner
+from convgen.tuning.bundle.archive import read_manifest, write_runner
 
 SPEC = planted.SPEC
 #: An interpreter that finds nothing but the standard library, in an environment without variables.
@@ -71,8 +72,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(archive: Path, tmp_path: Path) -> Path:
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path, filter="data")
+    untar(archive, tmp_path)
     return tmp_path / "layer"
 
 
@@ -80,10 +80,25 @@ def folder(archive: Path, tmp_path: Path) -> Path:
 def results(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a bare interpreter wrote."""
     folder = tmp_path_factory.mktemp("device")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+    untar(archive, folder)
     run(folder / "layer", "-o", folder / "results.jsonl")
     return folder / "results.jsonl"
+
+
+@pytest.mark.parametrize("kind", ["a link", "outside", "absolute"])
+def test_an_archive_that_writes_elsewhere_is_refused(tmp_path: Path, kind: str) -> None:
+    path, inner = tmp_path / "hostile.tar", tarfile.TarInfo("layer/manifest.json")
+    if kind == "a link":
+        inner.type, inner.linkname = tarfile.SYMTYPE, "/etc/hostname"
+    else:
+        inner.name = "../manifest.json" if kind == "outside" else str(tmp_path / "manifest.json")
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(inner)
+    with pytest.raises(
+        ExportError, match=r"hostile\.tar: expected a bundle, found '.*', which is no file or folder inside"
+    ):
+        read_manifest(path)
+    assert sorted(tmp_path.iterdir()) == [path]
 
 
 def run(folder: Path, *arguments: object, status: int = 0) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import ExportError
@@ -90,13 +91,32 @@ def unpacked(path: Path) -> Iterator[Path]:
                     archive.extractall(temporary)
             else:
                 with tarfile.open(path) as tar:
-                    tar.extractall(temporary, filter="data")
+                    _unpack(tar, Path(temporary))
         except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, ValueError) as error:
             raise ExportError(f"{path}: expected a bundle, found {error}") from error
         folders = [entry for entry in Path(temporary).iterdir() if (entry / MANIFEST).is_file()]
         if len(folders) != 1:
             raise ExportError(f"{path}: expected a bundle with one {MANIFEST}, found {len(folders)}")
         yield folders[0]
+
+
+def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
+    """Write an archive's files and folders. (``extractall`` has filters in 3.11.4 and later only.)
+
+    Raises:
+        ValueError: something else is in it, or lies outside.
+    """
+    for member in tar:
+        path = PurePosixPath(member.name)
+        if not (member.isreg() or member.isdir()) or path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{member.name!r}, which is no file or folder inside it")
+        place = folder / path
+        if member.isdir():
+            place.mkdir(parents=True, exist_ok=True)
+        elif (source := tar.extractfile(member)) is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with source, place.open("wb") as file:
+                shutil.copyfileobj(source, file)
 
 
 def read_manifest(path: Path) -> tuple[str, dict[str, Any]]:
