@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,6 +191,8 @@ def _text(entries: list[SpecEntry], rows: list[Row]) -> str:
 
 
 def _write_report(path: Path, title: str, rows: list[Row]) -> None:
+    from importlib.metadata import version  # loads email and zipfile, a seventh of the start-up time
+
     from ..report.bench_page import page
     from ..report.tables import network
 

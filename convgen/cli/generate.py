@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -319,6 +318,8 @@ def _first_failure(report: Report) -> str:
 
 
 def _index(work: Work, source: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    from importlib.metadata import version  # loads email and zipfile, a seventh of the start-up time
+
     return {
         "convgen": version("convgen"),
         "source": source,

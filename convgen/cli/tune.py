@@ -159,11 +159,13 @@ def _working(job: Job, records: Records) -> Iterator[tuple[JobRun, JobView]]:
     """A job ready to run, with its workers."""
     from ..hardware.target import check_native
     from ..hardware.target import resolve as resolve_here
+
+    if job.tracker is None or "cuda" not in job.targets:  # else the device says which GPU that is
+        job.problems(resolve_here)  # what is wrong shows before anything starts, or is loaded
+
     from ..records.opening import open_store
     from ..tuning.job_run import JobRun
 
-    if job.tracker is None or "cuda" not in job.targets:  # else the device says which GPU that is
-        job.problems(resolve_here)  # what is wrong shows before anything starts
     resolve: Callable[[str], Target] | None = None
     with open_store(records) as store:
         if job.tracker is None:

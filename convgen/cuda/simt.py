@@ -27,7 +27,7 @@ MOST_UNROLLED = 8
 
 
 class Buffers(NamedTuple):
-    """What a kernel reads and writes, in the order in which :func:`~convgen.vector.written` hands it on.
+    """What a kernel reads and writes, in the order in which :func:`~convgen.cpu.vector.written` hands it on.
 
     Attributes:
         residual: None where the spec has none.

@@ -65,7 +65,7 @@ def space(size: Size) -> Space:
 
 
 def check(target: Target, tile: Tile) -> None:
-    """Raise :class:`Inapplicable` where a tile does not fit into a thread block."""
+    """Raise :class:`~convgen.errors.Inapplicable` where a tile does not fit into a thread block."""
     threads, shared = tile.threads, tile.shared
     require(tile.thread_n <= tile.tile_n, "a thread has more channels than its block")
     require(threads % 32 == 0, f"{threads} threads are not whole warps")

@@ -1,7 +1,8 @@
 """Storage types of tensors: their names, sizes, rounding, and NumPy forms.
 
-How a layer's tensors are stored follows from its spec's dtype (:attr:`ConvSpec.dtypes`). Arithmetic is float32
-whatever the storage, and dst is rounded once, at the end; of i8, sums of products are 32-bit integers.
+How a layer's tensors are stored follows from its spec's dtype (:attr:`~convgen.problem.spec.ConvSpec.dtypes`).
+Arithmetic is float32 whatever the storage, and dst is rounded once, at the end; of i8, sums of products are 32-bit
+integers.
 
 This module needs the standard library only; NumPy (and ml_dtypes, for bf16) are imported where used.
 """

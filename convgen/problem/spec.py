@@ -128,7 +128,7 @@ class ConvSpec:
         activation: ``none relu relu6 leaky_relu(a) prelu clip(lo,hi) sigmoid tanh silu mish
             hardswish hardsigmoid(a,b) elu(a) gelu gelu_tanh``.
         residual: whether a tensor of the output's shape is added before the activation.
-        accuracy: the class of its error bound (:mod:`convgen.validate`): ``strict``, ``standard``,
+        accuracy: the class of its error bound (:mod:`convgen.problem.accuracy`): ``strict``, ``standard``,
             ``relaxed``, or ``tf32``, whose products may be of operands of 11 bits.
         dtype: how tensors are stored: ``f32``, ``f16`` or ``bf16``; sums are f32 whatever it is. Or ``i8``: src,
             weights and dst are, the bias is i32, the scale f32 (:attr:`dtypes`). It is exact, takes no

@@ -28,7 +28,6 @@ from ..formats.sources import LINES, SUFFIXES, read_bytes, read_specs
 from ..hardware.discover import target_families
 from ..hardware.target import Target
 from ..hardware.target import resolve as resolve_here
-from ..kernel.kernel import check_threads
 from ..lowering.discover import schedule_ids
 from ..problem.spec import ConvSpec
 
@@ -171,6 +170,8 @@ class Job:
         for model, entries in self.layers:
             for entry in entries:
                 uses.setdefault(entry.spec, []).append(Use(model, entry.count, entry.names))
+        from ..kernel.kernel import check_threads  # loads NumPy: after the layers, so that wrong ones are told at once
+
         targets = [(resolve or resolve_here)(spelling) for spelling in self.targets]
         return [
             Problem(spec, target, check_threads(threads, target), tuple(spec_uses))

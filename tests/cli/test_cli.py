@@ -103,6 +103,12 @@ print(json.dumps(found))
     assert not list(tmp_path.iterdir())
 
 
+def test_the_command_line_loads_no_metadata_before_it_needs_them() -> None:
+    slow = {"importlib.metadata", "email.message", "multiprocessing", "sqlite3"}
+    done = python("-c", f"import sys, convgen.cli; print(sorted({slow!r} & set(sys.modules)))")
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
 def test_the_installed_command_and_the_module_agree() -> None:
     command = shutil.which("convgen", path=str(Path(sys.executable).parent))
     assert command
