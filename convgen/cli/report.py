@@ -56,7 +56,6 @@ def report(
     """
     from ..records.store import RecordStore
     from ..report.gather import Model, gather, read_rows
-    from ..report.tuning_page import page
     from ..report.tuning_text import markdown
     from ..tuning.job import Job
 
@@ -76,7 +75,13 @@ def report(
         spelled = [_spelling(name) for name in targets]
         found = gather(store, models, title=title, targets=spelled, threads=counts, rows=rows, notes=notes)
     if out is not None:
-        write_text(markdown(found) if out.suffix == ".md" else page(found), out)
+        if out.suffix == ".md":
+            text = markdown(found)
+        else:
+            from ..report.tuning_page import page  # loads Jinja
+
+            text = page(found)
+        write_text(text, out)
         note(f"wrote {tidy(out)}")
     if as_json:
         emit(found.to_dict())

@@ -59,8 +59,8 @@ def parse_candidate(spec: ConvSpec, target: Target, schedule_id: str, picks: str
             known = "; ".join(f"{k}={'|'.join(map(str, v))}" for k, v in domains.items())
             raise Inapplicable(f"picks: expected each of {known} once, found {part!r}")
         chosen[key] = values[text]
-    for key in domains.keys() - chosen.keys():
-        raise Inapplicable(f"picks: expected a value for {key}, found none")
+    if missing := [key for key in domains if key not in chosen]:
+        raise Inapplicable(f"picks: expected a value for {', '.join(missing)}, found none")
     candidate = Candidate(schedule, Picks(**{key: chosen[key] for key in domains}))
     schedule.valid(core, target, candidate.picks)
     return candidate

@@ -19,9 +19,7 @@ from ..formats.sources import write_text
 from ..hardware.machine import machine
 from ..hardware.roofline import roofline
 from ..hardware.target import resolve
-from ..kernel.library import Library
 from ..lowering.versions import versions
-from ..measure.compare import compare
 from ..problem.spec import ConvSpec
 
 if TYPE_CHECKING:
@@ -159,6 +157,9 @@ def measure(
     Raises:
         UnsupportedError: the kernels run on a GPU, the other libraries on the CPU.
     """
+    from ..kernel.library import Library  # loads NumPy, and whoever only reads rows needs none
+    from ..measure.compare import compare
+
     on_cpu = {name: kernel for name, kernel in kernels.items() if isinstance(kernel, Library)}
     if len(on_cpu) < len(kernels):
         raise UnsupportedError(

@@ -17,7 +17,11 @@ from typing import Any
 
 import onnx
 import pytest
+<<<<<<< HEAD
 from commands import SMALL, TINY, Run, python
+=======
+import stores
+>>>>>>> c0
 from onnx import TensorProto, helper
 
 from convgen.check.validate import Check, Report
@@ -107,6 +111,14 @@ def test_the_command_line_loads_no_metadata_before_it_needs_them() -> None:
     slow = {"importlib.metadata", "email.message", "multiprocessing", "sqlite3"}
     done = python("-c", f"import sys, convgen.cli; print(sorted({slow!r} & set(sys.modules)))")
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_a_report_as_tables_loads_nothing_heavy(tmp_path: Path) -> None:
+    store = stores.fill(tmp_path / "records.sqlite", stores.some(1))
+    script = f"import sys; from convgen.cli import main; main(['report', {str(store)!r}]); heavy = {HEAVY!r}"
+    done = python("-c", f"{script}; print(sorted(set(heavy) & set(sys.modules)), file=sys.stderr)")
+    assert done.stdout.startswith("# "), done.stderr
+    assert done.stderr == "[]\n"
 
 
 def test_the_installed_command_and_the_module_agree() -> None:
