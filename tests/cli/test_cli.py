@@ -17,11 +17,8 @@ from typing import Any
 
 import onnx
 import pytest
-<<<<<<< HEAD
-from commands import SMALL, TINY, Run, python
-=======
 import stores
->>>>>>> c0
+from commands import SMALL, TINY, Run, python
 from onnx import TensorProto, helper
 
 from convgen.check.validate import Check, Report
