@@ -6,6 +6,7 @@ Imports neither NumPy nor TVM.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -221,6 +222,7 @@ def _physical(usable: set[int], sysfs: Path) -> int:
 
 #: Seconds to wait for CPUs that others measure on before sharing them.
 PATIENCE = 2.0
+_LOCK_FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @contextlib.contextmanager
@@ -259,15 +261,18 @@ def _set_affinity(cpus: set[int]) -> None:
 
 def _claim(cpus: list[int], threads: int, claims: contextlib.ExitStack) -> set[int]:
     """CPUs that no other process measures on; after :data:`PATIENCE` without enough of them, simply the first ones."""
-    folder = Path(tempfile.gettempdir()) / f"convgen-cpus-{os.getuid()}"
     end = time.monotonic() + PATIENCE
-    with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(OSError), contextlib.ExitStack() as folder_open:
+        folder = _own_folder(Path(tempfile.gettempdir()) / f"convgen-cpus-{os.getuid()}")
+        folder_open.callback(os.close, folder)
         while time.monotonic() < end:
             with contextlib.ExitStack() as locks:
                 claimed: set[int] = set()
                 for cpu in cpus:
-                    file = locks.enter_context(open(folder / str(cpu), "w"))
+                    file = os.open(
+                        str(cpu), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
+                    )
+                    locks.callback(os.close, file)
                     with contextlib.suppress(BlockingIOError):
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         claimed.add(cpu)
@@ -276,6 +281,22 @@ def _claim(cpus: list[int], threads: int, claims: contextlib.ExitStack) -> set[i
                         return claimed
             time.sleep(0.005)
     return set(cpus[:threads])
+
+
+def _own_folder(path: Path) -> int:
+    """A descriptor of a folder of this user's alone, made where there is none: its name is known to others, who may
+    put something else in its place where everybody can write.
+
+    Raises:
+        OSError: it is something else, such as a link, or others may write into it.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    status = os.fstat(folder)
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        os.close(folder)
+        raise PermissionError(errno.EPERM, "expected a folder of this user's alone", str(path))
+    return folder
 
 
 def _by_core(usable: set[int], sysfs: Path) -> list[int]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from convgen.errors import BuildError, MeasureError
 from convgen.hardware import machine as module
-from convgen.hardware.machine import Machine, machine, measured, measured_bandwidth, measured_peak
+from convgen.hardware.machine import Machine, machine, measured, measured_bandwidth, measured_peak, pinned
 
 X86 = """\
 processor\t: {cpu}
@@ -215,3 +216,62 @@ def test_buffers_lie_where_they_should() -> None:
         assert threads * sizes["dram"] >= 64 << 20
     assert set(module._buffers(replace(here, l3=None), 1)) == {"l2", "dram"}
     assert set(module._buffers(replace(here, l2=None), 1)) == {"dram"}
+
+
+# ---- CPUs of one's own ---------------------------------------------------------------------------
+
+
+def test_processes_that_measure_have_different_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = """
+import os, sys
+from convgen.hardware.machine import pinned
+with pinned(1):
+    print(*os.sched_getaffinity(0), flush=True)
+    sys.stdin.read()
+"""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two CPUs")
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", program]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    with start() as one, start() as other:
+        found = []
+        for process in (one, other):
+            assert process.stdout
+            found.append(process.stdout.readline().split())
+        for process in (one, other):
+            assert process.stdin
+            process.stdin.close()
+    assert sorted(len(cpus) for cpus in found) == [1, 1]
+    assert found[0] != found[1]
+    assert [path.name for path in tmp_path.iterdir()] == [f"convgen-cpus-{os.getuid()}"]
+
+
+@pytest.mark.parametrize("kind", ["a link to a folder", "a folder that others may write", "a file", "a link in it"])
+def test_what_another_user_puts_in_the_shared_folder_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """CPUs are shared then, and the file that was to be emptied keeps its content."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    folder, victim = tmp_path / f"convgen-cpus-{os.getuid()}", tmp_path / "victim"
+    victim.write_text("precious")
+    if kind == "a link to a folder":
+        (tmp_path / "theirs").mkdir()
+        folder.symlink_to(tmp_path / "theirs")
+    elif kind == "a file":
+        folder.symlink_to(victim)
+    else:
+        folder.mkdir(mode=0o700)
+        for cpu in os.sched_getaffinity(0):
+            (folder / str(cpu)).symlink_to(victim)
+        if kind == "a folder that others may write":
+            folder.chmod(0o777)
+    with pinned(1):
+        assert victim.read_text() == "precious"
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "theirs").exists() or not any((tmp_path / "theirs").iterdir())
