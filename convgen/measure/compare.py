@@ -316,7 +316,7 @@ def run_comparison(
     Args:
         paths, directory: artifacts of one spec, and the folder of its inputs; see :mod:`convgen.measure.trial`.
     """
-    if artifact_facts(paths[0])["device"] != "cpu":
+    if artifact_facts(paths[0])["on_device"]:
         return run_duel(paths, directory, threads, rounds), None
     libraries = [load_artifact(path, threads)[0] for path in paths]
     spec = libraries[0].spec

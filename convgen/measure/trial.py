@@ -155,7 +155,7 @@ def build_artifact(module: CandidateModule, root: str) -> str:
     interface, _, library = compile_lowered(lowered, directory, "candidate", device)
     exact = lowered.candidate.is_exact(spec) and spec.activation_op.exact
     (directory / "candidate.json").write_text(
-        json.dumps({"spec": module.spec, "name": interface.name, "exact": exact, "device": lowered.target.kind})
+        json.dumps({"spec": module.spec, "name": interface.name, "exact": exact, "on_device": lowered.target.on_device})
     )
     return str(library)
 
@@ -163,7 +163,7 @@ def build_artifact(module: CandidateModule, root: str) -> str:
 def artifact_facts(path: str) -> dict[str, Any]:
     """What is to be known about an artifact: its spec, its library's prefix, whether it is exact, where it runs."""
     facts: dict[str, Any] = json.loads((Path(path).parent / "candidate.json").read_text())
-    return {"device": "cpu"} | facts
+    return {"on_device": False} | facts
 
 
 def load_artifact(path: str, threads: int) -> tuple[Library, bool]:
@@ -198,7 +198,7 @@ def run_artifact(path: str, directory: str, threads: int, seconds: float, hopele
 
 
 def _run_artifact(path: str, directory: str, threads: int, seconds: float, hopeless: float) -> dict[str, Any]:
-    if artifact_facts(path)["device"] == "cuda":
+    if artifact_facts(path)["on_device"]:
         return _run_on_gpu(path, directory, seconds, hopeless)
     library, exact = load_artifact(path, threads)
     with pinned(threads) as is_pinned:
@@ -242,7 +242,7 @@ def _difference(spec: ConvSpec, directory: str, dst: Any, exact: bool) -> str:
 def run_duel(paths: list[str], directory: str, threads: int, rounds: int) -> list[list[float]]:
     """Time several libraries of one spec in turn, on CPUs of their own or on the GPU."""
     facts = [artifact_facts(path) for path in paths]
-    if facts and facts[0]["device"] == "cuda":
+    if facts and facts[0]["on_device"]:
         from .gpu import gpu, prepare
 
         data = load_inputs(ConvSpec.parse(facts[0]["spec"]), directory)
