@@ -199,9 +199,10 @@ def test_no_time_no_trials(store: RecordStore) -> None:
         ({"trials": -1}, "trials: expected an integer >= 0, found -1"),
         ({"trials": 2.5}, "trials: expected an integer >= 0, found 2.5"),
         ({"trials": True}, "trials: expected an integer >= 0, found True"),
-        ({"seconds": -0.5}, "seconds: expected a number >= 0, found -0.5"),
-        ({"seconds": math.nan}, "seconds: expected a number >= 0, found nan"),
-        ({"seconds": "9"}, "seconds: expected a number >= 0, found '9'"),
+        ({"seconds": -0.5}, "seconds: expected a finite number >= 0, found -0.5"),
+        ({"seconds": math.nan}, "seconds: expected a finite number >= 0, found nan"),
+        ({"seconds": math.inf}, "seconds: expected a finite number >= 0, found inf"),
+        ({"seconds": "9"}, "seconds: expected a finite number >= 0, found '9'"),
     ],
 )
 def test_an_impossible_budget_is_refused(budget: dict[str, Any], message: str, store: RecordStore) -> None:
