@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from answers import OTHER, another, elsewhere, final, pretend, took
+from commands import Run
 from made_records import SPEC, TEXT, record
 from stores import some
 
@@ -28,7 +29,6 @@ from convgen.records.record import TuningRecord
 from convgen.records.store import RecordStore
 
 OTHER_LAYER = "conv1d n1 ic4 oc4 i20 k3 s1 p1"
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -41,16 +41,6 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
         capsys.readouterr()
         status = main(["records", *map(str, arguments)])
         return status, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def run_json(run: Run) -> Callable[..., Any]:
-    def call(*arguments: object, status: int = 0) -> Any:
-        found, out, err = run(*arguments, "--json")
-        assert found == status, err
-        return json.loads(out)
 
     return call
 
