@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from tvm import te, tirx
 
 from convgen.cpu.vector import (
@@ -41,7 +42,7 @@ from convgen.cpu.vector import (
 )
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, round_up
-from convgen.lowering.schedule import Picks, Program, Space, Written, busiest, require
+from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, Written, busiest, require
 from convgen.problem.spec import ConvSpec
 
 #: Weights of the seven products, as multiples of the blocks (11, 12, 21, 22), in the order they are summed in.
@@ -109,6 +110,29 @@ class CpuStrassen(Written):
         cycles = _cycles(spec, target, self.default(spec, target))
         return float(cycles * 2 * target.lanes * target.cores / target.peak_flops)
 
+    def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
+        """A factor of a product is at most the sum of its four blocks, and an output has at most four products."""
+        plane = (slice(None, None, step) for step in spec.stride)
+        pixels = src[(slice(None), slice(None), *plane)].reshape(spec.n, 2, spec.ic // 2, -1).sum(1)
+        whole = spec.out_pixels // (2 * picks.tile_px) * 2 * picks.tile_px
+        edge = _edge(spec.out_pixels - whole, picks, target.lanes)
+        parts = [_over_halves(pixels[..., :whole], picks.tile_px), _over_halves(pixels[..., whole:], edge)]
+        channels = weights.reshape(spec.oc, 2, spec.ic // 2).sum(1)
+        largest = np.maximum(weights.reshape(spec.oc, -1).max(1), 2.0**-126)
+        power = np.exp2(np.floor(np.log2(largest)))
+        scaled = (channels / power[:, None]).reshape(2, spec.oc // 2, -1).sum(0)
+        mixed = 4 * power[:, None] * np.concatenate([scaled, scaled])
+        flat = spec.with_(
+            ic=spec.ic // 2,
+            in_spatial=(spec.out_pixels,),
+            kernel=(1,),
+            stride=(1,),
+            padding=((0, 0),),
+            dilation=(1,),
+            output_padding=(0,),
+        )
+        return Magnitudes(flat, np.concatenate(parts, -1), mixed[..., None].astype(np.float32))
+
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops = Operands(spec)
         weights, scale = _packed_weights(ops, picks.tile_oc)
@@ -146,6 +170,16 @@ def _largest_share(sizes: Sequence[int], picks: Picks, images: int, cores: int) 
 def _sum(factors: Sequence[int], values: Sequence[Expr]) -> Expr:
     """The sum of ``values`` times ``factors``; subtracted ones come last, so that little is negated."""
     return weighted_sum(sorted(zip(factors, values, strict=True), key=lambda pair: -pair[0]))
+
+
+def _over_halves(pixels: Array, half: int) -> Array:
+    """Sums of the two halves of each tile, for every pixel; the last axis is pixels, whole tiles or less than one."""
+    *front, count = pixels.shape
+    if not count:
+        return pixels
+    padded = np.pad(pixels, [(0, 0)] * len(front) + [(0, -count % (2 * half))])
+    halves = padded.reshape(*front, -1, 2, half)
+    return (halves + halves[..., ::-1, :]).reshape(*front, -1)[..., :count]
 
 
 def _edge(rest: int, picks: Picks, lanes: int) -> int:

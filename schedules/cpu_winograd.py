@@ -18,8 +18,8 @@ Strategy    F(m, r) along the last one or two axes (Lavin & Gray, CVPR 2016): of
                is there; bias, residual, activation, store.
             5. `parallel="oc"`: with few tiles the input is transformed first, in parallel over ic,
                and the products are parallel over channel blocks.
-Accuracy    falls with m. Up to 4 interpolation points are as accurate as plain summation (strict), up
-            to m = 4 the error stays within a quarter of the bound of `standard`; m > 4 needs `relaxed`.
+Accuracy    falls with m. On data of one scale the error stays within a quarter of the bound of `standard` up to
+            m = 4; m > 4 needs `relaxed`. A pixel that is much larger than others costs its tile their precision.
 Why not     small planes with many channels: the transformed weights are several times larger, and all
             of them are read for a few tiles. Kernels no larger than their stride: no gain.
 
@@ -59,8 +59,8 @@ from convgen.lowering.compute import (
     unflat,
     vectorize_finished,
 )
-from convgen.lowering.schedule import Picks, Program, Scheduled, Space, require
-from convgen.lowering.winograd import admitted, phases, strided, transposed
+from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Scheduled, Space, require
+from convgen.lowering.winograd import admitted, magnitudes, phases, strided, transposed
 from convgen.problem.spec import ConvSpec
 
 #: Products per output, against the taps, that a transform must save to be worth its passes.
@@ -126,6 +126,9 @@ class CpuWinograd(Scheduled):
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
         return _seconds(spec, target, self.default(spec, target))
+
+    def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
+        return magnitudes(spec, src, weights, {axis: _tile(spec, axis, picks.tile) for axis in _axes(spec)})
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         steps = _Steps(spec, target.lanes, picks)

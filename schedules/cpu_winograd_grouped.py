@@ -11,8 +11,7 @@ Strategy    F(m×m, r×r), and its strided form by phases, as cpu_winograd.
             4. Transform those rows back before they are stored, then the columns; transpose; bias, residual,
                activation, store.
             5. One parallel loop over batch × groups × blocks of rows.
-Accuracy    m = 2 with 2 or 3 taps is as accurate as plain summation (strict); m up to 4 stays within a third of the
-            bound of `standard`, also with 5 taps; m = 6 needs `relaxed`.
+Accuracy    as cpu_winograd's; m up to 4 stays within a third of the bound of `standard`, also with 5 taps.
 Why not     tiles in the lanes: rows of tiles rarely fill a vector. Several groups in a vector: inputs are then
             shuffled as often as multiplied.
 """
@@ -29,8 +28,8 @@ from tvm import te, tirx
 from convgen.cpu.vector import Block, finish, interleave, load, store, weighted_sum, written, zeros
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Expr, Operands, ceildiv, copied, row_times
-from convgen.lowering.schedule import Picks, Program, Space, Written, require
-from convgen.lowering.winograd import Matrix, admitted, strided
+from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, Written, require
+from convgen.lowering.winograd import Matrix, admitted, magnitudes, strided
 from convgen.problem.spec import ConvSpec
 
 #: Products per output, against the taps, that a transform must save to be worth its passes.
@@ -83,6 +82,9 @@ class CpuWinogradGrouped(Written):
     def cost(self, spec: ConvSpec, target: Target) -> float:
         cycles = _cycles(spec, target, self.default(spec, target))
         return float(cycles * 2 * target.lanes / target.peak_flops)
+
+    def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
+        return magnitudes(spec, src, weights, dict.fromkeys(range(spec.rank), picks.tile))
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops = Operands(spec)

@@ -39,8 +39,8 @@ from convgen.cpu.vector import (
 )
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, flat, row_times, unflat
-from convgen.lowering.schedule import Picks, Program, Space, Written, require
-from convgen.lowering.winograd import admitted, toom_cook
+from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, Written, require
+from convgen.lowering.winograd import admitted, magnitudes, toom_cook
 from convgen.problem.spec import ConvSpec
 
 #: Bytes per second that one core moves of the layer's tensors, in caches mostly: a round figure that only ranks
@@ -57,7 +57,7 @@ class CpuWinogradRows(Written):
         require(not spec.transposed and spec.groups == 1, "needs groups 1, not transposed")
         require(spec.layout == "nchw", "needs NCHW")
         taps, dilation = spec.kernel[-1], spec.dilation[-1]
-        require(taps >= 2 and bool(admitted(spec.accuracy, taps)), "needs 2 to 7 taps along the row, strict 2 or 3")
+        require(taps >= 2 and bool(admitted(spec.accuracy, taps)), "needs 2 to 7 taps along the row")
         require(spec.stride[-1] == 1, "needs stride 1 along the row")
         # Where a window lies in nothing but padding the exact result admits no error; a transform has one.
         if any(spec.padding[-1]):
@@ -113,6 +113,9 @@ class CpuWinogradRows(Written):
         cycles = _cycles(spec, target, self.default(spec, target))
         traffic = sum(spec.bytes.values()) / (target.cores * BYTES_PER_SECOND)
         return float(cycles * 2 * target.lanes / target.peak_flops + traffic)
+
+    def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
+        return magnitudes(spec, src, weights, {spec.rank - 1: picks.tile})
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, g = Operands(spec), _Geometry(spec, picks)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from convgen.lowering.schedule import require
+from convgen.lowering.schedule import Array, Magnitudes, Picks, require
 
 from .cuda_gemm import CudaGemm
 
 if TYPE_CHECKING:
+    from convgen.hardware.target import Target
     from convgen.problem.spec import ConvSpec
 
 
@@ -26,6 +27,10 @@ class CudaGemmTf32x3(CudaGemm):
     def admits(self, spec: ConvSpec) -> None:
         require(spec.dtype == "f32", "needs f32")
         require(spec.accuracy in ("standard", "relaxed"), "its error is that of accuracy standard")
+
+    def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
+        """Two operands cut off after 22 bits, and the product that is left out: 12 roundings of f32 at most."""
+        return Magnitudes(spec, src, 4 * weights)
 
     def kind(self, spec: ConvSpec) -> str:
         return "tf32x3"

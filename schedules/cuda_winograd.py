@@ -42,8 +42,8 @@ from convgen.cuda.simt import (
 )
 from convgen.cuda.tiles import Size, Tile
 from convgen.lowering.compute import Expr, Operands, ceildiv, copied, round_up, row_times, unflat
-from convgen.lowering.schedule import Picks, Program, Space, Written, require
-from convgen.lowering.winograd import Matrix, admitted, toom_cook
+from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, Written, require
+from convgen.lowering.winograd import Matrix, admitted, magnitudes, toom_cook
 
 if TYPE_CHECKING:
     from convgen.hardware.target import Target
@@ -85,6 +85,9 @@ class CudaWinograd(Written):
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
         return _seconds(spec, target, self.default(spec, target))
+
+    def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
+        return magnitudes(spec, src, weights, dict.fromkeys(range(spec.rank), picks.tile))
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, m, tile = Operands(spec), picks.tile, tiles.of(picks)

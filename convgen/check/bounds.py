@@ -1,15 +1,22 @@
 """What ONNX Runtime computes, and how far from it a kernel may be.
 
-Bounds (rounding analysis of a dot product; Higham, *Accuracy and Stability of Numerical Algorithms*,
-2nd ed., §3; for the square root, Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019): element-wise
+**Any data.** Element-wise, from the rounding analysis of a dot product (Higham, *Accuracy and Stability of Numerical
+Algorithms*, 2nd ed., §3; for the square root, Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019),
 
-    |dst - reference| <= L * c * u * (conv(|src|, |weights|) + |bias| + |residual|) + the activation's own error
+    |dst - reference| <= L * c * u * (M + |bias| + |residual|) + the activation's own error
 
-with ``u = 2**-24``, ``K`` products per element, ``L`` the activation's slope and
+with ``u = 2**-24``, ``c = 8 + 2 * sqrt(K)`` for ``K`` products per element (``2**15`` more for tf32: two operands cut
+off after 11 bits), and ``L`` the activation's slope. For a kernel that only reorders sums ``M`` is ``conv(|src|,
+|weights|)``. One that transforms adds pixels before it multiplies, and its ``M`` is the sum of what it adds, which
+reaches all pixels of a tile: :meth:`~convgen.lowering.schedule.Schedule.magnitudes`. Subnormal numbers and products
+count as the smallest normal number. Where ``M`` is not finite, as a transform's is throughout a tile with a NaN,
+nothing is promised.
 
-    ``c = f * (8 + 2 * sqrt(K))``,  ``f = 1`` (strict), ``8`` (standard), ``64`` (relaxed),
+**Data of one scale**, whose pixels are alike, as those of a layer with normalised inputs: the same with
 
-and ``2**15`` more than relaxed for tf32: two operands cut off after 11 bits.
+    ``M = max(conv(|src|, |weights|), K * mean|src| * mean|weights|)``,  ``c = f * (8 + 2 * sqrt(K))``
+
+where ``f`` is what the accuracy class lets a transform lose: 8 (standard) or 64 (relaxed).
 
 A layer stored as f16 or bf16 is computed in f32 and rounded once: two results that far apart may round
 to neighbours, so the bound grows by twice the rounding of what may come out.
@@ -18,21 +25,31 @@ Layers of i8 are exact: every element must be ONNX Runtime's, on data whose sums
 saturate here and there, and on data half of whose outputs are ties.
 
 On small integers every partial sum is exact, so a schedule that only reorders sums must match bit
-for bit; one that transforms (Winograd) is held to its bound there too.
+for bit; one that transforms (Winograd) is held to the bound for data of one scale there too.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..lowering.schedule import Magnitudes
 from ..problem import dtypes
 from ..problem.accuracy import ACTIVATION_ERROR, UNIT_ROUNDOFF, error_factor
 from ..problem.dtypes import UNDERFLOW, numpy_dtype, widen
 from ..problem.spec import ConvSpec
 from .data import Arrays
+
+if TYPE_CHECKING:
+    from ..lowering.lower import Lowered
+
+#: The smallest normal number: what subnormal ones count as.
+SMALLEST_NORMAL = np.float32(2.0**-126)
+#: From here on sums of pixels, times what a transform multiplies them by, may be too large for f32.
+LARGE = 1e30
 
 F32 = npt.NDArray[np.float32]
 Stored = npt.NDArray[Any]  # of the dtype that the spec says
@@ -50,22 +67,82 @@ def reference(spec: ConvSpec, data: Arrays, threads: int = 1) -> Stored:
     return run_onnxruntime(spec, **data, threads=threads)
 
 
-def tolerance(spec: ConvSpec, data: Arrays, threads: int = 1) -> F32:
-    """The element-wise bound for ``data``, of the output's shape; of integers, zeros."""
+def tolerance(spec: ConvSpec, data: Arrays, lowered: Lowered | None = None, threads: int = 1) -> F32:
+    """The element-wise bound that holds on any data, of the output's shape; of integers, zeros.
+
+    Args:
+        lowered: the kernel's candidate; sums in any order where None. Infinite where it promises nothing.
+    """
     if spec.dtype == "i8":
         return np.zeros(spec.dst_shape, np.float32)
-    plain = spec.with_(activation="none", dtype="f32")
-    magnitude = reference(plain, {k: np.abs(widen(v)) for k, v in data.items() if k != "slope"}, threads)
+    plain = _products(spec, data, None, threads)
+    if lowered is None or not lowered.candidate.schedule.transforms:
+        return _bound(spec, data, error_factor(spec), plain, plain, threads)
+    return _bound(spec, data, error_factor(spec), _products(spec, data, lowered, threads), plain, threads)
+
+
+def even_tolerance(spec: ConvSpec, data: Arrays, threads: int = 1) -> F32:
+    """The element-wise bound of what transforms, as the spec's accuracy class has it on data of one scale."""
+    if spec.dtype == "i8":
+        return np.zeros(spec.dst_shape, np.float32)
+    plain = _products(spec, data, None, threads)
+    means = [float(np.abs(widen(data[name])).mean()) if data[name].size else 0 for name in ("src", "weights")]
+    magnitude = np.maximum(plain, np.float32(spec.reduction_length * math.prod(means)))
+    return _bound(spec, data, error_factor(spec, transforms=True), magnitude, plain, threads)
+
+
+def _products(spec: ConvSpec, data: Arrays, lowered: Lowered | None, threads: int) -> F32:
+    """``M``: sums of absolute values, of the output's shape."""
+    layer = spec.with_(activation="none", dtype="f32", bias=False, residual=False)
+    if lowered is not None:
+        layer = layer.core
+    src = np.abs(widen(data["src"])).reshape(layer.src_shape)
+    weights = np.abs(widen(data["weights"])).reshape(layer.weights_shape)
+
+    def magnitudes(src: F32, weights: F32) -> Magnitudes:
+        if lowered is None:
+            return Magnitudes(layer, src, weights)
+        candidate = lowered.candidate
+        return candidate.schedule.magnitudes(layer, lowered.target, candidate.picks, src, weights)
+
+    def summed(src: F32, weights: F32) -> F32:
+        made = magnitudes(src, weights)
+        values = {"src": made.src.astype(np.float32), "weights": made.weights.astype(np.float32)}
+        return widen(reference(made.spec, values, threads)).reshape(spec.dst_shape)
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = summed(np.maximum(src, SMALLEST_NORMAL), np.maximum(weights, SMALLEST_NORMAL))
+        # Products may be subnormal too, and are multiplied on the way back.
+        ones = magnitudes(np.ones_like(src), np.ones_like(weights))
+        products = ones.weights.sum(axis=tuple(a for a in range(ones.weights.ndim) if a != int(spec.transposed)))
+        total = total + SMALLEST_NORMAL * np.float32(products.max() * ones.src.max(initial=0))
+        if lowered is not None and max(src.max(initial=0), weights.max(initial=0)) > LARGE:
+            # Sums of pixels may be too large even where products are not.
+            total = np.where(np.isfinite(summed(np.maximum(src, 1), np.maximum(weights, 1))), total, np.inf)
+    return np.where(np.isnan(total), np.float32(np.inf), total)
+
+
+def _bound(spec: ConvSpec, data: Arrays, factor: float, products: F32, plain: F32, threads: int) -> F32:
+    """The bound with ``factor * u * products``, and ``plain`` for the activation's own error."""
     op = spec.activation_op
     slope = op.lipschitz
     if spec.has_slope and data["slope"].size:
         slope = max(1.0, float(np.abs(widen(data["slope"])).max()))
-    bound = slope * error_factor(spec) * UNIT_ROUNDOFF * magnitude
-    if op.name != "none":
-        bound += np.float32(ACTIVATION_ERROR * UNIT_ROUNDOFF) * (magnitude + 1)
-    if spec.dtype != "f32":
-        largest = np.abs(widen(reference(spec, data, threads))) + bound
-        bound += 2 * (np.float32(dtypes.UNIT_ROUNDOFF[spec.dtype]) * largest + np.float32(UNDERFLOW[spec.dtype]))
+    added = np.zeros((), np.float32)
+    if spec.bias:
+        axis = 1 if spec.layout == "nchw" else -1
+        bias = np.abs(widen(data["bias"]))
+        added = added + bias.reshape([-1 if i == axis % len(spec.dst_shape) else 1 for i in range(len(spec.dst_shape))])
+    if spec.residual:
+        added = added + np.abs(widen(data["residual"]))
+    with np.errstate(over="ignore", invalid="ignore"):
+        bound = np.float32(slope * factor * UNIT_ROUNDOFF) * (products + added)
+        if op.name != "none":
+            bound = bound + np.float32(ACTIVATION_ERROR * UNIT_ROUNDOFF) * (plain + added + 1)
+        if spec.dtype != "f32":
+            largest = np.abs(widen(reference(spec, data, threads))) + bound
+            bound += 2 * (np.float32(dtypes.UNIT_ROUNDOFF[spec.dtype]) * largest + np.float32(UNDERFLOW[spec.dtype]))
+            bound = np.where(largest < dtypes.LARGEST[spec.dtype], bound, np.float32(np.inf))
     return np.asarray(bound, np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Inputs that kernels are checked with: random floats, small integers, NaN and infinities."""
+"""Inputs that kernels are checked with: floats of one scale and of many, small integers, NaN and infinities."""
 
 from __future__ import annotations
 
@@ -66,6 +66,54 @@ def special_data(spec: ConvSpec, seed: int = 0) -> Arrays:
         for value in (np.nan, np.inf, -np.inf):
             flat[rng.integers(flat.size)] = value
     return data
+
+
+def odd_data(spec: ConvSpec, seed: int = 0) -> Arrays:
+    """Floats that are not of one scale; what is odd about them is drawn from the seed.
+
+    Of src: pixels and a channel up to 10^6 times the others, blank and subnormal regions; now and then a number that
+    is nearly too large, a NaN or an infinity. Of the weights: zeros between others, taps that are zero throughout, an
+    output channel much smaller than the others. Of i8, scales that are no ordinary numbers, of channels some of whose
+    sums are 0.
+    """
+    rng = np.random.default_rng((seed, 2))
+    if spec.dtype == "i8":
+        data = _integers(spec, rng, 128, np.ones(spec.oc))
+        odd = np.array([np.nan, np.inf, -np.inf, 3e38, 1e-40, 0], np.float32)
+        at = rng.permutation(spec.oc)[: len(odd)]
+        data["scale"][at] = odd[: len(at)]
+        blank = rng.permutation(spec.oc)[: spec.oc // 2]
+        data["weights"][blank] = 0
+        if spec.bias:
+            data["bias"][blank] = 0
+        return data
+    data = {name: rng.standard_normal(shape, np.float32) for name, shape in _shapes(spec).items()}
+    # A view: axes from image and channel to pixel, whatever the layout.
+    src = np.moveaxis(data["src"], -1, 1) if spec.layout == "nhwc" else data["src"]
+    weights = data["weights"]
+    if src.size:
+        for _ in range(rng.choice([0, 1, 12])):
+            src[(slice(None), slice(None), *(int(rng.integers(size)) for size in src.shape[2:]))] *= np.float32(
+                10 ** rng.uniform(2, 6)
+            )
+        if rng.random() < 0.3:
+            src[:, rng.integers(spec.ic)] *= np.float32(10 ** rng.uniform(1, 6))
+        for scale in (0.0, 1e-39):
+            if rng.random() < 0.4:
+                axis = int(rng.integers(2, src.ndim))
+                part = slice(int(rng.integers(src.shape[axis])), None)
+                src[(slice(None),) * axis + (part,)] *= np.float32(scale)
+        if rng.random() < 0.3:
+            place = tuple(rng.integers(size) for size in src.shape)
+            src[place] = rng.choice([3e38, -3e38, np.inf, -np.inf, np.nan])
+    if weights.size > 1:
+        weights[rng.random(weights.shape) < rng.choice([0, 0, 0.5, 0.9])] = 0
+    axis = int(rng.integers(2, weights.ndim))
+    if rng.random() < 0.4 and weights.shape[axis] > 1:
+        weights[(slice(None),) * axis + (int(rng.integers(weights.shape[axis])),)] = 0
+    if rng.random() < 0.3:
+        weights[rng.integers(len(weights))] *= np.float32(10 ** -rng.uniform(2, 6))
+    return {name: narrow(array, spec.dtype) for name, array in data.items()}
 
 
 def _shapes(spec: ConvSpec) -> dict[str, tuple[int, ...]]:

@@ -1,8 +1,8 @@
 """Kernel against ONNX Runtime: is what comes out right, everywhere, always?
 
-The bound that floats are held to is in :mod:`convgen.check.bounds`. On small integers every partial sum is exact, so a
-schedule that only reorders sums must match bit for bit; one that transforms (Winograd) is held to its bound there too.
-Layers of i8 are exact.
+The bounds that floats are held to are in :mod:`convgen.check.bounds`. On small integers every partial sum is exact, so
+a schedule that only reorders sums must match bit for bit; one that transforms (Winograd) is held to its bound there,
+too. Layers of i8 are exact.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..errors import KernelError, MeasureError, ValidationError
 from ..problem.accuracy import ACTIVATION_ERROR, UNIT_ROUNDOFF, error_factor
 from ..problem.dtypes import distance, numpy_dtype, widen
 from ..problem.spec import ConvSpec
-from .bounds import Stored, reference, tolerance, worst
-from .data import Arrays, exact_data, float_data, special_data
+from .bounds import F32, Stored, even_tolerance, reference, tolerance, worst
+from .data import Arrays, exact_data, float_data, odd_data, special_data
 from .sandbox import Run, run_guarded
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class Check:
 class Report:
     """All checks of one kernel.
 
-    ``worst_error`` is the largest error as a fraction of its bound, infinite where an element is NaN
-    or there is no output; ``error_factor`` is the bound's ``c``; ``repro`` is the command line that
+    ``worst_error`` is the largest error on random floats as a fraction of its bound, infinite where an element is
+    NaN or there is no output; ``error_factor`` is that bound's ``c``; ``repro`` is the command line that
     repeats the run.
     """
 
@@ -81,17 +81,18 @@ class Report:
 def validate(kernel: Kernel, *, seed: int = 0) -> Report:
     """Check a kernel against ONNX Runtime.
 
-    Exact integer data, float data against the bound, NaN and infinities; of i8, integers alone; each between guard
-    pages with the output poisoned, on 1, the kernel's and one more thread; the same bits for any thread count;
-    and the Python call refuses what is not contiguous. A GPU's kernel runs in its memory, with NaN
-    around the buffers; where there is no such GPU, emulated (:mod:`convgen.check.emulation.emulate`), which is slow.
+    Exact integer data, float data against the bound, floats of very different scales, NaN and infinities; of i8,
+    integers alone, with scales of every kind; each between guard pages with the output poisoned, on 1, the kernel's
+    and one more thread; the same bits for any thread count; and the Python call refuses what is not contiguous. A
+    GPU's kernel runs in its memory, with NaN around the buffers; where there is no such GPU, emulated
+    (:mod:`convgen.check.emulation.emulate`), which is slow.
 
     A failed check is reported, not raised; see :meth:`Report.raise_if_failed`.
     """
     spec, threads = kernel.spec, kernel.threads
     checks: list[Check] = []
     ratio = math.inf
-    cases = {"float": float_data(spec, seed), "exact": exact_data(spec, seed)}
+    cases = {"float": float_data(spec, seed), "exact": exact_data(spec, seed), "odd": odd_data(spec, seed)}
     if kernel.exact and spec.dtype != "i8":
         cases["special"] = special_data(spec, seed)
     try:
@@ -122,14 +123,15 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
         firsts = {case: next(out for run, out in outputs.items() if run.case == case) for case in cases}
         checks.append(_same(kernel, outputs, firsts))
         expected = reference(spec, cases["float"], threads)
-        bound = tolerance(spec, cases["float"], threads)
+        bound = _even_bound(kernel, cases["float"])
         ratio = worst(distance(firsts["float"], expected), bound)
         if spec.dtype == "i8":
             checks.append(_equal("integers", expected, firsts["float"]))
         else:
-            found = f"largest error {ratio:.3g} of the bound (c = {error_factor(spec):.3g})"
+            found = f"largest error {ratio:.3g} of the bound (c = {_factor(kernel):.3g})"
             checks.append(Check("float", ratio <= 1, found))
         checks.append(_exact(kernel, cases["exact"], firsts["exact"]))
+        checks.append(_odd(kernel, cases["odd"], firsts["odd"]))
         if "special" in cases:
             checks.append(_special(spec, cases["special"], firsts["special"], threads))
     if not kernel.on_device:
@@ -139,7 +141,7 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
         f'--schedule {kernel.schedule} --picks "{kernel.picks}" --seed {seed}'
     )
     return Report(
-        spec.descriptor, f"{kernel.schedule}({kernel.picks})", threads, tuple(checks), error_factor(spec), ratio, repro
+        spec.descriptor, f"{kernel.schedule}({kernel.picks})", threads, tuple(checks), _factor(kernel), ratio, repro
     )
 
 
@@ -163,13 +165,43 @@ def _same(kernel: Kernel, outputs: dict[Run, Stored], firsts: dict[str, Stored])
     return Check("threads", True, f"the same bits {ways}")
 
 
+def _transforms(kernel: Kernel) -> bool:
+    return kernel.lowered.candidate.schedule.transforms
+
+
+def _factor(kernel: Kernel) -> float:
+    """The ``c`` of the kernel's bound for data of one scale."""
+    return error_factor(kernel.spec, transforms=_transforms(kernel))
+
+
+def _even_bound(kernel: Kernel, data: Arrays) -> F32:
+    """The bound for data of one scale; where sums are only reordered, that for any data."""
+    bound = even_tolerance if _transforms(kernel) else tolerance
+    return bound(kernel.spec, data, threads=kernel.threads)
+
+
+def _odd(kernel: Kernel, data: Arrays, output: Stored) -> Check:
+    """Whether the bound for any data holds on data that are not of one scale, wherever something is promised."""
+    spec, expected = kernel.spec, reference(kernel.spec, data, kernel.threads)
+    if spec.dtype == "i8":
+        return _equal("odd", expected, output)
+    bound = tolerance(spec, data, kernel.lowered, kernel.threads)
+    judged = np.isfinite(bound)
+    error = distance(output, expected)
+    ratio = worst(error[judged], bound[judged])
+    found = f"floats of very different scales: largest error {ratio:.3g} of the bound"
+    if beyond := int((~judged).sum()):
+        found += f"; {beyond} of {judged.size} outputs beyond the range of numbers"
+    return Check("odd", ratio <= 1, found)
+
+
 def _exact(kernel: Kernel, data: Arrays, output: Stored) -> Check:
     spec = kernel.spec
     expected = reference(spec, data, kernel.threads)
     if kernel.exact and spec.activation_op.exact:
         return _equal("exact", expected, output)
     why = f"activation {spec.activation}" if kernel.exact else "a transform"
-    ratio = worst(distance(output, expected), tolerance(spec, data, kernel.threads))
+    ratio = worst(distance(output, expected), _even_bound(kernel, data))
     return Check("exact", ratio <= 1, f"integers through {why}: largest error {ratio:.3g} of the bound")
 
 
@@ -184,7 +216,7 @@ def _equal(name: str, expected: Stored, output: Stored) -> Check:
 
 def _special(spec: ConvSpec, data: Arrays, output: Stored, threads: int) -> Check:
     with np.errstate(invalid="ignore", over="ignore"):
-        expected, bound = widen(reference(spec, data, threads)), tolerance(spec, data, threads)
+        expected, bound = widen(reference(spec, data, threads)), tolerance(spec, data, threads=threads)
         output = widen(output)
         error = np.abs(output - expected)
     for kind, where in (("NaN", np.isnan), ("infinity", np.isinf)):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..formats.entries import SpecEntry
+from ..formats.entries import AccuracyRule, SpecEntry
 from ..formats.sources import write_text
 from ..report.words import plural
 from .common import (
@@ -70,6 +70,7 @@ PEER_NAMES = ("onnxruntime", "torch", "openvino")
 def bench(
     spec: tuple[str, ...],
     dims: dict[str, int],
+    accuracy: tuple[AccuracyRule, ...],
     target: str,
     threads: tuple[int, ...] | None,
     peers: str,
@@ -94,7 +95,7 @@ def bench(
     """
     check_picks(schedule, picks)
     names = check_names("--peers", peers, PEER_NAMES)
-    entries = read_layers(spec, dims)
+    entries = read_layers(spec, dims, accuracy)
     rows: list[Row] = []
     kernels: list[Kernel] = []
     interrupted = False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import MeasureError
-from ..formats.entries import SpecEntry, merge
+from ..formats.entries import AccuracyRule, SpecEntry, merge, with_accuracy
 from .common import (
     FiniteRange,
     check_target,
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
 def pack(
     spec: tuple[str, ...],
     dims: dict[str, int],
+    accuracy: tuple[AccuracyRule, ...],
     targets: list[str],
     threads: tuple[int, ...] | None,
     candidates: int,
@@ -93,7 +95,7 @@ def pack(
     With --facts the candidates are chosen for that machine's caches and cores, and what the record
     store already knows of that machine is not measured again.
     """
-    entries = _read(spec, dims)
+    entries = _read(spec, dims, accuracy)
 
     from ..hardware.target import resolve
     from ..records.opening import open_store
@@ -131,9 +133,9 @@ def pack(
     click.echo(f"{packed.trials} trials of {packed.layers} layers{failed}{known}: {tidy(out)}, {size(packed.bytes)}")
 
 
-def _read(words: tuple[str, ...], dims: dict[str, int]) -> list[SpecEntry]:
+def _read(words: tuple[str, ...], dims: dict[str, int], accuracy: tuple[AccuracyRule, ...]) -> list[SpecEntry]:
     """Layers of several files, or of one spec in several words."""
-    return merge(entry for group in layer_groups(words) for entry in read_layers(group, dims))
+    return merge(chain(*with_accuracy([read_layers(group, dims) for group in layer_groups(words)], accuracy)))
 
 
 def _machine(facts: Path | None) -> Machine | None:

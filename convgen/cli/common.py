@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import Inapplicable, UnsupportedError
-from ..formats.entries import SpecEntry
+from ..errors import Inapplicable, SpecError, UnsupportedError
+from ..formats.entries import AccuracyRule, SpecEntry, with_accuracy
 from ..formats.sources import read_specs
 from ..problem.spec import OPERATORS
 
@@ -77,6 +77,15 @@ def _parse_dims(context: click.Context, parameter: click.Parameter, values: Sequ
     return dims
 
 
+def _parse_accuracy(
+    context: click.Context, parameter: click.Parameter, values: Sequence[str]
+) -> tuple[AccuracyRule, ...]:
+    try:
+        return tuple(map(AccuracyRule.parse, values))
+    except SpecError as error:
+        raise click.BadParameter(f"expected {error.expected}, found {error.found}") from None
+
+
 def check_target(context: click.Context, parameter: click.Parameter, spelling: str) -> str:
     """The spelling of a target, of a family there is."""
     from ..hardware.discover import target_families
@@ -132,10 +141,22 @@ dim_option = click.option(
     metavar="NAME=SIZE",
     help="Size of a model's symbolic dimension; may be repeated.",
 )
-#: What to work on; gives ``spec`` (words) and ``dims``.
+#: Gives ``accuracy``, a tuple of rules.
+accuracy_option = click.option(
+    "--accuracy",
+    multiple=True,
+    callback=_parse_accuracy,
+    metavar="[NAME=]CLASS",
+    help="Accuracy of all layers, or of those with such a name (head.*=strict): strict, which no data can spoil; "
+    "standard, fast: an infinity, a NaN or a much larger pixel spoils the results beside it; relaxed; tf32. May be "
+    "repeated; the last that names a layer counts.",
+)
+#: What is said of a model's layers; gives ``dims`` and ``accuracy``.
+model_options = grouped(dim_option, accuracy_option)
+#: What to work on; gives ``spec`` (words), ``dims`` and ``accuracy``.
 layers_argument = grouped(
     click.argument("spec", nargs=-1, required=True, metavar="SPEC|FILE|MODEL.onnx", shell_complete=complete_spec),
-    dim_option,
+    model_options,
 )
 target_option = click.option(
     "--target",
@@ -214,10 +235,13 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 def read_layers(
-    words: Sequence[str], dims: dict[str, int] | None = None, skipped: list[str] | None = None
+    words: Sequence[str],
+    dims: dict[str, int] | None = None,
+    accuracy: Sequence[AccuracyRule] = (),
+    skipped: list[str] | None = None,
 ) -> list[SpecEntry]:
     """The layers of a spec in one or several words, of a file or of a model; see :func:`read_specs`."""
-    return read_specs(" ".join(words), dims or None, skipped)
+    return with_accuracy([read_specs(" ".join(words), dims or None, skipped)], accuracy)[0]
 
 
 def layer_groups(words: Sequence[str]) -> list[list[str]]:

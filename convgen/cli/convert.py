@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..errors import SpecError
+from ..formats.entries import AccuracyRule, with_accuracy
 from ..formats.sources import FORMS, SUFFIXES, format_specs, read_specs, write_text
 from ..report.words import plural
 from .common import emit, json_option, layers_argument, note_left_out, tidy
@@ -29,7 +30,13 @@ from .common import emit, json_option, layers_argument, note_left_out, tidy
 @click.option("--skip", is_flag=True, help="Leave out layers that cannot be read or written, and say which.")
 @json_option
 def convert(
-    spec: tuple[str, ...], dims: dict[str, int], output: str, form: str | None, skip: bool, as_json: bool
+    spec: tuple[str, ...],
+    dims: dict[str, int],
+    accuracy: tuple[AccuracyRule, ...],
+    output: str,
+    form: str | None,
+    skip: bool,
+    as_json: bool,
 ) -> None:
     """Write layers in another notation.
 
@@ -58,7 +65,7 @@ def convert(
     if path.exists() and os.path.exists(source) and path.samefile(source):
         raise click.UsageError(f"{output} is the file that is read: give another -o")
     skipped: list[str] | None = [] if skip else None
-    entries = read_specs(source, dims or None, skipped)
+    entries = with_accuracy([read_specs(source, dims or None, skipped)], accuracy)[0]
     unread = len(skipped or ())
     text = format_specs(entries, form, skipped)
     written = len(entries) - len(skipped or ()) + unread

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import BuildError, ExportError, MeasureError
-from ..formats.entries import SpecEntry
+from ..formats.entries import AccuracyRule, SpecEntry
 from ..report.words import picks_text, plural
 from .common import (
     FAILED,
@@ -212,6 +212,7 @@ def chosen(kernel: Kernel) -> dict[str, Any]:
 def build(
     spec: tuple[str, ...],
     dims: dict[str, int],
+    accuracy: tuple[AccuracyRule, ...],
     target: str,
     threads: int | None,
     trials: int | None,
@@ -236,7 +237,7 @@ def build(
     check_picks(schedule, picks)
     if schedule and (trials or seconds):
         raise click.UsageError("--schedule fixes the candidate: there is nothing left to tune")
-    entries = read_layers(spec, dims)
+    entries = read_layers(spec, dims, accuracy)
     if name is not None:
         if len(entries) > 1:
             raise click.UsageError(f"--name: expected a single layer, found {len(entries)}")
@@ -399,6 +400,7 @@ def _single(result: dict[str, Any]) -> str:
 def validate(
     spec: tuple[str, ...],
     dims: dict[str, int],
+    accuracy: tuple[AccuracyRule, ...],
     target: str,
     threads: int | None,
     records: Path | None,
@@ -415,7 +417,7 @@ def validate(
     is followed by the command that repeats it. A GPU's kernel is emulated, slowly, where there is no such GPU.
     """
     check_picks(schedule, picks)
-    entries = read_layers(spec, dims)
+    entries = read_layers(spec, dims, accuracy)
     results: list[dict[str, Any]] = []
     with working(entries, target, threads, chosen_records(records, no_records)) as work:
         forced = forced_candidates(entries, work.target, schedule, picks)

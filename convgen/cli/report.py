@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..formats.entries import AccuracyRule, with_accuracy
 from ..formats.sources import write_text
-from .common import check_page, dim_option, emit, json_option, note, read_layers, threads_option, tidy
+from .common import check_page, emit, json_option, model_options, note, read_layers, threads_option, tidy
 
 if TYPE_CHECKING:
-    from ..report.gather import Model
+    pass
 
 
 @click.command(short_help="Show what a store's or job's tuning brought, as one page.")
 @click.argument("where", type=click.Path(dir_okay=False, path_type=Path), metavar="STORE|JOB.toml")
 @click.argument("sources", nargs=-1, metavar="[SPEC|FILE|MODEL.onnx]…")
-@dim_option
+@model_options
 @click.option(
     "-o",
     "--out",
@@ -41,6 +42,7 @@ def report(
     where: Path,
     sources: tuple[str, ...],
     dims: dict[str, int],
+    accuracy: tuple[AccuracyRule, ...],
     out: Path | None,
     target: str | None,
     threads: int | None,
@@ -59,7 +61,8 @@ def report(
     from ..report.tuning_text import markdown
     from ..tuning.job import Job
 
-    models = [_model(source, dims) for source in sources]
+    read = with_accuracy([read_layers([source], dims) for source in sources], accuracy)
+    models = [Model(_name(Path(source), source), entries) for source, entries in zip(sources, read, strict=True)]
     path: Path | None = where
     title, notes = None, []
     targets, counts = [target] if target else [], [threads] if threads else []
@@ -94,12 +97,6 @@ def _spelling(target: str) -> str:
     from ..hardware.target import resolve
 
     return target if ":" in target else resolve(target).spelling
-
-
-def _model(source: str, dims: dict[str, int]) -> Model:
-    from ..report.gather import Model
-
-    return Model(_name(Path(source), source), read_layers([source], dims))
 
 
 def _name(path: Path, source: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import BuildError, MeasureError, UnsupportedError
-from ..formats.entries import SpecEntry
+from ..formats.entries import AccuracyRule, SpecEntry
 from ..report.words import picks_text, plural
 from .common import (
     SPEC_HELP,
@@ -51,6 +51,7 @@ KINDS = ("tir", "ll", "asm", "cuda", "ptx", "sass")
 def show(
     spec: tuple[str, ...],
     dims: dict[str, int],
+    accuracy: tuple[AccuracyRule, ...],
     target: str,
     threads: int | None,
     schedule: str | None,
@@ -71,7 +72,9 @@ def show(
     if schedule and not ir:
         raise click.UsageError("--schedule needs --ir: it chooses the candidate to print")
     skipped: list[str] = []
-    entries = read_layers(spec, dims, skipped) or read_layers(spec, dims)  # the second raises: it says what is wrong
+    entries = read_layers(spec, dims, accuracy, skipped) or read_layers(
+        spec, dims, accuracy
+    )  # the second raises: it says what is wrong
     if ir:
         if len(entries) > 1:
             raise click.UsageError(f"--ir: expected a single layer, found {len(entries)}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UnsupportedError
-from ..formats.entries import SpecEntry
+from ..formats.entries import AccuracyRule, SpecEntry
 from ..report.words import picks_text, plural
 from .common import (
     FAILED,
@@ -20,11 +20,11 @@ from .common import (
     check_names,
     chosen_records,
     complete_spec,
-    dim_option,
     duration,
     emit,
     json_option,
     label,
+    model_options,
     note,
     note_left_out,
     rate,
@@ -65,7 +65,7 @@ def _check_targets(context: click.Context, parameter: click.Parameter, text: str
     metavar="FILE",
     help="A job file (TOML); other options override what it says.",
 )
-@dim_option
+@model_options
 @click.option(
     "--target",
     callback=_check_targets,
@@ -104,6 +104,7 @@ def tune(
     sources: tuple[str, ...],
     job_file: Path | None,
     dims: dict[str, int],
+    accuracy: tuple[AccuracyRule, ...],
     records: Path | None,
     no_records: bool,
     status: bool,
@@ -118,6 +119,7 @@ def tune(
     there.
     """
     job = _job(sources, job_file, dims, options)
+    job = replace(job, accuracy=(*job.accuracy, *accuracy))
     if records is not None:
         job = replace(job, records=records)
     kept = chosen_records(records if job.records is None else job.records, no_records)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-from ..problem.spec import ConvSpec
+from ..errors import SpecError
+from ..problem.spec import ACCURACIES, ConvSpec
 
 
 @dataclass(frozen=True)
@@ -24,3 +26,61 @@ def merge(entries: Iterable[SpecEntry]) -> list[SpecEntry]:
         seen = merged.get(entry.spec, SpecEntry(entry.spec, 0))
         merged[entry.spec] = SpecEntry(entry.spec, seen.count + entry.count, seen.names + entry.names)
     return list(merged.values())
+
+
+@dataclass(frozen=True)
+class AccuracyRule:
+    """The accuracy class of layers of floats: of all, or of those with a name that a pattern matches."""
+
+    accuracy: str
+    pattern: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> AccuracyRule:
+        """``strict``, or ``head.*=strict`` with ``*``, ``?`` and ``[…]`` as in a shell's file names.
+
+        Raises:
+            SpecError: no such accuracy class, or an empty pattern.
+        """
+        pattern, separator, accuracy = text.rpartition("=")
+        if accuracy not in ACCURACIES or bool(separator) != bool(pattern):
+            raise SpecError("accuracy", f"CLASS or NAME=CLASS with one of {', '.join(ACCURACIES)}", repr(text))
+        return cls(accuracy, pattern or None)
+
+    def __str__(self) -> str:
+        return self.accuracy if self.pattern is None else f"{self.pattern}={self.accuracy}"
+
+    def applies(self, spec: ConvSpec, name: str) -> bool:
+        """Whether it is about a layer of that name. Layers of integers are exact: only by name, to be refused."""
+        return spec.dtype != "i8" if self.pattern is None else fnmatchcase(name, self.pattern)
+
+
+def with_accuracy(models: Sequence[Sequence[SpecEntry]], rules: Sequence[AccuracyRule]) -> list[list[SpecEntry]]:
+    """The models' layers with the accuracy that the last rule about each says. A layer that occurs under several names
+    is split where rules part them; occurrences without a name go with the first.
+
+    Raises:
+        SpecError: a rule matches no layer, or names one of integers.
+    """
+    matched: set[AccuracyRule] = set()
+
+    def chosen(spec: ConvSpec, name: str) -> ConvSpec:
+        for rule in rules:
+            if rule.applies(spec, name):
+                matched.add(rule)
+                spec = spec.with_(accuracy=rule.accuracy)
+        return spec
+
+    changed = []
+    for entries in models:
+        parts = []
+        for entry in entries:
+            unnamed = entry.count - len(entry.names[1:])
+            parts.append(SpecEntry(chosen(entry.spec, "".join(entry.names[:1])), unnamed, entry.names[:1]))
+            parts += [SpecEntry(chosen(entry.spec, name), 1, (name,)) for name in entry.names[1:]]
+        changed.append(merge(parts))
+    for rule in rules if any(models) else ():  # where nothing could be read, that is said
+        if rule not in matched:
+            where = "a layer of floats" if rule.pattern is None else f"a layer with a name like {rule.pattern!r}"
+            raise SpecError("accuracy", where, "none")
+    return changed

@@ -134,7 +134,7 @@ class Kernel(BaseLibrary):
             "record": self.record.id if self.record else None,
             "record_origin": self.origin,
             "seconds": self.record.seconds if self.record else None,
-            "error_factor": error_factor(self.spec),
+            "error_factor": error_factor(self.spec, transforms=self.lowered.candidate.schedule.transforms),
             "versions": versions(),
         }
         return write_library(Path(directory), self.interface, self.object_file, {**known, **(facts or {})})

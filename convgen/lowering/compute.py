@@ -299,7 +299,8 @@ def epilogue(
 ) -> Expr:
     """``activation(value + bias + residual)`` as f32; what the spec lacks is None.
 
-    With a scale, ``activation((value + bias) * scale)``: of i8, whose sums are added to the bias as i32.
+    With a scale, ``activation((value + bias) * scale)``: of i8, whose sums are added to the bias as i32. NaN is then the
+    smallest integer, as ONNX Runtime has it.
     """
     if scale is not None:
         value = value.astype(of_lanes(INTEGER, lanes))
@@ -307,7 +308,10 @@ def epilogue(
         if term is not None:
             value = value + term
     if scale is not None:
-        value = value.astype(of_lanes(ACCUMULATOR, lanes)) * scale
+        scaled = tirx.Var("scaled", of_lanes(ACCUMULATOR, lanes))
+        smallest = tirx.const(-128, ACCUMULATOR)
+        number = tirx.Select(tirx.isnan(scaled), smallest if lanes == 1 else tirx.Broadcast(smallest, lanes), scaled)
+        value = tirx.Let(scaled, value.astype(of_lanes(ACCUMULATOR, lanes)) * scale, number)
     return activate(spec.activation_op, value, slope)
 
 

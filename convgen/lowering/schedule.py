@@ -12,11 +12,12 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from ..errors import Inapplicable
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from tvm import te
     from tvm.s_tir import Schedule as TirSchedule
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .interface import TensorMap
 
 Pick = int | str | bool
+Array: TypeAlias = "npt.NDArray[Any]"
 
 #: Most products of i8, 2**14 at most each, whose sum is exact in f32.
 EXACT_I8_PRODUCTS = 1 << 10
@@ -144,12 +146,22 @@ class Program:
     main: list[te.Tensor]
 
 
+@dataclass(frozen=True)
+class Magnitudes:
+    """A convolution of absolute values, whose output is what an algorithm's rounding errors are relative to."""
+
+    spec: ConvSpec
+    src: Array
+    weights: Array
+
+
 class Schedule(ABC):
     """An algorithm for a class of specs; stateless.
 
     ``id`` and ``version`` are written into records: raise the version when the code that some
     picks produce changes, so that old measurements no longer answer for it. ``transforms`` says
-    that it does more than reorder sums (Winograd), so that integers need not come out bit for bit.
+    that it does more than reorder sums (Winograd), so that integers need not come out bit for bit; accuracy
+    ``strict`` admits none that does.
     ``sums_integers`` says that sums of a layer of integers are integers; elsewhere they are f32.
     ``is_reference`` says that it is the definition itself, which the others are checked against; one schedule is.
     """
@@ -183,6 +195,19 @@ class Schedule(ABC):
         """What a GPU's copy engine reads, by the names of :class:`~convgen.lowering.interface.Launch`."""
         return {}
 
+    def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
+        """What rounding errors of this point are relative to: for sums in any order, the products' absolute values.
+
+        A schedule that ``transforms`` says here what it adds before it multiplies.
+
+        Args:
+            src, weights: absolute values, f32, of the shapes that ``spec`` says, with its layout.
+
+        Returns:
+            a convolution with as many outputs as ``spec`` has, in the same order.
+        """
+        return Magnitudes(spec, src, weights)
+
     def cost(self, spec: ConvSpec, target: Target) -> float:
         """Predicted seconds of the default, to rank schedules when nothing was measured."""
         return math.inf
@@ -192,6 +217,7 @@ class Schedule(ABC):
     def check(self, spec: ConvSpec, target: Target) -> None:
         """Raise :class:`Inapplicable` with the reason where the schedule does not apply, or is not exact for i8."""
         self.applies(spec, target)
+        require(not self.transforms or spec.accuracy != "strict", "transforms, which accuracy strict does not admit")
         if spec.dtype == "i8" and not self.sums_integers:
             require(not self.transforms, "its transform is not exact for i8")
             length = spec.reduction_length

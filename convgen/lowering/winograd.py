@@ -6,17 +6,25 @@ All are exact fractions, rounded once where they are used. F(m, r) makes m outpu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import cache
 
+import numpy as np
+import numpy.typing as npt
+
+from ..problem.spec import ConvSpec
+from .schedule import Array, Magnitudes
+
 Matrix = list[list[Fraction]]
 
-#: What an accuracy class admits: outputs of a phase per tile, and interpolation points, infinity among them.
+#: What an accuracy class admits: outputs of a phase per tile, and interpolation points, infinity among them. A class
+#: that is not here admits no transform: whatever adds pixels before it multiplies them, if only two, loses the smaller
+#: one where they differ enough.
 #: Largest errors in units of 2**-24 * conv(|src|, |weights|), 16 to 256 channels, normal data, two axes:
 #:   F(2,2) F(3,2) F(2,3) 1–3; F(2,4) 4; F(2,5) 6; F(3,3) 8; F(2,6) F(2,7) F(3,5) F(3,6) F(4,5) 7–13;
 #:   F(3,4) F(4,4) 14; F(4,3) F(4,2) 18; F(5,4) 22; F(5,3) 28; F(6,3) 36; F(5,2) 49; F(6,2) F(7,2) 59–76.
-ADMITTED = {"strict": (3, 4), "standard": (4, 8), "relaxed": (7, 8), "tf32": (7, 8)}
+ADMITTED = {"standard": (4, 8), "relaxed": (7, 8), "tf32": (7, 8)}
 
 #: Interpolation points besides infinity: small, in pairs of opposite sign.
 POINTS = (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2))
@@ -119,5 +127,60 @@ def phases(kernel: int, stride: int) -> list[int]:
 
 def admitted(accuracy: str, taps: int) -> list[int]:
     """The tile sizes m that the accuracy class admits for F(m, taps)."""
-    most, points = ADMITTED[accuracy]
+    most, points = ADMITTED.get(accuracy, (0, 0))
     return list(range(2, min(most, points - taps + 1) + 1))
+
+
+# ---- rounding errors ---------------------------------------------------------------------------
+
+
+def magnitudes(spec: ConvSpec, src: Array, weights: Array, tiles: Mapping[int, int]) -> Magnitudes:
+    """What rounding errors are relative to where the axes in ``tiles`` are transformed, with so many outputs of a phase.
+
+    ``|Aᵀ|[(|G| |g|) · (|Bᵀ| |d|)]``, element by element, is a convolution too: of ``|d|`` with a larger kernel, which
+    reaches all of a tile. An output may have any place in its tile, so each of its elements is the largest of all
+    places' (Barabasz, Anderson, Soodhalter and Gregg, *Error analysis and improving the accuracy of Winograd convolution
+    for deep neural networks*, ACM Trans. Math. Softw. 46(4), 2020, §4).
+    """
+    kernel, padding, output_padding = list(spec.kernel), list(spec.padding), list(spec.output_padding)
+    for axis, m in tiles.items():
+        first, rows = _reach(spec, axis, m)
+        weights = np.moveaxis(np.tensordot(weights, rows, (2 + axis, 0)), -1, 2 + axis)
+        step, out, size = spec.stride[axis], spec.out_spatial[axis], spec.in_spatial[axis]
+        window = (rows.shape[1] - 1) * spec.dilation[axis] + 1
+        begin = padding[axis][0] - first * spec.dilation[axis]
+        if spec.transposed:
+            end = (size - 1) * step + window - begin - out
+            output_padding[axis] = max(0, -end)
+        else:
+            end = (out - 1) * step + window - begin - size
+        kernel[axis], padding[axis] = rows.shape[1], (begin, max(0, end))
+    larger = spec.with_(kernel=tuple(kernel), padding=tuple(padding), output_padding=tuple(output_padding))
+    return Magnitudes(larger, src, weights)
+
+
+def _reach(spec: ConvSpec, axis: int, m: int) -> tuple[int, npt.NDArray[np.float32]]:
+    """What each tap of an axis becomes in the kernel of :func:`magnitudes`, ``[tap][tap there]``, and which tap the
+    first one there is: one before the kernel's is negative.
+    """
+    kernel, stride, begin = spec.kernel[axis], spec.stride[axis], spec.padding[axis][0]
+    tap: Callable[[int, int], int]  # of the i-th output and the j-th input of a tile
+    if spec.transposed:
+        *matrices, first = transposed(m, kernel, stride, begin)
+
+        def tap(i: int, j: int) -> int:
+            return i + begin - stride * (first + j)
+    else:
+        matrices = [*strided(m, kernel, stride)]
+
+        def tap(i: int, j: int) -> int:
+            return j - i * stride
+
+    back, weights, inputs = (np.abs(np.array(matrix, np.float64)) for matrix in matrices)
+    taps = [tap(i, j) for i in (0, len(back) - 1) for j in (0, inputs.shape[1] - 1)]
+    lowest = min(0, *taps)
+    rows = np.zeros((kernel, max(kernel - 1, *taps) - lowest + 1), np.float64)
+    for i, j in np.ndindex(len(back), inputs.shape[1]):
+        column = rows[:, tap(i, j) - lowest]
+        np.maximum(column, weights.T @ (back[i] * inputs[:, j]), out=column)
+    return lowest, rows.astype(np.float32)

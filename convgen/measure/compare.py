@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..check.bounds import reference, tolerance, worst
+from ..check.bounds import even_tolerance, reference, worst
 from ..check.data import Arrays, float_data
 from ..errors import SpecError, UnsupportedError
 from ..hardware.machine import Machine, machine, pinned
@@ -146,7 +146,7 @@ def compare(
     data = float_data(spec, seed)
     expected = reference(spec, data, threads)
     # Another algorithm in a peer is no reason not to time it.
-    bound = tolerance(spec.with_(accuracy="relaxed"), data, threads)
+    bound = even_tolerance(spec.with_(accuracy="relaxed"), data, threads)
 
     found: dict[str, Timing] = {}
     ready = [Contestant(name, _kernel_entrant(kernel, data, threads), True) for name, kernel in kernels.items()]

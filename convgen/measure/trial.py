@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..check.bounds import reference, tolerance
+from ..check.bounds import even_tolerance, reference
 from ..check.data import exact_data
 from ..hardware.machine import pinned
 from ..hardware.target import Target
@@ -54,7 +54,7 @@ class Expected:
         data = exact_data(spec)
         for name, array in (data | {"expected": reference(spec, data, threads)}).items():
             save(directory / f"{name}.npy", array)
-        np.save(directory / "bound.npy", tolerance(spec, data, threads))
+        np.save(directory / "bound.npy", even_tolerance(spec, data, threads))
         self.bytes = sum(file.stat().st_size for file in self.files)
 
     @property

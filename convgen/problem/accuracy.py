@@ -1,6 +1,6 @@
-"""How far a kernel may be from the exact result: the bound's constants, by accuracy class.
+"""How far a kernel may be from the exact result: the bounds' constants, by accuracy class.
 
-The bound itself, and what it is for, is in :mod:`convgen.check.bounds`.
+The bounds themselves, and what they are for, are in :mod:`convgen.check.bounds`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from .spec import ConvSpec
 
 UNIT_ROUNDOFF = 2.0**-24
+#: What a transform's error is of plain summation's, at most, on data of one scale. ``strict`` admits none.
 CLASS_FACTOR = {"strict": 1.0, "standard": 8.0, "relaxed": 64.0, "tf32": 64.0}
 #: What a product of two TF32 operands adds to ``c``: they are cut off after 11 bits.
 OPERAND_FACTOR = {"tf32": 2.0**15}
@@ -18,9 +19,13 @@ OPERAND_FACTOR = {"tf32": 2.0**15}
 ACTIVATION_ERROR = 16.0
 
 
-def error_factor(spec: ConvSpec) -> float:
-    """The bound's ``c``: the admitted error in units of ``u * conv(|src|, |weights|)``; 0 for layers of integers."""
+def error_factor(spec: ConvSpec, *, transforms: bool = False) -> float:
+    """The bound's ``c``: the admitted error in units of ``u * conv(|src|, |weights|)``; 0 for layers of integers.
+
+    Args:
+        transforms: the kernel does more than reorder sums; ``c`` is then for data of one scale.
+    """
     if spec.dtype == "i8":
         return 0.0
-    sums = CLASS_FACTOR[spec.accuracy] * (8 + 2 * math.sqrt(spec.reduction_length))
-    return sums + OPERAND_FACTOR.get(spec.accuracy, 0)
+    sums = 8 + 2 * math.sqrt(spec.reduction_length)
+    return sums * (CLASS_FACTOR[spec.accuracy] if transforms else 1) + OPERAND_FACTOR.get(spec.accuracy, 0)

@@ -25,6 +25,8 @@ DTYPES = ("f32", "f16", "bf16", "i8")
 UNIT_ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
 #: The largest absolute error of rounding numbers so small that they lose digits (subnormal ones).
 UNDERFLOW = {"f32": 2.0**-150, "f16": 2.0**-25, "bf16": 2.0**-134}
+#: The largest number.
+LARGEST = {"f32": (2 - 2.0**-23) * 2.0**127, "f16": 65504.0, "bf16": (2 - 2.0**-7) * 2.0**127}
 #: What sums are kept in.
 ACCUMULATOR = "f32"
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SpecError
-from ..formats.entries import SpecEntry
+from ..formats.entries import AccuracyRule, SpecEntry, with_accuracy
 from ..formats.sources import LINES, SUFFIXES, read_bytes, read_specs
 from ..hardware.discover import target_families
 from ..hardware.target import Target
@@ -81,6 +81,7 @@ class Job:
         exclude: ids of schedules that do not take part.
         seed: of the search.
         dims: sizes of symbolic dimensions of ONNX models.
+        accuracy: of all layers or of some, by name; the last rule that names a layer counts.
         records: the store; None: the default one.
         tracker, device_key: measure on the devices of this key that this RPC tracker (``host:port``) has.
         cluster: compile on this Dask cluster (its scheduler's address).
@@ -98,6 +99,7 @@ class Job:
     exclude: tuple[str, ...] = ()
     seed: int = 0
     dims: Mapping[str, int] = field(default_factory=dict)
+    accuracy: tuple[AccuracyRule, ...] = ()
     records: Path | None = None
     tracker: str | None = None
     device_key: str | None = None
@@ -131,7 +133,7 @@ class Job:
 
     @cached_property
     def _read(self) -> tuple[tuple[tuple[str, tuple[SpecEntry, ...]], ...], tuple[str, ...]]:
-        layers: list[tuple[str, tuple[SpecEntry, ...]]] = []
+        layers: list[list[SpecEntry]] = []
         skipped: list[str] = []
         for model in self.models:
             path = self.folder / model
@@ -140,8 +142,9 @@ class Job:
                 entries = read_specs(str(path), dims or None, skipped)
             else:
                 entries = read_specs(model)
-            layers.append((model, tuple(entries)))
-        return tuple(layers), tuple(skipped)
+            layers.append(entries)
+        chosen = with_accuracy(layers, self.accuracy)
+        return tuple(zip(self.models, map(tuple, chosen), strict=True)), tuple(skipped)
 
     @property
     def layers(self) -> tuple[tuple[str, tuple[SpecEntry, ...]], ...]:
@@ -188,6 +191,7 @@ class Job:
         for name in ("seconds", "trials", "trials_per_layer", "patience", "seed", "tracker", "device_key", "cluster"):
             values[name] = getattr(self, name)
         values["exclude"] = list(self.exclude)
+        values["accuracy"] = [str(rule) for rule in self.accuracy]
         values["records"] = None if self.records is None else str(self.records)
         lines = [f"{key} = {json.dumps(v, ensure_ascii=False)}" for key, v in values.items() if v not in (None, [])]
         if self.dims:
@@ -237,6 +241,7 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, dict) and all(_is_integer(n, 1) for n in v.values()),
         "a table of sizes, such as { N = 1 }",
     ),
+    "accuracy": (lambda v: _is_text(v) or v == [] or _texts(v), "CLASS or NAME=CLASS, or a list of such rules"),
     "records": (_is_text, "the path of a record store"),
     "tracker": (lambda v: _is_text(v) and ":" in v, "host:port"),
     "device_key": (_is_text, "the key of devices"),
@@ -269,6 +274,11 @@ def _checked(values: Mapping[str, Any], folder: Path, where: str) -> dict[str, A
             known = ", ".join(target_families())
             raise SpecError(f"targets[{number}]", f"one of {known}, or with a processor", repr(target), where)
     threads = given.pop("threads", [])
+    rules = given.pop("accuracy", [])
+    try:
+        rules = tuple(AccuracyRule.parse(text) for text in ([rules] if isinstance(rules, str) else rules))
+    except SpecError as error:
+        raise SpecError("accuracy", error.expected, error.found, where) from None
     for name in given.get("exclude", []):
         if name not in schedule_ids():
             raise SpecError("exclude", f"some of {', '.join(schedule_ids())}", repr(name), where)
@@ -279,6 +289,7 @@ def _checked(values: Mapping[str, Any], folder: Path, where: str) -> dict[str, A
         "targets": tuple(dict.fromkeys(targets)),
         "threads": tuple(dict.fromkeys([threads] if isinstance(threads, int) else threads)),
         "exclude": tuple(dict.fromkeys(given.get("exclude", []))),
+        "accuracy": rules,
     }
 
 
