@@ -179,7 +179,8 @@ def _over_halves(pixels: Array, half: int) -> Array:
         return pixels
     padded = np.pad(pixels, [(0, 0)] * len(front) + [(0, -count % (2 * half))])
     halves = padded.reshape(*front, -1, 2, half)
-    return (halves + halves[..., ::-1, :]).reshape(*front, -1)[..., :count]
+    sums: Array = (halves + halves[..., ::-1, :]).reshape(*front, -1)[..., :count]
+    return sums
 
 
 def _edge(rest: int, picks: Picks, lanes: int) -> int:

@@ -93,9 +93,8 @@ def odd_data(spec: ConvSpec, seed: int = 0) -> Arrays:
     weights = data["weights"]
     if src.size:
         for _ in range(rng.choice([0, 1, 12])):
-            src[(slice(None), slice(None), *(int(rng.integers(size)) for size in src.shape[2:]))] *= np.float32(
-                10 ** rng.uniform(2, 6)
-            )
+            pixel: tuple[Any, ...] = tuple(int(rng.integers(size)) for size in src.shape[2:])
+            src[(slice(None), slice(None), *pixel)] *= float(10 ** rng.uniform(2, 6))
         if rng.random() < 0.3:
             src[:, rng.integers(spec.ic)] *= np.float32(10 ** rng.uniform(1, 6))
         for scale in (0.0, 1e-39):

@@ -72,9 +72,8 @@ def show(
     if schedule and not ir:
         raise click.UsageError("--schedule needs --ir: it chooses the candidate to print")
     skipped: list[str] = []
-    entries = read_layers(spec, dims, accuracy, skipped) or read_layers(
-        spec, dims, accuracy
-    )  # the second raises: it says what is wrong
+    # Where nothing could be read the second one raises: it says what is wrong.
+    entries = read_layers(spec, dims, accuracy, skipped) or read_layers(spec, dims, accuracy)
     if ir:
         if len(entries) > 1:
             raise click.UsageError(f"--ir: expected a single layer, found {len(entries)}")

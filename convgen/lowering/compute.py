@@ -299,8 +299,8 @@ def epilogue(
 ) -> Expr:
     """``activation(value + bias + residual)`` as f32; what the spec lacks is None.
 
-    With a scale, ``activation((value + bias) * scale)``: of i8, whose sums are added to the bias as i32. NaN is then the
-    smallest integer, as ONNX Runtime has it.
+    With a scale, ``activation((value + bias) * scale)``: of i8, whose sums are added to the bias as i32. NaN is then
+    the smallest integer, as ONNX Runtime has it.
     """
     if scale is not None:
         value = value.astype(of_lanes(INTEGER, lanes))

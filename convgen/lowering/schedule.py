@@ -216,8 +216,8 @@ class Schedule(ABC):
 
     def check(self, spec: ConvSpec, target: Target) -> None:
         """Raise :class:`Inapplicable` with the reason where the schedule does not apply, or is not exact for i8."""
-        self.applies(spec, target)
         require(not self.transforms or spec.accuracy != "strict", "transforms, which accuracy strict does not admit")
+        self.applies(spec, target)
         if spec.dtype == "i8" and not self.sums_integers:
             require(not self.transforms, "its transform is not exact for i8")
             length = spec.reduction_length

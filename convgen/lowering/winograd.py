@@ -135,12 +135,13 @@ def admitted(accuracy: str, taps: int) -> list[int]:
 
 
 def magnitudes(spec: ConvSpec, src: Array, weights: Array, tiles: Mapping[int, int]) -> Magnitudes:
-    """What rounding errors are relative to where the axes in ``tiles`` are transformed, with so many outputs of a phase.
+    """What rounding errors are relative to where axes are transformed: those in ``tiles``, with so many outputs of a
+    phase.
 
     ``|Aᵀ|[(|G| |g|) · (|Bᵀ| |d|)]``, element by element, is a convolution too: of ``|d|`` with a larger kernel, which
     reaches all of a tile. An output may have any place in its tile, so each of its elements is the largest of all
-    places' (Barabasz, Anderson, Soodhalter and Gregg, *Error analysis and improving the accuracy of Winograd convolution
-    for deep neural networks*, ACM Trans. Math. Softw. 46(4), 2020, §4).
+    places' (Barabasz, Anderson, Soodhalter and Gregg, *Error analysis and improving the accuracy of Winograd
+    convolution for deep neural networks*, ACM Trans. Math. Softw. 46(4), 2020, §4).
     """
     kernel, padding, output_padding = list(spec.kernel), list(spec.padding), list(spec.output_padding)
     for axis, m in tiles.items():
