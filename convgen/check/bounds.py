@@ -93,6 +93,8 @@ def even_tolerance(spec: ConvSpec, data: Arrays, threads: int = 1) -> F32:
 
 def _products(spec: ConvSpec, data: Arrays, lowered: Lowered | None, threads: int) -> F32:
     """``M``: sums of absolute values, of the output's shape."""
+    if spec.n == 0:  # whose core has a batch of one
+        return np.empty(spec.dst_shape, np.float32)
     layer = spec.with_(activation="none", dtype="f32", bias=False, residual=False)
     if lowered is not None:
         layer = layer.core

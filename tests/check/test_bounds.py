@@ -181,6 +181,12 @@ def test_integers_of_few_channels_pass_their_own_check(ic: int, kernel: str) -> 
     report.raise_if_failed()
 
 
+def test_an_empty_batch_has_an_empty_bound() -> None:
+    spec = ConvSpec.parse("conv1d n0 ic16 oc16 i20 k3 silu")
+    kernel = built(spec, "cpu_winograd_rows")
+    assert tolerance(spec, odd_data(spec), kernel.lowered).shape == spec.dst_shape
+
+
 # ---- what the bound of a transform is ------------------------------------------------------------
 
 
