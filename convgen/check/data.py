@@ -92,9 +92,11 @@ def odd_data(spec: ConvSpec, seed: int = 0) -> Arrays:
     src = np.moveaxis(data["src"], -1, 1) if spec.layout == "nhwc" else data["src"]
     weights = data["weights"]
     if src.size:
+        even = src.copy()
         for _ in range(rng.choice([0, 1, 12])):
             pixel: tuple[Any, ...] = tuple(int(rng.integers(size)) for size in src.shape[2:])
-            src[(slice(None), slice(None), *pixel)] *= float(10 ** rng.uniform(2, 6))
+            column: Any = (slice(None), slice(None), *pixel)
+            src[column] = even[column] * float(10 ** rng.uniform(2, 6))
         if rng.random() < 0.3:
             src[:, rng.integers(spec.ic)] *= np.float32(10 ** rng.uniform(1, 6))
         for scale in (0.0, 1e-39):
