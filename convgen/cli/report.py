@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..formats.sources import write_text
-from .common import check_page, dim_option, emit, json_option, note, read_layers, threads_option, tidy
+from .common import check_page, dim_option, emit, json_option, note, read_layers, say, threads_option, tidy
 
 if TYPE_CHECKING:
     from ..report.gather import Model
@@ -86,7 +86,7 @@ def report(
     if as_json:
         emit(found.to_dict())
     elif out is None:
-        click.echo(markdown(found), nl=False)
+        say(markdown(found).removesuffix("\n"))
 
 
 def _spelling(target: str) -> str:
