@@ -232,7 +232,7 @@ def build(
     best record, or else as the default, so that there is always a kernel at once. A single layer is
     exported into --out itself; several are exported into a folder each, listed in index.json.
     """
-    from ..lowering.interface import check_name
+    from ..kernel.names import check_export_name
 
     check_picks(schedule, picks)
     if schedule and (trials or seconds):
@@ -242,8 +242,8 @@ def build(
         if len(entries) > 1:
             raise click.UsageError(f"--name: expected a single layer, found {len(entries)}")
         try:
-            check_name(name)
-        except BuildError as error:
+            check_export_name(name)
+        except (BuildError, ExportError) as error:
             raise click.UsageError(str(error)) from None
     several = len(entries) > 1
     root = out or Path("convgen-out", *(() if several else (entries[0].spec.name,)))
