@@ -6,6 +6,7 @@ ones answer at once: TVM, ONNX, NumPy and rich are imported inside the commands.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -76,6 +77,8 @@ def completion(shell: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (the process's own where None); returns its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks is escaped, as on standard error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = cli.main(arguments, prog_name="convgen", standalone_mode=False)
         sys.stdout.flush()

@@ -6,13 +6,14 @@ import ast
 import io
 import itertools
 import json
+import os
 import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import SMALL, TINY, Run
+from commands import SMALL, TINY, Run, python
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -136,6 +137,14 @@ def test_names_that_no_encoding_has(tmp_path: Path, run: Run) -> None:
     status, _, err = run("show", "\udcff.onnx")  # the bytes of a name that are not UTF-8
     assert status == 2
     assert r"\udcff.onnx" in check(err)
+
+
+def test_letters_that_the_terminal_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "layers.json"
+    path.write_text(json.dumps([{"name": "λ→", "spec": spec} for spec in (SMALL, TINY)]))
+    done = python("-m", "convgen", "show", path, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count(r"\u03bb\u2192") == 2
 
 
 @few
