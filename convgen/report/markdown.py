@@ -36,9 +36,9 @@ def code(text: str) -> Markdown:
     return Markdown(f"`{printable(text)}`")
 
 
-def link(name: str, path: str) -> Markdown:
+def link(name: str, file: str) -> Markdown:
     """A link to a file beside the page."""
-    return Markdown(f"[{escaped(name)}]({quote(path)})")
+    return Markdown(f"[{escaped(name)}]({quote(file, safe='')})")
 
 
 def markdown_table(table: Table) -> list[str]:

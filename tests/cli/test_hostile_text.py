@@ -4,54 +4,25 @@ from __future__ import annotations
 
 import ast
 import io
-import itertools
 import json
 import os
 import sys
-import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import SMALL, TINY, Run, python
+from hostile import HIDING, MARKUP, TERMINAL, cells, check, lines, names
 from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
 from paths import ROOT
 from stores import fill, record
 
 from convgen import ConvSpec
 from convgen.cli.view import View
 from convgen.formats.entries import SpecEntry
-from convgen.formats.sources import FORMS, format_specs, read_specs
-from convgen.measure.standalone.words import tell
-from convgen.report.markdown import code, escaped, markdown_table
-from convgen.report.render import render
+from convgen.formats.sources import FORMS, read_specs
 
-#: A terminal's title and colours, a text that turns, one that hides what is before it, and a page's markup.
-TERMINAL = "\x1b]0;pwned\x07\x1b[2J\x1b[31mred\u202e\u2066<script>alert(1)</script>"
-MARKUP = "|a|b\n# head\n[x](javascript:alert(1)) `c` \\| _d_ **e** &lt; $f$ "
-HIDING = "ok\rno\x08\x9b2K\x7f\u200b\u2028\u2029\u00ad\ufeff\U000e0041[bold]x[/]"
-names = st.text(
-    st.sampled_from("ab1 |\\`*_[]<>#&$~!-=+.\n\r\t\x00\x1b\x07\x7f\x85\x9b\u00ad\u200b\u202e\u2028\ufeff\U000e0041é")
-    | st.characters(codec="utf-8"),
-    min_size=1,
-    max_size=20,
-).map(lambda name: f"x{name}")
 few = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-#: Unicode's categories of what is not seen: controls, format characters, separators of lines, halves of characters.
-UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Cs"}
-
-
-def check(text: str) -> str:
-    """A text that was printed, with nothing in it that a terminal obeys."""
-    assert [c for c in text if unicodedata.category(c) in UNSEEN and c not in "\n\t"] == []
-    return text
-
-
-def lines(text: str) -> list[str]:
-    return check(text).removesuffix("\n").split("\n")
 
 
 @few
@@ -209,62 +180,6 @@ def test_reports(name: str, tmp_path: Path, run: Run) -> None:
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == out
 
 
-# ---- Markdown ---------------------------------------------------------------------------------
-
-parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
-
-
-def words(tokens: list[Token]) -> str:
-    """The text that Markdown shows; anything else than text and code fails."""
-    for token in tokens:
-        assert token.type in ("text", "text_special", "code_inline", "html_inline")
-        assert token.type != "html_inline" or token.content in ("<code>", "</code>")
-    return "".join(token.content for token in tokens if token.type != "html_inline")
-
-
-def cells(text: str) -> list[list[list[str]]]:
-    """The texts in the cells of all tables, as a parser of Markdown finds them."""
-    tables: list[list[list[str]]] = []
-    tokens = parser.parse(text)
-    for token, inner in itertools.pairwise(tokens):
-        if token.type == "table_open":
-            tables.append([])
-        elif token.type == "tr_open":
-            tables[-1].append([])
-        elif token.type in ("th_open", "td_open"):
-            tables[-1][-1].append(words(inner.children or []))
-    return tables
-
-
-def printed(text: str) -> str:
-    """A text as Python writes it between quotes, none of which it has."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-@settings(max_examples=200, deadline=None)
-@given(names, names)
-@example(TERMINAL, MARKUP)
-@example(MARKUP, HIDING)
-@example("1. x", "1) x")
-@example("# a #", "    b")
-@example("---", "===")
-@example("__a__b_c_", "a\\")
-@example("`a", "a`")
-@example("&#35;", "<a@b.c> <!-- -->")
-def test_markdown_shows_what_it_is_given(first: str, second: str) -> None:
-    first, second = first.removeprefix("x"), second.removeprefix("x")
-    expected = printed(first).strip()
-    heading, text = parser.parse(f"# {escaped(first)}"), parser.parse(escaped(first))
-    if expected:
-        assert [token.type for token in heading] == ["heading_open", "inline", "heading_close"]
-        assert [token.type for token in text] == ["paragraph_open", "inline", "paragraph_close"]
-        assert words(heading[1].children or []) == words(text[1].children or []) == expected
-    found = cells("\n".join(markdown_table(([first, "n>", "code"], [[first, second, code(second)]]))))
-    assert found[0][1][:2] == [expected, printed(second).strip()]
-    assert found[0][1][2].split() == printed(second).split() or not second.strip()
-    assert [len(row) for row in found[0]] == [3, 3]
-
-
 # ---- where text leaves ------------------------------------------------------------------------
 
 
@@ -285,23 +200,6 @@ def test_a_live_display_shows_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "[bold]x[/]" in shown
     for piece in ("\x1b]", "\x07", "\x1b[31m", "\u202e", "\u2028", "\x9b"):
         assert piece not in shown
-
-
-def test_a_bundle_tells_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in (TERMINAL, MARKUP, HIDING):
-        tell(f"left out: {name}")
-        assert len(lines(capsys.readouterr().err)) == 1
-
-
-def test_pages_show_what_turns_text() -> None:
-    text = render("bench.html", title=TERMINAL, notes=[HIDING], sections=[])
-    assert r"\x1b]0;pwned\x07" in check(text)
-    assert "&lt;script&gt;" in text
-
-
-def test_names_within_lines_of_benchdnn() -> None:
-    line = format_specs([SpecEntry(ConvSpec.parse(SMALL), 1, (HIDING,))], "benchdnn")
-    assert 'n"ok_no_2K_[bold]x[/]"' in check(line)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "convgen" / "cli").glob("*.py")), ids=lambda path: path.name)
