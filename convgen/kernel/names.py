@@ -11,6 +11,18 @@ from ..errors import ExportError
 from ..lowering.interface import check_name
 from ..lowering.link import NATIVE, compiler, source
 
+#: Whether there is a header, and whether it is one of ours.
+_PROBE = """\
+#if __has_include(<{name}.h>)
+#include <{name}.h>
+#ifdef CONVGEN_ABI
+convgen:own
+#else
+convgen:other
+#endif
+#endif
+"""
+
 
 def check_export_name(name: object) -> str:
     """The name of a library that is exported, checked.
@@ -22,7 +34,7 @@ def check_export_name(name: object) -> str:
     - another library's name with ``_driver`` after it: ``a`` for a GPU has a function ``a_driver_error``;
     - what makes one of its functions one of the C library's, as ``argp`` does with ``argp_error``;
     - a header or a library that this machine's C compiler finds: in the folder of an export ``<math.h>`` or ``-lm``
-      would be the kernel's own, and no program there would compile.
+      would be the kernel's own, and no program there would compile. An earlier export that was installed is none.
 
     Raises:
         BuildError: it is not a C identifier of at most 200 characters.
@@ -67,7 +79,10 @@ def _taken(name: str) -> str:
         for function in sorted(_functions()):
             if hasattr(library, f"{name}_{function}"):
                 return f"{name}_{function} is a function of the C library"
-    if "found" in _said("-E", "-P", "-x", "c", "-", text=f"#if __has_include(<{name}.h>)\nfound\n#endif\n"):
+    header = _said("-E", "-x", "c", "-", text=_PROBE.format(name=name))
+    if "convgen:own" in header:
+        return ""
+    if "convgen:other" in header:
         return f"<{name}.h> is a header that the C compiler finds"
     for file in (f"lib{name}.so", f"lib{name}.a"):
         if "/" in _said(f"-print-file-name={file}"):  # else the answer is the name itself

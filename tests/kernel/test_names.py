@@ -74,6 +74,19 @@ def test_what_is_taken_is_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_that_was_installed_can_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = export(tmp_path, "conv_3x3")
+    monkeypatch.setenv("CPATH", str(folder))
+    monkeypatch.setenv("LIBRARY_PATH", str(folder))
+    assert check_export_name("conv_3x3") == "conv_3x3"
+    (folder / "conv_3x3.h").write_text("int conv_3x3;\n")
+    with pytest.raises(ExportError, match=r"<conv_3x3\.h> is a header"):
+        check_export_name("conv_3x3")
+    (folder / "conv_3x3.h").unlink()
+    with pytest.raises(ExportError, match=r"libconv_3x3\.so is a library"):
+        check_export_name("conv_3x3")
+
+
 def test_what_is_harmless_is_accepted() -> None:
     assert [check_export_name(name) for name in HARMLESS] == HARMLESS
 
