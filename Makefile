@@ -6,14 +6,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
+# Tests of what depends on Python's own library: the command line, readers, records, bundles, processes, the package.
+PYTHONS := tests/cli tests/formats tests/records tests/tuning/test_bundle.py tests/test_interrupts.py \
+	tests/test_packaging.py tests/test_processes.py
 
-.PHONY: help demo test test-all test-gpu check bench bench-quick clean
+.PHONY: help demo test test-all test-gpu test-python check bench bench-quick clean
 
 help:
 	@echo 'make demo      a tuned, validated, exported kernel for a ResNet-50 layer, in build/demo'
 	@echo 'make test      the tests (minutes)'
 	@echo 'make test-all  the exhaustive run'
 	@echo 'make test-gpu  what needs an NVIDIA GPU'
+	@echo 'make test-python  what depends on Python itself, without the peers; for a PYTHON=… and VENV=… of its own'
 	@echo 'make check     ruff and mypy'
 	@echo 'make bench-quick  24 layers of all kinds beside the peers, untuned (2 minutes)'
 	@echo 'make bench     tune the ResNet-50 layers and time them beside the peers (an hour; resumes)'
@@ -46,6 +50,10 @@ test-all: $(PEERS)
 test-gpu: $(PEERS)
 	$(BIN)/python -m pytest -m gpu
 
+test-python: $(INSTALLED)
+	$(BIN)/python --version
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow' $(PYTHONS)
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,5 +66,5 @@ bench: $(PEERS)
 	$(BIN)/python bench/run.py bench/problems/resnet50.json
 
 clean:
-	rm -rf $(VENV) build dist convgen.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest build dist convgen.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

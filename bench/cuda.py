@@ -394,7 +394,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None, measurer: Measurer = Bench.row) -> int:
     options = parse(arguments)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     options.results.mkdir(parents=True, exist_ok=True)
     try:
         return compile_all(options, console) if options.compile else run_all(options, console, measurer)

@@ -29,7 +29,7 @@ from convgen.measure.workers import Workers
 from convgen.problem.spec import ConvSpec
 from convgen.processes import call_in_file
 from convgen.records.outcome import Result
-from convgen.report.tables import markdown_table
+from convgen.report.markdown import code, escaped, markdown_table
 
 #: What tells rows apart: a layer's descriptor and the spelling of a target.
 Key = tuple[str, str]
@@ -136,7 +136,7 @@ def compile_report(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["# What the compiler makes of the defaults", "", f"{today}, {made_with}.", ""]
     if failures := [row for row in rows if row["error"]]:
         lines += ["## Failures", ""]
-        lines += [f"- `{row['spec']}` {row['target']}: {_last_line(row)}" for row in failures]
+        lines += [f"- {code(row['spec'])} {row['target']}: {escaped(_last_line(row))}" for row in failures]
         lines.append("")
     header = ["layer", "schedule", "launches>", "registers>", "spilled bytes>", "shared KiB>", "threads>"]
     header += [f"{name}>" for name in INSTRUCTIONS]
@@ -159,4 +159,4 @@ def _cells(row: dict[str, Any]) -> list[str]:
     spilled = sum(function["spilled"] for function in functions)
     figures = [len(functions), most["registers"], spilled, f"{most['shared'] / 1024:.1f}", most["threads"]]
     figures += [row["instructions"][instruction] for instruction in INSTRUCTIONS]
-    return [f"`{row['spec']}`", row["schedule"], *map(str, figures)]
+    return [code(row["spec"]), row["schedule"], *map(str, figures)]

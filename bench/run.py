@@ -215,7 +215,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None, measurer: Measurer = tune_and_measure) -> int:
     options = parse(arguments)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     options.results.mkdir(parents=True, exist_ok=True)
     try:
         for problem in options.problems:
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None, measurer: Measurer = tune_and_m
         console.print("interrupted: the same command goes on from here")
         return 130
     except (ConvgenError, OSError) as error:
-        console.print(f"bench: {error}", markup=False)
+        console.print(f"bench: {error}")
         return 2
     if options.quick:
         print((options.results / f"{variant(SAMPLE.stem, options)}.md").read_text())

@@ -176,10 +176,28 @@ def test_the_checks_run_by_themselves() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert "set -euo pipefail" in script.read_text()
-    done = subprocess.run(["make", "--dry-run", "check", "test"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["make", "--dry-run", "check", "test", "test-python"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0
     assert "ruff check" in done.stdout
     assert "pytest" in done.stdout
+
+
+def test_the_oldest_python_promised_is_found(tmp_path: Path) -> None:
+    for name, script in (("python3.19", "echo 3.19.0 made-up"), ("python3.18", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    listed = subprocess.check_output([ROOT / ".ci" / "pythons"], env=environment, text=True).splitlines()
+    versions = [tuple(map(int, line.split()[0].split("."))) for line in listed]
+    assert versions == sorted(set(versions))
+    assert versions[0] >= (3, 11)
+    assert listed[-1] == "3.19.0 made-up"
+    assert not any(version[:2] == (3, 18) for version in versions)
+    for line in listed[:-1]:
+        version, program = line.split(" ", 1)
+        assert subprocess.check_output([program, "--version"], text=True) == f"Python {version}\n"
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ ones answer at once: TVM, ONNX, NumPy and rich are imported inside the commands.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ import click
 
 from ..errors import ConvgenError, ExportError, Inapplicable, RecordError, SpecError, UnsupportedError
 from . import bench, convert, fleet, fuzz, generate, records, report, show, tune
-from .common import FAILED, INTERRUPTED, SPEC_HELP, TROUBLE, WRONG
+from .common import FAILED, INTERRUPTED, SPEC_HELP, TROUBLE, WRONG, note, say
 
 _STATUS = """\
 \b
@@ -71,11 +72,13 @@ def completion(shell: str) -> None:
     made = get_completion_class(shell)
     if made is None:
         raise click.UsageError(f"no completion for {shell}")
-    click.echo(made(cli, {}, "convgen", "_CONVGEN_COMPLETE").source())
+    say(made(cli, {}, "convgen", "_CONVGEN_COMPLETE").source())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (the process's own where None); returns its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks is escaped, as on standard error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = cli.main(arguments, prog_name="convgen", standalone_mode=False)
         sys.stdout.flush()
@@ -83,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", INTERRUPTED)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+        say(error.ctx.get_help() if error.ctx else "", err=True)
         return WRONG
     except click.UsageError as error:
         help_line = f" (see: {error.ctx.command_path} --help)" if error.ctx else ""
@@ -101,5 +104,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    click.echo(f"convgen: {' '.join(message.split())}", err=True)
+    note(f"convgen: {' '.join(message.split())}")
     return status

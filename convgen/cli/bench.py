@@ -26,6 +26,7 @@ from .common import (
     note,
     read_layers,
     records_options,
+    say,
     table,
     target_option,
     thread_counts_option,
@@ -119,7 +120,7 @@ def bench(
         totals = _totals(rows)
         emit({"target": work.target.spelling, "interrupted": interrupted, "layers": layers, "totals": totals})
     elif rows:
-        click.echo(_text(entries, rows))
+        say(_text(entries, rows))
     if interrupted:
         note(f"convgen: interrupted: {len(rows)} of {len(entries) * len(counts)} comparisons made")
         return INTERRUPTED

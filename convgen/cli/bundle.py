@@ -21,6 +21,7 @@ from .common import (
     note,
     read_layers,
     records_options,
+    say,
     size,
     store_option,
     thread_counts_option,
@@ -130,7 +131,7 @@ def pack(
         note(f"convgen: did not compile: {error.splitlines()[0] if error else ''}")
     failed = f", {packed.failed} of which did not compile" if packed.failed else ""
     known = f"; {packed.known} more are known already and take part in the comparisons" if packed.known else ""
-    click.echo(f"{packed.trials} trials of {packed.layers} layers{failed}{known}: {tidy(out)}, {size(packed.bytes)}")
+    say(f"{packed.trials} trials of {packed.layers} layers{failed}{known}: {tidy(out)}, {size(packed.bytes)}")
 
 
 def _read(words: tuple[str, ...], dims: dict[str, int], accuracy: tuple[AccuracyRule, ...]) -> list[SpecEntry]:
@@ -211,4 +212,4 @@ def import_(results: Path, bundle: Path | None, store_path: Path | None, as_json
     if as_json:
         emit({"results": count, "added": added, "records": total})
     else:
-        click.echo(f"{count} results, {added} of them new; {total} records in {tidy(path)}")
+        say(f"{count} results, {added} of them new; {total} records in {tidy(path)}")

@@ -14,6 +14,7 @@ import click
 from ..errors import Inapplicable, SpecError, UnsupportedError
 from ..formats.entries import AccuracyRule, SpecEntry, with_accuracy
 from ..formats.sources import read_specs
+from ..measure.standalone.words import one_line, printable
 from ..problem.spec import OPERATORS
 
 if TYPE_CHECKING:
@@ -289,9 +290,17 @@ def check_names(option: str, text: str, known: Iterable[str]) -> list[str]:
 # ---- results ----------------------------------------------------------------------------------
 
 
+# Everything that commands print goes through these: what names, files and machines bring is shown, not obeyed.
+
+
 def emit(document: object) -> None:
     """Print a result as the one JSON document on standard output."""
-    click.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
+    emit_text(json.dumps(_finite(document), indent=2, allow_nan=False))
+
+
+def emit_text(document: str) -> None:
+    """Print JSON on standard output: the one control character that JSON leaves as it is, escaped as well."""
+    click.echo(document.replace("\x7f", "\\u007f"))
 
 
 def _finite(value: Any) -> Any:
@@ -303,9 +312,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def say(text: str, err: bool = False) -> None:
+    """Print text for people, of one or several lines; on standard output unless ``err``."""
+    click.echo(printable(text, keep="\n\t"), err=err)
+
+
 def note(message: str) -> None:
     """A line for people, on standard error."""
-    click.echo(message, err=True)
+    click.echo(one_line(message), err=True)
 
 
 def note_left_out(reasons: Sequence[str]) -> None:
@@ -318,7 +332,7 @@ def note_left_out(reasons: Sequence[str]) -> None:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Aligned columns; empty ones are left out, and those whose name ends in ``>`` are aligned to the right."""
-    texts = [[str(cell) for cell in row] for row in rows]
+    texts = [[printable(str(cell)) for cell in row] for row in rows]
     kept = [i for i in range(len(header)) if not texts or any(row[i] for row in texts)]
     header = [header[i] for i in kept]
     texts = [[name.removesuffix(">") for name in header], *([row[i] for i in kept] for row in texts)]
@@ -364,9 +378,9 @@ def label(entry: SpecEntry) -> str:
 
 
 def tidy(path: Path) -> str:
-    """A path as people write it: relative where it is below here, else with ``~``."""
+    """A path as people write it, printable: relative where it is below here, else with ``~``."""
     absolute = path.absolute()
     if absolute.is_relative_to(Path.cwd()):
-        return str(absolute.relative_to(Path.cwd()))
-    home = os.path.expanduser("~")
-    return str(absolute).replace(home, "~", 1) if str(absolute).startswith(home + os.sep) else str(absolute)
+        return printable(str(absolute.relative_to(Path.cwd())))
+    home, text = os.path.expanduser("~"), str(absolute)
+    return printable(text.replace(home, "~", 1) if text.startswith(home + os.sep) else text)

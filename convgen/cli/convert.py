@@ -11,7 +11,7 @@ from ..errors import SpecError
 from ..formats.entries import AccuracyRule, with_accuracy
 from ..formats.sources import FORMS, SUFFIXES, format_specs, read_specs, write_text
 from ..report.words import plural
-from .common import emit, json_option, layers_argument, note_left_out, tidy
+from .common import emit, json_option, layers_argument, note_left_out, say, tidy
 
 
 @click.command(short_help="Write layers in another notation.")
@@ -73,10 +73,10 @@ def convert(
     if not written:
         raise SpecError("layers", f"one that can be written as {form}", "none", source)
     if to_stdout:
-        click.echo(text, nl=False)
+        say(text.removesuffix("\n"))
         return
     write_text(text, path)
     if as_json:
         emit({"output": output, "form": form, "layers": written, "skipped": skipped or []})
     else:
-        click.echo(f"{plural(written, 'different layer')} in {tidy(path)} as {form}")
+        say(f"{plural(written, 'different layer')} in {tidy(path)} as {form}")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from . import bundle
-from .common import Command, Option, emit, json_option, note, table
+from .common import Command, Option, emit, json_option, note, say, table
 
 _UNSAFE = (
     "warning: {host} can be reached from other machines, and TVM's RPC has no authentication: whoever connects "
@@ -110,7 +110,7 @@ def status(tracker: str, as_json: bool) -> None:
         note(f"tracker {tracker}: no devices")
         return
     header = ("key", "devices>", "free>", "busy>", "queued>")
-    click.echo(table(header, [(d.key, d.devices, d.free, d.busy, d.queued) for d in keys]))
+    say(table(header, [(d.key, d.devices, d.free, d.busy, d.queued) for d in keys]))
 
 
 def _until_ended(run: Callable[..., None], *arguments: Any, **keywords: Any) -> None:

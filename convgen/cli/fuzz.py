@@ -20,6 +20,7 @@ from .common import (
     emit,
     json_option,
     note,
+    say,
     schedule_option,
     table,
     target_option,
@@ -88,7 +89,7 @@ def fuzz(
     if as_json:
         emit(summary.to_dict())
     else:
-        click.echo(_text(summary))
+        say(_text(summary))
     if summary.interrupted:
         note("convgen: interrupted")
     if summary.findings:

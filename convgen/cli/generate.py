@@ -32,6 +32,7 @@ from .common import (
     rate,
     read_layers,
     records_options,
+    say,
     table,
     target_option,
     threads_option,
@@ -232,7 +233,7 @@ def build(
     best record, or else as the default, so that there is always a kernel at once. A single layer is
     exported into --out itself; several are exported into a folder each, listed in index.json.
     """
-    from ..lowering.interface import check_name
+    from ..kernel.names import check_export_name
 
     check_picks(schedule, picks)
     if schedule and (trials or seconds):
@@ -242,8 +243,8 @@ def build(
         if len(entries) > 1:
             raise click.UsageError(f"--name: expected a single layer, found {len(entries)}")
         try:
-            check_name(name)
-        except BuildError as error:
+            check_export_name(name)
+        except (BuildError, ExportError) as error:
             raise click.UsageError(str(error)) from None
     several = len(entries) > 1
     root = out or Path("convgen-out", *(() if several else (entries[0].spec.name,)))
@@ -272,10 +273,10 @@ def build(
     if as_json:
         emit(document | {"folder": str(root), "interrupted": work.interrupted})
     elif several:
-        click.echo(_summary(entries, results))
+        say(_summary(entries, results))
         note(f"{len(results) - len(failed)} of {len(entries)} layers in {tidy(root)}, listed in {INDEX}")
     elif results and not failed:
-        click.echo(_single(results[0]))
+        say(_single(results[0]))
     if work.interrupted:
         work.say_interrupted(f"; {len(results) - len(failed)} of {len(entries)} layers exported" if several else "")
         return INTERRUPTED
@@ -449,11 +450,11 @@ def _validated(work: Work, entry: SpecEntry, forced: Candidate | None, seed: int
 
 
 def _print_checks(result: dict[str, Any]) -> None:
-    click.echo(f"{result['spec']}  {result.get('candidate', '')}".rstrip())
+    say(f"{result['spec']}  {result.get('candidate', '')}".rstrip())
     if "error" in result:
-        click.echo(f"  FAIL  {result['error']}")
+        say(f"  FAIL  {result['error']}")
         return
     for check in result["checks"]:
-        click.echo(f"  {'ok  ' if check['passed'] else 'FAIL'}  {check['name']:<8}  {check['found']}")
+        say(f"  {'ok  ' if check['passed'] else 'FAIL'}  {check['name']:<8}  {check['found']}")
     if not result["passed"]:
-        click.echo(f"  repeat with: {result['repro']}")
+        say(f"  repeat with: {result['repro']}")

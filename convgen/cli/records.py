@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import SpecError
+from ..measure.standalone.words import printable
 from ..problem.spec import ConvSpec
 from ..report.words import picks_text
 from .common import (
@@ -22,12 +23,14 @@ from .common import (
     dim_option,
     duration,
     emit,
+    emit_text,
     grouped,
     json_option,
     layer_groups,
     note,
     rate,
     read_layers,
+    say,
     store_option,
     table,
     threads_option,
@@ -153,7 +156,7 @@ def _say(document: dict[str, Any], text: str, as_json: bool) -> None:
     if as_json:
         emit(document)
     else:
-        click.echo(text)
+        say(text)
 
 
 # ---- looking ----------------------------------------------------------------------------------
@@ -181,7 +184,7 @@ def list_(path: Path | None, outcome: str | None, as_json: bool, **wanted: Any) 
         emit([record.to_dict() for record in found])
         return
     if found:
-        click.echo(_rows(found))
+        say(_rows(found))
     outcomes = Counter(record.outcome for record in found)
     kinds = f": {', '.join(f'{count} {kind}' for kind, count in outcomes.most_common())}" if found else ""
     note(f"{len(found)} records in {tidy(store.path)}{kinds}")
@@ -204,7 +207,7 @@ def best(path: Path | None, as_json: bool, **wanted: Any) -> None:
     if as_json:
         emit([record.to_dict() for record in chosen])
     elif found:
-        click.echo(_rows(chosen, [answer.origin for answer in found]))
+        say(_rows(chosen, [answer.origin for answer in found]))
     else:
         note(f"no record for this machine and these versions in {tidy(store.path)}")
 
@@ -238,14 +241,15 @@ def show(prefix: str, path: Path | None, as_json: bool) -> None:
         "samples": " ".join(duration(seconds).replace(" ", "") for seconds in record.samples),
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(record.versions.items())),
         "when": record.when,
-        **{f"  {name}": value for name, value in sorted((record.note or {}).items()) if value is not None},
+        **{f"  {printable(name)}": value for name, value in sorted((record.note or {}).items()) if value is not None},
         "answers here": f"no: {reason}" if reason else "yes, where no other record is preferred",
         "build it": shlex.join(command),
     }
     width = max(map(len, lines))
     for name, value in lines.items():
         if value != "":
-            click.echo(f"{name:<{width}}  {value}")
+            below = "\n" + " " * (width + 2)  # so that no value looks like another line
+            say(f"{name:<{width}}  {str(value).replace(chr(10), below)}")
 
 
 @records.command(short_help="Compare two stores.")
@@ -296,7 +300,7 @@ def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> None:
             + [f"{row['ratio']:.3f}" if row["ratio"] else "–"]
             for row in rows
         ]
-        click.echo(table(["spec", "target", "hardware", "threads>", "A>", "B>", "A/B>"], cells))
+        say(table(["spec", "target", "hardware", "threads>", "A>", "B>", "A/B>"], cells))
     note(f"{len(only[0])} records only in {tidy(first)}, {len(only[1])} only in {tidy(second)}")
     note(f"{len(ids[0] & ids[1])} records in both")
 
@@ -332,7 +336,7 @@ def check(path: Path | None, measure: int | None, seed: int, as_json: bool, **wa
         return TROUBLE
     bad = [result for result in checked if result.outcome != "ok"]
     if measure and not as_json:
-        click.echo(f"{len(checked)} measured again: {len(checked) - len(bad)} right and no slower than the default")
+        say(f"{len(checked)} measured again: {len(checked) - len(bad)} right and no slower than the default")
     return FAILED if bad else 0
 
 
@@ -467,7 +471,7 @@ def export(
     found = sorted(set(found), key=lambda record: (record.when, record.id))
     if out is None or not to_file:
         for record in found:
-            click.echo(record.to_json())
+            emit_text(record.to_json())
         note(f"{len(found)} records")
         return
     if about is None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from ..formats.entries import AccuracyRule, with_accuracy
 from ..formats.sources import write_text
-from .common import check_page, emit, json_option, model_options, note, read_layers, threads_option, tidy
-
-if TYPE_CHECKING:
-    pass
+from .common import check_page, emit, json_option, model_options, note, read_layers, say, threads_option, tidy
 
 
 @click.command(short_help="Show what a store's or job's tuning brought, as one page.")
@@ -89,7 +85,7 @@ def report(
     if as_json:
         emit(found.to_dict())
     elif out is None:
-        click.echo(markdown(found), nl=False)
+        say(markdown(found).removesuffix("\n"))
 
 
 def _spelling(target: str) -> str:

@@ -23,6 +23,7 @@ from .common import (
     note,
     note_left_out,
     read_layers,
+    say,
     size,
     table,
     target_option,
@@ -100,7 +101,7 @@ def _print_source(
         facts = {"spec": spec.descriptor, "target": resolved.spelling, "schedule": candidate.schedule.id}
         emit(facts | {"picks": dict(candidate.picks), "kind": kind, "text": text})
     else:
-        click.echo(text)
+        say(text)
 
 
 # ---- several layers ---------------------------------------------------------------------------
@@ -126,17 +127,16 @@ def _print_layers(entries: list[SpecEntry], skipped: list[str], as_json: bool) -
         [_names(layer["names"]), layer["count"], f"{layer['flops'] / 1e9:.4g}", f"{layer['share']:.1%}", layer["spec"]]
         for layer in layers
     ]
-    click.echo(table(["layer", "count>", "GFLOP>", "share>", "spec"], rows))
+    say(table(["layer", "count>", "GFLOP>", "share>", "spec"], rows))
     count = sum(entry.count for entry in entries)
-    click.echo(f"{len(entries)} different layers, {count} in all; shares are of their {total / 1e9:.4g} GFLOP together")
+    say(f"{len(entries)} different layers, {count} in all; shares are of their {total / 1e9:.4g} GFLOP together")
     note_left_out(skipped)
 
 
 def _names(names: list[str]) -> str:
     """The first name, and how many more there are."""
     first = names[0] if names else ""
-    shown = first if first.isprintable() else repr(first)
-    return f"{shown} +{len(names) - 1}" if len(names) > 1 else shown
+    return f"{first} +{len(names) - 1}" if len(names) > 1 else first
 
 
 # ---- one layer --------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def _print_layer(entry: SpecEntry, target: str, threads: int | None, as_json: bo
     if as_json:
         emit(document)
     else:
-        click.echo(_text(document))
+        say(_text(document))
 
 
 def _roofline(spec: ConvSpec, threads: int) -> dict[str, Any] | None:
@@ -245,7 +245,7 @@ def schedules(as_json: bool) -> None:
     if as_json:
         emit(listed)
     else:
-        click.echo(table(["schedule", "version>", "what it does"], [list(row.values()) for row in listed]))
+        say(table(["schedule", "version>", "what it does"], [list(row.values()) for row in listed]))
 
 
 @click.command()
@@ -279,6 +279,6 @@ def targets(as_json: bool) -> None:
     rows = [
         [t["target"], t["resolved"] or "–", t["vector_bits"] or "–", "yes" if t["native"] else "no"] for t in listed
     ]
-    click.echo(table(["target", "means", "vector bits>", "runs here"], rows))
+    say(table(["target", "means", "vector bits>", "runs here"], rows))
     for family, module in target_families().items():
-        click.echo(f"{family}: {_summary(module)}")
+        say(f"{family}: {_summary(module)}")

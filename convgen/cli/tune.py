@@ -29,6 +29,7 @@ from .common import (
     note_left_out,
     rate,
     records_options,
+    say,
     table,
     thread_counts_option,
     tidy,
@@ -267,9 +268,9 @@ def _print_results(run: JobRun, as_json: bool, interrupted: bool) -> int:
     if as_json:
         emit(_document(run, results) | {"interrupted": interrupted})
     elif len(results) > 1:
-        click.echo(summary(run.layers))
+        say(summary(run.layers))
     elif reached and not failed:
-        click.echo(line(run.layers[0]))
+        say(line(run.layers[0]))
     if interrupted:
         where = f"kept in {tidy(run.store.path)}" if run.store is not None else "not kept, without a record store"
         trials = f"{plural(run.measured, 'trial')} measured, {where}"
@@ -309,7 +310,7 @@ def _print_status(job: Job, records: Records, as_json: bool) -> int:
         emit(_document(run, results))
         return 0
     if results:
-        click.echo(summary(run.layers))
+        say(summary(run.layers))
     trials = plural(run.trials, "trial") + (f" of {job.trials}" if job.trials is not None else "")
     budget = f" of {clock(job.seconds)}" if job.seconds is not None else ""
     note(f"job {job.id}: {trials} in {clock(run.spent)}{budget}, {remaining(run)}")

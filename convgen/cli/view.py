@@ -11,11 +11,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ..formats.entries import SpecEntry
+from ..measure.standalone.words import one_line
 from ..report.words import plural
 from .common import duration, label, note, rate
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.text import Text
 
     from ..tuning.job_run import JobRun, Layer
     from ..tuning.search import Progress
@@ -24,6 +26,13 @@ if TYPE_CHECKING:
 LIVE_SECONDS, LOG_SECONDS = 0.03, 15.0
 #: Order in which a job's layers are shown.
 STATES = ("comparing", "searching", "done", "failed", "waiting", "skipped")
+
+
+def _text(line: str, style: str = "") -> Text:
+    """A line of a live display: neither rich's marks nor a terminal's codes in it mean anything."""
+    from rich.text import Text
+
+    return Text(one_line(line), style)
 
 
 class _Display:
@@ -76,9 +85,10 @@ class View(_Display):
     def phase(self, text: str) -> None:
         """What is being done with the layer now."""
         if self._live:
-            from rich.text import Text
+            from rich.console import Group
 
-            self._show(Text(f"{self._heading()}\n  {text}" if text else self._heading()))
+            lines = [self._heading(), f"  {text}"] if text else [self._heading()]
+            self._show(Group(*map(_text, lines)))
 
     def progress(self, state: Progress) -> None:
         """The tuner's report after a trial."""
@@ -97,9 +107,7 @@ class View(_Display):
         if self.layers == 1:
             return
         if self._live:
-            from rich.text import Text
-
-            self._live.console.print(Text(f"{self._title}  {text}"), soft_wrap=True)
+            self._live.console.print(_text(f"{self._title}  {text}"), soft_wrap=True)
         else:
             note(f"  {text}")
 
@@ -115,18 +123,17 @@ class View(_Display):
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
-        from rich.text import Text
 
         count, left, best, *failures = self._facts(state)
-        lines: list[Any] = [Text(self._heading(), style="bold")]
+        lines: list[Any] = [_text(self._heading(), style="bold")]
         if (fraction := _fraction(state)) is not None:
             bar = Table.grid(padding=(0, 1))
-            bar.add_row(ProgressBar(total=1.0, completed=fraction, width=32), Text(f"{count}, {left}"))
+            bar.add_row(ProgressBar(total=1.0, completed=fraction, width=32), _text(f"{count}, {left}"))
             lines.append(bar)
         else:
-            lines.append(Text(f"{count}, {left}"))
-        lines.append(Text(best, style="green"))
-        lines += [Text(text, style="yellow") for text in failures]
+            lines.append(_text(f"{count}, {left}"))
+        lines.append(_text(best, style="green"))
+        lines += [_text(text, style="yellow") for text in failures]
         return Group(*lines)
 
     def _facts(self, state: Progress) -> list[str]:
@@ -231,11 +238,10 @@ class JobView(_Display):
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
-        from rich.text import Text
 
         counts = {state: sum(layer.state == state for layer in run.layers) for state in STATES}
         layers = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-        lines: list[Any] = [Text(f"{layers}; {run.trials} trials in {clock(run.spent)}, {remaining(run)}")]
+        lines: list[Any] = [_text(f"{layers}; {run.trials} trials in {clock(run.spent)}, {remaining(run)}")]
         if run.job.seconds:
             done = min(1.0, run.spent / run.job.seconds)
             lines.append(ProgressBar(total=1.0, completed=done, width=48))
@@ -259,10 +265,10 @@ class JobView(_Display):
                 layer.state,
                 _failures(state) if state else "",
             ]
-            table.add_row(*map(Text, cells), style="bold" if layer is current else "")
+            table.add_row(*map(_text, cells), style="bold" if layer is current else "")
         lines.append(table)
         if len(order) > height:
-            lines.append(Text(f"and {len(order) - height} more"))
+            lines.append(_text(f"and {len(order) - height} more"))
         return Group(*lines)
 
 

@@ -206,6 +206,11 @@ def _problem(word: str, transposed: bool, where: str) -> tuple[ConvSpec, str]:
     return plain(ConvSpec.from_dict(fields, where)), rest[1:].replace("\\", "").strip("\"'")
 
 
+def _label(name: str) -> str:
+    """A name as a problem's label can have it."""
+    return re.sub(r"[\s\"'\\&*]+", "_", "".join(c if c.isprintable() else " " for c in name))
+
+
 def _names(label: str) -> tuple[int, tuple[str, ...]]:
     """Count and names of a problem's label, ``a*3&b``."""
     count, names = 0, []
@@ -404,7 +409,7 @@ def write(spec: ConvSpec, count: int = 1, names: Sequence[str] = ()) -> str:
     sizes = zip(spec.in_spatial, spec.out_spatial, spec.kernel, spec.stride, spec.dilation, spec.padding, strict=True)
     for axis, (i, o, k, stride, dilation, (begin, _)) in zip("dhw"[3 - spec.rank :], sizes, strict=True):
         problem.append(f"i{axis}{i}o{axis}{o}k{axis}{k}s{axis}{stride}d{axis}{dilation - 1}p{axis}{begin}")
-    first, *others = [re.sub(r"[\s\"'\\&*]+", "_", name) for name in names[:count]] or [""]
+    first, *others = map(_label, names[:count] or [""])
     times = count - len(others)
     if label := "&".join([first + f"*{times}" * (times > 1), *others]):
         problem.append(f'n"{label}"')

@@ -145,10 +145,12 @@ def format_specs(entries: Iterable[SpecEntry], form: str, skipped: list[str] | N
         UnsupportedError: the form cannot say a layer; names layer and field.
     """
     if form == "toml":
-        tables = (", ".join(f"{key} = {_quoted(value)}" for key, value in _layer(entry).items()) for entry in entries)
+        tables = (
+            ", ".join(f"{key} = {_quoted(value, form)}" for key, value in _layer(entry).items()) for entry in entries
+        )
         return "layers = [\n" + "".join(f"    {{ {table} }},\n" for table in tables) + "]\n"
     if form not in LINES:  # JSON is YAML, too
-        return '{"layers": [\n' + ",\n".join(_quoted(_layer(entry)) for entry in entries) + "\n]}\n"
+        return '{"layers": [\n' + ",\n".join(_quoted(_layer(entry), form) for entry in entries) + "\n]}\n"
     lines = []
     for number, entry in enumerate(entries, 1):
         where = f"layer {number}" + (f" ({entry.names[0]})" if entry.names else "")
@@ -214,13 +216,20 @@ def _layer(entry: SpecEntry) -> dict[str, Any]:
     return layer | {"spec": entry.spec.descriptor}
 
 
-def _quoted(value: Any) -> str:
-    """A value as JSON that is YAML, and in its strings, numbers and lists TOML, as well."""
-    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
+def _quoted(value: Any, form: str) -> str:
+    """A value as JSON that is YAML, and in its strings, numbers and lists TOML, as well.
+
+    What does not print is escaped: there is nothing in the file that an editor or a terminal does not show.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escape(c, form) for c in text)
 
 
-#: What YAML or TOML do not take inside quotes, or fold into a space.
-_UNPRINTABLE = re.compile("[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+def _escape(character: str, form: str) -> str:
+    """A character inside quotes: beyond the first 65,536, JSON alone has two escapes for one."""
+    if ord(character) > 0xFFFF and form != "json":
+        return f"\\U{ord(character):08x}"
+    return json.dumps(character)[1:-1] if ord(character) > 0xFFFF else f"\\u{ord(character):04x}"
 
 
 def _is_path(text: str) -> bool:
@@ -452,6 +461,8 @@ def _entry(layer: object, defaults: Mapping[str, Any], where: str) -> SpecEntry:
     names = (names,) if isinstance(names, str) else names
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise SpecError("name", "a string or a list of strings", repr(names), where)
+    if any("\ud800" <= character <= "\udfff" for name in names for character in name):
+        raise SpecError("name", "text that UTF-8 can encode", repr(names), where)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise SpecError("count", "an integer >= 1", repr(count), where)
     if "spec" not in layer:

@@ -30,6 +30,7 @@ from ..problem.activation import Activation
 from ..problem.dtypes import BYTES, UNDERFLOW, UNIT_ROUNDOFF
 from ..problem.spec import PARAMETERS, ConvSpec
 from .load import MANIFEST
+from .names import check_export_name
 
 #: Alignment in bytes of tensors in a GPU's memory (``cuda_types.h``).
 TENSOR_ALIGNMENT = 16
@@ -58,9 +59,11 @@ def write_library(
         The manifest.
 
     Raises:
-        ExportError: the directory holds something else, or cannot be written.
+        ExportError: the directory holds something else, or cannot be written; the kernel's name is taken.
         BuildError: linking failed.
     """
+    if interface.name != interface.spec.name:  # which has the layer's sizes in it: nothing else is called so
+        check_export_name(interface.name)
     if "threads" not in facts:
         raise ExportError(f"facts: expected threads among them, found {', '.join(facts) or 'none'}")
     target = Path(os.path.abspath(directory))
@@ -255,7 +258,6 @@ def header_text(interface: Interface) -> str:
     lines.append(f" *   packed    {interface.packed_size} bytes, aligned to {ALIGNMENT}")
     common = {
         "name": interface.name,
-        "guard": interface.name.upper(),
         "descriptor": interface.spec.descriptor,
         "meaning": _meaning(interface.spec),
         "types": source("types.h").strip(),

@@ -47,6 +47,8 @@ LINK_FLAGS = ("-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,-z,now",
 #: This machine's architecture.
 NATIVE = platform.machine()
 _DIGEST = hashlib.sha256().digest_size
+#: The compiled runtime while a library is linked. No library is called so: a name has no dot.
+_RUNTIME = "runtime.part.o"
 
 
 def source(name: str) -> str:
@@ -73,7 +75,7 @@ def link(interface: Interface, object_file: Path, out: Path, *, archive: bool = 
         with tempfile.TemporaryDirectory(prefix=".link-", dir=out.parent) as temporary:
             folder = Path(temporary)
             (folder / "entry.c").write_text(entry_source(interface, digest, arch), encoding="utf-8")
-            (folder / "runtime.o").write_bytes(_runtime_object(compiler(arch), sources))
+            (folder / _RUNTIME).write_bytes(_runtime_object(compiler(arch), sources))
             for header in (name for name in sources if name.endswith(".h")):
                 (folder / header).write_text(source(header), encoding="utf-8")
             for index, (_, image) in enumerate(interface.device.images if interface.device else ()):
@@ -103,7 +105,7 @@ def link_shared(sources: Sequence[str], out: Path, arch: str, *, headers: Sequen
 def _shared(name: str, object_file: Path, folder: Path, arch: str) -> Path:
     made = folder / f"lib{name}.so"
     (folder / "symbols").write_text(f"{{ global: {name}_*; local: *; }};\n", encoding="utf-8")
-    inputs = ("entry.c", "runtime.o", str(object_file), "-lm", "-ldl")
+    inputs = ("entry.c", _RUNTIME, str(object_file), "-lm", "-ldl")
     flags = (*COMPILE_FLAGS, "-shared", *LINK_FLAGS, f"-Wl,-soname,{made.name}", "-Wl,--version-script,symbols")
     _run((*compiler(arch), *flags, "-o", made.name, *inputs), folder)
     return made
@@ -111,7 +113,7 @@ def _shared(name: str, object_file: Path, folder: Path, arch: str) -> Path:
 
 def _archive(name: str, object_file: Path, folder: Path, arch: str) -> Path:
     made = folder / f"lib{name}.a"
-    inputs = ("entry.c", "runtime.o", str(object_file))
+    inputs = ("entry.c", _RUNTIME, str(object_file))
     _relocatable(compiler(arch), f"{name}.o", inputs, folder)
     # Local from here on: the archives of several kernels must not see each other's runtime.
     keep = ("--wildcard", f"--keep-global-symbol={name}_*", "--strip-unneeded", f"--keep-symbol={name}_*")

@@ -454,9 +454,10 @@ class ConvSpec:
 
     @property
     def name(self) -> str:
-        """A C identifier made from the descriptor."""
+        """A C identifier made from the descriptor, short enough for the names of files."""
         words = self.descriptor.replace("-", "m").replace(".", "d")
-        return re.sub(r"\W+", "_", words).strip("_")
+        name = re.sub(r"\W+", "_", words).strip("_")
+        return name if len(name) <= 200 else f"{name[:160].rstrip('_')}_{self.key[:16]}"
 
     def __str__(self) -> str:
         return self.descriptor

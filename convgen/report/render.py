@@ -14,6 +14,8 @@ from typing import Any
 
 import jinja2
 
+from ..measure.standalone.words import printable
+
 #: How many kinds of marks the templates have, one per library; further libraries take turns.
 MARKS = 4
 
@@ -42,11 +44,17 @@ def meter(of_limit: float | None) -> str:
     return "" if of_limit is None else f"{100 * min(of_limit, 1):.1f}%"
 
 
+def _shown(value: Any) -> Any:
+    """A value as a page has it: text that turns other text's direction, say, is seen and not obeyed."""
+    return printable(value) if type(value) is str else value  # what is marked as HTML is another type
+
+
 @cache
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.PackageLoader("convgen.report"),
         autoescape=jinja2.select_autoescape(["html", "svg"]),
+        finalize=_shown,
         undefined=jinja2.StrictUndefined,  # a misspelt name is an error, not an empty place
         trim_blocks=True,
         lstrip_blocks=True,

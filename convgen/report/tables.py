@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..problem.spec import ConvSpec
+from .markdown import Table, code, escaped, link, markdown_table
 from .rows import Row
 from .words import factor, microseconds, milliseconds, plural
 
@@ -182,10 +183,6 @@ def limit(row: Row) -> str:
     return "–" if row.of_limit is None else f"{row.of_limit:.0%} {row.limited_by}"
 
 
-#: A table: its columns, those aligned to the right ending in ``>``, and its rows.
-Table = tuple[list[str], list[list[str]]]
-
-
 def layers(rows: Sequence[Row], name: Callable[[Row], str]) -> Table:
     """A row per layer; times in µs. The default has a column where some layer has another kernel."""
     peers = peer_names(rows)
@@ -233,13 +230,6 @@ def problems(rows: Iterable[Row]) -> list[str]:
 # ---- Markdown ---------------------------------------------------------------------------------
 
 
-def markdown_table(table: Table) -> list[str]:
-    header, cells = table
-    names = [name.removesuffix(">") for name in header]
-    ruler = ["--:" if name.endswith(">") else "---" for name in header]
-    return ["| " + " | ".join(line) + " |" for line in (names, ruler, *cells)]
-
-
 def facts(rows: Sequence[Row]) -> str:
     """What the rows were measured on and with."""
     last: Mapping[str, Any] = rows[-1].values
@@ -255,7 +245,7 @@ def facts(rows: Sequence[Row]) -> str:
 
 def network(title: str, rows: Sequence[Row]) -> str:
     """The rows of a network as a Markdown page: per thread count, and per accuracy."""
-    lines = [f"# {title}", ""]
+    lines = [f"# {escaped(title)}", ""]
     lines += ["Times in µs, medians of alternating turns; ratio = best peer / convgen (tuned where there is a"]
     lines += ["tuned one), with its 95 % interval.", LIMIT_NOTE]
     if any((row.of_limit or 0) > 1 for row in rows):
@@ -267,9 +257,10 @@ def network(title: str, rows: Sequence[Row]) -> str:
     for accuracy, chosen in by_accuracy(rows).items():
         for group in by_threads(chosen).values():
             heading = _place(group) + (f", {accuracy}" if accuracy != "standard" else "")
-            lines += [f"## {heading}", "", facts(group), ""]
-            lines += [*markdown_table(layers(group, lambda row: f"`{row.spec}`")), "", *Totals.of(group).sentences()]
-            lines += ["", *(f"- {reason}" for reason in problems(group)), ""]
+            lines += [f"## {heading}", "", escaped(facts(group)), ""]
+            lines += [*markdown_table(layers(group, lambda row: code(str(row.spec)))), ""]
+            lines += map(escaped, Totals.of(group).sentences())
+            lines += ["", *(f"- {escaped(reason)}" for reason in problems(group)), ""]
             if accuracy != "standard":
                 lines += [*markdown_table(_beside(group, standard, accuracy)), ""]
             lines += [*markdown_table(classes(group)), ""]
@@ -296,7 +287,7 @@ def _beside(group: Sequence[Row], standard: Mapping[tuple[str, int], Row], accur
         spec = row.spec.with_(accuracy="standard")
         if other := standard.get((spec.descriptor, row.threads)):
             times = [microseconds(other.seconds), microseconds(row.seconds), factor(row.seconds / other.seconds)]
-            cells.append([f"`{spec}`", *times, other.schedule, row.schedule])
+            cells.append([code(str(spec)), *times, other.schedule, row.schedule])
     return header, cells
 
 
@@ -326,7 +317,7 @@ def summary(networks: Mapping[str, Sequence[Row]], checks: Mapping[str, Sequence
                         row for row in rows if (row.mode, row.spec.accuracy, row.threads) == (mode, accuracy, threads)
                     ]
                     if group:
-                        cells.append([f"[{name}]({name}.md)", *_figures(Totals.of(group), peers)])
+                        cells.append([link(name, f"{name}.md"), *_figures(Totals.of(group), peers)])
                         unique |= {row.key: row for row in group}  # a layer of two networks counts once below
                 lines += [*markdown_table((header, cells)), "", *markdown_table(classes(list(unique.values()))), ""]
     if checks:
@@ -339,7 +330,7 @@ def summary(networks: Mapping[str, Sequence[Row]], checks: Mapping[str, Sequence
         header = ["layer", "network", "threads>", "best peer / convgen>", "of limit>", "schedule"]
         ordered = sorted(slower, key=lambda pair: pair[1].ratio or 0.0)
         cells = [
-            [f"`{row.spec}`", name, str(row.threads), rated(row), limit(row), row.schedule] for name, row in ordered
+            [code(str(row.spec)), name, str(row.threads), rated(row), limit(row), row.schedule] for name, row in ordered
         ]
         lines += markdown_table((header, cells))
     else:
@@ -361,7 +352,7 @@ def _checks(checks: Mapping[str, Sequence[Row]]) -> Table:
                 factor(totals.default_mean),
                 rated(least) if least else "",
             ]
-            cells.append([f"[{name}]({name}.md)", str(threads), *figures, str(totals.faster), str(totals.slower)])
+            cells.append([link(name, f"{name}.md"), str(threads), *figures, str(totals.faster), str(totals.slower)])
     return header, cells
 
 

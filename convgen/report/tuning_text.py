@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
 
-from .tables import Table, markdown_table
+from ..measure.standalone.words import printable
+from .markdown import Markdown, Table, code, escaped, markdown_table
 from .tuning import DEFAULT, Drift, Layer, Setting, Total, TuningReport, grouped, wins
 from .words import NOT_MEASURED, factor, microseconds, milliseconds, picks_text, plural, span
 
@@ -88,25 +89,26 @@ def names_text(layer: Layer, models: int) -> str:
 
 def markdown(report: TuningReport) -> str:
     """The report as a Markdown page."""
-    lines = [f"# Tuning: {report.title}", ""]
+    lines = [f"# Tuning: {escaped(report.title)}", ""]
     for setting in report.settings:
         heading = f"{setting.cpu or setting.hardware}, {plural(setting.threads, 'thread')}"
-        lines += [f"## {heading}", "", *(f"- {name}: {value}" for name, value in facts(setting).items()), ""]
-        lines += [*(headline(total) for total in setting.totals), ""]
+        listed = (f"- {name}: {escaped(value)}" for name, value in facts(setting).items())
+        lines += [f"## {escaped(heading)}", "", *listed, ""]
+        lines += [*(escaped(headline(total)) for total in setting.totals), ""]
         lines += ["### Layer by layer", "", *markdown_table(_layers(setting)), ""]
         if setting.no_limit:
-            lines += [f"Of limit {NOT_MEASURED}: {setting.no_limit}.", ""]
+            lines += [f"Of limit {NOT_MEASURED}: {escaped(setting.no_limit)}.", ""]
         if setting.missing:
-            lines += [*(f"- no record: {model} `{spec}`" for model, spec in setting.missing), ""]
+            lines += [*(f"- no record: {escaped(model)} {code(spec)}" for model, spec in setting.missing), ""]
         lines += ["### Which schedule won where", "", *markdown_table(_wins(setting)), ""]
         lines += ["### Failures", ""]
         for group in grouped(setting.failures):
-            lines += [f"{len(group)} × {group[0].outcome}: {group[0].message}", ""]
-            lines += [*(f"    {failure.command}" for failure in group), ""]
+            lines += [f"{len(group)} × {escaped(group[0].outcome)}: {escaped(group[0].message)}", ""]
+            lines += [*(f"    {printable(failure.command)}" for failure in group), ""]
         lines += [] if setting.failures else ["None.", ""]
         drift = drift_text(setting.drift) if setting.drift else NOT_MEASURED
         lines += [f"The reference kernel took {drift}." if setting.drift else f"Drift of the machine: {drift}.", ""]
-    return "\n".join([*lines, *report.notes, ""]).replace("\n\n\n", "\n\n").rstrip() + "\n"
+    return "\n".join([*lines, *map(escaped, report.notes), ""]).replace("\n\n\n", "\n\n").rstrip() + "\n"
 
 
 def _layers(setting: Setting) -> Table:
@@ -119,7 +121,7 @@ def _layers(setting: Setting) -> Table:
         name = names_text(layer, models)
         cells.append(
             [
-                f"`{layer.descriptor}`" + (f" {name}" if name else ""),
+                Markdown(f"{code(layer.descriptor)} {escaped(name)}".rstrip()),
                 str(layer.count),
                 microseconds(layer.seconds),
                 *(str(other.ratio) if other else NOT_MEASURED for other in ratios),

@@ -81,7 +81,7 @@ static void release(const void *memory)
         driver_must("cuMemFree", cuMemFree((device_memory)(size_t)memory));
 }
 
-static void must_run(const char *what, int status)
+static void must_on_device(const char *what, int status)
 {
     if (status == CONVGEN_DRIVER_ERROR)
         fprintf(stderr, "%s\n", ${name}_driver_error());
@@ -104,7 +104,7 @@ $pack        .packed = packed,
 
     /* Once per device: load the code, upload what was packed. */
     open_device();
-    must_run("load", ${name}_load());
+    must_on_device("load", ${name}_load());
     struct CUstream_st *stream;
     driver_must("cuStreamCreate", cuStreamCreate(&stream, 0));
     memset(dst, 0xff, sizes->dst); /* NaN: what is not written shows */
@@ -121,11 +121,11 @@ $run        .dst = upload(dst, sizes->dst),
     };
 
     /* As often as there is input: run. The call returns when the work is on the stream. */
-    must_run("run", ${name}_run(&run));
+    must_on_device("run", ${name}_run(&run));
     driver_must("cuStreamSynchronize", cuStreamSynchronize(stream));
     driver_must("cuMemcpyDtoH", cuMemcpyDtoH(dst, (device_memory)(size_t)run.dst, sizes->dst));
 
-    must_run("unload", ${name}_unload());
+    must_on_device("unload", ${name}_unload());
     release(run.src);
     release(run.packed);
     release(run.residual);

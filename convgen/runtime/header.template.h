@@ -7,8 +7,8 @@ $tensors
  * $isa
  * Made by convgen; example.c beside this file shows every call.
  */
-#ifndef CONVGEN_KERNEL_${guard}_H
-#define CONVGEN_KERNEL_${guard}_H
+#ifndef CONVGEN_KERNEL_${name}_H
+#define CONVGEN_KERNEL_${name}_H
 
 $types
 

@@ -9,8 +9,8 @@ $tensors
  * CONVGEN_CUDA_DRIVER may name another) and nothing else of CUDA.
  * Made by convgen; example.c beside this file shows every call.
  */
-#ifndef CONVGEN_KERNEL_${guard}_H
-#define CONVGEN_KERNEL_${guard}_H
+#ifndef CONVGEN_KERNEL_${name}_H
+#define CONVGEN_KERNEL_${name}_H
 
 $types
 

@@ -139,6 +139,13 @@ def test_impossible_memory_is_a_wrong_spec(run: Run) -> None:
     assert (status, out, err.count("\n")) == (2, "", 1)
 
 
+def test_a_name_that_is_taken_is_refused_at_once(tmp_path: Path, run: Run) -> None:
+    status, out, err = run("build", SMALL, "--name", "math", "--out", tmp_path / "out")
+    assert (status, out) == (2, "")
+    assert "name: expected one that nothing else has, found 'math': <math.h> is a header" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_schedule_is_named_after_its_file() -> None:
     assert schedule_ids() == sorted(schedules())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile import HIDING, check
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import ACTIVATIONS, specs, specs_without_activation
@@ -15,8 +16,9 @@ from strategies import ACTIVATIONS, specs, specs_without_activation
 from convgen.check.reference import run_onnxruntime
 from convgen.errors import SpecError, UnsupportedError
 from convgen.formats import benchdnn, miopen
+from convgen.formats.entries import SpecEntry
 from convgen.formats.notation import plain
-from convgen.formats.sources import read_specs
+from convgen.formats.sources import format_specs, read_specs
 from convgen.problem.spec import ConvSpec
 
 
@@ -551,3 +553,8 @@ def test_every_activation_has_a_post_op(activation: str) -> None:
 def test_what_a_notation_cannot_say(words: str, write, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(UnsupportedError, match=f"^{message}"):
         write(ConvSpec.parse(f"conv2d ic4 oc4 i5x5 k1 {words}"))
+
+
+def test_names_within_lines_of_benchdnn() -> None:
+    line = format_specs([SpecEntry(ConvSpec.parse("conv2d ic3 oc4 i8x8 k3x3"), 1, (HIDING,))], "benchdnn")
+    assert 'n"ok_no_2K_[bold]x[/]"' in check(line)

@@ -16,6 +16,7 @@ import planted
 import psutil
 import pytest
 import worker_jobs
+from hostile import HIDING, MARKUP, TERMINAL, lines
 from worker_jobs import in_worker
 
 from convgen.check.bounds import reference
@@ -28,6 +29,7 @@ from convgen.lowering.lower import lower
 from convgen.lowering.schedule import Candidate, Picks
 from convgen.measure.drift import reference_kernel
 from convgen.measure.standalone.timing import SAMPLE_SECONDS, alternate, repeats, sample, time_calls
+from convgen.measure.standalone.words import tell
 from convgen.measure.trial import (
     CandidateModule,
     Expected,
@@ -486,3 +488,9 @@ def test_an_interrupt_ends_the_wait(expected: Expected, monkeypatch: pytest.Monk
     started = set(psutil.Process().children(recursive=True)) - children
     psutil.wait_procs(list(started), timeout=10)
     assert not any(process.is_running() for process in started)
+
+
+def test_what_measures_a_bundle_tells_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (TERMINAL, MARKUP, HIDING):
+        tell(f"left out: {name}")
+        assert len(lines(capsys.readouterr().err)) == 1

@@ -618,7 +618,7 @@ def test_a_full_disk_changes_nothing(what: str, stores: Path, tmp_path: Path) ->
         pytest.skip(f"there is no {error.filename}")
     if done.returncode not in (0, 1) or "unshare:" in done.stderr:
         pytest.skip(f"no file system can be mounted: {done.stderr}")
-    shutil.unpack_archive(tmp_path / "after.tar", folder, filter="data")
+    subprocess.run(["tar", "-C", folder, "-xf", tmp_path / "after.tar"], check=True)
     check_full(folder, done)
 
 

@@ -18,6 +18,7 @@ from ...hardware.machine import Machine
 from ...interrupts import interrupts_blocked, interrupts_held
 from ...processes import end_with
 from ...records.outcome import INTERRUPTED, Result
+from ..standalone.words import one_line
 from ..trial import Expected
 from ..workers import Runner, Samples, as_result
 from .device import version
@@ -199,7 +200,7 @@ class RemoteRunner(Runner):
     def _again(self, job: _Job, reason: str) -> None:
         """Try a job again before all others, unless it was tried often enough."""
         job.attempts += 1
-        _log.warning("key %s: %s; try %d of %d", self.key, reason, job.attempts, self.retries + 1)
+        _log.warning("key %s: %s; try %d of %d", self.key, one_line(reason), job.attempts, self.retries + 1)
         with self._changed:
             if self._closing:
                 job.answer.set_result((INTERRUPTED, ""))
@@ -244,7 +245,7 @@ class RemoteRunner(Runner):
                         device = self._disconnect(worker)
                 except _Lost as lost:
                     if device:
-                        _log.warning("key %s: device %s is lost: %s", self.key, device, lost)
+                        _log.warning("%s", one_line(f"key {self.key}: device {device} is lost: {lost}"))
                     device = self._disconnect(worker)
                     time.sleep(0 if self._closing else 0.5)
                 if device and not self._jobs and time.monotonic() - last > IDLE:
