@@ -29,7 +29,7 @@ class Target:
         tvm_config: the TVM target as JSON text.
         vector_bits: width of a SIMD register in bits.
         vector_registers: number of architectural SIMD registers.
-        isa: CPU features a kernel needs, as compilers name them.
+        isa: all CPU features a kernel may use beyond its architecture's, as :mod:`convgen.hardware.isa` names them.
         l1, l2, l3: data cache sizes in bytes (l1, l2 per core).
         cores: cores a kernel may use.
         native: whether kernels run on the machine: this one, or the one the target was resolved for.

@@ -258,7 +258,7 @@ def test_a_layer_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPat
     ("target", "message"),
     [
         ("tpu", "target: expected one of .*found 'tpu'"),
-        ("cpu:pdp11", "expected a processor LLVM knows, found 'pdp11'"),
+        ("cpu:pdp11", "expected a 64-bit processor LLVM knows, found 'pdp11'"),
         ("cpu:aarch64-cortex-a72", "expected a target that runs on this machine, found one that does not"),
     ],
 )
