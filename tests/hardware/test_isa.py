@@ -25,8 +25,9 @@ OFF = {
     "x86_64": """adx aes amx-avx512 amx-bf16 amx-complex amx-fp16 amx-fp8 amx-int8 amx-movrs amx-tf32 amx-tile avx10.1
         avx10.2 avx512vp2intersect avxifma avxneconvert avxvnniint16 avxvnniint8 ccmp cldemote clflushopt clwb clzero
         cmpccxadd crc32 cx16 egpr enqcmd fma4 fsgsbase hreset invpcid kl lwp movdir64b movdiri movrs mwaitx ndd nf
-        pclmul pconfig pku ppx prefetchi prfchw ptwrite push2pop2 rdpid rdpru rdrnd rdseed sahf serialize sha sha512 shstk
-        sm3 sm4 tbm tsxldtrk uintr usermsr vaes vpclmulqdq waitpkg wbnoinvd widekl xop xsave xsavec xsaveopt xsaves zu""",
+        pclmul pconfig pku ppx prefetchi prfchw ptwrite push2pop2 rdpid rdpru rdrnd rdseed sahf serialize sha sha512
+        shstk sm3 sm4 tbm tsxldtrk uintr usermsr vaes vpclmulqdq waitpkg wbnoinvd widekl xop xsave xsavec xsaveopt
+        xsaves zu""",
     "aarch64": """CONTEXTIDREL2 aes altnzcv am amvs brbe bti ccdp ccidx ccpp chk clrbhb crc cssc dit ecv el2vmsa el3 ete
         faminmax fgt flagm fp8 fp8dot2 fp8dot4 fp8fma fpac fptoint hbc hcx jsconv lor ls64 lse2 lut mec mops mpam mte
         nmi nv pan pan-rwv pauth perfmon predres ras rand rcpc rcpc-immo rcpc3 rme sb sel2 sha2 sha3 sm4 sme sme-b16b16
