@@ -32,8 +32,9 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
     here = machine or this_machine()
     own = here.llvm if machine else codegen.llvm_get_system_cpu()
     own = f"{here.arch}-{own}" if here.arch in CROSS else own
-    arch, _, cpu = (model or own).partition("-")
-    config: dict[str, Any] = {"kind": "llvm", "num-cores": here.cores, "mcpu": model or own}
+    itself, model = model in ("", own), model or own
+    arch, _, cpu = model.partition("-")
+    config: dict[str, Any] = {"kind": "llvm", "num-cores": here.cores, "mcpu": model}
     if arch in CROSS:
         config |= {"mtriple": CROSS[arch], "mcpu": cpu or "generic"}
     else:
@@ -45,7 +46,7 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
     if not has or (arch == "x86_64" and "64bit" not in has):  # LLVM lists 32-bit ones, and ends the process over them
         raise UnsupportedError(f"target: expected a 64-bit processor LLVM knows, found {config['mcpu']!r}")
     off = forbidden(has, arch)
-    if (model or own) == own and here.features:  # a hypervisor may hide what the model has
+    if itself and here.features:  # a hypervisor may hide what the model has
         off += sorted(f.llvm for f in CHECKED[arch] if f.llvm in has and f.name not in here.features)
     config |= {"mattr": [f"-{name}" for name in off]}
     has = _features(config)  # what needs something that is off is off too
@@ -54,7 +55,7 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
     native = here.arch == arch and set(isa) <= here.features
     return Target(
         kind="cpu",
-        spelling=f"cpu:{model or own}",
+        spelling=f"cpu:{model}",
         tvm_config=json.dumps(config, sort_keys=True),
         vector_bits=bits,
         vector_registers=32 if arch in CROSS or bits == 512 else 16,
@@ -64,7 +65,7 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
         l3=here.l3 or 8 << 20,
         cores=here.cores,
         native=native,
-        hardware=here.fingerprint if native or (model or own) == own else "unknown",
+        hardware=here.fingerprint if native or itself else "unknown",
     )
 
 
