@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,9 +112,11 @@ def test_an_instruction_that_is_not_asked_for_is_seen(tmp_path: Path) -> None:
     assert all("vfm" in line or "vfnm" in line for line in found)
 
 
+@pytest.mark.skipif(NATIVE != "x86_64", reason="gcc's functions for Arm choose among instructions when they run")
 def test_the_c_runtime_runs_on_every_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some distributions' compilers make code for later processors unless told otherwise, and use checked functions."""
-    if NATIVE == "x86_64":
-        monkeypatch.setenv("CC", "gcc -march=x86-64-v4 -O3 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2")
+    if not shutil.which("gcc"):
+        pytest.skip("gcc is not installed")
+    monkeypatch.setenv("CC", "gcc -march=x86-64-v4 -O3 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2")
     _, library = link_naive(ConvSpec.parse(LAYERS[0]), tmp_path)
     assert not beyond(library, (), NATIVE)
