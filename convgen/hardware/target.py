@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UnsupportedError
 from ..problem.dtypes import ACCUMULATOR, BYTES
 from .discover import target_families
-
-if TYPE_CHECKING:
-    from .machine import Machine
+from .machine import Machine
+from .machine import machine as this_machine
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Target:
         tvm_config: the TVM target as JSON text.
         vector_bits: width of a SIMD register in bits.
         vector_registers: number of architectural SIMD registers.
-        isa: CPU features a kernel needs, as compilers name them.
+        isa: all CPU features a kernel may use beyond its architecture's, as :mod:`convgen.hardware.isa` names them.
         l1, l2, l3: data cache sizes in bytes (l1, l2 per core).
         cores: cores a kernel may use.
         native: whether kernels run on the machine: this one, or the one the target was resolved for.
@@ -81,6 +80,10 @@ class Target:
         """FMAs that a core begins per cycle, as predicted costs assume: two, or one where vectors have 512 bits."""
         return 1 if self.vector_bits == 512 else 2
 
+    def missing(self, machine: Machine) -> str:
+        """What a machine that cannot run a CPU kernel lacks."""
+        return ", ".join(name for name in self.isa if name not in machine.features) or "another architecture"
+
     def tvm(self) -> Any:
         """The ``tvm.target.Target``."""
         from tvm.target import Target as TvmTarget
@@ -128,5 +131,7 @@ def check_native(target: Target) -> None:
     UnsupportedError: this machine cannot run the target's code.
     """
     if not target.native:
-        found = f"no GPU that runs {target.arch}" if target.on_device else "one that does not"
+        found = f"no GPU that runs {target.arch}"
+        if not target.on_device:
+            found = f"one that needs {target.missing(this_machine())}"
         raise UnsupportedError(f"{target}: expected a target that runs on this machine, found {found}")

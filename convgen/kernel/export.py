@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import shutil
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -273,10 +274,9 @@ def header_text(interface: Interface) -> str:
         )
     fixed, share = round_up(interface.workspace_main), round_up(interface.workspace_task)
     lines.append(f" *   workspace {fixed} + threads * {share} bytes, aligned to {ALIGNMENT}")
+    isa = f"Needs a CPU with {', '.join(interface.isa)}." if interface.isa else "Runs on every CPU of its kind."
     return Template(source("header.template.h")).substitute(
-        common,
-        tensors="\n".join(lines),
-        isa=f"Needs a CPU with {', '.join(interface.isa)}." if interface.isa else "Runs on every CPU of its kind.",
+        common, tensors="\n".join(lines), isa="\n * ".join(textwrap.wrap(isa, 96))
     )
 
 

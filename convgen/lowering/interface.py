@@ -172,7 +172,7 @@ class Interface:
         workspace_main: upper bound of the bytes main holds at once outside parallel regions, each
             allocation rounded up to 64.
         workspace_task: the same for one task of a parallel region.
-        isa: CPU features the code needs, as ``__builtin_cpu_supports`` names them; ``()`` = baseline.
+        isa: CPU features the code needs, as :mod:`convgen.hardware.isa` names them; ``()`` = baseline.
         device: of a kernel that runs on a GPU; the object file then defines ``__tvm_ffi_pack`` only, and there
             is no CPU workspace.
 

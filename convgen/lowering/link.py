@@ -23,6 +23,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..errors import BuildError
+from ..hardware.isa import CHECKED
 from .interface import (
     ABI,
     SWIZZLES,
@@ -35,9 +36,9 @@ from .interface import (
     read_architecture,
 )
 
-SOURCES = ("types.h", "runtime.h", "pool.c", "kernel.c")
+SOURCES = ("types.h", "cpu.h", "runtime.h", "pool.c", "kernel.c")
 #: The runtime's C files for a kernel that runs on a GPU.
-CUDA_SOURCES = ("types.h", "cuda_types.h", "runtime.h", "launch.h", "kernel.c", "launch.c")
+CUDA_SOURCES = ("types.h", "cuda_types.h", "cpu.h", "runtime.h", "launch.h", "kernel.c", "launch.c")
 #: Alignment in bytes of what a kernel's launches hand to each other, from the workspace's beginning.
 PART_ALIGNMENT = 256
 #: Most pointers and maps one launch may take (``launch.h``).
@@ -302,7 +303,6 @@ def entry_source(interface: Interface, digest: str, arch: str = NATIVE) -> str:
     shapes += [_shape(f"packed{i}", tensor) for i, tensor in enumerate(interface.packed)]
     offsets = interface.packed_offsets
     packed = [f"    {_tensor(f'packed{i}', t, offsets[i])}," for i, t in enumerate(interface.packed)]
-    supported = " && ".join(_support(feature, arch) for feature in interface.isa) or "1"
     words = identity(interface, digest)
     functions = ("pack", "main") if device is None else ("pack",)
     workspace = interface.workspace_main if device is None else workspace_layout(device)[1]
@@ -323,7 +323,7 @@ def entry_source(interface: Interface, digest: str, arch: str = NATIVE) -> str:
     return "\n".join(
         [
             f'#include "{"runtime.h" if device is None else "launch.h"}"',
-            *(["#include <sys/auxv.h>"] if arch == "aarch64" else []),
+            '#include "cpu.h"',
             "",
             *(f"int __tvm_ffi_{name}(void *, const convgen_any *, int32_t, convgen_any *);" for name in functions),
             "",
@@ -333,7 +333,7 @@ def entry_source(interface: Interface, digest: str, arch: str = NATIVE) -> str:
             *packed,
             "};",
             "",
-            f"static int cpu_supported(void) {{ return {supported}; }}",
+            f"CONVGEN_CPU_SUPPORTED({_support(interface.isa, arch)})",
             "",
             *([host, *fields, "};"] if device is None else _device_source(interface, device, fields)),
             "",
@@ -443,19 +443,23 @@ def _map(tensor_map: TensorMap) -> str:
 
 # ---- CPU features ------------------------------------------------------------------------------
 
-#: Linux's names of Arm features (``Features`` of ``/proc/cpuinfo``) that are told by the second word; it names
-#: its bits after them.
-_HWCAP2 = frozenset({"sve2", "sveaes", "svebf16", "svei8mm", "svef32mm", "i8mm", "bf16", "frint", "flagm2"})
 
+def _support(isa: Sequence[str], arch: str) -> str:
+    """A C expression: whether the CPU has these features.
 
-def _support(feature: str, arch: str) -> str:
-    """A C expression: whether the CPU has a feature. Those of x86 are named as ``__builtin_cpu_supports`` names
-    them, those of Arm, whose processors tell it to the system only, as Linux does.
+    Raises:
+        BuildError: there is no way to ask for one.
     """
-    if arch != "aarch64":
-        return f'__builtin_cpu_supports("{feature}")'
-    word = "HWCAP2" if feature in _HWCAP2 else "HWCAP"
-    return f"(getauxval(AT_{word}) & {word}_{feature.upper()}) != 0"
+    features = {feature.name: feature for feature in CHECKED.get(arch, ())}
+    unknown = sorted(set(isa) - set(features))
+    if unknown:
+        raise BuildError(f"isa: expected features that a CPU of {arch} can be asked for, found {', '.join(unknown)}")
+    bits, state = dict[str, int](), 0
+    for feature in map(features.__getitem__, isa):
+        bits[feature.word] = bits.get(feature.word, 0) | 1 << feature.bit
+        state |= feature.state
+    asked = [f"convgen_cpu_tells({word}, {mask:#x})" for word, mask in bits.items()]
+    return " && ".join([*asked, f"convgen_system_saves({state:#x})"] if state else asked) or "1"
 
 
 def _shape(name: str, tensor: TensorInfo) -> str:

@@ -146,7 +146,7 @@ def _llvm(lowered: Lowered) -> Any:
     # The weights of a device's kernel are packed on this machine's CPU.
     config = {"kind": "llvm"} if lowered.target.on_device else json.loads(lowered.target.tvm_config)
     if lowered.spec.dtype in ("bf16", "i8") and "avx512bw" in lowered.target.isa:
-        config["mattr"] = ["-avx512bw"]
+        config["mattr"] = [*config.get("mattr", ()), "-avx512bw"]
     from tvm.target import Target as TvmTarget
 
     return TvmTarget(config)

@@ -3,11 +3,11 @@
  * Generated code reaches the runtime through a few data symbols that it defines weakly as NULL; the
  * definitions at the end of this file take their place at link time, so there is nothing to set up.
  */
+#include "runtime.h"
+
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-
-#include "runtime.h"
 
 static const uint64_t MAGIC = 0x6b636170766e6f63; /* "convpack" */
 

@@ -4,10 +4,10 @@
  * without one.
  */
 #define _GNU_SOURCE /* secure_getenv */
+#include "launch.h"
+
 #include <dlfcn.h>
 #include <stdlib.h>
-
-#include "launch.h"
 
 /* ---- the driver -------------------------------------------------------------------------------- */
 

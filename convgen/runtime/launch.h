@@ -2,9 +2,9 @@
 #ifndef CONVGEN_LAUNCH_H
 #define CONVGEN_LAUNCH_H
 
-#include <pthread.h>
-
 #include "runtime.h"
+
+#include <pthread.h>
 
 #include "cuda_types.h"
 

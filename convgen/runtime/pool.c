@@ -8,6 +8,8 @@
  * threads than CPUs spinning would only keep the others from running, so there they sleep at once.
  */
 #define _GNU_SOURCE
+#include "runtime.h"
+
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -15,8 +17,6 @@
 #include <stdlib.h>
 #include <time.h>
 #include <unistd.h>
-
-#include "runtime.h"
 
 enum { SPIN_NANOSECONDS = 100000 };
 

@@ -2,6 +2,12 @@
 #ifndef CONVGEN_RUNTIME_H
 #define CONVGEN_RUNTIME_H
 
+/* What asks the CPU for instructions must do without them, whatever the compiler is set to by CC or, in some
+ * distributions, from the start. It comes before all else: functions of system headers count, too. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("arch=x86-64")
+#endif
+
 #include <stdint.h>
 
 #include "types.h"

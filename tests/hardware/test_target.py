@@ -82,7 +82,9 @@ ARM = Machine(
     cores=3, logical=4, l1=64 << 10, l2=1 << 20, l3=None, memory=1 << 33, arch="aarch64", llvm="neoverse-n1",
 )  # fmt: skip
 INTEL = Machine(
-    "Xeon", "GenuineIntel-6-85-4-4", frozenset({"sse4.2", "avx", "avx2", "fma", "bmi", "bmi2"}),
+    "Xeon", "GenuineIntel-6-63-2-4", frozenset(
+        {"sse3", "ssse3", "sse4.1", "sse4.2", "popcnt", "movbe", "lzcnt", "avx", "f16c", "avx2", "fma", "bmi", "bmi2"}
+    ),
     cores=2, logical=4, l1=32 << 10, l2=1 << 18, l3=1 << 23, memory=1 << 33, arch="x86_64", llvm="haswell",
 )  # fmt: skip
 
@@ -165,8 +167,8 @@ def test_code_for_another_architecture_compiles() -> None:
         ("tpu", r"target: expected one of .*cpu.*, found 'tpu'"),
         ("", r"target: expected one of .*cpu.*, found ''"),
         ("CPU", r"found 'CPU'"),
-        ("cpu:pdp11", r"target: expected a processor LLVM knows, found 'pdp11'"),
-        ("cpu:aarch64-pdp11", r"expected a processor LLVM knows, found 'pdp11'"),
+        ("cpu:pdp11", r"target: expected a 64-bit processor LLVM knows, found 'pdp11'"),
+        ("cpu:aarch64-pdp11", r"expected a 64-bit processor LLVM knows, found 'pdp11'"),
         ("cpu:haswell -x", r"found 'haswell -x'"),
     ],
 )

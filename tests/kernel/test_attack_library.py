@@ -26,7 +26,7 @@ from convgen.errors import KernelError
 from convgen.kernel import library as library_module
 from convgen.kernel.export import header_text, write_library
 from convgen.kernel.library import Layer, Library, aligned
-from convgen.lowering.link import entry_source, source
+from convgen.lowering.link import SOURCES, entry_source, source
 
 # ---- a hostile program in C ----------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def test_a_hostile_program(build: str, tmp_path: Path) -> None:
 
     The library is compiled with its caller, kernel included, so that the sanitizers see all of it.
     """
-    files = {name: source(name) for name in ("types.h", "runtime.h", "pool.c", "kernel.c")}
+    files = {name: source(name) for name in SOURCES}
     files["planted.h"] = header_text(interface())
     files["entry.c"] = entry_source(interface(), "digest")
     files["generated.c"] = SOURCE.format(store="t.dst[at] = v", before="")

@@ -136,20 +136,6 @@ def test_example_samples_large_layers(tmp_path: Path) -> None:
     assert int(step[1]) % 7 != 0
 
 
-def test_example_on_a_cpu_without_the_isa(tmp_path: Path) -> None:
-    if os.uname().machine != "x86_64" or "avx512_4vnniw" in Path("/proc/cpuinfo").read_text():
-        pytest.skip("needs an x86-64 CPU without AVX5124VNNIW")
-    interface, path = compile_naive(SPEC, tmp_path, name="foreign", isa=("avx5124vnniw",))
-    folder = tmp_path / "foreign-out"
-    write_library(folder, interface, path, FACTS)
-    succeed("cc", "example.c", "libforeign.a", "-lm", "-lpthread", "-o", "example", cwd=folder)
-    done = run("./example", cwd=folder)
-    assert (done.returncode, done.stderr) == (
-        1,
-        "check_cpu: this CPU lacks instructions the library was compiled for\n",
-    )
-
-
 # ---- the libraries -----------------------------------------------------------------------------
 
 FUNCTIONS = {"sizes", "pack", "run", "verify_packed", "check_cpu", "version", "error", "pool_create", "pool_destroy"}

@@ -21,6 +21,8 @@ from naive import compile_naive, convolve, link_naive, operands
 from paths import SUPPORT
 
 from convgen.errors import BuildError, ExportError, KernelError
+from convgen.hardware.isa import CHECKED
+from convgen.hardware.machine import machine
 from convgen.kernel import library as library_module
 from convgen.kernel.export import write_library
 from convgen.kernel.library import Layer, Library, aligned
@@ -318,15 +320,21 @@ def test_packed_of_another_layer_is_refused(call: Any, folder: Path) -> None:
 
 
 def test_a_cpu_without_the_isa_is_refused(folder: Path, inputs: dict[str, np.ndarray]) -> None:
-    if os.uname().machine != "x86_64":
-        pytest.skip("CPU features are checked on x86-64")
-    absent = "avx5124vnniw"  # of a processor that is no longer made
-    if absent in Path("/proc/cpuinfo").read_text().replace("avx512_4vnniw", absent):
-        pytest.skip(f"this CPU has {absent}")
-    interface, path = compile_naive(SPEC, folder, name="foreign", isa=("sse2", absent))
+    names = [feature.name for feature in CHECKED[machine().arch]]
+    present, absent = ([name for name in names if (name in machine().features) is has] for has in (True, False))
+    assert absent, "no CPU has FP16 for AVX-512 and SSE4A"
+    interface, path = compile_naive(SPEC, folder, name="foreign", isa=(*present, absent[0]))
     library = Library(link(interface, path, folder / "libforeign.so"), SPEC, "foreign", 1)
     refused("this CPU lacks instructions", library.check_cpu)
     refused("this CPU lacks instructions", library.bind, inputs["weights"], inputs["bias"])
+    interface, path = compile_naive(SPEC, folder, name="own", isa=tuple(present))
+    Library(link(interface, path, folder / "libown.so"), SPEC, "own", 1).check_cpu()
+
+
+def test_a_feature_that_no_cpu_can_be_asked_for_is_refused(folder: Path) -> None:
+    interface, path = compile_naive(SPEC, folder, name="odd", isa=("avx11.3",))
+    with pytest.raises(BuildError, match=r"isa: expected features that a CPU of \w+ can be asked for, found avx11.3"):
+        link(interface, path, folder / "libodd.so")
 
 
 def test_every_status_has_a_text(library: Library) -> None:

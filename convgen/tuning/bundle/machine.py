@@ -85,8 +85,7 @@ def target_on(target: Target, machine: Machine) -> Target:
     """
     there = resolve(target.spelling, machine)
     if not there.native:
-        missing = ", ".join(sorted(set(there.isa) - machine.features)) or "another architecture"
         gpu = machine.gpu.name if machine.gpu else "none with a GPU"
         found = gpu if target.on_device else machine.cpu
-        raise UnsupportedError(f"{target}: expected a machine that has {missing}, found {found}")
+        raise UnsupportedError(f"{target}: expected a machine that has {there.missing(machine)}, found {found}")
     return there
