@@ -214,8 +214,8 @@ class LocalRunner(Runner):
     isolated = False
 
     def __init__(self, *, timeout: float = 60.0) -> None:
-        # Replaced now and then: every library stays loaded. And at once where a candidate failed: what a GPU's
-        # kernel has done wrong fails every later call of the process.
+        # Replaced now and then, with whatever candidates have left in it. And at once where one failed: what a
+        # GPU's kernel has done wrong fails every later call of the process.
         self.pool = Workers(1, "run_error", timeout, uses=256, forgiving=False)
         #: Seconds of the reference kernel in the first trial; it outlives the worker.
         self._reference: float | None = None
