@@ -14,6 +14,7 @@ import click
 
 from ..errors import BuildError, ExportError, MeasureError
 from ..formats.entries import SpecEntry
+from ..formats.sources import write_text
 from ..report.words import picks_text, plural
 from .common import (
     FAILED,
@@ -339,10 +340,8 @@ def _make_folder(folder: Path) -> None:
 
 def _write_index(root: Path, work: Work, source: str, results: list[dict[str, Any]]) -> None:
     """Write the index of the layers so far, whole or not at all."""
-    part = root / f"{INDEX}.part"
     try:
-        part.write_text(json.dumps(_index(work, source, results), indent=2) + "\n", encoding="utf-8")
-        part.replace(root / INDEX)
+        write_text(json.dumps(_index(work, source, results), indent=2) + "\n", root / INDEX)
     except OSError as error:
         raise ExportError(f"{root / INDEX}: {error.strerror}") from error
 

@@ -7,14 +7,13 @@ import hashlib
 import json
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from ..errors import ExportError
+from ..folders import TemporaryFolder
 from ..lowering.interface import (
     ABI,
     ALIGNMENT,
@@ -66,15 +65,12 @@ def write_library(
     target = Path(os.path.abspath(directory))
     try:
         _check_destination(target, interface)
-        # A sibling, so that moving it is renaming it; made by mkdir, so that it has the usual permissions.
         existing = next(parent for parent in target.parents if parent.exists())
-        folder = existing / f".{target.name}-{secrets.token_hex(8)}"
-        folder.mkdir()
-        try:
+        with TemporaryFolder(existing) as temporary:
+            folder = temporary / target.name
+            folder.mkdir()  # with the usual permissions
             manifest = _write_files(folder, interface, object_file, facts)
             _move(folder, target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise ExportError(f"{target}: cannot write the library {interface.name}: {error}") from error
     return manifest

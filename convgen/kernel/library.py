@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ExportError, KernelError
+from ..folders import is_noexec
 from ..lowering.interface import ALIGNMENT, MAX_THREADS, TensorInfo, boundary
 from ..lowering.link import abi_text
 from ..problem.dtypes import BYTES, numpy_dtype
@@ -210,7 +211,8 @@ class BaseLibrary(Loaded, ABC):
             self._version = self._function("version", returns=c_char_p)
             self._find_functions()
         except (OSError, AttributeError) as error:
-            raise ExportError(f"{os.fspath(path)}: expected a library with the kernel {name}, found {error}") from error
+            found = f"{error}; it lies on a file system mounted noexec" if is_noexec(path) else str(error)
+            raise ExportError(f"{os.fspath(path)}: expected a library with the kernel {name}, found {found}") from error
         self._check_layer(os.fspath(path))
 
     @abstractmethod

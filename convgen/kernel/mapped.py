@@ -8,8 +8,9 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-import tempfile
 import weakref
+
+from ..folders import TemporaryFolder
 
 _dlclose = ctypes.CDLL(None).dlclose
 _dlclose.argtypes = (ctypes.c_void_p,)
@@ -32,8 +33,8 @@ def open_library(path: str) -> ctypes.CDLL:
         if all(known == file for at, known in list(_loaded.values()) if at == path):
             library = ctypes.CDLL(path)
         else:
-            with tempfile.TemporaryDirectory(prefix="convgen-") as folder:
-                library = ctypes.CDLL(shutil.copy(path, folder))
+            with TemporaryFolder(runs=True) as folder:
+                library = ctypes.CDLL(str(shutil.copy(path, folder)))
     except BaseException:
         del _loaded[key]
         raise

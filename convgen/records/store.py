@@ -14,7 +14,6 @@ import re
 import reprlib
 import sqlite3
 import stat
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -27,6 +26,7 @@ from typing import Any, TypeVar
 import platformdirs
 
 from ..errors import RecordError
+from ..folders import TemporaryFolder
 from . import salvage
 from .record import FIELDS, RECORD_SCHEMA, TuningRecord, dump, read_lines, write_lines
 
@@ -517,8 +517,8 @@ class RecordStore:
         """Make an empty store, whole or not at all: other processes may do the same right now."""
         path = Path(os.path.realpath(self.path))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".records-", dir=path.parent) as folder:
-            part = Path(folder) / "new.sqlite"
+        with TemporaryFolder(path.parent) as folder:
+            part = folder / "new.sqlite"
             with contextlib.closing(sqlite3.connect(part)) as db:
                 db.executescript(
                     f"{_TABLE} PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {STORE_SCHEMA};"
