@@ -136,6 +136,14 @@ def is_noexec(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def user_cache() -> Path | None:
+    """Where this user's caches lie; None where the user has no home directory."""
+    import platformdirs  # here: an exported library loads with NumPy alone
+
+    path = platformdirs.user_cache_path("convgen")
+    return path if path.is_absolute() else None
+
+
 def open_shared(name: str) -> int:
     """A descriptor of the folder of that name that all processes of this user share, in the system's temporary one.
 

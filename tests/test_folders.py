@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from mounts import mounted
 from paths import ROOT
 
 import convgen
@@ -186,22 +187,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 # ---- the system's folder -------------------------------------------------------------------------
 
 
-def mounted(options: str, *command: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command whose TMPDIR is a file system of its own with these options."""
-    with tempfile.TemporaryDirectory() as at:
-        script = f'mount -t tmpfs -o {options} tmpfs {at} && TMPDIR={at} exec "$@"'
-        namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
-        if subprocess.run([*namespace, "sh", "-c", f"mount -t tmpfs tmpfs {at}"], capture_output=True).returncode:
-            pytest.skip("no file system can be mounted here")
-        return subprocess.run(
-            [*namespace, "sh", "-c", script, "sh", *command],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, **(environment or {})},
-        )
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -220,7 +205,7 @@ def test_the_command_line_says_what_is_wrong_with_the_temporary_folder(options: 
     sys.exit(main(["validate", "conv2d n1 ic16 oc16 i9x9 k3x3", "--no-records"]))
     """
     done = mounted(options, *python(code))
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 3, done.stderr
     assert done.stderr.startswith("convgen: /")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
@@ -251,7 +236,7 @@ def test_candidates_are_not_blamed_for_a_full_folder(tmp_path: Path) -> None:
     sys.exit(status)
     """
     done = mounted("size=60k", *python(code, tmp_path / "records.sqlite"))
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 3, done.stderr
     assert "no space left; set TMPDIR to" in done.stderr
     assert "build_error" not in done.stdout
 

@@ -162,7 +162,7 @@ def working(
     kernel_type(resolved).check(resolved)
     count = check_threads(threads, resolved)
     with ExitStack() as stack:
-        store = stack.enter_context(open_store(records))
+        store = stack.enter_context(open_store(records, write=bool(trials or seconds)))
         tunes = resolved.native or trials or seconds
         tuner = stack.enter_context(Tuner(resolved, count, store)) if tunes else None
         view = stack.enter_context(View(len(entries)))

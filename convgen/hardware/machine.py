@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError, FolderError, MeasureError, SpecError
-from ..folders import TemporaryFolder, open_shared, replacing
+from ..folders import TemporaryFolder, open_shared, replacing, user_cache
 from ..problem.spec import ConvSpec
 
 #: Where reads can be served from, nearest first.
@@ -361,9 +361,11 @@ def measured(threads: int, *, refresh: bool = False) -> Measured:
     here = machine()
     threads = min(threads, here.logical)
     path = _cache_path(here, threads)
-    if not refresh and (kept := _kept(path)):
+    if path and not refresh and (kept := _kept(path)):
         return kept
     found = _measure(here, threads)
+    if path is None:
+        return found
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
         values = {"fingerprint": here.fingerprint, "threads": threads, **asdict(found)}
@@ -372,10 +374,9 @@ def measured(threads: int, *, refresh: bool = False) -> Measured:
     return found
 
 
-def _cache_path(here: Machine, threads: int) -> Path:
-    import platformdirs  # here: an exported library loads with NumPy alone
-
-    return platformdirs.user_cache_path("convgen") / "machine" / f"{here.fingerprint}-t{threads}.json"
+def _cache_path(here: Machine, threads: int) -> Path | None:
+    cache = user_cache()
+    return cache / "machine" / f"{here.fingerprint}-t{threads}.json" if cache else None
 
 
 def _kept(path: Path) -> Measured | None:

@@ -22,7 +22,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..errors import BuildError
-from ..folders import TemporaryFolder, replacing
+from ..folders import TemporaryFolder, replacing, user_cache
 from .interface import (
     ABI,
     SWIZZLES,
@@ -236,12 +236,12 @@ def _runtime_object(compiler: tuple[str, ...], sources: tuple[str, ...] = SOURCE
 
 def _cache_directory() -> Path | None:
     """Where compiled runtimes are kept; None where there is no such place."""
-    import platformdirs  # here: an exported library loads with NumPy alone
-
-    path = Path(platformdirs.user_cache_dir("convgen")) / "runtime"
+    if (cache := user_cache()) is None:
+        return None
+    path = cache / "runtime"
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: no home directory
+    except OSError:
         return None
     return path
 

@@ -23,10 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import platformdirs
-
 from ..errors import RecordError
-from ..folders import TemporaryFolder
+from ..folders import TemporaryFolder, user_cache
 from . import salvage
 from .record import FIELDS, RECORD_SCHEMA, TuningRecord, dump, read_lines, write_lines
 
@@ -120,10 +118,16 @@ class Recovery:
 
 
 def default_path() -> Path:
-    """``$CONVGEN_RECORDS``, else ``records.sqlite`` in the user's cache directory."""
+    """``$CONVGEN_RECORDS``, else ``records.sqlite`` in the user's cache directory.
+
+    Raises:
+        RecordError: the user has neither.
+    """
     if given := os.environ.get("CONVGEN_RECORDS"):
         return Path(os.path.expanduser(given))
-    return platformdirs.user_cache_path("convgen") / "records.sqlite"
+    if (cache := user_cache()) is None:
+        raise RecordError("expected a home directory, found none: name the store in CONVGEN_RECORDS")
+    return cache / "records.sqlite"
 
 
 class RecordStore:
