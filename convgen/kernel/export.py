@@ -25,6 +25,7 @@ from ..lowering.interface import (
     round_up,
 )
 from ..lowering.link import PART_ALIGNMENT, link, source, workspace_layout
+from ..lowering.stack import STACK
 from ..problem.activation import Activation
 from ..problem.dtypes import BYTES, UNDERFLOW, UNIT_ROUNDOFF
 from ..problem.spec import PARAMETERS, ConvSpec
@@ -255,6 +256,7 @@ def header_text(interface: Interface) -> str:
         "descriptor": interface.spec.descriptor,
         "meaning": _meaning(interface.spec),
         "types": source("types.h").strip(),
+        "stack": STACK >> 10,
     }
     if interface.device is not None:
         lines.append(f" *   workspace {workspace_layout(interface.device)[1]} bytes, aligned to {ALIGNMENT}")

@@ -34,6 +34,7 @@ from .interface import (
     TensorMap,
     read_architecture,
 )
+from .stack import check_stack
 
 SOURCES = ("types.h", "runtime.h", "pool.c", "kernel.c")
 #: The runtime's C files for a kernel that runs on a GPU.
@@ -63,12 +64,14 @@ def link(interface: Interface, object_file: Path, out: Path, *, archive: bool = 
 
     Raises:
         BuildError: there is no C compiler for the architecture, or it failed; gives the command and what it said.
+            Or the kernel takes too much of a thread's stack.
     """
     out = Path(out)
     object_file = Path(object_file).resolve()
     try:
         data = object_file.read_bytes()
         arch, digest = architecture(data), _digest(data, interface.device)
+        check_stack(data, arch)
         sources = SOURCES if interface.device is None else CUDA_SOURCES
         with TemporaryFolder(out.parent) as folder:
             (folder / "entry.c").write_text(entry_source(interface, digest, arch), encoding="utf-8")
