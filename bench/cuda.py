@@ -25,7 +25,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +45,7 @@ from bench.cudnn import Cudnn, cudnn_ways, rates
 from convgen.check.validate import validate
 from convgen.cuda.driver import device
 from convgen.errors import ConvgenError, ValidationError
+from convgen.folders import TemporaryFolder
 from convgen.formats.entries import SpecEntry
 from convgen.formats.sources import read_specs, write_text
 from convgen.hardware.roofline import Roofline
@@ -127,8 +127,8 @@ class Bench:
             if record is not None and (best := record_candidate(record, spec, self.target)) and best != default:
                 self.validate(spec, best)
                 candidates = {"tuned": best, "default": default}
-        with tempfile.TemporaryDirectory(prefix="convgen-") as folder:
-            return self._timed(entry, candidates, Path(folder))
+        with TemporaryFolder() as folder:
+            return self._timed(entry, candidates, folder)
 
     def validate(self, spec: ConvSpec, candidate: Candidate) -> None:
         """Check a kernel, and once per schedule and class of layers a small one under compute-sanitizer.

@@ -23,7 +23,6 @@ import math
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from typing import Any
 from rich.console import Console
 
 from convgen.errors import BuildError, Inapplicable
+from convgen.folders import TemporaryFolder
 from convgen.formats.entries import SpecEntry
 from convgen.formats.sources import read_specs, write_text
 from convgen.hardware.machine import machine
@@ -389,15 +389,15 @@ def run(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     with (
         interrupts_held() as interrupts,
         RecordStore(options.records) as store,
-        tempfile.TemporaryDirectory(prefix="convgen-") as root,
+        TemporaryFolder() as root,
     ):
         pools = Pools(LocalBuilder(target.cores), LocalRunner())
         pools.interrupts = interrupts
         try:
-            _warm_up(pools, target, options.threads, Path(root) / "0")
+            _warm_up(pools, target, options.threads, root / "0")
             benches, first = [], []
             for number, entry in enumerate(entries, 1):
-                bench = Bench(entry.spec, target, options.threads, store, pools, Path(root) / str(number))
+                bench = Bench(entry.spec, target, options.threads, store, pools, root / str(number))
                 cold = race(bench, "cold", Ranker(target, options.threads), options.trials, options.seed)
                 drawn, exhaustive = randomly(bench, options.random_trials, options.seed)
                 if not exhaustive:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
-
-from .cli import main as run
+from contextlib import suppress
 
 
 def main() -> None:
-    """Run the command line and exit with its status."""
+    """Run the command line and exit with its status.
+
+    Nothing is imported from the working directory, here or in the Python processes that are started, TVM's among
+    them. (But ``python -m convgen`` looks there for ``convgen`` itself, before this is reached.)
+    """
+    with suppress(OSError):  # it may be gone
+        if not sys.flags.safe_path and sys.path[0] in ("", os.getcwd()):
+            del sys.path[0]
+    os.environ["PYTHONSAFEPATH"] = "1"
+    from .cli import main as run
+
     sys.exit(run())
 
 

@@ -12,6 +12,7 @@
     ├── ValidationError            a kernel's output is not what ONNX Runtime computes
     ├── RecordError                a record or its store cannot be read or written
     ├── ExportError                an exported library cannot be written or loaded
+    ├── FolderError                the system's temporary folder cannot be written, or nothing be loaded from it
     └── KernelError                a call that the kernel refused: a wrong buffer, size or CPU
 
 Messages name the field, what was expected and what was found.
@@ -68,6 +69,10 @@ class RecordError(ConvgenError):
 
 class ExportError(ConvgenError):
     """An exported library cannot be written, or does not match its manifest."""
+
+
+class FolderError(ConvgenError):
+    """The system's temporary folder cannot be written, is full, or nothing can be loaded from it."""
 
 
 class KernelError(ConvgenError, ValueError):

@@ -13,6 +13,7 @@ from paths import ROOT
 ORDER = (
     "errors",
     "interrupts",
+    "folders",
     "processes",
     "problem",
     "hardware",

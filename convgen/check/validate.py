@@ -8,7 +8,6 @@ too. Layers of i8 are exact.
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from ..cuda.driver import device
 from ..errors import KernelError, MeasureError, ValidationError
+from ..folders import TemporaryFolder
 from ..problem.accuracy import ACTIVATION_ERROR, UNIT_ROUNDOFF, error_factor
 from ..problem.dtypes import distance, numpy_dtype, widen
 from ..problem.spec import ConvSpec
@@ -96,8 +96,8 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
     if kernel.exact and spec.dtype != "i8":
         cases["special"] = special_data(spec, seed)
     try:
-        with tempfile.TemporaryDirectory(prefix="convgen-") as directory:
-            library, driver = _runnable(kernel, Path(directory))
+        with TemporaryFolder(runs=True) as directory:
+            library, driver = _runnable(kernel, directory)
             limit = SECONDS_AT_LEAST + (EMULATED_SECONDS_PER_GFLOP if driver else SECONDS_PER_GFLOP) * spec.flops / 1e9
             outputs = run_guarded(
                 library,
@@ -105,7 +105,7 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
                 spec,
                 cases,
                 threads,
-                Path(directory),
+                directory,
                 limit,
                 on_device=kernel.on_device,
                 environment={"CONVGEN_CUDA_DRIVER": str(driver)} if driver else {},

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import click
 
-from ..errors import ConvgenError, ExportError, Inapplicable, RecordError, SpecError, UnsupportedError
+from ..errors import ConvgenError, ExportError, FolderError, Inapplicable, RecordError, SpecError, UnsupportedError
 from . import bench, convert, fleet, fuzz, generate, records, report, show, tune
 from .common import FAILED, INTERRUPTED, SPEC_HELP, TROUBLE, WRONG, note, say
 
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except (SpecError, UnsupportedError, Inapplicable) as error:
         return _fail(str(error), WRONG)
-    except (RecordError, ExportError, OSError) as error:
+    except (RecordError, ExportError, FolderError, OSError) as error:
         return _fail(str(error), TROUBLE)
     except ConvgenError as error:
         return _fail(str(error), FAILED)

@@ -14,6 +14,7 @@ import click
 
 from ..errors import BuildError, ExportError, MeasureError
 from ..formats.entries import AccuracyRule, SpecEntry
+from ..formats.sources import write_text
 from ..report.words import picks_text, plural
 from .common import (
     FAILED,
@@ -162,7 +163,7 @@ def working(
     kernel_type(resolved).check(resolved)
     count = check_threads(threads, resolved)
     with ExitStack() as stack:
-        store = stack.enter_context(open_store(records))
+        store = stack.enter_context(open_store(records, write=bool(trials or seconds)))
         tunes = resolved.native or trials or seconds
         tuner = stack.enter_context(Tuner(resolved, count, store)) if tunes else None
         view = stack.enter_context(View(len(entries)))
@@ -341,10 +342,8 @@ def _make_folder(folder: Path) -> None:
 
 def _write_index(root: Path, work: Work, source: str, results: list[dict[str, Any]]) -> None:
     """Write the index of the layers so far, whole or not at all."""
-    part = root / f"{INDEX}.part"
     try:
-        part.write_text(json.dumps(_index(work, source, results), indent=2) + "\n", encoding="utf-8")
-        part.replace(root / INDEX)
+        write_text(json.dumps(_index(work, source, results), indent=2) + "\n", root / INDEX)
     except OSError as error:
         raise ExportError(f"{root / INDEX}: {error.strerror}") from error
 

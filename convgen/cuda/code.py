@@ -12,13 +12,13 @@ import math
 import re
 import subprocess
 import sysconfig
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..cuda import model
 from ..errors import BuildError, UnsupportedError
+from ..folders import TemporaryFolder
 from ..hardware.target import Target
 from ..interrupts import interrupts_held
 from ..lowering.compute import round_up
@@ -476,10 +476,10 @@ def disassembled(cubin: bytes) -> str:
         UnsupportedError: nvdisasm is not installed.
     """
     program = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(program) if program.exists() else "nvdisasm", "-c", file.name]
+    with TemporaryFolder() as folder:
+        file = folder / "code.cubin"
+        file.write_bytes(cubin)
+        command = [str(program) if program.exists() else "nvdisasm", "-c", str(file)]
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:

@@ -25,7 +25,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 import tomllib
 from collections import Counter
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import SpecError, UnsupportedError
+from ..folders import replacing
 from ..formats import benchdnn, miopen
 from ..problem.spec import OPERATORS, ConvSpec
 from .entries import SpecEntry, merge
@@ -193,18 +193,14 @@ def write_text(text: str, path: Path) -> None:
     if path.exists() and not path.is_file():  # a device or a pipe
         path.write_text(text, encoding="utf-8")
         return
-    temporary = path.with_name(f".{secrets.token_hex(8)}")
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as new:
+            new.write_text(text, encoding="utf-8")
+            if path.exists():
+                shutil.copymode(path, new)
     except OSError as error:
         error.filename = str(path)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _layer(entry: SpecEntry) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Imports neither NumPy nor TVM.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import functools
 import hashlib
@@ -16,7 +15,6 @@ import platform
 import re
 import shlex
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,7 +23,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import BuildError, MeasureError, SpecError
+from ..errors import BuildError, FolderError, MeasureError, SpecError
+from ..folders import TemporaryFolder, open_shared, replacing, user_cache
 from ..problem.spec import ConvSpec
 
 #: Where reads can be served from, nearest first.
@@ -262,16 +261,14 @@ def _set_affinity(cpus: set[int]) -> None:
 def _claim(cpus: list[int], threads: int, claims: contextlib.ExitStack) -> set[int]:
     """CPUs that no other process measures on; after :data:`PATIENCE` without enough of them, simply the first ones."""
     end = time.monotonic() + PATIENCE
-    with contextlib.suppress(OSError), contextlib.ExitStack() as folder_open:
-        folder = _own_folder(Path(tempfile.gettempdir()) / f"convgen-cpus-{os.getuid()}")
+    with contextlib.suppress(OSError, FolderError), contextlib.ExitStack() as folder_open:
+        folder = open_shared("convgen-cpus")
         folder_open.callback(os.close, folder)
         while time.monotonic() < end:
             with contextlib.ExitStack() as locks:
                 claimed: set[int] = set()
                 for cpu in cpus:
-                    file = os.open(
-                        str(cpu), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
-                    )
+                    file = os.open(str(cpu), _LOCK_FILE, 0o600, dir_fd=folder)
                     locks.callback(os.close, file)
                     with contextlib.suppress(BlockingIOError):
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -281,22 +278,6 @@ def _claim(cpus: list[int], threads: int, claims: contextlib.ExitStack) -> set[i
                         return claimed
             time.sleep(0.005)
     return set(cpus[:threads])
-
-
-def _own_folder(path: Path) -> int:
-    """A descriptor of a folder of this user's alone, made where there is none: its name is known to others, who may
-    put something else in its place where everybody can write.
-
-    Raises:
-        OSError: it is something else, such as a link, or others may write into it.
-    """
-    path.mkdir(mode=0o700, exist_ok=True)
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    status = os.fstat(folder)
-    if status.st_uid != os.getuid() or status.st_mode & 0o077:
-        os.close(folder)
-        raise PermissionError(errno.EPERM, "expected a folder of this user's alone", str(path))
-    return folder
 
 
 def _by_core(usable: set[int], sysfs: Path) -> list[int]:
@@ -380,21 +361,22 @@ def measured(threads: int, *, refresh: bool = False) -> Measured:
     here = machine()
     threads = min(threads, here.logical)
     path = _cache_path(here, threads)
-    if not refresh and (kept := _kept(path)):
+    if path and not refresh and (kept := _kept(path)):
         return kept
     found = _measure(here, threads)
+    if path is None:
+        return found
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps({"fingerprint": here.fingerprint, "threads": threads, **asdict(found)}, indent=1))
-        part.replace(path)
+        values = {"fingerprint": here.fingerprint, "threads": threads, **asdict(found)}
+        with replacing(path) as new:
+            new.write_text(json.dumps(values, indent=1))
     return found
 
 
-def _cache_path(here: Machine, threads: int) -> Path:
-    import platformdirs  # here: an exported library loads with NumPy alone
-
-    return platformdirs.user_cache_path("convgen") / "machine" / f"{here.fingerprint}-t{threads}.json"
+def _cache_path(here: Machine, threads: int) -> Path | None:
+    cache = user_cache()
+    return cache / "machine" / f"{here.fingerprint}-t{threads}.json" if cache else None
 
 
 def _kept(path: Path) -> Measured | None:
@@ -411,8 +393,8 @@ def _measure(here: Machine, threads: int) -> Measured:
     command = [str(threads)]
     for level, size in _buffers(here, threads).items():
         command += [level, str(size)]
-    with tempfile.TemporaryDirectory(prefix="convgen-") as folder:
-        program = _compile(Path(folder))
+    with TemporaryFolder(runs=True) as folder:
+        program = _compile(folder)
         try:
             done = subprocess.run([program, *command], capture_output=True, text=True, timeout=60)
             done.check_returncode()
@@ -444,7 +426,10 @@ def _compile(folder: Path) -> Path:
     for native in ("-march=native", "-mcpu=native"):  # a compiler for Arm may know only one of the two options
         command = [*compiler, "-O3", native, "-pthread", "-o", "machine", "machine.c"]
         try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+            environment = {**os.environ, "TMPDIR": str(folder)}
+            done = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace", check=False
+            )
         except OSError as error:
             hint = "install a C compiler (Debian: apt install gcc) or name one in CC"
             raise BuildError(f"{compiler[0]}: {error.strerror}; {hint}") from error

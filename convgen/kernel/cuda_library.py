@@ -10,10 +10,13 @@ import dataclasses
 import os
 import sys
 import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
 from ctypes import c_char_p, c_void_p
 from typing import Any
 
-from ..cuda.driver import Memory, context
+from ..cuda.driver import Memory, context, synchronize
 from ..errors import KernelError
 from ..problem.spec import ConvSpec
 from .dlpack import view
@@ -42,6 +45,9 @@ class CudaLibrary(BaseLibrary):
     def __init__(self, path: str | os.PathLike[str], spec: ConvSpec, name: str, threads: int = 1) -> None:
         super().__init__(path, spec, name, threads)
         self.threads = 1
+        #: The devices its code may be loaded for.
+        self._devices = set[int]()
+        weakref.finalize(self, _unload, self._unload, self._devices).atexit = False
 
     def _find_functions(self) -> None:
         self._sizes = self._function("sizes", c_void_p)
@@ -61,6 +67,7 @@ class CudaLibrary(BaseLibrary):
         Raises:
             KernelError: there is no driver or no such device, or the library has no code for it.
         """
+        self._devices.add(device)
         with context(device):
             self._require(self._load())
 
@@ -90,6 +97,7 @@ class CudaLibrary(BaseLibrary):
         args = _run_args(self.sizes())
         args.src, args.packed, args.dst, args.residual = src, packed, dst, residual or None
         args.workspace, args.stream = workspace or None, stream or None
+        self._devices.add(device)
         with context(device):
             self._require(self._run(ctypes.byref(args)))
 
@@ -122,6 +130,15 @@ class CudaLibrary(BaseLibrary):
         if status == _DRIVER_ERROR:
             raise KernelError(f"{self.name}: {self._error(status).decode()}: {self._driver_error().decode()}")
         super()._require(status)
+
+
+def _unload(unload: Callable[[], int], devices: set[int]) -> None:
+    """Give back what a library's code takes of devices, once they have done what they were given."""
+    for device in devices:
+        with suppress(KernelError):  # there is no such device, or what a failed kernel left of one
+            synchronize(device)
+            with context(device):
+                unload()
 
 
 def _run_args(sizes: Sizes) -> _RunArgs:

@@ -7,8 +7,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
-import shutil
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ from string import Template
 from typing import Any
 
 from ..errors import ExportError
+from ..folders import TemporaryFolder
 from ..lowering.interface import (
     ABI,
     ALIGNMENT,
@@ -27,6 +26,7 @@ from ..lowering.interface import (
     round_up,
 )
 from ..lowering.link import PART_ALIGNMENT, link, source, workspace_layout
+from ..lowering.stack import STACK
 from ..problem.activation import Activation
 from ..problem.dtypes import BYTES, UNDERFLOW, UNIT_ROUNDOFF
 from ..problem.spec import PARAMETERS, ConvSpec
@@ -70,15 +70,12 @@ def write_library(
     target = Path(os.path.abspath(directory))
     try:
         _check_destination(target, interface)
-        # A sibling, so that moving it is renaming it; made by mkdir, so that it has the usual permissions.
         existing = next(parent for parent in target.parents if parent.exists())
-        folder = existing / f".{target.name}-{secrets.token_hex(8)}"
-        folder.mkdir()
-        try:
+        with TemporaryFolder(existing) as temporary:
+            folder = temporary / target.name
+            folder.mkdir()  # with the usual permissions
             manifest = _write_files(folder, interface, object_file, facts)
             _move(folder, target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise ExportError(f"{target}: cannot write the library {interface.name}: {error}") from error
     return manifest
@@ -262,6 +259,7 @@ def header_text(interface: Interface) -> str:
         "descriptor": interface.spec.descriptor,
         "meaning": _meaning(interface.spec),
         "types": source("types.h").strip(),
+        "stack": STACK >> 10,
     }
     if interface.device is not None:
         lines.append(f" *   workspace {workspace_layout(interface.device)[1]} bytes, aligned to {ALIGNMENT}")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import SpecError, UnsupportedError
+from ..folders import TemporaryFolder
 from ..hardware.target import Target, check_native
 from ..lowering.interface import DeviceCode, Interface
 from ..lowering.link import link
@@ -52,7 +50,7 @@ class Kernel(BaseLibrary):
         library: Path,
         threads: int,
         record: TuningRecord | None,
-        directory: Path,
+        folder: TemporaryFolder,
         origin: str = "",
         note: str = "",
     ) -> None:
@@ -61,7 +59,7 @@ class Kernel(BaseLibrary):
         self.target, self.record, self.origin, self._note = lowered.target, record, origin, note
         self.schedule: str = lowered.candidate.schedule.id
         self.picks = lowered.candidate.picks
-        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        self._folder = folder
 
     @property
     def exact(self) -> bool:
@@ -230,16 +228,18 @@ def compile_candidate(
         Inapplicable: the picks are not valid here.
         BuildError: TVM, LLVM or the C compiler failed.
         UnsupportedError: this machine cannot load the target's code.
+        FolderError: the system's temporary folder cannot be used.
     """
     made = kernel_type(target)
     made.check(target)
     lowered = lower(spec, target, candidate)
-    directory = Path(tempfile.mkdtemp(prefix="convgen-"))
+    folder = TemporaryFolder(runs=True)
     try:
-        interface, object_file, library = compile_lowered(lowered, directory, name)
-        return made(lowered, interface, object_file, library, threads, record, directory, origin, note)
+        with folder.writing():
+            interface, object_file, library = compile_lowered(lowered, folder.path, name)
+            return made(lowered, interface, object_file, library, threads, record, folder, origin, note)
     except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
+        folder.close()
         raise
 
 

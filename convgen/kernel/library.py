@@ -8,8 +8,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
-import shutil
-import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -20,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ExportError, KernelError
+from ..folders import is_noexec
 from ..lowering.interface import ALIGNMENT, MAX_THREADS, TensorInfo, boundary
 from ..lowering.link import abi_text
 from ..problem.dtypes import BYTES, numpy_dtype
 from ..problem.spec import PARAMETERS, ConvSpec
+from .mapped import open_library
 
 Array: TypeAlias = NDArray[Any]
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -147,7 +148,8 @@ def _describe(value: object) -> str:
 
 # ---- what all libraries of the process share ---------------------------------------------------
 
-_pools: dict[int, int] = {}
+#: Pools by their number of threads, each kept by the libraries that use it.
+_pools: weakref.WeakValueDictionary[int, _Pool] = weakref.WeakValueDictionary()
 
 #: Workspaces that no call uses at the moment. A call takes one, replaces it where it is too small, and gives it
 #: back; adding to and taking from the end of a deque is atomic.
@@ -164,25 +166,6 @@ def _take_workspace(size: int) -> tuple[int, int, Bytes]:
         memory = aligned(size)
         return memory.ctypes.data, size, memory
     return workspace
-
-
-#: Files that were loaded, by path.
-_loaded: dict[str, tuple[int, int]] = {}
-
-
-def _open(path: str) -> ctypes.CDLL:
-    """Load a library.
-
-    The system's loader knows libraries by their paths: where a file was replaced, it would give the old one again.
-    So a file that takes the place of one that was loaded is loaded from a copy.
-    """
-    path = os.path.realpath(path)
-    status = os.stat(path)
-    file = (status.st_dev, status.st_ino)
-    if _loaded.setdefault(path, file) == file:
-        return ctypes.CDLL(path)
-    with tempfile.TemporaryDirectory(prefix="convgen-") as folder:
-        return ctypes.CDLL(shutil.copy(path, folder))
 
 
 class Loaded:
@@ -220,7 +203,7 @@ class BaseLibrary(Loaded, ABC):
         self.spec, self.name, self.threads = spec, name, thread_count(threads)
         self._tensors = boundary(spec)
         try:
-            self._dll = _open(os.fspath(path))
+            self._dll = open_library(os.fspath(path))
             self._pack = self._function("pack", c_void_p)
             self._run = self._function("run", c_void_p)
             self._verify = self._function("verify_packed", c_void_p, c_size_t)
@@ -228,7 +211,8 @@ class BaseLibrary(Loaded, ABC):
             self._version = self._function("version", returns=c_char_p)
             self._find_functions()
         except (OSError, AttributeError) as error:
-            raise ExportError(f"{os.fspath(path)}: expected a library with the kernel {name}, found {error}") from error
+            found = f"{error}; it lies on a file system mounted noexec" if is_noexec(path) else str(error)
+            raise ExportError(f"{os.fspath(path)}: expected a library with the kernel {name}, found {found}") from error
         self._check_layer(os.fspath(path))
 
     @abstractmethod
@@ -255,7 +239,7 @@ class BaseLibrary(Loaded, ABC):
                 raise ExportError(f"{path}: {name}: expected {size} bytes, found {sizes[name]}")
 
     def _function(self, suffix: str, *arguments: type, returns: type = c_int) -> Any:
-        function = getattr(self._dll, f"{self.name}_{suffix}")
+        function = self._dll[f"{self.name}_{suffix}"]  # an attribute would keep the library in a cycle
         function.argtypes, function.restype = arguments, returns
         return function
 
@@ -344,6 +328,10 @@ class Library(BaseLibrary):
 
     on_device = False
 
+    def __init__(self, path: str | os.PathLike[str], spec: ConvSpec, name: str, threads: int) -> None:
+        super().__init__(path, spec, name, threads)
+        self._used_pools: dict[int, _Pool] = {}
+
     def _find_functions(self) -> None:
         self._sizes = self._function("sizes", c_int, c_void_p)
         self._check_cpu = self._function("check_cpu")
@@ -421,7 +409,8 @@ class Library(BaseLibrary):
         args.src, args.dst = source.ctypes.data, out.ctypes.data
         if added is not None:
             args.residual = added.ctypes.data
-        memory = (source, packed, out, added, workspace)  # the struct has their addresses only
+        # The struct has their addresses only; and the library has the pool.
+        memory = (source, packed, out, added, workspace, self)
         run, reference, require = self._run, ctypes.byref(args), self._require
 
         def call(_memory: object = memory) -> None:
@@ -443,18 +432,24 @@ class Library(BaseLibrary):
         return args
 
     def _pool(self, threads: int) -> int | None:
-        """The process's pool of that many threads, whichever library made it; None for one thread.
-
-        Pools are never destroyed, as libraries are never unloaded.
-        """
+        """The process's pool of that many threads, whichever library made it; None for one thread."""
         if threads == 1:
             return None
-        if threads not in _pools:
-            pool = c_void_p()
-            self._require(self._pool_create(threads, ctypes.byref(pool)))
-            if _pools.setdefault(threads, pool.value or 0) != pool.value:  # another thread was faster
-                self._function("pool_destroy", c_void_p)(pool)
-        return _pools[threads]
+        if threads not in self._used_pools:
+            pool = _pools.get(threads) or _pools.setdefault(threads, _Pool(self, threads))
+            self._used_pools.setdefault(threads, pool)
+        return self._used_pools[threads].address
+
+
+class _Pool:
+    """Threads of the process, ended with the object. They run code of the library that made them, and keep it."""
+
+    def __init__(self, library: Library, threads: int) -> None:
+        pool = c_void_p()
+        library._require(library._pool_create(threads, ctypes.byref(pool)))
+        self.address, destroy = pool.value or 0, library._function("pool_destroy", c_void_p)
+        # Not when the process ends: a thread that is not waited for may be calling a layer.
+        weakref.finalize(self, destroy, self.address).atexit = False
 
 
 def thread_count(threads: object) -> int:

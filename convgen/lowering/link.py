@@ -17,12 +17,12 @@ import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 from ..errors import BuildError
+from ..folders import TemporaryFolder, replacing, user_cache
 from ..hardware.isa import CHECKED
 from .interface import (
     ABI,
@@ -35,6 +35,7 @@ from .interface import (
     TensorMap,
     read_architecture,
 )
+from .stack import check_stack
 
 SOURCES = ("types.h", "cpu.h", "runtime.h", "pool.c", "kernel.c")
 #: The runtime's C files for a kernel that runs on a GPU.
@@ -66,15 +67,16 @@ def link(interface: Interface, object_file: Path, out: Path, *, archive: bool = 
 
     Raises:
         BuildError: there is no C compiler for the architecture, or it failed; gives the command and what it said.
+            Or the kernel takes too much of a thread's stack.
     """
     out = Path(out)
     object_file = Path(object_file).resolve()
     try:
         data = object_file.read_bytes()
         arch, digest = architecture(data), _digest(data, interface.device)
+        check_stack(data, arch)
         sources = SOURCES if interface.device is None else CUDA_SOURCES
-        with tempfile.TemporaryDirectory(prefix=".link-", dir=out.parent) as temporary:
-            folder = Path(temporary)
+        with TemporaryFolder(out.parent) as folder:
             (folder / "entry.c").write_text(entry_source(interface, digest, arch), encoding="utf-8")
             (folder / _RUNTIME).write_bytes(_runtime_object(compiler(arch), sources))
             for header in (name for name in sources if name.endswith(".h")):
@@ -94,8 +96,7 @@ def link_shared(sources: Sequence[str], out: Path, arch: str, *, headers: Sequen
     Raises:
         BuildError: there is no C compiler for it, or it failed; gives the command and what it said.
     """
-    with tempfile.TemporaryDirectory(prefix=".link-", dir=out.parent) as temporary:
-        folder = Path(temporary)
+    with TemporaryFolder(out.parent) as folder:
         for name in (*sources, *headers):
             (folder / name).write_text(source(name), encoding="utf-8")
         _run((*compiler(arch), *COMPILE_FLAGS, "-shared", *LINK_FLAGS, "-o", "made", *sources), folder)
@@ -191,7 +192,8 @@ def _binutils(tool: str, arch: str) -> tuple[str, ...]:
 
 
 def _run(command: Sequence[str], folder: Path) -> None:
-    environment = {**os.environ, "LC_ALL": "C"}
+    # A compiler that is killed leaves its own temporary files.
+    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)}
     try:
         done = subprocess.run(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, errors="replace"
@@ -225,38 +227,27 @@ def _runtime_object(compiler: tuple[str, ...], sources: tuple[str, ...] = SOURCE
             if hashlib.sha256(data[_DIGEST:]).digest() == data[:_DIGEST]:
                 return data[_DIGEST:]
 
-    with tempfile.TemporaryDirectory(prefix="convgen-") as temporary:
-        folder = Path(temporary)
+    with TemporaryFolder() as folder:
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")
         inputs = [file for file in sources if file.endswith(".c")]
         _relocatable(compiler, name, inputs, folder)
         data = (folder / name).read_bytes()
     if cache is not None:
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-            _keep(hashlib.sha256(data).digest() + data, cache / name)
+        # A cache that cannot be written costs time, nothing else.
+        with contextlib.suppress(OSError), replacing(cache / name) as new:
+            new.write_bytes(hashlib.sha256(data).digest() + data)
     return data
-
-
-def _keep(data: bytes, path: Path) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
 
 
 def _cache_directory() -> Path | None:
     """Where compiled runtimes are kept; None where there is no such place."""
-    import platformdirs  # here: an exported library loads with NumPy alone
-
-    path = Path(platformdirs.user_cache_dir("convgen")) / "runtime"
+    if (cache := user_cache()) is None:
+        return None
+    path = cache / "runtime"
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: no home directory
+    except OSError:
         return None
     return path
 

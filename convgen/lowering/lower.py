@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,13 +91,15 @@ def compile_object(lowered: Lowered, path: Path) -> Workspace:
 
     Raises:
         BuildError: TVM or LLVM failed.
+        OSError: the file cannot be written.
     """
     try:
         host = _host_module(lowered)
-        _codegen(host, _llvm(lowered)).write_to_file(str(path))
-        return _workspace(host)
+        code, workspace = _object(_codegen(host, _llvm(lowered))), _workspace(host)
     except Exception as error:  # as in lower
         raise BuildError(f"{lowered.spec.descriptor}: {lowered.candidate} does not compile: {error}") from error
+    path.write_bytes(code)
+    return workspace
 
 
 def source(lowered: Lowered, kind: str) -> str:
@@ -134,6 +137,13 @@ def _codegen(host_module: Any, target: Any) -> Any:
     from tvm.tirx.build import codegen_build
 
     return codegen_build(transform.LowerIntrin()(host_module), target)
+
+
+def _object(module: Any) -> bytes:
+    """A module's object file. LLVM writes it to memory: where a disk is full, it would end the process."""
+    with open(os.memfd_create("convgen"), "rb") as file:
+        module.write_to_file(f"/proc/self/fd/{file.fileno()}", "o")
+        return file.read()
 
 
 def _llvm(lowered: Lowered) -> Any:

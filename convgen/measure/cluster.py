@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError, UnsupportedError
+from ..folders import TemporaryFolder
 from ..interrupts import interrupts_blocked, interrupts_held
 from ..lowering.versions import versions
 from ..records.outcome import INTERRUPTED, Result
@@ -58,7 +59,8 @@ class DaskBuilder(Builder):
         except BaseException:
             self._client.close()
             raise
-        self.root = Path(tempfile.mkdtemp(prefix="convgen-"))
+        self._folder = TemporaryFolder(runs=True)
+        self.root = self._folder.path
         self._pending: dict[Future[Any], Any] = {}
         self._lock = threading.Lock()
 
@@ -124,7 +126,7 @@ class DaskBuilder(Builder):
                 job.cancel(force=True)
                 answer.set_result(INTERRUPTED)
             self._client.close()
-            shutil.rmtree(self.root, ignore_errors=True)
+            self._folder.close()
 
 
 def _check_versions(where: str, there: dict[str, str]) -> None:

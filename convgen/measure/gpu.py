@@ -17,6 +17,7 @@ from ..cuda.driver import device
 from ..cuda.model import REGISTERS
 from ..errors import ResourceError
 from ..hardware.target import Target
+from ..kernel.mapped import open_library
 from ..lowering.interface import DeviceCode
 from ..lowering.lower import Lowered
 from .standalone.gpu import Gpu, GpuCall
@@ -85,7 +86,7 @@ def gpu() -> Gpu:
 
 def prepare(path: str, name: str, data: Mapping[str, npt.NDArray[Any]]) -> GpuCall:
     """A library's kernel on copies of these tensors."""
-    return GpuCall(gpu(), ctypes.CDLL(path), name, {tensor: _bytes(array) for tensor, array in data.items()})
+    return GpuCall(gpu(), open_library(path), name, {tensor: _bytes(array) for tensor, array in data.items()})
 
 
 def output(call: GpuCall, like: npt.NDArray[Any]) -> npt.NDArray[Any]:

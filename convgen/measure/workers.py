@@ -14,15 +14,16 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..errors import MeasureError
+from ..errors import FolderError, MeasureError
+from ..folders import TemporaryFolder
 from ..interrupts import Interrupts, interrupts_held
 from ..processes import JobError, MemoryLimitError, Worker
 from ..records.outcome import INTERRUPTED, OUTCOME_KEY, Result
@@ -121,10 +122,21 @@ class Workers:
         timeout: seconds after which a worker is killed.
         uses: jobs after which a worker is replaced; 0: never.
         forgiving: whether a worker is kept whose job raised.
+        folder: where jobs write. That it is full is no outcome of a job: its future raises FolderError.
     """
 
-    def __init__(self, workers: int, failure: str, timeout: float, uses: int = 0, *, forgiving: bool = True) -> None:
+    def __init__(
+        self,
+        workers: int,
+        failure: str,
+        timeout: float,
+        uses: int = 0,
+        *,
+        forgiving: bool = True,
+        folder: TemporaryFolder | None = None,
+    ) -> None:
         self.failure, self.timeout = failure, timeout
+        self._writing = folder.writing if folder else nullcontext
         self._uses, self._forgiving = uses or math.inf, forgiving
         # A thread for each worker: the worker ends with the thread that made it.
         self._threads = ThreadPoolExecutor(workers)
@@ -152,8 +164,11 @@ class Workers:
             self._jobs[worker] = self._jobs.get(worker, 0) + 1
         keep = False
         try:
-            answer = worker.call(function, *arguments, seconds=self.timeout, memory=memory)
+            with self._writing():
+                answer = worker.call(function, *arguments, seconds=self.timeout, memory=memory)
             keep = True
+        except FolderError as error:
+            answer = error
         except TimeoutError:
             answer = Result("timeout", error=f"killed after {self.timeout:.0f} s")
         except MemoryLimitError as error:
@@ -173,6 +188,8 @@ class Workers:
                 return answer
             del self._jobs[worker]
         worker.stop()
+        if isinstance(answer, FolderError):
+            raise answer
         return answer
 
     def close(self) -> None:
@@ -194,9 +211,10 @@ class LocalBuilder(Builder):
 
     def __init__(self, workers: int, *, timeout: float = 60.0) -> None:
         self.workers = workers
-        self.root = Path(tempfile.mkdtemp(prefix="convgen-"))
+        self._folder = TemporaryFolder(runs=True)
+        self.root = self._folder.path
         # Replaced now and then: TVM leaks a little with every compilation.
-        self.pool = Workers(workers, "build_error", timeout, uses=64)
+        self.pool = Workers(workers, "build_error", timeout, uses=64, folder=self._folder)
 
     def submit(self, module: CandidateModule) -> Future[str | Result]:
         return self.pool.submit(build_artifact, module, str(self.root))
@@ -204,7 +222,7 @@ class LocalBuilder(Builder):
     def close(self) -> None:
         with interrupts_held():
             self.pool.close()
-            shutil.rmtree(self.root, ignore_errors=True)
+            self._folder.close()
 
 
 class LocalRunner(Runner):
@@ -214,8 +232,8 @@ class LocalRunner(Runner):
     isolated = False
 
     def __init__(self, *, timeout: float = 60.0) -> None:
-        # Replaced now and then: every library stays loaded. And at once where a candidate failed: what a GPU's
-        # kernel has done wrong fails every later call of the process.
+        # Replaced now and then, with whatever candidates have left in it. And at once where one failed: what a
+        # GPU's kernel has done wrong fails every later call of the process.
         self.pool = Workers(1, "run_error", timeout, uses=256, forgiving=False)
         #: Seconds of the reference kernel in the first trial; it outlives the worker.
         self._reference: float | None = None

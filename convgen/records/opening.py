@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from ..errors import RecordError
+from ..folders import TemporaryFolder
 from .store import RecordStore, default_path
 
 #: What a caller may say of the store; see :func:`open_store`.
@@ -19,20 +22,58 @@ def open_store(records: Records, *, write: bool = True) -> Iterator[RecordStore 
 
     Args:
         records: None or True: the default store; False: no store; a path; or an open store, which stays open.
-        write: whether the caller writes to it. Otherwise a store that this process may only read will do.
+        write: whether the caller writes to it. Otherwise a store that this process may only read will do; and an
+            empty one, where there is no default store and none can be made.
     """
     if isinstance(records, RecordStore):
         yield records
     elif records is False:
         yield None
-    else:
-        path = default_path() if records is None or records is True else Path(records)
-        readonly = not write and path.exists() and not _is_writable(path)
-        with RecordStore(path, readonly=readonly) as store:
+    elif write:
+        with RecordStore(None if records is True else records) as store:
             yield store
+    else:
+        with ExitStack() as stack:
+            path = _default() if records is None or records is True else Path(records)
+            if path is not None and _is_writable(path):
+                yield stack.enter_context(RecordStore(path))
+                return
+            if path is None or _needs_log(path):
+                path = _copied(path, stack.enter_context(TemporaryFolder()))
+            yield stack.enter_context(RecordStore(path, readonly=True))
+
+
+def _default() -> Path | None:
+    """The default store; None where there is none, and none can be made."""
+    try:
+        path = default_path()
+    except RecordError:  # there is no home directory
+        return None
+    return path if os.path.exists(path) or _is_writable(path) else None
+
+
+def _copied(path: Path | None, folder: Path) -> Path:
+    """A store in a folder: a copy, or a new one."""
+    copy = folder / "records.sqlite"
+    if path is not None:
+        try:
+            for end in ("", "-wal"):
+                shutil.copyfile(f"{os.path.realpath(path)}{end}", f"{copy}{end}")
+        except OSError as error:
+            raise RecordError(f"{path}: {error.strerror}") from error
+    RecordStore(copy).close()  # which makes a store, or what the log says part of it
+    return copy
 
 
 def _is_writable(path: Path) -> bool:
-    """Whether this process may write to a store, and to its folder, where SQLite writes the log."""
+    """Whether this process may write to a store, and to its folder, where SQLite writes the log; or may make them."""
     path = path.resolve()
-    return all(os.access(each, os.W_OK, effective_ids=True) for each in (path, path.parent))
+    folder = next(parent for parent in path.parents if os.path.lexists(parent))
+    needed = [folder, path] if os.path.exists(path) else [folder]
+    return folder.is_dir() and all(os.access(each, os.W_OK, effective_ids=True) for each in needed)
+
+
+def _needs_log(path: Path) -> bool:
+    """Whether a killed process has left a log, and SQLite cannot make its index where the store lies."""
+    name = os.path.realpath(path)
+    return os.path.exists(name) and os.path.exists(f"{name}-wal") and not os.path.exists(f"{name}-shm")

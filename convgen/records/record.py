@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import reprlib
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecordError
+from ..folders import replacing
 
 #: Version of a record's JSON form.
 RECORD_SCHEMA = 1
@@ -287,13 +286,8 @@ def write_whole(path: Path, lines: Iterable[str]) -> None:
     Raises:
         RecordError: it cannot be written.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                file.writelines(lines)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(path) as new, new.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
     except OSError as error:
         raise RecordError(f"{path}: {error.strerror}") from error

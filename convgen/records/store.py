@@ -14,7 +14,6 @@ import re
 import reprlib
 import sqlite3
 import stat
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -24,9 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import platformdirs
-
 from ..errors import RecordError
+from ..folders import TemporaryFolder, user_cache
 from . import salvage
 from .record import FIELDS, RECORD_SCHEMA, TuningRecord, dump, read_lines, write_lines
 
@@ -120,10 +118,16 @@ class Recovery:
 
 
 def default_path() -> Path:
-    """``$CONVGEN_RECORDS``, else ``records.sqlite`` in the user's cache directory."""
+    """``$CONVGEN_RECORDS``, else ``records.sqlite`` in the user's cache directory.
+
+    Raises:
+        RecordError: the user has neither.
+    """
     if given := os.environ.get("CONVGEN_RECORDS"):
         return Path(os.path.expanduser(given))
-    return platformdirs.user_cache_path("convgen") / "records.sqlite"
+    if (cache := user_cache()) is None:
+        raise RecordError("expected a home directory, found none: name the store in CONVGEN_RECORDS")
+    return cache / "records.sqlite"
 
 
 class RecordStore:
@@ -517,8 +521,8 @@ class RecordStore:
         """Make an empty store, whole or not at all: other processes may do the same right now."""
         path = Path(os.path.realpath(self.path))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".records-", dir=path.parent) as folder:
-            part = Path(folder) / "new.sqlite"
+        with TemporaryFolder(path.parent) as folder:
+            part = folder / "new.sqlite"
             with contextlib.closing(sqlite3.connect(part)) as db:
                 db.executescript(
                     f"{_TABLE} PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {STORE_SCHEMA};"

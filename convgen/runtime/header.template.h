@@ -23,7 +23,8 @@ int ${name}_sizes(int threads, convgen_sizes *sizes);
 int ${name}_pack(const convgen_pack_args *args);
 
 /* Computes dst. Buffers must not overlap dst or workspace. Any number of threads may call at once,
- * each with its own dst and workspace. Results do not depend on the number of threads. */
+ * each with its own dst and workspace. Results do not depend on the number of threads. A call takes at
+ * most $stack KiB of a thread's stack, of its own threads' and of a pool's; ${name}_pack(), too. */
 int ${name}_run(const convgen_run_args *args);
 
 /* Whether a packed buffer is this library's and unchanged to the last bit: for one that was stored.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import OrderedDict
-from pathlib import Path
 
+from ..folders import TemporaryFolder
 from ..hardware.machine import machine
 from ..hardware.target import Target, check_native
 from ..measure.trial import Expected
@@ -46,7 +45,7 @@ class SearchContext:
             check_native(target)
         self.target, self.threads, self.journal = target, threads, journal
         self._pools, self._own_pools, self._ranker = pools, pools is None, ranker
-        self._expected: OrderedDict[ConvSpec, tuple[tempfile.TemporaryDirectory[str], Expected]] = OrderedDict()
+        self._expected: OrderedDict[ConvSpec, tuple[TemporaryFolder, Expected]] = OrderedDict()
 
     @property
     def ranker(self) -> Ranker:
@@ -65,16 +64,17 @@ class SearchContext:
         """Inputs and expected output of a layer in a folder, which is kept for a while."""
         if spec not in self._expected:
             self.forget(EXPECTED - 1)
-            folder = tempfile.TemporaryDirectory(prefix="convgen-")
+            folder = TemporaryFolder()
             threads = machine().cores if self.target.on_device else self.threads
-            self._expected[spec] = folder, Expected(spec, Path(folder.name), threads)
+            with folder.writing():
+                self._expected[spec] = folder, Expected(spec, folder.path, threads)
         self._expected.move_to_end(spec)
         return self._expected[spec][1]
 
     def forget(self, keep: int = 0) -> None:
         """Remove the data of all layers but those used last."""
         while len(self._expected) > keep:
-            self._expected.popitem(last=False)[1][0].cleanup()
+            self._expected.popitem(last=False)[1][0].close()
 
     def close(self) -> None:
         """End the workers that were started here, and remove the layers' data."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..check.validate import validate
 from ..errors import BuildError, Inapplicable, MeasureError, RecordError, ValidationError
+from ..folders import TemporaryFolder
 from ..hardware.target import Target
 from ..interrupts import interrupts_held
 from ..kernel.kernel import compile_candidate
@@ -50,7 +49,7 @@ def measure_in_turn(
         KeyboardInterrupt: at the end of the running measurement.
     """
     results: dict[Candidate, Result] = {}
-    with interrupts_held() as interrupts, tempfile.TemporaryDirectory(prefix="convgen-") as folder:
+    with interrupts_held() as interrupts, TemporaryFolder() as folder:
         pools.interrupts = interrupts
         modules: dict[Candidate, CandidateModule] = {}
         for candidate in dict.fromkeys(candidates):
@@ -58,7 +57,7 @@ def measure_in_turn(
                 modules[candidate] = candidate_module(spec, target, candidate)
             except (BuildError, Inapplicable) as error:
                 results[candidate] = Result("build_error", error=str(error)[-2000:])
-        expected = Expected(spec, Path(folder), threads)
+        expected = Expected(spec, folder, threads)
         paths: dict[Candidate, str] = {}
         for candidate, built in zip(modules, pools.build(list(modules.values())), strict=True):
             if isinstance(built, Result):

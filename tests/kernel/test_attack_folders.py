@@ -18,6 +18,7 @@ from naive import compile_naive, link_naive
 
 from convgen.errors import ExportError
 from convgen.kernel import library as library_module
+from convgen.kernel import mapped
 from convgen.kernel.export import write_library
 from convgen.kernel.library import Library
 from convgen.kernel.load import load
@@ -186,7 +187,7 @@ def test_a_library_that_changes_while_it_is_loaded_is_refused(
     """Between the hash and the loader: what was loaded is not what was checked."""
     interface, path = compile_naive(SPEC, tmp_path, "reference", name="layer")  # the same layer, other code
     write_library(tmp_path / "other", interface, path, {"threads": 1})
-    opened = library_module._open
+    opened = mapped.open_library
 
     def late(file: str) -> Any:
         if how == "replaced":
@@ -195,7 +196,7 @@ def test_a_library_that_changes_while_it_is_loaded_is_refused(
             Path(file).write_bytes((tmp_path / "other" / "liblayer.so").read_bytes())
         return opened(file)
 
-    monkeypatch.setattr(library_module, "_open", late)
+    monkeypatch.setattr(library_module, "open_library", late)
     with pytest.raises(ExportError, match="expected the file that was checked, found one that was put in its place"):
         load(exported)
 

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from convgen.folders import TemporaryFolder
 from convgen.hardware.target import resolve
 from convgen.kernel.kernel import CpuKernel
 from convgen.lowering.compute import Operands, convolution, copied, epilogue
@@ -111,7 +112,7 @@ def c_kernel(folder: Path, *, store: str = "t.dst[at] = v", before: str = "", th
     lowered = Lowered(spec, resolve(), Candidate(Reference(), Picks()), None, interface().packed)
     object_file = compile_c(SOURCE.format(store=store, before=before), folder / "kernel.o")
     library = link(interface(), object_file, folder / "libplanted.so")
-    return CpuKernel(lowered, interface(), object_file, library, threads, None, folder)
+    return CpuKernel(lowered, interface(), object_file, library, threads, None, TemporaryFolder(folder))
 
 
 class Planted(Reference):

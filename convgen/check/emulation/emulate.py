@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import BuildError, KernelError
+from ...folders import TemporaryFolder
 from ...lowering.interface import SWIZZLES, TENSOR_TYPES, Launch, TensorMap
 from ...lowering.link import source as runtime_source
 from ..sandbox import Guarded
@@ -74,7 +75,7 @@ def compile_emulated(text: str, directory: Path) -> Path:
     exports = "".join(f"CG_EMULATE_KERNEL({name})\n" for name in dict.fromkeys(kernels))
     handle, library = tempfile.mkstemp(prefix="kernels-", suffix=".so", dir=directory)
     os.close(handle)
-    with tempfile.TemporaryDirectory(prefix=".emulate-", dir=directory) as folder:
+    with TemporaryFolder(directory) as folder:
         for name in ("device.h", "emulate.h"):
             Path(folder, name).write_text(runtime_source(name), encoding="utf-8")
         Path(folder, "kernels.cpp").write_text(f"{text}\n{exports}", encoding="utf-8")
@@ -88,7 +89,7 @@ def compile_emulated(text: str, directory: Path) -> Path:
 @functools.cache
 def _machine(_compiler: str) -> bytes:
     """The machine that kernels run on (``runtime/emulate.cpp``), compiled."""
-    with tempfile.TemporaryDirectory(prefix="convgen-emulate-") as folder:
+    with TemporaryFolder() as folder:
         for name in ("emulate.h", "emulated_map.h", "emulate.cpp"):
             Path(folder, name).write_text(runtime_source(name), encoding="utf-8")
         _compile((*_FLAGS, "-c", "-o", "emulate.o", "emulate.cpp"), folder)
@@ -105,10 +106,11 @@ def _dynamic(match: re.Match[str]) -> str:
     return f"{match['type']} *const {match['name']} = ({match['type']} *)emulation::dynamic_shared();"
 
 
-def _compile(arguments: Sequence[str], folder: str) -> None:
+def _compile(arguments: Sequence[str], folder: Path) -> None:
     command = [*(shlex.split(os.environ.get("CXX", "")) or ["g++"]), *arguments]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, errors="replace", check=False)
+        environment = {**os.environ, "TMPDIR": str(folder)}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, errors="replace", check=False)
     except OSError as error:
         hint = "install g++ (Debian: apt install g++) or name one in CXX"
         raise BuildError(f"{command[0]}: {error.strerror}; {hint}") from error
@@ -138,8 +140,7 @@ def run(
         BuildError: the source does not compile.
         KernelError: a kernel did what it may not; the message says which thread of which launch, and what.
     """
-    with tempfile.TemporaryDirectory(prefix="convgen-emulate-") as name:
-        folder = Path(name)
+    with TemporaryFolder(runs=True) as folder:
         library = compile_emulated(source.text, folder) if library is None else library
         sizes = {f"workspace{i}": size for i, size in enumerate(source.workspace)}
         sizes |= {name: array.nbytes for name, array in buffers.items()}
@@ -192,7 +193,7 @@ def emulated_driver(directory: Path, capability: tuple[int, int] = (8, 0), devic
 def _driver(_compiler: str, sources: tuple[tuple[str, str], ...], capability: tuple[int, int], devices: int) -> bytes:
     """The driver, compiled; ``sources`` are names and texts."""
     major, minor = capability
-    with tempfile.TemporaryDirectory(prefix="convgen-emulate-") as folder:
+    with TemporaryFolder() as folder:
         for name, text in sources:
             Path(folder, name).write_text(text, encoding="utf-8")
         defines = (f"-DMAJOR={major}", f"-DMINOR={minor}", f"-DDEVICES={devices}")

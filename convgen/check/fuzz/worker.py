@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from functools import partial
-from pathlib import Path
 
 from ... import processes
+from ...folders import TemporaryFolder
 from .cases import Case, Outcome
 from .checking import check
 
@@ -23,7 +21,7 @@ class Worker:
     def __init__(self, limit: float = LIMIT) -> None:
         self._limit, self._uses = limit, 0
         self._process: processes.Worker | None = None
-        self._folder = Path(tempfile.mkdtemp(prefix="convgen-"))
+        self._folder = TemporaryFolder(runs=True)
 
     def check(self, case: Case) -> Outcome:
         """How the case ends; where it ends the process, that is a ``crash`` or a ``hang``."""
@@ -39,15 +37,16 @@ class Worker:
             return Outcome("hang", f"no answer within {self._limit:.0f} s")
         except ChildProcessError:
             self.stop()
-        said = (self._folder / "stderr").read_text(errors="replace").strip()[-500:]
+        said = (self._folder.path / "stderr").read_text(errors="replace").strip()[-500:]
         status = process.status or 0
         return Outcome("crash", f"{f'signal {-status}' if status < 0 else f'exit status {status}'}: {said}")
 
     def _start(self) -> processes.Worker:
-        shutil.rmtree(self._folder, ignore_errors=True)  # what a killed process left behind
-        self._folder.mkdir()
-        with (self._folder / "stderr").open("wb") as log:
-            return processes.Worker(log=log, environment={"TMPDIR": str(self._folder), "PYTHONFAULTHANDLER": "1"})
+        self._folder.close()  # with what a killed process left behind
+        self._folder = TemporaryFolder(runs=True)
+        folder = self._folder.path
+        with (folder / "stderr").open("wb") as log:
+            return processes.Worker(log=log, environment={"TMPDIR": str(folder), "PYTHONFAULTHANDLER": "1"})
 
     def kill(self) -> None:
         """End the process and whatever it started; from any thread. A check that waits for it sees a crash."""
@@ -63,4 +62,4 @@ class Worker:
     def close(self) -> None:
         """End for good."""
         self.stop()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.close()

@@ -11,12 +11,12 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConvgenError, SpecError, UnsupportedError
+from ...folders import TemporaryFolder
 from ...problem.dtypes import load
 from ...problem.spec import ConvSpec
 from ..entries import SpecEntry, merge
@@ -79,8 +79,11 @@ def layers_from_onnx(
         from .layers import read_layers
 
         return read_layers(source, dims or {}, arrays)
-    with tempfile.TemporaryDirectory(prefix="convgen-") as directory:
-        return _isolated(os.fspath(source), dict(dims or {}), directory if arrays else None)
+    path, dims = os.fspath(source), dict(dims or {})
+    if not arrays:
+        return _isolated(path, dims, None)
+    with TemporaryFolder() as folder:
+        return _isolated(path, dims, str(folder))
 
 
 # ---- the process that reads a file ------------------------------------------------------------

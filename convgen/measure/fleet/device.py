@@ -20,6 +20,7 @@ from typing import Any
 
 from ...cuda.driver import device as gpu
 from ...errors import MeasureError, SpecError
+from ...folders import TemporaryFolder
 from ...hardware.machine import machine
 from ...interrupts import interrupts_blocked
 from ...processes import end_with
@@ -73,8 +74,8 @@ def serve(
     else:
         first = SERVER_PORT if port is None else port
         where |= {"host": host, "port": first, "port_end": first + (PORTS if port is None else 1)}
-    with tempfile.TemporaryDirectory(prefix="convgen-fleet-") as kept:
-        prepare = partial(_prepare_server, os.getpid(), kept, threads_limit, name or socket.gethostname())
+    with TemporaryFolder(runs=True) as kept:
+        prepare = partial(_prepare_server, os.getpid(), str(kept), threads_limit, name or socket.gethostname())
         while True:
             try:
                 with interrupts_blocked():

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import shutil
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from importlib import resources
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import ExportError
+from ...folders import TemporaryFolder
 from ...measure.standalone.results import FORMAT
 from ...records.record import load_json
 
@@ -84,17 +84,17 @@ def unpacked(path: Path) -> Iterator[Path]:
     if path.is_dir():
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="convgen-") as temporary:
+    with TemporaryFolder(runs=True) as temporary:
         try:
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
                     archive.extractall(temporary)
             else:
                 with tarfile.open(path) as tar:
-                    _unpack(tar, Path(temporary))
+                    _unpack(tar, temporary)
         except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, ValueError) as error:
             raise ExportError(f"{path}: expected a bundle, found {error}") from error
-        folders = [entry for entry in Path(temporary).iterdir() if (entry / MANIFEST).is_file()]
+        folders = [entry for entry in temporary.iterdir() if (entry / MANIFEST).is_file()]
         if len(folders) != 1:
             raise ExportError(f"{path}: expected a bundle with one {MANIFEST}, found {len(folders)}")
         yield folders[0]

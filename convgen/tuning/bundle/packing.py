@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import BuildError, ExportError, Inapplicable, UnsupportedError
+from ...folders import TemporaryFolder
 from ...hardware.machine import Machine
 from ...hardware.target import Target
 from ...lowering.link import NATIVE, link_shared
@@ -112,14 +112,12 @@ def pack(
         raise ExportError(f"{out}: expected a layer to measure, found none")
     with contextlib.ExitStack() as stack:
         try:
-            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix=".bundle-", dir=out.absolute().parent))
+            temporary = stack.enter_context(TemporaryFolder(out.absolute().parent))
         except OSError as error:
             raise ExportError(f"{out}: {error.strerror}") from error
         builder = LocalBuilder(os.cpu_count() or 1)
         stack.callback(builder.close)
-        packer = _Packer(
-            Path(temporary) / bundle_name(out), builder, store, candidates, exclude, seed, machine is not None
-        )
+        packer = _Packer(temporary / bundle_name(out), builder, store, candidates, exclude, seed, machine is not None)
         try:
             packer.begin(targets)
             for number, spec in enumerate(specs, 1):
@@ -127,7 +125,7 @@ def pack(
                 if progress:
                     progress(f"[{number}/{len(specs)}] {spec.descriptor}: {count} trials")
             packed = packer.finish()
-            part = Path(temporary) / out.name
+            part = temporary / out.name
             write_archive(packer.folder, part)
             packed.bytes = part.stat().st_size
             os.replace(part, out)
@@ -293,10 +291,10 @@ class _Packer:
         names = [*(name for name in spec.shapes if name != "dst"), "expected", *(["bound"] if needs_bound else [])]
         files = {name: f"data/{index}/{name}.bin" for name in names}
         (self.folder / "data" / str(index)).mkdir()
-        with tempfile.TemporaryDirectory(prefix="convgen-") as temporary:
-            memory = WORKER_BYTES + LAYER_FACTOR * Expected(spec, Path(temporary), os.cpu_count() or 1).bytes
+        with TemporaryFolder() as temporary:
+            memory = WORKER_BYTES + LAYER_FACTOR * Expected(spec, temporary, os.cpu_count() or 1).bytes
             for name, file in files.items():
-                array = np.load(Path(temporary) / f"{name}.npy")
+                array = np.load(temporary / f"{name}.npy")
                 little = array.astype(array.dtype.newbyteorder("<"), copy=False)
                 (self.folder / file).write_bytes(np.broadcast_to(little, array.shape).tobytes())
         facts = {"spec": spec.descriptor, "dtype": spec.dtype, "shape": list(spec.dst_shape)}
