@@ -366,8 +366,12 @@ def meeting(spec: ConvSpec, axis: int, y: Expr) -> tuple[Expr, Expr]:
     start = y * spec.stride[axis] - spec.padding[axis][0]
 
     def reaching(pixel: int) -> Expr:
-        """The number of taps that lie before a pixel."""
-        return tirx.min(tirx.max(pixel - start + (dilation - 1), 0) // dilation, kernel)
+        """The number of taps that lie before a pixel.
+
+        Divided is what grows with ``y``: of an index that is a remainder, TVM 0.27 divides negative multiples wrongly
+        (``(16 - i % 4 * 2) // 4``, which it takes for a division by -2).
+        """
+        return tirx.min(tirx.max(-tirx.floordiv(start - pixel, dilation), 0), kernel)
 
     return reaching(0), reaching(size) - reaching(0)
 
