@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Iterable
@@ -19,6 +20,8 @@ from .schedule import Candidate, Program, Scheduled
 
 #: Tensors that the user passes. Any contiguous array is accepted, so only their elements' alignment is sure.
 BOUNDARY = frozenset({"src", *PARAMETERS, "residual", "dst"})
+
+_MFD_CLOEXEC = 1
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,11 @@ def _codegen(host_module: Any, target: Any) -> Any:
 
 def _object(module: Any) -> bytes:
     """A module's object file. LLVM writes it to memory: where a disk is full, it would end the process."""
-    with open(os.memfd_create("convgen"), "rb") as file:
+    # Not by os.memfd_create, which a Python has that was built where the C library is new enough.
+    number = ctypes.CDLL(None, use_errno=True).memfd_create(b"convgen", _MFD_CLOEXEC)
+    if number < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    with open(number, "rb") as file:
         module.write_to_file(f"/proc/self/fd/{file.fileno()}", "o")
         return file.read()
 

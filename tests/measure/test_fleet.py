@@ -22,6 +22,7 @@ import pytest
 from click.testing import CliRunner
 from fleets import KEY, LONG, Fleet, free_port, until
 
+from convgen import folders
 from convgen.cli import cli
 from convgen.errors import MeasureError, SpecError
 from convgen.hardware.machine import machine
@@ -39,8 +40,11 @@ from convgen.records.outcome import INTERRUPTED, Result
 def devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Two of them, called a and b."""
     made = Fleet(tmp_path_factory.mktemp("fleet"))
-    made.serve("a")
-    made.serve("b")
+    (temporary := made.folder / "temporary").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(temporary))
+        made.serve("a")
+        made.serve("b")
     try:
         made.wait_for(2)
         yield made
@@ -171,6 +175,11 @@ def test_both_devices_measure(runner: RemoteRunner, devices: Fleet, expected: Ex
     wrong = artifact(root, store="t.dst[at] = v + (at == 7)")
     jobs = [runner.submit(slow, expected, 1, seconds=0.1, hopeless=1e-9) for _ in range(2)]
     until(lambda: devices.devices().free == 0, "both in use")
+    # TVM's folders of sessions, too, lie in those that are removed after a killed process.
+    there = [path for path in (devices.folder / "temporary").iterdir() if path.is_dir()]
+    names = {path.name for path in there} - {f"convgen-cpus-{os.geteuid()}"}
+    assert len(names) >= 2
+    assert all(folders._NAME.fullmatch(name) for name in names)
     jobs += [runner.submit(slow, expected, 1, seconds=0.1, hopeless=1e-9) for _ in range(4)]
     results = [job.result(LONG) for job in jobs]
     assert {result.outcome for result in results} == {"ok"}

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from typing import Any
 import planted
 import pytest
 from archives import untar
+from mounts import mounted
 
 from convgen.api import tune
 from convgen.cli import main
@@ -36,7 +38,7 @@ from convgen.lowering.lower import compile_object, lower
 from convgen.lowering.versions import versions
 from convgen.measure import standalone
 from convgen.measure import trial as measure
-from convgen.measure.standalone import timing
+from convgen.measure.standalone import child, timing
 from convgen.measure.standalone.errors import Trouble
 from convgen.measure.standalone.facts import facts as machine_facts
 from convgen.measure.standalone.facts import processors
@@ -335,6 +337,27 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(Trouble, match=r"r.jsonl: No space left on device; what was measured"):
         results.add({"kind": "trial"})
     assert (tmp_path / "r.jsonl").read_bytes() == before
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_no_fault_of_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    with pytest.raises(Trouble, match=r"a temporary file cannot be made: No such file.*; set TMPDIR"):
+        child.answer({}, 1.0)
+
+
+def test_a_bundle_on_a_file_system_mounted_noexec_says_so(tmp_path: Path) -> None:
+    code = """if True:
+    import os, shutil, sys, types
+    from convgen.measure.standalone.devices import Cpu
+    from convgen.measure.standalone.errors import Refused
+    shutil.copy(sys.argv[1], root := os.environ["TMPDIR"])
+    try:
+        Cpu.open(types.SimpleNamespace(root=root), os.path.basename(sys.argv[1]))
+    except Refused as refused:
+        print(refused)
+    """
+    done = mounted("noexec", sys.executable, "-c", code, str(kernel(tmp_path / "kernel")))
+    assert done.stdout.endswith(": it lies on a file system mounted noexec\n"), done
 
 
 @pytest.mark.parametrize("name", ["lib/*.so", "data/0/expected.bin", "run.py"])

@@ -74,8 +74,10 @@ def serve(
     else:
         first = SERVER_PORT if port is None else port
         where |= {"host": host, "port": first, "port_end": first + (PORTS if port is None else 1)}
-    with TemporaryFolder(runs=True) as kept:
-        prepare = partial(_prepare_server, os.getpid(), str(kept), threads_limit, name or socket.gethostname())
+    with TemporaryFolder() as kept, TemporaryFolder(runs=True) as sessions:
+        prepare = partial(
+            _prepare_server, os.getpid(), str(kept), str(sessions), threads_limit, name or socket.gethostname()
+        )
         while True:
             try:
                 with interrupts_blocked():
@@ -93,12 +95,13 @@ def serve(
                 server.terminate()
 
 
-def _prepare_server(parent: int, kept: str, threads_limit: int | None, name: str) -> None:
+def _prepare_server(parent: int, kept: str, sessions: str, threads_limit: int | None, name: str) -> None:
     """Runs first in the process of TVM's server."""
     import tvm_ffi
     from tvm.rpc.server import PopenRPCServerState
 
     end_with(parent)
+    tempfile.tempdir = sessions  # where TVM makes a folder for each, which a killed one leaves
     # Sessions must be forks of this process, as TVM means them to be, to find the functions registered below.
     multiprocessing.set_start_method("fork", force=True)
     device = Device(Path(kept), threads_limit, name)

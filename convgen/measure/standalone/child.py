@@ -11,11 +11,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from typing import Any
+from typing import IO, Any
 
 from . import LOCATION
 from .devices import DEVICES, Cpu
-from .errors import OK, TROUBLE, Refused
+from .errors import OK, TROUBLE, Refused, Trouble
 from .facts import pin
 
 #: Runs :func:`main` in an interpreter that finds the standard library and this package, and nothing else.
@@ -31,9 +31,12 @@ def answer(job: dict[str, Any], timeout: float) -> dict[str, Any]:
             ``check``, ``layer``, ``trials`` and ``timing`` as the manifest has them, ``hopeless``, and ``memory``
             (bytes of address space; 0: no limit).
         timeout: seconds after which it is killed.
+
+    Raises:
+        Trouble: the system's temporary folder cannot be written.
     """
     command = [sys.executable, "-I", "-S", "-c", _PROGRAM, LOCATION]
-    with tempfile.TemporaryFile() as errors:
+    with _temporary_file() as errors:
         # It has a session of its own: Ctrl-C reaches this process only, which ends it and whatever it has started.
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
@@ -56,6 +59,14 @@ def answer(job: dict[str, Any], timeout: float) -> dict[str, Any]:
         return {"outcome": "memory", "error": "killed by the system: memory ran out"}
     why = signal.Signals(-code).name if code < 0 else f"exit status {code}"
     return {"outcome": "crash", "error": f"the process died: {why} {said}".strip()}
+
+
+def _temporary_file() -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        hint = "set TMPDIR to a folder that can be written"
+        raise Trouble("a temporary file cannot be made: {}; {}".format(error.strerror, hint)) from None
 
 
 # ---- in the process ------------------------------------------------------------------------------

@@ -127,7 +127,8 @@ class Cpu:
         try:
             return ctypes.CDLL(os.path.join(self.root, file))
         except OSError as error:
-            raise Refused(str(error)) from None
+            is_noexec = os.statvfs(self.root).f_flag & os.ST_NOEXEC
+            raise Refused(f"{error}{': it lies on a file system mounted noexec' if is_noexec else ''}") from None
 
     def _load(self, file: str) -> Any:
         with open(os.path.join(self.root, file), "rb") as source:
