@@ -349,6 +349,7 @@ class RecordStore:
         accept: Callable[[TuningRecord], bool],
         *,
         newest: bool = False,
+        latest: bool = False,
         marked: Sequence[str] = (),
         versions: Mapping[str, str] | None = None,
         other_versions: bool = False,
@@ -360,11 +361,15 @@ class RecordStore:
         Only the records up to it are decoded.
 
         Args:
+            latest: only the last record of each trial.
             marked: names that its note says are true.
             versions: exactly those that made it; with ``other_versions`` exactly not those.
             schedules: its schedule and version, as ``"cpu_gemm 3"``, one of these.
         """
         where, values = _where({**wanted, "outcome": "ok"})
+        if latest:
+            where += " AND NOT EXISTS (SELECT 1 FROM records AS later WHERE later.trial_key = records.trial_key"
+            where += " AND later.outcome = 'ok' AND later.rowid > records.rowid)"
         for name in marked:
             where += " AND instr(detail, ?)"
             values.append(f'"{name}":true')
