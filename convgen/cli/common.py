@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -268,6 +269,16 @@ def check_names(option: str, text: str, known: Iterable[str]) -> list[str]:
 def emit(document: object) -> None:
     """Print a result as the one JSON document on standard output."""
     click.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
+
+
+def emit_each(items: Iterable[object]) -> None:
+    """Print what :func:`emit` prints for a list, item by item as they come."""
+    opened = False
+    for item in items:
+        text = json.dumps(_finite(item), indent=2, allow_nan=False)
+        click.echo((",\n" if opened else "[\n") + textwrap.indent(text, "  "), nl=False)
+        opened = True
+    click.echo("\n]" if opened else "[]")
 
 
 def _finite(value: Any) -> Any:

@@ -170,6 +170,7 @@ class Answer:
         to_measure: records to measure again before there is an answer (:func:`convgen.tuning.recheck.recheck`).
             Empty where this is the answer.
         reason: why the first of these must be, as what it is: ``of convgen 0.0.1``, ``dated 2099-01-01, after now``.
+        doubted: ids of records that would answer and are not believed, and what they are.
     """
 
     record: TuningRecord | None
@@ -178,6 +179,7 @@ class Answer:
     rejected: frozenset[Candidate] = frozenset()
     to_measure: tuple[TuningRecord, ...] = ()
     reason: str = ""
+    doubted: tuple[tuple[str, str], ...] = ()
 
 
 def best_record(store: RecordStore, spec: ConvSpec, target: Target, threads: int) -> TuningRecord | None:
@@ -218,7 +220,8 @@ def find_record(
     if measure and any(record_candidate(each, spec, target) != default for each in contenders):
         return Answer(None, to_measure=contenders, reason=reason)
     said = f"{spec.descriptor}: record {record.id[:12]} is not believed: it is {reason}"
-    return replace(answer, note="; ".join(filter(None, (said, answer.note))))
+    said_doubts = tuple((each.id, why) for each, why in doubted)
+    return replace(answer, note="; ".join(filter(None, (said, answer.note))), doubted=said_doubts)
 
 
 class _Known:

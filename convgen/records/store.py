@@ -323,10 +323,16 @@ class RecordStore:
         query = f"SELECT outcome, count(*) FROM records{where} GROUP BY outcome"
         return Counter(dict(self._run(lambda db: db.execute(query, values).fetchall())))
 
-    def problems(self, **wanted: Unpack[Filters]) -> list[tuple[str, str, str, int]]:
-        """Each spec, target, hardware and number of threads that there are such records of, once."""
+    def problems(self, *, last: int | None = None, **wanted: Unpack[Filters]) -> list[tuple[str, str, str, int]]:
+        """Each spec, target, hardware and number of threads that there are such records of, once.
+
+        Args:
+            last: only so many, those of which a record was added last.
+        """
         where, values = _where(wanted)
-        query = f"SELECT DISTINCT spec, target, hardware, threads FROM records{where}"
+        query = f"SELECT spec, target, hardware, threads FROM records{where} GROUP BY spec, target, hardware, threads"
+        if last is not None:
+            query += f" ORDER BY max(rowid) DESC LIMIT {int(last)}"
         return self._run(lambda db: db.execute(query, values).fetchall())
 
     def find(self, prefix: str) -> TuningRecord:

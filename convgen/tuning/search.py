@@ -16,6 +16,7 @@ from ..lowering.schedule import Candidate
 from ..lowering.versions import versions
 from ..problem.spec import ConvSpec
 from ..records.answer import candidate_record, is_final, record_candidate, trial_identity
+from ..records.doubt import doubt
 from ..records.outcome import Result
 from ..records.record import TuningRecord, trial_key
 from .context import SearchContext
@@ -165,10 +166,9 @@ class Search:
             target=target.spelling,
             hardware=target.hardware,
             threads=self.context.threads,
+            known=self._ids,
         ):
-            if record.id[:16] in self._ids:
-                continue
-            self._ids.add(record.id[:16])
+            self._ids.add(record.id)
             self._tally(record)
             if record.versions != versions() or record.schedule in self.exclude:
                 continue
@@ -182,7 +182,11 @@ class Search:
         for candidate, record in finals:
             self._learn(candidate, record)  # one that travelled without its trial
             self.compared.add(candidate)
-            if (record.note or {}).get("winner"):
+            if not (record.note or {}).get("winner"):
+                continue
+            if doubt(record, store, self.spec, target):
+                self.winner = None  # all are compared again
+            else:
                 self.win(record)
 
     def _tally(self, record: TuningRecord) -> None:
@@ -299,7 +303,7 @@ class Search:
         """Add records of this layer to the journal."""
         self.journal.add(*records)
         for record in records:
-            self._ids.add(record.id[:16])
+            self._ids.add(record.id)
             self._tally(record)
 
     def charge(self) -> float:

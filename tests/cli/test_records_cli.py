@@ -115,7 +115,7 @@ def test_a_record_is_shown_with_what_builds_it(
 def test_the_best_are_those_that_answer(tmp_path: Path, run: Run, run_json: Callable[..., Any]) -> None:
     winner, alike = final(another(), winner=True), final(another(), threads=1, hardware=elsewhere())
     old = final(another(), threads=3, versions=OTHER)
-    store = ["--records", filled(tmp_path / "r.sqlite", winner, record(seconds=1e-9), alike, old, *some(3))]
+    store = ["--records", filled(tmp_path / "r.sqlite", winner, record(seconds=0.9e-3), alike, old, *some(3))]
     expected = sorted([winner.id, alike.id])
     assert sorted(r["id"] for r in run_json("best", *store)) == expected
     assert [r["id"] for r in run_json("best", "--threads", 2, *store)] == [winner.id]
@@ -218,7 +218,7 @@ def test_what_can_go_is_told_and_then_goes(tmp_path: Path, run: Run, run_json: C
 def test_the_best_travel_in_a_file(tmp_path: Path, run: Run, run_json: Callable[..., Any]) -> None:
     """``export --best LAYERS > FILE``, ``import FILE`` elsewhere, and builds are the same."""
     winner = final(another(), winner=True)
-    here = filled(tmp_path / "r.sqlite", winner, *(record(seconds=s) for s in (1e-9, 2e-9)), final(spec=OTHER_LAYER))
+    here = filled(tmp_path / "r.sqlite", winner, *(record(seconds=s) for s in (0.8e-3, 0.9e-3)), final(spec=OTHER_LAYER))
     status, out, err = run("export", "--best", TEXT, "--threads", 2, "--records", here)
     assert (status, err) == (0, "1 records\n")
     assert out == winner.to_json() + "\n"

@@ -164,7 +164,7 @@ def test_a_record_of_a_like_machine_answers_and_the_kernel_says_so(
     manifest = kernel.export(tmp_path / "out")
     assert manifest["record_origin"] == kernel.origin
     assert "from another machine" in kernel.origin
-    store.add(record(reference()))  # anything of this machine itself is preferred
+    store.add(record(reference(), 1e-4))  # anything of this machine itself is preferred
     kernel = convgen.build(SPEC, threads=2, records=store)
     assert (kernel.schedule, kernel.origin) == ("reference", "")
 
@@ -195,7 +195,7 @@ def test_a_shipped_record_answers_after_the_store(store: RecordStore, folder: Pa
     assert convgen.build(SPEC, threads=2, records=False).record is None
     assert convgen.build(SPEC, threads=3, records=store).record is None
     assert len(store) == 0
-    store.add(record(reference(), 1.0))
+    store.add(record(reference(), 1e-4))
     assert convgen.build(SPEC, threads=2, records=store).schedule == "reference"
 
 

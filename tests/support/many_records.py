@@ -10,9 +10,11 @@ import contextlib
 import hashlib
 import itertools
 import json
+import random
+import re
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -33,19 +35,23 @@ def layers() -> Iterator[str]:
             yield f"conv2d n1 ic{ic + more} oc{oc} i{plane}x{plane} k{kernel}x{kernel} s1x1 p{pad}x{pad} relu"
 
 
+#: What may have been tried for a layer: ids of schedules, their versions, and picks as JSON.
+Tries = list[tuple[str, int, str]]
+
+
 def rows(
-    count: int, target: str, hardware: str, schedules: dict[str, int], versions: dict[str, str], trials: int = TRIALS
+    count: int, target: str, hardware: str, tries: Callable[[str], Tries], versions: dict[str, str], trials: int = TRIALS
 ) -> Iterator[tuple[object, ...]]:
     """Rows of the store's table, in the order of its columns: every layer on one thread and on two."""
     start, made = datetime(2026, 1, 1, tzinfo=UTC), 0
-    names, said, place = sorted(schedules), dump(versions), json.dumps(hardware)
+    said, place = dump(versions), json.dumps(hardware)
     for spec, threads in ((spec, threads) for spec in layers() for threads in (1, 2)):
+        known = tries(spec)
         for trial in range(min(trials, count - made)):
-            schedule, final = names[trial % len(names)], trials - 2 <= trial
-            picks = dump({"block": trial % 13, "tile": trial // 13})
+            final, (schedule, version, picks) = trials - 2 <= trial, known[trial * 7 % len(known)]
             key = hashlib.sha256(
                 f'{{"hardware":{place},"picks":{picks},"schedule":"{schedule}",'
-                f'"schedule_version":{schedules[schedule]},"spec":"{spec}","target":"{target}",'
+                f'"schedule_version":{version},"spec":"{spec}","target":"{target}",'
                 f'"threads":{threads},"versions":{said}}}'.encode()
             ).hexdigest()
             seconds = None if trial % 20 == 7 and not final else 1e-4 + 1e-6 * ((trial * 37) % trials)
@@ -58,8 +64,7 @@ def rows(
             content = f'["{key}","{outcome}",{json.dumps(seconds)},{samples},"{error}","{when}",{note}]'
             id_ = hashlib.sha256(content.encode()).hexdigest()
             detail = f'{{"note":{note},"picks":{picks},"samples":{samples},"versions":{said}}}'
-            fields = (spec, target, hardware, threads, schedule, schedules[schedule])
-            yield (detail, *fields, outcome, seconds, error, when, key, id_)
+            yield (detail, spec, target, hardware, threads, schedule, version, outcome, seconds, error, when, key, id_)
             made += 1
         if made == count:
             return
@@ -85,14 +90,26 @@ def fill_many(path: Path, found: Iterator[tuple[object, ...]]) -> Path:
 
 
 def here(count: int, trials: int = TRIALS) -> Iterator[tuple[object, ...]]:
-    """Rows as this machine and these versions would have measured them."""
+    """Rows as this machine and these versions would have measured them, with picks that schedules have."""
     from convgen.hardware.target import resolve
     from convgen.lowering.discover import schedules_of
     from convgen.lowering.versions import versions
+    from convgen.problem.spec import ConvSpec
 
     target = resolve()
-    known = {name: schedule.version for name, schedule in schedules_of("cpu").items()}
-    return rows(count, target.spelling, target.hardware, known, versions(), trials)
+    known: dict[str, Tries] = {}
+
+    def tries(text: str) -> Tries:
+        like = re.sub(r" ic\d+", " ic64", text)  # how many input channels there are changes little
+        if like not in known:
+            spec, rng = ConvSpec.parse(like), random.Random(like)
+            able = [one for one in schedules_of("cpu").values() if one.reason_against(spec, target) is None]
+            spaces = [(one.id, one.version, one.space(spec, target)) for one in able]
+            drawn = {(id_, version, dump(dict(space.sample(rng)))) for id_, version, space in spaces for _ in range(60)}
+            known[like] = sorted(drawn)
+        return known[like]
+
+    return rows(count, target.spelling, target.hardware, tries, versions(), trials)
 
 
 if __name__ == "__main__":
