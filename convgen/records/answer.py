@@ -84,6 +84,11 @@ def candidate_record(
     )
 
 
+def record_result(record: TuningRecord) -> Result:
+    """How the trial of a record ended. Its time is the record's: one from elsewhere may have no samples."""
+    return Result(record.outcome, () if record.seconds is None else (record.seconds,), record.error)
+
+
 def trial_identity(spec: ConvSpec, target: Target, threads: int, candidate: Candidate) -> dict[str, Any]:
     """The fields that identify a trial with today's versions: the arguments of
     :func:`convgen.records.record.trial_key`.

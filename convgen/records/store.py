@@ -233,19 +233,24 @@ class RecordStore:
         Raises:
             RecordError: the file is damaged; :meth:`recover` saves what it and the copy have.
         """
-        with left_copy(self.path) as copy:
-            if copy is None:
-                return
-            mine, self._database = self._database, Database(self.path, readonly=False)
-            try:
-                if problems := self.check().problems:
-                    raise RecordError(f"{self.path}: rewriting it ended suddenly: {problems[0]}; {HINT}")
-                self.merge(copy)
-                if self._flush():
-                    copy.unlink()
-            finally:
-                self._database.close()
-                self._database = mine
+        try:
+            with left_copy(self.path) as copy:
+                if copy is not None:
+                    self._put_back(copy)
+        except OSError as error:
+            raise RecordError(f"{copy_path(self.path)}: {error.strerror}") from error
+
+    def _put_back(self, copy: Path) -> None:
+        mine, self._database = self._database, Database(self.path, readonly=False)
+        try:
+            if problems := self.check().problems:
+                raise RecordError(f"{self.path}: rewriting it ended suddenly: {problems[0]}; {HINT}")
+            self.merge(copy)
+            if self._flush():
+                copy.unlink()
+        finally:
+            self._database.close()
+            self._database = mine
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -255,13 +260,13 @@ class RecordStore:
         return self._run(lambda db: db.execute(query, (trial_key,)).fetchone()) is not None
 
     def trials(
-        self, *, limit: int | None = None, known: Collection[str] = (), **wanted: Unpack[Filters]
+        self, *, limit: int | None = None, skip: Callable[[str], bool] | None = None, **wanted: Unpack[Filters]
     ) -> list[TuningRecord]:
         """The records that match what is given, in the order in which they were added.
 
         Args:
             limit: only so many, those that were added last.
-            known: ids of records to leave out.
+            skip: whether to leave out the record with an id; it is not even decoded.
         """
         where, values = _where(wanted)
         if limit is not None:
@@ -272,7 +277,7 @@ class RecordStore:
             )
         query = f"SELECT {COLUMNS} FROM records{where} ORDER BY rowid"
         rows = self._run(lambda db: db.execute(query, values).fetchall())
-        return [self._record(row) for row in rows if row[ID] not in known]
+        return [self._record(row) for row in rows if skip is None or not skip(row[ID])]
 
     def each(self, *, oldest_first: bool = False, **wanted: Unpack[Filters]) -> Iterator[TuningRecord]:
         """The records that match what is given, one after the other: for any number of them.

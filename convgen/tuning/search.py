@@ -15,7 +15,7 @@ from typing import Any
 from ..lowering.schedule import Candidate
 from ..lowering.versions import versions
 from ..problem.spec import ConvSpec
-from ..records.answer import candidate_record, is_final, record_candidate, trial_identity
+from ..records.answer import candidate_record, is_final, record_candidate, record_result, trial_identity
 from ..records.doubt import doubt
 from ..records.outcome import Result
 from ..records.record import TuningRecord, trial_key
@@ -166,9 +166,9 @@ class Search:
             target=target.spelling,
             hardware=target.hardware,
             threads=self.context.threads,
-            known=self._ids,
+            skip=lambda id_: id_[:16] in self._ids,
         ):
-            self._ids.add(record.id)
+            self._ids.add(record.id[:16])
             self._tally(record)
             if record.versions != versions() or record.schedule in self.exclude:
                 continue
@@ -202,7 +202,7 @@ class Search:
             return
         state, before = self.state, self.race.best
         self.tried[candidate] = record.seconds
-        self.race.tell(candidate, Result(record.outcome, record.samples, record.error))
+        self.race.tell(candidate, record_result(record))
         state.done += 1
         if record.seconds is None:
             state.failures[record.outcome] += 1
@@ -303,7 +303,7 @@ class Search:
         """Add records of this layer to the journal."""
         self.journal.add(*records)
         for record in records:
-            self._ids.add(record.id)
+            self._ids.add(record.id[:16])
             self._tally(record)
 
     def charge(self) -> float:
