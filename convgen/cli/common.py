@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import textwrap
 import math
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar

@@ -106,12 +106,15 @@ class Wanted:
         """As stores take them."""
         return {"spec": self.specs, "target": self.target, "threads": self.threads, "schedule": self.schedule}
 
+    def trials(self, store: RecordStore, spec: str, target: str, hardware: str, threads: int) -> list[TuningRecord]:
+        """The wanted records of a problem."""
+        schedule = self.schedule
+        return store.trials(spec=spec, target=target, hardware=hardware, threads=threads, schedule=schedule)
+
     def problems(self, store: RecordStore) -> Iterator[list[TuningRecord]]:
         """The wanted records of a store, problem by problem: what is held at once is small."""
-        for spec, target, hardware, threads in store.problems(**self.filters):
-            found = store.trials(
-                spec=spec, target=target, hardware=hardware, threads=threads, schedule=self.schedule
-            )
+        for place in store.problems(**self.filters):
+            found = self.trials(store, *place)
             if found:  # none where they were removed meanwhile
                 yield found
 
@@ -294,7 +297,7 @@ def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> None:
     with RecordStore(first, readonly=True) as a, RecordStore(second, readonly=True) as b:
         for place in sorted({*a.problems(**which.filters), *b.problems(**which.filters)}):
             problem = dict(zip(("spec", "target", "hardware", "threads"), place, strict=True))
-            sides = [store.trials(**problem, schedule=which.schedule) for store in (a, b)]
+            sides = [which.trials(store, *place) for store in (a, b)]
             ids = [{record.id for record in side} for side in sides]
             common += len(ids[0] & ids[1])
             for i in (0, 1):
@@ -337,7 +340,9 @@ def check(path: Path | None, measure: int | None, seed: int, as_json: bool, **wa
     """Check the store's structure, and every record against its hashes.
 
     Records that would answer builds here and are not believed are listed: those dated after now, or far too slow.
-    A build measures them again. With --measure, N of the records that builds of the layers asked for would use here are built again,
+    A build measures them again.
+
+    With --measure, N of the records that builds of the layers asked for would use here are built again,
     validated against ONNX Runtime, and timed in turn with the defaults of their layers. The exit status is 1
     where such a kernel is wrong or certainly slower than the default, and 3 where the store is damaged.
     """

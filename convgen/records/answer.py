@@ -298,16 +298,16 @@ class _Known:
             old: of other versions than today's.
             new: only those whose candidate this machine has not measured with today's versions.
         """
+        asked: Filters = {**self._problem, "hardware": machines}
         for marks in (("final", "winner"), ("final",), ()):
             found = self._store.first(
-                lambda record, marks=marks: self._can_answer(record, new) and all((record.note or {}).get(m) for m in marks),
+                lambda record: self._can_answer(record, new),
                 newest="winner" in marks,
                 marked=marks,
                 versions=versions(),
                 other_versions=old,
                 schedules=self._schedules,
-                hardware=machines,
-                **self._problem,
+                **asked,
             )
             if found is not None:
                 return found

@@ -97,15 +97,6 @@ def _where(wanted: Mapping[str, Any]) -> tuple[str, list[object]]:
     return (f" WHERE {' AND '.join(parts)}" if parts else ""), values
 
 
-def _change(db: sqlite3.Connection, statement: str, rows: Sequence[Row], mode: str = "IMMEDIATE") -> int:
-    """Run a statement for each row in one transaction; returns how many rows of the table it changed."""
-    before = db.total_changes
-    with db:  # commits, or rolls back where anything is raised
-        db.execute(f"BEGIN {mode}")
-        db.executemany(statement, rows)
-    return db.total_changes - before
-
-
 class RecordStore:
     """Records in one SQLite file, created where it is missing.
 
@@ -169,22 +160,32 @@ class RecordStore:
         if not rows:
             return 0
         if len(rows) < CHUNK:
-            added = self._run(lambda db: _change(db, INSERT, rows))
+            added = self._change(INSERT, rows)
         else:
             table = f"incoming_{threading.get_ident()}"
             self._run(lambda db: db.execute(f"CREATE TEMP TABLE {table} AS SELECT {COLUMNS} FROM records LIMIT 0"))
             try:
                 while rows:
-                    waiting = rows
-                    self._run(lambda db: _change(db, f"INSERT INTO {table} VALUES (?{', ?' * ID})", waiting, "DEFERRED"))
+                    self._change(f"INSERT INTO {table} VALUES (?{', ?' * ID})", rows, "DEFERRED")
                     rows = [encode(record) for record in islice(records, CHUNK)]
                 copy = f"SELECT {COLUMNS} FROM {table} WHERE true ORDER BY rowid"
-                insert = f"INSERT INTO records ({COLUMNS}) {copy} ON CONFLICT (id) DO NOTHING"
-                added = self._run(lambda db: _change(db, insert, [()]))
+                added = self._change(f"INSERT INTO records ({COLUMNS}) {copy} ON CONFLICT (id) DO NOTHING", [()])
             finally:
                 self._run(lambda db: db.execute(f"DROP TABLE {table}"))
         self._flush()
         return added
+
+    def _change(self, statement: str, rows: Sequence[Row], mode: str = "IMMEDIATE") -> int:
+        """Run a statement for each row in one transaction; returns how many rows of the table it changed."""
+
+        def change(db: sqlite3.Connection) -> int:
+            before = db.total_changes
+            with db:  # commits, or rolls back where anything is raised
+                db.execute(f"BEGIN {mode}")
+                db.executemany(statement, rows)
+            return db.total_changes - before
+
+        return self._run(change)
 
     def remove(self, ids: Iterable[str], *, compact: bool = False) -> int:
         """Take records out for good; returns how many of them there were.
@@ -392,8 +393,12 @@ class RecordStore:
             values.append(json.dumps(list(schedules)))
         query = f"SELECT {COLUMNS} FROM records{where} ORDER BY {'rowid DESC' if newest else 'seconds, id'}"
 
+        def is_marked(record: TuningRecord) -> bool:  # not something inside of its note
+            return all((record.note or {}).get(name) is True for name in marked)
+
         def search(db: sqlite3.Connection) -> TuningRecord | None:
-            return next((r for r in map(self._record, db.execute(query, values)) if accept(r)), None)
+            found = map(self._record, db.execute(query, values))
+            return next((record for record in found if is_marked(record) and accept(record)), None)
 
         return self._run(search)
 

@@ -12,12 +12,12 @@ kernel says which measurements tell something about each other:
 Times count as multiples of the layer's operations at the nominal peak, so that layers of all sizes teach
 each other. How much picks matter in a layer and how much its measurements scatter, the measurements tell.
 
-Every prediction is computed from the records nearest to the layer, which are all that is read of a store: nothing is
-trained ahead, a new record counts at once, the same records always give the same answer, and the uncertainty that comes with it tells a
-:class:`~convgen.tuning.race.Race` what is worth trying. It takes NumPy only. Gradient-boosted trees (XGBoost, the
-model of MetaSchedule and AutoTVM) were tried on 404 trials of 24 layers, each layer left out in turn: they put
-the first candidate within 5 % of the best later (place 3.1 to 4.4 in the mean, this 2.9), say nothing of
-their uncertainty, and bring SciPy.
+Every prediction is computed from the records nearest to the layer, which are all that is read of a store: nothing
+is trained ahead, a new record counts at once, the same records always give the same answer, and the uncertainty
+that comes with it tells a :class:`~convgen.tuning.race.Race` what is worth trying. It takes NumPy only.
+Gradient-boosted trees (XGBoost, the model of MetaSchedule and AutoTVM) were tried on 404 trials of 24 layers, each
+layer left out in turn: they put the first candidate within 5 % of the best later (place 3.1 to 4.4 in the mean,
+this 2.9), say nothing of their uncertainty, and bring SciPy.
 """
 
 from __future__ import annotations

@@ -218,7 +218,9 @@ def test_what_can_go_is_told_and_then_goes(tmp_path: Path, run: Run, run_json: C
 def test_the_best_travel_in_a_file(tmp_path: Path, run: Run, run_json: Callable[..., Any]) -> None:
     """``export --best LAYERS > FILE``, ``import FILE`` elsewhere, and builds are the same."""
     winner = final(another(), winner=True)
-    here = filled(tmp_path / "r.sqlite", winner, *(record(seconds=s) for s in (0.8e-3, 0.9e-3)), final(spec=OTHER_LAYER))
+    here = filled(
+        tmp_path / "r.sqlite", winner, *(record(seconds=s) for s in (0.8e-3, 0.9e-3)), final(spec=OTHER_LAYER)
+    )
     status, out, err = run("export", "--best", TEXT, "--threads", 2, "--records", here)
     assert (status, err) == (0, "1 records\n")
     assert out == winner.to_json() + "\n"

@@ -150,7 +150,9 @@ def test_where_nothing_can_be_measured_the_next_answers(store: RecordStore) -> N
     answer = find_record(store, SPEC, resolve(), 2, measure=False)
     assert answer.record == good
     assert answer.doubted == ((wrong.id, "dated 2099-01-01, after now"),)
-    assert answer.note == f"{SPEC.descriptor}: record {wrong.id[:12]} is not believed: it is dated 2099-01-01, after now"
+    assert (
+        answer.note == f"{SPEC.descriptor}: record {wrong.id[:12]} is not believed: it is dated 2099-01-01, after now"
+    )
     with RecordStore(store.path.with_name("other.sqlite")) as other:
         other.add(wrong)
         assert find_record(other, SPEC, resolve(), 2, measure=False).record is None

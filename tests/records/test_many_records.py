@@ -20,7 +20,8 @@ from paths import SUPPORT
 from convgen.hardware.target import resolve
 from convgen.lowering.candidates import default_candidate
 from convgen.problem.spec import ConvSpec
-from convgen.records import database, store as store_module
+from convgen.records import database
+from convgen.records import store as store_module
 from convgen.records.answer import find_record
 from convgen.records.store import RecordStore
 from convgen.tuning.context import SearchContext
@@ -56,8 +57,9 @@ def plans(store: RecordStore, ask: Callable[[RecordStore], object]) -> list[str]
     store._run(lambda db: db.set_trace_callback(statements.append))
     ask(store)
     store._run(lambda db: db.set_trace_callback(None))
-    selects = [text for text in statements if text.startswith("SELECT")]
-    return [row[3] for text in selects for row in store._run(lambda db, text=text: db.execute("EXPLAIN QUERY PLAN " + text).fetchall())]
+    explained = ["EXPLAIN QUERY PLAN " + text for text in statements if text.startswith("SELECT")]
+    rows = store._run(lambda db: [row for text in explained for row in db.execute(text)])
+    return [row[3] for row in rows]
 
 
 def test_rows_are_records_that_were_measured_here(many: Path) -> None:
@@ -232,14 +234,16 @@ print(after[0] - before[0], (after[1] - before[1]) / 1024)
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_million_records(million: Path) -> None:
-    """In seconds of the processor, which other work does not change, and MiB. What TVM takes by itself is not counted."""
+    """In seconds of the processor, which other work changes little, and MiB; beside what TVM takes by itself."""
     for words in ([], [*LAYER.split()], ["--schedule", "cpu_direct"], ["--outcome", "crash"], ["--target", "cpu:no"]):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-m", "convgen", "records", "list", *words, "--records", str(million)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
-    done = subprocess.run([sys.executable, "-c", START, str(million), LAYER], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", START, str(million), LAYER], check=True, capture_output=True, text=True
+    )
     seconds, mib = map(float, done.stdout.split())
     assert seconds < 4  # of two threads, some of it NumPy's
     assert mib < 300

@@ -30,7 +30,9 @@ _SAMPLES = 9
 def layers() -> Iterator[str]:
     """Descriptors of different layers, without end."""
     for more in itertools.count():
-        for kernel, ic, oc, plane in itertools.product((3, 1, 5), (32, 64, 96, 128), (32, 64, 128, 256), (7, 14, 28, 56)):
+        for kernel, ic, oc, plane in itertools.product(
+            (3, 1, 5), (32, 64, 96, 128), (32, 64, 128, 256), (7, 14, 28, 56)
+        ):
             pad = kernel // 2
             yield f"conv2d n1 ic{ic + more} oc{oc} i{plane}x{plane} k{kernel}x{kernel} s1x1 p{pad}x{pad} relu"
 
@@ -40,7 +42,12 @@ Tries = list[tuple[str, int, str]]
 
 
 def rows(
-    count: int, target: str, hardware: str, tries: Callable[[str], Tries], versions: dict[str, str], trials: int = TRIALS
+    count: int,
+    target: str,
+    hardware: str,
+    tries: Callable[[str], Tries],
+    versions: dict[str, str],
+    trials: int = TRIALS,
 ) -> Iterator[tuple[object, ...]]:
     """Rows of the store's table, in the order of its columns: every layer on one thread and on two."""
     start, made = datetime(2026, 1, 1, tzinfo=UTC), 0
