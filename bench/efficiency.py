@@ -46,7 +46,7 @@ from convgen.measure.standalone.timing import HOPELESS, TRIAL_SECONDS
 from convgen.measure.trial import CandidateModule, Expected, candidate_module
 from convgen.measure.workers import LocalBuilder, LocalRunner, Pools
 from convgen.problem.spec import ConvSpec
-from convgen.records.answer import candidate_record, record_candidate
+from convgen.records.answer import candidate_record, record_candidate, record_result
 from convgen.records.outcome import INTERRUPTED, Result
 from convgen.records.record import TuningRecord
 from convgen.records.store import RecordStore
@@ -231,7 +231,7 @@ def race(bench: Bench, search: str, ranker: Ranker, trials: int, seed: int) -> S
             break
         asking = (time.perf_counter() - start) / len(batch)
         for trial in bench.measure(batch, search):
-            run.tell(trial.candidate, _result(bench.known[trial.candidate]))
+            run.tell(trial.candidate, record_result(bench.known[trial.candidate]))
             done.trials.append(Trial(trial.candidate, trial.seconds, trial.cost + asking))
     return done
 
@@ -240,10 +240,10 @@ def longest(bench: Bench, seconds: float, seed: int) -> None:
     """Race for so many seconds of trials, beginning with everything that is known of the layer."""
     run = Race(bench.spec, bench.target, bench.threads, seed, ranker=Ranker(bench.target, bench.threads))
     for candidate, record in bench.known.items():
-        run.tell(candidate, _result(record))
+        run.tell(candidate, record_result(record))
     while bench.spent("longest") < seconds and (batch := run.ask(ROUND)):
         for trial in bench.measure(batch, "longest"):
-            run.tell(trial.candidate, _result(bench.known[trial.candidate]))
+            run.tell(trial.candidate, record_result(bench.known[trial.candidate]))
 
 
 def randomly(bench: Bench, trials: int, seed: int) -> tuple[Search, bool]:
@@ -279,10 +279,6 @@ def randomly(bench: Bench, trials: int, seed: int) -> tuple[Search, bool]:
             break
         done.trials += bench.measure(batch, "random")
     return done, exhaustive
-
-
-def _result(record: TuningRecord) -> Result:
-    return Result(record.outcome, record.samples, record.error)
 
 
 # ---- one layer ------------------------------------------------------------------------------------

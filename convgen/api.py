@@ -35,8 +35,8 @@ def build(
             such as ``cuda:sm_90a``, which needs no device until a layer is bound.
         threads: threads the kernel is for; all cores by default. On a GPU it means nothing and is 1.
         trials, seconds: tuning budget; with neither, the best matching record answers, from the store or
-            the package, else the schedule's default: always a kernel at once. A record of other versions
-            is first measured again, in one or two seconds; :attr:`Kernel.note` says so.
+            the package, else the schedule's default: always a kernel at once. A record of other versions,
+            or one that cannot be, is first measured again, in one or two seconds; :attr:`Kernel.note` says so.
         records: the store: None the default one, False no records at all, or a path.
         progress: called after every trial.
         name: prefix of the exported C functions; made from the descriptor by default.
@@ -59,8 +59,8 @@ def build(
                 answer = Answer(record, rejected=frozenset(tuner.rejected))
         elif store is not None and resolved.native:
             answer = find_record(store, spec, resolved, threads)
-            if answer.outdated:  # measures: in one or two seconds
-                answer = recheck(store, spec, resolved, threads, answer.outdated)
+            if answer.to_measure:  # in one or two seconds
+                answer = recheck(store, spec, resolved, threads, answer)
     candidate, record = choose(spec, resolved, answer.record, answer.rejected)
     return compile_candidate(
         spec, resolved, candidate, threads, record=record, name=name, origin=answer.origin, note=answer.note

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -298,9 +299,19 @@ def emit(document: object) -> None:
     emit_text(json.dumps(_finite(document), indent=2, allow_nan=False))
 
 
-def emit_text(document: str) -> None:
+def emit_text(document: str, end: str = "\n") -> None:
     """Print JSON on standard output: the one control character that JSON leaves as it is, escaped as well."""
-    click.echo(document.replace("\x7f", "\\u007f"))
+    click.echo(document.replace("\x7f", "\\u007f") + end, nl=False)
+
+
+def emit_each(items: Iterable[object]) -> None:
+    """Print what :func:`emit` prints for a list, item by item as they come."""
+    opened = False
+    for item in items:
+        text = json.dumps(_finite(item), indent=2, allow_nan=False)
+        emit_text((",\n" if opened else "[\n") + textwrap.indent(text, "  "), end="")
+        opened = True
+    emit_text("\n]" if opened else "[]")
 
 
 def _finite(value: Any) -> Any:

@@ -114,9 +114,9 @@ class Work:
                 answer = Answer(self.tune(entry), rejected=frozenset(tuner.rejected))
             elif self.store is not None and self.target.native:
                 answer = find_record(self.store, entry.spec, self.target, self.threads)
-                if answer.outdated:
+                if answer.to_measure:
                     described = self.store, entry.spec, self.target, self.threads
-                    answer = recheck(*described, answer.outdated, lambda: tuner.pools)
+                    answer = recheck(*described, answer, lambda: tuner.pools)
         self.view.phase("compiling")
         record = None
         if forced is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from .common import (
     dim_option,
     duration,
     emit,
+    emit_each,
     emit_text,
     grouped,
     json_option,
@@ -40,8 +41,11 @@ from .common import (
 if TYPE_CHECKING:
     from ..records.answer import Answer
     from ..records.record import TuningRecord
-    from ..records.store import RecordStore
+    from ..records.store import Filters, RecordStore
     from ..tuning.recheck import Checked
+
+#: Records that a table shows at most, where nobody says how many.
+SHOWN = 1000
 
 
 @click.group()
@@ -100,30 +104,43 @@ class Wanted:
             target = resolve(target).spelling
         return cls(names if sources or spec else None, target, threads, schedule)
 
-    def records(self, store: RecordStore, outcome: str | None = None) -> list[TuningRecord]:
-        """The wanted records of a store, oldest first."""
-        trials = store.trials(target=self.target, threads=self.threads, schedule=self.schedule, outcome=outcome)
-        return [record for record in trials if self.specs is None or record.spec in self.specs]
+    @property
+    def filters(self) -> Filters:
+        """As stores take them."""
+        return {"spec": self.specs, "target": self.target, "threads": self.threads, "schedule": self.schedule}
 
-    def answers(self, store: RecordStore) -> list[Answer]:
+    def trials(self, store: RecordStore, spec: str, target: str, hardware: str, threads: int) -> list[TuningRecord]:
+        """The wanted records of a problem."""
+        schedule = self.schedule
+        return store.trials(spec=spec, target=target, hardware=hardware, threads=threads, schedule=schedule)
+
+    def problems(self, store: RecordStore) -> Iterator[list[TuningRecord]]:
+        """The wanted records of a store, problem by problem: what is held at once is small."""
+        for place in store.problems(**self.filters):
+            found = self.trials(store, *place)
+            if found:  # none where they were removed meanwhile
+                yield found
+
+    def answers(self, store: RecordStore) -> Iterator[Answer]:
         """What builds on this machine would use: for the layers asked for, or for all of the store."""
         from ..hardware.target import resolve
         from ..records.answer import find_record
 
         target = resolve(self.target or "cpu")
-        known = store.trials(target=target.spelling, threads=self.threads, outcome="ok")
-        problems = {record.spec: {record.threads} for record in known}
-        for record in known:
-            problems[record.spec].add(record.threads)
-        answers: list[Answer] = []
+        problems: dict[str, set[int]] = {}
+        wanted: Filters = {"spec": self.specs, "target": target.spelling, "threads": self.threads, "outcome": "ok"}
+        for name, _, _, count in store.problems(**wanted):
+            problems.setdefault(name, set()).add(count)
         for name in problems if self.specs is None else self.specs:
             try:
                 spec = ConvSpec.parse(name)
             except SpecError:  # a record of another version
                 continue
             counts = problems.get(name, set()) | ({self.threads or target.cores} if self.specs else set())
-            answers += [find_record(store, spec, target, count, measure=False) for count in sorted(counts)]
-        return [answer for answer in answers if answer.record and self.schedule in (None, answer.record.schedule)]
+            for count in sorted(counts):
+                answer = find_record(store, spec, target, count, measure=False)
+                if answer.record is None or self.schedule in (None, answer.record.schedule):
+                    yield answer
 
 
 def _is_model(words: Sequence[str]) -> bool:
@@ -162,32 +179,41 @@ def _say(document: dict[str, Any], text: str, as_json: bool) -> None:
 # ---- looking ----------------------------------------------------------------------------------
 
 
-@records.command("list", short_help="List the records, oldest first.")
+@records.command("list", short_help="List the records, those added last at the end.")
 @_filters
 @click.option(
     "--outcome",
     metavar="NAME",
     help="Only this outcome: ok, build_error, crash, timeout, memory, wrong or run_error.",
 )
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    metavar="N",
+    help=f"Only the N added last.  [default: {SHOWN}; with --json all]",
+)
 @store_option("path")
 @json_option
-def list_(path: Path | None, outcome: str | None, as_json: bool, **wanted: Any) -> None:
-    """List the records of some layers or of all, oldest first."""
+def list_(path: Path | None, outcome: str | None, limit: int | None, as_json: bool, **wanted: Any) -> None:
+    """List the records of some layers or of all, in the order in which they were added."""
     from ..records.record import OUTCOMES
 
     if outcome is not None and outcome not in OUTCOMES:
         raise click.UsageError(f"--outcome: expected one of {', '.join(OUTCOMES)}, found {outcome!r}")
-    which = Wanted.of(**wanted)
+    which: Filters = {**Wanted.of(**wanted).filters, "outcome": outcome}
     with _open(path) as store:
-        found = which.records(store, outcome)
-    if as_json:
-        emit([record.to_dict() for record in found])
-        return
-    if found:
-        say(_rows(found))
-    outcomes = Counter(record.outcome for record in found)
-    kinds = f": {', '.join(f'{count} {kind}' for kind, count in outcomes.most_common())}" if found else ""
-    note(f"{len(found)} records in {tidy(store.path)}{kinds}")
+        if as_json:
+            found = store.each(**which) if limit is None else store.trials(limit=limit, **which)
+            emit_each(record.to_dict() for record in found)
+            return
+        shown = store.trials(limit=limit or SHOWN, **which)
+        outcomes = store.outcomes(**which)
+    if shown:
+        say(_rows(shown))
+    kinds = f": {', '.join(f'{count} {kind}' for kind, count in outcomes.most_common())}" if outcomes else ""
+    rest = outcomes.total() - len(shown)
+    older = f"; {rest} added before these are not shown (--limit N shows more)" if rest > 0 else ""
+    note(f"{outcomes.total()} records in {tidy(store.path)}{kinds}{older}")
 
 
 @records.command(short_help="Show the records that builds would use here.")
@@ -202,7 +228,11 @@ def best(path: Path | None, as_json: bool, **wanted: Any) -> None:
     """
     which = Wanted.of(**wanted)
     with _open(path) as store:
-        found = which.answers(store)
+        answers = list(which.answers(store))
+    for answer in answers:
+        if answer.doubted:
+            note(f"convgen: {answer.note}")
+    found = [answer for answer in answers if answer.record]
     chosen = [answer.record for answer in found if answer.record]
     if as_json:
         emit([record.to_dict() for record in chosen])
@@ -266,31 +296,27 @@ def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> None:
     from ..records.store import RecordStore
 
     which = Wanted.of(**wanted)
-    both = []
-    for path in (first, second):
-        with RecordStore(path, readonly=True) as store:
-            both.append(which.records(store))
-    ids = [{record.id for record in found} for found in both]
-    only = [
-        [record for record in found if record.id not in other] for found, other in zip(both, ids[::-1], strict=True)
-    ]
-    problems: dict[tuple[Any, ...], tuple[list[TuningRecord], list[TuningRecord]]] = {}
-    for side, found in enumerate(both):
-        for record in found:
-            place = (record.spec, record.target, record.hardware, record.threads)
-            problems.setdefault(place, ([], []))[side].append(record)
-    rows: list[dict[str, Any]] = []
-    for place, sides in sorted(problems.items()):
-        pair = [preferred(side) for side in sides]
-        seconds = [record.seconds if record else None for record in pair]
-        rows.append(
-            dict(zip(("spec", "target", "hardware", "threads"), place, strict=True))
-            | {"a": pair[0].id if pair[0] else None, "b": pair[1].id if pair[1] else None, "seconds": seconds}
-            | {"ratio": seconds[0] / seconds[1] if seconds[0] and seconds[1] else None}
-        )
+    only: list[list[dict[str, Any]]] = [[], []]
+    counts, common, rows = [0, 0], 0, list[dict[str, Any]]()
+    with RecordStore(first, readonly=True) as a, RecordStore(second, readonly=True) as b:
+        for place in sorted({*a.problems(**which.filters), *b.problems(**which.filters)}):
+            problem = dict(zip(("spec", "target", "hardware", "threads"), place, strict=True))
+            sides = [which.trials(store, *place) for store in (a, b)]
+            ids = [{record.id for record in side} for side in sides]
+            common += len(ids[0] & ids[1])
+            for i in (0, 1):
+                counts[i] += len(ids[i] - ids[1 - i])
+                if as_json:
+                    only[i] += [record.to_dict() for record in sides[i] if record.id not in ids[1 - i]]
+            best = [preferred(side) for side in sides]
+            seconds = [record.seconds if record else None for record in best]
+            rows.append(
+                problem
+                | {"a": best[0].id if best[0] else None, "b": best[1].id if best[1] else None, "seconds": seconds}
+                | {"ratio": seconds[0] / seconds[1] if seconds[0] and seconds[1] else None}
+            )
     if as_json:
-        listed = {name: [record.to_dict() for record in found] for name, found in zip("ab", only, strict=True)}
-        emit({"only": listed, "common": len(ids[0] & ids[1]), "problems": rows})
+        emit({"only": dict(zip("ab", only, strict=True)), "common": common, "problems": rows})
         return
     if rows:
         hardware = len({row["hardware"] for row in rows}) > 1
@@ -301,8 +327,8 @@ def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> None:
             for row in rows
         ]
         say(table(["spec", "target", "hardware", "threads>", "A>", "B>", "A/B>"], cells))
-    note(f"{len(only[0])} records only in {tidy(first)}, {len(only[1])} only in {tidy(second)}")
-    note(f"{len(ids[0] & ids[1])} records in both")
+    note(f"{counts[0]} records only in {tidy(first)}, {counts[1]} only in {tidy(second)}")
+    note(f"{common} records in both")
 
 
 # ---- upkeep -----------------------------------------------------------------------------------
@@ -317,6 +343,9 @@ def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> None:
 def check(path: Path | None, measure: int | None, seed: int, as_json: bool, **wanted: Any) -> int:
     """Check the store's structure, and every record against its hashes.
 
+    Records that would answer builds here and are not believed are listed: those dated after now, or far too slow.
+    A build measures them again.
+
     With --measure, N of the records that builds of the layers asked for would use here are built again,
     validated against ONNX Runtime, and timed in turn with the defaults of their layers. The exit status is 1
     where such a kernel is wrong or certainly slower than the default, and 3 where the store is damaged.
@@ -324,11 +353,16 @@ def check(path: Path | None, measure: int | None, seed: int, as_json: bool, **wa
     which = Wanted.of(**wanted)
     with _open(path) as store:
         found = store.check()
-        checked = _measured(which, store, measure, seed) if measure and found.ok else []
+        answers = list(which.answers(store)) if found.ok else []
+        checked = _measured(which, answers, measure, seed) if measure else []
+    doubted = [record for answer in answers for record in answer.doubted]
     document = {"file": str(store.path), "rows": found.rows, "ok": found.ok, "problems": list(found.problems)}
+    document["not_believed"] = [{"id": id_, "reason": reason} for id_, reason in doubted]
     if measure:
         document["measured"] = [asdict(result) | {"record": result.record.to_dict()} for result in checked]
     _say(document, f"{found.rows} records in {tidy(store.path)}: {'all whole' if found.ok else 'damaged'}", as_json)
+    for id_, reason in doubted:
+        note(f"convgen: record {id_[:12]} is not believed: it is {reason}")
     if not found.ok:
         for problem in found.problems:
             note(f"convgen: {problem}")
@@ -340,11 +374,11 @@ def check(path: Path | None, measure: int | None, seed: int, as_json: bool, **wa
     return FAILED if bad else 0
 
 
-def _measured(which: Wanted, store: RecordStore, count: int, seed: int) -> list[Checked]:
+def _measured(which: Wanted, answers: Sequence[Answer], count: int, seed: int) -> list[Checked]:
     from ..hardware.target import resolve
     from ..tuning.recheck import check_records
 
-    best = [answer.record for answer in which.answers(store) if answer.record]
+    best = [answer.record for answer in answers if answer.record]
     sample = random.Random(seed).sample(best, min(count, len(best)))
     results = []
     for result in check_records(sample, resolve(which.target or "cpu")):
@@ -382,19 +416,19 @@ def prune(path: Path | None, keep: int, days: float, yes: bool, as_json: bool, *
 
     which = Wanted.of(**wanted)
     with RecordStore(path) if yes else _open(path) as store:
-        reasons = prunable(which.records(store), keep=keep, days=days, now=now())
-        dropped = [record.id for found in reasons.values() for record in found]
-        removed = store.remove(dropped) if yes else 0
+        counts, dropped = Counter[str](), list[str]()
+        for problem in which.problems(store):
+            for reason, found in prunable(problem, keep=keep, days=days, now=now()).items():
+                counts[reason] += len(found)
+                dropped += [record.id for record in found]
+        removed = store.remove(dropped, compact=True) if yes and dropped else 0
         total = len(store)
-        if removed:
-            store.compact()
-    counts = {reason: len(found) for reason, found in sorted(reasons.items())}
     if not as_json:
-        for reason, count in counts.items():
+        for reason, count in sorted(counts.items()):
             note(f"{count} {reason}")
     left = total if yes else total - len(dropped)
     verb = "dropped" if yes else "to drop (--yes does it)"
-    document = {"file": str(store.path), "reasons": counts, "removed": removed, "records": total}
+    document = {"file": str(store.path), "reasons": dict(sorted(counts.items())), "removed": removed, "records": total}
     _say(document, f"{removed if yes else len(dropped)} {verb}, {left} stay in {tidy(store.path)}", as_json)
 
 
@@ -465,20 +499,29 @@ def export(
         raise click.UsageError(f"{'--json' if as_json else '--note'} needs --out FILE")
     which = Wanted.of(**wanted)
     with _open(path) as store:
-        found = (
-            [answer.record for answer in which.answers(store) if answer.record] if best_only else which.records(store)
-        )
-    found = sorted(set(found), key=lambda record: (record.when, record.id))
-    if out is None or not to_file:
-        for record in found:
-            emit_text(record.to_json())
-        note(f"{len(found)} records")
-        return
-    if about is None:
-        write_lines(out, found)
-    else:
-        shipped.write(out, found, shipped.Origin.of(found, wanted["sources"], about))
-    _say({"exported": len(found), "file": str(out)}, f"{len(found)} records in {tidy(out)}", as_json)
+        found: Iterable[TuningRecord] = store.each(oldest_first=True, **which.filters)
+        if best_only:
+            best = {answer.record for answer in which.answers(store) if answer.record}
+            found = sorted(best, key=lambda record: (record.when, record.id))
+        count = 0
+
+        def counted() -> Iterator[TuningRecord]:
+            nonlocal count
+            for record in found:
+                count += 1
+                yield record
+
+        if out is None or not to_file:
+            for record in counted():
+                emit_text(record.to_json())
+            note(f"{count} records")
+            return
+        if about is None:
+            write_lines(out, counted())
+        else:
+            kept = list(counted())
+            shipped.write(out, kept, shipped.Origin.of(kept, wanted["sources"], about))
+    _say({"exported": count, "file": str(out)}, f"{count} records in {tidy(out)}", as_json)
 
 
 @records.command("import", short_help="Add the records of FILE, all or none.")

@@ -9,16 +9,22 @@ In this order, for the spec, the target and the number of threads asked for:
    (:func:`convgen.tuning.recheck.recheck`). The outcome is stored, so that the old record, still right or not, is
    not measured again.
 
-Among several records of one kind :func:`preferred` decides; a trial that had no final comparison must be clearly
+Among several records of one kind :func:`preferred` decides: first the winner of the final comparison that was
+added to the store last. Members of a comparison are measured together and added together; the order in which
+comparisons are added is the store's own, whatever clocks say. A trial that had no final comparison must be clearly
 faster than the default's. A record whose schedule is gone, has another version or no longer admits the picks
 answers nothing.
+
+What cannot be (:mod:`convgen.records.doubt`: dated after now, or far too slow) does not answer: it is measured
+again like a record of other versions, and the outcome, added last, answers from then on; where
+nothing can be measured the next record answers. Either is said.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,13 +32,15 @@ from ..errors import SpecError, UnsupportedError
 from ..hardware.target import Target, resolve
 from ..lowering.candidates import default_candidate, reference_candidate
 from ..lowering.discover import schedule as find_schedule
+from ..lowering.discover import schedules
 from ..lowering.schedule import Candidate, Picks
 from ..lowering.versions import versions
 from ..problem.spec import ConvSpec
 from . import shipped
+from .doubt import doubt
 from .outcome import Result
-from .record import TuningRecord
-from .store import RecordStore
+from .record import TuningRecord, trial_key
+from .store import Filters, RecordStore
 
 #: A trial is certainly faster than the default where its time is below this share of the default's: trials scatter
 #: by some percent.
@@ -74,6 +82,11 @@ def candidate_record(
         error=result.error,
         note=note,
     )
+
+
+def record_result(record: TuningRecord) -> Result:
+    """How the trial of a record ended. Its time is the record's: one from elsewhere may have no samples."""
+    return Result(record.outcome, () if record.seconds is None else (record.seconds,), record.error)
 
 
 def trial_identity(spec: ConvSpec, target: Target, threads: int, candidate: Candidate) -> dict[str, Any]:
@@ -123,14 +136,15 @@ def is_final(record: TuningRecord) -> bool:
 
 
 def preferred(records: Iterable[TuningRecord]) -> TuningRecord | None:
-    """The record to build from, of several for one problem: the winner of the newest final comparison, else the
-    fastest record of a final comparison, else the fastest trial; None where no trial was right.
+    """The record to build from, of several for one problem in the order in which they were added: the winner of the
+    last final comparison, else the fastest record of a final comparison, else the fastest trial; None where no
+    trial was right.
     """
     right = [record for record in records if record.outcome == "ok"]
     finals = [record for record in right if is_final(record)]
     winners = [record for record in finals if (record.note or {}).get("winner")]
     if winners:
-        return max(winners, key=lambda record: (record.when, record.id))
+        return winners[-1]
     return min(finals or right, key=lambda record: (record.seconds or 0.0, record.id), default=None)
 
 
@@ -158,15 +172,19 @@ class Answer:
         origin: where the record is from, if it was not measured on this machine; empty otherwise.
         note: what a user should know about the record; empty otherwise.
         rejected: candidates that a re-check found not to work.
-        outdated: records to measure again before there is an answer (:func:`convgen.tuning.recheck.recheck`);
-            the first has other versions. Empty where this is the answer.
+        to_measure: records to measure again before there is an answer (:func:`convgen.tuning.recheck.recheck`).
+            Empty where this is the answer.
+        reason: why the first of these must be, as what it is: ``of convgen 0.0.1``, ``dated 2099-01-01, after now``.
+        doubted: ids of records that would answer and are not believed, and what they are.
     """
 
     record: TuningRecord | None
     origin: str = ""
     note: str = ""
     rejected: frozenset[Candidate] = frozenset()
-    outdated: tuple[TuningRecord, ...] = ()
+    to_measure: tuple[TuningRecord, ...] = ()
+    reason: str = ""
+    doubted: tuple[tuple[str, str], ...] = ()
 
 
 def best_record(store: RecordStore, spec: ConvSpec, target: Target, threads: int) -> TuningRecord | None:
@@ -190,59 +208,68 @@ def find_record(
     Raises:
         RecordError: the store cannot be read, or a shipped database is damaged.
     """
-    known, today = _Known(store, spec, target, threads), versions()
-    own, old = known.own_best(), known.best(known.outdated, new=True)
-    if own is not None and (is_final(own) or old is None or not is_final(old)):
-        return Answer(own)
-    alike, packaged = known.best(known.alike, new=True), _packaged(spec, target, threads)
-    if alike is None:
-        alike = known.best((record for record in packaged if record.versions == today), new=True)
-    if own is None and alike is None and old is None:
-        old = known.best((record for record in packaged if record.versions != today), new=True)
-    if old is None or not measure or not spec.n:
-        best = own or alike
-        if best is None or best is own:
-            return Answer(best)
-        origin = _origin(best, packaged)
-        is_elsewhere = best.hardware != target.hardware
-        return Answer(best, origin, f"{spec.descriptor}: the record is {origin}" if is_elsewhere else "")
-    contenders = [record for record in (old, own, alike) if record]
+    known = _Known(store, spec, target, threads)
+    measure = measure and spec.n > 0
+    answer = known.answer(measure)
+    doubted: list[tuple[TuningRecord, str]] = []
+    while answer.record is not None and (reason := doubt(answer.record, store, spec, target)):
+        doubted.append((answer.record, reason))
+        known.left_out.add(answer.record.id)
+        answer = known.answer(measure)
+    if not doubted:
+        return answer
+    (record, reason), *_ = doubted
+    others = answer.to_measure or ((answer.record,) if answer.record else ())
     default = default_candidate(spec, target)
-    if all(record_candidate(record, spec, target) == default for record in contenders):
-        return Answer(own)  # there is nothing to compare the default with
-    return Answer(None, outdated=tuple(contenders))
+    contenders = (record, *others)
+    if measure and any(record_candidate(each, spec, target) != default for each in contenders):
+        return Answer(None, to_measure=contenders, reason=reason)
+    said = f"{spec.descriptor}: record {record.id[:12]} is not believed: it is {reason}"
+    said_doubts = tuple((each.id, why) for each, why in doubted)
+    return replace(answer, note="; ".join(filter(None, (said, answer.note))), doubted=said_doubts)
 
 
 class _Known:
-    """What a store knows about one problem on machines of this kind.
+    """What a store knows about one problem on machines of this kind: it is asked, record by record, and however many
+    there are few are read.
 
     Attributes:
-        own: records of this machine and today's versions, failures too.
-        alike: right trials of other machines and today's versions.
-        outdated: right trials of other versions.
+        left_out: ids of records that are not to answer.
     """
 
     def __init__(self, store: RecordStore, spec: ConvSpec, target: Target, threads: int) -> None:
-        self._spec, self._target, today = spec, target, versions()
-        trials = store.trials(spec=spec.descriptor, target=target.spelling, threads=threads)
-        trials = [record for record in trials if same_kind(record.hardware, target, threads)]
-        self.outdated = [record for record in trials if record.versions != today and record.outcome == "ok"]
-        current = [record for record in trials if record.versions == today]
-        self.own = [record for record in current if record.hardware == target.hardware]
-        others = [record for record in current if record.hardware != target.hardware]
-        self.alike = [record for record in others if record.outcome == "ok"]
+        self._store, self._spec, self._target, self._threads = store, spec, target, threads
+        self._problem: Filters = {"spec": spec.descriptor, "target": target.spelling, "threads": threads}
+        self._schedules = [f"{schedule.id} {schedule.version}" for schedule in schedules().values()]
+        self.left_out: set[str] = set()
 
-    def best(self, records: Iterable[TuningRecord], *, new: bool = False) -> TuningRecord | None:
-        """The preferred record among those that can still be built; with ``new`` only those whose candidate this
-        machine has not measured with today's versions.
-        """
-        left = [record for record in records if has_schedule(record)]
-        while (best := preferred(left)) is not None:
-            candidate = record_candidate(best, self._spec, self._target)
-            if candidate is not None and not (new and candidate in self._measured):
-                return best
-            left.remove(best)
-        return None
+    def answer(self, measure: bool) -> Answer:
+        """What answers if everything is believed."""
+        spec, target = self._spec, self._target
+        own = self.own_best()
+        if own is not None and is_final(own):
+            return Answer(own)
+        old = self._best(self._machines, old=True, new=True)
+        if own is not None and (old is None or not is_final(old)):
+            return Answer(own)
+        packaged, today = _packaged(spec, target, self._threads), versions()
+        alike = self._best([name for name in self._machines if name != target.hardware], new=True)
+        if alike is None:
+            alike = self._best_of([record for record in packaged if record.versions == today])
+        if own is None and alike is None and old is None:
+            old = self._best_of([record for record in packaged if record.versions != today])
+        if old is None or not measure:
+            best = own or alike
+            if best is None or best is own:
+                return Answer(best)
+            origin = _origin(best, packaged)
+            is_elsewhere = best.hardware != target.hardware
+            return Answer(best, origin, f"{spec.descriptor}: the record is {origin}" if is_elsewhere else "")
+        contenders = [record for record in (old, own, alike) if record]
+        default = default_candidate(spec, target)
+        if all(record_candidate(record, spec, target) == default for record in contenders):
+            return Answer(own)  # there is nothing to compare the default with
+        return Answer(None, to_measure=tuple(contenders), reason=f"of {other_versions(old)}")
 
     def own_best(self) -> TuningRecord | None:
         """The preferred record of this machine and today's versions.
@@ -250,17 +277,55 @@ class _Known:
         A trial that had no final comparison must be :data:`CLEARLY` faster than the default's, which answers
         otherwise: tuning must not make a layer slower.
         """
-        best = self.best(self.own)
+        best = self._best([self._target.hardware])
         if best is None or is_final(best):
             return best
         default = default_candidate(self._spec, self._target)
-        tried = [r for r in self.own if r.outcome == "ok" and record_candidate(r, self._spec, self._target) == default]
+        tried = self._store.trials(trial_key=self._key(default), outcome="ok")
         unproven = [r for r in tried if (best.seconds or 0.0) > CLEARLY * (r.seconds or 0.0)]
-        return preferred(unproven) or best
+        return preferred(record for record in unproven if record.id not in self.left_out) or best
 
     @cached_property
-    def _measured(self) -> set[Candidate | None]:
-        return {record_candidate(record, self._spec, self._target) for record in self.own}
+    def _machines(self) -> list[str]:
+        """The machines of this kind, this one among them."""
+        found = {hardware for _, _, hardware, _ in self._store.problems(**self._problem)}
+        return [hardware for hardware in sorted(found) if same_kind(hardware, self._target, self._threads)]
+
+    def _best(self, machines: list[str], *, old: bool = False, new: bool = False) -> TuningRecord | None:
+        """The record of some machines that :func:`preferred` would take among those that can still be built.
+
+        Args:
+            old: of other versions than today's.
+            new: only those whose candidate this machine has not measured with today's versions.
+        """
+        asked: Filters = {**self._problem, "hardware": machines}
+        for marks in (("final", "winner"), ("final",), ()):
+            found = self._store.first(
+                lambda record: self._can_answer(record, new),
+                newest="winner" in marks,
+                marked=marks,
+                versions=versions(),
+                other_versions=old,
+                schedules=self._schedules,
+                **asked,
+            )
+            if found is not None:
+                return found
+        return None
+
+    def _best_of(self, records: list[TuningRecord]) -> TuningRecord | None:
+        """The preferred one of the package's records, as :meth:`_best` with ``new``."""
+        return preferred(record for record in records if self._can_answer(record, new=True))
+
+    def _can_answer(self, record: TuningRecord, new: bool) -> bool:
+        candidate = record_candidate(record, self._spec, self._target)
+        if candidate is None or record.id in self.left_out:
+            return False
+        return not (new and self._store.has(self._key(candidate)))
+
+    def _key(self, candidate: Candidate) -> str:
+        """What the trial of a candidate on this machine is known by."""
+        return trial_key(**trial_identity(self._spec, self._target, self._threads, candidate))
 
 
 def _packaged(spec: ConvSpec, target: Target, threads: int) -> list[TuningRecord]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -251,13 +251,12 @@ def load_json(text: str | bytes) -> Any:
     return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
 
 
-def read_lines(path: Path | str) -> list[TuningRecord]:
-    """The records of a JSON-lines file.
+def read_lines(path: Path | str) -> Iterator[TuningRecord]:
+    """The records of a JSON-lines file, one after the other.
 
     Raises:
         RecordError: the file cannot be read, or a line is not a record; names the file, line and field.
     """
-    found = []
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(_LINE_BYTES + 1), b""), 1):
@@ -265,10 +264,9 @@ def read_lines(path: Path | str) -> list[TuningRecord]:
                 if len(line) > _LINE_BYTES:
                     raise RecordError(f"{where}: expected at most {_LINE_BYTES} bytes, found more")
                 if line.strip():
-                    found.append(TuningRecord.from_json(line, where))
+                    yield TuningRecord.from_json(line, where)
     except OSError as error:
         raise RecordError(f"{path}: {error.strerror}") from error
-    return found
 
 
 def write_lines(path: Path | str, records: Iterable[TuningRecord]) -> None:

@@ -129,7 +129,7 @@ def _title(models: Sequence[Model], store: RecordStore) -> str:
 
 
 def _add(setting: Setting, descriptor: str, records: list[TuningRecord], drifts: list[tuple[str, float]]) -> None:
-    """Add a layer to a setting, from the records of its problem in the order of time.
+    """Add a layer to a setting, from the records of its problem in the order in which they were added.
 
     Of several versions only the newest count: times of different code cannot be compared.
     """
@@ -138,7 +138,7 @@ def _add(setting: Setting, descriptor: str, records: list[TuningRecord], drifts:
     newest_searched = searched[-1].versions if searched else newest
     trials = [record for record in searched if record.versions == newest_searched]
     current = [record for record in records if record.versions == newest]
-    layer = Layer(descriptor, _parsed(descriptor), newest, records[0].when)
+    layer = Layer(descriptor, _parsed(descriptor), newest, min(record.when for record in records))
     layer.older = sum(record.versions not in (newest, newest_searched) for record in records)
 
     places: dict[str, int] = {}  # trial key -> the number of its trial
@@ -164,8 +164,9 @@ def _add(setting: Setting, descriptor: str, records: list[TuningRecord], drifts:
         note = record.note or {}
         setting.jobs.update([note["job"]] if isinstance(note.get("job"), str) else [])
         setting.devices.update([note["device"]] if isinstance(note.get("device"), str) else [])
-    setting.first = min(setting.first or records[0].when, records[0].when)
-    setting.last = max(setting.last, records[-1].when)
+    times = [record.when for record in records]
+    setting.first = min([*times, *filter(None, [setting.first])])
+    setting.last = max([*times, setting.last])
 
     if winner := preferred(current):
         layer.seconds, layer.schedule, layer.picks = winner.seconds, winner.schedule, winner.picks

@@ -50,7 +50,7 @@ class Journal:
 
     def foreign(self) -> int:
         """How many records came from elsewhere: where it has grown, there is something to learn."""
-        return 0 if self.store is None else len(self.store) - self._added
+        return 0 if self.store is None else self.store.last() - self._added
 
     def charge(self) -> float:
         """Seconds since this was called last."""

@@ -12,12 +12,12 @@ kernel says which measurements tell something about each other:
 Times count as multiples of the layer's operations at the nominal peak, so that layers of all sizes teach
 each other. How much picks matter in a layer and how much its measurements scatter, the measurements tell.
 
-Every prediction is computed from the records nearest to the layer: nothing is trained ahead, a new record
-counts at once, the same records always give the same answer, and the uncertainty that comes with it tells a
-:class:`~convgen.tuning.race.Race` what is worth trying. It takes NumPy only. Gradient-boosted trees (XGBoost, the
-model of MetaSchedule and AutoTVM) were tried on 404 trials of 24 layers, each layer left out in turn: they put
-the first candidate within 5 % of the best later (place 3.1 to 4.4 in the mean, this 2.9), say nothing of
-their uncertainty, and bring SciPy.
+Every prediction is computed from the records nearest to the layer, which are all that is read of a store: nothing
+is trained ahead, a new record counts at once, the same records always give the same answer, and the uncertainty
+that comes with it tells a :class:`~convgen.tuning.race.Race` what is worth trying. It takes NumPy only.
+Gradient-boosted trees (XGBoost, the model of MetaSchedule and AutoTVM) were tried on 404 trials of 24 layers, each
+layer left out in turn: they put the first candidate within 5 % of the best later (place 3.1 to 4.4 in the mean,
+this 2.9), say nothing of their uncertainty, and bring SciPy.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ Array = NDArray[np.float64]
 
 #: Records a prediction is computed from: all of the layer's own, then those of the nearest layers.
 NEAREST = 500
+#: Layers of a store that are considered at all, those measured last; and how many of the nearest may hand on winners.
+FAMILIAR, NEIGHBOURS = 10_000, 32
+#: Records of other layers that are read for the predictions of one: more than are needed, as some may mean nothing.
+READ = 2000
 #: The mean: the weight of log-cost, what one changed pick costs, and what each doubling of one costs.
 COST, CHANGED, DOUBLED = 0.8, 0.05, 0.03
 #: The kernel, in units of log-seconds: a schedule's level in layers like this, the effect of its picks
@@ -96,6 +100,8 @@ class _Layer:
     algorithms: dict[str, _Algorithm] = field(default_factory=dict)
     seconds: dict[Candidate, float | None] = field(default_factory=dict)
     rows: dict[Candidate, _Row] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)  # descriptors of specs whose records are still to be read
+    read: int = 0  # records of other layers that were read for this one
 
     @property
     def best(self) -> float:
@@ -113,19 +119,24 @@ class Ranker:
         self.target, self.threads = target, threads
         self._layers: dict[tuple[str, int, str], _Layer] = {}
         self._specs: dict[str, ConvSpec | None] = {}
+        self._store: RecordStore | None = None
+        self._order: dict[int, list[tuple[float, _Layer]]] = {}  # by layer: the others, the most alike first
 
     @classmethod
     def from_store(cls, store: RecordStore | None, target: Target, threads: int) -> Ranker:
         """A ranker taught by a store's records for the target, whatever the thread count or machine.
 
+        It reads those of a layer when they are first needed: the store stays open as long as the ranker is used.
         Without records it knows what the schedules say of themselves.
 
         Raises:
             RecordError: the store cannot be read.
         """
         ranker = cls(target, threads)
-        for record in store.trials(target=target.spelling) if store is not None else ():
-            ranker.learn(record)
+        ranker._store = store
+        for descriptor, _, hardware, count in store.problems(last=FAMILIAR, target=target.spelling) if store else ():
+            if spec := ranker._spec(descriptor):
+                ranker._layer(spec, count, hardware).unread.append(descriptor)
         return ranker
 
     def learn(self, record: TuningRecord) -> None:
@@ -179,9 +190,10 @@ class Ranker:
         """
         own = self._layer(spec.core, self.threads, self.target.hardware)
         found: list[Candidate] = []
-        for likeness, other in self._neighbours(own):
+        for likeness, other in self._neighbours(own)[:NEIGHBOURS]:
             if likeness < SIMILAR or len(found) == WINNERS:
                 break
+            self._read(other, own)
             if other.best < math.inf:
                 winner = min((s, str(c), c) for c, s in other.seconds.items() if s is not None)[2]
                 adapted = self._adapted(winner, other, own)
@@ -255,6 +267,8 @@ class Ranker:
         )
 
     def _observe(self, layer: _Layer, candidate: Candidate, seconds: float | None) -> None:
+        if not layer.seconds:
+            self._order.clear()  # one more that may be near
         layer.seconds[candidate] = seconds
         layer.rows[candidate] = self._row(layer, candidate)
 
@@ -279,20 +293,41 @@ class Ranker:
 
     # ---- the process --------------------------------------------------------------------------
 
+    def _read(self, layer: _Layer, own: _Layer) -> None:
+        """Learn what the store has of a layer near one's own: of much the newest.
+
+        What was measured here meanwhile is the same, or newer.
+        """
+        while layer.unread and self._store is not None and (layer is own or own.read < READ):
+            found = self._store.trials(
+                spec=layer.unread.pop(),
+                target=self.target.spelling,
+                hardware=layer.hardware,
+                threads=layer.threads,
+                limit=NEAREST,
+            )
+            own.read += 0 if layer is own else 1 + len(found)
+            for record in found:
+                self.learn(record)
+
     def _neighbours(self, own: _Layer) -> list[tuple[float, _Layer]]:
-        """All other layers, the most alike first."""
-        others = [layer for layer in self._layers.values() if layer is not own and layer.seconds]
-        if not others:
-            return []
-        likeness = _alike(own.place[None], np.stack([layer.place for layer in others]))[0]
-        order = np.argsort(-likeness, kind="stable")
-        return [(float(likeness[i]), others[i]) for i in order]
+        """The nearest other layers of which there are records, the most alike first."""
+        found = self._order.get(id(own))
+        if found is None:
+            others = [layer for layer in self._layers.values() if layer is not own and (layer.seconds or layer.unread)]
+            if not others:
+                return []
+            likeness = _alike(own.place[None], np.stack([layer.place for layer in others]))[0]
+            order = np.argsort(-likeness, kind="stable")[:NEAREST]
+            found = self._order[id(own)] = [(float(likeness[i]), others[i]) for i in order]
+        return found
 
     def _given(self, own: _Layer) -> tuple[list[tuple[_Layer, _Row]], list[float]]:
         """What a prediction for a layer is computed from, and the measured values."""
         given: list[tuple[_Layer, _Row]] = []
         values: list[float] = []
         for layer in (own, *(layer for _, layer in self._neighbours(own))):
+            self._read(layer, own)
             limit = math.log(layer.best / layer.bound) + SLOW if layer.best < math.inf else math.inf
             for candidate, seconds in layer.seconds.items():
                 row = layer.rows[candidate]

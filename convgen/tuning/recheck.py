@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from ..measure.compare import ratio_interval
 from ..measure.trial import CandidateModule, Expected, candidate_module
 from ..measure.workers import LocalBuilder, LocalRunner, Pools
 from ..problem.spec import ConvSpec
-from ..records.answer import Answer, candidate_record, other_versions, record_candidate
+from ..records.answer import Answer, candidate_record, record_candidate
 from ..records.outcome import Result
 from ..records.record import TuningRecord
 from ..records.store import RecordStore
@@ -92,18 +92,19 @@ def recheck(
     spec: ConvSpec,
     target: Target,
     threads: int,
-    records: Sequence[TuningRecord],
+    answer: Answer,
     pools: Callable[[], Pools] | None = None,
 ) -> Answer:
-    """Measure records again, in turn with the default: in worker processes, in one or two seconds.
+    """Measure the records of an answer again, in turn with the default: in worker processes, in one or two seconds.
 
     The fastest that is right answers; the default, unless another is faster for certain. Each becomes a
     record of today, of a final comparison where it was right; where the store cannot be written, the
     answer's note says so.
 
     Args:
-        records: the first is the one of other versions.
+        answer: says which records, and why the first of them.
     """
+    records = answer.to_measure
     default = default_candidate(spec, target)
     old = {candidate: record for record in records if (candidate := record_candidate(record, spec, target))}
     with _some_pools(target, pools) as workers:
@@ -137,7 +138,7 @@ def recheck(
         verdict = f"has expired: {results[was].outcome}"
     else:
         verdict = f"has expired: {'not faster than the default' if winner == default else 'another is faster'} now"
-    said = f"{spec.descriptor}: a record of {other_versions(records[0])} was measured again and {verdict}{kept}"
+    said = f"{spec.descriptor}: record {records[0].id[:12]} {answer.reason} was measured again and {verdict}{kept}"
     rejected = frozenset(candidate for candidate in results if candidate not in right)
     return Answer(made[winner] if winner else None, "measured again", said, rejected)
 

@@ -73,7 +73,7 @@ class Round:
         places = runner.devices + (runner.devices if runner.isolated else 0)
         try:
             while (self.building or running) and not interrupts.came:
-                stopped = stop() or bool(search.over)
+                stopped = stop()
                 if stopped and not running:
                     break
                 stopped = self._start(expected, places, stopped, stop)
@@ -107,7 +107,7 @@ class Round:
                 self._running[job] = candidate, path
             elif path.outcome != INTERRUPTED.outcome:
                 search.commit(candidate, path)
-                stopped = stop() or bool(search.over)
+                stopped = stop()
         return stopped
 
     def _finish(self) -> None:
@@ -171,6 +171,9 @@ def take_rounds(pools: Pools, choose: Callable[[], tuple[Search, int] | None], s
                 time.sleep(LOOK_SECONDS)
         return None
 
+    def is_over(current: Round) -> bool:
+        return stop() or bool(current.search.over)
+
     ahead: list[Round] = []
 
     def meanwhile() -> None:
@@ -178,7 +181,7 @@ def take_rounds(pools: Pools, choose: Callable[[], tuple[Search, int] | None], s
 
     try:
         while current := ahead.pop() if ahead else begin(wait_for_others=True):
-            current.measure(stop, meanwhile if pools.runner.isolated else None)
+            current.measure(partial(is_over, current), meanwhile if pools.runner.isolated else None)
     finally:
         for left in ahead:
             left.abandon()

@@ -15,7 +15,8 @@ from typing import Any
 from ..lowering.schedule import Candidate
 from ..lowering.versions import versions
 from ..problem.spec import ConvSpec
-from ..records.answer import candidate_record, is_final, record_candidate, trial_identity
+from ..records.answer import candidate_record, is_final, record_candidate, record_result, trial_identity
+from ..records.doubt import doubt
 from ..records.outcome import Result
 from ..records.record import TuningRecord, trial_key
 from .context import SearchContext
@@ -165,9 +166,8 @@ class Search:
             target=target.spelling,
             hardware=target.hardware,
             threads=self.context.threads,
+            skip=lambda id_: id_[:16] in self._ids,
         ):
-            if record.id[:16] in self._ids:
-                continue
             self._ids.add(record.id[:16])
             self._tally(record)
             if record.versions != versions() or record.schedule in self.exclude:
@@ -182,7 +182,11 @@ class Search:
         for candidate, record in finals:
             self._learn(candidate, record)  # one that travelled without its trial
             self.compared.add(candidate)
-            if (record.note or {}).get("winner"):
+            if not (record.note or {}).get("winner"):
+                continue
+            if doubt(record, store, self.spec, target):
+                self.winner = None  # all are compared again
+            else:
                 self.win(record)
 
     def _tally(self, record: TuningRecord) -> None:
@@ -198,7 +202,7 @@ class Search:
             return
         state, before = self.state, self.race.best
         self.tried[candidate] = record.seconds
-        self.race.tell(candidate, Result(record.outcome, record.samples, record.error))
+        self.race.tell(candidate, record_result(record))
         state.done += 1
         if record.seconds is None:
             state.failures[record.outcome] += 1

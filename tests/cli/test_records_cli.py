@@ -79,6 +79,29 @@ def test_lists_are_filtered(tmp_path: Path, run_json: Callable[..., Any]) -> Non
     assert listed("conv1d ic1 oc1 i8 k1") == 0
 
 
+def test_of_many_those_added_last_are_listed(
+    tmp_path: Path, run: Run, run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the rest is told of, never dropped in silence; JSON has all unless it is told otherwise."""
+    items = [record(seconds=1e-3 + i * 1e-6) for i in range(9)]
+    store = ["--records", filled(tmp_path / "r.sqlite", *items, record(outcome="crash", seconds=None))]
+    assert [found["id"] for found in run_json("list", "--outcome", "ok", *store)] == [item.id for item in items]
+    assert [found["id"] for found in run_json("list", "--limit", 2, "--outcome", "ok", *store)] == [
+        item.id for item in items[-2:]
+    ]
+    assert run("list", "--json", "--outcome", "ok", *store)[1] == (
+        json.dumps([item.to_dict() for item in items], indent=2) + "\n"
+    )
+    assert run("list", "--json", "--outcome", "wrong", *store)[1] == "[]\n"
+    monkeypatch.setattr(importlib.import_module("convgen.cli.records"), "SHOWN", 3)
+    _, out, err = run("list", *store)
+    assert [item.id[:12] in out for item in items] == [False] * 7 + [True] * 2
+    assert "10 records in" in err
+    assert "9 ok, 1 crash; 7 added before these are not shown (--limit N shows more)" in err
+    assert "not shown" not in run("list", "--limit", 10, *store)[2]
+    assert run("list", "--limit", 0, *store)[0] == 2
+
+
 def test_a_record_is_shown_with_what_builds_it(
     tmp_path: Path, run: Run, run_json: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,7 +138,7 @@ def test_a_record_is_shown_with_what_builds_it(
 def test_the_best_are_those_that_answer(tmp_path: Path, run: Run, run_json: Callable[..., Any]) -> None:
     winner, alike = final(another(), winner=True), final(another(), threads=1, hardware=elsewhere())
     old = final(another(), threads=3, versions=OTHER)
-    store = ["--records", filled(tmp_path / "r.sqlite", winner, record(seconds=1e-9), alike, old, *some(3))]
+    store = ["--records", filled(tmp_path / "r.sqlite", winner, record(seconds=0.9e-3), alike, old, *some(3))]
     expected = sorted([winner.id, alike.id])
     assert sorted(r["id"] for r in run_json("best", *store)) == expected
     assert [r["id"] for r in run_json("best", "--threads", 2, *store)] == [winner.id]
@@ -218,7 +241,9 @@ def test_what_can_go_is_told_and_then_goes(tmp_path: Path, run: Run, run_json: C
 def test_the_best_travel_in_a_file(tmp_path: Path, run: Run, run_json: Callable[..., Any]) -> None:
     """``export --best LAYERS > FILE``, ``import FILE`` elsewhere, and builds are the same."""
     winner = final(another(), winner=True)
-    here = filled(tmp_path / "r.sqlite", winner, *(record(seconds=s) for s in (1e-9, 2e-9)), final(spec=OTHER_LAYER))
+    here = filled(
+        tmp_path / "r.sqlite", winner, *(record(seconds=s) for s in (0.8e-3, 0.9e-3)), final(spec=OTHER_LAYER)
+    )
     status, out, err = run("export", "--best", TEXT, "--threads", 2, "--records", here)
     assert (status, err) == (0, "1 records\n")
     assert out == winner.to_json() + "\n"

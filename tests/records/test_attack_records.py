@@ -692,7 +692,7 @@ def test_a_clock_that_runs_backwards_loses_nothing(tmp_path: Path, monkeypatch: 
     items = [record(seconds=1e-3 * (i + 1), when=records_module.now()) for i in range(5)]
     with RecordStore(tmp_path / "r.sqlite") as store:
         assert all(store.add(item) for item in items)
-        assert [item.when[:4] for item in store.trials()] == ["1970", "2020", "2026", "2026", "9999"]
+        assert [item.when[:4] for item in store.each(oldest_first=True)] == ["1970", "2020", "2026", "2026", "9999"]
         assert store.best(SPEC, **PLACE) == items[0]
         assert store.check().ok
 

@@ -65,11 +65,15 @@ def test_trials_match_every_filter(store: RecordStore) -> None:
     assert store.trials(spec=SPEC, schedule="cpu_gemm", outcome="crash") == []
 
 
-def test_trials_come_oldest_first(store: RecordStore) -> None:
+def test_trials_come_in_the_order_they_were_added(store: RecordStore) -> None:
+    """Whatever a clock said; by time where that is asked for."""
     times = [f"2026-01-{day:02}T00:00:00Z" for day in range(1, 10)]
-    for when in random.Random(1).sample(times, len(times)):
+    mixed = random.Random(1).sample(times, len(times))
+    for when in mixed:
         store.add(record(when=when))
-    assert [item.when for item in store.trials()] == times
+    assert [item.when for item in store.trials()] == [item.when for item in store.each()] == mixed
+    assert [item.when for item in store.trials(limit=3)] == mixed[-3:]
+    assert [item.when for item in store.each(oldest_first=True)] == times
 
 
 def test_best_is_the_fastest_that_fits(store: RecordStore) -> None:

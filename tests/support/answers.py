@@ -26,7 +26,8 @@ def another() -> Candidate:
 
 
 def final(candidate: Candidate | None = None, seconds: float = 1e-3, winner: bool | None = None, **changes: Any) -> Any:
-    note: dict[str, Any] = {"final": True} | ({} if winner is None else {"winner": winner})
+    """A record of a final comparison, where the default took as long."""
+    note: dict[str, Any] = {"final": True, "default_seconds": seconds} | ({} if winner is None else {"winner": winner})
     return record(candidate, seconds, **{"note": note, **changes})
 
 

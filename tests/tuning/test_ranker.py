@@ -225,8 +225,8 @@ def test_a_store_teaches_of_every_thread_count_and_machine(tmp_path: Path) -> No
         for i, x in enumerate(SIZES):
             store.add(record(ALIKE, at(x), 1e-4 / x, threads=1 + i % 2, hardware=f"machine {i % 3}"))
         ranker = Ranker.from_store(store, resolve(), 2)
-    assert best_of(ranker).picks.tile_x > 1
-    assert ranker.similar(LAYER)
+        assert best_of(ranker).picks.tile_x > 1
+        assert ranker.similar(LAYER)
 
 
 def test_real_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,8 +245,7 @@ def test_real_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with RecordStore(tmp_path / "records.sqlite") as store:
         store.add(record(LAYER, default, 1e-4))
         store.add(record(LAYER, near[0], 0.5e-4))
-        ranker = Ranker.from_store(store, target, 2)
-    scores = ranker.predict(LAYER, [default, *near])
+        scores = Ranker.from_store(store, target, 2).predict(LAYER, [default, *near])
     assert all(math.isfinite(score) for score in scores)
     assert len(set(scores)) > len(scores) // 4
     assert scores[1] < scores[0]

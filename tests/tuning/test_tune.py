@@ -250,6 +250,21 @@ def test_without_a_gain_the_search_ends_and_stays_ended(store: RecordStore, monk
     assert runner.trials == runner.duels == []
 
 
+def test_a_search_that_is_over_still_measures_the_default(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store has more than enough trials, but not this one: they were imported, or others were pruned."""
+    speed: Speed = lambda *what: 1e-3 + 1e-5 * what[2]  # noqa: E731
+    tuner, _ = fakes(monkeypatch, store, speed, FakeSchedule(size=90))
+    tuner.tune(LAYER, patience=4)
+    (default,) = [record for record in searched(store) if record.picks == dict(tuner.search(LAYER).race.default.picks)]
+    store.remove(record.id for record in store.trials() if is_final(record) or record == default)
+    again, runner = fakes(monkeypatch, store, speed, FakeSchedule(size=90))
+    winner = again.tune(LAYER, patience=3)
+    assert winner is not None
+    assert is_final(winner)
+    assert len(runner.trials) == 1
+    assert default.trial_key in {record.trial_key for record in searched(store)}
+
+
 def test_a_layer_with_one_candidate_is_done_after_it(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
     tuner, runner = fakes(monkeypatch, store, lambda *_: 1e-3, FakeSchedule(size=1))
     winner = tuner.tune(LAYER)

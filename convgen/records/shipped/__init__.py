@@ -138,7 +138,7 @@ def records_of(path: Path, count: int) -> dict[str, list[TuningRecord]]:
         RecordError: the file cannot be read, a line is not a record, or there are not ``count`` of them.
     """
     found: dict[str, list[TuningRecord]] = {}
-    records = read_lines(path)
+    records = list(read_lines(path))
     if len(records) != count:
         raise RecordError(f"{path}: expected {count} records, as the file beside it says, found {len(records)}")
     for record in records:

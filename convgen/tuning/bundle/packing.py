@@ -28,7 +28,7 @@ from ...measure.standalone.timing import DUEL_SECONDS, HOPELESS, SAMPLE_SECONDS,
 from ...measure.trial import LAYER_FACTOR, WORKER_BYTES, Expected, candidate_module
 from ...measure.workers import LocalBuilder
 from ...problem.spec import ConvSpec
-from ...records.answer import record_candidate
+from ...records.answer import record_candidate, record_result
 from ...records.outcome import Result
 from ...records.store import RecordStore
 from ..final import ROUNDS
@@ -208,7 +208,7 @@ class _Packer:
             ):
                 candidate = record_candidate(record, spec, target) if record.versions == versions() else None
                 if candidate is not None and candidate not in race.seen:
-                    race.tell(candidate, Result(record.outcome, record.samples, record.error))
+                    race.tell(candidate, record_result(record))
                     known[candidate] = record.seconds or 0.0
         chosen = race.ask(self.candidates)
         if chosen and known.get(race.default):

@@ -1,0 +1,59 @@
+"""Which records are not believed before they are measured again.
+
+A record says what a machine once measured; a clock that was wrong, a file that was imported, or a machine that was
+busy may have made it say what cannot be. What speaks against one:
+
+- it is dated more than a day after now;
+- it is :data:`SLOWER` times slower than another record of its problem, machine and versions that no later record of the
+  same trial has corrected;
+- nothing in it says how fast the default was at the same time, and it is :data:`ABSURD` times slower than what
+  the default's schedule predicts, a call's overhead added.
+
+A record that a re-check has made stands whatever others say: it was measured because of them.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+from ..hardware.target import Target
+from ..lowering.candidates import default_candidate
+from ..problem.spec import ConvSpec
+from .record import TuningRecord
+from .store import RecordStore
+
+#: By how much clocks may differ.
+AHEAD = timedelta(days=1)
+#: Times by which a busy machine does not make the winner of a comparison slower than a trial.
+SLOWER = 4.0
+#: Times by which no prediction is wrong, and seconds that a call takes for nothing.
+ABSURD, OVERHEAD = 25.0, 2e-5
+
+
+def is_ahead(record: TuningRecord) -> bool:
+    """Whether a record is dated after now, by more than clocks may differ."""
+    return datetime.fromisoformat(record.when) > datetime.now(UTC) + AHEAD
+
+
+def doubt(record: TuningRecord, store: RecordStore, spec: ConvSpec, target: Target) -> str:
+    """What speaks against a record, as what it is: ``dated 2099-01-01, after now``; empty where nothing does."""
+    note, seconds = record.note or {}, record.seconds or 0.0
+    if is_ahead(record):
+        return f"dated {record.when[:10]}, after now"
+    if "recheck" in note:
+        return ""
+    faster = store.first(
+        lambda other: True,
+        latest=True,
+        versions=record.versions,
+        spec=record.spec,
+        target=record.target,
+        hardware=record.hardware,
+        threads=record.threads,
+    )
+    if faster is not None and seconds > SLOWER * (faster.seconds or 0.0):
+        return f"{seconds / (faster.seconds or seconds):.3g} times slower than record {faster.id[:12]}"
+    predicted = default_candidate(spec, target).schedule.cost(spec.core, target) + OVERHEAD
+    if note.get("default_seconds") is None and seconds > ABSURD * predicted:
+        return f"{seconds / predicted:.3g} times slower than predicted for the default"
+    return ""
