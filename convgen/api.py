@@ -46,6 +46,7 @@ def build(
         UnsupportedError: the target is unknown, or is a CPU's and cannot run here.
         BuildError: TVM, LLVM, NVIDIA's or the C compiler failed.
         RecordError: the store cannot be read or written.
+        FolderError: the temporary folder cannot be written, is full, or nothing can be loaded from it.
     """
     spec = ConvSpec.parse(spec) if isinstance(spec, str) else spec
     resolved = resolve(target)

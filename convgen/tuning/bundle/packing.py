@@ -291,7 +291,7 @@ class _Packer:
         names = [*(name for name in spec.shapes if name != "dst"), "expected", *(["bound"] if needs_bound else [])]
         files = {name: f"data/{index}/{name}.bin" for name in names}
         (self.folder / "data" / str(index)).mkdir()
-        with TemporaryFolder() as temporary:
+        with TemporaryFolder(self.folder.parent) as temporary:
             memory = WORKER_BYTES + LAYER_FACTOR * Expected(spec, temporary, os.cpu_count() or 1).bytes
             for name, file in files.items():
                 array = np.load(temporary / f"{name}.npy")
