@@ -19,7 +19,7 @@ class Feature:
 
     Attributes:
         llvm: LLVM's name.
-        name: the name in :attr:`Machine.features`, manifests and error texts.
+        name: the name in :attr:`~convgen.hardware.machine.Machine.features`, manifests and error texts.
         word: where a CPU tells, as arguments of ``convgen_cpu_tells`` (``runtime/cpu.h``): CPUID's leaf, subleaf and
             register, or the word of Linux's hardware capabilities.
         bit: which bit of it.
@@ -36,7 +36,7 @@ class Feature:
 #: Vector registers of 256 bits; those of 512 bits with their masks.
 _AVX, _AVX512 = 0x06, 0xE6
 
-#: LLVM, C compilers and :func:`parse_cpuinfo` call features of x86 by the same names.
+#: LLVM, C compilers and :func:`~convgen.hardware.machine.parse_cpuinfo` call features of x86 by the same names.
 _X86 = {
     "0x1, 0, CONVGEN_ECX": {
         "sse3": 0, "ssse3": 9, "sse4.1": 19, "sse4.2": 20, "popcnt": 23, "movbe": 22, "avx": 28, "f16c": 29, "fma": 12,
