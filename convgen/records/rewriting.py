@@ -5,7 +5,7 @@ neither is whole without the other. Adding appends, so that what was there befor
 compacting move every row. Until such a change is in the file a copy lies beside it, STORE.copy, made
 while nobody may move anything into the file: all that was there before is in the copy, and what comes later is not
 acknowledged before the file is whole again. Whoever opens a store and finds a copy that no living process holds
-puts back what the store has lost (:meth:`RecordStore.__init__ <convgen.records.store.RecordStore>`).
+puts back what the store has lost (:class:`~convgen.records.store.RecordStore`).
 """
 
 from __future__ import annotations
