@@ -56,18 +56,23 @@ def left_copy(store: Path) -> Iterator[Path | None]:
 
     Waits for a living process that is rewriting the store.
     """
+    copy = copy_path(store)
+    found = None
     with contextlib.ExitStack() as held:
-        for path in (Path(f"{copy_path(store)}.part"), copy_path(store)):
-            with contextlib.suppress(FileNotFoundError):
+        for path in (Path(f"{copy}.part"), copy):
+            try:
                 file = held.enter_context(_opened(path, os.O_RDONLY))
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if path.suffix == ".part" and _is(file, path):
-                    with contextlib.suppress(OSError):  # in a folder that this process may not change
-                        path.unlink()
-                elif _is(file, path):
-                    yield path
-                    return
-        yield None
+            except FileNotFoundError:
+                continue
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is(file, path):
+                continue  # the process that held it has finished
+            if path == copy:
+                found = path
+            else:
+                with contextlib.suppress(OSError):  # in a folder that this process may not change
+                    path.unlink()
+        yield found
 
 
 @contextlib.contextmanager
@@ -104,7 +109,10 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 def _is(file: int, path: Path) -> bool:
     """Whether a path still leads to an opened file."""
-    return path.exists() and os.path.samestat(os.fstat(file), path.stat())
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _snapshot(database: Database) -> Database:
