@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ..report.rows import Row
 
 #: Names in :data:`convgen.measure.peers.PEERS`, which is not imported for a wrong argument.
-PEER_NAMES = ("onnxruntime", "torch", "openvino")
+PEER_NAMES = ("onnxruntime", "torch", "openvino", "ncnn")
 
 
 @click.command()
@@ -84,7 +84,7 @@ def bench(
     picks: str | None,
     as_json: bool,
 ) -> int:
-    """Time kernels beside ONNX Runtime, PyTorch and OpenVINO.
+    """Time kernels beside ONNX Runtime, PyTorch, OpenVINO and ncnn.
 
     All get the same data and threads, and run in turn for several rounds; a time is the median of the
     rounds. A ratio is the best peer's time over convgen's, above 1 where convgen is faster, with its

@@ -245,7 +245,123 @@ class OpenVino(Peer):
         return [Entrant("", run, lambda: output)]
 
 
-PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (OnnxRuntime, Torch, OpenVino)}
+class Ncnn(Peer):
+    """ncnn: a network of the layer and what follows it, in f32 with all its algorithms (Winograd's among them).
+
+    It takes an image at a time. Tensors are given and taken as they are outside a network: the layout that it
+    prefers between layers is made and unmade, as with the others.
+    """
+
+    name, package = "ncnn", "ncnn"
+    #: Its layer's name by rank: plain and grouped; it has no grouped 1-D one other than depthwise.
+    _LAYERS: ClassVar = {
+        1: ("Convolution1D", "ConvolutionDepthWise1D"),
+        2: ("Convolution", "ConvolutionDepthWise"),
+        3: ("Convolution3D", "ConvolutionDepthWise3D"),
+    }
+    #: Numbers of its layers' parameters along an axis, the last one first: taps, dilation, stride, and padding before
+    #: and after; output padding of transposed ones.
+    _TAPS, _DILATION, _STRIDE = (1, 11, 21), (2, 12, 22), (3, 13, 23)
+    _BEGIN, _END, _OUTPUT = (4, 14, 24), (15, 16, 17), (18, 19, 20)
+    _BIAS, _WEIGHTS, _GROUPS = 5, 6, 7
+
+    def entrants(self, spec: ConvSpec, data: Arrays, threads: int) -> list[Entrant]:
+        import ncnn
+
+        if spec.layout != "nchw":
+            raise UnsupportedError("takes NCHW only")
+        text, parameters = self._network(spec, data)
+        net = ncnn.Net()
+        net.opt.num_threads = threads
+        for option in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage", "vulkan_compute"):
+            setattr(net.opt, f"use_{option}", False)
+        if net.load_param_mem(text):
+            raise UnsupportedError("has no such layer")
+        net.load_model_mem(parameters)
+        inputs = [name for name in ("src", "residual") if name in data]
+        images = [{name: ncnn.Mat(data[name][i]) for name in inputs} for i in range(spec.n)]
+        results: list[Any] = [None] * spec.n
+
+        def run(_memory: object = (data, parameters)) -> None:
+            for i, mats in enumerate(images):
+                extractor = net.create_extractor()
+                for name, mat in mats.items():
+                    extractor.input(name, mat)
+                status, results[i] = extractor.extract("dst")
+                if status:
+                    raise UnsupportedError(f"failed with status {status}")
+
+        return [Entrant("", run, lambda: np.stack([np.array(result) for result in results]).reshape(spec.dst_shape))]
+
+    def _network(self, spec: ConvSpec, data: Arrays) -> tuple[str, bytes]:
+        """The network as its two files."""
+        blob = "sums"
+        lines = [f"Input {name} 0 1 {name}" for name in ("src", "residual") if name in data]
+        lines.append(f"{self._layer(spec)} conv 1 1 src sums {self._parameters(spec)}")
+        if spec.residual:
+            lines.append("BinaryOp add 2 1 sums residual added 0=0")
+            blob = "added"
+        kind, _, parameters = self._activation(spec).partition(" ")
+        lines.append(f"{kind} act 1 1 {blob} dst {parameters}")
+        weights = data["weights"]
+        if spec.transposed:  # [g][ic/g][oc/g][taps] -> [g][oc/g][ic/g][taps]
+            weights = weights.reshape(spec.groups, -1, *weights.shape[1:]).swapaxes(1, 2)
+        arrays = [np.zeros(1, np.uint32), np.ascontiguousarray(weights)]  # 0: f32
+        arrays += [data[name] for name in ("bias", "slope") if name in data]
+        head = ["7767517", f"{len(lines)} {len(lines)}"]  # a magic number; as many layers as tensors
+        return "\n".join([*head, *lines, ""]), b"".join(array.tobytes() for array in arrays)
+
+    def _layer(self, spec: ConvSpec) -> str:
+        name = self._LAYERS[spec.rank][spec.groups > 1]
+        return name.replace("Convolution", "Deconvolution") if spec.transposed else name
+
+    def _parameters(self, spec: ConvSpec) -> str:
+        values: dict[int, int] = {
+            0: spec.oc,
+            self._BIAS: int(spec.bias),
+            self._WEIGHTS: int(np.prod(spec.weights_shape)),
+        }
+        if spec.groups > 1:
+            values[self._GROUPS] = spec.groups
+        for place, axis in enumerate(reversed(range(spec.rank))):
+            begin, end = spec.padding[axis]
+            values |= {
+                self._TAPS[place]: spec.kernel[axis],
+                self._DILATION[place]: spec.dilation[axis],
+                self._STRIDE[place]: spec.stride[axis],
+                self._BEGIN[place]: begin,
+                self._END[place]: end,
+            }
+            if spec.transposed:
+                values[self._OUTPUT[place]] = spec.output_padding[axis]
+        return " ".join(f"{key}={value}" for key, value in values.items())
+
+    def _activation(self, spec: ConvSpec) -> str:
+        """A layer of it, with its parameters."""
+        op = spec.activation_op
+        p = [max(-3.4e38, min(3.4e38, value)) for value in op.params]
+        table = {
+            "none": "Noop",
+            "relu": "ReLU",
+            "leaky_relu": f"ReLU 0={p[0]!r}" if p else "",
+            "prelu": f"PReLU 0={spec.oc}",
+            "clip": f"Clip 0={p[0]!r} 1={p[1]!r}" if len(p) > 1 else "",
+            "sigmoid": "Sigmoid",
+            "tanh": "TanH",
+            "silu": "Swish",
+            "mish": "Mish",
+            "hardswish": f"HardSwish 0={1 / 6!r} 1=0.5",
+            "hardsigmoid": f"HardSigmoid 0={p[0]!r} 1={p[1]!r}" if len(p) > 1 else "",
+            "elu": f"ELU 0={p[0]!r}" if p else "",
+            "gelu": "GELU",
+            "gelu_tanh": "GELU 0=1",
+        }
+        if op.name not in table:
+            raise UnsupportedError(f"activation: expected one ncnn has, found {op.name}")
+        return table[op.name]
+
+
+PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (OnnxRuntime, Torch, OpenVino, Ncnn)}
 
 
 def find_peer(name: str) -> type[Peer]:
