@@ -54,7 +54,7 @@ class TemporaryFolder:
             return
         parent = _systems()
         try:
-            owned = _own.get(key := (os.getpid(), parent))
+            owned = _own.get(key := (os.getpid(), os.geteuid(), parent))
             if owned is None or not owned.path.exists():
                 owned = _own[key] = _Owned(parent)
             if runs and is_noexec(owned.path):
@@ -176,8 +176,8 @@ class _Owned:
         self.close = weakref.finalize(self, _remove, self.path, os.getpid(), lock)
 
 
-#: Each process's folder in the system's, by its number and where that is; kept by the folders inside.
-_own: weakref.WeakValueDictionary[tuple[int, str], _Owned] = weakref.WeakValueDictionary()
+#: Each process's folder in the system's, by its number, its user and where that is; kept by the folders inside.
+_own: weakref.WeakValueDictionary[tuple[int, int, str], _Owned] = weakref.WeakValueDictionary()
 
 
 def _claimed(parent: str, hidden: str) -> tuple[Path, int]:

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from convgen.lowering.schedule import require
+import numpy as np
+
+from convgen.lowering.schedule import Array, Magnitudes, Picks, require
 
 from .cuda_gemm import CudaGemm
 
 if TYPE_CHECKING:
+    from convgen.hardware.target import Target
     from convgen.problem.spec import ConvSpec
 
 #: Channels of the groups that are merged into one, at most, in all.
@@ -28,6 +31,15 @@ class CudaGemmMerged(CudaGemm):
     def admits(self, spec: ConvSpec) -> None:
         super().admits(spec)
         require(bool(self.merges(spec)), f"needs groups of at most {CHANNELS // 2} channels")
+
+    def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
+        """The zeros between groups add nothing but what a NaN or an infinity times zero is."""
+        count, depth, *taps = weights.shape
+        channel = np.arange(count)
+        merged = np.zeros((count, picks.merge_g, depth, *taps), weights.dtype)
+        merged[channel, channel // (count // spec.groups) % picks.merge_g] = weights
+        groups = spec.groups // picks.merge_g
+        return Magnitudes(spec.with_(groups=groups), src, merged.reshape(count, -1, *taps))
 
     def merges(self, spec: ConvSpec) -> list[int]:
         most = max(spec.ic, spec.oc) // spec.groups

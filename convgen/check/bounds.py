@@ -152,6 +152,6 @@ def worst(error: F32, bound: F32) -> float:
     """Largest error as a fraction of its bound; infinite where an element is NaN."""
     if not error.size:
         return 0.0
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         ratio = np.where(error == 0, 0, error / bound)
     return float(np.where(np.isnan(ratio), np.inf, ratio).max())

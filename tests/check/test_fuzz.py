@@ -406,7 +406,7 @@ class Ends(Planted):
             assert message in outcome.message
         right = check(len(ENDS) + 1, worker)
         assert (right.kind, right.message) == ("ok", "")
-        assert {"memory", "threads", "float", "exact", "special", "refusal"} == set(right.checks)
+        assert {"memory", "threads", "float", "exact", "odd", "special", "refusal"} == set(right.checks)
         assert 0 <= right.error < 1
 
 

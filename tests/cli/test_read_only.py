@@ -68,7 +68,7 @@ def test_a_store_that_cannot_be_written_answers(tmp_path: Path, left: str) -> No
     """Also one whose writer was killed, with a log that has more than the file."""
     path = tmp_path / "records.sqlite"
     with RecordStore(tmp_path / "made.sqlite") as made:
-        made.add(record(parse_candidate(SPEC, resolve(), "reference")))
+        made.add(record(parse_candidate(SPEC, resolve(), "reference"), seconds=1e-4))
     if left == "nothing":
         made.path.rename(path)
     else:

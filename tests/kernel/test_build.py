@@ -76,13 +76,13 @@ def test_the_fastest_record_is_used(store: RecordStore) -> None:
         if default_candidate(SPEC, resolve()).schedule.reason_against(SPEC, resolve(), p) is None
     )
     other = Candidate(default_candidate(SPEC, resolve()).schedule, picks)
-    for found in (record(seconds=2e-3), record(other, seconds=1e-3), record(seconds=3e-3)):
+    for found in (record(seconds=2e-4), record(other, seconds=1e-4), record(seconds=3e-4)):
         store.add(found)
     kernel = convgen.build(SPEC, threads=2, records=store)
     assert (kernel.schedule, kernel.picks) == (other.schedule.id, other.picks)
     assert list(kernel.picks) == list(other.picks)  # in the schedule's order, whatever the record's
     assert kernel.record is not None
-    assert kernel.record.seconds == 1e-3
+    assert kernel.record.seconds == 1e-4
     assert convgen.build(SPEC, threads=2, records=store.path).record == kernel.record
     assert convgen.build(SPEC, threads=2, records=str(store.path)).record == kernel.record
     assert len(store) == 3
@@ -124,11 +124,11 @@ def test_a_record_that_does_not_match_is_not_used(changes: dict[str, Any], store
 
 def test_a_matching_record_is_used_where_others_do_not_match(store: RecordStore) -> None:
     store.add(record(seconds=1e-6, hardware="another machine"))
-    store.add(record(seconds=1e-3))
+    store.add(record(seconds=1e-4))
     kernel = convgen.build(SPEC, threads=2, records=store)
     assert kernel.schedule == "reference"
     assert kernel.record is not None
-    assert kernel.record.seconds == 1e-3
+    assert kernel.record.seconds == 1e-4
     assert "this is the slow reference" in kernel.note
     assert SPEC.descriptor in kernel.note
 
@@ -143,7 +143,7 @@ def test_the_default_store_is_used_unless_told_otherwise(tmp_path: Path, monkeyp
     monkeypatch.setenv("CONVGEN_RECORDS", str(tmp_path / "default.sqlite"))
     with RecordStore() as store:
         assert store.path == default_path() == tmp_path / "default.sqlite"
-        store.add(record())
+        store.add(record(seconds=1e-4))
     assert convgen.build(SPEC, threads=2).schedule == "reference"
     assert convgen.build(SPEC, threads=2, records=True).schedule == "reference"
     assert convgen.build(SPEC, threads=2, records=False).record is None

@@ -193,7 +193,7 @@ def test_real_layers_compile_without_spills(descriptor: str, schedule: Schedule)
 
 
 def test_what_launches_hand_to_each_other_is_workspace() -> None:
-    spec = ConvSpec.parse("conv2d n1 ic16 oc32 i8x8 k3x3 s1 p1 strict")
+    spec = ConvSpec.parse("conv2d n1 ic16 oc32 i8x8 k3x3 s1 p1")
     schedule = schedules_of("cuda")["cuda_winograd"]
     picks = schedule.default(spec, TARGET)
     source = generate(lower(spec, TARGET, Candidate(schedule, picks)))
