@@ -12,6 +12,9 @@ reaches all pixels of a tile: :meth:`~convgen.lowering.schedule.Schedule.magnitu
 count as the smallest normal number. Where ``M`` is not finite, as a transform's is throughout a tile with a NaN,
 nothing is promised.
 
+Rounding errors are taken to be as often up as down, as they are however large or small numbers are. Where they are all
+alike, as those of a constant image under a constant filter, ``c`` is ``8 + K`` (Higham, §3.1).
+
 **Data of one scale**, whose pixels are alike, as those of a layer with normalised inputs: the same with
 
     ``M = max(conv(|src|, |weights|), K * mean|src| * mean|weights|)``,  ``c = f * (8 + 2 * sqrt(K))``
@@ -38,7 +41,7 @@ import numpy.typing as npt
 
 from ..lowering.schedule import Magnitudes
 from ..problem import dtypes
-from ..problem.accuracy import ACTIVATION_ERROR, UNIT_ROUNDOFF, error_factor
+from ..problem.accuracy import ACTIVATION_ERROR, SMALLEST_NORMAL, UNIT_ROUNDOFF, error_factor
 from ..problem.dtypes import UNDERFLOW, numpy_dtype, widen
 from ..problem.spec import ConvSpec
 from .data import Arrays
@@ -46,8 +49,6 @@ from .data import Arrays
 if TYPE_CHECKING:
     from ..lowering.lower import Lowered
 
-#: The smallest normal number: what subnormal ones count as.
-SMALLEST_NORMAL = np.float32(2.0**-126)
 #: From here on sums of pixels, times what a transform multiplies them by, may be too large for f32.
 LARGE = 1e30
 
@@ -117,7 +118,7 @@ def _products(spec: ConvSpec, data: Arrays, lowered: Lowered | None, threads: in
         # Products may be subnormal too, and are multiplied on the way back.
         ones = magnitudes(np.ones_like(src), np.ones_like(weights))
         products = ones.weights.sum(axis=tuple(a for a in range(ones.weights.ndim) if a != int(spec.transposed)))
-        total = total + SMALLEST_NORMAL * np.float32(products.max() * ones.src.max(initial=0))
+        total = total + np.float32(SMALLEST_NORMAL * products.max() * ones.src.max(initial=0))
         if lowered is not None and max(src.max(initial=0), weights.max(initial=0)) > LARGE:
             # Sums of pixels may be too large even where products are not.
             total = np.where(np.isfinite(summed(np.maximum(src, 1), np.maximum(weights, 1))), total, np.inf)

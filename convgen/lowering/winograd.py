@@ -13,6 +13,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+from ..problem.accuracy import SMALLEST_NORMAL
 from ..problem.spec import ConvSpec
 from .schedule import Array, Magnitudes
 
@@ -144,8 +145,11 @@ def magnitudes(spec: ConvSpec, src: Array, weights: Array, tiles: Mapping[int, i
     convolution for deep neural networks*, ACM Trans. Math. Softw. 46(4), 2020, §4).
     """
     kernel, padding, output_padding = list(spec.kernel), list(spec.padding), list(spec.output_padding)
-    for axis, m in tiles.items():
-        first, rows = _reach(spec, axis, m)
+    reaches = {axis: _reach(spec, axis, m) for axis, m in tiles.items()}
+    # What becomes of smaller ones is subnormal, even where they are not.
+    weights = np.maximum(weights, np.float32(SMALLEST_NORMAL / math.prod(least for *_, least in reaches.values())))
+    for axis in tiles:
+        first, rows, _ = reaches[axis]
         weights = np.moveaxis(np.tensordot(weights, rows, (2 + axis, 0)), -1, 2 + axis)
         step, out, size = spec.stride[axis], spec.out_spatial[axis], spec.in_spatial[axis]
         window = (rows.shape[1] - 1) * spec.dilation[axis] + 1
@@ -160,9 +164,9 @@ def magnitudes(spec: ConvSpec, src: Array, weights: Array, tiles: Mapping[int, i
     return Magnitudes(larger, src, weights)
 
 
-def _reach(spec: ConvSpec, axis: int, m: int) -> tuple[int, npt.NDArray[np.float32]]:
-    """What each tap of an axis becomes in the kernel of :func:`magnitudes`, ``[tap][tap there]``, and which tap the
-    first one there is: one before the kernel's is negative.
+def _reach(spec: ConvSpec, axis: int, m: int) -> tuple[int, npt.NDArray[np.float32], float]:
+    """What each tap of an axis becomes in the kernel of :func:`magnitudes`, ``[tap][tap there]``; which tap the
+    first one there is: one before the kernel's is negative; and the least that equal weights are multiplied by.
     """
     kernel, stride, begin = spec.kernel[axis], spec.stride[axis], spec.padding[axis][0]
     tap: Callable[[int, int], int]  # of the i-th output and the j-th input of a tile
@@ -184,4 +188,4 @@ def _reach(spec: ConvSpec, axis: int, m: int) -> tuple[int, npt.NDArray[np.float
     for i, j in np.ndindex(len(back), inputs.shape[1]):
         column = rows[:, tap(i, j) - lowest]
         np.maximum(column, weights.T @ (back[i] * inputs[:, j]), out=column)
-    return lowest, rows.astype(np.float32)
+    return lowest, rows.astype(np.float32), float(weights.sum(1).min())

@@ -10,6 +10,8 @@ import math
 from .spec import ConvSpec
 
 UNIT_ROUNDOFF = 2.0**-24
+#: What subnormal numbers count as.
+SMALLEST_NORMAL = 2.0**-126
 #: What a transform's error is of plain summation's, at most, on data of one scale. ``strict`` admits none.
 CLASS_FACTOR = {"strict": 1.0, "standard": 8.0, "relaxed": 64.0, "tf32": 64.0}
 #: What a product of two TF32 operands adds to ``c``: they are cut off after 11 bits.

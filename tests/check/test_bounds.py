@@ -163,6 +163,43 @@ def test_strict_has_the_error_of_plain_sums_on_any_data(descriptor: str) -> None
         assert of_bound(spec, data, run_onnxruntime(spec, data["src"], data["weights"]), bound) <= 1, kind
 
 
+@pytest.mark.parametrize(
+    "descriptor", ["conv2d n1 ic1024 oc16 i4x4 k1x1 nobias", "conv2d n1 ic256 oc16 i7x7 k3x3 p1 nobias strict"]
+)
+def test_rounding_errors_that_are_all_alike_have_a_larger_bound(descriptor: str) -> None:
+    """Of equal products every sum is rounded as the one before: a bound with the square root of K does not hold."""
+    spec = ConvSpec.parse(descriptor)
+    kernel = compile_candidate(spec, TARGET, default_candidate(spec, TARGET), 1)
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(12):
+        pixel, weight = rng.uniform(0.5, 2, 2).astype(np.float32)
+        data = {"src": np.full(spec.src_shape, pixel), "weights": np.full(spec.weights_shape, weight)}
+        found.append(of_bound(spec, data, kernel.bind(data["weights"])(data["src"]), tolerance(spec, data)))
+    most = (8 + spec.reduction_length) / (8 + 2 * spec.reduction_length**0.5)
+    assert 1 < max(found) <= most
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "picks"),
+    [
+        ("conv1d n1 ic1 oc32 i400 k2 p1 nobias relaxed", {"tile": 7}),
+        ("conv1d n1 ic1 oc16 i400 k3 p1 nobias relaxed", {"tile": 5}),
+    ],
+)
+def test_weights_that_become_subnormal_count_as_normal(descriptor: str, picks: dict[str, Any]) -> None:
+    spec, chosen = ConvSpec.parse(descriptor), schedule("cpu_winograd_rows")
+    candidate = Candidate(chosen, chosen.default(spec.core, TARGET).replace(**picks))
+    kernel = compile_candidate(spec, TARGET, candidate, 1)
+    rng = np.random.default_rng(7)
+    for i in range(40):
+        src = np.zeros(spec.src_shape, np.float32)
+        src[..., int(rng.integers(8)) :: 8] = 10 ** rng.uniform(5, 25)
+        weights = (rng.standard_normal(spec.weights_shape) * 2.0 ** -rng.uniform(116, 149)).astype(np.float32)
+        data = {"src": src, "weights": weights}
+        assert of_bound(spec, data, kernel.bind(weights)(src), tolerance(spec, data, kernel.lowered)) <= 1, i
+
+
 def test_strict_admits_no_transform() -> None:
     for each, where in itertools.product(schedules().values(), (TARGET, resolve("cuda:sm_80"))):
         for _, descriptor in TRANSFORMED:
