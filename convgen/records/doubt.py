@@ -5,7 +5,7 @@ busy may have made it say what cannot be. What speaks against one:
 
 - it is dated more than a day after now;
 - it is :data:`SLOWER` times slower than another record of its problem, machine and versions that no later record of the
-  same trial has corrected;
+  same trial has corrected, that is not dated after now, and whose candidate there still is to be measured again;
 - nothing in it says how fast the default was at the same time, and it is :data:`ABSURD` times slower than what
   the default's schedule predicts, a call's overhead added.
 
@@ -18,6 +18,8 @@ from datetime import UTC, datetime, timedelta
 
 from ..hardware.target import Target
 from ..lowering.candidates import default_candidate
+from ..lowering.discover import schedules
+from ..lowering.schedule import Picks
 from ..problem.spec import ConvSpec
 from .record import TuningRecord
 from .store import RecordStore
@@ -43,9 +45,10 @@ def doubt(record: TuningRecord, store: RecordStore, spec: ConvSpec, target: Targ
     if "recheck" in note:
         return ""
     faster = store.first(
-        lambda other: True,
+        lambda other: not is_ahead(other) and _has_candidate(other, spec, target),
         latest=True,
         versions=record.versions,
+        schedules=[f"{schedule.id} {schedule.version}" for schedule in schedules().values()],
         spec=record.spec,
         target=record.target,
         hardware=record.hardware,
@@ -57,3 +60,8 @@ def doubt(record: TuningRecord, store: RecordStore, spec: ConvSpec, target: Targ
     if note.get("default_seconds") is None and seconds > ABSURD * predicted:
         return f"{seconds / predicted:.3g} times slower than predicted for the default"
     return ""
+
+
+def _has_candidate(record: TuningRecord, spec: ConvSpec, target: Target) -> bool:
+    """Whether a record's schedule still admits its picks."""
+    return schedules()[record.schedule].reason_against(spec.core, target, Picks(**record.picks)) is None

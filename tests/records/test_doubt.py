@@ -79,6 +79,22 @@ def test_much_slower_than_another_record(store: RecordStore) -> None:
     assert said_of(store, winner) == ""
 
 
+def test_what_cannot_answer_speaks_against_no_record(store: RecordStore) -> None:
+    """It is never measured again: the doubt would last for ever."""
+    winner = final(another(), 1e-3, winner=True)
+    store.add(winner)
+    changes: list[dict[str, Any]] = [
+        {"schedule": "gone"},
+        {"schedule_version": 99},
+        {"picks": {"none": 1}},
+        {"when": LATER},
+    ]
+    for impossible in changes:
+        store.add(record(seconds=1e-9, **impossible))
+    assert said_of(store, winner) == ""
+    assert find_record(store, SPEC, resolve(), 2).record == winner
+
+
 def test_absurdly_slower_than_predicted(store: RecordStore) -> None:
     default = default_candidate(SPEC, resolve())
     least = default.schedule.cost(SPEC.core, resolve()) + OVERHEAD
