@@ -4,8 +4,9 @@ A record says what a machine once measured; a clock that was wrong, a file that 
 busy may have made it say what cannot be. What speaks against one:
 
 - it is dated more than a day after now;
+- it is faster than any CPU computes, :data:`FASTEST`;
 - it is :data:`SLOWER` times slower than another record of its problem, machine and versions that no later record of the
-  same trial has corrected, that is not dated after now, and whose candidate there still is to be measured again;
+  same trial has corrected, against which neither of these speaks, and whose candidate there still is to be measured again;
 - nothing in it says how fast the default was at the same time, and it is :data:`ABSURD` times slower than what
   the default's schedule predicts, a call's overhead added.
 
@@ -32,6 +33,11 @@ SLOWER = 4.0
 ABSURD, OVERHEAD = 25.0, 2e-5
 
 
+#: Operations a second, of each thread and lane of its vectors, that no CPU does: 8 a cycle, 8 GHz, and a transform that
+#: saves seven of eight. The fastest there are do a tenth.
+FASTEST = 8 * 8e9 * 8
+
+
 def is_ahead(record: TuningRecord) -> bool:
     """Whether a record is dated after now, by more than clocks may differ."""
     return datetime.fromisoformat(record.when) > datetime.now(UTC) + AHEAD
@@ -42,10 +48,16 @@ def doubt(record: TuningRecord, store: RecordStore, spec: ConvSpec, target: Targ
     note, seconds = record.note or {}, record.seconds or 0.0
     if is_ahead(record):
         return f"dated {record.when[:10]}, after now"
+    if _is_too_fast(record, spec, target):
+        return "faster than any such CPU computes"
     if "recheck" in note:
         return ""
+
+    def counts(other: TuningRecord) -> bool:
+        return not (is_ahead(other) or _is_too_fast(other, spec, target)) and _has_candidate(other, spec, target)
+
     faster = store.first(
-        lambda other: not is_ahead(other) and _has_candidate(other, spec, target),
+        counts,
         latest=True,
         versions=record.versions,
         schedules=[f"{schedule.id} {schedule.version}" for schedule in schedules().values()],
@@ -60,6 +72,11 @@ def doubt(record: TuningRecord, store: RecordStore, spec: ConvSpec, target: Targ
     if note.get("default_seconds") is None and seconds > ABSURD * predicted:
         return f"{seconds / predicted:.3g} times slower than predicted for the default"
     return ""
+
+
+def _is_too_fast(record: TuningRecord, spec: ConvSpec, target: Target) -> bool:
+    lanes = record.threads * target.lanes
+    return target.kind == "cpu" and (record.seconds or 0.0) * lanes * FASTEST < spec.flops
 
 
 def _has_candidate(record: TuningRecord, spec: ConvSpec, target: Target) -> bool:

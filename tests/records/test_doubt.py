@@ -95,6 +95,22 @@ def test_what_cannot_answer_speaks_against_no_record(store: RecordStore) -> None
     assert find_record(store, SPEC, resolve(), 2).record == winner
 
 
+def test_faster_than_any_cpu(store: RecordStore) -> None:
+    """A wrong unit, or a clock that stood still: it would win every comparison of records."""
+    target, threads = resolve(), 2
+    lanes = threads * target.lanes
+    least = SPEC.flops / (lanes * 2 * 2 * 6e9)  # two FMAs a cycle at 6 GHz, which no CPU has surpassed much
+    assert said_of(store, final(another(), least / 5, winner=True)) == ""
+    wrong = final(reference(), least / 100, winner=True)
+    assert said_of(store, wrong) == "faster than any such CPU computes"
+    good = final(another(), 9e-6, winner=True)
+    store.add(good)
+    store.add(wrong)
+    assert said_of(store, good) == ""
+    answer = find_record(store, SPEC, resolve(), 2)
+    assert answer.to_measure == (wrong, good)
+
+
 def test_absurdly_slower_than_predicted(store: RecordStore) -> None:
     default = default_candidate(SPEC, resolve())
     least = default.schedule.cost(SPEC.core, resolve()) + OVERHEAD
