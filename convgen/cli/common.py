@@ -34,11 +34,12 @@ SPEC_HELP = """\
 A SPEC is one line, quoted or not, such as
   conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu
 operator: conv1d conv2d conv3d convtranspose1d convtranspose2d convtranspose3d
-tokens:   n ic oc  g (groups)  i (input size)  k (kernel)  s (stride)  d (dilation)
+tokens:   n ic oc  g (groups)  i (input)  k (kernel)  s (stride)  d (dilation)
           p (padding: p1x1, begin_end p0_1x0_1, same, same_lower, valid)
-          op (output padding)  nobias  residual  nhwc  f16, bf16 or i8  strict, relaxed or tf32
-          an activation: relu relu6 leaky_relu(0.1) prelu clip(0,6) sigmoid tanh
-          silu mish hardswish hardsigmoid elu gelu gelu_tanh
+          op (output padding)  nobias  residual  nhwc  f16, bf16 or i8
+          strict, relaxed or tf32; an activation: relu relu6 leaky_relu(0.1)
+          prelu clip(0,6) sigmoid tanh silu mish hardswish hardsigmoid elu
+          gelu gelu_tanh
 """
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -41,10 +41,10 @@ def convert(
     """Write layers in another notation.
 
     \b
-    descriptors  conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1    .txt
-    benchdnn     --conv ... mb1_g1ic64oc64_ih56oh56kh3...     oneDNN's
-    miopen       ./bin/MIOpenDriver conv -n 1 -c 64 ...       AMD's
-    toml yaml json                                            .toml .yaml .yml .json
+    descriptors  conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1  .txt
+    benchdnn     --conv ... mb1_g1ic64oc64_ih56oh56kh3...   oneDNN's
+    miopen       ./bin/MIOpenDriver conv -n 1 -c 64 ...     AMD's
+    toml yaml json                                          .toml .yaml .yml .json
 
     benchdnn, toml, yaml and json keep names and counts; descriptors and miopen have a line for each time
     a layer occurs. Where benchdnn and miopen have no field for padding or output padding at the end,

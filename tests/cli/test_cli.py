@@ -11,13 +11,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import onnx
 import pytest
 import stores
+from click.testing import CliRunner
 from commands import SMALL, TINY, Run, python
 from onnx import TensorProto, helper
 
@@ -81,6 +83,21 @@ QUICK: list[tuple[Sequence[str], int]] = [
     (["records", "list", "--outcome", "nonsense"], 2),
     (["records", "best", "conv9d"], 2),
 ]
+
+
+def every_command(command: click.Command, *words: str) -> Iterator[list[str]]:
+    yield list(words)
+    if isinstance(command, click.Group):
+        for name in command.commands:
+            yield from every_command(command.commands[name], *words, name)
+
+
+@pytest.mark.parametrize("words", every_command(cli), ids=" ".join)
+def test_help_fits_into_80_columns(words: list[str]) -> None:
+    """Also what is not to be wrapped."""
+    told = CliRunner(env={"COLUMNS": "80"}).invoke(cli, [*words, "--help"]).output
+    assert told
+    assert [line for line in told.splitlines() if len(line) > 80] == []
 
 
 def test_help_and_wrong_arguments_import_nothing_heavy(tmp_path: Path) -> None:
