@@ -5,8 +5,8 @@ busy may have made it say what cannot be. What speaks against one:
 
 - it is dated more than a day after now;
 - it is faster than any CPU computes, :data:`FASTEST`;
-- it is :data:`SLOWER` times slower than another record of its problem, machine and versions that no later record of the
-  same trial has corrected, against which neither of these speaks, and whose candidate there still is to be measured again;
+- it is :data:`SLOWER` times slower than another record of its problem, machine and versions: one against which neither
+  of these speaks, that no later record of the same trial has corrected, and whose candidate there still is;
 - nothing in it says how fast the default was at the same time, and it is :data:`ABSURD` times slower than what
   the default's schedule predicts, a call's overhead added.
 

@@ -92,7 +92,7 @@ def every_command(command: click.Command, *words: str) -> Iterator[list[str]]:
             yield from every_command(command.commands[name], *words, name)
 
 
-@pytest.mark.parametrize("words", every_command(cli), ids=" ".join)
+@pytest.mark.parametrize("words", list(every_command(cli)), ids=" ".join)
 def test_help_fits_into_80_columns(words: list[str]) -> None:
     """Also what is not to be wrapped."""
     told = CliRunner(env={"COLUMNS": "80"}).invoke(cli, [*words, "--help"]).output
