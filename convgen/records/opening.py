@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,8 +23,8 @@ def open_store(records: Records, *, write: bool = True) -> Iterator[RecordStore 
 
     Args:
         records: None or True: the default store; False: no store; a path; or an open store, which stays open.
-        write: whether the caller writes to it. Otherwise a store that this process may only read will do; and an
-            empty one, where there is no default store and none can be made.
+        write: whether the caller writes to it. Otherwise a store that this process may only read will do, or a copy
+            of one on a full disk; and an empty one, where there is no default store and none can be made.
     """
     if isinstance(records, RecordStore):
         yield records
@@ -35,10 +36,18 @@ def open_store(records: Records, *, write: bool = True) -> Iterator[RecordStore 
     else:
         with ExitStack() as stack:
             path = _default() if records is None or records is True else Path(records)
+            refused = False
             if path is not None and _is_writable(path):
-                yield stack.enter_context(RecordStore(path))
-                return
-            if path is None or _needs_log(path):
+                try:
+                    store = stack.enter_context(RecordStore(path))
+                except RecordError as error:
+                    if not _is_systems(error) or not (records in (None, True) or os.path.exists(path)):
+                        raise
+                    path, refused = (path if os.path.exists(path) else None), True
+                else:
+                    yield store
+                    return
+            if path is None or refused or _needs_log(path):
                 path = _copied(path, stack.enter_context(TemporaryFolder()))
             yield stack.enter_context(RecordStore(path, readonly=True))
 
@@ -58,11 +67,21 @@ def _copied(path: Path | None, folder: Path) -> Path:
     if path is not None:
         try:
             for end in ("", "-wal"):
-                shutil.copyfile(f"{os.path.realpath(path)}{end}", f"{copy}{end}")
+                if not end or os.path.exists(f"{os.path.realpath(path)}{end}"):
+                    shutil.copyfile(f"{os.path.realpath(path)}{end}", f"{copy}{end}")
         except OSError as error:
             raise RecordError(f"{path}: {error.strerror}") from error
     RecordStore(copy).close()  # which makes a store, or what the log says part of it
     return copy
+
+
+def _is_systems(error: RecordError) -> bool:
+    """Whether the system refused to write, as on a full disk, whatever the permissions say."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) or getattr(cause, "sqlite_errorcode", 0) & 0xFF in _REFUSED
+
+
+_REFUSED = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 
 
 def _is_writable(path: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 from made_records import SPEC, TEXT, record
-from mounts import read_only
+from mounts import mounted, read_only
 from stores import unprivileged
 
 import convgen
@@ -54,6 +54,22 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def script(code: str, *arguments: object) -> list[str]:
     return [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), *map(str, arguments)]
+
+
+#: A disk that has been filled, before or after a store was made there.
+FULL = """
+here=$TMPDIR; unset TMPDIR; export XDG_CACHE_HOME=$here CONVGEN_RECORDS=
+[ "$2" = new ] || "$0" -m convgen records list || exit
+cat /dev/zero > "$here/filled" 2>/dev/null
+cd / && exec "$0" -W ignore -m convgen build "$1" --out "$3/kernel"
+"""
+
+
+@pytest.mark.parametrize("store", ["new", "old"])
+def test_on_a_disk_that_is_full(store: str, tmp_path: Path) -> None:
+    done = mounted("size=256k", "sh", "-c", FULL, sys.executable, TEXT, store, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "kernel" / "manifest.json").exists()
 
 
 def test_on_file_systems_that_cannot_be_written() -> None:
