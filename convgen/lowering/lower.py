@@ -24,6 +24,11 @@ BOUNDARY = frozenset({"src", *PARAMETERS, "residual", "dst"})
 _MFD_CLOEXEC = 1
 
 
+#: Bindings of a module up to which TVM looks for common subexpressions. Its time grows with their square, to half a
+#: minute for what schedules write; LLVM looks for them too.
+MOST_BINDINGS = 1024
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A candidate's scheduled module: functions ``pack`` and ``main``."""
@@ -130,7 +135,9 @@ def _host_module(lowered: Lowered) -> Any:
     functions = lowered.module
     if lowered.target.on_device:
         functions = tvm.IRModule({"pack": functions["pack"]})
-    with tvm.transform.PassContext(opt_level=3):
+    bindings = str(tvm.ir.save_json(functions)).count("tirx.Bind")
+    left_out = ["tirx.CommonSubexprElim"] if bindings > MOST_BINDINGS else []
+    with tvm.transform.PassContext(opt_level=3, disabled_pass=left_out):
         module = transform.BindTarget(target.with_host(target))(functions)
         return transform.LowerTVMBuiltin()(passes(module))
 
