@@ -96,6 +96,10 @@ LINES = {
 }
 #: Most values of a YAML file. A few hundred bytes of aliases can stand for more than any memory holds.
 _MOST_VALUES = 1_000_000
+#: A number in a YAML file; ``.inf`` is an activation's bound.
+_NUMBER = re.compile(
+    r"[-+]?(0|[1-9]\d*)(\.\d*)?([eE][-+]?\d+)?|[-+]?\.\d+([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
 #: How layers are written.
 FORMS = (*LINES, "toml", "yaml", "json")
 #: A file's suffix -> its form.
@@ -311,6 +315,16 @@ def _parse_yaml(text: str, where: str) -> Any:
                     raise SpecError(key, "each key once", "a repeated key", where)
             return super().construct_mapping(node, deep)
 
+        def construct_number(self, node: yaml.ScalarNode) -> int | float:
+            """As JSON has it: in YAML 1.1 8:1 would be 481, 010 would be 8 and 1_0 would be 10."""
+            if not _NUMBER.fullmatch(node.value):
+                raise SpecError("file", "numbers in decimal digits", node.value, where)
+            if node.tag.endswith("int"):
+                return int(node.value)
+            return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+    for kind in ("int", "float"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.construct_number)
     try:
         loader = Loader(text)
         try:

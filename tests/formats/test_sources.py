@@ -421,3 +421,12 @@ def test_reading_a_descriptor_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROBLEMS.parents[1]
     )
     assert found.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("number", ["8:1", "010", "1_0", "0x10", "1_0.5"])
+def test_a_yaml_number_is_what_it_looks_like(number: str, tmp_path: Path) -> None:
+    """YAML 1.1 has 8:1 for 481, in base 60."""
+    path = tmp_path / "layers.yaml"
+    path.write_text(f"layers:\n  - {{ic: {number}, oc: 4, kernel: 3, in_spatial: [9, 9]}}\n")
+    with pytest.raises(SpecError, match=f"layers.yaml: file: expected numbers in decimal digits, found {number}"):
+        read_specs(path)
