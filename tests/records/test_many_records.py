@@ -111,7 +111,7 @@ def test_one_layer_may_have_most_of_them(tmp_path: Path, decoded: list[str]) -> 
     with RecordStore(path) as store:
         found = find_record(store, spec, resolve(), 1)
         assert found.record is not None
-        assert len(decoded) < 10
+        assert len(decoded) < 50  # made-up picks: some faster records have no candidate any more
         decoded.clear()
         ranker = Ranker.from_store(store, resolve(), 1)
         ranker.predict(spec, [default_candidate(spec, resolve())])
