@@ -118,8 +118,12 @@ def _is(file: int, path: Path) -> bool:
 def _snapshot(database: Database) -> Database:
     """A reader that has begun to read: the file stays as it is until it is closed."""
     reader = Database(database.path, readonly=True)
-    reader.run(lambda db: db.execute("BEGIN"))
-    reader.run(lambda db: db.execute("SELECT 1 FROM records LIMIT 1").fetchone())
+    try:
+        reader.run(lambda db: db.execute("BEGIN"))
+        reader.run(lambda db: db.execute("SELECT 1 FROM records LIMIT 1").fetchone())
+    except BaseException:
+        reader.close()
+        raise
     return reader
 
 

@@ -127,7 +127,11 @@ class RecordStore:
         self.path = default_path() if path is None else Path(path)
         self.readonly = readonly
         self._database = Database(self.path, readonly=readonly)
-        self._restore()
+        try:
+            self._restore()
+        except BaseException:
+            self._database.close()
+            raise
 
     # -- writing ---------------------------------------------------------------------------------
 
