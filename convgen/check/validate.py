@@ -17,7 +17,7 @@ import numpy as np
 from ..cuda.driver import device
 from ..errors import KernelError, MeasureError, ValidationError
 from ..folders import TemporaryFolder
-from ..problem.accuracy import ACTIVATION_ERROR, UNIT_ROUNDOFF, error_factor
+from ..problem.accuracy import ACTIVATION_ERROR, UNIT_ROUNDOFF
 from ..problem.dtypes import distance, numpy_dtype, widen
 from ..problem.spec import ConvSpec
 from .bounds import F32, Stored, even_tolerance, reference, tolerance, worst
@@ -128,7 +128,7 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
         if spec.dtype == "i8":
             checks.append(_equal("integers", expected, firsts["float"]))
         else:
-            found = f"largest error {ratio:.3g} of the bound (c = {_factor(kernel):.3g})"
+            found = f"largest error {ratio:.3g} of the bound (c = {kernel.error_factor:.3g})"
             checks.append(Check("float", ratio <= 1, found))
         checks.append(_exact(kernel, cases["exact"], firsts["exact"]))
         checks.append(_odd(kernel, cases["odd"], firsts["odd"]))
@@ -141,7 +141,7 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
         f'--schedule {kernel.schedule} --picks "{kernel.picks}" --seed {seed}'
     )
     return Report(
-        spec.descriptor, f"{kernel.schedule}({kernel.picks})", threads, tuple(checks), _factor(kernel), ratio, repro
+        spec.descriptor, f"{kernel.schedule}({kernel.picks})", threads, tuple(checks), kernel.error_factor, ratio, repro
     )
 
 
@@ -165,18 +165,9 @@ def _same(kernel: Kernel, outputs: dict[Run, Stored], firsts: dict[str, Stored])
     return Check("threads", True, f"the same bits {ways}")
 
 
-def _transforms(kernel: Kernel) -> bool:
-    return kernel.lowered.candidate.schedule.transforms
-
-
-def _factor(kernel: Kernel) -> float:
-    """The ``c`` of the kernel's bound for data of one scale."""
-    return error_factor(kernel.spec, transforms=_transforms(kernel))
-
-
 def _even_bound(kernel: Kernel, data: Arrays) -> F32:
     """The bound for data of one scale; where sums are only reordered, that for any data."""
-    bound = even_tolerance if _transforms(kernel) else tolerance
+    bound = even_tolerance if kernel.lowered.candidate.schedule.transforms else tolerance
     return bound(kernel.spec, data, threads=kernel.threads)
 
 

@@ -62,6 +62,11 @@ class Kernel(BaseLibrary):
         self._folder = folder
 
     @property
+    def error_factor(self) -> float:
+        """The ``c`` of its bound for data of one scale (:mod:`convgen.check.bounds`)."""
+        return error_factor(self.spec, transforms=self.lowered.candidate.schedule.transforms)
+
+    @property
     def exact(self) -> bool:
         """Whether integer-valued data must match bit for bit: sums are only reordered, or are sums of integers."""
         return self.lowered.candidate.is_exact(self.spec)
@@ -132,7 +137,7 @@ class Kernel(BaseLibrary):
             "record": self.record.id if self.record else None,
             "record_origin": self.origin,
             "seconds": self.record.seconds if self.record else None,
-            "error_factor": error_factor(self.spec, transforms=self.lowered.candidate.schedule.transforms),
+            "error_factor": self.error_factor,
             "versions": versions(),
         }
         return write_library(Path(directory), self.interface, self.object_file, {**known, **(facts or {})})
