@@ -289,9 +289,9 @@ def gathered(vectors: Sequence[Expr], order: Sequence[int], lanes: int) -> Expr:
     return tirx.Shuffle([vectors[v] for v in used], [at[e // lanes] * lanes + e % lanes for e in order])
 
 
-def prefetch(buffer: Any, index: Sequence[Expr]) -> Any:
-    """The statement that fetches an element's cache line ahead; it may lie past the end."""
-    read, keep, data = (tirx.const(i, "int32") for i in (0, 3, 1))
+def prefetch(buffer: Any, index: Sequence[Expr], *, level: int = 1) -> Any:
+    """The statement that fetches an element's cache line ahead, to the cache of a level; it may lie past the end."""
+    read, keep, data = (tirx.const(i, "int32") for i in (0, 4 - level, 1))
     return tirx.Evaluate(
         tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(_element(buffer, index)), read, keep, data)
     )

@@ -1,0 +1,187 @@
+"""What one core of a CPU does per cycle, and how long counted work takes on it.
+
+Schedules count (:class:`Counts`): FMAs, loads, stores, bytes of each stream. :meth:`Core.seconds` is the only place
+where counts become seconds. A default is chosen by them, so the facts are those of a known processor, rounded:
+they must be the same on every machine with that processor, busy or not.
+
+Sources: AMD, "Software Optimization Guide for the AMD Zen4 / Zen5 Microarchitecture" (publications 57647, 58455);
+Intel, "Optimization Reference Manual" (248966); Arm, "Cortex-A72 Software Optimization Guide". Bandwidths and what a
+region takes were measured on the processors named in the table's last column and rounded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..hardware.target import Target
+
+
+@dataclass(frozen=True)
+class Core:
+    """One core.
+
+    Attributes:
+        name: LLVM's of the processor the facts are of.
+        hertz: cycles per second.
+        fmas: FMAs of the target's vectors that begin per cycle.
+        latency: cycles from one FMA to the next on the same sum.
+        loads, stores: vectors per cycle.
+        shuffles: of two vectors, per cycle.
+        masked_store: cycles of a store with a mask.
+        l2, l3, memory: bytes per cycle from there, one core alone.
+        miss: cycles until a line arrives from memory that nothing fetched ahead.
+        region: cycles to start a parallel region and to wait for its end.
+    """
+
+    name: str
+    hertz: float
+    fmas: float
+    latency: float
+    loads: float
+    stores: float
+    shuffles: float
+    masked_store: float
+    l2: float
+    l3: float
+    memory: float
+    miss: float
+    region: float
+
+    def cycles(self, counts: Counts, *, cold: bool = True) -> float:
+        """Cycles of the busiest core.
+
+        Args:
+            cold: weights come from memory, as in a network; else from where the last call left them.
+        """
+        work = sum(part.times * self._once(part) for part in counts.work)
+        fetched = hidden = 0.0
+        for stream in counts.streams:
+            rate = self.memory if cold and stream.weights else self._rate(stream.footprint, counts)
+            if stream.ahead:
+                hidden += stream.bytes / rate
+            else:
+                fetched += stream.bytes / rate
+        return max(work, hidden) + fetched + counts.regions * self.region
+
+    def seconds(self, counts: Counts, *, cold: bool = True) -> float:
+        """Seconds of the busiest core; see :meth:`cycles`."""
+        return self.cycles(counts, cold=cold) / self.hertz
+
+    def _once(self, part: Work) -> float:
+        """Cycles of a piece of code: what its busiest unit needs, or its longest chain of sums."""
+        stores = part.stores / self.stores + part.masked_stores * max(self.masked_store, 1 / self.stores)
+        return max(
+            part.fmas / self.fmas,
+            part.loads / self.loads,
+            stores,
+            part.shuffles / self.shuffles,
+            part.near / self.l2,
+            part.chain * self.latency,
+        ) + part.cycles
+
+    def _rate(self, footprint: float, counts: Counts) -> float:
+        """Bytes per cycle of a stream that comes round again after so many bytes."""
+        return self.l2 if footprint <= counts.l2 else self.l3 if footprint <= counts.l3 else self.memory
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of code that the busiest core runs ``times`` over.
+
+    Attributes:
+        fmas, loads, stores, masked_stores, shuffles: vector instructions; scalars that are broadcast are loads.
+        near: bytes that come from the L2 cache.
+        chain: FMAs that wait for each other.
+        cycles: of what overlaps with nothing: a loop that begins, a branch that is guessed wrongly.
+    """
+
+    times: float
+    fmas: float = 0
+    loads: float = 0
+    stores: float = 0
+    masked_stores: float = 0
+    shuffles: float = 0
+    near: float = 0
+    chain: float = 0
+    cycles: float = 0
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Bytes that one core reads or writes beyond its L2 cache.
+
+    Attributes:
+        weights: whether they are weights, which in a network are cold.
+        ahead: whether they are fetched ahead, so that products hide them.
+        footprint: bytes after which it comes round again: what a cache must hold to serve it.
+    """
+
+    bytes: float
+    weights: bool = False
+    ahead: bool = False
+    footprint: float = 0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the busiest core has to do for a layer."""
+
+    work: Sequence[Work]
+    streams: Sequence[Stream] = ()
+    regions: int = 1
+    l2: int = 0
+    l3: int = 0
+
+
+#: What processors have whatever vectors are used, by LLVM's name.
+_CHIPS: dict[str, dict[str, float]] = {
+    "znver5": {"hertz": 4.5e9, "latency": 4, "l2": 32, "l3": 20, "memory": 9, "miss": 450, "region": 2000},
+    "znver4": {"hertz": 3.7e9, "latency": 4, "l2": 28, "l3": 14, "memory": 8, "miss": 400, "region": 2000},
+    "znver3": {"hertz": 3.5e9, "latency": 4, "l2": 28, "l3": 14, "memory": 7, "miss": 350, "region": 2000},
+    "haswell": {"hertz": 3.2e9, "latency": 5, "l2": 24, "l3": 10, "memory": 5, "miss": 300, "region": 2000},
+    "skylake-avx512": {"hertz": 2.8e9, "latency": 4, "l2": 40, "l3": 8, "memory": 5, "miss": 300, "region": 2000},
+    "cortex-a72": {"hertz": 2.0e9, "latency": 7, "l2": 12, "l3": 6, "memory": 4, "miss": 300, "region": 4000},
+}
+#: Processors that are taken for one of those.
+_LIKE = {
+    "skylake": "haswell",
+    "broadwell": "haswell",
+    "x86-64-v3": "haswell",
+    "x86-64-v4": "skylake-avx512",
+    "icelake-server": "skylake-avx512",
+    "cascadelake": "skylake-avx512",
+    "sapphirerapids": "skylake-avx512",
+    "znver2": "znver3",
+}
+#: What they do with vectors of so many bits: FMAs, loads, stores and shuffles per cycle, cycles of a masked store.
+_VECTORS: dict[tuple[str, int], tuple[float, float, float, float, float]] = {
+    ("znver5", 512): (2, 2, 1, 2, 1.5),
+    ("znver5", 256): (2, 2, 1, 2, 18),
+    ("znver4", 512): (1, 1, 0.5, 1, 3),
+    ("znver4", 256): (2, 2, 1, 2, 18),
+    ("znver3", 256): (2, 2, 1, 2, 18),
+    ("haswell", 256): (2, 2, 1, 1, 4),
+    ("skylake-avx512", 512): (2, 2, 1, 1, 1.5),
+    ("skylake-avx512", 256): (2, 2, 1, 1, 1.5),
+    ("cortex-a72", 128): (1, 1, 1, 1, 8),
+}
+#: What stands for a processor that is not known, by bits of a vector.
+_ASSUMED = {512: "skylake-avx512", 256: "haswell", 128: "cortex-a72"}
+
+
+def core_of(target: Target) -> Core:
+    """The core that a CPU target's kernels run on; of a processor that is not known, one with the same vectors."""
+    return _core(str(json.loads(target.tvm_config).get("mcpu", "")), target.vector_bits)
+
+
+@lru_cache(maxsize=64)
+def _core(model: str, bits: int) -> Core:
+    name = _LIKE.get(model, model)
+    if (name, bits) not in _VECTORS:
+        name = _ASSUMED[bits]
+    names = ("fmas", "loads", "stores", "shuffles", "masked_store")
+    known = _VECTORS.get((name, bits), (1, 1, 1, 1, 8))
+    return Core(name=name, **_CHIPS[name], **dict(zip(names, known, strict=True)))

@@ -1,0 +1,137 @@
+"""The register tile: sums of products of pixels and vectors of output channels.
+
+A tile has ``pixels × vectors`` sums in registers. A step of its reduction loads its vectors of weights once, and
+multiplies them by one number of each pixel. Every dense CPU schedule is an index map around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+
+from ..hardware.target import Target
+from ..lowering.compute import Expr, ceildiv
+from .model import Work
+from .vector import Block, Registers, prefetch
+
+#: Cycles to begin a run of products, and a tile: its addresses, and loops that end.
+BEGIN_RUN, BEGIN_TILE = 5, 12
+#: Numbers of f32 in a cache line.
+LINE = 16
+
+
+def most_pixels(target: Target, vectors: int) -> int:
+    """Pixels of a tile for which there are registers.
+
+    Beside its sums, a tile holds a vector of weights for each of its vectors of channels, and one broadcast pixel.
+    """
+    return (target.vector_registers - 1) // vectors - 1
+
+
+@dataclass(frozen=True)
+class Even:
+    """``size`` as the fewest tiles of at most ``most``: the first are of :attr:`full`, the others one smaller."""
+
+    size: int
+    most: int
+
+    @property
+    def count(self) -> int:
+        return ceildiv(self.size, self.most)
+
+    @property
+    def full(self) -> int:
+        return ceildiv(self.size, self.count)
+
+    @property
+    def many(self) -> int:
+        """How many tiles are of :attr:`full`."""
+        return self.size - self.count * (self.full - 1)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Sizes, and how many tiles have each."""
+        return [(size, times) for size, times in ((self.full, self.many), (self.full - 1, self.count - self.many)) if times]
+
+    def start(self, index: Expr) -> Expr:
+        """Where a tile begins."""
+        if self.many == self.count:
+            return index * self.full
+        return index * (self.full - 1) + tirx.min(index, self.many)
+
+    def cases(self, block: Block, index: Expr) -> Iterator[tuple[Block, int]]:
+        """Code for each size that the tile of an ``index`` may have: ``(its body, size)``."""
+        if self.many == self.count:
+            yield block, self.full
+            return
+        for condition, size in ((index < self.many, self.full), (index >= self.many, self.full - 1)):
+            with block.when(condition) as case:
+                yield case, size
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Weights of the next block of channels, fetched into the L2 cache a line or more per step.
+
+    They come from memory once, while the products of the block before hide it. ``tile`` of ``tiles`` fetches its
+    share; those that have none left fetch the last one's again, which costs less than a branch.
+
+    Attributes:
+        weights: packed, flat from any index on.
+        start: index of the next block's first number.
+        steps: of a tile; each has so many ``vectors`` of weights.
+    """
+
+    weights: Any
+    start: Expr
+    steps: int
+    vectors: int
+    tile: Expr
+    tiles: int
+
+    @property
+    def lines(self) -> int:
+        """Lines that a step fetches."""
+        return ceildiv(self.vectors, self.tiles)
+
+    def origin(self, block: Block) -> Expr:
+        """Where this tile's share begins."""
+        shares = ceildiv(self.vectors, self.lines)
+        tile = self.tile if self.tiles <= shares else tirx.min(self.tile, shares - 1)
+        return block.let(self.start + tile * (self.steps * self.lines * LINE))
+
+    def fetch(self, block: Block, origin: Expr, step: Expr) -> None:
+        zeros = [0] * (len(self.weights.shape) - 1)
+        for line in range(self.lines):
+            block.add(prefetch(self.weights, [*zeros, origin + (step * self.lines + line) * LINE], level=2))
+
+
+def multiply(
+    block: Block,
+    sums: Registers,
+    length: Expr,
+    scalar: Callable[[Any, Expr], Expr],
+    vector: Callable[[Any, Expr], Expr],
+    fetch: Callable[[Block, Expr], None] | None = None,
+) -> None:
+    """Add ``scalar(t, k) * vector(v, k)`` to every sum, whose keys are all pairs ``(t, v)``, for each k of a length.
+
+    ``fetch`` adds what a step fetches ahead.
+    """
+    scalars, vectors = (dict.fromkeys(part) for part in zip(*sums.keys, strict=True))
+    with block.loop(length) as (step, k):
+        row = {v: step.let(vector(v, k)) for v in vectors}
+        if fetch:
+            fetch(step, k)
+        for t in scalars:
+            factor = step.let(tirx.Broadcast(scalar(t, k), sums.lanes))
+            for v, value in row.items():
+                sums.add(step, (t, v), value * factor)
+
+
+def steps(times: float, pixels: int, vectors: int, *, near: float = 0, fetched: float = 0) -> Work:
+    """What steps of a tile count; ``near``: bytes of weights that come from the L2 cache, ``fetched``: lines ahead."""
+    return Work(times, fmas=pixels * vectors, loads=pixels + vectors + fetched, near=near, chain=1)

@@ -1,0 +1,515 @@
+"""Direct convolution with output channels in the vector lanes, in any layout.
+
+Applies to  convolutions of any rank, stride and dilation that are not transposed, dense or with groups of whole
+            vectors of output channels.
+Strategy    1. A layout is a block of channels that lie innermost: 1 in NCHW, 16 in nchw16c, all in NHWC. What a row of
+               the kernel reads of a block lies side by side: one run of numbers (NCHW, or dilated: of channels, per
+               tap). Pack weights as [oc/t][rows of the kernel and blocks][run][t], in the order of their use.
+            2. A task copies its rows with their padding, in src's layout; without padding src is read where it lies.
+            3. Keep a tile of `tile_oh` × `tile_ow` pixels × `tile_oc` channels in registers: vector loads of weights,
+               broadcast src. Rows are cut into tiles whose sizes differ by one at most.
+            4. Bias, residual and activation on the tile; vectors of channels are stored. NCHW: vectors of pixels,
+               transposed in registers.
+            5. One parallel loop over parts of the channels × batch × blocks of rows (in 1-D of tiles). `order` names a
+               task's outer loop: `oc`, and every block of channels reads the pixels again, while the next one's
+               weights are fetched ahead; `pixels`, and every tile reads the weights again.
+Why not     pixels in the lanes (cpu_gemm, cpu_masked): NCHW then needs no transposition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from tvm import te, tirx
+
+from convgen.cpu.model import Core, Counts, Stream, Work, core_of
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Ahead, Even, most_pixels, multiply, steps
+from convgen.cpu.vector import (
+    Block,
+    finish,
+    interleave,
+    load,
+    load_parameters,
+    load_within,
+    spread_parameters,
+    store,
+    written,
+    zeros,
+)
+from convgen.hardware.target import Target
+from convgen.lowering.compute import Expr, Operands, ceildiv, copied, round_up, unflat, widen
+from convgen.lowering.schedule import Picks, Program, Space, Written, busiest, require
+from convgen.problem.spec import ConvSpec
+
+#: Rows of tiles of a task, in 1-D tiles; parts of the channels.
+BLOCKS, PARTS = (1, 2, 4, 7, 8, 14, 16, 28, 56, 112), (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+class CpuDense(Written):
+    id, version = "cpu_dense", 1
+
+    def applies(self, spec: ConvSpec, target: Target) -> None:
+        require(target.kind == "cpu", "needs a CPU")
+        require(not spec.transposed, "needs a convolution that is not transposed")
+        lanes = target.lanes
+        whole = spec.oc // spec.groups % lanes == 0
+        require(spec.groups == 1 or whole, f"needs groups 1, or multiples of {lanes} output channels per group")
+
+    def space(self, spec: ConvSpec, target: Target) -> Space:
+        lanes, channels, g = target.lanes, spec.oc // spec.groups, _Geometry(spec)
+        tiles = [lanes * v for v in (1, 2, 3, 4) if lanes * (v - 1) < channels]
+        return Space(
+            tile_oc=[t for t in tiles if spec.groups == 1 or channels % t == 0],
+            tile_oh=[h for h in (1, 2, 3, 4) if h <= g.out[1]],
+            tile_ow=[w for w in range(1, 29) if w <= g.out[2]],
+            block=[b for b in BLOCKS if b == 1 or b < 2 * g.blockable(1, 1)],
+            order=["oc", "pixels"],
+            parallel_oc=list(PARTS),
+            copy_src=[True] if g.padded else [False, True],
+        )
+
+    def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
+        most, pixels = most_pixels(target, picks.tile_oc // target.lanes), picks.tile_oh * picks.tile_ow
+        require(pixels <= most, f"{pixels} pixels in a tile, registers for {most}")
+        require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
+        g = _Geometry(spec)
+        count, what = g.blockable(picks.tile_oh, picks.tile_ow), "rows of tiles" if g.rank > 1 else "tiles"
+        require(picks.block < 2 * count, f"{picks.block} {what} in a block, the output has {count}")
+
+    def default(self, spec: ConvSpec, target: Target) -> Picks:
+        return _default(self, spec, target)
+
+    def cost(self, spec: ConvSpec, target: Target) -> float:
+        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
+
+    def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
+        ops, g, tile = Operands(spec), _Geometry(spec), picks.tile_oc
+
+        def packed_weights(b: Expr, run: Expr, k: Expr, t: Expr) -> Expr:
+            *taps, block = unflat(run, g.runs)
+            if not g.apart:
+                taps[2] = k // g.inner
+            value = ops.weights[(b * tile + t, block * g.inner + k % g.inner, *taps[3 - spec.rank :])]
+            return tirx.if_then_else(b * tile + t < spec.oc, value, tirx.const(0, "float32"))
+
+        def statement(
+            src: tirx.Buffer, residual: tirx.Buffer, parameters: dict[str, tirx.Buffer], dst: tirx.Buffer
+        ) -> tirx.Stmt:
+            weights = parameters.pop("weights")
+            return _Kernel(spec, g, picks, target.lanes, src, weights, residual, parameters, dst).statement()
+
+        shape = (ceildiv(spec.oc, tile), math.prod(g.runs), g.run, tile)
+        packed = [te.compute(shape, packed_weights, name="weights_packed"), *map(copied, ops.parameters[1:])]
+        return written(ops, packed, statement)
+
+
+def _block(layout: str, channels: int) -> int:
+    """Channels that lie innermost."""
+    return {"nchw": 1, "nhwc": channels, "nchw8c": 8, "nchw16c": 16}[layout]
+
+
+class _Geometry:
+    """The spec with three spatial axes, those it lacks of size 1."""
+
+    def __init__(self, spec: ConvSpec) -> None:
+        more = 3 - spec.rank
+        self.rank = spec.rank
+        self.out, self.size, self.kernel, self.stride, self.dilation, self.window = (
+            (1,) * more + tuple(values)
+            for values in (spec.out_spatial, spec.in_spatial, spec.kernel, spec.stride, spec.dilation, spec.window)
+        )
+        self.begin = (0,) * more + tuple(begin for begin, _ in spec.padding)
+        self.padded = any(b or e for b, e in spec.padding)
+        #: Channels that lie innermost in src and in dst.
+        self.src_block = _block(spec.layout, spec.ic)
+        self.dst_block = _block(getattr(spec, "dst_layout", spec.layout), spec.oc)
+        channels = spec.ic // spec.groups
+        #: Whether taps of a row are runs of their own, as what they read lies apart.
+        self.apart = self.src_block == 1 or (self.src_block == spec.ic and spec.groups > 1) or self.dilation[2] > 1
+        #: Channels of a run, and products.
+        self.inner = channels if self.src_block in (1, spec.ic) else self.src_block
+        self.run = self.inner * (1 if self.apart else self.kernel[2])
+        #: Runs along each axis of the kernel, and over blocks of channels.
+        self.runs = (*self.kernel[:2], self.kernel[2] if self.apart else 1, channels // self.inner)
+
+    @property
+    def products(self) -> int:
+        """Of an output."""
+        return math.prod(self.runs) * self.run
+
+    def blockable(self, tile_oh: int, tile_ow: int) -> int:
+        """What a task takes a block of: rows of tiles; in 1-D, tiles."""
+        return ceildiv(self.out[1], tile_oh) if self.rank > 1 else Even(self.out[2], tile_ow).count
+
+    def blocks(self, picks: Picks) -> tuple[int, int]:
+        """Rows of tiles of a task, and tiles of each."""
+        tiles = Even(self.out[2], picks.tile_ow).count
+        return (picks.block, tiles) if self.rank > 1 else (1, min(picks.block, tiles))
+
+    def extent(self, picks: Picks) -> list[int]:
+        """Planes, rows and columns that a task reads."""
+        rows, tiles = self.blocks(picks)
+        pixels = min(tiles * Even(self.out[2], picks.tile_ow).full, self.out[2])
+        lines = min(rows * picks.tile_oh, self.out[1])
+        return [(o - 1) * s + w for o, s, w in zip((1, lines, pixels), self.stride, self.window, strict=True)]
+
+
+# ---- the default --------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _default(schedule: CpuDense, spec: ConvSpec, target: Target) -> Picks:
+    lanes, space, g, core = target.lanes, schedule.space(spec, target).domains, _Geometry(spec), core_of(target)
+    copy_src = g.padded or (spec.dtype != "f32" and spec.oc > 64)
+    base = Picks(tile_oc=lanes, tile_oh=1, tile_ow=1, block=1, order="oc", parallel_oc=1, copy_src=copy_src)
+    widths = sorted({Even(g.out[2], w).full for w in space["tile_ow"]})
+    tiles = [
+        base.replace(tile_oc=o, tile_oh=h, tile_ow=w)
+        for o in space["tile_oc"]
+        for h in space["tile_oh"]
+        for w in widths
+        if h * w <= most_pixels(target, o // lanes) and (h == 1 or w < 14)
+    ]
+
+    def speed(picks: Picks) -> tuple[float, int]:
+        work = [part for part, _ in _tiles(spec, target, g, picks)]
+        return core.cycles(Counts(work)), picks.tile_oc // lanes + picks.tile_oh * picks.tile_ow
+
+    base = min(tiles, key=speed)
+    points = [
+        base.replace(block=b, parallel_oc=p, order=order)
+        for order in space["order"]
+        for b in space["block"]
+        for p in space["parallel_oc"]
+    ]
+    points = [picks for picks in points if schedule.reason_against(spec, target, picks) is None]
+
+    def penalty(picks: Picks) -> tuple[float, int, int]:
+        return core.cycles(_counts(spec, target, picks)), picks.parallel_oc, -picks.block
+
+    return min(points, key=penalty)
+
+
+def _tiles(spec: ConvSpec, target: Target, g: _Geometry, picks: Picks) -> list[tuple[Work, int]]:
+    """Work of all tiles of an image with all its channels, and their number."""
+    lanes, found = target.lanes, []
+    full, rest = divmod(ceildiv(spec.oc, lanes), picks.tile_oc // lanes)
+    lines = [(picks.tile_oh, g.out[1] // picks.tile_oh), (g.out[1] % picks.tile_oh, 1)]
+    for vectors, channel_blocks in ((picks.tile_oc // lanes, full), (rest, 1)):
+        for height, rows in lines:
+            for width, tiles in Even(g.out[2], picks.tile_ow).sizes:
+                times, pixels = g.out[0] * channel_blocks * rows * tiles, height * width
+                if not (times and vectors and height and width):
+                    continue
+                weights = 4 * g.products * vectors * lanes
+                near = 4 * vectors * lanes if weights > target.l1 // 2 else 0
+                found += [(steps(times * g.products, pixels, vectors, near=near, fetched=0.5), 0)]
+                found += [(Work(times * math.prod(g.runs), cycles=BEGIN_RUN), 0)]
+                found += [(_finish(spec, g, times, height, width, vectors, lanes), times)]
+    return found
+
+
+def _finish(spec: ConvSpec, g: _Geometry, times: float, height: int, width: int, vectors: int, lanes: int) -> Work:
+    """Storing a tile."""
+    pixels = height * width
+    if g.dst_block > 1:
+        return Work(times, loads=pixels * vectors * spec.residual, stores=pixels * vectors, cycles=BEGIN_TILE)
+    squares = height * ceildiv(width, lanes) * vectors
+    rows = squares * lanes
+    masked = rows if width % lanes else 0
+    shuffles = squares * lanes * math.log2(lanes)
+    return Work(times, loads=rows * spec.residual, stores=rows - masked, masked_stores=masked, shuffles=shuffles, cycles=BEGIN_TILE)
+
+
+def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+    """What the busiest core does."""
+    g, lanes = _Geometry(spec), target.lanes
+    rows, tiles = g.blocks(picks)
+    row_tiles, row_groups = Even(g.out[2], picks.tile_ow).count, ceildiv(g.out[1], picks.tile_oh)
+    blocks = ceildiv(spec.oc, picks.tile_oc)
+    parts = [blocks * (p + 1) // picks.parallel_oc - blocks * p // picks.parallel_oc for p in range(picks.parallel_oc)]
+    across, sizes = (ceildiv(row_groups, rows), rows) if g.rank > 1 else (ceildiv(row_tiles, tiles), tiles)
+    whole = row_groups if g.rank > 1 else row_tiles
+    lengths = [sizes] * (across - 1) + [whole - sizes * (across - 1)]
+    planes = spec.n * g.out[0]
+    tasks = planes * across * len(parts)
+    if tasks > 64 * target.cores:
+        share, own = 1 / target.cores, tasks / target.cores
+    else:
+        loads = [part * length for part in parts for _ in range(planes) for length in lengths]
+        share, own = busiest(loads, target.cores) / sum(loads), ceildiv(tasks, target.cores)
+    work = [_scaled(part, share * spec.n) for part, _ in _tiles(spec, target, g, picks)]
+    panel = 4 * spec.ic * math.prod(g.extent(picks))
+    weights = 4 * g.products * round_up(spec.oc, lanes)
+    per_task = weights / picks.parallel_oc
+    if picks.copy_src:
+        work.append(Work(own * panel / 4 / lanes, loads=1, stores=1, cycles=0.5))
+    work.append(Work(own, cycles=100))
+    images = sum(spec.bytes[name] for name in ("src", "dst"))
+    ahead = picks.order == "oc"
+    streams = [
+        # Weights: once from memory, then from where they stay between tasks, or between tiles.
+        Stream(min(weights, own * per_task), weights=True, ahead=ahead),
+        Stream(max(0, own - picks.parallel_oc) * per_task if per_task > target.l2 // 2 else 0, ahead=ahead, footprint=weights),
+        Stream(images * share, ahead=True, footprint=images),
+    ]
+    passes = own * ceildiv(blocks, picks.parallel_oc)
+    if ahead and panel > target.l2 // 2:
+        streams.append(Stream(passes * panel, ahead=True, footprint=max(panel, target.l2 + 1)))
+    if not ahead and per_task > target.l2 // 2:
+        streams.append(Stream(own * rows * tiles * per_task, footprint=max(per_task, target.l2 + 1)))
+    return Counts(work, streams, 1, target.l2, target.l3)
+
+
+def _scaled(work: Work, by: float) -> Work:
+    from dataclasses import replace
+
+    return replace(work, times=work.times * by)
+
+
+# ---- the kernel -----------------------------------------------------------------------------------
+
+
+class _Task(NamedTuple):
+    """What one task works on."""
+
+    #: The image, the plane of its output, the first row there, and the first tile and pixel of each row.
+    image: Expr
+    z: Expr
+    y: Expr
+    tile: Expr
+    x: Expr
+    #: The blocks of channels: the first, and the one after the last.
+    first: Expr
+    end: Expr
+    #: A copy of the planes, rows and columns that the task reads, in src's layout; None where src is read.
+    panel: tirx.Buffer
+
+
+class _Tile(NamedTuple):
+    """A tile: its index in the task, its first row and pixel there, and its size."""
+
+    index: Expr
+    row: Expr
+    x: Expr
+    height: int
+    width: int
+
+    @property
+    def pixels(self) -> list[tuple[int, int]]:
+        return [(ty, tx) for ty in range(self.height) for tx in range(self.width)]
+
+
+class _Channels(NamedTuple):
+    """A block of channels: its index, and how many vectors it has."""
+
+    block: Expr
+    vectors: int
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """The statements of the whole layer."""
+
+    spec: ConvSpec
+    g: _Geometry
+    picks: Picks
+    lanes: int
+    src: tirx.Buffer
+    weights: tirx.Buffer
+    residual: tirx.Buffer
+    parameters: dict[str, tirx.Buffer]
+    dst: tirx.Buffer
+
+    def statement(self) -> tirx.Stmt:
+        """The parallel loop over parts of the channels, images, planes and blocks of rows, around what a task does."""
+        g, picks, parts = self.g, self.picks, self.picks.parallel_oc
+        rows, tiles = g.blocks(picks)
+        columns, channel_blocks = Even(g.out[2], picks.tile_ow), ceildiv(self.spec.oc, picks.tile_oc)
+        across = ceildiv(ceildiv(g.out[1], picks.tile_oh), rows)
+        tasks = (parts, self.spec.n, g.out[0], across, ceildiv(columns.count, tiles))
+        whole = Block()
+        with whole.loop(math.prod(tasks), parallel=True) as (body, index):
+            part, image, z, block_y, block_x = map(body.let, unflat(index, tasks))
+            y, tile = body.let(block_y * (rows * picks.tile_oh)), body.let(block_x * tiles)
+            x = body.let(columns.start(tile))
+            corner = [body.let(p * s - b) for p, s, b in zip((z, y, x), g.stride, g.begin, strict=True)]
+            panel = self.copied_rows(body, image, corner) if picks.copy_src else None
+            first, end = (body.let(p * channel_blocks // parts) for p in (part, part + 1))
+            self.task(body, _Task(image, z, y, tile, x, first, end, panel))
+        return whole.statement()
+
+    def task(self, body: Block, task: _Task) -> None:
+        """The products of all tiles of a task with all its blocks of channels."""
+        if self.picks.order == "oc":
+            for channels_body, channels in self.channel_blocks(body, task):
+                for tile_body, tile in self.tiles(channels_body, task):
+                    self.product(tile_body, task, tile, channels)
+        else:
+            for tile_body, tile in self.tiles(body, task):
+                for channels_body, channels in self.channel_blocks(tile_body, task):
+                    self.product(channels_body, task, tile, channels)
+
+    # ---- loops --------------------------------------------------------------------------------
+
+    def tiles(self, body: Block, task: _Task) -> Iterator[tuple[Block, _Tile]]:
+        """Code for each tile of a task: rows of full ones, the last rows, and the sizes that tiles of a row have."""
+        height, lines = self.picks.tile_oh, self.g.out[1]
+        rows, tiles = self.g.blocks(self.picks)
+        columns, groups = Even(self.g.out[2], self.picks.tile_ow), ceildiv(lines, height)
+        first = body.let(task.y // height)
+        count = rows if groups % rows == 0 else body.let(tirx.min(rows, groups - first))
+        across = tiles if columns.count % tiles == 0 else body.let(tirx.min(tiles, columns.count - task.tile))
+        with body.loop(count) as (row_body, row):
+            for row_case, size in row_body.cases(first + row, lines // height, height, lines % height):
+                with row_case.loop(across) as (inner, i):
+                    column = inner.let(task.tile + i)
+                    for case, width in columns.cases(inner, column):
+                        x = case.let(columns.start(column) - task.x)
+                        yield case, _Tile(row * across + i, row * height, x, size, width)
+
+    def channel_blocks(self, body: Block, task: _Task) -> Iterator[tuple[Block, _Channels]]:
+        """Code for each block of channels of a task: full ones, and the last one, which may have fewer vectors."""
+        parts, tile_oc = self.picks.parallel_oc, self.picks.tile_oc
+        blocks, width = ceildiv(self.spec.oc, tile_oc), tile_oc // self.lanes
+        last = ceildiv(self.spec.oc - (blocks - 1) * tile_oc, self.lanes)
+        with body.loop(blocks // parts if blocks % parts == 0 else task.end - task.first) as (inner, i):
+            block = inner.let(task.first + i)
+            full, rest = (blocks, None) if last == width else (blocks - 1, last)
+            for case, vectors in inner.cases(block, full, width, rest):
+                yield case, _Channels(block, vectors)
+
+    # ---- the copy -----------------------------------------------------------------------------
+
+    def copied_rows(self, body: Block, image: Expr, corner: Sequence[Expr]) -> tirx.Buffer:
+        """A copy of what a task reads from the pixel ``corner`` on, which may lie outside the image: zeros there.
+
+        ``[plane, line, block of channels, column and channel]``.
+        """
+        g, lanes, inner = self.g, self.lanes, self.g.src_block
+        planes, lines, columns = g.extent(self.picks)
+        width = round_up(columns * inner, lanes)
+        blocks = self.spec.ic // inner
+        panel = body.buffer((planes, lines, blocks, width))
+        with body.loop(planes) as (plane, z), plane.loop(lines) as (line, y):
+            source = [line.let(c + i) for c, i in zip(corner, (z, y), strict=False)]
+            bounds = [c for i, size in zip(source, g.size, strict=False) for c in (i >= 0, i < size)]
+            inside = tirx.all(*bounds)
+            for condition, stored in ((inside, True), (tirx.Not(inside), False)):
+                with (
+                    line.when(condition) as case,
+                    case.loop(blocks) as (one, block),
+                    one.loop(width // lanes) as (step, i),
+                ):
+                    value = zeros(lanes)
+                    if stored:
+                        place = self.src_place(image, block, [*source, 0], step.let(corner[2] * inner + i * lanes))
+                        size = g.size[2] * inner
+                        value = load_within(self.src, self.spec.dtype, place, lanes, lanes, size=size)
+                    step.add(store(panel, "f32", [z, y, block, i * lanes], value, lanes, lanes))
+        return panel
+
+    # ---- the product --------------------------------------------------------------------------
+
+    def product(self, body: Block, task: _Task, tile: _Tile, channels: _Channels) -> None:
+        """The sums of a block of channels for a tile of pixels, and their store."""
+        spec, g, lanes, tile_oc = self.spec, self.g, self.lanes, self.picks.tile_oc
+        sums = body.registers([(p, v) for p in tile.pixels for v in range(channels.vectors)], lanes)
+        first_block: Expr = 0
+        if spec.groups > 1:
+            group = channels.block * tile_oc // (spec.oc // spec.groups)
+            first_block = body.let(group * (spec.ic // spec.groups // (1 if g.src_block == 1 else g.inner)))
+        ahead = origin = None
+        if self.picks.order == "oc":
+            rows, tiles = g.blocks(self.picks)
+            start = body.let((channels.block + 1) * (g.products * tile_oc))
+            ahead = Ahead(self.weights, start, g.products, tile_oc // lanes, tile.index, rows * tiles)
+            origin = ahead.origin(body)
+        with body.loop(math.prod(g.runs)) as (run, index):
+            taps = unflat(index, g.runs)
+
+            def pixel(p: tuple[int, int], k: Expr) -> Expr:
+                return self.pixel(task, tile, p, taps, first_block, k)
+
+            def weight(v: int, k: Expr) -> Expr:
+                return load(self.weights, "f32", [channels.block, index, k, v * lanes], lanes, lanes)
+
+            def fetch(step: Block, k: Expr) -> None:
+                ahead.fetch(step, origin, index * g.run + k)
+
+            multiply(run, sums, g.run, pixel, weight, fetch if ahead else None)
+        for v in range(channels.vectors):
+            channel = body.let(channels.block * tile_oc + v * lanes)
+            vectors = {p: sums[p, v] for p in tile.pixels}
+            if g.dst_block == 1:
+                self.store_transposed(body, task, tile, channel, vectors)
+            else:
+                self.store_channels(body, task, tile, channel, vectors)
+
+    def pixel(self, task: _Task, tile: _Tile, p: tuple[int, int], taps: Sequence[Expr], first: Expr, k: Expr) -> Expr:
+        """The k-th number, as f32, of a run that a tile's pixel reads; ``first``: its group's first block of channels,
+        or where a block has the channels of several groups, the group.
+        """
+        g, (ty, tx) = self.g, p
+        kz, ky, kx, block = taps
+        kx = kx * g.dilation[2] if g.apart else 0
+        line = (tile.row + ty) * g.stride[1] + ky * g.dilation[1]
+        column = (tile.x + tx) * g.stride[2] + kx
+        if g.src_block == 1:
+            block, at = first + k, column
+        elif g.src_block == self.spec.ic:
+            block, at = 0, column * g.src_block + first * g.inner + k
+        else:
+            block, at = first + block, column * g.src_block + k
+        if task.panel is not None:
+            return task.panel[kz * g.dilation[0], line, block, at]
+        where = [task.z * g.stride[0] + kz * g.dilation[0], task.y * g.stride[1] + line, 0]
+        place = self.src_place(task.image, block, where, task.x * g.stride[2] * g.src_block + at)
+        return widen(self.src[tuple(place)], self.spec.dtype)
+
+    def store_channels(self, body: Block, task: _Task, tile: _Tile, channel: Expr, vectors: dict[tuple[int, int], Expr]) -> None:
+        """The epilogue and store of a tile's vectors of channels, from ``channel`` on, one of each pixel."""
+        spec, lanes = self.spec, self.lanes
+        rest = spec.oc % lanes
+        for case, count in body.cases(channel, spec.oc - rest, lanes, rest):
+            given = load_parameters(case, self.parameters, channel, lanes, count)
+            for p, vector in vectors.items():
+                place = self.dst_place(task, tile, p, channel)
+                finish(case, spec, self.dst, self.residual, place, vector, lanes, count, **given)
+
+    def store_transposed(self, body: Block, task: _Task, tile: _Tile, first: Expr, vectors: dict[tuple[int, int], Expr]) -> None:
+        """The same as rows of pixels, each with the epilogue of its channel."""
+        spec, lanes = self.spec, self.lanes
+        for y in range(tile.height):
+            for x in range(0, tile.width, lanes):
+                count = min(lanes, tile.width - x)
+                square = [vectors[y, x + t] if t < count else zeros(lanes) for t in range(lanes)]
+                for t, row in enumerate(interleave(body, square, lanes)):
+                    with body.when(True if spec.oc % lanes == 0 else first + t < spec.oc) as exists:
+                        given = spread_parameters(exists, self.parameters, first + t, lanes)
+                        place = self.dst_place(task, tile, (y, x), first + t)
+                        finish(exists, spec, self.dst, self.residual, place, row, lanes, count, **given)
+
+    # ---- places -------------------------------------------------------------------------------
+
+    def src_place(self, image: Expr, block: Expr, pixel: Sequence[Expr], at: Expr) -> list[Expr]:
+        """The index in src of number ``at`` of a row of a block of channels; ``pixel``'s last axis is 0."""
+        plane_line = pixel[3 - self.spec.rank : 2]
+        if self.g.src_block == 1:
+            return [image, block, *plane_line, at]
+        blocks = [] if self.g.src_block == self.spec.ic else [block]
+        return [image, *blocks, *plane_line, 0, at]
+
+    def dst_place(self, task: _Task, tile: _Tile, p: tuple[int, int], channel: Expr) -> list[Expr]:
+        """The index in dst of a channel of a tile's pixel."""
+        block, (ty, tx) = self.g.dst_block, p
+        where = [task.z, task.y + tile.row + ty, task.x + tile.x + tx][3 - self.spec.rank :]
+        if block == 1:
+            return [task.image, channel, *where]
+        if block == self.spec.oc:
+            return [task.image, *where, channel]
+        return [task.image, channel // block, *where, channel % block]
