@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -65,7 +65,7 @@ class CpuDense(Written):
         return Space(
             tile_oc=[t for t in tiles if spec.groups == 1 or channels % t == 0],
             tile_oh=[h for h in (1, 2, 3, 4) if h <= g.out[1]],
-            tile_ow=[w for w in range(1, 29) if w <= g.out[2]],
+            tile_ow=[w for w in range(1, 17) if w <= g.out[2]],
             block=[b for b in BLOCKS if b == 1 or b < 2 * g.blockable(1, 1)],
             order=["oc", "pixels"],
             parallel_oc=list(PARTS),
@@ -215,14 +215,20 @@ def _tiles(spec: ConvSpec, target: Target, g: _Geometry, picks: Picks) -> list[t
 
 def _finish(spec: ConvSpec, g: _Geometry, times: float, height: int, width: int, vectors: int, lanes: int) -> Work:
     """Storing a tile."""
-    pixels = height * width
-    if g.dst_block > 1:
-        return Work(times, loads=pixels * vectors * spec.residual, stores=pixels * vectors, cycles=BEGIN_TILE)
-    squares = height * ceildiv(width, lanes) * vectors
-    rows = squares * lanes
-    masked = rows if width % lanes else 0
-    shuffles = squares * lanes * math.log2(lanes)
-    return Work(times, loads=rows * spec.residual, stores=rows - masked, masked_stores=masked, shuffles=shuffles, cycles=BEGIN_TILE)
+    stored, shuffles, masked = height * width * vectors, 0.0, 0
+    if g.dst_block == 1:
+        squares = height * ceildiv(width, lanes) * vectors
+        stored, shuffles = squares * lanes, squares * lanes * math.log2(lanes)
+        masked = stored if width % lanes else 0
+    return Work(
+        times,
+        fmas=stored * (spec.activation_op.operations + spec.bias + spec.residual),
+        loads=stored * spec.residual,
+        stores=stored - masked,
+        masked_stores=masked,
+        shuffles=shuffles,
+        cycles=BEGIN_TILE,
+    )
 
 
 def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
@@ -249,7 +255,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     if picks.copy_src:
         work.append(Work(own * panel / 4 / lanes, loads=1, stores=1, cycles=0.5))
     work.append(Work(own, cycles=100))
-    images = sum(spec.bytes[name] for name in ("src", "dst"))
+    images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]  # a line is read before it is written
     ahead = picks.order == "oc"
     streams = [
         # Weights: once from memory, then from where they stay between tasks, or between tiles.
@@ -266,8 +272,6 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
 
 
 def _scaled(work: Work, by: float) -> Work:
-    from dataclasses import replace
-
     return replace(work, times=work.times * by)
 
 
@@ -471,28 +475,50 @@ class _Kernel:
         place = self.src_place(task.image, block, where, task.x * g.stride[2] * g.src_block + at)
         return widen(self.src[tuple(place)], self.spec.dtype)
 
-    def store_channels(self, body: Block, task: _Task, tile: _Tile, channel: Expr, vectors: dict[tuple[int, int], Expr]) -> None:
+    def store_channels(
+        self, body: Block, task: _Task, tile: _Tile, channel: Expr, vectors: dict[tuple[int, int], Expr]
+    ) -> None:
         """The epilogue and store of a tile's vectors of channels, from ``channel`` on, one of each pixel."""
         spec, lanes = self.spec, self.lanes
         rest = spec.oc % lanes
         for case, count in body.cases(channel, spec.oc - rest, lanes, rest):
             given = load_parameters(case, self.parameters, channel, lanes, count)
-            for p, vector in vectors.items():
+            for inner, p, vector in self.each(case, vectors):
                 place = self.dst_place(task, tile, p, channel)
-                finish(case, spec, self.dst, self.residual, place, vector, lanes, count, **given)
+                finish(inner, spec, self.dst, self.residual, place, vector, lanes, count, **given)
 
-    def store_transposed(self, body: Block, task: _Task, tile: _Tile, first: Expr, vectors: dict[tuple[int, int], Expr]) -> None:
+    def store_transposed(
+        self, body: Block, task: _Task, tile: _Tile, first: Expr, vectors: dict[tuple[int, int], Expr]
+    ) -> None:
         """The same as rows of pixels, each with the epilogue of its channel."""
         spec, lanes = self.spec, self.lanes
         for y in range(tile.height):
             for x in range(0, tile.width, lanes):
                 count = min(lanes, tile.width - x)
                 square = [vectors[y, x + t] if t < count else zeros(lanes) for t in range(lanes)]
-                for t, row in enumerate(interleave(body, square, lanes)):
-                    with body.when(True if spec.oc % lanes == 0 else first + t < spec.oc) as exists:
+                rows = {(0, t): row for t, row in enumerate(interleave(body, square, lanes))}
+                for inner, (_, t), row in self.each(body, rows):
+                    with inner.when(True if spec.oc % lanes == 0 else first + t < spec.oc) as exists:
                         given = spread_parameters(exists, self.parameters, first + t, lanes)
                         place = self.dst_place(task, tile, (y, x), first + t)
                         finish(exists, spec, self.dst, self.residual, place, row, lanes, count, **given)
+
+    def each(self, body: Block, vectors: dict[tuple[int, int], Expr]) -> Iterator[tuple[Block, tuple[Expr, Expr], Expr]]:
+        """Code for what becomes of each vector ``(y, x)``, all x of each y: ``(its body, its key, the vector)``.
+
+        A loop where that takes a costly activation: written out for every register, it would not fit into the cache
+        of instructions.
+        """
+        if not self.spec.activation_op.costly:
+            for p, vector in vectors.items():
+                yield body, p, vector
+            return
+        width = 1 + max(x for _, x in vectors)
+        sums = body.buffer((len(vectors) // width, width, self.lanes))
+        for (y, x), vector in vectors.items():
+            body.add(store(sums, "f32", [y, x, 0], vector, self.lanes, self.lanes))
+        with body.loop(len(vectors) // width) as (row, y), row.loop(width) as (inner, x):
+            yield inner, (y, x), inner.let(load(sums, "f32", [y, x, 0], self.lanes, self.lanes))
 
     # ---- places -------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ class Core:
     Attributes:
         name: LLVM's of the processor the facts are of.
         hertz: cycles per second.
-        fmas: FMAs of the target's vectors that begin per cycle.
+        fmas: FMAs of the target's vectors that begin per cycle, as long loops sustain them.
         latency: cycles from one FMA to the next on the same sum.
         loads, stores: vectors per cycle.
         shuffles: of two vectors, per cycle.
@@ -158,8 +158,8 @@ _LIKE = {
 }
 #: What they do with vectors of so many bits: FMAs, loads, stores and shuffles per cycle, cycles of a masked store.
 _VECTORS: dict[tuple[str, int], tuple[float, float, float, float, float]] = {
-    ("znver5", 512): (2, 2, 1, 2, 1.5),
-    ("znver5", 256): (2, 2, 1, 2, 18),
+    ("znver5", 512): (1.85, 2, 1, 2, 1.5),
+    ("znver5", 256): (1.85, 2, 1, 2, 18),
     ("znver4", 512): (1, 1, 0.5, 1, 3),
     ("znver4", 256): (2, 2, 1, 2, 18),
     ("znver3", 256): (2, 2, 1, 2, 18),

@@ -47,6 +47,24 @@ ALIASES = {
 #: Largest slope (Lipschitz constant), where it does not depend on parameters.
 _SLOPES = {"silu": 1.1, "mish": 1.1, "hardswish": 1.5, "gelu": 1.13, "gelu_tanh": 1.13}
 
+#: About how many vector operations each takes.
+_OPERATIONS = {
+    "none": 0,
+    "relu": 1,
+    "clip": 2,
+    "leaky_relu": 2,
+    "prelu": 2,
+    "hardswish": 5,
+    "hardsigmoid": 4,
+    "sigmoid": 28,
+    "silu": 28,
+    "tanh": 30,
+    "elu": 18,
+    "mish": 32,
+    "gelu": 32,
+    "gelu_tanh": 32,
+}
+
 #: Activations whose value on integers is an integer or exact product: bit-exact checks hold.
 EXACT = frozenset({"none", "relu", "clip", "leaky_relu", "prelu"})
 
@@ -108,9 +126,14 @@ class Activation:
         return _SLOPES.get(self.name, 1.0)
 
     @property
+    def operations(self) -> int:
+        """About how many vector operations it takes; a division counts as many times an addition."""
+        return _OPERATIONS[self.name]
+
+    @property
     def costly(self) -> bool:
         """Whether it takes tens of operations: an exponential."""
-        return self.name in {"sigmoid", "tanh", "silu", "mish", "elu", "gelu", "gelu_tanh"}
+        return self.operations > 10
 
     @property
     def exact(self) -> bool:
