@@ -1,64 +1,56 @@
-"""Direct convolution with output channels in the vector lanes and a tile of pixels in registers.
+"""Direct convolution with output channels in the vector lanes, in any layout.
 
-Applies to  convolutions of any rank, stride, dilation and layout that are not transposed, dense or
-            with groups of whole vectors of output channels.
-Strategy    1. Pack weights as [oc/t][kernel…][ic][t]: one load fills the lanes with t channels.
-            2. Copy the input with its padding, rounded up to whole tiles, so that the inner loop
-               has no conditions; skip the copy where there is nothing to pad or round.
-            3. Keep a tile of `tile_oh` × `tile_ow` pixels × `tile_oc` channels in registers;
-               broadcast src scalars. (The pixels of a 1×1 kernel at stride 1 arrive as one flat row.)
-            4. Reduce over the kernel, then ic innermost, and don't unroll it: unrolled, LLVM keeps
-               shifted broadcasts alive and spills.
-            5. Bias, residual and activation on the tile, then the (NCHW: transposed) store.
-            6. One parallel loop over batch × blocks of rows (in 1-D of tiles) × channel blocks; these
-               are divided where the weights are the larger operand or rows are few.
-Why not     pixels in the lanes: better with few output channels, and done by other schedules (cpu_masked,
-            cpu_im2col, cpu_grouped); im2col: it writes every input k² times.
+Applies to  convolutions of any rank, stride and dilation that are not transposed, dense or with groups of whole
+            vectors of output channels.
+Strategy    1. A layout is a block of channels that lie innermost: 1 in NCHW, 16 in nchw16c, all in NHWC. What a row of
+               the kernel reads of a block lies side by side: one run of numbers (NCHW, or dilated: of channels, per
+               tap). Pack weights as [oc/t][rows of the kernel and blocks][run][t], in the order of their use.
+            2. A task copies its rows with their padding, in src's layout; without padding src is read where it lies.
+            3. Keep a tile of `tile_oh` × `tile_ow` pixels × `tile_oc` channels in registers: vector loads of weights,
+               broadcast src. Rows are cut into tiles whose sizes differ by one at most.
+            4. Bias, residual and activation on the tile; vectors of channels are stored. NCHW: vectors of pixels,
+               transposed in registers.
+            5. One parallel loop over parts of the channels × batch × blocks of rows (in 1-D of tiles). `order` names a
+               task's outer loop: `oc`, and every block of channels reads the pixels again, while the next one's
+               weights are fetched ahead; `pixels`, and every tile reads the weights again.
+Why not     pixels in the lanes (cpu_gemm, cpu_masked): NCHW then needs no transposition.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 from tvm import te, tirx
 
-from convgen.hardware.target import Target
-from convgen.lowering.compute import (
-    Expr,
-    Operands,
-    ceildiv,
-    dst_loops,
-    epilogue,
-    finished,
-    flat,
-    pack_channels,
-    partition_edges,
-    round_up,
-    vectorize_finished,
+from convgen.cpu.model import Core, Counts, Stream, Work, core_of
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, Ahead, Even, most_pixels, multiply, steps
+from convgen.cpu.vector import (
+    Block,
+    finish,
+    interleave,
+    load,
+    load_parameters,
+    load_within,
+    spread_parameters,
+    store,
+    written,
+    zeros,
 )
-from convgen.lowering.schedule import Picks, Program, Scheduled, Space, busiest, require
+from convgen.hardware.target import Target
+from convgen.lowering.compute import Expr, Operands, ceildiv, copied, round_up, unflat, widen
+from convgen.lowering.schedule import Picks, Program, Space, Written, busiest, require
 from convgen.problem.spec import ConvSpec
 
-if TYPE_CHECKING:
-    from tvm.s_tir import Schedule as TirSchedule
-    from tvm.s_tir.schedule import LoopRV
-
-# What `cost` counts, in the time of one vector's product. Fitted to measured kernels, not measured alone.
-#: Storing an output: channels last; as rows of pixels, of whole squares of vectors, which are transposed by shuffles,
-#: or of others; element by element, where a row is not whole tiles.
-STORE_CHANNELS, STORE_SQUARES, STORE_ROWS, STORE_ELEMENTS = 8, 10, 20, 55
-#: Before AVX-512: a load, as two products begin beside two loads; products that a core has at work at once.
-LOAD, AT_WORK = 1.3, 8
-#: Vectors of a tile that cover the latency of their products.
-COVERING = 10
-#: The part of the peak that the inner loop reaches: with AVX-512 in NCHW; elsewhere, where cpu_channels_last is better.
-MOST_EFFICIENCY, OTHER_EFFICIENCY = 0.95, 0.85
+#: Rows of tiles of a task, in 1-D tiles; parts of the channels.
+BLOCKS, PARTS = (1, 2, 4, 7, 8, 14, 16, 28, 56, 112), (1, 2, 3, 4, 6, 8, 12, 16)
 
 
-class CpuDirect(Scheduled):
-    id, version = "cpu_direct", 2
+class CpuDirect(Written):
+    id, version = "cpu_direct", 3
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cpu", "needs a CPU")
@@ -68,248 +60,482 @@ class CpuDirect(Scheduled):
         require(spec.groups == 1 or whole, f"needs groups 1, or multiples of {lanes} output channels per group")
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
-        lanes = target.lanes
-        rows, width = _output(spec)
-        per_group = spec.oc // spec.groups
-        tiles = [lanes * v for v in (1, 2, 3, 4) if v == 1 or lanes * (v - 1) < per_group]
-        widths = {w for w in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16, 17, 20, 24, 25, 28) if w <= width}
+        lanes, channels, g = target.lanes, spec.oc // spec.groups, _Geometry(spec)
+        tiles = [lanes * v for v in (1, 2, 3, 4) if lanes * (v - 1) < channels]
         return Space(
-            tile_oc=[t for t in tiles if spec.groups == 1 or per_group % t == 0],
-            tile_oh=[h for h in (1, 2, 4) if h <= rows],
-            tile_ow=sorted(widths | {min(width, 28)}),
-            block=[b for b in (1, 2, 4, 7, 8, 14, 28, 56) if b < 2 * (rows if spec.rank > 1 else width)],
+            tile_oc=[t for t in tiles if spec.groups == 1 or channels % t == 0],
+            tile_oh=[h for h in (1, 2, 3, 4) if h <= g.out[1]],
+            tile_ow=[w for w in range(1, 17) if w <= g.out[2]],
+            block=[b for b in BLOCKS if b == 1 or b < 2 * g.blockable(1, 1)],
             order=["oc", "pixels"],
-            parallel_oc=[1, 2, 4, 8, 16],
+            parallel_oc=list(PARTS),
+            copy_src=[True] if g.padded else [False, True],
         )
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        lanes = target.lanes
-        pixels, most = picks.tile_oh * picks.tile_ow, target.most_pixels(picks.tile_oc // lanes)
+        most, pixels = most_pixels(target, picks.tile_oc // target.lanes), picks.tile_oh * picks.tile_ow
         require(pixels <= most, f"{pixels} pixels in a tile, registers for {most}")
-        require(picks.block % picks.tile_oh == 0, "block is not whole tiles")
-        count, what = _blockable(spec, picks), "rows" if spec.rank > 1 else "tiles"
-        require(picks.block < 2 * count, f"{picks.block} {what} in a block, the output has {count}")
         require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
+        g = _Geometry(spec)
+        count, what = g.blockable(picks.tile_oh, picks.tile_ow), "rows of tiles" if g.rank > 1 else "tiles"
+        require(picks.block < 2 * count, f"{picks.block} {what} in a block, the output has {count}")
 
     def default(self, spec: ConvSpec, target: Target) -> Picks:
-        lanes = target.lanes
-        rows, _ = _output(spec)
-        space = self.space(spec, target).domains
-        vectors, tile_ow = _best_tile(spec, target, space["tile_oc"], space["tile_ow"])
-        room = target.most_pixels(vectors)
-        tile_oh = max(h for h in space["tile_oh"] if h * tile_ow <= room and (h == 1 or rows % h == 0))
-        base = Picks(
-            tile_oc=vectors * lanes, tile_oh=tile_oh, tile_ow=tile_ow, block=tile_oh, order="oc", parallel_oc=1
-        )
-        # Enough tasks for every core to stay busy to the end, each as large as possible.
-        tasks, count = 4 * target.cores, _blockable(spec, base)
-        blocks = [b for b in space["block"] if b % tile_oh == 0 and b < 2 * count] or [tile_oh]
-        planes = spec.n * math.prod(spec.out_spatial[:-2])
-        channel_blocks = ceildiv(spec.oc, vectors * lanes)
-        splits = [p for p in space["parallel_oc"] if p <= channel_blocks]
-        if math.prod(spec.weights_shape) > spec.ic * math.prod(spec.in_spatial):
-            # The weights are the larger operand: they are split among the cores, not the pixels.
-            shares = {p: busiest(_part_sizes(channel_blocks, p), target.cores) for p in splits if p <= tasks}
-            parallel_oc = min(shares, key=lambda p: (shares[p], -p))
-            block = min((b for b in blocks if b >= count), default=blocks[-1])
-        else:
-            block = max((b for b in blocks if planes * ceildiv(count, b) >= tasks), default=blocks[0])
-            parallel_oc = next((p for p in splits if planes * ceildiv(count, block) * p >= tasks), splits[-1])
-        return base.replace(block=block, parallel_oc=parallel_oc)
+        return _default(self, spec, target)
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
-        lanes = target.lanes
-        _, width = _output(spec)
-        picks = self.default(spec, target)
-        reduction = spec.reduction_length
-        used = spec.oc / round_up(spec.oc, picks.tile_oc) * width / round_up(width, picks.tile_ow)
-        tile = picks.tile_oh * picks.tile_ow * picks.tile_oc // lanes
-        # A tile must cover the latency of its FMAs, and the reduction its prologue and store.
-        most = MOST_EFFICIENCY if spec.layout == "nchw" and lanes == 16 else OTHER_EFFICIENCY
-        store = _store_time(spec, picks.tile_ow)
-        efficiency = most * used * min(1.0, tile / COVERING) * reduction / (reduction + store)
-        efficiency /= _product_time(target, picks.tile_oc // lanes, picks.tile_oh * picks.tile_ow)
-        return float(spec.flops / (target.peak_flops * efficiency))
+        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
-        ops, tile = Operands(spec), picks.tile_oc
-        packed, (w, *vectors) = pack_channels(ops, tile)
-        source = _padded(spec, ops, picks)
-        ic_group, oc_group = spec.ic // spec.groups, spec.oc // spec.groups
-        c = te.reduce_axis((0, ic_group), "c")
-        taps = [te.reduce_axis((0, k), f"k{axis}") for axis, k in enumerate(spec.kernel)]
-        # Always with an axis of rows, so that every rank is scheduled alike: [n][oc/t][…][rows][width][t].
-        shape = (spec.n, ceildiv(spec.oc, tile), *spec.out_spatial[:-2], *_rounded(spec, picks), tile)
+        ops, g, tile = Operands(spec), _Geometry(spec), picks.tile_oc
 
-        def product(n: Expr, b: Expr, *rest: Expr) -> Expr:
-            *pixel, t = rest
-            where = [
-                p * s + k * d for p, k, s, d in zip(pixel[-spec.rank :], taps, spec.stride, spec.dilation, strict=True)
-            ]
-            channel = c if spec.groups == 1 else tirx.floordiv(b * tile, oc_group) * ic_group + c
-            return te.sum(source(n, channel, where) * w[b, flat(taps, spec.kernel), c, t], [*taps, c])
+        def packed_weights(b: Expr, run: Expr, k: Expr, t: Expr) -> Expr:
+            *taps, block = unflat(run, g.runs)
+            if not g.apart:
+                taps[2] = k // g.inner
+            value = ops.weights[(b * tile + t, block * g.inner + k % g.inner, *taps[3 - spec.rank :])]
+            return tirx.if_then_else(b * tile + t < spec.oc, value, tirx.const(0, "float32"))
 
-        acc = te.compute(shape, product, name="acc")
-        sums, done = finished(ops, acc, vectors, lambda index: index[1] * tile + index[-1])
+        def statement(
+            src: tirx.Buffer, residual: tirx.Buffer, parameters: dict[str, tirx.Buffer], dst: tirx.Buffer
+        ) -> tirx.Stmt:
+            weights = parameters.pop("weights")
+            return _Kernel(spec, g, picks, target.lanes, src, weights, residual, parameters, dst).statement()
 
-        def value(n: Expr, o: Expr, pixel: tuple[Expr, ...]) -> Expr:
-            where = (0, *pixel) if spec.rank == 1 else pixel
-            total = sums[(n, tirx.floordiv(o, tile), *where, tirx.floormod(o, tile))]
-            residual = ops.residual[ops.order(n, o, pixel)] if ops.residual is not None else None
-            return total if done else epilogue(spec, total, residual=residual, **ops.per_channel(vectors, o))
-
-        return Program(pack=ops.pack(*packed), main=ops.main([w, *vectors], ops.store(value)))
-
-    def apply(self, sch: TirSchedule, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        task, tile = _tile_output(sch, spec, picks)
-        if not spec.residual and spec.activation_op.costly:
-            vectorize_finished(sch, tile, target.lanes)
-        _keep_sums_in_registers(sch, tile, spec, target)
-        if _needs_copy(spec, picks):
-            _place_copy(sch, task, spec, picks)
+        shape = (ceildiv(spec.oc, tile), math.prod(g.runs), g.run, tile)
+        packed = [te.compute(shape, packed_weights, name="weights_packed"), *map(copied, ops.parameters[1:])]
+        return written(ops, packed, statement)
 
 
-# ---- the schedule -----------------------------------------------------------------------------
+def _block(layout: str, channels: int) -> int:
+    """Channels that lie innermost."""
+    return {"nchw": 1, "nhwc": channels, "nchw8c": 8, "nchw16c": 16}[layout]
 
 
-def _tile_output(sch: TirSchedule, spec: ConvSpec, picks: Picks) -> tuple[LoopRV, LoopRV]:
-    """Tile the output, and go through tasks in parallel; the loop over tasks and the innermost one over tiles."""
-    n, spatial, oc = dst_loops(sch, spec)
-    if len(spatial) == 1:
-        spatial = sch.split(spatial[0], [1, None])
-    *outer, h, w = spatial
-    channel_block, channel = sch.split(oc, [None, picks.tile_oc])
-    channel_task, channel_block = sch.split(channel_block, [picks.parallel_oc, None])
-    row_tile, row = sch.split(h, [None, picks.tile_oh])
-    pixel_tile, pixel = sch.split(w, [None, picks.tile_ow])
-    if spec.rank == 1:
-        block, pixel_tile = sch.split(pixel_tile, [None, picks.block])
+class _Geometry:
+    """The spec with three spatial axes, those it lacks of size 1."""
+
+    def __init__(self, spec: ConvSpec) -> None:
+        more = 3 - spec.rank
+        self.rank = spec.rank
+        self.out, self.size, self.kernel, self.stride, self.dilation, self.window = (
+            (1,) * more + tuple(values)
+            for values in (spec.out_spatial, spec.in_spatial, spec.kernel, spec.stride, spec.dilation, spec.window)
+        )
+        self.begin = (0,) * more + tuple(begin for begin, _ in spec.padding)
+        self.padded = any(b or e for b, e in spec.padding)
+        #: Channels that lie innermost in src and in dst.
+        self.src_block = _block(spec.layout, spec.ic)
+        self.dst_block = _block(getattr(spec, "dst_layout", spec.layout), spec.oc)
+        channels = spec.ic // spec.groups
+        #: Whether taps of a row are runs of their own, as what they read lies apart.
+        self.apart = self.src_block == 1 or (self.src_block == spec.ic and spec.groups > 1) or self.dilation[2] > 1
+        #: Channels of a run, and products.
+        self.inner = channels if self.src_block in (1, spec.ic) else self.src_block
+        self.run = self.inner * (1 if self.apart else self.kernel[2])
+        #: Runs along each axis of the kernel, and over blocks of channels.
+        self.runs = (*self.kernel[:2], self.kernel[2] if self.apart else 1, channels // self.inner)
+
+    @property
+    def products(self) -> int:
+        """Of an output."""
+        return math.prod(self.runs) * self.run
+
+    def blockable(self, tile_oh: int, tile_ow: int) -> int:
+        """What a task takes a block of: rows of tiles; in 1-D, tiles."""
+        return ceildiv(self.out[1], tile_oh) if self.rank > 1 else Even(self.out[2], tile_ow).count
+
+    def blocks(self, picks: Picks) -> tuple[int, int]:
+        """Rows of tiles of a task, and tiles of each."""
+        tiles = Even(self.out[2], picks.tile_ow).count
+        return (picks.block, tiles) if self.rank > 1 else (1, min(picks.block, tiles))
+
+    def extent(self, picks: Picks) -> list[int]:
+        """Planes, rows and columns that a task reads."""
+        rows, tiles = self.blocks(picks)
+        pixels = min(tiles * Even(self.out[2], picks.tile_ow).full, self.out[2])
+        lines = min(rows * picks.tile_oh, self.out[1])
+        return [(o - 1) * s + w for o, s, w in zip((1, lines, pixels), self.stride, self.window, strict=True)]
+
+
+# ---- the default --------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _default(schedule: CpuDirect, spec: ConvSpec, target: Target) -> Picks:
+    lanes, space, g, core = target.lanes, schedule.space(spec, target).domains, _Geometry(spec), core_of(target)
+    copy_src = g.padded or (spec.dtype != "f32" and spec.oc > 64)
+    base = Picks(tile_oc=lanes, tile_oh=1, tile_ow=1, block=1, order="oc", parallel_oc=1, copy_src=copy_src)
+    widths = sorted({Even(g.out[2], w).full for w in space["tile_ow"]})
+    tiles = [
+        base.replace(tile_oc=o, tile_oh=h, tile_ow=w)
+        for o in space["tile_oc"]
+        for h in space["tile_oh"]
+        for w in widths
+        if h * w <= most_pixels(target, o // lanes) and (h == 1 or w < 14)
+    ]
+
+    def speed(picks: Picks) -> tuple[float, int]:
+        work = [part for part, _ in _tiles(spec, target, g, picks)]
+        return core.cycles(Counts(work)), picks.tile_oc // lanes + picks.tile_oh * picks.tile_ow
+
+    base = min(tiles, key=speed)
+    points = [
+        base.replace(block=b, parallel_oc=p, order=order)
+        for order in space["order"]
+        for b in space["block"]
+        for p in space["parallel_oc"]
+    ]
+    points = [picks for picks in points if schedule.reason_against(spec, target, picks) is None]
+
+    def penalty(picks: Picks) -> tuple[float, int, int]:
+        return core.cycles(_counts(spec, target, picks)), picks.parallel_oc, -picks.block
+
+    return min(points, key=penalty)
+
+
+def _tiles(spec: ConvSpec, target: Target, g: _Geometry, picks: Picks) -> list[tuple[Work, int]]:
+    """Work of all tiles of an image with all its channels, and their number."""
+    lanes, found = target.lanes, []
+    full, rest = divmod(ceildiv(spec.oc, lanes), picks.tile_oc // lanes)
+    lines = [(picks.tile_oh, g.out[1] // picks.tile_oh), (g.out[1] % picks.tile_oh, 1)]
+    for vectors, channel_blocks in ((picks.tile_oc // lanes, full), (rest, 1)):
+        for height, rows in lines:
+            for width, tiles in Even(g.out[2], picks.tile_ow).sizes:
+                times, pixels = g.out[0] * channel_blocks * rows * tiles, height * width
+                if not (times and vectors and height and width):
+                    continue
+                weights = 4 * g.products * vectors * lanes
+                near = 4 * vectors * lanes if weights > target.l1 // 2 else 0
+                found += [(steps(times * g.products, pixels, vectors, near=near, fetched=0.5), 0)]
+                found += [(Work(times * math.prod(g.runs), cycles=BEGIN_RUN), 0)]
+                found += [(_finish(spec, g, times, height, width, vectors, lanes), times)]
+    return found
+
+
+def _finish(spec: ConvSpec, g: _Geometry, times: float, height: int, width: int, vectors: int, lanes: int) -> Work:
+    """Storing a tile."""
+    stored, shuffles, masked = height * width * vectors, 0.0, 0
+    if g.dst_block == 1:
+        squares = height * ceildiv(width, lanes) * vectors
+        stored, shuffles = squares * lanes, squares * lanes * math.log2(lanes)
+        masked = stored if width % lanes else 0
+    return Work(
+        times,
+        fmas=stored * (spec.activation_op.operations + spec.bias + spec.residual),
+        loads=stored * spec.residual,
+        stores=stored - masked,
+        masked_stores=masked,
+        shuffles=shuffles,
+        cycles=BEGIN_TILE,
+    )
+
+
+def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+    """What the busiest core does."""
+    g, lanes = _Geometry(spec), target.lanes
+    rows, tiles = g.blocks(picks)
+    row_tiles, row_groups = Even(g.out[2], picks.tile_ow).count, ceildiv(g.out[1], picks.tile_oh)
+    blocks = ceildiv(spec.oc, picks.tile_oc)
+    parts = [blocks * (p + 1) // picks.parallel_oc - blocks * p // picks.parallel_oc for p in range(picks.parallel_oc)]
+    across, sizes = (ceildiv(row_groups, rows), rows) if g.rank > 1 else (ceildiv(row_tiles, tiles), tiles)
+    whole = row_groups if g.rank > 1 else row_tiles
+    lengths = [sizes] * (across - 1) + [whole - sizes * (across - 1)]
+    planes = spec.n * g.out[0]
+    tasks = planes * across * len(parts)
+    if tasks > 64 * target.cores:
+        share, own = 1 / target.cores, tasks / target.cores
     else:
-        block, row_tile = sch.split(row_tile, [None, picks.block // picks.tile_oh])
-    tiles = [channel_block, row_tile, pixel_tile]
-    if picks.order == "pixels":
-        tiles = [row_tile, pixel_tile, channel_block]
-    inner = [channel, row, pixel] if spec.layout == "nchw" else [row, pixel, channel]
-    sch.reorder(n, channel_task, *outer, block, *tiles, *inner)
-    task = sch.fuse(n, channel_task, *outer, block)
-    sch.parallel(task)
-    whole = spec.oc % picks.tile_oc == 0 if spec.layout == "nhwc" else _output(spec)[1] % picks.tile_ow == 0
-    if whole:
-        sch.vectorize(inner[-1])
-    return task, tiles[-1]
+        loads = [part * length for part in parts for _ in range(planes) for length in lengths]
+        share, own = busiest(loads, target.cores) / sum(loads), ceildiv(tasks, target.cores)
+    work = [_scaled(part, share * spec.n) for part, _ in _tiles(spec, target, g, picks)]
+    panel = 4 * spec.ic * math.prod(g.extent(picks))
+    weights = 4 * g.products * round_up(spec.oc, lanes)
+    per_task = weights / picks.parallel_oc
+    if picks.copy_src:
+        work.append(Work(own * panel / 4 / lanes, loads=1, stores=1, cycles=0.5))
+    work.append(Work(own, cycles=BEGIN_TASK))
+    images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]  # a line is read before it is written
+    ahead = picks.order == "oc"
+    streams = [
+        # Weights: once from memory, then from where they stay between tasks, or between tiles.
+        Stream(min(weights, own * per_task), weights=True, ahead=ahead),
+        Stream(max(0, own - picks.parallel_oc) * per_task if per_task > target.l2 // 2 else 0, ahead=ahead, footprint=weights),
+        Stream(images * share, ahead=True, footprint=images),
+    ]
+    passes = own * ceildiv(blocks, picks.parallel_oc)
+    if ahead and panel > target.l2 // 2:
+        streams.append(Stream(passes * panel, ahead=True, footprint=max(panel, target.l2 + 1)))
+    if not ahead and per_task > target.l2 // 2:
+        streams.append(Stream(own * rows * tiles * per_task, footprint=max(per_task, target.l2 + 1)))
+    return Counts(work, streams, 1, target.l2, target.l3)
 
 
-def _keep_sums_in_registers(sch: TirSchedule, tile: LoopRV, spec: ConvSpec, target: Target) -> None:
-    """Compute a tile's sums under its loop: reductions outside, the tile unrolled within, channels in the lanes."""
-    acc = sch.get_sblock("acc")
-    sch.compute_at(acc, tile, preserve_unit_loops=True)
-    reductions = 1 + spec.rank
-    block_axes = len(sch.get(acc).iter_vars)
-    loops = sch.get_loops(acc)[-block_axes:]
-    axes, reduce = loops[:-reductions], loops[-reductions:]
-    *units, row, pixel, channel = axes
-    vector, lane = sch.split(channel, [None, target.lanes])
-    sch.reorder(*reduce, *units, row, pixel, vector, lane)
-    sch.vectorize(lane)
-    for loop in (vector, pixel, row):
-        sch.unroll(loop)
-    sch.decompose_reduction(acc, reduce[0])
+def _scaled(work: Work, by: float) -> Work:
+    return replace(work, times=work.times * by)
 
 
-def _place_copy(sch: TirSchedule, task: LoopRV, spec: ConvSpec, picks: Picks) -> None:
-    """Copy the padded input within each task; or where several tasks read the same of it, before them all."""
-    copy = sch.get_sblock("padded")
-    if picks.parallel_oc == 1:
-        sch.compute_at(copy, task, preserve_unit_loops=True)
-    else:
-        first, second, *_ = sch.get_loops(copy)
-        sch.parallel(sch.fuse(first, second))
-    if spec.rank > 1:  # in 1-D the width is what tasks divide
-        partition_edges(sch, sch.get_loops(copy)[-1 if spec.layout == "nchw" else -2])
+# ---- the kernel -----------------------------------------------------------------------------------
 
 
-# ---- what it costs ----------------------------------------------------------------------------
+class _Task(NamedTuple):
+    """What one task works on."""
+
+    #: The image, the plane of its output, the first row there, and the first tile and pixel of each row.
+    image: Expr
+    z: Expr
+    y: Expr
+    tile: Expr
+    x: Expr
+    #: The blocks of channels: the first, and the one after the last.
+    first: Expr
+    end: Expr
+    #: A copy of the planes, rows and columns that the task reads, in src's layout; None where src is read.
+    panel: tirx.Buffer
 
 
-def _best_tile(spec: ConvSpec, target: Target, channels: Sequence[int], widths: Sequence[int]) -> tuple[int, int]:
-    """(vectors of channels, pixels of a row) of the tile that takes the least time; two vectors where equal."""
-    lanes = target.lanes
-    _, width = _output(spec)
-    most = (2, 1) if lanes == 16 else (4, 2, 1)
-    shapes = [(v, w) for v in most if v * lanes in channels for w in widths if w <= target.most_pixels(v)]
+class _Tile(NamedTuple):
+    """A tile: its index in the task, its first row and pixel there, and its size."""
 
-    def penalty(shape: tuple[int, int]) -> tuple[float, int]:
-        """What tiles compute in all, with the loads around it and the store; then fewer vectors."""
-        vectors, tile_ow = shape
-        computed = round_up(width, tile_ow) * round_up(spec.oc, vectors * lanes)
-        store = _store_time(spec, tile_ow) / spec.reduction_length
-        return computed * (_product_time(target, vectors, tile_ow) + 2 / (vectors * tile_ow) + store), -vectors
+    index: Expr
+    row: Expr
+    x: Expr
+    height: int
+    width: int
 
-    return min(shapes, key=penalty)
+    @property
+    def pixels(self) -> list[tuple[int, int]]:
+        return [(ty, tx) for ty in range(self.height) for tx in range(self.width)]
 
 
-def _part_sizes(blocks: int, parts: int) -> list[int]:
-    """Blocks of each part: as many for all but the last ones."""
-    size = ceildiv(blocks, parts)
-    return [max(0, min(size, blocks - part * size)) for part in range(parts)]
+class _Channels(NamedTuple):
+    """A block of channels: its index, and how many vectors it has."""
+
+    block: Expr
+    vectors: int
 
 
-def _product_time(target: Target, vectors: int, pixels: int) -> float:
-    """Time of a product of a tile, of which an FMA is 1: before AVX-512 loads may take longer, or a sum's latency."""
-    tile = vectors * pixels
-    return 1.0 if target.lanes == 16 else max(1.0, LOAD * (vectors + pixels) / tile, AT_WORK / tile)
+@dataclass(frozen=True)
+class _Kernel:
+    """The statements of the whole layer."""
 
+    spec: ConvSpec
+    g: _Geometry
+    picks: Picks
+    lanes: int
+    src: tirx.Buffer
+    weights: tirx.Buffer
+    residual: tirx.Buffer
+    parameters: dict[str, tirx.Buffer]
+    dst: tirx.Buffer
 
-def _store_time(spec: ConvSpec, tile_ow: int) -> int:
-    """Time of storing an output, in products."""
-    if spec.layout == "nhwc":
-        return STORE_CHANNELS
-    if _output(spec)[1] % tile_ow:
-        return STORE_ELEMENTS
-    return STORE_SQUARES if tile_ow % 16 == 0 else STORE_ROWS
+    def statement(self) -> tirx.Stmt:
+        """The parallel loop over parts of the channels, images, planes and blocks of rows, around what a task does."""
+        g, picks, parts = self.g, self.picks, self.picks.parallel_oc
+        rows, tiles = g.blocks(picks)
+        columns, channel_blocks = Even(g.out[2], picks.tile_ow), ceildiv(self.spec.oc, picks.tile_oc)
+        across = ceildiv(ceildiv(g.out[1], picks.tile_oh), rows)
+        tasks = (parts, self.spec.n, g.out[0], across, ceildiv(columns.count, tiles))
+        whole = Block()
+        with whole.loop(math.prod(tasks), parallel=True) as (body, index):
+            part, image, z, block_y, block_x = map(body.let, unflat(index, tasks))
+            y, tile = body.let(block_y * (rows * picks.tile_oh)), body.let(block_x * tiles)
+            x = body.let(columns.start(tile))
+            corner = [body.let(p * s - b) for p, s, b in zip((z, y, x), g.stride, g.begin, strict=True)]
+            panel = self.copied_rows(body, image, corner) if picks.copy_src else None
+            first, end = (body.let(p * channel_blocks // parts) for p in (part, part + 1))
+            self.task(body, _Task(image, z, y, tile, x, first, end, panel))
+        return whole.statement()
 
+    def task(self, body: Block, task: _Task) -> None:
+        """The products of all tiles of a task with all its blocks of channels."""
+        if self.picks.order == "oc":
+            for channels_body, channels in self.channel_blocks(body, task):
+                for tile_body, tile in self.tiles(channels_body, task):
+                    self.product(tile_body, task, tile, channels)
+        else:
+            for tile_body, tile in self.tiles(body, task):
+                for channels_body, channels in self.channel_blocks(tile_body, task):
+                    self.product(channels_body, task, tile, channels)
 
-# ---- sizes ------------------------------------------------------------------------------------
+    # ---- loops --------------------------------------------------------------------------------
 
+    def tiles(self, body: Block, task: _Task) -> Iterator[tuple[Block, _Tile]]:
+        """Code for each tile of a task: rows of full ones, the last rows, and the sizes that tiles of a row have."""
+        height, lines = self.picks.tile_oh, self.g.out[1]
+        rows, tiles = self.g.blocks(self.picks)
+        columns, groups = Even(self.g.out[2], self.picks.tile_ow), ceildiv(lines, height)
+        first = body.let(task.y // height)
+        count = rows if groups % rows == 0 else body.let(tirx.min(rows, groups - first))
+        across = tiles if columns.count % tiles == 0 else body.let(tirx.min(tiles, columns.count - task.tile))
+        with body.loop(count) as (row_body, row):
+            for row_case, size in row_body.cases(first + row, lines // height, height, lines % height):
+                with row_case.loop(across) as (inner, i):
+                    column = inner.let(task.tile + i)
+                    for case, width in columns.cases(inner, column):
+                        x = case.let(columns.start(column) - task.x)
+                        yield case, _Tile(row * across + i, row * height, x, size, width)
 
-def _output(spec: ConvSpec) -> tuple[int, int]:
-    """(rows, width) of the output as the tiles see it."""
-    return (spec.out_spatial[-2] if spec.rank > 1 else 1), spec.out_spatial[-1]
+    def channel_blocks(self, body: Block, task: _Task) -> Iterator[tuple[Block, _Channels]]:
+        """Code for each block of channels of a task: full ones, and the last one, which may have fewer vectors."""
+        parts, tile_oc = self.picks.parallel_oc, self.picks.tile_oc
+        blocks, width = ceildiv(self.spec.oc, tile_oc), tile_oc // self.lanes
+        last = ceildiv(self.spec.oc - (blocks - 1) * tile_oc, self.lanes)
+        with body.loop(blocks // parts if blocks % parts == 0 else task.end - task.first) as (inner, i):
+            block = inner.let(task.first + i)
+            full, rest = (blocks, None) if last == width else (blocks - 1, last)
+            for case, vectors in inner.cases(block, full, width, rest):
+                yield case, _Channels(block, vectors)
 
+    # ---- the copy -----------------------------------------------------------------------------
 
-def _blockable(spec: ConvSpec, picks: Picks) -> int:
-    """What a task takes a block of: rows; in 1-D, tiles."""
-    rows, width = _output(spec)
-    return rows if spec.rank > 1 else ceildiv(width, picks.tile_ow)
+    def copied_rows(self, body: Block, image: Expr, corner: Sequence[Expr]) -> tirx.Buffer:
+        """A copy of what a task reads from the pixel ``corner`` on, which may lie outside the image: zeros there.
 
+        ``[plane, line, block of channels, column and channel]``.
+        """
+        g, lanes, inner = self.g, self.lanes, self.g.src_block
+        planes, lines, columns = g.extent(self.picks)
+        width = round_up(columns * inner, lanes)
+        blocks = self.spec.ic // inner
+        panel = body.buffer((planes, lines, blocks, width))
+        with body.loop(planes) as (plane, z), plane.loop(lines) as (line, y):
+            source = [line.let(c + i) for c, i in zip(corner, (z, y), strict=False)]
+            bounds = [c for i, size in zip(source, g.size, strict=False) for c in (i >= 0, i < size)]
+            inside = tirx.all(*bounds)
+            for condition, stored in ((inside, True), (tirx.Not(inside), False)):
+                with (
+                    line.when(condition) as case,
+                    case.loop(blocks) as (one, block),
+                    one.loop(width // lanes) as (step, i),
+                ):
+                    value = zeros(lanes)
+                    if stored:
+                        place = self.src_place(image, block, [*source, 0], step.let(corner[2] * inner + i * lanes))
+                        size = g.size[2] * inner
+                        value = load_within(self.src, self.spec.dtype, place, lanes, lanes, size=size)
+                    step.add(store(panel, "f32", [z, y, block, i * lanes], value, lanes, lanes))
+        return panel
 
-def _rounded(spec: ConvSpec, picks: Picks) -> tuple[int, int]:
-    """(rows, width) rounded up to whole tiles."""
-    rows, width = _output(spec)
-    return round_up(rows, picks.tile_oh), round_up(width, picks.tile_ow)
+    # ---- the product --------------------------------------------------------------------------
 
+    def product(self, body: Block, task: _Task, tile: _Tile, channels: _Channels) -> None:
+        """The sums of a block of channels for a tile of pixels, and their store."""
+        spec, g, lanes, tile_oc = self.spec, self.g, self.lanes, self.picks.tile_oc
+        sums = body.registers([(p, v) for p in tile.pixels for v in range(channels.vectors)], lanes)
+        first_block: Expr = 0
+        if spec.groups > 1:
+            group = channels.block * tile_oc // (spec.oc // spec.groups)
+            first_block = body.let(group * (spec.ic // spec.groups // (1 if g.src_block == 1 else g.inner)))
+        ahead = origin = None
+        if self.picks.order == "oc":
+            rows, tiles = g.blocks(self.picks)
+            start = body.let((channels.block + 1) * (g.products * tile_oc))
+            ahead = Ahead(self.weights, start, g.products, tile_oc // lanes, tile.index, rows * tiles)
+            origin = ahead.origin(body)
+        with body.loop(math.prod(g.runs)) as (run, index):
+            taps = unflat(index, g.runs)
 
-def _extent(spec: ConvSpec, picks: Picks) -> list[int]:
-    """Input size per axis that whole tiles of output pixels read."""
-    pixels = [*spec.out_spatial[:-2], *_rounded(spec, picks)][-spec.rank :]
-    return [(p - 1) * s + w for p, s, w in zip(pixels, spec.stride, spec.window, strict=True)]
+            def pixel(p: tuple[int, int], k: Expr) -> Expr:
+                return self.pixel(task, tile, p, taps, first_block, k)
 
+            def weight(v: int, k: Expr) -> Expr:
+                return load(self.weights, "f32", [channels.block, index, k, v * lanes], lanes, lanes)
 
-def _needs_copy(spec: ConvSpec, picks: Picks) -> bool:
-    """Whether there is padding, or the last tiles read past the input."""
-    padded = any(b or e for b, e in spec.padding)
-    return padded or any(e > size for e, size in zip(_extent(spec, picks), spec.in_spatial, strict=True))
+            def fetch(step: Block, k: Expr) -> None:
+                ahead.fetch(step, origin, index * g.run + k)
 
+            multiply(run, sums, g.run, pixel, weight, fetch if ahead else None)
+        for v in range(channels.vectors):
+            channel = body.let(channels.block * tile_oc + v * lanes)
+            vectors = {p: sums[p, v] for p in tile.pixels}
+            if g.dst_block == 1:
+                self.store_transposed(body, task, tile, channel, vectors)
+            else:
+                self.store_channels(body, task, tile, channel, vectors)
 
-def _padded(spec: ConvSpec, ops: Operands, picks: Picks) -> Callable[[Expr, Expr, Sequence[Expr]], Expr]:
-    """src as ``f(n, c, where)``: as it is, or through a copy with its padding and whole tiles."""
-    if not _needs_copy(spec, picks):
-        return lambda n, c, where: ops.src[ops.order(n, c, where)]
+    def pixel(self, task: _Task, tile: _Tile, p: tuple[int, int], taps: Sequence[Expr], first: Expr, k: Expr) -> Expr:
+        """The k-th number, as f32, of a run that a tile's pixel reads; ``first``: its group's first block of channels,
+        or where a block has the channels of several groups, the group.
+        """
+        g, (ty, tx) = self.g, p
+        kz, ky, kx, block = taps
+        kx = kx * g.dilation[2] if g.apart else 0
+        line = (tile.row + ty) * g.stride[1] + ky * g.dilation[1]
+        column = (tile.x + tx) * g.stride[2] + kx
+        if g.src_block == 1:
+            block, at = first + k, column
+        elif g.src_block == self.spec.ic:
+            block, at = 0, column * g.src_block + first * g.inner + k
+        else:
+            block, at = first + block, column * g.src_block + k
+        if task.panel is not None:
+            return task.panel[kz * g.dilation[0], line, block, at]
+        where = [task.z * g.stride[0] + kz * g.dilation[0], task.y * g.stride[1] + line, 0]
+        place = self.src_place(task.image, block, where, task.x * g.stride[2] * g.src_block + at)
+        return widen(self.src[tuple(place)], self.spec.dtype)
 
-    def value(*index: Expr) -> Expr:
-        n, c, where = ops.logical(index)
-        return ops.read_src(n, c, [p - b for p, (b, _) in zip(where, spec.padding, strict=True)], always=True)
+    def store_channels(
+        self, body: Block, task: _Task, tile: _Tile, channel: Expr, vectors: dict[tuple[int, int], Expr]
+    ) -> None:
+        """The epilogue and store of a tile's vectors of channels, from ``channel`` on, one of each pixel."""
+        spec, lanes = self.spec, self.lanes
+        rest = spec.oc % lanes
+        for case, count in body.cases(channel, spec.oc - rest, lanes, rest):
+            given = load_parameters(case, self.parameters, channel, lanes, count)
+            for inner, p, vector in self.each(case, vectors):
+                place = self.dst_place(task, tile, p, channel)
+                finish(inner, spec, self.dst, self.residual, place, vector, lanes, count, **given)
 
-    extent = _extent(spec, picks)
-    copy = te.compute(ops.order(spec.n, spec.ic, extent), value, name="padded")
-    return lambda n, c, where: copy[ops.order(n, c, where)]
+    def store_transposed(
+        self, body: Block, task: _Task, tile: _Tile, first: Expr, vectors: dict[tuple[int, int], Expr]
+    ) -> None:
+        """The same as rows of pixels, each with the epilogue of its channel."""
+        spec, lanes = self.spec, self.lanes
+        for y in range(tile.height):
+            for x in range(0, tile.width, lanes):
+                count = min(lanes, tile.width - x)
+                square = [vectors[y, x + t] if t < count else zeros(lanes) for t in range(lanes)]
+                rows = {(0, t): row for t, row in enumerate(interleave(body, square, lanes))}
+                for inner, (_, t), row in self.each(body, rows):
+                    with inner.when(True if spec.oc % lanes == 0 else first + t < spec.oc) as exists:
+                        given = spread_parameters(exists, self.parameters, first + t, lanes)
+                        place = self.dst_place(task, tile, (y, x), first + t)
+                        finish(exists, spec, self.dst, self.residual, place, row, lanes, count, **given)
+
+    def each(self, body: Block, vectors: dict[tuple[int, int], Expr]) -> Iterator[tuple[Block, tuple[Expr, Expr], Expr]]:
+        """Code for what becomes of each vector ``(y, x)``, all x of each y: ``(its body, its key, the vector)``.
+
+        A loop where that takes a costly activation: written out for every register, it would not fit into the cache
+        of instructions.
+        """
+        if not self.spec.activation_op.costly:
+            for p, vector in vectors.items():
+                yield body, p, vector
+            return
+        width = 1 + max(x for _, x in vectors)
+        sums = body.buffer((len(vectors) // width, width, self.lanes))
+        for (y, x), vector in vectors.items():
+            body.add(store(sums, "f32", [y, x, 0], vector, self.lanes, self.lanes))
+        with body.loop(len(vectors) // width) as (row, y), row.loop(width) as (inner, x):
+            yield inner, (y, x), inner.let(load(sums, "f32", [y, x, 0], self.lanes, self.lanes))
+
+    # ---- places -------------------------------------------------------------------------------
+
+    def src_place(self, image: Expr, block: Expr, pixel: Sequence[Expr], at: Expr) -> list[Expr]:
+        """The index in src of number ``at`` of a row of a block of channels; ``pixel``'s last axis is 0."""
+        plane_line = pixel[3 - self.spec.rank : 2]
+        if self.g.src_block == 1:
+            return [image, block, *plane_line, at]
+        blocks = [] if self.g.src_block == self.spec.ic else [block]
+        return [image, *blocks, *plane_line, 0, at]
+
+    def dst_place(self, task: _Task, tile: _Tile, p: tuple[int, int], channel: Expr) -> list[Expr]:
+        """The index in dst of a channel of a tile's pixel."""
+        block, (ty, tx) = self.g.dst_block, p
+        where = [task.z, task.y + tile.row + ty, task.x + tile.x + tx][3 - self.spec.rank :]
+        if block == 1:
+            return [task.image, channel, *where]
+        if block == self.spec.oc:
+            return [task.image, *where, channel]
+        return [task.image, channel // block, *where, channel % block]

@@ -11,21 +11,23 @@ Strategy    1. Pack weights as [oc/t][ic][t], so that the t scalars of one step 
                read them again: rows lie far apart, each in a page of its own.
             6. One parallel loop over batch × blocks of tiles × parts of the channels. A task's outer loop is that over
                channels, so that a channel's stores follow each other: rows of dst lie in a page each, too.
-Why not     channels in the lanes (cpu_gemm_channels): better with many channels, or few pixels.
+Why not     channels in the lanes (cpu_direct): better with many channels, or few pixels.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from tvm import tirx
 
-from convgen.cpu.vector import Block, finish, load, outer_products, spread_parameters, store, subsampled, written
+from convgen.cpu.model import Counts, Stream, Work, core_of
+from convgen.cpu.product import BEGIN_TASK, BEGIN_TILE, FAR_ROW, multiply, steps
+from convgen.cpu.vector import Block, finish, load, spread_parameters, store, subsampled, written
 from convgen.hardware.target import Target
-from convgen.lowering.compute import Expr, Operands, ceildiv, pack_channels, round_up
+from convgen.lowering.compute import Expr, Operands, ceildiv, pack_channels
 from convgen.lowering.schedule import Picks, Program, Space, Written, require
 from convgen.problem.spec import ConvSpec
 
@@ -33,14 +35,6 @@ from convgen.problem.spec import ConvSpec
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)
 #: Parts of the channels.
 PARTS = (1, 2, 3, 4, 8)
-
-# What `default` and `cost` weigh, each in the time of one product. Fitted to measured kernels, not measured alone.
-#: Copying one element of src.
-COPY = 3
-#: What a part of the channels costs beyond its products where nothing is copied.
-PART = 0.01
-#: What a row of stores costs that ends after a single tile; shared by the tiles of a longer one.
-SHORT_ROW = 0.08
 
 
 class CpuGemm(Written):
@@ -70,49 +64,71 @@ class CpuGemm(Written):
         require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
 
     def default(self, spec: ConvSpec, target: Target) -> Picks:
-        lanes = target.lanes
-        vectors = 2 if spec.out_pixels > lanes else 1
-        most_channels = min(spec.oc, 8 if target.vector_registers > 16 else 6)
-        loads = 0.3 if target.vector_registers > 16 else 0.5  # of a step of the tile, in products of one channel
-        tile_oc = min(range(1, most_channels + 1), key=lambda c: (round_up(spec.oc, c) * (1 + loads / c), -c))
-        tiles, channel_blocks = ceildiv(spec.out_pixels, vectors * lanes), ceildiv(spec.oc, tile_oc)
-        copy_src = spec.oc >= 6 * tile_oc
-
-        def penalty(option: tuple[int, int]) -> float:
-            """Relative time of the busiest core: its share of the products, the copy that every part repeats, and
-            what short rows of stores cost.
-            """
-            block, parts = option
-            tasks = spec.n * parts * ceildiv(tiles, block)
-            share = ceildiv(tasks, target.cores) * target.cores / tasks * ceildiv(tiles, block) * block / tiles
-            share *= round_up(channel_blocks, parts) / channel_blocks
-            return share + parts * (COPY / spec.oc if copy_src else PART) + SHORT_ROW / block
-
-        # What a task copies has to stay in its core's cache.
-        most_tiles = max(1, target.l2 // 2 // (4 * spec.ic * vectors * lanes))
-        blocks = [b for b in BLOCKS if b == 1 or (b <= most_tiles and b <= tiles)]
-        splits = [p for p in PARTS if p <= channel_blocks]
-        block_px, parallel_oc = min(itertools.product(blocks, splits), key=penalty)
-        return Picks(
-            tile_oc=tile_oc,
-            tile_px=vectors * lanes,
-            parallel_oc=parallel_oc,
-            copy_src=copy_src,
-            block_px=block_px,
-        )
+        return _default(self, spec, target)
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
-        lanes = target.lanes
-        # A short reduction leaves the tile's prologue and store uncovered, few channels the copy.
-        efficiency = 0.95 * spec.ic / (spec.ic + 3.2) * spec.out_pixels / round_up(spec.out_pixels, lanes)
-        if self.default(spec, target).copy_src:
-            efficiency *= spec.oc / (spec.oc + 6 * spec.ic / (spec.ic + 32))
-        return spec.flops / (target.peak_flops * efficiency)
+        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops = Operands(spec)
         packed, _ = pack_channels(ops, picks.tile_oc)
         return written(ops, packed, lambda *buffers: _Kernel(spec, picks, target.lanes, *buffers).statement())
+
+
+@lru_cache(maxsize=1024)
+def _default(schedule: CpuGemm, spec: ConvSpec, target: Target) -> Picks:
+    lanes, core = target.lanes, core_of(target)
+    domains = schedule.space(spec, target).domains
+    vectors = 2 if spec.out_pixels > lanes else 1
+    tiles = [c for c in domains["tile_oc"] if c <= min(8, target.most_pixels(vectors))]
+    base = Picks(tile_oc=1, tile_px=vectors * lanes, parallel_oc=1, copy_src=False, block_px=1)
+
+    def cycles(picks: Picks) -> float:
+        return core.cycles(_counts(spec, target, picks))
+
+    base = min((base.replace(tile_oc=c, copy_src=copy) for c in tiles for copy in domains["copy_src"]), key=cycles)
+    # What a task copies has to stay in its core's cache.
+    most = max(1, target.l2 // 2 // (4 * spec.ic * vectors * lanes))
+    points = [base.replace(block_px=b, parallel_oc=p) for b in BLOCKS if b <= most for p in PARTS]
+    return min((p for p in points if schedule.reason_against(spec, target, p) is None), key=cycles)
+
+
+def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+    """What the busiest core does."""
+    lanes, vectors, parts, block = target.lanes, picks.tile_px // target.lanes, picks.parallel_oc, picks.block_px
+    tiles, (full, rest) = ceildiv(spec.out_pixels, picks.tile_px), divmod(spec.oc, picks.tile_oc)
+    channel_blocks = full + (rest > 0)
+    tasks = spec.n * parts * ceildiv(tiles, block)
+    own = ceildiv(tasks, target.cores)
+    part = ceildiv(channel_blocks, parts) / channel_blocks
+    # Tiles, and blocks of channels, of the busiest core: its last block of tiles may be shorter.
+    passes = min(own * block, spec.n * parts * tiles) * part
+    work = [Work(own, cycles=BEGIN_TASK)]
+    for channels, blocks in ((picks.tile_oc, full), (rest, 1)):
+        if not (channels and blocks):
+            continue
+        times = passes * blocks
+        near = 4 * picks.tile_px if picks.copy_src and 4 * spec.ic * picks.tile_px * block > target.l1 // 2 else 0
+        work.append(steps(times * spec.ic, channels, vectors, near=near))
+        stored = channels * vectors
+        operations = stored * (spec.activation_op.operations + spec.bias + spec.residual)
+        work.append(Work(times, fmas=operations, loads=stored * spec.residual, stores=stored, cycles=BEGIN_TILE))
+        # Rows of dst lie in a page each: short ones of stores begin a line, and a page, anew.
+        work.append(Work(times * channels / block, cycles=FAR_ROW))
+    rows = spec.ic * vectors * passes / part
+    if picks.copy_src:
+        work.append(Work(rows, loads=1, stores=1, cycles=FAR_ROW / 4))
+    else:  # rows of src, far apart, for every block of channels
+        work.append(Work(rows * channel_blocks * part, cycles=FAR_ROW / 16))
+    if not spec.is_pointwise:
+        work.append(Work(spec.n * spec.ic * ceildiv(spec.out_pixels, lanes) / target.cores, loads=2, shuffles=2, stores=1))
+    share = passes / (spec.n * parts * tiles * part)
+    images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]
+    streams = [
+        Stream(4 * spec.ic * spec.oc / parts, weights=True),
+        Stream(images * share, ahead=True, footprint=images),
+    ]
+    return Counts(work, streams, 1 + (not spec.is_pointwise), target.l2, target.l3)
 
 
 class _Task(NamedTuple):
@@ -218,7 +234,7 @@ class _Kernel:
                 return self.pixels(task, c, tile.x + v * lanes, tile.counts[v])
             return load(task.panels, "f32", [tile.index, c, v * lanes], lanes, lanes)
 
-        outer_products(body, sums, spec.ic, lambda t, c: weights[channel_block, 0, c, t], vector)
+        multiply(body, sums, spec.ic, lambda t, c: weights[channel_block, 0, c, t], vector)
         origin = [0] * (spec.rank - 1)  # pixels are flat: as if all were in the first row
         for t in range(channels):
             channel = body.let(channel_block * self.picks.tile_oc + t)

@@ -158,8 +158,8 @@ _LIKE = {
 }
 #: What they do with vectors of so many bits: FMAs, loads, stores and shuffles per cycle, cycles of a masked store.
 _VECTORS: dict[tuple[str, int], tuple[float, float, float, float, float]] = {
-    ("znver5", 512): (1.85, 2, 1, 2, 1.5),
-    ("znver5", 256): (1.85, 2, 1, 2, 18),
+    ("znver5", 512): (1.8, 2, 1, 1, 6),
+    ("znver5", 256): (1.8, 2, 1, 1, 18),
     ("znver4", 512): (1, 1, 0.5, 1, 3),
     ("znver4", 256): (2, 2, 1, 2, 18),
     ("znver3", 256): (2, 2, 1, 2, 18),

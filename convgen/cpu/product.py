@@ -17,8 +17,10 @@ from ..lowering.compute import Expr, ceildiv
 from .model import Work
 from .vector import Block, Registers, prefetch
 
-#: Cycles to begin a run of products, and a tile: its addresses, and loops that end.
-BEGIN_RUN, BEGIN_TILE = 5, 12
+#: Cycles to begin a run of products, a tile (its addresses, and loops that end), and a task.
+BEGIN_RUN, BEGIN_TILE, BEGIN_TASK = 5, 12, 100
+#: Cycles to begin a row that lies in a page of its own.
+FAR_ROW = 12
 #: Numbers of f32 in a cache line.
 LINE = 16
 
