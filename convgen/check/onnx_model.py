@@ -108,9 +108,7 @@ def onnx_model(
     )
 
 
-def _channels_first(
-    tensor: str, blocks: Blocks, spatial: tuple[int, ...], emit: _Emit, constant: _Constant
-) -> str:
+def _channels_first(tensor: str, blocks: Blocks, spatial: tuple[int, ...], emit: _Emit, constant: _Constant) -> str:
     """A tensor of any layout as ONNX has it."""
     rank, output = len(spatial), f"{tensor}_nchw"
     if blocks.layout == "nchw":

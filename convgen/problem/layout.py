@@ -84,7 +84,7 @@ class Blocks:
         return ["n", f"{channel}/{self.size}", *spatial, f"{channel}%{self.size}"]
 
     def channels_first(self, array: Any) -> Any:
-        """A NumPy array of this layout as ``[n, channel, *spatial]``: a view where channels are one axis, else a copy."""
+        """A NumPy array of this layout as ``[n, channel, *spatial]``: a view where channels are one axis."""
         if self.layout == "nchw":
             return array
         if self.layout == "nhwc":

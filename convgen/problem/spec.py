@@ -428,7 +428,7 @@ class ConvSpec:
 
     @property
     def canonical(self) -> dict[str, Any]:
-        """The versioned canonical form: JSON values; fields at their default are omitted, as is a dst_layout that is src's."""
+        """The versioned canonical form: JSON values, without fields at their default and a dst_layout that is src's."""
         form: dict[str, Any] = {"version": CANONICAL_VERSION}
         default = ConvSpec(self.n, self.ic, self.oc, (1,) * self.rank, (1,) * self.rank)
         for name, value in self.to_dict().items():

@@ -88,6 +88,17 @@ def _not_transposed(spec: ConvSpec) -> Iterator[Changes]:
         yield {"transposed": False, "output_padding": (0,) * spec.rank}
 
 
+def _layouts(spec: ConvSpec) -> Iterator[Changes]:
+    """NCHW, then one layout of both, then NCHW of one."""
+    same = spec.dst_layout == spec.layout
+    if not same or spec.layout != "nchw":
+        yield {"layout": "nchw", "dst_layout": "nchw"}
+    if not same:
+        yield {"dst_layout": spec.layout}
+        yield {"layout": spec.dst_layout}
+        yield from ({name: "nchw"} for name in ("layout", "dst_layout") if getattr(spec, name) != "nchw")
+
+
 def _groups(spec: ConvSpec) -> Iterator[Changes]:
     ic, oc = spec.ic // spec.groups, spec.oc // spec.groups
     for groups in _smaller(spec.groups, 1):
@@ -96,8 +107,10 @@ def _groups(spec: ConvSpec) -> Iterator[Changes]:
 
 def _channels_of(name: str) -> Callable[[ConvSpec], Iterator[Changes]]:
     def step(spec: ConvSpec) -> Iterator[Changes]:
-        for count in _smaller(getattr(spec, name) // spec.groups, 1):
-            yield {name: count * spec.groups}
+        blocks = spec.src_blocks if name == "ic" else spec.dst_blocks
+        unit = spec.groups if blocks.layout == "nhwc" else math.lcm(spec.groups, blocks.size)
+        for count in _smaller(getattr(spec, name) // unit, 1):
+            yield {name: count * unit}
 
     return step
 
@@ -135,7 +148,7 @@ def _kernel_with_input(spec: ConvSpec) -> Iterator[Changes]:
 SPEC_STEPS: tuple[Callable[[ConvSpec], Iterable[Changes]], ...] = (
     _epilogue,
     _plain("dtype", "f32"),
-    _plain("layout", "nchw"),
+    _layouts,
     _plain("accuracy", "standard"),
     _plain("n", 1),
     _fewer_axes,
