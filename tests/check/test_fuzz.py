@@ -221,12 +221,17 @@ SHRUNK: dict[str, tuple[str, Callable[[ConvSpec], bool], str]] = {
     "a layout": (
         "conv2d n2 ic48 oc80 g2 i9x9 k3x3 s1 p1 nchw8c dst_nchw16c",
         lambda s: s.dst_layout == "nchw16c",
-        "conv1d n1 ic1 oc16 i1 k1 s1 p0 nobias dst_nchw16c",
+        "conv1d n1 ic16 oc16 i1 k1 s1 p0 nobias nchw16c",
+    ),
+    "a layout of one": (
+        "conv2d n2 ic48 oc80 g2 i9x9 k3x3 s1 p1 nchw8c dst_nhwc",
+        lambda s: s.layout == "nchw8c" != s.dst_layout,
+        "conv1d n1 ic8 oc1 i1 k1 s1 p0 nobias nchw8c dst_nchw",
     ),
     "layouts that are two": (
         "conv2d n2 ic48 oc80 g2 i9x9 k3x3 s1 p1 nhwc dst_nchw16c",
         lambda s: s.dst_layout != s.layout,
-        "conv1d n1 ic1 oc1 i1 k1 s1 p0 nobias nhwc dst_nchw",
+        "conv1d n1 ic1 oc1 i1 k1 s1 p0 nobias dst_nhwc",
     ),
     "tail channels": (
         "conv2d n2 ic8 oc55 i9x9 k3x3 s1 p1",

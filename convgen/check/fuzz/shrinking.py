@@ -18,6 +18,7 @@ from ...errors import SpecError
 from ...hardware.target import Target
 from ...lowering.discover import schedule as find_schedule
 from ...lowering.schedule import Picks
+from ...problem.layout import BLOCKS
 from ...problem.spec import ConvSpec
 from .cases import Case
 
@@ -89,20 +90,22 @@ def _not_transposed(spec: ConvSpec) -> Iterator[Changes]:
 
 
 def _layouts(spec: ConvSpec) -> Iterator[Changes]:
-    """NCHW, then one layout of both, then NCHW of one."""
-    same = spec.dst_layout == spec.layout
-    if not same or spec.layout != "nchw":
-        yield {"layout": "nchw", "dst_layout": "nchw"}
-    if not same:
-        yield {"dst_layout": spec.layout}
-        yield {"layout": spec.dst_layout}
-        yield from ({name: "nchw"} for name in ("layout", "dst_layout") if getattr(spec, name) != "nchw")
+    """One layout of both, the plainest first, then a plainer one of each."""
+    known = list(BLOCKS)
+    src, dst = known.index(spec.layout), known.index(spec.dst_layout)
+    both = known[: max(src, dst) + (src != dst)]
+    yield from ({"layout": layout, "dst_layout": layout} for layout in both)
+    if src != dst:
+        yield from ({"layout": layout} for layout in known[:src])
+        yield from ({"dst_layout": layout} for layout in known[:dst])
 
 
 def _groups(spec: ConvSpec) -> Iterator[Changes]:
     ic, oc = spec.ic // spec.groups, spec.oc // spec.groups
     for groups in _smaller(spec.groups, 1):
         yield {"groups": groups, "ic": ic * groups, "oc": oc * groups}
+    if spec.groups > 1 and not (spec.src_blocks.is_plain and spec.dst_blocks.is_plain):
+        yield {"groups": 1}  # fewer channels may be no whole blocks
 
 
 def _channels_of(name: str) -> Callable[[ConvSpec], Iterator[Changes]]:
