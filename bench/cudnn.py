@@ -47,10 +47,12 @@ class Cudnn(Torch):
         """The ways of running a layer, by name.
 
         Raises:
-            UnsupportedError: PyTorch cannot use this machine's GPU.
+            UnsupportedError: PyTorch cannot use this machine's GPU, or has no such layouts.
         """
         import torch
 
+        if not spec.src_blocks.is_plain or spec.dst_layout != spec.layout:
+            raise UnsupportedError("takes NCHW or NHWC, and gives what it takes")
         if not torch.cuda.is_available():
             raise UnsupportedError("expected PyTorch with CUDA, found one without a device")
         torch.backends.cudnn.benchmark = True

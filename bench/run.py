@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import convgen
-from convgen.errors import ConvgenError
+from convgen.errors import ConvgenError, SpecError
 from convgen.formats.entries import SpecEntry
 from convgen.formats.sources import read_specs, write_text
 from convgen.hardware.target import resolve
@@ -32,6 +32,7 @@ from convgen.kernel.kernel import check_threads, compile_candidate
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.versions import versions
 from convgen.measure.peers import PEERS, find_peer
+from convgen.problem.layout import BLOCKS
 from convgen.problem.spec import ACCURACIES
 from convgen.records.answer import best_record, record_candidate
 from convgen.records.record import TuningRecord
@@ -103,9 +104,12 @@ def variant(stem: str, options: argparse.Namespace) -> str:
 
 def run(problem: Path, options: argparse.Namespace, console: Console, measurer: Measurer) -> None:
     """Measure what is missing of one file of layers, and write its tables and picture."""
-    entries = [
-        SpecEntry(entry.spec.with_(**changes(options)), entry.count, entry.names) for entry in read_specs(problem)
-    ]
+    entries = []
+    for entry in read_specs(problem):
+        try:
+            entries.append(SpecEntry(entry.spec.with_(**changes(options)), entry.count, entry.names))
+        except SpecError as error:  # such as three channels in blocks of 16
+            console.print(f"left out {entry.spec}: {error}", markup=False, highlight=False)
     name = variant(problem.stem, options)
     kept = RowFile(options.results / f"{name}.jsonl")
     wanted = [(entry, threads) for threads in options.threads for entry in entries]
@@ -180,7 +184,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recorded", action="store_true", help="take the kernels that --records has instead of tuning")
     parser.add_argument("--accuracy", choices=ACCURACIES, help="accuracy of every layer, instead of its own")
     parser.add_argument("--batch", type=int, metavar="N", help="batch of every layer, instead of its own")
-    parser.add_argument("--layout", choices=("nchw", "nhwc"), help="layout of every layer, instead of its own")
+    parser.add_argument("--layout", choices=tuple(BLOCKS), help="layout of every layer, instead of its own")
     parser.add_argument(
         "--target", default="cpu", help="such as cpu:haswell: the libraries are kept to its vectors too"
     )

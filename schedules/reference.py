@@ -1,6 +1,6 @@
 """The definition itself, lowered as it stands: slow, and always right.
 
-Applies to  every spec on every target.
+Applies to  every spec on every target, of any layouts.
 Strategy    1. Weights and other parameters are copied, not rearranged.
             2. A task is one output row; the reduction of an output element is one scalar loop. On a GPU a
                thread computes one output element.
@@ -33,6 +33,9 @@ LAUNCH = 1e-5
 class Reference(Scheduled):
     id, version, sums_integers, is_reference = "reference", 2, True, True
 
+    def takes_layouts(self, src: str, dst: str) -> bool:
+        return True
+
     def applies(self, spec: ConvSpec, target: Target) -> None:
         pass
 
@@ -54,7 +57,7 @@ class Reference(Scheduled):
         acc = convolution(spec, ops, weights)
 
         def value(n: Expr, o: Expr, pixel: tuple[Expr, ...]) -> Expr:
-            residual = ops.residual[ops.order(n, o, pixel)] if ops.residual is not None else None
+            residual = ops.residual[ops.dst_order(n, o, pixel)] if ops.residual is not None else None
             return epilogue(spec, acc[(n, o, *pixel)], residual=residual, **ops.per_channel(vectors, o))
 
         return Program(pack=ops.pack(*packed), main=ops.main([weights, *vectors], ops.store(value)))

@@ -133,9 +133,7 @@ def _bound(spec: ConvSpec, data: Arrays, factor: float, products: F32, plain: F3
         slope = max(1.0, float(np.abs(widen(data["slope"])).max()))
     added = np.zeros((), np.float32)
     if spec.bias:
-        axis = 1 if spec.layout == "nchw" else -1
-        bias = np.abs(widen(data["bias"]))
-        added = added + bias.reshape([-1 if i == axis % len(spec.dst_shape) else 1 for i in range(len(spec.dst_shape))])
+        added = added + np.abs(widen(data["bias"])).reshape(spec.dst_blocks.shape(1, (1,) * spec.rank))
     if spec.residual:
         added = added + np.abs(widen(data["residual"]))
     with np.errstate(over="ignore", invalid="ignore"):

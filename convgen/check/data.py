@@ -88,8 +88,7 @@ def odd_data(spec: ConvSpec, seed: int = 0) -> Arrays:
             data["bias"][blank] = 0
         return data
     data = {name: rng.standard_normal(shape, np.float32) for name, shape in _shapes(spec).items()}
-    # A view: axes from image and channel to pixel, whatever the layout.
-    src = np.moveaxis(data["src"], -1, 1) if spec.layout == "nhwc" else data["src"]
+    src = spec.src_blocks.channels_first(data["src"])
     weights = data["weights"]
     if src.size:
         even = src.copy()
@@ -114,6 +113,7 @@ def odd_data(spec: ConvSpec, seed: int = 0) -> Arrays:
         weights[(slice(None),) * axis + (int(rng.integers(weights.shape[axis])),)] = 0
     if rng.random() < 0.3:
         weights[rng.integers(len(weights))] *= np.float32(10 ** -rng.uniform(2, 6))
+    data["src"] = np.ascontiguousarray(spec.src_blocks.stored(src))
     return {name: narrow(array, spec.dtype) for name, array in data.items()}
 
 

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import SpecError
 from ..problem.dtypes import numpy_dtype
+from ..problem.layout import Blocks
 from ..problem.spec import ConvSpec
 
 _Emit = Callable[..., str]  # (operator, *inputs, output=name, **attributes) -> name
@@ -58,8 +59,8 @@ def onnx_model(
         weights, bias, slope, scale: constants of the spec's dtypes and shape ``spec.weights_shape``, and ``[oc]``
             each (a slope may have one element). What is not given is a graph input of that name.
 
-    ``src``, ``residual`` and ``dst`` have the spec's layout; ONNX convolutions are channels-first,
-    so NHWC is transposed on the way in and out.
+    ``src``, ``residual`` and ``dst`` have the spec's layouts; ONNX convolutions are channels-first,
+    so others are transposed on the way in and out, and blocks joined and parted.
 
     Raises:
         SpecError: an array has the wrong shape or dtype, or the spec has no such argument.
@@ -87,23 +88,17 @@ def onnx_model(
             return name
         return constant(name, checked(spec, name, array, spec.shapes[name]))
 
-    order = (0, spec.rank + 1, *range(1, spec.rank + 1))  # channels-last -> channels-first
-    back = (0, *range(2, spec.rank + 2), 1)
-    channels_last = spec.layout == "nhwc"
-
-    x = emit("Transpose", "src", output="src_nchw", perm=order) if channels_last else "src"
+    x = _channels_first("src", spec.src_blocks, spec.in_spatial, emit, constant)
     w, b, s = parameter("weights", weights), parameter("bias", bias), parameter("slope", slope)
     by = parameter("scale", scale)
     x = _quantised(spec, [x, w, b, by], emit, constant) if by else _convolution(spec, [x, w, b], emit, constant)
     if spec.residual:
         inputs.append(helper.make_tensor_value_info("residual", element, spec.dst_shape))
-        r = emit("Transpose", "residual", output="residual_nchw", perm=order) if channels_last else "residual"
+        r = _channels_first("residual", spec.dst_blocks, spec.out_spatial, emit, constant)
         x = emit("Add", x, r, output="sum")
     x = _activation(spec, x, s, emit, constant)
-    if channels_last:
-        emit("Transpose", x, output="dst", perm=back)
-    else:
-        nodes[-1].output[0] = "dst"
+    _stored(x, spec.dst_blocks, spec.out_spatial, emit, constant)
+    nodes[-1].output[0] = "dst"
 
     outputs = [helper.make_tensor_value_info("dst", element, spec.dst_shape)]
     graph = helper.make_graph(nodes, spec.name, inputs, outputs, constants)
@@ -111,6 +106,30 @@ def onnx_model(
     return helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version, producer_name="convgen"
     )
+
+
+def _channels_first(tensor: str, blocks: Blocks, spatial: tuple[int, ...], emit: _Emit, constant: _Constant) -> str:
+    """A tensor of any layout as ONNX has it."""
+    rank, output = len(spatial), f"{tensor}_nchw"
+    if blocks.layout == "nchw":
+        return tensor
+    if blocks.is_plain:
+        return emit("Transpose", tensor, output=output, perm=(0, rank + 1, *range(1, rank + 1)))
+    beside = emit("Transpose", tensor, output=f"{tensor}_parts", perm=(0, 1, rank + 2, *range(2, rank + 2)))
+    shape = constant(f"{output}_shape", np.array([0, blocks.channels, *spatial], np.int64))  # 0: as it is
+    return emit("Reshape", beside, shape, output=output)
+
+
+def _stored(tensor: str, blocks: Blocks, spatial: tuple[int, ...], emit: _Emit, constant: _Constant) -> str:
+    """The inverse of :func:`_channels_first`: the result in dst's layout."""
+    rank = len(spatial)
+    if blocks.layout == "nchw":
+        return tensor
+    if blocks.is_plain:
+        return emit("Transpose", tensor, output="dst", perm=(0, *range(2, rank + 2), 1))
+    parts = np.array([0, blocks.channels // blocks.size, blocks.size, *spatial], np.int64)
+    tensor = emit("Reshape", tensor, constant("dst_parts_shape", parts), output="dst_parts")
+    return emit("Transpose", tensor, output="dst", perm=(0, 1, *range(3, rank + 3), 2))
 
 
 def checked(spec: ConvSpec, name: str, array: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:

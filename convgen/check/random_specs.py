@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from ..errors import SpecError
 from ..problem.activation import DEFAULTS, Activation
 from ..problem.dtypes import DTYPES
+from ..problem.layout import BLOCKS
 from ..problem.spec import ACCURACIES, ConvSpec
 
 T = TypeVar("T")
@@ -114,6 +115,8 @@ def random_fields(source: Source, limits: Limits, tiles: Sequence[int]) -> dict[
         "dtype": source.choice(DTYPES),
         "layout": source.choice(("nchw", "nhwc")),
     }
+    if source.chance(15):
+        fields |= _layouts(source, fields)
     if fields["dtype"] == "i8":
         fields |= {**ONLY_OF_I8, "activation": source.choice(("none", "relu"))}
     return fields
@@ -201,6 +204,22 @@ def _channels(source: Source, limits: Limits, tiles: Sequence[int]) -> dict[str,
         ic = max(ic, 2)
         return {"ic": ic, "oc": ic * source.choice((1, 1, 1, 2, 3)), "groups": ic}
     return {"ic": ic, "oc": oc, "groups": 1}
+
+
+def _layouts(source: Source, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Layouts of src and of dst, each drawn alone, with channels in whole blocks where one has blocks."""
+    layouts = {name: source.choice(list(BLOCKS)) for name in ("layout", "dst_layout")}
+    blocks = {name: BLOCKS[layout] or 1 for name, layout in layouts.items()}
+    groups, ic, oc = (fields[name] for name in ("groups", "ic", "oc"))
+
+    def whole(channels: int, unit: int) -> int:
+        return max(unit, channels // unit * unit)
+
+    if groups == ic > 1:  # depthwise, and stays so
+        channels = whole(ic, math.lcm(*blocks.values()))
+        return {**layouts, "groups": channels, "ic": channels, "oc": channels * (oc // ic)}
+    ic, oc = (whole(c, math.lcm(groups, block)) for c, block in zip((ic, oc), blocks.values(), strict=True))
+    return {**layouts, "ic": ic, "oc": oc}
 
 
 def _activation(source: Source) -> str:

@@ -36,7 +36,8 @@ A SPEC is one line, quoted or not, such as
 operator: conv1d conv2d conv3d convtranspose1d convtranspose2d convtranspose3d
 tokens:   n ic oc  g (groups)  i (input)  k (kernel)  s (stride)  d (dilation)
           p (padding: p1x1, begin_end p0_1x0_1, same, same_lower, valid)
-          op (output padding)  nobias  residual  nhwc  f16, bf16 or i8
+          op (output padding)  nobias  residual  f16, bf16 or i8
+          nhwc, nchw8c or nchw16c; dst_nchw … where dst's layout is another
           strict, relaxed or tf32; an activation: relu relu6 leaky_relu(0.1)
           prelu clip(0,6) sigmoid tanh silu mish hardswish hardsigmoid elu
           gelu gelu_tanh

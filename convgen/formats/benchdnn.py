@@ -25,6 +25,7 @@ from pathlib import Path
 
 from ..errors import SpecError, UnsupportedError
 from ..problem.activation import Activation
+from ..problem.layout import BLOCKS
 from ..problem.spec import ConvSpec
 from .notation import check_said, plain, unsupported
 
@@ -267,17 +268,17 @@ def _with_options(spec: ConvSpec, options: dict[str, str], where: str) -> ConvSp
         raise unsupported(where, "--dir", "FWD_B, FWD_D or FWD_I", options["dir"])
     if bias not in ("undef", "f32", dtype):
         raise unsupported(where, "--bia-dt", f"undef, f32 or {dtype}", bias)
-    layouts = {_layout(name, options[name], spec.rank, where) for name in ("stag", "dtag")} - {"any"}
-    if len(layouts) > 1:
-        raise unsupported(where, "--dtag", f"the layout of --stag={options['stag']}", options["dtag"])
-    layout = layouts.pop() if layouts else "nchw"
+    tagged = [_layout(name, options[name], spec.rank, where) for name in ("stag", "dtag")]
+    known = [layout for layout in tagged if layout != "any"] or ["nchw"]
+    src_layout, dst_layout = known[0], known[-1]  # oneDNN may choose any; it is the other's then
     if not re.fullmatch("[0-9]{1,18}", options["mb"]):
         raise SpecError("--mb", "a number", options["mb"], where)
-    residual, activation = _epilogue(options["attr-post-ops"], dtype, layout, spec.rank, where)
+    residual, activation = _epilogue(options["attr-post-ops"], dtype, dst_layout, spec.rank, where)
     changes = {
         "n": int(options["mb"]) or spec.n,
         "dtype": dtype,
-        "layout": layout,
+        "layout": src_layout,
+        "dst_layout": dst_layout,
         "bias": direction == "FWD_B" or bias != "undef",
         "residual": residual,
         "activation": activation,
@@ -288,16 +289,20 @@ def _with_options(spec: ConvSpec, options: dict[str, str], where: str) -> ConvSp
 def _tags(layout: str, rank: int) -> tuple[str, ...]:
     """A layout's names: of oneDNN's dimensions in order, of any rank, and by letter."""
     letters, sizes = "cde"[:rank], "dhw"[3 - rank :]
-    return ("abx", f"ab{letters}", f"nc{sizes}") if layout == "nchw" else ("axb", f"a{letters}b", f"n{sizes}c")
+    if layout == "nchw":
+        return "abx", f"ab{letters}", f"nc{sizes}"
+    if layout == "nhwc":
+        return "axb", f"a{letters}b", f"n{sizes}c"
+    return f"aBx{BLOCKS[layout]}b", f"aB{letters}{BLOCKS[layout]}b", f"nC{sizes}{BLOCKS[layout]}c"
 
 
 def _layout(option: str, tag: str, rank: int, where: str) -> str:
     if tag == "any":
         return "any"
-    for layout in ("nchw", "nhwc"):
+    for layout in BLOCKS:
         if tag in _tags(layout, rank):
             return layout
-    known = ", ".join(("any", *_tags("nchw", rank), *_tags("nhwc", rank)))
+    known = ", ".join(("any", *(tag for layout in BLOCKS for tag in _tags(layout, rank))))
     raise unsupported(where, f"--{option}", f"one of {known}", tag)
 
 
@@ -396,9 +401,9 @@ def write(spec: ConvSpec, count: int = 1, names: Sequence[str] = ()) -> str:
     """
     if spec.dtype not in _DTYPES:
         raise unsupported("", "dtype", f"one of {', '.join(_DTYPES)} for benchdnn", spec.dtype)
-    tag = _tags(spec.layout, spec.rank)[0]
+    stag, dtag = (_tags(layout, spec.rank)[0] for layout in (spec.layout, spec.dst_layout))
     words = ["--deconv" if spec.transposed else "--conv", "--dir=FWD_I"]
-    words += [f"--bia-dt={spec.dtype}"] * spec.bias + [f"--dt={spec.dtype}", f"--stag={tag}", f"--dtag={tag}"]
+    words += [f"--bia-dt={spec.dtype}"] * spec.bias + [f"--dt={spec.dtype}", f"--stag={stag}", f"--dtag={dtag}"]
     activation = spec.activation_op
     ops = ["sum"] * spec.residual
     if activation.name in _POST_OPS:

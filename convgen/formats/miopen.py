@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 from ..errors import SpecError
+from ..problem.layout import PLAIN
 from ..problem.spec import ConvSpec
 from .notation import check_said, plain, unsupported
 
@@ -202,6 +203,9 @@ def write(spec: ConvSpec) -> str:
     said = plain(spec)
     if spec.rank == 1:
         raise unsupported("", "in_spatial", "2 or 3 sizes for MIOpenDriver", spec.in_spatial)
+    for name, layout in (("layout", spec.layout), ("dst_layout", spec.dst_layout)):
+        if layout not in PLAIN or layout != spec.layout:
+            raise unsupported("", name, "NCHW or NHWC, the same of input and output, for MIOpenDriver", layout)
     if any(begin != end for begin, end in said.padding):
         raise unsupported("", "padding", "the same at the beginning and end for MIOpenDriver", spec.padding)
     if any(extra >= stride for extra, stride in zip(said.output_padding, spec.stride, strict=True) if extra):

@@ -29,6 +29,7 @@ from ..lowering.link import PART_ALIGNMENT, link, source, workspace_layout
 from ..lowering.stack import STACK
 from ..problem.activation import Activation
 from ..problem.dtypes import BYTES, UNDERFLOW, UNIT_ROUNDOFF
+from ..problem.layout import Blocks
 from ..problem.spec import PARAMETERS, ConvSpec
 from .load import MANIFEST
 from .names import check_export_name
@@ -138,19 +139,20 @@ def _axes(spec: ConvSpec) -> dict[str, list[str]]:
     """The names of every tensor's axes, outermost first."""
     letters = "dhw"[3 - spec.rank :]
 
-    def activations(channels: str, prefix: str) -> list[str]:
-        spatial = [prefix + letter for letter in letters]
-        return ["n", channels, *spatial] if spec.layout == "nchw" else ["n", *spatial, channels]
+    inputs, outputs = (spec.src_blocks, "i"), (spec.dst_blocks, "o")
+
+    def activations(blocks: Blocks, prefix: str) -> list[str]:
+        return blocks.axes(f"{prefix}c", [prefix + letter for letter in letters])
 
     channels = ["ic", "oc/groups"] if spec.transposed else ["oc", "ic/groups"]
     return {
-        "src": activations("ic", "i"),
+        "src": activations(*inputs),
         "weights": [*channels, *(f"k{letter}" for letter in letters)],
         "bias": ["oc"],
         "slope": ["oc"],
         "scale": ["oc"],
-        "residual": activations("oc", "o"),
-        "dst": activations("oc", "o"),
+        "residual": activations(*outputs),
+        "dst": activations(*outputs),
     }
 
 
@@ -329,7 +331,7 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
         value = "(double)bias[oc]" if spec.dtype == "i8" else "value(bias[oc])"
         epilogue += f"    sum += {value};\n    absolute += fabs({value});\n"
     if spec.residual:
-        value = "value(residual[offset(n, OC, oc, out_size, out)])"
+        value = "value(residual[offset(n, OC, OC_BLOCK, oc, out_size, out)])"
         epilogue += f"    sum += {value};\n    absolute += fabs({value});\n"
     pack = fields(*PARAMETERS)
     if interface.device is None:
@@ -357,8 +359,8 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
         step=_step(spec),
         element=_ELEMENTS[spec.dtype],
         globals=", ".join(f"*{name}" for name in operands),
-        layout=", ".join(_axes(spec)["src"]),
-        offset=_OFFSETS[spec.layout],
+        ic_block=spec.src_blocks.size,
+        oc_block=spec.dst_blocks.size,
         activation=_rounded(spec) if spec.dtype == "i8" else _activation(spec.activation_op),
         position=_TRANSPOSED_POSITION if spec.transposed else _POSITION,
         weight="ic * OC_GROUP + oc % OC_GROUP" if spec.transposed else "oc * IC_GROUP + c",
@@ -406,11 +408,6 @@ static float *scale;
 
 static double value(element x) { return x; }
 static element stored(float x) { return (element)x; }""",
-}
-
-_OFFSETS = {
-    "nchw": "(((n * channels + channel) * size[0] + at[0]) * size[1] + at[1]) * size[2] + at[2]",
-    "nhwc": "(((n * size[0] + at[0]) * size[1] + at[1]) * size[2] + at[2]) * channels + channel",
 }
 
 _INDENT = " " * 24

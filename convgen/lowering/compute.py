@@ -1,7 +1,7 @@
 """What a convolution computes, as TVM tensor expressions: the one readable definition.
 
 Every rank, layout and epilogue; direct and transposed. Schedules share :class:`Operands` (the
-tensors at the user's boundary, addressed as ``(n, channel, spatial)`` whatever their layout) and
+tensors at the user's boundary, addressed as ``(n, channel, spatial)`` whatever their layouts) and
 :func:`epilogue`; the `reference` schedule lowers :func:`convolution` as it stands.
 """
 
@@ -131,14 +131,20 @@ class Operands:
         self.parameters = [self.weights, *(operand(name) for name in spec.parameters[1:])]
 
     def order(self, n: Expr, channel: Expr, spatial: Index) -> tuple[Expr, ...]:
-        """``(n, channel, spatial)`` in the order of the spec's layout."""
-        return (n, channel, *spatial) if self.spec.layout == "nchw" else (n, *spatial, channel)
+        """``(n, channel, spatial)`` as an index of src; of dst too where both have one layout."""
+        return self.spec.src_blocks.order(n, channel, spatial)
 
     def logical(self, index: Index) -> tuple[Expr, Expr, tuple[Expr, ...]]:
         """The inverse of :meth:`order`."""
-        if self.spec.layout == "nchw":
-            return index[0], index[1], tuple(index[2:])
-        return index[0], index[-1], tuple(index[1:-1])
+        return self.spec.src_blocks.logical(index)
+
+    def dst_order(self, n: Expr, channel: Expr, spatial: Index) -> tuple[Expr, ...]:
+        """``(n, channel, spatial)`` as an index of dst and residual."""
+        return self.spec.dst_blocks.order(n, channel, spatial)
+
+    def dst_logical(self, index: Index) -> tuple[Expr, Expr, tuple[Expr, ...]]:
+        """The inverse of :meth:`dst_order`."""
+        return self.spec.dst_blocks.logical(index)
 
     def pack(self, *packed: te.Tensor) -> list[te.Tensor]:
         """Arguments of the pack function."""
@@ -163,9 +169,9 @@ class Operands:
         return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, value.ty.dtype))
 
     def store(self, value: Callable[[Expr, Expr, tuple[Expr, ...]], Expr]) -> te.Tensor:
-        """dst in the spec's layout: the epilogue of ``value(n, channel, spatial)``, which adds the bias itself."""
+        """dst in its layout: the epilogue of ``value(n, channel, spatial)``, which adds the bias itself."""
         dtype = self.spec.dtype
-        return te.compute(self.spec.dst_shape, lambda *index: narrow(value(*self.logical(index)), dtype), name="dst")
+        return te.compute(self.spec.dst_shape, lambda *i: narrow(value(*self.dst_logical(i)), dtype), name="dst")
 
 
 def _polynomial(x: Expr, coefficients: Sequence[float]) -> Expr:
@@ -377,9 +383,9 @@ def vectorize_finished(sch: Any, loop: Any, lanes: int) -> None:
 
 
 def dst_loops(sch: Any, spec: ConvSpec) -> tuple[Any, list[Any], Any]:
-    """The loops of the block ``dst`` as ``n, spatial, oc``, whatever the layout."""
+    """The loops of the block ``dst`` as ``n, spatial, oc``; its layout is plain."""
     n, *rest = sch.get_loops(sch.get_sblock("dst"))
-    return (n, rest[1:], rest[0]) if spec.layout == "nchw" else (n, rest[:-1], rest[-1])
+    return (n, rest[1:], rest[0]) if spec.dst_layout == "nchw" else (n, rest[:-1], rest[-1])
 
 
 def partition_edges(sch: Any, loop: Any) -> None:

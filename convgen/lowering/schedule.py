@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from ..errors import Inapplicable
+from ..problem.layout import PLAIN
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -172,6 +173,12 @@ class Schedule(ABC):
     sums_integers: ClassVar[bool] = False
     is_reference: ClassVar[bool] = False
 
+    def takes_layouts(self, src: str, dst: str) -> bool:
+        """Whether it reads src in one layout and writes dst in the other: plain ones, if they are the same, unless a
+        schedule says otherwise. Most tell NCHW from everything else, so they must be kept from what they do not know.
+        """
+        return src == dst and src in PLAIN
+
     @abstractmethod
     def applies(self, spec: ConvSpec, target: Target) -> None:
         """Raise :class:`Inapplicable` with the reason where the algorithm does not apply; see :meth:`check`."""
@@ -216,6 +223,8 @@ class Schedule(ABC):
 
     def check(self, spec: ConvSpec, target: Target) -> None:
         """Raise :class:`Inapplicable` with the reason where the schedule does not apply, or is not exact for i8."""
+        layouts = f"does not know src as {spec.layout} with dst as {spec.dst_layout}"
+        require(self.takes_layouts(spec.layout, spec.dst_layout), layouts)
         require(not self.transforms or spec.accuracy != "strict", "transforms, which accuracy strict does not admit")
         self.applies(spec, target)
         if spec.dtype == "i8" and not self.sums_integers:

@@ -40,7 +40,11 @@ class Entrant:
 
 
 class Peer(ABC):
-    """A library that runs convolutions."""
+    """A library that runs convolutions.
+
+    None but ONNX Runtime is asked for tensors in blocks of channels: they have such inside, but do not take them.
+    ONNX Runtime runs the model that says what the layer means, rearranging included.
+    """
 
     name: ClassVar[str]
     package: ClassVar[str]
@@ -131,6 +135,8 @@ class Torch(Peer):
     def entrants(self, spec: ConvSpec, data: Arrays, threads: int) -> list[Entrant]:
         import torch
 
+        if not spec.src_blocks.is_plain or spec.dst_layout != spec.layout:
+            raise UnsupportedError("takes NCHW or NHWC, and gives what it takes")
         torch.set_num_threads(threads)
         last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(spec.rank)
         formats = [("channels last", last)] if last else []
@@ -223,6 +229,9 @@ class OpenVino(Peer):
     def entrants(self, spec: ConvSpec, data: Arrays, threads: int) -> list[Entrant]:
         import openvino
 
+        if not spec.src_blocks.is_plain or not spec.dst_blocks.is_plain:
+            raise UnsupportedError("takes NCHW and NHWC only")
+
         from ..check.onnx_model import onnx_model
 
         model = onnx_model(spec, **{name: data[name] for name in spec.parameters})
@@ -268,7 +277,7 @@ class Ncnn(Peer):
     def entrants(self, spec: ConvSpec, data: Arrays, threads: int) -> list[Entrant]:
         import ncnn
 
-        if spec.layout != "nchw":
+        if (spec.layout, spec.dst_layout) != ("nchw", "nchw"):
             raise UnsupportedError("takes NCHW only")
         text, parameters = self._network(spec, data)
         net = ncnn.Net()

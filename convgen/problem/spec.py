@@ -23,21 +23,13 @@ from typing import Any
 from ..errors import SpecError
 from .activation import Activation
 from .dtypes import BYTES, DTYPES
+from .layout import LAYOUTS, Blocks
 
 #: Version of the canonical form. A new field with a neutral default does not change it.
 CANONICAL_VERSION = 1
 
 OPERATORS = tuple(f"{op}{rank}d" for op in ("conv", "convtranspose") for rank in (1, 2, 3))
 ACCURACIES = ("strict", "standard", "relaxed", "tf32")
-#: Every accepted layout token -> (canonical layout, rank it names; 0 = any).
-LAYOUTS = {
-    "nchw": ("nchw", 0),
-    "nhwc": ("nhwc", 0),
-    "ncw": ("nchw", 1),
-    "nwc": ("nhwc", 1),
-    "ncdhw": ("nchw", 3),
-    "ndhwc": ("nhwc", 3),
-}
 PADDING_WORDS = ("valid", "same", "same_lower")
 #: Tensors that are bound once, in the order in which functions take them.
 PARAMETERS = ("weights", "bias", "slope", "scale")
@@ -67,6 +59,14 @@ def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise SpecError(name, "true or false", repr(value))
     return value
+
+
+def _layout(name: str, value: object, rank: int) -> str:
+    layout, named_rank = LAYOUTS.get(str(value).lower(), ("", 0))
+    if not layout or named_rank not in (0, rank):
+        known = [token for token, (_, named) in LAYOUTS.items() if named in (0, rank)]
+        raise SpecError(name, f"a {rank}-D layout among {', '.join(known)}", repr(value))
+    return layout
 
 
 def _spatial(name: str, value: object, rank: int, minimum: int) -> Spatial:
@@ -133,8 +133,10 @@ class ConvSpec:
         dtype: how tensors are stored: ``f32``, ``f16`` or ``bf16``; sums are f32 whatever it is. Or ``i8``: src,
             weights and dst are, the bias is i32, the scale f32 (:attr:`dtypes`). It is exact, takes no
             residual, no activation but ``relu``, no accuracy but ``standard``, and is not transposed.
-        layout: of src, dst and residual: ``nchw`` (1-D ``ncw``, 3-D ``ncdhw``) or ``nhwc``.
+        layout: of src: ``nchw`` (1-D ``ncw``, 3-D ``ncdhw``), ``nhwc``, or in blocks of 8 or 16 channels,
+            ``nchw8c`` or ``nchw16c``, of which ic is a multiple (:mod:`convgen.problem.layout`).
             Weights are always ``[oc, ic/groups, *kernel]``, transposed ``[ic, oc/groups, *kernel]``.
+        dst_layout: of dst and residual; src's where it is empty or None. Stored resolved.
 
     Raises:
         SpecError: a field is not what it must be, or the fields do not fit together.
@@ -157,6 +159,7 @@ class ConvSpec:
     accuracy: str = "standard"
     dtype: str = "f32"
     layout: str = "nchw"
+    dst_layout: str = ""
     output_spatial: InitVar[Any] = field(default=None, kw_only=True)
 
     def __post_init__(self, output_spatial: Any) -> None:
@@ -182,14 +185,16 @@ class ConvSpec:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 raise SpecError(name, f"one of {', '.join(known)}", repr(value))
-        layout, layout_rank = LAYOUTS.get(str(self.layout).lower(), ("", 0))
-        if not layout or layout_rank not in (0, rank):
-            raise SpecError("layout", f"a {rank}-D layout among {', '.join(LAYOUTS)}", repr(self.layout))
-        put("layout", layout)
+        put("layout", _layout("layout", self.layout, rank))
+        same = self.dst_layout is None or (isinstance(self.dst_layout, str) and not self.dst_layout)
+        put("dst_layout", _layout("dst_layout", self.layout if same else self.dst_layout, rank))
 
         for name, channels in (("ic", self.ic), ("oc", self.oc)):
             if channels % self.groups:
                 raise SpecError("groups", f"a divisor of {name}={channels}", self.groups)
+        for name, blocks in (("ic", self.src_blocks), ("oc", self.dst_blocks)):
+            if blocks.channels % blocks.size:
+                raise SpecError(name, f"a multiple of {blocks.size}, the blocks of {blocks.layout}", blocks.channels)
         for axis, extra in enumerate(self.output_padding):
             limit = max(self.stride[axis], self.dilation[axis])
             if extra and not self.transposed:
@@ -299,18 +304,25 @@ class ConvSpec:
             )
         return tuple((p - w) // s + 1 for p, w, s in zip(self.padded_spatial, self.window, self.stride, strict=True))
 
-    def _shape(self, channels: int, spatial: Spatial) -> Spatial:
-        return (self.n, channels, *spatial) if self.layout == "nchw" else (self.n, *spatial, channels)
+    @property
+    def src_blocks(self) -> Blocks:
+        """How src lies in memory."""
+        return Blocks(self.layout, self.ic)
+
+    @property
+    def dst_blocks(self) -> Blocks:
+        """How dst and residual lie in memory."""
+        return Blocks(self.dst_layout, self.oc)
 
     @property
     def src_shape(self) -> Spatial:
-        """Shape of src in the spec's layout."""
-        return self._shape(self.ic, self.in_spatial)
+        """Shape of src in its layout."""
+        return self.src_blocks.shape(self.n, self.in_spatial)
 
     @property
     def dst_shape(self) -> Spatial:
-        """Shape of dst and residual in the spec's layout."""
-        return self._shape(self.oc, self.out_spatial)
+        """Shape of dst and residual in their layout."""
+        return self.dst_blocks.shape(self.n, self.out_spatial)
 
     @property
     def weights_shape(self) -> Spatial:
@@ -377,13 +389,14 @@ class ConvSpec:
     def core(self) -> ConvSpec:
         """The spec that schedules lower: the same buffers under the simplest shape.
 
-        A pointwise convolution of any rank is a 1-D one over its flat pixels (NHWC: the batch's
-        too). An empty batch is lowered like a batch of one, whose kernel is then never entered.
+        A pointwise convolution of any rank is a 1-D one over its flat pixels (of NHWC to NHWC: the
+        batch's too). An empty batch is lowered like a batch of one, whose kernel is then never entered.
         """
         core = self if self.n else self.with_(n=1)
         if not self.is_pointwise:
             return core
-        n, pixels = (core.n, core.out_pixels) if self.layout == "nchw" else (1, core.n * core.out_pixels)
+        images_follow = self.layout == self.dst_layout == "nhwc"
+        n, pixels = (1, core.n * core.out_pixels) if images_follow else (core.n, core.out_pixels)
         one: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
         return core.with_(n=n, in_spatial=(pixels,), kernel=(1,), **one)
 
@@ -415,14 +428,13 @@ class ConvSpec:
 
     @property
     def canonical(self) -> dict[str, Any]:
-        """The versioned canonical form: JSON values, fields at their default omitted."""
+        """The versioned canonical form: JSON values, without fields at their default and a dst_layout that is src's."""
         form: dict[str, Any] = {"version": CANONICAL_VERSION}
         default = ConvSpec(self.n, self.ic, self.oc, (1,) * self.rank, (1,) * self.rank)
-        for f in fields(self):
-            value = getattr(self, f.name)
-            required = f.name in ("n", "ic", "oc", "in_spatial", "kernel")
-            if required or value != getattr(default, f.name):
-                form[f.name] = _listed(value)
+        for name, value in self.to_dict().items():
+            required = name in ("n", "ic", "oc", "in_spatial", "kernel", "dst_layout")
+            if required or value != _listed(getattr(default, name)):
+                form[name] = value
         return form
 
     @cached_property
@@ -450,6 +462,8 @@ class ConvSpec:
         for name, neutral in (("activation", "none"), ("dtype", "f32"), ("layout", "nchw"), ("accuracy", "standard")):
             if getattr(self, name) != neutral:
                 words.append(getattr(self, name))
+            if name == "layout" and self.dst_layout != self.layout:
+                words.append(f"{_DST}{self.dst_layout}")
         return " ".join(words)
 
     @property
@@ -511,11 +525,16 @@ class ConvSpec:
             raise SpecError(error.field, error.expected, error.found, where or error.where) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values; :meth:`from_dict` reads them back."""
-        return {f.name: _listed(getattr(self, f.name)) for f in fields(self)}
+        """All fields as JSON values, but a dst_layout that is src's; :meth:`from_dict` reads them back."""
+        values = {f.name: _listed(getattr(self, f.name)) for f in fields(self)}
+        if self.dst_layout == self.layout:
+            del values["dst_layout"]
+        return values
 
     def with_(self, **changes: Any) -> ConvSpec:
-        """A copy with some fields changed; checked like a new one."""
+        """A copy with some fields changed; checked like a new one. Where dst's layout is src's, it stays so."""
+        if "layout" in changes and self.dst_layout == self.layout:
+            changes = {"dst_layout": "", **changes}
         return replace(self, output_spatial=None, **changes)
 
 
@@ -531,6 +550,8 @@ def _join(letter: str, values: Spatial) -> str:
 _NUMBER = re.compile(r"(n|ic|oc|g|op|i|k|s|d)([0-9]{1,18}(?:x[0-9]{1,18})*)\Z")
 _SIZES = re.compile(r"i[0-9x]+\Z")
 _PADS = re.compile(r"p([0-9]{1,18}(?:_[0-9]{1,18})?(?:x[0-9]{1,18}(?:_[0-9]{1,18})?)*)\Z")
+#: What a layout token of dst begins with.
+_DST = "dst_"
 _SCALARS = {"n": "n", "ic": "ic", "oc": "oc", "g": "groups"}
 _SPATIALS = {"i": "in_spatial", "k": "kernel", "s": "stride", "d": "dilation", "op": "output_padding"}
 
@@ -563,8 +584,8 @@ def _token(token: str, rank: int) -> tuple[str, Any]:
         return "residual", True
     if token in DTYPES:
         return "dtype", token
-    if token in LAYOUTS:
-        return "layout", token
+    if token.removeprefix(_DST) in LAYOUTS:
+        return "dst_layout" if token.startswith(_DST) else "layout", token.removeprefix(_DST)
     if token in ACCURACIES:
         return "accuracy", token
     try:

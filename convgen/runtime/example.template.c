@@ -17,6 +17,8 @@
 /* The layer: $descriptor
  * Spatial sizes have three axes here; of those a layer lacks the size is 1. */
 enum { BATCH = $n, IC = $ic, OC = $oc, GROUPS = $groups, IC_GROUP = IC / GROUPS, OC_GROUP = OC / GROUPS };
+/* How many channels are neighbours in memory, of src, and of dst and residual. */
+enum { IC_BLOCK = $ic_block, OC_BLOCK = $oc_block };
 static const long in_size[3] = {$in_size}, out_size[3] = {$out_size}, kernel[3] = {$kernel};
 static const long stride[3] = {$stride}, padding[3] = {$padding}, dilation[3] = {$dilation};
 
@@ -29,10 +31,12 @@ static element $globals;
 
 /* ---- the layer in plain loops ---------------------------------------------------------------- */
 
-/* Where element (n, channel, at) of src or dst lies ($layout). */
-static size_t offset(long n, long channels, long channel, const long size[3], const long at[3])
+/* Where element (n, channel, at) of a tensor lies whose channels are in blocks: [n][channel / block][at][channel % block].
+ * A block of NCHW is one channel, of NHWC all of them. */
+static size_t offset(long n, long channels, long block, long channel, const long size[3], const long at[3])
 {
-    return (size_t)($offset);
+    const long pixel = (at[0] * size[1] + at[1]) * size[2] + at[2], pixels = size[0] * size[1] * size[2];
+    return (size_t)(((n * (channels / block) + channel / block) * pixels + pixel) * block + channel % block);
 }
 
 static double activation(double x, long oc)
@@ -59,7 +63,7 @@ $position
                     if (!inside)
                         continue;
                     const long weight = $weight;
-                    const double product = value(src[offset(n, IC, ic, in_size, in)]) *
+                    const double product = value(src[offset(n, IC, IC_BLOCK, ic, in_size, in)]) *
                                            value(weights[((weight * kernel[0] + d) * kernel[1] + h) * kernel[2] + w]);
                     sum += product;
                     absolute += fabs(product);
@@ -119,7 +123,8 @@ $tensors    element *dst = buffer(sizes.dst);
         const long n = i / pixels / OC, oc = i / pixels % OC;
         const long out[3] = {i % pixels / out_size[2] / out_size[1], i / out_size[2] % out_size[1], i % out_size[2]};
         double magnitude;
-        const double expected = reference(n, oc, out, &magnitude), found = value(dst[offset(n, OC, oc, out_size, out)]);
+        const double expected = reference(n, oc, out, &magnitude);
+        const double found = value(dst[offset(n, OC, OC_BLOCK, oc, out_size, out)]);
         const double allowed = $allowed;
         const double error = fabs(found - expected);
         if (!(error <= allowed)) {

@@ -35,6 +35,7 @@ from ..hardware.target import Target
 from ..lowering.discover import schedules
 from ..lowering.schedule import Candidate, Picks, Schedule
 from ..problem.dtypes import BYTES
+from ..problem.layout import BLOCKS
 from ..problem.spec import ConvSpec
 from ..records.record import TuningRecord
 from ..records.store import RecordStore
@@ -420,8 +421,15 @@ def _place(spec: ConvSpec, threads: int) -> Array:
         threads,
     ]
     # What makes another layer of it counts as some doublings.
-    kinds = [2 * spec.transposed, 2 * (spec.layout == "nhwc"), 2 * BYTES[spec.dtype], spec.residual, spec.rank]
+    kinds = [2 * spec.transposed, 2 * _layouts(spec), 2 * BYTES[spec.dtype], spec.residual, spec.rank]
     return np.array([math.log2(max(s, 1e-9)) for s in sizes] + [float(k) for k in kinds])
+
+
+def _layouts(spec: ConvSpec) -> int:
+    """A number of the layouts of src and dst: 0 of NCHW, 1 of NHWC, others of other pairs."""
+    known = list(BLOCKS)
+    src, dst = known.index(spec.layout), known.index(spec.dst_layout)
+    return src if src == dst else src + len(known) * (1 + dst)
 
 
 def _squares(a: Array, b: Array) -> Array:

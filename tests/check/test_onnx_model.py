@@ -12,6 +12,7 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from integer_data import integers
+from layouts import LAYOUTS, channels_first, stored
 from strategies import ACTIVATIONS, specs_without_activation
 
 from convgen.check.onnx_model import onnx_model
@@ -28,9 +29,8 @@ def plain_loops(spec: ConvSpec, data: dict[str, np.ndarray]) -> np.ndarray:
     axes = range(spec.rank)
     x, w = data["src"].astype(float), data["weights"].astype(float)
     residual = data.get("residual")
-    if spec.layout == "nhwc":
-        x = np.moveaxis(x, -1, 1)
-        residual = None if residual is None else np.moveaxis(residual, -1, 1)
+    x = channels_first(x, spec.layout)
+    residual = None if residual is None else channels_first(residual, spec.dst_layout)
     full = [
         (spec.in_spatial[a] - 1) * spec.stride[a] + spec.window[a] + spec.output_padding[a]
         if spec.transposed
@@ -65,7 +65,16 @@ def plain_loops(spec: ConvSpec, data: dict[str, np.ndarray]) -> np.ndarray:
         y = y + residual
     if spec.dtype == "i8":
         y = np.clip(np.rint(y * data["scale"].reshape(-1, *[1] * spec.rank)), -128, 127)
-    return np.moveaxis(y, 1, -1) if spec.layout == "nhwc" else y
+    return stored(y, spec.dst_layout)
+
+
+@pytest.mark.parametrize("dst", LAYOUTS)
+@pytest.mark.parametrize("src", LAYOUTS)
+@pytest.mark.parametrize("words", ["conv1d i9 k3 p1", "conv2d i4x5 k3x2 g2", "convtranspose3d i2x3x2 k2 s2 nobias"])
+def test_onnx_runtime_agrees_with_plain_loops_in_all_layouts(words: str, src: str, dst: str) -> None:
+    spec = ConvSpec.parse(f"{words} n2 ic32 oc48 residual").with_(layout=src, dst_layout=dst)
+    data = integers(spec)
+    np.testing.assert_array_equal(run_onnxruntime(spec, **data, threads=1), plain_loops(spec, data))
 
 
 @settings(max_examples=150, deadline=None)

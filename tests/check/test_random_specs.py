@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, find, settings
+from layouts import LAYOUTS
 from strategies import ACTIVATIONS, TILES, TINY, specs
 
 from convgen.check.fuzz.drawing import FEATURES
@@ -28,7 +29,9 @@ def draws(limits: Limits) -> list[ConvSpec]:
 KINDS: dict[str, tuple[set[Any], Callable[[ConvSpec], Any]]] = {
     "operator": (set(OPERATORS), lambda s: s.operator),
     "dtype": (set(DTYPES), lambda s: s.dtype),
-    "layout": ({"nchw", "nhwc"}, lambda s: s.layout),
+    "layout": (set(LAYOUTS), lambda s: s.layout),
+    "layout of dst": (set(LAYOUTS), lambda s: s.dst_layout),
+    "layouts alike": ({False, True}, lambda s: s.layout == s.dst_layout),
     "accuracy": (set(ACCURACIES), lambda s: s.accuracy),
     "activation": (set(DEFAULTS), lambda s: s.activation_op.name),
     "bias": ({False, True}, lambda s: s.bias),

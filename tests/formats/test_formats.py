@@ -157,6 +157,7 @@ MEANT = "conv2d n1 ic4 oc4 i5x5 k1x1 s1x1 p0x0"
         ("--stag=axb --dtag=any", "nhwc"),
         ("--stag=nhwc --dtag=acdb --wtag=any", "nhwc"),
         ("--stag=abx --dtag=nchw", ""),
+        ("--stag=abx --dtag=axb", "dst_nhwc"),
         ("--mode=P -v5 --repeats-per-prb=3 --alg=wino --skip-impl=ref,x64:gemm --attr-scratchpad=user", ""),
         ("--attr-scales= --attr-zero-points= --strides=", ""),
         ("--attr-post-ops=sum", "residual"),
@@ -198,7 +199,8 @@ def test_options(options: str, words: str) -> None:
         "--dt=bf16:bf16:f32",
         "--dt=f32:f32",
         "--bia-dt=s8",
-        "--stag=aBx16b",
+        "--stag=aBx4b",
+        "--dtag=ABx16b16a",
         "--attr-scales=src:common:0.25",
         "--attr-zero-points=src:common:1",
         "--attr-rounding-mode=dst:stochastic",
@@ -219,9 +221,22 @@ def test_what_changes_the_layer_is_refused(option: str) -> None:
         list(problems(f"--dir=FWD_I {option} {SMALL}"))
 
 
-def test_layouts_of_input_and_output_must_agree() -> None:
-    with pytest.raises(UnsupportedError, match="--dtag: expected the layout of --stag=abx, found axb"):
-        list(problems(f"--stag=abx --dtag=axb {SMALL}"))
+@pytest.mark.parametrize(
+    ("tags", "words"),
+    [
+        ("--stag=any --dtag=aBcd16b", "nchw16c"),
+        ("--stag=nChw8c --dtag=any", "nchw8c"),
+        ("--stag=nChw8c --dtag=aBx16b", "nchw8c dst_nchw16c"),
+        ("--stag=axb --dtag=nChw16c --attr-post-ops=add:f32:per_tensor:aBx16b", "residual nhwc dst_nchw16c"),
+    ],
+)
+def test_tags_of_blocks(tags: str, words: str) -> None:
+    assert problem(f"{tags} mb1ic16ih5oc32kh1") == f"{MEANT.replace('ic4 oc4', 'ic16 oc32')} {words}"
+
+
+def test_a_residual_has_the_layout_of_the_output() -> None:
+    with pytest.raises(UnsupportedError, match="--attr-post-ops: expected sum or add:f32:per_tensor"):
+        list(problems(f"--stag=axb --dtag=abx --attr-post-ops=add:f32:per_tensor:axb {SMALL}"))
 
 
 def test_lists_give_a_problem_for_each() -> None:
@@ -506,12 +521,16 @@ def test_miopen_round_trip(spec: ConvSpec) -> None:
     said = plain(spec)
     sayable = (
         spec.rank > 1
+        and spec.layout == spec.dst_layout
+        and spec.layout in ("nchw", "nhwc")
         and spec.dtype != "i8"
         and all(begin == end for begin, end in said.padding)
         and all(extra < stride for extra, stride in zip(said.output_padding, said.stride, strict=True))
     )
     if not sayable:
-        with pytest.raises(UnsupportedError, match=r"^(in_spatial|padding|output_padding|dtype): expected"):
+        with pytest.raises(
+            UnsupportedError, match=r"^(in_spatial|padding|output_padding|dtype|(dst_)?layout): expected"
+        ):
             miopen.write(spec)
         return
     command = miopen.write(spec)
@@ -546,13 +565,15 @@ def test_every_activation_has_a_post_op(activation: str) -> None:
         ("leaky_relu(0)", benchdnn.write, r"activation: expected what benchdnn can say, found leaky_relu\(0\)"),
         ("relaxed", miopen.write, "accuracy: expected what MIOpenDriver can say, found relaxed"),
         ("relu", miopen.write, "activation: expected what MIOpenDriver can say, found relu"),
+        ("nchw8c", miopen.write, "layout: expected NCHW or NHWC, the same of input and output"),
+        ("dst_nhwc", miopen.write, "dst_layout: expected NCHW or NHWC, the same of input and output"),
         ("residual", miopen.write, "residual: expected what MIOpenDriver can say, found True"),
         ("p0_3", miopen.write, "padding: expected the same at the beginning and end"),
     ],
 )
 def test_what_a_notation_cannot_say(words: str, write, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(UnsupportedError, match=f"^{message}"):
-        write(ConvSpec.parse(f"conv2d ic4 oc4 i5x5 k1 {words}"))
+        write(ConvSpec.parse(f"conv2d ic8 oc8 i5x5 k1 {words}"))
 
 
 def test_names_within_lines_of_benchdnn() -> None:

@@ -71,6 +71,11 @@ EXAMPLES = [
     "conv2d n2 ic5 oc7 i9x9 k1x1 gelu",
     "conv2d n0 ic3 oc5 i7x7 k3x3",
 ]
+BLOCKED_EXAMPLES = [
+    "conv2d n2 ic16 oc32 g2 i9x8 k3x2 residual nchw8c dst_nchw16c",
+    "conv1d n2 ic16 oc8 i9 k3 nchw16c dst_nhwc",
+    "convtranspose3d n1 ic8 oc16 i3x4x5 k2 s2 residual nhwc dst_nchw8c",
+]
 
 
 @pytest.mark.parametrize("text", EXAMPLES)
@@ -82,6 +87,13 @@ def test_example_passes(tmp_path: Path, text: str) -> None:
     printed = [succeed(folder / program, cwd=folder) for program in ("shared", "static")]
     assert printed[0] == printed[1]
     assert re.search(r": (\d+) of \1 outputs checked, largest error .*; ok\n$", printed[0])
+
+
+@pytest.mark.parametrize("text", BLOCKED_EXAMPLES)
+def test_example_of_layouts_in_blocks_passes(tmp_path: Path, text: str) -> None:
+    folder = export(ConvSpec.parse(text), tmp_path, name="layer")
+    succeed("cc", *STRICT, "example.c", "liblayer.a", "-lm", "-lpthread", "-o", "example", cwd=folder)
+    assert "; ok" in succeed("./example", cwd=folder)
 
 
 def test_every_activation_has_an_example(tmp_path: Path) -> None:
@@ -282,6 +294,16 @@ def test_manifest_layouts_of_a_transposed_nhwc_layer(tmp_path: Path) -> None:
         "residual": ["n", "ow", "oc"],
         "dst": ["n", "ow", "oc"],
     }
+
+
+def test_manifest_and_header_of_layouts_in_blocks(tmp_path: Path) -> None:
+    out = export(ConvSpec.parse("conv2d n2 ic32 oc16 i5x6 k1 residual nchw16c dst_nchw8c"), tmp_path)
+    manifest = json.loads((out / "manifest.json").read_text())
+    found = {argument["name"]: (argument["axes"], argument["shape"]) for argument in manifest["arguments"]}
+    assert found["src"] == (["n", "ic/16", "ih", "iw", "ic%16"], [2, 2, 5, 6, 16])
+    assert found["dst"] == found["residual"] == (["n", "oc/8", "oh", "ow", "oc%8"], [2, 2, 5, 6, 8])
+    assert manifest["spec"]["fields"]["dst_layout"] == "nchw8c"
+    assert "[n, ic/16, ih, iw, ic%16] = [2, 2, 5, 6, 16], f32, 7680 bytes" in (out / "kernel.h").read_text()
 
 
 def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:

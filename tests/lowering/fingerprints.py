@@ -19,7 +19,6 @@ import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +80,10 @@ def layers() -> list[ConvSpec]:
 def in_mode(spec: ConvSpec, mode: str) -> ConvSpec | None:
     """A layer stored as the mode has it, without what that cannot have; None where it has no such layer."""
     try:
-        changed = replace(spec, **MODES[mode])
+        changed = spec.with_(**MODES[mode])
     except SpecError:
         try:
-            changed = replace(spec, **MODES[mode], activation="none")
+            changed = spec.with_(**MODES[mode], activation="none")
         except SpecError:
             return None
     return changed

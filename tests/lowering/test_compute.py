@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import LAYOUTS, stored
 from strategies import ACTIVATIONS
 
 from convgen.check.data import exact_data
@@ -257,6 +258,17 @@ def test_nhwc_is_nchw_with_its_axes_permuted(how: str, spec: ConvSpec, seed: int
     same(how, last if not kernel(last, how).exact else spec, np.moveaxis(found, -1, 1), convolve(how, spec, x, w))
 
 
+@pytest.mark.parametrize("dst", LAYOUTS)
+@pytest.mark.parametrize("src", LAYOUTS)
+def test_the_reference_computes_the_same_in_all_layouts(src: str, dst: str) -> None:
+    plain = ConvSpec.parse("conv2d n2 ic16 oc32 g2 i4x5 k3x2 s1x2 p1 residual relu")
+    spec = plain.with_(layout=src, dst_layout=dst)
+    x, w, b = integers(plain.src_shape, 0), integers(plain.weights_shape, 1), integers((plain.oc,), 2)
+    residual = integers(plain.dst_shape, 3)
+    found = convolve("reference", spec, stored(x, src), w, b, residual=np.ascontiguousarray(stored(residual, dst)))
+    np.testing.assert_array_equal(found, stored(convolve("reference", plain, x, w, b, residual=residual), dst))
+
+
 @pytest.mark.parametrize("how", HOW)
 @fewer
 @given(spec=layers(), seed=st.integers(0, 2**32))
@@ -400,8 +412,15 @@ def test_flat_is_the_row_major_position() -> None:
         assert flat(index, shape) == np.ravel_multi_index(index, shape)
 
 
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_logical_is_the_inverse_of_order(layout: str) -> None:
-    ops = Operands(ConvSpec(1, 2, 3, (4, 5), (1, 1), layout=layout))
-    assert ops.logical(ops.order("n", "c", ("h", "w"))) == ("n", "c", ("h", "w"))
-    assert [int(d) for d in ops.order(1, 2, (4, 5))] == [int(d) for d in ops.src.shape]
+    dst_layout = LAYOUTS[LAYOUTS.index(layout) - 1]
+    ops = Operands(ConvSpec(1, 32, 48, (4, 5), (1, 1), residual=True, layout=layout, dst_layout=dst_layout))
+    assert ops.residual is not None
+    for order, logical, tensor, channel in (
+        (ops.order, ops.logical, ops.src, 29),
+        (ops.dst_order, ops.dst_logical, ops.residual, 45),
+    ):
+        index = order(0, channel, (2, 3))
+        assert logical(index) == (0, channel, (2, 3))
+        assert all(0 <= i < size for i, size in zip(index, tensor.shape, strict=True))

@@ -50,6 +50,24 @@ def test_every_way_computes_the_layer(name: str, descriptor: str) -> None:
         assert worst(np.abs(output - expected), bound) <= 1, entrant.way
 
 
+@pytest.mark.parametrize("layouts", ["nchw8c", "nchw dst_nchw16c", "nhwc dst_nchw"])
+@pytest.mark.parametrize("name", PEERS)
+def test_layouts_that_a_library_does_not_take(name: str, layouts: str) -> None:
+    """The others convert between plain ones in their model."""
+    if PEERS[name].version() is None:
+        pytest.skip(f"{name} is not installed")
+    spec = ConvSpec.parse(f"conv2d n1 ic8 oc16 i9x9 k3x3 p1 {layouts}")
+    data = float_data(spec)
+    if name == "onnxruntime" or (name == "openvino" and "8c" not in layouts and "16c" not in layouts):
+        (entrant,) = PEERS[name]().entrants(spec, data, threads=1)
+        entrant.run()
+        bound = even_tolerance(spec.with_(accuracy="relaxed"), data)
+        assert worst(np.abs(entrant.output() - reference(spec, data)), bound) <= 1
+        return
+    with pytest.raises(UnsupportedError, match="takes NCHW"):
+        PEERS[name]().entrants(spec, data, threads=1)
+
+
 def test_there_are_no_others() -> None:
     with pytest.raises(UnsupportedError, match="nobody"):
         find_peer("nobody")

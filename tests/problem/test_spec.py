@@ -12,10 +12,12 @@ import onnx
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from layouts import channels_first, stored
 from onnx import TensorProto, helper
 from strategies import spec_fields, specs
 
 from convgen.errors import ConvgenError, SpecError
+from convgen.problem.layout import Blocks
 from convgen.problem.spec import ConvSpec
 
 BASE: dict[str, Any] = {"n": 1, "ic": 4, "oc": 6, "in_spatial": (8, 9), "kernel": (3, 3)}
@@ -47,7 +49,7 @@ def inferred(fields: dict[str, Any], **attributes: Any) -> tuple[int, ...] | Non
     return tuple(dim.dim_value for dim in found.graph.output[0].type.tensor_type.shape.dim)
 
 
-def channels_first(spec: ConvSpec) -> tuple[int, ...]:
+def nchw_shape(spec: ConvSpec) -> tuple[int, ...]:
     return (spec.n, spec.oc, *spec.out_spatial)
 
 
@@ -68,8 +70,8 @@ def test_output_shape_is_onnx_s(fields: dict[str, Any]) -> None:
     except SpecError:
         assert shape is None or min(shape[2:]) <= 0 or not fits(fields, fields["padding"])
         return
-    assert channels_first(spec) == shape
-    assert spec.dst_shape == (shape if spec.layout == "nchw" else (shape[0], *shape[2:], shape[1]))
+    assert nchw_shape(spec) == shape
+    assert spec.dst_shape == stored(np.empty(shape), spec.dst_layout).shape
 
 
 @settings(max_examples=200, deadline=None)
@@ -89,7 +91,7 @@ def test_padding_words_are_onnx_s(fields: dict[str, Any], words: tuple[str, str]
         assert words[0] == "valid"
         assert shape is None or not fits(fields, [(0, 0)] * len(shape[2:]))
         return
-    assert channels_first(spec) == shape
+    assert nchw_shape(spec) == shape
     if words[0] == "same" and not fields["transposed"]:
         assert all(end - begin in (0, 1) for begin, end in spec.padding)
     if words[0] == "same_lower" and not fields["transposed"]:
@@ -164,6 +166,52 @@ def test_identity_tells_specs_apart(one: ConvSpec, other: ConvSpec) -> None:
     assert (one.key == other.key) == same
     assert (one.descriptor == other.descriptor) == same
     assert (one.name == other.name) == same
+
+
+def test_the_layout_of_dst_is_src_s_unless_said() -> None:
+    spec = ConvSpec.parse("conv1d ic16 oc32 i9 k3 nwc")
+    assert (spec.layout, spec.dst_layout) == ("nhwc", "nhwc")
+    assert spec == spec.with_(dst_layout="") == spec.with_(dst_layout=None) == spec.with_(dst_layout="nwc")
+    assert "dst_layout" not in spec.canonical | spec.to_dict()
+    assert spec.with_(layout="ncw16c").dst_layout == "nchw16c"
+    own = spec.with_(dst_layout="ncw")
+    assert own.descriptor == "conv1d n1 ic16 oc32 i9 k3 s1 p0 nhwc dst_nchw"
+    assert own.canonical == spec.canonical | {"dst_layout": "nchw"}
+    assert own.with_(layout="nchw8c").dst_layout == "nchw"
+    assert own.with_(layout="nchw") == spec.with_(layout="nchw")
+    assert (own.src_shape, own.dst_shape) == ((1, 9, 16), (1, 32, 7))
+    assert len({s.key for s in (spec, own, spec.with_(layout="nchw", dst_layout="nhwc"))}) == 3
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "nchw8c", "nchw16c"])
+@pytest.mark.parametrize("spatial", [(3,), (3, 2), (3, 2, 4)])
+def test_blocks_are_where_the_channels_are(layout: str, spatial: tuple[int, ...]) -> None:
+    blocks = Blocks(layout, 32)
+    logical = np.arange(2 * 32 * np.prod(spatial)).reshape(2, 32, *spatial)
+    array = stored(logical, layout)
+    assert blocks.shape(2, spatial) == array.shape
+    np.testing.assert_array_equal(blocks.stored(logical), array)
+    np.testing.assert_array_equal(blocks.channels_first(array), channels_first(array, layout))
+    for n, channel, *pixel in np.ndindex(*logical.shape):
+        index = blocks.order(n, channel, pixel)
+        assert array[index] == logical[(n, channel, *pixel)]
+        assert blocks.logical(index) == (n, channel, tuple(pixel))
+    vector = np.arange(32).reshape(blocks.shape(1, (1,) * len(spatial)))
+    np.testing.assert_array_equal(channels_first(array * 0 + vector, layout)[0, :, 0].reshape(32, -1)[:, 0], range(32))
+    assert len(blocks.axes("ic", ["d", "h", "w"][: len(spatial)])) == array.ndim
+
+
+@pytest.mark.parametrize("layouts", ["", "nhwc", "nchw16c", "nhwc dst_nchw", "nchw16c dst_nhwc", "nhwc dst_nchw8c"])
+def test_core_is_of_the_same_buffers(layouts: str) -> None:
+    """Of flat pixels; images follow each other without a break in NHWC alone."""
+    spec = ConvSpec.parse(f"conv2d n2 ic16 oc32 i4x5 k1 residual {layouts}")
+    core = spec.core
+    assert (core.layout, core.dst_layout) == (spec.layout, spec.dst_layout)
+    assert (core.n, core.in_spatial) == ((1, (40,)) if layouts == "nhwc" else (2, (20,)))
+    src = np.arange(np.prod(spec.src_shape)).reshape(spec.src_shape)
+    flat = channels_first(src.reshape(core.src_shape), core.layout)
+    pixels = channels_first(src, spec.layout).reshape(2, 16, 20)
+    np.testing.assert_array_equal(np.moveaxis(flat, 1, -1).reshape(40, 16), np.moveaxis(pixels, 1, -1).reshape(40, 16))
 
 
 def test_canonical_form_is_stable() -> None:
@@ -277,6 +325,11 @@ def test_empty_batch() -> None:
         ({"dtype": "f64"}, "dtype", "one of f32", "'f64'"),
         ({"layout": "nwc"}, "layout", "a 2-D layout among", "'nwc'"),
         ({"layout": "chwn"}, "layout", "a 2-D layout among", "'chwn'"),
+        ({"layout": "ncw16c"}, "layout", "a 2-D layout among nchw, nhwc, nchw8c, nchw16c", "'ncw16c'"),
+        ({"dst_layout": "nchw4c"}, "dst_layout", "a 2-D layout among nchw, nhwc", "'nchw4c'"),
+        ({"dst_layout": 0}, "dst_layout", "a 2-D layout among nchw, nhwc", "0"),
+        ({"layout": "nchw8c"}, "ic", "a multiple of 8, the blocks of nchw8c", "4"),
+        ({"dst_layout": "nchw16c", "oc": 24}, "oc", "a multiple of 16, the blocks of nchw16c", "24"),
         ({"in_spatial": (2**16, 2**15)}, "src", "at most 2147483647 elements (int32 indexing)", "shape"),
         ({"ic": 2**16, "oc": 2**15}, "weights", "at most 2147483647 elements (int32 indexing)", "shape"),
         ({"padding": 2**31 - 1, "stride": 2**31 - 1}, "src", "at most 2147483647 elements", "shape"),
@@ -328,6 +381,9 @@ def test_missing_field(name: str) -> None:
         ("conv2d ic4 oc4 i8x8 k3 clip(0", r"activation|clip"),
         ("conv2d ic4 oc4 i8x8 k3 f64", "f64: expected a descriptor token"),
         ("conv2d ic4 oc4 i8x8 k3 ncdhw", "layout: expected a 2-D layout"),
+        ("conv2d ic4 oc4 i8x8 k3 nhwc nchw", "nchw: expected layout at most once"),
+        ("conv2d ic4 oc4 i8x8 k3 dst_nhwc dst_nchw", "dst_nchw: expected dst_layout at most once"),
+        ("conv2d ic4 oc4 i8x8 k3 dst_", "dst_: expected a descriptor token"),
     ],
 )
 def test_refused_descriptor(text: str, message: str) -> None:

@@ -138,6 +138,18 @@ def test_statements_run_serially_are_right(descriptor: str, schedule: Schedule) 
     check_serially(spec, schedule, chosen[-1:] if SMOKE.index(descriptor) % 2 else chosen[:1])
 
 
+@pytest.mark.parametrize(
+    "descriptor",
+    [
+        "conv2d n2 ic16 oc32 g2 i5x6 k3x2 p1 residual nchw8c dst_nchw16c f16",
+        "conv1d n2 ic16 oc8 i9 k1 nhwc dst_nchw8c",
+        "convtranspose2d n1 ic16 oc8 i3x4 k3x3 s2 nchw16c dst_nchw",
+    ],
+)
+def test_the_reference_run_serially_is_right_in_layouts_of_blocks(descriptor: str) -> None:
+    check_serially(ConvSpec.parse(descriptor), schedules_of("cuda")["reference"], [Picks()])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("descriptor", "schedule"), pairs(SMOKE))
 def test_defaults_and_drawn_points_run_serially_are_right(descriptor: str, schedule: Schedule) -> None:

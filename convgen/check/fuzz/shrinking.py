@@ -18,6 +18,7 @@ from ...errors import SpecError
 from ...hardware.target import Target
 from ...lowering.discover import schedule as find_schedule
 from ...lowering.schedule import Picks
+from ...problem.layout import BLOCKS
 from ...problem.spec import ConvSpec
 from .cases import Case
 
@@ -88,16 +89,31 @@ def _not_transposed(spec: ConvSpec) -> Iterator[Changes]:
         yield {"transposed": False, "output_padding": (0,) * spec.rank}
 
 
+def _layouts(spec: ConvSpec) -> Iterator[Changes]:
+    """One layout of both, the plainest first, then a plainer one of each."""
+    known = list(BLOCKS)
+    src, dst = known.index(spec.layout), known.index(spec.dst_layout)
+    both = known[: max(src, dst) + (src != dst)]
+    yield from ({"layout": layout, "dst_layout": layout} for layout in both)
+    if src != dst:
+        yield from ({"layout": layout} for layout in known[:src])
+        yield from ({"dst_layout": layout} for layout in known[:dst])
+
+
 def _groups(spec: ConvSpec) -> Iterator[Changes]:
     ic, oc = spec.ic // spec.groups, spec.oc // spec.groups
     for groups in _smaller(spec.groups, 1):
         yield {"groups": groups, "ic": ic * groups, "oc": oc * groups}
+    if spec.groups > 1 and not (spec.src_blocks.is_plain and spec.dst_blocks.is_plain):
+        yield {"groups": 1}  # fewer channels may be no whole blocks
 
 
 def _channels_of(name: str) -> Callable[[ConvSpec], Iterator[Changes]]:
     def step(spec: ConvSpec) -> Iterator[Changes]:
-        for count in _smaller(getattr(spec, name) // spec.groups, 1):
-            yield {name: count * spec.groups}
+        blocks = spec.src_blocks if name == "ic" else spec.dst_blocks
+        unit = spec.groups if blocks.layout == "nhwc" else math.lcm(spec.groups, blocks.size)
+        for count in _smaller(getattr(spec, name) // unit, 1):
+            yield {name: count * unit}
 
     return step
 
@@ -135,7 +151,7 @@ def _kernel_with_input(spec: ConvSpec) -> Iterator[Changes]:
 SPEC_STEPS: tuple[Callable[[ConvSpec], Iterable[Changes]], ...] = (
     _epilogue,
     _plain("dtype", "f32"),
-    _plain("layout", "nchw"),
+    _layouts,
     _plain("accuracy", "standard"),
     _plain("n", 1),
     _fewer_axes,
