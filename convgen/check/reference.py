@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,17 @@ from .onnx_model import checked, onnx_model
 Array = npt.NDArray[Any]
 
 
-def open_session(model: bytes, threads: int, level: ort.GraphOptimizationLevel) -> ort.InferenceSession:
+def open_session(
+    model: bytes, threads: int, level: ort.GraphOptimizationLevel, profile: Path | None = None
+) -> ort.InferenceSession:
+    """A session on the CPU.
+
+    Args:
+        profile: the beginning of the name of a file to write a profile to; see ``session.end_profiling()``.
+    """
     options = ort.SessionOptions()
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     # Sums of pairs of products of 8-bit integers would saturate at 16 bits on x86 without VNNI.
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.intra_op_num_threads = threads

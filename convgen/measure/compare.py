@@ -213,7 +213,12 @@ def _kernel_entrant(kernel: Library, data: Arrays, threads: int) -> Entrant:
 
 
 def take_turns(
-    contestants: Sequence[Contestant], rounds: int, rest: float = 0.0, flush: Callable[[], None] | None = None
+    contestants: Sequence[Contestant],
+    rounds: int,
+    rest: float = 0.0,
+    flush: Callable[[], None] | None = None,
+    *,
+    all_stay: bool = False,
 ) -> None:
     """Fill in the contestants' rounds.
 
@@ -221,7 +226,13 @@ def take_turns(
         rounds: how many there are at least.
         rest: pause before another library's turn, in seconds.
         flush: called before every timed call, of which a sample then takes one.
+        all_stay: whether everyone takes part in exactly ``rounds`` rounds, however far behind.
     """
+    if all_stay:
+        before: str | None = None
+        for number in range(rounds):
+            before = _take_round(contestants, number, before, rest, flush)
+        return
     active: Sequence[Contestant] = contestants
     last: str | None = None
     for number in range(MORE * rounds):
@@ -251,6 +262,8 @@ def _take_round(
 
 def _turn(entrant: Entrant, flush: Callable[[], None] | None) -> float:
     with entrant.context():
+        if entrant.turn:
+            return entrant.turn()
         if flush:
             entrant.run()
             samples = []

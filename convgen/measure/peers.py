@@ -31,12 +31,15 @@ class Entrant:
 
     ``run`` runs it and nothing else; ``output`` is what it computed last, of ``spec.dst_shape``.
     ``context`` is entered around all runs of a turn. ``way`` tells a library's several ways apart.
+    ``turn``, where given, takes a whole turn and returns its seconds per call: of what a clock around ``run`` does
+    not show, such as a part of it.
     """
 
     way: str
     run: Callable[[], Any]
     output: Callable[[], F32]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    turn: Callable[[], float] | None = None
 
 
 class Peer(ABC):

@@ -6,12 +6,12 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ..errors import UnsupportedError
 from ..formats.entries import SpecEntry
@@ -189,23 +189,39 @@ def measure(
     )
 
 
-class RowFile:
+class Keyed(Protocol):
+    """A row of some kind: its values as JSON can say them, and what tells it apart from others."""
+
+    @property
+    def values(self) -> Mapping[str, Any]: ...
+
+    @property
+    def key(self) -> Hashable: ...
+
+
+R = TypeVar("R", bound=Keyed)
+
+
+class KeyedFile(Generic[R]):
     """Rows in a file of JSON lines; of two rows with the same key the later one counts.
 
     Each row is in the file as soon as it is added, whatever happens afterwards: a line that was cut off is
     skipped when the file is read.
+
+    Args:
+        kind: makes a row of a line's values.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[Key, Row] = {}
+    def __init__(self, path: Path, kind: Callable[[Mapping[str, Any]], R]) -> None:
+        self.path, self.kind = path, kind
+        self.rows: dict[Hashable, R] = {}
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(json.JSONDecodeError):
-                    row = Row(json.loads(line))
+                    row = kind(json.loads(line))
                     self.rows[row.key] = row
 
-    def add(self, row: Row) -> None:
+    def add(self, row: R) -> None:
         """Append a row, in one write."""
         self.rows[row.key] = row
         line = json.dumps(dict(row.values)) + "\n"
@@ -216,9 +232,18 @@ class RowFile:
                     line = "\n" + line
             file.write(line.encode())
 
-    def compact(self, order: Iterable[Key] = ()) -> None:
+    def compact(self, order: Iterable[Hashable] = ()) -> None:
         """Write the file anew with each key's row once, those of ``order`` first: whole or not at all."""
-        rows = RowFile(self.path).rows  # with what another process may have added
+        rows = KeyedFile(self.path, self.kind).rows  # with what another process may have added
         keys = dict.fromkeys([*(key for key in order if key in rows), *rows])
         self.rows = {key: rows[key] for key in keys}
         write_text("".join(json.dumps(dict(row.values)) + "\n" for row in self.rows.values()), self.path)
+
+
+class RowFile(KeyedFile[Row]):
+    """The rows of layers."""
+
+    rows: dict[Key, Row]  # type: ignore[assignment]
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, Row)

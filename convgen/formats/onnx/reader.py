@@ -37,12 +37,21 @@ def specs_from_onnx(
     See :func:`layers_from_onnx`. The first node that is refused raises its error, or, where ``skipped``
     is given, each of them is left out and the reason appended there.
     """
+    return merge(instances_from_onnx(source, dims, skipped))
+
+
+def instances_from_onnx(
+    source: str | Path | ModelProto, dims: Mapping[str, int] | None = None, skipped: list[str] | None = None
+) -> list[SpecEntry]:
+    """One entry for each node of :func:`specs_from_onnx` in the order of the graph, identical ones apart: a model's
+    convolutions as they run one after another.
+    """
     layers = layers_from_onnx(source, dims)
     for refusal in [layer.refusal for layer in layers if layer.refusal]:
         if skipped is None:
             raise refusal
         skipped.append(str(refusal))
-    return merge(SpecEntry(layer.spec, 1, (layer.name,)) for layer in layers if layer.spec)
+    return [SpecEntry(layer.spec, 1, (layer.name,)) for layer in layers if layer.spec]
 
 
 def layers_from_onnx(

@@ -1,0 +1,153 @@
+"""All convolutions of a network, one after another: what they take where they are used.
+
+A layer that is repeated alone finds its weights in the caches; in a network it finds them in memory, and its input where
+the layer before left it. A :class:`Chain` has that, and nothing of what stands between convolutions: each instance
+of a layer has packed weights of its own, and the activations are two buffers used back and forth.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..check.data import Arrays, float_data
+from ..errors import MeasureError, SpecError, UnsupportedError
+from ..formats.entries import SpecEntry
+from ..kernel.library import Library, aligned
+from ..problem.dtypes import BYTES, narrow, numpy_dtype, widen
+from ..problem.spec import ConvSpec
+from .standalone.timing import DUEL_SECONDS, repeats, sample
+
+#: Standard deviation of a bias: with weights that keep the scale, outputs neither vanish (subnormal numbers take
+#: processors a hundred times longer) nor grow, however long the chain.
+BIAS_SCALE = 0.5
+
+
+class Chain:
+    """A network's convolutions, ready to run one after another; calling it runs all of them once.
+
+    A layer that needs a larger input than the layer before has written reads on in what the buffer held before: only
+    sizes matter. The loop over layers, in Python, takes about 0.4 µs of each.
+
+    Attributes:
+        layers: one entry per instance, in the order in which they run.
+        calls: a function for each of them, which runs it and does nothing else.
+
+    Args:
+        layers: the instances (:func:`convgen.formats.onnx.reader.instances_from_onnx`); an entry that occurs
+            several times stands for as many in a row.
+        kernels: the kernel of each spec: instances share its code.
+        threads: of each call; the kernels' own where None.
+        seed: of weights and activations.
+
+    Raises:
+        SpecError: there are no layers, or an empty batch.
+        UnsupportedError: the layers' dtypes differ, or a spec has no kernel.
+        MeasureError: what the chain computes is not finite.
+    """
+
+    def __init__(
+        self, layers: Sequence[SpecEntry], kernels: Mapping[ConvSpec, Library], threads: int | None = None, seed: int = 0
+    ) -> None:
+        self.layers = [SpecEntry(layer.spec, 1, _names(layer, i)) for layer in layers for i in range(layer.count)]
+        self.kernels = kernels
+        specs = [layer.spec for layer in self.layers]
+        _check(specs, kernels)
+        rng = np.random.default_rng(seed)
+        size = max(math.prod(shape) for spec in specs for shape in (spec.src_shape, spec.dst_shape))
+        back, forth, residual = (_Buffer(size, specs[0].dtype, rng) for _ in range(3))
+        workspace = aligned(max(kernels[spec].sizes(threads).workspace for spec in specs))
+        self.calls: list[Callable[[], None]] = []
+        for number, spec in enumerate(specs):
+            kernel = kernels[spec]
+            packed = kernel.pack(**_parameters(spec, seed + number))
+            added = residual.shaped(spec.dst_shape) if spec.residual else None
+            src, dst = back.shaped(spec.src_shape), forth.shaped(spec.dst_shape)
+            self.calls.append(kernel.prepare(src, packed, dst, added, workspace, threads))
+            back, forth = forth, back
+        self._output = back.shaped(specs[-1].dst_shape)
+        self()
+        if not np.isfinite(widen(self._output)).all():
+            raise MeasureError(f"chain of {len(specs)} layers: expected finite outputs, found others")
+
+    def __call__(self) -> None:
+        for call in self.calls:
+            call()
+
+    def output(self) -> npt.NDArray[Any]:
+        """What the last layer has written."""
+        return self._output
+
+    def instance_seconds(self, rounds: int = 7) -> list[float]:
+        """Seconds of each instance within the chain: medians over ``rounds`` runs of all.
+
+        The clock is read between two layers, which is why this is for diagnosis, and what the chain takes is timed
+        around all of it.
+        """
+        clock = time.perf_counter
+        samples: list[list[float]] = [[] for _ in self.calls]
+        for _ in range(rounds):
+            for call, taken in zip(self.calls, samples, strict=True):
+                start = clock()
+                call()
+                taken.append(clock() - start)
+        return [statistics.median(taken) for taken in samples]
+
+    def warm_seconds(self, samples: int = 5) -> dict[ConvSpec, float]:
+        """Seconds of each spec where its first instance alone is repeated, its weights in the caches."""
+        seconds = {}
+        for layer, call in zip(self.layers, self.calls, strict=True):
+            if layer.spec not in seconds:
+                count = repeats(call, DUEL_SECONDS)
+                seconds[layer.spec] = statistics.median(sample(call, count) for _ in range(samples))
+        return seconds
+
+
+def _names(layer: SpecEntry, index: int) -> tuple[str, ...]:
+    """The name of an entry's ``index``-th occurrence, where it has one."""
+    return layer.names[index : index + 1]
+
+
+def _check(specs: Sequence[ConvSpec], kernels: Mapping[ConvSpec, Library]) -> None:
+    if not specs:
+        raise SpecError("layers", "at least one convolution", "none")
+    dtypes = sorted({spec.dtype for spec in specs})
+    if len(dtypes) > 1:
+        raise UnsupportedError(f"layers: expected one dtype, as they share buffers, found {', '.join(dtypes)}")
+    for spec in specs:
+        if spec.n == 0:
+            raise SpecError("n", "a batch of at least 1 to time", 0, spec.descriptor)
+        if spec not in kernels:
+            raise UnsupportedError(f"kernels: expected one for {spec.descriptor}, found none")
+
+
+class _Buffer:
+    """Memory that layers of any shape up to ``size`` elements write and read."""
+
+    def __init__(self, size: int, dtype: str, rng: np.random.Generator) -> None:
+        self._elements = aligned(size * BYTES[dtype]).view(numpy_dtype(dtype))
+        if dtype == "i8":
+            self._elements[:] = rng.integers(-128, 128, size)
+        else:
+            self._elements[:] = rng.standard_normal(size, np.float32)
+
+    def shaped(self, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        return self._elements[: math.prod(shape)].reshape(shape)
+
+
+def _parameters(spec: ConvSpec, seed: int) -> Arrays:
+    """An instance's parameters. Floats are such that outputs have about the scale of inputs."""
+    if spec.dtype == "i8":
+        return {name: array for name, array in float_data(spec, seed).items() if name in spec.parameters}
+    scales = {"weights": spec.reduction_length**-0.5, "bias": BIAS_SCALE, "slope": BIAS_SCALE}
+    rng, shapes = np.random.default_rng(seed), spec.shapes
+    return {
+        name: narrow(np.float32(scales[name]) * rng.standard_normal(shapes[name], np.float32), spec.dtype)
+        for name in spec.parameters
+    }
