@@ -27,7 +27,7 @@ from typing import NamedTuple
 from tvm import te, tirx
 
 from convgen.cpu.model import Core, Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, Ahead, Even, most_pixels, multiply, steps
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, CROWDED, Ahead, Even, most_pixels, multiply, steps
 from convgen.cpu.vector import (
     Block,
     finish,
@@ -45,6 +45,8 @@ from convgen.lowering.compute import Expr, Operands, ceildiv, copied, round_up, 
 from convgen.lowering.schedule import Picks, Program, Space, Written, busiest, require
 from convgen.problem.spec import ConvSpec
 
+#: Pixels of a tile at most: code is written out for each.
+MOST_PIXELS = 16
 #: Rows of tiles of a task, in 1-D tiles; parts of the channels.
 BLOCKS, PARTS = (1, 2, 4, 7, 8, 14, 16, 28, 56, 112), (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -52,10 +54,16 @@ BLOCKS, PARTS = (1, 2, 4, 7, 8, 14, 16, 28, 56, 112), (1, 2, 3, 4, 6, 8, 12, 16)
 class CpuDirect(Written):
     id, version = "cpu_direct", 3
 
+    def takes_layouts(self, src: str, dst: str) -> bool:
+        return True
+
     def applies(self, spec: ConvSpec, target: Target) -> None:
+        lanes, block = target.lanes, spec.dst_blocks.size
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
-        lanes = target.lanes
+        require(spec.dst_blocks.is_plain or block % lanes == 0, f"needs blocks of a multiple of {lanes} channels in dst")
+        own = spec.ic // spec.groups
+        require(spec.src_blocks.is_plain or own % spec.src_blocks.size == 0, "needs groups of whole blocks of channels")
         whole = spec.oc // spec.groups % lanes == 0
         require(spec.groups == 1 or whole, f"needs groups 1, or multiples of {lanes} output channels per group")
 
@@ -74,7 +82,7 @@ class CpuDirect(Written):
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
         most, pixels = most_pixels(target, picks.tile_oc // target.lanes), picks.tile_oh * picks.tile_ow
-        require(pixels <= most, f"{pixels} pixels in a tile, registers for {most}")
+        require(pixels <= min(most, MOST_PIXELS), f"{pixels} pixels in a tile, registers for {most}")
         require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
         g = _Geometry(spec)
         count, what = g.blockable(picks.tile_oh, picks.tile_ow), "rows of tiles" if g.rank > 1 else "tiles"
@@ -107,11 +115,6 @@ class CpuDirect(Written):
         return written(ops, packed, statement)
 
 
-def _block(layout: str, channels: int) -> int:
-    """Channels that lie innermost."""
-    return {"nchw": 1, "nhwc": channels, "nchw8c": 8, "nchw16c": 16}[layout]
-
-
 class _Geometry:
     """The spec with three spatial axes, those it lacks of size 1."""
 
@@ -125,8 +128,7 @@ class _Geometry:
         self.begin = (0,) * more + tuple(begin for begin, _ in spec.padding)
         self.padded = any(b or e for b, e in spec.padding)
         #: Channels that lie innermost in src and in dst.
-        self.src_block = _block(spec.layout, spec.ic)
-        self.dst_block = _block(getattr(spec, "dst_layout", spec.layout), spec.oc)
+        self.src_block, self.dst_block = spec.src_blocks.size, spec.dst_blocks.size
         channels = spec.ic // spec.groups
         #: Whether taps of a row are runs of their own, as what they read lies apart.
         self.apart = self.src_block == 1 or (self.src_block == spec.ic and spec.groups > 1) or self.dilation[2] > 1
@@ -140,6 +142,13 @@ class _Geometry:
     def products(self) -> int:
         """Of an output."""
         return math.prod(self.runs) * self.run
+
+    def crowds(self, target: Target, pixels: int) -> bool:
+        """Whether a tile has more pixels in src, or in dst, than there is room for in the sets of the L1 cache that they
+        lie in, as they are a power of two apart.
+        """
+        src, dst = self.src_block * self.stride[2] if self.src_block > 1 else 1, self.dst_block
+        return any(pixels > target.places(4 * apart) for apart in (src, dst))
 
     def blockable(self, tile_oh: int, tile_ow: int) -> int:
         """What a task takes a block of: rows of tiles; in 1-D, tiles."""
@@ -172,7 +181,7 @@ def _default(schedule: CpuDirect, spec: ConvSpec, target: Target) -> Picks:
         for o in space["tile_oc"]
         for h in space["tile_oh"]
         for w in widths
-        if h * w <= most_pixels(target, o // lanes) and (h == 1 or w < 14)
+        if h * w <= min(MOST_PIXELS, most_pixels(target, o // lanes)) and (h == 1 or w < 14)
     ]
 
     def speed(picks: Picks) -> tuple[float, int]:
@@ -207,7 +216,8 @@ def _tiles(spec: ConvSpec, target: Target, g: _Geometry, picks: Picks) -> list[t
                     continue
                 weights = 4 * g.products * vectors * lanes
                 near = 4 * vectors * lanes if weights > target.l1 // 2 else 0
-                found += [(steps(times * g.products, pixels, vectors, near=near, fetched=0.5), 0)]
+                slower = CROWDED if g.crowds(target, pixels) else 1
+                found += [(steps(times * g.products * slower, pixels, vectors, near=near, fetched=0.5), 0)]
                 found += [(Work(times * math.prod(g.runs), cycles=BEGIN_RUN), 0)]
                 found += [(_finish(spec, g, times, height, width, vectors, lanes), times)]
     return found
@@ -257,11 +267,14 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     work.append(Work(own, cycles=BEGIN_TASK))
     images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]  # a line is read before it is written
     ahead = picks.order == "oc"
+    # Parts of rows are written in one pass, others in the next, when the cache has lost them.
+    written_bytes = (1 + spec.residual) * spec.bytes["dst"] / (planes * across)
+    revisited = ahead and g.dst_block > picks.tile_oc and written_bytes > target.l2 // 4
     streams = [
         # Weights: once from memory, then from where they stay between tasks, or between tiles.
         Stream(min(weights, own * per_task), weights=True, ahead=ahead),
         Stream(max(0, own - picks.parallel_oc) * per_task if per_task > target.l2 // 2 else 0, ahead=ahead, footprint=weights),
-        Stream(images * share, ahead=True, footprint=images),
+        Stream(images * share, ahead=not revisited, footprint=images),
     ]
     passes = own * ceildiv(blocks, picks.parallel_oc)
     if ahead and panel > target.l2 // 2:

@@ -138,7 +138,7 @@ class Counts:
 
 #: What processors have whatever vectors are used, by LLVM's name.
 _CHIPS: dict[str, dict[str, float]] = {
-    "znver5": {"hertz": 4.5e9, "latency": 4, "l2": 32, "l3": 20, "memory": 9, "miss": 450, "region": 2000},
+    "znver5": {"hertz": 4.5e9, "latency": 4, "l2": 20, "l3": 20, "memory": 9, "miss": 450, "region": 2000},
     "znver4": {"hertz": 3.7e9, "latency": 4, "l2": 28, "l3": 14, "memory": 8, "miss": 400, "region": 2000},
     "znver3": {"hertz": 3.5e9, "latency": 4, "l2": 28, "l3": 14, "memory": 7, "miss": 350, "region": 2000},
     "haswell": {"hertz": 3.2e9, "latency": 5, "l2": 24, "l3": 10, "memory": 5, "miss": 300, "region": 2000},

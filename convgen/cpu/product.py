@@ -19,6 +19,8 @@ from .vector import Block, Registers, prefetch
 
 #: Cycles to begin a run of products, a tile (its addresses, and loops that end), and a task.
 BEGIN_RUN, BEGIN_TILE, BEGIN_TASK = 5, 12, 100
+#: How much longer a step takes whose lines displace each other from the L1 cache.
+CROWDED = 1.04
 #: Cycles to begin a row that lies in a page of its own.
 FAR_ROW = 12
 #: Numbers of f32 in a cache line.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,12 @@ class Target:
         of weights and, where FMAs take no broadcast operand from memory (AVX-512 does), a scalar.
         """
         return (self.vector_registers - (self.vector_bits != 512)) // vectors - 1
+
+    def places(self, apart: int) -> int:
+        """Cache lines ``apart`` bytes from each other that the L1 cache holds at once: its ways are pages long."""
+        page = 4096
+        ways = max(1, self.l1 // page)
+        return ways * (page // math.gcd(page, max(apart, 64)))
 
     @property
     def fmas(self) -> int:
