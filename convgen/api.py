@@ -51,6 +51,7 @@ def build(
     spec = ConvSpec.parse(spec) if isinstance(spec, str) else spec
     resolved = resolve(target)
     threads = check_threads(threads, resolved)
+    resolved = resolved.on(threads)
     check_memory(spec)
     answer = Answer(None)
     with open_store(records, write=bool(trials or seconds)) as store:

@@ -162,6 +162,7 @@ def working(
     resolved = resolve(target)
     kernel_type(resolved).check(resolved)
     count = check_threads(threads, resolved)
+    resolved = resolved.on(count)
     with ExitStack() as stack:
         store = stack.enter_context(open_store(records, write=bool(trials or seconds)))
         tunes = resolved.native or trials or seconds

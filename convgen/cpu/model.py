@@ -19,6 +19,10 @@ from functools import lru_cache
 from ..hardware.target import Target
 
 
+#: Of what is fetched ahead, the part that products do not hide.
+NOT_HIDDEN = 0.15
+
+
 @dataclass(frozen=True)
 class Core:
     """One core.
@@ -64,7 +68,7 @@ class Core:
                 hidden += stream.bytes / rate
             else:
                 fetched += stream.bytes / rate
-        return max(work, hidden) + fetched + counts.regions * self.region
+        return max(work, hidden) + NOT_HIDDEN * min(work, hidden) + fetched + counts.regions * self.region
 
     def seconds(self, counts: Counts, *, cold: bool = True) -> float:
         """Seconds of the busiest core; see :meth:`cycles`."""

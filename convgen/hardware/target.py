@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UnsupportedError
@@ -75,6 +75,10 @@ class Target:
         of weights and, where FMAs take no broadcast operand from memory (AVX-512 does), a scalar.
         """
         return (self.vector_registers - (self.vector_bits != 512)) // vectors - 1
+
+    def on(self, threads: int) -> Target:
+        """The target as kernels of so many threads see it; a GPU's cores are what they are."""
+        return self if self.on_device or threads == self.cores else replace(self, cores=threads)
 
     def places(self, apart: int) -> int:
         """Cache lines ``apart`` bytes from each other that the L1 cache holds at once: its ways are pages long."""

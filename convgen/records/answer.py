@@ -208,6 +208,7 @@ def find_record(
     Raises:
         RecordError: the store cannot be read, or a shipped database is damaged.
     """
+    target = target.on(threads)
     known = _Known(store, spec, target, threads)
     measure = measure and spec.n > 0
     answer = known.answer(measure)

@@ -43,7 +43,7 @@ class SearchContext:
     ) -> None:
         if pools is None or not pools.runner.isolated:
             check_native(target)
-        self.target, self.threads, self.journal = target, threads, journal
+        self.target, self.threads, self.journal = target.on(threads), threads, journal
         self._pools, self._own_pools, self._ranker = pools, pools is None, ranker
         self._expected: OrderedDict[ConvSpec, tuple[TemporaryFolder, Expected]] = OrderedDict()
 

@@ -65,6 +65,7 @@ class Race:
         ranker: Ranker | None = None,
         exclude: Collection[str] = (),
     ) -> None:
+        target = target.on(threads)
         self.spec, self.target, self.rng = spec.core, target, random.Random(seed)
         self.ranker = Ranker(target, threads) if ranker is None else ranker
         self.default = default_candidate(spec, target)

@@ -104,7 +104,7 @@ def recheck(
     Args:
         answer: says which records, and why the first of them.
     """
-    records = answer.to_measure
+    records, target = answer.to_measure, target.on(threads)
     default = default_candidate(spec, target)
     old = {candidate: record for record in records if (candidate := record_candidate(record, spec, target))}
     with _some_pools(target, pools) as workers:
@@ -167,7 +167,8 @@ def check_records(
     with _some_pools(target, pools) as workers:
         for record in records:
             spec = ConvSpec.parse(record.spec)
-            candidate, default = record_candidate(record, spec, target), default_candidate(spec, target)
+            candidate = record_candidate(record, spec, target)
+            default = default_candidate(spec, target.on(record.threads))
             if candidate is None:
                 yield Checked(record, "inapplicable", error=f"{record.schedule} has changed since, or does not apply")
                 continue
