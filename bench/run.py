@@ -108,8 +108,12 @@ def run(problem: Path, options: argparse.Namespace, console: Console, measurer: 
     for entry in read_specs(problem):
         try:
             entries.append(SpecEntry(entry.spec.with_(**changes(options)), entry.count, entry.names))
-        except SpecError as error:  # such as three channels in blocks of 16
+        except SpecError as error:
+            if error.field not in ("ic", "oc"):  # such as three channels in blocks of 16
+                raise
             console.print(f"left out {entry.spec}: {error}", markup=False, highlight=False)
+    if not entries:
+        return
     name = variant(problem.stem, options)
     kept = RowFile(options.results / f"{name}.jsonl")
     wanted = [(entry, threads) for threads in options.threads for entry in entries]

@@ -134,6 +134,14 @@ def test_rows_of_another_batch_layout_or_target_have_files_of_their_own(bench: A
     assert bench("--threads", "1") == (0, keys(1))
 
 
+def test_layers_that_cannot_have_a_layout_are_left_out(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--threads", "1", "--layout", "nchw8c") == (0, [])
+    assert f"left out {SPECS[0]}: ic: expected a multiple of 8, the blocks of nchw8c" in capsys.readouterr().err
+    assert not (tmp_path / "results" / "net.nchw8c.jsonl").exists()
+
+
 def test_the_quick_sample_is_measured_anew(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         status, asked = bench("--quick")
