@@ -62,7 +62,7 @@ class Kernels:
         candidate = None
         if self.records and (record := best_record(self.records, spec, self.target, threads)):
             candidate = record_candidate(record, spec, self.target)
-        candidate = candidate or default_candidate(spec, self.target)
+        candidate = candidate or default_candidate(spec, self.target.on(threads))
         key = spec, candidate
         if key not in self._compiled:
             self._compiled[key] = compile_candidate(spec, self.target, candidate, threads)

@@ -32,6 +32,7 @@ from ..problem.dtypes import distance, load, numpy_dtype, save
 from ..problem.spec import ConvSpec
 from ..records.outcome import OUTCOME_KEY
 from .drift import reference_kernel
+from .rotation import rotating
 from .standalone.timing import DUEL_SECONDS, SAMPLE_SECONDS, alternate, time_calls
 
 #: Bytes a worker may have: this and so many times the layer's tensors. It has TVM and NumPy in it, packed
@@ -178,12 +179,12 @@ def load_inputs(spec: ConvSpec, directory: str) -> dict[str, Any]:
 
 
 def prepare_artifact(library: Library, directory: str, threads: int) -> tuple[Callable[[], Any], Any]:
-    """A call of the library on the expected inputs, and the output it writes."""
+    """A call of the library on the expected inputs, its weights cold, and the output it writes."""
     spec, data = library.spec, load_inputs(library.spec, directory)
     packed = library.pack(**{name: data[name] for name in spec.parameters})
     dst = np.empty(spec.dst_shape, numpy_dtype(spec.dtype))
     dst.reshape(-1).view(np.uint8).fill(0xFF)  # NaN, but of i8
-    return library.prepare(data["src"], packed, dst, data.get("residual"), threads=threads), dst
+    return rotating(library, data["src"], packed, dst, data.get("residual"), threads), dst
 
 
 def run_artifact(path: str, directory: str, threads: int, seconds: float, hopeless: float) -> dict[str, Any]:
