@@ -45,7 +45,7 @@ from convgen.lowering.versions import versions
 from convgen.measure.rotation import rotating
 from convgen.measure.standalone.timing import alternate
 from convgen.problem.spec import ConvSpec
-from convgen.report.markdown import Markdown, code, markdown_table
+from convgen.report.markdown import code, markdown_table
 from convgen.report.networks import processor_slug
 from convgen.report.rows import KeyedFile
 from convgen.report.words import plural
@@ -141,7 +141,7 @@ def _regrets(rows: Sequence[RegretRow]) -> Iterable[str]:
     counts = [sum(regret <= bound for regret in regrets) for bound in bounds]
     steps = [count - before for before, count in zip([0, *counts], counts, strict=False)]
     heads = ["none>", "≤ 1 %>", "≤ 3 %>", "≤ 10 %>", "more>"]
-    yield markdown_table((heads, [[str(step) for step in steps]]))
+    yield table(heads, [[str(step) for step in steps]])
     worst = sorted(rows, key=lambda row: -row.regret)[:15]
     cells = [
         [code(row.values["spec"]), row.values["chosen"], row.fastest, f"{100 * (row.regret - 1):.0f} %"]
@@ -149,10 +149,10 @@ def _regrets(rows: Sequence[RegretRow]) -> Iterable[str]:
         if row.regret > 1.03
     ]
     if cells:
-        yield "\n" + markdown_table((["layer", "default", "fastest", "regret>"], cells))
+        yield "\n" + table(["layer", "default", "fastest", "regret>"], cells)
 
 
-def _schedules(rows: Sequence[RegretRow]) -> Markdown:
+def _schedules(rows: Sequence[RegretRow]) -> str:
     """Measured over predicted time by schedule: geometric mean, and the spread around it."""
     ratios: dict[str, list[float]] = {}
     for row in rows:
@@ -162,7 +162,11 @@ def _schedules(rows: Sequence[RegretRow]) -> Markdown:
         [name, str(len(logs)), f"{math.exp(statistics.mean(logs)):.2f}", f"×{math.exp(statistics.pstdev(logs)):.2f}"]
         for name, logs in sorted(ratios.items())
     ]
-    return Markdown(markdown_table((["schedule", "layers>", "measured / predicted>", "spread>"], cells)))
+    return table(["schedule", "layers>", "measured / predicted>", "spread>"], cells)
+
+
+def table(heads: list[str], cells: list[list[str]]) -> str:
+    return "\n".join(markdown_table((heads, cells))) + "\n"
 
 
 # ---- command line -----------------------------------------------------------------------------------

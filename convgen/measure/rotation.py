@@ -34,7 +34,7 @@ def rotating(
     Raises:
         MemoryError: there is none for the copies.
     """
-    workspace = aligned(library.sizes(threads).workspace)
+    workspace = aligned(max(1, library.sizes(threads).workspace))
     calls = [
         library.prepare(src, copy, dst, residual, workspace, threads) for copy in _copies(packed, copies_of(packed.size))
     ]
