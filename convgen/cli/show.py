@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -248,10 +249,21 @@ def schedules(as_json: bool) -> None:
         say(table(["schedule", "version>", "what it does"], [list(row.values()) for row in listed]))
 
 
+def _cores(listed: list[dict[str, Any]]) -> list[list[Any]]:
+    """What is known of each CPU target's cores."""
+    rows = []
+    for entry in listed:
+        if core := entry["core"]:
+            rates = [f"{core[name]:.3g}" for name in ("fmas", "loads", "stores", "l2", "l3", "memory")]
+            rows.append([entry["target"], f"{core['hertz'] / 1e9:.3g}", *rates, core["origin"]])
+    return rows
+
+
 @click.command()
 @json_option
 def targets(as_json: bool) -> None:
     """List the targets: families, and spellings worth knowing."""
+    from ..cpu.model import core_of
     from ..hardware.discover import target_families
     from ..hardware.target import resolve
 
@@ -271,6 +283,7 @@ def targets(as_json: bool) -> None:
                     "vector_bits": found.vector_bits if found else None,
                     "cores": found.cores if found else None,
                     "native": found is not None and found.native,
+                    "core": asdict(core_of(found)) if found and not found.on_device else None,
                 }
             )
     if as_json:
@@ -280,5 +293,8 @@ def targets(as_json: bool) -> None:
         [t["target"], t["resolved"] or "–", t["vector_bits"] or "–", "yes" if t["native"] else "no"] for t in listed
     ]
     say(table(["target", "means", "vector bits>", "runs here"], rows))
+    say("\nA core per cycle, as costs are predicted: FMAs, vectors, bytes.\n")
+    say(table(["target", "GHz>", "FMAs>", "loads>", "stores>", "L2>", "L3>", "memory>", "facts"], _cores(listed)))
+    say("")
     for family, module in target_families().items():
         say(f"{family}: {_summary(module)}")

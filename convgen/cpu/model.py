@@ -12,10 +12,12 @@ region takes were measured on the processors named in the table's last column an
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ..hardware.machine import measured
 from ..hardware.target import Target
 
 
@@ -28,7 +30,7 @@ class Core:
     """One core.
 
     Attributes:
-        name: LLVM's of the processor the facts are of.
+        origin: where the facts are from.
         hertz: cycles per second.
         fmas: FMAs of the target's vectors that begin per cycle, as long loops sustain them.
         latency: cycles from one FMA to the next on the same sum.
@@ -40,7 +42,7 @@ class Core:
         region: cycles to start a parallel region and to wait for its end.
     """
 
-    name: str
+    origin: str
     hertz: float
     fmas: float
     latency: float
@@ -153,6 +155,8 @@ _CHIPS: dict[str, dict[str, float]] = {
 _LIKE = {
     "skylake": "haswell",
     "broadwell": "haswell",
+    "x86-64": "haswell",
+    "x86-64-v2": "haswell",
     "x86-64-v3": "haswell",
     "x86-64-v4": "skylake-avx512",
     "icelake-server": "skylake-avx512",
@@ -168,6 +172,7 @@ _VECTORS: dict[tuple[str, int], tuple[float, float, float, float, float]] = {
     ("znver4", 256): (2, 2, 1, 2, 18),
     ("znver3", 256): (2, 2, 1, 2, 18),
     ("haswell", 256): (2, 2, 1, 1, 4),
+    ("haswell", 128): (1, 2, 1, 1, 8),
     ("skylake-avx512", 512): (2, 2, 1, 1, 1.5),
     ("skylake-avx512", 256): (2, 2, 1, 1, 1.5),
     ("cortex-a72", 128): (1, 1, 1, 1, 8),
@@ -177,15 +182,47 @@ _ASSUMED = {512: "skylake-avx512", 256: "haswell", 128: "cortex-a72"}
 
 
 def core_of(target: Target) -> Core:
-    """The core that a CPU target's kernels run on; of a processor that is not known, one with the same vectors."""
-    return _core(str(json.loads(target.tvm_config).get("mcpu", "")), target.vector_bits)
+    """The core that a CPU target's kernels run on: a known one, this machine's as measured once, or for another
+    processor a known one with the same vectors.
+
+    Raises:
+        BuildError, MeasureError: this machine's processor is not known, and cannot be measured.
+    """
+    from tvm.target import codegen
+
+    model = str(json.loads(target.tvm_config).get("mcpu", ""))
+    if (_LIKE.get(model, model), target.vector_bits) not in _VECTORS and target.native:
+        if model == codegen.llvm_get_system_cpu():
+            return _measured(model, target.vector_bits, target.lanes)
+    return _known(model, target.vector_bits)
 
 
 @lru_cache(maxsize=64)
-def _core(model: str, bits: int) -> Core:
+def _known(model: str, bits: int) -> Core:
     name = _LIKE.get(model, model)
+    origin = "known" if name == model else f"taken for {name}"
     if (name, bits) not in _VECTORS:
         name = _ASSUMED[bits]
+        origin = f"not known: taken for {name}"
     names = ("fmas", "loads", "stores", "shuffles", "masked_store")
-    known = _VECTORS.get((name, bits), (1, 1, 1, 1, 8))
-    return Core(name=name, **_CHIPS[name], **dict(zip(names, known, strict=True)))
+    vectors = _VECTORS.get((name, bits), (1, 1, 1, 1, 8))
+    return Core(origin=origin, **_CHIPS[name], **dict(zip(names, vectors, strict=True)))
+
+
+@lru_cache(maxsize=4)
+def _measured(model: str, bits: int, lanes: int) -> Core:
+    """A core with the same vectors, at the clock that gives the measured peak, with the measured bandwidths: rounded to
+    a fifth, so that two runs choose the same kernels.
+    """
+    alike, found = _known(model, bits), measured(1)
+
+    def rounded(value: float) -> float:
+        return float(1.2 ** round(math.log(value, 1.2)))
+
+    hertz = rounded(found.peak / (2 * lanes * alike.fmas))
+    rates = {
+        field: rounded(rate / hertz)
+        for field, rate in (("l2", found.l2), ("l3", found.l3), ("memory", found.dram))
+        if rate
+    }
+    return replace(alike, origin=f"measured; else {alike.origin.removeprefix('not known: ')}", hertz=hertz, **rates)
