@@ -445,7 +445,7 @@ class _Kernel:
             rows, tiles = g.blocks(self.picks)
             start = body.let((channels.block + 1) * (g.products * tile_oc))
             ahead = Ahead(self.weights, start, g.products, tile_oc // lanes, tile.index, rows * tiles)
-            origin = ahead.origin(body)
+            origin = body.let(ahead.origin)
         with body.loop(math.prod(g.runs)) as (run, index):
             taps = unflat(index, g.runs)
 

@@ -101,11 +101,12 @@ class Ahead:
         """Lines that a step fetches."""
         return ceildiv(self.vectors, self.tiles)
 
-    def origin(self, block: Block) -> Expr:
+    @property
+    def origin(self) -> Expr:
         """Where this tile's share begins."""
         shares = ceildiv(self.vectors, self.lines)
         tile = self.tile if self.tiles <= shares else tirx.min(self.tile, shares - 1)
-        return block.let(self.start + tile * (self.steps * self.lines * LINE))
+        return self.start + tile * (self.steps * self.lines * LINE)
 
     def fetch(self, block: Block, origin: Expr, step: Expr) -> None:
         zeros = [0] * (len(self.weights.shape) - 1)

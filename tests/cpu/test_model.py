@@ -1,0 +1,102 @@
+"""What a core does per cycle, and the register tile's arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convgen.cpu import model
+from convgen.cpu.model import Counts, Stream, Work, core_of
+from convgen.cpu.product import LINE, Ahead, Even, most_pixels
+from convgen.hardware.target import resolve
+
+ZEN5 = core_of(resolve("cpu:znver5"))
+
+
+def test_the_busiest_unit_decides() -> None:
+    core = replace(ZEN5, fmas=2, loads=2, stores=1, latency=4, l2=32)
+    assert core.cycles(Counts([Work(10, fmas=28, loads=16)], regions=0)) == 140
+    assert core.cycles(Counts([Work(10, fmas=28, loads=40)], regions=0)) == 200
+    assert core.cycles(Counts([Work(10, fmas=4, chain=1)], regions=0)) == 40  # four sums hide no latency of four
+    assert core.cycles(Counts([Work(10, fmas=28, near=512)], regions=0)) == 160
+
+
+def test_weights_are_cold_in_a_network_and_warm_alone() -> None:
+    counts = Counts([Work(1, fmas=1)], [Stream(1 << 20, weights=True)], l2=1 << 21, l3=1 << 25)
+    assert ZEN5.cycles(counts) - ZEN5.cycles(counts, cold=False) == pytest.approx((1 << 20) * (1 / ZEN5.memory - 1 / ZEN5.l2))
+
+
+def test_what_is_fetched_ahead_hides_behind_products() -> None:
+    work = Work(1e6, fmas=2)
+    late = Counts([work], [Stream(1 << 20, weights=True)])
+    ahead = Counts([work], [Stream(1 << 20, weights=True, ahead=True)])
+    alone = Counts([work])
+    assert ZEN5.cycles(alone) < ZEN5.cycles(ahead) < ZEN5.cycles(late)
+    assert ZEN5.cycles(ahead) >= max(ZEN5.cycles(alone), (1 << 20) / ZEN5.memory)
+
+
+def test_every_target_has_a_core_that_says_where_its_facts_are_from() -> None:
+    assert core_of(resolve("cpu:znver4")).origin == "known"
+    assert core_of(resolve("cpu:x86-64-v3")).origin == "taken for haswell"
+    assert core_of(resolve("cpu:aarch64-neoverse-v1")).origin == "not known: taken for cortex-a72"
+
+
+def test_an_unknown_processor_of_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two measurements that differ by a few percent give the same facts, and so the same defaults."""
+    native = resolve()
+    found = model.measured(1)
+    monkeypatch.setattr(model, "_VECTORS", {k: v for k, v in model._VECTORS.items() if k[0] in model._ASSUMED.values()})
+    monkeypatch.setattr(model, "_LIKE", {})
+    cores = []
+    for factor in (1.0, 1.01):
+        model._known.cache_clear()
+        model._measured.cache_clear()
+        scaled = replace(found, peak=300e9 * factor, dram=40e9 * factor)
+        monkeypatch.setattr(model, "measured", lambda threads, scaled=scaled: scaled)
+        cores.append(core_of(native))
+    model._known.cache_clear()
+    model._measured.cache_clear()
+    assert cores[0] == cores[1]
+    assert cores[0].origin.startswith("measured")
+    peak = cores[0].hertz * cores[0].fmas * 2 * native.lanes
+    assert 300e9 / 1.1 < peak < 300e9 * 1.1
+
+
+@given(st.integers(1, 500), st.integers(1, 40))
+def test_tiles_cover_a_row_once_and_differ_by_one(size: int, most: int) -> None:
+    even = Even(size, most)
+    sizes = [s for s, times in even.sizes for _ in range(times)]
+    assert sum(sizes) == size
+    assert max(sizes) <= most
+    assert max(sizes) - min(sizes) <= 1
+    assert len(sizes) == even.count == -(-size // most)
+    assert [int(even.start(i)) for i in range(even.count)] == [sum(sizes[:i]) for i in range(even.count)]
+
+
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 12))
+def test_the_tiles_of_a_block_fetch_every_line_of_the_next(steps: int, vectors: int, tiles: int) -> None:
+    lines = set()
+    for tile in range(tiles):
+        ahead = Ahead(None, 0, steps, vectors, tile, tiles)
+        origin = int(ahead.origin)
+        lines |= {origin // LINE + step * ahead.lines + line for step in range(steps) for line in range(ahead.lines)}
+    assert lines >= set(range(steps * vectors))
+    assert max(lines) < steps * vectors + steps * ahead.lines  # little past the end
+
+
+def test_registers_hold_the_tile() -> None:
+    avx512, avx2 = resolve("cpu:znver5"), resolve("cpu:haswell")
+    assert [most_pixels(avx512, v) for v in (1, 2, 3, 4)] == [30, 14, 9, 6]
+    assert [most_pixels(avx2, v) for v in (1, 2, 3)] == [14, 6, 4]
+
+
+def test_a_target_as_threads_see_it() -> None:
+    target = resolve("cpu:znver5")
+    assert target.on(3).cores == 3
+    assert target.on(target.cores) is target
+    assert target.on(3).key == target.key
+    gpu = resolve("cuda:sm_90a")
+    assert gpu.on(1) is gpu
