@@ -53,6 +53,7 @@ BLOCKS, PARTS = (1, 2, 4, 7, 8, 14, 16, 28, 56, 112), (1, 2, 3, 4, 6, 8, 12, 16)
 
 class CpuDirect(Written):
     id, version = "cpu_direct", 3
+    merged = ("cpu_channels_last", "cpu_gemm_channels", "cpu_im2col")
 
     def takes_layouts(self, src: str, dst: str) -> bool:
         return True

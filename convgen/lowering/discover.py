@@ -33,6 +33,11 @@ def schedules_of(kind: str) -> dict[str, Schedule]:
     return {name: found for name, found in schedules().items() if not name.startswith(others)}
 
 
+def merged_into(schedule_id: str) -> str:
+    """The schedule that has taken in one of an earlier version; empty where none has."""
+    return next((schedule.id for schedule in schedules().values() if schedule_id in schedule.merged), "")
+
+
 def reference_schedule() -> Schedule:
     """The schedule that always applies and is always right, and slow."""
     return next(schedule for schedule in schedules().values() if schedule.is_reference)
@@ -45,6 +50,8 @@ def schedule(schedule_id: str) -> Schedule:
         UnsupportedError: there is none.
     """
     known = schedules()
+    if schedule_id not in known and (now := merged_into(schedule_id)):
+        raise UnsupportedError(f"schedule: {schedule_id} is part of {now} now: expected {now}, found {schedule_id!r}")
     if schedule_id not in known:
         raise UnsupportedError(f"schedule: expected one of {', '.join(known)}, found {schedule_id!r}")
     return known[schedule_id]

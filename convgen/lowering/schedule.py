@@ -165,6 +165,7 @@ class Schedule(ABC):
     ``strict`` admits none that does.
     ``sums_integers`` says that sums of a layer of integers are integers; elsewhere they are f32.
     ``is_reference`` says that it is the definition itself, which the others are checked against; one schedule is.
+    ``merged`` names schedules of earlier versions that it has taken in: records of theirs stay readable.
     """
 
     id: ClassVar[str]
@@ -172,6 +173,7 @@ class Schedule(ABC):
     transforms: ClassVar[bool] = False
     sums_integers: ClassVar[bool] = False
     is_reference: ClassVar[bool] = False
+    merged: ClassVar[tuple[str, ...]] = ()
 
     def takes_layouts(self, src: str, dst: str) -> bool:
         """Whether it reads src in one layout and writes dst in the other: plain ones, if they are the same, unless a

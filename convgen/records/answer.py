@@ -31,6 +31,7 @@ from typing import Any
 from ..errors import SpecError, UnsupportedError
 from ..hardware.target import Target, resolve
 from ..lowering.candidates import default_candidate, reference_candidate
+from ..lowering.discover import merged_into
 from ..lowering.discover import schedule as find_schedule
 from ..lowering.discover import schedules
 from ..lowering.schedule import Candidate, Picks
@@ -356,6 +357,8 @@ def reason_against(record: TuningRecord) -> str:
     """Why a record answers no build on this machine; empty where it may."""
     if record.outcome != "ok":
         return f"its outcome is {record.outcome}"
+    if now := merged_into(record.schedule):
+        return f"{record.schedule} is part of {now} now, which has to be measured anew"
     if not has_schedule(record):
         return f"{record.schedule} is gone, or no longer has version {record.schedule_version}"
     try:

@@ -493,6 +493,7 @@ def test_records_are_measured_again(pools: Pools, monkeypatch: pytest.MonkeyPatc
         ({}, ""),
         ({"outcome": "crash", "seconds": None}, "its outcome is crash"),
         ({"schedule": "cpu_gone"}, "cpu_gone is gone"),
+        ({"schedule": "cpu_im2col"}, "cpu_im2col is part of cpu_direct now"),
         ({"picks": {"tile": 3}}, "no longer admits its picks"),
         ({"hardware": "another"}, "another kind of machine"),
         ({"versions": OTHER}, "convgen 0.0.1, llvm 19, tvm 0.26.0: a build would measure it"),
