@@ -1,8 +1,8 @@
 """All convolutions of a network, one after another: what they take where they are used.
 
-A layer that is repeated alone finds its weights in the caches; in a network it finds them in memory, and its input where
-the layer before left it. A :class:`Chain` has that, and nothing of what stands between convolutions: each instance
-of a layer has packed weights of its own, and the activations are two buffers used back and forth.
+A layer that is repeated alone finds its weights in the caches; in a network it finds them in memory, and its input
+where the layer before left it. A :class:`Chain` has that, and nothing of what stands between convolutions: each
+instance of a layer has packed weights of its own, and the activations are two buffers used back and forth.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ class Chain:
     """
 
     def __init__(
-        self, layers: Sequence[SpecEntry], kernels: Mapping[ConvSpec, Library], threads: int | None = None, seed: int = 0
+        self,
+        layers: Sequence[SpecEntry],
+        kernels: Mapping[ConvSpec, Library],
+        threads: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.layers = [SpecEntry(layer.spec, 1, _names(layer, i)) for layer in layers for i in range(layer.count)]
         self.kernels = kernels

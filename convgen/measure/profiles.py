@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 from ..errors import MeasureError
 
+#: What is in the names of operators that are convolutions, and not in ``Convert``.
+_CONVOLUTION = re.compile(r"Conv(?!ert)|Deconv")
 #: Event of ONNX Runtime's profile that is a run of the whole model, and how it calls an operator's own time.
 _RUN, _KERNEL = "model_run", "_kernel_time"
 
@@ -86,7 +89,7 @@ def _profile(nodes: Sequence[tuple[str, float]]) -> Profile:
     """Sums by kind of operator: ``Conv``, ``FusedConv``, ``NhwcFusedConv``, ``ConvTranspose``, ``QLinearConv`` …;
     of OpenVINO ``Convolution``, ``GroupConvolution``, ``ConvolutionBackpropData``, ``Deconvolution`` ….
     """
-    convolutions = [seconds for kind, seconds in nodes if "Conv" in kind and kind != "Convert" or "Deconv" in kind]
+    convolutions = [seconds for kind, seconds in nodes if _CONVOLUTION.search(kind)]
     reorders = sum(seconds for kind, seconds in nodes if "Reorder" in kind)
     total = sum(seconds for _, seconds in nodes)
     return Profile(sum(convolutions), reorders, total - sum(convolutions) - reorders, len(convolutions))
