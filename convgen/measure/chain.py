@@ -38,6 +38,7 @@ class Chain:
     Attributes:
         layers: one entry per instance, in the order in which they run.
         calls: a function for each of them, which runs it and does nothing else.
+        src: the first layer's input; the third layer's input is written over it.
 
     Args:
         layers: the instances (:func:`convgen.formats.onnx.reader.instances_from_onnx`); an entry that occurs
@@ -45,6 +46,7 @@ class Chain:
         kernels: the kernel of each spec: instances share its code.
         threads: of each call; the kernels' own where None.
         seed: of weights and activations.
+        parameters: what each instance packs, by name, instead of random numbers.
 
     Raises:
         SpecError: there are no layers, or an empty batch.
@@ -58,6 +60,7 @@ class Chain:
         kernels: Mapping[ConvSpec, Library],
         threads: int | None = None,
         seed: int = 0,
+        parameters: Sequence[Arrays] | None = None,
     ) -> None:
         self.layers = [SpecEntry(layer.spec, 1, _names(layer, i)) for layer in layers for i in range(layer.count)]
         self.kernels = kernels
@@ -66,11 +69,13 @@ class Chain:
         rng = np.random.default_rng(seed)
         size = max(math.prod(shape) for spec in specs for shape in (spec.src_shape, spec.dst_shape))
         back, forth, residual = (_Buffer(size, specs[0].dtype, rng) for _ in range(3))
-        workspace = aligned(max(kernels[spec].sizes(threads).workspace for spec in specs))
+        # Not of size 0, where an array's address is any.
+        workspace = aligned(max(1, *(kernels[spec].sizes(threads).workspace for spec in specs)))
+        self.src = back.shaped(specs[0].src_shape)
         self.calls: list[Callable[[], None]] = []
         for number, spec in enumerate(specs):
             kernel = kernels[spec]
-            packed = kernel.pack(**_parameters(spec, seed + number))
+            packed = kernel.pack(**(parameters[number] if parameters else _parameters(spec, seed + number)))
             added = residual.shaped(spec.dst_shape) if spec.residual else None
             src, dst = back.shaped(spec.src_shape), forth.shaped(spec.dst_shape)
             self.calls.append(kernel.prepare(src, packed, dst, added, workspace, threads))

@@ -5,9 +5,8 @@ A library is timed only after its outputs agree with those of ONNX Runtime witho
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -56,11 +55,12 @@ class NetworkModel:
         """Standard normal arrays, by name.
 
         Raises:
-            UnsupportedError: an input that is no f32 tensor, or a dimension whose size is not known.
+            UnsupportedError: an input that is no f32 tensor, a dimension whose size is not known, or a model that ONNX
+            Runtime cannot run.
         """
         rng = np.random.default_rng(self.seed)
         arrays = {}
-        for info in _plain_session(self.data).get_inputs():
+        for info in _plain_session(self.path, self.data).get_inputs():
             shape = [self.dims.get(str(size), size) for size in info.shape]
             if info.type != "tensor(float)" or not all(isinstance(size, int) for size in shape):
                 raise UnsupportedError(
@@ -76,7 +76,7 @@ class NetworkModel:
         Raises:
             MeasureError: they are not finite: other libraries could not be checked, and may be timed on slow numbers.
         """
-        session = _plain_session(self.data)
+        session = _plain_session(self.path, self.data)
         names = [info.name for info in session.get_outputs()]
         outputs = dict(zip(names, map(np.asarray, session.run(names, self.inputs)), strict=True))
         for name, array in outputs.items():
@@ -135,10 +135,19 @@ class Part:
         return values
 
 
-def _plain_session(data: bytes) -> Any:
+def _plain_session(path: Path, data: bytes) -> Any:
+    """ONNX Runtime without optimisations.
+
+    Raises:
+        UnsupportedError: it cannot run the model.
+    """
     import onnxruntime
 
-    return open_session(data, 1, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    try:
+        return open_session(data, 1, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    except Exception as error:  # of its own kinds
+        found = str(error).strip().splitlines()[0]
+        raise UnsupportedError(f"{path.name}: expected a model that ONNX Runtime can run, found {found}") from error
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,8 @@ class Running:
 
 def ready(model: NetworkModel, part: Part, start: Callable[[], Running]) -> Part:
     """The part with what takes turns, its outputs checked; or with the problem."""
-    with _problem_of(part):
+
+    def prepare() -> None:
         running = start()
         with running.context():
             running.run()
@@ -162,10 +172,10 @@ def ready(model: NetworkModel, part: Part, start: Callable[[], Running]) -> Part
         limit = F32_ERROR if part.precision == "f32" else CHOSEN_ERROR
         if not part.error <= limit:
             raise UnsupportedError(f"wrong outputs: they differ by {part.error:.2g} of the largest, not by {limit}")
-        part.contestant = Contestant(
-            part.library, Entrant(part.precision, running.run, lambda: running.outputs()[0], running.context)
-        )
-    return part
+        entrant = Entrant(part.precision, running.run, lambda: running.outputs()[0], running.context)
+        part.contestant = Contestant(part.library, entrant)
+
+    return _attempted(part, prepare)
 
 
 def profiled(part: Part, profile: Callable[[], Profile]) -> Part:
@@ -175,23 +185,23 @@ def profiled(part: Part, profile: Callable[[], Profile]) -> Part:
         part.profiles.append(profile())
         return part.profiles[-1].convolutions
 
-    with _problem_of(part):
+    def prepare() -> None:
         if not profile().nodes:
             raise UnsupportedError("its profile shows no convolution")
-        part.contestant = Contestant(
-            part.library, Entrant(part.precision, turn, lambda: np.zeros(0, np.float32), turn=turn)
-        )
-    return part
+        entrant = Entrant(part.precision, turn, lambda: np.zeros(0, np.float32), turn=turn)
+        part.contestant = Contestant(part.library, entrant)
+
+    return _attempted(part, prepare)
 
 
-@contextlib.contextmanager
-def _problem_of(part: Part) -> Iterator[None]:
+def _attempted(part: Part, prepare: Callable[[], None]) -> Part:
     """Whatever fails is the part's problem: libraries fail in their own ways, and that is part of the answer."""
     if part.version is None:
         part.problem = 'not installed; get it with: pip install "convgen[peers]"'
+        return part
     try:
-        yield
+        prepare()
     except Exception as error:
-        if not part.problem:
-            said = (str(error).strip() or type(error).__name__).splitlines()
-            part.problem = said[0][:200]
+        said = (str(error).strip() or type(error).__name__).splitlines()
+        part.problem = said[0][:200]
+    return part

@@ -99,7 +99,8 @@ class NetworkRow:
         return None
 
     def part_seconds(self, library: str, what: str, f32: bool = True) -> float | None:
-        part = self.part(library, what, f32)
+        """What :meth:`part` took. Where a library chooses f32 by itself, that is what it chooses."""
+        part = self.part(library, what, f32) or self.part(library, what)
         return part["seconds"] if part else None
 
 
