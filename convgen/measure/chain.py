@@ -33,7 +33,7 @@ class Chain:
     """A network's convolutions, ready to run one after another; calling it runs all of them once.
 
     A layer that needs a larger input than the layer before has written reads on in what the buffer held before: only
-    sizes matter. The loop over layers, in Python, takes about 0.4 µs of each.
+    sizes matter. The loop over layers, in Python, takes about 0.3 µs of each.
 
     Attributes:
         layers: one entry per instance, in the order in which they run.

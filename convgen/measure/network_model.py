@@ -5,6 +5,7 @@ A library is timed only after its outputs agree with those of ONNX Runtime witho
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -92,7 +93,7 @@ class NetworkModel:
                 raise UnsupportedError(f"output: expected {array.size} elements, found {found.size}")
             scale = float(np.abs(array).max()) or 1.0
             difference = float(np.abs(found.reshape(-1).astype(np.float32) - array.reshape(-1)).max())
-            worst = max(worst, difference / scale)
+            worst = max(worst, difference / scale) if math.isfinite(difference) else math.inf
         return worst
 
 

@@ -126,16 +126,20 @@ def _openvino_profile(model: NetworkModel, threads: int, precision: str) -> Prof
     """Of a new request. Its times are averages over all runs so far: the slow first ones are taken out again."""
     request = _openvino_request(model, _compiled(model, threads, precision, profile=True))
 
-    def sums(runs: int) -> list[tuple[str, float]]:
+    def executed(runs: int) -> dict[str, tuple[str, float]]:
+        """Type and average seconds of each node that was executed, by name; not in every run are all of them."""
         for _ in range(runs):
             request.infer(share_outputs=True)
-        executed = [info for info in request.profiling_info if "NOT_RUN" not in str(info.status)]
-        return [(info.node_type, info.real_time.total_seconds()) for info in executed]
+        found = [info for info in request.profiling_info if "NOT_RUN" not in str(info.status)]
+        return {info.node_name: (info.node_type, info.real_time.total_seconds()) for info in found}
 
-    first, all_ = sums(BEFORE), sums(COUNTED)
-    runs = BEFORE + COUNTED
+    first, all_ = executed(BEFORE), executed(COUNTED)
+    runs, none = BEFORE + COUNTED, ("", 0.0)
     return openvino_profile(
-        [(kind, max(0.0, runs * b - BEFORE * a) / COUNTED) for (kind, b), (_, a) in zip(all_, first, strict=True)]
+        [
+            (kind, max(0.0, runs * seconds - BEFORE * first.get(name, none)[1]) / COUNTED)
+            for name, (kind, seconds) in all_.items()
+        ]
     )
 
 
