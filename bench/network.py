@@ -113,7 +113,7 @@ def _rows(
     measurer: NetworkMeasurer,
 ) -> Iterator[NetworkRow | None]:
     """A row for each number of threads; None where it is known."""
-    model = network_model(name, folder)
+    model = network_model(name, folder, dict(options.dim))
     layers = changed_layers(model, options.accuracy)
     accuracy = options.accuracy or "standard"
     facts = {"accuracy": accuracy, "kernels": "recorded" if options.recorded else "default"}
@@ -147,6 +147,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", type=_listed, default=list(NAMES), help="names of bench/networks, or ONNX files")
     parser.add_argument("--threads", type=lambda text: [int(t) for t in text.split(",")], default=[1, 2])
+    parser.add_argument(
+        "--dim", type=_size, action="append", default=[], metavar="NAME=SIZE", help="a symbolic size in ONNX files"
+    )
     parser.add_argument("--accuracy", choices=ACCURACIES, help="accuracy of every layer, instead of standard")
     parser.add_argument("--recorded", action="store_true", help="take the kernels that --records has, not the defaults")
     parser.add_argument("--records", type=Path, help="record store; the default one unless given")
@@ -171,6 +174,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _listed(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
+
+
+def _size(text: str) -> tuple[str, int]:
+    name, _, size = text.partition("=")
+    if not name or not size.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected NAME=SIZE, found {text!r}")
+    return name, int(size)
 
 
 def main(arguments: Sequence[str] | None = None, measurer: NetworkMeasurer = measure_network) -> int:

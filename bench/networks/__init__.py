@@ -6,6 +6,7 @@ vanish nor grow: numbers that are nearly zero take processors a hundred times lo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -36,8 +37,8 @@ _MODULES = (
 NAMES = (*_MODULES, *LIGHT)
 
 
-def network_model(name: str, folder: Path) -> NetworkModel:
-    """A network by its name, written to a folder; or an ONNX file by its path.
+def network_model(name: str, folder: Path, dims: Mapping[str, int] | None = None) -> NetworkModel:
+    """A network by its name, written to a folder; or an ONNX file by its path, with sizes of its symbolic dimensions.
 
     Raises:
         UnsupportedError: there is neither, or it is a module and PyTorch is not installed.
@@ -54,5 +55,5 @@ def network_model(name: str, folder: Path) -> NetworkModel:
             ) from error
         return NetworkModel(write_module(name, folder), module=partial(module, name))
     if Path(name).is_file():
-        return NetworkModel(Path(name))
+        return NetworkModel(Path(name), dims or {})
     raise UnsupportedError(f"--models: expected ONNX files or some of {', '.join(NAMES)}, found {name!r}")

@@ -219,7 +219,8 @@ def _converted(model: NetworkModel, folder: Path) -> tuple[Path, Path]:
             'pnnx, which converts models for it, is not installed: pip install "convgen[peers]"'
         ) from None
     (folder / "model.onnx").write_bytes(model.data)
-    command = [str(program), "model.onnx", "fp16=0"]
+    shapes = ",".join(f"[{','.join(map(str, array.shape))}]f32" for array in model.inputs.values())
+    command = [str(program), "model.onnx", "fp16=0", f"inputshape={shapes}"]
     done = subprocess.run(command, cwd=folder, capture_output=True, timeout=CONVERTING, check=False)
     files = folder / "model.ncnn.param", folder / "model.ncnn.bin"
     if done.returncode or not all(file.exists() for file in files):

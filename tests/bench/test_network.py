@@ -95,6 +95,7 @@ def test_wrong_arguments(runner: ModuleType, capsys: pytest.CaptureFixture[str])
         (["--models", "nothing"], "--models: expected ONNX files or some of resnet18"),
         (["--peers", "nobody"], "--peers: expected some of onnxruntime"),
         (["--threads", "0"], "threads"),
+        (["--dim", "N"], "--dim: expected NAME=SIZE, found 'N'"),
     ):
         with pytest.raises(SystemExit):
             runner.main(arguments)

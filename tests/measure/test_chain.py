@@ -95,16 +95,26 @@ def test_a_chain_of_integers() -> None:
     np.testing.assert_array_equal(one.output(), run_onnxruntime(spec, **data))
 
 
+def test_a_kernel_of_another_layout_stands_for_a_layer() -> None:
+    spec = ConvSpec.parse("conv2d n1 ic4 oc6 i5x7 k3x3 p1x1")
+    kernel = kernels_for([SpecEntry(spec.with_(layout="nhwc"))])[spec.with_(layout="nhwc")]
+    chain = Chain([SpecEntry(spec)], {spec: kernel})
+    assert (chain.src.shape, chain.output().shape) == ((1, 5, 7, 4), (1, 5, 7, 6))
+    assert chain.layers[0].spec == spec
+
+
 def test_what_a_chain_refuses() -> None:
     f32, f16 = (ConvSpec.parse(f"conv2d n1 ic4 oc4 i5x5 k1x1{dtype}") for dtype in ("", " f16"))
+    empty = f32.with_(n=0)
+    kernels = kernels_for([SpecEntry(spec) for spec in (f32, f16, empty)])
     with pytest.raises(SpecError, match="layers"):
         Chain([], {})
-    with pytest.raises(UnsupportedError, match="expected one dtype"):
-        Chain([SpecEntry(f32), SpecEntry(f16)], {})
+    with pytest.raises(UnsupportedError, match="one dtype, as they share buffers, found f16, f32"):
+        Chain([SpecEntry(f32), SpecEntry(f16)], kernels)
     with pytest.raises(UnsupportedError, match="expected one for conv2d"):
         Chain([SpecEntry(f32)], {})
     with pytest.raises(SpecError, match="batch"):
-        Chain([SpecEntry(f32.with_(n=0))], {})
+        Chain([SpecEntry(empty)], kernels)
 
 
 def test_a_layer_that_is_refused_is_named(tmp_path: Path) -> None:
