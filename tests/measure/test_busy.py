@@ -44,7 +44,7 @@ def test_the_share_is_what_others_use(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / str(me)).mkdir()
     monkeypatch.setattr(busy, "_PROC", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setattr(busy.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
     def at(seconds: float, used: int, own: int) -> None:
         clock[0] = seconds

@@ -6,28 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_network import chain_model
+from tiny_network import chain_model, kernels_for
 
-import convgen
+from convgen.check.bounds import reference
 from convgen.check.data import float_data
-from convgen.check.reference import run_onnxruntime
 from convgen.errors import SpecError, UnsupportedError
 from convgen.formats.entries import SpecEntry
 from convgen.formats.onnx.reader import instances_from_onnx, layers_from_onnx, specs_from_onnx
-from convgen.kernel.library import Library
 from convgen.measure.chain import Chain
 from convgen.measure.network_model import NetworkModel
 from convgen.problem.spec import ConvSpec
-
-
-def kernels_for(layers: list[SpecEntry], threads: int = 1) -> dict[ConvSpec, Library]:
-    kernels: dict[ConvSpec, Library] = {}
-    for layer in layers:
-        if layer.spec not in kernels:
-            kernel = convgen.build(layer.spec, threads=threads, records=False)
-            assert isinstance(kernel, Library)
-            kernels[layer.spec] = kernel
-    return kernels
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +50,7 @@ def test_two_instances_share_code_but_no_weights() -> None:
     chain = Chain([SpecEntry(spec, 2)], kernels_for([SpecEntry(spec)]), parameters=parameters)
     chain.src[:] = first["src"]
     chain()
-    expected = run_onnxruntime(spec, **(second | {"src": run_onnxruntime(spec, **first)}))
+    expected = reference(spec, second | {"src": reference(spec, first, 1)}, 1)
     assert np.abs(chain.output() - expected).max() <= 1e-4 * np.abs(expected).max()
     random = [Chain([SpecEntry(spec, 2)], chain.kernels, seed=seed).output() for seed in (0, 0, 1)]
     np.testing.assert_array_equal(random[0], random[1])
@@ -92,7 +80,7 @@ def test_a_chain_of_integers() -> None:
     one = Chain([SpecEntry(spec)], chain.kernels, parameters=[{n: data[n] for n in spec.parameters}])
     one.src[:] = data["src"]
     one()
-    np.testing.assert_array_equal(one.output(), run_onnxruntime(spec, **data))
+    np.testing.assert_array_equal(one.output(), reference(spec, data, 1))
 
 
 def test_a_kernel_of_another_layout_stands_for_a_layer() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from test_chain import kernels_for
-from tiny_network import chain_model
+from tiny_network import chain_model, kernels_for
 
 from convgen.errors import MeasureError, UnsupportedError
 from convgen.formats.onnx.reader import instances_from_onnx
@@ -44,8 +44,8 @@ def test_a_profile_of_onnxruntime() -> None:
         event("a_kernel_time", 205, 40, "FusedConv"),
     ]
     first, second = onnxruntime_profiles(events)
-    assert first == Profile(pytest.approx(30e-6), pytest.approx(3e-6), pytest.approx(5e-6), 2)
-    assert second == Profile(pytest.approx(40e-6), 0, 0, 1)
+    assert astuple(first) == pytest.approx((30e-6, 3e-6, 5e-6, 2))
+    assert astuple(second) == pytest.approx((40e-6, 0, 0, 1))
     with pytest.raises(MeasureError, match="model_run"):
         onnxruntime_profiles(events[:1])
 
@@ -53,7 +53,7 @@ def test_a_profile_of_onnxruntime() -> None:
 def test_a_profile_of_openvino() -> None:
     kinds = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "Deconvolution", "Reorder", "Convert", "Add")
     found = openvino_profile([(kind, 1e-3) for kind in kinds])
-    assert found == Profile(pytest.approx(4e-3), pytest.approx(1e-3), pytest.approx(2e-3), 4)
+    assert astuple(found) == pytest.approx((4e-3, 1e-3, 2e-3, 4))
     with pytest.raises(MeasureError, match="executed"):
         openvino_profile([])
 
@@ -88,7 +88,7 @@ def test_a_wrong_library_is_not_timed(model: NetworkModel) -> None:
     assert "not finite" not in running([np.full_like(expected, np.nan)]).problem
     assert running([np.full_like(expected, np.nan)]).contestant is None
     assert running([expected]).contestant is not None
-    assert "not installed" in ready(model, Part("fake", None), lambda: 1 / 0).problem  # type: ignore[arg-type]
+    assert "not installed" in ready(model, Part("fake", None), lambda: Running(list, list)).problem
     assert profiled(Part("fake", "1.0", CONVOLUTIONS), lambda: Profile(0, 0, 1, 0)).problem.endswith("no convolution")
 
 
@@ -104,7 +104,7 @@ def test_a_comparison(model: NetworkModel, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(found.rounds) == 2
     whole, inside, failed = found.parts
     assert (whole.what, inside.what, failed.problem) == (MODEL, CONVOLUTIONS, "it broke")
-    assert found.ratio == pytest.approx(inside.seconds / found.seconds)
+    assert found.ratio == pytest.approx((inside.seconds or 0) / found.seconds)
     assert inside.to_dict()["profile"]["nodes"] == 4
     assert networks.compare_network(model, chain, ["broken"], 1, rounds=1).ratio is None
     with pytest.raises(UnsupportedError, match="peers"):

@@ -1,4 +1,4 @@
-"""A small ONNX model: four convolutions in a row, two of them alike."""
+"""A small ONNX model: four convolutions in a row, two of them alike; and kernels of layers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+import convgen
+from convgen.formats.entries import SpecEntry
+from convgen.kernel.library import Library
+from convgen.problem.spec import ConvSpec
 
 
 def chain_model(path: Path, *, strange: bool = False) -> None:
@@ -35,3 +40,14 @@ def chain_model(path: Path, *, strange: bool = False) -> None:
         nodes.append(helper.make_node("Conv", ["d", "double.w"], ["e"], name="double"))
     graph = helper.make_graph(nodes, "tiny", inputs, outputs, weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+def kernels_for(layers: list[SpecEntry], threads: int = 1) -> dict[ConvSpec, Library]:
+    """The default kernel of each spec."""
+    kernels: dict[ConvSpec, Library] = {}
+    for layer in layers:
+        if layer.spec not in kernels:
+            kernel = convgen.build(layer.spec, threads=threads, records=False)
+            assert isinstance(kernel, Library)
+            kernels[layer.spec] = kernel
+    return kernels
