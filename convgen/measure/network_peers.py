@@ -159,7 +159,6 @@ def _torch(model: NetworkModel, threads: int) -> Running:
 
     torch.set_num_threads(threads)
     torch._dynamo.reset()  # code for another number of threads
-    # Layouts are chosen with the weights frozen; no threads of its own stay behind for compiling.
     compiled = torch.compile(model.module())
     inputs = [torch.from_numpy(array) for array in model.inputs.values()]
     results: list[Any] = [None]
@@ -167,6 +166,7 @@ def _torch(model: NetworkModel, threads: int) -> Running:
     def run() -> None:
         results[0] = compiled(*inputs)
 
+    # With the weights frozen it chooses layouts; and no processes of its own stay behind to compile.
     with config.patch(freezing=True, compile_threads=1), torch.no_grad():
         run()
 

@@ -14,6 +14,8 @@ from ..errors import MeasureError
 _CONVOLUTION = re.compile(r"Conv(?!ert)|Deconv")
 #: Event of ONNX Runtime's profile that is a run of the whole model, and how it calls an operator's own time.
 _RUN, _KERNEL = "model_run", "_kernel_time"
+#: What it writes as a depthwise 1×1 convolution is a batch normalisation where its name has this in it.
+_NORMALISATION, _AS_CONV = "BatchNormalization", "_bn_nchwc"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def onnxruntime_profiles(events: Sequence[Mapping[str, Any]]) -> list[Profile]:
     if not runs:
         raise MeasureError(f"profile of ONNX Runtime: expected events {_RUN}, found none among {len(events)}")
     kernels = sorted(
-        (event["ts"], event["args"]["op_name"], event["dur"] * 1e-6)
+        (event["ts"], _NORMALISATION if _AS_CONV in event["name"] else event["args"]["op_name"], event["dur"] * 1e-6)
         for event in events
         if event.get("cat") == "Node" and str(event.get("name")).endswith(_KERNEL)
     )

@@ -41,10 +41,11 @@ def test_a_profile_of_onnxruntime() -> None:
         event("b_kernel_time", 120, 3, "ReorderOutput"),
         event("c_kernel_time", 130, 20, "ConvTranspose"),
         event("d_kernel_time", 160, 5, "Convert"),
+        event("e_bn_nchwc_kernel_time", 170, 2, "Conv"),  # a batch normalisation
         event("a_kernel_time", 205, 40, "FusedConv"),
     ]
     first, second = onnxruntime_profiles(events)
-    assert astuple(first) == pytest.approx((30e-6, 3e-6, 5e-6, 2))
+    assert astuple(first) == pytest.approx((30e-6, 3e-6, 7e-6, 2))
     assert astuple(second) == pytest.approx((40e-6, 0, 0, 1))
     with pytest.raises(MeasureError, match="model_run"):
         onnxruntime_profiles(events[:1])
