@@ -1,1 +1,1 @@
-"""Programs that measure: run.py on CPUs, cuda.py on GPUs, efficiency.py the search."""
+"""Programs that measure: run.py and network.py on CPUs, cuda.py on GPUs, efficiency.py the search."""

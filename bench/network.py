@@ -1,8 +1,8 @@
 """Measure whole networks: our convolutions one after another beside other libraries; stops and resumes anywhere.
 
-    python bench/network.py                                        # every network of bench/networks, one and two threads
+    python bench/network.py                                     # every network of bench/networks, one and two threads
     python bench/network.py --models light_resnet50,model.onnx --threads 1
-    python bench/network.py --recorded --records job.sqlite        # with the kernels that a tuning job has found
+    python bench/network.py --recorded --records job.sqlite     # with the kernels that a tuning job has found
 
 For each model and thread count: a row in ``results/<processor>/network.jsonl`` the moment it is known; a row that is
 there is not measured again. At the end, or when interrupted, the tables are written beside it.
@@ -32,7 +32,9 @@ from convgen.hardware.target import Target, resolve
 from convgen.kernel.kernel import Kernel, check_threads, compile_candidate
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.schedule import Candidate
-from convgen.measure.networks import NETWORK_PEERS, NetworkModel
+from convgen.measure.busy import busy_warning
+from convgen.measure.network_model import NetworkModel
+from convgen.measure.network_peers import NETWORK_PEERS
 from convgen.problem.spec import ACCURACIES, ConvSpec
 from convgen.records.answer import best_record, record_candidate
 from convgen.records.store import RecordStore
@@ -78,6 +80,7 @@ def run(options: argparse.Namespace, console: Console, measurer: NetworkMeasurer
     kernels = Kernels(resolve(), records)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     quiet = not console.is_terminal
+    measured: list[NetworkRow] = []
     try:
         with (
             TemporaryFolder() as folder,
@@ -89,9 +92,12 @@ def run(options: argparse.Namespace, console: Console, measurer: NetworkMeasurer
                 for row in _rows(name, folder, options, kept, kernels, measurer):
                     if row is not None:
                         kept.add(row)
+                        measured.append(row)
                         progress.print(f"{row.model} {row.threads}T: {_line(row)}")
                     progress.advance(task)
     finally:
+        if warning := busy_warning(row.busy for row in measured):
+            console.print(f"bench: {warning}")
         if kept.rows:
             kept.compact()
             write_text(networks_page(list(kept.rows.values())), here / "network.md")
@@ -107,7 +113,7 @@ def _rows(
     measurer: NetworkMeasurer,
 ) -> Iterator[NetworkRow | None]:
     """A row for each number of threads; None where it is known."""
-    model = network_model(name, folder)
+    model = network_model(name, folder, dict(options.dim))
     layers = changed_layers(model, options.accuracy)
     accuracy = options.accuracy or "standard"
     facts = {"accuracy": accuracy, "kernels": "recorded" if options.recorded else "default"}
@@ -141,6 +147,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", type=_listed, default=list(NAMES), help="names of bench/networks, or ONNX files")
     parser.add_argument("--threads", type=lambda text: [int(t) for t in text.split(",")], default=[1, 2])
+    parser.add_argument(
+        "--dim", type=_size, action="append", default=[], metavar="NAME=SIZE", help="a symbolic size in ONNX files"
+    )
     parser.add_argument("--accuracy", choices=ACCURACIES, help="accuracy of every layer, instead of standard")
     parser.add_argument("--recorded", action="store_true", help="take the kernels that --records has, not the defaults")
     parser.add_argument("--records", type=Path, help="record store; the default one unless given")
@@ -165,6 +174,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _listed(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
+
+
+def _size(text: str) -> tuple[str, int]:
+    name, _, size = text.partition("=")
+    if not name or not size.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected NAME=SIZE, found {text!r}")
+    return name, int(size)
 
 
 def main(arguments: Sequence[str] | None = None, measurer: NetworkMeasurer = measure_network) -> int:

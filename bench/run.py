@@ -31,6 +31,7 @@ from convgen.hardware.target import resolve
 from convgen.kernel.kernel import check_threads, compile_candidate
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.versions import versions
+from convgen.measure.busy import busy_warning
 from convgen.measure.peers import PEERS, find_peer
 from convgen.problem.layout import BLOCKS
 from convgen.problem.spec import ACCURACIES
@@ -124,6 +125,7 @@ def run(problem: Path, options: argparse.Namespace, console: Console, measurer: 
     ]
     # Nothing draws while a layer is timed: the display changes between two of them only.
     quiet = not console.is_terminal
+    measured: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console, auto_refresh=False, transient=True, disable=quiet) as progress:
@@ -136,11 +138,14 @@ def run(problem: Path, options: argparse.Namespace, console: Console, measurer: 
                             progress.update(task, description=f"{name} {threads}T {entry.spec}", refresh=True)
                             row = measurer(entry, tuner, options)
                             kept.add(row)
+                            measured.append(row)
                             progress.advance(task)
                             done = round(progress.tasks[task].completed)
                             said = f"{report.rated(row)}  {report.limit(row)}  {row.schedule}"
                             progress.print(f"{name} {threads}T {done}/{len(missing)} {entry.spec}: {said}")
     finally:
+        if warning := busy_warning(row.busy for row in measured):
+            console.print(f"{name}: {warning}")
         if kept.rows:
             in_order = dict.fromkeys(
                 (entry.spec.with_(accuracy=accuracy).descriptor, threads)

@@ -6,27 +6,54 @@ vanish nor grow: numbers that are nearly zero take processors a hundred times lo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from convgen.errors import UnsupportedError
-from convgen.measure.networks import NetworkModel
+from convgen.measure.network_model import NetworkModel
 
 from .light import LIGHT, write_light
 
 __all__ = ["NAMES", "network_model"]
 
+#: The networks of :data:`bench.networks.modules.MODULES`, which takes PyTorch to import.
+_MODULES = (
+    "resnet18",
+    "resnet50",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "efficientnet_b0",
+    "regnet_x_800mf",
+    "densenet121",
+    "shufflenet_v2",
+    "squeezenet1_1",
+    "convnext_tiny",
+    "detector",
+    "unet",
+    "vocoder",
+)
 #: Every network by name, in the order of the tables.
-NAMES = (*LIGHT,)
+NAMES = (*_MODULES, *LIGHT)
 
 
-def network_model(name: str, folder: Path) -> NetworkModel:
-    """A network by its name, written to a folder; or an ONNX file by its path.
+def network_model(name: str, folder: Path, dims: Mapping[str, int] | None = None) -> NetworkModel:
+    """A network by its name, written to a folder; or an ONNX file by its path, with sizes of its symbolic dimensions.
 
     Raises:
-        UnsupportedError: there is neither.
+        UnsupportedError: there is neither, or it is a module and PyTorch is not installed.
     """
     if name in LIGHT:
         return NetworkModel(write_light(name, folder))
+    if name in _MODULES:
+        try:
+            from .modules import module, write_module
+        except ImportError as error:
+            hint = 'pip install "convgen[peers]"'
+            raise UnsupportedError(
+                f"{name}: expected PyTorch, which it is written in, found {error}: {hint}"
+            ) from error
+        return NetworkModel(write_module(name, folder), module=partial(module, name))
     if Path(name).is_file():
-        return NetworkModel(Path(name))
+        return NetworkModel(Path(name), dims or {})
     raise UnsupportedError(f"--models: expected ONNX files or some of {', '.join(NAMES)}, found {name!r}")

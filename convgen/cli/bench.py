@@ -24,6 +24,7 @@ from .common import (
     label,
     layers_argument,
     note,
+    note_busy,
     read_layers,
     records_options,
     say,
@@ -121,6 +122,7 @@ def bench(
         emit({"target": work.target.spelling, "interrupted": interrupted, "layers": layers, "totals": totals})
     elif rows:
         say(_text(entries, rows))
+    note_busy(row.busy for row in rows)
     if interrupted:
         note(f"convgen: interrupted: {len(rows)} of {len(entries) * len(counts)} comparisons made")
         return INTERRUPTED

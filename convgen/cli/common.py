@@ -335,6 +335,14 @@ def note(message: str) -> None:
     click.echo(one_line(message), err=True)
 
 
+def note_busy(shares: Iterable[float | None]) -> None:
+    """Say that figures are not reliable where other programs had much of the CPUs while they were taken."""
+    from ..measure.busy import busy_warning
+
+    if warning := busy_warning(shares):
+        note(f"convgen: {warning}")
+
+
 def note_left_out(reasons: Sequence[str]) -> None:
     """Say why layers are missing from a result; of many reasons, the first."""
     for reason in reasons[:REASONS]:

@@ -30,6 +30,7 @@ from .common import (
     label,
     layers_argument,
     note,
+    note_busy,
     rate,
     read_layers,
     records_options,
@@ -60,7 +61,8 @@ class Work:
     """A command's layers, one after the other, and what they share: target, store and workers.
 
     ``seconds`` is the tuning time of all layers: each may use an equal part of what is left, so that time
-    which one layer did not need serves the layers after it.
+    which one layer did not need serves the layers after it. ``busy`` has, for each layer that was tuned, the share
+    of the CPUs' time that other programs had meanwhile.
     """
 
     entries: list[SpecEntry]
@@ -74,6 +76,7 @@ class Work:
     spent: float = 0.0
     measured: int = 0
     interrupted: bool = False
+    busy: list[float | None] = field(default_factory=list)
     state: Progress | None = field(default=None, init=False)
 
     def layers(self) -> Iterator[SpecEntry]:
@@ -88,13 +91,16 @@ class Work:
         """Spend the layer's part of the budget; returns the record to build from."""
         if self.tuner is None:
             return None
+        from ..measure.busy import BusyWatch
+
         share = None if self.seconds is None else max(0.0, self.seconds - self.spent) / self._left
-        start = time.monotonic()
+        start, watch = time.monotonic(), BusyWatch()
         self.view.phase("compiling the first candidates")
         try:
             return self.tuner.tune(entry.spec, trials=self.trials, seconds=share, progress=self._progress)
         finally:
             self.spent += time.monotonic() - start
+            self.busy.append(watch.share())
             if self.state:
                 self.measured += self.state.done - self.state.known
 
@@ -273,12 +279,14 @@ def build(
     failed = [result for result in results if "error" in result]
     document = _index(work, " ".join(spec), results)
     if as_json:
-        emit(document | {"folder": str(root), "interrupted": work.interrupted})
+        busy = max((share for share in work.busy if share is not None), default=None)
+        emit(document | {"folder": str(root), "interrupted": work.interrupted, "busy": busy})
     elif several:
         say(_summary(entries, results))
         note(f"{len(results) - len(failed)} of {len(entries)} layers in {tidy(root)}, listed in {INDEX}")
     elif results and not failed:
         say(_single(results[0]))
+    note_busy(work.busy)
     if work.interrupted:
         work.say_interrupted(f"; {len(results) - len(failed)} of {len(entries)} layers exported" if several else "")
         return INTERRUPTED

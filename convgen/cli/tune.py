@@ -26,6 +26,7 @@ from .common import (
     label,
     model_options,
     note,
+    note_busy,
     note_left_out,
     rate,
     records_options,
@@ -119,6 +120,8 @@ def tune(
     already answers are skipped. Ctrl-C keeps everything measured so far; the same command goes on from
     there.
     """
+    from ..measure.busy import BusyWatch
+
     job = _job(sources, job_file, dims, options)
     job = replace(job, accuracy=(*job.accuracy, *accuracy))
     if records is not None:
@@ -127,6 +130,7 @@ def tune(
     if status:
         return _print_status(job, kept, as_json)
     interrupted = False
+    watch = BusyWatch()
     with _working(job, kept) as (run, view):
         note_left_out(job.skipped)
         try:
@@ -136,7 +140,8 @@ def tune(
             interrupted = True
         finally:
             run.close()
-    return _print_results(run, as_json, interrupted)
+    busy = watch.share() if job.tracker is None and run.measured else None  # a device's CPUs are not watched
+    return _print_results(run, as_json, interrupted, busy)
 
 
 def _job(sources: tuple[str, ...], job_file: Path | None, dims: dict[str, int], options: dict[str, Any]) -> Job:
@@ -261,16 +266,17 @@ def _document(run: JobRun, results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _print_results(run: JobRun, as_json: bool, interrupted: bool) -> int:
+def _print_results(run: JobRun, as_json: bool, interrupted: bool, busy: float | None) -> int:
     results = [_result(layer) for layer in run.layers]
     failed = [result for result in results if "error" in result]
     reached = [result for result in results if result["state"] != "waiting"]
     if as_json:
-        emit(_document(run, results) | {"interrupted": interrupted})
+        emit(_document(run, results) | {"interrupted": interrupted, "busy": busy})
     elif len(results) > 1:
         say(summary(run.layers))
     elif reached and not failed:
         say(line(run.layers[0]))
+    note_busy([busy])
     if interrupted:
         where = f"kept in {tidy(run.store.path)}" if run.store is not None else "not kept, without a record store"
         trials = f"{plural(run.measured, 'trial')} measured, {where}"

@@ -1,8 +1,8 @@
 """All convolutions of a network, one after another: what they take where they are used.
 
-A layer that is repeated alone finds its weights in the caches; in a network it finds them in memory, and its input where
-the layer before left it. A :class:`Chain` has that, and nothing of what stands between convolutions: each instance
-of a layer has packed weights of its own, and the activations are two buffers used back and forth.
+A layer that is repeated alone finds its weights in the caches; in a network it finds them in memory, and its input
+where the layer before left it. A :class:`Chain` has that, and nothing of what stands between convolutions: each
+instance of a layer has packed weights of its own, and the activations are two buffers used back and forth.
 """
 
 from __future__ import annotations
@@ -33,40 +33,49 @@ class Chain:
     """A network's convolutions, ready to run one after another; calling it runs all of them once.
 
     A layer that needs a larger input than the layer before has written reads on in what the buffer held before: only
-    sizes matter. The loop over layers, in Python, takes about 0.4 µs of each.
+    sizes matter. The loop over layers, in Python, takes about 0.3 µs of each.
 
     Attributes:
         layers: one entry per instance, in the order in which they run.
         calls: a function for each of them, which runs it and does nothing else.
+        src: the first layer's input; the third layer's input is written over it.
 
     Args:
         layers: the instances (:func:`convgen.formats.onnx.reader.instances_from_onnx`); an entry that occurs
             several times stands for as many in a row.
-        kernels: the kernel of each spec: instances share its code.
+        kernels: the kernel of each spec: instances share its code. It may be of another layout or dtype, and is then
+            measured on tensors of its own spec.
         threads: of each call; the kernels' own where None.
         seed: of weights and activations.
+        parameters: what each instance packs, by name, instead of random numbers.
 
     Raises:
         SpecError: there are no layers, or an empty batch.
-        UnsupportedError: the layers' dtypes differ, or a spec has no kernel.
+        UnsupportedError: the kernels' dtypes differ, or a spec has no kernel.
         MeasureError: what the chain computes is not finite.
     """
 
     def __init__(
-        self, layers: Sequence[SpecEntry], kernels: Mapping[ConvSpec, Library], threads: int | None = None, seed: int = 0
+        self,
+        layers: Sequence[SpecEntry],
+        kernels: Mapping[ConvSpec, Library],
+        threads: int | None = None,
+        seed: int = 0,
+        parameters: Sequence[Arrays] | None = None,
     ) -> None:
         self.layers = [SpecEntry(layer.spec, 1, _names(layer, i)) for layer in layers for i in range(layer.count)]
         self.kernels = kernels
-        specs = [layer.spec for layer in self.layers]
-        _check(specs, kernels)
+        chosen = _chosen(self.layers, kernels)
+        specs = [kernel.spec for kernel in chosen]
         rng = np.random.default_rng(seed)
         size = max(math.prod(shape) for spec in specs for shape in (spec.src_shape, spec.dst_shape))
         back, forth, residual = (_Buffer(size, specs[0].dtype, rng) for _ in range(3))
-        workspace = aligned(max(kernels[spec].sizes(threads).workspace for spec in specs))
+        # Not of size 0, where an array's address is any.
+        workspace = aligned(max(1, *(kernel.sizes(threads).workspace for kernel in chosen)))
+        self.src = back.shaped(specs[0].src_shape)
         self.calls: list[Callable[[], None]] = []
-        for number, spec in enumerate(specs):
-            kernel = kernels[spec]
-            packed = kernel.pack(**_parameters(spec, seed + number))
+        for number, (spec, kernel) in enumerate(zip(specs, chosen, strict=True)):
+            packed = kernel.pack(**(parameters[number] if parameters else _parameters(spec, seed + number)))
             added = residual.shaped(spec.dst_shape) if spec.residual else None
             src, dst = back.shaped(spec.src_shape), forth.shaped(spec.dst_shape)
             self.calls.append(kernel.prepare(src, packed, dst, added, workspace, threads))
@@ -114,17 +123,21 @@ def _names(layer: SpecEntry, index: int) -> tuple[str, ...]:
     return layer.names[index : index + 1]
 
 
-def _check(specs: Sequence[ConvSpec], kernels: Mapping[ConvSpec, Library]) -> None:
-    if not specs:
+def _chosen(layers: Sequence[SpecEntry], kernels: Mapping[ConvSpec, Library]) -> list[Library]:
+    """The kernel of each instance."""
+    if not layers:
         raise SpecError("layers", "at least one convolution", "none")
-    dtypes = sorted({spec.dtype for spec in specs})
+    for layer in layers:
+        if layer.spec not in kernels:
+            raise UnsupportedError(f"kernels: expected one for {layer.spec.descriptor}, found none")
+    chosen = [kernels[layer.spec] for layer in layers]
+    dtypes = sorted({kernel.spec.dtype for kernel in chosen})
     if len(dtypes) > 1:
-        raise UnsupportedError(f"layers: expected one dtype, as they share buffers, found {', '.join(dtypes)}")
-    for spec in specs:
-        if spec.n == 0:
-            raise SpecError("n", "a batch of at least 1 to time", 0, spec.descriptor)
-        if spec not in kernels:
-            raise UnsupportedError(f"kernels: expected one for {spec.descriptor}, found none")
+        raise UnsupportedError(f"kernels: expected one dtype, as they share buffers, found {', '.join(dtypes)}")
+    for kernel in chosen:
+        if kernel.spec.n == 0:
+            raise SpecError("n", "a batch of at least 1 to time", 0, kernel.spec.descriptor)
+    return chosen
 
 
 class _Buffer:

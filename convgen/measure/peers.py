@@ -283,10 +283,7 @@ class Ncnn(Peer):
         if (spec.layout, spec.dst_layout) != ("nchw", "nchw"):
             raise UnsupportedError("takes NCHW only")
         text, parameters = self._network(spec, data)
-        net = ncnn.Net()
-        net.opt.num_threads = threads
-        for option in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage", "vulkan_compute"):
-            setattr(net.opt, f"use_{option}", False)
+        net = f32_net(threads)
         if net.load_param_mem(text):
             raise UnsupportedError("has no such layer")
         net.load_model_mem(parameters)
@@ -371,6 +368,17 @@ class Ncnn(Peer):
         if op.name not in table:
             raise UnsupportedError(f"activation: expected one ncnn has, found {op.name}")
         return table[op.name]
+
+
+def f32_net(threads: int) -> Any:
+    """An empty network of ncnn that will compute in f32 on the CPU."""
+    import ncnn
+
+    net = ncnn.Net()
+    net.opt.num_threads = threads
+    for option in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage", "vulkan_compute"):
+        setattr(net.opt, f"use_{option}", False)
+    return net
 
 
 PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (OnnxRuntime, Torch, OpenVino, Ncnn)}

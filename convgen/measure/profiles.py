@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,12 @@ from typing import Any
 
 from ..errors import MeasureError
 
+#: What is in the names of operators that are convolutions, and not in ``Convert``.
+_CONVOLUTION = re.compile(r"Conv(?!ert)|Deconv")
 #: Event of ONNX Runtime's profile that is a run of the whole model, and how it calls an operator's own time.
 _RUN, _KERNEL = "model_run", "_kernel_time"
+#: What it writes as a depthwise 1×1 convolution is a batch normalisation where its name has this in it.
+_NORMALISATION, _AS_CONV = "BatchNormalization", "_bn_nchwc"
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ def onnxruntime_profiles(events: Sequence[Mapping[str, Any]]) -> list[Profile]:
     if not runs:
         raise MeasureError(f"profile of ONNX Runtime: expected events {_RUN}, found none among {len(events)}")
     kernels = sorted(
-        (event["ts"], event["args"]["op_name"], event["dur"] * 1e-6)
+        (event["ts"], _NORMALISATION if _AS_CONV in event["name"] else event["args"]["op_name"], event["dur"] * 1e-6)
         for event in events
         if event.get("cat") == "Node" and str(event.get("name")).endswith(_KERNEL)
     )
@@ -86,7 +91,7 @@ def _profile(nodes: Sequence[tuple[str, float]]) -> Profile:
     """Sums by kind of operator: ``Conv``, ``FusedConv``, ``NhwcFusedConv``, ``ConvTranspose``, ``QLinearConv`` …;
     of OpenVINO ``Convolution``, ``GroupConvolution``, ``ConvolutionBackpropData``, ``Deconvolution`` ….
     """
-    convolutions = [seconds for kind, seconds in nodes if "Conv" in kind and kind != "Convert" or "Deconv" in kind]
+    convolutions = [seconds for kind, seconds in nodes if _CONVOLUTION.search(kind)]
     reorders = sum(seconds for kind, seconds in nodes if "Reorder" in kind)
     total = sum(seconds for _, seconds in nodes)
     return Profile(sum(convolutions), reorders, total - sum(convolutions) - reorders, len(convolutions))

@@ -9,25 +9,22 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..formats.entries import SpecEntry
 from ..hardware.machine import Machine, machine
 from ..lowering.versions import versions
+from ..measure.busy import RELIABLE, BusyWatch
 from .markdown import Markdown, Table, code, escaped, markdown_table
 from .words import factor, milliseconds, plural
 
 if TYPE_CHECKING:
     from ..kernel.library import Library
-    from ..measure.networks import NetworkModel
+    from ..measure.network_model import NetworkModel
     from ..problem.spec import ConvSpec
 
 #: What tells networks' rows apart: the model, its accuracy, the kernels' kind (``default``, ``recorded``), threads.
 Key = tuple[str, str, str, int]
-
-#: Above this share of the CPUs' time that went to other programs, figures are not relied on.
-BUSY = 0.05
 
 #: A row's columns of other libraries' whole models: the heading, the library, and whether it is in f32.
 _WHOLE = (
@@ -36,6 +33,14 @@ _WHOLE = (
     ("OpenVINO default", "openvino", False),
     ("torch.compile", "torch", True),
     ("ncnn", "ncnn", True),
+)
+#: What stands above the tables.
+INTRODUCTION = (
+    "Milliseconds, batch 1. “ours” is all convolutions of the model one after another, each with weights of its own;"
+    " “alone” the sum of the same layers when each is repeated, which is a diagnosis. Beside them the same convolutions"
+    " inside the model in ONNX Runtime and OpenVINO (f32), by their own profiles: without changes of layout, and"
+    " without activations that they do not fuse. The ratio is the faster of these two over ours, with its 95 %"
+    " interval: above 1 ours are faster. The second table has whole models, which our convolutions are only a part of."
 )
 
 
@@ -94,7 +99,8 @@ class NetworkRow:
         return None
 
     def part_seconds(self, library: str, what: str, f32: bool = True) -> float | None:
-        part = self.part(library, what, f32)
+        """What :meth:`part` took. Where a library chooses f32 by itself, that is what it chooses."""
+        part = self.part(library, what, f32) or self.part(library, what)
         return part["seconds"] if part else None
 
 
@@ -121,7 +127,9 @@ def measure_network(
 
     chain = Chain(layers, kernels, threads)
     comparison = compare_network(model, chain, peers, threads, rounds=rounds)
+    watch = BusyWatch()
     warm, within = chain.warm_seconds(), chain.instance_seconds(rounds)
+    busy = max((share for share in (comparison.busy, watch.share()) if share is not None), default=None)
     return NetworkRow(
         {
             "model": name,
@@ -131,6 +139,7 @@ def measure_network(
             "warm_seconds": sum(warm[layer.spec] for layer in chain.layers),
             "flops": sum(layer.spec.flops for layer in chain.layers),
             "layers": layers_digest(layers),
+            "busy": busy,
             "instances": [
                 {
                     "name": "".join(layer.names),
@@ -176,15 +185,7 @@ def processor_slug(here: Machine) -> str:
 def networks_page(rows: Sequence[NetworkRow]) -> str:
     """All rows of a processor as Markdown."""
     cpus = sorted({str(row.values["cpu"]) for row in rows})
-    lines = [f"# Networks on {escaped(', '.join(cpus))}", ""]
-    lines += [
-        "Milliseconds, batch 1. “Ours” is all convolutions of the model one after another, each with weights of its own;"
-        " “alone” the sum of the same layers when each is repeated (diagnosis). Of ONNX Runtime and OpenVINO (f32) the"
-        " same convolutions inside the model, by their own profiles, without reorders; activations that they do not fuse"
-        " are not in it. The ratio is the faster of these two over ours, with its 95 % interval: above 1 ours are faster."
-        " The second table has whole models.",
-        "",
-    ]
+    lines = [f"# Networks on {escaped(', '.join(cpus))}", "", INTRODUCTION, ""]
     groups: dict[tuple[str, str, int], list[NetworkRow]] = {}
     for row in rows:
         groups.setdefault(row.key[1:], []).append(row)
@@ -230,7 +231,7 @@ def _models(rows: Sequence[NetworkRow]) -> Table:
 
 
 def _name(row: NetworkRow) -> str:
-    mark = " (busy)" if (row.busy or 0.0) > BUSY else ""
+    mark = " (busy)" if (row.busy or 0.0) > RELIABLE else ""
     return Markdown(code(row.model) + mark)
 
 

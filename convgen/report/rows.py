@@ -20,6 +20,7 @@ from ..hardware.machine import machine
 from ..hardware.roofline import roofline
 from ..hardware.target import resolve
 from ..lowering.versions import versions
+from ..measure.busy import BusyWatch
 from ..problem.spec import ConvSpec
 
 if TYPE_CHECKING:
@@ -135,6 +136,12 @@ class Row:
         return roofline["limited_by"] if roofline else None
 
     @property
+    def busy(self) -> float | None:
+        """The share of the CPUs' time that other programs had meanwhile; None where it is not known."""
+        share: float | None = self.values.get("busy")
+        return share
+
+    @property
     def of_limit(self) -> float | None:
         """The least time that :mod:`convgen.hardware.roofline` allows over the time taken."""
         roofline = self.values.get("roofline")
@@ -167,7 +174,9 @@ def measure(
         )
     target = next(iter(kernels.values())).target
     narrower = target.vector_bits if target.vector_bits < resolve("cpu").vector_bits else None
+    watch = BusyWatch()
     comparison = compare(on_cpu, peers, threads, rounds=rounds, cold=cold, vector_bits=narrower)
+    busy = watch.share()
     limit = roofline(entry.spec, threads, cold=cold)
     return Row(
         {
@@ -180,6 +189,7 @@ def measure(
             "schedule": next(iter(kernels.values())).schedule,
             "peak": limit.peak_flops,
             "roofline": limit.to_dict(),
+            "busy": busy,
             "date": datetime.now(UTC).date().isoformat(),
             "cpu": machine().cpu,
             "fingerprint": machine().fingerprint,

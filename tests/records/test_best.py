@@ -105,16 +105,16 @@ def test_the_last_winner_then_finals_then_trials() -> None:
 def test_a_new_comparison_replaces_the_one_before(store: RecordStore) -> None:
     """Also where its winner is slower: the machine may have been."""
     store.add(final(another(), 1e-6, winner=True, when=WHEN.format(1)))
-    store.add(final(default_candidate(SPEC, resolve()), 2e-6, winner=True, when=WHEN.format(2)))
+    store.add(final(default_candidate(SPEC, resolve().on(2)), 2e-6, winner=True, when=WHEN.format(2)))
     store.add(final(another(), 2.1e-6, winner=False, when=WHEN.format(2)))
     found = best_record(store, SPEC, resolve(), 2)
     assert found is not None
-    assert (found.seconds, found.picks) == (2e-6, dict(default_candidate(SPEC, resolve()).picks))
+    assert (found.seconds, found.picks) == (2e-6, dict(default_candidate(SPEC, resolve().on(2)).picks))
 
 
 def test_a_trial_alone_must_be_clearly_faster_than_the_default(store: RecordStore) -> None:
     """Or a lucky measurement would make a layer slower."""
-    default = record(default_candidate(SPEC, resolve()), 1e-3)
+    default = record(default_candidate(SPEC, resolve().on(2)), 1e-3)
     for added, answer in (
         (record(another(), 0.98e-3), 0.98e-3),  # the default was never tried
         (default, 1e-3),
@@ -129,7 +129,7 @@ def test_a_trial_alone_must_be_clearly_faster_than_the_default(store: RecordStor
 
 def test_a_winner_that_means_nothing_any_more_leaves_it_to_the_next(store: RecordStore) -> None:
     store.add(final(winner=True, schedule_version=1000, when=WHEN.format(3)))
-    store.add(final(default_candidate(SPEC, resolve()), winner=True, picks={"tile": 1}, when=WHEN.format(2)))
+    store.add(final(default_candidate(SPEC, resolve().on(2)), winner=True, picks={"tile": 1}, when=WHEN.format(2)))
     store.add(final(another(), 5e-3, winner=True, when=WHEN.format(1)))
     found = best_record(store, SPEC, resolve(), 2)
     assert found is not None
@@ -290,7 +290,7 @@ def test_an_old_record_that_still_wins_is_made_new(
 
 
 def test_an_old_record_that_no_longer_wins_has_expired(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    default = default_candidate(SPEC, resolve())
+    default = default_candidate(SPEC, resolve().on(2))
     store.add(final(another(), 1e-9, winner=True, versions=OTHER))
     calls = pretend(monkeypatch, {default: took(1e-3), another(): took(2e-3)})
     kernel = convgen.build(SPEC, threads=2, records=store.path)
@@ -308,7 +308,7 @@ def test_an_old_record_that_no_longer_wins_has_expired(store: RecordStore, monke
 def test_an_old_record_that_fails_has_expired(
     outcome: str, store: RecordStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    default = default_candidate(SPEC, resolve())
+    default = default_candidate(SPEC, resolve().on(2))
     store.add(final(another(), winner=True, versions=OTHER))
     calls = pretend(monkeypatch, {default: took(1e-3), another(): Result(outcome, error="planted")})
     answer = found_record(store, SPEC, resolve(), 2)
@@ -323,7 +323,7 @@ def test_an_old_record_that_fails_has_expired(
 
 
 def test_where_everything_fails_it_is_not_tried_again(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    default = default_candidate(SPEC, resolve())
+    default = default_candidate(SPEC, resolve().on(2))
     store.add(final(another(), winner=True, versions=OTHER))
     calls = pretend(monkeypatch, {c: Result("crash", error="planted") for c in (default, another())})
     kernel = convgen.build(SPEC, threads=2, records=store)
@@ -333,7 +333,7 @@ def test_where_everything_fails_it_is_not_tried_again(store: RecordStore, monkey
 
 
 def test_a_store_that_must_not_be_written_is_not(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    default = default_candidate(SPEC, resolve())
+    default = default_candidate(SPEC, resolve().on(2))
     store.add(final(another(), winner=True, versions=OTHER))
     calls = pretend(monkeypatch, {default: took(2e-3), another(): took(1e-3)})
     with RecordStore(store.path, readonly=True) as readonly:
@@ -346,7 +346,7 @@ def test_a_store_that_must_not_be_written_is_not(store: RecordStore, monkeypatch
 
 
 def test_a_full_disk_costs_the_record_but_not_the_kernel(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    default = default_candidate(SPEC, resolve())
+    default = default_candidate(SPEC, resolve().on(2))
     store.add(final(another(), winner=True, versions=OTHER))
     pretend(monkeypatch, {default: took(2e-3), another(): took(1e-3)})
 
@@ -378,7 +378,7 @@ def test_a_build_opens_what_it_may_only_read() -> None:
 
 def test_an_old_default_is_not_measured(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recheck_module, "recheck", no_measuring)
-    store.add(final(default_candidate(SPEC, resolve()), winner=True, versions=OTHER))
+    store.add(final(default_candidate(SPEC, resolve().on(2)), winner=True, versions=OTHER))
     assert found_record(store, SPEC, resolve(), 2) == Answer(None)
 
 
@@ -394,7 +394,7 @@ def test_what_means_nothing_here_is_not_measured(
 
 
 def test_what_may_be_chance_does_not_win(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    default = default_candidate(SPEC, resolve())
+    default = default_candidate(SPEC, resolve().on(2))
     store.add(final(another(), winner=True, versions=OTHER))
     noise = Result("ok", (*(1e-3 + 4e-4 * (-1) ** i for i in range(24)), 9.9e-4))
     default_result = Result("ok", (1e-3,) * 25)
@@ -409,7 +409,7 @@ def test_all_who_may_win_are_measured_together(
     store: RecordStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A trial of an unfinished search, an old winner, and a shipped record."""
-    default = default_candidate(SPEC, resolve())
+    default = default_candidate(SPEC, resolve().on(2))
     space = default.schedule.space(SPEC, resolve())
     valid = (Candidate(default.schedule, p) for p in space if not default.schedule.reason_against(SPEC, resolve(), p))
     old, trial, shipped = itertools.islice((c for c in valid if c != default), 3)
@@ -430,7 +430,7 @@ def test_a_shipped_record_of_other_versions_is_measured_and_kept(
     store: RecordStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(folder, [final(another(), winner=True, versions=OTHER)])
-    pretend(monkeypatch, {default_candidate(SPEC, resolve()): took(2e-3), another(): took(1e-3)})
+    pretend(monkeypatch, {default_candidate(SPEC, resolve().on(2)): took(2e-3), another(): took(1e-3)})
     answer = found_record(store, SPEC, resolve(), 2)
     assert answer.record in store.trials()
     assert found_record(store, SPEC, resolve(), 2) == Answer(answer.record)
@@ -449,7 +449,7 @@ def test_an_interrupt_leaves_no_record(store: RecordStore, monkeypatch: pytest.M
 
 def test_what_is_wrong_is_found_in_a_worker(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
     """A candidate that fails does not keep the others from being timed."""
-    real, default = Pools.run, default_candidate(SPEC, resolve())
+    real, default = Pools.run, default_candidate(SPEC, resolve().on(2))
     ended = iter([Result("wrong", error="planted")])
 
     def run(self: Pools, *arguments: Any, **options: Any) -> Result:
@@ -465,7 +465,7 @@ def test_what_is_wrong_is_found_in_a_worker(pools: Pools, monkeypatch: pytest.Mo
 
 
 def test_records_are_measured_again(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
-    good, gone = record(default_candidate(SPEC, resolve())), record(schedule_version=1000)
+    good, gone = record(default_candidate(SPEC, resolve().on(2))), record(schedule_version=1000)
     slow = record(another())
     module = importlib.import_module("convgen.tuning.recheck")
     real = module.validate
@@ -473,7 +473,7 @@ def test_records_are_measured_again(pools: Pools, monkeypatch: pytest.MonkeyPatc
     outcomes = [(one.record, one.outcome, one.ratio_default) for one in found]
     assert outcomes == [(good, "ok", [1.0, 1.0, 1.0]), (gone, "inapplicable", None)]
 
-    pretend(monkeypatch, {default_candidate(SPEC, resolve()): took(1e-3), another(): took(2e-3)})
+    pretend(monkeypatch, {default_candidate(SPEC, resolve().on(2)): took(1e-3), another(): took(2e-3)})
     (one,) = check_records([slow], resolve(), lambda: pools)
     assert (one.outcome, one.ratio_default) == ("slower", [0.5, 0.5, 0.5])
 
@@ -503,7 +503,7 @@ def test_records_are_measured_again(pools: Pools, monkeypatch: pytest.MonkeyPatc
     ids=lambda value: next(iter(value), "none") if isinstance(value, dict) else "",
 )
 def test_why_a_record_does_not_answer(changes: dict[str, Any], reason: str) -> None:
-    found = reason_against(record(default_candidate(SPEC, resolve()), **changes))
+    found = reason_against(record(default_candidate(SPEC, resolve().on(2)), **changes))
     assert reason in found
     assert bool(found) == bool(reason)
 
