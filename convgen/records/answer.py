@@ -240,7 +240,7 @@ class _Known:
     """
 
     def __init__(self, store: RecordStore, spec: ConvSpec, target: Target, threads: int) -> None:
-        self._store, self._spec, self._target, self._threads = store, spec, target, threads
+        self._store, self._spec, self._target, self._threads = store, spec, target.on(threads), threads
         self._problem: Filters = {"spec": spec.descriptor, "target": target.spelling, "threads": threads}
         self._schedules = [f"{schedule.id} {schedule.version}" for schedule in schedules().values()]
         self.left_out: set[str] = set()
