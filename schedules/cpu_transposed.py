@@ -1,294 +1,688 @@
-"""Transposed convolution by stride phases: no multiplication by an inserted zero, no scatter.
+"""Transposed convolution by stride phases, in any layout: no zero is multiplied, and no product stored.
 
-Applies to  transposed convolutions of any rank with groups 1, dilated only where the stride is 1.
-Strategy    1. Output pixels whose distance to the first one is the same modulo the stride form a
-               phase. Each phase is an ordinary convolution at stride 1 with every stride-th tap:
-               output s·q + r takes tap (r + pad) mod s + s·t of input pixel q + (r + pad) div s - t.
-            2. Pack weights as [phase…][tap][oc/t][ic][t].
-            3. Copy the input with zeros around it; a task is a block of rows of tiles.
-            4. Per phase keep a tile of `tile_px` pixels × `tile_oc` channels in registers; channels
-               in the lanes, broadcast src scalars, ic innermost.
-            5. Store the phases interleaved, with bias, residual and activation.
+Applies to  all transposed convolutions, best with groups of whole vectors of output channels.
+Strategy    1. Outputs that are equal modulo the stride form a phase (convgen.cpu.phases): a convolution at stride 1
+               of src with every stride-th tap. A single input pixel has as many phases as outputs.
+            2. Pack weights as [oc/t][rows of the kernel and blocks of channels][run][t], the taps of a phase together.
+            3. A task copies its rows with their padding, in src's layout; else src is read where it lies.
+            4. For one phase keep a tile of `tile_oh` × `tile_ow` pixels × `tile_oc` channels in registers: vector loads
+               of weights, broadcast src. The next block's weights are fetched ahead.
+            5. NHWC and blocks of channels: a pixel's vectors are stored where they belong. NCHW: they go to a buffer
+               of output rows, of which vectors of pixels are transposed in registers when all phases of a row are
+               there.
+            6. `merge`: the phases of a row and the channels together are in the lanes, for few channels. All read the
+               same pixels then, so rows begin where the first phase does, padding or not.
+            7. One parallel loop over parts of the channels × batch × blocks of rows (in 1-D of tiles).
 Why not     GEMM and col2im: it writes each product, and adds them up again in memory.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 from tvm import te, tirx
 
-from convgen.hardware.target import Target
-from convgen.lowering.compute import (
-    ACCUMULATOR,
-    Expr,
-    Index,
-    Operands,
-    ceildiv,
-    copied,
-    dst_loops,
-    epilogue,
-    finished,
-    flat,
-    round_up,
-    unflat,
-    vectorize_finished,
+from convgen.cpu.images import dst_images, src_images
+from convgen.cpu.model import Counts, Stream, Work, core_of
+from convgen.cpu.phases import Axis, Phase
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Ahead, Even, most_pixels, multiply, steps
+from convgen.cpu.vector import (
+    Block,
+    Registers,
+    finish,
+    interleave,
+    load,
+    load_parameters,
+    spread_parameters,
+    store,
+    written,
 )
-from convgen.lowering.schedule import Picks, Program, Scheduled, Space, require
+from convgen.hardware.target import Target
+from convgen.lowering.compute import Expr, Operands, ceildiv, copied, unflat, widen
+from convgen.lowering.schedule import Picks, Program, Space, Written, busiest, require
 from convgen.problem.spec import ConvSpec
 
-#: Unrolled multiply-adds of one input channel; more take long to compile.
-MOST_UNROLLED = 1024
-#: Bytes per second that one core writes of dst, phases interleaved: a round figure that only ranks schedules.
-WRITTEN_PER_SECOND = 8e9
+#: Rows of tiles of a task, in 1-D tiles; parts of the channels.
+BLOCKS, PARTS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 3, 4, 6, 8, 12, 16)
 
 
-class CpuTransposed(Scheduled):
-    id, version = "cpu_transposed", 3
+class CpuTransposed(Written):
+    id, version = "cpu_transposed", 4
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cpu", "needs a CPU")
         require(spec.transposed, "needs a transposed convolution")
-        require(spec.groups == 1, "needs groups 1")
-        require(all(s == 1 or d == 1 for s, d in zip(spec.stride, spec.dilation, strict=True)), "dilated and strided")
-        g = _Geometry(spec)
-        require(g.whole or g.phases <= 64, "needs at most 64 phases where the stride does not divide the kernel")
+        layout, whole = dst_images(spec), spec.oc // spec.groups % target.lanes == 0
+        lie = spec.groups == 1 or whole or layout.layout in ("nchw", "nhwc")
+        require(lie, f"needs groups of multiples of {target.lanes} output channels in blocks of channels")
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
-        lanes = target.lanes
-        pixels = _Geometry(spec).pixels
-        tiles = {p for p in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16, 20, 24, 28) if p < pixels[-1]}
+        lanes, g = target.lanes, _Geometry(spec, False)
+        merge = [False, True] if g.mergeable else [False]
+        channels = g.channels * (g.x.stride if g.mergeable else 1)
         return Space(
-            tile_oc=[lanes * v for v in (1, 2, 3, 4) if v == 1 or lanes * (v - 1) < spec.oc],
-            tile_px=sorted(tiles | {min(pixels[-1], 28)}),
-            block=[1, 2, 4, 8, 16, 32],
-            order=["oc", "pixels"],
-            parallel_oc=[1, 2, 4, 8],
+            tile_oc=[lanes * v for v in (1, 2, 3, 4, 6) if lanes * (v - 1) < channels],
+            tile_oh=[h for h in (1, 2, 3, 4, 6, 8) if h <= g.y.pixels],
+            tile_ow=[w for w in range(1, 29) if w <= g.x.pixels + 1],
+            merge=merge,
+            block=[b for b in BLOCKS if b == 1 or b < 2 * g.blockable(1, 1)],
+            parallel_oc=list(PARTS),
+            copy_src=[True] if g.padded else [False, True],
         )
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        g = _Geometry(spec)
-        most = target.most_pixels(picks.tile_oc // target.lanes)
-        require(picks.tile_px <= most, f"{picks.tile_px} pixels in a tile, registers for {most}")
-        require(picks.block < 2 * g.blockable(picks.tile_px), "block exceeds the rows of a phase (in 1-D, its tiles)")
-        require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
+        g = _Geometry(spec, picks.merge)
+        most, pixels = most_pixels(target, picks.tile_oc // target.lanes), picks.tile_oh * picks.tile_ow
+        require(pixels <= most, f"{pixels} pixels in a tile, registers for {most}")
+        require(picks.tile_ow <= g.width, "tile_ow exceeds the pixels of a phase")
+        require(picks.parallel_oc <= g.blocks(picks), "fewer channel blocks than parallel_oc")
+        require(picks.copy_src or not g.padded, "needs a copy of src where it is padded")
+        count, what = g.blockable(picks.tile_oh, picks.tile_ow), "tiles" if spec.rank == 1 else "rows of tiles"
+        require(picks.block < 2 * count, f"{picks.block} {what} in a block, the output has {count}")
 
     def default(self, spec: ConvSpec, target: Target) -> Picks:
-        lanes, g = target.lanes, _Geometry(spec)
-        vectors = 2 if spec.oc > lanes else 1
-        room = target.most_pixels(vectors)
-        space = self.space(spec, target).domains
-        width = g.pixels[-1]
-        tile_px = min((p for p in space["tile_px"] if p <= room), key=lambda p: (round_up(width, p) / p * (p + 2), -p))
-        tasks, count = 4 * target.cores, g.blockable(tile_px)
-        blocks = [b for b in space["block"] if b < 2 * count]
-        block = max((b for b in blocks if spec.n * ceildiv(count, b) >= tasks), default=1)
-        parallel_oc = 1
-        if spec.n * ceildiv(count, block) < tasks:
-            parallel_oc = max(p for p in space["parallel_oc"] if p <= ceildiv(spec.oc, vectors * lanes))
-        return Picks(tile_oc=vectors * lanes, tile_px=tile_px, block=block, order="oc", parallel_oc=parallel_oc)
+        return _default(self, spec, target)
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
-        picks, g = self.default(spec, target), _Geometry(spec)
-        lanes = target.lanes
-        pixels = math.prod(g.pixels[:-1]) * round_up(g.pixels[-1], picks.tile_px)
-        taps = math.prod(spec.kernel)  # over all phases
-        products = 2 * spec.n * pixels * taps * spec.ic * round_up(spec.oc, picks.tile_oc)
-        tile = picks.tile_px * picks.tile_oc // lanes
-        efficiency = 0.85 * min(1.0, tile / 10)
-        traffic = 3 * spec.bytes["dst"] / (target.cores * WRITTEN_PER_SECOND)
-        return float(products / (efficiency * target.peak_flops) + traffic)
+        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
-        steps = _Steps(spec, picks)
-        ops = steps.ops
-        packed = [steps.packed_weights()]
-        packed += [copied(p, steps.oc_blocks * picks.tile_oc) for p in ops.parameters[1:]]
-        weights, *vectors = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
-        acc = steps.products(steps.padded(), weights)
-        dst = steps.stored(acc, vectors)
-        return Program(pack=ops.pack(*packed), main=ops.main([weights, *vectors], dst))
+        ops, g, tile = Operands(spec), _Geometry(spec, picks.merge), picks.tile_oc
+        per_group = g.blocks(picks) // spec.groups
 
-    def apply(self, sch: Any, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        task, innermost, row_phases = _split_dst(sch, spec, picks)
-        if not spec.residual and spec.activation_op.costly:
-            vectorize_finished(sch, innermost, target.lanes)
-        _schedule_products(sch, spec, target, picks, innermost, row_phases)
-        padded = sch.get_sblock("padded")
-        if picks.parallel_oc == 1:
-            sch.compute_at(padded, task, preserve_unit_loops=True)
-        else:  # several tasks read the same rows
-            sch.parallel(sch.fuse(*sch.get_loops(padded)[:2]))
+        def packed_weights(b: Expr, run: Expr, k: Expr, t: Expr) -> Expr:
+            *position, block, x = unflat(run, g.runs)
+            lane, part = b * tile + t, 0
+            if picks.merge:
+                group, lane = b // g.parts(picks), b % g.parts(picks) * tile + t
+                part, lane = lane // g.channels, lane % g.channels
+                exists = part < g.x.stride
+            else:
+                group, lane = b // per_group, b % per_group * tile + t
+                exists = lane < g.channels
+            x = x if g.apart else k // g.inner
+            taps = [axis.tap(p) for axis, p in zip((g.z, g.y), position, strict=True)]
+            taps.append(part + g.x.stride * (g.x.taps - 1 - x) if picks.merge else g.x.tap(x))
+            if picks.merge:
+                exists = tirx.all(exists, taps[2] < g.x.kernel)
+            channel = group * (spec.ic // spec.groups) + block * g.inner + k % g.inner
+            return tirx.if_then_else(
+                exists, ops.weights[(channel, lane, *taps[3 - spec.rank :])], tirx.const(0, "float32")
+            )
+
+        def statement(
+            src: tirx.Buffer, residual: tirx.Buffer, parameters: dict[str, tirx.Buffer], dst: tirx.Buffer
+        ) -> tirx.Stmt:
+            weights = parameters.pop("weights")
+            return _Kernel(spec, g, picks, target.lanes, src, weights, residual, parameters, dst).statement()
+
+        shape = (g.blocks(picks) * g.parts(picks), math.prod(g.runs), g.run, tile)
+        packed = [te.compute(shape, packed_weights, name="weights_packed"), *map(copied, ops.parameters[1:])]
+        return written(ops, packed, statement)
 
 
 class _Geometry:
-    """Phases, taps per phase and the pixels of one phase, per axis.
+    """The phases of a spec, and what a run of numbers is."""
+
+    def __init__(self, spec: ConvSpec, merge: bool) -> None:
+        self.spec, self.merge = spec, merge
+        self.z, self.y, self.x = (Axis.of(spec, axis if axis >= 0 else -1) for axis in range(spec.rank - 3, spec.rank))
+        self.src, self.dst = src_images(spec), dst_images(spec)
+        #: Output channels of a group.
+        self.channels = spec.oc // spec.groups
+        self.mergeable = self.x.stride > 1 and self.x.dilation == 1
+        channels = spec.ic // spec.groups
+        #: Whether taps of a row are runs of their own, as what they read lies apart.
+        self.apart = self.src.layout == "nchw" or (self.src.layout == "nhwc" and spec.groups > 1) or self.x.gap > 1
+        #: Channels of a run.
+        self.inner = channels if self.src.layout in ("nchw", "nhwc") else self.src.block
+        columns = self.x.taps if merge else self.x.kernel
+        #: Products of a run, of the longest row of taps.
+        self.run = self.inner * (1 if self.apart else columns)
+        #: Runs along the axes of the kernel, over blocks of channels, and along a row.
+        self.runs = (self.z.kernel, self.y.kernel, channels // self.inner, columns if self.apart else 1)
+        #: What a row of outputs lacks at its beginning, where phases are merged.
+        self.crop = self.x.begin % self.x.stride if merge else 0
+        #: Pixels of a row of a phase.
+        self.width = ceildiv(self.x.out + self.crop, self.x.stride)
+        self.reads = (self.z.reads, self.y.reads, self.columns)
+        pixels = (self.z.pixels, self.y.pixels, self.width)
+        ends = (n - 1 + last >= size for n, (_, last), size in zip(pixels, self.reads, self.src.size, strict=True))
+        self.padded = any(first < 0 for first, _ in self.reads) or any(ends)
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """The first and the last pixel that pixel 0 of a row's phases meets."""
+        last = self.x.begin // self.x.stride
+        return (last - self.x.taps + 1, last) if self.merge else self.x.reads
+
+    @property
+    def products(self) -> int:
+        """Of a block of weights."""
+        return math.prod(self.runs) * self.run
+
+    def blocks(self, picks: Picks) -> int:
+        """Blocks of channels; merged phases: the groups."""
+        return self.spec.groups * (1 if self.merge else ceildiv(self.channels, picks.tile_oc))
+
+    def parts(self, picks: Picks) -> int:
+        """Blocks of lanes of a block of channels: more than one only where phases are merged."""
+        return ceildiv(self.channels * self.x.stride, picks.tile_oc) if self.merge else 1
+
+    def blockable(self, tile_oh: int, tile_ow: int) -> int:
+        """What a task takes a block of: rows of tiles; in 1-D, tiles."""
+        return ceildiv(self.y.pixels, tile_oh) if self.spec.rank > 1 else Even(self.width, tile_ow).count
+
+    def task(self, picks: Picks) -> tuple[int, int]:
+        """Rows of tiles of a task, and tiles of each."""
+        tiles = Even(self.width, picks.tile_ow).count
+        return (picks.block, tiles) if self.spec.rank > 1 else (1, min(picks.block, tiles))
+
+    def pixels(self, picks: Picks) -> int:
+        """Pixels of a row of a task, in each phase."""
+        return min(self.task(picks)[1] * Even(self.width, picks.tile_ow).full, self.width)
+
+    def extent(self, picks: Picks) -> list[int]:
+        """Planes, rows and columns that a task reads."""
+        lines = self.task(picks)[0] * picks.tile_oh
+        return [n + last - first for n, (first, last) in zip((1, lines, self.pixels(picks)), self.reads, strict=True)]
+
+
+# ---- the default --------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _default(schedule: CpuTransposed, spec: ConvSpec, target: Target) -> Picks:
+    space, core, lanes = schedule.space(spec, target).domains, core_of(target), target.lanes
+    tiles = [
+        Picks(tile_oc=c, tile_oh=h, tile_ow=w, merge=m, block=1, parallel_oc=1, copy_src=space["copy_src"][0])
+        for m in space["merge"]
+        for c in space["tile_oc"]
+        for h in space["tile_oh"]
+        for w in sorted({Even(_Geometry(spec, m).width, w).full for w in space["tile_ow"]})
+        if h * w <= most_pixels(target, c // lanes) and (h == 1 or w < 14)
+    ]
+    possible = [picks for picks in tiles if schedule.reason_against(spec, target, picks) is None]
+
+    def speed(picks: Picks) -> tuple[float, int]:
+        work = _work(spec, target, _Geometry(spec, picks.merge), picks)
+        return core.cycles(Counts(work)), picks.tile_oc // lanes + picks.tile_oh * picks.tile_ow
+
+    base = min(possible, key=speed)
+    points = [base.replace(block=b, parallel_oc=p) for b in space["block"] for p in space["parallel_oc"]]
+    points = [picks for picks in points if schedule.reason_against(spec, target, picks) is None]
+
+    def penalty(picks: Picks) -> tuple[float, int, int]:
+        return core.cycles(_counts(spec, target, picks)), picks.parallel_oc, -picks.block
+
+    return min(points, key=penalty)
+
+
+def _work(spec: ConvSpec, target: Target, g: _Geometry, picks: Picks) -> list[Work]:
+    """Of all tiles of an image with all its channels."""
+    lanes, found = target.lanes, list[Work]()
+    channels = g.channels * (g.x.stride if g.merge else 1)
+    full, rest = divmod(ceildiv(channels, lanes), picks.tile_oc // lanes)
+    lines = ((picks.tile_oh, g.y.pixels // picks.tile_oh), (g.y.pixels % picks.tile_oh, 1))
+    phases, along = g.z.stride * g.y.stride, 1 if g.merge else g.x.stride
+    buffered, squares = g.merge or g.dst.layout == "nchw", g.z.out * g.y.out * spec.groups
+    for vectors, blocks in ((picks.tile_oc // lanes, full), (rest, 1)):
+        for height, rows in lines:
+            for width, tiles in Even(g.width, picks.tile_ow).sizes:
+                times, pixels = g.z.pixels * spec.groups * blocks * rows * tiles, height * width
+                if not (times and vectors and height):
+                    continue
+                near = 4 * vectors * lanes if 4 * g.products // phases * vectors * lanes > target.l1 // 2 else 0
+                found.append(steps(times * g.products, pixels, vectors, near=near, fetched=0.5))
+                found.append(Work(times * math.prod(g.runs) * (1 if g.apart else along), cycles=BEGIN_RUN))
+                done = pixels * vectors
+                found.append(
+                    Work(
+                        times * phases * along,
+                        loads=0 if buffered else done * spec.residual,
+                        stores=done,
+                        cycles=BEGIN_TILE,
+                    )
+                )
+    if buffered and g.dst.layout == "nchw":
+        whole, rest = divmod(g.x.out, lanes)
+        for channels, blocks in ((lanes, g.channels // lanes), (g.channels % lanes, 1)):
+            if channels and blocks:
+                shuffles = 0 if g.merge and g.channels == 1 else lanes * math.log2(lanes)
+                for count, stores in ((whole, {"stores": channels}), (bool(rest), {"masked_stores": channels})):
+                    times = squares * blocks * count
+                    found.append(
+                        Work(times, loads=lanes + channels * spec.residual, shuffles=shuffles, cycles=4, **stores)
+                    )
+    elif buffered:
+        found.append(Work(squares * g.x.out * ceildiv(g.channels, lanes), loads=1, masked_stores=1, cycles=2))
+    return found
+
+
+def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+    """What the busiest core does."""
+    g, lanes = _Geometry(spec, picks.merge), target.lanes
+    rows, tiles = g.task(picks)
+    whole, size = (
+        (ceildiv(g.y.pixels, picks.tile_oh), rows) if spec.rank > 1 else (Even(g.width, picks.tile_ow).count, tiles)
+    )
+    blocks, across, planes = g.blocks(picks), ceildiv(whole, size), spec.n * g.z.pixels
+    bounds = [blocks * p // picks.parallel_oc for p in range(picks.parallel_oc + 1)]
+    parts = [end - start for start, end in itertools.pairwise(bounds)]
+    tasks = planes * across * len(parts)
+    if tasks > 64 * target.cores:
+        share, own = 1 / target.cores, tasks / target.cores
+    else:
+        lengths = [size] * (across - 1) + [whole - size * (across - 1)]
+        loads = [part * length for part in parts for _ in range(planes) for length in lengths]
+        share, own = busiest(loads, target.cores) / sum(loads), ceildiv(tasks, target.cores)
+    work = [replace(part, times=part.times * share * spec.n) for part in _work(spec, target, g, picks)]
+    panel = 4 * spec.ic * math.prod(g.extent(picks))
+    if picks.copy_src:
+        work.append(Work(own * panel / 4 / lanes, loads=1, stores=1, cycles=0.5))
+    work.append(Work(own, cycles=100))
+    weights = 4 * g.products * picks.tile_oc * blocks * g.parts(picks)
+    per_task = weights / picks.parallel_oc
+    images = sum(spec.bytes[name] for name in ("src", "dst"))
+    streams = [
+        # Weights: once from memory, then from where they stay between tasks.
+        Stream(min(weights, own * per_task), weights=True, ahead=True),
+        Stream(
+            max(0, own - picks.parallel_oc) * per_task if per_task > target.l2 // 2 else 0,
+            ahead=True,
+            footprint=weights,
+        ),
+        Stream(images * share, ahead=True, footprint=images),
+    ]
+    if panel > target.l2 // 2:
+        passes = own * ceildiv(blocks, picks.parallel_oc) * g.z.stride * g.y.stride
+        streams.append(Stream(passes * panel, ahead=True, footprint=max(panel, target.l2 + 1)))
+    return Counts(work, streams, 1, target.l2, target.l3)
+
+
+# ---- the kernel -----------------------------------------------------------------------------------
+
+
+class _Task(NamedTuple):
+    """What one task works on.
 
     Attributes:
-        phases: how many there are, over all axes.
-        taps: taps of the phase that has most.
-        whole: whether all phases have as many.
-        pixels: output pixels of the phase that has most.
-        first: the first input pixel that pixel 0 of any phase reads.
-        reach: how many input pixels after the first one pixel 0 of the phases reads.
+        image: the image.
+        pixel: the plane of each phase, the first row and the first pixel of a row.
+        columns: the first tile of a row, and how many there are.
+        corner: the first plane, row and column that is read.
+        panel: a copy of what is read, in src's layout; None where src is read.
+        rows: the buffer of output rows; None where pixels are stored one by one.
     """
 
-    def __init__(self, spec: ConvSpec) -> None:
-        self.phases = math.prod(spec.stride)
-        self.taps = tuple(ceildiv(k, s) for k, s in zip(spec.kernel, spec.stride, strict=True))
-        self.whole = all(k % s == 0 for k, s in zip(spec.kernel, spec.stride, strict=True))
-        self.pixels = tuple(ceildiv(o, s) for o, s in zip(spec.out_spatial, spec.stride, strict=True))
-        begins = [begin for begin, _ in spec.padding]
-        back = [(t - 1) * d for t, d in zip(self.taps, spec.dilation, strict=True)]
-        self.first = tuple(b // s - r for b, s, r in zip(begins, spec.stride, back, strict=True))
-        last = [(s - 1 + b) // s for b, s in zip(begins, spec.stride, strict=True)]
-        self.reach = tuple(b - a for a, b in zip(self.first, last, strict=True))
-
-    def blockable(self, tile_px: int) -> int:
-        """What a task takes a block of: rows of the first axis; in 1-D, tiles."""
-        return ceildiv(self.pixels[0], tile_px) if len(self.pixels) == 1 else self.pixels[0]
+    image: Expr
+    pixel: tuple[Expr, Expr, Expr]
+    columns: tuple[Expr, Expr]
+    corner: list[Expr]
+    panel: tirx.Buffer
+    rows: tirx.Buffer
 
 
-class _Steps:
-    """The tensor expressions of a candidate, a step per method."""
+class _Channels(NamedTuple):
+    """A block of channels: its index, its group, its first channel there and its vectors."""
 
-    def __init__(self, spec: ConvSpec, picks: Picks) -> None:
-        self.spec, self.ops, self.geometry = spec, Operands(spec), _Geometry(spec)
-        self.tile_oc = picks.tile_oc
-        self.oc_blocks = ceildiv(spec.oc, picks.tile_oc)
-        #: Pixels of a phase's row, in whole tiles.
-        self.width = round_up(self.geometry.pixels[-1], picks.tile_px)
-        self.zero = tirx.const(0, ACCUMULATOR)
+    block: Expr
+    group: Expr
+    first: Expr
+    vectors: int
 
-    def _kernel_taps(self, phase: Index, t: Index) -> tuple[list[Expr], list[Expr]]:
-        """The taps of the kernel, per axis, that are the ``t``-th of a phase; and the conditions that they exist."""
-        spec = self.spec
-        if self.geometry.phases == 1:
-            return list(t), []
-        taps = [
-            tirx.floormod(p + begin, s) + s * i
-            for p, (begin, _), s, i in zip(phase, spec.padding, spec.stride, t, strict=True)
-        ]
-        return taps, [k < size for k, size in zip(taps, spec.kernel, strict=True)]
 
-    def packed_weights(self) -> te.Tensor:
-        """``[phase…][tap][oc/t][ic][t]``, zeros where a phase has fewer taps and past the last channel."""
-        spec, g = self.spec, self.geometry
+class _Row(NamedTuple):
+    """A row of tiles, in a phase of planes and rows: its index in the task, its first row there, and its height."""
 
-        def value(*index: Expr) -> Expr:
-            *phase, position, block, ic, lane = index
-            taps, exist = self._kernel_taps(phase, unflat(position, g.taps))
-            oc = block * self.tile_oc + lane
-            return tirx.if_then_else(tirx.all(*exist, oc < spec.oc), self.ops.weights[(ic, oc, *taps)], self.zero)
+    index: Expr
+    y: Expr
+    height: int
+    phases: tuple[Phase, Phase]
 
-        shape = (*spec.stride, math.prod(g.taps), self.oc_blocks, spec.ic, self.tile_oc)
-        return te.compute(shape, value, name="weights_packed")
 
-    def padded(self) -> te.Tensor:
-        """src with zeros around it, in src's layout, from the first pixel on that any phase reads."""
-        spec, g = self.spec, self.geometry
-        extent = [size + reach for size, reach in zip([*g.pixels[:-1], self.width], g.reach, strict=True)]
+class _Tile(NamedTuple):
+    """A tile of a row: its index and first pixel in the task, its width, its phase, its vectors of lanes.
 
-        def value(*index: Expr) -> Expr:
-            n, ic, pixel = self.ops.logical(index)
-            where = [p + first for p, first in zip(pixel, g.first, strict=True)]
-            return self.ops.read_src(n, ic, where, always=True)
+    ``weights`` is the index of their weights, ``place`` where the first pixel's sums go in the buffer of rows.
+    """
 
-        return te.compute(self.ops.order(spec.n, spec.ic, extent), value, name="padded")
+    index: Expr
+    x: Expr
+    width: int
+    phase: Phase
+    vectors: int
+    weights: Expr
+    place: Expr
 
-    def products(self, padded: te.Tensor, weights: te.Tensor) -> te.Tensor:
-        """Sums of products ``[n][oc/t][phase…][row…][pixel][t]``, where 1-D layers have one row."""
-        spec, g, rank = self.spec, self.geometry, self.spec.rank
-        ic = te.reduce_axis((0, spec.ic), "ic")
-        t = [te.reduce_axis((0, count), f"t{axis}") for axis, count in enumerate(g.taps)]
 
-        def value(n: Expr, block: Expr, *rest: Expr) -> Expr:
-            phase, pixel, lane = rest[:rank], rest[-1 - rank : -1], rest[-1]
-            where = [
-                p + tirx.floordiv(r + begin, s) - i * d - first
-                for p, r, i, s, d, (begin, _), first in zip(
-                    pixel, phase, t, spec.stride, spec.dilation, spec.padding, g.first, strict=True
-                )
+@dataclass(frozen=True)
+class _Kernel:
+    """The statements of the whole layer."""
+
+    spec: ConvSpec
+    g: _Geometry
+    picks: Picks
+    lanes: int
+    src: tirx.Buffer
+    weights: tirx.Buffer
+    residual: tirx.Buffer
+    parameters: dict[str, tirx.Buffer]
+    dst: tirx.Buffer
+
+    @property
+    def pitch(self) -> int:
+        """Numbers of an output pixel in the buffer of rows."""
+        return self.g.channels if self.g.merge else self.picks.tile_oc
+
+    def statement(self) -> tirx.Stmt:
+        """The parallel loop over parts of the channels, images, planes and blocks of rows, around what a task does."""
+        g, picks, parts = self.g, self.picks, self.picks.parallel_oc
+        rows, tiles = g.task(picks)
+        columns, blocks = Even(g.width, picks.tile_ow), g.blocks(picks)
+        across = ceildiv(ceildiv(g.y.pixels, picks.tile_oh), rows)
+        tasks = (parts, self.spec.n, g.z.pixels, across, ceildiv(columns.count, tiles))
+        whole = Block()
+        with whole.loop(math.prod(tasks), parallel=True) as (body, index):
+            part, image, z, block_y, block_x = map(body.let, unflat(index, tasks))
+            tile = body.let(block_x * tiles)
+            count = tiles if columns.count % tiles == 0 else body.let(tirx.min(tiles, columns.count - tile))
+            pixel = (z, body.let(block_y * (rows * picks.tile_oh)), body.let(columns.start(tile)))
+            corner = [body.let(p + first) for p, (first, _) in zip(pixel, g.reads, strict=True)]
+            panel = buffer = None
+            if picks.copy_src:
+                panel = g.src.copied(body, self.src, self.spec.dtype, image, corner, g.extent(picks), self.lanes)
+            if g.merge or g.dst.layout == "nchw":
+                # Vectors of pixels are read past the last one; so are vectors of lanes.
+                size = (g.pixels(picks) * g.x.stride + self.lanes) * self.pitch + picks.tile_oc
+                buffer = body.buffer((picks.tile_oh, size))
+            task = _Task(image, pixel, (tile, count), corner, panel, buffer)
+            first, end = (body.let(p * blocks // parts) for p in (part, part + 1))
+            for inner, channels in self.channel_blocks(
+                body, first, blocks // parts if blocks % parts == 0 else end - first
+            ):
+                self.block(inner, task, channels)
+        return whole.statement()
+
+    # ---- loops --------------------------------------------------------------------------------
+
+    def channel_blocks(self, body: Block, first: Expr, count: Expr) -> Iterator[tuple[Block, _Channels]]:
+        """Code for each block of channels: full ones, and a group's last one, which may have fewer vectors."""
+        g, tile = self.g, self.picks.tile_oc
+        per_group, width = self.g.blocks(self.picks) // self.spec.groups, tile // self.lanes
+        last = ceildiv(g.channels - (per_group - 1) * tile, self.lanes)
+        with body.loop(count) as (inner, i):
+            block = inner.let(first + i)
+            group, within = (inner.let(v) for v in unflat(block, (self.spec.groups, per_group)))
+            full, rest = (per_group, None) if last == width or g.merge else (per_group - 1, last)
+            for case, vectors in inner.cases(within, full, ceildiv(g.channels, self.lanes) if g.merge else width, rest):
+                yield case, _Channels(block, group, case.let(within * tile), vectors)
+
+    def block(self, body: Block, task: _Task, channels: _Channels) -> None:
+        """All phases of all rows of a task with a block of channels."""
+        g = self.g
+        with body.loop(g.z.stride) as (planes, jz), planes.loop(g.y.stride) as (lines, jy):
+            phases = (_bound(lines, g.z.phase(jz)), _bound(lines, g.y.phase(jy)))
+            with lines.when(self.exists(g.z, task.pixel[0], phases[0])) as some:
+                for body_row, row in self.rows(some, task, phases):
+                    with body_row.when(self.exists(g.y, task.pixel[1] + row.y, phases[1])) as there:
+                        for tile_body, tile in self.tiles(there, task, row, channels):
+                            self.product(tile_body, task, row, tile, channels)
+                        if task.rows is not None:
+                            self.store_rows(there, task, row, channels)
+
+    @staticmethod
+    def exists(axis: Axis, pixel: Expr, phase: Phase) -> Expr:
+        """Whether a phase has a pixel."""
+        return True if axis.out % axis.stride == 0 else pixel * axis.stride + phase.first < axis.out
+
+    def rows(self, body: Block, task: _Task, phases: tuple[Phase, Phase]) -> Iterator[tuple[Block, _Row]]:
+        """Code for each row of tiles of a task: full ones, and the last one, which may be lower."""
+        lines, height = self.g.y.pixels, self.picks.tile_oh
+        rows, groups = self.g.task(self.picks)[0], ceildiv(lines, height)
+        first = body.let(task.pixel[1] // height)
+        with body.loop(rows if groups % rows == 0 else body.let(tirx.min(rows, groups - first))) as (inner, row):
+            for case, size in inner.cases(first + row, lines // height, height, lines % height):
+                yield case, _Row(row, row * height, size, phases)
+
+    def tiles(self, body: Block, task: _Task, row: _Row, channels: _Channels) -> Iterator[tuple[Block, _Tile]]:
+        """Code for each tile of a row: of each phase, or merged of each block of lanes."""
+        g, tile_oc = self.g, self.picks.tile_oc
+        if not g.merge:
+            with body.loop(g.x.stride) as (inner, j):
+                phase = _bound(inner, g.x.phase(j))
+                with inner.when(True if g.x.out >= g.x.stride else phase.first < g.x.out) as some:
+                    place = phase.first * tile_oc
+                    yield from self.columns(
+                        some, task, row, _Tile(0, 0, 0, phase, channels.vectors, channels.block, place)
+                    )
+            return
+        parts = g.parts(self.picks)
+        last = ceildiv(g.channels * g.x.stride - (parts - 1) * tile_oc, self.lanes)
+        phase = Phase(-g.crop, g.columns[0], g.x.taps, 0)
+        # The last block first: its vectors may reach into the next pixel's, which are written later.
+        with body.loop(parts) as (inner, i):
+            j = inner.let(parts - 1 - i)
+            for case, vectors in inner.cases(j, parts - 1, tile_oc // self.lanes, last):
+                weights = case.let(channels.block * parts + j)
+                yield from self.columns(case, task, row, _Tile(0, 0, 0, phase, vectors, weights, j * tile_oc))
+
+    def columns(self, body: Block, task: _Task, row: _Row, like: _Tile) -> Iterator[tuple[Block, _Tile]]:
+        """Code for the tiles along a row, by their widths."""
+        columns, across = Even(self.g.width, self.picks.tile_ow), self.g.task(self.picks)[1]
+        with body.loop(task.columns[1]) as (inner, i):
+            column = inner.let(task.columns[0] + i)
+            for case, width in columns.cases(inner, column):
+                x = case.let(columns.start(column) - task.pixel[2])
+                place = case.let(x * (self.g.x.stride * self.pitch) + like.place)
+                yield case, like._replace(index=row.index * across + i, x=x, width=width, place=place)
+
+    # ---- the product --------------------------------------------------------------------------
+
+    def product(self, body: Block, task: _Task, row: _Row, tile: _Tile, channels: _Channels) -> None:
+        """The sums of a tile's lanes and pixels, and their store."""
+        g, lanes, (z, y), x = self.g, self.lanes, row.phases, tile.phase
+        pixels = [(ty, tx) for ty in range(row.height) for tx in range(tile.width)]
+        sums = body.registers([(p, v) for p in pixels for v in range(tile.vectors)], lanes)
+        rows, across = g.task(self.picks)
+        start = body.let((tile.weights + 1) * (g.products * self.picks.tile_oc))
+        ahead = Ahead(self.weights, start, g.products, self.picks.tile_oc // lanes, tile.index, rows * across)
+        origin = ahead.origin(body)
+        with (
+            body.loop(z.taps) as (planes, iz),
+            planes.loop(y.taps) as (lines, iy),
+            lines.loop(g.runs[2]) as (blocks, block),
+            blocks.loop(x.taps if g.apart else 1) as (run, ix),
+        ):
+            index = ((z.position + iz) * g.runs[1] + y.position + iy) * g.runs[2] + block
+            index = run.let(index * g.runs[3] + (x.position + ix if g.apart else 0))
+            first = 0 if g.apart else run.let(x.position * g.inner)
+            tap = [i * axis.gap for i, axis in zip((iz, iy, ix), (g.z, g.y, g.x), strict=True)]
+            moved = [
+                run.let(phase.source + i - first) for phase, i, (first, _) in zip((z, y, x), tap, g.reads, strict=True)
             ]
-            product = padded[self.ops.order(n, ic, where)] * weights[(*phase, flat(t, g.taps), block, ic, lane)]
-            if not g.whole:  # the last tap of some phases does not exist
-                _, exist = self._kernel_taps(phase, t)
-                product = tirx.if_then_else(tirx.all(*exist), product, self.zero)
-            return te.sum(product, [*t, ic])
 
-        rows = g.pixels[:-1] or (1,)
-        # A dimension per axis' phase: TVM 0.27 simplifies (flat_phase // s % s + pad) // s to the wrong value.
-        shape = (spec.n, self.oc_blocks, *spec.stride, *rows, self.width, self.tile_oc)
-        return te.compute(shape, value, name="acc")
+            def pixel(p: tuple[int, int], k: Expr) -> Expr:
+                at = (moved[0], row.y + p[0] + moved[1], tile.x + p[1] + moved[2])
+                return self.pixel(task, at, channels.group, block, k)
 
-    def stored(self, acc: te.Tensor, vectors: Sequence[te.Tensor]) -> te.Tensor:
-        """dst, which interleaves the phases; with the epilogue. ``vectors`` are the packed parameters of channels."""
-        spec, ops, tile_oc = self.spec, self.ops, self.tile_oc
-        sums, is_finished = finished(ops, acc, vectors, lambda index: index[1] * tile_oc + index[-1])
+            def weight(v: int, k: Expr) -> Expr:
+                return load(self.weights, "f32", [tile.weights, index, first + k, v * lanes], lanes, lanes)
 
-        def value(n: Expr, oc: Expr, pixel: Index) -> Expr:
-            phase = [tirx.floormod(p, s) for p, s in zip(pixel, spec.stride, strict=True)]
-            where = [tirx.floordiv(p, s) for p, s in zip(pixel, spec.stride, strict=True)]
-            where = [0, *where] if spec.rank == 1 else where
-            total = sums[(n, tirx.floordiv(oc, tile_oc), *phase, *where, tirx.floormod(oc, tile_oc))]
-            if is_finished:
-                return total
-            residual = ops.residual[ops.order(n, oc, pixel)] if ops.residual else None
-            return epilogue(spec, total, residual=residual, **ops.per_channel(vectors, oc))
+            def fetch(step: Block, k: Expr) -> None:
+                ahead.fetch(step, origin, index * g.run + first + k)
 
-        return ops.store(value)
+            multiply(run, sums, g.inner if g.apart else x.taps * g.inner, pixel, weight, fetch)
+        if task.rows is None:
+            self.store_pixels(body, task, row, tile, channels, sums)
+            return
+        for ty, tx in pixels:  # by pixels: what vectors write past the last lane, the next pixel overwrites
+            for v in range(tile.vectors):
+                place = [ty, tile.place + (tx * g.x.stride * self.pitch + v * lanes)]
+                body.add(store(task.rows, "f32", place, sums[(ty, tx), v], lanes, lanes))
+
+    def pixel(self, task: _Task, at: tuple[Expr, Expr, Expr], group: Expr, block: Expr, k: Expr) -> Expr:
+        """The k-th number, as f32, of a run from a pixel of what the task reads."""
+        g, (z, y, x) = self.g, at
+        if task.panel is None:
+            z, y, x = (c + i for c, i in zip(task.corner, at, strict=True))
+        inner = g.src.block
+        if g.src.layout == "nchw":
+            block, column = group * g.inner + k, x
+        elif g.src.layout == "nhwc":
+            block, column = 0, x * inner + group * g.inner + k
+        else:
+            block, column = group * g.runs[2] + block, x * inner + k
+        if task.panel is not None:
+            return task.panel[z, y, block, column]
+        return widen(self.src[tuple(g.src.place(task.image, block, [z, y, 0], column))], self.spec.dtype)
+
+    # ---- the store ----------------------------------------------------------------------------
+
+    def store_pixels(
+        self, body: Block, task: _Task, row: _Row, tile: _Tile, channels: _Channels, sums: Registers
+    ) -> None:
+        """The epilogue and store of a tile's vectors of channels, at every stride-th pixel."""
+        g, (z, y) = self.g, row.phases
+        for v in range(tile.vectors):
+            for case, count, given in self.vectors(body, channels, v):
+                for ty in range(row.height):
+                    line = task.pixel[1] + row.y + ty
+                    with case.when(self.exists(g.y, line, y) if ty else True) as there:
+                        for tx in range(tile.width):
+                            column = task.pixel[2] + tile.x + tx
+                            at = [task.pixel[0] * g.z.stride + z.first, line * g.y.stride + y.first]
+                            at.append(column * g.x.stride + tile.phase.first)
+                            with there.when(self.exists(g.x, column, tile.phase)) as exists:
+                                self.store_vector(exists, task, at, channels, v, sums[(ty, tx), v], count, given)
+
+    def vectors(self, body: Block, channels: _Channels, v: Expr) -> Iterator[tuple[Block, int, dict[str, Expr]]]:
+        """Code for the v-th vector of channels of a block, by how many channels it has, and their parameters."""
+        rest = self.g.channels % self.lanes
+        lane = body.let(channels.first + v * self.lanes)
+        for case, count in body.cases(lane, self.g.channels - rest, self.lanes, rest):
+            channel = case.let(channels.group * self.g.channels + lane)
+            yield case, count, load_parameters(case, self.parameters, channel, self.lanes, count)
+
+    def store_vector(
+        self,
+        body: Block,
+        task: _Task,
+        pixel: Sequence[Expr],
+        channels: _Channels,
+        v: Expr,
+        value: Expr,
+        count: int,
+        given: dict[str, Expr],
+    ) -> None:
+        """The epilogue and store of a vector of channels of a pixel: in parts, where a block has fewer than lanes."""
+        layout, lanes = self.g.dst, self.lanes
+        first = channels.group * self.g.channels + channels.first + v * lanes
+        size = lanes if layout.layout in ("nchw", "nhwc") else min(lanes, layout.block)
+        for start in range(0, count, size):
+
+            def part(vector: Expr, start: int = start) -> Expr:
+                return vector if size == lanes else tirx.Shuffle([vector], list(range(start, start + size)))
+
+            place = layout.element(task.image, first + start, pixel)
+            some = {name: part(vector) for name, vector in given.items()}
+            finish(body, self.spec, self.dst, self.residual, place, part(value), size, min(size, count - start), **some)
+
+    def store_rows(self, body: Block, task: _Task, row: _Row, channels: _Channels) -> None:
+        """The epilogue and store of the buffer's rows, whose phases are all there."""
+        g, (z, y) = self.g, row.phases
+        start, end, skipped = 0, g.x.out, g.crop
+        if self.spec.rank == 1:
+            columns = Even(g.width, self.picks.tile_ow)
+            begin = body.let(task.pixel[2] * g.x.stride - g.crop)
+            start = body.let(tirx.max(begin, 0))
+            last = columns.start(task.columns[0] + task.columns[1]) * g.x.stride - g.crop
+            end, skipped = body.let(tirx.min(last, g.x.out)), body.let(start - begin)
+        with body.loop(row.height) as (line, ty):
+            pixel = [task.pixel[0] * g.z.stride + z.first, (task.pixel[1] + row.y + ty) * g.y.stride + y.first, start]
+            with line.when(self.exists(g.y, task.pixel[1] + row.y + ty, y)) as there:
+                each = self.store_squares if g.dst.layout == "nchw" else self.store_columns
+                each(there, task, channels, pixel, (ty, skipped), end)
+
+    def store_columns(
+        self,
+        body: Block,
+        task: _Task,
+        channels: _Channels,
+        pixel: Sequence[Expr],
+        place: tuple[Expr, Expr],
+        end: Expr,
+    ) -> None:
+        """A row of the buffer, from a pixel of dst and its ``place`` to an ``end``, as vectors of channels."""
+        with body.loop(end - pixel[2]) as (one, i), one.loop(channels.vectors) as (some, v):
+            at = [place[0], (place[1] + i) * self.pitch + v * self.lanes]
+            value = load(task.rows, "f32", at, self.lanes, self.lanes)
+            for case, count, given in self.vectors(some, channels, v):
+                self.store_vector(case, task, [*pixel[:2], pixel[2] + i], channels, v, value, count, given)
+
+    def store_squares(
+        self,
+        body: Block,
+        task: _Task,
+        channels: _Channels,
+        pixel: Sequence[Expr],
+        place: tuple[Expr, Expr],
+        end: Expr,
+    ) -> None:
+        """The same as vectors of pixels."""
+        lanes, length = self.lanes, end - pixel[2]
+        full = isinstance(length, int) and length % lanes == 0
+        with body.loop((length + (lanes - 1)) // lanes) as (step, i):
+            x = step.let(pixel[2] + i * lanes)
+            for within in (False,) if full else (False, True):
+                condition = True if full else x + lanes > end if within else x + lanes <= end
+                with step.when(condition) as case, case.loop(channels.vectors) as (some, v):
+                    at = (place[0], some.let(place[1] + i * lanes))
+                    self.store_square(some, task, channels, v, [*pixel[:2], x], at, end if within else None)
+
+    def store_square(
+        self,
+        body: Block,
+        task: _Task,
+        channels: _Channels,
+        v: Expr,
+        pixel: Sequence[Expr],
+        place: tuple[Expr, Expr],
+        size: Expr | None,
+    ) -> None:
+        """The epilogue and store of pixels × channels of the buffer, as rows of pixels; ``size``: pixels of a row."""
+        g, lanes, (ty, x) = self.g, self.lanes, place
+        first = body.let(channels.first + v * lanes)
+        if self.pitch == 1:
+            rows = [body.let(load(task.rows, "f32", [ty, x], lanes, lanes))]
+        else:
+            places = [[ty, (x + t) * self.pitch + v * lanes] for t in range(lanes)]
+            rows = interleave(body, [body.let(load(task.rows, "f32", at, lanes, lanes)) for at in places], lanes)
+        for t, value in enumerate(rows[: g.channels]):
+            with body.when(True if g.channels % lanes == 0 else first + t < g.channels) as exists:
+                channel = exists.let(channels.group * g.channels + first + t)
+                given = spread_parameters(exists, self.parameters, channel, lanes)
+                at = g.dst.element(task.image, channel, pixel)
+                finish(
+                    exists,
+                    self.spec,
+                    self.dst,
+                    self.residual,
+                    at,
+                    value,
+                    lanes,
+                    lanes,
+                    within=size is not None,
+                    size=size,
+                    **given,
+                )
 
 
-def _split_dst(sch: Any, spec: ConvSpec, picks: Picks) -> tuple[Any, Any, list[Any]]:
-    """Split dst's loops into tasks, tiles and what a tile stores.
-
-    Returns the loop over tasks, the innermost one over tiles, and those over the phases of a block's rows.
-    """
-    n, spatial, oc = dst_loops(sch, spec)
-    channel_block, channel = sch.split(oc, [None, picks.tile_oc])
-    channel_task, channel_block = sch.split(channel_block, [picks.parallel_oc, None])
-    split_rows = [sch.split(axis, [None, s]) for axis, s in zip(spatial[:-1], spec.stride[:-1], strict=True)]
-    rows, row_phases = [row for row, _ in split_rows], [phase for _, phase in split_rows]
-    pixel_tile, pixel = sch.split(spatial[-1], [None, picks.tile_px * spec.stride[-1]])
-    if spec.rank == 1:
-        block, pixel_tile = sch.split(pixel_tile, [None, picks.block])
-    else:
-        block, rows[0] = sch.split(rows[0], [None, picks.block])
-    rows += row_phases
-    tiles = [channel_block, *rows, pixel_tile] if picks.order == "oc" else [*rows, pixel_tile, channel_block]
-    stored = [channel, pixel] if spec.layout == "nchw" else [pixel, channel]
-    sch.reorder(n, channel_task, block, *tiles, *stored)
-    task = sch.fuse(n, channel_task, block)
-    sch.parallel(task)
-    return task, tiles[-1], row_phases
-
-
-def _schedule_products(
-    sch: Any, spec: ConvSpec, target: Target, picks: Picks, innermost: Any, row_phases: Sequence[Any]
-) -> None:
-    """A tile of the products in registers, for each pass of the loop ``innermost``."""
-    g, lanes, acc = _Geometry(spec), target.lanes, sch.get_sblock("acc")
-    sch.compute_at(acc, innermost, preserve_unit_loops=True)
-    reductions = len(g.taps) + 1
-    loops = sch.get_loops(acc)
-    axes, (*taps, ic) = loops[:-reductions], loops[-reductions:]
-    after_phases = max(1, spec.rank - 1) + 2  # rows, pixel, channel
-    phases = axes[-after_phases - spec.rank : -after_phases]
-    *_, last_row, pixel, channel = axes
-    vector, lane = sch.split(channel, [None, lanes])
-    sch.reorder(*taps, ic, pixel, vector, lane)
-    sch.vectorize(lane)
-    sch.unroll(vector)
-    sch.unroll(pixel)
-    # Where some taps do not exist, unrolling makes their conditions constants; unless that is too much code.
-    unrolled = g.phases * math.prod(g.taps) * picks.tile_px * picks.tile_oc // lanes
-    if not g.whole and unrolled <= MOST_UNROLLED:
-        for loop in (*phases, *taps, *row_phases):
-            sch.unroll(loop)
-    registers = sch.cache_write(acc, 0, "global")
-    sch.reverse_compute_at(registers, last_row, preserve_unit_loops=True)
-    _, lane = sch.split(sch.get_loops(registers)[-1], [None, lanes])
-    sch.vectorize(lane)
-    sch.decompose_reduction(acc, taps[0])
+def _bound(body: Block, phase: Phase) -> Phase:
+    """A phase whose numbers are variables."""
+    return Phase(*map(body.let, phase))
