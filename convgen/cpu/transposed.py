@@ -447,9 +447,9 @@ class Kernel:
         steps, kept = (length + (lanes - 1)) // lanes, min(lanes, g.channels)
         with body.loop(channels.vectors) as (some, v):
             first = some.let(channels.first + v * lanes)
-            row, at = task.rows, lambda t, x: [ty, skipped + x]
-            if self.pitch > 1:
-                row, at = task.turned, lambda t, x: [t, x]
+            turned = self.pitch > 1
+            row, origin = (task.turned, 0) if turned else (task.rows, skipped)
+            if turned:
                 with some.loop(steps) as (step, i):
                     start = step.let((skipped + i * lanes) * self.pitch + v * lanes)
                     square = [
@@ -462,15 +462,15 @@ class Kernel:
             with some.loop(count) as (one, t):
                 channel = one.let(channels.group * g.channels + first + t)
                 given = spread_parameters(one, self.parameters, channel, lanes)
-                for case, x, size in self.steps(one, pixel[2], length):
+                for case, x, size in self.steps(one, length):
                     where = g.dst.element(task.image, channel, [*pixel[:2], pixel[2] + x])
-                    value = load(row, "f32", at(t, x), lanes, lanes)
+                    value = load(row, "f32", [t if turned else ty, origin + x], lanes, lanes)
                     more = {"within": True, "size": end} if size is None else {}
                     finish(
                         case, self.spec, self.dst, self.residual, where, value, lanes, size or lanes, **more, **given
                     )
 
-    def steps(self, body: Block, start: Expr, length: Expr) -> Iterator[tuple[Block, Expr, int | None]]:
+    def steps(self, body: Block, length: Expr) -> Iterator[tuple[Block, Expr, int | None]]:
         """Code for the vectors of a row: where they begin, and their pixels; None where these are not known yet."""
         lanes = self.lanes
         with body.loop(length // lanes) as (step, i):
