@@ -119,10 +119,13 @@ class CpuTransposed(Written):
 @lru_cache(maxsize=1024)
 def _default(schedule: CpuTransposed, spec: ConvSpec, target: Target) -> Picks:
     space, core, lanes = schedule.space(spec, target).domains, core_of(target), target.lanes
+    g = geometry_of(spec, False)
+    # Rows of NCHW, copied, are aligned, and lie side by side.
+    copy_src = g.padded or g.src.layout == "nchw" or (spec.dtype != "f32" and spec.oc > 64)
     # Merged phases fill the lanes that a group's last vector of channels leaves empty.
     wasted = spec.oc // spec.groups % lanes > 0
     tiles = [
-        Picks(tile_oc=c, tile_oh=h, tile_ow=w, merge=m, block=1, parallel_oc=1, copy_src=space["copy_src"][0])
+        Picks(tile_oc=c, tile_oh=h, tile_ow=w, merge=m, block=1, parallel_oc=1, copy_src=copy_src)
         for m in (space["merge"] if wasted else [False])
         for c in space["tile_oc"]
         for h in space["tile_oh"]
@@ -234,7 +237,8 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks, work: Sequence[Work]) 
         ),
         Stream(images * share, ahead=True, footprint=images),
     ]
-    if panel > target.l2 // 2:
-        passes = own * ceildiv(blocks, picks.parallel_oc) * g.z.stride * g.y.stride
-        streams.append(Stream(passes * panel, ahead=True, footprint=max(panel, target.l2 + 1)))
+    phases = g.z.stride * g.y.stride
+    if panel + per_task / ceildiv(blocks, picks.parallel_oc) / phases > target.l2 // 2:
+        passes = own * ceildiv(blocks, picks.parallel_oc) * phases
+        streams.append(Stream(passes * panel, footprint=max(panel, target.l2 + 1)))
     return Counts(work, streams, 1, target.l2, target.l3)

@@ -103,7 +103,7 @@ class CpuTransposedRows(Written):
         idle = ceildiv(tasks, target.cores) * target.cores / max(1, tasks)
         core = core_of(target)
         seconds = _cycles(spec, target, picks) * idle / (core.hertz * core.fmas * target.cores)
-        moved = spec.bytes["src"] + 2 * spec.bytes["dst"]
+        moved = spec.bytes["weights"] + spec.bytes["src"] + 2 * spec.bytes["dst"]
         return float(seconds + moved / (core.hertz * core.memory * target.cores))
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
