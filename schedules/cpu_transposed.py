@@ -172,10 +172,11 @@ def _work(spec: ConvSpec, target: Target, picks: Picks) -> list[Work]:
                 times, pixels = g.z.pixels * spec.groups * blocks * rows * tiles, height * width
                 if not (times and vectors and height):
                     continue
-                resident, once = 4 * g.products * vectors * lanes, g.blockable(height, width) * tiles == 1
-                near = 4 * vectors * lanes if resident // phases > target.l1 // 2 and not once else 0
+                resident, passes = 4 * g.products * vectors * lanes, g.blockable(height, width)
+                passes *= tiles if spec.rank > 1 else 1
+                near = 4 * vectors * lanes if resident // phases > target.l1 // 2 and passes > 1 else 0
                 if resident > target.l2 // 2:  # what is fetched ahead is gone when it is used
-                    near *= core.l2 / core.l3
+                    near *= (core.l2 / core.memory + (passes - 1) * core.l2 / core.l3) / passes
                 found.append(steps(times * g.products, pixels, vectors, near=near, fetched=0.5))
                 found.append(Work(times * math.prod(g.runs) * (1 if g.apart else along), cycles=BEGIN_RUN))
                 done = pixels * vectors
