@@ -26,7 +26,8 @@ from typing import NamedTuple
 
 from tvm import te, tirx
 
-from convgen.cpu.model import Core, Counts, Stream, Work, core_of
+from convgen.cpu.images import dst_images, src_images, three
+from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, CROWDED, Ahead, Even, most_pixels, multiply, steps
 from convgen.cpu.vector import (
     Block,
@@ -34,9 +35,7 @@ from convgen.cpu.vector import (
     interleave,
     load,
     load_parameters,
-    load_within,
     spread_parameters,
-    store,
     written,
     zeros,
 )
@@ -120,21 +119,18 @@ class _Geometry:
     """The spec with three spatial axes, those it lacks of size 1."""
 
     def __init__(self, spec: ConvSpec) -> None:
-        more = 3 - spec.rank
         self.rank = spec.rank
-        self.out, self.size, self.kernel, self.stride, self.dilation, self.window = (
-            (1,) * more + tuple(values)
-            for values in (spec.out_spatial, spec.in_spatial, spec.kernel, spec.stride, spec.dilation, spec.window)
+        self.out, self.kernel, self.stride, self.dilation, self.window = map(
+            three, (spec.out_spatial, spec.kernel, spec.stride, spec.dilation, spec.window)
         )
-        self.begin = (0,) * more + tuple(begin for begin, _ in spec.padding)
+        self.begin = three([begin for begin, _ in spec.padding], 0)
         self.padded = any(b or e for b, e in spec.padding)
-        #: Channels that lie innermost in src and in dst.
-        self.src_block, self.dst_block = spec.src_blocks.size, spec.dst_blocks.size
+        self.src, self.dst = src_images(spec), dst_images(spec)
         channels = spec.ic // spec.groups
         #: Whether taps of a row are runs of their own, as what they read lies apart.
-        self.apart = self.src_block == 1 or (self.src_block == spec.ic and spec.groups > 1) or self.dilation[2] > 1
+        self.apart = self.src.layout == "nchw" or (self.src.layout == "nhwc" and spec.groups > 1) or self.dilation[2] > 1
         #: Channels of a run, and products.
-        self.inner = channels if self.src_block in (1, spec.ic) else self.src_block
+        self.inner = channels if spec.src_blocks.is_plain else self.src.block
         self.run = self.inner * (1 if self.apart else self.kernel[2])
         #: Runs along each axis of the kernel, and over blocks of channels.
         self.runs = (*self.kernel[:2], self.kernel[2] if self.apart else 1, channels // self.inner)
@@ -148,8 +144,7 @@ class _Geometry:
         """Whether a tile has more pixels in src, or in dst, than there is room for in the sets of the L1 cache that they
         lie in, as they are a power of two apart.
         """
-        src, dst = self.src_block * self.stride[2] if self.src_block > 1 else 1, self.dst_block
-        return any(pixels > target.places(4 * apart) for apart in (src, dst))
+        return any(pixels > target.places(4 * apart) for apart in (self.src.block * self.stride[2], self.dst.block))
 
     def blockable(self, tile_oh: int, tile_ow: int) -> int:
         """What a task takes a block of: rows of tiles; in 1-D, tiles."""
@@ -227,7 +222,7 @@ def _tiles(spec: ConvSpec, target: Target, g: _Geometry, picks: Picks) -> list[t
 def _finish(spec: ConvSpec, g: _Geometry, times: float, height: int, width: int, vectors: int, lanes: int) -> Work:
     """Storing a tile."""
     stored, shuffles, masked = height * width * vectors, 0.0, 0
-    if g.dst_block == 1:
+    if g.dst.layout == "nchw":
         squares = height * ceildiv(width, lanes) * vectors
         stored, shuffles = squares * lanes, squares * lanes * math.log2(lanes)
         masked = stored if width % lanes else 0
@@ -270,7 +265,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     ahead = picks.order == "oc"
     # Parts of rows are written in one pass, others in the next, when the cache has lost them.
     written_bytes = (1 + spec.residual) * spec.bytes["dst"] / (planes * across)
-    revisited = ahead and g.dst_block > picks.tile_oc and written_bytes > target.l2 // 4
+    revisited = ahead and g.dst.block > picks.tile_oc and written_bytes > target.l2 // 4
     streams = [
         # Weights: once from memory, then from where they stay between tasks, or between tiles.
         Stream(min(weights, own * per_task), weights=True, ahead=ahead),
@@ -356,7 +351,9 @@ class _Kernel:
             y, tile = body.let(block_y * (rows * picks.tile_oh)), body.let(block_x * tiles)
             x = body.let(columns.start(tile))
             corner = [body.let(p * s - b) for p, s, b in zip((z, y, x), g.stride, g.begin, strict=True)]
-            panel = self.copied_rows(body, image, corner) if picks.copy_src else None
+            panel = None
+            if picks.copy_src:
+                panel = g.src.copied(body, self.src, self.spec.dtype, image, corner, g.extent(picks), self.lanes)
             first, end = (body.let(p * channel_blocks // parts) for p in (part, part + 1))
             self.task(body, _Task(image, z, y, tile, x, first, end, panel))
         return whole.statement()
@@ -401,36 +398,6 @@ class _Kernel:
             for case, vectors in inner.cases(block, full, width, rest):
                 yield case, _Channels(block, vectors)
 
-    # ---- the copy -----------------------------------------------------------------------------
-
-    def copied_rows(self, body: Block, image: Expr, corner: Sequence[Expr]) -> tirx.Buffer:
-        """A copy of what a task reads from the pixel ``corner`` on, which may lie outside the image: zeros there.
-
-        ``[plane, line, block of channels, column and channel]``.
-        """
-        g, lanes, inner = self.g, self.lanes, self.g.src_block
-        planes, lines, columns = g.extent(self.picks)
-        width = round_up(columns * inner, lanes)
-        blocks = self.spec.ic // inner
-        panel = body.buffer((planes, lines, blocks, width))
-        with body.loop(planes) as (plane, z), plane.loop(lines) as (line, y):
-            source = [line.let(c + i) for c, i in zip(corner, (z, y), strict=False)]
-            bounds = [c for i, size in zip(source, g.size, strict=False) for c in (i >= 0, i < size)]
-            inside = tirx.all(*bounds)
-            for condition, stored in ((inside, True), (tirx.Not(inside), False)):
-                with (
-                    line.when(condition) as case,
-                    case.loop(blocks) as (one, block),
-                    one.loop(width // lanes) as (step, i),
-                ):
-                    value = zeros(lanes)
-                    if stored:
-                        place = self.src_place(image, block, [*source, 0], step.let(corner[2] * inner + i * lanes))
-                        size = g.size[2] * inner
-                        value = load_within(self.src, self.spec.dtype, place, lanes, lanes, size=size)
-                    step.add(store(panel, "f32", [z, y, block, i * lanes], value, lanes, lanes))
-        return panel
-
     # ---- the product --------------------------------------------------------------------------
 
     def product(self, body: Block, task: _Task, tile: _Tile, channels: _Channels) -> None:
@@ -440,7 +407,7 @@ class _Kernel:
         first_block: Expr = 0
         if spec.groups > 1:
             group = channels.block * tile_oc // (spec.oc // spec.groups)
-            first_block = body.let(group * (spec.ic // spec.groups // (1 if g.src_block == 1 else g.inner)))
+            first_block = body.let(group * (spec.ic // spec.groups // (1 if g.src.layout == "nchw" else g.inner)))
         ahead = origin = None
         if self.picks.order == "oc":
             rows, tiles = g.blocks(self.picks)
@@ -463,7 +430,7 @@ class _Kernel:
         for v in range(channels.vectors):
             channel = body.let(channels.block * tile_oc + v * lanes)
             vectors = {p: sums[p, v] for p in tile.pixels}
-            if g.dst_block == 1:
+            if g.dst.layout == "nchw":
                 self.store_transposed(body, task, tile, channel, vectors)
             else:
                 self.store_channels(body, task, tile, channel, vectors)
@@ -477,16 +444,17 @@ class _Kernel:
         kx = kx * g.dilation[2] if g.apart else 0
         line = (tile.row + ty) * g.stride[1] + ky * g.dilation[1]
         column = (tile.x + tx) * g.stride[2] + kx
-        if g.src_block == 1:
+        inner = g.src.block
+        if g.src.layout == "nchw":
             block, at = first + k, column
-        elif g.src_block == self.spec.ic:
-            block, at = 0, column * g.src_block + first * g.inner + k
+        elif g.src.layout == "nhwc":
+            block, at = 0, column * inner + first * g.inner + k
         else:
-            block, at = first + block, column * g.src_block + k
+            block, at = first + block, column * inner + k
         if task.panel is not None:
             return task.panel[kz * g.dilation[0], line, block, at]
         where = [task.z * g.stride[0] + kz * g.dilation[0], task.y * g.stride[1] + line, 0]
-        place = self.src_place(task.image, block, where, task.x * g.stride[2] * g.src_block + at)
+        place = g.src.place(task.image, block, where, task.x * g.stride[2] * inner + at)
         return widen(self.src[tuple(place)], self.spec.dtype)
 
     def store_channels(
@@ -534,22 +502,7 @@ class _Kernel:
         with body.loop(len(vectors) // width) as (row, y), row.loop(width) as (inner, x):
             yield inner, (y, x), inner.let(load(sums, "f32", [y, x, 0], self.lanes, self.lanes))
 
-    # ---- places -------------------------------------------------------------------------------
-
-    def src_place(self, image: Expr, block: Expr, pixel: Sequence[Expr], at: Expr) -> list[Expr]:
-        """The index in src of number ``at`` of a row of a block of channels; ``pixel``'s last axis is 0."""
-        plane_line = pixel[3 - self.spec.rank : 2]
-        if self.g.src_block == 1:
-            return [image, block, *plane_line, at]
-        blocks = [] if self.g.src_block == self.spec.ic else [block]
-        return [image, *blocks, *plane_line, 0, at]
-
     def dst_place(self, task: _Task, tile: _Tile, p: tuple[int, int], channel: Expr) -> list[Expr]:
         """The index in dst of a channel of a tile's pixel."""
-        block, (ty, tx) = self.g.dst_block, p
-        where = [task.z, task.y + tile.row + ty, task.x + tile.x + tx][3 - self.spec.rank :]
-        if block == 1:
-            return [task.image, channel, *where]
-        if block == self.spec.oc:
-            return [task.image, *where, channel]
-        return [task.image, channel // block, *where, channel % block]
+        pixel = [task.z, task.y + tile.row + p[0], task.x + tile.x + p[1]]
+        return self.g.dst.element(task.image, channel, pixel)

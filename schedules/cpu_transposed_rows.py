@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from tvm import te, tirx
 
+from convgen.cpu.model import core_of
 from convgen.cpu.vector import Block, Registers, finish, interleave, load, prefetch, runs, spread_parameters, written
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, flat, unflat
@@ -34,8 +35,6 @@ from convgen.problem.spec import ConvSpec
 MOST_UNROLLED = 4096
 #: Bytes of a cache line: what a prefetch fetches.
 CACHE_LINE = 64
-#: Bytes per second that one core moves of src and dst: a round figure that only ranks schedules.
-BYTES_PER_SECOND = 12e9
 
 
 class CpuTransposedRows(Written):
@@ -102,8 +101,10 @@ class CpuTransposedRows(Written):
         picks = self.default(spec, target)
         tasks = spec.n * math.prod(spec.out_spatial[:-1]) * _blocks(spec, picks) * picks.parallel_ow
         idle = ceildiv(tasks, target.cores) * target.cores / max(1, tasks)
-        seconds = _cycles(spec, target, picks) * idle * 2 * target.lanes / target.peak_flops
-        return float(seconds + (spec.bytes["src"] + 2 * spec.bytes["dst"]) / (target.cores * BYTES_PER_SECOND))
+        core = core_of(target)
+        seconds = _cycles(spec, target, picks) * idle / (core.hertz * core.fmas * target.cores)
+        moved = spec.bytes["weights"] + spec.bytes["src"] + 2 * spec.bytes["dst"]
+        return float(seconds + moved / (core.hertz * core.memory * target.cores))
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, tile = Operands(spec), picks.tile_oc

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from tvm import te, tirx
@@ -194,16 +195,17 @@ def spread_parameters(block: Block, parameters: Mapping[str, Any], channel: Expr
     return {name: block.let(tirx.Broadcast(p[channel], lanes)) for name, p in given.items()}
 
 
-def _within(buffer: Any, index: Sequence[Expr], lanes: int, count: int, size: int | None = None) -> Expr:
+def _within(buffer: Any, index: Sequence[Expr], lanes: int, count: int, size: Expr | None = None) -> Expr:
     """The mask of those of the first ``count`` lanes that lie in the buffer's last axis, or in its first ``size``."""
     ramp = tirx.Ramp(index[-1], tirx.const(1, "int32"), lanes)
-    end = tirx.Broadcast(tirx.const(int(buffer.shape[-1]) if size is None else size, "int32"), lanes)
+    size = int(buffer.shape[-1]) if size is None else size
+    end = tirx.Broadcast(tirx.const(size, "int32") if isinstance(size, int) else size, lanes)
     mask = tirx.And(ramp >= tirx.Broadcast(tirx.const(0, "int32"), lanes), ramp < end)
     return mask if count >= lanes else tirx.And(mask, _first(count, lanes))
 
 
 def load_within(
-    buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int, *, size: int | None = None
+    buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int, *, size: Expr | None = None
 ) -> Expr:
     """As :func:`load`, from an ``index`` that may lie anywhere along the last axis; zeros outside it.
 
@@ -213,9 +215,13 @@ def load_within(
     return widen(_masked_load(buffer, dtype, index, lanes, mask), dtype, lanes)
 
 
-def store_within(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: int, count: int) -> Any:
-    """The statement that writes those of the first ``count`` lanes that lie in the buffer's last axis."""
-    return _masked_store(buffer, index, narrow(value, dtype, lanes), _within(buffer, index, lanes, count))
+def store_within(
+    buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: int, count: int, *, size: Expr | None = None
+) -> Any:
+    """The statement that writes those of the first ``count`` lanes that lie in the buffer's last axis, or in its first
+    ``size``.
+    """
+    return _masked_store(buffer, index, narrow(value, dtype, lanes), _within(buffer, index, lanes, count, size))
 
 
 def finish(
@@ -229,14 +235,15 @@ def finish(
     count: int,
     *,
     within: bool = False,
+    size: Expr | None = None,
     **given: Expr,
 ) -> None:
     """The epilogue of a vector of sums, and its store in the first ``count`` elements of dst from ``place`` on.
 
     ``given`` is the bias, slope and scale there are, as vectors. ``within``: ``place`` may lie anywhere along the last
-    axis.
+    axis; only what lies in it is stored, or in its first ``size``.
     """
-    read, write = (load_within, store_within) if within else (load, store)
+    read, write = (partial(load_within, size=size), partial(store_within, size=size)) if within else (load, store)
     more = None if residual is None else read(residual, spec.dtype, place, lanes, count)
     result = epilogue(spec, value, residual=more, **given, lanes=lanes)
     block.add(write(dst, spec.dtype, place, result, lanes, count))

@@ -61,6 +61,9 @@ SMOKE = [
     "convtranspose2d n1 ic5 oc18 i4x5 k4x4 s2 p1 relu f16",
     "convtranspose1d n1 ic6 oc10 g2 i150 k7 s3 p2 prelu",  # edges and a middle
     "convtranspose2d n4 ic9 oc5 i1x1 k4x3 s1 p0x1_0 residual relu bf16",  # one input pixel
+    "convtranspose2d n1 ic6 oc34 i5x7 k5x4 s3x2 p1 op1x0 d1x3 prelu",  # phases with more taps, with fewer and with none
+    "convtranspose1d n1 ic9 oc3 i45 k8 s4 p2 tanh nhwc f16",  # phases and channels in the lanes
+    "convtranspose3d n1 ic6 oc4 g2 i2x3x9 k1x3x4 s1x2x2 p0x1x1 residual",
     "conv2d n1 ic32 oc64 g2 i9x18 k3x3 s1 p1 residual relu",
     "conv2d n2 ic48 oc48 g3 i5x11 k5x4 s1 p2_3x1 prelu f16",
     "conv2d n1 ic32 oc32 g2 i12x19 k3x3 s2 p1x0_1 gelu nobias",

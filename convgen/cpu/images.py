@@ -1,0 +1,103 @@
+"""Images in memory: any layout as blocks of channels, and a task's own copy of the rows that it reads.
+
+Spatial axes are always three here, those that a tensor lacks of size 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+
+from ..lowering.compute import Expr, round_up
+from ..problem.layout import Blocks
+from ..problem.spec import ConvSpec
+from .vector import Block, load_within, store, zeros
+
+
+@dataclass(frozen=True)
+class Images:
+    """How a tensor of images lies in memory.
+
+    Attributes:
+        layout: its name in a spec.
+        size: planes, rows and columns.
+        rank: how many of these axes the tensor has, the last ones.
+    """
+
+    layout: str
+    channels: int
+    size: tuple[int, ...]
+    rank: int
+
+    @property
+    def block(self) -> int:
+        """Channels that lie innermost: one in NCHW, all in NHWC."""
+        return Blocks(self.layout, self.channels).size
+
+    def place(self, image: Expr, block: Expr, pixel: Sequence[Expr], at: Expr) -> list[Expr]:
+        """The index of number ``at`` of a row of a block of channels, the row of a ``pixel``."""
+        plane_line = pixel[3 - self.rank : 2]
+        if self.layout == "nchw":
+            return [image, block, *plane_line, at]
+        return [image, *([] if self.layout == "nhwc" else [block]), *plane_line, 0, at]
+
+    def element(self, image: Expr, channel: Expr, pixel: Sequence[Expr]) -> list[Expr]:
+        """The index of a channel of a pixel."""
+        where = pixel[3 - self.rank :]
+        if self.layout == "nchw":
+            return [image, channel, *where]
+        if self.layout == "nhwc":
+            return [image, *where, channel]
+        return [image, channel // self.block, *where, channel % self.block]
+
+    def copied(
+        self,
+        body: Block,
+        tensor: Any,
+        dtype: str,
+        image: Expr,
+        corner: Sequence[Expr],
+        extent: Sequence[int],
+        lanes: int,
+    ) -> tirx.Buffer:
+        """A copy in f32 of an ``extent`` of an image from the pixel ``corner`` on, with zeros outside the image.
+
+        ``[plane, line, block of channels, column and channel]``.
+        """
+        planes, lines, columns = extent
+        width, blocks = round_up(columns * self.block, lanes), self.channels // self.block
+        panel = body.buffer((planes, lines, blocks, width))
+        with body.loop(planes) as (plane, z), plane.loop(lines) as (line, y):
+            source = [line.let(c + i) for c, i in zip(corner, (z, y), strict=False)]
+            inside = tirx.all(*(c for i, size in zip(source, self.size, strict=False) for c in (i >= 0, i < size)))
+            for condition, stored in ((inside, True), (tirx.Not(inside), False)):
+                with (
+                    line.when(condition) as case,
+                    case.loop(blocks) as (one, block),
+                    one.loop(width // lanes) as (step, i),
+                ):
+                    value = zeros(lanes)
+                    if stored:
+                        at = step.let(corner[2] * self.block + i * lanes)
+                        place = self.place(image, block, [*source, 0], at)
+                        value = load_within(tensor, dtype, place, lanes, lanes, size=self.size[2] * self.block)
+                    step.add(store(panel, "f32", [z, y, block, i * lanes], value, lanes, lanes))
+        return panel
+
+
+def three(values: Sequence[int], fill: int = 1) -> tuple[int, ...]:
+    """Values of the last axes, as of three."""
+    return (fill,) * (3 - len(values)) + tuple(values)
+
+
+def src_images(spec: ConvSpec) -> Images:
+    """How src lies."""
+    return Images(spec.layout, spec.ic, three(spec.in_spatial), spec.rank)
+
+
+def dst_images(spec: ConvSpec) -> Images:
+    """How dst lies, and the residual."""
+    return Images(spec.dst_layout, spec.oc, three(spec.out_spatial), spec.rank)
