@@ -41,6 +41,10 @@ BLOCKS, PARTS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 3, 4, 6, 8, 12, 16)
 
 class CpuTransposed(Written):
     id, version = "cpu_transposed", 4
+    merged = ("cpu_transposed_pixel",)
+
+    def takes_layouts(self, src: str, dst: str) -> bool:
+        return True
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cpu", "needs a CPU")
@@ -48,6 +52,8 @@ class CpuTransposed(Written):
         layout, whole = geometry_of(spec, False).dst.layout, spec.oc // spec.groups % target.lanes == 0
         lie = spec.groups == 1 or whole or layout in ("nchw", "nhwc")
         require(lie, f"needs groups of multiples of {target.lanes} output channels in blocks of channels")
+        own = spec.ic // spec.groups
+        require(spec.src_blocks.is_plain or own % spec.src_blocks.size == 0, "needs groups of whole blocks of channels")
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
         lanes, g = target.lanes, geometry_of(spec, False)
