@@ -2,29 +2,26 @@
 
 Applies to  dense convolutions with small kernels, strided or dilated, and strided transposed ones:
             3×3 at stride 1 and 2, 2×2, 5×5, 1×7, 1-D k3, 3-D with a 3×3 plane (the depth stays
-            direct), transposed 4×4 at stride 2. NCHW and NHWC.
+            direct), transposed 4×4 at stride 2. Any layout.
 Strategy    F(m, r) along the last one or two axes (Lavin & Gray, CVPR 2016): of m + r - 1 inputs
             make m outputs of an r-tap kernel with m + r - 1 products instead of m·r. At stride s an
             axis' input falls into s phases, each under every s-th tap at stride 1: F(m, ⌈r/s⌉) each,
             and the sum of all. In a transposed convolution it is the output that falls into phases.
             Either way it is one bilinear algorithm, y = Aᵀ[(G g) · (Bᵀ d)], for the steps below.
-            1. Pack weights transformed, as [position][oc/t][ic][t].
-            2. A task is a block of rows of tiles. Copy its input with its padding, line by line, and
-               transpose that in registers into [ic/16][row][col][16]; transform it along each axis with
-               channels in the lanes.
-            3. One matrix product per transformed position: a tile of `tile_px` tiles × `tile_oc`
-               channels in registers, ic innermost.
-            4. Transform back with channels in the lanes, along the rows as soon as a column of positions
-               is there; bias, residual, activation, store.
-            5. `parallel="oc"`: with few tiles the input is transformed first, in parallel over ic,
-               and the products are parallel over channel blocks.
+            1. Pack weights transformed, as [oc/t][position][taps of the depth][ic][t]: in the order of their use.
+            2. A task is a block of rows of tiles (in 1-D of tiles; in 3-D of so many planes). A vector of its channels
+               at a time, copy its input with its padding, NCHW transposed in registers, to [line][column][lanes];
+               transform it along the columns, then the rows, to [position][tile][ic].
+            3. Per block of `tile_oc` channels and position, products: `tile_px` tiles × `tile_oc` channels in
+               registers, ic innermost, while the next position's weights are fetched into the L2 cache.
+            4. Transform back a tile at a time, channels in the lanes; bias, residual, activation, store. NCHW: through
+               the block's plane of pixels, transposed in registers.
+            5. `parallel="oc"`: with few tiles the input is transformed first, in parallel over ic, and the products
+               are parallel over channel blocks, so that weights are shared out.
 Accuracy    falls with m. On data of one scale the error stays within a quarter of the bound of `standard` up to
             m = 4; m > 4 needs `relaxed`. A pixel that is much larger than others costs its tile their precision.
 Why not     small planes with many channels: the transformed weights are several times larger, and all
             of them are read for a few tiles. Kernels no larger than their stride: no gain.
-
-This file is long because a schedule is one file: it has a page for each of the expressions, the loops, the tiles of an
-axis, and the prediction.
 """
 
 from __future__ import annotations
@@ -32,673 +29,559 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import lru_cache
+from typing import NamedTuple
 
 from tvm import te, tirx
-from tvm.s_tir import TensorIntrin
-from tvm.script import tirx as script
 
-from convgen.cpu.vector import Block, interleave
-from convgen.hardware.target import Target
-from convgen.lowering.compute import (
-    ACCUMULATOR,
-    Expr,
-    Index,
-    Operands,
-    ceildiv,
-    copied,
-    dst_loops,
-    epilogue,
-    finished,
-    flat,
-    partition_edges,
-    read_whole,
-    round_up,
-    row_times,
-    unflat,
-    vectorize_finished,
+from convgen.cpu.model import Counts, Stream, Work, core_of
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Ahead, Even, most_pixels, multiply, steps
+from convgen.cpu.vector import (
+    Block,
+    finish,
+    interleave,
+    load,
+    load_parameters,
+    load_within,
+    meeting,
+    spread_parameters,
+    store,
+    written,
+    zeros,
 )
-from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Scheduled, Space, require
-from convgen.lowering.winograd import admitted, magnitudes, phases, strided, transposed
+from convgen.cpu.winograd import (
+    NO_AXIS,
+    Axis,
+    covered,
+    operations,
+    outputs_of,
+    tile_sizes,
+    transformed,
+    transformed_axes,
+    transformed_axis,
+)
+from convgen.hardware.target import Target
+from convgen.lowering.compute import Expr, Operands, ceildiv, copied, round_up, row_times, unflat
+from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, Written, busiest, require
+from convgen.lowering.winograd import magnitudes
 from convgen.problem.spec import ConvSpec
 
-#: Products per output, against the taps, that a transform must save to be worth its passes.
-MOST_PRODUCTS = 0.85
-#: Products per tile and axis: code is written out for all of them.
-MOST_POSITIONS = 16
-#: Tiles of a register tile.
-PIXELS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16)
-
-# Seconds per gigabyte that one core moves, beyond what the products take; fitted to measurements of 14 layers on Zen 4.
-#: Weights that come from the shared cache, and what is added where they come from memory.
-WEIGHTS_FROM_L3 = 0.0045
-WEIGHTS_FROM_MEMORY = 0.012
-#: Transformed input that outgrows a core's cache: every block of channels reads it from the shared one.
-TRANSFORMED_FROM_L3 = 0.01
-#: Transformed input that other cores made and that outgrows a core's cache.
-TRANSFORMED_ELSEWHERE = 0.05
-#: The passes: the input's transform, its copy and transposition, the output's transform, and the store.
-TRANSFORM = 0.01
-COPY = 0.027
-BACK = 0.043
-STORE = 0.25
+#: Rows of tiles of a block, in 1-D its tiles; planes of a block.
+ROWS, TILES, PLANES = (1, 2, 4, 7, 8, 14), (1, 2, 4, 7, 14, 28, 56, 112, 224), (1, 2, 4)
 
 
-class CpuWinograd(Scheduled):
-    id, version = "cpu_winograd", 4
+class CpuWinograd(Written):
+    id, version = "cpu_winograd", 5
     transforms = True
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         lanes = target.lanes
         require(target.kind == "cpu", "needs a CPU")
         require(spec.groups == 1, "needs groups 1")
-        axes = _axes(spec)
+        axes = transformed_axes(spec)
         require(all(1 in (spec.stride[a], spec.dilation[a]) for a in axes), "dilated and strided")
         if spec.transposed:
             require(spec.rank <= 2, "needs at most two axes where transposed")
             require(all(d == 1 for d in spec.dilation), "needs dilation 1 where transposed")
-        require(bool(_tiles(spec)), f"no transform of an axis saves enough products at accuracy {spec.accuracy}")
+        require(bool(tile_sizes(spec)), f"no transform of an axis saves enough products at accuracy {spec.accuracy}")
         # Where a window lies in nothing but padding the exact result admits no error; a transform has one.
-        require(all(_covered(spec, a) for a in axes), "needs windows with half of their taps inside the input")
+        require(all(covered(spec, a) for a in axes), "needs windows with half of their taps inside the input")
         require(spec.ic >= lanes and spec.oc >= lanes, f"needs at least {lanes} input and output channels")
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
         lanes = target.lanes
-        tiles = _tiles(spec)
+        tiles = tile_sizes(spec)
         return Space(
             tile=tiles,
             tile_oc=[lanes * v for v in (1, 2, 3, 4) if v == 1 or lanes * (v - 1) < spec.oc],
-            tile_px=list(PIXELS),
+            tile_px=list(range(1, 15)),
             block_rows=sorted({b for m in tiles for b in _blocks(spec, m)}),
+            block_planes=[p for p in PLANES if p == 1 or (spec.rank > 2 and p <= spec.out_spatial[0])],
             parallel=["rows", "oc"],
         )
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        most = target.most_pixels(picks.tile_oc // target.lanes)
+        most = most_pixels(target, picks.tile_oc // target.lanes)
         require(picks.tile_px <= most, f"{picks.tile_px} tiles in a register tile, registers for {most}")
-        g = _Geometry(spec, picks)
-        require(picks.block_rows * g.rows.period <= g.rows.tiles, "block_rows exceeds the rows of tiles")
-        require(picks.tile_px <= g.block_tiles, "fewer tiles in a block than tile_px")
+        g = _Geometry(spec, target, picks)
+        require(picks.block_rows <= g.blocked.groups, "block_rows exceeds the rows of tiles")
+        require(picks.tile_px <= g.most_tiles, "fewer tiles in a block than tile_px")
 
     def default(self, spec: ConvSpec, target: Target) -> Picks:
-        return min(_defaults(spec, target), key=lambda picks: _seconds(spec, target, picks))
+        return _default(self, spec, target)
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
-        return _seconds(spec, target, self.default(spec, target))
+        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
 
     def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
-        return magnitudes(spec, src, weights, {axis: _tile(spec, axis, picks.tile) for axis in _axes(spec)})
+        tiles = {axis: outputs_of(spec, axis, picks.tile) for axis in transformed_axes(spec)}
+        return magnitudes(spec, src, weights, tiles)
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
-        steps = _Steps(spec, target.lanes, picks)
-        ops = steps.ops
-        packed = [steps.packed_weights()]
-        packed += [copied(p, steps.oc_blocks * picks.tile_oc) for p in ops.parameters[1:]]
-        weights, *vectors = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
-        sums = steps.products(steps.transformed(steps.gathered()), weights)
-        dst = steps.stored(steps.transformed_back(sums), vectors)
-        return Program(pack=ops.pack(*packed), main=ops.main([weights, *vectors], dst))
+        ops, g = Operands(spec), _Geometry(spec, target, picks)
 
-    def apply(self, sch: Any, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        lanes, g = target.lanes, _Geometry(spec, picks)
-        if not g.two_passes:
-            sch.compute_inline(sch.get_sblock("vertical"))
-            sch.compute_inline(sch.get_sblock("back_vertical"))
-        task, channel_block = _split_dst(sch, spec, picks, g)
-        if not spec.residual and spec.activation_op.costly:
-            vectorize_finished(sch, channel_block, lanes)
-        column = _schedule_back(sch, picks, g, lanes, channel_block)
-        _schedule_products(sch, picks, g, lanes, column)
-        _schedule_input(sch, spec, g, lanes, task)
+        def statement(
+            src: tirx.Buffer, residual: tirx.Buffer, parameters: dict[str, tirx.Buffer], dst: tirx.Buffer
+        ) -> tirx.Stmt:
+            weights = parameters.pop("weights")
+            return _Kernel(spec, g, picks, target.lanes, src, weights, residual, parameters, dst).statement()
 
+        return written(ops, [_packed_weights(ops, g, picks), *map(copied, ops.parameters[1:])], statement)
 
-class _Steps:
-    """The tensor expressions of a candidate, a step per method."""
 
-    def __init__(self, spec: ConvSpec, lanes: int, picks: Picks) -> None:
-        self.spec, self.ops, self.geometry = spec, Operands(spec), _Geometry(spec, picks)
-        self.lanes, self.tile_oc = lanes, picks.tile_oc
-        self.ic_blocks, self.oc_blocks = ceildiv(spec.ic, lanes), ceildiv(spec.oc, picks.tile_oc)
-        self.zero = tirx.const(0, ACCUMULATOR)
+def _packed_weights(ops: Operands, g: _Geometry, picks: Picks) -> te.Tensor:
+    """Transformed weights ``[oc/t][position][taps of the depth][ic][t]``, zeros past the last channel."""
+    spec, axes = ops.spec, [g.rows, g.columns][-len(transformed_axes(ops.spec)) :]
+    direct = spec.kernel[: -len(axes)]
 
-    def packed_weights(self) -> te.Tensor:
-        """Transformed weights ``[position][direct taps][oc/t][ic][t]``, zeros past the last channels."""
-        spec, g = self.spec, self.geometry
+    def taps_of(oc: Expr, ic: Expr, *taps: Expr) -> Expr:
+        return ops.weights[(ic, oc, *taps) if spec.transposed else (oc, ic, *taps)]
 
-        def taps_of(oc: Expr, ic: Expr, *taps: Expr) -> Expr:
-            return self.ops.weights[(ic, oc, *taps) if spec.transposed else (oc, ic, *taps)]
+    read: Callable[..., Expr] = taps_of
+    for i, axis in enumerate(axes):
+        done, left = [a.positions for a in axes[: i + 1]], spec.kernel[len(direct) + i + 1 :]
+        read = _transformed_taps(read, axis, (spec.oc, spec.ic, *direct, *done, *left), 2 + len(direct) + i)
 
-        transformed: Any = taps_of
-        for axis in range(len(g.axes)):
-            transformed = self._transformed_weights(axis, transformed)
-        positions = [axis.positions for axis in g.axes]
+    def packed(b: Expr, position: Expr, tap: Expr, ic: Expr, lane: Expr) -> Expr:
+        oc = b * picks.tile_oc + lane
+        index = (oc, ic, *unflat(tap, direct), *unflat(position, [a.positions for a in axes]))
+        return tirx.if_then_else(oc < spec.oc, read(*index), tirx.const(0, "float32"))
 
-        def value(position: Expr, tap: Expr, b: Expr, ic: Expr, lane: Expr) -> Expr:
-            oc = b * self.tile_oc + lane
-            inside = tirx.all(oc < spec.oc, ic < spec.ic)
-            index = (oc, ic, *unflat(tap, g.direct), *unflat(position, positions))
-            return tirx.if_then_else(inside, transformed(*index), self.zero)
+    shape = (ceildiv(spec.oc, picks.tile_oc), g.positions, math.prod(direct), spec.ic, picks.tile_oc)
+    return te.compute(shape, packed, name="weights_packed")
 
-        shape = (g.positions, math.prod(g.direct), self.oc_blocks, self.ic_blocks * self.lanes, self.tile_oc)
-        return te.compute(shape, value, name="weights_packed")
 
-    def _transformed_weights(self, axis: int, read: Callable[..., Expr]) -> te.Tensor:
-        """One more axis transformed: ``[oc][ic][direct taps][positions of axes so far][taps of the others]``."""
-        spec, g = self.spec, self.geometry
-        done = [a.positions for a in g.axes[: axis + 1]]
-        shape = (spec.oc, spec.ic, *g.direct, *done, *spec.kernel[len(g.direct) + axis + 1 :])
-        at = 2 + len(g.direct) + axis
+def _transformed_taps(read: Callable[..., Expr], axis: Axis, shape: Sequence[int], at: int) -> te.Tensor:
+    """One more axis transformed: positions in place of taps, at a place of the index."""
 
-        def value(*index: Expr) -> Expr:
-            return row_times(g.axes[axis].weights, index[at], lambda k: read(*index[:at], k, *index[at + 1 :]))
+    def value(*index: Expr) -> Expr:
+        return row_times(axis.weights, index[at], lambda k: read(*index[:at], k, *index[at + 1 :]))
 
-        return te.compute(shape, value, name=f"weights_{axis}")
+    return te.compute(shape, value, name=f"weights_{at}")
 
-    def gathered(self) -> te.Tensor:
-        """The input of a block of rows of tiles with its padding, ``[…][block][ic/lanes][line][place][lane]``.
 
-        A line runs along the columns, in 1-D along the rows. Where it is read ``by_lines``, places are
-        ``[group][lane]``, and a tensor ``padded`` comes first, with pixels in the lanes.
-        """
-        g, lanes = self.geometry, self.lanes
-        shape = (self.spec.n, *g.outer_in, g.blocks, self.ic_blocks, g.lines)
-        if not g.by_lines:
-            return te.compute(
-                (*shape, g.length, lanes), lambda *index: self._read(index[:-5], index[-5:]), name="gathered"
-            )
-        padded = te.compute(
-            (*shape, lanes, round_up(g.length, lanes)),
-            lambda *index: self._read(index[:-5], [*index[-5:-2], index[-1], index[-2]]),
-            name="padded",
-        )
-
-        def transposed_line(*index: Expr) -> Expr:
-            *at, group, place, lane = index
-            return padded[(*at, lane, group * lanes + place)]
-
-        return te.compute((*shape, ceildiv(g.length, lanes), lanes, lanes), transposed_line, name="gathered")
-
-    def _read(self, outer: Index, index: Index) -> Expr:
-        """The element of src at ``[block, ic/lanes, line, place, lane]``; zero in padding and past the last channel."""
-        block, ic_block, line, place, lane = index
-        spec, g, rows = self.spec, self.geometry, self.geometry.rows
-        n, depth = outer[0], [p - begin for p, (begin, _) in zip(outer[1:], spec.padding, strict=False)]
-        row, column = (line, place) if len(g.axes) == 2 else (place, line)
-        plane = [rows.first + block * g.block_rows * rows.period * rows.step + row, g.columns.first + column]
-        ic = ic_block * self.lanes + lane
-        value = self.ops.read_src(n, ic, [*depth, *plane[: len(g.axes)]], always=True)
-        return value if spec.ic % self.lanes == 0 else tirx.if_then_else(ic < spec.ic, value, self.zero)
-
-    def transformed(self, gathered: te.Tensor) -> te.Tensor:
-        """The transformed input, ``[…][block][position][ic/lanes][tile][lane]``: along the rows first."""
-        g, lanes, rows, columns = self.geometry, self.lanes, self.geometry.rows, self.geometry.columns
-
-        def pixel(outer: Index, row: Expr, column: Expr, lane: Expr) -> Expr:
-            line, place = (row, column) if len(g.axes) == 2 else (0, row)
-            if not g.by_lines:
-                return gathered[(*outer, line, place, lane)]
-            index = (*outer, line, tirx.floordiv(place, lanes), tirx.floormod(place, lanes), lane)
-            # The intrinsic transposes whole groups; scheduling would trim a single group to the places that are read.
-            return read_whole(gathered, index, [-2]) if g.length < lanes else gathered[index]
-
-        def vertical_value(*index: Expr) -> Expr:
-            *outer, i, row, column, lane = index
-            return row_times(rows.inputs, i, lambda k: pixel(outer, rows.input(row, k), column, lane))
-
-        batch = (self.spec.n, *g.outer_in, g.blocks)
-        reach = columns.reach(columns.tiles)
-        shape = (*batch, self.ic_blocks, rows.positions, g.block_rows * rows.period, reach, lanes)
-        vertical = te.compute(shape, vertical_value, name="vertical")
-
-        def value(*index: Expr) -> Expr:
-            *outer, position, ic_block, tile, lane = index
-            row, column = tirx.floordiv(tile, columns.tiles), tirx.floormod(tile, columns.tiles)
-            i, j = tirx.floordiv(position, columns.positions), tirx.floormod(position, columns.positions)
-            return row_times(
-                columns.inputs, j, lambda k: vertical[(*outer, ic_block, i, row, columns.input(column, k), lane)]
-            )
-
-        shape = (*batch, g.positions, self.ic_blocks, g.block_tiles, lanes)
-        return te.compute(shape, value, name="transformed")
-
-    def products(self, transformed: te.Tensor, weights: te.Tensor) -> te.Tensor:
-        """A matrix product per position, ``[…][block][oc/t][position of rows][position of columns][tile][t]``."""
-        spec, g, lanes = self.spec, self.geometry, self.lanes
-        ic_block = te.reduce_axis((0, self.ic_blocks), "cb")
-        ic_lane = te.reduce_axis((0, lanes), "cl")
-        met = [te.reduce_axis((0, k), f"k{axis}") for axis, k in enumerate(g.met)]
-
-        def value(*index: Expr) -> Expr:
-            n, *rest = index
-            depth, (block, oc_block, i, j, tile, lane) = rest[: len(g.outer)], rest[len(g.outer) :]
-            taps = [_first_met(spec, axis, p) + k for axis, (p, k) in enumerate(zip(depth, met, strict=True))]
-            depth_in = [p * s + k * d for p, k, s, d in zip(depth, taps, spec.stride, spec.dilation, strict=False)]
-            position = i * g.columns.positions + j
-            source = transformed[(n, *depth_in, block, position, ic_block, tile, ic_lane)]
-            weight = weights[position, flat(taps, g.direct), oc_block, ic_block * lanes + ic_lane, lane]
-            return te.sum(source * weight, [*met, ic_block, ic_lane])
-
-        shape = (*self._blocks_out, g.rows.positions, g.columns.positions, g.block_tiles, self.tile_oc)
-        return te.compute(shape, value, name="acc")
-
-    @property
-    def _blocks_out(self) -> tuple[int, ...]:
-        """The leading dimensions of what comes after the products."""
-        return (self.spec.n, *self.geometry.outer, self.geometry.blocks, self.oc_blocks)
-
-    def transformed_back(self, sums: te.Tensor) -> te.Tensor:
-        """Outputs of tiles, ``[…][block][oc/t][row of a tile][column of a tile][tile][t]``: along the rows first."""
-        g, rows, columns = self.geometry, self.geometry.rows, self.geometry.columns
-
-        def vertical_value(*index: Expr) -> Expr:
-            *outer, p, j, tile, lane = index
-            return row_times(rows.back, p, lambda k: sums[(*outer, k, j, tile, lane)])
-
-        shape = (*self._blocks_out, rows.outputs, columns.positions, g.block_tiles, self.tile_oc)
-        vertical = te.compute(shape, vertical_value, name="back_vertical")
-
-        def value(*index: Expr) -> Expr:
-            *outer, p, q, tile, lane = index
-            return row_times(columns.back, q, lambda k: vertical[(*outer, p, k, tile, lane)])
-
-        shape = (*self._blocks_out, rows.outputs, columns.outputs, g.block_tiles, self.tile_oc)
-        return te.compute(shape, value, name="back")
-
-    def stored(self, outputs: te.Tensor, vectors: Sequence[te.Tensor]) -> te.Tensor:
-        """dst with the epilogue; ``vectors`` are the packed parameters of channels."""
-        spec, ops, g, tile_oc = self.spec, self.ops, self.geometry, self.tile_oc
-        sums, is_finished = finished(ops, outputs, vectors, lambda index: index[-5] * tile_oc + index[-1])
-
-        def value(n: Expr, oc: Expr, pixel: Index) -> Expr:
-            depth, plane = pixel[: len(g.outer)], pixel[len(g.outer) :]
-            block, inner = tirx.floordiv(plane[0], g.block_pixels), tirx.floormod(plane[0], g.block_pixels)
-            row, p = g.rows.locate(inner)
-            column, q = g.columns.locate(plane[1]) if len(g.axes) == 2 else (0, 0)
-            tile = row * g.columns.tiles + column
-            total = sums[(n, *depth, block, tirx.floordiv(oc, tile_oc), p, q, tile, tirx.floormod(oc, tile_oc))]
-            residual = ops.residual[ops.order(n, oc, pixel)] if ops.residual else None
-            if is_finished:
-                return total
-            return epilogue(spec, total, residual=residual, **ops.per_channel(vectors, oc))
-
-        return ops.store(value)
-
-
-def _split_dst(sch: Any, spec: ConvSpec, picks: Picks, g: _Geometry) -> tuple[Any, Any]:
-    """Split dst's loops into tasks and blocks of channels.
-
-    Returns the loop over tasks, under which the input is transformed, and the loop over blocks of channels. Where
-    both are parallel, ``parallel="oc"``, the first is None: the input is transformed before.
-    """
-    n, spatial, oc = dst_loops(sch, spec)
-    depth, plane = spatial[: len(g.outer)], spatial[len(g.outer) :]
-    channel_block, channel = sch.split(oc, [None, picks.tile_oc])
-    block, first = sch.split(plane[0], [None, g.block_pixels])
-    pixels = [first, *plane[1:]]
-    inner = [channel, *pixels] if spec.layout == "nchw" else [*pixels, channel]
-    sch.reorder(n, *depth, block, channel_block, *inner)
-    task = sch.fuse(n, *depth, block)
-    if picks.parallel == "rows":
-        sch.parallel(task)
-    else:
-        task, channel_block = None, sch.fuse(task, channel_block)
-        sch.parallel(channel_block)
-    if spec.layout == "nhwc" and spec.oc % picks.tile_oc == 0:
-        sch.vectorize(channel)
-    return task, channel_block
-
-
-def _unroll(sch: Any, block: Any, positions: Sequence[Any], channels: int, lanes: int) -> None:
-    """Of a transform's block: unroll the loops over positions, and vectorise the innermost one, over ``channels``."""
-    *_, lane = sch.get_loops(block)
-    if channels > lanes:
-        _, lane = sch.split(lane, [None, lanes])
-    sch.vectorize(lane)
-    for loop in positions:
-        sch.unroll(loop)
-
-
-def _schedule_back(sch: Any, picks: Picks, g: _Geometry, lanes: int, channel_block: Any) -> Any:
-    """Transform one block of channels back at a time. Returns the loop under which its products are to be made."""
-    back = sch.get_sblock("back")
-    sch.compute_at(back, channel_block, preserve_unit_loops=True)
-    p, q, tile, lane = sch.get_loops(back)[-4:]
-    sch.reorder(tile, p, q, lane)
-    _unroll(sch, back, [p, q], picks.tile_oc, lanes)
-    if not g.two_passes:
-        return channel_block
-    vertical = sch.get_sblock("back_vertical")
-    sch.compute_at(vertical, channel_block, preserve_unit_loops=True)
-    p, column, tile, lane = sch.get_loops(vertical)[-4:]
-    sch.reorder(column, tile, p, lane)
-    _unroll(sch, vertical, [p], picks.tile_oc, lanes)
-    return column  # of positions: transformed back while it is in the cache
-
-
-def _schedule_products(sch: Any, picks: Picks, g: _Geometry, lanes: int, column: Any) -> None:
-    """The matrix products of a pass of the loop ``column``, a tile in registers at a time."""
-    acc = sch.get_sblock("acc")
-    sch.compute_at(acc, column, preserve_unit_loops=True)
-    reductions = 2 + len(g.direct)
-    i, j, tile, channel, *reduce = sch.get_loops(acc)[-4 - reductions :]
-    tile_block, tile = sch.split(tile, [None, picks.tile_px])
-    vector, lane = sch.split(channel, [None, lanes])
-    sch.reorder(i, j, tile_block, *reduce, tile, vector, lane)
-    sch.vectorize(lane)
-    sch.unroll(vector)
-    sch.unroll(tile)
-    registers = sch.cache_write(acc, 0, "global")
-    sch.reverse_compute_at(registers, tile_block, preserve_unit_loops=True)
-    _, lane = sch.split(sch.get_loops(registers)[-1], [None, lanes])
-    sch.vectorize(lane)
-    sch.decompose_reduction(acc, reduce[0])
-
-
-def _schedule_input(sch: Any, spec: ConvSpec, g: _Geometry, lanes: int, task: Any) -> None:
-    """Gather and transform the input, a vector of channels at a time: under ``task``, or before all tasks if None."""
-    transformed, gathered = sch.get_sblock("transformed"), sch.get_sblock("gathered")
-    if task is not None:
-        sch.compute_at(transformed, task, preserve_unit_loops=True)
-    position, ic_block, tile, lane = sch.get_loops(transformed)[-4:]
-    row_tile, column_tile = sch.split(tile, [None, g.columns.tiles])
-    i, j = sch.split(position, [None, g.columns.positions])
-    if g.two_passes:
-        sch.reorder(ic_block, i, row_tile, column_tile, j, lane)
-    else:
-        sch.reorder(ic_block, row_tile, column_tile, i, j, lane)
-    if task is None:
-        ic_block = sch.fuse(*sch.get_loops(transformed)[:-5])
-        sch.parallel(ic_block)
-    _unroll(sch, transformed, [j] if g.two_passes else [i, j], lanes, lanes)
-    if g.two_passes:
-        vertical = sch.get_sblock("vertical")
-        sch.compute_at(vertical, ic_block, preserve_unit_loops=True)
-        i, row, column, lane = sch.get_loops(vertical)[-4:]
-        sch.reorder(row, column, i, lane)
-        _unroll(sch, vertical, [i], lanes, lanes)
-    sch.compute_at(gathered, ic_block, preserve_unit_loops=True)
-    if g.by_lines:
-        line, _, place, _ = sch.get_loops(gathered)[-4:]
-        padded = sch.get_sblock("padded")
-        sch.compute_at(padded, line, preserve_unit_loops=True)
-        if len(g.axes) == 2:  # in 1-D the edges move with the block
-            partition_edges(sch, sch.get_loops(padded)[-1])
-        sch.tensorize(place, _transposition(lanes))
-    elif spec.layout == "nhwc" and spec.ic % lanes == 0:
-        sch.vectorize(sch.get_loops(gathered)[-1])
-
-
-class _Script(Block):
-    """Statements of the function that is being parsed."""
-
-    def let(self, value: Expr) -> Expr:
-        return script.bind(value)
-
-
-@cache
-def _transposition(lanes: int) -> str:
-    """The name of the intrinsic that transposes ``lanes`` vectors, in registers."""
-    name = f"convgen.transposition_{lanes}"
-
-    def shuffled(a: Any, b: Any) -> None:
-        row = tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), lanes)
-        vectors = [tirx.BufferLoad(a, [tirx.const(i, "int32"), row]) for i in range(lanes)]
-        for i, vector in enumerate(interleave(_Script(), vectors, lanes)):
-            script.buffer_store(b, vector, [tirx.const(i, "int32"), row])
-
-    @script.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
-    def meaning(x: script.handle, y: script.handle) -> None:
-        stride = script.int32()
-        a = script.match_buffer(x, (lanes, lanes), "float32", strides=[stride, 1], offset_factor=1)
-        b = script.match_buffer(y, (lanes, lanes), "float32", offset_factor=1)
-        with script.sblock("root"):
-            script.reads(a[0:lanes, 0:lanes])
-            script.writes(b[0:lanes, 0:lanes])
-            for i, j in script.grid(lanes, lanes):
-                with script.sblock("element"):
-                    row, col = script.axis.remap("SS", [i, j])
-                    b[row, col] = a[col, row]
-
-    @script.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
-    def code(x: script.handle, y: script.handle) -> None:
-        stride = script.int32()
-        a = script.match_buffer(x, (lanes, lanes), "float32", strides=[stride, 1], offset_factor=1)
-        b = script.match_buffer(y, (lanes, lanes), "float32", offset_factor=1)
-        with script.sblock("root"):
-            script.reads(a[0:lanes, 0:lanes])
-            script.writes(b[0:lanes, 0:lanes])
-            shuffled(a, b)
-
-    TensorIntrin.register(name, meaning, code)
-    return name
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """A transformed axis: its bilinear algorithm, and where the tiles lie.
-
-    A tile makes ``outputs`` pixels of ``extent`` inputs with ``positions`` products. Under a dilation d
-    its pixels are d apart, and d tiles interleave: the ``period``.
-
-    Attributes:
-        back, weights, inputs: the matrices Aᵀ, G and Bᵀ.
-        first: the first input of the first tile.
-        step: inputs from a tile to the next.
-        period: tiles that interleave.
-        tiles: how many cover the output.
-    """
-
-    back: Sequence[Sequence[float]]
-    weights: Sequence[Sequence[float]]
-    inputs: Sequence[Sequence[float]]
-    first: int
-    step: int
-    period: int
-    tiles: int
-
-    @property
-    def outputs(self) -> int:
-        return len(self.back)
-
-    @property
-    def positions(self) -> int:
-        return len(self.inputs)
-
-    @property
-    def extent(self) -> int:
-        return len(self.inputs[0])
-
-    def input(self, tile: Expr, k: int) -> Expr:
-        """Where the k-th input of a tile is, counted from the first tile's first."""
-        if self.period == 1:
-            return tile * self.step + k
-        group, inner = tirx.floordiv(tile, self.period), tirx.floormod(tile, self.period)
-        return group * (self.step * self.period) + inner + k * self.period
-
-    def reach(self, tiles: int) -> int:
-        """Inputs of the first ``tiles`` tiles."""
-        groups = ceildiv(tiles, self.period)
-        return ((groups - 1) * self.step + self.extent) * self.period
-
-    def locate(self, pixel: Expr) -> tuple[Expr, Expr]:
-        """The tile of an output pixel, and its place there."""
-        if self.period == 1:
-            return tirx.floordiv(pixel, self.outputs), tirx.floormod(pixel, self.outputs)
-        size = self.outputs * self.period
-        tile = tirx.floordiv(pixel, size) * self.period + tirx.floormod(pixel, self.period)
-        return tile, tirx.floordiv(tirx.floormod(pixel, size), self.period)
-
-
-#: The second axis of a 1-D layer.
-_NO_AXIS = _Axis(back=[[1]], weights=[[1]], inputs=[[1]], first=0, step=1, period=1, tiles=1)
-
-
-def _transformed_axis(spec: ConvSpec, axis: int, m: int) -> _Axis:
-    """An axis of a layer in tiles of ``m`` outputs of a phase."""
-    kernel, stride, begin = spec.kernel[axis], spec.stride[axis], spec.padding[axis][0]
-    if spec.transposed:
-        *matrices, first = transposed(m, kernel, stride, begin)
-        step = m
-    else:
-        matrices, first, step = [*strided(m, kernel, stride)], -begin, m * stride
-    back, weights, inputs = ([[float(v) for v in row] for row in rows] for rows in matrices)
-    period = spec.dilation[axis] if kernel > 1 else 1
-    tiles = ceildiv(spec.out_spatial[axis], len(back) * period) * period
-    return _Axis(back, weights, inputs, first, step, period, tiles)
-
-
-class _Geometry:
-    """Sizes of a candidate: tiles per axis, blocks, positions. The depth of 3-D stays direct.
-
-    Attributes:
-        axes: the transformed axes. ``rows`` and ``columns`` are the same; 1-D layers have one column.
-        two_passes: whether both axes save products; where only one does, one pass transforms it.
-        outer, outer_in, direct: sizes of the other axes, of dst, of padded src, and of the kernel.
-        met: how many of the direct taps can meet the input at once: not all where it is shorter than the kernel.
-        positions: products of a tile.
-        block_rows, block_pixels, block_tiles: of a block, the rows of tiles (rows that interleave count as one), the
-            rows of dst, and the tiles.
-        blocks: how many blocks there are.
-        by_lines: whether the input is read along the pixels, and transposed, as channels lie far apart. Not in 3-D:
-            TVM 0.27 does not recognise the transposition under the overlapping windows of a depth.
-        lines, length: how many lines a block's input has, and how long they are.
-    """
-
-    def __init__(self, spec: ConvSpec, picks: Picks) -> None:
-        self.axes = [_transformed_axis(spec, axis, _tile(spec, axis, picks.tile)) for axis in _axes(spec)]
-        self.rows, self.columns = self.axes if len(self.axes) == 2 else (self.axes[0], _NO_AXIS)
-        self.two_passes = self.rows.positions > 1 and self.columns.positions > 1
-        count = len(self.axes)
-        self.outer, self.outer_in = spec.out_spatial[:-count], spec.padded_spatial[:-count]
-        self.direct = spec.kernel[:-count]
-        self.met = tuple(_met(spec, axis) for axis in range(len(self.direct)))
-        self.positions = self.rows.positions * self.columns.positions
-        self.block_rows = int(picks.block_rows)
-        tile_rows = self.block_rows * self.rows.period
-        self.block_pixels = tile_rows * self.rows.outputs
-        self.blocks = ceildiv(self.rows.tiles, tile_rows)
-        self.block_tiles = tile_rows * self.columns.tiles
-        self.by_lines = spec.layout == "nchw" and spec.rank <= 2
-        inputs = self.rows.reach(tile_rows), self.columns.reach(self.columns.tiles)
-        self.lines, self.length = inputs if count == 2 else inputs[::-1]
-
-
-def _axes(spec: ConvSpec) -> tuple[int, ...]:
-    """The axes that are transformed: the last two, in 1-D the only one."""
-    return tuple(range(spec.rank))[-2:]
-
-
-def _met(spec: ConvSpec, axis: int) -> int:
-    """How many taps of an axis meet the input at most, from :func:`_first_met` on."""
-    return min(spec.kernel[axis], spec.in_spatial[axis]) if spec.dilation[axis] == 1 else spec.kernel[axis]
-
-
-def _first_met(spec: ConvSpec, axis: int, pixel: Expr) -> Expr:
-    """The first of the taps of an axis that are multiplied, for an output pixel."""
-    spare = spec.kernel[axis] - _met(spec, axis)
-    if not spare:
-        return 0
-    return tirx.max(tirx.min(spec.padding[axis][0] - pixel * spec.stride[axis], spare), 0)
-
-
-def _tile(spec: ConvSpec, axis: int, m: int) -> int:
-    """Output pixels of a phase per tile: 1 along an axis where no transform saves products."""
-    return m if spec.kernel[axis] > spec.stride[axis] else 1
-
-
-def _tiles(spec: ConvSpec) -> list[int]:
-    """The tile sizes that the accuracy class admits and that save enough products."""
-    axes = _axes(spec)
-    of_axis = {a: phases(spec.kernel[a], spec.stride[a]) for a in axes}
-    sizes = []
-    for m in admitted(spec.accuracy, max(max(taps) for taps in of_axis.values())):
-        per_axis = {a: [_tile(spec, a, m) + taps - 1 for taps in of_axis[a]] for a in axes}
-        share = math.prod(sum(per_axis[a]) / (_tile(spec, a, m) * spec.kernel[a]) for a in axes)
-        if share <= MOST_PRODUCTS and all(sum(points) <= MOST_POSITIONS for points in per_axis.values()):
-            sizes.append(m)
-    return sizes
-
-
-def _covered(spec: ConvSpec, axis: int) -> bool:
-    """Whether the windows at the edges have half of their taps, or one less, inside the input."""
-    kernel, stride = spec.kernel[axis], spec.stride[axis]
-    begin, end = spec.padding[axis]
-    if not spec.transposed:
-        return 2 * max(begin, end) <= (kernel + 1) * spec.dilation[axis]
-    taps = ceildiv(kernel, stride)
-    inside = 1 + min(begin, end - spec.output_padding[axis]) // stride
-    return 2 * (taps - inside) <= taps + 1
+def _block(layout: str, channels: int) -> int:
+    """Channels that lie innermost."""
+    return {"nchw": 1, "nhwc": channels, "nchw8c": 8, "nchw16c": 16}[layout]
 
 
 def _blocks(spec: ConvSpec, m: int) -> list[int]:
     """Choices for the rows of tiles of a block; in 1-D, its tiles. Those that interleave count as one."""
-    first = _axes(spec)[0]
-    axis = _transformed_axis(spec, first, _tile(spec, first, m))
-    rows = axis.tiles // axis.period
-    sizes = (1, 2, 4, 7, 8, 14) if spec.rank > 1 else (1, 2, 4, 7, 14, 28, 56, 112, 224)
-    return sorted({b for b in sizes if b <= rows} | ({rows} if rows <= 14 else set()))
+    groups = transformed_axis(spec, transformed_axes(spec)[0], m).groups
+    return sorted({b for b in (ROWS if spec.rank > 1 else TILES) if b <= groups} | ({groups} if groups <= 14 else set()))
 
 
-def _defaults(spec: ConvSpec, target: Target) -> Iterator[Picks]:
-    """A few points worth comparing."""
-    lanes = target.lanes
-    widths = [1] if spec.oc <= lanes else [2] if target.fmas == 1 else [2, 3]
-    for m in _tiles(spec):
-        for block in _blocks(spec, m):
-            for vectors in widths:
-                base = Picks(tile=m, tile_oc=vectors * lanes, tile_px=1, block_rows=block, parallel="rows")
-                g = _Geometry(spec, base)
-                sizes = [p for p in PIXELS if p <= min(14, target.most_pixels(vectors), g.block_tiles)]
-                tile_px = min(sizes, key=lambda p: _product_cost(target, g.block_tiles, p, vectors))
-                for parallel in ("rows", "oc"):
-                    yield base.replace(tile_px=tile_px, parallel=parallel)
+class _Geometry:
+    """Sizes of a candidate. The depth of 3-D stays direct; layers without one have a single plane.
 
-
-def _product_cost(target: Target, tiles: int, tile_px: int, vectors: int) -> float:
-    """The time that a block's products take, as a multiple of their time at the nominal peak.
-
-    Weights are loaded for every register tile, and a last tile that is not full has conditions. On cores that begin two
-    FMAs a cycle fewer than eight sums do not hide the latency, and a tile that is not full costs as much as a full one.
+    Attributes:
+        rows, columns: the transformed axes.
+        blocked: that of them which is cut into blocks of so many ``groups``.
+        positions: products of a tile.
+        most_tiles: of a plane of a block.
+        lines, length: of the input of a plane of a block.
+        planes, planes_in: of dst and src. window: planes of src that a block reads.
+        channels: numbers from a tile's transformed input to the next one's. A power of two would put them in few sets
+            of the cache.
     """
-    parts = ceildiv(tiles, tile_px)
-    cost = 0.9 + 0.25 * parts / tiles
-    if target.fmas == 1:
-        return cost + (0.08 if tiles % tile_px else 0)
-    return (cost + parts * tile_px / tiles - 1) * max(1, 8 / (vectors * tile_px))
+
+    def __init__(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
+        axes = [transformed_axis(spec, axis, picks.tile) for axis in transformed_axes(spec)]
+        self.rows, self.columns = axes if len(axes) == 2 else (NO_AXIS, axes[0])
+        self.blocked = axes[0]
+        self.groups = Even(self.blocked.groups, picks.block_rows)
+        self.positions = self.rows.positions * self.columns.positions
+        of_rows, of_columns = (
+            self.groups.full if axis is self.blocked else axis.groups for axis in (self.rows, self.columns)
+        )
+        self.lines, self.length = self.rows.reach(of_rows), self.columns.reach(of_columns)
+        self.tile_columns = of_columns * self.columns.period
+        self.most_tiles = self.tiles(self.groups.full)
+        deep = spec.rank > 2
+        self.planes, self.planes_in = (spec.out_spatial[0], spec.in_spatial[0]) if deep else (1, 1)
+        self.depth = (spec.stride[0], spec.dilation[0], spec.padding[0][0], spec.kernel[0]) if deep else (1, 1, 0, 1)
+        self.plane_blocks = Even(self.planes, picks.block_planes)
+        stride, dilation, _, taps = self.depth
+        self.window = (self.plane_blocks.full - 1) * stride + (taps - 1) * dilation + 1
+        self.src_block = _block(spec.layout, spec.ic)
+        self.dst_block = _block(getattr(spec, "dst_layout", spec.layout), spec.oc)
+        self.channels = round_up(spec.ic, target.lanes) + target.lanes
+
+    def tiles(self, groups: int) -> int:
+        """Of a plane of a block of so many groups."""
+        return groups * self.blocked.period * (self.tile_columns if self.blocked is self.rows else 1)
+
+    def pixels(self, groups: int) -> int:
+        """Pixels of dst at most."""
+        return groups * self.blocked.period * self.blocked.outputs * (self.columns.size if self.blocked is self.rows else 1)
 
 
-def _seconds(spec: ConvSpec, target: Target, picks: Picks) -> float:
-    """Predicted seconds: the products against the nominal peak, and what is moved besides."""
-    g = _Geometry(spec, picks)
-    blocks = spec.n * math.prod(g.outer) * g.blocks
-    oc, direct = round_up(spec.oc, picks.tile_oc), math.prod(g.direct)
-    ic = round_up(spec.ic, target.lanes)
-    tiles, met = blocks * g.block_tiles, math.prod(g.met)
-    products = 2 * tiles * g.positions * met * ic * oc / (target.peak_flops / target.cores)
-    seconds = products * _product_cost(target, g.block_tiles, picks.tile_px, picks.tile_oc // target.lanes)
-    # Gigabytes of a float that every block moves. The nominal peak is of one FMA a cycle: in its units all else takes
-    # longer on a core that begins two.
-    gigabytes = 4e-9 * blocks * target.fmas
-    # Weights that outgrow a core's cache come from the shared one, again for every block; or from memory.
-    weights = g.positions * direct * ic * oc
-    if 4 * weights > target.l2 / 2:
-        seconds += WEIGHTS_FROM_L3 * gigabytes * weights
-    if 4 * weights > 0.75 * target.l3:
-        seconds += WEIGHTS_FROM_MEMORY * gigabytes * weights
-    gigabytes = 4e-9 * blocks * (1 if target.fmas == 1 else 1.6)
-    transformed = g.positions * g.block_tiles * ic
-    if 4 * transformed > 0.6 * target.l2:
-        seconds += TRANSFORMED_FROM_L3 * gigabytes * transformed * met * (oc // picks.tile_oc)
-    if picks.parallel == "rows":  # each task makes what it reads
-        made = met
-    else:  # made once, then read from the shared cache
-        made = 1
-        if 4 * transformed * blocks > target.l2:
-            seconds += TRANSFORMED_ELSEWHERE * gigabytes * transformed
-    seconds += TRANSFORM * gigabytes * made * transformed
-    seconds += COPY * gigabytes * made * g.lines * round_up(g.length, target.lanes) * ic
-    seconds += BACK * gigabytes * g.positions * g.block_tiles * oc
-    seconds += STORE * gigabytes * g.block_pixels * g.columns.tiles * g.columns.outputs * spec.oc
-    tasks = blocks * (oc // picks.tile_oc if picks.parallel == "oc" else 1)
-    return float(seconds * round_up(tasks, target.cores) / tasks / target.cores)
+# ---- the kernel -----------------------------------------------------------------------------------
+
+
+class _Task(NamedTuple):
+    """A block: its image; its planes of dst; its tiles of each, from a group on."""
+
+    image: Expr
+    plane: Expr
+    planes: Expr
+    block: Expr
+    group: Expr
+    groups: Expr
+
+
+class _Values(NamedTuple):
+    """Transformed input ``[image][block][plane][position][tile][ic]``, and where in it a task's is."""
+
+    buffer: tirx.Buffer
+    image: Expr
+    block: Expr
+    first_plane: Expr
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """The statements of the whole layer."""
+
+    spec: ConvSpec
+    g: _Geometry
+    picks: Picks
+    lanes: int
+    src: tirx.Buffer
+    weights: tirx.Buffer
+    residual: tirx.Buffer
+    parameters: dict[str, tirx.Buffer]
+    dst: tirx.Buffer
+
+    def statement(self) -> tirx.Stmt:
+        """One parallel region over tasks, or one for the input and one for the products."""
+        spec, g, whole = self.spec, self.g, Block()
+        vectors, oc_blocks = ceildiv(spec.ic, self.lanes), ceildiv(spec.oc, self.picks.tile_oc)
+        tasks, inner = (spec.n, g.plane_blocks.count, g.groups.count), (g.positions, g.most_tiles, g.channels)
+        if self.picks.parallel == "rows":
+            with whole.loop(math.prod(tasks), parallel=True) as (body, index):
+                task = self.task(body, *unflat(index, tasks))
+                stride, _, begin, _ = g.depth
+                values = _Values(body.buffer((1, 1, g.window, *inner)), 0, 0, body.let(task.plane * stride - begin))
+                scratch = self.input_scratch(body)
+                with body.loop(g.window) as (plane_body, z):
+                    plane = plane_body.let(values.first_plane + z)
+                    with plane_body.when(True if g.window == 1 else tirx.all(plane >= 0, plane < g.planes_in)) as inside:
+                        with inside.loop(vectors) as (part, c):
+                            self.input(part, task, values, plane, c, scratch)
+                sums, pixels = self.output_scratch(body)
+                with body.loop(oc_blocks) as (part, b):
+                    self.output(part, task, values, b, sums, pixels)
+            return whole.statement()
+        everything = whole.buffer((spec.n, g.groups.count, g.planes_in, *inner))
+        of_input = (spec.n, g.groups.count, g.planes_in, vectors)
+        with whole.loop(math.prod(of_input), parallel=True) as (body, index):
+            image, block, plane, c = map(body.let, unflat(index, of_input))
+            task = self.task(body, image, 0, block)
+            self.input(body, task, _Values(everything, image, block, 0), plane, c, self.input_scratch(body))
+        with whole.loop(oc_blocks * math.prod(tasks), parallel=True) as (body, index):
+            b, *where = unflat(index, (oc_blocks, *tasks))
+            task = self.task(body, *where)
+            values = _Values(everything, task.image, task.block, 0)
+            self.output(body, task, values, body.let(b), *self.output_scratch(body))
+        return whole.statement()
+
+    def task(self, body: Block, image: Expr, plane_block: Expr, block: Expr) -> _Task:
+        image, plane_block, block = map(body.let, (image, plane_block, block))
+        (plane, planes), (group, groups) = (
+            (body.let(e.start(i)), e.full if e.many == e.count else body.let(tirx.Select(i < e.many, e.full, e.full - 1)))
+            for e, i in ((self.g.plane_blocks, plane_block), (self.g.groups, block))
+        )
+        return _Task(image, plane, planes, block, group, groups)
+
+    def input_scratch(self, body: Block) -> tuple[tirx.Buffer, tirx.Buffer]:
+        """For a vector of channels: the input ``[line][column]``, and a row of tiles transformed along the columns."""
+        g, lanes = self.g, self.lanes
+        lines = body.buffer((g.lines, round_up(g.length, lanes), lanes))
+        return lines, body.buffer((g.length, g.rows.positions, lanes)) if g.rows is not NO_AXIS else None
+
+    def output_scratch(self, body: Block) -> tuple[tirx.Buffer, tirx.Buffer | None]:
+        """For a block of channels: sums ``[plane][position][tile][t]``; for NCHW, pixels ``[pixel][lane]``."""
+        g, lanes = self.g, self.lanes
+        sums = body.buffer((g.plane_blocks.full, g.positions, g.most_tiles, self.picks.tile_oc))
+        pixels = round_up(g.pixels(g.groups.full), lanes)
+        return sums, body.buffer((pixels, lanes)) if g.dst_block == 1 else None
+
+    def rows_columns(self, task: _Task) -> tuple[Expr, Expr, Expr, Expr]:
+        """A task's first row and column of tiles, and how many it has of each."""
+        g = self.g
+        first, count = task.group * g.blocked.period, task.groups * g.blocked.period
+        return (first, 0, count, g.tile_columns) if g.blocked is g.rows else (0, first, 1, count)
+
+    # ---- the input ----------------------------------------------------------------------------
+
+    def input(
+        self, body: Block, task: _Task, values: _Values, plane: Expr, c: Expr, scratch: tuple[tirx.Buffer, tirx.Buffer]
+    ) -> None:
+        """Transform the c-th vector of channels of a plane's block."""
+        g, lanes, (lines, half) = self.g, self.lanes, scratch
+        rows, columns = g.rows, g.columns
+        _, _, row_count, column_count = self.rows_columns(task)
+        rest = self.spec.ic % lanes
+        for case, channels in body.cases(c, self.spec.ic // lanes, lanes, rest):
+            self.gather(case, task, plane, c, channels, lines)
+        with body.loop(row_count) as (row_body, r):
+            if half is not None:
+                with row_body.loop(g.length) as (one, x):
+                    read = [one.let(load(lines, "f32", [rows.input(r, k), x, 0], lanes, lanes)) for k in range(rows.extent)]
+                    for i, value in enumerate(transformed(one, rows.inputs, read)):
+                        one.add(store(half, "f32", [x, i, 0], value, lanes, lanes))
+            with row_body.loop(rows.positions) as (i_body, i), i_body.loop(column_count) as (one, t):
+                places = [columns.input(t, k) for k in range(columns.extent)]
+                source = [(lines, [r, x, 0]) if half is None else (half, [x, i, 0]) for x in places]
+                read = [one.let(load(buffer, "f32", place, lanes, lanes)) for buffer, place in source]
+                index = [values.image, values.block, plane - values.first_plane]
+                for j, value in enumerate(transformed(one, columns.inputs, read)):
+                    place = [*index, i * columns.positions + j, r * g.tile_columns + t, c * lanes]
+                    one.add(store(values.buffer, "f32", place, value, lanes, lanes))
+
+    def gather(self, body: Block, task: _Task, plane: Expr, c: Expr, channels: int, lines: tirx.Buffer) -> None:
+        """Copy a block's input of a vector of ``channels`` channels, with zeros in its padding."""
+        g, lanes, spec = self.g, self.lanes, self.spec
+        row, column, *_ = self.rows_columns(task)
+        y0, x0 = (body.let(a.first + a.input(t, 0)) for a, t in ((g.rows, row), (g.columns, column)))
+        height, width = spec.in_spatial[-2] if spec.rank > 1 else 1, spec.in_spatial[-1]
+        with body.loop(g.lines) as (line_body, line):
+            y = line_body.let(y0 + line)
+            inside = tirx.all(y >= 0, y < height)
+            with line_body.when(inside) as case:
+                if g.src_block == 1:
+                    self.gather_transposed(case, [task.image, plane, y, x0], c, channels, lines, line)
+                else:
+                    start = case.let(tirx.max(0, tirx.min(-x0, g.length)))
+                    end = case.let(tirx.max(start, tirx.min(width - x0, g.length)))
+                    for first, last, real in ((0, start, False), (start, end, True), (end, g.length, False)):
+                        with case.loop(last - first) as (one, i):
+                            x = one.let(first + i)
+                            place = [task.image, plane, y, x0 + x]
+                            value = self.channels_of(place, c, channels) if real else zeros(lanes)
+                            one.add(store(lines, "f32", [line, x, 0], value, lanes, lanes))
+            with line_body.when(tirx.Not(inside)) as case, case.loop(g.length) as (one, x):
+                one.add(store(lines, "f32", [line, x, 0], zeros(lanes), lanes, lanes))
+
+    def gather_transposed(
+        self, body: Block, place: Sequence[Expr], c: Expr, channels: int, lines: tirx.Buffer, line: Expr
+    ) -> None:
+        """A line of NCHW, from ``place`` on, which may lie outside the image."""
+        lanes, spec = self.lanes, self.spec
+        image, *where, x0 = place
+        with body.loop(ceildiv(self.g.length, lanes)) as (one, i):
+            x = one.let(x0 + i * lanes)
+            square = [zeros(lanes)] * lanes
+            for t in range(channels):
+                index = [image, c * lanes + t, *where[2 - (spec.rank - 1) :], x]
+                square[t] = one.let(load_within(self.src, spec.dtype, index, lanes, lanes))
+            for t, vector in enumerate(interleave(one, square, lanes)):
+                one.add(store(lines, "f32", [line, i * lanes + t, 0], vector, lanes, lanes))
+
+    def channels_of(self, place: Sequence[Expr], c: Expr, channels: int) -> Expr:
+        """A pixel's c-th vector of channels, where they lie side by side, in blocks at least."""
+        lanes, block = self.lanes, self.g.src_block
+        if block >= lanes:
+            return load(self.src, self.spec.dtype, self.place(place, c * lanes, block, self.spec.ic), lanes, channels)
+        parts = [
+            load(self.src, self.spec.dtype, self.place(place, c * lanes + t, block, self.spec.ic), block, block)
+            if t < channels
+            else zeros(block)
+            for t in range(0, lanes, block)
+        ]
+        return tirx.Shuffle(parts, list(range(lanes)))
+
+    def place(self, pixel: Sequence[Expr], channel: Expr, block: int, channels: int) -> list[Expr]:
+        """The index of a channel of a pixel ``(image, plane, row, column)``."""
+        image, *where = pixel
+        where = where[3 - self.spec.rank :]
+        if block == 1:
+            return [image, channel, *where]
+        if block == channels:
+            return [image, *where, channel]
+        return [image, channel // block, *where, channel % block]
+
+    # ---- the products -------------------------------------------------------------------------
+
+    def output(
+        self, body: Block, task: _Task, values: _Values, b: Expr, sums: tirx.Buffer, pixels: tirx.Buffer | None
+    ) -> None:
+        """Products of a block of channels, transformed back and stored."""
+        spec, lanes, tile_oc = self.spec, self.lanes, self.picks.tile_oc
+        width, blocks = tile_oc // lanes, ceildiv(spec.oc, tile_oc)
+        last = ceildiv(spec.oc - (blocks - 1) * tile_oc, lanes)
+        full, rest = (blocks, None) if last == width else (blocks - 1, last)
+        for case, vectors in body.cases(b, full, width, rest):
+            self.products(case, task, values, b, vectors, sums)
+            with case.loop(task.planes) as (plane_body, z), plane_body.loop(vectors) as (one, v):
+                channel = one.let(b * tile_oc + v * lanes)
+                tail = spec.oc % lanes
+                for part, count in one.cases(channel, spec.oc - tail, lanes, tail):
+                    self.back(part, task, z, channel, count, (sums, v * lanes), pixels)
+
+    def products(self, body: Block, task: _Task, values: _Values, b: Expr, vectors: int, sums: tirx.Buffer) -> None:
+        """The sums of a block of channels, a position after another."""
+        spec, g, lanes, tile_oc = self.spec, self.g, self.lanes, self.picks.tile_oc
+        stride, dilation, begin, taps = g.depth
+        with body.loop(g.positions) as (position_body, position), position_body.loop(task.planes) as (plane_body, z):
+            first, count = meeting(spec, 0, plane_body.let(task.plane + z)) if taps > 1 else (0, 1)
+            first, count = plane_body.let(first), plane_body.let(count)
+            source = plane_body.let((task.plane + z) * stride - begin - values.first_plane + first * dilation)
+            for case, start, pixels, index, tiles in self.register_tiles(plane_body, task):
+                registers = case.registers([(t, v) for t in range(pixels) for v in range(vectors)], lanes)
+                next_slab = case.let(((b * g.positions + position + 1) * taps + first) * (spec.ic * tile_oc))
+                ahead = Ahead(
+                    self.weights,
+                    next_slab,
+                    count * spec.ic,
+                    tile_oc // lanes,
+                    z * tiles + index,
+                    tiles * g.plane_blocks.full,
+                )
+                origin = ahead.origin(case)
+                with case.loop(count) as (tap_body, tap):
+
+                    def scalar(t: int, k: Expr) -> Expr:
+                        plane = source + tap * dilation
+                        return values.buffer[values.image, values.block, plane, position, start + t, k]
+
+                    def vector(v: int, k: Expr) -> Expr:
+                        return load(self.weights, "f32", [b, position, first + tap, k, v * lanes], lanes, lanes)
+
+                    def fetch(step: Block, k: Expr) -> None:
+                        ahead.fetch(step, origin, tap * spec.ic + k)
+
+                    multiply(tap_body, registers, spec.ic, scalar, vector, fetch)
+                for t, v in registers.keys:
+                    case.add(store(sums, "f32", [z, position, start + t, v * lanes], registers[t, v], lanes, lanes))
+
+    def register_tiles(self, body: Block, task: _Task) -> Iterator[tuple[Block, Expr, int, Expr, int]]:
+        """Code for each register tile of a plane: ``(block, first tile, size, index, how many there are)``."""
+        g = self.g
+        for size, _ in g.groups.sizes:
+            with body.when(True if len(g.groups.sizes) == 1 else task.groups == size) as case:
+                tiles = Even(g.tiles(size), self.picks.tile_px)
+                with case.loop(tiles.count) as (one, index):
+                    for inner, pixels in tiles.cases(one, index):
+                        yield inner, inner.let(tiles.start(index)), pixels, index, tiles.count
+
+    # ---- the output ---------------------------------------------------------------------------
+
+    def back(
+        self,
+        body: Block,
+        task: _Task,
+        z: Expr,
+        channel: Expr,
+        count: int,
+        sums: tuple[tirx.Buffer, Expr],
+        pixels: tirx.Buffer | None,
+    ) -> None:
+        """Transform a vector of channels of a plane back, and store it."""
+        g, lanes, (buffer, lane) = self.g, self.lanes, sums
+        rows, columns = g.rows, g.columns
+        row, column, row_count, column_count = self.rows_columns(task)
+        y0, x0 = (body.let(a.output(t, 0)) for a, t in ((rows, row), (columns, column)))
+        given = {} if pixels is not None else load_parameters(body, self.parameters, channel, lanes, count)
+        with body.loop(row_count) as (row_body, r), row_body.loop(column_count) as (one, c):
+            tile = one.let(r * g.tile_columns + c)
+            half = []
+            for j in range(columns.positions):
+                read = [
+                    one.let(load(buffer, "f32", [z, i * columns.positions + j, tile, lane], lanes, lanes))
+                    for i in range(rows.positions)
+                ]
+                half.append(transformed(one, rows.back, read))
+            found = [transformed(one, columns.back, [column[p] for column in half]) for p in range(rows.outputs)]
+            ys = [one.let(rows.output(row + r, p)) for p in range(rows.outputs)]
+            xs = [one.let(columns.output(column + c, q)) for q in range(columns.outputs)]
+            for case, is_whole in self.whole_or_not(one, ys[-1], xs[-1]):
+                for (y, line), (q, x) in ((a, b) for a in zip(ys, found, strict=True) for b in enumerate(xs)):
+                    exists = [c for i, a in ((y, rows), (x, columns)) if a.ragged and not is_whole for c in [i < a.size]]
+                    with case.when(tirx.all(*exists) if exists else True) as pixel:
+                        if pixels is None:
+                            self.store_channels(pixel, [task.image, task.plane + z, y, x], channel, line[q], count, given)
+                        else:
+                            at = (y - y0) * columns.size + (x - x0)
+                            pixel.add(store(pixels, "f32", [at, 0], line[q], lanes, lanes))
+        if pixels is not None:
+            self.store_transposed(body, task, [task.image, task.plane + z, 0, y0 * columns.size + x0], channel, count, pixels)
+
+    def whole_or_not(self, body: Block, y: Expr, x: Expr) -> Iterator[tuple[Block, bool]]:
+        """Code for tiles whose last pixel, ``(y, x)``, is in dst, and for others."""
+        conditions = [i < a.size for i, a in ((y, self.g.rows), (x, self.g.columns)) if a.ragged]
+        if not conditions:
+            yield body, True
+            return
+        is_whole = body.let(tirx.all(*conditions))
+        for condition, answer in ((is_whole, True), (tirx.Not(is_whole), False)):
+            with body.when(condition) as case:
+                yield case, answer
+
+    def store_channels(
+        self, body: Block, pixel: Sequence[Expr], channel: Expr, value: Expr, count: int, given: dict[str, Expr]
+    ) -> None:
+        """The epilogue and store of a pixel's vector of channels, which may be several blocks of theirs."""
+        spec, block = self.spec, self.g.dst_block
+        width = min(self.lanes, block)
+        for t in range(0, min(count, self.lanes), width):
+
+            def part(vector: Expr, t: int = t) -> Expr:
+                return vector if width == self.lanes else tirx.Shuffle([vector], list(range(t, t + width)))
+
+            place = self.place(pixel, channel + t, block, spec.oc)
+            parts = {name: body.let(part(vector)) for name, vector in given.items()}
+            finish(body, spec, self.dst, self.residual, place, part(value), width, min(count - t, width), **parts)
+
+    def store_transposed(
+        self, body: Block, task: _Task, first: Sequence[Expr], channel: Expr, count: int, pixels: tirx.Buffer
+    ) -> None:
+        """The epilogue and store of a block's pixels in NCHW, side by side in dst from ``first`` on."""
+        spec, g, lanes = self.spec, self.g, self.lanes
+        line = g.columns.size if g.blocked is g.rows else 1
+        sizes = {g.pixels(size) for size, _ in g.groups.sizes}
+        sizes |= {line * g.blocked.size - g.pixels(g.groups.start(g.groups.count - 1))}
+        start = task.group * (g.pixels(1))
+        total = body.let(tirx.min(task.groups * g.pixels(1), line * g.blocked.size - start))
+
+        def square(inner: Block, at: Expr, stored: int) -> None:
+            vectors = [inner.let(load(pixels, "f32", [at + t, 0], lanes, lanes)) for t in range(lanes)]
+            *where, x = first
+            for t, row in enumerate(interleave(inner, vectors, lanes)[:count]):
+                given = spread_parameters(inner, self.parameters, channel + t, lanes)
+                place = self.place([*where, x + at], channel + t, 1, spec.oc)
+                finish(inner, spec, self.dst, self.residual, place, row, lanes, stored, **given)
+
+        with body.loop(total // lanes) as (one, i):
+            square(one, one.let(i * lanes), lanes)
+        for rest in sorted({size % lanes for size in sizes} - {0}):
+            with body.when(total % lanes == rest) as case:
+                square(case, case.let(total - rest), rest)
+
+
+# ---- the default ----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _default(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Picks:
+    core = core_of(target)
+    return min(_points(schedule, spec, target), key=lambda picks: core.cycles(_counts(spec, target, picks)))
+
+
+def _points(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Iterator[Picks]:
+    """A few points worth comparing."""
+    domains, lanes = schedule.space(spec, target).domains, target.lanes
+    for m in domains["tile"]:
+        for block in _blocks(spec, m):
+            for tile_oc in domains["tile_oc"]:
+                base = Picks(tile=m, tile_oc=tile_oc, tile_px=1, block_rows=block, block_planes=1, parallel="rows")
+                g = _Geometry(spec, target, base)
+                tile_px = Even(g.most_tiles, min(14, most_pixels(target, tile_oc // lanes))).full
+                for planes in domains["block_planes"]:
+                    for parallel in domains["parallel"]:
+                        yield base.replace(tile_px=tile_px, block_planes=planes, parallel=parallel)
+
+
+def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+    return Counts([])
