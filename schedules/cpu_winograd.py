@@ -28,8 +28,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from tvm import te, tirx
@@ -231,7 +232,7 @@ class _Task(NamedTuple):
 
 
 class _Values(NamedTuple):
-    """Transformed input ``[image][block][plane][position][tile][ic]``, and where in it a task's is."""
+    """Transformed input ``[image][block][plane][position][tile and ic]``, and where in it a task's is."""
 
     buffer: tirx.Buffer
     image: Expr
@@ -257,7 +258,7 @@ class _Kernel:
         """One parallel region over tasks, or one for the input and one for the products."""
         spec, g, whole = self.spec, self.g, Block()
         vectors, oc_blocks = ceildiv(spec.ic, self.lanes), ceildiv(spec.oc, self.picks.tile_oc)
-        tasks, inner = (spec.n, g.plane_blocks.count, g.groups.count), (g.positions, g.most_tiles, g.channels)
+        tasks, inner = (spec.n, g.plane_blocks.count, g.groups.count), (g.positions, g.most_tiles * g.channels)
         if self.picks.parallel == "rows":
             with whole.loop(math.prod(tasks), parallel=True) as (body, index):
                 task = self.task(body, *unflat(index, tasks))
@@ -322,8 +323,8 @@ class _Kernel:
         g, lanes, (lines, half) = self.g, self.lanes, scratch
         rows, columns = g.rows, g.columns
         _, _, row_count, column_count = self.rows_columns(task)
-        rest = self.spec.ic % lanes
-        for case, channels in body.cases(c, self.spec.ic // lanes, lanes, rest):
+        rest = self.spec.ic % lanes if g.src_block > 1 else 0
+        for case, channels in body.cases(c, self.spec.ic // lanes, lanes, rest) if rest else [(body, lanes)]:
             self.gather(case, task, plane, c, channels, lines)
         with body.loop(row_count) as (row_body, r):
             if half is not None:
@@ -337,7 +338,7 @@ class _Kernel:
                 read = [one.let(load(buffer, "f32", place, lanes, lanes)) for buffer, place in source]
                 index = [values.image, values.block, plane - values.first_plane]
                 for j, value in enumerate(transformed(one, columns.inputs, read)):
-                    place = [*index, i * columns.positions + j, r * g.tile_columns + t, c * lanes]
+                    place = [*index, i * columns.positions + j, (r * g.tile_columns + t) * g.channels + c * lanes]
                     one.add(store(values.buffer, "f32", place, value, lanes, lanes))
 
     def gather(self, body: Block, task: _Task, plane: Expr, c: Expr, channels: int, lines: tirx.Buffer) -> None:
@@ -351,7 +352,7 @@ class _Kernel:
             inside = tirx.all(y >= 0, y < height)
             with line_body.when(inside) as case:
                 if g.src_block == 1:
-                    self.gather_transposed(case, [task.image, plane, y, x0], c, channels, lines, line)
+                    self.gather_transposed(case, [task.image, plane, y, x0], c, lines, line)
                 else:
                     start = case.let(tirx.max(0, tirx.min(-x0, g.length)))
                     end = case.let(tirx.max(start, tirx.min(width - x0, g.length)))
@@ -365,17 +366,18 @@ class _Kernel:
                 one.add(store(lines, "f32", [line, x, 0], zeros(lanes), lanes, lanes))
 
     def gather_transposed(
-        self, body: Block, place: Sequence[Expr], c: Expr, channels: int, lines: tirx.Buffer, line: Expr
+        self, body: Block, place: Sequence[Expr], c: Expr, lines: tirx.Buffer, line: Expr
     ) -> None:
-        """A line of NCHW, from ``place`` on, which may lie outside the image."""
+        """A line of NCHW, from ``place`` on, which may lie outside the image. Past the last channel is any, not read."""
         lanes, spec = self.lanes, self.spec
         image, *where, x0 = place
         with body.loop(ceildiv(self.g.length, lanes)) as (one, i):
             x = one.let(x0 + i * lanes)
-            square = [zeros(lanes)] * lanes
-            for t in range(channels):
-                index = [image, c * lanes + t, *where[2 - (spec.rank - 1) :], x]
-                square[t] = one.let(load_within(self.src, spec.dtype, index, lanes, lanes))
+            square = []
+            for t in range(lanes):
+                channel = c * lanes + t if spec.ic % lanes == 0 else tirx.min(c * lanes + t, spec.ic - 1)
+                index = self.place([image, *where, x], channel, 1, spec.ic)
+                square.append(one.let(load_within(self.src, spec.dtype, index, lanes, lanes)))
             for t, vector in enumerate(interleave(one, square, lanes)):
                 one.add(store(lines, "f32", [line, i * lanes + t, 0], vector, lanes, lanes))
 
@@ -414,11 +416,12 @@ class _Kernel:
         full, rest = (blocks, None) if last == width else (blocks - 1, last)
         for case, vectors in body.cases(b, full, width, rest):
             self.products(case, task, values, b, vectors, sums)
-            with case.loop(task.planes) as (plane_body, z), plane_body.loop(vectors) as (one, v):
-                channel = one.let(b * tile_oc + v * lanes)
-                tail = spec.oc % lanes
-                for part, count in one.cases(channel, spec.oc - tail, lanes, tail):
-                    self.back(part, task, z, channel, count, (sums, v * lanes), pixels)
+        vectors = width if rest is None else body.let(tirx.Select(b < full, width, last))
+        tail = spec.oc % lanes if pixels is None else 0
+        with body.loop(task.planes) as (plane_body, z), plane_body.loop(vectors) as (one, v):
+            channel = one.let(b * tile_oc + v * lanes)
+            for part, count in one.cases(channel, spec.oc - tail, lanes, tail) if tail else [(one, lanes)]:
+                self.back(part, task, z, channel, count, (sums, v * lanes), pixels)
 
     def products(self, body: Block, task: _Task, values: _Values, b: Expr, vectors: int, sums: tirx.Buffer) -> None:
         """The sums of a block of channels, a position after another."""
@@ -444,7 +447,7 @@ class _Kernel:
 
                     def scalar(t: int, k: Expr) -> Expr:
                         plane = source + tap * dilation
-                        return values.buffer[values.image, values.block, plane, position, start + t, k]
+                        return values.buffer[values.image, values.block, plane, position, (start + t) * g.channels + k]
 
                     def vector(v: int, k: Expr) -> Expr:
                         return load(self.weights, "f32", [b, position, first + tap, k, v * lanes], lanes, lanes)
@@ -506,7 +509,7 @@ class _Kernel:
                             at = (y - y0) * columns.size + (x - x0)
                             pixel.add(store(pixels, "f32", [at, 0], line[q], lanes, lanes))
         if pixels is not None:
-            self.store_transposed(body, task, [task.image, task.plane + z, 0, y0 * columns.size + x0], channel, count, pixels)
+            self.store_transposed(body, task, [task.image, task.plane + z, 0, y0 * columns.size + x0], channel, pixels)
 
     def whole_or_not(self, body: Block, y: Expr, x: Expr) -> Iterator[tuple[Block, bool]]:
         """Code for tiles whose last pixel, ``(y, x)``, is in dst, and for others."""
@@ -535,29 +538,30 @@ class _Kernel:
             finish(body, spec, self.dst, self.residual, place, part(value), width, min(count - t, width), **parts)
 
     def store_transposed(
-        self, body: Block, task: _Task, first: Sequence[Expr], channel: Expr, count: int, pixels: tirx.Buffer
+        self, body: Block, task: _Task, first: Sequence[Expr], channel: Expr, pixels: tirx.Buffer
     ) -> None:
         """The epilogue and store of a block's pixels in NCHW, side by side in dst from ``first`` on."""
         spec, g, lanes = self.spec, self.g, self.lanes
         line = g.columns.size if g.blocked is g.rows else 1
-        sizes = {g.pixels(size) for size, _ in g.groups.sizes}
-        sizes |= {line * g.blocked.size - g.pixels(g.groups.start(g.groups.count - 1))}
-        start = task.group * (g.pixels(1))
-        total = body.let(tirx.min(task.groups * g.pixels(1), line * g.blocked.size - start))
-
-        def square(inner: Block, at: Expr, stored: int) -> None:
-            vectors = [inner.let(load(pixels, "f32", [at + t, 0], lanes, lanes)) for t in range(lanes)]
-            *where, x = first
-            for t, row in enumerate(interleave(inner, vectors, lanes)[:count]):
-                given = spread_parameters(inner, self.parameters, channel + t, lanes)
-                place = self.place([*where, x + at], channel + t, 1, spec.oc)
-                finish(inner, spec, self.dst, self.residual, place, row, lanes, stored, **given)
-
-        with body.loop(total // lanes) as (one, i):
-            square(one, one.let(i * lanes), lanes)
-        for rest in sorted({size % lanes for size in sizes} - {0}):
-            with body.when(total % lanes == rest) as case:
-                square(case, case.let(total - rest), rest)
+        starts = [i * (g.groups.full - 1) + min(i, g.groups.many) for i in range(g.groups.count)] + [g.blocked.groups]
+        sizes = {min(g.pixels(b - a), line * g.blocked.size - g.pixels(a)) for a, b in pairwise(starts)}
+        total: Expr = max(sizes)
+        if len(sizes) > 1:
+            whole = line * g.blocked.size - task.group * g.pixels(1)
+            total = body.let(tirx.min(task.groups * g.pixels(1), whole))
+        # The last vector of pixels may have some of the one before, where a block has as many; else only what there is.
+        parts = [(True, lanes)] if min(sizes) >= lanes else [(total >= lanes, lanes)]
+        parts += [(total == size, size) for size in sorted(sizes) if size < lanes]
+        for condition, stored in parts:
+            with body.when(condition) as case, case.loop((total + lanes - 1) // lanes) as (one, i):
+                at = one.let(tirx.max(0, tirx.min(i * lanes, total - lanes)))
+                vectors = [one.let(load(pixels, "f32", [at + t, 0], lanes, lanes)) for t in range(lanes)]
+                *where, x = first
+                for t, row in enumerate(interleave(one, vectors, lanes)):
+                    with one.when(True if spec.oc % lanes == 0 else channel + t < spec.oc) as exists:
+                        given = spread_parameters(exists, self.parameters, channel + t, lanes)
+                        place = self.place([*where, x + at], channel + t, 1, spec.oc)
+                        finish(exists, spec, self.dst, self.residual, place, row, lanes, stored, **given)
 
 
 # ---- the default ----------------------------------------------------------------------------------
@@ -570,18 +574,100 @@ def _default(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Picks:
 
 
 def _points(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Iterator[Picks]:
-    """A few points worth comparing."""
-    domains, lanes = schedule.space(spec, target).domains, target.lanes
+    """A few points worth comparing: the best register tile of each block, where tasks are few in both orders."""
+    domains, lanes, core = schedule.space(spec, target).domains, target.lanes, core_of(target)
+    base = Picks(tile=0, tile_oc=0, tile_px=0, block_rows=0, block_planes=1, parallel="rows")
     for m in domains["tile"]:
         for block in _blocks(spec, m):
+            tiles = []
             for tile_oc in domains["tile_oc"]:
-                base = Picks(tile=m, tile_oc=tile_oc, tile_px=1, block_rows=block, block_planes=1, parallel="rows")
-                g = _Geometry(spec, target, base)
-                tile_px = Even(g.most_tiles, min(14, most_pixels(target, tile_oc // lanes))).full
+                picks = base.replace(tile=m, tile_oc=tile_oc, block_rows=block)
+                g = _Geometry(spec, target, picks)
+                picks = picks.replace(tile_px=Even(g.most_tiles, min(14, most_pixels(target, tile_oc // lanes))).full)
+                tiles.append((core.cycles(Counts(_of_products(spec, target, g, picks))), picks))
+            fastest = min(cycles for cycles, _ in tiles)
+            for picks in (picks for cycles, picks in tiles if cycles < 1.05 * fastest):
                 for planes in domains["block_planes"]:
-                    for parallel in domains["parallel"]:
-                        yield base.replace(tile_px=tile_px, block_planes=planes, parallel=parallel)
+                    tasks = spec.n * g.groups.count * ceildiv(g.planes, planes)
+                    for parallel in domains["parallel"] if 1 < target.cores and tasks < 4 * target.cores else ["rows"]:
+                        yield picks.replace(block_planes=planes, parallel=parallel)
 
 
 def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
-    return Counts([])
+    """What the busiest core does."""
+    g, lanes, by_channels = _Geometry(spec, target, picks), target.lanes, picks.parallel == "oc"
+    stride, dilation, begin, taps = g.depth
+    oc_blocks = ceildiv(spec.oc, picks.tile_oc)
+    tasks = spec.n * g.plane_blocks.count * g.groups.count * (oc_blocks if by_channels else 1)
+    sizes = [float(a * b) for a, n in g.plane_blocks.sizes for b, m in g.groups.sizes for _ in range(n * m)]
+    # Of many tasks, each core has about its share.
+    loads = sizes * (tasks // len(sizes)) if tasks <= 64 * target.cores else [1.0] * target.cores
+    share, own = busiest(loads, target.cores) / sum(loads), ceildiv(tasks, target.cores)
+    met = sum(0 <= z * stride - begin + k * dilation < g.planes_in for z in range(g.planes) for k in range(taps))
+    made = g.planes_in if by_channels else min(g.planes_in, g.window) * g.plane_blocks.count
+    work = [
+        replace(part, times=part.times * share * spec.n * times)
+        for parts, times in (
+            (_of_products(spec, target, g, picks), met),
+            (_of_input(spec, target, g), made),
+            (_of_output(spec, target, g), g.planes),
+        )
+        for part in parts
+    ]
+    slab = 4 * taps * spec.ic * picks.tile_oc
+    weights = slab * g.positions * oc_blocks
+    values = 4 * g.positions * g.most_tiles * g.channels * min(g.window, g.planes_in)
+    near = values + 4 * g.positions * g.most_tiles * picks.tile_oc * g.plane_blocks.full + 2 * slab
+    read = own * (weights / oc_blocks if by_channels else weights)
+    images = sum(spec.bytes[name] for name in ("src", "dst"))
+    streams = [
+        # Weights: once from memory, then from where they stay between tasks.
+        Stream(min(weights, read), weights=True, ahead=True),
+        Stream(max(0, read - weights), ahead=True, footprint=weights),
+        Stream(images * share, ahead=True, footprint=images),
+    ]
+    if by_channels or near > target.l2 * 3 // 4:  # transformed input comes from beyond the L2 cache, for every block
+        streams.append(Stream(own * (1 if by_channels else oc_blocks) * values, footprint=max(near, target.l2 + 1)))
+    return Counts(work, streams, 1 + by_channels, target.l2, target.l3)
+
+
+def _of_products(spec: ConvSpec, target: Target, g: _Geometry, picks: Picks) -> list[Work]:
+    """Work of a plane's products with one tap of the depth."""
+    lanes, width, found = target.lanes, picks.tile_oc // target.lanes, list[Work]()
+    full, rest = divmod(ceildiv(spec.oc, lanes), width)
+    for size, blocks in g.groups.sizes:
+        tiles = Even(g.tiles(size), picks.tile_px)
+        for vectors, channel_blocks in ((width, full), (rest, min(rest, 1))):
+            near = 4 * lanes * vectors if 4 * spec.ic * vectors * lanes > target.l1 // 2 else 0
+            for pixels, count in tiles.sizes if channel_blocks else ():
+                times = blocks * channel_blocks * count * g.positions
+                fetched = ceildiv(width, tiles.count)
+                found.append(steps(times * spec.ic, pixels, vectors, near=near, fetched=fetched))
+                found.append(Work(times, stores=pixels * vectors, cycles=BEGIN_RUN + BEGIN_TILE))
+    return found
+
+
+def _of_input(spec: ConvSpec, target: Target, g: _Geometry) -> list[Work]:
+    """Work of copying and transforming a plane of src."""
+    rows, columns, vectors = g.rows, g.columns, ceildiv(spec.ic, target.lanes)
+    shuffles = math.log2(target.lanes) if g.src_block == 1 else 0
+    copied_pixels = g.groups.count * g.lines * g.length
+    found = [Work(copied_pixels * vectors, loads=1, stores=1, shuffles=shuffles, cycles=0.5)]
+    for axis, times in ((rows, rows.tiles * g.length), (columns, rows.tiles * rows.positions * columns.tiles)):
+        if axis is not NO_AXIS:
+            work = Work(times * vectors, operations(axis.inputs), axis.extent, axis.positions, cycles=2)
+            found.append(work)
+    return found
+
+
+def _of_output(spec: ConvSpec, target: Target, g: _Geometry) -> list[Work]:
+    """Work of transforming a plane of dst back, and of its store."""
+    rows, columns, vectors = g.rows, g.columns, ceildiv(spec.oc, target.lanes)
+    outputs = rows.outputs * columns.outputs
+    sums = operations(rows.back) * columns.positions + operations(columns.back) * rows.outputs
+    near, loads = 4 * target.lanes * g.positions, g.positions + outputs * spec.residual
+    found = [Work(rows.tiles * columns.tiles * vectors, sums + 2 * outputs, loads, outputs, near=near, cycles=10)]
+    if g.dst_block == 1:
+        shuffles = math.log2(target.lanes)
+        found.append(Work(rows.size * columns.size * vectors, fmas=2, loads=2, stores=1, shuffles=shuffles))
+    return found

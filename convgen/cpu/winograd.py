@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..lowering.compute import Expr, ceildiv
 from ..lowering.winograd import admitted, phases, strided, transposed
@@ -16,7 +17,7 @@ MOST_PRODUCTS = 0.85
 #: Products per tile and axis: code is written out for all of them.
 MOST_POSITIONS = 16
 
-Matrix = Sequence[Sequence[float]]
+Matrix = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Axis:
 
 
 #: The rows of a 1-D layer.
-NO_AXIS = Axis(back=[[1]], weights=[[1]], inputs=[[1]], size=1, first=0, step=1, period=1)
+NO_AXIS = Axis(back=((1,),), weights=((1,),), inputs=((1,),), size=1, first=0, step=1, period=1)
 
 
 def transformed_axes(spec: ConvSpec) -> tuple[int, ...]:
@@ -94,6 +95,7 @@ def transformed_axes(spec: ConvSpec) -> tuple[int, ...]:
     return tuple(range(spec.rank))[-2:]
 
 
+@lru_cache(maxsize=1024)
 def transformed_axis(spec: ConvSpec, axis: int, m: int) -> Axis:
     """An axis of a layer in tiles of ``m`` outputs of a phase."""
     kernel, stride, begin = spec.kernel[axis], spec.stride[axis], spec.padding[axis][0]
@@ -103,7 +105,7 @@ def transformed_axis(spec: ConvSpec, axis: int, m: int) -> Axis:
         step = m
     else:
         matrices, first, step = [*strided(m, kernel, stride)], -begin, m * stride
-    back, weights, inputs = ([[float(v) for v in row] for row in rows] for rows in matrices)
+    back, weights, inputs = (tuple(tuple(map(float, row)) for row in rows) for rows in matrices)
     period = spec.dilation[axis] if kernel > 1 else 1
     return Axis(back, weights, inputs, spec.out_spatial[axis], first, step, period)
 
@@ -163,6 +165,7 @@ def transformed(block: Block, matrix: Matrix, values: Sequence[Expr]) -> list[Ex
     return [found[i] for i in range(len(matrix))]
 
 
+@lru_cache(maxsize=1024)
 def operations(matrix: Matrix) -> int:
     """About how many operations :func:`transformed` takes."""
     terms = sum(max(0, sum(c != 0 for c in row) - 1) for row in matrix)
@@ -187,7 +190,7 @@ def _paired_columns(block: Block, matrix: Matrix, values: Sequence[Expr]) -> tup
             values[i], values[j] = block.let(values[i] + values[j]), block.let(values[i] - values[j])
             columns[i], columns[j] = ([x if x == sign * y else 0 for x, y in zip(a, b, strict=True)] for sign in (1, -1))
             break
-    return [list(row) for row in zip(*columns, strict=True)], values
+    return tuple(zip(*columns, strict=True)), values
 
 
 def _sum(block: Block, row: Sequence[float], values: Sequence[Expr]) -> Expr:
