@@ -1,4 +1,4 @@
-"""Winograd's algorithms on a CPU: what they make of a layer's axes, and constant matrices times vectors."""
+"""Winograd's algorithms on a CPU: what they make of a layer's axes, its tiles, and constant matrices times vectors."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..lowering.compute import Expr, ceildiv
+from ..hardware.target import Target
+from ..lowering.compute import Expr, ceildiv, round_up
+from ..lowering.schedule import Picks
 from ..lowering.winograd import admitted, phases, strided, transposed
 from ..problem.spec import ConvSpec
+from .product import Even
 from .vector import Block, weighted_sum, zeros
 
 #: Products per output, against the taps, that a transform must save to be worth its passes.
 MOST_PRODUCTS = 0.85
 #: Products per tile and axis: code is written out for all of them.
 MOST_POSITIONS = 16
+#: Rows of tiles of a block, in 1-D its tiles.
+ROWS, TILES = (1, 2, 4, 7, 8, 14), (1, 2, 4, 7, 14, 28, 56, 112, 224)
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -139,6 +144,73 @@ def covered(spec: ConvSpec, axis: int) -> bool:
     return 2 * (taps - inside) <= taps + 1
 
 
+def block_choices(spec: ConvSpec, m: int) -> list[int]:
+    """Choices for the rows of tiles of a block; in 1-D, its tiles. Those that interleave count as one."""
+    groups = transformed_axis(spec, transformed_axes(spec)[0], m).groups
+    return sorted(
+        {b for b in (ROWS if spec.rank > 1 else TILES) if b <= groups} | ({groups} if groups <= 14 else set())
+    )
+
+
+def channels_together(layout: str, channels: int) -> int:
+    """Channels that lie innermost."""
+    return {"nchw": 1, "nhwc": channels, "nchw8c": 8, "nchw16c": 16}[layout]
+
+
+class Grid:
+    """A layer's tiles, cut into blocks: the sizes of a candidate.
+
+    The depth of 3-D stays direct; layers without one have a single plane.
+
+    Attributes:
+        rows, columns: the transformed axes.
+        blocked: that of them which is cut into blocks of so many ``groups``.
+        positions: products of a tile.
+        most_tiles: of a plane of a block.
+        lines, length: of the input of a plane of a block.
+        planes, planes_in: of dst and src. window: planes of src that a block reads.
+        channels: numbers from a tile's transformed input to the next one's. A power of two would put them in few sets
+            of the cache.
+        direct: whether src is transformed where it lies; else it is copied first.
+    """
+
+    def __init__(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
+        axes = [transformed_axis(spec, axis, picks.tile) for axis in transformed_axes(spec)]
+        self.rows, self.columns = axes if len(axes) == 2 else (NO_AXIS, axes[0])
+        self.blocked = axes[0]
+        self.groups = Even(self.blocked.groups, picks.block_rows)
+        self.positions = self.rows.positions * self.columns.positions
+        of_rows, of_columns = (
+            self.groups.full if axis is self.blocked else axis.groups for axis in (self.rows, self.columns)
+        )
+        self.lines, self.length = self.rows.reach(of_rows), self.columns.reach(of_columns)
+        self.tile_columns = of_columns * self.columns.period
+        self.most_tiles = self.tiles(self.groups.full)
+        deep = spec.rank > 2
+        self.planes, self.planes_in = (spec.out_spatial[0], spec.in_spatial[0]) if deep else (1, 1)
+        self.depth = (spec.stride[0], spec.dilation[0], spec.padding[0][0], spec.kernel[0]) if deep else (1, 1, 0, 1)
+        self.plane_blocks = Even(self.planes, picks.block_planes)
+        stride, dilation, _, taps = self.depth
+        self.window = (self.plane_blocks.full - 1) * stride + (taps - 1) * dilation + 1
+        self.src_block = channels_together(spec.layout, spec.ic)
+        self.dst_block = channels_together(getattr(spec, "dst_layout", spec.layout), spec.oc)
+        self.channels = round_up(spec.ic, target.lanes) + target.lanes
+        self.direct = self.src_block > 1 and spec.rank > 1
+
+    def tiles(self, groups: int) -> int:
+        """Of a plane of a block of so many groups."""
+        return groups * self.blocked.period * (self.tile_columns if self.blocked is self.rows else 1)
+
+    def pixels(self, groups: int) -> int:
+        """Pixels of dst at most."""
+        return (
+            groups
+            * self.blocked.period
+            * self.blocked.outputs
+            * (self.columns.size if self.blocked is self.rows else 1)
+        )
+
+
 # ---- constant matrices times vectors ------------------------------------------------------------
 
 
@@ -153,9 +225,7 @@ def transformed(block: Block, matrix: Matrix, values: Sequence[Expr]) -> list[Ex
         if other is None:
             found[i] = _sum(block, row, values)
             continue
-        even, odd = (
-            [a if a == sign * b else 0 for a, b in zip(row, matrix[other], strict=True)] for sign in (1, -1)
-        )
+        even, odd = ([a if a == sign * b else 0 for a, b in zip(row, matrix[other], strict=True)] for sign in (1, -1))
         factor = next((abs(c) for c in odd if c), 1)
         factor = factor if all(abs(c) in (0, factor) for c in odd) else 1
         shared, difference = _sum(block, even, values), _sum(block, [c / factor for c in odd], values)
@@ -188,13 +258,17 @@ def _paired_columns(block: Block, matrix: Matrix, values: Sequence[Expr]) -> tup
                 continue
             made |= {i, j}
             values[i], values[j] = block.let(values[i] + values[j]), block.let(values[i] - values[j])
-            columns[i], columns[j] = ([x if x == sign * y else 0 for x, y in zip(a, b, strict=True)] for sign in (1, -1))
+            columns[i], columns[j] = (
+                [x if x == sign * y else 0 for x, y in zip(a, b, strict=True)] for sign in (1, -1)
+            )
             break
     return tuple(zip(*columns, strict=True)), values
 
 
 def _sum(block: Block, row: Sequence[float], values: Sequence[Expr]) -> Expr:
     """A row times values: first what is added as it is, so that no operation only negates."""
-    terms = sorted(((c, v) for c, v in zip(row, values, strict=True) if c), key=lambda term: (term[0] != 1, term[0] < 0))
+    terms = sorted(
+        ((c, v) for c, v in zip(row, values, strict=True) if c), key=lambda term: (term[0] != 1, term[0] < 0)
+    )
     total = weighted_sum(terms)
     return zeros(values[0].ty.dtype.lanes) if total is None else block.let(total)
