@@ -77,6 +77,10 @@ class CpuWinograd(Written):
         require(all(covered(spec, a) for a in axes), "needs windows with half of their taps inside the input")
         require(spec.ic >= lanes and spec.oc >= lanes, f"needs at least {lanes} input and output channels")
 
+    def takes_layouts(self, src: str, dst: str) -> bool:
+        """Any."""
+        return True
+
     def space(self, spec: ConvSpec, target: Target) -> Space:
         lanes = target.lanes
         tiles = tile_sizes(spec)
@@ -382,7 +386,7 @@ def _of_products(spec: ConvSpec, target: Target, g: Grid, picks: Picks) -> list[
 def _of_input(spec: ConvSpec, target: Target, g: Grid) -> list[Work]:
     """Work of copying and transforming a plane of src."""
     rows, columns, vectors = g.rows, g.columns, ceildiv(spec.ic, target.lanes)
-    shuffles = math.log2(target.lanes) if g.src_block == 1 else 0
+    shuffles = math.log2(target.lanes) if g.src.block == 1 else 0
     copied_pixels = g.groups.count * g.lines * g.length
     found = [] if g.direct else [Work(copied_pixels * vectors, loads=1, stores=1, shuffles=shuffles, cycles=0.5)]
     for axis, times in ((rows, rows.tiles * g.length), (columns, rows.tiles * rows.positions * columns.tiles)):
@@ -399,7 +403,7 @@ def _of_output(spec: ConvSpec, target: Target, g: Grid) -> list[Work]:
     sums = operations(rows.back) * columns.positions + operations(columns.back) * rows.outputs
     near, loads = 4 * target.lanes * g.positions, g.positions + outputs * spec.residual
     found = [Work(rows.tiles * columns.tiles * vectors, sums + 2 * outputs, loads, outputs, near=near, cycles=10)]
-    if g.dst_block == 1:
+    if g.dst.block == 1:
         shuffles = math.log2(target.lanes)
         found.append(Work(rows.size * columns.size * vectors, fmas=2, loads=2, stores=1, shuffles=shuffles))
     return found

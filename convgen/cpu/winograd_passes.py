@@ -53,17 +53,6 @@ class Values(NamedTuple):
     first_plane: Expr
 
 
-def place_of(spec: ConvSpec, pixel: Sequence[Expr], channel: Expr, block: int, channels: int) -> list[Expr]:
-    """The index of a channel of a pixel ``(image, plane, row, column)``."""
-    image, *where = pixel
-    where = where[3 - spec.rank :]
-    if block == 1:
-        return [image, channel, *where]
-    if block == channels:
-        return [image, *where, channel]
-    return [image, channel // block, *where, channel % block]
-
-
 @dataclass(frozen=True)
 class WayIn:
     """Pixels transformed."""
@@ -95,7 +84,7 @@ class WayIn:
         row, column, row_count, column_count = task.rows_columns(self.g)
         y0, x0 = (body.let(a.first + a.input(t, 0)) for a, t in ((rows, row), (columns, column)))
         corner = (task.image, plane, y0, x0)
-        tail = self.spec.ic % lanes if g.src_block > 1 else 0
+        tail = self.spec.ic % lanes if g.src.block > 1 else 0
         for case, channels in body.cases(c, self.spec.ic // lanes, lanes, tail) if tail else [(body, lanes)]:
             if lines is not None:
                 self.gather(case, corner, c, channels, lines)
@@ -158,7 +147,7 @@ class WayIn:
             y = line_body.let(y0 + line)
             inside = tirx.all(y >= 0, y < height)
             with line_body.when(inside) as case:
-                if g.src_block == 1:
+                if g.src.block == 1:
                     self.gather_transposed(case, (image, plane, y, x0), c, lines, line)
                 else:
                     start, end = self.stored_columns(case, x0)
@@ -179,25 +168,20 @@ class WayIn:
             square = []
             for t in range(lanes):
                 channel = c * lanes + t if spec.ic % lanes == 0 else tirx.min(c * lanes + t, spec.ic - 1)
-                index = place_of(self.spec, [image, *where, x], channel, 1, spec.ic)
+                index = self.g.src.place([image, *where, x], channel)
                 square.append(one.let(load_within(self.src, spec.dtype, index, lanes, lanes)))
             for t, vector in enumerate(interleave(one, square, lanes)):
                 one.add(store(lines, "f32", [line, i * lanes + t, 0], vector, lanes, lanes))
 
     def channels_of(self, place: Sequence[Expr], c: Expr, channels: int) -> Expr:
         """A pixel's c-th vector of channels, where they lie side by side, in blocks at least."""
-        lanes, block = self.lanes, self.g.src_block
-        if block >= lanes:
-            return load(
-                self.src, self.spec.dtype, place_of(self.spec, place, c * lanes, block, self.spec.ic), lanes, channels
-            )
+        lanes, src, dtype = self.lanes, self.g.src, self.spec.dtype
+        if src.block >= lanes:
+            return load(self.src, dtype, src.place(place, c * lanes), lanes, channels)
+        width = src.block
         parts = [
-            load(
-                self.src, self.spec.dtype, place_of(self.spec, place, c * lanes + t, block, self.spec.ic), block, block
-            )
-            if t < channels
-            else zeros(block)
-            for t in range(0, lanes, block)
+            load(self.src, dtype, src.place(place, c * lanes + t), width, width) if t < channels else zeros(width)
+            for t in range(0, lanes, width)
         ]
         return tirx.Shuffle(parts, list(range(lanes)))
 
@@ -219,7 +203,7 @@ class WayOut:
         g, lanes = self.g, self.lanes
         sums = body.buffer((g.plane_blocks.full, g.positions, g.most_tiles, self.tile_oc))
         pixels = round_up(g.pixels(g.groups.full), lanes)
-        return sums, body.buffer((pixels, lanes)) if g.dst_block == 1 else None
+        return sums, body.buffer((pixels, lanes)) if g.dst.block == 1 else None
 
     def transform(
         self,
@@ -283,14 +267,14 @@ class WayOut:
         self, body: Block, pixel: Sequence[Expr], channel: Expr, value: Expr, count: int, given: dict[str, Expr]
     ) -> None:
         """The epilogue and store of a pixel's vector of channels, which may be several blocks of theirs."""
-        spec, block = self.spec, self.g.dst_block
+        spec, block = self.spec, self.g.dst.block
         width = min(self.lanes, block)
         for t in range(0, min(count, self.lanes), width):
 
             def part(vector: Expr, t: int = t) -> Expr:
                 return vector if width == self.lanes else tirx.Shuffle([vector], list(range(t, t + width)))
 
-            place = place_of(self.spec, pixel, channel + t, block, spec.oc)
+            place = self.g.dst.place(pixel, channel + t)
             parts = {name: body.let(part(vector)) for name, vector in given.items()}
             finish(body, spec, self.dst, self.residual, place, part(value), width, min(count - t, width), **parts)
 
@@ -317,5 +301,5 @@ class WayOut:
                 for t, row in enumerate(interleave(one, vectors, lanes)):
                     with one.when(True if spec.oc % lanes == 0 else channel + t < spec.oc) as exists:
                         given = spread_parameters(exists, self.parameters, channel + t, lanes)
-                        place = place_of(self.spec, [*where, x + at], channel + t, 1, spec.oc)
+                        place = g.dst.place([*where, x + at], channel + t)
                         finish(exists, spec, self.dst, self.residual, place, row, lanes, stored, **given)
