@@ -5,10 +5,14 @@ from __future__ import annotations
 import itertools
 import random
 from fractions import Fraction
+from typing import Any
 
 import pytest
+from tvm import tirx
 
 from convgen.check.validate import validate
+from convgen.cpu.vector import Block
+from convgen.cpu.winograd import tile_sizes, transformed, transformed_axes, transformed_axis
 from convgen.hardware.target import resolve
 from convgen.kernel.kernel import compile_candidate
 from convgen.lowering.discover import schedule as find_schedule
@@ -154,3 +158,34 @@ def test_it_says_where_it_does_not_apply(descriptor: str, why: str) -> None:
     reason = WINOGRAD.reason_against(ConvSpec.parse(descriptor).core, NATIVE)
     assert reason is not None
     assert why in reason
+
+
+class Folding(Block):
+    """Statements of numbers that are known: no variables."""
+
+    def let(self, value: Any) -> Any:
+        return value
+
+
+@pytest.mark.parametrize(("m", "kernel", "stride"), sizes())
+def test_what_rows_and_columns_share_leaves_the_product_as_it_is(m: int, kernel: int, stride: int) -> None:
+    rng = random.Random(m * 100 + kernel * 10 + stride)
+    back, _, inputs = strided(m, kernel, stride)
+    for matrix in (back, inputs):
+        values = integers(rng, len(matrix[0]))
+        numbers = tuple(tuple(map(float, row)) for row in matrix)
+        found = transformed(Folding(), numbers, [tirx.const(float(v), "float32") for v in values])
+        assert [float(value) for value in found] == [float(v) for v in times(matrix, values)]
+
+
+@pytest.mark.parametrize("descriptor", LAYERS)
+def test_tiles_cover_every_pixel_once(descriptor: str) -> None:
+    spec = ConvSpec.parse(descriptor).core
+    for m, axis in itertools.product(tile_sizes(spec), transformed_axes(spec)):
+        tiles = transformed_axis(spec, axis, m)
+        pixels = [tiles.output(tile, p) for tile in range(tiles.tiles) for p in range(tiles.outputs)]
+        assert sorted(pixels) == list(range(len(pixels)))
+        assert len(pixels) >= spec.out_spatial[axis]
+        assert tiles.ragged == (len(pixels) > spec.out_spatial[axis])
+        reached = [tiles.input(tile, k) for tile in range(tiles.tiles) for k in range(tiles.extent)]
+        assert max(reached) == tiles.reach(tiles.groups) - 1

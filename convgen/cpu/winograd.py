@@ -1,0 +1,293 @@
+"""Winograd's algorithms on a CPU: what they make of a layer's axes, its tiles, and constant matrices times vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..hardware.target import Target
+from ..lowering.compute import Expr, ceildiv, round_up
+from ..lowering.schedule import Picks
+from ..lowering.winograd import admitted, phases, strided, transposed
+from ..problem.spec import ConvSpec
+from .product import Even
+from .vector import Block, weighted_sum, zeros
+
+#: Products per output, against the taps, that a transform must save to be worth its passes.
+MOST_PRODUCTS = 0.85
+#: Products per tile and axis: code is written out for all of them.
+MOST_POSITIONS = 16
+#: Rows of tiles of a block, in 1-D its tiles.
+ROWS, TILES = (1, 2, 4, 7, 8, 14), (1, 2, 4, 7, 14, 28, 56, 112, 224)
+
+Matrix = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A transformed axis: its bilinear algorithm, and where the tiles lie.
+
+    A tile makes ``outputs`` pixels of ``extent`` inputs with ``positions`` products. Under a dilation d
+    its pixels are d apart, and d tiles interleave: the ``period``.
+
+    Attributes:
+        back, weights, inputs: the matrices Aᵀ, G and Bᵀ.
+        size: pixels of dst.
+        first: the first input of the first tile.
+        step: inputs from a tile to the next.
+        period: tiles that interleave.
+    """
+
+    back: Matrix
+    weights: Matrix
+    inputs: Matrix
+    size: int
+    first: int
+    step: int
+    period: int
+
+    @property
+    def outputs(self) -> int:
+        return len(self.back)
+
+    @property
+    def positions(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def extent(self) -> int:
+        return len(self.inputs[0])
+
+    @property
+    def groups(self) -> int:
+        """How many times ``period`` tiles cover dst."""
+        return ceildiv(self.size, self.outputs * self.period)
+
+    @property
+    def tiles(self) -> int:
+        return self.groups * self.period
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last tiles have pixels that dst has not."""
+        return self.tiles * self.outputs != self.size
+
+    def input(self, tile: Expr, k: int) -> Expr:
+        """Where the k-th input of a tile is, counted from the first tile's first."""
+        if self.period == 1:
+            return tile * self.step + k
+        return tile // self.period * (self.step * self.period) + tile % self.period + k * self.period
+
+    def output(self, tile: Expr, p: int) -> Expr:
+        """Where a tile's p-th pixel is."""
+        if self.period == 1:
+            return tile * self.outputs + p
+        return tile // self.period * (self.outputs * self.period) + tile % self.period + p * self.period
+
+    def reach(self, groups: int) -> int:
+        """Inputs of so many groups of tiles."""
+        return ((groups - 1) * self.step + self.extent) * self.period
+
+
+#: The rows of a 1-D layer.
+NO_AXIS = Axis(back=((1,),), weights=((1,),), inputs=((1,),), size=1, first=0, step=1, period=1)
+
+
+def transformed_axes(spec: ConvSpec) -> tuple[int, ...]:
+    """The axes that are transformed: the last two, in 1-D the only one."""
+    return tuple(range(spec.rank))[-2:]
+
+
+@lru_cache(maxsize=1024)
+def transformed_axis(spec: ConvSpec, axis: int, m: int) -> Axis:
+    """An axis of a layer in tiles of ``m`` outputs of a phase."""
+    kernel, stride, begin = spec.kernel[axis], spec.stride[axis], spec.padding[axis][0]
+    m = outputs_of(spec, axis, m)
+    if spec.transposed:
+        *matrices, first = transposed(m, kernel, stride, begin)
+        step = m
+    else:
+        matrices, first, step = [*strided(m, kernel, stride)], -begin, m * stride
+    back, weights, inputs = (tuple(tuple(map(float, row)) for row in rows) for rows in matrices)
+    period = spec.dilation[axis] if kernel > 1 else 1
+    return Axis(back, weights, inputs, spec.out_spatial[axis], first, step, period)
+
+
+def outputs_of(spec: ConvSpec, axis: int, m: int) -> int:
+    """Output pixels of a phase per tile: 1 along an axis where no transform saves products."""
+    return m if spec.kernel[axis] > spec.stride[axis] else 1
+
+
+def tile_sizes(spec: ConvSpec) -> list[int]:
+    """The tile sizes that the accuracy class admits and that save enough products."""
+    axes = transformed_axes(spec)
+    of_axis = {a: phases(spec.kernel[a], spec.stride[a]) for a in axes}
+    sizes = []
+    for m in admitted(spec.accuracy, max(max(taps) for taps in of_axis.values())):
+        per_axis = {a: [outputs_of(spec, a, m) + taps - 1 for taps in of_axis[a]] for a in axes}
+        share = math.prod(sum(per_axis[a]) / (outputs_of(spec, a, m) * spec.kernel[a]) for a in axes)
+        if share <= MOST_PRODUCTS and all(sum(points) <= MOST_POSITIONS for points in per_axis.values()):
+            sizes.append(m)
+    return sizes
+
+
+def covered(spec: ConvSpec, axis: int) -> bool:
+    """Whether the windows at the edges have half of their taps, or one less, inside the input."""
+    kernel, stride = spec.kernel[axis], spec.stride[axis]
+    begin, end = spec.padding[axis]
+    if not spec.transposed:
+        return 2 * max(begin, end) <= (kernel + 1) * spec.dilation[axis]
+    taps = ceildiv(kernel, stride)
+    inside = 1 + min(begin, end - spec.output_padding[axis]) // stride
+    return 2 * (taps - inside) <= taps + 1
+
+
+def block_choices(spec: ConvSpec, m: int) -> list[int]:
+    """Choices for the rows of tiles of a block; in 1-D, its tiles. Those that interleave count as one."""
+    groups = transformed_axis(spec, transformed_axes(spec)[0], m).groups
+    return sorted(
+        {b for b in (ROWS if spec.rank > 1 else TILES) if b <= groups} | ({groups} if groups <= 14 else set())
+    )
+
+
+@dataclass(frozen=True)
+class Channels:
+    """How the channels of a tensor lie: a ``block`` of them is innermost."""
+
+    layout: str
+    count: int
+    rank: int
+
+    @property
+    def block(self) -> int:
+        return {"nchw": 1, "nhwc": self.count, "nchw8c": 8, "nchw16c": 16}[self.layout]
+
+    def place(self, pixel: Sequence[Expr], channel: Expr) -> list[Expr]:
+        """The index of a channel of a pixel ``(image, plane, row, column)``."""
+        image, *where = pixel
+        where = where[3 - self.rank :]
+        if self.layout == "nchw":
+            return [image, channel, *where]
+        if self.layout == "nhwc":
+            return [image, *where, channel]
+        return [image, channel // self.block, *where, channel % self.block]
+
+
+class Grid:
+    """A layer's tiles, cut into blocks: the sizes of a candidate.
+
+    The depth of 3-D stays direct; layers without one have a single plane.
+
+    Attributes:
+        rows, columns: the transformed axes.
+        blocked: that of them which is cut into blocks of so many ``groups``.
+        positions: products of a tile.
+        most_tiles: of a plane of a block.
+        lines, length: of the input of a plane of a block.
+        planes, planes_in: of dst and src. window: planes of src that a block reads.
+        src, dst: how their channels lie.
+        channels: numbers from a tile's transformed input to the next one's. A power of two would put them in few sets
+            of the cache.
+        direct: whether src is transformed where it lies; else it is copied first.
+    """
+
+    def __init__(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
+        axes = [transformed_axis(spec, axis, picks.tile) for axis in transformed_axes(spec)]
+        self.rows, self.columns = axes if len(axes) == 2 else (NO_AXIS, axes[0])
+        self.blocked = axes[0]
+        self.groups = Even(self.blocked.groups, picks.block_rows)
+        self.positions = self.rows.positions * self.columns.positions
+        of_rows, of_columns = (
+            self.groups.full if axis is self.blocked else axis.groups for axis in (self.rows, self.columns)
+        )
+        self.lines, self.length = self.rows.reach(of_rows), self.columns.reach(of_columns)
+        self.tile_columns = of_columns * self.columns.period
+        self.most_tiles = self.tiles(self.groups.full)
+        deep = spec.rank > 2
+        self.planes, self.planes_in = (spec.out_spatial[0], spec.in_spatial[0]) if deep else (1, 1)
+        self.depth = (spec.stride[0], spec.dilation[0], spec.padding[0][0], spec.kernel[0]) if deep else (1, 1, 0, 1)
+        self.plane_blocks = Even(self.planes, picks.block_planes)
+        stride, dilation, _, taps = self.depth
+        self.window = (self.plane_blocks.full - 1) * stride + (taps - 1) * dilation + 1
+        self.src = Channels(spec.layout, spec.ic, spec.rank)
+        self.dst = Channels(getattr(spec, "dst_layout", spec.layout), spec.oc, spec.rank)
+        self.channels = round_up(spec.ic, target.lanes) + target.lanes
+        self.direct = self.src.block > 1 and spec.rank > 1
+
+    def tiles(self, groups: int) -> int:
+        """Of a plane of a block of so many groups."""
+        return groups * self.blocked.period * (self.tile_columns if self.blocked is self.rows else 1)
+
+    def pixels(self, groups: int) -> int:
+        """Pixels of dst at most."""
+        return (
+            groups
+            * self.blocked.period
+            * self.blocked.outputs
+            * (self.columns.size if self.blocked is self.rows else 1)
+        )
+
+
+# ---- constant matrices times vectors ------------------------------------------------------------
+
+
+def transformed(block: Block, matrix: Matrix, values: Sequence[Expr]) -> list[Expr]:
+    """The products of a constant matrix with values; what rows or columns of opposite points share is made once."""
+    matrix, values = _paired_columns(block, matrix, values)
+    found: dict[int, Expr] = {}
+    for i, row in enumerate(matrix):
+        if i in found:
+            continue
+        other = next((j for j in range(i + 1, len(matrix)) if j not in found and _opposite(row, matrix[j])), None)
+        if other is None:
+            found[i] = _sum(block, row, values)
+            continue
+        even, odd = ([a if a == sign * b else 0 for a, b in zip(row, matrix[other], strict=True)] for sign in (1, -1))
+        factor = next((abs(c) for c in odd if c), 1)
+        factor = factor if all(abs(c) in (0, factor) for c in odd) else 1
+        shared, difference = _sum(block, even, values), _sum(block, [c / factor for c in odd], values)
+        found[i], found[other] = (
+            block.let(weighted_sum([(1, shared), (sign * factor, difference)])) for sign in (1, -1)
+        )
+    return [found[i] for i in range(len(matrix))]
+
+
+@lru_cache(maxsize=1024)
+def operations(matrix: Matrix) -> int:
+    """About how many operations :func:`transformed` takes."""
+    terms = sum(max(0, sum(c != 0 for c in row) - 1) for row in matrix)
+    return ceildiv(3 * terms, 4) if len(matrix) > 2 else terms
+
+
+def _opposite(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two rows are ``e + o`` and ``e - o`` with something to share."""
+    same, differ = (sum(x == sign * y != 0 for x, y in zip(a, b, strict=True)) for sign in (1, -1))
+    return all(abs(x) == abs(y) for x, y in zip(a, b, strict=True)) and min(same, differ) > 0 and same + differ > 2
+
+
+def _paired_columns(block: Block, matrix: Matrix, values: Sequence[Expr]) -> tuple[Matrix, list[Expr]]:
+    """The same product with sums and differences in place of values that all rows take with coefficients ``±c``."""
+    columns, made, values = [list(c) for c in zip(*matrix, strict=True)], set[int](), list(values)
+    for i, a in enumerate(columns):
+        for j in range(i + 1, len(columns)):
+            b = columns[j]
+            if i in made or j in made or not _opposite(a, b):
+                continue
+            made |= {i, j}
+            values[i], values[j] = block.let(values[i] + values[j]), block.let(values[i] - values[j])
+            columns[i], columns[j] = (
+                [x if x == sign * y else 0 for x, y in zip(a, b, strict=True)] for sign in (1, -1)
+            )
+            break
+    return tuple(zip(*columns, strict=True)), values
+
+
+def _sum(block: Block, row: Sequence[float], values: Sequence[Expr]) -> Expr:
+    """A row times values: first what is added as it is, so that no operation only negates."""
+    terms = sorted(
+        ((c, v) for c, v in zip(row, values, strict=True) if c), key=lambda term: (term[0] != 1, term[0] < 0)
+    )
+    total = weighted_sum(terms)
+    return zeros(values[0].ty.dtype.lanes) if total is None else block.let(total)
