@@ -263,7 +263,7 @@ class _Kernel:
         registers = body.registers([(t, v) for t in range(pixels) for v in range(slab.vectors)], lanes)
         following = body.let(((slab.b * g.positions + slab.position + 1) * taps + slab.first) * (spec.ic * tile_oc))
         ahead = Ahead(self.weights, following, slab.count * spec.ic, tile_oc // lanes, *share)
-        origin = ahead.origin(body)
+        origin = body.let(ahead.origin)
         with body.loop(slab.count) as (tap_body, tap):
 
             def scalar(t: int, k: Expr) -> Expr:
