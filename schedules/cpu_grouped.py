@@ -17,9 +17,9 @@ Why not     pixels in the lanes (cpu_rows): channels that lie innermost would ha
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -28,10 +28,10 @@ from tvm import te, tirx
 
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Even
-from convgen.cpu.vector import Block, finish, load, load_parameters, meeting, permuted, written
-from convgen.cpu.window import Pattern, RowUses, input_rows, row_tiles, tile_rows
+from convgen.cpu.vector import Block, Registers, finish, load, load_parameters, permuted, written
+from convgen.cpu.window import Met, Pattern, heights, kernel_rows, output_rows, readers, row_tiles
 from convgen.hardware.target import Target
-from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, flat, unflat, widen
+from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, unflat, widen
 from convgen.lowering.schedule import Picks, Program, Space, Written, require
 from convgen.problem.spec import ConvSpec
 
@@ -142,21 +142,11 @@ class _Geometry:
         """The tiles of a row (:func:`row_tiles`)."""
         return row_tiles(self.spec, size) if self.written else [(0, 1, Pattern(1, ((0, ((0, 0),)),)))]
 
-    def heights(self, height: int) -> list[tuple[int, int]]:
-        """The heights that tiles have, and how many of a column have each."""
-        full, rest = divmod(self.lines, height)
-        return [(h, times) for h, times in ((height, full), (rest, 1)) if h and times]
-
-    def readers(self, height: int) -> list[tuple[int, int]]:
-        """``(input rows, output rows that each of them serves)`` of a tile, as written code."""
-        if not self.outer or height == 1:
-            return [(self.spec.kernel[self.axis] if self.outer else 1, 1)]
-        return [(count, len(rows)) for _, count, rows in tile_rows(self.spec, self.axis, height)]
-
     def unrolled(self, picks: Picks) -> int:
         """Multiply-adds that are written out."""
         across = sum(len(uses) for *_, pattern in self.tiles(picks.tile_ow) for _, uses in pattern.inputs)
-        down = sum(rows for height, _ in self.heights(picks.tile_oh) for _, rows in self.readers(height))
+        sizes = heights(self.lines, picks.tile_oh)
+        down = sum(rows for height, _ in sizes for _, rows in readers(self.spec, len(self.outer), height))
         return across * down * int(picks.tile_c)
 
 
@@ -274,8 +264,8 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     times = spec.n * number * math.prod(g.outer[:-1]) * share
     passes = front * vectors.depth
     work = []
-    for height, lines in g.heights(picks.tile_oh):
-        rows = g.readers(height)
+    for height, lines in heights(g.lines, picks.tile_oh):
+        rows = readers(spec, len(g.outer), height)
         for width, tiles in Even(g.width, picks.tile_ow).sizes:
             sums = height * width * picks.tile_c
             products = sums * g.taps * (spec.kernel[g.axis] if g.outer else 1)
@@ -283,7 +273,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
             read = sum(count for count, _ in rows) * len(pixels)
             shuffled = read if vectors.permuted else 0
             loads = read * vectors.loaded
-            weights = sum(count * readers for count, readers in rows) * g.taps * picks.tile_c
+            weights = sum(count * times for count, times in rows) * g.taps * picks.tile_c
             work.append(
                 Work(
                     times * lines * tiles,
@@ -364,24 +354,9 @@ class _Kernel:
 
         The task has the rows of tiles, or in 1-D the tiles, from ``start`` to ``end``.
         """
-        if not self.g.outer:
-            for inner, x, pattern in self.columns(body, start, end):
-                yield inner, [], x, 1, pattern
-        else:
-            for row_body, row, height in self.rows(body, start, end):
-                for inner, x, pattern in self.columns(row_body):
-                    yield inner, row, x, height, pattern
-
-    def rows(self, body: Block, start: Expr, end: Expr) -> Iterator[tuple[Block, list[Expr], int]]:
-        """Code for rows of tiles: ``(its body, its first output row, how many it has)``."""
-        height, g = self.picks.tile_oh, self.g
-        full, rest = divmod(g.lines, height)
-        with body.loop(end - start) as (inner, i):
-            *front, line = unflat(start + i, (*g.outer[:-1], ceildiv(g.lines, height)))
-            line = inner.let(line)
-            row = [*map(inner.let, front), inner.let(line * height)]
-            for case, size in inner.cases(line, full, height, rest) if rest else [(inner, height)]:
-                yield case, row, size
+        for row_body, row, height in output_rows(body, self.g.outer, self.picks.tile_oh, start, end):
+            for inner, x, pattern in self.columns(row_body, *(() if row else (start, end))):
+                yield inner, row, x, height, pattern
 
     def columns(self, body: Block, start: Expr = 0, end: Expr = None) -> Iterator[tuple[Block, Expr, Pattern]]:
         """Code for the tiles along a row, or those from ``start`` to ``end``: ``(its body, its first pixel, pattern)``."""
@@ -399,9 +374,9 @@ class _Kernel:
         numbers = [body.let(tile.vectors * tile_c + v) for v in range(tile_c)]
         source = body.let(vectors.source(numbers[0]))
         sums = body.registers([(p, v) for p in tile.pixels for v in range(tile_c)], lanes)
-        for inner, front, taps, row in self.kernel_rows(body, tile):
+        for inner, met in kernel_rows(body, spec, tile.row, tile.height):
             with inner.loop(vectors.depth) as (step, c):
-                self.step(step, tile, sums, c, source, front, taps, row)
+                self.step(step, tile, sums, c, source, met)
         for v in range(tile_c):
             channel = body.let(vectors.first(numbers[v]))
             given = load_parameters(body, self.parameters, channel, lanes, lanes)
@@ -412,53 +387,19 @@ class _Kernel:
                 place = self.place(spec.oc, tile.image, where[: spec.rank], channel)
                 finish(body, spec, self.dst, self.residual, place, sums[(r, p), v], lanes, vectors.count, **given)
 
-    def kernel_rows(self, body: Block, tile: _Tile) -> Iterator[tuple[Block, list[Expr], list[Expr], RowUses | None]]:
-        """Code for the input rows that a tile reads: ``(its body, where, by which taps, the row and its readers)``.
-
-        ``where`` and ``taps`` are those of the axes before the rows'.
-        """
-        spec = self.spec
-        if not tile.row:
-            yield body, [], [], None
-            return
-        with ExitStack() as loops:
-            inner, taps, where = body, [], []
-            for axis, y in enumerate(tile.row[:-1]):
-                first, count = meeting(spec, axis, y)
-                inner, k = loops.enter_context(inner.loop(count))
-                taps.append(inner.let(first + k))
-                where.append(inner.let(y * spec.stride[axis] + taps[-1] * spec.dilation[axis] - spec.padding[axis][0]))
-            for row_body, row in input_rows(inner, spec, self.g.axis, tile.row[-1], tile.height):
-                yield row_body, where, taps, row
-
-    def step(
-        self,
-        body: Block,
-        tile: _Tile,
-        sums: object,
-        c: Expr,
-        source: Expr,
-        front: list[Expr],
-        taps: list[Expr],
-        row: RowUses | None,
-    ) -> None:
+    def step(self, body: Block, tile: _Tile, sums: Registers, c: Expr, source: Expr, met: Met) -> None:
         """The products of an input row with a channel of each group."""
-        spec, lanes, tile_c = self.spec, self.picks.lanes, self.picks.tile_c
-        uses = row.uses if row else [(0, None)]
-        where = [*front, row.row] if row else []
+        spec, lanes = self.spec, self.picks.lanes
         begin = tile.x * spec.stride[-1] - spec.padding[-1][0]
-        rows = [body.let(flat([*taps, tap], spec.kernel[: len(self.g.outer)])) if row else 0 for _, tap in uses]
         weights: dict[tuple[int, int, int], Expr] = {}
-        for offset, readers in tile.pattern.inputs:
-            place = self.place(spec.ic, tile.image, [*where, begin + offset][: spec.rank], source)
+        for offset, readers_of in tile.pattern.inputs:
+            place = self.place(spec.ic, tile.image, [*met.where, begin + offset][: spec.rank], source)
             value = body.let(self.vectors.read(self.src, spec.dtype, place, c))
-            for p, kx in readers:
-                for (r, _), kernel_row in zip(uses, rows, strict=True):
-                    for v in range(tile_c):
-                        if (r, kx, v) not in weights:
-                            at = [tile.vectors, kernel_row, c, kx, v, 0]
-                            weights[r, kx, v] = body.let(load(self.weights, "f32", at, lanes, lanes))
-                        sums.add(body, ((r, p), v), value * weights[r, kx, v])
+            for (p, kx), (r, kernel_row), v in itertools.product(readers_of, met.uses, range(self.picks.tile_c)):
+                if (r, kx, v) not in weights:
+                    at = [tile.vectors, kernel_row, c, kx, v, 0]
+                    weights[r, kx, v] = body.let(load(self.weights, "f32", at, lanes, lanes))
+                sums.add(body, ((r, p), v), value * weights[r, kx, v])
 
     def place(self, channels: int, image: Expr, where: Sequence[Expr], channel: Expr) -> list[Expr]:
         """The index in src or dst of a pixel's channel."""

@@ -6,55 +6,110 @@ own without the taps that miss the image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from tvm import tirx
 
-from ..lowering.compute import Expr, ceildiv
+from ..lowering.compute import Expr, ceildiv, flat, unflat
 from ..problem.spec import ConvSpec
 from .vector import Block, meeting, runs
 
 
-class RowUses(NamedTuple):
-    """An input row, and the taps that read it.
+class Met(NamedTuple):
+    """A row of the input, and the rows of the kernel that a tile reads it with.
 
     Attributes:
-        row: its index; it lies in the image.
-        uses: ``(output row of the tile, tap along this axis)``.
+        where: its index, on all axes that are passes of loops; it lies in the image.
+        uses: ``(output row of the tile, row of the kernel)``, rows of the kernel counted over all those axes.
     """
 
-    row: Expr
+    where: list[Expr]
     uses: list[tuple[int, Expr]]
 
 
-def tile_rows(spec: ConvSpec, axis: int, height: int) -> list[tuple[int, int, tuple[int, ...]]]:
+def output_rows(
+    block: Block, outer: Sequence[int], height: int, start: Expr, end: Expr
+) -> Iterator[tuple[Block, list[Expr], int]]:
+    """Code for rows of tiles ``height`` high, from ``start`` to ``end``: ``(its body, its first row, its height)``.
+
+    ``outer`` are the output's axes across which rows lie, the last of them the one along which tiles have height.
+    """
+    if not outer:
+        yield block, [], 1
+        return
+    full, rest = divmod(outer[-1], height)
+    with block.loop(end - start) as (inner, i):
+        *front, line = map(inner.let, unflat(start + i, (*outer[:-1], ceildiv(outer[-1], height))))
+        row = [*front, inner.let(line * height)]
+        for case, size in inner.cases(line, full, height, rest) if rest else [(inner, height)]:
+            yield case, row, size
+
+
+def kernel_rows(block: Block, spec: ConvSpec, row: Sequence[Expr], height: int) -> Iterator[tuple[Block, Met]]:
+    """Code for the input rows inside the image that ``height`` output rows from ``row`` on read."""
+    if not row:
+        yield block, Met([], [(0, 0)])
+        return
+    with ExitStack() as loops:
+        inner, taps, where = block, [], []
+        for axis, y in enumerate(row[:-1]):
+            first, count = meeting(spec, axis, y)
+            inner, k = loops.enter_context(inner.loop(count))
+            taps.append(inner.let(first + k))
+            where.append(inner.let(y * spec.stride[axis] + taps[-1] * spec.dilation[axis] - spec.padding[axis][0]))
+        for body, at, uses in _input_rows(inner, spec, len(row) - 1, row[-1], height):
+            rows = [(r, body.let(flat([*taps, tap], spec.kernel[: len(row)]))) for r, tap in uses]
+            yield body, Met([*where, at], rows)
+
+
+def heights(size: int, height: int) -> list[tuple[int, int]]:
+    """The heights that tiles of so many rows have, and how many of a column have each."""
+    return [(h, times) for h, times in ((height, size // height), (size % height, 1)) if h and times]
+
+
+def readers(spec: ConvSpec, axes: int, height: int) -> list[tuple[int, int]]:
+    """``(input rows, output rows that read each)`` of a tile ``height`` high, for each piece of code that there is.
+
+    ``axes`` are passes of loops; the tile's rows lie along the last of them.
+    """
+    if not axes:
+        return [(1, 1)]
+    if height == 1:
+        return [(spec.kernel[axes - 1], 1)]
+    return [(count, len(rows)) for _, count, rows in _tile_rows(spec, axes - 1, height)]
+
+
+def _tile_rows(spec: ConvSpec, axis: int, height: int) -> list[tuple[int, int, tuple[int, ...]]]:
     """The input rows of ``height`` output rows, as runs ``(first, count, output rows that read them)``.
 
     Rows are counted from the tile's first one, which may be padding.
     """
     stride, kernel = spec.stride[axis], spec.kernel[axis]
-    readers = [
+    served = [
         tuple(r for r in range(height) if 0 <= row - r * stride < kernel) for row in range((height - 1) * stride + kernel)
     ]
-    return [run for run in runs(readers) if run[2]]
+    return [run for run in runs(served) if run[2]]
 
 
-def input_rows(block: Block, spec: ConvSpec, axis: int, y: Expr, height: int) -> Iterator[tuple[Block, RowUses]]:
+def _input_rows(
+    block: Block, spec: ConvSpec, axis: int, y: Expr, height: int
+) -> Iterator[tuple[Block, Expr, list[tuple[int, Expr]]]]:
     """Code for the input rows inside the image that ``height`` output rows from ``y`` on read along an axis.
 
-    Rows with the same readers are passes of one loop. Several output rows need a dilation of 1.
+    ``(its body, the row, (output row, tap) of its readers)``. Rows with the same readers are passes of one loop. Several output rows need a dilation of 1.
     """
     stride, begin, size = spec.stride[axis], spec.padding[axis][0], spec.in_spatial[axis]
     if height == 1:
         first, count = meeting(spec, axis, y)
         with block.loop(count) as (inner, k):
             tap = inner.let(first + k)
-            yield inner, RowUses(inner.let(y * stride + tap * spec.dilation[axis] - begin), [(0, tap)])
+            yield inner, inner.let(y * stride + tap * spec.dilation[axis] - begin), [(0, tap)]
         return
     start = block.let(y * stride - begin)
     last = (spec.out_spatial[axis] - height) * stride - begin  # of any tile
-    for first, count, readers in tile_rows(spec, axis, height):
+    for first, count, served in _tile_rows(spec, axis, height):
         low: Expr = first
         end: Expr = first + count
         if first < begin:
@@ -64,7 +119,7 @@ def input_rows(block: Block, spec: ConvSpec, axis: int, y: Expr, height: int) ->
         fixed = isinstance(low, int) and isinstance(end, int)
         with block.loop(count if fixed else tirx.max(end - low, 0)) as (inner, i):
             row = inner.let(low + i)
-            yield inner, RowUses(inner.let(start + row), [(r, row - r * stride) for r in readers])
+            yield inner, inner.let(start + row), [(r, row - r * stride) for r in served]
 
 
 class Pattern(NamedTuple):
