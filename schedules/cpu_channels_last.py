@@ -15,7 +15,7 @@ Strategy    1. The taps of a kernel's row and their channels lie side by side: o
                task's outer loop: `oc`, and every block of channels reads the pixels again; `pixels`, and every tile
                reads the weights again.
 Why not     pixels in the lanes: channels-last data would have to be transposed in and out. NCHW rows that make good
-            vectors need no transposition (cpu_masked, cpu_im2col).
+            vectors need no transposition (cpu_rows, cpu_im2col).
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ Strategy    1. Pack weights as [oc/t][kernel…][ic][t]: one load fills the lane
             5. Bias, residual and activation on the tile, then the (NCHW: transposed) store.
             6. One parallel loop over batch × blocks of rows (in 1-D of tiles) × channel blocks; these
                are divided where the weights are the larger operand or rows are few.
-Why not     pixels in the lanes: better with few output channels, and done by other schedules (cpu_masked,
-            cpu_im2col, cpu_grouped); im2col: it writes every input k² times.
+Why not     pixels in the lanes: better with few output channels, and done by other schedules (cpu_rows,
+            cpu_im2col); im2col: it writes every input k² times.
 """
 
 from __future__ import annotations

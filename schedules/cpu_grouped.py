@@ -7,10 +7,11 @@ Strategy    1. A vector is the output channels of as many whole groups as there 
             2. Pack weights as [vector][rows of the kernel][ic][k][lanes]: in the order they are used.
             3. Keep a tile of `tile_oh` × `tile_ow` pixels × `tile_c` vectors in registers. Nothing is copied: src is
                loaded where it lies, rows outside it are left out, and columns at the edge are code of their own.
-            4. Loop over the input rows, then over the group's input channels. A pixel's vector has in each lane
-               the c-th channel of the lane's group: loaded as it is (depthwise), broadcast (one group) or permuted; all rows and taps that read the pixel use it.
-            5. Compute `block_c` tiles of vectors for one tile of pixels before the next pixels, so that src is read in
-               the order it lies. Several rows share what they read: it comes from the L2 cache.
+            4. Loop over the input rows, then over the group's input channels. A pixel's vector has in each lane the
+               c-th channel of the lane's group: loaded as it is (depthwise), broadcast (one group) or permuted. All
+               rows and taps that read the pixel use it.
+            5. Compute `block_c` tiles of vectors for one tile of pixels before the next pixels, so that src is read
+               in the order it lies. Several rows share what they read: it comes from the L2 cache.
             6. One parallel loop over batch × blocks of vectors × parts of the rows (in 1-D of the tiles).
 Why not     pixels in the lanes (cpu_rows): channels that lie innermost would have to be transposed.
 """
@@ -29,18 +30,22 @@ from tvm import te, tirx
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Even
 from convgen.cpu.vector import Block, Registers, finish, load, load_parameters, permuted, written
-from convgen.cpu.window import Met, Pattern, heights, kernel_rows, output_rows, readers, row_tiles
+from convgen.cpu.window import Lines, Met, Pattern, heights, is_short, kernel_rows, output_rows, readers, row_tiles
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, unflat, widen
 from convgen.lowering.schedule import Picks, Program, Space, Written, require
 from convgen.problem.spec import ConvSpec
 
 #: Taps of a row that are written out; a row with more is a column of pixels, whose taps are passes of a loop.
-MOST_TAPS = 16
+MOST_TAPS = 32
 #: Multiply-adds written out in all tiles together; more take long to compile.
 MOST_UNROLLED = 2048
 #: Those of the default, and its sums in registers.
-MOST_DEFAULT, MOST_SUMS = 640, 16
+MOST_DEFAULT, MOST_SUMS = 1024, 16
+#: Bytes after which addresses meet in the same set of the L1 cache, and how many pixels of a tile may.
+L1_WAY, PLACES = 4096, 9
+#: What narrower vectors cost, which work hardly counts: twice as many tiles begin.
+NARROW = 1.15
 
 
 class CpuGrouped(Written):
@@ -125,7 +130,7 @@ class _Geometry:
 
     def __init__(self, spec: ConvSpec) -> None:
         self.spec = spec
-        self.written = spec.kernel[-1] <= MOST_TAPS or (spec.rank == 1 and spec.dilation[-1] > 1 and spec.kernel[-1] <= 64)
+        self.written = spec.kernel[-1] <= MOST_TAPS
         self.outer = spec.out_spatial[:-1] if self.written else spec.out_spatial
         self.axis = len(self.outer) - 1
         self.lines = self.outer[-1] if self.outer else 1
@@ -230,16 +235,22 @@ def _lanes(spec: ConvSpec, target: Target) -> list[int]:
 def _default(schedule: CpuGrouped, spec: ConvSpec, target: Target) -> Picks:
     space, g, core = schedule.space(spec, target).domains, _Geometry(spec), core_of(target)
     small = Picks(lanes=space["lanes"][0], tile_oh=1, tile_ow=1, tile_c=1, block_c=1, parallel_oh=1)
+    crowd = math.gcd(4 * spec.ic if g.src_block == spec.ic else 0, L1_WAY) / L1_WAY
     points = [
         small.replace(lanes=n, tile_oh=h, tile_ow=w, tile_c=c)
-        for n in space["lanes"]
+        for n in space["lanes"][-2:]
         for h in space["tile_oh"]
         for w in sorted({Even(g.width, w).full for w in space["tile_ow"]})
         for c in space["tile_c"]
-        if h * w * c <= MOST_SUMS
+        if h * w * c <= MOST_SUMS and max(h * w, len(_offsets(spec, w, g.taps))) * crowd <= PLACES
     ]
-    points = [p for p in points if schedule.reason_against(spec, target, p) is None and g.unrolled(p) <= MOST_DEFAULT]
-    picks = min(points, key=lambda p: core.cycles(_counts(spec, target, p)), default=small)
+
+    def cycles(p: Picks) -> float:
+        return core.cycles(Counts(_counts(spec, target, p).work)) * (1 if p.lanes == space["lanes"][-1] else NARROW)
+
+    points.sort(key=cycles)
+    good = (p for p in points if g.unrolled(p) <= MOST_DEFAULT and not schedule.reason_against(spec, target, p))
+    picks = next(good, small)
     # All vectors where their weights, which the next tile reads again, leave room in the L1 cache: src is then
     # read as it lies.
     vectors = _Vectors(spec, picks.lanes)
@@ -253,6 +264,11 @@ def _default(schedule: CpuGrouped, spec: ConvSpec, target: Target) -> Picks:
     splits = [p for p in splits if schedule.reason_against(spec, target, p) is None]
     tasks = spec.n * ceildiv(tiles, picks.block_c)
     return next((p for p in splits if tasks * p.parallel_oh >= 4 * target.cores), splits[-1])
+
+
+def _offsets(spec: ConvSpec, width: int, taps: int) -> set[int]:
+    """The pixels of an input row that so many output pixels read."""
+    return {p * spec.stride[-1] + k * spec.dilation[-1] for p in range(width) for k in range(taps)}
 
 
 def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
@@ -269,11 +285,14 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         for width, tiles in Even(g.width, picks.tile_ow).sizes:
             sums = height * width * picks.tile_c
             products = sums * g.taps * (spec.kernel[g.axis] if g.outer else 1)
-            pixels = {p * spec.stride[-1] + k * spec.dilation[-1] for p in range(width) for k in range(g.taps)}
+            pixels = _offsets(spec, width, g.taps)
             read = sum(count for count, _ in rows) * len(pixels)
             shuffled = read if vectors.permuted else 0
             loads = read * vectors.loaded
-            weights = sum(count * times for count, times in rows) * g.taps * picks.tile_c
+            # Where all rows of a single channel are written out, they share the weights that they read.
+            short = vectors.depth == 1 and bool(g.outer) and is_short(spec, g.axis)
+            uses = spec.kernel[g.axis] if short else sum(count * served for count, served in rows)
+            weights = uses * g.taps * picks.tile_c
             work.append(
                 Work(
                     times * lines * tiles,
@@ -283,7 +302,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
                     stores=sums,
                     near=4 * picks.lanes * loads * passes * width * spec.stride[-1] / len(pixels),
                     chain=passes * products / sums,
-                    cycles=BEGIN_TILE + BEGIN_RUN * front * len(rows) * vectors.depth,
+                    cycles=BEGIN_TILE + (0 if short else BEGIN_RUN * front * len(rows) * vectors.depth),
                 )
             )
     images = sum(spec.bytes[name] for name in ("src", "dst"))
@@ -298,20 +317,19 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
 
 
 class _Tile(NamedTuple):
-    """A tile of pixels × vectors: its image, its output row and first pixel there, its rows, its index among the tiles
-    of vectors, and what of the image its pixels meet.
+    """A tile of pixels × vectors: its image, its rows, its first pixel there, its index among the tiles of vectors, and
+    what of the image its pixels meet.
     """
 
     image: Expr
-    row: list[Expr]
+    lines: Lines
     x: Expr
-    height: int
     vectors: Expr
     pattern: Pattern
 
     @property
     def pixels(self) -> list[tuple[int, int]]:
-        return [(r, p) for r in range(self.height) for p in range(self.pattern.pixels)]
+        return [(r, p) for r in range(self.lines.height) for p in range(self.pattern.pixels)]
 
 
 @dataclass(frozen=True)
@@ -343,23 +361,23 @@ class _Kernel:
             if number % size:
                 count = body.let(tirx.max(tirx.min(size, number - first), 0))
             start, end = (body.let(p * rows // parts) for p in (part, part + 1))
-            for pixels_body, row, x, height, pattern in self.tiles(body, start, end):
+            for pixels_body, lines, x, pattern in self.tiles(body, start, end):
                 with pixels_body.loop(count) as (tile_body, j):
                     vectors = tile_body.let(first + j)
-                    self.product(tile_body, _Tile(image, row, x, height, vectors, pattern))
+                    self.product(tile_body, _Tile(image, lines, x, vectors, pattern))
         return whole.statement()
 
-    def tiles(self, body: Block, start: Expr, end: Expr) -> Iterator[tuple[Block, list[Expr], Expr, int, Pattern]]:
-        """Code for the tiles of a task: ``(its body, its row, its first pixel, its rows, its pattern)``.
+    def tiles(self, body: Block, start: Expr, end: Expr) -> Iterator[tuple[Block, Lines, Expr, Pattern]]:
+        """Code for the tiles of a task: ``(its body, its rows, its first pixel, its pattern)``.
 
         The task has the rows of tiles, or in 1-D the tiles, from ``start`` to ``end``.
         """
-        for row_body, row, height in output_rows(body, self.g.outer, self.picks.tile_oh, start, end):
-            for inner, x, pattern in self.columns(row_body, *(() if row else (start, end))):
-                yield inner, row, x, height, pattern
+        for row_body, lines in output_rows(body, self.spec, len(self.g.outer), self.picks.tile_oh, start, end):
+            for inner, x, pattern in self.columns(row_body, *(() if lines.first else (start, end))):
+                yield inner, lines, x, pattern
 
     def columns(self, body: Block, start: Expr = 0, end: Expr = None) -> Iterator[tuple[Block, Expr, Pattern]]:
-        """Code for the tiles along a row, or those from ``start`` to ``end``: ``(its body, its first pixel, pattern)``."""
+        """Code for the tiles along a row, or those from ``start`` to ``end``: ``(its body, first pixel, pattern)``."""
         for first, count, pattern in self.g.tiles(self.picks.tile_ow):
             low, number = first, count
             if end is not None and self.picks.parallel_oh > 1:
@@ -374,17 +392,14 @@ class _Kernel:
         numbers = [body.let(tile.vectors * tile_c + v) for v in range(tile_c)]
         source = body.let(vectors.source(numbers[0]))
         sums = body.registers([(p, v) for p in tile.pixels for v in range(tile_c)], lanes)
-        for inner, met in kernel_rows(body, spec, tile.row, tile.height):
+        for inner, met in kernel_rows(body, spec, tile.lines):
             with inner.loop(vectors.depth) as (step, c):
                 self.step(step, tile, sums, c, source, met)
         for v in range(tile_c):
             channel = body.let(vectors.first(numbers[v]))
             given = load_parameters(body, self.parameters, channel, lanes, lanes)
             for r, p in tile.pixels:
-                where = [*tile.row, tile.x + p]
-                if tile.row:
-                    where[len(tile.row) - 1] = tile.row[-1] + r
-                place = self.place(spec.oc, tile.image, where[: spec.rank], channel)
+                place = self.place(spec.oc, tile.image, [*tile.lines.row(r), tile.x + p][: spec.rank], channel)
                 finish(body, spec, self.dst, self.residual, place, sums[(r, p), v], lanes, vectors.count, **given)
 
     def step(self, body: Block, tile: _Tile, sums: Registers, c: Expr, source: Expr, met: Met) -> None:

@@ -8,7 +8,7 @@ Strategy    1. Pack weights as [oc/t][row of the kernel, ic, k][t].
             3. Pixels in the lanes as in cpu_gemm: `tile_oc` channels × `tile_px` pixels in registers.
             4. Bias, residual and activation on the tile; the store is contiguous.
             5. One parallel loop over batch × rows × blocks of tiles × parts of the channels.
-Why not     shuffles in the product's loop (cpu_masked): every block of channels repeats them. With many products
+Why not     shuffles in the product's loop (cpu_rows): every block of channels repeats them. With many products
             per output the patches outgrow the cache, and to load them costs more than they save.
 """
 

@@ -27,7 +27,7 @@ from tvm import te, tirx
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE
 from convgen.cpu.vector import Block, Columns, Registers, Taps, finish, load, load_within, spread_parameters, written
-from convgen.cpu.window import Met, heights, kernel_rows, output_rows, readers
+from convgen.cpu.window import Lines, Met, heights, is_short, kernel_rows, output_rows, readers
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, unflat
 from convgen.lowering.schedule import Picks, Program, Space, Written, require
@@ -37,6 +37,13 @@ from convgen.problem.spec import ConvSpec
 MOST_TAPS = 64
 #: Multiply-adds written out in all tiles together, in any and in the default; more take long to compile.
 MOST_UNROLLED, MOST_DEFAULT = 2048, 1024
+#: Vectors of pixels in a tile of the default: more leave no registers for what they read.
+ROW_SUMS = 16
+#: Taps from which products, and not memory, take a 1-D depthwise layer's time. With fewer, half as wide vectors are
+#: faster: half as many lie in two lines of the cache.
+LONG = 8
+#: Cycles of an input row of a tile: each lies at another place in memory.
+ROW = 2
 
 
 class CpuRows(Written):
@@ -125,16 +132,20 @@ def _unrolled(spec: ConvSpec, picks: Picks) -> int:
 def _default(schedule: CpuRows, spec: ConvSpec, target: Target) -> Picks:
     space, core = schedule.space(spec, target).domains, core_of(target)
     small = Picks(lanes=space["lanes"][0], tile_oc=1, tile_oh=1, tile_ow=1, parallel_oh=1)
+    most, widths = target.vector_registers - 2, space["lanes"][-2:]
+    if spec.rank == 1 and spec.ic == spec.groups == spec.oc and spec.kernel[-1] < LONG:
+        widths = widths[:1]
     points = [
         small.replace(lanes=n, tile_oc=c, tile_oh=h, tile_ow=v)
-        for n in space["lanes"]
+        for n in widths
         for c in space["tile_oc"]
         for h in space["tile_oh"]
         for v in space["tile_ow"]
+        if c * h * v + v * spec.stride[-1] <= most and h * v <= (ROW_SUMS if spec.stride[-1] == 1 else 8)
     ]
-    points = [p for p in points if schedule.reason_against(spec, target, p) is None]
-    points = [p for p in points if _unrolled(spec, p) <= MOST_DEFAULT]
-    picks = min(points, key=lambda p: core.cycles(_counts(spec, target, p)), default=small)
+    points.sort(key=lambda p: core.cycles(Counts(_counts(spec, target, p).work)))
+    good = (p for p in points if _unrolled(spec, p) <= MOST_DEFAULT and not schedule.reason_against(spec, target, p))
+    picks = next(good, small)
     tasks = spec.n * spec.groups * ceildiv(spec.oc // spec.groups, picks.tile_oc)
     splits = [p for p in space["parallel_oh"] if p <= _rows(spec, picks.tile_oh)]
     return picks.replace(parallel_oh=next((p for p in splits if tasks * p >= 4 * target.cores), splits[-1]))
@@ -161,15 +172,18 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         uses, inputs = sum(count * served for count, served in rows), sum(count for count, _ in rows)
         oc = per_group / channels
         sums = oc * height * wide
+        # Where all rows of a single channel are written out, they share the weights that they read.
+        short = spec.ic == spec.groups and spec.rank > 1 and is_short(spec, spec.rank - 2)
+        weights = spec.kernel[-2] if short else uses
         work.append(
             Work(
                 times,
                 fmas=passes * oc * uses * wide * taps,
-                loads=passes * (inputs * read * wide + uses * taps * oc),
+                loads=passes * (inputs * read * wide + weights * taps * oc),
                 shuffles=passes * inputs * shuffled * wide,
                 stores=sums,
                 chain=passes * taps * uses / height,
-                cycles=BEGIN_TILE + passes * BEGIN_RUN * len(rows),
+                cycles=BEGIN_TILE + passes * (ROW * inputs + (0 if short else BEGIN_RUN * len(rows))),
             )
         )
     images = sum(spec.bytes[name] for name in ("src", "dst"))
@@ -193,12 +207,9 @@ class _Channels(NamedTuple):
 
 
 class _Pixels(NamedTuple):
-    """A tile of pixels: its first output row, its height, its first pixel there, and what of the image its vectors
-    meet (:class:`Columns`).
-    """
+    """A tile of pixels: its rows, its first pixel there, and what of the image its vectors meet (:class:`Columns`)."""
 
-    row: list[Expr]
-    height: int
+    lines: Lines
     x: Expr
     pattern: dict[Any, Any]
 
@@ -226,38 +237,39 @@ class _Kernel:
             image, group, tile, part = map(body.let, unflat(index, tasks))
             start, end = (body.let(p * rows // parts) for p in (part, part + 1))
             for case, size in body.cases(tile, full, tile_oc, rest):
+                channels = _Channels(image, group, tile, size)
                 for tile_body, pixels in self.tiles(case, start, end):
-                    self.product(tile_body, _Channels(image, group, tile, size), pixels)
+                    self.product(tile_body, channels, pixels)
         return whole.statement()
 
     def tiles(self, body: Block, start: Expr, end: Expr) -> Iterator[tuple[Block, _Pixels]]:
         """Code for the tiles of the rows from ``start`` to ``end``; those that meet the same of the image share it."""
-        for inner, row, height in output_rows(body, self.spec.out_spatial[:-1], self.picks.tile_oh, start, end):
+        for inner, lines in output_rows(body, self.spec, self.spec.rank - 1, self.picks.tile_oh, start, end):
             for first, count, pattern in self.columns.runs:
                 with inner.loop(count) as (one, i):
-                    yield one, _Pixels(row, height, one.let((i + first) * self.columns.step), pattern)
+                    yield one, _Pixels(lines, one.let((i + first) * self.columns.step), pattern)
 
     def product(self, body: Block, channels: _Channels, pixels: _Pixels) -> None:
         """The sums of a tile of channels for a tile of pixels, their epilogue and store."""
         spec, lanes = self.spec, self.picks.lanes
         vectors = [v for v in range(self.picks.tile_ow) if pixels.pattern["stored", v] > 0]
-        keys = list(itertools.product(range(channels.size), range(pixels.height), vectors))
+        keys = list(itertools.product(range(channels.size), range(pixels.lines.height), vectors))
         sums = body.registers(keys, lanes)
-        for inner, met in kernel_rows(body, spec, pixels.row, pixels.height):
+        for inner, met in kernel_rows(body, spec, pixels.lines):
             with inner.loop(spec.ic // spec.groups) as (step, c):
                 self.step(step, channels, pixels, sums, c, met)
         first = channels.group * (spec.oc // spec.groups)
         for t in range(channels.size):
             channel = body.let(first + channels.tile * self.picks.tile_oc + t)
             given = spread_parameters(body, self.parameters, channel, lanes)
-            for r, v in itertools.product(range(pixels.height), vectors):
-                row = [*pixels.row[:-1], *(y + r for y in pixels.row[-1:])]
-                place, count = [channels.image, channel, *row, pixels.x + v * lanes], pixels.pattern["stored", v]
+            for r, v in itertools.product(range(pixels.lines.height), vectors):
+                place, count = (
+                    [channels.image, channel, *pixels.lines.row(r), pixels.x + v * lanes],
+                    pixels.pattern["stored", v],
+                )
                 finish(body, spec, self.dst, self.residual, place, sums[t, r, v], lanes, count, **given)
 
-    def step(
-        self, body: Block, channels: _Channels, pixels: _Pixels, sums: Registers, c: Expr, met: Met
-    ) -> None:
+    def step(self, body: Block, channels: _Channels, pixels: _Pixels, sums: Registers, c: Expr, met: Met) -> None:
         """The products of an input row of a channel."""
         spec, lanes = self.spec, self.picks.lanes
         source = [channels.image, body.let(channels.group * (spec.ic // spec.groups) + c), *met.where]

@@ -6,7 +6,7 @@ own without the taps that miss the image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -15,6 +15,9 @@ from tvm import tirx
 from ..lowering.compute import Expr, ceildiv, flat, unflat
 from ..problem.spec import ConvSpec
 from .vector import Block, meeting, runs
+
+#: Taps of a plane of the kernel that are all written out.
+SHORT = 9
 
 
 class Met(NamedTuple):
@@ -29,26 +32,62 @@ class Met(NamedTuple):
     uses: list[tuple[int, Expr]]
 
 
-def output_rows(
-    block: Block, outer: Sequence[int], height: int, start: Expr, end: Expr
-) -> Iterator[tuple[Block, list[Expr], int]]:
-    """Code for rows of tiles ``height`` high, from ``start`` to ``end``: ``(its body, its first row, its height)``.
+class Lines(NamedTuple):
+    """The output rows of a tile.
 
-    ``outer`` are the output's axes across which rows lie, the last of them the one along which tiles have height.
+    Attributes:
+        first: the first one, on all axes that are passes of loops; none where there are no such axes.
+        height: how many there are, along the last of them.
+        whole: whether all that they read along that axis lies in the image.
     """
-    if not outer:
-        yield block, [], 1
+
+    first: list[Expr]
+    height: int
+    whole: bool
+
+    def row(self, r: int) -> list[Expr]:
+        """The r-th row."""
+        return [*self.first[:-1], *(y + r for y in self.first[-1:])]
+
+
+def output_rows(
+    block: Block, spec: ConvSpec, axes: int, height: int, start: Expr, end: Expr
+) -> Iterator[tuple[Block, Lines]]:
+    """Code for the rows of tiles, ``height`` high, from ``start`` to ``end`` of those along the output's first axes."""
+    if not axes:
+        yield block, Lines([], 1, True)
         return
-    full, rest = divmod(outer[-1], height)
+    *outer, lines = spec.out_spatial[:axes]
+    full, rest = divmod(lines, height)
+    low, high = _whole(spec, axes - 1, height) if is_short(spec, axes - 1) else (0, 0)
     with block.loop(end - start) as (inner, i):
-        *front, line = map(inner.let, unflat(start + i, (*outer[:-1], ceildiv(outer[-1], height))))
+        *front, line = map(inner.let, unflat(start + i, (*outer, ceildiv(lines, height))))
         row = [*front, inner.let(line * height)]
-        for case, size in inner.cases(line, full, height, rest) if rest else [(inner, height)]:
-            yield case, row, size
+        middle = tirx.And(line >= low, line < high)
+        edge = tirx.And(tirx.Not(middle), line < full) if rest else tirx.Not(middle)
+        if low < high:
+            with inner.when(True if (low, high) == (0, full) and not rest else middle) as case:
+                yield case, Lines(row, height, True)
+        if low > 0 or high < full:
+            with inner.when(edge if low < high or rest else True) as case:
+                yield case, Lines(row, height, False)
+        if rest:
+            with inner.when(line == full) as case:
+                yield case, Lines(row, rest, spec.padding[axes - 1] == (0, 0))
 
 
-def kernel_rows(block: Block, spec: ConvSpec, row: Sequence[Expr], height: int) -> Iterator[tuple[Block, Met]]:
-    """Code for the input rows inside the image that ``height`` output rows from ``row`` on read."""
+def _whole(spec: ConvSpec, axis: int, height: int) -> tuple[int, int]:
+    """Which tiles of full height read nothing but image along an axis: the first, and the one after the last."""
+    (begin, _), stride, advance = spec.padding[axis], spec.stride[axis], spec.stride[axis] * height
+    full = spec.out_spatial[axis] // height
+    reach = (height - 1) * stride + spec.window[axis]
+    low = min(ceildiv(begin, advance), full)
+    return low, max(low, min(full, (spec.in_spatial[axis] + begin - reach) // advance + 1))
+
+
+def kernel_rows(block: Block, spec: ConvSpec, lines: Lines) -> Iterator[tuple[Block, Met]]:
+    """Code for the input rows inside the image that output rows read."""
+    row = lines.first
     if not row:
         yield block, Met([], [(0, 0)])
         return
@@ -59,7 +98,7 @@ def kernel_rows(block: Block, spec: ConvSpec, row: Sequence[Expr], height: int) 
             inner, k = loops.enter_context(inner.loop(count))
             taps.append(inner.let(first + k))
             where.append(inner.let(y * spec.stride[axis] + taps[-1] * spec.dilation[axis] - spec.padding[axis][0]))
-        for body, at, uses in _input_rows(inner, spec, len(row) - 1, row[-1], height):
+        for body, at, uses in _input_rows(inner, spec, len(row) - 1, lines):
             rows = [(r, body.let(flat([*taps, tap], spec.kernel[: len(row)]))) for r, tap in uses]
             yield body, Met([*where, at], rows)
 
@@ -76,7 +115,7 @@ def readers(spec: ConvSpec, axes: int, height: int) -> list[tuple[int, int]]:
     """
     if not axes:
         return [(1, 1)]
-    if height == 1:
+    if height == 1 and not is_short(spec, axes - 1):
         return [(spec.kernel[axes - 1], 1)]
     return [(count, len(rows)) for _, count, rows in _tile_rows(spec, axes - 1, height)]
 
@@ -87,39 +126,53 @@ def _tile_rows(spec: ConvSpec, axis: int, height: int) -> list[tuple[int, int, t
     Rows are counted from the tile's first one, which may be padding.
     """
     stride, kernel = spec.stride[axis], spec.kernel[axis]
-    served = [
-        tuple(r for r in range(height) if 0 <= row - r * stride < kernel) for row in range((height - 1) * stride + kernel)
-    ]
+    rows = range((height - 1) * stride + kernel)
+    served = [tuple(r for r in range(height) if 0 <= row - r * stride < kernel) for row in rows]
     return [run for run in runs(served) if run[2]]
 
 
 def _input_rows(
-    block: Block, spec: ConvSpec, axis: int, y: Expr, height: int
+    block: Block, spec: ConvSpec, axis: int, lines: Lines
 ) -> Iterator[tuple[Block, Expr, list[tuple[int, Expr]]]]:
-    """Code for the input rows inside the image that ``height`` output rows from ``y`` on read along an axis.
+    """Code for the input rows inside the image that output rows read along an axis.
 
-    ``(its body, the row, (output row, tap) of its readers)``. Rows with the same readers are passes of one loop. Several output rows need a dilation of 1.
+    ``(its body, the row, (output row, tap) of its readers)``. Rows with the same readers are passes of one loop, unless
+    the kernel is short. Several output rows need a dilation of 1.
     """
     stride, begin, size = spec.stride[axis], spec.padding[axis][0], spec.in_spatial[axis]
-    if height == 1:
+    y, height, dilation = lines.first[-1], lines.height, spec.dilation[axis]
+    short = is_short(spec, axis)
+    if height == 1 and not short:
         first, count = meeting(spec, axis, y)
         with block.loop(count) as (inner, k):
             tap = inner.let(first + k)
-            yield inner, inner.let(y * stride + tap * spec.dilation[axis] - begin), [(0, tap)]
+            yield inner, inner.let(y * stride + tap * dilation - begin), [(0, tap)]
         return
     start = block.let(y * stride - begin)
     last = (spec.out_spatial[axis] - height) * stride - begin  # of any tile
-    for first, count, served in _tile_rows(spec, axis, height):
-        low: Expr = first
-        end: Expr = first + count
-        if first < begin:
-            low = block.let(tirx.max(low, -start))
-        if last + end > size:
-            end = block.let(tirx.min(end, size - start))
-        fixed = isinstance(low, int) and isinstance(end, int)
-        with block.loop(count if fixed else tirx.max(end - low, 0)) as (inner, i):
+    found = _tile_rows(spec, axis, height)
+    if short:
+        found = [(first + i, 1, served) for first, count, served in found for i in range(count)]
+    for first, count, served in found:
+        if count == 1:
+            at = first * dilation  # one, but where the tile is one row
+            inside = [start >= -at] * (at < begin) + [start < size - at] * (last + at >= size)
+            with block.when(tirx.all(*inside) if inside and not lines.whole else True) as inner:
+                yield inner, inner.let(start + at), [(r, first - r * stride) for r in served]
+            continue
+        low = block.let(tirx.max(first, -start)) if first < begin else first
+        end = block.let(tirx.min(first + count, size - start)) if last + first + count > size else first + count
+        with block.loop(block.let(tirx.max(end - low, 0))) as (inner, i):
             row = inner.let(low + i)
             yield inner, inner.let(start + row), [(r, row - r * stride) for r in served]
+
+
+def is_short(spec: ConvSpec, axis: int) -> bool:
+    """Whether the rows of the kernel are written out, and again without conditions for tiles inside the image.
+
+    Code for the rows of a large kernel is long, and LLVM would keep too much of it in registers.
+    """
+    return spec.kernel[axis] * spec.kernel[-1] <= SHORT
 
 
 class Pattern(NamedTuple):
@@ -158,5 +211,3 @@ def row_tiles(spec: ConvSpec, size: int) -> list[tuple[int, int, Pattern]]:
     left, right = (runs([pattern(i) for i in edge]) for edge in (range(start), range(end, count)))
     middle = [(start, end - start, pattern(start))] if end > start else []
     return [*left, *middle, *((first + end, times, edge) for first, times, edge in right)]
-
-
