@@ -1,289 +1,424 @@
-"""Convolution with few channels per group: pixels in the vector lanes, rows strung together.
+"""Grouped and depthwise convolution with output channels of whole groups in the vector lanes.
 
-Applies to  NCHW convolutions that are not transposed, with few channels per group: depthwise with any
-            multiplier, grouped, and dense layers with few output channels or few products per output.
-Strategy    1. Copy a block of rows (in 1-D a stretch of the row) of one group's input with its padding,
-               split by stride phase, so that neighbouring output pixels read neighbouring elements.
-            2. Treat the padded rows as one flat row: an output pixel `f` reads `f + offset` for each
-               tap. Short rows still fill vectors; at the ends of rows a few pixels are computed in vain.
-            3. Keep a tile of `tile_oc` channels × `tile_px` flat pixels in registers; taps unrolled,
-               weights broadcast.
-            4. Copy the wanted pixels out, with bias, residual and activation.
-            5. One parallel loop over batch × groups × blocks of rows.
-Why not     channels in the lanes: NCHW would have to be transposed in and out.
+Applies to  convolutions with groups that are not transposed, of any rank, kernel, stride, dilation and number of
+            channels per group, whose channels lie in blocks innermost: NHWC (NWC, NDHWC: all of them), nchw16c, nchw8c.
+Strategy    1. A vector is the output channels of as many whole groups as there is room for, or a part of one
+               group's. Where they do not divide, the last one overlaps its neighbour, so that all share their code.
+            2. Pack weights as [vector][rows of the kernel][ic][k][lanes]: in the order they are used.
+            3. Keep a tile of `tile_oh` × `tile_ow` pixels × `tile_c` vectors in registers. Nothing is copied: src is
+               loaded where it lies, rows outside it are left out, and columns at the edge are code of their own.
+            4. Loop over the input rows, then over the group's input channels. A pixel's vector has in each lane the
+               c-th channel of the lane's group: loaded as it is (depthwise), broadcast (one group) or permuted. All
+               rows and taps that read the pixel use it.
+            5. Compute `block_c` tiles of vectors for one tile of pixels before the next pixels, so that src is read
+               in the order it lies. Several rows share what they read: it comes from the L2 cache.
+            6. One parallel loop over batch × blocks of vectors × parts of the rows (in 1-D of the tiles).
+Why not     pixels in the lanes (cpu_rows): channels that lie innermost would have to be transposed.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from tvm import te, tirx
 
+from convgen.cpu.model import Counts, Stream, Work, core_of
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Even
+from convgen.cpu.vector import Block, Registers, finish, load, load_parameters, permuted, written
+from convgen.cpu.window import Lines, Met, Pattern, heights, is_short, kernel_rows, output_rows, readers, row_tiles
 from convgen.hardware.target import Target
-from convgen.lowering.compute import Expr, Operands, ceildiv, copied, epilogue, partition_edges, read_whole
-from convgen.lowering.schedule import Picks, Program, Scheduled, Space, require
+from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, unflat, widen
+from convgen.lowering.schedule import Picks, Program, Space, Written, require
 from convgen.problem.spec import ConvSpec
 
-if TYPE_CHECKING:
-    from tvm.s_tir import Schedule as TirSchedule
-    from tvm.s_tir.schedule import LoopRV
-
-#: Unrolled multiply-adds of one tile; more makes the code outgrow the instruction cache.
-MOST_UNROLLED = 1024
-
-# What `cost` counts. Fitted to measured kernels, not measured alone.
-#: Sums of a tile that cover the latency of their products.
-COVERING = 8
-#: A load, in products.
-LOAD = 2
-#: Bytes per second that a core copies, in and out.
-COPIED = 8e9
+#: Taps of a row that are written out; a row with more is a column of pixels, whose taps are passes of a loop.
+MOST_TAPS = 32
+#: Multiply-adds written out in all tiles together; more take long to compile.
+MOST_UNROLLED = 2048
+#: Those of the default, and its sums in registers.
+MOST_DEFAULT, MOST_SUMS = 1024, 16
+#: Bytes after which addresses meet in the same set of the L1 cache, and how many pixels of a tile may.
+L1_WAY, PLACES = 4096, 9
+#: What narrower vectors cost, which work hardly counts: twice as many tiles begin.
+NARROW = 1.15
 
 
-class CpuGrouped(Scheduled):
-    id, version = "cpu_grouped", 2
+class CpuGrouped(Written):
+    id, version = "cpu_grouped", 3
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
-        require(spec.layout == "nchw", "needs NCHW")
-        few = spec.oc // spec.groups <= 32 or spec.reduction_length <= 160
-        require(few, "needs at most 32 output channels per group, or at most 160 products per output")
-        require(math.prod(spec.kernel) <= MOST_UNROLLED, f"needs at most {MOST_UNROLLED} taps")
+        require(spec.layout != "nchw", "needs channels that lie innermost")
+        require(spec.groups > 1, "needs groups")
+        require(bool(_lanes(spec, target)), "needs vectors of whole groups within blocks of channels")
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
-        lanes = target.lanes
-        per_group = spec.oc // spec.groups
+        g, lanes = _Geometry(spec), _lanes(spec, target)
         return Space(
-            tile_oc=[c for c in (1, 2, 3, 4, 6, 8) if per_group % c == 0],
-            tile_oh=[1, 2, 4] if spec.rank > 1 else [1],
-            tile_px=[lanes * v for v in (1, 2, 3, 4, 6, 8, 12, 16)],
-            block=_blocks(spec),
+            lanes=lanes,
+            tile_oh=[h for h in (1, 2, 3, 4, 5, 6, 7, 8) if h == 1 or (h <= g.lines and g.line_dilation == 1)],
+            tile_ow=[w for w in (*range(1, 11), 12, 14, 16, 20, 24, 28) if w <= g.width],
+            tile_c=[t for t in (1, 2, 3, 4) if t == 1 or (t - 1) * lanes[0] < spec.oc // spec.groups],
+            block_c=[b for b in (1, 2, 4, 8, 16, 32, 64) if b == 1 or b * lanes[0] < 2 * spec.oc],
+            parallel_oh=[p for p in (1, 2, 4, 8, 16, 32) if p <= (g.rows(1) if g.outer else g.width)],
         )
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        lanes = target.lanes
-        vectors = picks.tile_px // lanes * picks.tile_oh
-        used = vectors * picks.tile_oc + min(vectors, 2) + 1
-        require(used <= target.vector_registers, f"{used} vectors in a tile, {target.vector_registers} registers")
-        unrolled = vectors * picks.tile_oc * math.prod(spec.kernel)
-        require(unrolled <= MOST_UNROLLED, f"{unrolled} unrolled multiply-adds, at most {MOST_UNROLLED}")
-        g = _Geometry(spec, picks)
-        width = g.wanted if picks.tile_oh == 1 else spec.out_spatial[-1]
-        require(vectors == 1 or picks.tile_px - lanes < width, "tile_px exceeds the pixels there are")
-        require(spec.rank == 1 or picks.block % picks.tile_oh == 0, "block is not whole tiles")
+        vectors, g = _Vectors(spec, picks.lanes), _Geometry(spec)
+        pixels = picks.tile_oh * picks.tile_ow
+        # Beside the sums: the weights of the taps that a pixel meets, and the pixel.
+        used = picks.tile_c * (pixels + min(pixels, g.taps)) + 1
+        small = pixels == picks.tile_c == 1
+        require(small or used <= target.vector_registers, f"{used} vectors, {target.vector_registers} registers")
+        require(vectors.parts % picks.tile_c == 0, "tile_c does not divide the vectors of a group")
+        require(picks.block_c < 2 * vectors.number // picks.tile_c, "block_c exceeds the vectors")
+        tiles = g.rows(picks.tile_oh) if g.outer else ceildiv(g.width, picks.tile_ow)
+        require(picks.parallel_oh <= tiles, "fewer tiles than parallel_oh")
+        unrolled = g.unrolled(picks)
+        require(small or unrolled <= MOST_UNROLLED, f"{unrolled} unrolled multiply-adds, at most {MOST_UNROLLED}")
 
     def default(self, spec: ConvSpec, target: Target) -> Picks:
-        lanes, rows = target.lanes, _rows(spec)
-        space = self.space(spec, target).domains
-        tile_oc = max(c for c in space["tile_oc"] if c <= (8 if spec.oc // spec.groups > 16 else 4))
-
-        # The block's input should stay in the L1 cache; and there must be tasks for every core.
-        def block_bytes(block: int) -> int:
-            g = _Geometry(spec, Picks(tile_oc=1, tile_oh=1, tile_px=lanes, block=block))
-            return 4 * g.phases * g.copied_rows * g.pitch * (spec.ic // spec.groups)
-
-        room = target.l1 if spec.oc // spec.groups <= 16 else target.l2 // 4
-        fitting = [b for b in space["block"] if block_bytes(b) <= room or b == space["block"][0]]
-        busy = [b for b in fitting if spec.n * spec.groups * ceildiv(rows, b) >= 4 * target.cores]
-        base = Picks(tile_oc=tile_oc, tile_oh=1, tile_px=lanes, block=max(busy, default=min(fitting)))
-        options = [base.replace(tile_oh=h, tile_px=px) for h in space["tile_oh"] for px in space["tile_px"]]
-        # More independent sums than these hide no more latency, and their loads outgrow the load buffers.
-        most = (8 if tile_oc == 1 else 12) * lanes
-        options = [
-            p for p in options if p.tile_oh <= (2 if tile_oc == 1 else 1) and p.tile_oc * p.tile_oh * p.tile_px <= most
-        ]
-        good = [p for p in options if self.reason_against(spec, target, p) is None]
-        return min(good, key=lambda p: self._work(spec, target, p), default=base.replace(tile_oc=1))
-
-    def _work(self, spec: ConvSpec, target: Target, picks: Picks) -> float:
-        """Time of one channel's block with one input channel, in products of vectors; the copies are left out."""
-        g, lanes = _Geometry(spec, picks), target.lanes
-        vectors, taps = picks.tile_px // lanes, math.prod(spec.kernel)
-        rows_read = picks.tile_oh if g.axes == 1 else (picks.tile_oh - 1) + spec.kernel[-2]
-        loads = rows_read * vectors * taps // (spec.kernel[-2] if g.axes == 2 else 1) / picks.tile_oc
-        products = picks.tile_oh * vectors * taps
-        sums = picks.tile_oc * picks.tile_oh * vectors
-        return float(math.prod(g.tiles) * (LOAD * loads + products) * max(1.0, COVERING / sums))
+        return _default(self, spec, target)
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
-        picks = self.default(spec, target)
-        g = _Geometry(spec, picks)
-        vectors = self._work(spec, target, picks) * spec.n * spec.oc * g.blocks * (spec.ic // spec.groups)
-        vectors *= math.prod(spec.out_spatial[: g.front])
-        moved = spec.bytes["src"] * g.copied_rows / (picks.block * g.phases**0.5) + 2 * spec.bytes["dst"]
-        cycle = 2 * target.lanes / target.peak_flops  # seconds of a product of vectors
-        return float(vectors * cycle + moved / (target.cores * COPIED))
+        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
-        ops, g = Operands(spec), _Geometry(spec, picks)
-        packed = [copied(p) for p in ops.parameters]
-        weights, *vectors = [te.placeholder(p.shape, p.dtype, f"{p.op.name}_in") for p in packed]
-        acc = _sums(spec, g, picks, _source(spec, g, picks, ops), weights)
+        ops, g, vectors, tile_c = Operands(spec), _Geometry(spec), _Vectors(spec, picks.lanes), picks.tile_c
+        looped = spec.kernel[: len(g.outer)]
 
-        def value(n: Expr, o: Expr, pixel: tuple[Expr, ...]) -> Expr:
-            front, plane = pixel[: g.front], pixel[-g.axes :]
-            block, row = tirx.floordiv(plane[0], picks.block), tirx.floormod(plane[0], picks.block)
-            row, x = (row, plane[-1]) if g.axes == 2 else (0, row)
-            if picks.tile_oh == 1:  # one long row
-                row, x = 0, row * g.pitch + x
-            where = (row // picks.tile_oh, x // picks.tile_px, row % picks.tile_oh, x % picks.tile_px)
-            total = read_whole(acc, (n, o, block, *front, *where))
-            residual = ops.residual[(n, o, *pixel)] if ops.residual is not None else None
-            return epilogue(spec, total, residual=residual, **ops.per_channel(vectors, o))
+        def packed_weights(b: Expr, row: Expr, c: Expr, kx: Expr, v: Expr, t: Expr) -> Expr:
+            o = vectors.first(b * tile_c + v) + t
+            o = o if vectors.count == picks.lanes else tirx.min(o, spec.oc - 1)
+            value = ops.weights[(o, c, *unflat(row, looped), kx)[: 2 + spec.rank]]
+            if vectors.count == picks.lanes:
+                return value
+            return tirx.if_then_else(t < vectors.count, value, tirx.const(0, ACCUMULATOR))
 
-        return Program(pack=ops.pack(*packed), main=ops.main([weights, *vectors], ops.store(value)))
+        def statement(
+            src: tirx.Buffer, residual: tirx.Buffer, parameters: dict[str, tirx.Buffer], dst: tirx.Buffer
+        ) -> tirx.Stmt:
+            weights = parameters.pop("weights")
+            return _Kernel(spec, g, picks, vectors, src, weights, residual, parameters, dst).statement()
 
-    def apply(self, sch: TirSchedule, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        g = _Geometry(spec, picks)
-        task, tiles = _divide_output(sch, spec, g, picks)
-        _keep_sums_in_registers(sch, tiles, spec, g, target)
-        _place_copies(sch, task, g)
+        shape = (vectors.number // tile_c, math.prod(looped), vectors.depth, g.taps, tile_c, picks.lanes)
+        packed = [te.compute(shape, packed_weights, name="weights_packed")]
+        packed += [copied(p, spec.oc + picks.lanes) for p in ops.parameters[1:]]  # whole vectors from any channel
+        return written(ops, packed, statement)
 
 
-# ---- what is computed -------------------------------------------------------------------------
-
-
-def _source(spec: ConvSpec, g: _Geometry, picks: Picks, ops: Operands) -> te.Tensor:
-    """Blocks of src with their padding, ``[n, ic, block, …, row, pitch]``.
-
-    Where there is a stride they are split by phase, ``[n, ic, block, …, phase, row, pitch]``.
-    """
-    stride = spec.stride[-g.axes :]
-    steps = stride if g.axes == 2 else (1, *stride)
-
-    def padded_block(*index: Expr) -> Expr:
-        n, c, block, *front, row, x = index
-        y = [block * picks.block * stride[0] + row] if g.axes == 2 else []
-        x = x if g.axes == 2 else block * picks.block * stride[0] + x
-        where = [p - b for p, (b, _) in zip([*front, *y, x], spec.padding, strict=True)]
-        return ops.read_src(n, c, where, always=True)
-
-    outer = (spec.n, spec.ic, g.blocks, *spec.padded_spatial[: g.front])
-    padded = te.compute((*outer, g.copied_rows * steps[0], g.pitch * steps[1]), padded_block, name="padded")
-    if g.phases == 1:
-        return padded
-
-    def phase_of(*index: Expr) -> Expr:
-        *at, phase, row, column = index
-        y = row * steps[0] + tirx.floordiv(phase, steps[1])
-        return padded[(*at, y, column * steps[1] + tirx.floormod(phase, steps[1]))]
-
-    return te.compute((*outer, g.phases, g.copied_rows, g.pitch), phase_of, name="phases")
-
-
-def _sums(spec: ConvSpec, g: _Geometry, picks: Picks, source: te.Tensor, weights: te.Tensor) -> te.Tensor:
-    """Sums of products of the flat rows' tiles, ``[n, oc, block, …, row tile, tile, row, pixel]``."""
-    ic_group, oc_group = spec.ic // spec.groups, spec.oc // spec.groups
-    stride, dilation = spec.stride[-g.axes :], spec.dilation[-g.axes :]
-    c = te.reduce_axis((0, ic_group), "c")
-    taps = [te.reduce_axis((0, k), f"k{axis}") for axis, k in enumerate(spec.kernel)]
-
-    def product(*index: Expr) -> Expr:
-        n, o, block, *front, row_tile, tile, row, pixel = index
-        flat_pixel = (row_tile * picks.tile_oh + row) * g.pitch + tile * picks.tile_px + pixel
-        positions = [t * d for t, d in zip(taps[-g.axes :], dilation, strict=True)]
-        phase, offset = 0, flat_pixel
-        for position, s, step in zip(positions, stride, ([g.pitch, 1])[-g.axes :], strict=True):
-            phase = phase * s + tirx.floormod(position, s)
-            offset = offset + tirx.floordiv(position, s) * step
-        deep = [p * s + t * d for p, t, s, d in zip(front, taps, spec.stride, spec.dilation, strict=False)]
-        where = [tirx.floordiv(offset, g.pitch), tirx.floormod(offset, g.pitch)]
-        where = [phase, *where] if g.phases > 1 else where
-        channel = tirx.floordiv(o, oc_group) * ic_group + c
-        return te.sum(source[(n, channel, block, *deep, *where)] * weights[(o, c, *taps)], [c, *taps])
-
-    shape = (spec.n, spec.oc, g.blocks, *spec.out_spatial[: g.front], *g.tiles, picks.tile_oh, picks.tile_px)
-    return te.compute(shape, product, name="acc")
-
-
-# ---- the schedule -----------------------------------------------------------------------------
-
-
-def _divide_output(sch: TirSchedule, spec: ConvSpec, g: _Geometry, picks: Picks) -> tuple[LoopRV, LoopRV]:
-    """Divide the output among tasks; the loop over tasks and the one under which sums are computed."""
-    n, oc, *spatial = sch.get_loops(sch.get_sblock("dst"))
-    front, plane = spatial[: g.front], spatial[-g.axes :]
-    group, channel = sch.split(oc, [spec.groups, spec.oc // spec.groups])
-    block, plane[0] = sch.split(plane[0], [None, picks.block])
-    channel_tile, channel = sch.split(channel, [None, picks.tile_oc])
-    sch.reorder(n, group, block, channel_tile, *front, channel, *plane)
-    task = sch.fuse(n, group, block)
-    sch.parallel(task)
-    return task, front[-1] if front else channel_tile
-
-
-def _keep_sums_in_registers(sch: TirSchedule, under: LoopRV, spec: ConvSpec, g: _Geometry, target: Target) -> None:
-    """Compute sums under a loop, a tile at a time: all its sums unrolled, pixels in the lanes; then copy them out."""
-    acc = sch.get_sblock("acc")
-    sch.compute_at(acc, under, preserve_unit_loops=True)
-    axes = 7 + g.front
-    loops = sch.get_loops(acc)[-(axes + 1 + spec.rank) :]
-    (n, channel, *units, row_tile, tile, row, pixel), (c, *taps) = loops[:axes], loops[axes:]
-    vector, lane = sch.split(pixel, [None, target.lanes])
-    sch.reorder(n, *units, row_tile, tile, c, *taps, channel, row, vector, lane)
-    sch.vectorize(lane)
-    for loop in (vector, row, channel, *reversed(taps)):
-        sch.unroll(loop)
-    result = sch.cache_write(acc, 0, "global")
-    sch.reverse_compute_at(result, tile, preserve_unit_loops=True)
-    *_, pixel = sch.get_loops(result)
-    vector, lane = sch.split(pixel, [None, target.lanes])
-    sch.vectorize(lane)
-    sch.decompose_reduction(acc, c)
-
-
-def _place_copies(sch: TirSchedule, task: LoopRV, g: _Geometry) -> None:
-    """Copy a block's input in each task, split it by phase, and string its rows together."""
-    padded = source = sch.get_sblock("padded")
-    if g.phases > 1:
-        source = sch.get_sblock("phases")
-        sch.compute_at(source, task, preserve_unit_loops=True)
-        if g.phases <= 4:  # with a constant phase the strided reads become shuffles
-            sch.unroll(sch.get_loops(source)[-3])
-    sch.compute_at(padded, task, preserve_unit_loops=True)
-    if g.axes == 2 or g.blocks == 1:  # else the edges move with the block
-        partition_edges(sch, sch.get_loops(padded)[-1])
-    # Rows strung together: now `f + offset` is one address, however many rows it spans.
-    sch.transform_layout(source, ("write", 0), lambda *index: [*index[:-2], index[-2] * g.pitch + index[-1]])
-
-
-# ---- sizes ------------------------------------------------------------------------------------
+def _block(layout: str, channels: int) -> int:
+    """Channels that lie innermost."""
+    return {"nchw": 1, "nhwc": channels, "nchw8c": 8, "nchw16c": 16}[layout]
 
 
 class _Geometry:
-    """Sizes of the flattened rows of one block."""
+    """How the output is walked: rows of lines of tiles.
 
-    def __init__(self, spec: ConvSpec, picks: Picks) -> None:
-        #: Spatial axes of a block: the last two, or the only one; and those in front of them.
-        self.axes = axes = min(spec.rank, 2)
-        self.front = spec.rank - axes
-        width: int = spec.out_spatial[-1] if axes == 2 else picks.block
-        stride, window = spec.stride[-axes:], spec.window[-axes:]
-        reach = [(w - 1) // s for w, s in zip(window, stride, strict=True)]  # in elements of one phase
-        self.phases = math.prod(stride)
-        self.pitch = width + reach[-1]
-        self.blocks = ceildiv(_rows(spec), picks.block)
-        #: Flat pixels from a block's first wanted one to its last.
-        self.wanted = (picks.block - 1) * self.pitch + width if axes == 2 else width
-        # Tiles of one long row, or of the block's rows.
-        rows, row = (1, self.wanted) if picks.tile_oh == 1 else (picks.block, width)
-        self.tiles = ceildiv(rows, picks.tile_oh), ceildiv(row, picks.tile_px)
-        # Rows that the last tile reads, also for the pixels that it computes in vain.
-        last = (self.tiles[0] * picks.tile_oh - 1) * self.pitch + self.tiles[1] * picks.tile_px - 1
-        last += reach[-1] + (reach[0] * self.pitch if axes == 2 else 0)
-        self.copied_rows: int = last // self.pitch + 1
+    Attributes:
+        outer: the output's axes but the last, or all of them where a row's taps are passes of a loop.
+        lines: the output's pixels along the last of ``outer``, which tiles have `tile_oh` of.
+        width, taps: the pixels of a row and the taps that are written out.
+        src_block, dst_block: channels that lie innermost.
+    """
+
+    def __init__(self, spec: ConvSpec) -> None:
+        self.spec = spec
+        self.written = spec.kernel[-1] <= MOST_TAPS
+        self.outer = spec.out_spatial[:-1] if self.written else spec.out_spatial
+        self.axis = len(self.outer) - 1
+        self.lines = self.outer[-1] if self.outer else 1
+        self.line_dilation = spec.dilation[self.axis] if self.outer else 0
+        self.width, self.taps = (spec.out_spatial[-1], spec.kernel[-1]) if self.written else (1, 1)
+        self.src_block = _block(spec.layout, spec.ic)
+        self.dst_block = _block(getattr(spec, "dst_layout", spec.layout), spec.oc)
+
+    def rows(self, height: int) -> int:
+        """Rows of tiles."""
+        return math.prod(self.outer[:-1]) * ceildiv(self.lines, height)
+
+    def tiles(self, size: int) -> list[tuple[int, int, Pattern]]:
+        """The tiles of a row (:func:`row_tiles`)."""
+        return row_tiles(self.spec, size) if self.written else [(0, 1, Pattern(1, ((0, ((0, 0),)),)))]
+
+    def unrolled(self, picks: Picks) -> int:
+        """Multiply-adds that are written out."""
+        across = sum(len(uses) for *_, pattern in self.tiles(picks.tile_ow) for _, uses in pattern.inputs)
+        sizes = heights(self.lines, picks.tile_oh)
+        down = sum(rows for height, _ in sizes for _, rows in readers(self.spec, len(self.outer), height))
+        return across * down * int(picks.tile_c)
 
 
-def _blocks(spec: ConvSpec) -> list[int]:
-    """Sizes of a block: rows; in 1-D pixels, the row or parts of it that are as equal as possible."""
-    rows = _rows(spec)
-    if spec.rank == 1:
-        return sorted({ceildiv(rows, parts) for parts in (1, 2, 4, 8, 16, 32, 64)})
-    return sorted({b for b in (1, 2, 4, 7, 8, 14, 16, 28, 56) if b < rows} | {rows})
+class _Vectors:
+    """Which channels the lanes of a vector hold: ``count`` of them, of ``groups`` groups or a part of one."""
+
+    def __init__(self, spec: ConvSpec, lanes: int) -> None:
+        self.lanes = lanes
+        self._all = spec.groups
+        self.depth, self._outputs = spec.ic // spec.groups, spec.oc // spec.groups
+        self.groups = min(max(1, self.lanes // self._outputs), spec.groups)
+        #: Vectors of a group that has more channels than a vector has lanes; else 1.
+        self.parts = ceildiv(self._outputs, self.lanes)
+        self.count = min(self.lanes, self.groups * self._outputs)
+        #: Whether a vector of inputs is permuted from loaded ones: else it is loaded as it is, or broadcast.
+        self.permuted = self.groups > 1 and self.depth * self._outputs > 1
+        self.number: int = ceildiv(spec.groups, self.groups) * self.parts
+
+    def within(self, block: int, channels: int, inputs: bool) -> bool:
+        """Whether no vector of inputs, or of outputs, lies in two blocks of channels."""
+        if block == channels or (inputs and self.groups == 1):
+            return True
+        size = self.groups * self.depth if inputs else self.count
+        whole = self.count == self.lanes and (self._outputs % self.lanes == 0 or self.lanes % self._outputs == 0)
+        return whole and block % size == 0
+
+    def _group(self, v: Expr) -> Expr:
+        """The first group of a vector."""
+        return tirx.min(v // self.parts * self.groups, self._all - self.groups)
+
+    def first(self, v: Expr) -> Expr:
+        """The first output channel."""
+        within = tirx.min(v % self.parts * self.lanes, self._outputs - self.count) if self.parts > 1 else 0
+        return self._group(v) * self._outputs + within
+
+    def source(self, v: Expr) -> Expr:
+        """The first input channel."""
+        return self._group(v) * self.depth
+
+    @property
+    def loaded(self) -> int:
+        """Loads of a pixel's vector."""
+        return self.groups if self.permuted and (self.lanes < 8 or self.groups * self.depth > self.lanes) else 1
+
+    def read(self, src: tirx.Buffer, dtype: str, pixel: Sequence[Expr], c: Expr) -> Expr:
+        """A vector of a pixel's inputs: in each lane the c-th channel of the lane's group.
+
+        ``pixel`` is the index of the first group's first channel.
+        """
+        *where, channel = pixel
+        lanes, groups = self.lanes, [min(t // self._outputs, self.groups - 1) for t in range(self.lanes)]
+        if not self.permuted and self.groups > 1:
+            return load(src, dtype, pixel, lanes, self.groups)
+        if self.groups > 1 and self.loaded == 1:
+            order = [tirx.const(group * self.depth, "int32") for group in groups]
+            index = tirx.Shuffle(order, list(range(lanes))) + tirx.Broadcast(tirx.const(0, "int32") + c, lanes)
+            return permuted(load(src, dtype, pixel, lanes, self.groups * self.depth), index, lanes)
+        value: Expr = None
+        for group in range(self.groups):
+            one = tirx.Broadcast(widen(src[(*where, channel + c + group * self.depth)], dtype), lanes)
+            blend = [t + lanes * (groups[t] == group) for t in range(lanes)]
+            value = one if value is None else tirx.Shuffle([value, one], blend)
+        return value
 
 
-def _rows(spec: ConvSpec) -> int:
-    """What a task takes a block of: rows; in 1-D pixels."""
-    return spec.out_spatial[max(-2, -spec.rank)]
+def _lanes(spec: ConvSpec, target: Target) -> list[int]:
+    """Lanes that vectors can have."""
+    g, found = _Geometry(spec), []
+    for lanes in (4, 8, 16):
+        vectors = _Vectors(spec, lanes)
+        fits = vectors.within(g.src_block, spec.ic, True) and vectors.within(g.dst_block, spec.oc, False)
+        if lanes <= target.lanes and (lanes == 4 or lanes < 2 * spec.oc) and fits:
+            found.append(lanes)
+    return found
+
+
+# ---- the default --------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _default(schedule: CpuGrouped, spec: ConvSpec, target: Target) -> Picks:
+    space, g, core = schedule.space(spec, target).domains, _Geometry(spec), core_of(target)
+    small = Picks(lanes=space["lanes"][0], tile_oh=1, tile_ow=1, tile_c=1, block_c=1, parallel_oh=1)
+    crowd = math.gcd(4 * spec.ic if g.src_block == spec.ic else 0, L1_WAY) / L1_WAY
+    points = [
+        small.replace(lanes=n, tile_oh=h, tile_ow=w, tile_c=c)
+        for n in space["lanes"][-2:]
+        for h in space["tile_oh"]
+        for w in sorted({Even(g.width, w).full for w in space["tile_ow"]})
+        for c in space["tile_c"]
+        if h * w * c <= MOST_SUMS and max(h * w, len(_offsets(spec, w, g.taps))) * crowd <= PLACES
+    ]
+
+    def cycles(p: Picks) -> float:
+        return core.cycles(Counts(_counts(spec, target, p).work)) * (1 if p.lanes == space["lanes"][-1] else NARROW)
+
+    points.sort(key=cycles)
+    good = (p for p in points if g.unrolled(p) <= MOST_DEFAULT and not schedule.reason_against(spec, target, p))
+    picks = next(good, small)
+    # All vectors where their weights, which the next tile reads again, leave room in the L1 cache: src is then
+    # read as it lies.
+    vectors = _Vectors(spec, picks.lanes)
+    tiles = vectors.number // picks.tile_c
+    fitting = target.l1 // (4 * picks.lanes * picks.tile_c * vectors.depth * math.prod(spec.kernel))
+    most = tiles if tiles <= fitting // 2 else max(1, fitting // 4)
+    if g.src_block < spec.ic:
+        most = 1
+    picks = picks.replace(block_c=min((b for b in space["block_c"] if b >= most), default=space["block_c"][-1]))
+    splits = [picks.replace(parallel_oh=p) for p in space["parallel_oh"]]
+    splits = [p for p in splits if schedule.reason_against(spec, target, p) is None]
+    tasks = spec.n * ceildiv(tiles, picks.block_c)
+    return next((p for p in splits if tasks * p.parallel_oh >= 4 * target.cores), splits[-1])
+
+
+def _offsets(spec: ConvSpec, width: int, taps: int) -> set[int]:
+    """The pixels of an input row that so many output pixels read."""
+    return {p * spec.stride[-1] + k * spec.dilation[-1] for p in range(width) for k in range(taps)}
+
+
+def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+    """What the busiest core does."""
+    g, vectors = _Geometry(spec), _Vectors(spec, picks.lanes)
+    number, front = vectors.number // picks.tile_c, math.prod(spec.kernel[: max(0, g.axis)])
+    tasks = spec.n * ceildiv(number, picks.block_c) * picks.parallel_oh
+    share = ceildiv(tasks, target.cores) / tasks
+    times = spec.n * number * math.prod(g.outer[:-1]) * share
+    passes = front * vectors.depth
+    work = []
+    for height, lines in heights(g.lines, picks.tile_oh):
+        rows = readers(spec, len(g.outer), height)
+        for width, tiles in Even(g.width, picks.tile_ow).sizes:
+            sums = height * width * picks.tile_c
+            products = sums * g.taps * (spec.kernel[g.axis] if g.outer else 1)
+            pixels = _offsets(spec, width, g.taps)
+            read = sum(count for count, _ in rows) * len(pixels)
+            shuffled = read if vectors.permuted else 0
+            loads = read * vectors.loaded
+            # Where all rows of a single channel are written out, they share the weights that they read.
+            short = vectors.depth == 1 and bool(g.outer) and is_short(spec, g.axis)
+            uses = spec.kernel[g.axis] if short else sum(count * served for count, served in rows)
+            weights = uses * g.taps * picks.tile_c
+            work.append(
+                Work(
+                    times * lines * tiles,
+                    fmas=passes * products,
+                    loads=passes * (loads + weights),
+                    shuffles=passes * shuffled,
+                    stores=sums,
+                    near=4 * picks.lanes * loads * passes * width * spec.stride[-1] / len(pixels),
+                    chain=passes * products / sums,
+                    cycles=BEGIN_TILE + (0 if short else BEGIN_RUN * front * len(rows) * vectors.depth),
+                )
+            )
+    images = sum(spec.bytes[name] for name in ("src", "dst"))
+    streams = [
+        Stream(spec.bytes["weights"] * share, weights=True),
+        Stream(images * share, ahead=True, footprint=images),
+    ]
+    return Counts(work, streams, 1, target.l2, target.l3)
+
+
+# ---- the kernel -----------------------------------------------------------------------------------
+
+
+class _Tile(NamedTuple):
+    """A tile of pixels × vectors: its image, its rows, its first pixel there, its index among the tiles of vectors, and
+    what of the image its pixels meet.
+    """
+
+    image: Expr
+    lines: Lines
+    x: Expr
+    vectors: Expr
+    pattern: Pattern
+
+    @property
+    def pixels(self) -> list[tuple[int, int]]:
+        return [(r, p) for r in range(self.lines.height) for p in range(self.pattern.pixels)]
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """The statements of the whole layer."""
+
+    spec: ConvSpec
+    g: _Geometry
+    picks: Picks
+    vectors: _Vectors
+    src: tirx.Buffer
+    weights: tirx.Buffer
+    residual: tirx.Buffer
+    parameters: dict[str, tirx.Buffer]
+    dst: tirx.Buffer
+
+    def statement(self) -> tirx.Stmt:
+        """The parallel loop over images, blocks of vectors and parts of the rows, around what a task does."""
+        picks, parts = self.picks, self.picks.parallel_oh
+        number = self.vectors.number // picks.tile_c
+        rows = self.g.rows(picks.tile_oh) if self.g.outer else ceildiv(self.g.width, picks.tile_ow)
+        blocks = ceildiv(number, picks.block_c)
+        size = ceildiv(number, blocks)  # all alike, or the last one is smaller
+        whole = Block()
+        with whole.loop(self.spec.n * blocks * parts, parallel=True) as (body, index):
+            image, block, part = map(body.let, unflat(index, (self.spec.n, blocks, parts)))
+            first = body.let(block * size)
+            count = size
+            if number % size:
+                count = body.let(tirx.max(tirx.min(size, number - first), 0))
+            start, end = (body.let(p * rows // parts) for p in (part, part + 1))
+            for pixels_body, lines, x, pattern in self.tiles(body, start, end):
+                with pixels_body.loop(count) as (tile_body, j):
+                    vectors = tile_body.let(first + j)
+                    self.product(tile_body, _Tile(image, lines, x, vectors, pattern))
+        return whole.statement()
+
+    def tiles(self, body: Block, start: Expr, end: Expr) -> Iterator[tuple[Block, Lines, Expr, Pattern]]:
+        """Code for the tiles of a task: ``(its body, its rows, its first pixel, its pattern)``.
+
+        The task has the rows of tiles, or in 1-D the tiles, from ``start`` to ``end``.
+        """
+        for row_body, lines in output_rows(body, self.spec, len(self.g.outer), self.picks.tile_oh, start, end):
+            for inner, x, pattern in self.columns(row_body, *(() if lines.first else (start, end))):
+                yield inner, lines, x, pattern
+
+    def columns(self, body: Block, start: Expr = 0, end: Expr = None) -> Iterator[tuple[Block, Expr, Pattern]]:
+        """Code for the tiles along a row, or those from ``start`` to ``end``: ``(its body, first pixel, pattern)``."""
+        for first, count, pattern in self.g.tiles(self.picks.tile_ow):
+            low, number = first, count
+            if end is not None and self.picks.parallel_oh > 1:
+                low = body.let(tirx.max(first, start))
+                number = body.let(tirx.max(tirx.min(first + count, end) - low, 0))
+            with body.loop(number) as (inner, i):
+                yield inner, inner.let((low + i) * self.picks.tile_ow), pattern
+
+    def product(self, body: Block, tile: _Tile) -> None:
+        """The sums of a tile, their epilogue and store."""
+        spec, lanes, tile_c, vectors = self.spec, self.picks.lanes, self.picks.tile_c, self.vectors
+        numbers = [body.let(tile.vectors * tile_c + v) for v in range(tile_c)]
+        source = body.let(vectors.source(numbers[0]))
+        sums = body.registers([(p, v) for p in tile.pixels for v in range(tile_c)], lanes)
+        for inner, met in kernel_rows(body, spec, tile.lines):
+            with inner.loop(vectors.depth) as (step, c):
+                self.step(step, tile, sums, c, source, met)
+        for v in range(tile_c):
+            channel = body.let(vectors.first(numbers[v]))
+            given = load_parameters(body, self.parameters, channel, lanes, lanes)
+            for r, p in tile.pixels:
+                place = self.place(spec.oc, tile.image, [*tile.lines.row(r), tile.x + p][: spec.rank], channel)
+                finish(body, spec, self.dst, self.residual, place, sums[(r, p), v], lanes, vectors.count, **given)
+
+    def step(self, body: Block, tile: _Tile, sums: Registers, c: Expr, source: Expr, met: Met) -> None:
+        """The products of an input row with a channel of each group."""
+        spec, lanes = self.spec, self.picks.lanes
+        begin = tile.x * spec.stride[-1] - spec.padding[-1][0]
+        weights: dict[tuple[int, int, int], Expr] = {}
+        for offset, readers_of in tile.pattern.inputs:
+            place = self.place(spec.ic, tile.image, [*met.where, begin + offset][: spec.rank], source)
+            value = body.let(self.vectors.read(self.src, spec.dtype, place, c))
+            for (p, kx), (r, kernel_row), v in itertools.product(readers_of, met.uses, range(self.picks.tile_c)):
+                if (r, kx, v) not in weights:
+                    at = [tile.vectors, kernel_row, c, kx, v, 0]
+                    weights[r, kx, v] = body.let(load(self.weights, "f32", at, lanes, lanes))
+                sums.add(body, ((r, p), v), value * weights[r, kx, v])
+
+    def place(self, channels: int, image: Expr, where: Sequence[Expr], channel: Expr) -> list[Expr]:
+        """The index in src or dst of a pixel's channel."""
+        if self.spec.layout == "nhwc":
+            return [image, *where, channel]
+        block = self.g.src_block if channels == self.spec.ic else self.g.dst_block
+        return [image, channel // block, *where, channel % block]

@@ -1,271 +1,299 @@
-"""Depthwise convolution of NCHW planes: rows in registers, masks instead of padding.
+"""Convolution with few channels per group, pixels in the vector lanes: rows in registers, masks instead of padding.
 
-Applies to  depthwise convolutions (any multiplier) of rank 1 and 2, NCHW, stride at most 4.
-Strategy    1. A vector is `lanes` neighbouring output pixels of a row; a tile is `tile_oh` rows ×
-               `tile_ow` vectors. Nothing is copied: input rows are loaded where they lie.
-            2. At the left edge a vector is shifted in from zero, at the right edge loads and stores are
-               masked, rows above and below the image are left out: no multiplication by padding.
-            3. Where there is a stride, as many vectors are loaded and shuffled apart by phase.
-            4. Each input vector is used by all rows and taps that read it before the next is loaded.
-            5. Edges are separate code, written out; the middle is a loop without conditions.
-            6. One parallel loop over batch × channels (× blocks of rows).
-Why not     a padded copy (cpu_grouped): for small planes the copying costs more than the arithmetic.
+Applies to  NCHW convolutions of any rank that are not transposed, with few channels per group: depthwise with any
+            multiplier, grouped, and dense layers with few products per output (stems); stride along the row at most 8.
+Strategy    1. Pack weights as [group][oc/t][rows of the kernel][ic][k][t]: in the order they are used.
+            2. A vector is `lanes` neighbouring output pixels of a row. Keep a tile of `tile_oc` channels × `tile_oh`
+               rows × `tile_ow` vectors in registers. Nothing is copied: input rows are loaded where they lie, those
+               above and below the image are left out, and edges are masked (code of their own).
+            3. Loop over the input rows, then over the group's input channels. What a row's taps read is loaded once
+               and used by all rows and channels of the tile; weights are broadcast.
+            4. Where there is a stride, as many vectors are loaded and shuffled apart by phase.
+            5. One parallel loop over batch × groups × channel tiles × parts of the rows.
+Why not     a padded copy: for small planes the copying costs more than the arithmetic.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from tvm import tirx
+from tvm import te, tirx
 
-from convgen.cpu.vector import Block, Columns, Taps, finish, load, runs, written, zeros
+from convgen.cpu.model import Counts, Stream, Work, core_of
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE
+from convgen.cpu.vector import Block, Columns, Registers, Taps, finish, load, load_within, spread_parameters, written
+from convgen.cpu.window import Lines, Met, heights, is_short, kernel_rows, output_rows, readers
 from convgen.hardware.target import Target
-from convgen.lowering.compute import Expr, Operands, ceildiv, copied
+from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, unflat
 from convgen.lowering.schedule import Picks, Program, Space, Written, require
-from convgen.problem.spec import PARAMETERS, ConvSpec
+from convgen.problem.spec import ConvSpec
 
-#: Multiply-adds written out, in all tiles together; more take long to compile.
-MOST_UNROLLED = 4096
-#: Bytes per second that one core moves of the layer's tensors: a round figure that only ranks schedules.
-BYTES_PER_SECOND = 12e9
+#: Taps of a row that are written out; more are passes of a loop.
+MOST_TAPS = 64
+#: Multiply-adds written out in all tiles together, in any and in the default; more take long to compile.
+MOST_UNROLLED, MOST_DEFAULT = 2048, 1024
+#: Vectors of pixels in a tile of the default: more leave no registers for what they read.
+ROW_SUMS = 16
+#: Taps from which products, and not memory, take a 1-D depthwise layer's time. With fewer, half as wide vectors are
+#: faster: half as many lie in two lines of the cache.
+LONG = 8
+#: Cycles of an input row of a tile: each lies at another place in memory.
+ROW = 2
 
 
 class CpuRows(Written):
-    id, version = "cpu_rows", 2
+    id, version = "cpu_rows", 3
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
-        require(spec.layout == "nchw", "needs NCHW")
-        require(spec.rank <= 2, "needs one or two spatial axes")
-        require(spec.groups == spec.ic, "needs one input channel per group")
-        require(max(spec.stride) <= 4, "needs strides of at most 4")
-        require(math.prod(spec.kernel) <= 64, "needs at most 64 taps")
+        require(spec.layout == "nchw" and getattr(spec, "dst_layout", "nchw") == "nchw", "needs NCHW")
+        few = spec.oc // spec.groups <= 32 or spec.reduction_length <= 160
+        require(few, "needs at most 32 output channels per group, or at most 160 products per output")
+        require(spec.stride[-1] <= 8, "needs a stride along the row of at most 8")
+        long = spec.kernel[-1] > MOST_TAPS
+        require(not long or spec.stride[-1] == 1, f"needs at most {MOST_TAPS} taps along the row, or stride 1")
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
-        rows, width = _output(spec)
+        rows, width = math.prod(spec.out_spatial[:-1]), spec.out_spatial[-1]
         lanes = [n for n in (4, 8, 16) if n <= target.lanes and (n == 4 or n < 2 * width)]
+        tall = spec.rank > 1 and spec.dilation[-2] == 1
         return Space(
             lanes=lanes,
-            tile_oh=sorted({h for h in (1, 2, 3, 4, 5, 6, 7, 8, 14) if h <= rows}),
-            tile_ow=[v for v in (1, 2, 3, 4) if v == 1 or lanes[-1] * (v - 1) < width],
-            parallel_oh=[1, 2, 4, 8],
+            tile_oc=[c for c in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16) if c <= spec.oc // spec.groups],
+            tile_oh=[h for h in (1, 2, 3, 4, 5, 6, 7, 8) if h == 1 or (tall and h <= spec.out_spatial[-2])],
+            tile_ow=[v for v in (1, 2, 3, 4, 6) if v == 1 or lanes[0] * (v - 1) < width],
+            parallel_oh=[p for p in (1, 2, 4, 8, 16, 32) if p <= rows],
         )
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        rows, width = _output(spec)
-        sums = picks.tile_oh * picks.tile_ow
-        require(sums + 4 <= target.vector_registers, f"{sums} sums, {target.vector_registers} registers")
-        require(picks.lanes * (picks.tile_ow - 1) < width, "tile_ow exceeds the row")
-        require(picks.parallel_oh <= ceildiv(rows, picks.tile_oh), "fewer blocks of rows than parallel_oh")
-        unrolled = _Geometry(spec, picks).written_tiles * sums * math.prod(spec.kernel)
+        sums = picks.tile_oc * picks.tile_oh * picks.tile_ow
+        used = sums + picks.tile_ow * spec.stride[-1] + 2
+        require(sums == 1 or used <= target.vector_registers, f"{used} vectors, {target.vector_registers} registers")
+        require(picks.lanes * (picks.tile_ow - 1) < spec.out_spatial[-1], "tile_ow exceeds the row")
+        require(picks.parallel_oh <= _rows(spec, picks.tile_oh), "fewer rows of tiles than parallel_oh")
+        unrolled = _unrolled(spec, picks)
         require(unrolled <= MOST_UNROLLED or sums == 1, f"{unrolled} unrolled multiply-adds, at most {MOST_UNROLLED}")
 
     def default(self, spec: ConvSpec, target: Target) -> Picks:
-        rows, width = _output(spec)
-        space = self.space(spec, target).domains
-        # Two half vectors take a whole one's time to multiply, but twice its time to shuffle apart.
-        shuffled = 8 if spec.stride[-1] > 1 else 0
-        lanes = min(space["lanes"], key=lambda n: (ceildiv(width, n) * (max(n, 8) + shuffled), -n))
-        parallel_oh = 1
-        if spec.n * spec.oc < 4 * target.cores:
-            parallel_oh = max(p for p in space["parallel_oh"] if p == 1 or p <= rows)
-        options = [
-            Picks(lanes=lanes, tile_oh=h, tile_ow=v, parallel_oh=parallel_oh)
-            for h in space["tile_oh"]
-            for v in space["tile_ow"]
-        ]
-        options = [p for p in options if self.reason_against(spec, target, p) is None and p.tile_oh * p.tile_ow <= 8]
-        small = Picks(lanes=lanes, tile_oh=1, tile_ow=1, parallel_oh=1)
-        return min(options, key=lambda p: _work(spec, p), default=small)
+        return _default(self, spec, target)
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
-        picks = self.default(spec, target)
-        cycles = _work(spec, picks) * spec.n * spec.oc * max(picks.lanes, target.lanes // 2) / target.lanes
-        traffic = sum(spec.bytes.values()) / (target.cores * BYTES_PER_SECOND)
-        return float(cycles * 2 * target.lanes / target.peak_flops + traffic)
+        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
-        ops = Operands(spec)
-        packed = [copied(p) for p in ops.parameters]
-        return written(ops, packed, lambda *buffers: _Kernel(spec, picks, *buffers).statement())
+        ops, per_group, tile = Operands(spec), spec.oc // spec.groups, picks.tile_oc
+        tiles, rows = ceildiv(per_group, tile), spec.kernel[:-1]
+
+        def packed_weights(block: Expr, row: Expr, c: Expr, kx: Expr, t: Expr) -> Expr:
+            group, channel = block // tiles, block % tiles * tile + t
+            value = ops.weights[(group * per_group + channel, c, *unflat(row, rows), kx)]
+            if per_group % tile == 0:
+                return value
+            return tirx.if_then_else(channel < per_group, value, tirx.const(0, ACCUMULATOR))
+
+        shape = (spec.groups * tiles, math.prod(rows), spec.ic // spec.groups, spec.kernel[-1], tile)
+        packed = [te.compute(shape, packed_weights, name="weights_packed")]
+        packed += [copied(p) for p in ops.parameters[1:]]
+        columns = _columns(spec, picks.lanes, picks.tile_ow)
+        return written(ops, packed, lambda *buffers: _Kernel(spec, picks, columns, *buffers).statement())
 
 
-def _work(spec: ConvSpec, picks: Picks) -> float:
-    """Vector operations of one plane: loads and multiply-adds, and what a tile costs besides."""
-    rows, width = _output(spec)
-    tiles = ceildiv(rows, picks.tile_oh) * ceildiv(width, picks.lanes * picks.tile_ow)
-    read = (picks.tile_oh - 1) * spec.stride[0] + spec.kernel[0] if spec.rank > 1 else 1
-    groups = ceildiv(spec.window[-1], spec.stride[-1])
-    loads = read * picks.tile_ow * (spec.kernel[-1] if spec.stride[-1] == 1 else 2 * groups * spec.stride[-1])
-    products = picks.tile_oh * picks.tile_ow * math.prod(spec.kernel)
-    latency = max(1.0, 6 / (picks.tile_oh * picks.tile_ow))
-    # Every input row of a tile lies at another place in memory.
-    return float(tiles * (loads + products * latency + 2 * read + 6))
+def _rows(spec: ConvSpec, height: int) -> int:
+    """Rows of tiles."""
+    *front, lines = (1, *spec.out_spatial[:-1])
+    return math.prod(front) * ceildiv(lines, height)
 
 
-class _BlockRows(NamedTuple):
-    """A block of output rows, as the input rows that it meets.
-
-    Attributes:
-        outputs: how many output rows it has.
-        inputs: each input row inside the image, counted from the block's first one (which may be padding), with
-            its uses ``(output row, tap)``.
-    """
-
-    outputs: int
-    inputs: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
+@lru_cache(maxsize=256)
+def _columns(spec: ConvSpec, lanes: int, vectors: int) -> Columns:
+    return Columns(spec, lanes, vectors)
 
 
-class _Geometry:
-    """Which part of the image each tile meets. A one-dimensional layer has one row.
-
-    Attributes:
-        rows: the blocks of output rows.
-        columns: the tiles along a row.
-        written_tiles: tiles that are written out as code.
-    """
-
-    def __init__(self, spec: ConvSpec, picks: Picks) -> None:
-        missing = (1,) * (2 - spec.rank)
-        self.kernel, self.stride = missing + spec.kernel, missing + spec.stride
-        self.dilation, self.begin = (missing + spec.dilation)[0], spec.padding[0][0] if spec.rank == 2 else 0
-        self.height = (missing + spec.in_spatial)[0]
-        out_rows, _ = _output(spec)
-        self.rows = [self._block(y, min(picks.tile_oh, out_rows - y)) for y in range(0, out_rows, picks.tile_oh)]
-        self.columns = Columns(spec, picks.lanes, picks.tile_ow)
-        self.written_tiles = len(runs(self.rows)) * len(self.columns.runs)
-
-    def _block(self, y0: int, count: int) -> _BlockRows:
-        """The block of ``count`` output rows from ``y0`` on."""
-        uses: dict[int, list[tuple[int, int]]] = {}
-        for r in range(count):
-            for ky in range(self.kernel[0]):
-                row = r * self.stride[0] + ky * self.dilation
-                if 0 <= y0 * self.stride[0] + row - self.begin < self.height:
-                    uses.setdefault(row, []).append((r, ky))
-        return _BlockRows(count, tuple((row, tuple(uses[row])) for row in sorted(uses)))
+# ---- the default --------------------------------------------------------------------------------
 
 
-class _Plane(NamedTuple):
-    """What a task works on: an output plane, with its parameters in all lanes.
-
-    Attributes:
-        n, oc, ic: image, output channel and input channel.
-        weights: by ``(ky, kx)``.
-        start: what sums begin with, the bias; None where they begin with their first product.
-        epilogue: what :func:`finish` takes, but a bias that is in ``start``.
-    """
-
-    n: Expr
-    oc: Expr
-    ic: Expr
-    weights: dict[tuple[int, int], Expr]
-    start: Expr | None
-    epilogue: dict[str, Expr]
+def _unrolled(spec: ConvSpec, picks: Picks) -> int:
+    """Multiply-adds that are written out."""
+    taps = spec.kernel[-1] if spec.kernel[-1] <= MOST_TAPS else 1
+    tiles = len(_columns(spec, picks.lanes, picks.tile_ow).runs) if taps > 1 or any(spec.padding[-1]) else 2
+    sizes = heights((1, *spec.out_spatial)[-2], picks.tile_oh)
+    down = sum(rows for height, _ in sizes for _, rows in readers(spec, spec.rank - 1, height))
+    channels = picks.tile_oc + spec.oc // spec.groups % picks.tile_oc
+    return int(channels * down * picks.tile_ow * tiles * taps)
 
 
+@lru_cache(maxsize=1024)
+def _default(schedule: CpuRows, spec: ConvSpec, target: Target) -> Picks:
+    space, core = schedule.space(spec, target).domains, core_of(target)
+    small = Picks(lanes=space["lanes"][0], tile_oc=1, tile_oh=1, tile_ow=1, parallel_oh=1)
+    most, widths = target.vector_registers - 2, space["lanes"][-2:]
+    if spec.rank == 1 and spec.ic == spec.groups == spec.oc and spec.kernel[-1] < LONG:
+        widths = widths[:1]
+    points = [
+        small.replace(lanes=n, tile_oc=c, tile_oh=h, tile_ow=v)
+        for n in widths
+        for c in space["tile_oc"]
+        for h in space["tile_oh"]
+        for v in space["tile_ow"]
+        if c * h * v + v * spec.stride[-1] <= most and h * v <= (ROW_SUMS if spec.stride[-1] == 1 else 8)
+    ]
+    points.sort(key=lambda p: core.cycles(Counts(_counts(spec, target, p).work)))
+    good = (p for p in points if _unrolled(spec, p) <= MOST_DEFAULT and not schedule.reason_against(spec, target, p))
+    picks = next(good, small)
+    tasks = spec.n * spec.groups * ceildiv(spec.oc // spec.groups, picks.tile_oc)
+    splits = [p for p in space["parallel_oh"] if p <= _rows(spec, picks.tile_oh)]
+    return picks.replace(parallel_oh=next((p for p in splits if tasks * p >= 4 * target.cores), splits[-1]))
+
+
+def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+    """What the busiest core does."""
+    per_group, taps, stride, lanes = spec.oc // spec.groups, spec.kernel[-1], spec.stride[-1], picks.lanes
+    channels, groups = ceildiv(per_group, picks.tile_oc), ceildiv(spec.window[-1], stride)
+    tasks = spec.n * spec.groups * channels * picks.parallel_oh
+    share = ceildiv(tasks, target.cores) / tasks
+    passes = math.prod(spec.kernel[:-2]) * (spec.ic // spec.groups)
+    vectors = ceildiv(spec.out_spatial[-1], lanes)
+    columns = ceildiv(vectors, picks.tile_ow)
+    wide = vectors / columns
+    # Most vectors of neighbouring pixels lie in two lines of the cache.
+    read, shuffled = taps * (1 + lanes / target.lanes), 0.0
+    if stride > 1:
+        read, shuffled = groups * stride * (1 + lanes / target.lanes), taps * max(1.0, math.log2(stride))
+    work = []
+    for height, lines in heights((1, *spec.out_spatial)[-2], picks.tile_oh):
+        rows = readers(spec, spec.rank - 1, height)
+        times = spec.n * spec.groups * channels * math.prod(spec.out_spatial[:-2]) * lines * columns * share
+        uses, inputs = sum(count * served for count, served in rows), sum(count for count, _ in rows)
+        oc = per_group / channels
+        sums = oc * height * wide
+        # Where all rows of a single channel are written out, they share the weights that they read.
+        short = spec.ic == spec.groups and spec.rank > 1 and is_short(spec, spec.rank - 2)
+        weights = spec.kernel[-2] if short else uses
+        work.append(
+            Work(
+                times,
+                fmas=passes * oc * uses * wide * taps,
+                loads=passes * (inputs * read * wide + weights * taps * oc),
+                shuffles=passes * inputs * shuffled * wide,
+                stores=sums,
+                chain=passes * taps * uses / height,
+                cycles=BEGIN_TILE + passes * (ROW * inputs + (0 if short else BEGIN_RUN * len(rows))),
+            )
+        )
+    images = sum(spec.bytes[name] for name in ("src", "dst"))
+    streams = [
+        Stream(spec.bytes["weights"] * share, weights=True),
+        Stream(images * share, ahead=True, footprint=images),
+    ]
+    return Counts(work, streams, 1, target.l2, target.l3)
+
+
+# ---- the kernel -----------------------------------------------------------------------------------
+
+
+class _Channels(NamedTuple):
+    """A tile of output channels: its image, its group, its index in the group, and how many channels it has."""
+
+    image: Expr
+    group: Expr
+    tile: Expr
+    size: int
+
+
+class _Pixels(NamedTuple):
+    """A tile of pixels: its rows, its first pixel there, and what of the image its vectors meet (:class:`Columns`)."""
+
+    lines: Lines
+    x: Expr
+    pattern: dict[Any, Any]
+
+
+@dataclass(frozen=True)
 class _Kernel:
-    """All of the layer: a loop over planes (and parts of their rows)."""
+    """The statements of the whole layer."""
 
-    def __init__(
-        self, spec: ConvSpec, picks: Picks, src: Any, residual: Any, parameters: Mapping[str, Any], dst: Any
-    ) -> None:
-        self.spec, self.picks, self.lanes = spec, picks, picks.lanes
-        self.geometry = _Geometry(spec, picks)
-        self.src, self.residual, self.parameters, self.dst = src, residual, parameters, dst
+    spec: ConvSpec
+    picks: Picks
+    columns: Columns
+    src: tirx.Buffer
+    residual: tirx.Buffer
+    parameters: dict[str, tirx.Buffer]
+    dst: tirx.Buffer
 
-    def statement(self) -> Any:
-        spec, parts = self.spec, self.picks.parallel_oh
-        blocks = self.geometry.rows
+    def statement(self) -> tirx.Stmt:
+        """The parallel loop over images, groups, tiles of channels and parts of the rows, around what a task does."""
+        spec, parts, tile_oc = self.spec, self.picks.parallel_oh, self.picks.tile_oc
+        per_group, rows = spec.oc // spec.groups, _rows(spec, self.picks.tile_oh)
+        tasks = (spec.n, spec.groups, ceildiv(per_group, tile_oc), parts)
+        full, rest = divmod(per_group, tile_oc)
         whole = Block()
-        with whole.loop(spec.n * spec.oc * parts, parallel=True) as (task, index):
-            if parts == 1:
-                self._add_rows(task, self._plane(task, index), runs(blocks))
-            else:
-                plane, part = self._plane(task, task.let(index // parts)), index % parts
-                for number in range(parts):
-                    start, end = (i * len(blocks) // parts for i in (number, number + 1))
-                    shifted = [(first + start, count, rows) for first, count, rows in runs(blocks[start:end])]
-                    with task.when(part == number) as branch:
-                        self._add_rows(branch, plane, shifted)
+        with whole.loop(math.prod(tasks), parallel=True) as (body, index):
+            image, group, tile, part = map(body.let, unflat(index, tasks))
+            start, end = (body.let(p * rows // parts) for p in (part, part + 1))
+            for case, size in body.cases(tile, full, tile_oc, rest):
+                channels = _Channels(image, group, tile, size)
+                for tile_body, pixels in self.tiles(case, start, end):
+                    self.product(tile_body, channels, pixels)
         return whole.statement()
 
-    def _plane(self, task: Block, index: Expr) -> _Plane:
-        spec = self.spec
-        n, oc = task.let(index // spec.oc), task.let(index % spec.oc)
-        ic = task.let(oc // (spec.oc // spec.ic))
+    def tiles(self, body: Block, start: Expr, end: Expr) -> Iterator[tuple[Block, _Pixels]]:
+        """Code for the tiles of the rows from ``start`` to ``end``; those that meet the same of the image share it."""
+        for inner, lines in output_rows(body, self.spec, self.spec.rank - 1, self.picks.tile_oh, start, end):
+            for first, count, pattern in self.columns.runs:
+                with inner.loop(count) as (one, i):
+                    yield one, _Pixels(lines, one.let((i + first) * self.columns.step), pattern)
 
-        def spread(name: str, *tap: int) -> Expr:
-            return task.let(tirx.Broadcast(self.parameters[name][(oc, *tap)], self.lanes))
+    def product(self, body: Block, channels: _Channels, pixels: _Pixels) -> None:
+        """The sums of a tile of channels for a tile of pixels, their epilogue and store."""
+        spec, lanes = self.spec, self.picks.lanes
+        vectors = [v for v in range(self.picks.tile_ow) if pixels.pattern["stored", v] > 0]
+        keys = list(itertools.product(range(channels.size), range(pixels.lines.height), vectors))
+        sums = body.registers(keys, lanes)
+        for inner, met in kernel_rows(body, spec, pixels.lines):
+            with inner.loop(spec.ic // spec.groups) as (step, c):
+                self.step(step, channels, pixels, sums, c, met)
+        first = channels.group * (spec.oc // spec.groups)
+        for t in range(channels.size):
+            channel = body.let(first + channels.tile * self.picks.tile_oc + t)
+            given = spread_parameters(body, self.parameters, channel, lanes)
+            for r, v in itertools.product(range(pixels.lines.height), vectors):
+                place, count = (
+                    [channels.image, channel, *pixels.lines.row(r), pixels.x + v * lanes],
+                    pixels.pattern["stored", v],
+                )
+                finish(body, spec, self.dst, self.residual, place, sums[t, r, v], lanes, count, **given)
 
-        kernel_rows, kernel_columns = self.geometry.kernel
-        weights = {
-            (ky, kx): spread("weights", 0, *(ky, kx)[2 - spec.rank :])
-            for ky in range(kernel_rows)
-            for kx in range(kernel_columns)
-        }
-        epilogue = {name: spread(name) for name in PARAMETERS[1:] if name in self.parameters}
-        # The bias of i8 is an integer and the sums are f32: `finish` adds it.
-        start = None if spec.dtype == "i8" else epilogue.pop("bias", None)
-        return _Plane(n, oc, ic, weights, start, epilogue)
+    def step(self, body: Block, channels: _Channels, pixels: _Pixels, sums: Registers, c: Expr, met: Met) -> None:
+        """The products of an input row of a channel."""
+        spec, lanes = self.spec, self.picks.lanes
+        source = [channels.image, body.let(channels.group * (spec.ic // spec.groups) + c), *met.where]
+        block = channels.group * ceildiv(spec.oc // spec.groups, self.picks.tile_oc) + channels.tile
 
-    def _add_rows(self, block: Block, plane: _Plane, row_runs: Sequence[tuple[int, int, _BlockRows]]) -> None:
-        """Compute blocks of output rows, given as runs of equal ones."""
-        columns = self.geometry.columns
-        for first_block, block_count, rows in row_runs:
-            with block.loop(block_count) as (strip, i):
-                y0 = strip.let((i + first_block) * self.picks.tile_oh)
-                for first, count, tile in columns.runs:
-                    with strip.loop(count) as (body, j):
-                        self._add_tile(body, plane, rows, y0, tile, body.let((j + first) * columns.step))
+        def add(inner: Block, kx: Expr, values: dict[int, Expr]) -> None:
+            for t, (r, kernel_row) in itertools.product(range(channels.size if values else 0), met.uses):
+                weight = self.parameters["weights"][block, kernel_row, c, kx, t]
+                spread = inner.let(tirx.Broadcast(weight, lanes))
+                for v, value in values.items():
+                    sums.add(inner, (t, r, v), value * spread)
 
-    def _add_tile(
-        self, block: Block, plane: _Plane, rows: _BlockRows, y0: Expr, tile: dict[Any, Any], x0: Expr
-    ) -> None:
-        """Compute the rows from ``y0`` on of the vectors from ``x0`` on; ``tile`` is one of :class:`Columns`."""
-        sums = self._sums(block, plane, rows, y0, tile, x0)
-        nothing = zeros(self.lanes) if plane.start is None else plane.start
-        for r in range(rows.outputs):
-            for v in range(self.picks.tile_ow):
-                count = tile["stored", v]
-                if count > 0:
-                    place = self._place(plane.n, plane.oc, y0 + r, x0 + v * self.lanes)
-                    value = sums.get((r, v), nothing)
-                    finish(block, self.spec, self.dst, self.residual, place, value, self.lanes, count, **plane.epilogue)
+        vectors = dict.fromkeys(v for _, _, v in sums.keys)
+        if spec.kernel[-1] > MOST_TAPS:
+            with body.loop(spec.kernel[-1]) as (inner, kx):
+                x = inner.let(pixels.x + kx * spec.dilation[-1] - spec.padding[-1][0])
+                row = {v: [*source, x + v * lanes] for v in vectors}
+                values = {v: inner.let(load_within(self.src, spec.dtype, at, lanes, lanes)) for v, at in row.items()}
+                add(inner, kx, values)
+            return
 
-    def _sums(
-        self, block: Block, plane: _Plane, rows: _BlockRows, y0: Expr, tile: dict[Any, Any], x0: Expr
-    ) -> dict[tuple[int, int], Expr]:
-        """The sums by ``(output row, vector)``; a sum whose window lies in padding is missing."""
-        g = self.geometry
-        stored = [v for v in range(self.picks.tile_ow) if tile["stored", v] > 0]
-        sums: dict[tuple[int, int], Expr] = {}
-        for row, uses in rows.inputs:
-            y = y0 * g.stride[0] + row - g.begin
+        def read(offset: int, count: int, shift: int) -> Expr:
+            return load(self.src, spec.dtype, [*source, pixels.x * spec.stride[-1] + offset], lanes, count, shift)
 
-            def read(offset: int, count: int, shift: int, y: Expr = y) -> Expr:
-                place = self._place(plane.n, plane.ic, y, x0 * g.stride[1] + offset)
-                return load(self.src, self.spec.dtype, place, self.lanes, count, shift)
-
-            inputs = Taps(block, g.columns, tile, read)
-            for v in stored:
-                for kx in range(g.kernel[1]):
-                    value = inputs[v, kx]
-                    if value is None:
-                        continue
-                    for r, ky in uses:
-                        product = value * plane.weights[ky, kx]
-                        before = sums.get((r, v), plane.start)
-                        sums[r, v] = block.let(product if before is None else before + product)
-        return sums
-
-    def _place(self, n: Expr, channel: Expr, y: Expr, x: Expr) -> list[Expr]:
-        return [n, channel, y, x] if self.spec.rank == 2 else [n, channel, x]
-
-
-def _output(spec: ConvSpec) -> tuple[int, int]:
-    """(rows, width) of the output."""
-    return (spec.out_spatial[-2] if spec.rank > 1 else 1), spec.out_spatial[-1]
+        inputs = Taps(body, self.columns, pixels.pattern, read)
+        for kx in range(spec.kernel[-1]):
+            add(body, kx, {v: value for v in vectors if (value := inputs[v, kx]) is not None})

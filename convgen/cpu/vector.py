@@ -296,6 +296,15 @@ def gathered(vectors: Sequence[Expr], order: Sequence[int], lanes: int) -> Expr:
     return tirx.Shuffle([vectors[v] for v in used], [at[e // lanes] * lanes + e % lanes for e in order])
 
 
+def permuted(value: Expr, index: Expr, lanes: int) -> Expr:
+    """The vector whose elements are those of a vector of 8 or 16 f32 that an index vector numbers.
+
+    The instruction itself: of a constant index, LLVM makes two shuffles where that saves a register.
+    """
+    name = {8: "llvm.x86.avx2.permps", 16: "llvm.x86.avx512.permvar.sf.512"}[lanes]
+    return tirx.call_llvm_intrin(of_lanes(ACCUMULATOR, lanes), name, value, index)
+
+
 def prefetch(buffer: Any, index: Sequence[Expr], *, level: int = 1) -> Any:
     """The statement that fetches an element's cache line ahead, to the cache of a level; it may lie past the end."""
     read, keep, data = (tirx.const(i, "int32") for i in (0, 4 - level, 1))
