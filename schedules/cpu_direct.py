@@ -1,7 +1,7 @@
 """Direct convolution with output channels in the vector lanes, in any layout.
 
-Applies to  convolutions of any rank, stride and dilation that are not transposed, dense or with groups of whole
-            vectors of output channels.
+Applies to  convolutions of any rank, stride and dilation that are not transposed, dense or with groups of more than
+            half a vector of output channels.
 Strategy    1. A layout is a block of channels that lie innermost: 1 in NCHW, 16 in nchw16c, all in NHWC. What a row of
                the kernel reads of a block lies side by side: one run of numbers (NCHW, or dilated: of channels, per
                tap). Pack weights as [oc/t][rows of the kernel and blocks][run][t], in the order of their use.
@@ -58,20 +58,20 @@ class CpuDirect(Written):
         return True
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
-        lanes, block = target.lanes, spec.dst_blocks.size
+        lanes, own, block = target.lanes, spec.ic // spec.groups, spec.dst_blocks.size
+        channels = spec.oc // spec.groups
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
-        require(spec.dst_blocks.is_plain or block % lanes == 0, f"needs blocks of a multiple of {lanes} channels in dst")
-        own = spec.ic // spec.groups
+        require(spec.groups == 1 or channels > lanes // 2, f"needs groups of more than {lanes // 2} output channels")
         require(spec.src_blocks.is_plain or own % spec.src_blocks.size == 0, "needs groups of whole blocks of channels")
-        whole = spec.oc // spec.groups % lanes == 0
-        require(spec.groups == 1 or whole, f"needs groups 1, or multiples of {lanes} output channels per group")
+        if not spec.dst_blocks.is_plain:
+            require(block % lanes == 0, f"needs blocks of a multiple of {lanes} channels in dst")
+            require(channels % lanes == 0, "needs groups of whole vectors of channels, as dst is in blocks")
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
-        lanes, channels, g = target.lanes, spec.oc // spec.groups, _Geometry(spec)
-        tiles = [lanes * v for v in (1, 2, 3, 4) if lanes * (v - 1) < channels]
+        lanes, g = target.lanes, _Geometry(spec)
         return Space(
-            tile_oc=[t for t in tiles if spec.groups == 1 or channels % t == 0],
+            tile_oc=[lanes * v for v in (1, 2, 3, 4) if lanes * (v - 1) < g.channels],
             tile_oh=[h for h in (1, 2, 3, 4) if h <= g.out[1]],
             tile_ow=[w for w in range(1, 17) if w <= g.out[2]],
             block=[b for b in BLOCKS if b == 1 or b < 2 * g.blockable(1, 1)],
@@ -83,8 +83,8 @@ class CpuDirect(Written):
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
         most, pixels = most_pixels(target, picks.tile_oc // target.lanes), picks.tile_oh * picks.tile_ow
         require(pixels <= min(most, MOST_PIXELS), f"{pixels} pixels in a tile, registers for {most}")
-        require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
         g = _Geometry(spec)
+        require(picks.parallel_oc <= g.channel_blocks(picks), "fewer channel blocks than parallel_oc")
         count, what = g.blockable(picks.tile_oh, picks.tile_ow), "rows of tiles" if g.rank > 1 else "tiles"
         require(picks.block < 2 * count, f"{picks.block} {what} in a block, the output has {count}")
 
@@ -96,13 +96,15 @@ class CpuDirect(Written):
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, g, tile = Operands(spec), _Geometry(spec), picks.tile_oc
+        each = ceildiv(g.channels, tile)
 
         def packed_weights(b: Expr, run: Expr, k: Expr, t: Expr) -> Expr:
             *taps, block = unflat(run, g.runs)
             if not g.apart:
                 taps[2] = k // g.inner
-            value = ops.weights[(b * tile + t, block * g.inner + k % g.inner, *taps[3 - spec.rank :])]
-            return tirx.if_then_else(b * tile + t < spec.oc, value, tirx.const(0, "float32"))
+            group, within = b // each, b % each * tile + t
+            value = ops.weights[(group * g.channels + within, block * g.inner + k % g.inner, *taps[3 - spec.rank :])]
+            return tirx.if_then_else(within < g.channels, value, tirx.const(0, "float32"))
 
         def statement(
             src: tirx.Buffer, residual: tirx.Buffer, parameters: dict[str, tirx.Buffer], dst: tirx.Buffer
@@ -110,7 +112,7 @@ class CpuDirect(Written):
             weights = parameters.pop("weights")
             return _Kernel(spec, g, picks, target.lanes, src, weights, residual, parameters, dst).statement()
 
-        shape = (ceildiv(spec.oc, tile), math.prod(g.runs), g.run, tile)
+        shape = (g.channel_blocks(picks), math.prod(g.runs), g.run, tile)
         packed = [te.compute(shape, packed_weights, name="weights_packed"), *map(copied, ops.parameters[1:])]
         return written(ops, packed, statement)
 
@@ -127,6 +129,8 @@ class _Geometry:
         self.padded = any(b or e for b, e in spec.padding)
         self.src, self.dst = src_images(spec), dst_images(spec)
         channels = spec.ic // spec.groups
+        #: Groups, and output channels of one.
+        self.groups, self.channels = spec.groups, spec.oc // spec.groups
         #: Whether taps of a row are runs of their own, as what they read lies apart.
         self.apart = self.src.layout == "nchw" or (self.src.layout == "nhwc" and spec.groups > 1) or self.dilation[2] > 1
         #: Channels of a run, and products.
@@ -145,6 +149,10 @@ class _Geometry:
         lie in, as they are a power of two apart.
         """
         return any(pixels > target.places(4 * apart) for apart in (self.src.block * self.stride[2], self.dst.block))
+
+    def channel_blocks(self, picks: Picks) -> int:
+        """Blocks of channels: of all groups, none of which shares one with another."""
+        return self.groups * ceildiv(self.channels, picks.tile_oc)
 
     def blockable(self, tile_oh: int, tile_ow: int) -> int:
         """What a task takes a block of: rows of tiles; in 1-D, tiles."""
@@ -202,12 +210,12 @@ def _default(schedule: CpuDirect, spec: ConvSpec, target: Target) -> Picks:
 def _tiles(spec: ConvSpec, target: Target, g: _Geometry, picks: Picks) -> list[tuple[Work, int]]:
     """Work of all tiles of an image with all its channels, and their number."""
     lanes, found = target.lanes, []
-    full, rest = divmod(ceildiv(spec.oc, lanes), picks.tile_oc // lanes)
+    full, rest = divmod(ceildiv(g.channels, lanes), picks.tile_oc // lanes)
     lines = [(picks.tile_oh, g.out[1] // picks.tile_oh), (g.out[1] % picks.tile_oh, 1)]
     for vectors, channel_blocks in ((picks.tile_oc // lanes, full), (rest, 1)):
         for height, rows in lines:
             for width, tiles in Even(g.out[2], picks.tile_ow).sizes:
-                times, pixels = g.out[0] * channel_blocks * rows * tiles, height * width
+                times, pixels = g.out[0] * g.groups * channel_blocks * rows * tiles, height * width
                 if not (times and vectors and height and width):
                     continue
                 weights = 4 * g.products * vectors * lanes
@@ -242,7 +250,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     g, lanes = _Geometry(spec), target.lanes
     rows, tiles = g.blocks(picks)
     row_tiles, row_groups = Even(g.out[2], picks.tile_ow).count, ceildiv(g.out[1], picks.tile_oh)
-    blocks = ceildiv(spec.oc, picks.tile_oc)
+    blocks = g.channel_blocks(picks)
     parts = [blocks * (p + 1) // picks.parallel_oc - blocks * p // picks.parallel_oc for p in range(picks.parallel_oc)]
     across, sizes = (ceildiv(row_groups, rows), rows) if g.rank > 1 else (ceildiv(row_tiles, tiles), tiles)
     whole = row_groups if g.rank > 1 else row_tiles
@@ -256,7 +264,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         share, own = busiest(loads, target.cores) / sum(loads), ceildiv(tasks, target.cores)
     work = [_scaled(part, share * spec.n) for part, _ in _tiles(spec, target, g, picks)]
     panel = 4 * spec.ic * math.prod(g.extent(picks))
-    weights = 4 * g.products * round_up(spec.oc, lanes)
+    weights = 4 * g.products * g.groups * round_up(g.channels, lanes)
     per_task = weights / picks.parallel_oc
     if picks.copy_src:
         work.append(Work(own * panel / 4 / lanes, loads=1, stores=1, cycles=0.5))
@@ -268,8 +276,8 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     revisited = ahead and g.dst.block > picks.tile_oc and written_bytes > target.l2 // 4
     streams = [
         # Weights: once from memory, then from where they stay between tasks, or between tiles.
-        Stream(min(weights, own * per_task), weights=True, ahead=ahead),
-        Stream(max(0, own - picks.parallel_oc) * per_task if per_task > target.l2 // 2 else 0, ahead=ahead, footprint=weights),
+        Stream(min(weights, own * per_task), weights=True, ahead=ahead and min(1, picks.parallel_oc / own)),
+        Stream(max(0, own - picks.parallel_oc) * per_task if per_task > target.l2 // 4 else 0, ahead=ahead, footprint=weights),
         Stream(images * share, ahead=not revisited, footprint=images),
     ]
     passes = own * ceildiv(blocks, picks.parallel_oc)
@@ -318,9 +326,11 @@ class _Tile(NamedTuple):
 
 
 class _Channels(NamedTuple):
-    """A block of channels: its index, and how many vectors it has."""
+    """A block of channels: its index, its group, the first channel there, and how many vectors it has."""
 
     block: Expr
+    group: Expr
+    first: Expr
     vectors: int
 
 
@@ -342,7 +352,7 @@ class _Kernel:
         """The parallel loop over parts of the channels, images, planes and blocks of rows, around what a task does."""
         g, picks, parts = self.g, self.picks, self.picks.parallel_oc
         rows, tiles = g.blocks(picks)
-        columns, channel_blocks = Even(g.out[2], picks.tile_ow), ceildiv(self.spec.oc, picks.tile_oc)
+        columns, channel_blocks = Even(g.out[2], picks.tile_ow), g.channel_blocks(picks)
         across = ceildiv(ceildiv(g.out[1], picks.tile_oh), rows)
         tasks = (parts, self.spec.n, g.out[0], across, ceildiv(columns.count, tiles))
         whole = Block()
@@ -388,15 +398,16 @@ class _Kernel:
                         yield case, _Tile(row * across + i, row * height, x, size, width)
 
     def channel_blocks(self, body: Block, task: _Task) -> Iterator[tuple[Block, _Channels]]:
-        """Code for each block of channels of a task: full ones, and the last one, which may have fewer vectors."""
-        parts, tile_oc = self.picks.parallel_oc, self.picks.tile_oc
-        blocks, width = ceildiv(self.spec.oc, tile_oc), tile_oc // self.lanes
-        last = ceildiv(self.spec.oc - (blocks - 1) * tile_oc, self.lanes)
+        """Code for each block of channels of a task: full ones, and the last of a group, which may have fewer vectors."""
+        g, parts, tile_oc = self.g, self.picks.parallel_oc, self.picks.tile_oc
+        blocks, width, each = g.channel_blocks(self.picks), tile_oc // self.lanes, ceildiv(g.channels, tile_oc)
+        last = ceildiv(g.channels - (each - 1) * tile_oc, self.lanes)
         with body.loop(blocks // parts if blocks % parts == 0 else task.end - task.first) as (inner, i):
             block = inner.let(task.first + i)
-            full, rest = (blocks, None) if last == width else (blocks - 1, last)
-            for case, vectors in inner.cases(block, full, width, rest):
-                yield case, _Channels(block, vectors)
+            group, index = (0, block) if g.groups == 1 else (inner.let(block // each), inner.let(block % each))
+            full, rest = (each, None) if last == width else (each - 1, last)
+            for case, vectors in inner.cases(index, full, width, rest):
+                yield case, _Channels(block, group, case.let(index * tile_oc), vectors)
 
     # ---- the product --------------------------------------------------------------------------
 
@@ -405,9 +416,8 @@ class _Kernel:
         spec, g, lanes, tile_oc = self.spec, self.g, self.lanes, self.picks.tile_oc
         sums = body.registers([(p, v) for p in tile.pixels for v in range(channels.vectors)], lanes)
         first_block: Expr = 0
-        if spec.groups > 1:
-            group = channels.block * tile_oc // (spec.oc // spec.groups)
-            first_block = body.let(group * (spec.ic // spec.groups // (1 if g.src.layout == "nchw" else g.inner)))
+        if g.groups > 1:
+            first_block = body.let(channels.group * (spec.ic // g.groups // (1 if g.src.layout == "nchw" else g.inner)))
         ahead = origin = None
         if self.picks.order == "oc":
             rows, tiles = g.blocks(self.picks)
@@ -428,12 +438,9 @@ class _Kernel:
 
             multiply(run, sums, g.run, pixel, weight, fetch if ahead else None)
         for v in range(channels.vectors):
-            channel = body.let(channels.block * tile_oc + v * lanes)
             vectors = {p: sums[p, v] for p in tile.pixels}
-            if g.dst.layout == "nchw":
-                self.store_transposed(body, task, tile, channel, vectors)
-            else:
-                self.store_channels(body, task, tile, channel, vectors)
+            stored = self.store_transposed if g.dst.layout == "nchw" else self.store_channels
+            stored(body, task, tile, channels, v * lanes, vectors)
 
     def pixel(self, task: _Task, tile: _Tile, p: tuple[int, int], taps: Sequence[Expr], first: Expr, k: Expr) -> Expr:
         """The k-th number, as f32, of a run that a tile's pixel reads; ``first``: its group's first block of channels,
@@ -458,29 +465,45 @@ class _Kernel:
         return widen(self.src[tuple(place)], self.spec.dtype)
 
     def store_channels(
-        self, body: Block, task: _Task, tile: _Tile, channel: Expr, vectors: dict[tuple[int, int], Expr]
+        self,
+        body: Block,
+        task: _Task,
+        tile: _Tile,
+        channels: _Channels,
+        offset: int,
+        vectors: dict[tuple[int, int], Expr],
     ) -> None:
-        """The epilogue and store of a tile's vectors of channels, from ``channel`` on, one of each pixel."""
-        spec, lanes = self.spec, self.lanes
-        rest = spec.oc % lanes
-        for case, count in body.cases(channel, spec.oc - rest, lanes, rest):
+        """The epilogue and store of a tile's vectors of channels, from ``offset`` in their block on, one of each pixel."""
+        spec, lanes, g = self.spec, self.lanes, self.g
+        rest = g.channels % lanes
+        within = body.let(channels.first + offset)
+        for case, count in body.cases(within, g.channels - rest, lanes, rest):
+            channel = case.let(channels.group * g.channels + within)
             given = load_parameters(case, self.parameters, channel, lanes, count)
             for inner, p, vector in self.each(case, vectors):
                 place = self.dst_place(task, tile, p, channel)
                 finish(inner, spec, self.dst, self.residual, place, vector, lanes, count, **given)
 
     def store_transposed(
-        self, body: Block, task: _Task, tile: _Tile, first: Expr, vectors: dict[tuple[int, int], Expr]
+        self,
+        body: Block,
+        task: _Task,
+        tile: _Tile,
+        channels: _Channels,
+        offset: int,
+        vectors: dict[tuple[int, int], Expr],
     ) -> None:
         """The same as rows of pixels, each with the epilogue of its channel."""
-        spec, lanes = self.spec, self.lanes
+        spec, lanes, g = self.spec, self.lanes, self.g
+        within = body.let(channels.first + offset)
+        first = body.let(channels.group * g.channels + within)
         for y in range(tile.height):
             for x in range(0, tile.width, lanes):
                 count = min(lanes, tile.width - x)
                 square = [vectors[y, x + t] if t < count else zeros(lanes) for t in range(lanes)]
                 rows = {(0, t): row for t, row in enumerate(interleave(body, square, lanes))}
                 for inner, (_, t), row in self.each(body, rows):
-                    with inner.when(True if spec.oc % lanes == 0 else first + t < spec.oc) as exists:
+                    with inner.when(True if g.channels % lanes == 0 else within + t < g.channels) as exists:
                         given = spread_parameters(exists, self.parameters, first + t, lanes)
                         place = self.dst_place(task, tile, (y, x), first + t)
                         finish(exists, spec, self.dst, self.residual, place, row, lanes, count, **given)

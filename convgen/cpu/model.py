@@ -63,14 +63,12 @@ class Core:
             cold: weights come from memory, as in a network; else from where the last call left them.
         """
         work = sum(part.times * self._once(part) for part in counts.work)
-        fetched = hidden = 0.0
+        visible = 0.0
         for stream in counts.streams:
             rate = self.memory if cold and stream.weights else self._rate(stream.footprint, counts)
-            if stream.ahead:
-                hidden += stream.bytes / rate
-            else:
-                fetched += stream.bytes / rate
-        return max(work, hidden) + NOT_HIDDEN * min(work, hidden) + fetched + counts.regions * self.region
+            cycles = stream.bytes / rate
+            visible += max(NOT_HIDDEN * cycles, cycles - stream.ahead * work)
+        return work + visible + counts.regions * self.region
 
     def seconds(self, counts: Counts, *, cold: bool = True) -> float:
         """Seconds of the busiest core; see :meth:`cycles`."""
@@ -121,13 +119,13 @@ class Stream:
 
     Attributes:
         weights: whether they are weights, which in a network are cold.
-        ahead: whether they are fetched ahead, so that products hide them.
+        ahead: the share of the work during which they are fetched ahead, so that it hides them.
         footprint: bytes after which it comes round again: what a cache must hold to serve it.
     """
 
     bytes: float
     weights: bool = False
-    ahead: bool = False
+    ahead: float = 0
     footprint: float = 0
 
 
@@ -144,7 +142,7 @@ class Counts:
 
 #: What processors have whatever vectors are used, by LLVM's name.
 _CHIPS: dict[str, dict[str, float]] = {
-    "znver5": {"hertz": 4.5e9, "latency": 4, "l2": 20, "l3": 20, "memory": 9, "miss": 450, "region": 2000},
+    "znver5": {"hertz": 4.5e9, "latency": 4, "l2": 16, "l3": 20, "memory": 9, "miss": 450, "region": 2000},
     "znver4": {"hertz": 3.7e9, "latency": 4, "l2": 28, "l3": 14, "memory": 8, "miss": 400, "region": 2000},
     "znver3": {"hertz": 3.5e9, "latency": 4, "l2": 28, "l3": 14, "memory": 7, "miss": 350, "region": 2000},
     "haswell": {"hertz": 3.2e9, "latency": 5, "l2": 24, "l3": 10, "memory": 5, "miss": 300, "region": 2000},
