@@ -391,7 +391,9 @@ def _of_input(spec: ConvSpec, target: Target, g: Grid) -> list[Work]:
     found = [] if g.direct else [Work(copied_pixels * vectors, loads=1, stores=1, shuffles=shuffles, cycles=0.5)]
     for axis, times in ((rows, rows.tiles * g.length), (columns, rows.tiles * rows.positions * columns.tiles)):
         if axis is not NO_AXIS:
-            work = Work(times * vectors, operations(axis.inputs), axis.extent, axis.positions, cycles=2)
+            # What is written to the L2 cache comes from there first.
+            near = 8 * target.lanes * axis.positions if axis is columns else 0
+            work = Work(times * vectors, operations(axis.inputs), axis.extent, axis.positions, near=near, cycles=2)
             found.append(work)
     return found
 
@@ -402,7 +404,8 @@ def _of_output(spec: ConvSpec, target: Target, g: Grid) -> list[Work]:
     outputs = rows.outputs * columns.outputs
     sums = operations(rows.back) * columns.positions + operations(columns.back) * rows.outputs
     near, loads = 4 * target.lanes * g.positions, g.positions + outputs * spec.residual
-    found = [Work(rows.tiles * columns.tiles * vectors, sums + 2 * outputs, loads, outputs, near=near, cycles=10)]
+    times, begin = rows.tiles * columns.tiles * vectors, 4 * BEGIN_TILE  # a tile waits for its first sums
+    found = [Work(times, sums + 2 * outputs, loads, outputs, near=near, cycles=begin)]
     if g.dst.block == 1:
         shuffles = math.log2(target.lanes)
         found.append(Work(rows.size * columns.size * vectors, fmas=2, loads=2, stores=1, shuffles=shuffles))
