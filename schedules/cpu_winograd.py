@@ -104,7 +104,7 @@ class CpuWinograd(Written):
         return _default(self, spec, target)
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
-        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
+        return _cycles(spec, target, self.default(spec, target)) / core_of(target).hertz
 
     def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
         tiles = {axis: outputs_of(spec, axis, picks.tile) for axis in transformed_axes(spec)}
@@ -305,8 +305,7 @@ def _size(cut: Even, index: Expr) -> Expr:
 
 @lru_cache(maxsize=1024)
 def _default(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Picks:
-    core = core_of(target)
-    return min(_points(schedule, spec, target), key=lambda picks: core.cycles(_counts(spec, target, picks)))
+    return min(_points(schedule, spec, target), key=lambda picks: _cycles(spec, target, picks))
 
 
 def _points(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Iterator[Picks]:
@@ -329,8 +328,13 @@ def _points(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Iterator[P
                         yield picks.replace(block_planes=planes, parallel=parallel)
 
 
-def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
-    """What the busiest core does."""
+def _cycles(spec: ConvSpec, target: Target, picks: Picks) -> float:
+    core = core_of(target)
+    return sum(core.cycles(counts) for counts in _counts(spec, target, picks))
+
+
+def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
+    """What the busiest core does, one part after another."""
     g, by_channels = Grid(spec, target, picks), picks.parallel == "oc"
     stride, dilation, begin, taps = g.depth
     oc_blocks = ceildiv(spec.oc, picks.tile_oc)
@@ -354,17 +358,20 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     weights = slab * g.positions * oc_blocks
     values = 4 * g.positions * g.most_tiles * g.channels * min(g.window, g.planes_in)
     near = values + 4 * g.positions * g.most_tiles * picks.tile_oc * g.plane_blocks.full + 2 * slab
-    read = own * (weights / oc_blocks if by_channels else weights)
-    images = sum(spec.bytes[name] for name in ("src", "dst"))
-    streams = [
-        # Weights: once from memory, then from where they stay between tasks.
-        Stream(min(weights, read), weights=True, ahead=True),
-        Stream(max(0, read - weights), ahead=True, footprint=weights),
-        Stream(images * share, ahead=True, footprint=images),
-    ]
+    images = Stream(sum(spec.bytes[name] for name in ("src", "dst")) * share, ahead=True, footprint=target.l3)
+    streams = [images]
     if by_channels or near > target.l2 * 3 // 4:  # transformed input comes from beyond the L2 cache, for every block
         streams.append(Stream(own * (1 if by_channels else oc_blocks) * values, footprint=max(near, target.l2 + 1)))
-    return Counts(work, streams, 1 + by_channels, target.l2, target.l3)
+    if by_channels:
+        streams.append(Stream(min(weights, own * weights / oc_blocks), weights=True, ahead=True))
+        return [Counts(work, streams, 2, target.l2, target.l3)]
+    # All weights come from memory while the first block is worked on, and then from where they stay.
+    first, rest = ([replace(part, times=part.times * n / own) for part in work] for n in (1, own - 1))
+    again = Stream((own - 1) * weights, ahead=True, footprint=weights)
+    return [
+        Counts(first, [*streams, Stream(weights, weights=True, ahead=True)], 1, target.l2, target.l3),
+        Counts(rest, [again], 0, target.l2, target.l3),
+    ]
 
 
 def _of_products(spec: ConvSpec, target: Target, g: Grid, picks: Picks) -> list[Work]:
