@@ -9,9 +9,9 @@ Strategy    F(m, r) along the last one or two axes (Lavin & Gray, CVPR 2016): of
             and the sum of all. In a transposed convolution it is the output that falls into phases.
             Either way it is one bilinear algorithm, y = Aᵀ[(G g) · (Bᵀ d)], for the steps below.
             1. Pack weights transformed, as [oc/t][position][taps of the depth][ic][t]: in the order of their use.
-            2. A task is a block of rows of tiles (in 1-D of tiles; in 3-D of so many planes). A vector of its channels
-               at a time, copy its input with its padding, NCHW transposed in registers, to [line][column][lanes];
-               transform it along the columns, then the rows, to [position][tile][ic].
+            2. A task is a block of rows of tiles (in 1-D of tiles; in 3-D of so many planes). Transform its input along
+               the columns, then the rows, a vector of channels at a time, to [position][tile][ic]; what is NCHW or 1-D
+               is copied first, with its padding, NCHW transposed in registers, to [line][column][lanes].
             3. Per block of `tile_oc` channels and position, products: `tile_px` tiles × `tile_oc` channels in
                registers, ic innermost, while the next position's weights are fetched into the L2 cache.
             4. Transform back a tile at a time, channels in the lanes; bias, residual, activation, store. NCHW: through
