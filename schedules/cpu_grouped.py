@@ -246,7 +246,7 @@ def _lanes(spec: ConvSpec, target: Target) -> list[int]:
 def _default(schedule: CpuGrouped, spec: ConvSpec, target: Target) -> Picks:
     space, g, core = schedule.space(spec, target).domains, _Geometry(spec), core_of(target)
     small = Picks(lanes=space["lanes"][0], tile_oh=1, tile_ow=1, tile_c=1, block_c=1, parallel_oh=1)
-    crowd = math.gcd(4 * spec.ic if g.src_block == spec.ic else 0, L1_WAY) / L1_WAY
+    crowd = math.gcd(4 * g.src_block, L1_WAY) / L1_WAY
     points = [
         small.replace(lanes=n, tile_oh=h, tile_ow=w, tile_c=c)
         for n in space["lanes"][-2:]
@@ -254,6 +254,7 @@ def _default(schedule: CpuGrouped, spec: ConvSpec, target: Target) -> Picks:
         for w in sorted({Even(g.width, w).full for w in space["tile_ow"]})
         for c in space["tile_c"]
         if h * w * c <= MOST_SUMS
+        and _Vectors(spec, n).parts % c == 0
         and max(h * w, len(_offsets(spec, w, g.taps))) * crowd <= PLACES
         and (w <= 8 or crowd <= 1 / 4)
     ]
