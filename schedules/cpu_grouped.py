@@ -30,7 +30,18 @@ from tvm import te, tirx
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Even
 from convgen.cpu.vector import Block, Registers, finish, load, load_parameters, permuted, written
-from convgen.cpu.window import Lines, Met, Pattern, heights, is_short, kernel_rows, output_rows, readers, row_tiles
+from convgen.cpu.window import (
+    Lines,
+    Met,
+    Pattern,
+    copies,
+    heights,
+    is_short,
+    kernel_rows,
+    output_rows,
+    readers,
+    row_tiles,
+)
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, unflat, widen
 from convgen.lowering.schedule import Picks, Program, Space, Written, require
@@ -41,7 +52,7 @@ MOST_TAPS = 32
 #: Multiply-adds written out in all tiles together; more take long to compile.
 MOST_UNROLLED = 2048
 #: Those of the default, and its sums in registers.
-MOST_DEFAULT, MOST_SUMS = 1024, 16
+MOST_DEFAULT, MOST_SUMS = 900, 16
 #: Bytes after which addresses meet in the same set of the L1 cache, and how many pixels of a tile may.
 L1_WAY, PLACES = 4096, 9
 #: What narrower vectors cost, which work hardly counts: twice as many tiles begin.
@@ -152,7 +163,7 @@ class _Geometry:
         across = sum(len(uses) for *_, pattern in self.tiles(picks.tile_ow) for _, uses in pattern.inputs)
         sizes = heights(self.lines, picks.tile_oh)
         down = sum(rows for height, _ in sizes for _, rows in readers(self.spec, len(self.outer), height))
-        return across * down * int(picks.tile_c)
+        return across * down * int(picks.tile_c) * copies(self.spec, len(self.outer))
 
 
 class _Vectors:
@@ -235,14 +246,17 @@ def _lanes(spec: ConvSpec, target: Target) -> list[int]:
 def _default(schedule: CpuGrouped, spec: ConvSpec, target: Target) -> Picks:
     space, g, core = schedule.space(spec, target).domains, _Geometry(spec), core_of(target)
     small = Picks(lanes=space["lanes"][0], tile_oh=1, tile_ow=1, tile_c=1, block_c=1, parallel_oh=1)
-    crowd = math.gcd(4 * spec.ic if g.src_block == spec.ic else 0, L1_WAY) / L1_WAY
+    crowd = math.gcd(4 * g.src_block, L1_WAY) / L1_WAY
     points = [
         small.replace(lanes=n, tile_oh=h, tile_ow=w, tile_c=c)
         for n in space["lanes"][-2:]
         for h in space["tile_oh"]
         for w in sorted({Even(g.width, w).full for w in space["tile_ow"]})
         for c in space["tile_c"]
-        if h * w * c <= MOST_SUMS and max(h * w, len(_offsets(spec, w, g.taps))) * crowd <= PLACES
+        if h * w * c <= MOST_SUMS
+        and _Vectors(spec, n).parts % c == 0
+        and max(h * w, len(_offsets(spec, w, g.taps))) * crowd <= PLACES
+        and (w <= 8 or crowd <= 1 / 4)
     ]
 
     def cycles(p: Picks) -> float:

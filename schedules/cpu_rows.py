@@ -27,7 +27,7 @@ from tvm import te, tirx
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE
 from convgen.cpu.vector import Block, Columns, Registers, Taps, finish, load, load_within, spread_parameters, written
-from convgen.cpu.window import Lines, Met, heights, is_short, kernel_rows, output_rows, readers
+from convgen.cpu.window import Lines, Met, copies, heights, is_short, kernel_rows, output_rows, readers
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, unflat
 from convgen.lowering.schedule import Picks, Program, Space, Written, require
@@ -125,7 +125,7 @@ def _unrolled(spec: ConvSpec, picks: Picks) -> int:
     sizes = heights((1, *spec.out_spatial)[-2], picks.tile_oh)
     down = sum(rows for height, _ in sizes for _, rows in readers(spec, spec.rank - 1, height))
     channels = picks.tile_oc + spec.oc // spec.groups % picks.tile_oc
-    return int(channels * down * picks.tile_ow * tiles * taps)
+    return int(channels * down * picks.tile_ow * tiles * taps) * copies(spec, spec.rank - 1)
 
 
 @lru_cache(maxsize=1024)

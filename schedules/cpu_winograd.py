@@ -9,9 +9,9 @@ Strategy    F(m, r) along the last one or two axes (Lavin & Gray, CVPR 2016): of
             and the sum of all. In a transposed convolution it is the output that falls into phases.
             Either way it is one bilinear algorithm, y = Aᵀ[(G g) · (Bᵀ d)], for the steps below.
             1. Pack weights transformed, as [oc/t][position][taps of the depth][ic][t]: in the order of their use.
-            2. A task is a block of rows of tiles (in 1-D of tiles; in 3-D of so many planes). A vector of its channels
-               at a time, copy its input with its padding, NCHW transposed in registers, to [line][column][lanes];
-               transform it along the columns, then the rows, to [position][tile][ic].
+            2. A task is a block of rows of tiles (in 1-D of tiles; in 3-D of so many planes). Transform its input along
+               the columns, then the rows, a vector of channels at a time, to [position][tile][ic]; what is NCHW or 1-D
+               is copied first, with its padding, NCHW transposed in registers, to [line][column][lanes].
             3. Per block of `tile_oc` channels and position, products: `tile_px` tiles × `tile_oc` channels in
                registers, ic innermost, while the next position's weights are fetched into the L2 cache.
             4. Transform back a tile at a time, channels in the lanes; bias, residual, activation, store. NCHW: through
@@ -104,7 +104,7 @@ class CpuWinograd(Written):
         return _default(self, spec, target)
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
-        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
+        return _cycles(spec, target, self.default(spec, target)) / core_of(target).hertz
 
     def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
         tiles = {axis: outputs_of(spec, axis, picks.tile) for axis in transformed_axes(spec)}
@@ -305,8 +305,7 @@ def _size(cut: Even, index: Expr) -> Expr:
 
 @lru_cache(maxsize=1024)
 def _default(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Picks:
-    core = core_of(target)
-    return min(_points(schedule, spec, target), key=lambda picks: core.cycles(_counts(spec, target, picks)))
+    return min(_points(schedule, spec, target), key=lambda picks: _cycles(spec, target, picks))
 
 
 def _points(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Iterator[Picks]:
@@ -329,8 +328,13 @@ def _points(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Iterator[P
                         yield picks.replace(block_planes=planes, parallel=parallel)
 
 
-def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
-    """What the busiest core does."""
+def _cycles(spec: ConvSpec, target: Target, picks: Picks) -> float:
+    core = core_of(target)
+    return sum(core.cycles(counts) for counts in _counts(spec, target, picks))
+
+
+def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
+    """What the busiest core does, one part after another."""
     g, by_channels = Grid(spec, target, picks), picks.parallel == "oc"
     stride, dilation, begin, taps = g.depth
     oc_blocks = ceildiv(spec.oc, picks.tile_oc)
@@ -354,17 +358,20 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     weights = slab * g.positions * oc_blocks
     values = 4 * g.positions * g.most_tiles * g.channels * min(g.window, g.planes_in)
     near = values + 4 * g.positions * g.most_tiles * picks.tile_oc * g.plane_blocks.full + 2 * slab
-    read = own * (weights / oc_blocks if by_channels else weights)
-    images = sum(spec.bytes[name] for name in ("src", "dst"))
-    streams = [
-        # Weights: once from memory, then from where they stay between tasks.
-        Stream(min(weights, read), weights=True, ahead=True),
-        Stream(max(0, read - weights), ahead=True, footprint=weights),
-        Stream(images * share, ahead=True, footprint=images),
-    ]
+    images = Stream(sum(spec.bytes[name] for name in ("src", "dst")) * share, ahead=True, footprint=target.l3)
+    streams = [images]
     if by_channels or near > target.l2 * 3 // 4:  # transformed input comes from beyond the L2 cache, for every block
         streams.append(Stream(own * (1 if by_channels else oc_blocks) * values, footprint=max(near, target.l2 + 1)))
-    return Counts(work, streams, 1 + by_channels, target.l2, target.l3)
+    if by_channels:
+        streams.append(Stream(min(weights, own * weights / oc_blocks), weights=True, ahead=True))
+        return [Counts(work, streams, 2, target.l2, target.l3)]
+    # All weights come from memory while the first block is worked on, and then from where they stay.
+    first, rest = ([replace(part, times=part.times * n / own) for part in work] for n in (1, own - 1))
+    again = Stream((own - 1) * weights, ahead=True, footprint=weights)
+    return [
+        Counts(first, [*streams, Stream(weights, weights=True, ahead=True)], 1, target.l2, target.l3),
+        Counts(rest, [again], 0, target.l2, target.l3),
+    ]
 
 
 def _of_products(spec: ConvSpec, target: Target, g: Grid, picks: Picks) -> list[Work]:
@@ -391,7 +398,9 @@ def _of_input(spec: ConvSpec, target: Target, g: Grid) -> list[Work]:
     found = [] if g.direct else [Work(copied_pixels * vectors, loads=1, stores=1, shuffles=shuffles, cycles=0.5)]
     for axis, times in ((rows, rows.tiles * g.length), (columns, rows.tiles * rows.positions * columns.tiles)):
         if axis is not NO_AXIS:
-            work = Work(times * vectors, operations(axis.inputs), axis.extent, axis.positions, cycles=2)
+            # What is written to the L2 cache comes from there first.
+            near = 8 * target.lanes * axis.positions if axis is columns else 0
+            work = Work(times * vectors, operations(axis.inputs), axis.extent, axis.positions, near=near, cycles=2)
             found.append(work)
     return found
 
@@ -402,7 +411,8 @@ def _of_output(spec: ConvSpec, target: Target, g: Grid) -> list[Work]:
     outputs = rows.outputs * columns.outputs
     sums = operations(rows.back) * columns.positions + operations(columns.back) * rows.outputs
     near, loads = 4 * target.lanes * g.positions, g.positions + outputs * spec.residual
-    found = [Work(rows.tiles * columns.tiles * vectors, sums + 2 * outputs, loads, outputs, near=near, cycles=10)]
+    times, begin = rows.tiles * columns.tiles * vectors, 4 * BEGIN_TILE  # a tile waits for its first sums
+    found = [Work(times, sums + 2 * outputs, loads, outputs, near=near, cycles=begin)]
     if g.dst.block == 1:
         shuffles = math.log2(target.lanes)
         found.append(Work(rows.size * columns.size * vectors, fmas=2, loads=2, stores=1, shuffles=shuffles))

@@ -108,6 +108,11 @@ def heights(size: int, height: int) -> list[tuple[int, int]]:
     return [(h, times) for h, times in ((height, size // height), (size % height, 1)) if h and times]
 
 
+def copies(spec: ConvSpec, axes: int) -> int:
+    """How often the code of a tile is written: also for tiles at the edge, where its rows are written out."""
+    return 2 if axes and is_short(spec, axes - 1) and spec.padding[axes - 1] != (0, 0) else 1
+
+
 def readers(spec: ConvSpec, axes: int, height: int) -> list[tuple[int, int]]:
     """``(input rows, output rows that read each)`` of a tile ``height`` high, for each piece of code that there is.
 
@@ -170,9 +175,11 @@ def _input_rows(
 def is_short(spec: ConvSpec, axis: int) -> bool:
     """Whether the rows of the kernel are written out, and again without conditions for tiles inside the image.
 
-    Code for the rows of a large kernel is long, and LLVM would keep too much of it in registers.
+    Code for the rows of a large kernel is long, and LLVM would keep too much of it in registers: also of rows that are
+    shuffled apart, where a stride meets pixels in the lanes.
     """
-    return spec.kernel[axis] * spec.kernel[-1] <= SHORT
+    shuffled = spec.layout == "nchw" and spec.stride[-1] > 1
+    return spec.kernel[axis] * spec.kernel[-1] <= SHORT and not shuffled
 
 
 class Pattern(NamedTuple):
