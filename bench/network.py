@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.networks import NAMES, network_model
+from bench.networks.layouts import CHOICES, between_layers
 from convgen.errors import ConvgenError
 from convgen.folders import TemporaryFolder
 from convgen.formats.entries import SpecEntry
@@ -114,9 +115,10 @@ def _rows(
 ) -> Iterator[NetworkRow | None]:
     """A row for each number of threads; None where it is known."""
     model = network_model(name, folder, dict(options.dim))
-    layers = changed_layers(model, options.accuracy)
+    layers = between_layers(changed_layers(model, options.accuracy), options.layout)
     accuracy = options.accuracy or "standard"
-    facts = {"accuracy": accuracy, "kernels": "recorded" if options.recorded else "default"}
+    kind = "recorded" if options.recorded else "default"
+    facts = {"accuracy": accuracy, "kernels": kind, "layout": options.layout}
     for threads in options.threads:
         key = model.path.stem, accuracy, facts["kernels"], threads
         known = kept.rows.get(key)
@@ -151,6 +153,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--dim", type=_size, action="append", default=[], metavar="NAME=SIZE", help="a symbolic size in ONNX files"
     )
     parser.add_argument("--accuracy", choices=ACCURACIES, help="accuracy of every layer, instead of standard")
+    parser.add_argument(
+        "--layout", choices=CHOICES, default="blocked", help="between layers (bench/networks/layouts.py)"
+    )
     parser.add_argument("--recorded", action="store_true", help="take the kernels that --records has, not the defaults")
     parser.add_argument("--records", type=Path, help="record store; the default one unless given")
     parser.add_argument("--peers", type=_listed, default=list(NETWORK_PEERS), help="libraries to run the models in")

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bench.networks import NAMES, network_model
+from bench.networks.layouts import CHOICES, between_layers
 from convgen.check.data import float_data
 from convgen.errors import BuildError, ConvgenError
 from convgen.folders import TemporaryFolder
@@ -80,13 +81,11 @@ def layers(options: argparse.Namespace, folder: Path) -> list[ConvSpec]:
     """The layers, each once: of files of layers as they are there, of networks as they are inside one."""
     found: dict[ConvSpec, None] = {}
     for problem in options.problems:
-        found |= dict.fromkeys(entry.spec.with_(layout=options.layout) for entry in read_specs(problem))
+        found |= dict.fromkeys(entry.spec for entry in between_layers(read_specs(problem), options.layout))
     for name in options.models:
         model = network_model(name, folder)
-        specs = [entry.spec for entry in instances_from_onnx(model.path, model.dims)]
-        first, *others = specs
-        found[first.with_(layout="nchw", dst_layout=options.layout)] = None
-        found |= dict.fromkeys(spec.with_(layout=options.layout) for spec in others)
+        instances = between_layers(instances_from_onnx(model.path, model.dims), options.layout)
+        found |= dict.fromkeys(entry.spec for entry in instances)
     return list(found)
 
 
@@ -177,7 +176,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--problems", type=Path, nargs="*", default=sorted((HERE / "problems").glob("*.json")))
     parser.add_argument("--models", type=lambda s: [w for w in s.split(",") if w], default=list(NAMES))
     parser.add_argument("--threads", type=lambda s: [int(t) for t in s.split(",")], default=[1])
-    parser.add_argument("--layout", choices=("nchw", "nhwc"), default="nhwc", help="between layers")
+    parser.add_argument("--layout", choices=CHOICES, default="blocked", help="between layers")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of timing")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
     parser.add_argument("--fresh", action="store_true", help="measure known rows again")
