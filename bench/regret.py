@@ -70,7 +70,7 @@ class RegretRow:
     def regret(self) -> float:
         """Time of the chosen schedule over that of the fastest: 1 where it is the fastest."""
         measured = self.values["measured"]
-        return float(measured[self.values["chosen"]] / min(measured.values()))
+        return float(measured.get(self.values["chosen"], math.inf) / min(measured.values(), default=1.0))
 
     @property
     def fastest(self) -> str:

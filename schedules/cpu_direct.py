@@ -36,6 +36,7 @@ from convgen.cpu.vector import (
     load,
     load_parameters,
     spread_parameters,
+    store,
     written,
     zeros,
 )

@@ -62,10 +62,12 @@ NARROW = 1.15
 class CpuGrouped(Written):
     id, version = "cpu_grouped", 3
 
+    def takes_layouts(self, src: str, dst: str) -> bool:
+        return "nchw" not in (src, dst)
+
     def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
-        require(spec.layout != "nchw", "needs channels that lie innermost")
         require(spec.groups > 1, "needs groups")
         require(bool(_lanes(spec, target)), "needs vectors of whole groups within blocks of channels")
 
@@ -124,11 +126,6 @@ class CpuGrouped(Written):
         return written(ops, packed, statement)
 
 
-def _block(layout: str, channels: int) -> int:
-    """Channels that lie innermost."""
-    return {"nchw": 1, "nhwc": channels, "nchw8c": 8, "nchw16c": 16}[layout]
-
-
 class _Geometry:
     """How the output is walked: rows of lines of tiles.
 
@@ -147,8 +144,7 @@ class _Geometry:
         self.lines = self.outer[-1] if self.outer else 1
         self.line_dilation = spec.dilation[self.axis] if self.outer else 0
         self.width, self.taps = (spec.out_spatial[-1], spec.kernel[-1]) if self.written else (1, 1)
-        self.src_block = _block(spec.layout, spec.ic)
-        self.dst_block = _block(getattr(spec, "dst_layout", spec.layout), spec.oc)
+        self.src_block, self.dst_block = spec.src_blocks.size, spec.dst_blocks.size
 
     def rows(self, height: int) -> int:
         """Rows of tiles."""
@@ -413,7 +409,7 @@ class _Kernel:
             channel = body.let(vectors.first(numbers[v]))
             given = load_parameters(body, self.parameters, channel, lanes, lanes)
             for r, p in tile.pixels:
-                place = self.place(spec.oc, tile.image, [*tile.lines.row(r), tile.x + p][: spec.rank], channel)
+                place = spec.dst_blocks.order(tile.image, channel, [*tile.lines.row(r), tile.x + p][: spec.rank])
                 finish(body, spec, self.dst, self.residual, place, sums[(r, p), v], lanes, vectors.count, **given)
 
     def step(self, body: Block, tile: _Tile, sums: Registers, c: Expr, source: Expr, met: Met) -> None:
@@ -422,17 +418,10 @@ class _Kernel:
         begin = tile.x * spec.stride[-1] - spec.padding[-1][0]
         weights: dict[tuple[int, int, int], Expr] = {}
         for offset, readers_of in tile.pattern.inputs:
-            place = self.place(spec.ic, tile.image, [*met.where, begin + offset][: spec.rank], source)
+            place = spec.src_blocks.order(tile.image, source, [*met.where, begin + offset][: spec.rank])
             value = body.let(self.vectors.read(self.src, spec.dtype, place, c))
             for (p, kx), (r, kernel_row), v in itertools.product(readers_of, met.uses, range(self.picks.tile_c)):
                 if (r, kx, v) not in weights:
                     at = [tile.vectors, kernel_row, c, kx, v, 0]
                     weights[r, kx, v] = body.let(load(self.weights, "f32", at, lanes, lanes))
                 sums.add(body, ((r, p), v), value * weights[r, kx, v])
-
-    def place(self, channels: int, image: Expr, where: Sequence[Expr], channel: Expr) -> list[Expr]:
-        """The index in src or dst of a pixel's channel."""
-        if self.spec.layout == "nhwc":
-            return [image, *where, channel]
-        block = self.g.src_block if channels == self.spec.ic else self.g.dst_block
-        return [image, channel // block, *where, channel % block]
