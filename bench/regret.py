@@ -128,7 +128,12 @@ def page(rows: Sequence[RegretRow]) -> str:
     parts.append(f"{', '.join(cpus)}; {', '.join(dates)}. What a row is: `bench/regret.py`.\n")
     for threads in sorted({row.values["threads"] for row in rows}):
         group = [row for row in rows if row.values["threads"] == threads]
-        parts += [f"\n## {plural(threads, 'thread')}, {plural(len(group), 'layer')}\n\n", *_regrets(group), "\n", _schedules(group)]
+        parts += [
+            f"\n## {plural(threads, 'thread')}, {plural(len(group), 'layer')}\n\n",
+            *_regrets(group),
+            "\n",
+            _schedules(group),
+        ]
     return "".join(parts)
 
 

@@ -28,7 +28,18 @@ from tvm import te, tirx
 
 from convgen.cpu.images import dst_images, src_images, three
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, CROWDED, Ahead, Even, most_pixels, multiply, steps
+from convgen.cpu.product import (
+    BEGIN_RUN,
+    BEGIN_TASK,
+    BEGIN_TILE,
+    CROWDED,
+    Ahead,
+    Even,
+    finishing,
+    most_pixels,
+    multiply,
+    steps,
+)
 from convgen.cpu.vector import (
     Block,
     finish,
@@ -133,7 +144,9 @@ class _Geometry:
         #: Groups, and output channels of one.
         self.groups, self.channels = spec.groups, spec.oc // spec.groups
         #: Whether taps of a row are runs of their own, as what they read lies apart.
-        self.apart = self.src.layout == "nchw" or (self.src.layout == "nhwc" and spec.groups > 1) or self.dilation[2] > 1
+        self.apart = (
+            self.src.layout == "nchw" or (self.src.layout == "nhwc" and spec.groups > 1) or self.dilation[2] > 1
+        )
         #: Channels of a run, and products.
         self.inner = channels if spec.src_blocks.is_plain else self.src.block
         self.run = self.inner * (1 if self.apart else self.kernel[2])
@@ -237,8 +250,6 @@ def _finish(spec: ConvSpec, g: _Geometry, times: float, height: int, width: int,
         masked = stored if width % lanes else 0
     return Work(
         times,
-        fmas=stored * (spec.activation_op.operations + spec.bias + spec.residual),
-        loads=stored * spec.residual,
         stores=stored - masked,
         masked_stores=masked,
         shuffles=shuffles,
@@ -269,7 +280,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     per_task = weights / picks.parallel_oc
     if picks.copy_src:
         work.append(Work(own * panel / 4 / lanes, loads=1, stores=1, cycles=0.5))
-    work.append(Work(own, cycles=BEGIN_TASK))
+    work += [Work(own, cycles=BEGIN_TASK), finishing(spec, lanes, share)]
     images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]  # a line is read before it is written
     ahead = picks.order == "oc"
     # Parts of rows are written in one pass, others in the next, when the cache has lost them.
@@ -278,7 +289,11 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     streams = [
         # Weights: once from memory, then from where they stay between tasks, or between tiles.
         Stream(min(weights, own * per_task), weights=True, ahead=ahead and min(1, picks.parallel_oc / own)),
-        Stream(max(0, own - picks.parallel_oc) * per_task if per_task > target.l2 // 4 else 0, ahead=ahead, footprint=weights),
+        Stream(
+            max(0, own - picks.parallel_oc) * per_task if per_task > target.l2 // 4 else 0,
+            ahead=ahead,
+            footprint=weights,
+        ),
         Stream(images * share, ahead=not revisited, footprint=images),
     ]
     passes = own * ceildiv(blocks, picks.parallel_oc)
@@ -509,7 +524,9 @@ class _Kernel:
                         place = self.dst_place(task, tile, (y, x), first + t)
                         finish(exists, spec, self.dst, self.residual, place, row, lanes, count, **given)
 
-    def each(self, body: Block, vectors: dict[tuple[int, int], Expr]) -> Iterator[tuple[Block, tuple[Expr, Expr], Expr]]:
+    def each(
+        self, body: Block, vectors: dict[tuple[int, int], Expr]
+    ) -> Iterator[tuple[Block, tuple[Expr, Expr], Expr]]:
         """Code for what becomes of each vector ``(y, x)``, all x of each y: ``(its body, its key, the vector)``.
 
         A loop where that takes a costly activation: written out for every register, it would not fit into the cache

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from tvm import tirx
 
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_TASK, BEGIN_TILE, FAR_ROW, multiply, steps
+from convgen.cpu.product import BEGIN_TASK, BEGIN_TILE, FAR_ROW, finishing, multiply, steps
 from convgen.cpu.vector import Block, finish, load, spread_parameters, store, subsampled, written
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Expr, Operands, ceildiv, pack_channels
@@ -111,8 +111,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         near = 4 * picks.tile_px if picks.copy_src and 4 * spec.ic * picks.tile_px * block > target.l1 // 2 else 0
         work.append(steps(times * spec.ic, channels, vectors, near=near))
         stored = channels * vectors
-        operations = stored * (spec.activation_op.operations + spec.bias + spec.residual)
-        work.append(Work(times, fmas=operations, loads=stored * spec.residual, stores=stored, cycles=BEGIN_TILE))
+        work.append(Work(times, stores=stored, cycles=BEGIN_TILE))
         # Rows of dst lie in a page each: short ones of stores begin a line, and a page, anew.
         work.append(Work(times * channels / block, cycles=FAR_ROW))
     rows = spec.ic * vectors * passes / part
@@ -121,8 +120,11 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     else:  # rows of src, far apart, for every block of channels
         work.append(Work(rows * channel_blocks * part, cycles=FAR_ROW / 16))
     if not spec.is_pointwise:
-        work.append(Work(spec.n * spec.ic * ceildiv(spec.out_pixels, lanes) / target.cores, loads=2, shuffles=2, stores=1))
+        work.append(
+            Work(spec.n * spec.ic * ceildiv(spec.out_pixels, lanes) / target.cores, loads=2, shuffles=2, stores=1)
+        )
     share = passes / (spec.n * parts * tiles * part)
+    work.append(finishing(spec, lanes, share))
     images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]
     streams = [
         Stream(4 * spec.ic * spec.oc / parts, weights=True),

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from tvm import te, tirx
 
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Even
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Even, finishing
 from convgen.cpu.vector import Block, Registers, finish, load, load_parameters, permuted, written
 from convgen.cpu.window import (
     Lines,
@@ -315,6 +315,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
                     cycles=BEGIN_TILE + (0 if short else BEGIN_RUN * front * len(rows) * vectors.depth),
                 )
             )
+    work.append(finishing(spec, picks.lanes, share))
     images = sum(spec.bytes[name] for name in ("src", "dst"))
     streams = [
         Stream(spec.bytes["weights"] * share, weights=True),

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from tvm import te, tirx
 
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, finishing
 from convgen.cpu.vector import Block, Columns, Registers, Taps, finish, load, load_within, spread_parameters, written
 from convgen.cpu.window import Lines, Met, copies, heights, is_short, kernel_rows, output_rows, readers
 from convgen.hardware.target import Target
@@ -186,6 +186,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
                 cycles=BEGIN_TILE + passes * (ROW * inputs + (0 if short else BEGIN_RUN * len(rows))),
             )
         )
+    work.append(finishing(spec, picks.lanes, share))
     images = sum(spec.bytes[name] for name in ("src", "dst"))
     streams = [
         Stream(spec.bytes["weights"] * share, weights=True),

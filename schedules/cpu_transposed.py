@@ -27,7 +27,7 @@ from functools import lru_cache
 from tvm import te, tirx
 
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Even, most_pixels, steps
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, Even, finishing, most_pixels, steps
 from convgen.cpu.transposed import Kernel, geometry_of
 from convgen.cpu.vector import written
 from convgen.hardware.target import Target
@@ -230,7 +230,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks, work: Sequence[Work]) 
     panel = 4 * spec.ic * math.prod(g.extent(picks))
     if picks.copy_src:
         work.append(Work(own * panel / 4 / lanes, loads=1, stores=1, cycles=0.5))
-    work.append(Work(own, cycles=100))
+    work += [Work(own, cycles=BEGIN_TASK), finishing(spec, lanes, share)]
     weights = 4 * g.products * picks.tile_oc * blocks * g.parts(picks)
     per_task = weights / picks.parallel_oc
     images = sum(spec.bytes[name] for name in ("src", "dst"))

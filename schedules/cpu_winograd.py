@@ -35,7 +35,7 @@ from typing import NamedTuple
 from tvm import te, tirx
 
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Ahead, Even, most_pixels, multiply, steps
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Ahead, Even, finishing, most_pixels, multiply, steps
 from convgen.cpu.vector import Block, load, meeting, store, written
 from convgen.cpu.winograd import (
     NO_AXIS,
@@ -354,6 +354,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
         )
         for part in parts
     ]
+    work.append(finishing(spec, target.lanes, share))
     slab = 4 * taps * spec.ic * picks.tile_oc
     weights = slab * g.positions * oc_blocks
     values = 4 * g.positions * g.most_tiles * g.channels * min(g.window, g.planes_in)

@@ -6,6 +6,7 @@ multiplies them by one number of each pixel. Every dense CPU schedule is an inde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from tvm import tirx
 
 from ..hardware.target import Target
 from ..lowering.compute import Expr, ceildiv
+from ..problem.spec import ConvSpec
 from .model import Work
 from .vector import Block, Registers, prefetch
 
@@ -58,7 +60,9 @@ class Even:
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Sizes, and how many tiles have each."""
-        return [(size, times) for size, times in ((self.full, self.many), (self.full - 1, self.count - self.many)) if times]
+        return [
+            (size, times) for size, times in ((self.full, self.many), (self.full - 1, self.count - self.many)) if times
+        ]
 
     def start(self, index: Expr) -> Expr:
         """Where a tile begins."""
@@ -135,6 +139,12 @@ def multiply(
             factor = step.let(tirx.Broadcast(scalar(t, k), sums.lanes))
             for v, value in row.items():
                 sums.add(step, (t, v), value * factor)
+
+
+def finishing(spec: ConvSpec, lanes: int, share: float) -> Work:
+    """The epilogue of a core's ``share`` of all outputs, but for their stores: bias, residual, activation."""
+    operations = spec.activation_op.operations + spec.bias + spec.residual
+    return Work(math.prod(spec.dst_shape) / lanes * share, fmas=operations, loads=spec.residual)
 
 
 def steps(times: float, pixels: int, vectors: int, *, near: float = 0, fetched: float = 0) -> Work:

@@ -36,7 +36,8 @@ def rotating(
     """
     workspace = aligned(max(1, library.sizes(threads).workspace))
     calls = [
-        library.prepare(src, copy, dst, residual, workspace, threads) for copy in _copies(packed, copies_of(packed.size))
+        library.prepare(src, copy, dst, residual, workspace, threads)
+        for copy in _copies(packed, copies_of(packed.size))
     ]
     following = itertools.cycle(calls).__next__
 

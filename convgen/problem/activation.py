@@ -56,13 +56,13 @@ _OPERATIONS = {
     "prelu": 2,
     "hardswish": 5,
     "hardsigmoid": 4,
-    "sigmoid": 28,
-    "silu": 28,
-    "tanh": 30,
-    "elu": 18,
-    "mish": 32,
-    "gelu": 32,
-    "gelu_tanh": 32,
+    "sigmoid": 16,
+    "silu": 16,
+    "tanh": 18,
+    "elu": 14,
+    "mish": 22,
+    "gelu": 20,
+    "gelu_tanh": 20,
 }
 
 #: Activations whose value on integers is an integer or exact product: bit-exact checks hold.

@@ -26,7 +26,9 @@ def test_the_busiest_unit_decides() -> None:
 
 def test_weights_are_cold_in_a_network_and_warm_alone() -> None:
     counts = Counts([Work(1, fmas=1)], [Stream(1 << 20, weights=True)], l2=1 << 21, l3=1 << 25)
-    assert ZEN5.cycles(counts) - ZEN5.cycles(counts, cold=False) == pytest.approx((1 << 20) * (1 / ZEN5.memory - 1 / ZEN5.l2))
+    assert ZEN5.cycles(counts) - ZEN5.cycles(counts, cold=False) == pytest.approx(
+        (1 << 20) * (1 / ZEN5.memory - 1 / ZEN5.l2)
+    )
 
 
 def test_what_is_fetched_ahead_hides_behind_products() -> None:
