@@ -20,7 +20,6 @@ from functools import lru_cache
 from ..hardware.machine import measured
 from ..hardware.target import Target
 
-
 #: Of what is fetched ahead, the part that products do not hide.
 NOT_HIDDEN = 0.15
 
@@ -143,7 +142,7 @@ class Counts:
 
 #: What processors have whatever vectors are used, by LLVM's name.
 _CHIPS: dict[str, dict[str, float]] = {
-    "znver5": {"hertz": 4.5e9, "latency": 4, "l2": 17, "l3": 20, "memory": 9, "region": 1000},
+    "znver5": {"hertz": 4.5e9, "latency": 4, "l2": 26, "l3": 20, "memory": 9, "region": 1000},
     "znver4": {"hertz": 3.7e9, "latency": 4, "l2": 28, "l3": 14, "memory": 8, "region": 2000},
     "znver3": {"hertz": 3.5e9, "latency": 4, "l2": 28, "l3": 14, "memory": 7, "region": 2000},
     "haswell": {"hertz": 3.2e9, "latency": 5, "l2": 24, "l3": 10, "memory": 5, "region": 2000},

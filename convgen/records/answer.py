@@ -31,9 +31,8 @@ from typing import Any
 from ..errors import SpecError, UnsupportedError
 from ..hardware.target import Target, resolve
 from ..lowering.candidates import default_candidate, reference_candidate
-from ..lowering.discover import merged_into
+from ..lowering.discover import merged_into, schedules
 from ..lowering.discover import schedule as find_schedule
-from ..lowering.discover import schedules
 from ..lowering.schedule import Candidate, Picks
 from ..lowering.versions import versions
 from ..problem.spec import ConvSpec
