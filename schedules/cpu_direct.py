@@ -159,8 +159,8 @@ class _Geometry:
         return math.prod(self.runs) * self.run
 
     def crowds(self, target: Target, pixels: int) -> bool:
-        """Whether a tile has more pixels in src, or in dst, than the sets of the L1 cache that they lie in hold: they are
-        a power of two apart.
+        """Whether a tile has more pixels in src, or in dst, than the sets of the L1 cache that they lie in hold:
+        they are a power of two apart.
         """
         return any(pixels > target.places(4 * apart) for apart in (self.src.block * self.stride[2], self.dst.block))
 
@@ -236,7 +236,8 @@ def _tiles(spec: ConvSpec, target: Target, g: _Geometry, picks: Picks) -> list[t
                 near = 4 * vectors * lanes if weights > target.l1 // 2 else 0
                 slower = CROWDED if g.crowds(target, pixels) else 1
                 found += [(steps(times * g.products * slower, pixels, vectors, near=near, fetched=0.5), 0)]
-                found += [(Work(times * math.prod(g.runs), cycles=BEGIN_RUN), 0)]
+                loops = math.prod(g.runs) if g.run > 1 else 1
+                found += [(Work(times * loops, cycles=BEGIN_RUN), 0)]
                 found += [(_finish(spec, g, times, height, width, vectors, lanes), times)]
     return found
 

@@ -17,7 +17,7 @@ Why not     channels in the lanes (cpu_direct): better with many channels, or fe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -33,6 +33,8 @@ from convgen.problem.spec import ConvSpec
 
 #: Tiles of pixels in a task.
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)
+#: How much longer weights take that nothing but the processor fetches ahead, which stops at each page.
+LATE = 3
 #: Parts of the channels.
 PARTS = (1, 2, 3, 4, 8)
 
@@ -109,9 +111,9 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
             continue
         times = passes * blocks
         near = 4 * picks.tile_px if picks.copy_src and 4 * spec.ic * picks.tile_px * block > target.l1 // 2 else 0
-        work.append(steps(times * spec.ic, channels, vectors, near=near))
-        stored = channels * vectors
-        work.append(Work(times, stores=stored, cycles=BEGIN_TILE))
+        # Stores begin beside the next tile's products.
+        step = steps(times * spec.ic, channels, vectors, near=near)
+        work += [replace(step, stores=channels * vectors / spec.ic), Work(times, cycles=BEGIN_TILE)]
         # Rows of dst lie in a page each: short ones of stores begin a line, and a page, anew.
         work.append(Work(times * channels / block, cycles=FAR_ROW))
     rows = spec.ic * vectors * passes / part
@@ -124,10 +126,10 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
             Work(spec.n * spec.ic * ceildiv(spec.out_pixels, lanes) / target.cores, loads=2, shuffles=2, stores=1)
         )
     share = passes / (spec.n * parts * tiles * part)
-    work.append(finishing(spec, lanes, share))
+    work.append(finishing(spec, lanes, share / 2))  # likewise: other units do half of it
     images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]
     streams = [
-        Stream(4 * spec.ic * spec.oc / parts, weights=True),
+        Stream(LATE * 4 * spec.ic * spec.oc / parts, weights=True),
         Stream(images * share, ahead=True, footprint=images),
     ]
     return Counts(work, streams, 1 + (not spec.is_pointwise), target.l2, target.l3)

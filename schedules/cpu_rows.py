@@ -1,7 +1,7 @@
 """Convolution with few channels per group, pixels in the vector lanes: rows in registers, masks instead of padding.
 
 Applies to  NCHW convolutions of any rank that are not transposed, with few channels per group: depthwise with any
-            multiplier, grouped, and dense layers with few products per output (stems); stride along the row at most 8.
+            multiplier, grouped, and dense layers with few products per output (stems).
 Strategy    1. Pack weights as [group][oc/t][rows of the kernel][ic][k][t]: in the order they are used.
             2. A vector is `lanes` neighbouring output pixels of a row. Keep a tile of `tile_oc` channels × `tile_oh`
                rows × `tile_ow` vectors in registers. Nothing is copied: input rows are loaded where they lie, those
@@ -55,7 +55,8 @@ class CpuRows(Written):
         require(spec.layout == "nchw" and getattr(spec, "dst_layout", "nchw") == "nchw", "needs NCHW")
         few = spec.oc // spec.groups <= 32 or spec.reduction_length <= 160
         require(few, "needs at most 32 output channels per group, or at most 160 products per output")
-        require(spec.stride[-1] <= 8, "needs a stride along the row of at most 8")
+        most = 8 if spec.oc // spec.groups <= 4 else 4  # more shuffles than cpu_direct has broadcasts
+        require(spec.stride[-1] <= most, f"needs a stride along the row of at most {most}")
         long = spec.kernel[-1] > MOST_TAPS
         require(not long or spec.stride[-1] == 1, f"needs at most {MOST_TAPS} taps along the row, or stride 1")
 
@@ -133,15 +134,16 @@ def _default(schedule: CpuRows, spec: ConvSpec, target: Target) -> Picks:
     space, core = schedule.space(spec, target).domains, core_of(target)
     small = Picks(lanes=space["lanes"][0], tile_oc=1, tile_oh=1, tile_ow=1, parallel_oh=1)
     most, widths = target.vector_registers - 2, space["lanes"][-2:]
+    apart, row_sums = (2 * spec.stride[-1], 8) if spec.stride[-1] > 1 else (1, ROW_SUMS)
     if spec.rank == 1 and spec.ic == spec.groups == spec.oc and spec.kernel[-1] < LONG:
-        widths = widths[:1]
+        widths, row_sums = widths[:1], 4
     points = [
         small.replace(lanes=n, tile_oc=c, tile_oh=h, tile_ow=v)
         for n in widths
         for c in space["tile_oc"]
         for h in space["tile_oh"]
         for v in space["tile_ow"]
-        if c * h * v + v * spec.stride[-1] <= most and h * v <= (ROW_SUMS if spec.stride[-1] == 1 else 8)
+        if c * h * v + v * apart <= most and h * v <= row_sums
     ]
     points.sort(key=lambda p: core.cycles(Counts(_counts(spec, target, p).work)))
     good = (p for p in points if _unrolled(spec, p) <= MOST_DEFAULT and not schedule.reason_against(spec, target, p))
@@ -157,14 +159,17 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     channels, groups = ceildiv(per_group, picks.tile_oc), ceildiv(spec.window[-1], stride)
     tasks = spec.n * spec.groups * channels * picks.parallel_oh
     share = ceildiv(tasks, target.cores) / tasks
-    passes = math.prod(spec.kernel[:-2]) * (spec.ic // spec.groups)
+    planes, depth = math.prod(spec.kernel[:-2]), spec.ic // spec.groups
+    passes = planes * depth
     vectors = ceildiv(spec.out_spatial[-1], lanes)
     columns = ceildiv(vectors, picks.tile_ow)
     wide = vectors / columns
     # Most vectors of neighbouring pixels lie in two lines of the cache.
     read, shuffled = taps * (1 + lanes / target.lanes), 0.0
     if stride > 1:
-        read, shuffled = groups * stride * (1 + lanes / target.lanes), taps * max(1.0, math.log2(stride))
+        shuffled = taps * max(1.0, math.log2(stride))
+        # Indices of more than a few shuffles are read, too.
+        read = groups * stride * (1 + lanes / target.lanes) + (shuffled if stride > 2 else 0)
     work = []
     for height, lines in heights((1, *spec.out_spatial)[-2], picks.tile_oh):
         rows = readers(spec, spec.rank - 1, height)
@@ -172,9 +177,12 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         uses, inputs = sum(count * served for count, served in rows), sum(count for count, _ in rows)
         oc = per_group / channels
         sums = oc * height * wide
+        # Runs of a loop: over rows with the same readers, or over channels, each of which lies in another page.
+        loops = passes * len(rows) if depth > 1 else planes * sum(count > 1 for count, _ in rows)
         # Where all rows of a single channel are written out, they share the weights that they read.
         short = spec.ic == spec.groups and spec.rank > 1 and is_short(spec, spec.rank - 2)
         weights = spec.kernel[-2] if short else uses
+        alone = bool(loops) and not short  # else tiles overlap
         work.append(
             Work(
                 times,
@@ -182,15 +190,18 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
                 loads=passes * (inputs * read * wide + weights * taps * oc),
                 shuffles=passes * inputs * shuffled * wide,
                 stores=sums,
-                chain=passes * taps * uses / height,
-                cycles=BEGIN_TILE + passes * (ROW * inputs + (0 if short else BEGIN_RUN * len(rows))),
+                chain=passes * taps * uses / height if alone else 0,
+                cycles=BEGIN_TILE * alone + BEGIN_RUN * loops + ROW * passes * inputs * (spec.rank > 1),
             )
         )
-    work.append(finishing(spec, picks.lanes, share))
-    images = sum(spec.bytes[name] for name in ("src", "dst"))
+    # Beside products there are units for half of it.
+    work.append(finishing(spec, picks.lanes, share if alone else share / 2))
+    images, own_src = sum(spec.bytes[name] for name in ("src", "dst")), spec.bytes["src"] / (spec.n * spec.groups)
+    again = (channels - 1) * spec.bytes["src"] if own_src > target.l1 else 0  # by every tile of channels
     streams = [
         Stream(spec.bytes["weights"] * share, weights=True),
         Stream(images * share, ahead=True, footprint=images),
+        Stream(again * share, ahead=True, footprint=own_src),
     ]
     return Counts(work, streams, 1, target.l2, target.l3)
 

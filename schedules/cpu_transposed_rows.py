@@ -16,14 +16,17 @@ Why not     channels in the lanes (cpu_transposed): better with many channels, a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tvm import te, tirx
 
-from convgen.cpu.model import core_of
+from convgen.cpu.model import Counts, Stream, Work, core_of
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, finishing
 from convgen.cpu.vector import Block, Registers, finish, interleave, load, prefetch, runs, spread_parameters, written
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, flat, unflat
@@ -33,6 +36,8 @@ from convgen.problem.spec import ConvSpec
 
 #: Multiply-adds written out, in all tiles together; more take long to compile.
 MOST_UNROLLED = 4096
+#: Cycles of a step: each input channel lies in another page.
+FAR = 2
 #: Bytes of a cache line: what a prefetch fetches.
 CACHE_LINE = 64
 
@@ -74,37 +79,10 @@ class CpuTransposedRows(Written):
         )
 
     def default(self, spec: ConvSpec, target: Target) -> Picks:
-        space = self.space(spec, target).domains
-        small = min(space["tile_phase"], key=lambda p: (abs(p - 8), p))
-        base = Picks(
-            lanes=space["lanes"][-1], tile_oc=1, tile_ow=1, tile_phase=small, parallel_ow=1, prefetch_src=False
-        )
-        options = [
-            Picks(lanes=lanes, tile_oc=c, tile_ow=v, tile_phase=phase, parallel_ow=1, prefetch_src=False)
-            for lanes in space["lanes"]
-            for c in space["tile_oc"]
-            for v in space["tile_ow"]
-            for phase in space["tile_phase"]
-            if phase * c * v <= _most_sums(target)
-        ]
-        for picks in sorted(options, key=lambda p: _cycles(spec, target, p)):
-            if self.reason_against(spec, target, picks) is None:
-                base = picks
-                break
-        tasks = spec.n * math.prod(spec.out_spatial[:-1]) * _blocks(spec, base)
-        tiles = ceildiv(ceildiv(spec.out_spatial[-1], spec.stride[-1]), base.lanes * base.tile_ow)
-        possible = [p for p in space["parallel_ow"] if p <= tiles]
-        parts = next((p for p in possible if p * tasks >= 4 * target.cores), possible[-1])
-        return base.replace(parallel_ow=parts, prefetch_src=tiles > 1 and spec.bytes["src"] > target.l2)
+        return _default(self, spec, target)
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
-        picks = self.default(spec, target)
-        tasks = spec.n * math.prod(spec.out_spatial[:-1]) * _blocks(spec, picks) * picks.parallel_ow
-        idle = ceildiv(tasks, target.cores) * target.cores / max(1, tasks)
-        core = core_of(target)
-        seconds = _cycles(spec, target, picks) * idle / (core.hertz * core.fmas * target.cores)
-        moved = spec.bytes["weights"] + spec.bytes["src"] + 2 * spec.bytes["dst"]
-        return float(seconds + moved / (core.hertz * core.memory * target.cores))
+        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, tile = Operands(spec), picks.tile_oc
@@ -124,25 +102,59 @@ class CpuTransposedRows(Written):
         return written(ops, packed, lambda *buffers: _Kernel(spec, picks, *buffers).statement())
 
 
-def _cycles(spec: ConvSpec, target: Target, picks: Picks) -> float:
-    """Cycles of one core for the whole layer, where operands come from the nearest cache."""
+@lru_cache(maxsize=1024)
+def _default(schedule: CpuTransposedRows, spec: ConvSpec, target: Target) -> Picks:
+    space, core, small = schedule.space(spec, target).domains, core_of(target), Picks(parallel_ow=1, prefetch_src=False)
+    names = ("lanes", "tile_oc", "tile_ow", "tile_phase")
+    points = [
+        small.replace(**dict(zip(names, values, strict=True)))
+        for values in itertools.product(*(space[name] for name in names))
+        if math.prod(values[1:]) <= _most_sums(target)
+    ]
+    points.sort(key=lambda picks: core.cycles(_counts(spec, target, picks)))
+    least = {name: min(space[name]) for name in names}
+    least["tile_phase"] = min(space["tile_phase"], key=lambda p: (abs(p - 8), p))
+    good = (picks for picks in points if schedule.reason_against(spec, target, picks) is None)
+    base = next(good, small.replace(**least))
+    tasks = spec.n * math.prod(spec.out_spatial[:-1]) * _blocks(spec, base)
+    tiles = ceildiv(ceildiv(spec.out_spatial[-1], spec.stride[-1]), base.lanes * base.tile_ow)
+    possible = [p for p in space["parallel_ow"] if p <= tiles]
+    parts = next((p for p in possible if p * tasks >= 4 * target.cores), possible[-1])
+    return base.replace(parallel_ow=parts, prefetch_src=tiles > 1 and spec.bytes["src"] > target.l2)
+
+
+def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+    """What the busiest core does."""
     taps, phases, depth = spec.kernel[-1], spec.stride[-1], spec.ic // spec.groups
-    # Cycles of a vector operation: two narrow ones begin where one of whole length does.
-    unit = max(picks.lanes, target.lanes // 2) / target.lanes
     vectors = ceildiv(ceildiv(spec.out_spatial[-1], phases), picks.lanes)
     tiles, groups = ceildiv(vectors, picks.tile_ow), ceildiv(phases, picks.tile_phase)
-    products = taps * picks.tile_oc * vectors * unit
-    reads = groups * min(_offsets(spec), ceildiv(taps, groups)) * vectors * (0.5 + unit / 2)
-    reads += taps * picks.tile_oc * tiles / 2
-    latency = 4 * groups * ceildiv(taps, phases) * tiles
-    step = max(products, reads, latency) + 0.2 * reads + 2 * groups * tiles
     # Taps of the other axes that meet the input, on average over the output.
     sizes = zip(spec.kernel[:-1], spec.in_spatial[:-1], spec.out_spatial[:-1], strict=True)
     met = math.prod(min(k, k * i / o) for k, i, o in sizes)
-    per_vector = (2 + math.log2(phases)) * (3 if spec.activation_op.costly else 1)
-    epilogue = phases * picks.tile_oc * vectors * per_vector + 12 * tiles
-    rows = spec.n * math.prod(spec.out_spatial[:-1]) * _blocks(spec, picks)
-    return float(rows * (depth * met * step + epilogue + 20))
+    tasks = spec.n * math.prod(spec.out_spatial[:-1]) * _blocks(spec, picks) * picks.parallel_ow
+    share = ceildiv(tasks, target.cores) / tasks
+    rows, wide = tasks / picks.parallel_ow * share, vectors / tiles
+    steps, stored = rows * tiles * groups * met, rows * vectors * picks.tile_oc * phases
+    read = min(_offsets(spec), ceildiv(taps, groups)) * (1 + picks.lanes / target.lanes)
+    work = [
+        Work(
+            steps * depth,
+            fmas=taps / groups * picks.tile_oc * wide,
+            loads=read * wide + taps / groups * picks.tile_oc,
+            chain=ceildiv(taps, phases),
+            cycles=FAR,
+        ),
+        Work(steps, cycles=BEGIN_RUN),
+        Work(rows * tiles, cycles=BEGIN_TILE),
+        Work(stored, stores=1, shuffles=math.log2(phases)),
+        finishing(spec, picks.lanes, share),
+    ]
+    moved = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]
+    streams = [
+        Stream(spec.bytes["weights"], weights=True),
+        Stream(moved * share, ahead=True, footprint=moved),
+    ]
+    return Counts(work, streams, 1, target.l2, target.l3)
 
 
 def _most_sums(target: Target) -> int:
