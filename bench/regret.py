@@ -2,12 +2,14 @@
 
     python bench/regret.py                                  # layers of bench/problems and of the networks; one thread
     python bench/regret.py --models light_resnet50 --threads 1,2 --layout nchw
+    python bench/regret.py --target cpu:haswell             # as that processor is known, in a file of its own
     python bench/regret.py --tables                         # the tables of the rows that are there
 
 Each layer is built by every schedule that applies, at its default, and timed as in a network: with cold weights that
-rotate through more memory than the last cache holds, its input and output where the last call left them. In turn, in this
-process. A row is appended to ``results/<processor>/regret.jsonl`` the moment it is known; a row that is there is not
-measured again. *Regret* is the time of the schedule that is chosen over that of the fastest one.
+rotate through more memory than the last cache holds, its input and output where the last call left them. In turn, in
+this process. A row is appended to ``results/<processor>/regret.jsonl`` the moment it is known (of a target but ``cpu``
+to ``regret.<target>.jsonl``); a row that is there is not measured again. *Regret* is the time of the schedule that is
+chosen over that of the fastest one.
 """
 
 from __future__ import annotations
@@ -181,6 +183,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--problems", type=Path, nargs="*", default=sorted((HERE / "problems").glob("*.json")))
     parser.add_argument("--models", type=lambda s: [w for w in s.split(",") if w], default=list(NAMES))
     parser.add_argument("--threads", type=lambda s: [int(t) for t in s.split(",")], default=[1])
+    parser.add_argument("--target", default="cpu", help="a CPU target whose code runs here")
     parser.add_argument("--layout", choices=CHOICES, default="blocked", help="between layers")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of timing")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
@@ -188,8 +191,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tables", action="store_true", help="write the tables, measure nothing")
     options = parser.parse_args(arguments)
     try:
+        target = resolve(options.target)
+        if target.kind != "cpu":
+            parser.error(f"--target: expected a CPU, found {options.target!r}")
         for count in options.threads:
-            check_threads(count, resolve())
+            check_threads(count, target)
         for name in options.models:
             if name not in NAMES and not Path(name).is_file():
                 parser.error(f"--models: expected ONNX files or some of {', '.join(NAMES)}, found {name!r}")
@@ -201,7 +207,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace, console: Console) -> None:
     here = options.results / processor_slug(machine())
     here.mkdir(parents=True, exist_ok=True)
-    kept = KeyedFile(here / "regret.jsonl", RegretRow)
+    target = resolve(options.target)
+    name = "regret" if options.target == "cpu" else f"regret.{options.target.replace(':', '-')}"
+    kept = KeyedFile(here / f"{name}.jsonl", RegretRow)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     quiet = not console.is_terminal
     try:
@@ -215,18 +223,18 @@ def run(options: argparse.Namespace, console: Console) -> None:
             for spec, threads in todo:
                 progress.update(task, description=f"{threads}T {spec}", refresh=True)
                 if options.fresh or (spec.descriptor, threads) not in kept.rows:
-                    row = measure(spec, resolve(), threads, options.rounds)
+                    row = measure(spec, target, threads, options.rounds)
                     kept.add(row)
-                    name = row.values["chosen"]
-                    ratio = row.values["measured"][name] / row.values["predicted"][name]
-                    said = f"regret {100 * (row.regret - 1):.0f} %, {name}, fastest {row.fastest}"
+                    chosen = row.values["chosen"]
+                    ratio = row.values["measured"][chosen] / row.values["predicted"][chosen]
+                    said = f"regret {100 * (row.regret - 1):.0f} %, {chosen}, fastest {row.fastest}"
                     progress.print(f"{threads}T {spec}: {said}; measured / predicted {ratio:.2f}")
                 progress.advance(task)
     finally:
         if kept.rows:
             kept.compact()
-            write_text(page(list(kept.rows.values())), here / "regret.md")
-            console.print(f"wrote {here / 'regret.md'}")
+            write_text(page(list(kept.rows.values())), here / f"{name}.md")
+            console.print(f"wrote {here / name}.md")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from functools import lru_cache
 from tvm import te, tirx
 
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, Even, finishing, most_pixels, steps
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, FAR_ROW, Even, finishing, most_pixels, steps
 from convgen.cpu.transposed import Kernel, geometry_of
 from convgen.cpu.vector import written
 from convgen.hardware.target import Target
@@ -196,14 +196,15 @@ def _work(spec: ConvSpec, target: Target, picks: Picks) -> list[Work]:
                 )
     if buffered and g.dst.layout == "nchw":
         whole, rest = divmod(g.x.out, lanes)
+        found.append(Work(squares * g.channels, cycles=FAR_ROW))
         for channels, blocks in ((lanes, g.channels // lanes), (g.channels % lanes, 1)):
             if channels and blocks:
                 shuffles = 0 if g.merge and g.channels == 1 else lanes * math.log2(lanes)
-                for count, stores in ((whole, {"stores": channels}), (bool(rest), {"masked_stores": channels})):
-                    times = squares * blocks * count
-                    found.append(
-                        Work(times, loads=lanes + channels * spec.residual, shuffles=shuffles, cycles=4, **stores)
-                    )
+                turned = channels if shuffles else 0  # wait in a buffer until their row is whole
+                ends = ((whole, turned + channels, 0), (bool(rest), turned, channels))
+                for count, stores, masked in ends:
+                    times, loads = squares * blocks * count, lanes + turned + channels * spec.residual
+                    found.append(Work(times, 0, loads, stores, masked, shuffles, cycles=4))
     elif buffered:
         found.append(Work(squares * g.x.out * ceildiv(g.channels, lanes), loads=1, masked_stores=1, cycles=2))
     return found
@@ -230,10 +231,12 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks, work: Sequence[Work]) 
     panel = 4 * spec.ic * math.prod(g.extent(picks))
     if picks.copy_src:
         work.append(Work(own * panel / 4 / lanes, loads=1, stores=1, cycles=0.5))
+        if g.src.layout == "nchw":  # each row of a channel lies in another page
+            work.append(Work(own * spec.ic * math.prod(g.extent(picks)[:2]), cycles=FAR_ROW))
     work += [Work(own, cycles=BEGIN_TASK), finishing(spec, lanes, share)]
     weights = 4 * g.products * picks.tile_oc * blocks * g.parts(picks)
     per_task = weights / picks.parallel_oc
-    images = sum(spec.bytes[name] for name in ("src", "dst"))
+    images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]
     streams = [
         # Weights: once from memory, then from where they stay between tasks.
         Stream(min(weights, own * per_task), weights=True, ahead=True),
