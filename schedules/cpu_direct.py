@@ -143,12 +143,16 @@ class _Geometry:
         channels = spec.ic // spec.groups
         #: Groups, and output channels of one.
         self.groups, self.channels = spec.groups, spec.oc // spec.groups
-        #: Whether taps of a row are runs of their own, as what they read lies apart.
-        self.apart = (
-            self.src.layout == "nchw" or (self.src.layout == "nhwc" and spec.groups > 1) or self.dilation[2] > 1
-        )
+        #: Whether taps of a row are runs of their own: what they read lies apart, or in NCHW there are more channels.
+        self.apart = self.dilation[2] > 1
+        if self.src.layout == "nchw":
+            self.apart |= self.kernel[2] < channels
+        elif self.src.layout == "nhwc":
+            self.apart |= spec.groups > 1
         #: Channels of a run, and products.
-        self.inner = channels if spec.src_blocks.is_plain else self.src.block
+        self.inner = self.src.block if self.src.layout not in ("nchw", "nhwc") else channels
+        if self.src.layout == "nchw" and not self.apart:
+            self.inner = 1
         self.run = self.inner * (1 if self.apart else self.kernel[2])
         #: Runs along each axis of the kernel, and over blocks of channels.
         self.runs = (*self.kernel[:2], self.kernel[2] if self.apart else 1, channels // self.inner)
@@ -469,7 +473,7 @@ class _Kernel:
         column = (tile.x + tx) * g.stride[2] + kx
         inner = g.src.block
         if g.src.layout == "nchw":
-            block, at = first + k, column
+            block, at = (first + k, column) if g.apart else (first + block, column + k)
         elif g.src.layout == "nhwc":
             block, at = 0, column * inner + first * g.inner + k
         else:
