@@ -56,6 +56,8 @@ from convgen.lowering.compute import Expr, Operands, ceildiv, copied, round_up, 
 from convgen.lowering.schedule import Picks, Program, Space, Written, busiest, require
 from convgen.problem.spec import ConvSpec
 
+#: Taps of a row that are too few for a run: LLVM would unroll it, and keep what neighbouring taps share in registers.
+SHORT_ROW = 7
 #: Pixels of a tile at most: code is written out for each.
 MOST_PIXELS = 16
 #: Rows of tiles of a task, in 1-D tiles; parts of the channels.
@@ -146,7 +148,7 @@ class _Geometry:
         #: Whether taps of a row are runs of their own: what they read lies apart, or in NCHW there are more channels.
         self.apart = self.dilation[2] > 1
         if self.src.layout == "nchw":
-            self.apart |= self.kernel[2] < channels
+            self.apart |= self.kernel[2] < max(channels, SHORT_ROW)
         elif self.src.layout == "nhwc":
             self.apart |= spec.groups > 1
         #: Channels of a run, and products.
