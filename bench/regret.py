@@ -5,9 +5,9 @@
     python bench/regret.py --tables                         # the tables of the rows that are there
 
 Each layer is built by every schedule that applies, at its default, and timed as in a network: with cold weights that
-rotate through more memory than the last cache holds, its input and output where the last call left them. In turn, in this
-process. A row is appended to ``results/<processor>/regret.jsonl`` the moment it is known; a row that is there is not
-measured again. *Regret* is the time of the schedule that is chosen over that of the fastest one.
+rotate through more memory than the last cache holds, its input and output where the last call left them. In turn, in
+this process. A row is appended to ``results/<processor>/regret.jsonl`` the moment it is known; a row that is there is
+not measured again. *Regret* is the time of the schedule that is chosen over that of the fastest one.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from convgen.formats.sources import read_specs, write_text
 from convgen.hardware.machine import machine, pinned
 from convgen.hardware.target import Target, resolve
 from convgen.kernel.kernel import check_threads, compile_candidate
+from convgen.kernel.library import Library
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.discover import schedules_of
 from convgen.lowering.schedule import Candidate
@@ -74,7 +75,7 @@ class RegretRow:
 
     @property
     def fastest(self) -> str:
-        return min(self.values["measured"], key=self.values["measured"].__getitem__)
+        return str(min(self.values["measured"], key=self.values["measured"].__getitem__))
 
 
 def layers(options: argparse.Namespace, folder: Path) -> list[ConvSpec]:
@@ -107,6 +108,7 @@ def measure(spec: ConvSpec, target: Target, threads: int, rounds: int) -> Regret
         except BuildError as error:
             failed[schedule.id] = str(error)
             continue
+        assert isinstance(kernel, Library)
         packed = kernel.pack(**{name: data[name] for name in spec.parameters})
         dst = np.empty(spec.dst_shape, data["src"].dtype)
         calls[schedule.id] = rotating(kernel, data["src"], packed, dst, data.get("residual"), threads)
