@@ -405,8 +405,8 @@ def test_require_raises_the_reason() -> None:
         ("tile", r"found 'tile'"),
         ("width=3", r"found 'width=3'"),
         ("tile_ow=3 tile_ow=3", r"found 'tile_ow=3'"),
-        ("order=oc", r"expected a value for tile_oc, tile_oh, tile_ow, block, parallel_oc, found none"),
-        ("", r"expected a value for tile_oc, tile_oh, tile_ow, block, order, parallel_oc, found none"),
+        ("order=oc", r"expected a value for tile_oc, tile_oh, tile_ow, block, parallel_oc, copy_src, found none"),
+        ("", r"expected a value for tile_oc, tile_oh, tile_ow, block, order, parallel_oc, copy_src, found none"),
     ],
 )
 def test_malformed_picks_are_refused(picks: str, message: str) -> None:
