@@ -165,8 +165,8 @@ class _Geometry:
         return math.prod(self.runs) * self.run
 
     def crowds(self, target: Target, pixels: int) -> bool:
-        """Whether a tile has more pixels in src, or in dst, than there is room for in the sets of the L1 cache that they
-        lie in, as they are a power of two apart.
+        """Whether a tile has more pixels in src, or in dst, than there is room for in the sets of the L1 cache that
+        they lie in, as they are a power of two apart.
         """
         return any(pixels > target.places(4 * apart) for apart in (self.src.block * self.stride[2], self.dst.block))
 
@@ -420,7 +420,7 @@ class _Kernel:
                         yield case, _Tile(row * across + i, row * height, x, size, width)
 
     def channel_blocks(self, body: Block, task: _Task) -> Iterator[tuple[Block, _Channels]]:
-        """Code for each block of channels of a task: full ones, and the last of a group, which may have fewer vectors."""
+        """Code for each block of channels of a task: full ones, and a group's last, which may have fewer vectors."""
         g, parts, tile_oc = self.g, self.picks.parallel_oc, self.picks.tile_oc
         blocks, width, each = g.channel_blocks(self.picks), tile_oc // self.lanes, ceildiv(g.channels, tile_oc)
         last = ceildiv(g.channels - (each - 1) * tile_oc, self.lanes)
@@ -440,12 +440,10 @@ class _Kernel:
         first_block: Expr = 0
         if g.groups > 1:
             first_block = body.let(channels.group * (spec.ic // g.groups // (1 if g.src.layout == "nchw" else g.inner)))
-        ahead = origin = None
-        if self.picks.order == "oc":
-            rows, tiles = g.blocks(self.picks)
-            start = body.let((channels.block + 1) * (g.products * tile_oc))
-            ahead = Ahead(self.weights, start, g.products, tile_oc // lanes, tile.index, rows * tiles)
-            origin = body.let(ahead.origin)
+        rows, tiles = g.blocks(self.picks)
+        start = body.let((channels.block + 1) * (g.products * tile_oc))
+        ahead = Ahead(self.weights, start, g.products, tile_oc // lanes, tile.index, rows * tiles)
+        origin = body.let(ahead.origin)
         with body.loop(math.prod(g.runs)) as (run, index):
             taps = unflat(index, g.runs)
 
@@ -458,7 +456,7 @@ class _Kernel:
             def fetch(step: Block, k: Expr) -> None:
                 ahead.fetch(step, origin, index * g.run + k)
 
-            multiply(run, sums, g.run, pixel, weight, fetch if ahead else None)
+            multiply(run, sums, g.run, pixel, weight, fetch if self.picks.order == "oc" else None)
         for v in range(channels.vectors):
             vectors = {p: sums[p, v] for p in tile.pixels}
             stored = self.store_transposed if g.dst.layout == "nchw" else self.store_channels
@@ -495,7 +493,7 @@ class _Kernel:
         offset: int,
         vectors: dict[tuple[int, int], Expr],
     ) -> None:
-        """The epilogue and store of a tile's vectors of channels, from ``offset`` in their block on, one of each pixel."""
+        """The epilogue and store of a tile's vectors of channels, from ``offset`` in their block on, one per pixel."""
         spec, lanes, g = self.spec, self.lanes, self.g
         rest = g.channels % lanes
         within = body.let(channels.first + offset)

@@ -48,6 +48,7 @@ ROW = 2
 
 class CpuRows(Written):
     id, version = "cpu_rows", 3
+    merged = ("cpu_masked",)
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cpu", "needs a CPU")

@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tvm import te, tirx
 
+from convgen.cpu.product import multiply
 from convgen.cpu.vector import (
     Block,
     Registers,
     finish,
     interleave,
     load,
-    outer_products,
     store,
     subsampled,
     weighted_sum,
@@ -389,7 +389,7 @@ class _TileProducts:
         """Add a product."""
         pixels, weights = (self.task.operands, self.tile.slot), (self.kernel.weights, self.channel_block)
         (vectors, at), (scalars, place) = (pixels, weights) if self.across else (weights, pixels)
-        outer_products(
+        multiply(
             self.block,
             sums,
             self.kernel.half_ic,

@@ -189,9 +189,9 @@ def core_of(target: Target) -> Core:
     from tvm.target import codegen
 
     model = str(json.loads(target.tvm_config).get("mcpu", ""))
-    if (_LIKE.get(model, model), target.vector_bits) not in _VECTORS and target.native:
-        if model == codegen.llvm_get_system_cpu():
-            return _measured(model, target.vector_bits, target.lanes)
+    known = (_LIKE.get(model, model), target.vector_bits) in _VECTORS
+    if not known and target.native and model == codegen.llvm_get_system_cpu():
+        return _measured(model, target.vector_bits, target.lanes)
     return _known(model, target.vector_bits)
 
 

@@ -249,23 +249,6 @@ def finish(
     block.add(write(dst, spec.dtype, place, result, lanes, count))
 
 
-def outer_products(
-    block: Block,
-    sums: Registers,
-    length: Expr,
-    scalar: Callable[[Any, Expr], Expr],
-    vector: Callable[[Any, Expr], Expr],
-) -> None:
-    """Add ``scalar(t, k) * vector(v, k)`` to every sum, whose keys are all pairs ``(t, v)``, for each k of a length."""
-    scalars, vectors = (dict.fromkeys(part) for part in zip(*sums.keys, strict=True))
-    with block.loop(length) as (step, k):
-        row = {v: step.let(vector(v, k)) for v in vectors}
-        for t in scalars:
-            factor = step.let(tirx.Broadcast(scalar(t, k), sums.lanes))
-            for v, value in row.items():
-                sums.add(step, (t, v), value * factor)
-
-
 def weighted_sum(terms: Iterable[tuple[Any, Expr]]) -> Expr:
     """The sum of constant coefficients times values, ``(coefficient, value)`` each, in this order, without those of 0.
 

@@ -1,8 +1,8 @@
 """Calls that find their weights in memory, as in a network.
 
-A layer that is repeated finds its weights where the last call left them. Here each call takes the next of many copies of
-the packed weights, which together are more than the last cache holds; src, dst and residual stay what they are, as in a
-network the layer before has just written them.
+A layer that is repeated finds its weights where the last call left them. Here each call takes the next of many copies
+of the packed weights, which together are more than the last cache holds; src, dst and residual stay what they are, as
+in a network the layer before has just written them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy.typing as npt
 from ..hardware.machine import machine
 from ..kernel.library import Library, aligned
 
-#: How many times the last cache the copies fill; and copies at most: of small weights fewer do, as they are fetched in no
-#: time that matters.
+#: How many times the last cache the copies fill; and copies at most: of small weights fewer do, as they are fetched in
+#: no time that matters.
 CACHES, MOST_COPIES = 2, 256
 #: Bytes of copies at most, whatever the cache.
 MOST_BYTES = 1 << 30
