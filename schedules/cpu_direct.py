@@ -72,15 +72,14 @@ class CpuDirect(Written):
         return True
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
-        lanes, own, block = target.lanes, spec.ic // spec.groups, spec.dst_blocks.size
+        lanes, own = target.lanes, spec.ic // spec.groups
         channels = spec.oc // spec.groups
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
         require(spec.groups == 1 or channels > lanes // 2, f"needs groups of more than {lanes // 2} output channels")
         require(spec.src_blocks.is_plain or own % spec.src_blocks.size == 0, "needs groups of whole blocks of channels")
-        if not spec.dst_blocks.is_plain:
-            require(block % lanes == 0, f"needs blocks of a multiple of {lanes} channels in dst")
-            require(channels % lanes == 0, "needs groups of whole vectors of channels, as dst is in blocks")
+        whole = spec.groups == 1 or channels % lanes == 0 or spec.dst_blocks.is_plain
+        require(whole, "needs groups of whole vectors of channels, as dst is in blocks")
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
         lanes, g = target.lanes, _Geometry(spec)
@@ -501,8 +500,8 @@ class _Kernel:
             channel = case.let(channels.group * g.channels + within)
             given = load_parameters(case, self.parameters, channel, lanes, count)
             for inner, p, vector in self.each(case, vectors):
-                place = self.dst_place(task, tile, p, channel)
-                finish(inner, spec, self.dst, self.residual, place, vector, lanes, count, **given)
+                place = (task.image, channel, self.dst_pixel(task, tile, p))
+                g.dst.finish(inner, spec, (self.dst, self.residual), place, vector, lanes, count, given)
 
     def store_transposed(
         self,
@@ -525,7 +524,7 @@ class _Kernel:
                 for inner, (_, t), row in self.each(body, rows):
                     with inner.when(True if g.channels % lanes == 0 else within + t < g.channels) as exists:
                         given = spread_parameters(exists, self.parameters, first + t, lanes)
-                        place = self.dst_place(task, tile, (y, x), first + t)
+                        place = g.dst.element(task.image, first + t, self.dst_pixel(task, tile, (y, x)))
                         finish(exists, spec, self.dst, self.residual, place, row, lanes, count, **given)
 
     def each(
@@ -547,7 +546,6 @@ class _Kernel:
         with body.loop(len(vectors) // width) as (row, y), row.loop(width) as (inner, x):
             yield inner, (y, x), inner.let(load(sums, "f32", [y, x, 0], self.lanes, self.lanes))
 
-    def dst_place(self, task: _Task, tile: _Tile, p: tuple[int, int], channel: Expr) -> list[Expr]:
-        """The index in dst of a channel of a tile's pixel."""
-        pixel = [task.z, task.y + tile.row + p[0], task.x + tile.x + p[1]]
-        return self.g.dst.element(task.image, channel, pixel)
+    def dst_pixel(self, task: _Task, tile: _Tile, p: tuple[Expr, Expr]) -> list[Expr]:
+        """Where in dst a tile's pixel is."""
+        return [task.z, task.y + tile.row + p[0], task.x + tile.x + p[1]]
