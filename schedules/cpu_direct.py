@@ -302,6 +302,8 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         Stream(images * share, ahead=not revisited, footprint=images),
     ]
     passes = own * ceildiv(blocks, picks.parallel_oc)
+    if picks.copy_src and panel > target.l2 // 2:  # the copy leaves the core's cache, and comes back
+        streams.append(Stream(2 * own * panel, footprint=max(panel, target.l2 + 1)))
     if ahead and panel > target.l2 // 2:
         streams.append(Stream(passes * panel, ahead=True, footprint=max(panel, target.l2 + 1)))
     if not ahead and per_task > target.l2 // 2:

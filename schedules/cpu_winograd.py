@@ -1,6 +1,7 @@
 """Winograd convolution: fewer multiplications than taps.
 
-Applies to  dense convolutions with small kernels, strided or dilated, and strided transposed ones:
+Applies to  convolutions with small kernels, strided or dilated, dense or with groups of whole vectors of channels (at
+            least half as long as the target's), and strided dense transposed ones:
             3×3 at stride 1 and 2, 2×2, 5×5, 1×7, 1-D k3, 3-D with a 3×3 plane (the depth stays
             direct), transposed 4×4 at stride 2. Any layout.
 Strategy    F(m, r) along the last one or two axes (Lavin & Gray, CVPR 2016): of m + r - 1 inputs
@@ -9,9 +10,9 @@ Strategy    F(m, r) along the last one or two axes (Lavin & Gray, CVPR 2016): of
             and the sum of all. In a transposed convolution it is the output that falls into phases.
             Either way it is one bilinear algorithm, y = Aᵀ[(G g) · (Bᵀ d)], for the steps below.
             1. Pack weights transformed, as [oc/t][position][taps of the depth][ic][t]: in the order of their use.
-            2. A task is a block of rows of tiles (in 1-D of tiles; in 3-D of so many planes). Transform its input along
-               the columns, then the rows, a vector of channels at a time, to [position][tile][ic]; what is NCHW or 1-D
-               is copied first, with its padding, NCHW transposed in registers, to [line][column][lanes].
+            2. A task is a group and a block of rows of tiles (in 1-D of tiles; in 3-D of so many planes). Transform its
+               input along the columns, then the rows, a vector of channels at a time, to [position][tile][ic]; what is
+               NCHW or 1-D is copied first, with its padding, NCHW transposed in registers, to [line][column][lanes].
             3. Per block of `tile_oc` channels and position, products: `tile_px` tiles × `tile_oc` channels in
                registers, ic innermost, while the next position's weights are fetched into the L2 cache.
             4. Transform back a tile at a time, channels in the lanes; bias, residual, activation, store. NCHW: through
@@ -20,8 +21,9 @@ Strategy    F(m, r) along the last one or two axes (Lavin & Gray, CVPR 2016): of
                are parallel over channel blocks, so that weights are shared out.
 Accuracy    falls with m. On data of one scale the error stays within a quarter of the bound of `standard` up to
             m = 4; m > 4 needs `relaxed`. A pixel that is much larger than others costs its tile their precision.
-Why not     small planes with many channels: the transformed weights are several times larger, and all
-            of them are read for a few tiles. Kernels no larger than their stride: no gain.
+Why not     small planes with many channels: the transformed weights are several times larger, and all of them are read
+            for a few tiles. Few channels: sums are stored after few products. Kernels no larger than their stride: no
+            gain.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from convgen.cpu.winograd import (
     Grid,
     block_choices,
     covered,
+    lanes_of,
     operations,
     outputs_of,
     tile_sizes,
@@ -56,48 +59,50 @@ from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, 
 from convgen.lowering.winograd import magnitudes
 from convgen.problem.spec import ConvSpec
 
+#: Cycles that a tile waits for its first sums, by those of its way back.
+WAIT = 1.3
 #: Planes of a block.
 PLANES = (1, 2, 4)
 
 
 class CpuWinograd(Written):
-    id, version = "cpu_winograd", 5
+    id, version = "cpu_winograd", 6
+    merged = ("cpu_winograd_grouped",)
     transforms = True
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         lanes = target.lanes
         require(target.kind == "cpu", "needs a CPU")
-        require(spec.groups == 1, "needs groups 1")
+        require(lanes_of(spec, target) > 0, "needs groups of whole vectors of channels")
         axes = transformed_axes(spec)
         require(all(1 in (spec.stride[a], spec.dilation[a]) for a in axes), "dilated and strided")
         if spec.transposed:
-            require(spec.rank <= 2, "needs at most two axes where transposed")
+            require(spec.rank <= 2 and spec.groups == 1, "needs at most two axes and one group where transposed")
             require(all(d == 1 for d in spec.dilation), "needs dilation 1 where transposed")
         require(bool(tile_sizes(spec)), f"no transform of an axis saves enough products at accuracy {spec.accuracy}")
         # Where a window lies in nothing but padding the exact result admits no error; a transform has one.
         require(all(covered(spec, a) for a in axes), "needs windows with half of their taps inside the input")
-        require(spec.ic >= lanes and spec.oc >= lanes, f"needs at least {lanes} input and output channels")
+        require(spec.oc >= lanes, f"needs at least {lanes} output channels")
 
     def takes_layouts(self, src: str, dst: str) -> bool:
         """Any."""
         return True
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
-        lanes = target.lanes
-        tiles = tile_sizes(spec)
+        lanes, tiles = lanes_of(spec, target), tile_sizes(spec)
         return Space(
             tile=tiles,
-            tile_oc=[lanes * v for v in (1, 2, 3, 4) if v == 1 or lanes * (v - 1) < spec.oc],
+            tile_oc=[lanes * v for v in (1, 2, 3, 4) if v == 1 or lanes * (v - 1) < spec.oc // spec.groups],
             tile_px=list(range(1, 15)),
             block_rows=sorted({b for m in tiles for b in block_choices(spec, m)}),
             block_planes=[p for p in PLANES if p == 1 or (spec.rank > 2 and p <= spec.out_spatial[0])],
-            parallel=["rows", "oc"],
+            parallel=["rows", "oc"] if spec.groups == 1 else ["rows"],
         )
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        most = most_pixels(target, picks.tile_oc // target.lanes)
-        require(picks.tile_px <= most, f"{picks.tile_px} tiles in a register tile, registers for {most}")
         g = Grid(spec, target, picks)
+        most = most_pixels(target, picks.tile_oc // g.lanes)
+        require(picks.tile_px <= most, f"{picks.tile_px} tiles in a register tile, registers for {most}")
         require(picks.block_rows <= g.blocked.groups, "block_rows exceeds the rows of tiles")
         require(picks.tile_px <= g.most_tiles, "fewer tiles in a block than tile_px")
 
@@ -118,9 +123,9 @@ class CpuWinograd(Written):
             src: tirx.Buffer, residual: tirx.Buffer, parameters: dict[str, tirx.Buffer], dst: tirx.Buffer
         ) -> tirx.Stmt:
             weights = parameters.pop("weights")
-            way_in = WayIn(spec, g, target.lanes, src)
-            way_out = WayOut(spec, g, target.lanes, picks.tile_oc, residual, parameters, dst)
-            return _Kernel(spec, g, picks, target.lanes, weights, way_in, way_out).statement()
+            way_in = WayIn(spec, g, g.lanes, src)
+            way_out = WayOut(spec, g, g.lanes, picks.tile_oc, residual, parameters, dst)
+            return _Kernel(spec, g, picks, g.lanes, weights, way_in, way_out).statement()
 
         return written(ops, [_packed_weights(ops, g, picks), *map(copied, ops.parameters[1:])], statement)
 
@@ -128,7 +133,7 @@ class CpuWinograd(Written):
 def _packed_weights(ops: Operands, g: Grid, picks: Picks) -> te.Tensor:
     """Transformed weights ``[oc/t][position][taps of the depth][ic][t]``, zeros past the last channel."""
     spec, axes = ops.spec, [g.rows, g.columns][-len(transformed_axes(ops.spec)) :]
-    direct = spec.kernel[: -len(axes)]
+    direct, blocks = spec.kernel[: -len(axes)], ceildiv(g.outputs, picks.tile_oc)
 
     def taps_of(oc: Expr, ic: Expr, *taps: Expr) -> Expr:
         return ops.weights[(ic, oc, *taps) if spec.transposed else (oc, ic, *taps)]
@@ -136,14 +141,14 @@ def _packed_weights(ops: Operands, g: Grid, picks: Picks) -> te.Tensor:
     read: Callable[..., Expr] = taps_of
     for i, axis in enumerate(axes):
         done, left = [a.positions for a in axes[: i + 1]], spec.kernel[len(direct) + i + 1 :]
-        read = _transformed_taps(read, axis, (spec.oc, spec.ic, *direct, *done, *left), 2 + len(direct) + i)
+        read = _transformed_taps(read, axis, (spec.oc, g.own, *direct, *done, *left), 2 + len(direct) + i)
 
     def packed(b: Expr, position: Expr, tap: Expr, ic: Expr, lane: Expr) -> Expr:
-        oc = b * picks.tile_oc + lane
-        index = (oc, ic, *unflat(tap, direct), *unflat(position, [a.positions for a in axes]))
-        return tirx.if_then_else(oc < spec.oc, read(*index), tirx.const(0, "float32"))
+        part, own = b // blocks, b % blocks * picks.tile_oc + lane
+        index = (part * g.outputs + own, ic, *unflat(tap, direct), *unflat(position, [a.positions for a in axes]))
+        return tirx.if_then_else(own < g.outputs, read(*index), tirx.const(0, "float32"))
 
-    shape = (ceildiv(spec.oc, picks.tile_oc), g.positions, math.prod(direct), spec.ic, picks.tile_oc)
+    shape = (spec.groups * blocks, g.positions, math.prod(direct), g.own, picks.tile_oc)
     return te.compute(shape, packed, name="weights_packed")
 
 
@@ -173,7 +178,11 @@ class _Kernel:
 
     def statement(self) -> tirx.Stmt:
         """One parallel region over blocks, or one for the input of all and one over blocks of channels."""
-        by_rows, tasks = self.picks.parallel == "rows", (self.spec.n, self.g.plane_blocks.count, self.g.groups.count)
+        by_rows, (parts, planes, blocks) = (
+            self.picks.parallel == "rows",
+            (self.spec.groups, self.g.plane_blocks.count, self.g.groups.count),
+        )
+        tasks = (self.spec.n, parts, planes, blocks)
         whole = Block()
         if by_rows:
             with whole.loop(math.prod(tasks), parallel=True) as (body, index):
@@ -186,15 +195,16 @@ class _Kernel:
         """All of a block."""
         g, (stride, _, begin, _) = self.g, self.g.depth
         shape = (1, 1, g.window, g.positions, g.most_tiles * g.channels)
-        values = Values(body.buffer(shape), 0, 0, body.let(task.plane * stride - begin))
+        first = body.let(task.part * ceildiv(g.own, self.lanes))
+        values = Values(body.buffer(shape), 0, 0, body.let(task.plane * stride - begin), first)
         lines, half = self.way_in.scratch(body)
         with body.loop(g.window) as (plane_body, z):
             plane = plane_body.let(values.first_plane + z)
             exists = True if g.window == 1 else tirx.all(plane >= 0, plane < g.planes_in)
-            with plane_body.when(exists) as inside, inside.loop(ceildiv(self.spec.ic, self.lanes)) as (part, c):
-                self.way_in.transform(part, task, values, plane, c, lines, half)
+            with plane_body.when(exists) as inside, inside.loop(ceildiv(g.own, self.lanes)) as (part, c):
+                self.way_in.transform(part, task, values, plane, part.let(first + c), lines, half)
         sums, pixels = self.way_out.scratch(body)
-        with body.loop(ceildiv(self.spec.oc, self.picks.tile_oc)) as (part, b):
+        with body.loop(ceildiv(g.outputs, self.picks.tile_oc)) as (part, b):
             self.channels(part, task, values, b, sums, pixels)
 
     def by_channels(self, whole: Block, tasks: Sequence[int]) -> None:
@@ -204,32 +214,33 @@ class _Kernel:
         buffer = whole.buffer((*of_input[:3], g.positions, g.most_tiles * g.channels))
         with whole.loop(math.prod(of_input), parallel=True) as (body, index):
             image, block, plane, c = map(body.let, unflat(index, of_input))
-            task, scratch = self.task(body, image, 0, block), self.way_in.scratch(body)
-            self.way_in.transform(body, task, Values(buffer, image, block, 0), plane, c, *scratch)
+            task, scratch = self.task(body, image, 0, 0, block), self.way_in.scratch(body)
+            self.way_in.transform(body, task, Values(buffer, image, block, 0, 0), plane, c, *scratch)
         with whole.loop(oc_blocks * math.prod(tasks), parallel=True) as (body, index):
-            b, image, plane_block, block = map(body.let, unflat(index, (oc_blocks, *tasks)))
-            task, scratch = self.task(body, image, plane_block, block), self.way_out.scratch(body)
-            self.channels(body, task, Values(buffer, image, block, 0), b, *scratch)
+            b, image, _, plane_block, block = map(body.let, unflat(index, (oc_blocks, *tasks)))
+            task, scratch = self.task(body, image, 0, plane_block, block), self.way_out.scratch(body)
+            self.channels(body, task, Values(buffer, image, block, 0, 0), b, *scratch)
 
-    def task(self, body: Block, image: Expr, plane_block: Expr, block: Expr) -> Task:
+    def task(self, body: Block, image: Expr, part: Expr, plane_block: Expr, block: Expr) -> Task:
         """A block by its indices."""
         cuts = ((self.g.plane_blocks, body.let(plane_block)), (self.g.groups, body.let(block)))
         (plane, planes), (group, groups) = ((body.let(cut.start(i)), body.let(_size(cut, i))) for cut, i in cuts)
-        return Task(body.let(image), plane, planes, group, groups)
+        return Task(body.let(image), body.let(part), plane, planes, group, groups)
 
     def channels(
         self, body: Block, task: Task, values: Values, b: Expr, sums: tirx.Buffer, pixels: tirx.Buffer | None
     ) -> None:
         """A block of channels: products, transformed back and stored."""
-        spec, lanes, tile_oc = self.spec, self.lanes, self.picks.tile_oc
-        width, blocks = tile_oc // lanes, ceildiv(spec.oc, tile_oc)
-        last = ceildiv(spec.oc - (blocks - 1) * tile_oc, lanes)
+        g, lanes, tile_oc = self.g, self.lanes, self.picks.tile_oc
+        width, blocks = tile_oc // lanes, ceildiv(g.outputs, tile_oc)
+        last = ceildiv(g.outputs - (blocks - 1) * tile_oc, lanes)
         full, rest = (blocks, None) if last == width else (blocks - 1, last)
         for case, vectors in body.cases(b, full, width, rest):
-            self.products(case, task, values, b, vectors, sums)
+            self.products(case, task, values, case.let(task.part * blocks + b), vectors, sums)
         count = width if rest is None else body.let(tirx.Select(b < full, width, last))
+        first = body.let(task.part * g.outputs + b * tile_oc)
         with body.loop(task.planes) as (plane_body, z), plane_body.loop(count) as (one, v):
-            self.way_out.transform(one, task, z, one.let(b * tile_oc + v * lanes), (sums, v * lanes), pixels)
+            self.way_out.transform(one, task, z, one.let(first + v * lanes), (sums, v * lanes), pixels)
 
     def products(self, body: Block, task: Task, values: Values, b: Expr, vectors: int, sums: tirx.Buffer) -> None:
         """The sums of a block of channels, a position after another."""
@@ -259,11 +270,11 @@ class _Kernel:
         sums: tirx.Buffer,
     ) -> None:
         """The sums of ``pixels`` tiles from one on. ``share``: which of how many fetches of the next slab this does."""
-        spec, g, lanes, tile_oc = self.spec, self.g, self.lanes, self.picks.tile_oc
+        g, lanes, tile_oc = self.g, self.lanes, self.picks.tile_oc
         taps, dilation = g.depth[3], g.depth[1]
         registers = body.registers([(t, v) for t in range(pixels) for v in range(slab.vectors)], lanes)
-        following = body.let(((slab.b * g.positions + slab.position + 1) * taps + slab.first) * (spec.ic * tile_oc))
-        ahead = Ahead(self.weights, following, slab.count * spec.ic, tile_oc // lanes, *share)
+        following = body.let(((slab.b * g.positions + slab.position + 1) * taps + slab.first) * (g.own * tile_oc))
+        ahead = Ahead(self.weights, following, slab.count * g.own, tile_oc // lanes, *share)
         origin = body.let(ahead.origin)
         with body.loop(slab.count) as (tap_body, tap):
 
@@ -275,9 +286,9 @@ class _Kernel:
                 return load(self.weights, "f32", [slab.b, slab.position, slab.first + tap, k, v * lanes], lanes, lanes)
 
             def fetch(step: Block, k: Expr) -> None:
-                ahead.fetch(step, origin, tap * spec.ic + k)
+                ahead.fetch(step, origin, tap * g.own + k)
 
-            multiply(tap_body, registers, spec.ic, scalar, vector, fetch)
+            multiply(tap_body, registers, g.own, scalar, vector, fetch)
         for t, v in registers.keys:
             place = [slab.z, slab.position, start + t, v * lanes]
             body.add(store(sums, "f32", place, registers[t, v], lanes, lanes))
@@ -311,7 +322,7 @@ def _default(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Picks:
 
 def _points(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Iterator[Picks]:
     """A few points worth comparing: the best register tile of each block, where tasks are few in both orders."""
-    domains, lanes, core = schedule.space(spec, target).domains, target.lanes, core_of(target)
+    domains, lanes, core = schedule.space(spec, target).domains, lanes_of(spec, target), core_of(target)
     base = Picks(tile=0, tile_oc=0, tile_px=0, block_rows=0, block_planes=1, parallel="rows")
     for m in domains["tile"]:
         for block in block_choices(spec, m):
@@ -320,11 +331,11 @@ def _points(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Iterator[P
                 picks = base.replace(tile=m, tile_oc=tile_oc, block_rows=block)
                 g = Grid(spec, target, picks)
                 picks = picks.replace(tile_px=Even(g.most_tiles, min(14, most_pixels(target, tile_oc // lanes))).full)
-                tiles.append((core.cycles(Counts(_of_products(spec, target, g, picks))), picks))
+                tiles.append((core.cycles(Counts(_of_products(target, g, picks, g.planes))), picks))
             fastest = min(cycles for cycles, _ in tiles)
             for picks in (picks for cycles, picks in tiles if cycles < 1.05 * fastest):
                 for planes in domains["block_planes"]:
-                    tasks = spec.n * g.groups.count * ceildiv(g.planes, planes)
+                    tasks = spec.n * spec.groups * g.groups.count * ceildiv(g.planes, planes)
                     for parallel in domains["parallel"] if target.cores > 1 and tasks < 4 * target.cores else ["rows"]:
                         yield picks.replace(block_planes=planes, parallel=parallel)
 
@@ -338,8 +349,8 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
     """What the busiest core does, one part after another."""
     g, by_channels = Grid(spec, target, picks), picks.parallel == "oc"
     stride, dilation, begin, taps = g.depth
-    oc_blocks = ceildiv(spec.oc, picks.tile_oc)
-    tasks = spec.n * g.plane_blocks.count * g.groups.count * (oc_blocks if by_channels else 1)
+    oc_blocks = ceildiv(g.outputs, picks.tile_oc)
+    tasks = spec.n * spec.groups * g.plane_blocks.count * g.groups.count * (oc_blocks if by_channels else 1)
     sizes = [float(a * b) for a, n in g.plane_blocks.sizes for b, m in g.groups.sizes for _ in range(n * m)]
     # Of many tasks, each core has about its share.
     loads = sizes * (tasks // len(sizes)) if tasks <= 64 * target.cores else [1.0] * target.cores
@@ -347,16 +358,16 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
     met = sum(0 <= z * stride - begin + k * dilation < g.planes_in for z in range(g.planes) for k in range(taps))
     made = g.planes_in if by_channels else min(g.planes_in, g.window) * g.plane_blocks.count
     work = [
-        replace(part, times=part.times * share * spec.n * times)
+        replace(part, times=part.times * share * spec.n * spec.groups * times)
         for parts, times in (
-            (_of_products(spec, target, g, picks), met),
-            (_of_input(spec, target, g), made),
-            (_of_output(spec, target, g), g.planes),
+            (_of_products(target, g, picks, met), 1),
+            (_of_input(g), made),
+            (_of_output(spec, g), g.planes),
         )
         for part in parts
     ]
     work.append(finishing(spec, target.lanes, share))
-    slab = 4 * taps * spec.ic * picks.tile_oc
+    slab = 4 * taps * g.own * picks.tile_oc
     weights = slab * g.positions * oc_blocks
     values = 4 * g.positions * g.most_tiles * g.channels * min(g.window, g.planes_in)
     near = values + 4 * g.positions * g.most_tiles * picks.tile_oc * g.plane_blocks.full + 2 * slab
@@ -367,55 +378,57 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
     if by_channels:
         streams.append(Stream(min(weights, own * weights / oc_blocks), weights=True, ahead=True))
         return [Counts(work, streams, 2, target.l2, target.l3)]
-    # All weights come from memory while the first block is worked on, and then from where they stay.
-    first, rest = ([replace(part, times=part.times * n / own) for part in work] for n in (1, own - 1))
-    again = Stream((own - 1) * weights, ahead=True, footprint=weights)
+    # A group's weights come from memory while its first block is worked on, and then from where they stay.
+    new = min(own, ceildiv(spec.groups, target.cores))
+    first, rest = ([replace(part, times=part.times * n / own) for part in work] for n in (new, own - new))
+    again = Stream((own - new) * weights, ahead=True, footprint=weights)
     return [
-        Counts(first, [*streams, Stream(weights, weights=True, ahead=True)], 1, target.l2, target.l3),
+        Counts(first, [*streams, Stream(new * weights, weights=True, ahead=True)], 1, target.l2, target.l3),
         Counts(rest, [again], 0, target.l2, target.l3),
     ]
 
 
-def _of_products(spec: ConvSpec, target: Target, g: Grid, picks: Picks) -> list[Work]:
-    """Work of a plane's products with one tap of the depth."""
-    lanes, width, found = target.lanes, picks.tile_oc // target.lanes, list[Work]()
-    full, rest = divmod(ceildiv(spec.oc, lanes), width)
+def _of_products(target: Target, g: Grid, picks: Picks, met: int) -> list[Work]:
+    """Work of the products of all planes, with ``met`` taps of the depth in all."""
+    lanes, width, found = g.lanes, picks.tile_oc // g.lanes, list[Work]()
+    full, rest = divmod(ceildiv(g.outputs, lanes), width)
     for size, blocks in g.groups.sizes:
         tiles = Even(g.tiles(size), picks.tile_px)
         for vectors, channel_blocks in ((width, full), (rest, min(rest, 1))):
-            near = 4 * lanes * vectors if 4 * spec.ic * vectors * lanes > target.l1 // 2 else 0
+            near = 4 * lanes * vectors if 4 * g.own * vectors * lanes > target.l1 // 2 else 0
             for pixels, count in tiles.sizes if channel_blocks else ():
                 times = blocks * channel_blocks * count * g.positions
                 fetched = ceildiv(width, tiles.count)
-                found.append(steps(times * spec.ic, pixels, vectors, near=near, fetched=fetched))
-                found.append(Work(times, stores=pixels * vectors, cycles=BEGIN_RUN + BEGIN_TILE))
+                found.append(steps(times * met * g.own, pixels, vectors, near=near, fetched=fetched))
+                found.append(Work(times * met, cycles=BEGIN_RUN))
+                found.append(Work(times * g.planes, stores=pixels * vectors, cycles=BEGIN_TILE))
     return found
 
 
-def _of_input(spec: ConvSpec, target: Target, g: Grid) -> list[Work]:
+def _of_input(g: Grid) -> list[Work]:
     """Work of copying and transforming a plane of src."""
-    rows, columns, vectors = g.rows, g.columns, ceildiv(spec.ic, target.lanes)
-    shuffles = math.log2(target.lanes) if g.src.block == 1 else 0
+    rows, columns, vectors = g.rows, g.columns, ceildiv(g.own, g.lanes)
+    shuffles = math.log2(g.lanes) if g.src.block == 1 else 0
     copied_pixels = g.groups.count * g.lines * g.length
     found = [] if g.direct else [Work(copied_pixels * vectors, loads=1, stores=1, shuffles=shuffles, cycles=0.5)]
     for axis, times in ((rows, rows.tiles * g.length), (columns, rows.tiles * rows.positions * columns.tiles)):
         if axis is not NO_AXIS:
             # What is written to the L2 cache comes from there first.
-            near = 8 * target.lanes * axis.positions if axis is columns else 0
+            near = 8 * g.lanes * axis.positions if axis is columns else 0
             work = Work(times * vectors, operations(axis.inputs), axis.extent, axis.positions, near=near, cycles=2)
             found.append(work)
     return found
 
 
-def _of_output(spec: ConvSpec, target: Target, g: Grid) -> list[Work]:
+def _of_output(spec: ConvSpec, g: Grid) -> list[Work]:
     """Work of transforming a plane of dst back, and of its store."""
-    rows, columns, vectors = g.rows, g.columns, ceildiv(spec.oc, target.lanes)
+    rows, columns, vectors = g.rows, g.columns, ceildiv(g.outputs, g.lanes)
     outputs = rows.outputs * columns.outputs
     sums = operations(rows.back) * columns.positions + operations(columns.back) * rows.outputs
-    near, loads = 4 * target.lanes * g.positions, g.positions + outputs * spec.residual
-    times, begin = rows.tiles * columns.tiles * vectors, 4 * BEGIN_TILE  # a tile waits for its first sums
+    near, loads = 4 * g.lanes * g.positions, g.positions + outputs * spec.residual
+    times, begin = rows.tiles * columns.tiles * vectors, WAIT * g.positions
     found = [Work(times, sums + 2 * outputs, loads, outputs, near=near, cycles=begin)]
     if g.dst.block == 1:
-        shuffles = math.log2(target.lanes)
+        shuffles = math.log2(g.lanes)
         found.append(Work(rows.size * columns.size * vectors, fmas=2, loads=2, stores=1, shuffles=shuffles))
     return found

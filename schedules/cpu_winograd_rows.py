@@ -19,10 +19,13 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tvm import te, tirx
 
+from convgen.cpu.model import Counts, Stream, Work, core_of
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, finishing
 from convgen.cpu.vector import (
     Block,
     Registers,
@@ -42,11 +45,6 @@ from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copie
 from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, Written, require
 from convgen.lowering.winograd import admitted, magnitudes, toom_cook
 from convgen.problem.spec import ConvSpec
-
-#: Bytes per second that one core moves of the layer's tensors, in caches mostly: a round figure that only ranks
-#: schedules.
-BYTES_PER_SECOND = 80e9
-
 
 class CpuWinogradRows(Written):
     id, version = "cpu_winograd_rows", 1
@@ -85,34 +83,10 @@ class CpuWinogradRows(Written):
         )
 
     def default(self, spec: ConvSpec, target: Target) -> Picks:
-        domains = self.space(spec, target).domains
-        picks = Picks(tile=2, lanes=domains["lanes"][0], tile_oc=1, tile_px=1, block_px=1, block_rows=1)
-        tiles = itertools.product(*(domains[name] for name in ("tile", "lanes", "tile_oc")))
-        options = [picks.replace(tile=m, lanes=lanes, tile_oc=c) for m, lanes, c in tiles]
-        options = [p for p in options if self.reason_against(spec, target, p) is None]
-        picks = min(options, key=lambda p: _cycles(spec, target, p), default=picks)
-        g = _Geometry(spec, picks)
-        weights = 4 * spec.oc * spec.ic * math.prod(spec.kernel[:-1]) * g.positions
-
-        def suits(option: Picks) -> bool:
-            """Whether the transformed rows leave the cache room, and every core has enough to do."""
-            o = _Geometry(spec, option)
-            panel = 4 * option.block_px * o.lanes * math.prod(spec.kernel[:-2]) * o.rows_in * spec.ic * o.positions
-            tasks = spec.n * math.prod(o.planes) * ceildiv(o.height, option.block_rows)
-            enough = tasks * ceildiv(o.vectors, option.block_px) >= 4 * target.cores
-            fits = bool(enough and panel <= target.l2 // 2)
-            return fits and self.reason_against(spec, target, option) is None
-
-        # Rows share what is transformed; vectors of a row share weights, where they are many.
-        taller = [o for r in domains["block_rows"] if r <= 4 and suits(o := picks.replace(block_rows=r))]
-        picks = taller[-1] if taller else picks
-        wider = picks.replace(block_px=4)
-        return wider if weights > target.l2 // 4 and suits(wider) else picks
+        return _default(self, spec, target)
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
-        cycles = _cycles(spec, target, self.default(spec, target))
-        traffic = sum(spec.bytes.values()) / (target.cores * BYTES_PER_SECOND)
-        return float(cycles * 2 * target.lanes / target.peak_flops + traffic)
+        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
 
     def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
         return magnitudes(spec, src, weights, {spec.rank - 1: picks.tile})
@@ -133,17 +107,55 @@ class CpuWinogradRows(Written):
         return written(ops, packed, lambda *buffers: _Kernel(spec, picks, *buffers).statement())
 
 
-def _cycles(spec: ConvSpec, target: Target, picks: Picks) -> float:
-    """Cycles of the whole layer on one core: products, and the transforms' loads, stores and sums."""
-    g = _Geometry(spec, picks)
-    # Cycles of a vector operation: two narrow ones begin where one of whole length does.
-    share = max(picks.lanes, target.lanes // 2) / target.lanes * (1 if picks.lanes == target.lanes else 1.2)
-    steps = math.prod(spec.kernel[:-1]) * spec.ic * g.positions
-    products = steps * (spec.oc * max(1.0, 8 / (picks.tile_oc * g.positions)) + ceildiv(spec.oc, picks.tile_oc) / 4)
-    shuffles = 0 if g.apart else 3
-    inputs = spec.ic * g.positions * (6 + shuffles)
-    back = spec.oc * (3 * g.positions + (4 + shuffles) * g.m)
-    return float(spec.n * math.prod(spec.out_spatial[:-1]) * g.vectors * share * (products + inputs + back))
+@lru_cache(maxsize=1024)
+def _default(schedule: CpuWinogradRows, spec: ConvSpec, target: Target) -> Picks:
+    domains, core = schedule.space(spec, target).domains, core_of(target)
+    base = Picks(tile=2, lanes=domains["lanes"][0], tile_oc=1, tile_px=1, block_px=1, block_rows=1)
+
+    def penalty(picks: Picks) -> tuple[bool, float]:
+        """Whether the transformed rows crowd the cache, and cycles."""
+        g = _Geometry(spec, picks)
+        panel = 4 * picks.block_px * picks.tile_px * g.lanes * math.prod(spec.kernel[:-2]) * g.rows_in
+        return panel * spec.ic * g.positions > target.l2 // 2, core.cycles(_counts(spec, target, picks))
+
+    for names in (("tile", "lanes", "tile_oc"), ("block_rows", "block_px")):
+        choices = itertools.product(*(domains[name] for name in names))
+        points = [base.replace(**dict(zip(names, choice, strict=True))) for choice in choices]
+        points = [picks for picks in points if schedule.reason_against(spec, target, picks) is None]
+        base = min(points, key=penalty, default=base)
+    return base
+
+
+def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+    """What the busiest core does."""
+    g, m = _Geometry(spec, picks), picks.tile
+    back, _, inputs = (sum(c != 0 for row in rows for c in row) for rows in toom_cook(m, g.taps))
+    blocks_x, blocks_y = ceildiv(g.vectors, picks.block_px * picks.tile_px), ceildiv(g.height, picks.block_rows)
+    images = spec.n * math.prod(g.planes)
+    tasks = images * blocks_x * blocks_y
+    share = ceildiv(tasks, target.cores) / tasks
+    tiles, rows = blocks_x * picks.block_px * share, math.prod(spec.kernel[:-1])
+    shuffles = 0 if g.apart else m - 1
+    made = images * blocks_y * g.rows_in * math.prod(spec.kernel[:-2]) * spec.ic * tiles * picks.tile_px
+    read = g.positions if g.apart else ceildiv(g.reach, g.lanes)
+    work = [Work(made, inputs, 2 * read, g.positions, shuffles=g.positions * shuffles, cycles=4)]
+    full, rest = divmod(spec.oc, picks.tile_oc)
+    for channels, times in ((picks.tile_oc, full), (rest, 1)):
+        times *= images * g.height * tiles if channels else 0
+        fmas, loads = g.positions * picks.tile_px * channels, g.positions * (picks.tile_px + channels)
+        work += [
+            Work(times * rows * spec.ic, fmas, loads, chain=1),
+            Work(times * rows, cycles=BEGIN_RUN),
+            Work(times * picks.tile_px * channels, back, stores=m, shuffles=m * shuffles, cycles=4),
+            Work(times, cycles=BEGIN_TILE),
+        ]
+    work += [finishing(spec, g.lanes, share), Work(tasks * share, cycles=BEGIN_TASK)]
+    moved = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]
+    streams = [
+        Stream(4 * spec.oc * spec.ic * rows * g.positions, weights=True),
+        Stream(moved * share, ahead=True, footprint=moved),
+    ]
+    return Counts(work, streams, 1, target.l2, target.l3)
 
 
 def _lanes(spec: ConvSpec, target: Target) -> list[int]:

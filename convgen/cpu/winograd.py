@@ -121,6 +121,15 @@ def outputs_of(spec: ConvSpec, axis: int, m: int) -> int:
     return m if spec.kernel[axis] > spec.stride[axis] else 1
 
 
+def lanes_of(spec: ConvSpec, target: Target) -> int:
+    """Lanes of the vectors of channels: the most that fill a group's inputs and outputs, at least half of what there
+    are; 0 where none do.
+    """
+    sizes = [n for n in (target.lanes, max(4, target.lanes // 2)) if not (spec.ic // spec.groups) % n]
+    sizes = [n for n in sizes if not (spec.oc // spec.groups) % n]
+    return target.lanes if spec.groups == 1 else max(sizes, default=0)
+
+
 def tile_sizes(spec: ConvSpec) -> list[int]:
     """The tile sizes that the accuracy class admits and that save enough products."""
     axes = transformed_axes(spec)
@@ -166,6 +175,8 @@ class Grid:
         lines, length: of the input of a plane of a block.
         planes, planes_in: of dst and src. window: planes of src that a block reads.
         src, dst: how they lie.
+        lanes: of its vectors of channels.
+        own, outputs: input and output channels of a group of channels.
         channels: numbers from a tile's transformed input to the next one's. A power of two would put them in few sets
             of the cache.
         direct: whether src is transformed where it lies; else it is copied first.
@@ -173,6 +184,8 @@ class Grid:
 
     def __init__(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
         axes = [transformed_axis(spec, axis, picks.tile) for axis in transformed_axes(spec)]
+        self.lanes = lanes_of(spec, target)
+        self.own, self.outputs = spec.ic // spec.groups, spec.oc // spec.groups
         self.rows, self.columns = axes if len(axes) == 2 else (NO_AXIS, axes[0])
         self.blocked = axes[0]
         self.groups = Even(self.blocked.groups, picks.block_rows)
@@ -183,15 +196,22 @@ class Grid:
         self.lines, self.length = self.rows.reach(of_rows), self.columns.reach(of_columns)
         self.tile_columns = of_columns * self.columns.period
         self.most_tiles = self.tiles(self.groups.full)
-        deep = spec.rank > 2
+        self.width, deep = spec.in_spatial[-1], spec.rank > 2
         self.planes, self.planes_in = (spec.out_spatial[0], spec.in_spatial[0]) if deep else (1, 1)
         self.depth = (spec.stride[0], spec.dilation[0], spec.padding[0][0], spec.kernel[0]) if deep else (1, 1, 0, 1)
         self.plane_blocks = Even(self.planes, picks.block_planes)
         stride, dilation, _, taps = self.depth
         self.window = (self.plane_blocks.full - 1) * stride + (taps - 1) * dilation + 1
         self.src, self.dst = src_images(spec), dst_images(spec)
-        self.channels = round_up(spec.ic, target.lanes) + target.lanes
+        self.channels = round_up(self.own, self.lanes) + self.lanes
         self.direct = self.src.block > 1 and spec.rank > 1
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Of a line of the input: padding on its left, vectors of pixels after it. In 1-D a block may lie anywhere."""
+        left = max(0, -self.columns.first) if self.blocked is self.rows else 0
+        pixels = min(self.length - left, self.width) if self.blocked is self.rows else self.length
+        return left, max(0, ceildiv(pixels, self.lanes))
 
     def tiles(self, groups: int) -> int:
         """Of a plane of a block of so many groups."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tvm import tirx
 
-from ..lowering.compute import Expr, ceildiv, round_up
+from ..lowering.compute import Expr, round_up
 from ..problem.spec import ConvSpec
 from .vector import (
     Block,
@@ -29,9 +29,10 @@ from .winograd import NO_AXIS, Grid, transformed
 
 
 class Task(NamedTuple):
-    """A block: its image; its planes of dst; its tiles of each, from a group on."""
+    """A block: its image and group of channels; its planes of dst; its tiles of each, from a group of tiles on."""
 
     image: Expr
+    part: Expr
     plane: Expr
     planes: Expr
     group: Expr
@@ -45,12 +46,15 @@ class Task(NamedTuple):
 
 
 class Values(NamedTuple):
-    """Transformed input ``[image][block][plane][position][tile and ic]``, and where in it a task's is."""
+    """Transformed input ``[image][block][plane][position][tile and ic]``, and where in it a task's is: its planes and
+    vectors of channels are counted from the first ones.
+    """
 
     buffer: tirx.Buffer
     image: Expr
     block: Expr
     first_plane: Expr
+    first_vector: Expr
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class WayIn:
         """For a vector of channels: the input ``[line][column]``, and a row of tiles transformed along the columns."""
         g, lanes = self.g, self.lanes
         half = body.buffer((g.length, g.rows.positions, lanes)) if g.rows is not NO_AXIS else None
-        return None if g.direct else body.buffer((g.lines, round_up(g.length, lanes), lanes)), half
+        left, vectors = g.stored
+        return None if g.direct else body.buffer((g.lines, max(g.length, left + vectors * lanes), lanes)), half
 
     def transform(
         self,
@@ -101,7 +106,7 @@ class WayIn:
                     read = [one.let(load(buffer, "f32", place, lanes, lanes)) for buffer, place in source]
                     index = [values.image, values.block, plane - values.first_plane]
                     for j, value in enumerate(transformed(one, columns.inputs, read)):
-                        at = (r * g.tile_columns + t) * g.channels + c * lanes
+                        at = (r * g.tile_columns + t) * g.channels + (c - values.first_vector) * lanes
                         one.add(
                             store(values.buffer, "f32", [*index, i * columns.positions + j, at], value, lanes, lanes)
                         )
@@ -161,17 +166,19 @@ class WayIn:
 
     def gather_transposed(self, body: Block, place: Sequence[Expr], c: Expr, lines: tirx.Buffer, line: Expr) -> None:
         """A line of NCHW, from ``place`` on, which may lie outside src. What follows the last channel is not read."""
-        lanes, spec = self.lanes, self.spec
+        lanes, spec, g = self.lanes, self.spec, self.g
         image, *where, x0 = place
-        with body.loop(ceildiv(self.g.length, lanes)) as (one, i):
-            x = one.let(x0 + i * lanes)
-            square = []
+        left, vectors = g.stored
+        with body.loop(vectors) as (one, i):
+            x, square = one.let(x0 + left + i * lanes), []
             for t in range(lanes):
                 channel = c * lanes + t if spec.ic % lanes == 0 else tirx.min(c * lanes + t, spec.ic - 1)
                 index = self.g.src.element(image, channel, [*where, x])
                 square.append(one.let(load_within(self.src, spec.dtype, index, lanes, lanes)))
             for t, vector in enumerate(interleave(one, square, lanes)):
-                one.add(store(lines, "f32", [line, i * lanes + t, 0], vector, lanes, lanes))
+                one.add(store(lines, "f32", [line, left + i * lanes + t, 0], vector, lanes, lanes))
+        for x in (*range(left), *range(left + vectors * lanes, g.length)):
+            body.add(store(lines, "f32", [line, x, 0], zeros(lanes), lanes, lanes))
 
     def channels_of(self, place: Sequence[Expr], c: Expr, channels: int) -> Expr:
         """A pixel's c-th vector of channels, where they lie side by side, in blocks at least."""
@@ -180,7 +187,7 @@ class WayIn:
         def loaded(t: int, width: int, count: int) -> Expr:
             return load(self.src, self.spec.dtype, src.element(image, c * lanes + t, pixel), width, count)
 
-        if src.block >= lanes:
+        if src.block >= lanes or src.layout == "nhwc":
             return loaded(0, lanes, channels)
         width = src.block
         parts = [loaded(t, width, width) if t < channels else zeros(width) for t in range(0, lanes, width)]

@@ -35,10 +35,8 @@ TRANSFORMED = [
     ("cpu_winograd", "convtranspose1d n1 ic16 oc16 i40 k7 s3 p2 op1 nobias relaxed"),
     ("cpu_winograd_rows", "conv1d n1 ic64 oc64 i1000 k2 nobias"),
     ("cpu_winograd_rows", "conv2d n1 ic3 oc8 i28x40 k3x5 d1x2 p1x4 nobias relaxed"),
-    ("cpu_winograd_grouped", "conv2d n1 ic64 oc64 g2 i28x28 k3x3 p1 nobias"),
-    ("cpu_winograd_grouped", "conv2d n1 ic64 oc32 g2 i27x28 k5x5 s2 p2 nobias relaxed"),
-    ("cpu_strassen", "conv2d n1 ic64 oc64 i27x29 k1x1 nobias relaxed"),
-    ("cpu_strassen", "conv2d n2 ic32 oc34 i27x29 k1x1 s2 nobias relaxed"),
+    ("cpu_winograd", "conv2d n1 ic64 oc64 g2 i28x28 k3x3 p1 nobias"),
+    ("cpu_winograd", "conv2d n1 ic64 oc32 g2 i27x28 k5x5 s2 p2 nobias relaxed"),
 ]
 
 
@@ -127,9 +125,7 @@ def test_a_transform_keeps_its_bound_on_any_data(name: str, descriptor: str) -> 
         assert of_bound(spec, data, output, bound) <= 1, kind
 
 
-@pytest.mark.parametrize(
-    ("name", "descriptor"), [TRANSFORMED[0], TRANSFORMED[7], TRANSFORMED[9], TRANSFORMED[11]], ids=str
-)
+@pytest.mark.parametrize(("name", "descriptor"), [TRANSFORMED[0], TRANSFORMED[7], TRANSFORMED[9]], ids=str)
 def test_but_not_the_bound_of_plain_sums(name: str, descriptor: str) -> None:
     """So the one that is published for it has to be another."""
     spec = ConvSpec.parse(descriptor)

@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 from paths import ROOT
 from strategies import ACTIVATIONS, specs
 
+from convgen import build
+from convgen.check.data import float_data
 from convgen.check.validate import Report, validate
 from convgen.errors import Inapplicable, SpecError, UnsupportedError
 from convgen.formats.sources import read_specs
@@ -438,3 +440,13 @@ def test_without_picks_a_candidate_is_the_default() -> None:
 def test_a_schedule_that_does_not_apply_is_refused_with_the_reason() -> None:
     with pytest.raises(Inapplicable, match="needs a convolution that is not transposed"):
         parse_candidate(ConvSpec.parse("convtranspose1d n1 ic4 oc4 i8 k3"), NATIVE, "cpu_direct")
+
+
+def test_same_weights_give_the_same_bits_in_every_channel() -> None:
+    """A softmax of large equal logits depends on it: what else is the default's accuracy worth."""
+    spec = ConvSpec.parse("conv2d n1 ic512 oc1000 i13x13 k1x1 relu")
+    data = float_data(spec)
+    data["weights"][:] = data["weights"][0]
+    data["bias"][:] = 0
+    y = build(spec).bind(data["weights"], data["bias"])(data["src"])
+    assert (y == y[:, :1]).all()
