@@ -53,7 +53,7 @@ class CpuRows(Written):
     def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
-        require(spec.layout == "nchw" and getattr(spec, "dst_layout", "nchw") == "nchw", "needs NCHW")
+        require(spec.layout == "nchw", "needs NCHW")
         few = spec.oc // spec.groups <= 32 or spec.reduction_length <= 160
         require(few, "needs at most 32 output channels per group, or at most 160 products per output")
         require(spec.stride[-1] <= 8, "needs a stride along the row of at most 8")

@@ -46,6 +46,7 @@ from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, 
 from convgen.lowering.winograd import admitted, magnitudes, toom_cook
 from convgen.problem.spec import ConvSpec
 
+
 class CpuWinogradRows(Written):
     id, version = "cpu_winograd_rows", 1
     transforms = True
