@@ -45,6 +45,7 @@ LAYERS = {
         "conv2d n1 ic48 oc32 i12x9 k3x3 s2 p1_0 residual prelu",
         "conv1d n2 ic32 oc16 i50 k3 s1 p1 gelu bf16",
         "conv3d n1 ic16 oc32 i4x6x5 k3x3x3 s1 p1 residual",
+        "conv2d n2 ic32 oc64 g2 i9x10 k3x3 s1 p1 residual hardswish f16",
         "convtranspose2d n1 ic32 oc16 i5x6 k4x4 s2 p1 relu",
     ],
     "cpu_transposed": [
