@@ -41,6 +41,7 @@ from convgen.formats.sources import read_specs, write_text
 from convgen.hardware.machine import machine, pinned
 from convgen.hardware.target import Target, resolve
 from convgen.kernel.kernel import check_threads, compile_candidate
+from convgen.kernel.library import Library
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.discover import schedules_of
 from convgen.lowering.schedule import Candidate
@@ -60,7 +61,10 @@ HOPELESS = 2.5
 
 @dataclass(frozen=True)
 class RegretRow:
-    """A layer: ``predicted`` and ``measured`` seconds by schedule, and the one that is ``chosen``."""
+    """A layer: ``predicted`` and ``measured`` seconds by schedule, and the one that is ``chosen``.
+
+    What could not be built is among ``failed``, and the reference, which predicts nothing, not among ``predicted``.
+    """
 
     values: Mapping[str, Any]
 
@@ -76,7 +80,13 @@ class RegretRow:
 
     @property
     def fastest(self) -> str:
-        return min(self.values["measured"], key=self.values["measured"].__getitem__)
+        return str(min(self.values["measured"], key=self.values["measured"].__getitem__, default=""))
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Measured over predicted time, by schedule."""
+        measured, predicted = self.values["measured"], self.values["predicted"]
+        return {name: measured[name] / predicted[name] for name in measured if name in predicted}
 
 
 def layers(options: argparse.Namespace, folder: Path) -> list[ConvSpec]:
@@ -96,12 +106,12 @@ def measure(spec: ConvSpec, target: Target, threads: int, rounds: int) -> Regret
     target = target.on(threads)
     chosen = default_candidate(spec, target)
     applicable = [s for s in schedules_of("cpu").values() if s.reason_against(spec.core, target) is None]
-    predicted = {s.id: s.cost(spec.core, target) for s in applicable if not s.is_reference or s is chosen.schedule}
-    limit = HOPELESS * predicted[chosen.schedule.id]
+    predicted = {s.id: s.cost(spec.core, target) for s in applicable if not s.is_reference}
+    limit = HOPELESS * predicted.get(chosen.schedule.id, math.inf)
     data = float_data(spec, 0)
     calls, failed = {}, {}
     for schedule in applicable:
-        if predicted.get(schedule.id, math.inf) > limit:
+        if schedule is not chosen.schedule and predicted.get(schedule.id, math.inf) > limit:
             continue
         try:
             candidate = Candidate(schedule, schedule.default(spec.core, target))
@@ -109,6 +119,7 @@ def measure(spec: ConvSpec, target: Target, threads: int, rounds: int) -> Regret
         except BuildError as error:
             failed[schedule.id] = str(error)
             continue
+        assert isinstance(kernel, Library)
         packed = kernel.pack(**{name: data[name] for name in spec.parameters})
         dst = np.empty(spec.dst_shape, data["src"].dtype)
         calls[schedule.id] = rotating(kernel, data["src"], packed, dst, data.get("residual"), threads)
@@ -162,8 +173,8 @@ def _schedules(rows: Sequence[RegretRow]) -> str:
     """Measured over predicted time by schedule: geometric mean, and the spread around it."""
     ratios: dict[str, list[float]] = {}
     for row in rows:
-        for name, seconds in row.values["measured"].items():
-            ratios.setdefault(name, []).append(math.log(seconds / row.values["predicted"][name]))
+        for name, ratio in row.ratios.items():
+            ratios.setdefault(name, []).append(math.log(ratio))
     cells = [
         [name, str(len(logs)), f"{math.exp(statistics.mean(logs)):.2f}", f"×{math.exp(statistics.pstdev(logs)):.2f}"]
         for name, logs in sorted(ratios.items())
@@ -226,8 +237,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
                     row = measure(spec, target, threads, options.rounds)
                     kept.add(row)
                     chosen = row.values["chosen"]
-                    ratio = row.values["measured"][chosen] / row.values["predicted"][chosen]
-                    said = f"regret {100 * (row.regret - 1):.0f} %, {chosen}, fastest {row.fastest}"
+                    ratio = row.ratios.get(chosen, math.nan)
+                    said = f"regret {100 * (row.regret - 1):.0f} %, {chosen}, fastest {row.fastest or 'none'}"
                     progress.print(f"{threads}T {spec}: {said}; measured / predicted {ratio:.2f}")
                 progress.advance(task)
     finally:

@@ -56,6 +56,8 @@ from convgen.lowering.compute import Expr, Operands, ceildiv, copied, round_up, 
 from convgen.lowering.schedule import Picks, Program, Space, Written, busiest, require
 from convgen.problem.spec import ConvSpec
 
+#: Taps of a row that are too few for a run: LLVM would unroll it, and keep what neighbouring taps share in registers.
+SHORT_ROW = 7
 #: Pixels of a tile at most: code is written out for each.
 MOST_PIXELS = 16
 #: Rows of tiles of a task, in 1-D tiles; parts of the channels.
@@ -70,15 +72,14 @@ class CpuDirect(Written):
         return True
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
-        lanes, own, block = target.lanes, spec.ic // spec.groups, spec.dst_blocks.size
+        lanes, own = target.lanes, spec.ic // spec.groups
         channels = spec.oc // spec.groups
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
         require(spec.groups == 1 or channels > lanes // 2, f"needs groups of more than {lanes // 2} output channels")
         require(spec.src_blocks.is_plain or own % spec.src_blocks.size == 0, "needs groups of whole blocks of channels")
-        if not spec.dst_blocks.is_plain:
-            require(block % lanes == 0, f"needs blocks of a multiple of {lanes} channels in dst")
-            require(channels % lanes == 0, "needs groups of whole vectors of channels, as dst is in blocks")
+        whole = spec.groups == 1 or channels % lanes == 0 or spec.dst_blocks.is_plain
+        require(whole, "needs groups of whole vectors of channels, as dst is in blocks")
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
         lanes, g = target.lanes, _Geometry(spec)
@@ -143,12 +144,16 @@ class _Geometry:
         channels = spec.ic // spec.groups
         #: Groups, and output channels of one.
         self.groups, self.channels = spec.groups, spec.oc // spec.groups
-        #: Whether taps of a row are runs of their own, as what they read lies apart.
-        self.apart = (
-            self.src.layout == "nchw" or (self.src.layout == "nhwc" and spec.groups > 1) or self.dilation[2] > 1
-        )
+        #: Whether taps of a row are runs of their own: what they read lies apart, or in NCHW there are more channels.
+        self.apart = self.dilation[2] > 1
+        if self.src.layout == "nchw":
+            self.apart |= self.kernel[2] < max(channels, SHORT_ROW)
+        elif self.src.layout == "nhwc":
+            self.apart |= spec.groups > 1
         #: Channels of a run, and products.
-        self.inner = channels if spec.src_blocks.is_plain else self.src.block
+        self.inner = self.src.block if self.src.layout not in ("nchw", "nhwc") else channels
+        if self.src.layout == "nchw" and not self.apart:
+            self.inner = 1
         self.run = self.inner * (1 if self.apart else self.kernel[2])
         #: Runs along each axis of the kernel, and over blocks of channels.
         self.runs = (*self.kernel[:2], self.kernel[2] if self.apart else 1, channels // self.inner)
@@ -159,8 +164,8 @@ class _Geometry:
         return math.prod(self.runs) * self.run
 
     def crowds(self, target: Target, pixels: int) -> bool:
-        """Whether a tile has more pixels in src, or in dst, than the sets of the L1 cache that they lie in hold:
-        they are a power of two apart.
+        """Whether a tile has more pixels in src, or in dst, than there is room for in the sets of the L1 cache that
+        they lie in, as they are a power of two apart.
         """
         return any(pixels > target.places(4 * apart) for apart in (self.src.block * self.stride[2], self.dst.block))
 
@@ -298,6 +303,8 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         Stream(images * share, ahead=not revisited, footprint=images),
     ]
     passes = own * ceildiv(blocks, picks.parallel_oc)
+    if picks.copy_src and panel > target.l2 // 2:  # the copy leaves the core's cache, and comes back
+        streams.append(Stream(2 * own * panel, footprint=max(panel, target.l2 + 1)))
     if ahead and panel > target.l2 // 2:
         streams.append(Stream(passes * panel, ahead=True, footprint=max(panel, target.l2 + 1)))
     if not ahead and per_task > target.l2 // 2:
@@ -415,7 +422,7 @@ class _Kernel:
                         yield case, _Tile(row * across + i, row * height, x, size, width)
 
     def channel_blocks(self, body: Block, task: _Task) -> Iterator[tuple[Block, _Channels]]:
-        """Code for each block of channels of a task: full ones; the last of a group may have fewer vectors."""
+        """Code for each block of channels of a task: full ones, and a group's last, which may have fewer vectors."""
         g, parts, tile_oc = self.g, self.picks.parallel_oc, self.picks.tile_oc
         blocks, width, each = g.channel_blocks(self.picks), tile_oc // self.lanes, ceildiv(g.channels, tile_oc)
         last = ceildiv(g.channels - (each - 1) * tile_oc, self.lanes)
@@ -435,12 +442,10 @@ class _Kernel:
         first_block: Expr = 0
         if g.groups > 1:
             first_block = body.let(channels.group * (spec.ic // g.groups // (1 if g.src.layout == "nchw" else g.inner)))
-        ahead = origin = None
-        if self.picks.order == "oc":
-            rows, tiles = g.blocks(self.picks)
-            start = body.let((channels.block + 1) * (g.products * tile_oc))
-            ahead = Ahead(self.weights, start, g.products, tile_oc // lanes, tile.index, rows * tiles)
-            origin = body.let(ahead.origin)
+        rows, tiles = g.blocks(self.picks)
+        start = body.let((channels.block + 1) * (g.products * tile_oc))
+        ahead = Ahead(self.weights, start, g.products, tile_oc // lanes, tile.index, rows * tiles)
+        origin = body.let(ahead.origin)
         with body.loop(math.prod(g.runs)) as (run, index):
             taps = unflat(index, g.runs)
 
@@ -453,7 +458,7 @@ class _Kernel:
             def fetch(step: Block, k: Expr) -> None:
                 ahead.fetch(step, origin, index * g.run + k)
 
-            multiply(run, sums, g.run, pixel, weight, fetch if ahead else None)
+            multiply(run, sums, g.run, pixel, weight, fetch if self.picks.order == "oc" else None)
         for v in range(channels.vectors):
             vectors = {p: sums[p, v] for p in tile.pixels}
             stored = self.store_transposed if g.dst.layout == "nchw" else self.store_channels
@@ -470,7 +475,7 @@ class _Kernel:
         column = (tile.x + tx) * g.stride[2] + kx
         inner = g.src.block
         if g.src.layout == "nchw":
-            block, at = first + k, column
+            block, at = (first + k, column) if g.apart else (first + block, column + k)
         elif g.src.layout == "nhwc":
             block, at = 0, column * inner + first * g.inner + k
         else:
@@ -498,8 +503,8 @@ class _Kernel:
             channel = case.let(channels.group * g.channels + within)
             given = load_parameters(case, self.parameters, channel, lanes, count)
             for inner, p, vector in self.each(case, vectors):
-                place = self.dst_place(task, tile, p, channel)
-                finish(inner, spec, self.dst, self.residual, place, vector, lanes, count, **given)
+                place = (task.image, channel, self.dst_pixel(task, tile, p))
+                g.dst.finish(inner, spec, (self.dst, self.residual), place, vector, lanes, count, given)
 
     def store_transposed(
         self,
@@ -522,7 +527,7 @@ class _Kernel:
                 for inner, (_, t), row in self.each(body, rows):
                     with inner.when(True if g.channels % lanes == 0 else within + t < g.channels) as exists:
                         given = spread_parameters(exists, self.parameters, first + t, lanes)
-                        place = self.dst_place(task, tile, (y, x), first + t)
+                        place = g.dst.element(task.image, first + t, self.dst_pixel(task, tile, (y, x)))
                         finish(exists, spec, self.dst, self.residual, place, row, lanes, count, **given)
 
     def each(
@@ -544,7 +549,6 @@ class _Kernel:
         with body.loop(len(vectors) // width) as (row, y), row.loop(width) as (inner, x):
             yield inner, (y, x), inner.let(load(sums, "f32", [y, x, 0], self.lanes, self.lanes))
 
-    def dst_place(self, task: _Task, tile: _Tile, p: tuple[int, int], channel: Expr) -> list[Expr]:
-        """The index in dst of a channel of a tile's pixel."""
-        pixel = [task.z, task.y + tile.row + p[0], task.x + tile.x + p[1]]
-        return self.g.dst.element(task.image, channel, pixel)
+    def dst_pixel(self, task: _Task, tile: _Tile, p: tuple[Expr, Expr]) -> list[Expr]:
+        """Where in dst a tile's pixel is."""
+        return [task.z, task.y + tile.row + p[0], task.x + tile.x + p[1]]

@@ -61,6 +61,7 @@ NARROW = 1.15
 
 class CpuGrouped(Written):
     id, version = "cpu_grouped", 3
+    merged = ("cpu_grouped_last",)
 
     def takes_layouts(self, src: str, dst: str) -> bool:
         return "nchw" not in (src, dst)

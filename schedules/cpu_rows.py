@@ -48,11 +48,12 @@ ROW = 2
 
 class CpuRows(Written):
     id, version = "cpu_rows", 3
+    merged = ("cpu_masked",)
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
-        require(spec.layout == "nchw" and getattr(spec, "dst_layout", "nchw") == "nchw", "needs NCHW")
+        require(spec.layout == "nchw", "needs NCHW")
         few = spec.oc // spec.groups <= 32 or spec.reduction_length <= 160
         require(few, "needs at most 32 output channels per group, or at most 160 products per output")
         most = 8 if spec.oc // spec.groups <= 4 else 4  # more shuffles than cpu_direct has broadcasts

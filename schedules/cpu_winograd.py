@@ -38,7 +38,8 @@ from tvm import te, tirx
 
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Ahead, Even, finishing, most_pixels, multiply, steps
-from convgen.cpu.vector import Block, load, meeting, store, written
+from convgen.cpu.vector import Block, load, store, written
+from convgen.cpu.window import meeting
 from convgen.cpu.winograd import (
     NO_AXIS,
     Axis,

@@ -33,13 +33,13 @@ from convgen.cpu.vector import (
     gathered,
     load,
     load_within,
-    meeting,
     prefetch,
     spread_parameters,
     store,
     weighted_sum,
     written,
 )
+from convgen.cpu.window import meeting
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, flat, row_times, unflat
 from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, Written, require

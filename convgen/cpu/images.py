@@ -5,7 +5,7 @@ Spatial axes are always three here, those that a tensor lacks of size 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from tvm import tirx
 from ..lowering.compute import Expr, round_up
 from ..problem.layout import Blocks
 from ..problem.spec import ConvSpec
-from .vector import Block, load_within, store, zeros
+from .vector import Block, finish, load_within, store, zeros
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,13 @@ class Images:
     rank: int
 
     @property
+    def blocks(self) -> Blocks:
+        return Blocks(self.layout, self.channels)
+
+    @property
     def block(self) -> int:
         """Channels that lie innermost: one in NCHW, all in NHWC."""
-        return Blocks(self.layout, self.channels).size
+        return self.blocks.size
 
     def place(self, image: Expr, block: Expr, pixel: Sequence[Expr], at: Expr) -> list[Expr]:
         """The index of number ``at`` of a row of a block of channels, the row of a ``pixel``."""
@@ -46,12 +50,7 @@ class Images:
 
     def element(self, image: Expr, channel: Expr, pixel: Sequence[Expr]) -> list[Expr]:
         """The index of a channel of a pixel."""
-        where = pixel[3 - self.rank :]
-        if self.layout == "nchw":
-            return [image, channel, *where]
-        if self.layout == "nhwc":
-            return [image, *where, channel]
-        return [image, channel // self.block, *where, channel % self.block]
+        return list(self.blocks.order(image, channel, pixel[3 - self.rank :]))
 
     def copied(
         self,
@@ -86,6 +85,36 @@ class Images:
                         value = load_within(tensor, dtype, place, lanes, lanes, size=self.size[2] * self.block)
                     step.add(store(panel, "f32", [z, y, block, i * lanes], value, lanes, lanes))
         return panel
+
+    def finish(
+        self,
+        body: Block,
+        spec: ConvSpec,
+        tensors: tuple[Any, Any],
+        place: tuple[Expr, Expr, Sequence[Expr]],
+        value: Expr,
+        lanes: int,
+        count: int,
+        given: Mapping[str, Expr],
+    ) -> None:
+        """The epilogue and store of ``count`` sums of a pixel, from a channel on: block by block where a block has
+        fewer channels than a vector has lanes.
+
+        Args:
+            tensors: dst and the residual.
+            place: image, channel and pixel.
+            given: bias, slope and scale as :func:`~convgen.cpu.vector.finish` takes them.
+        """
+        image, channel, pixel = place
+        size = lanes if self.blocks.is_plain else min(lanes, self.block)
+        for start in range(0, count, size):
+
+            def part(vector: Expr, start: int = start) -> Expr:
+                return vector if size == lanes else body.let(tirx.Shuffle([vector], list(range(start, start + size))))
+
+            index, some = self.element(image, channel + start, pixel), min(size, count - start)
+            parts = {name: part(vector) for name, vector in given.items()}
+            finish(body, spec, *tensors, index, part(value), size, some, **parts)
 
 
 def three(values: Sequence[int], fill: int = 1) -> tuple[int, ...]:

@@ -189,8 +189,8 @@ def core_of(target: Target) -> Core:
     from tvm.target import codegen
 
     model = str(json.loads(target.tvm_config).get("mcpu", ""))
-    is_known = (_LIKE.get(model, model), target.vector_bits) in _VECTORS
-    if target.native and not is_known and model == codegen.llvm_get_system_cpu():
+    known = (_LIKE.get(model, model), target.vector_bits) in _VECTORS
+    if not known and target.native and model == codegen.llvm_get_system_cpu():
         return _measured(model, target.vector_bits, target.lanes)
     return _known(model, target.vector_bits)
 

@@ -385,18 +385,9 @@ class Kernel:
         count: int,
         given: dict[str, Expr],
     ) -> None:
-        """The epilogue and store of a vector of channels of a pixel: in parts, where a block has fewer than lanes."""
-        layout, lanes = self.g.dst, self.lanes
-        first = channels.group * self.g.channels + channels.first + v * lanes
-        size = lanes if layout.layout in ("nchw", "nhwc") else min(lanes, layout.block)
-        for start in range(0, count, size):
-
-            def part(vector: Expr, start: int = start) -> Expr:
-                return vector if size == lanes else tirx.Shuffle([vector], list(range(start, start + size)))
-
-            place = layout.element(task.image, first + start, pixel)
-            some = {name: part(vector) for name, vector in given.items()}
-            finish(body, self.spec, self.dst, self.residual, place, part(value), size, min(size, count - start), **some)
+        """The epilogue and store of a vector of channels of a pixel."""
+        place = (task.image, channels.group * self.g.channels + channels.first + v * self.lanes, pixel)
+        self.g.dst.finish(body, self.spec, (self.dst, self.residual), place, value, self.lanes, count, given)
 
     def store_rows(self, body: Block, task: _Task, row: _Row, channels: _Channels) -> None:
         """The epilogue and store of the buffer's rows, whose phases are all there."""

@@ -249,23 +249,6 @@ def finish(
     block.add(write(dst, spec.dtype, place, result, lanes, count))
 
 
-def outer_products(
-    block: Block,
-    sums: Registers,
-    length: Expr,
-    scalar: Callable[[Any, Expr], Expr],
-    vector: Callable[[Any, Expr], Expr],
-) -> None:
-    """Add ``scalar(t, k) * vector(v, k)`` to every sum, whose keys are all pairs ``(t, v)``, for each k of a length."""
-    scalars, vectors = (dict.fromkeys(part) for part in zip(*sums.keys, strict=True))
-    with block.loop(length) as (step, k):
-        row = {v: step.let(vector(v, k)) for v in vectors}
-        for t in scalars:
-            factor = step.let(tirx.Broadcast(scalar(t, k), sums.lanes))
-            for v, value in row.items():
-                sums.add(step, (t, v), value * factor)
-
-
 def weighted_sum(terms: Iterable[tuple[Any, Expr]]) -> Expr:
     """The sum of constant coefficients times values, ``(coefficient, value)`` each, in this order, without those of 0.
 
@@ -372,24 +355,6 @@ def runs(patterns: Sequence[Any]) -> list[tuple[int, int, Any]]:
         else:
             found.append((index, 1, pattern))
     return found
-
-
-def meeting(spec: ConvSpec, axis: int, y: Expr) -> tuple[Expr, Expr]:
-    """The taps that lie in the image for output ``y`` along an axis: the first, and how many."""
-    kernel, size, dilation = spec.kernel[axis], spec.in_spatial[axis], spec.dilation[axis]
-    if spec.padding[axis] == (0, 0):
-        return 0, kernel
-    start = y * spec.stride[axis] - spec.padding[axis][0]
-
-    def reaching(pixel: int) -> Expr:
-        """The number of taps that lie before a pixel.
-
-        Divided is what grows with ``y``: of an index that is a remainder, TVM 0.27 divides negative multiples wrongly
-        (``(16 - i % 4 * 2) // 4``, which it takes for a division by -2).
-        """
-        return tirx.min(tirx.max(-tirx.floordiv(start - pixel, dilation), 0), kernel)
-
-    return reaching(0), reaching(size) - reaching(0)
 
 
 class Columns:

@@ -14,10 +14,28 @@ from tvm import tirx
 
 from ..lowering.compute import Expr, ceildiv, flat, unflat
 from ..problem.spec import ConvSpec
-from .vector import Block, meeting, runs
+from .vector import Block, runs
 
 #: Taps of a plane of the kernel that are all written out.
 SHORT = 9
+
+
+def meeting(spec: ConvSpec, axis: int, y: Expr) -> tuple[Expr, Expr]:
+    """The taps that lie in the image for output ``y`` along an axis: the first, and how many."""
+    kernel, size, dilation = spec.kernel[axis], spec.in_spatial[axis], spec.dilation[axis]
+    if spec.padding[axis] == (0, 0):
+        return 0, kernel
+    start = y * spec.stride[axis] - spec.padding[axis][0]
+
+    def reaching(pixel: int) -> Expr:
+        """The number of taps that lie before a pixel.
+
+        Divided is what grows with ``y``: of an index that is a remainder, TVM 0.27 divides negative multiples wrongly
+        (``(16 - i % 4 * 2) // 4``, which it takes for a division by -2).
+        """
+        return tirx.min(tirx.max(-tirx.floordiv(start - pixel, dilation), 0), kernel)
+
+    return reaching(0), reaching(size) - reaching(0)
 
 
 class Met(NamedTuple):

@@ -12,6 +12,7 @@ from ..lowering.compute import Expr, ceildiv, round_up
 from ..lowering.schedule import Picks
 from ..lowering.winograd import admitted, phases, strided, transposed
 from ..problem.spec import ConvSpec
+from .images import dst_images, src_images
 from .product import Even
 from .vector import Block, weighted_sum, zeros
 
@@ -161,29 +162,6 @@ def block_choices(spec: ConvSpec, m: int) -> list[int]:
     )
 
 
-@dataclass(frozen=True)
-class Channels:
-    """How the channels of a tensor lie: a ``block`` of them is innermost."""
-
-    layout: str
-    count: int
-    rank: int
-
-    @property
-    def block(self) -> int:
-        return {"nchw": 1, "nhwc": self.count, "nchw8c": 8, "nchw16c": 16}[self.layout]
-
-    def place(self, pixel: Sequence[Expr], channel: Expr) -> list[Expr]:
-        """The index of a channel of a pixel ``(image, plane, row, column)``."""
-        image, *where = pixel
-        where = where[3 - self.rank :]
-        if self.layout == "nchw":
-            return [image, channel, *where]
-        if self.layout == "nhwc":
-            return [image, *where, channel]
-        return [image, channel // self.block, *where, channel % self.block]
-
-
 class Grid:
     """A layer's tiles, cut into blocks: the sizes of a candidate.
 
@@ -196,7 +174,7 @@ class Grid:
         most_tiles: of a plane of a block.
         lines, length: of the input of a plane of a block.
         planes, planes_in: of dst and src. window: planes of src that a block reads.
-        src, dst: how their channels lie.
+        src, dst: how they lie.
         lanes: of its vectors of channels.
         own, outputs: input and output channels of a group of channels.
         channels: numbers from a tile's transformed input to the next one's. A power of two would put them in few sets
@@ -224,8 +202,7 @@ class Grid:
         self.plane_blocks = Even(self.planes, picks.block_planes)
         stride, dilation, _, taps = self.depth
         self.window = (self.plane_blocks.full - 1) * stride + (taps - 1) * dilation + 1
-        self.src = Channels(spec.layout, spec.ic, spec.rank)
-        self.dst = Channels(getattr(spec, "dst_layout", spec.layout), spec.oc, spec.rank)
+        self.src, self.dst = src_images(spec), dst_images(spec)
         self.channels = round_up(self.own, self.lanes) + self.lanes
         self.direct = self.src.block > 1 and spec.rank > 1
 

@@ -173,7 +173,7 @@ class WayIn:
             x, square = one.let(x0 + left + i * lanes), []
             for t in range(lanes):
                 channel = c * lanes + t if spec.ic % lanes == 0 else tirx.min(c * lanes + t, spec.ic - 1)
-                index = g.src.place([image, *where, x], channel)
+                index = self.g.src.element(image, channel, [*where, x])
                 square.append(one.let(load_within(self.src, spec.dtype, index, lanes, lanes)))
             for t, vector in enumerate(interleave(one, square, lanes)):
                 one.add(store(lines, "f32", [line, left + i * lanes + t, 0], vector, lanes, lanes))
@@ -182,14 +182,15 @@ class WayIn:
 
     def channels_of(self, place: Sequence[Expr], c: Expr, channels: int) -> Expr:
         """A pixel's c-th vector of channels, where they lie side by side, in blocks at least."""
-        lanes, src, dtype = self.lanes, self.g.src, self.spec.dtype
+        lanes, src, (image, *pixel) = self.lanes, self.g.src, place
+
+        def loaded(t: int, width: int, count: int) -> Expr:
+            return load(self.src, self.spec.dtype, src.element(image, c * lanes + t, pixel), width, count)
+
         if src.block >= lanes or src.layout == "nhwc":
-            return load(self.src, dtype, src.place(place, c * lanes), lanes, channels)
+            return loaded(0, lanes, channels)
         width = src.block
-        parts = [
-            load(self.src, dtype, src.place(place, c * lanes + t), width, width) if t < channels else zeros(width)
-            for t in range(0, lanes, width)
-        ]
+        parts = [loaded(t, width, width) if t < channels else zeros(width) for t in range(0, lanes, width)]
         return tirx.Shuffle(parts, list(range(lanes)))
 
 
@@ -231,11 +232,12 @@ class WayOut:
             first = (task.image, task.plane + z, 0, y0 * columns.size + x0)
             self.store_transposed(body, task, first, channel, pixels)
             return
-        tail = self.spec.oc % lanes
+        tail, tensors = self.spec.oc % lanes, (self.dst, self.residual)
         for case, count in body.cases(channel, self.spec.oc - tail, lanes, tail) if tail else [(body, lanes)]:
             given = load_parameters(case, self.parameters, channel, lanes, count)
             for pixel, y, x, value in self.pixels(case, task, z, sums):
-                self.store_channels(pixel, (task.image, task.plane + z, y, x), channel, value, count, given)
+                place = (task.image, channel, (task.plane + z, y, x))
+                self.g.dst.finish(pixel, self.spec, tensors, place, value, lanes, count, given)
 
     def pixels(
         self, body: Block, task: Task, z: Expr, sums: tuple[tirx.Buffer, Expr]
@@ -270,21 +272,6 @@ class WayOut:
             with body.when(condition) as case:
                 yield case, answer
 
-    def store_channels(
-        self, body: Block, pixel: Sequence[Expr], channel: Expr, value: Expr, count: int, given: dict[str, Expr]
-    ) -> None:
-        """The epilogue and store of a pixel's vector of channels, which may be several blocks of theirs."""
-        spec, block = self.spec, self.g.dst.block
-        width = min(self.lanes, block)
-        for t in range(0, min(count, self.lanes), width):
-
-            def part(vector: Expr, t: int = t) -> Expr:
-                return vector if width == self.lanes else tirx.Shuffle([vector], list(range(t, t + width)))
-
-            place = self.g.dst.place(pixel, channel + t)
-            parts = {name: body.let(part(vector)) for name, vector in given.items()}
-            finish(body, spec, self.dst, self.residual, place, part(value), width, min(count - t, width), **parts)
-
     def store_transposed(
         self, body: Block, task: Task, first: Sequence[Expr], channel: Expr, pixels: tirx.Buffer
     ) -> None:
@@ -304,9 +291,9 @@ class WayOut:
             with body.when(condition) as case, case.loop((total + lanes - 1) // lanes) as (one, i):
                 at = one.let(tirx.max(0, tirx.min(i * lanes, total - lanes)))
                 vectors = [one.let(load(pixels, "f32", [at + t, 0], lanes, lanes)) for t in range(lanes)]
-                *where, x = first
+                image, *where, x = first
                 for t, row in enumerate(interleave(one, vectors, lanes)):
                     with one.when(True if spec.oc % lanes == 0 else channel + t < spec.oc) as exists:
                         given = spread_parameters(exists, self.parameters, channel + t, lanes)
-                        place = g.dst.place([*where, x + at], channel + t)
+                        place = g.dst.element(image, channel + t, [*where, x + at])
                         finish(exists, spec, self.dst, self.residual, place, row, lanes, stored, **given)

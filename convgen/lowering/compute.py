@@ -355,61 +355,6 @@ def copied(parameter: Operand, channels: int = 0) -> te.Tensor:
     return te.compute((channels,), value, name=name)
 
 
-def finished(
-    ops: Operands, sums: te.Tensor, vectors: Sequence[te.Tensor], channel: Callable[[Index], Expr]
-) -> tuple[te.Tensor, bool]:
-    """A costly epilogue as a stage of its own, while channels are still in the lanes.
-
-    The store of NCHW runs along pixels, in tiles that rarely are whole vectors. ``channel`` tells that of an
-    index of ``sums``; bias and slope must reach as far. Returns ``sums`` itself and False where the
-    epilogue is cheap, or waits for a residual; its block is called ``finished``.
-    """
-    spec = ops.spec
-    if spec.residual or not spec.activation_op.costly:
-        return sums, False
-
-    def value(*index: Expr) -> Expr:
-        return epilogue(spec, sums[index], **ops.per_channel(vectors, channel(index)))
-
-    return te.compute(sums.shape, value, name="finished"), True
-
-
-def vectorize_finished(sch: Any, loop: Any, lanes: int) -> None:
-    """Schedule the stage of :func:`finished` under ``loop``."""
-    block = sch.get_sblock("finished")
-    sch.compute_at(block, loop, preserve_unit_loops=True)
-    _, lane = sch.split(sch.get_loops(block)[-1], [None, lanes])
-    sch.vectorize(lane)
-
-
-def dst_loops(sch: Any, spec: ConvSpec) -> tuple[Any, list[Any], Any]:
-    """The loops of the block ``dst`` as ``n, spatial, oc``; its layout is plain."""
-    n, *rest = sch.get_loops(sch.get_sblock("dst"))
-    return (n, rest[1:], rest[0]) if spec.dst_layout == "nchw" else (n, rest[:-1], rest[-1])
-
-
-def partition_edges(sch: Any, loop: Any) -> None:
-    """Split a copy's loop into the edges, which are padding, and a middle without conditions.
-
-    Only for a loop whose condition depends on nothing else: where the edges move with an outer loop,
-    TVM 0.27 does not clamp them to the loop's range, and writes outside the buffer.
-    """
-    sch.annotate(loop, "pragma_loop_partition_hint", True)
-
-
-def read_whole(tensor: te.Tensor, index: Index, axes: Sequence[int] = (-1,)) -> Expr:
-    """``tensor[index]``, keeping some axes whole.
-
-    Scheduling trims a producer to what its consumer reads; a vector or tile axis trimmed to less
-    than whole vectors or tiles would be masked, element by element. So pretend to read the last
-    element of these axes too, under a condition that later simplifies to false.
-    """
-    last = list(index)
-    for axis in axes:
-        last[axis] = tensor.shape[axis] - 1
-    return tirx.Select(index[1] < 0, tensor[tuple(last)], tensor[tuple(index)])
-
-
 def row_times(matrix: Sequence[Sequence[Any]], position: Expr, read: Callable[[int], Expr]) -> Expr:
     """Row ``position`` of a constant matrix times ``read(0), read(1), …``; folds where the position is known."""
     zero = tirx.const(0, ACCUMULATOR)

@@ -12,6 +12,8 @@ from ..errors import MeasureError
 
 #: What is in the names of operators that are convolutions, and not in ``Convert``.
 _CONVOLUTION = re.compile(r"Conv(?!ert)|Deconv")
+#: Activations that only follow convolutions: x·sigmoid(x) as ONNX Runtime fuses it, and OpenVINO's names.
+_ACTIVATION = re.compile(r"QuickGelu|H?Swish|Mish")
 #: Event of ONNX Runtime's profile that is a run of the whole model, and how it calls an operator's own time.
 _RUN, _KERNEL = "model_run", "_kernel_time"
 #: What it writes as a depthwise 1×1 convolution is a batch normalisation where its name has this in it.
@@ -22,12 +24,13 @@ _NORMALISATION, _AS_CONV = "BatchNormalization", "_bn_nchwc"
 class Profile:
     """Where one run of a model spent its time.
 
-    What a library has fused into a convolution counts as the convolution. It does not fuse all that convgen does: an
-    activation on its own is among the others, which is in the library's favour.
+    What a library has fused into a convolution counts as the convolution, and so do activations on their own that only
+    follow convolutions, as convgen fuses them. Others, and residuals that are added by themselves, are among the rest,
+    which is in the library's favour.
 
     Attributes:
-        convolutions, reorders, others: seconds of the operators: the convolutions, changes of layout that the
-            library has inserted, and everything else.
+        convolutions, reorders, others: seconds of the operators: the convolutions with their activations, changes of
+            layout that the library has inserted, and everything else.
         nodes: how many of them are convolutions: fewer than the model has where the library has made something else
             of one.
     """
@@ -92,6 +95,8 @@ def _profile(nodes: Sequence[tuple[str, float]]) -> Profile:
     of OpenVINO ``Convolution``, ``GroupConvolution``, ``ConvolutionBackpropData``, ``Deconvolution`` ….
     """
     convolutions = [seconds for kind, seconds in nodes if _CONVOLUTION.search(kind)]
+    activations = sum(seconds for kind, seconds in nodes if _ACTIVATION.search(kind))
     reorders = sum(seconds for kind, seconds in nodes if "Reorder" in kind)
     total = sum(seconds for _, seconds in nodes)
-    return Profile(sum(convolutions), reorders, total - sum(convolutions) - reorders, len(convolutions))
+    own = sum(convolutions) + activations
+    return Profile(own, reorders, total - own - reorders, len(convolutions))

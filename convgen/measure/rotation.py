@@ -1,14 +1,13 @@
 """Calls that find their weights in memory, as in a network.
 
-A layer that is repeated finds its weights where the last call left them. Here each call takes the next of many copies of
-the packed weights, which together are more than the last cache holds; src, dst and residual stay what they are, as in a
-network the layer before has just written them.
+A layer that is repeated finds its weights where the last call left them. Here each call takes the next of many copies
+of the packed weights, which together are more than the last cache holds; src, dst and residual stay what they are, as
+in a network the layer before has just written them.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -16,12 +15,7 @@ import numpy.typing as npt
 
 from ..hardware.machine import machine
 from ..kernel.library import Library, aligned
-
-#: How many times the last cache the copies fill; and copies at most: of small weights fewer do, as they are fetched in no
-#: time that matters.
-CACHES, MOST_COPIES = 2, 256
-#: Bytes of copies at most, whatever the cache.
-MOST_BYTES = 1 << 30
+from .standalone.rotation import copies_of
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -37,7 +31,7 @@ def rotating(
     workspace = aligned(max(1, library.sizes(threads).workspace))
     calls = [
         library.prepare(src, copy, dst, residual, workspace, threads)
-        for copy in _copies(packed, copies_of(packed.size))
+        for copy in _copies(packed, copies_of(packed.size, machine().l3 or 0))
     ]
     following = itertools.cycle(calls).__next__
 
@@ -45,12 +39,6 @@ def rotating(
         following()()
 
     return call
-
-
-def copies_of(size: int) -> int:
-    """How many copies of so many bytes are cold when their turn comes again."""
-    wanted = min(CACHES * (machine().l3 or 32 << 20), MOST_BYTES)
-    return max(1, min(MOST_COPIES, math.ceil(wanted / max(size, 1))))
 
 
 def _copies(packed: Bytes, count: int) -> list[Bytes]:

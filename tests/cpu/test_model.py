@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from convgen.cpu import model
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import LINE, Ahead, Even, most_pixels
+from convgen.hardware.machine import measured
 from convgen.hardware.target import resolve
 
 ZEN5 = core_of(resolve("cpu:znver5"))
@@ -49,7 +50,7 @@ def test_every_target_has_a_core_that_says_where_its_facts_are_from() -> None:
 def test_an_unknown_processor_of_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two measurements that differ by a few percent give the same facts, and so the same defaults."""
     native = resolve()
-    found = model.measured(1)
+    found = measured(1)
     monkeypatch.setattr(model, "_VECTORS", {k: v for k, v in model._VECTORS.items() if k[0] in model._ASSUMED.values()})
     monkeypatch.setattr(model, "_LIKE", {})
     cores = []

@@ -69,16 +69,16 @@ def defaults(target: Target, dtype: str) -> Iterator[tuple[ConvSpec, Candidate]]
         ("sandybridge", "f32", "cpu_direct"),
         ("bdver4", "f32", "cpu_direct"),  # XOP, FMA4, TBM
         ("haswell", "f16", "cpu_direct"),  # F16C
-        ("alderlake", "i8", "cpu_gemm"),  # AVX-VNNI, GFNI
+        ("alderlake", "i8", "cpu_direct"),  # AVX-VNNI, GFNI
         ("skylake-avx512", "bf16", "cpu_direct"),
         ("sapphirerapids", "f16", "cpu_direct"),  # AVX512-FP16
         ("sapphirerapids", "f32", "cpu_direct"),
-        ("diamondrapids", "f32", "cpu_gemm"),  # AVX10.2, APX
-        ("znver4", "i8", "cpu_gemm"),
+        ("diamondrapids", "f32", "cpu_winograd"),  # AVX10.2, APX
+        ("znver4", "i8", "cpu_direct"),
         ("aarch64-generic", "f32", "cpu_direct"),
         ("aarch64-neoverse-n1", "f16", "cpu_direct"),
-        ("aarch64-neoverse-v1", "bf16", "cpu_gemm"),
-        ("aarch64-apple-m5", "f32", "cpu_gemm"),  # CSSC
+        ("aarch64-neoverse-v1", "bf16", "cpu_winograd"),
+        ("aarch64-apple-m5", "f32", "cpu_winograd"),  # CSSC
     ],
 )
 def test_code_keeps_to_what_is_asked_for(target: str, dtype: str, schedule: str, tmp_path: Path) -> None:

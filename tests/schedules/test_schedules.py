@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any
 
 import pytest
+from drawn_points import random_picks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import ROOT
@@ -104,15 +105,6 @@ def applicable(spec: ConvSpec, target: Target = NATIVE) -> list[Schedule]:
     return [s for s in schedules().values() if s.reason_against(spec.core, target) is None]
 
 
-def random_picks(schedule: Schedule, spec: ConvSpec, count: int, rng: random.Random) -> list[Picks]:
-    """Up to ``count`` distinct valid points other than the default."""
-    space, found = schedule.space(spec.core, NATIVE), {schedule.default(spec.core, NATIVE): None}
-    for picks in (space.sample(rng) for _ in range(300)):
-        if len(found) <= count and schedule.reason_against(spec.core, NATIVE, picks) is None:
-            found[picks] = None
-    return list(found)[1:]
-
-
 def compiled(spec: ConvSpec, schedule: Schedule, picks: Picks, target: Target = NATIVE) -> Kernel:
     return compile_candidate(spec, target, Candidate(schedule, picks), THREADS)
 
@@ -140,7 +132,7 @@ def check_points(descriptor: str, schedule: Schedule, drawn: int) -> None:
     """The kernels of the default and of points drawn from the space pass validation."""
     spec = ConvSpec.parse(descriptor)
     rng = random.Random(f"{schedule.id} {descriptor}")
-    for picks in [schedule.default(spec.core, NATIVE), *random_picks(schedule, spec, drawn, rng)]:
+    for picks in [schedule.default(spec.core, NATIVE), *random_picks(schedule, spec, NATIVE, drawn, rng)]:
         report = checked(compiled(spec, schedule, picks))
         assert {c.name for c in report.checks} >= {"memory", "threads", "float", "exact", "refusal"}
 
@@ -192,7 +184,10 @@ def test_every_kernel_of_any_spec_passes_validation(spec: ConvSpec, channels: in
     if spec.groups == 1 and plain:  # the strategy's channels are few; tiles are wide
         spec = spec.with_(ic=channels, oc=channels + seed % 3)
     for schedule in applicable(spec):
-        for picks in [schedule.default(spec.core, NATIVE), *random_picks(schedule, spec, 3, random.Random(seed))]:
+        for picks in [
+            schedule.default(spec.core, NATIVE),
+            *random_picks(schedule, spec, NATIVE, 3, random.Random(seed)),
+        ]:
             checked(compiled(spec, schedule, picks), seed % 1000)
 
 
@@ -302,7 +297,7 @@ def test_picks_survive_being_written_down(descriptor: str, schedule: Schedule) -
     spec = ConvSpec.parse(descriptor)
     for picks in [
         schedule.default(spec.core, NATIVE),
-        *random_picks(schedule, spec, 5, random.Random(0)),
+        *random_picks(schedule, spec, NATIVE, 5, random.Random(0)),
     ]:
         assert all(type(value) in (int, str, bool) for value in picks.values())
         read = Picks(**json.loads(json.dumps(dict(picks))))
@@ -412,8 +407,8 @@ def test_require_raises_the_reason() -> None:
         ("tile", r"found 'tile'"),
         ("width=3", r"found 'width=3'"),
         ("tile_ow=3 tile_ow=3", r"found 'tile_ow=3'"),
-        ("order=oc", r"expected a value for tile_oc, tile_oh, tile_ow, block, parallel_oc, found none"),
-        ("", r"expected a value for tile_oc, tile_oh, tile_ow, block, order, parallel_oc, found none"),
+        ("order=oc", r"expected a value for tile_oc, tile_oh, tile_ow, block, parallel_oc, copy_src, found none"),
+        ("", r"expected a value for tile_oc, tile_oh, tile_ow, block, order, parallel_oc, copy_src, found none"),
     ],
 )
 def test_malformed_picks_are_refused(picks: str, message: str) -> None:

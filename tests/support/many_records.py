@@ -61,7 +61,8 @@ def rows(
                 f'"schedule_version":{version},"spec":"{spec}","target":"{target}",'
                 f'"threads":{threads},"versions":{said}}}'.encode()
             ).hexdigest()
-            seconds = None if trial % 20 == 7 and not final else 1e-4 + 1e-6 * ((trial * 37) % trials)
+            slower = (trial * 37) % trials / trials
+            seconds = None if trial % 20 == 7 and not final else 1e-4 + 2e-4 * slower  # none beyond doubt
             outcome = "crash" if seconds is None else "ok"
             samples = "[]" if seconds is None else f"[{','.join([repr(seconds)] * _SAMPLES)}]"
             note = '{"cost":0.5'

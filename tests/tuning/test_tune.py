@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from fake_tuning import Clock, FakeBuilder, FakeRunner, FakeSchedule, Speed, done, fake_pools, fake_tuning
+from tvm import te
 from worker_jobs import build_with_fault, in_worker
 
 from convgen.api import tune
@@ -171,20 +172,20 @@ def test_a_candidate_that_cannot_be_scheduled_is_an_outcome(
     tuner: Tuner, store: RecordStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     direct: Any = parse_candidate(SPEC, tuner.target, "cpu_direct").schedule
-    apply, seen = type(direct).apply, list[Picks]()
+    program, seen = type(direct).program, list[Picks]()
 
-    def sometimes(self: Schedule, sch: Any, spec: ConvSpec, target: Any, picks: Picks) -> None:
+    def sometimes(self: Schedule, spec: ConvSpec, target: Any, picks: Picks) -> Any:
         if picks not in seen:
             seen.append(picks)
         if picks == seen[0]:
-            sch.get_sblock("no such block")
-        apply(self, sch, spec, target, picks)
+            te.placeholder((1,), "no such type")
+        return program(self, spec, target, picks)
 
-    monkeypatch.setattr(type(direct), "apply", sometimes)
+    monkeypatch.setattr(type(direct), "program", sometimes)
     assert tuner.tune(SPEC, trials=3) is not None
     assert sorted(record.outcome for record in searched(store)) == ["build_error", "ok", "ok"]
     (failed,) = [record for record in searched(store) if record.outcome == "build_error"]
-    assert "no such block" in failed.error
+    assert "no such type" in failed.error
 
 
 def test_no_time_no_trials(store: RecordStore) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import statistics
-from typing import Any, Sequence
+from typing import Any, Callable, List, Sequence
 
 from .errors import Refused
+from .facts import caches
 from .gpu import Gpu, GpuCall
 from .interface import DTYPES, NO_MEMORY, PARAMETERS, Difference, PackArgs, RunArgs, Sizes, aligned, pass_tensors
+from .rotation import copies_of
 from .timing import Call, alternate, sample, time_calls
 
 
@@ -37,6 +40,8 @@ class Cpu:
     def prepare(self, trial: dict[str, Any]) -> tuple[Call, Call]:
         """A call of a candidate on the layer's inputs, and a function that gives the memory it writes.
 
+        A call finds its weights in memory, as in a network.
+
         Raises:
             Refused: this CPU cannot run the candidate's code.
             MemoryError: there is not enough memory.
@@ -60,25 +65,35 @@ class Cpu:
             raise Refused("this CPU lacks instructions of " + trial["target"])
         sizes = Sizes()
         require(function("sizes")(self.threads, ctypes.byref(sizes)))
-        packed, workspace = aligned(sizes.packed), aligned(sizes.workspace)
-        pack = PackArgs(packed=packed, packed_size=sizes.packed)
-        pass_tensors(pack, sizes, self.data, *PARAMETERS)
-        require(function("pack")(ctypes.byref(pack)))
+        workspace, copies = aligned(sizes.workspace), self._packed(function("pack"), sizes, require)
         if self.threads > 1 and not self._pool:  # one pool serves all libraries
             require(function("pool_create")(self.threads, ctypes.byref(self._pool)))
         dst = (ctypes.c_char * sizes.dst)()
         ctypes.memset(dst, 0xFF, sizes.dst)  # NaN
-        run_args = RunArgs(packed=packed, packed_size=sizes.packed, dst=ctypes.addressof(dst), dst_size=sizes.dst)
-        run_args.workspace, run_args.workspace_size, run_args.pool = workspace, sizes.workspace, self._pool
-        pass_tensors(run_args, sizes, self.data, "src", "residual")
-        run, reference = function("run"), ctypes.byref(run_args)
+        arguments = []
+        for packed in copies:
+            args = RunArgs(packed=packed, packed_size=sizes.packed, dst=ctypes.addressof(dst), dst_size=sizes.dst)
+            args.workspace, args.workspace_size, args.pool = workspace, sizes.workspace, self._pool
+            pass_tensors(args, sizes, self.data, "src", "residual")
+            arguments.append(args)
+        run, following = function("run"), itertools.cycle([ctypes.byref(args) for args in arguments]).__next__
 
-        def call(_memory: Any = (run_args, packed, workspace, dst)) -> None:
-            status = run(reference)
+        def call(_memory: Any = (arguments, dst)) -> None:
+            status = run(following())
             if status:
                 require(status)
 
         return call, lambda: dst
+
+    def _packed(self, pack: Any, sizes: Sizes, require: Callable[[int], None]) -> List[ctypes.c_void_p]:
+        """Copies of the packed weights, of which each call takes the next."""
+        found = [aligned(sizes.packed) for _ in range(copies_of(sizes.packed, caches().get("3", 0)))]
+        args = PackArgs(packed=found[0], packed_size=sizes.packed)
+        pass_tensors(args, sizes, self.data, *PARAMETERS)
+        require(pack(ctypes.byref(args)))
+        for copy in found[1:]:
+            ctypes.memmove(copy, found[0], sizes.packed)
+        return found
 
     def difference(self, dst: Any, exact: bool) -> str:
         """How an output differs from the expected one; empty where it does not."""

@@ -27,7 +27,7 @@ def facts() -> dict[str, Any]:
         "architecture": platform.machine(),
         "cores": len({_core(cpu) for cpu in usable}),
         "logical": len(usable),
-        "caches": _caches(),
+        "caches": caches(),
         "memory": physical_memory(),
         "gpu": gpu_facts(),
     }
@@ -69,7 +69,7 @@ def _core(cpu: int) -> str:
     return _read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").strip() or str(cpu)
 
 
-def _caches() -> dict[str, int]:
+def caches() -> dict[str, int]:
     """Level -> bytes of the data or unified cache of one core, where the system tells."""
     sizes = {}
     for folder in sorted(glob.glob("/sys/devices/system/cpu/cpu0/cache/index*")):
