@@ -408,7 +408,7 @@ def _of_products(target: Target, g: Grid, picks: Picks, met: int) -> list[Work]:
 def _of_input(g: Grid) -> list[Work]:
     """Work of copying and transforming a plane of src."""
     rows, columns, vectors = g.rows, g.columns, ceildiv(g.own, g.lanes)
-    shuffles = math.log2(g.lanes) if g.src.block == 1 else 0
+    shuffles = math.log2(g.lanes) if g.src.layout == "nchw" else 0
     copied_pixels = g.groups.count * g.lines * g.length
     found = [] if g.direct else [Work(copied_pixels * vectors, loads=1, stores=1, shuffles=shuffles, cycles=0.5)]
     for axis, times in ((rows, rows.tiles * g.length), (columns, rows.tiles * rows.positions * columns.tiles)):
@@ -428,7 +428,7 @@ def _of_output(spec: ConvSpec, g: Grid) -> list[Work]:
     near, loads = 4 * g.lanes * g.positions, g.positions + outputs * spec.residual
     times, begin = rows.tiles * columns.tiles * vectors, WAIT * g.positions
     found = [Work(times, sums + 2 * outputs, loads, outputs, near=near, cycles=begin)]
-    if g.dst.block == 1:
+    if g.dst.layout == "nchw":
         shuffles = math.log2(g.lanes)
         found.append(Work(rows.size * columns.size * vectors, fmas=2, loads=2, stores=1, shuffles=shuffles))
     return found

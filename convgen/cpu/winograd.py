@@ -204,7 +204,7 @@ class Grid:
         self.window = (self.plane_blocks.full - 1) * stride + (taps - 1) * dilation + 1
         self.src, self.dst = src_images(spec), dst_images(spec)
         self.channels = round_up(self.own, self.lanes) + self.lanes
-        self.direct = self.src.block > 1 and spec.rank > 1
+        self.direct = spec.layout != "nchw" and spec.rank > 1
 
     @property
     def stored(self) -> tuple[int, int]:

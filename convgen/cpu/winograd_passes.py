@@ -89,7 +89,7 @@ class WayIn:
         row, column, row_count, column_count = task.rows_columns(self.g)
         y0, x0 = (body.let(a.first + a.input(t, 0)) for a, t in ((rows, row), (columns, column)))
         corner = (task.image, plane, y0, x0)
-        tail = self.spec.ic % lanes if g.src.block > 1 else 0
+        tail = self.spec.ic % lanes if g.src.layout != "nchw" else 0
         for case, channels in body.cases(c, self.spec.ic // lanes, lanes, tail) if tail else [(body, lanes)]:
             if lines is not None:
                 self.gather(case, corner, c, channels, lines)
@@ -152,7 +152,7 @@ class WayIn:
             y = line_body.let(y0 + line)
             inside = tirx.all(y >= 0, y < height)
             with line_body.when(inside) as case:
-                if g.src.block == 1:
+                if g.src.layout == "nchw":
                     self.gather_transposed(case, (image, plane, y, x0), c, lines, line)
                 else:
                     start, end = self.stored_columns(case, x0)
@@ -211,7 +211,7 @@ class WayOut:
         g, lanes = self.g, self.lanes
         sums = body.buffer((g.plane_blocks.full, g.positions, g.most_tiles, self.tile_oc))
         pixels = round_up(g.pixels(g.groups.full), lanes)
-        return sums, body.buffer((pixels, lanes)) if g.dst.block == 1 else None
+        return sums, body.buffer((pixels, lanes)) if g.dst.layout == "nchw" else None
 
     def transform(
         self,

@@ -265,7 +265,8 @@ def test_one_command_makes_a_database_to_ship(tmp_path: Path, run: Run, run_json
     here = filled(tmp_path / "r.sqlite", winner, record(), final(spec=OTHER_LAYER))
     path = tuned.FOLDER / "mine.jsonl"
     layers = layer_file(tmp_path)
-    made = run_json("export", "--best", layers, "-o", path, "--note", "two layers", "--records", here)
+    asked = ["--best", layers, "--threads", 2]
+    made = run_json("export", *asked, "-o", path, "--note", "two layers", "--records", here)
     assert made["exported"] == 2
     ((origin, file),) = tuned.databases()
     assert (origin.hardware, origin.layers, origin.sources) == (machine().fingerprint, 2, ["layers.txt"])

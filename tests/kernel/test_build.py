@@ -55,9 +55,9 @@ def store(tmp_path: Path) -> Any:
 def test_without_records_a_kernel_is_the_default_at_once(kernel: Kernel) -> None:
     assert kernel.spec == SPEC
     assert kernel.threads == 2
-    assert kernel.target == resolve()
+    assert kernel.target == resolve().on(2)
     assert kernel.record is None
-    assert Candidate(kernel.lowered.candidate.schedule, kernel.picks) == default_candidate(SPEC, resolve())
+    assert Candidate(kernel.lowered.candidate.schedule, kernel.picks) == default_candidate(SPEC, resolve().on(2))
     assert kernel.schedule == kernel.lowered.candidate.schedule.id
     assert kernel.note == ""
     assert validate(kernel).passed

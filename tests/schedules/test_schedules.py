@@ -94,6 +94,7 @@ FOUND = [
     "conv1d n1 ic16 oc17 i4 k3 s1 p0_1 nobias bf16 nhwc",
     "conv1d n1 ic16 oc16 i3 k3 s1 p0 nobias",  # a single Winograd tile: its default was not valid
     "conv1d n1 ic1 oc1 i1 k4 s1 p0_9 nobias",  # 1-D blocks whose padding moves with the block
+    "conv2d n1 ic1 oc48 i3x4 k4x1 s1x3 p1_0x0 nhwc relaxed",  # Winograd read NHWC of one channel as NCHW
 ]
 NATIVE = resolve()
 HASWELL = resolve("cpu:haswell")
