@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from tvm import te, tirx
@@ -204,22 +204,21 @@ class _Vectors:
         """Loads of a pixel's vector."""
         return self.groups if self.permuted and (self.lanes < 8 or self.groups * self.depth > self.lanes) else 1
 
-    def read(self, src: tirx.Buffer, dtype: str, pixel: Sequence[Expr], c: Expr) -> Expr:
+    def read(self, src: tirx.Buffer, dtype: str, place: Callable[[Expr], Sequence[Expr]], first: Expr, c: Expr) -> Expr:
         """A vector of a pixel's inputs: in each lane the c-th channel of the lane's group.
 
-        ``pixel`` is the index of the first group's first channel.
+        ``place`` is the index of one of the pixel's channels, ``first`` the first group's first one.
         """
-        *where, channel = pixel
         lanes, groups = self.lanes, [min(t // self._outputs, self.groups - 1) for t in range(self.lanes)]
         if not self.permuted and self.groups > 1:
-            return load(src, dtype, pixel, lanes, self.groups)
+            return load(src, dtype, place(first), lanes, self.groups)
         if self.groups > 1 and self.loaded == 1:
             order = [tirx.const(group * self.depth, "int32") for group in groups]
             index = tirx.Shuffle(order, list(range(lanes))) + tirx.Broadcast(tirx.const(0, "int32") + c, lanes)
-            return permuted(load(src, dtype, pixel, lanes, self.groups * self.depth), index, lanes)
+            return permuted(load(src, dtype, place(first), lanes, self.groups * self.depth), index, lanes)
         value: Expr = None
         for group in range(self.groups):
-            one = tirx.Broadcast(widen(src[(*where, channel + c + group * self.depth)], dtype), lanes)
+            one = tirx.Broadcast(widen(src[tuple(place(first + c + group * self.depth))], dtype), lanes)
             blend = [t + lanes * (groups[t] == group) for t in range(lanes)]
             value = one if value is None else tirx.Shuffle([value, one], blend)
         return value
@@ -420,8 +419,9 @@ class _Kernel:
         begin = tile.x * spec.stride[-1] - spec.padding[-1][0]
         weights: dict[tuple[int, int, int], Expr] = {}
         for offset, readers_of in tile.pattern.inputs:
-            place = spec.src_blocks.order(tile.image, source, [*met.where, begin + offset][: spec.rank])
-            value = body.let(self.vectors.read(self.src, spec.dtype, place, c))
+            pixel = [*met.where, begin + offset][: spec.rank]
+            place = partial(spec.src_blocks.order, tile.image, spatial=pixel)
+            value = body.let(self.vectors.read(self.src, spec.dtype, place, source, c))
             for (p, kx), (r, kernel_row), v in itertools.product(readers_of, met.uses, range(self.picks.tile_c)):
                 if (r, kx, v) not in weights:
                     at = [tile.vectors, kernel_row, c, kx, v, 0]

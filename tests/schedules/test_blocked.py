@@ -96,6 +96,20 @@ def test_kernels_from_one_layout_to_another_pass_validation(schedule: str, words
     check(schedule, ConvSpec.parse(words).with_(layout=src, dst_layout=dst), 1)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "conv2d n1 ic48 oc120 g3 i15x33 k5x3 s4x1 p0_2x0 d2x2 nchw8c",
+        "conv2d n2 ic192 oc32 g4 i3x11 k5x3 s2 p3_0x1 nchw16c",
+        "conv3d n2 ic136 oc256 g8 i8x8x8 k7x3x3 s2x4x1 p1x0_2x0_1 d1x1x3 nobias bf16 nchw8c",
+    ],
+)
+def test_groups_whose_inputs_are_in_several_blocks(words: str) -> None:
+    spec, schedule = ConvSpec.parse(words), find_schedule("cpu_grouped")
+    kernel = compile_candidate(spec, NATIVE, Candidate(schedule, schedule.default(spec.core, NATIVE)), THREADS)
+    validate(kernel).raise_if_failed()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not HASWELL.native, reason="needs a CPU with AVX2")
