@@ -162,8 +162,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="keep what the schedules generate now")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--targets", nargs="*", choices=TARGETS, default=TARGETS, help="of these only")
     options = parser.parse_args()
-    pairs = [(target, mode) for target in TARGETS for mode in MODES]
+    pairs = [(target, mode) for target in options.targets for mode in MODES]
     differences = 0
     with ProcessPoolExecutor(options.jobs) as pool:
         for (target, mode), found in zip(pairs, pool.map(compute, *zip(*pairs, strict=True)), strict=True):
