@@ -200,7 +200,7 @@ class _Kernel:
         lines, half = self.way_in.scratch(body)
         with body.loop(g.window) as (plane_body, z):
             plane = plane_body.let(values.first_plane + z)
-            exists = True if g.window == 1 else tirx.all(plane >= 0, plane < g.planes_in)
+            exists = True if self.spec.rank < 3 else tirx.all(plane >= 0, plane < g.planes_in)
             with plane_body.when(exists) as inside, inside.loop(ceildiv(g.own, self.lanes)) as (part, c):
                 self.way_in.transform(part, task, values, plane, part.let(first + c), lines, half)
         sums, pixels = self.way_out.scratch(body)
@@ -247,7 +247,9 @@ class _Kernel:
         g, (stride, dilation, begin, taps) = self.g, self.g.depth
         with body.loop(g.positions) as (position_body, position), position_body.loop(task.planes) as (plane_body, z):
             out = plane_body.let(task.plane + z)
-            first, count = map(plane_body.let, meeting(self.spec, 0, out) if taps > 1 else (0, 1))
+            # A plane in padding meets no tap, though there be only one.
+            met = meeting(self.spec, 0, out) if self.spec.rank > 2 else (0, 1)
+            first, count = map(plane_body.let, met)
             plane = plane_body.let(out * stride - begin - values.first_plane + first * dilation)
             slab = _Slab(b, position, z, first, count, plane, vectors)
             for size, _ in g.groups.sizes:

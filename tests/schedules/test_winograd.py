@@ -111,6 +111,8 @@ LAYERS = [
     "conv1d n2 ic17 oc33 i50 k3 s1 p4 d4 nhwc",
     "conv3d n1 ic17 oc17 i3x7x9 k3x3x3 s2 p1",
     "conv3d n2 ic17 oc18 i2x7x9 k4x3x3 s1 p3_2x1x1",  # the depth is shorter than the kernel
+    "conv3d n1 ic16 oc16 i4x8x8 k1x3x3 s2x1x1 p1_0x1x1",  # planes that lie in padding, and meet no tap
+    "conv3d n2 ic17 oc48 i4x8x8 k1x3x3 s1 p3_0x1x0_1",
     "convtranspose2d n1 ic17 oc33 i5x7 k4x4 s2 p1 relu",
     "convtranspose2d n2 ic16 oc17 i7x5 k3x3 s2 p1 op1 nhwc residual",
     "convtranspose1d n1 ic17 oc33 i37 k4 s2 p1 gelu relaxed",
