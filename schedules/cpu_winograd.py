@@ -244,7 +244,7 @@ class _Kernel:
 
     def products(self, body: Block, task: Task, values: Values, b: Expr, vectors: int, sums: tirx.Buffer) -> None:
         """The sums of a block of channels, a position after another."""
-        g, (stride, dilation, begin, taps) = self.g, self.g.depth
+        g, (stride, dilation, begin, _) = self.g, self.g.depth
         with body.loop(g.positions) as (position_body, position), position_body.loop(task.planes) as (plane_body, z):
             out = plane_body.let(task.plane + z)
             # A plane in padding meets no tap, though there be only one.
