@@ -104,18 +104,18 @@ class CpuTransposedRows(Written):
 
 @lru_cache(maxsize=1024)
 def _default(schedule: CpuTransposedRows, spec: ConvSpec, target: Target) -> Picks:
-    space, core, small = schedule.space(spec, target).domains, core_of(target), Picks(parallel_ow=1, prefetch_src=False)
+    space, core = schedule.space(spec, target).domains, core_of(target)
     names = ("lanes", "tile_oc", "tile_ow", "tile_phase")
+    least = {name: min(space[name]) for name in names} | {"parallel_ow": 1, "prefetch_src": False}
+    small = Picks(**least | {"tile_phase": min(space["tile_phase"], key=lambda p: (abs(p - 8), p))})
     points = [
         small.replace(**dict(zip(names, values, strict=True)))
         for values in itertools.product(*(space[name] for name in names))
         if math.prod(values[1:]) <= _most_sums(target)
     ]
     points.sort(key=lambda picks: core.cycles(_counts(spec, target, picks)))
-    least = {name: min(space[name]) for name in names}
-    least["tile_phase"] = min(space["tile_phase"], key=lambda p: (abs(p - 8), p))
     good = (picks for picks in points if schedule.reason_against(spec, target, picks) is None)
-    base = next(good, small.replace(**least))
+    base = next(good, small)
     tasks = spec.n * math.prod(spec.out_spatial[:-1]) * _blocks(spec, base)
     tiles = ceildiv(ceildiv(spec.out_spatial[-1], spec.stride[-1]), base.lanes * base.tile_ow)
     possible = [p for p in space["parallel_ow"] if p <= tiles]

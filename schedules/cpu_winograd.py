@@ -77,7 +77,8 @@ class CpuWinograd(Written):
         axes = transformed_axes(spec)
         require(all(1 in (spec.stride[a], spec.dilation[a]) for a in axes), "dilated and strided")
         if spec.transposed:
-            require(spec.rank <= 2 and spec.groups == 1, "needs at most two axes and one group where transposed")
+            require(spec.rank <= 2, "needs at most two axes where transposed")
+            require(spec.groups == 1, "needs groups 1 where transposed")
             require(all(d == 1 for d in spec.dilation), "needs dilation 1 where transposed")
         require(bool(tile_sizes(spec)), f"no transform of an axis saves enough products at accuracy {spec.accuracy}")
         # Where a window lies in nothing but padding the exact result admits no error; a transform has one.

@@ -35,7 +35,7 @@ class Core:
         latency: cycles from one FMA to the next on the same sum.
         loads, stores: vectors per cycle.
         shuffles: of two vectors, per cycle.
-        masked_store: cycles of a store with a mask.
+        masked_store: cycles of a store of a part of a vector: with a mask, or of short ones in pieces.
         l2, l3, memory: bytes per cycle from there, one core alone.
         region: cycles to start a parallel region and to wait for its end.
     """
@@ -165,12 +165,12 @@ _LIKE = {
 #: What they do with vectors of so many bits: FMAs, loads, stores and shuffles per cycle, cycles of a masked store.
 _VECTORS: dict[tuple[str, int], tuple[float, float, float, float, float]] = {
     ("znver5", 512): (1.9, 2, 1, 1, 6),
-    ("znver5", 256): (1.8, 2, 1, 1, 18),
+    ("znver5", 256): (1.8, 2, 1, 1, 3),
     ("znver4", 512): (1, 1, 0.5, 1, 3),
-    ("znver4", 256): (2, 2, 1, 2, 18),
-    ("znver3", 256): (2, 2, 1, 2, 18),
-    ("haswell", 256): (2, 2, 1, 1, 4),
-    ("haswell", 128): (1, 2, 1, 1, 8),
+    ("znver4", 256): (2, 2, 1, 2, 3),
+    ("znver3", 256): (2, 2, 1, 2, 3),
+    ("haswell", 256): (2, 2, 1, 1, 3),
+    ("haswell", 128): (1, 2, 1, 1, 2),
     ("skylake-avx512", 512): (2, 2, 1, 1, 1.5),
     ("skylake-avx512", 256): (2, 2, 1, 1, 1.5),
     ("cortex-a72", 128): (1, 1, 1, 1, 8),

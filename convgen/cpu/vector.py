@@ -175,10 +175,23 @@ def load(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int,
 
 
 def store(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: int, count: int) -> Any:
-    """The statement that writes the first ``count`` of ``lanes`` f32 numbers as ``dtype`` from ``index`` on."""
+    """The statement that writes the first ``count`` of ``lanes`` f32 numbers as ``dtype`` from ``index`` on.
+
+    Of short vectors in pieces: where masks are vectors too (AVX2), a store with one takes as long as many without.
+    """
     value = narrow(value, dtype, lanes)
     if count >= lanes:
         return tirx.BufferStore(buffer, value, _row(index, lanes))
+    if dtype == "f32" and lanes <= 8:
+        *outer, x = index
+        pieces = Block()
+        for size in (4, 2, 1):
+            if count & size:
+                at = count & -(2 * size)
+                part = tirx.Shuffle([value], list(range(at, at + size)))
+                place = _row([*outer, x + at], size) if size > 1 else [*outer, x + at]
+                pieces.add(tirx.BufferStore(buffer, part, place))
+        return pieces.statement()
     return _masked_store(buffer, index, value, _first(count, lanes))
 
 
@@ -246,6 +259,7 @@ def finish(
     read, write = (partial(load_within, size=size), partial(store_within, size=size)) if within else (load, store)
     more = None if residual is None else read(residual, spec.dtype, place, lanes, count)
     result = epilogue(spec, value, residual=more, **given, lanes=lanes)
+    result = block.let(result) if count < lanes else result  # which may be stored in pieces
     block.add(write(dst, spec.dtype, place, result, lanes, count))
 
 

@@ -145,6 +145,25 @@ def test_every_tile_keeps_its_bound(descriptor: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "descriptor",
+    [
+        "conv2d n2 ic64 oc32 g2 i9x13 k3x3 p1 residual relu",
+        "conv2d n1 ic32 oc64 g4 i14x14 k3x3 p1 prelu",  # half as long vectors
+        "conv2d n1 ic32 oc64 g2 i15x17 k5x5 s2 p2 nhwc",
+        "conv3d n1 ic32 oc32 g2 i3x8x9 k3x3x3 p1",
+        "conv1d n1 ic64 oc64 g2 i70 k3 p2 d2 f16",
+        "conv2d n1 ic3 oc40 i9x33 k3x3 p1",
+        "conv2d n1 ic5 oc16 i12x9 k3x3 p1 nhwc relu",
+    ],
+)
+def test_groups_and_few_channels(descriptor: str) -> None:
+    spec = ConvSpec.parse(descriptor)
+    candidate = Candidate(WINOGRAD, WINOGRAD.default(spec.core, NATIVE))
+    report = validate(compile_candidate(spec, NATIVE, candidate, threads=2))
+    assert report.passed, report
+
+
+@pytest.mark.parametrize(
     ("descriptor", "why"),
     [
         ("conv2d n1 ic16 oc16 i9x9 k2x2 s2", "saves enough products"),
@@ -153,7 +172,9 @@ def test_every_tile_keeps_its_bound(descriptor: str) -> None:
         ("conv2d n1 ic16 oc16 i9x9 k3x3 s2 d2", "dilated and strided"),
         ("convtranspose2d n1 ic16 oc16 i9x9 k4x4 s2 p0 op1", "half of their taps inside"),
         ("convtranspose3d n1 ic16 oc16 i5x5x5 k4x4x4 s2 p1", "two axes where transposed"),
-        ("conv2d n1 ic3 oc64 i32x32 k3x3 p1", "input and output channels"),
+        ("conv2d n1 ic64 oc3 i32x32 k3x3 p1", "output channels"),
+        ("conv2d n1 ic24 oc36 g2 i32x32 k3x3 p1", "groups of whole vectors"),
+        ("convtranspose2d n1 ic32 oc32 g2 i9x9 k4x4 s2 p1", "groups 1 where transposed"),
     ],
 )
 def test_it_says_where_it_does_not_apply(descriptor: str, why: str) -> None:
