@@ -259,7 +259,8 @@ def finish(
     read, write = (partial(load_within, size=size), partial(store_within, size=size)) if within else (load, store)
     more = None if residual is None else read(residual, spec.dtype, place, lanes, count)
     result = epilogue(spec, value, residual=more, **given, lanes=lanes)
-    result = block.let(result) if count < lanes else result  # which may be stored in pieces
+    if spec.dtype == "f32" and count < lanes:  # it may be stored in pieces
+        result = block.let(result)
     block.add(write(dst, spec.dtype, place, result, lanes, count))
 
 
