@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench.command import exit_status
 from bench.networks import NAMES, network_model
 from bench.networks.layouts import CHOICES, between_layers
 from convgen.errors import ConvgenError
@@ -191,15 +192,7 @@ def _size(text: str) -> tuple[str, int]:
 def main(arguments: Sequence[str] | None = None, measurer: NetworkMeasurer = measure_network) -> int:
     options = parse(arguments)
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    try:
-        run(options, console, measurer)
-    except KeyboardInterrupt:
-        console.print("interrupted: the same command goes on from here")
-        return 130
-    except (ConvgenError, OSError) as error:
-        console.print(f"bench: {error}")
-        return 2
-    return 0
+    return exit_status(lambda: run(options, console, measurer), console)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bench.command import exit_status
 from bench.networks import NAMES, network_model
 from bench.networks.layouts import CHOICES, between_layers
 from convgen.check.data import float_data
@@ -251,15 +252,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    try:
-        run(options, console)
-    except KeyboardInterrupt:
-        console.print("interrupted: the same command goes on from here")
-        return 130
-    except (ConvgenError, OSError) as error:
-        console.print(f"bench: {error}")
-        return 2
-    return 0
+    return exit_status(lambda: run(options, console), console)
 
 
 if __name__ == "__main__":

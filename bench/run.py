@@ -20,10 +20,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import convgen
+from bench.command import exit_status
 from convgen.errors import ConvgenError, SpecError
 from convgen.formats.entries import SpecEntry
 from convgen.formats.sources import read_specs, write_text
@@ -230,15 +234,13 @@ def main(arguments: Sequence[str] | None = None, measurer: Measurer = tune_and_m
     options = parse(arguments)
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     options.results.mkdir(parents=True, exist_ok=True)
-    try:
+
+    def work() -> None:
         for problem in options.problems:
             run(problem, options, console, measurer)
-    except KeyboardInterrupt:
-        console.print("interrupted: the same command goes on from here")
-        return 130
-    except (ConvgenError, OSError) as error:
-        console.print(f"bench: {error}")
-        return 2
+
+    if status := exit_status(work, console):
+        return status
     if options.quick:
         print((options.results / f"{variant(SAMPLE.stem, options)}.md").read_text())
     if options.summary:

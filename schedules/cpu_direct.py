@@ -208,7 +208,7 @@ def _default(schedule: CpuDirect, spec: ConvSpec, target: Target) -> Picks:
     ]
 
     def speed(picks: Picks) -> tuple[float, int]:
-        work = [part for part, _ in _tiles(spec, target, g, picks)]
+        work = _tiles(spec, target, g, picks)
         return core.cycles(Counts(work)), picks.tile_oc // lanes + picks.tile_oh * picks.tile_ow
 
     base = min(tiles, key=speed)
@@ -226,8 +226,8 @@ def _default(schedule: CpuDirect, spec: ConvSpec, target: Target) -> Picks:
     return min(points, key=penalty)
 
 
-def _tiles(spec: ConvSpec, target: Target, g: _Geometry, picks: Picks) -> list[tuple[Work, int]]:
-    """Work of all tiles of an image with all its channels, and their number."""
+def _tiles(spec: ConvSpec, target: Target, g: _Geometry, picks: Picks) -> list[Work]:
+    """Work of all tiles of an image with all its channels."""
     lanes, found = target.lanes, []
     full, rest = divmod(ceildiv(g.channels, lanes), picks.tile_oc // lanes)
     lines = [(picks.tile_oh, g.out[1] // picks.tile_oh), (g.out[1] % picks.tile_oh, 1)]
@@ -240,10 +240,10 @@ def _tiles(spec: ConvSpec, target: Target, g: _Geometry, picks: Picks) -> list[t
                 weights = 4 * g.products * vectors * lanes
                 near = 4 * vectors * lanes if weights > target.l1 // 2 else 0
                 slower = CROWDED if g.crowds(target, pixels) else 1
-                found += [(steps(times * g.products * slower, pixels, vectors, near=near, fetched=0.5), 0)]
+                found.append(steps(times * g.products * slower, pixels, vectors, near=near, fetched=0.5))
                 loops = math.prod(g.runs) if g.run > 1 else 1
-                found += [(Work(times * loops, cycles=BEGIN_RUN), 0)]
-                found += [(_finish(spec, g, times, height, width, vectors, lanes), times)]
+                found.append(Work(times * loops, cycles=BEGIN_RUN))
+                found.append(_finish(spec, g, times, height, width, vectors, lanes))
     return found
 
 
@@ -280,7 +280,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     else:
         loads = [part * length for part in parts for _ in range(planes) for length in lengths]
         share, own = busiest(loads, target.cores) / sum(loads), ceildiv(tasks, target.cores)
-    work = [_scaled(part, share * spec.n) for part, _ in _tiles(spec, target, g, picks)]
+    work = [_scaled(part, share * spec.n) for part in _tiles(spec, target, g, picks)]
     panel = 4 * spec.ic * math.prod(g.extent(picks))
     weights = 4 * g.products * g.groups * round_up(g.channels, lanes)
     per_task = weights / picks.parallel_oc

@@ -5,8 +5,8 @@ where counts become seconds. A default is chosen by them, so the facts are those
 they must be the same on every machine with that processor, busy or not.
 
 Sources: AMD, "Software Optimization Guide for the AMD Zen4 / Zen5 Microarchitecture" (publications 57647, 58455);
-Intel, "Optimization Reference Manual" (248966); Arm, "Cortex-A72 Software Optimization Guide". Bandwidths and what a
-region takes were measured on the processors named in the table's last column and rounded.
+Intel, "Optimization Reference Manual" (248966); Arm, "Cortex-A72 Software Optimization Guide". Of Zen 5, bandwidths,
+FMAs as they are sustained and what a region takes were measured and rounded; those of the others are estimates.
 """
 
 from __future__ import annotations

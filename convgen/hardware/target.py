@@ -86,11 +86,6 @@ class Target:
         ways = max(1, self.l1 // page)
         return ways * (page // math.gcd(page, max(apart, 64)))
 
-    @property
-    def fmas(self) -> int:
-        """FMAs that a core begins per cycle, as predicted costs assume: two, or one where vectors have 512 bits."""
-        return 1 if self.vector_bits == 512 else 2
-
     def missing(self, machine: Machine) -> str:
         """What a machine that cannot run a CPU kernel lacks."""
         return ", ".join(name for name in self.isa if name not in machine.features) or "another architecture"

@@ -1,0 +1,22 @@
+"""How the programs that measure end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+
+from convgen.errors import ConvgenError
+
+
+def exit_status(work: Callable[[], None], console: Console) -> int:
+    """Do the work: 0; 130 where it was interrupted, 2 where it failed, each with a line that says so."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on from here")
+        return 130
+    except (ConvgenError, OSError) as error:
+        console.print(f"bench: {error}")
+        return 2
+    return 0
