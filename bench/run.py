@@ -3,12 +3,12 @@
     python bench/run.py bench/problems/resnet50.json --threads 1,2 --seconds 30
     python bench/run.py bench/problems/*.json --recorded --records job.sqlite   # what a tuning job has found
     python bench/run.py --quick      # 24 layers of all kinds, zero-trial, one thread: two minutes
-    python bench/run.py --summary    # what all results together say
+    python bench/run.py --summary    # what all results on this processor together say
 
 For each layer and thread count: tune it (``--seconds 0``: don't; ``--recorded``: take what the store
 answers), then time the tuned kernel, the zero-trial one and every peer in turn, in this process. Each row
-is appended to a JSON-lines file the moment it is known; a row that is there is not measured again. At the
-end, or when interrupted, the tables and the picture are written beside it.
+is appended to a file in ``results/<processor>/layers`` the moment it is known; a row that is there is not measured
+again. At the end, or when interrupted, the tables and the picture are written beside it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from bench.command import exit_status
 from convgen.errors import ConvgenError, SpecError
 from convgen.formats.entries import SpecEntry
 from convgen.formats.sources import read_specs, write_text
+from convgen.hardware.machine import machine
 from convgen.hardware.target import resolve
 from convgen.kernel.kernel import check_threads, compile_candidate
 from convgen.lowering.candidates import default_candidate
@@ -44,6 +45,7 @@ from convgen.records.record import TuningRecord
 from convgen.records.store import RecordStore
 from convgen.report import bench_page, figure
 from convgen.report import tables as report
+from convgen.report.networks import processor_slug
 from convgen.report.rows import Row, RowFile, measure
 from convgen.tuning.tuner import Tuner
 
@@ -191,7 +193,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="measure the sample anew, with --threads 1 --seconds 0 --rounds 5"
     )
-    parser.add_argument("--summary", action="store_true", help="write README.md and summary.svg over all results")
+    parser.add_argument("--summary", action="store_true", help="write this processor's README.md and summary.svg")
     parser.add_argument("--threads", type=lambda s: [int(t) for t in s.split(",")], default=[1, 2])
     parser.add_argument("--seconds", type=float, default=30.0, help="tuning time per layer; 0: defaults only")
     parser.add_argument("--recorded", action="store_true", help="take the kernels that --records has instead of tuning")
@@ -233,6 +235,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None, measurer: Measurer = tune_and_measure) -> int:
     options = parse(arguments)
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    options.results = options.results / processor_slug(machine()) / "layers"
     options.results.mkdir(parents=True, exist_ok=True)
 
     def work() -> None:

@@ -15,12 +15,14 @@ from bench_rows import row
 from paths import ROOT
 
 from convgen.formats.entries import SpecEntry
+from convgen.hardware.machine import machine
 from convgen.hardware.target import resolve
 from convgen.lowering.candidates import default_candidate, parse_candidate
 from convgen.lowering.versions import versions
 from convgen.problem.spec import ConvSpec
 from convgen.records.record import TuningRecord
 from convgen.records.store import RecordStore
+from convgen.report.networks import processor_slug
 from convgen.report.rows import Row, RowFile
 from convgen.tuning.tuner import Tuner
 
@@ -30,6 +32,11 @@ SPECS = [f"conv1d n1 ic4 oc{oc} i20 k3 s1 p1" for oc in (4, 8, 12)]
 @pytest.fixture(scope="module")
 def runner() -> ModuleType:
     return load_bench("run")
+
+
+def layers_folder(tmp_path: Path) -> Path:
+    """Where rows of this processor are kept."""
+    return tmp_path / "results" / processor_slug(machine()) / "layers"
 
 
 class Measurer:
@@ -73,27 +80,27 @@ def test_what_is_known_is_not_measured_again(bench: Any, tmp_path: Path) -> None
     assert bench("--threads", "1,2", "--seconds", "0") == (0, [])
     assert bench("--threads", "1", "--seconds", "0", "--fresh") == (0, keys(1))
     assert bench("--threads", "1", "--seconds", "0", "--unsteady", "1.1") == (0, keys(1))
-    assert len((tmp_path / "results" / "net.jsonl").read_text().splitlines()) == 6
-    assert (tmp_path / "results" / "net.md").read_text().count("## ") == 2  # both thread counts, whichever was asked
-    assert (tmp_path / "results" / "net.html").exists()
+    assert len((layers_folder(tmp_path) / "net.jsonl").read_text().splitlines()) == 6
+    assert (layers_folder(tmp_path) / "net.md").read_text().count("## ") == 2  # both thread counts, whichever was asked
+    assert (layers_folder(tmp_path) / "net.html").exists()
 
 
 def test_an_interrupt_keeps_what_is_measured(bench: Any, tmp_path: Path) -> None:
     assert bench("--threads", "1", measurer=Measurer(stop_after=2)) == (130, keys(1, SPECS[:2]))
-    kept = tmp_path / "results" / "net.jsonl"
+    kept = layers_folder(tmp_path) / "net.jsonl"
     assert list(RowFile(kept).rows) == keys(1, SPECS[:2])
-    assert f"`{SPECS[1]}`" in (tmp_path / "results" / "net.md").read_text()
+    assert f"`{SPECS[1]}`" in (layers_folder(tmp_path) / "net.md").read_text()
     assert bench("--threads", "1") == (0, keys(1, SPECS[2:]))
     assert list(RowFile(kept).rows) == keys(1)
 
 
 def test_an_interrupt_before_the_first_row(bench: Any, tmp_path: Path) -> None:
     assert bench("--threads", "1", measurer=Measurer(stop_after=0)) == (130, [])
-    assert list((tmp_path / "results").iterdir()) == []
+    assert list(layers_folder(tmp_path).iterdir()) == []
 
 
 def test_each_row_is_kept_the_moment_it_is_known(bench: Any, tmp_path: Path) -> None:
-    kept = tmp_path / "results" / "net.jsonl"
+    kept = layers_folder(tmp_path) / "net.jsonl"
     seen = []
 
     class Watching(Measurer):
@@ -109,27 +116,27 @@ def test_strict_rows_stand_beside_the_standard_ones(bench: Any, tmp_path: Path) 
     strict = [f"{spec} strict" for spec in SPECS]
     assert bench("--threads", "1") == (0, keys(1))
     assert bench("--threads", "1", "--accuracy", "strict") == (0, keys(1, strict))
-    assert set(RowFile(tmp_path / "results" / "net.jsonl").rows) == set(keys(1) + keys(1, strict))
-    text = (tmp_path / "results" / "net.md").read_text()
+    assert set(RowFile(layers_folder(tmp_path) / "net.jsonl").rows) == set(keys(1) + keys(1, strict))
+    text = (layers_folder(tmp_path) / "net.md").read_text()
     assert "## 1 thread, strict" in text
     assert bench("--threads", "1") == (0, [])
-    assert "## 1 thread, strict" in (tmp_path / "results" / "net.md").read_text()
+    assert "## 1 thread, strict" in (layers_folder(tmp_path) / "net.md").read_text()
 
 
 def test_cold_rows_have_a_file_of_their_own(bench: Any, tmp_path: Path) -> None:
     assert bench("--threads", "1") == (0, keys(1))
     assert bench("--threads", "1", "--cold") == (0, keys(1))
     for name, mode in (("net", "warm"), ("net.cold", "cold")):
-        rows = [json.loads(line) for line in (tmp_path / "results" / f"{name}.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (layers_folder(tmp_path) / f"{name}.jsonl").read_text().splitlines()]
         assert {values["mode"] for values in rows} == {mode}
-        assert (tmp_path / "results" / f"{name}.md").exists()
+        assert (layers_folder(tmp_path) / f"{name}.md").exists()
 
 
 def test_rows_of_another_batch_layout_or_target_have_files_of_their_own(bench: Any, tmp_path: Path) -> None:
     options = ["--batch", "8", "--layout", "nhwc", "--target", "cpu:haswell"]
     asked = [ConvSpec.parse(spec).with_(n=8, layout="nhwc").descriptor for spec in SPECS]
     assert bench("--threads", "1", *options) == (0, keys(1, asked))
-    assert set(RowFile(tmp_path / "results" / "net.n8.nhwc.cpu-haswell.jsonl").rows) == set(keys(1, asked))
+    assert set(RowFile(layers_folder(tmp_path) / "net.n8.nhwc.cpu-haswell.jsonl").rows) == set(keys(1, asked))
     assert bench("--threads", "1", *options) == (0, [])
     assert bench("--threads", "1") == (0, keys(1))
 
@@ -139,7 +146,7 @@ def test_layers_that_cannot_have_a_layout_are_left_out(
 ) -> None:
     assert bench("--threads", "1", "--layout", "nchw8c") == (0, [])
     assert f"left out {SPECS[0]}: ic: expected a multiple of 8, the blocks of nchw8c" in capsys.readouterr().err
-    assert not (tmp_path / "results" / "net.nchw8c.jsonl").exists()
+    assert not (layers_folder(tmp_path) / "net.nchw8c.jsonl").exists()
 
 
 def test_the_quick_sample_is_measured_anew(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,7 +154,7 @@ def test_the_quick_sample_is_measured_anew(bench: Any, tmp_path: Path, capsys: p
         status, asked = bench("--quick")
         assert (status, len(asked), {threads for _, threads in asked}) == (0, 24, {1})
     assert "| depthwise 1-D | 1 |" in capsys.readouterr().out
-    assert (tmp_path / "results" / "sample.html").exists()
+    assert (layers_folder(tmp_path) / "sample.html").exists()
 
 
 def test_a_summary_of_all_results(bench: Any, tmp_path: Path) -> None:
@@ -155,10 +162,10 @@ def test_a_summary_of_all_results(bench: Any, tmp_path: Path) -> None:
     bench("--quick")
     bench("--threads", "1", "--layout", "nhwc")
     assert bench("--summary") == (0, [])
-    text = (tmp_path / "results" / "README.md").read_text()
+    text = (layers_folder(tmp_path) / "README.md").read_text()
     assert "[net](net.md)" in text
     assert "Spot checks" not in text.partition("[sample](sample.md)")[2]
-    assert (tmp_path / "results" / "summary.svg").read_text().startswith("<svg")
+    assert (layers_folder(tmp_path) / "summary.svg").read_text().startswith("<svg")
 
 
 def test_something_must_be_asked_for(runner: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,8 +176,9 @@ def test_something_must_be_asked_for(runner: ModuleType, capsys: pytest.CaptureF
 
 def test_rows_in_the_repository_are_readable() -> None:
     """Whatever version wrote them."""
-    folder = ROOT / "bench" / "results"
-    for path in folder.glob("*.jsonl"):
+    paths = list((ROOT / "bench" / "results").glob("*/layers/*.jsonl"))
+    assert paths
+    for path in paths:
         rows = RowFile(path).rows.values()
         assert len(rows) == len(path.read_text().splitlines())
         assert all(one.seconds > 0 and one.spec and one.schedule for one in rows)
@@ -211,7 +219,7 @@ def test_recorded_rows_are_of_what_a_job_has_found(
     assert runner.main([str(problem), "--threads", "1", "--recorded", *kept]) == 0
     assert timed[0] == {"tuned": "reference", "default": default}
     assert [set(kernels) for kernels in timed[1:]] == [{"default"}] * 2
-    rows = RowFile(tmp_path / "results" / "net.jsonl").rows
+    rows = RowFile(layers_folder(tmp_path) / "net.jsonl").rows
     assert [row.values["tuning_seconds"] for row in rows.values()] == [3.8, 0.0, 0.0]
 
 
