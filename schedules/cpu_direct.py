@@ -309,7 +309,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         streams.append(Stream(passes * panel, ahead=True, footprint=max(panel, target.l2 + 1)))
     if not ahead and per_task > target.l2 // 2:
         streams.append(Stream(own * rows * tiles * per_task, footprint=max(per_task, target.l2 + 1)))
-    return Counts(work, streams, 1, target.l2, target.l3)
+    return Counts(work, streams)
 
 
 def _scaled(work: Work, by: float) -> Work:

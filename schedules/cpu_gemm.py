@@ -24,7 +24,7 @@ from typing import NamedTuple
 from tvm import tirx
 
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_TASK, BEGIN_TILE, FAR_ROW, finishing, multiply, steps
+from convgen.cpu.product import BEGIN_TASK, BEGIN_TILE, FAR_ROW, finishing, most_pixels, multiply, steps
 from convgen.cpu.vector import Block, finish, load, spread_parameters, store, subsampled, written
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Expr, Operands, ceildiv, pack_channels
@@ -61,7 +61,7 @@ class CpuGemm(Written):
         )
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        most = target.most_pixels(picks.tile_px // target.lanes)  # here: channels
+        most = most_pixels(target, picks.tile_px // target.lanes)  # here: channels
         require(picks.tile_oc <= most, f"{picks.tile_oc} channels in a tile, registers for {most}")
         require(picks.parallel_oc <= ceildiv(spec.oc, picks.tile_oc), "fewer channel blocks than parallel_oc")
 
@@ -82,7 +82,7 @@ def _default(schedule: CpuGemm, spec: ConvSpec, target: Target) -> Picks:
     lanes, core = target.lanes, core_of(target)
     domains = schedule.space(spec, target).domains
     vectors = 2 if spec.out_pixels > lanes else 1
-    tiles = [c for c in domains["tile_oc"] if c <= min(8, target.most_pixels(vectors))]
+    tiles = [c for c in domains["tile_oc"] if c <= min(8, most_pixels(target, vectors))]
     base = Picks(tile_oc=1, tile_px=vectors * lanes, parallel_oc=1, copy_src=False, block_px=1)
 
     def cycles(picks: Picks) -> float:
@@ -132,7 +132,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         Stream(LATE * 4 * spec.ic * spec.oc / parts, weights=True),
         Stream(images * share, ahead=True, footprint=images),
     ]
-    return Counts(work, streams, 1 + (not spec.is_pointwise), target.l2, target.l3)
+    return Counts(work, streams, 1 + (not spec.is_pointwise))
 
 
 class _Task(NamedTuple):

@@ -321,7 +321,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         Stream(spec.bytes["weights"] * share, weights=True),
         Stream(images * share, ahead=True, footprint=images),
     ]
-    return Counts(work, streams, 1, target.l2, target.l3)
+    return Counts(work, streams)
 
 
 # ---- the kernel -----------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         Stream(images * share, ahead=True, footprint=images),
         Stream(again * share, ahead=True, footprint=own_src),
     ]
-    return Counts(work, streams, 1, target.l2, target.l3)
+    return Counts(work, streams)
 
 
 # ---- the kernel -----------------------------------------------------------------------------------

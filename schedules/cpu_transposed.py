@@ -251,4 +251,4 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks, work: Sequence[Work]) 
     if panel + per_task / ceildiv(blocks, picks.parallel_oc) / phases > target.l2 // 2:
         passes = own * ceildiv(blocks, picks.parallel_oc) * phases
         streams.append(Stream(passes * panel, footprint=max(panel, target.l2 + 1)))
-    return Counts(work, streams, 1, target.l2, target.l3)
+    return Counts(work, streams)

@@ -154,7 +154,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         Stream(spec.bytes["weights"], weights=True),
         Stream(moved * share, ahead=True, footprint=moved),
     ]
-    return Counts(work, streams, 1, target.l2, target.l3)
+    return Counts(work, streams)
 
 
 def _most_sums(target: Target) -> int:

@@ -380,14 +380,14 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
         streams.append(Stream(own * (1 if by_channels else oc_blocks) * values, footprint=max(near, target.l2 + 1)))
     if by_channels:
         streams.append(Stream(min(weights, own * weights / oc_blocks), weights=True, ahead=True))
-        return [Counts(work, streams, 2, target.l2, target.l3)]
+        return [Counts(work, streams, 2)]
     # A group's weights come from memory while its first block is worked on, and then from where they stay.
     new = min(own, ceildiv(spec.groups, target.cores))
     first, rest = ([replace(part, times=part.times * n / own) for part in work] for n in (new, own - new))
     again = Stream((own - new) * weights, ahead=True, footprint=weights)
     return [
-        Counts(first, [*streams, Stream(new * weights, weights=True, ahead=True)], 1, target.l2, target.l3),
-        Counts(rest, [again], 0, target.l2, target.l3),
+        Counts(first, [*streams, Stream(new * weights, weights=True, ahead=True)]),
+        Counts(rest, [again], 0),
     ]
 
 

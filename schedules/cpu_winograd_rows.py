@@ -156,7 +156,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         Stream(4 * spec.oc * spec.ic * rows * g.positions, weights=True),
         Stream(moved * share, ahead=True, footprint=moved),
     ]
-    return Counts(work, streams, 1, target.l2, target.l3)
+    return Counts(work, streams)
 
 
 def _lanes(spec: ConvSpec, target: Target) -> list[int]:

@@ -49,12 +49,6 @@ VECTOR = tensorize.VECTOR
 OTHER_REGISTERS = 64
 #: Threads of a block of the launches that lay out src or add up parts.
 OTHER_THREADS = 256
-#: What a core of an A100 does in a cycle: bytes through shared memory, bytes from L2; and its cycles in a second.
-SHARED_BYTES, L2_BYTES, CLOCK = 128, 40, 1.4e9
-#: Cycles that a step waits for L2, shared by the steps under way; that any step costs besides; of a launch.
-L2_CYCLES, STEP_CYCLES, LAUNCH_CYCLES = 800, 40, 2000
-#: Bytes a second that a launch moves: one that adds up parts of sums, one that lays out src.
-PARTS_BANDWIDTH, LAYOUT_BANDWIDTH = 2e12, 1e12
 
 
 class _Products(NamedTuple):
@@ -256,17 +250,17 @@ class CudaGemm(Scheduled):
         through = row * (self.rows_read(picks) + picks.tile_m + picks.tile_n)
         step = max(
             picks.tile_m * picks.tile_n * picks.tile_k / self.rate(spec),
-            through / SHARED_BYTES,
-            row * (picks.tile_m + picks.tile_n) / L2_BYTES,
+            through / model.SHARED_BYTES,
+            row * (picks.tile_m + picks.tile_n) / model.L2_BYTES,
         )
-        alone = max(L2_CYCLES / (picks.stages - 1), self.step_cycles(spec, picks)) + STEP_CYCLES
-        finish = picks.tile_m * picks.tile_n * (8 / SHARED_BYTES + size / L2_BYTES)
-        cycles: float = max(per_core * (steps * step + finish), waves * (steps * alone + finish)) + LAUNCH_CYCLES
-        seconds = cycles / CLOCK
+        alone = max(model.L2_CYCLES / (picks.stages - 1), self.step_cycles(spec, picks)) + model.STEP_CYCLES
+        finish = picks.tile_m * picks.tile_n * (8 / model.SHARED_BYTES + size / model.L2_BYTES)
+        cycles: float = max(per_core * (steps * step + finish), waves * (steps * alone + finish)) + model.LAUNCH_CYCLES
+        seconds = cycles / model.MATRIX_CLOCK
         if picks.split_k > 1:  # another launch, which reads what this one wrote
-            seconds += model.LAUNCH + picks.split_k * products * m * n * 8 / PARTS_BANDWIDTH
+            seconds += model.LAUNCH + picks.split_k * products * m * n * 8 / model.PARTS_BANDWIDTH
         if needs_layout(spec, picks):
-            seconds += model.LAUNCH + 3 * math.prod(spec.src_shape) * size / LAYOUT_BANDWIDTH
+            seconds += model.LAUNCH + 3 * math.prod(spec.src_shape) * size / model.LAYOUT_BANDWIDTH
         return seconds
 
     def products(self, spec: ConvSpec, picks: Picks) -> _Products:

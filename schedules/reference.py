@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from tvm import te
 
+from convgen.cpu.model import SCALAR_FLOPS
+from convgen.cuda.model import scalar_seconds
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Expr, Operands, convolution, copied, epilogue
 from convgen.lowering.schedule import Picks, Program, Scheduled, Space
@@ -24,10 +26,6 @@ if TYPE_CHECKING:
 
 #: Threads of a block, on a GPU.
 THREADS = 128
-#: FLOP per second of a scalar loop on a CPU, and on one core of a GPU: roughly, as any other schedule is faster.
-CPU_FLOPS, GPU_CORE_FLOPS = 1e9, 5e9
-#: Seconds that a launch on a GPU takes at least.
-LAUNCH = 1e-5
 
 
 class Reference(Scheduled):
@@ -47,8 +45,8 @@ class Reference(Scheduled):
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
         if target.kind == "cuda":
-            return spec.flops / (target.cores * GPU_CORE_FLOPS) + LAUNCH
-        return spec.flops / CPU_FLOPS
+            return scalar_seconds(target, spec.flops)
+        return spec.flops / SCALAR_FLOPS
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops = Operands(spec, integers=True)

@@ -22,6 +22,8 @@ from ..hardware.target import Target
 
 #: Of what is fetched ahead, the part that products do not hide.
 NOT_HIDDEN = 0.15
+#: FLOP per second of a loop of scalars, each sum waiting for the one before: roughly, on any processor.
+SCALAR_FLOPS = 1e9
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Core:
         masked_store: cycles of a store of a part of a vector: with a mask, or of short ones in pieces.
         l2, l3, memory: bytes per cycle from there, one core alone.
         region: cycles to start a parallel region and to wait for its end.
+        l2_size, l3_size: bytes that the caches hold.
     """
 
     origin: str
@@ -52,6 +55,8 @@ class Core:
     l3: float
     memory: float
     region: float
+    l2_size: int = 0
+    l3_size: int = 0
 
     def cycles(self, counts: Counts, *, cold: bool = True) -> float:
         """Cycles of the busiest core.
@@ -62,7 +67,7 @@ class Core:
         work = sum(part.times * self._once(part) for part in counts.work)
         visible = 0.0
         for stream in counts.streams:
-            rate = self.memory if cold and stream.weights else self._rate(stream.footprint, counts)
+            rate = self.memory if cold and stream.weights else self._rate(stream.footprint)
             cycles = stream.bytes / rate
             visible += max(NOT_HIDDEN * cycles, cycles - stream.ahead * work)
         return work + visible + counts.regions * self.region
@@ -86,9 +91,9 @@ class Core:
             + part.cycles
         )
 
-    def _rate(self, footprint: float, counts: Counts) -> float:
+    def _rate(self, footprint: float) -> float:
         """Bytes per cycle of a stream that comes round again after so many bytes."""
-        return self.l2 if footprint <= counts.l2 else self.l3 if footprint <= counts.l3 else self.memory
+        return self.l2 if footprint <= self.l2_size else self.l3 if footprint <= self.l3_size else self.memory
 
 
 @dataclass(frozen=True)
@@ -136,8 +141,6 @@ class Counts:
     work: Sequence[Work]
     streams: Sequence[Stream] = ()
     regions: int = 1
-    l2: int = 0
-    l3: int = 0
 
 
 #: What processors have whatever vectors are used, by LLVM's name.
@@ -190,9 +193,9 @@ def core_of(target: Target) -> Core:
 
     model = str(json.loads(target.tvm_config).get("mcpu", ""))
     known = (_LIKE.get(model, model), target.vector_bits) in _VECTORS
-    if not known and target.native and model == codegen.llvm_get_system_cpu():
-        return _measured(model, target.vector_bits, target.lanes)
-    return _known(model, target.vector_bits)
+    is_here = not known and target.native and model == codegen.llvm_get_system_cpu()
+    core = _measured(model, target.vector_bits, target.lanes) if is_here else _known(model, target.vector_bits)
+    return replace(core, l2_size=target.l2, l3_size=target.l3)
 
 
 @lru_cache(maxsize=64)

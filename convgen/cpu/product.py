@@ -30,7 +30,7 @@ LINE = 16
 
 
 def most_pixels(target: Target, vectors: int) -> int:
-    """Pixels of a tile for which there are registers.
+    """Pixels of a tile for which there are registers; where pixels are in the lanes, channels.
 
     Beside its sums, a tile holds a vector of weights for each of its vectors of channels, and one broadcast pixel.
     """

@@ -14,6 +14,15 @@ LANES, CLOCK = 128, 1.7e9
 BANDWIDTH = 15e9
 #: Seconds a launch takes.
 LAUNCH = 3e-6
+#: FLOP per second of an SM whose threads add up one product after another, and the least that such a launch takes.
+SCALAR_FLOPS, SCALAR_LAUNCH = 5e9, 1e-5
+#: What an SM of an A100 does in a cycle: bytes through shared memory, bytes from L2; and its cycles in a second.
+SHARED_BYTES, L2_BYTES, MATRIX_CLOCK = 128, 40, 1.4e9
+#: Cycles that a step of a matrix product waits for L2, shared by the steps under way; that any step costs besides;
+#: of a launch.
+L2_CYCLES, STEP_CYCLES, LAUNCH_CYCLES = 800, 40, 2000
+#: Bytes a second that a launch moves: one that adds up parts of sums, one that lays out src.
+PARTS_BANDWIDTH, LAYOUT_BANDWIDTH = 2e12, 1e12
 #: 32-bit registers of an SM, and the most a thread may have.
 REGISTERS, MOST_REGISTERS = 1 << 16, 255
 #: Bytes of shared memory that the system takes for every block, besides what the block asks for.
@@ -26,6 +35,11 @@ def blocks_per_core(target: Target, threads: int, shared: int, registers: int) -
     if shared:
         limits.append(target.shared_per_core // (shared + RESERVED))
     return max(1, min(limits))
+
+
+def scalar_seconds(target: Target, flops: float) -> float:
+    """Predicted seconds of a launch without any reuse."""
+    return flops / (target.cores * SCALAR_FLOPS) + SCALAR_LAUNCH
 
 
 def seconds(target: Target, blocks: int, macs: float, moved: float, threads: int, resident: int) -> float:

@@ -70,12 +70,6 @@ class Target:
         """How many sums a SIMD register holds; sums are f32 however tensors are stored."""
         return self.vector_bits // (8 * BYTES[ACCUMULATOR])
 
-    def most_pixels(self, vectors: int) -> int:
-        """Pixels of ``vectors`` SIMD registers each that fit into a register tile, beside one such set
-        of weights and, where FMAs take no broadcast operand from memory (AVX-512 does), a scalar.
-        """
-        return (self.vector_registers - (self.vector_bits != 512)) // vectors - 1
-
     def on(self, threads: int) -> Target:
         """The target as kernels of so many threads see it; a GPU's cores are what they are."""
         return self if self.on_device or threads == self.cores else replace(self, cores=threads)

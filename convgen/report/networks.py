@@ -16,6 +16,7 @@ from ..hardware.machine import Machine, machine
 from ..lowering.versions import versions
 from ..measure.busy import RELIABLE, BusyWatch
 from .markdown import Markdown, Table, code, escaped, markdown_table
+from .rows import Compared
 from .words import factor, milliseconds, plural
 
 if TYPE_CHECKING:
@@ -45,10 +46,8 @@ INTRODUCTION = (
 
 
 @dataclass(frozen=True)
-class NetworkRow:
-    """One row, as the JSON values that are kept in its file."""
-
-    values: Mapping[str, Any]
+class NetworkRow(Compared):
+    """A network's row; its ratio is about convolutions in f32, the library's inside the model."""
 
     @property
     def key(self) -> Key:
@@ -60,10 +59,6 @@ class NetworkRow:
         return str(self.values["model"])
 
     @property
-    def threads(self) -> int:
-        return int(self.values["threads"])
-
-    @property
     def seconds(self) -> float:
         """Of our convolutions, one after another."""
         return float(self.values["seconds"])
@@ -72,24 +67,6 @@ class NetworkRow:
     def warm_seconds(self) -> float:
         """The sum of our layers, each repeated alone."""
         return float(self.values["warm_seconds"])
-
-    @property
-    def ratio(self) -> float | None:
-        """The fastest library's convolutions in f32, inside the model, over ours."""
-        ratio: float | None = self.values["ratio"]
-        return ratio
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The 95 % confidence interval of :attr:`ratio`."""
-        found = self.values["interval"]
-        return (found[0], found[1]) if found else None
-
-    @property
-    def busy(self) -> float | None:
-        """The share of the CPUs' time that other programs had meanwhile."""
-        share: float | None = self.values.get("busy")
-        return share
 
     def part(self, library: str, what: str, f32: bool = True) -> Mapping[str, Any] | None:
         """What is known of a library's ``model`` or ``convolutions``, in f32 or in what it chooses instead."""

@@ -31,14 +31,43 @@ Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row, as the JSON values that are kept in its file.
+class Compared:
+    """A row of any bench, as the JSON values that are kept in its file: what is ours beside other libraries'."""
+
+    values: Mapping[str, Any]
+
+    @property
+    def threads(self) -> int:
+        return int(self.values["threads"])
+
+    @property
+    def ratio(self) -> float | None:
+        """The fastest library's time over ours."""
+        ratio: float | None = self.values["ratio"]
+        return ratio
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % confidence interval of :attr:`ratio`."""
+        if self.values["interval"] is None:
+            return None
+        low, high = self.values["interval"]
+        return low, high
+
+    @property
+    def busy(self) -> float | None:
+        """The share of the CPUs' time that other programs had meanwhile; None where it is not known."""
+        share: float | None = self.values.get("busy")
+        return share
+
+
+@dataclass(frozen=True)
+class Row(Compared):
+    """A layer's row.
 
     Ratios are about the first of its kernels; the last one is the zero-trial default. Rows of older versions lack
     some values: properties that need such a value are None.
     """
-
-    values: Mapping[str, Any]
 
     @cached_property
     def spec(self) -> ConvSpec:
@@ -47,10 +76,6 @@ class Row:
     @property
     def key(self) -> Key:
         return self.values["spec"], self.threads
-
-    @property
-    def threads(self) -> int:
-        return int(self.values["threads"])
 
     @property
     def device(self) -> str:
@@ -104,20 +129,6 @@ class Row:
         return min((seconds for seconds in self.peers.values() if seconds), default=None)
 
     @property
-    def ratio(self) -> float | None:
-        """The best peer's time over the kernel's."""
-        ratio: float | None = self.values["ratio"]
-        return ratio
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The 95 % confidence interval of :attr:`ratio`."""
-        if self.values["interval"] is None:
-            return None
-        low, high = self.values["interval"]
-        return low, high
-
-    @property
     def verdict(self) -> str:
         """``faster`` or ``slower`` than the best peer beyond the interval; ``even`` within it."""
         if self.interval is None:
@@ -134,12 +145,6 @@ class Row:
         """What bounds the layer's time: ``compute``, ``l2``, ``l3`` or ``dram``."""
         roofline = self.values.get("roofline")
         return roofline["limited_by"] if roofline else None
-
-    @property
-    def busy(self) -> float | None:
-        """The share of the CPUs' time that other programs had meanwhile; None where it is not known."""
-        share: float | None = self.values.get("busy")
-        return share
 
     @property
     def of_limit(self) -> float | None:

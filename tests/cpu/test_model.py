@@ -26,10 +26,19 @@ def test_the_busiest_unit_decides() -> None:
 
 
 def test_weights_are_cold_in_a_network_and_warm_alone() -> None:
-    counts = Counts([Work(1, fmas=1)], [Stream(1 << 20, weights=True)], l2=1 << 21, l3=1 << 25)
-    assert ZEN5.cycles(counts) - ZEN5.cycles(counts, cold=False) == pytest.approx(
-        (1 << 20) * (1 / ZEN5.memory - 1 / ZEN5.l2)
+    core, counts = replace(ZEN5, l2_size=1 << 21), Counts([Work(1, fmas=1)], [Stream(1 << 20, weights=True)])
+    assert core.cycles(counts) - core.cycles(counts, cold=False) == pytest.approx(
+        (1 << 20) * (1 / core.memory - 1 / core.l2)
     )
+
+
+def test_a_stream_comes_from_the_nearest_cache_that_holds_it() -> None:
+    core = replace(ZEN5, l2_size=1 << 20, l3_size=1 << 24)
+    nothing = core.cycles(Counts([]))
+    rates = [core.cycles(Counts([], [Stream(1 << 30, footprint=1 << n)])) - nothing for n in (20, 24, 25)]
+    assert rates == pytest.approx([(1 << 30) / rate for rate in (core.l2, core.l3, core.memory)])
+    target = replace(resolve("cpu:znver5"), l2=1 << 19, l3=1 << 23)
+    assert (core_of(target).l2_size, core_of(target).l3_size) == (1 << 19, 1 << 23)
 
 
 def test_what_is_fetched_ahead_hides_behind_products() -> None:
