@@ -280,7 +280,8 @@ class _Kernel:
                     [channels.image, channel, *pixels.lines.row(r), pixels.x + v * lanes],
                     pixels.pattern["stored", v],
                 )
-                finish(body, spec, self.dst, self.residual, place, sums[t, r, v], lanes, count, **given)
+                value = body.let(self.columns.in_order(sums[t, r, v]))
+                finish(body, spec, self.dst, self.residual, place, value, lanes, count, **given)
 
     def step(self, body: Block, channels: _Channels, pixels: _Pixels, sums: Registers, c: Expr, met: Met) -> None:
         """The products of an input row of a channel."""

@@ -18,6 +18,9 @@ from ..lowering.compute import ACCUMULATOR, STORAGE, STORED, Expr, Operands, epi
 from ..lowering.schedule import Program
 from ..problem.spec import ConvSpec
 
+#: Numbers of 128 bits: what most shuffles of longer vectors stay within.
+PIECE = 4
+
 
 def written(ops: Operands, packed: Sequence[te.Tensor], kernel: Callable[..., Any], *, offsets: bool = True) -> Program:
     """The program whose main function is ``kernel(src, residual, parameters, dst)``, a statement.
@@ -313,15 +316,30 @@ def prefetch(buffer: Any, index: Sequence[Expr], *, level: int = 1) -> Any:
 
 def interleave(block: Block, vectors: Sequence[Expr], lanes: int) -> list[Expr]:
     """As many vectors: the first element of each, then the second of each, and so on."""
+    if lanes != 2 * PIECE or len(vectors) not in (2, 4, 8):
+        return _interleaved(block, vectors, lanes, lanes)
+    # Within pieces, and then whole pieces: one of AVX2's instructions each. What else crosses pieces takes two.
+    parts = [_interleaved(block, vectors[i : i + PIECE], lanes, PIECE) for i in range(0, len(vectors), PIECE)]
+    made = [vector for row in zip(*parts, strict=True) for vector in row]
+    orders = [[v * lanes + half + i for v in range(2) for i in range(PIECE)] for half in (0, PIECE)]
+    pairs = list(zip(made[::2], made[1::2], strict=True))
+    return [block.let(tirx.Shuffle(pair, order)) for order in orders for pair in pairs]
+
+
+def _interleaved(block: Block, vectors: Sequence[Expr], lanes: int, piece: int) -> list[Expr]:
+    """The same, of each ``piece`` of the vectors; of an odd number, of whole ones."""
     count = len(vectors)
     if count == 1:
         return list(vectors)
     if count % 2:
         order = [e % count * lanes + e // count for e in range(count * lanes)]
         return [block.let(tirx.Shuffle(vectors, order[i : i + lanes])) for i in range(0, count * lanes, lanes)]
-    pairs = zip(interleave(block, vectors[::2], lanes), interleave(block, vectors[1::2], lanes), strict=True)
-    order = [i // 2 + i % 2 * lanes for i in range(2 * lanes)]
-    return [block.let(tirx.Shuffle(pair, part)) for pair in pairs for part in (order[:lanes], order[lanes:])]
+    pairs = zip(*(_interleaved(block, part, lanes, piece) for part in (vectors[::2], vectors[1::2])), strict=True)
+    orders = [
+        [start + first + i // 2 + i % 2 * lanes for start in range(0, lanes, piece) for i in range(piece)]
+        for first in (0, piece // 2)
+    ]
+    return [block.let(tirx.Shuffle(pair, order)) for pair in pairs for order in orders]
 
 
 @contextmanager
@@ -355,9 +373,9 @@ def _subsampled(block: Block, spec: ConvSpec, src: Any, n: Expr, lanes: int) -> 
                 def read(offset: int, stored: int, shift: int, x0: Expr = x0) -> Expr:
                     return load(src, spec.dtype, [n, c, *where, x0 * spec.stride[-1] + offset], lanes, stored, shift)
 
-                value = Taps(one, columns, tile, read)[0, 0]
-                place = [0, c, y * width + x0]
-                one.add(store(copy, "f32", place, zeros(lanes) if value is None else value, lanes, lanes))
+                taps, place = Taps(one, columns, tile, read), [0, c, y * width + x0]
+                value = zeros(lanes) if taps[0, 0] is None else columns.in_order(taps[0, 0])
+                one.add(store(copy, "f32", place, value, lanes, lanes))
     return copy
 
 
@@ -400,6 +418,17 @@ class Columns:
     def offset(self, v: int, group: int, j: int) -> int:
         return (v * self.stride + j) * self.lanes + group * self.stride - self._begin
 
+    @property
+    def crossed(self) -> bool:
+        """Whether each piece of a vector has pixels of both vectors that were loaded for it: that takes one of AVX2's
+        instructions, and two where pixels follow each other.
+        """
+        return self.lanes == 2 * PIECE and self.stride == 2
+
+    def in_order(self, value: Expr) -> Expr:
+        """A vector of the same pixels, one after another, from sums of what :class:`Taps` reads."""
+        return tirx.Shuffle([value], [0, 1, 4, 5, 2, 3, 6, 7]) if self.crossed else value
+
     def _tile(self, x0: int) -> dict[Any, Any]:
         lanes, tile = self.lanes, dict[Any, Any]()
         groups = {kx * self.dilation // self.stride for kx in range(self.kernel)}
@@ -417,6 +446,7 @@ class Taps:
     """What the taps of a row read, as vectors: loaded, and where there is a stride shuffled apart, once each.
 
     ``read(offset, count, shift)`` is the :func:`load` of a vector that lies ``offset`` past the tile's first element.
+    Sums of them are :meth:`Columns.in_order`.
     """
 
     def __init__(self, block: Block, columns: Columns, tile: dict[Any, Any], read: Callable[[int, int, int], Expr]):
@@ -448,4 +478,7 @@ class Taps:
         if all(part is None for part in parts):
             return None
         parts = [zeros(lanes) if part is None else part for part in parts]
+        if self._columns.crossed:
+            order = [v * lanes + start + outer + i for start in (0, PIECE) for v in range(2) for i in (0, 2)]
+            return tirx.Shuffle(parts, order)
         return tirx.Shuffle(parts, [outer + i * ways for i in range(lanes)])
