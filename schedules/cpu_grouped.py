@@ -115,16 +115,10 @@ class CpuGrouped(Written):
                 return value
             return tirx.if_then_else(t < vectors.count, value, tirx.const(0, ACCUMULATOR))
 
-        def statement(
-            src: tirx.Buffer, residual: tirx.Buffer, parameters: dict[str, tirx.Buffer], dst: tirx.Buffer
-        ) -> tirx.Stmt:
-            weights = parameters.pop("weights")
-            return _Kernel(spec, g, picks, vectors, src, weights, residual, parameters, dst).statement()
-
         shape = (vectors.number // tile_c, math.prod(looped), vectors.depth, g.taps, tile_c, picks.lanes)
         packed = [te.compute(shape, packed_weights, name="weights_packed")]
         packed += [copied(p, spec.oc + picks.lanes) for p in ops.parameters[1:]]  # whole vectors from any channel
-        return written(ops, packed, statement)
+        return written(ops, packed, lambda *buffers: _Kernel(spec, g, picks, vectors, *buffers).statement())
 
 
 class _Geometry:
@@ -352,7 +346,6 @@ class _Kernel:
     picks: Picks
     vectors: _Vectors
     src: tirx.Buffer
-    weights: tirx.Buffer
     residual: tirx.Buffer
     parameters: dict[str, tirx.Buffer]
     dst: tirx.Buffer
@@ -425,5 +418,5 @@ class _Kernel:
             for (p, kx), (r, kernel_row), v in itertools.product(readers_of, met.uses, range(self.picks.tile_c)):
                 if (r, kx, v) not in weights:
                     at = [tile.vectors, kernel_row, c, kx, v, 0]
-                    weights[r, kx, v] = body.let(load(self.weights, "f32", at, lanes, lanes))
+                    weights[r, kx, v] = body.let(load(self.parameters["weights"], "f32", at, lanes, lanes))
                 sums.add(body, ((r, p), v), value * weights[r, kx, v])

@@ -32,7 +32,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tvm import te, tirx
 
@@ -120,13 +120,9 @@ class CpuWinograd(Written):
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, g = Operands(spec), Grid(spec, target, picks)
 
-        def statement(
-            src: tirx.Buffer, residual: tirx.Buffer, parameters: dict[str, tirx.Buffer], dst: tirx.Buffer
-        ) -> tirx.Stmt:
-            weights = parameters.pop("weights")
-            way_in = WayIn(spec, g, g.lanes, src)
-            way_out = WayOut(spec, g, g.lanes, picks.tile_oc, residual, parameters, dst)
-            return _Kernel(spec, g, picks, g.lanes, weights, way_in, way_out).statement()
+        def statement(src: tirx.Buffer, *rest: Any) -> tirx.Stmt:
+            way_in, way_out = WayIn(spec, g, g.lanes, src), WayOut(spec, g, g.lanes, picks.tile_oc, *rest)
+            return _Kernel(spec, g, picks, g.lanes, way_out.parameters["weights"], way_in, way_out).statement()
 
         return written(ops, [_packed_weights(ops, g, picks), *map(copied, ops.parameters[1:])], statement)
 

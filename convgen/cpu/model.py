@@ -55,8 +55,8 @@ class Core:
     l3: float
     memory: float
     region: float
-    l2_size: int = 0
-    l3_size: int = 0
+    l2_size: float = 0
+    l3_size: float = 0
 
     def cycles(self, counts: Counts, *, cold: bool = True) -> float:
         """Cycles of the busiest core.

@@ -202,13 +202,17 @@ def load_parameters(
     block: Block, parameters: Mapping[str, Any], channel: Expr, lanes: int, count: int
 ) -> dict[str, Expr]:
     """What :func:`finish` takes of ``count`` channels from one on, from vectors ``[oc]``, as they are stored."""
-    return {name: block.let(load(p, STORED[str(p.dtype)], [channel], lanes, count)) for name, p in parameters.items()}
+    return {name: block.let(load(p, STORED[str(p.dtype)], [channel], lanes, count)) for name, p in _vectors(parameters)}
 
 
 def spread_parameters(block: Block, parameters: Mapping[str, Any], channel: Expr, lanes: int) -> dict[str, Expr]:
-    """What :func:`finish` takes of one channel, in all lanes; packed weights among ``parameters`` are none of it."""
-    given = {name: p for name, p in parameters.items() if name != "weights"}
-    return {name: block.let(tirx.Broadcast(p[channel], lanes)) for name, p in given.items()}
+    """What :func:`finish` takes of one channel, in all lanes."""
+    return {name: block.let(tirx.Broadcast(p[channel], lanes)) for name, p in _vectors(parameters)}
+
+
+def _vectors(parameters: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Those of the parameters that have a number for each channel: packed weights may be among them."""
+    return [(name, p) for name, p in parameters.items() if name != "weights"]
 
 
 def _within(buffer: Any, index: Sequence[Expr], lanes: int, count: int, size: Expr | None = None) -> Expr:

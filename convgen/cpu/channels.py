@@ -1,0 +1,141 @@
+"""Schedules with output channels in the vector lanes: what those share that are a walk by phases.
+
+Their default is the tile that takes the fewest cycles, then the cut into tasks that does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from tvm import te, tirx
+
+from ..hardware.target import Target
+from ..lowering.compute import Expr, Operands, ceildiv, copied, unflat
+from ..lowering.schedule import Picks, Program, Written, busiest, require
+from ..problem.spec import ConvSpec
+from .model import Counts, Stream, Work, core_of
+from .product import BEGIN_TASK, FAR_ROW, finishing, most_pixels
+from .vector import written
+from .walk import Geometry, Kernel, geometry_of
+
+
+class ChannelsInLanes(Written):
+    """A schedule of this kind. What each says itself is where it applies, its space, and what its tiles count."""
+
+    def takes_layouts(self, src: str, dst: str) -> bool:
+        return True
+
+    @abstractmethod
+    def tiles(self, spec: ConvSpec, target: Target) -> list[Picks]:
+        """Tiles worth comparing for the default, each with one task."""
+
+    @abstractmethod
+    def work(self, spec: ConvSpec, target: Target, picks: Picks) -> list[Work]:
+        """Of all tiles of an image with all its channels."""
+
+    @abstractmethod
+    def streams(self, spec: ConvSpec, target: Target, picks: Picks, share: float, tasks: float) -> list[Stream]:
+        """Of the busiest core, which has a ``share`` of the work in so many ``tasks``."""
+
+    def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
+        g = geometry_of(spec, picks.get("merge", False))
+        most, pixels = most_pixels(target, picks.tile_oc // target.lanes), picks.tile_oh * picks.tile_ow
+        require(pixels <= most, f"{pixels} pixels in a tile, registers for {most}")
+        require(picks.tile_ow <= g.width, "tile_ow exceeds the pixels of a phase")
+        require(picks.parallel_oc <= g.blocks(picks), "fewer channel blocks than parallel_oc")
+        require(picks.copy_src or not g.padded, "needs a copy of src where it is padded")
+        count, what = g.blockable(picks.tile_oh, picks.tile_ow), "tiles" if spec.rank == 1 else "rows of tiles"
+        require(picks.block < 2 * count, f"{picks.block} {what} in a block, the output has {count}")
+
+    def default(self, spec: ConvSpec, target: Target) -> Picks:
+        return _default(self, spec, target)
+
+    def cost(self, spec: ConvSpec, target: Target) -> float:
+        picks = self.default(spec, target)
+        return core_of(target).seconds(_counts(self, spec, target, picks, self.work(spec, target, picks)))
+
+    def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
+        ops, g = Operands(spec), geometry_of(spec, picks.get("merge", False))
+        packed = [_packed_weights(ops, g, picks), *map(copied, ops.parameters[1:])]
+        return written(ops, packed, lambda *buffers: Kernel(g, picks, target.lanes, *buffers).statement())
+
+
+@lru_cache(maxsize=1024)
+def _default(schedule: ChannelsInLanes, spec: ConvSpec, target: Target) -> Picks:
+    """The fastest tile; with it, the fastest cut into tasks."""
+    domains, core = schedule.space(spec, target).domains, core_of(target)
+
+    def speed(picks: Picks) -> tuple[float, int]:
+        work = schedule.work(spec, target, picks)
+        return core.cycles(Counts(work)), picks.tile_oc // target.lanes + picks.tile_oh * picks.tile_ow
+
+    base = min(schedule.tiles(spec, target), key=speed)
+    work, cut = schedule.work(spec, target, base), [n for n in ("order", "block", "parallel_oc") if n in domains]
+    points = [
+        base.replace(**dict(zip(cut, values, strict=True))) for values in itertools.product(*(domains[n] for n in cut))
+    ]
+    points = [picks for picks in points if schedule.reason_against(spec, target, picks) is None]
+
+    def penalty(picks: Picks) -> tuple[float, int, int]:
+        return core.cycles(_counts(schedule, spec, target, picks, work)), picks.parallel_oc, -picks.block
+
+    return min(points, key=penalty)
+
+
+def _counts(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, picks: Picks, work: Sequence[Work]) -> Counts:
+    """What the busiest core does of the ``work`` of an image."""
+    g, lanes = geometry_of(spec, picks.get("merge", False)), target.lanes
+    share, tasks = _share(g, picks, target.cores)
+    work = [replace(part, times=part.times * share * spec.n) for part in work]
+    if picks.copy_src:
+        work.append(Work(tasks * spec.ic * math.prod(g.extent(picks)) / lanes, loads=1, stores=1, cycles=0.5))
+        if spec.transposed and g.src.layout == "nchw":  # each row of a channel lies in another page
+            work.append(Work(tasks * spec.ic * math.prod(g.extent(picks)[:2]), cycles=FAR_ROW))
+    work += [Work(tasks, cycles=BEGIN_TASK), finishing(spec, lanes, share)]
+    return Counts(work, schedule.streams(spec, target, picks, share, tasks))
+
+
+def _share(g: Geometry, picks: Picks, cores: int) -> tuple[float, float]:
+    """The share of all work that the busiest core has, and its number of tasks."""
+    blocks, count = g.blocks(picks), g.blockable(picks.tile_oh, picks.tile_ow)
+    size = min(picks.block, count) if g.spec.rank == 1 else picks.block
+    bounds = [blocks * p // picks.parallel_oc for p in range(picks.parallel_oc + 1)]
+    across, planes = ceildiv(count, size), g.spec.n * g.z.pixels
+    tasks = planes * across * picks.parallel_oc
+    if tasks > 64 * cores:
+        return 1 / cores, tasks / cores
+    lengths = [size] * (across - 1) + [count - size * (across - 1)]
+    parts = [end - start for start, end in itertools.pairwise(bounds)]
+    loads = [part * length for part in parts for _ in range(planes) for length in lengths]
+    return busiest(loads, cores) / sum(loads), ceildiv(tasks, cores)
+
+
+def _packed_weights(ops: Operands, g: Geometry, picks: Picks) -> te.Tensor:
+    """``[oc/t][rows of the kernel, taps and blocks of channels][run][t]``, the taps of a phase together, in the order
+    of their use.
+    """
+    spec, own, tile = ops.spec, ops.spec.ic // ops.spec.groups, picks.tile_oc
+    blocks = g.blocks(picks) // spec.groups * g.parts(picks)
+
+    def packed(b: Expr, run: Expr, k: Expr, t: Expr) -> Expr:
+        *position, block = unflat(run, g.runs)
+        position[2] = position[2] if g.apart else k // g.inner
+        group, lane, taps = b // blocks, b % blocks * tile + t, position
+        exists = lane < g.channels
+        if picks.get("merge", False):
+            part, lane = lane // g.channels, lane % g.channels
+            exists = part < g.x.stride
+            taps = [g.z.tap(position[0]), g.y.tap(position[1]), part + g.x.stride * (g.x.taps - 1 - position[2])]
+        elif spec.transposed:
+            taps = [axis.tap(p) for axis, p in zip((g.z, g.y, g.x), position, strict=True)]
+        channel = block * g.inner + k % g.inner
+        index = (group * own + channel, lane) if spec.transposed else (group * g.channels + lane, channel)
+        value = ops.weights[(*index, *taps[3 - spec.rank :])]
+        return tirx.if_then_else(exists, value, tirx.const(0, "float32"))
+
+    return te.compute((spec.groups * blocks, math.prod(g.runs), g.run, tile), packed, name="weights_packed")

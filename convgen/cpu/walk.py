@@ -1,0 +1,589 @@
+"""Output channels in the vector lanes: the sizes of such a kernel, and its statements.
+
+One walk over tasks, rows of tiles, tiles and blocks of channels, by phases of the output (:mod:`convgen.cpu.phases`).
+A forward convolution has one phase, whose pixels are a stride apart in src. What the walk does is said in
+``schedules/cpu_direct.py`` and ``schedules/cpu_transposed.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from tvm import tirx
+
+from ..lowering.compute import Expr, ceildiv, flat, unflat, widen
+from ..lowering.schedule import Picks
+from ..problem.spec import ConvSpec
+from .images import dst_images, src_images, three
+from .phases import Axis, Phase
+from .product import Ahead, Even, multiply
+from .vector import (
+    Block,
+    Registers,
+    finish,
+    interleave,
+    load,
+    load_parameters,
+    spread_parameters,
+    store,
+    zeros,
+)
+
+#: Numbers from the weights that a tile uses to those that it fetches, where no other tile uses them.
+AHEAD = 1 << 12
+#: Taps of a row, or products of a run, that are too few for a loop of their own: LLVM would unroll it, and keep what
+#: neighbouring taps share in registers.
+SHORT_ROW = 7
+
+
+class Geometry:
+    """The phases of a spec along its three spatial axes (those it lacks are of size 1), and what a run of numbers is.
+
+    Attributes:
+        merge: whether the phases of a row lie in the lanes, beside the channels.
+        moves: pixels of src from a pixel of a phase to the next, along each axis.
+        channels: output channels of a group.
+        apart: whether taps of a row are runs of their own: what they read lies apart, or channels make longer runs.
+        inner, run: channels of a run, and products of the longest one.
+        runs: along the axes of the kernel and over blocks of channels.
+        crop: what a row of outputs lacks at its beginning, where phases are merged.
+        width: pixels of a row of a phase.
+        reads: the first and the last pixel of src, along each axis, that pixel 0 of any phase meets.
+        padded: whether some of what is read lies outside src.
+    """
+
+    def __init__(self, spec: ConvSpec, merge: bool = False) -> None:
+        self.spec, self.merge = spec, merge
+        self.z, self.y, self.x = (_axis(spec, axis) for axis in range(spec.rank - 3, spec.rank))
+        self.moves = three((1,) * spec.rank if spec.transposed else spec.stride)
+        self.src, self.dst = src_images(spec), dst_images(spec)
+        self.channels = spec.oc // spec.groups
+        own, layout = spec.ic // spec.groups, self.src.layout
+        self.apart = self.x.gap > 1 or (layout == "nhwc" and spec.groups > 1)
+        self.apart |= layout == "nchw" and (spec.transposed or self.x.taps < max(own, SHORT_ROW))
+        self.inner = own if layout in ("nchw", "nhwc") else self.src.block
+        if layout == "nchw" and not self.apart:
+            self.inner = 1
+        columns = self.x.taps if merge else self.x.kernel
+        self.run = self.inner * (1 if self.apart else columns)
+        self.runs = (self.z.kernel, self.y.kernel, columns if self.apart else 1, own // self.inner)
+        self.crop = self.x.begin % self.x.stride if merge else 0
+        self.width = ceildiv(self.x.out + self.crop, self.x.stride)
+        last = self.x.begin // self.x.stride
+        columns_read = (last - self.x.taps + 1, last) if merge else self.x.reads
+        self.reads = (self.z.reads, self.y.reads, columns_read)
+        ends = ((n - 1) * m + last for n, m, (_, last) in zip(self.phase_pixels, self.moves, self.reads, strict=True))
+        ends_outside = any(end >= size for end, size in zip(ends, self.src.size, strict=True))
+        self.padded = any(first < 0 for first, _ in self.reads) or ends_outside
+
+    @property
+    def phase_pixels(self) -> tuple[int, int, int]:
+        """Planes, rows and columns of a phase."""
+        return self.z.pixels, self.y.pixels, self.width
+
+    @property
+    def mergeable(self) -> bool:
+        """Where all phases have as many taps: no tap is a zero, which infinite pixels would make NaN."""
+        return self.x.stride > 1 and self.x.dilation == 1 and self.x.kernel % self.x.stride == 0
+
+    @property
+    def buffered(self) -> bool:
+        """Whether sums wait in a buffer of output rows until all phases of a row are there."""
+        return self.merge or (self.spec.transposed and self.dst.layout == "nchw")
+
+    @property
+    def products(self) -> int:
+        """Of a block of weights: of an output, where there is one phase."""
+        return math.prod(self.runs) * self.run
+
+    @property
+    def loops(self) -> int:
+        """Loops of a tile's products: one for each run, or where runs are short one for all."""
+        return math.prod(self.runs) if self.run >= SHORT_ROW else 1
+
+    def blocks(self, picks: Picks) -> int:
+        """Blocks of channels of all groups, none of which shares one with another; merged phases: the groups."""
+        return self.spec.groups * (1 if self.merge else ceildiv(self.channels, picks.tile_oc))
+
+    def parts(self, picks: Picks) -> int:
+        """Blocks of lanes of a block of channels: more than one only where phases are merged."""
+        return ceildiv(self.channels * self.x.stride, picks.tile_oc) if self.merge else 1
+
+    def blockable(self, tile_oh: int, tile_ow: int) -> int:
+        """What a task takes a block of: rows of tiles; in 1-D, tiles."""
+        return ceildiv(self.y.pixels, tile_oh) if self.spec.rank > 1 else Even(self.width, tile_ow).count
+
+    def task(self, picks: Picks) -> tuple[int, int]:
+        """Rows of tiles of a task, and tiles of each."""
+        tiles = Even(self.width, picks.tile_ow).count
+        return (picks.block, tiles) if self.spec.rank > 1 else (1, min(picks.block, tiles))
+
+    def pixels(self, picks: Picks) -> int:
+        """Pixels of a row of a task, in each phase."""
+        return min(self.task(picks)[1] * Even(self.width, picks.tile_ow).full, self.width)
+
+    def extent(self, picks: Picks) -> list[int]:
+        """Planes, rows and columns that a task reads."""
+        lines = min(self.task(picks)[0] * picks.tile_oh, self.y.pixels)
+        pixels = (1, lines, self.pixels(picks))
+        return [(n - 1) * m + b - a + 1 for n, m, (a, b) in zip(pixels, self.moves, self.reads, strict=True)]
+
+
+@lru_cache(maxsize=1024)
+def geometry_of(spec: ConvSpec, merge: bool = False) -> Geometry:
+    return Geometry(spec, merge)
+
+
+def _axis(spec: ConvSpec, axis: int) -> Axis:
+    """An axis of a spec, a negative one an axis that it lacks. A forward one reads what a transposed one at stride 1
+    does, with its taps the other way round.
+    """
+    if axis < 0 or spec.transposed:
+        return Axis.of(spec, axis)
+    kernel, dilation = spec.kernel[axis], spec.dilation[axis]
+    begin = (kernel - 1) * dilation - spec.padding[axis][0]
+    return Axis(spec.in_spatial[axis], spec.out_spatial[axis], kernel, 1, dilation, begin)
+
+
+# ---- the kernel -----------------------------------------------------------------------------------
+
+
+class _Task(NamedTuple):
+    """What one task works on.
+
+    Attributes:
+        image: the image.
+        pixel: the plane of each phase, the first row and the first pixel of a row.
+        columns: the first tile of a row, and how many there are.
+        first, end: the blocks of channels: the first, and the one after the last.
+        corner: the first plane, row and column that is read.
+        panel: a copy of what is read, in src's layout; None where src is read.
+        rows: the buffer of output rows; None where pixels are stored from registers.
+        turned: a row of it as rows of channels.
+    """
+
+    image: Expr
+    pixel: tuple[Expr, Expr, Expr]
+    columns: tuple[Expr, Expr]
+    first: Expr
+    end: Expr
+    corner: list[Expr]
+    panel: tirx.Buffer
+    rows: tirx.Buffer
+    turned: tirx.Buffer
+
+
+class _Row(NamedTuple):
+    """A row of tiles, in a phase of planes and rows: its index in the task, its first row there, and its height."""
+
+    index: Expr
+    y: Expr
+    height: int
+    phases: tuple[Phase, Phase]
+
+
+class _Tile(NamedTuple):
+    """A tile: its row, its index and first pixel in the task, its width, its phase."""
+
+    row: _Row
+    index: Expr
+    x: Expr
+    width: int
+    phase: Phase
+
+    @property
+    def pixels(self) -> list[tuple[int, int]]:
+        return [(ty, tx) for ty in range(self.row.height) for tx in range(self.width)]
+
+
+class _Channels(NamedTuple):
+    """A block of channels, or of its lanes where phases are merged.
+
+    Attributes:
+        group, first: its group, and its first channel there.
+        vectors: of lanes.
+        weights: the index of the block's weights.
+        lane: the first of its lanes.
+    """
+
+    group: Expr
+    first: Expr
+    vectors: int
+    weights: Expr
+    lane: Expr
+
+
+class _Line(NamedTuple):
+    """A row of the buffer of rows, and where it goes in dst: from a pixel there, before which the buffer's row has some
+    that are ``skipped``, to the ``end`` of a row.
+    """
+
+    row: Expr
+    skipped: Expr
+    pixel: list[Expr]
+    end: Expr
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The statements of the whole layer."""
+
+    g: Geometry
+    picks: Picks
+    lanes: int
+    src: tirx.Buffer
+    residual: tirx.Buffer
+    parameters: dict[str, tirx.Buffer]
+    dst: tirx.Buffer
+
+    @property
+    def spec(self) -> ConvSpec:
+        return self.g.spec
+
+    @property
+    def pitch(self) -> int:
+        """Numbers of an output pixel in the buffer of rows."""
+        return self.g.channels if self.g.merge else self.picks.tile_oc
+
+    def statement(self) -> tirx.Stmt:
+        """The parallel loop over parts of the channels, images, planes and blocks of rows, around what a task does."""
+        g, picks, parts = self.g, self.picks, self.picks.parallel_oc
+        rows, tiles = g.task(picks)
+        columns, blocks = Even(g.width, picks.tile_ow), g.blocks(picks)
+        across = ceildiv(ceildiv(g.y.pixels, picks.tile_oh), rows)
+        tasks = (parts, self.spec.n, g.z.pixels, across, ceildiv(columns.count, tiles))
+        whole = Block()
+        with whole.loop(math.prod(tasks), parallel=True) as (body, index):
+            part, image, z, block_y, block_x = map(body.let, unflat(index, tasks))
+            tile = body.let(block_x * tiles)
+            count = tiles if columns.count % tiles == 0 else body.let(tirx.min(tiles, columns.count - tile))
+            pixel = (z, body.let(block_y * (rows * picks.tile_oh)), body.let(columns.start(tile)))
+            corner = [body.let(p * m + first) for p, m, (first, _) in zip(pixel, g.moves, g.reads, strict=True)]
+            panel = buffer = turned = None
+            if picks.copy_src:
+                panel = g.src.copied(body, self.src, self.spec.dtype, image, corner, g.extent(picks), self.lanes)
+            if g.buffered:
+                # Vectors of pixels are read past the last one; so are vectors of lanes.
+                size = (g.pixels(picks) * g.x.stride + self.lanes) * self.pitch + picks.tile_oc
+                buffer = body.buffer((picks.tile_oh, size))
+            if g.buffered and g.dst.layout == "nchw" and self.pitch > 1:
+                # An odd number of vectors: rows begin in different sets of a cache.
+                vectors = ceildiv(g.pixels(picks) * g.x.stride, self.lanes)
+                turned = body.buffer((min(self.lanes, g.channels), (vectors + 1 - vectors % 2) * self.lanes))
+            first, end = (body.let(p * blocks // parts) for p in (part, part + 1))
+            self.task(body, _Task(image, pixel, (tile, count), first, end, corner, panel, buffer, turned))
+        return whole.statement()
+
+    def task(self, body: Block, task: _Task) -> None:
+        """All tiles of a task with all its blocks of channels; `order` is that of these two loops."""
+        if self.picks.get("order", "oc") == "pixels":
+            for row_body, row in self.rows(body, task):
+                for tile_body, tile in self.tiles(row_body, task, row):
+                    for inner, channels in self.channel_blocks(tile_body, task):
+                        self.product(inner, task, tile, channels)
+            return
+        for block_body, block in self.channel_blocks(body, task):
+            for row_body, row in self.rows(block_body, task):
+                for lanes_body, channels in self.lane_blocks(row_body, block):
+                    for inner, tile in self.tiles(lanes_body, task, row):
+                        self.product(inner, task, tile, channels)
+                if task.rows is not None:
+                    self.store_rows(row_body, task, row, block)
+
+    # ---- loops --------------------------------------------------------------------------------
+
+    def channel_blocks(self, body: Block, task: _Task) -> Iterator[tuple[Block, _Channels]]:
+        """Code for each block of channels of a task: full ones, and a group's last, which may have fewer vectors."""
+        g, tile, parts = self.g, self.picks.tile_oc, self.picks.parallel_oc
+        blocks = g.blocks(self.picks)
+        each, width = blocks // self.spec.groups, tile // self.lanes
+        last = ceildiv(g.channels - (each - 1) * tile, self.lanes)
+        with body.loop(blocks // parts if blocks % parts == 0 else task.end - task.first) as (inner, i):
+            block = inner.let(task.first + i)
+            of_group = unflat(block, (self.spec.groups, each))
+            group, within = (0, block) if self.spec.groups == 1 else map(inner.let, of_group)
+            full, rest = (each, None) if last == width or g.merge else (each - 1, last)
+            for case, vectors in inner.cases(within, full, ceildiv(g.channels, self.lanes) if g.merge else width, rest):
+                yield case, _Channels(group, case.let(within * tile), vectors, block, 0)
+
+    def lane_blocks(self, body: Block, block: _Channels) -> Iterator[tuple[Block, _Channels]]:
+        """Code for each block of lanes of a block of channels: of merged phases; else there is only one."""
+        g, tile, parts = self.g, self.picks.tile_oc, self.g.parts(self.picks)
+        if not g.merge:
+            yield body, block
+            return
+        last = ceildiv(g.channels * g.x.stride - (parts - 1) * tile, self.lanes)
+        # The last block first: its vectors may reach into the next pixel's, which are written later.
+        with body.loop(parts) as (inner, i):
+            j = inner.let(parts - 1 - i)
+            for case, vectors in inner.cases(j, parts - 1, tile // self.lanes, last):
+                yield case, block._replace(vectors=vectors, weights=case.let(block.weights * parts + j), lane=j * tile)
+
+    def rows(self, body: Block, task: _Task) -> Iterator[tuple[Block, _Row]]:
+        """Code for each row of tiles of a task, phase by phase: full ones, and the last one, which may be lower."""
+        g, lines, height = self.g, self.g.y.pixels, self.picks.tile_oh
+        rows, groups = g.task(self.picks)[0], ceildiv(lines, height)
+        with body.loop(g.z.stride) as (planes, jz), planes.loop(g.y.stride) as (phase_body, jy):
+            phases = (_bound(phase_body, g.z.phase(jz)), _bound(phase_body, g.y.phase(jy)))
+            with phase_body.when(_exists(g.z, task.pixel[0], phases[0])) as some:
+                first = some.let(task.pixel[1] // height)
+                with some.loop(rows if groups % rows == 0 else some.let(tirx.min(rows, groups - first))) as (inner, i):
+                    for case, size in inner.cases(first + i, lines // height, height, lines % height):
+                        with case.when(_exists(g.y, task.pixel[1] + i * height, phases[1])) as exists:
+                            yield exists, _Row(i, i * height, size, phases)
+
+    def tiles(self, body: Block, task: _Task, row: _Row) -> Iterator[tuple[Block, _Tile]]:
+        """Code for the tiles of a row, phase by phase, by their widths."""
+        g, columns, across = self.g, Even(self.g.width, self.picks.tile_ow), self.g.task(self.picks)[1]
+        with body.loop(1 if g.merge else g.x.stride) as (phase_body, j):
+            phase = Phase(-g.crop, g.reads[2][0], g.x.taps, 0) if g.merge else _bound(phase_body, g.x.phase(j))
+            all_exist = g.merge or g.x.out >= g.x.stride
+            with (
+                phase_body.when(True if all_exist else phase.first < g.x.out) as some,
+                some.loop(task.columns[1]) as (inner, i),
+            ):
+                column = inner.let(task.columns[0] + i)
+                for case, width in columns.cases(inner, column):
+                    x = case.let(columns.start(column) - task.pixel[2])
+                    yield case, _Tile(row, row.index * across + i, x, width, phase)
+
+    # ---- the product --------------------------------------------------------------------------
+
+    def product(self, body: Block, task: _Task, tile: _Tile, channels: _Channels) -> None:
+        """The sums of a tile's lanes and pixels, and their store."""
+        g, lanes, tile_oc, weights = self.g, self.lanes, self.picks.tile_oc, self.parameters["weights"]
+        phases, axes = (*tile.row.phases, tile.phase), (g.z, g.y, g.x)
+        z, y, x = phases
+        sums = body.registers([(p, v) for p in tile.pixels for v in range(channels.vectors)], lanes)
+        # The group's first block of channels in src, of a run or of one channel.
+        of_group = self.spec.ic // self.spec.groups // (1 if g.src.layout == "nchw" else g.inner)
+        first_block = body.let(channels.group * of_group)
+        ahead = self.ahead(body, tile, channels)
+        origin = body.let(ahead.origin)
+        length, is_short = g.inner if g.apart else x.taps * g.inner, g.run < SHORT_ROW
+        counts = (z.taps, y.taps, x.taps if g.apart else 1, g.runs[3], length if is_short else 1)
+        with _loops(body, counts) as (run, (iz, iy, ix, block, step)):
+            taps = (z.position + iz, y.position + iy, x.position + ix if g.apart else 0)
+            index = run.let(flat((*taps, block), g.runs))
+            first = step if g.apart else run.let(x.position * g.inner + step)
+            moved = [
+                run.let(phase.source - start + i * axis.gap)
+                for phase, axis, i, (start, _) in zip(phases, axes, (iz, iy, ix), g.reads, strict=True)
+            ]
+
+            def pixel(p: tuple[int, int], k: Expr) -> Expr:
+                of_phase = (0, tile.row.y + p[0], tile.x + p[1])
+                at = [i * m + offset for i, m, offset in zip(of_phase, g.moves, moved, strict=True)]
+                return self.pixel(task, at, first_block, block, step + k)
+
+            def weight(v: int, k: Expr) -> Expr:
+                return load(weights, "f32", [channels.weights, index, first + k, v * lanes], lanes, lanes)
+
+            def fetch(step: Block, k: Expr) -> None:
+                ahead.fetch(step, origin, index * g.run + first + k)
+
+            is_ahead = self.picks.get("order", "oc") == "oc"
+            multiply(run, sums, 1 if is_short else length, pixel, weight, fetch if is_ahead else None)
+        if task.rows is None:
+            stored = self.store_squares if g.dst.layout == "nchw" else self.store_channels
+            stored(body, task, tile, channels, sums)
+            return
+        place = body.let((tile.x * g.x.stride * self.pitch) + (channels.lane if g.merge else x.first * tile_oc))
+        for ty, tx in tile.pixels:  # by pixels: what vectors write past the last lane, the next pixel overwrites
+            for v in range(channels.vectors):
+                at = [ty, place + (tx * g.x.stride * self.pitch + v * lanes)]
+                body.add(store(task.rows, "f32", at, sums[(ty, tx), v], lanes, lanes))
+
+    def ahead(self, body: Block, tile: _Tile, channels: _Channels) -> Ahead:
+        """What a tile fetches ahead: its share of what follows; blocks of merged lanes come last first. Weights that
+        are used once follow at a fixed distance.
+        """
+        g, (rows, across), size = self.g, self.g.task(self.picks), self.g.products * self.picks.tile_oc
+        start = (channels.weights + (-1 if g.merge else 1)) * size
+        if rows * across == 1:
+            start = channels.weights * size + min(size, AHEAD)
+        vectors = self.picks.tile_oc // self.lanes
+        return Ahead(self.parameters["weights"], body.let(start), g.products, vectors, tile.index, rows * across)
+
+    def pixel(self, task: _Task, at: Sequence[Expr], first: Expr, block: Expr, k: Expr) -> Expr:
+        """The k-th number, as f32, of a run from a pixel of what the task reads; ``first``: its group's first block of
+        channels, or where a block has the channels of several groups, the group.
+        """
+        g, inner = self.g, self.g.src.block
+        z, y, x = at if task.panel is not None else (c + i for c, i in zip(task.corner, at, strict=True))
+        if g.src.layout == "nchw":
+            block, column = (first + k, x) if g.apart else (first + block, x + k)
+        elif g.src.layout == "nhwc":
+            block, column = 0, x * inner + first * g.inner + k
+        else:
+            block, column = first + block, x * inner + k
+        if task.panel is not None:
+            return task.panel[z, y, block, column]
+        return widen(self.src[tuple(g.src.place(task.image, block, [z, y, 0], column))], self.spec.dtype)
+
+    # ---- the store ----------------------------------------------------------------------------
+
+    def dst_pixel(self, task: _Task, tile: _Tile, p: tuple[Expr, Expr]) -> list[Expr]:
+        """Where in dst a tile's pixel is."""
+        pixel = (task.pixel[0], task.pixel[1] + tile.row.y + p[0], task.pixel[2] + tile.x + p[1])
+        phases, axes = (*tile.row.phases, tile.phase), (self.g.z, self.g.y, self.g.x)
+        return [i * axis.stride + phase.first for i, axis, phase in zip(pixel, axes, phases, strict=True)]
+
+    def store_channels(self, body: Block, task: _Task, tile: _Tile, channels: _Channels, sums: Registers) -> None:
+        """The epilogue and store of a tile's vectors of channels, one per pixel."""
+        g, tensors = self.g, (self.dst, self.residual)
+        for v in range(channels.vectors):
+            for case, channel, count, given in self.vectors(body, channels, v):
+                for inner, p, value in self.each(case, {p: sums[p, v] for p in tile.pixels}):
+                    line, column = task.pixel[1] + tile.row.y + p[0], task.pixel[2] + tile.x + p[1]
+                    with (
+                        inner.when(_exists(g.y, line, tile.row.phases[1])) as there,
+                        there.when(_exists(g.x, column, tile.phase)) as exists,
+                    ):
+                        place = (task.image, channel, self.dst_pixel(task, tile, p))
+                        g.dst.finish(exists, self.spec, tensors, place, value, self.lanes, count, given)
+
+    def vectors(
+        self, body: Block, channels: _Channels, v: Expr
+    ) -> Iterator[tuple[Block, Expr, int, Mapping[str, Expr]]]:
+        """Code for the v-th vector of channels of a block: its first channel, how many it has, and their parameters."""
+        rest = self.g.channels % self.lanes
+        within = body.let(channels.first + v * self.lanes)
+        for case, count in body.cases(within, self.g.channels - rest, self.lanes, rest):
+            channel = case.let(channels.group * self.g.channels + within)
+            yield case, channel, count, load_parameters(case, self.parameters, channel, self.lanes, count)
+
+    def store_squares(self, body: Block, task: _Task, tile: _Tile, channels: _Channels, sums: Registers) -> None:
+        """The same as rows of pixels, transposed in registers, each with the epilogue of its channel."""
+        spec, lanes, g = self.spec, self.lanes, self.g
+        for v in range(channels.vectors):
+            within = body.let(channels.first + v * lanes)
+            first = body.let(channels.group * g.channels + within)
+            for y, x in ((y, x) for y, x in tile.pixels if x % lanes == 0):
+                count = min(lanes, tile.width - x)
+                square = [sums[(y, x + t), v] if t < count else zeros(lanes) for t in range(lanes)]
+                rows = {(0, t): row for t, row in enumerate(interleave(body, square, lanes))}
+                for inner, (_, t), row in self.each(body, rows):
+                    with inner.when(True if g.channels % lanes == 0 else within + t < g.channels) as exists:
+                        given = spread_parameters(exists, self.parameters, first + t, lanes)
+                        place = g.dst.element(task.image, first + t, self.dst_pixel(task, tile, (y, x)))
+                        finish(exists, spec, self.dst, self.residual, place, row, lanes, count, **given)
+
+    def each(
+        self, body: Block, vectors: Mapping[tuple[int, int], Expr]
+    ) -> Iterator[tuple[Block, tuple[Expr, Expr], Expr]]:
+        """Code for what becomes of each vector ``(y, x)``, all x of each y: ``(its body, its key, the vector)``.
+
+        A loop where that takes a costly activation: written out for every register, it would not fit into the cache
+        of instructions.
+        """
+        if not self.spec.activation_op.costly:
+            for p, vector in vectors.items():
+                yield body, p, vector
+            return
+        width = 1 + max(x for _, x in vectors)
+        sums = body.buffer((len(vectors) // width, width, self.lanes))
+        for (y, x), vector in vectors.items():
+            body.add(store(sums, "f32", [y, x, 0], vector, self.lanes, self.lanes))
+        with body.loop(len(vectors) // width) as (row, y), row.loop(width) as (inner, x):
+            yield inner, (y, x), inner.let(load(sums, "f32", [y, x, 0], self.lanes, self.lanes))
+
+    def store_rows(self, body: Block, task: _Task, row: _Row, channels: _Channels) -> None:
+        """The epilogue and store of the buffer's rows, whose phases are all there."""
+        g, (z, y) = self.g, row.phases
+        start, end, skipped = 0, g.x.out, g.crop
+        if self.spec.rank == 1:
+            columns = Even(g.width, self.picks.tile_ow)
+            begin = body.let(task.pixel[2] * g.x.stride - g.crop)
+            start = body.let(tirx.max(begin, 0))
+            last = columns.start(task.columns[0] + task.columns[1]) * g.x.stride - g.crop
+            end, skipped = body.let(tirx.min(last, g.x.out)), body.let(start - begin)
+        stored = self.store_turned if g.dst.layout == "nchw" else self.store_columns
+        with body.loop(row.height) as (inner, ty):
+            y_out = (task.pixel[1] + row.y + ty) * g.y.stride + y.first
+            with inner.when(_exists(g.y, task.pixel[1] + row.y + ty, y)) as exists:
+                pixel = [task.pixel[0] * g.z.stride + z.first, y_out, start]
+                stored(exists, task, channels, _Line(ty, skipped, pixel, end))
+
+    def store_columns(self, body: Block, task: _Task, channels: _Channels, line: _Line) -> None:
+        """A row as vectors of channels."""
+        *outer, start = line.pixel
+        with body.loop(line.end - start) as (one, i), one.loop(channels.vectors) as (some, v):
+            at = [line.row, (line.skipped + i) * self.pitch + v * self.lanes]
+            value = load(task.rows, "f32", at, self.lanes, self.lanes)
+            for case, channel, count, given in self.vectors(some, channels, v):
+                place = (task.image, channel, [*outer, start + i])
+                tensors = (self.dst, self.residual)
+                self.g.dst.finish(case, self.spec, tensors, place, value, self.lanes, count, given)
+
+    def store_turned(self, body: Block, task: _Task, channels: _Channels, line: _Line) -> None:
+        """A row as vectors of pixels, transposed in registers.
+
+        A channel after the other: rows of many channels lie where they share few sets of a cache.
+        """
+        g, lanes, (*outer, start) = self.g, self.lanes, line.pixel
+        length, kept, turned = line.end - start, min(lanes, g.channels), self.pitch > 1
+        with body.loop(channels.vectors) as (some, v):
+            first = some.let(channels.first + v * lanes)
+            if turned:
+                with some.loop((length + (lanes - 1)) // lanes) as (step, i):
+                    at = step.let((line.skipped + i * lanes) * self.pitch + v * lanes)
+                    places = [[line.row, at + t * self.pitch] for t in range(lanes)]
+                    square = [step.let(load(task.rows, "f32", place, lanes, lanes)) for place in places]
+                    for t, value in enumerate(interleave(step, square, lanes)[:kept]):
+                        step.add(store(task.turned, "f32", [t, i * lanes], value, lanes, lanes))
+            count = kept if g.channels % kept == 0 else some.let(tirx.min(lanes, g.channels - first))
+            with some.loop(count) as (one, t):
+                channel = one.let(channels.group * g.channels + first + t)
+                given = spread_parameters(one, self.parameters, channel, lanes)
+                for case, x, size in _steps(one, length, lanes):
+                    where = g.dst.element(task.image, channel, [*outer, start + x])
+                    row, place = (task.turned, [t, x]) if turned else (task.rows, [line.row, line.skipped + x])
+                    value = load(row, "f32", place, lanes, lanes)
+                    more = {"within": True, "size": line.end} if size is None else {}
+                    finish(
+                        case, self.spec, self.dst, self.residual, where, value, lanes, size or lanes, **more, **given
+                    )
+
+
+@contextmanager
+def _loops(body: Block, counts: Sequence[Expr]) -> Iterator[tuple[Block, list[Expr]]]:
+    """The body of nested loops, and their variables; where counts are known, of one loop: LLVM would write out what has
+    few passes, rows of a kernel and short runs, and keep all that they load on the stack.
+    """
+    if all(isinstance(count, int) for count in counts):
+        with body.loop(math.prod(counts)) as (inner, i):
+            yield inner, unflat(i, counts)
+        return
+    with ExitStack() as loops:
+        index = []
+        for count in counts:
+            body, i = loops.enter_context(body.loop(count))
+            index.append(i)
+        yield body, index
+
+
+def _steps(body: Block, length: Expr, lanes: int) -> Iterator[tuple[Block, Expr, int | None]]:
+    """Code for the vectors of a row: where they begin, and their pixels; None where these are not known yet."""
+    with body.loop(length // lanes) as (step, i):
+        yield step, step.let(i * lanes), lanes
+    if not isinstance(length, int):
+        with body.when(length % lanes > 0) as rest:
+            yield rest, rest.let(length // lanes * lanes), None
+    elif length % lanes:
+        yield body, length // lanes * lanes, length % lanes
+
+
+def _exists(axis: Axis, pixel: Expr, phase: Phase) -> Expr:
+    """Whether a phase has a pixel."""
+    return True if axis.out % axis.stride == 0 else pixel * axis.stride + phase.first < axis.out
+
+
+def _bound(body: Block, phase: Phase) -> Phase:
+    """A phase whose numbers are variables."""
+    return Phase(*map(body.let, phase))
