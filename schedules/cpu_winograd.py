@@ -54,7 +54,7 @@ from convgen.cpu.winograd import (
 )
 from convgen.cpu.winograd_passes import Task, Values, WayIn, WayOut
 from convgen.hardware.target import Target
-from convgen.lowering.compute import Expr, Operands, ceildiv, copied, row_times, unflat
+from convgen.lowering.compute import Expr, Operands, ceildiv, copied, round_up, row_times, unflat
 from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, Written, busiest, require
 from convgen.lowering.winograd import magnitudes
 from convgen.problem.spec import ConvSpec
@@ -368,12 +368,16 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
     work.append(finishing(spec, target.lanes, share))
     slab = 4 * taps * g.own * picks.tile_oc
     weights = slab * g.positions * oc_blocks
-    values = 4 * g.positions * g.most_tiles * g.channels * min(g.window, g.planes_in)
-    near = values + 4 * g.positions * g.most_tiles * picks.tile_oc * g.plane_blocks.full + 2 * slab
+    products = 4 * g.positions * g.most_tiles
+    values = products * round_up(g.own, g.lanes) * min(g.window, g.planes_in)
+    sums = products * picks.tile_oc * g.plane_blocks.full
+    near, passes = values + sums + 2 * slab, own * (1 if by_channels else oc_blocks)
     images = Stream(sum(spec.bytes[name] for name in ("src", "dst")) * share, ahead=True, footprint=target.l3)
     streams = [images]
     if by_channels or near > target.l2 * 3 // 4:  # transformed input comes from beyond the L2 cache, for every block
-        streams.append(Stream(own * (1 if by_channels else oc_blocks) * values, footprint=max(near, target.l2 + 1)))
+        streams.append(Stream(passes * values, footprint=max(near, target.l2 + 1)))
+    if near > target.l2:  # sums leave the L2 cache, and come back, but for the share of them that it holds
+        streams.append(Stream(2 * passes * sums * (1 - target.l2 / near), footprint=near))
     if by_channels:
         streams.append(Stream(min(weights, own * weights / oc_blocks), weights=True, ahead=True))
         return [Counts(work, streams, 2)]

@@ -12,7 +12,7 @@ from tvm import tirx
 
 from convgen.check.validate import validate
 from convgen.cpu.vector import Block
-from convgen.cpu.winograd import tile_sizes, transformed, transformed_axes, transformed_axis
+from convgen.cpu.winograd import Grid, tile_sizes, transformed, transformed_axes, transformed_axis
 from convgen.hardware.target import resolve
 from convgen.kernel.kernel import compile_candidate
 from convgen.lowering.discover import schedule as find_schedule
@@ -212,3 +212,11 @@ def test_tiles_cover_every_pixel_once(descriptor: str) -> None:
         assert tiles.ragged == (len(pixels) > spec.out_spatial[axis])
         reached = [tiles.input(tile, k) for tile in range(tiles.tiles) for k in range(tiles.extent)]
         assert max(reached) == tiles.reach(tiles.groups) - 1
+
+
+def test_the_default_keeps_the_sums_of_a_block_in_the_cache() -> None:
+    """Of a stem with many products per tile: at more rows they came from beyond it, a line at a time."""
+    spec, target = ConvSpec.parse("conv2d n1 ic3 oc64 i224x224 k7x7 s2 p3 dst_nchw16c relu"), resolve("cpu:znver4").on(1)
+    picks = WINOGRAD.default(spec.core, target)
+    grid = Grid(spec.core, target, picks)
+    assert 4 * grid.positions * grid.most_tiles * picks.tile_oc <= target.l2
