@@ -321,7 +321,8 @@ def _default(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Picks:
 
 def _points(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Iterator[Picks]:
     """A few points worth comparing: the best register tile of each block, where tasks are few in both orders."""
-    domains, lanes, core = schedule.space(spec, target).domains, lanes_of(spec, target), core_of(target)
+    domains, lanes = schedule.space(spec, target).domains, lanes_of(spec, target)
+    core = core_of(target, lanes)
     base = Picks(tile=0, tile_oc=0, tile_px=0, block_rows=0, block_planes=1, parallel="rows")
     for m in domains["tile"]:
         for block in block_choices(spec, m):
@@ -340,7 +341,7 @@ def _points(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Iterator[P
 
 
 def _cycles(spec: ConvSpec, target: Target, picks: Picks) -> float:
-    core = core_of(target)
+    core = core_of(target, lanes_of(spec, target))
     return sum(core.cycles(counts) for counts in _counts(spec, target, picks))
 
 
@@ -365,7 +366,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
         )
         for part in parts
     ]
-    work.append(finishing(spec, target.lanes, share))
+    work.append(finishing(spec, g.lanes, share))
     slab = 4 * taps * g.own * picks.tile_oc
     weights = slab * g.positions * oc_blocks
     products = 4 * g.positions * g.most_tiles

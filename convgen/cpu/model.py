@@ -182,9 +182,13 @@ _VECTORS: dict[tuple[str, int], tuple[float, float, float, float, float]] = {
 _ASSUMED = {512: "skylake-avx512", 256: "haswell", 128: "cortex-a72"}
 
 
-def core_of(target: Target) -> Core:
+def core_of(target: Target, lanes: int = 0) -> Core:
     """The core that a CPU target's kernels run on: a known one, this machine's as measured once, or for another
     processor a known one with the same vectors.
+
+    Args:
+        lanes: of the vectors that are worked on, which may be fewer than the target's: units that do one vector of 512
+            bits per cycle, or half a one, may do twice as many of 256.
 
     Raises:
         BuildError, MeasureError: this machine's processor is not known, and cannot be measured.
@@ -195,6 +199,8 @@ def core_of(target: Target) -> Core:
     known = (_LIKE.get(model, model), target.vector_bits) in _VECTORS
     is_here = not known and target.native and model == codegen.llvm_get_system_cpu()
     core = _measured(model, target.vector_bits, target.lanes) if is_here else _known(model, target.vector_bits)
+    if 0 < lanes < target.lanes and target.vector_bits == 512:
+        core = replace(core, **_vectors(_LIKE.get(model, model), 256))
     return replace(core, l2_size=target.l2, l3_size=target.l3)
 
 
@@ -205,9 +211,14 @@ def _known(model: str, bits: int) -> Core:
     if (name, bits) not in _VECTORS:
         name = _ASSUMED[bits]
         origin = f"not known: taken for {name}"
+    return Core(origin=origin, **_CHIPS[name], **_vectors(name, bits))
+
+
+def _vectors(name: str, bits: int) -> dict[str, float]:
+    """What a processor does with vectors of so many bits; an assumed one's where it is not known."""
     names = ("fmas", "loads", "stores", "shuffles", "masked_store")
-    vectors = _VECTORS.get((name, bits), (1, 1, 1, 1, 8))
-    return Core(origin=origin, **_CHIPS[name], **dict(zip(names, vectors, strict=True)))
+    vectors = _VECTORS.get((name, bits)) or _VECTORS.get((_ASSUMED[bits], bits), (1, 1, 1, 1, 8))
+    return dict(zip(names, vectors, strict=True))
 
 
 @lru_cache(maxsize=4)

@@ -13,6 +13,8 @@ from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import LINE, Ahead, Even, most_pixels
 from convgen.hardware.machine import measured
 from convgen.hardware.target import resolve
+from convgen.lowering.candidates import default_candidate
+from convgen.problem.spec import ConvSpec
 
 ZEN5 = core_of(resolve("cpu:znver5"))
 
@@ -54,6 +56,20 @@ def test_every_target_has_a_core_that_says_where_its_facts_are_from() -> None:
     assert core_of(resolve("cpu:znver4")).origin == "known"
     assert core_of(resolve("cpu:x86-64-v3")).origin == "taken for haswell"
     assert core_of(resolve("cpu:aarch64-neoverse-v1")).origin == "not known: taken for cortex-a72"
+
+
+def test_shorter_vectors_than_the_targets_have_facts_of_their_own() -> None:
+    """Of 512 bits, Zen 4 does half a vector of loads or FMAs per cycle and unit."""
+    target = resolve("cpu:znver4")
+    core, half = core_of(target), core_of(target, 8)
+    assert (half.fmas, half.loads, half.stores) == (2 * core.fmas, 2 * core.loads, 2 * core.stores)
+    assert (half.hertz, half.l3, half.l2_size) == (core.hertz, core.l3, core.l2_size)
+    assert core_of(target, 16) == core
+    haswell = resolve("cpu:haswell")
+    assert core_of(haswell, 4) == core_of(haswell)
+    # So groups of 8 channels are worth a transform of half vectors.
+    layer = ConvSpec.parse("conv2d n1 ic256 oc256 g32 i28x28 k3x3 p1x1 relu nhwc")
+    assert default_candidate(layer, target.on(1)).schedule.id == "cpu_winograd"
 
 
 def test_an_unknown_processor_of_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
