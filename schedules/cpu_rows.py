@@ -1,7 +1,8 @@
-"""Convolution with few channels per group, pixels in the vector lanes: rows in registers, masks instead of padding.
+"""Convolution with pixels in the vector lanes: NCHW rows in registers, masks instead of padding.
 
-Applies to  NCHW convolutions of any rank that are not transposed, with few channels per group: depthwise with any
-            multiplier, grouped, and dense layers with few products per output (stems).
+Applies to  NCHW convolutions of any rank that are not transposed: 1×1 products with at least a vector of pixels, and
+            those with few channels per group: depthwise with any multiplier, grouped, and dense layers with few
+            products per output (stems).
 Strategy    1. Pack weights as [group][oc/t][rows of the kernel][ic][k][t]: in the order they are used.
             2. A vector is `lanes` neighbouring output pixels of a row. Keep a tile of `tile_oc` channels × `tile_oh`
                rows × `tile_ow` vectors in registers. Nothing is copied: input rows are loaded where they lie, those
@@ -9,32 +10,35 @@ Strategy    1. Pack weights as [group][oc/t][rows of the kernel][ic][k][t]: in t
             3. Loop over the input rows, then over the group's input channels. What a row's taps read is loaded once
                and used by all rows and channels of the tile; weights are broadcast.
             4. Where there is a stride, as many vectors are loaded and shuffled apart by phase.
-            5. One parallel loop over batch × groups × channel tiles × parts of the rows.
-Why not     a padded copy: for small planes the copying costs more than the arithmetic.
+            5. One parallel loop over batch × groups × `parallel_oc` parts of the channels × `parallel_oh` parts of the
+               rows of tiles (in 1-D of the tiles). A task's outer loop is that over tiles of channels, so that a
+               channel's stores follow each other: planes of dst lie far apart.
+            6. A 1×1 product is over flat pixels; of a strided one, over a copy of those it reads. `copy_src`: a task's
+               pixels are first copied to [tile][ic][pixel], where many tiles of channels read them again: rows lie far
+               apart, each in a page of its own.
+Why not     a padded copy: for small planes the copying costs more than the arithmetic. Channels in the lanes
+            (cpu_direct): better with many channels, or few pixels.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
 
-from tvm import te, tirx
+from tvm import tirx
 
+from convgen.cpu.lanes import MOST_TAPS, Pixels, RowProduct, columns_of, pack_rows, subsampled
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, finishing
-from convgen.cpu.vector import Block, Columns, Registers, Taps, finish, load, load_within, spread_parameters, written
-from convgen.cpu.window import Lines, Met, copies, heights, is_short, kernel_rows, output_rows, readers
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, FAR_ROW, finishing, most_pixels, steps
+from convgen.cpu.vector import Block, load, store, written
+from convgen.cpu.window import copies, heights, is_short, output_rows, readers
 from convgen.hardware.target import Target
-from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, unflat
+from convgen.lowering.compute import Expr, Operands, ceildiv, unflat
 from convgen.lowering.schedule import Picks, Program, Space, Written, require
 from convgen.problem.spec import ConvSpec
 
-#: Taps of a row that are written out; more are passes of a loop.
-MOST_TAPS = 64
 #: Multiply-adds written out in all tiles together, in any and in the default; more take long to compile.
 MOST_UNROLLED, MOST_DEFAULT = 2048, 1024
 #: Vectors of pixels in a tile of the default: more leave no registers for what they read.
@@ -44,77 +48,101 @@ ROW_SUMS = 16
 LONG = 8
 #: Cycles of an input row of a tile: each lies at another place in memory.
 ROW = 2
+#: How much longer weights take that nothing but the processor fetches ahead, which stops at each page.
+LATE = 3
+#: Parts of the channels of a product.
+PARTS = (1, 2, 3, 4, 8)
 
 
 class CpuRows(Written):
-    id, version = "cpu_rows", 3
-    merged = ("cpu_masked",)
+    id, version = "cpu_rows", 4
+    merged = ("cpu_masked", "cpu_gemm")
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
         require(spec.layout == "nchw", "needs NCHW")
+        if _is_product(spec, target):
+            return
         few = spec.oc // spec.groups <= 32 or spec.reduction_length <= 160
-        require(few, "needs at most 32 output channels per group, or at most 160 products per output")
+        why = f"needs a 1×1 kernel and {target.lanes} pixels, 32 output channels per group, or 160 products per output"
+        require(few, why)
         most = 8 if spec.oc // spec.groups <= 4 else 4  # more shuffles than cpu_direct has broadcasts
         require(spec.stride[-1] <= most, f"needs a stride along the row of at most {most}")
         long = spec.kernel[-1] > MOST_TAPS
         require(not long or spec.stride[-1] == 1, f"needs at most {MOST_TAPS} taps along the row, or stride 1")
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
-        rows, width = math.prod(spec.out_spatial[:-1]), spec.out_spatial[-1]
+        inner, per_group = _flat(spec, target), spec.oc // spec.groups
+        rows, width = math.prod(inner.out_spatial[:-1]), inner.out_spatial[-1]
         lanes = [n for n in (4, 8, 16) if n <= target.lanes and (n == 4 or n < 2 * width)]
-        tall = spec.rank > 1 and spec.dilation[-2] == 1
+        tall = inner.rank > 1 and inner.dilation[-2] == 1
+        tile_oc = [c for c in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 14, 16) if c <= per_group]
+        tile_ow = [v for v in (1, 2, 3, 4, 6) if v == 1 or lanes[0] * (v - 1) < width]
+        parts = {1 << i for i in range(10) if 1 << i <= (rows if inner.rank > 1 else ceildiv(width, lanes[0]))}
+        if inner.rank == 1:  # each tile a task, too
+            parts |= {ceildiv(width, n * v) for n in lanes for v in tile_ow}
         return Space(
             lanes=lanes,
-            tile_oc=[c for c in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16) if c <= spec.oc // spec.groups],
-            tile_oh=[h for h in (1, 2, 3, 4, 5, 6, 7, 8) if h == 1 or (tall and h <= spec.out_spatial[-2])],
-            tile_ow=[v for v in (1, 2, 3, 4, 6) if v == 1 or lanes[0] * (v - 1) < width],
-            parallel_oh=[p for p in (1, 2, 4, 8, 16, 32) if p <= rows],
+            tile_oc=tile_oc,
+            tile_oh=[h for h in (1, 2, 3, 4, 5, 6, 7, 8) if h == 1 or (tall and h <= inner.out_spatial[-2])],
+            tile_ow=tile_ow,
+            parallel_oc=sorted({*(p for p in PARTS if p <= per_group), *(ceildiv(per_group, c) for c in tile_oc)}),
+            parallel_oh=sorted(parts),
+            copy_src=[False, True] if _is_product(spec, target) else [False],
         )
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        sums = picks.tile_oc * picks.tile_oh * picks.tile_ow
-        used = sums + picks.tile_ow * spec.stride[-1] + 2
+        inner, sums = _flat(spec, target), picks.tile_oc * picks.tile_oh * picks.tile_ow
+        # Beside the sums: what they read, and a weight, or two where products follow each other less closely.
+        used = sums + picks.tile_ow * inner.stride[-1] + (1 if _is_product(spec, target) else 2)
         require(sums == 1 or used <= target.vector_registers, f"{used} vectors, {target.vector_registers} registers")
-        require(picks.lanes * (picks.tile_ow - 1) < spec.out_spatial[-1], "tile_ow exceeds the row")
-        require(picks.parallel_oh <= _rows(spec, picks.tile_oh), "fewer rows of tiles than parallel_oh")
-        unrolled = _unrolled(spec, picks)
+        require(picks.lanes * (picks.tile_ow - 1) < inner.out_spatial[-1], "tile_ow exceeds the row")
+        require(picks.parallel_oc <= ceildiv(spec.oc // spec.groups, picks.tile_oc), "fewer tiles than parallel_oc")
+        require(picks.parallel_oh <= _tiles(inner, picks), "fewer tiles of pixels than parallel_oh")
+        unrolled = _unrolled(inner, picks)
         require(unrolled <= MOST_UNROLLED or sums == 1, f"{unrolled} unrolled multiply-adds, at most {MOST_UNROLLED}")
 
     def default(self, spec: ConvSpec, target: Target) -> Picks:
-        return _default(self, spec, target)
+        return _default_product(self, spec, target) if _is_product(spec, target) else _default(self, spec, target)
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
-        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
+        counts = _counts_product if _is_product(spec, target) else _counts
+        return core_of(target).seconds(counts(spec, target, self.default(spec, target)))
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
-        ops, per_group, tile = Operands(spec), spec.oc // spec.groups, picks.tile_oc
-        tiles, rows = ceildiv(per_group, tile), spec.kernel[:-1]
+        def statement(
+            src: tirx.Buffer, residual: tirx.Buffer, parameters: dict[str, tirx.Buffer], dst: tirx.Buffer
+        ) -> tirx.Stmt:
+            inner = _flat(spec, target)
+            columns = columns_of(inner, picks.lanes, picks.tile_ow)
+            product = RowProduct(inner, columns, picks.tile_oc, src, residual, parameters, dst, spec.dtype)
+            return _Kernel(spec, picks, product).statement()
 
-        def packed_weights(block: Expr, row: Expr, c: Expr, kx: Expr, t: Expr) -> Expr:
-            group, channel = block // tiles, block % tiles * tile + t
-            value = ops.weights[(group * per_group + channel, c, *unflat(row, rows), kx)]
-            if per_group % tile == 0:
-                return value
-            return tirx.if_then_else(channel < per_group, value, tirx.const(0, ACCUMULATOR))
-
-        shape = (spec.groups * tiles, math.prod(rows), spec.ic // spec.groups, spec.kernel[-1], tile)
-        packed = [te.compute(shape, packed_weights, name="weights_packed")]
-        packed += [copied(p) for p in ops.parameters[1:]]
-        columns = _columns(spec, picks.lanes, picks.tile_ow)
-        return written(ops, packed, lambda *buffers: _Kernel(spec, picks, columns, *buffers).statement())
+        ops = Operands(spec)
+        return written(ops, pack_rows(ops, picks.tile_oc), statement)
 
 
-def _rows(spec: ConvSpec, height: int) -> int:
-    """Rows of tiles."""
-    *front, lines = (1, *spec.out_spatial[:-1])
-    return math.prod(front) * ceildiv(lines, height)
+def _is_product(spec: ConvSpec, target: Target) -> bool:
+    """Whether it is a matrix product of flat pixels, which fill a vector."""
+    return spec.has_unit_kernel and spec.groups == 1 and spec.out_pixels >= target.lanes and spec.stride[-1] <= 8
 
 
 @lru_cache(maxsize=256)
-def _columns(spec: ConvSpec, lanes: int, vectors: int) -> Columns:
-    return Columns(spec, lanes, vectors)
+def _flat(spec: ConvSpec, target: Target) -> ConvSpec:
+    """What is computed: of a strided product, that over the pixels it reads."""
+    if spec.is_pointwise or not _is_product(spec, target):
+        return spec
+    one = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+    return spec.with_(in_spatial=(spec.out_pixels,), kernel=(1,), **one)
+
+
+def _tiles(spec: ConvSpec, picks: Picks) -> int:
+    """Rows of tiles of an image; in 1-D, tiles."""
+    if spec.rank == 1:
+        return columns_of(spec, picks.lanes, picks.tile_ow).count
+    *front, lines = spec.out_spatial[:-1]
+    return math.prod(front) * ceildiv(lines, picks.tile_oh)
 
 
 # ---- the default --------------------------------------------------------------------------------
@@ -123,7 +151,7 @@ def _columns(spec: ConvSpec, lanes: int, vectors: int) -> Columns:
 def _unrolled(spec: ConvSpec, picks: Picks) -> int:
     """Multiply-adds that are written out."""
     taps = spec.kernel[-1] if spec.kernel[-1] <= MOST_TAPS else 1
-    tiles = len(_columns(spec, picks.lanes, picks.tile_ow).runs) if taps > 1 or any(spec.padding[-1]) else 2
+    tiles = len(columns_of(spec, picks.lanes, picks.tile_ow).runs) if taps > 1 or any(spec.padding[-1]) else 2
     sizes = heights((1, *spec.out_spatial)[-2], picks.tile_oh)
     down = sum(rows for height, _ in sizes for _, rows in readers(spec, spec.rank - 1, height))
     channels = picks.tile_oc + spec.oc // spec.groups % picks.tile_oc
@@ -133,13 +161,13 @@ def _unrolled(spec: ConvSpec, picks: Picks) -> int:
 @lru_cache(maxsize=1024)
 def _default(schedule: CpuRows, spec: ConvSpec, target: Target) -> Picks:
     space, core = schedule.space(spec, target).domains, core_of(target)
-    small = Picks(lanes=space["lanes"][0], tile_oc=1, tile_oh=1, tile_ow=1, parallel_oh=1)
-    most, widths = target.vector_registers - 2, space["lanes"][-2:]
+    small = Picks(**{name: min(values) for name, values in space.items()})
+    most, widths, per_group = target.vector_registers - 2, space["lanes"][-2:], spec.oc // spec.groups
     apart, row_sums = (2 * spec.stride[-1], 8) if spec.stride[-1] > 1 else (1, ROW_SUMS)
     if spec.rank == 1 and spec.ic == spec.groups == spec.oc and spec.kernel[-1] < LONG:
         widths, row_sums = widths[:1], 4
     points = [
-        small.replace(lanes=n, tile_oc=c, tile_oh=h, tile_ow=v)
+        small.replace(lanes=n, tile_oc=c, tile_oh=h, tile_ow=v, parallel_oc=ceildiv(per_group, c))
         for n in widths
         for c in space["tile_oc"]
         for h in space["tile_oh"]
@@ -148,17 +176,36 @@ def _default(schedule: CpuRows, spec: ConvSpec, target: Target) -> Picks:
     ]
     points.sort(key=lambda p: core.cycles(Counts(_counts(spec, target, p).work)))
     good = (p for p in points if _unrolled(spec, p) <= MOST_DEFAULT and not schedule.reason_against(spec, target, p))
-    picks = next(good, small)
-    tasks = spec.n * spec.groups * ceildiv(spec.oc // spec.groups, picks.tile_oc)
-    splits = [p for p in space["parallel_oh"] if p <= _rows(spec, picks.tile_oh)]
+    picks = next(good, small.replace(parallel_oc=per_group))
+    tasks = spec.n * spec.groups * picks.parallel_oc
+    splits = [p for p in space["parallel_oh"] if p <= _tiles(spec, picks)]
     return picks.replace(parallel_oh=next((p for p in splits if tasks * p >= 4 * target.cores), splits[-1]))
+
+
+@lru_cache(maxsize=1024)
+def _default_product(schedule: CpuRows, spec: ConvSpec, target: Target) -> Picks:
+    lanes, core, space = target.lanes, core_of(target), schedule.space(spec, target).domains
+    vectors = 2 if spec.out_pixels > lanes else 1
+    channels = [c for c in space["tile_oc"] if c <= min(8, most_pixels(target, vectors))]
+    tiles = ceildiv(spec.out_pixels, lanes * vectors)
+    base = Picks(lanes=lanes, tile_oc=1, tile_oh=1, tile_ow=vectors, parallel_oc=1, parallel_oh=tiles, copy_src=False)
+
+    def cycles(picks: Picks) -> float:
+        return core.cycles(_counts_product(spec, target, picks))
+
+    base = min((base.replace(tile_oc=c, copy_src=copy) for c in channels for copy in (False, True)), key=cycles)
+    # What a task copies has to stay in its core's cache.
+    most = max(1, target.l2 // 2 // (4 * spec.ic * vectors * lanes))
+    parts = [p for p in space["parallel_oh"] if ceildiv(tiles, p) <= most]
+    points = [base.replace(parallel_oh=p, parallel_oc=c) for p in parts for c in PARTS]
+    return min((p for p in points if schedule.reason_against(spec, target, p) is None), key=cycles)
 
 
 def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     """What the busiest core does."""
     per_group, taps, stride, lanes = spec.oc // spec.groups, spec.kernel[-1], spec.stride[-1], picks.lanes
     channels, groups = ceildiv(per_group, picks.tile_oc), ceildiv(spec.window[-1], stride)
-    tasks = spec.n * spec.groups * channels * picks.parallel_oh
+    tasks = spec.n * spec.groups * picks.parallel_oc * picks.parallel_oh
     share = ceildiv(tasks, target.cores) / tasks
     planes, depth = math.prod(spec.kernel[:-2]), spec.ic // spec.groups
     passes = planes * depth
@@ -207,24 +254,47 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     return Counts(work, streams)
 
 
+def _counts_product(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+    """What the busiest core does of a product."""
+    lanes, vectors, parts, tile_px = picks.lanes, picks.tile_ow, picks.parallel_oc, picks.lanes * picks.tile_ow
+    tiles, (full, rest) = ceildiv(spec.out_pixels, tile_px), divmod(spec.oc, picks.tile_oc)
+    block, channel_blocks = ceildiv(tiles, picks.parallel_oh), full + (rest > 0)
+    tasks = spec.n * parts * picks.parallel_oh
+    own = ceildiv(tasks, target.cores)
+    part = ceildiv(channel_blocks, parts) / channel_blocks
+    # Tiles, and blocks of channels, of the busiest core: its blocks of tiles may be shorter.
+    passes = min(own * block, spec.n * parts * tiles) * part
+    work = [Work(own, cycles=BEGIN_TASK)]
+    for channels, blocks in ((picks.tile_oc, full), (rest, 1)):
+        if not (channels and blocks):
+            continue
+        times = passes * blocks
+        near = 4 * tile_px if picks.copy_src and 4 * spec.ic * tile_px * block > target.l1 // 2 else 0
+        # Stores begin beside the next tile's products.
+        step = steps(times * spec.ic, channels, vectors, near=near)
+        work += [replace(step, stores=channels * vectors / spec.ic), Work(times, cycles=BEGIN_TILE)]
+        # Rows of dst lie in a page each: short ones of stores begin a line, and a page, anew.
+        work.append(Work(times * channels / block, cycles=FAR_ROW))
+    rows = spec.ic * vectors * passes / part
+    if picks.copy_src:
+        work.append(Work(rows, loads=1, stores=1, cycles=FAR_ROW / 4))
+    else:  # rows of src, far apart, for every block of channels
+        work.append(Work(rows * channel_blocks * part, cycles=FAR_ROW / 16))
+    if not spec.is_pointwise:
+        work.append(
+            Work(spec.n * spec.ic * ceildiv(spec.out_pixels, lanes) / target.cores, loads=2, shuffles=2, stores=1)
+        )
+    share = passes / (spec.n * parts * tiles * part)
+    work.append(finishing(spec, lanes, share / 2))  # likewise: other units do half of it
+    images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]
+    streams = [
+        Stream(LATE * 4 * spec.ic * spec.oc / parts, weights=True),
+        Stream(images * share, ahead=True, footprint=images),
+    ]
+    return Counts(work, streams, 1 + (not spec.is_pointwise))
+
+
 # ---- the kernel -----------------------------------------------------------------------------------
-
-
-class _Channels(NamedTuple):
-    """A tile of output channels: its image, its group, its index in the group, and how many channels it has."""
-
-    image: Expr
-    group: Expr
-    tile: Expr
-    size: int
-
-
-class _Pixels(NamedTuple):
-    """A tile of pixels: its rows, its first pixel there, and what of the image its vectors meet (:class:`Columns`)."""
-
-    lines: Lines
-    x: Expr
-    pattern: dict[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -233,81 +303,50 @@ class _Kernel:
 
     spec: ConvSpec
     picks: Picks
-    columns: Columns
-    src: tirx.Buffer
-    residual: tirx.Buffer
-    parameters: dict[str, tirx.Buffer]
-    dst: tirx.Buffer
+    product: RowProduct
 
     def statement(self) -> tirx.Stmt:
-        """The parallel loop over images, groups, tiles of channels and parts of the rows, around what a task does."""
-        spec, parts, tile_oc = self.spec, self.picks.parallel_oh, self.picks.tile_oc
-        per_group, rows = spec.oc // spec.groups, _rows(spec, self.picks.tile_oh)
-        tasks = (spec.n, spec.groups, ceildiv(per_group, tile_oc), parts)
-        full, rest = divmod(per_group, tile_oc)
-        whole = Block()
-        with whole.loop(math.prod(tasks), parallel=True) as (body, index):
-            image, group, tile, part = map(body.let, unflat(index, tasks))
-            start, end = (body.let(p * rows // parts) for p in (part, part + 1))
-            for case, size in body.cases(tile, full, tile_oc, rest):
-                channels = _Channels(image, group, tile, size)
-                for tile_body, pixels in self.tiles(case, start, end):
-                    self.product(tile_body, channels, pixels)
+        """All images at once; or one after the other, each copied without what its strides skip."""
+        spec, product, whole = self.spec, self.product, Block()
+        if product.spec is spec:
+            self.images(whole, spec.n, 0, product)
+        else:
+            with whole.loop(spec.n) as (body, image):
+                copy = subsampled(body, spec, product.src, image, self.picks.lanes)
+                self.images(body, 1, image, replace(product, src=copy, dtype="f32"))
         return whole.statement()
 
-    def tiles(self, body: Block, start: Expr, end: Expr) -> Iterator[tuple[Block, _Pixels]]:
-        """Code for the tiles of the rows from ``start`` to ``end``; those that meet the same of the image share it."""
-        for inner, lines in output_rows(body, self.spec, self.spec.rank - 1, self.picks.tile_oh, start, end):
-            for first, count, pattern in self.columns.runs:
-                with inner.loop(count) as (one, i):
-                    yield one, _Pixels(lines, one.let((i + first) * self.columns.step), pattern)
+    def images(self, whole: Block, images: int, first: Expr, product: RowProduct) -> None:
+        """The parallel loop over images from ``first`` on, groups, parts of the channels and of the pixels."""
+        picks, inner, columns = self.picks, product.spec, product.columns
+        tiles, blocks = _tiles(inner, picks), ceildiv(inner.oc // inner.groups, picks.tile_oc)
+        tasks = (images, inner.groups, picks.parallel_oc, picks.parallel_oh)
+        each = ceildiv(blocks, picks.parallel_oc)
+        with whole.loop(math.prod(tasks), parallel=True) as (body, index):
+            image, group, part, piece = map(body.let, unflat(index, tasks))
+            start, end = (body.let(p * tiles // picks.parallel_oh) for p in (piece, piece + 1))
+            source, image = image, body.let(first + image)
+            split = (start, end) if inner.rank == 1 and picks.parallel_oh > 1 else ()
+            panel = None
+            if picks.copy_src:
+                panel = body.buffer((ceildiv(tiles, picks.parallel_oh), inner.ic, columns.step))
+                self.copy(body, product, source, start, split, panel)
+            with body.loop(each) as (outer, i):
+                for case, channels in product.channels(outer, group, outer.let(part * each + i)):
+                    for lines_body, lines in output_rows(case, inner, inner.rank - 1, picks.tile_oh, start, end):
+                        for tile_body, tile, x, pattern in columns.tiles(lines_body, *split):
+                            held = (panel, tile - start) if picks.copy_src else None
+                            product.store(tile_body, channels, Pixels(source, image, lines, x, pattern, held))
 
-    def product(self, body: Block, channels: _Channels, pixels: _Pixels) -> None:
-        """The sums of a tile of channels for a tile of pixels, their epilogue and store."""
-        spec, lanes = self.spec, self.picks.lanes
-        vectors = [v for v in range(self.picks.tile_ow) if pixels.pattern["stored", v] > 0]
-        keys = list(itertools.product(range(channels.size), range(pixels.lines.height), vectors))
-        sums = body.registers(keys, lanes)
-        for inner, met in kernel_rows(body, spec, pixels.lines):
-            with inner.loop(spec.ic // spec.groups) as (step, c):
-                self.step(step, channels, pixels, sums, c, met)
-        first = channels.group * (spec.oc // spec.groups)
-        for t in range(channels.size):
-            channel = body.let(first + channels.tile * self.picks.tile_oc + t)
-            given = spread_parameters(body, self.parameters, channel, lanes)
-            for r, v in itertools.product(range(pixels.lines.height), vectors):
-                place, count = (
-                    [channels.image, channel, *pixels.lines.row(r), pixels.x + v * lanes],
-                    pixels.pattern["stored", v],
-                )
-                value = body.let(self.columns.in_order(sums[t, r, v]))
-                finish(body, spec, self.dst, self.residual, place, value, lanes, count, **given)
-
-    def step(self, body: Block, channels: _Channels, pixels: _Pixels, sums: Registers, c: Expr, met: Met) -> None:
-        """The products of an input row of a channel."""
-        spec, lanes = self.spec, self.picks.lanes
-        source = [channels.image, body.let(channels.group * (spec.ic // spec.groups) + c), *met.where]
-        block = channels.group * ceildiv(spec.oc // spec.groups, self.picks.tile_oc) + channels.tile
-
-        def add(inner: Block, kx: Expr, values: dict[int, Expr]) -> None:
-            for t, (r, kernel_row) in itertools.product(range(channels.size if values else 0), met.uses):
-                weight = self.parameters["weights"][block, kernel_row, c, kx, t]
-                spread = inner.let(tirx.Broadcast(weight, lanes))
-                for v, value in values.items():
-                    sums.add(inner, (t, r, v), value * spread)
-
-        vectors = dict.fromkeys(v for _, _, v in sums.keys)
-        if spec.kernel[-1] > MOST_TAPS:
-            with body.loop(spec.kernel[-1]) as (inner, kx):
-                x = inner.let(pixels.x + kx * spec.dilation[-1] - spec.padding[-1][0])
-                row = {v: [*source, x + v * lanes] for v in vectors}
-                values = {v: inner.let(load_within(self.src, spec.dtype, at, lanes, lanes)) for v, at in row.items()}
-                add(inner, kx, values)
-            return
-
-        def read(offset: int, count: int, shift: int) -> Expr:
-            return load(self.src, spec.dtype, [*source, pixels.x * spec.stride[-1] + offset], lanes, count, shift)
-
-        inputs = Taps(body, self.columns, pixels.pattern, read)
-        for kx in range(spec.kernel[-1]):
-            add(body, kx, {v: value for v in vectors if (value := inputs[v, kx]) is not None})
+    def copy(
+        self, body: Block, product: RowProduct, image: Expr, first: Expr, split: Sequence[Expr], panel: tirx.Buffer
+    ) -> None:
+        """Copy the pixels of a task's tiles of a product, the ``first`` one on, one input channel after another."""
+        lanes, columns = product.columns.lanes, product.columns
+        for inner, tile, x, pattern in columns.tiles(body, *split):
+            with inner.loop(product.spec.ic) as (step, c):
+                for v in range(columns.vectors):
+                    count = pattern["stored", v, 0]
+                    value = load(product.src, product.dtype, [image, c, x + v * lanes], lanes, count)
+                    place = [tile - first, c, v * lanes]
+                    step.add(store(panel, "f32", place, value, lanes, lanes))

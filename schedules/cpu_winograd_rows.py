@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
-from tvm import te, tirx
+from tvm import tirx
 
+from convgen.cpu.lanes import add_products, pack_rows
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, finishing
 from convgen.cpu.vector import (
@@ -39,16 +40,16 @@ from convgen.cpu.vector import (
     weighted_sum,
     written,
 )
-from convgen.cpu.window import meeting
+from convgen.cpu.window import meeting_taps
 from convgen.hardware.target import Target
-from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, flat, row_times, unflat
+from convgen.lowering.compute import Expr, Operands, ceildiv, flat, unflat
 from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, Written, require
 from convgen.lowering.winograd import admitted, magnitudes, toom_cook
 from convgen.problem.spec import ConvSpec
 
 
 class CpuWinogradRows(Written):
-    id, version = "cpu_winograd_rows", 1
+    id, version = "cpu_winograd_rows", 2
     transforms = True
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
@@ -93,18 +94,8 @@ class CpuWinogradRows(Written):
         return magnitudes(spec, src, weights, {spec.rank - 1: picks.tile})
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
-        ops, g = Operands(spec), _Geometry(spec, picks)
-        _, weight_rows, _ = toom_cook(picks.tile, spec.kernel[-1])
-        rows, tile = spec.kernel[:-1], picks.tile_oc
-
-        def packed_weights(block: Expr, row: Expr, ic: Expr, position: Expr, channel: Expr) -> Expr:
-            oc = block * tile + channel
-            value = row_times(weight_rows, position, lambda k: ops.weights[(oc, ic, *unflat(row, rows), k)])
-            return value if spec.oc % tile == 0 else tirx.if_then_else(oc < spec.oc, value, tirx.const(0, ACCUMULATOR))
-
-        shape = (ceildiv(spec.oc, tile), math.prod(rows), spec.ic, g.positions, tile)
-        packed = [te.compute(shape, packed_weights, name="weights_packed")]
-        packed += [copied(p) for p in ops.parameters[1:]]
+        ops, (_, weight_rows, _) = Operands(spec), toom_cook(picks.tile, spec.kernel[-1])
+        packed = pack_rows(ops, picks.tile_oc, weight_rows)
         return written(ops, packed, lambda *buffers: _Kernel(spec, picks, *buffers).statement())
 
 
@@ -236,40 +227,36 @@ class _Task(NamedTuple):
     first_row: Expr
     tiles: Expr
     rows: Expr
-    panel: Any
+    panel: tirx.Buffer
 
 
-class _Tile(NamedTuple):
-    """A register tile: ``channels`` channels of a block × the vectors of number ``x`` in a row ``r`` of the task."""
-
-    channel_block: Expr
-    channels: int
-    x: Expr
-    r: Expr
-
-
+@dataclass(frozen=True)
 class _Kernel:
     """All of the layer: a loop over images and blocks of rows × vectors of tiles."""
 
-    def __init__(
-        self, spec: ConvSpec, picks: Picks, src: Any, residual: Any, parameters: Mapping[str, Any], dst: Any
-    ) -> None:
-        self.spec, self.picks, self.lanes, self.geometry = spec, picks, picks.lanes, _Geometry(spec, picks)
-        self.src, self.residual, self.parameters, self.dst = src, residual, parameters, dst
-        self.back_rows, _, self.input_rows = toom_cook(self.geometry.m, self.geometry.taps)
-        self.leading_taps = spec.kernel[:-1]
-        self.block_vectors = picks.tile_px * picks.block_px
+    spec: ConvSpec
+    picks: Picks
+    src: tirx.Buffer
+    residual: tirx.Buffer
+    parameters: dict[str, tirx.Buffer]
+    dst: tirx.Buffer
 
-    def statement(self) -> Any:
+    @cached_property
+    def geometry(self) -> _Geometry:
+        return _Geometry(self.spec, self.picks)
+
+    @property
+    def block_vectors(self) -> int:
+        return int(self.picks.tile_px * self.picks.block_px)
+
+    def statement(self) -> tirx.Stmt:
         g, picks, whole = self.geometry, self.picks, Block()
         blocks_x, blocks_y = ceildiv(g.vectors, self.block_vectors), ceildiv(g.height, picks.block_rows)
-        planes = math.prod(g.planes)
-        with whole.loop(self.spec.n * planes * blocks_y * blocks_x, parallel=True) as (body, index):
-            rest, block_x = index // blocks_x, body.let(index % blocks_x)
-            rest, block_y = rest // blocks_y, body.let(rest % blocks_y)
-            n, plane = body.let(rest // planes), [body.let(z) for z in unflat(rest % planes, g.planes)]
-            panel_rows = math.prod(self.leading_taps[:-1]) * g.rows_in
-            panel = body.buffer((self.block_vectors, panel_rows, self.spec.ic, g.positions, self.lanes))
+        tasks = (self.spec.n, *g.planes, blocks_y, blocks_x)
+        with whole.loop(math.prod(tasks), parallel=True) as (body, index):
+            n, *plane, block_y, block_x = map(body.let, unflat(index, tasks))
+            panel_rows = math.prod(self.spec.kernel[:-2]) * g.rows_in
+            panel = body.buffer((self.block_vectors, panel_rows, self.spec.ic, g.positions, g.lanes))
             first_vector, first_row = body.let(block_x * self.block_vectors), body.let(block_y * picks.block_rows)
             # In whole tiles: what lies past the row reads zeros and is not stored.
             left = (g.vectors - first_vector + picks.tile_px - 1) // picks.tile_px
@@ -283,6 +270,7 @@ class _Kernel:
     def _transform_rows(self, body: Block, task: _Task) -> None:
         """Transform the input rows of a task's block, for all of its vectors."""
         g, begin = self.geometry, self.spec.padding[-1][0]
+        *_, input_rows = toom_cook(g.m, g.taps)
         for block, row, place in self._source_rows(body, task):
             vectors = task.tiles * self.picks.tile_px
             with block.loop(self.spec.ic) as (channel, c), channel.loop(vectors) as (inner, v):
@@ -291,17 +279,17 @@ class _Kernel:
                 for is_inside, condition in ((True, inside), (False, tirx.Not(inside))):
                     with inner.when(condition) as branch:
                         elements = self._elements(branch, [task.n, c, *place], x0, is_inside)
-                        for position, factors in enumerate(self.input_rows):
+                        for position, factors in enumerate(input_rows):
                             value = weighted_sum(zip(factors, elements, strict=True))
                             target = [v, row, c, position, 0]
-                            branch.add(store(task.panel, "f32", target, value, self.lanes, self.lanes))
+                            branch.add(store(task.panel, "f32", target, value, g.lanes, g.lanes))
 
     def _elements(self, block: Block, row: Sequence[Expr], x0: Expr, is_inside: bool) -> list[Expr]:
         """The inputs of the vector of tiles whose first output is ``x0``: one vector for each element of a tile.
 
         ``is_inside``: all of them lie in the image.
         """
-        g, lanes, begin = self.geometry, self.lanes, self.spec.padding[-1][0]
+        g, lanes, begin = self.geometry, self.picks.lanes, self.spec.padding[-1][0]
         # To where the next block lies, which is probably this thread's next.
         ahead = self.block_vectors * (lanes if g.apart else g.m * lanes)
 
@@ -319,32 +307,15 @@ class _Kernel:
     def _source_rows(self, body: Block, task: _Task) -> Iterator[tuple[Block, Expr, list[Expr]]]:
         """Code for each input row that a block of rows meets: ``(block, row of the panel, place in src)``."""
         spec, g = self.spec, self.geometry
-        with self._meeting_taps(body, task.plane) as (inner, taps):
+        with meeting_taps(body, spec, task.plane) as (inner, taps, where):
             if spec.rank == 1:
                 yield inner, 0, []
                 return
-            where = [
-                inner.let(z * s + k * d - start)
-                for z, s, k, d, (start, _) in zip(
-                    task.plane, spec.stride, taps, spec.dilation, spec.padding, strict=False
-                )
-            ]
             with inner.loop(g.rows_in) as (block, row):
                 y = block.let(task.first_row * spec.stride[-2] + row - spec.padding[-2][0])
                 with block.when(tirx.all(y >= 0, y < spec.in_spatial[-2])) as inside:
-                    place = inside.let(flat(taps, self.leading_taps[:-1]) * g.rows_in + row)
+                    place = inside.let(flat(taps, spec.kernel[:-2]) * g.rows_in + row)
                     yield inside, place, [*where, y]
-
-    @contextmanager
-    def _meeting_taps(self, block: Block, pixel: Sequence[Expr]) -> Iterator[tuple[Block, list[Expr]]]:
-        """Loops over the taps of the first axes that lie in the image for an output ``pixel``: the block, the taps."""
-        with ExitStack() as loops:
-            taps = []
-            for axis, y in enumerate(pixel):
-                start, count = meeting(self.spec, axis, y)
-                block, k = loops.enter_context(block.loop(count))
-                taps.append(block.let(start + k))
-            yield block, taps
 
     def _add_products(self, body: Block, task: _Task) -> None:
         """Every block of channels times every tile of a task, and back."""
@@ -353,45 +324,43 @@ class _Kernel:
         with body.loop(ceildiv(self.spec.oc, picks.tile_oc)) as (outer, channel_block):
             for branch, channels in outer.cases(channel_block, full, picks.tile_oc, rest):
                 with branch.loop(task.tiles) as (column, x), column.loop(task.rows) as (block, r):
-                    sums = self._products(block, task, _Tile(channel_block, channels, x, r))
                     pixel = [*task.plane, block.let(task.first_row + r)][: self.spec.rank - 1]  # in 1-D none
+                    keys = list(itertools.product(range(channels), range(g.positions), range(picks.tile_px)))
+                    sums = block.registers(keys, g.lanes)
+                    self._multiply(block, sums, task, channel_block, (x, r, pixel))
+                    first_oc = block.let(channel_block * picks.tile_oc)
                     for v in range(picks.tile_px):
                         x0 = block.let(g.first(task.first_vector + x * picks.tile_px + v))
-                        first_oc = block.let(channel_block * picks.tile_oc)
-                        for channel in range(channels):
-                            place = [task.n, first_oc + channel, *pixel, x0]
-                            self._finish(block, [sums[v, channel, p] for p in range(g.positions)], place)
+                        for t in range(channels):
+                            place = [task.n, first_oc + t, *pixel, x0]
+                            self._finish(block, [sums[t, p, v] for p in range(g.positions)], place)
 
-    def _products(self, block: Block, task: _Task, tile: _Tile) -> Registers:
-        """The sums of a register tile by ``(vector, channel, position)``."""
-        spec, g, lanes = self.spec, self.geometry, self.lanes
-        vectors, channels = range(self.picks.tile_px), range(tile.channels)
-        sums = block.registers(list(itertools.product(vectors, channels, range(g.positions))), lanes)
-        pixel = [*task.plane, task.first_row + tile.r][: spec.rank - 1]
-        with self._meeting_taps(block, pixel) as (inner, taps):
-            tap, row = inner.let(flat(taps, self.leading_taps)), 0
+    def _multiply(
+        self, block: Block, sums: Registers, task: _Task, channel_block: Expr, tile: tuple[Expr, Expr, list[Expr]]
+    ) -> None:
+        """Add up a register tile by ``(channel, position, vector)``; ``tile``: its number in a row, its row in the
+        task, and its place along the axes before the last.
+        """
+        spec, g, weights, (x, r, pixel) = self.spec, self.geometry, self.parameters["weights"], tile
+        with meeting_taps(block, spec, pixel) as (inner, taps, _):
+            tap, row = inner.let(flat(taps, spec.kernel[:-1])), 0
             if taps:
-                *planes, k = taps
-                panel_row = flat(planes, self.leading_taps[:-1]) * g.rows_in
-                row = inner.let(panel_row + tile.r * spec.stride[-2] + k * spec.dilation[-2])
+                panel_row = flat(taps[:-1], spec.kernel[:-2]) * g.rows_in
+                row = inner.let(panel_row + r * spec.stride[-2] + taps[-1] * spec.dilation[-2])
             with inner.loop(spec.ic) as (step, c):
                 for p in range(g.positions):
-                    places = [[tile.x * self.picks.tile_px + v, row, c, p, 0] for v in vectors]
-                    values = [step.let(load(task.panel, "f32", place, lanes, lanes)) for place in places]
-                    for channel in channels:
-                        scalar = self.parameters["weights"][tile.channel_block, tap, c, p, channel]
-                        weight = step.let(tirx.Broadcast(scalar, lanes))
-                        for v, value in enumerate(values):
-                            sums.add(step, (v, channel, p), value * weight)
-        return sums
+                    places = {v: [x * self.picks.tile_px + v, row, c, p, 0] for v in range(self.picks.tile_px)}
+                    values = {v: step.let(load(task.panel, "f32", at, g.lanes, g.lanes)) for v, at in places.items()}
+                    add_products(step, sums, values, [p], lambda p, t: weights[channel_block, tap, c, p, t])
 
     def _finish(self, block: Block, positions: Sequence[Expr], place: Sequence[Expr]) -> None:
         """Transform the products of a vector of tiles back; epilogue, and store from ``place`` on."""
-        g, lanes = self.geometry, self.lanes
+        g, lanes = self.geometry, self.picks.lanes
+        back_rows, _, _ = toom_cook(g.m, g.taps)
         _, oc, *_, x0 = place
         pixels = [i * g.d if g.apart else i * lanes for i in range(g.m)]
         given = spread_parameters(block, self.parameters, oc, lanes)
-        values = [block.let(weighted_sum(zip(factors, positions, strict=True))) for factors in self.back_rows]
+        values = [block.let(weighted_sum(zip(factors, positions, strict=True))) for factors in back_rows]
         if not g.apart:
             source = {g.element(i, lane): i * lanes + lane for i in range(g.m) for lane in range(lanes)}
             orders = [[source[x + lane] for lane in range(lanes)] for x in pixels]

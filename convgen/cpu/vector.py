@@ -6,7 +6,6 @@ stores with a mask, lanes shifted in from zero, strided reads by shuffles.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 
 from tvm import te, tirx
 
-from ..lowering.compute import ACCUMULATOR, STORAGE, STORED, Expr, Operands, epilogue, narrow, of_lanes, unflat, widen
+from ..lowering.compute import ACCUMULATOR, STORAGE, STORED, Expr, Operands, epilogue, narrow, of_lanes, widen
 from ..lowering.schedule import Program
 from ..problem.spec import ConvSpec
 
@@ -346,43 +345,6 @@ def _interleaved(block: Block, vectors: Sequence[Expr], lanes: int, piece: int) 
     return [block.let(tirx.Shuffle(pair, order)) for pair in pairs for order in orders]
 
 
-@contextmanager
-def subsampled(block: Block, spec: ConvSpec, src: Any, lanes: int) -> Iterator[tuple[Block, int, Expr, Any, str]]:
-    """The pixels that a 1×1 kernel reads: ``(block, images, first, pixels, dtype)``.
-
-    In ``block`` there are so many ``images`` from ``first`` on, as ``pixels`` ``[images, ic, pixels]`` stored as
-    ``dtype``. At stride 1 all of ``src``. Else an image at a time, a copy in f32, made in parallel over the
-    channels: most of what is read with a stride is skipped, and every block of output channels would skip it again.
-    """
-    if spec.is_pointwise:
-        yield block, spec.n, 0, src, spec.dtype
-        return
-    with block.loop(spec.n) as (image, n):
-        yield image, 1, n, _subsampled(image, spec, src, n, lanes), "f32"
-
-
-def _subsampled(block: Block, spec: ConvSpec, src: Any, n: Expr, lanes: int) -> Any:
-    """The copy of an image."""
-    *rows, width = spec.out_spatial
-    columns = Columns(spec, lanes, 1)
-    # Whole vectors, overwritten by the next row: TVM shrinks a buffer to what it sees accessed, and of a masked
-    # store it sees the first element.
-    copy = block.buffer((1, spec.ic, math.prod(rows) * width + lanes))
-    with block.loop(spec.ic, parallel=True) as (plane, c), plane.loop(math.prod(rows)) as (row, y):
-        where = [row.let(p * s) for p, s in zip(unflat(y, rows), spec.stride, strict=False)]
-        for start, count, tile in columns.runs:
-            with row.loop(count) as (one, j):
-                x0 = one.let((start + j) * lanes)
-
-                def read(offset: int, stored: int, shift: int, x0: Expr = x0) -> Expr:
-                    return load(src, spec.dtype, [n, c, *where, x0 * spec.stride[-1] + offset], lanes, stored, shift)
-
-                taps, place = Taps(one, columns, tile, read), [0, c, y * width + x0]
-                value = zeros(lanes) if taps[0, 0] is None else columns.in_order(taps[0, 0])
-                one.add(store(copy, "f32", place, value, lanes, lanes))
-    return copy
-
-
 def runs(patterns: Sequence[Any]) -> list[tuple[int, int, Any]]:
     """Neighbours that are equal, as one: ``(first, count, pattern)``."""
     found: list[tuple[int, int, Any]] = []
@@ -394,95 +356,10 @@ def runs(patterns: Sequence[Any]) -> list[tuple[int, int, Any]]:
     return found
 
 
-class Columns:
-    """A row of output pixels as tiles of ``vectors`` vectors, and what of the input row each tile meets.
-
-    ``runs`` lists runs of equal tiles. A tile maps ``("stored", v)`` to the pixels of its v-th vector that there are,
-    and ``(v, group, j)`` to what :func:`load` needs to know of the load ``offset(v, group, j)`` elements past the
-    tile's first: how many lanes lie left of the image, and how many elements follow.
+def stretches(count: int, start: int, end: int, pattern: Callable[[int], Any]) -> list[tuple[int, int, Any]]:
+    """The patterns of ``count`` tiles as :func:`runs`, in a time that does not depend on those from ``start`` to
+    ``end``, which are alike.
     """
-
-    def __init__(self, spec: ConvSpec, lanes: int, vectors: int) -> None:
-        self.lanes, self.vectors, self.step = lanes, vectors, lanes * vectors
-        self.kernel, self.stride, self.dilation = spec.kernel[-1], spec.stride[-1], spec.dilation[-1]
-        self._begin, self._size, self._out = spec.padding[-1][0], spec.in_spatial[-1], spec.out_spatial[-1]
-        self.runs = self._runs()
-
-    def _runs(self) -> list[tuple[int, int, Any]]:
-        """In a time that does not depend on the width: those in the middle meet nothing but image."""
-        advance, furthest = self.step * self.stride, (self.kernel - 1) * self.dilation // self.stride
-        count = -(-self._out // self.step)
-        start = min(count, -(-self._begin // advance))
-        reach = self.offset(self.vectors - 1, furthest, self.stride - 1) + self.lanes
-        end = max(start, min(self._out // self.step, (self._size - reach) // advance + 1))
-        left, right = (runs([self._tile(i * self.step) for i in edge]) for edge in (range(start), range(end, count)))
-        middle = [(start, end - start, self._tile(start * self.step))] if end > start else []
-        return [*left, *middle, *((first + end, times, tile) for first, times, tile in right)]
-
-    def offset(self, v: int, group: int, j: int) -> int:
-        return (v * self.stride + j) * self.lanes + group * self.stride - self._begin
-
-    @property
-    def crossed(self) -> bool:
-        """Whether each piece of a vector has pixels of both vectors that were loaded for it: that takes one of AVX2's
-        instructions, and two where pixels follow each other.
-        """
-        return self.lanes == 2 * PIECE and self.stride == 2
-
-    def in_order(self, value: Expr) -> Expr:
-        """A vector of the same pixels, one after another, from sums of what :class:`Taps` reads."""
-        return tirx.Shuffle([value], [0, 1, 4, 5, 2, 3, 6, 7]) if self.crossed else value
-
-    def _tile(self, x0: int) -> dict[Any, Any]:
-        lanes, tile = self.lanes, dict[Any, Any]()
-        groups = {kx * self.dilation // self.stride for kx in range(self.kernel)}
-        for v in range(self.vectors):
-            tile["stored", v] = min(lanes, self._out - x0 - v * lanes)
-            for group in groups:
-                for j in range(self.stride):
-                    x = x0 * self.stride + self.offset(v, group, j)
-                    shift = min(lanes, max(0, -x))
-                    tile[v, group, j] = (shift, max(0, min(lanes - shift, self._size - x - shift)))
-        return tile
-
-
-class Taps:
-    """What the taps of a row read, as vectors: loaded, and where there is a stride shuffled apart, once each.
-
-    ``read(offset, count, shift)`` is the :func:`load` of a vector that lies ``offset`` past the tile's first element.
-    Sums of them are :meth:`Columns.in_order`.
-    """
-
-    def __init__(self, block: Block, columns: Columns, tile: dict[Any, Any], read: Callable[[int, int, int], Expr]):
-        self._block, self._columns, self._tile, self._read = block, columns, tile, read
-        self._found: dict[Any, Expr | None] = {}
-
-    def __getitem__(self, key: tuple[int, int]) -> Expr | None:
-        """The input of tap kx for the v-th vector; None where all of it is padding."""
-        v, kx = key
-        group, phase = divmod(kx * self._columns.dilation, self._columns.stride)
-        return self._every(self._columns.stride, phase, 0, v, group)
-
-    def _every(self, step: int, phase: int, j: int, v: int, group: int) -> Expr | None:
-        """The j-th vector of every step-th element, by halves where that goes: they are shared by phases."""
-        key = (step, phase, j, v, group)
-        if key not in self._found:
-            value = self._load(v, group, j) if step == 1 else self._shuffled(step, phase, j, v, group)
-            self._found[key] = None if value is None else self._block.let(value)
-        return self._found[key]
-
-    def _load(self, v: int, group: int, j: int) -> Expr | None:
-        shift, count = self._tile[v, group, j]
-        return self._read(self._columns.offset(v, group, j) + shift, count, shift) if count > 0 else None
-
-    def _shuffled(self, step: int, phase: int, j: int, v: int, group: int) -> Expr | None:
-        lanes, ways = self._columns.lanes, 2 if step % 2 == 0 else step
-        outer, inner = divmod(phase, step // ways)
-        parts = [self._every(step // ways, inner, j * ways + i, v, group) for i in range(ways)]
-        if all(part is None for part in parts):
-            return None
-        parts = [zeros(lanes) if part is None else part for part in parts]
-        if self._columns.crossed:
-            order = [v * lanes + start + outer + i for start in (0, PIECE) for v in range(2) for i in (0, 2)]
-            return tirx.Shuffle(parts, order)
-        return tirx.Shuffle(parts, [outer + i * ways for i in range(lanes)])
+    left, right = (runs([pattern(i) for i in edge]) for edge in (range(start), range(end, count)))
+    middle = [(start, end - start, pattern(start))] if end > start else []
+    return [*left, *middle, *((end + first, times, found) for first, times, found in right)]

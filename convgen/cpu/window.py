@@ -6,15 +6,15 @@ own without the taps that miss the image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from tvm import tirx
 
 from ..lowering.compute import Expr, ceildiv, flat, unflat
 from ..problem.spec import ConvSpec
-from .vector import Block, runs
+from .vector import Block, runs, stretches
 
 #: Taps of a plane of the kernel that are all written out.
 SHORT = 9
@@ -36,6 +36,39 @@ def meeting(spec: ConvSpec, axis: int, y: Expr) -> tuple[Expr, Expr]:
         return tirx.min(tirx.max(-tirx.floordiv(start - pixel, dilation), 0), kernel)
 
     return reaching(0), reaching(size) - reaching(0)
+
+
+def _meeting_transposed(spec: ConvSpec, axis: int, y: Expr) -> tuple[Expr, Expr, Expr]:
+    """The same of a transposed convolution that is strided or dilated, not both: the first tap, which input pixel it
+    meets, and how many taps there are; they are the stride apart, their pixels the dilation, to the left.
+    """
+    stride, dilation, size = spec.stride[axis], spec.dilation[axis], spec.in_spatial[axis]
+    last, phase = (y + spec.padding[axis][0]) // stride, (y + spec.padding[axis][0]) % stride
+    start = (tirx.max(last - (size - 1), 0) + (dilation - 1)) // dilation
+    end = tirx.min((spec.kernel[axis] - 1 - phase + stride) // stride, last // dilation + 1)
+    return phase + start * stride, last - start * dilation, tirx.max(end - start, 0)
+
+
+@contextmanager
+def meeting_taps(block: Block, spec: ConvSpec, pixel: Sequence[Expr]) -> Iterator[tuple[Block, list[Expr], list[Expr]]]:
+    """Loops over the taps of the first axes that lie in the image for an output ``pixel``: ``(their body, the taps,
+    the input pixel)``.
+    """
+    with ExitStack() as loops:
+        taps, where = [], []
+        for axis, y in enumerate(pixel):
+            stride, dilation = spec.stride[axis], spec.dilation[axis]
+            if spec.transposed:
+                first, start, count = map(block.let, _meeting_transposed(spec, axis, y))
+                block, k = loops.enter_context(block.loop(count))
+                taps.append(block.let(first + k * stride))
+                where.append(block.let(start - k * dilation))
+            else:
+                first, count = meeting(spec, axis, y)
+                block, k = loops.enter_context(block.loop(count))
+                taps.append(block.let(first + k))
+                where.append(block.let(y * stride + taps[-1] * dilation - spec.padding[axis][0]))
+        yield block, taps, where
 
 
 class Met(NamedTuple):
@@ -108,17 +141,14 @@ def kernel_rows(block: Block, spec: ConvSpec, lines: Lines) -> Iterator[tuple[Bl
     row = lines.first
     if not row:
         yield block, Met([], [(0, 0)])
-        return
-    with ExitStack() as loops:
-        inner, taps, where = block, [], []
-        for axis, y in enumerate(row[:-1]):
-            first, count = meeting(spec, axis, y)
-            inner, k = loops.enter_context(inner.loop(count))
-            taps.append(inner.let(first + k))
-            where.append(inner.let(y * spec.stride[axis] + taps[-1] * spec.dilation[axis] - spec.padding[axis][0]))
-        for body, at, uses in _input_rows(inner, spec, len(row) - 1, lines):
-            rows = [(r, body.let(flat([*taps, tap], spec.kernel[: len(row)]))) for r, tap in uses]
-            yield body, Met([*where, at], rows)
+    elif spec.transposed:
+        with meeting_taps(block, spec, row) as (inner, taps, where):
+            yield inner, Met(where, [(0, inner.let(flat(taps, spec.kernel[: len(row)])))])
+    else:
+        with meeting_taps(block, spec, row[:-1]) as (inner, taps, where):
+            for body, at, uses in _input_rows(inner, spec, len(row) - 1, lines):
+                rows = [(r, body.let(flat([*taps, tap], spec.kernel[: len(row)]))) for r, tap in uses]
+                yield body, Met([*where, at], rows)
 
 
 def heights(size: int, height: int) -> list[tuple[int, int]]:
@@ -197,7 +227,7 @@ def is_short(spec: ConvSpec, axis: int) -> bool:
     shuffled apart, where a stride meets pixels in the lanes.
     """
     shuffled = spec.layout == "nchw" and spec.stride[-1] > 1
-    return spec.kernel[axis] * spec.kernel[-1] <= SHORT and not shuffled
+    return spec.kernel[axis] * spec.kernel[-1] <= SHORT and not shuffled and not spec.transposed
 
 
 class Pattern(NamedTuple):
@@ -233,6 +263,4 @@ def row_tiles(spec: ConvSpec, size: int) -> list[tuple[int, int, Pattern]]:
     start = min(count, ceildiv(begin, advance))
     reach = (size - 1) * stride + (kernel - 1) * dilation + 1
     end = max(start, min(out // size, (width + begin - reach) // advance + 1))
-    left, right = (runs([pattern(i) for i in edge]) for edge in (range(start), range(end, count)))
-    middle = [(start, end - start, pattern(start))] if end > start else []
-    return [*left, *middle, *((first + end, times, edge) for first, times, edge in right)]
+    return stretches(count, start, end, pattern)

@@ -321,27 +321,6 @@ def epilogue(
     return activate(spec.activation_op, value, slope)
 
 
-def pack_channels(ops: Operands, tile: int) -> tuple[list[te.Tensor], list[te.Tensor]]:
-    """Weights as ``[oc/tile][taps][ic/groups][tile]``, and the other parameters as they are.
-
-    Returns the packed tensors and, for the main function, their placeholders. The taps are one axis,
-    row-major; channels past ``oc`` are zero.
-    """
-    spec, weights = ops.spec, ops.weights
-    taps = math.prod(spec.kernel)
-    shape = (ceildiv(spec.oc, tile), taps, spec.ic // spec.groups, tile)
-
-    def packed_weights(b: Expr, tap: Expr, c: Expr, t: Expr) -> Expr:
-        value = weights[(b * tile + t, c, *unflat(tap, spec.kernel))]
-        if spec.oc % tile == 0:
-            return value
-        return tirx.if_then_else(b * tile + t < spec.oc, value, tirx.const(0, ACCUMULATOR))
-
-    packed = [te.compute(shape, packed_weights, name="weights_packed")]
-    packed += [copied(p, shape[0] * tile) for p in ops.parameters[1:]]
-    return packed, [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
-
-
 def copied(parameter: Operand, channels: int = 0) -> te.Tensor:
     """A vector packed as it is, in the type its elements read as; with zeros up to ``channels`` elements."""
     name = f"{parameter.name}_packed"
