@@ -69,11 +69,11 @@ def pack_rows(ops: Operands, tile: int, matrix: Sequence[Sequence[Any]] | None =
 
 
 class Tap(NamedTuple):
-    """A tap of a row: its index, its phase, and what it reads: the ``offset``-th of every stride of pixels, from the
+    """The k-th tap of a row: its phase, and what it reads: the ``offset``-th of every stride of pixels, from the
     ``group``-th on.
     """
 
-    index: int
+    k: int
     phase: int
     group: int
     offset: int
@@ -278,7 +278,7 @@ class RowProduct:
             given = spread_parameters(body, self.parameters, channel, lanes)
             for r, v in itertools.product(heights, vectors):
                 row = pixels.lines.row(r) if pixels.lines.first else [0] * (len(self.dst.shape) - 3)
-                apart = [sums[t, (r, phase), v][t, (r, phase), v] for phase in range(phases)]
+                apart = [body.let(sums[t, (r, phase), v][t, (r, phase), v]) for phase in range(phases)]
                 for j, value in enumerate(interleave(body, apart, lanes)):
                     place = [pixels.image, channel, *row, pixels.x * phases + (v * phases + j) * lanes]
                     count = pixels.pattern["stored", v, j]
@@ -317,7 +317,7 @@ class RowProduct:
         inputs = Taps(body, columns, pixels.pattern, read)
         for tap in columns.taps:
             if tap.phase in present:
-                add(body, tap.index, tap.phase, {v: x for v in vectors if (x := inputs[v, tap]) is not None})
+                add(body, tap.k, tap.phase, {v: x for v in vectors if (x := inputs[v, tap]) is not None})
 
 
 def subsampled(block: Block, spec: ConvSpec, src: tirx.Buffer, image: Expr, lanes: int) -> tirx.Buffer:

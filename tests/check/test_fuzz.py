@@ -150,8 +150,8 @@ def test_cases_are_small_valid_and_begin_with_the_layers_default() -> None:
 
 def test_schedule_and_threads_can_be_chosen() -> None:
     for index in range(5):
-        cases = draw(SEED, index, NATIVE, threads=4, schedule="cpu_gemm").cases
-        assert {(case.schedule, case.threads) for case in cases} == {("cpu_gemm", 4)}
+        cases = draw(SEED, index, NATIVE, threads=4, schedule="cpu_rows").cases
+        assert {(case.schedule, case.threads) for case in cases} == {("cpu_rows", 4)}
 
 
 def test_what_applies_to_nothing_is_skipped_with_the_reason() -> None:

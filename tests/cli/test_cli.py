@@ -191,12 +191,12 @@ def test_show_explains_a_layer(run: Run, run_json: Callable[..., Any]) -> None:
     assert found["roofline"] == roofline(spec, 1).to_dict()
     reasons = {s["id"]: s["reason_against"] for s in found["schedules"]}
     assert reasons["reference"] is None
-    assert "1×1" in reasons["cpu_gemm"]
+    assert "transposed" in reasons["cpu_transposed"]
     assert sum(s.get("is_default", False) for s in found["schedules"]) == 1
     status, out, _ = run("show", *SMALL.split(), "--threads", 1)  # the same, in several words
     assert status == 0
     assert out.startswith(SMALL)
-    assert "no: needs a dense 1×1 kernel" in out
+    assert "no: needs a transposed convolution" in out
     assert f"limited by {found['roofline']['limited_by']}\n" in out
 
 
@@ -262,9 +262,9 @@ def test_show_refuses_picks_outside_the_space(run: Run) -> None:
 def test_a_forced_schedule_must_apply_to_every_layer(tmp_path: Path, run: Run) -> None:
     file = tmp_path / "net.txt"
     file.write_text(f"conv2d ic16 oc16 i8x8 k1x1\n{SMALL}\n")
-    status, out, err = run("build", file, "--schedule", "cpu_gemm", "--no-records", "--out", tmp_path / "out")
+    status, out, err = run("build", file, "--schedule", "cpu_winograd_rows", "--no-records", "--out", tmp_path / "out")
     assert (status, out) == (2, "")
-    assert err.startswith("convgen: --schedule cpu_gemm: ")
+    assert err.startswith("convgen: --schedule cpu_winograd_rows: ")
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,7 @@ TEXT = "conv1d n1 ic2 oc3 i9 k3"
 #: Modules that are imported by the command line, by what it starts, or by libraries of theirs.
 MODULES = """
     numpy tvm tvm_ffi onnx onnxruntime click yaml ml_dtypes platformdirs scipy psutil cloudpickle torch jinja2
-    json pickle random tempfile subprocess ctypes sqlite3 fcntl multiprocessing schedules targets cpu_gemm
+    json pickle random tempfile subprocess ctypes sqlite3 fcntl multiprocessing schedules targets cpu_rows
 """
 
 

@@ -178,9 +178,9 @@ def test_every_applicable_schedule_is_considered(monkeypatch: pytest.MonkeyPatch
     found = schedules()
     costs = {s: f.cost(SPEC, resolve()) for s, f in found.items() if f.reason_against(SPEC, resolve()) is None}
     assert default_candidate(SPEC, resolve()).schedule.id == min(costs, key=lambda s: (costs[s], s))
-    monkeypatch.setattr(candidates, "schedules", lambda: {"cpu_gemm": found["cpu_gemm"]})
+    monkeypatch.setattr(candidates, "schedules", lambda: {"cpu_transposed": found["cpu_transposed"]})
     with pytest.raises(
-        UnsupportedError, match=r"conv2d .* on cpu:.*: no schedule applies \(cpu_gemm: needs a dense 1×1"
+        UnsupportedError, match=r"conv2d .* on cpu:.*: no schedule applies \(cpu_transposed: needs a transposed"
     ):
         default_candidate(SPEC, resolve())
 

@@ -115,7 +115,7 @@ int main(int argc, char **argv)
 
 @pytest.mark.parametrize(
     ("text", "schedule"),
-    [(LAYERS[0], "reference"), (LAYERS[4], "cpu_rows"), (LAYERS[2], "cpu_gemm")],
+    [(LAYERS[0], "reference"), (LAYERS[4], "cpu_rows"), (LAYERS[2], "cpu_rows")],
     ids=lambda value: value if isinstance(value, str) and value.startswith(("cpu", "ref")) else "",
 )
 def test_kernels_run_on_a_small_stack(text: str, schedule: str, tmp_path: Path) -> None:

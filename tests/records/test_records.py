@@ -62,7 +62,7 @@ def test_trials_match_every_filter(store: RecordStore) -> None:
         found = store.trials(**{name: getattr(item, name)})
         assert item in found
         assert all(getattr(each, name) == getattr(item, name) for each in found)
-    assert store.trials(spec=SPEC, schedule="cpu_gemm", outcome="crash") == []
+    assert store.trials(spec=SPEC, schedule="cpu_rows", outcome="crash") == []
 
 
 def test_trials_come_in_the_order_they_were_added(store: RecordStore) -> None:

@@ -97,7 +97,7 @@ JOB = (
     trial(None, schedule="cpu_winograd", tile=5, error="died: <SIGSEGV> after 71 s", **search(5)),
     final(4.4e-3, 4.4e-3, 3e-3, winner=False, tile=1, at=6),
     final(2.2e-3, 4.4e-3, 3e-3, winner=True, tile=3, at=6),
-    trial(1e-3, spec=B, schedule="cpu_gemm", **search(7)),
+    trial(1e-3, spec=B, schedule="cpu_rows", **search(7)),
 )
 
 

@@ -146,7 +146,7 @@ IDENTITY: dict[str, Any] = {
     "target": "cpu:haswell",
     "hardware": "another",
     "threads": 1,
-    "schedule": "cpu_gemm",
+    "schedule": "cpu_rows",
     "schedule_version": 2,
     "picks": {"tile_ow": 14, "order": "ic", "unroll": 1},
     "versions": {"convgen": "0.1.0", "tvm": "0.28.0"},
