@@ -23,8 +23,7 @@ Why not     a padded copy: for small planes the copying costs more than the arit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 from tvm import tirx
@@ -32,7 +31,7 @@ from tvm import tirx
 from convgen.cpu.lanes import MOST_TAPS, Pixels, RowProduct, columns_of, pack_rows, subsampled
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, FAR_ROW, finishing, most_pixels, steps
-from convgen.cpu.vector import Block, load, store, written
+from convgen.cpu.vector import Block, written
 from convgen.cpu.window import copies, heights, is_short, output_rows, readers
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Expr, Operands, ceildiv, unflat
@@ -117,7 +116,7 @@ class CpuRows(Written):
             inner = _flat(spec, target)
             columns = columns_of(inner, picks.lanes, picks.tile_ow)
             product = RowProduct(inner, columns, picks.tile_oc, src, residual, parameters, dst, spec.dtype)
-            return _Kernel(spec, picks, product).statement()
+            return _statement(spec, picks, product)
 
         ops = Operands(spec)
         return written(ops, pack_rows(ops, picks.tile_oc), statement)
@@ -297,56 +296,36 @@ def _counts_product(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
 # ---- the kernel -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Kernel:
-    """The statements of the whole layer."""
+def _statement(spec: ConvSpec, picks: Picks, product: RowProduct) -> tirx.Stmt:
+    """All images at once; or one after the other, each copied without what its strides skip."""
+    whole = Block()
+    if product.spec is spec:
+        _add_images(whole, picks, product, spec.n, 0)
+    else:
+        with whole.loop(spec.n) as (body, image):
+            copy = subsampled(body, spec, product.src, image, picks.lanes)
+            _add_images(body, picks, replace(product, src=copy, dtype="f32"), 1, image)
+    return whole.statement()
 
-    spec: ConvSpec
-    picks: Picks
-    product: RowProduct
 
-    def statement(self) -> tirx.Stmt:
-        """All images at once; or one after the other, each copied without what its strides skip."""
-        spec, product, whole = self.spec, self.product, Block()
-        if product.spec is spec:
-            self.images(whole, spec.n, 0, product)
-        else:
-            with whole.loop(spec.n) as (body, image):
-                copy = subsampled(body, spec, product.src, image, self.picks.lanes)
-                self.images(body, 1, image, replace(product, src=copy, dtype="f32"))
-        return whole.statement()
-
-    def images(self, whole: Block, images: int, first: Expr, product: RowProduct) -> None:
-        """The parallel loop over images from ``first`` on, groups, parts of the channels and of the pixels."""
-        picks, inner, columns = self.picks, product.spec, product.columns
-        tiles, blocks = _tiles(inner, picks), ceildiv(inner.oc // inner.groups, picks.tile_oc)
-        tasks = (images, inner.groups, picks.parallel_oc, picks.parallel_oh)
-        each = ceildiv(blocks, picks.parallel_oc)
-        with whole.loop(math.prod(tasks), parallel=True) as (body, index):
-            image, group, part, piece = map(body.let, unflat(index, tasks))
-            start, end = (body.let(p * tiles // picks.parallel_oh) for p in (piece, piece + 1))
-            source, image = image, body.let(first + image)
-            split = (start, end) if inner.rank == 1 and picks.parallel_oh > 1 else ()
-            panel = None
-            if picks.copy_src:
-                panel = body.buffer((ceildiv(tiles, picks.parallel_oh), inner.ic, columns.step))
-                self.copy(body, product, source, start, split, panel)
-            with body.loop(each) as (outer, i):
-                for case, channels in product.channels(outer, group, outer.let(part * each + i)):
-                    for lines_body, lines in output_rows(case, inner, inner.rank - 1, picks.tile_oh, start, end):
-                        for tile_body, tile, x, pattern in columns.tiles(lines_body, *split):
-                            held = (panel, tile - start) if picks.copy_src else None
-                            product.store(tile_body, channels, Pixels(source, image, lines, x, pattern, held))
-
-    def copy(
-        self, body: Block, product: RowProduct, image: Expr, first: Expr, split: Sequence[Expr], panel: tirx.Buffer
-    ) -> None:
-        """Copy the pixels of a task's tiles of a product, the ``first`` one on, one input channel after another."""
-        lanes, columns = product.columns.lanes, product.columns
-        for inner, tile, x, pattern in columns.tiles(body, *split):
-            with inner.loop(product.spec.ic) as (step, c):
-                for v in range(columns.vectors):
-                    count = pattern["stored", v, 0]
-                    value = load(product.src, product.dtype, [image, c, x + v * lanes], lanes, count)
-                    place = [tile - first, c, v * lanes]
-                    step.add(store(panel, "f32", place, value, lanes, lanes))
+def _add_images(whole: Block, picks: Picks, product: RowProduct, images: int, first: Expr) -> None:
+    """The parallel loop over images from ``first`` on, groups, parts of the channels and of the pixels."""
+    spec, columns, parts = product.spec, product.columns, picks.parallel_oh
+    tiles, blocks = _tiles(spec, picks), ceildiv(spec.oc // spec.groups, picks.tile_oc)
+    tasks = (images, spec.groups, picks.parallel_oc, parts)
+    each = ceildiv(blocks, picks.parallel_oc)
+    with whole.loop(math.prod(tasks), parallel=True) as (body, index):
+        source, group, block, part = map(body.let, unflat(index, tasks))
+        start, end = (body.let(p * tiles // parts) for p in (part, part + 1))
+        split = (start, end) if spec.rank == 1 and parts > 1 else ()
+        image, panel = body.let(first + source), None
+        if picks.copy_src:
+            panel = body.buffer((ceildiv(tiles, parts), spec.ic, columns.step))
+            for tile_body, tile, x, pattern in columns.tiles(body, *split):
+                product.copy(tile_body, source, x, pattern, (panel, tile - start))
+        with body.loop(each) as (outer, i):
+            for case, channels in product.channels(outer, group, outer.let(block * each + i)):
+                for lines_body, lines in output_rows(case, spec, spec.rank - 1, picks.tile_oh, start, end):
+                    for tile_body, tile, x, pattern in columns.tiles(lines_body, *split):
+                        held = None if panel is None else (panel, tile - start)
+                        product.tile(tile_body, channels, Pixels(source, image, lines, x, pattern, held))

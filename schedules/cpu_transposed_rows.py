@@ -101,7 +101,7 @@ def _statement(product: RowProduct, parts: int) -> tirx.Stmt:
         split = () if parts == 1 else (body.let(p * count // parts) for p in (part, part + 1))
         for case, channels in product.channels(body, group, channel_tile):
             for tile_body, _, x, pattern in product.columns.tiles(case, *split):
-                product.store(tile_body, channels, Pixels(image, image, Lines(row, 1, False), x, pattern))
+                product.tile(tile_body, channels, Pixels(image, image, Lines(row, 1, False), x, pattern))
     return whole.statement()
 
 

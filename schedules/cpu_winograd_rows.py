@@ -230,6 +230,14 @@ class _Task(NamedTuple):
     panel: tirx.Buffer
 
 
+class _Tile(NamedTuple):
+    """A register tile: its number in a row, its row in the task, and that row's place in the output."""
+
+    x: Expr
+    r: Expr
+    row: list[Expr]
+
+
 @dataclass(frozen=True)
 class _Kernel:
     """All of the layer: a loop over images and blocks of rows × vectors of tiles."""
@@ -324,32 +332,28 @@ class _Kernel:
         with body.loop(ceildiv(self.spec.oc, picks.tile_oc)) as (outer, channel_block):
             for branch, channels in outer.cases(channel_block, full, picks.tile_oc, rest):
                 with branch.loop(task.tiles) as (column, x), column.loop(task.rows) as (block, r):
-                    pixel = [*task.plane, block.let(task.first_row + r)][: self.spec.rank - 1]  # in 1-D none
+                    row = [*task.plane, block.let(task.first_row + r)][: self.spec.rank - 1]  # in 1-D none
                     keys = list(itertools.product(range(channels), range(g.positions), range(picks.tile_px)))
                     sums = block.registers(keys, g.lanes)
-                    self._multiply(block, sums, task, channel_block, (x, r, pixel))
+                    self._multiply(block, sums, task, channel_block, _Tile(x, r, row))
                     first_oc = block.let(channel_block * picks.tile_oc)
                     for v in range(picks.tile_px):
                         x0 = block.let(g.first(task.first_vector + x * picks.tile_px + v))
                         for t in range(channels):
-                            place = [task.n, first_oc + t, *pixel, x0]
+                            place = [task.n, first_oc + t, *row, x0]
                             self._finish(block, [sums[t, p, v] for p in range(g.positions)], place)
 
-    def _multiply(
-        self, block: Block, sums: Registers, task: _Task, channel_block: Expr, tile: tuple[Expr, Expr, list[Expr]]
-    ) -> None:
-        """Add up a register tile by ``(channel, position, vector)``; ``tile``: its number in a row, its row in the
-        task, and its place along the axes before the last.
-        """
-        spec, g, weights, (x, r, pixel) = self.spec, self.geometry, self.parameters["weights"], tile
-        with meeting_taps(block, spec, pixel) as (inner, taps, _):
+    def _multiply(self, block: Block, sums: Registers, task: _Task, channel_block: Expr, tile: _Tile) -> None:
+        """Add up a register tile by ``(channel, position, vector)``."""
+        spec, g, weights = self.spec, self.geometry, self.parameters["weights"]
+        with meeting_taps(block, spec, tile.row) as (inner, taps, _):
             tap, row = inner.let(flat(taps, spec.kernel[:-1])), 0
             if taps:
                 panel_row = flat(taps[:-1], spec.kernel[:-2]) * g.rows_in
-                row = inner.let(panel_row + r * spec.stride[-2] + taps[-1] * spec.dilation[-2])
+                row = inner.let(panel_row + tile.r * spec.stride[-2] + taps[-1] * spec.dilation[-2])
             with inner.loop(spec.ic) as (step, c):
                 for p in range(g.positions):
-                    places = {v: [x * self.picks.tile_px + v, row, c, p, 0] for v in range(self.picks.tile_px)}
+                    places = {v: [tile.x * self.picks.tile_px + v, row, c, p, 0] for v in range(self.picks.tile_px)}
                     values = {v: step.let(load(task.panel, "f32", at, g.lanes, g.lanes)) for v, at in places.items()}
                     add_products(step, sums, values, [p], lambda p, t: weights[channel_block, tap, c, p, t])
 

@@ -58,11 +58,9 @@ def pack_rows(ops: Operands, tile: int, matrix: Sequence[Sequence[Any]] | None =
             return ops.weights[(*pair, *unflat(row, rows), tap)]
 
         value = row_times(matrix, k, weight) if matrix else weight(k)
-        return (
-            value
-            if per_group % tile == 0
-            else tirx.if_then_else(channel < per_group, value, tirx.const(0, ACCUMULATOR))
-        )
+        if per_group % tile == 0:
+            return value
+        return tirx.if_then_else(channel < per_group, value, tirx.const(0, ACCUMULATOR))
 
     shape = (spec.groups * tiles, math.prod(rows), depth, len(matrix) if matrix else spec.kernel[-1], tile)
     return [te.compute(shape, packed_weights, name="weights_packed"), *map(copied, ops.parameters[1:])]
@@ -260,7 +258,16 @@ class RowProduct:
         for case, size in body.cases(tile, full, self.tile_oc, rest):
             yield case, Channels(group, tile, size)
 
-    def store(self, body: Block, channels: Channels, pixels: Pixels) -> None:
+    def copy(self, body: Block, image: Expr, x: Expr, pattern: dict[Any, Any], panel: tuple[tirx.Buffer, Expr]) -> None:
+        """Copy what a tile of a 1×1 kernel reads, one input channel after another."""
+        lanes, (buffer, index) = self.columns.lanes, panel
+        with body.loop(self.spec.ic) as (step, c):
+            for v in range(self.columns.vectors):
+                count = pattern["stored", v, 0]
+                value = load(self.src, self.dtype, [image, c, x + v * lanes], lanes, count)
+                step.add(store(buffer, "f32", [index, c, v * lanes], value, lanes, lanes))
+
+    def tile(self, body: Block, channels: Channels, pixels: Pixels) -> None:
         """The sums of a tile of channels for a tile of pixels, their epilogue and store."""
         spec, columns, lanes, phases = self.spec, self.columns, self.columns.lanes, self.columns.phases
         heights, sums = range(pixels.lines.height), dict[Any, Registers]()
