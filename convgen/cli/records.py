@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import SpecError
+from ..errors import RecordError, SpecError
 from ..measure.standalone.words import printable
 from ..problem.spec import ConvSpec
 from ..report.words import picks_text
@@ -399,10 +399,18 @@ def _measured(which: Wanted, answers: Sequence[Answer], count: int, seed: int) -
     show_default=True,
     help="Age in days at which records of other versions go.",
 )
+@click.option(
+    "--database",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Prune FILE, which `export --note` wrote, instead of a store: what no build takes any more goes.",
+)
 @click.option("--yes", is_flag=True, help="Drop them; without it, only say what would go.")
 @store_option("path")
 @json_option
-def prune(path: Path | None, keep: int, days: float, yes: bool, as_json: bool, **wanted: Any) -> None:
+def prune(
+    path: Path | None, keep: int, days: float, database: Path | None, yes: bool, as_json: bool, **wanted: Any
+) -> None:
     """Drop records that no build will use, now or later.
 
     A record goes if its schedule has another version now; if it is of another version of convgen, TVM or LLVM
@@ -414,6 +422,11 @@ def prune(path: Path | None, keep: int, days: float, yes: bool, as_json: bool, *
     from ..records.record import now
     from ..records.store import RecordStore
 
+    if database is not None:
+        if path is not None or any(wanted.values()):
+            raise click.UsageError("--database prunes all of a file: expected neither --records nor layers beside it")
+        _prune_database(database, yes, as_json)
+        return
     which = Wanted.of(**wanted)
     with RecordStore(path) if yes else _open(path) as store:
         counts, dropped = Counter[str](), list[str]()
@@ -423,13 +436,36 @@ def prune(path: Path | None, keep: int, days: float, yes: bool, as_json: bool, *
                 dropped += [record.id for record in found]
         removed = store.remove(dropped, compact=True) if yes and dropped else 0
         total = len(store)
+    _say_pruned(store.path, counts, total, removed if yes else None, as_json)
+
+
+def _prune_database(path: Path, yes: bool, as_json: bool) -> None:
+    """Drop the records of a file that no build takes any more, and say so in the file beside it."""
+    from ..records import shipped
+    from ..records.pruning import outdated
+
+    origin = shipped.Origin.read(path.with_suffix(".json"))
+    found = [record for records in shipped.records_of(path, origin.records).values() for record in records]
+    reasons = [outdated(record) for record in found]
+    kept = [record for record, reason in zip(found, reasons, strict=True) if not reason]
+    if yes and not kept:
+        raise RecordError(f"{path}: expected a record that can still answer, found none: remove both files")
+    if yes:
+        shipped.write(path, kept, origin.of_some(kept))
+    removed = len(found) - len(kept) if yes else None
+    _say_pruned(path, Counter(filter(None, reasons)), len(kept) if yes else len(found), removed, as_json)
+
+
+def _say_pruned(path: Path, counts: Counter[str], total: int, removed: int | None, as_json: bool) -> None:
+    """Say what went, or would go where nothing was ``removed``, for which reasons; ``total`` records are there now."""
     if not as_json:
         for reason, count in sorted(counts.items()):
             note(f"{count} {reason}")
-    left = total if yes else total - len(dropped)
-    verb = "dropped" if yes else "to drop (--yes does it)"
-    document = {"file": str(store.path), "reasons": dict(sorted(counts.items())), "removed": removed, "records": total}
-    _say(document, f"{removed if yes else len(dropped)} {verb}, {left} stay in {tidy(store.path)}", as_json)
+    would = counts.total()
+    said = f"{would} to drop (--yes does it), {total - would}" if removed is None else f"{removed} dropped, {total}"
+    reasons = dict(sorted(counts.items()))
+    document = {"file": str(path), "reasons": reasons, "removed": removed or 0, "records": total}
+    _say(document, f"{said} stay in {tidy(path)}", as_json)
 
 
 @records.command()

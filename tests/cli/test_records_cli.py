@@ -234,6 +234,37 @@ def test_what_can_go_is_told_and_then_goes(tmp_path: Path, run: Run, run_json: C
     assert run("prune", "--records", tmp_path / "none.sqlite")[0] == 3
 
 
+def test_what_no_build_takes_any_more_goes_from_a_database(
+    tmp_path: Path, run: Run, run_json: Callable[..., Any]
+) -> None:
+    stays = final(another(), winner=True, threads=1)
+    gone = "conv2d n1 ic3 oc17 i6x7 k3x3 s1x1 p1x1 an_operator_of_another_version"
+    goes = {
+        "of another version of its schedule": final(winner=True, schedule_version=1000),
+        "of picks that its schedule no longer admits": final(another(), winner=True, picks={"none": 1}),
+        "of a layer or target that this version does not know": final(winner=True, spec=gone),
+    }
+    path = tmp_path / "x.jsonl"
+    tuned.write(path, [stays, *goes.values()], tuned.Origin.of([stays, *goes.values()], ["net.json"], "a note"))
+    before = path.read_bytes()
+    told = run_json("prune", "--database", path)
+    assert (told["reasons"], told["removed"], told["records"]) == (dict.fromkeys(sorted(goes), 1), 0, 4)
+    assert "3 to drop (--yes does it), 1 stay" in run("prune", "--database", path)[1]
+    assert path.read_bytes() == before
+    done = run_json("prune", "--database", path, "--yes")
+    assert (done["removed"], done["records"]) == (3, 1)
+    ((origin, _),) = tuned.databases(tmp_path)
+    assert tuned.records_of(path, origin.records) == {TEXT: [stays]}
+    assert (origin.layers, origin.threads, origin.sources, origin.note) == (1, [1], ["net.json"], "a note")
+
+    assert run_json("prune", "--database", path, "--yes")["removed"] == 0
+    bad = [goes["of another version of its schedule"]]
+    tuned.write(path, bad, tuned.Origin.of(bad))
+    assert "expected a record that can still answer, found none" in run("prune", "--database", path, "--yes")[2]
+    for beside in ([OTHER_LAYER], ["--records", path]):
+        assert run("prune", "--database", path, *beside)[0] == 2
+
+
 # ---- travelling -------------------------------------------------------------------------------
 
 
