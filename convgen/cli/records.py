@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import RecordError, SpecError
+from ..errors import SpecError
 from ..measure.standalone.words import printable
 from ..problem.spec import ConvSpec
 from ..report.words import picks_text
@@ -37,6 +37,7 @@ from .common import (
     threads_option,
     tidy,
 )
+from .databases import measured_again, prune_database
 
 if TYPE_CHECKING:
     from ..records.answer import Answer
@@ -376,17 +377,10 @@ def check(path: Path | None, measure: int | None, seed: int, as_json: bool, **wa
 
 def _measured(which: Wanted, answers: Sequence[Answer], count: int, seed: int) -> list[Checked]:
     from ..hardware.target import resolve
-    from ..tuning.recheck import check_records
 
     best = [answer.record for answer in answers if answer.record]
     sample = random.Random(seed).sample(best, min(count, len(best)))
-    results = []
-    for result in check_records(sample, resolve(which.target or "cpu")):
-        ratio, record = result.ratio_default, result.record
-        text = f"{ratio[0]:.3f}× the default ({ratio[1]:.3f}–{ratio[2]:.3f})" if ratio else result.error
-        note(f"{record.id[:12]}  {result.outcome}  {text}  {record.spec}, {record.threads} threads")
-        results.append(result)
-    return results
+    return measured_again(sample, resolve(which.target or "cpu"))
 
 
 @records.command(short_help="Drop records that can no longer answer.")
@@ -403,13 +397,21 @@ def _measured(which: Wanted, answers: Sequence[Answer], count: int, seed: int) -
     "--database",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Prune FILE, which `export --note` wrote, instead of a store: what no build takes any more goes.",
+    help="Prune FILE, which `export --note` wrote, instead of a store: what no build takes goes.",
 )
+@click.option("--measure", is_flag=True, help="With --database: measure again; what is slower than the default goes.")
 @click.option("--yes", is_flag=True, help="Drop them; without it, only say what would go.")
 @store_option("path")
 @json_option
 def prune(
-    path: Path | None, keep: int, days: float, database: Path | None, yes: bool, as_json: bool, **wanted: Any
+    path: Path | None,
+    keep: int,
+    days: float,
+    database: Path | None,
+    measure: bool,
+    yes: bool,
+    as_json: bool,
+    **wanted: Any,
 ) -> None:
     """Drop records that no build will use, now or later.
 
@@ -425,8 +427,10 @@ def prune(
     if database is not None:
         if path is not None or any(wanted.values()):
             raise click.UsageError("--database prunes all of a file: expected neither --records nor layers beside it")
-        _prune_database(database, yes, as_json)
+        _say_pruned(database, *prune_database(database, measure, yes), as_json)
         return
+    if measure:
+        raise click.UsageError("--measure needs --database FILE")
     which = Wanted.of(**wanted)
     with RecordStore(path) if yes else _open(path) as store:
         counts, dropped = Counter[str](), list[str]()
@@ -437,23 +441,6 @@ def prune(
         removed = store.remove(dropped, compact=True) if yes and dropped else 0
         total = len(store)
     _say_pruned(store.path, counts, total, removed if yes else None, as_json)
-
-
-def _prune_database(path: Path, yes: bool, as_json: bool) -> None:
-    """Drop the records of a file that no build takes any more, and say so in the file beside it."""
-    from ..records import shipped
-    from ..records.pruning import outdated
-
-    origin = shipped.Origin.read(path.with_suffix(".json"))
-    found = [record for records in shipped.records_of(path, origin.records).values() for record in records]
-    reasons = [outdated(record) for record in found]
-    kept = [record for record, reason in zip(found, reasons, strict=True) if not reason]
-    if yes and not kept:
-        raise RecordError(f"{path}: expected a record that can still answer, found none: remove both files")
-    if yes:
-        shipped.write(path, kept, origin.of_some(kept))
-    removed = len(found) - len(kept) if yes else None
-    _say_pruned(path, Counter(filter(None, reasons)), len(kept) if yes else len(found), removed, as_json)
 
 
 def _say_pruned(path: Path, counts: Counter[str], total: int, removed: int | None, as_json: bool) -> None:
