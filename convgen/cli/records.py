@@ -37,6 +37,7 @@ from .common import (
     threads_option,
     tidy,
 )
+from .databases import measured_again, prune_database
 
 if TYPE_CHECKING:
     from ..records.answer import Answer
@@ -376,17 +377,10 @@ def check(path: Path | None, measure: int | None, seed: int, as_json: bool, **wa
 
 def _measured(which: Wanted, answers: Sequence[Answer], count: int, seed: int) -> list[Checked]:
     from ..hardware.target import resolve
-    from ..tuning.recheck import check_records
 
     best = [answer.record for answer in answers if answer.record]
     sample = random.Random(seed).sample(best, min(count, len(best)))
-    results = []
-    for result in check_records(sample, resolve(which.target or "cpu")):
-        ratio, record = result.ratio_default, result.record
-        text = f"{ratio[0]:.3f}× the default ({ratio[1]:.3f}–{ratio[2]:.3f})" if ratio else result.error
-        note(f"{record.id[:12]}  {result.outcome}  {text}  {record.spec}, {record.threads} threads")
-        results.append(result)
-    return results
+    return measured_again(sample, resolve(which.target or "cpu"))
 
 
 @records.command(short_help="Drop records that can no longer answer.")
@@ -399,10 +393,26 @@ def _measured(which: Wanted, answers: Sequence[Answer], count: int, seed: int) -
     show_default=True,
     help="Age in days at which records of other versions go.",
 )
+@click.option(
+    "--database",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Prune FILE, which `export --note` wrote, instead of a store: what no build takes goes.",
+)
+@click.option("--measure", is_flag=True, help="With --database: measure again; what is slower than the default goes.")
 @click.option("--yes", is_flag=True, help="Drop them; without it, only say what would go.")
 @store_option("path")
 @json_option
-def prune(path: Path | None, keep: int, days: float, yes: bool, as_json: bool, **wanted: Any) -> None:
+def prune(
+    path: Path | None,
+    keep: int,
+    days: float,
+    database: Path | None,
+    measure: bool,
+    yes: bool,
+    as_json: bool,
+    **wanted: Any,
+) -> None:
     """Drop records that no build will use, now or later.
 
     A record goes if its schedule has another version now; if it is of another version of convgen, TVM or LLVM
@@ -414,6 +424,13 @@ def prune(path: Path | None, keep: int, days: float, yes: bool, as_json: bool, *
     from ..records.record import now
     from ..records.store import RecordStore
 
+    if database is not None:
+        if path is not None or any(wanted.values()):
+            raise click.UsageError("--database prunes all of a file: expected neither --records nor layers beside it")
+        _say_pruned(database, *prune_database(database, measure, yes), as_json)
+        return
+    if measure:
+        raise click.UsageError("--measure needs --database FILE")
     which = Wanted.of(**wanted)
     with RecordStore(path) if yes else _open(path) as store:
         counts, dropped = Counter[str](), list[str]()
@@ -423,13 +440,19 @@ def prune(path: Path | None, keep: int, days: float, yes: bool, as_json: bool, *
                 dropped += [record.id for record in found]
         removed = store.remove(dropped, compact=True) if yes and dropped else 0
         total = len(store)
+    _say_pruned(store.path, counts, total, removed if yes else None, as_json)
+
+
+def _say_pruned(path: Path, counts: Counter[str], total: int, removed: int | None, as_json: bool) -> None:
+    """Say what went, or would go where nothing was ``removed``, for which reasons; ``total`` records are there now."""
     if not as_json:
         for reason, count in sorted(counts.items()):
             note(f"{count} {reason}")
-    left = total if yes else total - len(dropped)
-    verb = "dropped" if yes else "to drop (--yes does it)"
-    document = {"file": str(store.path), "reasons": dict(sorted(counts.items())), "removed": removed, "records": total}
-    _say(document, f"{removed if yes else len(dropped)} {verb}, {left} stay in {tidy(store.path)}", as_json)
+    would = counts.total()
+    said = f"{would} to drop (--yes does it), {total - would}" if removed is None else f"{removed} dropped, {total}"
+    reasons = dict(sorted(counts.items()))
+    document = {"file": str(path), "reasons": reasons, "removed": removed or 0, "records": total}
+    _say(document, f"{said} stay in {tidy(path)}", as_json)
 
 
 @records.command()

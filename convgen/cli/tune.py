@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import click
 
 from ..errors import UnsupportedError
 from ..formats.entries import AccuracyRule, SpecEntry
+from ..measure.standalone.words import printable
 from ..report.words import picks_text, plural
 from .common import (
     FAILED,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from ..records.opening import Records
     from ..tuning.job import Job
     from ..tuning.job_run import JobRun, Layer
+    from ..tuning.networks import NetworkTimes
 
 
 def _check_targets(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
@@ -241,6 +243,7 @@ def _result(layer: Layer) -> dict[str, Any]:
         "onnxruntime_seconds": said.get("onnxruntime_seconds"),
         "ratio_default": said.get("ratio_default"),
         "ratio_onnxruntime": said.get("ratio_onnxruntime"),
+        "network": said.get("network"),
         "best": layer.best.to_dict() if layer.best else None,
     }
     if layer.state == "failed":
@@ -262,6 +265,7 @@ def _document(run: JobRun, results: list[dict[str, Any]]) -> dict[str, Any]:
         "spent_seconds": run.spent,
         "spent_trials": run.trials,
         "skipped": list(run.job.skipped),
+        "networks": [asdict(times) for times in run.networks],
         "layers": results,
     }
 
@@ -276,6 +280,10 @@ def _print_results(run: JobRun, as_json: bool, interrupted: bool, busy: float | 
         say(summary(run.layers))
     elif reached and not failed:
         say(line(run.layers[0]))
+    if not as_json:
+        for times in run.networks:
+            say(network_line(times))
+        _note_compared_alone(run.layers)
     note_busy([busy])
     if interrupted:
         where = f"kept in {tidy(run.store.path)}" if run.store is not None else "not kept, without a record store"
@@ -321,6 +329,30 @@ def _print_status(job: Job, records: Records, as_json: bool) -> int:
     budget = f" of {clock(job.seconds)}" if job.seconds is not None else ""
     note(f"job {job.id}: {trials} in {clock(run.spent)}{budget}, {remaining(run)}")
     return 0
+
+
+def network_line(times: NetworkTimes) -> str:
+    """What a model's layers take one after another."""
+    who = f"{printable(times.model)}, {times.target} {times.threads}T"
+    if times.seconds is None or times.default_seconds is None or times.ratio_default is None:
+        return f"{who}: not timed: {times.reason}"
+    gain, low, high = times.ratio_default
+    layers = f"{plural(times.layers, 'convolution')} one after another"
+    said = f"{who}: {layers} take {duration(times.seconds)}, {duration(times.default_seconds)} with the defaults"
+    kept = f"tuned kernels are kept for {plural(times.won, 'layer')}"
+    if times.lost:
+        kept += f"; those of {times.lost} more won alone and do not pay here"
+    if times.reason:
+        kept += f" ({times.reason})"
+    return f"{said} ({gain:.3f}×, {low:.3f}–{high:.3f}); {kept}"
+
+
+def _note_compared_alone(layers: list[Layer]) -> None:
+    """Say of how many layers the winner was not judged in a network."""
+    alone = sum(layer.is_compared_alone for layer in layers)
+    if alone:
+        what = "a tuned kernel that was" if alone == 1 else "tuned kernels that were"
+        note(f"convgen: {plural(alone, 'layer')} with {what} compared alone, with cold weights, not in a network")
 
 
 def _cells(layer: Layer) -> list[str]:

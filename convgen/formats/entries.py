@@ -56,12 +56,17 @@ class AccuracyRule:
 
 
 def with_accuracy(models: Sequence[Sequence[SpecEntry]], rules: Sequence[AccuracyRule]) -> list[list[SpecEntry]]:
-    """The models' layers with the accuracy that the last rule about each says. A layer that occurs under several names
-    is split where rules part them; occurrences without a name go with the first.
+    """The models' layers with the accuracy that the last rule about each says, identical ones merged. A layer that
+    occurs under several names is split where rules part them; occurrences without a name go with the first.
 
     Raises:
         SpecError: a rule matches no layer, or names one of integers.
     """
+    return [merge(entries) for entries in apart_with_accuracy(models, rules)]
+
+
+def apart_with_accuracy(models: Sequence[Sequence[SpecEntry]], rules: Sequence[AccuracyRule]) -> list[list[SpecEntry]]:
+    """As :func:`with_accuracy`, but in the given order and nothing merged: an entry for each name of a layer."""
     matched: set[AccuracyRule] = set()
 
     def chosen(spec: ConvSpec, name: str) -> ConvSpec:
@@ -78,7 +83,7 @@ def with_accuracy(models: Sequence[Sequence[SpecEntry]], rules: Sequence[Accurac
             unnamed = entry.count - len(entry.names[1:])
             parts.append(SpecEntry(chosen(entry.spec, "".join(entry.names[:1])), unnamed, entry.names[:1]))
             parts += [SpecEntry(chosen(entry.spec, name), 1, (name,)) for name in entry.names[1:]]
-        changed.append(merge(parts))
+        changed.append(parts)
     for rule in rules if any(models) else ():  # where nothing could be read, that is said
         if rule not in matched:
             where = "a layer of floats" if rule.pattern is None else f"a layer with a name like {rule.pattern!r}"

@@ -19,14 +19,18 @@ import numpy.typing as npt
 from ..check.data import Arrays, float_data
 from ..errors import MeasureError, SpecError, UnsupportedError
 from ..formats.entries import SpecEntry
+from ..hardware.machine import pinned
 from ..kernel.library import Library, aligned
 from ..problem.dtypes import BYTES, narrow, numpy_dtype, widen
 from ..problem.spec import ConvSpec
-from .standalone.timing import DUEL_SECONDS, repeats, sample
+from .standalone.timing import DUEL_SECONDS, preemptions, repeats, sample
+from .trial import load_artifact
 
 #: Standard deviation of a bias: with weights that keep the scale, outputs neither vanish (subnormal numbers take
 #: processors a hundred times longer) nor grow, however long the chain.
 BIAS_SCALE = 0.5
+#: Rounds of a comparison of chains that are too few to tell anything.
+FEW = 5
 
 
 class Chain:
@@ -93,20 +97,18 @@ class Chain:
         """What the last layer has written."""
         return self._output
 
-    def instance_seconds(self, rounds: int = 7) -> list[float]:
-        """Seconds of each instance within the chain: medians over ``rounds`` runs of all.
+    def timed(self) -> list[float]:
+        """Run all of them once; seconds of each instance, the clock read between two layers."""
+        clock, seconds = time.perf_counter, []
+        for call in self.calls:
+            start = clock()
+            call()
+            seconds.append(clock() - start)
+        return seconds
 
-        The clock is read between two layers, which is why this is for diagnosis, and what the chain takes is timed
-        around all of it.
-        """
-        clock = time.perf_counter
-        samples: list[list[float]] = [[] for _ in self.calls]
-        for _ in range(rounds):
-            for call, taken in zip(self.calls, samples, strict=True):
-                start = clock()
-                call()
-                taken.append(clock() - start)
-        return [statistics.median(taken) for taken in samples]
+    def instance_seconds(self, rounds: int = 7) -> list[float]:
+        """Seconds of each instance within the chain: medians over ``rounds`` runs of all."""
+        return [statistics.median(taken) for taken in zip(*(self.timed() for _ in range(rounds)), strict=True)]
 
     def warm_seconds(self, samples: int = 5) -> dict[ConvSpec, float]:
         """Seconds of each spec where its first instance alone is repeated, its weights in the caches."""
@@ -164,3 +166,50 @@ def _parameters(spec: ConvSpec, seed: int) -> Arrays:
         name: narrow(np.float32(scales[name]) * rng.standard_normal(shapes[name], np.float32), spec.dtype)
         for name in spec.parameters
     }
+
+
+# ---- in a worker ------------------------------------------------------------------------------
+
+
+def run_chains(
+    order: Sequence[str], choices: Sequence[Mapping[str, str]], threads: int, rounds: int, limit: float
+) -> list[list[list[float]]]:
+    """Time a network with several choices of kernels, taken in turn on CPUs of their own: of each choice, round by
+    round, the seconds of each instance.
+
+    A round in which another program got one of the CPUs is taken again, at most ``rounds`` times in all.
+
+    Args:
+        order: the instances' descriptors as they run.
+        choices: each layer's library (see :mod:`convgen.measure.trial`), by its descriptor.
+        limit: seconds that the rounds may take: of a slow network there are fewer.
+
+    Raises:
+        MeasureError: there is no time for a few rounds.
+    """
+    layers = [SpecEntry(ConvSpec.parse(text)) for text in order]
+    with pinned(threads):
+        chains = [
+            Chain(layers, {ConvSpec.parse(text): load_artifact(path, threads)[0] for text, path in choice.items()})
+            for choice in choices
+        ]
+        start = time.perf_counter()
+        for chain in chains:
+            chain()
+        once = time.perf_counter() - start
+        rounds = min(rounds, int(limit / once))
+        if rounds < FEW:
+            raise MeasureError(f"chain: expected {FEW} rounds within {limit:.0f} s, found one to take {once:.1f} s")
+        samples: list[list[list[float]]] = [[] for _ in chains]
+        again = min(rounds, int(limit / once) - rounds)
+        while len(samples[0]) < rounds:
+            # Back and forth: nobody always follows the same neighbour.
+            turns = list(enumerate(chains))[:: 1 if len(samples[0]) % 2 == 0 else -1]
+            before = preemptions()
+            taken = {number: chain.timed() for number, chain in turns}
+            if preemptions() != before and again:
+                again -= 1
+                continue
+            for number, seconds in taken.items():
+                samples[number].append(seconds)
+    return samples

@@ -16,7 +16,7 @@ import math
 import shutil
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,12 +25,16 @@ from typing import Any
 from ..errors import FolderError, MeasureError
 from ..folders import TemporaryFolder
 from ..interrupts import Interrupts, interrupts_held
+from ..problem.spec import ConvSpec
 from ..processes import JobError, MemoryLimitError, Worker
 from ..records.outcome import INTERRUPTED, OUTCOME_KEY, Result
+from .chain import run_chains
 from .compare import run_comparison
-from .trial import CandidateModule, Expected, build_artifact, run_artifact, run_duel
+from .trial import CandidateModule, Expected, build_artifact, memory_limit, run_artifact, run_duel
 
 Samples = list[list[float]]
+#: Of each choice of a network's kernels, round by round, the seconds of each instance.
+ChainSamples = list[list[list[float]]]
 #: Those of libraries, and of ONNX Runtime where it took part.
 Compared = tuple[Samples, list[float] | None]
 
@@ -104,6 +108,14 @@ class Runner(ABC):
             return samples if isinstance(samples, Result) else (samples, None)
 
         return then(self.duel(paths, expected, threads, rounds), without_peer)
+
+    def chains(
+        self, order: Sequence[ConvSpec], choices: Sequence[Mapping[ConvSpec, str]], threads: int, rounds: int
+    ) -> Future[ChainSamples | Result]:
+        """Time a network's layers one after another with several choices of libraries, in turn; here nothing does."""
+        answer: Future[ChainSamples | Result] = Future()
+        answer.set_result(Result("run_error", error="these devices run single layers"))
+        return answer
 
     @abstractmethod
     def close(self) -> None:
@@ -262,6 +274,15 @@ class LocalRunner(Runner):
         arguments = (list(paths), str(expected.directory), threads, rounds, COMPARE_SHARE * self.pool.timeout)
         return self.pool.submit(run_comparison, *arguments, memory=(len(paths) + 2) * expected.memory)
 
+    def chains(
+        self, order: Sequence[ConvSpec], choices: Sequence[Mapping[ConvSpec, str]], threads: int, rounds: int
+    ) -> Future[ChainSamples | Result]:
+        paths = [{spec.descriptor: path for spec, path in choice.items()} for choice in choices]
+        arguments = ([spec.descriptor for spec in order], paths, threads, rounds, COMPARE_SHARE * self.pool.timeout)
+        sizes = sum(math.prod(spec.shapes[name]) for spec in order for name in spec.parameters)
+        largest = max(math.prod(shape) for spec in order for shape in (spec.src_shape, spec.dst_shape))
+        return self.pool.submit(run_chains, *arguments, memory=memory_limit(len(choices) * 4 * (sizes + 3 * largest)))
+
     def close(self) -> None:
         self.pool.close()
 
@@ -318,6 +339,17 @@ class Pools:
         """
         compared: Compared = self._times(self.runner.compare(paths, expected, threads, rounds))
         return compared
+
+    def chains(
+        self, order: Sequence[ConvSpec], choices: Sequence[Mapping[ConvSpec, str]], threads: int, rounds: int
+    ) -> ChainSamples:
+        """Time a network's layers one after another with several choices of libraries, in turn.
+
+        Raises:
+            MeasureError: the worker failed, or nothing here can.
+        """
+        samples: ChainSamples = self._times(self.runner.chains(order, choices, threads, rounds))
+        return samples
 
     def _times(self, future: Future[Any]) -> Any:
         answer = self._wait(future)

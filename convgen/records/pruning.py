@@ -6,8 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 
+from ..errors import SpecError, UnsupportedError
+from ..hardware.target import resolve
 from ..lowering.versions import versions
-from .answer import has_schedule, is_final, preferred
+from ..problem.spec import ConvSpec
+from .answer import has_schedule, is_final, preferred, record_candidate
 from .record import TuningRecord
 
 #: Days after which records of other versions are not worth their space.
@@ -52,3 +55,16 @@ def prunable(
             which = "" if is_current else ", of other versions"
             reasons[f"slower than the {keep} fastest of its problem{which}"] += dropped
     return dict(reasons)
+
+
+def outdated(record: TuningRecord) -> str:
+    """Why no build takes a record any more, on whatever machine; empty where one may."""
+    if record.outcome != "ok":
+        return "failed"
+    if not has_schedule(record):
+        return "of another version of its schedule"
+    try:
+        candidate = record_candidate(record, ConvSpec.parse(record.spec), resolve(record.target))
+    except (SpecError, UnsupportedError):
+        return "of a layer or target that this version does not know"
+    return "" if candidate else "of picks that its schedule no longer admits"

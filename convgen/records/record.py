@@ -112,7 +112,11 @@ class TuningRecord:
         error: the text of a failure.
         versions: the versions of convgen, TVM, LLVM … that made the kernel.
         when: ISO 8601 UTC, :func:`now` unless given.
-        note: any JSON object: the default's time, a peer's time …
+        note: any JSON object. ``cost``: seconds that the trial took; ``job``: whose it is. Of a final comparison:
+            ``final``; ``winner``: whether it answers; ``default_seconds``, ``onnxruntime_seconds`` and the ratios of
+            these times to its own, ``ratio_default`` and ``ratio_onnxruntime`` [median, low, high]. ``network``, where
+            the layer was then judged in the ``models`` that it is of, among all their layers one after another:
+            ``default_seconds`` of all its instances together, and their ``ratio_default``.
 
     Attributes:
         trial_key: SHA-256 of everything except the measurement; see :func:`trial_key`.

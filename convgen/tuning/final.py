@@ -42,17 +42,14 @@ def final_comparison(search: Search) -> TuningRecord | None:
     search.report(search.state)
     _try_default(search)
     interrupts = search.context.pools.interrupts
-    built = _built(search)
-    if not built or interrupts.came:
+    libraries = built(search, search.leaders())
+    if not libraries or interrupts.came:
         return None
-    results, peer = _compare(search, built)
+    results, peer = _compare(search, libraries)
     if interrupts.came:
         return None
     records = _records(search, results, peer)
-    search.keep(*records)
-    search.compared.update(candidate for candidate, _ in results)
-    if records and (records[-1].note or {}).get("winner"):
-        search.win(records[-1])
+    search.conclude(records)
     search.state.phase = "done"
     search.report(search.state)
     return search.winner
@@ -69,39 +66,45 @@ def _try_default(search: Search) -> None:
             time.sleep(LOOK_SECONDS)
 
 
-def _built(search: Search) -> list[tuple[Candidate, str]]:
-    """The leaders and their libraries: those that were kept, or built again."""
-    leaders, libraries = search.leaders(), search.libraries
-    missing = [candidate for candidate in leaders if candidate not in libraries]
+def built(search: Search, candidates: Sequence[Candidate]) -> list[tuple[Candidate, str]]:
+    """Candidates and their libraries, those that were kept or built again; without those that cannot be built.
+
+    Raises:
+        BuildError, Inapplicable: one cannot be lowered any more.
+    """
+    libraries = search.libraries
+    missing = [candidate for candidate in candidates if candidate not in libraries]
     if missing:
         modules = [candidate_module(search.spec, search.context.target, candidate) for candidate in missing]
         for candidate, path in zip(missing, search.context.pools.build(modules), strict=True):
             if isinstance(path, str):
                 libraries[candidate] = path
-    return [(candidate, libraries[candidate]) for candidate in leaders if candidate in libraries]
+    return [(candidate, libraries[candidate]) for candidate in candidates if candidate in libraries]
 
 
 def _compare(
-    search: Search, built: list[tuple[Candidate, str]]
+    search: Search, leaders: list[tuple[Candidate, str]]
 ) -> tuple[list[tuple[Candidate, Result]], list[float] | None]:
     """Time libraries in turn; ONNX Runtime's samples as well where it can take part."""
     context = search.context
     pools, threads, expected = context.pools, context.threads, context.expected(search.spec)
     try:
-        samples, peer = pools.compare([path for _, path in built], expected, threads, ROUNDS)
+        samples, peer = pools.compare([path for _, path in leaders], expected, threads, ROUNDS)
     except MeasureError:  # one of them fails now and then: it shows when each runs by itself
-        return [(c, pools.run(path, expected, threads, seconds=TRIAL_SECONDS)) for c, path in built], None
-    return [(c, Result("ok", tuple(taken))) for (c, _), taken in zip(built, samples, strict=True)], peer
+        return [(c, pools.run(path, expected, threads, seconds=TRIAL_SECONDS)) for c, path in leaders], None
+    return [(c, Result("ok", tuple(taken))) for (c, _), taken in zip(leaders, samples, strict=True)], peer
 
 
-def _records(search: Search, results: list[tuple[Candidate, Result]], peer: list[float] | None) -> list[TuningRecord]:
+def _records(
+    search: Search, results: list[tuple[Candidate, Result]], peer: list[float] | None
+) -> dict[Candidate, TuningRecord]:
     """The records of a comparison, the winner's last."""
     times = [result.samples if result.outcome == "ok" else None for _, result in results]
     default = next((i for i, (c, _) in enumerate(results) if c == search.race.default and times[i]), None)
     winner, notes = judge(times, default, peer)
     cost = search.charge() / max(len(results), 1)
     order = sorted(range(len(results)), key=lambda i: i == winner)
-    return [search.record(*results[i], {**notes[i], "cost": cost}) for i in order]
+    return {results[i][0]: search.record(*results[i], {**notes[i], "cost": cost}) for i in order}
 
 
 def judge(

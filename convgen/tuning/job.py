@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SpecError
-from ..formats.entries import AccuracyRule, SpecEntry, with_accuracy
+from ..formats.entries import AccuracyRule, SpecEntry, apart_with_accuracy, merge
+from ..formats.onnx.reader import instances_from_onnx
 from ..formats.sources import LINES, SUFFIXES, read_bytes, read_specs
 from ..hardware.discover import target_families
 from ..hardware.target import Target
@@ -133,27 +134,38 @@ class Job:
 
     @cached_property
     def _read(self) -> tuple[tuple[tuple[str, tuple[SpecEntry, ...]], ...], tuple[str, ...]]:
+        """Each model's layers, in the order in which they run where it has one; and why some are left out."""
         layers: list[list[SpecEntry]] = []
         skipped: list[str] = []
         for model in self.models:
             path = self.folder / model
-            dims = self.dims if path.suffix.lower() == ".onnx" else None
-            if _is_file(model, self.folder):
-                entries = read_specs(str(path), dims or None, skipped)
+            if not _is_file(model, self.folder):
+                layers.append(read_specs(model))
+            elif _is_network(model):
+                layers.append(instances_from_onnx(path, self.dims or None, skipped))
             else:
-                entries = read_specs(model)
-            layers.append(entries)
-        chosen = with_accuracy(layers, self.accuracy)
+                layers.append(read_specs(path, skipped=skipped))
+        chosen = apart_with_accuracy(layers, self.accuracy)
         return tuple(zip(self.models, map(tuple, chosen), strict=True)), tuple(skipped)
 
     @property
     def layers(self) -> tuple[tuple[str, tuple[SpecEntry, ...]], ...]:
-        """Each model and its layers.
+        """Each model and its layers, identical ones merged.
 
         Raises:
             SpecError, UnsupportedError: a model cannot be read.
         """
-        return self._read[0]
+        return tuple((model, tuple(merge(entries))) for model, entries in self._read[0])
+
+    @property
+    def networks(self) -> dict[str, tuple[ConvSpec, ...]]:
+        """The models of which it is known in what order their layers run: their instances in that order.
+
+        Raises:
+            SpecError, UnsupportedError: a model cannot be read.
+        """
+        ordered = [(model, entries) for model, entries in self._read[0] if _is_network(model)]
+        return {model: tuple(entry.spec for entry in entries) for model, entries in ordered}
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -198,6 +210,11 @@ class Job:
             sizes = ", ".join(f"{json.dumps(name)} = {size}" for name, size in self.dims.items())
             lines.append(f"dims = {{ {sizes} }}")
         return "\n".join(lines) + "\n"
+
+
+def _is_network(model: str) -> bool:
+    """Whether a source says in what order its layers run: others are lists of layers."""
+    return Path(model).suffix.lower() == ".onnx"
 
 
 def _is_file(model: str, folder: Path) -> bool:

@@ -23,11 +23,16 @@ from .context import SearchContext
 from .final import final_comparison
 from .job import Job, Problem
 from .journal import Journal
+from .networks import ROUNDS as CHAIN_ROUNDS
+from .networks import NetworkTimes, contenders, judge_networks
 from .rounds import round_size, take_rounds
 from .search import Progress, Search
 
 #: Seconds that a final comparison takes, before one was made: on one thread, and on several.
 FINAL_GUESS = (2.5, 5.0)
+#: Seconds that judging a network takes beside the rounds of its chains, of which there are so many at most: with the
+#: defaults, with what won, with what came next, and with what is kept beside the defaults.
+NETWORK_GUESS, CHAINS = 2.0, 5
 #: Share of the budget that is kept for final comparisons at most, and that first trials take at most.
 RESERVE, FIRST = 1 / 3, 1 / 2
 #: Trials that the job's mean cost of one counts as, when a layer's own is estimated.
@@ -71,6 +76,11 @@ class Layer:
         return self.search is not None and self.state in ("waiting", "searching") and not self.search.over
 
     @property
+    def is_compared_alone(self) -> bool:
+        """Whether a tuned candidate has won that was not judged in a network."""
+        return self.search is not None and bool(contenders(self.search))
+
+    @property
     def is_improved(self) -> bool:
         """Whether a tuned candidate seems to beat the default."""
         state = self.progress
@@ -90,6 +100,7 @@ class JobRun:
 
     Attributes:
         layers: every problem of the job.
+        networks: what the models' layers take one after another, where that was timed in this run.
 
     Raises:
         SpecError, UnsupportedError: a model cannot be read, or a target is unknown or does not run here.
@@ -110,6 +121,8 @@ class JobRun:
         self.journal = Journal(store, job.id, now=now)
         self._report, self._now = report or (lambda run, layer: None), now
         self.layers = [Layer(problem) for problem in job.problems(resolve)]
+        self.networks: list[NetworkTimes] = []
+        self._in_networks = {spec for order in job.networks.values() for spec in order}
         self._contexts: dict[tuple[str, int], SearchContext] = {}
         self._finals: list[float] = []  # what final comparisons took
         self._running = False
@@ -161,7 +174,7 @@ class JobRun:
         if "recheck" in note:  # it beat the default, and nothing else was tried
             return False
         by = note.get("job")
-        return by != self.journal.job if by else search.state.done <= len(search.compared)
+        return by != self.journal.job if by else search.state.done <= len(search.finals)
 
     # ---- where it stands ----------------------------------------------------------------------
 
@@ -222,6 +235,8 @@ class JobRun:
                 if not finished:  # the time is over, or nothing is left to try
                     break
             self._last_comparisons(lambda: interrupts.came)
+            if not interrupts.came:
+                self._judge_networks()
             self._running = False
 
     def close(self) -> None:
@@ -241,7 +256,11 @@ class JobRun:
 
     def _reserve(self) -> float:
         """Seconds to keep for the final comparisons."""
-        reserve = sum(self._final_seconds(layer) for layer in self.layers if self._awaits_comparison(layer))
+        waiting = [layer for layer in self.layers if self._awaits_comparison(layer)]
+        reserve = sum(map(self._final_seconds, waiting))
+        in_networks = [layer for layer in waiting if layer.problem.spec in self._in_networks]
+        if in_networks:
+            reserve += NETWORK_GUESS + CHAINS * CHAIN_ROUNDS * sum(layer.share for layer in in_networks)
         return min(reserve, RESERVE * (self.job.seconds or 0.0))
 
     def _final_seconds(self, layer: Layer) -> float:
@@ -312,8 +331,19 @@ class JobRun:
         layer.state = "done" if winner else "failed"
         if winner is None:
             layer.reason = layer.reason or "no candidate finished within the budget with the right result"
-        search.close()
+        if layer.problem.spec not in self._in_networks:
+            search.close()
         self._report(self, layer)
+
+    def _judge_networks(self) -> None:
+        """Keep of what won only what pays in the models as well, where the order of their layers is known."""
+        for key, context in self._contexts.items():
+            layers = [layer for layer in self.layers if (layer.problem.target.spelling, layer.problem.threads) == key]
+            searches = {layer.problem.spec: _search(layer) for layer in layers if layer.search and layer.search.winner}
+            judging = [layer for layer in layers if layer.is_compared_alone and layer.problem.spec in self._in_networks]
+            self.networks += judge_networks(context, self.job.networks, searches)
+            for layer in judging:
+                self._report(self, layer)
 
 
 def _value(layer: Layer, mean: float) -> float:

@@ -31,8 +31,6 @@ ROUND = 4
 BEHIND, TRIES = 1.3, 8
 #: How many candidates are drawn for the ranker to choose from.
 POOL = 256
-#: Another schedule's default is tried at the start where it is not predicted to be this many times slower.
-REACH = 1.6
 #: Standard deviations by which a candidate may be better than expected, in turn: what is likely the fastest, and
 #: what may well be; and the share of trials drawn by chance, where the model may be led astray.
 HOPES, CHANCE = (0.0, 1.0), 0.25
@@ -41,10 +39,10 @@ HOPES, CHANCE = (0.0, 1.0), 0.25
 class Race:
     """What to try next: the schedules' candidates, those that lead tried more.
 
-    First comes the zero-trial answer, which tuning must not lose to, then what won on similar layers and the
-    defaults of the schedules within reach of the best, then what the ranker chooses among uniform draws and
-    neighbours of the leaders. Schedules that stay behind drop out. The reference takes part only where it is
-    the ``default``.
+    First comes the zero-trial answer, which tuning must not lose to, then what won on similar layers and the default
+    of every other schedule, however slow it is said to be: where the answer is bad, that is usually what is wrong.
+    Then comes what the ranker chooses among uniform draws and neighbours of the leaders. Schedules that stay behind
+    drop out. The reference takes part only where it is the ``default``.
 
     Args:
         threads: what the ranker predicts for, where none is given.
@@ -127,9 +125,8 @@ class Race:
         yield from self._winners
         defaults = self.defaults()
         log_seconds = self.ranker.predict(self.spec, defaults)
-        limit = min(log_seconds) + math.log(REACH)
         ranked = sorted(zip(log_seconds, range(len(defaults)), defaults, strict=True), key=lambda entry: entry[:2])
-        yield from (candidate for seconds, _, candidate in ranked if seconds <= limit)
+        yield from (candidate for _, _, candidate in ranked)
 
     def _choose(self, pool: list[Candidate], count: int) -> list[Candidate]:
         """Those of a pool that may well be the fastest."""

@@ -8,7 +8,7 @@ rounds (:mod:`convgen.tuning.rounds`); at the end the best are compared (:mod:`c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +71,7 @@ class Search:
             other processes as well.
         gain: fraction of the best time that a trial is expected to save.
         best: the fastest trial's record; ``winner`` that of the last final comparison.
-        compared: candidates that had a final comparison.
+        finals: each candidate's last record of a final comparison.
         libraries: those of the leaders, kept for the final comparison.
     """
 
@@ -103,7 +103,7 @@ class Search:
         self.made, self.job_trials, self.job_cost = 0, 0, 0.0
         self.since_gain, self._gained = 0, float("inf")
         self.exhausted = False
-        self.compared: set[Candidate] = set()
+        self.finals: dict[Candidate, TuningRecord] = {}
         self.tried: dict[Candidate, float | None] = {}
         self.libraries: dict[Candidate, str] = {}
         self._elsewhere: list[Candidate] = []  # drawn, but being measured by another job
@@ -149,7 +149,7 @@ class Search:
     @property
     def answered(self) -> bool:
         """Whether a final comparison has had all that would be compared now."""
-        return self.winner is not None and self.compared.issuperset(self.leaders())
+        return self.winner is not None and self.finals.keys() >= set(self.leaders())
 
     # ---- what records say ---------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ class Search:
                 self._learn(candidate, record)
         for candidate, record in finals:
             self._learn(candidate, record)  # one that travelled without its trial
-            self.compared.add(candidate)
+            self.finals[candidate] = record
             if not (record.note or {}).get("winner"):
                 continue
             if doubt(record, store, self.spec, target):
@@ -305,6 +305,14 @@ class Search:
         for record in records:
             self._ids.add(record.id[:16])
             self._tally(record)
+
+    def conclude(self, records: Mapping[Candidate, TuningRecord]) -> None:
+        """Keep the records of a final comparison; its winner's answers."""
+        self.keep(*records.values())
+        self.finals |= records
+        for record in records.values():
+            if (record.note or {}).get("winner"):
+                self.win(record)
 
     def charge(self) -> float:
         """Seconds since the last trial ended, which are this layer's."""

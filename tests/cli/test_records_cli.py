@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
@@ -20,7 +21,7 @@ import convgen
 from convgen.cli import main
 from convgen.hardware.machine import machine
 from convgen.hardware.target import resolve
-from convgen.lowering.candidates import default_candidate
+from convgen.lowering.candidates import default_candidate, parse_candidate
 from convgen.lowering.versions import versions
 from convgen.records import shipped as tuned
 from convgen.records.answer import best_record
@@ -183,7 +184,7 @@ def test_two_stores_are_compared(tmp_path: Path, run: Run, run_json: Callable[..
 def test_a_sample_is_measured_again(
     tmp_path: Path, run: Run, run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    default = default_candidate(SPEC, resolve())
+    default = default_candidate(SPEC, resolve().on(2))
     store = ["--records", filled(tmp_path / "r.sqlite", final(another(), winner=True), *some(3))]
     assert run_json("check", *store)["rows"] == 4
     calls = pretend(monkeypatch, {another(): took(1e-3), default: took(2e-3)})
@@ -232,6 +233,55 @@ def test_what_can_go_is_told_and_then_goes(tmp_path: Path, run: Run, run_json: C
         assert store.check().ok
     assert run_json(*arguments, "--yes")["removed"] == 0
     assert run("prune", "--records", tmp_path / "none.sqlite")[0] == 3
+
+
+def test_what_no_build_takes_any_more_goes_from_a_database(
+    tmp_path: Path, run: Run, run_json: Callable[..., Any]
+) -> None:
+    stays = final(another(), winner=True, threads=1)
+    gone = "conv2d n1 ic3 oc17 i6x7 k3x3 s1x1 p1x1 an_operator_of_another_version"
+    goes = {
+        "of another version of its schedule": final(winner=True, schedule_version=1000),
+        "of picks that its schedule no longer admits": final(another(), winner=True, picks={"none": 1}),
+        "of a layer or target that this version does not know": final(winner=True, spec=gone),
+    }
+    path = tmp_path / "x.jsonl"
+    tuned.write(path, [stays, *goes.values()], tuned.Origin.of([stays, *goes.values()], ["net.json"], "a note"))
+    before = path.read_bytes()
+    told = run_json("prune", "--database", path)
+    assert (told["reasons"], told["removed"], told["records"]) == (dict.fromkeys(sorted(goes), 1), 0, 4)
+    assert "3 to drop (--yes does it), 1 stay" in run("prune", "--database", path)[1]
+    assert path.read_bytes() == before
+    done = run_json("prune", "--database", path, "--yes")
+    assert (done["removed"], done["records"]) == (3, 1)
+    ((origin, _),) = tuned.databases(tmp_path)
+    assert tuned.records_of(path, origin.records) == {TEXT: [stays]}
+    assert (origin.layers, origin.threads, origin.sources, origin.note) == (1, [1], ["net.json"], "a note")
+
+    assert run_json("prune", "--database", path, "--yes")["removed"] == 0
+    bad = [goes["of another version of its schedule"]]
+    tuned.write(path, bad, tuned.Origin.of(bad))
+    assert "expected a record that can still answer, found none" in run("prune", "--database", path, "--yes")[2]
+    for beside in ([OTHER_LAYER], ["--records", path]):
+        assert run("prune", "--database", path, *beside)[0] == 2
+
+
+def test_what_the_default_beats_by_now_goes_from_a_database(
+    tmp_path: Path, run: Run, run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, stays, goes = tmp_path / "x.jsonl", final(winner=True, threads=1), final(another(), winner=True, threads=1)
+    tuned.write(path, [stays, goes], tuned.Origin.of([stays, goes]))
+    target = resolve().on(1)
+    reference, default = parse_candidate(SPEC, target, "reference"), default_candidate(SPEC, target)
+    pretend(monkeypatch, {reference: took(1e-3), default: took(2e-3), another(): took(3e-3)})
+    assert run_json("prune", "--database", path, "--yes")["removed"] == 0
+    done = run_json("prune", "--database", path, "--measure", "--yes")
+    assert (done["reasons"], done["records"]) == ({"measured again: slower": 1}, 1)
+    assert run("prune", "--measure")[0] == 2
+    foreign = final(winner=True, hardware="another-machine-4")
+    origin = dataclasses.replace(tuned.Origin.of([stays]), hardware="another-machine-4")
+    tuned.write(path, [foreign], origin)
+    assert "hardware: expected a machine as this" in run("prune", "--database", path, "--measure")[2]
 
 
 # ---- travelling -------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,9 @@ class FakeRunner(Runner):
         self.trials: list[tuple[str, str, int]] = []
         self.duels: list[list[tuple[str, str, int]]] = []
         self.duel_speed = speed
+        #: Of an instance in a chain, and the chains that ran: of each choice what ran.
+        self.chain_speed = speed
+        self.chained: list[list[list[tuple[str, str, int]]]] = []
 
     @staticmethod
     def what(path: str) -> tuple[str, str, int]:
@@ -114,6 +117,13 @@ class FakeRunner(Runner):
         self.clock.now += self.seconds
         self.duels.append([self.what(path) for path in paths])
         return done([[float(self.duel_speed(*found))] * rounds for found in self.duels[-1]])
+
+    def chains(
+        self, order: Sequence[ConvSpec], choices: Sequence[Mapping[ConvSpec, str]], threads: int, rounds: int
+    ) -> Future[Any]:
+        self.clock.now += self.seconds
+        self.chained.append([[self.what(choice[spec]) for spec in order] for choice in choices])
+        return done([[[float(self.chain_speed(*what)) for what in run]] * rounds for run in self.chained[-1]])
 
     def close(self) -> None:
         pass

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,17 @@ class Origin:
             note=note,
         )
 
+    def of_some(self, records: Sequence[TuningRecord]) -> Origin:
+        """Of some of its records."""
+        return replace(
+            self,
+            since=min(record.when for record in records),
+            until=max(record.when for record in records),
+            threads=sorted({record.threads for record in records}),
+            layers=len({record.spec for record in records}),
+            records=len(records),
+        )
+
     @classmethod
     def read(cls, path: Path) -> Origin:
         """What the file says.
@@ -115,6 +126,8 @@ def write(path: Path, records: Sequence[TuningRecord], origin: Origin) -> None:
     """
     if path.suffix != ".jsonl":
         raise RecordError(f"{path}: expected a name that ends in .jsonl")
+    records_of.cache_clear()
+    _databases.cache_clear()
     write_lines(path, records)
     write_whole(path.with_suffix(".json"), [json.dumps(asdict(origin), indent=2, ensure_ascii=False) + "\n"])
 
