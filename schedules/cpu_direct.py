@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 
-from convgen.cpu.channels import ChannelsInLanes
+from convgen.cpu.channels import ChannelsInLanes, tiles_of
 from convgen.cpu.model import Stream, Work
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, CROWDED, Even, most_pixels, steps
 from convgen.cpu.walk import Geometry, geometry_of
@@ -36,7 +36,7 @@ BLOCKS, PARTS = (1, 2, 4, 7, 8, 14, 16, 28, 56, 112), (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 class CpuDirect(ChannelsInLanes):
-    id, version = "cpu_direct", 3
+    id, version = "cpu_direct", 4
     merged = ("cpu_channels_last", "cpu_gemm_channels", "cpu_im2col")
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
@@ -80,20 +80,13 @@ class CpuDirect(ChannelsInLanes):
 
     def work(self, spec: ConvSpec, target: Target, picks: Picks) -> list[Work]:
         lanes, g, found = target.lanes, geometry_of(spec), list[Work]()
-        full, rest = divmod(ceildiv(g.channels, lanes), picks.tile_oc // lanes)
-        lines = [(picks.tile_oh, g.y.pixels // picks.tile_oh), (g.y.pixels % picks.tile_oh, 1)]
-        for vectors, blocks in ((picks.tile_oc // lanes, full), (rest, 1)):
-            for height, rows in lines:
-                for width, tiles in Even(g.width, picks.tile_ow).sizes:
-                    times, pixels = g.z.pixels * spec.groups * blocks * rows * tiles, height * width
-                    if not (times and vectors and height and width):
-                        continue
-                    weights = 4 * g.products * vectors * lanes
-                    near = 4 * vectors * lanes if weights > target.l1 // 2 else 0
-                    slower = CROWDED if _crowds(g, target, pixels) else 1
-                    found.append(steps(times * g.products * slower, pixels, vectors, near=near, fetched=0.5))
-                    found.append(Work(times * g.loops, cycles=BEGIN_RUN))
-                    found.append(_finish(g, times, height, width, vectors, lanes))
+        for times, height, width, vectors in tiles_of(g, picks, lanes):
+            weights = 4 * g.products * vectors * lanes
+            near = 4 * vectors * lanes if weights > target.l1 // 2 else 0
+            slower = CROWDED if _crowds(g, target, height * width) else 1
+            found.append(steps(times * g.products * slower, height * width, vectors, near=near, fetched=0.5))
+            found.append(Work(times * g.loops, cycles=BEGIN_RUN))
+            found.append(_finish(g, times, height, width, vectors, lanes))
         return found
 
     def streams(self, spec: ConvSpec, target: Target, picks: Picks, share: float, tasks: float) -> list[Stream]:

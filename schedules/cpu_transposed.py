@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 
-from convgen.cpu.channels import ChannelsInLanes
+from convgen.cpu.channels import ChannelsInLanes, tiles_of
 from convgen.cpu.model import Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, FAR_ROW, Even, most_pixels, steps
 from convgen.cpu.walk import geometry_of
@@ -34,7 +34,7 @@ BLOCKS, PARTS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 class CpuTransposed(ChannelsInLanes):
-    id, version = "cpu_transposed", 4
+    id, version = "cpu_transposed", 5
     merged = ("cpu_transposed_pixel",)
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
@@ -75,26 +75,18 @@ class CpuTransposed(ChannelsInLanes):
 
     def work(self, spec: ConvSpec, target: Target, picks: Picks) -> list[Work]:
         g, lanes, core, found = geometry_of(spec, picks.merge), target.lanes, core_of(target), list[Work]()
-        channels = g.channels * (g.x.stride if g.merge else 1)
-        full, rest = divmod(ceildiv(channels, lanes), picks.tile_oc // lanes)
-        lines = ((picks.tile_oh, g.y.pixels // picks.tile_oh), (g.y.pixels % picks.tile_oh, 1))
         phases, along = g.z.stride * g.y.stride, 1 if g.merge else g.x.stride
-        for vectors, blocks in ((picks.tile_oc // lanes, full), (rest, 1)):
-            for height, rows in lines:
-                for width, tiles in Even(g.width, picks.tile_ow).sizes:
-                    times, pixels = g.z.pixels * spec.groups * blocks * rows * tiles, height * width
-                    if not (times and vectors and height):
-                        continue
-                    resident, passes = 4 * g.products * vectors * lanes, g.blockable(height, width)
-                    passes *= tiles if spec.rank > 1 else 1
-                    near = 4 * vectors * lanes if resident // phases > target.l1 // 2 and passes > 1 else 0
-                    if resident > target.l2 // 2:  # what is fetched ahead is gone when it is used
-                        near *= (core.l2 / core.memory + (passes - 1) * core.l2 / core.l3) / passes
-                    found.append(steps(times * g.products, pixels, vectors, near=near, fetched=0.5))
-                    found.append(Work(times * math.prod(g.runs) * (1 if g.apart else along), cycles=BEGIN_RUN))
-                    done = pixels * vectors
-                    loads = 0 if g.buffered else done * spec.residual
-                    found.append(Work(times * phases * along, loads=loads, stores=done, cycles=BEGIN_TILE))
+        for times, height, width, vectors in tiles_of(g, picks, lanes):
+            resident, passes = 4 * g.products * vectors * lanes, g.blockable(height, width)
+            passes *= Even(g.width, picks.tile_ow).count if spec.rank > 1 else 1
+            near = 4 * vectors * lanes if resident // phases > target.l1 // 2 and passes > 1 else 0
+            if resident > target.l2 // 2:  # what is fetched ahead is gone when it is used
+                near *= (core.l2 / core.memory + (passes - 1) * core.l2 / core.l3) / passes
+            found.append(steps(times * g.products, height * width, vectors, near=near, fetched=0.5))
+            found.append(Work(times * math.prod(g.runs) * (1 if g.apart else along), cycles=BEGIN_RUN))
+            stored = height * width * vectors
+            loads = 0 if g.buffered else stored * spec.residual
+            found.append(Work(times * phases * along, loads=loads, stores=stored, cycles=BEGIN_TILE))
         return found + _of_buffer(spec, picks, lanes)
 
     def streams(self, spec: ConvSpec, target: Target, picks: Picks, share: float, tasks: float) -> list[Stream]:

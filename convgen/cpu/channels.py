@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from tvm import te, tirx
 
@@ -19,9 +20,10 @@ from ..lowering.compute import Expr, Operands, ceildiv, copied, unflat
 from ..lowering.schedule import Picks, Program, Written, busiest, require
 from ..problem.spec import ConvSpec
 from .model import Counts, Stream, Work, core_of
-from .product import BEGIN_TASK, FAR_ROW, finishing, most_pixels
+from .product import BEGIN_TASK, FAR_ROW, Even, finishing, most_pixels
 from .vector import written
 from .walk import Geometry, Kernel, geometry_of
+from .window import heights
 
 
 class ChannelsInLanes(Written):
@@ -63,6 +65,25 @@ class ChannelsInLanes(Written):
         ops, g = Operands(spec), geometry_of(spec, picks.get("merge", False))
         packed = [_packed_weights(ops, g, picks), *map(copied, ops.parameters[1:])]
         return written(ops, packed, lambda *buffers: Kernel(g, picks, target.lanes, *buffers).statement())
+
+
+class Alike(NamedTuple):
+    """Tiles of an image that are alike, and how many ``times`` there are such; their pixels and vectors of channels."""
+
+    times: int
+    height: int
+    width: int
+    vectors: int
+
+
+def tiles_of(g: Geometry, picks: Picks, lanes: int) -> Iterator[Alike]:
+    """All tiles of an image, in a phase: full ones, and what the last rows, pixels and channels leave."""
+    channels = g.channels * (g.x.stride if g.merge else 1)
+    full, rest = divmod(ceildiv(channels, lanes), picks.tile_oc // lanes)
+    for vectors, blocks in ((picks.tile_oc // lanes, full), (rest, min(rest, 1))):
+        for height, rows in heights(g.y.pixels, picks.tile_oh):
+            for width, tiles in Even(g.width, picks.tile_ow).sizes if blocks else ():
+                yield Alike(g.z.pixels * g.spec.groups * blocks * rows * tiles, height, width, vectors)
 
 
 @lru_cache(maxsize=1024)
