@@ -79,7 +79,7 @@ class CpuTransposed(ChannelsInLanes):
         for times, height, width, vectors in tiles_of(g, picks, lanes):
             resident, passes = 4 * g.products * vectors * lanes, g.blockable(height, width)
             passes *= Even(g.width, picks.tile_ow).count if spec.rank > 1 else 1
-            near = 4 * vectors * lanes if resident // phases > target.l1 // 2 and passes > 1 else 0
+            near: float = 4 * vectors * lanes if resident // phases > target.l1 // 2 and passes > 1 else 0
             if resident > target.l2 // 2:  # what is fetched ahead is gone when it is used
                 near *= (core.l2 / core.memory + (passes - 1) * core.l2 / core.l3) / passes
             found.append(steps(times * g.products, height * width, vectors, near=near, fetched=0.5))

@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from ..hardware.machine import measured
 from ..hardware.target import Target
@@ -214,7 +215,7 @@ def _known(model: str, bits: int) -> Core:
     return Core(origin=origin, **_CHIPS[name], **_vectors(name, bits))
 
 
-def _vectors(name: str, bits: int) -> dict[str, float]:
+def _vectors(name: str, bits: int) -> dict[str, Any]:
     """What a processor does with vectors of so many bits; an assumed one's where it is not known."""
     names = ("fmas", "loads", "stores", "shuffles", "masked_store")
     vectors = _VECTORS.get((name, bits)) or _VECTORS.get((_ASSUMED[bits], bits), (1, 1, 1, 1, 8))
