@@ -28,14 +28,13 @@ from typing import NamedTuple
 from tvm import te, tirx
 
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Even, finishing
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Even, finishing, pieces
 from convgen.cpu.vector import Block, Registers, finish, load, load_parameters, permuted, written
 from convgen.cpu.window import (
     Lines,
     Met,
     Pattern,
     copies,
-    heights,
     is_short,
     kernel_rows,
     output_rows,
@@ -152,7 +151,7 @@ class _Geometry:
     def unrolled(self, picks: Picks) -> int:
         """Multiply-adds that are written out."""
         across = sum(len(uses) for *_, pattern in self.tiles(picks.tile_ow) for _, uses in pattern.inputs)
-        sizes = heights(self.lines, picks.tile_oh)
+        sizes = pieces(self.lines, picks.tile_oh)
         down = sum(rows for height, _ in sizes for _, rows in readers(self.spec, len(self.outer), height))
         return across * down * int(picks.tile_c) * copies(self.spec, len(self.outer))
 
@@ -284,7 +283,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     times = spec.n * number * math.prod(g.outer[:-1]) * share
     passes = front * vectors.depth
     work = []
-    for height, lines in heights(g.lines, picks.tile_oh):
+    for height, lines in pieces(g.lines, picks.tile_oh):
         rows = readers(spec, len(g.outer), height)
         for width, tiles in Even(g.width, picks.tile_ow).sizes:
             sums = height * width * picks.tile_c

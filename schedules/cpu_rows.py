@@ -30,9 +30,9 @@ from tvm import tirx
 
 from convgen.cpu.lanes import MOST_TAPS, Pixels, RowProduct, columns_of, pack_rows, subsampled
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, FAR_ROW, finishing, most_pixels, steps
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, FAR_ROW, finishing, most_pixels, pieces, steps
 from convgen.cpu.vector import Block, written
-from convgen.cpu.window import copies, heights, is_short, output_rows, readers
+from convgen.cpu.window import copies, is_short, output_rows, readers
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Expr, Operands, ceildiv, unflat
 from convgen.lowering.schedule import Picks, Program, Space, Written, require
@@ -151,7 +151,7 @@ def _unrolled(spec: ConvSpec, picks: Picks) -> int:
     """Multiply-adds that are written out."""
     taps = spec.kernel[-1] if spec.kernel[-1] <= MOST_TAPS else 1
     tiles = len(columns_of(spec, picks.lanes, picks.tile_ow).runs) if taps > 1 or any(spec.padding[-1]) else 2
-    sizes = heights((1, *spec.out_spatial)[-2], picks.tile_oh)
+    sizes = pieces((1, *spec.out_spatial)[-2], picks.tile_oh)
     down = sum(rows for height, _ in sizes for _, rows in readers(spec, spec.rank - 1, height))
     channels = picks.tile_oc + spec.oc // spec.groups % picks.tile_oc
     return int(channels * down * picks.tile_ow * tiles * taps) * copies(spec, spec.rank - 1)
@@ -218,7 +218,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         # Indices of more than a few shuffles are read, too.
         read = groups * stride * (1 + lanes / target.lanes) + (shuffled if stride > 2 else 0)
     work = []
-    for height, lines in heights((1, *spec.out_spatial)[-2], picks.tile_oh):
+    for height, lines in pieces((1, *spec.out_spatial)[-2], picks.tile_oh):
         rows = readers(spec, spec.rank - 1, height)
         times = spec.n * spec.groups * channels * math.prod(spec.out_spatial[:-2]) * lines * columns * share
         uses, inputs = sum(count * served for count, served in rows), sum(count for count, _ in rows)

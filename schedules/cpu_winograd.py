@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 from tvm import te, tirx
 
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Ahead, Even, finishing, most_pixels, multiply, steps
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Ahead, Even, finishing, most_pixels, multiply, pieces, steps
 from convgen.cpu.vector import Block, load, store, written
 from convgen.cpu.window import meeting
 from convgen.cpu.winograd import (
@@ -230,11 +230,10 @@ class _Kernel:
         """A block of channels: products, transformed back and stored."""
         g, lanes, tile_oc = self.g, self.lanes, self.picks.tile_oc
         width, blocks = tile_oc // lanes, ceildiv(g.outputs, tile_oc)
-        last = ceildiv(g.outputs - (blocks - 1) * tile_oc, lanes)
-        full, rest = (blocks, None) if last == width else (blocks - 1, last)
+        full, rest = divmod(ceildiv(g.outputs, lanes), width)
         for case, vectors in body.cases(b, full, width, rest):
             self.products(case, task, values, case.let(task.part * blocks + b), vectors, sums)
-        count = width if rest is None else body.let(tirx.Select(b < full, width, last))
+        count = body.let(tirx.Select(b < full, width, rest)) if rest else width
         first = body.let(task.part * g.outputs + b * tile_oc)
         with body.loop(task.planes) as (plane_body, z), plane_body.loop(count) as (one, v):
             self.way_out.transform(one, task, z, one.let(first + v * lanes), (sums, v * lanes), pixels)
@@ -395,12 +394,11 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
 def _of_products(target: Target, g: Grid, picks: Picks, met: int) -> list[Work]:
     """Work of the products of all planes, with ``met`` taps of the depth in all."""
     lanes, width, found = g.lanes, picks.tile_oc // g.lanes, list[Work]()
-    full, rest = divmod(ceildiv(g.outputs, lanes), width)
     for size, blocks in g.groups.sizes:
         tiles = Even(g.tiles(size), picks.tile_px)
-        for vectors, channel_blocks in ((width, full), (rest, min(rest, 1))):
+        for vectors, channel_blocks in pieces(ceildiv(g.outputs, lanes), width):
             near = 4 * lanes * vectors if 4 * g.own * vectors * lanes > target.l1 // 2 else 0
-            for pixels, count in tiles.sizes if channel_blocks else ():
+            for pixels, count in tiles.sizes:
                 times = blocks * channel_blocks * count * g.positions
                 fetched = ceildiv(width, tiles.count)
                 found.append(steps(times * met * g.own, pixels, vectors, near=near, fetched=fetched))

@@ -20,10 +20,9 @@ from ..lowering.compute import Expr, Operands, ceildiv, copied, unflat
 from ..lowering.schedule import Picks, Program, Written, busiest, require
 from ..problem.spec import ConvSpec
 from .model import Counts, Stream, Work, core_of
-from .product import BEGIN_TASK, FAR_ROW, Even, finishing, most_pixels
+from .product import BEGIN_TASK, FAR_ROW, Even, finishing, most_pixels, pieces
 from .vector import written
 from .walk import Geometry, Kernel, geometry_of
-from .window import heights
 
 
 class ChannelsInLanes(Written):
@@ -79,10 +78,9 @@ class Alike(NamedTuple):
 def tiles_of(g: Geometry, picks: Picks, lanes: int) -> Iterator[Alike]:
     """All tiles of an image, in a phase: full ones, and what the last rows, pixels and channels leave."""
     channels = g.channels * (g.x.stride if g.merge else 1)
-    full, rest = divmod(ceildiv(channels, lanes), picks.tile_oc // lanes)
-    for vectors, blocks in ((picks.tile_oc // lanes, full), (rest, min(rest, 1))):
-        for height, rows in heights(g.y.pixels, picks.tile_oh):
-            for width, tiles in Even(g.width, picks.tile_ow).sizes if blocks else ():
+    for vectors, blocks in pieces(ceildiv(channels, lanes), picks.tile_oc // lanes):
+        for height, rows in pieces(g.y.pixels, picks.tile_oh):
+            for width, tiles in Even(g.width, picks.tile_ow).sizes:
                 yield Alike(g.z.pixels * g.spec.groups * blocks * rows * tiles, height, width, vectors)
 
 

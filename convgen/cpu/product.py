@@ -37,6 +37,11 @@ def most_pixels(target: Target, vectors: int) -> int:
     return (target.vector_registers - 1) // vectors - 1
 
 
+def pieces(size: int, most: int) -> list[tuple[int, int]]:
+    """``size`` as pieces of ``most`` and what is left: the sizes there are, and how many pieces have each."""
+    return [(piece, times) for piece, times in ((most, size // most), (size % most, 1)) if piece and times]
+
+
 @dataclass(frozen=True)
 class Even:
     """``size`` as the fewest tiles of at most ``most``: the first are of :attr:`full`, the others one smaller."""

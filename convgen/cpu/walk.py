@@ -301,15 +301,14 @@ class Kernel:
         """Code for each block of channels of a task: full ones, and a group's last, which may have fewer vectors."""
         g, tile, parts = self.g, self.picks.tile_oc, self.picks.parallel_oc
         blocks = g.blocks(self.picks)
-        each, width = blocks // self.spec.groups, tile // self.lanes
-        last = ceildiv(g.channels - (each - 1) * tile, self.lanes)
+        each, vectors = blocks // self.spec.groups, ceildiv(g.channels, self.lanes)
+        width = vectors if g.merge else tile // self.lanes
         with body.loop(blocks // parts if blocks % parts == 0 else task.end - task.first) as (inner, i):
             block = inner.let(task.first + i)
             of_group = unflat(block, (self.spec.groups, each))
             group, within = (0, block) if self.spec.groups == 1 else map(inner.let, of_group)
-            full, rest = (each, None) if last == width or g.merge else (each - 1, last)
-            for case, vectors in inner.cases(within, full, ceildiv(g.channels, self.lanes) if g.merge else width, rest):
-                yield case, _Channels(group, case.let(within * tile), vectors, block, 0)
+            for case, count in inner.cases(within, vectors // width, width, vectors % width):
+                yield case, _Channels(group, case.let(within * tile), count, block, 0)
 
     def lane_blocks(self, body: Block, block: _Channels) -> Iterator[tuple[Block, _Channels]]:
         """Code for each block of lanes of a block of channels: of merged phases; else there is only one."""

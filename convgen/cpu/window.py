@@ -151,11 +151,6 @@ def kernel_rows(block: Block, spec: ConvSpec, lines: Lines) -> Iterator[tuple[Bl
                 yield body, Met([*where, at], rows)
 
 
-def heights(size: int, height: int) -> list[tuple[int, int]]:
-    """The heights that tiles of so many rows have, and how many of a column have each."""
-    return [(h, times) for h, times in ((height, size // height), (size % height, 1)) if h and times]
-
-
 def copies(spec: ConvSpec, axes: int) -> int:
     """How often the code of a tile is written: also for tiles at the edge, where its rows are written out."""
     return 2 if axes and is_short(spec, axes - 1) and spec.padding[axes - 1] != (0, 0) else 1
