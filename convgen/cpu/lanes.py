@@ -285,7 +285,8 @@ class RowProduct:
             given = spread_parameters(body, self.parameters, channel, lanes)
             for r, v in itertools.product(heights, vectors):
                 row = pixels.lines.row(r) if pixels.lines.first else [0] * (len(self.dst.shape) - 3)
-                apart = [body.let(sums[t, (r, phase), v][t, (r, phase), v]) for phase in range(phases)]
+                keys = [(t, (r, phase), v) for phase in range(phases)]
+                apart = [body.let(columns.in_order(sums[key][key])) for key in keys]
                 for j, value in enumerate(interleave(body, apart, lanes)):
                     place = [pixels.image, channel, *row, pixels.x * phases + (v * phases + j) * lanes]
                     count = pixels.pattern["stored", v, j]
