@@ -22,7 +22,7 @@ from functools import lru_cache
 
 from tvm import tirx
 
-from convgen.cpu.lanes import Pixels, RowProduct, columns_of, pack_rows
+from convgen.cpu.lanes import Pixels, RowProduct, columns_of, pack_rows, row_taps
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, finishing
 from convgen.cpu.vector import Block, written
@@ -138,7 +138,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     share = ceildiv(tasks, target.cores) / tasks
     rows, wide = tasks / picks.parallel_ow * share, vectors / tiles
     steps, stored = rows * tiles * groups * met, rows * vectors * picks.tile_oc * phases
-    met_pixels = len(columns_of(spec, picks.lanes, picks.tile_ow).groups)  # by the phases of one pixel
+    met_pixels = len({tap.group for tap in row_taps(spec)})  # by the phases of one pixel
     read = min(met_pixels, ceildiv(taps, groups)) * (1 + picks.lanes / target.lanes)
     work = [
         Work(

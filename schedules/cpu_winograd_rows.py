@@ -49,7 +49,7 @@ from convgen.problem.spec import ConvSpec
 
 
 class CpuWinogradRows(Written):
-    id, version = "cpu_winograd_rows", 2
+    id, version = "cpu_winograd_rows", 1
     transforms = True
 
     def applies(self, spec: ConvSpec, target: Target) -> None:

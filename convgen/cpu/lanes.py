@@ -77,6 +77,17 @@ class Tap(NamedTuple):
     offset: int
 
 
+@lru_cache(maxsize=256)
+def row_taps(spec: ConvSpec) -> list[Tap]:
+    """The taps of a row, phase by phase."""
+    stride, dilation, begin = spec.stride[-1], spec.dilation[-1], spec.padding[-1][0]
+    if not spec.transposed:
+        return [Tap(k, 0, *divmod(k * dilation, stride)) for k in range(spec.kernel[-1])]
+    reads = [(k, *divmod(begin - k * dilation, stride)) for k in range(spec.kernel[-1])]
+    taps = [Tap(k, -least % stride, group + (least > 0), 0) for k, group, least in reads]
+    return sorted(taps, key=lambda tap: tap.phase)
+
+
 class Columns:
     """A row of output pixels as tiles of ``vectors`` vectors of each phase, and what of the input row each tile meets.
 
@@ -95,16 +106,11 @@ class Columns:
     def __init__(self, spec: ConvSpec, lanes: int, vectors: int) -> None:
         self.lanes, self.vectors, self.step = lanes, vectors, lanes * vectors
         self._size, self._out = spec.in_spatial[-1], spec.out_spatial[-1]
-        stride, dilation, begin = spec.stride[-1], spec.dilation[-1], spec.padding[-1][0]
+        stride, begin = spec.stride[-1], spec.padding[-1][0]
         self.phases, self.stride, self._begin = (stride, 1, 0) if spec.transposed else (1, stride, begin)
-        if spec.transposed:
-            reads = [(k, *divmod(begin - k * dilation, stride)) for k in range(spec.kernel[-1])]
-            taps = [Tap(k, -least % stride, group + (least > 0), 0) for k, group, least in reads]
-        else:
-            taps = [Tap(k, 0, *divmod(k * dilation, stride)) for k in range(spec.kernel[-1])]
-        self.taps = sorted(taps, key=lambda tap: tap.phase)
-        self.groups = sorted({tap.group for tap in taps})
-        self.looped = not spec.transposed and len(taps) > MOST_TAPS
+        self.taps = row_taps(spec)
+        self.groups = sorted({tap.group for tap in self.taps})
+        self.looped = not spec.transposed and len(self.taps) > MOST_TAPS
         advance, first = self.step * self.stride, self.groups[0] * self.stride - self._begin
         self.count = ceildiv(self._out, self.step * self.phases)
         start = min(self.count, ceildiv(max(0, -first), advance))
@@ -285,7 +291,8 @@ class RowProduct:
             given = spread_parameters(body, self.parameters, channel, lanes)
             for r, v in itertools.product(heights, vectors):
                 row = pixels.lines.row(r) if pixels.lines.first else [0] * (len(self.dst.shape) - 3)
-                apart = [body.let(sums[t, (r, phase), v][t, (r, phase), v]) for phase in range(phases)]
+                keys = [(t, (r, phase), v) for phase in range(phases)]
+                apart = [body.let(columns.in_order(sums[key][key])) for key in keys]
                 for j, value in enumerate(interleave(body, apart, lanes)):
                     place = [pixels.image, channel, *row, pixels.x * phases + (v * phases + j) * lanes]
                     count = pixels.pattern["stored", v, j]
