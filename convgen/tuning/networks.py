@@ -3,12 +3,13 @@
 A layer that is compared alone has a warm input and the caches for itself; in its network others use them in between.
 So where the order of a model's layers is known, the winners of their comparisons must win there as well: all of them
 run in their network's chain (:class:`~convgen.measure.chain.Chain`), in turn with the defaults, and each is kept where
-it is certainly faster there. What is kept must not make the whole slower.
+it is certainly faster there. What is kept must not make the whole slower, either.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,13 +22,18 @@ from ..problem.spec import ConvSpec
 from ..records.answer import record_candidate
 from ..records.record import TuningRecord, now
 from .context import SearchContext
-from .final import built, judge, ratio
-from .search import Search
+from .final import built, judge
+from .search import GAIN, Search
 
 #: How often each chain runs, and what of a layer takes part beside the default: the winner and one that beat the
 #: default as well.
 ROUNDS, CONTENDERS = 15, 2
 
+#: How often a network's rounds are drawn for an interval.
+DRAWS = 200
+
+#: Of each round the seconds of each instance.
+Rounds = Sequence[Sequence[float]]
 #: Which kernel each layer has in a chain.
 Choice = dict[ConvSpec, Candidate]
 
@@ -38,7 +44,7 @@ class NetworkTimes:
 
     Attributes:
         layers: how many instances took part: those of the layers that were reached.
-        default_seconds: of all of them, with the defaults; None where nothing was timed.
+        default_seconds: of all of them, with the defaults (:func:`whole_seconds`); None where nothing was timed.
         seconds: with what is kept.
         ratio_default: the first over the second, [median, low, high].
         won, lost: how many layers keep a tuned kernel, and how many had one that does not pay here.
@@ -100,6 +106,23 @@ def judge_networks(
         reason = f"layers were compared alone, as on {where}"
         return [NetworkTimes(model, context.target.spelling, context.threads, reason=reason) for model in judged]
     return _Judge(context, judged, searches, open_layers).judge()
+
+
+def whole_seconds(rounds: Rounds) -> float:
+    """What a network takes: the sum of its instances' medians, as what disturbs a round disturbs few of them."""
+    return math.fsum(map(statistics.median, zip(*rounds, strict=True)))
+
+
+def whole_ratio(above: Rounds, below: Rounds) -> list[float]:
+    """The ratio of what a network takes in two ways, and its 95 % bootstrap interval: the rounds are drawn in pairs."""
+    rng = random.Random(0)
+    ratios = []
+    for _ in range(DRAWS):
+        drawn = rng.choices(range(len(above)), k=len(above))
+        ratios.append(whole_seconds([above[i] for i in drawn]) / whole_seconds([below[i] for i in drawn]))
+    ratios.sort()
+    ends = ratios[round(0.025 * (DRAWS - 1))], ratios[round(0.975 * (DRAWS - 1))]
+    return [whole_seconds(above) / whole_seconds(below), *ends]
 
 
 class _Judge:
@@ -209,15 +232,14 @@ class _Judge:
                 taken = self._time(model, [choices[0], kept])
             if not taken:
                 continue
-            before, after = ([sum(seconds) for seconds in rounds] for rounds in taken[:2])
-            against = ratio(before, after)
+            against = whole_ratio(taken[0], taken[1])
             mine = [spec for spec in self.open if spec in own and kept[spec] != choices[0][spec]]
-            if against[2] < 1 and mine:
+            if mine and (against[0] < GAIN or against[2] < 1):
                 kept |= {spec: choices[0][spec] for spec in mine}
-                self.refused[model] = f"all together were slower than the defaults: {against[0]:.3f}"
+                self.refused[model] = f"all together they were slower than the defaults: {against[0]:.3f}×"
                 waiting += [other for other in samples if not set(mine).isdisjoint(self.networks[other])]
             else:
-                found[model] = statistics.median(before), statistics.median(after), against
+                found[model] = whole_seconds(taken[0]), whole_seconds(taken[1]), against
         return found
 
     def _keep(self, kept: Choice) -> None:

@@ -21,7 +21,7 @@ from convgen.records.record import TuningRecord
 from convgen.records.store import RecordStore
 from convgen.tuning.job import Job
 from convgen.tuning.job_run import JobRun
-from convgen.tuning.networks import ROUNDS
+from convgen.tuning.networks import ROUNDS, whole_ratio, whole_seconds
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_a_network_that_is_slower_as_a_whole_keeps_its_defaults(
     run.close()
     (times,) = run.networks
     assert (times.won, times.lost, times.ratio_default) == (0, 3, [1.0, 1.0, 1.0])
-    assert "all together were slower than the defaults" in times.reason
+    assert "all together they were slower than the defaults: 0.858×" in times.reason
     assert [answer(store, spec).picks["x"] for spec in layers_of(model)] == [0, 0, 0]
 
 
@@ -188,6 +188,16 @@ def test_no_model_pays_for_what_another_gains(
     assert [times.model for times in run.networks] == [str(model), str(other)]
     assert {answer(store, spec).picks["x"] for spec in layers_of(model)} == {0}
     assert (answer(store, layers_of(model)[0]).note or {})["network"]["models"] == [str(model), str(other)]
+
+
+def test_what_disturbs_a_round_disturbs_few_instances() -> None:
+    """A whole is judged by its instances' medians: in every round another one is disturbed."""
+    rounds = [[1e-3 + 5e-3 * (i == number) for i in range(ROUNDS)] for number in range(ROUNDS)]
+    quiet = [[0.9e-3] * ROUNDS] * ROUNDS
+    assert whole_seconds(rounds) == pytest.approx(ROUNDS * 1e-3)
+    middle, low, high = whole_ratio(rounds, quiet)
+    assert middle == pytest.approx(1 / 0.9)
+    assert 1.1 < low <= middle <= high < 1.25
 
 
 # ---- when ----------------------------------------------------------------------------------------
