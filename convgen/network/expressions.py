@@ -385,9 +385,7 @@ def _normalised(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
     squares = _over(apart, op["axes"], "square", stage)
     count = math.prod(operand.shape[axis] for axis in op["axes"])
     epsilon = const(op["epsilon"])
-    factor = stage(
-        squares.shape, lambda *index: const(1) / tirx.sqrt(squares.at(index) * const(1 / count) + epsilon)
-    )
+    factor = stage(squares.shape, lambda *index: const(1) / tirx.sqrt(squares.at(index) * const(1 / count) + epsilon))
 
     def at(index: Index) -> Expr:
         value = apart.at(index) * factor.broadcast(index)

@@ -1,4 +1,4 @@
-"""Which layout every tensor of a network has: the cheapest together, by what schedules and copies are predicted to take.
+"""Which layout every tensor of a network has: the cheapest together, by what schedules and copies should take.
 
 A tensor has one layout; a convolution that wants another reads or writes a converted copy. The search goes down from
 several starts, one tensor, or one set of tensors that are better alike, at a time.

@@ -20,6 +20,8 @@ from ..lowering.interface import TensorInfo
 _OK, _OVERLAP = 0, 6
 #: Version of the C functions and structs of networks (``runtime/network_types.h``).
 NETWORK_ABI = 1
+#: What a manifest calls a network's library.
+KIND = "network"
 
 
 class _Value(ctypes.Structure):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..folders import TemporaryFolder
 from ..hardware.target import Target, check_native
 from ..lowering.schedule import Candidate
+from ..lowering.versions import versions
 from ..problem.spec import ConvSpec
 from .compile import Built, compile_plan, with_candidates
+from .export import write_network
+from .graph import Convolution
 from .library import NetworkLibrary
-from .plan import Plan, plan
+from .plan import Plan, Product, plan
 from .reading import read_graph
 from .rewriting import rewrite
 
@@ -32,6 +36,37 @@ class Network(NetworkLibrary):
     def __init__(self, made: Plan, built: Built, target: Target, threads: int, folder: TemporaryFolder) -> None:
         super().__init__(built.library, built.code.name, built.weights, threads)
         self.plan, self.built, self.target, self._folder = made, built, target, folder
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Each step as JSON values: its node, what it computes, and of a convolution how."""
+        found = []
+        for step in self.plan.steps:
+            facts: dict[str, Any] = {"name": step.name}
+            if isinstance(step.function, Product):
+                candidate = step.function.candidate
+                facts |= {"spec": step.function.spec.descriptor, "schedule": candidate.schedule.id}
+                facts["picks"] = dict(candidate.picks)
+            else:
+                facts["operators"] = step.function.descriptor
+            found.append(facts)
+        return found
+
+    def export(self, directory: str | Path, *, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Write the library, header, weights, manifest and C example; returns the manifest.
+
+        Args:
+            facts: what else the manifest should say.
+
+        Raises:
+            ExportError: the folder cannot be written.
+        """
+        known: dict[str, Any] = {
+            "target": self.target.spelling,
+            "threads": self.threads,
+            "layers": self.layers(),
+            "versions": versions(),
+        }
+        return write_network(directory, self.built, self, {**known, **(facts or {})})
 
 
 def compile_network(
@@ -58,8 +93,10 @@ def compile_network(
     check_native(target)
     graph = read_graph(source, dims)
     rewrite(graph)
-    for number, node in enumerate(graph.nodes):
-        graph.nodes[number] = _with_accuracy(node, accuracy)
+    graph.nodes = [
+        replace(node, spec=node.spec.with_(accuracy=accuracy)) if isinstance(node, Convolution) else node
+        for node in graph.nodes
+    ]
     graph.name = name or graph.name
     made = plan(graph, target)
     if choose is not None:
@@ -72,11 +109,3 @@ def compile_network(
     except BaseException:
         folder.close()
         raise
-
-
-def _with_accuracy(node: Any, accuracy: str) -> Any:
-    from dataclasses import replace
-
-    from .graph import Convolution
-
-    return replace(node, spec=node.spec.with_(accuracy=accuracy)) if isinstance(node, Convolution) else node

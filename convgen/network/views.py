@@ -106,7 +106,7 @@ class Views:
 
     def _placed(self, node: Operator) -> list[Node]:
         """Parts that are written where they belong, and copies of those that lie elsewhere."""
-        axis, copies, offset = node.attributes["axis"], list[Node](), 0
+        copies, offset = list[Node](), 0
         for number, name in enumerate(node.inputs):
             part = name
             if not self._free(name) or self.root(node.output).of == name:
