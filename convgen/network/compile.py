@@ -65,18 +65,25 @@ class Built:
     entry: str
 
 
-def compile_plan(plan: Plan, target: Target, folder: Path, progress: Callable[[int, int], None] | None = None) -> Built:
+def compile_plan(
+    plan: Plan,
+    target: Target,
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+    processes: int | None = None,
+) -> Built:
     """Compile every function once, pack the weights, and link.
 
     Args:
         folder: where the files are written.
         progress: told how many functions are compiled, and of how many.
+        processes: how many compile, at most; as many as there are CPUs to run on where None.
 
     Raises:
         BuildError: TVM, LLVM or the C compiler failed.
     """
     functions = list(dict.fromkeys(step.function for step in plan.steps))
-    compiled = _compile(functions, target, progress)
+    compiled = _compile(functions, target, progress, processes or len(os.sched_getaffinity(0)))
     numbers = {function: number for number, function in enumerate(functions)}
     sections, size = _sections(plan, compiled)
     objects = tuple(compiled[function].object_file for function in functions)
@@ -143,9 +150,9 @@ def compile_one(function: Function, target: Target) -> Compiled:
 
 
 def _compile(
-    functions: Sequence[Function], target: Target, progress: Callable[[int, int], None] | None
+    functions: Sequence[Function], target: Target, progress: Callable[[int, int], None] | None, processes: int
 ) -> dict[Function, Compiled]:
-    """All functions' code, by as many processes as there are CPUs to run on."""
+    """All functions' code, in this process or several others."""
     told, lock = [0], threading.Lock()
 
     def done(made: Compiled) -> Compiled:
@@ -155,7 +162,7 @@ def _compile(
                 progress(told[0], len(functions))
         return made
 
-    workers = min(len(os.sched_getaffinity(0)), len(functions) // _FEW)
+    workers = min(processes, -(-len(functions) // _FEW))
     if workers < 2:
         return {function: done(compile_one(function, target)) for function in functions}
     threads = threading.local()

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, Protocol
 
 from tvm import te, tirx
 
@@ -56,8 +56,12 @@ class Operation:
         return self.attributes[name]
 
 
-#: Gives a tensor that is computed beforehand, from its shape and its elements.
-Stage = Callable[[Shape, Callable[..., Expr]], Lazy]
+class Stage(Protocol):
+    """Gives a tensor that is computed beforehand, from its shape and its elements; ``lanes`` of its last axis alike."""
+
+    def __call__(self, shape: Shape, at: Callable[..., Expr], lanes: bool = False) -> Lazy: ...
+
+
 #: The element at an index; what is to be computed beforehand by stages.
 Formula = Callable[[Operation, Stage], Callable[[Index], Expr]]
 
@@ -71,12 +75,15 @@ class Kind:
         reduces: whether an element is a sum or maximum over many, which must stand alone in a tensor expression.
         elementwise: whether an element depends on the elements at its own index only.
         moves: whether elements are those of operands, each read at most once.
+        lanes: along which axes neighbours are computed alike, without a condition that only some meet, from neighbours:
+            ``channels``, what is innermost in row-major order (``rows``), or ``any``; empty where along neither.
     """
 
     formula: Formula
     reduces: bool = False
     elementwise: bool = False
     moves: bool = False
+    lanes: str = ""
 
 
 def const(value: float) -> Expr:
@@ -90,7 +97,7 @@ def _elementwise(function: Callable[[Operation, list[Expr]], Expr]) -> Kind:
     def formula(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
         return lambda index: function(op, [operand.broadcast(index) for operand in op.operands])
 
-    return Kind(formula, elementwise=True)
+    return Kind(formula, elementwise=True, lanes="any")
 
 
 def _unary(function: Callable[[Expr], Expr]) -> Kind:
@@ -288,8 +295,8 @@ MOVES: dict[str, Kind] = {
     "slice": _moved(_sliced),
     "concat": Kind(_concatenated, moves=True),
     "pad": Kind(_padded, moves=True),
-    "expand": Kind(_expanded),
-    "resize": Kind(_resized),
+    "expand": Kind(_expanded, lanes="any"),
+    "resize": Kind(_resized, lanes="channels"),
 }
 
 
@@ -357,9 +364,24 @@ def _reduced(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
     return at
 
 
+#: How many sums are taken side by side of a row: as many as a vector has, whatever the target.
+_SIDE_BY_SIDE = 16
+
+
 def _over(operand: Lazy, axes: Sequence[int], mode: str, stage: Stage) -> Lazy:
     """A reduction that is computed beforehand; its axes have one element then."""
     shape = tuple(1 if axis in axes else size for axis, size in enumerate(operand.shape))
+    *rows, last = operand.shape
+    if tuple(axes) == (len(rows),) and last % _SIDE_BY_SIDE == 0 and last > _SIDE_BY_SIDE:
+        parts = (last // _SIDE_BY_SIDE, _SIDE_BY_SIDE)
+        parted = Lazy((*rows, *parts), lambda index: operand.at([*index[:-2], index[-2] * _SIDE_BY_SIDE + index[-1]]))
+        inner = Operation({"axes": (len(rows),), "keepdims": False, "mode": mode}, [parted], (*rows, _SIDE_BY_SIDE))
+        at = _reduced(inner, stage)
+        sides = stage(inner.shape, lambda *index: at(index), lanes=True)
+        again = mode if mode in (*_MAXIMA, "mean") else "sum"
+        inner = Operation({"axes": (len(rows),), "keepdims": True, "mode": again}, [sides], shape)
+        final = _reduced(inner, stage)
+        return stage(shape, lambda *index: final(index))
     inner = Operation({"axes": tuple(axes), "keepdims": True, "mode": mode}, [operand], shape)
     at = _reduced(inner, stage)
     return stage(shape, lambda *index: at(index))
@@ -406,8 +428,9 @@ def _lrn(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
         terms = []
         for offset in range(-before, size - before):
             channel = index[1] + offset
-            value = operand.at([index[0], channel, *index[2:]])
-            terms.append(tirx.if_then_else(tirx.all(channel >= 0, channel < channels), value * value, const(0)))
+            inside = tirx.Select(tirx.all(channel >= 0, channel < channels), const(1), const(0))
+            value = operand.at([index[0], tirx.max(0, tirx.min(channels - 1, channel)), *index[2:]])
+            terms.append(value * value * inside)
         return reduce(lambda a, b: a + b, terms)
 
     def at(index: Index) -> Expr:
@@ -438,12 +461,12 @@ def _matrix(operand: Lazy, outer: Sequence[Expr], inner: tuple[Expr, Expr]) -> E
 
 
 REDUCES: dict[str, Kind] = {
-    "pool": Kind(_pool, reduces=True),
-    "reduce": Kind(_reduced, reduces=True),
-    "product": Kind(_product, reduces=True),
-    "softmax": Kind(_softmax),
-    "normalise": Kind(_normalised),
-    "lrn": Kind(_lrn),
+    "pool": Kind(_pool, reduces=True, lanes="channels"),
+    "reduce": Kind(_reduced, reduces=True, lanes="channels"),
+    "product": Kind(_product, reduces=True, lanes="rows"),
+    "softmax": Kind(_softmax, lanes="any"),
+    "normalise": Kind(_normalised, lanes="any"),
+    "lrn": Kind(_lrn, lanes="rows"),
 }
 
 #: Every operator by its name.

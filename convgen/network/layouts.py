@@ -166,23 +166,29 @@ class LayoutSearch:
     def choose(self, node: Convolution, layouts: Mapping[str, str]) -> tuple[Choice, float]:
         """The layouts that a convolution is computed in, and its seconds with the conversions that takes."""
         best: tuple[float, Choice] | None = None
-        for src, dst in self._pairs(node):
+        for src, dst in self._pairs(node, layouts):
             spec = node.spec.with_(layout=src, dst_layout=dst)
             seconds, candidate = self.costs.convolution(spec)
-            total = seconds + self._converted(node.inputs[0], layouts, src)
-            total += sum(self._converted(name, layouts, dst) for name in (*node.inputs[1:], node.output))
+            total = seconds
+            if not node.rows:  # whose tensors are as they are
+                total += self._converted(node.inputs[0], layouts, src)
+                total += sum(self._converted(name, layouts, dst) for name in (*node.inputs[1:], node.output))
             if best is None or total < best[0]:
                 best = total, Choice(src, dst, seconds, candidate)
         if best is None:
             raise BuildError(f"{node.name}: expected a layout for it, found none")
         return best[1], best[0]
 
-    def _pairs(self, node: Convolution) -> Iterable[tuple[str, str]]:
+    def _pairs(self, node: Convolution, layouts: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+        """The layouts of src and dst that are tried: those that the tensors have, and every one for both."""
         spec = node.spec
         if node.rows and spec.in_spatial != (1,):
             return [("nhwc", "nhwc")]
         sources = self.costs.layouts((spec.n, spec.ic, *spec.in_spatial))
-        return [(src, dst) for src in sources for dst in self.costs.layouts((spec.n, spec.oc, *spec.out_spatial))]
+        targets = self.costs.layouts((spec.n, spec.oc, *spec.out_spatial))
+        own = (layouts[node.inputs[0]], layouts[node.output])
+        alike = [(layout, layout) for layout in sources if layout in targets]
+        return dict.fromkeys([own, *alike])
 
     def _converted(self, name: str, layouts: Mapping[str, str], wanted: str) -> float:
         shape = self.graph.shapes[name]
@@ -265,6 +271,10 @@ def lay(graph: Graph, costs: Costs) -> Laid:
             nodes.append(node)
             continue
         choice, _ = search.choose(node, layouts)
+        if node.rows:
+            nodes.append(replace(node, spec=node.spec.with_(layout=choice.src, dst_layout=choice.dst)))
+            candidates[node.output] = choice.candidate
+            continue
         src, *rest = node.inputs
         inputs = (converted(src, choice.src), *(converted(name, choice.dst) for name in rest))
         spec = node.spec.with_(layout=choice.src, dst_layout=choice.dst)

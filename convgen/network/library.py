@@ -55,6 +55,7 @@ class NetworkLibrary(Loaded):
 
     Attributes:
         inputs, outputs: the tensors by the model's names, in its order.
+        workspaces: those that no call uses at the moment.
 
     Raises:
         KernelError: ``threads`` is out of range, or the CPU lacks instructions.
@@ -87,7 +88,7 @@ class NetworkLibrary(Loaded):
         # Not when the process ends: another thread may be running it.
         weakref.finalize(self, close, self._network).atexit = False
         self._pools: dict[int, Pool] = {}
-        self._workspaces: deque[Bytes] = deque()
+        self.workspaces: deque[Bytes] = deque()
 
     def __call__(self, *arrays: Any, out: Mapping[str, Any] | None = None, **named: Any) -> Any:
         """The network's outputs.
@@ -109,12 +110,12 @@ class NetworkLibrary(Loaded):
         args.inputs, args.input_sizes = _pointers(inputs)
         args.outputs, args.output_sizes = _pointers(list(outputs.values()))
         try:
-            workspace = self._workspaces.pop()
+            workspace = self.workspaces.pop()
         except IndexError:
             workspace = aligned(max(1, self.sizes(self.threads).workspace))
         args.workspace, args.workspace_size = workspace.ctypes.data, workspace.size
         status = self._run(self._network, ctypes.byref(args))
-        self._workspaces.append(workspace)
+        self.workspaces.append(workspace)
         self._require(status)
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
@@ -132,7 +133,7 @@ class NetworkLibrary(Loaded):
     def on(self, threads: int) -> None:
         """Run on so many threads from now on."""
         self.threads = thread_count(threads)
-        self._workspaces.clear()
+        self.workspaces.clear()
 
     # ---- arguments ----
 

@@ -118,6 +118,8 @@ class Reading:
 
     def add(self, kind: str, inputs: Sequence[str], shape: Shape, output: str = "", **attributes: Any) -> str:
         """An operator, its output named; ``output`` is empty for a step within the node."""
+        if 0 in shape:
+            raise Refusal(f"a tensor without elements: {list(shape)}")
         output = output or f"{self.node.output[0]}/{len(self.operators)}"
         self.shapes[output] = shape
         self.operators.append(Operator(self.name, kind, tuple(inputs), output, attributes))
@@ -308,7 +310,8 @@ def _depth_to_space(r: Reading) -> None:
 def _space_to_depth(r: Reading) -> None:
     source, block = r.input(), r.get("blocksize")
     n, c, h, w = r.shape(source)
-    parts, perm = (n, c, h // block, block, w // block, block), (0, 3, 5, 1, 2, 4)
+    parts = (n, c, h // block, block, w // block, block)
+    perm = (0, 1, 3, 5, 2, 4) if r.get("mode", "DCR") == "CRD" else (0, 3, 5, 1, 2, 4)
     parted = r.add("reshape", [source], parts)
     turned = r.add("transpose", [parted], tuple(parts[axis] for axis in perm), perm=perm)
     r.end("reshape", [turned])
@@ -404,10 +407,17 @@ def _lrn(r: Reading) -> None:
 
 
 def _matmul(r: Reading) -> None:
-    left, right = r.input(0), r.input(1)
-    if min(len(r.shape(left)), len(r.shape(right))) < 2:
-        raise Refusal("a product with a vector; matrices are supported")
-    r.end("product", [left, right], trans_a=False, trans_b=False)
+    left, right, trans = r.input(0), r.input(1), {"trans_a": False, "trans_b": False}
+    a, b = r.shape(left), r.shape(right)
+    if len(a) > 1 and len(b) > 1:
+        return r.end("product", [left, right], **trans)
+    if len(a) == 1:  # a row
+        left = r.add("reshape", [left], (1, *a))
+    if len(b) == 1:  # a column
+        right = r.add("reshape", [right], (*b, 1))
+    outer = np.broadcast_shapes(a[:-2], b[:-2])
+    shape = (*outer, a[-2] if len(a) > 1 else 1, b[-1] if len(b) > 1 else 1)
+    return r.end("reshape", [r.add("product", [left, right], shape, **trans)])
 
 
 def _gemm(r: Reading) -> None:

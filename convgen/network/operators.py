@@ -18,6 +18,8 @@ from .graph import Graph, Shape
 from .layouts import ROW_MAJOR, physical
 from .views import Group, is_number
 
+#: Name of a stage whose last axis is computed as vectors.
+_LANES = "lanes"
 #: Elements below which a pass is not worth a parallel region.
 PARALLEL = 1 << 13
 
@@ -88,8 +90,8 @@ def program(made: Pass) -> list[te.Tensor]:
         known.append(lazy)
     stages = iter(range(1 << 20))
 
-    def stage(shape: Shape, at: Callable[..., Expr]) -> Lazy:
-        tensor = te.compute(shape or (1,), at, name=f"stage{next(stages)}")
+    def stage(shape: Shape, at: Callable[..., Expr], lanes: bool = False) -> Lazy:
+        tensor = te.compute(shape or (1,), at, name=f"{_LANES if lanes else 'stage'}{next(stages)}")
         return Lazy(shape, lambda index: tensor[tuple(index)])
 
     for position, (name, attributes, operands, shape) in enumerate(made.operators):
@@ -155,7 +157,8 @@ def _schedule(sch: Any, block: Any, made: Pass, target: Target) -> None:
     extent = math.prod(sizes[-joined:])
     last = sch.fuse(*inner) if len(inner) > 1 else inner[0]
     parallel = math.prod(extents) >= PARALLEL
-    width = _width(extent, target.lanes) if _vectors(made, is_output) else 1
+    alike = _vectors(made) if is_output else str(sch.get(block).name_hint).startswith(_LANES)
+    width = _width(extent, target.lanes) if alike else 1
     rows = None
     if len(outer) > 1:
         rows = sch.fuse(*outer)
@@ -176,6 +179,10 @@ def _schedule(sch: Any, block: Any, made: Pass, target: Target) -> None:
     if parallel:
         sch.parallel(head)
     if reduced:
+        if lanes is not None:  # sums stay in a register
+            stored = sch.cache_write(block, 0, "local")
+            sch.reverse_compute_at(stored, head if rows is None or head is not rows else chunks)
+            sch.vectorize(sch.get_loops(stored)[-1])
         sch.decompose_reduction(block, reduced[0])
 
 
@@ -203,12 +210,10 @@ def _per_channel(made: Pass) -> bool:
     )
 
 
-def _vectors(made: Pass, is_output: bool) -> bool:
+def _vectors(made: Pass) -> bool:
     """Whether neighbours are computed as a vector: without conditions on which of them it is."""
-    if not is_output:
-        return False
-    layout = made.output[1]
-    return layout != ROW_MAJOR or all(KINDS[name].elementwise for name, *_ in made.operators)
+    axes = "rows" if made.output[1] == ROW_MAJOR else "channels"
+    return all(KINDS[name].lanes in ("any", axes) for name, *_ in made.operators)
 
 
 def _width(extent: int, lanes: int) -> int:

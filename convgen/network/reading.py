@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +71,7 @@ class _Builder:
             value = waiting.pop()
             if value not in seen and value not in made.inputs:
                 seen.add(value)
-                waiting += [given for node in self._read(value) for given in node.inputs]
+                waiting += self._read(value)
         if self.refused:
             reasons = "; ".join(f"{node}: {reason}" for node, reason in self.refused.items())
             raise UnsupportedError(f"{self.where}: {len(self.refused)} nodes are not taken: {reasons}")
@@ -92,26 +92,24 @@ class _Builder:
         else:
             self.made.shapes[name] = shape
 
-    def _read(self, value: str) -> Iterator[Node]:
-        """The nodes that a value is computed by; none where it is constant, or its node is refused."""
+    def _read(self, value: str) -> list[str]:
+        """Add what computes a value, unless it is constant or refused; returns the values that this takes."""
         if value in self.made.constants or value in self.nodes:
-            return
+            return []
         if (layer := self.layers.get(value)) is not None:
             try:
                 self.nodes[value] = self._convolution(layer)
-                yield self.nodes[value]
             except Refusal as error:
                 self.refused[f"{layer.operator} {layer.name!r}"] = str(error)
-            return
-        index = self.scope.producers.get(value)
-        if index is None and not self.scope.constant(value):
-            self.refused[f"value {value!r}"] = "nothing computes it"
-            return
+            return [name for name in (layer.src, layer.residual) if name]
         if self.scope.constant(value):
             self.made.constants[value] = np.ascontiguousarray(self.scope.value(value), np.float32)
             self.made.shapes[value] = self.made.constants[value].shape
-            return
-        node = self.scope.nodes[index or 0]
+            return []
+        if (index := self.scope.producers.get(value)) is None:
+            self.refused[f"value {value!r}"] = "nothing computes it"
+            return []
+        node = self.scope.nodes[index]
         key = f"{node.op_type} {self.scope.name(node)!r}"
         try:
             if reason := self.unread.get(self.scope.name(node)):
@@ -121,9 +119,9 @@ class _Builder:
             found = read_node(self.scope, node, self.opset, self.made.constants, self.made.shapes)
         except Refusal as error:
             self.refused[key] = str(error)
-            return
+            return [name for name in node.input if name and not self.scope.constant(name)]
         self.nodes |= {operator.output: operator for operator in found}
-        yield from found
+        return [name for operator in found for name in operator.inputs]
 
     def _convolution(self, layer: OnnxLayer) -> Convolution:
         spec = layer.spec

@@ -69,7 +69,8 @@ def _places(transform: str, at: F64, size: int, length: int, scale: float) -> F6
         case "pytorch_half_pixel":
             return (at + 0.5) / scale - 0.5 if length > 1 else np.zeros_like(at)
         case "align_corners":
-            return at * (size - 1) / (length - 1) if length > 1 else np.zeros_like(at)
+            last = scale * size - 1  # of the length before it is rounded to whole elements
+            return at * (size - 1) / last if last > 0 else np.zeros_like(at)
         case "asymmetric":
             return at / scale
     raise ValueError(f"coordinate_transformation_mode {transform!r}")
