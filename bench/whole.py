@@ -52,8 +52,8 @@ COLUMNS = (
 )
 INTRODUCTION = (
     "Milliseconds of whole models, batch 1, f32, medians of turns in which all libraries alternate. Convgen's networks"
-    " are compiled without tuning. The ratio is the fastest library in f32 over convgen, with its 95 % interval: above 1"
-    " convgen is faster."
+    " are compiled without tuning. The ratio is the fastest library in f32 over convgen, with its 95 % interval: above"
+    " 1 convgen is faster."
 )
 
 

@@ -407,7 +407,8 @@ def _lrn(r: Reading) -> None:
 
 
 def _matmul(r: Reading) -> None:
-    left, right, trans = r.input(0), r.input(1), {"trans_a": False, "trans_b": False}
+    left, right = r.input(0), r.input(1)
+    trans: dict[str, Any] = {"trans_a": False, "trans_b": False}
     a, b = r.shape(left), r.shape(right)
     if len(a) > 1 and len(b) > 1:
         return r.end("product", [left, right], **trans)
@@ -422,7 +423,7 @@ def _matmul(r: Reading) -> None:
 
 def _gemm(r: Reading) -> None:
     out = r.shape(str(r.node.output[0]))
-    trans = {"trans_a": bool(r.get("transA", 0)), "trans_b": bool(r.get("transB", 0))}
+    trans: dict[str, Any] = {"trans_a": bool(r.get("transA", 0)), "trans_b": bool(r.get("transB", 0))}
     alpha, beta = float(r.get("alpha", 1.0)), float(r.get("beta", 1.0))
     added = r.input(2) if r.given(2) and beta else ""
     operands = [r.input(0), r.input(1)]

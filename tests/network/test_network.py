@@ -114,7 +114,8 @@ def test_an_output_that_is_an_input_or_another_output() -> None:
     x = arrays_for(model)["x"]
     found = compile_network(model, resolve("cpu").on(1), 1)(x)
     assert [*found] == ["y", "z", "x"]
-    assert (found["y"] == np.maximum(x, 0)).all() and (found["z"] == found["y"]).all() and (found["x"] == x).all()
+    for name, array in (("y", np.maximum(x, 0)), ("z", np.maximum(x, 0)), ("x", x)):
+        assert (found[name] == array).all()
 
 
 def test_several_processes_compile_the_same(block: Network, tmp_path: Path) -> None:
@@ -202,7 +203,8 @@ def test_every_node_that_is_not_taken_is_named() -> None:
     ]
     with pytest.raises(UnsupportedError, match="2 nodes") as caught:
         compile_network(model_of(nodes, {"x": (2, 3, 3)}, ["y"]), resolve("cpu").on(1), 1)
-    assert "Det 'first'" in str(caught.value) and "Hardmax 'second'" in str(caught.value)
+    assert "Det 'first'" in str(caught.value)
+    assert "Hardmax 'second'" in str(caught.value)
 
 
 def test_a_gpu_is_refused() -> None:

@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 Array = npt.NDArray[Any]
 OPSET = 17
+#: What random networks are made of.
+PARTS = (
+    *("conv", "conv", "conv", "residual", "relu", "norm", "concat", "max", "mean", "split", "squeeze", "shuffle"),
+    *("resize", "pad", "swish", "scalar", "head"),
+)
 
 
 def model_of(
@@ -115,10 +119,7 @@ class RandomNetwork:
     def _part(self) -> None:
         name = self._image()
         n, c, h, w = self.shapes[name]
-        choice = self.rng.choice(
-            ["conv", "conv", "conv", "residual", "relu", "norm", "concat", "max", "mean", "split", "squeeze", "shuffle"]
-            + ["resize", "pad", "swish", "scalar", "head"]
-        )
+        choice = self.rng.choice(PARTS)
         if choice in ("conv", "residual"):
             self._convolution(name, choice == "residual")
         elif choice == "relu":
@@ -142,8 +143,8 @@ class RandomNetwork:
             self._add(op, [name], shape, kernel_shape=[3, 3], strides=[stride] * 2, pads=pads)
         elif choice == "split" and c % 2 == 0:
             half = c // 2
-            start, end, axis = self._integers([half]), self._integers([c]), self._integers([1])
-            self._add("Slice", [name, start, end, axis], (n, c - half, h, w))
+            ends = [self._integers([value]) for value in (half, c, 1)]
+            self._add("Slice", [name, *ends], (n, c - half, h, w))
         elif choice == "squeeze":
             mean = self._add("GlobalAveragePool", [name], (n, c, 1, 1))
             weights, bias = self._constant((c, c, 1, 1), c**-0.5), self._constant((c,))
@@ -161,8 +162,8 @@ class RandomNetwork:
             self._add("Resize", [name, "", scales], (n, c, 2 * h, 2 * w), mode=mode)
         elif choice == "pad":
             mode = self.rng.choice(["constant", "edge", *(["reflect"] if min(h, w) > 2 else [])])
-            pads = self._integers([0, 0, 1, 0, 0, 0, 2, 1])
-            self._add("Pad", [name, pads], (n, c, h + 3, w + 1), mode=mode)
+            around = self._integers([0, 0, 1, 0, 0, 0, 2, 1])
+            self._add("Pad", [name, around], (n, c, h + 3, w + 1), mode=mode)
         elif choice == "head":
             mean = self._add("GlobalAveragePool", [name], (n, c, 1, 1))
             flat = self._add("Flatten", [mean], (n, c))
