@@ -20,6 +20,10 @@ from .views import Group, is_number
 
 #: Name of a stage whose last axis is computed as vectors.
 _LANES = "lanes"
+#: Name of what a pass computes in the end.
+OUTPUT = "output"
+#: Tasks for each core, below which inner loops are distributed, too.
+_TASKS = 4
 #: Elements below which a pass is not worth a parallel region.
 PARALLEL = 1 << 13
 
@@ -114,7 +118,7 @@ def program(made: Pass) -> list[te.Tensor]:
         n, channel, pixel = Blocks(layout, shape[1]).logical(index)
         return last.at((n, channel, *pixel))
 
-    output = te.compute(physical(shape, layout) or (1,), value, name="output")
+    output = te.compute(physical(shape, layout) or (1,), value, name=OUTPUT)
     return [*placeholders, output]
 
 
@@ -143,51 +147,48 @@ def lowered(made: Pass, target: Target) -> Any:
         raise BuildError(f"{made.descriptor}: cannot be scheduled: {error}") from error
 
 
-def _schedule(sch: Any, block: Any, made: Pass, target: Target) -> None:
-    """Outer loops in parallel where there is enough to do; of inner ones vectors."""
-    loops = sch.get_loops(block)
-    kinds = [int(var.iter_type) for var in sch.get(block).iter_vars]
-    extents = [int(sch.get(loop).extent) for loop in loops]
-    spatial = [loop for loop, k in zip(loops, kinds, strict=True) if k == _DATA_PARALLEL]
-    sizes = [extent for extent, k in zip(extents, kinds, strict=True) if k == _DATA_PARALLEL]
-    reduced = [loop for loop, k in zip(loops, kinds, strict=True) if k != _DATA_PARALLEL]
-    is_output = str(sch.get(block).name_hint) == "output"
-    joined = _joined(made, len(spatial)) if is_output else 1
-    outer, inner = spatial[:-joined], spatial[-joined:]
-    extent = math.prod(sizes[-joined:])
-    last = sch.fuse(*inner) if len(inner) > 1 else inner[0]
-    parallel = math.prod(extents) >= PARALLEL
-    alike = _vectors(made) if is_output else str(sch.get(block).name_hint).startswith(_LANES)
-    width = _width(extent, target.lanes) if alike else 1
-    rows = None
-    if len(outer) > 1:
-        rows = sch.fuse(*outer)
-    elif outer:
-        rows = outer[0]
-    if width > 1:
-        chunks, lanes = sch.split(last, [None, width])
-    else:
-        chunks, lanes = last, None
-    if reduced:
-        order = [*filter(None, [rows, chunks if lanes is not None else None]), *reduced]
-        sch.reorder(*order, lanes if lanes is not None else chunks)
-    head = rows
-    if rows is None or (math.prod(sizes[:-joined]) < 4 * target.cores and lanes is not None):
-        head = chunks if rows is None else sch.fuse(rows, chunks)
-    if lanes is not None:
-        sch.vectorize(lanes)
-    if parallel:
-        sch.parallel(head)
-    if reduced:
-        if lanes is not None:  # sums stay in a register
-            stored = sch.cache_write(block, 0, "local")
-            sch.reverse_compute_at(stored, head if rows is None or head is not rows else chunks)
-            sch.vectorize(sch.get_loops(stored)[-1])
-        sch.decompose_reduction(block, reduced[0])
-
-
 #: Of an iteration variable: each value is computed by itself.
 _DATA_PARALLEL = 0
+#: Neighbours that are worth a loop within that over the elements of a sum.
+_NEIGHBOURS = 4
+
+
+def _schedule(sch: Any, block: Any, made: Pass, target: Target) -> None:
+    """Outer loops in parallel where there is enough to do; within, those of a sum; of the innermost vectors."""
+    loops = sch.get_loops(block)
+    free = [int(var.iter_type) == _DATA_PARALLEL for var in sch.get(block).iter_vars]
+    extents = [int(sch.get(loop).extent) for loop in loops]
+    spatial = [loop for loop, is_free in zip(loops, free, strict=True) if is_free]
+    sizes = [extent for extent, is_free in zip(extents, free, strict=True) if is_free]
+    reduced = [loop for loop, is_free in zip(loops, free, strict=True) if not is_free]
+    name = str(sch.get(block).name_hint)
+    joined = _joined(made, len(spatial)) if name == OUTPUT else 1
+    outer, inner = spatial[:-joined], spatial[-joined:]
+    extent = math.prod(sizes[-joined:])
+    alike = _vectors(made) if name == OUTPUT else name.startswith(_LANES)
+    width = _width(extent, target.lanes) if alike else 1
+    last = sch.fuse(*inner) if len(inner) > 1 else inner[0]
+    lanes = None
+    if width > 1:
+        last, lanes = sch.split(last, [None, width])
+    rows = sch.fuse(*outer) if len(outer) > 1 else outer[0] if outer else None
+    if reduced:
+        is_inside = lanes is None and rows is not None and extent >= _NEIGHBOURS
+        ahead = [loop for loop in (rows, None if is_inside else last) if loop is not None]
+        sch.reorder(*ahead, *reduced, *([last] if is_inside else []), *([lanes] if lanes is not None else []))
+    head = last if rows is None else rows
+    if rows is not None and lanes is not None and math.prod(sizes[:-joined]) < _TASKS * target.cores:
+        last = head = sch.fuse(rows, last)
+    if lanes is not None:
+        sch.vectorize(lanes)
+    if math.prod(extents) >= PARALLEL:
+        sch.parallel(head)
+    if reduced and lanes is not None:  # sums stay in a register
+        stored = sch.cache_write(block, 0, "local")
+        sch.reverse_compute_at(stored, last)
+        sch.vectorize(sch.get_loops(stored)[-1])
+    if reduced:
+        sch.decompose_reduction(block, reduced[0])
 
 
 def _joined(made: Pass, rank: int) -> int:
