@@ -102,8 +102,7 @@ def program(made: Pass) -> list[te.Tensor]:
         given = [_number(value) if isinstance(value, float) else known[value] for value in operands]
         operation = Operation(dict(attributes), given, shape)
         formula = kind(name).formula(operation, stage)
-        last = position == len(made.operators) - 1
-        if not last and KINDS[name].reduces:
+        if position < len(made.operators) - 1 and KINDS[name].reduces:
             known.append(stage(shape, lambda *index, formula=formula: formula(index)))
         else:
             known.append(Lazy(shape, formula))

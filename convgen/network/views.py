@@ -100,7 +100,8 @@ class Views:
         return lies_apart(self.graph, node, layout)
 
     def _begin(self, node: Operator) -> int:
-        whole, starts = self.graph.shapes[node.inputs[0]], node.attributes["starts"]
+        whole = self.graph.shapes[node.inputs[0]]
+        starts: tuple[int, ...] = node.attributes["starts"]
         axis = next(i for i, start in enumerate(starts) if start) if any(starts) else 0
         return ELEMENT * starts[axis] * math.prod(whole[axis + 1 :])
 

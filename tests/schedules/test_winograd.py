@@ -216,7 +216,10 @@ def test_tiles_cover_every_pixel_once(descriptor: str) -> None:
 
 def test_the_default_keeps_the_sums_of_a_block_in_the_cache() -> None:
     """Of a stem with many products per tile: at more rows they came from beyond it, a line at a time."""
-    spec, target = ConvSpec.parse("conv2d n1 ic3 oc64 i224x224 k7x7 s2 p3 dst_nchw16c relu"), resolve("cpu:znver4").on(1)
+    spec, target = (
+        ConvSpec.parse("conv2d n1 ic3 oc64 i224x224 k7x7 s2 p3 dst_nchw16c relu"),
+        resolve("cpu:znver4").on(1),
+    )
     picks = WINOGRAD.default(spec.core, target)
     grid = Grid(spec.core, target, picks)
     assert 4 * grid.positions * grid.most_tiles * picks.tile_oc <= target.l2
