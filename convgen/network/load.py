@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError, ExportError, KernelError
-from ..kernel.cuda_library import CudaLibrary
-from ..kernel.library import Library, thread_count
+from ..kernel.library import thread_count
 from ..kernel.load import MANIFEST, checked, read_manifest
 from ..kernel.load import load as load_kernel
 from ..lowering.interface import check_name
 from .library import KIND, NETWORK_ABI, NetworkLibrary
 
 
-def load(directory: str | os.PathLike[str], threads: int | None = None) -> Library | CudaLibrary | NetworkLibrary:
-    """The library that an export wrote into ``directory``; ``threads`` as it was made for where None.
+def load(directory: str | os.PathLike[str], threads: int | None = None) -> Any:
+    """The library that an export wrote into ``directory``: a kernel's :class:`~convgen.kernel.library.Library` or
+    :class:`~convgen.kernel.cuda_library.CudaLibrary`, or a :class:`~convgen.network.library.NetworkLibrary`.
+    ``threads`` is what it was made for where None.
 
     A kernel for a GPU loads without a driver and a device; its layers need both.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..folders import TemporaryFolder
 from ..hardware.target import Target, check_native
+from ..kernel.names import check_export_name
 from ..lowering.schedule import Candidate
 from ..lowering.versions import versions
 from ..problem.spec import ConvSpec
@@ -88,6 +89,7 @@ def compile_network(
     Raises:
         SpecError: it cannot be read, or is not an ONNX model.
         UnsupportedError: nodes that are not taken; or this machine cannot run the target's code.
+        ExportError: nothing may be called as it is; another ``name`` helps.
         BuildError: TVM, LLVM or the C compiler failed.
     """
     check_native(target)
@@ -97,7 +99,7 @@ def compile_network(
         replace(node, spec=node.spec.with_(accuracy=accuracy)) if isinstance(node, Convolution) else node
         for node in graph.nodes
     ]
-    graph.name = name or graph.name
+    graph.name = check_export_name(name or graph.name)  # before the minutes that compiling may take
     made = plan(graph, target)
     if choose is not None:
         with_candidates(made, choose)

@@ -11,6 +11,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from ..errors import SpecError, UnsupportedError
 from ..formats.onnx.graph import Scope, static, text
+from ..problem.spec import INT32_MAX
 from .graph import F32, Operator, Shape
 from .resizing import resize_tables
 
@@ -120,6 +121,8 @@ class Reading:
         """An operator, its output named; ``output`` is empty for a step within the node."""
         if 0 in shape:
             raise Refusal(f"a tensor without elements: {list(shape)}")
+        if math.prod(shape) > INT32_MAX:
+            raise Refusal(f"a tensor of more than {INT32_MAX} elements: {list(shape)}")
         output = output or f"{self.node.output[0]}/{len(self.operators)}"
         self.shapes[output] = shape
         self.operators.append(Operator(self.name, kind, tuple(inputs), output, attributes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Step:
     function: Function
     inputs: tuple[str, ...]
     output: str
-    parameters: Mapping[str, F32]
+    parameters: Mapping[str, Any]
 
 
 @dataclass

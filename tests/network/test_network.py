@@ -276,12 +276,13 @@ class Guarded:
 
     def __init__(self, size: int) -> None:
         libc, page = ctypes.CDLL(None), 4096
-        libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 4
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 4)
         pages = -(-size // page)
         begin = libc.mmap(None, (pages + 1) * page, 3, 0x22, -1, 0)
         assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(begin + pages * page), page, 0) == 0
         self.size = size
-        self._memory = (ctypes.c_uint8 * size).from_address(begin + pages * page - size)
+        self._memory: Any = (ctypes.c_uint8 * size).from_address(begin + pages * page - size)
 
     def bytes(self) -> Any:
         return np.frombuffer(self._memory, np.uint8)
