@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from .api import build, tune
+    from .api import build, compile, tune  # noqa: A004  (convgen.compile, as torch.compile)
     from .check.validate import Report, validate
     from .errors import ConvgenError
     from .formats.entries import SpecEntry
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from .formats.sources import read_specs
     from .kernel.kernel import Kernel
     from .kernel.library import Layer, Library
-    from .kernel.load import load
+    from .network.library import NetworkLibrary
+    from .network.load import load
+    from .network.network import Network
     from .problem.spec import ConvSpec
 
     __version__: str
@@ -41,10 +43,13 @@ __all__ = [
     "Kernel",
     "Layer",
     "Library",
+    "Network",
+    "NetworkLibrary",
     "Report",
     "SpecEntry",
     "__version__",
     "build",
+    "compile",
     "load",
     "read_specs",
     "spec_from_torch",
@@ -61,10 +66,13 @@ _MODULES = {
     "Kernel": "kernel.kernel",
     "Layer": "kernel.library",
     "Library": "kernel.library",
+    "Network": "network.network",
+    "NetworkLibrary": "network.library",
     "Report": "check.validate",
     "SpecEntry": "formats.entries",
     "build": "api",
-    "load": "kernel.load",
+    "compile": "api",
+    "load": "network.load",
     "read_specs": "formats.sources",
     "spec_from_torch": "formats.pytorch",
     "specs_from_keras": "formats.keras",

@@ -1,12 +1,16 @@
-"""The public functions: a kernel for a layer, at once or tuned."""
+"""The public functions: a kernel for a layer, at once or tuned; a library for a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .errors import UnsupportedError
 from .hardware.machine import check_memory
 from .hardware.target import Target, resolve
 from .kernel.kernel import Kernel, check_threads, compile_candidate
+from .lowering.schedule import Candidate
 from .problem.spec import ConvSpec
 from .records.answer import Answer, choose, find_record
 from .records.opening import Records, open_store
@@ -14,6 +18,11 @@ from .records.record import TuningRecord
 from .tuning.recheck import recheck
 from .tuning.search import Progress
 from .tuning.tuner import Tuner
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from .network.network import Network
 
 
 def build(
@@ -67,6 +76,57 @@ def build(
     return compile_candidate(
         spec, resolved, candidate, threads, record=record, name=name, origin=answer.origin, note=answer.note
     )
+
+
+def compile(  # noqa: A001  (convgen.compile, as torch.compile)
+    source: str | Path | ModelProto,
+    target: str | Target = "cpu",
+    threads: int | None = None,
+    *,
+    dims: Mapping[str, int] | None = None,
+    accuracy: str = "standard",
+    records: Records = None,
+    progress: Callable[[int, int], None] | None = None,
+    name: str | None = None,
+) -> Network:
+    """A whole ONNX model as one library: ``network(x)`` runs it.
+
+    Args:
+        source: a path or a model, of f32 tensors of known shapes, whose weights are constants.
+        target: ``cpu`` or ``cpu:<LLVM processor>``; one that runs here.
+        threads: threads that it runs on; all cores by default.
+        dims: sizes of symbolic dimensions, ``{"N": 1}``.
+        accuracy: of its convolutions: ``strict``, ``standard`` or ``relaxed``.
+        records: the store whose kernels are used where it has some: None the default one, False none, or a path.
+        progress: called with the number of functions that are compiled, and of all.
+        name: prefix of the exported C functions; the model's by default.
+
+    Raises:
+        SpecError: it cannot be read, or is not an ONNX model; or an argument is wrong.
+        UnsupportedError: nodes that are not taken: names each, and why. Or the target cannot run here.
+        ExportError: nothing may be called as the model is; another ``name`` helps.
+        BuildError: TVM, LLVM or the C compiler failed.
+        FolderError: the temporary folder cannot be written, is full, or nothing can be loaded from it.
+    """
+    from .network.network import compile_network  # imports TVM and ONNX
+
+    resolved = resolve(target)
+    if resolved.on_device:
+        raise UnsupportedError(f"{resolved}: expected a CPU: networks are compiled for those")
+    threads = check_threads(threads, resolved)
+    resolved = resolved.on(threads)
+    with open_store(records, write=False) as store:
+
+        def recorded(spec: ConvSpec) -> Candidate | None:
+            if store is None or not resolved.native:
+                return None
+            answer = find_record(store, spec, resolved, threads)
+            candidate, record = choose(spec, resolved, answer.record, answer.rejected)
+            return candidate if record or answer.rejected else None
+
+        return compile_network(
+            source, resolved, threads, dims=dims, accuracy=accuracy, choose=recorded, progress=progress, name=name
+        )
 
 
 def tune(

@@ -28,6 +28,7 @@ ORDER = (
     "check",
     "measure",
     "tuning",
+    "network",
     "report",
     "api",
     "cli",

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import click
 
 from ..errors import ConvgenError, ExportError, FolderError, Inapplicable, RecordError, SpecError, UnsupportedError
-from . import bench, convert, fleet, fuzz, generate, records, report, show, tune
+from . import bench, convert, fleet, fuzz, generate, network, records, report, show, tune
 from .common import FAILED, INTERRUPTED, SPEC_HELP, TROUBLE, WRONG, note, say
 
 _STATUS = """\
@@ -34,7 +34,7 @@ Exit status:
 )
 @click.version_option(package_name="convgen", message="convgen %(version)s")
 def cli() -> None:
-    """Tuned, validated convolution kernels from a declarative spec.
+    """Tuned, validated convolution kernels from a declarative spec, and libraries that run whole models.
 
     Each command takes a SPEC, a FILE of layers (TOML, YAML, JSON, text) or a MODEL.onnx.
     """
@@ -42,6 +42,7 @@ def cli() -> None:
 
 for command in (
     generate.build,
+    network.compile_model,
     tune.tune,
     generate.validate,
     fuzz.fuzz,

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -70,13 +70,13 @@ def write_library(
         raise ExportError(f"facts: expected threads among them, found {', '.join(facts) or 'none'}")
     target = Path(os.path.abspath(directory))
     try:
-        _check_destination(target, interface)
+        check_destination(target, interface.name, _file_names(interface.name))
         existing = next(parent for parent in target.parents if parent.exists())
         with TemporaryFolder(existing) as temporary:
             folder = temporary / target.name
             folder.mkdir()  # with the usual permissions
             manifest = _write_files(folder, interface, object_file, facts)
-            _move(folder, target)
+            move(folder, target)
     except OSError as error:
         raise ExportError(f"{target}: cannot write the library {interface.name}: {error}") from error
     return manifest
@@ -87,10 +87,15 @@ def _file_names(name: str) -> tuple[str, ...]:
     return f"lib{name}.so", f"lib{name}.a", f"{name}.h", "example.c", MANIFEST
 
 
-def _check_destination(target: Path, interface: Interface) -> None:
+def check_destination(target: Path, library: str, files: Sequence[str]) -> None:
+    """Whether an export of a library may write its files to a folder.
+
+    Raises:
+        ExportError: something else is there.
+    """
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target}: expected a directory, found a file")
-    for name in _file_names(interface.name):
+    for name in files:
         if (target / name).exists() and not (target / name).is_file():
             raise ExportError(f"{target / name}: expected a file or nothing, found a directory")
     path = target / MANIFEST
@@ -99,8 +104,8 @@ def _check_destination(target: Path, interface: Interface) -> None:
             found = json.loads(path.read_text(encoding="utf-8"))["name"]
         except (ValueError, KeyError, TypeError):
             found = "something else"
-        if found != interface.name:
-            raise ExportError(f"{target}: expected an earlier export of {interface.name} or none, found {found}")
+        if found != library:
+            raise ExportError(f"{target}: expected an earlier export of {library} or none, found {found}")
 
 
 def _write_files(folder: Path, interface: Interface, object_file: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,19 +115,29 @@ def _write_files(folder: Path, interface: Interface, object_file: Path, facts: M
     header.write_text(header_text(interface), encoding="utf-8")
     example.write_text(example_text(interface, facts.get("error_factor")), encoding="utf-8")
     manifest = _manifest(interface, facts)
+    write_manifest(folder, manifest, (shared, archive, header, example))
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any], files: Sequence[Path]) -> None:
+    """Write a manifest with the files' digests, which are added to it.
+
+    Raises:
+        ExportError: it has what JSON cannot say.
+    """
     manifest["files"] = {
         path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
-        for path in (shared, archive, header, example)
+        for path in files
     }
     try:
         text = json.dumps(manifest, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ExportError(f"facts: expected JSON values, found {error}") from error
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    return manifest
 
 
-def _move(folder: Path, target: Path) -> None:
+def move(folder: Path, target: Path) -> None:
+    """Put a folder's files into another one, the manifest last."""
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(folder, target)

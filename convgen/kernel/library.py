@@ -86,7 +86,7 @@ def _address(array: NDArray[Any]) -> int:
 _from_buffer: Any = c_char.from_buffer
 
 
-def _array(name: str, value: object, *, written: bool = False) -> NDArray[Any]:
+def as_array(name: str, value: object, *, written: bool = False) -> NDArray[Any]:
     """``value`` as an array that shares its memory: a NumPy array, or anything with DLPack."""
     if isinstance(value, np.ndarray):
         return value
@@ -105,7 +105,7 @@ def _array(name: str, value: object, *, written: bool = False) -> NDArray[Any]:
     return array
 
 
-def _check(info: TensorInfo, array: NDArray[Any], *, written: bool = False) -> None:
+def check_array(info: TensorInfo, array: NDArray[Any], *, written: bool = False) -> None:
     """Raise KernelError unless the array is what the kernel reads or writes."""
     name, flags = info.name, array.flags
     if array.shape != info.shape:
@@ -149,7 +149,13 @@ def _describe(value: object) -> str:
 # ---- what all libraries of the process share ---------------------------------------------------
 
 #: Pools by their number of threads, each kept by the libraries that use it.
-_pools: weakref.WeakValueDictionary[int, _Pool] = weakref.WeakValueDictionary()
+_pools: weakref.WeakValueDictionary[int, Pool] = weakref.WeakValueDictionary()
+
+
+def shared_pool(threads: int, create: Any, destroy: Any, require: Callable[[int], None]) -> Pool:
+    """The process's pool of that many threads; a library's own functions make one where there is none."""
+    return _pools.get(threads) or _pools.setdefault(threads, Pool(threads, create, destroy, require))
+
 
 #: Workspaces that no call uses at the moment. A call takes one, replaces it where it is too small, and gives it
 #: back; adding to and taking from the end of a deque is atomic.
@@ -302,8 +308,8 @@ class BaseLibrary(Loaded, ABC):
         info = self._tensors[name]
         if value is None:
             raise KernelError(f"{name}: expected shape {info.shape} ({self.spec.descriptor}), found none")
-        array = _array(name, value)
-        _check(info, array)
+        array = as_array(name, value)
+        check_array(info, array)
         return array
 
     def verify_packed(self, packed: Bytes) -> bool:
@@ -330,7 +336,7 @@ class Library(BaseLibrary):
 
     def __init__(self, path: str | os.PathLike[str], spec: ConvSpec, name: str, threads: int) -> None:
         super().__init__(path, spec, name, threads)
-        self._used_pools: dict[int, _Pool] = {}
+        self._used_pools: dict[int, Pool] = {}
 
     def _find_functions(self) -> None:
         self._sizes = self._function("sizes", c_int, c_void_p)
@@ -396,8 +402,8 @@ class Library(BaseLibrary):
         """
         threads = self.threads if threads is None else thread_count(threads)
         source, added = self._required("src", src), self._operand("residual", residual)
-        out = _array("dst", dst, written=True)
-        _check(self._tensors["dst"], out, written=True)
+        out = as_array("dst", dst, written=True)
+        check_array(self._tensors["dst"], out, written=True)
         sizes = self.sizes(threads)
         _check_bytes("packed", packed, sizes.packed, written=False)
         if workspace is None:
@@ -436,18 +442,18 @@ class Library(BaseLibrary):
         if threads == 1:
             return None
         if threads not in self._used_pools:
-            pool = _pools.get(threads) or _pools.setdefault(threads, _Pool(self, threads))
+            pool = shared_pool(threads, self._pool_create, self._function("pool_destroy", c_void_p), self._require)
             self._used_pools.setdefault(threads, pool)
         return self._used_pools[threads].address
 
 
-class _Pool:
+class Pool:
     """Threads of the process, ended with the object. They run code of the library that made them, and keep it."""
 
-    def __init__(self, library: Library, threads: int) -> None:
+    def __init__(self, threads: int, create: Any, destroy: Any, require: Callable[[int], None]) -> None:
         pool = c_void_p()
-        library._require(library._pool_create(threads, ctypes.byref(pool)))
-        self.address, destroy = pool.value or 0, library._function("pool_destroy", c_void_p)
+        require(create(threads, ctypes.byref(pool)))
+        self.address = pool.value or 0
         # Not when the process ends: a thread that is not waited for may be calling a layer.
         weakref.finalize(self, destroy, self.address).atexit = False
 
@@ -487,13 +493,13 @@ class Layer(Loaded):
             KernelError: an argument is not what the layer needs, or ``out`` overlaps another one.
         """
         library = self.library
-        src = x if type(x) is np.ndarray else _array("x", x)
-        _check(self._src, src)
+        src = x if type(x) is np.ndarray else as_array("x", x)
+        check_array(self._src, src)
         if out is None:
             dst = np.empty(self._dst.shape, numpy_dtype(self._dst.dtype))
         else:
-            dst = _array("out", out, written=True)
-            _check(self._dst, dst, written=True)
+            dst = as_array("out", out, written=True)
+            check_array(self._dst, dst, written=True)
         added = None
         if residual is not None or self._has_residual:
             added = library._operand("residual", residual)

@@ -1,10 +1,12 @@
-"""Loads an exported library: the file its manifest describes, or none."""
+"""Loads an exported kernel: the file its manifest describes, or none."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,19 +25,13 @@ _MANIFEST_BYTES = 1 << 20  # more than any manifest has
 
 
 def load(directory: str | os.PathLike[str], threads: int | None = None) -> Library | CudaLibrary:
-    """The library that an export wrote into ``directory``; ``threads`` as it was tuned where None.
-
-    One for a GPU loads without a driver and a device; its layers need both.
+    """The kernel that an export wrote into ``directory``; see :func:`convgen.network.load.load`.
 
     Raises:
         ExportError: there is no manifest, or the library is not the one it describes.
     """
     folder = Path(directory)
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(_read(path, "a manifest", _MANIFEST_BYTES).data)
-    except (ValueError, RecursionError) as error:
-        raise ExportError(f"{path}: expected JSON, found {error}") from error
+    path, manifest = folder / MANIFEST, read_manifest(folder)
     try:
         if manifest["abi"] != ABI:
             raise ExportError(f"{path}: abi: expected {ABI}, found {manifest['abi']!r}")
@@ -47,14 +43,37 @@ def load(directory: str | os.PathLike[str], threads: int | None = None) -> Libra
         raise ExportError(f"{path}: expected the manifest of a library, found {found}") from error
     except (BuildError, KernelError, SpecError) as error:
         raise ExportError(f"{path}: {error}") from error
-    checked = _read(folder / file, "a library")
-    digest = hashlib.sha256(checked.data).hexdigest()
+    with checked(folder / file, expected):
+        return _kind(manifest)(folder / file, spec, name, tuned if threads is None else threads)
+
+
+def read_manifest(folder: Path) -> Any:
+    """The manifest of a folder.
+
+    Raises:
+        ExportError: there is none.
+    """
+    path = folder / MANIFEST
+    try:
+        return json.loads(_read(path, "a manifest", _MANIFEST_BYTES).data)
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path}: expected JSON, found {error}") from error
+
+
+@contextmanager
+def checked(path: Path, expected: str) -> Iterator[None]:
+    """A library is loaded in here: the file that has the SHA-256 it should have, before and after.
+
+    Raises:
+        ExportError: it is another file.
+    """
+    found = _read(path, "a library")
+    digest = hashlib.sha256(found.data).hexdigest()
     if digest != expected:
-        raise ExportError(f"{folder / file}: expected SHA-256 {expected}, as {path.name} has it, found {digest}")
-    library = _kind(manifest)(folder / file, spec, name, tuned if threads is None else threads)
-    if _read(folder / file, "a library") != checked:
-        raise ExportError(f"{folder / file}: expected the file that was checked, found one that was put in its place")
-    return library
+        raise ExportError(f"{path}: expected SHA-256 {expected}, as {MANIFEST} has it, found {digest}")
+    yield
+    if _read(path, "a library") != found:
+        raise ExportError(f"{path}: expected the file that was checked, found one that was put in its place")
 
 
 def _kind(manifest: dict[str, Any]) -> type[Library | CudaLibrary]:

@@ -61,7 +61,8 @@ def _reserved(name: str) -> str:
 @cache
 def _functions() -> frozenset[str]:
     """What follows a library's name in the names of its functions."""
-    headers = source("header.template.h") + source("header_cuda.template.h")
+    kinds = ("header", "header_cuda", "header_network")
+    headers = "".join(source(f"{kind}.template.h") for kind in kinds)
     return frozenset(re.findall(r"\$\{name\}_(\w+)\(", headers))
 
 

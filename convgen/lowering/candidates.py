@@ -18,6 +18,15 @@ def default_candidate(spec: ConvSpec, target: Target) -> Candidate:
     Raises:
         UnsupportedError: no schedule applies on this target; says why each does not.
     """
+    return predicted(spec, target)[1]
+
+
+def predicted(spec: ConvSpec, target: Target) -> tuple[float, Candidate]:
+    """The zero-trial answer with the seconds that are predicted for it.
+
+    Raises:
+        UnsupportedError: no schedule applies on this target; says why each does not.
+    """
     core = spec.core
     reasons, ranked = [], []
     for schedule in schedules().values():
@@ -28,8 +37,8 @@ def default_candidate(spec: ConvSpec, target: Target) -> Candidate:
             reasons.append(f"{schedule.id}: {reason}")
     if not ranked:
         raise UnsupportedError(f"{spec.descriptor} on {target}: no schedule applies ({'; '.join(reasons)})")
-    best = min(ranked, key=lambda entry: entry[:2])[2]
-    return Candidate(best, best.default(core, target))
+    seconds, _, best = min(ranked, key=lambda entry: entry[:2])
+    return seconds, Candidate(best, best.default(core, target))
 
 
 def reference_candidate(spec: ConvSpec, target: Target) -> Candidate:

@@ -234,6 +234,18 @@ def _half_erf(x: Expr) -> Expr:
     return _odd(x, 5.46, numerator, denominator, 0.5)
 
 
+def exponential(x: Expr) -> Expr:
+    """``exp(x)``; infinite from 89 on, and 0 below -88."""
+    clipped = tirx.max(tirx.const(-88, ACCUMULATOR), tirx.min(tirx.const(89, ACCUMULATOR), x))
+    series, power = _exponential(clipped)
+    return (series + tirx.const(1, ACCUMULATOR)) * power
+
+
+def erf(x: Expr) -> Expr:
+    """The error function, within 2**-26 of it."""
+    return tirx.const(2, ACCUMULATOR) * _half_erf(x * tirx.const(math.sqrt(2), ACCUMULATOR))
+
+
 def activate(op: Activation, x: Expr, slope: Expr | None = None) -> Expr:
     """The activation of ``x``. The order of operands in min and max lets NaN through.
 

@@ -38,6 +38,8 @@ from .interface import (
 from .stack import check_stack
 
 SOURCES = ("types.h", "cpu.h", "runtime.h", "pool.c", "kernel.c")
+#: Those of a library that runs a whole network.
+NETWORK_SOURCES = ("types.h", "network_types.h", "cpu.h", "runtime.h", "network.h", "pool.c", "kernel.c", "network.c")
 #: The runtime's C files for a kernel that runs on a GPU.
 CUDA_SOURCES = ("types.h", "cuda_types.h", "cpu.h", "runtime.h", "launch.h", "kernel.c", "launch.c")
 #: Alignment in bytes of what a kernel's launches hand to each other, from the workspace's beginning.
@@ -79,15 +81,49 @@ def link(interface: Interface, object_file: Path, out: Path, *, archive: bool = 
         with TemporaryFolder(out.parent) as folder:
             (folder / "entry.c").write_text(entry_source(interface, digest, arch), encoding="utf-8")
             (folder / _RUNTIME).write_bytes(_runtime_object(compiler(arch), sources))
-            for header in (name for name in sources if name.endswith(".h")):
-                (folder / header).write_text(source(header), encoding="utf-8")
+            _write_headers(sources, folder)
             for index, (_, image) in enumerate(interface.device.images if interface.device else ()):
                 (folder / f"image{index}").write_bytes(image)
-            made = (_archive if archive else _shared)(interface.name, object_file, folder, arch)
+            made = (_archive if archive else _shared)(interface.name, [str(object_file)], folder, arch)
             os.replace(made, out)
     except OSError as error:
         raise BuildError(f"{interface.name}: cannot link {object_file} into {out}: {error}") from error
     return out
+
+
+def link_network(name: str, entry: str, functions: Sequence[bytes], out: Path, *, archive: bool = False) -> Path:
+    """Link the functions of a network with the runtime and write ``out``, as :func:`link` does for a kernel.
+
+    Args:
+        entry: the C file that describes the network. It knows a function by its number: ``function0_main`` ….
+        functions: their object files, each of which defines ``__tvm_ffi_main``.
+
+    Raises:
+        BuildError: as :func:`link`.
+    """
+    arch = architecture(functions[0]) if functions else NATIVE
+    try:
+        with TemporaryFolder(out.parent) as folder:
+            (folder / "entry.c").write_text(entry, encoding="utf-8")
+            (folder / _RUNTIME).write_bytes(_runtime_object(compiler(arch), NETWORK_SOURCES))
+            _write_headers(NETWORK_SOURCES, folder)
+            files = []
+            for number, data in enumerate(functions):
+                check_stack(data, arch)
+                files.append(f"function{number}.part.o")
+                (folder / files[-1]).write_bytes(data)
+                named = [f"--redefine-sym=__tvm_ffi_{part}=function{number}_{part}" for part in ("main", "pack")]
+                _run((*_binutils("objcopy", arch), *named, files[-1]), folder)
+            made = (_archive if archive else _shared)(name, files, folder, arch)
+            os.replace(made, out)
+    except OSError as error:
+        raise BuildError(f"{name}: cannot link {out}: {error}") from error
+    return out
+
+
+def _write_headers(sources: Sequence[str], folder: Path) -> None:
+    for header in (name for name in sources if name.endswith(".h")):
+        (folder / header).write_text(source(header), encoding="utf-8")
 
 
 def link_shared(sources: Sequence[str], out: Path, arch: str, *, headers: Sequence[str] = ()) -> Path:
@@ -104,18 +140,18 @@ def link_shared(sources: Sequence[str], out: Path, arch: str, *, headers: Sequen
     return out
 
 
-def _shared(name: str, object_file: Path, folder: Path, arch: str) -> Path:
+def _shared(name: str, objects: Sequence[str], folder: Path, arch: str) -> Path:
     made = folder / f"lib{name}.so"
     (folder / "symbols").write_text(f"{{ global: {name}_*; local: *; }};\n", encoding="utf-8")
-    inputs = ("entry.c", _RUNTIME, str(object_file), "-lm", "-ldl")
+    inputs = ("entry.c", _RUNTIME, *objects, "-lm", "-ldl")
     flags = (*COMPILE_FLAGS, "-shared", *LINK_FLAGS, f"-Wl,-soname,{made.name}", "-Wl,--version-script,symbols")
     _run((*compiler(arch), *flags, "-o", made.name, *inputs), folder)
     return made
 
 
-def _archive(name: str, object_file: Path, folder: Path, arch: str) -> Path:
+def _archive(name: str, objects: Sequence[str], folder: Path, arch: str) -> Path:
     made = folder / f"lib{name}.a"
-    inputs = ("entry.c", _RUNTIME, str(object_file))
+    inputs = ("entry.c", _RUNTIME, *objects)
     _relocatable(compiler(arch), f"{name}.o", inputs, folder)
     # Local from here on: the archives of several kernels must not see each other's runtime.
     keep = ("--wildcard", f"--keep-global-symbol={name}_*", "--strip-unneeded", f"--keep-symbol={name}_*")
@@ -324,7 +360,7 @@ def entry_source(interface: Interface, digest: str, arch: str = NATIVE) -> str:
             *packed,
             "};",
             "",
-            f"CONVGEN_CPU_SUPPORTED({_support(interface.isa, arch)})",
+            f"CONVGEN_CPU_SUPPORTED({cpu_condition(interface.isa, arch)})",
             "",
             *([host, *fields, "};"] if device is None else _device_source(interface, device, fields)),
             "",
@@ -435,7 +471,7 @@ def _map(tensor_map: TensorMap) -> str:
 # ---- CPU features ------------------------------------------------------------------------------
 
 
-def _support(isa: Sequence[str], arch: str) -> str:
+def cpu_condition(isa: Sequence[str], arch: str) -> str:
     """A C expression: whether the CPU has these features.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,24 @@ def compile_object(lowered: Lowered, path: Path) -> Workspace:
     return workspace
 
 
+@interrupts_held()
+def compile_function(module: Any, target: Target, aligned: Iterable[str]) -> tuple[bytes, Workspace]:
+    """The object file of a module whose function ``main`` is not a convolution, for a CPU; and its scratch memory.
+
+    Args:
+        aligned: names of its buffers that are aligned to their element only.
+
+    Raises:
+        BuildError: TVM or LLVM failed.
+    """
+    try:
+        config = _tvm_target(json.loads(target.tvm_config))
+        host = _lowered_builtins(_aligned(module, dict.fromkeys(aligned, BYTES["f32"])), config)
+        return _object(_codegen(host, config)), _workspace(host)
+    except Exception as error:  # as in lower
+        raise BuildError(f"a pass does not compile: {error}") from error
+
+
 def source(lowered: Lowered, kind: str) -> str:
     """A candidate as text: ``tir`` (scheduled), ``ll`` (LLVM IR) or ``asm``.
 
@@ -127,14 +145,20 @@ def source(lowered: Lowered, kind: str) -> str:
 def _host_module(lowered: Lowered) -> Any:
     """The TIR that LLVM is given: what ``tvm.compile`` does, kept apart so that it can be looked at."""
     import tvm
+
+    functions = lowered.module
+    if lowered.target.on_device:
+        functions = tvm.IRModule({"pack": functions["pack"]})
+    return _lowered_builtins(functions, _llvm(lowered))
+
+
+def _lowered_builtins(functions: Any, target: Any) -> Any:
+    """A module in the form that LLVM's code is generated from."""
+    import tvm
     from tvm.s_tir.pipeline import default_s_tir_pipeline
     from tvm.tirx import transform
 
     passes, _, _ = default_s_tir_pipeline()
-    target = _llvm(lowered)
-    functions = lowered.module
-    if lowered.target.on_device:
-        functions = tvm.IRModule({"pack": functions["pack"]})
     bindings = str(tvm.ir.save_json(functions)).count("tirx.Bind")
     left_out = ["tirx.CommonSubexprElim"] if bindings > MOST_BINDINGS else []
     with tvm.transform.PassContext(opt_level=3, disabled_pass=left_out):
@@ -171,6 +195,10 @@ def _llvm(lowered: Lowered) -> Any:
     config = {"kind": "llvm"} if lowered.target.on_device else json.loads(lowered.target.tvm_config)
     if lowered.spec.dtype in ("bf16", "i8") and "avx512bw" in lowered.target.isa:
         config["mattr"] = [*config.get("mattr", ()), "-avx512bw"]
+    return _tvm_target(config)
+
+
+def _tvm_target(config: dict[str, Any]) -> Any:
     from tvm.target import Target as TvmTarget
 
     return TvmTarget(config)
@@ -197,7 +225,13 @@ def _check(program: Program, spec: ConvSpec) -> None:
 
 
 def _align_boundary(module: Any, spec: ConvSpec) -> Any:
-    """Declare the boundary buffers with the alignment of their element.
+    """Declare the boundary buffers with the alignment of their element."""
+    dtypes = spec.dtypes
+    return _aligned(module, {name: BYTES[dtypes[name]] for name in dtypes if name in BOUNDARY})
+
+
+def _aligned(module: Any, alignments: Mapping[str, int]) -> Any:
+    """Declare buffers, by their names, with an alignment.
 
     ``te.create_prim_func`` promises 64 bytes for every argument and has no option for it, and TIR
     has no mutator in Python, so the serialised form is edited.
@@ -205,13 +239,13 @@ def _align_boundary(module: Any, spec: ConvSpec) -> Any:
     import tvm
 
     graph = json.loads(tvm.ir.save_json(module))
-    nodes, dtypes = graph["nodes"], spec.dtypes
+    nodes = graph["nodes"]
     for node in nodes:
-        if node["type"] != "ir.Var" or (name := nodes[node["data"]["name"]]["data"]) not in BOUNDARY:
+        if node["type"] != "ir.Var" or (name := nodes[node["data"]["name"]]["data"]) not in alignments:
             continue
         buffer = nodes[node["data"]["ty"]]
         if buffer["type"] == "tirx.BufferType":
-            buffer["data"]["data_alignment"] = BYTES[dtypes[name]]
+            buffer["data"]["data_alignment"] = alignments[name]
     return tvm.ir.load_json(json.dumps(graph))
 
 

@@ -11,17 +11,7 @@
 
 static const uint64_t MAGIC = 0x6b636170766e6f63; /* "convpack" */
 
-static size_t round_up(size_t size) { return (size + CONVGEN_ALIGNMENT - 1) & ~(size_t)(CONVGEN_ALIGNMENT - 1); }
-
 /* ---- workspace ------------------------------------------------------------------------------- */
-
-/* One call of a kernel. Its workspace is [main][task 0][task 1]...; a kernel that packs has none and
- * allocates from the heap, because packing is rare and its needs are not worth a buffer. */
-typedef struct {
-    convgen_pool *pool; /* acquired for this call, or NULL */
-    char *shares;       /* of the tasks; NULL: heap */
-    size_t share;
-} call;
 
 typedef struct heap_block {
     _Alignas(CONVGEN_ALIGNMENT) struct heap_block *next;
@@ -29,7 +19,7 @@ typedef struct heap_block {
 
 /* What the running thread allocates from. Generated code frees in reverse order. */
 typedef struct {
-    const call *call;
+    const convgen_call *call;
     char *top, *end;
     heap_block *blocks;
     int in_task;
@@ -43,7 +33,7 @@ static void *allocate(int device_type, int device_id, uint64_t size, int dtype_c
     frame *f = current;
     if (size > SIZE_MAX - 2 * CONVGEN_ALIGNMENT)
         return NULL;
-    size = round_up(size);
+    size = convgen_round_up(size);
     if (f->call->shares == NULL) {
         heap_block *block = aligned_alloc(CONVGEN_ALIGNMENT, sizeof(heap_block) + size);
         if (block == NULL)
@@ -104,7 +94,7 @@ static void set_floating_point_mode(unsigned mode)
 }
 
 typedef struct {
-    const call *call;
+    const convgen_call *call;
     convgen_lambda lambda;
     void *closure;
     unsigned mode;
@@ -143,8 +133,8 @@ static int parallel_launch(convgen_lambda lambda, void *closure, int tasks)
     return atomic_load(&r.failed) ? -1 : 0;
 }
 
-/* Run generated code with a thread-local frame around it. */
-static int enter(const call *c, char *main_workspace, convgen_function function, const convgen_any *args, int count)
+/* With a thread-local frame around it. */
+int convgen_enter(const convgen_call *c, char *main_workspace, convgen_function function, const convgen_any *args, int count)
 {
     frame f = {.call = c, .top = main_workspace, .end = c->shares};
     frame *outer = current;
@@ -181,7 +171,7 @@ static void push_packed(arguments *a, const convgen_kernel *kernel, const void *
         push(a, &kernel->packed[i], (const char *)packed + kernel->packed[i].offset);
 }
 
-static int check_buffer(const void *data, size_t size, size_t expected, size_t alignment)
+int convgen_check_buffer(const void *data, size_t size, size_t expected, size_t alignment)
 {
     if (expected == 0)
         return data == NULL && size == 0 ? CONVGEN_OK : CONVGEN_WRONG_SIZE;
@@ -194,10 +184,10 @@ static int check_buffer(const void *data, size_t size, size_t expected, size_t a
 
 static int check_tensor(const void *data, size_t size, const convgen_tensor *tensor)
 {
-    return check_buffer(data, size, tensor->bytes, tensor->dtype.bits / 8);
+    return convgen_check_buffer(data, size, tensor->bytes, tensor->dtype.bits / 8);
 }
 
-static int overlap(const void *a, size_t a_size, const void *b, size_t b_size)
+int convgen_overlap(const void *a, size_t a_size, const void *b, size_t b_size)
 {
     const uintptr_t x = (uintptr_t)a, y = (uintptr_t)b;
     return x < y ? y - x < a_size && b_size > 0 : x - y < b_size && a_size > 0;
@@ -205,7 +195,7 @@ static int overlap(const void *a, size_t a_size, const void *b, size_t b_size)
 
 /* ---- the packed buffer ----------------------------------------------------------------------- */
 
-static uint64_t checksum(const void *payload, size_t size) /* size is a multiple of 64 */
+uint64_t convgen_checksum(const void *payload, size_t size) /* size is a multiple of 64 */
 {
     const uint64_t *words = payload;
     uint64_t hash = size;
@@ -218,7 +208,7 @@ static uint64_t checksum(const void *payload, size_t size) /* size is a multiple
 
 static int check_packed(const convgen_kernel *kernel, const void *packed, size_t size)
 {
-    const int status = check_buffer(packed, size, kernel->packed_size, CONVGEN_ALIGNMENT);
+    const int status = convgen_check_buffer(packed, size, kernel->packed_size, CONVGEN_ALIGNMENT);
     if (status != CONVGEN_OK)
         return status;
     const convgen_packed_header *header = packed;
@@ -240,7 +230,7 @@ static int check_packed(const convgen_kernel *kernel, const void *packed, size_t
 
 static size_t workspace_size(const convgen_kernel *kernel, int threads)
 {
-    return round_up(kernel->workspace_main) + (size_t)threads * round_up(kernel->workspace_task);
+    return convgen_round_up(kernel->workspace_main) + (size_t)threads * convgen_round_up(kernel->workspace_task);
 }
 
 int convgen_kernel_sizes(const convgen_kernel *kernel, int threads, convgen_sizes *sizes)
@@ -273,10 +263,10 @@ int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *a
     RETURN_UNLESS_OK(check_tensor(a.bias, a.bias_size, &kernel->bias));
     RETURN_UNLESS_OK(check_tensor(a.slope, a.slope_size, &kernel->slope));
     RETURN_UNLESS_OK(check_tensor(a.scale, a.scale_size, &kernel->scale));
-    RETURN_UNLESS_OK(check_buffer(a.packed, a.packed_size, kernel->packed_size, CONVGEN_ALIGNMENT));
-    if (overlap(a.packed, a.packed_size, a.weights, a.weights_size) ||
-        overlap(a.packed, a.packed_size, a.bias, a.bias_size) ||
-        overlap(a.packed, a.packed_size, a.slope, a.slope_size) || overlap(a.packed, a.packed_size, a.scale, a.scale_size))
+    RETURN_UNLESS_OK(convgen_check_buffer(a.packed, a.packed_size, kernel->packed_size, CONVGEN_ALIGNMENT));
+    if (convgen_overlap(a.packed, a.packed_size, a.weights, a.weights_size) ||
+        convgen_overlap(a.packed, a.packed_size, a.bias, a.bias_size) ||
+        convgen_overlap(a.packed, a.packed_size, a.slope, a.slope_size) || convgen_overlap(a.packed, a.packed_size, a.scale, a.scale_size))
         return CONVGEN_OVERLAP;
     if (!kernel->cpu_supported())
         return CONVGEN_UNSUPPORTED_CPU;
@@ -287,7 +277,7 @@ int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *a
     memset(header, 0, sizeof *header);
     for (int i = 0; i < kernel->packed_count; ++i) {
         const convgen_tensor *t = &kernel->packed[i];
-        memset((char *)a.packed + t->offset + t->bytes, 0, round_up(t->bytes) - t->bytes);
+        memset((char *)a.packed + t->offset + t->bytes, 0, convgen_round_up(t->bytes) - t->bytes);
     }
     arguments list = {.count = 0};
     push(&list, &kernel->weights, a.weights);
@@ -295,8 +285,8 @@ int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *a
     push(&list, &kernel->slope, a.slope);
     push(&list, &kernel->scale, a.scale);
     push_packed(&list, kernel, a.packed);
-    const call c = {.pool = NULL};
-    if (enter(&c, NULL, kernel->pack, list.args, list.count) != CONVGEN_OK)
+    const convgen_call c = {.pool = NULL};
+    if (convgen_enter(&c, NULL, kernel->pack, list.args, list.count) != CONVGEN_OK)
         return CONVGEN_NO_MEMORY; /* all that can fail there is the heap */
 
     *header = (convgen_packed_header){
@@ -305,7 +295,7 @@ int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *a
         .header_size = sizeof *header,
         .identity = {kernel->identity[0], kernel->identity[1]},
         .payload_size = kernel->packed_size - sizeof *header,
-        .checksum = checksum(header + 1, kernel->packed_size - sizeof *header),
+        .checksum = convgen_checksum(header + 1, kernel->packed_size - sizeof *header),
     };
     return CONVGEN_OK;
 }
@@ -314,7 +304,7 @@ int convgen_kernel_verify(const convgen_kernel *kernel, const void *packed, size
 {
     RETURN_UNLESS_OK(check_packed(kernel, packed, size));
     const convgen_packed_header *header = packed;
-    return header->checksum == checksum(header + 1, header->payload_size) ? CONVGEN_OK : CONVGEN_WRONG_PACKED;
+    return header->checksum == convgen_checksum(header + 1, header->payload_size) ? CONVGEN_OK : CONVGEN_WRONG_PACKED;
 }
 
 int convgen_kernel_run(const convgen_kernel *kernel, const convgen_run_args *args)
@@ -334,13 +324,13 @@ int convgen_kernel_run(const convgen_kernel *kernel, const convgen_run_args *arg
     if (workspace > 0) {
         if (a.workspace_size < workspace) /* more is welcome: layers share one */
             return a.workspace == NULL ? CONVGEN_NULL_POINTER : CONVGEN_WRONG_SIZE;
-        RETURN_UNLESS_OK(check_buffer(a.workspace, workspace, workspace, CONVGEN_ALIGNMENT));
+        RETURN_UNLESS_OK(convgen_check_buffer(a.workspace, workspace, workspace, CONVGEN_ALIGNMENT));
     }
-    if (overlap(a.dst, a.dst_size, a.src, a.src_size) || overlap(a.dst, a.dst_size, a.packed, a.packed_size) ||
-        overlap(a.dst, a.dst_size, a.residual, a.residual_size) ||
-        overlap(a.workspace, workspace, a.src, a.src_size) || overlap(a.workspace, workspace, a.packed, a.packed_size) ||
-        overlap(a.workspace, workspace, a.residual, a.residual_size) ||
-        overlap(a.workspace, workspace, a.dst, a.dst_size))
+    if (convgen_overlap(a.dst, a.dst_size, a.src, a.src_size) || convgen_overlap(a.dst, a.dst_size, a.packed, a.packed_size) ||
+        convgen_overlap(a.dst, a.dst_size, a.residual, a.residual_size) ||
+        convgen_overlap(a.workspace, workspace, a.src, a.src_size) || convgen_overlap(a.workspace, workspace, a.packed, a.packed_size) ||
+        convgen_overlap(a.workspace, workspace, a.residual, a.residual_size) ||
+        convgen_overlap(a.workspace, workspace, a.dst, a.dst_size))
         return CONVGEN_OVERLAP;
     if (!kernel->cpu_supported())
         return CONVGEN_UNSUPPORTED_CPU;
@@ -353,12 +343,12 @@ int convgen_kernel_run(const convgen_kernel *kernel, const convgen_run_args *arg
     push(&list, &kernel->dst, a.dst);
 
     char *main_workspace = workspace > 0 ? a.workspace : (char *)&list; /* not NULL, of size 0 */
-    const call c = {
+    const convgen_call c = {
         .pool = a.pool != NULL && a.pool->acquire(a.pool) ? a.pool : NULL,
-        .shares = main_workspace + round_up(kernel->workspace_main),
-        .share = round_up(kernel->workspace_task),
+        .shares = main_workspace + convgen_round_up(kernel->workspace_main),
+        .share = convgen_round_up(kernel->workspace_task),
     };
-    const int status = enter(&c, main_workspace, kernel->main, list.args, list.count);
+    const int status = convgen_enter(&c, main_workspace, kernel->main, list.args, list.count);
     if (c.pool != NULL)
         c.pool->release(c.pool);
     return status;

@@ -99,6 +99,27 @@ struct convgen_pool {
     void (*destroy)(convgen_pool *pool);
 };
 
+/* One call of generated code. Its workspace is [main][task 0][task 1]...; code that packs has none and
+ * allocates from the heap, because packing is rare and its needs are not worth a buffer. */
+typedef struct {
+    convgen_pool *pool; /* acquired for this call, or NULL */
+    char *shares;       /* of the tasks; NULL: heap */
+    size_t share;
+} convgen_call;
+
+static inline size_t convgen_round_up(size_t size)
+{
+    return (size + CONVGEN_ALIGNMENT - 1) & ~(size_t)(CONVGEN_ALIGNMENT - 1);
+}
+
+/* Run generated code. */
+int convgen_enter(const convgen_call *call, char *main_workspace, convgen_function function, const convgen_any *args,
+                  int count);
+/* A status: whether a buffer is what it must be. */
+int convgen_check_buffer(const void *data, size_t size, size_t expected, size_t alignment);
+int convgen_overlap(const void *a, size_t a_size, const void *b, size_t b_size);
+uint64_t convgen_checksum(const void *payload, size_t size); /* size is a multiple of 64 */
+
 int convgen_kernel_sizes(const convgen_kernel *kernel, int threads, convgen_sizes *sizes);
 int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *args);
 int convgen_kernel_run(const convgen_kernel *kernel, const convgen_run_args *args);

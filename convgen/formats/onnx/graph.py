@@ -66,8 +66,11 @@ def prepare(file: ModelFile, dims: Mapping[str, int]) -> tuple[list[Scope], list
     _check_graph(model.graph, (), opset, where)
     left = _set_dims(model.graph, dict(dims), where)
     _keep_small(file, model.graph)
+    given = {value.name: value for value in model.graph.input}
     for output in model.graph.output:  # what is declared there is often another batch
         output.type.tensor_type.ClearField("shape")
+        if output.name in given:
+            output.type.CopyFrom(given[output.name].type)
     return _carried(*_inferred(file, model)), left
 
 

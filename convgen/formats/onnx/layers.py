@@ -45,13 +45,23 @@ _MAX_REGION = 16  # nodes of an activation; the longest one that exporters spell
 def read_layers(source: str | Path | ModelProto, dims: Mapping[str, int], arrays: bool) -> list[OnnxLayer]:
     """See :func:`convgen.formats.onnx.reader.layers_from_onnx`; this one works in this process."""
     with ModelFile(source) as file:
-        graphs, unknown = prepare(file, dims)
-        old = any(opset.domain in ROOTS and opset.version < FOLDING_OPSET for opset in file.proto.opset_import)
-        layers = [layer for graph in graphs for layer in _Reader(graph, unknown, not old).layers(arrays)]
+        folded = folded_graphs(file, dims, arrays)
+    graphs, layers = [graph for graph, _ in folded], [layer for _, found in folded for layer in found]
     if not layers:
         found = sorted({node.op_type for graph in graphs for node in graph.nodes if "Conv" in node.op_type})
         raise SpecError("model", f"a node {', '.join(CONVOLUTIONS)}", ", ".join(found) or "none", file.where)
     return layers
+
+
+def folded_graphs(file: ModelFile, dims: Mapping[str, int], arrays: bool) -> list[tuple[Scope, list[OnnxLayer]]]:
+    """A model's graphs, each with its convolutions: first the model's own, then those inside its nodes.
+
+    Raises:
+        SpecError: see :func:`convgen.formats.onnx.graph.prepare`.
+    """
+    graphs, unknown = prepare(file, dims)
+    old = any(opset.domain in ROOTS and opset.version < FOLDING_OPSET for opset in file.proto.opset_import)
+    return [(graph, _Reader(graph, unknown, not old).layers(arrays)) for graph in graphs]
 
 
 class _Reader:

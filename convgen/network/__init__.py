@@ -1,0 +1,1 @@
+"""Whole networks: a model's graph, its plan in memory, and one library that runs it."""

@@ -1,0 +1,292 @@
+"""Which layout every tensor of a network has: the cheapest together, by what schedules and copies should take.
+
+A tensor has one layout; a convolution that wants another reads or writes a converted copy. The search goes down from
+several starts, one tensor, or one set of tensors that are better alike, at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ..cpu.model import core_of
+from ..errors import BuildError
+from ..hardware.target import Target
+from ..lowering.candidates import predicted
+from ..lowering.schedule import Candidate
+from ..problem.layout import BLOCKS, PLAIN, Blocks
+from ..problem.spec import ConvSpec
+from .expressions import KINDS
+from .graph import Convolution, Graph, Node, Operator, Shape
+
+#: Plain row-major order: what a network's own inputs and outputs have, and tensors without channels.
+ROW_MAJOR = "nchw"
+#: Bytes that a copy moves per cycle beside what its streams would: where source and destination differ in order, and
+#: where elements are taken one by one.
+_BYTES = 4
+
+
+def physical(shape: Shape, layout: str) -> Shape:
+    """The shape of a tensor in memory."""
+    if layout == ROW_MAJOR:
+        return shape
+    return Blocks(layout, shape[1]).shape(shape[0], shape[2:])
+
+
+def same_memory(shape: Shape, one: str, other: str) -> bool:
+    """Whether elements lie in the same order: of one pixel, channels are neighbours in every layout."""
+    return one == other or math.prod(shape[2:]) == 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layouts of a convolution's src and dst, and how it is computed with them."""
+
+    src: str
+    dst: str
+    seconds: float
+    candidate: Candidate
+
+
+class Costs:
+    """What convolutions and copies are predicted to take on a target; each is asked for once."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._known: dict[ConvSpec, tuple[float, Candidate] | None] = {}
+
+    @cached_property
+    def blocked(self) -> str:
+        """The layout whose blocks are vectors of the target."""
+        return next((name for name, size in BLOCKS.items() if size == max(8, self.target.lanes)), "nchw16c")
+
+    def layouts(self, shape: Shape) -> tuple[str, ...]:
+        """What a tensor of images may lie in."""
+        if len(shape) < 3 or len(shape) > 5:
+            return (ROW_MAJOR,)
+        whole = shape[1] % BLOCKS[self.blocked] == 0
+        return (*PLAIN, self.blocked) if whole else PLAIN
+
+    def convolution(self, spec: ConvSpec) -> tuple[float, Candidate]:
+        """The predicted seconds and the candidate of a spec in its layouts."""
+        if spec not in self._known:
+            self._known[spec] = predicted(spec, self.target)
+        found = self._known[spec]
+        if found is None:
+            raise BuildError(f"{spec.descriptor}: expected a schedule for it, found none")
+        return found
+
+    def copy(self, elements: int, ordered: bool = True, share: int = 1) -> float:
+        """Seconds to read and write so many elements: in one order, or from scattered places."""
+        core = core_of(self.target)
+        cycles = 2 * _BYTES * elements / core.l3 * (1 if ordered else 4) / self.target.cores + core.region
+        return share * cycles / core.hertz
+
+
+class LayoutSearch:
+    """The layouts of one graph's tensors."""
+
+    def __init__(self, graph: Graph, costs: Costs) -> None:
+        self.graph, self.costs = graph, costs
+        fixed = {*graph.inputs, *graph.outputs, *graph.constants}
+        fixed |= {name for node in graph.convolutions if node.rows for name in (*node.inputs, node.output)}
+        self.options = {
+            name: (ROW_MAJOR,) if name in fixed else costs.layouts(shape) for name, shape in graph.shapes.items()
+        }
+        self.around: dict[str, list[int]] = defaultdict(list)
+        for number, node in enumerate(graph.nodes):
+            for name in {*node.inputs, node.output}:
+                self.around[name].append(number)
+        self._node_costs: dict[tuple[int, tuple[str, ...]], float] = {}
+
+    def best(self) -> dict[str, str]:
+        """A layout for every tensor."""
+        starts = [self._uniform(layout) for layout in (self.costs.blocked, *PLAIN[::-1])]
+        return min((self._descended(start) for start in starts), key=self.total)
+
+    def total(self, layouts: Mapping[str, str]) -> float:
+        return sum(self.node_seconds(number, layouts) for number in range(len(self.graph.nodes)))
+
+    def _uniform(self, layout: str) -> dict[str, str]:
+        wanted = [layout, *PLAIN[::-1]]
+        return {
+            name: next(choice for choice in wanted if choice in options) if len(options) > 1 else options[0]
+            for name, options in self.options.items()
+        }
+
+    def _descended(self, layouts: dict[str, str]) -> dict[str, str]:
+        units = [*self._groups(), *([name] for name, options in self.options.items() if len(options) > 1)]
+        improved = True
+        while improved:
+            improved = False
+            for unit in units:
+                for option in dict.fromkeys(option for name in unit for option in self.options[name]):
+                    changed = {name: option for name in unit if option in self.options[name]}
+                    nodes = {number for name in changed for number in self.around[name]}
+                    tried = {**layouts, **changed}
+                    before = sum(self.node_seconds(number, layouts) for number in nodes)
+                    if sum(self.node_seconds(number, tried) for number in nodes) < before * (1 - 1e-9):
+                        layouts, improved = tried, True
+        return layouts
+
+    def _groups(self) -> list[list[str]]:
+        """Sets of tensors that operators connect which work best in one layout."""
+        leader = {name: name for name in self.options}
+
+        def find(name: str) -> str:
+            while leader[name] != name:
+                name = leader[name]
+            return name
+
+        for node in self.graph.nodes:
+            joined = [*node.inputs, node.output] if isinstance(node, Operator) else [*node.inputs[1:], node.output]
+            free = [name for name in joined if len(self.options[name]) > 1]
+            for name in free[1:]:
+                leader[find(name)] = find(free[0])
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name in self.options:
+            groups[find(name)].append(name)
+        return [group for group in groups.values() if len(group) > 1]
+
+    # ---- of one node ----
+
+    def node_seconds(self, number: int, layouts: Mapping[str, str]) -> float:
+        node = self.graph.nodes[number]
+        key = number, tuple(layouts[name] for name in (*node.inputs, node.output))
+        if key not in self._node_costs:
+            if isinstance(node, Convolution):
+                self._node_costs[key] = self.choose(node, layouts)[1]
+            else:
+                self._node_costs[key] = self._operator(node, layouts)
+        return self._node_costs[key]
+
+    def choose(self, node: Convolution, layouts: Mapping[str, str]) -> tuple[Choice, float]:
+        """The layouts that a convolution is computed in, and its seconds with the conversions that takes."""
+        best: tuple[float, Choice] | None = None
+        for src, dst in self._pairs(node, layouts):
+            spec = node.spec.with_(layout=src, dst_layout=dst)
+            seconds, candidate = self.costs.convolution(spec)
+            total = seconds
+            if not node.rows:  # whose tensors are as they are
+                total += self._converted(node.inputs[0], layouts, src)
+                total += sum(self._converted(name, layouts, dst) for name in (*node.inputs[1:], node.output))
+            if best is None or total < best[0]:
+                best = total, Choice(src, dst, seconds, candidate)
+        if best is None:
+            raise BuildError(f"{node.name}: expected a layout for it, found none")
+        return best[1], best[0]
+
+    def _pairs(self, node: Convolution, layouts: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+        """The layouts of src and dst that are tried: those that the tensors have, and every one for both."""
+        spec = node.spec
+        if node.rows and spec.in_spatial != (1,):
+            return [("nhwc", "nhwc")]
+        sources = self.costs.layouts((spec.n, spec.ic, *spec.in_spatial))
+        targets = self.costs.layouts((spec.n, spec.oc, *spec.out_spatial))
+        own = (layouts[node.inputs[0]], layouts[node.output])
+        alike = [(layout, layout) for layout in sources if layout in targets]
+        return dict.fromkeys([own, *alike])
+
+    def _converted(self, name: str, layouts: Mapping[str, str], wanted: str) -> float:
+        shape = self.graph.shapes[name]
+        if len(shape) < 3 or same_memory(shape, layouts[name], wanted):
+            return 0.0
+        return self.costs.copy(self.graph.size(name), ordered=False)
+
+    def _operator(self, node: Operator, layouts: Mapping[str, str]) -> float:
+        """A pass over its tensors, slower where their orders differ, or where neighbours are not read together."""
+        shapes, output = self.graph.shapes, node.output
+        read = [name for name in node.inputs if name not in self.graph.constants]
+        alike = all(
+            same_memory(shapes[name], layouts[name], layouts[output])
+            for name in read
+            if len(shapes[name]) == len(shapes[output]) > 2
+        )
+        if node.kind in ("concat", "slice") and alike and lies_apart(self.graph, node, layouts[output]):
+            return 0.0
+        elements = max(self.graph.size(name) for name in (*read, output))
+        if KINDS[node.kind].reduces and layouts[output] == ROW_MAJOR and len(shapes[output]) > 2:
+            alike = False  # neighbours are summed, or windows begin at odd places
+        taps = math.prod(node.attributes.get("kernel", (1,)))
+        return self.costs.copy(elements, alike, share=max(1, taps // 4))
+
+
+def lies_apart(graph: Graph, node: Operator, layout: str) -> bool:
+    """Whether the parts of a concatenation, or the part that a slice takes, are one piece of memory each."""
+    whole = graph.shapes[node.output if node.kind == "concat" else node.inputs[0]]
+    parts = [graph.shapes[name] for name in (node.inputs if node.kind == "concat" else (node.output,))]
+    if node.kind == "slice" and set(node.attributes["steps"]) != {1}:
+        return False
+    differ = [axis for axis in range(len(whole)) if any(part[axis] != whole[axis] for part in parts)]
+    if node.kind == "concat":
+        differ = [node.attributes["axis"]]
+    if len(differ) != 1 or math.prod(whole[: differ[0]]) != 1:
+        return False
+    block = BLOCKS[layout]
+    return layout == ROW_MAJOR or (differ == [1] and block > 0 and all(part[1] % block == 0 for part in parts))
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A graph whose convolutions have layouts, with what converts tensors between them.
+
+    Attributes:
+        graph: convolutions' specs have their layouts.
+        layouts: of every tensor.
+        candidates: how each convolution is computed, by its output.
+        seconds: predicted.
+    """
+
+    graph: Graph
+    layouts: dict[str, str]
+    candidates: dict[str, Candidate]
+    seconds: float
+
+
+def lay(graph: Graph, costs: Costs) -> Laid:
+    """Choose the layouts, and add the conversions they take."""
+    search = LayoutSearch(graph, costs)
+    layouts = search.best()
+    seconds = search.total(layouts)
+    nodes: list[Node] = []
+    candidates: dict[str, Candidate] = {}
+    made: dict[tuple[str, str], str] = {}
+
+    def converted(name: str, layout: str) -> str:
+        """A tensor in a layout: itself, or a copy that is made once."""
+        shape = graph.shapes[name]
+        if len(shape) < 3 or same_memory(shape, layouts[name], layout):
+            return name
+        if (name, layout) not in made:
+            copied = made[name, layout] = f"{name}@{layout}"
+            nodes.append(Operator(name, "identity", (name,), copied))
+            graph.shapes[copied], layouts[copied] = shape, layout
+        return made[name, layout]
+
+    for node in graph.nodes:
+        if isinstance(node, Operator):
+            nodes.append(node)
+            continue
+        choice, _ = search.choose(node, layouts)
+        if node.rows:
+            nodes.append(replace(node, spec=node.spec.with_(layout=choice.src, dst_layout=choice.dst)))
+            candidates[node.output] = choice.candidate
+            continue
+        src, *rest = node.inputs
+        inputs = (converted(src, choice.src), *(converted(name, choice.dst) for name in rest))
+        spec = node.spec.with_(layout=choice.src, dst_layout=choice.dst)
+        output, shape = node.output, graph.shapes[node.output]
+        if len(shape) >= 3 and not same_memory(shape, choice.dst, layouts[output]):
+            output = f"{node.output}@{choice.dst}"
+            graph.shapes[output], layouts[output] = shape, choice.dst
+            made[node.output, choice.dst] = output
+        nodes.append(replace(node, spec=spec, inputs=inputs, output=output))
+        candidates[output] = choice.candidate
+        if output != node.output:
+            nodes.append(Operator(node.name, "identity", (output,), node.output))
+    graph.nodes = nodes
+    graph.order()
+    return Laid(graph, layouts, candidates, seconds)

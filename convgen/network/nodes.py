@@ -1,0 +1,503 @@
+"""What the nodes of an ONNX graph mean that are not convolutions, as operators of a network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper
+
+from ..errors import SpecError, UnsupportedError
+from ..formats.onnx.graph import Scope, static, text
+from ..problem.spec import INT32_MAX
+from .graph import F32, Operator, Shape
+from .resizing import resize_tables
+
+
+class Refusal(Exception):  # noqa: N818  (an answer more than an error)
+    """A node is not taken; the message is the reason."""
+
+
+class Reading:
+    """One node as it is read: its attributes and operands, checked; and the operators that it becomes.
+
+    Args:
+        scope: the graph it stands in.
+        opset: its version.
+        constants: what tensors that it brings with it are added to.
+        shapes: the same of all tensors that it makes or reads.
+    """
+
+    def __init__(
+        self, scope: Scope, node: NodeProto, opset: int, constants: dict[str, F32], shapes: dict[str, Shape]
+    ) -> None:
+        self.scope, self.node, self.opset, self.constants, self.shapes = scope, node, opset, constants, shapes
+        self.name = scope.name(node)
+        self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        self.operators: list[Operator] = []
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An attribute; text as str, several numbers as a tuple."""
+        value = self.attributes.get(name, default)
+        if isinstance(value, bytes):
+            return value.decode(errors="replace")
+        return tuple(value) if isinstance(value, list) else value
+
+    def given(self, position: int) -> str:
+        """The name of an input; empty where it is left out."""
+        return str(self.node.input[position]) if position < len(self.node.input) else ""
+
+    def shape(self, name: str) -> Shape:
+        if name in self.shapes:
+            return self.shapes[name]
+        shape = self.scope.shape(name)
+        if not static(shape):
+            raise Refusal(f"the shape of {name!r} is not known: {text(shape)}")
+        return shape
+
+    def tensor(self, name: str) -> str:
+        """An f32 operand, which is recorded with its shape, and with its value where that is constant."""
+        if name in self.shapes:
+            return name
+        dtype = self.scope.dtype(name)
+        if dtype != TensorProto.FLOAT:
+            raise Refusal(f"{name!r} is of type {TensorProto.DataType.Name(dtype).lower()}; f32 is supported")
+        self.shapes[name] = self.shape(name)
+        if self.scope.constant(name):
+            self.constants[name] = np.ascontiguousarray(self.scope.value(name), np.float32)
+        return name
+
+    def input(self, position: int = 0) -> str:
+        if not (name := self.given(position)):
+            raise Refusal(f"input {position} is left out")
+        return self.tensor(name)
+
+    def inputs(self) -> list[str]:
+        return [self.tensor(name) for name in self.node.input]
+
+    def array(self, name: str, what: str) -> np.ndarray[Any, np.dtype[Any]]:
+        """The value of a constant."""
+        if not self.scope.constant(name):
+            raise Refusal(f"{what} {name!r} is no constant; constants are supported")
+        try:
+            return self.scope.value(name)
+        except SpecError as error:
+            raise Refusal(str(error)) from error
+
+    def integers(self, position: int, attribute: str) -> tuple[int, ...] | None:
+        """What newer versions take as an input and older ones have as an attribute; None where there is neither."""
+        if name := self.given(position):
+            return tuple(int(value) for value in self.array(name, attribute).reshape(-1))
+        value = self.get(attribute)
+        return value if value is None or isinstance(value, tuple) else (value,)
+
+    def number(self, position: int, attribute: str, default: float) -> float:
+        """One number that may be an input or an attribute."""
+        if name := self.given(position):
+            value = self.array(name, attribute)
+            if value.size != 1:
+                raise Refusal(f"{attribute} has {value.size} elements; one is supported")
+            return float(value.reshape(()))
+        return float(self.get(attribute, default))
+
+    def axis(self, value: int, rank: int) -> int:
+        if not -rank <= value < rank:
+            raise Refusal(f"axis {value} of a tensor of {rank} axes")
+        return value % rank
+
+    def axes(self, values: Sequence[int], rank: int) -> tuple[int, ...]:
+        return tuple(sorted(self.axis(value, rank) for value in values))
+
+    def constant(self, array: Any, what: str) -> str:
+        """A tensor of this node's own."""
+        name = f"{self.node.output[0]}/{what}"
+        self.constants[name] = np.ascontiguousarray(array, np.float32)
+        self.shapes[name] = self.constants[name].shape
+        return name
+
+    def add(self, kind: str, inputs: Sequence[str], shape: Shape, output: str = "", **attributes: Any) -> str:
+        """An operator, its output named; ``output`` is empty for a step within the node."""
+        if 0 in shape:
+            raise Refusal(f"a tensor without elements: {list(shape)}")
+        if math.prod(shape) > INT32_MAX:
+            raise Refusal(f"a tensor of more than {INT32_MAX} elements: {list(shape)}")
+        output = output or f"{self.node.output[0]}/{len(self.operators)}"
+        self.shapes[output] = shape
+        self.operators.append(Operator(self.name, kind, tuple(inputs), output, attributes))
+        return output
+
+    def end(self, kind: str, inputs: Sequence[str], **attributes: Any) -> None:
+        """The operator that computes the node's output."""
+        output = str(self.node.output[0])
+        self.add(kind, inputs, self.shape(output), output, **attributes)
+
+
+def read_node(
+    scope: Scope, node: NodeProto, opset: int, constants: dict[str, F32], shapes: dict[str, Shape]
+) -> list[Operator]:
+    """The operators that a node means.
+
+    Raises:
+        Refusal: it is not taken, and why.
+    """
+    if node.op_type not in READERS:
+        raise Refusal("no such operator is known here")
+    reading = Reading(scope, node, opset, constants, shapes)
+    if any(reading.scope.users[name] or name in scope.outputs for name in node.output[1:] if name) and (
+        node.op_type not in ("Split",)
+    ):
+        raise Refusal("an output but the first is used")
+    try:
+        READERS[node.op_type](reading)
+    except (SpecError, UnsupportedError) as error:
+        raise Refusal(str(error)) from error
+    return reading.operators
+
+
+# ---- element by element ------------------------------------------------------------------------
+
+
+def _simple(kind: str) -> Callable[[Reading], None]:
+    return lambda r: r.end(kind, r.inputs())
+
+
+def _activation(text: Callable[[Reading], str]) -> Callable[[Reading], None]:
+    return lambda r: r.end("activate", [r.input()], activation=text(r))
+
+
+def _clip(r: Reading) -> None:
+    low, high = r.number(1, "min", -math.inf), r.number(2, "max", math.inf)
+    if not low <= high:
+        raise Refusal(f"bounds {low} and {high}")
+    r.end("activate", [r.input()], activation=f"clip({low!r},{high!r})")
+
+
+def _gelu(r: Reading) -> None:
+    r.end("activate", [r.input()], activation="gelu_tanh" if r.get("approximate") == "tanh" else "gelu")
+
+
+def _passed(r: Reading) -> None:
+    if r.node.op_type == "Cast" and r.get("to") != TensorProto.FLOAT:
+        raise Refusal("a cast to another type than f32")
+    if r.node.op_type == "Dropout" and r.given(2) and r.array(r.given(2), "training_mode").any():
+        raise Refusal("dropout in training")
+    r.end("identity", [r.input()])
+
+
+def _batch_normalization(r: Reading) -> None:
+    if r.get("training_mode", 0) or r.get("spatial", 1) != 1:
+        raise Refusal("normalisation by the batch's own mean and variance")
+    source = r.input()
+    gamma, beta, mean, variance = (r.array(r.given(i), "parameter").astype(np.float64) for i in range(1, 5))
+    scale = gamma / np.sqrt(variance + r.get("epsilon", 1e-5))
+    ones = (1,) * (len(r.shape(source)) - 2)
+    vectors = {"scale": scale, "shift": beta - mean * scale}
+    made = [r.constant(vector.reshape(-1, *ones), what) for what, vector in vectors.items()]
+    r.end("scale_shift", [source, *made])
+
+
+# ---- from one place to another -----------------------------------------------------------------
+
+
+def _reshape(r: Reading) -> None:
+    r.end("reshape", [r.input()])
+
+
+def _transpose(r: Reading) -> None:
+    source = r.input()
+    rank = len(r.shape(source))
+    r.end("transpose", [source], perm=r.get("perm", tuple(range(rank))[::-1]))
+
+
+def _concat(r: Reading) -> None:
+    inputs = r.inputs()
+    axis = r.axis(r.get("axis", 1), len(r.shape(inputs[0])))
+    filled = [name for name in inputs if r.shape(name)[axis]]
+    r.end("concat", filled, axis=axis)
+
+
+def _split(r: Reading) -> None:
+    source = r.input()
+    shape = r.shape(source)
+    axis = r.axis(r.get("axis", 0), len(shape))
+    start = 0
+    for output in map(str, r.node.output):
+        part = r.shape(output)
+        starts = tuple(start if i == axis else 0 for i in range(len(shape)))
+        r.add("slice", [source], part, output, starts=starts, steps=(1,) * len(shape))
+        start += part[axis]
+    if start != shape[axis]:
+        raise Refusal(f"parts of {start} elements in all, where the axis has {shape[axis]}")
+
+
+def _slice(r: Reading) -> None:
+    source = r.input()
+    shape = r.shape(source)
+    begins, ends = r.integers(1, "starts"), r.integers(2, "ends")
+    if begins is None or ends is None:
+        raise Refusal("no starts or ends")
+    axes = r.integers(3, "axes") or tuple(range(len(begins)))
+    jumps = r.integers(4, "steps") or (1,) * len(begins)
+    starts, steps = [0] * len(shape), [1] * len(shape)
+    for axis, begin, end, step in zip(axes, begins, ends, jumps, strict=True):
+        axis = r.axis(axis, len(shape))
+        starts[axis], _, steps[axis] = slice(begin, end, step).indices(shape[axis])
+    r.end("slice", [source], starts=tuple(starts), steps=tuple(steps))
+
+
+def _pad(r: Reading) -> None:
+    source = r.input()
+    rank = len(r.shape(source))
+    pads, axes = r.integers(1, "pads"), r.integers(3, "axes") or tuple(range(rank))
+    mode = r.get("mode", "constant")
+    if pads is None or len(pads) != 2 * len(axes):
+        raise Refusal(f"pads {pads} of {len(axes)} axes")
+    begins = [0] * rank
+    for axis, begin in zip(axes, pads, strict=False):
+        begins[r.axis(axis, rank)] = begin
+    if mode not in ("constant", "edge", "reflect", "wrap"):
+        raise Refusal(f"mode {mode!r}")
+    reaches = [abs(pad) for pad in pads]
+    if mode == "reflect" and max(reaches, default=0) >= min(r.shape(source)[r.axis(axis, rank)] for axis in axes):
+        raise Refusal("a reflection of more than the tensor")
+    value = r.number(2, "value", 0.0) if mode == "constant" else 0.0
+    r.end("pad", [source], begins=tuple(begins), mode=mode, value=value)
+
+
+def _expand(r: Reading) -> None:
+    r.end("expand", [r.input()])
+
+
+def _resize(r: Reading) -> None:
+    source = r.input()
+    shape, out = r.shape(source), r.shape(str(r.node.output[0]))
+    old = r.node.op_type == "Upsample" or r.opset < 11
+    place = 1 if old else 2
+    scales: Sequence[float] | None = r.get("scales")
+    if scales is None and r.given(place):
+        scales = [float(value) for value in r.array(r.given(place), "scales").reshape(-1)] or None
+    chosen = r.get("axes")
+    if scales is not None and chosen is not None:
+        full = [1.0] * len(shape)
+        for axis, scale in zip(chosen, scales, strict=True):
+            full[r.axis(axis, len(shape))] = scale
+        scales = full
+    if r.get("antialias", 0) or r.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise Refusal("antialias, or a policy to keep the aspect ratio")
+    options = {
+        "mode": r.get("mode", "nearest"),
+        "transform": r.get("coordinate_transformation_mode", "asymmetric" if old else "half_pixel"),
+        "nearest": r.get("nearest_mode", "floor" if old else "round_prefer_floor"),
+    }
+    try:
+        ways, tables = resize_tables(shape, out, scales, **options)
+    except ValueError as error:
+        raise Refusal(str(error)) from error
+    made = [r.constant(table, f"table{number}") for number, table in enumerate(tables)]
+    r.end("resize", [source, *made], axes=ways)
+
+
+def _depth_to_space(r: Reading) -> None:
+    source, block = r.input(), r.get("blocksize")
+    n, c, h, w = r.shape(source)
+    last = r.get("mode", "DCR") == "CRD"
+    parts = (n, c // block**2, block, block, h, w) if last else (n, block, block, c // block**2, h, w)
+    perm = (0, 1, 4, 2, 5, 3) if last else (0, 3, 4, 1, 5, 2)
+    parted = r.add("reshape", [source], parts)
+    turned = r.add("transpose", [parted], tuple(parts[axis] for axis in perm), perm=perm)
+    r.end("reshape", [turned])
+
+
+def _space_to_depth(r: Reading) -> None:
+    source, block = r.input(), r.get("blocksize")
+    n, c, h, w = r.shape(source)
+    parts = (n, c, h // block, block, w // block, block)
+    perm = (0, 1, 3, 5, 2, 4) if r.get("mode", "DCR") == "CRD" else (0, 3, 5, 1, 2, 4)
+    parted = r.add("reshape", [source], parts)
+    turned = r.add("transpose", [parted], tuple(parts[axis] for axis in perm), perm=perm)
+    r.end("reshape", [turned])
+
+
+# ---- over many elements ------------------------------------------------------------------------
+
+
+def _window(r: Reading, sizes: Shape) -> dict[str, Any]:
+    """The window of a pooling node: its taps, and the padding before and after."""
+    kernel, out = r.get("kernel_shape"), r.shape(str(r.node.output[0]))[2:]
+    rank = len(sizes)
+    strides, dilations = r.get("strides", (1,) * rank), r.get("dilations", (1,) * rank)
+    pads, word = r.get("pads", (0,) * (2 * rank)), r.get("auto_pad", "NOTSET")
+    if word in ("SAME_UPPER", "SAME_LOWER"):
+        reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+        all_ = zip(out, strides, reach, sizes, strict=True)
+        wanted = [max(0, (o - 1) * s + w - size) for o, s, w, size in all_]
+        less = [pad // 2 for pad in wanted]
+        more = [pad - half for pad, half in zip(wanted, less, strict=True)]
+        begins, ends = (less, more) if word == "SAME_UPPER" else (more, less)
+    elif word == "VALID":
+        begins, ends = [0] * rank, [0] * rank
+    else:
+        begins, ends = pads[:rank], pads[rank:]
+    window = {"kernel": kernel, "strides": strides, "dilations": dilations, "begins": begins, "ends": ends}
+    return {name: tuple(values) for name, values in window.items()}
+
+
+def _pool(mode: str) -> Callable[[Reading], None]:
+    def read(r: Reading) -> None:
+        source = r.input()
+        window = _window(r, r.shape(source)[2:])
+        r.end("pool", [source], mode=mode, include_pad=bool(r.get("count_include_pad", 0)), **window)
+
+    return read
+
+
+def _global_pool(mode: str) -> Callable[[Reading], None]:
+    def read(r: Reading) -> None:
+        source = r.input()
+        axes = tuple(range(2, len(r.shape(source))))
+        r.end("reduce", [source], axes=axes, keepdims=True, mode=mode)
+
+    return read
+
+
+def _reduce(mode: str) -> Callable[[Reading], None]:
+    def read(r: Reading) -> None:
+        source = r.input()
+        rank = len(r.shape(source))
+        axes = r.integers(1, "axes")
+        if not axes and r.get("noop_with_empty_axes", 0):
+            return r.end("identity", [source])
+        reduced = r.axes(axes or range(rank), rank)
+        return r.end("reduce", [source], axes=reduced, keepdims=bool(r.get("keepdims", 1)), mode=mode)
+
+    return read
+
+
+def _softmax(logarithm: bool) -> Callable[[Reading], None]:
+    def read(r: Reading) -> None:
+        source = r.input()
+        rank = len(r.shape(source))
+        axis = r.axis(r.get("axis", -1 if r.opset >= 13 else 1), rank)
+        axes = (axis,) if r.opset >= 13 else tuple(range(axis, rank))  # before, the rest is one axis
+        r.end("softmax", [source], axes=axes, log=logarithm)
+
+    return read
+
+
+def _layer_normalization(r: Reading) -> None:
+    source = r.input()
+    rank = len(r.shape(source))
+    axes = tuple(range(r.axis(r.get("axis", -1), rank), rank))
+    affine = [r.input(place) for place in (1, 2) if r.given(place)]
+    r.end("normalise", [source, *affine], axes=axes, epsilon=r.get("epsilon", 1e-5))
+
+
+def _instance_normalization(r: Reading) -> None:
+    source = r.input()
+    rank = len(r.shape(source))
+    affine = []
+    for place in (1, 2):
+        vector = r.array(r.given(place), "parameter")
+        affine.append(r.constant(vector.reshape(-1, *(1,) * (rank - 2)), f"affine{place}"))
+    r.end("normalise", [source, *affine], axes=tuple(range(2, rank)), epsilon=r.get("epsilon", 1e-5))
+
+
+def _lrn(r: Reading) -> None:
+    numbers = {name: float(r.get(name, default)) for name, default in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0))}
+    r.end("lrn", [r.input()], size=r.get("size"), **numbers)
+
+
+def _matmul(r: Reading) -> None:
+    left, right = r.input(0), r.input(1)
+    trans: dict[str, Any] = {"trans_a": False, "trans_b": False}
+    a, b = r.shape(left), r.shape(right)
+    if len(a) > 1 and len(b) > 1:
+        return r.end("product", [left, right], **trans)
+    if len(a) == 1:  # a row
+        left = r.add("reshape", [left], (1, *a))
+    if len(b) == 1:  # a column
+        right = r.add("reshape", [right], (*b, 1))
+    outer = np.broadcast_shapes(a[:-2], b[:-2])
+    shape = (*outer, a[-2] if len(a) > 1 else 1, b[-1] if len(b) > 1 else 1)
+    return r.end("reshape", [r.add("product", [left, right], shape, **trans)])
+
+
+def _gemm(r: Reading) -> None:
+    out = r.shape(str(r.node.output[0]))
+    trans: dict[str, Any] = {"trans_a": bool(r.get("transA", 0)), "trans_b": bool(r.get("transB", 0))}
+    alpha, beta = float(r.get("alpha", 1.0)), float(r.get("beta", 1.0))
+    added = r.input(2) if r.given(2) and beta else ""
+    operands = [r.input(0), r.input(1)]
+    if alpha == 1 and not added:
+        return r.end("product", operands, **trans)
+    value = r.add("product", operands, out, **trans)
+    if alpha != 1 and not added:
+        return r.end("mul", [value, r.constant(alpha, "alpha")])
+    if alpha != 1:
+        value = r.add("mul", [value, r.constant(alpha, "alpha")], out)
+    if beta != 1:
+        added = r.add("mul", [added, r.constant(beta, "beta")], r.shape(added))
+    return r.end("add", [value, added])
+
+
+#: What reads each operator of ONNX.
+READERS: Mapping[str, Callable[[Reading], None]] = {
+    **{
+        name: _simple(name.lower())
+        for name in ("Exp", "Log", "Sqrt", "Abs", "Neg", "Reciprocal", "Floor", "Ceil", "Erf", "Softplus", "Softsign")
+    },
+    **{name: _simple(name.lower()) for name in ("Sin", "Cos", "Add", "Sub", "Mul", "Div", "Max", "Min", "Mean", "Pow")},
+    "Sum": _simple("add"),
+    "PRelu": _simple("prelu"),
+    **{
+        name: _activation(lambda r, word=word: word)  # type: ignore[misc]
+        for name, word in (
+            ("Relu", "relu"),
+            ("Sigmoid", "sigmoid"),
+            ("Tanh", "tanh"),
+            ("HardSwish", "hardswish"),
+            ("Mish", "mish"),
+        )
+    },
+    "LeakyRelu": _activation(lambda r: f"leaky_relu({r.get('alpha', 0.01)!r})"),
+    "Elu": _activation(lambda r: f"elu({r.get('alpha', 1.0)!r})"),
+    "HardSigmoid": _activation(lambda r: f"hardsigmoid({r.get('alpha', 0.2)!r},{r.get('beta', 0.5)!r})"),
+    "Clip": _clip,
+    "Gelu": _gelu,
+    "Identity": _passed,
+    "Dropout": _passed,
+    "Cast": _passed,
+    "BatchNormalization": _batch_normalization,
+    "Reshape": _reshape,
+    "Flatten": _reshape,
+    "Squeeze": _reshape,
+    "Unsqueeze": _reshape,
+    "Transpose": _transpose,
+    "Concat": _concat,
+    "Split": _split,
+    "Slice": _slice,
+    "Pad": _pad,
+    "Expand": _expand,
+    "Resize": _resize,
+    "Upsample": _resize,
+    "DepthToSpace": _depth_to_space,
+    "SpaceToDepth": _space_to_depth,
+    "MaxPool": _pool("max"),
+    "AveragePool": _pool("mean"),
+    "GlobalAveragePool": _global_pool("mean"),
+    "GlobalMaxPool": _global_pool("max"),
+    "ReduceMean": _reduce("mean"),
+    "ReduceSum": _reduce("sum"),
+    "ReduceMax": _reduce("max"),
+    "ReduceMin": _reduce("min"),
+    "ReduceSumSquare": _reduce("square"),
+    "Softmax": _softmax(False),
+    "LogSoftmax": _softmax(True),
+    "LayerNormalization": _layer_normalization,
+    "InstanceNormalization": _instance_normalization,
+    "LRN": _lrn,
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+}

@@ -1,0 +1,224 @@
+"""Passes over tensors as functions of TIR, with one schedule for all: parallel outside, vectors inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import te
+
+from ..errors import BuildError, ConvgenError
+from ..hardware.target import Target
+from ..lowering.compute import ACCUMULATOR, Expr
+from ..problem.layout import Blocks
+from .expressions import KINDS, Lazy, Operation, const, kind
+from .graph import Graph, Shape
+from .layouts import ROW_MAJOR, physical
+from .views import Group, is_number
+
+#: Name of a stage whose last axis is computed as vectors.
+_LANES = "lanes"
+#: Name of what a pass computes in the end.
+OUTPUT = "output"
+#: Tasks for each core, below which inner loops are distributed, too.
+_TASKS = 4
+#: Elements below which a pass is not worth a parallel region.
+PARALLEL = 1 << 13
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A group of operators without names: what its code depends on, and nothing else.
+
+    Attributes:
+        operators: kind, attributes, operands and shape of each. Operands are numbers: inputs first, then operators.
+        inputs: shape and layout of each input.
+        output: shape and layout.
+    """
+
+    operators: tuple[tuple[str, tuple[tuple[str, Any], ...], tuple[int | float, ...], Shape], ...]
+    inputs: tuple[tuple[Shape, str], ...]
+    output: tuple[Shape, str]
+
+    @property
+    def descriptor(self) -> str:
+        """For people."""
+        kinds = " ".join(kind for kind, *_ in self.operators)
+        return f"{kinds} {'x'.join(map(str, self.output[0]))} {self.output[1]}"
+
+
+def as_pass(group: Group, graph: Graph, layouts: Mapping[str, str]) -> Pass:
+    """What a group computes. Constants of one element are operands that are floats."""
+    numbers: dict[str, int] = {name: number for number, name in enumerate(group.inputs)}
+    operators = []
+    for operator in group.operators:
+        operands = [
+            float(graph.constants[name].reshape(())) if is_number(graph, name) else numbers[name]
+            for name in operator.inputs
+        ]
+        attributes = tuple(sorted(operator.attributes.items()))
+        operators.append((operator.kind, attributes, tuple(operands), graph.shapes[operator.output]))
+        numbers[operator.output] = len(numbers)
+    inputs = tuple((graph.shapes[name], layouts.get(name, ROW_MAJOR)) for name in group.inputs)
+    return Pass(tuple(operators), inputs, (graph.shapes[group.output], layouts[group.output]))
+
+
+# ---- what is computed ---------------------------------------------------------------------------
+
+
+def _input(number: int, shape: Shape, layout: str) -> tuple[te.Tensor, Lazy]:
+    tensor = te.placeholder(physical(shape, layout) or (1,), ACCUMULATOR, f"input{number}")
+
+    def at(index: Sequence[Expr]) -> Expr:
+        if not index:
+            return tensor[0]
+        if layout == ROW_MAJOR:
+            return tensor[tuple(index)]
+        return tensor[Blocks(layout, shape[1]).order(index[0], index[1], list(index[2:]))]
+
+    return tensor, Lazy(shape, at)
+
+
+def _number(value: float) -> Lazy:
+    return Lazy((), lambda index: const(value), value)
+
+
+def program(made: Pass) -> list[te.Tensor]:
+    """Inputs and output of a pass as tensor expressions."""
+    placeholders, known = [], list[Lazy]()
+    for number, (shape, layout) in enumerate(made.inputs):
+        tensor, lazy = _input(number, shape, layout)
+        placeholders.append(tensor)
+        known.append(lazy)
+    stages = iter(range(1 << 20))
+
+    def stage(shape: Shape, at: Callable[..., Expr], lanes: bool = False) -> Lazy:
+        tensor = te.compute(shape or (1,), at, name=f"{_LANES if lanes else 'stage'}{next(stages)}")
+        return Lazy(shape, lambda index: tensor[tuple(index)])
+
+    for position, (name, attributes, operands, shape) in enumerate(made.operators):
+        given = [_number(value) if isinstance(value, float) else known[value] for value in operands]
+        operation = Operation(dict(attributes), given, shape)
+        formula = kind(name).formula(operation, stage)
+        if position < len(made.operators) - 1 and KINDS[name].reduces:
+            known.append(stage(shape, lambda *index, formula=formula: formula(index)))
+        else:
+            known.append(Lazy(shape, formula))
+    shape, layout = made.output
+    last = known[-1]
+
+    def value(*index: Expr) -> Expr:
+        if not shape:
+            return last.at(())
+        if layout == ROW_MAJOR:
+            return last.at(index)
+        n, channel, pixel = Blocks(layout, shape[1]).logical(index)
+        return last.at((n, channel, *pixel))
+
+    output = te.compute(physical(shape, layout) or (1,), value, name=OUTPUT)
+    return [*placeholders, output]
+
+
+# ---- how it is computed -------------------------------------------------------------------------
+
+
+def lowered(made: Pass, target: Target) -> Any:
+    """The scheduled module, its function ``main``.
+
+    Raises:
+        BuildError: TVM refused it.
+    """
+    import tvm
+    from tvm.s_tir import Schedule as TirSchedule
+
+    try:
+        function = te.create_prim_func(program(made)).with_attr("global_symbol", "main")
+        sch = TirSchedule(tvm.IRModule({"main": function}))
+        blocks = sch.get_child_blocks(sch.get_sblock("root"))
+        for block in blocks:
+            _schedule(sch, block, made, target)
+        return sch.mod
+    except ConvgenError:
+        raise
+    except Exception as error:  # TVM raises its errors as many types
+        raise BuildError(f"{made.descriptor}: cannot be scheduled: {error}") from error
+
+
+#: Of an iteration variable: each value is computed by itself.
+_DATA_PARALLEL = 0
+#: Neighbours that are worth a loop within that over the elements of a sum.
+_NEIGHBOURS = 4
+
+
+def _schedule(sch: Any, block: Any, made: Pass, target: Target) -> None:
+    """Outer loops in parallel where there is enough to do; within, those of a sum; of the innermost vectors."""
+    loops = sch.get_loops(block)
+    free = [int(var.iter_type) == _DATA_PARALLEL for var in sch.get(block).iter_vars]
+    extents = [int(sch.get(loop).extent) for loop in loops]
+    spatial = [loop for loop, is_free in zip(loops, free, strict=True) if is_free]
+    sizes = [extent for extent, is_free in zip(extents, free, strict=True) if is_free]
+    reduced = [loop for loop, is_free in zip(loops, free, strict=True) if not is_free]
+    name = str(sch.get(block).name_hint)
+    joined = _joined(made, len(spatial)) if name == OUTPUT else 1
+    outer, inner = spatial[:-joined], spatial[-joined:]
+    extent = math.prod(sizes[-joined:])
+    alike = _vectors(made) if name == OUTPUT else name.startswith(_LANES)
+    width = _width(extent, target.lanes) if alike else 1
+    last = sch.fuse(*inner) if len(inner) > 1 else inner[0]
+    lanes = None
+    if width > 1:
+        last, lanes = sch.split(last, [None, width])
+    rows = sch.fuse(*outer) if len(outer) > 1 else outer[0] if outer else None
+    if reduced:
+        is_inside = lanes is None and rows is not None and extent >= _NEIGHBOURS
+        ahead = [loop for loop in (rows, None if is_inside else last) if loop is not None]
+        sch.reorder(*ahead, *reduced, *([last] if is_inside else []), *([lanes] if lanes is not None else []))
+    head = last if rows is None else rows
+    if rows is not None and lanes is not None and math.prod(sizes[:-joined]) < _TASKS * target.cores:
+        last = head = sch.fuse(rows, last)
+    if lanes is not None:
+        sch.vectorize(lanes)
+    if math.prod(extents) >= PARALLEL:
+        sch.parallel(head)
+    if reduced and lanes is not None:  # sums stay in a register
+        stored = sch.cache_write(block, 0, "local")
+        sch.reverse_compute_at(stored, last)
+        sch.vectorize(sch.get_loops(stored)[-1])
+    if reduced:
+        sch.decompose_reduction(block, reduced[0])
+
+
+def _joined(made: Pass, rank: int) -> int:
+    """How many of the innermost loops are one: neighbours in memory that are computed alike."""
+    shape, layout = made.output
+    if all(KINDS[name].elementwise for name, *_ in made.operators):
+        if all(given == made.output for given in made.inputs):
+            return rank
+        if layout == ROW_MAJOR and len(shape) > 3 and _per_channel(made):
+            return rank - 2
+    return 1
+
+
+def _per_channel(made: Pass) -> bool:
+    """Whether inputs are tensors like the output, or have an element per channel or image."""
+    shape, layout = made.output
+    return all(
+        given == (shape, layout) or (math.prod(size[2 - len(shape) :]) == 1 if len(size) > len(shape) - 2 else False)
+        for given, size in ((pair, pair[0]) for pair in made.inputs)
+    )
+
+
+def _vectors(made: Pass) -> bool:
+    """Whether neighbours are computed as a vector: without conditions on which of them it is."""
+    axes = "rows" if made.output[1] == ROW_MAJOR else "channels"
+    return all(KINDS[name].lanes in ("any", axes) for name, *_ in made.operators)
+
+
+def _width(extent: int, lanes: int) -> int:
+    """The largest power of 2, up to the target's lanes, of which the extent is a multiple; 1 where it is small."""
+    width = lanes
+    while extent % width:
+        width //= 2
+    return width if width >= 4 else 1

@@ -1,0 +1,135 @@
+"""The steps of a network: which function is called with which tensors, and where these lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..hardware.target import Target
+from ..lowering.interface import HEADER_BYTES, round_up
+from ..lowering.schedule import Candidate
+from ..problem.spec import ConvSpec
+from .graph import F32, Convolution, Graph, Shape
+from .layouts import ROW_MAJOR, Costs, Laid, lay, physical
+from .memory import ARENA, INPUT, OUTPUT, WEIGHTS, Lifetime, Place, arrange
+from .operators import Pass, as_pass
+from .views import ELEMENT, Group, Views, fuse
+
+
+@dataclass(frozen=True)
+class Product:
+    """A convolution's code: what it depends on."""
+
+    spec: ConvSpec
+    candidate: Candidate
+
+
+Function = Product | Pass
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call.
+
+    Attributes:
+        name: of the node it was.
+        function: what is called.
+        inputs: tensors that are read; of a convolution without its weights.
+        output: tensor that is written.
+        parameters: of a convolution, its weights before they are packed.
+    """
+
+    name: str
+    function: Function
+    inputs: tuple[str, ...]
+    output: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass
+class Plan:
+    """A network's steps in order, and where its tensors lie.
+
+    Attributes:
+        graph: with the layouts' conversions.
+        layouts: of every tensor.
+        steps: in order.
+        places: of every tensor of the steps; a constant's offset is among the constants.
+        arena: bytes.
+        constants: what lies first among the weights: tensors that passes read, each with its offset.
+        seconds: predicted.
+    """
+
+    graph: Graph
+    layouts: dict[str, str]
+    steps: list[Step]
+    places: dict[str, Place]
+    arena: int
+    constants: dict[str, int]
+    seconds: float
+
+    def shape(self, name: str) -> Shape:
+        """A tensor's shape in memory."""
+        return physical(self.graph.shapes[name], self.layouts.get(name, ROW_MAJOR))
+
+    @property
+    def constant_bytes(self) -> int:
+        """Where the weights of convolutions begin."""
+        sizes = [offset + round_up(self.graph.constants[name].nbytes) for name, offset in self.constants.items()]
+        return max(sizes, default=HEADER_BYTES)
+
+
+def plan(graph: Graph, target: Target) -> Plan:
+    """Layouts, views, passes and places of a graph, which is changed."""
+    laid = lay(graph, Costs(target))
+    views = Views(laid)
+    steps = [_step(made, laid) for made in fuse(graph, views)]
+    read = {name for step in steps for name in step.inputs}
+    constants, end = dict[str, int](), HEADER_BYTES
+    for name in sorted(read & graph.constants.keys()):
+        constants[name] = end
+        end += round_up(graph.constants[name].nbytes)
+    places, arena = _places(graph, views, steps, constants)
+    return Plan(graph, laid.layouts, steps, places, arena, constants, laid.seconds)
+
+
+def _step(made: object, laid: Laid) -> Step:
+    if isinstance(made, Group):
+        function: Function = as_pass(made, laid.graph, laid.layouts)
+        return Step(made.name, function, made.inputs, made.output, {})
+    assert isinstance(made, Convolution)
+    function = Product(made.spec, laid.candidates[made.output])
+    return Step(made.name, function, made.inputs, made.output, made.parameters)
+
+
+def _places(
+    graph: Graph, views: Views, steps: Sequence[Step], constants: Mapping[str, int]
+) -> tuple[dict[str, Place], int]:
+    first, last, size = dict[str, int](), dict[str, int](), dict[str, int]()
+    tensors = dict.fromkeys(name for step in steps for name in (*step.inputs, step.output))
+    fixed = {name: Place(INPUT, number, 0) for number, name in enumerate(graph.inputs)}
+    fixed |= {name: Place(WEIGHTS, 0, offset) for name, offset in constants.items()}
+    fixed |= {name: Place(OUTPUT, number, 0) for number, name in reversed(list(enumerate(graph.outputs)))}
+    for number, step in enumerate(steps):
+        for name in (*step.inputs, step.output):
+            root = views.root(name).of
+            first.setdefault(root, number)
+            last[root] = number
+            size[root] = ELEMENT * graph.size(root)
+    lifetimes = [Lifetime(root, size[root], first[root], last[root]) for root in size if root not in fixed]
+    offsets, arena = arrange(lifetimes)
+    places = {}
+    for name in tensors:
+        view = views.root(name)
+        whole = fixed.get(view.of) or Place(ARENA, 0, offsets[view.of])
+        places[name] = Place(whole.space, whole.number, whole.offset + view.offset)
+    return places, arena
+
+
+def packed(array: F32) -> bytes:
+    """A constant as it lies among the weights."""
+    data = np.ascontiguousarray(array, np.float32).tobytes()
+    return data + bytes(round_up(len(data)) - len(data))

@@ -1,0 +1,148 @@
+"""An ONNX model as a :class:`~convgen.network.graph.Graph`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from onnx import TensorProto
+
+from ..errors import UnsupportedError
+from ..formats.onnx.file import ModelFile
+from ..formats.onnx.graph import ROOTS, Scope, static, text
+from ..formats.onnx.layers import folded_graphs
+from ..formats.onnx.node import OnnxLayer
+from .graph import Convolution, Graph, Node, Operator
+from .nodes import Refusal, read_node
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+
+def read_graph(source: str | Path | ModelProto, dims: Mapping[str, int] | None = None) -> Graph:
+    """The network that a model is, its convolutions folded as :func:`convgen.specs_from_onnx` has them.
+
+    Raises:
+        SpecError: it cannot be read, or is not an ONNX model.
+        UnsupportedError: nodes that are not taken: names each of them, and why.
+    """
+    with ModelFile(source) as file:
+        (scope, layers), *inner = folded_graphs(file, dims or {}, arrays=True)
+        if inner:
+            nodes = ", ".join(sorted({graph.path.rstrip("/") for graph, _ in inner}))
+            raise UnsupportedError(f"{file.where}: graphs inside of nodes are not taken: {nodes}")
+        opset = max((o.version for o in file.proto.opset_import if o.domain in ROOTS), default=1)
+        name = str(file.proto.graph.name) if not isinstance(source, str | os.PathLike) else Path(source).stem
+        return _Builder(scope, layers, opset, file.where).graph(_identifier(name))
+
+
+def _identifier(name: str) -> str:
+    """A name as one of C."""
+    cleaned = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")[:100]
+    cleaned = re.sub(r"__+", "_", cleaned)
+    return cleaned if cleaned[:1].isalpha() and not cleaned.startswith("convgen") else f"network_{cleaned}".rstrip("_")
+
+
+class _Builder:
+    """Makes a graph of one that is folded: from its outputs to its inputs, so that what was folded is not met."""
+
+    def __init__(self, scope: Scope, layers: list[OnnxLayer], opset: int, where: str) -> None:
+        self.scope, self.opset, self.where = scope, opset, where
+        self.layers = {layer.dst: layer for layer in layers if layer.dst}
+        self.nodes: dict[str, Node] = {}
+        self.made = Graph("", [], {}, {}, [], [], [])
+        self.refused: dict[str, str] = {}
+        self.unread = {layer.name: str(layer.refusal) for layer in layers if layer.refusal}
+
+    def graph(self, name: str) -> Graph:
+        scope, made = self.scope, self.made
+        made.name = name
+        made.inputs = [v.name for v in scope.graph.input if v.name not in scope.tensors]
+        made.outputs = [v.name for v in scope.graph.output]
+        made.names = list(made.outputs)
+        for given in made.inputs:
+            self._take_input(given)
+        waiting, seen = list(made.outputs), set[str]()
+        while waiting:
+            value = waiting.pop()
+            if value not in seen and value not in made.inputs:
+                seen.add(value)
+                waiting += self._read(value)
+        if self.refused:
+            reasons = "; ".join(f"{node}: {reason}" for node, reason in self.refused.items())
+            raise UnsupportedError(f"{self.where}: {len(self.refused)} nodes are not taken: {reasons}")
+        self._separate_outputs()
+        made.nodes = list(self.nodes.values())
+        made.order()
+        return made
+
+    def _take_input(self, name: str) -> None:
+        shape, dtype = self.scope.shape(name), self.scope.dtype(name)
+        if dtype != TensorProto.FLOAT:
+            found = TensorProto.DataType.Name(dtype).lower()
+            self.refused[f"input {name!r}"] = f"expected f32, found {found}"
+        elif not static(shape):
+            self.refused[f"input {name!r}"] = f"expected a known shape (--dim), found {text(shape)}"
+        elif 0 in shape:
+            self.refused[f"input {name!r}"] = f"expected elements, found {text(shape)}"
+        else:
+            self.made.shapes[name] = shape
+
+    def _read(self, value: str) -> list[str]:
+        """Add what computes a value, unless it is constant or refused; returns the values that this takes."""
+        if value in self.made.constants or value in self.nodes:
+            return []
+        if (layer := self.layers.get(value)) is not None:
+            try:
+                self.nodes[value] = self._convolution(layer)
+            except Refusal as error:
+                self.refused[f"{layer.operator} {layer.name!r}"] = str(error)
+            return [name for name in (layer.src, layer.residual) if name]
+        if self.scope.constant(value):
+            self.made.constants[value] = np.ascontiguousarray(self.scope.value(value), np.float32)
+            self.made.shapes[value] = self.made.constants[value].shape
+            return []
+        if (index := self.scope.producers.get(value)) is None:
+            self.refused[f"value {value!r}"] = "nothing computes it"
+            return []
+        node = self.scope.nodes[index]
+        key = f"{node.op_type} {self.scope.name(node)!r}"
+        try:
+            if reason := self.unread.get(self.scope.name(node)):
+                raise Refusal(reason)
+            if node.domain not in ROOTS:
+                raise Refusal(f"it is of the domain {node.domain!r}")
+            found = read_node(self.scope, node, self.opset, self.made.constants, self.made.shapes)
+        except Refusal as error:
+            self.refused[key] = str(error)
+            return [name for name in node.input if name and not self.scope.constant(name)]
+        self.nodes |= {operator.output: operator for operator in found}
+        return [name for operator in found for name in operator.inputs]
+
+    def _convolution(self, layer: OnnxLayer) -> Convolution:
+        spec = layer.spec
+        if spec is None:
+            raise Refusal(str(layer.refusal))
+        if spec.dtype != "f32":
+            raise Refusal(f"dtype {spec.dtype}; f32 is supported")
+        if spec.n == 0:
+            raise Refusal("an empty batch")
+        if not layer.arrays:
+            raise Refusal("its weights are no constants")
+        self.made.shapes |= {layer.src: spec.src_shape, layer.dst: spec.dst_shape}
+        inputs = (layer.src, layer.residual) if layer.residual else (layer.src,)
+        return Convolution(layer.name, spec, layer.arrays, inputs, layer.dst)
+
+    def _separate_outputs(self) -> None:
+        """Every output is computed, each by itself: one that is an input, a constant or another output is copied."""
+        for position, name in enumerate(self.made.outputs):
+            if name in self.nodes and name not in self.made.outputs[:position]:
+                continue
+            copied = f"{name}/copy{position}"
+            self.nodes[copied] = Operator(name, "identity", (name,), copied)
+            self.made.shapes[copied] = self.made.shapes[name]
+            self.made.outputs[position] = copied

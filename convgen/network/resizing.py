@@ -1,0 +1,76 @@
+"""Where a resized tensor's elements come from, axis by axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+F64 = npt.NDArray[np.float64]
+
+#: How the place of an element is rounded to that of another.
+_ROUND: dict[str, Any] = {
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "round_prefer_floor": lambda x: np.ceil(x - 0.5),
+    "round_prefer_ceil": lambda x: np.floor(x + 0.5),
+}
+
+
+def resize_tables(
+    shape: Sequence[int], out: Sequence[int], scales: Sequence[float] | None, mode: str, transform: str, nearest: str
+) -> tuple[tuple[Any, ...], list[F64]]:
+    """How each axis is read, and the tables for it.
+
+    An axis is read as it is (``same``), each element so often (a number), by a table of elements (``nearest``), or by
+    three, of two elements and the share of the second (``linear``).
+
+    Raises:
+        ValueError: a mode that is not known.
+    """
+    if mode not in ("nearest", "linear", "bilinear"):
+        raise ValueError(f"mode {mode!r}; nearest and linear are supported")
+    ways: list[Any] = []
+    tables: list[F64] = []
+    for axis, (size, length) in enumerate(zip(shape, out, strict=True)):
+        scale = scales[axis] if scales is not None else length / size
+        if size == length and scale == 1:
+            ways.append("same")
+            continue
+        places = _places(transform, np.arange(length, dtype=np.float64), size, length, scale)
+        if mode == "nearest":
+            if nearest not in _ROUND:
+                raise ValueError(f"nearest_mode {nearest!r}")
+            table = np.clip(_ROUND[nearest](places), 0, size - 1)
+            repeats = length // size
+            if repeats * size == length and (table == np.arange(length) // repeats).all():
+                ways.append(repeats)
+                continue
+            ways.append("nearest")
+            tables.append(table)
+        else:
+            kept = np.clip(places, 0, size - 1)
+            first = np.minimum(np.floor(kept), max(0, size - 2))
+            ways.append("linear")
+            tables += [first, np.minimum(first + 1, size - 1), kept - first]
+    return tuple(ways), tables
+
+
+def _places(transform: str, at: F64, size: int, length: int, scale: float) -> F64:
+    """Where each element of the longer axis lies in the shorter one."""
+    match transform:
+        case "half_pixel":
+            return (at + 0.5) / scale - 0.5
+        case "half_pixel_symmetric":
+            adjustment = length / (scale * size)
+            return size / 2 * (1 - adjustment) + (at + 0.5) / scale - 0.5
+        case "pytorch_half_pixel":
+            return (at + 0.5) / scale - 0.5 if length > 1 else np.zeros_like(at)
+        case "align_corners":
+            last = scale * size - 1  # of the length before it is rounded to whole elements
+            return at * (size - 1) / last if last > 0 else np.zeros_like(at)
+        case "asymmetric":
+            return at / scale
+    raise ValueError(f"coordinate_transformation_mode {transform!r}")

@@ -1,0 +1,202 @@
+"""Tensors that are parts of others in memory: nothing is copied that can be read, or written, in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..problem.layout import BLOCKS, PLAIN
+from .expressions import KINDS
+from .graph import Graph, Node, Operator
+from .layouts import ROW_MAJOR, Laid, lies_apart, same_memory
+
+#: Bytes of an element.
+ELEMENT = 4
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor that is a part of another: where it begins there, in bytes."""
+
+    of: str
+    offset: int = 0
+
+
+class Views:
+    """Finds the views of a graph, and takes out the operators that they make superfluous."""
+
+    def __init__(self, laid: Laid) -> None:
+        self.graph, self.layouts = laid.graph, laid.layouts
+        self.views: dict[str, View] = {}
+        self._computed = {node.output for node in self.graph.nodes}
+        nodes: list[Node] = []
+        for node in self.graph.nodes:
+            kept = [node] if not isinstance(node, Operator) else self._kept(node)
+            nodes += kept
+        self.graph.nodes = nodes
+
+    def root(self, name: str) -> View:
+        """The whole that a tensor is a part of, and where it begins there; itself where it is none."""
+        offset = 0
+        while name in self.views:
+            offset += self.views[name].offset
+            name = self.views[name].of
+        return View(name, offset)
+
+    @property
+    def bound(self) -> set[str]:
+        """Tensors that are views, or of which there are some: those that lie in memory whatever happens."""
+        return {*self.views, *(view.of for view in self.views.values())}
+
+    def _kept(self, node: Operator) -> list[Node]:
+        """What is left to do of an operator."""
+        source = node.inputs[0]
+        if node.kind in ("reshape", "transpose") and self._same_order(node):
+            return [] if self._share(source, node.output) else [node]
+        if node.kind == "slice" and self._in_place(node) and node.output not in self.graph.outputs:
+            self.views[node.output] = View(source, self._begin(node))
+            return []
+        if node.kind == "concat" and self._in_place(node):
+            return self._placed(node)
+        return [node]
+
+    def _free(self, name: str) -> bool:
+        """Whether it may be told where to lie."""
+        return name in self._computed and name not in self.views and name not in self.graph.outputs
+
+    def _share(self, source: str, output: str) -> bool:
+        """Let two tensors be the same memory."""
+        if output not in self.graph.outputs and source not in self.graph.constants:
+            self.views[output] = View(source)
+        elif self._free(source):
+            self.views[source] = View(output)
+        else:
+            return False
+        return True
+
+    def _same_order(self, node: Operator) -> bool:
+        """Whether elements lie in the same order before and after."""
+        (source, *_), output = node.inputs, node.output
+        shape, out = self.graph.shapes[source], self.graph.shapes[output]
+        if node.kind == "reshape":
+            ends = ((shape, self.layouts[source]), (out, self.layouts[output]))
+            return all(len(s) < 3 or same_memory(s, layout, ROW_MAJOR) for s, layout in ends)
+        if self.layouts[source] not in PLAIN or self.layouts[output] not in PLAIN:
+            return False
+        order = _order(len(shape), self.layouts[source])
+        turned = [node.attributes["perm"][axis] for axis in _order(len(out), self.layouts[output])]
+        return [a for a in order if shape[a] > 1] == [a for a in turned if shape[a] > 1]
+
+    def _in_place(self, node: Operator) -> bool:
+        layout = self.layouts[node.output]
+        parts = node.inputs if node.kind == "concat" else (node.inputs[0],)
+        if any(self.layouts[name] != layout for name in parts if name not in self.graph.constants):
+            return False
+        if node.kind == "slice" and self.layouts[node.inputs[0]] != ROW_MAJOR:
+            block = BLOCKS[layout]
+            if not block or node.attributes["starts"][1] % block:
+                return False
+        return lies_apart(self.graph, node, layout)
+
+    def _begin(self, node: Operator) -> int:
+        whole = self.graph.shapes[node.inputs[0]]
+        starts: tuple[int, ...] = node.attributes["starts"]
+        axis = next(i for i, start in enumerate(starts) if start) if any(starts) else 0
+        return ELEMENT * starts[axis] * math.prod(whole[axis + 1 :])
+
+    def _placed(self, node: Operator) -> list[Node]:
+        """Parts that are written where they belong, and copies of those that lie elsewhere."""
+        copies, offset = list[Node](), 0
+        for number, name in enumerate(node.inputs):
+            part = name
+            if not self._free(name) or self.root(node.output).of == name:
+                part = f"{node.output}/part{number}"
+                copies.append(Operator(node.name, "identity", (name,), part))
+                self.graph.shapes[part], self.layouts[part] = self.graph.shapes[name], self.layouts[node.output]
+                self._computed.add(part)
+            self.views[part] = View(node.output, offset)
+            offset += ELEMENT * self.graph.size(name)
+        return copies
+
+
+def _order(rank: int, layout: str) -> list[int]:
+    """The logical axes of a plain tensor as they follow each other in memory."""
+    return [0, *range(2, rank), 1] if layout == "nhwc" else list(range(rank))
+
+
+# ---- operators in one pass ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """Operators that are computed in one pass, the last of which gives the output.
+
+    Attributes:
+        operators: in order.
+        inputs: tensors that are read, each once.
+    """
+
+    operators: tuple[Operator, ...]
+    inputs: tuple[str, ...]
+
+    @property
+    def output(self) -> str:
+        return self.operators[-1].output
+
+    @property
+    def name(self) -> str:
+        return self.operators[-1].name
+
+
+#: Most operators of one pass: expressions grow with them.
+MOST = 24
+
+
+def fuse(graph: Graph, views: Views) -> list[Node | Group]:
+    """The graph's nodes in order, with chains of operators taken together."""
+    users, producers, bound = graph.users(), graph.producers(), views.bound
+    position = {id(node): number for number, node in enumerate(graph.nodes)}
+    absorbed: set[int] = set()
+    steps: list[Node | Group] = []
+
+    def takes(consumer: Operator, name: str, group: list[Operator]) -> bool:
+        """Whether the operator that computes an operand of ``consumer`` may be computed within it."""
+        producer = producers.get(name)
+        if not isinstance(producer, Operator) or len(group) >= MOST or name in bound or name in graph.outputs:
+            return False
+        kind, made = KINDS[producer.kind], KINDS[consumer.kind]
+        if not (kind.elementwise or kind.moves) or any(all(user is not one for one in group) for user in users[name]):
+            return False
+        if made.elementwise:
+            return graph.shapes[name] == graph.shapes[consumer.output]
+        return made.moves or consumer.kind == "reduce"
+
+    for node in reversed(graph.nodes):
+        if id(node) in absorbed:
+            continue
+        if not isinstance(node, Operator):
+            steps.append(node)
+            continue
+        group = [node]
+        for member in group:  # which grows meanwhile
+            for name in member.inputs:
+                if takes(member, name, group) and all(producers[name] is not one for one in group):
+                    found = producers[name]
+                    assert isinstance(found, Operator)
+                    group.append(found)
+                    absorbed.add(id(found))
+        group.sort(key=lambda operator: position[id(operator)])
+        steps.append(Group(tuple(group), _inputs(group, graph)))
+    return steps[::-1]
+
+
+def _inputs(group: Sequence[Operator], graph: Graph) -> tuple[str, ...]:
+    inner = {operator.output for operator in group}
+    read = dict.fromkeys(name for operator in group for name in operator.inputs if name not in inner)
+    return tuple(name for name in read if not is_number(graph, name))
+
+
+def is_number(graph: Graph, name: str) -> bool:
+    """Whether a tensor is a constant of one element, which is written into the code."""
+    return name in graph.constants and graph.constants[name].size == 1

@@ -1,0 +1,237 @@
+/* Runs the steps of a network one after another, and holds its weights. */
+#define _POSIX_C_SOURCE 200809L
+#include "network.h"
+
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static const uint64_t MAGIC = 0x7774656e766e6f63; /* "convnetw" */
+
+struct convgen_network {
+    const convgen_network_code *code;
+    const char *weights;
+    size_t mapped; /* bytes to unmap; 0: the weights are the caller's */
+};
+
+/* ---- weights --------------------------------------------------------------------------------- */
+
+/* The header of packed buffers leads the weights of a network too. */
+static int check_weights(const convgen_network_code *code, const void *weights, size_t size)
+{
+    if (size != code->weights)
+        return CONVGEN_WRONG_WEIGHTS;
+    const convgen_packed_header *header = weights;
+    const size_t payload = size - sizeof *header;
+    const int ours = header->magic == MAGIC && header->abi == CONVGEN_NETWORK_ABI &&
+                     header->header_size == sizeof *header &&
+                     memcmp(header->identity, code->identity, sizeof code->identity) == 0 &&
+                     header->payload_size == payload && header->reserved[0] == 0 && header->reserved[1] == 0 &&
+                     header->checksum == convgen_checksum(header + 1, payload);
+    return ours ? CONVGEN_OK : CONVGEN_WRONG_WEIGHTS;
+}
+
+int convgen_network_seal(const convgen_network_code *code, void *weights, size_t size)
+{
+    if (size != code->weights)
+        return CONVGEN_WRONG_SIZE;
+    convgen_packed_header *header = weights;
+    *header = (convgen_packed_header){
+        .magic = MAGIC,
+        .abi = CONVGEN_NETWORK_ABI,
+        .header_size = sizeof *header,
+        .identity = {code->identity[0], code->identity[1]},
+        .payload_size = size - sizeof *header,
+        .checksum = convgen_checksum(header + 1, size - sizeof *header),
+    };
+    return CONVGEN_OK;
+}
+
+static int opened(const convgen_network_code *code, const void *weights, size_t size, size_t mapped,
+                  convgen_network **out)
+{
+    const int status = check_weights(code, weights, size);
+    if (status != CONVGEN_OK)
+        return status;
+    convgen_network *network = malloc(sizeof *network);
+    if (network == NULL)
+        return CONVGEN_NO_MEMORY;
+    *network = (convgen_network){code, weights, mapped};
+    *out = network;
+    return CONVGEN_OK;
+}
+
+int convgen_network_open_memory(const convgen_network_code *code, const void *weights, size_t size,
+                                convgen_network **network)
+{
+    if (network == NULL || weights == NULL)
+        return CONVGEN_NULL_POINTER;
+    *network = NULL;
+    if ((uintptr_t)weights % CONVGEN_ALIGNMENT)
+        return CONVGEN_MISALIGNED;
+    return opened(code, weights, size, 0, network);
+}
+
+int convgen_network_open(const convgen_network_code *code, const char *path, convgen_network **network)
+{
+    if (network == NULL || path == NULL)
+        return CONVGEN_NULL_POINTER;
+    *network = NULL;
+    const int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0)
+        return CONVGEN_CANNOT_READ;
+    struct stat status;
+    const int known = fstat(file, &status) == 0;
+    if (!known || (size_t)status.st_size != code->weights) {
+        close(file);
+        return known && S_ISREG(status.st_mode) ? CONVGEN_WRONG_WEIGHTS : CONVGEN_CANNOT_READ;
+    }
+    void *weights = mmap(NULL, code->weights, PROT_READ, MAP_SHARED, file, 0);
+    close(file);
+    if (weights == MAP_FAILED)
+        return CONVGEN_CANNOT_READ;
+    const int result = opened(code, weights, code->weights, code->weights, network);
+    if (result != CONVGEN_OK)
+        munmap(weights, code->weights);
+    return result;
+}
+
+void convgen_network_close(convgen_network *network)
+{
+    if (network == NULL)
+        return;
+    if (network->mapped > 0)
+        munmap((void *)network->weights, network->mapped);
+    free(network);
+}
+
+/* ---- running --------------------------------------------------------------------------------- */
+
+static size_t workspace_size(const convgen_network_code *code, int threads)
+{
+    return code->arena + code->workspace_main + (size_t)threads * code->workspace_task;
+}
+
+int convgen_network_sizes_of(const convgen_network_code *code, int threads, convgen_network_sizes *sizes)
+{
+    if (sizes == NULL)
+        return CONVGEN_NULL_POINTER;
+    if (threads < 1 || threads > CONVGEN_MAX_THREADS)
+        return CONVGEN_BAD_ARGUMENT;
+    *sizes = (convgen_network_sizes){code->input_count, code->output_count, code->weights,
+                                     workspace_size(code, threads)};
+    return CONVGEN_OK;
+}
+
+static int check_values(const convgen_value *values, int count, const void *const *data, const size_t *sizes)
+{
+    if (count > 0 && (data == NULL || sizes == NULL))
+        return CONVGEN_NULL_POINTER;
+    for (int i = 0; i < count; ++i) {
+        const int status = convgen_check_buffer(data[i], sizes[i], values[i].bytes, sizeof(float));
+        if (status != CONVGEN_OK)
+            return status;
+    }
+    return CONVGEN_OK;
+}
+
+/* Whether memory that is written overlaps anything else that the call has. */
+static int overlaps(const convgen_network_code *code, const convgen_network *network, const convgen_network_args *a,
+                    const void *data, size_t size, int outputs)
+{
+    int found = convgen_overlap(data, size, network->weights, code->weights);
+    for (int i = 0; i < code->input_count; ++i)
+        found |= convgen_overlap(data, size, a->inputs[i], code->inputs[i].bytes);
+    for (int i = 0; i < outputs; ++i)
+        found |= convgen_overlap(data, size, a->outputs[i], code->outputs[i].bytes);
+    return found;
+}
+
+static int check_args(const convgen_network_code *code, const convgen_network *network, const convgen_network_args *a,
+                      size_t workspace)
+{
+    if (network->code != code)
+        return CONVGEN_BAD_ARGUMENT;
+    if (a->pool != NULL && a->pool->abi != CONVGEN_ABI)
+        return CONVGEN_BAD_ARGUMENT;
+    int status = check_values(code->inputs, code->input_count, a->inputs, a->input_sizes);
+    if (status == CONVGEN_OK)
+        status = check_values(code->outputs, code->output_count, (const void *const *)a->outputs, a->output_sizes);
+    if (status != CONVGEN_OK)
+        return status;
+    if (workspace > 0) {
+        if (a->workspace_size < workspace)
+            return a->workspace == NULL ? CONVGEN_NULL_POINTER : CONVGEN_WRONG_SIZE;
+        status = convgen_check_buffer(a->workspace, workspace, workspace, CONVGEN_ALIGNMENT);
+        if (status != CONVGEN_OK)
+            return status;
+        if (overlaps(code, network, a, a->workspace, workspace, code->output_count))
+            return CONVGEN_OVERLAP;
+    }
+    for (int i = 0; i < code->output_count; ++i)
+        if (overlaps(code, network, a, a->outputs[i], code->outputs[i].bytes, i))
+            return CONVGEN_OVERLAP;
+    return code->cpu_supported() ? CONVGEN_OK : CONVGEN_UNSUPPORTED_CPU;
+}
+
+enum { MOST_ARGUMENTS = 256 };
+
+static int run_step(const convgen_step *step, const convgen_call *call, char *main_workspace, const char *weights,
+                    const convgen_network_args *a)
+{
+    convgen_dltensor tensors[MOST_ARGUMENTS];
+    convgen_any args[MOST_ARGUMENTS];
+    for (int i = 0; i < step->count; ++i) {
+        const convgen_argument *argument = &step->arguments[i];
+        char *base = NULL;
+        switch (argument->place) {
+        case CONVGEN_ARENA: base = a->workspace; break;
+        case CONVGEN_WEIGHTS: base = (char *)weights; break;
+        case CONVGEN_INPUT: base = (char *)a->inputs[argument->number]; break;
+        case CONVGEN_OUTPUT: base = a->outputs[argument->number]; break;
+        }
+        tensors[i] = (convgen_dltensor){.data = base + argument->offset,
+                                        .device = {1, 0},
+                                        .ndim = argument->ndim,
+                                        .dtype = {2, 32, 1},
+                                        .shape = argument->shape};
+        args[i] = (convgen_any){.type_index = 7, .value.v_ptr = &tensors[i]};
+    }
+    return convgen_enter(call, main_workspace, step->function, args, step->count);
+}
+
+int convgen_network_run(const convgen_network_code *code, const convgen_network *network,
+                        const convgen_network_args *args)
+{
+    if (network == NULL || args == NULL)
+        return CONVGEN_NULL_POINTER;
+    const convgen_network_args a = *args;
+    const size_t workspace = workspace_size(code, a.pool != NULL ? a.pool->threads : 1);
+    int status = check_args(code, network, &a, workspace);
+    if (status != CONVGEN_OK)
+        return status;
+    char none[1]; /* where a network needs no workspace: not NULL, of size 0 */
+    char *main_workspace = workspace > 0 ? (char *)a.workspace + code->arena : none;
+    const convgen_call call = {
+        .pool = a.pool != NULL && a.pool->acquire(a.pool) ? a.pool : NULL,
+        .shares = main_workspace + code->workspace_main,
+        .share = code->workspace_task,
+    };
+    for (int i = 0; i < code->step_count && status == CONVGEN_OK; ++i)
+        status = run_step(&code->steps[i], &call, main_workspace, network->weights, &a);
+    if (call.pool != NULL)
+        call.pool->release(call.pool);
+    return status;
+}
+
+const char *convgen_network_status_text(int status)
+{
+    switch (status) {
+    case CONVGEN_CANNOT_READ: return "the file of weights cannot be read";
+    case CONVGEN_WRONG_WEIGHTS: return "the weights are another library's, or damaged";
+    default: return convgen_status_text(status);
+    }
+}

@@ -1,0 +1,87 @@
+/* Between the runtime and the entry points of one network; not installed. */
+#ifndef CONVGEN_NETWORK_H
+#define CONVGEN_NETWORK_H
+
+#include "runtime.h"
+
+#include "network_types.h"
+
+/* Where a tensor lies. */
+typedef enum { CONVGEN_ARENA, CONVGEN_WEIGHTS, CONVGEN_INPUT, CONVGEN_OUTPUT } convgen_place;
+
+/* An argument of a step: an f32 tensor. */
+typedef struct {
+    int32_t ndim;
+    const int64_t *shape;
+    convgen_place place;
+    int number; /* of the input or output */
+    size_t offset;
+} convgen_argument;
+
+typedef struct {
+    convgen_function function;
+    const convgen_argument *arguments;
+    int count;
+} convgen_step;
+
+typedef struct {
+    const convgen_value *inputs, *outputs;
+    int input_count, output_count;
+    const convgen_step *steps;
+    int step_count;
+    size_t weights;                                 /* bytes, header included */
+    size_t arena, workspace_main, workspace_task; /* parts of the workspace, multiples of 64 */
+    uint64_t identity[2];                           /* what the weights are tied to */
+    int (*cpu_supported)(void);
+    const char *version;
+} convgen_network_code;
+
+int convgen_network_sizes_of(const convgen_network_code *code, int threads, convgen_network_sizes *sizes);
+int convgen_network_open(const convgen_network_code *code, const char *path, convgen_network **network);
+int convgen_network_open_memory(const convgen_network_code *code, const void *weights, size_t size,
+                                convgen_network **network);
+/* Write the header of weights that are complete but for it: for whoever compiles the library. */
+int convgen_network_seal(const convgen_network_code *code, void *weights, size_t size);
+void convgen_network_close(convgen_network *network);
+int convgen_network_run(const convgen_network_code *code, const convgen_network *network,
+                        const convgen_network_args *args);
+const char *convgen_network_status_text(int status);
+
+/* The exported functions of one network. */
+#define CONVGEN_NETWORK_ENTRY_POINTS(name, code)                                                                \
+    CONVGEN_EXPORT int name##_sizes(int threads, convgen_network_sizes *sizes)                                  \
+    {                                                                                                           \
+        return convgen_network_sizes_of(&code, threads, sizes);                                                 \
+    }                                                                                                           \
+    CONVGEN_EXPORT const convgen_value *name##_inputs(void) { return code.inputs; }                             \
+    CONVGEN_EXPORT const convgen_value *name##_outputs(void) { return code.outputs; }                           \
+    CONVGEN_EXPORT int name##_open(const char *path, convgen_network **network)                                 \
+    {                                                                                                           \
+        return convgen_network_open(&code, path, network);                                                      \
+    }                                                                                                           \
+    CONVGEN_EXPORT int name##_open_memory(const void *weights, size_t size, convgen_network **network)          \
+    {                                                                                                           \
+        return convgen_network_open_memory(&code, weights, size, network);                                      \
+    }                                                                                                           \
+    CONVGEN_EXPORT int name##_seal(void *weights, size_t size)                                                  \
+    {                                                                                                           \
+        return convgen_network_seal(&code, weights, size);                                                      \
+    }                                                                                                           \
+    CONVGEN_EXPORT void name##_close(convgen_network *network) { convgen_network_close(network); }              \
+    CONVGEN_EXPORT int name##_run(const convgen_network *network, const convgen_network_args *args)             \
+    {                                                                                                           \
+        return convgen_network_run(&code, network, args);                                                       \
+    }                                                                                                           \
+    CONVGEN_EXPORT int name##_check_cpu(void)                                                                   \
+    {                                                                                                           \
+        return code.cpu_supported() ? CONVGEN_OK : CONVGEN_UNSUPPORTED_CPU;                                     \
+    }                                                                                                           \
+    CONVGEN_EXPORT const char *name##_version(void) { return code.version; }                                    \
+    CONVGEN_EXPORT const char *name##_error(int status) { return convgen_network_status_text(status); }         \
+    CONVGEN_EXPORT int name##_pool_create(int threads, convgen_pool **pool)                                     \
+    {                                                                                                           \
+        return convgen_create_pool(threads, pool);                                                              \
+    }                                                                                                           \
+    CONVGEN_EXPORT void name##_pool_destroy(convgen_pool *pool) { convgen_destroy_pool(pool); }
+
+#endif

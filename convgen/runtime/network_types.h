@@ -1,0 +1,51 @@
+/* What all libraries of whole networks share, besides what all convgen libraries do. */
+#ifndef CONVGEN_NETWORK_ABI
+#define CONVGEN_NETWORK_ABI 1
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Further values of convgen_status. */
+enum convgen_network_status {
+    CONVGEN_CANNOT_READ = 32, /* the file of weights is not there, or cannot be read */
+    CONVGEN_WRONG_WEIGHTS     /* the weights are another library's, or damaged */
+};
+
+/* A network with its weights. Any number of threads may run one at once. */
+typedef struct convgen_network convgen_network;
+
+/* One of a network's inputs or outputs: f32, dense, row-major. */
+typedef struct {
+    const char *name;
+    int rank;
+    const int64_t *shape;
+    size_t bytes;
+} convgen_value;
+
+typedef struct {
+    int inputs, outputs; /* how many there are */
+    size_t weights;      /* bytes of the weights */
+    size_t workspace;    /* bytes of scratch memory of a run */
+} convgen_network_sizes;
+
+/* The arrays have an element for each input, and for each output, in their order. */
+typedef struct {
+    const void *const *inputs;
+    const size_t *input_sizes; /* in bytes */
+    void *const *outputs;
+    const size_t *output_sizes;
+    void *workspace; /* aligned to 64 bytes; may be larger than it must be */
+    size_t workspace_size;
+    convgen_pool *pool; /* NULL: on the thread that calls, alone */
+} convgen_network_args;
+
+#ifdef __cplusplus
+}
+#endif
+
+#elif CONVGEN_NETWORK_ABI != 1
+#error "headers of convgen networks with different ABI versions are included together"
+#endif

@@ -1,0 +1,334 @@
+"""Whole networks: what they compute, on how many threads, from which weights, and what is refused."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from network_models import RandomNetwork, arrays_for, expected, furthest, model_of
+from onnx import ModelProto, helper
+
+import convgen
+from convgen.cli import cli
+from convgen.errors import ExportError, KernelError, UnsupportedError
+from convgen.hardware.target import resolve
+from convgen.network.compile import compile_plan
+from convgen.network.graph import Operator
+from convgen.network.layouts import Costs, lay
+from convgen.network.network import Network, compile_network
+from convgen.network.reading import read_graph
+from convgen.network.rewriting import rewrite
+from convgen.network.views import Views, fuse
+from convgen.problem.layout import PLAIN
+
+pytestmark = pytest.mark.timeout(600)
+
+#: What outputs may differ by, relative to the largest element: some dozens of roundings, Winograd's included.
+ERROR = 2e-5
+
+
+def block_model() -> ModelProto:
+    """A residual block, two branches that are concatenated, pooling and a classifier."""
+    rng = np.random.default_rng(3)
+
+    def weights(*shape: int) -> Any:
+        return (rng.standard_normal(shape) * np.prod(shape[1:]) ** -0.5).astype(np.float32)
+
+    constants = {
+        "w0": weights(32, 3, 3, 3),
+        "w1": weights(32, 32, 3, 3),
+        "b1": weights(32),
+        "w2": weights(16, 32, 1, 1),
+    }
+    constants |= {"w3": weights(16, 32, 3, 3), "w4": weights(10, 32), "b4": weights(10)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w0"], ["c0"], strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c0"], ["r0"]),
+        helper.make_node("Conv", ["r0", "w1", "b1"], ["c1"], pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["c1", "r0"], ["a1"]),
+        helper.make_node("Relu", ["a1"], ["r1"]),
+        helper.make_node("Conv", ["r1", "w2"], ["left"]),
+        helper.make_node("Conv", ["r1", "w3"], ["right"], pads=[1, 1, 1, 1]),
+        helper.make_node("Concat", ["left", "right"], ["both"], axis=1),
+        helper.make_node("MaxPool", ["both"], ["pooled"], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node("GlobalAveragePool", ["pooled"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "w4", "b4"], ["scores"], transB=1),
+        helper.make_node("Softmax", ["scores"], ["chances"]),
+    ]
+    return model_of(nodes, {"x": (1, 3, 24, 20)}, ["chances", "pooled"], constants)
+
+
+@pytest.fixture(scope="module")
+def block() -> Network:
+    return compile_network(block_model(), resolve("cpu").on(2), 2)
+
+
+@pytest.fixture(scope="module")
+def exported(block: Network, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    block.export(folder)
+    return folder
+
+
+# ---- what is computed --------------------------------------------------------------------------
+
+
+def test_a_block_computes_what_onnxruntime_does(block: Network) -> None:
+    inputs = arrays_for(block_model())
+    assert furthest(block(inputs["x"]), expected(block_model(), inputs)) < ERROR
+    assert furthest(block(x=inputs["x"]), expected(block_model(), inputs)) < ERROR
+
+
+def test_one_two_and_three_threads_agree(block: Network, exported: Path) -> None:
+    x = arrays_for(block_model())["x"]
+    found = [convgen.load(exported, threads)(x) for threads in (1, 2, 3)]
+    for other in found[1:]:
+        for name, array in found[0].items():
+            assert array.tobytes() == other[name].tobytes()
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 10**6))
+def test_random_networks(seed: int) -> None:
+    made = RandomNetwork(seed)
+    inputs = arrays_for(made.model, seed)
+    wanted = expected(made.model, inputs)
+    network = compile_network(made.model, resolve("cpu").on(1), 1)
+    found = network(*inputs.values())
+    assert furthest(found, wanted) < 10 * ERROR
+
+
+def test_an_output_that_is_an_input_or_another_output() -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["y"]), helper.make_node("Identity", ["y"], ["z"])]
+    model = model_of(nodes, {"x": (2, 3)}, ["y", "z", "x"])
+    x = arrays_for(model)["x"]
+    found = compile_network(model, resolve("cpu").on(1), 1)(x)
+    assert [*found] == ["y", "z", "x"]
+    for name, array in (("y", np.maximum(x, 0)), ("z", np.maximum(x, 0)), ("x", x)):
+        assert (found[name] == array).all()
+
+
+def test_several_processes_compile_the_same(block: Network, tmp_path: Path) -> None:
+    told = []
+    built = compile_plan(block.plan, block.target, tmp_path, lambda *numbers: told.append(numbers), processes=2)
+    assert told == [(number + 1, len(built.objects)) for number in range(len(built.objects))]
+    assert built.entry == block.built.entry
+    assert built.weights.read_bytes() == block.built.weights.read_bytes()
+
+
+# ---- how it is laid out ------------------------------------------------------------------------
+
+
+def planned(model: ModelProto) -> tuple[Any, Views, list[Any]]:
+    graph = read_graph(model)
+    rewrite(graph)
+    laid = lay(graph, Costs(resolve("cpu").on(1)))
+    views = Views(laid)
+    return laid, views, fuse(graph, views)
+
+
+def test_a_concatenation_is_written_in_place() -> None:
+    laid, views, steps = planned(block_model())
+    assert laid.layouts["both"] not in PLAIN
+    assert {views.root("left").of, views.root("right").of} == {"both"}
+    assert views.root("right").offset == 4 * 16 * 12 * 10
+    assert not [step for step in steps if isinstance(step, Operator) and step.kind == "concat"]
+
+
+def test_dense_blocks_share_one_tensor() -> None:
+    rng, channels, constants, nodes, features = np.random.default_rng(0), 16, {}, [], ["x0"]
+    nodes.append(helper.make_node("Relu", ["x"], ["x0"]))
+    for number in range(3):
+        source = "x0" if number == 0 else f"all{number - 1}"
+        ic = channels * (number + 1)
+        constants[f"w{number}"] = (rng.standard_normal((channels, ic, 1, 1)) * ic**-0.5).astype(np.float32)
+        nodes.append(helper.make_node("Conv", [source, f"w{number}"], [f"y{number}"]))
+        features.append(f"y{number}")
+        nodes.append(helper.make_node("Concat", list(features), [f"all{number}"], axis=1))
+    nodes.append(helper.make_node("Sigmoid", ["all2"], ["out"]))
+    model = model_of(nodes, {"x": (1, channels, 8, 8)}, ["out"], constants)
+    _, views, steps = planned(model)
+    assert {views.root(name).of for name in ("x0", "y0", "y1", "y2", "all0", "all1")} == {"all2"}
+    assert len(steps) == 5
+    inputs = arrays_for(model)
+    network = compile_network(model, resolve("cpu").on(1), 1)
+    assert furthest(network(inputs["x"]), expected(model, inputs)) < ERROR
+
+
+def test_chains_are_one_pass() -> None:
+    nodes = [
+        helper.make_node("Sigmoid", ["x"], ["s"]),
+        helper.make_node("Mul", ["x", "s"], ["m"]),
+        helper.make_node("Add", ["m", "x"], ["a"]),
+        helper.make_node("Relu", ["a"], ["y"]),
+    ]
+    _, _, steps = planned(model_of(nodes, {"x": (1, 8, 6, 6)}, ["y"]))
+    assert len(steps) == 1
+    assert [operator.kind for operator in steps[0].operators] == ["activate", "mul", "add", "activate"]
+
+
+def test_products_take_in_what_follows() -> None:
+    rng = np.random.default_rng(0)
+    constants = {"w": rng.standard_normal((12, 7)).astype(np.float32), "b": rng.standard_normal(7).astype(np.float32)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"]),
+        helper.make_node("Add", ["b", "p"], ["a"]),
+        helper.make_node("Relu", ["a"], ["y"]),
+    ]
+    model = model_of(nodes, {"x": (2, 5, 12)}, ["y"], constants)
+    _, _, steps = planned(model)
+    assert [step.spec.descriptor for step in steps] == ["conv1d n1 ic12 oc7 i10 k1 s1 p0 relu nhwc"]
+    inputs = arrays_for(model)
+    assert furthest(compile_network(model, resolve("cpu").on(1), 1)(inputs["x"]), expected(model, inputs)) < ERROR
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+def test_every_node_that_is_not_taken_is_named() -> None:
+    nodes = [
+        helper.make_node("Det", ["x"], ["d"], name="first"),
+        helper.make_node("Relu", ["d"], ["r"]),
+        helper.make_node("Hardmax", ["r"], ["y"], name="second"),
+    ]
+    with pytest.raises(UnsupportedError, match="2 nodes") as caught:
+        compile_network(model_of(nodes, {"x": (2, 3, 3)}, ["y"]), resolve("cpu").on(1), 1)
+    assert "Det 'first'" in str(caught.value)
+    assert "Hardmax 'second'" in str(caught.value)
+
+
+def test_a_gpu_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="CPU"):
+        convgen.compile(block_model(), target="cuda:sm_80")
+
+
+def test_wrong_arguments_are_refused(block: Network) -> None:
+    x = arrays_for(block_model())["x"]
+    with pytest.raises(KernelError, match="expected shape"):
+        block(x[:, :2])
+    with pytest.raises(KernelError, match="none"):
+        block()
+    with pytest.raises(KernelError, match="expected 1"):
+        block(x, x)
+    with pytest.raises(KernelError, match="each once"):
+        block(x, x=x)
+    with pytest.raises(KernelError, match="names among"):
+        block(x, out={"other": x})
+    with pytest.raises(KernelError, match="dtype"):
+        block(x.astype(np.float64))
+
+
+# ---- weights -----------------------------------------------------------------------------------
+
+
+def test_damaged_and_foreign_weights_are_refused(exported: Path, tmp_path: Path) -> None:
+    manifest = json.loads((exported / "manifest.json").read_text())
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in ("manifest.json", *manifest["files"]):
+        (folder / name).write_bytes((exported / name).read_bytes())
+    weights = folder / f"{manifest['name']}.weights"
+    data = bytearray(weights.read_bytes())
+    assert convgen.load(folder).name == manifest["name"]
+    for position in (0, 20, 64, len(data) - 1):
+        damaged = bytearray(data)
+        damaged[position] ^= 1
+        weights.write_bytes(damaged)
+        with pytest.raises(ExportError, match="another library's, or damaged"):
+            convgen.load(folder)
+    weights.write_bytes(data[:-64])
+    with pytest.raises(ExportError, match="damaged"):
+        convgen.load(folder)
+    weights.unlink()
+    with pytest.raises(ExportError, match="cannot be read"):
+        convgen.load(folder)
+
+
+def test_nothing_is_touched_outside(exported: Path) -> None:
+    """Inputs, outputs, weights and workspace each end where a page does that cannot be read."""
+    network = convgen.load(exported, 1)
+    x = arrays_for(block_model())["x"]
+    wanted = network(x)
+    guarded = {name: Guarded(array.nbytes) for name, array in (("x", x), *wanted.items())}
+    guarded["x"].array(x.shape)[...] = x
+    out = {name: guarded[name].array(array.shape) for name, array in wanted.items()}
+    workspace = Guarded(network.sizes().workspace)
+    network.workspaces.clear()
+    network.workspaces.append(workspace.bytes())
+    network(guarded["x"].array(x.shape), out=out)
+    for name, array in wanted.items():
+        assert array.tobytes() == out[name].tobytes()
+    network.workspaces.clear()
+
+
+class Guarded:
+    """Memory that ends, but for what alignment takes, where a page does that must not be touched."""
+
+    def __init__(self, size: int) -> None:
+        libc, page = ctypes.CDLL(None), 4096
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 4)
+        pages = -(-size // page)
+        begin = libc.mmap(None, (pages + 1) * page, 3, 0x22, -1, 0)
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(begin + pages * page), page, 0) == 0
+        self.size = size
+        self._memory: Any = (ctypes.c_uint8 * size).from_address(begin + pages * page - size)
+
+    def bytes(self) -> Any:
+        return np.frombuffer(self._memory, np.uint8)
+
+    def array(self, shape: tuple[int, ...]) -> Any:
+        return self.bytes().view(np.float32).reshape(shape)
+
+
+# ---- what is exported --------------------------------------------------------------------------
+
+
+def test_the_example_runs(exported: Path, tmp_path: Path) -> None:
+    name = json.loads((exported / "manifest.json").read_text())["name"]
+    flags = ["-std=c11", "-O1", "-Wall", "-Werror", "-I", str(exported), str(exported / "example.c")]
+    linked = {
+        "shared": [f"-L{exported}", f"-l{name}", f"-Wl,-rpath,{exported}"],
+        "static": [str(exported / f"lib{name}.a")],
+    }
+    for kind, libraries in linked.items():
+        program = tmp_path / kind
+        subprocess.run(["cc", *flags, *libraries, "-lm", "-lpthread", "-o", str(program)], check=True)
+        done = subprocess.run([str(program)], cwd=exported, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "2 outputs as expected; ok" in done.stdout
+
+
+def test_loading_takes_numpy_alone(exported: Path) -> None:
+    code = (
+        "import sys, convgen, numpy as np\n"
+        f"net = convgen.load({str(exported)!r}, 1)\n"
+        "net(np.zeros((1, 3, 24, 20), np.float32))\n"
+        "assert not {'tvm', 'onnx', 'onnxruntime'} & set(sys.modules), sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    path, out = tmp_path / "small.onnx", tmp_path / "out"
+    nodes = [helper.make_node("Relu", ["x"], ["y"])]
+    model = model_of(nodes, {"x": (2, 3)}, ["y"])
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
+    path.write_bytes(model.SerializeToString())
+    done = CliRunner().invoke(cli, ["compile", str(path), "--dim", "N=4", "--threads", "1", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    x = np.random.default_rng(0).standard_normal((4, 3), np.float32)
+    assert (convgen.load(out)(x) == np.maximum(x, 0)).all()
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["inputs"] == [{"name": "x", "shape": [4, 3], "dtype": "f32", "bytes": 48}]
+    assert manifest["model"] == "small.onnx"

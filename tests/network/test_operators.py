@@ -1,0 +1,144 @@
+"""ONNX's own cases of every operator that networks take: compiled, run by the C library, and compared."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx.backend.test.case.node import collect_testcases
+
+from convgen.errors import UnsupportedError
+from convgen.hardware.target import resolve
+from convgen.network.network import compile_network
+from convgen.network.nodes import READERS
+from convgen.network.reading import read_graph
+
+pytestmark = pytest.mark.timeout(600)
+
+#: Operators whose operands but the first are constants here.
+PARAMETERS = {"BatchNormalization", "InstanceNormalization", "Clip", "Resize", "Upsample", "Pad", "Dropout"}
+#: Operators, and the versions of ONNX that their cases are of. Written down, as collecting the cases takes seconds.
+CASES = (
+    "Abs-13 Add-14 AveragePool-22 BatchNormalization-15 Ceil-13 Clip-13 Concat-13 Cos-22 DepthToSpace-28 Div-14 "
+    "Dropout-11 Dropout-22 Elu-22 Erf-13 Exp-13 Expand-13 Flatten-25 Floor-13 Gelu-20 Gemm-13 GlobalAveragePool-22 "
+    "GlobalMaxPool-22 HardSigmoid-22 HardSwish-22 Identity-25 InstanceNormalization-22 LRN-13 LayerNormalization-17 "
+    "LeakyRelu-16 Log-13 LogSoftmax-13 MatMul-13 Max-13 MaxPool-22 Mean-13 Min-13 Mish-22 Mul-14 Neg-13 PRelu-16 "
+    "Pad-25 Pow-15 Reciprocal-13 ReduceMax-18 ReduceMean-18 ReduceMin-18 ReduceSum-13 ReduceSumSquare-18 Relu-14 "
+    "Reshape-25 Resize-19 Sigmoid-13 Sin-22 Slice-13 Softmax-13 Softplus-22 Softsign-22 SpaceToDepth-28 Split-13 "
+    "Split-18 Sqrt-13 Squeeze-25 Sub-14 Sum-13 Tanh-13 Transpose-25 Unsqueeze-25 Upsample-9"
+)
+#: What is refused of them, by words in the cases' names.
+REFUSED = (
+    *("training", "default_mask", "cubic", "antialias", "crop", "not_smaller", "not_larger", "min_greater_than_max"),
+    *("float32_int", "float32_uint", "empty_set", "zero_size", "allowzero", "start_out_of_bounds"),
+)
+
+
+@cache
+def all_cases() -> list[Any]:
+    """The cases of one node each, of f32."""
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the cases of other operators compute
+        collected = collect_testcases(None)
+    for case in collected:
+        nodes = [node for node in case.model.graph.node if node.op_type != "Constant"] if case.model else []
+        if len(nodes) != 1 or nodes[0].op_type not in READERS or "expanded" in case.name:
+            continue
+        kinds = {case.model.graph.input[0].type.tensor_type.elem_type} if case.model.graph.input else set()
+        kinds.add(case.model.graph.output[0].type.tensor_type.elem_type)
+        if kinds == {TensorProto.FLOAT}:
+            found.append(case)
+    return found
+
+
+def is_refused(case: Any) -> bool:
+    return any(word in case.name for word in REFUSED)
+
+
+@cache
+def cases() -> dict[tuple[str, int], list[Any]]:
+    """Those that are taken, by their operators and the versions of ONNX's."""
+    found = defaultdict(list)
+    for case in filter(lambda case: not is_refused(case), all_cases()):
+        op = next(node.op_type for node in case.model.graph.node if node.op_type != "Constant")
+        found[op, case.model.opset_import[0].version].append(case)
+    return found
+
+
+def merged(op: str, group: list[Any], everything: bool = False) -> tuple[ModelProto, dict[str, Any], dict[str, Any]]:
+    """All cases of an operator as one model, its inputs and the outputs that are expected: those that inference wants,
+    or all of them.
+    """
+    model, inputs, outputs = ModelProto(), dict[str, Any](), dict[str, Any]()
+    model.CopyFrom(group[0].model)
+    graph = model.graph
+    for field in ("node", "input", "output", "initializer", "value_info"):
+        graph.ClearField(field)
+    for number, case in enumerate(group):
+        given, wanted = case.data_sets[0]
+
+        def name(value: str, number: int = number) -> str:
+            return f"{value}_{number}" if value else ""
+
+        for position, (value, array) in enumerate(zip(case.model.graph.input, given, strict=True)):
+            array = np.asarray(array)
+            if array.dtype != np.float32 or (position and op in PARAMETERS):
+                graph.initializer.append(numpy_helper.from_array(array, name(value.name)))
+            else:
+                graph.input.add().CopyFrom(value)
+                graph.input[-1].name = name(value.name)
+                inputs[name(value.name)] = array
+        for node in case.model.graph.node:
+            kept = graph.node.add()
+            kept.CopyFrom(node)
+            kept.input[:] = map(name, node.input)
+            kept.output[:] = map(name, node.output)
+            kept.name = case.name
+        for value, array in zip(case.model.graph.output, wanted, strict=True):
+            if not everything and value.name not in first_outputs(case.model):
+                continue
+            graph.output.add().CopyFrom(value)
+            graph.output[-1].name = name(value.name)
+            outputs[name(value.name)] = np.asarray(array)
+    return model, inputs, outputs
+
+
+def first_outputs(model: ModelProto) -> list[str]:
+    """The outputs that inference wants: all of a Split, the first of others."""
+    nodes: list[NodeProto] = list(model.graph.node)
+    return [name for node in nodes for name in (node.output if node.op_type == "Split" else node.output[:1])]
+
+
+@pytest.mark.parametrize("key", CASES.split())
+def test_onnx_cases(key: str) -> None:
+    op, _, version = key.rpartition("-")
+    group = cases()[op, int(version)]
+    model, inputs, outputs = merged(op, group)
+    network = compile_network(model, resolve("cpu").on(1), 1)
+    found = network(*(np.asarray(inputs[name], order="C") for name in network.inputs))
+    found = found if isinstance(found, dict) else {next(iter(network.outputs)): found}
+    assert list(found) == list(outputs)
+    for name, array in outputs.items():
+        case = group[int(name.rpartition("_")[2])]
+        assert found[name].shape == array.shape, case.name
+        np.testing.assert_allclose(found[name], array, rtol=case.rtol, atol=max(case.atol, 1e-6), err_msg=case.name)
+
+
+def test_what_is_refused_says_why() -> None:
+    refused = list(filter(is_refused, all_cases()))
+    assert len(refused) > 40
+    for case in refused:
+        with pytest.raises(UnsupportedError, match="nodes are not taken: "):
+            read_graph(merged(case.model.graph.node[-1].op_type, [case], everything=True)[0])
+
+
+def test_every_operator_has_a_case() -> None:
+    assert sorted(f"{op}-{version}" for op, version in cases()) == sorted(CASES.split())
+    without = {"Cast"}  # of which only f32 to f32 is taken, which ONNX has no case of
+    assert set(READERS) - {op for op, _ in cases()} <= without
