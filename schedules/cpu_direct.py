@@ -12,7 +12,8 @@ Strategy    1. A layout is a block of channels that lie innermost: 1 in NCHW, 16
                transposed in registers.
             5. One parallel loop over parts of the channels × batch × blocks of rows (in 1-D of tiles). `order` names a
                task's outer loop: `oc`, and every block of channels reads the pixels again, while the next one's
-               weights are fetched ahead; `pixels`, and every tile reads the weights again.
+               weights are fetched ahead (a task of one tile: those that follow soon); `pixels`, and every tile reads
+               the weights again.
 Why not     pixels in the lanes (cpu_rows): NCHW then needs no transposition.
 """
 
