@@ -23,7 +23,7 @@ import math
 
 from convgen.cpu.channels import ChannelsInLanes, tiles_of
 from convgen.cpu.model import Stream, Work
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, CROWDED, Even, most_pixels, steps
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, CROWDED, LINE, Even, most_pixels, steps
 from convgen.cpu.walk import Geometry, geometry_of
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ceildiv, round_up
@@ -32,6 +32,8 @@ from convgen.problem.spec import ConvSpec
 
 #: Pixels of a tile at most: code is written out for each.
 MOST_PIXELS = 16
+#: How much longer lines take of rows in a page each.
+PAGES = 1.5
 #: Rows of tiles of a task, in 1-D tiles; parts of the channels.
 BLOCKS, PARTS = (1, 2, 4, 7, 8, 14, 16, 28, 56, 112), (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -79,13 +81,19 @@ class CpuDirect(ChannelsInLanes):
             if h * w <= min(MOST_PIXELS, most_pixels(target, o // lanes)) and (h == 1 or w < 14)
         ]
 
+    def variants(self, spec: ConvSpec, picks: Picks) -> list[Picks]:
+        """Of NCHW a copy may pay without padding, too: rows of channels lie side by side there."""
+        return [picks, picks.replace(copy_src=True)] if geometry_of(spec).src.layout == "nchw" else [picks]
+
     def work(self, spec: ConvSpec, target: Target, picks: Picks) -> list[Work]:
         lanes, g, found = target.lanes, geometry_of(spec), list[Work]()
         for times, height, width, vectors in tiles_of(g, picks, lanes):
             weights = 4 * g.products * vectors * lanes
             near = 4 * vectors * lanes if weights > target.l1 // 2 else 0
             slower = CROWDED if _crowds(g, target, height * width) else 1
-            found.append(steps(times * g.products * slower, height * width, vectors, near=near, fetched=0.5))
+            far = _far(g, target, picks, height, width)
+            products = times * g.products * slower
+            found.append(steps(products, height * width, vectors, near=near, far=far, fetched=0.5))
             found.append(Work(times * g.loops, cycles=BEGIN_RUN))
             found.append(_finish(g, times, height, width, vectors, lanes))
         return found
@@ -123,6 +131,18 @@ def _crowds(g: Geometry, target: Target, pixels: int) -> bool:
     lie in, as they are a power of two apart.
     """
     return any(pixels > target.places(4 * apart) for apart in (g.src.block * g.moves[2], g.dst.block))
+
+
+def _far(g: Geometry, target: Target, picks: Picks, height: int, width: int) -> float:
+    """Bytes of the cache lines that a step of a tile reads, if all of these come from the L2 cache: those of NCHW where
+    each step reads another channel, and all channels' do not fit into the L1 cache.
+    """
+    row: float = 4 * ((width - 1) * g.moves[2] + LINE)
+    if g.src.layout != "nchw" or not g.apart or g.inner * height * row <= target.l1 // 2:
+        return 0
+    if picks.copy_src:  # rows of all channels side by side
+        return height * min(row, 4 * round_up(g.extent(picks)[2], target.lanes))
+    return PAGES * height * row
 
 
 def _finish(g: Geometry, times: float, height: int, width: int, vectors: int, lanes: int) -> Work:

@@ -37,7 +37,18 @@ from typing import Any, NamedTuple
 from tvm import te, tirx
 
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Ahead, Even, finishing, most_pixels, multiply, pieces, steps
+from convgen.cpu.product import (
+    BEGIN_RUN,
+    BEGIN_TILE,
+    LINE,
+    Ahead,
+    Even,
+    finishing,
+    most_pixels,
+    multiply,
+    pieces,
+    steps,
+)
 from convgen.cpu.vector import Block, load, store, written
 from convgen.cpu.window import meeting
 from convgen.cpu.winograd import (
@@ -272,7 +283,7 @@ class _Kernel:
         taps, dilation = g.depth[3], g.depth[1]
         registers = body.registers([(t, v) for t in range(pixels) for v in range(slab.vectors)], lanes)
         following = body.let(((slab.b * g.positions + slab.position + 1) * taps + slab.first) * (g.own * tile_oc))
-        ahead = Ahead(self.weights, following, slab.count * g.own, tile_oc // lanes, *share)
+        ahead = Ahead(self.weights, following, slab.count * g.own, ceildiv(tile_oc, LINE), *share)
         origin = body.let(ahead.origin)
         with body.loop(slab.count) as (tap_body, tap):
 

@@ -20,7 +20,7 @@ from ..lowering.compute import Expr, Operands, ceildiv, copied, unflat
 from ..lowering.schedule import Picks, Program, Written, busiest, require
 from ..problem.spec import ConvSpec
 from .model import Counts, Stream, Work, core_of
-from .product import BEGIN_TASK, FAR_ROW, Even, finishing, most_pixels, pieces
+from .product import BEGIN_RUN, BEGIN_TASK, FAR_ROW, Even, finishing, most_pixels, pieces
 from .vector import written
 from .walk import Geometry, Kernel, geometry_of
 
@@ -34,6 +34,10 @@ class ChannelsInLanes(Written):
     @abstractmethod
     def tiles(self, spec: ConvSpec, target: Target) -> list[Picks]:
         """Tiles worth comparing for the default, each with one task."""
+
+    def variants(self, spec: ConvSpec, picks: Picks) -> list[Picks]:
+        """The chosen tile in all ways worth comparing."""
+        return [picks]
 
     @abstractmethod
     def work(self, spec: ConvSpec, target: Target, picks: Picks) -> list[Work]:
@@ -94,16 +98,20 @@ def _default(schedule: ChannelsInLanes, spec: ConvSpec, target: Target) -> Picks
         return core.cycles(Counts(work)), picks.tile_oc // target.lanes + picks.tile_oh * picks.tile_ow
 
     base = min(schedule.tiles(spec, target), key=speed)
-    work, cut = schedule.work(spec, target, base), [n for n in ("order", "block", "parallel_oc") if n in domains]
+    cut = [n for n in ("order", "block", "parallel_oc") if n in domains]
     points = [
-        base.replace(**dict(zip(cut, values, strict=True))) for values in itertools.product(*(domains[n] for n in cut))
+        (variant.replace(**dict(zip(cut, values, strict=True))), work)
+        for variant in schedule.variants(spec, base)
+        for work in [schedule.work(spec, target, variant)]
+        for values in itertools.product(*(domains[n] for n in cut))
     ]
-    points = [picks for picks in points if schedule.reason_against(spec, target, picks) is None]
+    points = [(picks, work) for picks, work in points if schedule.reason_against(spec, target, picks) is None]
 
-    def penalty(picks: Picks) -> tuple[float, int, int]:
+    def penalty(point: tuple[Picks, list[Work]]) -> tuple[float, int, int]:
+        picks, work = point
         return core.cycles(_counts(schedule, spec, target, picks, work)), picks.parallel_oc, -picks.block
 
-    return min(points, key=penalty)
+    return min(points, key=penalty)[0]
 
 
 def _counts(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, picks: Picks, work: Sequence[Work]) -> Counts:
@@ -113,8 +121,9 @@ def _counts(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, picks: Pi
     work = [replace(part, times=part.times * share * spec.n) for part in work]
     if picks.copy_src:
         work.append(Work(tasks * spec.ic * math.prod(g.extent(picks)) / lanes, loads=1, stores=1, cycles=0.5))
-        if spec.transposed and g.src.layout == "nchw":  # each row of a channel lies in another page
-            work.append(Work(tasks * spec.ic * math.prod(g.extent(picks)[:2]), cycles=FAR_ROW))
+        if g.src.layout == "nchw":  # each row of a channel lies in another page
+            begin = FAR_ROW if spec.transposed else BEGIN_RUN
+            work.append(Work(tasks * spec.ic * math.prod(g.extent(picks)[:2]), cycles=begin))
     work += [Work(tasks, cycles=BEGIN_TASK), finishing(spec, lanes, share)]
     return Counts(work, schedule.streams(spec, target, picks, share, tasks))
 

@@ -83,7 +83,7 @@ class Core:
         return (
             max(
                 part.fmas / self.fmas,
-                part.loads / self.loads,
+                part.loads / self.loads + part.lines,
                 stores,
                 part.shuffles / self.shuffles,
                 part.near / self.l2,
@@ -104,6 +104,7 @@ class Work:
     Attributes:
         fmas, loads, stores, masked_stores, shuffles: vector instructions; scalars that are broadcast are loads.
         near: bytes that come from the L2 cache.
+        lines: of those that come from there, which the L1 cache takes in for a cycle each, and loads nothing else.
         chain: FMAs that wait for each other.
         cycles: of what overlaps with nothing: a loop that begins, a branch that is guessed wrongly.
     """
@@ -115,6 +116,7 @@ class Work:
     masked_stores: float = 0
     shuffles: float = 0
     near: float = 0
+    lines: float = 0
     chain: float = 0
     cycles: float = 0
 

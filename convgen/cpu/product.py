@@ -95,7 +95,7 @@ class Ahead:
     Attributes:
         weights: packed, flat from any index on.
         start: index of the next block's first number.
-        steps: of a tile; each has so many ``vectors`` of weights.
+        steps: of a tile; each has so many ``vectors`` of weights, of a line.
     """
 
     weights: Any
@@ -152,9 +152,13 @@ def finishing(spec: ConvSpec, lanes: int, share: float) -> Work:
     return Work(math.prod(spec.dst_shape) / lanes * share, fmas=operations, loads=spec.residual)
 
 
-def steps(times: float, pixels: int, vectors: int, *, near: float = 0, fetched: float = 0) -> Work:
-    """What steps of a tile count; ``near``: bytes of weights that come from the L2 cache, ``fetched``: lines ahead.
+def steps(times: float, pixels: int, vectors: int, *, near: float = 0, far: float = 0, fetched: float = 0) -> Work:
+    """What steps of a tile count.
 
-    Pixels come from there too, now and then, which slows the weights.
+    Args:
+        near: bytes of weights that come from the L2 cache. Pixels come from there too, now and then, which slows them.
+        far: bytes of the lines that a step's pixels lie in, where all of these come from there.
+        fetched: lines that are fetched ahead.
     """
-    return Work(times, fmas=pixels * vectors, loads=pixels + vectors + fetched, near=1.5 * near, chain=1)
+    lines, loads = (near + far) / (4 * LINE), pixels + vectors + fetched
+    return Work(times, fmas=pixels * vectors, loads=loads, lines=lines, near=1.5 * near, chain=1)

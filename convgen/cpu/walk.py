@@ -21,7 +21,7 @@ from ..lowering.schedule import Picks
 from ..problem.spec import ConvSpec
 from .images import dst_images, src_images, three
 from .phases import Axis, Phase
-from .product import Ahead, Even, multiply
+from .product import LINE, Ahead, Even, multiply
 from .vector import (
     Block,
     Registers,
@@ -34,8 +34,6 @@ from .vector import (
     zeros,
 )
 
-#: Numbers from the weights that a tile uses to those that it fetches, where no other tile uses them.
-AHEAD = 1 << 12
 #: Taps of a row, or products of a run, that are too few for a loop of their own: LLVM would unroll it, and keep what
 #: neighbouring taps share in registers.
 SHORT_ROW = 7
@@ -386,7 +384,8 @@ class Kernel:
             def fetch(step: Block, k: Expr) -> None:
                 ahead.fetch(step, origin, index * g.run + first + k)
 
-            is_ahead = self.picks.get("order", "oc") == "oc"
+            # What a single tile uses once, one block of channels after another, the processor itself fetches ahead.
+            is_ahead = self.picks.get("order", "oc") == "oc" and math.prod(g.task(self.picks)) > 1
             multiply(run, sums, 1 if is_short else length, pixel, weight, fetch if is_ahead else None)
         if task.rows is None:
             stored = self.store_squares if g.dst.layout == "nchw" else self.store_channels
@@ -399,15 +398,11 @@ class Kernel:
                 body.add(store(task.rows, "f32", at, sums[(ty, tx), v], lanes, lanes))
 
     def ahead(self, body: Block, tile: _Tile, channels: _Channels) -> Ahead:
-        """What a tile fetches ahead: its share of what follows; blocks of merged lanes come last first. Weights that
-        are used once follow at a fixed distance.
-        """
+        """What a tile fetches ahead: its share of what follows; blocks of merged lanes come last first."""
         g, (rows, across), size = self.g, self.g.task(self.picks), self.g.products * self.picks.tile_oc
         start = (channels.weights + (-1 if g.merge else 1)) * size
-        if rows * across == 1:
-            start = channels.weights * size + min(size, AHEAD)
-        vectors = self.picks.tile_oc // self.lanes
-        return Ahead(self.parameters["weights"], body.let(start), g.products, vectors, tile.index, rows * across)
+        lines = ceildiv(self.picks.tile_oc, LINE)
+        return Ahead(self.parameters["weights"], body.let(start), g.products, lines, tile.index, rows * across)
 
     def pixel(self, task: _Task, at: Sequence[Expr], first: Expr, block: Expr, k: Expr) -> Expr:
         """The k-th number, as f32, of a run from a pixel of what the task reads; ``first``: its group's first block of

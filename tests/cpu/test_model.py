@@ -14,6 +14,7 @@ from convgen.cpu.product import LINE, Ahead, Even, most_pixels
 from convgen.hardware.machine import measured
 from convgen.hardware.target import resolve
 from convgen.lowering.candidates import default_candidate
+from convgen.lowering.discover import schedule as find_schedule
 from convgen.problem.spec import ConvSpec
 
 ZEN5 = core_of(resolve("cpu:znver5"))
@@ -25,6 +26,7 @@ def test_the_busiest_unit_decides() -> None:
     assert core.cycles(Counts([Work(10, fmas=28, loads=40)], regions=0)) == 200
     assert core.cycles(Counts([Work(10, fmas=4, chain=1)], regions=0)) == 40  # four sums hide no latency of four
     assert core.cycles(Counts([Work(10, fmas=28, near=512)], regions=0)) == 160
+    assert core.cycles(Counts([Work(10, fmas=28, loads=28, lines=3)], regions=0)) == 170  # taken in between loads
 
 
 def test_weights_are_cold_in_a_network_and_warm_alone() -> None:
@@ -70,6 +72,16 @@ def test_shorter_vectors_than_the_targets_have_facts_of_their_own() -> None:
     # So groups of 8 channels are worth a transform of half vectors.
     layer = ConvSpec.parse("conv2d n1 ic256 oc256 g32 i28x28 k3x3 p1x1 relu nhwc")
     assert default_candidate(layer, target.on(1)).schedule.id == "cpu_winograd"
+
+
+def test_rows_of_many_channels_are_copied_side_by_side_where_the_l1_cache_is_busy() -> None:
+    """With AVX2 a step has 12 products: lines that it takes in from the L2 cache show; with AVX-512 it has 28."""
+    layer = ConvSpec.parse("conv2d n1 ic512 oc2048 i7x7 k1x1 residual relu")
+    copied = {}
+    for name in ("haswell", "znver4"):
+        target = resolve(f"cpu:{name}").on(1)
+        copied[name] = find_schedule("cpu_direct").default(layer.core, target).copy_src
+    assert copied == {"haswell": True, "znver4": False}
 
 
 def test_an_unknown_processor_of_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

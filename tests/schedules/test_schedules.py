@@ -219,6 +219,15 @@ def test_narrower_targets_pass_validation(target: Target, descriptor: str, sched
         checked(compiled(spec, schedule, schedule.default(spec.core, target), target))
 
 
+def test_what_a_single_tile_uses_once_is_not_fetched_ahead() -> None:
+    """Weights of one pixel stream by: the processor does that, and an instruction for it only costs."""
+    schedule = find_schedule("cpu_direct")
+    for pixels, fetches in (("1x1", False), ("6x6", True)):
+        spec = ConvSpec.parse(f"conv2d n1 ic64 oc64 i{pixels} k1x1")
+        picks = schedule.default(spec.core, NATIVE).replace(order="oc")
+        assert ("prefetch" in compiled(spec, schedule, picks).source("asm")) == fetches
+
+
 # ---- what a schedule must keep to -------------------------------------------------------------
 
 
