@@ -299,7 +299,7 @@ def _counts_product(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
 def _statement(spec: ConvSpec, picks: Picks, product: RowProduct) -> tirx.Stmt:
     """All images at once; or one after the other, each copied without what its strides skip."""
     whole = Block()
-    if product.spec is spec:
+    if product.spec == spec:  # not "is": what is cached may come from an equal one
         _add_images(whole, picks, product, spec.n, 0)
     else:
         with whole.loop(spec.n) as (body, image):

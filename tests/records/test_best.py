@@ -32,7 +32,7 @@ from convgen.records import shipped as tuned
 from convgen.records.answer import Answer, best_record, find_record, preferred, reason_against, same_kind
 from convgen.records.opening import open_store
 from convgen.records.outcome import Result
-from convgen.records.pruning import prunable
+from convgen.records.pruning import outdated, prunable
 from convgen.records.record import TuningRecord, write_lines
 from convgen.records.store import RecordStore
 from convgen.tuning import recheck as recheck_module
@@ -245,7 +245,9 @@ def test_what_is_shipped_says_where_it_is_from(folder: Path) -> None:
 
 
 def test_what_ships_is_whole() -> None:
-    """The package's own databases: each problem has one answer, of a comparison, with a layer of the bench."""
+    """The package's own databases: each problem has one answer that a build may take, of a comparison,
+    with a layer of the bench.
+    """
     folder = Path(tuned.__file__).parent
     known = {entry.spec.descriptor for path in PROBLEMS.glob("*.json") for entry in convgen.read_specs(path)}
     shipped = tuned.databases(folder)
@@ -258,6 +260,8 @@ def test_what_ships_is_whole() -> None:
         assert len({(item.spec, item.threads) for item in found}) == len(found)
         assert all((item.note or {})["winner"] for item in found)
         assert {item.spec for item in found} <= known
+        # `convgen records prune --database` drops what a new version of a schedule has left behind.
+        assert {reason for item in found if (reason := outdated(item))} == set()
     assert {path.stem for path in folder.glob("*.jsonl")} == {path.stem for path in folder.glob("*.json")}
 
 

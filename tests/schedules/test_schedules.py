@@ -32,6 +32,7 @@ from convgen.kernel.kernel import Kernel, compile_candidate
 from convgen.lowering.candidates import default_candidate, parse_candidate
 from convgen.lowering.discover import schedule as find_schedule
 from convgen.lowering.discover import schedules, schedules_of
+from convgen.lowering.lower import lower
 from convgen.lowering.schedule import Candidate, Picks, Schedule, Space, require
 from convgen.problem.spec import ConvSpec
 
@@ -299,6 +300,16 @@ def test_every_real_layer_gets_a_default_that_is_not_the_reference(target: Targe
         candidate = default_candidate(spec, target)
         assert candidate.schedule.reason_against(spec.core, target, candidate.picks) is None
         assert candidate.schedule.id != "reference", spec.descriptor
+
+
+@pytest.mark.parametrize(("descriptor", "schedule"), pairs(SMOKE[::2]))
+def test_an_equal_layer_is_lowered_alike(descriptor: str, schedule: Schedule) -> None:
+    """What schedules keep of a layer is found again for an equal one, which is another object."""
+    first, second = (
+        lower(spec, NATIVE, Candidate(schedule, schedule.default(spec.core, NATIVE))).module
+        for spec in (ConvSpec.parse(descriptor), ConvSpec.parse(descriptor))
+    )
+    assert first.script() == second.script()
 
 
 @pytest.mark.parametrize(("descriptor", "schedule"), PAIRS)
