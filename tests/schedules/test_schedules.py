@@ -161,6 +161,19 @@ def test_more_random_points_pass_validation(descriptor: str, schedule: Schedule)
     check_points(descriptor, schedule, 4)
 
 
+@pytest.mark.parametrize("schedule", schedules_of("cpu").values(), ids=lambda schedule: schedule.id)
+def test_equal_specs_generate_the_same(schedule: Schedule) -> None:
+    """Whatever is remembered of the first one: another process, or another line of a model, has one of its own."""
+    descriptor = next(s for s in SMOKE if schedule in applicable(ConvSpec.parse(s)))
+
+    def generated() -> str:
+        spec = ConvSpec.parse(descriptor)
+        candidate = Candidate(schedule, schedule.default(spec.core, NATIVE))
+        return str(lower(spec, NATIVE, candidate).module.script())
+
+    assert generated() == generated()
+
+
 @pytest.mark.parametrize("schedule_id", schedules_of("cpu"))
 def test_a_smoke_problem_exercises_every_schedule(schedule_id: str) -> None:
     assert any(find_schedule(schedule_id) in applicable(ConvSpec.parse(s)) for s in SMOKE)
