@@ -43,6 +43,7 @@ from convgen.cpu.product import (
     LINE,
     Ahead,
     Even,
+    blocks_ahead,
     finishing,
     most_pixels,
     multiply,
@@ -77,7 +78,7 @@ PLANES = (1, 2, 4)
 
 
 class CpuWinograd(Written):
-    id, version = "cpu_winograd", 6
+    id, version = "cpu_winograd", 7
     merged = ("cpu_winograd_grouped",)
     transforms = True
 
@@ -282,7 +283,8 @@ class _Kernel:
         g, lanes, tile_oc = self.g, self.lanes, self.picks.tile_oc
         taps, dilation = g.depth[3], g.depth[1]
         registers = body.registers([(t, v) for t in range(pixels) for v in range(slab.vectors)], lanes)
-        following = body.let(((slab.b * g.positions + slab.position + 1) * taps + slab.first) * (g.own * tile_oc))
+        following = slab.b * g.positions + slab.position + blocks_ahead(g.own * slab.vectors * g.most_tiles)
+        following = body.let((following * taps + slab.first) * (g.own * tile_oc))
         ahead = Ahead(self.weights, following, slab.count * g.own, ceildiv(tile_oc, LINE), *share)
         origin = body.let(ahead.origin)
         with body.loop(slab.count) as (tap_body, tap):

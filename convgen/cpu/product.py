@@ -21,6 +21,8 @@ from .vector import Block, Registers, prefetch
 
 #: Cycles to begin a run of products, a tile (its addresses, and loops that end), and a task.
 BEGIN_RUN, BEGIN_TILE, BEGIN_TASK = 5, 12, 100
+#: FMAs that begin while a line comes from memory, at least.
+FETCHED_AFTER = 1024
 #: How much longer a step takes whose lines displace each other from the L1 cache.
 CROWDED = 1.04
 #: Cycles to begin a row that lies in a page of its own.
@@ -83,6 +85,11 @@ class Even:
         for condition, size in ((index < self.many, self.full), (index >= self.many, self.full - 1)):
             with block.when(condition) as case:
                 yield case, size
+
+
+def blocks_ahead(fmas: int) -> int:
+    """How many blocks ahead of its use a line of weights is fetched, so that it has come: a block lasts ``fmas``."""
+    return ceildiv(FETCHED_AFTER, fmas)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from convgen.cpu import model
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import LINE, Ahead, Even, most_pixels
+from convgen.cpu.product import FETCHED_AFTER, LINE, Ahead, Even, blocks_ahead, most_pixels
 from convgen.hardware.machine import measured
 from convgen.hardware.target import resolve
 from convgen.lowering.candidates import default_candidate
@@ -125,6 +125,11 @@ def test_the_tiles_of_a_block_fetch_every_line_of_the_next(steps: int, vectors: 
         lines |= {origin // LINE + step * ahead.lines + line for step in range(steps) for line in range(ahead.lines)}
     assert lines >= set(range(steps * vectors))
     assert max(lines) < steps * vectors + steps * ahead.lines  # little past the end
+
+
+def test_weights_have_come_when_small_blocks_need_them() -> None:
+    assert blocks_ahead(16 * 4) * 16 * 4 >= FETCHED_AFTER
+    assert blocks_ahead(2 * FETCHED_AFTER) == 1
 
 
 def test_registers_hold_the_tile() -> None:

@@ -72,6 +72,14 @@ def test_frames_are_those_that_the_disassembler_shows(spelling: str, tmp_path: P
     assert largest > 1000
 
 
+def test_sums_of_short_runs_stay_in_registers(tmp_path: Path) -> None:
+    """LLVM unrolls runs of three channels, and kept what their steps load beside each other on the stack."""
+    target, spec = resolve("cpu:znver4"), ConvSpec.parse("conv2d n1 ic3 oc64 i224x224 k3x3 s2 dst_nchw16c relu")
+    direct = schedules_of("cpu")["cpu_direct"]
+    compile_object(lower(spec, target, Candidate(direct, direct.default(spec.core, target))), tmp_path / "kernel.o")
+    assert stack_bytes((tmp_path / "kernel.o").read_bytes(), "x86_64") < 1000
+
+
 CALLER = r"""
 #include <pthread.h>
 #include <stdio.h>
