@@ -382,7 +382,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
     slab = 4 * taps * g.own * picks.tile_oc
     weights = slab * g.positions * oc_blocks
     products = 4 * g.positions * g.most_tiles
-    values = products * round_up(g.own, g.lanes) * min(g.window, g.planes_in)
+    values = products * round_up(g.own, LINE) * min(g.window, g.planes_in)  # in lines
     sums = products * picks.tile_oc * g.plane_blocks.full
     near, passes = values + sums + 2 * slab, own * (1 if by_channels else oc_blocks)
     images = Stream(sum(spec.bytes[name] for name in ("src", "dst")) * share, ahead=True, footprint=target.l3)
