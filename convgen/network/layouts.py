@@ -20,10 +20,8 @@ from ..lowering.schedule import Candidate
 from ..problem.layout import BLOCKS, PLAIN, Blocks
 from ..problem.spec import ConvSpec
 from .expressions import KINDS
-from .graph import Convolution, Graph, Node, Operator, Shape
+from .graph import ROW_MAJOR, Convolution, Graph, Node, Operator, Shape
 
-#: Plain row-major order: what a network's own inputs and outputs have, and tensors without channels.
-ROW_MAJOR = "nchw"
 #: Bytes that a copy moves per cycle beside what its streams would: where source and destination differ in order, and
 #: where elements are taken one by one.
 _BYTES = 4

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from ..problem.layout import BLOCKS, PLAIN
 from .expressions import KINDS
-from .graph import Graph, Node, Operator
-from .layouts import ROW_MAJOR, Laid, lies_apart, same_memory
+from .graph import ROW_MAJOR, Graph, Node, Operator
+from .layouts import Laid, lies_apart, same_memory
 
 #: Bytes of an element.
 ELEMENT = 4
