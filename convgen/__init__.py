@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from .formats.sources import read_specs
     from .kernel.kernel import Kernel
     from .kernel.library import Layer, Library
-    from .network.library import NetworkLibrary
     from .network.load import load
     from .network.network import Network
     from .problem.spec import ConvSpec
@@ -44,7 +43,6 @@ __all__ = [
     "Layer",
     "Library",
     "Network",
-    "NetworkLibrary",
     "Report",
     "SpecEntry",
     "__version__",
@@ -67,7 +65,6 @@ _MODULES = {
     "Layer": "kernel.library",
     "Library": "kernel.library",
     "Network": "network.network",
-    "NetworkLibrary": "network.library",
     "Report": "check.validate",
     "SpecEntry": "formats.entries",
     "build": "api",

@@ -27,7 +27,7 @@ from .common import (
 
 
 @click.command("compile")
-@click.argument("model", type=click.Path(dir_okay=False, path_type=Path), metavar="MODEL.onnx")
+@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="MODEL.onnx")
 @dim_option
 @click.option("--accuracy", type=click.Choice(ACCURACIES), default="standard", show_default=True, metavar="CLASS")
 @target_option

@@ -18,8 +18,10 @@ from tvm import te, tirx
 from ..errors import BuildError
 from ..lowering.compute import ACCUMULATOR, Expr, Index, activate, erf, exponential, flat, unflat
 from ..problem.activation import Activation
-from .graph import Attributes, Shape
+from .graph import ROW_MAJOR, Attributes, Shape
 
+#: Neighbours that are computed side by side: as many as the widest vector has.
+BLOCK = 16
 #: The least number there is: what a maximum begins with.
 LOWEST = -math.inf
 
@@ -46,11 +48,12 @@ class Lazy:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operator with its operands, as what computes it sees it."""
+    """One operator with its operands, as what computes it sees it; the layout that it is computed in."""
 
     attributes: Attributes
     operands: Sequence[Lazy]
     shape: Shape
+    layout: str = ROW_MAJOR
 
     def __getitem__(self, name: str) -> Any:
         return self.attributes[name]
@@ -76,7 +79,8 @@ class Kind:
         elementwise: whether an element depends on the elements at its own index only.
         moves: whether elements are those of operands, each read at most once.
         lanes: along which axes neighbours are computed alike, without a condition that only some meet, from neighbours:
-            ``channels``, what is innermost in row-major order (``rows``), or ``any``; empty where along neither.
+            ``channels``, what is innermost in row-major order (``rows``), or ``any``; empty where along neither;
+            ``blocks`` along channels where these are whole blocks.
     """
 
     formula: Formula
@@ -364,18 +368,14 @@ def _reduced(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
     return at
 
 
-#: How many sums are taken side by side of a row: as many as a vector has, whatever the target.
-_SIDE_BY_SIDE = 16
-
-
 def _over(operand: Lazy, axes: Sequence[int], mode: str, stage: Stage) -> Lazy:
     """A reduction that is computed beforehand; its axes have one element then."""
     shape = tuple(1 if axis in axes else size for axis, size in enumerate(operand.shape))
     *rows, last = operand.shape
-    if tuple(axes) == (len(rows),) and last % _SIDE_BY_SIDE == 0 and last > _SIDE_BY_SIDE:
-        parts = (last // _SIDE_BY_SIDE, _SIDE_BY_SIDE)
-        parted = Lazy((*rows, *parts), lambda index: operand.at([*index[:-2], index[-2] * _SIDE_BY_SIDE + index[-1]]))
-        inner = Operation({"axes": (len(rows),), "keepdims": False, "mode": mode}, [parted], (*rows, _SIDE_BY_SIDE))
+    if tuple(axes) == (len(rows),) and last % BLOCK == 0 and last > BLOCK:
+        parts = (last // BLOCK, BLOCK)
+        parted = Lazy((*rows, *parts), lambda index: operand.at([*index[:-2], index[-2] * BLOCK + index[-1]]))
+        inner = Operation({"axes": (len(rows),), "keepdims": False, "mode": mode}, [parted], (*rows, BLOCK))
         at = _reduced(inner, stage)
         sides = stage(inner.shape, lambda *index: at(index), lanes=True)
         again = mode if mode in (*_MAXIMA, "mean") else "sum"
@@ -419,18 +419,34 @@ def _normalised(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
 
 
 def _lrn(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
-    """Divided by what the squares of neighbouring channels sum up to."""
+    """Divided by what the squares of neighbouring channels sum up to.
+
+    Where channels are neighbours in memory, their squares are laid between blocks of zeros first: then no vector has a
+    condition.
+    """
     (operand,), size = op.operands, op["size"]
     channels, before = operand.shape[1], (size - 1) // 2
+    squares = None
+    if op.layout != ROW_MAJOR and channels % BLOCK == 0 and size // 2 < BLOCK:
+        blocks, (n, _, *pixels) = channels // BLOCK, operand.shape
+
+        def square(*index: Expr) -> Expr:
+            value = operand.at([index[0], (index[-2] - 1) * BLOCK + index[-1], *index[1:-2]])
+            return tirx.if_then_else(tirx.all(index[-2] >= 1, index[-2] <= blocks), value * value, const(0))
+
+        squares = stage((n, *pixels, blocks + 2, BLOCK), square, lanes=True)
 
     def total(index: Index) -> Expr:
         """The sum, written out: windows are a few channels."""
         terms = []
         for offset in range(-before, size - before):
             channel = index[1] + offset
-            inside = tirx.Select(tirx.all(channel >= 0, channel < channels), const(1), const(0))
-            value = operand.at([index[0], tirx.max(0, tirx.min(channels - 1, channel)), *index[2:]])
-            terms.append(value * value * inside)
+            if squares is not None:
+                at = channel + BLOCK
+                terms.append(squares.at([index[0], *index[2:], at // BLOCK, at % BLOCK]))
+                continue
+            value = operand.at([index[0], channel, *index[2:]])
+            terms.append(tirx.if_then_else(tirx.all(channel >= 0, channel < channels), value * value, const(0)))
         return reduce(lambda a, b: a + b, terms)
 
     def at(index: Index) -> Expr:
@@ -466,7 +482,7 @@ REDUCES: dict[str, Kind] = {
     "product": Kind(_product, reduces=True, lanes="rows"),
     "softmax": Kind(_softmax, lanes="any"),
     "normalise": Kind(_normalised, lanes="any"),
-    "lrn": Kind(_lrn, lanes="rows"),
+    "lrn": Kind(_lrn, lanes="blocks"),
 }
 
 #: Every operator by its name.

@@ -19,6 +19,8 @@ from ..problem.spec import ConvSpec
 
 Shape: TypeAlias = tuple[int, ...]
 F32 = npt.NDArray[np.float32]
+#: Plain row-major order: what a network's own inputs and outputs have, and tensors without channels.
+ROW_MAJOR = "nchw"
 #: Attributes of an operator by name: numbers, text, and tuples of them.
 Attributes: TypeAlias = Mapping[str, Any]
 

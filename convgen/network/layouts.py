@@ -20,10 +20,10 @@ from ..lowering.schedule import Candidate
 from ..problem.layout import BLOCKS, PLAIN, Blocks
 from ..problem.spec import ConvSpec
 from .expressions import KINDS
-from .graph import Convolution, Graph, Node, Operator, Shape
+from .graph import ROW_MAJOR, Convolution, Graph, Node, Operator, Shape
 
-#: Plain row-major order: what a network's own inputs and outputs have, and tensors without channels.
-ROW_MAJOR = "nchw"
+#: Operators after which elements may lie in another order.
+_REORDERING = ("reshape", "transpose")
 #: Bytes that a copy moves per cycle beside what its streams would: where source and destination differ in order, and
 #: where elements are taken one by one.
 _BYTES = 4
@@ -142,6 +142,8 @@ class LayoutSearch:
             return name
 
         for node in self.graph.nodes:
+            if isinstance(node, Operator) and node.kind in _REORDERING:
+                continue
             joined = [*node.inputs, node.output] if isinstance(node, Operator) else [*node.inputs[1:], node.output]
             free = [name for name in joined if len(self.options[name]) > 1]
             for name in free[1:]:
@@ -199,6 +201,9 @@ class LayoutSearch:
     def _operator(self, node: Operator, layouts: Mapping[str, str]) -> float:
         """A pass over its tensors, slower where their orders differ, or where neighbours are not read together."""
         shapes, output = self.graph.shapes, node.output
+        if node.kind in _REORDERING:
+            keeps = keeps_order(self.graph, node, layouts)
+            return 0.0 if keeps else self.costs.copy(self.graph.size(output), ordered=False)
         read = [name for name in node.inputs if name not in self.graph.constants]
         alike = all(
             same_memory(shapes[name], layouts[name], layouts[output])
@@ -227,6 +232,25 @@ def lies_apart(graph: Graph, node: Operator, layout: str) -> bool:
         return False
     block = BLOCKS[layout]
     return layout == ROW_MAJOR or (differ == [1] and block > 0 and all(part[1] % block == 0 for part in parts))
+
+
+def keeps_order(graph: Graph, node: Operator, layouts: Mapping[str, str]) -> bool:
+    """Whether elements lie in the same order before and after a reshape or transpose."""
+    (source, *_), output = node.inputs, node.output
+    shape, out = graph.shapes[source], graph.shapes[output]
+    if node.kind == "reshape":
+        ends = ((shape, layouts[source]), (out, layouts[output]))
+        return all(len(s) < 3 or same_memory(s, layout, ROW_MAJOR) for s, layout in ends)
+    if layouts[source] not in PLAIN or layouts[output] not in PLAIN:
+        return False
+    order = _order(len(shape), layouts[source])
+    turned = [node.attributes["perm"][axis] for axis in _order(len(out), layouts[output])]
+    return [axis for axis in order if shape[axis] > 1] == [axis for axis in turned if shape[axis] > 1]
+
+
+def _order(rank: int, layout: str) -> list[int]:
+    """The logical axes of a plain tensor as they follow each other in memory."""
+    return [0, *range(2, rank), 1] if layout == "nhwc" else list(range(rank))
 
 
 @dataclass(frozen=True)

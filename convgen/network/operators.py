@@ -13,9 +13,9 @@ from ..errors import BuildError, ConvgenError
 from ..hardware.target import Target
 from ..lowering.compute import ACCUMULATOR, Expr
 from ..problem.layout import Blocks
-from .expressions import KINDS, Lazy, Operation, const, kind
-from .graph import Graph, Shape
-from .layouts import ROW_MAJOR, physical
+from .expressions import BLOCK, KINDS, Lazy, Operation, const, kind
+from .graph import ROW_MAJOR, Graph, Shape
+from .layouts import physical
 from .views import Group, is_number
 
 #: Name of a stage whose last axis is computed as vectors.
@@ -100,7 +100,7 @@ def program(made: Pass) -> list[te.Tensor]:
 
     for position, (name, attributes, operands, shape) in enumerate(made.operators):
         given = [_number(value) if isinstance(value, float) else known[value] for value in operands]
-        operation = Operation(dict(attributes), given, shape)
+        operation = Operation(dict(attributes), given, shape, made.output[1])
         formula = kind(name).formula(operation, stage)
         if position < len(made.operators) - 1 and KINDS[name].reduces:
             known.append(stage(shape, lambda *index, formula=formula: formula(index)))
@@ -212,8 +212,11 @@ def _per_channel(made: Pass) -> bool:
 
 def _vectors(made: Pass) -> bool:
     """Whether neighbours are computed as a vector: without conditions on which of them it is."""
-    axes = "rows" if made.output[1] == ROW_MAJOR else "channels"
-    return all(KINDS[name].lanes in ("any", axes) for name, *_ in made.operators)
+    shape, layout = made.output
+    along = {"any", "rows" if layout == ROW_MAJOR else "channels"}
+    if layout != ROW_MAJOR and shape[1] % BLOCK == 0:
+        along.add("blocks")
+    return all(KINDS[name].lanes in along for name, *_ in made.operators)
 
 
 def _width(extent: int, lanes: int) -> int:

@@ -12,8 +12,8 @@ from ..hardware.target import Target
 from ..lowering.interface import HEADER_BYTES, round_up
 from ..lowering.schedule import Candidate
 from ..problem.spec import ConvSpec
-from .graph import F32, Convolution, Graph, Shape
-from .layouts import ROW_MAJOR, Costs, Laid, lay, physical
+from .graph import F32, ROW_MAJOR, Convolution, Graph, Shape
+from .layouts import Costs, Laid, lay, physical
 from .memory import ARENA, INPUT, OUTPUT, WEIGHTS, Lifetime, Place, arrange
 from .operators import Pass, as_pass
 from .views import ELEMENT, Group, Views, fuse

@@ -15,7 +15,10 @@ from .graph import F32, Convolution, Graph, Node, Operator
 def rewrite(graph: Graph) -> None:
     """Products with constants become convolutions that take in what follows; what does nothing is gone."""
     _drop_copies(graph)
-    for change in (_product, _bias, _residual, _activation):
+    for change in (_product, _bias):
+        _each(graph, change)
+    _add_before_transposing(graph)
+    for change in (_residual, _activation):
         _each(graph, change)
     _nest_concats(graph)
     graph.order()
@@ -117,6 +120,36 @@ def _bias(graph: Graph, node: Node) -> Convolution | None:
         spec = made.spec.with_(bias=True)
         return dataclasses.replace(made, spec=spec, parameters=parameters, output=node.output)
     return None
+
+
+def _add_before_transposing(graph: Graph) -> None:
+    """Where a product is transposed and then added to something, add to it what is transposed the other way: the
+    product takes in the addition, and the transpositions may be nothing but other names for the same memory.
+    """
+    for node in list(graph.nodes):
+        if not isinstance(node, Operator) or node.kind != "add" or len(node.inputs) != 2:
+            continue
+        for turned, other in (node.inputs, node.inputs[::-1]):
+            transpose = graph.producers().get(turned)
+            if not isinstance(transpose, Operator) or transpose.kind != "transpose" or other in graph.constants:
+                continue
+            alone = len(graph.users()[turned]) == 1 and turned not in graph.outputs
+            (source,) = transpose.inputs
+            same = graph.shapes[other] == graph.shapes[node.output]
+            if not alone or not same or _before(graph, transpose, source) is None:
+                continue
+            perm = transpose.attributes["perm"]
+            back = tuple(perm.index(axis) for axis in range(len(perm)))
+            names = f"{node.output}/turned", f"{node.output}/sum"
+            graph.shapes |= dict.fromkeys(names, graph.shapes[source])
+            added = (
+                Operator(node.name, "transpose", (other,), names[0], {"perm": back}),
+                Operator(node.name, "add", (source, names[0]), names[1]),
+                Operator(node.name, "transpose", (names[1],), node.output, {"perm": perm}),
+            )
+            graph.nodes = [one for one in graph.nodes if one is not node and one is not transpose] + list(added)
+            graph.order()
+            break
 
 
 def _residual(graph: Graph, node: Node) -> Convolution | None:

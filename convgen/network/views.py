@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..problem.layout import BLOCKS, PLAIN
+from ..problem.layout import BLOCKS
 from .expressions import KINDS
-from .graph import Graph, Node, Operator
-from .layouts import ROW_MAJOR, Laid, lies_apart, same_memory
+from .graph import ROW_MAJOR, Graph, Node, Operator
+from .layouts import Laid, keeps_order, lies_apart
 
 #: Bytes of an element.
 ELEMENT = 4
@@ -52,7 +52,7 @@ class Views:
     def _kept(self, node: Operator) -> list[Node]:
         """What is left to do of an operator."""
         source = node.inputs[0]
-        if node.kind in ("reshape", "transpose") and self._same_order(node):
+        if node.kind in ("reshape", "transpose") and keeps_order(self.graph, node, self.layouts):
             return [] if self._share(source, node.output) else [node]
         if node.kind == "slice" and self._in_place(node) and node.output not in self.graph.outputs:
             self.views[node.output] = View(source, self._begin(node))
@@ -74,19 +74,6 @@ class Views:
         else:
             return False
         return True
-
-    def _same_order(self, node: Operator) -> bool:
-        """Whether elements lie in the same order before and after."""
-        (source, *_), output = node.inputs, node.output
-        shape, out = self.graph.shapes[source], self.graph.shapes[output]
-        if node.kind == "reshape":
-            ends = ((shape, self.layouts[source]), (out, self.layouts[output]))
-            return all(len(s) < 3 or same_memory(s, layout, ROW_MAJOR) for s, layout in ends)
-        if self.layouts[source] not in PLAIN or self.layouts[output] not in PLAIN:
-            return False
-        order = _order(len(shape), self.layouts[source])
-        turned = [node.attributes["perm"][axis] for axis in _order(len(out), self.layouts[output])]
-        return [a for a in order if shape[a] > 1] == [a for a in turned if shape[a] > 1]
 
     def _in_place(self, node: Operator) -> bool:
         layout = self.layouts[node.output]
@@ -118,11 +105,6 @@ class Views:
             self.views[part] = View(node.output, offset)
             offset += ELEMENT * self.graph.size(name)
         return copies
-
-
-def _order(rank: int, layout: str) -> list[int]:
-    """The logical axes of a plain tensor as they follow each other in memory."""
-    return [0, *range(2, rank), 1] if layout == "nhwc" else list(range(rank))
 
 
 # ---- operators in one pass ----------------------------------------------------------------------

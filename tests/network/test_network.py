@@ -192,6 +192,28 @@ def test_products_take_in_what_follows() -> None:
     assert furthest(compile_network(model, resolve("cpu").on(1), 1)(inputs["x"]), expected(model, inputs)) < ERROR
 
 
+def test_transpositions_are_other_names() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"w0": (16, 3, 3, 3), "w1": (16, 1, 3, 3), "m0": (16, 32), "m1": (32, 16), "w2": (8, 16, 1, 1)}
+    constants = {name: (rng.standard_normal(shape) / 4).astype(np.float32) for name, shape in shapes.items()}
+    nodes = [
+        helper.make_node("Conv", ["x", "w0"], ["first"], pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["first", "w1"], ["deep"], pads=[1, 1, 1, 1], group=16),
+        helper.make_node("Transpose", ["deep"], ["rows"], perm=[0, 2, 3, 1]),
+        helper.make_node("MatMul", ["rows", "m0"], ["wide"]),
+        helper.make_node("Relu", ["wide"], ["active"]),
+        helper.make_node("MatMul", ["active", "m1"], ["narrow"]),
+        helper.make_node("Transpose", ["narrow"], ["image"], perm=[0, 3, 1, 2]),
+        helper.make_node("Add", ["first", "image"], ["sum"]),
+        helper.make_node("Conv", ["sum", "w2"], ["y"]),
+    ]
+    model = model_of(nodes, {"x": (1, 3, 9, 7)}, ["y"], constants)
+    _, _, steps = planned(model)
+    assert [step.spec.residual for step in steps] == [False, False, False, True, False]
+    inputs = arrays_for(model)
+    assert furthest(compile_network(model, resolve("cpu").on(1), 1)(inputs["x"]), expected(model, inputs)) < ERROR
+
+
 # ---- what is refused ---------------------------------------------------------------------------
 
 

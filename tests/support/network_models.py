@@ -16,7 +16,7 @@ OPSET = 17
 #: What random networks are made of.
 PARTS = (
     *("conv", "conv", "conv", "residual", "relu", "norm", "concat", "max", "mean", "split", "squeeze", "shuffle"),
-    *("resize", "pad", "swish", "scalar", "head"),
+    *("resize", "pad", "swish", "scalar", "head", "lrn"),
 )
 
 
@@ -126,6 +126,8 @@ class RandomNetwork:
             self._add(self.rng.choice(["Relu", "Sigmoid", "HardSwish", "LeakyRelu"]), [name], (n, c, h, w))
         elif choice == "swish":
             self._add("Mul", [name, self._add("Sigmoid", [name], (n, c, h, w))], (n, c, h, w))
+        elif choice == "lrn":
+            self._add("LRN", [name], (n, c, h, w), size=self.rng.choice([3, 5]), alpha=0.5, beta=0.75)
         elif choice == "scalar":
             self._add("Div", [name, self._constant(())], (n, c, h, w))
         elif choice == "norm":
