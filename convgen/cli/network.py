@@ -52,10 +52,10 @@ def compile_model(
 ) -> None:
     """Compile a whole model to one library, with its weights packed.
 
-    Convolutions are computed by their recorded kernels, or else by defaults. The specs in the manifest's layers, each in
-    the layouts it has in the network, are what `convgen tune` would record kernels for.
-    The folder holds the library, shared and static, a C header, the weights, a manifest, and example.c with an input
-    and its outputs. A model of which something is not taken is refused: each such node is named.
+    Convolutions are computed by their recorded kernels, or else by defaults. The specs in the manifest's layers, each
+    in the layouts it has in the network, are what `convgen tune` would record kernels for. The folder holds the
+    library, shared and static, a C header, the weights, a manifest, and example.c with an input and its outputs. A
+    model of which something is not taken is refused: each such node is named.
     """
     from ..api import compile as compile_network
 

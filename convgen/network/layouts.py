@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..cpu.model import core_of
-from ..errors import BuildError
 from ..hardware.target import Target
 from ..lowering.candidates import predicted
 from ..lowering.schedule import Candidate
@@ -24,9 +23,10 @@ from .graph import ROW_MAJOR, Convolution, Graph, Node, Operator, Shape
 
 #: Operators after which elements may lie in another order.
 _REORDERING = ("reshape", "transpose")
-#: Bytes that a copy moves per cycle beside what its streams would: where source and destination differ in order, and
-#: where elements are taken one by one.
-_BYTES = 4
+#: Bytes of an element.
+ELEMENT = 4
+#: How many times longer a pass takes that reads one element here and one there.
+_SCATTERED = 4
 
 
 def physical(shape: Shape, layout: str) -> Shape:
@@ -47,7 +47,6 @@ class Choice:
 
     src: str
     dst: str
-    seconds: float
     candidate: Candidate
 
 
@@ -56,7 +55,7 @@ class Costs:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self._known: dict[ConvSpec, tuple[float, Candidate] | None] = {}
+        self._known: dict[ConvSpec, tuple[float, Candidate]] = {}
 
     @cached_property
     def blocked(self) -> str:
@@ -74,16 +73,13 @@ class Costs:
         """The predicted seconds and the candidate of a spec in its layouts."""
         if spec not in self._known:
             self._known[spec] = predicted(spec, self.target)
-        found = self._known[spec]
-        if found is None:
-            raise BuildError(f"{spec.descriptor}: expected a schedule for it, found none")
-        return found
+        return self._known[spec]
 
-    def copy(self, elements: int, ordered: bool = True, share: int = 1) -> float:
-        """Seconds to read and write so many elements: in one order, or from scattered places."""
+    def copy(self, elements: int, ordered: bool = True, times: int = 1) -> float:
+        """Seconds to read and write so many elements, so many times: in one order, or from scattered places."""
         core = core_of(self.target)
-        cycles = 2 * _BYTES * elements / core.l3 * (1 if ordered else 4) / self.target.cores + core.region
-        return share * cycles / core.hertz
+        cycles = 2 * ELEMENT * elements * times / core.l3 * (1 if ordered else _SCATTERED)
+        return (cycles / self.target.cores + core.region) / core.hertz
 
 
 class LayoutSearch:
@@ -167,19 +163,15 @@ class LayoutSearch:
 
     def choose(self, node: Convolution, layouts: Mapping[str, str]) -> tuple[Choice, float]:
         """The layouts that a convolution is computed in, and its seconds with the conversions that takes."""
-        best: tuple[float, Choice] | None = None
-        for src, dst in self._pairs(node, layouts):
-            spec = node.spec.with_(layout=src, dst_layout=dst)
-            seconds, candidate = self.costs.convolution(spec)
-            total = seconds
-            if not node.rows:  # whose tensors are as they are
-                total += self._converted(node.inputs[0], layouts, src)
-                total += sum(self._converted(name, layouts, dst) for name in (*node.inputs[1:], node.output))
-            if best is None or total < best[0]:
-                best = total, Choice(src, dst, seconds, candidate)
-        if best is None:
-            raise BuildError(f"{node.name}: expected a layout for it, found none")
-        return best[1], best[0]
+        options = [self._option(node, layouts, src, dst) for src, dst in self._pairs(node, layouts)]
+        return min(options, key=lambda option: option[1])
+
+    def _option(self, node: Convolution, layouts: Mapping[str, str], src: str, dst: str) -> tuple[Choice, float]:
+        seconds, candidate = self.costs.convolution(node.spec.with_(layout=src, dst_layout=dst))
+        if not node.rows:  # whose tensors are as they are
+            seconds += self._converted(node.inputs[0], layouts, src)
+            seconds += sum(self._converted(name, layouts, dst) for name in (*node.inputs[1:], node.output))
+        return Choice(src, dst, candidate), seconds
 
     def _pairs(self, node: Convolution, layouts: Mapping[str, str]) -> Iterable[tuple[str, str]]:
         """The layouts of src and dst that are tried: those that the tensors have, and every one for both."""
@@ -216,7 +208,7 @@ class LayoutSearch:
         if KINDS[node.kind].reduces and layouts[output] == ROW_MAJOR and len(shapes[output]) > 2:
             alike = False  # neighbours are summed, or windows begin at odd places
         taps = math.prod(node.attributes.get("kernel", (1,)))
-        return self.costs.copy(elements, alike, share=max(1, taps // 4))
+        return self.costs.copy(elements, alike, times=max(1, taps // 4))
 
 
 def lies_apart(graph: Graph, node: Operator, layout: str) -> bool:

@@ -13,10 +13,10 @@ from ..lowering.interface import HEADER_BYTES, round_up
 from ..lowering.schedule import Candidate
 from ..problem.spec import ConvSpec
 from .graph import F32, ROW_MAJOR, Convolution, Graph, Shape
-from .layouts import Costs, Laid, lay, physical
+from .layouts import ELEMENT, Costs, Laid, lay, physical
 from .memory import ARENA, INPUT, OUTPUT, WEIGHTS, Lifetime, Place, arrange
 from .operators import Pass, as_pass
-from .views import ELEMENT, Group, Views, fuse
+from .views import Group, Views, fuse
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from ..problem.layout import BLOCKS
 from .expressions import KINDS
 from .graph import ROW_MAJOR, Graph, Node, Operator
-from .layouts import Laid, keeps_order, lies_apart
-
-#: Bytes of an element.
-ELEMENT = 4
+from .layouts import ELEMENT, Laid, keeps_order, lies_apart
 
 
 @dataclass(frozen=True)
