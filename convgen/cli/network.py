@@ -57,23 +57,25 @@ def compile_model(
     library, shared and static, a C header, the weights, a manifest, and example.c with an input and its outputs. A
     model of which something is not taken is refused: each such node is named.
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     from ..api import compile as compile_network
 
     started, quiet = time.monotonic(), as_json or not sys.stderr.isatty()
-
-    def progress(done: int, total: int) -> None:
-        click.echo(f"\rcompiled {done} of {total} functions", err=True, nl=done == total)
-
-    network = compile_network(
-        model,
-        target,
-        threads,
-        dims=dims,
-        accuracy=accuracy,
-        records=chosen_records(records, no_records),
-        progress=None if quiet else progress,
-        name=name,
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+        task = bar.add_task("compiling functions", total=None)
+        network = compile_network(
+            model,
+            target,
+            threads,
+            dims=dims,
+            accuracy=accuracy,
+            records=chosen_records(records, no_records),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            name=name,
+        )
     manifest = network.export(out, facts={"model": model.name, "accuracy": accuracy})
     seconds = time.monotonic() - started
     if as_json:

@@ -370,7 +370,7 @@ OTHERS = [name for name in GRAPHS if name != "squeezenet"]
 def test_a_real_graph_passes_on_every_schedule(name: str) -> None:
     """On each that applies to one of its convolutions."""
     tried = applicable(graph_specs(name))
-    assert len(tried) > 5
+    assert len(tried) > 4
     for schedule_id in tried:
         choose = Chooser(schedule_id)
         with naming(schedule_id):

@@ -116,7 +116,7 @@ def test_the_final_comparison_has_the_default_and_onnx_runtime(tuner: Tuner, sto
     winner = tuner.tune(SPEC, trials=5)
     finals = [record for record in store.trials() if is_final(record)]
     assert winner is not None
-    default = default_candidate(SPEC, tuner.target)
+    default = default_candidate(SPEC, tuner.target.on(tuner.threads))
     (again,) = [record for record in finals if dict(record.picks) == dict(default.picks)]
     assert [record for record in finals if (record.note or {})["winner"]] == [winner]
     for record in finals:
