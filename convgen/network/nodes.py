@@ -259,9 +259,9 @@ def _pad(r: Reading) -> None:
         begins[r.axis(axis, rank)] = begin
     if mode not in ("constant", "edge", "reflect", "wrap"):
         raise Refusal(f"mode {mode!r}")
-    reaches = [abs(pad) for pad in pads]
-    if mode == "reflect" and max(reaches, default=0) >= min(r.shape(source)[r.axis(axis, rank)] for axis in axes):
-        raise Refusal("a reflection of more than the tensor")
+    for axis, *reaches in zip(axes, pads, pads[len(axes) :], strict=False):
+        if mode == "reflect" and max(map(abs, reaches)) >= r.shape(source)[r.axis(axis, rank)]:
+            raise Refusal("a reflection of more than the tensor")
     value = r.number(2, "value", 0.0) if mode == "constant" else 0.0
     r.end("pad", [source], begins=tuple(begins), mode=mode, value=value)
 
