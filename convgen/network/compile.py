@@ -39,7 +39,6 @@ class Compiled:
         object_file: its bytes.
         workspace: scratch memory that it takes.
         packed: of a convolution, its packed tensors.
-        interface: the same kernel by itself, by which weights are packed.
     """
 
     object_file: bytes

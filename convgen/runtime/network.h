@@ -72,16 +72,6 @@ const char *convgen_network_status_text(int status);
     {                                                                                                           \
         return convgen_network_run(&code, network, args);                                                       \
     }                                                                                                           \
-    CONVGEN_EXPORT int name##_check_cpu(void)                                                                   \
-    {                                                                                                           \
-        return code.cpu_supported() ? CONVGEN_OK : CONVGEN_UNSUPPORTED_CPU;                                     \
-    }                                                                                                           \
-    CONVGEN_EXPORT const char *name##_version(void) { return code.version; }                                    \
-    CONVGEN_EXPORT const char *name##_error(int status) { return convgen_network_status_text(status); }         \
-    CONVGEN_EXPORT int name##_pool_create(int threads, convgen_pool **pool)                                     \
-    {                                                                                                           \
-        return convgen_create_pool(threads, pool);                                                              \
-    }                                                                                                           \
-    CONVGEN_EXPORT void name##_pool_destroy(convgen_pool *pool) { convgen_destroy_pool(pool); }
+    CONVGEN_COMMON_ENTRY_POINTS(name, code, convgen_network_status_text)
 
 #endif

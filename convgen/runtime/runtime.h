@@ -142,12 +142,16 @@ const char *convgen_status_text(int status);
     {                                                                                                       \
         return convgen_kernel_verify(&kernel, packed, size);                                                \
     }                                                                                                       \
+    CONVGEN_COMMON_ENTRY_POINTS(name, kernel, convgen_status_text)
+
+/* What a kernel's library and a network's both export; text: of a status. */
+#define CONVGEN_COMMON_ENTRY_POINTS(name, code, text)                                                       \
     CONVGEN_EXPORT int name##_check_cpu(void)                                                               \
     {                                                                                                       \
-        return kernel.cpu_supported() ? CONVGEN_OK : CONVGEN_UNSUPPORTED_CPU;                               \
+        return code.cpu_supported() ? CONVGEN_OK : CONVGEN_UNSUPPORTED_CPU;                                 \
     }                                                                                                       \
-    CONVGEN_EXPORT const char *name##_version(void) { return kernel.version; }                              \
-    CONVGEN_EXPORT const char *name##_error(int status) { return convgen_status_text(status); }             \
+    CONVGEN_EXPORT const char *name##_version(void) { return code.version; }                                \
+    CONVGEN_EXPORT const char *name##_error(int status) { return text(status); }                            \
     CONVGEN_EXPORT int name##_pool_create(int threads, convgen_pool **pool)                                 \
     {                                                                                                       \
         return convgen_create_pool(threads, pool);                                                          \
