@@ -1,4 +1,4 @@
-"""How the programs that measure end."""
+"""What the programs that measure share: their arguments, and how they end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Callable
 from rich.console import Console
 
 from convgen.errors import ConvgenError
+
+
+def listed(text: str) -> list[str]:
+    """The words between commas."""
+    return [word for word in text.split(",") if word]
 
 
 def exit_status(work: Callable[[], None], console: Console) -> int:

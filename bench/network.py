@@ -21,8 +21,8 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.command import exit_status
-from bench.networks import NAMES, network_model
+from bench.command import exit_status, listed
+from bench.networks import NAMES, check_models, check_peers, network_model
 from bench.networks.layouts import CHOICES, between_layers
 from convgen.errors import ConvgenError
 from convgen.folders import TemporaryFolder
@@ -148,7 +148,7 @@ def _line(row: NetworkRow) -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--models", type=_listed, default=list(NAMES), help="names of bench/networks, or ONNX files")
+    parser.add_argument("--models", type=listed, default=list(NAMES), help="names of bench/networks, or ONNX files")
     parser.add_argument("--threads", type=lambda text: [int(t) for t in text.split(",")], default=[1, 2])
     parser.add_argument(
         "--dim", type=_size, action="append", default=[], metavar="NAME=SIZE", help="a symbolic size in ONNX files"
@@ -159,7 +159,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--recorded", action="store_true", help="take the kernels that --records has, not the defaults")
     parser.add_argument("--records", type=Path, help="record store; the default one unless given")
-    parser.add_argument("--peers", type=_listed, default=list(NETWORK_PEERS), help="libraries to run the models in")
+    parser.add_argument("--peers", type=listed, default=list(NETWORK_PEERS), help="libraries to run the models in")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
     parser.add_argument("--fresh", action="store_true", help="measure known rows again")
@@ -169,17 +169,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             check_threads(count, resolve())
     except ConvgenError as error:
         parser.error(str(error))
-    for name in options.peers:
-        if name not in NETWORK_PEERS:
-            parser.error(f"--peers: expected some of {', '.join(NETWORK_PEERS)}, found {name!r}")
-    for name in options.models:
-        if name not in NAMES and not Path(name).is_file():
-            parser.error(f"--models: expected ONNX files or some of {', '.join(NAMES)}, found {name!r}")
+    check_peers(parser, options.peers)
+    check_models(parser, options.models)
     return options
-
-
-def _listed(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
 
 
 def _size(text: str) -> tuple[str, int]:

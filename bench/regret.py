@@ -31,8 +31,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench.command import exit_status
-from bench.networks import NAMES, network_model
+from bench.command import exit_status, listed
+from bench.networks import NAMES, check_models, network_model
 from bench.networks.layouts import CHOICES, between_layers
 from convgen.check.data import float_data
 from convgen.errors import BuildError, ConvgenError
@@ -193,7 +193,7 @@ def table(heads: list[str], cells: list[list[str]]) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--problems", type=Path, nargs="*", default=sorted((HERE / "problems").glob("*.json")))
-    parser.add_argument("--models", type=lambda s: [w for w in s.split(",") if w], default=list(NAMES))
+    parser.add_argument("--models", type=listed, default=list(NAMES))
     parser.add_argument("--threads", type=lambda s: [int(t) for t in s.split(",")], default=[1])
     parser.add_argument("--target", default="cpu", help="a CPU target whose code runs here")
     parser.add_argument("--layout", choices=CHOICES, default="blocked", help="between layers")
@@ -208,9 +208,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--target: expected a CPU, found {options.target!r}")
         for count in options.threads:
             check_threads(count, target)
-        for name in options.models:
-            if name not in NAMES and not Path(name).is_file():
-                parser.error(f"--models: expected ONNX files or some of {', '.join(NAMES)}, found {name!r}")
+        check_models(parser, options.models)
     except ConvgenError as error:
         parser.error(str(error))
     return options

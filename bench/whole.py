@@ -14,18 +14,16 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)
 
 from rich.console import Console
 
-from bench.command import exit_status
-from bench.networks import NAMES, network_model
+from bench.command import exit_status, listed
+from bench.networks import NAMES, check_models, check_peers, network_model
 from convgen.api import compile as compile_network
 from convgen.folders import TemporaryFolder
 from convgen.formats.sources import write_text
@@ -37,8 +35,9 @@ from convgen.measure.network_model import MODEL, NetworkModel, Part, Running, re
 from convgen.measure.network_peers import NETWORK_PEERS
 from convgen.report.markdown import markdown_table
 from convgen.report.networks import processor_slug
-from convgen.report.rows import KeyedFile
-from convgen.report.words import factor, milliseconds
+from convgen.report.rows import Compared, KeyedFile
+from convgen.report.tables import rated
+from convgen.report.words import factor, milliseconds, plural
 
 HERE = Path(__file__).parent
 #: The tables' columns: the heading, the library, and whether it computes in f32.
@@ -57,15 +56,12 @@ INTRODUCTION = (
 )
 
 
-@dataclass(frozen=True)
-class WholeRow:
-    """One row, as the JSON values that are kept in its file."""
-
-    values: Mapping[str, Any]
+class WholeRow(Compared):
+    """A whole model's row."""
 
     @property
     def key(self) -> tuple[str, int]:
-        return str(self.values["model"]), int(self.values["threads"])
+        return str(self.values["model"]), self.threads
 
     def seconds(self, library: str, f32: bool) -> float | None:
         found = [p for p in self.values["parts"] if p["library"] == library and (p["precision"] == "f32") == f32]
@@ -110,24 +106,18 @@ def measure(name: str, model: NetworkModel, threads: int, peers: Sequence[str], 
 def page(rows: Sequence[WholeRow]) -> str:
     """The rows as a page of Markdown."""
     document = ["# Whole networks", "", INTRODUCTION, ""]
-    for threads in sorted({row.key[1] for row in rows}):
-        chosen = sorted((row for row in rows if row.key[1] == threads), key=lambda row: row.key)
+    for threads in sorted({row.threads for row in rows}):
+        chosen = sorted((row for row in rows if row.threads == threads), key=lambda row: row.key)
         cells = [
-            [row.key[0], *(milliseconds(row.seconds(*column[1:])) for column in COLUMNS), _ratio(row)] for row in chosen
+            [row.key[0], *(milliseconds(row.seconds(*column[1:])) for column in COLUMNS), rated(row)] for row in chosen
         ]
         header = ["model", *(f"{heading}>" for heading, *_ in COLUMNS), "ratio>"]
-        ratios = [row.values["ratio"] for row in chosen if row.values["ratio"]]
-        document += [f"## {threads} thread{'s' * (threads > 1)}", "", *markdown_table((header, cells)), ""]
+        ratios = [row.ratio for row in chosen if row.ratio]
+        document += [f"## {plural(threads, 'thread')}", "", *markdown_table((header, cells)), ""]
         if ratios:
             mean = math.exp(statistics.fmean(map(math.log, ratios)))
             document += [f"Geometric mean {factor(mean)} over {len(ratios)} models, least {factor(min(ratios))}.", ""]
     return "\n".join(document) + "\n"
-
-
-def _ratio(row: WholeRow) -> str:
-    interval = row.values["interval"]
-    around = f" ({interval[0]:.2f}–{interval[1]:.2f})" if interval else ""
-    return f"{factor(row.values['ratio'])}{around}"
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -149,9 +139,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
                     problems = [p["problem"] for p in row.values["parts"] if p["problem"]]
                     said = "".join(f"; {problem}" for problem in problems)
                     own = milliseconds(row.seconds("convgen", True))
-                    console.print(f"{name} {threads}T: {own} ms, {_ratio(row)} {row.values['best'] or ''}{said}")
+                    console.print(f"{name} {threads}T: {own} ms, {rated(row)} {row.values['best'] or ''}{said}")
     finally:
-        if warning := busy_warning(row.values["busy"] for row in measured):
+        if warning := busy_warning(row.busy for row in measured):
             console.print(f"bench: {warning}")
         if kept.rows:
             kept.compact()
@@ -161,24 +151,16 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--models", type=_listed, default=list(NAMES), help="names of bench/networks, or ONNX files")
+    parser.add_argument("--models", type=listed, default=list(NAMES), help="names of bench/networks, or ONNX files")
     parser.add_argument("--threads", type=lambda text: [int(t) for t in text.split(",")], default=[1, 2])
-    parser.add_argument("--peers", type=_listed, default=list(NETWORK_PEERS), help="libraries to run the models in")
+    parser.add_argument("--peers", type=listed, default=list(NETWORK_PEERS), help="libraries to run the models in")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
     parser.add_argument("--fresh", action="store_true", help="measure known rows again")
     options = parser.parse_args(arguments)
-    for name in options.peers:
-        if name not in NETWORK_PEERS:
-            parser.error(f"--peers: expected some of {', '.join(NETWORK_PEERS)}, found {name!r}")
-    for name in options.models:
-        if name not in NAMES and not Path(name).is_file():
-            parser.error(f"--models: expected ONNX files or some of {', '.join(NAMES)}, found {name!r}")
+    check_peers(parser, options.peers)
+    check_models(parser, options.models)
     return options
-
-
-def _listed(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

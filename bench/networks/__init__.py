@@ -6,16 +6,18 @@ vanish nor grow: numbers that are nearly zero take processors a hundred times lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from convgen.errors import UnsupportedError
 from convgen.measure.network_model import NetworkModel
+from convgen.measure.network_peers import NETWORK_PEERS
 
 from .light import LIGHT, write_light
 
-__all__ = ["NAMES", "network_model"]
+__all__ = ["NAMES", "check_models", "check_peers", "network_model"]
 
 #: The networks of :data:`bench.networks.modules.MODULES`, which takes PyTorch to import.
 _MODULES = (
@@ -57,3 +59,17 @@ def network_model(name: str, folder: Path, dims: Mapping[str, int] | None = None
     if Path(name).is_file():
         return NetworkModel(Path(name), dims or {})
     raise UnsupportedError(f"--models: expected ONNX files or some of {', '.join(NAMES)}, found {name!r}")
+
+
+def check_models(parser: ArgumentParser, models: Sequence[str]) -> None:
+    """End with a usage error where one of ``--models`` is neither a network here nor a file."""
+    for name in models:
+        if name not in NAMES and not Path(name).is_file():
+            parser.error(f"--models: expected ONNX files or some of {', '.join(NAMES)}, found {name!r}")
+
+
+def check_peers(parser: ArgumentParser, peers: Sequence[str]) -> None:
+    """End with a usage error where one of ``--peers`` is no library that runs whole networks."""
+    for name in peers:
+        if name not in NETWORK_PEERS:
+            parser.error(f"--peers: expected some of {', '.join(NETWORK_PEERS)}, found {name!r}")

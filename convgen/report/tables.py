@@ -9,7 +9,7 @@ from typing import Any
 
 from ..problem.spec import ConvSpec
 from .markdown import Table, code, escaped, link, markdown_table
-from .rows import Row
+from .rows import Compared, Row
 from .words import factor, microseconds, milliseconds, plural
 
 #: Classes of layers that different code is fast for, in the order they are listed.
@@ -170,7 +170,7 @@ def by_class(rows: Iterable[Row]) -> dict[str, list[Row]]:
 # ---- cells ------------------------------------------------------------------------------------
 
 
-def rated(row: Row) -> str:
+def rated(row: Compared) -> str:
     """A row's ratio with its interval."""
     if row.interval is None:
         return "–"
