@@ -10,6 +10,7 @@ from convgen.errors import UnsupportedError
 from convgen.hardware.isa import CHECKED, forbidden
 from convgen.hardware.machine import Machine
 from convgen.hardware.machine import machine as this_machine
+from convgen.hardware.processor import features_of, system_processor
 from convgen.hardware.target import Target
 
 #: Architectures that a spelling begins with: triple and vector facts. NEON has 32 registers of 128 bits.
@@ -30,7 +31,7 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
     from tvm.target import codegen
 
     here = machine or this_machine()
-    own = here.llvm if machine else codegen.llvm_get_system_cpu()
+    own = here.llvm if machine else system_processor()
     own = f"{here.arch}-{own}" if here.arch in CROSS else own
     itself, model = model in ("", own), model or own
     arch, _, cpu = model.partition("-")
@@ -42,14 +43,14 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
         config |= {} if platform.machine() == arch else {"mtriple": "x86_64-linux-gnu"}
     base = TvmTarget({k: v for k, v in config.items() if k != "mcpu"})
     known = {str(name) for name in codegen.llvm_get_cpu_archlist(base)}
-    has = _features(config) if config["mcpu"] in known else set()
+    has = features_of(config) if config["mcpu"] in known else set()
     if not has or (arch == "x86_64" and "64bit" not in has):  # LLVM lists 32-bit ones, and ends the process over them
         raise UnsupportedError(f"target: expected a 64-bit processor LLVM knows, found {config['mcpu']!r}")
     off = forbidden(has, arch)
     if itself and here.features:  # a hypervisor may hide what the model has
         off += sorted(f.llvm for f in CHECKED[arch] if f.llvm in has and f.name not in here.features)
     config |= {"mattr": [f"-{name}" for name in off]}
-    has = _features(config)  # what needs something that is off is off too
+    has = features_of(config)  # what needs something that is off is off too
     bits = 128 if arch in CROSS else 512 if "avx512f" in has else 256 if "avx2" in has else 128
     isa = tuple(feature.name for feature in CHECKED[arch] if feature.llvm in has)
     native = here.arch == arch and set(isa) <= here.features
@@ -67,14 +68,6 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
         native=native,
         hardware=here.fingerprint if native or itself else "unknown",
     )
-
-
-def _features(config: dict[str, Any]) -> set[str]:
-    """What LLVM may use, and how it chooses, by its own names."""
-    from tvm.target import Target as TvmTarget
-    from tvm.target import codegen
-
-    return {str(name) for name in codegen.llvm_get_cpu_features(TvmTarget(config))}
 
 
 def fingerprint(machine: Machine) -> str:

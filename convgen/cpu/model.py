@@ -19,6 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..hardware.machine import measured
+from ..hardware.processor import system_processor
 from ..hardware.target import Target
 
 #: Of what is fetched ahead, the part that products do not hide.
@@ -196,11 +197,9 @@ def core_of(target: Target, lanes: int = 0) -> Core:
     Raises:
         BuildError, MeasureError: this machine's processor is not known, and cannot be measured.
     """
-    from tvm.target import codegen
-
     model = str(json.loads(target.tvm_config).get("mcpu", ""))
     known = (_LIKE.get(model, model), target.vector_bits) in _VECTORS
-    is_here = not known and target.native and model == codegen.llvm_get_system_cpu()
+    is_here = not known and target.native and model == system_processor()
     core = _measured(model, target.vector_bits, target.lanes) if is_here else _known(model, target.vector_bits)
     if 0 < lanes < target.lanes and target.vector_bits == 512:
         core = replace(core, **_vectors(_LIKE.get(model, model), 256))

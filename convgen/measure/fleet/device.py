@@ -22,6 +22,7 @@ from ...cuda.driver import device as gpu
 from ...errors import MeasureError, SpecError
 from ...folders import TemporaryFolder
 from ...hardware.machine import machine
+from ...hardware.processor import system_processor
 from ...interrupts import interrupts_blocked
 from ...processes import end_with
 from ...records.outcome import OUTCOME_KEY, Result
@@ -133,7 +134,7 @@ class Device:
         self.kept, self.name, self.server = kept, name, os.getpid()
         here = machine()
         limit = min(threads_limit or here.logical, here.logical)
-        self.machine = replace(here, cores=min(here.cores, limit), logical=limit, llvm=_llvm_processor(), gpu=gpu())
+        self.machine = replace(here, cores=min(here.cores, limit), logical=limit, llvm=system_processor(), gpu=gpu())
         self._runner: LocalRunner | None = None
 
     def describe(self, request: Any) -> dict[str, Any]:
@@ -208,12 +209,6 @@ class Device:
 
 def version() -> str:
     return importlib.metadata.version("convgen")
-
-
-def _llvm_processor() -> str:
-    from tvm.target import codegen
-
-    return str(codegen.llvm_get_system_cpu())
 
 
 def _bytes(folder: Path) -> int:
