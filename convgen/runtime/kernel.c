@@ -72,7 +72,7 @@ static int deallocate(int device_type, int device_id, void *start)
 /* ---- parallel regions ------------------------------------------------------------------------ */
 
 /* Whether denormals are flushed and how results are rounded is a property of a thread. Workers take
- * the caller's, so that results do not depend on the number of threads. */
+ * the caller's, so that results do not depend on the number of threads, and get theirs back: they may be a program's. */
 static unsigned floating_point_mode(void)
 {
 #ifdef __x86_64__
@@ -108,12 +108,14 @@ static void run_task(void *context, int task, int tasks)
     frame f = {.call = r->call, .top = share, .end = share + r->call->share, .in_task = 1};
     frame *outer = current;
     convgen_group group = {NULL, tasks};
+    const unsigned own_mode = floating_point_mode();
     current = &f;
     set_floating_point_mode(r->mode);
     if (r->lambda(task, &group, r->closure) != 0)
         atomic_store(&r->failed, 1);
     while (f.blocks != NULL)
         pop_block(&f);
+    set_floating_point_mode(own_mode);
     current = outer;
 }
 

@@ -253,6 +253,57 @@ int convgen_create_pool(int threads, convgen_pool **out)
     return CONVGEN_OK;
 }
 
+/* ---- a program's own threads ------------------------------------------------------------------- */
+
+typedef struct {
+    convgen_task task;
+    void *context;
+    int tasks;
+} borrowed_launch;
+
+static void run_borrowed(void *data, int i)
+{
+    const borrowed_launch *launched = data;
+    launched->task(launched->context, i, launched->tasks);
+}
+
+static void launch_borrowed(convgen_pool *head, convgen_task task, void *context)
+{
+    const convgen_borrowed_pool *p = (convgen_borrowed_pool *)head;
+    borrowed_launch launched = {task, context, head->threads};
+    p->loop(p->context, head->threads, run_borrowed, &launched);
+}
+
+static int acquire_borrowed(convgen_pool *head) { return head != NULL; } /* nobody waits for anybody */
+
+static void release_borrowed(convgen_pool *head) { (void)head; }
+
+static void destroy_borrowed(convgen_pool *head) { free(head); }
+
+convgen_borrowed_pool convgen_borrowed(int threads, convgen_parallel_for loop, void *context)
+{
+    return (convgen_borrowed_pool){
+        .head = {CONVGEN_ABI, threads, acquire_borrowed, release_borrowed, launch_borrowed, destroy_borrowed},
+        .loop = loop,
+        .context = context,
+    };
+}
+
+int convgen_borrow_pool(int threads, convgen_parallel_for loop, void *context, convgen_pool **out)
+{
+    if (out == NULL || loop == NULL)
+        return CONVGEN_NULL_POINTER;
+    *out = NULL;
+    if (threads < 1 || threads > CONVGEN_MAX_THREADS)
+        return CONVGEN_BAD_ARGUMENT;
+    convgen_borrowed_pool *p = malloc(sizeof *p);
+    if (p == NULL)
+        return CONVGEN_NO_MEMORY;
+    *p = convgen_borrowed(threads, loop, context);
+    *out = &p->head;
+    return CONVGEN_OK;
+}
+
 void convgen_destroy_pool(convgen_pool *pool)
 {
     if (pool != NULL)

@@ -99,6 +99,15 @@ struct convgen_pool {
     void (*destroy)(convgen_pool *pool);
 };
 
+/* A pool that runs on a program's own threads. Costs nothing to make, so that it can be one for each call. */
+typedef struct {
+    convgen_pool head;
+    convgen_parallel_for loop;
+    void *context;
+} convgen_borrowed_pool;
+
+convgen_borrowed_pool convgen_borrowed(int threads, convgen_parallel_for loop, void *context);
+
 /* One call of generated code. Its workspace is [main][task 0][task 1]...; code that packs has none and
  * allocates from the heap, because packing is rare and its needs are not worth a buffer. */
 typedef struct {
@@ -125,6 +134,7 @@ int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *a
 int convgen_kernel_run(const convgen_kernel *kernel, const convgen_run_args *args);
 int convgen_kernel_verify(const convgen_kernel *kernel, const void *packed, size_t size);
 int convgen_create_pool(int threads, convgen_pool **pool);
+int convgen_borrow_pool(int threads, convgen_parallel_for loop, void *context, convgen_pool **pool);
 void convgen_destroy_pool(convgen_pool *pool);
 const char *convgen_status_text(int status);
 
@@ -155,6 +165,11 @@ const char *convgen_status_text(int status);
     CONVGEN_EXPORT int name##_pool_create(int threads, convgen_pool **pool)                                 \
     {                                                                                                       \
         return convgen_create_pool(threads, pool);                                                          \
+    }                                                                                                       \
+    CONVGEN_EXPORT int name##_pool_borrow(int threads, convgen_parallel_for loop, void *context,            \
+                                          convgen_pool **pool)                                              \
+    {                                                                                                       \
+        return convgen_borrow_pool(threads, loop, context, pool);                                           \
     }                                                                                                       \
     CONVGEN_EXPORT void name##_pool_destroy(convgen_pool *pool) { convgen_destroy_pool(pool); }
 

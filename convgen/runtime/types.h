@@ -31,6 +31,11 @@ enum { CONVGEN_ALIGNMENT = 64, CONVGEN_MAX_THREADS = 1024 };
  * may use the pool from then on. A library that has no pool of its own may be unloaded at any time. */
 typedef struct convgen_pool convgen_pool;
 
+/* A program's own loop over threads that it has: calls body(data, i) once for every i from 0 to count - 1, in any order
+ * and on any threads, and returns when all of that is done. `context` is what the program gave with it. Several threads
+ * may call it at once where they call convgen libraries at once. */
+typedef void (*convgen_parallel_for)(void *context, int count, void (*body)(void *data, int i), void *data);
+
 /* Bytes of every buffer; 0 where the layer has no such tensor. */
 typedef struct {
     size_t src, weights, bias, slope, scale, residual, dst, packed, workspace;

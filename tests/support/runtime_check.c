@@ -293,6 +293,87 @@ static void check_fork(convgen_pool *pool)
     CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
+/* ---- a program's own threads ------------------------------------------------------------------- */
+
+typedef struct {
+    void (*body)(void *, int);
+    void *data;
+    int i;
+} part;
+
+typedef struct {
+    void (*body)(void *, int);
+    void *data;
+} region_mode;
+
+static void *run_part(void *argument)
+{
+    const part *p = argument;
+    p->body(p->data, p->i);
+    return NULL;
+}
+
+/* The last part first; every second one on a thread of its own. */
+static void own_loop(void *context, int count, void (*body)(void *, int), void *data)
+{
+    pthread_t threads[THREADS];
+    part parts[THREADS];
+    CHECK(count == THREADS);
+    atomic_fetch_add((atomic_int *)context, 1);
+    for (int i = count - 1; i >= 0; --i) {
+        parts[i] = (part){body, data, i};
+        if (i % 2)
+            pthread_create(&threads[i], NULL, run_part, &parts[i]);
+        else
+            run_part(&parts[i]);
+    }
+    for (int i = 1; i < count; i += 2)
+        pthread_join(threads[i], NULL);
+}
+
+#ifdef __x86_64__
+enum { FLUSH = 0x8000 }; /* denormal results to zero */
+
+static void check_mode(void *data, int i)
+{
+    region_mode *m = data;
+    __builtin_ia32_ldmxcsr(0x1f80 | FLUSH); /* as a program may have set it on its threads */
+    m->body(m->data, i);
+    CHECK((__builtin_ia32_stmxcsr() & ~0x3fu) == (0x1f80 | FLUSH));
+    __builtin_ia32_ldmxcsr(0x1f80);
+}
+
+static void flushing_loop(void *context, int count, void (*body)(void *, int), void *data)
+{
+    (void)context;
+    region_mode m = {body, data};
+    for (int i = 0; i < count; ++i)
+        check_mode(&m, i);
+}
+#endif
+
+static void check_borrowed(void)
+{
+    convgen_pool *pool = NULL;
+    atomic_int loops = 0;
+    CHECK(convgen_borrow_pool(0, own_loop, &loops, &pool) == CONVGEN_BAD_ARGUMENT && pool == NULL);
+    CHECK(convgen_borrow_pool(THREADS, NULL, &loops, &pool) == CONVGEN_NULL_POINTER);
+    CHECK(convgen_borrow_pool(THREADS, own_loop, &loops, NULL) == CONVGEN_NULL_POINTER);
+    CHECK(convgen_borrow_pool(THREADS, own_loop, &loops, &pool) == CONVGEN_OK);
+    most_tasks = 0;
+    CHECK(run(pool) == CONVGEN_OK && most_tasks == THREADS && loops == 2);
+    check_failures(pool);
+    loops = 0;
+    check_callers(pool);
+    CHECK(loops == 2 * 200 * (CALLERS - CALLERS / 4)); /* nobody was turned away */
+    convgen_destroy_pool(pool);
+#ifdef __x86_64__
+    CHECK(convgen_borrow_pool(THREADS, flushing_loop, NULL, &pool) == CONVGEN_OK);
+    CHECK(run(pool) == CONVGEN_OK);
+    convgen_destroy_pool(pool);
+#endif
+}
+
 int main(int argc, char **argv)
 {
     const int forks = argc > 1 && strcmp(argv[1], "fork") == 0, limits = argc > 2 && strcmp(argv[2], "limits") == 0;
@@ -324,6 +405,7 @@ int main(int argc, char **argv)
     check_failures(NULL);
     check_failures(pool);
     check_callers(pool);
+    check_borrowed();
     if (forks)
         check_fork(pool);
     if (limits)
