@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +83,7 @@ def compile(  # noqa: A001  (convgen.compile, as torch.compile)
     target: str | Target = "cpu",
     threads: int | None = None,
     *,
-    dims: Mapping[str, int] | None = None,
+    dims: Mapping[str, int | Sequence[int]] | None = None,
     accuracy: str = "standard",
     records: Records = None,
     progress: Callable[[int, int], None] | None = None,
@@ -95,7 +95,8 @@ def compile(  # noqa: A001  (convgen.compile, as torch.compile)
         source: a path or a model, of f32 tensors of known shapes, whose weights are constants.
         target: ``cpu`` or ``cpu:<LLVM processor>``; one that runs here.
         threads: threads that it runs on; all cores by default.
-        dims: sizes of symbolic dimensions, ``{"N": 1}``.
+        dims: sizes of symbolic dimensions, ``{"N": 1}``; with several, ``{"N": (1, 4, 16)}``, the network computes
+            with each of them, by the inputs' shapes.
         accuracy: of its convolutions: ``strict``, ``standard`` or ``relaxed``.
         records: the store whose kernels are used where it has some: None the default one, False none, or a path.
         progress: called with the number of functions that are compiled, and of all.

@@ -81,6 +81,19 @@ def _parse_dims(context: click.Context, parameter: click.Parameter, values: Sequ
     return dims
 
 
+def _parse_sizes(
+    context: click.Context, parameter: click.Parameter, values: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    dims = {}
+    for text in values:
+        name, _, sizes = text.partition("=")
+        numbers = sizes.split(",")
+        if not name or not all(number.isdecimal() for number in numbers) or name in dims:
+            raise click.BadParameter(f"expected NAME=SIZE,…, each name once, found {text!r}")
+        dims[name] = tuple(map(int, numbers))
+    return dims
+
+
 def _parse_accuracy(
     context: click.Context, parameter: click.Parameter, values: Sequence[str]
 ) -> tuple[AccuracyRule, ...]:
@@ -144,6 +157,15 @@ dim_option = click.option(
     callback=_parse_dims,
     metavar="NAME=SIZE",
     help="Size of a model's symbolic dimension; may be repeated.",
+)
+#: Gives ``dims``, each with one or several sizes.
+sizes_option = click.option(
+    "--dim",
+    "dims",
+    multiple=True,
+    callback=_parse_sizes,
+    metavar="NAME=SIZE,…",
+    help="Size of a model's symbolic dimension; may be repeated. With several sizes the library is made for each.",
 )
 #: Gives ``accuracy``, a tuple of rules.
 accuracy_option = click.option(

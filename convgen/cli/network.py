@@ -11,7 +11,6 @@ import click
 from ..problem.spec import ACCURACIES
 from .common import (
     chosen_records,
-    dim_option,
     duration,
     emit,
     json_option,
@@ -19,6 +18,7 @@ from .common import (
     records_options,
     say,
     size,
+    sizes_option,
     table,
     target_option,
     threads_option,
@@ -28,7 +28,7 @@ from .common import (
 
 @click.command("compile")
 @click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="MODEL.onnx")
-@dim_option
+@sizes_option
 @click.option("--accuracy", type=click.Choice(ACCURACIES), default="standard", show_default=True, metavar="CLASS")
 @target_option
 @threads_option("Threads that it runs on.  [default: all cores]")
@@ -40,7 +40,7 @@ from .common import (
 @json_option
 def compile_model(
     model: Path,
-    dims: dict[str, int],
+    dims: dict[str, tuple[int, ...]],
     accuracy: str,
     target: str,
     threads: int | None,
@@ -81,7 +81,7 @@ def compile_model(
     if as_json:
         emit({"folder": str(out), "seconds": seconds, "manifest": manifest})
         return
-    steps = manifest["layers"]
+    steps = manifest["sizes"][0]["layers"]
     say(table(["step", "computes", "by"], [[s["name"], s.get("spec") or s["operators"], _by(s)] for s in steps]))
     kernels = sum("spec" in step for step in steps)
     weights, workspace = manifest["weights"]["bytes"], network.sizes().workspace

@@ -7,10 +7,8 @@ import hashlib
 import json
 import math
 import os
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from ..errors import ExportError
@@ -25,7 +23,7 @@ from ..lowering.interface import (
     read_architecture,
     round_up,
 )
-from ..lowering.link import PART_ALIGNMENT, link, source, workspace_layout
+from ..lowering.link import PART_ALIGNMENT, architecture, link, source, workspace_layout
 from ..lowering.stack import STACK
 from ..problem.activation import Activation
 from ..problem.dtypes import BYTES, UNDERFLOW, UNIT_ROUNDOFF
@@ -33,6 +31,15 @@ from ..problem.layout import Blocks
 from ..problem.spec import PARAMETERS, ConvSpec
 from .load import MANIFEST
 from .names import check_export_name
+from .packages import Package, package_files
+from .templates import (
+    byte_constants,
+    example_helpers,
+    filled,
+    header_parts,
+    needed_cpu,
+    workspace_constant,
+)
 
 #: Alignment in bytes of tensors in a GPU's memory (``cuda_types.h``).
 TENSOR_ALIGNMENT = 16
@@ -43,7 +50,8 @@ EXAMPLE_MACS = 30_000_000
 def write_library(
     directory: str | os.PathLike[str], interface: Interface, object_file: Path, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write ``lib<name>.so``, ``lib<name>.a``, ``<name>.h``, ``example.c`` and ``manifest.json``.
+    """Write ``lib<name>.so``, ``lib<name>.a``, ``<name>.h``, ``example.c``, a CMake package, a pkg-config file and
+    ``manifest.json``.
 
     All of it or nothing: the files are made beside ``directory`` and moved there when they are done.
     An earlier export of the same name is replaced.
@@ -70,7 +78,7 @@ def write_library(
         raise ExportError(f"facts: expected threads among them, found {', '.join(facts) or 'none'}")
     target = Path(os.path.abspath(directory))
     try:
-        check_destination(target, interface.name, _file_names(interface.name))
+        check_destination(target, interface.name, [*_file_names(interface.name), MANIFEST])
         existing = next(parent for parent in target.parents if parent.exists())
         with TemporaryFolder(existing) as temporary:
             folder = temporary / target.name
@@ -83,8 +91,8 @@ def write_library(
 
 
 def _file_names(name: str) -> tuple[str, ...]:
-    """The names of a library's files; the manifest is moved into place last."""
-    return f"lib{name}.so", f"lib{name}.a", f"{name}.h", "example.c", MANIFEST
+    """The names of a library's files but for the manifest."""
+    return f"lib{name}.so", f"lib{name}.a", f"{name}.h", "example.c", *package_files(name)
 
 
 def check_destination(target: Path, library: str, files: Sequence[str]) -> None:
@@ -109,13 +117,18 @@ def check_destination(target: Path, library: str, files: Sequence[str]) -> None:
 
 
 def _write_files(folder: Path, interface: Interface, object_file: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    shared, archive, header, example, _ = (folder / name for name in _file_names(interface.name))
+    name, device = interface.name, interface.device
+    shared, archive, header, example, *_ = files = [folder / file for file in _file_names(name)]
     link(interface, object_file, shared)
     link(interface, object_file, archive, archive=True)
     header.write_text(header_text(interface), encoding="utf-8")
     example.write_text(example_text(interface, facts.get("error_factor")), encoding="utf-8")
-    manifest = _manifest(interface, facts)
-    write_manifest(folder, manifest, (shared, archive, header, example))
+    libraries = ("m", "pthread") if device is None else ("m", "pthread", "dl")
+    arch = architecture(object_file.read_bytes())
+    package = Package(name, f"{ABI}.0", interface.spec.descriptor, arch, libraries)
+    package.write(folder)
+    manifest = {**_manifest(interface, facts), "needs": package.needs(shared)}
+    write_manifest(folder, manifest, files)
     return manifest
 
 
@@ -208,7 +221,7 @@ def _manifest(interface: Interface, facts: Mapping[str, Any]) -> dict[str, Any]:
             "unit": "2^-24 * (conv(|src|, |weights|) + |bias| + |residual|), before the activation",
         },
     }
-    if clash := sorted({*own, "files"} & rest.keys()):
+    if clash := sorted({*own, "needs", "files"} & rest.keys()):
         raise ExportError(f"facts: expected none that the manifest has of its own, found {', '.join(clash)}")
     return own | rest
 
@@ -275,24 +288,23 @@ def header_text(interface: Interface) -> str:
         "name": interface.name,
         "descriptor": interface.spec.descriptor,
         "meaning": _meaning(interface.spec),
-        "types": source("types.h").strip(),
+        **header_parts(interface.name),
         "stack": STACK >> 10,
     }
+    constants = byte_constants(interface.name, {name: tensor.bytes for name, tensor in interface.arguments.items()})
+    constants += byte_constants(interface.name, {"packed": interface.packed_size})
     if interface.device is not None:
         lines.append(f" *   workspace {workspace_layout(interface.device)[1]} bytes, aligned to {ALIGNMENT}")
         lines.append(f" * src, residual and dst are aligned to {TENSOR_ALIGNMENT}.")
-        return Template(source("header_cuda.template.h")).substitute(
-            common,
-            tensors="\n".join(lines),
-            devices=_devices(interface.device),
-            cuda_types=source("cuda_types.h").strip(),
-        )
+        constants += byte_constants(interface.name, {"workspace": workspace_layout(interface.device)[1]})
+        own = {"devices": _devices(interface.device), "cuda_types": source("cuda_types.h").strip()}
+        described = {"tensors": "\n".join(lines), "constants": "\n".join(constants)}
+        return filled("header_cuda.template.h", **common, **described, **own)
     fixed, share = round_up(interface.workspace_main), round_up(interface.workspace_task)
     lines.append(f" *   workspace {fixed} + threads * {share} bytes, aligned to {ALIGNMENT}")
-    isa = f"Needs a CPU with {', '.join(interface.isa)}." if interface.isa else "Runs on every CPU of its kind."
-    return Template(source("header.template.h")).substitute(
-        common, tensors="\n".join(lines), isa="\n * ".join(textwrap.wrap(isa, 96))
-    )
+    constants.append(workspace_constant(interface.name, fixed, share))
+    described = {"tensors": "\n".join(lines), "constants": "\n".join(constants), "isa": needed_cpu(interface.isa)}
+    return filled("header.template.h", **common, **described)
 
 
 def _devices(device: DeviceCode) -> str:
@@ -354,10 +366,12 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
     else:
         run = fields("residual").replace("= residual,", "= upload(residual, sizes->residual),")
         part, libraries, sizes = "example_cuda.template.c", "-lm -lpthread -ldl", "&sizes"
-    return Template(source("example.template.c")).substitute(
+    return filled(
+        "example.template.c",
         name=interface.name,
+        helpers=example_helpers(interface.name),
         libraries=libraries,
-        compute=Template(source(part)).substitute(name=interface.name, pack=pack, run=run),
+        compute=filled(part, name=interface.name, pack=pack, run=run),
         sizes_arguments=sizes,
         sizes_note="; the workspace for up to two threads" if interface.device is None else "",
         descriptor=spec.descriptor,

@@ -61,7 +61,7 @@ def _reserved(name: str) -> str:
 @cache
 def _functions() -> frozenset[str]:
     """What follows a library's name in the names of its functions."""
-    kinds = ("header", "header_cuda", "header_network")
+    kinds = ("header", "header_cuda", "header_network", "header_cpu", "header_end")
     headers = "".join(source(f"{kind}.template.h") for kind in kinds)
     return frozenset(re.findall(r"\$\{name\}_(\w+)\(", headers))
 

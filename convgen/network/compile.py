@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,36 +14,22 @@ from typing import Any
 from ..errors import BuildError
 from ..folders import TemporaryFolder
 from ..hardware.target import Target
-from ..kernel.library import Library
-from ..lowering.interface import HEADER_BYTES, Interface, TensorInfo, round_up
-from ..lowering.link import link, link_network
-from ..lowering.lower import Workspace, compile_function, compile_object, lower
+from ..lowering.interface import TensorInfo, round_up
+from ..lowering.link import link_network
+from ..lowering.lower import compile_function, compile_object, lower
 from ..lowering.schedule import Candidate
 from ..problem.spec import ConvSpec
 from ..processes import JobError, Worker
 from .library import NETWORK_ABI, seal
 from .memory import WEIGHTS, Place
 from .operators import lowered
-from .plan import Function, Plan, Product, Step, packed
-from .source import Call, Code, entry_source
+from .plan import Function, Plan, Product, Step
+from .sizes import labels_of
+from .source import Call, Code, Size, entry_source
+from .weights import Compiled, packed_offsets, write_weights
 
 #: Functions below which it is not worth while to start a process that compiles some of them.
 _FEW = 6
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A function's code.
-
-    Attributes:
-        object_file: its bytes.
-        workspace: scratch memory that it takes.
-        packed: of a convolution, its packed tensors.
-    """
-
-    object_file: bytes
-    workspace: Workspace
-    packed: tuple[TensorInfo, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,8 +50,8 @@ class Built:
     entry: str
 
 
-def compile_plan(
-    plan: Plan,
+def compile_plans(
+    plans: Sequence[Plan],
     target: Target,
     folder: Path,
     progress: Callable[[int, int], None] | None = None,
@@ -74,6 +60,7 @@ def compile_plan(
     """Compile every function once, pack the weights, and link.
 
     Args:
+        plans: of one model, for each of the sizes that the library is made for.
         folder: where the files are written.
         progress: told how many functions are compiled, and of how many.
         processes: how many compile, at most; as many as there are CPUs to run on where None.
@@ -81,51 +68,65 @@ def compile_plan(
     Raises:
         BuildError: TVM, LLVM or the C compiler failed.
     """
-    functions = list(dict.fromkeys(step.function for step in plan.steps))
+    name = plans[0].graph.name
+    functions = list(dict.fromkeys(step.function for plan in plans for step in plan.steps))
     compiled = _compile(functions, target, progress, processes or len(os.sched_getaffinity(0)))
     numbers = {function: number for number, function in enumerate(functions)}
-    sections, size = _sections(plan, compiled)
+    weights = folder / f"{name}.weights"
+    sections, end = write_weights(plans, compiled, target.isa, weights)
+    calls = [
+        tuple(
+            _call(plan, step, numbers[step.function], compiled[step.function].packed, begin, at.constants)
+            for step, begin in zip(plan.steps, at.packed, strict=True)
+        )
+        for plan, at in zip(plans, sections, strict=True)
+    ]
     objects = tuple(compiled[function].object_file for function in functions)
-    calls = tuple(_call(plan, step, numbers[step.function], compiled[step.function], sections) for step in plan.steps)
-    code = _described(plan, target, calls, objects, [compiled[function].workspace for function in functions], size)
+    code = _described(plans, target, calls, compiled, objects, end)
     entry = entry_source(code)
-    library = link_network(code.name, entry, objects, folder / f"lib{code.name}.so")
-    weights = folder / f"{code.name}.weights"
-    _write_weights(plan, code, compiled, sections, weights)
-    seal(library, code.name, weights)
+    library = link_network(name, entry, objects, folder / f"lib{name}.so")
+    seal(library, name, weights)
     return Built(code, library, weights, objects, entry)
 
 
 def _described(
-    plan: Plan,
+    plans: Sequence[Plan],
     target: Target,
-    calls: tuple[Call, ...],
+    calls: Sequence[tuple[Call, ...]],
+    compiled: Mapping[Function, Compiled],
     objects: Sequence[bytes],
-    workspaces: Sequence[Workspace],
     weights: int,
 ) -> Code:
-    graph = plan.graph
-    inputs = tuple(TensorInfo(name, graph.shapes[name]) for name in graph.inputs)
-    outputs = tuple(
-        TensorInfo(name, graph.shapes[tensor]) for name, tensor in zip(graph.names, graph.outputs, strict=True)
-    )
-    digest = hashlib.sha256(repr((calls, inputs, outputs, weights)).encode())
+    labels = labels_of([plan.graph.dims for plan in plans])
+    sizes = tuple(map(_size, labels, plans, calls, [compiled] * len(plans)))
+    digest = hashlib.sha256(repr((sizes, weights)).encode())
     for data in objects:
         digest.update(hashlib.sha256(data).digest())
-    identity = digest.hexdigest()[:32]
+    name, identity = plans[0].graph.name, digest.hexdigest()[:32]
     return Code(
-        name=graph.name,
-        inputs=inputs,
-        outputs=outputs,
-        calls=calls,
+        name=name,
+        sizes=sizes,
         functions=len(objects),
         weights=weights,
+        isa=target.isa,
+        identity=identity,
+        version=f"convgen network ABI {NETWORK_ABI}; {name}; {identity[:16]}",
+    )
+
+
+def _size(label: str, plan: Plan, calls: tuple[Call, ...], compiled: Mapping[Function, Compiled]) -> Size:
+    graph = plan.graph
+    named = zip(graph.names, graph.outputs, strict=True)
+    workspaces = [compiled[step.function].workspace for step in plan.steps]
+    return Size(
+        label=label,
+        dims=tuple(graph.dims.items()),
+        inputs=tuple(TensorInfo(name, graph.shapes[name]) for name in graph.inputs),
+        outputs=tuple(TensorInfo(name, graph.shapes[tensor]) for name, tensor in named),
+        calls=calls,
         arena=plan.arena,
         workspace_main=max((round_up(workspace.main) for workspace in workspaces), default=0),
         workspace_task=max((round_up(workspace.task) for workspace in workspaces), default=0),
-        isa=target.isa,
-        identity=identity,
-        version=f"convgen network ABI {NETWORK_ABI}; {graph.name}; {identity[:16]}",
     )
 
 
@@ -190,63 +191,27 @@ def _compile(
             worker.stop()
 
 
-def _call(plan: Plan, step: Step, number: int, compiled: Compiled, sections: dict[int, tuple[int, ...]]) -> Call:
-    """A step's arguments in its function's order."""
+def _call(plan: Plan, step: Step, number: int, packed: Sequence[TensorInfo], begin: int, constants: int) -> Call:
+    """A step's arguments in its function's order.
+
+    Args:
+        packed, begin: of a convolution, its packed tensors, and where they begin among the weights.
+        constants: what is added to the offsets of constants.
+    """
     function = step.function
+
+    def place(name: str) -> Place:
+        found = plan.places[name]
+        return replace(found, offset=found.offset + constants) if found.space == WEIGHTS else found
+
     if not isinstance(function, Product):
-        tensors = [(plan.shape(name) or (1,), plan.places[name]) for name in (*step.inputs, step.output)]
-        return Call(number, tuple(tensors))
+        return Call(number, tuple((plan.shape(name) or (1,), place(name)) for name in (*step.inputs, step.output)))
     shapes = function.spec.core.shapes
     names = ["src"] + ["residual"] * function.spec.residual
-    given = [(shapes[name], plan.places[tensor]) for name, tensor in zip(names, step.inputs, strict=True)]
-    weights = [
-        (info.shape, Place(WEIGHTS, 0, offset))
-        for info, offset in zip(compiled.packed, sections[id(step)], strict=True)
-    ]
-    return Call(number, (*given, *weights, (shapes["dst"], plan.places[step.output])))
-
-
-# ---- weights ------------------------------------------------------------------------------------
-
-
-def _sections(plan: Plan, compiled: dict[Function, Compiled]) -> tuple[dict[int, tuple[int, ...]], int]:
-    """Where the packed tensors of each convolution lie among the weights, and the size of all."""
-    end, sections = plan.constant_bytes, dict[int, tuple[int, ...]]()
-    for step in plan.steps:
-        if isinstance(step.function, Product):
-            offsets = []
-            for info in compiled[step.function].packed:
-                offsets.append(end)
-                end += round_up(info.bytes)
-            sections[id(step)] = tuple(offsets)
-    return sections, end
-
-
-def _write_weights(
-    plan: Plan, code: Code, compiled: dict[Function, Compiled], sections: dict[int, tuple[int, ...]], path: Path
-) -> None:
-    """The header, constants in their order, and packed weights in the order of the steps."""
-    with open(path, "wb") as file:
-        file.write(bytes(HEADER_BYTES))
-        for name in plan.constants:
-            file.write(packed(plan.graph.constants[name]))
-        with TemporaryFolder(runs=True) as folder:
-            packers: dict[Function, Library] = {}
-            for step in plan.steps:
-                function = step.function
-                if isinstance(function, Product):
-                    if function not in packers:
-                        packers[function] = _packer(function.spec, code, compiled[function], folder, len(packers))
-                    file.write(packers[function].pack(**step.parameters)[HEADER_BYTES:].tobytes())
-
-
-def _packer(spec: ConvSpec, code: Code, compiled: Compiled, folder: Path, number: int) -> Library:
-    """A convolution's kernel by itself, which packs its weights."""
-    workspace = compiled.workspace
-    interface = Interface(f"packer{number}", spec, compiled.packed, workspace.main, workspace.task, code.isa)
-    object_file = folder / f"packer{number}.o"
-    object_file.write_bytes(compiled.object_file)
-    return Library(link(interface, object_file, folder / f"libpacker{number}.so"), spec, interface.name, 1)
+    given = [(shapes[name], place(tensor)) for name, tensor in zip(names, step.inputs, strict=True)]
+    offsets = packed_offsets(packed, begin)
+    weights = [(info.shape, Place(WEIGHTS, 0, offset)) for info, offset in zip(packed, offsets, strict=True)]
+    return Call(number, (*given, *weights, (shapes["dst"], place(step.output))))
 
 
 def with_candidates(plan: Plan, choose: Callable[[ConvSpec], Candidate | None]) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -17,24 +15,39 @@ from ..folders import TemporaryFolder
 from ..kernel.export import check_destination, move, write_manifest
 from ..kernel.load import MANIFEST
 from ..kernel.names import check_export_name
-from ..lowering.interface import ALIGNMENT, TensorInfo
-from ..lowering.link import link_network, source
+from ..kernel.packages import Package, package_files
+from ..kernel.templates import (
+    byte_constants,
+    example_helpers,
+    filled,
+    header_parts,
+    needed_cpu,
+    workspace_constant,
+)
+from ..lowering.interface import ABI, ALIGNMENT, TensorInfo
+from ..lowering.link import architecture, link_network, source
 from ..lowering.stack import STACK
 from .compile import Built
 from .library import KIND, NETWORK_ABI, NetworkLibrary
-from .source import Code
+from .source import Code, Size
 
 
 def write_network(
-    directory: str | os.PathLike[str], built: Built, loaded: NetworkLibrary, facts: Mapping[str, Any], seed: int = 0
+    directory: str | os.PathLike[str],
+    built: Built,
+    loaded: NetworkLibrary,
+    layers: Sequence[Sequence[Mapping[str, Any]]],
+    facts: Mapping[str, Any],
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Write ``lib<name>.so``, ``lib<name>.a``, ``<name>.h``, ``<name>.weights``, ``manifest.json``, and ``example.c``
-    with inputs and outputs.
+    """Write ``lib<name>.so``, ``lib<name>.a``, ``<name>.h``, ``<name>.weights``, a CMake package, a pkg-config file,
+    ``manifest.json``, and ``example.c`` with inputs and outputs.
 
     All of it or nothing; an earlier export of the same name is replaced.
 
     Args:
         loaded: the same library, which computes the example's outputs.
+        layers: of each size, its steps as JSON values.
         facts: what else the manifest says, as JSON values.
         seed: of the example's inputs.
 
@@ -55,7 +68,10 @@ def write_network(
             folder = temporary / target.name
             folder.mkdir()  # with the usual permissions
             _write_files(folder, built, loaded, seed)
-            manifest = _manifest(code, facts)
+            package = _package(built)
+            package.write(folder)
+            needs = package.needs(folder / f"lib{code.name}.so")
+            manifest = _manifest(code, layers, needs, facts)
             write_manifest(folder, manifest, [folder / name for name in _file_names(code)])
             move(folder, target)
     except OSError as error:
@@ -65,9 +81,23 @@ def write_network(
 
 def _file_names(code: Code) -> list[str]:
     name = code.name
-    numbers = [f"example.input{i}" for i in range(len(code.inputs))]
-    numbers += [f"example.output{i}" for i in range(len(code.outputs))]
-    return [f"lib{name}.so", f"lib{name}.a", f"{name}.h", f"{name}.weights", "example.c", *numbers]
+    files = [f"lib{name}.so", f"lib{name}.a", f"{name}.h", f"{name}.weights", *package_files(name), "example.c"]
+    for size in code.sizes:
+        files += [_example_file("input", number, size) for number in range(len(size.inputs))]
+        files += [_example_file("output", number, size) for number in range(len(size.outputs))]
+    return files
+
+
+def _example_file(kind: str, number: int, size: Size) -> str:
+    """``example.input0``, of several sizes ``example.input0.N4``."""
+    return f"example.{kind}{number}{'.' * bool(size.label)}{size.label}"
+
+
+def _package(built: Built) -> Package:
+    code = built.code
+    arch = architecture(built.library.read_bytes())
+    description = f"the network {code.name}"
+    return Package(code.name, f"{ABI}.{NETWORK_ABI}", description, arch, weights=f"{code.name}.weights")
 
 
 def _write_files(folder: Path, built: Built, loaded: NetworkLibrary, seed: int) -> None:
@@ -77,33 +107,54 @@ def _write_files(folder: Path, built: Built, loaded: NetworkLibrary, seed: int) 
     link_network(code.name, built.entry, built.objects, folder / f"lib{code.name}.a", archive=True)
     shutil.copyfile(built.weights, folder / f"{code.name}.weights")
     (folder / f"{code.name}.h").write_text(header_text(code), encoding="utf-8")
-    counts = {"inputs": len(code.inputs), "outputs": len(code.outputs)}
-    example = Template(source("example_network.template.c")).substitute(name=code.name, **counts)
+    example = filled(
+        "example_network.template.c",
+        name=code.name,
+        helpers=example_helpers(code.name),
+        inputs=len(code.inputs),
+        outputs=len(code.outputs),
+        sizes=len(code.sizes),
+        label=f".{code.sizes[0].label}" if code.sizes[0].label else "",
+        labels=", ".join(f'"{size.label}"' for size in code.sizes),
+    )
     (folder / "example.c").write_text(example, encoding="utf-8")
-    rng = np.random.default_rng(seed)
-    inputs = [rng.standard_normal(info.shape, np.float32) for info in code.inputs]
-    outputs = {info.name: np.empty(info.shape, np.float32) for info in code.outputs}
-    loaded(*inputs, out=outputs)
-    for kind, arrays in (("input", inputs), ("output", list(outputs.values()))):
-        for number, array in enumerate(arrays):
-            (folder / f"example.{kind}{number}").write_bytes(array.tobytes())
+    for size in code.sizes:
+        rng = np.random.default_rng(seed)
+        inputs = [rng.standard_normal(info.shape, np.float32) for info in size.inputs]
+        outputs = {info.name: np.empty(info.shape, np.float32) for info in size.outputs}
+        loaded(*inputs, out=outputs)
+        for kind, arrays in (("input", inputs), ("output", list(outputs.values()))):
+            for number, array in enumerate(arrays):
+                (folder / _example_file(kind, number, size)).write_bytes(array.tobytes())
 
 
-def _manifest(code: Code, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _manifest(
+    code: Code, layers: Sequence[Sequence[Mapping[str, Any]]], needs: Mapping[str, Any], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     own = {
         "kind": KIND,
         "network_abi": NETWORK_ABI,
         "name": code.name,
-        "inputs": [_value(info) for info in code.inputs],
-        "outputs": [_value(info) for info in code.outputs],
         "weights": {"bytes": code.weights, "alignment": ALIGNMENT},
-        "workspace": {
-            "formula": "fixed + threads * per_thread",
-            "fixed": code.arena + code.workspace_main,
-            "per_thread": code.workspace_task,
-            "alignment": ALIGNMENT,
-        },
+        "sizes": [
+            {
+                "label": size.label,
+                "dims": dict(size.dims),
+                "inputs": [_value(info) for info in size.inputs],
+                "outputs": [_value(info) for info in size.outputs],
+                "workspace": {
+                    "formula": "fixed + threads * per_thread",
+                    "fixed": size.fixed,
+                    "per_thread": size.workspace_task,
+                    "alignment": ALIGNMENT,
+                },
+                "memory_bytes": code.weights + size.fixed + facts["threads"] * size.workspace_task,
+                "layers": list(steps),
+            }
+            for size, steps in zip(code.sizes, layers, strict=True)
+        ],
         "isa": list(code.isa),
+        "needs": dict(needs),
         "version": code.version,
     }
     if clash := sorted({*own, "files"} & facts.keys()):
@@ -118,20 +169,50 @@ def _value(info: TensorInfo) -> dict[str, Any]:
 def header_text(code: Code) -> str:
     """``<name>.h``, which includes nothing but ``stddef.h`` and ``stdint.h``; C11 and C++."""
     lines = []
-    for what, tensors in (("input", code.inputs), ("output", code.outputs)):
-        for number, info in enumerate(tensors):
-            plain = "".join(c if c.isalnum() or c in "._:" else "_" for c in info.name)
-            lines.append(f" *   {what} {number} ({plain}) = {list(info.shape)}, {info.bytes} bytes")
-    isa = f"Needs a CPU with {', '.join(code.isa)}." if code.isa else "Runs on every CPU of its kind."
-    return Template(source("header_network.template.h")).substitute(
+    for size in code.sizes:
+        if size.label:
+            lines.append(f" * {size.label}:")
+        for what, tensors in (("input", size.inputs), ("output", size.outputs)):
+            for number, info in enumerate(tensors):
+                plain = "".join(c if c.isalnum() or c in "._:" else "_" for c in info.name)
+                lines.append(f" *   {what} {number} ({plain}) = {list(info.shape)}, {info.bytes} bytes")
+        lines.append(f" *   workspace {size.fixed} + threads * {size.workspace_task} bytes, aligned to {ALIGNMENT}")
+    return filled(
+        "header_network.template.h",
+        **header_parts(code.name),
         name=code.name,
         values="\n".join(lines),
         weights=code.weights,
-        fixed=code.arena + code.workspace_main,
-        share=code.workspace_task,
         alignment=ALIGNMENT,
-        isa="\n * ".join(textwrap.wrap(isa, 96)),
-        types=source("types.h").strip(),
+        isa=needed_cpu(code.isa),
         network_types=source("network_types.h").strip(),
+        constants="\n".join(_constants(code)),
         stack=STACK >> 10,
     )
+
+
+def _constants(code: Code) -> list[str]:
+    """The sizes' numbers, and the bytes of every buffer: of all sizes the largest, and of each."""
+    lines = []
+    if len(code.sizes) > 1:
+        numbers = [f"{code.name}_{size.label} = {number}" for number, size in enumerate(code.sizes)]
+        lines += [f"/* The sizes that it was made for. */\nenum {{ {', '.join(numbers)} }};", ""]
+    lines.append("/* Bytes of every buffer, for those that are static. */")
+    lines += byte_constants(code.name, {"weights": code.weights})
+    largest: dict[str, int] = {}
+    for size in code.sizes:
+        for name, bytes_ in _buffers(size).items():
+            largest[name] = max(bytes_, largest.get(name, 0))
+    lines += byte_constants(code.name, largest)
+    fixed, share = (max(getattr(size, part) for size in code.sizes) for part in ("fixed", "workspace_task"))
+    lines.append(workspace_constant(code.name, fixed, share))
+    for size in code.sizes if len(code.sizes) > 1 else ():
+        prefix = f"{code.name}_{size.label}"
+        lines += byte_constants(prefix, _buffers(size))
+        lines.append(workspace_constant(prefix, size.fixed, size.workspace_task))
+    return lines
+
+
+def _buffers(size: Size) -> dict[str, int]:
+    given = {"input": size.inputs, "output": size.outputs}
+    return {f"{what}{number}": info.bytes for what, infos in given.items() for number, info in enumerate(infos)}

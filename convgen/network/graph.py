@@ -79,6 +79,7 @@ class Graph:
         constants: tensors that are known.
         inputs, outputs: of the network, in the model's order.
         names: what the model calls its outputs.
+        dims: sizes of symbolic dimensions, by name, that it was read with.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Graph:
     inputs: list[str]
     outputs: list[str]
     names: list[str]
+    dims: dict[str, int] = field(default_factory=dict)
 
     @property
     def convolutions(self) -> list[Convolution]:

@@ -7,7 +7,8 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Mapping
-from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from ..kernel.library import Array, Bytes, Loaded, Pool, aligned, as_array, chec
 from ..kernel.mapped import open_library
 from ..lowering.interface import TensorInfo
 
+# enum convgen_status, and what networks add to it
 _OK, _OVERLAP = 0, 6
 #: Version of the C functions and structs of networks (``runtime/network_types.h``).
-NETWORK_ABI = 1
+NETWORK_ABI = 2
 #: What a manifest calls a network's library.
 KIND = "network"
 
@@ -29,7 +31,10 @@ class _Value(ctypes.Structure):
 
 
 class _Sizes(ctypes.Structure):
-    _fields_ = [("inputs", c_int), ("outputs", c_int), ("weights", c_size_t), ("workspace", c_size_t)]
+    _fields_ = [
+        *((name, c_int) for name in ("inputs", "outputs", "steps", "sizes")),
+        *((name, c_size_t) for name in ("weights", "workspace")),
+    ]
 
 
 class _Args(ctypes.Structure):
@@ -41,20 +46,41 @@ class _Args(ctypes.Structure):
         ("workspace", c_void_p),
         ("workspace_size", c_size_t),
         ("pool", c_void_p),
+        ("size", c_int),
+        ("seconds", POINTER(c_double)),
     ]
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The inputs and outputs of a network at one of its sizes, by the model's names, in its order."""
+
+    inputs: dict[str, TensorInfo]
+    outputs: dict[str, TensorInfo]
+
+    def accept(self, arrays: Mapping[str, Array]) -> bool:
+        """Whether the arrays are inputs of this size."""
+        return all(array.shape == self.inputs[name].shape for name, array in arrays.items())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {info.shape}" for name, info in self.inputs.items())
 
 
 class NetworkLibrary(Loaded):
     """A loaded network with its weights: ``network(x)``. Several threads may call one at once.
 
+    One that was made for several sizes computes with the one that its inputs have.
+
     Args:
         path: the shared library.
         name: the prefix of its functions.
-        weights: the file of its weights.
+        weights: the file of its weights; or these themselves, bytes at a multiple of 64 that several networks may
+            share.
         threads: how many threads a call runs on.
 
     Attributes:
-        inputs, outputs: the tensors by the model's names, in its order.
+        at: the inputs and outputs at each of its sizes.
+        inputs, outputs: those of the first size.
         workspaces: those that no call uses at the moment.
 
     Raises:
@@ -62,28 +88,44 @@ class NetworkLibrary(Loaded):
         ExportError: the file is no such library, or the weights are not its own, or damaged.
     """
 
-    def __init__(self, path: str | os.PathLike[str], name: str, weights: str | os.PathLike[str], threads: int) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], name: str, weights: str | os.PathLike[str] | Bytes, threads: int
+    ) -> None:
         self.name, self.threads = name, thread_count(threads)
         try:
             self._dll = open_library(os.fspath(path))
             self._run = self._function("run", c_void_p, c_void_p)
-            self._sizes = self._function("sizes", c_int, c_void_p)
+            self._sizes = self._function("sizes", c_int, c_int, c_void_p)
             self._error = self._function("error", c_int, returns=c_char_p)
             self._version = self._function("version", returns=c_char_p)
+            if not self.version.startswith(f"convgen network ABI {NETWORK_ABI}; "):
+                raise ExportError(f"{os.fspath(path)}: expected network ABI {NETWORK_ABI}, found {self.version}")
             opened = self._function("open", c_char_p, c_void_p)
+            opened_memory = self._function("open_memory", c_void_p, c_size_t, c_void_p)
             close = self._function("close", c_void_p, returns=None)
             counts = self.sizes(1)
-            self.inputs = self._values("inputs", counts.inputs)
-            self.outputs = self._values("outputs", counts.outputs)
+            values = [
+                [
+                    self._values(which, size, count)
+                    for which, count in (("inputs", counts.inputs), ("outputs", counts.outputs))
+                ]
+                for size in range(counts.sizes)
+            ]
         except (OSError, AttributeError) as error:
             raise ExportError(f"{os.fspath(path)}: expected a library of the network {name}, found {error}") from error
-        if not self.version.startswith(f"convgen network ABI {NETWORK_ABI}; "):
-            raise ExportError(f"{os.fspath(path)}: expected network ABI {NETWORK_ABI}, found {self.version}")
+        self.at = tuple(Tensors(inputs, outputs) for inputs, outputs in values)
+        self.inputs, self.outputs = self.at[0].inputs, self.at[0].outputs
         self._require(self._function("check_cpu")())
         network = c_void_p()
-        status = opened(os.fsencode(weights), ctypes.byref(network))
+        if isinstance(weights, np.ndarray):
+            self._weights = weights  # stays while the network does
+            status = opened_memory(weights.ctypes.data, weights.nbytes, ctypes.byref(network))
+            where = f"{name}: weights"
+        else:
+            where = os.fspath(weights)
+            status = opened(os.fsencode(weights), ctypes.byref(network))
         if status != _OK:
-            raise ExportError(f"{os.fspath(weights)}: {self._error(status).decode()}")
+            raise ExportError(f"{where}: {self._error(status).decode()}")
         self._network = network.value
         # Not when the process ends: another thread may be running it.
         weakref.finalize(self, close, self._network).atexit = False
@@ -104,15 +146,26 @@ class NetworkLibrary(Loaded):
         Raises:
             KernelError: an argument is not what the network needs.
         """
+        return self._call(arrays, out or {}, named, None)
+
+    def step_seconds(self, *arrays: Any, **named: Any) -> list[float]:
+        """What each step of one run takes, in seconds and in the order in which they run; arguments as of a call."""
+        size = self._size(self._inputs(arrays, named))
+        seconds = (c_double * self.sizes(1, size).steps)()
+        self._call(arrays, {}, named, seconds)
+        return list(seconds)
+
+    def _call(self, arrays: tuple[Any, ...], out: Mapping[str, Any], named: Mapping[str, Any], seconds: Any) -> Any:
         inputs = self._inputs(arrays, named)
-        outputs = self._outputs(out or {})
-        args = _Args(pool=self._pool(self.threads))
-        args.inputs, args.input_sizes = _pointers(inputs)
+        size = self._size(inputs)
+        outputs = self._outputs(size, out)
+        args = _Args(pool=self._pool(self.threads), size=size, seconds=seconds)
+        args.inputs, args.input_sizes = _pointers(list(inputs.values()))
         args.outputs, args.output_sizes = _pointers(list(outputs.values()))
         try:
             workspace = self.workspaces.pop()
         except IndexError:
-            workspace = aligned(max(1, self.sizes(self.threads).workspace))
+            workspace = aligned(max(1, *(self.sizes(None, number).workspace for number in range(len(self.at)))))
         args.workspace, args.workspace_size = workspace.ctypes.data, workspace.size
         status = self._run(self._network, ctypes.byref(args))
         self.workspaces.append(workspace)
@@ -124,11 +177,32 @@ class NetworkLibrary(Loaded):
         """The library's own text: its ABI, name and a digest of its code."""
         return str(self._version().decode())
 
-    def sizes(self, threads: int | None = None) -> _Sizes:
-        """How many inputs and outputs there are, and the bytes of weights and workspace."""
-        sizes = _Sizes()
-        self._require(self._sizes(self.threads if threads is None else thread_count(threads), ctypes.byref(sizes)))
+    def sizes(self, threads: int | None = None, size: int = 0) -> _Sizes:
+        """How many inputs, outputs, steps and sizes there are, and the bytes of weights and workspace.
+
+        Args:
+            threads: that a call runs on; the network's own where None.
+            size: which of its sizes.
+        """
+        sizes, count = _Sizes(), self.threads if threads is None else thread_count(threads)
+        self._require(self._sizes(size, count, ctypes.byref(sizes)))
         return sizes
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the network takes while it runs at its largest size: weights and workspace, not its inputs and
+        outputs.
+        """
+        each = [self.sizes(None, size) for size in range(len(self.at))]
+        return int(each[0].weights) + max(int(sizes.workspace) for sizes in each)
+
+    def __repr__(self) -> str:
+        sizes = "; ".join(map(str, self.at))
+        outputs = ", ".join(self.outputs)
+        return (
+            f"<{type(self).__name__} {self.name}: {sizes} -> {outputs}; threads {self.threads}, "
+            f"{self.memory / (1 << 20):.1f} MiB of memory>"
+        )
 
     def on(self, threads: int) -> None:
         """Run on so many threads from now on."""
@@ -137,7 +211,7 @@ class NetworkLibrary(Loaded):
 
     # ---- arguments ----
 
-    def _inputs(self, arrays: tuple[Any, ...], named: Mapping[str, Any]) -> list[Array]:
+    def _inputs(self, arrays: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Array]:
         given = dict(zip(self.inputs, arrays, strict=False))
         if len(arrays) > len(self.inputs):
             raise KernelError(f"inputs: expected {len(self.inputs)}, found {len(arrays)}")
@@ -145,21 +219,30 @@ class NetworkLibrary(Loaded):
             if name not in self.inputs or name in given:
                 raise KernelError(f"{name}: expected inputs {', '.join(self.inputs)}, each once, found {name!r}")
         given |= named
-        found = []
         for name, info in self.inputs.items():
             if name not in given:
                 raise KernelError(f"{name}: expected shape {info.shape}, found none")
-            array = as_array(name, given[name])
-            check_array(info, array)
-            found.append(array)
-        return found
+        return {name: as_array(name, given[name]) for name in self.inputs}
 
-    def _outputs(self, out: Mapping[str, Any]) -> dict[str, Array]:
+    def _size(self, inputs: Mapping[str, Array]) -> int:
+        """Which of the sizes the inputs have, each checked."""
+        found = [size for size, tensors in enumerate(self.at) if tensors.accept(inputs)]
+        if not found and len(self.at) > 1:
+            known = "; ".join(map(str, self.at))
+            given = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
+            raise KernelError(f"inputs: expected shapes that {self.name} was made for ({known}), found {given}")
+        size = found[0] if found else 0
+        for name, info in self.at[size].inputs.items():
+            check_array(info, inputs[name])
+        return size
+
+    def _outputs(self, size: int, out: Mapping[str, Any]) -> dict[str, Array]:
+        outputs = self.at[size].outputs
         for name in out:
-            if name not in self.outputs:
-                raise KernelError(f"out: expected names among {', '.join(self.outputs)}, found {name!r}")
+            if name not in outputs:
+                raise KernelError(f"out: expected names among {', '.join(outputs)}, found {name!r}")
         found = {}
-        for name, info in self.outputs.items():
+        for name, info in outputs.items():
             if name in out:
                 found[name] = as_array(name, out[name], written=True)
                 check_array(info, found[name], written=True)
@@ -183,8 +266,8 @@ class NetworkLibrary(Loaded):
         function.argtypes, function.restype = arguments, returns
         return function
 
-    def _values(self, which: str, count: int) -> dict[str, TensorInfo]:
-        values = self._function(which, returns=POINTER(_Value))()
+    def _values(self, which: str, size: int, count: int) -> dict[str, TensorInfo]:
+        values = self._function(which, c_int, returns=POINTER(_Value))(size)
         found = {}
         for value in (values[number] for number in range(count)):
             name = value.name.decode()

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UnsupportedError
 from ..folders import TemporaryFolder
 from ..hardware.target import Target, check_native
 from ..kernel.names import check_export_name
 from ..lowering.schedule import Candidate
 from ..lowering.versions import versions
 from ..problem.spec import ConvSpec
-from .compile import Built, compile_plan, with_candidates
+from .compile import Built, compile_plans, with_candidates
 from .export import write_network
-from .graph import Convolution
+from .graph import Convolution, Graph
 from .library import NetworkLibrary
 from .plan import Plan, Product, plan
 from .reading import read_graph
 from .rewriting import rewrite
+from .sizes import Dims, every_size
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -29,19 +31,26 @@ class Network(NetworkLibrary):
     """A network that was compiled in this process.
 
     Attributes:
-        plan: its steps, and where tensors lie.
+        plans: for each of its sizes, its steps, and where tensors lie.
         target: what it was compiled for.
         built: its files.
     """
 
-    def __init__(self, made: Plan, built: Built, target: Target, threads: int, folder: TemporaryFolder) -> None:
+    def __init__(
+        self, plans: Sequence[Plan], built: Built, target: Target, threads: int, folder: TemporaryFolder
+    ) -> None:
         super().__init__(built.library, built.code.name, built.weights, threads)
-        self.plan, self.built, self.target, self._folder = made, built, target, folder
+        self.plans, self.built, self.target, self._folder = tuple(plans), built, target, folder
 
-    def layers(self) -> list[dict[str, Any]]:
-        """Each step as JSON values: its node, what it computes, and of a convolution how."""
+    @property
+    def plan(self) -> Plan:
+        """Of the first size."""
+        return self.plans[0]
+
+    def layers(self, size: int = 0) -> list[dict[str, Any]]:
+        """Each step at one of the sizes, as JSON values: its node, what it computes, and of a convolution how."""
         found = []
-        for step in self.plan.steps:
+        for step in self.plans[size].steps:
             facts: dict[str, Any] = {"name": step.name}
             if isinstance(step.function, Product):
                 candidate = step.function.candidate
@@ -64,10 +73,10 @@ class Network(NetworkLibrary):
         known: dict[str, Any] = {
             "target": self.target.spelling,
             "threads": self.threads,
-            "layers": self.layers(),
             "versions": versions(),
         }
-        return write_network(directory, self.built, self, {**known, **(facts or {})})
+        layers = [self.layers(size) for size in range(len(self.plans))]
+        return write_network(directory, self.built, self, layers, {**known, **(facts or {})})
 
 
 def compile_network(
@@ -75,7 +84,7 @@ def compile_network(
     target: Target,
     threads: int,
     *,
-    dims: Mapping[str, int] | None = None,
+    dims: Dims | None = None,
     accuracy: str = "standard",
     choose: Callable[[ConvSpec], Candidate | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -84,30 +93,44 @@ def compile_network(
     """Read, plan, compile, link and load a model.
 
     Args:
+        dims: sizes of symbolic dimensions; of one that has several, the library is made for each.
         choose: the candidate of a convolution, where something better than the default is known.
 
     Raises:
-        SpecError: it cannot be read, or is not an ONNX model.
+        SpecError: it cannot be read, or is not an ONNX model; or sizes are wrong.
         UnsupportedError: nodes that are not taken; or this machine cannot run the target's code.
         ExportError: nothing may be called as it is; another ``name`` helps.
         BuildError: TVM, LLVM or the C compiler failed.
     """
     check_native(target)
+    graphs = [_graph(source, size, accuracy) for size in every_size(dims or {})]
+    if wrong := [graph for graph in graphs if (graph.inputs, graph.names) != (graphs[0].inputs, graphs[0].names)]:
+        raise UnsupportedError(
+            f"dims: expected the same inputs and outputs at every size, found others at {wrong[0].dims}"
+        )
+    name = check_export_name(name or graphs[0].name)  # before the minutes that compiling may take
+    plans = []
+    for graph in graphs:
+        graph.name = name
+        plans.append(plan(graph, target))
+        if choose is not None:
+            with_candidates(plans[-1], choose)
+    folder = TemporaryFolder(runs=True)
+    try:
+        with folder.writing():
+            built = compile_plans(plans, target, folder.path, progress)
+            return Network(plans, built, target, threads, folder)
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _graph(source: str | Path | ModelProto, dims: Mapping[str, int], accuracy: str) -> Graph:
+    """A model at one size, its convolutions in an accuracy class."""
     graph = read_graph(source, dims)
     rewrite(graph)
     graph.nodes = [
         replace(node, spec=node.spec.with_(accuracy=accuracy)) if isinstance(node, Convolution) else node
         for node in graph.nodes
     ]
-    graph.name = check_export_name(name or graph.name)  # before the minutes that compiling may take
-    made = plan(graph, target)
-    if choose is not None:
-        with_candidates(made, choose)
-    folder = TemporaryFolder(runs=True)
-    try:
-        with folder.writing():
-            built = compile_plan(made, target, folder.path, progress)
-            return Network(made, built, target, threads, folder)
-    except BaseException:
-        folder.close()
-        raise
+    return graph

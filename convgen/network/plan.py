@@ -75,12 +75,6 @@ class Plan:
         """A tensor's shape in memory."""
         return physical(self.graph.shapes[name], self.layouts.get(name, ROW_MAJOR))
 
-    @property
-    def constant_bytes(self) -> int:
-        """Where the weights of convolutions begin."""
-        sizes = [offset + round_up(self.graph.constants[name].nbytes) for name, offset in self.constants.items()]
-        return max(sizes, default=HEADER_BYTES)
-
 
 def plan(graph: Graph, target: Target) -> Plan:
     """Layouts, views, passes and places of a graph, which is changed."""

@@ -37,7 +37,9 @@ def read_graph(source: str | Path | ModelProto, dims: Mapping[str, int] | None =
             raise UnsupportedError(f"{file.where}: graphs inside of nodes are not taken: {nodes}")
         opset = max((o.version for o in file.proto.opset_import if o.domain in ROOTS), default=1)
         name = str(file.proto.graph.name) if not isinstance(source, str | os.PathLike) else Path(source).stem
-        return _Builder(scope, layers, opset, file.where).graph(_identifier(name))
+        graph = _Builder(scope, layers, opset, file.where).graph(_identifier(name))
+        graph.dims = dict(dims or {})
+        return graph
 
 
 def _identifier(name: str) -> str:

@@ -30,46 +30,68 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Size:
+    """One of the sizes that a network is made for, as the runtime sees it.
+
+    Attributes:
+        label: what tells it from the others, such as ``N4_H224``; empty where there is only one.
+        dims: the model's symbolic dimensions by name.
+        inputs, outputs: by the model's names.
+        calls: in order.
+        arena, workspace_main, workspace_task: bytes, multiples of 64.
+    """
+
+    label: str
+    dims: tuple[tuple[str, int], ...]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    calls: tuple[Call, ...]
+    arena: int
+    workspace_main: int
+    workspace_task: int
+
+    @property
+    def fixed(self) -> int:
+        """Bytes of the workspace that do not depend on the number of threads."""
+        return self.arena + self.workspace_main
+
+
+@dataclass(frozen=True)
 class Code:
     """What the runtime must know about a network, besides its functions.
 
     Attributes:
         name: prefix of the C functions.
-        inputs, outputs: by the model's names.
-        calls: in order.
+        sizes: it is made for; one at least.
         functions: how many there are.
         weights: bytes, the header included.
-        arena, workspace_main, workspace_task: bytes, multiples of 64.
         isa: CPU features that it needs.
         identity: 128 bits, hexadecimal, that the weights are tied to.
         version: what ``<name>_version()`` returns.
     """
 
     name: str
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
-    calls: tuple[Call, ...]
+    sizes: tuple[Size, ...]
     functions: int
     weights: int
-    arena: int
-    workspace_main: int
-    workspace_task: int
     isa: tuple[str, ...]
     identity: str
     version: str
+
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """Those of the first size: their names, and how many there are, are the same for all."""
+        return self.sizes[0].inputs
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        return self.sizes[0].outputs
 
 
 def entry_source(code: Code) -> str:
     """The C file."""
     shapes: dict[tuple[int, ...], str] = {}
-    steps, arguments = [], []
-    for number, call in enumerate(code.calls):
-        if len(call.arguments) > MOST_ARGUMENTS:
-            raise BuildError(f"step {number}: expected at most {MOST_ARGUMENTS} tensors, found {len(call.arguments)}")
-        made = ", ".join(_argument(shape, place, shapes) for shape, place in call.arguments)
-        arguments.append(f"static const convgen_argument arguments{number}[] = {{{made}}};")
-        steps.append(f"    {{function{call.function}_main, arguments{number}, {len(call.arguments)}}},")
-    values = [*_values("inputs", code.inputs, shapes), *_values("outputs", code.outputs, shapes)]
+    tables = [line for number, size in enumerate(code.sizes) for line in _tables(size, f"{number}", shapes)]
     identity = code.identity
     return "\n".join(
         [
@@ -83,27 +105,19 @@ def entry_source(code: Code) -> str:
             "",
             *(f"static const int64_t {name}[] = {{{_sizes(shape)}}};" for shape, name in shapes.items()),
             "",
-            *arguments,
-            "",
-            "static const convgen_step steps[] = {",
-            *steps,
+            *tables,
+            "static const convgen_network_size sizes[] = {",
+            *(_size(size, f"{number}") for number, size in enumerate(code.sizes)),
             "};",
-            "",
-            *values,
             "",
             f"CONVGEN_CPU_SUPPORTED({cpu_condition(code.isa, NATIVE)})",
             "",
             "static const convgen_network_code code = {",
-            "    .inputs = inputs,",
-            "    .outputs = outputs,",
+            "    .sizes = sizes,",
+            f"    .size_count = {len(code.sizes)},",
             f"    .input_count = {len(code.inputs)},",
             f"    .output_count = {len(code.outputs)},",
-            "    .steps = steps,",
-            f"    .step_count = {len(code.calls)},",
             f"    .weights = {code.weights},",
-            f"    .arena = {code.arena},",
-            f"    .workspace_main = {code.workspace_main},",
-            f"    .workspace_task = {code.workspace_task},",
             f"    .identity = {{0x{identity[:16]}, 0x{identity[16:]}}},",
             "    .cpu_supported = cpu_supported,",
             f"    .version = {json.dumps(code.version)},",
@@ -113,6 +127,42 @@ def entry_source(code: Code) -> str:
             "",
         ]
     )
+
+
+def _tables(size: Size, suffix: str, shapes: dict[tuple[int, ...], str]) -> list[str]:
+    """The steps of a size with their arguments, its inputs and outputs; the arrays' names end in ``suffix``."""
+    steps, arguments = [], []
+    for number, call in enumerate(size.calls):
+        if len(call.arguments) > MOST_ARGUMENTS:
+            raise BuildError(f"step {number}: expected at most {MOST_ARGUMENTS} tensors, found {len(call.arguments)}")
+        made = ", ".join(_argument(shape, place, shapes) for shape, place in call.arguments)
+        name = f"arguments{suffix}_{number}"
+        arguments.append(f"static const convgen_argument {name}[] = {{{made}}};")
+        steps.append(f"    {{function{call.function}_main, {name}, {len(call.arguments)}}},")
+    return [
+        *arguments,
+        "",
+        f"static const convgen_step steps{suffix}[] = {{",
+        *steps,
+        "};",
+        "",
+        *_values(f"inputs{suffix}", size.inputs, shapes),
+        *_values(f"outputs{suffix}", size.outputs, shapes),
+        "",
+    ]
+
+
+def _size(size: Size, suffix: str) -> str:
+    fields = {
+        "inputs": f"inputs{suffix}",
+        "outputs": f"outputs{suffix}",
+        "steps": f"steps{suffix}",
+        "step_count": len(size.calls),
+        "arena": size.arena,
+        "workspace_main": size.workspace_main,
+        "workspace_task": size.workspace_task,
+    }
+    return f"    {{{', '.join(f'.{name} = {value}' for name, value in fields.items())}}},"
 
 
 def _sizes(shape: Sequence[int]) -> str:

@@ -13,31 +13,15 @@
 
 #include "$name.h"
 
-enum { INPUTS = $inputs, OUTPUTS = $outputs };
+enum { INPUTS = $inputs, OUTPUTS = $outputs, SIZES = $sizes };
 
-static void must(const char *what, int status)
-{
-    if (status != CONVGEN_OK) {
-        fprintf(stderr, "%s: %s\n", what, ${name}_error(status));
-        exit(1);
-    }
-}
+$helpers
 
-static void *buffer(size_t size)
+/* The numbers in a file beside this one, such as example.input0$label. */
+static float *numbers(const char *kind, int number, const char *label, size_t size)
 {
-    void *memory = aligned_alloc(CONVGEN_ALIGNMENT, (size / CONVGEN_ALIGNMENT + 1) * CONVGEN_ALIGNMENT);
-    if (memory == NULL) {
-        fprintf(stderr, "out of memory (%zu bytes)\n", size);
-        exit(1);
-    }
-    return memory;
-}
-
-/* The numbers in a file beside this one, such as example.input0. */
-static float *numbers(const char *kind, int number, size_t size)
-{
-    char path[64];
-    snprintf(path, sizeof path, "example.%s%d", kind, number);
+    char path[300];
+    snprintf(path, sizeof path, "example.%s%d%s%s", kind, number, *label ? "." : "", label);
     FILE *file = fopen(path, "rb");
     float *values = buffer(size);
     if (file == NULL || fread(values, 1, size, file) != size) {
@@ -48,36 +32,41 @@ static float *numbers(const char *kind, int number, size_t size)
     return values;
 }
 
-int main(void)
+/* Runs the network at one of its sizes, whose files are labelled so. */
+static void check(const convgen_network *network, int size, const char *label)
 {
-    must("check_cpu", ${name}_check_cpu());
-    convgen_network *network;
-    must("open", ${name}_open("$name.weights", &network));
-
     const void *inputs[INPUTS + 1];
     size_t input_sizes[INPUTS + 1], output_sizes[OUTPUTS];
     void *outputs[OUTPUTS];
     float *expected[OUTPUTS];
     for (int i = 0; i < INPUTS; ++i) {
-        input_sizes[i] = ${name}_inputs()[i].bytes;
-        inputs[i] = numbers("input", i, input_sizes[i]);
+        input_sizes[i] = ${name}_inputs(size)[i].bytes;
+        inputs[i] = numbers("input", i, label, input_sizes[i]);
     }
     for (int i = 0; i < OUTPUTS; ++i) {
-        output_sizes[i] = ${name}_outputs()[i].bytes;
+        output_sizes[i] = ${name}_outputs(size)[i].bytes;
         outputs[i] = buffer(output_sizes[i]);
-        expected[i] = numbers("output", i, output_sizes[i]);
+        expected[i] = numbers("output", i, label, output_sizes[i]);
     }
 
     /* On the thread that calls, then on two. One pool serves all libraries of a program. */
     for (int threads = 1; threads <= 2; ++threads) {
         convgen_network_sizes sizes;
-        must("sizes", ${name}_sizes(threads, &sizes));
+        must("sizes", ${name}_sizes(size, threads, &sizes));
         convgen_pool *pool = NULL;
         if (threads > 1)
             must("pool_create", ${name}_pool_create(threads, &pool));
         void *workspace = buffer(sizes.workspace);
-        const convgen_network_args args = {inputs,    input_sizes,     outputs, output_sizes,
-                                           workspace, sizes.workspace, pool};
+        const convgen_network_args args = {
+            .inputs = inputs,
+            .input_sizes = input_sizes,
+            .outputs = outputs,
+            .output_sizes = output_sizes,
+            .workspace = workspace,
+            .workspace_size = sizes.workspace,
+            .pool = pool,
+            .size = size,
+        };
         for (int i = 0; i < OUTPUTS; ++i)
             memset(outputs[i], 0xff, output_sizes[i]); /* NaN: what is not written shows */
         must("run", ${name}_run(network, &args));
@@ -86,11 +75,10 @@ int main(void)
             ${name}_pool_destroy(pool);
         for (int i = 0; i < OUTPUTS; ++i)
             if (memcmp(outputs[i], expected[i], output_sizes[i]) != 0) {
-                fprintf(stderr, "output %d on %d threads: other numbers than expected\n", i, threads);
-                return 1;
+                fprintf(stderr, "size %d, output %d on %d threads: other numbers than expected\n", size, i, threads);
+                exit(1);
             }
     }
-    printf("$name: %d outputs as expected; ok\n", OUTPUTS);
 
     for (int i = 0; i < OUTPUTS; ++i) {
         free(outputs[i]);
@@ -98,6 +86,17 @@ int main(void)
     }
     for (int i = 0; i < INPUTS; ++i)
         free((void *)inputs[i]);
+}
+
+int main(void)
+{
+    must("check_cpu", ${name}_check_cpu());
+    convgen_network *network;
+    must("open", ${name}_open("$name.weights", &network));
+    static const char *const labels[SIZES] = {$labels};
+    for (int size = 0; size < SIZES; ++size)
+        check(network, size, labels[size]);
+    printf("$name: %d outputs as expected; ok\n", OUTPUTS * SIZES);
     ${name}_close(network);
     return 0;
 }

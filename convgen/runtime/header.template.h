@@ -12,6 +12,9 @@ $tensors
 
 $types
 
+/* Bytes of every buffer, for those that are static. */
+$constants
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -31,24 +34,6 @@ int ${name}_run(const convgen_run_args *args);
  * ${name}_run() looks at its first 64 bytes only. */
 int ${name}_verify_packed(const void *packed, size_t size);
 
-/* CONVGEN_OK where this CPU can run the library, else CONVGEN_UNSUPPORTED_CPU. */
-int ${name}_check_cpu(void);
+$cpu
 
-/* Threads for ${name}_run(), the calling one included. */
-int ${name}_pool_create(int threads, convgen_pool **pool);
-
-/* A pool without threads of its own: calls on it are split into `threads` parts, which a loop of the program's runs. Any
- * number of calls may use it at once. */
-int ${name}_pool_borrow(int threads, convgen_parallel_for loop, void *context, convgen_pool **pool);
-
-void ${name}_pool_destroy(convgen_pool *pool);
-
-/* What this library is, and what a status means. */
-const char *${name}_version(void);
-const char *${name}_error(int status);
-
-#ifdef __cplusplus
-}
-#endif
-
-#endif
+$end

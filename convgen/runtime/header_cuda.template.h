@@ -16,6 +16,9 @@ $types
 
 $cuda_types
 
+/* Bytes of every buffer, for those that are static. */
+$constants
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -46,14 +49,7 @@ int ${name}_run(const convgen_cuda_run_args *args);
  * is destroyed; what is not unloaded lasts as long as its context. */
 int ${name}_unload(void);
 
-/* What this library is, what a status means, and the driver's own name of the last error it reported
- * to this library on this thread. */
-const char *${name}_version(void);
-const char *${name}_error(int status);
+/* The driver's own name of the last error it reported to this library on this thread. */
 const char *${name}_driver_error(void);
 
-#ifdef __cplusplus
-}
-#endif
-
-#endif
+$end

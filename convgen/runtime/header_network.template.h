@@ -3,7 +3,6 @@
 $values
  *   (f32, dense, row-major)
  *   weights   $weights bytes, in $name.weights
- *   workspace $fixed + threads * $share bytes, aligned to $alignment
  *
  * $isa
  * Made by convgen; example.c beside this file shows every call.
@@ -15,20 +14,26 @@ $types
 
 $network_types
 
+$constants
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 /* How many inputs and outputs there are, and bytes of the weights and of the workspace of calls on `threads` threads
- * (1 for calls without a pool). */
-int ${name}_sizes(int threads, convgen_network_sizes *sizes);
+ * (1 for calls without a pool), at one of the sizes that the network was made for: 0 where there is one. */
+int ${name}_sizes(int size, int threads, convgen_network_sizes *sizes);
 
-/* The inputs and outputs, as many as ${name}_sizes() tells. */
-const convgen_value *${name}_inputs(void);
-const convgen_value *${name}_outputs(void);
+/* The inputs and outputs at a size, as many as ${name}_sizes() tells; NULL where there is no such size. */
+const convgen_value *${name}_inputs(int size);
+const convgen_value *${name}_outputs(int size);
+
+/* The size at which the inputs have these shapes, an array for each; CONVGEN_NO_SUCH_SIZE where there is none. */
+int ${name}_find_size(const int64_t *const *shapes, int *size);
 
 /* A network with its weights, read from a file that is mapped and stays so, or from memory, aligned to $alignment bytes, that
- * stays the caller's. Weights that are another library's, or damaged, are refused. */
+ * stays the caller's: several networks may share it. Weights that are another library's, or damaged, are refused. All
+ * sizes have the same weights. */
 int ${name}_open(const char *path, convgen_network **network);
 int ${name}_open_memory(const void *weights, size_t size, convgen_network **network);
 void ${name}_close(convgen_network *network);
@@ -38,24 +43,6 @@ void ${name}_close(convgen_network *network);
  * takes at most $stack KiB of a thread's stack, of its own threads' and of a pool's. */
 int ${name}_run(const convgen_network *network, const convgen_network_args *args);
 
-/* CONVGEN_OK where this CPU can run the library, else CONVGEN_UNSUPPORTED_CPU. */
-int ${name}_check_cpu(void);
+$cpu
 
-/* Threads for ${name}_run(), the calling one included. */
-int ${name}_pool_create(int threads, convgen_pool **pool);
-
-/* A pool without threads of its own: calls on it are split into `threads` parts, which a loop of the program's runs. Any
- * number of calls may use it at once. */
-int ${name}_pool_borrow(int threads, convgen_parallel_for loop, void *context, convgen_pool **pool);
-
-void ${name}_pool_destroy(convgen_pool *pool);
-
-/* What this library is, and what a status means. */
-const char *${name}_version(void);
-const char *${name}_error(int status);
-
-#ifdef __cplusplus
-}
-#endif
-
-#endif
+$end

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 static const uint64_t MAGIC = 0x7774656e766e6f63; /* "convnetw" */
@@ -110,20 +111,67 @@ void convgen_network_close(convgen_network *network)
 
 /* ---- running --------------------------------------------------------------------------------- */
 
-static size_t workspace_size(const convgen_network_code *code, int threads)
+static const convgen_network_size *size_of(const convgen_network_code *code, int size)
 {
-    return code->arena + code->workspace_main + (size_t)threads * code->workspace_task;
+    return size >= 0 && size < code->size_count ? &code->sizes[size] : NULL;
 }
 
-int convgen_network_sizes_of(const convgen_network_code *code, int threads, convgen_network_sizes *sizes)
+static size_t workspace_size(const convgen_network_size *size, int threads)
+{
+    return size->arena + size->workspace_main + (size_t)threads * size->workspace_task;
+}
+
+int convgen_network_sizes_of(const convgen_network_code *code, int size, int threads, convgen_network_sizes *sizes)
 {
     if (sizes == NULL)
         return CONVGEN_NULL_POINTER;
+    const convgen_network_size *made = size_of(code, size);
+    if (made == NULL)
+        return CONVGEN_NO_SUCH_SIZE;
     if (threads < 1 || threads > CONVGEN_MAX_THREADS)
         return CONVGEN_BAD_ARGUMENT;
-    *sizes = (convgen_network_sizes){code->input_count, code->output_count, code->weights,
-                                     workspace_size(code, threads)};
+    *sizes = (convgen_network_sizes){
+        .inputs = code->input_count,
+        .outputs = code->output_count,
+        .steps = made->step_count,
+        .sizes = code->size_count,
+        .weights = code->weights,
+        .workspace = workspace_size(made, threads),
+    };
     return CONVGEN_OK;
+}
+
+const convgen_value *convgen_network_inputs(const convgen_network_code *code, int size)
+{
+    const convgen_network_size *made = size_of(code, size);
+    return made != NULL ? made->inputs : NULL;
+}
+
+const convgen_value *convgen_network_outputs(const convgen_network_code *code, int size)
+{
+    const convgen_network_size *made = size_of(code, size);
+    return made != NULL ? made->outputs : NULL;
+}
+
+int convgen_network_find_size(const convgen_network_code *code, const int64_t *const *shapes, int *size)
+{
+    if (size == NULL || (shapes == NULL && code->input_count > 0))
+        return CONVGEN_NULL_POINTER;
+    for (int number = 0; number < code->size_count; ++number) {
+        int equal = 1;
+        for (int i = 0; i < code->input_count; ++i) {
+            const convgen_value *input = &code->sizes[number].inputs[i];
+            if (shapes[i] == NULL && input->rank > 0)
+                return CONVGEN_NULL_POINTER;
+            for (int axis = 0; axis < input->rank; ++axis)
+                equal &= shapes[i][axis] == input->shape[axis];
+        }
+        if (equal) {
+            *size = number;
+            return CONVGEN_OK;
+        }
+    }
+    return CONVGEN_NO_SUCH_SIZE;
 }
 
 static int check_values(const convgen_value *values, int count, const void *const *data, const size_t *sizes)
@@ -139,27 +187,26 @@ static int check_values(const convgen_value *values, int count, const void *cons
 }
 
 /* Whether memory that is written overlaps anything else that the call has. */
-static int overlaps(const convgen_network_code *code, const convgen_network *network, const convgen_network_args *a,
-                    const void *data, size_t size, int outputs)
+static int overlaps(const convgen_network *network, const convgen_network_size *size, const convgen_network_args *a,
+                    const void *data, size_t bytes, int outputs)
 {
-    int found = convgen_overlap(data, size, network->weights, code->weights);
-    for (int i = 0; i < code->input_count; ++i)
-        found |= convgen_overlap(data, size, a->inputs[i], code->inputs[i].bytes);
+    int found = convgen_overlap(data, bytes, network->weights, network->code->weights);
+    for (int i = 0; i < network->code->input_count; ++i)
+        found |= convgen_overlap(data, bytes, a->inputs[i], size->inputs[i].bytes);
     for (int i = 0; i < outputs; ++i)
-        found |= convgen_overlap(data, size, a->outputs[i], code->outputs[i].bytes);
+        found |= convgen_overlap(data, bytes, a->outputs[i], size->outputs[i].bytes);
     return found;
 }
 
-static int check_args(const convgen_network_code *code, const convgen_network *network, const convgen_network_args *a,
+static int check_args(const convgen_network *network, const convgen_network_size *size, const convgen_network_args *a,
                       size_t workspace)
 {
-    if (network->code != code)
-        return CONVGEN_BAD_ARGUMENT;
+    const convgen_network_code *code = network->code;
     if (a->pool != NULL && a->pool->abi != CONVGEN_ABI)
         return CONVGEN_BAD_ARGUMENT;
-    int status = check_values(code->inputs, code->input_count, a->inputs, a->input_sizes);
+    int status = check_values(size->inputs, code->input_count, a->inputs, a->input_sizes);
     if (status == CONVGEN_OK)
-        status = check_values(code->outputs, code->output_count, (const void *const *)a->outputs, a->output_sizes);
+        status = check_values(size->outputs, code->output_count, (const void *const *)a->outputs, a->output_sizes);
     if (status != CONVGEN_OK)
         return status;
     if (workspace > 0) {
@@ -168,13 +215,20 @@ static int check_args(const convgen_network_code *code, const convgen_network *n
         status = convgen_check_buffer(a->workspace, workspace, workspace, CONVGEN_ALIGNMENT);
         if (status != CONVGEN_OK)
             return status;
-        if (overlaps(code, network, a, a->workspace, workspace, code->output_count))
+        if (overlaps(network, size, a, a->workspace, workspace, code->output_count))
             return CONVGEN_OVERLAP;
     }
     for (int i = 0; i < code->output_count; ++i)
-        if (overlaps(code, network, a, a->outputs[i], code->outputs[i].bytes, i))
+        if (overlaps(network, size, a, a->outputs[i], size->outputs[i].bytes, i))
             return CONVGEN_OVERLAP;
     return code->cpu_supported() ? CONVGEN_OK : CONVGEN_UNSUPPORTED_CPU;
+}
+
+static double now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
 
 enum { MOST_ARGUMENTS = 256 };
@@ -208,20 +262,29 @@ int convgen_network_run(const convgen_network_code *code, const convgen_network 
 {
     if (network == NULL || args == NULL)
         return CONVGEN_NULL_POINTER;
+    if (network->code != code)
+        return CONVGEN_BAD_ARGUMENT;
     const convgen_network_args a = *args;
-    const size_t workspace = workspace_size(code, a.pool != NULL ? a.pool->threads : 1);
-    int status = check_args(code, network, &a, workspace);
+    const convgen_network_size *size = size_of(code, a.size);
+    if (size == NULL)
+        return CONVGEN_NO_SUCH_SIZE;
+    const size_t workspace = workspace_size(size, a.pool != NULL ? a.pool->threads : 1);
+    int status = check_args(network, size, &a, workspace);
     if (status != CONVGEN_OK)
         return status;
     char none[1]; /* where a network needs no workspace: not NULL, of size 0 */
-    char *main_workspace = workspace > 0 ? (char *)a.workspace + code->arena : none;
+    char *main_workspace = workspace > 0 ? (char *)a.workspace + size->arena : none;
     const convgen_call call = {
         .pool = a.pool != NULL && a.pool->acquire(a.pool) ? a.pool : NULL,
-        .shares = main_workspace + code->workspace_main,
-        .share = code->workspace_task,
+        .shares = main_workspace + size->workspace_main,
+        .share = size->workspace_task,
     };
-    for (int i = 0; i < code->step_count && status == CONVGEN_OK; ++i)
-        status = run_step(&code->steps[i], &call, main_workspace, network->weights, &a);
+    for (int i = 0; i < size->step_count && status == CONVGEN_OK; ++i) {
+        const double begin = a.seconds != NULL ? now() : 0;
+        status = run_step(&size->steps[i], &call, main_workspace, network->weights, &a);
+        if (a.seconds != NULL)
+            a.seconds[i] = now() - begin;
+    }
     if (call.pool != NULL)
         call.pool->release(call.pool);
     return status;
@@ -232,6 +295,7 @@ const char *convgen_network_status_text(int status)
     switch (status) {
     case CONVGEN_CANNOT_READ: return "the file of weights cannot be read";
     case CONVGEN_WRONG_WEIGHTS: return "the weights are another library's, or damaged";
+    case CONVGEN_NO_SUCH_SIZE: return "the network was not made for tensors of such sizes";
     default: return convgen_status_text(status);
     }
 }

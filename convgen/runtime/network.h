@@ -24,19 +24,27 @@ typedef struct {
     int count;
 } convgen_step;
 
+/* One of the sizes that a network was made for: its tensors, and the steps that compute with them. */
 typedef struct {
     const convgen_value *inputs, *outputs;
-    int input_count, output_count;
     const convgen_step *steps;
     int step_count;
-    size_t weights;                                 /* bytes, header included */
     size_t arena, workspace_main, workspace_task; /* parts of the workspace, multiples of 64 */
-    uint64_t identity[2];                           /* what the weights are tied to */
+} convgen_network_size;
+
+typedef struct {
+    const convgen_network_size *sizes;
+    int size_count, input_count, output_count;
+    size_t weights;       /* bytes, header included */
+    uint64_t identity[2]; /* what the weights are tied to */
     int (*cpu_supported)(void);
     const char *version;
 } convgen_network_code;
 
-int convgen_network_sizes_of(const convgen_network_code *code, int threads, convgen_network_sizes *sizes);
+int convgen_network_sizes_of(const convgen_network_code *code, int size, int threads, convgen_network_sizes *sizes);
+const convgen_value *convgen_network_inputs(const convgen_network_code *code, int size);
+const convgen_value *convgen_network_outputs(const convgen_network_code *code, int size);
+int convgen_network_find_size(const convgen_network_code *code, const int64_t *const *shapes, int *size);
 int convgen_network_open(const convgen_network_code *code, const char *path, convgen_network **network);
 int convgen_network_open_memory(const convgen_network_code *code, const void *weights, size_t size,
                                 convgen_network **network);
@@ -49,12 +57,19 @@ const char *convgen_network_status_text(int status);
 
 /* The exported functions of one network. */
 #define CONVGEN_NETWORK_ENTRY_POINTS(name, code)                                                                \
-    CONVGEN_EXPORT int name##_sizes(int threads, convgen_network_sizes *sizes)                                  \
+    CONVGEN_EXPORT int name##_sizes(int size, int threads, convgen_network_sizes *sizes)                        \
     {                                                                                                           \
-        return convgen_network_sizes_of(&code, threads, sizes);                                                 \
+        return convgen_network_sizes_of(&code, size, threads, sizes);                                           \
     }                                                                                                           \
-    CONVGEN_EXPORT const convgen_value *name##_inputs(void) { return code.inputs; }                             \
-    CONVGEN_EXPORT const convgen_value *name##_outputs(void) { return code.outputs; }                           \
+    CONVGEN_EXPORT const convgen_value *name##_inputs(int size) { return convgen_network_inputs(&code, size); } \
+    CONVGEN_EXPORT const convgen_value *name##_outputs(int size)                                                \
+    {                                                                                                           \
+        return convgen_network_outputs(&code, size);                                                            \
+    }                                                                                                           \
+    CONVGEN_EXPORT int name##_find_size(const int64_t *const *shapes, int *size)                                \
+    {                                                                                                           \
+        return convgen_network_find_size(&code, shapes, size);                                                  \
+    }                                                                                                           \
     CONVGEN_EXPORT int name##_open(const char *path, convgen_network **network)                                 \
     {                                                                                                           \
         return convgen_network_open(&code, path, network);                                                      \

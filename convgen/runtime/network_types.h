@@ -1,6 +1,6 @@
 /* What all libraries of whole networks share, besides what all convgen libraries do. */
 #ifndef CONVGEN_NETWORK_ABI
-#define CONVGEN_NETWORK_ABI 1
+#define CONVGEN_NETWORK_ABI 2
 
 #include <stdint.h>
 
@@ -11,7 +11,8 @@ extern "C" {
 /* Further values of convgen_status. */
 enum convgen_network_status {
     CONVGEN_CANNOT_READ = 32, /* the file of weights is not there, or cannot be read */
-    CONVGEN_WRONG_WEIGHTS     /* the weights are another library's, or damaged */
+    CONVGEN_WRONG_WEIGHTS,    /* the weights are another library's, or damaged */
+    CONVGEN_NO_SUCH_SIZE      /* the network was not made for tensors of such sizes */
 };
 
 /* A network with its weights. Any number of threads may run one at once. */
@@ -27,11 +28,13 @@ typedef struct {
 
 typedef struct {
     int inputs, outputs; /* how many there are */
+    int steps;           /* that a run makes */
+    int sizes;           /* how many sizes the network was made for */
     size_t weights;      /* bytes of the weights */
     size_t workspace;    /* bytes of scratch memory of a run */
 } convgen_network_sizes;
 
-/* The arrays have an element for each input, and for each output, in their order. */
+/* The arrays have an element for each input, and for each output, in their order. What is not named is 0 and NULL. */
 typedef struct {
     const void *const *inputs;
     const size_t *input_sizes; /* in bytes */
@@ -40,12 +43,14 @@ typedef struct {
     void *workspace; /* aligned to 64 bytes; may be larger than it must be */
     size_t workspace_size;
     convgen_pool *pool; /* NULL: on the thread that calls, alone */
+    int size;           /* which of the sizes that the network was made for; 0, the first, where there is one */
+    double *seconds;    /* out, where not NULL: what each step took, in their order */
 } convgen_network_args;
 
 #ifdef __cplusplus
 }
 #endif
 
-#elif CONVGEN_NETWORK_ABI != 1
+#elif CONVGEN_NETWORK_ABI != 2
 #error "headers of convgen networks with different ABI versions are included together"
 #endif

@@ -150,7 +150,18 @@ def test_example_samples_large_layers(tmp_path: Path) -> None:
 
 # ---- the libraries -----------------------------------------------------------------------------
 
-FUNCTIONS = {"sizes", "pack", "run", "verify_packed", "check_cpu", "version", "error", "pool_create", "pool_destroy"}
+FUNCTIONS = {
+    "sizes",
+    "pack",
+    "run",
+    "verify_packed",
+    "check_cpu",
+    "version",
+    "error",
+    "pool_create",
+    "pool_borrow",
+    "pool_destroy",
+}
 
 
 def test_library_needs_only_the_c_library(out: Path) -> None:
@@ -313,7 +324,7 @@ def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     assert export(SPEC.with_(activation="none"), tmp_path) == out
     assert (out / "libkernel.so").read_bytes() != before
     assert (out / "notes.txt").read_text() == "the user's own"
-    assert len(list(out.iterdir())) == 6
+    assert len(list(out.iterdir())) == 9
 
 
 def test_another_library_is_not_mixed_in(tmp_path: Path) -> None:
@@ -342,4 +353,4 @@ def test_nothing_is_left_of_an_export_that_failed(tmp_path: Path) -> None:
         write_library(broken, interface, path, FACTS)
     assert sorted(tmp_path.iterdir()) == present
     write_library(tmp_path / "a" / "b", interface, path, FACTS)
-    assert len(list((tmp_path / "a" / "b").iterdir())) == 5
+    assert len(list((tmp_path / "a" / "b").iterdir())) == 8

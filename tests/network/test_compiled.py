@@ -21,9 +21,10 @@ import convgen
 from convgen.cli import cli
 from convgen.errors import ExportError, KernelError, UnsupportedError
 from convgen.hardware.target import resolve
-from convgen.network.compile import compile_plan
+from convgen.network.compile import compile_plans
 from convgen.network.graph import Operator
 from convgen.network.layouts import Costs, lay
+from convgen.network.library import NetworkLibrary
 from convgen.network.network import Network, compile_network
 from convgen.network.reading import read_graph
 from convgen.network.rewriting import rewrite
@@ -121,7 +122,7 @@ def test_an_output_that_is_an_input_or_another_output() -> None:
 
 def test_several_processes_compile_the_same(block: Network, tmp_path: Path) -> None:
     told = []
-    built = compile_plan(block.plan, block.target, tmp_path, lambda *numbers: told.append(numbers), processes=2)
+    built = compile_plans(block.plans, block.target, tmp_path, lambda *numbers: told.append(numbers), processes=2)
     assert told == [(number + 1, len(built.objects)) for number in range(len(built.objects))]
     assert built.entry == block.built.entry
     assert built.weights.read_bytes() == block.built.weights.read_bytes()
@@ -277,16 +278,22 @@ def test_damaged_and_foreign_weights_are_refused(exported: Path, tmp_path: Path)
         convgen.load(folder)
 
 
-def test_nothing_is_touched_outside(exported: Path) -> None:
-    """Inputs, outputs, weights and workspace each end where a page does that cannot be read."""
-    network = convgen.load(exported, 1)
+@pytest.mark.parametrize("at_end", [False, True])
+def test_nothing_is_touched_outside(exported: Path, at_end: bool) -> None:
+    """Inputs, outputs, weights and workspace each lie between pages that cannot be touched, at one end or the other."""
+    name = json.loads((exported / "manifest.json").read_text())["name"]
+    data = np.fromfile(exported / f"{name}.weights", np.uint8)
+    weights = Guarded(data.size, at_end)
+    weights.bytes()[...] = data
+    weights.protect()  # they are read, nothing else
+    network = NetworkLibrary(exported / f"lib{name}.so", name, weights.bytes(), 1)
     x = arrays_for(block_model())["x"]
-    wanted = network(x)
-    guarded = {name: Guarded(array.nbytes) for name, array in (("x", x), *wanted.items())}
+    wanted = convgen.load(exported, 1)(x)
+    guarded = {name: Guarded(array.nbytes, at_end) for name, array in (("x", x), *wanted.items())}
     guarded["x"].array(x.shape)[...] = x
+    guarded["x"].protect()
     out = {name: guarded[name].array(array.shape) for name, array in wanted.items()}
-    workspace = Guarded(network.sizes().workspace)
-    network.workspaces.clear()
+    workspace = Guarded(network.sizes().workspace, at_end)
     network.workspaces.append(workspace.bytes())
     network(guarded["x"].array(x.shape), out=out)
     for name, array in wanted.items():
@@ -295,17 +302,23 @@ def test_nothing_is_touched_outside(exported: Path) -> None:
 
 
 class Guarded:
-    """Memory that ends, but for what alignment takes, where a page does that must not be touched."""
+    """Memory between pages that must not be touched: it begins where the first ends, or ends where the last begins."""
 
-    def __init__(self, size: int) -> None:
-        libc, page = ctypes.CDLL(None), 4096
-        libc.mmap.restype = ctypes.c_void_p
-        libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 4)
-        pages = -(-size // page)
-        begin = libc.mmap(None, (pages + 1) * page, 3, 0x22, -1, 0)
-        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(begin + pages * page), page, 0) == 0
-        self.size = size
-        self._memory: Any = (ctypes.c_uint8 * size).from_address(begin + pages * page - size)
+    def __init__(self, size: int, at_end: bool) -> None:
+        self._libc, page = ctypes.CDLL(None), 4096
+        self._libc.mmap.restype = ctypes.c_void_p
+        self._libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 4)
+        self._libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        self._bytes = -(-size // page) * page
+        self._begin = self._libc.mmap(None, self._bytes + 2 * page, 3, 0x22, -1, 0) + page
+        for guard in (self._begin - page, self._begin + self._bytes):
+            assert self._libc.mprotect(guard, page, 0) == 0
+        begin = self._begin + (self._bytes - size if at_end else 0)
+        self._memory: Any = (ctypes.c_uint8 * size).from_address(begin)
+
+    def protect(self) -> None:
+        """Against being written."""
+        assert self._libc.mprotect(self._begin, self._bytes, 1) == 0
 
     def bytes(self) -> Any:
         return np.frombuffer(self._memory, np.uint8)
@@ -353,5 +366,6 @@ def test_the_command_line(tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((4, 3), np.float32)
     assert (convgen.load(out)(x) == np.maximum(x, 0)).all()
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["inputs"] == [{"name": "x", "shape": [4, 3], "dtype": "f32", "bytes": 48}]
+    (size,) = manifest["sizes"]
+    assert size["inputs"] == [{"name": "x", "shape": [4, 3], "dtype": "f32", "bytes": 48}]
     assert manifest["model"] == "small.onnx"

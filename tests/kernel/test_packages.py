@@ -1,0 +1,96 @@
+"""How build systems find an exported library: CMake and pkg-config, wherever its folder lies."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from naive import compile_naive
+from programs import cmake
+
+from convgen.kernel.export import write_library
+from convgen.kernel.packages import glibc_of
+from convgen.lowering.interface import ABI
+from convgen.problem.spec import ConvSpec
+
+SPEC = ConvSpec.parse("conv2d n1 ic4 oc6 i20x18 k3x3 p1 relu")
+#: Both ways to link a library in one project.
+PROJECT = """
+cmake_minimum_required(VERSION 3.16)
+project(both LANGUAGES C)
+find_package(kernel {version} REQUIRED)
+find_package(kernel REQUIRED) # once more, as another part of a project may
+add_executable(shared ${{kernel_DIR}}/example.c)
+target_link_libraries(shared PRIVATE kernel::kernel m)
+add_executable(archive ${{kernel_DIR}}/example.c)
+target_link_libraries(archive PRIVATE kernel::static)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An export that was moved, to a folder with a space in its name."""
+    interface, path = compile_naive(SPEC, tmp_path, name="kernel")
+    write_library(tmp_path / "first", interface, path, {"threads": 1})
+    return Path(shutil.move(tmp_path / "first", tmp_path / "moved there"))
+
+
+@pytest.mark.parametrize("version", ["", f"{ABI}", f"{ABI}.0", f"{ABI}.0 EXACT"])
+def test_cmake_finds_it(folder: Path, tmp_path: Path, version: str) -> None:
+    (tmp_path / "CMakeLists.txt").write_text(PROJECT.format(version=version))
+    build = tmp_path / "build"
+    cmake("-S", tmp_path, "-B", build, f"-DCMAKE_PREFIX_PATH={folder}")
+    if version:
+        return
+    cmake("--build", build)
+    for program in ("shared", "archive"):
+        done = subprocess.run([build / program], capture_output=True, text=True)
+        assert (done.returncode, done.stdout[-4:]) == (0, " ok\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "changed"), [(f"{ABI + 1}", {}), (f"{ABI}.1", {}), ("", {"CMAKE_SYSTEM_PROCESSOR": "riscv64"})]
+)
+def test_cmake_refuses_another_version_or_processor(
+    folder: Path, tmp_path: Path, version: str, changed: dict[str, str]
+) -> None:
+    (tmp_path / "CMakeLists.txt").write_text(PROJECT.format(version=version))
+    values = {"CMAKE_PREFIX_PATH": folder, **changed, **({"CMAKE_SYSTEM_NAME": "Linux"} if changed else {})}
+    said = cmake("-S", tmp_path, "-B", tmp_path / "build", *(f"-D{k}={v}" for k, v in values.items()), fails=True)
+    assert "kernelConfig.cmake, version:" in said
+    assert ("x86_64" in said or "aarch64" in said) == bool(changed)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_pkg_config_finds_it(folder: Path, tmp_path: Path, static: bool) -> None:
+    if shutil.which("pkg-config") is None:
+        pytest.skip("pkg-config is not installed")
+    plain = Path(shutil.move(folder, tmp_path / "there"))
+    command = ["pkg-config", *(["--static"] if static else []), "--cflags", "--libs", "kernel"]
+    told = subprocess.run(command, env={"PKG_CONFIG_PATH": str(plain)}, capture_output=True, text=True, check=True)
+    flags = told.stdout.split()
+    assert ("-lpthread" in flags) == static
+    flags += ["-lm", f"-Wl,-rpath,{plain}"]
+    subprocess.run(["cc", "-std=c11", plain / "example.c", *flags, "-o", tmp_path / "example"], check=True)
+    assert "ok" in subprocess.run([tmp_path / "example"], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_manifest_says_what_it_needs(folder: Path) -> None:
+    needs = json.loads((folder / "manifest.json").read_text())["needs"]
+    library = folder / "libkernel.so"
+    said = subprocess.run(["objdump", "-T", str(library)], capture_output=True, text=True, check=True).stdout
+    versions = [tuple(map(int, found.split("."))) for found in re.findall(r"GLIBC_([\d.]+)", said)]
+    assert needs["glibc"] == ".".join(map(str, max(versions)))
+    assert needs["libraries"] == ["m", "pthread"]
+    assert needs["architecture"] in ("x86_64", "aarch64")
+
+
+def test_versions_are_compared_as_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"\0GLIBC_2.9\0GLIBC_2.34\0GLIBC_2.2.5\0GLIBC_PRIVATE\0 GLIBC_9.9 \0")
+    (tmp_path / "b").write_bytes(b"nothing")
+    assert glibc_of(tmp_path / "a") == "2.34"
+    assert glibc_of(tmp_path / "b") is None
