@@ -34,7 +34,7 @@ _FEW = 6
 
 @dataclass(frozen=True)
 class Built:
-    """What :func:`compile_plan` leaves in a folder.
+    """What :func:`compile_plans` leaves in a folder.
 
     Attributes:
         code: as the runtime has it.
