@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
-from .errors import UnsupportedError
+from .errors import SpecError
 from .hardware.machine import check_memory
 from .hardware.target import Target, resolve
 from .kernel.kernel import Kernel, check_threads, compile_candidate
-from .lowering.schedule import Candidate
 from .problem.spec import ConvSpec
 from .records.answer import Answer, choose, find_record
 from .records.opening import Records, open_store
@@ -21,7 +20,9 @@ from .tuning.tuner import Tuner
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+    from torch.export import ExportedProgram
 
+    from .bridges.torch.exported import TorchProgram
     from .network.network import Network
 
 
@@ -78,8 +79,32 @@ def build(
     )
 
 
+@overload
 def compile(  # noqa: A001  (convgen.compile, as torch.compile)
     source: str | Path | ModelProto,
+    target: str | Target = ...,
+    threads: int | None = ...,
+    *,
+    dims: Mapping[str, int | Sequence[int]] | None = ...,
+    accuracy: str = ...,
+    records: Records = ...,
+    progress: Callable[[int, int], None] | None = ...,
+    name: str | None = ...,
+) -> Network: ...
+@overload
+def compile(  # type: ignore[overload-cannot-match]  # noqa: A001  (ModelProto has no types)
+    source: ExportedProgram,
+    target: str | Target = ...,
+    threads: int | None = ...,
+    *,
+    dims: Mapping[str, int | Sequence[int]] | None = ...,
+    accuracy: str = ...,
+    records: Records = ...,
+    progress: Callable[[int, int], None] | None = ...,
+    name: str | None = ...,
+) -> TorchProgram: ...
+def compile(  # noqa: A001
+    source: str | Path | ModelProto | ExportedProgram,
     target: str | Target = "cpu",
     threads: int | None = None,
     *,
@@ -88,11 +113,12 @@ def compile(  # noqa: A001  (convgen.compile, as torch.compile)
     records: Records = None,
     progress: Callable[[int, int], None] | None = None,
     name: str | None = None,
-) -> Network:
-    """A whole ONNX model as one library: ``network(x)`` runs it.
+) -> Any:
+    """A whole ONNX model as one library: ``network(x)`` runs it. Or a program that ``torch.export`` has made.
 
     Args:
-        source: a path or a model, of f32 tensors of known shapes, whose weights are constants.
+        source: a path or a model, of f32 tensors of known shapes, whose weights are constants; or an exported program
+            of PyTorch, of which nodes that are not taken stay PyTorch's.
         target: ``cpu`` or ``cpu:<LLVM processor>``; one that runs here.
         threads: threads that it runs on; all cores by default.
         dims: sizes of symbolic dimensions, ``{"N": 1}``; with several, ``{"N": (1, 4, 16)}``, the network computes
@@ -109,25 +135,23 @@ def compile(  # noqa: A001  (convgen.compile, as torch.compile)
         BuildError: TVM, LLVM or the C compiler failed.
         FolderError: the temporary folder cannot be written, is full, or nothing can be loaded from it.
     """
-    from .network.network import compile_network  # imports TVM and ONNX
+    from .network.network import compile_model  # imports TVM and ONNX
 
-    resolved = resolve(target)
-    if resolved.on_device:
-        raise UnsupportedError(f"{resolved}: expected a CPU: networks are compiled for those")
-    threads = check_threads(threads, resolved)
-    resolved = resolved.on(threads)
-    with open_store(records, write=False) as store:
+    if (type(source).__module__, type(source).__name__) == ("torch.export.exported_program", "ExportedProgram"):
+        from .bridges.torch.exported import TorchProgram  # imports PyTorch
 
-        def recorded(spec: ConvSpec) -> Candidate | None:
-            if store is None or not resolved.native:
-                return None
-            answer = find_record(store, spec, resolved, threads)
-            candidate, record = choose(spec, resolved, answer.record, answer.rejected)
-            return candidate if record or answer.rejected else None
+        def compiled(model: ModelProto) -> Network:
+            own = str(model.graph.name)
+            return compile_model(
+                model, target, threads, accuracy=accuracy, records=records, progress=progress, name=own
+            )
 
-        return compile_network(
-            source, resolved, threads, dims=dims, accuracy=accuracy, choose=recorded, progress=progress, name=name
-        )
+        if dims:
+            raise SpecError("dims", "none for an exported program, whose sizes are its own", repr(dict(dims)))
+        return TorchProgram(source, compiled, name or "network")
+    return compile_model(
+        source, target, threads, dims=dims, accuracy=accuracy, records=records, progress=progress, name=name
+    )
 
 
 def tune(

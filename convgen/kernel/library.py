@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
+import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
@@ -103,6 +104,15 @@ def as_array(name: str, value: object, *, written: bool = False) -> NDArray[Any]
     if written and not array.flags.writeable:
         raise KernelError(f"{name}: expected writable memory, found {type(value).__name__}, shared read-only")
     return array
+
+
+def returned(array: NDArray[Any], given: object) -> Any:
+    """An array as what the caller gave is one: a tensor of PyTorch, say, which shares its memory."""
+    if isinstance(given, np.ndarray):
+        return array
+    framework = sys.modules.get(type(given).__module__.partition(".")[0])
+    convert = getattr(framework, "from_dlpack", None)
+    return array if convert is None else convert(array)
 
 
 def check_array(info: TensorInfo, array: NDArray[Any], *, written: bool = False) -> None:
@@ -477,7 +487,7 @@ class Layer(Loaded):
         #: Structs for this layer's calls that no call uses at the moment.
         self._free_args: deque[_RunArgs] = deque()
 
-    def __call__(self, x: Any, *, residual: Any = None, out: Any = None) -> Array:
+    def __call__(self, x: Any, *, residual: Any = None, out: Any = None) -> Any:
         """The layer's output for ``x``.
 
         Args:
@@ -487,7 +497,7 @@ class Layer(Loaded):
             out: where to write, ``spec.dst_shape``; a new array where None.
 
         Returns:
-            ``out`` as an array.
+            ``out``, or what ``x`` is: an array, or a tensor of PyTorch.
 
         Raises:
             KernelError: an argument is not what the layer needs, or ``out`` overlaps another one.

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError
 from ..folders import TemporaryFolder
-from ..hardware.target import Target, check_native
+from ..hardware.target import Target, check_native, resolve
+from ..kernel.kernel import check_threads
 from ..kernel.names import check_export_name
 from ..lowering.schedule import Candidate
 from ..lowering.versions import versions
 from ..problem.spec import ConvSpec
+from ..records.answer import choose as choose_candidate
+from ..records.answer import find_record
+from ..records.opening import Records, open_store
 from .compile import Built, compile_plans, with_candidates
 from .export import write_network
 from .graph import Convolution, Graph
@@ -77,6 +81,37 @@ class Network(NetworkLibrary):
         }
         layers = [self.layers(size) for size in range(len(self.plans))]
         return write_network(directory, self.built, self, layers, {**known, **(facts or {})})
+
+
+def compile_model(
+    source: str | Path | ModelProto,
+    target: str | Target,
+    threads: int | None,
+    *,
+    dims: Dims | None = None,
+    accuracy: str = "standard",
+    records: Records = None,
+    progress: Callable[[int, int], None] | None = None,
+    name: str | None = None,
+) -> Network:
+    """A model with the kernels that a store has for it; see :func:`convgen.compile`."""
+    resolved = resolve(target)
+    if resolved.on_device:
+        raise UnsupportedError(f"{resolved}: expected a CPU: networks are compiled for those")
+    threads = check_threads(threads, resolved)
+    resolved = resolved.on(threads)
+    with open_store(records, write=False) as store:
+
+        def recorded(spec: ConvSpec) -> Candidate | None:
+            if store is None or not resolved.native:
+                return None
+            answer = find_record(store, spec, resolved, threads)
+            candidate, record = choose_candidate(spec, resolved, answer.record, answer.rejected)
+            return candidate if record or answer.rejected else None
+
+        return compile_network(
+            source, resolved, threads, dims=dims, accuracy=accuracy, choose=recorded, progress=progress, name=name
+        )
 
 
 def compile_network(

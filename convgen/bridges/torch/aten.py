@@ -1,0 +1,634 @@
+"""What operators of PyTorch's aten graphs mean, as nodes of an ONNX graph.
+
+ONNX's operators are what networks are read from; so a graph of PyTorch becomes one of these, and means the same from
+there on. :data:`READERS` has every operator that is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from operator import getitem
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from ...network.nodes import Refusal
+from .strides import Perm, inverse, moves, storage_order
+
+#: Of ONNX's operators; the first with all that are used here.
+OPSET, IR_VERSION = 20, 9
+Shape: TypeAlias = tuple[int, ...]
+#: Tensors whose values do not depend on a graph's inputs.
+Known: TypeAlias = Mapping[fx.Node, Tensor]
+
+
+def value(node: fx.Node) -> Any:
+    """What a node of a traced graph gives: fake tensors, numbers, or several of them."""
+    return node.meta.get("val")
+
+
+def shape(node: fx.Node) -> Shape:
+    """A node's shape; it is known by now."""
+    return tuple(int(size) for size in value(node).shape)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """An operator's arguments by their names, those left out included; sizes that are nodes as numbers."""
+    found = {}
+    for place, argument in enumerate(node.target._schema.arguments):
+        given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+        found[argument.name] = map_aggregate(given, _number)
+    return found
+
+
+def _number(argument: Any) -> Any:
+    """A size that is computed, as a number: guards have made it one."""
+    if isinstance(argument, torch.SymInt):
+        return int(argument)
+    if isinstance(argument, fx.Node) and isinstance(value(argument), int | torch.SymInt):
+        return int(value(argument))
+    return argument
+
+
+class OnnxGraph:
+    """An ONNX graph that grows by nodes of PyTorch's.
+
+    Args:
+        known: values of nodes that do not depend on the inputs.
+        values: whether their data is wanted, or only what nodes can be taken.
+    """
+
+    def __init__(self, known: Known, values: bool = True) -> None:
+        self.known, self.values = known, values
+        self.nodes: list[NodeProto] = []
+        self.constants: dict[str, TensorProto] = {}
+        self.inputs: list[Any] = []
+        self.outputs: list[Any] = []
+        #: What PyTorch's nodes are called here; of one that gives several tensors, each.
+        self.names: dict[fx.Node, str | list[str]] = {}
+
+    def take(self, node: fx.Node) -> None:
+        """Add what a node computes.
+
+        Raises:
+            Refusal: it is not taken, and why.
+        """
+        if node.target is getitem:
+            self._take_item(node)
+            return
+        reader = READERS.get(operator(node))
+        if reader is None:
+            raise Refusal("no such operator is known here")
+        reader(Reading(self, node))
+
+    def _take_item(self, node: fx.Node) -> None:
+        """One of several tensors that a node gives; of most operators only the first is."""
+        source, place = node.args
+        assert isinstance(source, fx.Node)
+        assert isinstance(place, int)
+        names = self.names[source]
+        self.names[node] = names if isinstance(names, str) else names[place]
+
+    def name(self, node: fx.Node) -> str:
+        """The tensor that a node gives; a known one becomes a constant."""
+        if node not in self.names:
+            if node not in self.known:
+                self.names[node] = node.name  # an input, or what is only tried
+            else:
+                self.names[node] = self.constant(node.name, array(self.known[node]) if self.values else np.zeros(0))
+        found = self.names[node]
+        return found if isinstance(found, str) else found[0]
+
+    def constant(self, name: str, values: Any) -> str:
+        self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        return name
+
+    def add(self, operation: str, inputs: Sequence[str], outputs: str | Sequence[str], **attributes: Any) -> str:
+        """An ONNX node; returns its first output."""
+        outputs = [outputs] if isinstance(outputs, str) else list(outputs)
+        self.nodes.append(helper.make_node(operation, list(inputs), outputs, name=outputs[0], **attributes))
+        return outputs[0]
+
+    def add_input(self, node: fx.Node, perm: Perm) -> None:
+        """A tensor that the caller gives, its axes in the order of its memory."""
+        stored = f"{node.name}.stored" if perm != tuple(sorted(perm)) else node.name
+        sizes = shape(node)
+        self.inputs.append(helper.make_tensor_value_info(stored, TensorProto.FLOAT, [sizes[axis] for axis in perm]))
+        if stored != node.name:
+            self.add("Transpose", [stored], node.name, perm=inverse(perm))
+        self.names[node] = node.name
+
+    def add_output(self, node: fx.Node, perm: Perm) -> None:
+        """A tensor that the caller gets, its axes in the order in which they shall lie in memory."""
+        name, sizes = self.name(node), shape(node)
+        if perm != tuple(sorted(perm)):
+            name = self.add("Transpose", [name], f"{node.name}.stored", perm=perm)
+        self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [sizes[axis] for axis in perm]))
+
+    def model(self, name: str) -> Any:
+        """All of it as a model."""
+        graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, list(self.constants.values()))
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+
+
+def array(tensor: Tensor) -> Any:
+    """A known tensor's values."""
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+def operator(node: fx.Node) -> str:
+    """The name of what a node calls, ``add.Tensor``."""
+    return str(node.target).removeprefix("aten.")
+
+
+class Reading:
+    """One node as it is read: its arguments by name, checked, and what it becomes."""
+
+    def __init__(self, graph: OnnxGraph, node: fx.Node) -> None:
+        self.graph, self.node = graph, node
+        self.arguments = arguments(node)
+        self.count = 0
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def require(self, name: str, *expected: Any) -> None:
+        """Refuse the node unless an argument is one of some values."""
+        if not any(self[name] is one or (one is not None and self[name] == one) for one in expected):
+            raise Refusal(f"{name} {self[name]!r}; {' or '.join(map(repr, expected))} is supported")
+
+    @property
+    def shape(self) -> Shape:
+        """Of the node's tensor, or its first one."""
+        found = value(self.node)
+        first = found[0] if isinstance(found, tuple | list) else found
+        return tuple(int(size) for size in first.shape)
+
+    def sizes(self, name: str = "self") -> Shape:
+        return shape(self[name])
+
+    def input(self, name: str = "self") -> str:
+        """An operand: a tensor, or a number as a constant."""
+        given = self[name]
+        if isinstance(given, fx.Node):
+            return self.graph.name(given)
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            raise Refusal(f"{name} {given!r}; a tensor or a number is supported")
+        return self.constant(np.float32(given))
+
+    def known(self, name: str) -> str:
+        """An operand that must not depend on the inputs."""
+        if self[name] not in self.graph.known:
+            raise Refusal(f"its {name} is not known beforehand: parameters of the module are")
+        return self.input(name)
+
+    def parameter(self, name: str, length: int, default: float) -> str:
+        """A known vector, or one of a number where it is left out."""
+        return self.known(name) if self[name] is not None else self.constant(np.full(length, default, np.float32))
+
+    def number(self, name: str, default: float) -> float:
+        given = self[name]
+        if given is None:
+            return default
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            raise Refusal(f"{name} {given!r}; a number is supported")
+        return float(given)
+
+    def axis(self, name: str, rank: int | None = None) -> int:
+        rank = len(self.sizes()) if rank is None else rank
+        return int(self[name]) % rank if rank else 0
+
+    def axes(self, name: str) -> list[int]:
+        rank, given = len(self.sizes()), self[name]
+        chosen = range(rank) if given is None or given == [] else [given] if isinstance(given, int) else given
+        return sorted(axis % rank for axis in chosen)
+
+    def window(self, name: str, rank: int, default: int | None = None) -> list[int]:
+        """Numbers for each axis of an image, of which one may stand for all."""
+        given = self[name] if isinstance(self[name], list | tuple) else [self[name]]
+        given = [default] if not len(given) and default is not None else given
+        return [int(size) for size in (given * rank if len(given) == 1 else given)]
+
+    def constant(self, values: Any) -> str:
+        return self.graph.constant(self._fresh(), values)
+
+    def integers(self, values: Sequence[int]) -> str:
+        return self.constant(np.array(values, np.int64))
+
+    def add(self, operation: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """A step within the node."""
+        return self.graph.add(operation, inputs, self._fresh(), **attributes)
+
+    def end(self, operation: str, inputs: Sequence[str], **attributes: Any) -> None:
+        """What gives the node's tensor."""
+        self.graph.names[self.node] = self.graph.add(operation, inputs, self.node.name, **attributes)
+
+    def first_only(self) -> None:
+        """Of several tensors, take the first; refuse where another one is used."""
+        if any(user.args[1] for user in self.node.users):
+            raise Refusal("an output but the first is used")
+
+    def _fresh(self) -> str:
+        self.count += 1
+        return f"{self.node.name}.{self.count}"
+
+
+# ---- element by element ------------------------------------------------------------------------
+
+
+def _simple(operation: str, *names: str) -> Callable[[Reading], None]:
+    names = names or ("self",)
+    return lambda r: r.end(operation, [r.input(name) for name in names])
+
+
+def _scaled(operation: str) -> Callable[[Reading], None]:
+    """A sum or difference whose second operand has a factor."""
+
+    def read(r: Reading) -> None:
+        left, right = r.input("self"), r.input("other")
+        if r["alpha"] != 1:
+            right = r.add("Mul", [right, r.constant(np.float32(r["alpha"]))])
+        r.end(operation, [left, right])
+
+    return read
+
+
+def _silu(r: Reading) -> None:
+    source = r.input()
+    r.end("Mul", [source, r.add("Sigmoid", [source])])
+
+
+def _clip(low: str, high: str) -> Callable[[Reading], None]:
+    def read(r: Reading) -> None:
+        bounds = r.number(low, -math.inf), r.number(high, math.inf)
+        if not bounds[0] <= bounds[1]:
+            raise Refusal(f"bounds {bounds[0]} and {bounds[1]}")
+        r.end("Clip", [r.input(), *(r.constant(np.float32(bound)) for bound in bounds)])
+
+    return read
+
+
+def _elu(r: Reading) -> None:
+    r.require("scale", 1)
+    r.require("input_scale", 1)
+    r.end("Elu", [r.input()], alpha=float(r["alpha"]))
+
+
+def _softplus(r: Reading) -> None:
+    r.require("beta", 1)
+    r.end("Softplus", [r.input()])
+
+
+def _prelu(r: Reading) -> None:
+    r.end("PRelu", [r.input(), r.known("weight")])
+
+
+def _square(r: Reading) -> None:
+    r.end("Mul", [r.input(), r.input()])
+
+
+def _copied(r: Reading) -> None:
+    r.end("Identity", [r.input()])
+
+
+def _converted(r: Reading) -> None:
+    for name in ("dtype", "device", "layout"):
+        r.require(name, None, {"dtype": torch.float32, "device": torch.device("cpu"), "layout": torch.strided}[name])
+    r.end("Identity", [r.input()])
+
+
+def _restrided(r: Reading) -> None:
+    """A tensor whose elements stay where they are."""
+    before, after = value(r["self"]), value(r.node)
+    orders, sizes = [storage_order(tensor) for tensor in (before, after)], r.sizes()
+    known = [moves(order, sizes) for order in orders if order is not None]
+    if sizes != r.shape or r["storage_offset"] or len(known) < 2 or known[0] != known[1]:
+        raise Refusal("it takes elements from their places in memory")
+    r.end("Identity", [r.input()])
+
+
+# ---- normalisation -----------------------------------------------------------------------------
+
+
+def _batch_norm(r: Reading) -> None:
+    r.first_only()
+    channels = r.sizes("input")[1]
+    vectors = [r.parameter(name, channels, default) for name, default in (("weight", 1), ("bias", 0))]
+    statistics = [r.known(name) for name in ("running_mean", "running_var")]
+    r.end("BatchNormalization", [r.input("input"), *vectors, *statistics], epsilon=float(r["eps"]))
+
+
+def _layer_norm(r: Reading) -> None:
+    r.first_only()
+    axes = [int(size) for size in r["normalized_shape"]]
+    ones = r.input("weight") if r["weight"] is not None else r.constant(np.ones(axes, np.float32))
+    shift = [r.input("bias")] if r["bias"] is not None else []
+    r.end("LayerNormalization", [r.input("input"), ones, *shift], axis=-len(axes), epsilon=float(r["eps"]))
+
+
+def _group_norm(r: Reading) -> None:
+    """Groups as channels of which each is normalised by itself."""
+    r.first_only()
+    sizes, groups = r.sizes("input"), int(r["group"])
+    parted = r.add("Reshape", [r.input("input"), r.integers((sizes[0], groups, math.prod(sizes[1:]) // groups))])
+    vectors = [r.constant(np.full(groups, number, np.float32)) for number in (1, 0)]
+    normal = r.add("InstanceNormalization", [parted, *vectors], epsilon=float(r["eps"]))
+    last = r.add("Reshape", [normal, r.integers(sizes)])
+    for name, operation in (("weight", "Mul"), ("bias", "Add")):
+        if r[name] is not None:
+            vector = r.add("Reshape", [r.known(name), r.integers((sizes[1], *(1,) * (len(sizes) - 2)))])
+            last = r.add(operation, [last, vector])
+    r.end("Identity", [last])
+
+
+# ---- from one place to another -----------------------------------------------------------------
+
+
+def _reshape(r: Reading) -> None:
+    r.end("Reshape", [r.input(), r.integers(r.shape)])
+
+
+def _expand(r: Reading) -> None:
+    r.end("Expand", [r.input(), r.integers(r.shape)])
+
+
+def _permute(r: Reading) -> None:
+    r.end("Transpose", [r.input()], perm=[axis % len(r.shape) for axis in r["dims"]])
+
+
+def _transpose(first: str | int, second: str | int) -> Callable[[Reading], None]:
+    def read(r: Reading) -> None:
+        rank = len(r.shape)
+        one, other = (r.axis(at) if isinstance(at, str) else at % max(1, rank) for at in (first, second))
+        perm = list(range(rank))
+        if rank > 1:
+            perm[one], perm[other] = perm[other], perm[one]
+        r.end("Transpose", [r.input()], perm=perm)
+
+    return read
+
+
+def _cat(r: Reading) -> None:
+    filled = [node for node in r["tensors"] if shape(node) != (0,)]
+    axis = int(r["dim"]) % len(r.shape)
+    r.end("Concat", [r.graph.name(node) for node in filled], axis=axis)
+
+
+def _stack(r: Reading) -> None:
+    axis = int(r["dim"]) % len(r.shape)
+    longer = tuple(1 if at == axis else size for at, size in enumerate(r.shape))
+    parts = [r.add("Reshape", [r.graph.name(node), r.integers(longer)]) for node in r["tensors"]]
+    r.end("Concat", parts, axis=axis)
+
+
+def _split(r: Reading) -> None:
+    axis = r.axis("dim")
+    parts = [int(part.shape[axis]) for part in value(r.node)]
+    names = [f"{r.node.name}.part{number}" for number in range(len(parts))]
+    r.graph.add("Split", [r.input(), r.integers(parts)], names, axis=axis)
+    r.graph.names[r.node] = names
+
+
+def _slice(r: Reading) -> None:
+    axis = r.axis("dim")
+    start, stop, step = slice(r["start"], r["end"], r["step"]).indices(r.sizes()[axis])
+    r.end("Slice", [r.input(), *(r.integers([number]) for number in (start, stop, axis, step))])
+
+
+def _select(r: Reading) -> None:
+    axis = r.axis("dim")
+    index = int(r["index"]) % r.sizes()[axis]
+    part = r.add("Slice", [r.input(), *(r.integers([number]) for number in (index, index + 1, axis))])
+    r.end("Reshape", [part, r.integers(r.shape)])
+
+
+def _pad(mode: str) -> Callable[[Reading], None]:
+    def read(r: Reading) -> None:
+        rank, given = len(r.shape), [int(size) for size in r["pad" if mode == "constant" else "padding"]]
+        begins, ends = [0] * rank, [0] * rank
+        for place in range(len(given) // 2):  # from the last axis on
+            begins[rank - 1 - place], ends[rank - 1 - place] = given[2 * place : 2 * place + 2]
+        filled = [r.constant(np.float32(r["value"]))] if mode == "constant" else []
+        r.end("Pad", [r.input(), r.integers([*begins, *ends]), *filled], mode=mode)
+
+    return read
+
+
+def _resize(mode: str) -> Callable[[Reading], None]:
+    def read(r: Reading) -> None:
+        way = "half_pixel" if mode == "linear" else "asymmetric"
+        if mode == "linear" and r["align_corners"]:
+            way = "align_corners"
+        factors = [r[name] for name in r.arguments if name.startswith("scales")]
+        before, after = r.sizes()[2:], r.shape[2:]
+        scales = [out / size for size, out in zip(before, after, strict=True)]
+        given = factors[0] if len(factors) == 1 and isinstance(factors[0], list | tuple) else factors
+        exact = [factor or scale for factor, scale in zip(given, scales, strict=False)]
+        if way != "align_corners" and any(scale != factor for scale, factor in zip(scales, exact, strict=False)):
+            raise Refusal("sizes that are not the factor's")
+        options = {"coordinate_transformation_mode": way, "nearest_mode": "floor", "mode": mode}
+        r.end("Resize", [r.input(), "", "", r.integers(r.shape)], **options)
+
+    return read
+
+
+def _gathered(r: Reading) -> None:
+    """Pixels by index: what the nearest ones of a resized image become, where the indices are known."""
+    source, (*outer, rows, columns) = r.input(), r["indices"]
+    sizes, out = r.sizes(), r.shape
+    if len(sizes) != 4 or any(index is not None for index in outer) or len(outer) != 2:
+        raise Refusal("indices of other axes than an image's")
+    for index, axis in ((rows, 2), (columns, 3)):
+        if index not in r.graph.known:
+            raise Refusal("indices that are not known beforehand")
+        nearest = np.arange(out[axis]) * sizes[axis] // out[axis]
+        if r.graph.known[index].numel() != out[axis] or not np.array_equal(
+            array(r.graph.known[index]).reshape(-1), nearest
+        ):
+            raise Refusal("indices that are not those of the nearest pixels")
+    options = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "mode": "nearest"}
+    r.end("Resize", [source, "", "", r.integers(out)], **options)
+
+
+# ---- over many elements ------------------------------------------------------------------------
+
+
+def _convolution(r: Reading) -> None:
+    rank = len(r.shape) - 2
+    if rank not in (1, 2, 3):
+        raise Refusal(f"{rank} axes of an image; 1 to 3 are supported")
+    padding = r.window("padding", rank)
+    attributes: dict[str, Any] = {
+        "strides": r.window("stride", rank),
+        "pads": [*padding, *padding],
+        "dilations": r.window("dilation", rank),
+        "group": int(r["groups"]),
+        "kernel_shape": r.sizes("weight")[2:],
+    }
+    operation = "Conv"
+    if r["transposed"]:
+        operation, attributes["output_padding"] = "ConvTranspose", r.window("output_padding", rank)
+    operands = [r.input("input"), r.known("weight")] + ([r.known("bias")] if r["bias"] is not None else [])
+    r.end(operation, operands, **attributes)
+
+
+def _pool(r: Reading, operation: str, **attributes: Any) -> None:
+    """Windows that reach as far as the output's size needs: so is rounding up said, too."""
+    sizes = r.sizes()
+    rank = len(value(r.node)[0].shape if isinstance(value(r.node), tuple | list) else r.shape) - 2
+    if rank not in (1, 2, 3):
+        raise Refusal(f"{rank} axes of an image; 1 to 3 are supported")
+    kernel = r.window("kernel_size", rank)
+    strides = [stride or size for stride, size in zip(r.window("stride", rank, 0), kernel, strict=True)]
+    dilations = r.window("dilation", rank) if "dilation" in r.arguments else [1] * rank
+    padding = r.window("padding", rank)
+    ends = []
+    for size, out, k, s, d, begin in zip(sizes[2:], r.shape[2:], kernel, strides, dilations, padding, strict=True):
+        reach = (out - 1) * s + (k - 1) * d + 1 - size - begin
+        if reach > begin and attributes.get("count_include_pad"):
+            raise Refusal("a mean over padding that rounding up adds")
+        ends.append(max(reach, 0) if not attributes.get("count_include_pad") else begin)
+    r.end(operation, [r.input()], kernel_shape=kernel, strides=strides, pads=[*padding, *ends], **attributes)
+
+
+def _max_pool(r: Reading) -> None:
+    if isinstance(value(r.node), tuple | list):
+        r.first_only()
+    rank = len(r.shape) - 2
+    _pool(r, "MaxPool", dilations=r.window("dilation", rank))
+
+
+def _average_pool(r: Reading) -> None:
+    r.require("divisor_override", None)
+    _pool(r, "AveragePool", count_include_pad=int(r["count_include_pad"]))
+
+
+def _adaptive_pool(operation: str) -> Callable[[Reading], None]:
+    def read(r: Reading) -> None:
+        if isinstance(value(r.node), tuple | list):
+            r.first_only()
+        sizes, out = r.sizes()[2:], r.shape[2:]
+        if len(r.shape) != len(out) + 2 or any(size % parts for size, parts in zip(sizes, out, strict=True)):
+            raise Refusal(f"windows of different sizes: {list(sizes)} to {list(out)}")
+        kernel = [size // parts for size, parts in zip(sizes, out, strict=True)]
+        r.end(operation, [r.input()], kernel_shape=kernel, strides=kernel)
+
+    return read
+
+
+def _reduce(operation: str) -> Callable[[Reading], None]:
+    def read(r: Reading) -> None:
+        if "dtype" in r.arguments:
+            r.require("dtype", None, torch.float32)
+        axes = r.axes("dim") if "dim" in r.arguments else list(range(len(r.sizes())))
+        kept = int(r["keepdim"]) if "keepdim" in r.arguments else 0
+        r.end(operation, [r.input(), r.integers(axes)], keepdims=kept)
+
+    return read
+
+
+def _softmax(operation: str) -> Callable[[Reading], None]:
+    def read(r: Reading) -> None:
+        r.require("half_to_float", False)
+        r.end(operation, [r.input()], axis=r.axis("dim"))
+
+    return read
+
+
+def _addmm(r: Reading) -> None:
+    operands = [r.input("mat1"), r.input("mat2"), r.input("self")]
+    r.end("Gemm", operands, alpha=float(r["alpha"]), beta=float(r["beta"]))
+
+
+def _linear(r: Reading) -> None:
+    turned = r.add("Transpose", [r.known("weight")], perm=[1, 0])
+    if r["bias"] is None:
+        return r.end("MatMul", [r.input("input"), turned])
+    return r.end("Add", [r.add("MatMul", [r.input("input"), turned]), r.known("bias")])
+
+
+#: What reads each operator, by its name with the overload.
+READERS: Mapping[str, Callable[[Reading], None]] = {
+    **{
+        f"{name}.default": _simple(name.capitalize())
+        for name in ("relu", "sigmoid", "tanh", "exp", "log", "sqrt", "abs", "neg", "reciprocal", "floor", "ceil")
+    },
+    **{f"{name}.default": _simple(name.capitalize()) for name in ("erf", "sin", "cos", "mish")},
+    "hardswish.default": _simple("HardSwish"),
+    "hardsigmoid.default": lambda r: r.end("HardSigmoid", [r.input()], alpha=1 / 6, beta=0.5),
+    "silu.default": _silu,
+    "gelu.default": lambda r: r.end("Gelu", [r.input()], approximate=r["approximate"]),
+    "leaky_relu.default": lambda r: r.end("LeakyRelu", [r.input()], alpha=float(r["negative_slope"])),
+    "elu.default": _elu,
+    "softplus.default": _softplus,
+    "hardtanh.default": _clip("min_val", "max_val"),
+    "relu6.default": lambda r: r.end("Clip", [r.input(), *(r.constant(np.float32(bound)) for bound in (0, 6))]),
+    "clamp.default": _clip("min", "max"),
+    "clamp_min.default": lambda r: r.end("Clip", [r.input(), r.constant(np.float32(r.number("min", 0)))]),
+    "clamp_max.default": lambda r: r.end("Clip", [r.input(), "", r.constant(np.float32(r.number("max", 0)))]),
+    "_prelu_kernel.default": _prelu,
+    "rsqrt.default": lambda r: r.end("Reciprocal", [r.add("Sqrt", [r.input()])]),
+    "square.default": _square,
+    **{f"add.{overload}": _scaled("Add") for overload in ("Tensor", "Scalar")},
+    **{f"sub.{overload}": _scaled("Sub") for overload in ("Tensor", "Scalar")},
+    **{f"mul.{overload}": _simple("Mul", "self", "other") for overload in ("Tensor", "Scalar")},
+    **{f"div.{overload}": _simple("Div", "self", "other") for overload in ("Tensor", "Scalar")},
+    **{f"pow.Tensor_{overload}": _simple("Pow", "self", "exponent") for overload in ("Tensor", "Scalar")},
+    "maximum.default": _simple("Max", "self", "other"),
+    "minimum.default": _simple("Min", "self", "other"),
+    **{f"{name}.default": _copied for name in ("clone", "alias", "detach", "lift_fresh_copy")},
+    "_to_copy.default": _converted,
+    "as_strided.default": _restrided,
+    "_native_batch_norm_legit_no_training.default": _batch_norm,
+    "native_layer_norm.default": _layer_norm,
+    "native_group_norm.default": _group_norm,
+    **{f"{name}.default": _reshape for name in ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze")},
+    **{f"squeeze.{overload}": _reshape for overload in ("dim", "dims")},
+    "flatten.using_ints": _reshape,
+    "expand.default": _expand,
+    "permute.default": _permute,
+    "t.default": _transpose(0, 1),
+    "transpose.int": _transpose("dim0", "dim1"),
+    "cat.default": _cat,
+    "stack.default": _stack,
+    "split.Tensor": _split,
+    "split_with_sizes.default": _split,
+    "slice.Tensor": _slice,
+    "select.int": _select,
+    "constant_pad_nd.default": _pad("constant"),
+    **{f"reflection_pad{rank}d.default": _pad("reflect") for rank in (1, 2, 3)},
+    **{f"replication_pad{rank}d.default": _pad("edge") for rank in (1, 2, 3)},
+    "pixel_shuffle.default": lambda r: r.end(
+        "DepthToSpace", [r.input()], blocksize=int(r["upscale_factor"]), mode="CRD"
+    ),
+    **{f"upsample_nearest{rank}d.{kind}": _resize("nearest") for rank in (1, 2, 3) for kind in ("default", "vec")},
+    **{f"upsample_bilinear2d.{kind}": _resize("linear") for kind in ("default", "vec")},
+    "_unsafe_index.Tensor": _gathered,
+    "index.Tensor": _gathered,
+    "convolution.default": _convolution,
+    **{f"max_pool{rank}d_with_indices.default": _max_pool for rank in (2, 3)},
+    "max_pool2d.default": _max_pool,
+    **{f"avg_pool{rank}d.default": _average_pool for rank in (2, 3)},
+    "_adaptive_avg_pool2d.default": _adaptive_pool("AveragePool"),
+    "_adaptive_avg_pool3d.default": _adaptive_pool("AveragePool"),
+    "adaptive_max_pool2d.default": _adaptive_pool("MaxPool"),
+    "mean.dim": _reduce("ReduceMean"),
+    "mean.default": _reduce("ReduceMean"),
+    "sum.dim_IntList": _reduce("ReduceSum"),
+    "sum.default": _reduce("ReduceSum"),
+    "amax.default": _reduce("ReduceMax"),
+    "amin.default": _reduce("ReduceMin"),
+    "_softmax.default": _softmax("Softmax"),
+    "_log_softmax.default": _softmax("LogSoftmax"),
+    "mm.default": _simple("MatMul", "self", "mat2"),
+    "bmm.default": _simple("MatMul", "self", "mat2"),
+    "addmm.default": _addmm,
+    "linear.default": _linear,
+}
+#: Operators that a network is made for: what has none of them stays PyTorch's.
+PRODUCTS = frozenset({"convolution.default", "mm.default", "bmm.default", "addmm.default", "linear.default"})

@@ -1,0 +1,103 @@
+"""Programs that ``torch.export`` has made: ``convgen.compile(torch.export.export(model, (x,)))``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ...errors import KernelError, SpecError, UnsupportedError
+from .aten import Known, value
+from .program import Compile, Program
+
+_WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+class TorchProgram:
+    """An exported program, compiled with its weights as they were: called as the module was, it gives what that gave.
+
+    Attributes:
+        networks: what convgen computes, in order.
+        outside: nodes that PyTorch computes, by name, and why.
+    """
+
+    def __init__(self, program: ExportedProgram, compiled: Compile, name: str) -> None:
+        program = program.run_decompositions({})
+        signature = program.graph_signature
+        changed = [spec.target for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
+        if changed:
+            raise UnsupportedError(
+                f"expected a program that changes nothing, found that it writes {changed}; call eval()"
+            )
+        placeholders = program.graph.find_nodes(op="placeholder")
+        kinds = list(zip(placeholders, signature.input_specs, strict=True))
+        self._given = [node for node, spec in kinds if spec.kind is InputKind.USER_INPUT]
+        odd = sorted({spec.kind.name for _, spec in kinds} - {kind.name for kind in (*_WEIGHTS, InputKind.USER_INPUT)})
+        if odd:
+            raise UnsupportedError(f"expected parameters, buffers and inputs, found {', '.join(odd)}")
+        _check_sizes(self._given)
+        values = {**program.constants, **program.state_dict}
+        weights = {node: values[str(spec.target)] for node, spec in kinds if spec.kind in _WEIGHTS}
+        self._weights = [weights.get(node) for node in placeholders]
+        self._tree = program.call_spec
+        self._program = Program(program.graph_module, {**weights, **_attributes(program.graph_module)}, compiled, name)
+        self.networks, self.outside = self._program.networks, self._program.outside
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module gives.
+
+        Raises:
+            KernelError: an argument is not shaped as when the module was exported, or the arguments are others.
+        """
+        given, tree = tree_flatten((args, kwargs))
+        if tree != self._tree.in_spec:
+            raise KernelError(f"arguments: expected {self._tree.in_spec}, found {tree}")
+        for node, tensor in zip(self._given, given, strict=True):
+            _check_input(node, tensor)
+        inputs = iter(given)
+        with torch.no_grad():
+            results = self._program(*(next(inputs) if weight is None else weight for weight in self._weights))
+        return tree_unflatten(list(results), self._tree.out_spec)
+
+    def export(self, directory: str | Path, *, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Write it as a C library; see :meth:`convgen.network.network.Network.export`.
+
+        Raises:
+            UnsupportedError: nodes stay PyTorch's: names each of them, and why.
+        """
+        if self.outside or len(self.networks) != 1:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.outside.items())
+            raise UnsupportedError(f"expected a program that is one network, found {len(self.networks)}: {reasons}")
+        return self.networks[0].export(directory, facts=facts)
+
+
+def _attributes(graph: fx.GraphModule) -> Known:
+    return {node: getattr(graph, str(node.target)) for node in graph.graph.find_nodes(op="get_attr")}
+
+
+def _check_sizes(inputs: list[fx.Node]) -> None:
+    """Raise SpecError unless the sizes of inputs are known."""
+    for node in inputs:
+        found = value(node)
+        open_sizes = [size for size in found.shape if not isinstance(size, int)] if isinstance(found, Tensor) else []
+        if open_sizes:
+            raise SpecError(f"input {node.name!r}", "a program exported for known sizes", f"the size {open_sizes[0]}")
+
+
+def _check_input(node: fx.Node, given: Any) -> None:
+    """Raise KernelError unless an argument is as the module was exported with."""
+    expected = value(node)
+    if not isinstance(expected, Tensor):
+        if given != expected:
+            raise KernelError(f"{node.name}: expected {expected!r} as when it was exported, found {given!r}")
+    elif not isinstance(given, Tensor):
+        raise KernelError(f"{node.name}: expected a tensor, found {type(given).__name__}")
+    elif given.shape != expected.shape or given.dtype != expected.dtype or given.device != expected.device:
+        wanted, found = (f"{list(t.shape)} of {t.dtype} on {t.device}" for t in (expected, given))
+        raise KernelError(f"{node.name}: expected {wanted}, found {found}")

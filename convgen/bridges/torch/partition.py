@@ -1,0 +1,167 @@
+"""Which nodes of a traced graph become networks, and which stay PyTorch's."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ...network.nodes import Refusal
+from .aten import PRODUCTS, Known, OnnxGraph, operator, value
+from .strides import storage_order
+
+
+@dataclass(frozen=True)
+class Part:
+    """Nodes that become one network.
+
+    Attributes:
+        nodes: in order.
+        inputs: nodes outside, which are not known, whose tensors these read.
+        outputs: those of them whose tensors are read outside.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A traced graph, divided.
+
+    Attributes:
+        known: values of the nodes that do not depend on the graph's inputs.
+        parts: what becomes networks; each depends on those before it only.
+        stages: of every other node, the number of parts that must be computed before it.
+        outside: nodes that stay PyTorch's by name, and why.
+    """
+
+    known: Known
+    parts: tuple[Part, ...]
+    stages: dict[fx.Node, int]
+    outside: dict[str, str]
+
+
+def divide(graph: fx.Graph, parameters: Known) -> Partition:
+    """Divide a graph so that as few networks as possible have all nodes that can be taken.
+
+    Between two parts lies a node that is not taken, so that none can wait for itself.
+
+    Args:
+        graph: of aten operators without side effects, with fake tensors as ``meta["val"]``.
+        parameters: values of placeholders and attributes that do not change.
+    """
+    known = evaluated(graph, parameters)
+    reasons = _refusals(graph, known)
+    while True:
+        stages = _stages(graph, known, reasons)
+        found: dict[int, list[fx.Node]] = defaultdict(list)
+        for node, stage in stages.items():
+            if node not in reasons:
+                found[stage].append(node)
+        idle = [nodes for nodes in found.values() if not any(operator(node) in PRODUCTS for node in nodes)]
+        if not idle:
+            break
+        reasons |= {node: "no convolution or product is beside it" for nodes in idle for node in nodes}
+    parts = {stage: _part(nodes, known) for stage, nodes in sorted(found.items())}
+    places = {stage: place for place, stage in enumerate(parts)}
+    waits = {node: sum(1 for other in places if other < stages[node]) for node in reasons}
+    outside = {node.name: f"{node.target}: {reason}" for node, reason in reasons.items() if node.target is not getitem}
+    return Partition(known, tuple(parts.values()), waits, outside)
+
+
+def evaluated(graph: fx.Graph, parameters: Known) -> dict[fx.Node, Tensor]:
+    """The tensors that do not depend on a graph's inputs, computed by PyTorch."""
+    known = dict(parameters)
+    with torch.no_grad():
+        for node in graph.nodes:
+            if node.op != "call_function" or not isinstance(value(node), Tensor) or not _repeatable(node):
+                continue
+            if all(given in known for given in node.all_input_nodes):
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+                known[node] = node.target(*args, **kwargs)
+    return known
+
+
+def _repeatable(node: fx.Node) -> bool:
+    """Whether an operator gives the same each time, and does nothing else."""
+    target: Any = node.target
+    random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+    return hasattr(target, "_schema") and not target._schema.is_mutable and not random
+
+
+def _refusals(graph: fx.Graph, known: Known) -> dict[fx.Node, str]:
+    """The nodes that are not taken, and why; of those that are not known."""
+    tried = OnnxGraph(known, values=False)
+    reasons: dict[fx.Node, str] = {}
+    for node in _computed(graph, known):
+        try:
+            if node.target is getitem and node.args[0] in reasons:
+                raise Refusal(reasons[node.args[0]])
+            _check_tensors(node)
+            tried.take(node)
+        except Refusal as error:
+            reasons[node] = str(error)
+    # A tensor that lies in another one's memory with gaps is left to PyTorch where PyTorch reads it.
+    for node in reversed(_computed(graph, known)):
+        given = value(node)
+        apart = isinstance(given, Tensor) and storage_order(given) is None
+        if node not in reasons and apart and any(user in reasons or user.op == "output" for user in node.users):
+            reasons[node] = "its elements lie apart in memory"
+    return reasons
+
+
+def _computed(graph: fx.Graph, known: Known) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_function" and node not in known]
+
+
+def _check_tensors(node: fx.Node) -> None:
+    """Raise Refusal unless all that a node reads and gives is f32, on the CPU, and has elements."""
+    found = value(node)
+    several = node.op == "call_function" and isinstance(found, tuple | list)
+    first = found[:1] if several and "split" not in str(node.target) else found
+    tensors = [(node.name, one) for one in (first if several else [found])]
+    for name, tensor in [*tensors, *((given.name, value(given)) for given in node.all_input_nodes)]:
+        if isinstance(tensor, tuple | list | int | torch.SymInt):
+            continue  # the items of several are looked at by themselves
+        if not isinstance(tensor, Tensor):
+            raise Refusal(f"{name} is a {type(tensor).__name__}; tensors are supported")
+        if tensor.device.type != "cpu":
+            raise Refusal(f"{name} is on {tensor.device}; the CPU is supported")
+        if not tensor.numel():
+            raise Refusal(f"{name} has no elements")
+        is_index = tensor.dtype == torch.int64 and "index" in str(node.target)
+        if tensor.dtype != torch.float32 and not is_index:
+            raise Refusal(f"{name} is of {tensor.dtype}; torch.float32 is supported")
+
+
+def _stages(graph: fx.Graph, known: Known, reasons: dict[fx.Node, str]) -> dict[fx.Node, int]:
+    """How often what leads to a node leaves what is taken, on the way that does so most often.
+
+    Taken nodes of one stage never wait for each other through one that is not taken.
+    """
+    stages: dict[fx.Node, int] = {}
+    for node in _computed(graph, known):
+        before = [(given, stages[given]) for given in node.all_input_nodes if given in stages]
+        leaves = node in reasons
+        stages[node] = max((stage + (leaves and given not in reasons) for given, stage in before), default=0)
+    return stages
+
+
+def _part(nodes: list[fx.Node], known: Known) -> Part:
+    inside = set(nodes)
+    inputs = dict.fromkeys(
+        given for node in nodes for given in node.all_input_nodes if given not in inside and given not in known
+    )
+    outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+    return Part(tuple(nodes), tuple(_tensors(inputs)), tuple(_tensors(outputs)))
+
+
+def _tensors(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    return [node for node in nodes if isinstance(value(node), Tensor)]

@@ -1,0 +1,147 @@
+"""Traced graphs as programs: networks, and between them what stays PyTorch's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+from ...errors import SpecError, UnsupportedError
+from ...network.network import Network
+from .aten import Known, OnnxGraph, value
+from .partition import Part, Partition, divide
+from .strides import Perm, storage_order
+
+log = logging.getLogger("convgen.bridges.torch")
+
+#: What compiles an ONNX model.
+Compile: TypeAlias = Callable[[Any], Network]
+
+
+class Program:
+    """A traced graph, compiled: ``program(*inputs)`` takes and gives what the graph does.
+
+    Attributes:
+        networks: what convgen computes, in order.
+        outside: nodes that PyTorch computes, by name, and why.
+    """
+
+    def __init__(self, graph: fx.GraphModule, parameters: Known, compiled: Compile, name: str) -> None:
+        partition = divide(graph.graph, parameters)
+        self.outside = dict(partition.outside)
+        calls: dict[Part, NetworkCall] = {}
+        for number, part in enumerate(partition.parts):
+            own = f"{name}_{number}" if len(partition.parts) > 1 else name
+            try:
+                calls[part] = _call(part, partition.known, compiled, own)
+            except (UnsupportedError, SpecError) as error:  # what its reader alone can tell
+                self.outside |= {node.name: f"{node.target}: {error}" for node in part.nodes}
+        self.networks = [call.network for call in calls.values()]
+        self._run = _joined(graph, partition, calls)
+        for node, reason in self.outside.items():
+            log.info("%s: %s stays PyTorch's: %s", name, node, reason)
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._run(*inputs)
+
+
+class NetworkCall(nn.Module):  # type: ignore[misc]
+    """A network on PyTorch's tensors, which share their memory with it.
+
+    Args:
+        network: its inputs and outputs are shaped as they lie in memory.
+        inputs: the order of each input's axes in memory.
+        outputs: shape, strides, and the order of axes of each.
+    """
+
+    def __init__(self, network: Network, inputs: Sequence[Perm], outputs: Sequence[tuple[Any, Any, Perm]]) -> None:
+        super().__init__()
+        self.network, self.inputs = network, tuple(inputs)
+        self.outputs = tuple(zip(network.outputs, outputs, strict=True))
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        arrays = [_array(tensor, perm) for tensor, perm in zip(tensors, self.inputs, strict=True)]
+        results, out = [], {}
+        for name, (sizes, strides, perm) in self.outputs:
+            result = torch.empty_strided(sizes, strides)
+            results.append(result)
+            out[name] = result.permute(perm).numpy()
+        self.network(*arrays, out=out)
+        return results
+
+
+def _array(tensor: Tensor, perm: Perm) -> Any:
+    """A tensor as NumPy has it, its axes as they lie in memory; a copy where they lie otherwise."""
+    return tensor.detach().permute(perm).contiguous().numpy()
+
+
+def _order(node: fx.Node) -> Perm:
+    """The axes of a node's tensor from the outermost in memory to the innermost."""
+    tensor = value(node)
+    return storage_order(tensor) or tuple(range(tensor.dim()))
+
+
+def _call(part: Part, known: Known, compiled: Compile, name: str) -> NetworkCall:
+    """Compile a part.
+
+    Raises:
+        UnsupportedError: something of it is not taken after all.
+    """
+    graph = OnnxGraph(known)
+    for node in part.inputs:
+        graph.add_input(node, _order(node))
+    for node in part.nodes:
+        graph.take(node)
+    for node in part.outputs:
+        graph.add_output(node, _order(node))
+    network = compiled(graph.model(name))
+    outputs = [(_ints(value(node).shape), _ints(value(node).stride()), _order(node)) for node in part.outputs]
+    return NetworkCall(network, [_order(node) for node in part.inputs], outputs)
+
+
+def _ints(sizes: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(map(int, sizes))
+
+
+def _joined(whole: fx.GraphModule, partition: Partition, calls: dict[Part, NetworkCall]) -> fx.GraphModule:
+    """The graph with calls of networks in the place of their nodes."""
+    graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
+
+    def copy(node: fx.Node) -> None:
+        made[node] = graph.node_copy(node, made.__getitem__)
+
+    inside = {node for part in calls for node in part.nodes}
+    left = [node for node in whole.graph.nodes if node.op != "output" and node not in inside]
+    plain = [node for node in left if node.op != "call_function" or node in partition.known]
+    for node in plain:
+        copy(node)
+    waiting = [node for node in left if node not in set(plain)]
+    for stage, part in enumerate(partition.parts):
+        for node in [node for node in waiting if partition.stages.get(node, stage + 1) <= stage]:
+            copy(node)
+            waiting.remove(node)
+        if part not in calls:
+            for node in part.nodes:
+                copy(node)
+                waiting.remove(node)
+            continue
+        results = graph.call_module(f"network{stage}", tuple(made[node] for node in part.inputs))
+        for place, node in enumerate(part.outputs):
+            made[node] = graph.call_function(_item, (results, place))
+    for node in [*waiting, *whole.graph.find_nodes(op="output")]:
+        copy(node)
+    root: dict[str, Any] = {
+        f"network{stage}": calls[part] for stage, part in enumerate(partition.parts) if part in calls
+    }
+    root |= {str(node.target): getattr(whole, str(node.target)) for node in graph.find_nodes(op="get_attr")}
+    joined = fx.GraphModule(root, graph)
+    joined.graph.eliminate_dead_code()
+    joined.recompile()
+    return joined
+
+
+def _item(results: list[Tensor], place: int) -> Tensor:
+    return results[place]
