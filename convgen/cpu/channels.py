@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from tvm import te, tirx
 
+from ..errors import Inapplicable
 from ..hardware.target import Target
 from ..lowering.compute import Expr, Operands, ceildiv, copied, unflat
 from ..lowering.schedule import Picks, Program, Written, busiest, require
@@ -91,7 +92,8 @@ def tiles_of(g: Geometry, picks: Picks, lanes: int) -> Iterator[Alike]:
 @lru_cache(maxsize=1024)
 def _default(schedule: ChannelsInLanes, spec: ConvSpec, target: Target) -> Picks:
     """The fastest tile; with it, the fastest cut into tasks."""
-    domains, core = schedule.space(spec, target).domains, core_of(target)
+    space, core = schedule.space(spec, target), core_of(target)
+    domains = space.domains
 
     def speed(picks: Picks) -> tuple[float, int]:
         work = schedule.work(spec, target, picks)
@@ -105,13 +107,21 @@ def _default(schedule: ChannelsInLanes, spec: ConvSpec, target: Target) -> Picks
         for work in [schedule.work(spec, target, variant)]
         for values in itertools.product(*(domains[n] for n in cut))
     ]
-    points = [(picks, work) for picks, work in points if schedule.reason_against(spec, target, picks) is None]
+    points = [(picks, work) for picks, work in points if picks in space and _is_valid(schedule, spec, target, picks)]
 
     def penalty(point: tuple[Picks, list[Work]]) -> tuple[float, int, int]:
         picks, work = point
         return core.cycles(_counts(schedule, spec, target, picks, work)), picks.parallel_oc, -picks.block
 
     return min(points, key=penalty)[0]
+
+
+def _is_valid(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, picks: Picks) -> bool:
+    try:
+        schedule.valid(spec, target, picks)
+    except Inapplicable:
+        return False
+    return True
 
 
 def _counts(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, picks: Picks, work: Sequence[Work]) -> Counts:

@@ -527,4 +527,4 @@ class Layer(Loaded):
         self._free_args.append(args)
         if status:
             library._require(status)
-        return dst
+        return returned(dst, x) if out is None else out

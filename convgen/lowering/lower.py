@@ -237,6 +237,7 @@ def _aligned(module: Any, alignments: Mapping[str, int]) -> Any:
     has no mutator in Python, so the serialised form is edited.
     """
     import tvm
+    from tvm_ffi.serialization import from_json_graph_str  # tvm.ir.load_json first walks the graph for old versions
 
     graph = json.loads(tvm.ir.save_json(module))
     nodes = graph["nodes"]
@@ -246,7 +247,7 @@ def _aligned(module: Any, alignments: Mapping[str, int]) -> Any:
         buffer = nodes[node["data"]["ty"]]
         if buffer["type"] == "tirx.BufferType":
             buffer["data"]["data_alignment"] = alignments[name]
-    return tvm.ir.load_json(json.dumps(graph))
+    return from_json_graph_str(json.dumps(graph))
 
 
 def _workspace(module: Any) -> Workspace:

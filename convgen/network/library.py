@@ -14,7 +14,18 @@ from typing import Any
 import numpy as np
 
 from ..errors import ExportError, KernelError
-from ..kernel.library import Array, Bytes, Loaded, Pool, aligned, as_array, check_array, shared_pool, thread_count
+from ..kernel.library import (
+    Array,
+    Bytes,
+    Loaded,
+    Pool,
+    aligned,
+    as_array,
+    check_array,
+    returned,
+    shared_pool,
+    thread_count,
+)
 from ..kernel.mapped import open_library
 from ..lowering.interface import TensorInfo
 
@@ -141,7 +152,8 @@ class NetworkLibrary(Loaded):
             out: arrays to write outputs to, by name.
 
         Returns:
-            The output as an array; where there are several, all of them by name.
+            The output, as what the first input is: an array, or a tensor of PyTorch; where there are several, all by
+            name. Those that ``out`` has are its own.
 
         Raises:
             KernelError: an argument is not what the network needs.
@@ -170,7 +182,9 @@ class NetworkLibrary(Loaded):
         status = self._run(self._network, ctypes.byref(args))
         self.workspaces.append(workspace)
         self._require(status)
-        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+        given = next(iter((*arrays, *named.values())), None)
+        results = {name: out[name] if name in out else returned(array, given) for name, array in outputs.items()}
+        return next(iter(results.values())) if len(results) == 1 else results
 
     @property
     def version(self) -> str:

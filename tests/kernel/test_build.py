@@ -426,8 +426,12 @@ def test_tensors_of_another_library_are_read_and_written_in_place(kernel: Kernel
     torch = pytest.importorskip("torch")
     layer = kernel.bind(torch.from_numpy(data["weights"]), torch.from_numpy(data["bias"]))
     out = torch.zeros(SPEC.dst_shape)
-    layer(torch.from_numpy(data["src"].copy()), out=out)
+    src = torch.from_numpy(data["src"].copy())
+    assert layer(src, out=out) is out
     np.testing.assert_array_equal(out.numpy(), reference(SPEC, data))
+    made = layer(src)
+    assert isinstance(made, torch.Tensor)
+    assert torch.equal(made, out)
 
 
 def test_a_default_that_a_search_rejected_is_not_built() -> None:

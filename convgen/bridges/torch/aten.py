@@ -146,6 +146,11 @@ def operator(node: fx.Node) -> str:
     return str(node.target).removeprefix("aten.")
 
 
+def is_read(operation: Any) -> bool:
+    """Whether an operator of PyTorch is among those that are taken."""
+    return str(operation).removeprefix("aten.") in READERS
+
+
 class Reading:
     """One node as it is read: its arguments by name, checked, and what it becomes."""
 
@@ -246,11 +251,11 @@ def _simple(operation: str, *names: str) -> Callable[[Reading], None]:
     return lambda r: r.end(operation, [r.input(name) for name in names])
 
 
-def _scaled(operation: str) -> Callable[[Reading], None]:
+def _scaled(operation: str, first: str = "self", second: str = "other") -> Callable[[Reading], None]:
     """A sum or difference whose second operand has a factor."""
 
     def read(r: Reading) -> None:
-        left, right = r.input("self"), r.input("other")
+        left, right = r.input(first), r.input(second)
         if r["alpha"] != 1:
             right = r.add("Mul", [right, r.constant(np.float32(r["alpha"]))])
         r.end(operation, [left, right])
@@ -373,6 +378,13 @@ def _transpose(first: str | int, second: str | int) -> Callable[[Reading], None]
     return read
 
 
+def _channel_shuffle(r: Reading) -> None:
+    (n, c, *pixels), groups = r.shape, int(r["groups"])
+    parted = r.add("Reshape", [r.input(), r.integers((n, groups, c // groups, *pixels))])
+    turned = r.add("Transpose", [parted], perm=[0, 2, 1, *range(3, len(pixels) + 3)])
+    r.end("Reshape", [turned, r.integers(r.shape)])
+
+
 def _cat(r: Reading) -> None:
     filled = [node for node in r["tensors"] if shape(node) != (0,)]
     axis = int(r["dim"]) % len(r.shape)
@@ -425,14 +437,15 @@ def _resize(mode: str) -> Callable[[Reading], None]:
         if mode == "linear" and r["align_corners"]:
             way = "align_corners"
         factors = [r[name] for name in r.arguments if name.startswith("scales")]
-        before, after = r.sizes()[2:], r.shape[2:]
+        source = "input" if "input" in r.arguments else "self"
+        before, after = r.sizes(source)[2:], r.shape[2:]
         scales = [out / size for size, out in zip(before, after, strict=True)]
         given = factors[0] if len(factors) == 1 and isinstance(factors[0], list | tuple) else factors
         exact = [factor or scale for factor, scale in zip(given, scales, strict=False)]
         if way != "align_corners" and any(scale != factor for scale, factor in zip(scales, exact, strict=False)):
             raise Refusal("sizes that are not the factor's")
         options = {"coordinate_transformation_mode": way, "nearest_mode": "floor", "mode": mode}
-        r.end("Resize", [r.input(), "", "", r.integers(r.shape)], **options)
+        r.end("Resize", [r.input(source), "", "", r.integers(r.shape)], **options)
 
     return read
 
@@ -576,6 +589,7 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "square.default": _square,
     **{f"add.{overload}": _scaled("Add") for overload in ("Tensor", "Scalar")},
     **{f"sub.{overload}": _scaled("Sub") for overload in ("Tensor", "Scalar")},
+    **{f"rsub.{overload}": _scaled("Sub", "other", "self") for overload in ("Tensor", "Scalar")},
     **{f"mul.{overload}": _simple("Mul", "self", "other") for overload in ("Tensor", "Scalar")},
     **{f"div.{overload}": _simple("Div", "self", "other") for overload in ("Tensor", "Scalar")},
     **{f"pow.Tensor_{overload}": _simple("Pow", "self", "exponent") for overload in ("Tensor", "Scalar")},
@@ -606,6 +620,7 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "pixel_shuffle.default": lambda r: r.end(
         "DepthToSpace", [r.input()], blocksize=int(r["upscale_factor"]), mode="CRD"
     ),
+    "channel_shuffle.default": _channel_shuffle,
     **{f"upsample_nearest{rank}d.{kind}": _resize("nearest") for rank in (1, 2, 3) for kind in ("default", "vec")},
     **{f"upsample_bilinear2d.{kind}": _resize("linear") for kind in ("default", "vec")},
     "_unsafe_index.Tensor": _gathered,

@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...errors import KernelError, SpecError, UnsupportedError
-from .aten import Known, value
+from .aten import Known, is_read, value
 from .program import Compile, Program
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -28,7 +28,8 @@ class TorchProgram:
     """
 
     def __init__(self, program: ExportedProgram, compiled: Compile, name: str) -> None:
-        program = program.run_decompositions({})
+        program = program.run_decompositions(_composites())
+        _drop_checks(program.graph_module)
         signature = program.graph_signature
         changed = [spec.target for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
         if changed:
@@ -75,6 +76,19 @@ class TorchProgram:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.outside.items())
             raise UnsupportedError(f"expected a program that is one network, found {len(self.networks)}: {reasons}")
         return self.networks[0].export(directory, facts=facts)
+
+
+def _composites() -> dict[Any, Any]:
+    """What makes operators that consist of others into these, where the former are not taken themselves."""
+    known = torch.export.default_decompositions().items()
+    return {operation: make for operation, make in known if operation._can_decompose() and not is_read(operation)}
+
+
+def _drop_checks(traced: fx.GraphModule) -> None:
+    """Take out what checks dtypes that tracing has found already."""
+    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        traced.graph.erase_node(node)
+    traced.recompile()
 
 
 def _attributes(graph: fx.GraphModule) -> Known:

@@ -76,12 +76,12 @@ def divide(graph: fx.Graph, parameters: Known) -> Partition:
     return Partition(known, tuple(parts.values()), waits, outside)
 
 
-def evaluated(graph: fx.Graph, parameters: Known) -> dict[fx.Node, Tensor]:
-    """The tensors that do not depend on a graph's inputs, computed by PyTorch."""
-    known = dict(parameters)
+def evaluated(graph: fx.Graph, parameters: Known) -> dict[fx.Node, Any]:
+    """What does not depend on a graph's inputs, computed by PyTorch."""
+    known: dict[fx.Node, Any] = dict(parameters)
     with torch.no_grad():
         for node in graph.nodes:
-            if node.op != "call_function" or not isinstance(value(node), Tensor) or not _repeatable(node):
+            if node.op != "call_function" or not _repeatable(node):
                 continue
             if all(given in known for given in node.all_input_nodes):
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
@@ -92,6 +92,8 @@ def evaluated(graph: fx.Graph, parameters: Known) -> dict[fx.Node, Tensor]:
 def _repeatable(node: fx.Node) -> bool:
     """Whether an operator gives the same each time, and does nothing else."""
     target: Any = node.target
+    if target is getitem:
+        return True
     random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
     return hasattr(target, "_schema") and not target._schema.is_mutable and not random
 

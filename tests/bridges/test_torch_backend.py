@@ -1,0 +1,286 @@
+"""``torch.compile(model, backend="convgen")`` and exported programs: what they give, and when they compile anew."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paths import ROOT, SUPPORT
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402, N812
+
+import convgen  # noqa: E402
+from convgen.bridges.torch import backend as module  # noqa: E402
+from convgen.bridges.torch.backend import FrozenGraph, backend  # noqa: E402
+from convgen.bridges.torch.program import Program  # noqa: E402
+from convgen.errors import KernelError, SpecError, UnsupportedError  # noqa: E402
+
+pytestmark = [pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"), pytest.mark.timeout(600)]
+
+
+class Block(nn.Module):
+    """A residual block, and what classifies its mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.second, self.last = nn.Conv2d(16, 16, 1), nn.Linear(16, 5)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first(x)))
+        return F.relu(self.second(x) + x)
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.features(x)
+        return {"scores": self.last(features.mean((2, 3))), "features": features, "pair": (x, 3)}
+
+
+class Halves(nn.Module):
+    """Two convolutions, and between them what no network takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.second(self.first(x).cumsum(1).relu())
+        return made
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What is compiled meanwhile, by PyTorch's compiler begun anew."""
+    found: list[Any] = []
+
+    def program(*args: Any) -> Any:
+        found.append(Program(*args))
+        return found[-1]
+
+    monkeypatch.setattr(module, "Program", program)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield found
+    torch._dynamo.reset()
+
+
+def close(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
+
+
+def test_a_module_in_both_memory_formats_and_of_another_batch(compiled: list[Any]) -> None:
+    block = Block().eval()
+    block.norm.running_mean.uniform_()
+    fast = torch.compile(block, backend=backend)
+    for x in (torch.randn(1, 8, 12, 10), torch.randn(1, 8, 12, 10).to(memory_format=torch.channels_last)):
+        wanted, found = block(x), fast(x)
+        close(found, wanted)
+        assert found["pair"][0] is x
+        assert found["features"].stride() == wanted["features"].stride()
+    assert [program.outside for program in compiled] == [{}, {}]
+    x = torch.randn(3, 8, 12, 10)
+    close(fast(x), block(x))
+    close(fast(x + 1), block(x + 1))
+    assert len(compiled) == 3
+
+
+def test_what_is_unknown_stays_with_pytorch_and_is_named(compiled: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    halves, x = Halves().eval(), torch.randn(2, 4, 9, 9)
+    with caplog.at_level(logging.INFO, "convgen.bridges.torch"):
+        close(torch.compile(halves, backend=backend)(x), halves(x))
+    (program,) = compiled
+    assert len(program.networks) == 2
+    assert list(program.outside.values()) == ["aten.cumsum.default: no such operator is known here"]
+    assert "cumsum" in caplog.text
+
+
+def test_weights_that_change_are_taken_anew(compiled: list[Any]) -> None:
+    layer, x = nn.Conv2d(4, 4, 3), torch.randn(1, 4, 6, 6)
+    fast = torch.compile(layer, backend=backend)
+    for change in (
+        lambda: None,
+        lambda: layer.weight.mul_(2),
+        lambda: layer.load_state_dict(nn.Conv2d(4, 4, 3).state_dict()),
+    ):
+        change()
+        close(fast(x), layer(x))
+        close(fast(x), layer(x))
+    assert len(compiled) == 3
+
+
+def test_modules_that_share_their_code_keep_their_weights(compiled: list[Any]) -> None:
+    layers, x = [nn.Conv2d(4, 4, 3) for _ in range(2)], torch.randn(1, 4, 6, 6)
+    fast = [torch.compile(layer, backend=backend) for layer in layers]
+    for _ in range(2):
+        for layer, made in zip(layers, fast, strict=True):
+            close(made(x), layer(x))
+    assert len(compiled) == 2
+
+
+def test_more_weights_than_the_limit_are_left_to_pytorch(
+    compiled: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "LIMIT", 1)
+    layer, x = nn.Conv2d(4, 4, 3), torch.randn(1, 4, 6, 6)
+    fast = torch.compile(layer, backend=backend)
+    for _ in range(3):
+        close(fast(x), layer(x))
+        layer.weight.mul_(2)
+    assert len(compiled) == 1
+    assert "PyTorch runs it" in caplog.text
+
+
+def test_gradients_are_pytorchs(compiled: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    layer, x = nn.Conv2d(4, 4, 3), torch.randn(1, 4, 6, 6)
+    fast = torch.compile(layer, backend=backend)
+    with torch.enable_grad():
+        fast(x).sum().backward()
+        found, layer.weight.grad = layer.weight.grad, None
+        layer(x).sum().backward()
+        close(found, layer.weight.grad)
+    assert not compiled
+    assert "torch.no_grad()" in caplog.text
+    close(fast(x), layer(x))
+    assert len(compiled) == 1
+
+
+def test_what_is_written_to_inputs_is_written(compiled: list[Any]) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor, total: Tensor) -> Tensor:
+            made: Tensor = self.layer(x)
+            total += made
+            return made[:, ::2]
+
+    writes, x, totals = Writes(), torch.randn(1, 4, 6, 6), [torch.ones(1, 4, 6, 6) for _ in range(2)]
+    close(torch.compile(writes, backend=backend)(x, totals[0]), writes(x, totals[1]))
+    close(totals[0], totals[1])
+
+
+def test_options(compiled: list[Any]) -> None:
+    layer, x = nn.Conv2d(4, 4, 3), torch.randn(1, 4, 6, 6)
+    close(torch.compile(layer, backend=backend, options={"threads": 2, "accuracy": "strict"})(x), layer(x))
+    (network,) = compiled[0].networks
+    assert network.threads == 2
+    assert "strict" in str(network.layers())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"thread": 2}, r"options\['thread'\]: expected one of threads, accuracy"),
+        ({"threads": 0}, "threads: expected"),
+        ({"accuracy": "best"}, r"options\['accuracy'\]: expected one of strict, standard"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        backend(torch.fx.symbolic_trace(nn.ReLU()), [], options=options)
+
+
+# ---- exported programs -------------------------------------------------------------------------
+
+
+def test_an_exported_program(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    block, x = Block().eval(), torch.randn(1, 8, 12, 10)
+    program = convgen.compile(torch.export.export(block, (x,)), threads=1, name="block")
+    with torch.no_grad():
+        wanted = block(x)
+    found = program(x)
+    close(found, wanted)
+    assert set(found) == set(wanted)
+    manifest = program.export(tmp_path / "out")
+    assert manifest["name"] == "block"
+    (name,) = convgen.load(tmp_path / "out").inputs
+    made = convgen.load(tmp_path / "out")(**{name: x})
+    assert all(isinstance(tensor, Tensor) for tensor in made.values())
+    close(found["features"], next(tensor for tensor in made.values() if tensor.dim() == 4))
+    for given, message in ((torch.randn(2, 8, 12, 10), "expected .1, 8, 12, 10."), (x.double(), "float64"), (3, "int")):
+        with pytest.raises(KernelError, match=message):
+            program(given)
+    with pytest.raises(KernelError, match="arguments"):
+        program(x, x)
+
+
+def test_a_program_that_is_partly_pytorchs_has_no_library(tmp_path: Path) -> None:
+    halves, x = Halves().eval(), torch.randn(2, 4, 9, 9)
+    program = convgen.compile(torch.export.export(halves, (x,)), threads=1)
+    assert list(program.outside) == ["cumsum"]
+    with pytest.raises(UnsupportedError, match=r"cumsum: aten\.cumsum\.default: no such operator"):
+        program.export(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_program_of_open_sizes_is_refused() -> None:
+    dims = {"x": {0: torch.export.Dim("n", min=2, max=8)}}
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.layer(x)
+            return made
+
+    exported = torch.export.export(Layer(), (torch.randn(2, 4, 6, 6),), dynamic_shapes=dims)
+    with pytest.raises(SpecError, match="exported for known sizes"):
+        convgen.compile(exported)
+
+
+# ---- where it is found -------------------------------------------------------------------------
+
+
+def run(program: str, *paths: Path) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT)))}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_pytorch_finds_the_backend_by_its_name(tmp_path: Path) -> None:
+    """Through the entry point that an installation has."""
+    group = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["torch_dynamo_backends"]
+    made = tmp_path / "convgen-9.dist-info"
+    made.mkdir()
+    (made / "METADATA").write_text("Metadata-Version: 2.1\nName: convgen\nVersion: 9\n")
+    lines = "".join(f"{name} = {place}\n" for name, place in group.items())
+    (made / "entry_points.txt").write_text(f"[torch_dynamo_backends]\n{lines}")
+    program = (
+        "import torch._dynamo as d; print(d.list_backends().count('convgen'), d.lookup_backend('convgen').__module__)"
+    )
+    assert run(program, tmp_path) == "1 convgen.bridges.torch.backend"
+
+
+def test_convgen_does_not_import_pytorch() -> None:
+    assert run("import sys, convgen.api, convgen.network.library; print('torch' in sys.modules)") == "False"
+    run("import convgen.network.network", SUPPORT / "without_torch")
+
+
+def test_a_graph_is_compiled_for_weights_as_they_were() -> None:
+    """What is asked of weights before each call sees every way in which PyTorch counts changes."""
+    layer = nn.Conv2d(2, 2, 1).eval()
+    x = torch.randn(1, 2, 3, 3)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda w, b, x: torch.conv2d(x, w, b), tracing_mode="fake")(
+        layer.weight, layer.bias, x
+    )
+    graph = FrozenGraph(traced, [0, 1], module.Options(threads=1))
+    with torch.no_grad():
+        close(graph(layer.weight, layer.bias, x), layer(x))
+        layer.weight.data = torch.randn(2, 2, 1, 1)
+        close(graph(layer.weight, layer.bias, x), layer(x))
+        close(graph(layer.weight, torch.zeros(2), x), layer(x) - layer.bias.view(2, 1, 1))
+        assert graph.count == 3
