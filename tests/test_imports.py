@@ -29,6 +29,7 @@ ORDER = (
     "measure",
     "tuning",
     "network",
+    "bridges",
     "report",
     "api",
     "cli",

@@ -79,6 +79,25 @@ class Network(NetworkLibrary):
         return write_network(directory, self.built, self, layers, {**known, **(facts or {})})
 
 
+def plan_graph(
+    graph: Graph, target: Target, accuracy: str, choose: Callable[[ConvSpec], Candidate | None] | None = None
+) -> Plan:
+    """The plan of a graph, which is changed, with convolutions of an accuracy class.
+
+    Args:
+        choose: the candidate of a convolution, where something better than the default is known.
+    """
+    rewrite(graph)
+    graph.nodes = [
+        replace(node, spec=node.spec.with_(accuracy=accuracy)) if isinstance(node, Convolution) else node
+        for node in graph.nodes
+    ]
+    made = plan(graph, target)
+    if choose is not None:
+        with_candidates(made, choose)
+    return made
+
+
 def compile_network(
     source: str | Path | ModelProto,
     target: Target,
@@ -103,7 +122,7 @@ def compile_network(
         BuildError: TVM, LLVM or the C compiler failed.
     """
     check_native(target)
-    graphs = [_graph(source, size, accuracy) for size in every_size(dims or {})]
+    graphs = [read_graph(source, size) for size in every_size(dims or {})]
     if wrong := [graph for graph in graphs if (graph.inputs, graph.names) != (graphs[0].inputs, graphs[0].names)]:
         raise UnsupportedError(
             f"dims: expected the same inputs and outputs at every size, found others at {wrong[0].dims}"
@@ -112,9 +131,7 @@ def compile_network(
     plans = []
     for graph in graphs:
         graph.name = name
-        plans.append(plan(graph, target))
-        if choose is not None:
-            with_candidates(plans[-1], choose)
+        plans.append(plan_graph(graph, target, accuracy, choose))
     folder = TemporaryFolder(runs=True)
     try:
         with folder.writing():
@@ -123,14 +140,3 @@ def compile_network(
     except BaseException:
         folder.close()
         raise
-
-
-def _graph(source: str | Path | ModelProto, dims: Mapping[str, int], accuracy: str) -> Graph:
-    """A model at one size, its convolutions in an accuracy class."""
-    graph = read_graph(source, dims)
-    rewrite(graph)
-    graph.nodes = [
-        replace(node, spec=node.spec.with_(accuracy=accuracy)) if isinstance(node, Convolution) else node
-        for node in graph.nodes
-    ]
-    return graph

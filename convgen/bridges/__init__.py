@@ -1,0 +1,1 @@
+"""How other programs run what convgen makes."""
