@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from .api import build, compile, tune  # noqa: A004  (convgen.compile, as torch.compile)
+    from .api import build, compile, for_onnxruntime, tune  # noqa: A004  (convgen.compile, as torch.compile)
     from .check.validate import Report, validate
     from .errors import ConvgenError
     from .formats.entries import SpecEntry
@@ -48,6 +48,7 @@ __all__ = [
     "__version__",
     "build",
     "compile",
+    "for_onnxruntime",
     "load",
     "read_specs",
     "spec_from_torch",
@@ -69,6 +70,7 @@ _MODULES = {
     "SpecEntry": "formats.entries",
     "build": "api",
     "compile": "api",
+    "for_onnxruntime": "api",
     "load": "network.load",
     "read_specs": "formats.sources",
     "spec_from_torch": "formats.pytorch",

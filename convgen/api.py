@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from torch.export import ExportedProgram
 
+    from .bridges.onnxruntime import OnnxRuntimeModel
     from .bridges.torch.exported import TorchProgram
     from .network.network import Network
 
@@ -152,6 +153,52 @@ def compile(  # noqa: A001
     return compile_model(
         source, target, threads, dims=dims, accuracy=accuracy, records=records, progress=progress, name=name
     )
+
+
+def for_onnxruntime(
+    source: str | Path | ModelProto,
+    out: str | Path,
+    target: str | Target = "cpu",
+    threads: int | None = None,
+    *,
+    dims: Mapping[str, int | Sequence[int]] | None = None,
+    accuracy: str = "standard",
+    records: Records = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> OnnxRuntimeModel:
+    """An ONNX model that runs faster in ONNX Runtime: what convgen takes of it is computed by a library of custom
+    operators, which is written beside it as ``lib<name>.so``; all else stays as it is.
+
+    ::
+
+        made = convgen.for_onnxruntime("model.onnx", "fast.onnx", threads=2)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 2
+        options.register_custom_ops_library(str(made.library))
+        session = onnxruntime.InferenceSession("fast.onnx", options)
+
+    Args:
+        source: a path or a model.
+        out: the file to write, ``<name>.onnx``.
+        threads: in how many parts work is split, which the session's threads share; all cores by default.
+
+    The other arguments are those of :func:`compile`.
+
+    Raises:
+        SpecError: it cannot be read, or is not an ONNX model; or an argument is wrong.
+        UnsupportedError: nothing of it is taken: names each node, and why. Or the target cannot run here.
+        ExportError: the files cannot be written.
+        BuildError: TVM, LLVM or the C compiler failed.
+        FolderError: the temporary folder cannot be written, is full, or nothing can be loaded from it.
+    """
+    from .bridges.onnxruntime import write_for_onnxruntime  # imports TVM and ONNX
+    from .network.choice import network_target, recorded_choice
+
+    resolved, threads = network_target(target, threads)
+    with recorded_choice(records, resolved, threads) as choose:
+        return write_for_onnxruntime(
+            source, out, resolved, threads, dims=dims, accuracy=accuracy, choose=choose, progress=progress
+        )
 
 
 def tune(

@@ -26,6 +26,7 @@ from ..folders import TemporaryFolder, replacing, user_cache
 from ..hardware.isa import CHECKED
 from .interface import (
     ABI,
+    ALIGNMENT,
     SWIZZLES,
     TENSOR_TYPES,
     DeviceCode,
@@ -42,6 +43,8 @@ SOURCES = ("types.h", "cpu.h", "runtime.h", "pool.c", "kernel.c")
 NETWORK_SOURCES = ("types.h", "network_types.h", "cpu.h", "runtime.h", "network.h", "pool.c", "kernel.c", "network.c")
 #: The runtime's C files for a kernel that runs on a GPU.
 CUDA_SOURCES = ("types.h", "cuda_types.h", "cpu.h", "runtime.h", "launch.h", "kernel.c", "launch.c")
+#: Those of a library of ONNX Runtime's custom operators, beside the networks' own.
+CUSTOM_OPS_SOURCES = ("types.h", "network_types.h", "runtime.h", "onnxruntime.h", "pool.c", "onnxruntime.c")
 #: Alignment in bytes of what a kernel's launches hand to each other, from the workspace's beginning.
 PART_ALIGNMENT = 256
 #: Most pointers and maps one launch may take (``launch.h``).
@@ -138,6 +141,47 @@ def link_shared(sources: Sequence[str], out: Path, arch: str, *, headers: Sequen
         _run((*compiler(arch), *COMPILE_FLAGS, "-shared", *LINK_FLAGS, "-o", "made", *sources), folder)
         os.replace(folder / "made", out)
     return out
+
+
+def link_custom_ops(entry: str, weights: Sequence[Path], archives: Sequence[Path], out: Path) -> Path:
+    """Link networks with what makes them ONNX Runtime's custom operators, and write ``out``.
+
+    Args:
+        entry: the C file that describes the operators. It has the weights' bytes between ``weights0`` and
+            ``weights0_end`` ….
+        weights: files, which become part of the library.
+        archives: the networks, as :func:`link_network` makes them.
+
+    Raises:
+        BuildError: as :func:`link`.
+    """
+    data = [line for number in range(len(weights)) for line in embedded(f"weights{number}", f"weights{number}")]
+    try:
+        with TemporaryFolder(out.parent) as folder:
+            (folder / "entry.c").write_text("\n".join([*data, entry]), encoding="utf-8")
+            (folder / "symbols").write_text("{ global: RegisterCustomOps; local: *; };\n", encoding="utf-8")
+            for name in CUSTOM_OPS_SOURCES:
+                (folder / name).write_text(source(name), encoding="utf-8")
+            for number, file in enumerate(weights):
+                (folder / f"weights{number}").symlink_to(file.resolve())
+            inputs = ["entry.c", *(name for name in CUSTOM_OPS_SOURCES if name.endswith(".c"))]
+            flags = (*COMPILE_FLAGS, "-shared", *LINK_FLAGS, "-Wl,--version-script,symbols")
+            libraries = [*(str(archive.resolve()) for archive in archives), "-lm"]
+            _run((*compiler(NATIVE), *flags, f"-Wl,-soname,{out.name}", "-o", "made", *inputs, *libraries), folder)
+            os.replace(folder / "made", out)
+    except OSError as error:
+        raise BuildError(f"{out.name}: cannot link {out}: {error}") from error
+    return out
+
+
+def embedded(symbol: str, file: str) -> list[str]:
+    """Lines of C: a file's bytes, aligned as tensors are, from ``symbol`` to ``symbol_end``."""
+    hidden = '__attribute__((visibility("hidden")))'
+    return [
+        f'__asm__(".pushsection .rodata.{symbol},\\"a\\"\\n.balign {ALIGNMENT}\\n"',
+        f'        "{symbol}: .incbin \\"{file}\\"\\n{symbol}_end: .byte 0\\n.popsection");',
+        f"extern const char {symbol}[] {hidden}, {symbol}_end[] {hidden};",
+    ]
 
 
 def _shared(name: str, objects: Sequence[str], folder: Path, arch: str) -> Path:

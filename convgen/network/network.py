@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError
 from ..folders import TemporaryFolder
-from ..hardware.target import Target, check_native, resolve
-from ..kernel.kernel import check_threads
+from ..hardware.target import Target, check_native
 from ..kernel.names import check_export_name
 from ..lowering.schedule import Candidate
 from ..lowering.versions import versions
 from ..problem.spec import ConvSpec
-from ..records.answer import choose as choose_candidate
-from ..records.answer import find_record
-from ..records.opening import Records, open_store
+from ..records.opening import Records
+from .choice import network_target, recorded_choice
 from .compile import Built, compile_plans, with_candidates
 from .export import write_network
 from .graph import Convolution, Graph
@@ -95,23 +93,30 @@ def compile_model(
     name: str | None = None,
 ) -> Network:
     """A model with the kernels that a store has for it; see :func:`convgen.compile`."""
-    resolved = resolve(target)
-    if resolved.on_device:
-        raise UnsupportedError(f"{resolved}: expected a CPU: networks are compiled for those")
-    threads = check_threads(threads, resolved)
-    resolved = resolved.on(threads)
-    with open_store(records, write=False) as store:
-
-        def recorded(spec: ConvSpec) -> Candidate | None:
-            if store is None or not resolved.native:
-                return None
-            answer = find_record(store, spec, resolved, threads)
-            candidate, record = choose_candidate(spec, resolved, answer.record, answer.rejected)
-            return candidate if record or answer.rejected else None
-
+    resolved, threads = network_target(target, threads)
+    with recorded_choice(records, resolved, threads) as choose:
         return compile_network(
-            source, resolved, threads, dims=dims, accuracy=accuracy, choose=recorded, progress=progress, name=name
+            source, resolved, threads, dims=dims, accuracy=accuracy, choose=choose, progress=progress, name=name
         )
+
+
+def plan_graph(
+    graph: Graph, target: Target, accuracy: str, choose: Callable[[ConvSpec], Candidate | None] | None = None
+) -> Plan:
+    """The plan of a graph, which is changed, with convolutions of an accuracy class.
+
+    Args:
+        choose: the candidate of a convolution, where something better than the default is known.
+    """
+    rewrite(graph)
+    graph.nodes = [
+        replace(node, spec=node.spec.with_(accuracy=accuracy)) if isinstance(node, Convolution) else node
+        for node in graph.nodes
+    ]
+    made = plan(graph, target)
+    if choose is not None:
+        with_candidates(made, choose)
+    return made
 
 
 def compile_network(
@@ -138,7 +143,7 @@ def compile_network(
         BuildError: TVM, LLVM or the C compiler failed.
     """
     check_native(target)
-    graphs = [_graph(source, size, accuracy) for size in every_size(dims or {})]
+    graphs = [read_graph(source, size) for size in every_size(dims or {})]
     if wrong := [graph for graph in graphs if (graph.inputs, graph.names) != (graphs[0].inputs, graphs[0].names)]:
         raise UnsupportedError(
             f"dims: expected the same inputs and outputs at every size, found others at {wrong[0].dims}"
@@ -147,9 +152,7 @@ def compile_network(
     plans = []
     for graph in graphs:
         graph.name = name
-        plans.append(plan(graph, target))
-        if choose is not None:
-            with_candidates(plans[-1], choose)
+        plans.append(plan_graph(graph, target, accuracy, choose))
     folder = TemporaryFolder(runs=True)
     try:
         with folder.writing():
@@ -158,14 +161,3 @@ def compile_network(
     except BaseException:
         folder.close()
         raise
-
-
-def _graph(source: str | Path | ModelProto, dims: Mapping[str, int], accuracy: str) -> Graph:
-    """A model at one size, its convolutions in an accuracy class."""
-    graph = read_graph(source, dims)
-    rewrite(graph)
-    graph.nodes = [
-        replace(node, spec=node.spec.with_(accuracy=accuracy)) if isinstance(node, Convolution) else node
-        for node in graph.nodes
-    ]
-    return graph

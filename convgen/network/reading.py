@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from onnx import TensorProto
 
 from ..errors import UnsupportedError
 from ..formats.onnx.file import ModelFile
-from ..formats.onnx.graph import ROOTS, Scope, static, text
+from ..formats.onnx.graph import ROOTS, Scope, names_read, static, text
 from ..formats.onnx.layers import folded_graphs
 from ..formats.onnx.node import OnnxLayer
 from .graph import Convolution, Graph, Node, Operator
@@ -35,14 +36,59 @@ def read_graph(source: str | Path | ModelProto, dims: Mapping[str, int] | None =
         if inner:
             nodes = ", ".join(sorted({graph.path.rstrip("/") for graph, _ in inner}))
             raise UnsupportedError(f"{file.where}: graphs inside of nodes are not taken: {nodes}")
-        opset = max((o.version for o in file.proto.opset_import if o.domain in ROOTS), default=1)
         name = str(file.proto.graph.name) if not isinstance(source, str | os.PathLike) else Path(source).stem
-        graph = _Builder(scope, layers, opset, file.where).graph(_identifier(name))
+        graph = _Builder(scope, layers, _opset(file), file.where).graph(identifier(name))
         graph.dims = dict(dims or {})
         return graph
 
 
-def _identifier(name: str) -> str:
+@dataclass(frozen=True)
+class Outside:
+    """A node that is not taken.
+
+    Attributes:
+        name: operator and name, as messages have them.
+        reason: why.
+        inputs, outputs: values that it reads, inside of its own graphs too, and those that it computes.
+    """
+
+    name: str
+    reason: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PartlyRead:
+    """What :func:`read_partly` takes of a model.
+
+    Attributes:
+        graph: the nodes that are taken, in no order; its inputs and outputs are the model's.
+        outside: all others, but for those that compute constants or were folded.
+        scope: the model's own graph, to look up what is left.
+    """
+
+    graph: Graph
+    outside: list[Outside]
+    scope: Scope
+
+
+def read_partly(file: ModelFile, dims: Mapping[str, int]) -> PartlyRead:
+    """The nodes of a model that are taken, folded as :func:`read_graph` has them, and those that are not.
+
+    Raises:
+        SpecError: it is not an ONNX model.
+    """
+    (scope, layers), *_ = folded_graphs(file, dims, arrays=True)
+    builder = _Builder(scope, layers, _opset(file), file.where)
+    return PartlyRead(builder.partial(), list(builder.outside.values()), scope)
+
+
+def _opset(file: ModelFile) -> int:
+    return max((o.version for o in file.proto.opset_import if o.domain in ROOTS), default=1)
+
+
+def identifier(name: str) -> str:
     """A name as one of C."""
     cleaned = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")[:100]
     cleaned = re.sub(r"__+", "_", cleaned)
@@ -58,22 +104,16 @@ class _Builder:
         self.nodes: dict[str, Node] = {}
         self.made = Graph("", [], {}, {}, [], [], [])
         self.refused: dict[str, str] = {}
+        self.outside: dict[int, Outside] = {}
         self.unread = {layer.name: str(layer.refusal) for layer in layers if layer.refusal}
 
     def graph(self, name: str) -> Graph:
-        scope, made = self.scope, self.made
+        made = self.made
         made.name = name
-        made.inputs = [v.name for v in scope.graph.input if v.name not in scope.tensors]
-        made.outputs = [v.name for v in scope.graph.output]
-        made.names = list(made.outputs)
+        self._begin()
         for given in made.inputs:
             self._take_input(given)
-        waiting, seen = list(made.outputs), set[str]()
-        while waiting:
-            value = waiting.pop()
-            if value not in seen and value not in made.inputs:
-                seen.add(value)
-                waiting += self._read(value)
+        self._read_all(made.outputs)
         if self.refused:
             reasons = "; ".join(f"{node}: {reason}" for node, reason in self.refused.items())
             raise UnsupportedError(f"{self.where}: {len(self.refused)} nodes are not taken: {reasons}")
@@ -81,6 +121,28 @@ class _Builder:
         made.nodes = list(self.nodes.values())
         made.order()
         return made
+
+    def partial(self) -> Graph:
+        """What is taken, where that need not be all."""
+        self._begin()
+        self._read_all([name for name in self.made.outputs if not self.scope.constant(name)])
+        self.made.nodes = list(self.nodes.values())
+        return self.made
+
+    def _begin(self) -> None:
+        scope, made = self.scope, self.made
+        made.inputs = [v.name for v in scope.graph.input if v.name not in scope.tensors]
+        made.outputs = [v.name for v in scope.graph.output]
+        made.names = list(made.outputs)
+
+    def _read_all(self, wanted: list[str]) -> None:
+        """From values back to the inputs."""
+        waiting, seen = list(wanted), set[str]()
+        while waiting:
+            value = waiting.pop()
+            if value not in seen and value not in self.made.inputs:
+                seen.add(value)
+                waiting += self._read(value)
 
     def _take_input(self, name: str) -> None:
         shape, dtype = self.scope.shape(name), self.scope.dtype(name)
@@ -101,9 +163,10 @@ class _Builder:
         if (layer := self.layers.get(value)) is not None:
             try:
                 self.nodes[value] = self._convolution(layer)
-            except Refusal as error:
-                self.refused[f"{layer.operator} {layer.name!r}"] = str(error)
-            return [name for name in (layer.src, layer.residual) if name]
+                return [name for name in (layer.src, layer.residual) if name]
+            except Refusal as error:  # what was folded into it may be taken by itself
+                self.unread[layer.name] = str(error)
+                del self.layers[value]
         if self.scope.constant(value):
             self.made.constants[value] = np.ascontiguousarray(self.scope.value(value), np.float32)
             self.made.shapes[value] = self.made.constants[value].shape
@@ -121,7 +184,9 @@ class _Builder:
             found = read_node(self.scope, node, self.opset, self.made.constants, self.made.shapes)
         except Refusal as error:
             self.refused[key] = str(error)
-            return [name for name in node.input if name and not self.scope.constant(name)]
+            reads = tuple(name for name in dict.fromkeys(names_read(node)) if not self.scope.constant(name))
+            self.outside[index] = Outside(key, str(error), reads, tuple(filter(None, node.output)))
+            return [name for name in reads if self.scope.owner(name) is self.scope]
         self.nodes |= {operator.output: operator for operator in found}
         return [name for operator in found for name in operator.inputs]
 
@@ -136,6 +201,8 @@ class _Builder:
         if not layer.arrays:
             raise Refusal("its weights are no constants")
         self.made.shapes |= {layer.src: spec.src_shape, layer.dst: spec.dst_shape}
+        if layer.residual:
+            self.made.shapes[layer.residual] = spec.dst_shape
         inputs = (layer.src, layer.residual) if layer.residual else (layer.src,)
         return Convolution(layer.name, spec, layer.arrays, inputs, layer.dst)
 

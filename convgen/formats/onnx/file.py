@@ -31,7 +31,7 @@ _MAX_DEPTH = 100  # protobuf's own limit
 #: Kind of message -> field -> the kind inside, or what to do with it.
 _DROP, _DATA = "drop", "data"
 _FIELDS: dict[str, dict[int, str]] = {
-    "model": {6: _DROP, 7: "graph", 14: _DROP, 20: _DROP, 25: "function"},
+    "model": {6: _DROP, 7: "graph", 20: _DROP, 25: "function"},
     "graph": {1: "node", 5: "tensor", 10: _DROP, 14: _DROP, 15: "sparse", 16: _DROP},
     "function": {7: "node", 8: _DROP, 11: "attribute", 14: _DROP},
     "node": {5: "attribute", 6: _DROP, 9: _DROP},

@@ -549,6 +549,18 @@ def _names_used(node: NodeProto) -> Iterable[str]:
         yield from (value.name for value in body.output)
 
 
+def names_read(node: NodeProto) -> Iterable[str]:
+    """All values that a node must be given: its inputs, and what its bodies take from around them."""
+    yield from filter(None, node.input)
+    for _, body in bodies(node):
+        inside = {value.name for value in [*body.input, *body.initializer]}
+        inside |= {tensor.values.name for tensor in body.sparse_initializer}
+        inside |= {name for inner in body.node for name in inner.output}
+        for inner in body.node:
+            yield from (name for name in names_read(inner) if name not in inside)
+        yield from (value.name for value in body.output if value.name not in inside)
+
+
 def _evaluate(nodes: list[NodeProto], leaves: Mapping[str, Array], wanted: str, file: ModelFile) -> Array:
     """What ONNX's reference implementation computes."""
     from onnx.reference import ReferenceEvaluator  # only where there is something to compute

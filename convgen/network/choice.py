@@ -1,0 +1,46 @@
+"""What a network is compiled for, and with which kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ..errors import UnsupportedError
+from ..hardware.target import Target, resolve
+from ..kernel.kernel import check_threads
+from ..lowering.schedule import Candidate
+from ..problem.spec import ConvSpec
+from ..records.answer import choose, find_record
+from ..records.opening import Records, open_store
+
+#: The candidate of a convolution; None where nothing better than the default is known.
+Choose = Callable[[ConvSpec], Candidate | None]
+
+
+def network_target(target: str | Target, threads: int | None) -> tuple[Target, int]:
+    """The target of a network, and its threads: all cores where None.
+
+    Raises:
+        UnsupportedError: it is no CPU.
+        SpecError: a wrong number of threads.
+    """
+    resolved = resolve(target)
+    if resolved.on_device:
+        raise UnsupportedError(f"{resolved}: expected a CPU: networks are compiled for those")
+    threads = check_threads(threads, resolved)
+    return resolved.on(threads), threads
+
+
+@contextmanager
+def recorded_choice(records: Records, target: Target, threads: int) -> Iterator[Choose]:
+    """The candidates that a store's records say are better than the defaults, while it is open."""
+    with open_store(records, write=False) as store:
+
+        def recorded(spec: ConvSpec) -> Candidate | None:
+            if store is None or not target.native:
+                return None
+            answer = find_record(store, spec, target, threads)
+            candidate, record = choose(spec, target, answer.record, answer.rejected)
+            return candidate if record or answer.rejected else None
+
+        yield recorded

@@ -1,0 +1,315 @@
+/* Networks as ONNX Runtime's custom operators: on its threads, in its memory.
+ *
+ * A kernel holds what does not change, so that any number of runs may use it at once; each takes its workspace from the
+ * allocator of its own context.
+ */
+#include "onnxruntime.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+    const convgen_ort_op *op;
+    const OrtApi *api;
+    convgen_network *network;
+    const convgen_value *inputs, *outputs;
+    OrtMemoryInfo *memory;
+    size_t workspace;
+} kernel;
+
+/* ---- what an operator is ----------------------------------------------------------------------- */
+
+static const convgen_ort_op *op_of(const OrtCustomOp *op) { return (const convgen_ort_op *)op; }
+
+const char *convgen_ort_name(const OrtCustomOp *op) { return op_of(op)->name; }
+
+const char *convgen_ort_provider(const OrtCustomOp *op)
+{
+    (void)op;
+    return NULL;
+}
+
+int convgen_ort_type(const OrtCustomOp *op, size_t index)
+{
+    (void)op, (void)index;
+    return ORT_FLOAT;
+}
+
+size_t convgen_ort_input_count(const OrtCustomOp *op) { return (size_t)op_of(op)->input_count; }
+
+size_t convgen_ort_output_count(const OrtCustomOp *op) { return (size_t)op_of(op)->output_count; }
+
+int convgen_ort_zero(const OrtCustomOp *op)
+{
+    (void)op;
+    return 0;
+}
+
+int convgen_ort_zero_of(const OrtCustomOp *op, size_t index)
+{
+    (void)op, (void)index;
+    return 0;
+}
+
+int convgen_ort_one(const OrtCustomOp *op)
+{
+    (void)op;
+    return 1;
+}
+
+int convgen_ort_any_version(const OrtCustomOp *op)
+{
+    (void)op;
+    return INT32_MAX;
+}
+
+/* ---- kernels ----------------------------------------------------------------------------------- */
+
+static OrtStatus *failed(const OrtApi *api, const convgen_ort_op *op, int code, const char *what)
+{
+    char text[512];
+    snprintf(text, sizeof text, "convgen: %s: %s", op->name, what);
+    return api->CreateStatus(code, text);
+}
+
+static OrtStatus *failed_with(const kernel *k, int status)
+{
+    return status == CONVGEN_OK ? NULL : failed(k->api, k->op, ORT_FAIL, k->op->error(status));
+}
+
+void convgen_ort_destroy(void *data)
+{
+    kernel *k = data;
+    k->op->close(k->network);
+    if (k->memory != NULL)
+        k->api->ReleaseMemoryInfo(k->memory);
+    free(k);
+}
+
+OrtStatus *convgen_ort_create(const OrtCustomOp *base, const OrtApi *api, const OrtKernelInfo *info, void **out)
+{
+    (void)info;
+    const convgen_ort_op *op = op_of(base);
+    kernel *k = malloc(sizeof *k);
+    if (k == NULL)
+        return failed(api, op, ORT_FAIL, op->error(CONVGEN_NO_MEMORY));
+    *k = (kernel){.op = op, .api = api, .inputs = op->inputs(0), .outputs = op->outputs(0)};
+    convgen_network_sizes sizes;
+    OrtStatus *status = failed_with(k, op->sizes(0, op->threads, &sizes));
+    if (status == NULL) {
+        k->workspace = sizes.workspace;
+        const size_t weights = (size_t)(op->weights_end - (const char *)op->weights);
+        status = failed_with(k, op->open_memory(op->weights, weights, &k->network));
+    }
+    if (status == NULL)
+        status = api->CreateCpuMemoryInfo(ORT_DEVICE_ALLOCATOR, ORT_MEM_DEFAULT, &k->memory);
+    if (status != NULL)
+        convgen_ort_destroy(k);
+    else
+        *out = k;
+    return status;
+}
+
+/* ---- a run ------------------------------------------------------------------------------------- */
+
+typedef struct {
+    char *end, *limit;
+} text;
+
+static void write_shape(text *t, const int64_t *shape, int rank)
+{
+    for (int axis = 0; axis < rank && t->end < t->limit; ++axis)
+        t->end += snprintf(t->end, (size_t)(t->limit - t->end), axis > 0 ? ", %lld" : "%lld", (long long)shape[axis]);
+}
+
+static OrtStatus *wrong_shape(const kernel *k, const convgen_value *value, const int64_t *found, int rank)
+{
+    char expected[128] = "", given[128] = "", what[400];
+    write_shape(&(text){expected, expected + sizeof expected}, value->shape, value->rank);
+    write_shape(&(text){given, given + sizeof given}, found, rank);
+    snprintf(what, sizeof what, "input %.100s: expected shape [%s], found [%s]", value->name, expected, given);
+    return failed(k->api, k->op, ORT_INVALID_ARGUMENT, what);
+}
+
+/* ONNX Runtime checks types and the model's own inputs, not what its operators hand on. */
+static OrtStatus *check_shape(const kernel *k, const convgen_value *value, const OrtTensorTypeAndShapeInfo *info)
+{
+    size_t rank = 0;
+    int64_t shape[CONVGEN_ORT_MOST_AXES] = {0};
+    OrtStatus *status = k->api->GetDimensionsCount(info, &rank);
+    if (status == NULL && rank <= CONVGEN_ORT_MOST_AXES)
+        status = k->api->GetDimensions(info, shape, rank);
+    if (status != NULL)
+        return status;
+    const int same = rank == (size_t)value->rank && memcmp(shape, value->shape, rank * sizeof *shape) == 0;
+    return same ? NULL : wrong_shape(k, value, shape, rank <= CONVGEN_ORT_MOST_AXES ? (int)rank : 0);
+}
+
+static OrtStatus *get_input(const kernel *k, const OrtKernelContext *context, int number, const void **data)
+{
+    const OrtValue *value = NULL;
+    OrtTensorTypeAndShapeInfo *info = NULL;
+    OrtStatus *status = k->api->KernelContext_GetInput(context, (size_t)number, &value);
+    if (status == NULL)
+        status = k->api->GetTensorTypeAndShape(value, &info);
+    if (status != NULL)
+        return status;
+    status = check_shape(k, &k->inputs[number], info);
+    k->api->ReleaseTensorTypeAndShapeInfo(info);
+    return status != NULL ? status : k->api->GetTensorMutableData((OrtValue *)value, (void **)data);
+}
+
+static OrtStatus *get_output(const kernel *k, OrtKernelContext *context, int number, void **data)
+{
+    const convgen_value *output = &k->outputs[number];
+    OrtValue *value = NULL;
+    OrtStatus *status =
+        k->api->KernelContext_GetOutput(context, (size_t)number, output->shape, (size_t)output->rank, &value);
+    return status != NULL ? status : k->api->GetTensorMutableData(value, data);
+}
+
+typedef struct {
+    const OrtApi *api;
+    const OrtKernelContext *context;
+} session_threads;
+
+typedef struct {
+    void (*body)(void *, int);
+    void *data;
+} loop_body;
+
+static void run_body(void *data, size_t i)
+{
+    const loop_body *b = data;
+    b->body(b->data, (int)i);
+}
+
+/* A convgen_parallel_for on the threads of the session. */
+static void session_loop(void *context, int count, void (*body)(void *, int), void *data)
+{
+    const session_threads *threads = context;
+    loop_body b = {body, data};
+    OrtStatus *status =
+        threads->api->KernelContext_ParallelFor(threads->context, run_body, (size_t)count, (size_t)count, &b);
+    if (status == NULL)
+        return;
+    threads->api->ReleaseStatus(status); /* it refuses before it begins */
+    for (int i = 0; i < count; ++i)
+        body(data, i);
+}
+
+static OrtStatus *run(const kernel *k, const OrtKernelContext *context, convgen_network_args *args)
+{
+    session_threads threads = {k->api, context};
+    convgen_borrowed_pool pool = convgen_borrowed(k->op->threads, session_loop, &threads);
+    args->pool = k->op->threads > 1 ? &pool.head : NULL;
+    args->workspace_size = k->workspace;
+    if (k->workspace == 0)
+        return failed_with(k, k->op->run(k->network, args));
+
+    OrtAllocator *allocator = NULL;
+    void *memory = NULL;
+    OrtStatus *status = k->api->KernelContext_GetAllocator(context, k->memory, &allocator);
+    if (status != NULL)
+        return status;
+    status = k->api->AllocatorAlloc(allocator, k->workspace + CONVGEN_ALIGNMENT, &memory);
+    if (status == NULL) {
+        args->workspace = (void *)convgen_round_up((uintptr_t)memory); /* allocators promise less */
+        status = failed_with(k, k->op->run(k->network, args));
+        OrtStatus *freed = k->api->AllocatorFree(allocator, memory);
+        if (freed != NULL)
+            k->api->ReleaseStatus(freed);
+    }
+    k->api->ReleaseAllocator(allocator);
+    return status;
+}
+
+OrtStatus *convgen_ort_compute(void *data, OrtKernelContext *context)
+{
+    const kernel *k = data;
+    const void *inputs[CONVGEN_ORT_MOST_VALUES];
+    void *outputs[CONVGEN_ORT_MOST_VALUES];
+    size_t input_sizes[CONVGEN_ORT_MOST_VALUES], output_sizes[CONVGEN_ORT_MOST_VALUES];
+    OrtStatus *status = NULL;
+    for (int i = 0; i < k->op->input_count && status == NULL; ++i) {
+        status = get_input(k, context, i, &inputs[i]);
+        input_sizes[i] = k->inputs[i].bytes;
+    }
+    for (int i = 0; i < k->op->output_count && status == NULL; ++i) {
+        status = get_output(k, context, i, &outputs[i]);
+        output_sizes[i] = k->outputs[i].bytes;
+    }
+    if (status != NULL)
+        return status;
+    convgen_network_args args = {
+        .inputs = inputs, .input_sizes = input_sizes, .outputs = outputs, .output_sizes = output_sizes};
+    return run(k, context, &args);
+}
+
+/* ---- registration ------------------------------------------------------------------------------ */
+
+/* The domain of each ONNX Runtime in this process. Session options refer to it for as long as they live, so it stays
+ * until the library is unloaded, and then too: ONNX Runtime itself may be gone by that time. */
+typedef struct domain {
+    const OrtApi *api;
+    OrtCustomOpDomain *made;
+    struct domain *next;
+} domain;
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static domain *domains;
+
+static OrtStatus *make_domain(const OrtApi *api, const convgen_ort_op *const *ops, int count, domain **out)
+{
+    domain *d = malloc(sizeof *d);
+    if (d == NULL)
+        return api->CreateStatus(ORT_FAIL, "convgen: memory ran out");
+    *d = (domain){.api = api, .next = domains};
+    OrtStatus *status = api->CreateCustomOpDomain("convgen", &d->made);
+    if (status != NULL) {
+        free(d);
+        return status;
+    }
+    for (int i = 0; i < count && status == NULL; ++i)
+        status = api->CustomOpDomain_Add(d->made, &ops[i]->base);
+    if (status != NULL) {
+        api->ReleaseCustomOpDomain(d->made);
+        free(d);
+        return status;
+    }
+    *out = domains = d;
+    return NULL;
+}
+
+static OrtStatus *too_old(const OrtApiBase *base)
+{
+    char text[200];
+    const OrtApi *first = base->GetApi(1);
+    if (first == NULL)
+        abort(); /* there is no way to answer: no version of ONNX Runtime is so */
+    snprintf(text, sizeof text, "convgen: expected ONNX Runtime 1.%d or newer, found %.50s", ORT_API_VERSION,
+             base->GetVersionString());
+    return first->CreateStatus(ORT_NOT_IMPLEMENTED, text);
+}
+
+OrtStatus *convgen_ort_register(OrtSessionOptions *options, const OrtApiBase *base, const convgen_ort_op *const *ops,
+                                int count)
+{
+    const OrtApi *api = base->GetApi(ORT_API_VERSION);
+    if (api == NULL)
+        return too_old(base);
+    for (int i = 0; i < count; ++i) {
+        const int status = ops[i]->check_cpu();
+        if (status != CONVGEN_OK)
+            return failed(api, ops[i], ORT_NOT_IMPLEMENTED, ops[i]->error(status));
+    }
+    pthread_mutex_lock(&mutex);
+    domain *d = domains;
+    while (d != NULL && d->api != api)
+        d = d->next;
+    OrtStatus *status = d != NULL ? NULL : make_domain(api, ops, count, &d);
+    pthread_mutex_unlock(&mutex);
+    return status != NULL ? status : api->AddCustomOpDomain(options, d->made);
+}
