@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import TensorProto
 
-from ..errors import UnsupportedError
+from ..errors import NotTakenError
 from ..formats.onnx.file import ModelFile
 from ..formats.onnx.graph import ROOTS, Scope, static, text
 from ..formats.onnx.layers import folded_graphs
@@ -28,13 +28,10 @@ def read_graph(source: str | Path | ModelProto, dims: Mapping[str, int] | None =
 
     Raises:
         SpecError: it cannot be read, or is not an ONNX model.
-        UnsupportedError: nodes that are not taken: names each of them, and why.
+        NotTakenError: of nodes that are not taken: names each of them, and why.
     """
     with ModelFile(source) as file:
-        (scope, layers), *inner = folded_graphs(file, dims or {}, arrays=True)
-        if inner:
-            nodes = ", ".join(sorted({graph.path.rstrip("/") for graph, _ in inner}))
-            raise UnsupportedError(f"{file.where}: graphs inside of nodes are not taken: {nodes}")
+        (scope, layers), *_ = folded_graphs(file, dims or {}, arrays=True)
         opset = max((o.version for o in file.proto.opset_import if o.domain in ROOTS), default=1)
         name = str(file.proto.graph.name) if not isinstance(source, str | os.PathLike) else Path(source).stem
         graph = _Builder(scope, layers, opset, file.where).graph(_identifier(name))
@@ -68,6 +65,8 @@ class _Builder:
         made.names = list(made.outputs)
         for given in made.inputs:
             self._take_input(given)
+        if not made.shapes.keys() >= set(made.inputs):  # without which no other shape is known
+            raise NotTakenError(self.where, self.refused, 0)
         waiting, seen = list(made.outputs), set[str]()
         while waiting:
             value = waiting.pop()
@@ -75,8 +74,7 @@ class _Builder:
                 seen.add(value)
                 waiting += self._read(value)
         if self.refused:
-            reasons = "; ".join(f"{node}: {reason}" for node, reason in self.refused.items())
-            raise UnsupportedError(f"{self.where}: {len(self.refused)} nodes are not taken: {reasons}")
+            raise NotTakenError(self.where, self.refused, len(self.nodes))
         self._separate_outputs()
         made.nodes = list(self.nodes.values())
         made.order()
@@ -84,15 +82,15 @@ class _Builder:
 
     def _take_input(self, name: str) -> None:
         shape, dtype = self.scope.shape(name), self.scope.dtype(name)
+        if not static(shape):
+            self.refused[f"input {name!r}"] = f"expected a known shape (--dim), found {text(shape)}"
+            return
+        self.made.shapes[name] = shape
         if dtype != TensorProto.FLOAT:
             found = TensorProto.DataType.Name(dtype).lower()
             self.refused[f"input {name!r}"] = f"expected f32, found {found}"
-        elif not static(shape):
-            self.refused[f"input {name!r}"] = f"expected a known shape (--dim), found {text(shape)}"
         elif 0 in shape:
             self.refused[f"input {name!r}"] = f"expected elements, found {text(shape)}"
-        else:
-            self.made.shapes[name] = shape
 
     def _read(self, value: str) -> list[str]:
         """Add what computes a value, unless it is constant or refused; returns the values that this takes."""
