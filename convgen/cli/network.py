@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import NotTakenError
+from ..formats.sources import write_text
 from ..problem.spec import ACCURACIES
 from ..report.words import plural
 from .common import (
@@ -32,7 +33,15 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from ..network.network import Network
+    from ..records.opening import Records
+    from ..report.profile import NetworkProfile
+
+
+def _check_picture(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and path.suffix not in (".md", ".svg"):
+        raise click.BadParameter(f"expected a file name that ends in .svg or .md, found {path.name!r}")
+    return path
 
 
 @click.command("compile")
@@ -52,6 +61,14 @@ if TYPE_CHECKING:
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), required=True, metavar="DIR", help="Folder to export to."
 )
+@click.option(
+    "--profile",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_check_picture,
+    metavar="FILE",
+    help="Also time each step, beside its default where a record took its place: FILE.svg as a picture, FILE.md as a "
+    "table.",
+)
 @click.option("--name", metavar="NAME", help="Prefix of the exported C functions.  [default: the model's name]")
 @json_option
 def compile_model(
@@ -63,6 +80,7 @@ def compile_model(
     records: Path | None,
     no_records: bool,
     out: Path,
+    profile: Path | None,
     name: str | None,
     as_json: bool,
 ) -> int:
@@ -77,25 +95,24 @@ def compile_model(
     """
     from ..api import compile as compile_network
 
-    started = time.monotonic()
-    try:
+    started, kept = time.monotonic(), chosen_records(records, no_records)
+
+    def compiled(records: Records) -> Network:
         with compiling(quiet=as_json) as progress:
-            network = compile_network(
-                model,
-                target,
-                threads,
-                dims=dims,
-                accuracy=accuracy,
-                records=chosen_records(records, no_records),
-                progress=progress,
-                name=name,
+            return compile_network(
+                model, target, threads, dims=dims, accuracy=accuracy, records=records, progress=progress, name=name
             )
+
+    try:
+        network = compiled(kept)
     except NotTakenError as error:
         return _refuse(error, as_json)
     manifest = network.export(out, facts={"model": model.name, "accuracy": accuracy})
     seconds = time.monotonic() - started
+    profiles = _profile(network, compiled, profile) if profile is not None else []
     if as_json:
-        emit({"folder": str(out), "seconds": seconds, "manifest": manifest, "taken": True, "outside": []})
+        outcome = {"folder": str(out), "seconds": seconds, "manifest": manifest, "taken": True, "outside": []}
+        emit({**outcome, "profiles": [made.to_dict() for made in profiles]})
         return 0
     for made in manifest["sizes"]:
         if made["label"]:
@@ -129,11 +146,28 @@ def compiling(quiet: bool) -> Iterator[Callable[[int, int], None]]:
         yield tell
 
 
+def _profile(network: Network, compiled: Callable[[Records], Network], out: Path) -> list[NetworkProfile]:
+    """Time the steps at each size, and write the picture or the tables."""
+    from ..report.profile import profile_network, profile_page
+
+    defaults = compiled(False) if network.is_tuned else None
+    profiles = [profile_network(network, defaults, size) for size in range(len(network.plans))]
+    if out.suffix == ".md":
+        text = profile_page(profiles)
+    else:
+        from ..report.figure import profiles as figure  # loads Jinja
+
+        text = figure(profiles)
+    write_text(text, out)
+    note(f"wrote {tidy(out)}")
+    return profiles
+
+
 def _refuse(error: NotTakenError, as_json: bool) -> int:
     """Say which nodes are not taken, and why."""
     if as_json:
         outside = [{"node": node, "reason": reason} for node, reason in error.nodes.items()]
-        emit({"folder": None, "seconds": None, "manifest": None, "taken": False, "outside": outside})
+        emit({"folder": None, "seconds": None, "manifest": None, "taken": False, "outside": outside, "profiles": []})
     else:
         say(table(["not taken", "because"], error.nodes.items()))
     note(f"convgen: {error.where}: {plural(len(error.nodes), 'node')} not taken, {error.taken} others would be")
