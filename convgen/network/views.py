@@ -95,7 +95,7 @@ class Views:
         for number, name in enumerate(node.inputs):
             part = name
             if not self._free(name) or self.root(node.output).of == name:
-                part = f"{node.output}/part{number}"
+                part = self.graph.fresh(f"{node.output}/part{number}")
                 copies.append(Operator(node.name, "identity", (name,), part))
                 self.graph.shapes[part], self.layouts[part] = self.graph.shapes[name], self.layouts[node.output]
                 self._computed.add(part)
@@ -128,8 +128,8 @@ class Group:
         return self.operators[-1].name
 
 
-#: Most operators of one pass: expressions grow with them.
-MOST = 24
+#: Most operators of one pass, and tensors that they read: expressions grow with them.
+MOST, MOST_INPUTS = 24, 64
 
 
 def fuse(graph: Graph, views: Views) -> list[Node | Group]:
@@ -143,6 +143,8 @@ def fuse(graph: Graph, views: Views) -> list[Node | Group]:
         """Whether the operator that computes an operand of ``consumer`` may be computed within it."""
         producer = producers.get(name)
         if not isinstance(producer, Operator) or len(group) >= MOST or name in bound or name in graph.outputs:
+            return False
+        if len({given for operator in (*group, producer) for given in operator.inputs}) > MOST_INPUTS:
             return False
         kind, made = KINDS[producer.kind], KINDS[consumer.kind]
         if not (kind.elementwise or kind.moves) or any(all(user is not one for one in group) for user in users[name]):

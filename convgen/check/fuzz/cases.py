@@ -1,11 +1,12 @@
-"""What the fuzzer checks, a :class:`Case`, and how a check can end, an :class:`Outcome`."""
+"""What the fuzzer checks, an :class:`Examined` as a :class:`Case` is, and how a check can end, an :class:`Outcome`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from ...errors import SpecError
 from ...lowering.schedule import Picks
@@ -26,6 +27,28 @@ KINDS = {
     "crash": "the process died",
     "hang": "no answer in time",
 }
+
+
+class Examined(Protocol):
+    """What is checked, in a process of its own; frozen and hashable."""
+
+    @property
+    def command(self) -> str:
+        """The command that repeats the check."""
+
+    @property
+    def group(self) -> str:
+        """What it is counted with; findings of one group are likely to be one."""
+
+    @property
+    def operator(self) -> str:
+        """What of its group it is counted as."""
+
+    def flaw(self) -> Outcome | None:
+        """What is wrong about it before it is checked."""
+
+    def job(self) -> Callable[[], Outcome]:
+        """The check, which another process can import."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +73,25 @@ class Case:
             chosen += f' --picks "{self.picks}"'
         layer = f'"{self.spec.descriptor}" --target {self.target} --threads {self.threads}'
         return f"convgen validate {layer} {chosen} --seed {self.seed}"
+
+    @property
+    def group(self) -> str:
+        """Its schedule's id."""
+        return self.schedule or "default"
+
+    @property
+    def operator(self) -> str:
+        return self.spec.operator
+
+    def flaw(self) -> Outcome | None:
+        """Whether its spec is another one after it was written down."""
+        return misread(self.spec)
+
+    def job(self) -> Callable[[], Outcome]:
+        """The full validation of a kernel."""
+        from .checking import check  # imports TVM
+
+        return partial(check, **self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments of :func:`convgen.check.fuzz.checking.check`."""
