@@ -187,7 +187,7 @@ def _counts(counts: Counter[str]) -> str:
 
 def _finding(finding: Finding) -> str:
     """What was found, and the command that repeats it."""
-    from ..check.fuzz.cases import KINDS
+    from ..check.fuzz.outcome import KINDS
 
     lines = [f"\n{finding.kind}: {KINDS[finding.kind]}", f"  {finding.message}", f"  repeat with: {finding.command}"]
     if finding.drawn and finding.drawn.command != finding.command:

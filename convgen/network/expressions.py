@@ -142,7 +142,7 @@ def _compared(function: Callable[[Expr, Expr], Expr]) -> Kind:
 
 
 def _sign(x: Expr) -> Expr:
-    return tirx.Select(x > const(0), const(1), tirx.Select(x < const(0), const(-1), const(0) * x))
+    return tirx.Select(x > const(0), const(1), tirx.Select(x < const(0), const(-1), x))
 
 
 def _prelu(op: Operation, values: list[Expr]) -> Expr:

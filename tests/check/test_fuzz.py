@@ -21,9 +21,10 @@ import pytest
 from paths import SUPPORT
 
 import convgen.schedules
-from convgen.check.fuzz.cases import KINDS, Case, Outcome, misread
+from convgen.check.fuzz.cases import Case, misread
 from convgen.check.fuzz.drawing import FEATURES, Draw, draw
 from convgen.check.fuzz.kernels import Kernels
+from convgen.check.fuzz.outcome import KINDS, Outcome
 from convgen.check.fuzz.run import Fuzzer, Summary
 from convgen.check.fuzz.shrinking import case_steps, shrink
 from convgen.check.fuzz.worker import Worker

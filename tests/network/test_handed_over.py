@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from network_models import arrays_for, expected, furthest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -149,6 +151,22 @@ TAKEN: dict[str, ModelProto] = {
         [value(f"x{number}", (2, 1, 3)) for number in range(7)],
         [value("y")],
     ),
+    "constants that are parts, or wholes": model(
+        [
+            node("Concat", "x one", "c", axis=0),
+            node("Split", "many", "a b", axis=0),
+            node("Add", "c a", "s"),
+            node("ReduceSum", "one", "r", keepdims=0),
+            node("Pad", "one around", "p"),
+            node("MatMul", "one b", "m"),
+            node("Softmax", "one", "f", axis=1),
+        ],
+        [value("x", (2, 1))],
+        [value(name) for name in ("s", "r", "p", "m", "f")],
+        constant("one", [[2.5]]),
+        constant("many", [[1.0, 2.0], [3.0, 4.0]]),
+        constant("around", [0, 1, 0, 2], np.int64),
+    ),
     "truth values between": model(
         [
             node("Greater", "x half", "t"),
@@ -208,6 +226,19 @@ def test_every_version_of_the_operators(opset: int) -> None:
     inputs = arrays_for(made)
     network = compile_network(made, resolve("cpu").on(1), 1)
     assert furthest(network(inputs["x"]), expected(made, inputs)) < 1e-5
+
+
+def test_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weights = constant("w", rng.standard_normal((24, 3, 5, 5)))
+    made = model([node("Conv", "x w", "y")], [value("x", (1, 3, 6, 6))], [value("y")], weights)
+    inputs, path = arrays_for(made), tmp_path / "model.onnx"
+    wanted = expected(made, inputs)
+    onnx.save_model(made, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert (tmp_path / "weights.bin").stat().st_size >= weights.ByteSize() - 64
+    network = compile_network(path, resolve("cpu").on(1), 1)
+    assert furthest(network(inputs["x"]), wanted) < 1e-5
+    network.validate(path).raise_if_failed()
 
 
 # ---- refused -----------------------------------------------------------------------------------

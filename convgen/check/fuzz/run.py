@@ -16,8 +16,8 @@ from threading import Event, Lock
 from typing import Any, Protocol
 
 from ...hardware.target import Target
-from .cases import Examined, Outcome
 from .kernels import Kernels
+from .outcome import Examined, Outcome
 from .shrinking import Step, shrink
 from .worker import LIMIT, Worker
 

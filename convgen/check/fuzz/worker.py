@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ... import processes
 from ...folders import TemporaryFolder
-from .cases import Examined, Outcome
+from .outcome import Examined, Outcome
 
 #: Seconds a worker has for one candidate.
 LIMIT = 100.0

@@ -39,7 +39,7 @@ def correct_shapes(
             for value in [value for value in graph.value_info if value.name == node.output[0]]:
                 graph.value_info.remove(value)
             kind = dtype(node.input[0])
-            graph.value_info.append(helper.make_tensor_value_info(node.output[0], kind, list(given)))  # type: ignore[arg-type]
+            graph.value_info.append(helper.make_tensor_value_info(node.output[0], kind, list(given)))
             new += bool(kind)
     return new
 

@@ -65,7 +65,7 @@ def measure(
     """Values and bounds of all tensors of a graph.
 
     Args:
-        graph: as it was read.
+        graph: as it was read, or rewritten.
         inputs: the network's, by name.
         transformed: names of the nodes whose kernels do more than reorder sums.
         accuracy: the class that convolutions are computed in.
@@ -79,7 +79,7 @@ def measure(
             operands = [known[name] for name in node.inputs]
             looser = node.name in transformed
             if isinstance(node, Convolution):
-                known[node.output] = _convolution(node, operands, looser, accuracy)
+                known[node.output] = _convolution(node, operands, graph.shapes[node.output], looser, accuracy)
             else:
                 made = RULES[node.kind](_Call(node, operands, graph.shapes[node.output]))
                 factor = CLASS_FACTOR[accuracy] if looser else 1.0
@@ -92,12 +92,15 @@ def _joined(*errors: npt.ArrayLike) -> F64:
     return np.asarray(np.sqrt(reduce(lambda a, b: a + b, [np.square(error) for error in errors])))
 
 
-def _convolution(node: Convolution, operands: Sequence[Measured], transforms: bool, accuracy: str) -> Measured:
+def _convolution(
+    node: Convolution, operands: Sequence[Measured], shape: Shape, transforms: bool, accuracy: str
+) -> Measured:
+    """``shape`` is the output's: the spec sees rows of matrices as pixels."""
     spec = node.spec.with_(accuracy=accuracy)
     src, *residual = operands
-    data: dict[str, Any] = dict(node.parameters) | {"src": src.value.astype(np.float32)}
+    data: dict[str, Any] = dict(node.parameters) | {"src": src.value.astype(np.float32).reshape(spec.src_shape)}
     if residual:
-        data["residual"] = residual[0].value.astype(np.float32)
+        data["residual"] = residual[0].value.astype(np.float32).reshape(spec.dst_shape)
     value = np.asarray(run_onnxruntime(spec, **data), np.float64)
     local = np.asarray((even_tolerance if transforms else tolerance)(spec, data), np.float64)
     plain = spec.with_(activation="none", bias=False, residual=False)
@@ -105,14 +108,15 @@ def _convolution(node: Convolution, operands: Sequence[Measured], transforms: bo
     heaviest = np.abs(weights).max(initial=0.0) or 1.0
     squares = run_onnxruntime(
         plain,
-        np.square(src.error / largest).astype(np.float32),
+        np.square(src.error / largest).astype(np.float32).reshape(spec.src_shape),
         np.square(weights / heaviest).astype(np.float32),
     )
     slope = spec.activation_op.lipschitz
     if spec.has_slope:
         slope = max(1.0, float(np.abs(data["slope"]).max()))
-    passed = slope * largest * heaviest * np.sqrt(np.maximum(squares, 0))
-    return Measured(value, _joined(passed, local, *(slope * other.error for other in residual)))
+    passed = slope * largest * heaviest * np.sqrt(np.maximum(squares, 0)).reshape(shape)
+    added = [slope * other.error.reshape(shape) for other in residual]
+    return Measured(value.reshape(shape), _joined(passed, local.reshape(shape), *added))
 
 
 # ---- element by element ------------------------------------------------------------------------
@@ -125,10 +129,10 @@ def _pointwise(function: Callable[..., F64], rounding: Callable[..., F64]) -> _R
         values = call.values
         value = np.asarray(function(call, *values), np.float64)
         errors: list[F64] = []
-        for place, operand in enumerate(call.operands):
+        for operand in {id(operand): operand for operand in call.operands}.values():  # one that is read twice is one
             moved = []
             for sign in (1, -1):
-                changed = [v + sign * operand.error if p == place else v for p, v in enumerate(values)]
+                changed = [o.value + sign * o.error if o is operand else o.value for o in call.operands]
                 moved.append(np.abs(function(call, *changed) - value))
             errors.append(np.where(operand.error > 0, np.maximum(*moved), 0.0))
         return Measured(value, np.broadcast_to(_joined(*errors, rounding(value, *values)), value.shape))
@@ -148,20 +152,21 @@ def _of_terms(value: F64, *operands: F64) -> F64:
 
 def _of_normalisation(value: F64, x: F64, scale: F64, shift: F64) -> F64:
     """The shift holds the mean times the scale, and may have lost digits: the mean is one of the elements' own size."""
-    return 4 * _U * (np.abs(scale) * (np.abs(x) + np.abs(x).max(initial=0.0)) + np.abs(shift))
+    return np.asarray(4 * _U * (np.abs(scale) * (np.abs(x) + np.abs(x).max(initial=0.0)) + np.abs(shift)))
 
 
 def _of_function(value: F64, *operands: F64) -> F64:
     """Of a function that is approximated: see :data:`~convgen.problem.accuracy.ACTIVATION_ERROR`."""
-    return ACTIVATION_ERROR * _U * (np.abs(value) + np.abs(operands[0]) + 1)
+    return np.asarray(ACTIVATION_ERROR * _U * (np.abs(value) + np.abs(operands[0]) + 1))
 
 
 def _of_exponential(value: F64, *operands: F64) -> F64:
-    return ACTIVATION_ERROR * _U * np.abs(value) * (np.abs(operands[0]) + 1)
+    return np.asarray(ACTIVATION_ERROR * _U * np.abs(value) * (np.abs(operands[0]) + 1))
 
 
 def _of_power(value: F64, *operands: F64) -> F64:
-    return ACTIVATION_ERROR * _U * np.abs(value) * (1 + np.abs(operands[1] * np.log(np.abs(operands[0]) + 1e-30)))
+    digits = np.abs(operands[1] * np.log(np.abs(operands[0]) + SMALLEST_NORMAL))
+    return np.asarray(ACTIVATION_ERROR * _U * np.abs(value) * (1 + digits))
 
 
 def _sigmoid(x: F64) -> F64:
@@ -304,16 +309,16 @@ def _padded(call: _Call) -> Measured:
 
 def _resize(x: F64, ways: Sequence[Any], tables: Sequence[F64]) -> tuple[F64, F64]:
     """Resized, and how far apart the elements are that were mixed."""
-    left, apart = list(tables), np.zeros((1,) * x.ndim)
+    left, apart = list(tables), np.zeros_like(x)
     for axis, way in enumerate(ways):
         if way == "same":
             continue
         if isinstance(way, int):
-            x, apart = np.repeat(x, way, axis), _followed(apart, lambda a, way=way, axis=axis: np.repeat(a, way, axis))
+            x, apart = np.repeat(x, way, axis), np.repeat(apart, way, axis)
             continue
         first = left.pop(0).astype(int)
         low = np.take(x, first, axis)
-        apart = _followed(apart, lambda a, first=first, axis=axis: np.take(a, first, axis))
+        apart = np.take(apart, first, axis)
         if way == "nearest":
             x = low
             continue
@@ -321,10 +326,6 @@ def _resize(x: F64, ways: Sequence[Any], tables: Sequence[F64]) -> tuple[F64, F6
         share = share.reshape(-1, *(1,) * (x.ndim - 1 - axis))
         x, apart = low + share * (high - low), apart + x.shape[axis] * np.abs(high - low)
     return x, apart
-
-
-def _followed(apart: F64, function: Callable[[F64], F64]) -> F64:
-    return apart if apart.size == 1 else function(apart)
 
 
 def _resized(call: _Call) -> Measured:
@@ -350,8 +351,15 @@ _MOVES: dict[str, _Rule] = {
 # ---- over many elements ------------------------------------------------------------------------
 
 
+def _of_alike(count: int, magnitude: Any) -> F64:
+    """Roundings of a sum of so many terms that may be all alike, as those of a padded tensor are, whose absolute values
+    add up to a magnitude: all in one direction then.
+    """
+    return np.asarray((8 + count) * _U * magnitude)
+
+
 def _of_sum(count: int, magnitude: Any) -> F64:
-    """Roundings of a sum of so many terms, whose absolute values add up to a magnitude."""
+    """Roundings of a sum of products, as often up as down."""
     return np.asarray((8 + 2 * math.sqrt(count)) * _U * magnitude)
 
 
@@ -371,7 +379,7 @@ def _windows(call: _Call, x: F64, fill: float, ends: float | None = None) -> F64
         reaches.append(reach)
         taps.append(slice(None, None, dilation))
     padded = np.pad(np.pad(x, padding, constant_values=fill if ends is None else ends), extra, constant_values=fill)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, reaches, tuple(range(x.ndim - rank, x.ndim)))  # type: ignore[call-overload]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, reaches, tuple(range(x.ndim - rank, x.ndim)))
     found: F64 = windows[(*index, *taps)]
     return found
 
@@ -386,7 +394,7 @@ def _pool(call: _Call) -> Measured:
     value = _windows(call, operand.value, 0.0).sum(axes) / counted
     magnitude = _windows(call, np.abs(operand.value), 0.0).sum(axes) / counted
     error = np.sqrt(_windows(call, np.square(operand.error), 0.0).sum(axes)) / counted
-    return Measured(value, _joined(error, _of_sum(math.prod(call["kernel"]), magnitude)))
+    return Measured(value, _joined(error, _of_alike(math.prod(call["kernel"]), magnitude)))
 
 
 def _reduced(call: _Call) -> Measured:
@@ -401,11 +409,11 @@ def _reduced(call: _Call) -> Measured:
         return Measured(over(np.max if mode == "max" else np.min, x), over(np.max, e))
     if mode == "product":
         value = over(np.prod, x)
-        return Measured(value, np.abs(value) * _joined(np.sqrt(over(np.sum, np.square(e / x))), _of_sum(count, 1.0)))
+        return Measured(value, np.abs(value) * _joined(np.sqrt(over(np.sum, np.square(e / x))), _of_alike(count, 1.0)))
     terms, moved = (np.square(x), 2 * np.abs(x) * e + np.square(e)) if mode == "square" else (x, e)
     scale = 1 / count if mode == "mean" else 1.0
     error = np.sqrt(over(np.sum, np.square(moved)))
-    return Measured(scale * over(np.sum, terms), scale * _joined(error, _of_sum(count, over(np.sum, np.abs(terms)))))
+    return Measured(scale * over(np.sum, terms), scale * _joined(error, _of_alike(count, over(np.sum, np.abs(terms)))))
 
 
 def _product(call: _Call) -> Measured:
@@ -442,7 +450,7 @@ def _normalised(call: _Call) -> Measured:
     moved = moved + np.square(z) * np.square(z * e).sum(axes, keepdims=True) / count**2
     # The mean is rounded, and so are squares, whose mean elsewhere is taken before the mean's square is subtracted.
     size = np.square(x).mean(axes, keepdims=True)
-    roundings = _of_sum(count, (np.sqrt(size) + np.abs(z) * size / deviation) / deviation)
+    roundings = _of_alike(count, (np.sqrt(size) + np.abs(z) * size / deviation) / deviation)
     error = _joined(np.sqrt(moved) / deviation, roundings, _few(z))
     value = z
     if affine:

@@ -25,6 +25,8 @@ Array = npt.NDArray[Any]
 OPSETS = (11, 13, 18, 21)
 #: Most elements of a tensor, and the largest magnitude of one.
 MOST_ELEMENTS, MOST = 1 << 14, 1e4
+#: How often an operand is a constant that might have been a tensor.
+CONSTANT = 0.03
 #: Parts that a network has, and how often a part is drawn before it is left out.
 PARTS, TRIES = 8, 12
 _REFUSALS = (
@@ -158,14 +160,18 @@ class _Drawing:
         return self.constant(values, np.int64)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.made.values[name].shape)
+        known = self.made.values if name in self.made.values else self.made.constants
+        return tuple(known[name].shape)
 
     def tensors(self, fit: Callable[[Array], bool]) -> list[str]:
         """Tensors of f32 of a kind; those of truth values are read where they are made."""
         return [name for name, array in self.made.values.items() if array.dtype == np.float32 and fit(array)]
 
     def pick(self, *ranks: int) -> str:
-        """A tensor of one of the ranks, or of any; one of the last more often."""
+        """A tensor of one of the ranks, or of any; one of the last more often, a constant seldom."""
+        if self.rng.random() < CONSTANT:
+            sizes = (1, 1, 2, 3, 8, 16)
+            return self.normal([self.rng.choice(sizes) for _ in range(self.rng.choice(ranks or (0, 1, 2, 4)))])
         names = self.tensors(lambda array: not ranks or array.ndim in ranks)
         if not names:
             raise _Left
@@ -315,6 +321,8 @@ def _binary(d: _Drawing) -> None:
     operands = [left, right] if op in ("PRelu", "Pow") else rng.sample([left, right], 2)
     if op in ("Max", "Min", "Mean", "Sum") and rng.random() < 0.3:
         operands.append(rng.choice([left, *alike]))
+    if op == "PRelu" and np.broadcast_shapes(shape, d.shape(right)) != shape:
+        raise _Left
     d.add(op, operands)
 
 
@@ -402,7 +410,7 @@ def _concat(d: _Drawing) -> None:
         )
 
     others = d.tensors(matches)
-    parts = [source, *rng.choices(others, k=rng.choice((1, 1, 2, 3)))]
+    parts = [source, *rng.choices([*others, source], k=rng.choice((1, 1, 2, 3)))]
     if rng.random() < 0.1:
         parts.append(d.normal(shape))
     d.add("Concat", rng.sample(parts, len(parts)), axis=axis - len(shape) if rng.random() < 0.2 else axis)
@@ -528,7 +536,8 @@ def _pool(d: _Drawing) -> None:
     else:
         attributes["pads"] = [rng.randint(0, k - 1) for k in kernel * 2]
         attributes["ceil_mode"] = int(rng.random() < 0.3)
-    if rng.random() < 0.2 and (op == "MaxPool" or d.made.opset >= 19):
+    may_dilate = "pads" in attributes or attributes["auto_pad"] == "VALID"
+    if rng.random() < 0.2 and may_dilate and (op == "MaxPool" or d.made.opset >= 19):
         attributes["dilations"] = [rng.choice((1, 2)) for _ in range(rank)]
     pads, dilations = attributes.get("pads", [0] * 2 * rank), attributes.get("dilations", [1] * rank)
     for axis, size in enumerate(d.shape(source)[2:]):  # ONNX Runtime has an output where no window fits

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
-from ...check.fuzz.cases import Outcome
+from ...check.fuzz.outcome import Outcome
 from ...check.fuzz.shrinking import Step
 from ...errors import BuildError, ConvgenError
 from ...hardware.target import Target, check_native, resolve

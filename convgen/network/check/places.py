@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from ...errors import ValidationError
 from ...lowering.interface import HEADER_BYTES
+from ..layouts import ELEMENT
 from ..memory import ARENA, INPUT, OUTPUT, WEIGHTS, Place
-from ..plan import ELEMENT, Plan
+from ..plan import Plan
 
 _Space = tuple[str, int]
 
