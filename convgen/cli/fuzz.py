@@ -1,4 +1,4 @@
-"""``convgen fuzz``: random layers and candidates through the full validation."""
+"""``convgen fuzz``: random layers and candidates, or whole networks, through the full validation."""
 
 from __future__ import annotations
 
@@ -33,6 +33,17 @@ if TYPE_CHECKING:
 
     from ..check.fuzz.run import Finding, Summary
 
+
+def parse_numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """Numbers joined by commas."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.isdecimal() and part.isascii() for part in parts):
+        raise click.BadParameter(f"expected numbers such as 0,3, found {text!r}")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
 #: Seconds of a run that neither --seconds nor --specs limits.
 SECONDS = 60.0
 
@@ -54,6 +65,10 @@ SECONDS = 60.0
 @target_option
 @threads_option("Threads that a kernel runs on.  [default: drawn]")
 @schedule_option("Draw candidates of this schedule only.")
+@click.option("--networks", is_flag=True, help="Draw small networks of all operators that compile takes.")
+@click.option(
+    "--nodes", callback=parse_numbers, metavar="N,N", help="With --networks: keep only nodes with these numbers."
+)
 @click.option(
     "--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="How many candidates to check at once."
 )
@@ -66,6 +81,8 @@ def fuzz(
     target: str,
     threads: int | None,
     schedule: str | None,
+    networks: bool,
+    nodes: tuple[int, ...] | None,
     workers: int,
     as_json: bool,
 ) -> int:
@@ -77,19 +94,32 @@ def fuzz(
     repeats it. A spec and its candidates depend on --seed and the spec's number alone: to see a spec
     again, give its number to --start, with --specs 1.
 
+    With --networks the same with small networks, which are compiled whole: --specs and --start count those. One that
+    fails is simplified to those of its nodes that are needed for that.
+
     The exit status is 1 where anything was found. Ctrl-C ends the run and prints what was found so far.
     """
-    from ..check.fuzz.run import Fuzzer
+    from ..check.fuzz.kernels import Kernels
+    from ..check.fuzz.run import Fuzzer, Subject
 
+    if (networks and schedule) or (nodes and not networks):
+        raise click.UsageError("--networks takes no --schedule, and --nodes is of networks")
     if seconds is None and specs is None:
         seconds = SECONDS
-    fuzzer = Fuzzer(seed, target, threads=threads, schedule=schedule, workers=workers)
+    subject: Subject
+    if networks:
+        from ..network.check.fuzz import Networks  # imports ONNX Runtime
+
+        subject = Networks(target, threads=threads, nodes=nodes)
+    else:
+        subject = Kernels(target, threads=threads, schedule=schedule)
+    fuzzer = Fuzzer(seed, subject, workers=workers)
     with _progress() as show:
         summary = fuzzer.run(seconds=seconds, specs=specs, start=start, progress=show)
     if as_json:
         emit(summary.to_dict())
     else:
-        say(_text(summary))
+        say(_text(summary, networks))
     if summary.interrupted:
         note("convgen: interrupted")
     if summary.findings:
@@ -123,16 +153,13 @@ def _line(summary: Summary) -> str:
     return f"{', '.join(texts)} in {summary.seconds:.0f} s"
 
 
-def _text(summary: Summary) -> str:
-    """A table of candidates by schedule and operator, the other counts, and every finding."""
-    operators = sorted(summary.operators)
-    rows: list[list[object]] = [
-        [name, *(counts[operator] for operator in operators), counts.total(), f"{summary.errors[name]:.3f}"]
-        for name, counts in sorted(summary.schedules.items())
-    ]
-    rows.append(["specs", *(summary.operators[operator] for operator in operators), summary.specs, ""])
-    header = ["candidates", *(f"{operator}>" for operator in operators), "all>", "error/bound>"]
-    lines = [table(header, rows), ""]
+def _text(summary: Summary, networks: bool) -> str:
+    """What was checked: of kernels a table by schedule and operator; the other counts, and every finding."""
+    if networks:
+        worst = summary.errors.get("network", 0.0)
+        lines = [f"operators: {_counts(summary.operators)}", f"largest error: {worst:.3f} of its bound"]
+    else:
+        lines = [_candidates(summary), ""]
     for name, counts in (("dtypes", summary.dtypes), ("features", summary.features), ("checks", summary.checks)):
         lines.append(f"{name}: {_counts(counts)}")
     lines += [f"skipped {count}×: {why}" for why, count in sorted(summary.skipped.items())]
@@ -142,13 +169,25 @@ def _text(summary: Summary) -> str:
     return "\n".join(lines)
 
 
+def _candidates(summary: Summary) -> str:
+    """A table of candidates by schedule and operator."""
+    operators = sorted(summary.operators)
+    rows: list[list[object]] = [
+        [name, *(counts[operator] for operator in operators), counts.total(), f"{summary.errors[name]:.3f}"]
+        for name, counts in sorted(summary.schedules.items())
+    ]
+    rows.append(["specs", *(summary.operators[operator] for operator in operators), summary.specs, ""])
+    header = ["candidates", *(f"{operator}>" for operator in operators), "all>", "error/bound>"]
+    return table(header, rows)
+
+
 def _counts(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
 
 
 def _finding(finding: Finding) -> str:
     """What was found, and the command that repeats it."""
-    from ..check.fuzz.cases import KINDS
+    from ..check.fuzz.outcome import KINDS
 
     lines = [f"\n{finding.kind}: {KINDS[finding.kind]}", f"  {finding.message}", f"  repeat with: {finding.command}"]
     if finding.drawn and finding.drawn.command != finding.command:

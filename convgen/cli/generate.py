@@ -40,6 +40,7 @@ from .common import (
     threads_option,
     tidy,
 )
+from .network import validate_model
 from .view import View
 
 if TYPE_CHECKING:
@@ -405,6 +406,7 @@ def _single(result: dict[str, Any]) -> str:
 @records_options
 @candidate_options
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random data.")
+@click.option("--whole", is_flag=True, help="Compile the model as one network, as compile does, and check that.")
 @json_option
 def validate(
     spec: tuple[str, ...],
@@ -417,6 +419,7 @@ def validate(
     schedule: str | None,
     picks: str | None,
     seed: int,
+    whole: bool,
     as_json: bool,
 ) -> int:
     """Check kernels against ONNX Runtime.
@@ -424,8 +427,17 @@ def validate(
     Checks exact integer data, float data against its error bound, NaN and infinities, memory accesses
     between guard pages, and that one thread and all threads compute the same bits. Each failure
     is followed by the command that repeats it. A GPU's kernel is emulated, slowly, where there is no such GPU.
+
+    With --whole, SPEC is a model, which is compiled to one library and checked as such: every element of its outputs
+    against a bound that is accumulated through the graph, guard pages, threads, and where its tensors lie.
     """
     check_picks(schedule, picks)
+    if whole:
+        if schedule or len(spec) != 1 or len(accuracy) > 1 or any(rule.pattern for rule in accuracy):
+            raise click.UsageError("--whole takes one model and one accuracy class, and no --schedule")
+        classes = accuracy[0].accuracy if accuracy else "standard"
+        store = chosen_records(records, no_records)
+        return validate_model(Path(spec[0]), dims, classes, target, threads, store, seed, as_json)
     entries = read_layers(spec, dims, accuracy)
     results: list[dict[str, Any]] = []
     with working(entries, target, threads, chosen_records(records, no_records)) as work:

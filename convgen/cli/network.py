@@ -17,6 +17,8 @@ from ..formats.sources import write_text
 from ..problem.spec import ACCURACIES
 from ..report.words import plural
 from .common import (
+    FAILED,
+    OK,
     WRONG,
     chosen_records,
     duration,
@@ -212,6 +214,30 @@ def _say_model(made: OnnxRuntimeModel, seconds: float, as_json: bool) -> None:
         say(table(["left to ONNX Runtime", "because"], [[node, reason] for node, reason in made.outside.items()]))
     weights = size(sum(part.weights for part in made.parts))
     note(f"{tidy(made.model)} with {made.library.name}; weights {weights}; {duration(seconds)}")
+
+
+def validate_model(
+    model: Path,
+    dims: dict[str, int],
+    accuracy: str,
+    target: str,
+    threads: int | None,
+    records: Records,
+    seed: int,
+    as_json: bool,
+) -> int:
+    """Compile a whole model and check it; the exit status."""
+    from ..api import compile as compile_network
+
+    options: dict[str, Any] = {"dims": dims, "accuracy": accuracy, "records": records}
+    report = compile_network(model, target, threads, **options).validate(model, seed=seed)
+    if as_json:
+        emit(report.to_dict())
+    else:
+        say(f"{report.name}  {plural(report.threads, 'thread')}")
+        for check in report.checks:
+            say(f"  {'ok  ' if check.passed else 'FAIL'}  {check.name:<8}  {check.found}")
+    return OK if report.passed else FAILED
 
 
 def _row(step: dict[str, Any]) -> tuple[str, str, str]:

@@ -136,6 +136,15 @@ def _softplus(x: Expr) -> Expr:
     return tirx.max(x, const(0)) + tirx.log(const(1) + exponential(-tirx.abs(x)))
 
 
+def _compared(function: Callable[[Expr, Expr], Expr]) -> Kind:
+    """A truth value: 1 or 0."""
+    return _elementwise(lambda op, values: tirx.Select(function(*values), const(1), const(0)))
+
+
+def _sign(x: Expr) -> Expr:
+    return tirx.Select(x > const(0), const(1), tirx.Select(x < const(0), const(-1), x))
+
+
 def _prelu(op: Operation, values: list[Expr]) -> Expr:
     x, slope = values
     return tirx.Select(x < const(0), x * slope, x)
@@ -163,9 +172,19 @@ ELEMENTWISE: dict[str, Kind] = {
     "div": _folded(lambda a, b: a / b),
     "max": _folded(lambda a, b: tirx.Select(tirx.any(a > b, tirx.isnan(a)), a, b)),
     "min": _folded(lambda a, b: tirx.Select(tirx.any(a < b, tirx.isnan(a)), a, b)),
-    "mean": _elementwise(lambda op, values: reduce(lambda a, b: a + b, values) * const(1 / len(values))),
     "pow": _elementwise(_power),
     "prelu": _elementwise(_prelu),
+    "threshold": _elementwise(lambda op, values: tirx.Select(values[0] > values[1], values[0], const(0))),
+    "round": _unary(tirx.nearbyint),
+    "sign": _unary(_sign),
+    "greater": _compared(lambda a, b: a > b),
+    "greater_equal": _compared(lambda a, b: a >= b),
+    "less": _compared(lambda a, b: a < b),
+    "less_equal": _compared(lambda a, b: a <= b),
+    "equal": _compared(lambda a, b: a.equal(b)),
+    "not_equal": _compared(lambda a, b: tirx.Not(a.equal(b))),
+    "not": _unary(lambda x: const(1) - x),
+    "where": _elementwise(lambda op, values: tirx.Select(values[0] > const(0), values[1], values[2])),
     "scale_shift": _elementwise(lambda op, values: values[0] * values[1] + values[2]),
 }
 
@@ -307,6 +326,7 @@ MOVES: dict[str, Kind] = {
 # ---- over many elements ------------------------------------------------------------------------
 
 _MAXIMA = {"max": te.max, "min": te.min}
+_times = te.comm_reducer(lambda a, b: a * b, lambda dtype: tirx.const(1, dtype), name="product")
 
 
 def _pool(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
@@ -351,7 +371,7 @@ def _share(op: Operation, pixel: Index, bounds: Sequence[tuple[int, ...]]) -> Ex
 
 
 def _reduced(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
-    """A sum, mean, maximum or minimum over axes; axes that are reduced have one element, or are gone."""
+    """A sum, product, mean, maximum or minimum over axes; axes that are reduced have one element, or are gone."""
     (operand,), axes = op.operands, op["axes"]
     taps = {axis: te.reduce_axis((0, operand.shape[axis]), f"r{axis}") for axis in axes}
     kept = [axis for axis in range(len(operand.shape)) if axis not in taps]
@@ -359,6 +379,8 @@ def _reduced(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
     def at(index: Index) -> Expr:
         places = dict(zip(kept, [index[axis] for axis in kept] if op["keepdims"] else index, strict=True))
         value = operand.at([taps[axis] if axis in taps else places[axis] for axis in range(len(operand.shape))])
+        if op["mode"] == "product":
+            return _times(value, list(taps.values()))
         if op["mode"] in _MAXIMA:
             return _MAXIMA[op["mode"]](value, list(taps.values()))
         if op["mode"] == "mean":

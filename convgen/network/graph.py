@@ -107,6 +107,12 @@ class Graph:
                 users[name].append(node)
         return users
 
+    def fresh(self, wanted: str) -> str:
+        """A name like the wanted one that no tensor has: a model may call its tensors whatever it likes."""
+        while wanted in self.shapes:
+            wanted += "'"
+        return wanted
+
     def size(self, name: str) -> int:
         """Elements of a tensor."""
         return math.prod(self.shapes[name])

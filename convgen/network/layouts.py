@@ -277,7 +277,7 @@ def lay(graph: Graph, costs: Costs) -> Laid:
         if len(shape) < 3 or same_memory(shape, layouts[name], layout):
             return name
         if (name, layout) not in made:
-            copied = made[name, layout] = f"{name}@{layout}"
+            copied = made[name, layout] = graph.fresh(f"{name}@{layout}")
             nodes.append(Operator(name, "identity", (name,), copied))
             graph.shapes[copied], layouts[copied] = shape, layout
         return made[name, layout]
@@ -296,7 +296,7 @@ def lay(graph: Graph, costs: Costs) -> Laid:
         spec = node.spec.with_(layout=choice.src, dst_layout=choice.dst)
         output, shape = node.output, graph.shapes[node.output]
         if len(shape) >= 3 and not same_memory(shape, choice.dst, layouts[output]):
-            output = f"{node.output}@{choice.dst}"
+            output = graph.fresh(f"{node.output}@{choice.dst}")
             graph.shapes[output], layouts[output] = shape, choice.dst
             made[node.output, choice.dst] = output
         nodes.append(replace(node, spec=spec, inputs=inputs, output=output))

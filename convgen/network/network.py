@@ -29,6 +29,8 @@ from .sizes import Dims, every_size
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+    from .check.validate import NetworkReport
+
 
 class Network(NetworkLibrary):
     """A network that was compiled in this process.
@@ -37,13 +39,21 @@ class Network(NetworkLibrary):
         plans: for each of its sizes, its steps, and where tensors lie.
         target: what it was compiled for.
         built: its files.
+        accuracy: the class that its convolutions keep to.
     """
 
     def __init__(
-        self, plans: Sequence[Plan], built: Built, target: Target, threads: int, folder: TemporaryFolder
+        self,
+        plans: Sequence[Plan],
+        built: Built,
+        target: Target,
+        threads: int,
+        accuracy: str,
+        folder: TemporaryFolder,
     ) -> None:
         super().__init__(built.library, built.code.name, built.weights, threads)
         self.plans, self.built, self.target, self._folder = tuple(plans), built, target, folder
+        self.accuracy = accuracy
 
     @property
     def plan(self) -> Plan:
@@ -69,6 +79,24 @@ class Network(NetworkLibrary):
                 facts["operators"] = step.function.descriptor
             found.append(facts)
         return found
+
+    def validate(self, source: str | Path | ModelProto, *, seed: int = 0) -> NetworkReport:
+        """Check every output against ONNX Runtime: at every size, in place, on any number of threads.
+
+        Args:
+            source: the model that it was compiled from.
+            seed: of the inputs.
+
+        Returns:
+            What was checked and found; nothing is raised where a check fails.
+
+        Raises:
+            UnsupportedError: ONNX Runtime does not run the model.
+        """
+        from .check.validate import validate_network  # imports ONNX Runtime
+
+        threads, accuracy = self.threads, self.accuracy
+        return validate_network(self.plans, self.built, source, threads=threads, accuracy=accuracy, seed=seed)
 
     def export(self, directory: str | Path, *, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write the library, header, weights, manifest and C example; returns the manifest.
@@ -165,7 +193,7 @@ def compile_network(
     try:
         with folder.writing():
             built = compile_plans(plans, target, folder.path, progress)
-            return Network(plans, built, target, threads, folder)
+            return Network(plans, built, target, threads, accuracy, folder)
     except BaseException:
         folder.close()
         raise

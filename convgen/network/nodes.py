@@ -7,137 +7,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto
 
 from ..errors import SpecError, UnsupportedError
-from ..formats.onnx.graph import Scope, static, text
-from ..problem.spec import INT32_MAX
+from ..formats.onnx.graph import Scope
+from . import composed
 from .graph import F32, Operator, Shape
+from .node import TYPES, Reading, Refusal
 from .resizing import resize_tables
 
 
-class Refusal(Exception):  # noqa: N818  (an answer more than an error)
-    """A node is not taken; the message is the reason."""
-
-
-class Reading:
-    """One node as it is read: its attributes and operands, checked; and the operators that it becomes.
-
-    Args:
-        scope: the graph it stands in.
-        opset: its version.
-        constants: what tensors that it brings with it are added to.
-        shapes: the same of all tensors that it makes or reads.
-    """
-
-    def __init__(
-        self, scope: Scope, node: NodeProto, opset: int, constants: dict[str, F32], shapes: dict[str, Shape]
-    ) -> None:
-        self.scope, self.node, self.opset, self.constants, self.shapes = scope, node, opset, constants, shapes
-        self.name = scope.name(node)
-        self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        self.operators: list[Operator] = []
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """An attribute; text as str, several numbers as a tuple."""
-        value = self.attributes.get(name, default)
-        if isinstance(value, bytes):
-            return value.decode(errors="replace")
-        return tuple(value) if isinstance(value, list) else value
-
-    def given(self, position: int) -> str:
-        """The name of an input; empty where it is left out."""
-        return str(self.node.input[position]) if position < len(self.node.input) else ""
-
-    def shape(self, name: str) -> Shape:
-        if name in self.shapes:
-            return self.shapes[name]
-        shape = self.scope.shape(name)
-        if not static(shape):
-            raise Refusal(f"the shape of {name!r} is not known: {text(shape)}")
-        return shape
-
-    def tensor(self, name: str) -> str:
-        """An f32 operand, which is recorded with its shape, and with its value where that is constant."""
-        if name in self.shapes:
-            return name
-        dtype = self.scope.dtype(name)
-        if dtype != TensorProto.FLOAT:
-            raise Refusal(f"{name!r} is of type {TensorProto.DataType.Name(dtype).lower()}; f32 is supported")
-        self.shapes[name] = self.shape(name)
-        if self.scope.constant(name):
-            self.constants[name] = np.ascontiguousarray(self.scope.value(name), np.float32)
-        return name
-
-    def input(self, position: int = 0) -> str:
-        if not (name := self.given(position)):
-            raise Refusal(f"input {position} is left out")
-        return self.tensor(name)
-
-    def inputs(self) -> list[str]:
-        return [self.tensor(name) for name in self.node.input]
-
-    def array(self, name: str, what: str) -> np.ndarray[Any, np.dtype[Any]]:
-        """The value of a constant."""
-        if not self.scope.constant(name):
-            raise Refusal(f"{what} {name!r} is no constant; constants are supported")
-        try:
-            return self.scope.value(name)
-        except SpecError as error:
-            raise Refusal(str(error)) from error
-
-    def integers(self, position: int, attribute: str) -> tuple[int, ...] | None:
-        """What newer versions take as an input and older ones have as an attribute; None where there is neither."""
-        if name := self.given(position):
-            return tuple(int(value) for value in self.array(name, attribute).reshape(-1))
-        value = self.get(attribute)
-        return value if value is None or isinstance(value, tuple) else (value,)
-
-    def number(self, position: int, attribute: str, default: float) -> float:
-        """One number that may be an input or an attribute."""
-        if name := self.given(position):
-            value = self.array(name, attribute)
-            if value.size != 1:
-                raise Refusal(f"{attribute} has {value.size} elements; one is supported")
-            return float(value.reshape(()))
-        return float(self.get(attribute, default))
-
-    def axis(self, value: int, rank: int) -> int:
-        if not -rank <= value < rank:
-            raise Refusal(f"axis {value} of a tensor of {rank} axes")
-        return value % rank
-
-    def axes(self, values: Sequence[int], rank: int) -> tuple[int, ...]:
-        return tuple(sorted(self.axis(value, rank) for value in values))
-
-    def constant(self, array: Any, what: str) -> str:
-        """A tensor of this node's own."""
-        name = f"{self.node.output[0]}/{what}"
-        self.constants[name] = np.ascontiguousarray(array, np.float32)
-        self.shapes[name] = self.constants[name].shape
-        return name
-
-    def add(self, kind: str, inputs: Sequence[str], shape: Shape, output: str = "", **attributes: Any) -> str:
-        """An operator, its output named; ``output`` is empty for a step within the node."""
-        if 0 in shape:
-            raise Refusal(f"a tensor without elements: {list(shape)}")
-        if math.prod(shape) > INT32_MAX:
-            raise Refusal(f"a tensor of more than {INT32_MAX} elements: {list(shape)}")
-        output = output or f"{self.node.output[0]}/{len(self.operators)}"
-        self.shapes[output] = shape
-        self.operators.append(Operator(self.name, kind, tuple(inputs), output, attributes))
-        return output
-
-    def end(self, kind: str, inputs: Sequence[str], **attributes: Any) -> None:
-        """The operator that computes the node's output."""
-        output = str(self.node.output[0])
-        self.add(kind, inputs, self.shape(output), output, **attributes)
-
-
 def read_node(
-    scope: Scope, node: NodeProto, opset: int, constants: dict[str, F32], shapes: dict[str, Shape]
+    scope: Scope,
+    node: NodeProto,
+    opset: int,
+    constants: dict[str, F32],
+    shapes: dict[str, Shape],
+    types: Sequence[int] = TYPES,
 ) -> list[Operator]:
-    """The operators that a node means.
+    """The operators that a node means; see :class:`~convgen.network.node.Reading`.
 
     Raises:
         Refusal: it is not taken, and why.
@@ -146,16 +34,23 @@ def read_node(
         raise Refusal("graphs inside of nodes are not taken")
     if node.op_type not in READERS:
         raise Refusal("no such operator is known here")
-    reading = Reading(scope, node, opset, constants, shapes)
+    reading = Reading(scope, node, opset, constants, shapes, types)
     if any(reading.scope.users[name] or name in scope.outputs for name in node.output[1:] if name) and (
         node.op_type not in ("Split",)
     ):
         raise Refusal("an output but the first is used")
     try:
         READERS[node.op_type](reading)
+        for operator in reading.operators:
+            if operator.output in node.output and scope.dtype(operator.output):
+                reading.check_type(operator.output)
     except (SpecError, UnsupportedError) as error:
         raise Refusal(str(error)) from error
     return reading.operators
+
+
+#: Most operands of one operator: steps take a limited number of tensors.
+MOST_OPERANDS = 32
 
 
 # ---- element by element ------------------------------------------------------------------------
@@ -163,6 +58,23 @@ def read_node(
 
 def _simple(kind: str) -> Callable[[Reading], None]:
     return lambda r: r.end(kind, r.inputs())
+
+
+def _folded(kind: str, share: bool = False) -> Callable[[Reading], None]:
+    """Of any number of operands, taken together a few at a time; the mean is a sum times a number."""
+
+    def read(r: Reading) -> None:
+        names = r.inputs()
+        while len(names) > MOST_OPERANDS:
+            first, names = names[:MOST_OPERANDS], names[MOST_OPERANDS:]
+            shape = np.broadcast_shapes(*map(r.shape, first))
+            names = [r.add(kind, first, tuple(shape)), *names]
+        if not share:
+            return r.end(kind, names)
+        total = r.add(kind, names, r.shape(str(r.node.output[0]))) if len(names) > 1 else names[0]
+        return r.end("mul", [total, r.constant(1 / len(r.node.input), "share")])
+
+    return read
 
 
 def _activation(text: Callable[[Reading], str]) -> Callable[[Reading], None]:
@@ -181,8 +93,6 @@ def _gelu(r: Reading) -> None:
 
 
 def _passed(r: Reading) -> None:
-    if r.node.op_type == "Cast" and r.get("to") != TensorProto.FLOAT:
-        raise Refusal("a cast to another type than f32")
     if r.node.op_type == "Dropout" and r.given(2) and r.array(r.given(2), "training_mode").any():
         raise Refusal("dropout in training")
     r.end("identity", [r.input()])
@@ -217,6 +127,11 @@ def _concat(r: Reading) -> None:
     inputs = r.inputs()
     axis = r.axis(r.get("axis", 1), len(r.shape(inputs[0])))
     filled = [name for name in inputs if r.shape(name)[axis]]
+    while len(filled) > MOST_OPERANDS:
+        first, filled = filled[:MOST_OPERANDS], filled[MOST_OPERANDS:]
+        shape = list(r.shape(first[0]))
+        shape[axis] = sum(r.shape(name)[axis] for name in first)
+        filled = [r.add("concat", first, tuple(shape), axis=axis), *filled]
     r.end("concat", filled, axis=axis)
 
 
@@ -332,6 +247,8 @@ def _window(r: Reading, sizes: Shape) -> dict[str, Any]:
     strides, dilations = r.get("strides", (1,) * rank), r.get("dilations", (1,) * rank)
     pads, word = r.get("pads", (0,) * (2 * rank)), r.get("auto_pad", "NOTSET")
     if word in ("SAME_UPPER", "SAME_LOWER"):
+        if max(dilations) > 1:  # ONNX Runtime's sizes are not ONNX's
+            raise Refusal(f"auto_pad={word} with dilations; give pads")
         reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
         all_ = zip(out, strides, reach, sizes, strict=True)
         wanted = [max(0, (o - 1) * s + w - size) for o, s, w, size in all_]
@@ -342,6 +259,9 @@ def _window(r: Reading, sizes: Shape) -> dict[str, Any]:
         begins, ends = [0] * rank, [0] * rank
     else:
         begins, ends = pads[:rank], pads[rank:]
+    for size, k, d, begin, end in zip(sizes, kernel, dilations, begins, ends, strict=True):
+        if (k - 1) * d + 1 > size + begin + end:
+            raise Refusal(f"a window of {(k - 1) * d + 1} elements, more than the {size + begin + end} with padding")
     window = {"kernel": kernel, "strides": strides, "dilations": dilations, "begins": begins, "ends": ends}
     return {name: tuple(values) for name, values in window.items()}
 
@@ -450,9 +370,23 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
         name: _simple(name.lower())
         for name in ("Exp", "Log", "Sqrt", "Abs", "Neg", "Reciprocal", "Floor", "Ceil", "Erf", "Softplus", "Softsign")
     },
-    **{name: _simple(name.lower()) for name in ("Sin", "Cos", "Add", "Sub", "Mul", "Div", "Max", "Min", "Mean", "Pow")},
-    "Sum": _simple("add"),
+    **{name: _simple(name.lower()) for name in ("Sin", "Cos", "Add", "Sub", "Mul", "Div", "Pow")},
+    "Sum": _folded("add"),
+    "Max": _folded("max"),
+    "Min": _folded("min"),
+    "Mean": _folded("add", share=True),
     "PRelu": _simple("prelu"),
+    **{name: _simple(name.lower()) for name in ("Round", "Sign")},
+    **{name: _simple(name.lower()) for name in ("Greater", "Less", "Equal", "Not", "Where")},
+    "GreaterOrEqual": _simple("greater_equal"),
+    "LessOrEqual": _simple("less_equal"),
+    "And": _simple("mul"),
+    "Or": _simple("max"),
+    "Xor": _simple("not_equal"),
+    "Selu": composed.scaled(composed.selu),
+    "Celu": composed.scaled(composed.celu),
+    "Swish": composed.swish,
+    "ThresholdedRelu": composed.thresholded_relu,
     **{
         name: _activation(lambda r, word=word: word)  # type: ignore[misc]
         for name, word in (
@@ -470,7 +404,7 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "Gelu": _gelu,
     "Identity": _passed,
     "Dropout": _passed,
-    "Cast": _passed,
+    "Cast": composed.cast,
     "BatchNormalization": _batch_normalization,
     "Reshape": _reshape,
     "Flatten": _reshape,
@@ -482,6 +416,8 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "Slice": _slice,
     "Pad": _pad,
     "Expand": _expand,
+    "Tile": composed.tile,
+    "Gather": composed.gather,
     "Resize": _resize,
     "Upsample": _resize,
     "DepthToSpace": _depth_to_space,
@@ -495,10 +431,17 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "ReduceMax": _reduce("max"),
     "ReduceMin": _reduce("min"),
     "ReduceSumSquare": _reduce("square"),
+    "ReduceL1": composed.reduce_in_steps("abs", "sum", ""),
+    "ReduceL2": composed.reduce_in_steps("", "square", "sqrt"),
+    "ReduceLogSum": composed.reduce_in_steps("", "sum", "log"),
+    "ReduceLogSumExp": composed.log_sum_exp,
+    "ReduceProd": _reduce("product"),
     "Softmax": _softmax(False),
     "LogSoftmax": _softmax(True),
     "LayerNormalization": _layer_normalization,
     "InstanceNormalization": _instance_normalization,
+    "GroupNormalization": composed.group_normalization,
+    "RMSNormalization": composed.rms_normalization,
     "LRN": _lrn,
     "MatMul": _matmul,
     "Gemm": _gemm,

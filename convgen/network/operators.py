@@ -55,7 +55,7 @@ def as_pass(group: Group, graph: Graph, layouts: Mapping[str, str]) -> Pass:
     operators = []
     for operator in group.operators:
         operands = [
-            float(graph.constants[name].reshape(())) if is_number(graph, name) else numbers[name]
+            float(graph.constants[name].reshape(())) if is_number(graph, operator, name) else numbers[name]
             for name in operator.inputs
         ]
         attributes = tuple(sorted(operator.attributes.items()))

@@ -16,7 +16,7 @@ from .graph import F32, ROW_MAJOR, Convolution, Graph, Shape
 from .layouts import ELEMENT, Costs, Laid, lay, physical
 from .memory import ARENA, INPUT, OUTPUT, WEIGHTS, Lifetime, Place, arrange
 from .operators import Pass, as_pass
-from .views import Group, Views, fuse
+from .views import Group, View, Views, fuse
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Plan:
         places: of every tensor of the steps; a constant's offset is among the constants.
         arena: bytes.
         constants: what lies first among the weights: tensors that passes read, each with its offset.
+        views: of tensors that are parts of others: which, and where they begin there.
         seconds: predicted.
     """
 
@@ -69,6 +70,7 @@ class Plan:
     places: dict[str, Place]
     arena: int
     constants: dict[str, int]
+    views: dict[str, View]
     seconds: float
 
     def shape(self, name: str) -> Shape:
@@ -87,7 +89,8 @@ def plan(graph: Graph, target: Target) -> Plan:
         constants[name] = end
         end += round_up(graph.constants[name].nbytes)
     places, arena = _places(graph, views, steps, constants)
-    return Plan(graph, laid.layouts, steps, places, arena, constants, laid.seconds)
+    parts = {name: views.root(name) for name in views.views}
+    return Plan(graph, laid.layouts, steps, places, arena, constants, parts, laid.seconds)
 
 
 def _step(made: object, laid: Laid) -> Step:

@@ -18,7 +18,8 @@ from ..formats.onnx.graph import ROOTS, Scope, names_read, static, text
 from ..formats.onnx.layers import folded_graphs
 from ..formats.onnx.node import OnnxLayer
 from .graph import Convolution, Graph, Node, Operator
-from .nodes import Refusal, read_node
+from .node import TYPES, Refusal
+from .nodes import read_node
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -103,6 +104,7 @@ class _Builder:
         self.layers = {layer.dst: layer for layer in layers if layer.dst}
         self.nodes: dict[str, Node] = {}
         self.made = Graph("", [], {}, {}, [], [], [])
+        self.types: tuple[int, ...] = TYPES
         self.refused: dict[str, str] = {}
         self.outside: dict[int, Outside] = {}
         self.unread = {layer.name: str(layer.refusal) for layer in layers if layer.refusal}
@@ -113,6 +115,10 @@ class _Builder:
         self._begin()
         for given in made.inputs:
             self._take_input(given)
+        for output in made.outputs:
+            if (dtype := self.scope.dtype(output)) not in (TensorProto.FLOAT, TensorProto.UNDEFINED):
+                found = TensorProto.DataType.Name(dtype).lower()
+                self.refused[f"output {output!r}"] = f"expected f32, found {found}"
         if not made.shapes.keys() >= set(made.inputs):  # without which no other shape is known
             raise NotTakenError(self.where, self.refused, 0)
         self._read_all(made.outputs)
@@ -124,7 +130,8 @@ class _Builder:
         return made
 
     def partial(self) -> Graph:
-        """What is taken, where that need not be all."""
+        """What is taken, where that need not be all: truth values stay outside, as what networks are given is f32."""
+        self.types = (TensorProto.FLOAT,)
         self._begin()
         self._read_all([name for name in self.made.outputs if not self.scope.constant(name)])
         self.made.nodes = list(self.nodes.values())
@@ -169,7 +176,7 @@ class _Builder:
                 self.unread[layer.name] = str(error)
                 del self.layers[value]
         if self.scope.constant(value):
-            self.made.constants[value] = np.ascontiguousarray(self.scope.value(value), np.float32)
+            self.made.constants[value] = np.asarray(self.scope.value(value), np.float32, order="C")
             self.made.shapes[value] = self.made.constants[value].shape
             return []
         if (index := self.scope.producers.get(value)) is None:
@@ -182,7 +189,7 @@ class _Builder:
                 raise Refusal(reason)
             if node.domain not in ROOTS:
                 raise Refusal(f"it is of the domain {node.domain!r}")
-            found = read_node(self.scope, node, self.opset, self.made.constants, self.made.shapes)
+            found = read_node(self.scope, node, self.opset, self.made.constants, self.made.shapes, self.types)
         except Refusal as error:
             self.refused[key] = str(error)
             reads = tuple(name for name in dict.fromkeys(names_read(node)) if not self.scope.constant(name))
@@ -212,7 +219,7 @@ class _Builder:
         for position, name in enumerate(self.made.outputs):
             if name in self.nodes and name not in self.made.outputs[:position]:
                 continue
-            copied = f"{name}/copy{position}"
+            copied = self.made.fresh(f"{name}/copy{position}")
             self.nodes[copied] = Operator(name, "identity", (name,), copied)
             self.made.shapes[copied] = self.made.shapes[name]
             self.made.outputs[position] = copied

@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-F64 = npt.NDArray[np.float64]
+F32 = npt.NDArray[np.float32]
 
 #: How the place of an element is rounded to that of another.
 _ROUND: dict[str, Any] = {
     "floor": np.floor,
     "ceil": np.ceil,
-    "round_prefer_floor": lambda x: np.ceil(x - 0.5),
-    "round_prefer_ceil": lambda x: np.floor(x + 0.5),
+    "round_prefer_floor": lambda x: np.where(x - np.floor(x) == 0.5, np.floor(x), np.rint(x)),
+    "round_prefer_ceil": lambda x: np.where(x - np.floor(x) == 0.5, np.ceil(x), np.rint(x)),
 }
 
 
 def resize_tables(
     shape: Sequence[int], out: Sequence[int], scales: Sequence[float] | None, mode: str, transform: str, nearest: str
-) -> tuple[tuple[Any, ...], list[F64]]:
+) -> tuple[tuple[Any, ...], list[F32]]:
     """How each axis is read, and the tables for it.
 
     An axis is read as it is (``same``), each element so often (a number), by a table of elements (``nearest``), or by
@@ -33,13 +33,13 @@ def resize_tables(
     if mode not in ("nearest", "linear", "bilinear"):
         raise ValueError(f"mode {mode!r}; nearest and linear are supported")
     ways: list[Any] = []
-    tables: list[F64] = []
+    tables: list[F32] = []
     for axis, (size, length) in enumerate(zip(shape, out, strict=True)):
-        scale = scales[axis] if scales is not None else length / size
+        scale = np.float32(scales[axis]) if scales is not None else np.float32(length) / np.float32(size)
         if size == length and scale == 1:
             ways.append("same")
             continue
-        places = _places(transform, np.arange(length, dtype=np.float64), size, length, scale)
+        places = _places(transform, np.arange(length, dtype=np.float32), size, length, scale)
         if mode == "nearest":
             if nearest not in _ROUND:
                 raise ValueError(f"nearest_mode {nearest!r}")
@@ -58,19 +58,24 @@ def resize_tables(
     return tuple(ways), tables
 
 
-def _places(transform: str, at: F64, size: int, length: int, scale: float) -> F64:
-    """Where each element of the longer axis lies in the shorter one."""
+def _places(transform: str, at: F32, size: int, length: int, scale: np.float32) -> F32:
+    """Where each element of the longer axis lies in the shorter one.
+
+    In f32 and in ONNX Runtime's order of operations: which neighbour is nearest may hang on the last bit.
+    """
+    half, one = np.float32(0.5), np.float32(1)
     match transform:
         case "half_pixel":
-            return (at + 0.5) / scale - 0.5
+            return (at + half) / scale - half
         case "half_pixel_symmetric":
-            adjustment = length / (scale * size)
-            return size / 2 * (1 - adjustment) + (at + 0.5) / scale - 0.5
+            adjustment = np.float32(length) / (scale * np.float32(size))
+            return np.float32(size) / 2 * (one - adjustment) + (at + half) / scale - half
         case "pytorch_half_pixel":
-            return (at + 0.5) / scale - 0.5 if length > 1 else np.zeros_like(at)
+            return (at + half) / scale - half if length > 1 else np.zeros_like(at)
         case "align_corners":
-            last = scale * size - 1  # of the length before it is rounded to whole elements
-            return at * (size - 1) / last if last > 0 else np.zeros_like(at)
+            whole = float(scale) * size  # the length before it was rounded to whole elements
+            last = np.float32(length if abs(whole - length) < 1e-3 else whole) - one
+            return at * np.float32(size - 1) / last if last > 0 else np.zeros_like(at)
         case "asymmetric":
             return at / scale
     raise ValueError(f"coordinate_transformation_mode {transform!r}")

@@ -140,7 +140,7 @@ def _add_before_transposing(graph: Graph) -> None:
                 continue
             perm = transpose.attributes["perm"]
             back = tuple(perm.index(axis) for axis in range(len(perm)))
-            names = f"{node.output}/turned", f"{node.output}/sum"
+            names = graph.fresh(f"{node.output}/turned"), graph.fresh(f"{node.output}/sum")
             graph.shapes |= dict.fromkeys(names, graph.shapes[source])
             added = (
                 Operator(node.name, "transpose", (other,), names[0], {"perm": back}),

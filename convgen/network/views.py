@@ -51,12 +51,16 @@ class Views:
         source = node.inputs[0]
         if node.kind in ("reshape", "transpose") and keeps_order(self.graph, node, self.layouts):
             return [] if self._share(source, node.output) else [node]
-        if node.kind == "slice" and self._in_place(node) and node.output not in self.graph.outputs:
+        if node.kind == "slice" and self._in_place(node) and self._may_be_part(source, node.output):
             self.views[node.output] = View(source, self._begin(node))
             return []
         if node.kind == "concat" and self._in_place(node):
             return self._placed(node)
         return [node]
+
+    def _may_be_part(self, whole: str, part: str) -> bool:
+        """Whether a tensor may lie within another: outputs lie by themselves, constants where they are."""
+        return part not in self.graph.outputs and whole not in self.graph.constants
 
     def _free(self, name: str) -> bool:
         """Whether it may be told where to lie."""
@@ -64,7 +68,7 @@ class Views:
 
     def _share(self, source: str, output: str) -> bool:
         """Let two tensors be the same memory."""
-        if output not in self.graph.outputs and source not in self.graph.constants:
+        if self._may_be_part(source, output):
             self.views[output] = View(source)
         elif self._free(source):
             self.views[source] = View(output)
@@ -95,7 +99,7 @@ class Views:
         for number, name in enumerate(node.inputs):
             part = name
             if not self._free(name) or self.root(node.output).of == name:
-                part = f"{node.output}/part{number}"
+                part = self.graph.fresh(f"{node.output}/part{number}")
                 copies.append(Operator(node.name, "identity", (name,), part))
                 self.graph.shapes[part], self.layouts[part] = self.graph.shapes[name], self.layouts[node.output]
                 self._computed.add(part)
@@ -128,8 +132,8 @@ class Group:
         return self.operators[-1].name
 
 
-#: Most operators of one pass: expressions grow with them.
-MOST = 24
+#: Most operators of one pass, and tensors that they read: expressions grow with them.
+MOST, MOST_INPUTS = 24, 64
 
 
 def fuse(graph: Graph, views: Views) -> list[Node | Group]:
@@ -143,6 +147,8 @@ def fuse(graph: Graph, views: Views) -> list[Node | Group]:
         """Whether the operator that computes an operand of ``consumer`` may be computed within it."""
         producer = producers.get(name)
         if not isinstance(producer, Operator) or len(group) >= MOST or name in bound or name in graph.outputs:
+            return False
+        if len({given for operator in (*group, producer) for given in operator.inputs}) > MOST_INPUTS:
             return False
         kind, made = KINDS[producer.kind], KINDS[consumer.kind]
         if not (kind.elementwise or kind.moves) or any(all(user is not one for one in group) for user in users[name]):
@@ -172,10 +178,17 @@ def fuse(graph: Graph, views: Views) -> list[Node | Group]:
 
 def _inputs(group: Sequence[Operator], graph: Graph) -> tuple[str, ...]:
     inner = {operator.output for operator in group}
-    read = dict.fromkeys(name for operator in group for name in operator.inputs if name not in inner)
-    return tuple(name for name in read if not is_number(graph, name))
+    read = dict.fromkeys(
+        name
+        for operator in group
+        for name in operator.inputs
+        if name not in inner and not is_number(graph, operator, name)
+    )
+    return tuple(read)
 
 
-def is_number(graph: Graph, name: str) -> bool:
-    """Whether a tensor is a constant of one element, which is written into the code."""
-    return name in graph.constants and graph.constants[name].size == 1
+def is_number(graph: Graph, operator: Operator, name: str) -> bool:
+    """Whether an operand is a constant of one element, which is written into the code: for operators that ask of an
+    operand nothing but elements.
+    """
+    return KINDS[operator.kind].elementwise and name in graph.constants and graph.constants[name].size == 1

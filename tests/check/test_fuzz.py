@@ -21,8 +21,10 @@ import pytest
 from paths import SUPPORT
 
 import convgen.schedules
-from convgen.check.fuzz.cases import KINDS, Case, Outcome, misread
+from convgen.check.fuzz.cases import Case, misread
 from convgen.check.fuzz.drawing import FEATURES, Draw, draw
+from convgen.check.fuzz.kernels import Kernels
+from convgen.check.fuzz.outcome import KINDS, Outcome
 from convgen.check.fuzz.run import Fuzzer, Summary
 from convgen.check.fuzz.shrinking import case_steps, shrink
 from convgen.check.fuzz.worker import Worker
@@ -345,7 +347,7 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
 
 
 def fuzz(**options: Any) -> Summary:
-    return Fuzzer(1, "cpu", threads=2, schedule="planted").run(**options)
+    return Fuzzer(1, Kernels("cpu", threads=2, schedule="planted")).run(**options)
 
 
 def planted_draw(index: int) -> Draw:
@@ -374,7 +376,7 @@ def test_a_planted_bug_is_found_and_shrunk_to_a_command_that_repeats_it(
         Picks(tile_ow=2, order="rows"),
     )
     assert first.command == least.command
-    assert first.drawn is not None
+    assert isinstance(first.drawn, Case)
     assert hits_the_tail(first.drawn)
     cases = planted_draw(first.index).cases
     assert [f.drawn for f in summary.findings] == [case for case in cases if hits_the_tail(case)]
@@ -476,7 +478,7 @@ def test_a_spec_that_is_read_back_as_another_is_found(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(ConvSpec, "parse", classmethod(without_residual))
     index = next(i for i in range(100) if draw(SEED, i, NATIVE, schedule="reference").spec.residual)
-    found = Fuzzer(SEED, schedule="reference").run(start=index, specs=1).findings[0]
+    found = Fuzzer(SEED, Kernels(schedule="reference")).run(start=index, specs=1).findings[0]
     assert found.kind == "descriptor"
     assert found.message == (
         "descriptor: expected conv1d n1 ic1 oc1 i1 k1 s1 p0 nobias residual, found conv1d n1 ic1 oc1 i1 k1 s1 p0 nobias"

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from network_models import RandomNetwork, arrays_for, expected, furthest, model_of
+from network_models import arrays_for, expected, furthest, model_of
 from onnx import ModelProto, helper
 
 import convgen
@@ -97,18 +95,6 @@ def test_one_two_and_three_threads_agree(block: Network, exported: Path) -> None
     for other in found[1:]:
         for name, array in found[0].items():
             assert array.tobytes() == other[name].tobytes()
-
-
-@settings(max_examples=12, deadline=None)
-@example(251)  # a reflection along an axis that is longer than another
-@given(st.integers(0, 10**6))
-def test_random_networks(seed: int) -> None:
-    made = RandomNetwork(seed)
-    inputs = arrays_for(made.model, seed)
-    wanted = expected(made.model, inputs)
-    network = compile_network(made.model, resolve("cpu").on(1), 1)
-    found = network(*inputs.values())
-    assert furthest(found, wanted) < 10 * ERROR
 
 
 def test_an_output_that_is_an_input_or_another_output() -> None:

@@ -17,7 +17,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from ...network.nodes import Refusal
+from ...network.node import Refusal
 from .strides import Perm, inverse, moves, storage_order
 
 #: Of ONNX's operators; the first with all that are used here.

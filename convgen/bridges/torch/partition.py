@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...network.nodes import Refusal
+from ...network.node import Refusal
 from .aten import PRODUCTS, Known, OnnxGraph, operator, value
 from .strides import storage_order
 

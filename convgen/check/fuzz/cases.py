@@ -1,31 +1,17 @@
-"""What the fuzzer checks, a :class:`Case`, and how a check can end, an :class:`Outcome`."""
+"""A kernel as the fuzzer checks it: a :class:`Case`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ...errors import SpecError
 from ...lowering.schedule import Picks
 from ...problem.spec import ConvSpec
-
-#: How a check can end.
-KINDS = {
-    "ok": "passed",
-    "wrong": "values are not what ONNX Runtime computes, on floats, integers or data of very different scales",
-    "memory": "an access outside a buffer, or the kernel refused the call",
-    "threads": "the result depends on the number of threads or the placement of the buffers",
-    "special": "NaN or infinities are not where ONNX Runtime has them",
-    "refusal": "a buffer was accepted that must be refused",
-    "build": "lowering, compiling or linking failed",
-    "refused": "a default or valid picks, the reference or the default candidate was said not to apply",
-    "descriptor": "the spec is another one after it was written down and read back",
-    "error": "an exception that is not raised on purpose",
-    "crash": "the process died",
-    "hang": "no answer in time",
-}
+from .outcome import Outcome
 
 
 @dataclass(frozen=True)
@@ -51,22 +37,29 @@ class Case:
         layer = f'"{self.spec.descriptor}" --target {self.target} --threads {self.threads}'
         return f"convgen validate {layer} {chosen} --seed {self.seed}"
 
+    @property
+    def group(self) -> str:
+        """Its schedule's id."""
+        return self.schedule or "default"
+
+    @property
+    def operator(self) -> str:
+        return self.spec.operator
+
+    def flaw(self) -> Outcome | None:
+        """Whether its spec is another one after it was written down."""
+        return misread(self.spec)
+
+    def job(self) -> Callable[[], Outcome]:
+        """The full validation of a kernel."""
+        from .checking import check  # imports TVM
+
+        return partial(check, **self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
         """The arguments of :func:`convgen.check.fuzz.checking.check`."""
         picks = None if self.picks is None else str(self.picks)
         return {**vars(self), "spec": self.spec.descriptor, "picks": picks}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a check ended: one of :data:`KINDS`, what was found, the checks made, and the largest
-    error as a fraction of its bound.
-    """
-
-    kind: str
-    message: str = ""
-    checks: tuple[str, ...] = ()
-    error: float = 0.0
 
 
 def misread(spec: ConvSpec) -> Outcome | None:

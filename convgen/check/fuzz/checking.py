@@ -10,7 +10,7 @@ from ...kernel.kernel import compile_candidate
 from ...lowering.candidates import default_candidate, parse_candidate
 from ...problem.spec import ConvSpec
 from ..validate import validate
-from .cases import Outcome
+from .outcome import Outcome
 
 
 def check(spec: str, target: str, threads: int, seed: int, schedule: str | None, picks: str | None) -> Outcome:

@@ -53,6 +53,18 @@ class Draw:
     cases: tuple[Case, ...]
     skipped: tuple[str, ...]
 
+    @property
+    def operators(self) -> tuple[str, ...]:
+        return (self.spec.operator,)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return (self.spec.dtype,)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        return tuple(name for name, has in FEATURES.items() if has(self.spec))
+
 
 def draw(seed: int, index: int, target: Target, *, threads: int | None = None, schedule: str | None = None) -> Draw:
     """Spec ``index`` of a seed with its candidates.

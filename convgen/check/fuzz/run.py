@@ -9,21 +9,56 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from threading import Event, Lock
-from typing import Any
+from typing import Any, Protocol
 
-from ...hardware.target import Target, check_native, resolve
-from ...lowering.discover import schedule as find_schedule
-from .cases import Case, Outcome, misread
-from .drawing import FEATURES, Draw, draw
-from .shrinking import case_steps, shrink
+from ...hardware.target import Target
+from .kernels import Kernels
+from .outcome import Examined, Outcome
+from .shrinking import Step, shrink
 from .worker import LIMIT, Worker
 
 #: Seconds spent on shrinking one finding, and findings shrunk that are of one kind and schedule.
 SHRINK_SECONDS, MOST_SHRUNK = 120.0, 2
+
+
+class Drawn(Protocol):
+    """What was drawn at once: cases, and what it is counted as."""
+
+    @property
+    def cases(self) -> Sequence[Examined]: ...
+
+    @property
+    def operators(self) -> Sequence[str]: ...
+
+    @property
+    def dtypes(self) -> Sequence[str]: ...
+
+    @property
+    def features(self) -> Sequence[str]: ...
+
+    @property
+    def skipped(self) -> Sequence[str]:
+        """What could not be drawn, and why."""
+
+
+class Subject(Protocol):
+    """What is fuzzed."""
+
+    target: Target
+
+    @property
+    def options(self) -> str:
+        """What the command says to draw the same, besides seed and numbers."""
+
+    def draw(self, seed: int, index: int) -> Drawn:
+        """The cases of a number; they depend on the seed and the number alone."""
+
+    def steps(self) -> list[Step[Any]]:
+        """What a failing case is made simpler by."""
 
 
 @dataclass
@@ -37,14 +72,14 @@ class Finding:
     kind: str
     message: str
     index: int
-    drawn: Case | None
+    drawn: Examined | None
     command: str
     repeats: bool | None = None
 
     @property
     def schedule(self) -> str:
-        """Its schedule's id."""
-        return (self.drawn.schedule if self.drawn else None) or "default"
+        """What it was found of: a schedule's id."""
+        return self.drawn.group if self.drawn else "default"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, the drawn case as its command."""
@@ -75,21 +110,20 @@ class Summary:
     slowest: tuple[float, str] = (0.0, "")
     findings: list[Finding] = field(default_factory=list)
 
-    def add_spec(self, drawn: Draw) -> None:
+    def add_spec(self, drawn: Drawn) -> None:
         """Count a spec, and what could not be drawn for it."""
-        spec = drawn.spec
         self.specs += 1
-        self.operators[spec.operator] += 1
-        self.dtypes[spec.dtype] += 1
-        self.features.update(name for name, has in FEATURES.items() if has(spec))
+        self.operators.update(drawn.operators)
+        self.dtypes.update(drawn.dtypes)
+        self.features.update(drawn.features)
         self.skipped.update(drawn.skipped)
 
-    def add_candidate(self, case: Case, outcome: Outcome, seconds: float) -> None:
+    def add_candidate(self, case: Examined, outcome: Outcome, seconds: float) -> None:
         """Count a candidate that took so long to check."""
-        name = case.schedule or "default"
+        name = case.group
         self.candidates += 1
         self.checks.update(outcome.checks)
-        self.schedules.setdefault(name, Counter())[case.spec.operator] += 1
+        self.schedules.setdefault(name, Counter())[case.operator] += 1
         self.errors[name] = max(self.errors.get(name, 0.0), outcome.error)
         self.slowest = max(self.slowest, (seconds, case.command))
 
@@ -102,28 +136,14 @@ class Fuzzer:
     """A run over the specs of a seed.
 
     Args:
-        threads, schedule: as of :func:`draw`.
+        subject: what is drawn and checked; kernels of this machine's CPU where None.
         workers: candidates checked at once, each in a process of its own.
         limit: seconds for one candidate.
-
-    Raises:
-        UnsupportedError: the target is unknown or does not run here, or there is no such schedule.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        target: str | Target = "cpu",
-        *,
-        threads: int | None = None,
-        schedule: str | None = None,
-        workers: int = 1,
-        limit: float = LIMIT,
-    ) -> None:
-        self.target, self.threads, self.schedule = resolve(target), threads, schedule
-        check_native(self.target)
-        find_schedule(schedule or "reference")  # imports all of them
-        self.summary = Summary(seed, self.target.spelling)
+    def __init__(self, seed: int, subject: Subject | None = None, *, workers: int = 1, limit: float = LIMIT) -> None:
+        self.subject: Subject = Kernels() if subject is None else subject
+        self.summary = Summary(seed, self.subject.target.spelling)
         self._workers, self._limit = workers, limit
         self._lock, self._stopped = Lock(), Event()
 
@@ -178,7 +198,7 @@ class Fuzzer:
     def _check_spec(self, index: int, worker: Worker) -> None:
         summary = self.summary
         try:
-            drawn = draw(summary.seed, index, self.target, threads=self.threads, schedule=self.schedule)
+            drawn = self.subject.draw(summary.seed, index)
         except Exception as error:  # of a schedule that was asked whether it applies, or for its space or default
             finding = Finding("error", f"{type(error).__name__}: {error}", index, None, self._draw_again(index))
             with self._lock:
@@ -199,7 +219,7 @@ class Fuzzer:
             if outcome.kind != "ok":
                 self._add_finding(index, case, outcome, worker)
 
-    def _add_finding(self, index: int, case: Case, outcome: Outcome, worker: Worker) -> None:
+    def _add_finding(self, index: int, case: Examined, outcome: Outcome, worker: Worker) -> None:
         """Note a failure, and shrink it where it is among the first of its kind and schedule."""
         finding = Finding(outcome.kind, outcome.message, index, case, self._check_again(index, case, outcome))
         kind = finding.kind, finding.schedule
@@ -210,7 +230,7 @@ class Fuzzer:
             return
         last = outcome
 
-        def fails(simpler: Case) -> bool:
+        def fails(simpler: Examined) -> bool:
             nonlocal last
             simpler_outcome = _outcome(simpler, worker)
             if simpler_outcome.kind != outcome.kind or self._stopped.is_set():
@@ -220,20 +240,18 @@ class Fuzzer:
 
         repeats = fails(case)
         if repeats:
-            shrunk = shrink(case, case_steps(self.target), fails, time.monotonic() + SHRINK_SECONDS)
+            shrunk = shrink(case, self.subject.steps(), fails, time.monotonic() + SHRINK_SECONDS)
             finding.command, finding.message = self._check_again(index, shrunk, outcome), last.message
         finding.repeats = None if self._stopped.is_set() and not repeats else repeats
 
-    def _check_again(self, index: int, case: Case, outcome: Outcome) -> str:
+    def _check_again(self, index: int, case: Examined, outcome: Outcome) -> str:
         """The command that repeats a check."""
         return self._draw_again(index) if outcome.kind == "descriptor" else case.command
 
     def _draw_again(self, index: int) -> str:
         """The command that draws a spec again and checks its candidates."""
-        options = f"--seed {self.summary.seed} --start {index} --specs 1 --target {self.target}"
-        options += f" --threads {self.threads}" if self.threads else ""
-        return f"convgen fuzz {options}" + (f" --schedule {self.schedule}" if self.schedule else "")
+        return f"convgen fuzz --seed {self.summary.seed} --start {index} --specs 1{self.subject.options}"
 
 
-def _outcome(case: Case, worker: Worker) -> Outcome:
-    return misread(case.spec) or worker.check(case)
+def _outcome(case: Examined, worker: Worker) -> Outcome:
+    return case.flaw() or worker.check(case)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from ... import processes
 from ...folders import TemporaryFolder
-from .cases import Case, Outcome
-from .checking import check
+from .outcome import Examined, Outcome
 
 #: Seconds a worker has for one candidate.
 LIMIT = 100.0
@@ -23,14 +20,14 @@ class Worker:
         self._process: processes.Worker | None = None
         self._folder = TemporaryFolder(runs=True)
 
-    def check(self, case: Case) -> Outcome:
+    def check(self, case: Examined) -> Outcome:
         """How the case ends; where it ends the process, that is a ``crash`` or a ``hang``."""
         if self._uses >= WORKER_USES:
             self.stop()
         process = self._process = self._process or self._start()
         self._uses += 1
         try:
-            outcome: Outcome = process.call(partial(check, **case.to_dict()), seconds=self._limit)
+            outcome: Outcome = process.call(case.job(), seconds=self._limit)
             return outcome
         except TimeoutError:
             self.stop()

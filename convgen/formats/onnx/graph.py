@@ -30,6 +30,7 @@ from onnx import (
 
 from ...errors import SpecError
 from .file import SMALL, ModelFile, first_line
+from .inference import correct_shapes
 
 #: A dimension: a size, a symbol, or None where nothing is known.
 Dim = int | str | None
@@ -78,7 +79,8 @@ def _inferred(file: ModelFile, model: ModelProto) -> tuple[ModelProto, list[Scop
     """The model with the shapes of its values.
 
     Where an operator's output depends on the value of a constant that shape inference does not compute
-    (the pads of a Pad, for one), it is computed here and inference is repeated.
+    (the pads of a Pad, for one), it is computed here and inference is repeated; and where it counts windows that are
+    none.
     """
     while True:
         try:
@@ -87,7 +89,7 @@ def _inferred(file: ModelFile, model: ModelProto) -> tuple[ModelProto, list[Scop
             expected = "a graph whose shapes can be inferred"
             raise SpecError("model", expected, first_line(error), file.where) from error
         found = list(_scopes(model.graph, file, None, ""))
-        if not sum(scope.store_sizes() for scope in found):
+        if not sum(scope.store_sizes() + correct_shapes(scope.graph, scope.shape, scope.dtype) for scope in found):
             return model, found
 
 

@@ -1,0 +1,151 @@
+"""Whole networks beside ONNX Runtime: how often the first choice is the same, how far outputs are apart, and memory.
+
+    python bench/agreement.py [--models light_squeezenet,resnet18] [--inputs 1000]
+
+For each model: random inputs through convgen's network and through ONNX Runtime; the validation's largest error as a
+share of its bound; and the memory that each takes in a process of its own, from before it is loaded to the most while
+it runs. Prints a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)
+
+import numpy as np
+import onnxruntime
+
+from bench.command import listed
+from bench.networks import NAMES, check_models, network_model
+from convgen.api import compile as compile_network
+from convgen.check.reference import open_session
+from convgen.folders import TemporaryFolder
+from convgen.network.network import Network
+from convgen.report.markdown import markdown_table
+
+#: What a process of its own runs: the memory that running a model added, at most. Libraries are loaded before.
+_CHILD = """
+import sys, json, numpy as np, {library}
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(field))
+
+shapes = json.loads(sys.argv[2])
+arrays = [np.ones(shape, np.float32) for shape in shapes.values()]
+before = status("VmRSS")
+{load}
+for _ in range(3):
+    {run}
+print(status("VmHWM") - before)
+"""
+_CONVGEN = {
+    "library": "convgen.network.load",
+    "load": "network = convgen.load(sys.argv[1], 1)",
+    "run": "network(*arrays)",
+}
+_ONNXRUNTIME = {
+    "library": "onnxruntime as ort",
+    "load": "options = ort.SessionOptions()\noptions.intra_op_num_threads = 1\n"
+    "session = ort.InferenceSession(sys.argv[1], options, providers=['CPUExecutionProvider'])",
+    "run": "session.run(None, dict(zip(shapes, arrays)))",
+}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What was found of one model.
+
+    Attributes:
+        same, inputs: how many inputs had the same first choice, and how many there were.
+        apart: the largest difference of an output, relative to the largest element.
+        share: the validation's largest error as a share of its bound; its failures, where there are some.
+        memory, other_memory: bytes that convgen and ONNX Runtime added to a process.
+    """
+
+    model: str
+    same: int
+    inputs: int
+    apart: float
+    share: str
+    memory: int
+    other_memory: int
+
+
+def agreement(name: str, inputs: int, folder: Path) -> Agreement:
+    """Compile a model and compare."""
+    model = network_model(name, folder)
+    network = compile_network(model.path, threads=1, dims=model.dims, records=False)
+    session = open_session(model.data, 1, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    rng, same, apart = np.random.default_rng(0), 0, 0.0
+    for _ in range(inputs):
+        given = {key: rng.standard_normal(info.shape, np.float32) for key, info in network.inputs.items()}
+        wanted = np.asarray(session.run(list(network.outputs)[:1], given)[0])
+        found = network(*given.values())
+        first = next(iter(found.values())) if isinstance(found, dict) else found
+        same += bool(first.argmax() == wanted.argmax())
+        apart = max(apart, float(np.abs(first - wanted).max() / np.abs(wanted).max()))
+    report = network.validate(model.path)
+    failed = [check.name for check in report.checks if not check.passed]
+    return Agreement(
+        model=name,
+        same=same,
+        inputs=inputs,
+        apart=apart,
+        share=f"failed: {', '.join(failed)}" if failed else f"{report.worst_error:.2f}",
+        memory=_memory(_CONVGEN, _exported(network, folder / f"{name}-exported"), network),
+        other_memory=_memory(_ONNXRUNTIME, model.path, network),
+    )
+
+
+def _exported(network: Network, folder: Path) -> Path:
+    network.export(folder)
+    return folder
+
+
+def _memory(way: dict[str, str], path: Path, network: Network) -> int:
+    shapes = {name: info.shape for name, info in network.inputs.items()}
+    command = [sys.executable, "-c", _CHILD.format(**way), str(path), json.dumps(shapes)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    return int(done.stdout)
+
+
+def _row(found: Agreement) -> list[str]:
+    memory, other = found.memory / (1 << 20), found.other_memory / (1 << 20)
+    choices = f"{found.same} of {found.inputs}"
+    return [found.model, choices, f"{found.apart:.1e}", found.share, f"{memory:.1f}", f"{other:.1f}"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--models", type=listed, default=list(NAMES), help="names of bench/networks, or ONNX files")
+    parser.add_argument("--inputs", type=int, default=1000, help="random inputs of each model")
+    options = parser.parse_args(arguments)
+    check_models(parser, options.models)
+    rows = []
+    with TemporaryFolder() as folder:
+        for name in options.models:
+            rows.append(_row(agreement(name, options.inputs, folder)))
+            print(" ".join(map(str, rows[-1])), file=sys.stderr, flush=True)
+    header = [
+        "model",
+        "same first choice>",
+        "largest difference>",
+        "of the bound>",
+        "memory, MiB>",
+        "ONNX Runtime's, MiB>",
+    ]
+    print("\n".join(markdown_table((header, rows))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

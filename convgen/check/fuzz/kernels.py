@@ -1,0 +1,41 @@
+"""Kernels as what is fuzzed: random layers, and candidates of the schedules that apply to them."""
+
+from __future__ import annotations
+
+from ...hardware.target import Target, check_native, resolve
+from ...lowering.discover import schedule as find_schedule
+from .cases import Case
+from .drawing import Draw, draw
+from .shrinking import Step, case_steps
+
+
+class Kernels:
+    """Layers with candidates.
+
+    Args:
+        threads, schedule: as of :func:`~convgen.check.fuzz.drawing.draw`.
+
+    Raises:
+        UnsupportedError: the target is unknown or does not run here, or there is no such schedule.
+    """
+
+    def __init__(
+        self, target: str | Target = "cpu", *, threads: int | None = None, schedule: str | None = None
+    ) -> None:
+        self.target, self.threads, self.schedule = resolve(target), threads, schedule
+        check_native(self.target)
+        find_schedule(schedule or "reference")  # imports all of them
+
+    @property
+    def options(self) -> str:
+        """What the command says to draw the same."""
+        options = f" --target {self.target}" + (f" --threads {self.threads}" if self.threads else "")
+        return options + (f" --schedule {self.schedule}" if self.schedule else "")
+
+    def draw(self, seed: int, index: int) -> Draw:
+        """Layer ``index`` of a seed with its candidates."""
+        return draw(seed, index, self.target, threads=self.threads, schedule=self.schedule)
+
+    def steps(self) -> list[Step[Case]]:
+        """What a failing case is made simpler by."""
+        return case_steps(self.target)

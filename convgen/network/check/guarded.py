@@ -1,0 +1,79 @@
+"""Runs a network's library in a process of its own, every buffer against a page that may not be accessed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...check.sandbox import Guarded
+from ...errors import MeasureError
+from ...processes import JobError, Worker
+from ..library import NetworkLibrary
+
+#: Seconds that the runs of one network may take.
+SECONDS = 300.0
+Arrays = dict[str, npt.NDArray[Any]]
+#: The outputs of each run, which is named, at each size.
+Runs = list[dict[str, Arrays]]
+
+
+def run_guarded(library: Path, name: str, weights: Path, inputs: Sequence[Arrays], threads: Sequence[int]) -> Runs:
+    """The outputs, at each of a network's sizes, of a run on each number of threads, and with guard pages at the
+    beginning and the end of buffers.
+
+    Inputs are read-only; outputs and the workspace are filled with NaN.
+
+    Raises:
+        MeasureError: the process was killed, by an access outside a buffer for one, or did not answer in time.
+    """
+    worker = Worker()
+    try:
+        found: Runs = worker.call(guarded_runs, library, name, weights, inputs, threads, seconds=SECONDS)
+        return found
+    except TimeoutError:
+        raise MeasureError(f"{name}: expected an answer within {SECONDS:.0f} s, found none") from None
+    except JobError as error:
+        raise MeasureError(f"{name}: {str(error).strip().rpartition(chr(10))[2]}") from error
+    except ChildProcessError:
+        status = worker.status or 0
+        cause = f"signal {-status}" if status < 0 else f"exit status {status}"
+        raise MeasureError(f"{name}: expected a clean run between guard pages, found {cause}") from None
+    finally:
+        worker.stop()
+
+
+def guarded_runs(library: Path, name: str, weights: Path, inputs: Sequence[Arrays], threads: Sequence[int]) -> Runs:
+    """The same in this process, which an access outside a buffer ends."""
+    network = NetworkLibrary(library, name, weights, threads[0])
+    found: Runs = [{} for _ in inputs]
+    for count in threads:
+        network.on(count)
+        for size, arrays in enumerate(inputs):
+            for guard in ("end", "start"):
+                found[size][f"{count} threads, guard page at the {guard}"] = _run(network, size, arrays, guard)
+    return found
+
+
+def _run(network: NetworkLibrary, size: int, inputs: Arrays, guard: str) -> Arrays:
+    given = []
+    for name, info in network.at[size].inputs.items():
+        buffer = Guarded(info.bytes, guard)
+        buffer.bytes[:] = np.ascontiguousarray(inputs[name]).reshape(-1).view(np.uint8)
+        buffer.seal()
+        given.append(buffer.bytes.view(np.float32).reshape(info.shape))
+    out: Arrays = {}
+    for name, info in network.at[size].outputs.items():
+        memory = Guarded(info.bytes, guard).bytes
+        memory.fill(0xFF)
+        out[name] = memory.view(np.float32).reshape(info.shape)
+    workspace = Guarded(max(1, network.sizes(None, size).workspace), guard).bytes
+    workspace.fill(0xFF)
+    network.workspaces.clear()
+    network.workspaces.append(workspace)
+    network(*given, out=out)
+    network.workspaces.clear()
+    return {name: array.copy() for name, array in out.items()}

@@ -1,0 +1,188 @@
+"""A compiled network against ONNX Runtime: is what comes out right, on any number of threads, and nothing touched?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from ...check.bounds import worst
+from ...check.validate import Check
+from ...errors import MeasureError, UnsupportedError, ValidationError
+from ...lowering.interface import MAX_THREADS, TensorInfo
+from ..plan import Plan, Product
+from ..reading import read_graph
+from .bounds import Measured, measure
+from .guarded import Runs, run_guarded
+from .places import check_places
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from ..compile import Built
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class NetworkReport:
+    """All checks of one network.
+
+    Attributes:
+        name: of the network.
+        threads: that it runs on.
+        checks: each with what was found.
+        worst_error: the largest error as a fraction of its bound, of all outputs; infinite where an output is NaN and
+            must not be, or there is none.
+    """
+
+    name: str
+    threads: int
+    checks: tuple[Check, ...]
+    worst_error: float
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def raise_if_failed(self) -> None:
+        """Raise:
+        ValidationError: a check failed; names it.
+        """
+        for check in self.checks:
+            if not check.passed:
+                raise ValidationError(f"{self.name}: {check.name}: {check.found}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and ``passed`` as JSON values; an infinite error is None."""
+        error = self.worst_error if math.isfinite(self.worst_error) else None
+        return asdict(self) | {"worst_error": error, "passed": self.passed}
+
+
+def validate_network(
+    plans: Sequence[Plan],
+    built: Built,
+    source: str | Path | ModelProto,
+    *,
+    threads: int,
+    accuracy: str,
+    inputs: Arrays | None = None,
+    seed: int = 0,
+    run: Callable[..., Runs] = run_guarded,
+) -> NetworkReport:
+    """Check a network, at each of its sizes, against ONNX Runtime's outputs of the model that it was compiled from.
+
+    Every output element within its bound (:mod:`convgen.network.check.bounds`); the same bits on one, the network's and
+    one more thread, and for other places of the buffers; nothing touched outside of inputs, outputs and workspace, all
+    of the outputs written, and nothing read that was not; no two tensors in one place at once.
+
+    A failed check is reported, not raised.
+
+    Args:
+        plans, built: the compiled network's.
+        source, accuracy: as it was compiled from.
+        threads: that it runs on.
+        inputs: by name, of the only size; standard normal ones where None.
+        seed: of these.
+        run: :func:`~convgen.network.check.guarded.guarded_runs` in a process that may crash anyway.
+
+    Raises:
+        UnsupportedError: ONNX Runtime does not run the model.
+    """
+    code, rng = built.code, np.random.default_rng(seed)
+    given = [inputs] if inputs is not None else [_normal(rng, size.inputs) for size in code.sizes]
+    checks, ratio = [_places(plans)], math.inf
+    counts = sorted({1, threads, min(threads + 1, MAX_THREADS)})
+    try:
+        runs = run(built.library, code.name, built.weights, given, counts)
+    except MeasureError as error:
+        checks.append(Check("memory", False, str(error)))
+    else:
+        count = sum(map(len, runs))
+        checks.append(Check("memory", True, f"{count} runs between guard pages, inputs read-only"))
+        checks.append(_same(runs))
+        ratio = 0.0
+        for plan, arrays, found in zip(plans, given, runs, strict=True):
+            check, worst_error = _compared(plan, source, arrays, next(iter(found.values())), accuracy)
+            checks.append(check)
+            ratio = max(ratio, worst_error)
+    return NetworkReport(code.name, threads, tuple(checks), ratio)
+
+
+def _normal(rng: np.random.Generator, tensors: Iterable[TensorInfo]) -> dict[str, npt.NDArray[Any]]:
+    return {info.name: rng.standard_normal(info.shape, np.float32) for info in tensors}
+
+
+def _compared(
+    plan: Plan, source: str | Path | ModelProto, inputs: Arrays, found: Arrays, accuracy: str
+) -> tuple[Check, float]:
+    """One size's outputs and ONNX Runtime's."""
+    transformed = {
+        step.name
+        for step in plan.steps
+        if isinstance(step.function, Product) and step.function.candidate.schedule.transforms
+    }
+    graph = read_graph(source, plan.graph.dims)
+    bounds = measure(graph, inputs, transformed, accuracy)
+    named = {name: bounds[tensor] for name, tensor in zip(graph.names, graph.outputs, strict=True)}
+    return _within(found, run_onnxruntime(source, inputs), named)
+
+
+def run_onnxruntime(source: str | Path | ModelProto, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
+    """A whole model's outputs by name, without optimisations, on one thread.
+
+    Raises:
+        UnsupportedError: ONNX Runtime does not run the model.
+    """
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads, options.log_severity_level = 1, 4  # what it refuses is raised
+    model = str(source) if isinstance(source, str | Path) else source.SerializeToString()
+    try:
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_outputs()]
+        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+    except Exception as error:  # of a dozen types that have no common base
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedError(f"expected a model that ONNX Runtime runs, found: {reason}") from error
+
+
+def _places(plans: Sequence[Plan]) -> Check:
+    try:
+        count = sum(map(check_places, plans))
+    except ValidationError as error:
+        return Check("places", False, str(error))
+    return Check("places", True, f"{count} tensors are read where they were written")
+
+
+def _same(runs: Runs) -> Check:
+    for size in runs:
+        first = next(iter(size.values()))
+        for run, outputs in size.items():
+            for name, array in outputs.items():
+                if array.tobytes() != first[name].tobytes():
+                    return Check("threads", False, f"{name}: expected the bits of the first run, found others: {run}")
+    return Check("threads", True, "the same bits for every thread count and placement")
+
+
+def _within(found: Arrays, expected: Arrays, bounds: Mapping[str, Measured]) -> tuple[Check, float]:
+    ratio, judged, count = 0.0, 0, 0
+    for name, wanted in expected.items():
+        array, bound = found[name], bounds[name].error
+        if array.shape != wanted.shape:
+            return Check("float", False, f"{name}: expected shape {wanted.shape}, found {array.shape}"), math.inf
+        promised = np.isfinite(bound) & np.isfinite(wanted)
+        # Two results, each within its bound of what is exact.
+        error = np.abs(array.astype(np.float64) - wanted)[promised]
+        ratio = max(ratio, worst(error, bound[promised]))  # type: ignore[arg-type]
+        judged, count = judged + int(promised.sum()), count + array.size
+    text = f"largest error {ratio:.3g} of the bound accumulated through the graph"
+    if judged < count:
+        text += f"; nothing is promised of {count - judged} of {count} elements"
+    return Check("float", ratio <= 1, text), ratio

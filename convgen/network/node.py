@@ -1,0 +1,154 @@
+"""One node of an ONNX graph as it is read: its attributes and operands, checked, and the operators that it becomes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper
+
+from ..errors import SpecError
+from ..formats.onnx.graph import Scope, static, text
+from ..problem.spec import INT32_MAX
+from .graph import F32, Operator, Shape
+
+#: Types of tensors: truth values are 0 and 1, and never a network's own inputs or outputs.
+TYPES = (TensorProto.FLOAT, TensorProto.BOOL)
+
+
+class Refusal(Exception):  # noqa: N818  (an answer more than an error)
+    """A node is not taken; the message is the reason."""
+
+
+class Reading:
+    """One node as it is read: its attributes and operands, checked; and the operators that it becomes.
+
+    Args:
+        scope: the graph it stands in.
+        opset: its version.
+        constants: what tensors that it brings with it are added to.
+        shapes: the same of all tensors that it makes or reads.
+        types: of tensors that it may read and make.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        node: NodeProto,
+        opset: int,
+        constants: dict[str, F32],
+        shapes: dict[str, Shape],
+        types: Sequence[int] = TYPES,
+    ) -> None:
+        self.scope, self.node, self.opset, self.constants, self.shapes = scope, node, opset, constants, shapes
+        self.types = types
+        self.name = scope.name(node)
+        self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        self.operators: list[Operator] = []
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An attribute; text as str, several numbers as a tuple."""
+        value = self.attributes.get(name, default)
+        if isinstance(value, bytes):
+            return value.decode(errors="replace")
+        return tuple(value) if isinstance(value, list) else value
+
+    def given(self, position: int) -> str:
+        """The name of an input; empty where it is left out."""
+        return str(self.node.input[position]) if position < len(self.node.input) else ""
+
+    def shape(self, name: str) -> Shape:
+        if name in self.shapes:
+            return self.shapes[name]
+        shape = self.scope.shape(name)
+        if not static(shape):
+            raise Refusal(f"the shape of {name!r} is not known: {text(shape)}")
+        return shape
+
+    def tensor(self, name: str) -> str:
+        """An operand, f32 or truth values, recorded with its shape, and with its value where that is constant."""
+        if name in self.shapes:
+            return name
+        self.check_type(name)
+        self.shapes[name] = self.shape(name)
+        if self.scope.constant(name):
+            self.constants[name] = np.asarray(self.scope.value(name), np.float32, order="C")
+        return name
+
+    def check_type(self, name: str) -> None:
+        """Refuse a tensor of a type that is not taken."""
+        if (dtype := self.scope.dtype(name)) not in self.types:
+            raise Refusal(f"{name!r} is of type {TensorProto.DataType.Name(dtype).lower()}; f32 is supported")
+
+    def input(self, position: int = 0) -> str:
+        if not (name := self.given(position)):
+            raise Refusal(f"input {position} is left out")
+        return self.tensor(name)
+
+    def inputs(self) -> list[str]:
+        return [self.tensor(name) for name in self.node.input]
+
+    def array(self, name: str, what: str) -> np.ndarray[Any, np.dtype[Any]]:
+        """The value of a constant."""
+        if not self.scope.constant(name):
+            raise Refusal(f"{what} {name!r} is no constant; constants are supported")
+        try:
+            return self.scope.value(name)
+        except SpecError as error:
+            raise Refusal(str(error)) from error
+
+    def integers(self, position: int, attribute: str) -> tuple[int, ...] | None:
+        """What newer versions take as an input and older ones have as an attribute; None where there is neither."""
+        if name := self.given(position):
+            return tuple(int(value) for value in self.array(name, attribute).reshape(-1))
+        value = self.get(attribute)
+        return value if value is None or isinstance(value, tuple) else (value,)
+
+    def number(self, position: int, attribute: str, default: float) -> float:
+        """One number that may be an input or an attribute."""
+        if name := self.given(position):
+            value = self.array(name, attribute)
+            if value.size != 1:
+                raise Refusal(f"{attribute} has {value.size} elements; one is supported")
+            return float(value.reshape(()))
+        return float(self.get(attribute, default))
+
+    def axis(self, value: int, rank: int) -> int:
+        if not -rank <= value < rank:
+            raise Refusal(f"axis {value} of a tensor of {rank} axes")
+        return value % rank
+
+    def axes(self, values: Sequence[int], rank: int) -> tuple[int, ...]:
+        return tuple(sorted(self.axis(value, rank) for value in values))
+
+    def _fresh(self, what: str) -> str:
+        """A name that neither the model nor what was made of it has."""
+        name = f"{self.node.output[0]}/{what}"
+        while name in self.shapes or self.scope.owner(name) is not None:
+            name += "'"
+        return name
+
+    def constant(self, array: Any, what: str) -> str:
+        """A tensor of this node's own."""
+        name = self._fresh(what)
+        self.constants[name] = np.asarray(array, np.float32, order="C")
+        self.shapes[name] = self.constants[name].shape
+        return name
+
+    def add(self, kind: str, inputs: Sequence[str], shape: Shape, output: str = "", **attributes: Any) -> str:
+        """An operator, its output named; ``output`` is empty for a step within the node."""
+        if 0 in shape:
+            raise Refusal(f"a tensor without elements: {list(shape)}")
+        if math.prod(shape) > INT32_MAX:
+            raise Refusal(f"a tensor of more than {INT32_MAX} elements: {list(shape)}")
+        output = output or self._fresh(str(len(self.operators)))
+        self.shapes[output] = shape
+        self.operators.append(Operator(self.name, kind, tuple(inputs), output, attributes))
+        return output
+
+    def end(self, kind: str, inputs: Sequence[str], **attributes: Any) -> None:
+        """The operator that computes the node's output."""
+        output = str(self.node.output[0])
+        self.add(kind, inputs, self.shape(output), output, **attributes)

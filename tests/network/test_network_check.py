@@ -1,0 +1,236 @@
+"""How networks are checked: what is drawn, bounds of errors, where tensors lie; and that what is wrong is found."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import helper
+
+from convgen.check.fuzz.run import Fuzzer
+from convgen.check.fuzz.shrinking import shrink
+from convgen.cli import main
+from convgen.errors import ValidationError
+from convgen.hardware.target import resolve
+from convgen.network.check.bounds import RULES, measure
+from convgen.network.check.drawing import Drawn, draw_network, model_of, run_model
+from convgen.network.check.fuzz import NetworkCase, Networks
+from convgen.network.check.places import check_places
+from convgen.network.check.validate import validate_network
+from convgen.network.expressions import KINDS
+from convgen.network.memory import ARENA, Place
+from convgen.network.network import Network, compile_network
+from convgen.network.nodes import READERS
+from convgen.network.plan import Plan, plan
+from convgen.network.reading import read_graph
+from convgen.network.rewriting import rewrite
+
+pytestmark = pytest.mark.timeout(600)
+
+SEED, COUNT = 11, 120
+
+
+@cache
+def networks() -> list[Drawn]:
+    drawn = (draw_network(SEED, index) for index in range(COUNT))
+    return [one for one in drawn if one.nodes]
+
+
+# ---- what is drawn -----------------------------------------------------------------------------
+
+
+def test_a_network_depends_on_seed_and_index_alone() -> None:
+    first, again = (draw_network(SEED, 7).model().SerializeToString(deterministic=True) for _ in range(2))
+    assert first == again
+    assert first != draw_network(SEED + 1, 7).model().SerializeToString(deterministic=True)
+
+
+def test_nearly_every_operator_is_drawn() -> None:
+    counts = Counter(node.op_type for one in networks() for node in one.nodes)
+    assert counts["Conv"] > COUNT / 5
+    assert len(counts.keys() & READERS.keys()) > 50
+
+
+def test_any_of_its_nodes_are_a_network_with_the_same_values() -> None:
+    one = max(networks(), key=lambda drawn: len(drawn.nodes))
+    for kept in ([0], [len(one.nodes) - 1], range(0, len(one.nodes), 2)):
+        model = one.model(kept)
+        found = run_model(model, {value.name: one.values[value.name] for value in model.graph.input})
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, one.values[name])
+
+
+# ---- what is read, and its bounds --------------------------------------------------------------
+
+
+def test_every_operator_has_a_rule() -> None:
+    assert RULES.keys() == KINDS.keys()
+
+
+def test_drawn_networks_are_read_as_onnxruntime_computes_them() -> None:
+    """Every tensor, computed here in f64, is within its bound of ONNX Runtime's; and bounds are no more than that."""
+    shares: list[float] = []
+    for index, one in enumerate(networks()):
+        graph = read_graph(one.model())
+        for name, found in measure(graph, {name: one.values[name] for name in graph.inputs}).items():
+            if name not in one.values or name in one.inputs:
+                continue
+            wanted = one.values[name].astype(np.float64)
+            assert found.value.shape == wanted.shape, (index, name)
+            judged = np.isfinite(found.error)
+            difference = np.abs(found.value - wanted)
+            assert (difference <= found.error)[judged].all(), (index, name)
+            shares.append(float((found.error / (np.abs(wanted).max() + 1)).max()))
+    assert np.median(shares) < 1e-5
+
+
+def test_errors_of_a_chain_grow_as_those_of_independent_roundings() -> None:
+    """Not with the product of the layers' gains: after 30 layers of random weights a bound still says something."""
+    rng = np.random.default_rng(0)
+    names = [f"t{number}" for number in range(31)]
+    constants = {f"w{n}": (rng.standard_normal((16, 16, 1, 1)) / 4).astype(np.float32) for n in range(30)}
+    nodes = [helper.make_node("Conv", [names[n], f"w{n}"], [names[n + 1]]) for n in range(30)]
+    x = rng.standard_normal((1, 16, 4, 4), np.float32)
+    model = model_of(nodes, {"t0": x}, ["t30"], constants, 17)
+    found = measure(read_graph(model), {"t0": x})["t30"]
+    difference = np.abs(found.value - run_model(model, {"t0": x})["t30"])
+    assert (difference <= found.error).all()
+    assert found.error.max() < 1e-3 * np.abs(found.value).max()
+
+
+# ---- where tensors lie -------------------------------------------------------------------------
+
+
+def planned(one: Drawn) -> Plan:
+    graph = read_graph(one.model())
+    rewrite(graph)
+    return plan(graph, resolve("cpu").on(1))
+
+
+def test_no_two_tensors_of_drawn_networks_share_memory() -> None:
+    assert sum(check_places(planned(one)) for one in networks()[:40]) > 100
+
+
+def test_what_lies_wrong_is_found() -> None:
+    """Every tensor of the arena moved to another's place, one at a time: some plan must be wrong each time."""
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal((16, 16, 3, 3)).astype(np.float32) for name in ("w0", "w1", "w2")}
+    nodes = [
+        helper.make_node("Conv", ["x", "w0"], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["a", "w1"], ["b"], pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["b", "w2"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Mul", ["a", "c"], ["y"]),
+    ]
+    model = model_of(nodes, {"x": rng.standard_normal((1, 16, 8, 8), np.float32)}, ["y"], weights, 17)
+    graph = read_graph(model)
+    rewrite(graph)
+    made = plan(graph, resolve("cpu").on(1))
+    assert check_places(made) > 4
+    places = {name: place for name, place in made.places.items() if place.space == ARENA}
+    name, other = sorted(places, key=lambda one: places[one].offset)[:2]
+    for wrong, reason in (
+        (places[other], "found element"),
+        (Place(ARENA, 0, made.arena), "expected a place within"),
+        (replace(places[name], offset=places[name].offset + 2), "expected a place within"),
+        (Place("input", 0, 0), "expected an output in the arena"),
+    ):
+        with pytest.raises(ValidationError, match=reason):
+            check_places(replace(made, places={**made.places, name: wrong}))
+    with pytest.raises(ValidationError, match="nothing"):
+        check_places(replace(made, steps=made.steps[:-1]))
+
+
+# ---- what comes out ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Network, Any]:
+    rng = np.random.default_rng(1)
+    constants = {"w": rng.standard_normal((8, 4, 3, 3)).astype(np.float32)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Sigmoid", ["c"], ["s"]),
+        helper.make_node("GlobalAveragePool", ["s"], ["y"]),
+    ]
+    model = model_of(nodes, {"x": rng.standard_normal((1, 4, 9, 9), np.float32)}, ["y"], constants, 17)
+    return compile_network(model, resolve("cpu").on(2), 2), model
+
+
+def test_a_right_network_passes(small: tuple[Network, Any]) -> None:
+    network, model = small
+    report = network.validate(model)
+    assert [check.name for check in report.checks] == ["places", "memory", "threads", "float"]
+    report.raise_if_failed()
+    assert 0 < report.worst_error < 1
+    assert report.to_dict()["passed"]
+
+
+def test_another_model_fails(small: tuple[Network, Any]) -> None:
+    network, model = small
+    other = type(model)()
+    other.CopyFrom(model)
+    other.graph.node[1].op_type = "Tanh"
+    report = network.validate(other)
+    assert not report.passed
+    with pytest.raises(ValidationError, match=r"float: largest error \S+ of the bound"):
+        report.raise_if_failed()
+
+
+def test_what_cannot_run_is_a_failed_check(small: tuple[Network, Any], tmp_path: Path) -> None:
+    network, model = small
+    weights = tmp_path / "weights"
+    weights.write_bytes(network.built.weights.read_bytes()[:-64])
+    built = replace(network.built, weights=weights)
+    report = validate_network(network.plans, built, model, threads=1, accuracy="standard")
+    failed = next(check for check in report.checks if not check.passed)
+    assert failed.name == "memory"
+    assert "damaged" in failed.found
+    assert report.to_dict()["worst_error"] is None
+
+
+def test_the_command(small: tuple[Network, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(small[1].SerializeToString())
+    assert main(["validate", str(path), "--whole", "--threads", "1", "--no-records"]) == 0
+    assert "of the bound accumulated through the graph" in capsys.readouterr().out
+    assert main(["validate", str(path), "--whole", "--schedule", "reference"]) == 2
+
+
+# ---- the fuzzer --------------------------------------------------------------------------------
+
+
+def test_a_sample_of_drawn_networks_passes() -> None:
+    summary = Fuzzer(SEED, Networks(threads=2)).run(specs=8)
+    assert [finding.message for finding in summary.findings] == []
+    assert summary.checks["float"] == summary.candidates > 4
+    assert 0 < summary.errors["network"] < 1
+
+
+def test_a_failing_network_shrinks_to_the_nodes_that_fail() -> None:
+    index = next(i for i in range(COUNT) if len(draw_network(SEED, i).nodes) > 8)
+    subject = Networks(threads=2)
+    (case,) = subject.draw(SEED, index).cases
+
+    def fails(tried: NetworkCase) -> bool:
+        return tried.nodes is None or {2, 5} <= set(tried.nodes)
+
+    least = shrink(case, subject.steps(), fails)
+    assert (least.nodes, least.threads) == ((2, 5), 1)
+    words = shlex.split(least.command)
+    assert words[:3] == ["convgen", "fuzz", "--networks"]
+    assert words[-2:] == ["--nodes", "2,5"]
+
+
+def test_the_fuzz_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fuzz", "--networks", "--seed", str(SEED), "--start", "1", "--specs", "1", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "operators: " in out
+    assert ", 0 findings in " in out
+    assert main(["fuzz", "--networks", "--schedule", "reference"]) == 2
+    assert main(["fuzz", "--nodes", "1"]) == 2
