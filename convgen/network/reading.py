@@ -33,10 +33,7 @@ def read_graph(source: str | Path | ModelProto, dims: Mapping[str, int] | None =
         NotTakenError: of nodes that are not taken: names each of them, and why.
     """
     with ModelFile(source) as file:
-        (scope, layers), *inner = folded_graphs(file, dims or {}, arrays=True)
-        if inner:
-            nodes = sorted({graph.path.rstrip("/") for graph, _ in inner})
-            raise NotTakenError(file.where, dict.fromkeys(nodes, "has graphs inside"), 0)
+        (scope, layers), *_ = folded_graphs(file, dims or {}, arrays=True)
         name = str(file.proto.graph.name) if not isinstance(source, str | os.PathLike) else Path(source).stem
         graph = _Builder(scope, layers, _opset(file), file.where).graph(identifier(name))
         graph.dims = dict(dims or {})

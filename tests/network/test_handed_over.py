@@ -283,7 +283,7 @@ REFUSED: dict[str, tuple[ModelProto, str]] = {
     ),
     "branches": (
         model([branches()], [value("x", (2,)), value("c", (), BOOL)], [value("y")]),
-        "graphs inside of nodes are not taken: choice/else_branch, choice/then_branch",
+        "If 'choice': ",
     ),
     "sizes that are not known": (
         model([node("Relu", "x", "y")], [value("x", ("N", 3))], [value("y")]),
