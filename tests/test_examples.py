@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
+from network_models import model_of
+from onnx import helper
 from paths import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -22,3 +26,15 @@ def test_the_demo_ends_with_a_kernel_and_its_time_beside_onnx_runtime(tmp_path: 
     assert library.name in done.stdout
     assert re.search(r"of its limit\W+\d+ %", done.stdout)
     assert re.search(r"ratio\W+[\d.]+× as fast \(95 % interval [\d.]+ to [\d.]+\)", done.stdout)
+
+
+def test_a_model_in_onnx_runtime_with_and_without(tmp_path: Path) -> None:
+    weights = np.full((8, 4), 0.5, np.float32)
+    model = model_of([helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": (2, 8)}, ["y"], {"w": weights})
+    onnx.save(model, tmp_path / "model.onnx")
+    command = [sys.executable, str(EXAMPLES / "in_onnxruntime.py"), "model.onnx"]
+    environment = {**os.environ, "CONVGEN_RECORDS": str(tmp_path / "records.sqlite")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(re.findall(r"largest difference: (\S+)", done.stdout)[0]) < 1e-6
+    assert re.search(r"ONNX Runtime alone [\d.]+ ms, with convgen [\d.]+ ms", done.stdout)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.message import EncodeError
 
-from ..errors import BuildError, ExportError, SpecError, UnsupportedError
+from ..errors import BuildError, ExportError, UnsupportedError
 from ..folders import TemporaryFolder
 from ..formats.onnx.file import ModelFile
 from ..hardware.target import Target, check_native
@@ -24,6 +24,7 @@ from ..lowering.link import link_custom_ops, link_network
 from ..lowering.schedule import Candidate
 from ..lowering.versions import versions
 from ..network.compile import Built, compile_plans
+from ..network.graph import Graph
 from ..network.network import plan_graph
 from ..network.parts import split
 from ..network.plan import Plan, Product
@@ -49,8 +50,8 @@ class Part:
     Attributes:
         operator: the node's, of the domain ``convgen``.
         inputs, outputs: values of the model.
-        convolutions, passes: how many steps it computes.
-        weights, workspace: bytes; the workspace is a run's.
+        convolutions, passes: how many steps it computes, at the first size.
+        weights, workspace: bytes; the workspace is a run's, at the size that takes the most.
     """
 
     operator: str
@@ -97,28 +98,49 @@ def write_for_onnxruntime(
     """
     check_native(target)
     sizes = every_size(dims or {})
-    if len(sizes) > 1:
-        raise SpecError("dims", "one size of each dimension", f"{len(sizes)} sizes")
     path = _checked(source, Path(os.path.abspath(out)))
     name = check_export_name(identifier(path.stem))  # before the minutes that compiling may take
-    with ModelFile(source) as file:
-        read = read_partly(file, sizes[0])
-        parts = split(read.graph, read.outside, name)
-        outside = {node.name: node.reason for node in read.outside} | parts.outside
-        if not parts.networks:
-            reasons = "; ".join(f"{node}: {reason}" for node, reason in outside.items())
-            raise UnsupportedError(f"{file.where}: expected something that is taken, found nothing: {reasons}")
-        given = [PartNode.of(network) for network in parts.networks]
-        plans = [plan_graph(network, target, accuracy, choose) for network in parts.networks]
-        with TemporaryFolder(runs=True) as folder:
-            built = _compiled(plans, target, folder, progress)
-            nodes = [replace(node, operator=operator(code.code)) for node, code in zip(given, built, strict=True)]
-            library = path.with_name(f"lib{path.stem}.so")
-            facts = {LIBRARY_KEY: library.name, "convgen.versions": json.dumps(versions(), sort_keys=True)}
-            model = rewritten(file, read.scope, nodes, facts)
-            _write(model, built, threads, folder, path, library)
+    parts, outside = _parts(source, sizes, name)
+    nodes = [PartNode.of(part) for part in parts]
+    plans = [[plan_graph(graph, target, accuracy, choose) for graph in part] for part in parts]
+    with TemporaryFolder(runs=True) as folder:
+        built = _compiled(plans, target, folder, progress)
+        nodes = [replace(node, operator=operator(made.code)) for node, made in zip(nodes, built, strict=True)]
+        library = path.with_name(f"lib{path.stem}.so")
+        facts = {LIBRARY_KEY: library.name, "convgen.versions": json.dumps(versions(), sort_keys=True)}
+        with ModelFile(source) as file:
+            # What has one size only is written into the model; the rest stays open.
+            known = {dim: size for dim, size in sizes[0].items() if all(other[dim] == size for other in sizes)}
+            model = rewritten(file, read_partly(file, known).scope, nodes, facts)
+        _write(model, built, threads, folder, path, library)
     made = tuple(map(_facts, nodes, plans, built, [threads] * len(nodes)))
     return OnnxRuntimeModel(path, library, made, outside)
+
+
+def _parts(
+    source: str | Path | ModelProto, sizes: Sequence[Mapping[str, int]], name: str
+) -> tuple[list[list[Graph]], dict[str, str]]:
+    """Each part at every size, and what is outside of all."""
+    found: list[list[Graph]] = []
+    outside: dict[str, str] = {}
+    for size in sizes:
+        with ModelFile(source) as file:
+            read = read_partly(file, size)
+        parts = split(read.graph, read.outside, name)
+        for part in parts.networks:
+            part.dims = dict(size)
+        found.append(parts.networks)
+        outside |= {node.name: node.reason for node in read.outside} | parts.outside
+        if _ends(found[0]) != _ends(parts.networks):
+            raise UnsupportedError(f"dims: expected the same parts at every size, found others at {size}")
+    if not found[0]:
+        reasons = "; ".join(f"{node}: {reason}" for node, reason in outside.items())
+        raise UnsupportedError(f"{file.where}: expected something that is taken, found nothing: {reasons}")
+    return [list(part) for part in zip(*found, strict=True)], outside
+
+
+def _ends(parts: Sequence[Graph]) -> list[tuple[list[str], list[str]]]:
+    return [(part.inputs, part.outputs) for part in parts]
 
 
 def operator(code: Code) -> str:
@@ -140,17 +162,17 @@ def _checked(source: str | Path | ModelProto, path: Path) -> Path:
 
 
 def _compiled(
-    plans: Sequence[Plan], target: Target, folder: Path, progress: Callable[[int, int], None] | None
+    parts: Sequence[Sequence[Plan]], target: Target, folder: Path, progress: Callable[[int, int], None] | None
 ) -> list[Built]:
-    counts = [len({step.function for step in plan.steps}) for plan in plans]
+    counts = [len({step.function for plan in plans for step in plan.steps}) for plans in parts]
     built: list[Built] = []
-    for number, plan in enumerate(plans):
+    for number, plans in enumerate(parts):
 
         def told(done: int, _: int, before: int = sum(counts[:number])) -> None:
             if progress is not None:
                 progress(before + done, sum(counts))
 
-        built.append(compile_plans([plan], target, folder, told))
+        built.append(compile_plans(plans, target, folder, told))
     return built
 
 
@@ -177,17 +199,17 @@ def _write(model: ModelProto, built: Sequence[Built], threads: int, folder: Path
         raise ExportError(f"{path}: cannot write the model or its library: {error}") from error
 
 
-def _facts(node: PartNode, plan: Plan, built: Built, threads: int) -> Part:
-    code = built.code
-    convolutions = sum(isinstance(step.function, Product) for step in plan.steps)
+def _facts(node: PartNode, plans: Sequence[Plan], built: Built, threads: int) -> Part:
+    code, steps = built.code, plans[0].steps
+    convolutions = sum(isinstance(step.function, Product) for step in steps)
     return Part(
         operator=node.operator,
         inputs=node.inputs,
         outputs=node.outputs,
         convolutions=convolutions,
-        passes=len(plan.steps) - convolutions,
+        passes=len(steps) - convolutions,
         weights=code.weights,
-        workspace=code.sizes[0].fixed + threads * code.sizes[0].workspace_task,
+        workspace=max(size.fixed + threads * size.workspace_task for size in code.sizes),
     )
 
 

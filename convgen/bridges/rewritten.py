@@ -12,7 +12,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from ..errors import SpecError
 from ..formats.onnx.file import SMALL, ModelFile
 from ..formats.onnx.graph import Scope, bodies, names_read
-from ..network.graph import Graph, Shape
+from ..network.graph import Graph
 
 #: The domain of the nodes that take the parts' places, and its version.
 DOMAIN, DOMAIN_VERSION = "convgen", 1
@@ -27,21 +27,25 @@ class PartNode:
     Attributes:
         name: of the node.
         inputs, outputs: values of the model.
-        shapes: of the outputs.
+        shapes: of the outputs; None where sizes differ.
         operator: of the domain ``convgen``; empty before it is known.
     """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    shapes: tuple[Shape, ...]
+    shapes: tuple[tuple[int | None, ...], ...]
     operator: str = ""
 
     @classmethod
-    def of(cls, part: Graph) -> PartNode:
-        """The node of a part that is not planned yet: planning changes it."""
-        shapes = tuple(part.shapes[name] for name in part.outputs)
-        return cls(part.name, tuple(part.inputs), tuple(part.outputs), shapes)
+    def of(cls, part: Sequence[Graph]) -> PartNode:
+        """The node of a part, given at each of its sizes, that is not planned yet: planning changes it."""
+        first = part[0]
+        shapes = []
+        for name in first.outputs:
+            axes = zip(*(graph.shapes[name] for graph in part), strict=True)
+            shapes.append(tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in axes))
+        return cls(first.name, tuple(first.inputs), tuple(first.outputs), tuple(shapes))
 
 
 def rewritten(file: ModelFile, scope: Scope, parts: Sequence[PartNode], metadata: Mapping[str, str]) -> ModelProto:

@@ -14,9 +14,8 @@ typedef struct {
     const convgen_ort_op *op;
     const OrtApi *api;
     convgen_network *network;
-    const convgen_value *inputs, *outputs;
     OrtMemoryInfo *memory;
-    size_t workspace;
+    int sizes; /* that the network was made for */
 } kernel;
 
 /* ---- what an operator is ----------------------------------------------------------------------- */
@@ -95,11 +94,11 @@ OrtStatus *convgen_ort_create(const OrtCustomOp *base, const OrtApi *api, const 
     kernel *k = malloc(sizeof *k);
     if (k == NULL)
         return failed(api, op, ORT_FAIL, op->error(CONVGEN_NO_MEMORY));
-    *k = (kernel){.op = op, .api = api, .inputs = op->inputs(0), .outputs = op->outputs(0)};
+    *k = (kernel){.op = op, .api = api};
     convgen_network_sizes sizes;
     OrtStatus *status = failed_with(k, op->sizes(0, op->threads, &sizes));
     if (status == NULL) {
-        k->workspace = sizes.workspace;
+        k->sizes = sizes.sizes;
         const size_t weights = (size_t)(op->weights_end - (const char *)op->weights);
         status = failed_with(k, op->open_memory(op->weights, weights, &k->network));
     }
@@ -120,21 +119,28 @@ typedef struct {
 
 static void write_shape(text *t, const int64_t *shape, int rank)
 {
-    for (int axis = 0; axis < rank && t->end < t->limit; ++axis)
-        t->end += snprintf(t->end, (size_t)(t->limit - t->end), axis > 0 ? ", %lld" : "%lld", (long long)shape[axis]);
+    for (int axis = 0; axis < rank && t->end < t->limit; ++axis) {
+        const size_t left = (size_t)(t->limit - t->end);
+        const int length = snprintf(t->end, left, axis > 0 ? ", %lld" : "%lld", (long long)shape[axis]);
+        t->end = (size_t)length < left ? t->end + length : t->limit;
+    }
 }
 
-static OrtStatus *wrong_shape(const kernel *k, const convgen_value *value, const int64_t *found, int rank)
+static OrtStatus *wrong_shape(const kernel *k, int number, const int64_t *found, int rank)
 {
-    char expected[128] = "", given[128] = "", what[400];
-    write_shape(&(text){expected, expected + sizeof expected}, value->shape, value->rank);
+    const convgen_value *first = &k->op->inputs(0)[number];
+    char expected[128] = "", given[128] = "", others[64] = "", what[500];
+    write_shape(&(text){expected, expected + sizeof expected}, first->shape, first->rank);
     write_shape(&(text){given, given + sizeof given}, found, rank);
-    snprintf(what, sizeof what, "input %.100s: expected shape [%s], found [%s]", value->name, expected, given);
+    if (k->sizes > 1)
+        snprintf(others, sizeof others, " or that of one of %d other sizes", k->sizes - 1);
+    snprintf(what, sizeof what, "input %.100s: expected shape [%s]%s, found [%s]", first->name, expected, others, given);
     return failed(k->api, k->op, ORT_INVALID_ARGUMENT, what);
 }
 
-/* ONNX Runtime checks types and the model's own inputs, not what its operators hand on. */
-static OrtStatus *check_shape(const kernel *k, const convgen_value *value, const OrtTensorTypeAndShapeInfo *info)
+/* Take out of a set of sizes, bit by bit, those for which an input of this shape is wrong. ONNX Runtime checks types and
+ * the model's own inputs, not what its operators hand on. */
+static OrtStatus *narrow(const kernel *k, int number, const OrtTensorTypeAndShapeInfo *info, uint64_t *sizes)
 {
     size_t rank = 0;
     int64_t shape[CONVGEN_ORT_MOST_AXES] = {0};
@@ -143,11 +149,16 @@ static OrtStatus *check_shape(const kernel *k, const convgen_value *value, const
         status = k->api->GetDimensions(info, shape, rank);
     if (status != NULL)
         return status;
-    const int same = rank == (size_t)value->rank && memcmp(shape, value->shape, rank * sizeof *shape) == 0;
-    return same ? NULL : wrong_shape(k, value, shape, rank <= CONVGEN_ORT_MOST_AXES ? (int)rank : 0);
+    for (int size = 0; size < k->sizes; ++size) {
+        const convgen_value *input = &k->op->inputs(size)[number];
+        if (rank != (size_t)input->rank || memcmp(shape, input->shape, rank * sizeof *shape) != 0)
+            *sizes &= ~(UINT64_C(1) << size);
+    }
+    return *sizes != 0 ? NULL : wrong_shape(k, number, shape, rank <= CONVGEN_ORT_MOST_AXES ? (int)rank : 0);
 }
 
-static OrtStatus *get_input(const kernel *k, const OrtKernelContext *context, int number, const void **data)
+static OrtStatus *get_input(const kernel *k, const OrtKernelContext *context, int number, uint64_t *sizes,
+                            const void **data)
 {
     const OrtValue *value = NULL;
     OrtTensorTypeAndShapeInfo *info = NULL;
@@ -156,14 +167,14 @@ static OrtStatus *get_input(const kernel *k, const OrtKernelContext *context, in
         status = k->api->GetTensorTypeAndShape(value, &info);
     if (status != NULL)
         return status;
-    status = check_shape(k, &k->inputs[number], info);
+    status = narrow(k, number, info, sizes);
     k->api->ReleaseTensorTypeAndShapeInfo(info);
     return status != NULL ? status : k->api->GetTensorMutableData((OrtValue *)value, (void **)data);
 }
 
-static OrtStatus *get_output(const kernel *k, OrtKernelContext *context, int number, void **data)
+static OrtStatus *get_output(const kernel *k, OrtKernelContext *context, int size, int number, void **data)
 {
-    const convgen_value *output = &k->outputs[number];
+    const convgen_value *output = &k->op->outputs(size)[number];
     OrtValue *value = NULL;
     OrtStatus *status =
         k->api->KernelContext_GetOutput(context, (size_t)number, output->shape, (size_t)output->rank, &value);
@@ -205,16 +216,18 @@ static OrtStatus *run(const kernel *k, const OrtKernelContext *context, convgen_
     session_threads threads = {k->api, context};
     convgen_borrowed_pool pool = convgen_borrowed(k->op->threads, session_loop, &threads);
     args->pool = k->op->threads > 1 ? &pool.head : NULL;
-    args->workspace_size = k->workspace;
-    if (k->workspace == 0)
-        return failed_with(k, k->op->run(k->network, args));
+    convgen_network_sizes sizes = {0};
+    OrtStatus *status = failed_with(k, k->op->sizes(args->size, k->op->threads, &sizes));
+    args->workspace_size = sizes.workspace;
+    if (status != NULL || sizes.workspace == 0)
+        return status != NULL ? status : failed_with(k, k->op->run(k->network, args));
 
     OrtAllocator *allocator = NULL;
     void *memory = NULL;
-    OrtStatus *status = k->api->KernelContext_GetAllocator(context, k->memory, &allocator);
+    status = k->api->KernelContext_GetAllocator(context, k->memory, &allocator);
     if (status != NULL)
         return status;
-    status = k->api->AllocatorAlloc(allocator, k->workspace + CONVGEN_ALIGNMENT, &memory);
+    status = k->api->AllocatorAlloc(allocator, sizes.workspace + CONVGEN_ALIGNMENT, &memory);
     if (status == NULL) {
         args->workspace = (void *)convgen_round_up((uintptr_t)memory); /* allocators promise less */
         status = failed_with(k, k->op->run(k->network, args));
@@ -233,18 +246,25 @@ OrtStatus *convgen_ort_compute(void *data, OrtKernelContext *context)
     void *outputs[CONVGEN_ORT_MOST_VALUES];
     size_t input_sizes[CONVGEN_ORT_MOST_VALUES], output_sizes[CONVGEN_ORT_MOST_VALUES];
     OrtStatus *status = NULL;
-    for (int i = 0; i < k->op->input_count && status == NULL; ++i) {
-        status = get_input(k, context, i, &inputs[i]);
-        input_sizes[i] = k->inputs[i].bytes;
-    }
+    uint64_t fitting = UINT64_MAX >> (64 - k->sizes);
+    for (int i = 0; i < k->op->input_count && status == NULL; ++i)
+        status = get_input(k, context, i, &fitting, &inputs[i]);
+    if (status != NULL)
+        return status;
+    const int size = __builtin_ctzll(fitting);
+    for (int i = 0; i < k->op->input_count; ++i)
+        input_sizes[i] = k->op->inputs(size)[i].bytes;
     for (int i = 0; i < k->op->output_count && status == NULL; ++i) {
-        status = get_output(k, context, i, &outputs[i]);
-        output_sizes[i] = k->outputs[i].bytes;
+        status = get_output(k, context, size, i, &outputs[i]);
+        output_sizes[i] = k->op->outputs(size)[i].bytes;
     }
     if (status != NULL)
         return status;
-    convgen_network_args args = {
-        .inputs = inputs, .input_sizes = input_sizes, .outputs = outputs, .output_sizes = output_sizes};
+    convgen_network_args args = {.inputs = inputs,
+                                 .input_sizes = input_sizes,
+                                 .outputs = outputs,
+                                 .output_sizes = output_sizes,
+                                 .size = size};
     return run(k, context, &args);
 }
 

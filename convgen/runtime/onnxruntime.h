@@ -113,7 +113,7 @@ struct OrtCustomOp {
 /* The most inputs, and the most outputs, of an operator. */
 enum { CONVGEN_ORT_MOST_VALUES = 256, CONVGEN_ORT_MOST_AXES = 16 };
 
-/* A network as an operator. */
+/* A network as an operator. It was made for at most 64 sizes. */
 typedef struct {
     OrtCustomOp base; /* first: ONNX Runtime hands out a pointer to it */
     const char *name;

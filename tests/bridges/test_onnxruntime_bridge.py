@@ -216,6 +216,35 @@ def test_constants_that_are_inputs_as_in_old_models(folder: Path) -> None:
     assert furthest(outputs_of(session_of(made), inputs), expected(model, inputs)) < ERROR
 
 
+def test_several_sizes(folder: Path) -> None:
+    """Of which the model keeps the dimension open, and what is computed from it."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"], end=1),
+        helper.make_node("Concat", ["shape", "rest"], ["flat"], axis=0),
+        helper.make_node("Conv", ["x", "w0"], ["c0"]),
+        helper.make_node("Reshape", ["c0", "flat"], ["f0"]),
+        helper.make_node("Hardmax", ["f0"], ["h0"]),
+        helper.make_node("Expand", ["one", "shape"], ["ones"], name="ones"),
+        helper.make_node("CumSum", ["ones", "zero"], ["z"], name="sum"),
+        helper.make_node("MatMul", ["h0", "w1"], ["y"]),
+    ]
+    constants = {"w0": weights(4, 3, 1, 1), "w1": weights(24, 5), "rest": np.array([24])}
+    constants |= {"one": np.ones(1, np.float32), "zero": np.array(0)}
+    model = model_of(nodes, {"x": (1, 3, 2, 3)}, ["y", "z"], constants)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
+    made = convgen.for_onnxruntime(model, folder / "sizes.onnx", threads=1, records=False, dims={"N": (1, 3)})
+    onnx.checker.check_model(onnx.load(made.model), full_check=True)
+    session = session_of(made)
+    assert session.get_inputs()[0].shape == ["N", 3, 2, 3]
+    for n in (3, 1):
+        inputs = {"x": np.random.default_rng(n).standard_normal((n, 3, 2, 3), np.float32)}
+        found = outputs_of(session, inputs)
+        assert [array.shape for array in found.values()] == [(n, 5), (n,)]
+        assert furthest(found, expected(model, inputs)) < ERROR
+    with pytest.raises(Exception, match=r"expected shape \[1, 3, 2, 3\] or that of one of 1 other sizes, found \[2, 3"):
+        session.run(None, {"x": np.zeros((2, 3, 2, 3), np.float32)})
+
+
 @pytest.mark.skipif(not RELEASES, reason="CONVGEN_ONNXRUNTIMES names no other releases")
 @pytest.mark.parametrize("release", RELEASES, ids=str)
 def test_other_releases(partly: OnnxRuntimeModel, release: Path, tmp_path: Path) -> None:
