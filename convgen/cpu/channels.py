@@ -9,7 +9,6 @@ import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -128,7 +127,7 @@ def _counts(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, picks: Pi
     """What the busiest core does of the ``work`` of an image."""
     g, lanes = geometry_of(spec, picks.get("merge", False)), target.lanes
     share, tasks = _share(g, picks, target.cores)
-    work = [replace(part, times=part.times * share * spec.n) for part in work]
+    work = [part.with_times(part.times * share * spec.n) for part in work]
     if picks.copy_src:
         work.append(Work(tasks * spec.ic * math.prod(g.extent(picks)) / lanes, loads=1, stores=1, cycles=0.5))
         if g.src.layout == "nchw":  # each row of a channel lies in another page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -149,17 +150,57 @@ def compile_one(function: Function, target: Target) -> Compiled:
         return Compiled((folder / "kernel.o").read_bytes(), workspace, kernel.packed)
 
 
+class _Recent:
+    """The functions that this process has compiled last: a network for other weights has the same ones again."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._known: OrderedDict[tuple[Function, Target], Compiled] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, functions: Sequence[Function], target: Target) -> dict[Function, Compiled]:
+        with self._lock:
+            found = {function: self._known.get((function, target)) for function in functions}
+        return {function: compiled for function, compiled in found.items() if compiled is not None}
+
+    def add(self, compiled: Mapping[Function, Compiled], target: Target) -> None:
+        with self._lock:
+            for function, code in compiled.items():
+                self._known[function, target] = code
+                self._known.move_to_end((function, target))
+            while len(self._known) > self._most:
+                self._known.popitem(last=False)
+
+
+_recent = _Recent(512)
+
+
 def _compile(
     functions: Sequence[Function], target: Target, progress: Callable[[int, int], None] | None, processes: int
 ) -> dict[Function, Compiled]:
-    """All functions' code, in this process or several others."""
+    """All functions' code: what this process knows, and the rest compiled in it or several others."""
+    known = _recent.find(functions, target)
+    missing = [function for function in functions if function not in known]
+
+    def told(done: int) -> None:
+        if progress is not None:
+            progress(len(known) + done, len(functions))
+
+    told(0)
+    compiled = _compile_missing(missing, target, told, processes)
+    _recent.add(compiled, target)
+    return known | compiled
+
+
+def _compile_missing(
+    functions: Sequence[Function], target: Target, progress: Callable[[int], None], processes: int
+) -> dict[Function, Compiled]:
     told, lock = [0], threading.Lock()
 
     def done(made: Compiled) -> Compiled:
         with lock:
             told[0] += 1
-            if progress is not None:
-                progress(told[0], len(functions))
+            progress(told[0])
         return made
 
     workers = min(processes, -(-len(functions) // _FEW))

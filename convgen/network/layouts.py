@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from ..cpu.model import core_of
 from ..hardware.target import Target
@@ -50,6 +50,12 @@ class Choice:
     candidate: Candidate
 
 
+@lru_cache(maxsize=4096)
+def _predicted(spec: ConvSpec, target: Target) -> tuple[float, Candidate]:
+    """As the next network of this process may ask again."""
+    return predicted(spec, target)
+
+
 class Costs:
     """What convolutions and copies are predicted to take on a target; each is asked for once."""
 
@@ -72,7 +78,7 @@ class Costs:
     def convolution(self, spec: ConvSpec) -> tuple[float, Candidate]:
         """The predicted seconds and the candidate of a spec in its layouts."""
         if spec not in self._known:
-            self._known[spec] = predicted(spec, self.target)
+            self._known[spec] = _predicted(spec, self.target)
         return self._known[spec]
 
     def copy(self, elements: int, ordered: bool = True, times: int = 1) -> float:

@@ -418,7 +418,7 @@ class ConvSpec:
         """Products summed into one output element, at most."""
         return self.ic // self.groups * math.prod(self.kernel)
 
-    @property
+    @cached_property
     def bytes(self) -> dict[str, int]:
         """Bytes of each tensor of the layer; the ones it lacks are absent."""
         dtypes = self.dtypes
