@@ -131,7 +131,8 @@ def compile(  # noqa: A001
 
     Raises:
         SpecError: it cannot be read, or is not an ONNX model; or an argument is wrong.
-        UnsupportedError: nodes that are not taken: names each, and why. Or the target cannot run here.
+        NotTakenError: of nodes that are not taken: names each, and why.
+        UnsupportedError: the target cannot run here.
         ExportError: nothing may be called as the model is; another ``name`` helps.
         BuildError: TVM, LLVM or the C compiler failed.
         FolderError: the temporary folder cannot be written, is full, or nothing can be loaded from it.

@@ -5,6 +5,7 @@
     ConvgenError
     ├── SpecError (ValueError)     a spec, descriptor or spec file that cannot be what was meant
     ├── UnsupportedError           a valid request this version does not serve; says what would
+    │   └── NotTakenError          a model of which some nodes are not taken; names each, and why
     ├── Inapplicable               a schedule does not apply to a spec on a target, and why
     ├── BuildError                 lowering, compiling or linking failed
     │   └── ResourceError          a kernel takes more of a GPU than it may
@@ -41,6 +42,25 @@ class SpecError(ConvgenError, ValueError):
 
 class UnsupportedError(ConvgenError):
     """The request is valid, but this version does not serve it."""
+
+
+class NotTakenError(UnsupportedError):
+    """A model of which some nodes, or inputs, are not taken.
+
+    Attributes:
+        where: the model.
+        nodes: each of them, such as ``Det 'first'``, and why.
+        taken: how many of the model's nodes are.
+    """
+
+    def __init__(self, where: str, nodes: dict[str, str], taken: int) -> None:
+        self.where, self.nodes, self.taken = where, nodes, taken
+        reasons = "; ".join(f"{node}: {reason}" for node, reason in nodes.items())
+        count = f"{len(nodes)} node{'s are' if len(nodes) != 1 else ' is'}"
+        super().__init__(f"{where}: {count} not taken: {reasons}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.where, self.nodes, self.taken)
 
 
 class Inapplicable(ConvgenError):  # noqa: N818  (an answer more than an error)

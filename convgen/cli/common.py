@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -374,12 +376,19 @@ def note_left_out(reasons: Sequence[str]) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned columns; empty ones are left out, and those whose name ends in ``>`` are aligned to the right."""
+    """Aligned columns; empty ones are left out, and those whose name ends in ``>`` are aligned to the right.
+
+    On a terminal it is as wide as that at most: the widest columns are cut, with ``…``.
+    """
     texts = [[printable(str(cell)) for cell in row] for row in rows]
     kept = [i for i in range(len(header)) if not texts or any(row[i] for row in texts)]
     header = [header[i] for i in kept]
     texts = [[name.removesuffix(">") for name in header], *([row[i] for i in kept] for row in texts)]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
+    widths = _cut([max(len(row[i]) for row in texts) for i in range(len(header))])
+    texts = [
+        [cell if len(cell) <= width else f"{cell[: width - 1]}…" for cell, width in zip(row, widths, strict=True)]
+        for row in texts
+    ]
     lines = []
     for row in texts:
         cells = [
@@ -389,6 +398,20 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "  ".join("─" * width for width in widths))
     return "\n".join(lines)
+
+
+#: What a table's column is not cut below.
+_NARROWEST = 12
+
+
+def _cut(widths: list[int]) -> list[int]:
+    """The columns' widths, the widest narrowed until all fit on the terminal; as they are where there is none."""
+    if not sys.stdout.isatty():
+        return widths
+    widths, room = list(widths), shutil.get_terminal_size().columns - 2 * (len(widths) - 1)
+    while sum(widths) > room and max(widths) > _NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+    return widths
 
 
 def duration(seconds: float | None) -> str:

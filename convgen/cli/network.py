@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import NotTakenError
 from ..problem.spec import ACCURACIES
+from ..report.words import plural
 from .common import (
+    WRONG,
     chosen_records,
     duration,
     emit,
@@ -36,7 +39,14 @@ if TYPE_CHECKING:
 @click.command("compile")
 @click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="MODEL.onnx")
 @sizes_option
-@click.option("--accuracy", type=click.Choice(ACCURACIES), default="standard", show_default=True, metavar="CLASS")
+@click.option(
+    "--accuracy",
+    type=click.Choice(ACCURACIES),
+    default="standard",
+    show_default=True,
+    metavar="CLASS",
+    help=f"Accuracy of its convolutions: {', '.join(ACCURACIES)}.",
+)
 @target_option
 @threads_option("Threads that it runs on.  [default: all cores]")
 @records_options
@@ -65,13 +75,15 @@ def compile_model(
     program: str,
     name: str | None,
     as_json: bool,
-) -> None:
+) -> int:
     """Compile a whole model to one library, with its weights packed.
 
     Convolutions are computed by their recorded kernels, or else by defaults. The specs in the manifest's layers, each
     in the layouts it has in the network, are what `convgen tune` would record kernels for. The folder holds the
-    library, shared and static, a C header, the weights, a manifest, and example.c with an input and its outputs. A
-    model of which something is not taken is refused: each such node is named.
+    library, shared and static, a C header, the weights, a manifest, a CMake package, a pkg-config file, and example.c
+    with an input and its outputs.
+
+    A model of which something is not taken is refused, with the exit status 2: all such nodes are listed, and why.
 
     With --for onnxruntime the folder holds an ONNX model and a library of custom operators. What is not taken of the
     model stays in it as it was.
@@ -80,42 +92,69 @@ def compile_model(
     from ..api import for_onnxruntime
 
     started = time.monotonic()
-    with _progress(as_json) as progress:
-        options: dict[str, Any] = {"target": target, "threads": threads, "dims": dims, "accuracy": accuracy}
-        options |= {"records": chosen_records(records, no_records), "progress": progress}
-        if program == "onnxruntime":
-            made = for_onnxruntime(model, out / f"{name or model.stem}.onnx", **options)
-        else:
-            network = compile_network(model, name=name, **options)
+    options: dict[str, Any] = {"target": target, "threads": threads, "dims": dims, "accuracy": accuracy}
+    options["records"] = chosen_records(records, no_records)
     if program == "onnxruntime":
-        _say_model(made, time.monotonic() - started, as_json)
-        return
+        with compiling(quiet=as_json) as progress:
+            path = out / f"{name or model.stem}.onnx"
+            exported = for_onnxruntime(model, path, progress=progress, **options)
+        _say_model(exported, time.monotonic() - started, as_json)
+        return 0
+    try:
+        with compiling(quiet=as_json) as progress:
+            network = compile_network(model, name=name, progress=progress, **options)
+    except NotTakenError as error:
+        return _refuse(error, as_json)
     manifest = network.export(out, facts={"model": model.name, "accuracy": accuracy})
     seconds = time.monotonic() - started
     if as_json:
-        emit({"folder": str(out), "seconds": seconds, "manifest": manifest})
-        return
-    steps = manifest["sizes"][0]["layers"]
-    say(table(["step", "computes", "by"], [[s["name"], s.get("spec") or s["operators"], _by(s)] for s in steps]))
+        emit({"folder": str(out), "seconds": seconds, "manifest": manifest, "taken": True, "outside": []})
+        return 0
+    for made in manifest["sizes"]:
+        if made["label"]:
+            say(f"{made['label']}:")
+        say(table(["step", "computes", "by"], map(_row, made["layers"])))
+    steps = [step for made in manifest["sizes"] for step in made["layers"]]
     kernels = sum("spec" in step for step in steps)
-    weights, workspace = manifest["weights"]["bytes"], network.sizes().workspace
+    sizes = f" for {plural(len(manifest['sizes']), 'size')}" if len(manifest["sizes"]) > 1 else ""
     note(
-        f"{manifest['name']}: {kernels} convolutions and {len(steps) - kernels} passes in {tidy(out)}; weights "
-        f"{size(weights)}, workspace {size(workspace)}; {duration(seconds)}"
+        f"{manifest['name']}: {plural(kernels, 'convolution')} and {plural(len(steps) - kernels, 'other step')}{sizes} "
+        f"in {tidy(out)}; memory {size(network.memory)}, of which weights {size(manifest['weights']['bytes'])}; "
+        f"{duration(seconds)}"
     )
+    return 0
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar that shows how many functions are compiled, where somebody looks at it."""
+def compiling(quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal while a network is compiled; gives what is told how many functions are, and of how many."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    quiet = quiet or not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
-        task = bar.add_task("compiling functions", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    off = quiet or not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=off) as bar:
+        task = bar.add_task("planning", total=None)
+
+        def tell(done: int, total: int) -> None:
+            bar.update(task, description="compiling" if done < total else "packing", completed=done, total=total)
+
+        yield tell
+
+
+def _refuse(error: NotTakenError, as_json: bool) -> int:
+    """Say which nodes are not taken, and why."""
+    if as_json:
+        outside = [{"node": node, "reason": reason} for node, reason in error.nodes.items()]
+        emit({"folder": None, "seconds": None, "manifest": None, "taken": False, "outside": outside})
+    else:
+        say(table(["not taken", "because"], error.nodes.items()))
+    note(f"convgen: {error.where}: {plural(len(error.nodes), 'node')} not taken, {error.taken} others would be")
+    return WRONG
+
+
+def _row(step: dict[str, Any]) -> tuple[str, str, str]:
+    return step["name"], step.get("spec") or step["operators"], step.get("schedule", "")
 
 
 def _say_model(made: OnnxRuntimeModel, seconds: float, as_json: bool) -> None:
@@ -134,7 +173,3 @@ def _say_model(made: OnnxRuntimeModel, seconds: float, as_json: bool) -> None:
         say(table(["left to ONNX Runtime", "because"], [[node, reason] for node, reason in made.outside.items()]))
     weights = size(sum(part.weights for part in made.parts))
     note(f"{tidy(made.model)} with {made.library.name}; weights {weights}; {duration(seconds)}")
-
-
-def _by(step: dict[str, str]) -> str:
-    return step.get("schedule", "")

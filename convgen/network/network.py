@@ -138,7 +138,8 @@ def compile_network(
 
     Raises:
         SpecError: it cannot be read, or is not an ONNX model; or sizes are wrong.
-        UnsupportedError: nodes that are not taken; or this machine cannot run the target's code.
+        NotTakenError: of nodes that are not taken.
+        UnsupportedError: this machine cannot run the target's code, or inputs and outputs depend on the size.
         ExportError: nothing may be called as it is; another ``name`` helps.
         BuildError: TVM, LLVM or the C compiler failed.
     """

@@ -142,6 +142,8 @@ def read_node(
     Raises:
         Refusal: it is not taken, and why.
     """
+    if any(attribute.g.node or attribute.graphs for attribute in node.attribute):
+        raise Refusal("graphs inside of nodes are not taken")
     if node.op_type not in READERS:
         raise Refusal("no such operator is known here")
     reading = Reading(scope, node, opset, constants, shapes)

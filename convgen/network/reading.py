@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import TensorProto
 
-from ..errors import UnsupportedError
+from ..errors import NotTakenError
 from ..formats.onnx.file import ModelFile
 from ..formats.onnx.graph import ROOTS, Scope, names_read, static, text
 from ..formats.onnx.layers import folded_graphs
@@ -29,13 +29,10 @@ def read_graph(source: str | Path | ModelProto, dims: Mapping[str, int] | None =
 
     Raises:
         SpecError: it cannot be read, or is not an ONNX model.
-        UnsupportedError: nodes that are not taken: names each of them, and why.
+        NotTakenError: of nodes that are not taken: names each of them, and why.
     """
     with ModelFile(source) as file:
-        (scope, layers), *inner = folded_graphs(file, dims or {}, arrays=True)
-        if inner:
-            nodes = ", ".join(sorted({graph.path.rstrip("/") for graph, _ in inner}))
-            raise UnsupportedError(f"{file.where}: graphs inside of nodes are not taken: {nodes}")
+        (scope, layers), *_ = folded_graphs(file, dims or {}, arrays=True)
         name = str(file.proto.graph.name) if not isinstance(source, str | os.PathLike) else Path(source).stem
         graph = _Builder(scope, layers, _opset(file), file.where).graph(identifier(name))
         graph.dims = dict(dims or {})
@@ -113,10 +110,11 @@ class _Builder:
         self._begin()
         for given in made.inputs:
             self._take_input(given)
+        if not made.shapes.keys() >= set(made.inputs):  # without which no other shape is known
+            raise NotTakenError(self.where, self.refused, 0)
         self._read_all(made.outputs)
         if self.refused:
-            reasons = "; ".join(f"{node}: {reason}" for node, reason in self.refused.items())
-            raise UnsupportedError(f"{self.where}: {len(self.refused)} nodes are not taken: {reasons}")
+            raise NotTakenError(self.where, self.refused, len(self.nodes))
         self._separate_outputs()
         made.nodes = list(self.nodes.values())
         made.order()
@@ -146,15 +144,15 @@ class _Builder:
 
     def _take_input(self, name: str) -> None:
         shape, dtype = self.scope.shape(name), self.scope.dtype(name)
+        if not static(shape):
+            self.refused[f"input {name!r}"] = f"expected a known shape (--dim), found {text(shape)}"
+            return
+        self.made.shapes[name] = shape
         if dtype != TensorProto.FLOAT:
             found = TensorProto.DataType.Name(dtype).lower()
             self.refused[f"input {name!r}"] = f"expected f32, found {found}"
-        elif not static(shape):
-            self.refused[f"input {name!r}"] = f"expected a known shape (--dim), found {text(shape)}"
         elif 0 in shape:
             self.refused[f"input {name!r}"] = f"expected elements, found {text(shape)}"
-        else:
-            self.made.shapes[name] = shape
 
     def _read(self, value: str) -> list[str]:
         """Add what computes a value, unless it is constant or refused; returns the values that this takes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ from network_models import RandomNetwork, arrays_for, expected, furthest, model_
 from onnx import ModelProto, helper
 
 import convgen
-from convgen.cli import cli
-from convgen.errors import ExportError, KernelError, UnsupportedError
+from convgen.cli import cli, main
+from convgen.errors import ExportError, KernelError, NotTakenError, UnsupportedError
 from convgen.hardware.target import resolve
 from convgen.network.compile import compile_plans
 from convgen.network.graph import Operator
@@ -369,3 +370,50 @@ def test_the_command_line(tmp_path: Path) -> None:
     (size,) = manifest["sizes"]
     assert size["inputs"] == [{"name": "x", "shape": [4, 3], "dtype": "f32", "bytes": 48}]
     assert manifest["model"] == "small.onnx"
+
+
+def outside_model() -> ModelProto:
+    """Of four nodes two are not taken, one has a graph inside, and one is."""
+    inner = helper.make_graph(
+        [helper.make_node("Relu", ["s"], ["i"])], "inner", [], [helper.make_tensor_value_info("i", 1, None)]
+    )
+    nodes = [
+        helper.make_node("Det", ["x"], ["d"], name="first"),
+        helper.make_node("Sigmoid", ["d"], ["s"]),
+        helper.make_node("Hardmax", ["s"], ["h"], name="second"),
+        helper.make_node("If", ["c"], ["y"], name="third", then_branch=inner, else_branch=inner),
+    ]
+    model = model_of(nodes, {"x": (2, 3, 3), "c": (1,)}, ["y", "h"])
+    model.graph.input[1].type.tensor_type.elem_type = 9  # bool
+    return model
+
+
+def test_what_is_not_taken_is_listed_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.onnx").write_bytes(outside_model().SerializeToString())
+    command = ["compile", str(tmp_path / "model.onnx"), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    told = capsys.readouterr()
+    for node in ("Det 'first'", "Hardmax 'second'", "If 'third'", "input 'c'"):
+        assert node in told.out
+    assert "4 nodes not taken, 1 others would be" in told.err
+    assert main([*command, "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert (document["taken"], document["manifest"]) == (False, None)
+    reasons = {entry["node"]: entry["reason"] for entry in document["outside"]}
+    assert reasons["If 'third'"] == "graphs inside of nodes are not taken"
+    assert reasons["input 'c'"] == "expected f32, found bool"
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(NotTakenError) as caught:
+        convgen.compile(outside_model())
+    assert (caught.value.nodes, caught.value.taken) == (reasons, 1)
+    assert isinstance(pickle.loads(pickle.dumps(caught.value)), NotTakenError)
+
+
+def test_inputs_without_a_shape_are_all_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = model_of([helper.make_node("Add", ["x", "z"], ["y"])], {"x": (2, 3), "z": (2, 3)}, ["y"])
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    assert main(["compile", str(tmp_path / "model.onnx"), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().out
+    assert told.count("expected a known shape (--dim)") == 2
