@@ -59,6 +59,14 @@ PEER_NAMES = ("onnxruntime", "torch", "openvino", "ncnn")
     help="Rounds of timing; up to three times as many while the ratio is not clear.",
 )
 @click.option("--cold", is_flag=True, help="Empty the caches before every call that is timed.")
+@click.option("--whole", is_flag=True, help="Time whole models, each compiled to one library, not their layers.")
+@click.option(
+    "--rows",
+    "kept_rows",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.jsonl",
+    help="With --whole: keep what is measured in a file; what it has already is not measured again.",
+)
 @click.option(
     "--report",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -78,6 +86,8 @@ def bench(
     peers: str,
     repeats: int,
     cold: bool,
+    whole: bool,
+    kept_rows: Path | None,
     report: Path | None,
     records: Path | None,
     no_records: bool,
@@ -94,16 +104,30 @@ def bench(
 
     Each layer's kernel comes from its best record, and its default is timed beside it. Without a record
     the kernel is the default.
+
+    With --whole models are compiled as `convgen compile` does, and timed as wholes; the ratio is about the fastest
+    peer that computes in f32.
     """
     check_picks(schedule, picks)
     names = check_names("--peers", peers, PEER_NAMES)
+    kept = chosen_records(records, no_records)
+    if whole:
+        from .whole import bench_whole, whole_bench
+
+        if cold or schedule or (report is not None and report.suffix != ".md"):
+            raise click.UsageError("--whole: expected neither --cold nor --schedule, and FILE.md for --report")
+        return bench_whole(
+            spec, dims, whole_bench(accuracy, target, threads, names, repeats, kept), kept_rows, report, as_json
+        )
+    if kept_rows is not None:
+        raise click.UsageError("--rows needs --whole")
     entries = read_layers(spec, dims, accuracy)
     rows: list[Row] = []
     kernels: list[Kernel] = []
     interrupted = False
     counts: list[int | None] = [*threads] if threads else [None]
     for count in counts:
-        with working(entries, target, count, chosen_records(records, no_records)) as work:
+        with working(entries, target, count, kept) as work:
             forced = forced_candidates(entries, work.target, schedule, picks)
             for entry, candidate in zip(work.layers(), forced, strict=True):
                 kernel, row = _bench_layer(work, entry, candidate, names, repeats, cold)

@@ -32,13 +32,14 @@ CONVERTING = 300.0
 # ---- ONNX Runtime ---------------------------------------------------------------------------------
 
 
-def onnxruntime_parts(model: NetworkModel, threads: int) -> list[Part]:
+def onnxruntime_parts(model: NetworkModel, threads: int, convolutions: bool = True) -> list[Part]:
     """The whole model with everything bound, and its convolutions."""
     version = OnnxRuntime.version()
-    return [
-        ready(model, Part("onnxruntime", version), lambda: _onnxruntime(model, threads)),
-        profiled(Part("onnxruntime", version, CONVOLUTIONS), lambda: _onnxruntime_profile(model, threads)),
-    ]
+    parts = [ready(model, Part("onnxruntime", version), lambda: _onnxruntime(model, threads))]
+    if convolutions:
+        part = Part("onnxruntime", version, CONVOLUTIONS)
+        parts.append(profiled(part, lambda: _onnxruntime_profile(model, threads)))
+    return parts
 
 
 def _onnxruntime(model: NetworkModel, threads: int) -> Running:
@@ -70,7 +71,7 @@ def _onnxruntime_profile(model: NetworkModel, threads: int) -> Profile:
 # ---- OpenVINO -------------------------------------------------------------------------------------
 
 
-def openvino_parts(model: NetworkModel, threads: int) -> list[Part]:
+def openvino_parts(model: NetworkModel, threads: int, convolutions: bool = True) -> list[Part]:
     """The whole model in f32 and in the precision that OpenVINO chooses, and the convolutions of both."""
     version = OpenVino.version()
     chosen = "chosen"
@@ -81,8 +82,9 @@ def openvino_parts(model: NetworkModel, threads: int) -> list[Part]:
         hint = "f32" if precision == "f32" else ""
         start = partial(_openvino, model, threads, hint)
         parts.append(ready(model, Part("openvino", version, MODEL, precision), start))
-        profile = partial(_openvino_profile, model, threads, hint)
-        parts.append(profiled(Part("openvino", version, CONVOLUTIONS, precision), profile))
+        if convolutions:
+            profile = partial(_openvino_profile, model, threads, hint)
+            parts.append(profiled(Part("openvino", version, CONVOLUTIONS, precision), profile))
     return parts
 
 
@@ -146,7 +148,7 @@ def _openvino_profile(model: NetworkModel, threads: int, precision: str) -> Prof
 # ---- PyTorch --------------------------------------------------------------------------------------
 
 
-def torch_parts(model: NetworkModel, threads: int) -> list[Part]:
+def torch_parts(model: NetworkModel, threads: int, convolutions: bool = True) -> list[Part]:
     """``torch.compile`` with frozen weights, of models that are PyTorch modules."""
     return [ready(model, Part("torch", Torch.version()), partial(_torch, model, threads))]
 
@@ -180,7 +182,7 @@ def _torch(model: NetworkModel, threads: int) -> Running:
 # ---- ncnn -----------------------------------------------------------------------------------------
 
 
-def ncnn_parts(model: NetworkModel, threads: int) -> list[Part]:
+def ncnn_parts(model: NetworkModel, threads: int, convolutions: bool = True) -> list[Part]:
     """The model as pnnx converts it, in f32 with all of ncnn's algorithms. It takes one image."""
     return [ready(model, Part("ncnn", Ncnn.version()), partial(_ncnn, model, threads))]
 
@@ -228,8 +230,9 @@ def _converted(model: NetworkModel, folder: Path) -> tuple[Path, Path]:
     return files
 
 
-#: Libraries by name, in the order in which they take turns.
-NETWORK_PEERS: dict[str, Callable[[NetworkModel, int], list[Part]]] = {
+#: Libraries by name, in the order in which they take turns: each gives its parts of a model on a number of threads,
+#: without those of the convolutions where ``convolutions`` is False.
+NETWORK_PEERS: dict[str, Callable[..., list[Part]]] = {
     "onnxruntime": onnxruntime_parts,
     "openvino": openvino_parts,
     "torch": torch_parts,

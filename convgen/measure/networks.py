@@ -1,9 +1,9 @@
-"""A network's convolutions here beside other libraries on the whole model, in turns."""
+"""A network, or its convolutions, here beside other libraries on the whole model, in turns."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..errors import UnsupportedError
 from .busy import BusyWatch
 from .chain import Chain
 from .compare import REST, Contestant, ratio_interval, take_turns
-from .network_model import CONVOLUTIONS, NetworkModel, Part
+from .network_model import CONVOLUTIONS, MODEL, NetworkModel, Part, Running, ready
 from .network_peers import NETWORK_PEERS
 from .peers import Entrant
 
@@ -51,6 +51,76 @@ class NetworkComparison:
         }
 
 
+@dataclass(frozen=True)
+class ModelComparison:
+    """A whole model here, beside what other libraries take.
+
+    Attributes:
+        parts: ours first, then the others, each timed or with the reason why not.
+        best: the fastest other library in f32; None where none was timed.
+        ratio: its time over ours, and ``interval`` its 95 % confidence interval.
+        busy: the share of the CPUs that other programs used while all took turns (:mod:`convgen.measure.busy`).
+    """
+
+    parts: tuple[Part, ...]
+    best: str | None
+    ratio: float | None
+    interval: tuple[float, float] | None
+    busy: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can say it."""
+        return {
+            "parts": [part.to_dict() for part in self.parts],
+            "best": self.best,
+            "ratio": self.ratio,
+            "interval": self.interval,
+            "busy": self.busy,
+        }
+
+
+def compare_model(
+    model: NetworkModel, own: Callable[[], Running], version: str, peers: Sequence[str], threads: int, rounds: int = 7
+) -> ModelComparison:
+    """Time a whole model here and in other libraries, in turn, several times over.
+
+    Args:
+        own: makes our way of running it, whose outputs are checked as the others' are.
+
+    Raises:
+        UnsupportedError: no such peer, or inputs that cannot be made.
+        MeasureError: the model's outputs are not finite.
+    """
+    check_peers(peers)
+    ours = ready(model, Part("convgen", version), own)
+    others = [part for name in peers for part in NETWORK_PEERS[name](model, threads, convolutions=False)]
+    watch = BusyWatch()
+    contestants = [part.contestant for part in (ours, *others) if part.contestant]
+    take_turns(contestants, rounds, REST if threads > 1 else 0.0, all_stay=True)
+    busy = watch.share()
+    best = _fastest(others, MODEL) if ours.seconds else None
+    return ModelComparison(
+        (ours, *others),
+        best.library if best else None,
+        (best.seconds or 0.0) / (ours.seconds or 1.0) if best else None,
+        ratio_interval(best.rounds, ours.rounds) if best else None,
+        busy,
+    )
+
+
+def check_peers(names: Sequence[str]) -> None:
+    """Raise UnsupportedError unless all are libraries that run whole models."""
+    for name in names:
+        if name not in NETWORK_PEERS:
+            raise UnsupportedError(f"peers: expected some of {', '.join(NETWORK_PEERS)}, found {name!r}")
+
+
+def _fastest(parts: Sequence[Part], what: str) -> Part | None:
+    """Of those in f32 that were timed."""
+    timed = [part for part in parts if part.seconds and part.what == what and part.precision == "f32"]
+    return min(timed, key=lambda part: part.seconds or 0.0, default=None)
+
+
 def compare_network(
     model: NetworkModel, chain: Chain, peers: Sequence[str], threads: int, *, rounds: int = 7
 ) -> NetworkComparison:
@@ -60,18 +130,15 @@ def compare_network(
         UnsupportedError: no such peer, or inputs that cannot be made.
         MeasureError: the model's outputs are not finite.
     """
-    for name in peers:
-        if name not in NETWORK_PEERS:
-            raise UnsupportedError(f"peers: expected some of {', '.join(NETWORK_PEERS)}, found {name!r}")
+    check_peers(peers)
     _ = model.expected
     own = Contestant("convgen", Entrant("chain", chain, chain.output), is_kernel=True)
     parts = [part for name in peers for part in NETWORK_PEERS[name](model, threads)]
-    ready = [part.contestant for part in parts if part.contestant]
+    contestants = [part.contestant for part in parts if part.contestant]
     watch = BusyWatch()
-    take_turns([own, *ready], rounds, REST if threads > 1 else 0.0, all_stay=True)
+    take_turns([own, *contestants], rounds, REST if threads > 1 else 0.0, all_stay=True)
     busy = watch.share()
-    comparable = [part for part in parts if part.seconds and part.what == CONVOLUTIONS and part.precision == "f32"]
-    best = min(comparable, key=lambda part: part.seconds or 0.0, default=None)
+    best = _fastest(parts, CONVOLUTIONS)
     return NetworkComparison(
         tuple(own.rounds),
         tuple(parts),

@@ -1,0 +1,202 @@
+"""Rows of whole models: a compiled network beside what other libraries take; and their tables."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..hardware.machine import machine
+from ..lowering.versions import versions
+from .markdown import markdown_table
+from .rows import Compared, KeyedFile
+from .tables import geometric_mean, rated
+from .words import factor, milliseconds, plural
+
+if TYPE_CHECKING:
+    from ..measure.network_model import NetworkModel
+    from ..network.network import Network
+
+#: What tells rows apart: the model's digest with its sizes, the accuracy, the target, threads.
+Key = tuple[str, str, str, int]
+#: The page's columns: the heading, the library, and whether it computes in f32.
+COLUMNS = (
+    ("convgen", "convgen", True),
+    ("ONNX Runtime", "onnxruntime", True),
+    ("OpenVINO f32", "openvino", True),
+    ("torch.compile", "torch", True),
+    ("ncnn", "ncnn", True),
+    ("OpenVINO default", "openvino", False),
+)
+INTRODUCTION = (
+    "Milliseconds of whole models, f32, medians of turns in which all libraries alternate. The ratio is the fastest"
+    " library in f32 over convgen, with its 95 % interval: above 1 convgen is faster."
+)
+
+
+@dataclass(frozen=True)
+class WholeRow(Compared):
+    """A whole model's row. Those of older versions have no digest: their model's name stands for it."""
+
+    @property
+    def key(self) -> Key:
+        values = self.values
+        model = str(values.get("digest") or values["model"])
+        return model, str(values.get("accuracy", "standard")), str(values.get("target", "cpu")), self.threads
+
+    @property
+    def model(self) -> str:
+        return str(self.values["model"])
+
+    def part(self, library: str, f32: bool = True) -> Mapping[str, Any] | None:
+        """What is known of a library, in f32 or in what it chooses instead."""
+        for part in self.values["parts"]:
+            if part["library"] == library and (part["precision"] == "f32") == f32:
+                return dict(part)
+        return None
+
+    def seconds(self, library: str, f32: bool = True) -> float | None:
+        part = self.part(library, f32)
+        return part["seconds"] if part else None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured of each model.
+
+    Attributes:
+        compiled: makes a model's network for a number of threads.
+        peers: names in :data:`convgen.measure.network_peers.NETWORK_PEERS`.
+        threads: each of the numbers of threads.
+        accuracy, target: what tells the rows apart besides the model.
+        rounds: of timing.
+    """
+
+    compiled: Callable[[NetworkModel, int], Network]
+    peers: Sequence[str]
+    threads: Sequence[int]
+    accuracy: str = "standard"
+    target: str = "cpu"
+    rounds: int = 7
+
+    def rows(
+        self,
+        name: str,
+        model: NetworkModel,
+        known: KeyedFile[WholeRow] | None = None,
+        phase: Callable[[str], None] = lambda text: None,
+    ) -> Iterator[tuple[WholeRow, bool]]:
+        """A row for each number of threads, and whether it is new: what a file has is not measured again, what it has
+        not is added to it.
+
+        Args:
+            phase: told what happens next.
+        """
+        digest = model_digest(model)
+        for threads in self.threads:
+            key = digest, self.accuracy, self.target, threads
+            row = known.rows.get(key) if known is not None else None
+            if row is not None:
+                yield row, False
+                continue
+            phase(f"compiling for {plural(threads, 'thread')}")
+            started = time.monotonic()
+            network = self.compiled(model, threads)
+            compiling = time.monotonic() - started
+            phase(f"timing {', '.join(['convgen', *self.peers])} on {plural(threads, 'thread')}")
+            row = self._measure(name, digest, model, network, threads, compiling)
+            if known is not None:
+                known.add(row)
+            yield row, True
+
+    def _measure(
+        self, name: str, digest: str, model: NetworkModel, network: Network, threads: int, compiling: float
+    ) -> WholeRow:
+        from ..measure.network_model import Running  # loads NumPy, and whoever only reads rows needs none
+        from ..measure.networks import compare_model
+
+        out = {output: model.expected[output].copy() for output in network.outputs}
+        inputs = [model.inputs[given] for given in network.inputs]
+        running = Running(lambda: network(*inputs, out=out), lambda: list(out.values()))
+        here = versions()
+        comparison = compare_model(model, lambda: running, here["convgen"], self.peers, threads, self.rounds)
+        return WholeRow(
+            {
+                "model": name,
+                "digest": digest,
+                "dims": dict(model.dims),
+                "accuracy": self.accuracy,
+                "target": self.target,
+                "threads": threads,
+                **comparison.to_dict(),
+                "compile_seconds": compiling,
+                "weights_bytes": network.sizes().weights,
+                "workspace_bytes": network.sizes().workspace,
+                "date": datetime.now(UTC).date().isoformat(),
+                "cpu": machine().cpu,
+                "fingerprint": machine().fingerprint,
+                "python": platform.python_version(),
+                "versions": here,
+            }
+        )
+
+
+def model_digest(model: NetworkModel) -> str:
+    """What tells a model at its sizes from others, whatever its file is called."""
+    dims = ",".join(f"{name}={size}" for name, size in sorted(model.dims.items()))
+    return hashlib.sha256(model.data + dims.encode()).hexdigest()[:16]
+
+
+def whole_file(path: Path) -> KeyedFile[WholeRow]:
+    """The rows that a file of JSON lines keeps."""
+    return KeyedFile(path, WholeRow)
+
+
+# ---- tables ---------------------------------------------------------------------------------------
+
+
+def whole_page(rows: Iterable[WholeRow]) -> str:
+    """The rows as a page of Markdown."""
+    rows = _current(rows)
+    document = ["# Whole networks", "", INTRODUCTION, ""]
+    for threads in sorted({row.threads for row in rows}):
+        chosen = sorted((row for row in rows if row.threads == threads), key=lambda row: (row.model, row.key))
+        cells = [
+            [row.model, *(milliseconds(row.seconds(*column[1:])) for column in COLUMNS), rated(row)] for row in chosen
+        ]
+        header = ["model", *(f"{heading}>" for heading, *_ in COLUMNS), "ratio>"]
+        document += [f"## {plural(threads, 'thread')}", "", *markdown_table((header, cells)), "", *summary(chosen), ""]
+    return "\n".join(document).rstrip("\n") + "\n"
+
+
+def lines_of(row: WholeRow) -> list[list[str]]:
+    """A line for each library: its name and precision, milliseconds, its time over ours, and why it was not timed."""
+    own, lines = row.seconds("convgen"), []
+    for part in row.values["parts"]:
+        seconds, is_best = part["seconds"], part["library"] == row.values["best"] and part["precision"] == "f32"
+        ratio = rated(row) if is_best else factor(seconds / own) if own and seconds else ""
+        if part["library"] == "convgen":
+            ratio = ""
+        lines.append([part["library"], part["precision"], milliseconds(seconds), ratio, part["problem"]])
+    return lines
+
+
+def summary(rows: Sequence[WholeRow]) -> list[str]:
+    """The geometric mean of the ratios, of several rows."""
+    ratios = [row.ratio for row in rows if row.ratio]
+    mean = geometric_mean(ratios)
+    if mean is None:
+        return []
+    return [f"Geometric mean {factor(mean)} over {plural(len(ratios), 'model')}, least {factor(min(ratios))}."]
+
+
+def _current(rows: Iterable[WholeRow]) -> list[WholeRow]:
+    """The rows without those of older versions that have been measured again."""
+    rows = list(rows)
+    known = {(row.model, row.threads) for row in rows if "digest" in row.values}
+    return [row for row in rows if "digest" in row.values or (row.model, row.threads) not in known]
