@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import NotTakenError
+from ..formats.sources import write_text
 from ..problem.spec import ACCURACIES
 from ..report.words import plural
 from .common import (
@@ -34,6 +35,15 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..bridges.onnxruntime import OnnxRuntimeModel
+    from ..network.network import Network
+    from ..records.opening import Records
+    from ..report.profile import NetworkProfile
+
+
+def _check_picture(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and path.suffix not in (".md", ".svg"):
+        raise click.BadParameter(f"expected a file name that ends in .svg or .md, found {path.name!r}")
+    return path
 
 
 @click.command("compile")
@@ -61,6 +71,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="What runs it: a program through a C library, or ONNX Runtime through the model again with custom operators.",
 )
+@click.option(
+    "--profile",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_check_picture,
+    metavar="FILE",
+    help="Also time each step, beside its default where a record took its place: FILE.svg as a picture, FILE.md as a "
+    "table.",
+)
 @click.option("--name", metavar="NAME", help="What files and functions are called.  [default: the model's name]")
 @json_option
 def compile_model(
@@ -73,6 +91,7 @@ def compile_model(
     no_records: bool,
     out: Path,
     program: str,
+    profile: Path | None,
     name: str | None,
     as_json: bool,
 ) -> int:
@@ -93,35 +112,33 @@ def compile_model(
 
     started = time.monotonic()
     options: dict[str, Any] = {"target": target, "threads": threads, "dims": dims, "accuracy": accuracy}
-    options["records"] = chosen_records(records, no_records)
+    kept = chosen_records(records, no_records)
     if program == "onnxruntime":
+        if profile is not None:
+            raise click.UsageError("--profile: expected a C library to time, found --for onnxruntime")
+        path = out / f"{name or model.stem}.onnx"
         with compiling(quiet=as_json) as progress:
-            path = out / f"{name or model.stem}.onnx"
-            exported = for_onnxruntime(model, path, progress=progress, **options)
+            exported = for_onnxruntime(model, path, records=kept, progress=progress, **options)
         _say_model(exported, time.monotonic() - started, as_json)
         return 0
-    try:
+
+    def compiled(records: Records) -> Network:
         with compiling(quiet=as_json) as progress:
-            network = compile_network(model, name=name, progress=progress, **options)
+            made: Network = compile_network(model, records=records, name=name, progress=progress, **options)
+        return made
+
+    try:
+        network = compiled(kept)
     except NotTakenError as error:
         return _refuse(error, as_json)
     manifest = network.export(out, facts={"model": model.name, "accuracy": accuracy})
     seconds = time.monotonic() - started
+    profiles = _profile(network, compiled, profile) if profile is not None else []
     if as_json:
-        emit({"folder": str(out), "seconds": seconds, "manifest": manifest, "taken": True, "outside": []})
+        outcome = {"folder": str(out), "seconds": seconds, "manifest": manifest, "taken": True, "outside": []}
+        emit({**outcome, "profiles": [made.to_dict() for made in profiles]})
         return 0
-    for made in manifest["sizes"]:
-        if made["label"]:
-            say(f"{made['label']}:")
-        say(table(["step", "computes", "by"], map(_row, made["layers"])))
-    steps = [step for made in manifest["sizes"] for step in made["layers"]]
-    kernels = sum("spec" in step for step in steps)
-    sizes = f" for {plural(len(manifest['sizes']), 'size')}" if len(manifest["sizes"]) > 1 else ""
-    note(
-        f"{manifest['name']}: {plural(kernels, 'convolution')} and {plural(len(steps) - kernels, 'other step')}{sizes} "
-        f"in {tidy(out)}; memory {size(network.memory)}, of which weights {size(manifest['weights']['bytes'])}; "
-        f"{duration(seconds)}"
-    )
+    _say_network(network, manifest, out, seconds)
     return 0
 
 
@@ -142,11 +159,44 @@ def compiling(quiet: bool) -> Iterator[Callable[[int, int], None]]:
         yield tell
 
 
+def _profile(network: Network, compiled: Callable[[Records], Network], out: Path) -> list[NetworkProfile]:
+    """Time the steps at each size, and write the picture or the tables."""
+    from ..report.profile import profile_network, profile_page
+
+    defaults = compiled(False) if network.is_tuned else None
+    profiles = [profile_network(network, defaults, size) for size in range(len(network.plans))]
+    if out.suffix == ".md":
+        text = profile_page(profiles)
+    else:
+        from ..report.figure import profiles as figure  # loads Jinja
+
+        text = figure(profiles)
+    write_text(text, out)
+    note(f"wrote {tidy(out)}")
+    return profiles
+
+
+def _say_network(network: Network, manifest: dict[str, Any], out: Path, seconds: float) -> None:
+    """What was written as a C library."""
+    for made in manifest["sizes"]:
+        if made["label"]:
+            say(f"{made['label']}:")
+        say(table(["step", "computes", "by"], map(_row, made["layers"])))
+    steps = [step for made in manifest["sizes"] for step in made["layers"]]
+    kernels = sum("spec" in step for step in steps)
+    sizes = f" for {plural(len(manifest['sizes']), 'size')}" if len(manifest["sizes"]) > 1 else ""
+    note(
+        f"{manifest['name']}: {plural(kernels, 'convolution')} and {plural(len(steps) - kernels, 'other step')}{sizes} "
+        f"in {tidy(out)}; memory {size(network.memory)}, of which weights {size(manifest['weights']['bytes'])}; "
+        f"{duration(seconds)}"
+    )
+
+
 def _refuse(error: NotTakenError, as_json: bool) -> int:
     """Say which nodes are not taken, and why."""
     if as_json:
         outside = [{"node": node, "reason": reason} for node, reason in error.nodes.items()]
-        emit({"folder": None, "seconds": None, "manifest": None, "taken": False, "outside": outside})
+        emit({"folder": None, "seconds": None, "manifest": None, "taken": False, "outside": outside, "profiles": []})
     else:
         say(table(["not taken", "because"], error.nodes.items()))
     note(f"convgen: {error.where}: {plural(len(error.nodes), 'node')} not taken, {error.taken} others would be")

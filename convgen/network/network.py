@@ -11,6 +11,7 @@ from ..errors import UnsupportedError
 from ..folders import TemporaryFolder
 from ..hardware.target import Target, check_native
 from ..kernel.names import check_export_name
+from ..lowering.candidates import default_candidate
 from ..lowering.schedule import Candidate
 from ..lowering.versions import versions
 from ..problem.spec import ConvSpec
@@ -48,6 +49,12 @@ class Network(NetworkLibrary):
     def plan(self) -> Plan:
         """Of the first size."""
         return self.plans[0]
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether a convolution is computed by another kernel than its default."""
+        products = [step.function for made in self.plans for step in made.steps if isinstance(step.function, Product)]
+        return any(made.candidate != default_candidate(made.spec, self.target) for made in products)
 
     def layers(self, size: int = 0) -> list[dict[str, Any]]:
         """Each step at one of the sizes, as JSON values: its node, what it computes, and of a convolution how."""

@@ -1,20 +1,23 @@
-"""All networks of a bench as one figure, for a page that shows images."""
+"""Figures, for a page that shows images: all networks of a bench, and the steps of one network."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .profile import NetworkProfile, StepTime
 from .render import MARKS, render
 from .rows import Row
 from .scale import Scale, Tick
 from .tables import Totals, by_threads, peer_names
-from .words import plural
+from .words import microseconds, plural
 
 #: Sizes in the drawing's units: its width, the space around it, the height of a network's line, and of a panel's name.
 _WIDTH, _MARGIN, _STEP, _HEADING = 760, 24, 27, 34
 #: Where the axis begins and ends.
 _BEGIN, _END = 200, 720
+#: Of the steps of a network: a step's height, where the bars begin and end, and letters of a name.
+_LINE, _BARS_BEGIN, _BARS_END, _LETTERS = 20, 430, 690, 46
 
 
 def summary(networks: Mapping[str, Sequence[Row]]) -> str:
@@ -85,3 +88,36 @@ def _ratios(totals: Totals) -> dict[str, float]:
 def _across(scale: Scale, ratio: float) -> str:
     """Where a ratio is on the drawing's axis."""
     return f"{_BEGIN + scale.place(ratio) * (_END - _BEGIN):.1f}"
+
+
+def profiles(networks: Sequence[NetworkProfile]) -> str:
+    """The figure as SVG: of each network a bar for each step, in the order in which they run; behind it that of the
+    step's default, where it is known.
+    """
+    y, panels = _MARGIN + 20, []
+    for network in networks:
+        top = y + 34
+        longest = max((max(step.seconds, step.before or 0.0) for step in network.steps), default=0.0) or 1.0
+        steps = [_step(step, network, longest, top + _LINE * number) for number, step in enumerate(network.steps)]
+        panels.append({"heading": network.title, "about": network.headline, "y": y, "steps": steps})
+        y = top + _LINE * len(steps) + _HEADING
+    has_before = any(network.before is not None for network in networks)
+    return render("profile.svg", width=_WIDTH, height=y, margin=_MARGIN, panels=panels, has_before=has_before)
+
+
+def _step(step: StepTime, network: NetworkProfile, longest: float, y: int) -> dict[str, Any]:
+    def wide(seconds: float | None) -> str:
+        return f"{(seconds or 0.0) / longest * (_BARS_END - _BARS_BEGIN):.1f}"
+
+    name = f"{step.name}: {step.computes}"
+    return {
+        "name": name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…",
+        "told": f"{name}{f' by {step.schedule}' if step.schedule else ''}",
+        "kind": "p0" if step.schedule else "p1",
+        "x": _BARS_BEGIN,
+        "y": y,
+        "width": wide(step.seconds),
+        "before": wide(step.before) if step.before is not None else "",
+        "time": f"{microseconds(step.seconds)} µs",
+        "share": f"{step.seconds / network.seconds:.1%}" if network.seconds else "",
+    }
