@@ -102,8 +102,9 @@ def compile_model(
     Convolutions are computed by their recorded kernels, or else by defaults. The specs in the manifest's layers, each
     in the layouts it has in the network, are what `convgen tune` would record kernels for. The folder holds the
     library, shared and static, a C header, the weights, a manifest, a CMake package, a pkg-config file, and example.c
-    with an input and its outputs. A model of which something is not taken is refused, with the exit status 2: all such
-    nodes are listed, and why.
+    with an input and its outputs.
+
+    A model of which something is not taken is refused, with the exit status 2: all such nodes are listed, and why.
 
     With --for onnxruntime the folder holds an ONNX model and a library of custom operators. What is not taken of the
     model stays in it as it was.
@@ -111,21 +112,22 @@ def compile_model(
     from ..api import compile as compile_network
     from ..api import for_onnxruntime
 
-    started, kept = time.monotonic(), chosen_records(records, no_records)
+    started = time.monotonic()
     options: dict[str, Any] = {"target": target, "threads": threads, "dims": dims, "accuracy": accuracy}
+    kept = chosen_records(records, no_records)
     if program == "onnxruntime":
         if profile is not None:
-            raise click.UsageError("--profile: expected --for c, whose steps can be timed one by one")
+            raise click.UsageError("--profile: expected a C library to time, found --for onnxruntime")
+        path = out / f"{name or model.stem}.onnx"
         with compiling(quiet=as_json) as progress:
-            fast = out / f"{name or model.stem}.onnx"
-            written = for_onnxruntime(model, fast, records=kept, progress=progress, **options)
-        _say_model(written, time.monotonic() - started, as_json)
+            exported = for_onnxruntime(model, path, records=kept, progress=progress, **options)
+        _say_model(exported, time.monotonic() - started, as_json)
         return 0
 
     def compiled(records: Records) -> Network:
         with compiling(quiet=as_json) as progress:
-            made: Network = compile_network(model, records=records, progress=progress, name=name, **options)
-            return made
+            made: Network = compile_network(model, records=records, name=name, progress=progress, **options)
+        return made
 
     try:
         network = compiled(kept)
@@ -138,18 +140,7 @@ def compile_model(
         outcome = {"folder": str(out), "seconds": seconds, "manifest": manifest, "taken": True, "outside": []}
         emit({**outcome, "profiles": [made.to_dict() for made in profiles]})
         return 0
-    for made in manifest["sizes"]:
-        if made["label"]:
-            say(f"{made['label']}:")
-        say(table(["step", "computes", "by"], map(_row, made["layers"])))
-    steps = [step for made in manifest["sizes"] for step in made["layers"]]
-    kernels = sum("spec" in step for step in steps)
-    sizes = f" for {plural(len(manifest['sizes']), 'size')}" if len(manifest["sizes"]) > 1 else ""
-    note(
-        f"{manifest['name']}: {plural(kernels, 'convolution')} and {plural(len(steps) - kernels, 'other step')}{sizes} "
-        f"in {tidy(out)}; memory {size(network.memory)}, of which weights {size(manifest['weights']['bytes'])}; "
-        f"{duration(seconds)}"
-    )
+    _say_network(network, manifest, out, seconds)
     return 0
 
 
@@ -187,6 +178,22 @@ def _profile(network: Network, compiled: Callable[[Records], Network], out: Path
     return profiles
 
 
+def _say_network(network: Network, manifest: dict[str, Any], out: Path, seconds: float) -> None:
+    """What was written as a C library."""
+    for made in manifest["sizes"]:
+        if made["label"]:
+            say(f"{made['label']}:")
+        say(table(["step", "computes", "by"], map(_row, made["layers"])))
+    steps = [step for made in manifest["sizes"] for step in made["layers"]]
+    kernels = sum("spec" in step for step in steps)
+    sizes = f" for {plural(len(manifest['sizes']), 'size')}" if len(manifest["sizes"]) > 1 else ""
+    note(
+        f"{manifest['name']}: {plural(kernels, 'convolution')} and {plural(len(steps) - kernels, 'other step')}{sizes} "
+        f"in {tidy(out)}; memory {size(network.memory)}, of which weights {size(manifest['weights']['bytes'])}; "
+        f"{duration(seconds)}"
+    )
+
+
 def _refuse(error: NotTakenError, as_json: bool) -> int:
     """Say which nodes are not taken, and why."""
     if as_json:
@@ -196,6 +203,10 @@ def _refuse(error: NotTakenError, as_json: bool) -> int:
         say(table(["not taken", "because"], error.nodes.items()))
     note(f"convgen: {error.where}: {plural(len(error.nodes), 'node')} not taken, {error.taken} others would be")
     return WRONG
+
+
+def _row(step: dict[str, Any]) -> tuple[str, str, str]:
+    return step["name"], step.get("spec") or step["operators"], step.get("schedule", "")
 
 
 def _say_model(made: OnnxRuntimeModel, seconds: float, as_json: bool) -> None:
@@ -238,7 +249,3 @@ def validate_model(
         for check in report.checks:
             say(f"  {'ok  ' if check.passed else 'FAIL'}  {check.name:<8}  {check.found}")
     return OK if report.passed else FAILED
-
-
-def _row(step: dict[str, Any]) -> tuple[str, str, str]:
-    return step["name"], step.get("spec") or step["operators"], step.get("schedule", "")
