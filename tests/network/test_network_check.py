@@ -90,6 +90,22 @@ def test_drawn_networks_are_read_as_onnxruntime_computes_them() -> None:
     assert np.median(shares) < 1e-5
 
 
+def test_rewritten_networks_compute_the_same() -> None:
+    """Products that are convolutions, what they take in, and concatenations of concatenations."""
+    convolutions = 0
+    for index, one in enumerate(networks()):
+        graph = read_graph(one.model())
+        before = len(graph.convolutions)
+        rewrite(graph)
+        convolutions += len(graph.convolutions) - before
+        found = measure(graph, {name: one.values[name] for name in graph.inputs})
+        for name, output in zip(graph.names, graph.outputs, strict=True):
+            difference = np.abs(found[output].value - one.values[name])
+            judged = np.isfinite(found[output].error)
+            assert (difference <= found[output].error)[judged].all(), (index, name)
+    assert convolutions > COUNT / 10
+
+
 def test_errors_of_a_chain_grow_as_those_of_independent_roundings() -> None:
     """Not with the product of the layers' gains: after 30 layers of random weights a bound still says something."""
     rng = np.random.default_rng(0)
