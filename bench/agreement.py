@@ -100,7 +100,7 @@ def agreement(name: str, inputs: int, folder: Path) -> Agreement:
         same=same,
         inputs=inputs,
         apart=apart,
-        share=f"failed: {', '.join(failed)}" if failed else f"{report.worst_error:.2f}",
+        share=f"failed: {', '.join(failed)}" if failed else f"{report.worst_error:.1g}",
         memory=_memory(_CONVGEN, _exported(network, folder / f"{name}-exported"), network),
         other_memory=_memory(_ONNXRUNTIME, model.path, network),
     )

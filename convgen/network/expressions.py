@@ -274,18 +274,24 @@ def _padded(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
         if mode == "constant":
             inside = [c for i, size in zip(own, operand.shape, strict=True) for c in (i >= 0, i < size)]
             return tirx.if_then_else(tirx.all(*inside), operand.at(own), const(op["value"]))
-        kept = zip(own, operand.shape, op.shape, strict=True)
-        return operand.at([i if size == grown else _kept_inside(i, size, mode) for i, size, grown in kept])
+        kept = zip(own, operand.shape, op.shape, begins, strict=True)
+        return operand.at(
+            [
+                i if (size, begin) == (grown, 0) else _kept_inside(i, size, begin, grown, mode)
+                for i, size, grown, begin in kept
+            ]
+        )
 
     return at
 
 
-def _kept_inside(i: Expr, size: int, mode: str) -> Expr:
-    """An index outside an axis as one inside: the nearest, or its reflection."""
+def _kept_inside(i: Expr, size: int, begin: int, grown: int, mode: str) -> Expr:
+    """An index outside an axis as one inside: the nearest, its reflection, or as if what is kept were repeated."""
     if mode == "edge":
         return tirx.max(0, tirx.min(size - 1, i))
     if mode == "wrap":
-        return tirx.floormod(i, size)
+        first = max(0, -begin)  # padding below 0 cuts off
+        return first + tirx.floormod(i - first, size - first - max(0, size + begin - grown))
     positive = tirx.abs(i)
     return size - 1 - tirx.abs(size - 1 - positive)
 

@@ -167,6 +167,20 @@ TAKEN: dict[str, ModelProto] = {
         constant("many", [[1.0, 2.0], [3.0, 4.0]]),
         constant("around", [0, 1, 0, 2], np.int64),
     ),
+    "padding below 0": model(
+        [
+            node("Pad", "x shifted", "e", mode="edge"),
+            node("Pad", "x shifted", "r", mode="reflect"),
+            node("Pad", "x shifted", "w", mode="wrap"),
+            node("Pad", "x cut", "c", mode="wrap"),
+            node("Pad", "x cut", "z"),
+        ],
+        [value("x", (2, 5, 7))],
+        [value(name) for name in ("e", "r", "w", "c", "z")],
+        constant("shifted", [0, 1, -2, 0, -1, 2], np.int64),
+        constant("cut", [0, -1, -2, 1, 3, -1], np.int64),
+        opset=19,
+    ),
     "truth values between": model(
         [
             node("Greater", "x half", "t"),

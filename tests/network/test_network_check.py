@@ -6,11 +6,14 @@ import shlex
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import helper
 
 from convgen.check.fuzz.run import Fuzzer
@@ -18,13 +21,14 @@ from convgen.check.fuzz.shrinking import shrink
 from convgen.cli import main
 from convgen.errors import ValidationError
 from convgen.hardware.target import resolve
+from convgen.lowering.interface import ALIGNMENT
 from convgen.network.check.bounds import RULES, measure
 from convgen.network.check.drawing import Drawn, draw_network, model_of, run_model
 from convgen.network.check.fuzz import NetworkCase, Networks
 from convgen.network.check.places import check_places
 from convgen.network.check.validate import validate_network
 from convgen.network.expressions import KINDS
-from convgen.network.memory import ARENA, Place
+from convgen.network.memory import ARENA, Lifetime, Place, arrange
 from convgen.network.network import Network, compile_network
 from convgen.network.nodes import READERS
 from convgen.network.plan import Plan, plan
@@ -90,6 +94,22 @@ def test_drawn_networks_are_read_as_onnxruntime_computes_them() -> None:
     assert np.median(shares) < 1e-5
 
 
+def test_rewritten_networks_compute_the_same() -> None:
+    """Products that are convolutions, what they take in, and concatenations of concatenations."""
+    convolutions = 0
+    for index, one in enumerate(networks()):
+        graph = read_graph(one.model())
+        before = len(graph.convolutions)
+        rewrite(graph)
+        convolutions += len(graph.convolutions) - before
+        found = measure(graph, {name: one.values[name] for name in graph.inputs})
+        for name, output in zip(graph.names, graph.outputs, strict=True):
+            difference = np.abs(found[output].value - one.values[name])
+            judged = np.isfinite(found[output].error)
+            assert (difference <= found[output].error)[judged].all(), (index, name)
+    assert convolutions > COUNT / 10
+
+
 def test_errors_of_a_chain_grow_as_those_of_independent_roundings() -> None:
     """Not with the product of the layers' gains: after 30 layers of random weights a bound still says something."""
     rng = np.random.default_rng(0)
@@ -115,6 +135,18 @@ def planned(one: Drawn) -> Plan:
 
 def test_no_two_tensors_of_drawn_networks_share_memory() -> None:
     assert sum(check_places(planned(one)) for one in networks()[:40]) > 100
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 20), st.integers(0, 6)), max_size=30))
+def test_buffers_that_live_at_once_lie_apart(drawn: list[tuple[int, int, int]]) -> None:
+    buffers = [Lifetime(f"b{n}", size, first, first + more) for n, (size, first, more) in enumerate(drawn)]
+    offsets, arena = arrange(buffers)
+    for step in range(30):
+        alive = sorted((offsets[b.name], b.size) for b in buffers if b.first <= step <= b.last)
+        assert all(at + size <= after for (at, size), (after, _) in pairwise(alive))
+        assert sum(size for _, size in alive) <= arena
+        assert all(at % ALIGNMENT == 0 and at + size <= arena for at, size in alive)
 
 
 def test_what_lies_wrong_is_found() -> None:

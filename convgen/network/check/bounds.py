@@ -295,7 +295,8 @@ def _pad(call: _Call, x: F64, value: float) -> F64:
             at = np.abs(at)
             at = size - 1 - np.abs(size - 1 - at)
         elif call["mode"] == "wrap":
-            at = at % size
+            kept = np.arange(size)[max(0, -begin) : min(size, length - begin)]
+            at = kept[(at - kept[0]) % len(kept)]
         places.append(np.clip(at, 0, size - 1))
         inside = inside & is_in.reshape(-1, *(1,) * (x.ndim - 1 - axis))
     moved = x[np.ix_(*places)]
@@ -471,8 +472,11 @@ def _lrn(call: _Call) -> Measured:
     scale = call["alpha"] / size
     base = call["bias"] + scale * neighbours(np.square(x))
     value = x * base ** -call["beta"]
-    moved = np.abs(value) * call["beta"] / base * 2 * scale * np.sqrt(neighbours(np.square(x * e)))
-    return Measured(value, _joined(e * base ** -call["beta"], moved, 4 * _few(value)))
+    share = np.abs(value) * call["beta"] / base * scale  # what becomes of an error of a sum of squares
+    moved = 2 * share * np.sqrt(neighbours(np.square(x * e)))
+    # ONNX Runtime's sums go along all channels: the next square is added, the last one subtracted.
+    running = 4 * _U * share * np.square(x).sum(1, keepdims=True)
+    return Measured(value, _joined(e * base ** -call["beta"], moved, running, 4 * _few(value)))
 
 
 #: How each operator of :mod:`convgen.network.expressions` computes, and what errors become.

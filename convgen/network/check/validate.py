@@ -172,7 +172,7 @@ def _same(runs: Runs) -> Check:
 
 
 def _within(found: Arrays, expected: Arrays, bounds: Mapping[str, Measured]) -> tuple[Check, float]:
-    ratio, judged, count = 0.0, 0, 0
+    ratio, apart, judged, count = 0.0, 0.0, 0, 0
     for name, wanted in expected.items():
         array, bound = found[name], bounds[name].error
         if array.shape != wanted.shape:
@@ -181,8 +181,9 @@ def _within(found: Arrays, expected: Arrays, bounds: Mapping[str, Measured]) -> 
         # Two results, each within its bound of what is exact.
         error = np.abs(array.astype(np.float64) - wanted)[promised]
         ratio = max(ratio, worst(error, bound[promised]))  # type: ignore[arg-type]
+        apart = max(apart, float(error.max(initial=0.0) / (np.abs(wanted[promised]).max(initial=0.0) or 1.0)))
         judged, count = judged + int(promised.sum()), count + array.size
-    text = f"largest error {ratio:.3g} of the bound accumulated through the graph"
+    text = f"largest error {ratio:.3g} of the bound accumulated through the graph, {apart:.1e} of the largest element"
     if judged < count:
         text += f"; nothing is promised of {count - judged} of {count} elements"
     return Check("float", ratio <= 1, text), ratio
