@@ -21,6 +21,7 @@ Why not     vectors (cpu_direct): they multiply an eighth as much per cycle.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 from tvm import te, tirx
@@ -30,15 +31,15 @@ from convgen.cpu.matrix.geometry import CHANNELS, Geometry, geometry_of
 from convgen.cpu.matrix.kernel import Kernel
 from convgen.cpu.matrix.panel import LANES
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_TASK, BEGIN_TILE, finishing
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, finishing
 from convgen.cpu.vector import written
 from convgen.hardware.target import Target
-from convgen.lowering.compute import Expr, Operands, ceildiv, copied, narrow
+from convgen.lowering.compute import Expr, Operands, ceildiv, copied, narrow, round_up
 from convgen.lowering.schedule import Picks, Program, Space, Written, busiest, require
 from convgen.problem.spec import ConvSpec
 
 #: Pixels of a group: of a row's part in 1-D, and those of rows at most.
-LENGTHS, MOST_PIXELS = (16, 32, 64, 96, 128, 192, 256, 512), 512
+LENGTHS, MOST_PIXELS = (16, 32, 64, 96, 128, 192, 256), 256
 BLOCKS, PARTS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16, 32)
 
 
@@ -146,17 +147,24 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
             step = Work(count * g.steps, tile_products=2 * rows, tile_loads=2 + rows, near=near)
             work += [step, Work(count, tile_stores=2 * rows, cycles=BEGIN_TILE)] if rows and number else []
     outputs = spec.n * spec.oc * spec.out_pixels / LANES * share
-    work.append(Work(outputs, loads=1, stores=1, shuffles=3 if g.transposes else 1))
+    kept = tiles.SUM_BYTES * g.pixels(min(picks.tile, g.units)) * min(CHANNELS, round_up(spec.oc, LANES))
+    through = 2 * tiles.SUM_BYTES * LANES if kept > target.l1 // 2 else 0  # sums that leave the L1 cache
+    shuffles = math.log2(LANES) if g.transposes else 1
+    work.append(Work(outputs, loads=1, stores=1, shuffles=shuffles, near=through))
     work += [finishing(spec, LANES, share), Work(own, cycles=BEGIN_TASK)]
     if picks.copy_src:
         panel = g.panel(min(picks.block * picks.tile, g.units))
-        slow = 6 if spec.layout == "nchw" else 2
-        work.append(Work(own * panel.vectors, loads=1, stores=1, shuffles=slow))
+        turned = 2 * math.log2(LANES) if spec.layout == "nchw" else 0
+        work.append(Work(own * panel.vectors, loads=1, stores=1, shuffles=turned, cycles=1))
+        if spec.layout == "nhwc" and panel.channels != spec.ic:
+            work.append(Work(own * panel.pixels, cycles=BEGIN_RUN))
     per_task = weights * blocks / picks.parallel_oc
     ahead = picks.order == "oc"
     images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]
     again = max(0, own - picks.parallel_oc) * per_task if per_task > target.l2 // 2 else 0
+    panels = own * g.group_bytes(min(picks.block * picks.tile, g.units)) * picks.copy_src
     streams = [
+        Stream(2 * panels, footprint=panels / own),
         Stream(min(weights * blocks, own * per_task), True, ahead and min(1, picks.parallel_oc / own)),
         Stream(again, ahead=ahead, footprint=weights * blocks),
         Stream(images * share, ahead=True, footprint=images),

@@ -71,10 +71,14 @@ class Panel:
         return 2 * LANES * max(VECTOR // self.size, self.pixel, self.channels)
 
     @property
-    def vectors(self) -> float:
+    def vectors(self) -> int:
         """Vectors that are stored."""
-        rows = self.planes * len(self.phases) * self.lines
-        return rows * ceildiv(self.row, self._unit)
+        return self.planes * len(self.phases) * self.lines * ceildiv(self.row, self._unit)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels that are copied."""
+        return self.planes * len(self.phases) * self.lines * self.columns
 
     def start(self, plane: Expr, phase: Expr, line: Expr) -> Expr:
         """Where a row begins."""
