@@ -22,6 +22,7 @@ Why not     vectors (cpu_direct): they multiply an eighth as much per cycle.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from functools import lru_cache
 
 from tvm import te, tirx
@@ -33,6 +34,7 @@ from convgen.cpu.matrix.panel import LANES
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, finishing
 from convgen.cpu.vector import written
+from convgen.errors import Inapplicable
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Expr, Operands, ceildiv, copied, narrow, round_up
 from convgen.lowering.schedule import Picks, Program, Space, Written, busiest, require
@@ -116,9 +118,20 @@ def _packed_weights(ops: Operands, g: Geometry) -> te.Tensor:
 
 @lru_cache(maxsize=1024)
 def _default(schedule: CpuMatrix, spec: ConvSpec, target: Target) -> Picks:
-    core = core_of(target)
-    points = (p for p in schedule.space(spec, target) if schedule.reason_against(spec, target, p) is None)
+    core, points = core_of(target), list[Picks]()
+    for picks in schedule.space(spec, target):
+        if picks.parallel_oc > 2 * target.cores:  # tasks enough
+            continue
+        with suppress(Inapplicable):
+            schedule.valid(spec, target, picks)
+            points.append(picks)
     return min(points, key=lambda p: (core.cycles(_counts(spec, target, p)), p.parallel_oc, -p.tile))
+
+
+@lru_cache(maxsize=1024)
+def _image_bytes(spec: ConvSpec) -> int:
+    """What is read and written of images; a line is read before it is written."""
+    return spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]
 
 
 def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
@@ -160,7 +173,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
             work.append(Work(own * panel.pixels, cycles=BEGIN_RUN))
     per_task = weights * blocks / picks.parallel_oc
     ahead = picks.order == "oc"
-    images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]
+    images = _image_bytes(spec)
     again = max(0, own - picks.parallel_oc) * per_task if per_task > target.l2 // 2 else 0
     panels = own * g.group_bytes(min(picks.block * picks.tile, g.units)) * picks.copy_src
     streams = [

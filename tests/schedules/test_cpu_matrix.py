@@ -66,7 +66,8 @@ def test_kernels_pass_validation(layer: str) -> None:
 def test_rows_of_tiles_cross_no_line_of_a_copy(layer: str) -> None:
     g = geometry_of(ConvSpec.parse(layer).core, True)
     assert ROW_BYTES % (g.run * g.size) == 0
-    assert all(step % g.run == 0 for step in (g.pixel, g.channels * g.dilation[2]))
+    assert g.pixel % g.run == 0
+    assert g.merged or g.channels * g.dilation[2] % g.run == 0
     assert g.taps[3] * g.run >= g.channels * (g.kernel[2] if g.merged else 1)
 
 

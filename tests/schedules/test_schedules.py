@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import ROOT
 from strategies import ACTIVATIONS, specs
+from usable import usable
 
 from convgen import build
 from convgen.check.data import float_data
@@ -31,7 +32,7 @@ from convgen.hardware.target import Target, resolve
 from convgen.kernel.kernel import Kernel, compile_candidate
 from convgen.lowering.candidates import default_candidate, parse_candidate
 from convgen.lowering.discover import schedule as find_schedule
-from convgen.lowering.discover import schedules, schedules_of
+from convgen.lowering.discover import schedules
 from convgen.lowering.lower import lower
 from convgen.lowering.schedule import Candidate, Picks, Schedule, Space, require
 from convgen.problem.spec import ConvSpec
@@ -105,13 +106,6 @@ TARGETS = [NATIVE, *map(resolve, ("cpu:x86-64-v2", "cpu:haswell", "cpu:znver4", 
 
 def applicable(spec: ConvSpec, target: Target = NATIVE) -> list[Schedule]:
     return [s for s in schedules().values() if s.reason_against(spec.core, target) is None]
-
-
-def usable(target: Target) -> dict[str, Schedule]:
-    """The CPU's schedules whose own instructions a target has, by id."""
-    specs = [spec for spec in map(ConvSpec.parse, SMOKE) if spec.dtype != "f16"]
-    has = set(target.isa)
-    return {i: s for i, s in schedules_of("cpu").items() if all(set(s.instructions(spec)) <= has for spec in specs)}
 
 
 def compiled(spec: ConvSpec, schedule: Schedule, picks: Picks, target: Target = NATIVE) -> Kernel:
