@@ -11,10 +11,10 @@ from typing import Any
 
 from tvm import tirx
 
-from ..lowering.compute import Expr, round_up
+from ..lowering.compute import Expr, narrow, round_up
 from ..problem.layout import Blocks
 from ..problem.spec import ConvSpec
-from .vector import Block, finish, load_within, store, zeros
+from .vector import Block, Narrow, finish, load_within, store, zeros
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Images:
         lanes: int,
         count: int,
         given: Mapping[str, Expr],
+        narrowed: Narrow = narrow,
     ) -> None:
         """The epilogue and store of ``count`` sums of a pixel, from a channel on: block by block where a block has
         fewer channels than a vector has lanes.
@@ -103,7 +104,8 @@ class Images:
         Args:
             tensors: dst and the residual.
             place: image, channel and pixel.
-            given: bias, slope and scale as :func:`~convgen.cpu.vector.finish` takes them.
+            given: bias, slope and scale, as :func:`~convgen.cpu.vector.finish` takes them.
+            narrowed: makes of f32 what is stored.
         """
         image, channel, pixel = place
         size = lanes if self.blocks.is_plain else min(lanes, self.block)
@@ -114,7 +116,7 @@ class Images:
 
             index, some = self.element(image, channel + start, pixel), min(size, count - start)
             parts = {name: part(vector) for name, vector in given.items()}
-            finish(body, spec, *tensors, index, part(value), size, some, **parts)
+            finish(body, spec, *tensors, index, part(value), size, some, narrowed=narrowed, **parts)
 
 
 def three(values: Sequence[int], fill: int = 1) -> tuple[int, ...]:

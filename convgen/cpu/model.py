@@ -43,6 +43,7 @@ class Core:
         l2, l3, memory: bytes per cycle from there, one core alone.
         region: cycles to start a parallel region and to wait for its end.
         l2_size, l3_size: bytes that the caches hold.
+        tile_product, tile_load, tile_store: cycles of a matrix tile each; without such, infinite.
     """
 
     origin: str
@@ -59,6 +60,9 @@ class Core:
     region: float
     l2_size: float = 0
     l3_size: float = 0
+    tile_product: float = math.inf
+    tile_load: float = math.inf
+    tile_store: float = math.inf
 
     def cycles(self, counts: Counts, *, cold: bool = True) -> float:
         """Cycles of the busiest core.
@@ -89,6 +93,9 @@ class Core:
                 part.shuffles / self.shuffles,
                 part.near / self.l2,
                 part.chain * self.latency,
+                _cycles(part.tile_products, self.tile_product),
+                _cycles(part.tile_loads, self.tile_load),
+                _cycles(part.tile_stores, self.tile_store),
             )
             + part.cycles
         )
@@ -96,6 +103,11 @@ class Core:
     def _rate(self, footprint: float) -> float:
         """Bytes per cycle of a stream that comes round again after so many bytes."""
         return self.l2 if footprint <= self.l2_size else self.l3 if footprint <= self.l3_size else self.memory
+
+
+def _cycles(count: float, each: float) -> float:
+    """Of something that a core may not have."""
+    return count * each if count else 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,7 @@ class Work:
         lines: of those that come from there, which the L1 cache takes in for a cycle each, and loads nothing else.
         chain: FMAs that wait for each other.
         cycles: of what overlaps with nothing: a loop that begins, a branch that is guessed wrongly.
+        tile_products, tile_loads, tile_stores: of matrix tiles.
     """
 
     times: float
@@ -120,6 +133,9 @@ class Work:
     lines: float = 0
     chain: float = 0
     cycles: float = 0
+    tile_products: float = 0
+    tile_loads: float = 0
+    tile_stores: float = 0
 
     def with_times(self, times: float) -> Work:
         """The same code so many times. (A default compares hundreds of points: ``dataclasses.replace`` is slow.)"""
@@ -188,6 +204,8 @@ _VECTORS: dict[tuple[str, int], tuple[float, float, float, float, float]] = {
     ("skylake-avx512", 256): (2, 2, 1, 1, 1.5),
     ("cortex-a72", 128): (1, 1, 1, 1, 8),
 }
+#: Cycles of a product, a load and a store of a matrix tile, of processors that have them (Intel, 248966, chapter 20).
+_TILES: dict[str, tuple[float, float, float]] = {"sapphirerapids": (16, 8, 16)}
 #: What stands for a processor that is not known, by bits of a vector.
 _ASSUMED = {512: "skylake-avx512", 256: "haswell", 128: "cortex-a72"}
 
@@ -209,7 +227,8 @@ def core_of(target: Target, lanes: int = 0) -> Core:
     core = _measured(model, target.vector_bits, target.lanes) if is_here else _known(model, target.vector_bits)
     if 0 < lanes < target.lanes and target.vector_bits == 512:
         core = replace(core, **_vectors(_LIKE.get(model, model), 256))
-    return replace(core, l2_size=target.l2, l3_size=target.l3)
+    product, load, store = _TILES.get(model, (math.inf,) * 3)
+    return replace(core, l2_size=target.l2, l3_size=target.l3, tile_product=product, tile_load=load, tile_store=store)
 
 
 @lru_cache(maxsize=64)

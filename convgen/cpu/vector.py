@@ -19,6 +19,8 @@ from ..problem.spec import ConvSpec
 
 #: Numbers of 128 bits: what most shuffles of longer vectors stay within.
 PIECE = 4
+#: What makes of a vector of f32 one of a storage type, as :func:`~convgen.lowering.compute.narrow` does.
+Narrow = Callable[[Expr, str, int], Expr]
 
 
 def written(ops: Operands, packed: Sequence[te.Tensor], kernel: Callable[..., Any], *, offsets: bool = True) -> Program:
@@ -94,10 +96,16 @@ class Block:
                 with self.when(condition) as branch:
                     yield branch, found
 
-    def buffer(self, shape: Sequence[int]) -> Any:
-        """Scratch memory of f32."""
-        buffer = tirx.decl_buffer(shape, ACCUMULATOR, "scratch")
+    def buffer(self, shape: Sequence[int], dtype: str = ACCUMULATOR, *, addressed: bool = False) -> Any:
+        """Scratch memory, of f32 or of another of TVM's types.
+
+        ``addressed``: instructions get addresses in it. TVM cuts a buffer to what it sees read and written, so its ends
+        are written.
+        """
+        buffer = tirx.decl_buffer(shape, dtype, "scratch")
         self.add(tirx.AllocBuffer(buffer))
+        for ends in ([0] * len(shape), [size - 1 for size in shape]) if addressed else ():
+            self.add(tirx.BufferStore(buffer, tirx.const(0, dtype), [tirx.const(i, "int32") for i in ends]))
         return buffer
 
     def registers(self, keys: Sequence[Any], lanes: int) -> Registers:
@@ -166,24 +174,35 @@ def load(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int,
     """
     if count <= 0:
         return zeros(lanes)
-    if count >= lanes:
-        value = _element(buffer, _row(index, lanes))
-    else:
-        value = _masked_load(buffer, dtype, index, lanes, _first(count, lanes))
-    value = widen(value, dtype, lanes)
+    value = widen(load_stored(buffer, dtype, index, lanes, count), dtype, lanes)
     if shift == 0:
         return value
     return tirx.Shuffle([zeros(lanes), value], [lanes - shift + i for i in range(lanes)])
 
 
-def store(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: int, count: int) -> Any:
+def load_stored(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int) -> Expr:
+    """The same as it is stored: ``count`` elements from ``index`` on, one at least, then zeros."""
+    if count >= lanes:
+        return _element(buffer, _row(index, lanes))
+    return _masked_load(buffer, dtype, index, lanes, _first(count, lanes))
+
+
+def store(
+    buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: int, count: int, narrowed: Narrow = narrow
+) -> Any:
     """The statement that writes the first ``count`` of ``lanes`` f32 numbers as ``dtype`` from ``index`` on.
 
     Of short vectors in pieces: where masks are vectors too (AVX2), a store with one takes as long as many without.
     """
-    value = narrow(value, dtype, lanes)
+    return store_stored(buffer, dtype, index, narrowed(value, dtype, lanes), lanes, count)
+
+
+def store_stored(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: int, count: int) -> Any:
+    """The same of numbers that are of the type already."""
     if count >= lanes:
         return tirx.BufferStore(buffer, value, _row(index, lanes))
+    if count == 1 and dtype in ("bf16", "i8"):  # LLVM 22 stores four bytes where a mask has one lane (lower.py)
+        return tirx.BufferStore(buffer, tirx.Shuffle([value], [0]), list(index))
     if dtype == "f32" and lanes <= 8:
         *outer, x = index
         pieces = Block()
@@ -235,12 +254,20 @@ def load_within(
 
 
 def store_within(
-    buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, lanes: int, count: int, *, size: Expr | None = None
+    buffer: Any,
+    dtype: str,
+    index: Sequence[Expr],
+    value: Expr,
+    lanes: int,
+    count: int,
+    narrowed: Narrow = narrow,
+    *,
+    size: Expr | None = None,
 ) -> Any:
     """The statement that writes those of the first ``count`` lanes that lie in the buffer's last axis, or in its first
     ``size``.
     """
-    return _masked_store(buffer, index, narrow(value, dtype, lanes), _within(buffer, index, lanes, count, size))
+    return _masked_store(buffer, index, narrowed(value, dtype, lanes), _within(buffer, index, lanes, count, size))
 
 
 def finish(
@@ -255,19 +282,20 @@ def finish(
     *,
     within: bool = False,
     size: Expr | None = None,
+    narrowed: Narrow = narrow,
     **given: Expr,
 ) -> None:
     """The epilogue of a vector of sums, and its store in the first ``count`` elements of dst from ``place`` on.
 
     ``given`` is the bias, slope and scale there are, as vectors. ``within``: ``place`` may lie anywhere along the last
-    axis; only what lies in it is stored, or in its first ``size``.
+    axis; only what lies in it is stored, or in its first ``size``. ``narrowed`` makes of f32 what is stored.
     """
     read, write = (partial(load_within, size=size), partial(store_within, size=size)) if within else (load, store)
     more = None if residual is None else read(residual, spec.dtype, place, lanes, count)
     result = epilogue(spec, value, residual=more, **given, lanes=lanes)
     if spec.dtype == "f32" and count < lanes:  # it may be stored in pieces
         result = block.let(result)
-    block.add(write(dst, spec.dtype, place, result, lanes, count))
+    block.add(write(dst, spec.dtype, place, result, lanes, count, narrowed))
 
 
 def weighted_sum(terms: Iterable[tuple[Any, Expr]]) -> Expr:

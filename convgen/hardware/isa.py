@@ -33,8 +33,10 @@ class Feature:
     state: int = 0
 
 
-#: Vector registers of 256 bits; those of 512 bits with their masks.
-_AVX, _AVX512 = 0x06, 0xE6
+#: Vector registers of 256 bits; those of 512 bits with their masks; matrix tiles.
+_AVX, _AVX512, _AMX = 0x06, 0xE6, 0x60000
+#: Features whose instructions no compiler makes of ordinary code: a kernel asks for those that its schedule writes.
+WRITTEN = ("amx-tile", "amx-bf16", "amx-int8")
 
 #: LLVM, C compilers and :func:`~convgen.hardware.machine.parse_cpuinfo` call features of x86 by the same names.
 _X86 = {
@@ -49,7 +51,7 @@ _X86 = {
     "0x7, 0, CONVGEN_ECX": {
         "avx512vbmi": 1, "avx512vbmi2": 6, "avx512vnni": 11, "avx512bitalg": 12, "avx512vpopcntdq": 14, "gfni": 8,
     },
-    "0x7, 0, CONVGEN_EDX": {"avx512fp16": 23},
+    "0x7, 0, CONVGEN_EDX": {"avx512fp16": 23, "amx-bf16": 22, "amx-tile": 24, "amx-int8": 25},
     "0x7, 1, CONVGEN_EAX": {"avx512bf16": 5, "avxvnni": 4},
 }  # fmt: skip
 
@@ -64,6 +66,8 @@ _ARM = {
 
 
 def _state(name: str) -> int:
+    if name in WRITTEN:
+        return _AMX
     return _AVX512 if name.startswith("avx512") else _AVX if name.startswith("avx") or name in ("fma", "f16c") else 0
 
 
@@ -94,6 +98,12 @@ _FREE = {
         r"(olympus|oryon-|saphira|thunderx|tsv).*"
     ),
 }
+
+
+def asked(isa: Iterable[str], written: Iterable[str]) -> tuple[str, ...]:
+    """What a kernel asks for, of what its target has: all but what only some schedules write, and has ``written``."""
+    own = set(written)
+    return tuple(name for name in isa if name not in WRITTEN or name in own)
 
 
 def forbidden(features: Iterable[str], arch: str) -> list[str]:

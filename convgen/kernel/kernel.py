@@ -264,7 +264,7 @@ def compile_lowered(
         packed=lowered.packed,
         workspace_main=0 if device else workspace.main,
         workspace_task=0 if device else workspace.task,
-        isa=lowered.target.isa,
+        isa=lowered.isa,
         device=device,
     )
     return interface, object_file, link(interface, object_file, directory / f"lib{interface.name}.so")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError, ConvgenError, UnsupportedError
+from ..hardware.isa import asked
 from ..hardware.target import Target
 from ..interrupts import interrupts_held
 from ..problem.dtypes import BYTES
@@ -38,6 +39,11 @@ class Lowered:
     candidate: Candidate
     module: Any  # tvm.ir.IRModule
     packed: tuple[TensorInfo, ...]
+
+    @property
+    def isa(self) -> tuple[str, ...]:
+        """What a kernel asks the CPU for."""
+        return asked(self.target.isa, self.candidate.schedule.instructions(self.spec.core))
 
 
 @dataclass(frozen=True)
@@ -189,11 +195,12 @@ def _llvm(lowered: Lowered) -> Any:
 
     LLVM 22 compiles a masked store of 32-bit integers narrowed to fewer bits, its mask a constant with one
     lane, to a 32-bit store: bytes too many. Without AVX512BW it makes no such stores. (bf16, which is moved
-    as integers, and i8 are narrowed so.)
+    as integers, and i8 are narrowed so. Schedules with instructions of their own make none such.)
     """
     # The weights of a device's kernel are packed on this machine's CPU.
     config = {"kind": "llvm"} if lowered.target.on_device else json.loads(lowered.target.tvm_config)
-    if lowered.spec.dtype in ("bf16", "i8") and "avx512bw" in lowered.target.isa:
+    narrows = lowered.spec.dtype in ("bf16", "i8") and not lowered.candidate.schedule.instructions(lowered.spec.core)
+    if narrows and "avx512bw" in lowered.target.isa:
         config["mattr"] = [*config.get("mattr", ()), "-avx512bw"]
     return _tvm_target(config)
 

@@ -200,6 +200,12 @@ class Schedule(ABC):
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         """The tensor expressions; structure may depend on the picks."""
 
+    def instructions(self, spec: ConvSpec) -> tuple[str, ...]:
+        """Features of CPUs, of :data:`~convgen.hardware.isa.WRITTEN`, whose instructions its code has: a kernel asks
+        for them.
+        """
+        return ()
+
     def maps(self, spec: ConvSpec, picks: Picks) -> dict[str, TensorMap]:
         """What a GPU's copy engine reads, by the names of :class:`~convgen.lowering.interface.Launch`."""
         return {}

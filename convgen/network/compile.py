@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import BuildError
 from ..folders import TemporaryFolder
+from ..hardware.isa import asked
 from ..hardware.target import Target
 from ..lowering.interface import TensorInfo, round_up
 from ..lowering.link import link_network
@@ -74,7 +75,7 @@ def compile_plans(
     compiled = _compile(functions, target, progress, processes or len(os.sched_getaffinity(0)))
     numbers = {function: number for number, function in enumerate(functions)}
     weights = folder / f"{name}.weights"
-    sections, end = write_weights(plans, compiled, target.isa, weights)
+    sections, end = write_weights(plans, compiled, asked(target.isa, _written(compiled)), weights)
     calls = [
         tuple(
             _call(plan, step, numbers[step.function], compiled[step.function].packed, begin, at.constants)
@@ -109,7 +110,7 @@ def _described(
         sizes=sizes,
         functions=len(objects),
         weights=weights,
-        isa=target.isa,
+        isa=asked(target.isa, _written(compiled)),
         identity=identity,
         version=f"convgen network ABI {NETWORK_ABI}; {name}; {identity[:16]}",
     )
@@ -129,6 +130,12 @@ def _size(label: str, plan: Plan, calls: tuple[Call, ...], compiled: Mapping[Fun
         workspace_main=max((round_up(workspace.main) for workspace in workspaces), default=0),
         workspace_task=max((round_up(workspace.task) for workspace in workspaces), default=0),
     )
+
+
+def _written(functions: Iterable[Function]) -> set[str]:
+    """The CPU features that convolutions' schedules name."""
+    products = (function for function in functions if isinstance(function, Product))
+    return {name for p in products for name in p.candidate.schedule.instructions(p.spec.core)}
 
 
 # ---- code ---------------------------------------------------------------------------------------

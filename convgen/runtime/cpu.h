@@ -27,15 +27,29 @@ static inline int convgen_cpu_tells(unsigned leaf, unsigned subleaf, int word, u
     return (words[word] & bits) == bits;
 }
 
+/* Whether the system lets this process use matrix tiles, of which it keeps 8 KiB for each thread that does. Linux wants
+ * to be asked, once for all threads there are or will be, and refuses where a thread's signal stack is too small. */
+static inline int convgen_system_permits_tiles(void)
+{
+    const long arch_prctl = 158, request_permission = 0x1023, tile_data = 18;
+    long answer;
+    __asm__ volatile("syscall"
+                     : "=a"(answer)
+                     : "a"(arch_prctl), "D"(request_permission), "S"(tile_data)
+                     : "rcx", "r11", "memory");
+    return answer == 0;
+}
+
 /* Whether the system keeps these registers (bits of XCR0) for each thread: without it, CPUs refuse to touch them. */
 static inline int convgen_system_saves(unsigned state)
 {
     const unsigned can_be_asked = 1u << 27; /* OSXSAVE */
+    const unsigned tiles = 1u << 18;
     unsigned low, high;
     if (!convgen_cpu_tells(1, 0, CONVGEN_ECX, can_be_asked))
         return 0;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (low & state) == state;
+    return (low & state) == state && (!(state & tiles) || convgen_system_permits_tiles());
 }
 #endif
 

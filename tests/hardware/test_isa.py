@@ -22,7 +22,7 @@ ARCHES = list(CHECKED)
 #: Of LLVM's features, those with no instruction that a compiler makes of ordinary code, and those that no CPU that
 #: kernels are tuned for has. A new one belongs here, or to what is checked, or to what only steers the compiler.
 OFF = {
-    "x86_64": """adx aes amx-avx512 amx-bf16 amx-complex amx-fp16 amx-fp8 amx-int8 amx-movrs amx-tf32 amx-tile avx10.1
+    "x86_64": """adx aes amx-avx512 amx-complex amx-fp16 amx-fp8 amx-movrs amx-tf32 avx10.1
         avx10.2 avx512vp2intersect avxifma avxneconvert avxvnniint16 avxvnniint8 ccmp cldemote clflushopt clwb clzero
         cmpccxadd crc32 cx16 egpr enqcmd fma4 fsgsbase hreset invpcid kl lwp movdir64b movdiri movrs mwaitx ndd nf
         pclmul pconfig pku ppx prefetchi prfchw ptwrite push2pop2 rdpid rdpru rdrnd rdseed sahf serialize sha sha512

@@ -10,6 +10,7 @@ import pytest
 from instructions import beyond
 from naive import link_naive
 from processors import spellings
+from usable import usable
 
 from convgen.hardware.target import Target, resolve
 from convgen.lowering.candidates import default_candidate
@@ -47,8 +48,9 @@ def arch_of(target: Target) -> str:
 
 def unasked(spec: ConvSpec, target: Target, candidate: Candidate, folder: Path) -> list[str]:
     """The instructions of a candidate's code that its library would not ask for."""
-    compile_object(lower(spec, target, candidate), folder / "kernel.o")
-    found = beyond(folder / "kernel.o", target.isa, arch_of(target))
+    made = lower(spec, target, candidate)
+    compile_object(made, folder / "kernel.o")
+    found = beyond(folder / "kernel.o", made.isa, arch_of(target))
     return [f"{target} {spec.descriptor} {candidate}: {line}" for line in found]
 
 
@@ -73,6 +75,7 @@ def defaults(target: Target, dtype: str) -> Iterator[tuple[ConvSpec, Candidate]]
         ("skylake-avx512", "bf16", "cpu_direct"),
         ("sapphirerapids", "f16", "cpu_direct"),  # AVX512-FP16
         ("sapphirerapids", "f32", "cpu_direct"),
+        ("sapphirerapids", "i8", "cpu_matrix"),  # AMX
         ("diamondrapids", "f32", "cpu_winograd"),  # AVX10.2, APX
         ("znver4", "i8", "cpu_direct"),
         ("aarch64-generic", "f32", "cpu_direct"),
@@ -88,7 +91,9 @@ def test_code_keeps_to_what_is_asked_for(target: str, dtype: str, schedule: str,
 
 
 def test_every_schedule_has_a_layer() -> None:
-    assert {made.schedule.id for _, made in defaults(resolve("cpu:haswell"), "f32")} == set(schedules_of("cpu"))
+    for spelling, dtype in (("cpu:haswell", "f32"), ("cpu:sapphirerapids", "bf16")):
+        target = resolve(spelling)
+        assert {made.schedule.id for _, made in defaults(target, dtype)} == set(usable(target))
 
 
 @pytest.mark.slow

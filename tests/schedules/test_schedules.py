@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import ROOT
 from strategies import ACTIVATIONS, specs
+from usable import usable
 
 from convgen import build
 from convgen.check.data import float_data
@@ -31,7 +32,7 @@ from convgen.hardware.target import Target, resolve
 from convgen.kernel.kernel import Kernel, compile_candidate
 from convgen.lowering.candidates import default_candidate, parse_candidate
 from convgen.lowering.discover import schedule as find_schedule
-from convgen.lowering.discover import schedules, schedules_of
+from convgen.lowering.discover import schedules
 from convgen.lowering.lower import lower
 from convgen.lowering.schedule import Candidate, Picks, Schedule, Space, require
 from convgen.problem.spec import ConvSpec
@@ -161,7 +162,7 @@ def test_more_random_points_pass_validation(descriptor: str, schedule: Schedule)
     check_points(descriptor, schedule, 4)
 
 
-@pytest.mark.parametrize("schedule", schedules_of("cpu").values(), ids=lambda schedule: schedule.id)
+@pytest.mark.parametrize("schedule", usable(NATIVE).values(), ids=lambda schedule: schedule.id)
 def test_equal_specs_generate_the_same(schedule: Schedule) -> None:
     """Whatever is remembered of the first one: another process, or another line of a model, has one of its own."""
     descriptor = next(s for s in SMOKE if schedule in applicable(ConvSpec.parse(s)))
@@ -174,12 +175,12 @@ def test_equal_specs_generate_the_same(schedule: Schedule) -> None:
     assert generated() == generated()
 
 
-@pytest.mark.parametrize("schedule_id", schedules_of("cpu"))
+@pytest.mark.parametrize("schedule_id", usable(NATIVE))
 def test_a_smoke_problem_exercises_every_schedule(schedule_id: str) -> None:
     assert any(find_schedule(schedule_id) in applicable(ConvSpec.parse(s)) for s in SMOKE)
 
 
-@pytest.mark.parametrize("schedule_id", schedules_of("cpu"))
+@pytest.mark.parametrize("schedule_id", usable(NATIVE))
 def test_a_smoke_problem_exercises_every_schedule_with_a_narrow_dtype(schedule_id: str) -> None:
     narrow = [spec for spec in map(ConvSpec.parse, SMOKE) if spec.dtype != "f32"]
     assert any(find_schedule(schedule_id) in applicable(spec) for spec in narrow)
@@ -214,7 +215,7 @@ def for_avx2(schedule: Schedule, dtype: str) -> ConvSpec:
 
 @pytest.mark.skipif(not HASWELL.native, reason="needs a CPU with AVX2")
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
-@pytest.mark.parametrize("schedule_id", schedules_of("cpu"))
+@pytest.mark.parametrize("schedule_id", usable(HASWELL))
 def test_code_for_avx2_passes_validation(schedule_id: str, dtype: str) -> None:
     """One layer per schedule and dtype; all of them in the exhaustive run."""
     schedule = find_schedule(schedule_id)

@@ -16,7 +16,7 @@ import pytest
 BASELINE = {"x86_64": "generic64", "aarch64": "armv8-a"}
 #: Features that the assembler calls by other names than convgen.
 NAMES = {
-    "avxvnni": "avx_vnni",
+    "avxvnni": "avx_vnni", "amx-tile": "amx_tile", "amx-bf16": "amx_bf16", "amx-int8": "amx_int8",
     **{f"avx512{name}": f"avx512_{name}" for name in ("vnni", "vbmi2", "bitalg", "vpopcntdq", "bf16", "fp16")},
     "asimd": "simd", "asimdrdm": "rdma", "asimddp": "dotprod", "asimdhp": "fp16", "asimdfhm": "fp16fml",
     "fcma": "compnum", "atomics": "lse",
