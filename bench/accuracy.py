@@ -18,7 +18,8 @@ import torch
 
 import convgen
 from convgen.check.reference import OrtReference
-from convgen.problem.spec import ACCURACIES, ConvSpec
+from convgen.problem.spec import ConvSpec
+from convgen.problem.tokens import ACCURACIES
 
 Array = npt.NDArray[Any]
 Layer = Callable[[Array, Array | None], Array]

@@ -37,7 +37,8 @@ from convgen.lowering.schedule import Candidate
 from convgen.measure.busy import busy_warning
 from convgen.measure.network_model import NetworkModel
 from convgen.measure.network_peers import NETWORK_PEERS
-from convgen.problem.spec import ACCURACIES, ConvSpec
+from convgen.problem.spec import ConvSpec
+from convgen.problem.tokens import ACCURACIES
 from convgen.records.answer import best_record, record_candidate
 from convgen.records.store import RecordStore
 from convgen.report.networks import (

@@ -39,7 +39,7 @@ from convgen.lowering.versions import versions
 from convgen.measure.busy import busy_warning
 from convgen.measure.peers import PEERS, find_peer
 from convgen.problem.layout import BLOCKS
-from convgen.problem.spec import ACCURACIES
+from convgen.problem.tokens import ACCURACIES
 from convgen.records.answer import best_record, record_candidate
 from convgen.records.record import TuningRecord
 from convgen.records.store import RecordStore

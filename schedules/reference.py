@@ -17,7 +17,7 @@ from tvm import te
 from convgen.cpu.model import SCALAR_FLOPS
 from convgen.cuda.model import scalar_seconds
 from convgen.hardware.target import Target
-from convgen.lowering.compute import Expr, Operands, convolution, copied, epilogue
+from convgen.lowering.compute import Expr, Operands, convolution, copied, epilogue, requantise
 from convgen.lowering.schedule import Picks, Program, Scheduled, Space
 from convgen.problem.spec import ConvSpec
 
@@ -32,6 +32,9 @@ class Reference(Scheduled):
     id, version, sums_integers, is_reference = "reference", 2, True, True
 
     def takes_layouts(self, src: str, dst: str) -> bool:
+        return True
+
+    def takes_integers(self, spec: ConvSpec) -> bool:
         return True
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
@@ -51,14 +54,19 @@ class Reference(Scheduled):
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops = Operands(spec, integers=True)
         packed = [copied(parameter) for parameter in ops.parameters]
-        weights, *vectors = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
-        acc = convolution(spec, ops, weights)
+        taken = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
+        given = {parameter.name: tensor for parameter, tensor in zip(ops.parameters, taken, strict=True)}
+        src_zero, weights_zero, dst_zero = (given.pop(f"{name}_zero", None) for name in ("src", "weights", "dst"))
+        acc = convolution(spec, ops, given.pop("weights"), src_zero, weights_zero)
 
         def value(n: Expr, o: Expr, pixel: tuple[Expr, ...]) -> Expr:
+            sums, terms = acc[(n, o, *pixel)], {name: vector[o] for name, vector in given.items()}
+            if spec.is_quantised:
+                return requantise(spec, sums, dst_zero=None if dst_zero is None else dst_zero[0], **terms)
             residual = ops.residual[ops.dst_order(n, o, pixel)] if ops.residual is not None else None
-            return epilogue(spec, acc[(n, o, *pixel)], residual=residual, **ops.per_channel(vectors, o))
+            return epilogue(spec, sums, residual=residual, **terms)
 
-        return Program(pack=ops.pack(*packed), main=ops.main([weights, *vectors], ops.store(value)))
+        return Program(pack=ops.pack(*packed), main=ops.main(taken, ops.store(value, stored=spec.is_quantised)))
 
     def apply(self, sch: TirSchedule, spec: ConvSpec, target: Target, picks: Picks) -> None:
         dst, acc = sch.get_sblock("dst"), sch.get_sblock("acc")

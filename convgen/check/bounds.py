@@ -62,7 +62,7 @@ Stored = npt.NDArray[Any]  # of the dtype that the spec says
 def reference(spec: ConvSpec, data: Arrays, threads: int = 1) -> Stored:
     """ONNX Runtime's output for ``data``, computed in f32 and rounded to the spec's dtype."""
     if spec.n == 0:
-        return np.empty(spec.dst_shape, numpy_dtype(spec.dtype))
+        return np.empty(spec.dst_shape, numpy_dtype(spec.dst_dtype))
     from .reference import run_onnxruntime  # imports ONNX Runtime
 
     return run_onnxruntime(spec, **data, threads=threads)

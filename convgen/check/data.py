@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..problem.dtypes import narrow, numpy_dtype
+from ..problem.dtypes import RANGES, narrow, numpy_dtype
 from ..problem.spec import ConvSpec
 
 #: Tensors by name.
@@ -40,20 +40,35 @@ def exact_data(spec: ConvSpec, seed: int = 0) -> Arrays:
 
 
 def _integers(spec: ConvSpec, rng: np.random.Generator, largest: int, factors: npt.NDArray[np.float64]) -> Arrays:
-    """Tensors of a layer of i8 from ``-largest`` to ``largest - 1``; scaled by ``factors`` so that some outputs
-    saturate where the factor is 1 or more. Every other scale is a power of two.
+    """Tensors of a layer of integers, from ``-largest`` to ``largest - 1`` away from their zero points; scaled by
+    ``factors`` so that some outputs saturate where the factor is 1 or more. Every other scale is a power of two.
     """
-    rms = math.sqrt(spec.reduction_length) * largest**2 / 3
+    zeros: Arrays = {
+        name: rng.integers(*RANGES[spec.dtypes[name]], spec.shapes[name], endpoint=True).astype(
+            numpy_dtype(spec.dtypes[name])
+        )
+        for name in ("src_zero", "weights_zero", "dst_zero")
+        if name in spec.shapes
+    }
+    positive = [name for name in ("src", "weights") if spec.dtypes[name] == "u8" and f"{name}_zero" not in zeros]
+    spread = 2 * spec.reduction_length if len(positive) > 1 else math.sqrt(spec.reduction_length) / 3
+    rms = spread * largest**2 * (2 if positive else 1)
     scale = factors * min(1.0, 64 / rms)
     scale[::2] = 2.0 ** np.floor(np.log2(scale[::2]))
     bias = round(2 * rms)
-    data: Arrays = {
-        name: rng.integers(-largest, largest, shape).astype(np.int8)
-        for name, shape in (("src", spec.src_shape), ("weights", spec.weights_shape))
-    }
+    data: Arrays = {}
+    for name in ("src", "weights"):
+        dtype, zero = spec.dtypes[name], zeros.get(f"{name}_zero", np.array([largest if name in positive else 0]))
+        by_channel = zero.astype(np.int64).reshape(-1, *(1,) * (len(spec.shapes[name]) - 1))
+        if spec.transposed and by_channel.size > 1:  # a channel's weights have one zero point
+            by_channel = by_channel.reshape(1, spec.groups, -1, *(1,) * spec.rank).max(axis=1)
+        values = rng.integers(-largest, largest, spec.shapes[name]) + by_channel
+        data[name] = np.clip(values, *RANGES[dtype]).astype(numpy_dtype(dtype))
     if spec.bias:
         data["bias"] = rng.integers(-bias, bias + 1, spec.oc).astype(np.int32)
-    return data | {"scale": scale.astype(np.float32)}
+    if "scale" in spec.shapes:
+        data["scale"] = scale.astype(np.float32)
+    return data | zeros
 
 
 def special_data(spec: ConvSpec, seed: int = 0) -> Arrays:
@@ -81,9 +96,11 @@ def odd_data(spec: ConvSpec, seed: int = 0) -> Arrays:
         data = _integers(spec, rng, 128, np.ones(spec.oc))
         odd = np.array([np.nan, np.inf, -np.inf, 3e38, 1e-40, 0], np.float32)
         at = rng.permutation(spec.oc)[: len(odd)]
-        data["scale"][at] = odd[: len(at)]
+        if "scale" in data:
+            data["scale"][at] = odd[: len(at)]
         blank = rng.permutation(spec.oc)[: spec.oc // 2]
-        data["weights"][blank] = 0
+        if not spec.transposed:
+            data["weights"][blank] = 0
         if spec.bias:
             data["bias"][blank] = 0
         return data

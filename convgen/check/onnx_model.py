@@ -6,7 +6,6 @@ It is the definition kernels are validated against, so it shares nothing with th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,9 @@ from ..errors import SpecError
 from ..problem.dtypes import numpy_dtype
 from ..problem.layout import Blocks
 from ..problem.spec import ConvSpec
-
-_Emit = Callable[..., str]  # (operator, *inputs, output=name, **attributes) -> name
-_Constant = Callable[[str, npt.ArrayLike], str]  # (name, value) -> name
+from .onnx_integers import Constant as _Constant
+from .onnx_integers import Emit as _Emit
+from .onnx_integers import conv_attributes, quantised
 
 #: Written models, (opset, IR version): the first with Gelu; for bf16, the first whose Conv takes it.
 VERSIONS = {"f32": (20, 9), "f16": (20, 9), "bf16": (22, 10), "i8": (20, 9)}
@@ -30,6 +29,7 @@ ELEMENTS = {
     "f16": TensorProto.FLOAT16,
     "bf16": TensorProto.BFLOAT16,
     "i8": TensorProto.INT8,
+    "u8": TensorProto.UINT8,
     "i32": TensorProto.INT32,
 }
 
@@ -51,13 +51,13 @@ def onnx_model(
     weights: npt.ArrayLike | None = None,
     bias: npt.ArrayLike | None = None,
     slope: npt.ArrayLike | None = None,
-    scale: npt.ArrayLike | None = None,
+    **others: npt.ArrayLike,
 ) -> onnx.ModelProto:
-    """The spec as an ONNX graph ``src, [weights], [bias], [slope], [scale], [residual] -> dst``.
+    """The spec as an ONNX graph ``src, [parameters], [residual] -> dst``.
 
     Args:
-        weights, bias, slope, scale: constants of the spec's dtypes and shape ``spec.weights_shape``, and ``[oc]``
-            each (a slope may have one element). What is not given is a graph input of that name.
+        weights, bias, slope, others: parameters of the spec as constants, of its shapes and dtypes (a slope may have
+            one element). What is not given is a graph input of that name.
 
     ``src``, ``residual`` and ``dst`` have the spec's layouts; ONNX convolutions are channels-first,
     so others are transposed on the way in and out, and blocks joined and parted.
@@ -66,8 +66,8 @@ def onnx_model(
         SpecError: an array has the wrong shape or dtype, or the spec has no such argument.
     """
     nodes: list[onnx.NodeProto] = []
-    element, dtype = ELEMENTS[spec.dtype], numpy_dtype(spec.dtype)
-    inputs = [helper.make_tensor_value_info("src", element, spec.src_shape)]
+    dtype = numpy_dtype(spec.dtype)
+    inputs = [helper.make_tensor_value_info("src", ELEMENTS[spec.src_dtype], spec.src_shape)]
     constants: list[onnx.TensorProto] = []
 
     def emit(op: str, *operands: str, output: str, **attributes: Any) -> str:
@@ -78,29 +78,31 @@ def onnx_model(
         constants.append(numpy_helper.from_array(np.asarray(value, dtype if isinstance(value, float) else None), name))
         return name
 
-    def parameter(name: str, array: npt.ArrayLike | None) -> str:
-        if name not in spec.shapes:
-            if array is not None:
-                raise SpecError(name, "none, as the spec has no such argument", "an array", str(spec))
-            return ""
-        if array is None:
+    given = {"weights": weights, "bias": bias, "slope": slope, **others}
+    for name, array in given.items():
+        if array is not None and name not in spec.parameters:
+            raise SpecError(name, "none, as the spec has no such argument", "an array", str(spec))
+    for name in spec.parameters:
+        if (array := given.get(name)) is None:
             inputs.append(helper.make_tensor_value_info(name, ELEMENTS[spec.dtypes[name]], spec.shapes[name]))
-            return name
-        return constant(name, checked(spec, name, array, spec.shapes[name]))
+        else:
+            constant(name, checked(spec, name, array, spec.shapes[name]))
 
     x = _channels_first("src", spec.src_blocks, spec.in_spatial, emit, constant)
-    w, b, s = parameter("weights", weights), parameter("bias", bias), parameter("slope", slope)
-    by = parameter("scale", scale)
-    x = _quantised(spec, [x, w, b, by], emit, constant) if by else _convolution(spec, [x, w, b], emit, constant)
+    if spec.is_quantised:
+        x = quantised(spec, x, emit, constant)
+    else:
+        x = _convolution(spec, [x, "weights", "bias" if spec.bias else ""], emit, constant)
     if spec.residual:
-        inputs.append(helper.make_tensor_value_info("residual", element, spec.dst_shape))
+        inputs.append(helper.make_tensor_value_info("residual", ELEMENTS[spec.dtype], spec.dst_shape))
         r = _channels_first("residual", spec.dst_blocks, spec.out_spatial, emit, constant)
         x = emit("Add", x, r, output="sum")
-    x = _activation(spec, x, s, emit, constant)
+    if not spec.is_quantised:
+        x = _activation(spec, x, emit, constant)
     _stored(x, spec.dst_blocks, spec.out_spatial, emit, constant)
     nodes[-1].output[0] = "dst"
 
-    outputs = [helper.make_tensor_value_info("dst", element, spec.dst_shape)]
+    outputs = [helper.make_tensor_value_info("dst", ELEMENTS[spec.dst_dtype], spec.dst_shape)]
     graph = helper.make_graph(nodes, spec.name, inputs, outputs, constants)
     opset, ir_version = VERSIONS[spec.dtype]
     return helper.make_model(
@@ -148,29 +150,9 @@ def checked(spec: ConvSpec, name: str, array: npt.ArrayLike, shape: tuple[int, .
     return np.ascontiguousarray(a)
 
 
-def _attributes(spec: ConvSpec) -> dict[str, Any]:
-    begins, ends = (list(side) for side in zip(*spec.padding, strict=True))
-    return {
-        "kernel_shape": spec.kernel,
-        "strides": spec.stride,
-        "dilations": spec.dilation,
-        "pads": begins + ends,
-        "group": spec.groups,
-    }
-
-
-def _quantised(spec: ConvSpec, operands: list[str], emit: _Emit, constant: _Constant) -> str:
-    """QLinearConv of scales 1 but for the weights', one for each channel, and zero points 0."""
-    x, weights, bias, scale = operands
-    one = constant("one", np.ones((), np.float32))
-    zero, zeros = constant("zero", np.zeros((), np.int8)), constant("zeros", np.zeros(spec.oc, np.int8))
-    operands = [x, one, zero, weights, scale, zeros, one, zero] + [bias] * spec.bias
-    return emit("QLinearConv", *operands, output="conv", **_attributes(spec))
-
-
 def _convolution(spec: ConvSpec, operands: list[str], emit: _Emit, constant: _Constant) -> str:
     x, weights, bias = operands
-    attributes = _attributes(spec)
+    attributes = conv_attributes(spec)
     with_bias = [x, weights, bias] if bias else [x, weights]
     if not spec.transposed:
         return emit("Conv", *with_bias, output="conv", **attributes)
@@ -191,13 +173,13 @@ def _convolution(spec: ConvSpec, operands: list[str], emit: _Emit, constant: _Co
     return y
 
 
-def _activation(spec: ConvSpec, x: str, slope: str, emit: _Emit, constant: _Constant) -> str:
+def _activation(spec: ConvSpec, x: str, emit: _Emit, constant: _Constant) -> str:
     name, params = spec.activation_op.name, spec.activation_op.params
     if name == "none":
         return x
     if name == "prelu":
         shape = constant("slope_shape", np.array([spec.oc] + [1] * spec.rank, np.int64))
-        return emit("PRelu", x, emit("Reshape", slope, shape, output="slope_nchw"), output="act")
+        return emit("PRelu", x, emit("Reshape", "slope", shape, output="slope_nchw"), output="act")
     if name == "clip":
         # Both bounds are always written: ONNX Runtime's default is the largest finite number,
         # which would turn an infinity into a finite value.

@@ -18,7 +18,8 @@ from ..errors import SpecError
 from ..problem.activation import DEFAULTS, Activation
 from ..problem.dtypes import DTYPES
 from ..problem.layout import BLOCKS
-from ..problem.spec import ACCURACIES, ConvSpec
+from ..problem.spec import ConvSpec
+from ..problem.tokens import ACCURACIES
 
 T = TypeVar("T")
 

@@ -44,7 +44,8 @@ def _data(
     """The given arrays by name, checked against what the spec takes."""
     shapes = {name: shape for name, shape in spec.shapes.items() if name != "dst"}
     given = {"src": src, "residual": residual, **parameters}
-    for name, array in given.items():
+    for name in shapes.keys() | given.keys():
+        array = given.get(name)
         if (array is None) == (name in shapes):
             raise SpecError(
                 name, "an array" if name in shapes else "none", "none" if array is None else "one", str(spec)
@@ -60,8 +61,8 @@ def run_onnxruntime(
     slope: npt.ArrayLike | None = None,
     residual: npt.ArrayLike | None = None,
     *,
-    scale: npt.ArrayLike | None = None,
     threads: int = 1,
+    **others: npt.ArrayLike,
 ) -> Array:
     """The spec's output ``dst_shape``, computed once: weights fed as inputs, nothing fused.
 
@@ -70,13 +71,13 @@ def run_onnxruntime(
     Raises:
         SpecError: an array is missing, superfluous or of the wrong shape or dtype.
     """
-    data = _data(spec, src, residual, weights=weights, bias=bias, slope=slope, scale=scale)
+    data = _data(spec, src, residual, weights=weights, bias=bias, slope=slope, **others)
     computed = spec
     if spec.dtype != "i8":
         computed, data = spec.with_(dtype="f32"), {name: widen(array) for name, array in data.items()}
     model = onnx_model(computed).SerializeToString()
     session = open_session(model, threads, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
-    return narrow(np.asarray(session.run(["dst"], data)[0]), spec.dtype)
+    return narrow(np.asarray(session.run(["dst"], data)[0]), spec.dst_dtype)
 
 
 class OrtReference:
@@ -87,7 +88,7 @@ class OrtReference:
     timed. An NHWC spec includes the transposes, as ONNX has no other convolution.
 
     Args:
-        src, weights, bias, slope, residual, scale: arrays as in :func:`run_onnxruntime`; src and
+        src, weights, bias, slope, residual, others: arrays as in :func:`run_onnxruntime`; src and
             residual are kept, so that writing to them changes the next run's input.
 
     Raises:
@@ -103,17 +104,17 @@ class OrtReference:
         slope: npt.ArrayLike | None = None,
         residual: npt.ArrayLike | None = None,
         *,
-        scale: npt.ArrayLike | None = None,
         threads: int = 1,
+        **others: npt.ArrayLike,
     ) -> None:
-        data = _data(spec, src, residual, weights=weights, bias=bias, slope=slope, scale=scale)
+        data = _data(spec, src, residual, weights=weights, bias=bias, slope=slope, **others)
         inputs = {name: data[name] for name in ("src", "residual") if name in data}
         model = onnx_model(spec, **{name: data[name] for name in spec.parameters})
         level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         if spec.dtype == "i8":  # what it then puts in place of QLinearConv takes no i8 (1.31)
             level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         self.spec, self.threads = spec, threads
-        self.output: Array = np.empty(spec.dst_shape, numpy_dtype(spec.dtype))
+        self.output: Array = np.empty(spec.dst_shape, numpy_dtype(spec.dst_dtype))
         self._inputs = inputs  # bound by address: they must live as long as the session
         self.session = open_session(model.SerializeToString(), threads, level)
         self._binding = self.session.io_binding()

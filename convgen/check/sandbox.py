@@ -28,7 +28,7 @@ from ..errors import MeasureError
 from ..kernel.cuda_library import CudaLibrary
 from ..kernel.library import Library
 from ..lowering.interface import MAX_THREADS
-from ..problem.dtypes import load, numpy_dtype, save
+from ..problem.dtypes import UNIT_ROUNDOFF, load, numpy_dtype, save
 from ..problem.spec import PARAMETERS, ConvSpec
 from .data import Arrays
 
@@ -110,7 +110,7 @@ def run_guarded(
         cause = f"signal {-child.returncode}" if child.returncode < 0 else child.stderr.strip().rpartition("\n")[2]
         where = runs[min(done, len(runs) - 1)]
         raise MeasureError(f"{spec.descriptor}: expected a clean run, found {cause} ({where})")
-    return {run: load(directory / f"out.{index}.npy", spec.dtype) for index, run in enumerate(runs)}
+    return {run: load(directory / f"out.{index}.npy", spec.dst_dtype) for index, run in enumerate(runs)}
 
 
 # ---- the child --------------------------------------------------------------------------------
@@ -161,9 +161,9 @@ def _run_on_cpu(library: Library, run: Run, data: Arrays) -> npt.NDArray[Any]:
     library.pack(**{name: placed[name] for name in spec.parameters}, packed=packed.bytes)
     packed.seal()
     out = Guarded(sizes.dst, run.guard).bytes
-    # NaN, in every storage type but i8: what is left unwritten then differs between runs.
-    out.fill(0x55 if spec.dtype == "i8" and run.guard == "start" else 0xFF)
-    dst = _as(out, numpy_dtype(spec.dtype), spec.dst_shape)
+    # NaN, in every storage type of floats: what is left unwritten then differs between runs.
+    out.fill(0x55 if spec.dst_dtype not in UNIT_ROUNDOFF and run.guard == "start" else 0xFF)
+    dst = _as(out, numpy_dtype(spec.dst_dtype), spec.dst_shape)
     workspace = Guarded(sizes.workspace, run.guard).bytes
     workspace.fill(0xFF)  # NaN
     library.run(placed["src"], packed.bytes, dst, placed.get("residual"), workspace=workspace, threads=run.threads)
@@ -220,7 +220,7 @@ def _run_on_device(library: CudaLibrary, run: Run, data: Arrays) -> npt.NDArray[
     stream.synchronize()
     for name, buffer in buffers.items():
         buffer.check(name, written=name in ("dst", "workspace"))
-    return _as(buffers["dst"].bytes, numpy_dtype(spec.dtype), spec.dst_shape)
+    return _as(buffers["dst"].bytes, numpy_dtype(spec.dst_dtype), spec.dst_shape)
 
 
 def _child(directory: Path) -> None:

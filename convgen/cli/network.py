@@ -14,7 +14,7 @@ import click
 
 from ..errors import NotTakenError
 from ..formats.sources import write_text
-from ..problem.spec import ACCURACIES
+from ..problem.tokens import ACCURACIES
 from ..report.words import plural
 from .common import (
     FAILED,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ..errors import SpecError
-from ..problem.spec import ACCURACIES, ConvSpec
+from ..problem.spec import ConvSpec
+from ..problem.tokens import ACCURACIES
 
 
 @dataclass(frozen=True)

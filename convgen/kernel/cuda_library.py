@@ -107,20 +107,20 @@ class CudaLibrary(BaseLibrary):
         bias: object = None,
         slope: object = None,
         *,
-        scale: object = None,
         device: int = 0,
+        **others: Any,
     ) -> CudaLayer:
         """A layer with these weights, packed and copied to a device once.
 
         Args:
-            weights, bias, slope, scale: in CPU memory, as :meth:`pack` takes them.
+            weights, bias, slope, others: in CPU memory, as :meth:`pack` takes them.
             device: the device's number, as the driver counts.
 
         Raises:
             KernelError: an argument is not what the layer needs; there is no driver or no such device, or the
                 library has no code for it.
         """
-        packed = self.pack(weights, bias, slope, scale=scale)
+        packed = self.pack(weights, bias, slope, **others)
         self.load(device)
         memory = Memory(packed.size, device)
         memory.upload(packed)

@@ -13,7 +13,7 @@ from ..lowering.interface import TensorInfo
 #: DLPack's device types whose memory kernels reach: a device's own, and managed memory.
 CUDA_DEVICES = frozenset({2, 13})
 _READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
-_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8"}
+_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8", "u8": "uint8", "i32": "int32"}
 _CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 
 

@@ -179,6 +179,9 @@ def _axes(spec: ConvSpec) -> dict[str, list[str]]:
         "bias": ["oc"],
         "slope": ["oc"],
         "scale": ["oc"],
+        "src_zero": ["1"],
+        "weights_zero": ["oc"],
+        "dst_zero": ["1"],
         "residual": activations(*outputs),
         "dst": activations(*outputs),
     }

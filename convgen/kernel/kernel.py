@@ -86,12 +86,12 @@ class Kernel(BaseLibrary):
         bias: Any = None,
         slope: Any = None,
         *,
-        scale: Any = None,
         residual: Any = None,
         out: Any = None,
+        **others: Any,
     ) -> Any:
         """Pack and run once; see :meth:`bind` for repeated calls."""
-        return self.bind(weights, bias, slope, scale=scale)(src, residual=residual, out=out)
+        return self.bind(weights, bias, slope, **others)(src, residual=residual, out=out)
 
     def source(self, kind: str = "tir") -> str:
         """The code as text, one of :attr:`sources`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 import os
 import sys
 import weakref
@@ -23,7 +24,7 @@ from ..errors import ExportError, KernelError
 from ..folders import is_noexec
 from ..lowering.interface import ALIGNMENT, MAX_THREADS, TensorInfo, boundary
 from ..lowering.link import abi_text
-from ..problem.dtypes import BYTES, numpy_dtype
+from ..problem.dtypes import BYTES, RANGES, numpy_dtype
 from ..problem.spec import PARAMETERS, ConvSpec
 from .mapped import open_library
 
@@ -44,6 +45,9 @@ class Sizes(NamedTuple):
     bias: int
     slope: int
     scale: int
+    src_zero: int
+    weights_zero: int
+    dst_zero: int
     residual: int
     dst: int
     packed: int
@@ -240,7 +244,7 @@ class BaseLibrary(Loaded, ABC):
         """Bytes of every buffer."""
 
     @abstractmethod
-    def bind(self, weights: object, bias: object = None, slope: object = None, *, scale: object = None) -> Any:
+    def bind(self, weights: object, bias: object = None, slope: object = None, **others: Any) -> Any:
         """A layer with these weights, packed once; arguments as in :meth:`pack`."""
 
     def _check_layer(self, path: str) -> None:
@@ -270,28 +274,28 @@ class BaseLibrary(Loaded, ABC):
         bias: object = None,
         slope: object = None,
         packed: Bytes | None = None,
-        *,
-        scale: object = None,
+        **others: Any,
     ) -> Bytes:
         """The parameters as the kernel reads them; into ``packed`` where given.
 
         Args:
             weights: ``spec.weights_shape``; like all tensors stored as ``spec.dtypes`` says: float32, float16,
-                ml_dtypes.bfloat16, int8 or int32.
-            bias: ``[oc]``, given exactly where the spec has one. Its sum with the products must fit into its type.
+                ml_dtypes.bfloat16, int8, uint8 or int32.
+            bias: ``[oc]``, given exactly where the spec has one.
             slope: prelu's, ``[oc]`` or one number.
-            scale: for i8, ``[oc]``.
+            others: of a layer of integers ``scale`` ``[oc]``, and what it has of ``src_zero`` ``[1]``,
+                ``weights_zero`` ``[oc]`` and ``dst_zero`` ``[1]``; a number stands for equal elements.
             packed: ``sizes().packed`` bytes at a multiple of 64.
 
         Raises:
             KernelError: an argument is not what the layer needs.
         """
-        if slope is not None and self.spec.has_slope:
-            slope = self._broadcast_slope(slope)
-        given = {"weights": weights, "bias": bias, "slope": slope, "scale": scale}
+        given = {"weights": weights, "bias": bias, "slope": slope, **others}
+        if unknown := given.keys() - set(PARAMETERS):
+            raise KernelError(f"{min(unknown)}: expected parameters among {', '.join(PARAMETERS)}, found another")
         args, arrays = _PackArgs(), []
-        for name, value in given.items():
-            array = self._operand(name, value)
+        for name in PARAMETERS:
+            array = self._operand(name, self._filled(name, given.get(name)))
             if array is not None:
                 arrays.append(array)
                 setattr(args, name, array.ctypes.data)
@@ -302,9 +306,20 @@ class BaseLibrary(Loaded, ABC):
         self._require(self._pack(ctypes.byref(args)))
         return packed
 
-    def _broadcast_slope(self, slope: object) -> object:
-        value = slope.item() if isinstance(slope, np.ndarray | np.generic) and slope.size == 1 else slope
-        return np.full(self.spec.oc, value, numpy_dtype(self.spec.dtype)) if isinstance(value, int | float) else slope
+    def _filled(self, name: str, value: object) -> object:
+        """A vector that was given as one number; anything else as it is."""
+        if value is None or name in ("weights", "bias") or name not in self._tensors:
+            return value
+        if name == "slope" and isinstance(value, np.ndarray) and value.size == 1:
+            value = value.item()
+        number = value.item() if isinstance(value, np.generic) else value
+        if not isinstance(number, int | float):
+            return value
+        info = self._tensors[name]
+        low, high = RANGES.get(info.dtype, (-math.inf, math.inf))
+        if not low <= number <= high or (info.dtype in RANGES and number != int(number)):
+            raise KernelError(f"{name}: expected a number of {info.dtype}, found {number}")
+        return np.full(info.shape, number, numpy_dtype(info.dtype))
 
     def _operand(self, name: str, value: object) -> NDArray[Any] | None:
         """An input of the kernel, checked; None where the layer has no such input and none is given."""
@@ -436,9 +451,9 @@ class Library(BaseLibrary):
 
         return call
 
-    def bind(self, weights: object, bias: object = None, slope: object = None, *, scale: object = None) -> Layer:
+    def bind(self, weights: object, bias: object = None, slope: object = None, **others: Any) -> Layer:
         """A layer with these weights, packed once; arguments as in :meth:`pack`."""
-        return Layer(self, self.pack(weights, bias, slope, scale=scale))
+        return Layer(self, self.pack(weights, bias, slope, **others))
 
     def _run_args(self, packed: Bytes, sizes: Sizes, threads: int) -> _RunArgs:
         """The struct of a call, without the addresses of src, residual, dst and workspace."""

@@ -14,14 +14,17 @@ from typing import Any
 from tvm import te, tirx
 
 from ..problem.activation import Activation
+from ..problem.dtypes import RANGES
 from ..problem.spec import ConvSpec
 
 #: TVM's names of what sums are kept in, and of the storage types. bf16 is moved as bits: TVM would
 #: legalise it anew in every expression.
 ACCUMULATOR = "float32"
-STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16", "i8": "int8", "i32": "int32"}
+STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16", "i8": "int8", "u8": "uint8", "i32": "int32"}
 #: What exact sums of integers are kept in.
 INTEGER = "int32"
+#: Added to it, a number below 2**22 is rounded to a whole one, ties to even, which the lowest bits of the sum hold.
+SHIFT = 1.5 * 2**23
 
 #: TVM's name of a type -> the storage type.
 STORED = {tvm: name for name, tvm in STORAGE.items()}
@@ -73,11 +76,8 @@ def widen(value: Expr, dtype: str, lanes: int = 1) -> Expr:
 
 def narrow(value: Expr, dtype: str, lanes: int = 1) -> Expr:
     """An f32 value as it is stored in ``dtype``: rounded to nearest, ties to even; to integers, saturated too."""
-    if dtype == "i8":
-        within = tirx.max(tirx.const(-128, ACCUMULATOR), tirx.min(tirx.const(127, ACCUMULATOR), value))
-        # Added to 1.5 * 2**23 a number is rounded to a whole one, whose lowest bits are the sum's.
-        sums = within + tirx.const(1.5 * 2**23, ACCUMULATOR)
-        return tirx.reinterpret(of_lanes(INTEGER, lanes), sums).astype(of_lanes(STORAGE[dtype], lanes))
+    if dtype in RANGES:
+        return quantise(value, dtype, lanes=lanes)
     if dtype != "bf16":
         return value.astype(of_lanes(STORAGE[dtype], lanes))
 
@@ -92,14 +92,34 @@ def narrow(value: Expr, dtype: str, lanes: int = 1) -> Expr:
     return tirx.Let(f32, value, (kept >> const(16)).astype(of_lanes(STORAGE[dtype], lanes)))
 
 
+def quantise(value: Expr, dtype: str, zero: Expr | None = None, lanes: int = 1) -> Expr:
+    """``saturate(round(value) + zero)`` of an f32 value: rounded to nearest, ties to even.
+
+    Args:
+        zero: the zero point, an i32; with lanes, a vector of them.
+    """
+    low, high = (tirx.const(bound, ACCUMULATOR) for bound in RANGES[dtype])
+    if zero is not None:  # bounds of the rounded number: saturating before rounding is the same
+        offset = zero.astype(of_lanes(ACCUMULATOR, lanes))
+        low, high = low - offset, high - offset
+    within = tirx.max(low, tirx.min(high, value))
+    whole = tirx.reinterpret(of_lanes(INTEGER, lanes), within + tirx.const(SHIFT, ACCUMULATOR))
+    return (whole if zero is None else whole + zero).astype(of_lanes(STORAGE[dtype], lanes))
+
+
+def less(value: Expr, zero: Expr | None) -> Expr:
+    """A stored integer without its zero point, where there is one."""
+    return value if zero is None else value - zero
+
+
 class Operand:
-    """A tensor at the user's boundary. Its elements read as f32, however they are stored; i32 as itself, and i8 as
-    i32 where ``integers``.
+    """A tensor at the user's boundary. Its elements read as f32, however they are stored; i32 as itself, and i8 and u8
+    as i32 where ``integers``.
     """
 
     def __init__(self, name: str, shape: Sequence[int], dtype: str, storage: str, integers: bool = False) -> None:
         self.name, self.shape, self.dtype = name, shape, dtype
-        self._integers = integers and dtype == "i8"
+        self._integers = integers and dtype in RANGES
         self.tensor = te.placeholder(shape, storage, name)
 
     def __getitem__(self, index: Any) -> Expr:
@@ -114,7 +134,7 @@ class Operands:
 
     Args:
         native: they are of TVM's own type for bf16: code generators that have one may use it.
-        integers: elements of i8 read as i32, of which sums are exact however long they are.
+        integers: elements of i8 and u8 read as i32, of which sums are exact however long they are.
     """
 
     def __init__(self, spec: ConvSpec, *, native: bool = False, integers: bool = False) -> None:
@@ -127,7 +147,7 @@ class Operands:
 
         self.src, self.weights = operand("src"), operand("weights")
         self.residual = operand("residual") if spec.residual else None
-        #: What ``pack`` takes: ``weights [bias] [slope] [scale]``.
+        #: What ``pack`` takes, in the order of :data:`~convgen.problem.spec.PARAMETERS`.
         self.parameters = [self.weights, *(operand(name) for name in spec.parameters[1:])]
 
     def order(self, n: Expr, channel: Expr, spatial: Index) -> tuple[Expr, ...]:
@@ -155,23 +175,29 @@ class Operands:
         return [o.tensor for o in (self.src, self.residual) if o is not None] + [*packed, dst]
 
     def per_channel(self, vectors: Sequence[te.Tensor], channel: Expr) -> dict[str, Expr]:
-        """What :func:`epilogue` takes of a channel, from the packed ``[bias] [slope] [scale]``."""
+        """What :func:`epilogue` takes of a channel, from what is packed of the parameters but weights."""
         names = [parameter.name for parameter in self.parameters[1:]]
         return {name: vector[channel] for name, vector in zip(names, vectors, strict=True)}
 
-    def read_src(self, n: Expr, channel: Expr, spatial: Index, *, always: bool = False) -> Expr:
-        """src there, 0 outside it; checked only where the spec has padding, or ``always``."""
+    def read_src(
+        self, n: Expr, channel: Expr, spatial: Index, *, always: bool = False, zero: Expr | None = None
+    ) -> Expr:
+        """src there less its zero point, 0 outside it; checked only where the spec has padding, or ``always``."""
         sizes = self.spec.in_spatial
         inside = [c for i, size in zip(spatial, sizes, strict=True) for c in (i >= 0, i < size)]
-        value = self.src[self.order(n, channel, spatial)]
+        value = less(self.src[self.order(n, channel, spatial)], zero)
         if not always and not any(b or e for b, e in self.spec.padding):
             return value
         return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, value.ty.dtype))
 
-    def store(self, value: Callable[[Expr, Expr, tuple[Expr, ...]], Expr]) -> te.Tensor:
-        """dst in its layout: the epilogue of ``value(n, channel, spatial)``, which adds the bias itself."""
-        dtype = self.spec.dtype
-        return te.compute(self.spec.dst_shape, lambda *i: narrow(value(*self.dst_logical(i)), dtype), name="dst")
+    def store(self, value: Callable[[Expr, Expr, tuple[Expr, ...]], Expr], *, stored: bool = False) -> te.Tensor:
+        """dst in its layout: ``value(n, channel, spatial)``, epilogue included; f32, or as it is ``stored``."""
+
+        def element(*index: Expr) -> Expr:
+            computed = value(*self.dst_logical(index))
+            return computed if stored else narrow(computed, self.spec.dtype)
+
+        return te.compute(self.spec.dst_shape, element, name="dst")
 
 
 def _polynomial(x: Expr, coefficients: Sequence[float]) -> Expr:
@@ -318,7 +344,7 @@ def epilogue(
     """``activation(value + bias + residual)`` as f32; what the spec lacks is None.
 
     With a scale, ``activation((value + bias) * scale)``: of i8, whose sums are added to the bias as i32. NaN is then
-    the smallest integer, as ONNX Runtime has it.
+    less than every integer, as ONNX Runtime has it.
     """
     if scale is not None:
         value = value.astype(of_lanes(INTEGER, lanes))
@@ -326,11 +352,37 @@ def epilogue(
         if term is not None:
             value = value + term
     if scale is not None:
-        scaled = tirx.Var("scaled", of_lanes(ACCUMULATOR, lanes))
-        smallest = tirx.const(-128, ACCUMULATOR)
-        number = tirx.Select(tirx.isnan(scaled), smallest if lanes == 1 else tirx.Broadcast(smallest, lanes), scaled)
-        value = tirx.Let(scaled, value.astype(of_lanes(ACCUMULATOR, lanes)) * scale, number)
+        value = value.astype(of_lanes(ACCUMULATOR, lanes)) * scale
+        if spec.dst_dtype in RANGES:
+            scaled = tirx.Var("scaled", of_lanes(ACCUMULATOR, lanes))
+            smallest = tirx.const(RANGES[spec.dst_dtype][0] - 255 * spec.dst_zero, ACCUMULATOR)  # less a zero point
+            number = smallest if lanes == 1 else tirx.Broadcast(smallest, lanes)
+            value = tirx.Let(scaled, value, tirx.Select(tirx.isnan(scaled), number, scaled))
     return activate(spec.activation_op, value, slope)
+
+
+def requantise(
+    spec: ConvSpec,
+    sums: Expr,
+    *,
+    bias: Expr | None = None,
+    scale: Expr | None = None,
+    dst_zero: Expr | None = None,
+    lanes: int = 1,
+) -> Expr:
+    """What a layer of integers stores in dst: ``saturate(round(activation((sums + bias) * scale)) + dst_zero)``.
+
+    Args:
+        sums: of products, i32, what zero points add to them already taken off (or in the bias).
+        bias, scale, dst_zero: i32, f32 and i32 of a channel, or vectors of them; what the spec lacks is None.
+
+    Returns:
+        An element, or vector, of dst's type. Of i32 the sums with the bias, of f32 what would be rounded.
+    """
+    if spec.dst_dtype == "i32":
+        return sums if bias is None else sums + bias
+    value = epilogue(spec, sums, bias=bias, scale=scale, lanes=lanes)
+    return value if spec.dst_dtype == "f32" else quantise(value, spec.dst_dtype, dst_zero, lanes)
 
 
 def copied(parameter: Operand, channels: int = 0) -> te.Tensor:
@@ -358,8 +410,16 @@ def row_times(matrix: Sequence[Sequence[Any]], position: Expr, read: Callable[[i
     return chosen
 
 
-def convolution(spec: ConvSpec, ops: Operands, weights: te.Tensor) -> te.Tensor:
+def convolution(
+    spec: ConvSpec,
+    ops: Operands,
+    weights: te.Tensor,
+    src_zero: te.Tensor | None = None,
+    weights_zero: te.Tensor | None = None,
+) -> te.Tensor:
     """Sums of products ``[n, oc, *out_spatial]``, whatever the layout; no bias yet.
+
+    Zero points are packed as they are, i32, and taken off what is read; padding is 0 after that.
 
     Transposed convolution is the convolution of the zero-stuffed input: an output pixel takes the
     taps whose distance to it is a whole number of strides.
@@ -367,13 +427,18 @@ def convolution(spec: ConvSpec, ops: Operands, weights: te.Tensor) -> te.Tensor:
     rank, ic_group, oc_group = spec.rank, spec.ic // spec.groups, spec.oc // spec.groups
     c = te.reduce_axis((0, ic_group), "c")
     taps = [te.reduce_axis((0, k), f"k{axis}") for axis, k in enumerate(spec.kernel)]
+    zero = None if src_zero is None else src_zero[0]
+
+    def weight(o: Expr, index: Index) -> Expr:
+        return less(weights[index], None if weights_zero is None else weights_zero[o])
 
     def direct(n: Expr, o: Expr, *pixel: Expr) -> Expr:
         where = [
             p * s + t * d - b
             for p, t, s, d, (b, _) in zip(pixel, taps, spec.stride, spec.dilation, spec.padding, strict=True)
         ]
-        return te.sum(ops.read_src(n, o // oc_group * ic_group + c, where) * weights[(o, c, *taps)], [c, *taps])
+        value = ops.read_src(n, o // oc_group * ic_group + c, where, zero=zero)
+        return te.sum(value * weight(o, (o, c, *taps)), [c, *taps])
 
     def transposed(n: Expr, o: Expr, *pixel: Expr) -> Expr:
         stuffed = [p + b - t * d for p, t, d, (b, _) in zip(pixel, taps, spec.dilation, spec.padding, strict=True)]
@@ -383,9 +448,9 @@ def convolution(spec: ConvSpec, ops: Operands, weights: te.Tensor) -> te.Tensor:
             conditions += [position >= 0, position < size * stride, tirx.floormod(position, stride) == 0]
             where.append(tirx.floordiv(position, stride))
         channel = o // oc_group * ic_group + c
-        value = ops.src[ops.order(n, channel, where)] * weights[(channel, o % oc_group, *taps)]
-        zero = tirx.const(0, ACCUMULATOR)
-        return te.sum(tirx.if_then_else(tirx.all(*conditions), value, zero), [c, *taps])
+        value = less(ops.src[ops.order(n, channel, where)], zero) * weight(o, (channel, o % oc_group, *taps))
+        nothing = tirx.const(0, value.ty.dtype)
+        return te.sum(tirx.if_then_else(tirx.all(*conditions), value, nothing), [c, *taps])
 
     shape = (spec.n, spec.oc, *spec.out_spatial)
     return te.compute(shape, transposed if spec.transposed else direct, name="acc")

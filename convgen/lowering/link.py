@@ -542,4 +542,11 @@ def _tensor(name: str, tensor: TensorInfo, offset: int) -> str:
 
 
 #: DLPack's code, bits and lanes; the compiled code takes bfloat16 as its bits.
-_DTYPES = {"f32": "{2, 32, 1}", "f16": "{2, 16, 1}", "bf16": "{1, 16, 1}", "i8": "{0, 8, 1}", "i32": "{0, 32, 1}"}
+_DTYPES = {
+    "f32": "{2, 32, 1}",
+    "f16": "{2, 16, 1}",
+    "bf16": "{1, 16, 1}",
+    "i8": "{0, 8, 1}",
+    "u8": "{1, 8, 1}",
+    "i32": "{0, 32, 1}",
+}

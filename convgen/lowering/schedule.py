@@ -181,6 +181,12 @@ class Schedule(ABC):
         """
         return src == dst and src in PLAIN
 
+    def takes_integers(self, spec: ConvSpec) -> bool:
+        """Whether it knows the types and zero points of a layer of integers: of i8 without any, unless a schedule says
+        otherwise. Most know nothing of zero points, so they must be kept from them.
+        """
+        return spec.is_plainly_quantised
+
     @abstractmethod
     def applies(self, spec: ConvSpec, target: Target) -> None:
         """Raise :class:`Inapplicable` with the reason where the algorithm does not apply; see :meth:`check`."""
@@ -234,6 +240,9 @@ class Schedule(ABC):
         layouts = f"does not know src as {spec.layout} with dst as {spec.dst_layout}"
         require(self.takes_layouts(spec.layout, spec.dst_layout), layouts)
         require(not self.transforms or spec.accuracy != "strict", "transforms, which accuracy strict does not admit")
+        require(
+            not spec.is_quantised or self.takes_integers(spec), "does not know such types and zero points of integers"
+        )
         self.applies(spec, target)
         if spec.dtype == "i8" and not self.sums_integers:
             require(not self.transforms, "its transform is not exact for i8")

@@ -230,7 +230,7 @@ def _run_on_gpu(path: str, directory: str, seconds: float, hopeless: float) -> d
 
 def _difference(spec: ConvSpec, directory: str, dst: Any, exact: bool) -> str:
     """How an output differs from the expected one; empty where it does not."""
-    expected = load(Path(directory) / "expected.npy", spec.dtype)
+    expected = load(Path(directory) / "expected.npy", spec.dst_dtype)
     error = distance(dst, expected)
     bound = np.zeros((), np.float32) if exact else np.load(Path(directory) / "bound.npy")
     wrong = ~(error <= bound)  # NaN is wrong too

@@ -18,9 +18,13 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 #: Bytes of one element.
-BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "i32": 4}
+BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "u8": 1, "i32": 4}
 #: What a spec's dtype may be.
 DTYPES = ("f32", "f16", "bf16", "i8")
+#: What the tensors of a layer of 8-bit integers may be.
+QUANTISED = {"src": ("i8", "u8"), "weights": ("i8", "u8"), "dst": ("i8", "u8", "i32", "f32")}
+#: The least and the largest number of the types that results are rounded to.
+RANGES = {"i8": (-128, 127), "u8": (0, 255)}
 #: Half the distance from 1 to the next number: the largest relative error of rounding to it.
 UNIT_ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
 #: The largest absolute error of rounding numbers so small that they lose digits (subnormal ones).
@@ -31,7 +35,7 @@ LARGEST = {"f32": (2 - 2.0**-23) * 2.0**127, "f16": 65504.0, "bf16": (2 - 2.0**-
 ACCUMULATOR = "f32"
 
 
-_NUMPY = {"f32": "float32", "f16": "float16", "i8": "int8", "i32": "int32"}
+_NUMPY = {"f32": "float32", "f16": "float16", "i8": "int8", "u8": "uint8", "i32": "int32"}
 
 
 @functools.cache

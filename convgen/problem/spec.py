@@ -1,9 +1,10 @@
 """ConvSpec: what a convolution is, independent of how it is computed.
 
 A spec means ONNX's ``Conv`` / ``ConvTranspose`` (cross-correlation) followed by bias, residual and
-activation: ``dst = activation(conv(src, weights) + bias + residual)``. Of 8-bit integers it means ``QLinearConv``
-whose zero points are 0: ``dst = saturate(round(activation((conv(src, weights) + bias) * scale)))``, where the sum is
-a 32-bit integer, the rest f32, ties are rounded to even and ``scale`` is a tensor ``[oc]``.
+activation: ``dst = activation(conv(src, weights) + bias + residual)``. Of 8-bit integers it means ``QLinearConv``:
+``dst = saturate(round(activation((conv(src - src_zero, weights - weights_zero) + bias) * scale)) + dst_zero)``, where
+the sum is a 32-bit integer, the rest f32, ties are rounded to even and ``scale`` is a tensor ``[oc]``; see
+``docs/quantised.md``.
 
 This module imports neither NumPy nor TVM, so that the command line can refuse a wrong spec at once.
 """
@@ -22,20 +23,21 @@ from typing import Any
 
 from ..errors import SpecError
 from .activation import Activation
-from .dtypes import BYTES, DTYPES
+from .dtypes import BYTES, DTYPES, QUANTISED
 from .layout import LAYOUTS, Blocks
+from .tokens import ACCURACIES, DST, FLAGS, PADDING_WORDS, SIZES, joined, read_token
 
 #: Version of the canonical form. A new field with a neutral default does not change it.
 CANONICAL_VERSION = 1
 
 OPERATORS = tuple(f"{op}{rank}d" for op in ("conv", "convtranspose") for rank in (1, 2, 3))
-ACCURACIES = ("strict", "standard", "relaxed", "tf32")
-PADDING_WORDS = ("valid", "same", "same_lower")
 #: Tensors that are bound once, in the order in which functions take them.
-PARAMETERS = ("weights", "bias", "slope", "scale")
+PARAMETERS = ("weights", "bias", "slope", "scale", "src_zero", "weights_zero", "dst_zero")
 INT32_MAX = 2**31 - 1
-#: Most products of i8 in one sum. Their sum then leaves the bias 1,179,647 of the range of 32-bit integers.
-MOST_I8_PRODUCTS = 131_000
+
+#: Types of single tensors. Fields that are resolved where they are empty -> the field whose value they get.
+TYPES = ("src_dtype", "weights_dtype", "dst_dtype")
+RESOLVED = {"dst_layout": "layout", **dict.fromkeys(TYPES, "dtype")}
 
 Pair = tuple[int, int]
 Spatial = tuple[int, ...]
@@ -130,13 +132,18 @@ class ConvSpec:
         residual: whether a tensor of the output's shape is added before the activation.
         accuracy: the class of its error bound (:mod:`convgen.problem.accuracy`): ``strict``, ``standard``,
             ``relaxed``, or ``tf32``, whose products may be of operands of 11 bits.
-        dtype: how tensors are stored: ``f32``, ``f16`` or ``bf16``; sums are f32 whatever it is. Or ``i8``: src,
-            weights and dst are, the bias is i32, the scale f32 (:attr:`dtypes`). It is exact, takes no
-            residual, no activation but ``relu``, no accuracy but ``standard``, and is not transposed.
+        dtype: how tensors are stored: ``f32``, ``f16`` or ``bf16``; sums are f32 whatever it is. Or ``i8``: a layer
+            of 8-bit integers, whose sums and bias are i32 and whose scale is f32 (:attr:`dtypes`). It is exact,
+            takes no residual, no activation but ``relu`` and ``clip``, and no accuracy but ``standard``.
         layout: of src: ``nchw`` (1-D ``ncw``, 3-D ``ncdhw``), ``nhwc``, or in blocks of 8 or 16 channels,
             ``nchw8c`` or ``nchw16c``, of which ic is a multiple (:mod:`convgen.problem.layout`).
             Weights are always ``[oc, ic/groups, *kernel]``, transposed ``[ic, oc/groups, *kernel]``.
         dst_layout: of dst and residual; src's where it is empty or None. Stored resolved.
+        src_dtype, weights_dtype: of an i8 layer, ``i8`` or ``u8``; dtype where empty. Stored resolved.
+        dst_dtype: of an i8 layer, ``i8`` or ``u8``, ``i32``: the sums themselves, without scale and activation, or
+            ``f32``: what would be rounded.
+        src_zero, weights_zero, dst_zero: whether an i8 layer's tensor has a zero point: the stored number that means
+            0, of the tensor's own type; ``[1]``, of weights ``[oc]``. src is padded with its zero point.
 
     Raises:
         SpecError: a field is not what it must be, or the fields do not fit together.
@@ -160,6 +167,12 @@ class ConvSpec:
     dtype: str = "f32"
     layout: str = "nchw"
     dst_layout: str = ""
+    src_dtype: str = ""
+    weights_dtype: str = ""
+    dst_dtype: str = ""
+    src_zero: bool = False
+    weights_zero: bool = False
+    dst_zero: bool = False
     output_spatial: InitVar[Any] = field(default=None, kw_only=True)
 
     def __post_init__(self, output_spatial: Any) -> None:
@@ -178,13 +191,15 @@ class ConvSpec:
         put("in_spatial", _spatial("in_spatial", raw, rank, 1))
         for name, minimum in (("kernel", 1), ("stride", 1), ("dilation", 1), ("output_padding", 0)):
             put(name, _spatial(name, getattr(self, name), rank, minimum))
-        for name in ("transposed", "bias", "residual"):
+        for name in ("transposed", "bias", *FLAGS):
             put(name, _flag(name, getattr(self, name)))
         put("activation", str(Activation.parse(self.activation)))
         for name, known in (("accuracy", ACCURACIES), ("dtype", DTYPES)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 raise SpecError(name, f"one of {', '.join(known)}", repr(value))
+        for name in TYPES:
+            put(name, getattr(self, name) or self.dtype)
         put("layout", _layout("layout", self.layout, rank))
         same = self.dst_layout is None or (isinstance(self.dst_layout, str) and not self.dst_layout)
         put("dst_layout", _layout("dst_layout", self.layout if same else self.dst_layout, rank))
@@ -203,8 +218,7 @@ class ConvSpec:
                 raise SpecError(f"output_padding[{axis}]", f"below max(stride, dilation) = {limit}", extra)
         self._resolve_padding(output_spatial, put)
         self._check_sizes()
-        if self.dtype == "i8":
-            self._check_i8()
+        self._check_types()
 
     def _resolve_padding(self, wanted: Any, put: Any) -> None:
         rank, word = self.rank, self.padding if isinstance(self.padding, str) else None
@@ -256,18 +270,28 @@ class ConvSpec:
             if math.prod(shape) > INT32_MAX:
                 raise SpecError(name, f"at most {INT32_MAX} elements (int32 indexing)", f"shape {shape}")
 
-    def _check_i8(self) -> None:
-        for name, why, neutral in (
-            ("transposed", "false for i8, as ONNX has no such operator", (False,)),
-            ("residual", "false for i8, as it would have a scale of its own", (False,)),
-            ("activation", "none or relu for i8, as others do not commute with rounding to it", ("none", "relu")),
-            ("accuracy", "standard for i8, which is exact", ("standard",)),
+    def _check_types(self) -> None:
+        """That tensors have types and zero points only where they are integers, which take less than floats."""
+        for tensor, known in QUANTISED.items():
+            name, expected = f"{tensor}_dtype", known if self.is_quantised else (self.dtype,)
+            if (dtype := getattr(self, name)) not in expected:
+                raise SpecError(name, f"one of {', '.join(expected)} with dtype {self.dtype}", repr(dtype))
+            if getattr(self, f"{tensor}_zero") and dtype not in ("i8", "u8"):
+                raise SpecError(f"{tensor}_zero", f"false for {tensor} of {dtype}", True)
+        if not self.is_quantised:
+            return
+        plain = self.activation == "none" or (self.dst_dtype != "i32" and self.activation_op.name in ("relu", "clip"))
+        for name, why, allowed in (
+            ("residual", "false for i8, as it would have a scale of its own", not self.residual),
+            (
+                "activation",
+                "none, relu or clip for i8, of i32 none, as others do not commute with rounding to it",
+                plain,
+            ),
+            ("accuracy", "standard for i8, which is exact", self.accuracy == "standard"),
         ):
-            if getattr(self, name) not in neutral:
+            if not allowed:
                 raise SpecError(name, why, getattr(self, name))
-        if self.reduction_length > MOST_I8_PRODUCTS:
-            expected = f"at most {MOST_I8_PRODUCTS} products of i8 in a sum of 32 bits"
-            raise SpecError("ic/groups * kernel", expected, self.reduction_length)
 
     # ---- shapes -------------------------------------------------------------------------------
 
@@ -333,7 +357,7 @@ class ConvSpec:
 
     @property
     def shapes(self) -> dict[str, Spatial]:
-        """Shape of each tensor by name: ``src weights [bias] [slope] [scale] [residual] dst``; the ones it lacks are
+        """Shape of each tensor by name: :data:`PARAMETERS` between src and ``[residual] dst``; the ones it lacks are
         absent.
         """
         shapes = {"src": self.src_shape, "weights": self.weights_shape}
@@ -341,8 +365,10 @@ class ConvSpec:
             shapes["bias"] = (self.oc,)
         if self.has_slope:
             shapes["slope"] = (self.oc,)
-        if self.dtype == "i8":
+        if self.is_quantised and self.dst_dtype != "i32":
             shapes["scale"] = (self.oc,)
+        zeros = {"src_zero": (1,), "weights_zero": (self.oc,), "dst_zero": (1,)}
+        shapes |= {name: shape for name, shape in zeros.items() if getattr(self, name)}
         if self.residual:
             shapes["residual"] = self.dst_shape
         return {**shapes, "dst": self.dst_shape}
@@ -350,12 +376,14 @@ class ConvSpec:
     @property
     def dtypes(self) -> dict[str, str]:
         """How each tensor of :attr:`shapes` is stored."""
-        own = {"bias": "i32", "scale": "f32"} if self.dtype == "i8" else {}
+        own = {"src": self.src_dtype, "weights": self.weights_dtype, "dst": self.dst_dtype}
+        if self.is_quantised:
+            own |= {f"{name}_zero": dtype for name, dtype in own.items()} | {"bias": "i32", "scale": "f32"}
         return {name: own.get(name, self.dtype) for name in self.shapes}
 
     @property
     def parameters(self) -> list[str]:
-        """The tensors that are bound once: ``weights [bias] [slope] [scale]``."""
+        """The tensors that are bound once, of :data:`PARAMETERS`."""
         return [name for name in PARAMETERS if name in self.shapes]
 
     @property
@@ -366,6 +394,18 @@ class ConvSpec:
     def has_slope(self) -> bool:
         """Whether a slope tensor ``[oc]`` is bound with the weights (prelu)."""
         return self.activation == "prelu"
+
+    @property
+    def is_quantised(self) -> bool:
+        """A layer of 8-bit integers."""
+        return self.dtype == "i8"
+
+    @property
+    def is_plainly_quantised(self) -> bool:
+        """A convolution from i8 to i8 whose zero points are 0: the layer of integers that every schedule knows."""
+        plain = {self.src_dtype, self.weights_dtype, self.dst_dtype} == {"i8"} and not self.transposed
+        zeros = self.src_zero or self.weights_zero or self.dst_zero
+        return self.is_quantised and plain and not zeros
 
     @property
     def out_pixels(self) -> int:
@@ -428,11 +468,11 @@ class ConvSpec:
 
     @property
     def canonical(self) -> dict[str, Any]:
-        """The versioned canonical form: JSON values, without fields at their default and a dst_layout that is src's."""
+        """The versioned canonical form: JSON values, without fields at their default or resolved to another's."""
         form: dict[str, Any] = {"version": CANONICAL_VERSION}
         default = ConvSpec(self.n, self.ic, self.oc, (1,) * self.rank, (1,) * self.rank)
         for name, value in self.to_dict().items():
-            required = name in ("n", "ic", "oc", "in_spatial", "kernel", "dst_layout")
+            required = name in ("n", "ic", "oc", "in_spatial", "kernel") or name in RESOLVED
             if required or value != _listed(getattr(default, name)):
                 form[name] = value
         return form
@@ -449,21 +489,21 @@ class ConvSpec:
         words = [self.operator, f"n{self.n}", f"ic{self.ic}", f"oc{self.oc}"]
         if self.groups > 1:
             words.append(f"g{self.groups}")
-        words += [_join("i", self.in_spatial), _join("k", self.kernel), _join("s", self.stride)]
+        words += [joined("i", self.in_spatial), joined("k", self.kernel), joined("s", self.stride)]
         words.append("p" + "x".join(str(b) if b == e else f"{b}_{e}" for b, e in self.padding))
         if set(self.dilation) != {1}:
-            words.append(_join("d", self.dilation))
+            words.append(joined("d", self.dilation))
         if any(self.output_padding):
-            words.append(_join("op", self.output_padding))
+            words.append(joined("op", self.output_padding))
         if not self.bias:
             words.append("nobias")
-        if self.residual:
-            words.append("residual")
+        words += [name for name in FLAGS if getattr(self, name)]
+        words += [f"{name.removesuffix('dtype')}{getattr(self, name)}" for name in TYPES if self._differs(name)]
         for name, neutral in (("activation", "none"), ("dtype", "f32"), ("layout", "nchw"), ("accuracy", "standard")):
             if getattr(self, name) != neutral:
                 words.append(getattr(self, name))
-            if name == "layout" and self.dst_layout != self.layout:
-                words.append(f"{_DST}{self.dst_layout}")
+            if name == "layout" and self._differs("dst_layout"):
+                words.append(f"{DST}{self.dst_layout}")
         return " ".join(words)
 
     @property
@@ -491,12 +531,12 @@ class ConvSpec:
             raise SpecError("operator", f"one of {', '.join(OPERATORS)}", repr(tokens[0] if tokens else text))
         values: dict[str, Any] = {"transposed": tokens[0].startswith("convtranspose")}
         rank = int(tokens[0][-2])
-        sizes = [token for token in tokens if _SIZES.match(token)]
+        sizes = [token for token in tokens if SIZES.match(token)]
         if "i8" in sizes and (rank > 1 or len(sizes) > 1):  # in 1-D it is a size, too
             tokens.remove("i8")
             values["dtype"] = "i8"
         for token in tokens[1:]:
-            name, value = _token(token, rank)
+            name, value = read_token(token, rank)
             if name in values:
                 raise SpecError(token, f"{name} at most once", "a second one")
             values[name] = value
@@ -525,74 +565,24 @@ class ConvSpec:
             raise SpecError(error.field, error.expected, error.found, where or error.where) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values, but a dst_layout that is src's; :meth:`from_dict` reads them back."""
+        """All fields as JSON values, but those that are resolved to another's value; :meth:`from_dict` reads them."""
         values = {f.name: _listed(getattr(self, f.name)) for f in fields(self)}
-        if self.dst_layout == self.layout:
-            del values["dst_layout"]
-        return values
+        return {name: value for name, value in values.items() if name not in RESOLVED or self._differs(name)}
+
+    def _differs(self, name: str) -> bool:
+        """Whether a field of :data:`RESOLVED` is another than what it is where it is empty."""
+        return bool(getattr(self, name) != getattr(self, RESOLVED[name]))
 
     def with_(self, **changes: Any) -> ConvSpec:
-        """A copy with some fields changed; checked like a new one. Where dst's layout is src's, it stays so."""
+        """A copy with some fields changed; checked like a new one. Where dst's layout is src's, it stays so; types and
+        zero points of single tensors go with another dtype.
+        """
         if "layout" in changes and self.dst_layout == self.layout:
             changes = {"dst_layout": "", **changes}
+        if changes.get("dtype", self.dtype) != self.dtype:
+            changes = {**dict.fromkeys(TYPES, ""), **dict.fromkeys(FLAGS[1:], False), **changes}
         return replace(self, output_spatial=None, **changes)
 
 
 def _listed(value: Any) -> Any:
     return [_listed(v) for v in value] if isinstance(value, tuple) else value
-
-
-def _join(letter: str, values: Spatial) -> str:
-    return letter + "x".join(map(str, values))
-
-
-# ASCII digits only, and no more of them than int() accepts.
-_NUMBER = re.compile(r"(n|ic|oc|g|op|i|k|s|d)([0-9]{1,18}(?:x[0-9]{1,18})*)\Z")
-_SIZES = re.compile(r"i[0-9x]+\Z")
-_PADS = re.compile(r"p([0-9]{1,18}(?:_[0-9]{1,18})?(?:x[0-9]{1,18}(?:_[0-9]{1,18})?)*)\Z")
-#: What a layout token of dst begins with.
-_DST = "dst_"
-_SCALARS = {"n": "n", "ic": "ic", "oc": "oc", "g": "groups"}
-_SPATIALS = {"i": "in_spatial", "k": "kernel", "s": "stride", "d": "dilation", "op": "output_padding"}
-
-
-def _axes(token: str, parts: list[str], rank: int) -> list[str]:
-    if len(parts) not in (1, rank):
-        raise SpecError(token, f"1 or {rank} values", f"{len(parts)}")
-    return parts * rank if len(parts) == 1 else parts
-
-
-def _token(token: str, rank: int) -> tuple[str, Any]:
-    """One descriptor token -> (field, value)."""
-    if match := _NUMBER.match(token):
-        letter, parts = match[1], match[2].split("x")
-        if letter in _SCALARS:
-            if len(parts) != 1:
-                raise SpecError(token, "one number", f"{len(parts)}")
-            return _SCALARS[letter], int(parts[0])
-        if letter == "i" and len(parts) != rank:
-            raise SpecError(token, f"{rank} sizes joined by x", len(parts))
-        return _SPATIALS[letter], tuple(map(int, _axes(token, parts, rank)))
-    if match := _PADS.match(token):
-        axes = [[int(v) for v in part.split("_")] for part in _axes(token, match[1].split("x"), rank)]
-        return "padding", tuple((axis[0], axis[-1]) for axis in axes)
-    if token.removeprefix("p") in PADDING_WORDS:
-        return "padding", token.removeprefix("p")
-    if token == "nobias":
-        return "bias", False
-    if token == "residual":
-        return "residual", True
-    if token in DTYPES:
-        return "dtype", token
-    if token.removeprefix(_DST) in LAYOUTS:
-        return "dst_layout" if token.startswith(_DST) else "layout", token.removeprefix(_DST)
-    if token in ACCURACIES:
-        return "accuracy", token
-    try:
-        return "activation", str(Activation.parse(token))
-    except SpecError as error:
-        if "(" in token:
-            raise
-        raise SpecError(
-            token, "a descriptor token (see `convgen show --help`)", "an unknown or malformed one"
-        ) from error

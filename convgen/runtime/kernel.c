@@ -151,9 +151,12 @@ int convgen_enter(const convgen_call *c, char *main_workspace, convgen_function 
 
 /* ---- arguments ------------------------------------------------------------------------------- */
 
+/* Tensors that are bound once: weights, bias and so on. */
+enum { PARAMETERS = 7 };
+
 typedef struct {
-    convgen_dltensor tensors[CONVGEN_MAX_PACKED + 4];
-    convgen_any args[CONVGEN_MAX_PACKED + 4];
+    convgen_dltensor tensors[CONVGEN_MAX_PACKED + PARAMETERS];
+    convgen_any args[CONVGEN_MAX_PACKED + PARAMETERS];
     int count;
 } arguments;
 
@@ -248,6 +251,9 @@ int convgen_kernel_sizes(const convgen_kernel *kernel, int threads, convgen_size
         .bias = kernel->bias.bytes,
         .slope = kernel->slope.bytes,
         .scale = kernel->scale.bytes,
+        .src_zero = kernel->src_zero.bytes,
+        .weights_zero = kernel->weights_zero.bytes,
+        .dst_zero = kernel->dst_zero.bytes,
         .residual = images * kernel->residual.bytes,
         .dst = images * kernel->dst.bytes,
         .packed = kernel->packed_size,
@@ -261,15 +267,25 @@ int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *a
     if (args == NULL)
         return CONVGEN_NULL_POINTER;
     const convgen_pack_args a = *args;
-    RETURN_UNLESS_OK(check_tensor(a.weights, a.weights_size, &kernel->weights));
-    RETURN_UNLESS_OK(check_tensor(a.bias, a.bias_size, &kernel->bias));
-    RETURN_UNLESS_OK(check_tensor(a.slope, a.slope_size, &kernel->slope));
-    RETURN_UNLESS_OK(check_tensor(a.scale, a.scale_size, &kernel->scale));
+    const struct {
+        const convgen_tensor *tensor;
+        const void *data;
+        size_t size;
+    } parameters[PARAMETERS] = {
+        {&kernel->weights, a.weights, a.weights_size},
+        {&kernel->bias, a.bias, a.bias_size},
+        {&kernel->slope, a.slope, a.slope_size},
+        {&kernel->scale, a.scale, a.scale_size},
+        {&kernel->src_zero, a.src_zero, a.src_zero_size},
+        {&kernel->weights_zero, a.weights_zero, a.weights_zero_size},
+        {&kernel->dst_zero, a.dst_zero, a.dst_zero_size},
+    };
+    for (int i = 0; i < PARAMETERS; ++i)
+        RETURN_UNLESS_OK(check_tensor(parameters[i].data, parameters[i].size, parameters[i].tensor));
     RETURN_UNLESS_OK(convgen_check_buffer(a.packed, a.packed_size, kernel->packed_size, CONVGEN_ALIGNMENT));
-    if (convgen_overlap(a.packed, a.packed_size, a.weights, a.weights_size) ||
-        convgen_overlap(a.packed, a.packed_size, a.bias, a.bias_size) ||
-        convgen_overlap(a.packed, a.packed_size, a.slope, a.slope_size) || convgen_overlap(a.packed, a.packed_size, a.scale, a.scale_size))
-        return CONVGEN_OVERLAP;
+    for (int i = 0; i < PARAMETERS; ++i)
+        if (convgen_overlap(a.packed, a.packed_size, parameters[i].data, parameters[i].size))
+            return CONVGEN_OVERLAP;
     if (!kernel->cpu_supported())
         return CONVGEN_UNSUPPORTED_CPU;
 
@@ -282,10 +298,8 @@ int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *a
         memset((char *)a.packed + t->offset + t->bytes, 0, convgen_round_up(t->bytes) - t->bytes);
     }
     arguments list = {.count = 0};
-    push(&list, &kernel->weights, a.weights);
-    push(&list, &kernel->bias, a.bias);
-    push(&list, &kernel->slope, a.slope);
-    push(&list, &kernel->scale, a.scale);
+    for (int i = 0; i < PARAMETERS; ++i)
+        push(&list, parameters[i].tensor, parameters[i].data);
     push_packed(&list, kernel, a.packed);
     const convgen_call c = {.pool = NULL};
     if (convgen_enter(&c, NULL, kernel->pack, list.args, list.count) != CONVGEN_OK)

@@ -1,6 +1,6 @@
 /* What all convgen libraries share. Several of their headers can be included together. */
 #ifndef CONVGEN_ABI
-#define CONVGEN_ABI 2
+#define CONVGEN_ABI 3
 
 #include <stddef.h>
 
@@ -38,7 +38,7 @@ typedef void (*convgen_parallel_for)(void *context, int count, void (*body)(void
 
 /* Bytes of every buffer; 0 where the layer has no such tensor. */
 typedef struct {
-    size_t src, weights, bias, slope, scale, residual, dst, packed, workspace;
+    size_t src, weights, bias, slope, scale, src_zero, weights_zero, dst_zero, residual, dst, packed, workspace;
 } convgen_sizes;
 
 /* Tensors are dense, row-major, of the element type that <name>.h states. Those the layer does not
@@ -52,6 +52,12 @@ typedef struct {
     size_t slope_size;
     const void *scale;
     size_t scale_size;
+    const void *src_zero;
+    size_t src_zero_size;
+    const void *weights_zero;
+    size_t weights_zero_size;
+    const void *dst_zero;
+    size_t dst_zero_size;
     void *packed; /* out: aligned to 64 bytes */
     size_t packed_size;
 } convgen_pack_args;
@@ -74,6 +80,6 @@ typedef struct {
 }
 #endif
 
-#elif CONVGEN_ABI != 2
+#elif CONVGEN_ABI != 3
 #error "headers of convgen libraries with different ABI versions are included together"
 #endif

@@ -40,7 +40,8 @@ from convgen.lowering.schedule import Candidate, Picks
 from convgen.problem.activation import DEFAULTS
 from convgen.problem.dtypes import DTYPES
 from convgen.problem.layout import PLAIN
-from convgen.problem.spec import ACCURACIES, OPERATORS, ConvSpec
+from convgen.problem.spec import OPERATORS, ConvSpec
+from convgen.problem.tokens import ACCURACIES
 
 NATIVE = resolve()
 SEED, COUNT = 3, 300

@@ -15,7 +15,8 @@ from convgen.check.fuzz.drawing import FEATURES
 from convgen.check.random_specs import SMALL, Limits, Seeded, random_spec
 from convgen.problem.activation import DEFAULTS
 from convgen.problem.dtypes import DTYPES
-from convgen.problem.spec import ACCURACIES, OPERATORS, ConvSpec
+from convgen.problem.spec import OPERATORS, ConvSpec
+from convgen.problem.tokens import ACCURACIES
 
 COUNT = 2000
 

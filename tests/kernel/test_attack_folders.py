@@ -154,7 +154,7 @@ def test_a_manifest_of_another_layer_is_refused(exported: Path, spec: ConvSpec) 
     """The hash is right. Smaller arrays would pass the checks in Python and be read beyond their end."""
     fields = {"descriptor": spec.descriptor, "key": spec.key, "fields": spec.to_dict()}
     with pytest.raises(
-        ExportError, match=r"liblayer\.so: expected convgen ABI 2; conv2d .*, found convgen ABI 2; conv2d "
+        ExportError, match=r"liblayer\.so: expected convgen ABI 3; conv2d .*, found convgen ABI 3; conv2d "
     ):
         load(altered(exported, lambda manifest: manifest.update(spec=fields)))
 
@@ -176,7 +176,7 @@ def test_another_library_under_the_same_name_is_refused(exported: Path, tmp_path
         load(exported)
     data = (exported / "liblayer.so").read_bytes()
     files = {"liblayer.so": {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
-    with pytest.raises(ExportError, match="expected convgen ABI 2; "):
+    with pytest.raises(ExportError, match="expected convgen ABI 3; "):
         load(altered(exported, lambda manifest: manifest.update(files=files)))
 
 

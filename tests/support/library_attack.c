@@ -158,7 +158,8 @@ static void attack_pack(void)
 {
     buffer b[] = {make(sizes.weights, 4), make(sizes.bias, 4), make(sizes.packed, 64)};
     fill(b[0], 1), fill(b[1], 2);
-    convgen_pack_args args = {b[0].start, b[0].size, b[1].start, b[1].size, NULL, 0, NULL, 0, b[2].start, b[2].size};
+    convgen_pack_args args = {.weights = b[0].start, .weights_size = b[0].size, .bias = b[1].start,
+                              .bias_size = b[1].size, .packed = b[2].start, .packed_size = b[2].size};
     argument arguments[] = {
         {&args.weights, &args.weights_size, b[0], 0, 0, 0},
         {&args.bias, &args.bias_size, b[1], 0, 0, 0},
