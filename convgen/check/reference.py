@@ -62,7 +62,7 @@ def run_onnxruntime(
     residual: npt.ArrayLike | None = None,
     *,
     threads: int = 1,
-    **others: npt.ArrayLike,
+    **others: Any,
 ) -> Array:
     """The spec's output ``dst_shape``, computed once: weights fed as inputs, nothing fused.
 
@@ -105,7 +105,7 @@ class OrtReference:
         residual: npt.ArrayLike | None = None,
         *,
         threads: int = 1,
-        **others: npt.ArrayLike,
+        **others: Any,
     ) -> None:
         data = _data(spec, src, residual, weights=weights, bias=bias, slope=slope, **others)
         inputs = {name: data[name] for name in ("src", "residual") if name in data}

@@ -29,6 +29,7 @@ from ..problem.activation import Activation
 from ..problem.dtypes import BYTES, UNDERFLOW, UNIT_ROUNDOFF
 from ..problem.layout import Blocks
 from ..problem.spec import PARAMETERS, ConvSpec
+from . import example_integers
 from .load import MANIFEST
 from .names import check_export_name
 from .packages import Package, package_files
@@ -284,8 +285,8 @@ def header_text(interface: Interface) -> str:
     for name, tensor in interface.arguments.items():
         sizes = ", ".join(map(str, tensor.shape))
         lines.append(f" *   {name:9}[{', '.join(axes[name])}] = [{sizes}], {tensor.dtype}, {tensor.bytes} bytes")
-    if interface.spec.dtype == "i8":
-        lines.append(" *   (i8 is int8_t, i32 int32_t, f32 float)")
+    if interface.spec.is_quantised:
+        lines.append(" *   (i8 is int8_t, u8 uint8_t, i32 int32_t, f32 float)")
     lines.append(f" *   packed    {interface.packed_size} bytes, aligned to {ALIGNMENT}")
     common = {
         "name": interface.name,
@@ -329,9 +330,8 @@ def _meaning(spec: ConvSpec) -> str:
     operation = "conv_transpose" if spec.transposed else "conv"
     terms = [f"{operation}(src, weights)"] + ["bias"] * spec.bias + ["residual"] * spec.residual
     total = " + ".join(terms)
-    if spec.dtype == "i8":
-        total = f"({total}) * scale" if spec.bias else f"{total} * scale"
-        return f"dst = saturate(round({total if spec.activation == 'none' else f'{spec.activation}({total})'}))"
+    if spec.is_quantised:
+        return example_integers.meaning(spec, operation)
     return f"dst = {total}" if spec.activation == "none" else f"dst = {spec.activation_op.name}({total})"
 
 
@@ -344,21 +344,16 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
     extra = [name for name in spec.shapes if name not in ("src", "weights", "dst")]
     values = {"bias": "-4, 4", "slope": "-1, 1", "residual": "-4, 4"}
     made = {name: f"    {name} = tensor(sizes.{name}, {low_high});\n" for name, low_high in values.items()}
-    operands = ["src", "weights", *extra]
-    if spec.dtype == "i8":
-        operands = ["src", "weights"]
-        loop = "    for (long oc = 0; oc < OC; ++oc)\n"
-        made = {
-            name: f"    {name} = buffer(sizes.{name});\n{loop}        {name}[oc] = {value};\n"
-            for name, value in {"bias": "(int32_t)(oc * 7 % 9 - 4)", "scale": "0.25f * (float)(1 + oc % 3)"}.items()
-        }
+    operands, numbers = ["src", "weights", *extra], ("-4, 4", "-2, 2")
+    if spec.is_quantised:
+        operands, numbers, made = ["src"], example_integers.values(spec), example_integers.parameters()
 
     def fields(*names: str) -> str:
         return "".join(f"        .{x} = {x},\n        .{x}_size = sizes->{x},\n" for x in names if x in extra)
 
     epilogue = ""
     if spec.bias:
-        value = "(double)bias[oc]" if spec.dtype == "i8" else "value(bias[oc])"
+        value = "value(bias[oc])"
         epilogue += f"    sum += {value};\n    absolute += fabs({value});\n"
     if spec.residual:
         value = "value(residual[offset(n, OC, OC_BLOCK, oc, out_size, out)])"
@@ -389,11 +384,15 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
         padding=_three(tuple(begin for begin, _ in spec.padding), 0),
         dilation=_three(spec.dilation, 1),
         step=_step(spec),
-        element=_ELEMENTS[spec.dtype],
+        element=_elements(spec),
+        src_values=numbers[0],
+        weights_values=numbers[1],
+        src_zero=" - *src_zero" * spec.src_zero,
+        weights_zero=" - weights_zero[oc]" * spec.weights_zero,
         globals=", ".join(f"*{name}" for name in operands),
         ic_block=spec.src_blocks.size,
         oc_block=spec.dst_blocks.size,
-        activation=_rounded(spec) if spec.dtype == "i8" else _activation(spec.activation_op),
+        activation=example_integers.result(spec) if spec.is_quantised else _activation(spec.activation_op),
         position=_TRANSPOSED_POSITION if spec.transposed else _POSITION,
         weight="ic * OC_GROUP + oc % OC_GROUP" if spec.transposed else "oc * IC_GROUP + c",
         epilogue=epilogue,
@@ -432,15 +431,15 @@ static element stored(float x) /* a small whole number: nothing to round */
     memcpy(&bits, &x, sizeof bits);
     return (element)(bits >> 16);
 }""",
-    "i8": """\
-typedef int8_t element;
-
-static int32_t *bias;
-static float *scale;
-
-static double value(element x) { return x; }
-static element stored(float x) { return (element)x; }""",
 }
+
+
+def _elements(spec: ConvSpec) -> str:
+    """The types of tensors in C; of floats, all have one."""
+    if spec.is_quantised:
+        return example_integers.elements(spec)
+    return f"{_ELEMENTS[spec.dtype]}\ntypedef element dst_element;"
+
 
 _INDENT = " " * 24
 _POSITION = f"{_INDENT}in[axis] = out[axis] * stride[axis] - padding[axis] + tap[axis] * dilation[axis];"
@@ -469,8 +468,8 @@ def _step(spec: ConvSpec) -> int:
 def _allowed(spec: ConvSpec, factor: float | None) -> str:
     """The error that is allowed, in C: rounding before the activation, then the activation's own."""
     op = spec.activation_op
-    if spec.dtype == "i8":
-        return "0 * magnitude"
+    if spec.is_quantised:
+        return "0x1p-20 * magnitude" if spec.dst_dtype == "f32" else "0 * magnitude"
     if factor is None:
         factor = spec.reduction_length + 4
     # A transform's error depends on all of its tile: where a window's numbers happen to be small, take the mean of all,
@@ -484,12 +483,6 @@ def _allowed(spec: ConvSpec, factor: float | None) -> str:
             f"(fabs(expected) + {rounding}) * {UNIT_ROUNDOFF[spec.dtype]!r} + {UNDERFLOW[spec.dtype]!r} + {rounding}"
         )
     return rounding
-
-
-def _rounded(spec: ConvSpec) -> str:
-    """The sum ``x`` as i8, as a C expression."""
-    value = "fmax(x * scale[oc], 0)" if spec.activation == "relu" else "x * scale[oc]"
-    return f"fmin(fmax(nearbyint({value}), -128), 127)"
 
 
 def _activation(op: Activation) -> str:

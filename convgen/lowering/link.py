@@ -538,11 +538,11 @@ def _shape(name: str, tensor: TensorInfo) -> str:
 
 
 def _tensor(name: str, tensor: TensorInfo, offset: int) -> str:
-    return f"{{{len(tensor.shape)}, {_DTYPES[tensor.dtype]}, {name}_shape, {tensor.bytes}, {offset}}}"
+    return f"{{{len(tensor.shape)}, {DLPACK_DTYPES[tensor.dtype]}, {name}_shape, {tensor.bytes}, {offset}}}"
 
 
 #: DLPack's code, bits and lanes; the compiled code takes bfloat16 as its bits.
-_DTYPES = {
+DLPACK_DTYPES = {
     "f32": "{2, 32, 1}",
     "f16": "{2, 16, 1}",
     "bf16": "{1, 16, 1}",

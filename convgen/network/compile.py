@@ -16,7 +16,7 @@ from ..errors import BuildError
 from ..folders import TemporaryFolder
 from ..hardware.isa import asked
 from ..hardware.target import Target
-from ..lowering.interface import TensorInfo, round_up
+from ..lowering.interface import TensorInfo, boundary, round_up
 from ..lowering.link import link_network
 from ..lowering.lower import compile_function, compile_object, lower
 from ..lowering.schedule import Candidate
@@ -123,8 +123,8 @@ def _size(label: str, plan: Plan, calls: tuple[Call, ...], compiled: Mapping[Fun
     return Size(
         label=label,
         dims=tuple(graph.dims.items()),
-        inputs=tuple(TensorInfo(name, graph.shapes[name]) for name in graph.inputs),
-        outputs=tuple(TensorInfo(name, graph.shapes[tensor]) for name, tensor in named),
+        inputs=tuple(TensorInfo(name, graph.shapes[name], graph.dtype(name)) for name in graph.inputs),
+        outputs=tuple(TensorInfo(name, graph.shapes[tensor], graph.dtype(tensor)) for name, tensor in named),
         calls=calls,
         arena=plan.arena,
         workspace_main=max((round_up(workspace.main) for workspace in workspaces), default=0),
@@ -253,13 +253,13 @@ def _call(plan: Plan, step: Step, number: int, packed: Sequence[TensorInfo], beg
         return replace(found, offset=found.offset + constants) if found.space == WEIGHTS else found
 
     if not isinstance(function, Product):
-        return Call(number, tuple((plan.shape(name) or (1,), place(name)) for name in (*step.inputs, step.output)))
-    shapes = function.spec.core.shapes
+        return Call(number, tuple((plan.info(name), place(name)) for name in (*step.inputs, step.output)))
+    tensors = boundary(function.spec.core)
     names = ["src"] + ["residual"] * function.spec.residual
-    given = [(shapes[name], place(tensor)) for name, tensor in zip(names, step.inputs, strict=True)]
+    given = [(tensors[name], place(tensor)) for name, tensor in zip(names, step.inputs, strict=True)]
     offsets = packed_offsets(packed, begin)
-    weights = [(info.shape, Place(WEIGHTS, 0, offset)) for info, offset in zip(packed, offsets, strict=True)]
-    return Call(number, (*given, *weights, (shapes["dst"], place(step.output))))
+    weights = [(info, Place(WEIGHTS, 0, offset)) for info, offset in zip(packed, offsets, strict=True)]
+    return Call(number, (*given, *weights, (tensors["dst"], place(step.output))))
 
 
 def with_candidates(plan: Plan, choose: Callable[[ConvSpec], Candidate | None]) -> None:

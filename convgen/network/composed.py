@@ -132,9 +132,11 @@ def rms_normalization(r: Reading) -> None:
 
 
 def cast(r: Reading) -> None:
-    """Between f32 and truth values, which are 0 and 1 here."""
+    """Between f32 and truth values, which are 0 and 1 here; and of integers to f32."""
     source, wanted = r.input(), r.get("to")
-    if wanted not in TYPES:
+    if r.graph.dtype(source) != "f32" and wanted == TensorProto.FLOAT:
+        return r.end("cast", [source])
+    if wanted not in (TensorProto.FLOAT, TensorProto.BOOL) or r.graph.dtype(source) != "f32":
         raise Refusal(f"a cast to {TensorProto.DataType.Name(wanted).lower()}; f32 is supported")
     given = r.scope.dtype(r.given(0))
     if wanted == TensorProto.BOOL and given == TensorProto.FLOAT:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from tvm import te, tirx
 
 from ..errors import BuildError
-from ..lowering.compute import ACCUMULATOR, Expr, Index, activate, erf, exponential, flat, unflat
+from ..lowering.compute import ACCUMULATOR, INTEGER, Expr, Index, activate, erf, exponential, flat, quantise, unflat
 from ..problem.activation import Activation
 from .graph import ROW_MAJOR, Attributes, Shape
 
@@ -145,6 +145,25 @@ def _sign(x: Expr) -> Expr:
     return tirx.Select(x > const(0), const(1), tirx.Select(x < const(0), const(-1), x))
 
 
+def _quantised(op: Operation, values: list[Expr]) -> Expr:
+    """``saturate(round(x / scale) + zero)``, a whole number; QuantizeLinear."""
+    x, scale, *zero = values
+    whole = quantise(x / scale, op["dtype"], zero[0].astype(INTEGER) if zero else None)
+    return whole.astype(ACCUMULATOR)
+
+
+def _dequantised(op: Operation, values: list[Expr]) -> Expr:
+    """``(x - zero) * scale``; DequantizeLinear. An i32 is rounded to f32 first."""
+    x, scale, *zero = values
+    return (x.astype(ACCUMULATOR) - zero[0] if zero else x.astype(ACCUMULATOR)) * scale
+
+
+def _centred(op: Operation, values: list[Expr]) -> Expr:
+    """Sums of products, less a zero point times the sums of what it was multiplied by; all i32."""
+    sums, zero, totals = values
+    return sums - zero.astype(INTEGER) * totals.astype(INTEGER)
+
+
 def _prelu(op: Operation, values: list[Expr]) -> Expr:
     x, slope = values
     return tirx.Select(x < const(0), x * slope, x)
@@ -185,6 +204,10 @@ ELEMENTWISE: dict[str, Kind] = {
     "not_equal": _compared(lambda a, b: tirx.Not(a.equal(b))),
     "not": _unary(lambda x: const(1) - x),
     "where": _elementwise(lambda op, values: tirx.Select(values[0] > const(0), values[1], values[2])),
+    "quantise": _elementwise(_quantised),
+    "dequantise": _elementwise(_dequantised),
+    "centre": _elementwise(_centred),
+    "cast": _unary(lambda x: x.astype(ACCUMULATOR)),
     "scale_shift": _elementwise(lambda op, values: values[0] * values[1] + values[2]),
 }
 
@@ -267,13 +290,16 @@ def _concatenated(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
 
 
 def _padded(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
-    (operand, *_), begins, mode = op.operands, op["begins"], op["mode"]
+    (operand, *given), begins, mode = op.operands, op["begins"], op["mode"]
 
     def at(index: Index) -> Expr:
         own = [i - begin for i, begin in zip(index, begins, strict=True)]
         if mode == "constant":
             inside = [c for i, size in zip(own, operand.shape, strict=True) for c in (i >= 0, i < size)]
-            return tirx.if_then_else(tirx.all(*inside), operand.at(own), const(op["value"]))
+            value = operand.at(own)
+            number = op["value"] if value.ty.dtype == ACCUMULATOR else int(op["value"])
+            around = given[0].at(()) if given else tirx.const(number, value.ty.dtype)
+            return tirx.if_then_else(tirx.all(*inside), value, around)
         kept = zip(own, operand.shape, op.shape, begins, strict=True)
         return operand.at(
             [
@@ -351,7 +377,8 @@ def _pool(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
         inside = [c for i, size, needed in kept if needed for c in (i >= 0, i < size)]
         value = operand.at([*index[:-rank], *where])
         if op["mode"] == "max":
-            return te.max(tirx.if_then_else(tirx.all(*inside), value, const(LOWEST)) if inside else value, taps)
+            lowest = const(LOWEST) if value.ty.dtype == ACCUMULATOR else te.min_value(value.ty.dtype)
+            return te.max(tirx.if_then_else(tirx.all(*inside), value, lowest) if inside else value, taps)
         share = _share(op, pixel, bounds)
         value = value * share
         return te.sum(tirx.if_then_else(tirx.all(*inside), value, const(0)) if inside else value, taps)
@@ -513,6 +540,8 @@ REDUCES: dict[str, Kind] = {
     "lrn": Kind(_lrn, lanes="blocks"),
 }
 
+#: Those that take integers and give what they took.
+INTEGER_KINDS = frozenset({*MOVES, "identity", "pool"} - {"resize"})
 #: Every operator by its name.
 KINDS: dict[str, Kind] = {**ELEMENTWISE, **MOVES, **REDUCES}
 

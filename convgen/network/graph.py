@@ -1,6 +1,6 @@
 """What a network is: convolutions with their epilogues, the operators between them, and the tensors that connect them.
 
-Tensors are f32 and have the model's shapes; how each lies in memory is decided later (:mod:`convgen.network.plan`).
+Tensors have the model's shapes and types; how each lies in memory is decided later (:mod:`convgen.network.plan`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UnsupportedError
+from ..problem.dtypes import BYTES
 from ..problem.spec import ConvSpec
 
 Shape: TypeAlias = tuple[int, ...]
 F32 = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 #: Plain row-major order: what a network's own inputs and outputs have, and tensors without channels.
 ROW_MAJOR = "nchw"
 #: Attributes of an operator by name: numbers, text, and tuples of them.
@@ -32,7 +34,7 @@ class Convolution:
     Attributes:
         name: of the node it was.
         spec: what it computes, of plain tensors: the plan chooses layouts.
-        parameters: ``weights [bias] [slope]`` as the spec says.
+        parameters: as the spec says.
         inputs: ``src [residual]``.
         output: dst.
         rows: the tensors are matrices ``[…, channels]``, rows of which are the spec's pixels: what the spec calls
@@ -41,7 +43,7 @@ class Convolution:
 
     name: str
     spec: ConvSpec
-    parameters: Mapping[str, F32]
+    parameters: Mapping[str, Array]
     inputs: tuple[str, ...]
     output: str
     rows: bool = False
@@ -76,6 +78,7 @@ class Graph:
         name: of the model.
         nodes: in an order in which every input is computed before it is used.
         shapes: of every tensor.
+        dtypes: of the tensors that are not f32: ``u8``, ``i8`` or ``i32``.
         constants: tensors that are known.
         inputs, outputs: of the network, in the model's order.
         names: what the model calls its outputs.
@@ -85,10 +88,11 @@ class Graph:
     name: str
     nodes: list[Node]
     shapes: dict[str, Shape]
-    constants: dict[str, F32]
+    constants: dict[str, Array]
     inputs: list[str]
     outputs: list[str]
     names: list[str]
+    dtypes: dict[str, str] = field(default_factory=dict)
     dims: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -117,6 +121,14 @@ class Graph:
         """Elements of a tensor."""
         return math.prod(self.shapes[name])
 
+    def dtype(self, name: str) -> str:
+        """How a tensor is stored."""
+        return self.dtypes.get(name, "f32")
+
+    def bytes(self, name: str) -> int:
+        """Of a tensor."""
+        return BYTES[self.dtype(name)] * self.size(name)
+
     def order(self) -> None:
         """Sort the nodes, and leave out those that no output depends on.
 
@@ -134,6 +146,7 @@ class Graph:
         read = {name for node in self.nodes for name in node.inputs} | {*self.inputs, *self.outputs}
         kept = read | {node.output for node in self.nodes}
         self.shapes = {name: shape for name, shape in self.shapes.items() if name in kept}
+        self.dtypes = {name: dtype for name, dtype in self.dtypes.items() if name in kept}
         self.constants = {name: array for name, array in self.constants.items() if name in read}
 
 

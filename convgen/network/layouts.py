@@ -23,8 +23,6 @@ from .graph import ROW_MAJOR, Convolution, Graph, Node, Operator, Shape
 
 #: Operators after which elements may lie in another order.
 _REORDERING = ("reshape", "transpose")
-#: Bytes of an element.
-ELEMENT = 4
 #: How many times longer a pass takes that reads one element here and one there.
 _SCATTERED = 4
 
@@ -81,10 +79,10 @@ class Costs:
             self._known[spec] = _predicted(spec, self.target)
         return self._known[spec]
 
-    def copy(self, elements: int, ordered: bool = True, times: int = 1) -> float:
-        """Seconds to read and write so many elements, so many times: in one order, or from scattered places."""
+    def copy(self, size: int, ordered: bool = True, times: int = 1) -> float:
+        """Seconds to read and write so many bytes, so many times: in one order, or from scattered places."""
         core = core_of(self.target)
-        cycles = 2 * ELEMENT * elements * times / core.l3 * (1 if ordered else _SCATTERED)
+        cycles = 2 * size * times / core.l3 * (1 if ordered else _SCATTERED)
         return (cycles / self.target.cores + core.region) / core.hertz
 
 
@@ -194,14 +192,14 @@ class LayoutSearch:
         shape = self.graph.shapes[name]
         if len(shape) < 3 or same_memory(shape, layouts[name], wanted):
             return 0.0
-        return self.costs.copy(self.graph.size(name), ordered=False)
+        return self.costs.copy(self.graph.bytes(name), ordered=False)
 
     def _operator(self, node: Operator, layouts: Mapping[str, str]) -> float:
         """A pass over its tensors, slower where their orders differ, or where neighbours are not read together."""
         shapes, output = self.graph.shapes, node.output
         if node.kind in _REORDERING:
             keeps = keeps_order(self.graph, node, layouts)
-            return 0.0 if keeps else self.costs.copy(self.graph.size(output), ordered=False)
+            return 0.0 if keeps else self.costs.copy(self.graph.bytes(output), ordered=False)
         read = [name for name in node.inputs if name not in self.graph.constants]
         alike = all(
             same_memory(shapes[name], layouts[name], layouts[output])
@@ -210,11 +208,11 @@ class LayoutSearch:
         )
         if node.kind in ("concat", "slice") and alike and lies_apart(self.graph, node, layouts[output]):
             return 0.0
-        elements = max(self.graph.size(name) for name in (*read, output))
+        size = max(self.graph.bytes(name) for name in (*read, output))
         if KINDS[node.kind].reduces and layouts[output] == ROW_MAJOR and len(shapes[output]) > 2:
             alike = False  # neighbours are summed, or windows begin at odd places
         taps = math.prod(node.attributes.get("kernel", (1,)))
-        return self.costs.copy(elements, alike, times=max(1, taps // 4))
+        return self.costs.copy(size, alike, times=max(1, taps // 4))
 
 
 def lies_apart(graph: Graph, node: Operator, layout: str) -> bool:
@@ -286,6 +284,7 @@ def lay(graph: Graph, costs: Costs) -> Laid:
             copied = made[name, layout] = graph.fresh(f"{name}@{layout}")
             nodes.append(Operator(name, "identity", (name,), copied))
             graph.shapes[copied], layouts[copied] = shape, layout
+            graph.dtypes[copied] = graph.dtype(name)
         return made[name, layout]
 
     for node in graph.nodes:
@@ -304,6 +303,7 @@ def lay(graph: Graph, costs: Costs) -> Laid:
         if len(shape) >= 3 and not same_memory(shape, choice.dst, layouts[output]):
             output = graph.fresh(f"{node.output}@{choice.dst}")
             graph.shapes[output], layouts[output] = shape, choice.dst
+            graph.dtypes[output] = graph.dtype(node.output)
             made[node.output, choice.dst] = output
         nodes.append(replace(node, spec=spec, inputs=inputs, output=output))
         candidates[output] = choice.candidate

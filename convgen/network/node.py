@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,15 @@ from onnx import NodeProto, TensorProto, helper
 
 from ..errors import SpecError
 from ..formats.onnx.graph import Scope, static, text
+from ..problem.dtypes import numpy_dtype
 from ..problem.spec import INT32_MAX
-from .graph import F32, Operator, Shape
+from .expressions import INTEGER_KINDS
+from .graph import Graph, Node, Operator, Shape
 
-#: Types of tensors: truth values are 0 and 1, and never a network's own inputs or outputs.
-TYPES = (TensorProto.FLOAT, TensorProto.BOOL)
+#: ONNX's numbers of types, and how such tensors are stored; only those of f32 are a network's own inputs or outputs.
+DTYPES = {TensorProto.FLOAT: "f32", TensorProto.UINT8: "u8", TensorProto.INT8: "i8", TensorProto.INT32: "i32"}
+#: Types of tensors: truth values are 0 and 1 of f32.
+TYPES = (*DTYPES, TensorProto.BOOL)
 
 
 class Refusal(Exception):  # noqa: N818  (an answer more than an error)
@@ -28,8 +32,7 @@ class Reading:
     Args:
         scope: the graph it stands in.
         opset: its version.
-        constants: what tensors that it brings with it are added to.
-        shapes: the same of all tensors that it makes or reads.
+        graph: what the tensors that it makes or reads, and the constants that it brings with it, are added to.
         types: of tensors that it may read and make.
     """
 
@@ -38,15 +41,14 @@ class Reading:
         scope: Scope,
         node: NodeProto,
         opset: int,
-        constants: dict[str, F32],
-        shapes: dict[str, Shape],
+        graph: Graph,
         types: Sequence[int] = TYPES,
     ) -> None:
-        self.scope, self.node, self.opset, self.constants, self.shapes = scope, node, opset, constants, shapes
-        self.types = types
+        self.scope, self.node, self.opset, self.graph, self.types = scope, node, opset, graph, types
+        self.constants, self.shapes = graph.constants, graph.shapes
         self.name = scope.name(node)
         self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        self.operators: list[Operator] = []
+        self.nodes: list[Node] = []
 
     def get(self, name: str, default: Any = None) -> Any:
         """An attribute; text as str, several numbers as a tuple."""
@@ -68,13 +70,15 @@ class Reading:
         return shape
 
     def tensor(self, name: str) -> str:
-        """An operand, f32 or truth values, recorded with its shape, and with its value where that is constant."""
+        """An operand, recorded with its shape and type, and with its value where that is constant."""
         if name in self.shapes:
             return name
         self.check_type(name)
         self.shapes[name] = self.shape(name)
+        if (dtype := DTYPES.get(self.scope.dtype(name), "f32")) != "f32":
+            self.graph.dtypes[name] = dtype
         if self.scope.constant(name):
-            self.constants[name] = np.asarray(self.scope.value(name), np.float32, order="C")
+            self.constants[name] = np.asarray(self.scope.value(name), numpy_dtype(dtype), order="C")
         return name
 
     def check_type(self, name: str) -> None:
@@ -143,10 +147,23 @@ class Reading:
             raise Refusal(f"a tensor without elements: {list(shape)}")
         if math.prod(shape) > INT32_MAX:
             raise Refusal(f"a tensor of more than {INT32_MAX} elements: {list(shape)}")
-        output = output or self._fresh(str(len(self.operators)))
+        output = output or self._fresh(str(len(self.nodes)))
         self.shapes[output] = shape
-        self.operators.append(Operator(self.name, kind, tuple(inputs), output, attributes))
+        if (dtype := self._dtype(kind, inputs, attributes)) != "f32":
+            self.graph.dtypes[output] = dtype
+        self.nodes.append(Operator(self.name, kind, tuple(inputs), output, attributes))
         return output
+
+    def _dtype(self, kind: str, inputs: Sequence[str], attributes: Mapping[str, Any]) -> str:
+        """What an operator gives: f32 of f32, and of integers where it only moves or compares them."""
+        if kind in ("quantise", "dequantise", "centre", "cast"):
+            return str(attributes["dtype"]) if kind == "quantise" else "i32" if kind == "centre" else "f32"
+        taken = {self.graph.dtype(name) for name in inputs}
+        if taken <= {"f32"}:
+            return "f32"
+        if kind not in INTEGER_KINDS or len(taken) > 1 or attributes.get("mode", "max") == "mean":
+            raise Refusal(f"{kind} of {', '.join(sorted(taken))}; f32 is supported")
+        return taken.pop()
 
     def end(self, kind: str, inputs: Sequence[str], **attributes: Any) -> None:
         """The operator that computes the node's output."""

@@ -12,7 +12,7 @@ from onnx import NodeProto
 from ..errors import SpecError, UnsupportedError
 from ..formats.onnx.graph import Scope
 from . import composed
-from .graph import F32, Operator, Shape
+from .graph import Graph, Node, Shape
 from .node import TYPES, Reading, Refusal
 from .resizing import resize_tables
 
@@ -21,32 +21,33 @@ def read_node(
     scope: Scope,
     node: NodeProto,
     opset: int,
-    constants: dict[str, F32],
-    shapes: dict[str, Shape],
+    graph: Graph,
+    readers: Mapping[str, Callable[[Reading], None]],
     types: Sequence[int] = TYPES,
-) -> list[Operator]:
-    """The operators that a node means; see :class:`~convgen.network.node.Reading`.
+) -> list[Node]:
+    """The nodes of a network that a node means, whose tensors are added to its graph; see
+    :class:`~convgen.network.node.Reading`.
 
     Raises:
         Refusal: it is not taken, and why.
     """
     if any(attribute.g.node or attribute.graphs for attribute in node.attribute):
         raise Refusal("graphs inside of nodes are not taken")
-    if node.op_type not in READERS:
+    if node.op_type not in readers:
         raise Refusal("no such operator is known here")
-    reading = Reading(scope, node, opset, constants, shapes, types)
+    reading = Reading(scope, node, opset, graph, types)
     if any(reading.scope.users[name] or name in scope.outputs for name in node.output[1:] if name) and (
-        node.op_type not in ("Split",)
+        node.op_type not in ("Split", "DynamicQuantizeLinear")
     ):
         raise Refusal("an output but the first is used")
     try:
-        READERS[node.op_type](reading)
-        for operator in reading.operators:
-            if operator.output in node.output and scope.dtype(operator.output):
-                reading.check_type(operator.output)
+        readers[node.op_type](reading)
+        for made in reading.nodes:
+            if made.output in node.output and scope.dtype(made.output):
+                reading.check_type(made.output)
     except (SpecError, UnsupportedError) as error:
         raise Refusal(str(error)) from error
-    return reading.operators
+    return reading.nodes
 
 
 #: Most operands of one operator: steps take a limited number of tensors.

@@ -11,9 +11,9 @@ from tvm import te
 
 from ..errors import BuildError, ConvgenError
 from ..hardware.target import Target
-from ..lowering.compute import ACCUMULATOR, Expr
+from ..lowering.compute import INTEGER, STORAGE, Expr, widen
 from ..problem.layout import Blocks
-from .expressions import BLOCK, KINDS, Lazy, Operation, const, kind
+from .expressions import BLOCK, INTEGER_KINDS, KINDS, Lazy, Operation, const, kind
 from .graph import ROW_MAJOR, Graph, Shape
 from .layouts import physical
 from .views import Group, is_number
@@ -34,13 +34,13 @@ class Pass:
 
     Attributes:
         operators: kind, attributes, operands and shape of each. Operands are numbers: inputs first, then operators.
-        inputs: shape and layout of each input.
-        output: shape and layout.
+        inputs: shape, layout and dtype of each input.
+        output: the same.
     """
 
     operators: tuple[tuple[str, tuple[tuple[str, Any], ...], tuple[int | float, ...], Shape], ...]
-    inputs: tuple[tuple[Shape, str], ...]
-    output: tuple[Shape, str]
+    inputs: tuple[tuple[Shape, str, str], ...]
+    output: tuple[Shape, str, str]
 
     @property
     def descriptor(self) -> str:
@@ -61,22 +61,25 @@ def as_pass(group: Group, graph: Graph, layouts: Mapping[str, str]) -> Pass:
         attributes = tuple(sorted(operator.attributes.items()))
         operators.append((operator.kind, attributes, tuple(operands), graph.shapes[operator.output]))
         numbers[operator.output] = len(numbers)
-    inputs = tuple((graph.shapes[name], layouts.get(name, ROW_MAJOR)) for name in group.inputs)
-    return Pass(tuple(operators), inputs, (graph.shapes[group.output], layouts[group.output]))
+    inputs = tuple((graph.shapes[name], layouts.get(name, ROW_MAJOR), graph.dtype(name)) for name in group.inputs)
+    output = graph.shapes[group.output], layouts[group.output], graph.dtype(group.output)
+    return Pass(tuple(operators), inputs, output)
 
 
 # ---- what is computed ---------------------------------------------------------------------------
 
 
-def _input(number: int, shape: Shape, layout: str) -> tuple[te.Tensor, Lazy]:
-    tensor = te.placeholder(physical(shape, layout) or (1,), ACCUMULATOR, f"input{number}")
+def _input(number: int, shape: Shape, layout: str, dtype: str, stays: bool) -> tuple[te.Tensor, Lazy]:
+    """A placeholder and its elements, as f32; i32, and what ``stays`` as it is stored, as themselves."""
+    tensor = te.placeholder(physical(shape, layout) or (1,), STORAGE[dtype], f"input{number}")
 
     def at(index: Sequence[Expr]) -> Expr:
         if not index:
-            return tensor[0]
-        if layout == ROW_MAJOR:
-            return tensor[tuple(index)]
-        return tensor[Blocks(layout, shape[1]).order(index[0], index[1], list(index[2:]))]
+            index = [0]
+        elif layout != ROW_MAJOR:
+            index = Blocks(layout, shape[1]).order(index[0], index[1], list(index[2:]))
+        element = tensor(*index)
+        return element if stays else widen(element, dtype)
 
     return tensor, Lazy(shape, at)
 
@@ -88,8 +91,9 @@ def _number(value: float) -> Lazy:
 def program(made: Pass) -> list[te.Tensor]:
     """Inputs and output of a pass as tensor expressions."""
     placeholders, known = [], list[Lazy]()
-    for number, (shape, layout) in enumerate(made.inputs):
-        tensor, lazy = _input(number, shape, layout)
+    stays = all(name in INTEGER_KINDS for name, *_ in made.operators) and made.output[2] != "f32"
+    for number, given in enumerate(made.inputs):
+        tensor, lazy = _input(number, *given, stays)
         placeholders.append(tensor)
         known.append(lazy)
     stages = iter(range(1 << 20))
@@ -99,14 +103,14 @@ def program(made: Pass) -> list[te.Tensor]:
         return Lazy(shape, lambda index: tensor[tuple(index)])
 
     for position, (name, attributes, operands, shape) in enumerate(made.operators):
-        given = [_number(value) if isinstance(value, float) else known[value] for value in operands]
-        operation = Operation(dict(attributes), given, shape, made.output[1])
+        read = [_number(value) if isinstance(value, float) else known[value] for value in operands]
+        operation = Operation(dict(attributes), read, shape, made.output[1])
         formula = kind(name).formula(operation, stage)
         if position < len(made.operators) - 1 and KINDS[name].reduces:
             known.append(stage(shape, lambda *index, formula=formula: formula(index)))
         else:
             known.append(Lazy(shape, formula))
-    shape, layout = made.output
+    shape, layout, dtype = made.output
     last = known[-1]
 
     def value(*index: Expr) -> Expr:
@@ -117,8 +121,15 @@ def program(made: Pass) -> list[te.Tensor]:
         n, channel, pixel = Blocks(layout, shape[1]).logical(index)
         return last.at((n, channel, *pixel))
 
-    output = te.compute(physical(shape, layout) or (1,), value, name=OUTPUT)
+    output = te.compute(physical(shape, layout) or (1,), lambda *i: stored(value(*i), dtype), name=OUTPUT)
     return [*placeholders, output]
+
+
+def stored(value: Expr, dtype: str) -> Expr:
+    """An element as its tensor is stored: whole numbers of a type of integers were rounded to it before."""
+    if dtype == "f32" or str(value.ty.dtype) == STORAGE[dtype]:
+        return value
+    return value.astype(INTEGER).astype(STORAGE[dtype])
 
 
 # ---- how it is computed -------------------------------------------------------------------------
@@ -192,9 +203,9 @@ def _schedule(sch: Any, block: Any, made: Pass, target: Target) -> None:
 
 def _joined(made: Pass, rank: int) -> int:
     """How many of the innermost loops are one: neighbours in memory that are computed alike."""
-    shape, layout = made.output
+    shape, layout, _ = made.output
     if all(KINDS[name].elementwise for name, *_ in made.operators):
-        if all(given == made.output for given in made.inputs):
+        if all(given[:2] == made.output[:2] for given in made.inputs):
             return rank
         if layout == ROW_MAJOR and len(shape) > 3 and _per_channel(made):
             return rank - 2
@@ -203,16 +214,17 @@ def _joined(made: Pass, rank: int) -> int:
 
 def _per_channel(made: Pass) -> bool:
     """Whether inputs are tensors like the output, or have an element per channel or image."""
-    shape, layout = made.output
+    shape, layout, _ = made.output
     return all(
-        given == (shape, layout) or (math.prod(size[2 - len(shape) :]) == 1 if len(size) > len(shape) - 2 else False)
+        given[:2] == (shape, layout)
+        or (math.prod(size[2 - len(shape) :]) == 1 if len(size) > len(shape) - 2 else False)
         for given, size in ((pair, pair[0]) for pair in made.inputs)
     )
 
 
 def _vectors(made: Pass) -> bool:
     """Whether neighbours are computed as a vector: without conditions on which of them it is."""
-    shape, layout = made.output
+    shape, layout, _ = made.output
     along = {"any", "rows" if layout == ROW_MAJOR else "channels"}
     if layout != ROW_MAJOR and shape[1] % BLOCK == 0:
         along.add("blocks")

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..hardware.target import Target
-from ..lowering.interface import HEADER_BYTES, round_up
+from ..lowering.interface import HEADER_BYTES, TensorInfo, round_up
 from ..lowering.schedule import Candidate
 from ..problem.spec import ConvSpec
-from .graph import F32, ROW_MAJOR, Convolution, Graph, Shape
-from .layouts import ELEMENT, Costs, Laid, lay, physical
+from .graph import ROW_MAJOR, Array, Convolution, Graph, Shape
+from .layouts import Costs, Laid, lay, physical
 from .memory import ARENA, INPUT, OUTPUT, WEIGHTS, Lifetime, Place, arrange
 from .operators import Pass, as_pass
 from .views import Group, View, Views, fuse
@@ -77,6 +77,10 @@ class Plan:
         """A tensor's shape in memory."""
         return physical(self.graph.shapes[name], self.layouts.get(name, ROW_MAJOR))
 
+    def info(self, name: str) -> TensorInfo:
+        """A tensor as a function sees it."""
+        return TensorInfo(name, self.shape(name) or (1,), self.graph.dtype(name))
+
 
 def plan(graph: Graph, target: Target) -> Plan:
     """Layouts, views, passes and places of a graph, which is changed."""
@@ -115,7 +119,7 @@ def _places(
             root = views.root(name).of
             first.setdefault(root, number)
             last[root] = number
-            size[root] = ELEMENT * graph.size(root)
+            size[root] = graph.bytes(root)
     lifetimes = [Lifetime(root, size[root], first[root], last[root]) for root in size if root not in fixed]
     offsets, arena = arrange(lifetimes)
     places = {}
@@ -126,7 +130,7 @@ def _places(
     return places, arena
 
 
-def packed(array: F32) -> bytes:
+def packed(array: Array) -> bytes:
     """A constant as it lies among the weights."""
-    data = np.ascontiguousarray(array, np.float32).tobytes()
+    data = np.ascontiguousarray(array).tobytes()
     return data + bytes(round_up(len(data)) - len(data))

@@ -17,12 +17,16 @@ from ..formats.onnx.file import ModelFile
 from ..formats.onnx.graph import ROOTS, Scope, names_read, static, text
 from ..formats.onnx.layers import folded_graphs
 from ..formats.onnx.node import OnnxLayer
+from ..problem.dtypes import numpy_dtype
 from .graph import Convolution, Graph, Node, Operator
-from .node import TYPES, Refusal
-from .nodes import read_node
+from .integers import READ_INTEGERS, integer_convolution
+from .node import DTYPES, TYPES, Refusal
+from .nodes import READERS, read_node
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+_READERS = {**READERS, **READ_INTEGERS}
 
 
 def read_graph(source: str | Path | ModelProto, dims: Mapping[str, int] | None = None) -> Graph:
@@ -33,7 +37,7 @@ def read_graph(source: str | Path | ModelProto, dims: Mapping[str, int] | None =
         NotTakenError: of nodes that are not taken: names each of them, and why.
     """
     with ModelFile(source) as file:
-        (scope, layers), *_ = folded_graphs(file, dims or {}, arrays=True)
+        (scope, layers), *_ = folded_graphs(file, dims or {}, arrays=True, strict=False)
         name = str(file.proto.graph.name) if not isinstance(source, str | os.PathLike) else Path(source).stem
         graph = _Builder(scope, layers, _opset(file), file.where).graph(identifier(name))
         graph.dims = dict(dims or {})
@@ -77,7 +81,7 @@ def read_partly(file: ModelFile, dims: Mapping[str, int]) -> PartlyRead:
     Raises:
         SpecError: it is not an ONNX model.
     """
-    (scope, layers), *_ = folded_graphs(file, dims, arrays=True)
+    (scope, layers), *_ = folded_graphs(file, dims, arrays=True, strict=False)
     builder = _Builder(scope, layers, _opset(file), file.where)
     return PartlyRead(builder.partial(), list(builder.outside.values()), scope)
 
@@ -119,6 +123,9 @@ class _Builder:
         if not made.shapes.keys() >= set(made.inputs):  # without which no other shape is known
             raise NotTakenError(self.where, self.refused, 0)
         self._read_all(made.outputs)
+        for name in made.outputs:
+            if (dtype := made.dtype(name)) != "f32":
+                self.refused[f"output {name!r}"] = f"expected f32, found {dtype}"
         if self.refused:
             raise NotTakenError(self.where, self.refused, len(self.nodes))
         self._separate_outputs()
@@ -128,7 +135,7 @@ class _Builder:
 
     def partial(self) -> Graph:
         """What is taken, where that need not be all: truth values stay outside, as what networks are given is f32."""
-        self.types = (TensorProto.FLOAT,)
+        self.types = tuple(DTYPES)
         self._begin()
         self._read_all([name for name in self.made.outputs if not self.scope.constant(name)])
         self.made.nodes = list(self.nodes.values())
@@ -167,13 +174,16 @@ class _Builder:
             return []
         if (layer := self.layers.get(value)) is not None:
             try:
-                self.nodes[value] = self._convolution(layer)
-                return [name for name in (layer.src, layer.residual) if name]
+                found = self._convolution(layer)
+                self.nodes |= {node.output: node for node in found}
+                return [name for node in found for name in node.inputs]
             except Refusal as error:  # what was folded into it may be taken by itself
                 self.unread[layer.name] = str(error)
                 del self.layers[value]
         if self.scope.constant(value):
-            self.made.constants[value] = np.asarray(self.scope.value(value), np.float32, order="C")
+            if (dtype := DTYPES.get(self.scope.dtype(value), "f32")) != "f32":
+                self.made.dtypes[value] = dtype
+            self.made.constants[value] = np.asarray(self.scope.value(value), numpy_dtype(dtype), order="C")
             self.made.shapes[value] = self.made.constants[value].shape
             return []
         if (index := self.scope.producers.get(value)) is None:
@@ -186,30 +196,32 @@ class _Builder:
                 raise Refusal(reason)
             if node.domain not in ROOTS:
                 raise Refusal(f"it is of the domain {node.domain!r}")
-            found = read_node(self.scope, node, self.opset, self.made.constants, self.made.shapes, self.types)
+            found = read_node(self.scope, node, self.opset, self.made, _READERS, self.types)
         except Refusal as error:
             self.refused[key] = str(error)
             reads = tuple(name for name in dict.fromkeys(names_read(node)) if not self.scope.constant(name))
             self.outside[index] = Outside(key, str(error), reads, tuple(filter(None, node.output)))
             return [name for name in reads if self.scope.owner(name) is self.scope]
-        self.nodes |= {operator.output: operator for operator in found}
-        return [name for operator in found for name in operator.inputs]
+        self.nodes |= {made.output: made for made in found}
+        return [name for made in found for name in made.inputs]
 
-    def _convolution(self, layer: OnnxLayer) -> Convolution:
+    def _convolution(self, layer: OnnxLayer) -> list[Node]:
         spec = layer.spec
         if spec is None:
             raise Refusal(str(layer.refusal))
-        if spec.dtype != "f32":
-            raise Refusal(f"dtype {spec.dtype}; f32 is supported")
+        if spec.dtype not in ("f32", "i8"):
+            raise Refusal(f"dtype {spec.dtype}; f32 and i8 are supported")
         if spec.n == 0:
             raise Refusal("an empty batch")
         if not layer.arrays:
             raise Refusal("its weights are no constants")
         self.made.shapes |= {layer.src: spec.src_shape, layer.dst: spec.dst_shape}
+        if spec.is_quantised:
+            return integer_convolution(self.scope, self.made, layer, spec)
         if layer.residual:
             self.made.shapes[layer.residual] = spec.dst_shape
         inputs = (layer.src, layer.residual) if layer.residual else (layer.src,)
-        return Convolution(layer.name, spec, layer.arrays, inputs, layer.dst)
+        return [Convolution(layer.name, spec, layer.arrays, inputs, layer.dst)]
 
     def _separate_outputs(self) -> None:
         """Every output is computed, each by itself: one that is an input, a constant or another output is copied."""
@@ -219,4 +231,6 @@ class _Builder:
             copied = self.made.fresh(f"{name}/copy{position}")
             self.nodes[copied] = Operator(name, "identity", (name,), copied)
             self.made.shapes[copied] = self.made.shapes[name]
+            if (dtype := self.made.dtype(name)) != "f32":
+                self.made.dtypes[copied] = dtype
             self.made.outputs[position] = copied

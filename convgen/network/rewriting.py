@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import SpecError
 from ..problem.spec import ConvSpec
 from .graph import F32, Convolution, Graph, Node, Operator
+from .integers import keep_integers, quantise_product
 
 
 def rewrite(graph: Graph) -> None:
@@ -18,8 +19,9 @@ def rewrite(graph: Graph) -> None:
     for change in (_product, _bias):
         _each(graph, change)
     _add_before_transposing(graph)
-    for change in (_residual, _activation):
+    for change in (_residual, _activation, quantise_product):
         _each(graph, change)
+    keep_integers(graph)
     _nest_concats(graph)
     graph.order()
 
@@ -112,7 +114,7 @@ def _bias(graph: Graph, node: Node) -> Convolution | None:
         return None
     for source, other in (node.inputs, node.inputs[::-1]):
         made = _before(graph, node, source)
-        vector = _vector(graph, other, made.spec.oc) if made else None
+        vector = _vector(graph, other, made.spec.oc) if made and not made.spec.is_quantised else None
         if made is None or vector is None or made.spec.residual or graph.shapes[source] != graph.shapes[node.output]:
             continue
         bias = vector + made.parameters["bias"] if made.spec.bias else vector
@@ -159,7 +161,7 @@ def _residual(graph: Graph, node: Node) -> Convolution | None:
     for source, other in (node.inputs, node.inputs[::-1]):
         made = _before(graph, node, source)
         same = graph.shapes[source] == graph.shapes[other] == graph.shapes[node.output] and source != other
-        if made is None or not same or made.spec.residual or other in graph.constants:
+        if made is None or made.spec.is_quantised or not same or made.spec.residual or other in graph.constants:
             continue
         spec, inputs = made.spec.with_(residual=True), (*made.inputs, other)
         return dataclasses.replace(made, spec=spec, inputs=inputs, output=node.output)
@@ -172,7 +174,10 @@ def _activation(graph: Graph, node: Node) -> Convolution | None:
     made = _before(graph, node, node.inputs[0])
     if made is None:
         return None
-    spec = made.spec.with_(activation=node.attributes["activation"])
+    try:
+        spec = made.spec.with_(activation=node.attributes["activation"])
+    except SpecError:  # of integers few are taken
+        return None
     return dataclasses.replace(made, spec=spec, output=node.output)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import BuildError
 from ..lowering.interface import TensorInfo
-from ..lowering.link import NATIVE, cpu_condition
+from ..lowering.link import DLPACK_DTYPES, NATIVE, cpu_condition
 from .memory import ARENA, INPUT, OUTPUT, WEIGHTS, Place
 
 #: Most arguments of a step (``network.c``).
@@ -22,11 +22,11 @@ class Call:
 
     Attributes:
         function: its number.
-        arguments: shape and place of each tensor, in the function's order.
+        arguments: each tensor and its place, in the function's order.
     """
 
     function: int
-    arguments: tuple[tuple[tuple[int, ...], Place], ...]
+    arguments: tuple[tuple[TensorInfo, Place], ...]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _tables(size: Size, suffix: str, shapes: dict[tuple[int, ...], str]) -> list
     for number, call in enumerate(size.calls):
         if len(call.arguments) > MOST_ARGUMENTS:
             raise BuildError(f"step {number}: expected at most {MOST_ARGUMENTS} tensors, found {len(call.arguments)}")
-        made = ", ".join(_argument(shape, place, shapes) for shape, place in call.arguments)
+        made = ", ".join(_argument(tensor, place, shapes) for tensor, place in call.arguments)
         name = f"arguments{suffix}_{number}"
         arguments.append(f"static const convgen_argument {name}[] = {{{made}}};")
         steps.append(f"    {{function{call.function}_main, {name}, {len(call.arguments)}}},")
@@ -173,8 +173,9 @@ def _shape(shape: tuple[int, ...], known: dict[tuple[int, ...], str]) -> str:
     return known.setdefault(shape, f"shape{len(known)}")
 
 
-def _argument(shape: tuple[int, ...], place: Place, known: dict[tuple[int, ...], str]) -> str:
-    return f"{{{len(shape)}, {_shape(shape, known)}, {_SPACES[place.space]}, {place.number}, {place.offset}}}"
+def _argument(tensor: TensorInfo, place: Place, known: dict[tuple[int, ...], str]) -> str:
+    described = f"{len(tensor.shape)}, {DLPACK_DTYPES[tensor.dtype]}, {_shape(tensor.shape, known)}"
+    return f"{{{described}, {_SPACES[place.space]}, {place.number}, {place.offset}}}"
 
 
 def _values(what: str, tensors: Sequence[TensorInfo], known: dict[tuple[int, ...], str]) -> list[str]:

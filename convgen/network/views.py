@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..problem.dtypes import BYTES
 from ..problem.layout import BLOCKS
 from .expressions import KINDS
 from .graph import ROW_MAJOR, Graph, Node, Operator
-from .layouts import ELEMENT, Laid, keeps_order, lies_apart
+from .layouts import Laid, keeps_order, lies_apart
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Views:
         whole = self.graph.shapes[node.inputs[0]]
         starts: tuple[int, ...] = node.attributes["starts"]
         axis = next(i for i, start in enumerate(starts) if start) if any(starts) else 0
-        return ELEMENT * starts[axis] * math.prod(whole[axis + 1 :])
+        return BYTES[self.graph.dtype(node.output)] * starts[axis] * math.prod(whole[axis + 1 :])
 
     def _placed(self, node: Operator) -> list[Node]:
         """Parts that are written where they belong, and copies of those that lie elsewhere."""
@@ -102,9 +103,10 @@ class Views:
                 part = self.graph.fresh(f"{node.output}/part{number}")
                 copies.append(Operator(node.name, "identity", (name,), part))
                 self.graph.shapes[part], self.layouts[part] = self.graph.shapes[name], self.layouts[node.output]
+                self.graph.dtypes[part] = self.graph.dtype(name)
                 self._computed.add(part)
             self.views[part] = View(node.output, offset)
-            offset += ELEMENT * self.graph.size(name)
+            offset += self.graph.bytes(name)
         return copies
 
 

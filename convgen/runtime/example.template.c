@@ -63,8 +63,9 @@ $position
                     if (!inside)
                         continue;
                     const long weight = $weight;
-                    const double product = value(src[offset(n, IC, IC_BLOCK, ic, in_size, in)]) *
-                                           value(weights[((weight * kernel[0] + d) * kernel[1] + h) * kernel[2] + w]);
+                    const double x = value(src[offset(n, IC, IC_BLOCK, ic, in_size, in)])$src_zero;
+                    const double y = value(weights[((weight * kernel[0] + d) * kernel[1] + h) * kernel[2] + w])$weights_zero;
+                    const double product = x * y;
                     sum += product;
                     absolute += fabs(product);
                 }
@@ -94,9 +95,9 @@ int main(void)
     /* How large everything is$sizes_note. */
     convgen_sizes sizes;
     must("sizes", ${name}_sizes($sizes_arguments));
-    src = tensor(sizes.src, -4, 4);
-    weights = tensor(sizes.weights, -2, 2);
-$tensors    element *dst = buffer(sizes.dst);
+    src = tensor(sizes.src, $src_values);
+    weights = (void *)tensor(sizes.weights, $weights_values);
+$tensors    dst_element *dst = buffer(sizes.dst);
     compute(&sizes, dst);
 
     /* Against the plain loops, within what rounding can explain. */

@@ -1,6 +1,6 @@
 /* ---- the library's calls ---------------------------------------------------------------------- */
 
-static void compute(const convgen_sizes *sizes, element *dst)
+static void compute(const convgen_sizes *sizes, dst_element *dst)
 {
     must("check_cpu", ${name}_check_cpu());
     void *packed = buffer(sizes->packed), *workspace = buffer(sizes->workspace);
@@ -31,7 +31,7 @@ $run        .dst = dst,
 
     /* ... and here on two. One pool serves all layers of a program. */
     must("pool_create", ${name}_pool_create(2, &run.pool));
-    element *again = buffer(sizes->dst);
+    dst_element *again = buffer(sizes->dst);
     memset(again, 0xff, sizes->dst);
     run.dst = again;
     must("run with a pool", ${name}_run(&run));

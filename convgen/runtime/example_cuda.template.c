@@ -90,7 +90,7 @@ static void must_on_device(const char *what, int status)
 
 /* ---- the library's calls ---------------------------------------------------------------------- */
 
-static void compute(const convgen_sizes *sizes, element *dst)
+static void compute(const convgen_sizes *sizes, dst_element *dst)
 {
     /* Once, on any machine: pack the weights. */
     void *packed = buffer(sizes->packed);

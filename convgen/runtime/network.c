@@ -250,7 +250,7 @@ static int run_step(const convgen_step *step, const convgen_call *call, char *ma
         tensors[i] = (convgen_dltensor){.data = base + argument->offset,
                                         .device = {1, 0},
                                         .ndim = argument->ndim,
-                                        .dtype = {2, 32, 1},
+                                        .dtype = argument->dtype,
                                         .shape = argument->shape};
         args[i] = (convgen_any){.type_index = 7, .value.v_ptr = &tensors[i]};
     }

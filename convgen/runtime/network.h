@@ -9,9 +9,10 @@
 /* Where a tensor lies. */
 typedef enum { CONVGEN_ARENA, CONVGEN_WEIGHTS, CONVGEN_INPUT, CONVGEN_OUTPUT } convgen_place;
 
-/* An argument of a step: an f32 tensor. */
+/* An argument of a step. */
 typedef struct {
     int32_t ndim;
+    convgen_dtype dtype;
     const int64_t *shape;
     convgen_place place;
     int number; /* of the input or output */

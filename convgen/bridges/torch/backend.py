@@ -19,7 +19,7 @@ from ...errors import SpecError
 from ...hardware.target import resolve
 from ...kernel.kernel import check_threads
 from ...network.network import Network, compile_model
-from ...problem.spec import ACCURACIES
+from ...problem.tokens import ACCURACIES
 from .program import Program
 
 log = logging.getLogger("convgen.bridges.torch")

@@ -199,6 +199,7 @@ class _Walk:
             raise SpecError("file", f"at most {_MAX_DEPTH} messages inside each other", "more", self.where)
         known = _FIELDS[kind]
         pieces: list[bytes] = []
+        references: list[bytes] = []  # come last, as what a tensor says of its data's location must not replace them
         at = start
         while at < end:
             self.fields += 1
@@ -222,13 +223,13 @@ class _Walk:
                 if inside is None:
                     pieces.append(_field(field, self._bytes(size, at, end)))
                 elif inside == _DATA:
-                    pieces.append(_reference(at, size))
+                    references.append(_reference(at, size))
                 elif inside != _DROP:
                     pieces.append(_field(field, self.message(inside, at, at + size, depth + 1)))
                 at += size
             else:
                 raise SpecError("file", "an ONNX model", f"a field of wire type {wire} at byte {at}", self.where)
-        return b"".join(pieces)
+        return b"".join(pieces + references)
 
     def _varint(self, at: int, end: int) -> tuple[int, int]:
         """The number at the file's position, and the position after it."""

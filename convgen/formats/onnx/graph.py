@@ -29,6 +29,7 @@ from onnx import (
 )
 
 from ...errors import SpecError
+from .contrib import spell_out
 from .file import SMALL, ModelFile, first_line
 from .inference import correct_shapes
 
@@ -45,6 +46,7 @@ MAX_ELEMENTS, MAX_STEPS = 1 << 28, 256  # limits of a constant that is computed:
 _FOLDED = {"ConstantOfShape", "Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
 _FOLDED |= {"Flatten", "Concat", "Slice", "Gather", "Expand", "Tile", "DequantizeLinear"}
 _SHAPING = frozenset(_FOLDED - {"Gather", "DequantizeLinear"})
+_FOLDED |= {"QuantizeLinear"}
 _FOLDED |= {"Add", "Sub", "Mul", "Div", "Neg", "Abs", "Sqrt", "Reciprocal", "Pow", "Exp"}
 _FOLDED |= {"Floor", "Ceil", "Max", "Min", "Mod", "Equal", "Where"}
 
@@ -63,6 +65,7 @@ def prepare(file: ModelFile, dims: Mapping[str, int]) -> tuple[list[Scope], list
     _check_text(model, where)
     if model.functions:
         _inline(model, where)
+    spell_out(model)
     opset = max((o.version for o in model.opset_import if o.domain in ROOTS), default=1)
     _check_graph(model.graph, (), opset, where)
     left = _set_dims(model.graph, dict(dims), where)
