@@ -59,6 +59,8 @@ def _objection(part: Graph) -> str:
         return "no convolution or product is among its neighbours that are taken"
     if empty := [name for name in part.inputs if 0 in part.shapes[name]]:
         return f"{empty[0]!r} has no elements"
+    if integers := [name for name in (*part.inputs, *part.outputs) if part.dtype(name) != "f32"]:
+        return f"{integers[0]!r} is of {part.dtype(integers[0])}, and inputs and outputs are f32"
     return ""
 
 
@@ -75,7 +77,8 @@ def _part(graph: Graph, inside: Sequence[Node], read_elsewhere: set[str], name: 
     ]
     constants = {tensor: graph.constants[tensor] for tensor in read if tensor in graph.constants}
     shapes = {tensor: graph.shapes[tensor] for tensor in (*read, *made)}
-    part = Graph(name, list(inside), shapes, constants, inputs, outputs, list(outputs))
+    dtypes = {tensor: graph.dtypes[tensor] for tensor in shapes if tensor in graph.dtypes}
+    part = Graph(name, list(inside), shapes, constants, inputs, outputs, list(outputs), dtypes)
     part.order()
     return part
 
