@@ -21,7 +21,7 @@ from ..errors import MeasureError, SpecError, UnsupportedError
 from ..formats.entries import SpecEntry
 from ..hardware.machine import pinned
 from ..kernel.library import Library, aligned
-from ..problem.dtypes import BYTES, narrow, numpy_dtype, widen
+from ..problem.dtypes import BYTES, RANGES, narrow, numpy_dtype, widen
 from ..problem.spec import ConvSpec
 from .standalone.timing import DUEL_SECONDS, preemptions, repeats, sample
 from .trial import load_artifact
@@ -72,19 +72,20 @@ class Chain:
         chosen = _chosen(self.layers, kernels)
         specs = [kernel.spec for kernel in chosen]
         rng = np.random.default_rng(seed)
-        size = max(math.prod(shape) for spec in specs for shape in (spec.src_shape, spec.dst_shape))
-        back, forth, residual = (_Buffer(size, specs[0].dtype, rng) for _ in range(3))
+        size = max(spec.bytes[name] for spec in specs for name in ("src", "dst"))
+        back, forth, residual = (_Buffer(size, specs[0].src_dtype, rng) for _ in range(3))
         # Not of size 0, where an array's address is any.
         workspace = aligned(max(1, *(kernel.sizes(threads).workspace for kernel in chosen)))
-        self.src = back.shaped(specs[0].src_shape)
+        self.src = back.shaped(specs[0].src_shape, specs[0].src_dtype)
         self.calls: list[Callable[[], None]] = []
         for number, (spec, kernel) in enumerate(zip(specs, chosen, strict=True)):
             packed = kernel.pack(**(parameters[number] if parameters else _parameters(spec, seed + number)))
-            added = residual.shaped(spec.dst_shape) if spec.residual else None
-            src, dst = back.shaped(spec.src_shape), forth.shaped(spec.dst_shape)
+            added = residual.shaped(spec.dst_shape, spec.dst_dtype) if spec.residual else None
+            src = back.shaped(spec.src_shape, spec.src_dtype)
+            dst = forth.shaped(spec.dst_shape, spec.dst_dtype)
             self.calls.append(kernel.prepare(src, packed, dst, added, workspace, threads))
             back, forth = forth, back
-        self._output = back.shaped(specs[-1].dst_shape)
+        self._output = back.shaped(specs[-1].dst_shape, specs[-1].dst_dtype)
         self()
         if not np.isfinite(widen(self._output)).all():
             raise MeasureError(f"chain of {len(specs)} layers: expected finite outputs, found others")
@@ -143,17 +144,18 @@ def _chosen(layers: Sequence[SpecEntry], kernels: Mapping[ConvSpec, Library]) ->
 
 
 class _Buffer:
-    """Memory that layers of any shape up to ``size`` elements write and read."""
+    """Memory that layers write and read, of any shape and type up to ``size`` bytes."""
 
     def __init__(self, size: int, dtype: str, rng: np.random.Generator) -> None:
-        self._elements = aligned(size * BYTES[dtype]).view(numpy_dtype(dtype))
-        if dtype == "i8":
-            self._elements[:] = rng.integers(-128, 128, size)
+        self._bytes = aligned(size)
+        elements = self.shaped((size // BYTES[dtype],), dtype)
+        if dtype in RANGES:
+            elements[:] = rng.integers(*RANGES[dtype], elements.size, endpoint=True)
         else:
-            self._elements[:] = rng.standard_normal(size, np.float32)
+            elements[:] = rng.standard_normal(elements.size, np.float32)
 
-    def shaped(self, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        return self._elements[: math.prod(shape)].reshape(shape)
+    def shaped(self, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+        return self._bytes[: math.prod(shape) * BYTES[dtype]].view(numpy_dtype(dtype)).reshape(shape)
 
 
 def _parameters(spec: ConvSpec, seed: int) -> Arrays:

@@ -145,7 +145,9 @@ def plan_graph(
     """
     rewrite(graph)
     graph.nodes = [
-        replace(node, spec=node.spec.with_(accuracy=accuracy)) if isinstance(node, Convolution) else node
+        replace(node, spec=node.spec.with_(accuracy=accuracy))
+        if isinstance(node, Convolution) and not node.spec.is_quantised
+        else node
         for node in graph.nodes
     ]
     made = plan(graph, target)
