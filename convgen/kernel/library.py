@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import math
 import os
 import sys
 import weakref
@@ -316,8 +315,7 @@ class BaseLibrary(Loaded, ABC):
         if not isinstance(number, int | float):
             return value
         info = self._tensors[name]
-        low, high = RANGES.get(info.dtype, (-math.inf, math.inf))
-        if not low <= number <= high or (info.dtype in RANGES and number != int(number)):
+        if info.dtype in RANGES and number not in range(RANGES[info.dtype][0], RANGES[info.dtype][1] + 1):
             raise KernelError(f"{name}: expected a number of {info.dtype}, found {number}")
         return np.full(info.shape, number, numpy_dtype(info.dtype))
 

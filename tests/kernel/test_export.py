@@ -216,8 +216,10 @@ int main(void)
         bias[i] = 1;
     for (size_t i = 0; i < b.weights / 4; ++i)
         weights[i] = 2;
-    convgen_pack_args p = {weights, a.weights, bias, a.bias, NULL, 0, NULL, 0, packed, a.packed};
-    convgen_pack_args q = {weights, b.weights, bias, b.bias, NULL, 0, NULL, 0, other, b.packed};
+    convgen_pack_args p = {weights, a.weights, bias, a.bias, NULL, 0, NULL, 0, NULL, 0, NULL, 0, NULL, 0,
+                           packed, a.packed};
+    convgen_pack_args q = {weights, b.weights, bias, b.bias, NULL, 0, NULL, 0, NULL, 0, NULL, 0, NULL, 0,
+                           other, b.packed};
     convgen_run_args r = {src, a.src, packed, a.packed, NULL, 0, middle, a.dst, workspace, a.workspace, pool};
     convgen_run_args s = {middle, a.dst, other, b.packed, NULL, 0, dst, b.dst, workspace, b.workspace, pool};
     if (first_pack(&p) || second_pack(&q) || first_run(&r) || second_run(&s))
@@ -286,7 +288,7 @@ def test_manifest(out: Path) -> None:
     assert workspace["bytes"] == workspace["fixed"] + 2 * workspace["per_thread"] >= arguments["dst"]["bytes"]
     assert (manifest["target"], manifest["schedule"], manifest["picks"]) == ("cpu:test", "naive 1", {"tile": 4})
     assert (manifest["seconds"], manifest["error_bound"]["factor"]) == (1.5e-3, 50.0)
-    assert (manifest["abi"], manifest["threads"], manifest["versions"]) == (2, 2, {"convgen": "0"})
+    assert (manifest["abi"], manifest["threads"], manifest["versions"]) == (3, 2, {"convgen": "0"})
     assert set(manifest["files"]) == {path.name for path in out.iterdir()} - {"manifest.json"}
     for name, facts in manifest["files"].items():
         data = (out / name).read_bytes()

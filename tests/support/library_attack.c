@@ -343,7 +343,8 @@ int main(int argc, char **argv)
     fill(inputs[0], 3), fill(inputs[2], 4);
     buffer weights = make(sizes.weights, 4), bias = make(sizes.bias, 4), dst = make(sizes.dst, 4);
     fill(weights, 1), fill(bias, 2);
-    const convgen_pack_args pack = {weights.start, weights.size, bias.start, bias.size, NULL, 0, NULL, 0, inputs[1].start, inputs[1].size};
+    const convgen_pack_args pack = {.weights = weights.start, .weights_size = weights.size, .bias = bias.start,
+                                    .bias_size = bias.size, .packed = inputs[1].start, .packed_size = inputs[1].size};
     CHECK(planted_pack(&pack) == CONVGEN_OK, "pack");
     buffer workspace = make(sizes.workspace, 64);
     const convgen_run_args run = {inputs[0].start, inputs[0].size, inputs[1].start, inputs[1].size,
