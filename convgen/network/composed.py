@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from onnx import TensorProto
 
-from .node import TYPES, Reading, Refusal
+from .node import Reading, Refusal
 
 
 def scaled(activation: Callable[[Reading], tuple[float, str, float]]) -> Callable[[Reading], None]:

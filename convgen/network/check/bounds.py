@@ -26,6 +26,7 @@ from ...check.bounds import even_tolerance, tolerance
 from ...check.reference import run_onnxruntime
 from ...problem.accuracy import ACTIVATION_ERROR, CLASS_FACTOR, SMALLEST_NORMAL, UNIT_ROUNDOFF
 from ...problem.activation import Activation
+from ...problem.dtypes import RANGES, numpy_dtype
 from ..graph import Convolution, Graph, Operator, Shape
 
 F64 = npt.NDArray[np.float64]
@@ -96,6 +97,8 @@ def _convolution(
     node: Convolution, operands: Sequence[Measured], shape: Shape, transforms: bool, accuracy: str
 ) -> Measured:
     """``shape`` is the output's: the spec sees rows of matrices as pixels."""
+    if node.spec.is_quantised:
+        return _of_integers(node, operands[0], shape)
     spec = node.spec.with_(accuracy=accuracy)
     src, *residual = operands
     data: dict[str, Any] = dict(node.parameters) | {"src": src.value.astype(np.float32).reshape(spec.src_shape)}
@@ -117,6 +120,44 @@ def _convolution(
     passed = slope * largest * heaviest * np.sqrt(np.maximum(squares, 0)).reshape(shape)
     added = [slope * other.error.reshape(shape) for other in residual]
     return Measured(value.reshape(shape), _joined(passed, local.reshape(shape), *added))
+
+
+def _of_integers(node: Convolution, src: Measured, shape: Shape) -> Measured:
+    """A convolution of integers is exact but for what errors of src, whole steps of it, become, and a step more where
+    they may round another way.
+    """
+    spec = node.spec
+    given: dict[str, Any] = {**node.parameters, "src": src.value.astype(numpy_dtype(spec.src_dtype))}
+    given["src"] = given["src"].reshape(spec.src_shape)
+    value = np.asarray(run_onnxruntime(spec, **given), np.float64)
+    steps = np.where(src.error >= 0.5, np.rint(src.error), 0).astype(np.float32).reshape(spec.src_shape)
+    weights = np.asarray(given["weights"], np.float32)
+    if spec.weights_zero and not spec.transposed:
+        weights = weights - given["weights_zero"].astype(np.float32).reshape(-1, *(1,) * (spec.rank + 1))
+    plain = spec.with_(dtype="f32", activation="none", bias=False)
+    error = np.asarray(run_onnxruntime(plain, steps, np.abs(weights)), np.float64)
+    if "scale" in given:
+        error = error * np.abs(given["scale"]).reshape(spec.dst_blocks.shape(1, (1,) * spec.rank))
+    if spec.dst_dtype in RANGES:
+        error = np.where(error > 0, np.ceil(error) + 1, 0)
+    elif spec.dst_dtype == "f32":
+        error = error + 4 * _U * np.abs(value)
+    return Measured(value.reshape(shape), error.reshape(shape))
+
+
+def _quantised(call: _Call) -> Measured:
+    """A step more or less where a number that is off may be rounded another way."""
+    x, scale, *zero = call.operands
+    (low, high), at = RANGES[call["dtype"]], zero[0].value if zero else 0.0
+
+    def stored(value: F64) -> F64:
+        return np.asarray(np.clip(np.rint(value) + at, low, high))
+
+    steps = x.value / scale.value
+    off = _joined(x.error / np.abs(scale.value), steps * scale.error / np.abs(scale.value), 4 * _U * steps)
+    value = stored(steps)
+    error = np.maximum(np.abs(stored(steps + off) - value), np.abs(stored(steps - off) - value))
+    return Measured(value, error + (zero[0].error if zero else 0.0))
 
 
 # ---- element by element ------------------------------------------------------------------------
@@ -483,6 +524,10 @@ def _lrn(call: _Call) -> Measured:
 RULES: dict[str, _Rule] = {
     **_POINTWISE,
     **_MOVES,
+    "quantise": _quantised,
+    "dequantise": _pointwise(_plain(lambda x, scale, zero=0.0: (x - zero) * scale), _few),
+    "centre": _pointwise(_plain(lambda sums, zero, totals: sums - zero * totals), lambda value, *_: 0 * value),
+    "cast": _pointwise(_plain(lambda x: x), _few),
     "pool": _pool,
     "reduce": _reduced,
     "product": _product,

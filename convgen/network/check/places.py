@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from ...errors import ValidationError
 from ...lowering.interface import HEADER_BYTES
-from ..layouts import ELEMENT
 from ..memory import ARENA, INPUT, OUTPUT, WEIGHTS, Place
 from ..plan import Plan
 
@@ -21,10 +20,10 @@ _Space = tuple[str, int]
 
 
 class Memory:
-    """The spaces of one run: which tensor each element is of, and which of its elements.
+    """The spaces of one run: which tensor each byte is of, and which of its bytes.
 
     Args:
-        sizes: elements of each space.
+        sizes: bytes of each space.
     """
 
     def __init__(self, sizes: Mapping[_Space, int]) -> None:
@@ -33,21 +32,21 @@ class Memory:
         self._numbers: dict[str, int] = {}
 
     def _part(self, what: str, place: Place, size: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        space, (begin, rest) = (place.space, place.number), divmod(place.offset, ELEMENT)
+        space, begin = (place.space, place.number), place.offset
         known = self._owner.get(space)
-        if known is None or rest or not 0 <= begin <= len(known) - size:
-            end = None if known is None else ELEMENT * len(known)
-            raise ValidationError(f"{what}: expected a place within {end} bytes, found {place} and {size} elements")
+        if known is None or not 0 <= begin <= len(known) - size:
+            end = None if known is None else len(known)
+            raise ValidationError(f"{what}: expected a place within {end} bytes, found {place} and {size} bytes")
         return known[begin : begin + size], self._index[space][begin : begin + size]
 
     def write(self, what: str, place: Place, whole: str, first: int, size: int) -> None:
-        """Elements of a whole tensor, from the ``first`` on, are there now."""
+        """Bytes of a whole tensor, from the ``first`` on, are there now."""
         owner, index = self._part(what, place, size)
         owner[:] = self._numbers.setdefault(whole, len(self._numbers))
         index[:] = np.arange(first, first + size)
 
     def read(self, what: str, place: Place, whole: str, first: int, size: int) -> None:
-        """Require that elements are there.
+        """Require that bytes are there.
 
         Raises:
             ValidationError: something else is, or nothing.
@@ -58,7 +57,7 @@ class Memory:
             names = [*self._numbers, "nothing"]
             found = names[int(owner[wrong[0]])]
             raise ValidationError(
-                f"{what}: expected element {first + int(wrong[0])} of {whole}, found element "
+                f"{what}: expected byte {first + int(wrong[0])} of {whole}, found byte "
                 f"{int(index[wrong[0]])} of {found} at {place}"
             )
 
@@ -71,23 +70,23 @@ def check_places(plan: Plan) -> int:
             constant is written, or an output is not; names the step.
     """
     graph = plan.graph
-    ends = [offset + ELEMENT * graph.size(name) for name, offset in plan.constants.items()]
-    sizes: dict[_Space, int] = {(ARENA, 0): plan.arena // ELEMENT, (WEIGHTS, 0): max(ends, default=0) // ELEMENT}
-    sizes |= {(INPUT, number): graph.size(name) for number, name in enumerate(graph.inputs)}
-    sizes |= {(OUTPUT, number): graph.size(name) for number, name in enumerate(graph.outputs)}
+    ends = [offset + graph.bytes(name) for name, offset in plan.constants.items()]
+    sizes: dict[_Space, int] = {(ARENA, 0): plan.arena, (WEIGHTS, 0): max(ends, default=0)}
+    sizes |= {(INPUT, number): graph.bytes(name) for number, name in enumerate(graph.inputs)}
+    sizes |= {(OUTPUT, number): graph.bytes(name) for number, name in enumerate(graph.outputs)}
     memory, count = Memory(sizes), 0
     for number, name in enumerate(graph.inputs):
-        memory.write(name, Place(INPUT, number, 0), name, 0, graph.size(name))
+        memory.write(name, Place(INPUT, number, 0), name, 0, graph.bytes(name))
     for name, offset in plan.constants.items():
         if offset < HEADER_BYTES:
             raise ValidationError(f"{name}: expected a constant after the header, found it at byte {offset}")
-        memory.write(name, Place(WEIGHTS, 0, offset), name, 0, graph.size(name))
+        memory.write(name, Place(WEIGHTS, 0, offset), name, 0, graph.bytes(name))
 
     def part(name: str) -> tuple[str, int, int]:
-        """The whole that a tensor is of, the element it begins with, and how many it has."""
+        """The whole that a tensor is of, the byte it begins with, and how many it has."""
         view = plan.views.get(name)
-        whole, first = (view.of, view.offset // ELEMENT) if view else (name, 0)
-        return whole, first, graph.size(name)
+        whole, first = (view.of, view.offset) if view else (name, 0)
+        return whole, first, graph.bytes(name)
 
     for step in plan.steps:
         output, place = step.output, plan.places[step.output]
@@ -100,5 +99,5 @@ def check_places(plan: Plan) -> int:
             if not written:
                 memory.write(f"{step.name}: {output}", place, *part(output))
     for number, name in enumerate(graph.outputs):
-        memory.read(name, Place(OUTPUT, number, 0), name, 0, graph.size(name))
+        memory.read(name, Place(OUTPUT, number, 0), name, 0, graph.bytes(name))
     return count
