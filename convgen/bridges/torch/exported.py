@@ -45,10 +45,12 @@ class TorchProgram:
         _check_sizes(self._given)
         values = {**program.constants, **program.state_dict}
         weights = {node: values[str(spec.target)] for node, spec in kinds if spec.kind in _WEIGHTS}
-        self._weights = [weights.get(node) for node in placeholders]
         self._tree = program.call_spec
         self._program = Program(program.graph_module, {**weights, **_attributes(program.graph_module)}, compiled, name)
         self.networks, self.outside = self._program.networks, self._program.outside
+        reads = set(self._program.reads)
+        self._weights = [weights.get(node) if place in reads else None for place, node in enumerate(placeholders)]
+        self._places = [placeholders.index(node) for node in self._given]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives.
@@ -61,9 +63,11 @@ class TorchProgram:
             raise KernelError(f"arguments: expected {self._tree.in_spec}, found {tree}")
         for node, tensor in zip(self._given, given, strict=True):
             _check_input(node, tensor)
-        inputs = iter(given)
+        inputs = list(self._weights)
+        for place, tensor in zip(self._places, given, strict=True):
+            inputs[place] = tensor
         with torch.no_grad():
-            results = self._program(*(next(inputs) if weight is None else weight for weight in self._weights))
+            results = self._program(*inputs)
         return tree_unflatten(list(results), self._tree.out_spec)
 
     def export(self, directory: str | Path, *, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:

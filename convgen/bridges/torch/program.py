@@ -27,6 +27,7 @@ class Program:
     Attributes:
         networks: what convgen computes, in order.
         outside: nodes that PyTorch computes, by name, and why.
+        reads: which of its inputs are read at all; the others are known, and may be anything.
     """
 
     def __init__(self, graph: fx.GraphModule, parameters: Known, compiled: Compile, name: str) -> None:
@@ -40,12 +41,14 @@ class Program:
             except (UnsupportedError, SpecError) as error:  # what its reader alone can tell
                 self.outside |= {node.name: f"{node.target}: {error}" for node in part.nodes}
         self.networks = [call.network for call in calls.values()]
-        self._run = _joined(graph, partition, calls)
+        joined = _joined(graph, partition, calls)
+        self.reads = _drop_unread(joined)
+        self._run = joined.forward
         for node, reason in self.outside.items():
             log.info("%s: %s stays PyTorch's: %s", name, node, reason)
 
     def __call__(self, *inputs: Any) -> Any:
-        return self._run(*inputs)
+        return self._run(*[inputs[place] for place in self.reads])
 
 
 class NetworkCall(nn.Module):  # type: ignore[misc]
@@ -141,6 +144,18 @@ def _joined(whole: fx.GraphModule, partition: Partition, calls: dict[Part, Netwo
     joined.graph.eliminate_dead_code()
     joined.recompile()
     return joined
+
+
+def _drop_unread(graph: fx.GraphModule) -> list[int]:
+    """Take out the inputs that nothing reads: of weights there are hundreds. Returns the places of those that stay."""
+    reads = []
+    for place, node in enumerate(graph.graph.find_nodes(op="placeholder")):
+        if node.users:
+            reads.append(place)
+        else:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return reads
 
 
 def _item(results: list[Tensor], place: int) -> Tensor:
