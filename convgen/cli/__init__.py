@@ -23,7 +23,7 @@ _STATUS = """\
 Exit status:
     0  all is well
     1  a kernel failed validation, or a build failed
-    2  wrong usage or a wrong spec
+    2  wrong usage, a wrong spec, or a model of which something is not taken
     3  records, an export or a file could not be read or written
   130  interrupted; what was measured is kept
 """

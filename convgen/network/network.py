@@ -24,7 +24,7 @@ from .library import NetworkLibrary
 from .plan import Plan, Product, plan
 from .reading import read_graph
 from .rewriting import rewrite
-from .sizes import Dims, every_size
+from .sizes import Dims, Shared, every_size
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -181,7 +181,8 @@ def compile_network(
         BuildError: TVM, LLVM or the C compiler failed.
     """
     check_native(target)
-    graphs = [read_graph(source, size) for size in every_size(dims or {})]
+    shared = Shared()
+    graphs = [shared.take(read_graph(source, size)) for size in every_size(dims or {})]
     if wrong := [graph for graph in graphs if (graph.inputs, graph.names) != (graphs[0].inputs, graphs[0].names)]:
         raise UnsupportedError(
             f"dims: expected the same inputs and outputs at every size, found others at {wrong[0].dims}"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from ..errors import SpecError
+from .graph import F32, Convolution, Graph
 
 #: Sizes of symbolic dimensions by name: one, or those that a library is made for.
 Dims = Mapping[str, int | Sequence[int]]
@@ -37,6 +42,31 @@ def labels_of(sizes: Sequence[Mapping[str, int]]) -> list[str]:
     differing = [name for name in sizes[0] if len({size[name] for size in sizes}) > 1]
     labels = ["_".join(f"{_plain(name)}{size[name]}" for name in differing) for size in sizes]
     return labels if len(set(labels)) == len(sizes) else [f"size{number}" for number in range(len(sizes))]
+
+
+class Shared:
+    """Graphs of one model at several sizes, whose weights are in memory once."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, F32] = {}
+
+    def take(self, graph: Graph) -> Graph:
+        """The graph with the arrays of an earlier one where they are alike."""
+        graph.constants = self._arrays(graph.constants)
+        graph.nodes = [
+            replace(node, parameters=self._arrays(node.parameters)) if isinstance(node, Convolution) else node
+            for node in graph.nodes
+        ]
+        return graph
+
+    def _arrays(self, arrays: Mapping[str, F32]) -> dict[str, F32]:
+        return {name: self._known.setdefault(_digest(array), array) for name, array in arrays.items()}
+
+
+def _digest(array: F32) -> bytes:
+    digest = hashlib.sha256(repr((array.shape, array.dtype.str)).encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()
 
 
 def _plain(name: str) -> str:

@@ -17,7 +17,7 @@ _WIDTH, _MARGIN, _STEP, _HEADING = 760, 24, 27, 34
 #: Where the axis begins and ends.
 _BEGIN, _END = 200, 720
 #: Of the steps of a network: a step's height, where the bars begin and end, and letters of a name.
-_LINE, _BARS_BEGIN, _BARS_END, _LETTERS = 20, 430, 690, 46
+_LINE, _BARS_BEGIN, _BARS_END, _LETTERS = 20, 430, 690, 42
 
 
 def summary(networks: Mapping[str, Sequence[Row]]) -> str:

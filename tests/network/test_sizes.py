@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from onnx import ModelProto, helper
 
 import convgen
 from convgen.cli import cli, main
-from convgen.errors import KernelError, SpecError
+from convgen.errors import ExportError, KernelError, SpecError
+from convgen.network.library import NetworkLibrary
 from convgen.network.sizes import every_size, labels_of
 
 pytestmark = pytest.mark.timeout(600)
@@ -79,6 +81,26 @@ def test_weights_lie_there_once(network: Any, exported: Path) -> None:
     sizes = [one.sizes().weights for one in single]
     both = convgen.compile(open_model(), dims={"N": (1, 3), "H": 12}, threads=1, records=False).sizes().weights
     assert max(sizes) <= both < sum(sizes)
+    first, other = single
+    with pytest.raises(ExportError, match="another library's"):
+        NetworkLibrary(first.built.library, first.name, other.built.weights, 1)
+
+
+def test_weights_are_in_memory_once(network: Any) -> None:
+    arrays = [
+        {id(array) for step in plan.steps if step.name == "c1" for array in step.parameters.values()}
+        for plan in network.plans
+    ]
+    assert arrays[0]
+    assert all(found == arrays[0] for found in arrays)
+
+
+def test_threads_call_at_once_at_different_sizes(network: Any) -> None:
+    inputs = [given(n, h)["x"] for n, h in ((3, 8), (1, 12), (3, 12), (1, 8))] * 4
+    wanted = [network(x).tobytes() for x in inputs]
+    with ThreadPoolExecutor(4) as executor:
+        for _ in range(5):
+            assert [found.tobytes() for found in executor.map(network, inputs)] == wanted
 
 
 def test_the_manifest_and_the_header_know_each_size(exported: Path, network: Any) -> None:
