@@ -62,7 +62,7 @@ class Interpreted:
         plain = spec.with_(layout=ROW_MAJOR, dst_layout=ROW_MAJOR)
         shapes = ((spec.n, spec.ic, *spec.in_spatial), (spec.n, spec.oc, *spec.out_spatial))
         layouts = (spec.layout, spec.dst_layout)
-        data = {
+        data: dict[str, Any] = {
             what: np.ascontiguousarray(logical(self._elements(name), layout, shape), np.float32)
             for what, name, layout, shape in zip(("src", "residual"), step.inputs, layouts, shapes, strict=False)
         }
