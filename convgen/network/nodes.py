@@ -248,8 +248,9 @@ def _window(r: Reading, sizes: Shape) -> dict[str, Any]:
     strides, dilations = r.get("strides", (1,) * rank), r.get("dilations", (1,) * rank)
     pads, word = r.get("pads", (0,) * (2 * rank)), r.get("auto_pad", "NOTSET")
     if word in ("SAME_UPPER", "SAME_LOWER"):
-        if max(dilations) > 1:  # ONNX Runtime's sizes are not ONNX's
-            raise Refusal(f"auto_pad={word} with dilations; give pads")
+        if max(dilations) > 1 or any(s > k for s, k in zip(strides, kernel, strict=True)):
+            # ONNX Runtime's sizes are not ONNX's, or windows begin in the middle.
+            raise Refusal(f"auto_pad={word} with dilations, or with strides above the window; give pads")
         reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
         all_ = zip(out, strides, reach, sizes, strict=True)
         wanted = [max(0, (o - 1) * s + w - size) for o, s, w, size in all_]

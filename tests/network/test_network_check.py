@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import Interpreted
 from onnx import helper
 
 from convgen.check.fuzz.run import Fuzzer
@@ -135,6 +136,18 @@ def planned(one: Drawn) -> Plan:
 
 def test_no_two_tensors_of_drawn_networks_share_memory() -> None:
     assert sum(check_places(planned(one)) for one in networks()[:40]) > 100
+
+
+def test_plans_of_drawn_networks_compute_what_onnxruntime_does() -> None:
+    """Layouts, parts of tensors, chains in one pass and places, without the code that is generated for them."""
+    for index, one in enumerate(networks()):
+        graph = read_graph(one.model())
+        bounds = measure(graph, {name: one.values[name] for name in graph.inputs})
+        found = Interpreted(planned(one), one.values).run()
+        for name, output in zip(graph.names, graph.outputs, strict=True):
+            bound = bounds[output].error
+            judged = np.isfinite(bound)
+            assert (np.abs(found[name] - one.values[name]) <= bound)[judged].all(), (index, name)
 
 
 @settings(max_examples=100, deadline=None)

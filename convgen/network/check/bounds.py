@@ -42,8 +42,8 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One operator and its operands."""
+class Call:
+    """One operator and its operands; the shape of what it gives."""
 
     operator: Operator
     operands: Sequence[Measured]
@@ -57,7 +57,7 @@ class _Call:
         return [operand.value for operand in self.operands]
 
 
-_Rule = Callable[[_Call], Measured]
+_Rule = Callable[[Call], Measured]
 
 
 def measure(
@@ -82,7 +82,7 @@ def measure(
             if isinstance(node, Convolution):
                 known[node.output] = _convolution(node, operands, graph.shapes[node.output], looser, accuracy)
             else:
-                made = RULES[node.kind](_Call(node, operands, graph.shapes[node.output]))
+                made = RULES[node.kind](Call(node, operands, graph.shapes[node.output]))
                 factor = CLASS_FACTOR[accuracy] if looser else 1.0
                 known[node.output] = Measured(made.value, made.error * factor + SMALLEST_NORMAL)
     return known
@@ -166,7 +166,7 @@ def _quantised(call: _Call) -> Measured:
 def _pointwise(function: Callable[..., F64], rounding: Callable[..., F64]) -> _Rule:
     """A function of elements: ``rounding`` says how far off it is itself, from its value and its operands."""
 
-    def rule(call: _Call) -> Measured:
+    def rule(call: Call) -> Measured:
         values = call.values
         value = np.asarray(function(call, *values), np.float64)
         errors: list[F64] = []
@@ -241,7 +241,7 @@ _ACTIVATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _activate(call: _Call, x: F64) -> F64:
+def _activate(call: Call, x: F64) -> F64:
     op = Activation.parse(call["activation"])
     return np.asarray(_ACTIVATIONS[op.name](x, *op.params))
 
@@ -314,20 +314,20 @@ _POINTWISE: dict[str, _Rule] = {
 def _moved(function: Callable[..., F64]) -> _Rule:
     """What happens to values happens to errors."""
 
-    def rule(call: _Call) -> Measured:
+    def rule(call: Call) -> Measured:
         return Measured(function(call, *call.values), function(call, *(operand.error for operand in call.operands)))
 
     return rule
 
 
-def _slice(call: _Call, x: F64) -> F64:
+def _slice(call: Call, x: F64) -> F64:
     places = []
     for start, step, size in zip(call["starts"], call["steps"], call.shape, strict=True):
         places.append(start + step * np.arange(size))
     return x[np.ix_(*places)]
 
 
-def _pad(call: _Call, x: F64, value: float) -> F64:
+def _pad(call: Call, x: F64, value: float) -> F64:
     places, inside = [], np.ones((), bool)
     for axis, (begin, size, length) in enumerate(zip(call["begins"], x.shape, call.shape, strict=True)):
         at = np.arange(length) - begin
@@ -344,7 +344,7 @@ def _pad(call: _Call, x: F64, value: float) -> F64:
     return np.where(inside, moved, value) if call["mode"] == "constant" else moved
 
 
-def _padded(call: _Call) -> Measured:
+def _padded(call: Call) -> Measured:
     (operand,) = call.operands
     return Measured(_pad(call, operand.value, call["value"]), _pad(call, operand.error, 0.0))
 
@@ -370,7 +370,7 @@ def _resize(x: F64, ways: Sequence[Any], tables: Sequence[F64]) -> tuple[F64, F6
     return x, apart
 
 
-def _resized(call: _Call) -> Measured:
+def _resized(call: Call) -> Measured:
     source, *tables = call.operands
     arrays = [table.value for table in tables]
     value, apart = _resize(source.value, call["axes"], arrays)
@@ -405,7 +405,7 @@ def _of_sum(count: int, magnitude: Any) -> F64:
     return np.asarray((8 + 2 * math.sqrt(count)) * _U * magnitude)
 
 
-def _windows(call: _Call, x: F64, fill: float, ends: float | None = None) -> F64:
+def _windows(call: Call, x: F64, fill: float, ends: float | None = None) -> F64:
     """The elements that each window is over, in the last axes; what is outside is ``fill``, padding ``ends``."""
     rank = len(call["kernel"])
     extra, padding = [(0, 0)] * (x.ndim - rank), [(0, 0)] * (x.ndim - rank)
@@ -426,7 +426,7 @@ def _windows(call: _Call, x: F64, fill: float, ends: float | None = None) -> F64
     return found
 
 
-def _pool(call: _Call) -> Measured:
+def _pool(call: Call) -> Measured:
     (operand,), rank = call.operands, len(call["kernel"])
     axes = tuple(range(-rank, 0))
     if call["mode"] == "max":
@@ -439,7 +439,7 @@ def _pool(call: _Call) -> Measured:
     return Measured(value, _joined(error, _of_alike(math.prod(call["kernel"]), magnitude)))
 
 
-def _reduced(call: _Call) -> Measured:
+def _reduced(call: Call) -> Measured:
     (operand,), axes, kept = call.operands, tuple(call["axes"]), bool(call["keepdims"])
     x, e, mode = operand.value, operand.error, call["mode"]
     count = math.prod(x.shape[axis] for axis in axes)
@@ -458,7 +458,7 @@ def _reduced(call: _Call) -> Measured:
     return Measured(scale * over(np.sum, terms), scale * _joined(error, _of_alike(count, over(np.sum, np.abs(terms)))))
 
 
-def _product(call: _Call) -> Measured:
+def _product(call: Call) -> Measured:
     left, right = (
         [array.swapaxes(-1, -2) if turned else array for array in (operand.value, operand.error)]
         for operand, turned in zip(call.operands, (call["trans_a"], call["trans_b"]), strict=True)
@@ -468,7 +468,7 @@ def _product(call: _Call) -> Measured:
     return Measured(a @ b, _joined(np.sqrt(moved), _of_sum(a.shape[-1], np.abs(a) @ np.abs(b))))
 
 
-def _softmax(call: _Call) -> Measured:
+def _softmax(call: Call) -> Measured:
     (operand,), axes = call.operands, tuple(call["axes"])
     x, e = operand.value, operand.error
     apart = x - x.max(axes, keepdims=True)
@@ -480,7 +480,7 @@ def _softmax(call: _Call) -> Measured:
     return Measured(share, share * _joined(np.sqrt(np.square(e) + mixed), roundings))
 
 
-def _normalised(call: _Call) -> Measured:
+def _normalised(call: Call) -> Measured:
     """With ``z`` the normalised elements, ``dz = (dx - mean(dx) - z · mean(z · dx)) / deviation``."""
     operand, *affine = call.operands
     x, e, axes = operand.value, operand.error, tuple(call["axes"])
@@ -502,7 +502,7 @@ def _normalised(call: _Call) -> Measured:
     return Measured(value, _joined(error, _few(value)))
 
 
-def _lrn(call: _Call) -> Measured:
+def _lrn(call: Call) -> Measured:
     (operand,), size = call.operands, call["size"]
     x, e, before = operand.value, operand.error, (call["size"] - 1) // 2
 

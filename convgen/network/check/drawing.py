@@ -537,6 +537,8 @@ def _pool(d: _Drawing) -> None:
         attributes["pads"] = [rng.randint(0, k - 1) for k in kernel * 2]
         attributes["ceil_mode"] = int(rng.random() < 0.3)
     may_dilate = "pads" in attributes or attributes["auto_pad"] == "VALID"
+    if not may_dilate:  # else ONNX Runtime's windows begin in the middle
+        attributes["strides"] = [min(pair) for pair in zip(attributes["strides"], kernel, strict=True)]
     if rng.random() < 0.2 and may_dilate and (op == "MaxPool" or d.made.opset >= 19):
         attributes["dilations"] = [rng.choice((1, 2)) for _ in range(rank)]
     pads, dilations = attributes.get("pads", [0] * 2 * rank), attributes.get("dilations", [1] * rank)

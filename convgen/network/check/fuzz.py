@@ -137,6 +137,7 @@ def check(case: NetworkCase) -> Outcome:
             threads=case.threads,
             accuracy=network.accuracy,
             inputs=inputs,
+            expected={name: drawn.values[name] for name in network.outputs},
             run=guarded_runs,
         )
     except BuildError as error:
