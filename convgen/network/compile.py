@@ -157,7 +157,7 @@ def compile_one(function: Function, target: Target) -> Compiled:
         return Compiled((folder / "kernel.o").read_bytes(), workspace, kernel.packed)
 
 
-class _Recent:
+class RecentCode:
     """The functions that this process has compiled last: a network for other weights has the same ones again."""
 
     def __init__(self, most: int) -> None:
@@ -179,14 +179,14 @@ class _Recent:
                 self._known.popitem(last=False)
 
 
-_recent = _Recent(512)
+recent_code = RecentCode(512)
 
 
 def _compile(
     functions: Sequence[Function], target: Target, progress: Callable[[int, int], None] | None, processes: int
 ) -> dict[Function, Compiled]:
     """All functions' code: what this process knows, and the rest compiled in it or several others."""
-    known = _recent.find(functions, target)
+    known = recent_code.find(functions, target)
     missing = [function for function in functions if function not in known]
 
     def told(done: int) -> None:
@@ -195,7 +195,7 @@ def _compile(
 
     told(0)
     compiled = _compile_missing(missing, target, told, processes)
-    _recent.add(compiled, target)
+    recent_code.add(compiled, target)
     return known | compiled
 
 
