@@ -45,7 +45,7 @@ def test_the_reference_is_exact(spec: ConvSpec) -> None:
     assert report.error_factor == report.worst_error == 0
 
 
-@pytest.mark.parametrize(("src", "dst", "zero"), itertools.product(("i8", "u8"), ("i8", "u8"), (False, True)))
+@pytest.mark.parametrize(("src", "dst", "zero"), list(itertools.product(("i8", "u8"), ("i8", "u8"), (False, True))))
 def test_by_hand(src: str, dst: str, zero: bool) -> None:
     """Ties, both ends of every type, and zero points at them, in whole numbers."""
     spec = ConvSpec(
