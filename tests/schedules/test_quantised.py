@@ -45,17 +45,17 @@ def test_the_reference_is_exact(spec: ConvSpec) -> None:
     assert report.error_factor == report.worst_error == 0
 
 
-@pytest.mark.parametrize(("src", "dst", "zero"), itertools.product(("i8", "u8"), ("i8", "u8"), (False, True)))
+@pytest.mark.parametrize(("src", "dst", "zero"), list(itertools.product(("i8", "u8"), ("i8", "u8"), (False, True))))
 def test_by_hand(src: str, dst: str, zero: bool) -> None:
     """Ties, both ends of every type, and zero points at them, in whole numbers."""
     spec = ConvSpec(
-        1, 1, 3, (1, 256), (1, 3), padding=((0, 0), (1, 1)), activation="none", dtype="i8", src_dtype=src,
+        1, 1, 4, (1, 256), (1, 3), padding=((0, 0), (1, 1)), activation="none", dtype="i8", src_dtype=src,
         dst_dtype=dst, src_zero=zero, dst_zero=zero,
     )  # fmt: skip
     ends = {"src_zero": RANGES[src][0], "dst_zero": RANGES[dst][1]} if zero else {}
     stored = np.arange(256) + RANGES[src][0]
-    weights = np.array([[1, 2, -1], [-2, 0, 1], [127, 127, 127]])
-    bias, scale = np.array([1, 0, -1], np.int32), np.array([0.5, -0.5, 0.75], np.float32)
+    weights = np.array([[1, 2, -1], [-2, 0, 1], [127, 127, 127], [-127, -127, -127]])
+    bias, scale = np.array([1, 0, -1, 2], np.int32), np.array([0.5, -0.5, 0.75, 0.5], np.float32)
     whole = np.pad(stored - ends.get("src_zero", 0), 1)
     sums = np.stack([np.convolve(whole, row[::-1], "valid") for row in weights]) + bias[:, None]
     rounded = np.rint(sums * scale[:, None].astype(np.float64)) + ends.get("dst_zero", 0)

@@ -16,11 +16,12 @@ from convgen.network.check.bounds import RULES, Call, Measured
 from convgen.network.graph import ROW_MAJOR, Operator
 from convgen.network.operators import Pass
 from convgen.network.plan import Plan, Product, Step
+from convgen.problem.dtypes import BYTES
 from convgen.problem.layout import BLOCKS
 
 F64 = npt.NDArray[np.float64]
-#: Bytes of an element: networks are drawn of f32.
-ELEMENT = 4
+#: Bytes of an element: these networks are of f32 throughout.
+ELEMENT = BYTES["f32"]
 
 
 class Interpreted:
