@@ -14,12 +14,14 @@ import numpy.typing as npt
 from convgen.check.reference import run_onnxruntime
 from convgen.network.check.bounds import RULES, Call, Measured
 from convgen.network.graph import ROW_MAJOR, Operator
-from convgen.network.layouts import ELEMENT
 from convgen.network.operators import Pass
 from convgen.network.plan import Plan, Product, Step
+from convgen.problem.dtypes import BYTES
 from convgen.problem.layout import BLOCKS
 
 F64 = npt.NDArray[np.float64]
+#: Bytes of an element: networks of f32 are interpreted.
+ELEMENT = BYTES["f32"]
 
 
 class Interpreted:
@@ -72,7 +74,7 @@ class Interpreted:
     def _pass(self, step: Step, function: Pass) -> None:
         known = [
             exact(logical(self._elements(name), layout, shape))
-            for name, (shape, layout) in zip(step.inputs, function.inputs, strict=True)
+            for name, (shape, layout, _) in zip(step.inputs, function.inputs, strict=True)
         ]
         for kind, attributes, numbers, shape in function.operators:
             operands = [exact(np.array(n)) if isinstance(n, float) else known[n] for n in numbers]
