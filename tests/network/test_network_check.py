@@ -180,9 +180,9 @@ def test_what_lies_wrong_is_found() -> None:
     places = {name: place for name, place in made.places.items() if place.space == ARENA}
     name, other = sorted(places, key=lambda one: places[one].offset)[:2]
     for wrong, reason in (
-        (places[other], "found element"),
+        (places[other], "found byte"),
         (Place(ARENA, 0, made.arena), "expected a place within"),
-        (replace(places[name], offset=places[name].offset + 2), "expected a place within"),
+        (replace(places[name], offset=places[name].offset + 2), "expected a multiple of 4 bytes"),
         (Place("input", 0, 0), "expected an output in the arena"),
     ):
         with pytest.raises(ValidationError, match=reason):

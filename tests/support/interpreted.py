@@ -20,7 +20,7 @@ from convgen.problem.dtypes import BYTES
 from convgen.problem.layout import BLOCKS
 
 F64 = npt.NDArray[np.float64]
-#: Bytes of an element: these networks are of f32 throughout.
+#: Bytes of an element: networks of f32 are interpreted.
 ELEMENT = BYTES["f32"]
 
 

@@ -1,6 +1,6 @@
 """Where a plan's tensors lie, checked by going through its steps as the library will: without its reasons.
 
-Memory is arrays that say of every element which tensor it belongs to, and which of its elements it is. A step that
+Memory is arrays that say of every byte which tensor it belongs to, and which of its bytes it is. A step that
 reads must find what it reads, whole; what it writes is its own from then on.
 """
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ...errors import ValidationError
 from ...lowering.interface import HEADER_BYTES
+from ...problem.dtypes import BYTES
 from ..memory import ARENA, INPUT, OUTPUT, WEIGHTS, Place
 from ..plan import Plan
 
@@ -88,6 +89,9 @@ def check_places(plan: Plan) -> int:
         whole, first = (view.of, view.offset) if view else (name, 0)
         return whole, first, graph.bytes(name)
 
+    for name, place in plan.places.items():
+        if place.offset % BYTES[graph.dtype(name)]:
+            raise ValidationError(f"{name}: expected a multiple of {BYTES[graph.dtype(name)]} bytes, found {place}")
     for step in plan.steps:
         output, place = step.output, plan.places[step.output]
         if place.space in (INPUT, WEIGHTS):

@@ -181,9 +181,9 @@ def _within(found: Arrays, expected: Arrays, bounds: Mapping[str, Measured]) -> 
         if array.shape != wanted.shape:
             return Check("float", False, f"{name}: expected shape {wanted.shape}, found {array.shape}"), math.inf
         promised = np.isfinite(bound) & np.isfinite(wanted)
-        # Two results, each within its bound of what is exact.
         error = np.abs(array.astype(np.float64) - wanted)[promised]
-        ratio = max(ratio, worst(error, bound[promised]))  # type: ignore[arg-type]
+        both = 2 * bound[promised]  # each of two results is within its bound of what is exact
+        ratio = max(ratio, worst(error, both))  # type: ignore[arg-type]
         apart = max(apart, float(error.max(initial=0.0) / (np.abs(wanted[promised]).max(initial=0.0) or 1.0)))
         judged, count = judged + int(promised.sum()), count + array.size
     text = f"largest error {ratio:.3g} of the bound accumulated through the graph, {apart:.1e} of the largest element"
