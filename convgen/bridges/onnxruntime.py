@@ -111,7 +111,7 @@ def write_for_onnxruntime(
         with ModelFile(source) as file:
             # What has one size only is written into the model; the rest stays open.
             known = {dim: size for dim, size in sizes[0].items() if all(other[dim] == size for other in sizes)}
-            model = rewritten(file, read_partly(file, known).scope, nodes, facts)
+            model = rewritten(file, known, nodes, facts)
         _write(model, built, threads, folder, path, library)
     made = tuple(map(_facts, nodes, plans, built, [threads] * len(nodes)))
     return OnnxRuntimeModel(path, library, made, outside)

@@ -7,11 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+)
 
 from ..errors import SpecError
 from ..formats.onnx.file import SMALL, ModelFile
-from ..formats.onnx.graph import Scope, bodies, names_read
+from ..formats.onnx.graph import Scope, bodies, names_read, prepare
 from ..network.graph import Graph
 
 #: The domain of the nodes that take the parts' places, and its version.
@@ -48,24 +57,34 @@ class PartNode:
         return cls(first.name, tuple(first.inputs), tuple(first.outputs), tuple(shapes))
 
 
-def rewritten(file: ModelFile, scope: Scope, parts: Sequence[PartNode], metadata: Mapping[str, str]) -> ModelProto:
+def rewritten(
+    file: ModelFile, dims: Mapping[str, int], parts: Sequence[PartNode], metadata: Mapping[str, str]
+) -> ModelProto:
     """The model with one node in place of each part, and without what nothing needs any more.
 
     Names of inputs and outputs, versions and metadata are the model's. Functions are inlined, sizes that were given
     are written into its inputs, and what was computed from shapes that are known is a constant.
 
     Args:
-        file: the model.
-        scope: its graph.
+        file: the model, of which nothing has been read yet.
+        dims: sizes that are written into its inputs.
         metadata: entries that are added to the model's own.
 
     Raises:
         SpecError: the data of a tensor that stays cannot be read.
     """
+    declared = {}
+    for value in file.proto.graph.output:
+        declared[value.name] = ValueInfoProto()
+        declared[value.name].CopyFrom(value)
+    (scope, *_), _ = prepare(file, dims)
     model = ModelProto()
     model.CopyFrom(file.proto)
     model.ClearField("graph")
     model.graph.CopyFrom(_Rewriting(file, scope, parts).graph())
+    for output in model.graph.output:  # where nothing could be inferred
+        if output.type.HasField("tensor_type") and not output.type.tensor_type.HasField("shape"):
+            output.CopyFrom(declared[output.name])
     if all(opset.domain != DOMAIN for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
     kept = {entry.key: entry.value for entry in model.metadata_props if entry.key not in metadata}

@@ -67,12 +67,10 @@ class PartlyRead:
     Attributes:
         graph: the nodes that are taken, in no order; its inputs and outputs are the model's.
         outside: all others, but for those that compute constants or were folded.
-        scope: the model's own graph, to look up what is left.
     """
 
     graph: Graph
     outside: list[Outside]
-    scope: Scope
 
 
 def read_partly(file: ModelFile, dims: Mapping[str, int]) -> PartlyRead:
@@ -83,7 +81,7 @@ def read_partly(file: ModelFile, dims: Mapping[str, int]) -> PartlyRead:
     """
     (scope, layers), *_ = folded_graphs(file, dims, arrays=True, strict=False)
     builder = _Builder(scope, layers, _opset(file), file.where)
-    return PartlyRead(builder.partial(), list(builder.outside.values()), scope)
+    return PartlyRead(builder.partial(), list(builder.outside.values()))
 
 
 def _opset(file: ModelFile) -> int:
