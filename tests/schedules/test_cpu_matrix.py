@@ -49,6 +49,11 @@ LAYERS = [
     "conv2d n1 ic6 oc34 i9x9 k3x3 p1 s2 i8",
     "conv2d n1 ic200 oc34 i9x9 k3x3 p2 d2 nhwc i8",
     "conv1d n1 ic128 oc64 i50 k1 nhwc i8",
+    "conv2d n1 ic64 oc48 i9x9 k3x3 p1 nhwc i8 src_u8 dst_u8 src_zero dst_zero",
+    "conv2d n1 ic6 oc34 i9x9 k3x3 p1 s2 relu i8 src_u8 src_zero dst_zero",
+    "conv2d n1 ic3 oc20 i15x15 k7x7 p3 s2 nhwc i8 src_zero nobias",
+    "conv1d n1 ic24 oc17 i50 k3 p1 nhwc i8 src_u8 weights_u8 src_zero dst_i32",
+    "conv1d n1 ic128 oc64 i50 k1 nhwc i8 weights_u8 dst_f32",
 ]
 
 
