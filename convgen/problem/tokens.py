@@ -10,7 +10,7 @@ from .activation import Activation
 from .dtypes import DTYPES, QUANTISED
 from .layout import LAYOUTS
 
-ACCURACIES = ("strict", "standard", "relaxed", "tf32")
+ACCURACIES = ("strict", "standard", "relaxed", "tf32", "bf16")
 PADDING_WORDS = ("valid", "same", "same_lower")
 #: Flags and their tokens: what is True where they are given.
 FLAGS = ("residual", "src_zero", "weights_zero", "dst_zero")
