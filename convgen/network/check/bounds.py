@@ -157,7 +157,7 @@ def _of_integers(node: Convolution, src: Measured, shape: Shape) -> Measured:
     return Measured(value.reshape(shape), error.reshape(shape))
 
 
-def _quantised(call: _Call) -> Measured:
+def _quantised(call: Call) -> Measured:
     """A step more or less where a number that is off may be rounded another way."""
     x, scale, *zero = call.operands
     (low, high), at = RANGES[call["dtype"]], zero[0].value if zero else 0.0
