@@ -201,8 +201,6 @@ def store_stored(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, la
     """The same of numbers that are of the type already."""
     if count >= lanes:
         return tirx.BufferStore(buffer, value, _row(index, lanes))
-    if count == 1 and dtype in ("bf16", "i8", "u8"):  # LLVM 22 stores four bytes where a mask has one lane (lower.py)
-        return tirx.BufferStore(buffer, tirx.Shuffle([value], [0]), list(index))
     if dtype == "f32" and lanes <= 8:
         *outer, x = index
         pieces = Block()

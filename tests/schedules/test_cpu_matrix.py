@@ -62,8 +62,8 @@ LAYERS = [
 def test_kernels_pass_validation(layer: str) -> None:
     """The default's, and of every fourth layer a random point's."""
     spec = ConvSpec.parse(layer)
-    core, rng = spec.core, random.Random(layer)
-    for picks in [SCHEDULE.default(core, NATIVE), *random_picks(SCHEDULE, spec, NATIVE, int(LAYERS.index(layer) % 4 == 1), rng)]:
+    core, rng, drawn = spec.core, random.Random(layer), int(LAYERS.index(layer) % 4 == 1)
+    for picks in [SCHEDULE.default(core, NATIVE), *random_picks(SCHEDULE, spec, NATIVE, drawn, rng)]:
         validate(compile_candidate(spec, NATIVE, Candidate(SCHEDULE, picks), 3)).raise_if_failed()
 
 
