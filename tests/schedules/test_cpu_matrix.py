@@ -45,6 +45,8 @@ LAYERS = [
     "conv2d n2 ic32 oc40 i20x20 k3x3 s2 p1 nhwc dst_nchw bf16",
     "conv2d n1 ic24 oc32 i12x12 k1x1 s2 nchw dst_nchw16c bf16",
     "conv2d n1 ic17 oc18 i2x3 k2x2 s1x2 p5_4x4_6 bf16",
+    "conv2d n1 ic64 oc33 i9x9 k3x3 p1 nhwc relu accuracy_bf16",
+    "conv2d n1 ic20 oc33 i9x19 k3x3 s2 p1 residual accuracy_bf16",
     "conv2d n1 ic64 oc33 i9x9 k3x3 p1 nhwc relu i8",
     "conv2d n1 ic6 oc34 i9x9 k3x3 p1 s2 i8",
     "conv2d n1 ic200 oc34 i9x9 k3x3 p2 d2 nhwc i8",
