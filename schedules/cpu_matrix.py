@@ -1,4 +1,4 @@
-"""Convolution by matrix tiles: bf16 with f32 sums, and i8 with i32 sums.
+"""Convolution by matrix tiles: bf16 with f32 sums, 8-bit integers with i32 sums.
 
 Applies to  convolutions that are not transposed and have no groups, of any rank, stride and dilation, on CPUs with
             tiles (AMX); src NCHW or NHWC, dst in any layout. f32 layers of accuracy `bf16` are rounded when read.
@@ -28,7 +28,7 @@ from functools import lru_cache
 from tvm import te, tirx
 
 from convgen.cpu.matrix import tiles
-from convgen.cpu.matrix.geometry import CHANNELS, Geometry, geometry_of
+from convgen.cpu.matrix.geometry import CHANNELS, Geometry, geometry_of, operands_of
 from convgen.cpu.matrix.kernel import Kernel
 from convgen.cpu.matrix.panel import LANES
 from convgen.cpu.model import Counts, Stream, Work, core_of
@@ -36,7 +36,7 @@ from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, finishing
 from convgen.cpu.vector import written
 from convgen.errors import Inapplicable
 from convgen.hardware.target import Target
-from convgen.lowering.compute import Expr, Operands, ceildiv, copied, narrow, round_up
+from convgen.lowering.compute import STORAGE, Expr, Operands, ceildiv, copied, narrow, round_up
 from convgen.lowering.schedule import Picks, Program, Space, Written, busiest, require
 from convgen.problem.spec import ConvSpec
 
@@ -50,7 +50,10 @@ class CpuMatrix(Written):
     sums_integers = True
 
     def instructions(self, spec: ConvSpec) -> tuple[str, ...]:
-        return tiles.instructions(_operand(spec))
+        return tiles.instructions(operands_of(spec))
+
+    def takes_integers(self, spec: ConvSpec) -> bool:
+        return not spec.weights_zero and not spec.transposed
 
     def takes_layouts(self, src: str, dst: str) -> bool:
         return src in ("nchw", "nhwc")
@@ -61,7 +64,9 @@ class CpuMatrix(Written):
         require(spec.groups == 1, "needs a convolution without groups")
         is_rounded = spec.dtype == "f32" and spec.accuracy == "bf16"
         require(spec.dtype in ("bf16", "i8") or is_rounded, "needs tensors of bf16 or i8, or accuracy bf16")
-        tiles.require_tiles(target.isa, _operand(spec))
+        whole = not spec.is_quantised or spec.dst_blocks.size >= LANES or spec.dst_blocks.is_plain
+        require(whole, "needs blocks of whole vectors of channels, where dst is of integers")
+        tiles.require_tiles(target.isa, operands_of(spec))
         require("avx512bf16" in target.isa, "needs a CPU that converts to bf16")
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
@@ -91,12 +96,11 @@ class CpuMatrix(Written):
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, g = Operands(spec, integers=True), geometry_of(spec, picks.copy_src)
-        packed = [_packed_weights(ops, g), *map(copied, ops.parameters[1:])]
+        vectors = {p.name: copied(p) for p in ops.parameters[1:]}
+        if spec.src_zero:
+            vectors["bias"] = _bias(ops)
+        packed = [_packed_weights(ops, g), *vectors.values()]
         return written(ops, packed, lambda *buffers: Kernel(g, picks, *buffers).statement())
-
-
-def _operand(spec: ConvSpec) -> str:
-    return "i8" if spec.dtype == "i8" else "bf16"
 
 
 def _packed_weights(ops: Operands, g: Geometry) -> te.Tensor:
@@ -107,10 +111,23 @@ def _packed_weights(ops: Operands, g: Geometry) -> te.Tensor:
         tap, channel = g.element(step, k)
         exists = tirx.all(o < spec.oc, channel < spec.ic, tap[2] < g.kernel[2])
         value = tirx.if_then_else(exists, ops.weights[(o, channel, *tap[3 - spec.rank :])], tirx.const(0, g.sums))
-        return value.astype("int8") if g.operand == "i8" else narrow(value, "bf16")
+        return value.astype(STORAGE[g.operands[1]]) if spec.is_quantised else narrow(value, "bf16")
 
     shape = (ceildiv(spec.oc, CHANNELS), g.steps, min(2, ceildiv(spec.oc, LANES)), g.run // g.depth, LANES * g.depth)
     return te.compute(shape, packed, name="weights_packed")
+
+
+def _bias(ops: Operands) -> te.Tensor:
+    """The bias, less what the zero point of src adds: it is multiplied by all weights of a channel, padding is it."""
+    spec, given = ops.spec, {p.name: p for p in ops.parameters}
+    axes = [te.reduce_axis((0, size), f"r{i}") for i, size in enumerate(spec.weights_shape[1:])]
+    totals = te.compute((spec.oc,), lambda o: te.sum(ops.weights[(o, *axes)], axes), name="totals")
+
+    def value(o: Expr) -> Expr:
+        added = totals[o] * given["src_zero"][0]
+        return given["bias"][o] - added if spec.bias else 0 - added
+
+    return te.compute((spec.oc,), value, name="bias_packed")
 
 
 # ---- what it should take ----------------------------------------------------------------------

@@ -40,7 +40,7 @@ def written(ops: Operands, packed: Sequence[te.Tensor], kernel: Callable[..., An
         return kernel(src, residual, dict(zip(names, rest, strict=True)), outs[0])
 
     taken = [*(o.tensor for o in (ops.src, ops.residual) if o is not None), *inputs]
-    dtype, buffers = STORAGE[spec.dtype], {}
+    dtype, buffers = STORAGE[spec.dst_dtype], {}
     if not offsets:
         buffers["in_buffers"] = [tirx.decl_buffer(t.shape, t.dtype, t.op.name) for t in taken]
         buffers["out_buffers"] = [tirx.decl_buffer(spec.dst_shape, dtype, "dst")]
@@ -201,8 +201,6 @@ def store_stored(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, la
     """The same of numbers that are of the type already."""
     if count >= lanes:
         return tirx.BufferStore(buffer, value, _row(index, lanes))
-    if count == 1 and dtype in ("bf16", "i8"):  # LLVM 22 stores four bytes where a mask has one lane (lower.py)
-        return tirx.BufferStore(buffer, tirx.Shuffle([value], [0]), list(index))
     if dtype == "f32" and lanes <= 8:
         *outer, x = index
         pieces = Block()

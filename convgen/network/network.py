@@ -25,6 +25,7 @@ from .plan import Plan, Product, plan
 from .reading import read_graph
 from .rewriting import rewrite
 from .sizes import Dims, Shared, every_size
+from .storage import store_narrow
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -144,12 +145,15 @@ def plan_graph(
         choose: the candidate of a convolution, where something better than the default is known.
     """
     rewrite(graph)
-    graph.nodes = [
-        replace(node, spec=node.spec.with_(accuracy=accuracy))
-        if isinstance(node, Convolution) and not node.spec.is_quantised
-        else node
-        for node in graph.nodes
-    ]
+    if accuracy == "bf16":
+        store_narrow(graph)
+    else:
+        graph.nodes = [
+            replace(node, spec=node.spec.with_(accuracy=accuracy))
+            if isinstance(node, Convolution) and not node.spec.is_quantised
+            else node
+            for node in graph.nodes
+        ]
     made = plan(graph, target)
     if choose is not None:
         with_candidates(made, choose)

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import te
+from tvm import te, tirx
 
 from ..errors import BuildError, ConvgenError
 from ..hardware.target import Target
-from ..lowering.compute import INTEGER, STORAGE, Expr, widen
+from ..lowering.compute import ACCUMULATOR, INTEGER, STORAGE, Expr, widen
+from ..problem.dtypes import UNIT_ROUNDOFF
 from ..problem.layout import Blocks
 from .expressions import BLOCK, INTEGER_KINDS, KINDS, Lazy, Operation, const, kind
 from .graph import ROW_MAJOR, Graph, Shape
@@ -91,7 +92,7 @@ def _number(value: float) -> Lazy:
 def program(made: Pass) -> list[te.Tensor]:
     """Inputs and output of a pass as tensor expressions."""
     placeholders, known = [], list[Lazy]()
-    stays = all(name in INTEGER_KINDS for name, *_ in made.operators) and made.output[2] != "f32"
+    stays = all(name in INTEGER_KINDS for name, *_ in made.operators) and made.output[2] not in UNIT_ROUNDOFF
     for number, given in enumerate(made.inputs):
         tensor, lazy = _input(number, *given, stays)
         placeholders.append(tensor)
@@ -121,15 +122,34 @@ def program(made: Pass) -> list[te.Tensor]:
         n, channel, pixel = Blocks(layout, shape[1]).logical(index)
         return last.at((n, channel, *pixel))
 
-    output = te.compute(physical(shape, layout) or (1,), lambda *i: stored(value(*i), dtype), name=OUTPUT)
-    return [*placeholders, output]
+    size = physical(shape, layout) or (1,)
+    if KINDS[made.operators[-1][0]].reduces and dtype in UNIT_ROUNDOFF and dtype != "f32":  # a sum stands alone
+        name = f"{_LANES if _vectors(made) else 'stage'}{next(stages)}"
+        sums = te.compute(size, value, name=name)
+        return [*placeholders, te.compute(size, lambda *i: stored(sums(*i), dtype), name=OUTPUT)]
+    return [*placeholders, te.compute(size, lambda *i: stored(value(*i), dtype), name=OUTPUT)]
 
 
 def stored(value: Expr, dtype: str) -> Expr:
     """An element as its tensor is stored: whole numbers of a type of integers were rounded to it before."""
+    if dtype == "bf16" and str(value.ty.dtype) == ACCUMULATOR:
+        return _rounded(value)
     if dtype == "f32" or str(value.ty.dtype) == STORAGE[dtype]:
         return value
     return value.astype(INTEGER).astype(STORAGE[dtype])
+
+
+def _rounded(value: Expr) -> Expr:
+    """f32 as bf16, by what TVM makes vectors of: neither a binding nor a test for NaN."""
+
+    def const(number: int) -> Expr:
+        return tirx.const(number, "uint32")
+
+    bits = tirx.reinterpret("uint32", value)
+    nearest = bits + const(0x7FFF) + ((bits >> const(16)) & const(1))
+    is_nan = (bits & const(0x7FFFFFFF)) > const(0x7F800000)
+    kept = tirx.Select(is_nan, bits | const(0x400000), nearest)  # as a quiet one
+    return (kept >> const(16)).astype(STORAGE["bf16"])
 
 
 # ---- how it is computed -------------------------------------------------------------------------

@@ -23,12 +23,18 @@ from .tiles import ROW_BYTES, ROWS
 PIXELS, CHANNELS = 2 * ROWS, 2 * LANES
 
 
+def operands_of(spec: ConvSpec) -> tuple[str, str]:
+    """The types of pixels and weights that tiles of a layer have."""
+    return (spec.src_dtype, spec.weights_dtype) if spec.is_quantised else ("bf16", "bf16")
+
+
 class Geometry:
     """The sizes of a layer; spatial axes are three, those it lacks are of size 1.
 
     Attributes:
         copies: whether tasks copy what they read.
-        operand, size, depth: the type of what is multiplied, its bytes, and numbers of it in four bytes.
+        operands: the types of what is multiplied: of pixels and of weights.
+        operand, size, depth: the first of them, its bytes, and numbers of it in four bytes.
         channels: of a pixel that is read, with padding where it is copied.
         run: columns of a tile, as many for all steps.
         merged: whether the taps of a row are one run of channels.
@@ -39,7 +45,8 @@ class Geometry:
 
     def __init__(self, spec: ConvSpec, copies: bool) -> None:
         self.spec, self.copies = spec, copies
-        self.operand = "i8" if spec.dtype == "i8" else "bf16"
+        self.operands = operands_of(spec)
+        self.operand = self.operands[0]
         self.size, self.depth = BYTES[self.operand], 4 // BYTES[self.operand]
         self.kernel, self.stride, self.dilation = map(three, (spec.kernel, spec.stride, spec.dilation))
         self.begin = three([begin for begin, _ in spec.padding], 0)
@@ -54,7 +61,7 @@ class Geometry:
             )
         ]
         is_padded = any(self.begin) or not all(ends)
-        is_ready = spec.layout == "nhwc" and spec.dtype == self.operand and self.run % self.depth == 0
+        is_ready = spec.layout == "nhwc" and spec.src_dtype == self.operand and self.run % self.depth == 0
         self.is_possible = copies or (is_ready and not is_padded)
 
     def _reduction(self) -> tuple[int, int, int, bool]:
@@ -153,7 +160,7 @@ class Geometry:
         shift = (self.kernel[1] - 1) * self.dilation[1] // self.stride[1]
         return Panel(
             images=self.src,
-            dtype=self.spec.dtype,
+            dtype=self.spec.src_dtype,
             operand=self.operand,
             size=self.size,
             channels=self.channels,
@@ -196,7 +203,7 @@ class Geometry:
     @property
     def sums(self) -> str:
         """TVM's type of sums."""
-        return INTEGER if self.operand == "i8" else ACCUMULATOR
+        return INTEGER if self.spec.is_quantised else ACCUMULATOR
 
     @property
     def transposes(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import tirx
 
-from ...lowering.compute import STORAGE, Expr, ceildiv, narrow
+from ...lowering.compute import STORAGE, Expr, ceildiv, narrow, widen
 from .. import bf16
 from ..images import Images
 from ..vector import Block, interleave, load, load_stored, load_within, store_stored, zeros
@@ -84,10 +84,11 @@ class Panel:
         """Where a row begins."""
         return ((plane * len(self.phases) + phase) * self.lines + line) * self.row
 
-    def copied(self, body: Block, src: Any, image: Expr, corner: tuple[Expr, Expr, Expr], rest: int) -> Any:
-        """The copy, from the pixel ``corner`` on, which may lie outside the image; there it is zeros, as are ``rest``
-        pixels after the last row.
+    def copied(self, body: Block, src: Any, image: Expr, corner: tuple[Expr, Expr, Expr], rest: int, fill: Expr) -> Any:
+        """The copy, from the pixel ``corner`` on, which may lie outside the image; there it is ``fill``, an operand, as
+        are ``rest`` pixels after the last row.
         """
+        edge = tirx.Broadcast(fill, VECTOR // self.size)
         panel = body.buffer((self.numbers,), STORAGE[self.operand], addressed=True)
         row = None
         if self.taps > 1:
@@ -102,13 +103,14 @@ class Panel:
                     checks = ((z, self.images.size[0]), (y, self.images.size[1]))
                     inside = tirx.all(*(c for i, size in checks for c in (i >= 0, i < size)))
                     with line.when(inside) as some:
-                        self._row(some, src, (image, z, y, x0), *((row, 0) if self.taps > 1 else (panel, start)))
+                        copy, at = (panel, start) if self.taps == 1 else (row, 0)
+                        self._row(some, src, (image, z, y, x0), copy, at, edge)
                         if self.taps > 1:
                             self._spread(some, row, panel, start)
                     with line.when(tirx.Not(inside)) as none:
-                        self._clear(none, panel, start, self.row)
+                        self._clear(none, panel, start, self.row, edge)
         if rest:
-            self._clear(body, panel, self.start(self.planes, 0, 0), rest * self.channels)
+            self._clear(body, panel, self.start(self.planes, 0, 0), rest * self.channels, edge)
         return panel
 
     def _spread(self, body: Block, row: Any, panel: Any, start: Expr) -> None:
@@ -125,35 +127,36 @@ class Panel:
         """Numbers that are copied at once."""
         return VECTOR // self.size if self.dtype == self.operand and self.images.layout != "nchw" else LANES
 
-    def _clear(self, body: Block, panel: Any, start: Expr, count: int) -> None:
-        """At least so many zeros; what they overwrite is written afterwards, or lies past the end."""
+    def _clear(self, body: Block, panel: Any, start: Expr, count: int, edge: Expr) -> None:
+        """At least so many numbers of the edge; what they overwrite is written afterwards, or lies past the end."""
         unit = VECTOR // self.size
-        zero = tirx.Broadcast(tirx.const(0, STORAGE[self.operand]), unit)
         with body.loop(ceildiv(count, unit)) as (step, i):
-            step.add(store_stored(panel, self.operand, [start + i * unit], zero, unit, unit))
+            step.add(store_stored(panel, self.operand, [start + i * unit], edge, unit, unit))
 
-    def _row(self, body: Block, src: Any, place: tuple[Expr, Expr, Expr, Expr], panel: Any, start: Expr) -> None:
+    def _row(
+        self, body: Block, src: Any, place: tuple[Expr, Expr, Expr, Expr], panel: Any, start: Expr, edge: Expr
+    ) -> None:
         """A row of the image, from a column on."""
         x0 = place[3]
         if self.images.layout == "nchw":
-            self._turned(body, src, place, panel, start)
+            self._turned(body, src, place, panel, start, edge)
         elif isinstance(x0, int):
             before, after = max(-x0, 0), max(x0 + self.columns - self.images.size[2], 0)
             width = self.columns - before - after
-            self._clear(body, panel, start, before * self.channels)
+            self._clear(body, panel, start, before * self.channels, edge)
             self._pixels(body, src, (*place[:3], max(x0, 0)), width, panel, start + before * self.channels)
-            self._clear(body, panel, start + (before + width) * self.channels, after * self.channels)
+            self._clear(body, panel, start + (before + width) * self.channels, after * self.channels, edge)
         else:
             inside = tirx.all(x0 >= 0, x0 + self.columns <= self.images.size[2])
             with body.when(inside) as some:
                 self._pixels(some, src, place, self.columns, panel, start)
-            with body.when(tirx.Not(inside)) as edge, edge.loop(self.columns) as (pixel, i):
+            with body.when(tirx.Not(inside)) as partly, partly.loop(self.columns) as (pixel, i):
                 x, at = pixel.let(x0 + i), pixel.let(start + i * self.channels)
                 exists = tirx.all(x >= 0, x < self.images.size[2])
                 with pixel.when(exists) as some:
                     self._pixels(some, src, (*place[:3], x), 1, panel, at)
                 with pixel.when(tirx.Not(exists)) as none:
-                    self._clear(none, panel, at, self.channels)
+                    self._clear(none, panel, at, self.channels, edge)
 
     def _pixels(
         self, body: Block, src: Any, place: tuple[Expr, Expr, Expr, Expr], count: int, panel: Any, start: Expr
@@ -172,19 +175,26 @@ class Panel:
                 where = self.images.place(image, 0, [z, y, 0], begin + first)
                 pixel.add(self._stored(panel, at + first, self._first(src, where, length - first), unit))
 
-    def _turned(self, body: Block, src: Any, place: tuple[Expr, Expr, Expr, Expr], panel: Any, start: Expr) -> None:
+    def _turned(
+        self, body: Block, src: Any, place: tuple[Expr, Expr, Expr, Expr], panel: Any, start: Expr, edge: Expr
+    ) -> None:
         """A row of NCHW: vectors of pixels, transposed in registers."""
         image, z, y, x0 = place
+        outside = tirx.Broadcast(widen(edge.value, self.operand), LANES)
         group = min(self.channels, LANES)
         for first in range(0, self.channels, group):
             with body.loop(ceildiv(self.columns, LANES)) as (step, i):
-                x = step.let(x0 + i * LANES)
-                rows = []
+                x, rows = step.let(x0 + i * LANES), list[Expr]()
+                ramp = tirx.Ramp(x, tirx.const(1, "int32"), LANES)
+                low, high = (tirx.Broadcast(tirx.const(n, "int32"), LANES) for n in (0, self.images.size[2]))
+                inside = tirx.And(ramp >= low, ramp < high)
                 for c in range(first, first + group):
                     value = zeros(LANES)
                     if c < self.images.channels:
                         where = self.images.place(image, c, [z, y, 0], x)
                         value = load_within(src, self.dtype, where, LANES, LANES, size=self.images.size[2])
+                        if not isinstance(edge.value, tirx.IntImm):
+                            value = tirx.Select(inside, step.let(value), outside)
                     rows.append(step.let(value))
                 for number, value in enumerate(interleave(step, rows, LANES)):
                     numbers = number * LANES if group < LANES or self.channels == LANES else number * self.channels

@@ -20,23 +20,28 @@ from ..vector import Block
 
 #: Rows of a tile, bytes of a row, and bytes of an element of sums.
 ROWS, ROW_BYTES, SUM_BYTES = 16, 64, 4
-#: How elements of these types are multiplied, and what a CPU must have for it.
-_PRODUCTS = {"bf16": ("tdpbf16ps", "amx-bf16"), "i8": ("tdpbssd", "amx-int8")}
+#: How elements of these two types are multiplied, and what a CPU must have for it.
+_PRODUCTS = {
+    ("bf16", "bf16"): ("tdpbf16ps", "amx-bf16"),
+    ("i8", "i8"): ("tdpbssd", "amx-int8"),
+    ("i8", "u8"): ("tdpbsud", "amx-int8"),
+    ("u8", "i8"): ("tdpbusd", "amx-int8"),
+    ("u8", "u8"): ("tdpbuud", "amx-int8"),
+}
 #: What every kernel with tiles needs.
 _TILES = "amx-tile"
 #: Bytes of a configuration, and where in it the numbers of bytes and of rows of each tile begin.
 _CONFIGURATION, _WIDTHS, _HEIGHTS = 64, 16, 48
 
 
-def require_tiles(isa: Sequence[str], dtype: str) -> None:
-    """Raise :class:`~convgen.errors.Inapplicable` unless instructions multiply tiles of a type."""
-    require(dtype in _PRODUCTS, f"needs operands of {' or '.join(_PRODUCTS)}")
-    require({_TILES, _PRODUCTS[dtype][1]} <= set(isa), "needs a CPU with matrix tiles")
+def require_tiles(isa: Sequence[str], operands: tuple[str, str]) -> None:
+    """Raise :class:`~convgen.errors.Inapplicable` unless instructions multiply tiles of two types."""
+    require({_TILES, _PRODUCTS[operands][1]} <= set(isa), "needs a CPU with matrix tiles")
 
 
-def instructions(dtype: str) -> tuple[str, ...]:
-    """The features that a kernel asks for which multiplies tiles of a type."""
-    return _TILES, _PRODUCTS[dtype][1]
+def instructions(operands: tuple[str, str]) -> tuple[str, ...]:
+    """The features that a kernel asks for which multiplies tiles of two types."""
+    return _TILES, _PRODUCTS[operands][1]
 
 
 def configure(block: Block, shapes: Sequence[tuple[int, int]]) -> None:
@@ -70,9 +75,9 @@ def write(block: Block, tile: int, buffer: Any, index: Sequence[Expr], stride: i
     block.add(_call("tilestored64", _number(tile), _address(buffer, index), tirx.const(stride, "int64")))
 
 
-def multiply(block: Block, dtype: str, sums: int, a: int, b: int) -> None:
-    """Add the products of two tiles of a type to a third."""
-    block.add(_call(_PRODUCTS[dtype][0], _number(sums), _number(a), _number(b)))
+def multiply(block: Block, operands: tuple[str, str], sums: int, a: int, b: int) -> None:
+    """Add the products of two tiles of these types to a third."""
+    block.add(_call(_PRODUCTS[operands][0], _number(sums), _number(a), _number(b)))
 
 
 def _call(name: str, *arguments: Expr) -> Any:

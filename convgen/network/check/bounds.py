@@ -24,10 +24,12 @@ import numpy.typing as npt
 
 from ...check.bounds import even_tolerance, tolerance
 from ...check.reference import run_onnxruntime
+from ...problem import dtypes
 from ...problem.accuracy import ACTIVATION_ERROR, CLASS_FACTOR, SMALLEST_NORMAL, UNIT_ROUNDOFF
 from ...problem.activation import Activation
 from ...problem.dtypes import RANGES, numpy_dtype
 from ..graph import Convolution, Graph, Operator, Shape
+from ..storage import NARROW
 
 F64 = npt.NDArray[np.float64]
 _U = UNIT_ROUNDOFF
@@ -75,6 +77,8 @@ def measure(
         name: Measured(np.asarray(array, np.float64), np.zeros(array.shape))
         for name, array in {**graph.constants, **inputs}.items()
     }
+    if accuracy == NARROW:
+        known |= {name: _stored(known[name]) for name in inputs}
     with np.errstate(all="ignore"):
         for node in graph.nodes:
             operands = [known[name] for name in node.inputs]
@@ -85,7 +89,15 @@ def measure(
                 made = RULES[node.kind](Call(node, operands, graph.shapes[node.output]))
                 factor = CLASS_FACTOR[accuracy] if looser else 1.0
                 known[node.output] = Measured(made.value, made.error * factor + SMALLEST_NORMAL)
+            if accuracy == NARROW:
+                known[node.output] = _stored(known[node.output])
     return known
+
+
+def _stored(computed: Measured) -> Measured:
+    """A tensor that is rounded where it is stored; subnormal numbers may become 0."""
+    rounding = dtypes.UNIT_ROUNDOFF[NARROW] * np.abs(computed.value) + SMALLEST_NORMAL
+    return Measured(computed.value, _joined(computed.error, rounding))
 
 
 def _joined(*errors: npt.ArrayLike) -> F64:
