@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 from tvm import te, tirx
 
-from convgen.cpu.model import Counts, Stream, Work, core_of
+from convgen.cpu.model import Core, Counts, Stream, Work, core_of
 from convgen.cpu.product import (
     BEGIN_RUN,
     BEGIN_TILE,
@@ -49,6 +49,7 @@ from convgen.cpu.product import (
     multiply,
     pieces,
     steps,
+    steps_apart,
 )
 from convgen.cpu.vector import Block, load, store, written
 from convgen.cpu.window import meeting
@@ -134,7 +135,8 @@ class CpuWinograd(Written):
 
         def statement(src: tirx.Buffer, *rest: Any) -> tirx.Stmt:
             way_in, way_out = WayIn(spec, g, g.lanes, src), WayOut(spec, g, g.lanes, picks.tile_oc, *rest)
-            return _Kernel(spec, g, picks, g.lanes, way_out.parameters["weights"], way_in, way_out).statement()
+            core, weights = core_of(target, g.lanes), way_out.parameters["weights"]
+            return _Kernel(spec, g, picks, g.lanes, core, weights, way_in, way_out).statement()
 
         return written(ops, [_packed_weights(ops, g, picks), *map(copied, ops.parameters[1:])], statement)
 
@@ -181,6 +183,7 @@ class _Kernel:
     g: Grid
     picks: Picks
     lanes: int
+    core: Core
     weights: tirx.Buffer
     way_in: WayIn
     way_out: WayOut
@@ -285,7 +288,9 @@ class _Kernel:
         registers = body.registers([(t, v) for t in range(pixels) for v in range(slab.vectors)], lanes)
         following = slab.b * g.positions + slab.position + blocks_ahead(g.own * slab.vectors * g.most_tiles)
         following = body.let((following * taps + slab.first) * (g.own * tile_oc))
-        ahead = Ahead(self.weights, following, slab.count * g.own, ceildiv(tile_oc, LINE), *share)
+        lines = ceildiv(tile_oc, LINE)
+        apart = steps_apart(self.core, pixels * slab.vectors, lines, share[1])
+        ahead = Ahead(self.weights, following, slab.count * g.own, lines, *share, apart)
         origin = body.let(ahead.origin)
         with body.loop(slab.count) as (tap_body, tap):
 
@@ -416,7 +421,8 @@ def _of_products(target: Target, g: Grid, picks: Picks, met: int) -> list[Work]:
                 fetched = ceildiv(width, tiles.count)
                 found.append(steps(times * met * g.own, pixels, vectors, near=near, fetched=fetched))
                 found.append(Work(times * met, cycles=BEGIN_RUN))
-                found.append(Work(times * g.planes, stores=pixels * vectors, cycles=BEGIN_TILE))
+                stored = pixels * vectors
+                found.append(Work(times * g.planes, stores=stored, spilled=4 * lanes * stored, cycles=BEGIN_TILE))
     return found
 
 
@@ -429,9 +435,9 @@ def _of_input(g: Grid) -> list[Work]:
     for axis, times in ((rows, rows.tiles * g.length), (columns, rows.tiles * rows.positions * columns.tiles)):
         if axis is not NO_AXIS:
             # What is written to the L2 cache comes from there first.
-            near = 8 * g.lanes * axis.positions if axis is columns else 0
-            work = Work(times * vectors, operations(axis.inputs), axis.extent, axis.positions, near=near, cycles=2)
-            found.append(work)
+            spilled = 4 * g.lanes * axis.positions if axis is columns else 0
+            counted = (operations(axis.inputs), axis.extent, axis.positions)
+            found.append(Work(times * vectors, *counted, near=2 * spilled, spilled=spilled, cycles=2))
     return found
 
 

@@ -67,7 +67,8 @@ class ChannelsInLanes(Written):
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, g = Operands(spec), geometry_of(spec, picks.get("merge", False))
         packed = [_packed_weights(ops, g, picks), *map(copied, ops.parameters[1:])]
-        return written(ops, packed, lambda *buffers: Kernel(g, picks, target.lanes, *buffers).statement())
+        core = core_of(target)
+        return written(ops, packed, lambda *buffers: Kernel(g, picks, target.lanes, core, *buffers).statement())
 
 
 class Alike(NamedTuple):
@@ -129,7 +130,9 @@ def _counts(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, picks: Pi
     share, tasks = _share(g, picks, target.cores)
     work = [part.with_times(part.times * share * spec.n) for part in work]
     if picks.copy_src:
-        work.append(Work(tasks * spec.ic * math.prod(g.extent(picks)) / lanes, loads=1, stores=1, cycles=0.5))
+        size = spec.ic * math.prod(g.extent(picks))
+        spilled = 4 * lanes if 4 * size > target.l1 else 0
+        work.append(Work(tasks * size / lanes, loads=1, stores=1, spilled=spilled, cycles=0.5))
         if g.src.layout == "nchw":  # each row of a channel lies in another page
             begin = FAR_ROW if spec.transposed else BEGIN_RUN
             work.append(Work(tasks * spec.ic * math.prod(g.extent(picks)[:2]), cycles=begin))

@@ -5,8 +5,9 @@ where counts become seconds. A default is chosen by them, so the facts are those
 they must be the same on every machine with that processor, busy or not.
 
 Sources: AMD, "Software Optimization Guide for the AMD Zen4 / Zen5 Microarchitecture" (publications 57647, 58455);
-Intel, "Optimization Reference Manual" (248966); Arm, "Cortex-A72 Software Optimization Guide". Of Zen 5, bandwidths,
-FMAs as they are sustained and what a region takes were measured and rounded; those of the others are estimates.
+Intel, "Optimization Reference Manual" (248966); Arm, "Cortex-A72 Software Optimization Guide". Of Zen 5 and Sapphire
+Rapids, bandwidths, FMAs and clocks as they are sustained, and what a region takes were measured and rounded; those of
+the others are estimates.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from ..hardware.machine import measured
 from ..hardware.processor import system_processor
 from ..hardware.target import Target
 
-#: Of what is fetched ahead, the part that products do not hide.
-NOT_HIDDEN = 0.15
 #: FLOP per second of a loop of scalars, each sum waiting for the one before: roughly, on any processor.
 SCALAR_FLOPS = 1e9
 
@@ -42,6 +41,10 @@ class Core:
         masked_store: cycles of a store of a part of a vector: with a mask, or of short ones in pieces.
         l2, l3, memory: bytes per cycle from there, one core alone.
         region: cycles to start a parallel region and to wait for its end.
+        fetches: lines per cycle that come from memory, fetched ahead, and slow down nothing else.
+        beside: cycles that a load takes from FMAs.
+        spills: bytes per cycle that are written to the L2 cache.
+        exposed: of what is fetched ahead, the part that products do not hide.
         l2_size, l3_size: bytes that the caches hold.
         tile_product, tile_load, tile_store: cycles of a matrix tile each; without such, infinite.
     """
@@ -58,6 +61,10 @@ class Core:
     l3: float
     memory: float
     region: float
+    fetches: float = math.inf
+    beside: float = 0
+    spills: float = math.inf
+    exposed: float = 0.15
     l2_size: float = 0
     l3_size: float = 0
     tile_product: float = math.inf
@@ -75,7 +82,7 @@ class Core:
         for stream in counts.streams:
             rate = self.memory if cold and stream.weights else self._rate(stream.footprint)
             cycles = stream.bytes / rate
-            visible += max(NOT_HIDDEN * cycles, cycles - stream.ahead * work)
+            visible += max(self.exposed * cycles, cycles - stream.ahead * work)
         return work + visible + counts.regions * self.region
 
     def seconds(self, counts: Counts, *, cold: bool = True) -> float:
@@ -87,11 +94,12 @@ class Core:
         stores = part.stores / self.stores + part.masked_stores * max(self.masked_store, 1 / self.stores)
         return (
             max(
-                part.fmas / self.fmas,
+                part.fmas / self.fmas + part.loads * self.beside,
                 part.loads / self.loads + part.lines,
                 stores,
                 part.shuffles / self.shuffles,
                 part.near / self.l2,
+                part.spilled / self.spills,
                 part.chain * self.latency,
                 _cycles(part.tile_products, self.tile_product),
                 _cycles(part.tile_loads, self.tile_load),
@@ -117,6 +125,7 @@ class Work:
     Attributes:
         fmas, loads, stores, masked_stores, shuffles: vector instructions; scalars that are broadcast are loads.
         near: bytes that come from the L2 cache.
+        spilled: bytes that are written there.
         lines: of those that come from there, which the L1 cache takes in for a cycle each, and loads nothing else.
         chain: FMAs that wait for each other.
         cycles: of what overlaps with nothing: a loop that begins, a branch that is guessed wrongly.
@@ -130,6 +139,7 @@ class Work:
     masked_stores: float = 0
     shuffles: float = 0
     near: float = 0
+    spilled: float = 0
     lines: float = 0
     chain: float = 0
     cycles: float = 0
@@ -176,6 +186,18 @@ _CHIPS: dict[str, dict[str, float]] = {
     "znver3": {"hertz": 3.5e9, "latency": 4, "l2": 28, "l3": 14, "memory": 7, "region": 2000},
     "haswell": {"hertz": 3.2e9, "latency": 5, "l2": 24, "l3": 10, "memory": 5, "region": 2000},
     "skylake-avx512": {"hertz": 2.8e9, "latency": 4, "l2": 40, "l3": 8, "memory": 5, "region": 2000},
+    "sapphirerapids": {
+        "hertz": 3.1e9,
+        "latency": 4,
+        "l2": 64,
+        "l3": 8,
+        "memory": 4.5,
+        "region": 2000,
+        "fetches": 0.04,
+        "beside": 0.1,
+        "spills": 16,
+        "exposed": 0.6,
+    },
     "cortex-a72": {"hertz": 2.0e9, "latency": 7, "l2": 12, "l3": 6, "memory": 4, "region": 4000},
 }
 #: Processors that are taken for one of those.
@@ -188,7 +210,8 @@ _LIKE = {
     "x86-64-v4": "skylake-avx512",
     "icelake-server": "skylake-avx512",
     "cascadelake": "skylake-avx512",
-    "sapphirerapids": "skylake-avx512",
+    "graniterapids": "sapphirerapids",
+    "emeraldrapids": "sapphirerapids",
     "znver2": "znver3",
 }
 #: What they do with vectors of so many bits: FMAs, loads, stores and shuffles per cycle, cycles of a masked store.
@@ -202,6 +225,8 @@ _VECTORS: dict[tuple[str, int], tuple[float, float, float, float, float]] = {
     ("haswell", 128): (1, 2, 1, 1, 2),
     ("skylake-avx512", 512): (2, 2, 1, 1, 1.5),
     ("skylake-avx512", 256): (2, 2, 1, 1, 1.5),
+    ("sapphirerapids", 512): (2, 2, 1, 1, 1.5),
+    ("sapphirerapids", 256): (2, 3, 2, 2, 1.5),
     ("cortex-a72", 128): (1, 1, 1, 1, 8),
 }
 #: Cycles of a product, a load and a store of a matrix tile, of processors that have them (Intel, 248966, chapter 20).

@@ -16,7 +16,7 @@ from tvm import tirx
 from ..hardware.target import Target
 from ..lowering.compute import Expr, ceildiv
 from ..problem.spec import ConvSpec
-from .model import Work
+from .model import Core, Work
 from .vector import Block, Registers, prefetch
 
 #: Cycles to begin a run of products, a tile (its addresses, and loops that end), and a task.
@@ -92,9 +92,19 @@ def blocks_ahead(fmas: int) -> int:
     return ceildiv(FETCHED_AFTER, fmas)
 
 
+def steps_apart(core: Core, fmas: int, vectors: int, tiles: int) -> int:
+    """Steps of so many FMAs, each with so many lines of weights, from a fetch ahead to the next: more than one where
+    memory does not keep up with a line per step, as many as let the ``tiles`` of a block fetch all of the next one's.
+    A power of two.
+    """
+    if core.fetches * fmas / core.fmas >= 1:
+        return 1
+    return 1 << max(1, tiles // vectors).bit_length() - 1
+
+
 @dataclass(frozen=True)
 class Ahead:
-    """Weights of the next block of channels, fetched into the L2 cache a line or more per step.
+    """Weights of the next block of channels, fetched into the L2 cache a line or more per step, or one in some steps.
 
     They come from memory once, while the products of the block before hide it. ``tile`` of ``tiles`` fetches its
     share; those that have none left fetch the last one's again, which costs less than a branch.
@@ -103,6 +113,7 @@ class Ahead:
         weights: packed, flat from any index on.
         start: index of the next block's first number.
         steps: of a tile; each has so many ``vectors`` of weights, of a line.
+        apart: steps from a fetch to the next (:func:`steps_apart`).
     """
 
     weights: Any
@@ -111,6 +122,7 @@ class Ahead:
     vectors: int
     tile: Expr
     tiles: int
+    apart: int = 1
 
     @property
     def lines(self) -> int:
@@ -118,16 +130,23 @@ class Ahead:
         return ceildiv(self.vectors, self.tiles)
 
     @property
+    def share(self) -> int:
+        """Lines that a tile fetches."""
+        return (self.steps if self.apart == 1 else ceildiv(self.steps, self.apart)) * self.lines
+
+    @property
     def origin(self) -> Expr:
         """Where this tile's share begins."""
-        shares = ceildiv(self.vectors, self.lines)
+        shares = ceildiv(self.vectors * self.apart, self.lines)
         tile = self.tile if self.tiles <= shares else tirx.min(self.tile, shares - 1)
-        return self.start + tile * (self.steps * self.lines * LINE)
+        return self.start + tile * (self.share * LINE)
 
     def fetch(self, block: Block, origin: Expr, step: Expr) -> None:
         zeros = [0] * (len(self.weights.shape) - 1)
-        for line in range(self.lines):
-            block.add(prefetch(self.weights, [*zeros, origin + (step * self.lines + line) * LINE], level=2))
+        with block.when(True if self.apart == 1 else step % self.apart == 0) as due:
+            for line in range(self.lines):
+                at = origin + (step // self.apart * self.lines + line) * LINE
+                due.add(prefetch(self.weights, [*zeros, at], level=2))
 
 
 def multiply(

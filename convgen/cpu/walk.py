@@ -20,8 +20,9 @@ from ..lowering.compute import Expr, ceildiv, flat, unflat, widen
 from ..lowering.schedule import Picks
 from ..problem.spec import ConvSpec
 from .images import dst_images, src_images, three
+from .model import Core
 from .phases import Axis, Phase
-from .product import LINE, Ahead, Even, multiply
+from .product import LINE, Ahead, Even, multiply, steps_apart
 from .vector import (
     Block,
     Registers,
@@ -234,6 +235,7 @@ class Kernel:
     g: Geometry
     picks: Picks
     lanes: int
+    core: Core
     src: tirx.Buffer
     residual: tirx.Buffer
     parameters: dict[str, tirx.Buffer]
@@ -401,8 +403,9 @@ class Kernel:
         """What a tile fetches ahead: its share of what follows; blocks of merged lanes come last first."""
         g, (rows, across), size = self.g, self.g.task(self.picks), self.g.products * self.picks.tile_oc
         start = (channels.weights + (-1 if g.merge else 1)) * size
-        lines = ceildiv(self.picks.tile_oc, LINE)
-        return Ahead(self.parameters["weights"], body.let(start), g.products, lines, tile.index, rows * across)
+        lines, tiles = ceildiv(self.picks.tile_oc, LINE), rows * across
+        apart = steps_apart(self.core, len(tile.pixels) * channels.vectors, lines, tiles)
+        return Ahead(self.parameters["weights"], body.let(start), g.products, lines, tile.index, tiles, apart)
 
     def pixel(self, task: _Task, at: Sequence[Expr], first: Expr, block: Expr, k: Expr) -> Expr:
         """The k-th number, as f32, of a run from a pixel of what the task reads; ``first``: its group's first block of

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from convgen.cpu import model
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import FETCHED_AFTER, LINE, Ahead, Even, blocks_ahead, most_pixels
+from convgen.cpu.product import FETCHED_AFTER, LINE, Ahead, Even, blocks_ahead, most_pixels, steps_apart
 from convgen.hardware.machine import measured
 from convgen.hardware.target import resolve
 from convgen.lowering.candidates import default_candidate
@@ -58,6 +58,18 @@ def test_every_target_has_a_core_that_says_where_its_facts_are_from() -> None:
     assert core_of(resolve("cpu:znver4")).origin == "known"
     assert core_of(resolve("cpu:x86-64-v3")).origin == "taken for haswell"
     assert core_of(resolve("cpu:aarch64-neoverse-v1")).origin == "not known: taken for cortex-a72"
+
+
+def test_what_intels_cores_do_besides() -> None:
+    """A load takes from the FMAs beside it; what is written to the L2 cache takes longer than what comes from there."""
+    core = core_of(resolve("cpu:sapphirerapids"))
+    assert core.origin == "known"
+    assert core_of(resolve("cpu:graniterapids")).origin == "taken for sapphirerapids"
+    few, many = (Counts([Work(100, fmas=24, loads=loads)], regions=0) for loads in (10, 16))
+    assert core.cycles(few) < core.cycles(many) == 100 * (24 / core.fmas + 16 * core.beside)
+    assert ZEN5.cycles(few) == ZEN5.cycles(many)
+    near, spilled = (Counts([Work(1, **{what: 6400.0})]) for what in ("near", "spilled"))
+    assert core.cycles(near) < core.cycles(spilled)
 
 
 def test_shorter_vectors_than_the_targets_have_facts_of_their_own() -> None:
@@ -116,15 +128,19 @@ def test_tiles_cover_a_row_once_and_differ_by_one(size: int, most: int) -> None:
     assert [int(even.start(i)) for i in range(even.count)] == [sum(sizes[:i]) for i in range(even.count)]
 
 
-@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 12))
-def test_the_tiles_of_a_block_fetch_every_line_of_the_next(steps: int, vectors: int, tiles: int) -> None:
-    lines = set()
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 40), st.booleans())
+def test_the_tiles_of_a_block_fetch_every_line_of_the_next(steps: int, vectors: int, tiles: int, is_slow: bool) -> None:
+    core = replace(ZEN5, fetches=0.001) if is_slow else ZEN5
+    apart, lines = steps_apart(core, 28, vectors, tiles), set()
+    assert apart == 1 if not is_slow else apart * vectors <= max(tiles, vectors) < 2 * apart * vectors
     for tile in range(tiles):
-        ahead = Ahead(None, 0, steps, vectors, tile, tiles)
-        origin = int(ahead.origin)
-        lines |= {origin // LINE + step * ahead.lines + line for step in range(steps) for line in range(ahead.lines)}
+        ahead = Ahead(None, 0, steps, vectors, tile, tiles, apart)
+        origin, fetched = int(ahead.origin), range(0, steps, apart)
+        lines |= {
+            origin // LINE + step // apart * ahead.lines + line for step in fetched for line in range(ahead.lines)
+        }
     assert lines >= set(range(steps * vectors))
-    assert max(lines) < steps * vectors + steps * ahead.lines  # little past the end
+    assert max(lines) < steps * vectors + apart * vectors * ahead.share  # little past the end
 
 
 def test_weights_have_come_when_small_blocks_need_them() -> None:
