@@ -6,11 +6,13 @@ Algorithms*, 2nd ed., §3; for the square root, Higham & Mary, SIAM J. Sci. Comp
     |dst - reference| <= L * c * u * (M + |bias| + |residual|) + the activation's own error
 
 with ``u = 2**-24``, ``c = 8 + 2 * sqrt(K)`` for ``K`` products per element (``2**15`` more for tf32: two operands cut
-off after 11 bits), and ``L`` the activation's slope. For a kernel that only reorders sums ``M`` is ``conv(|src|,
-|weights|)``. One that transforms adds pixels before it multiplies, and its ``M`` is the sum of what it adds, which
-reaches all pixels of a tile: :meth:`~convgen.lowering.schedule.Schedule.magnitudes`. Subnormal numbers and products
-count as the smallest normal number. Where ``M`` is not finite, as a transform's is throughout a tile with a NaN,
-nothing is promised.
+off after 11 bits; ``2**17 + 2**8`` more for bf16: two operands rounded to 8 bits), and ``L`` the activation's slope.
+For a kernel that only reorders sums ``M`` is ``conv(|src|, |weights|)``. One that transforms adds pixels before it
+multiplies, and its ``M`` is the sum of what it adds, which reaches all pixels of a tile:
+:meth:`~convgen.lowering.schedule.Schedule.magnitudes`. Subnormal numbers and products count as the smallest normal
+number. Instructions that multiply bf16 take them for 0, sums too: where they may be used, as storage or as the accuracy
+class, the bound has ``2**-126 * K * L * (max|src| + max|weights| + 1)`` more. Where ``M`` is not finite, as a
+transform's is throughout a tile with a NaN, nothing is promised.
 
 Rounding errors are taken to be as often up as down, as they are however large or small numbers are. Where they are all
 alike, as those of a constant image under a constant filter, ``c`` is ``8 + K`` (Higham, §3.1).
@@ -138,6 +140,9 @@ def _bound(spec: ConvSpec, data: Arrays, factor: float, products: F32, plain: F3
         added = added + np.abs(widen(data["residual"]))
     with np.errstate(over="ignore", invalid="ignore"):
         bound = np.float32(slope * factor * UNIT_ROUNDOFF) * (products + added)
+        if "bf16" in (spec.dtype, spec.accuracy):
+            largest = sum(float(np.abs(widen(data[name])).max(initial=0)) for name in ("src", "weights"))
+            bound = bound + np.float32(slope * SMALLEST_NORMAL * spec.reduction_length * (largest + 1))
         if op.name != "none":
             bound = bound + np.float32(ACTIVATION_ERROR * UNIT_ROUNDOFF) * (plain + added + 1)
         if spec.dtype != "f32":

@@ -40,7 +40,8 @@ tokens:   n ic oc  g (groups)  i (input)  k (kernel)  s (stride)  d (dilation)
           p (padding: p1x1, begin_end p0_1x0_1, same, same_lower, valid)
           op (output padding)  nobias  residual  f16, bf16 or i8
           nhwc, nchw8c or nchw16c; dst_nchw … where dst's layout is another
-          strict, relaxed or tf32; an activation: relu relu6 leaky_relu(0.1)
+          strict, relaxed, tf32 or accuracy_bf16; an activation: relu relu6
+          leaky_relu(0.1)
           prelu clip(0,6) sigmoid tanh silu mish hardswish hardsigmoid elu
           gelu gelu_tanh
 """
@@ -176,8 +177,8 @@ accuracy_option = click.option(
     callback=_parse_accuracy,
     metavar="[NAME=]CLASS",
     help="Accuracy of all layers, or of those with such a name (head.*=strict): strict, which no data can spoil; "
-    "standard, fast: an infinity, a NaN or a much larger pixel spoils the results beside it; relaxed; tf32. May be "
-    "repeated; the last that names a layer counts.",
+    "standard, fast: an infinity, a NaN or a much larger pixel spoils the results beside it; relaxed; tf32; bf16. May "
+    "be repeated; the last that names a layer counts.",
 )
 #: What is said of a model's layers; gives ``dims`` and ``accuracy``.
 model_options = grouped(dim_option, accuracy_option)

@@ -25,7 +25,7 @@ Matrix = list[list[Fraction]]
 #: Largest errors in units of 2**-24 * conv(|src|, |weights|), 16 to 256 channels, normal data, two axes:
 #:   F(2,2) F(3,2) F(2,3) 1–3; F(2,4) 4; F(2,5) 6; F(3,3) 8; F(2,6) F(2,7) F(3,5) F(3,6) F(4,5) 7–13;
 #:   F(3,4) F(4,4) 14; F(4,3) F(4,2) 18; F(5,4) 22; F(5,3) 28; F(6,3) 36; F(5,2) 49; F(6,2) F(7,2) 59–76.
-ADMITTED = {"standard": (4, 8), "relaxed": (7, 8), "tf32": (7, 8)}
+ADMITTED = {"standard": (4, 8), "relaxed": (7, 8), "tf32": (7, 8), "bf16": (7, 8)}
 
 #: Interpolation points besides infinity: small, in pairs of opposite sign.
 POINTS = (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2))

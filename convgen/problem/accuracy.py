@@ -13,9 +13,10 @@ UNIT_ROUNDOFF = 2.0**-24
 #: What subnormal numbers count as.
 SMALLEST_NORMAL = 2.0**-126
 #: What a transform's error is of plain summation's, at most, on data of one scale. ``strict`` admits none.
-CLASS_FACTOR = {"strict": 1.0, "standard": 8.0, "relaxed": 64.0, "tf32": 64.0}
-#: What a product of two TF32 operands adds to ``c``: they are cut off after 11 bits.
-OPERAND_FACTOR = {"tf32": 2.0**15}
+CLASS_FACTOR = {"strict": 1.0, "standard": 8.0, "relaxed": 64.0, "tf32": 64.0, "bf16": 64.0}
+#: What a product of two rounded operands adds to ``c``: those of TF32 are cut off after 11 bits, those of bf16 are
+#: rounded to 8.
+OPERAND_FACTOR = {"tf32": 2.0**15, "bf16": 2.0**17 + 2.0**8}
 #: Rounding errors of the activation itself, in units of ``u`` times its input's magnitude plus 1: an
 #: exp, tanh or erf that is a few ulp off near its saturation is that much of the input off in silu or gelu.
 ACTIVATION_ERROR = 16.0

@@ -25,7 +25,7 @@ from ..errors import SpecError
 from .activation import Activation
 from .dtypes import BYTES, DTYPES, QUANTISED
 from .layout import LAYOUTS, Blocks
-from .tokens import ACCURACIES, DST, FLAGS, PADDING_WORDS, SIZES, joined, read_token
+from .tokens import ACCURACIES, ACCURACY, DST, FLAGS, PADDING_WORDS, SIZES, joined, read_token
 
 #: Version of the canonical form. A new field with a neutral default does not change it.
 CANONICAL_VERSION = 1
@@ -131,7 +131,7 @@ class ConvSpec:
             hardswish hardsigmoid(a,b) elu(a) gelu gelu_tanh``.
         residual: whether a tensor of the output's shape is added before the activation.
         accuracy: the class of its error bound (:mod:`convgen.problem.accuracy`): ``strict``, ``standard``,
-            ``relaxed``, or ``tf32``, whose products may be of operands of 11 bits.
+            ``relaxed``, or ``tf32`` or ``bf16``, whose products may be of operands of 11 or 8 bits.
         dtype: how tensors are stored: ``f32``, ``f16`` or ``bf16``; sums are f32 whatever it is. Or ``i8``: a layer
             of 8-bit integers, whose sums and bias are i32 and whose scale is f32 (:attr:`dtypes`). It is exact,
             takes no residual, no activation but ``relu`` and ``clip``, and no accuracy but ``standard``.
@@ -500,8 +500,8 @@ class ConvSpec:
         words += [name for name in FLAGS if getattr(self, name)]
         words += [f"{name.removesuffix('dtype')}{getattr(self, name)}" for name in TYPES if self._differs(name)]
         for name, neutral in (("activation", "none"), ("dtype", "f32"), ("layout", "nchw"), ("accuracy", "standard")):
-            if getattr(self, name) != neutral:
-                words.append(getattr(self, name))
+            if (word := getattr(self, name)) != neutral:
+                words.append(f"{ACCURACY}{word}" if name == "accuracy" and word in DTYPES else word)
             if name == "layout" and self._differs("dst_layout"):
                 words.append(f"{DST}{self.dst_layout}")
         return " ".join(words)

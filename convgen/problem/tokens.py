@@ -10,7 +10,7 @@ from .activation import Activation
 from .dtypes import DTYPES, QUANTISED
 from .layout import LAYOUTS
 
-ACCURACIES = ("strict", "standard", "relaxed", "tf32")
+ACCURACIES = ("strict", "standard", "relaxed", "tf32", "bf16")
 PADDING_WORDS = ("valid", "same", "same_lower")
 #: Flags and their tokens: what is True where they are given.
 FLAGS = ("residual", "src_zero", "weights_zero", "dst_zero")
@@ -28,6 +28,8 @@ SIZES = re.compile(r"i[0-9x]+\Z")
 _PADS = re.compile(r"p([0-9]{1,18}(?:_[0-9]{1,18})?(?:x[0-9]{1,18}(?:_[0-9]{1,18})?)*)\Z")
 #: What a layout token of dst begins with, and the type of one tensor.
 DST = "dst_"
+#: Begins the token of an accuracy class that has the name of a dtype.
+ACCURACY = "accuracy_"
 _TENSOR_TYPES = {f"{name}_{dtype}": (f"{name}_dtype", dtype) for name, known in QUANTISED.items() for dtype in known}
 _SCALARS = {"n": "n", "ic": "ic", "oc": "oc", "g": "groups"}
 _SPATIALS = {"i": "in_spatial", "k": "kernel", "s": "stride", "d": "dilation", "op": "output_padding"}
@@ -65,8 +67,8 @@ def read_token(token: str, rank: int) -> tuple[str, Any]:
         return _TENSOR_TYPES[token]
     if token.removeprefix(DST) in LAYOUTS:
         return "dst_layout" if token.startswith(DST) else "layout", token.removeprefix(DST)
-    if token in ACCURACIES:
-        return "accuracy", token
+    if token.removeprefix(ACCURACY) in ACCURACIES:
+        return "accuracy", token.removeprefix(ACCURACY)
     try:
         return "activation", str(Activation.parse(token))
     except SpecError as error:

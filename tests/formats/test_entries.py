@@ -52,7 +52,10 @@ def test_without_rules_nothing_changes() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("exact", "accuracy: expected CLASS or NAME=CLASS with one of strict, standard, relaxed, tf32, found 'exact'"),
+        (
+            "exact",
+            "accuracy: expected CLASS or NAME=CLASS with one of strict, standard, relaxed, tf32, bf16, found 'exact'",
+        ),
         ("=strict", "accuracy: expected CLASS or NAME=CLASS"),
         ("", "accuracy: expected CLASS or NAME=CLASS"),
         ("tail=strict", "accuracy: expected a layer with a name like 'tail', found none"),

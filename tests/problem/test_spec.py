@@ -320,7 +320,7 @@ def test_empty_batch() -> None:
         ({"activation": "elu(1_0)"}, "activation", "numbers as parameters of elu", "'elu(1_0)'"),
         ({"activation": "leaky_relu(inf)"}, "activation", "float32 numbers as parameters", "'leaky_relu(inf)'"),
         ({"activation": "leaky_relu(1e39)"}, "activation", "float32 numbers as parameters", "'leaky_relu(1e39)'"),
-        ({"accuracy": "exact"}, "accuracy", "one of strict, standard, relaxed, tf32", "'exact'"),
+        ({"accuracy": "exact"}, "accuracy", "one of strict, standard, relaxed, tf32, bf16", "'exact'"),
         ({"accuracy": np.array([1, 2])}, "accuracy", "one of strict", "array([1, 2])"),
         ({"dtype": "f64"}, "dtype", "one of f32", "'f64'"),
         ({"layout": "nwc"}, "layout", "a 2-D layout among", "'nwc'"),
