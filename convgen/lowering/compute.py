@@ -115,7 +115,12 @@ def quantised_bits(
         offset = zero.astype(of_lanes(ACCUMULATOR, lanes))
         low, high = low - offset, high - offset
     if within is not None:
-        low, high = (tirx.max(low, tirx.min(high, tirx.const(bound, ACCUMULATOR))) for bound in within)
+
+        def nearest(bound: float, end: Expr) -> Expr:
+            inside = tirx.max(low, tirx.min(high, tirx.const(bound, ACCUMULATOR)))
+            return inside if math.isfinite(bound) else end
+
+        low, high = nearest(within[0], low), nearest(within[1], high)
         least = low if lanes == 1 or low.ty.dtype.lanes == lanes else tirx.Broadcast(low, lanes)
         number = tirx.Var("number", of_lanes(ACCUMULATOR, lanes))
         # In this order a single instruction, whose answer to NaN is its second operand.
