@@ -136,7 +136,7 @@ class Operation:
     def add(self, sums: Expr, factor: Expr, words: Expr, lanes: int) -> Expr:
         """Sums and the products of words: of a pixel, the same in all lanes, and of weights."""
         if self.instruction == "multiply":
-            return sums + factor * words
+            return sums + words * factor
         if self.instruction == "vdpbf16ps":
             return tirx.call_extern(of_lanes(ACCUMULATOR, lanes), "convgen_add_pairs_512", sums, factor, words)
         name = _NAMES[self.instruction][lanes]
