@@ -1,11 +1,13 @@
 """Direct convolution with output channels in the vector lanes, in any layout.
 
 Applies to  convolutions of any rank, stride and dilation that are not transposed, dense or with groups of more than
-            half a vector of output channels.
+            half a vector of output channels, of i8 with any groups.
 Strategy    1. A layout is a block of channels that lie innermost: 1 in NCHW, 16 in nchw16c, all in NHWC. What a row of
                the kernel reads of a block lies side by side: one run of numbers (NCHW, or dilated: of channels, per
                tap). Pack weights as [oc/t][rows of the kernel and blocks][run][t], in the order of their use.
             2. A task copies its rows with their padding, in src's layout; without padding src is read where it lies.
+               Where an instruction adds several products (convgen.cpu.operation) runs are of words of several
+               channels, and the copy has channels innermost: of NCHW it is transposed, of i8 made unsigned.
             3. Keep a tile of `tile_oh` × `tile_ow` pixels × `tile_oc` channels in registers: vector loads of weights,
                broadcast src. Rows are cut into tiles whose sizes differ by one at most.
             4. Bias, residual and activation on the tile; vectors of channels are stored. NCHW: vectors of pixels,
@@ -47,13 +49,14 @@ class CpuDirect(ChannelsInLanes):
         channels = spec.oc // spec.groups
         require(target.kind == "cpu", "needs a CPU")
         require(not spec.transposed, "needs a convolution that is not transposed")
-        require(spec.groups == 1 or channels > lanes // 2, f"needs groups of more than {lanes // 2} output channels")
+        many = spec.groups == 1 or channels > lanes // 2 or spec.dtype == "i8"  # whose sums may be too long for f32
+        require(many, f"needs groups of more than {lanes // 2} output channels")
         require(spec.src_blocks.is_plain or own % spec.src_blocks.size == 0, "needs groups of whole blocks of channels")
         whole = spec.groups == 1 or channels % lanes == 0 or spec.dst_blocks.is_plain
         require(whole, "needs groups of whole vectors of channels, as dst is in blocks")
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
-        lanes, g = target.lanes, geometry_of(spec)
+        lanes, g = target.lanes, geometry_of(spec, target)
         return Space(
             tile_oc=[lanes * v for v in (1, 2, 3, 4) if lanes * (v - 1) < g.channels],
             tile_oh=[h for h in (1, 2, 3, 4) if h <= g.y.pixels],
@@ -61,7 +64,7 @@ class CpuDirect(ChannelsInLanes):
             block=[b for b in BLOCKS if b == 1 or b < 2 * g.blockable(1, 1)],
             order=["oc", "pixels"],
             parallel_oc=list(PARTS),
-            copy_src=[True] if g.padded else [False, True],
+            copy_src=[True] if g.copied else [False, True],
         )
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
@@ -70,8 +73,8 @@ class CpuDirect(ChannelsInLanes):
         super().valid(spec, target, picks)
 
     def tiles(self, spec: ConvSpec, target: Target) -> list[Picks]:
-        lanes, space, g = target.lanes, self.space(spec, target).domains, geometry_of(spec)
-        copy_src = g.padded or (spec.dtype != "f32" and spec.oc > 64)
+        lanes, space, g = target.lanes, self.space(spec, target).domains, geometry_of(spec, target)
+        copy_src = g.copied or (spec.dtype != "f32" and not g.operation.converts and spec.oc > 64)
         base = Picks(tile_oc=lanes, tile_oh=1, tile_ow=1, block=1, order="oc", parallel_oc=1, copy_src=copy_src)
         return [
             base.replace(tile_oc=o, tile_oh=h, tile_ow=w)
@@ -83,25 +86,26 @@ class CpuDirect(ChannelsInLanes):
 
     def variants(self, spec: ConvSpec, picks: Picks) -> list[Picks]:
         """Of NCHW a copy may pay without padding, too: rows of channels lie side by side there."""
-        return [picks, picks.replace(copy_src=True)] if geometry_of(spec).src.layout == "nchw" else [picks]
+        return [picks, picks.replace(copy_src=True)] if spec.layout == "nchw" and not picks.copy_src else [picks]
 
     def work(self, spec: ConvSpec, target: Target, picks: Picks) -> list[Work]:
-        lanes, g, found = target.lanes, geometry_of(spec), list[Work]()
+        lanes, g, found = target.lanes, geometry_of(spec, target), list[Work]()
         for times, height, width, vectors in tiles_of(g, picks, lanes):
             weights = 4 * g.products * vectors * lanes
             near = 4 * vectors * lanes if weights > target.l1 // 2 else 0
             slower = CROWDED if _crowds(g, target, height * width) else 1
             far = _far(g, target, picks, height, width)
             products = times * g.products * slower
-            found.append(steps(products, height * width, vectors, near=near, far=far, fetched=0.5))
+            pixels, operation = height * width, g.operation
+            found.append(steps(products, pixels, vectors, near=near, far=far, fetched=0.5, operation=operation))
             found.append(Work(times * g.loops, cycles=BEGIN_RUN))
             found.append(_finish(g, times, height, width, vectors, lanes))
         return found
 
     def streams(self, spec: ConvSpec, target: Target, picks: Picks, share: float, tasks: float) -> list[Stream]:
-        g = geometry_of(spec)
+        g = geometry_of(spec, target)
         rows, tiles = g.task(picks)
-        panel = 4 * spec.ic * math.prod(g.extent(picks))
+        panel = g.operation.bytes * g.read.channels * math.prod(g.extent(picks))
         weights = 4 * g.products * spec.groups * round_up(g.channels, target.lanes)
         per_task, ahead = weights / picks.parallel_oc, picks.order == "oc"
         images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]  # a line is read before it is written
@@ -130,7 +134,8 @@ def _crowds(g: Geometry, target: Target, pixels: int) -> bool:
     """Whether a tile has more pixels in src, or in dst, than there is room for in the sets of the L1 cache that they
     lie in, as they are a power of two apart.
     """
-    return any(pixels > target.places(4 * apart) for apart in (g.src.block * g.moves[2], g.dst.block))
+    src, dst = g.operation.bytes * g.read.block * g.moves[2], 4 * g.dst.block
+    return any(pixels > target.places(apart) for apart in (src, dst))
 
 
 def _far(g: Geometry, target: Target, picks: Picks, height: int, width: int) -> float:
@@ -138,7 +143,7 @@ def _far(g: Geometry, target: Target, picks: Picks, height: int, width: int) -> 
     each step reads another channel, and all channels' do not fit into the L1 cache.
     """
     row: float = 4 * ((width - 1) * g.moves[2] + LINE)
-    if g.src.layout != "nchw" or not g.apart or g.inner * height * row <= target.l1 // 2:
+    if g.read.layout != "nchw" or not g.apart or g.inner * height * row <= target.l1 // 2:
         return 0
     if picks.copy_src:  # rows of all channels side by side
         return height * min(row, 4 * round_up(g.extent(picks)[2], target.lanes))

@@ -23,7 +23,7 @@ import math
 from convgen.cpu.channels import ChannelsInLanes, tiles_of
 from convgen.cpu.model import Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, FAR_ROW, Even, most_pixels, steps
-from convgen.cpu.walk import geometry_of
+from convgen.cpu.walk import Geometry, geometry_of
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ceildiv
 from convgen.lowering.schedule import Picks, Space, require
@@ -46,7 +46,7 @@ class CpuTransposed(ChannelsInLanes):
         require(spec.src_blocks.is_plain or own % spec.src_blocks.size == 0, "needs groups of whole blocks of channels")
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
-        lanes, g = target.lanes, geometry_of(spec)
+        lanes, g = target.lanes, geometry_of(spec, target)
         channels = g.channels * (g.x.stride if g.mergeable else 1)
         return Space(
             tile_oc=[lanes * v for v in (1, 2, 3, 4, 6) if lanes * (v - 1) < channels],
@@ -55,13 +55,14 @@ class CpuTransposed(ChannelsInLanes):
             merge=[False, True] if g.mergeable else [False],
             block=[b for b in BLOCKS if b == 1 or b < 2 * g.blockable(1, 1)],
             parallel_oc=list(PARTS),
-            copy_src=[True] if g.padded else [False, True],
+            copy_src=[True] if g.copied else [False, True],
         )
 
     def tiles(self, spec: ConvSpec, target: Target) -> list[Picks]:
-        space, lanes, g = self.space(spec, target).domains, target.lanes, geometry_of(spec)
+        space, lanes, g = self.space(spec, target).domains, target.lanes, geometry_of(spec, target)
         # Rows of NCHW, copied, are aligned, and lie side by side.
-        copy_src = g.padded or g.src.layout == "nchw" or (spec.dtype != "f32" and spec.oc > 64)
+        widened = spec.dtype != "f32" and not g.operation.converts and spec.oc > 64
+        copy_src = g.copied or g.src.layout == "nchw" or widened
         # Merged phases fill the lanes that a group's last vector of channels leaves empty.
         merges = space["merge"] if g.channels % lanes else (False,)
         return [
@@ -69,12 +70,12 @@ class CpuTransposed(ChannelsInLanes):
             for m in merges
             for c in space["tile_oc"]
             for h in space["tile_oh"]
-            for w in _widths(geometry_of(spec, m).width, most_pixels(target, c // lanes) // h)
+            for w in _widths(geometry_of(spec, target, m).width, most_pixels(target, c // lanes) // h)
             if h == 1 or w < 14
         ]
 
     def work(self, spec: ConvSpec, target: Target, picks: Picks) -> list[Work]:
-        g, lanes, core, found = geometry_of(spec, picks.merge), target.lanes, core_of(target), list[Work]()
+        g, lanes, core, found = geometry_of(spec, target, picks.merge), target.lanes, core_of(target), list[Work]()
         phases, along = g.z.stride * g.y.stride, 1 if g.merge else g.x.stride
         for times, height, width, vectors in tiles_of(g, picks, lanes):
             resident, passes = 4 * g.products * vectors * lanes, g.blockable(height, width)
@@ -82,16 +83,17 @@ class CpuTransposed(ChannelsInLanes):
             near: float = 4 * vectors * lanes if resident // phases > target.l1 // 2 and passes > 1 else 0
             if resident > target.l2 // 2:  # what is fetched ahead is gone when it is used
                 near *= (core.l2 / core.memory + (passes - 1) * core.l2 / core.l3) / passes
-            found.append(steps(times * g.products, height * width, vectors, near=near, fetched=0.5))
+            pixels, operation = height * width, g.operation
+            found.append(steps(times * g.products, pixels, vectors, near=near, fetched=0.5, operation=operation))
             found.append(Work(times * math.prod(g.runs) * (1 if g.apart else along), cycles=BEGIN_RUN))
             stored = height * width * vectors
             loads = 0 if g.buffered else stored * spec.residual
             found.append(Work(times * phases * along, loads=loads, stores=stored, cycles=BEGIN_TILE))
-        return found + _of_buffer(spec, picks, lanes)
+        return found + _of_buffer(g, lanes)
 
     def streams(self, spec: ConvSpec, target: Target, picks: Picks, share: float, tasks: float) -> list[Stream]:
-        g = geometry_of(spec, picks.merge)
-        blocks, panel = g.blocks(picks), 4 * spec.ic * math.prod(g.extent(picks))
+        g = geometry_of(spec, target, picks.merge)
+        blocks, panel = g.blocks(picks), g.operation.bytes * g.read.channels * math.prod(g.extent(picks))
         weights = 4 * g.products * picks.tile_oc * blocks * g.parts(picks)
         per_task = weights / picks.parallel_oc
         images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]
@@ -113,9 +115,9 @@ def _widths(width: int, most: int) -> list[int]:
     return sorted({Even(width, w).full for w in range(1, min(most, width, 28) + 1)})[-4:]
 
 
-def _of_buffer(spec: ConvSpec, picks: Picks, lanes: int) -> list[Work]:
+def _of_buffer(g: Geometry, lanes: int) -> list[Work]:
     """Of an image's rows on their way through the buffer, if there is one."""
-    g, found = geometry_of(spec, picks.merge), list[Work]()
+    spec, found = g.spec, list[Work]()
     rows = g.z.out * g.y.out * spec.groups
     if g.buffered and g.dst.layout == "nchw":
         whole, rest = divmod(g.x.out, lanes)

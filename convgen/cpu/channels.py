@@ -16,7 +16,7 @@ from tvm import te, tirx
 
 from ..errors import Inapplicable
 from ..hardware.target import Target
-from ..lowering.compute import Expr, Operands, ceildiv, copied, unflat
+from ..lowering.compute import INTEGER, Expr, Operands, ceildiv, copied, unflat
 from ..lowering.schedule import Picks, Program, Written, busiest, require
 from ..problem.spec import ConvSpec
 from .model import Counts, Stream, Work, core_of
@@ -27,6 +27,11 @@ from .walk import Geometry, Kernel, geometry_of
 
 class ChannelsInLanes(Written):
     """A schedule of this kind. What each says itself is where it applies, its space, and what its tiles count."""
+
+    sums_integers = True
+
+    def takes_integers(self, spec: ConvSpec) -> bool:
+        return True
 
     def takes_layouts(self, src: str, dst: str) -> bool:
         return True
@@ -48,12 +53,12 @@ class ChannelsInLanes(Written):
         """Of the busiest core, which has a ``share`` of the work in so many ``tasks``."""
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        g = geometry_of(spec, picks.get("merge", False))
+        g = geometry_of(spec, target, picks.get("merge", False))
         most, pixels = most_pixels(target, picks.tile_oc // target.lanes), picks.tile_oh * picks.tile_ow
         require(pixels <= most, f"{pixels} pixels in a tile, registers for {most}")
         require(picks.tile_ow <= g.width, "tile_ow exceeds the pixels of a phase")
         require(picks.parallel_oc <= g.blocks(picks), "fewer channel blocks than parallel_oc")
-        require(picks.copy_src or not g.padded, "needs a copy of src where it is padded")
+        require(picks.copy_src or not g.copied, "needs a copy of src, which is padded or converted")
         count, what = g.blockable(picks.tile_oh, picks.tile_ow), "tiles" if spec.rank == 1 else "rows of tiles"
         require(picks.block < 2 * count, f"{picks.block} {what} in a block, the output has {count}")
 
@@ -65,8 +70,11 @@ class ChannelsInLanes(Written):
         return core_of(target).seconds(_counts(self, spec, target, picks, self.work(spec, target, picks)))
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
-        ops, g = Operands(spec), geometry_of(spec, picks.get("merge", False))
+        g = geometry_of(spec, target, picks.get("merge", False))
+        ops = Operands(spec, integers=g.operation.sums == INTEGER)
         packed = [_packed_weights(ops, g, picks), *map(copied, ops.parameters[1:])]
+        if g.operation.offset or (g.operation.biased and spec.src_zero):
+            packed.append(_starts(ops, g, picks))
         core = core_of(target)
         return written(ops, packed, lambda *buffers: Kernel(g, picks, target.lanes, core, *buffers).statement())
 
@@ -126,18 +134,33 @@ def _is_valid(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, picks: 
 
 def _counts(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, picks: Picks, work: Sequence[Work]) -> Counts:
     """What the busiest core does of the ``work`` of an image."""
-    g, lanes = geometry_of(spec, picks.get("merge", False)), target.lanes
+    g, lanes = geometry_of(spec, target, picks.get("merge", False)), target.lanes
     share, tasks = _share(g, picks, target.cores)
     work = [part.with_times(part.times * share * spec.n) for part in work]
     if picks.copy_src:
-        size = spec.ic * math.prod(g.extent(picks))
-        spilled = 4 * lanes if 4 * size > target.l1 else 0
-        work.append(Work(tasks * size / lanes, loads=1, stores=1, spilled=spilled, cycles=0.5))
+        size = g.read.channels * math.prod(g.extent(picks)) * g.operation.bytes
+        work.append(_copying(g, tasks * size / (4 * lanes), lanes, size > target.l1))
         if g.src.layout == "nchw":  # each row of a channel lies in another page
             begin = FAR_ROW if spec.transposed else BEGIN_RUN
             work.append(Work(tasks * spec.ic * math.prod(g.extent(picks)[:2]), cycles=begin))
     work += [Work(tasks, cycles=BEGIN_TASK), finishing(spec, lanes, share)]
     return Counts(work, schedule.streams(spec, target, picks, share, tasks))
+
+
+def _copying(g: Geometry, vectors: float, lanes: int, leaves_l1: bool) -> Work:
+    """A task's copies, of so many ``vectors``."""
+    spilled = 4 * lanes if leaves_l1 else 0
+    if g.read.layout == g.src.layout:
+        return Work(vectors, loads=1, stores=1, spilled=spilled, cycles=0.5)
+    joined = g.operation.depth if g.operation.depth > 1 else 0  # each a load and a few instructions; then transposed
+    return Work(
+        vectors,
+        fmas=3 * joined,
+        loads=g.operation.depth,
+        stores=1,
+        shuffles=math.log2(lanes),
+        spilled=spilled,
+    )
 
 
 def _share(g: Geometry, picks: Picks, cores: int) -> tuple[float, float]:
@@ -157,12 +180,13 @@ def _share(g: Geometry, picks: Picks, cores: int) -> tuple[float, float]:
 
 def _packed_weights(ops: Operands, g: Geometry, picks: Picks) -> te.Tensor:
     """``[oc/t][rows of the kernel, taps and blocks of channels][run][t]``, the taps of a phase together, in the order
-    of their use.
+    of their use. A word of a run has zeros where it is longer.
     """
     spec, own, tile = ops.spec, ops.spec.ic // ops.spec.groups, picks.tile_oc
     blocks = g.blocks(picks) // spec.groups * g.parts(picks)
+    operation = g.operation
 
-    def packed(b: Expr, run: Expr, k: Expr, t: Expr) -> Expr:
+    def weight(b: Expr, run: Expr, k: Expr, t: Expr) -> Expr:
         *position, block = unflat(run, g.runs)
         position[2] = position[2] if g.apart else k // g.inner
         group, lane, taps = b // blocks, b % blocks * tile + t, position
@@ -174,8 +198,31 @@ def _packed_weights(ops: Operands, g: Geometry, picks: Picks) -> te.Tensor:
         elif spec.transposed:
             taps = [axis.tap(p) for axis, p in zip((g.z, g.y, g.x), position, strict=True)]
         channel = block * g.inner + k % g.inner
+        if operation.depth > 1:
+            exists = tirx.all(exists, k < g.numbers, channel < own)
         index = (group * own + channel, lane) if spec.transposed else (group * g.channels + lane, channel)
         value = ops.weights[(*index, *taps[3 - spec.rank :])]
-        return tirx.if_then_else(exists, value, tirx.const(0, "float32"))
+        if spec.weights_zero:
+            value = value - ops.zero("weights")[tirx.min(group * g.channels + lane, spec.oc - 1)]
+        value = tirx.if_then_else(exists, value, tirx.const(0, value.ty.dtype))
+        return operation.weight(value)
+
+    def packed(b: Expr, run: Expr, k: Expr, t: Expr) -> Expr:
+        return operation.joined([weight(b, run, k * operation.depth + i, t) for i in range(operation.depth)], 1)
 
     return te.compute((spec.groups * blocks, math.prod(g.runs), g.run, tile), packed, name="weights_packed")
+
+
+def _starts(ops: Operands, g: Geometry, picks: Picks) -> te.Tensor:
+    """What sums start at, ``[oc/t][t]``: less what src's offset and zero point add to them."""
+    spec, tile, offset = ops.spec, picks.tile_oc, tirx.const(g.operation.offset, INTEGER)
+    blocks = g.blocks(picks) // spec.groups
+    axes = [te.reduce_axis((0, size)) for size in ops.weights.shape[1:]]
+    nothing = ops.zero("src")[0] + offset if spec.src_zero else offset
+
+    def start(b: Expr, t: Expr) -> Expr:
+        lane = b % blocks * tile + t
+        channel = b // blocks * g.channels + tirx.min(lane, g.channels - 1)
+        return te.sum(ops.weights[(channel, *axes)] * (tirx.const(0, INTEGER) - nothing), axes)
+
+    return te.compute((spec.groups * blocks, tile), start, name="start_packed")

@@ -35,6 +35,7 @@ class Core:
         origin: where the facts are from.
         hertz: cycles per second.
         fmas: FMAs of the target's vectors that begin per cycle, as long loops sustain them.
+        quads, pairs: the same of sums of four products of bytes per lane, and of two products of bf16.
         latency: cycles from one FMA to the next on the same sum.
         loads, stores: vectors per cycle.
         shuffles: of two vectors, per cycle.
@@ -65,6 +66,8 @@ class Core:
     beside: float = 0
     spills: float = math.inf
     exposed: float = 0.15
+    quads: float = 1
+    pairs: float = 1
     l2_size: float = 0
     l3_size: float = 0
     tile_product: float = math.inf
@@ -94,7 +97,7 @@ class Core:
         stores = part.stores / self.stores + part.masked_stores * max(self.masked_store, 1 / self.stores)
         return (
             max(
-                part.fmas / self.fmas + part.loads * self.beside,
+                part.fmas / self.fmas + part.quads / self.quads + part.pairs / self.pairs + part.loads * self.beside,
                 part.loads / self.loads + part.lines,
                 stores,
                 part.shuffles / self.shuffles,
@@ -124,6 +127,7 @@ class Work:
 
     Attributes:
         fmas, loads, stores, masked_stores, shuffles: vector instructions; scalars that are broadcast are loads.
+        quads, pairs: vector instructions that add four products of bytes to a lane, or two of bf16.
         near: bytes that come from the L2 cache.
         spilled: bytes that are written there.
         lines: of those that come from there, which the L1 cache takes in for a cycle each, and loads nothing else.
@@ -143,6 +147,8 @@ class Work:
     lines: float = 0
     chain: float = 0
     cycles: float = 0
+    quads: float = 0
+    pairs: float = 0
     tile_products: float = 0
     tile_loads: float = 0
     tile_stores: float = 0
@@ -229,6 +235,11 @@ _VECTORS: dict[tuple[str, int], tuple[float, float, float, float, float]] = {
     ("sapphirerapids", 256): (2, 3, 2, 2, 1.5),
     ("cortex-a72", 128): (1, 1, 1, 1, 8),
 }
+#: The same of sums of four products of bytes, and of two products of bf16; others do as many as FMAs.
+_PRODUCTS: dict[tuple[str, int], tuple[float, float]] = {
+    ("skylake-avx512", 512): (2, 0.5),
+    ("sapphirerapids", 512): (2, 0.5),
+}
 #: Cycles of a product, a load and a store of a matrix tile, of processors that have them (Intel, 248966, chapter 20).
 _TILES: dict[str, tuple[float, float, float]] = {"sapphirerapids": (16, 8, 16)}
 #: What stands for a processor that is not known, by bits of a vector.
@@ -268,9 +279,10 @@ def _known(model: str, bits: int) -> Core:
 
 def _vectors(name: str, bits: int) -> dict[str, Any]:
     """What a processor does with vectors of so many bits; an assumed one's where it is not known."""
-    names = ("fmas", "loads", "stores", "shuffles", "masked_store")
+    names = ("fmas", "loads", "stores", "shuffles", "masked_store", "quads", "pairs")
     vectors = _VECTORS.get((name, bits)) or _VECTORS.get((_ASSUMED[bits], bits), (1, 1, 1, 1, 8))
-    return dict(zip(names, vectors, strict=True))
+    products = _PRODUCTS.get((name, bits), (vectors[0], vectors[0]))
+    return dict(zip(names, (*vectors, *products), strict=True))
 
 
 @lru_cache(maxsize=4)

@@ -17,6 +17,7 @@ from ..hardware.target import Target
 from ..lowering.compute import Expr, ceildiv
 from ..problem.spec import ConvSpec
 from .model import Core, Work
+from .operation import MULTIPLY, Operation
 from .vector import Block, Registers, prefetch
 
 #: Cycles to begin a run of products, a tile (its addresses, and loops that end), and a task.
@@ -156,10 +157,11 @@ def multiply(
     scalar: Callable[[Any, Expr], Expr],
     vector: Callable[[Any, Expr], Expr],
     fetch: Callable[[Block, Expr], None] | None = None,
+    operation: Operation = MULTIPLY,
 ) -> None:
     """Add ``scalar(t, k) * vector(v, k)`` to every sum, whose keys are all pairs ``(t, v)``, for each k of a length.
 
-    ``fetch`` adds what a step fetches ahead.
+    ``fetch`` adds what a step fetches ahead. Where an ``operation`` adds several products, k counts its words.
     """
     scalars, vectors = (dict.fromkeys(part) for part in zip(*sums.keys, strict=True))
     with block.loop(length) as (step, k):
@@ -169,7 +171,7 @@ def multiply(
         for t in scalars:
             factor = step.let(tirx.Broadcast(scalar(t, k), sums.lanes))
             for v, value in row.items():
-                sums.add(step, (t, v), value * factor)
+                sums.put(step, (t, v), operation.add(sums[t, v], factor, value, sums.lanes))
 
 
 def finishing(spec: ConvSpec, lanes: int, share: float) -> Work:
@@ -178,7 +180,16 @@ def finishing(spec: ConvSpec, lanes: int, share: float) -> Work:
     return Work(math.prod(spec.dst_shape) / lanes * share, fmas=operations, loads=spec.residual)
 
 
-def steps(times: float, pixels: int, vectors: int, *, near: float = 0, far: float = 0, fetched: float = 0) -> Work:
+def steps(
+    times: float,
+    pixels: int,
+    vectors: int,
+    *,
+    near: float = 0,
+    far: float = 0,
+    fetched: float = 0,
+    operation: Operation = MULTIPLY,
+) -> Work:
     """What steps of a tile count.
 
     Args:
@@ -187,4 +198,5 @@ def steps(times: float, pixels: int, vectors: int, *, near: float = 0, far: floa
         fetched: lines that are fetched ahead.
     """
     lines, loads = (near + far) / (4 * LINE), pixels + vectors + fetched
-    return Work(times, fmas=pixels * vectors, loads=loads, lines=lines, near=1.5 * near, chain=1)
+    products = {operation.unit: pixels * vectors * operation.instructions}
+    return Work(times, **products, loads=loads, lines=lines, near=1.5 * near, chain=1)

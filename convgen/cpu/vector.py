@@ -13,10 +13,25 @@ from typing import Any
 
 from tvm import te, tirx
 
-from ..lowering.compute import ACCUMULATOR, STORAGE, STORED, Expr, Operands, epilogue, narrow, of_lanes, widen
+from ..lowering.compute import (
+    ACCUMULATOR,
+    STORAGE,
+    STORED,
+    Expr,
+    Operands,
+    epilogue,
+    narrow,
+    narrowed_bits,
+    of_lanes,
+    requantised_bits,
+    widen,
+)
 from ..lowering.schedule import Program
+from ..problem.dtypes import BYTES
 from ..problem.spec import ConvSpec
 
+#: Storage types that are the lowest bits of integers of 32 bits.
+SHORT = ("i8", "u8", "bf16")
 #: Numbers of 128 bits: what most shuffles of longer vectors stay within.
 PIECE = 4
 #: What makes of a vector of f32 one of a storage type, as :func:`~convgen.lowering.compute.narrow` does.
@@ -108,9 +123,9 @@ class Block:
             self.add(tirx.BufferStore(buffer, tirx.const(0, dtype), [tirx.const(i, "int32") for i in ends]))
         return buffer
 
-    def registers(self, keys: Sequence[Any], lanes: int) -> Registers:
+    def registers(self, keys: Sequence[Any], lanes: int, dtype: str = ACCUMULATOR) -> Registers:
         """Vectors of sums, at zero, that a loop may add to."""
-        return Registers(self, keys, lanes)
+        return Registers(self, keys, lanes, dtype)
 
     def statement(self) -> Any:
         if not self._statements:
@@ -123,21 +138,24 @@ class Registers:
     from where LLVM takes it into registers; in workspace, masked loads might read it.
     """
 
-    def __init__(self, block: Block, keys: Sequence[Any], lanes: int) -> None:
+    def __init__(self, block: Block, keys: Sequence[Any], lanes: int, dtype: str = ACCUMULATOR) -> None:
         self.keys, self.lanes, self._row = tuple(keys), lanes, _row([0], lanes)
-        self._buffers = {key: block.buffer((lanes,)) for key in keys}
-        for buffer in self._buffers.values():
-            block.add(tirx.BufferStore(buffer, zeros(lanes), self._row))
+        self._buffers = {key: block.buffer((lanes,), dtype) for key in keys}
+        for key in keys:
+            self.put(block, key, zeros(lanes, dtype))
 
     def __getitem__(self, key: Any) -> Expr:
         return tirx.BufferLoad(self._buffers[key], self._row)
 
+    def put(self, block: Block, key: Any, value: Expr) -> None:
+        block.add(tirx.BufferStore(self._buffers[key], value, self._row))
+
     def add(self, block: Block, key: Any, value: Expr) -> None:
-        block.add(tirx.BufferStore(self._buffers[key], self[key] + value, self._row))
+        self.put(block, key, self[key] + value)
 
 
-def zeros(lanes: int) -> Expr:
-    return tirx.Broadcast(tirx.const(0.0, ACCUMULATOR), lanes)
+def zeros(lanes: int, dtype: str = ACCUMULATOR) -> Expr:
+    return tirx.Broadcast(tirx.const(0, dtype), lanes)
 
 
 def _element(buffer: Any, index: Sequence[Expr]) -> Expr:
@@ -167,6 +185,22 @@ def _masked_store(buffer: Any, index: Sequence[Expr], value: Expr, mask: Expr) -
     return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, pointer, mask))
 
 
+def _narrow_apart(value: Expr, dtype: str, lanes: int) -> Expr:
+    """As :func:`~convgen.lowering.compute.narrow`, for a store with a mask."""
+    return _apart(narrowed_bits(value, dtype, lanes), dtype, lanes)
+
+
+def _apart(bits: Expr, dtype: str, lanes: int) -> Expr:
+    """The lowest bits of integers of 32 bits, for a store with a mask.
+
+    LLVM 22 compiles a masked store of integers narrowed from 32 bits, its mask a constant with one lane, to a store of
+    32 bits: bytes too many. So they are shuffled apart instead.
+    """
+    ways = 4 // BYTES[dtype]
+    parts = tirx.reinterpret(of_lanes(STORAGE[dtype], lanes * ways), bits)
+    return tirx.Shuffle([parts], list(range(0, lanes * ways, ways)))
+
+
 def load(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int, shift: int = 0) -> Expr:
     """``lanes`` numbers stored as ``dtype``, as f32: ``shift`` zeros, ``count`` elements, then zeros again.
 
@@ -194,6 +228,8 @@ def store(
 
     Of short vectors in pieces: where masks are vectors too (AVX2), a store with one takes as long as many without.
     """
+    if count < lanes and narrowed is narrow and dtype in SHORT:
+        narrowed = _narrow_apart
     return store_stored(buffer, dtype, index, narrowed(value, dtype, lanes), lanes, count)
 
 
@@ -217,18 +253,29 @@ def store_stored(buffer: Any, dtype: str, index: Sequence[Expr], value: Expr, la
 def load_parameters(
     block: Block, parameters: Mapping[str, Any], channel: Expr, lanes: int, count: int
 ) -> dict[str, Expr]:
-    """What :func:`finish` takes of ``count`` channels from one on, from vectors ``[oc]``, as they are stored."""
-    return {name: block.let(load(p, STORED[str(p.dtype)], [channel], lanes, count)) for name, p in _vectors(parameters)}
+    """What :func:`finish` takes of ``count`` channels from one on, from vectors ``[oc]``, as they are stored; or from
+    the single number of all channels.
+    """
+
+    def vector(name: str, p: Any) -> Expr:
+        if name == "dst_zero":
+            return tirx.Broadcast(p[0], lanes)
+        return load(p, STORED[str(p.dtype)], [channel], lanes, count)
+
+    return {name: block.let(vector(name, p)) for name, p in _vectors(parameters)}
 
 
 def spread_parameters(block: Block, parameters: Mapping[str, Any], channel: Expr, lanes: int) -> dict[str, Expr]:
     """What :func:`finish` takes of one channel, in all lanes."""
-    return {name: block.let(tirx.Broadcast(p[channel], lanes)) for name, p in _vectors(parameters)}
+    return {
+        name: block.let(tirx.Broadcast(p[0 if name == "dst_zero" else channel], lanes))
+        for name, p in _vectors(parameters)
+    }
 
 
 def _vectors(parameters: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Those of the parameters that have a number for each channel: packed weights may be among them."""
-    return [(name, p) for name, p in parameters.items() if name != "weights"]
+    """Those of the parameters that the epilogue takes: packed weights, and what sums start at, may be among them."""
+    return [(name, p) for name, p in parameters.items() if name in ("bias", "slope", "scale", "dst_zero")]
 
 
 def _within(buffer: Any, index: Sequence[Expr], lanes: int, count: int, size: Expr | None = None) -> Expr:
@@ -265,6 +312,7 @@ def store_within(
     """The statement that writes those of the first ``count`` lanes that lie in the buffer's last axis, or in its first
     ``size``.
     """
+    narrowed = _narrow_apart if narrowed is narrow and dtype in SHORT else narrowed
     return _masked_store(buffer, index, narrowed(value, dtype, lanes), _within(buffer, index, lanes, count, size))
 
 
@@ -285,15 +333,28 @@ def finish(
 ) -> None:
     """The epilogue of a vector of sums, and its store in the first ``count`` elements of dst from ``place`` on.
 
-    ``given`` is the bias, slope and scale there are, as vectors. ``within``: ``place`` may lie anywhere along the last
-    axis; only what lies in it is stored, or in its first ``size``. ``narrowed`` makes of f32 what is stored.
+    ``given`` is the bias, slope, scale and dst's zero point there are, as vectors. ``within``: ``place`` may lie
+    anywhere along the last axis; only what lies in it is stored, or in its first ``size``. ``narrowed`` makes of f32
+    what is stored.
     """
     read, write = (partial(load_within, size=size), partial(store_within, size=size)) if within else (load, store)
-    more = None if residual is None else read(residual, spec.dtype, place, lanes, count)
-    result = epilogue(spec, value, residual=more, **given, lanes=lanes)
-    if spec.dtype == "f32" and count < lanes:  # it may be stored in pieces
+    if spec.is_quantised:
+        result, dtype = requantised_bits(spec, value, **given, lanes=lanes), spec.dst_dtype
+        if dtype in SHORT:
+            masked = within or count < lanes
+            stored = _apart(result, dtype, lanes) if masked else result.astype(of_lanes(STORAGE[dtype], lanes))
+            mask = _within(dst, place, lanes, count, size) if within else None
+            if mask is None:
+                block.add(store_stored(dst, dtype, place, stored, lanes, count))
+            else:
+                block.add(_masked_store(dst, place, stored, mask))
+            return
+    else:
+        more = None if residual is None else read(residual, spec.dtype, place, lanes, count)
+        result, dtype = epilogue(spec, value, residual=more, **given, lanes=lanes), spec.dtype
+    if dtype == "f32" and count < lanes:  # it may be stored in pieces
         result = block.let(result)
-    block.add(write(dst, spec.dtype, place, result, lanes, count, narrowed))
+    block.add(write(dst, dtype, place, result, lanes, count, narrowed))
 
 
 def weighted_sum(terms: Iterable[tuple[Any, Expr]]) -> Expr:

@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from tvm import tirx
 
-from ..lowering.compute import Expr, ceildiv, flat, unflat, widen
+from ..hardware.target import Target
+from ..lowering.compute import STORED, Expr, ceildiv, flat, round_up, unflat, widen
 from ..lowering.schedule import Picks
 from ..problem.spec import ConvSpec
 from .images import dst_images, src_images, three
 from .model import Core
+from .operation import Operation, operation_of
+from .panel import Source, converted, word
 from .phases import Axis, Phase
 from .product import LINE, Ahead, Even, multiply, steps_apart
 from .vector import (
@@ -48,7 +51,9 @@ class Geometry:
         moves: pixels of src from a pixel of a phase to the next, along each axis.
         channels: output channels of a group.
         apart: whether taps of a row are runs of their own: what they read lies apart, or channels make longer runs.
-        inner, run: channels of a run, and products of the longest one.
+        read: src as it is read: where its numbers are converted, channels lie innermost.
+        inner: channels of a run, or of a tap of one.
+        numbers, run: products of the longest run, and words of them.
         runs: along the axes of the kernel and over blocks of channels.
         crop: what a row of outputs lacks at its beginning, where phases are merged.
         width: pixels of a row of a phase.
@@ -56,20 +61,26 @@ class Geometry:
         padded: whether some of what is read lies outside src.
     """
 
-    def __init__(self, spec: ConvSpec, merge: bool = False) -> None:
-        self.spec, self.merge = spec, merge
+    def __init__(self, spec: ConvSpec, operation: Operation, merge: bool = False) -> None:
+        self.spec, self.operation, self.merge = spec, operation, merge
         self.z, self.y, self.x = (_axis(spec, axis) for axis in range(spec.rank - 3, spec.rank))
         self.moves = three((1,) * spec.rank if spec.transposed else spec.stride)
         self.src, self.dst = src_images(spec), dst_images(spec)
         self.channels = spec.oc // spec.groups
-        own, layout = spec.ic // spec.groups, self.src.layout
+        own, self.read = spec.ic // spec.groups, self.src
+        if operation.converts and self.src.layout == "nchw":
+            own = round_up(own, operation.depth)
+            self.read = replace(self.src, layout="nhwc", channels=own * spec.groups)
+        layout = self.read.layout
         self.apart = self.x.gap > 1 or (layout == "nhwc" and spec.groups > 1)
         self.apart |= layout == "nchw" and (spec.transposed or self.x.taps < max(own, SHORT_ROW))
+        self.apart |= spec.transposed and not merge and own % operation.depth > 0
         self.inner = own if layout in ("nchw", "nhwc") else self.src.block
         if layout == "nchw" and not self.apart:
             self.inner = 1
         columns = self.x.taps if merge else self.x.kernel
-        self.run = self.inner * (1 if self.apart else columns)
+        self.numbers = self.inner * (1 if self.apart else columns)
+        self.run = ceildiv(self.numbers, operation.depth)
         self.runs = (self.z.kernel, self.y.kernel, columns if self.apart else 1, own // self.inner)
         self.crop = self.x.begin % self.x.stride if merge else 0
         self.width = ceildiv(self.x.out + self.crop, self.x.stride)
@@ -79,6 +90,18 @@ class Geometry:
         ends = ((n - 1) * m + last for n, m, (_, last) in zip(self.phase_pixels, self.moves, self.reads, strict=True))
         ends_outside = any(end >= size for end, size in zip(ends, self.src.size, strict=True))
         self.padded = any(first < 0 for first, _ in self.reads) or ends_outside
+
+    @property
+    def copied(self) -> bool:
+        """Whether src must be copied: it is padded, or not read as it is stored, or past its end."""
+        past = self.numbers % self.operation.depth > 0
+        as_stored = self.operation.reads(self.spec) and self.read == self.src
+        return self.padded or not as_stored or past
+
+    def words(self, taps: Expr) -> Expr:
+        """Of so many taps of a run."""
+        depth = self.operation.depth
+        return ceildiv(taps * self.inner, depth) if isinstance(taps, int) else taps * (self.inner // depth)
 
     @property
     def phase_pixels(self) -> tuple[int, int, int]:
@@ -97,7 +120,7 @@ class Geometry:
 
     @property
     def products(self) -> int:
-        """Of a block of weights: of an output, where there is one phase."""
+        """Words of a block of weights: of an output, where there is one phase."""
         return math.prod(self.runs) * self.run
 
     @property
@@ -134,8 +157,8 @@ class Geometry:
 
 
 @lru_cache(maxsize=1024)
-def geometry_of(spec: ConvSpec, merge: bool = False) -> Geometry:
-    return Geometry(spec, merge)
+def geometry_of(spec: ConvSpec, target: Target, merge: bool = False) -> Geometry:
+    return Geometry(spec, operation_of(spec, target), merge)
 
 
 def _axis(spec: ConvSpec, axis: int) -> Axis:
@@ -161,7 +184,7 @@ class _Task(NamedTuple):
         columns: the first tile of a row, and how many there are.
         first, end: the blocks of channels: the first, and the one after the last.
         corner: the first plane, row and column that is read.
-        panel: a copy of what is read, in src's layout; None where src is read.
+        panel: a copy of what is read; None where src is read.
         rows: the buffer of output rows; None where pixels are stored from registers.
         turned: a row of it as rows of channels.
     """
@@ -265,19 +288,27 @@ class Kernel:
             pixel = (z, body.let(block_y * (rows * picks.tile_oh)), body.let(columns.start(tile)))
             corner = [body.let(p * m + first) for p, m, (first, _) in zip(pixel, g.moves, g.reads, strict=True)]
             panel = buffer = turned = None
-            if picks.copy_src:
+            if picks.copy_src and g.operation.converts:
+                whole_rows = self.spec.rank > 1
+                first = [*corner[:2], g.reads[2][0] if whole_rows else corner[2]]
+                zero = self.parameters["src_zero"][0] if self.spec.src_zero else None
+                source = Source(self.spec, self.src, image, first, g.extent(picks), zero)
+                panel = converted(body, g.operation, source, g.read, self.lanes)
+            elif picks.copy_src:
                 panel = g.src.copied(body, self.src, self.spec.dtype, image, corner, g.extent(picks), self.lanes)
             if g.buffered:
                 # Vectors of pixels are read past the last one; so are vectors of lanes.
                 size = (g.pixels(picks) * g.x.stride + self.lanes) * self.pitch + picks.tile_oc
-                buffer = body.buffer((picks.tile_oh, size))
+                buffer = body.buffer((picks.tile_oh, size), g.operation.sums)
             if g.buffered and g.dst.layout == "nchw" and self.pitch > 1:
                 # An odd number of vectors: rows begin in different sets of a cache.
                 vectors = ceildiv(g.pixels(picks) * g.x.stride, self.lanes)
-                turned = body.buffer((min(self.lanes, g.channels), (vectors + 1 - vectors % 2) * self.lanes))
+                turned = body.buffer(
+                    (min(self.lanes, g.channels), (vectors + 1 - vectors % 2) * self.lanes), g.operation.sums
+                )
             first, end = (body.let(p * blocks // parts) for p in (part, part + 1))
             self.task(body, _Task(image, pixel, (tile, count), first, end, corner, panel, buffer, turned))
-        return whole.statement()
+        return g.operation.with_helper(whole.statement())
 
     def task(self, body: Block, task: _Task) -> None:
         """All tiles of a task with all its blocks of channels; `order` is that of these two loops."""
@@ -358,18 +389,25 @@ class Kernel:
         g, lanes, tile_oc, weights = self.g, self.lanes, self.picks.tile_oc, self.parameters["weights"]
         phases, axes = (*tile.row.phases, tile.phase), (g.z, g.y, g.x)
         z, y, x = phases
-        sums = body.registers([(p, v) for p in tile.pixels for v in range(channels.vectors)], lanes)
+        operation = g.operation
+        sums = body.registers([(p, v) for p in tile.pixels for v in range(channels.vectors)], lanes, operation.sums)
+        if "start" in self.parameters:
+            for v in range(channels.vectors):
+                place = [channels.weights, v * lanes]
+                start = body.let(load(self.parameters["start"], "i32", place, lanes, lanes))
+                for p in tile.pixels:
+                    sums.put(body, (p, v), start)
         # The group's first block of channels in src, of a run or of one channel.
-        of_group = self.spec.ic // self.spec.groups // (1 if g.src.layout == "nchw" else g.inner)
+        of_group = g.read.channels // self.spec.groups // (1 if g.read.layout == "nchw" else g.inner)
         first_block = body.let(channels.group * of_group)
         ahead = self.ahead(body, tile, channels)
         origin = body.let(ahead.origin)
-        length, is_short = g.inner if g.apart else x.taps * g.inner, g.run < SHORT_ROW
+        length, is_short = g.words(1 if g.apart else x.taps), g.run < SHORT_ROW
         counts = (z.taps, y.taps, x.taps if g.apart else 1, g.runs[3], length if is_short else 1)
         with _loops(body, counts) as (run, (iz, iy, ix, block, step)):
             taps = (z.position + iz, y.position + iy, x.position + ix if g.apart else 0)
             index = run.let(flat((*taps, block), g.runs))
-            first = step if g.apart else run.let(x.position * g.inner + step)
+            first = step if g.apart else run.let(g.words(x.position) + step)
             moved = [
                 run.let(phase.source - start + i * axis.gap)
                 for phase, axis, i, (start, _) in zip(phases, axes, (iz, iy, ix), g.reads, strict=True)
@@ -380,15 +418,17 @@ class Kernel:
                 at = [i * m + offset for i, m, offset in zip(of_phase, g.moves, moved, strict=True)]
                 return self.pixel(task, at, first_block, block, step + k)
 
+            dtype = STORED[operation.word]
+
             def weight(v: int, k: Expr) -> Expr:
-                return load(weights, "f32", [channels.weights, index, first + k, v * lanes], lanes, lanes)
+                return load(weights, dtype, [channels.weights, index, first + k, v * lanes], lanes, lanes)
 
             def fetch(step: Block, k: Expr) -> None:
                 ahead.fetch(step, origin, index * g.run + first + k)
 
             # What a single tile uses once, one block of channels after another, the processor itself fetches ahead.
             is_ahead = self.picks.get("order", "oc") == "oc" and math.prod(g.task(self.picks)) > 1
-            multiply(run, sums, 1 if is_short else length, pixel, weight, fetch if is_ahead else None)
+            multiply(run, sums, 1 if is_short else length, pixel, weight, fetch if is_ahead else None, operation)
         if task.rows is None:
             stored = self.store_squares if g.dst.layout == "nchw" else self.store_channels
             stored(body, task, tile, channels, sums)
@@ -397,7 +437,7 @@ class Kernel:
         for ty, tx in tile.pixels:  # by pixels: what vectors write past the last lane, the next pixel overwrites
             for v in range(channels.vectors):
                 at = [ty, place + (tx * g.x.stride * self.pitch + v * lanes)]
-                body.add(store(task.rows, "f32", at, sums[(ty, tx), v], lanes, lanes))
+                body.add(store(task.rows, STORED[operation.sums], at, sums[(ty, tx), v], lanes, lanes))
 
     def ahead(self, body: Block, tile: _Tile, channels: _Channels) -> Ahead:
         """What a tile fetches ahead: its share of what follows; blocks of merged lanes come last first."""
@@ -408,20 +448,23 @@ class Kernel:
         return Ahead(self.parameters["weights"], body.let(start), g.products, lines, tile.index, tiles, apart)
 
     def pixel(self, task: _Task, at: Sequence[Expr], first: Expr, block: Expr, k: Expr) -> Expr:
-        """The k-th number, as f32, of a run from a pixel of what the task reads; ``first``: its group's first block of
-        channels, or where a block has the channels of several groups, the group.
+        """The k-th word of a run from a pixel of what the task reads; ``first``: its group's first block of channels,
+        or where a block has the channels of several groups, the group.
         """
-        g, inner = self.g, self.g.src.block
+        g, inner, k = self.g, self.g.read.block, k * self.g.operation.depth
         z, y, x = at if task.panel is not None else (c + i for c, i in zip(task.corner, at, strict=True))
-        if g.src.layout == "nchw":
+        if g.read.layout == "nchw":
             block, column = (first + k, x) if g.apart else (first + block, x + k)
-        elif g.src.layout == "nhwc":
+        elif g.read.layout == "nhwc":
             block, column = 0, x * inner + first * g.inner + k
         else:
             block, column = first + block, x * inner + k
         if task.panel is not None:
-            return task.panel[z, y, block, column]
-        return widen(self.src[tuple(g.src.place(task.image, block, [z, y, 0], column))], self.spec.dtype)
+            return word(task.panel, g.operation, [z, y, block, column])
+        place = g.src.place(task.image, block, [z, y, 0], column)
+        if g.operation.converts:
+            return word(self.src, g.operation, place)
+        return widen(self.src[tuple(place)], self.spec.dtype)
 
     # ---- the store ----------------------------------------------------------------------------
 
@@ -463,7 +506,8 @@ class Kernel:
             first = body.let(channels.group * g.channels + within)
             for y, x in ((y, x) for y, x in tile.pixels if x % lanes == 0):
                 count = min(lanes, tile.width - x)
-                square = [sums[(y, x + t), v] if t < count else zeros(lanes) for t in range(lanes)]
+                none = zeros(lanes, g.operation.sums)
+                square = [sums[(y, x + t), v] if t < count else none for t in range(lanes)]
                 rows = {(0, t): row for t, row in enumerate(interleave(body, square, lanes))}
                 for inner, (_, t), row in self.each(body, rows):
                     with inner.when(True if g.channels % lanes == 0 else within + t < g.channels) as exists:
@@ -484,11 +528,12 @@ class Kernel:
                 yield body, p, vector
             return
         width = 1 + max(x for _, x in vectors)
-        sums = body.buffer((len(vectors) // width, width, self.lanes))
+        dtype = STORED[self.g.operation.sums]
+        sums = body.buffer((len(vectors) // width, width, self.lanes), self.g.operation.sums)
         for (y, x), vector in vectors.items():
-            body.add(store(sums, "f32", [y, x, 0], vector, self.lanes, self.lanes))
+            body.add(store(sums, dtype, [y, x, 0], vector, self.lanes, self.lanes))
         with body.loop(len(vectors) // width) as (row, y), row.loop(width) as (inner, x):
-            yield inner, (y, x), inner.let(load(sums, "f32", [y, x, 0], self.lanes, self.lanes))
+            yield inner, (y, x), inner.let(load(sums, dtype, [y, x, 0], self.lanes, self.lanes))
 
     def store_rows(self, body: Block, task: _Task, row: _Row, channels: _Channels) -> None:
         """The epilogue and store of the buffer's rows, whose phases are all there."""
@@ -512,7 +557,7 @@ class Kernel:
         *outer, start = line.pixel
         with body.loop(line.end - start) as (one, i), one.loop(channels.vectors) as (some, v):
             at = [line.row, (line.skipped + i) * self.pitch + v * self.lanes]
-            value = load(task.rows, "f32", at, self.lanes, self.lanes)
+            value = load(task.rows, STORED[self.g.operation.sums], at, self.lanes, self.lanes)
             for case, channel, count, given in self.vectors(some, channels, v):
                 place = (task.image, channel, [*outer, start + i])
                 tensors = (self.dst, self.residual)
@@ -525,15 +570,16 @@ class Kernel:
         """
         g, lanes, (*outer, start) = self.g, self.lanes, line.pixel
         length, kept, turned = line.end - start, min(lanes, g.channels), self.pitch > 1
+        dtype = STORED[g.operation.sums]
         with body.loop(channels.vectors) as (some, v):
             first = some.let(channels.first + v * lanes)
             if turned:
                 with some.loop((length + (lanes - 1)) // lanes) as (step, i):
                     at = step.let((line.skipped + i * lanes) * self.pitch + v * lanes)
                     places = [[line.row, at + t * self.pitch] for t in range(lanes)]
-                    square = [step.let(load(task.rows, "f32", place, lanes, lanes)) for place in places]
+                    square = [step.let(load(task.rows, dtype, place, lanes, lanes)) for place in places]
                     for t, value in enumerate(interleave(step, square, lanes)[:kept]):
-                        step.add(store(task.turned, "f32", [t, i * lanes], value, lanes, lanes))
+                        step.add(store(task.turned, dtype, [t, i * lanes], value, lanes, lanes))
             count = kept if g.channels % kept == 0 else some.let(tirx.min(lanes, g.channels - first))
             with some.loop(count) as (one, t):
                 channel = one.let(channels.group * g.channels + first + t)
@@ -541,7 +587,7 @@ class Kernel:
                 for case, x, size in _steps(one, length, lanes):
                     where = g.dst.element(task.image, channel, [*outer, start + x])
                     row, place = (task.turned, [t, x]) if turned else (task.rows, [line.row, line.skipped + x])
-                    value = load(row, "f32", place, lanes, lanes)
+                    value = load(row, dtype, place, lanes, lanes)
                     more = {"within": True, "size": line.end} if size is None else {}
                     finish(
                         case, self.spec, self.dst, self.residual, where, value, lanes, size or lanes, **more, **given

@@ -76,10 +76,15 @@ def widen(value: Expr, dtype: str, lanes: int = 1) -> Expr:
 
 def narrow(value: Expr, dtype: str, lanes: int = 1) -> Expr:
     """An f32 value as it is stored in ``dtype``: rounded to nearest, ties to even; to integers, saturated too."""
+    if dtype in RANGES or dtype == "bf16":
+        value = narrowed_bits(value, dtype, lanes)
+    return value.astype(of_lanes(STORAGE[dtype], lanes))
+
+
+def narrowed_bits(value: Expr, dtype: str, lanes: int = 1) -> Expr:
+    """The same of 8-bit integers and bf16, as the lowest bits of integers of 32 bits."""
     if dtype in RANGES:
-        return quantise(value, dtype, lanes=lanes)
-    if dtype != "bf16":
-        return value.astype(of_lanes(STORAGE[dtype], lanes))
+        return quantised_bits(value, dtype, lanes=lanes)
 
     def const(number: int) -> Expr:
         return tirx.const(number, "uint32")
@@ -89,7 +94,7 @@ def narrow(value: Expr, dtype: str, lanes: int = 1) -> Expr:
     rounded = bits + const(0x7FFF) + ((bits >> const(16)) & const(1))
     # Keep a NaN, as a quiet one. Not by x != x: the simplifier would take that for false.
     kept = tirx.Select(tirx.isnan(f32), bits | const(0x400000), rounded)
-    return tirx.Let(f32, value, (kept >> const(16)).astype(of_lanes(STORAGE[dtype], lanes)))
+    return tirx.Let(f32, value, kept >> const(16))
 
 
 def quantise(value: Expr, dtype: str, zero: Expr | None = None, lanes: int = 1) -> Expr:
@@ -98,13 +103,32 @@ def quantise(value: Expr, dtype: str, zero: Expr | None = None, lanes: int = 1) 
     Args:
         zero: the zero point, an i32; with lanes, a vector of them.
     """
+    return quantised_bits(value, dtype, zero, lanes).astype(of_lanes(STORAGE[dtype], lanes))
+
+
+def quantised_bits(
+    value: Expr, dtype: str, zero: Expr | None = None, lanes: int = 1, within: tuple[float, float] | None = None
+) -> Expr:
+    """The same as the lowest bits of integers of 32 bits. ``within``: least and largest value; of NaN the least."""
     low, high = (tirx.const(bound, ACCUMULATOR) for bound in RANGES[dtype])
     if zero is not None:  # bounds of the rounded number: saturating before rounding is the same
         offset = zero.astype(of_lanes(ACCUMULATOR, lanes))
         low, high = low - offset, high - offset
-    within = tirx.max(low, tirx.min(high, value))
-    whole = tirx.reinterpret(of_lanes(INTEGER, lanes), within + tirx.const(SHIFT, ACCUMULATOR))
-    return (whole if zero is None else whole + zero).astype(of_lanes(STORAGE[dtype], lanes))
+    if within is not None:
+
+        def nearest(bound: float, end: Expr) -> Expr:
+            inside = tirx.max(low, tirx.min(high, tirx.const(bound, ACCUMULATOR)))
+            return inside if math.isfinite(bound) else end
+
+        low, high = nearest(within[0], low), nearest(within[1], high)
+        least = low if lanes == 1 or low.ty.dtype.lanes == lanes else tirx.Broadcast(low, lanes)
+        number = tirx.Var("number", of_lanes(ACCUMULATOR, lanes))
+        # In this order a single instruction, whose answer to NaN is its second operand.
+        value = tirx.Let(number, value, tirx.min(high, tirx.Select(number > least, number, least)))
+    else:
+        value = tirx.max(low, tirx.min(high, value))
+    whole = tirx.reinterpret(of_lanes(INTEGER, lanes), value + tirx.const(SHIFT, ACCUMULATOR))
+    return whole if zero is None else whole + zero
 
 
 def less(value: Expr, zero: Expr | None) -> Expr:
@@ -165,6 +189,10 @@ class Operands:
     def dst_logical(self, index: Index) -> tuple[Expr, Expr, tuple[Expr, ...]]:
         """The inverse of :meth:`dst_order`."""
         return self.spec.dst_blocks.logical(index)
+
+    def zero(self, name: str) -> Operand:
+        """The zero point of a tensor that has one."""
+        return next(parameter for parameter in self.parameters if parameter.name == f"{name}_zero")
 
     def pack(self, *packed: te.Tensor) -> list[te.Tensor]:
         """Arguments of the pack function."""
@@ -361,6 +389,10 @@ def epilogue(
     return activate(spec.activation_op, value, slope)
 
 
+#: Activations that are bounds of a value; those of clip are its parameters.
+CLAMPS: dict[str, tuple[float, ...]] = {"none": (-math.inf, math.inf), "relu": (0, math.inf), "clip": ()}
+
+
 def requantise(
     spec: ConvSpec,
     sums: Expr,
@@ -379,10 +411,31 @@ def requantise(
     Returns:
         An element, or vector, of dst's type. Of i32 the sums with the bias, of f32 what would be rounded.
     """
+    value = requantised_bits(spec, sums, bias=bias, scale=scale, dst_zero=dst_zero, lanes=lanes)
+    return value.astype(of_lanes(STORAGE[spec.dst_dtype], lanes)) if spec.dst_dtype in RANGES else value
+
+
+def requantised_bits(
+    spec: ConvSpec,
+    sums: Expr,
+    *,
+    bias: Expr | None = None,
+    scale: Expr | None = None,
+    dst_zero: Expr | None = None,
+    lanes: int = 1,
+) -> Expr:
+    """The same, where dst has 8 bits as the lowest ones of integers of 32."""
     if spec.dst_dtype == "i32":
         return sums if bias is None else sums + bias
-    value = epilogue(spec, sums, bias=bias, scale=scale, lanes=lanes)
-    return value if spec.dst_dtype == "f32" else quantise(value, spec.dst_dtype, dst_zero, lanes)
+    op = spec.activation_op
+    if spec.dst_dtype == "f32" or op.name not in CLAMPS:
+        value = epilogue(spec, sums, bias=bias, scale=scale, lanes=lanes)
+        return value if spec.dst_dtype == "f32" else quantised_bits(value, spec.dst_dtype, dst_zero, lanes)
+    # The activation's bounds and the type's are one: in few instructions, which short sums wait for.
+    least, largest = CLAMPS[op.name] or op.params
+    sums = sums.astype(of_lanes(INTEGER, lanes))
+    value = (sums if bias is None else sums + bias).astype(of_lanes(ACCUMULATOR, lanes)) * scale
+    return quantised_bits(value, spec.dst_dtype, dst_zero, lanes, (least, largest))
 
 
 def copied(parameter: Operand, channels: int = 0) -> te.Tensor:

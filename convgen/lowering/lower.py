@@ -191,17 +191,8 @@ def _object(module: Any) -> bytes:
 
 
 def _llvm(lowered: Lowered) -> Any:
-    """The target as LLVM gets it.
-
-    LLVM 22 compiles a masked store of 32-bit integers narrowed to fewer bits, its mask a constant with one
-    lane, to a 32-bit store: bytes too many. Without AVX512BW it makes no such stores. (bf16, which is moved
-    as integers, and i8 are narrowed so. Schedules with instructions of their own make none such.)
-    """
-    # The weights of a device's kernel are packed on this machine's CPU.
+    """The target as LLVM gets it: weights of a device's kernel are packed on this machine's CPU."""
     config = {"kind": "llvm"} if lowered.target.on_device else json.loads(lowered.target.tvm_config)
-    narrows = lowered.spec.dtype in ("bf16", "i8") and not lowered.candidate.schedule.instructions(lowered.spec.core)
-    if narrows and "avx512bw" in lowered.target.isa:
-        config["mattr"] = [*config.get("mattr", ()), "-avx512bw"]
     return _tvm_target(config)
 
 

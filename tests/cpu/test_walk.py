@@ -30,7 +30,7 @@ def test_a_forward_layer_is_one_phase_that_reads_what_its_taps_meet(
     if size + begin + end < window:
         return
     spec = ConvSpec.parse(f"conv1d n1 ic8 oc16 i{size} k{kernel} s{stride} p{begin}_{end} d{dilation}")
-    g, out = geometry_of(spec), spec.out_spatial[0]
+    g, out = geometry_of(spec, TARGET), spec.out_spatial[0]
     met = [p * stride + k * dilation - begin for p in range(out) for k in range(kernel)]
     whole = Picks(tile_oc=16, tile_oh=1, tile_ow=1, block=out)
     assert g.x.phase(0) == (0, -begin, kernel, 0)
@@ -54,7 +54,7 @@ def test_a_forward_layer_is_one_phase_that_reads_what_its_taps_meet(
 )
 def test_tiles_that_are_alike_are_all_tiles(words: str, merge: bool, vectors: int, height: int, width: int) -> None:
     spec = ConvSpec.parse(words)
-    g, lanes = geometry_of(spec, merge and spec.transposed), TARGET.lanes
+    g, lanes = geometry_of(spec, TARGET, merge and spec.transposed), TARGET.lanes
     found = list(tiles_of(g, Picks(tile_oc=lanes * vectors, tile_oh=height, tile_ow=width), lanes))
     channels = spec.oc // spec.groups * (g.x.stride if g.merge else 1)
     made = sum(alike.times * alike.height * alike.width * alike.vectors for alike in found)

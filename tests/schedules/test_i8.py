@@ -141,7 +141,7 @@ def test_ties_go_to_even_and_what_is_too_large_saturates(schedule: str, activati
     np.testing.assert_array_equal(expected(spec, data), by_hand)
 
 
-@pytest.mark.parametrize(("ic", "schedule"), [(1024, "cpu_direct"), (4000, "reference"), (131_000, "reference")])
+@pytest.mark.parametrize(("ic", "schedule"), [(1024, "cpu_direct"), (131_000, "cpu_direct"), (131_000, "reference")])
 def test_the_longest_sums_are_exact(ic: int, schedule: str) -> None:
     spec = ConvSpec(1, ic, 4, (2, 2), (1, 1), dtype="i8")
     src = np.full(spec.src_shape, -128, np.int8)
@@ -159,8 +159,8 @@ def test_the_longest_sums_are_exact(ic: int, schedule: str) -> None:
 def test_longer_sums_are_left_to_schedules_that_add_integers() -> None:
     spec = ConvSpec(1, 1025, 16, (4, 4), (1, 1), dtype="i8")
     with pytest.raises(Inapplicable, match="exact for 1024 products of i8; there are 1025"):
-        parse_candidate(spec, NATIVE, "cpu_direct", None)
-    assert default_candidate(spec, NATIVE).schedule.id == "reference"
+        parse_candidate(spec, NATIVE, "cpu_rows", None)
+    assert default_candidate(spec, NATIVE).schedule.sums_integers
     small = ConvSpec(1, 32, 32, (14, 14), (3, 3), padding=((1, 1), (1, 1)), dtype="i8")
     with pytest.raises(Inapplicable, match="transform is not exact for i8"):
         parse_candidate(small, NATIVE, "cpu_winograd", None)
