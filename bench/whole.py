@@ -2,6 +2,7 @@
 
     python bench/whole.py                                       # every network of bench/networks, one and two threads
     python bench/whole.py --models light_resnet50,model.onnx --threads 1
+    python bench/whole.py --accuracy bf16                       # beside what is fastest in any precision
 
 For each model and thread count: a row in ``results/<processor>/whole.jsonl`` the moment it is known; a row that is
 there is not measured again unless ``--fresh``. At the end, or when interrupted, the table is written beside it.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -30,6 +32,7 @@ from convgen.measure.busy import busy_warning
 from convgen.measure.network_model import NetworkModel
 from convgen.measure.network_peers import NETWORK_PEERS
 from convgen.network.network import Network
+from convgen.problem.tokens import ACCURACIES
 from convgen.report.networks import processor_slug
 from convgen.report.tables import rated
 from convgen.report.whole import Bench, WholeRow, whole_file, whole_page
@@ -38,9 +41,9 @@ from convgen.report.words import milliseconds
 HERE = Path(__file__).parent
 
 
-def untuned(model: NetworkModel, threads: int) -> Network:
+def untuned(accuracy: str, model: NetworkModel, threads: int) -> Network:
     """A model's network without the records of a store."""
-    return compile_network(model.path, threads=threads, dims=model.dims, records=False)
+    return compile_network(model.path, threads=threads, dims=model.dims, accuracy=accuracy, records=False)
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -48,7 +51,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
     here = options.results / processor_slug(machine())
     here.mkdir(parents=True, exist_ok=True)
     kept = whole_file(here / "whole.jsonl")
-    bench = Bench(untuned, options.peers, options.threads, rounds=options.rounds)
+    compiled = partial(untuned, options.accuracy)
+    bench = Bench(compiled, options.peers, options.threads, options.accuracy, rounds=options.rounds)
     measured: list[WholeRow] = []
     if options.fresh:
         kept.rows.clear()  # what is measured anew stands behind the old rows in the file, and counts
@@ -72,7 +76,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def _line(row: WholeRow) -> str:
     problems = "".join(f"; {part['problem']}" for part in row.values["parts"] if part["problem"])
-    return f"{milliseconds(row.seconds('convgen'))} ms, {rated(row)} {row.values['best'] or ''}{problems}"
+    return f"{milliseconds(row.own_seconds)} ms, {rated(row)} {row.values['best'] or ''}{problems}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -80,6 +84,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=listed, default=list(NAMES), help="names of bench/networks, or ONNX files")
     parser.add_argument("--threads", type=lambda text: [int(t) for t in text.split(",")], default=[1, 2])
     parser.add_argument("--peers", type=listed, default=list(NETWORK_PEERS), help="libraries to run the models in")
+    parser.add_argument("--accuracy", choices=ACCURACIES, default="standard", help="class of the convolutions")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
     parser.add_argument("--fresh", action="store_true", help="measure known rows again")

@@ -57,7 +57,7 @@ class ModelComparison:
 
     Attributes:
         parts: ours first, then the others, each timed or with the reason why not.
-        best: the fastest other library in f32; None where none was timed.
+        best: the fastest other library, of those in f32 where ours is; None where none was timed.
         ratio: its time over ours, and ``interval`` its 95 % confidence interval.
         busy: the share of the CPUs that other programs used while all took turns (:mod:`convgen.measure.busy`).
     """
@@ -80,25 +80,32 @@ class ModelComparison:
 
 
 def compare_model(
-    model: NetworkModel, own: Callable[[], Running], version: str, peers: Sequence[str], threads: int, rounds: int = 7
+    model: NetworkModel,
+    own: Callable[[], Running],
+    version: str,
+    peers: Sequence[str],
+    threads: int,
+    rounds: int = 7,
+    precision: str = "f32",
 ) -> ModelComparison:
     """Time a whole model here and in other libraries, in turn, several times over.
 
     Args:
         own: makes our way of running it, whose outputs are checked as the others' are.
+        precision: what ours multiplies in; what is less than f32 is compared with the others' in any precision.
 
     Raises:
         UnsupportedError: no such peer, or inputs that cannot be made.
         MeasureError: the model's outputs are not finite.
     """
     check_peers(peers)
-    ours = ready(model, Part("convgen", version), own)
+    ours = ready(model, Part("convgen", version, precision=precision), own)
     others = [part for name in peers for part in NETWORK_PEERS[name](model, threads, convolutions=False)]
     watch = BusyWatch()
     contestants = [part.contestant for part in (ours, *others) if part.contestant]
     take_turns(contestants, rounds, REST if threads > 1 else 0.0, all_stay=True)
     busy = watch.share()
-    best = _fastest(others, MODEL) if ours.seconds else None
+    best = _fastest(others, MODEL, precision) if ours.seconds else None
     return ModelComparison(
         (ours, *others),
         best.library if best else None,
@@ -115,9 +122,9 @@ def check_peers(names: Sequence[str]) -> None:
             raise UnsupportedError(f"peers: expected some of {', '.join(NETWORK_PEERS)}, found {name!r}")
 
 
-def _fastest(parts: Sequence[Part], what: str) -> Part | None:
-    """Of those in f32 that were timed."""
-    timed = [part for part in parts if part.seconds and part.what == what and part.precision == "f32"]
+def _fastest(parts: Sequence[Part], what: str, precision: str = "f32") -> Part | None:
+    """Of those that were timed: in f32, or where ours multiplies in less, in any precision."""
+    timed = [p for p in parts if p.seconds and p.what == what and (precision != "f32" or p.precision == "f32")]
     return min(timed, key=lambda part: part.seconds or 0.0, default=None)
 
 

@@ -39,6 +39,18 @@ def test_a_line_for_each_library() -> None:
     ]
 
 
+def test_a_model_in_bf16_is_beside_the_fastest_in_any_precision() -> None:
+    parts = [part("convgen", 0.008, "bf16"), part("openvino", 0.02), part("openvino", 0.012, "bf16")]
+    made = row(parts=parts, best="openvino", accuracy="bf16")
+    assert lines_of(made)[1:] == [
+        ["openvino", "f32", "20.0", "2.50", ""],
+        ["openvino", "bf16", "12.0", "1.50 (1.40–1.60)", ""],
+    ]
+    page = whole_page([made, row()])
+    assert page.index("## 1 thread\n") < page.index("## 1 thread, accuracy bf16\n")
+    assert "| m | 8.000 | – | 20.0 | – | – | 12.0 | 1.50 (1.40–1.60) |" in page
+
+
 def test_the_page_has_the_newest_rows() -> None:
     old = row(model="m", ratio=4.0)
     older = WholeRow({name: value for name, value in old.values.items() if name != "digest"})
