@@ -140,6 +140,22 @@ def test_more_weights_than_the_limit_are_left_to_pytorch(
     assert "PyTorch runs it" in caplog.text
 
 
+def test_weights_made_in_inference_mode_are_left_to_pytorch_which_is_said_once(
+    compiled: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    x = torch.randn(1, 3, 8, 8)
+    with torch.inference_mode():
+        layer = nn.Conv2d(3, 4, 3).eval()
+        frozen = torch.compile(layer, backend=backend)
+        with caplog.at_level("WARNING", "convgen.bridges.torch"):
+            for _ in range(2):
+                assert torch.equal(frozen(x), layer(x))
+    assert [record.message for record in caplog.records if "inference mode" in record.message] == [
+        "a graph is left to PyTorch: of weights made in inference mode nothing tells what changes"
+    ]
+    assert not compiled
+
+
 def test_gradients_are_pytorchs(compiled: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     layer, x = nn.Conv2d(4, 4, 3), torch.randn(1, 4, 6, 6)
     fast = torch.compile(layer, backend=backend)

@@ -35,7 +35,7 @@ class Options:
 
     Attributes:
         threads: as many as PyTorch has when the graph is compiled, where None.
-        accuracy: of convolutions: ``strict``, ``standard`` or ``relaxed``.
+        accuracy: of convolutions: ``strict``, ``standard``, ``relaxed`` or ``bf16``.
     """
 
     threads: int | None = None
@@ -130,13 +130,19 @@ class FrozenGraph:
     options: Options
     programs: list[_Frozen] = field(default_factory=list)
     count: int = 0
+    said: bool = False
 
     def __call__(self, *inputs: Any) -> Any:
         weights = [inputs[place] for place in self.places]
         for frozen in self.programs:
             if frozen.fits(weights):
                 return frozen.program(*inputs)
-        if self.count >= LIMIT or any(weight.is_inference() for weight in weights):
+        if self.count >= LIMIT:
+            return self.traced(*inputs)
+        if any(weight.is_inference() for weight in weights):
+            if not self.said:
+                self.said = True
+                log.warning("a graph is left to PyTorch: of weights made in inference mode nothing tells what changes")
             return self.traced(*inputs)
         return self._compile(weights).program(*inputs)
 
