@@ -194,11 +194,12 @@ def _apart(bits: Expr, dtype: str, lanes: int) -> Expr:
     """The lowest bits of integers of 32 bits, for a store with a mask.
 
     LLVM 22 compiles a masked store of integers narrowed from 32 bits, its mask a constant with one lane, to a store of
-    32 bits: bytes too many. So they are shuffled apart instead.
+    32 bits: bytes too many. So it is kept from seeing that they were narrowed.
     """
-    ways = 4 // BYTES[dtype]
-    parts = tirx.reinterpret(of_lanes(STORAGE[dtype], lanes * ways), bits)
-    return tirx.Shuffle([parts], list(range(0, lanes * ways, ways)))
+    narrowed = bits.astype(of_lanes(STORAGE[dtype], lanes))
+    as_floats = of_lanes(ACCUMULATOR, lanes * BYTES[dtype] // 4)
+    fenced = tirx.call_llvm_intrin(as_floats, "llvm.arithmetic.fence", tirx.reinterpret(as_floats, narrowed))
+    return tirx.reinterpret(of_lanes(STORAGE[dtype], lanes), fenced)
 
 
 def load(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int, shift: int = 0) -> Expr:
