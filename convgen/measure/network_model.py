@@ -25,7 +25,7 @@ from .profiles import Profile, median_profile
 
 Array = npt.NDArray[Any]
 
-#: What outputs may differ by, relative to the largest, where a library computes in f32 and where it chooses.
+#: What outputs may differ by, relative to the largest, where a library computes in f32, and where it rounds more.
 F32_ERROR, CHOSEN_ERROR = 1e-3, 0.2
 #: What a part of a comparison is about.
 MODEL, CONVOLUTIONS = "model", "convolutions"
@@ -50,6 +50,15 @@ class NetworkModel:
     @cached_property
     def data(self) -> bytes:
         return self.path.read_bytes()
+
+    @cached_property
+    def precision(self) -> str:
+        """What it says its products are of: ``i8`` where it has nodes that quantise, else ``f32``."""
+        import onnx
+
+        nodes = onnx.load_model_from_string(self.data).graph.node
+        quantised = any("Quantize" in node.op_type or node.op_type.startswith("QLinear") for node in nodes)
+        return "i8" if quantised else "f32"
 
     @cached_property
     def inputs(self) -> dict[str, Array]:
@@ -104,7 +113,7 @@ class Part:
     Attributes:
         library, version: whose.
         what: ``model`` or ``convolutions``.
-        precision: what it computes in: ``f32``, ``bf16`` ….
+        precision: what it multiplies in: ``f32``, ``bf16`` …; of a model that quantises, which says so itself, ``i8``.
         seconds: the median of ``rounds``; None where there was a ``problem``.
         error: of its outputs (:meth:`NetworkModel.error`).
         profiles: one for each round, of ``convolutions``.
@@ -164,6 +173,8 @@ class Running:
 
 def ready(model: NetworkModel, part: Part, start: Callable[[], Running]) -> Part:
     """The part with what takes turns, its outputs checked; or with the problem."""
+    if part.precision == "f32":
+        part.precision = model.precision
 
     def prepare() -> None:
         running = start()

@@ -35,8 +35,8 @@ COLUMNS = (
 )
 INTRODUCTION = (
     "Milliseconds of whole models, medians of turns in which all libraries alternate. The ratio is the fastest library"
-    " in f32 over convgen, with its 95 % interval: above 1 convgen is faster. Where convgen multiplies in bf16, it is"
-    " the fastest library in any precision."
+    " in f32 over convgen, with its 95 % interval: above 1 convgen is faster. Of quantised models, and where convgen"
+    " multiplies in bf16, it is the fastest library in any precision."
 )
 
 
@@ -59,6 +59,14 @@ class WholeRow(Compared):
         return str(self.values.get("accuracy", "standard"))
 
     @property
+    def kind(self) -> str:
+        """What is said of rows that belong together: nothing of f32 in the usual accuracy."""
+        ours = self.part("convgen")
+        if ours and ours["precision"] == "i8":
+            return "quantised models"
+        return f"accuracy {self.accuracy}" if self.accuracy != "standard" else ""
+
+    @property
     def own_seconds(self) -> float | None:
         """What convgen takes, in whatever precision."""
         ours = self.part("convgen") or self.part("convgen", f32=False)
@@ -67,7 +75,8 @@ class WholeRow(Compared):
     @property
     def best_part(self) -> Mapping[str, Any] | None:
         """The library that the ratio is about."""
-        is_f32 = self.part("convgen") is not None
+        ours = self.part("convgen")
+        is_f32 = ours is not None and ours["precision"] == "f32"
         timed = [
             dict(part)
             for part in self.values["parts"]
@@ -76,9 +85,9 @@ class WholeRow(Compared):
         return min(timed, key=lambda part: float(part["seconds"]), default=None)
 
     def part(self, library: str, f32: bool = True) -> Mapping[str, Any] | None:
-        """What is known of a library, in f32 or in what it chooses instead."""
+        """What is known of a library: as the model says, in f32 or i8; or in what it chooses instead."""
         for part in self.values["parts"]:
-            if part["library"] == library and (part["precision"] == "f32") == f32:
+            if part["library"] == library and (part["precision"] in ("f32", "i8")) == f32:
                 return dict(part)
         return None
 
@@ -146,7 +155,7 @@ class Bench:
         inputs = [model.inputs[given] for given in network.inputs]
         running = Running(lambda: network(*inputs, out=out), lambda: list(out.values()))
         here = versions()
-        precision = "bf16" if self.accuracy == "bf16" else "f32"
+        precision = "bf16" if self.accuracy == "bf16" else model.precision
         comparison = compare_model(model, lambda: running, here["convgen"], self.peers, threads, self.rounds, precision)
         return WholeRow(
             {
@@ -187,8 +196,8 @@ def whole_page(rows: Iterable[WholeRow]) -> str:
     """The rows as a page of Markdown."""
     rows = _current(rows)
     document = ["# Whole networks", "", INTRODUCTION, ""]
-    for accuracy, threads in sorted({(row.accuracy, row.threads) for row in rows}, key=_standard_first):
-        chosen = [row for row in rows if (row.accuracy, row.threads) == (accuracy, threads)]
+    for kind, threads in sorted({(row.kind, row.threads) for row in rows}):
+        chosen = [row for row in rows if (row.kind, row.threads) == (kind, threads)]
         chosen.sort(key=lambda row: (row.model, row.key))
         cells = [
             [
@@ -200,14 +209,9 @@ def whole_page(rows: Iterable[WholeRow]) -> str:
             for row in chosen
         ]
         header = ["model", *(f"{heading}>" for heading, *_ in COLUMNS), "ratio>"]
-        title = plural(threads, "thread") + (f", accuracy {accuracy}" if accuracy != "standard" else "")
+        title = plural(threads, "thread") + (f", {kind}" if kind else "")
         document += [f"## {title}", "", *markdown_table((header, cells)), "", *summary(chosen), ""]
     return "\n".join(document).rstrip("\n") + "\n"
-
-
-def _standard_first(key: tuple[str, int]) -> tuple[bool, str, int]:
-    accuracy, threads = key
-    return accuracy != "standard", accuracy, threads
 
 
 def lines_of(row: WholeRow) -> list[list[str]]:

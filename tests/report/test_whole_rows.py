@@ -46,8 +46,10 @@ def test_a_model_in_bf16_is_beside_the_fastest_in_any_precision() -> None:
         ["openvino", "f32", "20.0", "2.50", ""],
         ["openvino", "bf16", "12.0", "1.50 (1.40–1.60)", ""],
     ]
-    page = whole_page([made, row()])
+    quantised = row(parts=[part("convgen", 0.004, "i8"), part("openvino", 0.006, "i8")], digest="q")
+    page = whole_page([made, row(), quantised])
     assert page.index("## 1 thread\n") < page.index("## 1 thread, accuracy bf16\n")
+    assert "## 1 thread, quantised models\n" in page
     assert "| m | 8.000 | – | 20.0 | – | – | 12.0 | 1.50 (1.40–1.60) |" in page
 
 
