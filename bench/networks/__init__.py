@@ -1,4 +1,5 @@
 """The networks that ``network.py`` measures: written as PyTorch modules, or shipped with onnx without their weights.
+Some are there as ONNX Runtime quantises them, too.
 
 :func:`network_model` gives each as an ONNX file with weights. Weights are random, but such that activations neither
 vanish nor grow: numbers that are nearly zero take processors a hundred times longer.
@@ -16,8 +17,9 @@ from convgen.measure.network_model import NetworkModel
 from convgen.measure.network_peers import NETWORK_PEERS
 
 from .light import LIGHT, write_light
+from .quantised import QUANTISED, write_quantised
 
-__all__ = ["NAMES", "check_models", "check_peers", "network_model"]
+__all__ = ["NAMES", "QUANTISED", "check_models", "check_peers", "network_model"]
 
 #: The networks of :data:`bench.networks.modules.MODULES`, which takes PyTorch to import.
 _MODULES = (
@@ -37,6 +39,7 @@ _MODULES = (
 )
 #: Every network by name, in the order of the tables.
 NAMES = (*_MODULES, *LIGHT)
+_KNOWN = (*NAMES, *QUANTISED)
 
 
 def network_model(name: str, folder: Path, dims: Mapping[str, int] | None = None) -> NetworkModel:
@@ -45,6 +48,8 @@ def network_model(name: str, folder: Path, dims: Mapping[str, int] | None = None
     Raises:
         UnsupportedError: there is neither, or it is a module and PyTorch is not installed.
     """
+    if name in QUANTISED:
+        return NetworkModel(write_quantised(name, network_model(QUANTISED[name], folder), folder))
     if name in LIGHT:
         return NetworkModel(write_light(name, folder))
     if name in _MODULES:
@@ -58,14 +63,14 @@ def network_model(name: str, folder: Path, dims: Mapping[str, int] | None = None
         return NetworkModel(write_module(name, folder), module=partial(module, name))
     if Path(name).is_file():
         return NetworkModel(Path(name), dims or {})
-    raise UnsupportedError(f"--models: expected ONNX files or some of {', '.join(NAMES)}, found {name!r}")
+    raise UnsupportedError(f"--models: expected ONNX files or some of {', '.join(_KNOWN)}, found {name!r}")
 
 
 def check_models(parser: ArgumentParser, models: Sequence[str]) -> None:
     """End with a usage error where one of ``--models`` is neither a network here nor a file."""
     for name in models:
-        if name not in NAMES and not Path(name).is_file():
-            parser.error(f"--models: expected ONNX files or some of {', '.join(NAMES)}, found {name!r}")
+        if name not in _KNOWN and not Path(name).is_file():
+            parser.error(f"--models: expected ONNX files or some of {', '.join(_KNOWN)}, found {name!r}")
 
 
 def check_peers(parser: ArgumentParser, peers: Sequence[str]) -> None:

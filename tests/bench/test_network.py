@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from bench_module import load_bench
 from tiny_network import chain_model
@@ -117,6 +119,15 @@ def test_every_network_is_a_module_or_a_light_model(runner: ModuleType) -> None:
     modules = load_bench("networks.modules").MODULES
     light = load_bench("networks.light").LIGHT
     assert (*modules, *light) == runner.NAMES
+
+
+def test_a_network_is_quantised_as_users_do_it(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    made = load_bench("networks").network_model("squeezenet1_1_int8", tmp_path)
+    assert made.precision == "i8"
+    kinds = Counter(node.op_type for node in onnx.load(made.path).graph.node)
+    assert kinds["Conv"] == 26
+    assert kinds["DequantizeLinear"] > kinds["QuantizeLinear"] > 26
 
 
 @pytest.mark.parametrize("name", ["shufflenet_v2", "vocoder", "light_squeezenet"])
