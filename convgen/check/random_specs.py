@@ -26,7 +26,7 @@ T = TypeVar("T")
 #: What activations are given as parameters.
 ACTIVATION_PARAMETERS = (0.25, 0.5, 1.5, 2.5, 3.0, 6.0, -1.0)
 #: What i8 layers have in place of what they cannot have.
-ONLY_OF_I8 = {"transposed": False, "output_padding": 0, "residual": False, "accuracy": "standard"}
+ONLY_OF_I8 = {"residual": False, "accuracy": "standard"}
 
 
 class Source(ABC):
@@ -119,8 +119,26 @@ def random_fields(source: Source, limits: Limits, tiles: Sequence[int]) -> dict[
     if source.chance(15):
         fields |= _layouts(source, fields)
     if fields["dtype"] == "i8":
-        fields |= {**ONLY_OF_I8, "activation": source.choice(("none", "relu"))}
+        fields |= _integers(source)
     return fields
+
+
+def _integers(source: Source) -> dict[str, Any]:
+    """Types and zero points of an i8 layer's tensors, often all alike and without, and what else it may have."""
+    activation = source.choice(("none", "relu", "clip(-20,90)"))
+    if source.chance(40):
+        return {**ONLY_OF_I8, "activation": activation}
+    src, weights, dst = (source.choice(types) for types in (("i8", "u8"), ("i8", "u8"), ("i8", "u8", "i32", "f32")))
+    return {
+        **ONLY_OF_I8,
+        "activation": activation if dst != "i32" else "none",
+        "src_dtype": src,
+        "weights_dtype": weights,
+        "dst_dtype": dst,
+        "src_zero": source.chance(50),
+        "weights_zero": source.chance(30),
+        "dst_zero": dst in ("i8", "u8") and source.chance(50),
+    }
 
 
 def near_tiles(source: Source, tiles: Sequence[int], most: int) -> int:

@@ -19,7 +19,7 @@ from ...hardware.target import Target
 from ...lowering.discover import schedule as find_schedule
 from ...lowering.schedule import Picks
 from ...problem.layout import BLOCKS
-from ...problem.spec import ConvSpec
+from ...problem.spec import TYPES, ConvSpec
 from .cases import Case
 
 T = TypeVar("T", bound=Hashable)
@@ -74,6 +74,19 @@ def _epilogue(spec: ConvSpec) -> Iterator[Changes]:
     yield {"residual": False}
     yield {"activation": "none"}
     yield {"bias": False}
+
+
+#: What an i8 layer is without types and zero points of single tensors.
+ALL_I8: Changes = dict.fromkeys(TYPES, "") | {"src_zero": False, "weights_zero": False, "dst_zero": False}
+
+
+def _storage(spec: ConvSpec) -> Iterator[Changes]:
+    """f32; of integers all of one type without zero points, then less of these."""
+    if spec.dtype != "f32":
+        yield {**ALL_I8, "dtype": "f32"}
+    if spec.is_quantised:
+        yield ALL_I8
+        yield from ({name: plain} for name, plain in ALL_I8.items())
 
 
 SPATIAL = ("in_spatial", "kernel", "stride", "padding", "dilation", "output_padding")
@@ -150,7 +163,7 @@ def _kernel_with_input(spec: ConvSpec) -> Iterator[Changes]:
 
 SPEC_STEPS: tuple[Callable[[ConvSpec], Iterable[Changes]], ...] = (
     _epilogue,
-    _plain("dtype", "f32"),
+    _storage,
     _layouts,
     _plain("accuracy", "standard"),
     _plain("n", 1),
