@@ -21,17 +21,16 @@ from ..lowering.compute import (
     Operands,
     epilogue,
     narrow,
-    narrowed_bits,
     of_lanes,
-    requantised_bits,
+    requantise,
     widen,
 )
 from ..lowering.schedule import Program
-from ..problem.dtypes import BYTES
+from ..problem.dtypes import RANGES
 from ..problem.spec import ConvSpec
 
-#: Storage types that are the lowest bits of integers of 32 bits.
-SHORT = ("i8", "u8", "bf16")
+#: TVM's types of numbers that are stored as the lowest bits of integers of 32.
+_NARROWED = tuple(STORAGE[dtype] for dtype in ("i8", "u8", "bf16"))
 #: Numbers of 128 bits: what most shuffles of longer vectors stay within.
 PIECE = 4
 #: What makes of a vector of f32 one of a storage type, as :func:`~convgen.lowering.compute.narrow` does.
@@ -181,25 +180,18 @@ def _masked_load(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, mas
 
 
 def _masked_store(buffer: Any, index: Sequence[Expr], value: Expr, mask: Expr) -> Any:
-    pointer = tirx.address_of(_element(buffer, index))
-    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, pointer, mask))
-
-
-def _narrow_apart(value: Expr, dtype: str, lanes: int) -> Expr:
-    """As :func:`~convgen.lowering.compute.narrow`, for a store with a mask."""
-    return _apart(narrowed_bits(value, dtype, lanes), dtype, lanes)
-
-
-def _apart(bits: Expr, dtype: str, lanes: int) -> Expr:
-    """The lowest bits of integers of 32 bits, for a store with a mask.
+    """The statement that writes those of a vector's lanes that a mask has.
 
     LLVM 22 compiles a masked store of integers narrowed from 32 bits, its mask a constant with one lane, to a store of
     32 bits: bytes too many. So it is kept from seeing that they were narrowed.
     """
-    narrowed = bits.astype(of_lanes(STORAGE[dtype], lanes))
-    as_floats = of_lanes(ACCUMULATOR, lanes * BYTES[dtype] // 4)
-    fenced = tirx.call_llvm_intrin(as_floats, "llvm.arithmetic.fence", tirx.reinterpret(as_floats, narrowed))
-    return tirx.reinterpret(of_lanes(STORAGE[dtype], lanes), fenced)
+    dtype = value.ty.dtype
+    if str(buffer.dtype) in _NARROWED:
+        as_floats = of_lanes(ACCUMULATOR, dtype.lanes * dtype.bits // 32)
+        fenced = tirx.call_llvm_intrin(as_floats, "llvm.arithmetic.fence", tirx.reinterpret(as_floats, value))
+        value = tirx.reinterpret(str(dtype), fenced)
+    pointer = tirx.address_of(_element(buffer, index))
+    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, pointer, mask))
 
 
 def load(buffer: Any, dtype: str, index: Sequence[Expr], lanes: int, count: int, shift: int = 0) -> Expr:
@@ -229,8 +221,6 @@ def store(
 
     Of short vectors in pieces: where masks are vectors too (AVX2), a store with one takes as long as many without.
     """
-    if count < lanes and narrowed is narrow and dtype in SHORT:
-        narrowed = _narrow_apart
     return store_stored(buffer, dtype, index, narrowed(value, dtype, lanes), lanes, count)
 
 
@@ -313,7 +303,6 @@ def store_within(
     """The statement that writes those of the first ``count`` lanes that lie in the buffer's last axis, or in its first
     ``size``.
     """
-    narrowed = _narrow_apart if narrowed is narrow and dtype in SHORT else narrowed
     return _masked_store(buffer, index, narrowed(value, dtype, lanes), _within(buffer, index, lanes, count, size))
 
 
@@ -340,15 +329,12 @@ def finish(
     """
     read, write = (partial(load_within, size=size), partial(store_within, size=size)) if within else (load, store)
     if spec.is_quantised:
-        result, dtype = requantised_bits(spec, value, **given, lanes=lanes), spec.dst_dtype
-        if dtype in SHORT:
-            masked = within or count < lanes
-            stored = _apart(result, dtype, lanes) if masked else result.astype(of_lanes(STORAGE[dtype], lanes))
-            mask = _within(dst, place, lanes, count, size) if within else None
-            if mask is None:
-                block.add(store_stored(dst, dtype, place, stored, lanes, count))
-            else:
-                block.add(_masked_store(dst, place, stored, mask))
+        result, dtype = requantise(spec, value, **given, lanes=lanes), spec.dst_dtype
+        if dtype in RANGES and within:
+            block.add(_masked_store(dst, place, result, _within(dst, place, lanes, count, size)))
+            return
+        if dtype in RANGES:
+            block.add(store_stored(dst, dtype, place, result, lanes, count))
             return
     else:
         more = None if residual is None else read(residual, spec.dtype, place, lanes, count)

@@ -76,15 +76,15 @@ def widen(value: Expr, dtype: str, lanes: int = 1) -> Expr:
 
 def narrow(value: Expr, dtype: str, lanes: int = 1) -> Expr:
     """An f32 value as it is stored in ``dtype``: rounded to nearest, ties to even; to integers, saturated too."""
-    if dtype in RANGES or dtype == "bf16":
-        value = narrowed_bits(value, dtype, lanes)
+    if dtype in RANGES:
+        value = quantised_bits(value, dtype, lanes=lanes)
+    elif dtype == "bf16":
+        value = _bf16_bits(value, lanes)
     return value.astype(of_lanes(STORAGE[dtype], lanes))
 
 
-def narrowed_bits(value: Expr, dtype: str, lanes: int = 1) -> Expr:
-    """The same of 8-bit integers and bf16, as the lowest bits of integers of 32 bits."""
-    if dtype in RANGES:
-        return quantised_bits(value, dtype, lanes=lanes)
+def _bf16_bits(value: Expr, lanes: int) -> Expr:
+    """The bits of bf16 as the lowest ones of integers of 32."""
 
     def const(number: int) -> Expr:
         return tirx.const(number, "uint32")
@@ -411,31 +411,17 @@ def requantise(
     Returns:
         An element, or vector, of dst's type. Of i32 the sums with the bias, of f32 what would be rounded.
     """
-    value = requantised_bits(spec, sums, bias=bias, scale=scale, dst_zero=dst_zero, lanes=lanes)
-    return value.astype(of_lanes(STORAGE[spec.dst_dtype], lanes)) if spec.dst_dtype in RANGES else value
-
-
-def requantised_bits(
-    spec: ConvSpec,
-    sums: Expr,
-    *,
-    bias: Expr | None = None,
-    scale: Expr | None = None,
-    dst_zero: Expr | None = None,
-    lanes: int = 1,
-) -> Expr:
-    """The same, where dst has 8 bits as the lowest ones of integers of 32."""
     if spec.dst_dtype == "i32":
         return sums if bias is None else sums + bias
-    op = spec.activation_op
-    if spec.dst_dtype == "f32" or op.name not in CLAMPS:
-        value = epilogue(spec, sums, bias=bias, scale=scale, lanes=lanes)
-        return value if spec.dst_dtype == "f32" else quantised_bits(value, spec.dst_dtype, dst_zero, lanes)
+    if spec.dst_dtype == "f32":
+        return epilogue(spec, sums, bias=bias, scale=scale, lanes=lanes)
     # The activation's bounds and the type's are one: in few instructions, which short sums wait for.
+    op = spec.activation_op
     least, largest = CLAMPS[op.name] or op.params
     sums = sums.astype(of_lanes(INTEGER, lanes))
     value = (sums if bias is None else sums + bias).astype(of_lanes(ACCUMULATOR, lanes)) * scale
-    return quantised_bits(value, spec.dst_dtype, dst_zero, lanes, (least, largest))
+    bits = quantised_bits(value, spec.dst_dtype, dst_zero, lanes, (least, largest))
+    return bits.astype(of_lanes(STORAGE[spec.dst_dtype], lanes))
 
 
 def copied(parameter: Operand, channels: int = 0) -> te.Tensor:

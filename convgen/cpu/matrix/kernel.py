@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tvm import tirx
 
-from ...lowering.compute import STORAGE, Expr, ceildiv, requantise, round_up, unflat
+from ...lowering.compute import STORAGE, Expr, ceildiv, round_up, unflat
 from ...lowering.schedule import Picks
 from ...problem.spec import ConvSpec
 from .. import bf16
@@ -201,16 +201,12 @@ class Kernel:
         (y0, x0), (rows, columns) = g.axes(unit), g.extent(size)
         firsts = [body.let(block * CHANNELS + v * LANES) for v in range(len(counts))]
         vectors = zip(firsts, counts, strict=True)
-        given = [load_parameters(body, self.of_channels, first, LANES, count) for first, count in vectors]
+        given = [load_parameters(body, self.parameters, first, LANES, count) for first, count in vectors]
         with body.loop(rows) as (row, y), row.loop(columns) as (inner, x):
             at = inner.let(y * g.pitch + x)
             for v, count in enumerate(counts):
                 place = (task.image, firsts[v], [task.plane, y0 + y, x0 + x])
                 value = inner.let(self.value(task, at, v))
-                if self.spec.is_quantised:
-                    index = g.dst.element(*place)
-                    self.requantise(inner, index, value, count, given[v])
-                    continue
                 g.dst.finish(inner, self.spec, tensors, place, value, LANES, count, given[v], narrowed=g.narrowed)
 
     def store_pixels(self, body: Block, task: _Task, unit: Expr, size: int, channels: _Channels) -> None:
@@ -227,28 +223,9 @@ class Kernel:
                     square = [case.let(self.value(task, at + t, v)) if t < count else zero for t in range(LANES)]
                     rows_of = interleave(case, square, LANES)[:channel_count]
                     for one, t, value in self.each(case, rows_of):
-                        given = spread_parameters(one, self.of_channels, first + t, LANES)
+                        given = spread_parameters(one, self.parameters, first + t, LANES)
                         place = g.dst.element(task.image, first + t, [task.plane, y0 + y, x0 + x])
-                        if spec.is_quantised:
-                            self.requantise(one, place, value, count, given)
-                        else:
-                            finish(one, spec, *tensors, place, value, LANES, count, narrowed=g.narrowed, **given)
-
-    def requantise(
-        self, body: Block, place: Sequence[Expr], value: Expr, count: int, given: Mapping[str, Expr]
-    ) -> None:
-        """The epilogue and store of sums of integers."""
-        zero = tirx.Broadcast(self.zero("dst", "i32"), LANES) if self.spec.dst_zero else None
-        stored = requantise(self.spec, value, dst_zero=zero, lanes=LANES, **given)
-        if count == 1:  # LLVM 22 stores four bytes where a mask has one lane (lower.py)
-            body.add(tirx.BufferStore(self.dst, tirx.Shuffle([stored], [0]), list(place)))
-        else:
-            body.add(store_stored(self.dst, self.spec.dst_dtype, place, stored, LANES, count))
-
-    @property
-    def of_channels(self) -> dict[str, Any]:
-        """Parameters of which each channel has one."""
-        return {name: p for name, p in self.parameters.items() if name in ("bias", "slope", "scale")}
+                        finish(one, spec, *tensors, place, value, LANES, count, narrowed=g.narrowed, **given)
 
     def zero(self, tensor: str, dtype: str) -> Expr:
         """A tensor's zero point as a type; 0 where it has none."""
