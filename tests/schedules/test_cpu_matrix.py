@@ -39,6 +39,7 @@ LAYERS = [
     "conv2d n1 ic33 oc1 i4x4 k1x1 nhwc nobias relu6 bf16",
     "conv1d n1 ic16 oc17 i33 k3 p2_0 elu(0.5) bf16",
     "conv1d n1 ic5 oc7 i131 k3 p16_4 d8 prelu bf16 nhwc",
+    "conv1d n1 ic33 oc3 i33 k7 s8 p6_5 d3 nobias nhwc i8",
     "conv3d n1 ic16 oc16 i3x4x5 k3x3x3 p1 sigmoid bf16",
     "conv3d n1 ic2 oc3 i4x5x4 k2x3x1 s1x2x1 p0_1x1x0 nhwc bf16",
     "conv2d n1 ic5 oc9 i11x11 k2x2 s3x4 clip(-1,2.5) bf16",

@@ -33,8 +33,9 @@ class Panel:
         phases: which rows modulo ``stride`` are read.
         stride, lines: rows of src from one row of a phase to the next; rows of each phase.
         columns: pixels of a row.
-        taps, step: where pixels have few channels, the copy has for each output all that a row of the kernel reads, so
-            many pixels, from ``step`` pixels after what the output before reads. Else one pixel.
+        taps: where pixels have few channels, the copy has for each output all that a row of the kernel reads, so many
+            pixels. Else one pixel.
+        step: pixels from what an output reads to what the next one reads.
         width: columns of the copy: pixels, or outputs.
         pixel: numbers from one of them to the next.
     """
@@ -67,8 +68,8 @@ class Panel:
 
     @property
     def _beyond(self) -> int:
-        """What the last tile reads, or a row's last vectors write, past the end."""
-        return 2 * LANES * max(VECTOR // self.size, self.pixel, self.channels)
+        """What the last pair of tiles reads, whose rows are outputs, or a row's last vectors write, past the end."""
+        return 2 * LANES * max(VECTOR // self.size, self.pixel, self.step * self.channels)
 
     @property
     def vectors(self) -> int:
