@@ -14,6 +14,16 @@ def listed(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
+def threads_listed(text: str) -> list[int]:
+    """Numbers of threads between commas."""
+    return [int(word) for word in text.split(",")]
+
+
+def console_of_bench() -> Console:
+    """Where a program says what it measures, as it is."""
+    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
 def exit_status(work: Callable[[], None], console: Console) -> int:
     """Do the work: 0; 130 where it was interrupted, 2 where it failed, each with a line that says so."""
     try:

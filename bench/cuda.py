@@ -40,6 +40,7 @@ if __name__ == "__main__":  # Python looks into this folder first, where this fi
     sys.path[0] = str(HERE.parent)
 
 import convgen
+from bench.command import console_of_bench
 from bench.cuda_compile import compile_layers
 from bench.cudnn import Cudnn, cudnn_ways, rates
 from convgen.check.validate import validate
@@ -394,7 +395,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None, measurer: Measurer = Bench.row) -> int:
     options = parse(arguments)
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    console = console_of_bench()
     options.results.mkdir(parents=True, exist_ok=True)
     try:
         return compile_all(options, console) if options.compile else run_all(options, console, measurer)

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.command import exit_status, listed
+from bench.command import console_of_bench, exit_status, listed, threads_listed
 from bench.networks import NAMES, check_models, check_peers, network_model
 from bench.networks.layouts import CHOICES, between_layers
 from convgen.errors import ConvgenError
@@ -150,7 +150,7 @@ def _line(row: NetworkRow) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", type=listed, default=list(NAMES), help="names of bench/networks, or ONNX files")
-    parser.add_argument("--threads", type=lambda text: [int(t) for t in text.split(",")], default=[1, 2])
+    parser.add_argument("--threads", type=threads_listed, default=[1, 2])
     parser.add_argument(
         "--dim", type=_size, action="append", default=[], metavar="NAME=SIZE", help="a symbolic size in ONNX files"
     )
@@ -184,7 +184,7 @@ def _size(text: str) -> tuple[str, int]:
 
 def main(arguments: Sequence[str] | None = None, measurer: NetworkMeasurer = measure_network) -> int:
     options = parse(arguments)
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    console = console_of_bench()
     return exit_status(lambda: run(options, console, measurer), console)
 
 

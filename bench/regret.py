@@ -31,7 +31,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench.command import exit_status, listed
+from bench.command import console_of_bench, exit_status, listed, threads_listed
 from bench.networks import NAMES, check_models, network_model
 from bench.networks.layouts import CHOICES, between_layers
 from convgen.check.data import float_data
@@ -194,7 +194,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--problems", type=Path, nargs="*", default=sorted((HERE / "problems").glob("*.json")))
     parser.add_argument("--models", type=listed, default=list(NAMES))
-    parser.add_argument("--threads", type=lambda s: [int(t) for t in s.split(",")], default=[1])
+    parser.add_argument("--threads", type=threads_listed, default=[1])
     parser.add_argument("--target", default="cpu", help="a CPU target whose code runs here")
     parser.add_argument("--layout", choices=CHOICES, default="blocked", help="between layers")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of timing")
@@ -249,7 +249,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    console = console_of_bench()
     return exit_status(lambda: run(options, console), console)
 
 

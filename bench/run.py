@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import convgen
-from bench.command import exit_status
+from bench.command import console_of_bench, exit_status, threads_listed
 from convgen.errors import ConvgenError, SpecError
 from convgen.formats.entries import SpecEntry
 from convgen.formats.sources import read_specs, write_text
@@ -194,7 +194,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help="measure the sample anew, with --threads 1 --seconds 0 --rounds 5"
     )
     parser.add_argument("--summary", action="store_true", help="write this processor's README.md and summary.svg")
-    parser.add_argument("--threads", type=lambda s: [int(t) for t in s.split(",")], default=[1, 2])
+    parser.add_argument("--threads", type=threads_listed, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=30.0, help="tuning time per layer; 0: defaults only")
     parser.add_argument("--recorded", action="store_true", help="take the kernels that --records has instead of tuning")
     parser.add_argument("--accuracy", choices=ACCURACIES, help="accuracy of every layer, instead of its own")
@@ -234,7 +234,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None, measurer: Measurer = tune_and_measure) -> int:
     options = parse(arguments)
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    console = console_of_bench()
     options.results = options.results / processor_slug(machine()) / "layers"
     options.results.mkdir(parents=True, exist_ok=True)
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch._inductor import config
 
-from bench.command import exit_status, listed
+from bench.command import console_of_bench, exit_status, listed, threads_listed
 from bench.networks import check_models, network_model
 from bench.networks.modules import MODULES
 from convgen.bridges.torch.backend import backend
@@ -195,7 +195,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", type=listed, default=list(MODELS), help="modules of bench/networks")
-    parser.add_argument("--threads", type=lambda text: [int(t) for t in text.split(",")], default=[1])
+    parser.add_argument("--threads", type=threads_listed, default=[1])
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
     parser.add_argument("--fresh", action="store_true", help="measure known rows again")
@@ -208,7 +208,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    console = console_of_bench()
     return exit_status(lambda: run(options, console), console)
 
 

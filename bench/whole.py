@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
-from bench.command import exit_status, listed
+from bench.command import console_of_bench, exit_status, listed, threads_listed
 from bench.networks import NAMES, check_models, check_peers, network_model
 from convgen.api import compile as compile_network
 from convgen.folders import TemporaryFolder
@@ -82,7 +82,7 @@ def _line(row: WholeRow) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", type=listed, default=list(NAMES), help="names of bench/networks, or ONNX files")
-    parser.add_argument("--threads", type=lambda text: [int(t) for t in text.split(",")], default=[1, 2])
+    parser.add_argument("--threads", type=threads_listed, default=[1, 2])
     parser.add_argument("--peers", type=listed, default=list(NETWORK_PEERS), help="libraries to run the models in")
     parser.add_argument("--accuracy", choices=ACCURACIES, default="standard", help="class of the convolutions")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing")
@@ -96,7 +96,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    console = console_of_bench()
     return exit_status(lambda: run(options, console), console)
 
 

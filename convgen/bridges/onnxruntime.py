@@ -21,8 +21,8 @@ from ..formats.onnx.file import ModelFile
 from ..hardware.target import Target, check_native
 from ..kernel.names import check_export_name
 from ..lowering.link import link_custom_ops, link_network
-from ..lowering.schedule import Candidate
 from ..lowering.versions import versions
+from ..network.choice import Choose
 from ..network.compile import Built, compile_plans
 from ..network.graph import Graph
 from ..network.network import plan_graph
@@ -31,7 +31,6 @@ from ..network.plan import Plan, Product
 from ..network.reading import identifier, read_partly
 from ..network.sizes import Dims, every_size
 from ..network.source import Code
-from ..problem.spec import ConvSpec
 from .rewritten import PartNode, rewritten
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def write_for_onnxruntime(
     *,
     dims: Dims | None = None,
     accuracy: str = "standard",
-    choose: Callable[[ConvSpec], Candidate | None] | None = None,
+    choose: Choose | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> OnnxRuntimeModel:
     """See :func:`convgen.for_onnxruntime`.

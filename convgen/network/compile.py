@@ -19,9 +19,9 @@ from ..hardware.target import Target
 from ..lowering.interface import TensorInfo, boundary, round_up
 from ..lowering.link import link_network
 from ..lowering.lower import compile_function, compile_object, lower
-from ..lowering.schedule import Candidate
 from ..problem.spec import ConvSpec
 from ..processes import JobError, Worker
+from .choice import Choose
 from .library import NETWORK_ABI, seal
 from .memory import WEIGHTS, Place
 from .operators import lowered
@@ -262,7 +262,7 @@ def _call(plan: Plan, step: Step, number: int, packed: Sequence[TensorInfo], beg
     return Call(number, (*given, *weights, (tensors["dst"], place(step.output))))
 
 
-def with_candidates(plan: Plan, choose: Callable[[ConvSpec], Candidate | None]) -> None:
+def with_candidates(plan: Plan, choose: Choose) -> None:
     """Give convolutions the candidates that ``choose`` has for their specs."""
     known: dict[ConvSpec, Any] = {}
     for number, step in enumerate(plan.steps):

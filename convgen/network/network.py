@@ -12,11 +12,9 @@ from ..folders import TemporaryFolder
 from ..hardware.target import Target, check_native
 from ..kernel.names import check_export_name
 from ..lowering.candidates import default_candidate
-from ..lowering.schedule import Candidate
 from ..lowering.versions import versions
-from ..problem.spec import ConvSpec
 from ..records.opening import Records
-from .choice import network_target, recorded_choice
+from .choice import Choose, network_target, recorded_choice
 from .compile import Built, compile_plans, with_candidates
 from .export import write_network
 from .graph import Convolution, Graph
@@ -136,9 +134,7 @@ def compile_model(
         )
 
 
-def plan_graph(
-    graph: Graph, target: Target, accuracy: str, choose: Callable[[ConvSpec], Candidate | None] | None = None
-) -> Plan:
+def plan_graph(graph: Graph, target: Target, accuracy: str, choose: Choose | None = None) -> Plan:
     """The plan of a graph, which is changed, with convolutions of an accuracy class.
 
     Args:
@@ -167,7 +163,7 @@ def compile_network(
     *,
     dims: Dims | None = None,
     accuracy: str = "standard",
-    choose: Callable[[ConvSpec], Candidate | None] | None = None,
+    choose: Choose | None = None,
     progress: Callable[[int, int], None] | None = None,
     name: str | None = None,
 ) -> Network:
