@@ -12,6 +12,7 @@ from paths import ROOT
 #: The folders and modules of the package, top to bottom. ``schedules`` and ``targets`` stand at the top of the tree.
 ORDER = (
     "errors",
+    "topics",
     "interrupts",
     "folders",
     "processes",

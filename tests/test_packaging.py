@@ -128,6 +128,7 @@ def test_the_wheel_is_one_package_with_all_its_parts(wheel: zipfile.ZipFile) -> 
     expected |= {f"{SHIPPED}/{path.name}" for path in (ROOT / SHIPPED).glob("*.*")}
     expected |= {f"{SHIPPED}/planted.json", f"{SHIPPED}/planted.jsonl", f"{SHIPPED}/README.md"}
     expected |= {f"convgen/report/templates/{path.name}" for path in (ROOT / "convgen/report/templates").iterdir()}
+    expected |= {f"convgen/docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}  # what `convgen help` prints
     assert {"convgen/schedules/reference.py", "convgen/targets/cpu.py", "convgen/runtime/pool.c"} <= expected
     assert {"convgen/measure/standalone/command.py", "convgen/runtime/emulate.cpp"} <= expected
     assert expected <= set(names)
