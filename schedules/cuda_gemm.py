@@ -170,7 +170,7 @@ class CudaGemm(Scheduled):
         require(2 <= picks.warps_m * picks.warps_n <= 16, "needs 2 to 16 warps in a block")
         need = self.shared_memory(spec, picks)
         require(need <= target.shared_memory, f"{need} bytes of shared memory, at most {target.shared_memory}")
-        registers = _registers(spec, picks) * 32 * picks.warps_m * picks.warps_n
+        registers = self.registers(spec, picks) * 32 * picks.warps_m * picks.warps_n
         require(registers <= model.REGISTERS, f"{registers} registers in a block, at most {model.REGISTERS}")
         require(
             picks.tile_m * picks.tile_k * BYTES[spec.dtype] % (VECTOR * 32) == 0,
@@ -212,6 +212,12 @@ class CudaGemm(Scheduled):
         macs: int = rows * cols * picks.tile_k
         return macs / (self.rate(spec) / 4)
 
+    def registers(self, spec: ConvSpec, picks: Picks) -> int:
+        """Registers of a thread, estimated: its sums, the fragments of both operands, and others."""
+        rows, cols = _warp(picks)
+        fragments = (rows // 16 * 4 + cols // 8 * 2) * (3 if spec.dtype == "f32" else 1)
+        return rows * cols // 32 + fragments + OTHER_REGISTERS
+
     def shared_memory(self, spec: ConvSpec, picks: Picks) -> int:
         """Bytes of a block: for the steps under way, and later for the sums on their way to dst."""
         row = picks.tile_k * BYTES[spec.dtype]
@@ -238,7 +244,7 @@ class CudaGemm(Scheduled):
         blocks = products * (m // picks.tile_m) * (n // picks.tile_n) * picks.split_k
         resident = min(  # blocks on a core
             target.shared_per_core // (self.shared_memory(spec, picks) + model.RESERVED),
-            model.REGISTERS // (_registers(spec, picks) * 32 * warps),
+            model.REGISTERS // (self.registers(spec, picks) * 32 * warps),
             target.threads_per_core // (32 * warps),
         )
         if not resident:
@@ -634,10 +640,3 @@ def _store_lanes(spec: ConvSpec, oc: int) -> int:
 def _warp(picks: Picks) -> tuple[int, int]:
     """Rows and columns of a warp's tile."""
     return picks.tile_m // picks.warps_m, picks.tile_n // picks.warps_n
-
-
-def _registers(spec: ConvSpec, picks: Picks) -> int:
-    """Registers of a thread, estimated."""
-    rows, cols = _warp(picks)
-    fragments = (rows // 16 * 4 + cols // 8 * 2) * (3 if spec.dtype == "f32" else 1)
-    return rows * cols // 32 + fragments + OTHER_REGISTERS

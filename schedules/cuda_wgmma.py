@@ -65,7 +65,7 @@ class CudaWgmma(CudaGemm):
         require(picks.tile_m == 16 * picks.warps_m, f"a warpgroup has {WARPGROUP_ROWS} pixels")
         need = self.shared_memory(spec, picks)
         require(need <= target.shared_memory, f"{need} bytes of shared memory, at most {target.shared_memory}")
-        registers = (picks.tile_n // 2 + OTHER_REGISTERS) * 32 * picks.warps_m
+        registers = self.registers(spec, picks) * 32 * picks.warps_m
         require(registers <= model.REGISTERS, f"{registers} registers in a block, at most {model.REGISTERS}")
         steps = ceildiv(self.reduction(spec), picks.tile_k)
         require(picks.split_k <= max(1, steps // 2), "less than two steps for each part of split_k")
@@ -80,6 +80,11 @@ class CudaWgmma(CudaGemm):
                             merge_g=1, tile_m=tile_m, tile_n=tile_n, tile_k=domains["tile_k"][0],
                             warps_m=tile_m // 16, warps_n=1, stages=stages, split_k=split_k,
                         )  # fmt: skip
+
+    def registers(self, spec: ConvSpec, picks: Picks) -> int:
+        """Registers of a thread, estimated: its sums, and others; operands stay in shared memory."""
+        sums: int = picks.tile_n // 2
+        return sums + OTHER_REGISTERS
 
     def rate(self, spec: ConvSpec) -> int:
         return 4096 // BYTES[spec.dtype]

@@ -245,7 +245,8 @@ def _asynchronous(text: str) -> str:
         dst, dst_offset, src, src_offset, *valid = parts
         made = (
             f"cg_copy_async<{size}>((char*)({dst}) + ({dst_offset}) * {dst_size}, "
-            f"(const char*)({src}) + ({src_offset}) * {src_size}{''.join(', ' + v for v in valid)})"
+            # Elements are counted in 32 bits, bytes are not: a tensor may have 2 GiB and more.
+            f"(const char*)({src}) + (long long)({src_offset}) * {src_size}{''.join(', ' + v for v in valid)})"
         )
         spans.append((match.start(), len(text) - len(text_after) + end, made))
         return ""

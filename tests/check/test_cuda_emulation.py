@@ -422,6 +422,28 @@ def test_generated_kernels_are_right_in_every_order(schedule: str, descriptor: s
         np.testing.assert_array_equal(out, reference(spec, data))
 
 
+#: 4 GiB of src, of which few pixels meet the one tap.
+LARGE = "conv2d n1 ic8 oc16 i16384x8192 k1x1 s4096x4096 p0 nobias nhwc tf32"
+
+
+def test_sources_may_have_more_bytes_than_32_bits_count(tmp_path: Path) -> None:
+    """Elements are counted in 32 bits, and their bytes in 64."""
+    spec = ConvSpec.parse(LARGE)
+    schedule = schedules_of("cuda")["cuda_gemm"]
+    lowered = lower(spec, TARGET, Candidate(schedule, schedule.default(spec.core, TARGET)))
+    rng = np.random.default_rng(0)
+    weights = rng.integers(-8, 9, spec.weights_shape).astype(np.float32)
+    few = rng.integers(-8, 9, (4, 2, 8)).astype(np.float32)
+    shape = tuple(spec.src_shape)
+    src = np.memmap(tmp_path / "src", np.float32, "w+", shape=shape)
+    src[0, ::4096, ::4096] = few
+    src.flush()
+    dst = np.zeros(spec.dst_shape, np.float32)
+    source = generate(lowered)
+    run(source, {"src": src, "packed0": packed(lowered, {"weights": weights})[0], "dst": dst})
+    np.testing.assert_array_equal(dst[0], few @ weights[:, :, 0, 0].T)
+
+
 @pytest.mark.parametrize(("pattern", "wrong"), [(r"__syncthreads\(\);", ""), (r"cg_wait<\d+>", "cg_wait<9>")])
 def test_what_generated_kernels_wait_for_they_need(pattern: str, wrong: str) -> None:
     """Without one of their barriers or waits a fault is found.

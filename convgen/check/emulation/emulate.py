@@ -130,7 +130,9 @@ def run(
     """Run the launches on ``buffers``: ``src``, ``packed0`` …, ``residual`` and ``dst``; returns ``dst``.
 
     ``dst`` and, where given, ``workspace0`` … are written in place; before, they are NaN. The others are read-only
-    memory. All buffers touch a page that may not be accessed, at their end or at their beginning (``guard``).
+    memory. All buffers touch a page that may not be accessed, at their end or at their beginning (``guard``), except
+    those that are a :class:`numpy.memmap` of a whole file, which is mapped and not copied: one with holes may be larger
+    than this machine's memory.
 
     Args:
         order: of threads and blocks: "ascending", "descending", or the seed of a random one.
@@ -145,13 +147,15 @@ def run(
         sizes = {f"workspace{i}": size for i, size in enumerate(source.workspace)}
         sizes |= {name: array.nbytes for name, array in buffers.items()}
         written = [name for name in sizes if name == "dst" or name.startswith("workspace")]
+        files = {name: str(array.filename) for name, array in buffers.items() if isinstance(array, np.memmap)}
         for name, array in buffers.items():
-            if name not in written:
+            if name not in written and name not in files:
                 np.save(folder / f"{name}.npy", _bytes(np.ascontiguousarray(array)))
         job = {
             "library": str(library),
             "launches": [dataclasses.asdict(launch) for launch in source.launches],
             "sizes": sizes,
+            "files": files,
             "written": written,
             "order": ORDERS.get(order, order) if isinstance(order, str) else order,
             "guard": guard,
@@ -210,6 +214,9 @@ def _child(folder: Path) -> None:
     library = ctypes.CDLL(job["library"])
     memory: dict[str, npt.NDArray[np.uint8]] = {}
     for name, size in job["sizes"].items():
+        if name in job["files"]:
+            memory[name] = np.memmap(job["files"][name], np.uint8, "r")
+            continue
         room = -(-size // 16) * 16  # as vectors are aligned
         buffer = Guarded(room, job["guard"])
         buffer.bytes.fill(0xFF)  # NaN, in every storage type
