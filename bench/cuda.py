@@ -5,9 +5,13 @@
     python bench/cuda.py bench/problems/*.json --batches 1 --modes f16     # a part of all networks
     python bench/cuda.py --compile bench/problems/*.json                   # without a GPU: what the compiler says
 
-For each layer, batch and mode: validate the default (and a small layer of each class under compute-sanitizer, where
-that program is installed), tune (``--seconds``), and time the tuned kernel, the default and cuDNN through PyTorch in
-turn. Each call takes the next of several copies of the tensors, which together do not fit into the L2 cache.
+    python bench/cuda.py bench/problems/resnet50.json --minutes 10         # what ten minutes allow, the rest later
+
+For each layer, batch and mode: validate the default (and once per schedule and class of layers the same schedule on a
+small layer under compute-sanitizer, where that program is installed), tune (``--seconds``), and time the tuned kernel,
+the default and cuDNN through PyTorch in turn. Each call takes the next of several copies of the tensors, which
+together do not fit into the L2 cache. Layers and the rates they are compared with are timed on normally distributed
+data: products of small integers take less power, and clocks stay higher.
 Each row is in ``results/cuda/<network>.<mode>.n<batch>.jsonl`` the moment it is known, and is not measured again;
 tables are written beside it. A layer that fails is reported and measured again by the next run.
 
@@ -25,6 +29,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,9 +48,11 @@ import convgen
 from bench.command import console_of_bench
 from bench.cuda_compile import compile_layers
 from bench.cudnn import Cudnn, cudnn_ways, rates
+from convgen.check.bounds import even_tolerance, reference
+from convgen.check.data import float_data
 from convgen.check.validate import validate
 from convgen.cuda.driver import device
-from convgen.errors import ConvgenError, ValidationError
+from convgen.errors import ConvgenError, UnsupportedError, ValidationError
 from convgen.folders import TemporaryFolder
 from convgen.formats.entries import SpecEntry
 from convgen.formats.sources import read_specs, write_text
@@ -59,8 +66,7 @@ from convgen.lowering.versions import versions
 from convgen.measure.compare import Comparison, Timing, ratio_interval
 from convgen.measure.gpu import gpu, output, prepare, runnable_code
 from convgen.measure.standalone.timing import DUEL_SECONDS
-from convgen.measure.trial import Expected, load_inputs
-from convgen.problem.dtypes import distance, load, numpy_dtype
+from convgen.problem.dtypes import distance, numpy_dtype
 from convgen.problem.spec import ConvSpec
 from convgen.records.answer import record_candidate
 from convgen.records.store import RecordStore
@@ -85,6 +91,8 @@ SLACK = 16.0
 #: Output pixels per dimension of a layer that runs under compute-sanitizer; its tools run it in turn.
 SMALL = 6
 TOOLS = ("memcheck", "racecheck")
+#: The exit status that the tools are told to end with where they found something.
+FOUND = 86
 
 
 def in_mode(entry: SpecEntry, mode: str, batch: int | None = None) -> SpecEntry:
@@ -105,13 +113,15 @@ class Bench:
         tuner: of the device; None: nothing is tuned.
         flops, bandwidth: what this machine reaches in the mode; None where it cannot be measured.
         sanitizer: the path of compute-sanitizer; None where it is not installed.
+        sanitized: by schedule and class of layers what compute-sanitizer found nothing in, a candidate and its layer;
+            or why it did not run.
     """
 
     def __init__(self, mode: str, target: Target, options: argparse.Namespace, tuner: Tuner | None) -> None:
         self.mode, self.target, self.options, self.tuner = mode, target, options, tuner
         self.flops, self.bandwidth = rates(mode)
         self.sanitizer = shutil.which("compute-sanitizer")
-        self._sanitized: set[tuple[str, str]] = set()
+        self.sanitized: dict[tuple[str, str], str] = {}
 
     def row(self, entry: SpecEntry) -> Row:
         """Validate, tune and time a layer.
@@ -132,22 +142,26 @@ class Bench:
             return self._timed(entry, candidates, folder)
 
     def validate(self, spec: ConvSpec, candidate: Candidate) -> None:
-        """Check a kernel, and once per schedule and class of layers a small one under compute-sanitizer.
+        """Check a kernel, and once per schedule and class of layers a small one of it under compute-sanitizer.
 
         Raises:
             ValidationError: one of them is wrong.
         """
         validate(compile_candidate(spec, self.target, candidate, 1)).raise_if_failed()
         kind = candidate.schedule.id, class_of(spec)
-        if self.sanitizer and kind not in self._sanitized:
-            sanitize(self.sanitizer, small(spec), self.target)
-            self._sanitized.add(kind)
+        if self.sanitizer and kind not in self.sanitized:
+            checked = small(spec)
+            same = fitted(candidate, checked, self.target)
+            try:
+                sanitize(self.sanitizer, checked, same, self.target)
+                self.sanitized[kind] = f"{checked.descriptor}: {same}"
+            except UnsupportedError as error:
+                self.sanitized[kind] = f"not checked: {error}"
 
     def _timed(self, entry: SpecEntry, candidates: dict[str, Candidate], folder: Path) -> Row:
-        spec = entry.spec
-        inputs = Expected(spec, folder, os.cpu_count() or 1)
-        data = load_inputs(spec, str(inputs.directory))
-        expected, bound = load(folder / "expected.npy", spec.dtype), np.load(folder / "bound.npy")
+        spec, cpus = entry.spec, os.cpu_count() or 1
+        data = float_data(spec)
+        expected, bound = reference(spec, data, cpus), even_tolerance(spec, data, cpus)
         own = {}
         for name, candidate in candidates.items():
             path = library(spec, self.target, candidate, folder / name)
@@ -189,7 +203,10 @@ class Bench:
             "peak": self.flops or 0.0,
             "peak_of": "GEMM rate",
             "roofline": limit,
-            "sanitized": bool(self.sanitizer),
+            "sanitized": {
+                name: self.sanitized.get((candidate.schedule.id, class_of(entry.spec)), "not checked: not installed")
+                for name, candidate in candidates.items()
+            },
             "date": datetime.now(UTC).date().isoformat(),
             "cpu": f"{facts['name']}, driver for CUDA {facts['driver'] // 1000}.{facts['driver'] % 1000 // 10}",
             "fingerprint": self.target.hardware,
@@ -221,19 +238,33 @@ def small(spec: ConvSpec) -> ConvSpec:
     return spec.with_(n=1, in_spatial=spatial)
 
 
-def sanitize(program: str, spec: ConvSpec, target: Target) -> None:
-    """Validate a layer under NVIDIA's checkers of memory and of races.
+def fitted(candidate: Candidate, spec: ConvSpec, target: Target) -> Candidate:
+    """The candidate for another layer: with its own picks where they are valid there, else with the default ones."""
+    schedule, picks = candidate.schedule, candidate.picks
+    if schedule.reason_against(spec.core, target, picks) is not None:
+        picks = schedule.default(spec.core, target)
+    return Candidate(schedule, picks)
+
+
+def sanitize(program: str, spec: ConvSpec, candidate: Candidate, target: Target) -> None:
+    """Validate a candidate under NVIDIA's checkers of memory and of races.
 
     Raises:
         ValidationError: one of them, or the validation, found an error.
+        UnsupportedError: the checkers do not run here, which says nothing of the kernel.
     """
     for tool in TOOLS:
-        command = [program, "--tool", tool, "--target-processes", "all", "--error-exitcode", "86", sys.executable]
-        command += ["-m", "convgen", "validate", spec.descriptor, "--target", target.spelling]
+        command = [program, "--tool", tool, "--target-processes", "all", "--error-exitcode", str(FOUND)]
+        command += [sys.executable, "-m", "convgen", "validate", spec.descriptor, "--target", target.spelling]
+        command += ["--schedule", candidate.schedule.id, "--picks", str(candidate.picks), "--json", "--no-records"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode:
-            said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
-            raise ValidationError(f"{spec.descriptor}: compute-sanitizer {tool}: exit status {done.returncode}: {said}")
+        said = (done.stdout + done.stderr).strip()
+        last = "\n".join(said.splitlines()[-20:])
+        if done.returncode == FOUND or '"passed": false' in said:
+            raise ValidationError(f"{spec.descriptor}: {candidate}: compute-sanitizer {tool}: {last}")
+        if done.returncode or '"passed": true' not in said:
+            reason = next((line for line in said.splitlines() if "rror" in line), last)
+            raise UnsupportedError(f"compute-sanitizer {tool} refused, exit status {done.returncode}: {reason}")
 
 
 # ---- networks -------------------------------------------------------------------------------------
@@ -271,8 +302,12 @@ class Board:
         return table
 
 
-def run(problem: Path, batch: int, bench: Bench, board: Board, measurer: Measurer) -> list[str]:
-    """Measure what is missing of a network, and write its tables; returns what failed."""
+def run(problem: Path, batch: int, bench: Bench, board: Board, measurer: Measurer, until: float) -> list[str]:
+    """Measure what is missing of a network, and write its tables; returns what failed.
+
+    Args:
+        until: when, by :func:`time.monotonic`, no other layer is begun.
+    """
     options, mode = bench.options, bench.mode
     name = f"{problem.stem}.{mode}.n{batch}"
     kept = RowFile(options.results / f"{name}.jsonl")
@@ -283,6 +318,9 @@ def run(problem: Path, batch: int, bench: Bench, board: Board, measurer: Measure
             row = kept.rows.get((entry.spec.descriptor, 1))
             if row is not None and not options.fresh and (row.is_tuned or not options.seconds):
                 continue
+            if time.monotonic() >= until:
+                board.console.print(f"{name}: layers left for the next run: {len(entries) - number + 1}")
+                break
             place = f"{name} {number}/{len(entries)}"
             try:
                 row = measurer(bench, entry)
@@ -308,6 +346,7 @@ def run_all(options: argparse.Namespace, console: Console, measurer: Measurer) -
         return NO_DEVICE
     target = resolve("cuda")
     failed: list[str] = []
+    until = time.monotonic() + 60 * options.minutes
     store = RecordStore(options.records)
     with store, Live(console=console, auto_refresh=False, transient=True) as live:
         board = Board(console, live)
@@ -317,7 +356,7 @@ def run_all(options: argparse.Namespace, console: Console, measurer: Measurer) -
                 bench = Bench(mode, target, options, tuner)
                 for problem in options.problems:
                     for batch in options.batches or BATCHES:
-                        failed += run(problem, batch, bench, board, measurer)
+                        failed += run(problem, batch, bench, board, measurer, until)
     board.print_all()
     networks = {path.stem: list(RowFile(path).rows.values()) for path in sorted(options.results.glob("*.n*.jsonl"))}
     write_text(summary(networks), options.results / "README.md")
@@ -375,6 +414,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batches", type=batches, metavar="N,…", help="[1,16,64; with --compile, the layers' own]")
     parser.add_argument("--seconds", type=float, default=0.0, help="tuning time per layer; 0: defaults only")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no layer later than that  [no limit]")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each comparison")
     parser.add_argument("--records", type=Path, help="record store; the default one unless given")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "cuda", help="where results are kept")
@@ -388,6 +428,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if "i8" in options.modes and not options.compile:
         parser.error("i8 is compiled only: PyTorch has no such layer of cuDNN's to compare with")
     options.problems = options.problems or [HERE / "problems" / "resnet50.json"]
+    if not options.minutes > 0:
+        parser.error(f"expected --minutes > 0, found {options.minutes:g}")
     if not math.isfinite(options.seconds) or options.seconds < 0 or options.rounds < 3 or options.jobs < 1:
         parser.error("expected --seconds >= 0, --rounds >= 3 and --jobs >= 1")
     return options

@@ -56,6 +56,7 @@ class Cudnn(Torch):
         if not torch.cuda.is_available():
             raise UnsupportedError("expected PyTorch with CUDA, found one without a device")
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark_limit = 0  # all of cuDNN's algorithms, not the first ten
         torch.backends.cudnn.allow_tf32 = spec.accuracy == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = spec.accuracy == "tf32"
         channels_last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(spec.rank)

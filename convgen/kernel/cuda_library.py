@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from ..cuda.driver import Memory, context, synchronize
 from ..errors import KernelError
 from ..problem.spec import ConvSpec
 from .dlpack import view
+from .frameworks import Framework, framework_of
 from .library import BaseLibrary, Loaded, Sizes, SizesStruct, buffer_fields
 
 #: Alignment in bytes of tensors in device memory (``cuda_types.h``).
@@ -159,8 +159,10 @@ class CudaLayer(Loaded):
         self._src = dataclasses.replace(tensors["src"], name="x")
         self._dst = dataclasses.replace(tensors["dst"], name="out")
         self._residual = tensors.get("residual")
-        #: A workspace for every stream the layer was called on: calls on one stream follow each other.
-        self._workspaces: dict[tuple[int, int], Memory] = {}
+        #: A workspace for every stream on which the layer was called with arrays of a framework that gives none: calls
+        #: on one stream follow each other. A thread's own stream has its workspace in the thread.
+        self._workspaces: dict[int, Memory] = {}
+        self._of_thread = threading.local()
         self._args = _run_args(self._sizes)
         self._args.packed = packed.address
         #: Held while a call's launches are put on a stream, so that those of another call do not come between them.
@@ -175,7 +177,9 @@ class CudaLayer(Loaded):
             residual: ``spec.dst_shape``, given exactly where the spec has one.
             out: where to write, ``spec.dst_shape``; a new array of x's framework where None.
             stream: where to run: a handle (``cudaStream_t`` as an integer) or an object with ``__cuda_stream__``;
-                the current one of x's framework where None. The first call on a stream may allocate a workspace.
+                the current one of x's framework where None. A call of PyTorch's or CuPy's arrays takes its workspace
+                from their allocator, so that it can be captured into a CUDA graph; with other arrays the first call
+                on a stream allocates one, unless :meth:`reserve` did.
 
         Returns:
             ``out``, or the new array.
@@ -183,12 +187,13 @@ class CudaLayer(Loaded):
         Raises:
             KernelError: an argument is not what the layer needs, or the driver refused.
         """
-        handle = current_stream(x) if stream is None else _handle(stream)
+        framework = framework_of(x)
+        handle = framework.current_stream(x) if stream is None else _handle(stream)
         source = view("x", x, self.device, handle)
         source.check(self._src, TENSOR_ALIGNMENT)
         added = self._added(residual, handle)
         if out is None:
-            out = _empty(x, self._dst.shape)
+            out = framework.empty(x, self._dst.shape)
         target = view("out", out, self.device, handle)
         target.check(self._dst, TENSOR_ALIGNMENT)
         if not target.writable:
@@ -196,9 +201,24 @@ class CudaLayer(Loaded):
         with self._lock, context(self.device):
             args = self._args
             args.src, args.dst, args.residual, args.stream = source.address, target.address, added, handle or None
-            args.workspace = self._workspace(handle)
+            args.workspace, memory = self._workspace(framework, x, handle)
             self.library._require(self.library._run(ctypes.byref(args)))
+        framework.used((x, residual, out), handle)
+        del memory  # its allocator gives it to later work of the stream only
         return out
+
+    def reserve(self, stream: Any = 0) -> None:
+        """Allocate now what calls on a stream need, for arrays of a framework without an allocator that knows streams:
+        allocating is not allowed while the stream is captured into a CUDA graph.
+
+        Args:
+            stream: a handle or an object with ``__cuda_stream__``.
+
+        Raises:
+            KernelError: it is neither, or there is no memory.
+        """
+        if self._sizes.workspace:
+            self._own_workspace(_handle(stream))
 
     def _added(self, residual: Any, stream: int) -> int | None:
         """The residual's address."""
@@ -213,23 +233,25 @@ class CudaLayer(Loaded):
         source.check(self._residual, TENSOR_ALIGNMENT)
         return source.address
 
-    def _workspace(self, stream: int) -> int | None:
+    def _workspace(self, framework: Framework, x: Any, stream: int) -> tuple[int | None, object]:
+        """A workspace's address, and what keeps it."""
         if not self._sizes.workspace:
-            return None
-        key = stream, threading.get_ident() if stream == _PER_THREAD else 0
-        if key not in self._workspaces:
-            self._workspaces[key] = Memory(self._sizes.workspace, self.device)
-        return self._workspaces[key].address
+            return None, None
+        given = framework.scratch(x, self._sizes.workspace, stream)
+        if given is not None:
+            return given
+        own = self._own_workspace(stream)
+        return own.address, own
 
-
-def current_stream(x: Any) -> int:
-    """The handle of the stream that x's framework works on: the default stream unless that is PyTorch or CuPy."""
-    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    if torch is not None and isinstance(x, torch.Tensor) and x.is_cuda:
-        return int(torch.cuda.current_stream(x.device).cuda_stream)
-    if cupy is not None and isinstance(x, cupy.ndarray):
-        return int(cupy.cuda.get_current_stream().ptr)
-    return 0
+    def _own_workspace(self, stream: int) -> Memory:
+        if stream == _PER_THREAD:
+            if not hasattr(self._of_thread, "workspace"):
+                self._of_thread.workspace = Memory(self._sizes.workspace, self.device)
+            mine: Memory = self._of_thread.workspace
+            return mine
+        if stream not in self._workspaces:
+            self._workspaces[stream] = Memory(self._sizes.workspace, self.device)
+        return self._workspaces[stream]
 
 
 def _handle(stream: Any) -> int:
@@ -241,12 +263,3 @@ def _handle(stream: Any) -> int:
     if hasattr(stream, "cuda_stream"):  # PyTorch before 2.9
         return int(stream.cuda_stream)
     raise KernelError(f"stream: expected a handle or an object with __cuda_stream__, found {type(stream).__name__}")
-
-
-def _empty(x: Any, shape: tuple[int, ...]) -> Any:
-    """A new array of x's framework, dtype and device."""
-    if hasattr(x, "new_empty"):  # PyTorch
-        return x.new_empty(shape)
-    if hasattr(x, "__array_namespace__"):
-        return x.__array_namespace__().empty(shape, dtype=x.dtype, device=x.device)
-    raise KernelError(f"out: expected an array to write to, as {type(x).__name__} cannot make one; found none")

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +17,11 @@ from bench_rows import row
 from paths import ROOT
 
 from convgen.check.emulation.emulate import emulated_driver
-from convgen.errors import ValidationError
+from convgen.errors import UnsupportedError, ValidationError
 from convgen.formats.entries import SpecEntry
+from convgen.hardware.target import resolve
+from convgen.lowering.discover import schedules_of
+from convgen.lowering.schedule import Candidate
 from convgen.problem.spec import ConvSpec
 from convgen.report.rows import Row
 
@@ -114,6 +117,64 @@ def test_what_the_sanitizer_sees_is_small_and_of_the_same_kind(bench: ModuleType
     assert small.n == 1
     assert max(small.out_spatial) <= 12
     assert (small.kernel, small.stride, small.ic) == (spec.kernel, spec.stride, spec.ic)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_no_layer_is_begun_after_the_minutes(
+    bench: ModuleType, problem: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(problem), "--modes", "f32", "--batches", "1", "--results", str(problem.parent), "--minutes", "2"]
+    measurer = Measurer()
+    monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: 130.0 * len(measurer.asked)))
+    assert bench.main([*arguments, "--records", str(problem.parent / "r")], measurer) == bench.OK
+    assert len(measurer.asked) == 1
+    assert "layers left for the next run: 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main([str(problem), "--minutes", "0"])
+
+
+#: What stands for compute-sanitizer: it notes its arguments and ends as told.
+CHECKER = """#!/bin/sh
+echo "$@" >> "{notes}"
+{ends}
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "error", "says"),
+    [
+        ("""echo '"passed": true'""", None, ""),
+        ("echo 'ERROR SUMMARY: 3 errors'; exit 86", ValidationError, "compute-sanitizer memcheck: ERROR SUMMARY: 3"),
+        ("""echo '"passed": false'; exit 1""", ValidationError, "passed"),
+        (
+            "echo 'Error: no permission for counters'; exit 1",
+            UnsupportedError,
+            "refused, exit status 1: Error: no perm",
+        ),
+        ("echo '========= Internal error'; exit 255", UnsupportedError, "refused, exit status 255"),
+        ("echo nothing", UnsupportedError, "refused, exit status 0"),
+    ],
+)
+def test_a_checker_that_does_not_run_is_told_from_a_wrong_kernel(
+    bench: ModuleType, tmp_path: Path, ends: str, error: type[Exception] | None, says: str
+) -> None:
+    target = resolve("cuda:sm_80")
+    layer = ConvSpec.parse("conv2d n64 ic64 oc64 i56x56 k3x3 s1 p1 relu f16 nhwc")
+    schedule = schedules_of("cuda")["cuda_gemm"]
+    candidate = bench.fitted(Candidate(schedule, schedule.default(layer.core, target)), bench.small(layer), target)
+    assert schedule.reason_against(bench.small(layer).core, target, candidate.picks) is None
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(CHECKER.format(notes=tmp_path / "notes", ends=ends))
+    program.chmod(0o755)
+    if error is None:
+        bench.sanitize(str(program), bench.small(layer), candidate, target)
+        first, second = (tmp_path / "notes").read_text().splitlines()
+        assert first.startswith("--tool memcheck")
+        assert second.startswith("--tool racecheck")
+        assert f"--schedule cuda_gemm --picks {candidate.picks}" in first  # what is marked, not what is fastest there
+        return
+    with pytest.raises(error, match=says):
+        bench.sanitize(str(program), bench.small(layer), candidate, target)
 
 
 def test_every_default_is_compiled_without_a_device_and_resumes(problem: Path) -> None:

@@ -8,6 +8,8 @@ import re
 import shutil
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +29,9 @@ from naive import operands
 from convgen.cuda import driver as driver_module
 from convgen.cuda.driver import Event, Memory, Stream, context, device, synchronize
 from convgen.errors import KernelError
-from convgen.kernel.cuda_library import CudaLayer, CudaLibrary, current_stream
+from convgen.kernel.cuda_library import CudaLayer, CudaLibrary
 from convgen.kernel.dlpack import _read, _Tensor
+from convgen.kernel.frameworks import framework_of
 from convgen.lowering.link import link
 
 # ---- the driver from Python ----------------------------------------------------------------------
@@ -228,7 +231,10 @@ def test_each_threads_default_stream_has_a_workspace(fake: Fake, layer: CudaLaye
         thread.start()
     for thread in threads:
         thread.join()
-    assert len({arguments[2] for arguments in launches(fake)[::2]}) == len(layer._workspaces) >= 2
+    used = [arguments[2] for arguments in launches(fake)[::2]]
+    assert used[0] not in used[1:]
+    assert not layer._workspaces
+    assert sum(line == "free" for line in fake.log) == 2  # of the threads that ended
 
 
 def test_the_launches_of_calls_from_several_threads_do_not_mix(
@@ -344,18 +350,88 @@ def test_what_pytorch_says_of_its_tensors_is_read(dtype: str, version: tuple[int
     assert (found.dtype, found.writable) == (dtype, True)
 
 
-def test_the_stream_is_the_frameworks_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tensor:
-        is_cuda, device = True, "cuda:1"
+class Tensor(Array):
+    """A tensor of :func:`made_torch`, on its first GPU."""
 
-    streams = {"cuda:1": SimpleNamespace(cuda_stream=0xA0)}
-    torch = SimpleNamespace(Tensor=Tensor, cuda=SimpleNamespace(current_stream=streams.__getitem__))
+    is_cuda = True
+
+    def __init__(self, array: np.ndarray) -> None:
+        super().__init__(array)
+        self.recorded: list[int] = []
+
+    def record_stream(self, stream: SimpleNamespace) -> None:
+        self.recorded.append(stream.cuda_stream)
+
+    def new_empty(self, shape: tuple[int, ...]) -> Tensor:
+        return Tensor(aligned_empty(shape))
+
+    def data_ptr(self) -> int:
+        return int(self.array.ctypes.data)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Tensor]]:
+    """What is asked of PyTorch's allocator, made up here: the stream that is current, and the memory."""
+    taken: list[tuple[int, Tensor]] = []
+    current = [SimpleNamespace(cuda_stream=0xA0)]
+
+    @contextmanager
+    def stream(of: SimpleNamespace) -> Iterator[None]:
+        current.append(of)
+        yield
+        current.pop()
+
+    def empty(size: int, dtype: object, device: object) -> Tensor:
+        taken.append((current[-1].cuda_stream, Tensor(aligned_empty((size,), dtype))))
+        return taken[-1][1]
+
+    cuda = SimpleNamespace(
+        current_stream=lambda device: current[-1],
+        stream=stream,
+        ExternalStream=lambda handle, device: SimpleNamespace(cuda_stream=handle),
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(Tensor=Tensor, cuda=cuda, empty=empty, uint8=np.uint8))
+    return taken
+
+
+def test_pytorchs_allocator_gives_workspaces_so_that_calls_can_be_captured(
+    fake: Fake, layer: CudaLayer, taken: list[tuple[int, Tensor]]
+) -> None:
+    """Allocating by the driver ends a capture."""
+    x, z = Tensor(aligned_empty(SPEC.src_shape)), Tensor(aligned_empty(SPEC.dst_shape))
+    before = len(fake.log)
+    y = layer(x, residual=z)
+    layer(x, residual=z, stream=0x550)
+    assert not any(line.startswith(("allocate", "synchronize")) for line in fake.log[before:])
+    assert [stream for stream, _ in taken] == [0xA0, 0x550]
+    assert [arguments[2] for arguments in launches(fake)[::2]] == [memory.address for _, memory in taken]
+    assert all(memory.array.nbytes == layer.library.sizes().workspace for _, memory in taken)
+    # What works on another stream than PyTorch's is told to its allocator.
+    assert x.recorded == z.recorded == [0x550]
+    assert y.recorded == []
+
+
+def test_arrays_on_a_foreign_stream_are_recorded(fake: Fake, layer: CudaLayer, taken: list[tuple[int, Tensor]]) -> None:
+    x, z = Tensor(aligned_empty(SPEC.src_shape)), Tensor(aligned_empty(SPEC.dst_shape))
+    assert layer(x, residual=z, stream=0x770).recorded == [0x770]
+
+
+def test_a_workspace_is_reserved_before_a_capture(fake: Fake, layer: CudaLayer, x: Array, z: Array) -> None:
+    layer.reserve(0x550)
+    before = len(fake.log)
+    layer(x, residual=z, stream=0x550)
+    assert not any(line.startswith("allocate") for line in fake.log[before:])
+    with pytest.raises(KernelError, match="stream: expected a handle"):
+        layer.reserve("main")
+
+
+def test_the_stream_is_the_frameworks_current_one(
+    monkeypatch: pytest.MonkeyPatch, taken: list[tuple[int, Tensor]]
+) -> None:
     cupy = SimpleNamespace(ndarray=list, cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0xB0)))
-    monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    assert current_stream(Tensor()) == 0xA0
-    assert current_stream([]) == 0xB0
-    assert current_stream("another") == 0
+    for x, stream in ((Tensor(aligned_empty((1,))), 0xA0), ([], 0xB0), ("another", 0)):
+        assert framework_of(x).current_stream(x) == stream
 
 
 def test_a_layer_is_freed_with_its_memory(fake: Fake, library: CudaLibrary, x: Array, z: Array) -> None:

@@ -295,6 +295,19 @@ def test_the_instructions_are_there_and_nothing_spills(tile: tuple[int, int]) ->
     assert "LDGSTS" not in sass
 
 
+@pytest.mark.parametrize("tile", [(128, 256), (256, 128)])
+def test_large_tiles_are_weighed_by_the_registers_they_take(tile: tuple[int, int]) -> None:
+    """Operands of warpgroups stay in shared memory: only sums and addresses are in registers, and blocks fit."""
+    spec, chosen = ConvSpec.parse("conv2d n64 ic256 oc512 i56x56 k1x1 nhwc f16"), picks(tile_m=tile[0], tile_n=tile[1])
+    lowered = lower(spec, TARGET, Candidate(SCHEDULE, chosen))
+    (used,) = code.compile_images(generate(lowered), TARGET)[1]
+    estimated = SCHEDULE.registers(spec.core, chosen)
+    assert used.registers <= estimated <= used.registers + 40
+    assert SCHEDULE.seconds(spec.core, TARGET, chosen) < SCHEDULE.seconds(
+        spec.core, TARGET, picks(tile_m=64, tile_n=64)
+    )
+
+
 @emulated
 def test_the_exported_example_gives_maps_to_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """C alone: its comparison with a plain convolution passes; a driver without maps is refused."""
