@@ -16,7 +16,7 @@ from .records.opening import Records, open_store
 from .records.record import TuningRecord
 from .tuning.recheck import recheck
 from .tuning.search import Progress
-from .tuning.tuner import Tuner
+from .tuning.tuner import Tuner, check_budget
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -88,6 +88,7 @@ def compile(  # noqa: A001  (convgen.compile, as torch.compile)
     *,
     dims: Mapping[str, int | Sequence[int]] | None = ...,
     accuracy: str = ...,
+    seconds: float | None = ...,
     records: Records = ...,
     progress: Callable[[int, int], None] | None = ...,
     name: str | None = ...,
@@ -100,6 +101,7 @@ def compile(  # type: ignore[overload-cannot-match]  # noqa: A001  (ModelProto h
     *,
     dims: Mapping[str, int | Sequence[int]] | None = ...,
     accuracy: str = ...,
+    seconds: float | None = ...,
     records: Records = ...,
     progress: Callable[[int, int], None] | None = ...,
     name: str | None = ...,
@@ -111,6 +113,7 @@ def compile(  # noqa: A001
     *,
     dims: Mapping[str, int | Sequence[int]] | None = None,
     accuracy: str = "standard",
+    seconds: float | None = None,
     records: Records = None,
     progress: Callable[[int, int], None] | None = None,
     name: str | None = None,
@@ -124,7 +127,9 @@ def compile(  # noqa: A001
         threads: threads that it runs on; all cores by default.
         dims: sizes of symbolic dimensions, ``{"N": 1}``; with several, ``{"N": (1, 4, 16)}``, the network computes
             with each of them, by the inputs' shapes.
-        accuracy: of its convolutions: ``strict``, ``standard`` or ``relaxed``.
+        accuracy: of its convolutions: ``strict``, ``standard``, ``relaxed`` or ``bf16``.
+        seconds: for which a model is first tuned as a whole, earlier runs included; kernels that make the running
+            network faster are recorded and used.
         records: the store whose kernels are used where it has some: None the default one, False none, or a path.
         progress: called with the number of functions that are compiled, and of all.
         name: prefix of the exported C functions; the model's by default.
@@ -150,7 +155,17 @@ def compile(  # noqa: A001
 
         if dims:
             raise SpecError("dims", "none for an exported program, whose sizes are its own", repr(dict(dims)))
+        if seconds:
+            raise SpecError("seconds", "none for an exported program: its networks use the records there are", seconds)
         return TorchProgram(source, compiled, name or "network")
+    if seconds:
+        from .network.tuning import ModelTuning, tune_model
+
+        if records is False:
+            raise SpecError("seconds", "records, where what wins is kept", "records=False")
+        check_budget(0, seconds)
+        with open_store(records) as store:
+            tune_model(ModelTuning(source, target, threads, dims=dims, accuracy=accuracy, name=name), store, seconds)
     return compile_model(
         source, target, threads, dims=dims, accuracy=accuracy, records=records, progress=progress, name=name
     )

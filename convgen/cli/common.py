@@ -229,6 +229,13 @@ trials_option = click.option(
 )
 
 
+def whole_accuracy(rules: Sequence[AccuracyRule]) -> str:
+    """The accuracy class of all convolutions of a model that is taken as a whole."""
+    if named := [rule for rule in rules if rule.pattern is not None]:
+        raise click.UsageError(f"--whole: expected an accuracy class for the whole model, found {named[0]}")
+    return rules[-1].accuracy if rules else "standard"
+
+
 class FiniteRange(click.FloatRange):
     """A number in a range; neither an infinity nor NaN, which compares as in any range."""
 

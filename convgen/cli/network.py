@@ -18,6 +18,7 @@ from ..problem.tokens import ACCURACIES
 from ..report.words import plural
 from .common import (
     FAILED,
+    NON_NEGATIVE,
     OK,
     WRONG,
     chosen_records,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from ..network.network import Network
     from ..records.opening import Records
     from ..report.profile import NetworkProfile
+    from ..tuning.networks import NetworkTimes
 
 
 def _check_picture(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
@@ -61,6 +63,13 @@ def _check_picture(context: click.Context, parameter: click.Parameter, path: Pat
 )
 @target_option
 @threads_option("Threads that it runs on.  [default: all cores]")
+@click.option(
+    "--seconds",
+    type=NON_NEGATIVE,
+    default=0.0,
+    metavar="S",
+    help="First tune the model for so long, earlier runs included, as `convgen tune --whole` does.",
+)
 @records_options
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), required=True, metavar="DIR", help="Folder to export to."
@@ -89,6 +98,7 @@ def compile_model(
     accuracy: str,
     target: str,
     threads: int | None,
+    seconds: float,
     records: Path | None,
     no_records: bool,
     out: Path,
@@ -99,10 +109,9 @@ def compile_model(
 ) -> int:
     """Compile a whole model to one library, with its weights packed.
 
-    Convolutions are computed by their recorded kernels, or else by defaults. The specs in the manifest's layers, each
-    in the layouts it has in the network, are what `convgen tune` would record kernels for. The folder holds the
-    library, shared and static, a C header, the weights, a manifest, a CMake package, a pkg-config file, and example.c
-    with an input and its outputs.
+    Convolutions are computed by their recorded kernels, or else by defaults; --seconds, or `convgen tune --whole`,
+    records those that make the network faster. The folder holds the library, shared and static, a C header, the
+    weights, a manifest, a CMake package, a pkg-config file, and example.c with an input and its outputs.
 
     A model of which something is not taken is refused, with the exit status 2: all such nodes are listed, and why.
 
@@ -116,6 +125,8 @@ def compile_model(
     options: dict[str, Any] = {"target": target, "threads": threads, "dims": dims, "accuracy": accuracy}
     kept = chosen_records(records, no_records)
     if program == "onnxruntime":
+        if seconds:
+            raise click.UsageError("--seconds: expected a C library, found --for onnxruntime")
         if profile is not None:
             raise click.UsageError("--profile: expected a C library to time, found --for onnxruntime")
         path = out / f"{name or model.stem}.onnx"
@@ -130,18 +141,33 @@ def compile_model(
         return made
 
     try:
+        tuned = _tune(model, seconds, options, kept) if seconds else []
         network = compiled(kept)
     except NotTakenError as error:
         return _refuse(error, as_json)
     manifest = network.export(out, facts={"model": model.name, "accuracy": accuracy})
-    seconds = time.monotonic() - started
+    taken = time.monotonic() - started
     profiles = _profile(network, compiled, profile) if profile is not None else []
     if as_json:
-        outcome = {"folder": str(out), "seconds": seconds, "manifest": manifest, "taken": True, "outside": []}
-        emit({**outcome, "profiles": [made.to_dict() for made in profiles]})
+        outcome = {"folder": str(out), "seconds": taken, "manifest": manifest, "taken": True, "outside": []}
+        facts = {"networks": list(map(dataclasses.asdict, tuned)), "profiles": [made.to_dict() for made in profiles]}
+        emit({**outcome, **facts})
         return 0
-    _say_network(network, manifest, out, seconds)
+    _say_network(network, manifest, out, taken)
     return 0
+
+
+def _tune(model: Path, seconds: float, options: dict[str, Any], records: Records) -> list[NetworkTimes]:
+    """Tune a model as a whole."""
+    from ..network.tuning import ModelTuning
+    from .tune import network_line, tune_whole
+
+    if records is False:
+        raise click.UsageError("--seconds: expected records, where what wins is kept, found --no-records")
+    found = tune_whole(ModelTuning(model, **options), seconds, records)
+    for times in found:
+        note(network_line(times))
+    return found
 
 
 @contextmanager
@@ -198,7 +224,8 @@ def _refuse(error: NotTakenError, as_json: bool) -> int:
     """Say which nodes are not taken, and why."""
     if as_json:
         outside = [{"node": node, "reason": reason} for node, reason in error.nodes.items()]
-        emit({"folder": None, "seconds": None, "manifest": None, "taken": False, "outside": outside, "profiles": []})
+        nothing: dict[str, Any] = {"folder": None, "seconds": None, "manifest": None, "networks": [], "profiles": []}
+        emit({**nothing, "taken": False, "outside": outside})
     else:
         say(table(["not taken", "because"], error.nodes.items()))
     note(f"convgen: {error.where}: {plural(len(error.nodes), 'node')} not taken, {error.taken} others would be")

@@ -36,12 +36,14 @@ from .common import (
     thread_counts_option,
     tidy,
     trials_option,
+    whole_accuracy,
 )
 from .view import JobView, clock, remaining
 
 if TYPE_CHECKING:
     from ..hardware.target import Target
     from ..measure.workers import Pools
+    from ..network.tuning import ModelTuning
     from ..records.opening import Records
     from ..tuning.job import Job
     from ..tuning.job_run import JobRun, Layer
@@ -99,6 +101,12 @@ def _check_targets(context: click.Context, parameter: click.Parameter, text: str
 @click.option("--exclude", metavar="ID,…", help="Schedules to leave out.")
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of the search.  [default: 0]")
 @records_options
+@click.option(
+    "--whole",
+    is_flag=True,
+    help="Tune the convolutions of one model as `convgen compile` plans them, and keep what makes the running network "
+    "faster.",
+)
 @click.option("--tracker", metavar="HOST:PORT", help="Measure on the devices of this RPC tracker.")
 @click.option("--device-key", metavar="KEY", help="Key of the devices to measure on.")
 @click.option("--cluster", metavar="ADDRESS", help="Compile on this Dask cluster.")
@@ -111,6 +119,7 @@ def tune(
     accuracy: tuple[AccuracyRule, ...],
     records: Path | None,
     no_records: bool,
+    whole: bool,
     status: bool,
     as_json: bool,
     **options: Any,
@@ -121,6 +130,9 @@ def tune(
     most time. Without a budget each layer is tuned until nothing more is gained. Layers that the store
     already answers are skipped. Ctrl-C keeps everything measured so far; the same command goes on from
     there.
+
+    With --whole the layers are those of the network that `convgen compile` makes of a model, in its layouts. The budget
+    goes where the network's time goes, and a kernel is kept where the network that has it runs faster.
     """
     from ..measure.busy import BusyWatch
 
@@ -129,11 +141,14 @@ def tune(
     if records is not None:
         job = replace(job, records=records)
     kept = chosen_records(records if job.records is None else job.records, no_records)
+    tuning = _whole(job) if whole else None
+    if tuning is not None:
+        job = tuning.job(job)
     if status:
         return _print_status(job, kept, as_json)
     interrupted = False
     watch = BusyWatch()
-    with _working(job, kept) as (run, view):
+    with _working(job, kept, tuning) as (run, view):
         note_left_out(job.skipped)
         try:
             with view:
@@ -164,9 +179,42 @@ def _job(sources: tuple[str, ...], job_file: Path | None, dims: dict[str, int], 
     return replace(job, dims={**job.dims, **dims})
 
 
+def _whole(job: Job) -> ModelTuning:
+    """The model of a job that is tuned as a whole."""
+    (model, *others), (target, *targets), threads = job.models, job.targets, job.threads
+    if others or Path(model).suffix.lower() != ".onnx":
+        raise click.UsageError(f"--whole: expected one ONNX model, found {', '.join(map(printable, job.models))}")
+    if targets or len(threads) > 1:
+        raise click.UsageError("--whole: expected one target and one number of threads, found several")
+    if job.tracker is not None:
+        raise click.UsageError("--whole: expected this machine, where the network runs, found --tracker")
+
+    from ..network.tuning import ModelTuning
+
+    accuracy, path = whole_accuracy(job.accuracy), job.folder / model
+    return ModelTuning(path, target, threads[0] if threads else None, dims=job.dims, accuracy=accuracy)
+
+
+def tune_whole(tuning: ModelTuning, seconds: float, records: Records) -> list[NetworkTimes]:
+    """Tune a model before it is compiled, and show that; what it takes before and after.
+
+    Raises:
+        KeyboardInterrupt: what was measured until then is in the store.
+    """
+    from ..tuning.job import Job
+
+    with _working(tuning.job(Job((), seconds=seconds)), records, tuning) as (run, view):
+        try:
+            with view:
+                run.run()
+        finally:
+            run.close()
+    return run.networks
+
+
 @contextmanager
-def _working(job: Job, records: Records) -> Iterator[tuple[JobRun, JobView]]:
-    """A job ready to run, with its workers."""
+def _working(job: Job, records: Records, tuning: ModelTuning | None = None) -> Iterator[tuple[JobRun, JobView]]:
+    """A job ready to run, with its workers; of a model that is tuned as a whole where that is given."""
     from ..hardware.target import check_native
     from ..hardware.target import resolve as resolve_here
 
@@ -183,8 +231,14 @@ def _working(job: Job, records: Records) -> Iterator[tuple[JobRun, JobView]]:
                 check_native(problem.target)
         pools, resolve = _pools(job)
         try:
-            view = JobView()
-            yield JobRun(job, store, pools, report=view.update, resolve=resolve), view
+            view, expected = JobView(), None
+            if tuning is not None:
+                note("running the network with its defaults")
+                expected = tuning.expected()
+            yield (
+                JobRun(job, store, pools, report=view.update, resolve=resolve, timing=tuning, expected=expected),
+                view,
+            )
         finally:
             pools.close()
 
@@ -337,8 +391,8 @@ def network_line(times: NetworkTimes) -> str:
     if times.seconds is None or times.default_seconds is None or times.ratio_default is None:
         return f"{who}: not timed: {times.reason}"
     gain, low, high = times.ratio_default
-    layers = f"{plural(times.layers, 'convolution')} one after another"
-    said = f"{who}: {layers} take {duration(times.seconds)}, {duration(times.default_seconds)} with the defaults"
+    what = "the whole takes" if times.whole else f"{plural(times.layers, 'convolution')} one after another take"
+    said = f"{who}: {what} {duration(times.seconds)}, {duration(times.default_seconds)} with the defaults"
     kept = f"tuned kernels are kept for {plural(times.won, 'layer')}"
     if times.lost:
         kept += f"; those of {times.lost} more won alone and do not pay here"

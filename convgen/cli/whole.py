@@ -14,7 +14,7 @@ import click
 from ..formats.entries import AccuracyRule
 from ..formats.sources import write_text
 from ..report.words import plural
-from .common import INTERRUPTED, emit, note, note_busy, say, table, tidy
+from .common import INTERRUPTED, emit, note, note_busy, say, table, tidy, whole_accuracy
 
 if TYPE_CHECKING:
     from ..measure.network_model import NetworkModel
@@ -37,7 +37,7 @@ def whole_bench(
     from ..kernel.kernel import check_threads
     from ..report.whole import Bench
 
-    chosen, resolved = _accuracy(accuracy), resolve(target)
+    chosen, resolved = whole_accuracy(accuracy), resolve(target)
 
     def compiled(model: NetworkModel, count: int) -> Network:
         return compile_network(model.path, target, count, dims=model.dims, accuracy=chosen, records=records)
@@ -88,13 +88,6 @@ def _model(word: str) -> Path:
     if not path.is_file():
         raise click.UsageError(f"--whole: expected files of ONNX models, found {word!r}")
     return path
-
-
-def _accuracy(rules: Sequence[AccuracyRule]) -> str:
-    """The accuracy class of all convolutions."""
-    if named := [rule for rule in rules if rule.pattern is not None]:
-        raise click.UsageError(f"--whole: expected an accuracy class for the whole model, found {named[0]}")
-    return rules[-1].accuracy if rules else "standard"
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import BuildError
 from ..folders import TemporaryFolder
@@ -19,7 +18,6 @@ from ..hardware.target import Target
 from ..lowering.interface import TensorInfo, boundary, round_up
 from ..lowering.link import link_network
 from ..lowering.lower import compile_function, compile_object, lower
-from ..problem.spec import ConvSpec
 from ..processes import JobError, Worker
 from .choice import Choose
 from .library import NETWORK_ABI, seal
@@ -262,13 +260,15 @@ def _call(plan: Plan, step: Step, number: int, packed: Sequence[TensorInfo], beg
     return Call(number, (*given, *weights, (tensors["dst"], place(step.output))))
 
 
-def with_candidates(plan: Plan, choose: Choose) -> None:
-    """Give convolutions the candidates that ``choose`` has for their specs."""
-    known: dict[ConvSpec, Any] = {}
-    for number, step in enumerate(plan.steps):
+def with_candidates(plan: Plan, choose: Choose) -> Plan:
+    """The plan, its convolutions with the candidates that ``choose`` has for their specs."""
+    specs = {step.function.spec for step in plan.steps if isinstance(step.function, Product)}
+    known = {spec: candidate for spec in specs if (candidate := choose(spec)) is not None}
+
+    def chosen(step: Step) -> Step:
         function = step.function
-        if isinstance(function, Product):
-            if function.spec not in known:
-                known[function.spec] = choose(function.spec)
-            if (candidate := known[function.spec]) is not None:
-                plan.steps[number] = replace(step, function=Product(function.spec, candidate))
+        if not isinstance(function, Product) or function.spec not in known:
+            return step
+        return replace(step, function=Product(function.spec, known[function.spec]))
+
+    return replace(plan, steps=[chosen(step) for step in plan.steps])

@@ -151,9 +151,7 @@ def plan_graph(graph: Graph, target: Target, accuracy: str, choose: Choose | Non
             for node in graph.nodes
         ]
     made = plan(graph, target)
-    if choose is not None:
-        with_candidates(made, choose)
-    return made
+    return made if choose is None else with_candidates(made, choose)
 
 
 def compile_network(
@@ -174,11 +172,28 @@ def compile_network(
         choose: the candidate of a convolution, where something better than the default is known.
 
     Raises:
+        BuildError: TVM, LLVM or the C compiler failed; and what :func:`plan_model` raises.
+    """
+    plans = plan_model(source, target, dims=dims, accuracy=accuracy, choose=choose, name=name)
+    return compile_planned(plans, target, threads, accuracy, progress)
+
+
+def plan_model(
+    source: str | Path | ModelProto,
+    target: Target,
+    *,
+    dims: Dims | None = None,
+    accuracy: str = "standard",
+    choose: Choose | None = None,
+    name: str | None = None,
+) -> list[Plan]:
+    """Read a model and plan it at each of its sizes; arguments as of :func:`compile_network`.
+
+    Raises:
         SpecError: it cannot be read, or is not an ONNX model; or sizes are wrong.
         NotTakenError: of nodes that are not taken.
         UnsupportedError: this machine cannot run the target's code, or inputs and outputs depend on the size.
         ExportError: nothing may be called as it is; another ``name`` helps.
-        BuildError: TVM, LLVM or the C compiler failed.
     """
     check_native(target)
     shared = Shared()
@@ -192,6 +207,21 @@ def compile_network(
     for graph in graphs:
         graph.name = name
         plans.append(plan_graph(graph, target, accuracy, choose))
+    return plans
+
+
+def compile_planned(
+    plans: Sequence[Plan],
+    target: Target,
+    threads: int,
+    accuracy: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> Network:
+    """Compile, link and load what :func:`plan_model` gives.
+
+    Raises:
+        BuildError: TVM, LLVM or the C compiler failed.
+    """
     folder = TemporaryFolder(runs=True)
     try:
         with folder.writing():

@@ -82,6 +82,7 @@ class Job:
         exclude: ids of schedules that do not take part.
         seed: of the search.
         dims: sizes of symbolic dimensions of ONNX models.
+        planned: layers of models that are known already, in the order in which they run, by what ``models`` has.
         accuracy: of all layers or of some, by name; the last rule that names a layer counts.
         records: the store; None: the default one.
         tracker, device_key: measure on the devices of this key that this RPC tracker (``host:port``) has.
@@ -100,6 +101,7 @@ class Job:
     exclude: tuple[str, ...] = ()
     seed: int = 0
     dims: Mapping[str, int] = field(default_factory=dict)
+    planned: Mapping[str, tuple[SpecEntry, ...]] = field(default_factory=dict)
     accuracy: tuple[AccuracyRule, ...] = ()
     records: Path | None = None
     tracker: str | None = None
@@ -139,7 +141,9 @@ class Job:
         skipped: list[str] = []
         for model in self.models:
             path = self.folder / model
-            if not _is_file(model, self.folder):
+            if model in self.planned:
+                layers.append(list(self.planned[model]))
+            elif not _is_file(model, self.folder):
                 layers.append(read_specs(model))
             elif _is_network(model):
                 layers.append(instances_from_onnx(path, self.dims or None, skipped))
@@ -164,8 +168,12 @@ class Job:
         Raises:
             SpecError, UnsupportedError: a model cannot be read.
         """
-        ordered = [(model, entries) for model, entries in self._read[0] if _is_network(model)]
+        ordered = [(model, entries) for model, entries in self._read[0] if self._has_order(model)]
         return {model: tuple(entry.spec for entry in entries) for model, entries in ordered}
+
+    def _has_order(self, model: str) -> bool:
+        """Whether a source says in what order its layers run: others are lists of layers."""
+        return model in self.planned or _is_network(model)
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -213,7 +221,7 @@ class Job:
 
 
 def _is_network(model: str) -> bool:
-    """Whether a source says in what order its layers run: others are lists of layers."""
+    """Whether a source is the file of an ONNX model."""
     return Path(model).suffix.lower() == ".onnx"
 
 

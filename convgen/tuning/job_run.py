@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import BuildError, ConvgenError, MeasureError
@@ -17,6 +17,7 @@ from ..hardware.machine import check_memory
 from ..hardware.target import Target
 from ..interrupts import interrupts_held
 from ..measure.workers import Pools
+from ..problem.spec import ConvSpec
 from ..records.record import TuningRecord
 from ..records.store import RecordStore
 from .context import SearchContext
@@ -24,7 +25,7 @@ from .final import final_comparison
 from .job import Job, Problem
 from .journal import Journal
 from .networks import ROUNDS as CHAIN_ROUNDS
-from .networks import NetworkTimes, contenders, judge_networks
+from .networks import NetworkTimes, Timing, contenders, judge_networks
 from .rounds import round_size, take_rounds
 from .search import Progress, Search
 
@@ -96,6 +97,8 @@ class JobRun:
         pools: who compiles and measures; None: nothing can be measured, only asked how the job stands.
         report: called after every trial and whenever a layer's state changes.
         resolve: gives a target's facts.
+        timing: what judges the winners in their networks; these networks' chains where None.
+        expected: seconds of layers' defaults that are known better than by prediction.
         now: the clock, in seconds.
 
     Attributes:
@@ -115,8 +118,11 @@ class JobRun:
         *,
         report: Callable[[JobRun, Layer], None] | None = None,
         resolve: Callable[[str], Target] | None = None,
+        timing: Timing | None = None,
+        expected: Mapping[ConvSpec, float] | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._timing, self._expected = timing, expected or {}
         self.job, self.store, self.pools = job, store, pools
         self.journal = Journal(store, job.id, now=now)
         self._report, self._now = report or (lambda run, layer: None), now
@@ -154,7 +160,7 @@ class JobRun:
             layer.state, layer.reason = "failed", str(error)
             return
         default = search.race.default
-        predicted = default.schedule.cost(spec.core, context.target)
+        predicted = self._expected.get(spec) or default.schedule.cost(spec.core, context.target)
         layer.predicted = predicted if predicted < math.inf else 10 * spec.flops / context.target.peak_flops
         if self._is_answered(search):
             layer.state, layer.reason = "skipped", "the store has the answer"
@@ -341,7 +347,7 @@ class JobRun:
             layers = [layer for layer in self.layers if (layer.problem.target.spelling, layer.problem.threads) == key]
             searches = {layer.problem.spec: _search(layer) for layer in layers if layer.search and layer.search.winner}
             judging = [layer for layer in layers if layer.is_compared_alone and layer.problem.spec in self._in_networks]
-            self.networks += judge_networks(context, self.job.networks, searches)
+            self.networks += judge_networks(context, self.job.networks, searches, self._timing)
             for layer in judging:
                 self._report(self, layer)
 

@@ -3,7 +3,8 @@
 A layer that is compared alone has a warm input and the caches for itself; in its network others use them in between.
 So where the order of a model's layers is known, the winners of their comparisons must win there as well: all of them
 run in their network's chain (:class:`~convgen.measure.chain.Chain`), in turn with the defaults, and each is kept where
-it is certainly faster there. What is kept must not make the whole slower, either.
+it is certainly faster there. What is kept must not make the whole slower, either. What times a network is a
+:class:`Timing`: its chain of convolutions, or the whole that was compiled (:mod:`convgen.network.tuning`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import BuildError, Inapplicable, MeasureError
 from ..lowering.schedule import Candidate
@@ -34,8 +35,53 @@ DRAWS = 200
 
 #: Of each round the seconds of each instance.
 Rounds = Sequence[Sequence[float]]
-#: Which kernel each layer has in a chain.
+#: Which kernel each layer has in a network.
 Choice = dict[ConvSpec, Candidate]
+
+
+class Timing(Protocol):
+    """What times a network's layers where they are used.
+
+    Attributes:
+        whole: whether it times what stands between the layers as well.
+    """
+
+    whole: bool
+
+    def usable(self, search: Search, candidates: list[Candidate]) -> list[Candidate]:
+        """Those of a layer's candidates that can be timed."""
+
+    def times(self, model: str, order: Sequence[ConvSpec], choices: Sequence[Choice]) -> ChainSamples:
+        """Seconds with each choice, taken in turn, round by round: of each instance, and where it times the whole, last
+        of everything else.
+
+        Args:
+            order: the instances that take part.
+
+        Raises:
+            MeasureError: they cannot be timed.
+        """
+
+
+class ChainTiming:
+    """Convolutions one after another, in a worker."""
+
+    whole = False
+
+    def __init__(self, context: SearchContext) -> None:
+        self._context = context
+        self._libraries: dict[ConvSpec, dict[Candidate, str]] = {}
+
+    def usable(self, search: Search, candidates: list[Candidate]) -> list[Candidate]:
+        try:
+            found = self._libraries[search.spec] = dict(built(search, candidates))
+        except (BuildError, Inapplicable):
+            return []
+        return list(found)
+
+    def times(self, model: str, order: Sequence[ConvSpec], choices: Sequence[Choice]) -> ChainSamples:
+        paths = [{spec: self._libraries[spec][choice[spec]] for spec in dict.fromkeys(order)} for choice in choices]
+        return self._context.pools.chains(order, paths, self._context.threads, ROUNDS)
 
 
 @dataclass(frozen=True)
@@ -49,6 +95,7 @@ class NetworkTimes:
         ratio_default: the first over the second, [median, low, high].
         won, lost: how many layers keep a tuned kernel, and how many had one that does not pay here.
         reason: why nothing was timed, or why nothing is kept.
+        whole: whether the seconds are of the whole model, what stands between its layers included.
     """
 
     model: str
@@ -61,6 +108,7 @@ class NetworkTimes:
     won: int = 0
     lost: int = 0
     reason: str = ""
+    whole: bool = False
 
 
 def is_judged(record: TuningRecord | None) -> bool:
@@ -87,7 +135,10 @@ def contenders(search: Search) -> list[Candidate]:
 
 
 def judge_networks(
-    context: SearchContext, networks: Mapping[str, Sequence[ConvSpec]], searches: Mapping[ConvSpec, Search]
+    context: SearchContext,
+    networks: Mapping[str, Sequence[ConvSpec]],
+    searches: Mapping[ConvSpec, Search],
+    timing: Timing | None = None,
 ) -> list[NetworkTimes]:
     """Time the networks of which a layer has :func:`contenders`, and keep what pays there.
 
@@ -96,16 +147,17 @@ def judge_networks(
     Args:
         networks: each model's instances, in the order in which they run.
         searches: of the layers that were reached, each after its final comparison.
+        timing: what times the networks; their chains of convolutions where None.
     """
     open_layers = {spec: found for spec, search in searches.items() if (found := contenders(search))}
     judged = {model: order for model, order in networks.items() if not open_layers.keys().isdisjoint(order)}
     if not judged:
         return []
-    if context.target.on_device or context.pools.runner.isolated:
+    if timing is None and (context.target.on_device or context.pools.runner.isolated):
         where = "a GPU" if context.target.on_device else "other machines"
         reason = f"layers were compared alone, as on {where}"
         return [NetworkTimes(model, context.target.spelling, context.threads, reason=reason) for model in judged]
-    return _Judge(context, judged, searches, open_layers).judge()
+    return _Judge(context, judged, searches, open_layers, timing or ChainTiming(context)).judge()
 
 
 def whole_seconds(rounds: Rounds) -> float:
@@ -131,7 +183,6 @@ class _Judge:
     Attributes:
         entrants: of every layer that takes part the default, and then what is to be judged (``open``); of another
             layer its winner.
-        libraries: of the entrants.
         networks: each model's instances that take part.
         refused: why a model was not timed.
         notes: what is said of a layer's entrants.
@@ -143,21 +194,18 @@ class _Judge:
         networks: Mapping[str, Sequence[ConvSpec]],
         searches: Mapping[ConvSpec, Search],
         open_layers: Mapping[ConvSpec, list[Candidate]],
+        timing: Timing,
     ) -> None:
-        self.context, self.searches = context, searches
+        self.context, self.searches, self.timing = context, searches, timing
         self.entrants: dict[ConvSpec, list[Candidate]] = {}
-        self.libraries: dict[ConvSpec, dict[Candidate, str]] = {}
         self.refused: dict[str, str] = {}
         self.notes: dict[ConvSpec, list[dict[str, Any]]] = {}
         for spec in dict.fromkeys(spec for order in networks.values() for spec in order if spec in searches):
             default = searches[spec].race.default
             wanted = dict.fromkeys([default, *open_layers.get(spec, self._settled(spec))])
-            try:
-                found = dict(built(searches[spec], list(wanted)))
-            except (BuildError, Inapplicable):
-                continue
+            found = timing.usable(searches[spec], list(wanted))
             if default in found:  # a layer without one has nothing to be compared with
-                self.entrants[spec], self.libraries[spec] = list(found), found
+                self.entrants[spec] = found
         self.open = [spec for spec in open_layers if len(self.entrants.get(spec, ())) > 1]
         self.networks = {model: [spec for spec in order if spec in self.entrants] for model, order in networks.items()}
 
@@ -191,10 +239,8 @@ class _Judge:
 
     def _time(self, model: str, choices: Sequence[Choice]) -> ChainSamples | None:
         """Time a network with several choices; None where that is refused."""
-        order = self.networks[model]
-        paths = [{spec: self.libraries[spec][choice[spec]] for spec in dict.fromkeys(order)} for choice in choices]
         try:
-            return self.context.pools.chains(order, paths, self.context.threads, ROUNDS)
+            return self.timing.times(model, self.networks[model], choices)
         except MeasureError as error:
             self.refused[model] = str(error)
             return None
@@ -234,7 +280,8 @@ class _Judge:
                 continue
             against = whole_ratio(taken[0], taken[1])
             mine = [spec for spec in self.open if spec in own and kept[spec] != choices[0][spec]]
-            if mine and (against[0] < GAIN or against[2] < 1):
+            # Chains are timed without what stands between: what seems a little slower there need not be.
+            if mine and (against[0] < (1.0 if self.timing.whole else GAIN) or against[2] < 1):
                 kept |= {spec: choices[0][spec] for spec in mine}
                 self.refused[model] = f"all together they were slower than the defaults: {against[0]:.3f}×"
                 waiting += [other for other in samples if not set(mine).isdisjoint(self.networks[other])]
@@ -272,4 +319,5 @@ class _Judge:
             len(tuned),
             len(lost),
             self.refused.get(model, ""),
+            self.timing.whole,
         )

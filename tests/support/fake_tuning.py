@@ -35,6 +35,9 @@ class FakeSchedule(Schedule):
     def applies(self, spec: ConvSpec, target: Target) -> None:
         pass
 
+    def takes_layouts(self, src: str, dst: str) -> bool:
+        return True
+
     def space(self, spec: ConvSpec, target: Target) -> Space:
         return Space(x=list(range(self.size)))
 
