@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import platform
+from functools import cache
 from typing import Any
 
 from convgen.errors import UnsupportedError
@@ -19,33 +21,25 @@ CROSS = {"aarch64": "aarch64-linux-gnu"}
 
 def resolve(model: str, machine: Machine | None = None) -> Target:
     """The target for an LLVM processor name, prefixed by its architecture unless it is x86-64
-    (``aarch64-cortex-a72``); the machine's own where ``model`` is empty.
+    (``aarch64-cortex-a72``), or without it where no x86-64 processor is called so; the machine's own where ``model``
+    is empty.
 
     Args:
         machine: the one the kernels are to run on; this one where None.
 
     Raises:
-        UnsupportedError: LLVM knows no such processor, or it has 32 bits.
+        UnsupportedError: LLVM knows no such processor, or it has 32 bits; says which names are close.
     """
-    from tvm.target import Target as TvmTarget
-    from tvm.target import codegen
-
     here = machine or this_machine()
     own = here.llvm if machine else system_processor()
     own = f"{here.arch}-{own}" if here.arch in CROSS else own
-    itself, model = model in ("", own), model or own
-    arch, _, cpu = model.partition("-")
-    config: dict[str, Any] = {"kind": "llvm", "num-cores": here.cores, "mcpu": model}
-    if arch in CROSS:
-        config |= {"mtriple": CROSS[arch], "mcpu": cpu or "generic"}
-    else:
-        arch = "x86_64"
-        config |= {} if platform.machine() == arch else {"mtriple": "x86_64-linux-gnu"}
-    base = TvmTarget({k: v for k, v in config.items() if k != "mcpu"})
-    known = {str(name) for name in codegen.llvm_get_cpu_archlist(base)}
-    has = features_of(config) if config["mcpu"] in known else set()
+    arch, cpu = _processor(model or own)
+    model = f"{arch}-{cpu}" if arch in CROSS else cpu
+    itself = model == own
+    config: dict[str, Any] = {**_config(arch), "num-cores": here.cores, "mcpu": cpu}
+    has = features_of(config) if cpu in _known(arch) else set()
     if not has or (arch == "x86_64" and "64bit" not in has):  # LLVM lists 32-bit ones, and ends the process over them
-        raise UnsupportedError(f"target: expected a 64-bit processor LLVM knows, found {config['mcpu']!r}")
+        raise UnsupportedError(f"target: expected a 64-bit processor LLVM knows, found {cpu!r}{_close(cpu)}")
     off = forbidden(has, arch)
     if itself and here.features:  # a hypervisor may hide what the model has
         off += sorted(f.llvm for f in CHECKED[arch] if f.llvm in has and f.name not in here.features)
@@ -70,6 +64,42 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
     )
 
 
+def _processor(model: str) -> tuple[str, str]:
+    """The architecture and LLVM's name of the processor that a spelling means."""
+    arch, _, cpu = model.partition("-")
+    if arch in CROSS:
+        return arch, cpu or "generic"
+    known = ("x86_64", *CROSS)
+    return next((arch for arch in known if model in _known(arch)), known[0]), model
+
+
+def _config(arch: str) -> dict[str, Any]:
+    """TVM's of an architecture."""
+    triple = CROSS.get(arch, "x86_64-linux-gnu")
+    return {"kind": "llvm"} | ({} if arch not in CROSS and platform.machine() == arch else {"mtriple": triple})
+
+
+@cache
+def _known(arch: str) -> frozenset[str]:
+    """The processors of an architecture that LLVM knows, those of 32 bits among them."""
+    from tvm.target import Target as TvmTarget
+    from tvm.target import codegen
+
+    return frozenset(str(name) for name in codegen.llvm_get_cpu_archlist(TvmTarget(_config(arch))))
+
+
+def _close(cpu: str) -> str:
+    """Spellings close to a name that is none, as the end of a message."""
+    spellings = {
+        name: f"cpu:{name}" if arch == "x86_64" else f"cpu:{arch}-{name}"
+        for arch in ("x86_64", *CROSS)
+        for name in sorted(_known(arch))
+        if arch != "x86_64" or "64bit" in features_of({**_config(arch), "mcpu": name})
+    }
+    found = [spellings[name] for name in difflib.get_close_matches(cpu, spellings, n=2, cutoff=0.7)]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
 def fingerprint(machine: Machine) -> str:
     """The fingerprint that records of kernels for that machine's CPU are tied to."""
     return machine.fingerprint
@@ -77,4 +107,4 @@ def fingerprint(machine: Machine) -> str:
 
 def known() -> list[str]:
     """Spellings worth listing: this machine first."""
-    return ["cpu", "cpu:x86-64-v2", "cpu:x86-64-v3", "cpu:haswell", "cpu:znver4", "cpu:aarch64-cortex-a72"]
+    return ["cpu", "cpu:x86-64-v2", "cpu:x86-64-v3", "cpu:haswell", "cpu:znver4", "cpu:aarch64-cortex-a72", "cpu:aarch64-neoverse-n1"]

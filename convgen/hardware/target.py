@@ -6,6 +6,8 @@ The families (``cpu``, ``cuda`` …) are files in ``targets/``, found by :mod:`c
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import hashlib
 import json
 import math
@@ -121,9 +123,21 @@ def resolve(spelling: str | Target = "cpu", machine: Machine | None = None) -> T
     family, _, model = spelling.partition(":")
     families = target_families()
     if family not in families:
-        raise UnsupportedError(f"target: expected one of {', '.join(sorted(families))}, found {spelling!r}")
+        expected = f"target: expected one of {', '.join(sorted(families))}"
+        raise UnsupportedError(f"{expected}, found {spelling!r}{_meant(spelling)}")
     resolved: Target = families[family].resolve(model) if machine is None else families[family].resolve(model, machine)
     return resolved
+
+
+def _meant(spelling: str) -> str:
+    """What a spelling without its family means, as the end of a message."""
+    families, meant = target_families(), []
+    for module in families.values():
+        with contextlib.suppress(UnsupportedError):
+            if spelling and ":" not in spelling:
+                meant.append(module.resolve(spelling).spelling)
+    meant = meant or difflib.get_close_matches(spelling.partition(":")[0].lower(), families)
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def check_native(target: Target) -> None:

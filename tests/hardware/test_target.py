@@ -77,6 +77,15 @@ def test_another_architecture_is_not_native() -> None:
     assert json.loads(target.tvm_config)["mtriple"].startswith("aarch64")
 
 
+@pytest.mark.parametrize("name", ["cortex-a72", "neoverse-n1", "a64fx"])
+def test_a_processor_is_found_without_its_architecture(name: str) -> None:
+    assert resolve(f"cpu:{name}") == resolve(f"cpu:aarch64-{name}")
+
+
+def test_an_architecture_is_a_target_as_llvm_has_it_in_general() -> None:
+    assert resolve("cpu:aarch64") == resolve("cpu:aarch64-generic")
+
+
 ARM = Machine(
     "Neoverse-N1", "0x41-0xd0c-0x3-1-4", frozenset({"asimd", "asimdrdm", "asimddp", "asimdhp", "atomics", "fp"}),
     cores=3, logical=4, l1=64 << 10, l2=1 << 20, l3=None, memory=1 << 33, arch="aarch64", llvm="neoverse-n1",
@@ -166,7 +175,11 @@ def test_code_for_another_architecture_compiles() -> None:
     [
         ("tpu", r"target: expected one of .*cpu.*, found 'tpu'"),
         ("", r"target: expected one of .*cpu.*, found ''"),
-        ("CPU", r"found 'CPU'"),
+        ("CPU", r"found 'CPU'; did you mean cpu\?"),
+        ("cortex-a72", r"found 'cortex-a72'; did you mean cpu:aarch64-cortex-a72\?"),
+        ("cpu:heswell", r"found 'heswell'; did you mean cpu:haswell\?"),
+        ("cpu:aarch64-neoverse-n0", r"did you mean cpu:aarch64-neoverse-n\d or cpu:aarch64-neoverse-\w+\?"),
+        ("cpu:pentium4", r"found 'pentium4'($|; did you mean (?!cpu:pentium))"),
         ("cpu:pdp11", r"target: expected a 64-bit processor LLVM knows, found 'pdp11'"),
         ("cpu:aarch64-pdp11", r"expected a 64-bit processor LLVM knows, found 'pdp11'"),
         ("cpu:haswell -x", r"found 'haswell -x'"),
