@@ -107,4 +107,12 @@ def fingerprint(machine: Machine) -> str:
 
 def known() -> list[str]:
     """Spellings worth listing: this machine first."""
-    return ["cpu", "cpu:x86-64-v2", "cpu:x86-64-v3", "cpu:haswell", "cpu:znver4", "cpu:aarch64-cortex-a72", "cpu:aarch64-neoverse-n1"]
+    return [
+        "cpu",
+        "cpu:x86-64-v2",
+        "cpu:x86-64-v3",
+        "cpu:haswell",
+        "cpu:znver4",
+        "cpu:aarch64-cortex-a72",
+        "cpu:aarch64-neoverse-n1",
+    ]

@@ -15,7 +15,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,7 @@ def run_guarded(
         MeasureError: the child was killed (the message says in which run and by what), ran longer
             than ``timeout`` seconds or refused the call.
     """
-    ways = [(1, "end"), (threads, "start")]
-    if not on_device:
-        ways.append((min(threads + 1, MAX_THREADS), "end"))
-    runs = [Run(case, count, guard) for case in cases for count, guard in ways]
+    runs = runs_of(cases, threads, on_device=on_device)
     for case, arrays in cases.items():
         for tensor, array in arrays.items():
             save(directory / f"{case}.{tensor}.npy", array)
@@ -94,23 +91,58 @@ def run_guarded(
         "convgen.check.sandbox",
         str(directory),
     ]  # -P: no module of the working directory
+    run_child(command, spec.descriptor, runs, timeout, environment or {})
+    return {run: load(directory / f"out.{index}.npy", spec.dst_dtype) for index, run in enumerate(runs)}
+
+
+def runs_of(cases: Iterable[str], threads: int, *, on_device: bool = False) -> list[Run]:
+    """The runs of every case: on 1, ``threads`` and one more thread; on a GPU two."""
+    ways = [(1, "end"), (threads, "start")]
+    if not on_device:
+        ways.append((min(threads + 1, MAX_THREADS), "end"))
+    return [Run(case, count, guard) for case in cases for count, guard in ways]
+
+
+def run_child(
+    command: Sequence[str],
+    what: str,
+    runs: Sequence[Run | str],
+    timeout: float,
+    environment: Mapping[str, str],
+    *,
+    folder: Path | None = None,
+    allowed: int = 0,
+) -> int:
+    """Run a program that makes runs of something, and writes a line after each; returns its exit status.
+
+    Args:
+        what: that is run, for messages.
+        timeout: seconds that it may take.
+        environment: variables besides this process's.
+        folder: in which it runs.
+        allowed: an exit status that is no failure, besides 0.
+
+    Raises:
+        MeasureError: it was killed (the message says in which run and by what), ran longer, or failed.
+    """
     try:
         child = subprocess.run(
             command,
-            env={**os.environ, **(environment or {})},
+            cwd=folder,
+            env={**os.environ, **environment},
             capture_output=True,
             text=True,
             timeout=timeout,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise MeasureError(f"{spec.descriptor}: expected an answer within {timeout:.0f} s, found none") from None
-    if child.returncode:
+        raise MeasureError(f"{what}: expected an answer within {timeout:.0f} s, found none") from None
+    if child.returncode not in (0, allowed):
         done = child.stdout.count("\n")
         cause = f"signal {-child.returncode}" if child.returncode < 0 else child.stderr.strip().rpartition("\n")[2]
         where = runs[min(done, len(runs) - 1)]
-        raise MeasureError(f"{spec.descriptor}: expected a clean run, found {cause} ({where})")
-    return {run: load(directory / f"out.{index}.npy", spec.dst_dtype) for index, run in enumerate(runs)}
+        raise MeasureError(f"{what}: expected a clean run, found {cause} ({where})")
+    return child.returncode
 
 
 # ---- the child --------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from ..problem.accuracy import ACTIVATION_ERROR, UNIT_ROUNDOFF
 from ..problem.dtypes import distance, numpy_dtype, widen
 from ..problem.spec import ConvSpec
 from .bounds import F32, Stored, even_tolerance, reference, tolerance, worst
+from .cross import run_emulated
 from .data import Arrays, exact_data, float_data, odd_data, special_data
 from .sandbox import Run, run_guarded
 
@@ -85,9 +86,13 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
     integers alone, with scales of every kind; each between guard pages with the output poisoned, on 1, the kernel's
     and one more thread; the same bits for any thread count; and the Python call refuses what is not contiguous. A
     GPU's kernel runs in its memory, with NaN around the buffers; where there is no such GPU, emulated
-    (:mod:`convgen.check.emulation.emulate`), which is slow.
+    (:mod:`convgen.check.emulation.emulate`), which is slow. So is another CPU's, in QEMU (:mod:`convgen.check.cross`).
 
     A failed check is reported, not raised; see :meth:`Report.raise_if_failed`.
+
+    Raises:
+        UnsupportedError: the kernel is for another CPU, which nothing here emulates.
+        BuildError: there is no C compiler for it.
     """
     spec, threads = kernel.spec, kernel.threads
     checks: list[Check] = []
@@ -97,19 +102,7 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
         cases["special"] = special_data(spec, seed)
     try:
         with TemporaryFolder(runs=True) as directory:
-            library, driver = _runnable(kernel, directory)
-            limit = SECONDS_AT_LEAST + (EMULATED_SECONDS_PER_GFLOP if driver else SECONDS_PER_GFLOP) * spec.flops / 1e9
-            outputs = run_guarded(
-                library,
-                kernel.name,
-                spec,
-                cases,
-                threads,
-                directory,
-                limit,
-                on_device=kernel.on_device,
-                environment={"CONVGEN_CUDA_DRIVER": str(driver)} if driver else {},
-            )
+            outputs, emulated = _outputs(kernel, cases, directory)
     except MeasureError as error:
         checks.append(Check("memory", False, str(error)))
         outputs = {}
@@ -117,7 +110,7 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
         found = (
             "in device memory, nothing else written" if kernel.on_device else "between guard pages, inputs read-only"
         )
-        checks.append(Check("memory", True, f"{len(outputs)} runs {found}{', emulated' * bool(driver)}"))
+        checks.append(Check("memory", True, f"{len(outputs)} runs {found}{emulated}"))
 
     if outputs:
         firsts = {case: next(out for run, out in outputs.items() if run.case == case) for case in cases}
@@ -134,7 +127,7 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
         checks.append(_odd(kernel, cases["odd"], firsts["odd"]))
         if "special" in cases:
             checks.append(_special(spec, cases["special"], firsts["special"], threads))
-    if not kernel.on_device:
+    if not kernel.on_device and kernel.target.native:
         checks.append(_refusal(kernel))
     repro = (
         f'convgen validate "{spec.descriptor}" --target {kernel.target} --threads {threads} '
@@ -143,6 +136,27 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
     return Report(
         spec.descriptor, f"{kernel.schedule}({kernel.picks})", threads, tuple(checks), kernel.error_factor, ratio, repro
     )
+
+
+def _outputs(kernel: Kernel, cases: dict[str, Arrays], directory: Path) -> tuple[dict[Run, Stored], str]:
+    """The kernel's outputs, and, as the end of a sentence, what emulated it."""
+    if not kernel.on_device and not kernel.target.native:
+        limit = SECONDS_AT_LEAST + EMULATED_SECONDS_PER_GFLOP * kernel.spec.flops / 1e9
+        return run_emulated(kernel, cases, directory, limit), ", emulated by QEMU"
+    library, driver = _runnable(kernel, directory)
+    per_gflop = EMULATED_SECONDS_PER_GFLOP if driver else SECONDS_PER_GFLOP
+    outputs = run_guarded(
+        library,
+        kernel.name,
+        kernel.spec,
+        cases,
+        kernel.threads,
+        directory,
+        SECONDS_AT_LEAST + per_gflop * kernel.spec.flops / 1e9,
+        on_device=kernel.on_device,
+        environment={"CONVGEN_CUDA_DRIVER": str(driver)} if driver else {},
+    )
+    return outputs, ", emulated" if driver else ""
 
 
 def _runnable(kernel: Kernel, directory: Path) -> tuple[Path, Path | None]:

@@ -156,10 +156,13 @@ def bench(
 def _bench_layer(
     work: Work, entry: SpecEntry, forced: Candidate | None, peers: list[str], repeats: int, cold: bool
 ) -> tuple[Kernel, Row]:
+    from ..hardware.target import check_native
     from ..kernel.kernel import compile_candidate
     from ..lowering.candidates import default_candidate
     from ..report.rows import measure
 
+    if not work.target.on_device:
+        check_native(work.target)
     kernels = {"convgen": work.kernel(entry, forced)}
     default = default_candidate(entry.spec, work.target)
     if kernels["convgen"].lowered.candidate != default:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import BuildError, ExportError, MeasureError
+from ..errors import BuildError, ExportError, MeasureError, UnsupportedError
 from ..formats.entries import AccuracyRule, SpecEntry
 from ..formats.sources import write_text
 from ..report.words import picks_text, plural
@@ -241,6 +241,9 @@ def build(
     With a tuning budget (--trials, --seconds) each layer is tuned first. Without one it is built from its
     best record, or else as the default, so that there is always a kernel at once. A single layer is
     exported into --out itself; several are exported into a folder each, listed in index.json.
+
+    With another processor as --target, such as cpu:cortex-a72 or cpu:x86-64-v4, it is built for that one with its cross
+    compiler (a GCC, or the Python package ziglang), and validated in QEMU; where that is missing, it is said so.
     """
     from ..kernel.names import check_export_name
 
@@ -300,19 +303,12 @@ def _build_layer(
     work: Work, entry: SpecEntry, folder: Path, forced: Candidate | None, name: str | None, check: bool
 ) -> dict[str, Any]:
     """Build, validate and export one layer; a result with ``error`` was not exported."""
-    from ..check.validate import validate
-
     kernel = work.kernel(entry, forced, name)
     if kernel.note:
         note(f"convgen: {kernel.note}")
     result: dict[str, Any] = {"name": kernel.name, **chosen(kernel), "validation": None}
-    report: Report | None = None
-    if check and not work.target.native:
-        note("convgen: not validated: no such GPU here; `convgen validate` emulates one, slowly")
-    elif check:
-        work.view.phase("validating")
-        report = validate(kernel)
-        result["validation"] = report.to_dict()
+    report = _validated(work, kernel) if check else None
+    result["validation"] = report.to_dict() if report else None
     line = f"{kernel.schedule}({kernel.picks})"
     if seconds := result["seconds"]:
         line = f"{duration(seconds)}  {rate(entry.spec.flops, seconds)} GFLOP/s  {line}"
@@ -320,9 +316,30 @@ def _build_layer(
         work.view.finish(f"{line}  failed validation")
         return result | {"error": f"{_first_failure(report)}; repeat with: {report.repro}"}
     work.view.phase("exporting")
-    kernel.export(folder)
+    kernel.export(folder, facts={"validation": None if report is None else _summarised(report)})
     work.view.finish(f"{line}  {'validated' if report else 'not validated'}")
     return result | {"folder": str(folder)}
+
+
+def _validated(work: Work, kernel: Kernel) -> Report | None:
+    """The checks of a kernel; None, which is said with the reason, where nothing here runs it."""
+    from ..check.validate import validate
+
+    if work.target.on_device and not work.target.native:
+        note("convgen: not validated: no such GPU here; `convgen validate` emulates one, slowly")
+        return None
+    work.view.phase("validating")
+    try:
+        return validate(kernel)
+    except UnsupportedError as error:  # another CPU's
+        note(f"convgen: not validated: {error}")
+        return None
+
+
+def _summarised(report: Report) -> dict[str, Any]:
+    """What a manifest says of the checks that a kernel has passed."""
+    checks = {check.name: check.found for check in report.checks}
+    return {"passed": report.passed, "worst_error": report.to_dict()["worst_error"], "checks": checks}
 
 
 def _first_failure(report: Report) -> str:
@@ -426,7 +443,8 @@ def validate(
 
     Checks exact integer data, float data against its error bound, NaN and infinities, memory accesses
     between guard pages, and that one thread and all threads compute the same bits. Each failure
-    is followed by the command that repeats it. A GPU's kernel is emulated, slowly, where there is no such GPU.
+    is followed by the command that repeats it. A GPU's kernel is emulated, slowly, where there is no such GPU, and
+    another processor's by QEMU (qemu-user).
 
     With --whole, SPEC is a model, which is compiled to one library and checked as such: every element of its outputs
     against a bound that is accumulated through the graph, guard pages, threads, and where its tensors lie.
@@ -444,7 +462,7 @@ def validate(
         forced = forced_candidates(entries, work.target, schedule, picks)
         for entry, candidate in zip(work.layers(), forced, strict=True):
             try:
-                results.append(describe(entry) | _validated(work, entry, candidate, seed))
+                results.append(describe(entry) | _checked(work, entry, candidate, seed))
             except (BuildError, MeasureError) as error:
                 results.append(describe(entry) | {"passed": False, "error": str(error), "checks": []})
             work.view.finish("passed" if results[-1]["passed"] else "failed")
@@ -461,7 +479,7 @@ def validate(
     return FAILED if failed else 0
 
 
-def _validated(work: Work, entry: SpecEntry, forced: Candidate | None, seed: int) -> dict[str, Any]:
+def _checked(work: Work, entry: SpecEntry, forced: Candidate | None, seed: int) -> dict[str, Any]:
     from ..check.validate import validate
 
     kernel = work.kernel(entry, forced)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,9 +24,13 @@ from .cuda_library import CudaLibrary
 from .export import write_library
 from .library import BaseLibrary, Library
 
+#: What a library finds when it is loaded.
+_LOADED = ("_dll", "_pack", "_run", "_verify", "_error", "_version", "_sizes", "_check_cpu", "_pool_create")
+
 
 class Kernel(BaseLibrary):
-    """A compiled, callable convolution: a :class:`CpuKernel` or a :class:`CudaKernel`.
+    """A compiled convolution: a :class:`CpuKernel`, a :class:`CudaKernel`, or a :class:`CrossKernel`, which another
+    machine calls.
 
     ``kernel.bind(weights, bias)`` packs the parameters once and gives a layer, ``layer(src)``;
     ``kernel(src, weights, bias)`` does both at once.
@@ -165,6 +170,26 @@ class CpuKernel(Kernel, Library):
         return host_source(lowered, kind)
 
 
+class CrossKernel(CpuKernel):
+    """A kernel for a CPU that this machine's is not: built, exported and emulated here, and called there.
+
+    What calls it raises :class:`~convgen.errors.UnsupportedError`.
+    """
+
+    @classmethod
+    def check(cls, target: Target) -> None:
+        """Nothing to check: it is not loaded."""
+
+    def _open(self, path: str | os.PathLike[str]) -> None:
+        """Not here."""
+
+    def __getattr__(self, name: str) -> Any:
+        # What loading would have found. Of all other names it has to be an ordinary error: hasattr() asks so.
+        if name in _LOADED:
+            check_native(self.target)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
 class CudaKernel(Kernel, CudaLibrary):
     """A kernel that runs on a GPU; its sources are scheduled TIR, CUDA C++, PTX and machine code (SASS).
 
@@ -197,7 +222,7 @@ class CudaKernel(Kernel, CudaLibrary):
 
 def kernel_type(target: Target) -> type[CpuKernel | CudaKernel]:
     """The class of kernels for a target."""
-    return CudaKernel if target.on_device else CpuKernel
+    return CudaKernel if target.on_device else CpuKernel if target.native else CrossKernel
 
 
 def source(lowered: Lowered, kind: str) -> str:

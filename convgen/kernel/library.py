@@ -221,6 +221,10 @@ class BaseLibrary(Loaded, ABC):
     def __init__(self, path: str | os.PathLike[str], spec: ConvSpec, name: str, threads: int) -> None:
         self.spec, self.name, self.threads = spec, name, thread_count(threads)
         self._tensors = boundary(spec)
+        self._open(path)
+
+    def _open(self, path: str | os.PathLike[str]) -> None:
+        """Load the library and find its functions."""
         try:
             self._dll = open_library(os.fspath(path))
             self._pack = self._function("pack", c_void_p)
@@ -231,7 +235,9 @@ class BaseLibrary(Loaded, ABC):
             self._find_functions()
         except (OSError, AttributeError) as error:
             found = f"{error}; it lies on a file system mounted noexec" if is_noexec(path) else str(error)
-            raise ExportError(f"{os.fspath(path)}: expected a library with the kernel {name}, found {found}") from error
+            raise ExportError(
+                f"{os.fspath(path)}: expected a library with the kernel {self.name}, found {found}"
+            ) from error
         self._check_layer(os.fspath(path))
 
     @abstractmethod

@@ -60,7 +60,13 @@ class Package:
 
     def needs(self, library: Path) -> dict[str, Any]:
         """What a program that runs the shared library must have, for a manifest."""
-        return {"architecture": self.arch, "glibc": glibc_of(library), "libraries": list(self.libraries)}
+        glibc = glibc_of(library)
+        return {
+            "architecture": self.arch,
+            "triple": f"{self.arch}-linux-{'gnu' if glibc else 'any'}",
+            "glibc": glibc,
+            "libraries": list(self.libraries),
+        }
 
 
 def package_files(name: str) -> tuple[str, str, str]:

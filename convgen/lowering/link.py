@@ -174,6 +174,22 @@ def link_custom_ops(entry: str, weights: Sequence[Path], archives: Sequence[Path
     return out
 
 
+def link_program(text: str, archive: Path, arch: str, out: Path) -> Path:
+    """Compile a C program, link it with an archive that :func:`link` made, and write ``out``. It needs nothing else to
+    run, but on this machine's architecture the system's libraries.
+
+    Raises:
+        BuildError: there is no C compiler for the archive's architecture ``arch``, or it failed.
+    """
+    with TemporaryFolder(out.parent) as folder:
+        (folder / "program.c").write_text(text, encoding="utf-8")
+        static = () if arch == NATIVE else ("-static",)
+        flags = ("-std=c11", "-O1", *static, f"-I{archive.parent.resolve()}", "-o", "made")
+        _run((*compiler(arch), *flags, "program.c", str(archive.resolve()), "-lm", "-lpthread"), folder)
+        os.replace(folder / "made", out)
+    return out
+
+
 def embedded(symbol: str, file: str) -> list[str]:
     """Lines of C: a file's bytes, aligned as tensors are, from ``symbol`` to ``symbol_end``."""
     hidden = '__attribute__((visibility("hidden")))'

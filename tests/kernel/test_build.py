@@ -259,10 +259,9 @@ def test_a_layer_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPat
     [
         ("tpu", "target: expected one of .*found 'tpu'"),
         ("cpu:pdp11", "expected a 64-bit processor LLVM knows, found 'pdp11'"),
-        ("cpu:aarch64-cortex-a72", "expected a target that runs on this machine, found one that needs asimd"),
     ],
 )
-def test_targets_that_cannot_run_here_are_refused(target: str, message: str) -> None:
+def test_targets_that_do_not_exist_are_refused(target: str, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         convgen.build(TEXT, target=target, records=False)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from convgen.folders import TemporaryFolder
 from convgen.hardware.target import resolve
-from convgen.kernel.kernel import CpuKernel
+from convgen.kernel.kernel import CpuKernel, kernel_type
 from convgen.lowering.compute import Operands, convolution, copied, epilogue
 from convgen.lowering.interface import Interface, TensorInfo
 from convgen.lowering.link import link
@@ -90,12 +90,12 @@ int __tvm_ffi_main(void *self, const convgen_any *args, int32_t count, convgen_a
 """
 
 
-def compile_c(text: str, path: Path) -> Path:
+def compile_c(text: str, path: Path, compiler: str = "cc") -> Path:
     """An object file from C that includes the runtime's header."""
     source = path.with_suffix(".c")
     source.write_text(text)
     with resources.as_file(resources.files("convgen").joinpath("runtime")) as headers:
-        command = ["cc", "-std=c11", "-O1", "-fPIC", "-w", f"-I{headers}", "-c", str(source), "-o", str(path)]
+        command = [compiler, "-std=c11", "-O1", "-fPIC", "-w", f"-I{headers}", "-c", str(source), "-o", str(path)]
         subprocess.run(command, check=True)
     return path
 
@@ -106,13 +106,22 @@ def interface() -> Interface:
     return Interface("planted", SPEC, packed, workspace_main=0, workspace_task=64, isa=())
 
 
-def c_kernel(folder: Path, *, store: str = "t.dst[at] = v", before: str = "", threads: int = 3) -> CpuKernel:
+def c_kernel(
+    folder: Path,
+    *,
+    store: str = "t.dst[at] = v",
+    before: str = "",
+    threads: int = 3,
+    target: str = "cpu",
+    compiler: str = "cc",
+) -> CpuKernel:
     """The kernel of :data:`SPEC` with other statements in two places: right, as it stands."""
-    spec = SPEC
-    lowered = Lowered(spec, resolve(), Candidate(Reference(), Picks()), None, interface().packed)
-    object_file = compile_c(SOURCE.format(store=store, before=before), folder / "kernel.o")
+    resolved = resolve(target)
+    lowered = Lowered(SPEC, resolved, Candidate(Reference(), Picks()), None, interface().packed)
+    object_file = compile_c(SOURCE.format(store=store, before=before), folder / "kernel.o", compiler)
     library = link(interface(), object_file, folder / "libplanted.so")
-    return CpuKernel(lowered, interface(), object_file, library, threads, None, TemporaryFolder(folder))
+    made: type[CpuKernel] = kernel_type(resolved)  # type: ignore[assignment]
+    return made(lowered, interface(), object_file, library, threads, None, TemporaryFolder(folder))
 
 
 class Planted(Reference):
