@@ -891,6 +891,8 @@ void copy_tile(void *to, const void *opaque, void *p, int rank, const int *first
     memcpy(&map, opaque, sizeof map);
     if ((uintptr_t)opaque % 64 || map.magic != MAP_MAGIC || map.rank != rank || map.im2col != (by != nullptr))
         fault("copies by what is no map of %d axes in this mode", rank);
+    if (map.flags & LARGE && (map.last[rank - 1] + uint64_t(1)) * map.strides[rank - 2] < LARGE_BYTES)
+        fault("copies by a map that says of a tensor below %d bytes that it is large", LARGE_BYTES);
     Barrier &barrier = barrier_at(p);
     access(p, 8, false, BARRIER);
     const size_t row = map.box[0] * map.bytes;

@@ -8,6 +8,7 @@
  *
  * Source: CUDA Driver API, whose numbers and signatures these are.
  */
+#define CONVGEN_OLD_DRIVER /* 12.9: see cuDriverGetVersion */
 #include "emulated_map.h"
 #include <chrono>
 #include <cstdint>

@@ -9,10 +9,11 @@
 
 namespace emulation {
 
-enum { MAP_MAGIC = 0x50414d54, MOST_AXES = 5 };
+enum { MAP_MAGIC = 0x50414d54, MOST_AXES = 5, LARGE = 1 << 21, LARGE_BYTES = 1 << 17 };
 
 struct Map {
     uint64_t address; /* first: the driver checks what kernels are given */
+    uint64_t flags;   /* bit 21: the tensor is large, as drivers up to CUDA 13.1 say of all */
     uint64_t strides[MOST_AXES - 1];
     uint32_t last[MOST_AXES]; /* sizes less one */
     uint32_t magic;
@@ -36,6 +37,9 @@ inline bool encode(Map &map, int type, unsigned rank, uint64_t address, const ui
 {
     const bool floats = type >= 6;
     map = {};
+#ifdef CONVGEN_OLD_DRIVER
+    map.flags = LARGE;
+#endif
     map.magic = MAP_MAGIC, map.address = address, map.rank = rank, map.bytes = bytes_of_type(type);
     map.swizzle = swizzle ? 16 << swizzle : 0;
     if (!map.bytes || rank < 1 || rank > MOST_AXES || !address || address % 16 || interleave)

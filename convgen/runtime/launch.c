@@ -23,6 +23,10 @@ enum {
     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0 /* zeros */
 };
 
+/* Drivers up to CUDA 13.1 tell the copy engine that every tensor is large; of one below 128 KiB, architectures after
+ * Hopper then compute wrong addresses outside of it. Source: CUTLASS, copy_traits_sm90_tma.hpp and _im2col.hpp. */
+enum { LAST_WITH_LARGE_MAPS = 13010, LARGE_MAP = 1 << 17, LARGE_MAP_WORD = 1, LARGE_MAP_BIT = 21 };
+
 typedef struct {
     _Alignas(64) uint64_t opaque[16];
 } CUtensorMap;
@@ -44,6 +48,7 @@ static struct {
                           unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void **arguments,
                           void **extra);
     int (*cuGetErrorName)(int error, const char **name);
+    int (*cuDriverGetVersion)(int *version);
     /* NULL before CUDA 12: */
     int (*cuCtxGetId)(CUcontext context, unsigned long long *id);
     int (*cuTensorMapEncodeTiled)(CUtensorMap *map, int type, unsigned rank, void *address, const uint64_t *dims,
@@ -72,7 +77,8 @@ static void open_driver(void)
         return;
     has_driver = FIND(cuCtxGetCurrent) && FIND(cuCtxGetDevice) && FIND(cuDeviceGetAttribute) &&
                  FIND(cuModuleLoadData) && FIND(cuModuleUnload) && FIND(cuModuleGetFunction) &&
-                 FIND(cuFuncSetAttribute) && FIND(cuLaunchKernel) && FIND(cuGetErrorName);
+                 FIND(cuFuncSetAttribute) && FIND(cuLaunchKernel) && FIND(cuGetErrorName) &&
+                 FIND(cuDriverGetVersion);
     FIND(cuCtxGetId);
     FIND(cuTensorMapEncodeTiled);
     FIND(cuTensorMapEncodeIm2col);
@@ -275,9 +281,8 @@ static int check_buffers(const convgen_kernel *host, const buffer buffers[CONVGE
     return CONVGEN_OK;
 }
 
-static int encode(const convgen_cuda_map *m, const void *address, CUtensorMap *map)
+static int encode_mode(const convgen_cuda_map *m, void *at, CUtensorMap *map)
 {
-    void *at = (void *)(uintptr_t)address; /* it is only read */
     if (m->im2col)
         return checked(driver.cuTensorMapEncodeIm2col(map, m->type, m->rank, at, m->dims, m->strides, m->lower, m->upper,
                                                       m->box[0], m->box[1], m->steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -286,6 +291,17 @@ static int encode(const convgen_cuda_map *m, const void *address, CUtensorMap *m
     return checked(driver.cuTensorMapEncodeTiled(map, m->type, m->rank, at, m->dims, m->strides, m->box, m->steps,
                                                  CU_TENSOR_MAP_INTERLEAVE_NONE, m->swizzle,
                                                  CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+}
+
+static int encode(const convgen_cuda_map *m, const void *address, CUtensorMap *map)
+{
+    int version;
+    RETURN_UNLESS_OK(encode_mode(m, (void *)(uintptr_t)address /* it is only read */, map));
+    RETURN_UNLESS_OK(checked(driver.cuDriverGetVersion(&version)));
+    const uint64_t bytes = m->dims[m->rank - 1] * m->strides[m->rank - 2]; /* maps have two axes and more */
+    if (version <= LAST_WITH_LARGE_MAPS && bytes < LARGE_MAP)
+        map->opaque[LARGE_MAP_WORD] &= ~(UINT64_C(1) << LARGE_MAP_BIT);
+    return CONVGEN_OK;
 }
 
 static int launch(const convgen_cuda_launch *l, CUfunction function, const buffer *buffers, CUstream stream)
