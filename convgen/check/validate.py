@@ -246,15 +246,15 @@ def _special(spec: ConvSpec, data: Arrays, output: Stored, threads: int) -> Chec
 
 
 def _refusal(kernel: Kernel) -> Check:
-    """The Python call refuses an array it could only take with a copy."""
+    """The Python call refuses an output that it could not write where it is."""
     spec = kernel.spec
     data = float_data(spec)
     layer = kernel.bind(**{name: data[name] for name in spec.parameters})
-    strided = np.empty((*spec.src_shape, 2), numpy_dtype(spec.src_dtype))[..., 0]
+    strided = np.empty((*spec.dst_shape, 2), numpy_dtype(spec.dtypes["dst"]))[..., 0]
     if strided.size < 2:
         return Check("refusal", True, "nothing to refuse: an array of one element is contiguous")
     try:
-        layer(strided, residual=data.get("residual"))
+        layer(data["src"], residual=data.get("residual"), out=strided)
     except KernelError as error:
         return Check("refusal", True, str(error))
-    return Check("refusal", False, "expected a non-contiguous src to be refused, found it accepted")
+    return Check("refusal", False, "expected a non-contiguous out to be refused, found it accepted")

@@ -126,23 +126,49 @@ def _export(array: Any, stream: int) -> object:
 
 def _read(name: str, capsule: object) -> View:
     """The array in a capsule. It still belongs to the capsule, whose owner frees it."""
+    tensor, writable = _struct(name, capsule)
+    shape = tuple(tensor.shape[: tensor.ndim])
+    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else _dense(shape)
+    address = (tensor.data or 0) + tensor.byte_offset
+    return View(address, shape, strides, _dtype(tensor.dtype), writable, capsule)
+
+
+def _struct(name: str, capsule: object) -> tuple[_Tensor, bool]:
+    """The struct in a capsule, and whether its memory may be written."""
     try:
-        kind, writable = _name(capsule), True
+        kind = _name(capsule)
     except ValueError:
         raise KernelError(f"{name}: expected a DLPack capsule, found {type(capsule).__name__}") from None
     if kind == b"dltensor_versioned":
         versioned = _Versioned.from_address(_pointer(capsule, kind))
         if versioned.major != 1:
             raise KernelError(f"{name}: expected DLPack version 1, found {versioned.major}")
-        tensor, writable = versioned.tensor, not versioned.flags & _READ_ONLY
-    elif kind == b"dltensor":
-        tensor = _Tensor.from_address(_pointer(capsule, kind))
-    else:
-        raise KernelError(f"{name}: expected a DLPack capsule, found {kind!r}")
-    shape = tuple(tensor.shape[: tensor.ndim])
-    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else _dense(shape)
-    address = (tensor.data or 0) + tensor.byte_offset
-    return View(address, shape, strides, _dtype(tensor.dtype), writable, capsule)
+        return versioned.tensor, not versioned.flags & _READ_ONLY
+    if kind == b"dltensor":
+        return _Tensor.from_address(_pointer(capsule, kind)), True
+    raise KernelError(f"{name}: expected a DLPack capsule, found {kind!r}")
+
+
+class Relabelled:
+    """An array whose DLPack says of its elements that they are of another kind, of the same size.
+
+    Args:
+        array: anything with DLPack.
+        code: DLPack's code of the type: 0 of integers, 4 of bfloat.
+    """
+
+    def __init__(self, array: Any, code: int) -> None:
+        self._array, self._code = array, code
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        found: tuple[int, int] = self._array.__dlpack_device__()
+        return found
+
+    def __dlpack__(self, **options: Any) -> object:
+        capsule: object = self._array.__dlpack__(**options)
+        tensor, _ = _struct("array", capsule)  # made for this call
+        tensor.dtype.code = self._code
+        return capsule
 
 
 @functools.lru_cache(maxsize=1024)

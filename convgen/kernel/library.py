@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
-import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
@@ -23,14 +22,12 @@ from ..errors import ExportError, KernelError
 from ..folders import is_noexec
 from ..lowering.interface import ALIGNMENT, MAX_THREADS, TensorInfo, boundary
 from ..lowering.link import abi_text
-from ..problem.dtypes import BYTES, RANGES, numpy_dtype
+from ..problem.dtypes import RANGES, numpy_dtype
 from ..problem.spec import PARAMETERS, ConvSpec
+from .arrays import Array, in_place, readable, returned, values
 from .mapped import open_library
 
-Array: TypeAlias = NDArray[Any]
 Bytes: TypeAlias = NDArray[np.uint8]
-
-_CPU_DEVICES = {1: "cpu", 3: "cuda_host"}  # DLPack's device types whose memory the CPU reads
 
 # enum convgen_status
 _OK, _WRONG_PACKED, _OVERLAP = 0, 4, 6
@@ -90,50 +87,6 @@ def _address(array: NDArray[Any]) -> int:
 _from_buffer: Any = c_char.from_buffer
 
 
-def as_array(name: str, value: object, *, written: bool = False) -> NDArray[Any]:
-    """``value`` as an array that shares its memory: a NumPy array, or anything with DLPack."""
-    if isinstance(value, np.ndarray):
-        return value
-    if not hasattr(value, "__dlpack__"):
-        raise KernelError(f"{name}: expected a NumPy array or one with __dlpack__, found {type(value).__name__}")
-    device = int(value.__dlpack_device__()[0]) if hasattr(value, "__dlpack_device__") else 1
-    if device not in _CPU_DEVICES:
-        raise KernelError(f"{name}: expected an array in CPU memory, found DLPack device type {device}")
-    try:
-        array = np.from_dlpack(value)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        kind = type(value).__name__
-        raise KernelError(f"{name}: expected an array NumPy can share, found {kind}: {error}") from error
-    if written and not array.flags.writeable:
-        raise KernelError(f"{name}: expected writable memory, found {type(value).__name__}, shared read-only")
-    return array
-
-
-def returned(array: NDArray[Any], given: object) -> Any:
-    """An array as what the caller gave is one: a tensor of PyTorch, say, which shares its memory."""
-    if isinstance(given, np.ndarray):
-        return array
-    framework = sys.modules.get(type(given).__module__.partition(".")[0])
-    convert = getattr(framework, "from_dlpack", None)
-    return array if convert is None else convert(array)
-
-
-def check_array(info: TensorInfo, array: NDArray[Any], *, written: bool = False) -> None:
-    """Raise KernelError unless the array is what the kernel reads or writes."""
-    name, flags = info.name, array.flags
-    if array.shape != info.shape:
-        raise KernelError(f"{name}: expected shape {info.shape}, found {array.shape}")
-    if array.dtype != (dtype := numpy_dtype(info.dtype)):
-        raise KernelError(f"{name}: expected dtype {dtype.name} in native byte order, found {_dtype_text(array)}")
-    if not flags.c_contiguous:
-        raise KernelError(f"{name}: expected a C-contiguous array, found strides {array.strides}")
-    if not flags.aligned:
-        element = BYTES[info.dtype]
-        raise KernelError(f"{name}: expected an address that is a multiple of {element}, found {array.ctypes.data:#x}")
-    if written and not flags.writeable:
-        raise KernelError(f"{name}: expected writable memory, found a read-only array")
-
-
 def _check_bytes(name: str, array: object, size: int, *, written: bool, at_least: bool = False) -> Bytes:
     """A buffer of bytes the caller gives for ``packed`` or ``workspace``, checked."""
     wanted = f"{'at least ' if at_least else ''}{size} contiguous bytes (uint8)"
@@ -146,11 +99,6 @@ def _check_bytes(name: str, array: object, size: int, *, written: bool, at_least
     if written and not array.flags.writeable:
         raise KernelError(f"{name}: expected writable memory, found a read-only array")
     return array
-
-
-def _dtype_text(array: NDArray[Any]) -> str:
-    """A dtype's name; in the other byte order NumPy's code, which says the order too."""
-    return array.dtype.name if array.dtype.isnative else array.dtype.str
 
 
 def _describe(value: object) -> str:
@@ -284,8 +232,9 @@ class BaseLibrary(Loaded, ABC):
         """The parameters as the kernel reads them; into ``packed`` where given.
 
         Args:
-            weights: ``spec.weights_shape``; like all tensors stored as ``spec.dtypes`` says: float32, float16,
-                ml_dtypes.bfloat16, int8, uint8 or int32.
+            weights: ``spec.weights_shape``, with any strides: a NumPy array or anything with DLPack in CPU memory;
+                like all tensors stored as ``spec.dtypes`` says: float32, float16, bfloat16 (ml_dtypes' where it is
+                NumPy's), int8, uint8 or int32. Of a tensor with gradients its values.
             bias: ``[oc]``, given exactly where the spec has one.
             slope: prelu's, ``[oc]`` or one number.
             others: of a layer of integers ``scale`` ``[oc]``, and what it has of ``src_zero`` ``[1]``,
@@ -300,7 +249,7 @@ class BaseLibrary(Loaded, ABC):
             raise KernelError(f"{min(unknown)}: expected parameters among {', '.join(PARAMETERS)}, found another")
         args, arrays = _PackArgs(), []
         for name in PARAMETERS:
-            array = self._operand(name, self._filled(name, given.get(name)))
+            array = self._operand(name, self._filled(name, given.get(name)), readable)
             if array is not None:
                 arrays.append(array)
                 setattr(args, name, array.ctypes.data)
@@ -312,34 +261,35 @@ class BaseLibrary(Loaded, ABC):
         return packed
 
     def _filled(self, name: str, value: object) -> object:
-        """A vector that was given as one number; anything else as it is."""
-        if value is None or name in ("weights", "bias") or name not in self._tensors:
+        """A parameter's values; a number stands for a vector of it, as one element of a slope does."""
+        if value is None or name not in self._tensors:
             return value
-        if name == "slope" and isinstance(value, np.ndarray) and value.size == 1:
-            value = value.item()
         number = value.item() if isinstance(value, np.generic) else value
         if not isinstance(number, int | float):
+            array = values(name, value)
+            if name != "slope" or array.size != 1:
+                return array
+            number = array.item()
+        if name in ("weights", "bias"):
             return value
         info = self._tensors[name]
         if info.dtype in RANGES and number not in range(RANGES[info.dtype][0], RANGES[info.dtype][1] + 1):
             raise KernelError(f"{name}: expected a number of {info.dtype}, found {number}")
         return np.full(info.shape, number, numpy_dtype(info.dtype))
 
-    def _operand(self, name: str, value: object) -> NDArray[Any] | None:
-        """An input of the kernel, checked; None where the layer has no such input and none is given."""
+    def _operand(self, name: str, value: object, take: Callable[[TensorInfo, object], Array]) -> Array | None:
+        """An input of the kernel as ``take`` has it; None where the layer has no such input and none is given."""
         if name in self._tensors:
-            return self._required(name, value)
+            return self._required(name, value, take)
         if value is not None:
             raise KernelError(f"{name}: expected none ({self.spec.descriptor}), found {type(value).__name__}")
         return None
 
-    def _required(self, name: str, value: object) -> NDArray[Any]:
+    def _required(self, name: str, value: object, take: Callable[[TensorInfo, object], Array]) -> Array:
         info = self._tensors[name]
         if value is None:
             raise KernelError(f"{name}: expected shape {info.shape} ({self.spec.descriptor}), found none")
-        array = as_array(name, value)
-        check_array(info, array)
-        return array
+        return take(info, value)
 
     def verify_packed(self, packed: Bytes) -> bool:
         """Whether ``packed`` is what :meth:`pack` of this library wrote, to the last bit."""
@@ -418,7 +368,8 @@ class Library(BaseLibrary):
         """Check the arguments of a run once; returns a function that runs the kernel and does nothing else.
 
         Args:
-            src: ``spec.src_shape``, like dst and residual of the spec's dtype.
+            src: ``spec.src_shape``, like dst and residual of the spec's dtype and contiguous: all are read and
+                written where they are, at every run.
             packed: as :meth:`pack` returned it.
             dst: ``spec.dst_shape``, written; overlaps no other argument.
             residual: ``spec.dst_shape``, given exactly where the spec has one.
@@ -430,9 +381,8 @@ class Library(BaseLibrary):
             KernelError: an argument is not what the layer needs (overlaps: when it is run).
         """
         threads = self.threads if threads is None else thread_count(threads)
-        source, added = self._required("src", src), self._operand("residual", residual)
-        out = as_array("dst", dst, written=True)
-        check_array(self._tensors["dst"], out, written=True)
+        source, added = self._required("src", src, in_place), self._operand("residual", residual, in_place)
+        out = in_place(self._tensors["dst"], dst, written=True)
         sizes = self.sizes(threads)
         _check_bytes("packed", packed, sizes.packed, written=False)
         if workspace is None:
@@ -510,10 +460,10 @@ class Layer(Loaded):
         """The layer's output for ``x``.
 
         Args:
-            x: of the spec's dtype, ``spec.src_shape``: a NumPy array or anything with DLPack, in CPU memory and
-                contiguous; it is read where it is.
-            residual: ``spec.dst_shape``, given exactly where the spec has one.
-            out: where to write, ``spec.dst_shape``; a new array where None.
+            x: of the spec's dtype, ``spec.src_shape``: a NumPy array or anything with DLPack, in CPU memory. It is
+                read where it is where it is contiguous, and copied first where it is not.
+            residual: ``spec.dst_shape``, given exactly where the spec has one; likewise.
+            out: where to write, ``spec.dst_shape``, contiguous; a new array where None.
 
         Returns:
             ``out``, or what ``x`` is: an array, or a tensor of PyTorch.
@@ -522,16 +472,14 @@ class Layer(Loaded):
             KernelError: an argument is not what the layer needs, or ``out`` overlaps another one.
         """
         library = self.library
-        src = x if type(x) is np.ndarray else as_array("x", x)
-        check_array(self._src, src)
+        src = readable(self._src, x)
         if out is None:
             dst = np.empty(self._dst.shape, numpy_dtype(self._dst.dtype))
         else:
-            dst = as_array("out", out, written=True)
-            check_array(self._dst, dst, written=True)
+            dst = in_place(self._dst, out, written=True)
         added = None
         if residual is not None or self._has_residual:
-            added = library._operand("residual", residual)
+            added = library._operand("residual", residual, readable)
         try:
             args = self._free_args.pop()
         except IndexError:

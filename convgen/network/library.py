@@ -14,18 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import ExportError, KernelError
-from ..kernel.library import (
-    Array,
-    Bytes,
-    Loaded,
-    Pool,
-    aligned,
-    as_array,
-    check_array,
-    returned,
-    shared_pool,
-    thread_count,
-)
+from ..kernel.arrays import Array, as_array, in_place, readable, returned
+from ..kernel.library import Bytes, Loaded, Pool, aligned, shared_pool, thread_count
 from ..kernel.mapped import open_library
 from ..lowering.interface import TensorInfo
 
@@ -147,9 +137,10 @@ class NetworkLibrary(Loaded):
         """The network's outputs.
 
         Args:
-            arrays: the inputs in the model's order: NumPy arrays or anything with DLPack, f32, contiguous.
+            arrays: the inputs in the model's order: NumPy arrays or anything with DLPack, f32. They are read where they
+                are where they are contiguous, and copied first where they are not.
             named: inputs by their names, where these are Python's.
-            out: arrays to write outputs to, by name.
+            out: arrays to write outputs to, by name, contiguous.
 
         Returns:
             The output, as what the first input is: an array, or a tensor of PyTorch; where there are several, all by
@@ -162,7 +153,7 @@ class NetworkLibrary(Loaded):
 
     def step_seconds(self, *arrays: Any, **named: Any) -> list[float]:
         """What each step of one run takes, in seconds and in the order in which they run; arguments as of a call."""
-        size = self._size(self._inputs(arrays, named))
+        size, _ = self._sized(self._inputs(arrays, named))
         seconds = (c_double * self.sizes(1, size).steps)()
         self._call(arrays, {}, named, seconds)
         return list(seconds)
@@ -176,8 +167,7 @@ class NetworkLibrary(Loaded):
         return [float(seconds) for seconds in medians]
 
     def _call(self, arrays: tuple[Any, ...], out: Mapping[str, Any], named: Mapping[str, Any], seconds: Any) -> Any:
-        inputs = self._inputs(arrays, named)
-        size = self._size(inputs)
+        size, inputs = self._sized(self._inputs(arrays, named))
         outputs = self._outputs(size, out)
         args = _Args(pool=self._pool(self.threads), size=size, seconds=seconds)
         args.inputs, args.input_sizes = _pointers(list(inputs.values()))
@@ -246,17 +236,15 @@ class NetworkLibrary(Loaded):
                 raise KernelError(f"{name}: expected shape {info.shape}, found none")
         return {name: as_array(name, given[name]) for name in self.inputs}
 
-    def _size(self, inputs: Mapping[str, Array]) -> int:
-        """Which of the sizes the inputs have, each checked."""
+    def _sized(self, inputs: Mapping[str, Array]) -> tuple[int, dict[str, Array]]:
+        """Which of the sizes the inputs have, and these as they are read."""
         found = [size for size, tensors in enumerate(self.at) if tensors.accept(inputs)]
         if not found and len(self.at) > 1:
             known = "; ".join(map(str, self.at))
             given = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
             raise KernelError(f"inputs: expected shapes that {self.name} was made for ({known}), found {given}")
         size = found[0] if found else 0
-        for name, info in self.at[size].inputs.items():
-            check_array(info, inputs[name])
-        return size
+        return size, {name: readable(info, inputs[name]) for name, info in self.at[size].inputs.items()}
 
     def _outputs(self, size: int, out: Mapping[str, Any]) -> dict[str, Array]:
         outputs = self.at[size].outputs
@@ -266,8 +254,7 @@ class NetworkLibrary(Loaded):
         found = {}
         for name, info in outputs.items():
             if name in out:
-                found[name] = as_array(name, out[name], written=True)
-                check_array(info, found[name], written=True)
+                found[name] = in_place(info, out[name], written=True)
             else:
                 found[name] = np.empty(info.shape, np.float32)
         return found

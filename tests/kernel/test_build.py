@@ -408,7 +408,7 @@ def test_residual_and_slope_are_given_where_the_spec_has_them() -> None:
     [
         (lambda x: x[..., :-1], r"x: expected shape \(1, 3, 6, 7\), found \(1, 3, 6, 6\)"),
         (lambda x: x.astype(np.float64), "x: expected dtype float32 in native byte order, found float64"),
-        (lambda x: np.asfortranarray(x), "x: expected a C-contiguous array, found strides"),
+        (lambda x: x.astype(">f4"), "x: expected dtype float32 in native byte order, found >f4"),
         (lambda x: x.tolist(), "x: expected a NumPy array or one with __dlpack__, found list"),
         (lambda x: None, "x: expected a NumPy array or one with __dlpack__, found NoneType"),
     ],

@@ -224,6 +224,19 @@ def test_a_gpu_is_refused() -> None:
         convgen.compile(block_model(), target="cuda:sm_80")
 
 
+def test_inputs_may_lie_in_any_way_and_tensors_give_tensors(block: Network) -> None:
+    torch = pytest.importorskip("torch")
+    (info,) = block.inputs.values()
+    x = np.random.default_rng(3).standard_normal(info.shape, np.float32)
+    expected = block(x)
+    for lain in (np.asfortranarray(x), np.repeat(x, 2, axis=3)[..., ::2], x[:, ::-1].copy()[:, ::-1]):
+        np.testing.assert_equal(block(lain), expected)
+    for tensor in (torch.from_numpy(x), torch.from_numpy(x).to(memory_format=torch.channels_last)):
+        found = block(tensor)
+        assert all(isinstance(output, torch.Tensor) for output in found.values())
+        np.testing.assert_equal({name: output.numpy() for name, output in found.items()}, expected)
+
+
 def test_wrong_arguments_are_refused(block: Network) -> None:
     x = arrays_for(block_model())["x"]
     with pytest.raises(KernelError, match="expected shape"):
