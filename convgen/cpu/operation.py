@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import tvm
-from tvm import tirx
-
+from ..deferred import tirx, tvm
 from ..hardware.target import Target
 from ..lowering.compute import ACCUMULATOR, INTEGER, STORAGE, Expr, narrow, of_lanes
 from ..problem.spec import ConvSpec
