@@ -10,7 +10,7 @@ PEERS := $(VENV)/.peers
 PYTHONS := tests/cli tests/formats tests/records tests/tuning/test_bundle.py tests/test_interrupts.py \
 	tests/test_packaging.py tests/test_processes.py
 
-.PHONY: help demo test test-all test-gpu test-python check bench bench-quick clean
+.PHONY: help demo test test-all test-gpu test-python check docs bench bench-quick clean
 
 help:
 	@echo 'make demo      a tuned, validated, exported kernel for a ResNet-50 layer, in build/demo'
@@ -19,6 +19,7 @@ help:
 	@echo 'make test-gpu  what needs an NVIDIA GPU'
 	@echo 'make test-python  what depends on Python itself, without the peers; for a PYTHON=… and VENV=… of its own'
 	@echo 'make check     ruff and mypy'
+	@echo 'make docs      the site of the documentation, in build/docs'
 	@echo 'make bench-quick  24 layers of all kinds beside the peers, untuned (2 minutes)'
 	@echo 'make bench     tune the ResNet-50 layers and time them beside the peers (an hour; resumes)'
 	@echo 'make clean     remove what the others made'
@@ -30,12 +31,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo 'setting up $(VENV)'
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install -c constraints.txt pip setuptools
-	@PYTHONWARNINGS=ignore $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,cuda]'
+	@PYTHONWARNINGS=ignore $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,docs,cuda]'
 	@touch $@
 
 $(PEERS): $(INSTALLED)
 	@echo 'installing the peers'
-	@PYTHONWARNINGS=ignore $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,cuda,peers]'
+	@PYTHONWARNINGS=ignore $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,docs,cuda,peers]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -58,6 +59,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env -c docs/site docs build/docs
+	@echo 'build/docs/index.html'
 
 bench-quick: $(PEERS)
 	@$(BIN)/python bench/run.py --quick

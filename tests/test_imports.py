@@ -15,7 +15,6 @@ ORDER = (
     "topics",
     "interrupts",
     "folders",
-    "deferred",
     "processes",
     "problem",
     "hardware",

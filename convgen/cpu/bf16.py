@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..deferred import tirx, tvm
+from tvm import tirx
+from tvm.ir import StringImm
+
 from ..lowering.compute import Expr
 
 #: Lanes of what is converted at once.
@@ -31,4 +33,4 @@ def rounded(value: Expr) -> Expr:
 
 def with_conversion(statement: Any) -> Any:
     """A statement that may convert."""
-    return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(_FUNCTION), statement)
+    return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", StringImm(_FUNCTION), statement)

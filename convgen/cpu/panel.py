@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..deferred import tirx
+from tvm import tirx
+
 from ..lowering.compute import INTEGER, Expr
 from ..problem.dtypes import BYTES
 from ..problem.spec import ConvSpec

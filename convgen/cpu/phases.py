@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from ..deferred import tirx
+from tvm import tirx
+
 from ..lowering.compute import Expr, ceildiv, round_up
 from ..problem.spec import ConvSpec
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..deferred import tirx
+from tvm import tirx
+
 from ..hardware.target import Target
 from ..lowering.compute import Expr, ceildiv
 from ..problem.spec import ConvSpec

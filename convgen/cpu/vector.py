@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from ..deferred import te, tirx
+from tvm import te, tirx
+
 from ..lowering.compute import (
     ACCUMULATOR,
     STORAGE,

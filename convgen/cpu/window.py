@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
-from ..deferred import tirx
+from tvm import tirx
+
 from ..lowering.compute import Expr, ceildiv, flat, unflat
 from ..problem.spec import ConvSpec
 from .vector import Block, runs, stretches

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from ..deferred import tirx
+from tvm import tirx
+
 from ..lowering.compute import Expr, round_up
 from ..problem.spec import ConvSpec
 from .vector import (

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..deferred import te, tirx
+from tvm import te, tirx
+
 from ..problem.activation import Activation
 from ..problem.dtypes import RANGES
 from ..problem.spec import ConvSpec

@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from ...deferred import tirx
+from tvm import tirx
+
 from ...lowering.compute import ACCUMULATOR, INTEGER, Expr, ceildiv, narrow, round_up, unflat
 from ...problem.dtypes import BYTES
 from ...problem.spec import ConvSpec

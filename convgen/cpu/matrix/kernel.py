@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ...deferred import tirx
+from tvm import tirx
+
 from ...lowering.compute import STORAGE, Expr, ceildiv, round_up, unflat
 from ...lowering.schedule import Picks
 from ...problem.spec import ConvSpec

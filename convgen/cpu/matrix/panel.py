@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...deferred import tirx
+from tvm import tirx
+
 from ...lowering.compute import STORAGE, Expr, ceildiv, narrow, widen
 from .. import bf16
 from ..images import Images

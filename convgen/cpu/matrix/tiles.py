@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ...deferred import tirx
+from tvm import tirx
+
 from ...lowering.compute import Expr
 from ...lowering.schedule import require
 from ..vector import Block
