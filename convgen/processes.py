@@ -27,6 +27,8 @@ from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import IO, Any
 
+from .deferred import keep_torch_out
+
 #: Seconds between looks at the memory of a worker: what it can get hold of in the meantime is little.
 LOOK = 0.05
 _PR_SET_PDEATHSIG = 1
@@ -195,5 +197,6 @@ def _serve(pipe: Connection) -> None:
 if __name__ == "__main__":
     end_with(int(sys.argv[2]))
     os.set_inheritable(int(sys.argv[1]), False)
+    keep_torch_out()
     with suppress(ConnectionError):  # the starter is gone
         _serve(Connection(int(sys.argv[1])))

@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-from tvm import te, tirx
-
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Even, finishing, pieces
 from convgen.cpu.vector import Block, Registers, finish, load, load_parameters, permuted, written
@@ -41,6 +39,7 @@ from convgen.cpu.window import (
     readers,
     row_tiles,
 )
+from convgen.deferred import te, tirx
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, unflat, widen
 from convgen.lowering.schedule import Picks, Program, Space, Written, require

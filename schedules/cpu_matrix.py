@@ -25,8 +25,6 @@ import math
 from contextlib import suppress
 from functools import lru_cache
 
-from tvm import te, tirx
-
 from convgen.cpu.matrix import tiles
 from convgen.cpu.matrix.geometry import CHANNELS, Geometry, geometry_of, operands_of
 from convgen.cpu.matrix.kernel import Kernel
@@ -34,6 +32,7 @@ from convgen.cpu.matrix.panel import LANES
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, finishing
 from convgen.cpu.vector import written
+from convgen.deferred import te, tirx
 from convgen.errors import Inapplicable
 from convgen.hardware.target import Target
 from convgen.lowering.compute import STORAGE, Expr, Operands, ceildiv, copied, narrow, round_up

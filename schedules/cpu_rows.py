@@ -26,13 +26,12 @@ import math
 from dataclasses import replace
 from functools import lru_cache
 
-from tvm import tirx
-
 from convgen.cpu.lanes import MOST_TAPS, Pixels, RowProduct, columns_of, pack_rows, subsampled
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, FAR_ROW, finishing, most_pixels, pieces, steps
 from convgen.cpu.vector import Block, written
 from convgen.cpu.window import copies, is_short, output_rows, readers
+from convgen.deferred import tirx
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Expr, Operands, ceildiv, unflat
 from convgen.lowering.schedule import Picks, Program, Space, Written, require

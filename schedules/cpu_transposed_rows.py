@@ -20,13 +20,12 @@ import itertools
 import math
 from functools import lru_cache
 
-from tvm import tirx
-
 from convgen.cpu.lanes import Pixels, RowProduct, columns_of, pack_rows, row_taps
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, finishing
 from convgen.cpu.vector import Block, written
 from convgen.cpu.window import Lines
+from convgen.deferred import tirx
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Operands, ceildiv, unflat
 from convgen.lowering.schedule import Picks, Program, Space, Written, require

@@ -34,8 +34,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from tvm import te, tirx
-
 from convgen.cpu.model import Core, Counts, Stream, Work, core_of
 from convgen.cpu.product import (
     BEGIN_RUN,
@@ -66,6 +64,7 @@ from convgen.cpu.winograd import (
     transformed_axes,
 )
 from convgen.cpu.winograd_passes import Task, Values, WayIn, WayOut
+from convgen.deferred import te, tirx
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Expr, Operands, ceildiv, copied, round_up, row_times, unflat
 from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, Written, busiest, require

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from tvm import tirx
-
 from convgen.cpu.lanes import add_products, pack_rows
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, finishing
@@ -41,6 +39,7 @@ from convgen.cpu.vector import (
     written,
 )
 from convgen.cpu.window import meeting_taps
+from convgen.deferred import tirx
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Expr, Operands, ceildiv, flat, unflat
 from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, Written, require

@@ -16,12 +16,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from tvm import te
-
 from convgen.cpu.vector import Block, written
 from convgen.cuda import model
 from convgen.cuda.simt import LANES, Buffers, finish, load, memory, put, unrolled, zero_sums
 from convgen.cuda.window import Place, Window, axis_of
+from convgen.deferred import te
 from convgen.lowering.compute import Expr, Operands, ceildiv, copied, flat, unflat
 from convgen.lowering.schedule import Picks, Program, Space, Written, require
 

@@ -29,10 +29,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from tvm import te, tirx
-from tvm.tirx import IndexMap
-
 from convgen.cuda import model, tensorize
+from convgen.deferred import te, tirx
 from convgen.lowering.compute import Expr, Operands, ceildiv, copied, epilogue, flat, narrow, round_up, unflat
 from convgen.lowering.schedule import Picks, Program, Scheduled, Space, require
 from convgen.problem.dtypes import BYTES
@@ -585,7 +583,7 @@ def _give_own_axes(sch: TirSchedule, spec: ConvSpec, dst: Any, oc: int) -> None:
         return [image, channel, *out] if spec.layout == "nchw" else [image, *out, channel]
 
     axes = 3 + (spec.rank if spec.transposed else 0)
-    sch.transform_layout(dst, ("write", 0), IndexMap.from_func(own_axes, ndim=axes, index_dtype="int32"))
+    sch.transform_layout(dst, ("write", 0), tirx.IndexMap.from_func(own_axes, ndim=axes, index_dtype="int32"))
 
 
 def _copy_together(sch: TirSchedule, loops: Sequence[Any], warps: int) -> None:

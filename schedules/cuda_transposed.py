@@ -16,12 +16,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tvm import tirx
-
 from convgen.cpu.vector import Block, written
 from convgen.cuda import tiles
 from convgen.cuda.simt import LANES, Buffers, Product, all_of, finish, multiply, packed, read, stores, where
 from convgen.cuda.tiles import Size, Tile
+from convgen.deferred import tirx
 from convgen.lowering.compute import Expr, Operands, ceildiv, copied, unflat
 from convgen.lowering.schedule import Picks, Program, Space, Written, require
 

@@ -20,9 +20,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tvm import te
-
 from convgen.cuda import tensorize
+from convgen.deferred import te
 from convgen.lowering.compute import Expr, round_up
 from convgen.lowering.interface import TensorMap
 from convgen.lowering.schedule import Picks, require

@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tvm import te
-
 from convgen.cpu.vector import Block, weighted_sum, written
 from convgen.cuda import model, tiles
 from convgen.cuda.simt import (
@@ -41,6 +39,7 @@ from convgen.cuda.simt import (
     where,
 )
 from convgen.cuda.tiles import Size, Tile
+from convgen.deferred import te
 from convgen.lowering.compute import Expr, Operands, ceildiv, copied, round_up, row_times, unflat
 from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, Written, require
 from convgen.lowering.winograd import Matrix, admitted, magnitudes, toom_cook

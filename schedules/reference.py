@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tvm import te
-
 from convgen.cpu.model import SCALAR_FLOPS
 from convgen.cuda.model import scalar_seconds
+from convgen.deferred import te
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Expr, Operands, convolution, copied, epilogue, requantise
 from convgen.lowering.schedule import Picks, Program, Scheduled, Space

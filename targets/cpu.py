@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import platform
-from functools import cache
 from typing import Any
 
 from convgen.errors import UnsupportedError
 from convgen.hardware.isa import CHECKED, forbidden
+from convgen.hardware.llvm import features_of, processors_of
 from convgen.hardware.machine import Machine
 from convgen.hardware.machine import machine as this_machine
-from convgen.hardware.processor import features_of, system_processor
+from convgen.hardware.processor import system_processor
 from convgen.hardware.target import Target
 
 #: Architectures that a spelling begins with: triple and vector facts. NEON has 32 registers of 128 bits.
@@ -37,7 +37,7 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
     model = f"{arch}-{cpu}" if arch in CROSS else cpu
     itself = model == own
     config: dict[str, Any] = {**_config(arch), "num-cores": here.cores, "mcpu": cpu}
-    has = features_of(config) if cpu in _known(arch) else set()
+    has = features_of(config) if cpu in processors_of(_config(arch)) else set()
     if not has or (arch == "x86_64" and "64bit" not in has):  # LLVM lists 32-bit ones, and ends the process over them
         raise UnsupportedError(f"target: expected a 64-bit processor LLVM knows, found {cpu!r}{_close(cpu)}")
     off = forbidden(has, arch)
@@ -70,7 +70,7 @@ def _processor(model: str) -> tuple[str, str]:
     if arch in CROSS:
         return arch, cpu or "generic"
     known = ("x86_64", *CROSS)
-    return next((arch for arch in known if model in _known(arch)), known[0]), model
+    return next((arch for arch in known if model in processors_of(_config(arch))), known[0]), model
 
 
 def _config(arch: str) -> dict[str, Any]:
@@ -79,21 +79,12 @@ def _config(arch: str) -> dict[str, Any]:
     return {"kind": "llvm"} | ({} if arch not in CROSS and platform.machine() == arch else {"mtriple": triple})
 
 
-@cache
-def _known(arch: str) -> frozenset[str]:
-    """The processors of an architecture that LLVM knows, those of 32 bits among them."""
-    from tvm.target import Target as TvmTarget
-    from tvm.target import codegen
-
-    return frozenset(str(name) for name in codegen.llvm_get_cpu_archlist(TvmTarget(_config(arch))))
-
-
 def _close(cpu: str) -> str:
     """Spellings close to a name that is none, as the end of a message."""
     spellings = {
         name: f"cpu:{name}" if arch == "x86_64" else f"cpu:{arch}-{name}"
         for arch in ("x86_64", *CROSS)
-        for name in sorted(_known(arch))
+        for name in sorted(processors_of(_config(arch)))
         if arch != "x86_64" or "64bit" in features_of({**_config(arch), "mcpu": name})
     }
     found = [spellings[name] for name in difflib.get_close_matches(cpu, spellings, n=2, cutoff=0.7)]

@@ -15,6 +15,7 @@ ORDER = (
     "topics",
     "interrupts",
     "folders",
+    "deferred",
     "processes",
     "problem",
     "hardware",

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import click
 
+from ..deferred import keep_torch_out
 from ..errors import ConvgenError, ExportError, FolderError, Inapplicable, RecordError, SpecError, UnsupportedError
 from . import bench, convert, fleet, fuzz, generate, network, records, report, show, topic, tune
 from .common import FAILED, INTERRUPTED, SPEC_HELP, TROUBLE, WRONG, note, say
@@ -79,6 +80,7 @@ def completion(shell: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (the process's own where None); returns its exit status."""
+    keep_torch_out()
     if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks is escaped, as on standard error
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

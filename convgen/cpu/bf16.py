@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm import tirx
-from tvm.ir import StringImm
-
+from ..deferred import tirx, tvm
 from ..lowering.compute import Expr
 
 #: Lanes of what is converted at once.
@@ -33,4 +31,4 @@ def rounded(value: Expr) -> Expr:
 
 def with_conversion(statement: Any) -> Any:
     """A statement that may convert."""
-    return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", StringImm(_FUNCTION), statement)
+    return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(_FUNCTION), statement)

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from tvm import te, tirx
-
+from ..deferred import te, tirx
 from ..errors import Inapplicable
 from ..hardware.target import Target
 from ..lowering.compute import INTEGER, Expr, Operands, ceildiv, copied, unflat

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import tirx
-
+from ..deferred import tirx
 from ..lowering.compute import Expr, narrow, round_up
 from ..problem.layout import Blocks
 from ..problem.spec import ConvSpec

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from tvm import te, tirx
-
+from ..deferred import te, tirx
 from ..lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, row_times, unflat
 from ..problem.dtypes import BYTES
 from ..problem.spec import ConvSpec

@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import tvm
-from tvm import tirx
-
+from ..deferred import tirx, tvm
 from ..hardware.target import Target
-from ..lowering.compute import ACCUMULATOR, INTEGER, STORAGE, Expr, narrow, of_lanes
+from ..lowering.compute import ACCUMULATOR, INTEGER, STORAGE, Expr, narrow, of_lanes, widen
 from ..problem.spec import ConvSpec
 from .model import core_of
 
@@ -98,9 +96,12 @@ class Operation:
     def number(self, value: Expr, dtype: str, zero: Expr | None, lanes: int) -> Expr:
         """A stored number of src as an operand."""
         if self.operand == STORAGE["bf16"]:
-            if lanes == 16 and dtype == "f32":
-                return tirx.call_extern(of_lanes(self.operand, lanes), "convgen_to_bf16_512", value)
-            return value if dtype == "bf16" else narrow(value, "bf16", lanes)
+            if dtype == "bf16":
+                return value
+            wide = widen(value, dtype, lanes)
+            if lanes == 16:
+                return tirx.call_extern(of_lanes(self.operand, lanes), "convgen_to_bf16_512", wide)
+            return narrow(wide, "bf16", lanes)
         value = value.astype(of_lanes(self.operand, lanes))
         if self.offset:
             return value ^ tirx.const(-self.offset, of_lanes(self.operand, lanes))

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from tvm import tirx
-
+from ..deferred import tirx
 from ..lowering.compute import INTEGER, Expr
 from ..problem.dtypes import BYTES
 from ..problem.spec import ConvSpec

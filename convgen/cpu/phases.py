@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from tvm import tirx
-
+from ..deferred import tirx
 from ..lowering.compute import Expr, ceildiv, round_up
 from ..problem.spec import ConvSpec
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import tirx
-
+from ..deferred import tirx
 from ..hardware.target import Target
 from ..lowering.compute import Expr, ceildiv
 from ..problem.spec import ConvSpec

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from tvm import te, tirx
-
+from ..deferred import te, tirx
 from ..lowering.compute import (
     ACCUMULATOR,
     STORAGE,

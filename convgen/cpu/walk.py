@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from tvm import tirx
-
+from ..deferred import tirx
 from ..hardware.target import Target
 from ..lowering.compute import STORED, Expr, ceildiv, flat, round_up, unflat, widen
 from ..lowering.schedule import Picks

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
-from tvm import tirx
-
+from ..deferred import tirx
 from ..lowering.compute import Expr, ceildiv, flat, unflat
 from ..problem.spec import ConvSpec
 from .vector import Block, runs, stretches

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from tvm import tirx
-
+from ..deferred import tirx
 from ..lowering.compute import Expr, round_up
 from ..problem.spec import ConvSpec
 from .vector import (

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from tvm import te, tirx
-
 from ..cpu.vector import Block, zeros
+from ..deferred import te, tirx
 from ..lowering.compute import ACCUMULATOR, STORAGE, Expr, ceildiv, epilogue, narrow, round_up, widen
 from ..problem.spec import PARAMETERS, ConvSpec
 from .tiles import Size, Tile

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 from .isa import CHECKED
+from .llvm import features_of, numbered_processor
 from .machine import machine
 
 #: By architecture, processors from small to large, each a superset of those of its vendor before it. A hypervisor may
@@ -27,28 +26,13 @@ _GENERATIONS = {
 }
 
 
-def features_of(config: Mapping[str, Any]) -> set[str]:
-    """What LLVM may use of a target, and what steers it, by its own names.
-
-    Args:
-        config: TVM's, with ``kind``, ``mcpu``, and if need be ``mtriple`` and ``mattr``.
-    """
-    from tvm.target import Target as TvmTarget
-    from tvm.target import codegen
-
-    return {str(name) for name in codegen.llvm_get_cpu_features(TvmTarget(dict(config)))}
-
-
 @cache
 def system_processor() -> str:
     """LLVM's name of this machine's processor: what its number says, unless it has instructions that processors of
     that number lack. Then it is the largest one of :data:`_GENERATIONS` that has nothing it hasn't, if that has more.
     """
-    from tvm.target import codegen
-
     here = machine()
-    numbered = str(codegen.llvm_get_system_cpu())
-    return recognised(numbered, here.arch, here.features)
+    return recognised(numbered_processor(), here.arch, here.features)
 
 
 def recognised(numbered: str, arch: str, features: frozenset[str]) -> str:

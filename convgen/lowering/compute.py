@@ -11,8 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tvm import te, tirx
-
+from ..deferred import te, tirx
 from ..problem.activation import Activation
 from ..problem.dtypes import RANGES
 from ..problem.spec import ConvSpec

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Protocol
 
-from tvm import te, tirx
-
+from ..deferred import te, tirx
 from ..errors import BuildError
 from ..lowering.compute import ACCUMULATOR, INTEGER, Expr, Index, activate, erf, exponential, flat, quantise, unflat
 from ..problem.activation import Activation

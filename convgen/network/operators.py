@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import te, tirx
-
+from ..deferred import te, tirx
 from ..errors import BuildError, ConvgenError
 from ..hardware.target import Target
 from ..lowering.compute import ACCUMULATOR, INTEGER, STORAGE, Expr, widen

@@ -120,6 +120,10 @@ def test_bytes_are_what_a_sum_of_integers_is(words: str) -> None:
     [
         "conv2d ic32 oc40 i9x9 k3x3 p1 relu residual bf16 nhwc",
         "conv2d ic31 oc24 g1 i9x7 k3x3 s2 bf16",
+        "conv2d ic32 oc40 i9x9 k3x3 p1 f16 nhwc accuracy_bf16",
+        "conv2d ic3 oc20 i9x7 k3x3 s2 f16 accuracy_bf16",
+        "convtranspose1d ic1 oc1 i1 k1 nobias f16 accuracy_bf16",
+        "convtranspose2d ic20 oc24 i5x7 k3x3 s2 f16 accuracy_bf16",
         "conv2d ic42 oc48 g3 i9x7 k3x3 p1 d2 silu bf16",
         "conv1d ic48 oc20 i33 k3 p1 bf16 nhwc",
         "conv2d ic32 oc32 i9x9 k3x3 p1 bf16 nchw16c",

@@ -9,8 +9,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from tvm import tirx
-
+from ...deferred import tirx
 from ...lowering.compute import ACCUMULATOR, INTEGER, Expr, ceildiv, narrow, round_up, unflat
 from ...problem.dtypes import BYTES
 from ...problem.spec import ConvSpec

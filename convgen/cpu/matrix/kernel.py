@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tvm import tirx
-
+from ...deferred import tirx
 from ...lowering.compute import STORAGE, Expr, ceildiv, round_up, unflat
 from ...lowering.schedule import Picks
 from ...problem.spec import ConvSpec

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import tirx
-
+from ...deferred import tirx
 from ...lowering.compute import STORAGE, Expr, ceildiv, narrow, widen
 from .. import bf16
 from ..images import Images

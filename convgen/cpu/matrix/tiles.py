@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tvm import tirx
-
+from ...deferred import tirx
 from ...lowering.compute import Expr
 from ...lowering.schedule import require
 from ..vector import Block
