@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from paths import SUPPORT
 
+from convgen.lowering.kept import VARIABLE
 from convgen.records import shipped
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and all processes they start.
@@ -26,6 +27,7 @@ def _own_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONVGEN_RECORDS", str(path))
         patch.setattr(shipped, "FOLDER", tmp_path_factory.mktemp("tuned"))
+        patch.setenv(VARIABLE, "")  # tests compile what they test
         yield
 
 

@@ -11,11 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..cpu.model import core_of
 from ..errors import BuildError
 from ..folders import TemporaryFolder
 from ..hardware.isa import asked
 from ..hardware.target import Target
 from ..lowering.interface import TensorInfo, boundary, round_up
+from ..lowering.kept import kept, key_of
 from ..lowering.link import link_network
 from ..lowering.lower import compile_function, compile_object, lower
 from ..processes import JobError, Worker
@@ -183,8 +185,14 @@ recent_code = RecentCode(512)
 def _compile(
     functions: Sequence[Function], target: Target, progress: Callable[[int, int], None] | None, processes: int
 ) -> dict[Function, Compiled]:
-    """All functions' code: what this process knows, and the rest compiled in it or several others."""
+    """All functions' code: what this process knows or another one has kept, and the rest compiled in it or several
+    others.
+    """
     known = recent_code.find(functions, target)
+    cache = kept()
+    keys = {function: _key(function, target) for function in functions if function not in known}
+    found = cache.find(list(keys.values()))
+    known |= {function: Compiled.from_bytes(found[key]) for function, key in keys.items() if key in found}
     missing = [function for function in functions if function not in known]
 
     def told(done: int) -> None:
@@ -193,8 +201,18 @@ def _compile(
 
     told(0)
     compiled = _compile_missing(missing, target, told, processes)
-    recent_code.add(compiled, target)
-    return known | compiled
+    cache.add({keys[function]: made.to_bytes() for function, made in compiled.items()})
+    everything = known | compiled
+    recent_code.add(everything, target)
+    return everything
+
+
+def _key(function: Function, target: Target) -> bytes:
+    """What a function's code depends on."""
+    if not isinstance(function, Product):
+        return key_of("pass", function, target)
+    schedule, picks = function.candidate.schedule, sorted(function.candidate.picks.items())
+    return key_of("product", function.spec, schedule.id, schedule.version, picks, core_of(target), target)
 
 
 def _compile_missing(

@@ -6,16 +6,19 @@ several starts, one tensor, or one set of tensors that are better alike, at a ti
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from ..cpu.model import core_of
 from ..hardware.target import Target
 from ..lowering.candidates import predicted
-from ..lowering.schedule import Candidate
+from ..lowering.discover import schedule as find_schedule
+from ..lowering.kept import kept, key_of
+from ..lowering.schedule import Candidate, Picks
 from ..problem.layout import BLOCKS, PLAIN, Blocks
 from ..problem.spec import ConvSpec
 from .expressions import KINDS
@@ -48,10 +51,23 @@ class Choice:
     candidate: Candidate
 
 
-@lru_cache(maxsize=4096)
-def _predicted(spec: ConvSpec, target: Target) -> tuple[float, Candidate]:
-    """As the next network of this process may ask again."""
-    return predicted(spec, target)
+#: What this process knows, so many at most: its next network may ask again.
+_MOST_KNOWN = 4096
+_known: dict[tuple[ConvSpec, Target], tuple[float, Candidate]] = {}
+
+
+def _key(spec: ConvSpec, target: Target) -> bytes:
+    """What a prediction depends on."""
+    return key_of("predicted", spec, core_of(target), target)
+
+
+def _to_bytes(seconds: float, candidate: Candidate) -> bytes:
+    return json.dumps([seconds, candidate.schedule.id, dict(candidate.picks)]).encode()
+
+
+def _from_bytes(data: bytes) -> tuple[float, Candidate]:
+    seconds, schedule, picks = json.loads(data)
+    return seconds, Candidate(find_schedule(schedule), Picks(**picks))
 
 
 class Costs:
@@ -59,7 +75,7 @@ class Costs:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self._known: dict[ConvSpec, tuple[float, Candidate]] = {}
+        self._new: dict[ConvSpec, tuple[float, Candidate]] = {}
 
     @cached_property
     def blocked(self) -> str:
@@ -75,9 +91,22 @@ class Costs:
 
     def convolution(self, spec: ConvSpec) -> tuple[float, Candidate]:
         """The predicted seconds and the candidate of a spec in its layouts."""
-        if spec not in self._known:
-            self._known[spec] = _predicted(spec, self.target)
-        return self._known[spec]
+        known = _known.get((spec, self.target))
+        if known is None:
+            key = _key(spec, self.target)
+            if (found := kept().find([key])) and key in found:
+                known = _from_bytes(found[key])
+            else:
+                known = self._new[spec] = predicted(spec, self.target)
+            if len(_known) >= _MOST_KNOWN:
+                _known.clear()
+            _known[spec, self.target] = known
+        return known
+
+    def keep(self) -> None:
+        """Let other processes know what was predicted here."""
+        new, self._new = self._new, {}
+        kept().add({_key(spec, self.target): _to_bytes(*found) for spec, found in new.items()})
 
     def copy(self, size: int, ordered: bool = True, times: int = 1) -> float:
         """Seconds to read and write so many bytes, so many times: in one order, or from scattered places."""
@@ -271,6 +300,7 @@ def lay(graph: Graph, costs: Costs) -> Laid:
     search = LayoutSearch(graph, costs)
     layouts = search.best()
     seconds = search.total(layouts)
+    costs.keep()
     nodes: list[Node] = []
     candidates: dict[str, Candidate] = {}
     made: dict[tuple[str, str], str] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,20 @@ class Compiled:
     object_file: bytes
     workspace: Workspace
     packed: tuple[TensorInfo, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        """All of it, for :meth:`from_bytes`."""
+        packed = [[info.name, info.shape, info.dtype] for info in self.packed]
+        facts = json.dumps({"workspace": [self.workspace.main, self.workspace.task], "packed": packed})
+        return facts.encode() + b"\n" + zlib.compress(self.object_file, 1)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Compiled:
+        """What :meth:`to_bytes` gave."""
+        head, _, code = data.partition(b"\n")
+        facts = json.loads(head)
+        packed = tuple(TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in facts["packed"])
+        return cls(zlib.decompress(code), Workspace(*facts["workspace"]), packed)
 
 
 @dataclass(frozen=True)
