@@ -41,6 +41,8 @@ from .stack import check_stack
 SOURCES = ("types.h", "cpu.h", "runtime.h", "pool.c", "kernel.c")
 #: Those of a library that runs a whole network.
 NETWORK_SOURCES = ("types.h", "network_types.h", "cpu.h", "runtime.h", "network.h", "pool.c", "kernel.c", "network.c")
+#: Those of a library that packs the weights of a network's convolutions.
+PACKING_SOURCES = ("types.h", "cpu.h", "runtime.h", "pool.c", "kernel.c", "packing.c")
 #: The runtime's C files for a kernel that runs on a GPU.
 CUDA_SOURCES = ("types.h", "cuda_types.h", "cpu.h", "runtime.h", "launch.h", "kernel.c", "launch.c")
 #: Those of a library of ONNX Runtime's custom operators, beside the networks' own.
@@ -104,12 +106,45 @@ def link_network(name: str, entry: str, functions: Sequence[bytes], out: Path, *
     Raises:
         BuildError: as :func:`link`.
     """
+    return _link_numbered(name, entry, functions, NETWORK_SOURCES, out, archive)
+
+
+def link_packers(name: str, functions: Sequence[bytes], out: Path) -> Path:
+    """Link what packs weights of some kernels into a shared library with one function, which is not for others' use:
+    ``int <name>_pack(int function, const convgen_tensor *tensors, void *const *data, int count)``.
+
+    Args:
+        functions: the kernels' object files, each of which defines ``__tvm_ffi_pack``.
+
+    Raises:
+        BuildError: as :func:`link`.
+    """
+    numbers = range(len(functions))
+    entry = [
+        '#include "runtime.h"',
+        "",
+        *(f"int function{i}_pack(void *, const convgen_any *, int32_t, convgen_any *);" for i in numbers),
+        "int convgen_pack(convgen_function, const convgen_tensor *, void *const *, int);",
+        f"static const convgen_function packers[] = {{{', '.join(f'function{i}_pack' for i in numbers)}}};",
+        f"CONVGEN_EXPORT int {name}_pack(int function, const convgen_tensor *tensors, void *const *data, int count)",
+        "{",
+        "    return convgen_pack(packers[function], tensors, data, count);",
+        "}",
+        "",
+    ]
+    return _link_numbered(name, "\n".join(entry), functions, PACKING_SOURCES, out)
+
+
+def _link_numbered(
+    name: str, entry: str, functions: Sequence[bytes], sources: tuple[str, ...], out: Path, archive: bool = False
+) -> Path:
+    """Link functions, which the C file ``entry`` knows by their numbers."""
     arch = architecture(functions[0]) if functions else NATIVE
     try:
         with TemporaryFolder(out.parent) as folder:
             (folder / "entry.c").write_text(entry, encoding="utf-8")
-            (folder / _RUNTIME).write_bytes(_runtime_object(compiler(arch), NETWORK_SOURCES))
-            _write_headers(NETWORK_SOURCES, folder)
+            (folder / _RUNTIME).write_bytes(_runtime_object(compiler(arch), sources))
+            _write_headers(sources, folder)
             files = []
             for number, data in enumerate(functions):
                 check_stack(data, arch)
@@ -557,7 +592,13 @@ def _tensor(name: str, tensor: TensorInfo, offset: int) -> str:
     return f"{{{len(tensor.shape)}, {DLPACK_DTYPES[tensor.dtype]}, {name}_shape, {tensor.bytes}, {offset}}}"
 
 
-#: DLPack's code, bits and lanes; the compiled code takes bfloat16 as its bits.
+def dlpack_dtype(dtype: str) -> tuple[int, int, int]:
+    """DLPack's code, bits and lanes of a stored type."""
+    code, bits, lanes = map(int, DLPACK_DTYPES[dtype].strip("{}").split(","))
+    return code, bits, lanes
+
+
+#: DLPack's code, bits and lanes as C; the compiled code takes bfloat16 as its bits.
 DLPACK_DTYPES = {
     "f32": "{2, 32, 1}",
     "f16": "{2, 16, 1}",

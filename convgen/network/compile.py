@@ -25,6 +25,7 @@ from .choice import Choose
 from .library import NETWORK_ABI, seal
 from .memory import WEIGHTS, Place
 from .operators import lowered
+from .packing import Packers
 from .plan import Function, Plan, Product, Step
 from .sizes import labels_of
 from .source import Call, Code, Size, entry_source
@@ -75,7 +76,9 @@ def compile_plans(
     compiled = _compile(functions, target, progress, processes or len(os.sched_getaffinity(0)))
     numbers = {function: number for number, function in enumerate(functions)}
     weights = folder / f"{name}.weights"
-    sections, end = write_weights(plans, compiled, asked(target.isa, _written(compiled)), weights)
+    with TemporaryFolder(runs=True) as packing:
+        products = {function: made for function, made in compiled.items() if isinstance(function, Product)}
+        sections, end = write_weights(plans, Packers(products, packing).pack, weights)
     calls = [
         tuple(
             _call(plan, step, numbers[step.function], compiled[step.function].packed, begin, at.constants)

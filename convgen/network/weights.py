@@ -5,18 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
-from ..folders import TemporaryFolder
-from ..kernel.library import Library
-from ..lowering.interface import HEADER_BYTES, Interface, TensorInfo, round_up
-from ..lowering.link import link
+from ..kernel.library import Bytes
+from ..lowering.interface import HEADER_BYTES, TensorInfo, round_up
 from ..lowering.lower import Workspace
-from ..problem.spec import ConvSpec
-from .plan import Function, Plan, Product, packed
+from .plan import Plan, Product, packed
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,10 @@ class Compiled:
         return cls(zlib.decompress(code), Workspace(*facts["workspace"]), packed)
 
 
+#: Packs a convolution's parameters.
+Pack: TypeAlias = Callable[[Product, Mapping[str, Any]], Bytes]
+
+
 @dataclass(frozen=True)
 class Sections:
     """Where a plan's weights lie in the file.
@@ -61,27 +62,20 @@ class Sections:
     packed: tuple[int, ...]
 
 
-def write_weights(
-    plans: Sequence[Plan], compiled: Mapping[Function, Compiled], isa: tuple[str, ...], path: Path
-) -> tuple[list[Sections], int]:
+def write_weights(plans: Sequence[Plan], pack: Pack, path: Path) -> tuple[list[Sections], int]:
     """Write the file but for its header, which stays zero; returns each plan's sections, and the file's size.
 
     Weights that several plans, or several steps of one, pack alike lie there once.
     """
-    with open(path, "wb") as opened, TemporaryFolder(runs=True) as folder:
+    with open(path, "wb") as opened:
         file = _File(opened)
-        packers: dict[Function, Library] = {}
 
         def add(plan: Plan) -> Sections:
             constants = file.add(b"".join(packed(plan.graph.constants[name]) for name in plan.constants))
-            offsets = []
-            for step in plan.steps:
-                function, offset = step.function, 0
-                if isinstance(function, Product):
-                    if function not in packers:
-                        packers[function] = _packer(function.spec, compiled[function], isa, folder, len(packers))
-                    offset = file.add(packers[function].pack(**step.parameters)[HEADER_BYTES:].tobytes())
-                offsets.append(offset)
+            offsets = [
+                file.add(pack(step.function, step.parameters).data) if isinstance(step.function, Product) else 0
+                for step in plan.steps
+            ]
             return Sections(constants - HEADER_BYTES, tuple(offsets))
 
         return [add(plan) for plan in plans], file.end
@@ -96,22 +90,13 @@ class _File:
         self._known: dict[bytes, int] = {}
         self.end = HEADER_BYTES
 
-    def add(self, data: bytes) -> int:
+    def add(self, data: bytes | memoryview) -> int:
         """Where the data lies, a multiple of 64 bytes."""
         known = self._known.setdefault(hashlib.sha256(data).digest(), self.end)
         if known == self.end:
             self._file.write(data)
-            self.end += len(data)
+            self.end += memoryview(data).nbytes
         return known
-
-
-def _packer(spec: ConvSpec, compiled: Compiled, isa: tuple[str, ...], folder: Path, number: int) -> Library:
-    """A convolution's kernel by itself, which packs its weights."""
-    workspace = compiled.workspace
-    interface = Interface(f"packer{number}", spec, compiled.packed, workspace.main, workspace.task, isa)
-    object_file = folder / f"packer{number}.o"
-    object_file.write_bytes(compiled.object_file)
-    return Library(link(interface, object_file, folder / f"libpacker{number}.so"), spec, interface.name, 1)
 
 
 def packed_offsets(tensors: Sequence[TensorInfo], begin: int) -> list[int]:
