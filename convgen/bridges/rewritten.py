@@ -20,7 +20,8 @@ from onnx import (
 
 from ..errors import SpecError
 from ..formats.onnx.file import SMALL, ModelFile
-from ..formats.onnx.graph import Scope, bodies, names_read, prepare
+from ..formats.onnx.graph import Scope, bodies, names_read
+from ..formats.onnx.prepare import prepare
 from ..network.graph import Graph
 
 #: The domain of the nodes that take the parts' places, and its version.

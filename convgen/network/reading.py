@@ -209,7 +209,7 @@ class _Builder:
         if spec.n == 0:
             raise Refusal("an empty batch")
         if not layer.arrays:
-            raise Refusal("its weights are no constants")
+            raise Refusal(f"its weights are no constants: {layer.unknown}")
         self.made.shapes |= {layer.src: spec.src_shape, layer.dst: spec.dst_shape}
         if spec.is_quantised:
             return integer_convolution(self.scope, self.made, layer, spec)

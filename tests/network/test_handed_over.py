@@ -181,6 +181,29 @@ TAKEN: dict[str, ModelProto] = {
         constant("cut", [0, -1, -2, 1, 3, -1], np.int64),
         opset=19,
     ),
+    "nodes in any order, a branch that is always taken, weights that are computed": model(
+        [
+            node("Relu", "i", "y"),
+            helper.make_node(
+                "If",
+                ["t"],
+                ["i"],
+                then_branch=helper.make_graph([node("Conv", "c v", "o")], "then", [], [value("o")]),
+                else_branch=helper.make_graph([node("Softsign", "c", "p")], "else", [], [value("p")]),
+            ),
+            node("Less", "size four", "t"),
+            node("Size", "some", "size"),
+            node("Div", "k n", "v"),
+            node("ReduceL2", "k", "n", axes=[1, 2, 3]),
+            node("Conv", "x w", "c"),
+        ],
+        [value("x", IMAGE)],
+        [value("y", (9, 9))],
+        WEIGHTS,
+        constant("k", np.random.default_rng(1).standard_normal((5, 4, 1, 1))),
+        constant("some", [1, 2, 3]),
+        constant("four", 4, np.int64),
+    ),
     "truth values between": model(
         [
             node("Greater", "x half", "t"),
@@ -211,6 +234,21 @@ def test_what_is_taken(name: str) -> None:
     network = compile_network(made, resolve("cpu").on(1), 1)
     found = network(*(inputs[given] for given in network.inputs))
     assert furthest(found, expected(made, inputs)) < 1e-6
+
+
+@pytest.mark.parametrize("activation", [("Relu",), ("Clip", -0.5, 0.7), ("HardSigmoid", 0.3, 0.4), ("LeakyRelu", 0.2)])
+def test_convolutions_that_onnx_runtime_fused(activation: tuple[Any, ...]) -> None:
+    """With what is stored about the values between of another batch."""
+    name, *numbers = activation
+    attributes = {"activation": name, "domain": "com.microsoft"} | ({"activation_params": numbers} if numbers else {})
+    nodes = [node("FusedConv", "x w", "c", **attributes), node("FusedConv", "c v b c", "y", **attributes)]
+    stored = [constant("v", np.random.default_rng(1).standard_normal((4, 4, 1, 1))), constant("b", np.arange(4))]
+    made = model(nodes, [value("x", ("N", 3, 4, 5))], [value("y", (1, 4, 4, 5))], WEIGHTS, *stored)
+    made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    made.graph.value_info.append(value("c", (1, 4, 4, 5)))
+    network = compile_network(made, resolve("cpu").on(1), 1, dims={"N": 2})
+    x = np.random.default_rng(2).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    assert furthest(network(x), expected(made, {"x": x})) < 1e-5
 
 
 def test_two_outputs_of_one_tensor() -> None:
@@ -259,9 +297,9 @@ def test_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
 
 #: What is not taken, and what the message must name.
 REFUSED: dict[str, tuple[ModelProto, str]] = {
-    "before it is computed": (
-        model([node("Relu", "a", "y"), node("Neg", "x", "a")], [value("x", (2,))], [value("y")]),
-        "value 'a': expected a use after it is computed",
+    "never computed": (
+        model([node("Relu", "a", "y")], [value("x", (2,))], [value("y")]),
+        "value 'a': expected an input, a constant or a node that computes it",
     ),
     "an output of integers": (
         model(

@@ -124,5 +124,5 @@ def test_what_was_folded_into_a_convolution_that_is_not_taken() -> None:
     ]
     model = model_of(nodes, {"x": (1, 2, 5, 5), "k": (2, 2, 1, 1)}, ["y"], {"w": HALVES[:2, :2, None, None]})
     made, outside = parts_of(model)
-    assert outside == {"Conv 'open'": "its weights are no constants"}
+    assert outside == {"Conv 'open'": "its weights are no constants: 'k' is an input"}
     assert [(part.inputs, part.outputs) for part in made.networks] == [(["a"], ["y"])]

@@ -1,39 +1,43 @@
-"""Operators that ONNX Runtime's quantiser writes, in ONNX's own: DequantizeLinear, what they compute, QuantizeLinear.
+"""Operators of ONNX Runtime's own in ONNX's: those that its quantiser writes, and those that its optimiser makes of
+convolutions with what follows them.
 
-That is how their documentation defines them. An operator that is spelled out elsewhere stays as it is.
+Of the former their documentation says: DequantizeLinear, what they compute, QuantizeLinear. One with an attribute that
+is not known here stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from onnx import GraphProto, ModelProto, NodeProto, helper
+from onnx import GraphProto, NodeProto, helper
+
+from .graph import ROOTS, graphs_of
 
 #: The domain of ONNX Runtime's own operators.
 DOMAIN = "com.microsoft"
 
 _Speller: TypeAlias = Callable[[NodeProto], Iterator[NodeProto]]
+#: An operator, its operands after the first, and its attributes.
+_Step: TypeAlias = tuple[str, list[str], dict[str, Any]]
 
 
-def spell_out(model: ModelProto) -> None:
-    """Replace what is known in a model, whose functions are inlined."""
-    _in_graph(model.graph)
-
-
-def _in_graph(graph: GraphProto) -> None:
-    nodes = [made for node in graph.node for made in _spelled(node)]
-    if len(nodes) != len(graph.node) or any(a is not b for a, b in zip(nodes, graph.node, strict=True)):
-        copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del graph.node[:]
-        graph.node.extend(copies)
+def spell_out(graph: GraphProto) -> None:
+    """Replace what is known in a graph and in those inside its nodes; functions are inlined."""
+    for inside in graphs_of(graph):
+        nodes = [made for node in inside.node for made in _spelled(node)]
+        if len(nodes) != len(inside.node) or any(a is not b for a, b in zip(nodes, inside.node, strict=True)):
+            copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+            del inside.node[:]
+            inside.node.extend(copies)
 
 
 def _spelled(node: NodeProto) -> Iterator[NodeProto]:
-    if node.domain == DOMAIN and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+    domain = "" if node.domain in ROOTS else node.domain
+    if domain == DOMAIN and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         yield helper.make_node(node.op_type, node.input, node.output, node.name, **_attributes(node))
-    elif (node.domain, node.op_type) in _KNOWN:
-        yield from _KNOWN[node.domain, node.op_type](node)
+    elif (domain, node.op_type) in _KNOWN:
+        yield from _KNOWN[domain, node.op_type](node)
     else:
         yield node
 
@@ -98,8 +102,94 @@ def _gemm(node: NodeProto) -> Iterator[NodeProto]:
         yield helper.make_node("QuantizeLinear", [value, *filter(None, given[7:9])], node.output, f"{node.name}/stored")
 
 
+# ---- convolutions ------------------------------------------------------------------------------
+
+_CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
+#: What FusedConv may end with, and the attributes that its ``activation_params`` are there.
+_ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "Relu": (),
+    "Sigmoid": (),
+    "Tanh": (),
+    "LeakyRelu": ("alpha",),
+    "HardSigmoid": ("alpha", "beta"),
+    "Clip": ("min", "max"),
+}
+
+
+def _fused_convolution(last: bool) -> _Speller:
+    """Spells ``activation(Conv(X, W, B) + Z)``; ``last``: of X, Z and the result channels are the last axis."""
+
+    def spell(node: NodeProto) -> Iterator[NodeProto]:
+        values, name = _attributes(node), node.name or node.output[0]
+        activation = values.get("activation", b"").decode(errors="replace")
+        numbers, wanted = values.get("activation_params", ()), _ACTIVATIONS.get(activation)
+        rank = _rank(values) if last else 0
+        if values.keys() - {*_CONV, "activation", "activation_params"} or (last and not rank):
+            return (yield node)
+        if activation and (wanted is None or len(numbers) != len(wanted)):
+            return (yield node)
+        src, weights, bias, added = [*node.input, "", "", ""][:4]
+        steps: list[_Step] = [("Conv", [weights, bias] if bias else [weights], _attributes(node, *_CONV))]
+        if added and last:
+            moved = f"{node.output[0]}/residual"
+            yield helper.make_node("Transpose", [added], [moved], moved, perm=_channels_first(rank))
+            added = moved
+        if added:
+            steps.append(("Add", [added], {}))
+        if activation == "Clip":
+            bounds = [f"{node.output[0]}/{bound}" for bound in wanted or ()]
+            for bound, number in zip(bounds, numbers, strict=True):
+                yield helper.make_node("Constant", [], [bound], bound, value_float=number)
+            steps += [("Max", bounds[:1], {}), ("Min", bounds[1:], {})]  # of every version, unlike Clip
+        elif activation:
+            steps.append((activation, [], dict(zip(wanted or (), numbers, strict=True))))
+        yield from _chain(name, src, _turned(steps, rank), node.output[0])
+
+    return spell
+
+
+def _quantised_convolution(node: NodeProto) -> Iterator[NodeProto]:
+    """ONNX Runtime's own QLinearConv, which may have the channels last."""
+    values = _attributes(node)
+    last = bool(values.pop("channels_last", 0))
+    rank = _rank(values) if last else 0
+    if values.keys() - set(_CONV) or (last and not rank):
+        return (yield node)
+    steps: list[_Step] = [("QLinearConv", list(node.input[1:]), values)]
+    yield from _chain(node.name or node.output[0], node.input[0], _turned(steps, rank), node.output[0])
+
+
+def _rank(values: Mapping[str, Any]) -> int:
+    """The spatial axes that a convolution's attributes tell of; 0 where they tell of none."""
+    return next((len(values[name]) for name in ("kernel_shape", "strides", "dilations") if name in values), 0)
+
+
+def _channels_first(rank: int) -> list[int]:
+    return [0, rank + 1, *range(1, rank + 1)]
+
+
+def _turned(steps: list[_Step], rank: int) -> list[_Step]:
+    """What is computed with channels as the second axis, of tensors that have them as the last; 0: as it is."""
+    if not rank:
+        return steps
+    back = [0, *range(2, rank + 2), 1]
+    return [("Transpose", [], {"perm": _channels_first(rank)}), *steps, ("Transpose", [], {"perm": back})]
+
+
+def _chain(name: str, src: str, steps: Sequence[_Step], output: str) -> Iterator[NodeProto]:
+    """Nodes each of which takes what the one before gives; a convolution among them has the name."""
+    for number, (operator, others, attributes) in enumerate(steps, 1):
+        result = output if number == len(steps) else f"{output}/{number}"
+        called = name if "Conv" in operator else f"{name}/{operator.lower()}{number}"
+        yield helper.make_node(operator, [src, *others], [result], called, **attributes)
+        src = result
+
+
 _POOL = ("auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides")
 _KNOWN: dict[tuple[str, str], _Speller] = {
+    (DOMAIN, "FusedConv"): _fused_convolution(last=False),
+    (DOMAIN, "NhwcFusedConv"): _fused_convolution(last=True),
+    (DOMAIN, "QLinearConv"): _quantised_convolution,
     ("", "QLinearMatMul"): _between("MatMul", (0, 3), 6),
     (DOMAIN, "QLinearAdd"): _between("Add", (0, 3), 6),
     (DOMAIN, "QLinearMul"): _between("Mul", (0, 3), 6),

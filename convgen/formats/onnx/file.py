@@ -13,6 +13,7 @@ import io
 import math
 import os
 import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -127,7 +128,7 @@ class ModelFile:
             return self._read(self._file, offset, length, where)
         if self.folder is None:
             raise SpecError("location", "a path to the model, for its external data", "a model in memory", where)
-        with _open_inside(self.folder, location, where) as file:
+        with _open_external(self.folder, Path(self.where), location, where) as file:
             return self._read(file, offset, length, where)
 
     @staticmethod
@@ -158,14 +159,48 @@ def _open(path: Path) -> tuple[BinaryIO, int]:
     raise SpecError("file", "a file", kind, str(path))
 
 
-def _open_inside(folder: Path, location: str, where: str) -> BinaryIO:
-    """A regular file below ``folder``, reached without a link or a step up.
+def _open_external(folder: Path, model: Path, location: str, where: str) -> BinaryIO:
+    """A regular file below the model's folder; or, where that has links, below what holds the real model.
 
-    Every step is opened relative to the one before, so that nothing can be exchanged in between.
+    A cache such as Hugging Face's has links ``snapshots/REVISION/…`` into ``blobs/``: data may lie beside the real
+    model, or in that cache's ``blobs``. A link to anywhere else is refused.
     """
     parts = PurePosixPath(location).parts
     if not parts or "\0" in location or location.startswith("/") or ".." in parts:
         raise SpecError("location", "a relative path inside the model's folder", repr(location), where)
+    try:
+        return _open_below(folder, parts)
+    except OSError as error:
+        linked = error.errno in (errno.ELOOP, errno.ENOTDIR)
+        failure, found = error, "one through a link or a file" if linked else error.strerror
+    if linked:
+        real = Path(os.path.realpath(folder.joinpath(*parts)))
+        for root in _roots(folder, model):
+            if real.is_relative_to(root):
+                try:
+                    return _open_below(root, real.relative_to(root).parts)
+                except OSError as error:
+                    failure, found = error, error.strerror
+    raise SpecError("location", "a file inside the model's folder", f"{location!r}: {found}", where) from failure
+
+
+def _roots(folder: Path, model: Path) -> Iterator[Path]:
+    """Real folders that data which is reached by a link may be in."""
+    yield Path(os.path.realpath(folder))
+    yield Path(os.path.realpath(model)).parent
+    for parent in Path(os.path.abspath(folder)).parents:
+        if parent.name == "snapshots":
+            yield Path(os.path.realpath(parent.parent / "blobs"))
+
+
+def _open_below(folder: Path, parts: Sequence[str]) -> BinaryIO:
+    """A regular file, reached without a link.
+
+    Every step is opened relative to the one before, so that nothing can be exchanged in between.
+
+    Raises:
+        OSError: there is none; ELOOP or ENOTDIR where a link is on the way.
+    """
     at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for number, part in enumerate(parts, 1):
@@ -174,14 +209,9 @@ def _open_inside(folder: Path, location: str, where: str) -> BinaryIO:
             os.close(at)
             at = inner
         if not stat.S_ISREG(os.fstat(at).st_mode):
-            raise SpecError("location", "a regular file", repr(location), where)
+            raise OSError(errno.EINVAL, "not a regular file")
         return open(at, "rb")
-    except OSError as error:
-        os.close(at)
-        links = (errno.ELOOP, errno.ENOTDIR)
-        found = "one through a link or a file" if error.errno in links else error.strerror
-        raise SpecError("location", "a file inside the model's folder", f"{location!r}: {found}", where) from error
-    except SpecError:
+    except OSError:
         os.close(at)
         raise
 

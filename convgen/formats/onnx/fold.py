@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NoReturn, Protocol
 
@@ -301,8 +301,8 @@ class Fold:
     # ---- arrays ----
 
     def arrays(self) -> dict[str, Array]:
-        """``weights [bias] [slope]`` with everything folded in float64; empty where one is given at run time."""
-        if not all(map(self.scope.constant, [*self.parameters, *filter(None, [self.slope])])):
+        """``weights [bias] [slope]`` with everything folded in float64; empty where :meth:`unknown` says why."""
+        if self.unknown():
             return {}
         spec, weights = self.spec, self.scope.value(self.weights)
         scale, shift = np.ones(spec.oc), np.zeros(spec.oc)
@@ -320,6 +320,25 @@ class Fold:
         if self.slope:
             found["slope"] = narrow(self._channels(self.slope), spec.dtype)
         return found
+
+    def unknown(self) -> str:
+        """Why the arrays are not known: a parameter that is given or computed when the model runs; empty if all are."""
+        return self.reason([*self.parameters, self.slope])
+
+    def reason(self, names: Sequence[str]) -> str:
+        """Why one of these values is not known before the model runs; empty if all are."""
+        scope = self.scope
+        for name in filter(None, names):
+            if scope.constant(name):
+                continue
+            owner = scope.owner(name)
+            index = owner.producers.get(name) if owner else None
+            if owner is None or index is None:
+                return f"{name!r} is an input"
+            node = owner.nodes[index]
+            reason = scope.reason(name) or "not of constants alone, or not the same every time"
+            return f"{name!r} is computed by {node.op_type} {owner.name(node)!r}: {reason}"
+        return ""
 
     def _affine(self, node: NodeProto, x: str) -> tuple[F64 | float, F64 | float]:
         """The factor and addend per channel that a node applies to ``x``."""

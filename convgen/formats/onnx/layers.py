@@ -21,8 +21,9 @@ from ...errors import ConvgenError, SpecError, UnsupportedError
 from ...problem.dtypes import save
 from .file import ModelFile
 from .fold import Fold
-from .graph import ROOTS, Scope, prepare, text
-from .node import OnnxLayer
+from .graph import ROOTS, Scope, static, text
+from .node import OnnxLayer, convolves, why_unread
+from .prepare import prepare
 from .quantised import QuantisedFold, is_quantised
 
 #: Conv has always meant the same, but before this opset Add and others were broadcast another way.
@@ -30,14 +31,17 @@ FOLDING_OPSET = 7
 CONVOLUTIONS = ("Conv", "ConvTranspose", "QLinearConv", "ConvInteger")
 
 
+def _is_read(node: NodeProto) -> bool:
+    return node.op_type in CONVOLUTIONS and node.domain in ROOTS
+
+
 def read_layers(source: str | Path | ModelProto, dims: Mapping[str, int], arrays: bool) -> list[OnnxLayer]:
     """See :func:`convgen.formats.onnx.reader.layers_from_onnx`; this one works in this process."""
     with ModelFile(source) as file:
         folded = folded_graphs(file, dims, arrays)
-    graphs, layers = [graph for graph, _ in folded], [layer for _, found in folded for layer in found]
+    layers = [layer for _, found in folded for layer in found]
     if not layers:
-        found = sorted({node.op_type for graph in graphs for node in graph.nodes if "Conv" in node.op_type})
-        raise SpecError("model", f"a node {', '.join(CONVOLUTIONS)}", ", ".join(found) or "none", file.where)
+        raise SpecError("model", f"a node {', '.join(CONVOLUTIONS)}", "none", file.where)
     return layers
 
 
@@ -51,7 +55,7 @@ def folded_graphs(
             as what the graph says, one of f32.
 
     Raises:
-        SpecError: see :func:`convgen.formats.onnx.graph.prepare`.
+        SpecError: see :func:`convgen.formats.onnx.prepare.prepare`.
     """
     graphs, unknown = prepare(file, dims)
     old = any(opset.domain in ROOTS and opset.version < FOLDING_OPSET for opset in file.proto.opset_import)
@@ -68,11 +72,11 @@ class _Reader:
         self._lost: dict[str, str] = {}
 
     def layers(self, arrays: bool) -> list[OnnxLayer]:
-        nodes = [i for i, n in enumerate(self.scope.nodes) if n.op_type in CONVOLUTIONS and n.domain in ROOTS]
+        nodes = [i for i, n in enumerate(self.scope.nodes) if _is_read(n) or convolves(n)]
         depth: dict[str, int] = defaultdict(int)  # value -> number of convolutions on the longest path to it
         for node in self.scope.nodes:
             before = max((depth[name] for name in node.input), default=0)
-            depth.update(dict.fromkeys(node.output, before + (node.op_type in CONVOLUTIONS)))
+            depth.update(dict.fromkeys(node.output, before + _is_read(node)))
         # The deepest convolution first, so that it is the one that takes an addition in which several meet.
         order = sorted(nodes, key=lambda index: (depth[self.scope.nodes[index].output[0]], index), reverse=True)
         layers = {index: self._layer(self.scope.nodes[index], arrays) for index in order}
@@ -84,7 +88,8 @@ class _Reader:
         while name not in self._lost and (index := self.scope.producers.get(name)) is not None:
             node = self.scope.nodes[index]
             way.append(name)
-            self._lost[name] = f" after {node.op_type} {(node.name or node.output[0])!r}"
+            reason = self.scope.reason(name)
+            self._lost[name] = f" after {node.op_type} {(node.name or node.output[0])!r}{reason and ': '}{reason}"
             name = next((i for i in node.input if i and "?" in text(self.scope.shape(i))), "")
         culprit = self._lost.get(name) or (self._lost[way[-1]] if way else "")
         self._lost.update(dict.fromkeys(way, culprit))
@@ -93,10 +98,15 @@ class _Reader:
     def _layer(self, node: NodeProto, arrays: bool) -> OnnxLayer:
         name = self.scope.name(node)
         where = f"{self.where}: {node.op_type} {name!r}"
+        if not _is_read(node):
+            return OnnxLayer(name, node.op_type, None, UnsupportedError(f"{where}: {why_unread(node)}"))
         try:
             fold = self._fold(node, where)
+            dst = self.scope.shape(fold.dst)
+            if static(dst) and dst != fold.spec.dst_shape:
+                raise SpecError("dst", f"shape {text(fold.spec.dst_shape)} as src and weights give", text(dst))
             layer = OnnxLayer(name, node.op_type, fold.spec, None, fold.src, fold.dst, fold.residual)
-            return replace(layer, arrays=fold.arrays()) if arrays else layer
+            return replace(layer, arrays=fold.arrays(), unknown=fold.unknown()) if arrays else layer
         except SpecError as error:
             place = error.where.removeprefix(self.where).removeprefix(": ")  # of a tensor's data
             found = SpecError(error.field, error.expected, error.found, f"{where}: {place}" if place else where)
@@ -145,7 +155,7 @@ def _child() -> None:
 
 def _plain(layer: OnnxLayer) -> dict[str, Any]:
     """A layer as JSON values."""
-    plain = {name: getattr(layer, name) for name in ("name", "operator", "src", "dst", "residual")}
+    plain = {name: getattr(layer, name) for name in ("name", "operator", "src", "dst", "residual", "unknown")}
     plain["spec"] = layer.spec.to_dict() if layer.spec else None
     plain["refusal"] = _told(layer.refusal) if layer.refusal else None
     return plain | {"arrays": list(layer.arrays)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,20 +12,22 @@ from ...problem.spec import ConvSpec
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from onnx import NodeProto
 
 
 @dataclass(frozen=True)
 class OnnxLayer:
-    """A Conv, ConvTranspose or QLinearConv node as it was read.
+    """A node that convolves as it was read.
 
     Attributes:
         name: the node's, or that of its output; inside a function or subgraph with the path to it.
-        operator: ``Conv``, ``ConvTranspose`` or ``QLinearConv``.
+        operator: ``Conv``, ``ConvTranspose``, ``QLinearConv``, ``ConvInteger``, or another one, which is refused.
         spec: what it computes with everything folded; None where it was refused.
         refusal: why it was refused; None where it was not.
         src, dst, residual: the model's values that these tensors of the spec are; "" where there is none.
         arrays: ``weights [bias] [slope] [scale]`` of the spec, as ``kernel.bind`` takes them; empty unless asked for,
-            and where the model has one of them as an input.
+            and where one of them is known only when the model runs.
+        unknown: why arrays that were asked for are not known.
     """
 
     name: str
@@ -35,6 +38,38 @@ class OnnxLayer:
     dst: str = ""
     residual: str = ""
     arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict, compare=False, repr=False)
+    unknown: str = ""
+
+
+# ---- other nodes that convolve ----------------------------------------------------------------
+
+#: Words in the names of operators that convolve, of any domain: ``DeformConv``, ``aten::conv2d``, ``DCNv2``.
+_CONVOLVES = re.compile(r"conv(?!ert|ersion|erg|ex|ey)|dcn(?:v\d|$)", re.IGNORECASE)
+_REASONS = {
+    "DeformConv": "its windows move with offsets that are computed",
+    "CausalConvWithState": "it has a state that is passed on",
+    "ConvTransposeWithDynamicPads": "its padding is given when it runs",
+}
+_DOMAINS = {
+    "com.microsoft.nchwc": "blocked for one processor by ONNX Runtime's last optimisations; give the model as it was, "
+    "or one optimised as far as ORT_ENABLE_EXTENDED",
+    "com.ms.internal.nhwc": "of ONNX Runtime's own, with another layout of its weights",
+}
+
+
+def convolves(node: NodeProto) -> bool:
+    """Whether a node convolves by its name; those of PyTorch's ATen say it in an attribute."""
+    called = [a.s.decode(errors="replace") for a in node.attribute if a.name in ("operator", "name", "func_name")]
+    generic = node.op_type in ("ATen", "ATenOp", "PythonOp", "PyOp", "ExternalOp")
+    return any(map(_CONVOLVES.search, [node.op_type, *(called if generic else [])]))
+
+
+def why_unread(node: NodeProto) -> str:
+    """Why a node that convolves is not one that is read."""
+    if reason := _REASONS.get(node.op_type):
+        return f"{reason}; no layer has that"
+    domain = node.domain or "ai.onnx"
+    return f"an operator of the domain {domain!r}, {_DOMAINS.get(domain, 'which is not known here')}"
 
 
 # ---- what a node means ------------------------------------------------------------------------

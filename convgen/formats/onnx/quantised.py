@@ -265,8 +265,7 @@ class QuantisedFold(Fold):
     def arrays(self) -> dict[str, Array]:
         """The spec's parameters; empty where one is given at run time, but for a ``src_zero`` that is not known."""
         spec = self.spec
-        zeros = [stored.zero for what, stored in self.stored.items() if stored.zero and what != "src"]
-        if not all(map(self.scope.constant, [*self.parameters, *zeros])):
+        if self.reason([*self.parameters, *(stored.zero for what, stored in self.stored.items() if what != "src")]):
             return {}
         found: dict[str, Array] = {"weights": self.scope.value(self.weights)}
         if spec.weights_dtype == "i8" and not spec.weights_zero:
@@ -284,6 +283,9 @@ class QuantisedFold(Fold):
                 values = self._by_channel(what, "zero", 0)
                 found[f"{what}_zero"] = np.array(values[: spec.shapes[f"{what}_zero"][0]])
         return found
+
+    def unknown(self) -> str:
+        return self.reason([*self.parameters, *(stored.zero for stored in self.stored.values())])
 
     def _bias(self, src: Array, weights: Array) -> Array:
         """The bias as i32, in steps of the products' scale; rounded to them where it is stored otherwise."""

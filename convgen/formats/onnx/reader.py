@@ -32,7 +32,7 @@ TIMEOUT, MEMORY = 120, 2 << 30
 def specs_from_onnx(
     source: str | Path | ModelProto, dims: Mapping[str, int] | None = None, skipped: list[str] | None = None
 ) -> list[SpecEntry]:
-    """The Conv, ConvTranspose and QLinearConv nodes of a model as specs, identical ones merged.
+    """The nodes of a model that convolve as specs, identical ones merged.
 
     See :func:`layers_from_onnx`. The first node that is refused raises its error, or, where ``skipped``
     is given, each of them is left out and the reason appended there.
@@ -57,7 +57,13 @@ def instances_from_onnx(
 def layers_from_onnx(
     source: str | Path | ModelProto, dims: Mapping[str, int] | None = None, *, arrays: bool = False
 ) -> list[OnnxLayer]:
-    """The Conv, ConvTranspose and QLinearConv nodes of a model, those inside functions and subgraphs included.
+    """The nodes of a model that convolve, those inside functions and subgraphs included.
+
+    Read are Conv, ConvTranspose, QLinearConv and ConvInteger, and of ONNX Runtime's own FusedConv, NhwcFusedConv and
+    QLinearConv. Others that convolve by their name, of any domain, are there with a refusal. Shapes are derived from
+    the inputs' and from constants; what the file stores about values between is used where nothing else tells, unless
+    a part of it is another graph's. Nodes may stand in any order; of an If whose condition is a constant the branch
+    that is taken stands in its place.
 
     What follows a node is folded into its spec when that is exact and nothing else uses the value
     between: a scale or shift per channel that is known beforehand (BatchNormalization, or arithmetic
@@ -76,7 +82,7 @@ def layers_from_onnx(
     Returns:
         One layer per node in the order of the graph; what cannot be read has its refusal: a
         SpecError (a shape that is not known, a wrong attribute) or an UnsupportedError (a dtype or
-        rank that specs lack).
+        rank that specs lack, an operator that is not read).
 
     Raises:
         SpecError: not an ONNX model, no convolution in it, or shapes that contradict each other.

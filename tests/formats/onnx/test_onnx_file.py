@@ -18,7 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto, external_data_helper, helpe
 
 from convgen.errors import ConvgenError, SpecError
 from convgen.formats.onnx import file as onnx_file
-from convgen.formats.onnx import graph as onnx_graph
+from convgen.formats.onnx import functions as onnx_functions
 from convgen.formats.onnx import reader as onnx_reader
 from convgen.formats.onnx.file import ModelFile
 from convgen.formats.onnx.layers import read_layers
@@ -112,7 +112,9 @@ def test_external_weights_are_not_needed(external: Path) -> None:
 
 def test_a_missing_file_of_small_tensors(external: Path) -> None:
     (external.parent / "data" / "weights.bin").unlink()
-    assert "src: expected a shape that shape inference finds, found ? after Reshape 'x'" in refusal(external)
+    found = refusal(external)
+    assert "src: expected a shape that shape inference finds, found [?, ?, ?, ?] after Reshape 'x': " in found
+    assert "tensor 'shape': location: expected a file inside the model's folder" in found
 
 
 def _link(folder: Path, data: Path) -> str:
@@ -159,6 +161,49 @@ def test_locations_outside_the_folder(external: Path, tmp_path: Path, how: str, 
     assert "\n" not in found
     if tensor == "w":
         assert read_layers(path, {}, arrays=False)[0].spec == SPEC
+
+
+def cached(tmp_path: Path, data: str = "blobs", linked: bool = True) -> Path:
+    """A model as Hugging Face caches it: links in ``snapshots/…`` to its files, whose names are hashes."""
+    for folder in ("blobs", "elsewhere", "snapshots/main/onnx", "made"):
+        (tmp_path / folder).mkdir(parents=True)
+    source = made([conv()], arrays={"w": np.arange(4 * 4 * 3 * 3, dtype=np.float32).reshape(4, 4, 3, 3)})
+    onnx.save(source, tmp_path / "made/m.onnx", save_as_external_data=True, size_threshold=0, location="m.onnx_data")
+    (tmp_path / "made/m.onnx").rename(tmp_path / "blobs/aaaa")
+    (tmp_path / "made/m.onnx_data").rename(tmp_path / data / "bbbb")
+    path = tmp_path / "snapshots/main/onnx/m.onnx"
+    if linked:
+        path.symlink_to("../../../blobs/aaaa")
+    else:
+        (tmp_path / "blobs/aaaa").rename(path)
+    (path.parent / "m.onnx_data").symlink_to(f"../../../{data}/bbbb")
+    return path
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_cache_of_links(tmp_path: Path, linked: bool) -> None:
+    """Data is read where the real model's folder, or the cache's, has it; from the working directory too."""
+    path = cached(tmp_path, linked=linked)
+    (layer,) = layers_from_onnx(path, arrays=True)
+    np.testing.assert_array_equal(layer.arrays["weights"].ravel(), np.arange(144, dtype=np.float32))
+    code = (
+        "import convgen.onnx_reader as r; print(r.layers_from_onnx('m.onnx', arrays=True)[0].arrays['weights'].sum())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=path.parent, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, str(np.arange(144, dtype=np.float32).sum())), done.stderr
+
+
+def test_a_link_within_the_folder(external: Path) -> None:
+    (external.parent / "link").symlink_to("data/weights.bin")
+    (layer,) = layers_from_onnx(moved(external, location="link"), arrays=True)
+    assert layer.arrays["weights"].shape == (4, 4, 3, 3)
+
+
+@pytest.mark.parametrize("linked", [True, False])
+@pytest.mark.parametrize("data", ["elsewhere", "snapshots"])
+def test_a_link_out_of_a_cache(tmp_path: Path, data: str, linked: bool) -> None:
+    found = refusal(cached(tmp_path, data, linked), arrays=True)
+    assert "location: expected a file inside the model's folder, found 'm.onnx_data': one through a link" in found
 
 
 @pytest.mark.parametrize(
@@ -298,7 +343,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("functions", FUNCTIONS)
 def test_functions(functions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_graph, "MAX_NODES", 2000)
+    monkeypatch.setattr(onnx_functions, "MAX_NODES", 2000)
     call = helper.make_node("f0", ["x"], ["h"], domain="local")
     found = refusal(made([call, conv("h")], functions=FUNCTIONS[functions]))
     assert "functions: expected " in found
@@ -322,8 +367,18 @@ def referring(node: NodeProto) -> NodeProto:
 @pytest.mark.parametrize(
     ("nodes", "message"),
     [
-        ([helper.make_node("Add", ["x", "h"], ["g"]), helper.make_node("Relu", ["g"], ["h"]), conv("h")], "value 'h'"),
-        ([conv("h"), helper.make_node("Relu", ["x"], ["h"])], "value 'h': expected a use after it is computed"),
+        (
+            [helper.make_node("Add", ["x", "h"], ["g"]), helper.make_node("Relu", ["g"], ["h"]), conv("h")],
+            "value 'g': expected one that does not depend on itself",
+        ),
+        (
+            [helper.make_node("Add", ["x", "h"], ["h"]), conv("h")],
+            "value 'h': expected one that does not depend on itself",
+        ),
+        (
+            [conv("h")],
+            "value 'h': expected an input, a constant or a node that computes it, found none for Conv 'layer'",
+        ),
         ([helper.make_node("Relu", ["x"], ["h"])] * 2 + [conv("h")], "value 'h': expected one node that computes it"),
         ([helper.make_node("Relu", ["x"], ["x"]), conv()], "value 'x': expected one node that computes it"),
         ([helper.make_node("Relu\nx", ["x"], ["h"]), conv()], r"a node 'Relu\nx' with 1 outputs"),
@@ -362,7 +417,7 @@ SHAPES = {
             (1, 4, 2**13, 2**13),
             arrays={"s": np.array([2, 4, 2**13, 2**13])},
         ),
-        "value 'h': expected a constant of at most 268435456 elements, from 256 nodes, found more",
+        "value 'h': expected a constant of at most 268435456 elements, from 256 nodes and 7e+10 products, found more",
     ),
 }
 
@@ -489,14 +544,28 @@ def test_its_errors_are_those_of_this_process(tmp_path: Path) -> None:
     assert (caught.value.field, str(caught.value)) == ("file", refusal(path))
 
 
-def test_a_bomb_for_shape_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes that double 40 times; the process ends at its limit of memory, and this one does not."""
+def test_sizes_that_explode(tmp_path: Path) -> None:
+    """A shape whose length doubles 40 times: nothing asks for its elements."""
     nodes = [helper.make_node("Shape", ["x"], ["s0"])]
     nodes += [helper.make_node("Concat", [f"s{i}"] * 2, [f"s{i + 1}"], axis=0) for i in range(40)]
+    nodes += [helper.make_node("Reshape", ["x", "s40"], ["r"]), conv("r")]
     path = tmp_path / "bomb.onnx"
-    path.write_bytes(made([*nodes, conv()]).SerializeToString())
-    monkeypatch.setattr(onnx_reader, "MEMORY", 512 << 20)
-    with pytest.raises(SpecError, match="file: expected a model that can be read"):
+    path.write_bytes(made(nodes).SerializeToString())
+    assert "src: expected a shape that shape inference finds, found ? after Reshape 'r'" in refusal(path)
+
+
+def test_a_bomb_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integers whose zero points are taken off; the process ends at its limit of memory, and this one does not."""
+    arrays = {"s": np.array([2**9, 4, 2**8, 2**9]), "one": np.array(1, np.float32), "zero": np.array(1, np.int8)}
+    value = numpy_helper.from_array(np.array([3], np.int8))
+    nodes = [helper.make_node("ConstantOfShape", ["s"], ["v"], value=value)]
+    nodes += [helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["q"])]
+    operands = ["q", "one", "zero", "v", "one", "zero", "one", "zero"]
+    nodes += [helper.make_node("QLinearConv", operands, ["y"], name="layer")]
+    path = tmp_path / "bomb.onnx"
+    path.write_bytes(made(nodes, (1, 4, 2**10, 2**10), arrays=arrays).SerializeToString())
+    monkeypatch.setattr(onnx_reader, "MEMORY", 768 << 20)
+    with pytest.raises(SpecError, match="file: expected a model that can be read in 768 MiB of memory"):
         specs_from_onnx(path)
 
 
