@@ -87,7 +87,7 @@ class _Walk:
             inner, values = branch(node, body, f"{node.name or node.output[0]}/{name}", names)
             for tensor in body.initializer:
                 scope.store(values[tensor.name], tensor)
-            stored |= {values[v.name]: v.type for v in body.value_info if v.name in values} if self.trusting else {}
+            stored |= {values[value.name]: value.type for value in body.value_info if value.name in values}
             for own in inner:
                 self._take(scope, own, stored)
             return
@@ -147,11 +147,11 @@ class _Walk:
         operands = [name for name in node.input if name]
         if is_deterministic(node) and all(map(scope.constant, operands)):
             for name in outputs:
-                kind = scope.type(name)
-                if static(scope.shape(name)) or kind.HasField("sequence_type"):
+                if node.op_type in SIZED_BY_DATA:
+                    if scope.small(operands[0]) or scope.type(operands[0]).HasField("sequence_type"):
+                        scope.know(name)
+                elif static(scope.shape(name)) or scope.type(name).HasField("sequence_type"):
                     scope.constants.add(name)
-                elif node.op_type in SIZED_BY_DATA and scope.small(operands[0]):
-                    scope.know(name)
         elif node.op_type in _SHAPING and all(map(scope.parameter, operands)):
             scope.given.update(outputs)
 

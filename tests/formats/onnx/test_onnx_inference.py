@@ -110,6 +110,18 @@ def test_a_size_that_is_not_given_is_not_taken_from_what_is_stored() -> None:
     assert all("dims: expected a size for 'H'" in text for text in found.values())
 
 
+def test_a_count_of_elements_is_computed_whatever_is_stored() -> None:
+    text = (
+        "g (float[1,4,8,7] x) => (y) { o = NonZero(flags) n = Shape(o) u = Gather(n, one) z = Concat<axis=0>(u, rest) "
+    )
+    made = parsed(text + "r = Reshape(x, z) y = Conv<pads=[1,1,1,1]>(r, w) }", one=[1], rest=[4, 2, 7], w=W1)
+    made.graph.initializer.append(numpy_helper.from_array(np.array([0, 3, 1, 0, 5, 6]), "flags"))
+    made.graph.value_info.append(helper.make_tensor_value_info("o", TensorProto.INT64, [1, 1]))
+    (layer,) = layers_from_onnx(made)
+    assert layer.spec is not None, layer.refusal
+    assert layer.spec.src_shape == (4, 4, 2, 7)  # 4 flags are set
+
+
 def test_operands_that_contradict_each_other_are_named() -> None:
     text = "g (float[1,4,8,8] x) => (y, z) { c = Conv(x, w) a = Add(c, x) y = Conv(a, w2) z = Conv(x, w) }"
     model = store(parsed(text, w=W1, w2=W2), [1, 6, 6, 6], "a")
