@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import NotTakenError
+from ..errors import NotTakenError, UnsupportedError
 from ..formats.sources import write_text
 from ..problem.tokens import ACCURACIES
 from ..report.words import plural
@@ -38,6 +38,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..bridges.onnxruntime import OnnxRuntimeModel
+    from ..network.check.validate import NetworkReport
     from ..network.network import Network
     from ..records.opening import Records
     from ..report.profile import NetworkProfile
@@ -115,15 +116,21 @@ def compile_model(
 
     A model of which something is not taken is refused, with the exit status 2: all such nodes are listed, and why.
 
+    With another processor as --target, such as cpu:cortex-a72, it is compiled for that one, and checked in QEMU against
+    ONNX Runtime; where QEMU is missing, it is said so.
+
     With --for onnxruntime the folder holds an ONNX model and a library of custom operators. What is not taken of the
     model stays in it as it was.
     """
     from ..api import compile as compile_network
     from ..api import for_onnxruntime
+    from ..hardware.target import check_native, resolve
 
     started = time.monotonic()
     options: dict[str, Any] = {"target": target, "threads": threads, "dims": dims, "accuracy": accuracy}
     kept = chosen_records(records, no_records)
+    if profile is not None:
+        check_native(resolve(target))
     if program == "onnxruntime":
         if seconds:
             raise click.UsageError("--seconds: expected a C library, found --for onnxruntime")
@@ -145,7 +152,15 @@ def compile_model(
         network = compiled(kept)
     except NotTakenError as error:
         return _refuse(error, as_json)
-    manifest = network.export(out, facts={"model": model.name, "accuracy": accuracy})
+    facts: dict[str, Any] = {"model": model.name, "accuracy": accuracy}
+    if not network.target.native:
+        report = _emulated(network, model)
+        if report is not None and not report.passed:
+            failed = next(check for check in report.checks if not check.passed)
+            note(f"convgen: {network.name}: {failed.name}: {failed.found}")
+            return FAILED
+        facts["validation"] = None if report is None else report.to_dict()
+    manifest = network.export(out, facts=facts)
     taken = time.monotonic() - started
     profiles = _profile(network, compiled, profile) if profile is not None else []
     if as_json:
@@ -168,6 +183,15 @@ def _tune(model: Path, seconds: float, options: dict[str, Any], records: Records
     for times in found:
         note(network_line(times))
     return found
+
+
+def _emulated(network: Network, model: Path) -> NetworkReport | None:
+    """The checks of a network for another CPU; None, which is said with the reason, where nothing here runs it."""
+    try:
+        return network.validate(model)
+    except UnsupportedError as error:
+        note(f"convgen: not validated: {error}")
+        return None
 
 
 @contextmanager

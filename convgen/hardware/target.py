@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import math
+import platform
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,6 +67,11 @@ class Target:
     def on_device(self) -> bool:
         """Whether kernels run on a device that has memory of its own."""
         return bool(self.arch)
+
+    @property
+    def architecture(self) -> str:
+        """The CPU's, by the name ``uname -m`` has: ``x86_64``, ``aarch64``; of a GPU, this machine's."""
+        return str(json.loads(self.tvm_config).get("mtriple", platform.machine())).partition("-")[0]
 
     @property
     def lanes(self) -> int:

@@ -96,17 +96,20 @@ def link(interface: Interface, object_file: Path, out: Path, *, archive: bool = 
     return out
 
 
-def link_network(name: str, entry: str, functions: Sequence[bytes], out: Path, *, archive: bool = False) -> Path:
+def link_network(
+    name: str, entry: str, functions: Sequence[bytes], out: Path, arch: str = NATIVE, *, archive: bool = False
+) -> Path:
     """Link the functions of a network with the runtime and write ``out``, as :func:`link` does for a kernel.
 
     Args:
         entry: the C file that describes the network. It knows a function by its number: ``function0_main`` ….
         functions: their object files, each of which defines ``__tvm_ffi_main``.
+        arch: the architecture that they are for.
 
     Raises:
         BuildError: as :func:`link`.
     """
-    return _link_numbered(name, entry, functions, NETWORK_SOURCES, out, archive)
+    return _link_numbered(name, entry, functions, NETWORK_SOURCES, out, arch, archive)
 
 
 def link_packers(name: str, functions: Sequence[bytes], out: Path) -> Path:
@@ -114,7 +117,7 @@ def link_packers(name: str, functions: Sequence[bytes], out: Path) -> Path:
     ``int <name>_pack(int function, const convgen_tensor *tensors, void *const *data, int count)``.
 
     Args:
-        functions: the kernels' object files, each of which defines ``__tvm_ffi_pack``.
+        functions: object files of this machine, each of which defines ``__tvm_ffi_pack``.
 
     Raises:
         BuildError: as :func:`link`.
@@ -132,14 +135,19 @@ def link_packers(name: str, functions: Sequence[bytes], out: Path) -> Path:
         "}",
         "",
     ]
-    return _link_numbered(name, "\n".join(entry), functions, PACKING_SOURCES, out)
+    return _link_numbered(name, "\n".join(entry), functions, PACKING_SOURCES, out, NATIVE)
 
 
 def _link_numbered(
-    name: str, entry: str, functions: Sequence[bytes], sources: tuple[str, ...], out: Path, archive: bool = False
+    name: str,
+    entry: str,
+    functions: Sequence[bytes],
+    sources: tuple[str, ...],
+    out: Path,
+    arch: str,
+    archive: bool = False,
 ) -> Path:
     """Link functions, which the C file ``entry`` knows by their numbers."""
-    arch = architecture(functions[0]) if functions else NATIVE
     try:
         with TemporaryFolder(out.parent) as folder:
             (folder / "entry.c").write_text(entry, encoding="utf-8")

@@ -117,6 +117,22 @@ def compile_object(lowered: Lowered, path: Path) -> Workspace:
 
 
 @interrupts_held()
+def compile_packer(lowered: Lowered) -> bytes:
+    """The object file of a candidate's ``pack`` alone, for this machine whatever the candidate is for.
+
+    Raises:
+        BuildError: TVM or LLVM failed.
+    """
+    import tvm
+
+    try:
+        module, config = tvm.IRModule({"pack": lowered.module["pack"]}), _tvm_target({"kind": "llvm"})
+        return _object(_codegen(_lowered_builtins(module, config), config))
+    except Exception as error:  # as in lower
+        raise BuildError(f"{lowered.spec.descriptor}: the packing of weights does not compile: {error}") from error
+
+
+@interrupts_held()
 def compile_function(module: Any, target: Target, aligned: Iterable[str]) -> tuple[bytes, Workspace]:
     """The object file of a module whose function ``main`` is not a convolution, for a CPU; and its scratch memory.
 

@@ -19,7 +19,7 @@ from ..hardware.target import Target
 from ..lowering.interface import TensorInfo, boundary, round_up
 from ..lowering.kept import kept, key_of
 from ..lowering.link import link_network
-from ..lowering.lower import compile_function, compile_object, lower
+from ..lowering.lower import compile_function, compile_object, compile_packer, lower
 from ..processes import JobError, Worker
 from .choice import Choose
 from .library import NETWORK_ABI, seal
@@ -28,7 +28,7 @@ from .operators import lowered
 from .packing import Packers
 from .plan import Function, Plan, Product, Step
 from .sizes import labels_of
-from .source import Call, Code, Size, entry_source
+from .source import Call, Code, Size, entry_source, sealer_source
 from .weights import Compiled, packed_offsets, write_weights
 
 #: Functions below which it is not worth while to start a process that compiles some of them.
@@ -89,8 +89,12 @@ def compile_plans(
     objects = tuple(compiled[function].object_file for function in functions)
     code = _described(plans, target, calls, compiled, objects, end)
     entry = entry_source(code)
-    library = link_network(name, entry, objects, folder / f"lib{name}.so")
-    seal(library, name, weights)
+    library = link_network(name, entry, objects, folder / f"lib{name}.so", target.architecture)
+    if target.native:
+        seal(library, name, weights)
+    else:  # as the library would, by one of this machine that has its identity and no functions
+        sealer = link_network(name, sealer_source(code), (), folder / "sealer.so")
+        seal(sealer, name, weights)
     return Built(code, library, weights, objects, entry)
 
 
@@ -113,6 +117,7 @@ def _described(
         sizes=sizes,
         functions=len(objects),
         weights=weights,
+        arch=target.architecture,
         isa=asked(target.isa, _written(compiled)),
         identity=identity,
         version=f"convgen network ABI {NETWORK_ABI}; {name}; {identity[:16]}",
@@ -157,7 +162,8 @@ def compile_one(function: Function, target: Target) -> Compiled:
     with TemporaryFolder() as folder:
         kernel = lower(function.spec, target, function.candidate)
         workspace = compile_object(kernel, folder / "kernel.o")
-        return Compiled((folder / "kernel.o").read_bytes(), workspace, kernel.packed)
+        packer = b"" if target.native else compile_packer(kernel)
+        return Compiled((folder / "kernel.o").read_bytes(), workspace, kernel.packed, packer)
 
 
 class RecentCode:

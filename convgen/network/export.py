@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from ..errors import ExportError
 from ..folders import TemporaryFolder
+from ..kernel.arrays import Array
 from ..kernel.export import check_destination, move, write_manifest
 from ..kernel.load import MANIFEST
 from ..kernel.names import check_export_name
@@ -25,17 +27,30 @@ from ..kernel.templates import (
     workspace_constant,
 )
 from ..lowering.interface import ABI, ALIGNMENT, TensorInfo
-from ..lowering.link import architecture, link_network, source
+from ..lowering.link import link_network, source
 from ..lowering.stack import STACK
 from .compile import Built
-from .library import KIND, NETWORK_ABI, NetworkLibrary
+from .library import KIND, NETWORK_ABI
 from .source import Code, Size
+
+
+@dataclass(frozen=True)
+class Example:
+    """What ``example.c`` compares with.
+
+    Attributes:
+        outputs: computes the outputs, in their order, of inputs by name.
+        tolerance: how far they may be from the library's, as a fraction of the largest; 0 where they are its own.
+    """
+
+    outputs: Callable[[Mapping[str, Array]], Sequence[Array]]
+    tolerance: float
 
 
 def write_network(
     directory: str | os.PathLike[str],
     built: Built,
-    loaded: NetworkLibrary,
+    example: Example,
     layers: Sequence[Sequence[Mapping[str, Any]]],
     facts: Mapping[str, Any],
     seed: int = 0,
@@ -46,7 +61,7 @@ def write_network(
     All of it or nothing; an earlier export of the same name is replaced.
 
     Args:
-        loaded: the same library, which computes the example's outputs.
+        example: the outputs that are written.
         layers: of each size, its steps as JSON values.
         facts: what else the manifest says, as JSON values.
         seed: of the example's inputs.
@@ -67,7 +82,7 @@ def write_network(
         with TemporaryFolder(existing) as temporary:
             folder = temporary / target.name
             folder.mkdir()  # with the usual permissions
-            _write_files(folder, built, loaded, seed)
+            _write_files(folder, built, example, seed)
             package = _package(built)
             package.write(folder)
             needs = package.needs(folder / f"lib{code.name}.so")
@@ -95,19 +110,18 @@ def _example_file(kind: str, number: int, size: Size) -> str:
 
 def _package(built: Built) -> Package:
     code = built.code
-    arch = architecture(built.library.read_bytes())
     description = f"the network {code.name}"
-    return Package(code.name, f"{ABI}.{NETWORK_ABI}", description, arch, weights=f"{code.name}.weights")
+    return Package(code.name, f"{ABI}.{NETWORK_ABI}", description, code.arch, weights=f"{code.name}.weights")
 
 
-def _write_files(folder: Path, built: Built, loaded: NetworkLibrary, seed: int) -> None:
+def _write_files(folder: Path, built: Built, example: Example, seed: int) -> None:
     code = built.code
     shutil.copyfile(built.library, folder / f"lib{code.name}.so")
     (folder / f"lib{code.name}.so").chmod(0o755)
-    link_network(code.name, built.entry, built.objects, folder / f"lib{code.name}.a", archive=True)
+    link_network(code.name, built.entry, built.objects, folder / f"lib{code.name}.a", code.arch, archive=True)
     shutil.copyfile(built.weights, folder / f"{code.name}.weights")
     (folder / f"{code.name}.h").write_text(header_text(code), encoding="utf-8")
-    example = filled(
+    text = filled(
         "example_network.template.c",
         name=code.name,
         helpers=example_helpers(code.name),
@@ -116,14 +130,13 @@ def _write_files(folder: Path, built: Built, loaded: NetworkLibrary, seed: int) 
         sizes=len(code.sizes),
         label=f".{code.sizes[0].label}" if code.sizes[0].label else "",
         labels=", ".join(f'"{size.label}"' for size in code.sizes),
+        tolerance=repr(float(example.tolerance)),
     )
-    (folder / "example.c").write_text(example, encoding="utf-8")
+    (folder / "example.c").write_text(text, encoding="utf-8")
     for size in code.sizes:
         rng = np.random.default_rng(seed)
-        inputs = [rng.standard_normal(info.shape, np.float32) for info in size.inputs]
-        outputs = {info.name: np.empty(info.shape, np.float32) for info in size.outputs}
-        loaded(*inputs, out=outputs)
-        for kind, arrays in (("input", inputs), ("output", list(outputs.values()))):
+        inputs = {info.name: rng.standard_normal(info.shape, np.float32) for info in size.inputs}
+        for kind, arrays in (("input", inputs.values()), ("output", example.outputs(inputs))):
             for number, array in enumerate(arrays):
                 (folder / _example_file(kind, number, size)).write_bytes(array.tobytes())
 

@@ -93,6 +93,14 @@ class NetworkLibrary(Loaded):
         self, path: str | os.PathLike[str], name: str, weights: str | os.PathLike[str] | Bytes, threads: int
     ) -> None:
         self.name, self.threads = name, thread_count(threads)
+        self._pools: dict[int, Pool] = {}
+        self.workspaces: deque[Bytes] = deque()
+        self.at = self._open(path, weights)
+        self.inputs, self.outputs = self.at[0].inputs, self.at[0].outputs
+
+    def _open(self, path: str | os.PathLike[str], weights: str | os.PathLike[str] | Bytes) -> tuple[Tensors, ...]:
+        """Load the library and its weights; returns the inputs and outputs at each of its sizes."""
+        name = self.name
         try:
             self._dll = open_library(os.fspath(path))
             self._run = self._function("run", c_void_p, c_void_p)
@@ -114,8 +122,6 @@ class NetworkLibrary(Loaded):
             ]
         except (OSError, AttributeError) as error:
             raise ExportError(f"{os.fspath(path)}: expected a library of the network {name}, found {error}") from error
-        self.at = tuple(Tensors(inputs, outputs) for inputs, outputs in values)
-        self.inputs, self.outputs = self.at[0].inputs, self.at[0].outputs
         self._require(self._function("check_cpu")())
         network = c_void_p()
         if isinstance(weights, np.ndarray):
@@ -130,8 +136,7 @@ class NetworkLibrary(Loaded):
         self._network = network.value
         # Not when the process ends: another thread may be running it.
         weakref.finalize(self, close, self._network).atexit = False
-        self._pools: dict[int, Pool] = {}
-        self.workspaces: deque[Bytes] = deque()
+        return tuple(Tensors(inputs, outputs) for inputs, outputs in values)
 
     def __call__(self, *arrays: Any, out: Mapping[str, Any] | None = None, **named: Any) -> Any:
         """The network's outputs.

@@ -7,18 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedError
+from ..errors import ExportError, UnsupportedError
 from ..folders import TemporaryFolder
 from ..hardware.target import Target, check_native
+from ..kernel.arrays import Array
 from ..kernel.names import check_export_name
 from ..lowering.candidates import default_candidate
 from ..lowering.versions import versions
 from ..records.opening import Records
 from .choice import Choose, network_target, recorded_choice
 from .compile import Built, compile_plans, with_candidates
-from .export import write_network
+from .export import Example, write_network
 from .graph import Convolution, Graph
-from .library import NetworkLibrary
+from .library import NetworkLibrary, Tensors
 from .plan import Plan, Product, plan
 from .reading import read_graph
 from .rewriting import rewrite
@@ -28,6 +29,7 @@ from .storage import store_narrow
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+    from .check.guarded import Runs
     from .check.validate import NetworkReport
 
 
@@ -50,9 +52,9 @@ class Network(NetworkLibrary):
         accuracy: str,
         folder: TemporaryFolder,
     ) -> None:
-        super().__init__(built.library, built.code.name, built.weights, threads)
         self.plans, self.built, self.target, self._folder = tuple(plans), built, target, folder
         self.accuracy = accuracy
+        super().__init__(built.library, built.code.name, built.weights, threads)
 
     @property
     def plan(self) -> Plan:
@@ -90,12 +92,15 @@ class Network(NetworkLibrary):
             What was checked and found; nothing is raised where a check fails.
 
         Raises:
-            UnsupportedError: ONNX Runtime does not run the model.
+            UnsupportedError: ONNX Runtime does not run the model; or nothing here emulates the CPU that it is for.
         """
+        return self._validate(source, seed)
+
+    def _validate(self, source: str | Path | ModelProto, seed: int, **how: Any) -> NetworkReport:
         from .check.validate import validate_network  # imports ONNX Runtime
 
         threads, accuracy = self.threads, self.accuracy
-        return validate_network(self.plans, self.built, source, threads=threads, accuracy=accuracy, seed=seed)
+        return validate_network(self.plans, self.built, source, threads=threads, accuracy=accuracy, seed=seed, **how)
 
     def export(self, directory: str | Path, *, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write the library, header, weights, manifest and C example; returns the manifest.
@@ -112,7 +117,68 @@ class Network(NetworkLibrary):
             "versions": versions(),
         }
         layers = [self.layers(size) for size in range(len(self.plans))]
-        return write_network(directory, self.built, self, layers, {**known, **(facts or {})})
+        return write_network(directory, self.built, self._example(), layers, {**known, **(facts or {})})
+
+    def _example(self) -> Example:
+        """The outputs of an export's example: its own, to the last bit."""
+
+        def outputs(arrays: Mapping[str, Array]) -> list[Array]:
+            made = self(*arrays.values(), out={})
+            return list(made.values()) if isinstance(made, dict) else [made]
+
+        return Example(outputs, tolerance=0.0)
+
+
+#: What a network's library finds when it is loaded.
+_LOADED = ("_dll", "_run", "_sizes", "_error", "_version", "_network")
+
+
+class CrossNetwork(Network):
+    """A network for a CPU that this machine's is not: compiled, exported and emulated here, and called there.
+
+    What calls it raises :class:`~convgen.errors.UnsupportedError`.
+    """
+
+    def __init__(self, source: str | Path | ModelProto | None, *arguments: Any) -> None:
+        self._source = source
+        super().__init__(*arguments)
+
+    def _open(self, path: object, weights: object) -> tuple[Tensors, ...]:
+        """Not here: the inputs and outputs are known."""
+        return tuple(
+            Tensors({info.name: info for info in size.inputs}, {info.name: info for info in size.outputs})
+            for size in self.built.code.sizes
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        # What loading would have found. Of all other names it has to be an ordinary error: hasattr() asks so.
+        if name in _LOADED:
+            check_native(self.target)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def memory(self) -> int:
+        return self.built.code.memory(self.threads)
+
+    def _validate(self, source: str | Path | ModelProto, seed: int, **how: Any) -> NetworkReport:
+        from .check.cross import run_emulated
+
+        def run(*arguments: Any) -> Runs:
+            return run_emulated(self.built, *arguments[3:])
+
+        return super()._validate(source, seed, **{"run": run, **how})
+
+    def _example(self) -> Example:
+        """The outputs are ONNX Runtime's: other roundings than the library's."""
+        from .check.validate import run_onnxruntime  # imports ONNX Runtime
+
+        def outputs(arrays: Mapping[str, Array]) -> list[Array]:
+            if self._source is None:
+                raise ExportError(f"{self.name}: expected the model that it was compiled from, found none")
+            found = run_onnxruntime(self._source, arrays)
+            return [found[name] for name in self.outputs]
+
+        return Example(outputs, tolerance=2**-5 if self.accuracy == "bf16" else 2**-10)
 
 
 def compile_model(
@@ -175,7 +241,7 @@ def compile_network(
         BuildError: TVM, LLVM or the C compiler failed; and what :func:`plan_model` raises.
     """
     plans = plan_model(source, target, dims=dims, accuracy=accuracy, choose=choose, name=name)
-    return compile_planned(plans, target, threads, accuracy, progress)
+    return compile_planned(plans, target, threads, accuracy, progress, source)
 
 
 def plan_model(
@@ -192,10 +258,9 @@ def plan_model(
     Raises:
         SpecError: it cannot be read, or is not an ONNX model; or sizes are wrong.
         NotTakenError: of nodes that are not taken.
-        UnsupportedError: this machine cannot run the target's code, or inputs and outputs depend on the size.
+        UnsupportedError: inputs and outputs depend on the size.
         ExportError: nothing may be called as it is; another ``name`` helps.
     """
-    check_native(target)
     shared = Shared()
     graphs = [shared.take(read_graph(source, size)) for size in every_size(dims or {})]
     if wrong := [graph for graph in graphs if (graph.inputs, graph.names) != (graphs[0].inputs, graphs[0].names)]:
@@ -216,8 +281,12 @@ def compile_planned(
     threads: int,
     accuracy: str,
     progress: Callable[[int, int], None] | None = None,
+    source: str | Path | ModelProto | None = None,
 ) -> Network:
     """Compile, link and load what :func:`plan_model` gives.
+
+    Args:
+        source: the model, which a network for another CPU needs when it is exported.
 
     Raises:
         BuildError: TVM, LLVM or the C compiler failed.
@@ -226,7 +295,8 @@ def compile_planned(
     try:
         with folder.writing():
             built = compile_plans(plans, target, folder.path, progress)
-            return Network(plans, built, target, threads, accuracy, folder)
+            made = plans, built, target, threads, accuracy, folder
+            return Network(*made) if target.native else CrossNetwork(source, *made)
     except BaseException:
         folder.close()
         raise

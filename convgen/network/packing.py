@@ -53,7 +53,7 @@ class Packers:
         self._compiled = compiled
         self._numbers = {product: number for number, product in enumerate(compiled)}
         if compiled:
-            objects = [made.object_file for made in compiled.values()]
+            objects = [made.packer or made.object_file for made in compiled.values()]
             library = open_library(str(link_packers(_NAME, objects, folder / f"lib{_NAME}.so")))
             self._pack = library[f"{_NAME}_pack"]
             self._pack.argtypes = (c_int, POINTER(_Tensor), POINTER(c_void_p), c_int)

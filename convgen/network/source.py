@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import BuildError
 from ..lowering.interface import TensorInfo
@@ -65,6 +65,7 @@ class Code:
         sizes: it is made for; one at least.
         functions: how many there are.
         weights: bytes, the header included.
+        arch: the architecture that it is for, as ``uname -m`` has it.
         isa: CPU features that it needs.
         identity: 128 bits, hexadecimal, that the weights are tied to.
         version: what ``<name>_version()`` returns.
@@ -74,6 +75,7 @@ class Code:
     sizes: tuple[Size, ...]
     functions: int
     weights: int
+    arch: str
     isa: tuple[str, ...]
     identity: str
     version: str
@@ -86,6 +88,10 @@ class Code:
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
         return self.sizes[0].outputs
+
+    def memory(self, threads: int) -> int:
+        """Bytes that the network takes while it runs at its largest size: weights and workspace."""
+        return self.weights + max(size.fixed + threads * size.workspace_task for size in self.sizes)
 
 
 def entry_source(code: Code) -> str:
@@ -110,7 +116,7 @@ def entry_source(code: Code) -> str:
             *(_size(size, f"{number}") for number, size in enumerate(code.sizes)),
             "};",
             "",
-            f"CONVGEN_CPU_SUPPORTED({cpu_condition(code.isa, NATIVE)})",
+            f"CONVGEN_CPU_SUPPORTED({cpu_condition(code.isa, code.arch)})",
             "",
             "static const convgen_network_code code = {",
             "    .sizes = sizes,",
@@ -127,6 +133,17 @@ def entry_source(code: Code) -> str:
             "",
         ]
     )
+
+
+def sealer_source(code: Code) -> str:
+    """The C file of a library that this machine loads to write the header of weights for another one's."""
+    functions = range(code.functions)
+    stubs = [
+        f"int function{number}_main(void *self, const convgen_any *args, int32_t count, convgen_any *result)\n"
+        "{ (void)self, (void)args, (void)count, (void)result; return -1; }"
+        for number in functions
+    ]
+    return "\n".join([entry_source(replace(code, arch=NATIVE, isa=())), *stubs, ""])
 
 
 def _tables(size: Size, suffix: str, shapes: dict[tuple[int, ...], str]) -> list[str]:

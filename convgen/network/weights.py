@@ -24,17 +24,20 @@ class Compiled:
         object_file: its bytes.
         workspace: scratch memory that it takes.
         packed: of a convolution, its packed tensors.
+        packer: of a convolution for another machine, code that packs its weights on this one.
     """
 
     object_file: bytes
     workspace: Workspace
     packed: tuple[TensorInfo, ...] = ()
+    packer: bytes = b""
 
     def to_bytes(self) -> bytes:
         """All of it, for :meth:`from_bytes`."""
         packed = [[info.name, info.shape, info.dtype] for info in self.packed]
-        facts = json.dumps({"workspace": [self.workspace.main, self.workspace.task], "packed": packed})
-        return facts.encode() + b"\n" + zlib.compress(self.object_file, 1)
+        sizes = [self.workspace.main, self.workspace.task]
+        facts = json.dumps({"workspace": sizes, "packed": packed, "code": len(self.object_file)})
+        return facts.encode() + b"\n" + zlib.compress(self.object_file + self.packer, 1)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Compiled:
@@ -42,7 +45,8 @@ class Compiled:
         head, _, code = data.partition(b"\n")
         facts = json.loads(head)
         packed = tuple(TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in facts["packed"])
-        return cls(zlib.decompress(code), Workspace(*facts["workspace"]), packed)
+        files, size = zlib.decompress(code), facts["code"]
+        return cls(files[:size], Workspace(*facts["workspace"]), packed, files[size:])
 
 
 #: Packs a convolution's parameters.

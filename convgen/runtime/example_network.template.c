@@ -15,6 +15,9 @@
 
 enum { INPUTS = $inputs, OUTPUTS = $outputs, SIZES = $sizes };
 
+/* How far outputs may be from the expected ones, as a fraction of the largest: 0 where these are this library's own. */
+static const double tolerance = $tolerance;
+
 $helpers
 
 /* The numbers in a file beside this one, such as example.input0$label. */
@@ -30,6 +33,21 @@ static float *numbers(const char *kind, int number, const char *label, size_t si
     }
     fclose(file);
     return values;
+}
+
+/* Whether outputs are as expected. */
+static int as_expected(const float *found, const float *expected, size_t size)
+{
+    if (memcmp(found, expected, size) == 0)
+        return 1;
+    double largest = 0, error = 0;
+    for (size_t i = 0; i < size / sizeof *found; ++i) {
+        const double apart = fabs((double)found[i] - expected[i]);
+        if (!(apart <= error) && !(isnan(found[i]) && isnan(expected[i])))
+            error = apart;
+        largest = fmax(largest, fabs(expected[i]));
+    }
+    return error <= tolerance * largest && tolerance > 0;
 }
 
 /* Runs the network at one of its sizes, whose files are labelled so. */
@@ -74,7 +92,7 @@ static void check(const convgen_network *network, int size, const char *label)
         if (threads > 1)
             ${name}_pool_destroy(pool);
         for (int i = 0; i < OUTPUTS; ++i)
-            if (memcmp(outputs[i], expected[i], output_sizes[i]) != 0) {
+            if (!as_expected(outputs[i], expected[i], output_sizes[i])) {
                 fprintf(stderr, "size %d, output %d on %d threads: other numbers than expected\n", size, i, threads);
                 exit(1);
             }
