@@ -14,10 +14,11 @@ from .common import (
     FiniteRange,
     check_target,
     chosen_records,
+    complete_spec,
     emit,
     json_option,
     layer_groups,
-    layers_argument,
+    model_options,
     note,
     read_layers,
     records_options,
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Compile candidates into a bundle for a machine without compiler or network.")
-@layers_argument
+@click.argument("spec", nargs=-1, metavar="SPEC|FILE|MODEL.onnx", shell_complete=complete_spec)
+@model_options
 @click.option(
     "--target",
     "targets",
@@ -58,6 +60,12 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="What `run.py --facts` printed on the machine that will measure, or earlier results from there.",
 )
+@click.option(
+    "--self-check",
+    is_flag=True,
+    help="Begin with small layers that have one feature each, by every schedule's default: is the device right? "
+    "No layer need be given then.",
+)
 @click.option("--exclude", multiple=True, metavar="ID", help="A schedule to leave out; may be repeated.")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the choice of candidates."
@@ -81,6 +89,7 @@ def pack(
     threads: tuple[int, ...] | None,
     candidates: int,
     facts: Path | None,
+    self_check: bool,
     exclude: tuple[str, ...],
     seed: int,
     records: Path | None,
@@ -96,7 +105,9 @@ def pack(
     With --facts the candidates are chosen for that machine's caches and cores, and what the record
     store already knows of that machine is not measured again.
     """
-    entries = _read(spec, dims, accuracy)
+    if not spec and not self_check:
+        raise click.UsageError("expected a layer, a file or a model, or --self-check, found none of them")
+    entries = _read(spec, dims, accuracy) if spec else []
 
     from ..hardware.target import resolve
     from ..records.opening import open_store
@@ -121,6 +132,7 @@ def pack(
             store=store,
             exclude=exclude,
             seed=seed,
+            self_check=self_check,
             progress=note,
         )
     facts_of = {"layers": packed.layers, "trials": packed.trials, "known": packed.known, "failed": packed.failed}
@@ -169,8 +181,27 @@ def _machine(facts: Path | None) -> Machine | None:
     metavar="MIB",
     help="Memory that a candidate may take; 0: any amount.  [default: by the layer's size]",
 )
+@click.option(
+    "--minutes",
+    type=FiniteRange(min=0, min_open=True),
+    metavar="M",
+    help="Begin no candidate later than that; the same command goes on from there.  [default: no limit]",
+)
+@click.option(
+    "--sanitizer",
+    is_flag=True,
+    help="Run the right candidates of small layers under NVIDIA's compute-sanitizer too, of a bundle for a GPU.",
+)
 @click.pass_context
-def run(context: click.Context, bundle: Path, out: Path | None, timeout: float | None, memory: int | None) -> None:
+def run(
+    context: click.Context,
+    bundle: Path,
+    out: Path | None,
+    timeout: float | None,
+    memory: int | None,
+    minutes: float | None,
+    sanitizer: bool,
+) -> None:
     """Measure a bundle, packed or unpacked; the same command goes on where it stopped.
 
     It does what `python3 run.py` does in the unpacked bundle. A bundle holds compiled code: run only
@@ -183,6 +214,8 @@ def run(context: click.Context, bundle: Path, out: Path | None, timeout: float |
     options = ["--out", str(results)]
     options += ["--timeout", str(timeout)] if timeout is not None else []
     options += ["--memory", str(memory)] if memory is not None else []
+    options += ["--minutes", str(minutes)] if minutes is not None else []
+    options += ["--sanitizer"] * sanitizer
     with unpacked(bundle) as folder:
         context.exit(measure([str(folder), *options]))
 

@@ -14,13 +14,12 @@ from bench_module import load_bench
 from convgen.api import build
 from convgen.check.validate import validate
 from convgen.cuda.driver import device
-from convgen.errors import SpecError
 from convgen.hardware.target import resolve
-from convgen.lowering.discover import schedules_of
 from convgen.measure.standalone.command import main as measure_here
 from convgen.problem.spec import ConvSpec
 from convgen.records.store import RecordStore
 from convgen.tuning.bundle import import_results, pack
+from convgen.tuning.bundle.self_check import every_default, feature_layers
 from convgen.tuning.tuner import Tuner
 
 FOUND = device()
@@ -52,55 +51,22 @@ def test_a_default_is_right(text: str) -> None:
     validate(build(text, target="cuda", records=False)).raise_if_failed()
 
 
-#: One feature at a time, beside a plain layer, so that a failure names it. ``{}`` is a mode.
-FEATURES = {
-    "plain": "conv2d n1 ic64 oc64 i8x8 k1x1 s1 p0 nobias",
-    "several steps": "conv2d n1 ic512 oc64 i8x8 k1x1 s1 p0 nobias",
-    "taps": "conv2d n1 ic64 oc64 i10x10 k3x3 s1 p0 nobias",
-    "padding": "conv2d n1 ic64 oc64 i8x8 k3x3 s1 p1 nobias",
-    "uneven padding": "conv2d n1 ic64 oc64 i8x8 k3x3 s1 p1x0_2 nobias",
-    "images": "conv2d n3 ic64 oc64 i8x8 k1x1 s1 p0 nobias",
-    "stride": "conv2d n1 ic64 oc64 i17x17 k3x3 s2 p1 nobias",
-    "dilation": "conv2d n1 ic64 oc64 i12x12 k3x3 s1 p2 d2 nobias",
-    "pixels beside tiles": "conv2d n1 ic64 oc64 i7x9 k1x1 s1 p0 nobias",
-    "channels beside tiles": "conv2d n1 ic64 oc17 i8x8 k1x1 s1 p0 nobias",
-    "few channels": "conv2d n1 ic19 oc64 i8x8 k3x3 s1 p1 nobias",
-    "groups": "conv2d n1 ic128 oc128 g2 i8x8 k3x3 s1 p1 nobias",
-    "small groups": "conv2d n1 ic32 oc32 g8 i8x8 k3x3 s1 p1 nobias",
-    "depthwise": "conv2d n1 ic64 oc64 g64 i8x8 k3x3 s1 p1 nobias",
-    "transposed": "convtranspose2d n1 ic64 oc64 i8x8 k4x4 s2 p1 nobias",
-    "1-D": "conv1d n1 ic64 oc64 i64 k3 s1 p1 nobias",
-    "3-D": "conv3d n1 ic64 oc64 i4x4x4 k3x3x3 s1 p1 nobias",
-    "bias": "conv2d n1 ic64 oc64 i8x8 k1x1 s1 p0",
-    "residual": "conv2d n1 ic64 oc64 i8x8 k1x1 s1 p0 nobias residual",
-    "activation": "conv2d n1 ic64 oc64 i8x8 k1x1 s1 p0 nobias gelu",
-    "slope": "conv2d n1 ic64 oc64 i8x8 k1x1 s1 p0 nobias prelu",
-}
-MODES = ("", "nhwc", "f16", "nhwc f16", "nhwc bf16", "nhwc tf32", "nhwc i8")
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("feature", FEATURES)
-def test_every_schedules_default_is_right_one_feature_at_a_time(feature: str, mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("feature", "spec"), feature_layers())
+def test_every_schedules_default_is_right_one_feature_at_a_time(feature: str, spec: ConvSpec) -> None:
     """Each in a process of its own: what faults or hangs is named, and spoils no other."""
-    target, layer = resolve("cuda"), f"{FEATURES[feature]} {mode}"
-    try:
-        spec = ConvSpec.parse(layer)
-    except SpecError as error:
-        pytest.skip(f"there is no such layer: {error}")
+    candidates, _ = every_default(spec, resolve("cuda"))
     wrong = []
-    for name, schedule in schedules_of("cuda").items():
-        if schedule.reason_against(spec.core, target) is not None:
-            continue
-        command = [sys.executable, "-m", "convgen", "validate", spec.descriptor, "--target", "cuda", "--schedule", name]
+    for candidate in candidates:
+        command = [sys.executable, "-m", "convgen", "validate", spec.descriptor, "--target", "cuda", "--no-records"]
+        command += ["--schedule", candidate.schedule.id]
         try:
-            done = subprocess.run([*command, "--no-records"], capture_output=True, text=True, timeout=120, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         except subprocess.TimeoutExpired:
-            wrong.append(f"{name}: hangs")
+            wrong.append(f"{candidate}: hangs")
             continue
         if done.returncode:
-            wrong.append(f"{name}: exit status {done.returncode}: {(done.stdout + done.stderr)[-500:]}")
-    assert not wrong, "\n".join(wrong)
+            wrong.append(f"{candidate}: exit status {done.returncode}: {(done.stdout + done.stderr)[-500:]}")
+    assert not wrong, f"{feature}: " + "\n".join(wrong)
 
 
 @pytest.mark.parametrize("text", LAYERS[:3])

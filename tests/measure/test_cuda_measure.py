@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -31,11 +32,13 @@ from convgen.measure.standalone.devices import Cuda
 from convgen.measure.standalone.errors import TROUBLE, Trouble
 from convgen.measure.standalone.facts import facts as machine_facts
 from convgen.measure.standalone.results import Results
+from convgen.measure.standalone.sanitizer import sanitized
 from convgen.measure.trial import Expected, build_artifact, candidate_module, run_artifact, run_duel
 from convgen.measure.workers import LocalBuilder, LocalRunner, Pools
 from convgen.problem.spec import ConvSpec
 from convgen.records.store import RecordStore
 from convgen.tuning import bundle as bundles
+from convgen.tuning.bundle import self_check
 from convgen.tuning.job import Job
 from convgen.tuning.job_run import JobRun
 from convgen.tuning.tuner import Tuner
@@ -382,3 +385,58 @@ def test_a_machine_with_a_gpu_travels_as_json() -> None:
     broken["gpu"]["sms"] = "many"
     with pytest.raises(MeasureError, match="there: expected the facts of a GPU"):
         Machine.from_dict(broken, "there")
+
+
+#: What stands for compute-sanitizer: it runs the rest of its command line, and finds what it is told to.
+CHECKER = """#!/bin/sh
+[ "$1 $3" = "--tool --log-file" ] || exit 9
+log=$4
+shift 4
+"$@"
+echo '========= {says}' > "$log"
+"""
+
+
+def test_a_device_is_checked_one_feature_at_a_time(
+    driver: Path, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every schedule's default, alone and under a checker; the summary says what is right."""
+    monkeypatch.setattr(self_check, "FEATURES", {"padding": self_check.FEATURES["padding"]})
+    monkeypatch.setattr(self_check, "MODES", ("nhwc f16",))
+    out = tmp_path / "layer.tar.gz"
+    packed = bundles.pack([OTHER], [target], [1], out, self_check=True, candidates=1)
+    assert (packed.layers, packed.failed) == (2, 0), packed.errors
+    untar(out, tmp_path)
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    environment = {"CONVGEN_CUDA_DRIVER": str(driver), "PATH": f"{program.parent}:{os.environ['PATH']}"}
+
+    def measured(says: str, *options: str) -> str:
+        program.write_text(CHECKER.format(says=says))
+        program.chmod(0o755)
+        command = [*BARE, str(tmp_path / "layer" / "run.py"), "-o", str(tmp_path / "r.jsonl"), *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "summary.txt").read_text()
+
+    summary = measured("ERROR SUMMARY: 0 errors", "--minutes", "1e-9")
+    assert f"0 of {packed.trials} candidates were tried" in summary
+    summary = measured("RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "--sanitizer")
+    assert f"{packed.trials} of {packed.trials} candidates were tried" in summary
+    assert re.search(r"cuda_gemm +1 of 1", summary)
+    assert "not right" not in summary
+    checked = packed.trials - 1  # without the layer that is no feature
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        assert f"compute-sanitizer {tool}: nothing found in {checked} of {checked}" in summary
+    assert re.search(rf"fastest:\n.*{OTHER.descriptor}", summary)
+    assert len(bundles.read_results(tmp_path / "r.jsonl", out)) >= packed.trials
+
+
+def test_what_a_checker_says_is_told_from_its_own_failure(tmp_path: Path) -> None:
+    program, job = tmp_path / "checker", {"kind": "check"}
+    for says, found in (("ERROR SUMMARY: 3 errors", 3), ("Error: no device", None)):
+        program.write_text(CHECKER.format(says=says).replace('"$@"', "true"))
+        program.chmod(0o755)
+        answer = sanitized(str(program), "memcheck", job, 20)
+        assert answer["found"] == found
+        assert says in answer["said"]

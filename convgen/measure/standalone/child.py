@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from typing import IO, Any
+from typing import IO, Any, Sequence
 
 from . import LOCATION
 from .devices import DEVICES, Cpu
@@ -23,19 +23,20 @@ _PROGRAM = "import sys; sys.path.append(sys.argv[1]); from standalone.child impo
 _PR_SET_PDEATHSIG = 1
 
 
-def answer(job: dict[str, Any], timeout: float) -> dict[str, Any]:
+def answer(job: dict[str, Any], timeout: float, under: Sequence[str] = ()) -> dict[str, Any]:
     """What a process of its own answers to a job; how it ended where that is no answer.
 
     Args:
-        job: ``kind`` (``trial``, or ``final`` where several are compared), ``root`` (the bundle's folder), ``device``,
-            ``check``, ``layer``, ``trials`` and ``timing`` as the manifest has them, ``hopeless``, and ``memory``
-            (bytes of address space; 0: no limit).
+        job: ``kind`` (``trial``; ``final`` where several are compared; ``check``: verified only), ``root`` (the
+            bundle's folder), ``device``, ``check``, ``layer``, ``trials`` and ``timing`` as the manifest has them,
+            ``hopeless``, and ``memory`` (bytes of address space; 0: no limit).
         timeout: seconds after which it is killed.
+        under: a command that runs the process, such as a checker of memory.
 
     Raises:
         Trouble: the system's temporary folder cannot be written.
     """
-    command = [sys.executable, "-I", "-S", "-c", _PROGRAM, LOCATION]
+    command = [*under, sys.executable, "-I", "-S", "-c", _PROGRAM, LOCATION]
     with _temporary_file() as errors:
         # It has a session of its own: Ctrl-C reaches this process only, which ends it and whatever it has started.
         with subprocess.Popen(
@@ -78,7 +79,7 @@ def main() -> int:
     answers = os.dup(1)
     os.dup2(2, 1)  # what a candidate prints is no answer
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))  # never outlive the parent
-    if os.getppid() != job["parent"]:
+    if os.getppid() != job["parent"] and job["kind"] != "check":  # a checker is between them
         return TROUBLE
     is_limited = DEVICES[job["device"]].is_limited
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -87,7 +88,7 @@ def main() -> int:
         resource.setrlimit(resource.RLIMIT_AS, (job["memory"], job["memory"]))
     pin(job["trials"][0]["threads"])
     try:
-        result = _compare(job) if job["kind"] == "final" else _measure(job)
+        result = {"trial": _measure, "final": _compare, "check": _check}[job["kind"]](job)
     except Refused as error:
         result = {"refused": str(error)}
     except MemoryError as error:
@@ -112,6 +113,15 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
     if difference:
         return {"outcome": "wrong", "error": difference}
     return {"outcome": "ok", "samples": samples, "reference": device.reference()}
+
+
+def _check(job: dict[str, Any]) -> dict[str, Any]:
+    """Verify a candidate, each of its buffers memory of its own, whose end a checker knows."""
+    trial, device = job["trials"][0], _device(job)
+    call, output = device.prepare(trial, apart=True)
+    call()
+    difference = device.difference(output(), trial["exact"])
+    return {"outcome": "wrong", "error": difference} if difference else {"outcome": "ok"}
 
 
 def _compare(job: dict[str, Any]) -> dict[str, Any]:

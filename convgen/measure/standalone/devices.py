@@ -37,10 +37,13 @@ class Cpu:
         self.check = self.open(check)
         self._pool = ctypes.c_void_p()
 
-    def prepare(self, trial: dict[str, Any]) -> tuple[Call, Call]:
+    def prepare(self, trial: dict[str, Any], apart: bool = False) -> tuple[Call, Call]:
         """A call of a candidate on the layer's inputs, and a function that gives the memory it writes.
 
         A call finds its weights in memory, as in a network.
+
+        Args:
+            apart: each buffer is memory of its own; of a GPU's, where else they are parts of one.
 
         Raises:
             Refused: this CPU cannot run the candidate's code.
@@ -162,8 +165,8 @@ class Cuda(Cpu):
         super().__init__(root, layer, check, threads)
         self.gpu = Gpu()
 
-    def prepare(self, trial: dict[str, Any]) -> tuple[Call, Call]:
-        call = GpuCall(self.gpu, self.open(trial["library"]), trial["name"], self.data)
+    def prepare(self, trial: dict[str, Any], apart: bool = False) -> tuple[Call, Call]:
+        call = GpuCall(self.gpu, self.open(trial["library"]), trial["name"], self.data, apart)
         return call, call.output
 
     def time(self, call: Call, timing: dict[str, Any], hopeless: float) -> list[float]:

@@ -139,6 +139,7 @@ class GpuCall:
         gpu: where it runs.
         library: the loaded library; ``name`` is the prefix of its functions.
         data: the tensors in CPU memory that it reads.
+        apart: one copy, each tensor of which is memory of its own.
 
     Attributes:
         copies: a call's arguments for each copy.
@@ -149,7 +150,7 @@ class GpuCall:
         RuntimeError: the library refused.
     """
 
-    def __init__(self, gpu: Gpu, library: Any, name: str, data: dict[str, Any]) -> None:
+    def __init__(self, gpu: Gpu, library: Any, name: str, data: dict[str, Any], apart: bool = False) -> None:
         self._gpu, self._library, self._name = gpu, library, name
         self._function("error").restype = self._function("driver_error").restype = ctypes.c_char_p
         sizes = Sizes()
@@ -164,7 +165,7 @@ class GpuCall:
                 raise RuntimeError(f"{tensor}: expected {getattr(sizes, tensor)} bytes, found another size")
         self._memory: list[int] = []
         parts = {"src": data["src"], "packed": packed, "residual": data.get("residual"), "dst": None}
-        self.copies = self._place(sizes, parts)
+        self.copies = [self._place_apart(sizes, parts)] if apart else self._place(sizes, parts)
         gpu.wait()
         self._run = self._function("run")
         self._next = itertools.cycle([ctypes.byref(args) for args in self.copies])
@@ -188,14 +189,25 @@ class GpuCall:
         for first in range(tensors, tensors + count * stride, stride):
             args = GpuRunArgs(workspace=workspace or None, workspace_size=sizes.workspace)
             for part, source in parts.items():
-                size = getattr(sizes, part)
-                if size:
-                    setattr(args, part, first + offsets[part])
-                    setattr(args, part + "_size", size)
-                if size and source is not None:
-                    self._gpu("cuMemcpyHtoD_v2", first + offsets[part], source, size)
+                self._give(args, part, first + offsets[part], getattr(sizes, part), source)
             copies.append(args)
         return copies
+
+    def _place_apart(self, sizes: Sizes, parts: dict[str, Any]) -> GpuRunArgs:
+        """Copy the tensors to device memory, each to its own; the arguments of a call."""
+        args = GpuRunArgs()
+        for part, source in {**parts, "workspace": None}.items():
+            self._memory.append(self._gpu.allocate(getattr(sizes, part)))
+            self._give(args, part, self._memory[-1], getattr(sizes, part), source)
+        return args
+
+    def _give(self, args: GpuRunArgs, part: str, address: int, size: int, source: Any) -> None:
+        """Name a buffer in a call's arguments, and fill it from the CPU's memory where that has something for it."""
+        if size:
+            setattr(args, part, address)
+            setattr(args, part + "_size", size)
+        if size and source is not None:
+            self._gpu("cuMemcpyHtoD_v2", address, source, size)
 
     def __call__(self) -> None:
         """Launch it; what goes wrong on the device shows when it is waited for."""

@@ -11,6 +11,7 @@ from .bundle import IDENTITY, Bundle
 from .child import answer
 from .facts import physical_memory
 from .results import Results, now
+from .sanitizer import TOOLS, sanitized
 from .words import candidate, duration, tell
 
 #: Addresses that the C library sets aside for a thread: its stack and a heap.
@@ -23,20 +24,30 @@ class Session:
     Args:
         timeout: seconds a candidate may take.
         memory: bytes it may take, 0: no limit; None: what the bundle says of the layer.
+        minutes: after which no candidate is begun; None: no limit.
 
     Attributes:
         refused: targets whose code does not run here, and why.
         done: the line of each trial that has a result, by the trial's key.
     """
 
-    def __init__(self, bundle: Bundle, results: Results, timeout: float, memory: int | None) -> None:
+    def __init__(
+        self, bundle: Bundle, results: Results, timeout: float, memory: int | None, minutes: float | None = None
+    ) -> None:
         self.bundle, self.results, self.timeout, self.memory = bundle, results, timeout, memory
         self.trials: list[dict[str, Any]] = bundle.manifest["trials"]
         self.timing: dict[str, Any] = bundle.manifest["timing"]
         self.refused: dict[str, str] = {}
         self.done = {line["key"]: line for line in results.lines if line["kind"] == "trial"}
         self._compared = {line["group"] for line in results.lines if line["kind"] == "final"}
+        self._sanitized = {(line["key"], line["tool"]) for line in results.lines if line["kind"] == "sanitized"}
         self._start, self._count = time.monotonic(), 0
+        self._end = None if minutes is None else self._start + 60 * minutes
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no candidate is begun any more."""
+        return self._end is not None and time.monotonic() >= self._end
 
     def measure(self) -> None:
         """Measure every group of trials that race with each other, each to its end."""
@@ -49,10 +60,31 @@ class Session:
                 self._refuse(target["spelling"], f"for {target['architecture']}, and this machine is {here}")
         for number, trials in groups.items():
             for trial in trials:
+                if self.is_over:
+                    return
                 if self._is_left(trial):
                     self._trial(trial, trials)
+            is_feature = self.bundle.manifest["layers"][trials[0]["layer"]].get("feature")
+            if is_feature:  # whether it is right counts, not which is the fastest
+                continue
             if trials[0]["target"] not in self.refused and number not in self._compared:
                 self._final(number, trials)
+
+    def sanitize(self, program: str) -> None:
+        """Run what is right of the layers of a self-check under compute-sanitizer, which takes its time."""
+        layers = self.bundle.manifest["layers"]
+        for tool in TOOLS:
+            for trial in self.trials:
+                line = self.done.get(trial["key"])
+                is_right = line is not None and line["outcome"] == "ok"
+                if not layers[trial["layer"]].get("feature") or not is_right or (trial["key"], tool) in self._sanitized:
+                    continue
+                if self.is_over:
+                    return
+                found = sanitized(program, tool, self._job("check", [trial], 0.0), self.timeout)
+                self.results.add({"kind": "sanitized", "key": trial["key"], "tool": tool, **found, "when": now()})
+                clean = {0: "nothing found", None: f"does not run here: {found['said']}"}
+                tell(f"{tool}: {clean.get(found['found'], found['said'])}: {trial['spec']}: {candidate(trial)}")
 
     def _is_left(self, trial: dict[str, Any]) -> bool:
         """Whether a trial is still to be measured."""
@@ -116,8 +148,12 @@ class Session:
 
     def _ask(self, kind: str, trials: list[dict[str, Any]], hopeless: float) -> dict[str, Any]:
         """What a process of its own answers for one trial, or for several that are compared."""
+        return answer(self._job(kind, trials, hopeless), self.timeout * len(trials))
+
+    def _job(self, kind: str, trials: list[dict[str, Any]], hopeless: float) -> dict[str, Any]:
+        """What a process is asked for."""
         manifest, first = self.bundle.manifest, trials[0]
-        job = {
+        return {
             "kind": kind,
             "root": self.bundle.root,
             "device": manifest["device"],
@@ -128,7 +164,6 @@ class Session:
             "hopeless": hopeless,
             "memory": self._memory_limit(trials),
         }
-        return answer(job, self.timeout * len(trials))
 
     def _memory_limit(self, trials: list[dict[str, Any]]) -> int:
         """Bytes of address space for a process that loads these trials; 0: no limit."""

@@ -37,6 +37,7 @@ from ..ranker import Ranker
 from ..search import FINALISTS
 from .archive import ENDINGS, MANIFEST, RUNNER, bundle_name, write_archive, write_runner
 from .machine import target_on
+from .self_check import every_default, feature_layers
 
 #: The C file of the library that compares outputs.
 CHECK = "check.c"
@@ -75,6 +76,7 @@ def pack(
     store: RecordStore | None = None,
     exclude: Collection[str] = (),
     seed: int = 0,
+    self_check: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Packed:
     """Compile candidates and write a bundle of them, whole or not at all.
@@ -89,6 +91,8 @@ def pack(
         store: what is known; the promising candidates are chosen by it. None: nothing is known.
         exclude: ids of schedules that do not take part.
         seed: of the choice.
+        self_check: begin with small layers that have one feature each, and of them the default of every schedule:
+            does the device compute what it should? ``specs`` may be empty then.
         progress: called with a line per layer.
 
     Raises:
@@ -107,8 +111,8 @@ def pack(
         threads = [1]
     if machine is not None:
         targets = [target_on(target, machine) for target in targets]
-    specs = [spec for spec in specs if spec.n]
-    if not specs:
+    layers = [*(feature_layers() if self_check else ()), *(("", spec) for spec in specs if spec.n)]
+    if not layers:
         raise ExportError(f"{out}: expected a layer to measure, found none")
     with contextlib.ExitStack() as stack:
         try:
@@ -120,10 +124,10 @@ def pack(
         packer = _Packer(temporary / bundle_name(out), builder, store, candidates, exclude, seed, machine is not None)
         try:
             packer.begin(targets)
-            for number, spec in enumerate(specs, 1):
-                count = packer.add(spec, targets, threads)
+            for number, (feature, spec) in enumerate(layers, 1):
+                count = packer.add(spec, targets, threads, feature)
                 if progress:
-                    progress(f"[{number}/{len(specs)}] {spec.descriptor}: {count} trials")
+                    progress(f"[{number}/{len(layers)}] {spec.descriptor}: {count} trials")
             packed = packer.finish()
             part = temporary / out.name
             write_archive(packer.folder, part)
@@ -153,6 +157,7 @@ class _Packer:
         self.trials: list[dict[str, Any]] = []
         self.targets: list[dict[str, Any]] = []
         self.rankers: dict[tuple[str, int], Ranker] = {}
+        self.keys: set[str] = set()
         self.groups = 0
         self.device = ""
         self.packed = Packed()
@@ -170,15 +175,19 @@ class _Packer:
                 link_shared([CHECK], self.folder / check, arch, headers=["types.h"])
             self.targets.append({"spelling": target.spelling, "architecture": arch, "check": check})
 
-    def add(self, spec: ConvSpec, targets: Sequence[Target], threads: Sequence[int]) -> int:
-        """A layer and its candidates; returns how many trials it takes."""
+    def add(self, spec: ConvSpec, targets: Sequence[Target], threads: Sequence[int], feature: str = "") -> int:
+        """A layer and its candidates; returns how many trials it takes.
+
+        Args:
+            feature: what the layer checks, where it is one of a self-check.
+        """
         index, first = len(self.layers), len(self.trials)
         built: dict[tuple[str, Candidate], dict[str, Any]] = {}
         futures: dict[tuple[str, Candidate], Future[Any] | Exception] = {}
         groups = []
         for target in targets:
             for count in threads:
-                chosen, default, known = self._choose(spec, target, count)
+                chosen, default, known = self._choose(spec, target, count, feature)
                 groups.append((target, count, chosen, default, known))
                 for candidate in chosen:
                     key = (target.spelling, candidate)
@@ -190,13 +199,16 @@ class _Packer:
             self._group(index, spec, target, count, chosen, default, known, built)
         if len(self.trials) > first:
             needs_bound = any(not trial["exact"] for trial in self.trials[first:])
-            self.layers.append(self._data(spec, index, needs_bound))
+            self.layers.append({**self._data(spec, index, needs_bound), "feature": feature})
         return sum(not trial["known"] for trial in self.trials[first:])
 
     def _choose(
-        self, spec: ConvSpec, target: Target, threads: int
+        self, spec: ConvSpec, target: Target, threads: int, feature: str
     ) -> tuple[list[Candidate], Candidate, dict[Candidate, float]]:
         """Candidates to compile, the default, and the seconds of those that were measured on that machine."""
+        if feature:
+            candidates, default = every_default(spec, target)
+            return list(candidates), default, {}
         key = (target.spelling, threads)
         if key not in self.rankers:
             self.rankers[key] = Ranker.from_store(self.store, target, threads)
@@ -274,8 +286,12 @@ class _Packer:
                 "picks": dict(candidate.picks),
                 "versions": versions(),
             }
+            key = trial_id(identity)
+            if key in self.keys:  # a layer that was given is one of the self-check too
+                continue
+            self.keys.add(key)
             trial = {
-                "key": trial_id(identity),
+                "key": key,
                 **identity,
                 **library,
                 "layer": layer,

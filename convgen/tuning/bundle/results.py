@@ -25,6 +25,7 @@ _COMMON = {"kind", "when", "digest"}
 _HEADER = _COMMON | {"format", "manifest", "facts", "python"}
 _TRIAL = _COMMON | {"run", "key", "library_sha256", "outcome", "samples", "error", "cost", "reference", *IDENTITY}
 _FINAL = _COMMON | {"run", "group", "trials", "samples"}
+_SANITIZED = _COMMON | {"run", "key", "tool", "found", "said"}
 _FINALIST = {"key", "default", *IDENTITY}
 
 
@@ -77,8 +78,9 @@ def _parsed(data: bytes) -> dict[str, Any]:
         raise RecordError(f"not JSON: {error}") from None
     if not isinstance(values, dict):
         raise RecordError(f"expected a JSON object, found {type(values).__name__}")
-    _expect(values.get("kind") in ("run", "trial", "final"), "kind", "run, trial or final", values.get("kind"))
-    _names("", values, {"run": _HEADER, "trial": _TRIAL, "final": _FINAL}[values["kind"]])
+    fields = {"run": _HEADER, "trial": _TRIAL, "final": _FINAL, "sanitized": _SANITIZED}
+    _expect(values.get("kind") in fields, "kind", f"one of {', '.join(fields)}", values.get("kind"))
+    _names("", values, fields[values["kind"]])
     try:
         found = digest(values)
     except (ValueError, RecursionError) as error:
@@ -134,8 +136,10 @@ class _Reader:
         _expect(values["run"] == self.run, "run", f"the digest of the first line, {self.run}", values["run"])
         if values["kind"] == "trial":
             self._trial(values)
-        else:
+        elif values["kind"] == "final":
             self._final(values)
+        else:  # what a checker found makes no record of time
+            _expect(values["key"] in self.keys, "key", "that of a trial before it", values["key"])
 
     def _header(self, values: dict[str, Any]) -> None:
         _expect(not self.run, "kind", "one run in a file", "another one")

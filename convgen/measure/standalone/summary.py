@@ -1,0 +1,67 @@
+"""What came of a run, for people: which candidates are right, by schedule; what is wrong, and with which feature."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any, Dict, List
+
+from .results import Results
+from .words import candidate, duration, one_line
+
+
+def summary(manifest: dict[str, Any], results: Results) -> str:
+    """Lines about the machine, each schedule, everything that is not right, and each layer's fastest."""
+    trials = {trial["key"]: trial for trial in manifest["trials"]}
+    done = [(trials[line["key"]], line) for line in results.lines if line["kind"] == "trial"]
+    facts = results.lines[0]["facts"]
+    device = facts.get("gpu") or {}
+    lines = ["# {}".format(device.get("name") or "CPU"), ""]
+    lines += _right(done, len(trials)) + _wrong(manifest, done) + _sanitized(trials, results) + _fastest(manifest, done)
+    return "\n".join(one_line(line) for line in lines) + "\n"
+
+
+def _right(done: List[Any], count: int) -> List[str]:
+    by_schedule: Dict[str, List[bool]] = {}
+    for trial, line in done:
+        by_schedule.setdefault(trial["schedule"], []).append(line["outcome"] == "ok")
+    lines = [f"{len(done)} of {count} candidates were tried; right:"]
+    return (
+        lines + [f"  {schedule:<20} {sum(ok):>5} of {len(ok)}" for schedule, ok in sorted(by_schedule.items())] + [""]
+    )
+
+
+def _wrong(manifest: dict[str, Any], done: List[Any]) -> List[str]:
+    lines = []
+    for trial, line in done:
+        if line["outcome"] != "ok":
+            feature = manifest["layers"][trial["layer"]].get("feature") or trial["spec"]
+            lines.append(f"  {line['outcome']:<12} {feature}: {trial['spec']}: {candidate(trial)}: {line['error']}")
+    return ["not right:", *lines, ""] if lines else []
+
+
+def _sanitized(trials: Dict[str, Any], results: Results) -> List[str]:
+    ran = [line for line in results.lines if line["kind"] == "sanitized"]
+    if not ran:
+        return []
+    lines = []
+    for tool in sorted({line["tool"] for line in ran}):
+        found = [line for line in ran if line["tool"] == tool]
+        clean = sum(line["found"] == 0 for line in found)
+        lines.append(f"compute-sanitizer {tool}: nothing found in {clean} of {len(found)}")
+        for line in found:
+            if line["found"] != 0:
+                what = "does not run here" if line["found"] is None else f"{line['found']} errors"
+                trial = trials[line["key"]]
+                lines.append(f"  {what}: {trial['spec']}: {candidate(trial)}: {line['said']}")
+    return [*lines, ""]
+
+
+def _fastest(manifest: dict[str, Any], done: List[Any]) -> List[str]:
+    best: Dict[int, Any] = {}
+    for trial, line in done:
+        if line["outcome"] == "ok" and not manifest["layers"][trial["layer"]].get("feature"):
+            taken = statistics.median(line["samples"])
+            if trial["group"] not in best or taken < best[trial["group"]][0]:
+                best[trial["group"]] = (taken, trial)
+    lines = [f"  {duration(taken)}  {trial['spec']}: {candidate(trial)}" for taken, trial in best.values()]
+    return ["fastest:", *lines] if lines else []
