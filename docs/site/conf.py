@@ -18,7 +18,9 @@ release = version = installed("convgen")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
 html_theme = "furo"
 html_title = "convgen"
-html_show_sourcelink = False
+html_show_sourcelink = html_copy_source = False
+smartquotes = False  # an option's -- is no dash
+default_role = "literal"  # what the command line's help has in single backquotes
 exclude_patterns = ["site/**"]
 nitpicky = False
 
