@@ -9,7 +9,11 @@ joined by ``&``, and ``*4`` at the end of one says how often the layer occurs, a
 
 Options count for the problems after them, until they are given again. One that lists several values,
 as ``--dt=f32,bf16``, gives a problem for each. How weights are laid out, and how benchdnn runs and
-measures, is no part of a layer; bias and prelu's slope have its dtype, though oneDNN may keep f32.
+measures, is no part of a layer; bias and prelu's slope have its dtype, though oneDNN may keep f32. A layer of
+integers has scales and zero points as tensors, whatever their values, and a bias in steps of its sums, to which
+oneDNN's, added after the scales, is rounded.
+
+What benchdnn prints is read as well: the problems that ``__REPRO:`` repeats, and lines that begin with ``perf,``.
 
 Sources: ``tests/benchdnn/doc`` in oneDNN (``knobs_desc``, ``driver_conv``, ``knobs_attr``) and, where
 that is silent, ``conv/conv_aux.cpp``, ``deconv/deconv_aux.cpp``, ``common.cpp``, ``utils/parser.cpp``.
@@ -20,7 +24,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import SpecError, UnsupportedError
@@ -41,8 +45,14 @@ _LINE = re.compile(
     re.DOTALL,
 )
 
-#: Not i8: oneDNN adds the bias after the scales.
+#: A measured problem: what follows are numbers.
+_MEASURED = re.compile(r'\s*perf,.*?,(--[a-z].*?)(?:,[^,"\s]*)*\s*', re.DOTALL)
+
+#: Types of layers that have one for all tensors.
 _DTYPES = ("f32", "f16", "bf16")
+#: Types of integer layers' tensors, as specs have them.
+_INTEGERS = {"src": {"s8": "i8", "u8": "u8"}, "weights": {"s8": "i8", "u8": "u8"}}
+_INTEGERS["dst"] = {**_INTEGERS["src"], "s32": "i32", "f32": "f32"}
 _DRIVERS = ("--conv", "--deconv")
 #: Options that describe a problem, and their default values.
 _MADE_OF = {"dir": "FWD_B", "dt": "f32", "bia-dt": "undef", "stag": "any", "dtag": "any", "mb": "0"}
@@ -55,6 +65,15 @@ _NEUTRAL = {
     "match": ("", ".*"),
     "start": ("", "0"),
     "strides": ("", "::"),
+}
+#: Of these, what layers of integers have as tensors; and for which elements one value of these may count: words of
+#: benchdnn, and masks of oneDNN's axes (3: of groups and channels). ``out`` is the product of all scales.
+_QUANTISED = ("attr-scales", "attr-zero-points")
+_POLICIES = {
+    "src": ("common", "per_tensor", "0"),
+    "dst": ("common", "per_tensor", "0"),
+    "weights": ("common", "per_tensor", "per_oc", "0", "1", "3"),
+    "out": ("common", "per_tensor", "per_oc", "0", "2"),
 }
 _DEFAULTS = _MADE_OF | {"attr-post-ops": ""} | dict.fromkeys(_NEUTRAL, "")
 #: Options about how problems are run, and how exact that may be.
@@ -72,8 +91,20 @@ Outcome = tuple[ConvSpec, int, tuple[str, ...]] | SpecError | UnsupportedError
 
 
 def recognise(line: str) -> bool:
-    """Whether a line is meant for benchdnn."""
-    return _LINE.match(line) is not None
+    """Whether a line is meant for benchdnn, or is what it says of a convolution."""
+    measured = _MEASURED.fullmatch(line)
+    return any(word in _DRIVERS for word in measured[1].split()) if measured else _LINE.match(line) is not None
+
+
+def layer(word: str, options: Mapping[str, str], *, transposed: bool, where: str) -> ConvSpec:
+    """The layer of a problem with single values of options, such as ``{"dt": "bf16", "dir": "FWD_I"}``.
+
+    Raises:
+        SpecError: a field is missing, or does not fit the others.
+        UnsupportedError: it is no layer that a spec can say.
+    """
+    spec, _ = _problem(word, transposed, where)
+    return _with_options(spec, _DEFAULTS | dict(options), where)
 
 
 class Reader:
@@ -100,7 +131,7 @@ class Reader:
         Raises:
             SpecError: an option is unknown, or a batch file cannot be read; names it.
         """
-        match = _LINE.match(line)
+        match = _MEASURED.fullmatch(line) or _LINE.match(line)
         words = " ".join((match[1] if match else line).split()) + " "
         # benchdnn joins a word that ends in a backslash, or has one behind it, to the next.
         for word in words.replace(" \\ ", "").replace("\\ ", "").split():
@@ -257,33 +288,64 @@ def _quotient(a: int, b: int) -> int:
 
 
 def _with_options(spec: ConvSpec, options: dict[str, str], where: str) -> ConvSpec:
+    types = _types(options["dt"], where)
+    is_quantised = types["dtype"] == "i8"
     for name, values in _NEUTRAL.items():
-        if options[name] not in values:
+        if options[name] not in values and not (is_quantised and name in _QUANTISED):
             raise unsupported(where, f"--{name}", "none", options[name])
-    dtype, *others = options["dt"].split(":")
-    if dtype not in _DTYPES or len(others) not in (0, 2) or {dtype, *others} != {dtype}:
-        raise unsupported(where, "--dt", f"one of {', '.join(_DTYPES)} for all tensors", options["dt"])
     direction, bias = options["dir"].upper(), options["bia-dt"]
     if direction not in ("FWD_B", "FWD_D", "FWD_I"):
         raise unsupported(where, "--dir", "FWD_B, FWD_D or FWD_I", options["dir"])
-    if bias not in ("undef", "f32", dtype):
-        raise unsupported(where, "--bia-dt", f"undef, f32 or {dtype}", bias)
+    own = "s32" if is_quantised else types["dtype"]
+    if bias not in ("undef", "f32", own):
+        raise unsupported(where, "--bia-dt", f"undef, f32 or {own}", bias)
     tagged = [_layout(name, options[name], spec.rank, where) for name in ("stag", "dtag")]
     known = [layout for layout in tagged if layout != "any"] or ["nchw"]
     src_layout, dst_layout = known[0], known[-1]  # oneDNN may choose any; it is the other's then
     if not re.fullmatch("[0-9]{1,18}", options["mb"]):
         raise SpecError("--mb", "a number", options["mb"], where)
-    residual, activation = _epilogue(options["attr-post-ops"], dtype, dst_layout, spec.rank, where)
+    ops = options["attr-post-ops"]
+    residual, activation = _epilogue(ops, types["dtype"], dst_layout, spec.rank, where)
+    if is_quantised and (residual or activation not in ("none", "relu")):
+        raise unsupported(where, "--attr-post-ops", "none or relu, for a layer of integers", ops)
     changes = {
         "n": int(options["mb"]) or spec.n,
-        "dtype": dtype,
         "layout": src_layout,
         "dst_layout": dst_layout,
         "bias": direction == "FWD_B" or bias != "undef",
         "residual": residual,
         "activation": activation,
     }
-    return ConvSpec.from_dict(spec.to_dict() | changes, where)
+    zeros = _zero_points(types, options, where) if is_quantised else {}
+    return ConvSpec.from_dict(spec.to_dict() | types | changes | zeros, where)
+
+
+def _types(text: str, where: str) -> dict[str, str]:
+    """The fields of types that ``--dt`` says: one for all, or those of src, weights and dst."""
+    names = text.split(":") * (1 if ":" in text else 3)
+    if len(names) == 3 and names[0] in _DTYPES and len(set(names)) == 1:
+        return {"dtype": names[0]}
+    found = [known.get(name) for known, name in zip(_INTEGERS.values(), names, strict=False)]
+    if len(names) == 3 and None not in found:
+        return {"dtype": "i8"} | {f"{tensor}_dtype": str(dtype) for tensor, dtype in zip(_INTEGERS, found, strict=True)}
+    expected = f"one of {', '.join(_DTYPES)} for all tensors, or s8 or u8 for src and weights"
+    raise unsupported(where, "--dt", expected, text)
+
+
+def _zero_points(types: dict[str, str], options: dict[str, str], where: str) -> dict[str, bool]:
+    """Which tensors of a layer of integers have a zero point; refuses scales and zero points that specs do not have."""
+    if types["dst_dtype"] == "i32" and (options["attr-scales"] or options["attr-post-ops"]):
+        raise unsupported(where, "--attr-scales, --attr-post-ops", "none with a dst of s32", "some")
+    zeros = {}
+    for option in _QUANTISED:
+        for argument in filter(None, options[option].split("+")):
+            name, policy, *values = [*argument.split(":"), ""]
+            tensor = {"wei": "weights"}.get(name, name.removesuffix("0"))
+            if policy not in _POLICIES.get(tensor, ()) or (option.endswith("points") and tensor == "out"):
+                raise unsupported(where, f"--{option}", "one for src and dst each, or one for all or each oc", argument)
+            if option == "attr-zero-points" and not re.fullmatch("0+", values[0]):
+                zeros[f"{tensor}_zero"] = True
+    return zeros
 
 
 def _tags(layout: str, rank: int) -> tuple[str, ...]:
@@ -367,7 +429,7 @@ def _is_residual(op: str, dtype: str, layout: str, rank: int) -> bool:
 
 
 def _activation(op: str) -> Activation | None:
-    if op in ("prelu:per_oc", "prelu:per_dim_1"):
+    if re.fullmatch("prelu:(per_oc|per_dim_1|2)(:f32)?", op):
         return Activation("prelu")
     name, *texts = op.removeprefix("eltwise_").split(":")
     make = _ELTWISE.get(name.removesuffix("_use_dst_for_bwd").removesuffix("_dst"))

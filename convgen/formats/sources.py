@@ -14,9 +14,10 @@ a list) and ``count`` are optional. A JSON file may also be the plain list of la
 says of a layer or model (:mod:`convgen.formats.keras`). An unknown or repeated key is an error.
 
 Any other file is text, whatever its suffix: each line a descriptor, problems and options of oneDNN's
-benchdnn (:mod:`convgen.formats.benchdnn`) or a MIOpenDriver command (:mod:`convgen.formats.miopen`);
-a comment goes from a ``#`` at its beginning or after a space to the end of the line. A ``.log`` file
-has other lines as well, which are passed over.
+benchdnn or what it printed of them (:mod:`convgen.formats.benchdnn`), a line that oneDNN printed
+(:mod:`convgen.formats.onednn`) or a MIOpenDriver command (:mod:`convgen.formats.miopen`); a comment
+goes from a ``#`` at its beginning or after a space to the end of the line. A ``.log`` file has other
+lines as well, which are passed over.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ import shutil
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import SpecError, UnsupportedError
 from ..folders import replacing
-from ..formats import benchdnn, miopen
 from ..problem.spec import OPERATORS, ConvSpec
+from . import benchdnn, miopen, onednn
 from .entries import SpecEntry, merge
 from .keras import specs_from_keras
 from .onnx.reader import specs_from_onnx
@@ -50,12 +51,12 @@ class Form:
     """A notation in lines.
 
     ``recognise``: whether a line is meant as one of it. ``reader``: what reads the lines of a file
-    (None: a line alone) in order. ``write``: the lines of an entry.
+    (None: a line alone) in order. ``write``: the lines of an entry; None where it is only read.
     """
 
     recognise: Callable[[str], bool]
     reader: Callable[[Path | None], Reader]
-    write: Callable[[SpecEntry], str]
+    write: Callable[[SpecEntry], str] | None = None
 
 
 def _each(parse: Callable[[str, str], ConvSpec]) -> Callable[[Path | None], Reader]:
@@ -93,7 +94,10 @@ LINES = {
         lambda entry: benchdnn.write(entry.spec, entry.count, entry.names) + "\n",
     ),
     "miopen": Form(miopen.recognise, _each(miopen.parse), _repeated(miopen.write)),
+    "onednn": Form(onednn.recognise, lambda path: onednn.parse),
 }
+#: Those that layers are written in.
+_WRITTEN = {name: form.write for name, form in LINES.items() if form.write is not None}
 #: Most values of a YAML file. A few hundred bytes of aliases can stand for more than any memory holds.
 _MOST_VALUES = 1_000_000
 #: A number in a YAML file; ``.inf`` is an activation's bound.
@@ -101,7 +105,7 @@ _NUMBER = re.compile(
     r"[-+]?(0|[1-9]\d*)(\.\d*)?([eE][-+]?\d+)?|[-+]?\.\d+([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 )
 #: How layers are written.
-FORMS = (*LINES, "toml", "yaml", "json")
+FORMS = (*_WRITTEN, "toml", "yaml", "json")
 #: A file's suffix -> its form.
 SUFFIXES = {".toml": "toml", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".txt": "descriptors"}
 
@@ -153,7 +157,7 @@ def format_specs(entries: Iterable[SpecEntry], form: str, skipped: list[str] | N
             ", ".join(f"{key} = {_quoted(value, form)}" for key, value in _layer(entry).items()) for entry in entries
         )
         return "layers = [\n" + "".join(f"    {{ {table} }},\n" for table in tables) + "]\n"
-    if form not in LINES:  # JSON is YAML, too
+    if form not in _WRITTEN:  # JSON is YAML, too
         return '{"layers": [\n' + ",\n".join(_quoted(_layer(entry), form) for entry in entries) + "\n]}\n"
     lines = []
     for number, entry in enumerate(entries, 1):
@@ -161,7 +165,7 @@ def format_specs(entries: Iterable[SpecEntry], form: str, skipped: list[str] | N
         if entry.count > benchdnn.LIMIT:
             raise SpecError("count", f"at most {benchdnn.LIMIT} of a layer in lines", entry.count, where)
         try:
-            lines.append(LINES[form].write(entry))
+            lines.append(_WRITTEN[form](entry))
         except UnsupportedError as error:
             reason = f"{where}: {error}"
             if skipped is None:
@@ -399,7 +403,7 @@ def _read_lines(lines: Iterable[tuple[str, str]], path: Path | None, skipped: li
         if name is None:
             if path is not None and path.suffix.lower() == ".log":
                 continue
-            expected = f"one of {', '.join(OPERATORS)}, a benchdnn problem, a MIOpenDriver command"
+            expected = f"one of {', '.join(OPERATORS)}, a benchdnn problem, a line of oneDNN, a MIOpenDriver command"
             raise SpecError("operator", expected, repr(line[:60]), where)
         for outcome in readers[name](line, where):
             if isinstance(outcome, tuple):
@@ -412,7 +416,8 @@ def _read_lines(lines: Iterable[tuple[str, str]], path: Path | None, skipped: li
         skipped += reasons
     if not found and not reasons:
         raise SpecError("layers", "a list of layers", "an empty one", str(path or ""))
-    return merge(found)
+    # What oneDNN made and did not run is there once.
+    return [replace(entry, count=max(entry.count, 1)) for entry in merge(found)]
 
 
 # ---- the value -> entries ---------------------------------------------------------------------

@@ -184,10 +184,59 @@ MEANT = "conv2d n1 ic4 oc4 i5x5 k1x1 s1x1 p0x0"
         ("--dt=bf16 --conv", ""),  # another command line
         ("./benchdnn --mode=P --conv --dir=FWD_D", "nobias"),
         ("3:PASSED (12 ms) __REPRO: --conv --dir=FWD_D", "nobias"),
+        ("--dt=s8", "i8"),
+        ("--dt=u8:s8:u8 --dir=FWD_D", "nobias src_u8 dst_u8 i8"),
+        ("--dt=u8:s8:s32 --bia-dt=s32", "src_u8 dst_i32 i8"),
+        (
+            "--dt=u8:u8:f32 --attr-scales=src:common:0.5+wei:per_oc --attr-post-ops=relu",
+            "src_u8 weights_u8 dst_f32 relu i8",
+        ),
+        ("--dt=u8:s8:s8 --attr-zero-points=src0:common:1+dst:0:s32", "src_zero dst_zero src_u8 i8"),
+        ("--dt=s8:u8:s8 --attr-zero-points=wei:per_oc+src:common:0", "weights_zero weights_u8 i8"),
     ],
 )
 def test_options(options: str, words: str) -> None:
-    assert problem(f"{options} {SMALL}") == " ".join([MEANT, *words.split()])
+    assert problem(f"{options} {SMALL}") == ConvSpec.parse(f"{MEANT} {words}").descriptor
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'perf,cpu,brgconv_1x1:avx512_core,"a*3",--conv --mode=P --dir=FWD_I mb1ic4ih5oc4kh1n"a*3",0.10276,0,0.693115',
+        "perf,cpu,jit:avx2,,--mode=CP --conv --dir=FWD_D --attr-scratchpad=user mb1ic4ih5oc4kh1,0.9,78.3,**45.6**,21",
+        'perf,cpu,ref,"a,b",--conv --dir=FWD_I mb1ic4ih5oc4kh1n"a,b",1,nan,inf',
+    ],
+)
+def test_what_benchdnn_measured(line: str) -> None:
+    assert benchdnn.recognise(line)
+    assert problem(line) == f"{MEANT} nobias"
+
+
+def test_what_benchdnn_measured_of_other_drivers_is_none_of_its_convolutions() -> None:
+    assert not benchdnn.recognise("perf,cpu,brg:avx512_core,,--mode=P --matmul 4x5:5x6,0.1,0,0.6")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--attr-scales=src:per_oc:0.5",
+        "--attr-scales=dst:per_oc:0.5",
+        "--attr-scales=attr_post_op_0:common:2",
+        "--attr-zero-points=src:per_dim_1:1",
+        "--attr-zero-points=bias:common:1",
+        "--attr-post-ops=sum",
+        "--attr-post-ops=clip:0:6",
+        "--bia-dt=bf16",
+    ],
+)
+def test_what_layers_of_integers_lack_is_refused(options: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"^here: {options.partition('=')[0]}: expected"):
+        list(problems(f"--dt=u8:s8:u8 --dir=FWD_I {options} {SMALL}"))
+
+
+def test_sums_have_no_scales() -> None:
+    with pytest.raises(UnsupportedError, match="expected none with a dst of s32"):
+        list(problems(f"--dt=u8:s8:s32 --attr-scales=src:common:0.5 {SMALL}"))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +244,8 @@ def test_options(options: str, words: str) -> None:
     [
         "--dir=BWD_D",
         "--dir=BWD_WB",
-        "--dt=u8:s8:u8",
+        "--dt=u8:s8:bf16",
+        "--dt=s8:f32:s8",
         "--dt=bf16:bf16:f32",
         "--dt=f32:f32",
         "--bia-dt=s8",
