@@ -356,7 +356,7 @@ def _packed_weights(spec: ConvSpec, products: _Products, host: Operands, merge_g
             inside.append(tirx.floordiv(column, oc_group) == tirx.floordiv(channel, ic_group))
         oc, ic = group * products.oc + column, group * products.ic + channel
         channels = (ic, tirx.floormod(oc, oc_group)) if spec.transposed else (oc, tirx.floormod(ic, ic_group))
-        value = host.weights.tensor(*channels, *kernel_tap)
+        value = host.weights.tensor(*host.weights.place((*channels, *kernel_tap)))
         return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, value.ty.dtype))
 
     shape = (products.batch, products.columns, products.vectors, products.lanes)

@@ -10,15 +10,25 @@ Why not     anything faster: this is what the others are checked against, and wh
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convgen.cpu.model import SCALAR_FLOPS
 from convgen.cuda.model import scalar_seconds
 from convgen.deferred import te
 from convgen.hardware.target import Target
-from convgen.lowering.compute import Expr, Operands, convolution, copied, epilogue, requantise
+from convgen.lowering.compute import (
+    Expr,
+    Operands,
+    convolution,
+    copied,
+    epilogue,
+    requantise,
+    store_gradients,
+    weights_gradient,
+)
 from convgen.lowering.schedule import Picks, Program, Scheduled, Space
 from convgen.problem.spec import ConvSpec
+from convgen.problem.tokens import DIRECTIONS
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule as TirSchedule
@@ -29,6 +39,7 @@ THREADS = 128
 
 class Reference(Scheduled):
     id, version, sums_integers, is_reference = "reference", 2, True, True
+    directions = DIRECTIONS
 
     def takes_layouts(self, src: str, dst: str) -> bool:
         return True
@@ -54,6 +65,10 @@ class Reference(Scheduled):
         ops = Operands(spec, integers=True)
         packed = [copied(parameter) for parameter in ops.parameters]
         taken = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
+        if spec.direction == "weights":
+            return Program(
+                ops.pack(*packed), ops.main(taken, store_gradients(spec, weights_gradient(spec, ops, *taken)))
+            )
         given = {parameter.name: tensor for parameter, tensor in zip(ops.parameters, taken, strict=True)}
         src_zero, weights_zero, dst_zero = (given.pop(f"{name}_zero", None) for name in ("src", "weights", "dst"))
         acc = convolution(spec, ops, given.pop("weights"), src_zero, weights_zero)
@@ -69,14 +84,26 @@ class Reference(Scheduled):
 
     def apply(self, sch: TirSchedule, spec: ConvSpec, target: Target, picks: Picks) -> None:
         dst, acc = sch.get_sblock("dst"), sch.get_sblock("acc")
+        if spec.direction == "weights":  # sums as long as all images, each a task; then they are stored
+            for block in (acc, *([sch.get_sblock("bias_acc")] if spec.bias else []), dst):
+                _each(sch, target, sch.get_loops(block)[: spec.rank + 2 if block is acc else len(spec.dst_shape)])
+            return
         if target.kind == "cuda":
-            blocks, threads = sch.split(sch.fuse(*sch.get_loops(dst)), [None, THREADS])
-            sch.bind(blocks, "blockIdx.x")
-            sch.bind(threads, "threadIdx.x")
+            _each(sch, target, sch.get_loops(dst))
             sch.set_scope(acc, 0, "local")
-            sch.compute_at(acc, threads, preserve_unit_loops=True)
+            sch.compute_at(acc, sch.get_loops(dst)[-1], preserve_unit_loops=True)
             return
         *outer, _ = sch.get_loops(dst)
         rows = sch.fuse(*outer)
         sch.compute_at(acc, sch.get_loops(dst)[-1], preserve_unit_loops=True)
         sch.parallel(rows)
+
+
+def _each(sch: TirSchedule, target: Target, loops: list[Any]) -> None:
+    """Every element by itself: on a thread of a GPU, or in a task."""
+    if target.kind != "cuda":
+        sch.parallel(sch.fuse(*loops))
+        return
+    blocks, threads = sch.split(sch.fuse(*loops), [None, THREADS])
+    sch.bind(blocks, "blockIdx.x")
+    sch.bind(threads, "threadIdx.x")

@@ -98,11 +98,13 @@ def _products(spec: ConvSpec, data: Arrays, lowered: Lowered | None, threads: in
     """``M``: sums of absolute values, of the output's shape."""
     if spec.n == 0:  # whose core has a batch of one
         return np.empty(spec.dst_shape, np.float32)
-    layer = spec.with_(activation="none", dtype="f32", bias=False, residual=False)
+    # A gradient of bias is an output of its own; any other bias is added elsewhere.
+    bias = spec.bias and spec.direction == "weights"
+    layer = spec.with_(activation="none", dtype="f32", bias=bias, residual=False)
     if lowered is not None:
         layer = layer.core
     src = np.abs(widen(data["src"])).reshape(layer.src_shape)
-    weights = np.abs(widen(data["weights"])).reshape(layer.weights_shape)
+    weights = np.abs(widen(data["weights"])).reshape(layer.shapes["weights"])
 
     def magnitudes(src: F32, weights: F32) -> Magnitudes:
         if lowered is None:
@@ -119,7 +121,8 @@ def _products(spec: ConvSpec, data: Arrays, lowered: Lowered | None, threads: in
         total = summed(np.maximum(src, SMALLEST_NORMAL), np.maximum(weights, SMALLEST_NORMAL))
         # Products may be subnormal too, and are multiplied on the way back.
         ones = magnitudes(np.ones_like(src), np.ones_like(weights))
-        products = ones.weights.sum(axis=tuple(a for a in range(ones.weights.ndim) if a != int(spec.transposed)))
+        others = tuple(a for a in range(ones.weights.ndim) if a != int(spec.transposed))
+        products = ones.weights.sum(axis=others if spec.direction == "forward" else None)
         total = total + np.float32(SMALLEST_NORMAL * products.max() * ones.src.max(initial=0))
         if lowered is not None and max(src.max(initial=0), weights.max(initial=0)) > LARGE:
             # Sums of pixels may be too large even where products are not.
@@ -134,7 +137,7 @@ def _bound(spec: ConvSpec, data: Arrays, factor: float, products: F32, plain: F3
     if spec.has_slope and data["slope"].size:
         slope = max(1.0, float(np.abs(widen(data["slope"])).max()))
     added = np.zeros((), np.float32)
-    if spec.bias:
+    if "bias" in data:
         added = added + np.abs(widen(data["bias"])).reshape(spec.dst_blocks.shape(1, (1,) * spec.rank))
     if spec.residual:
         added = added + np.abs(widen(data["residual"]))

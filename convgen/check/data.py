@@ -72,11 +72,18 @@ def _integers(spec: ConvSpec, rng: np.random.Generator, largest: int, factors: n
 
 
 def special_data(spec: ConvSpec, seed: int = 0) -> Arrays:
-    """Integers with a NaN and infinities of both signs here and there in src; no zero weights."""
+    """Integers with a NaN and infinities of both signs here and there in src; no zero weights.
+
+    They are in the tensor whose padding ONNX's operator leaves out: for the gradient of weights of a transposed layer,
+    that of dst.
+    """
     data = exact_data(spec, seed)
     rng = np.random.default_rng(seed + 1)
-    data["weights"][data["weights"] == 0] = 1
-    flat = data["src"].reshape(-1)
+    odd, other = "src", "weights"
+    if spec.direction == "weights" and spec.transposed:
+        odd, other = other, odd
+    data[other][data[other] == 0] = 1
+    flat = data[odd].reshape(-1)
     if flat.size:
         for value in (np.nan, np.inf, -np.inf):
             flat[rng.integers(flat.size)] = value
@@ -114,7 +121,7 @@ def odd_data(spec: ConvSpec, seed: int = 0) -> Arrays:
             column: Any = (slice(None), slice(None), *pixel)
             src[column] = even[column] * float(10 ** rng.uniform(2, 6))
         if rng.random() < 0.3:
-            src[:, rng.integers(spec.ic)] *= np.float32(10 ** rng.uniform(1, 6))
+            src[:, rng.integers(src.shape[1])] *= np.float32(10 ** rng.uniform(1, 6))
         for scale in (0.0, 1e-39):
             if rng.random() < 0.4:
                 axis = int(rng.integers(2, src.ndim))

@@ -17,6 +17,7 @@ from ..errors import SpecError
 from ..problem.dtypes import numpy_dtype
 from ..problem.layout import Blocks
 from ..problem.spec import ConvSpec
+from .onnx_gradients import gradient_of_src, gradient_of_weights, mirrored_weights
 from .onnx_integers import Constant as _Constant
 from .onnx_integers import Emit as _Emit
 from .onnx_integers import conv_attributes, quantised
@@ -88,18 +89,25 @@ def onnx_model(
         else:
             constant(name, checked(spec, name, array, spec.shapes[name]))
 
-    x = _channels_first("src", spec.src_blocks, spec.in_spatial, emit, constant)
-    if spec.is_quantised:
+    x = _channels_first("src", spec.src_blocks, spec.src_spatial, emit, constant)
+    if spec.direction == "weights":
+        gradient = _channels_first("weights", spec.dst_blocks, spec.dst_spatial, emit, constant)
+        x = gradient_of_weights(spec, x, gradient, emit, constant)
+    elif spec.direction == "data":
+        x = gradient_of_src(spec, x, emit, constant)
+    elif spec.is_quantised:
         x = quantised(spec, x, emit, constant)
     else:
-        x = _convolution(spec, [x, "weights", "bias" if spec.bias else ""], emit, constant)
+        weights_name = mirrored_weights(spec, emit, constant) if spec.mirrored else "weights"
+        x = _convolution(spec, [x, weights_name, "bias" if spec.bias else ""], emit, constant)
     if spec.residual:
         inputs.append(helper.make_tensor_value_info("residual", ELEMENTS[spec.dtype], spec.dst_shape))
-        r = _channels_first("residual", spec.dst_blocks, spec.out_spatial, emit, constant)
+        r = _channels_first("residual", spec.dst_blocks, spec.dst_spatial, emit, constant)
         x = emit("Add", x, r, output="sum")
     if not spec.is_quantised:
         x = _activation(spec, x, emit, constant)
-    _stored(x, spec.dst_blocks, spec.out_spatial, emit, constant)
+    if spec.direction != "weights":  # whose dst is no image
+        _stored(x, spec.dst_blocks, spec.dst_spatial, emit, constant)
     nodes[-1].output[0] = "dst"
 
     outputs = [helper.make_tensor_value_info("dst", ELEMENTS[spec.dst_dtype], spec.dst_shape)]

@@ -19,7 +19,7 @@ from ..problem.activation import DEFAULTS, Activation
 from ..problem.dtypes import DTYPES
 from ..problem.layout import BLOCKS
 from ..problem.spec import ConvSpec
-from ..problem.tokens import ACCURACIES
+from ..problem.tokens import ACCURACIES, DIRECTIONS
 
 T = TypeVar("T")
 
@@ -91,6 +91,14 @@ def random_spec(source: Source, limits: Limits, tiles: Sequence[int]) -> ConvSpe
             spec = ConvSpec(**random_fields(source, limits, tiles))
             if limits.admit(spec):
                 return spec
+
+
+def in_a_direction(source: Source, spec: ConvSpec) -> ConvSpec:
+    """The spec, or now and then a gradient of its convolution, where that is of floats."""
+    if spec.is_quantised or not source.chance(25):
+        return spec
+    direction, n = source.choice(DIRECTIONS[1:]), max(spec.n, 1)
+    return spec.with_(direction=direction, n=n, residual=False, activation="none")
 
 
 def random_fields(source: Source, limits: Limits, tiles: Sequence[int]) -> dict[str, Any]:

@@ -145,11 +145,30 @@ class Operand:
         self._integers = integers and dtype in RANGES
         self.tensor = te.placeholder(shape, storage, name)
 
+    def place(self, index: Index) -> tuple[Expr, ...]:
+        """Where an element lies in the tensor."""
+        return tuple(index)
+
     def __getitem__(self, index: Any) -> Expr:
-        value = self.tensor(*index if isinstance(index, tuple) else (index,))
+        value = self.tensor(*self.place(index if isinstance(index, tuple) else (index,)))
         if self._integers:
             return value.astype(INTEGER)
         return value.astype(ACCUMULATOR) if self.tensor.dtype == "bfloat16" else widen(value, self.dtype)
+
+
+class Mirrored(Operand):
+    """Weights that are stored as those of the layer whose gradient of src this is, read as a convolution's own:
+    ``[oc, ic/groups, *kernel]``.
+    """
+
+    def __init__(self, spec: ConvSpec, storage: str) -> None:
+        super().__init__("weights", spec.shapes["weights"], spec.weights_dtype, storage)
+        self._spec, self.shape = spec, spec.weights_shape
+
+    def place(self, index: Index) -> tuple[Expr, ...]:
+        spec, (o, c, *taps) = self._spec, index
+        own, group = spec.ic // spec.groups, spec.oc // spec.groups
+        return (o // group * own + c, o % group, *(k - 1 - t for k, t in zip(spec.kernel, taps, strict=True)))
 
 
 class Operands:
@@ -166,6 +185,8 @@ class Operands:
 
         def operand(name: str) -> Operand:
             storage = "bfloat16" if native and dtypes[name] == "bf16" else STORAGE[dtypes[name]]
+            if name == "weights" and spec.mirrored:
+                return Mirrored(spec, storage)
             return Operand(name, spec.shapes[name], dtypes[name], storage, integers)
 
         self.src, self.weights = operand("src"), operand("weights")
@@ -210,7 +231,7 @@ class Operands:
         self, n: Expr, channel: Expr, spatial: Index, *, always: bool = False, zero: Expr | None = None
     ) -> Expr:
         """src there less its zero point, 0 outside it; checked only where the spec has padding, or ``always``."""
-        sizes = self.spec.in_spatial
+        sizes = self.spec.src_spatial
         inside = [c for i, size in zip(spatial, sizes, strict=True) for c in (i >= 0, i < size)]
         value = less(self.src[self.order(n, channel, spatial)], zero)
         if not always and not any(b or e for b, e in self.spec.padding):
@@ -455,15 +476,16 @@ def convolution(
     src_zero: te.Tensor | None = None,
     weights_zero: te.Tensor | None = None,
 ) -> te.Tensor:
-    """Sums of products ``[n, oc, *out_spatial]``, whatever the layout; no bias yet.
+    """Sums of products ``[n, channels, *spatial]`` of dst, whatever the layout; no bias yet. Not of direction weights.
 
     Zero points are packed as they are, i32, and taken off what is read; padding is 0 after that.
 
     Transposed convolution is the convolution of the zero-stuffed input: an output pixel takes the
-    taps whose distance to it is a whole number of strides.
+    taps whose distance to it is a whole number of strides. The gradient of src is a convolution's where the layer is
+    transposed, and the other way round.
     """
-    rank, ic_group, oc_group = spec.rank, spec.ic // spec.groups, spec.oc // spec.groups
-    c = te.reduce_axis((0, ic_group), "c")
+    rank, reads, writes = spec.rank, spec.src_blocks.channels // spec.groups, spec.dst_blocks.channels // spec.groups
+    c = te.reduce_axis((0, reads), "c")
     taps = [te.reduce_axis((0, k), f"k{axis}") for axis, k in enumerate(spec.kernel)]
     zero = None if src_zero is None else src_zero[0]
 
@@ -475,20 +497,74 @@ def convolution(
             p * s + t * d - b
             for p, t, s, d, (b, _) in zip(pixel, taps, spec.stride, spec.dilation, spec.padding, strict=True)
         ]
-        value = ops.read_src(n, o // oc_group * ic_group + c, where, zero=zero)
+        value = ops.read_src(n, o // writes * reads + c, where, zero=zero)
         return te.sum(value * weight(o, (o, c, *taps)), [c, *taps])
 
     def transposed(n: Expr, o: Expr, *pixel: Expr) -> Expr:
         stuffed = [p + b - t * d for p, t, d, (b, _) in zip(pixel, taps, spec.dilation, spec.padding, strict=True)]
         conditions, where = [], []
         for axis in range(rank):
-            position, stride, size = stuffed[axis], spec.stride[axis], spec.in_spatial[axis]
+            position, stride, size = stuffed[axis], spec.stride[axis], spec.src_spatial[axis]
             conditions += [position >= 0, position < size * stride, tirx.floormod(position, stride) == 0]
             where.append(tirx.floordiv(position, stride))
-        channel = o // oc_group * ic_group + c
-        value = less(ops.src[ops.order(n, channel, where)], zero) * weight(o, (channel, o % oc_group, *taps))
+        channel = o // writes * reads + c
+        value = less(ops.src[ops.order(n, channel, where)], zero) * weight(o, (channel, o % writes, *taps))
         nothing = tirx.const(0, value.ty.dtype)
         return te.sum(tirx.if_then_else(tirx.all(*conditions), value, nothing), [c, *taps])
 
-    shape = (spec.n, spec.oc, *spec.out_spatial)
-    return te.compute(shape, transposed if spec.transposed else direct, name="acc")
+    shape = (spec.n, spec.dst_blocks.channels, *spec.dst_spatial)
+    return te.compute(shape, transposed if spec.transposed != (spec.direction == "data") else direct, name="acc")
+
+
+def weights_gradient(spec: ConvSpec, ops: Operands, gradient: te.Tensor) -> list[te.Tensor]:
+    """Sums of products of a layer's src and the gradient of its dst: the gradient of weights, of their shape, and
+    where there is a bias, that of bias ``[oc]``.
+
+    Args:
+        gradient: of dst, as it is packed: f32, in dst's layout.
+    """
+    own, group = spec.ic // spec.groups, spec.oc // spec.groups
+    pixels = spec.in_spatial if spec.transposed else spec.out_spatial
+    n = te.reduce_axis((0, spec.n), "n")
+    pixel = [te.reduce_axis((0, size), f"p{axis}") for axis, size in enumerate(pixels)]
+
+    def element(outer: Expr, inner: Expr, *taps: Expr) -> Expr:
+        far = [
+            p * s + t * d - b
+            for p, t, s, d, (b, _) in zip(pixel, taps, spec.stride, spec.dilation, spec.padding, strict=True)
+        ]
+        if not spec.transposed:
+            value = ops.read_src(n, outer // group * own + inner, far)
+            return te.sum(value * gradient[ops.dst_order(n, outer, pixel)], [n, *pixel])
+        inside = tirx.all(*(c for x, size in zip(far, spec.out_spatial, strict=True) for c in (x >= 0, x < size)))
+        passed = gradient[ops.dst_order(n, outer // own * group + inner, far)]
+        product = ops.src[ops.order(n, outer, pixel)] * passed
+        return te.sum(tirx.if_then_else(inside, product, tirx.const(0, ACCUMULATOR)), [n, *pixel])
+
+    made = [te.compute(spec.weights_shape, element, name="acc")]
+    if spec.bias:
+        image = te.reduce_axis((0, spec.n), "n")
+        where = [te.reduce_axis((0, size), f"q{axis}") for axis, size in enumerate(spec.out_spatial)]
+        made.append(
+            te.compute(
+                (spec.oc,),
+                lambda o: te.sum(gradient[ops.dst_order(image, o, where)], [image, *where]),
+                name="bias_acc",
+            )
+        )
+    return made
+
+
+def store_gradients(spec: ConvSpec, made: Sequence[te.Tensor]) -> te.Tensor:
+    """What :func:`weights_gradient` gives as dst: of weights, then of bias."""
+    weights = math.prod(spec.weights_shape)
+
+    def element(*index: Expr) -> Expr:
+        if len(made) == 1:
+            return narrow(made[0][index], spec.dtype)
+        at = index[0]
+        place = unflat(tirx.min(at, weights - 1), spec.weights_shape)
+        value = tirx.if_then_else(at < weights, made[0][tuple(place)], made[1][tirx.max(at - weights, 0)])
+        return narrow(value, spec.dtype)
+
+    return te.compute(spec.dst_shape, element, name="dst")

@@ -164,6 +164,7 @@ class Schedule(ABC):
     that it does more than reorder sums (Winograd), so that integers need not come out bit for bit; accuracy
     ``strict`` admits none that does.
     ``sums_integers`` says that sums of a layer of integers are integers; elsewhere they are f32.
+    ``directions`` are those of specs that it takes; a gradient of src is a forward layer wherever it can be.
     ``is_reference`` says that it is the definition itself, which the others are checked against; one schedule is.
     ``merged`` names schedules of earlier versions that it has taken in: records of theirs stay readable.
     """
@@ -172,6 +173,7 @@ class Schedule(ABC):
     version: ClassVar[int]
     transforms: ClassVar[bool] = False
     sums_integers: ClassVar[bool] = False
+    directions: ClassVar[tuple[str, ...]] = ("forward",)
     is_reference: ClassVar[bool] = False
     merged: ClassVar[tuple[str, ...]] = ()
 
@@ -237,6 +239,7 @@ class Schedule(ABC):
 
     def check(self, spec: ConvSpec, target: Target) -> None:
         """Raise :class:`Inapplicable` with the reason where the schedule does not apply, or is not exact for i8."""
+        require(spec.direction in self.directions, f"needs a direction among {', '.join(self.directions)}")
         layouts = f"does not know src as {spec.layout} with dst as {spec.dst_layout}"
         require(self.takes_layouts(spec.layout, spec.dst_layout), layouts)
         require(not self.transforms or spec.accuracy != "strict", "transforms, which accuracy strict does not admit")

@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -140,6 +140,10 @@ class Torch(Peer):
 
         if not spec.src_blocks.is_plain or spec.dst_layout != spec.layout:
             raise UnsupportedError("takes NCHW or NHWC, and gives what it takes")
+        if spec.mirrored:
+            raise UnsupportedError("takes no mirrored weights")
+        if spec.direction != "forward" and any(begin != end for begin, end in spec.padding):
+            raise UnsupportedError("has no gradient with padding that differs at both ends")
         torch.set_num_threads(threads)
         last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(spec.rank)
         formats = [("channels last", last)] if last else []
@@ -163,6 +167,9 @@ class Torch(Peer):
                 shared = shared.permute(order)
             return shared.contiguous(memory_format=form) if shared.dim() > 1 else shared
 
+        if spec.direction != "forward":
+            run_backward, made = self._gradient(spec, data, order, form)
+            return Entrant(way, run_backward, lambda: _stored_gradients(spec, made(), back), torch.inference_mode)
         src, residual = tensor("src"), tensor("residual")
         convolve = self._convolution(spec, tensor("weights"), tensor("bias"))
         activate = self._activation(spec, tensor("slope"))
@@ -175,6 +182,31 @@ class Torch(Peer):
             result[0] = activate(dst)
 
         return Entrant(way, run, lambda: np.ascontiguousarray(result[0].permute(back).numpy()), torch.inference_mode)
+
+    def _gradient(
+        self, spec: ConvSpec, data: Arrays, order: Sequence[int], form: Any
+    ) -> tuple[Callable[[], None], Callable[[], list[Any]]]:
+        """What autograd calls; and what it gave last, of the gradients of src, weights and bias that are wanted."""
+        import torch
+
+        def image(name: str) -> Any:
+            return torch.from_numpy(data[name]).permute(*order).contiguous(memory_format=form)
+
+        wanted = [spec.direction == "data", spec.direction == "weights", spec.direction == "weights" and spec.bias]
+        if spec.direction == "data":
+            gradient, weights = image("src"), torch.from_numpy(data["weights"]).contiguous(memory_format=form)
+            src = torch.empty((spec.n, spec.ic, *spec.in_spatial)).contiguous(memory_format=form)
+        else:
+            gradient, src = image("weights"), image("src")
+            weights = torch.empty(spec.weights_shape).contiguous(memory_format=form)
+        padding = [begin for begin, _ in spec.padding]
+        options = (spec.stride, padding, spec.dilation, spec.transposed, spec.output_padding, spec.groups, wanted)
+        result: list[Any] = [None]
+
+        def run() -> None:
+            result[0] = torch.ops.aten.convolution_backward(gradient, src, weights, [spec.oc], *options)
+
+        return run, lambda: [tensor for tensor in result[0] if tensor is not None]
 
     def _convolution(self, spec: ConvSpec, weights: Any, bias: Any) -> Callable[[Any], Any]:
         import torch
@@ -221,6 +253,14 @@ class Torch(Peer):
         if name not in table:
             raise UnsupportedError(f"activation: expected one torch is asked for, found {name}")
         return table[name]
+
+
+def _stored_gradients(spec: ConvSpec, made: list[Any], back: Sequence[int]) -> F32:
+    """PyTorch's gradients as dst."""
+    if spec.direction == "data":
+        return np.ascontiguousarray(made[0].permute(*back).numpy())
+    parts = [np.ascontiguousarray(tensor.numpy()) for tensor in made]
+    return np.concatenate([part.reshape(-1) for part in parts]) if spec.bias else parts[0]
 
 
 class OpenVino(Peer):
@@ -282,6 +322,8 @@ class Ncnn(Peer):
 
         if (spec.layout, spec.dst_layout) != ("nchw", "nchw"):
             raise UnsupportedError("takes NCHW only")
+        if spec.direction != "forward" or spec.mirrored:
+            raise UnsupportedError("has no gradients, and no mirrored weights")
         text, parameters = self._network(spec, data)
         net = f32_net(threads)
         if net.load_param_mem(text):

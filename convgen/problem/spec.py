@@ -6,6 +6,8 @@ activation: ``dst = activation(conv(src, weights) + bias + residual)``. Of 8-bit
 the sum is a 32-bit integer, the rest f32, ties are rounded to even and ``scale`` is a tensor ``[oc]``; see
 ``docs/quantised.md``.
 
+Of another direction it means the gradient of a layer, whose own fields say the shapes: see ``docs/gradients.md``.
+
 This module imports neither NumPy nor TVM, so that the command line can refuse a wrong spec at once.
 """
 
@@ -25,7 +27,7 @@ from ..errors import SpecError
 from .activation import Activation
 from .dtypes import BYTES, DTYPES, QUANTISED
 from .layout import LAYOUTS, Blocks
-from .tokens import ACCURACIES, ACCURACY, DST, FLAGS, PADDING_WORDS, SIZES, joined, read_token
+from .tokens import ACCURACIES, ACCURACY, DIRECTIONS, DST, FLAGS, PADDING_WORDS, SIZES, ZEROS, joined, read_token
 
 #: Version of the canonical form. A new field with a neutral default does not change it.
 CANONICAL_VERSION = 1
@@ -144,6 +146,13 @@ class ConvSpec:
             ``f32``: what would be rounded.
         src_zero, weights_zero, dst_zero: whether an i8 layer's tensor has a zero point: the stored number that means
             0, of the tensor's own type; ``[1]``, of weights ``[oc]``. src is padded with its zero point.
+        direction: ``forward``; ``data``, the gradient of the layer's src: the kernel's src is then the gradient of the
+            layer's dst, its dst that of the layer's src; or ``weights``, the gradient of its weights: the kernel
+            takes the gradient of the layer's dst in place of weights, and its dst has the weights' shape, or where
+            there is a bias, is flat, the gradient of bias ``[oc]`` after that of weights. Of floats, without
+            activation and residual; ``data`` has no bias: it is stored as false. ``weights`` needs n >= 1.
+        mirrored: weights are stored as those of the layer whose gradient of src this is: ``[ic, oc/groups, *kernel]``,
+            taps in the opposite order. Of a forward convolution that is not transposed, of floats.
 
     Raises:
         SpecError: a field is not what it must be, or the fields do not fit together.
@@ -173,6 +182,8 @@ class ConvSpec:
     src_zero: bool = False
     weights_zero: bool = False
     dst_zero: bool = False
+    direction: str = "forward"
+    mirrored: bool = False
     output_spatial: InitVar[Any] = field(default=None, kw_only=True)
 
     def __post_init__(self, output_spatial: Any) -> None:
@@ -194,10 +205,11 @@ class ConvSpec:
         for name in ("transposed", "bias", *FLAGS):
             put(name, _flag(name, getattr(self, name)))
         put("activation", str(Activation.parse(self.activation)))
-        for name, known in (("accuracy", ACCURACIES), ("dtype", DTYPES)):
+        for name, known in (("accuracy", ACCURACIES), ("dtype", DTYPES), ("direction", DIRECTIONS)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 raise SpecError(name, f"one of {', '.join(known)}", repr(value))
+        put("bias", self.bias and self.direction != "data")
         for name in TYPES:
             put(name, getattr(self, name) or self.dtype)
         put("layout", _layout("layout", self.layout, rank))
@@ -207,7 +219,7 @@ class ConvSpec:
         for name, channels in (("ic", self.ic), ("oc", self.oc)):
             if channels % self.groups:
                 raise SpecError("groups", f"a divisor of {name}={channels}", self.groups)
-        for name, blocks in (("ic", self.src_blocks), ("oc", self.dst_blocks)):
+        for name, blocks in (("ic", Blocks(self.layout, self.ic)), ("oc", Blocks(self.dst_layout, self.oc))):
             if blocks.channels % blocks.size:
                 raise SpecError(name, f"a multiple of {blocks.size}, the blocks of {blocks.layout}", blocks.channels)
         for axis, extra in enumerate(self.output_padding):
@@ -219,6 +231,7 @@ class ConvSpec:
         self._resolve_padding(output_spatial, put)
         self._check_sizes()
         self._check_types()
+        self._check_direction()
 
     def _resolve_padding(self, wanted: Any, put: Any) -> None:
         rank, word = self.rank, self.padding if isinstance(self.padding, str) else None
@@ -265,7 +278,7 @@ class ConvSpec:
         for name, shape in (
             ("src", (self.n, self.ic, *self.padded_spatial)),
             ("weights", self.weights_shape),
-            ("dst", self.dst_shape),
+            ("dst", (self.n, self.oc, *self.out_spatial)),
         ):
             if math.prod(shape) > INT32_MAX:
                 raise SpecError(name, f"at most {INT32_MAX} elements (int32 indexing)", f"shape {shape}")
@@ -292,6 +305,28 @@ class ConvSpec:
         ):
             if not allowed:
                 raise SpecError(name, why, getattr(self, name))
+
+    def _check_direction(self) -> None:
+        """That gradients are of what has one, and mirrored weights a convolution's."""
+        of_floats = "one of f32, f16, bf16"
+        expected: list[tuple[str, bool, str]] = []
+        if self.direction != "forward":
+            without = f"with direction {self.direction}"
+            expected += [
+                ("dtype", not self.is_quantised, f"{of_floats} {without}"),
+                ("activation", self.activation == "none", f"none {without}, which is of the convolution alone"),
+                ("residual", not self.residual, f"false {without}"),
+                ("mirrored", not self.mirrored, f"false {without}"),
+                ("n", self.n > 0 or self.direction != "weights", f"1 or more {without}"),
+            ]
+        if self.mirrored:
+            expected += [
+                ("transposed", not self.transposed, "false with mirrored"),
+                ("dtype", not self.is_quantised, f"{of_floats} with mirrored"),
+            ]
+        for name, allowed, what in expected:
+            if not allowed:
+                raise SpecError(name, what, repr(getattr(self, name)))
 
     # ---- shapes -------------------------------------------------------------------------------
 
@@ -329,28 +364,40 @@ class ConvSpec:
         return tuple((p - w) // s + 1 for p, w, s in zip(self.padded_spatial, self.window, self.stride, strict=True))
 
     @property
+    def src_spatial(self) -> Spatial:
+        """Size per axis of src: of the tensor that a kernel reads, whatever the direction."""
+        return self.out_spatial if self.direction == "data" else self.in_spatial
+
+    @property
+    def dst_spatial(self) -> Spatial:
+        """Size per axis of dst; with direction ``weights``, of the gradient that is in place of weights."""
+        return self.in_spatial if self.direction == "data" else self.out_spatial
+
+    @property
     def src_blocks(self) -> Blocks:
         """How src lies in memory."""
-        return Blocks(self.layout, self.ic)
+        return Blocks(self.dst_layout, self.oc) if self.direction == "data" else Blocks(self.layout, self.ic)
 
     @property
     def dst_blocks(self) -> Blocks:
-        """How dst and residual lie in memory."""
-        return Blocks(self.dst_layout, self.oc)
+        """How dst and residual lie in memory; with direction ``weights``, what is in place of weights."""
+        return Blocks(self.layout, self.ic) if self.direction == "data" else Blocks(self.dst_layout, self.oc)
 
     @property
     def src_shape(self) -> Spatial:
         """Shape of src in its layout."""
-        return self.src_blocks.shape(self.n, self.in_spatial)
+        return self.src_blocks.shape(self.n, self.src_spatial)
 
     @property
     def dst_shape(self) -> Spatial:
-        """Shape of dst and residual in their layout."""
-        return self.dst_blocks.shape(self.n, self.out_spatial)
+        """Shape of dst and residual in their layout; with direction ``weights``, of the gradients."""
+        if self.direction == "weights":
+            return (math.prod(self.weights_shape) + self.oc,) if self.bias else self.weights_shape
+        return self.dst_blocks.shape(self.n, self.dst_spatial)
 
     @property
     def weights_shape(self) -> Spatial:
-        """``[oc, ic/groups, *kernel]``, transposed ``[ic, oc/groups, *kernel]``."""
+        """Of the layer: ``[oc, ic/groups, *kernel]``, transposed ``[ic, oc/groups, *kernel]``."""
         if self.transposed:
             return (self.ic, self.oc // self.groups, *self.kernel)
         return (self.oc, self.ic // self.groups, *self.kernel)
@@ -360,7 +407,11 @@ class ConvSpec:
         """Shape of each tensor by name: :data:`PARAMETERS` between src and ``[residual] dst``; the ones it lacks are
         absent.
         """
-        shapes = {"src": self.src_shape, "weights": self.weights_shape}
+        if self.direction == "weights":
+            given = self.dst_blocks.shape(self.n, self.dst_spatial)
+            return {"src": self.src_shape, "weights": given, "dst": self.dst_shape}
+        weights = (self.ic, self.oc // self.groups, *self.kernel) if self.mirrored else self.weights_shape
+        shapes = {"src": self.src_shape, "weights": weights}
         if self.bias:
             shapes["bias"] = (self.oc,)
         if self.has_slope:
@@ -429,16 +480,42 @@ class ConvSpec:
     def core(self) -> ConvSpec:
         """The spec that schedules lower: the same buffers under the simplest shape.
 
-        A pointwise convolution of any rank is a 1-D one over its flat pixels (of NHWC to NHWC: the
-        batch's too). An empty batch is lowered like a batch of one, whose kernel is then never entered.
+        A gradient of src is a layer, wherever it is one (:attr:`as_layer`). A pointwise convolution of any rank is a
+        1-D one over its flat pixels (of NHWC to NHWC: the batch's too). An empty batch is lowered like a batch of one,
+        whose kernel is then never entered.
         """
-        core = self if self.n else self.with_(n=1)
-        if not self.is_pointwise:
+        core = (self if self.n else self.with_(n=1)).as_layer
+        if not core.is_pointwise:
             return core
-        images_follow = self.layout == self.dst_layout == "nhwc"
+        images_follow = core.layout == core.dst_layout == "nhwc"
         n, pixels = (1, core.n * core.out_pixels) if images_follow else (core.n, core.out_pixels)
         one: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
         return core.with_(n=n, in_spatial=(pixels,), kernel=(1,), **one)
+
+    @property
+    def as_layer(self) -> ConvSpec:
+        """A gradient of src as the layer that it is; the spec itself where it is another, or none.
+
+        That of a convolution is the transposed one of the same weights; at stride 1 the convolution of them mirrored,
+        as long as it is padded by less than its window. That of a transposed convolution is the convolution, unless
+        output padding reaches past a stride and what is cropped from the end: that would be padding below 0.
+        """
+        if self.direction != "data":
+            return self
+        changes: dict[str, Any] = {"ic": self.oc, "oc": self.ic, "in_spatial": self.out_spatial}
+        changes |= {"layout": self.dst_layout, "dst_layout": self.layout, "direction": "forward"}
+        axes = list(zip(self.padding, self.window, self.stride, self.output_padding, strict=True))
+        if self.transposed:
+            ends = [end - (extra if extra >= stride else 0) for (_, end), _, stride, extra in axes]
+            if min(ends) < 0:
+                return self
+            changes["padding"] = tuple((begin, end) for ((begin, _), *_), end in zip(axes, ends, strict=True))
+            return self.with_(transposed=False, output_padding=0, **changes)
+        if set(self.stride) == {1} and all(max(pads) < window for pads, window, _, _ in axes):
+            changes["padding"] = tuple((window - 1 - b, window - 1 - e) for (b, e), window, _, _ in axes)
+            return self.with_(mirrored=True, **changes)
+        left = [(p - w) % s for p, w, s in zip(self.padded_spatial, self.window, self.stride, strict=True)]
+        return self.with_(transposed=True, output_padding=tuple(left), **changes)
 
     # ---- cost ---------------------------------------------------------------------------------
 
@@ -456,7 +533,9 @@ class ConvSpec:
     @property
     def reduction_length(self) -> int:
         """Products summed into one output element, at most."""
-        return self.ic // self.groups * math.prod(self.kernel)
+        if self.direction == "weights":
+            return self.n * math.prod(self.in_spatial if self.transposed else self.out_spatial)
+        return (self.oc if self.direction == "data" else self.ic) // self.groups * math.prod(self.kernel)
 
     @cached_property
     def bytes(self) -> dict[str, int]:
@@ -495,8 +574,10 @@ class ConvSpec:
             words.append(joined("d", self.dilation))
         if any(self.output_padding):
             words.append(joined("op", self.output_padding))
-        if not self.bias:
+        if not self.bias and self.direction != "data":
             words.append("nobias")
+        if self.direction != "forward":
+            words.append(self.direction)
         words += [name for name in FLAGS if getattr(self, name)]
         words += [f"{name.removesuffix('dtype')}{getattr(self, name)}" for name in TYPES if self._differs(name)]
         for name, neutral in (("activation", "none"), ("dtype", "f32"), ("layout", "nchw"), ("accuracy", "standard")):
@@ -580,7 +661,7 @@ class ConvSpec:
         if "layout" in changes and self.dst_layout == self.layout:
             changes = {"dst_layout": "", **changes}
         if changes.get("dtype", self.dtype) != self.dtype:
-            changes = {**dict.fromkeys(TYPES, ""), **dict.fromkeys(FLAGS[1:], False), **changes}
+            changes = {**dict.fromkeys(TYPES, ""), **dict.fromkeys(ZEROS, False), **changes}
         return replace(self, output_spatial=None, **changes)
 
 

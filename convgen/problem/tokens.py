@@ -11,9 +11,11 @@ from .dtypes import DTYPES, QUANTISED
 from .layout import LAYOUTS
 
 ACCURACIES = ("strict", "standard", "relaxed", "tf32", "bf16")
+DIRECTIONS = ("forward", "data", "weights")
 PADDING_WORDS = ("valid", "same", "same_lower")
 #: Flags and their tokens: what is True where they are given.
-FLAGS = ("residual", "src_zero", "weights_zero", "dst_zero")
+ZEROS = ("src_zero", "weights_zero", "dst_zero")
+FLAGS = ("residual", *ZEROS, "mirrored")
 
 
 def joined(letter: str, values: tuple[int, ...]) -> str:
@@ -61,6 +63,8 @@ def read_token(token: str, rank: int) -> tuple[str, Any]:
         return "bias", False
     if token in FLAGS:
         return token, True
+    if token in DIRECTIONS:
+        return "direction", token
     if token in DTYPES:
         return "dtype", token
     if token in _TENSOR_TYPES:

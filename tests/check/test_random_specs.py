@@ -12,7 +12,7 @@ from layouts import LAYOUTS
 from strategies import ACTIVATIONS, TILES, TINY, specs
 
 from convgen.check.fuzz.drawing import FEATURES
-from convgen.check.random_specs import SMALL, Limits, Seeded, random_spec
+from convgen.check.random_specs import SMALL, Limits, Seeded, in_a_direction, random_spec
 from convgen.problem.activation import DEFAULTS
 from convgen.problem.dtypes import DTYPES
 from convgen.problem.spec import OPERATORS, ConvSpec
@@ -23,7 +23,7 @@ COUNT = 2000
 
 def draws(limits: Limits) -> list[ConvSpec]:
     source = Seeded(random.Random(1))
-    return [random_spec(source, limits, TILES) for _ in range(COUNT)]
+    return [in_a_direction(source, random_spec(source, limits, TILES)) for _ in range(COUNT)]
 
 
 #: Every value of a property that layers are to have.

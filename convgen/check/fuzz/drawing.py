@@ -19,7 +19,7 @@ from ...lowering.discover import schedule as find_schedule
 from ...lowering.discover import schedules, schedules_of
 from ...lowering.schedule import Picks, Schedule
 from ...problem.spec import ConvSpec
-from ..random_specs import SMALL, Seeded, Source, input_size, near_tiles, random_spec
+from ..random_specs import SMALL, Seeded, Source, in_a_direction, input_size, near_tiles, random_spec
 from .cases import Case
 
 #: Specs drawn for a schedule until it applies; points of a space until one is valid.
@@ -41,6 +41,8 @@ FEATURES: dict[str, Callable[[ConvSpec], bool]] = {
         k > 1 and d > i for k, d, i in zip(s.kernel, s.dilation, s.in_spatial, strict=True)
     ),
     "padding > kernel": lambda s: any(max(p) > k for p, k in zip(s.padding, s.kernel, strict=True)),
+    "gradient of src": lambda s: s.direction == "data",
+    "gradient of weights": lambda s: s.direction == "weights",
     "asymmetric padding": lambda s: any(begin != end for begin, end in s.padding),
 }
 
@@ -101,7 +103,7 @@ def _spec_for(source: Source, schedule: Schedule, target: Target) -> tuple[ConvS
     """A spec that the schedule applies to and None; or the last one drawn, and why it does not apply to that."""
     lanes = (target.vector_bits // 32,)
     for _ in range(DRAWS):
-        spec = random_spec(source, SMALL, lanes)
+        spec = in_a_direction(source, random_spec(source, SMALL, lanes))
         why = schedule.reason_against(spec.core, target)
         if why is not None:  # would it apply to a layer that may be less accurate, or is of floats?
             loose = spec.with_(accuracy="relaxed", dtype="f32" if spec.dtype == "i8" else spec.dtype)

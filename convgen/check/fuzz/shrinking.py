@@ -18,7 +18,7 @@ from ...errors import SpecError
 from ...hardware.target import Target
 from ...lowering.discover import schedule as find_schedule
 from ...lowering.schedule import Picks
-from ...problem.layout import BLOCKS
+from ...problem.layout import BLOCKS, Blocks
 from ...problem.spec import TYPES, ConvSpec
 from .cases import Case
 
@@ -123,7 +123,7 @@ def _groups(spec: ConvSpec) -> Iterator[Changes]:
 
 def _channels_of(name: str) -> Callable[[ConvSpec], Iterator[Changes]]:
     def step(spec: ConvSpec) -> Iterator[Changes]:
-        blocks = spec.src_blocks if name == "ic" else spec.dst_blocks
+        blocks = Blocks(*((spec.layout, spec.ic) if name == "ic" else (spec.dst_layout, spec.oc)))
         unit = spec.groups if blocks.layout == "nhwc" else math.lcm(spec.groups, blocks.size)
         for count in _smaller(getattr(spec, name) // unit, 1):
             yield {name: count * unit}
@@ -166,6 +166,7 @@ SPEC_STEPS: tuple[Callable[[ConvSpec], Iterable[Changes]], ...] = (
     _storage,
     _layouts,
     _plain("accuracy", "standard"),
+    _plain("direction", "forward"),
     _plain("n", 1),
     _fewer_axes,
     _not_transposed,
