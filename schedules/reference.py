@@ -22,6 +22,7 @@ from convgen.lowering.compute import (
     convolution,
     copied,
     epilogue,
+    nothing_packed,
     requantise,
     store_gradients,
     weights_gradient,
@@ -63,12 +64,13 @@ class Reference(Scheduled):
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops = Operands(spec, integers=True)
+        if spec.direction == "weights":
+            taken = [te.placeholder((1,), "float32", "nothing_packed_in")]
+            return Program(
+                ops.pack(nothing_packed()), ops.main(taken, store_gradients(spec, weights_gradient(spec, ops)))
+            )
         packed = [copied(parameter) for parameter in ops.parameters]
         taken = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
-        if spec.direction == "weights":
-            return Program(
-                ops.pack(*packed), ops.main(taken, store_gradients(spec, weights_gradient(spec, ops, *taken)))
-            )
         given = {parameter.name: tensor for parameter, tensor in zip(ops.parameters, taken, strict=True)}
         src_zero, weights_zero, dst_zero = (given.pop(f"{name}_zero", None) for name in ("src", "weights", "dst"))
         acc = convolution(spec, ops, given.pop("weights"), src_zero, weights_zero)

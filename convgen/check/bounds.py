@@ -89,9 +89,14 @@ def even_tolerance(spec: ConvSpec, data: Arrays, threads: int = 1) -> F32:
     if spec.dtype == "i8":
         return np.zeros(spec.dst_shape, np.float32)
     plain = _products(spec, data, None, threads)
-    means = [float(np.abs(widen(data[name])).mean()) if data[name].size else 0 for name in ("src", "weights")]
+    means = [float(np.abs(widen(data[name])).mean()) if data[name].size else 0 for name in _factors(spec)]
     magnitude = np.maximum(plain, np.float32(spec.reduction_length * math.prod(means)))
     return _bound(spec, data, error_factor(spec, transforms=True), magnitude, plain, threads)
+
+
+def _factors(spec: ConvSpec) -> tuple[str, str]:
+    """The tensors whose products are summed."""
+    return "src", "residual" if spec.direction == "weights" else "weights"
 
 
 def _products(spec: ConvSpec, data: Arrays, lowered: Lowered | None, threads: int) -> F32:
@@ -104,7 +109,8 @@ def _products(spec: ConvSpec, data: Arrays, lowered: Lowered | None, threads: in
     if lowered is not None:
         layer = layer.core
     src = np.abs(widen(data["src"])).reshape(layer.src_shape)
-    weights = np.abs(widen(data["weights"])).reshape(layer.shapes["weights"])
+    factor = _factors(spec)[1]
+    weights = np.abs(widen(data[factor])).reshape(layer.shapes[factor])
 
     def magnitudes(src: F32, weights: F32) -> Magnitudes:
         if lowered is None:
@@ -114,7 +120,7 @@ def _products(spec: ConvSpec, data: Arrays, lowered: Lowered | None, threads: in
 
     def summed(src: F32, weights: F32) -> F32:
         made = magnitudes(src, weights)
-        values = {"src": made.src.astype(np.float32), "weights": made.weights.astype(np.float32)}
+        values = {"src": made.src.astype(np.float32), factor: made.weights.astype(np.float32)}
         return widen(reference(made.spec, values, threads)).reshape(spec.dst_shape)
 
     with np.errstate(over="ignore", invalid="ignore"):
@@ -139,12 +145,12 @@ def _bound(spec: ConvSpec, data: Arrays, factor: float, products: F32, plain: F3
     added = np.zeros((), np.float32)
     if "bias" in data:
         added = added + np.abs(widen(data["bias"])).reshape(spec.dst_blocks.shape(1, (1,) * spec.rank))
-    if spec.residual:
+    if spec.residual:  # not the gradient that a gradient of weights has in its place
         added = added + np.abs(widen(data["residual"]))
     with np.errstate(over="ignore", invalid="ignore"):
         bound = np.float32(slope * factor * UNIT_ROUNDOFF) * (products + added)
         if "bf16" in (spec.dtype, spec.accuracy):
-            largest = sum(float(np.abs(widen(data[name])).max(initial=0)) for name in ("src", "weights"))
+            largest = sum(float(np.abs(widen(data[name])).max(initial=0)) for name in _factors(spec))
             bound = bound + np.float32(slope * SMALLEST_NORMAL * spec.reduction_length * (largest + 1))
         if op.name != "none":
             bound = bound + np.float32(ACTIVATION_ERROR * UNIT_ROUNDOFF) * (plain + added + 1)

@@ -79,7 +79,7 @@ def special_data(spec: ConvSpec, seed: int = 0) -> Arrays:
     """
     data = exact_data(spec, seed)
     rng = np.random.default_rng(seed + 1)
-    odd, other = "src", "weights"
+    odd, other = "src", "residual" if spec.direction == "weights" else "weights"
     if spec.direction == "weights" and spec.transposed:
         odd, other = other, odd
     data[other][data[other] == 0] = 1
@@ -113,7 +113,7 @@ def odd_data(spec: ConvSpec, seed: int = 0) -> Arrays:
         return data
     data = {name: rng.standard_normal(shape, np.float32) for name, shape in _shapes(spec).items()}
     src = spec.src_blocks.channels_first(data["src"])
-    weights = data["weights"]
+    weights = data["residual" if spec.direction == "weights" else "weights"]
     if src.size:
         even = src.copy()
         for _ in range(rng.choice([0, 1, 12])):

@@ -91,7 +91,7 @@ def onnx_model(
 
     x = _channels_first("src", spec.src_blocks, spec.src_spatial, emit, constant)
     if spec.direction == "weights":
-        gradient = _channels_first("weights", spec.dst_blocks, spec.dst_spatial, emit, constant)
+        gradient = _channels_first("residual", spec.dst_blocks, spec.dst_spatial, emit, constant)
         x = gradient_of_weights(spec, x, gradient, emit, constant)
     elif spec.direction == "data":
         x = gradient_of_src(spec, x, emit, constant)
@@ -100,8 +100,9 @@ def onnx_model(
     else:
         weights_name = mirrored_weights(spec, emit, constant) if spec.mirrored else "weights"
         x = _convolution(spec, [x, weights_name, "bias" if spec.bias else ""], emit, constant)
+    if "residual" in spec.shapes:
+        inputs.append(helper.make_tensor_value_info("residual", ELEMENTS[spec.dtype], spec.shapes["residual"]))
     if spec.residual:
-        inputs.append(helper.make_tensor_value_info("residual", ELEMENTS[spec.dtype], spec.dst_shape))
         r = _channels_first("residual", spec.dst_blocks, spec.dst_spatial, emit, constant)
         x = emit("Add", x, r, output="sum")
     if not spec.is_quantised:

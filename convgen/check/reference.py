@@ -56,7 +56,7 @@ def _data(
 def run_onnxruntime(
     spec: ConvSpec,
     src: npt.ArrayLike,
-    weights: npt.ArrayLike,
+    weights: npt.ArrayLike | None = None,
     bias: npt.ArrayLike | None = None,
     slope: npt.ArrayLike | None = None,
     residual: npt.ArrayLike | None = None,
@@ -99,7 +99,7 @@ class OrtReference:
         self,
         spec: ConvSpec,
         src: npt.ArrayLike,
-        weights: npt.ArrayLike,
+        weights: npt.ArrayLike | None = None,
         bias: npt.ArrayLike | None = None,
         slope: npt.ArrayLike | None = None,
         residual: npt.ArrayLike | None = None,

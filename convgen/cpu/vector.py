@@ -49,7 +49,7 @@ def written(ops: Operands, packed: Sequence[te.Tensor], kernel: Callable[..., An
 
     def body(ins: Sequence[Any], outs: Sequence[Any]) -> Any:
         src, *rest = ins
-        residual = rest.pop(0) if spec.residual else None
+        residual = rest.pop(0) if ops.residual is not None else None
         return kernel(src, residual, dict(zip(names, rest, strict=True)), outs[0])
 
     taken = [*(o.tensor for o in (ops.src, ops.residual) if o is not None), *inputs]

@@ -103,7 +103,7 @@ class CudaLibrary(BaseLibrary):
 
     def bind(
         self,
-        weights: object,
+        weights: object = None,
         bias: object = None,
         slope: object = None,
         *,

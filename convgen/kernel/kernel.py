@@ -87,7 +87,7 @@ class Kernel(BaseLibrary):
     def __call__(
         self,
         src: Any,
-        weights: Any,
+        weights: Any = None,
         bias: Any = None,
         slope: Any = None,
         *,

@@ -197,7 +197,7 @@ class BaseLibrary(Loaded, ABC):
         """Bytes of every buffer."""
 
     @abstractmethod
-    def bind(self, weights: object, bias: object = None, slope: object = None, **others: Any) -> Any:
+    def bind(self, weights: object = None, bias: object = None, slope: object = None, **others: Any) -> Any:
         """A layer with these weights, packed once; arguments as in :meth:`pack`."""
 
     def _check_layer(self, path: str) -> None:
@@ -223,7 +223,7 @@ class BaseLibrary(Loaded, ABC):
 
     def pack(
         self,
-        weights: object,
+        weights: object = None,
         bias: object = None,
         slope: object = None,
         packed: Bytes | None = None,
@@ -232,7 +232,7 @@ class BaseLibrary(Loaded, ABC):
         """The parameters as the kernel reads them; into ``packed`` where given.
 
         Args:
-            weights: ``spec.weights_shape``, with any strides: a NumPy array or anything with DLPack in CPU memory;
+            weights: ``spec.shapes["weights"]``, unless it is a gradient of them; with any strides: a NumPy array or anything with DLPack in CPU memory;
                 like all tensors stored as ``spec.dtypes`` says: float32, float16, bfloat16 (ml_dtypes' where it is
                 NumPy's), int8, uint8 or int32. Of a tensor with gradients its values.
             bias: ``[oc]``, given exactly where the spec has one.
@@ -372,7 +372,7 @@ class Library(BaseLibrary):
                 written where they are, at every run.
             packed: as :meth:`pack` returned it.
             dst: ``spec.dst_shape``, written; overlaps no other argument.
-            residual: ``spec.dst_shape``, given exactly where the spec has one.
+            residual: ``spec.shapes["residual"]``, given exactly where the spec has one.
             workspace: at least ``sizes(threads).workspace`` bytes at a multiple of 64; new memory
                 where None. Only one call at a time can use it.
             threads: the library's own where None.
@@ -405,7 +405,7 @@ class Library(BaseLibrary):
 
         return call
 
-    def bind(self, weights: object, bias: object = None, slope: object = None, **others: Any) -> Layer:
+    def bind(self, weights: object = None, bias: object = None, slope: object = None, **others: Any) -> Layer:
         """A layer with these weights, packed once; arguments as in :meth:`pack`."""
         return Layer(self, self.pack(weights, bias, slope, **others))
 
@@ -462,7 +462,8 @@ class Layer(Loaded):
         Args:
             x: of the spec's dtype, ``spec.src_shape``: a NumPy array or anything with DLPack, in CPU memory. It is
                 read where it is where it is contiguous, and copied first where it is not.
-            residual: ``spec.dst_shape``, given exactly where the spec has one; likewise.
+            residual: ``spec.shapes["residual"]``, given exactly where the spec has one, the gradient of dst with
+                direction weights; likewise.
             out: where to write, ``spec.dst_shape``, contiguous; a new array where None.
 
         Returns:

@@ -189,10 +189,15 @@ class Operands:
                 return Mirrored(spec, storage)
             return Operand(name, spec.shapes[name], dtypes[name], storage, integers)
 
-        self.src, self.weights = operand("src"), operand("weights")
-        self.residual = operand("residual") if spec.residual else None
+        self.src = operand("src")
+        self.residual = operand("residual") if "residual" in spec.shapes else None
         #: What ``pack`` takes, in the order of :data:`~convgen.problem.spec.PARAMETERS`.
-        self.parameters = [self.weights, *(operand(name) for name in spec.parameters[1:])]
+        self.parameters = [operand(name) for name in spec.parameters]
+
+    @property
+    def weights(self) -> Operand:
+        """The first of the parameters; a gradient of weights has none."""
+        return self.parameters[0]
 
     def order(self, n: Expr, channel: Expr, spatial: Index) -> tuple[Expr, ...]:
         """``(n, channel, spatial)`` as an index of src; of dst too where both have one layout."""
@@ -516,13 +521,11 @@ def convolution(
     return te.compute(shape, transposed if spec.transposed != (spec.direction == "data") else direct, name="acc")
 
 
-def weights_gradient(spec: ConvSpec, ops: Operands, gradient: te.Tensor) -> list[te.Tensor]:
+def weights_gradient(spec: ConvSpec, ops: Operands) -> list[te.Tensor]:
     """Sums of products of a layer's src and the gradient of its dst: the gradient of weights, of their shape, and
     where there is a bias, that of bias ``[oc]``.
-
-    Args:
-        gradient: of dst, as it is packed: f32, in dst's layout.
     """
+    gradient: Any = ops.residual
     own, group = spec.ic // spec.groups, spec.oc // spec.groups
     pixels = spec.in_spatial if spec.transposed else spec.out_spatial
     n = te.reduce_axis((0, spec.n), "n")
@@ -553,6 +556,11 @@ def weights_gradient(spec: ConvSpec, ops: Operands, gradient: te.Tensor) -> list
             )
         )
     return made
+
+
+def nothing_packed() -> te.Tensor:
+    """What a gradient of weights packs, as a kernel packs something."""
+    return te.compute((1,), lambda i: tirx.const(0, ACCUMULATOR), name="nothing_packed")
 
 
 def store_gradients(spec: ConvSpec, made: Sequence[te.Tensor]) -> te.Tensor:

@@ -219,13 +219,13 @@ def _tvm_target(config: dict[str, Any]) -> Any:
 
 
 def _packed_count(program: Program, spec: ConvSpec) -> int:
-    return len(program.main) - 2 - spec.residual
+    return len(program.main) - 2 - ("residual" in spec.shapes)
 
 
 def _check(program: Program, spec: ConvSpec) -> None:
     """A schedule's program must have the arguments the C entry points pass."""
     parameters = spec.parameters
-    leading = ["src"] + ["residual"] * spec.residual
+    leading = [name for name in ("src", "residual") if name in spec.shapes]
     count = _packed_count(program, spec)
     pack, main = program.pack, program.main
     outputs, inputs = pack[len(parameters) :], main[len(leading) : -1]

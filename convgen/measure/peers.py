@@ -197,7 +197,7 @@ class Torch(Peer):
             gradient, weights = image("src"), torch.from_numpy(data["weights"]).contiguous(memory_format=form)
             src = torch.empty((spec.n, spec.ic, *spec.in_spatial)).contiguous(memory_format=form)
         else:
-            gradient, src = image("weights"), image("src")
+            gradient, src = image("residual"), image("src")
             weights = torch.empty(spec.weights_shape).contiguous(memory_format=form)
         padding = [begin for begin, _ in spec.padding]
         options = (spec.stride, padding, spec.dilation, spec.transposed, spec.output_padding, spec.groups, wanted)

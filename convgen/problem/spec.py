@@ -148,9 +148,10 @@ class ConvSpec:
             0, of the tensor's own type; ``[1]``, of weights ``[oc]``. src is padded with its zero point.
         direction: ``forward``; ``data``, the gradient of the layer's src: the kernel's src is then the gradient of the
             layer's dst, its dst that of the layer's src; or ``weights``, the gradient of its weights: the kernel
-            takes the gradient of the layer's dst in place of weights, and its dst has the weights' shape, or where
-            there is a bias, is flat, the gradient of bias ``[oc]`` after that of weights. Of floats, without
-            activation and residual; ``data`` has no bias: it is stored as false. ``weights`` needs n >= 1.
+            reads the gradient of the layer's dst beside src, as ``residual``, and takes no weights; its dst has the
+            weights' shape, or where there is a bias, is flat, the gradient of bias ``[oc]`` after that of weights. Of
+            floats, without activation and residual; ``data`` has no bias: it is stored as false. ``weights`` has
+            no empty batch.
         mirrored: weights are stored as those of the layer whose gradient of src this is: ``[ic, oc/groups, *kernel]``,
             taps in the opposite order. Of a forward convolution that is not transposed, of floats.
 
@@ -370,7 +371,7 @@ class ConvSpec:
 
     @property
     def dst_spatial(self) -> Spatial:
-        """Size per axis of dst; with direction ``weights``, of the gradient that is in place of weights."""
+        """Size per axis of dst; with direction ``weights``, of the gradient that is read beside src."""
         return self.in_spatial if self.direction == "data" else self.out_spatial
 
     @property
@@ -380,7 +381,7 @@ class ConvSpec:
 
     @property
     def dst_blocks(self) -> Blocks:
-        """How dst and residual lie in memory; with direction ``weights``, what is in place of weights."""
+        """How dst and residual lie in memory; with direction ``weights``, the residual alone."""
         return Blocks(self.layout, self.ic) if self.direction == "data" else Blocks(self.dst_layout, self.oc)
 
     @property
@@ -408,8 +409,8 @@ class ConvSpec:
         absent.
         """
         if self.direction == "weights":
-            given = self.dst_blocks.shape(self.n, self.dst_spatial)
-            return {"src": self.src_shape, "weights": given, "dst": self.dst_shape}
+            gradient = self.dst_blocks.shape(self.n, self.dst_spatial)
+            return {"src": self.src_shape, "residual": gradient, "dst": self.dst_shape}
         weights = (self.ic, self.oc // self.groups, *self.kernel) if self.mirrored else self.weights_shape
         shapes = {"src": self.src_shape, "weights": weights}
         if self.bias:

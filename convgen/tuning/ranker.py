@@ -417,7 +417,7 @@ def _place(spec: ConvSpec, threads: int) -> Array:
         math.prod(spec.dilation),
         spec.flops,
         spec.flops / max(1, sum(size.values())),
-        size["weights"],
+        size.get("weights", size["dst"]),
         threads,
     ]
     # What makes another layer of it counts as some doublings.

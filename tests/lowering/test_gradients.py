@@ -47,6 +47,10 @@ def computed(spec: ConvSpec, how: str, **data: Array) -> Array:
     return np.asarray(compile_candidate(spec, target, candidate, 2)(**data))
 
 
+def by_onnx(spec: ConvSpec, data: dict[str, Array]) -> Array:
+    return run_onnxruntime(spec, data["src"], data.get("weights"), residual=data.get("residual"))
+
+
 def integers(shape: tuple[int, ...], seed: int) -> Array:
     return np.random.default_rng(seed).integers(-3, 4, shape).astype(np.float32)
 
@@ -64,7 +68,7 @@ def gradients(spec: ConvSpec, **data: Array) -> Array:
     if spec.direction == "data":
         gradient, weights = image("src", spec.src_blocks), torch.tensor(data["weights"], dtype=torch.float64)
     else:
-        x, gradient = image("src", spec.src_blocks), image("weights", spec.dst_blocks)
+        x, gradient = image("src", spec.src_blocks), image("residual", spec.dst_blocks)
     for tensor in (x, weights, bias):
         tensor.requires_grad_()
     functional = torch.nn.functional
@@ -89,7 +93,7 @@ def test_kernels_and_onnx_are_autograd_s(layer: str, direction: str) -> None:
     spec = ConvSpec.parse(LAYERS[layer]).with_(direction=direction)
     data = exact_data(spec)
     expected = gradients(spec, **data)
-    np.testing.assert_array_equal(run_onnxruntime(spec, data["src"], data["weights"]), expected)
+    np.testing.assert_array_equal(by_onnx(spec, data), expected)
     np.testing.assert_array_equal(computed(spec, "reference", **data), expected)
     np.testing.assert_array_equal(computed(spec.with_(accuracy="strict"), "default", **data), expected)
 
@@ -101,7 +105,7 @@ def test_a_gradient_is_the_adjoint(layer: str) -> None:
     x, weights, y = integers(spec.src_shape, 1), integers(spec.weights_shape, 2), integers(spec.dst_shape, 3)
     forward = computed(spec, "reference", src=x, weights=weights)
     backward = computed(spec.with_(direction="data"), "reference", src=y, weights=weights)
-    of_weights = computed(spec.with_(direction="weights"), "reference", src=x, weights=y)
+    of_weights = computed(spec.with_(direction="weights"), "reference", src=x, residual=y)
     product = (forward.astype(float) * y).sum()
     assert product == (x.astype(float) * backward).sum() == (weights.astype(float) * of_weights).sum() != 0
 
@@ -139,10 +143,10 @@ def test_onnx_and_the_layer_that_a_gradient_is(layer: ConvSpec, direction: str) 
     spec = layer.with_(direction=direction)
     data = exact_data(spec)
     expected = gradients(spec, **data)
-    np.testing.assert_array_equal(run_onnxruntime(spec, data["src"], data["weights"]), expected)
+    np.testing.assert_array_equal(by_onnx(spec, data), expected)
     core = spec.core
-    src, weights = (data[name].reshape(core.shapes[name]) for name in ("src", "weights"))
-    np.testing.assert_array_equal(run_onnxruntime(core, src, weights).reshape(expected.shape), expected)
+    same = {name: array.reshape(core.shapes[name]) for name, array in data.items()}
+    np.testing.assert_array_equal(by_onnx(core, same).reshape(expected.shape), expected)
     assert ConvSpec.parse(spec.descriptor) == spec == ConvSpec.from_dict(spec.to_dict())
 
 
