@@ -232,9 +232,9 @@ class BaseLibrary(Loaded, ABC):
         """The parameters as the kernel reads them; into ``packed`` where given.
 
         Args:
-            weights: ``spec.shapes["weights"]``, unless it is a gradient of them; with any strides: a NumPy array or anything with DLPack in CPU memory;
-                like all tensors stored as ``spec.dtypes`` says: float32, float16, bfloat16 (ml_dtypes' where it is
-                NumPy's), int8, uint8 or int32. Of a tensor with gradients its values.
+            weights: ``spec.shapes["weights"]``, with any strides, unless it is a gradient of them: a NumPy array or
+                anything with DLPack in CPU memory; like all tensors stored as ``spec.dtypes`` says: float32, float16,
+                bfloat16 (ml_dtypes' where it is NumPy's), int8, uint8 or int32. Of a tensor with gradients its values.
             bias: ``[oc]``, given exactly where the spec has one.
             slope: prelu's, ``[oc]`` or one number.
             others: of a layer of integers ``scale`` ``[oc]``, and what it has of ``src_zero`` ``[1]``,
