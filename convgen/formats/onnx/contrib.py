@@ -7,6 +7,7 @@ is not known here stays as it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -137,10 +138,7 @@ def _fused_convolution(last: bool) -> _Speller:
         if added:
             steps.append(("Add", [added], {}))
         if activation == "Clip":
-            bounds = [f"{node.output[0]}/{bound}" for bound in wanted or ()]
-            for bound, number in zip(bounds, numbers, strict=True):
-                yield helper.make_node("Constant", [], [bound], bound, value_float=number)
-            steps += [("Max", bounds[:1], {}), ("Min", bounds[1:], {})]  # of every version, unlike Clip
+            steps += [("Max", [_number(numbers[0])], {}), ("Min", [_number(numbers[1])], {})]  # Clip's operands changed
         elif activation:
             steps.append((activation, [], dict(zip(wanted or (), numbers, strict=True))))
         yield from _chain(name, src, _turned(steps, rank), node.output[0])
@@ -176,13 +174,65 @@ def _turned(steps: list[_Step], rank: int) -> list[_Step]:
     return [("Transpose", [], {"perm": _channels_first(rank)}), *steps, ("Transpose", [], {"perm": back})]
 
 
+def _number(value: float) -> str:
+    """A constant among the operands of a step."""
+    return f"={value!r}"
+
+
 def _chain(name: str, src: str, steps: Sequence[_Step], output: str) -> Iterator[NodeProto]:
     """Nodes each of which takes what the one before gives; a convolution among them has the name."""
     for number, (operator, others, attributes) in enumerate(steps, 1):
         result = output if number == len(steps) else f"{output}/{number}"
         called = name if "Conv" in operator else f"{name}/{operator.lower()}{number}"
-        yield helper.make_node(operator, [src, *others], [result], called, **attributes)
+        operands = [src]
+        for other in others:
+            operands.append(other)
+            if other.startswith("="):
+                operands[-1] = f"{result}/constant"
+                yield helper.make_node("Constant", [], operands[-1:], operands[-1], value_float=float(other[1:]))
+        yield helper.make_node(operator, operands, [result], called, **attributes)
         src = result
+
+
+# ---- what its optimiser makes of what stands between -------------------------------------------
+
+
+def _nhwc_max_pool(node: NodeProto) -> Iterator[NodeProto]:
+    values = _attributes(node)
+    steps: list[_Step] = [("MaxPool", [], values)]
+    yield from _chain(node.name or node.output[0], node.input[0], _turned(steps, _rank(values)), node.output[0])
+
+
+def _gelu(node: NodeProto) -> Iterator[NodeProto]:
+    """Gelu, BiasGelu, FastGelu (by tanh) and QuickGelu (by a sigmoid), the second and third of a sum."""
+    x, output = node.input[0], node.output[0]
+    if len(node.input) > 1 and node.input[1]:
+        x = f"{output}/sum"
+        yield helper.make_node("Add", node.input[:2], [x], x)
+
+    def by(operator: str, operand: float | str) -> _Step:
+        return operator, [operand if isinstance(operand, str) else _number(operand)], {}
+
+    if node.op_type == "QuickGelu":
+        steps = [by("Mul", _attributes(node).get("alpha", 1.702)), ("Sigmoid", [], {})]
+    elif node.op_type == "FastGelu":
+        steps = [by("Mul", x), by("Mul", 0.044715), by("Add", 1.0), by("Mul", x), by("Mul", math.sqrt(2 / math.pi))]
+        steps += [("Tanh", [], {}), by("Add", 1.0), by("Mul", 0.5)]
+    else:
+        steps = [by("Mul", math.sqrt(0.5)), ("Erf", [], {}), by("Add", 1.0), by("Mul", 0.5)]
+    yield from _chain(node.name or output, x, [*steps, by("Mul", x)], output)
+
+
+def _fused_gemm(node: NodeProto) -> Iterator[NodeProto]:
+    values = _attributes(node)
+    wanted = {name: value for name, value in values.items() if not name.startswith("activation")}
+    activation = values.get("activation", b"").decode(errors="replace")
+    names = _ACTIVATIONS.get(activation, ()) if activation != "Clip" else ()
+    if activation and (activation == "Clip" or activation not in _ACTIVATIONS):
+        return (yield node)
+    numbers = {name: values[f"activation_{name}"] for name in names if f"activation_{name}" in values}
+    steps: list[_Step] = [("Gemm", list(node.input[1:]), wanted), (activation or "Identity", [], numbers)]
+    yield from _chain(node.name or node.output[0], node.input[0], steps, node.output[0])
 
 
 _POOL = ("auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides")
@@ -190,6 +240,9 @@ _KNOWN: dict[tuple[str, str], _Speller] = {
     (DOMAIN, "FusedConv"): _fused_convolution(last=False),
     (DOMAIN, "NhwcFusedConv"): _fused_convolution(last=True),
     (DOMAIN, "QLinearConv"): _quantised_convolution,
+    (DOMAIN, "NhwcMaxPool"): _nhwc_max_pool,
+    **{(DOMAIN, name): _gelu for name in ("Gelu", "BiasGelu", "FastGelu", "QuickGelu")},
+    (DOMAIN, "FusedGemm"): _fused_gemm,
     ("", "QLinearMatMul"): _between("MatMul", (0, 3), 6),
     (DOMAIN, "QLinearAdd"): _between("Add", (0, 3), 6),
     (DOMAIN, "QLinearMul"): _between("Mul", (0, 3), 6),

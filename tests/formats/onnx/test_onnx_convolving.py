@@ -14,6 +14,8 @@ from onnx_graphs import run_onnx
 
 from convgen.check.reference import run_onnxruntime
 from convgen.errors import NotTakenError, UnsupportedError
+from convgen.formats.onnx.file import ModelFile
+from convgen.formats.onnx.prepare import prepare
 from convgen.formats.onnx.reader import layers_from_onnx, specs_from_onnx
 from convgen.network.reading import read_graph
 
@@ -128,6 +130,47 @@ def test_quantised_convolution_of_onnx_runtime(last: int) -> None:
     turned = np.ascontiguousarray(src.transpose(0, 3, 1, 2)) if last else src
     got = run_onnxruntime(layer.spec, turned, **layer.arrays, threads=1)
     np.testing.assert_array_equal(got.transpose(0, 2, 3, 1) if last else got, expected)
+
+
+BETWEEN = {
+    "Gelu": node("Gelu", "c", "y"),
+    "BiasGelu": node("BiasGelu", "c k", "y"),
+    "FastGelu": node("FastGelu", "c", "y"),
+    "FastGelu of a sum": node("FastGelu", "c k", "y"),
+    "QuickGelu": node("QuickGelu", "c", "y", alpha=1.5),
+    "FusedGemm": node("FusedGemm", "c m", "y", activation="LeakyRelu", activation_alpha=0.2, transB=1, alpha=0.5),
+    "FusedGemm of three": node("FusedGemm", "c m k", "y", activation="Relu", beta=2.0),
+}
+
+
+@pytest.mark.parametrize("what", BETWEEN)
+def test_what_the_optimiser_writes_between_convolutions(what: str) -> None:
+    """Spelled out, it is what ONNX Runtime computes of it; and shapes are known behind it."""
+    made = model([helper.make_node("Identity", ["x"], ["c"]), BETWEEN[what]], (5, 6))
+    stored = {"k": RNG.standard_normal(6), "m": RNG.standard_normal((6, 6))}
+    made.graph.initializer.extend(numpy_helper.from_array(a.astype(np.float32), name) for name, a in stored.items())
+    x = RNG.standard_normal((5, 6)).astype(np.float32)
+    (expected,) = run_onnx(made, ["y"], {"x": x})
+    with ModelFile(made) as file:
+        (scope, *_), _ = prepare(file, {})
+        assert {found.domain for found in scope.nodes} == {""}
+        assert scope.shape("y") == expected.shape
+        (got,) = run_onnx(file.proto, ["y"], {"x": x})
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pooling_with_the_channels_last() -> None:
+    made = parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 18, "com.microsoft" : 1]> g (uint8[1,9,8,4] x) => (uint8[1,4,3,4] y)
+        { y = com.microsoft.NhwcMaxPool<kernel_shape=[3,2], strides=[2,3], pads=[0,0,0,1]>(x) }"""
+    )
+    x = RNG.integers(0, 255, (1, 9, 8, 4)).astype(np.uint8)
+    (expected,) = run_onnx(made, ["y"], {"x": x})
+    with ModelFile(made) as file:
+        (scope, *_), _ = prepare(file, {})
+        assert scope.shape("y") == expected.shape
+        (got,) = run_onnx(file.proto, ["y"], {"x": x})
+    np.testing.assert_array_equal(got, expected)
 
 
 # ---- named ---------------------------------------------------------------------------------------
