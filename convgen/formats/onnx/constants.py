@@ -42,10 +42,13 @@ def is_deterministic(node: NodeProto) -> bool:
 
 def work_of(node: NodeProto, shapes: Sequence[Sequence[Any] | None]) -> float:
     """About how many products of numbers a node computes, from the shapes of its operands and results: of a matrix
-    product, whose three tensors have mk, kn and mn elements, mkn.
+    product, whose three tensors have mk, kn and mn elements, mkn; of windows, all their elements.
     """
     sizes = sorted((math.prod(d for d in shape if isinstance(d, int)) for shape in shapes if shape), reverse=True)
-    return math.sqrt(math.prod(map(float, sizes[:3]))) if node.op_type in _PRODUCTS else 0.0
+    if node.op_type in _PRODUCTS:
+        return math.sqrt(math.prod(map(float, sizes[:3])))
+    window = next((a.ints for a in node.attribute if a.name == "kernel_shape"), ())
+    return float(max(sizes, default=0) * math.prod(window)) if window else 0.0
 
 
 def evaluate(nodes: list[NodeProto], leaves: Mapping[str, Array], wanted: str, opset: int, where: str) -> Array:

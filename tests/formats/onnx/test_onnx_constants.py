@@ -179,6 +179,9 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_graph, "MOST_WORK", 1000.0)
     (layer,) = layers_from_onnx(made, arrays=True)
     assert "value 'v': expected a constant of at most" in str(layer.refusal)
+    pooled = model("v = MaxPool<kernel_shape=[9,9], pads=[4,4,4,4]>(w) y = Conv(x, v)")
+    (layer,) = layers_from_onnx(pooled, arrays=True)
+    assert "value 'v': expected a constant of at most" in str(layer.refusal)
 
 
 # ---- what PyTorch exports ------------------------------------------------------------------------
