@@ -27,6 +27,52 @@ if TYPE_CHECKING:
     from .network.network import Network
 
 
+def _layer(given: object) -> ConvSpec:
+    """The layer that a spec or its descriptor says.
+
+    Raises:
+        SpecError: it is something else; says what to call with that.
+    """
+    if isinstance(given, ConvSpec):
+        return given
+    if isinstance(given, str) and given.rpartition(".")[2] not in ("onnx", "toml", "yaml", "yml", "json", "txt"):
+        return ConvSpec.parse(given)
+    raise SpecError("spec", "a ConvSpec or its descriptor", f"{_named(given)}{_instead(given)}")
+
+
+def _check_model(given: object) -> None:
+    """Raise SpecError where something is no model; says what to call with that."""
+    if not isinstance(given, (str, Path)) and not hasattr(given, "SerializeToString"):
+        raise SpecError(
+            "source", "a path, an ONNX model or an exported program of PyTorch", f"{_named(given)}{_instead(given)}"
+        )
+
+
+def _named(given: object) -> str:
+    return repr(str(given)) if isinstance(given, (str, Path)) else f"a {type(given).__qualname__}"
+
+
+def _instead(given: object) -> str:
+    """What to call with something that people hand over, as the end of a message; empty where nothing takes it."""
+    roots = {base.__module__.partition(".")[0] for base in type(given).__mro__} - {"builtins"}
+    if hasattr(given, "state_dict") and "torch" in roots:
+        return (
+            "; of one layer, convgen.spec_from_torch(module, input_shape) gives the spec; "
+            "convgen.compile(torch.export.export(module, (x,))) compiles a whole module"
+        )
+    if (type(given).__module__, type(given).__name__) == ("torch.export.exported_program", "ExportedProgram"):
+        return "; convgen.compile takes it"
+    if roots & {"keras", "tensorflow", "tf_keras"}:
+        return "; convgen.specs_from_keras gives the layers of a model's JSON"
+    if hasattr(given, "SerializeToString") or (isinstance(given, (str, Path)) and str(given).endswith(".onnx")):
+        return "; convgen.compile takes whole models, and convgen.read_specs gives a file's layers"
+    if isinstance(given, (str, Path)):
+        return "; convgen.read_specs gives a file's layers"
+    if isinstance(given, ConvSpec) or hasattr(given, "spec"):
+        return "; convgen.build takes specs" + ", such as its .spec" * (not isinstance(given, ConvSpec))
+    return ""
+
+
 def build(
     spec: ConvSpec | str,
     target: str | Target = "cpu",
@@ -59,7 +105,7 @@ def build(
         RecordError: the store cannot be read or written.
         FolderError: the temporary folder cannot be written, is full, or nothing can be loaded from it.
     """
-    spec = ConvSpec.parse(spec) if isinstance(spec, str) else spec
+    spec = _layer(spec)
     resolved = resolve(target)
     threads = check_threads(threads, resolved)
     resolved = resolved.on(threads)
@@ -166,6 +212,7 @@ def compile(  # noqa: A001
         check_budget(0, seconds)
         with open_store(records) as store:
             tune_model(ModelTuning(source, target, threads, dims=dims, accuracy=accuracy, name=name), store, seconds)
+    _check_model(source)
     return compile_model(
         source, target, threads, dims=dims, accuracy=accuracy, records=records, progress=progress, name=name
     )
@@ -207,6 +254,7 @@ def for_onnxruntime(
         BuildError: TVM, LLVM or the C compiler failed.
         FolderError: the temporary folder cannot be written, is full, or nothing can be loaded from it.
     """
+    _check_model(source)
     from .bridges.onnxruntime import write_for_onnxruntime  # imports TVM and ONNX
     from .network.choice import network_target, recorded_choice
 
@@ -229,7 +277,7 @@ def tune(
     seed: int = 0,
 ) -> TuningRecord | None:
     """Tune one layer; see :meth:`Tuner.tune`, and :func:`convgen.build` for the arguments it shares."""
-    spec = ConvSpec.parse(spec) if isinstance(spec, str) else spec
+    spec = _layer(spec)
     resolved = resolve(target)
     with open_store(records) as store, Tuner(resolved, check_threads(threads, resolved), store) as tuner:
         return tuner.tune(spec, trials=trials, seconds=seconds, progress=progress, seed=seed)

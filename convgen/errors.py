@@ -19,6 +19,19 @@
 Messages name the field, what was expected and what was found.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def meant(found: str, known: Iterable[str]) -> str:
+    """The end of a message about a word that is none of those known: which of them it is like, if any."""
+    from difflib import get_close_matches  # slow to load, and seldom needed
+
+    words = {word.lower(): word for word in known}
+    close = [words[word] for word in get_close_matches(found.lower(), words, n=2)]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
 
 class ConvgenError(Exception):
     """The root of every error convgen raises on purpose."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .errors import UnsupportedError
+from .errors import UnsupportedError, meant
 
 _PACKAGE = Path(__file__).parent
 
@@ -36,5 +36,5 @@ def topic_text(topic: str) -> str:
     """
     pages = _pages()
     if topic not in pages:
-        raise UnsupportedError(f"topic: expected one of {', '.join(pages)}, found {topic!r}")
+        raise UnsupportedError(f"topic: expected one of {', '.join(pages)}, found {topic!r}{meant(topic, pages)}")
     return pages[topic].read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from convgen.errors import UnsupportedError
+from convgen.errors import UnsupportedError, meant
 from convgen.hardware.machine import Machine
 from convgen.hardware.target import Target
 from convgen.lowering.interface import read_architecture
@@ -69,7 +69,9 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
         raise UnsupportedError("target: expected a CUDA device for 'cuda', found none; name one such as cuda:sm_90a")
     arch = model or _of_device(found.capability if found else (0, 0))
     if arch not in ARCHITECTURES:
-        raise UnsupportedError(f"target: expected one of {', '.join(known())}, found {f'cuda:{model}'!r}")
+        raise UnsupportedError(
+            f"target: expected one of {', '.join(known())}, found {f'cuda:{model}'!r}{meant(f'cuda:{model}', known())}"
+        )
     facts = ARCHITECTURES[arch]
     native = found is not None and runs(arch, found.capability)
     config = {

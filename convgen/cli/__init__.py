@@ -17,7 +17,7 @@ import click
 from ..deferred import keep_torch_out
 from ..errors import ConvgenError, ExportError, FolderError, Inapplicable, RecordError, SpecError, UnsupportedError
 from . import bench, convert, fleet, fuzz, generate, network, records, report, show, topic, tune
-from .common import FAILED, INTERRUPTED, SPEC_HELP, TROUBLE, WRONG, note, say
+from .common import FAILED, INTERRUPTED, SPEC_HELP, TROUBLE, WRONG, Choice, note, say
 
 _STATUS = """\
 \b
@@ -61,7 +61,7 @@ for command in (
 
 
 @cli.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", type=Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the completion script of a shell.
 

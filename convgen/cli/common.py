@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import Inapplicable, SpecError, UnsupportedError
+from ..errors import Inapplicable, SpecError, UnsupportedError, meant
 from ..formats.entries import AccuracyRule, SpecEntry, with_accuracy
 from ..formats.sources import read_specs
 from ..measure.standalone.words import one_line, printable
@@ -110,9 +110,14 @@ def check_target(context: click.Context, parameter: click.Parameter, spelling: s
     """The spelling of a target, of a family there is."""
     from ..hardware.discover import target_families
 
-    family = spelling.partition(":")[0]
-    if family not in target_families():
-        raise click.BadParameter(f"expected one of {', '.join(target_families())}, found {family!r}")
+    families = target_families()
+    if spelling.partition(":")[0] not in families:
+        known = [name for family in families.values() for name in family.known()]
+        bare = {name.rpartition(":")[2]: name for name in known}  # people forget the family
+        like = meant(bare.get(spelling, spelling), known)
+        raise click.BadParameter(
+            f"expected one of {', '.join(families)}, or one that `convgen targets` lists, found {spelling!r}{like}"
+        )
     return spelling
 
 
@@ -137,8 +142,17 @@ def _check_schedule(context: click.Context, parameter: click.Parameter, name: st
     from ..lowering.discover import schedule_ids
 
     if name is not None and name not in schedule_ids():
-        raise click.BadParameter(f"expected one of {', '.join(schedule_ids())}, found {name!r}")
+        raise click.BadParameter(
+            f"expected one of {', '.join(schedule_ids())}, found {name!r}{meant(name, schedule_ids())}"
+        )
     return name
+
+
+class Choice(click.Choice[str]):
+    """One of several words; says which of them another one is like."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        return f"expected one of {', '.join(self.choices)}, found {value!r}{meant(str(value), self.choices)}"
 
 
 def grouped(*options: Option) -> Option:
@@ -318,7 +332,7 @@ def check_names(option: str, text: str, known: Iterable[str]) -> list[str]:
     known = list(known)
     for name in names:
         if name not in known:
-            raise UnsupportedError(f"{option}: expected some of {', '.join(known)}, found {name!r}")
+            raise UnsupportedError(f"{option}: expected some of {', '.join(known)}, found {name!r}{meant(name, known)}")
     return list(dict.fromkeys(names))
 
 

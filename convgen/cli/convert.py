@@ -11,7 +11,7 @@ from ..errors import SpecError
 from ..formats.entries import AccuracyRule, with_accuracy
 from ..formats.sources import FORMS, SUFFIXES, format_specs, read_specs, write_text
 from ..report.words import plural
-from .common import emit, json_option, layers_argument, note_left_out, say, tidy
+from .common import Choice, emit, json_option, layers_argument, note_left_out, say, tidy
 
 
 @click.command(short_help="Write layers in another notation.")
@@ -24,9 +24,7 @@ from .common import emit, json_option, layers_argument, note_left_out, say, tidy
     type=click.Path(allow_dash=True),
     help="File to write; - is standard output.",
 )
-@click.option(
-    "--to", "form", type=click.Choice(FORMS), help="The notation.  [default: by FILE's suffix; for -, descriptors]"
-)
+@click.option("--to", "form", type=Choice(FORMS), help="The notation.  [default: by FILE's suffix; for -, descriptors]")
 @click.option("--skip", is_flag=True, help="Leave out layers that cannot be read or written, and say which.")
 @json_option
 def convert(

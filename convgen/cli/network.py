@@ -21,6 +21,7 @@ from .common import (
     NON_NEGATIVE,
     OK,
     WRONG,
+    Choice,
     chosen_records,
     duration,
     emit,
@@ -56,7 +57,7 @@ def _check_picture(context: click.Context, parameter: click.Parameter, path: Pat
 @sizes_option
 @click.option(
     "--accuracy",
-    type=click.Choice(ACCURACIES),
+    type=Choice(ACCURACIES),
     default="standard",
     show_default=True,
     metavar="CLASS",
@@ -78,7 +79,7 @@ def _check_picture(context: click.Context, parameter: click.Parameter, path: Pat
 @click.option(
     "--for",
     "program",
-    type=click.Choice(["c", "onnxruntime"]),
+    type=Choice(["c", "onnxruntime"]),
     default="c",
     show_default=True,
     help="What runs it: a program through a C library, or ONNX Runtime through the model again with custom operators.",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import SpecError
+from ..errors import SpecError, meant
 from ..measure.standalone.words import printable
 from ..problem.spec import ConvSpec
 from ..report.words import picks_text
@@ -200,7 +200,9 @@ def list_(path: Path | None, outcome: str | None, limit: int | None, as_json: bo
     from ..records.record import OUTCOMES
 
     if outcome is not None and outcome not in OUTCOMES:
-        raise click.UsageError(f"--outcome: expected one of {', '.join(OUTCOMES)}, found {outcome!r}")
+        raise click.UsageError(
+            f"--outcome: expected one of {', '.join(OUTCOMES)}, found {outcome!r}{meant(outcome, OUTCOMES)}"
+        )
     which: Filters = {**Wanted.of(**wanted).filters, "outcome": outcome}
     with _open(path) as store:
         if as_json:

@@ -14,6 +14,7 @@ from ..formats.entries import AccuracyRule, SpecEntry
 from ..report.words import picks_text, plural
 from .common import (
     SPEC_HELP,
+    Choice,
     candidate_options,
     check_picks,
     duration,
@@ -45,7 +46,7 @@ KINDS = ("tir", "ll", "asm", "cuda", "ptx", "sass")
 @candidate_options
 @click.option(
     "--ir",
-    type=click.Choice(KINDS),
+    type=Choice(KINDS),
     help="Print the code of a candidate instead: scheduled TIR; for a CPU LLVM IR or assembly; for a GPU CUDA C++, "
     "PTX or machine code.",
 )

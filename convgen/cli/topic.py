@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
+from collections.abc import Sequence
 
 import click
 from click.shell_completion import CompletionItem
 
-from ..errors import UnsupportedError
-from .common import say, table
+from ..errors import meant
+from .common import emit, json_option, say, table
 
 
 def _complete_topic(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -19,30 +19,45 @@ def _complete_topic(context: click.Context, parameter: click.Parameter, incomple
 
 
 @click.command("help")
-@click.argument("topic", required=False, shell_complete=_complete_topic)
+@click.argument("topic", nargs=-1, shell_complete=_complete_topic)
+@json_option
 @click.pass_context
-def show_help(context: click.Context, topic: str | None) -> None:
+def show_help(context: click.Context, topic: tuple[str, ...], as_json: bool) -> None:
     """Print a page of the documentation, or list its topics.
 
-    A command's name prints what its --help says, where no page is called so. What does not go to a terminal is the
-    Markdown of the page.
+    A command's name, such as `records best`, prints what its --help says, where no page is called so. What does not
+    go to a terminal is the Markdown of the page.
     """
     from ..topics import topic_text, topics
 
     titles = topics()
-    if topic is None:
-        say(table(["topic", "what it is about"], list(titles.items())))
-        say("\nconvgen help TOPIC prints a page, convgen COMMAND --help what a command takes.")
-        return
-    commands = context.parent.command if context.parent else context.command
-    if topic in titles:
-        _print(topic_text(topic))
-    elif isinstance(commands, click.Group) and topic in commands.commands:
-        say(commands.commands[topic].get_help(click.Context(commands.commands[topic], context.parent, topic)))
+    if not topic:
+        if as_json:
+            emit([{"topic": name, "title": title} for name, title in titles.items()])
+        else:
+            say(table(["topic", "what it is about"], list(titles.items())))
+            say("\nconvgen help TOPIC prints a page, convgen COMMAND --help what a command takes.")
+    elif len(topic) == 1 and (as_json or topic[0] in titles):
+        text = topic_text(topic[0])
+        if as_json:
+            emit({"topic": topic[0], "title": titles[topic[0]], "text": text})
+        else:
+            _print(text)
     else:
-        close = difflib.get_close_matches(topic, titles, n=1)
-        hint = f": did you mean {close[0]}?" if close else "; convgen help lists them"
-        raise UnsupportedError(f"topic: expected one there is, found {topic!r}{hint}")
+        say(_help(context.find_root(), topic, [*titles]))
+
+
+def _help(root: click.Context, words: Sequence[str], titles: Sequence[str]) -> str:
+    """What ``--help`` of the command says that some words name."""
+    inside = root
+    for word in words:
+        group = inside.command
+        commands = group.commands if isinstance(group, click.Group) else {}
+        if word not in commands:
+            known = [*commands, *(titles if inside is root else ())]
+            raise click.UsageError(f"expected a topic or a command, found {word!r}{meant(word, known)}")
+        inside = click.Context(commands[word], inside, word)
+    return inside.command.get_help(inside)
 
 
 def _print(text: str) -> None:

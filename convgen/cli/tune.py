@@ -19,6 +19,7 @@ from .common import (
     INTERRUPTED,
     NON_NEGATIVE,
     check_names,
+    check_target,
     chosen_records,
     complete_spec,
     duration,
@@ -51,15 +52,10 @@ if TYPE_CHECKING:
 
 
 def _check_targets(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
-    from ..hardware.discover import target_families
-
     if text is None:
         return None
-    spellings = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    for spelling in spellings:
-        if spelling.partition(":")[0] not in target_families():
-            raise click.BadParameter(f"expected some of {', '.join(target_families())}, found {spelling!r}")
-    return spellings
+    spellings = dict.fromkeys(part.strip() for part in text.split(","))
+    return tuple(check_target(context, parameter, spelling) for spelling in spellings)
 
 
 @click.command(short_help="Search for fast kernels; fills the record store.")

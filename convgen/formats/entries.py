@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from ..errors import SpecError
+from ..errors import SpecError, meant
 from ..problem.spec import ConvSpec
 from ..problem.tokens import ACCURACIES
 
@@ -45,7 +45,11 @@ class AccuracyRule:
         """
         pattern, separator, accuracy = text.rpartition("=")
         if accuracy not in ACCURACIES or bool(separator) != bool(pattern):
-            raise SpecError("accuracy", f"CLASS or NAME=CLASS with one of {', '.join(ACCURACIES)}", repr(text))
+            raise SpecError(
+                "accuracy",
+                f"CLASS or NAME=CLASS with one of {', '.join(ACCURACIES)}",
+                f"{text!r}{meant(accuracy, ACCURACIES)}",
+            )
         return cls(accuracy, pattern or None)
 
     def __str__(self) -> str:
@@ -88,5 +92,6 @@ def apart_with_accuracy(models: Sequence[Sequence[SpecEntry]], rules: Sequence[A
     for rule in rules if any(models) else ():  # where nothing could be read, that is said
         if rule not in matched:
             where = "a layer of floats" if rule.pattern is None else f"a layer with a name like {rule.pattern!r}"
-            raise SpecError("accuracy", where, "none")
+            names = {name for entries in models for entry in entries for name in entry.names}
+            raise SpecError("accuracy", where, f"none{meant(rule.pattern or '', names)}")
     return changed

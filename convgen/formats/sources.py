@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import SpecError, UnsupportedError
+from ..errors import SpecError, UnsupportedError, meant
 from ..folders import replacing
 from ..problem.spec import OPERATORS, ConvSpec
 from . import benchdnn, miopen, onednn
@@ -404,7 +404,8 @@ def _read_lines(lines: Iterable[tuple[str, str]], path: Path | None, skipped: li
             if path is not None and path.suffix.lower() == ".log":
                 continue
             expected = f"one of {', '.join(OPERATORS)}, a benchdnn problem, a line of oneDNN, a MIOpenDriver command"
-            raise SpecError("operator", expected, repr(line[:60]), where)
+            word = line.partition(" ")[0]
+            raise SpecError("operator", expected, f"{line[:60]!r}{meant(word, OPERATORS)}", where)
         for outcome in readers[name](line, where):
             if isinstance(outcome, tuple):
                 found.append(SpecEntry(*outcome))
@@ -437,7 +438,9 @@ def _entries(value: Any, where: str) -> list[SpecEntry]:
     if isinstance(value, Mapping):
         for key in value:
             if key not in _FILE_KEYS:
-                raise SpecError(str(key), f"one of {', '.join(_FILE_KEYS)}", "an unknown key", where)
+                raise SpecError(
+                    str(key), f"one of {', '.join(_FILE_KEYS)}", f"an unknown key{meant(str(key), _FILE_KEYS)}", where
+                )
         _network(value.get("network", ""), where)
         defaults, value = value.get("defaults", {}), value.get("layers")
     if not isinstance(defaults, Mapping):

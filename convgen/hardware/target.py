@@ -63,6 +63,14 @@ class Target:
     matrix: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        cores = f"{self.cores} core{'s' * (self.cores > 1)}"
+        units = (
+            f"matrix units for {', '.join(self.matrix)}" if self.on_device else f"vectors of {self.vector_bits} bits"
+        )
+        runs = "runs here" if self.native else "does not run here"
+        return f"<Target {self.spelling}: {cores}, {units}, {runs}>"
+
     @property
     def on_device(self) -> bool:
         """Whether kernels run on a device that has memory of its own."""

@@ -168,6 +168,9 @@ class CudaLayer(Loaded):
         #: Held while a call's launches are put on a stream, so that those of another call do not come between them.
         self._lock = threading.Lock()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.library!r}, {self._sizes.packed} bytes of packed weights>"
+
     def __call__(self, x: Any, *, residual: Any = None, out: Any = None, stream: Any = None) -> Any:
         """The layer's output for ``x``. Returns when the work is launched, not when it is done.
 

@@ -66,6 +66,11 @@ class Kernel(BaseLibrary):
         self.picks = lowered.candidate.picks
         self._folder = folder
 
+    def __repr__(self) -> str:
+        origin = f"record {self.record.id[:12]}" if self.record else "chosen, not measured"
+        how = f"{self.lowered.candidate} [{origin}]"
+        return f"<{type(self).__name__} {self.spec.descriptor} for {self.target}, {self._where}: {how}>"
+
     @property
     def error_factor(self) -> float:
         """The ``c`` of its bound for data of one scale (:mod:`convgen.check.bounds`)."""

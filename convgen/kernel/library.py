@@ -171,6 +171,14 @@ class BaseLibrary(Loaded, ABC):
         self._tensors = boundary(spec)
         self._open(path)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.spec.descriptor}: {self.name}, {self._where}>"
+
+    @property
+    def _where(self) -> str:
+        """What it runs on, for people."""
+        return "a GPU" if self.on_device else f"{self.threads} thread{'s' * (self.threads > 1)}"
+
     def _open(self, path: str | os.PathLike[str]) -> None:
         """Load the library and find its functions."""
         try:
@@ -455,6 +463,9 @@ class Layer(Loaded):
         self._has_residual = "residual" in tensors
         #: Structs for this layer's calls that no call uses at the moment.
         self._free_args: deque[_RunArgs] = deque()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.library!r}, {self._sizes.packed} bytes of packed weights>"
 
     def __call__(self, x: Any, *, residual: Any = None, out: Any = None) -> Any:
         """The layer's output for ``x``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, meant
 from ..hardware.discover import module_names, modules, target_families
 from .schedule import Schedule
 
@@ -53,5 +53,7 @@ def schedule(schedule_id: str) -> Schedule:
     if schedule_id not in known and (now := merged_into(schedule_id)):
         raise UnsupportedError(f"schedule: {schedule_id} is part of {now} now: expected {now}, found {schedule_id!r}")
     if schedule_id not in known:
-        raise UnsupportedError(f"schedule: expected one of {', '.join(known)}, found {schedule_id!r}")
+        raise UnsupportedError(
+            f"schedule: expected one of {', '.join(known)}, found {schedule_id!r}{meant(schedule_id, known)}"
+        )
     return known[schedule_id]

@@ -108,6 +108,9 @@ class Space:
     def __init__(self, **domains: Sequence[Any]) -> None:
         self.domains = {name: tuple(dict.fromkeys(values)) for name, values in domains.items()}
 
+    def __repr__(self) -> str:
+        return f"Space({', '.join(f'{name}={list(values)}' for name, values in self.domains.items())})"
+
     @property
     def size(self) -> int:
         return math.prod(map(len, self.domains.values()))
@@ -176,6 +179,9 @@ class Schedule(ABC):
     directions: ClassVar[tuple[str, ...]] = ("forward",)
     is_reference: ClassVar[bool] = False
     merged: ClassVar[tuple[str, ...]] = ()
+
+    def __repr__(self) -> str:
+        return f"<Schedule {self.id}, version {self.version}>"
 
     def takes_layouts(self, src: str, dst: str) -> bool:
         """Whether it reads src in one layout and writes dst in the other: plain ones, if they are the same, unless a

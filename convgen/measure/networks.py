@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, meant
 from .busy import BusyWatch
 from .chain import Chain
 from .compare import REST, Contestant, ratio_interval, take_turns
@@ -119,7 +119,9 @@ def check_peers(names: Sequence[str]) -> None:
     """Raise UnsupportedError unless all are libraries that run whole models."""
     for name in names:
         if name not in NETWORK_PEERS:
-            raise UnsupportedError(f"peers: expected some of {', '.join(NETWORK_PEERS)}, found {name!r}")
+            raise UnsupportedError(
+                f"peers: expected some of {', '.join(NETWORK_PEERS)}, found {name!r}{meant(name, NETWORK_PEERS)}"
+            )
 
 
 def _fastest(parts: Sequence[Part], what: str, precision: str = "f32") -> Part | None:

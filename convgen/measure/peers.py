@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..check.data import Arrays
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, meant
 from ..problem.spec import ConvSpec
 
 F32 = npt.NDArray[np.float32]
@@ -433,5 +433,5 @@ def find_peer(name: str) -> type[Peer]:
         UnsupportedError: there is none.
     """
     if name not in PEERS:
-        raise UnsupportedError(f"peers: expected some of {', '.join(PEERS)}, found {name!r}")
+        raise UnsupportedError(f"peers: expected some of {', '.join(PEERS)}, found {name!r}{meant(name, PEERS)}")
     return PEERS[name]

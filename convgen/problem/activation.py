@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from ..errors import SpecError
+from ..errors import SpecError, meant
 
 #: name -> default parameters. ``hardsigmoid(alpha, beta)`` is max(0, min(1, alpha*x + beta)), with
 #: ONNX's defaults; ``gelu`` is the erf form, ``gelu_tanh`` its tanh approximation. The slope of
@@ -97,7 +97,9 @@ class Activation:
         match = _PATTERN.match(ALIASES.get(lowered, lowered))
         name = ALIASES.get(match[1], match[1]) if match else ""
         if match is None or name not in DEFAULTS:
-            raise SpecError("activation", f"one of {', '.join(DEFAULTS)}, relu6", repr(text))
+            raise SpecError(
+                "activation", f"one of {', '.join(DEFAULTS)}, relu6", f"{text!r}{meant(text, (*DEFAULTS, 'relu6'))}"
+            )
         defaults = DEFAULTS[name]
         given = match[2].split(",") if match[2] else []
         if len(given) > len(defaults):

@@ -23,7 +23,7 @@ from dataclasses import InitVar, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-from ..errors import SpecError
+from ..errors import SpecError, meant
 from .activation import Activation
 from .dtypes import BYTES, DTYPES, QUANTISED
 from .layout import LAYOUTS, Blocks
@@ -209,7 +209,7 @@ class ConvSpec:
         for name, known in (("accuracy", ACCURACIES), ("dtype", DTYPES), ("direction", DIRECTIONS)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
-                raise SpecError(name, f"one of {', '.join(known)}", repr(value))
+                raise SpecError(name, f"one of {', '.join(known)}", f"{value!r}{meant(str(value), known)}")
         put("bias", self.bias and self.direction != "data")
         for name in TYPES:
             put(name, getattr(self, name) or self.dtype)
@@ -598,6 +598,9 @@ class ConvSpec:
     def __str__(self) -> str:
         return self.descriptor
 
+    def __repr__(self) -> str:
+        return f"ConvSpec.parse({self.descriptor!r})"
+
     @classmethod
     def parse(cls, text: str) -> ConvSpec:
         """Read a descriptor such as ``conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu``.
@@ -609,8 +612,9 @@ class ConvSpec:
             SpecError: a token is malformed, unknown, repeated or missing, or the spec is wrong.
         """
         tokens = text.split()
-        if not tokens or tokens[0] not in OPERATORS:
-            raise SpecError("operator", f"one of {', '.join(OPERATORS)}", repr(tokens[0] if tokens else text))
+        word = tokens[0] if tokens else text
+        if word not in OPERATORS:
+            raise SpecError("operator", f"one of {', '.join(OPERATORS)}", f"{word!r}{meant(word, OPERATORS)}")
         values: dict[str, Any] = {"transposed": tokens[0].startswith("convtranspose")}
         rank = int(tokens[0][-2])
         sizes = [token for token in tokens if SIZES.match(token)]
@@ -638,7 +642,9 @@ class ConvSpec:
         try:
             for key in values:
                 if key not in known:
-                    raise SpecError(str(key), f"one of {', '.join(sorted(known))}", "an unknown key")
+                    raise SpecError(
+                        str(key), f"one of {', '.join(sorted(known))}", f"an unknown key{meant(str(key), known)}"
+                    )
             for name in ("ic", "oc", "in_spatial", "kernel"):
                 if name not in values:
                     raise SpecError(name, "a value", "none")

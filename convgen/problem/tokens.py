@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..errors import SpecError
-from .activation import Activation
+from ..errors import SpecError, meant
+from .activation import ALIASES, DEFAULTS, Activation
 from .dtypes import DTYPES, QUANTISED
 from .layout import LAYOUTS
 
@@ -33,6 +33,11 @@ DST = "dst_"
 #: Begins the token of an accuracy class that has the name of a dtype.
 ACCURACY = "accuracy_"
 _TENSOR_TYPES = {f"{name}_{dtype}": (f"{name}_dtype", dtype) for name, known in QUANTISED.items() for dtype in known}
+#: The tokens that have no numbers.
+_WORDS = (
+    *(*PADDING_WORDS, "nobias", *FLAGS, *DTYPES, *_TENSOR_TYPES),
+    *(*LAYOUTS, *(DST + layout for layout in LAYOUTS), *ACCURACIES, *DEFAULTS, *ALIASES),
+)
 _SCALARS = {"n": "n", "ic": "ic", "oc": "oc", "g": "groups"}
 _SPATIALS = {"i": "in_spatial", "k": "kernel", "s": "stride", "d": "dilation", "op": "output_padding"}
 
@@ -79,5 +84,7 @@ def read_token(token: str, rank: int) -> tuple[str, Any]:
         if "(" in token:
             raise
         raise SpecError(
-            token, "a descriptor token (see `convgen show --help`)", "an unknown or malformed one"
+            token,
+            "a descriptor token (see `convgen show --help`)",
+            f"an unknown or malformed one{meant(token, _WORDS)}",
         ) from error

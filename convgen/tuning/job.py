@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import SpecError
+from ..errors import SpecError, meant
 from ..formats.entries import AccuracyRule, SpecEntry, apart_with_accuracy, merge
 from ..formats.onnx.reader import instances_from_onnx
 from ..formats.sources import LINES, SUFFIXES, read_bytes, read_specs
@@ -278,7 +278,7 @@ def _checked(values: Mapping[str, Any], folder: Path, where: str) -> dict[str, A
     """A job file's values as a job's arguments."""
     for key, value in values.items():
         if key not in _KEYS:
-            raise SpecError(key, f"one of {', '.join(_KEYS)}", "an unknown key", where)
+            raise SpecError(key, f"one of {', '.join(_KEYS)}", f"an unknown key{meant(key, _KEYS)}", where)
         is_right, expected = _KEYS[key]
         if not is_right(value):
             raise SpecError(key, expected, json.dumps(value, default=str), where)
@@ -306,7 +306,9 @@ def _checked(values: Mapping[str, Any], folder: Path, where: str) -> dict[str, A
         raise SpecError("accuracy", error.expected, error.found, where) from None
     for name in given.get("exclude", []):
         if name not in schedule_ids():
-            raise SpecError("exclude", f"some of {', '.join(schedule_ids())}", repr(name), where)
+            raise SpecError(
+                "exclude", f"some of {', '.join(schedule_ids())}", f"{name!r}{meant(str(name), schedule_ids())}", where
+            )
     if "records" in given:
         given["records"] = folder / os.path.expanduser(given["records"])
     return given | {

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 
-from ...errors import SpecError
+from ...errors import SpecError, meant
 from ...hardware.target import resolve
 from ...kernel.kernel import check_threads
 from ...network.network import Network, compile_model
@@ -47,10 +47,14 @@ class Options:
         known = tuple(cls.__dataclass_fields__)
         for name in given or {}:
             if name not in known:
-                raise SpecError(f"options[{name!r}]", f"one of {', '.join(known)}", "another one")
+                raise SpecError(f"options[{name!r}]", f"one of {', '.join(known)}", f"another one{meant(name, known)}")
         options = cls(**(given or {}))
         if options.accuracy not in ACCURACIES:
-            raise SpecError("options['accuracy']", f"one of {', '.join(ACCURACIES)}", repr(options.accuracy))
+            raise SpecError(
+                "options['accuracy']",
+                f"one of {', '.join(ACCURACIES)}",
+                f"{options.accuracy!r}{meant(str(options.accuracy), ACCURACIES)}",
+            )
         check_threads(options.threads, resolve("cpu"))
         return options
 

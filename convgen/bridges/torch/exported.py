@@ -52,6 +52,10 @@ class TorchProgram:
         self._weights = [weights.get(node) if place in reads else None for place, node in enumerate(placeholders)]
         self._places = [placeholders.index(node) for node in self._given]
 
+    def __repr__(self) -> str:
+        networks = ", ".join(network.name for network in self.networks)
+        return f"<TorchProgram: networks {networks}; {len(self.outside)} nodes left to PyTorch>"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives.
 

@@ -47,6 +47,12 @@ class NetworkReport:
     checks: tuple[Check, ...]
     worst_error: float
 
+    def __repr__(self) -> str:
+        failed = [check.name for check in self.checks if not check.passed]
+        how = f"failed {', '.join(failed)}" if failed else "passed"
+        count = f"{how}, {len(self.checks)} checks, error {self.worst_error:.3g} of its bound"
+        return f"<{type(self).__name__} {self.name}: {count}>"
+
     @property
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)

@@ -1,0 +1,84 @@
+"""Words that are almost right get the right one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from commands import SMALL, Run
+
+from convgen.errors import ConvgenError, meant
+from convgen.problem.activation import DEFAULTS
+from convgen.problem.layout import LAYOUTS
+from convgen.problem.spec import OPERATORS, ConvSpec
+from convgen.problem.tokens import ACCURACIES
+from convgen.topics import topics
+
+#: What was typed, and what was meant.
+TYPOS: list[tuple[list[str], str]] = [
+    (["tnue", SMALL], "tune"),
+    (["records", "lst"], "list"),
+    (["tune", SMALL, "--secnds", "3"], "--seconds"),
+    (["build", SMALL.replace("conv2d", "con2d")], "conv2d"),
+    (["build", SMALL.replace("relu", "rleu")], "relu"),
+    (["build", SMALL, "stritc"], "strict"),
+    (["build", SMALL, "nhcw"], "nhwc"),
+    (["build", SMALL, "--accuracy", "strcit"], "strict"),
+    (["compile", __file__, "--accuracy", "strcit", "--out", "out"], "strict"),
+    (["build", SMALL, "--schedule", "cpu_drect"], "cpu_direct"),
+    (["tune", SMALL, "--exclude", "cpu_wingrad"], "cpu_winograd"),
+    (["build", SMALL, "--target", "cpy"], "cpu"),
+    (["build", SMALL, "--target", "cpu:haswel"], "cpu:haswell"),
+    (["tune", SMALL, "--target", "haswell"], "cpu:haswell"),
+    (["build", SMALL, "--target", "cuda:sm90a"], "cuda:sm_90a"),
+    (["bench", SMALL, "--peers", "onnxrutime"], "onnxruntime"),
+    (["show", SMALL, "--ir", "asn"], "asm"),
+    (["convert", SMALL, "-o", "-", "--to", "benchdn"], "benchdnn"),
+    (["records", "list", "--outcome", "build_eror"], "build_error"),
+    (["help", "netwoks"], "networks"),
+    (["help", "records", "bst"], "best"),
+]
+
+
+@pytest.mark.parametrize(("words", "right"), TYPOS, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_typo_gets_the_word_that_was_meant(words: list[str], right: str, run: Run) -> None:
+    status, out, err = run(*words)
+    assert (status, out) == (2, "")
+    assert right in err.lower().partition("did you mean ")[2], err
+
+
+def test_layer_names_are_suggested(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "net.toml"
+    file.write_text(f'[[layers]]\nname = "head.conv"\nspec = "{SMALL}"\n')
+    status, _, err = run("build", file, "--accuracy", "hed.conv=strict")
+    assert status == 2
+    assert "did you mean head.conv?" in err
+    file.write_text(f'[[layrs]]\nname = "head.conv"\nspec = "{SMALL}"\n[[layers]]\nspec = "{SMALL}"\n')
+    assert "did you mean layers?" in run("build", file)[2]
+
+
+@pytest.mark.parametrize("word", [*OPERATORS, *DEFAULTS, *LAYOUTS, *ACCURACIES])
+def test_every_word_of_specs_is_found_with_a_letter_too_many(word: str) -> None:
+    """Where the mistaken word is no spec's."""
+    text = f"{word}x n1" if word in OPERATORS else f"{SMALL.removesuffix(' relu')} {word}x"
+    with pytest.raises(ConvgenError) as raised:
+        ConvSpec.parse(text)
+    if len(word) > 2:
+        assert word in str(raised.value).partition("did you mean ")[2]
+
+
+def test_what_is_like_nothing_gets_no_suggestion() -> None:
+    assert meant("quite another thing", topics()) == ""
+    assert meant("", ["a"]) == ""
+
+
+def test_help_prints_pages_and_the_help_of_commands(run: Run) -> None:
+    status, out, _ = run("help")
+    assert status == 0
+    for topic, title in topics().items():
+        assert topic in out
+        assert title in out
+    status, out, _ = run("help", "networks")
+    assert status == 0
+    assert out.startswith("# ")
+    assert run("help", "records", "best")[1].startswith("Usage: convgen records best [OPTIONS]")
