@@ -20,14 +20,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
 
+from convgen.cpu.groups import GroupVectors
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Even, finishing, pieces
-from convgen.cpu.vector import Block, Registers, finish, load, load_parameters, permuted, written
+from convgen.cpu.vector import Block, Registers, finish, load, load_parameters, written
 from convgen.cpu.window import (
     Lines,
     Met,
@@ -41,7 +42,7 @@ from convgen.cpu.window import (
 )
 from convgen.deferred import te, tirx
 from convgen.hardware.target import Target
-from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, unflat, widen
+from convgen.lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, unflat
 from convgen.lowering.schedule import Picks, Program, Space, Written, require
 from convgen.problem.spec import ConvSpec
 
@@ -82,7 +83,7 @@ class CpuGrouped(Written):
         )
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        vectors, g = _Vectors(spec, picks.lanes), _Geometry(spec)
+        vectors, g = GroupVectors(spec, picks.lanes), _Geometry(spec)
         pixels = picks.tile_oh * picks.tile_ow
         # Beside the sums: the weights of the taps that a pixel meets, and the pixel.
         used = picks.tile_c * (pixels + min(pixels, g.taps)) + 1
@@ -102,7 +103,7 @@ class CpuGrouped(Written):
         return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
-        ops, g, vectors, tile_c = Operands(spec), _Geometry(spec), _Vectors(spec, picks.lanes), picks.tile_c
+        ops, g, vectors, tile_c = Operands(spec), _Geometry(spec), GroupVectors(spec, picks.lanes), picks.tile_c
         looped = spec.kernel[: len(g.outer)]
 
         def packed_weights(b: Expr, row: Expr, c: Expr, kx: Expr, v: Expr, t: Expr) -> Expr:
@@ -155,72 +156,11 @@ class _Geometry:
         return across * down * int(picks.tile_c) * copies(self.spec, len(self.outer))
 
 
-class _Vectors:
-    """Which channels the lanes of a vector hold: ``count`` of them, of ``groups`` groups or a part of one."""
-
-    def __init__(self, spec: ConvSpec, lanes: int) -> None:
-        self.lanes = lanes
-        self._all = spec.groups
-        self.depth, self._outputs = spec.ic // spec.groups, spec.oc // spec.groups
-        self.groups = min(max(1, self.lanes // self._outputs), spec.groups)
-        #: Vectors of a group that has more channels than a vector has lanes; else 1.
-        self.parts = ceildiv(self._outputs, self.lanes)
-        self.count = min(self.lanes, self.groups * self._outputs)
-        #: Whether a vector of inputs is permuted from loaded ones: else it is loaded as it is, or broadcast.
-        self.permuted = self.groups > 1 and self.depth * self._outputs > 1
-        self.number: int = ceildiv(spec.groups, self.groups) * self.parts
-
-    def within(self, block: int, channels: int, inputs: bool) -> bool:
-        """Whether no vector of inputs, or of outputs, lies in two blocks of channels."""
-        if block == channels or (inputs and self.groups == 1):
-            return True
-        size = self.groups * self.depth if inputs else self.count
-        whole = self.count == self.lanes and (self._outputs % self.lanes == 0 or self.lanes % self._outputs == 0)
-        return whole and block % size == 0
-
-    def _group(self, v: Expr) -> Expr:
-        """The first group of a vector."""
-        return tirx.min(v // self.parts * self.groups, self._all - self.groups)
-
-    def first(self, v: Expr) -> Expr:
-        """The first output channel."""
-        within = tirx.min(v % self.parts * self.lanes, self._outputs - self.count) if self.parts > 1 else 0
-        return self._group(v) * self._outputs + within
-
-    def source(self, v: Expr) -> Expr:
-        """The first input channel."""
-        return self._group(v) * self.depth
-
-    @property
-    def loaded(self) -> int:
-        """Loads of a pixel's vector."""
-        return self.groups if self.permuted and (self.lanes < 8 or self.groups * self.depth > self.lanes) else 1
-
-    def read(self, src: tirx.Buffer, dtype: str, place: Callable[[Expr], Sequence[Expr]], first: Expr, c: Expr) -> Expr:
-        """A vector of a pixel's inputs: in each lane the c-th channel of the lane's group.
-
-        ``place`` is the index of one of the pixel's channels, ``first`` the first group's first one.
-        """
-        lanes, groups = self.lanes, [min(t // self._outputs, self.groups - 1) for t in range(self.lanes)]
-        if not self.permuted and self.groups > 1:
-            return load(src, dtype, place(first), lanes, self.groups)
-        if self.groups > 1 and self.loaded == 1:
-            order = [tirx.const(group * self.depth, "int32") for group in groups]
-            index = tirx.Shuffle(order, list(range(lanes))) + tirx.Broadcast(tirx.const(0, "int32") + c, lanes)
-            return permuted(load(src, dtype, place(first), lanes, self.groups * self.depth), index, lanes)
-        value: Expr = None
-        for group in range(self.groups):
-            one = tirx.Broadcast(widen(src[tuple(place(first + c + group * self.depth))], dtype), lanes)
-            blend = [t + lanes * (groups[t] == group) for t in range(lanes)]
-            value = one if value is None else tirx.Shuffle([value, one], blend)
-        return value
-
-
 def _lanes(spec: ConvSpec, target: Target) -> list[int]:
     """Lanes that vectors can have."""
     g, found = _Geometry(spec), []
     for lanes in (4, 8, 16):
-        vectors = _Vectors(spec, lanes)
+        vectors = GroupVectors(spec, lanes)
         fits = vectors.within(g.src_block, spec.ic, True) and vectors.within(g.dst_block, spec.oc, False)
         if lanes <= target.lanes and (lanes == 4 or lanes < 2 * spec.oc) and fits:
             found.append(lanes)
@@ -242,7 +182,7 @@ def _default(schedule: CpuGrouped, spec: ConvSpec, target: Target) -> Picks:
         for w in sorted({Even(g.width, w).full for w in space["tile_ow"]})
         for c in space["tile_c"]
         if h * w * c <= MOST_SUMS
-        and _Vectors(spec, n).parts % c == 0
+        and GroupVectors(spec, n).parts % c == 0
         and max(h * w, len(_offsets(spec, w, g.taps))) * crowd <= PLACES
         and (w <= 8 or crowd <= 1 / 4)
     ]
@@ -255,7 +195,7 @@ def _default(schedule: CpuGrouped, spec: ConvSpec, target: Target) -> Picks:
     picks = next(good, small)
     # All vectors where their weights, which the next tile reads again, leave room in the L1 cache: src is then
     # read as it lies.
-    vectors = _Vectors(spec, picks.lanes)
+    vectors = GroupVectors(spec, picks.lanes)
     tiles = vectors.number // picks.tile_c
     fitting = target.l1 // (4 * picks.lanes * picks.tile_c * vectors.depth * math.prod(spec.kernel))
     most = tiles if tiles <= fitting // 2 else max(1, fitting // 4)
@@ -275,7 +215,7 @@ def _offsets(spec: ConvSpec, width: int, taps: int) -> set[int]:
 
 def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     """What the busiest core does."""
-    g, vectors = _Geometry(spec), _Vectors(spec, picks.lanes)
+    g, vectors = _Geometry(spec), GroupVectors(spec, picks.lanes)
     number, front = vectors.number // picks.tile_c, math.prod(spec.kernel[: max(0, g.axis)])
     tasks = spec.n * ceildiv(number, picks.block_c) * picks.parallel_oh
     share = ceildiv(tasks, target.cores) / tasks
@@ -342,7 +282,7 @@ class _Kernel:
     spec: ConvSpec
     g: _Geometry
     picks: Picks
-    vectors: _Vectors
+    vectors: GroupVectors
     src: tirx.Buffer
     residual: tirx.Buffer
     parameters: dict[str, tirx.Buffer]

@@ -168,6 +168,7 @@ class Schedule(ABC):
     ``strict`` admits none that does.
     ``sums_integers`` says that sums of a layer of integers are integers; elsewhere they are f32.
     ``directions`` are those of specs that it takes; a gradient of src is a forward layer wherever it can be.
+    ``only_integers`` says that it is for layers of integers alone.
     ``is_reference`` says that it is the definition itself, which the others are checked against; one schedule is.
     ``merged`` names schedules of earlier versions that it has taken in: records of theirs stay readable.
     """
@@ -177,6 +178,7 @@ class Schedule(ABC):
     transforms: ClassVar[bool] = False
     sums_integers: ClassVar[bool] = False
     directions: ClassVar[tuple[str, ...]] = ("forward",)
+    only_integers: ClassVar[bool] = False
     is_reference: ClassVar[bool] = False
     merged: ClassVar[tuple[str, ...]] = ()
 
@@ -248,6 +250,7 @@ class Schedule(ABC):
         require(spec.direction in self.directions, f"needs a direction among {', '.join(self.directions)}")
         layouts = f"does not know src as {spec.layout} with dst as {spec.dst_layout}"
         require(self.takes_layouts(spec.layout, spec.dst_layout), layouts)
+        require(spec.is_quantised or not self.only_integers, "needs a layer of integers")
         require(not self.transforms or spec.accuracy != "strict", "transforms, which accuracy strict does not admit")
         require(
             not spec.is_quantised or self.takes_integers(spec), "does not know such types and zero points of integers"

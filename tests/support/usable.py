@@ -1,4 +1,4 @@
-"""The schedules that a processor has the instructions for."""
+"""The schedules for floating-point numbers that a processor has the instructions for."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ LAYERS = [ConvSpec.parse(f"conv2d n1 ic4 oc4 i8x8 k3x3 {dtype}") for dtype in ("
 
 
 def usable(target: Target) -> dict[str, Schedule]:
-    """The schedules for CPUs whose own instructions a target has, by id."""
-    has = set(target.isa)
-    return {i: s for i, s in schedules_of("cpu").items() if all(set(s.instructions(spec)) <= has for spec in LAYERS)}
+    """The schedules for CPUs whose own instructions a target has, by id; without those for integers alone."""
+    has, known = set(target.isa), schedules_of("cpu").items()
+    floats = {name: schedule for name, schedule in known if not schedule.only_integers}
+    return {i: s for i, s in floats.items() if all(set(s.instructions(spec)) <= has for spec in LAYERS)}

@@ -1,0 +1,148 @@
+"""Grouped and depthwise convolution of 8-bit integers, several rows of the kernel per instruction.
+
+Applies to  layers of integers with groups of few channels that are not transposed, of any rank, stride and dilation;
+            src in any layout, dst with channels in blocks innermost: NHWC (NWC, NDHWC), nchw16c.
+Strategy    1. A vector is the output channels of as many whole groups as there is room for, as in cpu_grouped.
+            2. An instruction adds to each lane the products of a word: four bytes or two 16-bit numbers
+               (convgen.cpu.operation). A word has one column of neighbouring rows, where kernels have several taps and
+               a group few channels. Pack weights as [vector][plane][word][row of the tile][ic][k][lanes] of words, with
+               zeros for the rows of a word that an output row does not read.
+            3. A task copies its rows with their padding, as operands: zero points are padding as other numbers are.
+            4. Keep a tile of `tile_oh` × `tile_ow` pixels of a vector in registers. Of each column the rows are loaded
+               once, and shuffled to words, which all rows and taps use that read them. In 1-D rows are pixels.
+            5. Requantise the sums in registers; they start at the bias, less what zero points add.
+            6. One parallel loop over batch × planes × blocks of rows of tiles.
+Why not     words of channels (cpu_direct): a group has one, or few, and the rest of a word would be zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+from convgen.cpu.images import src_images
+from convgen.cpu.model import Counts, Stream, Work, core_of
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, Even, pieces
+from convgen.cpu.row_words import Kernel, geometry_of, packed
+from convgen.cpu.vector import written
+from convgen.hardware.target import Target
+from convgen.lowering.compute import Operands, ceildiv
+from convgen.lowering.schedule import Picks, Program, Space, Written, require
+from convgen.problem.spec import ConvSpec
+
+#: Instructions of products that are written out in a tile, at most; those of the default.
+MOST_UNROLLED, MOST_DEFAULT = 2048, 512
+#: Instructions that requantise a vector.
+REQUANTISED = 5
+
+
+class CpuGroupedIntegers(Written):
+    id, version = "cpu_grouped_integers", 1
+    sums_integers = only_integers = True
+
+    def takes_integers(self, spec: ConvSpec) -> bool:
+        return True
+
+    def takes_layouts(self, src: str, dst: str) -> bool:
+        return dst != "nchw"
+
+    def applies(self, spec: ConvSpec, target: Target) -> None:
+        require(target.kind == "cpu", "needs a CPU")
+        require(not spec.transposed and spec.groups > 1, "needs groups, and no transposed convolution")
+        g = geometry_of(spec, target)
+        vectors, depth = g.vectors, g.operation.depth
+        require(vectors.parts == 1 and g.loaded <= g.slack, "needs groups of few channels")
+        require(vectors.within(g.read.block, g.read.channels, True), "needs vectors of whole groups in blocks of src")
+        require(vectors.within(spec.dst_blocks.size, spec.oc, False), "needs vectors of whole groups in blocks of dst")
+        require(g.read == src_images(spec) or spec.ic % depth == 0, f"needs NCHW of a multiple of {depth} channels")
+        require(g.unrolled(1, 1) <= MOST_UNROLLED, "needs a smaller kernel")
+
+    def space(self, spec: ConvSpec, target: Target) -> Space:
+        g = geometry_of(spec, target)
+        return Space(
+            tile_oh=[h for h in range(1, 9) if h == 1 or (h <= g.rows and g.dilation[g.axis] == 1)],
+            tile_ow=[w for w in (*range(1, 11), 12, 14, 16) if w <= g.width],
+            block=[b for b in (1, 2, 4, 8, 16, 32, 64) if b == 1 or b < 2 * g.rows],
+        )
+
+    def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
+        g, pixels = geometry_of(spec, target), picks.tile_oh * picks.tile_ow
+        most = target.vector_registers * 3 // 4
+        require(pixels <= most, f"{pixels} pixels in a tile, registers for {most}")
+        require(picks.block < 2 * ceildiv(g.rows, picks.tile_oh), "block exceeds the rows of tiles")
+        unrolled = g.unrolled(picks.tile_oh, picks.tile_ow)
+        require(unrolled <= MOST_UNROLLED, f"{unrolled} products written out, at most {MOST_UNROLLED}")
+
+    def default(self, spec: ConvSpec, target: Target) -> Picks:
+        return _default(self, spec, target)
+
+    def cost(self, spec: ConvSpec, target: Target) -> float:
+        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
+
+    def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
+        ops, g = Operands(spec, integers=True), geometry_of(spec, target)
+        return written(ops, packed(ops, g, picks.tile_oh), lambda *buffers: Kernel(g, picks, *buffers).statement())
+
+
+# ---- the default --------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _default(schedule: CpuGroupedIntegers, spec: ConvSpec, target: Target) -> Picks:
+    space, g, core = schedule.space(spec, target), geometry_of(spec, target), core_of(target)
+    smallest = Picks(tile_oh=1, tile_ow=1, block=1)
+    points = [
+        picks
+        for picks in space
+        if schedule.reason_against(spec, target, picks) is None
+        and g.unrolled(picks.tile_oh, picks.tile_ow) <= MOST_DEFAULT
+        and Even(g.width, picks.tile_ow).full == picks.tile_ow
+    ]
+
+    def cycles(picks: Picks) -> tuple[float, int]:
+        return core.cycles(_counts(spec, target, picks)), picks.tile_oh * picks.tile_ow
+
+    return min(points, key=cycles, default=smallest)
+
+
+def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+    """What the busiest core does."""
+    g, work = geometry_of(spec, target), list[Work]()
+    vectors, operation = g.vectors, g.operation
+    blocks = ceildiv(ceildiv(g.rows, picks.tile_oh), picks.block)
+    tasks = spec.n * g.out[0] * blocks
+    own = ceildiv(tasks, target.cores)
+    share, planes = own / tasks, g.kernel[0]
+    for height, rows in pieces(g.rows, picks.tile_oh):
+        for width, tiles in Even(g.width, picks.tile_ow).sizes:
+            columns, words = len(g.columns(width)), g.words(height)
+            weights = planes * vectors.depth * g.taps * len(g.uses(height))
+            shuffles = operation.depth + vectors.depth - 1 if operation.depth > 1 or vectors.permuted else 0
+            counts = {"fmas": float(REQUANTISED * height * width)}
+            counts[operation.unit] = counts.get(operation.unit, 0) + weights * width * operation.instructions
+            work.append(
+                Work(
+                    spec.n * g.out[0] * vectors.number * rows * tiles * share,
+                    **counts,
+                    loads=planes * columns * min(g.met(height), words * operation.depth) + weights,
+                    shuffles=planes * columns * words * shuffles,
+                    stores=2 * height * width,
+                    chain=weights / height,
+                    cycles=BEGIN_TILE,
+                )
+            )
+    extent = g.extent(picks)
+    panel = spec.ic * math.prod(extent) * operation.bytes
+    turned = math.log2(target.lanes) + 3 * operation.depth if spec.layout == "nchw" else 0
+    far = panel if panel > target.l1 // 2 else 0
+    copied_vectors = own * panel / (4 * target.lanes)
+    work.append(
+        Work(copied_vectors, loads=1, stores=1, shuffles=turned, near=2 * far / max(1, panel) * 4 * target.lanes)
+    )
+    work.append(Work(own * math.prod(extent[:2]), cycles=BEGIN_RUN))
+    work.append(Work(own, cycles=BEGIN_TASK))
+    images = sum(spec.bytes[name] for name in ("src", "dst"))
+    return Counts(
+        work,
+        [Stream(spec.bytes["weights"] * share, weights=True), Stream(images * share, ahead=True, footprint=images)],
+    )
