@@ -22,6 +22,7 @@ from ..lowering.link import link_network
 from ..lowering.lower import compile_function, compile_object, compile_packer, lower
 from ..processes import JobError, Worker
 from .choice import Choose
+from .layouts import physical
 from .library import NETWORK_ABI, seal
 from .memory import WEIGHTS, Place
 from .operators import lowered
@@ -278,7 +279,10 @@ def _call(plan: Plan, step: Step, number: int, packed: Sequence[TensorInfo], beg
         return replace(found, offset=found.offset + constants) if found.space == WEIGHTS else found
 
     if not isinstance(function, Product):
-        return Call(number, tuple((plan.info(name), place(name)) for name in (*step.inputs, step.output)))
+        made = function.flat
+        described = zip((*step.inputs, step.output), (*made.inputs, made.output), strict=True)
+        infos = [TensorInfo(name, physical(shape, layout) or (1,), dtype) for name, (shape, layout, dtype) in described]
+        return Call(number, tuple((info, place(info.name)) for info in infos))
     tensors = boundary(function.spec.core)
     names = ["src"] + ["residual"] * function.spec.residual
     given = [(tensors[name], place(tensor)) for name, tensor in zip(names, step.inputs, strict=True)]

@@ -48,6 +48,20 @@ class Pass:
         kinds = " ".join(kind for kind, *_ in self.operators)
         return f"{kinds} {'x'.join(map(str, self.output[0]))} {self.output[1]}"
 
+    @property
+    def flat(self) -> Pass:
+        """The same with tensors of one axis, where each element is computed from those at its place: their layout means
+        nothing then. Of several axes, TVM does not see that neighbours lie side by side across the ends of rows.
+        """
+        given = [*self.inputs, self.output]
+        alike = all(pair[:2] == self.output[:2] for pair in self.inputs)
+        same = all(KINDS[name].elementwise and shape == self.output[0] for name, _, _, shape in self.operators)
+        if not (alike and same):
+            return self
+        *inputs, output = (((math.prod(shape),), ROW_MAJOR, dtype) for shape, _, dtype in given)
+        operators = [(name, attributes, read, output[0]) for name, attributes, read, _ in self.operators]
+        return Pass(tuple(operators), tuple(inputs), output)
+
 
 def as_pass(group: Group, graph: Graph, layouts: Mapping[str, str]) -> Pass:
     """What a group computes. Constants of one element are operands that are floats."""
@@ -163,6 +177,7 @@ def lowered(made: Pass, target: Target) -> Any:
     import tvm
     from tvm.s_tir import Schedule as TirSchedule
 
+    made = made.flat
     try:
         function = te.create_prim_func(program(made)).with_attr("global_symbol", "main")
         sch = TirSchedule(tvm.IRModule({"main": function}))
@@ -223,12 +238,8 @@ def _schedule(sch: Any, block: Any, made: Pass, target: Target) -> None:
 def _joined(made: Pass, rank: int) -> int:
     """How many of the innermost loops are one: neighbours in memory that are computed alike."""
     shape, layout, _ = made.output
-    if all(KINDS[name].elementwise for name, *_ in made.operators):
-        if all(given[:2] == made.output[:2] for given in made.inputs):
-            return rank
-        if layout == ROW_MAJOR and len(shape) > 3 and _per_channel(made):
-            return rank - 2
-    return 1
+    each = all(KINDS[name].elementwise for name, *_ in made.operators)
+    return rank - 2 if each and layout == ROW_MAJOR and len(shape) > 3 and _per_channel(made) else 1
 
 
 def _per_channel(made: Pass) -> bool:

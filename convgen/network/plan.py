@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..hardware.target import Target
-from ..lowering.interface import HEADER_BYTES, TensorInfo, round_up
+from ..lowering.interface import HEADER_BYTES, round_up
 from ..lowering.schedule import Candidate
 from ..problem.spec import ConvSpec
 from .graph import ROW_MAJOR, Array, Convolution, Graph, Shape
@@ -76,10 +76,6 @@ class Plan:
     def shape(self, name: str) -> Shape:
         """A tensor's shape in memory."""
         return physical(self.graph.shapes[name], self.layouts.get(name, ROW_MAJOR))
-
-    def info(self, name: str) -> TensorInfo:
-        """A tensor as a function sees it."""
-        return TensorInfo(name, self.shape(name) or (1,), self.graph.dtype(name))
 
 
 def plan(graph: Graph, target: Target) -> Plan:
