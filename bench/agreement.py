@@ -3,8 +3,8 @@
     python bench/agreement.py [--models light_squeezenet,resnet18] [--inputs 1000]
 
 For each model: random inputs through convgen's network and through ONNX Runtime; the validation's largest error as a
-share of its bound; and the memory that each takes in a process of its own, from before it is loaded to the most while
-it runs. Prints a table in Markdown.
+share of its bound; the memory that each takes in a process of its own, from before it is loaded to the most while it
+runs; and the seconds there from before it is loaded to its first result. Prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from convgen.folders import TemporaryFolder
 from convgen.network.network import Network
 from convgen.report.markdown import markdown_table
 
-#: What a process of its own runs: the memory that running a model added, at most. Libraries are loaded before.
+#: What a process of its own runs: the memory that running a model added, at most, and the seconds to its first result.
+#: Libraries are loaded before.
 _CHILD = """
-import sys, json, numpy as np, {library}
+import sys, json, time, numpy as np, {library}
 
 def status(field):
     with open("/proc/self/status") as file:
@@ -41,11 +42,13 @@ def status(field):
 
 shapes = json.loads(sys.argv[2])
 arrays = [np.ones(shape, np.float32) for shape in shapes.values()]
-before = status("VmRSS")
+before, started = status("VmRSS"), time.perf_counter()
 {load}
-for _ in range(3):
+{run}
+first = time.perf_counter() - started
+for _ in range(2):
     {run}
-print(status("VmHWM") - before)
+print(json.dumps([status("VmHWM") - before, first]))
 """
 _CONVGEN = {
     "library": "convgen.network.load",
@@ -69,6 +72,7 @@ class Agreement:
         apart: the largest difference of an output, relative to the largest element.
         share: the validation's largest error as a share of its bound; its failures, where there are some.
         memory, other_memory: bytes that convgen and ONNX Runtime added to a process.
+        first, other_first: seconds until the first result.
     """
 
     model: str
@@ -78,6 +82,8 @@ class Agreement:
     share: str
     memory: int
     other_memory: int
+    first: float
+    other_first: float
 
 
 def agreement(name: str, inputs: int, folder: Path) -> Agreement:
@@ -95,14 +101,18 @@ def agreement(name: str, inputs: int, folder: Path) -> Agreement:
         apart = max(apart, float(np.abs(first - wanted).max() / np.abs(wanted).max()))
     report = network.validate(model.path)
     failed = [check.name for check in report.checks if not check.passed]
+    memory, first = _process(_CONVGEN, _exported(network, folder / f"{name}-exported"), network)
+    other_memory, other_first = _process(_ONNXRUNTIME, model.path, network)
     return Agreement(
         model=name,
         same=same,
         inputs=inputs,
         apart=apart,
         share=f"failed: {', '.join(failed)}" if failed else f"{report.worst_error:.1g}",
-        memory=_memory(_CONVGEN, _exported(network, folder / f"{name}-exported"), network),
-        other_memory=_memory(_ONNXRUNTIME, model.path, network),
+        memory=memory,
+        other_memory=other_memory,
+        first=first,
+        other_first=other_first,
     )
 
 
@@ -111,17 +121,20 @@ def _exported(network: Network, folder: Path) -> Path:
     return folder
 
 
-def _memory(way: dict[str, str], path: Path, network: Network) -> int:
+def _process(way: dict[str, str], path: Path, network: Network) -> tuple[int, float]:
+    """Bytes that running a model adds to a process, and seconds until its first result there."""
     shapes = {name: info.shape for name, info in network.inputs.items()}
     command = [sys.executable, "-c", _CHILD.format(**way), str(path), json.dumps(shapes)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    return int(done.stdout)
+    memory, first = json.loads(done.stdout)
+    return memory, first
 
 
 def _row(found: Agreement) -> list[str]:
     memory, other = found.memory / (1 << 20), found.other_memory / (1 << 20)
     choices = f"{found.same} of {found.inputs}"
-    return [found.model, choices, f"{found.apart:.1e}", found.share, f"{memory:.1f}", f"{other:.1f}"]
+    sizes, times = (f"{memory:.1f}", f"{other:.1f}"), (f"{found.first:.2f}", f"{found.other_first:.2f}")
+    return [found.model, choices, f"{found.apart:.1e}", found.share, *sizes, *times]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "of the bound>",
         "memory, MiB>",
         "ONNX Runtime's, MiB>",
+        "first result, s>",
+        "ONNX Runtime's, s>",
     ]
     print("\n".join(markdown_table((header, rows))))
     return 0

@@ -17,12 +17,13 @@ from ..interrupts import interrupts_held
 from ..problem.dtypes import BYTES
 from ..problem.spec import PARAMETERS, ConvSpec
 from .interface import TensorInfo
-from .schedule import Candidate, Program, Scheduled
+from .schedule import Candidate, Program, Scheduled, Written
 
 #: Tensors that the user passes. Any contiguous array is accepted, so only their elements' alignment is sure.
 BOUNDARY = frozenset({"src", *PARAMETERS, "residual", "dst"})
 
 _MFD_CLOEXEC = 1
+_ALLOCATOR = "tirx.TVMBackendAllocWorkspace"
 
 
 #: Bindings of a module up to which TVM looks for common subexpressions. Its time grows with their square, to half a
@@ -32,12 +33,13 @@ MOST_BINDINGS = 1024
 
 @dataclass(frozen=True)
 class Lowered:
-    """A candidate's scheduled module: functions ``pack`` and ``main``."""
+    """A candidate's scheduled module: functions ``pack`` and ``main``; and how many bindings these have."""
 
     spec: ConvSpec
     target: Target
     candidate: Candidate
     module: Any  # tvm.ir.IRModule
+    bindings: int
     packed: tuple[TensorInfo, ...]
 
     @property
@@ -94,7 +96,7 @@ def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
         TensorInfo(f"packed{i}", tuple(int(d) for d in tensor.shape), STORED[str(tensor.dtype)])
         for i, tensor in enumerate(packed)
     )
-    return Lowered(spec, target, candidate, _align_boundary(module, spec), infos)
+    return Lowered(spec, target, candidate, *_align_boundary(module, spec), infos)
 
 
 @interrupts_held()
@@ -144,7 +146,7 @@ def compile_function(module: Any, target: Target, aligned: Iterable[str]) -> tup
     """
     try:
         config = _tvm_target(json.loads(target.tvm_config))
-        host = _lowered_builtins(_aligned(module, dict.fromkeys(aligned, BYTES["f32"])), config)
+        host = _lowered_builtins(*_aligned(module, dict.fromkeys(aligned, BYTES["f32"])), config)
         return _object(_codegen(host, config)), _workspace(host)
     except Exception as error:  # as in lower
         raise BuildError(f"a pass does not compile: {error}") from error
@@ -171,18 +173,32 @@ def _host_module(lowered: Lowered) -> Any:
     functions = lowered.module
     if lowered.target.on_device:
         functions = tvm.IRModule({"pack": functions["pack"]})
-    return _lowered_builtins(functions, _llvm(lowered))
+    return _lowered_builtins(functions, lowered.bindings, _llvm(lowered), compact=not _is_compact(lowered))
 
 
-def _lowered_builtins(functions: Any, target: Any) -> Any:
-    """A module in the form that LLVM's code is generated from."""
+def _is_compact(lowered: Lowered) -> bool:
+    """Whether no block has a buffer that could be smaller. TVM takes longer to find that out than for all else: where
+    statements are placed by hand, ``main`` is one block, and has none.
+    """
+    if not isinstance(lowered.candidate.schedule, Written):
+        return False
+    return not any(len(function.body.block.alloc_buffers) for function in lowered.module.functions.values())
+
+
+def _lowered_builtins(functions: Any, bindings: int, target: Any, compact: bool = True) -> Any:
+    """A module in the form that LLVM's code is generated from.
+
+    Args:
+        bindings: how many it has.
+        compact: whether buffers may be larger than what of them is used.
+    """
     import tvm
     from tvm.s_tir.pipeline import default_s_tir_pipeline
     from tvm.tirx import transform
 
     passes, _, _ = default_s_tir_pipeline()
-    bindings = str(tvm.ir.save_json(functions)).count("tirx.Bind")
     left_out = ["tirx.CommonSubexprElim"] if bindings > MOST_BINDINGS else []
+    left_out += [] if compact else ["s_tir.CompactBufferAllocation"]
     with tvm.transform.PassContext(opt_level=3, disabled_pass=left_out):
         module = transform.BindTarget(target.with_host(target))(functions)
         return transform.LowerTVMBuiltin()(passes(module))
@@ -238,14 +254,14 @@ def _check(program: Program, spec: ConvSpec) -> None:
             raise BuildError(f"packed tensor {taken.op.name}: expected {output.shape}, found {taken.shape}")
 
 
-def _align_boundary(module: Any, spec: ConvSpec) -> Any:
-    """Declare the boundary buffers with the alignment of their element."""
+def _align_boundary(module: Any, spec: ConvSpec) -> tuple[Any, int]:
+    """Declare the boundary buffers with the alignment of their element; gives the number of bindings, too."""
     dtypes = spec.dtypes
     return _aligned(module, {name: BYTES[dtypes[name]] for name in dtypes if name in BOUNDARY})
 
 
-def _aligned(module: Any, alignments: Mapping[str, int]) -> Any:
-    """Declare buffers, by their names, with an alignment.
+def _aligned(module: Any, alignments: Mapping[str, int]) -> tuple[Any, int]:
+    """Declare buffers, by their names, with an alignment; gives the number of a module's bindings, too.
 
     ``te.create_prim_func`` promises 64 bytes for every argument and has no option for it, and TIR
     has no mutator in Python, so the serialised form is edited.
@@ -261,15 +277,19 @@ def _aligned(module: Any, alignments: Mapping[str, int]) -> Any:
         buffer = nodes[node["data"]["ty"]]
         if buffer["type"] == "tirx.BufferType":
             buffer["data"]["data_alignment"] = alignments[name]
-    return from_json_graph_str(json.dumps(graph))
+    bindings = sum(node["type"] == "tirx.Bind" for node in nodes)
+    return from_json_graph_str(json.dumps(graph)), bindings
 
 
 def _workspace(module: Any) -> Workspace:
     """Sum the allocations of lowered TIR, outside and inside parallel loops (an upper bound of both)."""
     import tvm
 
-    nodes = json.loads(tvm.ir.save_json(module))["nodes"]
-    allocators = {i for i, node in enumerate(nodes) if node.get("data") == "tirx.TVMBackendAllocWorkspace"}
+    text = tvm.ir.save_json(module)
+    if _ALLOCATOR not in text:
+        return Workspace(0, 0)
+    nodes = json.loads(text)["nodes"]
+    allocators = {i for i, node in enumerate(nodes) if node.get("data") == _ALLOCATOR}
 
     def children(node: dict[str, Any]) -> Iterable[int]:
         data = node.get("data")

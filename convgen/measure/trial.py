@@ -100,6 +100,7 @@ class CandidateModule:
         spec: the layer's descriptor.
         target: all its facts, because the machine that compiles would resolve its name to others.
         schedule, picks: the candidate's.
+        bindings: how many the TIR has.
         packed: the packed tensors.
     """
 
@@ -108,14 +109,15 @@ class CandidateModule:
     target: Target
     schedule: str
     picks: Picks
+    bindings: int
     packed: tuple[TensorInfo, ...]
 
     def lowered(self) -> Lowered:
         """The lowered candidate, from the data."""
         from tvm.ir import load_json
 
-        candidate = Candidate(schedule(self.schedule), self.picks)
-        return Lowered(ConvSpec.parse(self.spec), self.target, candidate, load_json(self.tir), self.packed)
+        candidate, module = Candidate(schedule(self.schedule), self.picks), load_json(self.tir)
+        return Lowered(ConvSpec.parse(self.spec), self.target, candidate, module, self.bindings, self.packed)
 
 
 def candidate_module(spec: ConvSpec, target: Target, candidate: Candidate) -> CandidateModule:
@@ -137,6 +139,7 @@ def serialised(lowered: Lowered) -> CandidateModule:
         lowered.target,
         lowered.candidate.schedule.id,
         lowered.candidate.picks,
+        lowered.bindings,
         lowered.packed,
     )
 

@@ -27,7 +27,7 @@ from convgen.records.outcome import INTERRUPTED, Result
 
 SPEC = ConvSpec.parse("conv2d n1 ic3 oc5 i6x7 k3x3 p1")
 LONG = 120.0
-BROKEN = CandidateModule("{}", SPEC.descriptor, resolve(), "cpu_direct", Picks(), ())
+BROKEN = CandidateModule("{}", SPEC.descriptor, resolve(), "cpu_direct", Picks(), 0, ())
 
 needs_dask = pytest.mark.skipif(
     importlib.util.find_spec("distributed") is None, reason="needs Dask: pip install 'convgen[cluster]'"

@@ -195,7 +195,7 @@ def module(spec: ConvSpec = SPEC, schedule: str = "cpu_direct") -> CandidateModu
 
 
 #: What no builder can read.
-BROKEN = CandidateModule("{}", SPEC.descriptor, resolve(), "cpu_direct", Picks(), ())
+BROKEN = CandidateModule("{}", SPEC.descriptor, resolve(), "cpu_direct", Picks(), 0, ())
 
 
 @pytest.fixture(scope="module")

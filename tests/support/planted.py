@@ -117,7 +117,7 @@ def c_kernel(
 ) -> CpuKernel:
     """The kernel of :data:`SPEC` with other statements in two places: right, as it stands."""
     resolved = resolve(target)
-    lowered = Lowered(SPEC, resolved, Candidate(Reference(), Picks()), None, interface().packed)
+    lowered = Lowered(SPEC, resolved, Candidate(Reference(), Picks()), None, 0, interface().packed)
     object_file = compile_c(SOURCE.format(store=store, before=before), folder / "kernel.o", compiler)
     library = link(interface(), object_file, folder / "libplanted.so")
     made: type[CpuKernel] = kernel_type(resolved)  # type: ignore[assignment]
