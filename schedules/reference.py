@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 #: Threads of a block, on a GPU.
 THREADS = 128
+#: Operations below which a layer is one task. Of rows that small LLVM makes vectors, of as many as a task has, and what
+#: is left over may round otherwise.
+PARALLEL = 1 << 13
 
 
 class Reference(Scheduled):
@@ -98,7 +101,8 @@ class Reference(Scheduled):
         *outer, _ = sch.get_loops(dst)
         rows = sch.fuse(*outer)
         sch.compute_at(acc, sch.get_loops(dst)[-1], preserve_unit_loops=True)
-        sch.parallel(rows)
+        if spec.flops >= PARALLEL:
+            sch.parallel(rows)
 
 
 def _each(sch: TirSchedule, target: Target, loops: list[Any]) -> None:

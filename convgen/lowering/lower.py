@@ -96,7 +96,8 @@ def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
         TensorInfo(f"packed{i}", tuple(int(d) for d in tensor.shape), STORED[str(tensor.dtype)])
         for i, tensor in enumerate(packed)
     )
-    return Lowered(spec, target, candidate, *_align_boundary(module, spec), infos)
+    aligned, bindings = _align_boundary(module, spec)
+    return Lowered(spec, target, candidate, aligned, bindings, infos)
 
 
 @interrupts_held()
@@ -129,7 +130,7 @@ def compile_packer(lowered: Lowered) -> bytes:
 
     try:
         module, config = tvm.IRModule({"pack": lowered.module["pack"]}), _tvm_target({"kind": "llvm"})
-        return _object(_codegen(_lowered_builtins(module, config), config))
+        return _object(_codegen(_lowered_builtins(module, lowered.bindings, config), config))
     except Exception as error:  # as in lower
         raise BuildError(f"{lowered.spec.descriptor}: the packing of weights does not compile: {error}") from error
 
@@ -146,7 +147,8 @@ def compile_function(module: Any, target: Target, aligned: Iterable[str]) -> tup
     """
     try:
         config = _tvm_target(json.loads(target.tvm_config))
-        host = _lowered_builtins(*_aligned(module, dict.fromkeys(aligned, BYTES["f32"])), config)
+        functions, bindings = _aligned(module, dict.fromkeys(aligned, BYTES["f32"]))
+        host = _lowered_builtins(functions, bindings, config)
         return _object(_codegen(host, config)), _workspace(host)
     except Exception as error:  # as in lower
         raise BuildError(f"a pass does not compile: {error}") from error

@@ -25,7 +25,7 @@ from convgen.hardware.target import resolve
 from convgen.lowering.interface import ALIGNMENT
 from convgen.network.check.bounds import RULES, measure
 from convgen.network.check.drawing import Drawn, draw_network, model_of, run_model
-from convgen.network.check.fuzz import NetworkCase, Networks
+from convgen.network.check.fuzz import NetworkCase, Networks, check
 from convgen.network.check.places import check_places
 from convgen.network.check.validate import validate_network
 from convgen.network.expressions import KINDS
@@ -255,6 +255,13 @@ def test_a_sample_of_drawn_networks_passes() -> None:
     assert [finding.message for finding in summary.findings] == []
     assert summary.checks["float"] == summary.candidates > 4
     assert 0 < summary.errors["network"] < 1
+
+
+def test_a_layer_of_a_few_rows_is_the_same_on_any_threads() -> None:
+    """LLVM made vectors of its rows, by two threads of fewer of them, and rounded one element otherwise."""
+    case = NetworkCase(1801, 516, resolve("cpu").spelling, 2, (9,))
+    outcome = check(case)
+    assert outcome.kind in ("ok", "refused"), outcome.message
 
 
 def test_a_failing_network_shrinks_to_the_nodes_that_fail() -> None:
