@@ -16,7 +16,7 @@ from convgen.problem.activation import ALIASES, DEFAULTS
 from convgen.problem.dtypes import DTYPES
 from convgen.problem.layout import PLAIN
 from convgen.problem.spec import OPERATORS, ConvSpec
-from convgen.problem.tokens import FLAGS, PADDING_WORDS, read_token
+from convgen.problem.tokens import DIRECTIONS, FLAGS, PADDING_WORDS, read_token
 from convgen.topics import topic_text, topics
 
 RESULTS = ROOT / "bench" / "results"
@@ -126,7 +126,9 @@ def test_every_page_is_in_the_site_and_every_topic_exists() -> None:
 
 def test_the_page_about_specs_has_every_token() -> None:
     words = set(re.findall(r"[\w-]+", " ".join(re.findall(r"`([^`\n]+)`", topic_text("spec")))))
-    assert words >= {*OPERATORS, *DEFAULTS, *PADDING_WORDS, *FLAGS, *DTYPES, *PLAIN, *ALIASES} - {"leakyrelu"}
+    assert words >= {*OPERATORS, *DEFAULTS, *PADDING_WORDS, *DIRECTIONS, *FLAGS, *DTYPES, *PLAIN, *ALIASES} - {
+        "leakyrelu"
+    }
 
 
 def test_tokens_that_the_page_about_specs_names_are_read() -> None:
