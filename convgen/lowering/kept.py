@@ -9,6 +9,7 @@ was used least recently goes. Where there is no such file, or it cannot be used,
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib
 import logging
@@ -16,9 +17,12 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from enum import Enum
 from functools import cache
 from pathlib import Path
+
+import numpy as np
 
 from ..folders import user_cache
 from .versions import versions
@@ -55,10 +59,34 @@ def key_of(*parts: object) -> bytes:
     """What a value is known by.
 
     Args:
-        parts: all that it depends on besides the versions: what has the same ``repr`` is the same.
+        parts: all that it depends on besides the versions: numbers, texts, and tuples, mappings, sets and dataclasses
+            of such. Every field counts, whatever an object's ``repr`` shows.
+
+    Raises:
+        TypeError: something else is among them.
     """
     everything = (sorted(versions().items()), sys.version, sources_digest(), parts)
-    return hashlib.sha256(repr(everything).encode()).digest()
+    return hashlib.sha256(repr(_plain(everything)).encode()).digest()
+
+
+def _plain(part: object) -> object:
+    """A part as text, numbers and tuples, from which it could be made again."""
+    if part is None or type(part) in (bool, int, float, str, bytes):
+        return part
+    if isinstance(part, np.generic):
+        return (part.dtype.str, part.item())
+    if isinstance(part, Enum):
+        return (type(part).__qualname__, part.name)
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        values = tuple((field.name, _plain(getattr(part, field.name))) for field in dataclasses.fields(part))
+        return (type(part).__qualname__, values)
+    if isinstance(part, tuple | list):
+        return (type(part).__qualname__, tuple(map(_plain, part)))
+    if isinstance(part, Mapping):
+        return ("mapping", tuple(sorted((str(key), _plain(key), _plain(value)) for key, value in part.items())))
+    if isinstance(part, Set):
+        return ("set", tuple(sorted(map(repr, map(_plain, part)))))
+    raise TypeError(f"key: expected text, numbers and what consists of them, found {type(part).__qualname__}")
 
 
 class Kept:

@@ -6,8 +6,10 @@ import os
 import sqlite3
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from network_models import arrays_for, expected, furthest, model_of
 from onnx import ModelProto, helper
@@ -27,6 +29,24 @@ def test_what_was_added_is_found_by_another_process(tmp_path: Path) -> None:
     assert Kept(path).find([b"a", b"b", b"c"]) == {b"a": b"1", b"b": bytes(3)}
     Kept(path).add({b"a": b"2"})
     assert Kept(path).find([b"a"]) == {b"a": b"2"}
+
+
+def test_every_field_counts_whatever_is_shown() -> None:
+    @dataclass(frozen=True)
+    class Part:
+        name: str
+        size: int
+
+        def __repr__(self) -> str:
+            return f"<{self.name}>"
+
+    parts = [Part("a", 1), Part("a", 2), Part("b", 1), (Part("a", 1),), {"a": Part("a", 2)}, "a", b"a", 1, 1.0, None]
+    assert len({key_of(part) for part in parts}) == len(parts)
+    assert key_of(Part("a", 1)) == key_of(Part("a", 1))
+    target = resolve("cpu:znver4")
+    assert key_of(target) != key_of(replace(target, l2=target.l2 // 2))
+    with pytest.raises(TypeError, match="expected text, numbers and what consists of them, found ndarray"):
+        key_of(np.zeros(3))
 
 
 def test_the_least_recently_used_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
