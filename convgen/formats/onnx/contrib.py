@@ -1,5 +1,5 @@
 """Operators of ONNX Runtime's own in ONNX's: those that its quantiser writes, and those that its optimiser makes of
-convolutions with what follows them.
+convolutions and what stands between them.
 
 Of the former their documentation says: DequantizeLinear, what they compute, QuantizeLinear. One with an attribute that
 is not known here stays as it is.
@@ -8,39 +8,44 @@ is not known here stays as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-from onnx import GraphProto, NodeProto, helper
+from onnx import NodeProto, helper
 
-from .graph import ROOTS, graphs_of
+from .graph import ROOTS
 
 #: The domain of ONNX Runtime's own operators.
 DOMAIN = "com.microsoft"
 
-_Speller: TypeAlias = Callable[[NodeProto], Iterator[NodeProto]]
-#: An operator, its operands after the first, and its attributes.
-_Step: TypeAlias = tuple[str, list[str], dict[str, Any]]
+#: Makes nodes of one, and of how many spatial axes its first operand has; 0 where that is not known.
+_Speller: TypeAlias = Callable[[NodeProto, int], Iterator[NodeProto]]
+#: An operator, its operands after the first (values, or numbers), and its attributes.
+_Step: TypeAlias = tuple[str, Sequence[str | float], dict[str, Any]]
 
 
-def spell_out(graph: GraphProto) -> None:
-    """Replace what is known in a graph and in those inside its nodes; functions are inlined."""
-    for inside in graphs_of(graph):
-        nodes = [made for node in inside.node for made in _spelled(node)]
-        if len(nodes) != len(inside.node) or any(a is not b for a, b in zip(nodes, inside.node, strict=True)):
-            copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-            del inside.node[:]
-            inside.node.extend(copies)
+def spelled_out(node: NodeProto, rank: int) -> list[NodeProto]:
+    """The nodes of ONNX's own that a node means; itself where it is none that is known.
 
-
-def _spelled(node: NodeProto) -> Iterator[NodeProto]:
+    Args:
+        rank: how many spatial axes its first operand has; 0 or less where that is not known.
+    """
     domain = "" if node.domain in ROOTS else node.domain
     if domain == DOMAIN and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-        yield helper.make_node(node.op_type, node.input, node.output, node.name, **_attributes(node))
-    elif (domain, node.op_type) in _KNOWN:
-        yield from _KNOWN[domain, node.op_type](node)
-    else:
-        yield node
+        return [helper.make_node(node.op_type, node.input, node.output, node.name, **_attributes(node))]
+    try:
+        return list(_KNOWN.get((domain, node.op_type), _itself)(node, max(rank, 0)))
+    except (
+        AttributeError,
+        IndexError,
+        TypeError,
+        ValueError,
+    ):  # odd attributes or operands
+        return [node]
+
+
+def _itself(node: NodeProto, rank: int) -> Iterator[NodeProto]:
+    yield node
 
 
 def _attributes(node: NodeProto, *names: str) -> dict[str, Any]:
@@ -59,31 +64,25 @@ def _dequantised(node: NodeProto, place: int, axis: int = 1) -> tuple[NodeProto,
 def _between(operator: str, operands: Sequence[int], result: int, *attributes: str) -> _Speller:
     """Spells an operator whose operands' inputs begin at these places, its scale and zero point at ``result``."""
 
-    def spell(node: NodeProto) -> Iterator[NodeProto]:
+    def spell(node: NodeProto, rank: int) -> Iterator[NodeProto]:
         values = _attributes(node)
-        if values.get("channels_last", 0):
-            yield node
-            return
-        places = operands or range(2, len(node.input), 3)
-        yield from _around(node, operator, places, result, {k: v for k, v in values.items() if k in attributes})
+        last = bool(values.get("channels_last", 0))
+        if last and not rank:
+            return (yield node)
+        names, value = [], f"{node.output[0]}/f32"
+        for place in operands or range(2, len(node.input), 3):
+            made, name = _dequantised(node, place)
+            names.append(name)
+            yield made
+        steps: list[_Step] = [(operator, names[1:], {k: v for k, v in values.items() if k in attributes})]
+        yield from _chain(node.name, operator, names[0], _turned(steps, rank if last else 0), value)
+        quantisation = [given for given in node.input[result : result + 2] if given]
+        yield helper.make_node("QuantizeLinear", [value, *quantisation], node.output, f"{node.name}/stored")
 
     return spell
 
 
-def _around(
-    node: NodeProto, operator: str, places: Sequence[int], result: int, attributes: dict[str, Any]
-) -> Iterator[NodeProto]:
-    names, value = [], f"{node.output[0]}/f32"
-    for place in places:
-        made, name = _dequantised(node, place)
-        names.append(name)
-        yield made
-    yield helper.make_node(operator, names, [value], node.name, **attributes)
-    quantisation = [given for given in node.input[result : result + 2] if given]
-    yield helper.make_node("QuantizeLinear", [value, *quantisation], node.output, f"{node.name}/stored")
-
-
-def _gemm(node: NodeProto) -> Iterator[NodeProto]:
+def _gemm(node: NodeProto, rank: int) -> Iterator[NodeProto]:
     """QGemm: the bias is in steps of the product's scale; without one of its own the result is f32."""
     values = _attributes(node)
     given = [*node.input, *[""] * (9 - len(node.input))]
@@ -120,11 +119,11 @@ _ACTIVATIONS: dict[str, tuple[str, ...]] = {
 def _fused_convolution(last: bool) -> _Speller:
     """Spells ``activation(Conv(X, W, B) + Z)``; ``last``: of X, Z and the result channels are the last axis."""
 
-    def spell(node: NodeProto) -> Iterator[NodeProto]:
+    def spell(node: NodeProto, rank: int) -> Iterator[NodeProto]:
         values, name = _attributes(node), node.name or node.output[0]
         activation = values.get("activation", b"").decode(errors="replace")
-        numbers, wanted = values.get("activation_params", ()), _ACTIVATIONS.get(activation)
-        rank = _rank(values) if last else 0
+        numbers, wanted = list(map(float, values.get("activation_params", ()))), _ACTIVATIONS.get(activation)
+        rank = rank if last else 0
         if values.keys() - {*_CONV, "activation", "activation_params"} or (last and not rank):
             return (yield node)
         if activation and (wanted is None or len(numbers) != len(wanted)):
@@ -138,28 +137,22 @@ def _fused_convolution(last: bool) -> _Speller:
         if added:
             steps.append(("Add", [added], {}))
         if activation == "Clip":
-            steps += [("Max", [_number(numbers[0])], {}), ("Min", [_number(numbers[1])], {})]  # Clip's operands changed
+            steps += [("Max", numbers[:1], {}), ("Min", numbers[1:], {})]  # Clip's operands changed
         elif activation:
             steps.append((activation, [], dict(zip(wanted or (), numbers, strict=True))))
-        yield from _chain(name, src, _turned(steps, rank), node.output[0])
+        yield from _chain(name, "Conv", src, _turned(steps, rank), node.output[0])
 
     return spell
 
 
-def _quantised_convolution(node: NodeProto) -> Iterator[NodeProto]:
+def _quantised_convolution(node: NodeProto, rank: int) -> Iterator[NodeProto]:
     """ONNX Runtime's own QLinearConv, which may have the channels last."""
     values = _attributes(node)
     last = bool(values.pop("channels_last", 0))
-    rank = _rank(values) if last else 0
     if values.keys() - set(_CONV) or (last and not rank):
         return (yield node)
-    steps: list[_Step] = [("QLinearConv", list(node.input[1:]), values)]
-    yield from _chain(node.name or node.output[0], node.input[0], _turned(steps, rank), node.output[0])
-
-
-def _rank(values: Mapping[str, Any]) -> int:
-    """The spatial axes that a convolution's attributes tell of; 0 where they tell of none."""
-    return next((len(values[name]) for name in ("kernel_shape", "strides", "dilations") if name in values), 0)
+    steps = _turned([("QLinearConv", list(node.input[1:]), values)], rank if last else 0)
+    yield from _chain(node.name or node.output[0], "QLinearConv", node.input[0], steps, node.output[0])
 
 
 def _channels_first(rank: int) -> list[int]:
@@ -174,22 +167,18 @@ def _turned(steps: list[_Step], rank: int) -> list[_Step]:
     return [("Transpose", [], {"perm": _channels_first(rank)}), *steps, ("Transpose", [], {"perm": back})]
 
 
-def _number(value: float) -> str:
-    """A constant among the operands of a step."""
-    return f"={value!r}"
-
-
-def _chain(name: str, src: str, steps: Sequence[_Step], output: str) -> Iterator[NodeProto]:
-    """Nodes each of which takes what the one before gives; a convolution among them has the name."""
+def _chain(name: str, main: str, src: str, steps: Sequence[_Step], output: str) -> Iterator[NodeProto]:
+    """Nodes each of which takes what the one before gives; that of the operator ``main`` has the name."""
     for number, (operator, others, attributes) in enumerate(steps, 1):
         result = output if number == len(steps) else f"{output}/{number}"
-        called = name if "Conv" in operator else f"{name}/{operator.lower()}{number}"
+        called = name if operator == main else f"{name}/{operator.lower()}{number}"
         operands = [src]
         for other in others:
-            operands.append(other)
-            if other.startswith("="):
-                operands[-1] = f"{result}/constant"
-                yield helper.make_node("Constant", [], operands[-1:], operands[-1], value_float=float(other[1:]))
+            if isinstance(other, str):
+                operands.append(other)
+                continue
+            operands.append(f"{result}/constant")
+            yield helper.make_node("Constant", [], operands[-1:], operands[-1], value_float=float(other))
         yield helper.make_node(operator, operands, [result], called, **attributes)
         src = result
 
@@ -197,13 +186,12 @@ def _chain(name: str, src: str, steps: Sequence[_Step], output: str) -> Iterator
 # ---- what its optimiser makes of what stands between -------------------------------------------
 
 
-def _nhwc_max_pool(node: NodeProto) -> Iterator[NodeProto]:
-    values = _attributes(node)
-    steps: list[_Step] = [("MaxPool", [], values)]
-    yield from _chain(node.name or node.output[0], node.input[0], _turned(steps, _rank(values)), node.output[0])
+def _nhwc_max_pool(node: NodeProto, rank: int) -> Iterator[NodeProto]:
+    steps = _turned([("MaxPool", [], _attributes(node))], rank or len(_attributes(node).get("kernel_shape", ())))
+    yield from _chain(node.name or node.output[0], "MaxPool", node.input[0], steps, node.output[0])
 
 
-def _gelu(node: NodeProto) -> Iterator[NodeProto]:
+def _gelu(node: NodeProto, rank: int) -> Iterator[NodeProto]:
     """Gelu, BiasGelu, FastGelu (by tanh) and QuickGelu (by a sigmoid), the second and third of a sum."""
     x, output = node.input[0], node.output[0]
     if len(node.input) > 1 and node.input[1]:
@@ -211,7 +199,7 @@ def _gelu(node: NodeProto) -> Iterator[NodeProto]:
         yield helper.make_node("Add", node.input[:2], [x], x)
 
     def by(operator: str, operand: float | str) -> _Step:
-        return operator, [operand if isinstance(operand, str) else _number(operand)], {}
+        return operator, [operand], {}
 
     if node.op_type == "QuickGelu":
         steps = [by("Mul", _attributes(node).get("alpha", 1.702)), ("Sigmoid", [], {})]
@@ -220,10 +208,10 @@ def _gelu(node: NodeProto) -> Iterator[NodeProto]:
         steps += [("Tanh", [], {}), by("Add", 1.0), by("Mul", 0.5)]
     else:
         steps = [by("Mul", math.sqrt(0.5)), ("Erf", [], {}), by("Add", 1.0), by("Mul", 0.5)]
-    yield from _chain(node.name or output, x, [*steps, by("Mul", x)], output)
+    yield from _chain(node.name or output, "", x, [*steps, by("Mul", x)], output)
 
 
-def _fused_gemm(node: NodeProto) -> Iterator[NodeProto]:
+def _fused_gemm(node: NodeProto, rank: int) -> Iterator[NodeProto]:
     values = _attributes(node)
     wanted = {name: value for name, value in values.items() if not name.startswith("activation")}
     activation = values.get("activation", b"").decode(errors="replace")
@@ -232,7 +220,7 @@ def _fused_gemm(node: NodeProto) -> Iterator[NodeProto]:
         return (yield node)
     numbers = {name: values[f"activation_{name}"] for name in names if f"activation_{name}" in values}
     steps: list[_Step] = [("Gemm", list(node.input[1:]), wanted), (activation or "Identity", [], numbers)]
-    yield from _chain(node.name or node.output[0], node.input[0], steps, node.output[0])
+    yield from _chain(node.name or node.output[0], "Gemm", node.input[0], steps, node.output[0])
 
 
 _POOL = ("auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides")

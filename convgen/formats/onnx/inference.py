@@ -19,6 +19,7 @@ from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, TypeProto, 
 
 from ...errors import SpecError
 from .constants import SIZED_BY_DATA, is_deterministic
+from .contrib import spelled_out
 from .file import ModelFile, first_line
 from .functions import branch
 from .graph import MAX_NODES, ROOTS, Dim, Scope, Shape, bodies, dim_of, static, tensor_type, text
@@ -89,6 +90,11 @@ class _Walk:
                 scope.store(values[tensor.name], tensor)
             stored |= {values[value.name]: value.type for value in body.value_info if value.name in values}
             for own in inner:
+                self._take(scope, own, stored)
+            return
+        spelled = spelled_out(node, len(scope.shape(node.input[0]) or ()) - 2 if node.input else 0)
+        if spelled[0] is not node:
+            for own in spelled:
                 self._take(scope, own, stored)
             return
         if node.op_type == "Range" and node.domain in ROOTS:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
 from ...errors import SpecError
-from .contrib import spell_out
 from .file import ModelFile
 from .functions import inline
 from .graph import ROOTS, Scope, bodies, graphs_of, names_read, printable
@@ -26,7 +25,6 @@ def prepare(file: ModelFile, dims: Mapping[str, int]) -> tuple[list[Scope], list
     model, where = file.proto, file.where
     _check_text(model, where)
     inline(model, where)
-    spell_out(model.graph)
     opset = max((o.version for o in model.opset_import if o.domain in ROOTS), default=1)
     for graph in graphs_of(model.graph):
         _sort(graph, where)

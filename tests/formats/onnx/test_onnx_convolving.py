@@ -102,10 +102,32 @@ def test_what_onnx_runtime_saves(tmp_path: Path) -> None:
         assert all("'com.microsoft.nchwc', blocked for one processor" in reason for reason in skipped)
 
 
+def test_what_onnx_runtime_saves_of_a_quantised_model(tmp_path: Path) -> None:
+    """With the channels last throughout: the same layers, and a network."""
+    made = parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 18, "com.microsoft" : 1]> g (float[1,4,8,9] x) => (float[1,6,1,1] y) {
+        q = QuantizeLinear(x, s, z) a = QLinearConv<pads=[1,1,1,1]>(q, s, z, v, s, o, t, z)
+        b = MaxPool<kernel_shape=[2,2], strides=[2,2]>(a) c = QLinearConv<pads=[1,1,1,1]>(b, t, z, u, s, o, t, z)
+        d = com.microsoft.QLinearAdd(b, t, z, c, t, z, t, z) e = com.microsoft.QLinearGlobalAveragePool(d, t, z, t, z)
+        y = DequantizeLinear(e, t, z) }"""
+    )
+    arrays: dict[str, Any] = {"s": np.float32(0.02), "t": np.float32(0.1), "z": np.uint8(7), "o": np.int8(0)}
+    arrays |= {"v": RNG.integers(-99, 99, W.shape).astype(np.int8), "u": RNG.integers(-9, 9, W2.shape).astype(np.int8)}
+    made.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in arrays.items())
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "m.onnx"), 4
+    onnxruntime.InferenceSession(made.SerializeToString(), options, ["CPUExecutionProvider"])
+    saved = onnx.load(tmp_path / "m.onnx")
+    specs = [[layer.spec for layer in layers_from_onnx(source)] for source in (made, saved)]
+    assert specs[0] == specs[1]
+    assert None not in specs[0]
+    assert read_graph(saved).shapes["y"] == (1, 6, 1, 1)
+
+
 def test_channels_last() -> None:
     """NhwcFusedConv: the same layer, turned before and after."""
-    fused = node("NhwcFusedConv", "x w b z", "y", activation="Relu", kernel_shape=[3, 3])
-    first = node("NhwcFusedConv", "x w", "z", kernel_shape=[3, 3])
+    fused = node("NhwcFusedConv", "x w b z", "y", activation="Relu")
+    first = node("NhwcFusedConv", "x w", "z")
     made = model([first, fused], (1, 8, 8, 4))
     plain, layer = layers_from_onnx(made)
     assert str(plain.spec) == "conv2d n1 ic4 oc6 i8x8 k3x3 s1x1 p0x0 nobias"
@@ -117,7 +139,7 @@ def test_channels_last() -> None:
 def test_quantised_convolution_of_onnx_runtime(last: int) -> None:
     made = parser.parse_model(
         f"""<ir_version: 8, opset_import: ["" : 18, "com.microsoft" : 1]> g (uint8[1,{"8,8,4" if last else "4,8,8"}] x)
-        => (uint8[1,{"6,6,6"}] y) {{ [q] y = com.microsoft.QLinearConv<channels_last={last}, kernel_shape=[3,3]>
+        => (uint8[1,{"6,6,6"}] y) {{ [q] y = com.microsoft.QLinearConv<channels_last={last}>
             (x, s, xz, w, s, z, t, xz) }}"""
     )
     arrays: dict[str, Any] = {"s": np.float32(0.02), "t": np.float32(0.1), "xz": np.uint8(7), "z": np.int8(0)}
@@ -155,6 +177,8 @@ def test_what_the_optimiser_writes_between_convolutions(what: str) -> None:
         (scope, *_), _ = prepare(file, {})
         assert {found.domain for found in scope.nodes} == {""}
         assert scope.shape("y") == expected.shape
+        del file.proto.graph.node[:]
+        file.proto.graph.node.extend(scope.nodes)
         (got,) = run_onnx(file.proto, ["y"], {"x": x})
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -169,6 +193,8 @@ def test_pooling_with_the_channels_last() -> None:
     with ModelFile(made) as file:
         (scope, *_), _ = prepare(file, {})
         assert scope.shape("y") == expected.shape
+        del file.proto.graph.node[:]
+        file.proto.graph.node.extend(scope.nodes)
         (got,) = run_onnx(file.proto, ["y"], {"x": x})
     np.testing.assert_array_equal(got, expected)
 
@@ -218,6 +244,23 @@ def test_what_does_not_convolve_is_not_named(name: str) -> None:
     skipped: list[str] = []
     assert len(specs_from_onnx(made, skipped=skipped)) == 1
     assert skipped == []
+
+
+ODD = {
+    "a number as activation": node("FusedConv", "x w", "y", activation=3),
+    "text as parameters": node("FusedConv", "x w", "y", activation="Clip", activation_params=["a", "b"]),
+    "text as a slope": node("FusedConv", "x w", "y", activation="LeakyRelu", activation_params=["a"]),
+    "one operand": node("FusedConv", "x", "y"),
+    "of another layout": node("NhwcFusedConv", "x w", "y", channels_last="yes"),
+    "no operand": helper.make_node("QLinearConv", [], ["y"], domain="com.microsoft"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_what_makes_no_sense_is_named_too(what: str) -> None:
+    skipped: list[str] = []
+    assert specs_from_onnx(model([ODD[what]]), skipped=skipped) == []
+    assert len(skipped) == 1
 
 
 def test_everywhere_in_a_model() -> None:
