@@ -31,13 +31,16 @@ from ..check.data import Arrays, float_data
 from ..errors import SpecError, UnsupportedError
 from ..hardware.machine import Machine, machine, pinned
 from ..kernel.library import Library
-from ..problem.dtypes import load
+from ..problem.dtypes import distance, load, numpy_dtype, widen
+from ..problem.spec import ConvSpec
 from .peers import PEERS, Entrant, OnnxRuntime, find_peer
 from .standalone.timing import alternate, repeats, sample
 from .trial import artifact_facts, load_artifact, prepare_artifact, run_duel
 
 F32 = npt.NDArray[np.float32]
 
+#: Types of layers that some peer has tensors of.
+COMPARED = ("f32", "bf16", "i8")
 #: Pause in seconds before another library's turn, on several threads: the last one's idle threads spin
 #: for up to 0.2 s. On one thread there are none, and a rest changes no median.
 REST = 0.35
@@ -136,17 +139,17 @@ def compare(
 
     Raises:
         SpecError: the spec's batch is empty: there is nothing to time.
-        UnsupportedError: no such peer, or another dtype than f32.
+        UnsupportedError: no such peer, or a dtype that peers have no tensors of.
     """
     spec = next(iter(kernels.values())).spec
     if spec.n == 0:
         raise SpecError("n", "a batch of at least 1 to time", 0, spec.descriptor)
-    if spec.dtype != "f32":
-        raise UnsupportedError(f"{spec.descriptor}: expected an f32 layer to compare, found {spec.dtype}")
+    if spec.dtype not in COMPARED:
+        types = ", ".join(COMPARED)
+        raise UnsupportedError(f"{spec.descriptor}: expected a layer of {types} to compare, found {spec.dtype}")
     data = float_data(spec, seed)
     expected = reference(spec, data, threads)
-    # Another algorithm in a peer is no reason not to time it.
-    bound = even_tolerance(spec.with_(accuracy="relaxed"), data, threads)
+    bound = _allowed(spec, data, expected, threads)
 
     found: dict[str, Timing] = {}
     ready = [Contestant(name, _kernel_entrant(kernel, data, threads), True) for name, kernel in kernels.items()]
@@ -193,18 +196,30 @@ def _fastest(timings: Sequence[Timing]) -> Timing | None:
     return min((t for t in timings if t.seconds), key=lambda timing: timing.seconds or 0.0, default=None)
 
 
-def _check(entrant: Entrant, expected: F32, bound: F32) -> None:
+def _allowed(spec: ConvSpec, data: Arrays, expected: npt.NDArray[Any], threads: int) -> F32:
+    """How far a peer's output may be off: another algorithm is no reason not to time it. Of integers, peers round a
+    step of dst elsewhere; sums are exact.
+    """
+    if not spec.is_quantised:
+        relaxed = spec if spec.accuracy == "bf16" else spec.with_(accuracy="relaxed")
+        return even_tolerance(relaxed, data, threads)
+    if spec.dst_dtype == "f32":
+        return np.float32(2.0**-20) * np.abs(widen(expected))
+    return np.full(spec.dst_shape, spec.dst_dtype != "i32", np.float32)
+
+
+def _check(entrant: Entrant, expected: npt.NDArray[Any], bound: F32) -> None:
     """Run once, and raise UnsupportedError unless the output is right."""
     with entrant.context():
         entrant.run()
-        error = worst(np.abs(entrant.output() - expected), bound)
+        error = worst(distance(entrant.output(), expected), bound)
     if not error <= 1:
         raise UnsupportedError(f"wrong output: its error is {error:.3g} of the bound")
 
 
 def _kernel_entrant(kernel: Library, data: Arrays, threads: int) -> Entrant:
     packed = kernel.pack(**{name: data[name] for name in kernel.spec.parameters})
-    dst = np.empty(kernel.spec.dst_shape, np.float32)
+    dst = np.empty(kernel.spec.dst_shape, numpy_dtype(kernel.spec.dst_dtype))
     call = kernel.prepare(data["src"], packed, dst, data.get("residual"), threads=threads)
     return Entrant("", call, lambda: dst)
 

@@ -10,9 +10,10 @@ import importlib.metadata
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy.typing as npt
 
 from ..check.data import Arrays
 from ..errors import UnsupportedError, meant
+from ..problem.dtypes import numpy_dtype, widen
 from ..problem.spec import ConvSpec
 
 F32 = npt.NDArray[np.float32]
@@ -37,7 +39,7 @@ class Entrant:
 
     way: str
     run: Callable[[], Any]
-    output: Callable[[], F32]
+    output: Callable[[], npt.NDArray[Any]]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     turn: Callable[[], float] | None = None
 
@@ -149,7 +151,17 @@ class Torch(Peer):
         formats = [("channels last", last)] if last else []
         if spec.layout == "nchw" or not last:
             formats.insert(0, ("contiguous", torch.contiguous_format))
+        if spec.is_quantised:
+            return [self._quantised(spec, data, label, form) for label, form in formats]
         return [self._entrant(spec, data, label, form) for label, form in formats]
+
+    def _quantised(self, spec: ConvSpec, data: Arrays, way: str, form: Any) -> Entrant:
+        from .quantised_peers import torch_layer
+
+        if spec.layout != "nchw":
+            raise UnsupportedError("takes layers of integers as NCHW only")
+        run, output = torch_layer(spec, data, form)
+        return Entrant(way, run, lambda: np.ascontiguousarray(output().numpy()))
 
     def _entrant(self, spec: ConvSpec, data: Arrays, way: str, form: Any) -> Entrant:
         import torch
@@ -162,7 +174,7 @@ class Torch(Peer):
             array = data.get(name)
             if array is None:
                 return None
-            shared = torch.from_numpy(array)
+            shared = torch.from_numpy(array) if spec.dtype == "f32" else _bf16_tensor(array)
             if name in ("src", "residual"):
                 shared = shared.permute(order)
             return shared.contiguous(memory_format=form) if shared.dim() > 1 else shared
@@ -181,7 +193,10 @@ class Torch(Peer):
                 dst.add_(residual)
             result[0] = activate(dst)
 
-        return Entrant(way, run, lambda: np.ascontiguousarray(result[0].permute(back).numpy()), torch.inference_mode)
+        def output() -> npt.NDArray[Any]:
+            return np.ascontiguousarray(widen(result[0].permute(back).float().numpy()))
+
+        return Entrant(way, run, output, partial(_inference, "bf16" if spec.accuracy == "bf16" else "ieee"))
 
     def _gradient(
         self, spec: ConvSpec, data: Arrays, order: Sequence[int], form: Any
@@ -263,8 +278,35 @@ def _stored_gradients(spec: ConvSpec, made: list[Any], back: Sequence[int]) -> F
     return np.concatenate([part.reshape(-1) for part in parts]) if spec.bias else parts[0]
 
 
+def _bf16_tensor(array: npt.NDArray[Any]) -> Any:
+    """An array of bf16 as a tensor, which shares its memory."""
+    import torch
+
+    if array.dtype != numpy_dtype("bf16"):
+        raise UnsupportedError(f"is asked for f32, bf16 and integers only, not {array.dtype}")
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+
+
+@contextmanager
+def _inference(products: str) -> Iterator[None]:
+    """Inference mode, in which convolutions of f32 multiply in f32 (``ieee``) or in bf16."""
+    import torch
+
+    convolutions = torch.backends.mkldnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = products
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        convolutions.fp32_precision = before
+
+
 class OpenVino(Peer):
-    """OpenVINO: the layer's ONNX model compiled for latency in f32, tensors shared."""
+    """OpenVINO: the layer's ONNX model compiled for latency, tensors shared. Products are of f32, or of bf16 where the
+    layer's accuracy admits them or its tensors are of it; a layer of integers stands between DequantizeLinear and
+    QuantizeLinear.
+    """
 
     name, package = "openvino", "openvino"
     restrictions: ClassVar = ONEDNN
@@ -276,16 +318,20 @@ class OpenVino(Peer):
             raise UnsupportedError("takes NCHW and NHWC only")
 
         from ..check.onnx_model import onnx_model
+        from .quantised_peers import qdq_model
 
-        model = onnx_model(spec, **{name: data[name] for name in spec.parameters})
+        if spec.dtype not in ("f32", "i8"):
+            raise UnsupportedError(f"takes tensors of f32 and of integers only, not {spec.dtype}")
+        parameters = {name: data[name] for name in spec.parameters}
+        model = qdq_model(spec, data) if spec.is_quantised else onnx_model(spec, **parameters)
         options = {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if spec.accuracy == "bf16" else "f32",
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
         }
         core = openvino.Core()
         request = core.compile_model(core.read_model(model.SerializeToString()), "CPU", options).create_infer_request()
-        output = np.empty(spec.dst_shape, np.float32)
+        output = np.empty(spec.dst_shape, numpy_dtype(spec.dst_dtype))
         inputs = {name: data[name] for name in ("src", "residual") if name in data}
         for name, array in inputs.items():
             request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
@@ -324,6 +370,8 @@ class Ncnn(Peer):
             raise UnsupportedError("takes NCHW only")
         if spec.direction != "forward" or spec.mirrored:
             raise UnsupportedError("has no gradients, and no mirrored weights")
+        if spec.dtype != "f32":
+            raise UnsupportedError(f"takes tensors of f32 only, not {spec.dtype}")
         text, parameters = self._network(spec, data)
         net = f32_net(threads)
         if net.load_param_mem(text):

@@ -13,6 +13,7 @@ from convgen.check.bounds import even_tolerance, reference, worst
 from convgen.check.data import float_data
 from convgen.errors import UnsupportedError
 from convgen.measure.peers import PEERS, find_peer
+from convgen.problem.dtypes import distance
 from convgen.problem.spec import ConvSpec
 
 SPECS = [
@@ -48,6 +49,56 @@ def test_every_way_computes_the_layer(name: str, descriptor: str) -> None:
             output = entrant.output()
         assert output.shape == spec.dst_shape
         assert worst(np.abs(output - expected), bound) <= 1, entrant.way
+
+
+INTEGERS = [
+    "conv2d n1 ic8 oc12 i9x11 k3x3 p1x1 i8 src_u8 dst_u8 src_zero dst_zero relu",
+    "conv2d n2 ic8 oc8 g8 i9x9 k3x3 s2 p1 i8 src_u8 dst_u8 dst_zero nobias",
+    "conv1d n1 ic6 oc4 i40 k5 d2 i8 src_u8 dst_u8",
+    "conv2d n1 ic8 oc8 i9x9 k1x1 i8 src_zero clip(-3,40)",
+]
+
+
+@pytest.mark.parametrize("name", ["torch", "openvino"])
+@pytest.mark.parametrize("descriptor", INTEGERS)
+def test_layers_of_integers_are_computed_to_a_step(name: str, descriptor: str) -> None:
+    if PEERS[name].version() is None:
+        pytest.skip(f"{name} is not installed")
+    spec = ConvSpec.parse(descriptor)
+    data = float_data(spec)
+    if name == "torch" and spec.src_dtype == "i8":
+        with pytest.raises(UnsupportedError, match="multiplies u8 by i8 to u8 only"):
+            PEERS[name]().entrants(spec, data, threads=1)
+        return
+    expected = reference(spec, data)
+    for entrant in PEERS[name]().entrants(spec, data, threads=1):
+        with entrant.context():
+            entrant.run()
+            output = entrant.output()
+        assert output.dtype == expected.dtype
+        assert distance(output, expected).max() <= 1, entrant.way
+        assert (output == expected).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "descriptor", [f"conv2d n1 ic16 oc12 i9x11 k3x3 p1 relu {end}" for end in ("bf16", "accuracy_bf16")]
+)
+@pytest.mark.parametrize("name", ["torch", "openvino"])
+def test_products_of_bf16(name: str, descriptor: str) -> None:
+    if PEERS[name].version() is None:
+        pytest.skip(f"{name} is not installed")
+    spec = ConvSpec.parse(descriptor)
+    data = float_data(spec)
+    if name == "openvino" and spec.dtype == "bf16":
+        with pytest.raises(UnsupportedError, match="not bf16"):
+            PEERS[name]().entrants(spec, data, threads=1)
+        return
+    bound = even_tolerance(spec.with_(accuracy="bf16") if spec.dtype == "f32" else spec, data)
+    for entrant in PEERS[name]().entrants(spec, data, threads=1):
+        with entrant.context():
+            entrant.run()
+            output = entrant.output()
+        assert worst(distance(output, reference(spec, data)), bound) <= 1, entrant.way
 
 
 @pytest.mark.parametrize("layouts", ["nchw8c", "nchw dst_nchw16c", "nhwc dst_nchw"])
