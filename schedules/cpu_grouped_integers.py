@@ -1,7 +1,7 @@
 """Grouped and depthwise convolution of 8-bit integers, several rows of the kernel per instruction.
 
 Applies to  layers of integers with groups of few channels that are not transposed, of any rank, stride and dilation;
-            src in any layout, dst with channels in blocks innermost: NHWC (NWC, NDHWC), nchw16c.
+            in any layout.
 Strategy    1. A vector is the output channels of as many whole groups as there is room for, as in cpu_grouped.
             2. An instruction adds to each lane the products of a word: four bytes or two 16-bit numbers
                (convgen.cpu.operation). A word has one column of neighbouring rows, where kernels have several taps and
@@ -10,7 +10,8 @@ Strategy    1. A vector is the output channels of as many whole groups as there 
             3. A task copies its rows with their padding, as operands: zero points are padding as other numbers are.
             4. Keep a tile of `tile_oh` × `tile_ow` pixels of a vector in registers. Of each column the rows are loaded
                once, and shuffled to words, which all rows and taps use that read them. In 1-D rows are pixels.
-            5. Requantise the sums in registers; they start at the bias, less what zero points add.
+            5. Requantise the sums in registers; they start at the bias, less what zero points add. NCHW: vectors of
+               pixels, transposed in registers before.
             6. One parallel loop over batch × planes × blocks of rows of tiles.
 Why not     words of channels (cpu_direct): a group has one, or few, and the rest of a word would be zeros.
 """
@@ -18,12 +19,13 @@ Why not     words of channels (cpu_direct): a group has one, or few, and the res
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 from convgen.cpu.images import src_images
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, Even, pieces
-from convgen.cpu.row_words import Kernel, geometry_of, packed
+from convgen.cpu.row_words import Geometry, Kernel, geometry_of, packed
 from convgen.cpu.vector import written
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Operands, ceildiv
@@ -44,7 +46,7 @@ class CpuGroupedIntegers(Written):
         return True
 
     def takes_layouts(self, src: str, dst: str) -> bool:
-        return dst != "nchw"
+        return True
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cpu", "needs a CPU")
@@ -53,7 +55,8 @@ class CpuGroupedIntegers(Written):
         vectors, depth = g.vectors, g.operation.depth
         require(vectors.parts == 1 and g.loaded <= g.slack, "needs groups of few channels")
         require(vectors.within(g.read.block, g.read.channels, True), "needs vectors of whole groups in blocks of src")
-        require(vectors.within(spec.dst_blocks.size, spec.oc, False), "needs vectors of whole groups in blocks of dst")
+        whole = spec.dst_layout == "nchw" or vectors.within(spec.dst_blocks.size, spec.oc, False)
+        require(whole, "needs vectors of whole groups in blocks of dst")
         require(g.read == src_images(spec) or spec.ic % depth == 0, f"needs NCHW of a multiple of {depth} channels")
         require(g.unrolled(1, 1) <= MOST_UNROLLED, "needs a smaller kernel")
 
@@ -107,42 +110,48 @@ def _default(schedule: CpuGroupedIntegers, spec: ConvSpec, target: Target) -> Pi
 
 def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     """What the busiest core does."""
-    g, work = geometry_of(spec, target), list[Work]()
-    vectors, operation = g.vectors, g.operation
-    blocks = ceildiv(ceildiv(g.rows, picks.tile_oh), picks.block)
-    tasks = spec.n * g.out[0] * blocks
+    g = geometry_of(spec, target)
+    tasks = spec.n * g.out[0] * ceildiv(ceildiv(g.rows, picks.tile_oh), picks.block)
     own = ceildiv(tasks, target.cores)
-    share, planes = own / tasks, g.kernel[0]
+    share, images = own / tasks, sum(spec.bytes[name] for name in ("src", "dst"))
+    streams = [
+        Stream(spec.bytes["weights"] * share, weights=True),
+        Stream(images * share, ahead=True, footprint=images),
+    ]
+    work = [tile.with_times(tile.times * spec.n * g.out[0] * share) for tile in _tiles(g, target, picks)]
+    return Counts([*work, *_copying(g, target, picks, own), Work(own, cycles=BEGIN_TASK)], streams)
+
+
+def _tiles(g: Geometry, target: Target, picks: Picks) -> Iterator[Work]:
+    """The tiles of a plane."""
+    vectors, operation, planes, turns = g.vectors, g.operation, g.kernel[0], g.spec.dst_layout == "nchw"
     for height, rows in pieces(g.rows, picks.tile_oh):
         for width, tiles in Even(g.width, picks.tile_ow).sizes:
-            columns, words = len(g.columns(width)), g.words(height)
+            pixels, words = height * width, planes * len(g.columns(width)) * g.words(height)
             weights = planes * vectors.depth * g.taps * len(g.uses(height))
-            shuffles = operation.depth + vectors.depth - 1 if operation.depth > 1 or vectors.permuted else 0
-            counts = {"fmas": float(REQUANTISED * height * width)}
+            shuffled = operation.depth + vectors.depth - 1 if operation.depth > 1 or vectors.permuted else 0
+            counts = {"fmas": float(REQUANTISED * pixels)}
             counts[operation.unit] = counts.get(operation.unit, 0) + weights * width * operation.instructions
-            work.append(
-                Work(
-                    spec.n * g.out[0] * vectors.number * rows * tiles * share,
-                    **counts,
-                    loads=planes * columns * min(g.met(height), words * operation.depth) + weights,
-                    shuffles=planes * columns * words * shuffles,
-                    stores=2 * height * width,
-                    chain=weights / height,
-                    cycles=BEGIN_TILE,
-                )
+            length = width if g.axis == 1 else height  # of the rows that squares are of
+            squares = ceildiv(length, vectors.lanes) * pixels / length if turns else 0
+            stored = squares * vectors.count
+            yield Work(
+                vectors.number * rows * tiles,
+                **counts,
+                loads=words * operation.depth + weights + 3 * stored,
+                shuffles=words * shuffled + squares * vectors.lanes * math.log2(vectors.lanes),
+                stores=0 if turns else 2 * pixels,
+                masked_stores=stored,
+                chain=weights / height,
+                cycles=BEGIN_TILE,
             )
-    extent = g.extent(picks)
-    panel = spec.ic * math.prod(extent) * operation.bytes
-    turned = math.log2(target.lanes) + 3 * operation.depth if spec.layout == "nchw" else 0
-    far = panel if panel > target.l1 // 2 else 0
-    copied_vectors = own * panel / (4 * target.lanes)
-    work.append(
-        Work(copied_vectors, loads=1, stores=1, shuffles=turned, near=2 * far / max(1, panel) * 4 * target.lanes)
-    )
-    work.append(Work(own * math.prod(extent[:2]), cycles=BEGIN_RUN))
-    work.append(Work(own, cycles=BEGIN_TASK))
-    images = sum(spec.bytes[name] for name in ("src", "dst"))
-    return Counts(
-        work,
-        [Stream(spec.bytes["weights"] * share, weights=True), Stream(images * share, ahead=True, footprint=images)],
-    )
+
+
+def _copying(g: Geometry, target: Target, picks: Picks, tasks: float) -> list[Work]:
+    """The copies of so many tasks."""
+    extent, operation, lanes = g.extent(picks), g.operation, target.lanes
+    size = g.spec.ic * math.prod(extent) * operation.bytes
+    turned = math.log2(lanes) + 3 * operation.depth if g.spec.layout == "nchw" else 0
+    near = 8 * lanes if size > target.l1 // 2 else 0
+    vectors = Work(tasks * size / (4 * lanes), loads=1, stores=1, shuffles=turned, near=near)
+    return [vectors, Work(tasks * math.prod(extent[:2]), cycles=BEGIN_RUN)]

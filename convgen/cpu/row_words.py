@@ -21,7 +21,16 @@ from .images import src_images, three
 from .operation import Operation, operation_of
 from .panel import Source, converted
 from .product import Even
-from .vector import Block, Registers, finish, load_parameters, load_stored
+from .vector import (
+    Block,
+    Registers,
+    finish,
+    interleave,
+    load_parameters,
+    load_stored,
+    spread_parameters,
+    zeros,
+)
 
 
 class Geometry:
@@ -235,10 +244,31 @@ class Kernel:
             sums.put(body, pixel, vector.start)
         with body.loop(g.kernel[0]) as (inner, z):
             self.products(inner, tile, vector, z, sums)
+        if spec.dst_layout == "nchw":
+            self.store_turned(body, tile, vector, sums)
+            return
         for r, p in tile.pixels:
-            where = [tile.plane, tile.row + r, tile.column + p] if g.axis == 1 else [0, 0, tile.row + r]
-            place = spec.dst_blocks.order(tile.image, vector.channel, where[3 - spec.rank :])
+            place = spec.dst_blocks.order(tile.image, vector.channel, self.pixel(tile, r, p))
             finish(body, spec, self.dst, self.residual, place, sums[r, p], lanes, g.vectors.count, **vector.given)
+
+    def pixel(self, tile: _Tile, r: int, p: int) -> list[Expr]:
+        """Where in dst a tile's pixel is."""
+        where = [tile.plane, tile.row + r, tile.column + p] if self.g.axis == 1 else [0, 0, tile.row + r]
+        return where[3 - self.spec.rank :]
+
+    def store_turned(self, body: Block, tile: _Tile, vector: _Vector, sums: Registers) -> None:
+        """The same as rows of pixels of a channel each, transposed in registers."""
+        g, lanes, nothing = self.g, self.lanes, zeros(self.lanes, INTEGER)
+        rows = [[(r, p) for p in range(tile.width)] for r in range(tile.height)] if g.axis == 1 else [tile.pixels]
+        for row, start in itertools.product(rows, range(0, len(rows[0]), lanes)):
+            some = row[start : start + lanes]
+            square = [sums[pixel] for pixel in some] + [nothing] * (lanes - len(some))
+            turned = interleave(body, square, lanes)[: g.vectors.count]
+            for t, value in enumerate(turned):
+                channel = vector.channel + t
+                given = spread_parameters(body, self.parameters, channel, lanes)
+                place = self.spec.dst_blocks.order(tile.image, channel, self.pixel(tile, *some[0]))
+                finish(body, self.spec, self.dst, self.residual, place, value, lanes, len(some), **given)
 
     def products(self, body: Block, tile: _Tile, vector: _Vector, z: Expr, sums: Registers) -> None:
         """Those of a plane of the kernel, one column that the tile reads after another."""

@@ -33,6 +33,9 @@ LAYERS = [
     "conv2d n1 ic28 oc35 g7 i6x7 k2x3 nhwc i8 src_u8 weights_u8 weights_zero dst_u8",
     "conv1d n2 ic16 oc16 g16 i40 k5 s2 p2 nhwc i8 src_u8 dst_u8 src_zero dst_zero",
     "conv1d n1 ic18 oc18 g18 i33 k9 p12_3 d2 nhwc i8 src_zero",
+    "conv2d n1 ic20 oc20 g20 i9x19 k3x3 s1x1 p1 nchw i8 src_u8 dst_u8 src_zero dst_zero",
+    "conv2d n1 ic32 oc32 g32 i9x9 k3x3 p1 nhwc dst_nchw i8 src_zero relu",
+    "conv1d n2 ic16 oc16 g16 i40 k5 s2 p2 nchw i8 src_u8 dst_u8 src_zero",
     "conv3d n1 ic16 oc16 g16 i3x5x6 k3x2x3 s1x2x1 p1 d2x1x1 nhwc i8 src_u8 dst_u8 src_zero",
 ]
 MODELS = ("znver4", "alderlake", "skylake-avx512", "haswell", "x86-64-v2")
