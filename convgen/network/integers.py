@@ -280,7 +280,9 @@ _KEEPING = frozenset({"reshape", "transpose", "slice", "concat", "expand", "iden
 
 
 def keep_integers(graph: Graph) -> None:
-    """Where elements are dequantised, moved, and quantised as they were, they are moved as they are stored."""
+    """Where elements are dequantised, moved, and quantised as they were, they are moved as they are stored. What is
+    quantised of several tensors, one after another, is quantised before they are.
+    """
     changed = True
     while changed:
         changed = False
@@ -289,28 +291,50 @@ def keep_integers(graph: Graph) -> None:
             if not isinstance(node, Operator) or node.kind not in _KEEPING or node.attributes.get("mode") == "mean":
                 continue
             after, before = users[node.output], [producers.get(name) for name in node.inputs]
-            if len(after) != 1 or node.output in graph.outputs or not _undone(graph, after[0], before):
+            if len(after) != 1 or node.output in graph.outputs:
                 continue
-            stored = tuple(made.inputs[0] for made in before if made is not None)
-            moved = dataclasses.replace(node, inputs=stored, output=after[0].output)
-            graph.nodes = [moved if other is after[0] else other for other in graph.nodes if other is not node]
-            graph.order()
-            changed = True
-            break
+            if moved := _stored(graph, node, after[0], before):
+                graph.nodes = [other for other in graph.nodes if other is not node and other is not after[0]] + moved
+                graph.order()
+                changed = True
+                break
 
 
-def _undone(graph: Graph, after: Node, before: list[Node | None]) -> bool:
-    """Whether a node quantises as the others have dequantised."""
-    if not isinstance(after, Operator) or after.kind != "quantise":
+def _stored(graph: Graph, node: Operator, after: Node, before: list[Node | None]) -> list[Node]:
+    """A node that moves elements as they are stored, in place of one and of what quantises its elements; what is
+    quantised before it, first. Nothing where this is not to be.
+    """
+    if not isinstance(after, Operator) or after.kind != "quantise" or not before:
+        return []
+    undone = [made if _undone(graph, after, made) else None for made in before]
+    is_dequantised = any(isinstance(made, Operator) and made.kind == "dequantise" for made in before)
+    if not all(undone) and (node.kind != "concat" or not is_dequantised or not _is_of_tensor(graph, after)):
+        return []
+    nodes, inputs = list[Node](), list[str]()
+    for number, (name, made) in enumerate(zip(node.inputs, undone, strict=True)):
+        if made is not None:
+            inputs.append(made.inputs[0])
+            continue
+        part = f"{after.output}/part{number}"
+        graph.shapes[part], graph.dtypes[part] = graph.shapes[name], after.attributes["dtype"]
+        nodes.append(dataclasses.replace(after, inputs=(name, *after.inputs[1:]), output=part))
+        inputs.append(part)
+    return [*nodes, dataclasses.replace(node, inputs=tuple(inputs), output=after.output)]
+
+
+def _is_of_tensor(graph: Graph, node: Operator) -> bool:
+    """Whether all elements have one scale, and one zero point, which are known."""
+    arrays = [graph.constants.get(name) for name in node.inputs[1:]]
+    return all(array is not None and array.size == 1 for array in arrays)
+
+
+def _undone(graph: Graph, after: Operator, made: Node | None) -> bool:
+    """Whether a node quantises as another one has dequantised."""
+    if not isinstance(made, Operator) or made.kind != "dequantise" or len(made.inputs) != len(after.inputs):
         return False
-
-    def same(made: Node | None) -> bool:
-        if not isinstance(made, Operator) or made.kind != "dequantise" or len(made.inputs) != len(after.inputs):
-            return False
-        if graph.dtype(made.inputs[0]) != after.attributes["dtype"]:
-            return False
-        pairs = zip(made.inputs[1:], after.inputs[1:], strict=True)
-        arrays = [(graph.constants.get(a), graph.constants.get(b)) for a, b in pairs]
-        return all(a is not None and b is not None and a.size == b.size == 1 and (a == b).all() for a, b in arrays)
-
-    return bool(before) and all(map(same, before))
+    if graph.dtype(made.inputs[0]) != after.attributes["dtype"]:
+        return False
+    if not _is_of_tensor(graph, made) or not _is_of_tensor(graph, after):
+        return False
+    pairs = zip(made.inputs[1:], after.inputs[1:], strict=True)
+    return all((graph.constants[a] == graph.constants[b]).all() for a, b in pairs)

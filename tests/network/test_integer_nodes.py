@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.backend.test.case.node import collect_testcases
+from onnxruntime import InferenceSession
 
 from convgen.errors import UnsupportedError
 from convgen.hardware.target import resolve
@@ -84,3 +85,39 @@ def test_onnx_cases_of_integers(cases: dict[str, Any], name: str) -> None:
 def test_other_types_are_named(cases: dict[str, Any], name: str, reason: str) -> None:
     with pytest.raises(UnsupportedError, match=reason):
         read_graph(cases[name].model)
+
+
+def test_what_is_quantised_of_several_tensors_is_quantised_before_they_are_one() -> None:
+    """Of two scales, one of them that of the whole: its elements stay as they are."""
+    scales = {"fine": (0.03, 100), "coarse": (0.07, 120)}
+    constants = [
+        numpy_helper.from_array(value, f"{name}_{what}")
+        for name, (scale, zero) in scales.items()
+        for what, value in (("scale", np.float32(scale)), ("zero", np.uint8(zero)))
+    ]
+
+    def through(source: str, name: str, output: str) -> list[NodeProto]:
+        given = [f"{name}_scale", f"{name}_zero"]
+        return [
+            helper.make_node("QuantizeLinear", [source, *given], [f"{output}_stored"]),
+            helper.make_node("DequantizeLinear", [f"{output}_stored", *given], [output]),
+        ]
+
+    nodes = [
+        *through("x", "fine", "a"),
+        helper.make_node("Neg", ["x"], ["negative"]),
+        *through("negative", "coarse", "b"),
+        helper.make_node("Concat", ["a", "b", "x"], ["joined"], axis=1),
+        *through("joined", "coarse", "y"),
+    ]
+    values = {"x": (1, 16, 5, 6), "y": (1, 48, 5, 6)}
+    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, values[name])] for name in values]
+    graph = helper.make_graph(nodes, "joined", *ends, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    network = compile_network(model, resolve("cpu").on(1), 1)
+    (plan,) = network.plans
+    *steps, last = [plan.graph.dtype(step.output) for step in plan.steps]
+    assert (set(steps), last) == ({"u8"}, "f32")
+    x = np.random.default_rng(0).standard_normal(values["x"], np.float32) * 4
+    session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(network(x), session.run(None, {"x": x})[0])
