@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import BuildError, MeasureError
 from ..formats.entries import AccuracyRule, SpecEntry
 from ..formats.sources import write_text
 from ..report.words import plural
 from .common import (
+    FAILED,
     INTERRUPTED,
     candidate_options,
     check_names,
@@ -23,17 +25,19 @@ from .common import (
     json_option,
     label,
     layers_argument,
+    layers_of,
     note,
     note_busy,
-    read_layers,
     records_options,
     say,
+    skip_option,
+    status_of,
     table,
     target_option,
     thread_counts_option,
     tidy,
 )
-from .generate import Work, chosen, working
+from .generate import Work, chosen, describe, working
 
 if TYPE_CHECKING:
     from ..kernel.kernel import Kernel
@@ -46,6 +50,7 @@ PEER_NAMES = ("onnxruntime", "torch", "openvino", "ncnn")
 
 @click.command()
 @layers_argument
+@skip_option
 @target_option
 @thread_counts_option("Thread counts, such as 1,2.  [default: all cores]")
 @click.option(
@@ -81,6 +86,7 @@ def bench(
     spec: tuple[str, ...],
     dims: dict[str, int],
     accuracy: tuple[AccuracyRule, ...],
+    skip: bool,
     target: str,
     threads: tuple[int, ...] | None,
     peers: str,
@@ -121,16 +127,22 @@ def bench(
         )
     if kept_rows is not None:
         raise click.UsageError("--rows needs --whole")
-    entries = read_layers(spec, dims, accuracy)
+    (entries,), left_out = layers_of([spec], dims, accuracy)
     rows: list[Row] = []
     kernels: list[Kernel] = []
+    failed: list[dict[str, Any]] = []
     interrupted = False
     counts: list[int | None] = [*threads] if threads else [None]
     for count in counts:
         with working(entries, target, count, kept) as work:
             forced = forced_candidates(entries, work.target, schedule, picks)
             for entry, candidate in zip(work.layers(), forced, strict=True):
-                kernel, row = _bench_layer(work, entry, candidate, names, repeats, cold)
+                try:
+                    kernel, row = _bench_layer(work, entry, candidate, names, repeats, cold)
+                except (BuildError, MeasureError) as error:
+                    failed.append({**describe(entry), "threads": work.threads, "error": str(error)})
+                    work.view.finish(f"failed: {error}")
+                    continue
                 kernels.append(kernel)
                 rows.append(row)
                 work.view.finish(_line(row))
@@ -143,14 +155,17 @@ def bench(
     if as_json:
         layers = [_layer(kernel, row) for kernel, row in zip(kernels, rows, strict=True)]
         totals = _totals(rows)
-        emit({"target": work.target.spelling, "interrupted": interrupted, "layers": layers, "totals": totals})
+        facts = {"target": work.target.spelling, "interrupted": interrupted, "layers": layers, "totals": totals}
+        emit(facts | {"failed": failed, "skipped": left_out})
     elif rows:
         say(_text(entries, rows))
     note_busy(row.busy for row in rows)
     if interrupted:
         note(f"convgen: interrupted: {len(rows)} of {len(entries) * len(counts)} comparisons made")
         return INTERRUPTED
-    return 0
+    for result in failed:
+        note(f"convgen: {result['spec']}: {result['error']}")
+    return FAILED if failed else status_of(left_out, skip)
 
 
 def _bench_layer(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import MeasureError
-from ..formats.entries import AccuracyRule, SpecEntry, merge, with_accuracy
+from ..formats.entries import AccuracyRule, SpecEntry, merge
 from .common import (
     FiniteRange,
     check_target,
@@ -18,12 +18,14 @@ from .common import (
     emit,
     json_option,
     layer_groups,
+    layers_of,
     model_options,
     note,
-    read_layers,
     records_options,
     say,
     size,
+    skip_option,
+    status_of,
     store_option,
     thread_counts_option,
     tidy,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Compile candidates into a bundle for a machine without compiler or network.")
 @click.argument("spec", nargs=-1, metavar="SPEC|FILE|MODEL.onnx", shell_complete=complete_spec)
 @model_options
+@skip_option
 @click.option(
     "--target",
     "targets",
@@ -85,6 +88,7 @@ def pack(
     spec: tuple[str, ...],
     dims: dict[str, int],
     accuracy: tuple[AccuracyRule, ...],
+    skip: bool,
     targets: list[str],
     threads: tuple[int, ...] | None,
     candidates: int,
@@ -96,7 +100,7 @@ def pack(
     no_records: bool,
     out: Path,
     as_json: bool,
-) -> None:
+) -> int:
     """Compile candidates, and write them with inputs and expected outputs into one file.
 
     Carry it to the machine that measures, unpack it there and run `python3 run.py`, which needs Python 3.8,
@@ -107,7 +111,7 @@ def pack(
     """
     if not spec and not self_check:
         raise click.UsageError("expected a layer, a file or a model, or --self-check, found none of them")
-    entries = _read(spec, dims, accuracy) if spec else []
+    entries, left_out = _read(spec, dims, accuracy) if spec else ([], [])
 
     from ..hardware.target import resolve
     from ..records.opening import open_store
@@ -137,18 +141,23 @@ def pack(
         )
     facts_of = {"layers": packed.layers, "trials": packed.trials, "known": packed.known, "failed": packed.failed}
     if as_json:
-        emit({"bundle": str(out), "bytes": packed.bytes, **facts_of, "errors": packed.errors})
-        return
+        reasons = {"errors": packed.errors, "skipped": left_out}
+        emit({"bundle": str(out), "bytes": packed.bytes, **facts_of, **reasons})
+        return status_of(left_out, skip)
     for error in packed.errors[:5]:
         note(f"convgen: did not compile: {error.splitlines()[0] if error else ''}")
     failed = f", {packed.failed} of which did not compile" if packed.failed else ""
     known = f"; {packed.known} more are known already and take part in the comparisons" if packed.known else ""
     say(f"{packed.trials} trials of {packed.layers} layers{failed}{known}: {tidy(out)}, {size(packed.bytes)}")
+    return status_of(left_out, skip)
 
 
-def _read(words: tuple[str, ...], dims: dict[str, int], accuracy: tuple[AccuracyRule, ...]) -> list[SpecEntry]:
-    """Layers of several files, or of one spec in several words."""
-    return merge(chain(*with_accuracy([read_layers(group, dims) for group in layer_groups(words)], accuracy)))
+def _read(
+    words: tuple[str, ...], dims: dict[str, int], accuracy: tuple[AccuracyRule, ...]
+) -> tuple[list[SpecEntry], list[str]]:
+    """Layers of several files, or of one spec in several words; and why others are left out."""
+    models, left_out = layers_of(layer_groups(words), dims, accuracy, fits=False)
+    return merge(chain(*models)), left_out
 
 
 def _machine(facts: Path | None) -> Machine | None:

@@ -19,6 +19,7 @@ from ..formats.entries import AccuracyRule, SpecEntry, with_accuracy
 from ..formats.sources import read_specs
 from ..measure.standalone.words import one_line, printable
 from ..problem.spec import OPERATORS
+from ..report.words import plural
 
 if TYPE_CHECKING:
     from ..hardware.target import Target
@@ -281,6 +282,10 @@ candidate_options = grouped(
         "--picks", metavar="TEXT", help='Picks of that schedule, such as "tile_oc=32 tile_ow=14".  [default: its own]'
     ),
 )
+#: Gives ``skip``.
+skip_option = click.option(
+    "--skip", is_flag=True, help="Layers that cannot be read are no failure: they are left out, and listed, either way."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -292,6 +297,55 @@ def read_layers(
 ) -> list[SpecEntry]:
     """The layers of a spec in one or several words, of a file or of a model; see :func:`read_specs`."""
     return with_accuracy([read_specs(" ".join(words), dims or None, skipped)], accuracy)[0]
+
+
+def layers_of(
+    sources: Sequence[Sequence[str]],
+    dims: dict[str, int] | None = None,
+    accuracy: Sequence[AccuracyRule] = (),
+    *,
+    fits: bool = True,
+) -> tuple[list[list[SpecEntry]], list[str]]:
+    """The layers of each source, given by its words, and why others of it are left out, which is noted.
+
+    This is how all commands that work on layers read them: one that is refused does not stop the others.
+
+    Args:
+        sources: the words of each.
+        dims, accuracy: as :func:`read_layers` takes them.
+        fits: whether the layers' tensors must fit into this machine's memory.
+
+    Raises:
+        SpecError, UnsupportedError: nothing of a source can be read.
+    """
+    from ..hardware.machine import check_memory
+
+    models, reasons = [], []
+    for words in sources:
+        source, skipped = " ".join(words), list[str]()
+        # Where nothing could be read the second one raises: it says what is wrong.
+        entries, kept = read_specs(source, dims or None, skipped) or read_specs(source, dims or None), []
+        for entry in entries:
+            try:
+                if fits:
+                    check_memory(entry.spec)
+                kept.append(entry)
+            except SpecError as error:
+                if len(entries) == 1:
+                    raise
+                skipped.append(str(error))
+        models.append(kept)
+        reasons += skipped
+    note_left_out(reasons)
+    return with_accuracy(models, accuracy), reasons
+
+
+def status_of(left_out: Sequence[str], skip: bool) -> int:
+    """The exit status of a command that did what it could: of one that left out layers, unless that was said before."""
+    if not left_out or skip:
+        return OK
+    note(f"convgen: {plural(len(left_out), 'layer')} left out, as said above; with --skip that is no failure")
+    return WRONG
 
 
 def layer_groups(words: Sequence[str]) -> list[list[str]]:

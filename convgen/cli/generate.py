@@ -29,12 +29,14 @@ from .common import (
     json_option,
     label,
     layers_argument,
+    layers_of,
     note,
     note_busy,
     rate,
-    read_layers,
     records_options,
     say,
+    skip_option,
+    status_of,
     table,
     target_option,
     threads_option,
@@ -158,14 +160,11 @@ def working(
     seconds: float | None = None,
 ) -> Iterator[Work]:
     """The work on some layers. An interrupt ends the block and is noted in ``Work.interrupted``."""
-    from ..hardware.machine import check_memory
     from ..hardware.target import resolve
     from ..kernel.kernel import check_threads, kernel_type
     from ..records.opening import open_store
     from ..tuning.tuner import Tuner
 
-    for entry in entries:
-        check_memory(entry.spec)
     resolved = resolve(target)
     kernel_type(resolved).check(resolved)
     count = check_threads(threads, resolved)
@@ -205,6 +204,7 @@ def chosen(kernel: Kernel) -> dict[str, Any]:
 
 @click.command()
 @layers_argument
+@skip_option
 @target_option
 @threads_option()
 @budget_options
@@ -223,6 +223,7 @@ def build(
     spec: tuple[str, ...],
     dims: dict[str, int],
     accuracy: tuple[AccuracyRule, ...],
+    skip: bool,
     target: str,
     threads: int | None,
     trials: int | None,
@@ -250,15 +251,15 @@ def build(
     check_picks(schedule, picks)
     if schedule and (trials or seconds):
         raise click.UsageError("--schedule fixes the candidate: there is nothing left to tune")
-    entries = read_layers(spec, dims, accuracy)
+    (entries,), left_out = layers_of([spec], dims, accuracy)
+    several = len(entries) + len(left_out) > 1
     if name is not None:
-        if len(entries) > 1:
-            raise click.UsageError(f"--name: expected a single layer, found {len(entries)}")
+        if several:
+            raise click.UsageError(f"--name: expected a single layer, found {len(entries) + len(left_out)}")
         try:
             check_export_name(name)
         except (BuildError, ExportError) as error:
             raise click.UsageError(str(error)) from None
-    several = len(entries) > 1
     root = out or Path("convgen-out", *(() if several else (entries[0].spec.name,)))
     results: list[dict[str, Any]] = []
     with working(entries, target, threads, chosen_records(records, no_records), trials, seconds) as work:
@@ -278,10 +279,10 @@ def build(
                 result["folder"] = folder.name
             results.append(describe(entry) | result)
             if several:
-                _write_index(root, work, " ".join(spec), results)
+                _write_index(root, work, " ".join(spec), results, left_out)
 
     failed = [result for result in results if "error" in result]
-    document = _index(work, " ".join(spec), results)
+    document = _index(work, " ".join(spec), results, left_out)
     if as_json:
         busy = max((share for share in work.busy if share is not None), default=None)
         emit(document | {"folder": str(root), "interrupted": work.interrupted, "busy": busy})
@@ -296,7 +297,7 @@ def build(
         return INTERRUPTED
     for result in failed:
         note(f"convgen: {result['spec']}: {result['error']}")
-    return FAILED if failed else 0
+    return FAILED if failed else status_of(left_out, skip)
 
 
 def _build_layer(
@@ -347,7 +348,7 @@ def _first_failure(report: Report) -> str:
     return f"{check.name}: {check.found}"
 
 
-def _index(work: Work, source: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _index(work: Work, source: str, results: list[dict[str, Any]], left_out: list[str]) -> dict[str, Any]:
     from importlib.metadata import version  # loads email and zipfile, a seventh of the start-up time
 
     return {
@@ -357,6 +358,7 @@ def _index(work: Work, source: str, results: list[dict[str, Any]]) -> dict[str, 
         "threads": work.threads,
         "complete": len(results) == len(work.entries),
         "layers": results,
+        "skipped": left_out,
     }
 
 
@@ -367,10 +369,10 @@ def _make_folder(folder: Path) -> None:
         raise ExportError(f"{folder}: expected a folder that can be made, found {error.strerror}") from error
 
 
-def _write_index(root: Path, work: Work, source: str, results: list[dict[str, Any]]) -> None:
+def _write_index(root: Path, work: Work, source: str, results: list[dict[str, Any]], left_out: list[str]) -> None:
     """Write the index of the layers so far, whole or not at all."""
     try:
-        write_text(json.dumps(_index(work, source, results), indent=2) + "\n", root / INDEX)
+        write_text(json.dumps(_index(work, source, results, left_out), indent=2) + "\n", root / INDEX)
     except OSError as error:
         raise ExportError(f"{root / INDEX}: {error.strerror}") from error
 
@@ -418,6 +420,7 @@ def _single(result: dict[str, Any]) -> str:
 
 @click.command()
 @layers_argument
+@skip_option
 @target_option
 @threads_option()
 @records_options
@@ -429,6 +432,7 @@ def validate(
     spec: tuple[str, ...],
     dims: dict[str, int],
     accuracy: tuple[AccuracyRule, ...],
+    skip: bool,
     target: str,
     threads: int | None,
     records: Path | None,
@@ -456,7 +460,7 @@ def validate(
         classes = accuracy[0].accuracy if accuracy else "standard"
         store = chosen_records(records, no_records)
         return validate_model(Path(spec[0]), dims, classes, target, threads, store, seed, as_json)
-    entries = read_layers(spec, dims, accuracy)
+    (entries,), left_out = layers_of([spec], dims, accuracy)
     results: list[dict[str, Any]] = []
     with working(entries, target, threads, chosen_records(records, no_records)) as work:
         forced = forced_candidates(entries, work.target, schedule, picks)
@@ -472,11 +476,12 @@ def validate(
     failed = sum(not result["passed"] for result in results)
     if as_json:
         facts = {"target": work.target.spelling, "threads": work.threads, "interrupted": work.interrupted}
-        emit(facts | {"passed": not failed and not work.interrupted, "layers": results})
+        passed = not failed and not work.interrupted
+        emit(facts | {"passed": passed, "layers": results, "skipped": left_out})
     if work.interrupted:
         note(f"convgen: interrupted: {len(results)} of {len(entries)} layers checked")
         return INTERRUPTED
-    return FAILED if failed else 0
+    return FAILED if failed else status_of(left_out, skip)
 
 
 def _checked(work: Work, entry: SpecEntry, forced: Candidate | None, seed: int) -> dict[str, Any]:

@@ -6,15 +6,29 @@ from pathlib import Path
 
 import click
 
-from ..formats.entries import AccuracyRule, with_accuracy
+from ..formats.entries import AccuracyRule
 from ..formats.sources import write_text
-from .common import check_page, emit, json_option, model_options, note, read_layers, say, threads_option, tidy
+from .common import (
+    check_page,
+    emit,
+    json_option,
+    layers_of,
+    model_options,
+    note,
+    note_left_out,
+    say,
+    skip_option,
+    status_of,
+    threads_option,
+    tidy,
+)
 
 
 @click.command(short_help="Show what a store's or job's tuning brought, as one page.")
 @click.argument("where", type=click.Path(dir_okay=False, path_type=Path), metavar="STORE|JOB.toml")
 @click.argument("sources", nargs=-1, metavar="[SPEC|FILE|MODEL.onnx]…")
 @model_options
+@skip_option
 @click.option(
     "-o",
     "--out",
@@ -39,12 +53,13 @@ def report(
     sources: tuple[str, ...],
     dims: dict[str, int],
     accuracy: tuple[AccuracyRule, ...],
+    skip: bool,
     out: Path | None,
     target: str | None,
     threads: int | None,
     benches: tuple[Path, ...],
     as_json: bool,
-) -> None:
+) -> int:
     """Show what tuning brought, from the records alone.
 
     Takes a record STORE, or a JOB file, which names a store and models. With models or layers, the report is
@@ -57,10 +72,10 @@ def report(
     from ..report.tuning_text import markdown
     from ..tuning.job import Job
 
-    read = with_accuracy([read_layers([source], dims) for source in sources], accuracy)
+    read, left_out = layers_of([[source] for source in sources], dims, accuracy, fits=False)
     models = [Model(_name(Path(source), source), entries) for source, entries in zip(sources, read, strict=True)]
     path: Path | None = where
-    title, notes = None, []
+    title = None
     targets, counts = [target] if target else [], [threads] if threads else []
     if where.suffix == ".toml":
         job = Job.from_file(where)
@@ -68,7 +83,9 @@ def report(
         targets, counts = targets or list(job.targets), counts or list(job.threads)
         if not models:
             models = [Model(_name(job.folder / model, model), entries) for model, entries in job.layers]
-            notes = [f"Left out: {reason}" for reason in job.skipped]
+            left_out = list(job.skipped)
+            note_left_out(left_out)
+    notes = [f"Left out: {reason}" for reason in left_out]
     rows = [row for bench in benches for row in read_rows(bench)]
     with RecordStore(path, readonly=True) as store:
         spelled = [_spelling(name) for name in targets]
@@ -86,6 +103,7 @@ def report(
         emit(found.to_dict())
     elif out is None:
         say(markdown(found).removesuffix("\n"))
+    return status_of(left_out, skip)
 
 
 def _spelling(target: str) -> str:

@@ -33,6 +33,8 @@ from .common import (
     rate,
     records_options,
     say,
+    skip_option,
+    status_of,
     table,
     thread_counts_option,
     tidy,
@@ -68,6 +70,7 @@ def _check_targets(context: click.Context, parameter: click.Parameter, text: str
     help="A job file (TOML); other options override what it says.",
 )
 @model_options
+@skip_option
 @click.option(
     "--target",
     callback=_check_targets,
@@ -113,6 +116,7 @@ def tune(
     job_file: Path | None,
     dims: dict[str, int],
     accuracy: tuple[AccuracyRule, ...],
+    skip: bool,
     records: Path | None,
     no_records: bool,
     whole: bool,
@@ -154,7 +158,7 @@ def tune(
         finally:
             run.close()
     busy = watch.share() if job.tracker is None and run.measured else None  # a device's CPUs are not watched
-    return _print_results(run, as_json, interrupted, busy)
+    return _print_results(run, as_json, interrupted, busy) or status_of(run.job.skipped, skip)
 
 
 def _job(sources: tuple[str, ...], job_file: Path | None, dims: dict[str, int], options: dict[str, Any]) -> Job:

@@ -8,6 +8,7 @@ every version adds some; missing ones have Keras's default where there is one.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,22 +58,26 @@ def specs_from_keras(
     *,
     class_name: str = "",
     accuracy: str = "standard",
+    skipped: list[str] | None = None,
 ) -> list[ConvSpec]:
     """The convolutions of a Keras layer or model, in its order.
 
     ``Conv1D…3D``, ``Conv1DTranspose…``, ``DepthwiseConv1D/2D`` (whose groups are the input channels)
     and ``SeparableConv1D/2D``, as its depthwise part without bias and its pointwise part with bias and
-    activation. Other layers of a model are passed over. A spec's weights are Keras's kernel
-    ``[*k, ic/groups, oc]`` as ``[oc, ic/groups, *k]``, transposed ``[*k, oc, ic]`` as ``[ic, oc, *k]``,
-    depthwise ``[*k, ic, multiplier]`` as ``[ic * multiplier, 1, *k]``.
+    activation. Other layers of a model are passed over. Of a functional model shapes go from layer to layer
+    as its nodes say; a layer or model that several nodes call is there once for each. A spec's weights are
+    Keras's kernel ``[*k, ic/groups, oc]`` as ``[oc, ic/groups, *k]``, transposed ``[*k, oc, ic]`` as
+    ``[ic, oc, *k]``, depthwise ``[*k, ic, multiplier]`` as ``[ic * multiplier, 1, *k]``.
 
     Args:
         config: a layer or model as ``serialize_keras_object`` or ``to_json`` give it, as a dictionary
             or as JSON text; or a ``get_config()``, with ``class_name``.
-        input_shape: of the layer, or of a Sequential model, in its data format; without a batch, or
+        input_shape: of the layer, or of a model with one input, in its data format; without a batch, or
             with ``None`` for it, ``n`` is 1. Else what the configuration says of itself counts.
         class_name: of the layer, such as ``"Conv2D"``, where ``config`` does not have it.
         accuracy: as in :class:`ConvSpec`.
+        skipped: where given, a convolution of a model that is refused is left out, and the reason
+            appended here.
 
     A mixed dtype policy gives the dtype it computes in. ``hard_sigmoid`` is Keras 3's unless the
     configuration has a ``keras_version`` below 3, as ``to_json`` of Keras 2 writes.
@@ -84,11 +89,13 @@ def specs_from_keras(
     layer = _parse(config) if isinstance(config, str) else config
     if class_name and isinstance(layer, Mapping):
         layer = {**(layer if "config" in layer else {"config": layer}), "class_name": class_name}
-    if _layers(layer) is None and not _CONVOLUTION.fullmatch(_class(layer)):
+    is_model = _layers(layer) is not None
+    if not is_model and not _CONVOLUTION.fullmatch(_class(layer)):
         raise SpecError("class_name", "a convolution, or a model of layers", _class(layer), _name(layer))
-    reader = _Reader(accuracy, _version(layer), [], input_shape is not None)
+    given = input_shape is not None
+    reader = _Reader(accuracy, _version(layer), [], given, skipped if is_model else None)
     try:
-        reader.read(layer, None if input_shape is None else _sizes(input_shape))
+        reader.read(layer, [None if input_shape is None else _sizes(input_shape)])
     except RecursionError:
         raise SpecError("config", "models nested less deeply", "a deep one") from None
     return reader.specs
@@ -246,10 +253,88 @@ def _activation_layer(name: str, config: _Config, version: int, where: str) -> s
     raise UnsupportedError(f"{where}: activation: expected Activation, ELU, LeakyReLU or a plain ReLU, found {name}")
 
 
+# ---- the nodes of functional models -----------------------------------------------------------
+
+#: A tensor of a functional model: the layer that makes it, which of its calls, and which of their outputs.
+_Call = tuple[str, int, int]
+
+
+def _key(layer: Any) -> str:
+    """A layer's name, which nodes refer to."""
+    if not isinstance(layer, Mapping):
+        return ""
+    config = layer.get("config")
+    name = layer.get("name") or (config.get("name") if isinstance(config, Mapping) else None)
+    return name if isinstance(name, str) else ""
+
+
+def _nodes(layer: Any) -> list[list[_Call]]:
+    """The tensors that each call of a layer takes; one call of nothing where it is not said.
+
+    Keras 2 has a list of ``[name, call, output, arguments]`` for each call, Keras 3 a dictionary with ``args``, in
+    which a tensor is an object of class ``__keras_tensor__`` with ``keras_history``.
+    """
+    nodes = layer.get("inbound_nodes") if isinstance(layer, Mapping) else None
+    return [_calls(node) for node in nodes] if isinstance(nodes, list) and nodes else [[]]
+
+
+def _calls(value: Any) -> list[_Call]:
+    """The tensors within a node or a list of them, in order."""
+    if isinstance(value, Mapping):
+        config = value.get("config")
+        if value.get("class_name") == "__keras_tensor__" and isinstance(config, Mapping):
+            return _calls(config.get("keras_history"))
+        return [call for item in value.values() for call in _calls(item)]
+    if not isinstance(value, list | tuple):
+        return []
+    if len(value) >= 3 and isinstance(value[0], str) and all(type(number) is int for number in value[1:3]):
+        return [(value[0], value[1], value[2]), *_calls(value[3:])]
+    return [call for item in value for call in _calls(item)]
+
+
+def _more_exact(shape: _Shape | None, stated: _Shape | None) -> _Shape | None:
+    """What is known of a shape: the sizes that the layers before give, and where they leave them open those that a
+    layer states, which are those of the first of its calls.
+    """
+    if shape is None or stated is None or len(shape) != len(stated):
+        return shape or stated
+    return tuple(said if found is None else found for found, said in zip(shape, stated, strict=True))
+
+
+def _reshaped(shape: _Shape, target: Any) -> _Shape | None:
+    """The shape after a Reshape to ``target``, of which one size may be -1; None where it is not known."""
+    if not _is_shape(target) or None in target or None in shape[1:]:
+        return None
+    total, known = math.prod(shape[1:]), math.prod(size for size in target if size != -1)
+    if -1 not in target or not known:
+        return (shape[0], *target)
+    return (shape[0], *(total // known if size == -1 else size for size in target))
+
+
+def _merged(name: str, config: _Config, shapes: Sequence[_Shape | None]) -> _Shape | None:
+    """The shape after a layer of several inputs: Keras's merging layers; None where it is not known."""
+    first = shapes[0]
+    if first is None or any(shape is None or len(shape) != len(first) for shape in shapes):
+        return None
+    sizes = [[shape[axis] for shape in shapes if shape is not None] for axis in range(len(first))]
+    if name == "Concatenate":
+        axis = config.get("axis", -1)
+        if type(axis) is not int or not -len(first) <= axis < len(first):
+            return None
+        axis %= len(first)
+        total = None if None in sizes[axis] else sum(sizes[axis])
+        return (*first[:axis], total, *first[axis + 1 :])
+    if name not in ("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"):
+        return None
+    # Axes of one element stand for as many as the others have.
+    return tuple(None if None in axis else max(axis) for axis in sizes)
+
+
 # ---- layers and models ------------------------------------------------------------------------
 
 _RESIZING = re.compile(r"(MaxPooling|AveragePooling|ZeroPadding|Cropping|UpSampling)[123]D")
 
+_GLOBAL = re.compile("Global(Max|Average)Pooling[123]D")
 #: Layers whose output has the shape of their input.
 _KEEPING = re.compile(
     "InputLayer|Activation|ReLU|LeakyReLU|PReLU|ELU|Softmax|Identity|Rescaling|(|Batch|Layer|Group|Unit)Normalization|"
@@ -268,31 +353,74 @@ class _Reader:
     version: int
     specs: list[ConvSpec]
     given: bool
+    skipped: list[str] | None
 
-    def read(self, layer: _Config, shape: _Shape | None) -> _Shape | None:
-        """Add the convolutions of a layer or model that is fed ``shape``; the shape after it. None: not known."""
+    def read(self, layer: _Config, shapes: Sequence[_Shape | None]) -> list[_Shape | None]:
+        """Add the convolutions of a layer or model that is fed ``shapes``; the shapes after it. None: not known."""
         name, where, layers = _class(layer), _name(layer), _layers(layer)
+        if layers is not None and name != "Sequential":
+            return self._graph(_config(layer), layers, shapes, where)
+        shape = shapes[0] if shapes else None
         if not self.given:
-            shape = _stated(layer) or shape
+            shape = _more_exact(shape, _stated(layer))
         if layers is not None:
-            if name == "Sequential":
-                for inner in layers:
-                    shape = self.read(inner, shape)
-                return shape
-            if self.given:
-                raise SpecError("input_shape", "none for a model that is not Sequential", "one", where)
             for inner in layers:
-                self.read(inner, None)
-            return None
+                (shape,) = self.read(inner, [shape])[:1] or (None,)
+            return [shape]
         config = _config(layer)
         if _CONVOLUTION.fullmatch(name):
+            return [self._kept(layer, name, shape, where)]
+        if _has_convolution(config.get("layer")):
+            self._refuse(UnsupportedError(f"{where}: expected no convolution within a {name}"))
+            return [None]
+        if len(shapes) > 1:
+            return [_merged(name, config, shapes)]
+        return [None if shape is None else _after(name, config, shape, where)]
+
+    def _kept(self, layer: _Config, name: str, shape: _Shape | None, where: str) -> _Shape | None:
+        """Add a convolution, or the reason why it is left out."""
+        try:
             _check_origin(layer, where)
             if shape is None:
                 raise SpecError("input_shape", "build_config.input_shape, or one given", "none", where)
-            return self._convolution(name, config, _with_batch(shape, _rank(name), where), where)
-        if _has_convolution(config.get("layer")):
-            raise UnsupportedError(f"{where}: expected no convolution within a {name}")
-        return None if shape is None else _after(name, config, shape, where)
+            shape = _with_batch(shape, _rank(name), where)
+            if not self.given:
+                _check_channels(layer, shape, where)
+            return self._convolution(name, _config(layer), shape, where)
+        except (SpecError, UnsupportedError) as error:
+            self._refuse(error)
+            return None
+
+    def _refuse(self, error: SpecError | UnsupportedError) -> None:
+        if self.skipped is None:
+            raise error
+        self.skipped.append(str(error))
+
+    def _graph(
+        self, config: _Config, layers: list[Any], shapes: Sequence[_Shape | None], where: str
+    ) -> list[_Shape | None]:
+        """A functional model: every call of its layers, as soon as the shapes of its inputs are known."""
+        inputs, outputs = (_calls(config.get(f"{end}_layers")) for end in ("input", "output"))
+        if self.given and len(inputs) != len(shapes):
+            raise SpecError("input_shape", f"none for a model of {len(inputs)} inputs", "one", where)
+        if not inputs:  # a class of the user's, whose configuration says no more than its layers
+            for inner in layers:
+                self.read(inner, [None])
+            return [None]
+        fed = {call: shape for call, shape in zip(inputs, shapes, strict=False) if shape is not None}
+        known: dict[_Call, _Shape | None] = {}
+        # In the order of the file, as Keras writes it: calls wait for those before them.
+        waiting = [
+            ((_key(inner), node, 0), inner, calls) for inner in layers for node, calls in enumerate(_nodes(inner))
+        ]
+        while waiting:
+            ready = [item for item in waiting if all(call in known for call in item[2])]
+            for place, inner, calls in ready or waiting[:1]:  # of a cycle, or a call of nothing: shapes are not known
+                before = [known.get(call) for call in calls] or [fed.get(place)]
+                found = self.read(inner, before) or [None]
+                known.update({(place[0], place[1], number): shape for number, shape in enumerate(found)})
+                waiting.remove((place, inner, calls))
+        return [known.get(call) for call in outputs]
 
     def _convolution(self, name: str, config: _Config, shape: _Shape, where: str) -> _Shape:
         rank, layout = _rank(name), _layout(config, where)
@@ -336,6 +464,15 @@ def _check_origin(layer: _Config, where: str) -> None:
         raise UnsupportedError(f"{where}: module: expected a layer of Keras, found {module}")
 
 
+def _check_channels(layer: _Config, shape: _Shape, where: str) -> None:
+    """Refuse a shape that the layers before give where this one was built, and has weights, for other channels."""
+    stated, axis = _stated(layer), 1 if _layout(_config(layer), where) == "nchw" else -1
+    if stated is None or len(stated) != len(shape) or None in (stated[axis], shape[axis]):
+        return
+    if stated[axis] != shape[axis]:
+        raise SpecError("input_shape", f"{stated[axis]} channels, as it was built with", shape[axis], where)
+
+
 def _has_convolution(layer: Any) -> bool:
     if not isinstance(layer, Mapping):
         return False
@@ -377,6 +514,13 @@ def _after(name: str, config: _Config, shape: _Shape, where: str) -> _Shape | No
     """The shape after a layer that is no convolution; None where that is not known."""
     if _KEEPING.fullmatch(name):
         return shape
+    if name == "Reshape":
+        return _reshaped(shape, config.get("target_shape"))
+    if _GLOBAL.fullmatch(name):
+        rank, last = _rank(name), _layout(config, where) == "nhwc"
+        batch, *rest = _with_batch(shape, rank, where)
+        ones = (1,) * rank * bool(config.get("keepdims"))
+        return (batch, *ones, rest[-1]) if last else (batch, rest[0], *ones)
     if not _RESIZING.fullmatch(name):
         return None
     rank = _rank(name)

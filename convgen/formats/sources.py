@@ -118,8 +118,8 @@ def read_specs(
     Args:
         source: a descriptor, benchdnn problem or MIOpenDriver command, or the path of a file.
         dims: sizes of an ONNX model's symbolic dimensions, such as ``{"N": 1}``.
-        skipped: where given, a problem, command or node of a model that is wrong, or beyond this version
-            as a backward pass is, is left out, and the reason appended here.
+        skipped: where given, one of several layers that is wrong, or beyond this version as a backward
+            pass is, is left out, and the reason appended here.
 
     Raises:
         SpecError: the file cannot be read, or a layer is wrong; names file, line or layer, and field.
@@ -135,7 +135,7 @@ def read_specs(
     if suffix == ".onnx":
         return specs_from_onnx(path, dims, skipped)
     if suffix in _PARSERS:
-        return merge(_entries(_PARSERS[suffix](_read_text(path), str(path)), str(path)))
+        return merge(_entries(_PARSERS[suffix](_read_text(path), str(path)), str(path), skipped))
     return _read_lines(_lines_of(path), path, skipped)
 
 
@@ -427,10 +427,10 @@ _FILE_KEYS = ("network", "defaults", "layers")
 _LAYER_KEYS = ("name", "count", "spec")
 
 
-def _entries(value: Any, where: str) -> list[SpecEntry]:
+def _entries(value: Any, where: str, skipped: list[str] | None) -> list[SpecEntry]:
     defaults: Any = {}
     if isinstance(value, Mapping) and "class_name" in value:
-        return _keras(value, where)
+        return _keras(value, where, skipped)
     if isinstance(value, Mapping) and "layers" not in value and "defaults" not in value:
         value = dict(value)
         _network(value.pop("network", ""), where)
@@ -447,13 +447,25 @@ def _entries(value: Any, where: str) -> list[SpecEntry]:
         raise SpecError("defaults", "fields of a layer", repr(defaults), where)
     if not isinstance(value, list) or not value:
         raise SpecError("layers", "a list of layers", "an empty one" if value == [] else repr(value), where)
-    return [_entry(layer, defaults, _place(layer, number, where)) for number, layer in enumerate(value, 1)]
+    entries = []
+    for number, layer in enumerate(value, 1):
+        try:
+            entries.append(_entry(layer, defaults, _place(layer, number, where)))
+        except (SpecError, UnsupportedError) as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+    return entries
 
 
-def _keras(config: Mapping[str, Any], where: str) -> list[SpecEntry]:
+def _keras(config: Mapping[str, Any], where: str, skipped: list[str] | None) -> list[SpecEntry]:
     """The layers of the configuration of a Keras layer or model."""
+    reasons: list[str] | None = None if skipped is None else []
     try:
-        return [SpecEntry(spec) for spec in specs_from_keras(config)]
+        entries = [SpecEntry(spec) for spec in specs_from_keras(config, skipped=reasons)]
+        if skipped is not None:
+            skipped += [f"{where}: {reason}" for reason in reasons or ()]
+        return entries
     except SpecError as error:
         place = f"{where}: {error.where}" if error.where else where
         raise SpecError(error.field, error.expected, error.found, place) from None
