@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .formats.entries import SpecEntry
     from .formats.keras import specs_from_keras
     from .formats.onnx.reader import specs_from_onnx
-    from .formats.pytorch import spec_from_torch
+    from .formats.pytorch import layers_from_torch, spec_from_torch
     from .formats.sources import read_specs
     from .kernel.kernel import Kernel
     from .kernel.library import Layer, Library
@@ -49,6 +49,7 @@ __all__ = [
     "build",
     "compile",
     "for_onnxruntime",
+    "layers_from_torch",
     "load",
     "read_specs",
     "spec_from_torch",
@@ -73,6 +74,7 @@ _MODULES = {
     "for_onnxruntime": "api",
     "load": "network.load",
     "read_specs": "formats.sources",
+    "layers_from_torch": "formats.pytorch",
     "spec_from_torch": "formats.pytorch",
     "specs_from_keras": "formats.keras",
     "specs_from_onnx": "formats.onnx.reader",

@@ -1,13 +1,14 @@
-"""Layers of PyTorch: a convolution module, alone or in a ``Sequential`` with what follows it.
+"""Layers of PyTorch: convolution modules, alone or in a ``Sequential`` with what stands before and after them.
 
 PyTorch is not imported here: whoever has a module has it. A module is known by the class that
-defines its ``forward``, so that a subclass with another one is refused instead of misread.
+defines its ``forward``, so that a subclass with another one is refused instead of misread; so is one
+with hooks, which may change what it computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ _CONVOLUTIONS = {
     for operator in ("Conv", "ConvTranspose")
     for rank in (1, 2, 3)
 }
+_PAD = "padding._ConstantPadNd"  # ZeroPad*d and ConstantPad*d
 _NORMS = ("batchnorm._BatchNorm", "batchnorm.SyncBatchNorm")
 _ACTIVATIONS: dict[str, Callable[[Any], Activation]] = {
     "activation.ReLU": lambda m: Activation("relu"),
@@ -51,9 +53,11 @@ def spec_from_torch(
 
     Args:
         module: ``Conv1d…3d`` or ``ConvTranspose1d…3d``, lazy ones included, or a ``Sequential``,
-            nested at will, of one, then BatchNorm, then an activation. BatchNorm becomes part of
-            weights and bias, as :func:`arrays_from_torch` gives them; Identity and Dropout count
-            for nothing. Of hooks only those of ``torch.nn.utils`` are known.
+            nested at will, of padding with zeros (``ZeroPad1d…3d``, ``ConstantPad1d…3d``), one of
+            these, then BatchNorm, then an activation. BatchNorm becomes part of weights and bias,
+            as :func:`arrays_from_torch` gives them; Identity and Dropout count for nothing. Of hooks
+            only those of ``torch.nn.utils`` are known. Several convolutions:
+            :func:`layers_from_torch`.
         input_shape: ``(n, channels, *sizes)`` whatever the memory format, or without ``n``: one image.
         accuracy: as in :class:`ConvSpec`.
         layout: the memory format of input and output: ``"nhwc"`` is torch's channels_last.
@@ -62,7 +66,46 @@ def spec_from_torch(
         SpecError: the input's shape is not the module's; names the field.
         UnsupportedError: a module, padding mode or dtype that a spec cannot say; names its place.
     """
-    chain = _chain(module)
+    return _spec(_chain(module), input_shape, accuracy, layout)
+
+
+@dataclass(frozen=True)
+class TorchLayer:
+    """One convolution of a ``Sequential``: its place, such as ``features.0``, and what ``bind`` takes."""
+
+    name: str
+    spec: ConvSpec
+    arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+
+def layers_from_torch(
+    module: Any,
+    input_shape: Sequence[int],
+    *,
+    accuracy: str = "standard",
+    layout: str = "nchw",
+    arrays: bool = False,
+) -> list[TorchLayer]:
+    """The layers that a module computes one after another in eval mode.
+
+    Args:
+        module: as in :func:`spec_from_torch`, or a ``Sequential`` of several such.
+        input_shape: that of the first layer's input; each further one takes the output of the one before.
+        accuracy, layout: as in :func:`spec_from_torch`.
+        arrays: whether layers have what ``bind`` takes, as :func:`arrays_from_torch` gives it.
+
+    Raises:
+        SpecError, UnsupportedError: as in both.
+    """
+    layers = []
+    for chain in _chains(module):
+        spec = _spec(chain, input_shape, accuracy, layout)
+        layers.append(TorchLayer(chain.place, spec, _arrays(chain) if arrays else {}))
+        input_shape = (spec.n, spec.oc, *spec.out_spatial)
+    return layers
+
+
+def _spec(chain: _Chain, input_shape: Sequence[int], accuracy: str, layout: str) -> ConvSpec:
     conv, where = chain.conv, chain.where
     rank, transposed = _CONVOLUTIONS[_kind(conv)]
     if not isinstance(input_shape, Sequence) or len(input_shape) not in (rank + 1, rank + 2):
@@ -77,7 +120,7 @@ def spec_from_torch(
         in_spatial=tuple(in_spatial),
         kernel=conv.kernel_size,
         stride=conv.stride,
-        padding=conv.padding,  # "same" at stride 1, where it is ONNX's SAME_UPPER
+        padding=_padding(chain),
         dilation=conv.dilation,
         groups=conv.groups,
         transposed=transposed,
@@ -102,7 +145,10 @@ def arrays_from_torch(module: Any) -> dict[str, npt.NDArray[Any]]:
         SpecError: a parameter has no values yet (lazy modules, the meta device).
         UnsupportedError: as in :func:`spec_from_torch`.
     """
-    chain = _chain(module)
+    return _arrays(_chain(module))
+
+
+def _arrays(chain: _Chain) -> dict[str, npt.NDArray[Any]]:
     conv, where = chain.conv, chain.where
     for hook in getattr(conv, "_forward_pre_hooks", {}).values():
         if type(hook).__module__.startswith("torch.nn.utils."):
@@ -128,48 +174,120 @@ def arrays_from_torch(module: Any) -> dict[str, npt.NDArray[Any]]:
 
 @dataclass
 class _Chain:
-    """A convolution and what follows it, in this order."""
+    """A convolution and what follows it, in this order; ``pads`` are the zeros before, ``(begin, end)`` per axis."""
 
     conv: Any
+    place: str
     where: str
-    norms: list[Any]
+    pads: list[tuple[int, int]]
+    norms: list[Any] = field(default_factory=list)
     activation: str = "none"
     slope: Any = None
 
 
 def _chain(module: Any) -> _Chain:
-    chain: _Chain | None = None
+    """The one convolution of a module, and what belongs to it."""
+    chains = _chains(module)
+    if len(chains) > 1:
+        where = f"{chains[1].where}: expected one convolution (layers_from_torch reads several), found another"
+        raise UnsupportedError(where)
+    return chains[0]
+
+
+def _chains(module: Any) -> list[_Chain]:
+    """The convolutions of a module in order, each with what belongs to it."""
+    chains: list[_Chain] = []
+    pads: list[Any] = []
     for place, part in _flat(module):
         kind, where = _kind(part), f"{place} ({type(part).__name__})" if place else type(part).__name__
+        _check_hooks(part, where)
         if kind.startswith("dropout.") and part.training and part.p:
             raise UnsupportedError(f"{where}: expected eval mode, found training mode")
         if kind.startswith("dropout.") or kind == "linear.Identity":
             continue
-        if chain is None:
-            if kind not in _CONVOLUTIONS:
-                raise UnsupportedError(f"{where}: expected a convolution of torch.nn with its own forward")
+        if kind == _PAD:
+            pads.append((part, where))
+        elif kind in _CONVOLUTIONS:
             if part.padding_mode != "zeros":
                 raise UnsupportedError(f"{where}: padding_mode: expected 'zeros', found {part.padding_mode!r}")
-            chain = _Chain(part, where, [])
-        elif chain.activation != "none":
-            raise UnsupportedError(f"{where}: expected nothing after the activation {chain.activation}")
-        elif kind in _NORMS:
-            if part.training or part.running_mean is None:
-                raise UnsupportedError(f"{where}: expected statistics kept by eval mode, found those of each batch")
-            _check_channels("num_features", part.num_features, part.running_mean, chain, where)
-            chain.norms.append(part)
-        elif kind in _ACTIVATIONS:
-            chain.activation = str(_ACTIVATIONS[kind](part))
-            if chain.activation == "prelu":
-                if part.num_parameters != 1:
-                    _check_channels("num_parameters", part.num_parameters, part.weight, chain, where)
-                chain.slope = part.weight
+            chains.append(_Chain(part, place, where, _zeros(pads, kind)))
+            pads = []
+        elif not chains or pads:
+            raise UnsupportedError(f"{where}: expected a convolution of torch.nn with its own forward")
         else:
-            known = ", ".join(name.rpartition(".")[2] for name in _ACTIVATIONS)
-            raise UnsupportedError(f"{where}: expected BatchNorm or one of {known}")
-    if chain is None:
+            _follow(chains[-1], part, kind, where)
+    if pads:
+        raise UnsupportedError(f"{pads[0][1]}: expected a convolution after it, found none")
+    if not chains:
         raise SpecError("module", "a convolution of torch.nn", "none in it", type(module).__name__)
-    return chain
+    return chains
+
+
+def _follow(chain: _Chain, part: Any, kind: str, where: str) -> None:
+    """Add what follows a convolution to it."""
+    if chain.activation != "none":
+        raise UnsupportedError(f"{where}: expected nothing after the activation {chain.activation}")
+    if kind in _NORMS:
+        if part.training or part.running_mean is None:
+            raise UnsupportedError(f"{where}: expected statistics kept by eval mode, found those of each batch")
+        _check_channels("num_features", part.num_features, part.running_mean, chain, where)
+        chain.norms.append(part)
+    elif kind in _ACTIVATIONS:
+        chain.activation = str(_ACTIVATIONS[kind](part))
+        if chain.activation == "prelu":
+            if part.num_parameters != 1:
+                _check_channels("num_parameters", part.num_parameters, part.weight, chain, where)
+            chain.slope = part.weight
+    else:
+        known = ", ".join(name.rpartition(".")[2] for name in _ACTIVATIONS)
+        raise UnsupportedError(f"{where}: expected BatchNorm or one of {known}")
+
+
+def _zeros(pads: list[Any], kind: str) -> list[tuple[int, int]]:
+    """What padding modules add before a convolution of a kind, ``(begin, end)`` per axis."""
+    rank, transposed = _CONVOLUTIONS[kind]
+    total = [(0, 0)] * rank
+    for pad, where in pads:
+        value = getattr(pad, "value", 0)
+        if value != 0:
+            raise UnsupportedError(f"{where}: value: expected 0, found {value}")
+        if transposed or len(pad.padding) != 2 * rank:
+            expected = f"Conv{len(pad.padding) // 2}d"
+            raise UnsupportedError(f"{where}: expected {expected} after it, found {kind.partition('.')[2]}")
+        if min(pad.padding) < 0:
+            raise UnsupportedError(f"{where}: padding: expected no negative one, found {tuple(pad.padding)}")
+        pairs = list(zip(pad.padding[::2], pad.padding[1::2], strict=True))[::-1]  # the last axis comes first there
+        total = [(begin + b, end + e) for (begin, end), (b, e) in zip(total, pairs, strict=True)]
+    return total
+
+
+def _padding(chain: _Chain) -> Any:
+    """A spec's padding: the convolution's own and that before it."""
+    conv = chain.conv
+    if not any(map(any, chain.pads)):
+        return conv.padding  # "same" at stride 1, where it is ONNX's SAME_UPPER
+    if conv.padding == "valid":
+        return chain.pads
+    if conv.padding == "same":
+        totals = [(kernel - 1) * dilation for kernel, dilation in zip(conv.kernel_size, conv.dilation, strict=True)]
+        own = [(total // 2, total - total // 2) for total in totals]
+    else:
+        own = [(size, size) for size in conv.padding]
+    return [(begin + b, end + e) for (begin, end), (b, e) in zip(chain.pads, own, strict=True)]
+
+
+def _check_hooks(module: Any, where: str) -> None:
+    """Refuse hooks that may change what a module takes or gives."""
+    for hook in getattr(module, "_forward_hooks", {}).values():
+        raise UnsupportedError(f"{where}: expected no forward hook, found {_hook_name(hook)}")
+    for hook in getattr(module, "_forward_pre_hooks", {}).values():
+        origin = getattr(hook, "__func__", type(hook)).__module__  # a lazy module's own is a method
+        if not str(origin).startswith(("torch.nn.utils.", "torch.nn.modules.")):
+            raise UnsupportedError(f"{where}: expected no forward pre-hook, found {_hook_name(hook)}")
+
+
+def _hook_name(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__))
 
 
 def _dtype(chain: _Chain) -> str:
@@ -184,15 +302,19 @@ def _flat(module: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     if _kind(module) != "container.Sequential":
         yield place, module
         return
+    _check_hooks(module, f"{place} (Sequential)" if place else "Sequential")
     for name, child in module._modules.items():
         yield from _flat(child, f"{place}.{name}" if place else name)
 
 
 def _kind(module: Any) -> str:
     """The class in torch.nn.modules whose ``forward`` the module runs, such as ``conv.Conv2d``; else ``""``."""
-    if "forward" in getattr(module, "__dict__", {}):  # replaced on the instance
+    if {"forward", "_conv_forward"} & set(getattr(module, "__dict__", {})):  # replaced on the instance
         return ""
     classes = type(module).__mro__
+    caller = next((cls for cls in classes if {"__call__", "_call_impl"} & set(vars(cls))), None)
+    if caller is not None and not caller.__module__.startswith("torch."):
+        return ""
     owners = [cls for cls in classes if {"forward", "_conv_forward"} & set(vars(cls))]
     if not owners or "forward" not in vars(owners[0]):  # Conv*d.forward is little but its _conv_forward
         return ""

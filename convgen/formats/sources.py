@@ -13,11 +13,12 @@ A layer is fields of :class:`~convgen.problem.spec.ConvSpec`, or ``spec`` with a
 a list) and ``count`` are optional. A JSON file may also be the plain list of layers, or what Keras
 says of a layer or model (:mod:`convgen.formats.keras`). An unknown or repeated key is an error.
 
-Any other file is text, whatever its suffix: each line a descriptor, problems and options of oneDNN's
-benchdnn or what it printed of them (:mod:`convgen.formats.benchdnn`), a line that oneDNN printed
-(:mod:`convgen.formats.onednn`) or a MIOpenDriver command (:mod:`convgen.formats.miopen`); a comment
-goes from a ``#`` at its beginning or after a space to the end of the line. A ``.log`` file has other
-lines as well, which are passed over.
+An ONNX model is known by its suffix or its content; other kinds of models are refused by name
+(:mod:`convgen.formats.foreign`). Any other file is text, whatever its suffix: each line a descriptor,
+problems and options of oneDNN's benchdnn or what it printed of them (:mod:`convgen.formats.benchdnn`),
+a line that oneDNN printed (:mod:`convgen.formats.onednn`) or a MIOpenDriver command
+(:mod:`convgen.formats.miopen`); a comment goes from a ``#`` at its beginning or after a space to the
+end of the line. A ``.log`` file has other lines as well, which are passed over.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from ..folders import replacing
 from ..problem.spec import OPERATORS, ConvSpec
 from . import benchdnn, miopen, onednn
 from .entries import SpecEntry, merge
+from .foreign import foreign, is_onnx
 from .keras import specs_from_keras
 from .onnx.reader import specs_from_onnx
 
@@ -128,11 +130,12 @@ def read_specs(
     is_line = isinstance(source, str) and not _is_path(source)
     path = Path(source)
     suffix = path.suffix.lower()
-    if dims and (is_line or suffix != ".onnx"):
+    is_model = not is_line and _is_model(path)
+    if dims and not is_model:
         raise SpecError("dims", "an ONNX model to use them in", f"{', '.join(dims)} for another source", str(source))
     if is_line:
         return _read_lines([("", str(source).strip())], None, skipped)
-    if suffix == ".onnx":
+    if is_model:
         return specs_from_onnx(path, dims, skipped)
     if suffix in _PARSERS:
         return merge(_entries(_PARSERS[suffix](_read_text(path), str(path)), str(path), skipped))
@@ -246,6 +249,25 @@ def _is_path(text: str) -> bool:
     if path.suffix.lower() in (*SUFFIXES, ".onnx", ".log"):
         return True
     return len(text.split()) == 1 and (bool(path.suffix) or any(sep in text for sep in (os.sep, os.altsep) if sep))
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a file is an ONNX model: by its suffix, or by its content where the suffix says nothing.
+
+    Raises:
+        SpecError: it is of another kind, which is not read; names that, and the way from there.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".onnx" or suffix in _PARSERS or not path.is_file():
+        return suffix == ".onnx"
+    try:
+        found = foreign(path)
+        if found is None:
+            return is_onnx(path)
+    except OSError:  # reading it says why
+        return False
+    what, way = found
+    raise SpecError("file", "layers or an ONNX model", f"{what}: {way}", str(path))
 
 
 def read_bytes(path: Path) -> bytes:
