@@ -45,9 +45,6 @@ _LINE = re.compile(
     re.DOTALL,
 )
 
-#: A measured problem: what follows are numbers.
-_MEASURED = re.compile(r'\s*perf,.*?,(--[a-z].*?)(?:,[^,"\s]*)*\s*', re.DOTALL)
-
 #: Types of layers that have one for all tensors.
 _DTYPES = ("f32", "f16", "bf16")
 #: Types of integer layers' tensors, as specs have them.
@@ -92,8 +89,18 @@ Outcome = tuple[ConvSpec, int, tuple[str, ...]] | SpecError | UnsupportedError
 
 def recognise(line: str) -> bool:
     """Whether a line is meant for benchdnn, or is what it says of a convolution."""
-    measured = _MEASURED.fullmatch(line)
-    return any(word in _DRIVERS for word in measured[1].split()) if measured else _LINE.match(line) is not None
+    measured = _measured(line)
+    return any(word in _DRIVERS for word in measured.split()) if measured else _LINE.match(line) is not None
+
+
+def _measured(line: str) -> str:
+    """The problem in a line of results, ``perf,cpu,jit:avx2,"name",--conv …,0.5,78.3``; empty where it is none."""
+    line = line.strip()
+    begin = line.find(",--") + 1 if line.startswith("perf,") else 0
+    end = len(line) if begin else 0
+    while (comma := line.rfind(",", begin, end)) >= 0 and not re.search(r'["\s]', line[comma:end]):
+        end = comma  # what stands behind the problem: numbers
+    return line[begin:end]
 
 
 def layer(word: str, options: Mapping[str, str], *, transposed: bool, where: str) -> ConvSpec:
@@ -131,8 +138,8 @@ class Reader:
         Raises:
             SpecError: an option is unknown, or a batch file cannot be read; names it.
         """
-        match = _MEASURED.fullmatch(line) or _LINE.match(line)
-        words = " ".join((match[1] if match else line).split()) + " "
+        match = _LINE.match(line)
+        words = " ".join((_measured(line) or (match[1] if match else line)).split()) + " "
         # benchdnn joins a word that ends in a backslash, or has one behind it, to the next.
         for word in words.replace(" \\ ", "").replace("\\ ", "").split():
             self._count(where)
