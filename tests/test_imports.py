@@ -37,7 +37,7 @@ ORDER = (
     "cli",
 )
 #: Modules of the package itself, which give names of others to the outside.
-OUTSIDE = ("", "__main__", "onnx_reader")
+OUTSIDE = ("", "__main__", "onnx_reader", "torch")
 
 
 def modules() -> dict[str, Path]:

@@ -98,6 +98,13 @@ def test_kernels_and_onnx_are_autograd_s(layer: str, direction: str) -> None:
     np.testing.assert_array_equal(computed(spec.with_(accuracy="strict"), "default", **data), expected)
 
 
+def test_gradients_of_ordinary_layers_need_no_reference() -> None:
+    for layer in ("plain", "strided", "dilated and grouped", "pointwise", "channels last", "one axis", "three axes"):
+        for direction in DIRECTIONS:
+            spec = ConvSpec.parse(LAYERS[layer]).with_(direction=direction, ic=36, oc=36)
+            assert not default_candidate(spec, resolve()).schedule.is_reference, (layer, direction)
+
+
 @pytest.mark.parametrize("layer", [name for name in LAYERS if "layouts" not in name])
 def test_a_gradient_is_the_adjoint(layer: str) -> None:
     """<conv(x), y> = <x, data(y)> = <weights, gradient(x, y)>, each with kernels of its own."""

@@ -1,0 +1,249 @@
+"""Convolutions and their gradients as operators of PyTorch, with autograd, and with fake kernels for ``torch.compile``:
+``convgen::convolution``, ``convgen::gradient_of_input`` and ``convgen::gradient_of_weight``.
+
+A kernel is built at the first call with a layer's sizes, and kept. Tensors of f32, f16 and bf16 on the CPU are computed
+by convgen, contiguous or channels last, as they come; all others by PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...hardware.target import resolve
+from ...kernel.kernel import Kernel, compile_candidate
+from ...problem.spec import ConvSpec
+from ...records.answer import choose, find_record
+from ...records.opening import open_store
+
+_DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+@cache
+def kernel_of(spec: ConvSpec, threads: int) -> Kernel:
+    """The kernel of a layer: by its record, where there is one for it as it is, else the default."""
+    target = resolve("cpu").on(threads)
+    with open_store(None, write=False) as store:
+        answer = find_record(store, spec, target, threads) if store is not None else None
+    record = None if answer is None or answer.to_measure else answer.record
+    candidate, record = choose(spec, target, record, frozenset())
+    return compile_candidate(spec, target, candidate, threads, record=record)
+
+
+def is_last(x: Tensor) -> bool:
+    """Whether an image's channels lie innermost."""
+    form = _LAST.get(x.dim() - 2)
+    return form is not None and x.is_contiguous(memory_format=form) and not x.is_contiguous()
+
+
+def spec_of(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    dtype: torch.dtype,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    **more: Any,
+) -> ConvSpec:
+    """The layer of a call; ``padding`` is begin and end of each axis, one after another."""
+    outer, inner, *kernel = weight_shape
+    ic, oc = (outer, inner * groups) if transposed else (inner * groups, outer)
+    pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
+    return ConvSpec(
+        x_shape[0],
+        ic,
+        oc,
+        tuple(x_shape[2:]),
+        tuple(kernel),
+        tuple(stride),
+        pairs,
+        tuple(dilation),
+        groups,
+        transposed,
+        tuple(output_padding),
+        dtype=_DTYPES[dtype],
+        **more,
+    )
+
+
+def _is_ours(*tensors: Tensor | None) -> bool:
+    given = [t for t in tensors if t is not None]
+    return all(t.device.type == "cpu" and t.dtype in _DTYPES and t.dtype == given[0].dtype for t in given)
+
+
+def _stored(x: Tensor, last: bool) -> Tensor:
+    """An image as a kernel reads it: channels last as an array with channels last."""
+    x = x.detach()
+    if not last:
+        return x.contiguous()
+    return x.permute(0, *range(2, x.dim()), 1).contiguous()
+
+
+def _image(x: Tensor, last: bool) -> Tensor:
+    return x.permute(0, x.dim() - 1, *range(1, x.dim() - 1)) if last else x
+
+
+def _empty(x: Tensor, shape: Sequence[int], last: bool) -> Tensor:
+    form = _LAST[x.dim() - 2] if last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
+
+
+def _even(x: Tensor, padding: Sequence[int], transposed: bool) -> tuple[Tensor, list[int]]:
+    """An input padded where its two ends differ, and the padding that is left: PyTorch takes one number of both."""
+    begins, ends = list(padding[::2]), list(padding[1::2])
+    if begins == ends or transposed:
+        return x, begins
+    pads = [amount for pair in reversed(list(zip(begins, ends, strict=True))) for amount in pair]
+    return torch.nn.functional.pad(x, pads), [0] * len(begins)
+
+
+@torch.library.custom_op("convgen::convolution", mutates_args=())  # type: ignore[untyped-decorator]
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """A convolution of images ``[n, ic, *spatial]``; ``padding`` is begin and end of each axis."""
+    if not _is_ours(x, weight, bias) or x.shape[0] == 0:
+        even, pads = _even(x, padding, transposed)
+        made = torch.ops.aten.convolution(
+            even, weight, bias, stride, pads, dilation, transposed, output_padding, groups
+        )
+        return made.contiguous(memory_format=_LAST[x.dim() - 2]) if is_last(x) else made.contiguous()
+    last = is_last(x)
+    options = (stride, padding, dilation, transposed, output_padding, groups)
+    layout = "nhwc" if last else "nchw"
+    spec = spec_of(x.shape, weight.shape, x.dtype, *options, bias=bias is not None, layout=layout)
+    layer = kernel_of(spec, torch.get_num_threads()).bind(weight.detach(), None if bias is None else bias.detach())
+    return _image(layer(_stored(x, last)), last)
+
+
+@convolution.register_fake  # type: ignore[untyped-decorator]
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    sizes = []
+    for axis, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True)):
+        window, pads = dilation[axis] * (kernel - 1) + 1, padding[2 * axis] + padding[2 * axis + 1]
+        if transposed:
+            sizes.append((size - 1) * stride[axis] + output_padding[axis] + window - pads)
+        else:
+            sizes.append((size + pads - window) // stride[axis] + 1)
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    return _empty(x, (x.shape[0], channels, *sizes), is_last(x))
+
+
+@torch.library.custom_op("convgen::gradient_of_input", mutates_args=())  # type: ignore[untyped-decorator]
+def gradient_of_input(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The gradient of a convolution's input, of its shape, from that of its output."""
+    last = is_last(x)
+    options = (stride, padding, dilation, transposed, output_padding, groups)
+    if not _is_ours(gradient, x, weight) or x.shape[0] == 0:
+        return _by_pytorch(gradient, x, weight, options, 0)
+    layout = "nhwc" if last else "nchw"
+    spec = spec_of(x.shape, weight.shape, x.dtype, *options, direction="data", layout=layout)
+    layer = kernel_of(spec, torch.get_num_threads()).bind(weight.detach())
+    return _image(layer(_stored(gradient, last)), last)
+
+
+@gradient_of_input.register_fake  # type: ignore[untyped-decorator]
+def _(gradient: Tensor, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    return _empty(x, x.shape, is_last(x))
+
+
+@torch.library.custom_op("convgen::gradient_of_weight", mutates_args=())  # type: ignore[untyped-decorator]
+def gradient_of_weight(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The gradient of a convolution's weight, of its shape, from that of its output."""
+    last = is_last(x)
+    options = (stride, padding, dilation, transposed, output_padding, groups)
+    if not _is_ours(gradient, x, weight) or x.shape[0] == 0:
+        return _by_pytorch(gradient, x, weight, options, 1)
+    layout = "nhwc" if last else "nchw"
+    spec = spec_of(x.shape, weight.shape, x.dtype, *options, direction="weights", bias=False, layout=layout)
+    layer = kernel_of(spec, torch.get_num_threads()).bind()
+    made: Tensor = layer(_stored(x, last), residual=_stored(gradient, last))
+    return made
+
+
+@gradient_of_weight.register_fake  # type: ignore[untyped-decorator]
+def _(gradient: Tensor, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    return torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+
+
+def _by_pytorch(gradient: Tensor, x: Tensor, weight: Tensor, options: Sequence[Any], which: int) -> Tensor:
+    """The gradient of the input (0) or of the weight (1) as PyTorch computes it."""
+    stride, padding, dilation, transposed, output_padding, groups = options
+    even, pads = _even(x, padding, transposed)
+    if x.shape[0] == 0:
+        return _empty(x, x.shape, is_last(x)) if which == 0 else torch.zeros_like(weight).contiguous()
+    wanted = [index == which for index in range(3)]
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    made: Tensor = torch.ops.aten.convolution_backward(
+        gradient, even, weight, [channels], stride, pads, dilation, transposed, output_padding, groups, wanted
+    )[which]
+    if which == 1:
+        return made.contiguous()
+    begins = [0] * len(pads) if pads == list(padding[::2]) else list(padding[::2])
+    inside = made[(..., *(slice(b, b + size) for b, size in zip(begins, x.shape[2:], strict=True)))]
+    return inside.contiguous(memory_format=_LAST[x.dim() - 2]) if is_last(x) else inside.contiguous()
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, *ctx.options = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+    return (
+        gradient_of_input(gradient, x, weight, *ctx.options) if of_x else None,
+        gradient_of_weight(gradient, x, weight, *ctx.options) if of_weight else None,
+        gradient.sum((0, *range(2, gradient.dim()))) if of_bias else None,
+        *[None] * 6,
+    )
+
+
+convolution.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,118 @@
+"""``torch.nn.functional``'s convolutions, by convgen's operators: the same arguments and results, gradients too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import SpecError
+from .convolution import convolution
+
+Sizes = int | Sequence[int]
+
+
+def _each(name: str, value: Sizes, rank: int) -> list[int]:
+    """A number for each axis."""
+    values = [value] * rank if isinstance(value, int) else list(value)
+    values = values * rank if len(values) == 1 else values
+    if len(values) != rank:
+        raise SpecError(name, f"a number, or {rank} of them", repr(value))
+    return values
+
+
+def _pads(padding: Sizes | str, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Begin and end of each axis."""
+    rank = weight.dim() - 2
+    if not isinstance(padding, str):
+        return [p for p in _each("padding", padding, rank) for _ in range(2)]
+    if padding == "valid":
+        return [0] * (2 * rank)
+    if padding != "same" or set(stride) != {1}:
+        raise SpecError("padding", "numbers, valid, or same where the stride is 1", repr(padding))
+    totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    return [part for total in totals for part in (total // 2, total - total // 2)]
+
+
+def _batched(x: Tensor, rank: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of a single image, or of a batch."""
+    if x.dim() not in (rank + 1, rank + 2):
+        raise SpecError("input", f"{rank + 1} or {rank + 2} axes", x.dim())
+    return compute(x) if x.dim() == rank + 2 else compute(x.unsqueeze(0)).squeeze(0)
+
+
+def convolve(
+    rank: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sizes,
+    padding: Sizes | str,
+    dilation: Sizes,
+    groups: int,
+) -> Tensor:
+    """A convolution of any rank."""
+    strides, steps = _each("stride", stride, rank), _each("dilation", dilation, rank)
+    pads = _pads(padding, weight, strides, steps)
+    rest = (strides, pads, steps, False, [0] * rank, groups)
+    return _batched(x, rank, lambda images: convolution(images, weight, bias, *rest))
+
+
+def convolve_transposed(
+    rank: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sizes,
+    padding: Sizes,
+    output_padding: Sizes,
+    groups: int,
+    dilation: Sizes,
+) -> Tensor:
+    """A transposed convolution of any rank."""
+    strides, steps = _each("stride", stride, rank), _each("dilation", dilation, rank)
+    pads, extra = _pads(padding, weight, strides, steps), _each("output_padding", output_padding, rank)
+    rest = (strides, pads, steps, True, extra, groups)
+    return _batched(x, rank, lambda images: convolution(images, weight, bias, *rest))
+
+
+def _conv(rank: int) -> Callable[..., Tensor]:
+    def conv(
+        input: Tensor,  # noqa: A002  (as PyTorch has it)
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Sizes = 1,
+        padding: Sizes | str = 0,
+        dilation: Sizes = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        return convolve(rank, input, weight, bias, stride, padding, dilation, groups)
+
+    return _named(conv, f"conv{rank}d", rank)
+
+
+def _conv_transpose(rank: int) -> Callable[..., Tensor]:
+    def conv(
+        input: Tensor,  # noqa: A002  (as PyTorch has it)
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Sizes = 1,
+        padding: Sizes = 0,
+        output_padding: Sizes = 0,
+        groups: int = 1,
+        dilation: Sizes = 1,
+    ) -> Tensor:
+        return convolve_transposed(rank, input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+    return _named(conv, f"conv_transpose{rank}d", rank)
+
+
+def _named(function: Any, name: str, rank: int) -> Callable[..., Tensor]:
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = f"``torch.nn.functional.{name}``, of images with {rank} axes or of one."
+    return function  # type: ignore[no-any-return]
+
+
+conv1d, conv2d, conv3d = (_conv(rank) for rank in (1, 2, 3))
+conv_transpose1d, conv_transpose2d, conv_transpose3d = (_conv_transpose(rank) for rank in (1, 2, 3))

@@ -1,0 +1,146 @@
+"""``torch.nn``'s convolutions, by convgen's kernels; and a model's own, put in their place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .functional import convolve, convolve_transposed
+
+#: Seconds that a layer is timed for, each way.
+TIMED = 0.2
+
+
+class _Convolution:
+    """What a subclass of ``torch.nn``'s convolutions computes in another way."""
+
+    weight: Tensor
+    padding_mode: str
+
+    def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)  # noqa: A001
+            padding = 0
+        rank = weight.dim() - 2
+        return convolve(rank, input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class _Transposed:
+    def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002
+        rank = self.weight.dim() - 2
+        extra = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation
+        )
+        sizes = self.stride, self.padding, extra, self.groups, self.dilation
+        return convolve_transposed(rank, input, self.weight, self.bias, *sizes)
+
+
+class Conv1d(_Convolution, nn.Conv1d):  # type: ignore[misc]
+    """``torch.nn.Conv1d``."""
+
+
+class Conv2d(_Convolution, nn.Conv2d):  # type: ignore[misc]
+    """``torch.nn.Conv2d``."""
+
+
+class Conv3d(_Convolution, nn.Conv3d):  # type: ignore[misc]
+    """``torch.nn.Conv3d``."""
+
+
+class ConvTranspose1d(_Transposed, nn.ConvTranspose1d):  # type: ignore[misc]
+    """``torch.nn.ConvTranspose1d``."""
+
+
+class ConvTranspose2d(_Transposed, nn.ConvTranspose2d):  # type: ignore[misc]
+    """``torch.nn.ConvTranspose2d``."""
+
+
+class ConvTranspose3d(_Transposed, nn.ConvTranspose3d):  # type: ignore[misc]
+    """``torch.nn.ConvTranspose3d``."""
+
+
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+    nn.ConvTranspose1d: ConvTranspose1d,
+    nn.ConvTranspose2d: ConvTranspose2d,
+    nn.ConvTranspose3d: ConvTranspose3d,
+}
+
+
+def replace(model: nn.Module, *inputs: Any) -> list[str]:
+    """Put convgen's layers in the place of a model's convolutions; its parameters, hooks and state dict stay.
+
+    Subclasses of ``torch.nn``'s layers are left as they are.
+
+    Args:
+        inputs: of the model. Where there are any, it is run once, and only layers are replaced whose step, forward and
+            backward, was faster in turn with PyTorch's at the sizes that they met.
+
+    Returns:
+        The names of the layers that were replaced.
+    """
+    layers = {name: module for name, module in model.named_modules() if type(module) in OURS}
+    met = _met(model, layers, inputs) if inputs else dict.fromkeys(layers, ())
+    replaced = []
+    for name, module in layers.items():
+        if name not in met:
+            continue
+        theirs = type(module)
+        module.__class__ = OURS[theirs]
+        if inputs and not _gains(module, theirs, met[name]):
+            module.__class__ = theirs
+        else:
+            replaced.append(name)
+    return replaced
+
+
+def _met(model: nn.Module, layers: dict[str, nn.Module], inputs: Any) -> dict[str, tuple[Any, ...]]:
+    """What the layers of a model are called with, the first time."""
+    met: dict[str, tuple[Any, ...]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, given: tuple[Any, ...]) -> None:
+            met.setdefault(name, tuple(given))
+
+        return keep
+
+    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return met
+
+
+def _gains(module: nn.Module, theirs: type[nn.Module], given: tuple[Any, ...]) -> bool:
+    """Whether a step of our layer takes less time than one of PyTorch's: the shortest of each, in turn."""
+    ours = type(module)
+    images = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in given]
+    parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def step() -> float:
+        start = time.perf_counter()
+        made = ours.forward(module, *images) if type(module) is ours else theirs.forward(module, *images)
+        torch.autograd.grad(made.sum(), [*images, *parameters])
+        return time.perf_counter() - start
+
+    best = {ours: float("inf"), theirs: float("inf")}
+    for kind in (ours, theirs):
+        module.__class__ = kind
+        step()  # builds kernels
+    end = time.perf_counter() + 2 * TIMED
+    while time.perf_counter() < end:
+        for kind in (ours, theirs):
+            module.__class__ = kind
+            best[kind] = min(best[kind], step())
+    module.__class__ = ours
+    return best[ours] < best[theirs]
