@@ -51,6 +51,15 @@ _DTYPES = ("f32", "f16", "bf16")
 _INTEGERS = {"src": {"s8": "i8", "u8": "u8"}, "weights": {"s8": "i8", "u8": "u8"}}
 _INTEGERS["dst"] = {**_INTEGERS["src"], "s32": "i32", "f32": "f32"}
 _DRIVERS = ("--conv", "--deconv")
+#: Values of --dir -> directions; those that end in B have a bias.
+_DIRECTIONS = {
+    "FWD_B": "forward",
+    "FWD_D": "forward",
+    "FWD_I": "forward",
+    "BWD_D": "data",
+    "BWD_W": "weights",
+    "BWD_WB": "weights",
+}
 #: Options that describe a problem, and their default values.
 _MADE_OF = {"dir": "FWD_B", "dt": "f32", "bia-dt": "undef", "stag": "any", "dtag": "any", "mb": "0"}
 #: Options that change what is computed or which problems are run, with the values that change nothing.
@@ -300,9 +309,9 @@ def _with_options(spec: ConvSpec, options: dict[str, str], where: str) -> ConvSp
     for name, values in _NEUTRAL.items():
         if options[name] not in values and not (is_quantised and name in _QUANTISED):
             raise unsupported(where, f"--{name}", "none", options[name])
-    direction, bias = options["dir"].upper(), options["bia-dt"]
-    if direction not in ("FWD_B", "FWD_D", "FWD_I"):
-        raise unsupported(where, "--dir", "FWD_B, FWD_D or FWD_I", options["dir"])
+    word, bias = options["dir"].upper(), options["bia-dt"]
+    if word not in _DIRECTIONS:
+        raise unsupported(where, "--dir", f"one of {', '.join(_DIRECTIONS)}", options["dir"])
     own = "s32" if is_quantised else types["dtype"]
     if bias not in ("undef", "f32", own):
         raise unsupported(where, "--bia-dt", f"undef, f32 or {own}", bias)
@@ -319,7 +328,8 @@ def _with_options(spec: ConvSpec, options: dict[str, str], where: str) -> ConvSp
         "n": int(options["mb"]) or spec.n,
         "layout": src_layout,
         "dst_layout": dst_layout,
-        "bias": direction == "FWD_B" or bias != "undef",
+        "bias": word.endswith("B") or (bias != "undef" and not word.startswith("BWD")),
+        "direction": _DIRECTIONS[word],
         "residual": residual,
         "activation": activation,
     }
@@ -471,8 +481,10 @@ def write(spec: ConvSpec, count: int = 1, names: Sequence[str] = ()) -> str:
     if spec.dtype not in _DTYPES:
         raise unsupported("", "dtype", f"one of {', '.join(_DTYPES)} for benchdnn", spec.dtype)
     stag, dtag = (_tags(layout, spec.rank)[0] for layout in (spec.layout, spec.dst_layout))
-    words = ["--deconv" if spec.transposed else "--conv", "--dir=FWD_I"]
-    words += [f"--bia-dt={spec.dtype}"] * spec.bias + [f"--dt={spec.dtype}", f"--stag={stag}", f"--dtag={dtag}"]
+    direction = {"forward": "FWD_I", "data": "BWD_D", "weights": "BWD_WB" if spec.bias else "BWD_W"}[spec.direction]
+    words = ["--deconv" if spec.transposed else "--conv", f"--dir={direction}"]
+    words += [f"--bia-dt={spec.dtype}"] * (spec.bias and spec.direction == "forward")
+    words += [f"--dt={spec.dtype}", f"--stag={stag}", f"--dtag={dtag}"]
     activation = spec.activation_op
     ops = ["sum"] * spec.residual
     if activation.name in _POST_OPS:

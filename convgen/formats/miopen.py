@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import SpecError
 from ..problem.layout import PLAIN
 from ..problem.spec import ConvSpec
+from ..problem.tokens import DIRECTIONS
 from .notation import check_said, plain, unsupported
 
 _LINE = re.compile(
@@ -93,11 +94,21 @@ def recognise(line: str) -> bool:
 
 
 def parse(line: str, where: str = "") -> ConvSpec:
-    """The layer of a command.
+    """The layer of a command; of a command for several directions, the first of forward, data and weights.
 
     Raises:
         SpecError: a flag is unknown, has no value or a wrong one; names it.
         UnsupportedError: no forward convolution of ours is meant; names the flag.
+    """
+    return parse_all(line, where)[0]
+
+
+def parse_all(line: str, where: str = "") -> list[ConvSpec]:
+    """The layer of a command in all its directions: ``-F`` is 1 for forward, 2 for data, 4 for weights, or a sum of
+    them. 0, the default, which runs all three, is read as the layer itself, forward.
+
+    Raises:
+        SpecError, UnsupportedError: as :func:`parse`.
     """
     match = _LINE.match(line)
     if match is None:
@@ -115,8 +126,9 @@ def parse(line: str, where: str = "") -> ConvSpec:
             raise SpecError(name, "an integer", repr(flags[name]), where)
         return int(flags[name])
 
-    if (forward := number("forw")) and not forward & 1:  # 0: all three directions
-        raise unsupported(where, "forw", "0, or an odd number: forward", forward)
+    chosen = number("forw") or 1
+    if not 1 <= chosen <= 7:
+        raise unsupported(where, "forw", "0 to 7", chosen)
     if (rank := number("spatial_dim")) not in (2, 3):
         raise unsupported(where, "spatial_dim", "2 or 3", rank)
     axes = "dhw"[3 - rank :]
@@ -152,7 +164,8 @@ def parse(line: str, where: str = "") -> ConvSpec:
     elif set(fields["dilation"]) == {1} or set(fields["kernel"]) == {1}:
         sizes = zip(fields["in_spatial"], fields["kernel"], fields["stride"], pads, strict=True)
         pads = [_pad(flags["pad_mode"], *axis) for axis in sizes]
-    return ConvSpec.from_dict(fields | {"padding": pads}, where)
+    directions = [direction for bit, direction in enumerate(DIRECTIONS) if chosen >> bit & 1]
+    return [ConvSpec.from_dict(fields | {"padding": pads, "direction": one}, where) for one in directions]
 
 
 def _flags(text: str, where: str) -> dict[str, str]:
@@ -224,7 +237,8 @@ def write(spec: ConvSpec) -> str:
         values |= {"in_layout": layout, "fil_layout": layout, "out_layout": layout}
     values |= {"spatial_dim": 3} if spec.rank == 3 else {}
     values |= {"mode": "trans" if spec.transposed else "conv", "group_count": spec.groups, "bias": int(spec.bias)}
-    words = [f"{_flag(flag)} {value}" for flag, value in (values | {"forw": 1}).items()]
+    forward = 1 << DIRECTIONS.index(spec.direction)
+    words = [f"{_flag(flag)} {value}" for flag, value in (values | {"forw": forward}).items()]
     command = next(command for command, dtype in _DTYPES.items() if dtype == spec.dtype)
     line = f"./bin/MIOpenDriver {command} {' '.join(words)}"
     check_said(said, parse(line), "MIOpenDriver")

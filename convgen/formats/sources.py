@@ -30,7 +30,7 @@ import re
 import shutil
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -61,21 +61,21 @@ class Form:
     write: Callable[[SpecEntry], str] | None = None
 
 
-def _each(parse: Callable[[str, str], ConvSpec]) -> Callable[[Path | None], Reader]:
-    """The reader of a notation in which every line can be read without the others."""
+def _each(parse: Callable[[str, str], Sequence[ConvSpec]]) -> Callable[[Path | None], Reader]:
+    """The reader of a notation in which every line can be read without the others, and may be several layers."""
 
     def read(line: str, where: str) -> Iterable[benchdnn.Outcome]:
         try:
-            return [(parse(line, where), 1, ())]
+            return [(spec, 1, ()) for spec in parse(line, where)]
         except (SpecError, UnsupportedError) as error:
             return [error]
 
     return lambda path: read
 
 
-def _descriptor(text: str, where: str) -> ConvSpec:
+def _descriptor(text: str, where: str) -> list[ConvSpec]:
     try:
-        return ConvSpec.parse(text)
+        return [ConvSpec.parse(text)]
     except SpecError as error:
         raise SpecError(error.field, error.expected, error.found, where) from None
 
@@ -95,7 +95,7 @@ LINES = {
         lambda path: benchdnn.Reader(_lines_of, path).read,
         lambda entry: benchdnn.write(entry.spec, entry.count, entry.names) + "\n",
     ),
-    "miopen": Form(miopen.recognise, _each(miopen.parse), _repeated(miopen.write)),
+    "miopen": Form(miopen.recognise, _each(miopen.parse_all), _repeated(miopen.write)),
     "onednn": Form(onednn.recognise, lambda path: onednn.parse),
 }
 #: Those that layers are written in.
@@ -524,4 +524,4 @@ def _entry(layer: object, defaults: Mapping[str, Any], where: str) -> SpecEntry:
     if fields or defaults:
         key = next(iter(fields or defaults))
         raise SpecError(str(key), "no other field (nor defaults) beside spec", "one", where)
-    return SpecEntry(_descriptor(layer["spec"], where), count, tuple(names))
+    return SpecEntry(_descriptor(layer["spec"], where)[0], count, tuple(names))

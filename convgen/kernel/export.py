@@ -328,6 +328,9 @@ def _devices(device: DeviceCode) -> str:
 
 def _meaning(spec: ConvSpec) -> str:
     operation = "conv_transpose" if spec.transposed else "conv"
+    if spec.direction != "forward":
+        given = "src, weights" if spec.direction == "data" else "src, residual"
+        return f"dst = gradient of {operation}'s {spec.direction.replace('data', 'input')}({given})"
     terms = [f"{operation}(src, weights)"] + ["bias"] * spec.bias + ["residual"] * spec.residual
     total = " + ".join(terms)
     if spec.is_quantised:
@@ -344,15 +347,15 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
     extra = [name for name in spec.shapes if name not in ("src", "weights", "dst")]
     values = {"bias": "-4, 4", "slope": "-1, 1", "residual": "-4, 4"}
     made = {name: f"    {name} = tensor(sizes.{name}, {low_high});\n" for name, low_high in values.items()}
-    operands, numbers = ["src", "weights", *extra], ("-4, 4", "-2, 2")
+    operands, numbers = [name for name in spec.shapes if name != "dst"], ("-4, 4", "-2, 2")
     if spec.is_quantised:
         operands, numbers, made = ["src"], example_integers.values(spec), example_integers.parameters()
 
     def fields(*names: str) -> str:
-        return "".join(f"        .{x} = {x},\n        .{x}_size = sizes->{x},\n" for x in names if x in extra)
+        return "".join(f"        .{x} = {x},\n        .{x}_size = sizes->{x},\n" for x in names if x in spec.shapes)
 
     epilogue = ""
-    if spec.bias:
+    if "bias" in spec.shapes:
         value = "value(bias[oc])"
         epilogue += f"    sum += {value};\n    absolute += fabs({value});\n"
     if spec.residual:
@@ -374,11 +377,11 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
         sizes_note="; the workspace for up to two threads" if interface.device is None else "",
         descriptor=spec.descriptor,
         n=spec.n,
-        ic=spec.ic,
-        oc=spec.oc,
+        ic=spec.src_blocks.channels,
+        oc=spec.dst_blocks.channels,
         groups=spec.groups,
-        in_size=_three(spec.in_spatial, 1),
-        out_size=_three(spec.out_spatial, 1),
+        in_size=_three(spec.src_spatial, 1),
+        out_size=_three(spec.dst_spatial, 1),
         kernel=_three(spec.kernel, 1),
         stride=_three(spec.stride, 1),
         padding=_three(tuple(begin for begin, _ in spec.padding), 0),
@@ -386,19 +389,17 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
         step=_step(spec),
         element=_elements(spec),
         src_values=numbers[0],
-        weights_values=numbers[1],
-        src_zero=" - *src_zero" * spec.src_zero,
-        weights_zero=" - weights_zero[oc]" * spec.weights_zero,
+        weights="" if spec.direction == "weights" else _weights_tensor(numbers[1]),
+        loops=_loops(spec, epilogue),
         globals=", ".join(f"*{name}" for name in operands),
         ic_block=spec.src_blocks.size,
         oc_block=spec.dst_blocks.size,
         activation=example_integers.result(spec) if spec.is_quantised else _activation(spec.activation_op),
-        position=_TRANSPOSED_POSITION if spec.transposed else _POSITION,
-        weight="ic * OC_GROUP + oc % OC_GROUP" if spec.transposed else "oc * IC_GROUP + c",
-        epilogue=epilogue,
         tensors="".join(made[name] for name in extra),
         allowed=_allowed(spec, error_factor),
-        free="".join(f"    free({name});\n" for name in reversed(extra)),
+        free="".join(
+            f"    free({name});\n" for name in reversed([*(["weights"] if "weights" in spec.shapes else []), *extra])
+        ),
     )
 
 
@@ -451,6 +452,39 @@ _TRANSPOSED_POSITION = f"""\
 {_INDENT}inside = inside && spread >= 0 && spread % stride[axis] == 0;"""
 
 
+def _weights_tensor(low_high: str) -> str:
+    return f"    weights = (void *)tensor(sizes.weights, {low_high});\n"
+
+
+def _loops(spec: ConvSpec, epilogue: str) -> str:
+    """The definition in C."""
+    outputs = math.prod(spec.dst_shape)
+    if spec.direction == "weights":
+        near, far = ("in_size", "out_size") if spec.transposed else ("out_size", "in_size")
+        return filled(
+            "example_gradient.template.c",
+            outputs=outputs,
+            inner="OC_GROUP" if spec.transposed else "IC_GROUP",
+            ic_of="outer" if spec.transposed else "outer / OC_GROUP * IC_GROUP + inner",
+            oc_of="outer / IC_GROUP * OC_GROUP + inner" if spec.transposed else "outer",
+            pixels=near,
+            far_size=far,
+            **{"in": "near" if spec.transposed else "far", "out": "far" if spec.transposed else "near"},
+        )
+    spread = spec.transposed != (spec.direction == "data")
+    weight = "ic * OC_GROUP + oc % OC_GROUP" if spread or spec.mirrored else "oc * IC_GROUP + c"
+    return filled(
+        "example_layer.template.c",
+        outputs=outputs,
+        position=_TRANSPOSED_POSITION if spread else _POSITION,
+        weight=weight,
+        src_zero=" - *src_zero" * spec.src_zero,
+        weights_zero=" - weights_zero[oc]" * spec.weights_zero,
+        epilogue=epilogue,
+        **{f"tap_{x}": f"(kernel[{i}] - 1 - {x})" if spec.mirrored else x for i, x in enumerate("dhw")},
+    )
+
+
 def _three(sizes: tuple[int, ...], missing: int) -> str:
     return ", ".join(map(str, (missing,) * (3 - len(sizes)) + sizes))
 
@@ -460,9 +494,16 @@ def _step(spec: ConvSpec) -> int:
     outputs = math.prod(spec.dst_shape)
     samples = max(1000, EXAMPLE_MACS // spec.reduction_length)
     step = max(1, -(-outputs // samples))
-    while any(math.gcd(step, extent) > 1 for extent in (spec.oc, *spec.out_spatial)):
+    while any(math.gcd(step, extent) > 1 for extent in _extents(spec)):
         step += 1
     return step
+
+
+def _extents(spec: ConvSpec) -> tuple[int, ...]:
+    """Of the axes of dst."""
+    if spec.direction == "weights":
+        return spec.weights_shape
+    return spec.dst_blocks.channels, *spec.dst_spatial
 
 
 def _allowed(spec: ConvSpec, factor: float | None) -> str:

@@ -45,34 +45,7 @@ static double activation(double x, long oc)
     return $activation;
 }
 
-/* One output. *magnitude becomes the sum of absolute values, which rounding errors grow with. */
-static double reference(long n, long oc, const long out[3], double *magnitude)
-{
-    double sum = 0, absolute = 0;
-    for (long c = 0; c < IC_GROUP; ++c)
-        for (long d = 0; d < kernel[0]; ++d)
-            for (long h = 0; h < kernel[1]; ++h)
-                for (long w = 0; w < kernel[2]; ++w) {
-                    const long tap[3] = {d, h, w}, ic = oc / OC_GROUP * IC_GROUP + c;
-                    long in[3];
-                    int inside = 1;
-                    for (int axis = 0; axis < 3; ++axis) {
-$position
-                        inside = inside && in[axis] >= 0 && in[axis] < in_size[axis];
-                    }
-                    if (!inside)
-                        continue;
-                    const long weight = $weight;
-                    const double x = value(src[offset(n, IC, IC_BLOCK, ic, in_size, in)])$src_zero;
-                    const double y = value(weights[((weight * kernel[0] + d) * kernel[1] + h) * kernel[2] + w])$weights_zero;
-                    const double product = x * y;
-                    sum += product;
-                    absolute += fabs(product);
-                }
-$epilogue    *magnitude = absolute;
-    return activation(sum, oc);
-}
-
+$loops
 /* ---- helpers ---------------------------------------------------------------------------------- */
 
 $helpers
@@ -96,35 +69,30 @@ int main(void)
     convgen_sizes sizes;
     must("sizes", ${name}_sizes($sizes_arguments));
     src = tensor(sizes.src, $src_values);
-    weights = (void *)tensor(sizes.weights, $weights_values);
-$tensors    dst_element *dst = buffer(sizes.dst);
+$weights$tensors    dst_element *dst = buffer(sizes.dst);
     compute(&sizes, dst);
 
     /* Against the plain loops, within what rounding can explain. */
-    const long pixels = out_size[0] * out_size[1] * out_size[2];
     long checked = 0;
     double worst = 0;
-    for (long i = BATCH * OC * pixels - 1; i >= 0; i -= STEP, ++checked) {
-        const long n = i / pixels / OC, oc = i / pixels % OC;
-        const long out[3] = {i % pixels / out_size[2] / out_size[1], i / out_size[2] % out_size[1], i % out_size[2]};
+    for (long i = OUTPUTS - 1; i >= 0; i -= STEP, ++checked) {
         double magnitude;
-        const double expected = reference(n, oc, out, &magnitude);
-        const double found = value(dst[offset(n, OC, OC_BLOCK, oc, out_size, out)]);
+        size_t at;
+        const double expected = reference(i, &at, &magnitude);
+        const double found = value(dst[at]);
         const double allowed = $allowed;
         const double error = fabs(found - expected);
         if (!(error <= allowed)) {
-            fprintf(stderr, "n %ld, channel %ld, at %ld %ld %ld: expected %.9g, found %.9g\n", n, oc, out[0], out[1],
-                    out[2], expected, found);
+            fprintf(stderr, "element %zu of dst: expected %.9g, found %.9g\n", at, expected, found);
             return 1;
         }
         if (error > 0 && error / allowed > worst)
             worst = error / allowed;
     }
     printf("$descriptor: %ld of %ld outputs checked, largest error %.2g of what is allowed; ok\n", checked,
-           BATCH * OC * pixels, worst);
+           OUTPUTS, worst);
 
     free(dst);
-$free    free(weights);
-    free(src);
+$free    free(src);
     return 0;
 }

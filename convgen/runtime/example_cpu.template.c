@@ -7,8 +7,6 @@ static void compute(const convgen_sizes *sizes, dst_element *dst)
 
     /* Once: pack the weights. */
     const convgen_pack_args pack = {
-        .weights = weights,
-        .weights_size = sizes->weights,
 $pack        .packed = packed,
         .packed_size = sizes->packed,
     };

@@ -95,8 +95,6 @@ static void compute(const convgen_sizes *sizes, dst_element *dst)
     /* Once, on any machine: pack the weights. */
     void *packed = buffer(sizes->packed);
     const convgen_pack_args pack = {
-        .weights = weights,
-        .weights_size = sizes->weights,
 $pack        .packed = packed,
         .packed_size = sizes->packed,
     };

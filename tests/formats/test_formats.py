@@ -149,6 +149,9 @@ MEANT = "conv2d n1 ic4 oc4 i5x5 k1x1 s1x1 p0x0"
         ("--dir=FWD_D", "nobias"),
         ("--dir=fwd_i", "nobias"),
         ("--dir=FWD_I --bia-dt=f32", ""),
+        ("--dir=BWD_D", "data"),
+        ("--dir=BWD_W --bia-dt=f32", "nobias weights"),
+        ("--dir=bwd_wb", "weights"),
         ("--dt=bf16 --dir=FWD_D --bia-dt=bf16", "bf16"),
         ("--dt=bf16", "bf16"),  # FWD_B has an f32 bias then
         ("--dt=f16:f16:f16", "f16"),
@@ -242,8 +245,7 @@ def test_sums_have_no_scales() -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        "--dir=BWD_D",
-        "--dir=BWD_WB",
+        "--dir=BWD_DW",
         "--dt=u8:s8:bf16",
         "--dt=s8:f32:s8",
         "--dt=bf16:bf16:f32",
@@ -433,8 +435,7 @@ def test_wrong_command(command: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("conv -F 2", "forw: expected 0, or an odd number: forward, found 2"),
-        ("conv -F 6", "forw: .*found 6"),
+        ("conv -F 8", "forw: expected 0 to 7, found 8"),
         ("convint8 -n 1", "command: expected one of conv, convfp16, convbfp16, found convint8"),
         ("MIOpenDriver CBAInfer -n 1", "command: .* found CBAInfer"),
         ("conv -_ 1", "spatial_dim: expected 2 or 3, found 1"),
@@ -629,3 +630,20 @@ def test_what_a_notation_cannot_say(words: str, write, message: str) -> None:  #
 def test_names_within_lines_of_benchdnn() -> None:
     line = format_specs([SpecEntry(ConvSpec.parse("conv2d ic3 oc4 i8x8 k3x3"), 1, (HIDING,))], "benchdnn")
     assert 'n"ok_no_2K_[bold]x[/]"' in check(line)
+
+
+@pytest.mark.parametrize(
+    ("number", "directions"),
+    [(0, ["forward"]), (1, ["forward"]), (2, ["data"]), (4, ["weights"]), (6, ["data", "weights"])],
+)
+def test_a_command_for_several_directions_is_several_layers(number: int, directions: list[str]) -> None:
+    layers = miopen.parse_all(f"conv -n 1 -c 4 -k 8 -H 5 -W 5 -b 1 -F {number}")
+    assert [layer.direction for layer in layers] == directions
+    assert miopen.parse(miopen.write(layers[-1])) == layers[-1]
+
+
+@pytest.mark.parametrize("words", ["data", "weights", "nobias weights"])
+def test_directions_are_written_as_they_are_read(words: str) -> None:
+    spec = ConvSpec.parse(f"conv2d n2 ic4 oc6 g2 i7x6 k3x3 s2x2 p1x1 {words}")
+    assert miopen.parse(miopen.write(spec)) == spec
+    assert list(problems(benchdnn.write(spec))) == [plain(spec)]

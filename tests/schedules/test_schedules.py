@@ -57,6 +57,9 @@ SMOKE = [
     "convtranspose2d n1 ic17 oc16 i5x5 k4x4 s2 p1 relaxed relu",
     "convtranspose3d n1 ic3 oc2 i2x3x2 k2x2x3 s2x1x2 p0 nobias",
     "conv2d n1 ic16 oc16 i1x1 k1x1 s1 p0 clip(0,inf)",  # one pixel
+    "conv2d n2 ic17 oc33 i9x8 k3x3 s2x1 p1x0_2 weights",
+    "conv3d n1 ic5 oc18 i3x4x9 k2x3x3 s1 p0x1x1 d1x1x2 nobias weights nhwc f16",
+    "conv2d n1 ic16 oc17 i9x8 k3x3 s1 p1 data",
     "conv2d n1 ic8 oc17 i5x4 k5x4 s1 p0",  # the kernel covers the input
     "conv2d n1 ic5 oc9 i11x11 k2x2 s3x4 p0 clip(-1,2.5)",  # strides past the kernel
     "conv2d n1 ic17 oc18 i7x9 k3x3 s1 p1 residual mish bf16",
