@@ -38,3 +38,13 @@ def test_a_model_in_onnx_runtime_with_and_without(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert float(re.findall(r"largest difference: (\S+)", done.stdout)[0]) < 1e-6
     assert re.search(r"ONNX Runtime alone [\d.]+ ms, with convgen [\d.]+ ms", done.stdout)
+
+
+def test_lenet_trains_alike_with_both_libraries_convolutions(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "train_lenet.py"), "--steps", "3", "--plot", "losses.svg"]
+    environment = {**os.environ, "CONVGEN_RECORDS": str(tmp_path / "records.sqlite")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "replaced: 0, 3" in done.stdout
+    assert float(re.findall(r"largest difference of the losses: (\S+)", done.stdout)[0]) < 1e-4
+    assert (tmp_path / "losses.svg").read_text().count("<polyline") == 2

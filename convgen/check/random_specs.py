@@ -97,7 +97,8 @@ def in_a_direction(source: Source, spec: ConvSpec) -> ConvSpec:
     """The spec, or now and then a gradient of its convolution, where that is of floats."""
     if spec.is_quantised or not source.chance(25):
         return spec
-    direction, n = source.choice(DIRECTIONS[1:]), max(spec.n, 1)
+    direction = source.choice(DIRECTIONS[1:])
+    n = max(spec.n, 1) if direction == "weights" else spec.n
     return spec.with_(direction=direction, n=n, residual=False, activation="none")
 
 
