@@ -42,7 +42,7 @@ def test_a_model_in_onnx_runtime_with_and_without(tmp_path: Path) -> None:
 
 def test_lenet_trains_alike_with_both_libraries_convolutions(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "train_lenet.py"), "--steps", "3", "--plot", "losses.svg"]
-    environment = {**os.environ, "CONVGEN_RECORDS": str(tmp_path / "records.sqlite")}
+    environment = {**os.environ, "CONVGEN_RECORDS": str(tmp_path / "records.sqlite"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "replaced: 0, 3" in done.stdout
