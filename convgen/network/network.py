@@ -19,6 +19,7 @@ from .choice import Choose, network_target, recorded_choice
 from .compile import Built, compile_plans, with_candidates
 from .export import Example, write_network
 from .graph import Convolution, Graph
+from .layouts import Costs
 from .library import NetworkLibrary, Tensors
 from .plan import Plan, Product, plan
 from .reading import read_graph
@@ -80,6 +81,13 @@ class Network(NetworkLibrary):
                 facts["operators"] = step.function.descriptor
             found.append(facts)
         return found
+
+    def predicted(self, size: int = 0) -> list[float | None]:
+        """Of each step at one of the sizes the seconds that a convolution's default is predicted to take; None of
+        others.
+        """
+        costs, functions = Costs(self.target), [step.function for step in self.plans[size].steps]
+        return [costs.convolution(made.spec)[0] if isinstance(made, Product) else None for made in functions]
 
     def validate(self, source: str | Path | ModelProto, *, seed: int = 0) -> NetworkReport:
         """Check every output against ONNX Runtime: at every size, in place, on any number of threads.

@@ -110,9 +110,10 @@ def _step(step: StepTime, network: NetworkProfile, longest: float, y: int) -> di
         return f"{(seconds or 0.0) / longest * (_BARS_END - _BARS_BEGIN):.1f}"
 
     name = f"{step.name}: {step.computes}"
+    predicted = f", {microseconds(step.predicted)} µs predicted" if step.predicted is not None else ""
     return {
         "name": name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…",
-        "told": f"{name}{f' by {step.schedule}' if step.schedule else ''}",
+        "told": f"{name}{f' by {step.schedule}' if step.schedule else ''}{predicted}",
         "kind": "p0" if step.schedule else "p1",
         "x": _BARS_BEGIN,
         "y": y,

@@ -24,6 +24,7 @@ class StepTime:
         schedule: of a convolution; empty of other steps.
         seconds: that it takes.
         before: what its default takes; None where the network was compiled without records.
+        predicted: what its default is predicted to take, by which layouts were chosen; None of other steps.
     """
 
     name: str
@@ -31,6 +32,7 @@ class StepTime:
     schedule: str
     seconds: float
     before: float | None = None
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ def profile_network(
     if len(before) != len(layers):  # the defaults alone would have other steps
         before = [None] * len(layers)
     steps = tuple(
-        StepTime(layer["name"], layer.get("spec") or layer["operators"], layer.get("schedule", ""), time, earlier)
-        for layer, time, earlier in zip(layers, seconds, before, strict=True)
+        StepTime(layer["name"], layer.get("spec") or layer["operators"], layer.get("schedule", ""), time, *others)
+        for layer, time, *others in zip(layers, seconds, before, network.predicted(size), strict=True)
     )
     label = network.built.code.sizes[size].label
     return NetworkProfile(f"{network.name} {label}".rstrip(), network.threads, steps)
@@ -108,7 +110,7 @@ def profile_page(profiles: Sequence[NetworkProfile]) -> str:
     """Tables in Markdown."""
     lines: list[str] = []
     for profile in profiles:
-        header = ["step", "computes", "by", "µs>", "share>", "default µs>"]
+        header = ["step", "computes", "by", "µs>", "share>", "default µs>", "predicted µs>"]
         cells = [
             [
                 step.name,
@@ -117,6 +119,7 @@ def profile_page(profiles: Sequence[NetworkProfile]) -> str:
                 microseconds(step.seconds),
                 f"{step.seconds / profile.seconds:.1%}",
                 microseconds(step.before),
+                microseconds(step.predicted),
             ]
             for step in profile.steps
         ]

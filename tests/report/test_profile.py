@@ -14,13 +14,13 @@ from onnx import ModelProto, helper
 
 from convgen.cli import main
 from convgen.hardware.target import resolve
-from convgen.lowering.candidates import parse_candidate
+from convgen.lowering.candidates import parse_candidate, predicted
 from convgen.network.network import compile_network
 from convgen.report.figure import profiles
 from convgen.report.profile import NetworkProfile, StepTime, profile_network, profile_page
 
 STEPS = (
-    StepTime("first", "conv2d <1>", "cpu_direct", 3e-3, 6e-3),
+    StepTime("first", "conv2d <1>", "cpu_direct", 3e-3, 6e-3, 2e-3),
     StepTime("a name that is far too long for a line of the figure, and then some", "relu", "", 1e-3, 1e-3),
 )
 
@@ -52,7 +52,7 @@ def test_without_defaults() -> None:
 
 def test_the_table() -> None:
     page = profile_page([NetworkProfile("net", 1, STEPS)])
-    assert "| first | conv2d \\<1> | cpu_direct | 3000 | 75.0% | 6000 |" in page
+    assert "| first | conv2d \\<1> | cpu_direct | 3000 | 75.0% | 6000 | 2000 |" in page
     assert page.startswith("# net\n\n4.000 ms on 1 thread")
 
 
@@ -78,6 +78,8 @@ def test_a_network_beside_its_defaults() -> None:
     assert profile.steps[0].schedule == "reference"
     assert [step.name for step in profile.steps] == [layer["name"] for layer in plain.layers()]
     assert all(step.seconds > 0 and (step.before or 0) > 0 for step in profile.steps)
+    assert [step.predicted is None for step in profile.steps] == [not step.schedule for step in profile.steps]
+    assert profile.steps[0].predicted == predicted(plain.plan.graph.convolutions[0].spec, target)[0]
     assert profile.to_dict()["before"] == profile.before == sum(step.before or 0 for step in profile.steps)
 
 
