@@ -24,7 +24,8 @@ from convgen.errors import ValidationError
 from convgen.hardware.target import resolve
 from convgen.lowering.interface import ALIGNMENT
 from convgen.network.check.bounds import RULES, measure
-from convgen.network.check.drawing import Drawn, draw_network, model_of, run_model
+from convgen.network.check.drawing import draw_network
+from convgen.network.check.drawn import Drawn, model_of, run_model
 from convgen.network.check.fuzz import NetworkCase, Networks, check
 from convgen.network.check.places import check_places
 from convgen.network.check.validate import validate_network

@@ -13,7 +13,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...errors import KernelError, SpecError, UnsupportedError
-from .aten import Known, is_read, value
+from .aten import is_read
+from .onnx_graph import Known, value
 from .program import Compile, Program
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)

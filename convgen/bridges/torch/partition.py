@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from ...network.node import Refusal
-from .aten import PRODUCTS, Known, OnnxGraph, operator, value
+from .aten import PRODUCTS, take
+from .onnx_graph import Known, OnnxGraph, operator, value
 from .strides import storage_order
 
 
@@ -107,7 +108,7 @@ def _refusals(graph: fx.Graph, known: Known) -> dict[fx.Node, str]:
             if node.target is getitem and node.args[0] in reasons:
                 raise Refusal(reasons[node.args[0]])
             _check_tensors(node)
-            tried.take(node)
+            take(tried, node)
         except Refusal as error:
             reasons[node] = str(error)
     # A tensor that lies in another one's memory with gaps is left to PyTorch where PyTorch reads it.

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from ...errors import SpecError, UnsupportedError
 from ...network.network import Network
-from .aten import Known, OnnxGraph, value
+from .aten import take
+from .onnx_graph import Known, OnnxGraph, value
 from .partition import Part, Partition, divide
 from .strides import Perm, storage_order
 
@@ -97,7 +98,7 @@ def _call(part: Part, known: Known, compiled: Compile, name: str) -> NetworkCall
     for node in part.inputs:
         graph.add_input(node, _order(node))
     for node in part.nodes:
-        graph.take(node)
+        take(graph, node)
     for node in part.outputs:
         graph.add_output(node, _order(node))
     network = compiled(graph.model(name))

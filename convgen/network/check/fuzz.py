@@ -11,7 +11,8 @@ from ...check.fuzz.shrinking import Step
 from ...errors import BuildError, ConvgenError
 from ...hardware.target import Target, check_native, resolve
 from ..network import compile_network
-from .drawing import Drawn, draw_network
+from .drawing import draw_network
+from .drawn import Drawn
 from .guarded import guarded_runs
 from .validate import validate_network
 
