@@ -454,13 +454,17 @@ def note_left_out(reasons: Sequence[str]) -> None:
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Aligned columns; empty ones are left out, and those whose name ends in ``>`` are aligned to the right.
 
-    On a terminal it is as wide as that at most: the widest columns are cut, with ``…``.
+    On a terminal it is as wide as that at most: the widest columns are cut, with ``…``, and where that is not enough
+    the last ones of numbers are left out.
     """
     texts = [[printable(str(cell)) for cell in row] for row in rows]
     kept = [i for i in range(len(header)) if not texts or any(row[i] for row in texts)]
     header = [header[i] for i in kept]
     texts = [[name.removesuffix(">") for name in header], *([row[i] for i in kept] for row in texts)]
-    widths = _cut([max(len(row[i]) for row in texts) for i in range(len(header))])
+    widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
+    shown = _shown(header, widths)
+    header, texts = [header[i] for i in shown], [[row[i] for i in shown] for row in texts]
+    widths = _cut([widths[i] for i in shown])
     texts = [
         [cell if len(cell) <= width else f"{cell[: width - 1]}…" for cell, width in zip(row, widths, strict=True)]
         for row in texts
@@ -480,11 +484,28 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 _NARROWEST = 12
 
 
+def _room() -> int | None:
+    """The columns of the terminal that a table goes to; None where it goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _shown(header: Sequence[str], widths: Sequence[int]) -> list[int]:
+    """The columns that there is room for: without the last ones of numbers where not even cut ones fit."""
+    shown, room = list(range(len(header))), _room()
+    while room is not None and sum(min(widths[i], _NARROWEST) + 2 for i in shown) - 2 > room:
+        numbers = [i for i in shown if header[i].endswith(">")]
+        if not numbers:
+            break
+        shown.remove(numbers[-1])
+    return shown
+
+
 def _cut(widths: list[int]) -> list[int]:
     """The columns' widths, the widest narrowed until all fit on the terminal; as they are where there is none."""
-    if not sys.stdout.isatty():
+    columns = _room()
+    if columns is None:
         return widths
-    widths, room = list(widths), shutil.get_terminal_size().columns - 2 * (len(widths) - 1)
+    widths, room = list(widths), columns - 2 * (len(widths) - 1)
     while sum(widths) > room and max(widths) > _NARROWEST:
         widths[widths.index(max(widths))] -= 1
     return widths

@@ -64,8 +64,8 @@ class Work:
     """A command's layers, one after the other, and what they share: target, store and workers.
 
     ``seconds`` is the tuning time of all layers: each may use an equal part of what is left, so that time
-    which one layer did not need serves the layers after it. ``busy`` has, for each layer that was tuned, the share
-    of the CPUs' time that other programs had meanwhile.
+    which one layer did not need serves the layers after it. ``busy`` has, for each layer that was tuned or timed, the
+    share of the CPUs' time that other programs had meanwhile.
     """
 
     entries: list[SpecEntry]
@@ -311,6 +311,8 @@ def _build_layer(
     report = _validated(work, kernel) if check else None
     result["validation"] = report.to_dict() if report else None
     line = f"{kernel.schedule}({kernel.picks})"
+    if report is None or report.passed:
+        result |= _timed(work, kernel)
     if seconds := result["seconds"]:
         line = f"{duration(seconds)}  {rate(entry.spec.flops, seconds)} GFLOP/s  {line}"
     if report is not None and not report.passed:
@@ -320,6 +322,22 @@ def _build_layer(
     kernel.export(folder, facts={"validation": None if report is None else _summarised(report)})
     work.view.finish(f"{line}  {'validated' if report else 'not validated'}")
     return result | {"folder": str(folder)}
+
+
+def _timed(work: Work, kernel: Kernel) -> dict[str, Any]:
+    """The time of a kernel without a record, which is taken now where it runs here; nothing of others."""
+    from ..kernel.kernel import CpuKernel
+
+    if kernel.record or not kernel.spec.n or not (work.target.native and isinstance(kernel, CpuKernel)):
+        return {"measured": False}
+    from ..measure.busy import BusyWatch
+    from ..measure.compare import quick_seconds
+
+    work.view.phase("timing")
+    watch = BusyWatch()
+    seconds = quick_seconds(kernel)
+    work.busy.append(watch.share())
+    return {"measured": True, "seconds": seconds, "gflops": kernel.spec.flops / seconds / 1e9}
 
 
 def _validated(work: Work, kernel: Kernel) -> Report | None:
@@ -405,7 +423,8 @@ def _single(result: dict[str, Any]) -> str:
     origin = f"record {result['record'][:12]}" if result["record"] else "default"
     lines = [result["spec"], f"  candidate  {_candidate(result)}  [{origin}]"]
     if result["seconds"]:
-        lines.append(f"  time       {duration(result['seconds'])}, {result['gflops']:.4g} GFLOP/s")
+        how = ", measured now" if result["measured"] else ", as recorded"
+        lines.append(f"  time       {duration(result['seconds'])}, {result['gflops']:.4g} GFLOP/s{how}")
     if validation := result["validation"]:
         lines.append(
             f"  checks     {len(validation['checks'])} passed, error {validation['worst_error']:.3g} of its bound"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -277,8 +278,12 @@ def _entry(layer: Layer) -> SpecEntry:
 
 def _result(layer: Layer) -> dict[str, Any]:
     """A layer as JSON values."""
+    from ..records.answer import is_final
+
     problem, search, state = layer.problem, layer.search, layer.progress
     winner = search.winner if search else None
+    if winner is None and layer.best is not None and is_final(layer.best):  # compared in an earlier run
+        winner = layer.best
     said = (winner.note or {}) if winner else {}
     result = {
         "names": list(problem.names),
@@ -297,6 +302,7 @@ def _result(layer: Layer) -> dict[str, Any]:
         "onnxruntime_seconds": said.get("onnxruntime_seconds"),
         "ratio_default": said.get("ratio_default"),
         "ratio_onnxruntime": said.get("ratio_onnxruntime"),
+        "compared": "default_seconds" in said,
         "network": said.get("network"),
         "best": layer.best.to_dict() if layer.best else None,
     }
@@ -337,7 +343,11 @@ def _print_results(run: JobRun, as_json: bool, interrupted: bool, busy: float | 
     if not as_json:
         for times in run.networks:
             say(network_line(times))
+        if len(results) > 1:
+            for told in brought(results, without={times.model for times in run.networks if times.seconds}):
+                say(told)
         _note_compared_alone(run.layers)
+        _note_next(run, results)
     note_busy([busy])
     if interrupted:
         where = f"kept in {tidy(run.store.path)}" if run.store is not None else "not kept, without a record store"
@@ -399,6 +409,50 @@ def network_line(times: NetworkTimes) -> str:
     if times.reason:
         kept += f" ({times.reason})"
     return f"{said} ({gain:.3f}×, {low:.3f}–{high:.3f}); {kept}"
+
+
+def brought(results: Sequence[Mapping[str, Any]], without: Collection[str] = ()) -> list[str]:
+    """What each model's layers take together before and after, by their final comparisons.
+
+    Args:
+        results: layers as :func:`_result` gives them.
+        without: models of which more is said elsewhere.
+    """
+    lines = []
+    settings = dict.fromkeys((result["target"], result["threads"]) for result in results)
+    models = dict.fromkeys(model for result in results for model in result["models"])
+    for model in models:
+        for target, threads in settings:
+            where = f" on {target}, {plural(threads, 'thread')}" if len(settings) > 1 else ""
+            own = [r for r in results if model in r["models"] and (r["target"], r["threads"]) == (target, threads)]
+            compared = [r for r in own if r["compared"] and r["best"] and r["best"]["seconds"]]
+            if not own or model in without:
+                continue
+            rest = len(own) - len(compared)
+            missing = f"{plural(rest, 'layer')} without a final comparison" if rest else ""
+            if not compared:
+                lines.append(f"{printable(model)}{where}: {missing}")
+                continue
+            before = sum(r["default_seconds"] * r["count"] for r in compared)
+            after = sum(r["best"]["seconds"] * r["count"] for r in compared)
+            which = f"the {plural(len(compared), 'compared layer')}" if rest else plural(len(own), "layer")
+            line = f"{printable(model)}{where}: {which} with their counts take {duration(after)}, {duration(before)}"
+            lines.append(f"{line} with the defaults ({before / after:.2f}×){f'; {missing} not counted' * bool(rest)}")
+    return lines
+
+
+def _note_next(run: JobRun, results: Sequence[Mapping[str, Any]]) -> None:
+    """Say which command uses what was found."""
+    if run.store is None or not any(result["best"] for result in results) or run.job.tracker is not None:
+        return
+    source = run.job.models[0] if len(run.job.models) == 1 else "MODEL"
+    command = ["convgen", "build", *([source] if Path(source).suffix else source.split())]
+    if Path(source).suffix.lower() == ".onnx":
+        command = ["convgen", "compile", source, "--out", "DIR"]
+    command += ["--target", run.job.targets[0]] if run.job.targets[0] != "cpu" else []
+    command += ["--threads", str(results[0]["threads"])] if run.job.threads else []
+    command += ["--records", str(run.store.path)] if run.job.records is not None else []
+    note(f"next: `{shlex.join(command)}` uses what was found")
 
 
 def _note_compared_alone(layers: list[Layer]) -> None:

@@ -88,7 +88,7 @@ class Picks(Mapping[str, Pick]):
         return f"Picks({self})"
 
     def __str__(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in self._items.items())
+        return " ".join(f"{name}={value}" for name, value in sorted(self._items.items()))
 
     def replace(self, **changes: Pick) -> Picks:
         return Picks(**{**self._items, **changes})

@@ -192,6 +192,20 @@ def compare(
     return Comparison(spec.descriptor, threads, mode, spec.flops, own, others, ratio, interval)
 
 
+def quick_seconds(kernel: Library, rounds: int = 3) -> float:
+    """Seconds of a call of a CPU's kernel with warm caches, taken in a fraction of a second: the median of some rounds.
+
+    Raises:
+        SpecError: the spec's batch is empty: there is nothing to time.
+    """
+    spec = kernel.spec
+    if spec.n == 0:
+        raise SpecError("n", "a batch of at least 1 to time", 0, spec.descriptor)
+    one = Contestant("convgen", _kernel_entrant(kernel, float_data(spec), kernel.threads), True)
+    take_turns([one], rounds, all_stay=True)
+    return one.seconds
+
+
 def _fastest(timings: Sequence[Timing]) -> Timing | None:
     return min((t for t in timings if t.seconds), key=lambda timing: timing.seconds or 0.0, default=None)
 

@@ -146,7 +146,7 @@ class TuningRecord:
     def __repr__(self) -> str:
         where = f"{self.spec} for {self.target}, {self.threads} thread{'s' * (self.threads > 1)}"
         took = f"{self.seconds * 1e6:.4g} µs" if self.seconds else self.outcome
-        picks = " ".join(f"{name}={value}" for name, value in self.picks.items())
+        picks = " ".join(f"{name}={value}" for name, value in sorted(self.picks.items()))
         return f"<TuningRecord {self.id[:12]} of {where}: {self.schedule}({picks}), {took}>"
 
     def __post_init__(self) -> None:

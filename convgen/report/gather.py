@@ -301,4 +301,5 @@ def _total(name: str, layers: Sequence[tuple[Layer, int]], known: int) -> Total:
         theirs, own = (math.fsum(column) for column in zip(*both, strict=True))
         others[other] = Sum(theirs, own, len(both))
     seconds = math.fsum(own * count for _, own, count in tuned)
-    return Total(name, known, len(tuned), sum(count for _, _, count in tuned), seconds, others)
+    searched = sum(not layer.compared for layer, _, _ in tuned)
+    return Total(name, known, len(tuned), searched, sum(count for _, _, count in tuned), seconds, others)

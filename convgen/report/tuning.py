@@ -214,11 +214,14 @@ class Sum:
 
 @dataclass(frozen=True)
 class Total:
-    """All convolutions of a model: each layer's time with its count, of the ``tuned`` layers of ``layers``."""
+    """All convolutions of a model: each layer's time with its count, of the ``tuned`` layers of ``layers``, of which
+    ``searched`` have no final comparison: their times are of the search.
+    """
 
     name: str
     layers: int
     tuned: int
+    searched: int
     convolutions: int
     seconds: float
     others: Mapping[str, Sum]

@@ -54,17 +54,25 @@ def facts(setting: Setting) -> dict[str, str]:
 
 
 def headline(total: Total) -> str:
-    """What tuning brought, in a sentence."""
+    """What tuning brought. Each time stands beside those of the same layers alone."""
     if not total.tuned:
         return f"{total.name}: no layer has a kernel yet."
-    tuned = f"{total.name}: {milliseconds(total.seconds)} ms tuned"
+    whole = [f"{milliseconds(total.seconds)} ms tuned"]
     parts = []
     for name, other in total.others.items():
-        whole = "" if total.is_whole(name) else f" on {other.layers} of {plural(total.tuned, 'layer')}"
         label = "by default" if name == DEFAULT else f"with {name}"
-        parts.append(f"{milliseconds(other.seconds)} ms {label}{whole} ({other.ratio:.2f}×)")
-    part = "" if total.tuned == total.layers else f" Of {total.layers} layers {total.tuned} were tuned."
-    return f"{tuned}, {', '.join(parts)}.{part}" if parts else f"{tuned}.{part}"
+        theirs = f"{milliseconds(other.seconds)} ms {label} ({other.ratio:.2f}×)"
+        if total.is_whole(name):
+            whole.append(theirs)
+        else:
+            parts.append(f"{other.layers} of these layers: {milliseconds(other.own)} ms tuned, {theirs}.")
+    sentences = [f"{total.name}: {', '.join(whole)}.", *parts]
+    if total.tuned < total.layers:
+        sentences.append(f"Of {total.layers} layers {total.tuned} were tuned.")
+    if total.searched:
+        have = "layer has" if total.searched == 1 else "layers have"
+        sentences.append(f"{total.searched} {have} no final comparison: the times are of the search.")
+    return " ".join(sentences)
 
 
 def limit_text(layer: Layer) -> str:

@@ -15,8 +15,8 @@ def plural(count: int, noun: str) -> str:
 
 
 def picks_text(picks: Mapping[str, Any]) -> str:
-    """``tile_oc=32 tile_ow=14``, as the option ``--picks`` takes them."""
-    return " ".join(f"{name}={value}" for name, value in picks.items())
+    """``tile_oc=32 tile_ow=14``, as the option ``--picks`` takes them: always in alphabetical order."""
+    return " ".join(f"{name}={value}" for name, value in sorted(picks.items()))
 
 
 def microseconds(seconds: float | None) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import documents
 import pytest
 from commands import Run
 
@@ -26,11 +27,13 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def run_json(run: Run) -> Callable[..., Any]:
-    """Runs a command line with --json; gives the document, which must be all of stdout."""
+    """Runs a command line with --json; gives the document, which must be all of stdout, and as its schema says."""
 
     def call(*arguments: object, status: int = 0) -> Any:
         found, out, err = run(*arguments, "--json")
         assert found == status, err
-        return json.loads(out)
+        document = json.loads(out)
+        documents.check(list(map(str, arguments)), document)
+        return document
 
     return call

@@ -124,7 +124,11 @@ def fingerprint(spec: ConvSpec, target: Target, schedule: Schedule) -> str:
     schedule.check(core, target)
     picks = schedule.default(core, target)
     lowered = lower(spec, target, Candidate(schedule, picks))
-    parts = [str(picks), f"{schedule.cost(core, target):.12e}", repr(lowered.packed)]
+    parts = [
+        " ".join(f"{name}={value}" for name, value in picks.items()),
+        f"{schedule.cost(core, target):.12e}",
+        repr(lowered.packed),
+    ]
     parts.append(canonical_tir(str(lowered.module.script())))
     if target.kind == "cuda":
         device = generate(lowered)

@@ -462,7 +462,7 @@ def test_markdown_tables(store: RecordStore) -> None:
     text = markdown(gather(store, [model("net", a=3, b=2)]))
     cells = "2200 | 2.00 (1.80–2.20) | 1.36 (1.23–1.50) | not measured | cpu_direct(tile=3) | 5 | 2 crash |"
     assert f"| `{A}` a1 ×3 | 3 | {cells}" in text
-    assert "net: 8.600 ms tuned, 13.2 ms by default on 1 of 2 layers (2.00×)" in text
+    assert "net: 8.600 ms tuned. 1 of these layers: 6.600 ms tuned, 13.2 ms by default (2.00×)." in text
 
 
 # ---- the command ------------------------------------------------------------------------------
