@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -343,9 +343,8 @@ def _print_results(run: JobRun, as_json: bool, interrupted: bool, busy: float | 
     if not as_json:
         for times in run.networks:
             say(network_line(times))
-        if len(results) > 1:
-            for told in brought(results, without={times.model for times in run.networks if times.seconds}):
-                say(told)
+        if len(results) > 1 and not any(times.seconds for times in run.networks):
+            say("\n".join(brought(results)))
         _note_compared_alone(run.layers)
         _note_next(run, results)
     note_busy([busy])
@@ -411,33 +410,29 @@ def network_line(times: NetworkTimes) -> str:
     return f"{said} ({gain:.3f}×, {low:.3f}–{high:.3f}); {kept}"
 
 
-def brought(results: Sequence[Mapping[str, Any]], without: Collection[str] = ()) -> list[str]:
-    """What each model's layers take together before and after, by their final comparisons.
+def brought(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the layers take together before and after by their final comparisons, for each target and thread count.
 
     Args:
-        results: layers as :func:`_result` gives them.
-        without: models of which more is said elsewhere.
+        results: layers as :func:`_result` gives them; each counts as often as it occurs in all models.
     """
     lines = []
     settings = dict.fromkeys((result["target"], result["threads"]) for result in results)
-    models = dict.fromkeys(model for result in results for model in result["models"])
-    for model in models:
-        for target, threads in settings:
-            where = f" on {target}, {plural(threads, 'thread')}" if len(settings) > 1 else ""
-            own = [r for r in results if model in r["models"] and (r["target"], r["threads"]) == (target, threads)]
-            compared = [r for r in own if r["compared"] and r["best"] and r["best"]["seconds"]]
-            if not own or model in without:
-                continue
-            rest = len(own) - len(compared)
-            missing = f"{plural(rest, 'layer')} without a final comparison" if rest else ""
-            if not compared:
-                lines.append(f"{printable(model)}{where}: {missing}")
-                continue
-            before = sum(r["default_seconds"] * r["count"] for r in compared)
-            after = sum(r["best"]["seconds"] * r["count"] for r in compared)
-            which = f"the {plural(len(compared), 'compared layer')}" if rest else plural(len(own), "layer")
-            line = f"{printable(model)}{where}: {which} with their counts take {duration(after)}, {duration(before)}"
-            lines.append(f"{line} with the defaults ({before / after:.2f}×){f'; {missing} not counted' * bool(rest)}")
+    for target, threads in settings:
+        own = [result for result in results if (result["target"], result["threads"]) == (target, threads)]
+        models = list(dict.fromkeys(model for result in own for model in result["models"]))
+        who = printable(models[0]) if len(models) == 1 else plural(len(models), "model")
+        who += f" on {target}, {plural(threads, 'thread')}" if len(settings) > 1 else ""
+        compared = [r for r in own if r["compared"] and r["default_seconds"] and r["best"] and r["best"]["seconds"]]
+        missing = f"{plural(len(own) - len(compared), 'layer')} without a final comparison"
+        if not compared:
+            lines.append(f"{who}: {missing}")
+            continue
+        before = sum(result["default_seconds"] * result["count"] for result in compared)
+        after = sum(result["best"]["seconds"] * result["count"] for result in compared)
+        gain = f"{duration(after)} tuned, {duration(before)} with the defaults ({before / after:.2f}×)"
+        counted = f"{plural(len(compared), 'layer')}, each as often as it occurs"
+        lines.append(f"{who}: {gain}: {counted}{f'; not {missing}' * (len(compared) < len(own))}")
     return lines
 
 

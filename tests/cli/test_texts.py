@@ -1,0 +1,70 @@
+"""What tuning brought in words, and tables that fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from convgen.cli import common
+from convgen.cli.common import table
+from convgen.cli.tune import brought
+from convgen.lowering.schedule import Picks
+from convgen.report.words import picks_text
+
+
+def layer(count: int, before: float | None, after: float | None, **changes: Any) -> dict[str, Any]:
+    """A layer's result: ``before`` and ``after`` in µs, of a final comparison where there is a ``before``."""
+    return {
+        "models": ["net.onnx"],
+        "target": "cpu:x",
+        "threads": 1,
+        "count": count,
+        "compared": before is not None,
+        "default_seconds": before and before * 1e-6,
+        "best": after and {"seconds": after * 1e-6},
+        **changes,
+    }
+
+
+def test_what_tuning_brought_counts_each_layer_as_often_as_it_occurs() -> None:
+    (line,) = brought([layer(3, 200, 100), layer(1, 400, 300)])
+    assert line == "net.onnx: 600 µs tuned, 1 ms with the defaults (1.67×): 2 layers, each as often as it occurs"
+
+
+def test_times_of_the_search_are_not_added_to_those_of_comparisons() -> None:
+    (line,) = brought([layer(1, 200, 100), layer(1, None, 50), layer(1, None, None)])
+    assert line == (
+        "net.onnx: 100 µs tuned, 200 µs with the defaults (2.00×): 1 layer, each as often as it occurs"
+        "; not 2 layers without a final comparison"
+    )
+    assert brought([layer(1, None, 50)]) == ["net.onnx: 1 layer without a final comparison"]
+
+
+def test_settings_are_told_apart() -> None:
+    lines = brought([layer(1, 200, 100), layer(1, 200, 50, threads=2, models=["a", "b"])])
+    assert [line.partition(": ")[0] for line in lines] == [
+        "net.onnx on cpu:x, 1 thread",
+        "2 models on cpu:x, 2 threads",
+    ]
+    assert "(4.00×)" in lines[1]
+
+
+def test_picks_are_shown_in_one_order() -> None:
+    picks = {"tile": 3, "block": 2, "order": "ic"}
+    assert picks_text(picks) == str(Picks(**picks)) == "block=2 order=ic tile=3"
+    assert str(Picks(**dict(reversed(picks.items())))) == str(Picks(**picks))
+
+
+@pytest.mark.parametrize("columns", [40, 80, 130])
+def test_tables_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = ["spec", *(f"number {i}>" for i in range(12)), "candidate"]
+    rows = [["conv2d n1 ic8 oc16 i10x10 k3x3 s1x1 p1x1 relu", *range(12), "cpu_direct(tile_oc=32 tile_ow=14 block=28)"]]
+    whole = table(header, rows)
+    monkeypatch.setattr(common, "_room", lambda: columns)
+    fitting = table(header, rows)
+    assert max(map(len, fitting.splitlines())) <= columns
+    assert fitting.startswith("spec")
+    assert "candidate" in fitting
+    assert "number 11" in whole
+    assert ("number 11" in fitting) == (columns >= 160)
