@@ -432,7 +432,7 @@ def brought(results: Sequence[Mapping[str, Any]]) -> list[str]:
         after = sum(result["best"]["seconds"] * result["count"] for result in compared)
         gain = f"{duration(after)} tuned, {duration(before)} with the defaults ({before / after:.2f}×)"
         counted = f"{plural(len(compared), 'layer')}, each as often as it occurs"
-        lines.append(f"{who}: {gain}: {counted}{f'; not {missing}' * (len(compared) < len(own))}")
+        lines.append(f"{who}: {gain}: {counted}{f'; {missing} left out' * (len(compared) < len(own))}")
     return lines
 
 

@@ -36,7 +36,7 @@ def test_times_of_the_search_are_not_added_to_those_of_comparisons() -> None:
     (line,) = brought([layer(1, 200, 100), layer(1, None, 50), layer(1, None, None)])
     assert line == (
         "net.onnx: 100 µs tuned, 200 µs with the defaults (2.00×): 1 layer, each as often as it occurs"
-        "; not 2 layers without a final comparison"
+        "; 2 layers without a final comparison left out"
     )
     assert brought([layer(1, None, 50)]) == ["net.onnx: 1 layer without a final comparison"]
 
