@@ -13,13 +13,14 @@ import os
 import weakref
 from contextlib import suppress
 from ctypes import POINTER, c_char_p, c_float, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from ..errors import KernelError
 from ..hardware.machine import Device
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: What of the driver is called; all return a CUresult.
 _FUNCTIONS: dict[str, tuple[type, ...]] = {
@@ -200,6 +201,8 @@ class Memory(_Handle):
 
     def upload(self, array: NDArray[Any], offset: int = 0) -> None:
         """Copy an array's bytes here; they have arrived, for all streams, when this returns."""
+        import numpy as np  # here: whoever asks which device there is needs none
+
         data = np.ascontiguousarray(array)
         self._check(offset, data.nbytes)
         if not data.nbytes:
@@ -210,6 +213,8 @@ class Memory(_Handle):
 
     def download(self, offset: int = 0, size: int | None = None) -> NDArray[np.uint8]:
         """The bytes from ``offset`` on, once the default stream has come here."""
+        import numpy as np
+
         data = np.empty(self.size - offset if size is None else size, np.uint8)
         self._check(offset, data.nbytes)
         if not data.nbytes:
