@@ -65,6 +65,7 @@ from convgen.lowering.schedule import Candidate
 from convgen.lowering.versions import versions
 from convgen.measure.compare import Comparison, Timing, ratio_interval
 from convgen.measure.gpu import gpu, output, prepare, runnable_code
+from convgen.measure.standalone.command import finite
 from convgen.measure.standalone.timing import DUEL_SECONDS
 from convgen.problem.dtypes import distance, numpy_dtype
 from convgen.problem.spec import ConvSpec
@@ -413,8 +414,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"{', '.join(MODES)}; with --compile i8 too",
     )
     parser.add_argument("--batches", type=batches, metavar="N,…", help="[1,16,64; with --compile, the layers' own]")
-    parser.add_argument("--seconds", type=float, default=0.0, help="tuning time per layer; 0: defaults only")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no layer later than that  [no limit]")
+    parser.add_argument("--seconds", type=finite, default=0.0, help="tuning time per layer; 0: defaults only")
+    parser.add_argument("--minutes", type=finite, default=math.inf, help="begin no layer later than that  [no limit]")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each comparison")
     parser.add_argument("--records", type=Path, help="record store; the default one unless given")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "cuda", help="where results are kept")

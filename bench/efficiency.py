@@ -42,6 +42,7 @@ from convgen.interrupts import interrupts_held
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.schedule import Candidate
 from convgen.lowering.versions import versions
+from convgen.measure.standalone.command import finite
 from convgen.measure.standalone.timing import HOPELESS, TRIAL_SECONDS
 from convgen.measure.trial import CandidateModule, Expected, candidate_module
 from convgen.measure.workers import LocalBuilder, LocalRunner, Pools
@@ -524,7 +525,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--trials", type=int, default=32, help="of the race, cold and warm")
     parser.add_argument("--random-trials", type=int, default=32, help="of random search")
-    parser.add_argument("--longest", type=float, default=12.0, help="seconds per layer of the longest search")
+    parser.add_argument("--longest", type=finite, default=12.0, help="seconds per layer of the longest search")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "search", help="where results are kept")
     parser.add_argument("--json", action="store_true", help="print the rows and the summary as one JSON document")

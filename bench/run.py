@@ -38,6 +38,7 @@ from convgen.lowering.candidates import default_candidate
 from convgen.lowering.versions import versions
 from convgen.measure.busy import busy_warning
 from convgen.measure.peers import PEERS, find_peer
+from convgen.measure.standalone.command import finite
 from convgen.problem.layout import BLOCKS
 from convgen.problem.tokens import ACCURACIES
 from convgen.records.answer import best_record, record_candidate
@@ -195,7 +196,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--summary", action="store_true", help="write this processor's README.md and summary.svg")
     parser.add_argument("--threads", type=threads_listed, default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=30.0, help="tuning time per layer; 0: defaults only")
+    parser.add_argument("--seconds", type=finite, default=30.0, help="tuning time per layer; 0: defaults only")
     parser.add_argument("--recorded", action="store_true", help="take the kernels that --records has instead of tuning")
     parser.add_argument("--accuracy", choices=ACCURACIES, help="accuracy of every layer, instead of its own")
     parser.add_argument("--batch", type=int, metavar="N", help="batch of every layer, instead of its own")

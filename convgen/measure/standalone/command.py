@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from typing import Sequence
@@ -30,17 +31,25 @@ from .summary import summary
 from .words import tell
 
 
+def finite(text: str) -> float:
+    """A number that is neither negative nor infinite, of an option."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError("expected a finite number >= 0, found %r" % text)
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (the process's own where None); returns its exit status."""
     parser = argparse.ArgumentParser(description="Measure the candidates of this bundle; goes on where it stopped.")
     here = os.path.dirname(LOCATION)
     parser.add_argument("bundle", nargs="?", default=here, help="the unpacked bundle [default: where this file is]")
     parser.add_argument("-o", "--out", metavar="FILE", help="where results go [default: results.jsonl in the bundle]")
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds a candidate may take [60]")
+    parser.add_argument("--timeout", type=finite, default=60.0, metavar="S", help="seconds a candidate may take [60]")
     parser.add_argument(
         "--memory", type=int, metavar="MIB", help="memory a candidate may take, 0: any [default: by the layer's size]"
     )
-    parser.add_argument("--minutes", type=float, metavar="M", help="begin no candidate later than that [no limit]")
+    parser.add_argument("--minutes", type=finite, metavar="M", help="begin no candidate later than that [no limit]")
     parser.add_argument("--sanitizer", action="store_true", help="small layers under NVIDIA's compute-sanitizer too")
     parser.add_argument("--facts", action="store_true", help="print what there is to know about this machine")
     given = parser.parse_args(arguments)
