@@ -26,14 +26,20 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 @pytest.fixture
-def run_json(run: Run) -> Callable[..., Any]:
+def group() -> list[str]:
+    """The command that ``run`` puts before what it is given."""
+    return []
+
+
+@pytest.fixture
+def run_json(run: Run, group: list[str]) -> Callable[..., Any]:
     """Runs a command line with --json; gives the document, which must be all of stdout, and as its schema says."""
 
     def call(*arguments: object, status: int = 0) -> Any:
         found, out, err = run(*arguments, "--json")
         assert found == status, err
         document = json.loads(out)
-        documents.check(list(map(str, arguments)), document)
+        documents.check([*group, *map(str, arguments)], document)
         return document
 
     return call

@@ -33,6 +33,11 @@ OTHER_LAYER = "conv1d n1 ic4 oc4 i20 k3 s1 p1"
 
 
 @pytest.fixture
+def group() -> list[str]:
+    return ["records"]
+
+
+@pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs ``convgen records …`` here, where nothing ships; gives status, stdout and stderr."""
     (tmp_path / "tuned").mkdir()

@@ -51,7 +51,7 @@ def test_settings_are_told_apart() -> None:
 
 
 def test_picks_are_shown_in_one_order() -> None:
-    picks = {"tile": 3, "block": 2, "order": "ic"}
+    picks: dict[str, Any] = {"tile": 3, "block": 2, "order": "ic"}
     assert picks_text(picks) == str(Picks(**picks)) == "block=2 order=ic tile=3"
     assert str(Picks(**dict(reversed(picks.items())))) == str(Picks(**picks))
 
