@@ -166,6 +166,7 @@ layers       [BUILT]  each layer
 folder       text     where the files are
 interrupted  flag     whether Ctrl-C ended it
 busy         number?  share of the CPUs that other programs had while something was timed
+skipped?     [text]   layers that could not be read, and why
 """,
     "compile": """
 folder    text?            where the files are; null where the model is refused
@@ -195,6 +196,7 @@ threads      integer    that kernels run on
 interrupted  flag       whether Ctrl-C ended it
 passed       flag       whether all is right
 layers       [CHECKED]  each layer
+skipped?     [text]     layers that could not be read, and why
 """,
     "validate --whole": """
 name         text     of the network
@@ -208,6 +210,8 @@ target       text      what was built for
 interrupted  flag      whether Ctrl-C ended it
 layers       [ROW]     each layer and number of threads
 totals       [TOTALS]  by number of threads
+failed?      [FAILED]  layers that could not be built or timed
+skipped?     [text]    layers that could not be read, and why
 """,
     "bench --whole": """
 interrupted  flag       whether Ctrl-C ended it
@@ -353,6 +357,7 @@ trials   integer  that are in it
 known    integer  that the store knows already
 failed   integer  that did not compile
 errors   [text]   why
+skipped?  [text]  layers that could not be read, and why
 """,
     "fleet import": """
 results  integer  in the file
@@ -370,6 +375,11 @@ measured?    flag     whether the seconds were taken now, for want of a record
 validation?  REPORT?  null where nothing was checked
 folder?      text     where its files are; of several layers, below the whole's
 error?       text     why it was not exported
+""",
+    "FAILED": """
+=LAYER
+threads  integer  that the kernel was to run on
+error    text     why
 """,
     "REFUSED": """
 node    text  which
