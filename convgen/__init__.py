@@ -85,14 +85,27 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("convgen")
+        return _version()
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    try:
+        value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith(f"{__name__}."):
+            raise
+        found = "found convgen-runtime, which loads compiled libraries and no more"
+        raise ImportError(f"convgen.{name}: expected the whole of convgen (pip install convgen), {found}") from error
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("convgen")
+    except PackageNotFoundError:
+        return version("convgen-runtime")  # the part of this package that has no compiler
 
 
 def __dir__() -> list[str]:
