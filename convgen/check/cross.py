@@ -19,7 +19,8 @@ from ..errors import UnsupportedError
 from ..kernel.export import header_text
 from ..kernel.kernel import Kernel
 from ..kernel.templates import filled
-from ..lowering.link import architecture, link, link_program
+from ..lowering.link import link, link_program
+from ..lowering.toolchain import architecture, static_libc
 from ..problem.dtypes import UNIT_ROUNDOFF, numpy_dtype
 from .data import Arrays
 from .sandbox import Run, run_child, runs_of
@@ -55,7 +56,9 @@ def run_emulated(
     spec, arch = kernel.spec, architecture(kernel.object_file.read_bytes())
     command = emulator(arch)
     (directory / f"{kernel.name}.h").write_text(header_text(kernel.interface), encoding="utf-8")
-    archive = link(kernel.interface, kernel.object_file, directory / f"lib{kernel.name}.a", archive=True)
+    archive = link(
+        kernel.interface, kernel.object_file, directory / f"lib{kernel.name}.a", archive=True, libc=static_libc(arch)
+    )
     text = filled(
         "run_kernel.template.c",
         name=kernel.name,

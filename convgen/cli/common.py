@@ -17,6 +17,7 @@ import click
 from ..errors import Inapplicable, SpecError, UnsupportedError, meant
 from ..formats.entries import AccuracyRule, SpecEntry, with_accuracy
 from ..formats.sources import read_specs
+from ..lowering.toolchain import LIBC
 from ..measure.standalone.words import one_line, printable
 from ..problem.spec import OPERATORS
 from ..report.words import plural
@@ -201,6 +202,21 @@ model_options = grouped(dim_option, accuracy_option)
 layers_argument = grouped(
     click.argument("spec", nargs=-1, required=True, metavar="SPEC|FILE|MODEL.onnx", shell_complete=complete_spec),
     model_options,
+)
+
+
+def _check_libc(context: click.Context, parameter: click.Parameter, libc: str | None) -> str | None:
+    if libc is not None and not LIBC.fullmatch(libc):
+        raise click.BadParameter(f"expected musl or a version of glibc such as glibc-2.28, found {libc!r}")
+    return libc
+
+
+libc_option = click.option(
+    "--libc",
+    metavar="LIBC",
+    callback=_check_libc,
+    help="C library that the exported library is for: musl, or the oldest glibc that it runs with, such as glibc-2.28. "
+    "Takes zig: pip install 'convgen[cross]'.  [default: what the C compiler has]",
 )
 target_option = click.option(
     "--target",

@@ -30,6 +30,7 @@ from .common import (
     label,
     layers_argument,
     layers_of,
+    libc_option,
     note,
     note_busy,
     rate,
@@ -217,6 +218,7 @@ def chosen(kernel: Kernel) -> dict[str, Any]:
     help="Folder to export into.  [default: convgen-out, or convgen-out/LAYER for a single layer]",
 )
 @click.option("--name", metavar="NAME", help="Prefix of the exported C functions, for a single layer.")
+@libc_option
 @click.option("--no-validate", is_flag=True, help="Export without checking against ONNX Runtime.")
 @json_option
 def build(
@@ -234,6 +236,7 @@ def build(
     picks: str | None,
     out: Path | None,
     name: str | None,
+    libc: str | None,
     no_validate: bool,
     as_json: bool,
 ) -> int:
@@ -269,7 +272,7 @@ def build(
         for entry, candidate in zip(work.layers(), forced, strict=True):
             folder = root / entry.spec.name if several else root
             try:
-                result = _build_layer(work, entry, folder, candidate, name, not no_validate)
+                result = _build_layer(work, entry, folder, candidate, name, libc, not no_validate)
             except (BuildError, MeasureError) as error:
                 if not several:
                     raise
@@ -301,7 +304,13 @@ def build(
 
 
 def _build_layer(
-    work: Work, entry: SpecEntry, folder: Path, forced: Candidate | None, name: str | None, check: bool
+    work: Work,
+    entry: SpecEntry,
+    folder: Path,
+    forced: Candidate | None,
+    name: str | None,
+    libc: str | None,
+    check: bool,
 ) -> dict[str, Any]:
     """Build, validate and export one layer; a result with ``error`` was not exported."""
     kernel = work.kernel(entry, forced, name)
@@ -319,7 +328,7 @@ def _build_layer(
         work.view.finish(f"{line}  failed validation")
         return result | {"error": f"{_first_failure(report)}; repeat with: {report.repro}"}
     work.view.phase("exporting")
-    kernel.export(folder, facts={"validation": None if report is None else _summarised(report)})
+    kernel.export(folder, facts={"validation": None if report is None else _summarised(report)}, libc=libc)
     work.view.finish(f"{line}  {'validated' if report else 'not validated'}")
     return result | {"folder": str(folder)}
 

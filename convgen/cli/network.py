@@ -26,6 +26,7 @@ from .common import (
     duration,
     emit,
     json_option,
+    libc_option,
     note,
     records_options,
     say,
@@ -93,6 +94,7 @@ def _check_picture(context: click.Context, parameter: click.Parameter, path: Pat
     "table.",
 )
 @click.option("--name", metavar="NAME", help="What files and functions are called.  [default: the model's name]")
+@libc_option
 @json_option
 def compile_model(
     model: Path,
@@ -107,6 +109,7 @@ def compile_model(
     program: str,
     profile: Path | None,
     name: str | None,
+    libc: str | None,
     as_json: bool,
 ) -> int:
     """Compile a whole model to one library, with its weights packed.
@@ -135,6 +138,8 @@ def compile_model(
     if program == "onnxruntime":
         if seconds:
             raise click.UsageError("--seconds: expected a C library, found --for onnxruntime")
+        if libc is not None:
+            raise click.UsageError("--libc: expected a C library to export, found --for onnxruntime")
         if profile is not None:
             raise click.UsageError("--profile: expected a C library to time, found --for onnxruntime")
         path = out / f"{name or model.stem}.onnx"
@@ -161,7 +166,7 @@ def compile_model(
             note(f"convgen: {network.name}: {failed.name}: {failed.found}")
             return FAILED
         facts["validation"] = None if report is None else report.to_dict()
-    manifest = network.export(out, facts=facts)
+    manifest = network.export(out, facts=facts, libc=libc)
     taken = time.monotonic() - started
     profiles = _profile(network, compiled, profile) if profile is not None else []
     if as_json:

@@ -23,8 +23,9 @@ from ..lowering.interface import (
     read_architecture,
     round_up,
 )
-from ..lowering.link import PART_ALIGNMENT, architecture, link, source, workspace_layout
+from ..lowering.link import PART_ALIGNMENT, link, source, workspace_layout
 from ..lowering.stack import STACK
+from ..lowering.toolchain import architecture
 from ..problem.activation import Activation
 from ..problem.dtypes import BYTES, UNDERFLOW, UNIT_ROUNDOFF
 from ..problem.layout import Blocks
@@ -49,7 +50,11 @@ EXAMPLE_MACS = 30_000_000
 
 
 def write_library(
-    directory: str | os.PathLike[str], interface: Interface, object_file: Path, facts: Mapping[str, Any]
+    directory: str | os.PathLike[str],
+    interface: Interface,
+    object_file: Path,
+    facts: Mapping[str, Any],
+    libc: str | None = None,
 ) -> dict[str, Any]:
     """Write ``lib<name>.so``, ``lib<name>.a``, ``<name>.h``, ``example.c``, a CMake package, a pkg-config file and
     ``manifest.json``.
@@ -65,6 +70,7 @@ def write_library(
             :func:`convgen.load` runs it), and where known ``target``, ``schedule``, ``picks``,
             ``seconds``, ``versions`` and others. ``error_factor`` is the admitted error in
             units of 2^-24 * (conv(|src|, |weights|) + |bias| + |residual|), before the activation.
+        libc: the C library that it is for, ``musl`` or ``glibc-2.28``, say; the compiler's own where None.
 
     Returns:
         The manifest.
@@ -84,7 +90,7 @@ def write_library(
         with TemporaryFolder(existing) as temporary:
             folder = temporary / target.name
             folder.mkdir()  # with the usual permissions
-            manifest = _write_files(folder, interface, object_file, facts)
+            manifest = _write_files(folder, interface, object_file, facts, libc)
             move(folder, target)
     except OSError as error:
         raise ExportError(f"{target}: cannot write the library {interface.name}: {error}") from error
@@ -117,18 +123,20 @@ def check_destination(target: Path, library: str, files: Sequence[str]) -> None:
             raise ExportError(f"{target}: expected an earlier export of {library} or none, found {found}")
 
 
-def _write_files(folder: Path, interface: Interface, object_file: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _write_files(
+    folder: Path, interface: Interface, object_file: Path, facts: Mapping[str, Any], libc: str | None
+) -> dict[str, Any]:
     name, device = interface.name, interface.device
     shared, archive, header, example, *_ = files = [folder / file for file in _file_names(name)]
-    link(interface, object_file, shared)
-    link(interface, object_file, archive, archive=True)
+    link(interface, object_file, shared, libc=libc)
+    link(interface, object_file, archive, archive=True, libc=libc)
     header.write_text(header_text(interface), encoding="utf-8")
     example.write_text(example_text(interface, facts.get("error_factor")), encoding="utf-8")
     libraries = ("m", "pthread") if device is None else ("m", "pthread", "dl")
     arch = architecture(object_file.read_bytes())
     package = Package(name, f"{ABI}.0", interface.spec.descriptor, arch, libraries)
     package.write(folder)
-    manifest = {**_manifest(interface, facts), "needs": package.needs(shared)}
+    manifest = {**_manifest(interface, facts), "needs": package.needs(shared, libc)}
     write_manifest(folder, manifest, files)
     return manifest
 

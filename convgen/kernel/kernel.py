@@ -129,14 +129,19 @@ class Kernel(BaseLibrary):
     def text(cls, lowered: Lowered, kind: str) -> str:
         """A candidate as text, one of :attr:`sources`."""
 
-    def export(self, directory: str | Path, *, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def export(
+        self, directory: str | Path, *, facts: Mapping[str, Any] | None = None, libc: str | None = None
+    ) -> dict[str, Any]:
         """Write the library, header, manifest and C example; returns the manifest.
 
         Args:
             facts: what else the manifest should say, such as the validated error.
+            libc: the C library that it is for: ``musl``, or the oldest glibc, ``glibc-2.28`` say, which takes zig (the
+                Python package ziglang). Whatever the C compiler has where None.
 
         Raises:
             ExportError: the folder cannot be written.
+            BuildError: there is no compiler for that C library.
         """
         known: dict[str, Any] = {
             "target": self.target.spelling,
@@ -150,7 +155,7 @@ class Kernel(BaseLibrary):
             "error_factor": self.error_factor,
             "versions": versions(),
         }
-        return write_library(Path(directory), self.interface, self.object_file, {**known, **(facts or {})})
+        return write_library(Path(directory), self.interface, self.object_file, {**known, **(facts or {})}, libc)
 
 
 class CpuKernel(Kernel, Library):

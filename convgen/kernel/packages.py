@@ -58,12 +58,14 @@ class Package:
         for file, (template, own) in texts.items():
             (folder / file).write_text(_filled(source(template), {**values, **own}), encoding="utf-8")
 
-    def needs(self, library: Path) -> dict[str, Any]:
-        """What a program that runs the shared library must have, for a manifest."""
+    def needs(self, library: Path, libc: str | None = None) -> dict[str, Any]:
+        """What a program that runs the shared library must have, for a manifest; ``libc`` is as of its linking."""
+        c_library = "musl" if libc == "musl" else "glibc"
         glibc = glibc_of(library)
         return {
             "architecture": self.arch,
-            "triple": f"{self.arch}-linux-{'gnu' if glibc else 'any'}",
+            "triple": f"{self.arch}-linux-{'musl' if c_library == 'musl' else 'gnu'}",
+            "libc": c_library,
             "glibc": glibc,
             "libraries": list(self.libraries),
         }

@@ -10,13 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import os
-import platform
 import re
-import shlex
 import shutil
-import subprocess
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -24,6 +20,7 @@ from pathlib import Path
 from ..errors import BuildError
 from ..folders import TemporaryFolder, replacing, user_cache
 from ..hardware.isa import CHECKED
+from .elf import edited
 from .interface import (
     ABI,
     ALIGNMENT,
@@ -37,6 +34,7 @@ from .interface import (
     read_architecture,
 )
 from .stack import check_stack
+from .toolchain import NATIVE, architecture, archiver, compiler, run_tool, static_libc
 
 SOURCES = ("types.h", "cpu.h", "runtime.h", "pool.c", "kernel.c")
 #: Those of a library that runs a whole network.
@@ -51,10 +49,8 @@ CUSTOM_OPS_SOURCES = ("types.h", "network_types.h", "runtime.h", "onnxruntime.h"
 PART_ALIGNMENT = 256
 #: Most pointers and maps one launch may take (``launch.h``).
 MAX_LAUNCH_ARGUMENTS, MAX_LAUNCH_MAPS = 64, 4
-COMPILE_FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread")
+COMPILE_FLAGS = ("-std=c11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-pthread")
 LINK_FLAGS = ("-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,-z,now", "-Wl,--as-needed", "-Wl,--strip-debug")
-#: This machine's architecture.
-NATIVE = platform.machine()
 _DIGEST = hashlib.sha256().digest_size
 #: The compiled runtime while a library is linked. No library is called so: a name has no dot.
 _RUNTIME = "runtime.part.o"
@@ -65,8 +61,11 @@ def source(name: str) -> str:
     return resources.files("convgen").joinpath("runtime", name).read_text(encoding="utf-8")
 
 
-def link(interface: Interface, object_file: Path, out: Path, *, archive: bool = False) -> Path:
+def link(interface: Interface, object_file: Path, out: Path, *, archive: bool = False, libc: str | None = None) -> Path:
     """Link a kernel's object file with the runtime and write ``out``, in one step or not at all.
+
+    Args:
+        libc: the C library that it is linked with, as :func:`compiler` has it.
 
     The shared library, or the static one with ``archive``, defines the functions ``<name>_*`` of
     ``runtime/types.h`` and shows no other symbol; it needs libc, libm and libpthread only, one of a
@@ -85,11 +84,12 @@ def link(interface: Interface, object_file: Path, out: Path, *, archive: bool = 
         sources = SOURCES if interface.device is None else CUDA_SOURCES
         with TemporaryFolder(out.parent) as folder:
             (folder / "entry.c").write_text(entry_source(interface, digest, arch), encoding="utf-8")
-            (folder / _RUNTIME).write_bytes(_runtime_object(compiler(arch), sources))
+            tools = compiler(arch, libc)
+            (folder / _RUNTIME).write_bytes(_runtime_object(tools, sources))
             _write_headers(sources, folder)
             for index, (_, image) in enumerate(interface.device.images if interface.device else ()):
                 (folder / f"image{index}").write_bytes(image)
-            made = (_archive if archive else _shared)(interface.name, [str(object_file)], folder, arch)
+            made = (_archive if archive else _shared)(interface.name, [str(object_file)], folder, arch, tools)
             os.replace(made, out)
     except OSError as error:
         raise BuildError(f"{interface.name}: cannot link {object_file} into {out}: {error}") from error
@@ -97,7 +97,14 @@ def link(interface: Interface, object_file: Path, out: Path, *, archive: bool = 
 
 
 def link_network(
-    name: str, entry: str, functions: Sequence[bytes], out: Path, arch: str = NATIVE, *, archive: bool = False
+    name: str,
+    entry: str,
+    functions: Sequence[bytes],
+    out: Path,
+    arch: str = NATIVE,
+    *,
+    archive: bool = False,
+    libc: str | None = None,
 ) -> Path:
     """Link the functions of a network with the runtime and write ``out``, as :func:`link` does for a kernel.
 
@@ -105,11 +112,12 @@ def link_network(
         entry: the C file that describes the network. It knows a function by its number: ``function0_main`` ….
         functions: their object files, each of which defines ``__tvm_ffi_main``.
         arch: the architecture that they are for.
+        libc: the C library that it is linked with, as :func:`compiler` has it.
 
     Raises:
         BuildError: as :func:`link`.
     """
-    return _link_numbered(name, entry, functions, NETWORK_SOURCES, out, arch, archive)
+    return _link_numbered(name, entry, functions, NETWORK_SOURCES, out, arch, archive, libc)
 
 
 def link_packers(name: str, functions: Sequence[bytes], out: Path) -> Path:
@@ -146,21 +154,22 @@ def _link_numbered(
     out: Path,
     arch: str,
     archive: bool = False,
+    libc: str | None = None,
 ) -> Path:
     """Link functions, which the C file ``entry`` knows by their numbers."""
     try:
         with TemporaryFolder(out.parent) as folder:
             (folder / "entry.c").write_text(entry, encoding="utf-8")
-            (folder / _RUNTIME).write_bytes(_runtime_object(compiler(arch), sources))
+            tools = compiler(arch, libc)
+            (folder / _RUNTIME).write_bytes(_runtime_object(tools, sources))
             _write_headers(sources, folder)
             files = []
             for number, data in enumerate(functions):
                 check_stack(data, arch)
                 files.append(f"function{number}.part.o")
-                (folder / files[-1]).write_bytes(data)
-                named = [f"--redefine-sym=__tvm_ffi_{part}=function{number}_{part}" for part in ("main", "pack")]
-                _run((*_binutils("objcopy", arch), *named, files[-1]), folder)
-            made = (_archive if archive else _shared)(name, files, folder, arch)
+                names = {f"__tvm_ffi_{part}": f"function{number}_{part}" for part in ("main", "pack")}
+                (folder / files[-1]).write_bytes(edited(data, names))
+            made = (_archive if archive else _shared)(name, files, folder, arch, tools)
             os.replace(made, out)
     except OSError as error:
         raise BuildError(f"{name}: cannot link {out}: {error}") from error
@@ -181,7 +190,7 @@ def link_shared(sources: Sequence[str], out: Path, arch: str, *, headers: Sequen
     with TemporaryFolder(out.parent) as folder:
         for name in (*sources, *headers):
             (folder / name).write_text(source(name), encoding="utf-8")
-        _run((*compiler(arch), *COMPILE_FLAGS, "-shared", *LINK_FLAGS, "-o", "made", *sources), folder)
+        run_tool((*compiler(arch), *COMPILE_FLAGS, "-shared", *LINK_FLAGS, "-o", "made", *sources), folder)
         os.replace(folder / "made", out)
     return out
 
@@ -210,7 +219,7 @@ def link_custom_ops(entry: str, weights: Sequence[Path], archives: Sequence[Path
             inputs = ["entry.c", *(name for name in CUSTOM_OPS_SOURCES if name.endswith(".c"))]
             flags = (*COMPILE_FLAGS, "-shared", *LINK_FLAGS, "-Wl,--version-script,symbols")
             libraries = [*(str(archive.resolve()) for archive in archives), "-lm"]
-            _run((*compiler(NATIVE), *flags, f"-Wl,-soname,{out.name}", "-o", "made", *inputs, *libraries), folder)
+            run_tool((*compiler(NATIVE), *flags, f"-Wl,-soname,{out.name}", "-o", "made", *inputs, *libraries), folder)
             os.replace(folder / "made", out)
     except OSError as error:
         raise BuildError(f"{out.name}: cannot link {out}: {error}") from error
@@ -228,7 +237,8 @@ def link_program(text: str, archive: Path, arch: str, out: Path) -> Path:
         (folder / "program.c").write_text(text, encoding="utf-8")
         static = () if arch == NATIVE else ("-static",)
         flags = ("-std=c11", "-O1", *static, f"-I{archive.parent.resolve()}", "-o", "made")
-        _run((*compiler(arch), *flags, "program.c", str(archive.resolve()), "-lm", "-lpthread"), folder)
+        tools, inputs = compiler(arch, static_libc(arch)), ("program.c", str(archive.resolve()), "-lm", "-lpthread")
+        run_tool((*tools, *flags, *inputs), folder)
         os.replace(folder / "made", out)
     return out
 
@@ -243,23 +253,23 @@ def embedded(symbol: str, file: str) -> list[str]:
     ]
 
 
-def _shared(name: str, objects: Sequence[str], folder: Path, arch: str) -> Path:
+def _shared(name: str, objects: Sequence[str], folder: Path, arch: str, tools: tuple[str, ...]) -> Path:
     made = folder / f"lib{name}.so"
     (folder / "symbols").write_text(f"{{ global: {name}_*; local: *; }};\n", encoding="utf-8")
     inputs = ("entry.c", _RUNTIME, *objects, "-lm", "-ldl")
     flags = (*COMPILE_FLAGS, "-shared", *LINK_FLAGS, f"-Wl,-soname,{made.name}", "-Wl,--version-script,symbols")
-    _run((*compiler(arch), *flags, "-o", made.name, *inputs), folder)
+    run_tool((*tools, *flags, "-o", made.name, *inputs), folder)
     return made
 
 
-def _archive(name: str, objects: Sequence[str], folder: Path, arch: str) -> Path:
+def _archive(name: str, objects: Sequence[str], folder: Path, arch: str, tools: tuple[str, ...]) -> Path:
     made = folder / f"lib{name}.a"
     inputs = ("entry.c", _RUNTIME, *objects)
-    _relocatable(compiler(arch), f"{name}.o", inputs, folder)
+    _relocatable(tools, f"{name}.o", inputs, folder)
     # Local from here on: the archives of several kernels must not see each other's runtime.
-    keep = ("--wildcard", f"--keep-global-symbol={name}_*", "--strip-unneeded", f"--keep-symbol={name}_*")
-    _run((*_binutils("objcopy", arch), *keep, f"{name}.o"), folder)
-    _run((*_binutils("ar", arch), "rcsD", made.name, f"{name}.o"), folder)
+    whole = folder / f"{name}.o"
+    whole.write_bytes(edited(whole.read_bytes(), keep=lambda symbol: symbol.startswith(f"{name}_")))
+    run_tool((*archiver(arch, tools), "rcsD", made.name, whole.name), folder)
     return made
 
 
@@ -269,82 +279,13 @@ def _relocatable(compiler: tuple[str, ...], made: str, inputs: Sequence[str], fo
     for file in inputs:
         if file.endswith(".c"):
             objects.append(file.removesuffix(".c") + ".part.o")
-            _run((*compiler, *COMPILE_FLAGS, "-c", "-o", objects[-1], file), folder)
+            run_tool((*compiler, *COMPILE_FLAGS, "-c", "-o", objects[-1], file), folder)
         else:
             objects.append(file)
-    _run((*compiler, "-r", "-nostdlib", "-o", made, *objects), folder)
+    run_tool((*compiler, "-r", "-nostdlib", "-Wl,--strip-debug", "-o", made, *objects), folder)
 
 
 # ---- the C compiler ----------------------------------------------------------------------------
-
-
-#: ELF's numbers of architectures -> their names in ``uname -m`` and in the names of cross compilers.
-_MACHINES = {62: "x86_64", 183: "aarch64"}
-#: The C library that zig links against: any later one serves.
-_ZIG_GLIBC = "2.28"
-
-
-def architecture(object_file: bytes) -> str:
-    """What an ELF file's code runs on, by the name ``uname -m`` has for it; this machine's where the file does
-    not tell.
-    """
-    is_elf = object_file[:4] == b"\x7fELF" and len(object_file) >= 20
-    number = int.from_bytes(object_file[18:20], "little" if object_file[5] == 1 else "big") if is_elf else None
-    return _MACHINES.get(number or 0, NATIVE)
-
-
-def _tool(variable: str, default: str) -> tuple[str, ...]:
-    return tuple(shlex.split(os.environ.get(variable, ""))) or (default,)
-
-
-def compiler(arch: str) -> tuple[str, ...]:
-    """The C compiler for an architecture, with its own arguments.
-
-    For this machine's ``CC``, else ``cc``. For another, such as aarch64, the first there is of ``CC_AARCH64``,
-    ``aarch64-linux-gnu-gcc`` and the one in the Python package ziglang.
-
-    Raises:
-        BuildError: there is none for another architecture; names these ways.
-    """
-    if arch == NATIVE:
-        return _tool("CC", "cc")
-    variable, gcc = f"CC_{arch.upper()}", f"{arch}-linux-gnu-gcc"
-    if os.environ.get(variable) or shutil.which(gcc):
-        return _tool(variable, gcc)
-    zig = importlib.util.find_spec("ziglang")
-    if zig is not None and zig.submodule_search_locations:
-        program = Path(zig.submodule_search_locations[0]) / "zig"
-        return str(program), "cc", "-target", f"{arch}-linux-gnu.{_ZIG_GLIBC}"
-    raise BuildError(
-        f"expected a C compiler for {arch}, found none: install {gcc} (Debian: apt install gcc-{arch}-linux-gnu) "
-        f"or the Python package ziglang, or name one in {variable}"
-    )
-
-
-def _binutils(tool: str, arch: str) -> tuple[str, ...]:
-    """``objcopy`` or ``ar`` for an architecture: what ``OBJCOPY``, for another ``OBJCOPY_AARCH64``, names, else
-    the compiler's companion.
-    """
-    if arch == NATIVE:
-        return _tool(tool.upper(), tool)
-    return _tool(f"{tool.upper()}_{arch.upper()}", f"{arch}-linux-gnu-{tool}")
-
-
-def _run(command: Sequence[str], folder: Path) -> None:
-    # A compiler that is killed leaves its own temporary files.
-    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)}
-    try:
-        done = subprocess.run(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, errors="replace"
-        )
-    except OSError as error:
-        hint = "install a C compiler (Debian: apt install gcc) or name one in CC"
-        if command[0].endswith(("objcopy", "ar")):
-            hint = "install the binutils of the target's architecture"
-        raise BuildError(f"{command[0]}: {error.strerror}; {hint}") from error
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip()
-        raise BuildError(f"exit status {done.returncode} of {shlex.join(command)}\n{said}")
 
 
 @functools.cache

@@ -54,6 +54,7 @@ def write_network(
     layers: Sequence[Sequence[Mapping[str, Any]]],
     facts: Mapping[str, Any],
     seed: int = 0,
+    libc: str | None = None,
 ) -> dict[str, Any]:
     """Write ``lib<name>.so``, ``lib<name>.a``, ``<name>.h``, ``<name>.weights``, a CMake package, a pkg-config file,
     ``manifest.json``, and ``example.c`` with inputs and outputs.
@@ -65,6 +66,7 @@ def write_network(
         layers: of each size, its steps as JSON values.
         facts: what else the manifest says, as JSON values.
         seed: of the example's inputs.
+        libc: the C library that it is for, ``musl`` or ``glibc-2.28``, say; the compiler's own where None.
 
     Returns:
         The manifest.
@@ -82,10 +84,10 @@ def write_network(
         with TemporaryFolder(existing) as temporary:
             folder = temporary / target.name
             folder.mkdir()  # with the usual permissions
-            _write_files(folder, built, example, seed)
+            _write_files(folder, built, example, seed, libc)
             package = _package(built)
             package.write(folder)
-            needs = package.needs(folder / f"lib{code.name}.so")
+            needs = package.needs(folder / f"lib{code.name}.so", libc)
             manifest = _manifest(code, layers, needs, facts)
             write_manifest(folder, manifest, [folder / name for name in _file_names(code)])
             move(folder, target)
@@ -114,11 +116,16 @@ def _package(built: Built) -> Package:
     return Package(code.name, f"{ABI}.{NETWORK_ABI}", description, code.arch, weights=f"{code.name}.weights")
 
 
-def _write_files(folder: Path, built: Built, example: Example, seed: int) -> None:
+def _write_files(folder: Path, built: Built, example: Example, seed: int, libc: str | None) -> None:
     code = built.code
-    shutil.copyfile(built.library, folder / f"lib{code.name}.so")
-    (folder / f"lib{code.name}.so").chmod(0o755)
-    link_network(code.name, built.entry, built.objects, folder / f"lib{code.name}.a", code.arch, archive=True)
+    shared, archive = folder / f"lib{code.name}.so", folder / f"lib{code.name}.a"
+    described = code.name, built.entry, built.objects
+    if libc is None:
+        shutil.copyfile(built.library, shared)
+        shared.chmod(0o755)
+    else:
+        link_network(*described, shared, code.arch, libc=libc)
+    link_network(*described, archive, code.arch, archive=True, libc=libc)
     shutil.copyfile(built.weights, folder / f"{code.name}.weights")
     (folder / f"{code.name}.h").write_text(header_text(code), encoding="utf-8")
     text = filled(

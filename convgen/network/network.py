@@ -110,14 +110,19 @@ class Network(NetworkLibrary):
         threads, accuracy = self.threads, self.accuracy
         return validate_network(self.plans, self.built, source, threads=threads, accuracy=accuracy, seed=seed, **how)
 
-    def export(self, directory: str | Path, *, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def export(
+        self, directory: str | Path, *, facts: Mapping[str, Any] | None = None, libc: str | None = None
+    ) -> dict[str, Any]:
         """Write the library, header, weights, manifest and C example; returns the manifest.
 
         Args:
             facts: what else the manifest should say.
+            libc: the C library that it is for: ``musl``, or the oldest glibc, ``glibc-2.28`` say, which takes zig (the
+                Python package ziglang). Whatever the C compiler has where None.
 
         Raises:
             ExportError: the folder cannot be written.
+            BuildError: there is no compiler for that C library.
         """
         known: dict[str, Any] = {
             "target": self.target.spelling,
@@ -125,7 +130,7 @@ class Network(NetworkLibrary):
             "versions": versions(),
         }
         layers = [self.layers(size) for size in range(len(self.plans))]
-        return write_network(directory, self.built, self._example(), layers, {**known, **(facts or {})})
+        return write_network(directory, self.built, self._example(), layers, {**known, **(facts or {})}, libc=libc)
 
     def _example(self) -> Example:
         """The outputs of an export's example: its own, to the last bit."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from ..errors import BuildError
 from ..lowering.interface import TensorInfo
-from ..lowering.link import DLPACK_DTYPES, NATIVE, cpu_condition
+from ..lowering.link import DLPACK_DTYPES, cpu_condition
+from ..lowering.toolchain import NATIVE
 from .memory import ARENA, INPUT, OUTPUT, WEIGHTS, Place
 
 #: Most arguments of a step (``network.c``).

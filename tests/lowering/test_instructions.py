@@ -16,9 +16,9 @@ from convgen.hardware.target import Target, resolve
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.discover import schedule as find_schedule
 from convgen.lowering.discover import schedules_of
-from convgen.lowering.link import NATIVE
 from convgen.lowering.lower import compile_object, lower
 from convgen.lowering.schedule import Candidate
+from convgen.lowering.toolchain import NATIVE
 from convgen.problem.spec import ConvSpec
 
 LAYERS = [

@@ -31,7 +31,7 @@ from convgen.errors import BuildError, ExportError, MeasureError, RecordError, U
 from convgen.hardware.machine import machine, parse_cpuinfo
 from convgen.hardware.target import resolve
 from convgen.kernel.export import write_library
-from convgen.lowering import link
+from convgen.lowering import link, toolchain
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.interface import Interface
 from convgen.lowering.lower import compile_object, lower
@@ -613,8 +613,8 @@ def test_a_bundle_for_aarch64(tmp_path: Path) -> None:
     assert (packed.trials, packed.failed) == (1, 0)
     with unpacked(tmp_path / "b.zip") as folder:
         libraries = [path.read_bytes() for path in folder.glob("lib/*.so")]
-        assert {link.architecture(data) for data in libraries} == {"aarch64"}
-        if link.NATIVE != "aarch64":
+        assert {toolchain.architecture(data) for data in libraries} == {"aarch64"}
+        if toolchain.NATIVE != "aarch64":
             assert "left out: for aarch64" in run(folder, status=3)
 
 
@@ -623,6 +623,6 @@ def test_without_a_compiler_the_ways_to_one_are_named(monkeypatch: pytest.Monkey
     monkeypatch.delenv("CC_RISCV64", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BuildError, match=r"C compiler for riscv64, .*riscv64-linux-gnu-gcc .*ziglang.*CC_RISCV64"):
-        link.compiler("riscv64")
+        toolchain.compiler("riscv64")
     monkeypatch.setenv("CC_RISCV64", "some-cc -march=rv64gcv")
-    assert link.compiler("riscv64") == ("some-cc", "-march=rv64gcv")
+    assert toolchain.compiler("riscv64") == ("some-cc", "-march=rv64gcv")

@@ -12,6 +12,7 @@ from ...check.sandbox import run_child
 from ...folders import TemporaryFolder
 from ...kernel.templates import filled
 from ...lowering.link import link_network, link_program
+from ...lowering.toolchain import static_libc
 from ..compile import Built
 from ..export import header_text
 from .guarded import Arrays, Runs
@@ -38,9 +39,8 @@ def run_emulated(built: Built, inputs: Sequence[Arrays], threads: Sequence[int])
     ]
     with TemporaryFolder(runs=True) as folder:
         (folder / f"{code.name}.h").write_text(header_text(code), encoding="utf-8")
-        archive = link_network(
-            code.name, built.entry, built.objects, folder / f"lib{code.name}.a", code.arch, archive=True
-        )
+        path, libc = folder / f"lib{code.name}.a", static_libc(code.arch)
+        archive = link_network(code.name, built.entry, built.objects, path, code.arch, archive=True, libc=libc)
         parts = {"inputs": len(code.inputs), "outputs": len(code.outputs)}
         text = filled("run_network.template.c", name=code.name, guarded=guarded_text(code.name), **parts)
         program = link_program(text, archive, code.arch, folder / "run")

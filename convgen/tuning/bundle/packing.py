@@ -19,8 +19,9 @@ from ...errors import BuildError, ExportError, Inapplicable, UnsupportedError
 from ...folders import TemporaryFolder
 from ...hardware.machine import Machine
 from ...hardware.target import Target
-from ...lowering.link import NATIVE, link_shared
+from ...lowering.link import link_shared
 from ...lowering.schedule import Candidate
+from ...lowering.toolchain import NATIVE
 from ...lowering.versions import versions
 from ...measure.standalone.bundle import IDENTITY
 from ...measure.standalone.results import FORMAT
