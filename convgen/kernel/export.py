@@ -36,6 +36,7 @@ from .names import check_export_name
 from .packages import Package, package_files
 from .templates import (
     byte_constants,
+    element_constants,
     example_helpers,
     filled,
     header_parts,
@@ -304,6 +305,9 @@ def header_text(interface: Interface) -> str:
         "stack": STACK >> 10,
     }
     constants = byte_constants(interface.name, {name: tensor.bytes for name, tensor in interface.arguments.items()})
+    constants += element_constants(
+        interface.name, {name: math.prod(tensor.shape) for name, tensor in interface.arguments.items()}
+    )
     constants += byte_constants(interface.name, {"packed": interface.packed_size})
     if interface.device is not None:
         lines.append(f" *   workspace {workspace_layout(interface.device)[1]} bytes, aligned to {ALIGNMENT}")

@@ -36,6 +36,11 @@ def byte_constants(prefix: str, sizes: Mapping[str, int]) -> list[str]:
     return [f"#define {prefix}_{name.upper()}_BYTES {size}" for name, size in sizes.items()]
 
 
+def element_constants(prefix: str, counts: Mapping[str, int]) -> list[str]:
+    """``#define conv_SRC_ELEMENTS 256`` for each name in lower case."""
+    return [f"#define {prefix}_{name.upper()}_ELEMENTS {count}" for name, count in counts.items()]
+
+
 def workspace_constant(prefix: str, fixed: int, share: int) -> str:
     """``#define conv_WORKSPACE_BYTES(threads)``, of a CPU's library."""
     return f"#define {prefix}_WORKSPACE_BYTES(threads) ({fixed} + (threads) * {share})"

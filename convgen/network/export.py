@@ -20,6 +20,7 @@ from ..kernel.names import check_export_name
 from ..kernel.packages import Package, package_files
 from ..kernel.templates import (
     byte_constants,
+    element_constants,
     example_helpers,
     filled,
     header_parts,
@@ -29,6 +30,7 @@ from ..kernel.templates import (
 from ..lowering.interface import ABI, ALIGNMENT, TensorInfo
 from ..lowering.link import link_network, source
 from ..lowering.stack import STACK
+from ..problem.dtypes import BYTES
 from .compile import Built
 from .library import KIND, NETWORK_ABI
 from .source import Code, Size
@@ -217,13 +219,14 @@ def _constants(code: Code) -> list[str]:
     if len(code.sizes) > 1:
         numbers = [f"{code.name}_{size.label} = {number}" for number, size in enumerate(code.sizes)]
         lines += [f"/* The sizes that it was made for. */\nenum {{ {', '.join(numbers)} }};", ""]
-    lines.append("/* Bytes of every buffer, for those that are static. */")
+    lines.append("/* Bytes and elements of every buffer, for those that are static. */")
     lines += byte_constants(code.name, {"weights": code.weights})
     largest: dict[str, int] = {}
     for size in code.sizes:
         for name, bytes_ in _buffers(size).items():
             largest[name] = max(bytes_, largest.get(name, 0))
     lines += byte_constants(code.name, largest)
+    lines += element_constants(code.name, {name: size // BYTES["f32"] for name, size in largest.items()})
     fixed, share = (max(getattr(size, part) for size in code.sizes) for part in ("fixed", "workspace_task"))
     lines.append(workspace_constant(code.name, fixed, share))
     for size in code.sizes if len(code.sizes) > 1 else ():

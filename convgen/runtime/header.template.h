@@ -12,7 +12,7 @@ $tensors
 
 $types
 
-/* Bytes of every buffer, for those that are static. */
+/* Bytes and elements of every buffer, for those that are static. */
 $constants
 
 #ifdef __cplusplus

@@ -16,7 +16,7 @@ $types
 
 $cuda_types
 
-/* Bytes of every buffer, for those that are static. */
+/* Bytes and elements of every buffer, for those that are static. */
 $constants
 
 #ifdef __cplusplus
