@@ -153,19 +153,28 @@ def bench(
     if report is not None and rows:
         _write_report(report, " ".join(spec), rows)
     if as_json:
-        layers = [_layer(kernel, row) for kernel, row in zip(kernels, rows, strict=True)]
-        totals = _totals(rows)
-        facts = {"target": work.target.spelling, "interrupted": interrupted, "layers": layers, "totals": totals}
-        emit(facts | {"failed": failed, "skipped": left_out})
+        facts = {"target": work.target.spelling, "interrupted": interrupted}
+        emit(facts | _document(kernels, rows) | {"failed": failed, "skipped": left_out})
     elif rows:
         say(_text(entries, rows))
     note_busy(row.busy for row in rows)
     if interrupted:
         note(f"convgen: interrupted: {len(rows)} of {len(entries) * len(counts)} comparisons made")
         return INTERRUPTED
+    return _status(failed) or status_of(left_out, skip)
+
+
+def _status(failed: list[dict[str, Any]]) -> int:
+    """The exit status of what failed, which is said."""
     for result in failed:
         note(f"convgen: {result['spec']}: {result['error']}")
-    return FAILED if failed else status_of(left_out, skip)
+    return FAILED if failed else 0
+
+
+def _document(kernels: list[Kernel], rows: list[Row]) -> dict[str, Any]:
+    """The comparisons as JSON values."""
+    layers = [_layer(kernel, row) for kernel, row in zip(kernels, rows, strict=True)]
+    return {"layers": layers, "totals": _totals(rows)}
 
 
 def _bench_layer(
