@@ -35,9 +35,11 @@ def conv_attributes(spec: ConvSpec) -> dict[str, Any]:
 def quantised(spec: ConvSpec, src: str, emit: Emit, constant: Constant) -> str:
     """dst in channels-first order, of the parameters by their names and ``src`` in that order.
 
-    ONNX Runtime's QLinearConv takes src and dst of one type, and one zero point for all weights.
+    ONNX Runtime's QLinearConv takes src and dst of one type, weights of u8 with src of u8 only, and one zero point for
+    all weights.
     """
-    whole = spec.src_dtype == spec.dst_dtype and not spec.transposed and not spec.weights_zero
+    is_of_types = spec.src_dtype == spec.dst_dtype and (spec.src_dtype, spec.weights_dtype) != ("i8", "u8")
+    whole = is_of_types and not spec.transposed and not spec.weights_zero
     if whole and (spec.activation == "none" or (spec.activation == "relu" and spec.is_plainly_quantised)):
         x = _qlinear(spec, src, emit, constant)
         return emit("Relu", x, output="act") if spec.activation == "relu" else x
