@@ -20,7 +20,6 @@ from pathlib import Path
 from ..errors import BuildError
 from ..folders import TemporaryFolder, replacing, user_cache
 from ..hardware.isa import CHECKED
-from .elf import edited
 from .interface import (
     ABI,
     ALIGNMENT,
@@ -157,6 +156,8 @@ def _link_numbered(
     libc: str | None = None,
 ) -> Path:
     """Link functions, which the C file ``entry`` knows by their numbers."""
+    from .elf import edited  # imports NumPy, which commands that link nothing do without
+
     try:
         with TemporaryFolder(out.parent) as folder:
             (folder / "entry.c").write_text(entry, encoding="utf-8")
@@ -275,6 +276,8 @@ def _archive(name: str, objects: Sequence[str], folder: Path, arch: str, tools: 
 
 def _relocatable(compiler: tuple[str, ...], made: str, inputs: Sequence[str], folder: Path) -> None:
     """One object file of C and object files. They are compiled one by one: not every compiler takes more at once."""
+    from .elf import edited
+
     objects = []
     for file in inputs:
         if file.endswith(".c"):
