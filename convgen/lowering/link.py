@@ -264,6 +264,8 @@ def _shared(name: str, objects: Sequence[str], folder: Path, arch: str, tools: t
 
 
 def _archive(name: str, objects: Sequence[str], folder: Path, arch: str, tools: tuple[str, ...]) -> Path:
+    from .elf import edited
+
     made = folder / f"lib{name}.a"
     inputs = ("entry.c", _RUNTIME, *objects)
     _relocatable(tools, f"{name}.o", inputs, folder)
@@ -276,8 +278,6 @@ def _archive(name: str, objects: Sequence[str], folder: Path, arch: str, tools: 
 
 def _relocatable(compiler: tuple[str, ...], made: str, inputs: Sequence[str], folder: Path) -> None:
     """One object file of C and object files. They are compiled one by one: not every compiler takes more at once."""
-    from .elf import edited
-
     objects = []
     for file in inputs:
         if file.endswith(".c"):
