@@ -134,7 +134,7 @@ def test_example_detects_wrong_results(out: Path, tmp_path: Path, found: str, re
     succeed("cc", f"-I{out}", "example.c", out / "libkernel.a", "-lm", "-lpthread", "-o", "example", cwd=tmp_path)
     done = run("./example", cwd=tmp_path)
     assert done.returncode == 1
-    assert re.match(r"n 0, channel \d+, at 0 \d+ \d+: expected \S+, found \S+\n", done.stderr)
+    assert re.match(r"element \d+ of dst: expected \S+, found \S+\n", done.stderr)
 
 
 def test_example_samples_large_layers(tmp_path: Path) -> None:
