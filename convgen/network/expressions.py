@@ -436,6 +436,9 @@ def _over(operand: Lazy, axes: Sequence[int], mode: str, stage: Stage) -> Lazy:
         inner = Operation({"axes": (len(rows),), "keepdims": True, "mode": again}, [sides], shape)
         final = _reduced(inner, stage)
         return stage(shape, lambda *index: final(index))
+    if len(axes) > 1 and mode not in _MAXIMA:  # sums of sums: roundings of alike terms add up over each alone
+        inside = _over(operand, axes[-1:], mode, stage)
+        return _over(inside, axes[:-1], "mean" if mode == "mean" else "sum", stage)
     inner = Operation({"axes": tuple(axes), "keepdims": True, "mode": mode}, [operand], shape)
     at = _reduced(inner, stage)
     return stage(shape, lambda *index: at(index))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.backend.test.case.node import collect_testcases
 
 from convgen.errors import UnsupportedError
@@ -147,3 +147,17 @@ def test_every_operator_has_a_case() -> None:
     without = {"Cast", "Where", "Not", "And", "Or", "Xor", "Equal", "ReduceLogSumExp"}
     without |= {"Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
     assert set(READERS) - {op for op, _ in cases()} <= without
+
+
+def test_sums_over_several_axes_lose_no_digits() -> None:
+    """Of thousands of terms that are alike, one after another, all roundings go the same way."""
+    shape = (1, 8, 38, 17)
+    x = np.full(shape, -1.2, np.float32)
+    x[0, 0, 0, 0] = 0
+    node = helper.make_node("Softmax", ["x"], ["y"], axis=1)  # before version 13: over all that follow
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
+    graph = helper.make_graph([node], "shares", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=7)
+    raised = np.exp(x.astype(np.float64))
+    found = compile_network(model, resolve("cpu"), threads=1)(x)
+    np.testing.assert_allclose(found, raised / raised.sum(), rtol=1e-6)

@@ -73,10 +73,12 @@ def measure(
         transformed: names of the nodes whose kernels do more than reorder sums.
         accuracy: the class that convolutions are computed in.
     """
-    known = {
-        name: Measured(np.asarray(array, np.float64), np.zeros(array.shape))
-        for name, array in {**graph.constants, **inputs}.items()
-    }
+    known = {name: Measured(np.asarray(array, np.float64), np.zeros(array.shape)) for name, array in inputs.items()}
+    for name, array in graph.constants.items():
+        value = np.asarray(array, np.float64)
+        # One that was folded is computed elsewhere by what may round otherwise.
+        is_rounded = np.issubdtype(array.dtype, np.floating)
+        known[name] = Measured(value, _few(value) if is_rounded else np.zeros(array.shape))
     if accuracy == NARROW:
         known |= {name: _stored(known[name]) for name in inputs}
     with np.errstate(all="ignore"):
