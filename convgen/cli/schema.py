@@ -507,7 +507,7 @@ _INTRODUCTION = """\
 # JSON of the commands
 
 With `--json` a command prints one document on standard output, and what is for people on standard error. Every field
-is here; a test holds each command to it. Fields may be added in a minor version; one that is here keeps its name, its
+is here; tests compare what commands print with it. Fields may be added in a minor version; one that is here keeps its name, its
 type and its meaning until the next major one. Times are seconds, and numbers are not rounded. What is no number, such
 as an infinite error, is null.
 
