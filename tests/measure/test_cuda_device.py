@@ -51,7 +51,7 @@ def test_a_default_is_right(text: str) -> None:
     validate(build(text, target="cuda", records=False)).raise_if_failed()
 
 
-@pytest.mark.parametrize(("feature", "spec"), feature_layers())
+@pytest.mark.parametrize(("feature", "spec"), list(feature_layers()))
 def test_every_schedules_default_is_right_one_feature_at_a_time(feature: str, spec: ConvSpec) -> None:
     """Each in a process of its own: what faults or hangs is named, and spoils no other."""
     candidates, _ = every_default(spec, resolve("cuda"))
