@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from paths import SUPPORT
+from usable import runnable
 
 import convgen.schedules
 from convgen.check.fuzz.cases import Case, misread
@@ -35,7 +36,7 @@ from convgen.hardware.target import resolve
 from convgen.kernel.kernel import compile_candidate
 from convgen.lowering import discover
 from convgen.lowering.candidates import default_candidate, parse_candidate
-from convgen.lowering.discover import schedules, schedules_of
+from convgen.lowering.discover import schedules
 from convgen.lowering.schedule import Candidate, Picks
 from convgen.problem.activation import DEFAULTS
 from convgen.problem.dtypes import DTYPES
@@ -131,7 +132,7 @@ def test_every_schedule_is_drawn_alike_often_and_with_picks_of_its_own() -> None
         for case in d.cases:
             assert case.schedule is not None
             other[case.schedule] += case.picks != schedules()[case.schedule].default(case.spec.core, NATIVE)
-    assert counts.keys() == schedules_of("cpu").keys()
+    assert counts.keys() == runnable(NATIVE).keys()
     assert min(counts.values()) >= 0.5 * COUNT / len(counts), counts
     assert min(count for name, count in other.items() if name != "reference") >= 0.3 * COUNT / len(counts), other
 

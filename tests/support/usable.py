@@ -1,4 +1,4 @@
-"""The schedules for floating-point numbers that a processor has the instructions for."""
+"""The schedules that a processor has the instructions for."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from convgen.problem.spec import ConvSpec
 LAYERS = [ConvSpec.parse(f"conv2d n1 ic4 oc4 i8x8 k3x3 {dtype}") for dtype in ("f32", "bf16", "i8")]
 
 
-def usable(target: Target) -> dict[str, Schedule]:
-    """The schedules for CPUs whose own instructions a target has, by id; without those for integers alone."""
+def runnable(target: Target) -> dict[str, Schedule]:
+    """The schedules for CPUs whose own instructions a target has, by id."""
     has, known = set(target.isa), schedules_of("cpu").items()
-    floats = {name: schedule for name, schedule in known if not schedule.only_integers}
-    return {i: s for i, s in floats.items() if all(set(s.instructions(spec)) <= has for spec in LAYERS)}
+    return {i: s for i, s in known if all(set(s.instructions(spec)) <= has for spec in LAYERS)}
+
+
+def usable(target: Target) -> dict[str, Schedule]:
+    """Those of them that are not for integers alone."""
+    return {i: s for i, s in runnable(target).items() if not s.only_integers}
