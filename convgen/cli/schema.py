@@ -507,9 +507,9 @@ _INTRODUCTION = """\
 # JSON of the commands
 
 With `--json` a command prints one document on standard output, and what is for people on standard error. Every field
-is here; tests compare what commands print with it. Fields may be added in a minor version; one that is here keeps its name, its
-type and its meaning until the next major one. Times are seconds, and numbers are not rounded. What is no number, such
-as an infinite error, is null.
+is here; tests compare what commands print with it. Fields may be added in a minor version; one that is here keeps its
+name, its type and its meaning until the next major one. Times are seconds, and numbers are not rounded. What is no
+number, such as an infinite error, is null.
 
 `[type]` is a list, `{type}` an object of any keys, `type?` may be null, and a field *if any* may be missing. Types in
 capitals are below. `python -m convgen.cli.schema COMMAND` prints the JSON Schema of a command's document.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import click
@@ -10,6 +9,7 @@ from click.shell_completion import CompletionItem
 
 from ..errors import meant
 from .common import emit, json_option, say, table
+from .view import page
 
 
 def _complete_topic(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -42,7 +42,7 @@ def show_help(context: click.Context, topic: tuple[str, ...], as_json: bool) -> 
         if as_json:
             emit({"topic": topic[0], "title": titles[topic[0]], "text": text})
         else:
-            _print(text)
+            page(text)
     else:
         say(_help(context.find_root(), topic, [*titles]))
 
@@ -58,14 +58,3 @@ def _help(root: click.Context, words: Sequence[str], titles: Sequence[str]) -> s
             raise click.UsageError(f"expected a topic or a command, found {word!r}{meant(word, known)}")
         inside = click.Context(commands[word], inside, word)
     return inside.command.get_help(inside)
-
-
-def _print(text: str) -> None:
-    if not sys.stdout.isatty():
-        say(text.rstrip("\n"))
-        return
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    console = Console()
-    console.print(Markdown(text, hyperlinks=False), width=min(console.width, 110))

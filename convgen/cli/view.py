@@ -1,6 +1,6 @@
 """How a running command looks: a live display on a terminal, log lines anywhere else.
 
-Everything here goes to standard error.
+All but pages of the documentation goes to standard error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..formats.entries import SpecEntry
 from ..measure.standalone.words import one_line
 from ..report.words import plural
-from .common import duration, label, note, rate
+from .common import duration, label, note, rate, say
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -33,6 +33,18 @@ def _text(line: str, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(one_line(line), style)
+
+
+def page(text: str) -> None:
+    """Print Markdown of the package's own, formatted where standard output is a terminal."""
+    if not sys.stdout.isatty():
+        say(text.rstrip("\n"))
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console()
+    console.print(Markdown(text, hyperlinks=False), width=min(console.width, 110))
 
 
 class _Display:

@@ -84,6 +84,8 @@ class _Other:
         return 0
 
     def empty(self, x: Any, shape: tuple[int, ...]) -> Any:
+        if hasattr(x, "new_empty"):  # as tensors of PyTorch have
+            return x.new_empty(shape)
         if hasattr(x, "__array_namespace__"):
             return x.__array_namespace__().empty(shape, dtype=x.dtype, device=x.device)
         raise KernelError(f"out: expected an array to write to, as {type(x).__name__} cannot make one; found none")

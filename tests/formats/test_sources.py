@@ -200,14 +200,14 @@ def test_a_long_command_goes_on_in_the_next_line(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_served_is_left_out_where_that_is_wanted(tmp_path: Path) -> None:
-    path = write(tmp_path, "train.txt", f"{MIOPEN} -F 4\n{MIOPEN} -F 1\n--dir=BWD_D,FWD_B {BENCHDNN}\nconv2d ic4\n")
-    with pytest.raises(UnsupportedError, match=r"train.txt: line 1: forw: expected 0"):
+    path = write(tmp_path, "train.txt", f"{MIOPEN} -F 8\n{MIOPEN} -F 1\n--dt=f64,f32 {BENCHDNN}\nconv2d ic4\n")
+    with pytest.raises(UnsupportedError, match=r"train.txt: line 1: forw: expected 0 to 7"):
         read_specs(path)
     skipped: list[str] = []
     assert read_specs(path, skipped=skipped) == [SpecEntry(ONE.with_(activation="none"), 2)]
     assert [reason.removeprefix(f"{path}: ").partition(": expected")[0] for reason in skipped] == [
         "line 1: forw",
-        "line 3: --dir",
+        "line 3: --dt",
         "line 4: oc",
     ]
 

@@ -31,6 +31,7 @@ LAYERS = [
     "conv2d n1 ic64 oc64 i8x8 k1x1 relaxed prelu",
     "convtranspose2d n1 ic5 oc18 i4x5 k4x4 s2 p1 tanh",
     "convtranspose2d n4 ic9 oc5 i1x1 k4x3",
+    "conv2d n2 ic16 oc24 i9x9 k3x3 p1 weights",
 ]
 
 
@@ -39,7 +40,11 @@ def stored(layer: str, dtype: str) -> ConvSpec | None:
     spec = ConvSpec.parse(layer)
     if dtype != "i8":
         return spec.with_(dtype=dtype)
-    return None if spec.transposed else spec.with_(dtype=dtype, activation="relu", accuracy="standard")
+    return (
+        None
+        if spec.transposed or spec.direction != "forward"
+        else spec.with_(dtype=dtype, activation="relu", accuracy="standard")
+    )
 
 
 def arch_of(target: Target) -> str:

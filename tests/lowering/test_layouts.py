@@ -56,6 +56,8 @@ def test_a_schedule_is_not_given_layouts_that_it_does_not_know(words: str, targe
     for src, dst in PAIRS:
         core = ConvSpec.parse(words).with_(layout=src, dst_layout=dst).core
         for schedule in schedules().values():
+            if core.direction not in schedule.directions:
+                continue
             why = schedule.reason_against(core, resolve(target))
             if not schedule.takes_layouts(src, dst):
                 assert why == f"does not know src as {src} with dst as {dst}"

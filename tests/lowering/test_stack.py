@@ -36,6 +36,7 @@ LAYERS = [
     "conv1d n1 ic16 oc17 i33 k3 p2_0 elu(0.5) strict",
     "conv2d n1 ic28 oc56 g7 i6x11 k3x3 p1 nhwc relu",
     "conv2d n1 ic17 oc33 i6x6 k3x3 p1 nhwc prelu",
+    "conv2d n2 ic17 oc33 i6x6 k3x3 p1 weights",
 ]
 
 

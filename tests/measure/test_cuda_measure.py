@@ -433,7 +433,7 @@ def test_a_device_is_checked_one_feature_at_a_time(
 
 
 def test_what_a_checker_says_is_told_from_its_own_failure(tmp_path: Path) -> None:
-    program, job = tmp_path / "checker", {"kind": "check"}
+    program, job = tmp_path / "checker", {"kind": "check", "root": str(tmp_path)}
     for says, found in (("ERROR SUMMARY: 3 errors", 3), ("Error: no device", None)):
         program.write_text(CHECKER.format(says=says).replace('"$@"', "true"))
         program.chmod(0o755)

@@ -10,7 +10,7 @@ import random
 import pytest
 from drawn_points import random_picks
 from layouts import LAYOUTS
-from usable import usable
+from usable import runnable
 
 from convgen.check.validate import validate
 from convgen.hardware.target import Target, resolve
@@ -39,6 +39,15 @@ LAYERS = {
         "conv2d n1 ic32 oc32 g8 i7x9 k3x3 s1 p1 prelu residual",
         "conv1d n2 ic64 oc32 g16 i30 k3 s1 p2 d2 residual",
         "conv3d n1 ic16 oc16 g16 i3x4x5 k3x3x3 s1x2x1 p1 hardswish bf16",
+    ],
+    "cpu_grouped_integers": [
+        "conv2d n2 ic32 oc32 g32 i9x13 k3x3 s1 p1 relu i8",
+        "conv2d n1 ic32 oc32 g8 i7x9 k3x3 s2 p1 i8",
+        "conv1d n2 ic64 oc64 g64 i30 k3 s1 p2 d2 i8",
+    ],
+    "cpu_gradient": [
+        "conv2d n2 ic32 oc48 i9x7 k3x3 s1 p1 nobias weights",
+        "conv2d n1 ic64 oc32 g2 i7x8 k3x2 s2x1 p1x0 weights",
     ],
     "cpu_winograd": [
         "conv2d n2 ic32 oc48 i9x14 k3x3 s1 p1 residual relu",
@@ -79,7 +88,7 @@ def pairs_of(schedule: str) -> list[tuple[str, str]]:
 def check(schedule_id: str, spec: ConvSpec, points: int) -> None:
     """The default's kernel and those of random points pass validation."""
     schedule, target = find_schedule(schedule_id), target_for(spec.layout).on(THREADS)
-    if schedule_id not in usable(target):
+    if schedule_id not in runnable(target):
         pytest.skip(f"{target} lacks instructions of {schedule_id}")
     assert schedule.reason_against(spec.core, target) is None
     rng = random.Random(f"{schedule_id} {spec}")

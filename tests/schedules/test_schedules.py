@@ -422,7 +422,7 @@ def test_neighbours_differ_in_one_value_and_there_are_no_others() -> None:
 def test_picks_are_immutable_mappings_with_attributes() -> None:
     picks = Picks(tile=2, order="oc")
     assert (picks.tile, picks["order"], dict(picks)) == (2, "oc", {"tile": 2, "order": "oc"})
-    assert str(picks) == "tile=2 order=oc"
+    assert str(picks) == "order=oc tile=2"
     assert picks == Picks(order="oc", tile=2)
     assert hash(picks) == hash(Picks(order="oc", tile=2))
     changed = picks.replace(tile=4)

@@ -30,7 +30,7 @@ def sanitized(program: str, tool: str, job: dict[str, Any], timeout: float) -> d
     Returns:
         ``found``: how many errors, None where the tool itself does not run here; ``said``: its last lines, or why.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=job["root"]) as folder:
         log = os.path.join(folder, "log")
         ended = answer(job, timeout, [program, "--tool", tool, "--log-file", log])
         text = ""
