@@ -238,5 +238,9 @@ def summary(rows: Sequence[WholeRow]) -> list[str]:
 def _current(rows: Iterable[WholeRow]) -> list[WholeRow]:
     """The rows without those of older versions that have been measured again."""
     rows = list(rows)
-    known = {(row.model, row.threads) for row in rows if "digest" in row.values}
-    return [row for row in rows if "digest" in row.values or (row.model, row.threads) not in known]
+
+    def what(row: WholeRow) -> tuple[str, str, int]:
+        return row.model, row.accuracy, row.threads
+
+    known = {what(row) for row in rows if "digest" in row.values}
+    return [row for row in rows if "digest" in row.values or what(row) not in known]

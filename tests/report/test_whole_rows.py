@@ -60,6 +60,7 @@ def test_the_page_has_the_newest_rows() -> None:
     assert page.count("| m |") == page.count("| n |") == 1
     assert f"Geometric mean {math.sqrt(1.5 * 6):.2f} over 2 models, least 1.50." in page
     assert "4.00" not in page
+    assert "4.00" in whole_page([older, row(accuracy="bf16")])  # of another accuracy: both stay
     assert summary([row(ratio=None)]) == []
 
 
