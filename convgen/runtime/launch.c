@@ -60,7 +60,7 @@ static struct {
                                    int fill);
 } driver;
 
-static int has_driver;
+static int has_driver, driver_version;
 
 static int find(void *library, const char *name, void *function) /* a pointer to a pointer to a function */
 {
@@ -79,6 +79,8 @@ static void open_driver(void)
                  FIND(cuModuleLoadData) && FIND(cuModuleUnload) && FIND(cuModuleGetFunction) &&
                  FIND(cuFuncSetAttribute) && FIND(cuLaunchKernel) && FIND(cuGetErrorName) &&
                  FIND(cuDriverGetVersion);
+    if (has_driver && driver.cuDriverGetVersion(&driver_version) != CUDA_SUCCESS)
+        driver_version = 0; /* as an old one */
     FIND(cuCtxGetId);
     FIND(cuTensorMapEncodeTiled);
     FIND(cuTensorMapEncodeIm2col);
@@ -295,11 +297,9 @@ static int encode_mode(const convgen_cuda_map *m, void *at, CUtensorMap *map)
 
 static int encode(const convgen_cuda_map *m, const void *address, CUtensorMap *map)
 {
-    int version;
     RETURN_UNLESS_OK(encode_mode(m, (void *)(uintptr_t)address /* it is only read */, map));
-    RETURN_UNLESS_OK(checked(driver.cuDriverGetVersion(&version)));
     const uint64_t bytes = m->dims[m->rank - 1] * m->strides[m->rank - 2]; /* maps have two axes and more */
-    if (version <= LAST_WITH_LARGE_MAPS && bytes < LARGE_MAP)
+    if (driver_version <= LAST_WITH_LARGE_MAPS && bytes < LARGE_MAP)
         map->opaque[LARGE_MAP_WORD] &= ~(UINT64_C(1) << LARGE_MAP_BIT);
     return CONVGEN_OK;
 }
