@@ -83,6 +83,7 @@ class Graph:
         inputs, outputs: of the network, in the model's order.
         names: what the model calls its outputs.
         dims: sizes of symbolic dimensions, by name, that it was read with.
+        folded: constants that are no tensors of the model's: they were computed of such.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Graph:
     names: list[str]
     dtypes: dict[str, str] = field(default_factory=dict)
     dims: dict[str, int] = field(default_factory=dict)
+    folded: set[str] = field(default_factory=set)
 
     @property
     def convolutions(self) -> list[Convolution]:

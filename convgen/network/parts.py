@@ -78,7 +78,7 @@ def _part(graph: Graph, inside: Sequence[Node], read_elsewhere: set[str], name: 
     constants = {tensor: graph.constants[tensor] for tensor in read if tensor in graph.constants}
     shapes = {tensor: graph.shapes[tensor] for tensor in (*read, *made)}
     dtypes = {tensor: graph.dtypes[tensor] for tensor in shapes if tensor in graph.dtypes}
-    part = Graph(name, list(inside), shapes, constants, inputs, outputs, list(outputs), dtypes)
+    part = Graph(name, list(inside), shapes, constants, inputs, outputs, list(outputs), dtypes, folded=graph.folded)
     part.order()
     return part
 

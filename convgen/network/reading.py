@@ -180,6 +180,9 @@ class _Builder:
                 self.made.dtypes[value] = dtype
             self.made.constants[value] = np.asarray(self.scope.value(value), numpy_dtype(dtype), order="C")
             self.made.shapes[value] = self.made.constants[value].shape
+            producer = self.scope.producers.get(value)
+            if producer is not None and self.scope.nodes[producer].op_type != "Constant":
+                self.made.folded.add(value)
             return []
         if (index := self.scope.producers.get(value)) is None:
             self.refused[f"value {value!r}"] = "nothing computes it"

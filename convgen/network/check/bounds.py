@@ -77,7 +77,7 @@ def measure(
     for name, array in graph.constants.items():
         value = np.asarray(array, np.float64)
         # One that was folded is computed elsewhere by what may round otherwise.
-        is_rounded = np.issubdtype(array.dtype, np.floating)
+        is_rounded = name in graph.folded and np.issubdtype(array.dtype, np.floating)
         known[name] = Measured(value, _few(value) if is_rounded else np.zeros(array.shape))
     if accuracy == NARROW:
         known |= {name: _stored(known[name]) for name in inputs}
