@@ -74,6 +74,12 @@ def spec_of(
     )
 
 
+def _kernel(x: Tensor, weight: Tensor, options: Sequence[Any], **more: Any) -> Kernel:
+    """The kernel of a call, of images as x lies."""
+    layout = "nhwc" if is_last(x) else "nchw"
+    return kernel_of(spec_of(x.shape, weight.shape, x.dtype, *options, layout=layout, **more), torch.get_num_threads())
+
+
 def _is_ours(*tensors: Tensor | None) -> bool:
     given = [t for t in tensors if t is not None]
     return all(t.device.type == "cpu" and t.dtype in _DTYPES and t.dtype == given[0].dtype for t in given)
@@ -126,24 +132,14 @@ def convolution(
         return made.contiguous(memory_format=_LAST[x.dim() - 2]) if is_last(x) else made.contiguous()
     last = is_last(x)
     options = (stride, padding, dilation, transposed, output_padding, groups)
-    layout = "nhwc" if last else "nchw"
-    spec = spec_of(x.shape, weight.shape, x.dtype, *options, bias=bias is not None, layout=layout)
-    layer = kernel_of(spec, torch.get_num_threads()).bind(weight.detach(), None if bias is None else bias.detach())
+    kernel = _kernel(x, weight, options, bias=bias is not None)
+    layer = kernel.bind(weight.detach(), None if bias is None else bias.detach())
     return _image(layer(_stored(x, last)), last)
 
 
 @convolution.register_fake  # type: ignore[untyped-decorator]
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    stride, padding, dilation, transposed, output_padding, groups = options
     sizes = []
     for axis, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True)):
         window, pads = dilation[axis] * (kernel - 1) + 1, padding[2 * axis] + padding[2 * axis + 1]
@@ -155,26 +151,22 @@ def _(
     return _empty(x, (x.shape[0], channels, *sizes), is_last(x))
 
 
-@torch.library.custom_op("convgen::gradient_of_input", mutates_args=())  # type: ignore[untyped-decorator]
-def gradient_of_input(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """The gradient of a convolution's input, of its shape, from that of its output."""
-    last = is_last(x)
-    options = (stride, padding, dilation, transposed, output_padding, groups)
+#: The arguments of both gradients, for PyTorch.
+_OF_GRADIENTS = (
+    "(Tensor gradient, Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    "bool transposed, SymInt[] output_padding, SymInt groups) -> Tensor"
+)
+
+
+@torch.library.custom_op("convgen::gradient_of_input", mutates_args=(), schema=_OF_GRADIENTS)  # type: ignore[untyped-decorator]
+def gradient_of_input(gradient: Tensor, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    """The gradient of a convolution's input, of its shape, from that of its output; ``options`` as of
+    :func:`convolution` from ``stride`` on.
+    """
     if not _is_ours(gradient, x, weight) or x.shape[0] == 0:
         return _by_pytorch(gradient, x, weight, options, 0)
-    layout = "nhwc" if last else "nchw"
-    spec = spec_of(x.shape, weight.shape, x.dtype, *options, direction="data", layout=layout)
-    layer = kernel_of(spec, torch.get_num_threads()).bind(weight.detach())
+    last = is_last(x)
+    layer = _kernel(x, weight, options, direction="data").bind(weight.detach())
     return _image(layer(_stored(gradient, last)), last)
 
 
@@ -183,26 +175,15 @@ def _(gradient: Tensor, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
     return _empty(x, x.shape, is_last(x))
 
 
-@torch.library.custom_op("convgen::gradient_of_weight", mutates_args=())  # type: ignore[untyped-decorator]
-def gradient_of_weight(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """The gradient of a convolution's weight, of its shape, from that of its output."""
-    last = is_last(x)
-    options = (stride, padding, dilation, transposed, output_padding, groups)
+@torch.library.custom_op("convgen::gradient_of_weight", mutates_args=(), schema=_OF_GRADIENTS)  # type: ignore[untyped-decorator]
+def gradient_of_weight(gradient: Tensor, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    """The gradient of a convolution's weight, of its shape, from that of its output; ``options`` as of
+    :func:`convolution` from ``stride`` on.
+    """
     if not _is_ours(gradient, x, weight) or x.shape[0] == 0:
         return _by_pytorch(gradient, x, weight, options, 1)
-    layout = "nhwc" if last else "nchw"
-    spec = spec_of(x.shape, weight.shape, x.dtype, *options, direction="weights", bias=False, layout=layout)
-    layer = kernel_of(spec, torch.get_num_threads()).bind()
+    last = is_last(x)
+    layer = _kernel(x, weight, options, direction="weights", bias=False).bind()
     made: Tensor = layer(_stored(x, last), residual=_stored(gradient, last))
     return made
 

@@ -51,29 +51,13 @@ def convolve(
     padding: Sizes | str,
     dilation: Sizes,
     groups: int,
+    output_padding: Sizes | None = None,
 ) -> Tensor:
-    """A convolution of any rank."""
+    """A convolution of any rank; a transposed one where ``output_padding`` is given."""
     strides, steps = _each("stride", stride, rank), _each("dilation", dilation, rank)
     pads = _pads(padding, weight, strides, steps)
-    rest = (strides, pads, steps, False, [0] * rank, groups)
-    return _batched(x, rank, lambda images: convolution(images, weight, bias, *rest))
-
-
-def convolve_transposed(
-    rank: int,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sizes,
-    padding: Sizes,
-    output_padding: Sizes,
-    groups: int,
-    dilation: Sizes,
-) -> Tensor:
-    """A transposed convolution of any rank."""
-    strides, steps = _each("stride", stride, rank), _each("dilation", dilation, rank)
-    pads, extra = _pads(padding, weight, strides, steps), _each("output_padding", output_padding, rank)
-    rest = (strides, pads, steps, True, extra, groups)
+    extra = _each("output_padding", 0 if output_padding is None else output_padding, rank)
+    rest = (strides, pads, steps, output_padding is not None, extra, groups)
     return _batched(x, rank, lambda images: convolution(images, weight, bias, *rest))
 
 
@@ -103,7 +87,7 @@ def _conv_transpose(rank: int) -> Callable[..., Tensor]:
         groups: int = 1,
         dilation: Sizes = 1,
     ) -> Tensor:
-        return convolve_transposed(rank, input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return convolve(rank, input, weight, bias, stride, padding, dilation, groups, output_padding)
 
     return _named(conv, f"conv_transpose{rank}d", rank)
 
