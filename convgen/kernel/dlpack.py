@@ -21,7 +21,9 @@ class _Device(Structure):
     _fields_ = [("type", c_int32), ("id", c_int32)]
 
 
-class _DataType(Structure):
+class DataType(Structure):
+    """``DLDataType``."""
+
     _fields_ = [("code", c_uint8), ("bits", c_uint8), ("lanes", c_uint16)]
 
 
@@ -30,7 +32,7 @@ class _Tensor(Structure):
         ("data", c_void_p),
         ("device", _Device),
         ("ndim", c_int32),
-        ("dtype", _DataType),
+        ("dtype", DataType),
         ("shape", POINTER(c_int64)),
         ("strides", POINTER(c_int64)),
         ("byte_offset", c_uint64),
@@ -181,7 +183,7 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _dtype(dtype: _DataType) -> str:
+def _dtype(dtype: DataType) -> str:
     """A type's name, as NumPy has it."""
     lanes = f"x{dtype.lanes}" if dtype.lanes != 1 else ""
     return f"{_CODES.get(dtype.code, f'type {dtype.code} of ')}{dtype.bits}{lanes}"

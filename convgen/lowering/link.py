@@ -541,21 +541,21 @@ def _shape(name: str, tensor: TensorInfo) -> str:
 
 
 def _tensor(name: str, tensor: TensorInfo, offset: int) -> str:
-    return f"{{{len(tensor.shape)}, {DLPACK_DTYPES[tensor.dtype]}, {name}_shape, {tensor.bytes}, {offset}}}"
+    return f"{{{len(tensor.shape)}, {described(tensor.dtype)}, {name}_shape, {tensor.bytes}, {offset}}}"
 
 
-def dlpack_dtype(dtype: str) -> tuple[int, int, int]:
-    """DLPack's code, bits and lanes of a stored type."""
-    code, bits, lanes = map(int, DLPACK_DTYPES[dtype].strip("{}").split(","))
-    return code, bits, lanes
+def described(dtype: str) -> str:
+    """A stored type as C has it in DLPack's words."""
+    code, bits, lanes = DLPACK_DTYPES[dtype]
+    return f"{{{code}, {bits}, {lanes}}}"
 
 
-#: DLPack's code, bits and lanes as C; the compiled code takes bfloat16 as its bits.
+#: DLPack's code, bits and lanes of stored types; the compiled code takes bfloat16 as its bits.
 DLPACK_DTYPES = {
-    "f32": "{2, 32, 1}",
-    "f16": "{2, 16, 1}",
-    "bf16": "{1, 16, 1}",
-    "i8": "{0, 8, 1}",
-    "u8": "{1, 8, 1}",
-    "i32": "{0, 32, 1}",
+    "f32": (2, 32, 1),
+    "f16": (2, 16, 1),
+    "bf16": (1, 16, 1),
+    "i8": (0, 8, 1),
+    "u8": (1, 8, 1),
+    "i32": (0, 32, 1),
 }

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, c_int, c_int32, c_int64, c_size_t, c_uint8, c_uint16, c_void_p
+from ctypes import POINTER, c_int, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import BuildError
+from ..kernel.dlpack import DataType
 from ..kernel.library import Bytes, aligned
 from ..kernel.mapped import open_library
 from ..lowering.interface import TensorInfo, boundary, round_up
-from ..lowering.link import dlpack_dtype, link_packers
+from ..lowering.link import DLPACK_DTYPES, link_packers
 from ..problem.dtypes import numpy_dtype
 from ..problem.spec import PARAMETERS
 from .graph import Array
@@ -24,14 +25,10 @@ from .weights import Compiled
 _NAME = "packers"
 
 
-class _Dtype(ctypes.Structure):
-    _fields_ = [("code", c_uint8), ("bits", c_uint8), ("lanes", c_uint16)]
-
-
 class _Tensor(ctypes.Structure):
     _fields_ = [
         ("ndim", c_int32),
-        ("dtype", _Dtype),
+        ("dtype", DataType),
         ("shape", POINTER(c_int64)),
         ("bytes", c_size_t),
         ("offset", c_size_t),
@@ -94,4 +91,4 @@ def _parameter(name: str, info: TensorInfo, parameters: Mapping[str, Any]) -> Ar
 
 def _tensor(info: TensorInfo) -> _Tensor:
     shape: Sequence[int] = info.shape
-    return _Tensor(len(shape), _Dtype(*dlpack_dtype(info.dtype)), (c_int64 * len(shape))(*shape), info.bytes, 0)
+    return _Tensor(len(shape), DataType(*DLPACK_DTYPES[info.dtype]), (c_int64 * len(shape))(*shape), info.bytes, 0)

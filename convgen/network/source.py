@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from ..errors import BuildError
 from ..lowering.interface import TensorInfo
-from ..lowering.link import DLPACK_DTYPES, cpu_condition
+from ..lowering.link import cpu_condition
+from ..lowering.link import described as described_dtype
 from ..lowering.toolchain import NATIVE
 from .memory import ARENA, INPUT, OUTPUT, WEIGHTS, Place
 
@@ -192,7 +193,7 @@ def _shape(shape: tuple[int, ...], known: dict[tuple[int, ...], str]) -> str:
 
 
 def _argument(tensor: TensorInfo, place: Place, known: dict[tuple[int, ...], str]) -> str:
-    described = f"{len(tensor.shape)}, {DLPACK_DTYPES[tensor.dtype]}, {_shape(tensor.shape, known)}"
+    described = f"{len(tensor.shape)}, {described_dtype(tensor.dtype)}, {_shape(tensor.shape, known)}"
     return f"{{{described}, {_SPACES[place.space]}, {place.number}, {place.offset}}}"
 
 
