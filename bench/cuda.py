@@ -25,7 +25,6 @@ import contextlib
 import math
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -66,6 +65,7 @@ from convgen.lowering.versions import versions
 from convgen.measure.compare import Comparison, Timing, ratio_interval
 from convgen.measure.gpu import gpu, output, prepare, runnable_code
 from convgen.measure.standalone.command import finite
+from convgen.measure.standalone.sanitizer import find as find_sanitizer
 from convgen.measure.standalone.timing import DUEL_SECONDS
 from convgen.problem.dtypes import distance, numpy_dtype
 from convgen.problem.spec import ConvSpec
@@ -113,7 +113,7 @@ class Bench:
     Attributes:
         tuner: of the device; None: nothing is tuned.
         flops, bandwidth: what this machine reaches in the mode; None where it cannot be measured.
-        sanitizer: the path of compute-sanitizer; None where it is not installed.
+        sanitizer: the path of compute-sanitizer; empty where it is not installed.
         sanitized: by schedule and class of layers what compute-sanitizer found nothing in, a candidate and its layer;
             or why it did not run.
     """
@@ -121,7 +121,7 @@ class Bench:
     def __init__(self, mode: str, target: Target, options: argparse.Namespace, tuner: Tuner | None) -> None:
         self.mode, self.target, self.options, self.tuner = mode, target, options, tuner
         self.flops, self.bandwidth = rates(mode)
-        self.sanitizer = shutil.which("compute-sanitizer")
+        self.sanitizer = find_sanitizer()
         self.sanitized: dict[tuple[str, str], str] = {}
 
     def row(self, entry: SpecEntry) -> Row:

@@ -46,6 +46,11 @@ class Bundle:
         for name, expected in self.manifest["files"].items():
             self._check(name, expected)
 
+    def feature(self, trial: dict[str, Any]) -> str:
+        """What a trial's layer checks, where it is one of a self-check; empty where it is not."""
+        found: str = self.manifest["layers"][trial["layer"]].get("feature", "")
+        return found
+
     def _check(self, name: str, expected: str) -> None:
         path = os.path.join(self.root, name)
         if not os.path.realpath(path).startswith(os.path.realpath(self.root) + os.sep):

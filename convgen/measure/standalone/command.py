@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tell(f"interrupted; {len(session.done)} results are in {out}: the same command goes on from there")
             return INTERRUPTED
         finally:
-            _write(summary(bundle.manifest, results), out)
+            _write(summary(bundle, results), out)
     except Trouble as trouble:
         tell(f"convgen: {trouble}")
         return TROUBLE

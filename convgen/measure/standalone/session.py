@@ -64,20 +64,18 @@ class Session:
                     return
                 if self._is_left(trial):
                     self._trial(trial, trials)
-            is_feature = self.bundle.manifest["layers"][trials[0]["layer"]].get("feature")
-            if is_feature:  # whether it is right counts, not which is the fastest
+            if self.bundle.feature(trials[0]):  # whether it is right counts, not which is the fastest
                 continue
             if trials[0]["target"] not in self.refused and number not in self._compared:
                 self._final(number, trials)
 
     def sanitize(self, program: str) -> None:
         """Run what is right of the layers of a self-check under compute-sanitizer, which takes its time."""
-        layers = self.bundle.manifest["layers"]
         for tool in TOOLS:
             for trial in self.trials:
                 line = self.done.get(trial["key"])
                 is_right = line is not None and line["outcome"] == "ok"
-                if not layers[trial["layer"]].get("feature") or not is_right or (trial["key"], tool) in self._sanitized:
+                if not self.bundle.feature(trial) or not is_right or (trial["key"], tool) in self._sanitized:
                     continue
                 if self.is_over:
                     return

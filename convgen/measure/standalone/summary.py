@@ -5,18 +5,19 @@ from __future__ import annotations
 import statistics
 from typing import Any, Dict, List
 
+from .bundle import Bundle
 from .results import Results
 from .words import candidate, duration, one_line
 
 
-def summary(manifest: dict[str, Any], results: Results) -> str:
+def summary(bundle: Bundle, results: Results) -> str:
     """Lines about the machine, each schedule, everything that is not right, and each layer's fastest."""
-    trials = {trial["key"]: trial for trial in manifest["trials"]}
+    trials = {trial["key"]: trial for trial in bundle.manifest["trials"]}
     done = [(trials[line["key"]], line) for line in results.lines if line["kind"] == "trial"]
     facts = results.lines[0]["facts"]
     device = facts.get("gpu") or {}
     lines = ["# {}".format(device.get("name") or "CPU"), ""]
-    lines += _right(done, len(trials)) + _wrong(manifest, done) + _sanitized(trials, results) + _fastest(manifest, done)
+    lines += _right(done, len(trials)) + _wrong(bundle, done) + _sanitized(trials, results) + _fastest(bundle, done)
     return "\n".join(one_line(line) for line in lines) + "\n"
 
 
@@ -30,11 +31,11 @@ def _right(done: List[Any], count: int) -> List[str]:
     )
 
 
-def _wrong(manifest: dict[str, Any], done: List[Any]) -> List[str]:
+def _wrong(bundle: Bundle, done: List[Any]) -> List[str]:
     lines = []
     for trial, line in done:
         if line["outcome"] != "ok":
-            feature = manifest["layers"][trial["layer"]].get("feature") or trial["spec"]
+            feature = bundle.feature(trial) or trial["spec"]
             lines.append(f"  {line['outcome']:<12} {feature}: {trial['spec']}: {candidate(trial)}: {line['error']}")
     return ["not right:", *lines, ""] if lines else []
 
@@ -56,10 +57,10 @@ def _sanitized(trials: Dict[str, Any], results: Results) -> List[str]:
     return [*lines, ""]
 
 
-def _fastest(manifest: dict[str, Any], done: List[Any]) -> List[str]:
+def _fastest(bundle: Bundle, done: List[Any]) -> List[str]:
     best: Dict[int, Any] = {}
     for trial, line in done:
-        if line["outcome"] == "ok" and not manifest["layers"][trial["layer"]].get("feature"):
+        if line["outcome"] == "ok" and not bundle.feature(trial):
             taken = statistics.median(line["samples"])
             if trial["group"] not in best or taken < best[trial["group"]][0]:
                 best[trial["group"]] = (taken, trial)
