@@ -195,20 +195,21 @@ class CudaGemm(Scheduled):
                 warps_m=warps_m, warps_n=warps_n, stages=stages, split_k=split_k,
             )  # fmt: skip
 
-    def rate(self, spec: ConvSpec) -> int:
+    def rate(self, spec: ConvSpec, target: Target) -> float:
         """Multiply-adds of a core's matrix units in a cycle."""
-        return {1: 2048, 2: 1024, 4: 512 if spec.accuracy == "tf32" else 170}[BYTES[spec.dtype]]
+        kind = self.kind(spec)
+        return dict(target.rates.mma)["tf32"] / 3 if kind == "tf32x3" else dict(target.rates.mma)[kind]
 
     def rows_read(self, picks: Picks) -> int:
         """Rows of a step that are read from shared memory, by all warps together."""
         rows: int = picks.warps_m * picks.warps_n * sum(_warp(picks))
         return rows
 
-    def step_cycles(self, spec: ConvSpec, picks: Picks) -> float:
+    def step_cycles(self, spec: ConvSpec, target: Target, picks: Picks) -> float:
         """Cycles of a warp's own products in a step, with the quarter of a core's units that it has."""
         rows, cols = _warp(picks)
         macs: int = rows * cols * picks.tile_k
-        return macs / (self.rate(spec) / 4)
+        return macs / (self.rate(spec, target) / 4)
 
     def registers(self, spec: ConvSpec, picks: Picks) -> int:
         """Registers of a thread, estimated: its sums, the fragments of both operands, and others."""
@@ -252,19 +253,20 @@ class CudaGemm(Scheduled):
         steps = k // picks.split_k // picks.tile_k
         row = picks.tile_k * size
         through = row * (self.rows_read(picks) + picks.tile_m + picks.tile_n)
+        rates, l2 = target.rates, target.rates.l2 * model.L2_SHARE
         step = max(
-            picks.tile_m * picks.tile_n * picks.tile_k / self.rate(spec),
-            through / model.SHARED_BYTES,
-            row * (picks.tile_m + picks.tile_n) / model.L2_BYTES,
+            picks.tile_m * picks.tile_n * picks.tile_k / self.rate(spec, target),
+            through / rates.shared,
+            row * (picks.tile_m + picks.tile_n) / l2,
         )
-        alone = max(model.L2_CYCLES / (picks.stages - 1), self.step_cycles(spec, picks)) + model.STEP_CYCLES
-        finish = picks.tile_m * picks.tile_n * (8 / model.SHARED_BYTES + size / model.L2_BYTES)
+        alone = max(model.L2_CYCLES / (picks.stages - 1), self.step_cycles(spec, target, picks)) + model.STEP_CYCLES
+        finish = picks.tile_m * picks.tile_n * (8 / rates.shared + size / l2)
         cycles: float = max(per_core * (steps * step + finish), waves * (steps * alone + finish)) + model.LAUNCH_CYCLES
-        seconds = cycles / model.MATRIX_CLOCK
+        seconds = cycles / rates.clock
         if picks.split_k > 1:  # another launch, which reads what this one wrote
-            seconds += model.LAUNCH + picks.split_k * products * m * n * 8 / model.PARTS_BANDWIDTH
+            seconds += model.LAUNCH + picks.split_k * products * m * n * 8 / (rates.memory * model.PARTS_SHARE)
         if needs_layout(spec, picks):
-            seconds += model.LAUNCH + 3 * math.prod(spec.src_shape) * size / model.LAYOUT_BANDWIDTH
+            seconds += model.LAUNCH + 3 * math.prod(spec.src_shape) * size / (rates.memory * model.LAYOUT_SHARE)
         return seconds
 
     def products(self, spec: ConvSpec, picks: Picks) -> _Products:

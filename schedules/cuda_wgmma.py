@@ -86,18 +86,18 @@ class CudaWgmma(CudaGemm):
         sums: int = picks.tile_n // 2
         return sums + OTHER_REGISTERS
 
-    def rate(self, spec: ConvSpec) -> int:
-        return 4096 // BYTES[spec.dtype]
+    def rate(self, spec: ConvSpec, target: Target) -> float:
+        return dict(target.rates.wgmma)[self.kind(spec)]
 
     def rows_read(self, picks: Picks) -> int:
         rows: int = picks.warps_m // 4 * (WARPGROUP_ROWS + picks.tile_n)
         return rows
 
-    def step_cycles(self, spec: ConvSpec, picks: Picks) -> float:
+    def step_cycles(self, spec: ConvSpec, target: Target, picks: Picks) -> float:
         """Cycles of a warpgroup's products, with all of a core's units; it waits until those of a step have ended."""
-        return self.product_cycles(spec, picks) + WAIT_CYCLES
+        return self.product_cycles(spec, target, picks) + WAIT_CYCLES
 
-    def product_cycles(self, spec: ConvSpec, picks: Picks) -> float:
+    def product_cycles(self, spec: ConvSpec, target: Target, picks: Picks) -> float:
         """Cycles of a warpgroup's products in a step."""
         macs: int = WARPGROUP_ROWS * picks.tile_n * picks.tile_k
-        return macs / self.rate(spec)
+        return macs / self.rate(spec, target)

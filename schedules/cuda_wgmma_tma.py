@@ -71,9 +71,9 @@ class CudaWgmmaTma(CudaWgmma):
         stages: int = picks.stages * (picks.tile_m + picks.tile_n) * tensorize.ROW
         return max(super().shared_memory(spec, picks), stages + barriers)
 
-    def step_cycles(self, spec: ConvSpec, picks: Picks) -> float:
+    def step_cycles(self, spec: ConvSpec, target: Target, picks: Picks) -> float:
         """Cycles of a warpgroup's products: those of the next step are under way before they end."""
-        return self.product_cycles(spec, picks)
+        return self.product_cycles(spec, target, picks)
 
     def seconds(self, spec: ConvSpec, target: Target, picks: Picks) -> float:
         """Predicted seconds: those of cuda_wgmma times :data:`SHARE`."""

@@ -258,4 +258,4 @@ def _seconds(spec: ConvSpec, target: Target, picks: Picks) -> float:
     between = sum(4 * math.prod(shape) for shape in _shapes(spec, tile.tile_m, picks.tile))
     products = tiles.compute_seconds(target, size, tile, _gather(spec), between)
     moved = between + 2 * spec.bytes["src"] + spec.bytes["dst"]
-    return products + moved / (target.cores * model.BANDWIDTH) + 2 * model.LAUNCH
+    return products + moved / target.rates.memory + 2 * model.LAUNCH

@@ -2,8 +2,14 @@
 
 An architecture needs no device: kernels are built, inspected, emulated and exported without one.
 
-Sources of the facts: CUDA C++ Programming Guide, "Compute Capabilities"; PTX ISA, the "Target ISA Notes" of
-the instructions.
+Sources of the facts: CUDA C++ Programming Guide, "Compute Capabilities" and, for f32, "Arithmetic Instructions";
+PTX ISA, the "Target ISA Notes" of the instructions. Rates of matrix units, clocks (boost) and memory are those of a
+usual device's data sheet: dense operations a second, sums of 32 bits, over multiprocessors and clock. They are V100
+SXM2, T4, A100 SXM4 40 GB, A40, Jetson AGX Orin, GeForce RTX 4090, H100 SXM5, B200 and GeForce RTX 5090. L2: the
+whitepapers of V100 and A100 give 2048 and 5120 bytes a cycle; H100 is taken for A100's. On Hopper ``mma.sync``
+reaches 63 % of the data sheet's rate: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture",
+IPDPS workshops 2024. Guesses, as nobody publishes them: L2 of the others, and sm_100's rate of ``mma.sync``, which is
+taken for A100's.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ from typing import NamedTuple
 
 from convgen.errors import UnsupportedError, meant
 from convgen.hardware.machine import Machine
-from convgen.hardware.target import Target
+from convgen.hardware.target import Rates, Target
 from convgen.lowering.interface import read_architecture
 
 
@@ -25,7 +31,7 @@ class Architecture(NamedTuple):
         threads_sm: threads an SM holds.
         l2: bytes of L2 of the capability's usual device.
         sms: its streaming multiprocessors; a device's own where there is one.
-        matrix: operand types its tensor cores take with sums of 32 bits.
+        rates: what a multiprocessor of the usual device does.
         features: instructions a schedule may use: ``ldmatrix``, ``cp_async``, ``tma``, ``wgmma``.
     """
 
@@ -34,25 +40,44 @@ class Architecture(NamedTuple):
     threads_sm: int
     l2: int
     sms: int
-    matrix: tuple[str, ...] = ()
+    rates: Rates
     features: tuple[str, ...] = ()
 
+    @property
+    def matrix(self) -> tuple[str, ...]:
+        """Operand types its tensor cores take with sums of 32 bits."""
+        return tuple(dtype for dtype, _ in self.rates.mma)
 
-_AMPERE = ("f16", "bf16", "tf32", "i8"), ("ldmatrix", "cp_async")
-_HOPPER = _AMPERE[0], (*_AMPERE[1], "tma", "wgmma")
-_BLACKWELL = _AMPERE[0], (*_AMPERE[1], "tma")
+
+def _matrix(f16: int, tf32: int, i8: int) -> tuple[tuple[str, int], ...]:
+    """Multiply-adds of a multiprocessor's tensor cores in a cycle, by operand type."""
+    return ("f16", f16), ("bf16", f16), ("tf32", tf32), ("i8", i8)
+
+
+_VOLTA = Rates(1.53e9, 64, 128, 25, 900e9)
+_TURING = Rates(1.59e9, 64, 128, 25, 320e9, (("f16", 512),))
+_A100 = Rates(1.41e9, 64, 128, 47, 1555e9, _matrix(1024, 512, 2048))
+_A40 = Rates(1.74e9, 128, 128, 24, 696e9, _matrix(512, 256, 1024))
+_ORIN = Rates(1.30e9, 128, 128, 24, 205e9, _matrix(1024, 512, 2048))
+_ADA = Rates(2.52e9, 128, 128, 24, 1008e9, _matrix(256, 128, 1024))
+_H100 = Rates(1.83e9, 128, 128, 38, 3350e9, _matrix(1290, 645, 2580), _matrix(2048, 1024, 4096))
+_B200 = Rates(1.85e9, 128, 128, 38, 7700e9, _matrix(1024, 512, 2048))
+_BLACKWELL = Rates(2.41e9, 128, 128, 24, 1792e9, _matrix(256, 128, 1024))
+
+_ASYNC = ("ldmatrix", "cp_async")
+_TMA = (*_ASYNC, "tma")
 
 ARCHITECTURES = {
-    "sm_70": Architecture(96 << 10, 96 << 10, 2048, 6 << 20, 80),
-    "sm_75": Architecture(64 << 10, 64 << 10, 1024, 4 << 20, 40, ("f16",), ("ldmatrix",)),
-    "sm_80": Architecture(163 << 10, 164 << 10, 2048, 40 << 20, 108, *_AMPERE),
-    "sm_86": Architecture(99 << 10, 100 << 10, 1536, 6 << 20, 84, *_AMPERE),
-    "sm_87": Architecture(163 << 10, 164 << 10, 1536, 4 << 20, 16, *_AMPERE),
-    "sm_89": Architecture(99 << 10, 100 << 10, 1536, 72 << 20, 128, *_AMPERE),
-    "sm_90": Architecture(227 << 10, 228 << 10, 2048, 50 << 20, 132, _AMPERE[0], (*_AMPERE[1], "tma")),
-    "sm_90a": Architecture(227 << 10, 228 << 10, 2048, 50 << 20, 132, *_HOPPER),
-    "sm_100": Architecture(227 << 10, 228 << 10, 2048, 126 << 20, 148, *_BLACKWELL),
-    "sm_120": Architecture(99 << 10, 100 << 10, 1536, 96 << 20, 170, *_BLACKWELL),
+    "sm_70": Architecture(96 << 10, 96 << 10, 2048, 6 << 20, 80, _VOLTA),
+    "sm_75": Architecture(64 << 10, 64 << 10, 1024, 4 << 20, 40, _TURING, ("ldmatrix",)),
+    "sm_80": Architecture(163 << 10, 164 << 10, 2048, 40 << 20, 108, _A100, _ASYNC),
+    "sm_86": Architecture(99 << 10, 100 << 10, 1536, 6 << 20, 84, _A40, _ASYNC),
+    "sm_87": Architecture(163 << 10, 164 << 10, 1536, 4 << 20, 16, _ORIN, _ASYNC),
+    "sm_89": Architecture(99 << 10, 100 << 10, 1536, 72 << 20, 128, _ADA, _ASYNC),
+    "sm_90": Architecture(227 << 10, 228 << 10, 2048, 50 << 20, 132, _H100._replace(wgmma=()), _TMA),
+    "sm_90a": Architecture(227 << 10, 228 << 10, 2048, 50 << 20, 132, _H100, (*_TMA, "wgmma")),
+    "sm_100": Architecture(227 << 10, 228 << 10, 2048, 126 << 20, 148, _B200, _TMA),
+    "sm_120": Architecture(99 << 10, 100 << 10, 1536, 96 << 20, 170, _BLACKWELL, _TMA),
 }
 
 
@@ -101,6 +126,7 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
         threads_per_core=facts.threads_sm,
         matrix=facts.matrix,
         features=facts.features,
+        rates=facts.rates,
     )
 
 

@@ -1,6 +1,6 @@
-"""What a GPU is taken to reach where CUDA schedules predict times.
+"""What a launch on a GPU is taken to cost where CUDA schedules predict times: rates are the target's, the rest is here.
 
-The figures are nominal, of no particular device; they only serve to rank candidates.
+What is here is nominal, of no particular device; it only serves to rank candidates.
 """
 
 from __future__ import annotations
@@ -8,21 +8,18 @@ from __future__ import annotations
 from ..hardware.target import Target
 from ..lowering.compute import ceildiv
 
-#: f32 multiply-adds that an SM begins in a cycle, and its cycles in a second.
-LANES, CLOCK = 128, 1.7e9
-#: Bytes a second between memory and an SM.
-BANDWIDTH = 15e9
 #: Seconds a launch takes.
 LAUNCH = 3e-6
 #: FLOP per second of an SM whose threads add up one product after another, and the least that such a launch takes.
 SCALAR_FLOPS, SCALAR_LAUNCH = 5e9, 1e-5
-#: What an SM of an A100 does in a cycle: bytes through shared memory, bytes from L2; and its cycles in a second.
-SHARED_BYTES, L2_BYTES, MATRIX_CLOCK = 128, 40, 1.4e9
+#: What is reached of the bytes a cycle that L2 has on paper.
+L2_SHARE = 0.85
 #: Cycles that a step of a matrix product waits for L2, shared by the steps under way; that any step costs besides;
 #: of a launch.
 L2_CYCLES, STEP_CYCLES, LAUNCH_CYCLES = 800, 40, 2000
-#: Bytes a second that a launch moves: one that adds up parts of sums, one that lays out src.
-PARTS_BANDWIDTH, LAYOUT_BANDWIDTH = 2e12, 1e12
+#: Bytes that a launch moves while memory moves one: one that adds up parts of sums, which L2 still has in part; one
+#: that lays out src, by single elements.
+PARTS_SHARE, LAYOUT_SHARE = 1.3, 0.65
 #: 32-bit registers of an SM, and the most a thread may have.
 REGISTERS, MOST_REGISTERS = 1 << 16, 255
 #: Bytes of shared memory that the system takes for every block, besides what the block asks for.
@@ -56,7 +53,8 @@ def seconds(target: Target, blocks: int, macs: float, moved: float, threads: int
     """
     turns = ceildiv(blocks, target.cores)  # blocks of one SM, one after the other or side by side
     side_by_side = min(resident, turns)
-    busy = min(1.0, side_by_side * threads / (2 * LANES))
-    compute = turns * macs / (LANES * CLOCK * busy)
-    memory = moved / (BANDWIDTH * min(blocks, target.cores))
+    lanes = target.rates.fma
+    busy = min(1.0, side_by_side * threads / (2 * lanes))
+    compute = turns * macs / (lanes * target.rates.clock * busy)
+    memory = moved / (target.rates.memory * min(1.0, blocks / target.cores))
     return max(compute, memory) + min(compute, memory) / 4 + LAUNCH

@@ -13,13 +13,39 @@ import json
 import math
 import platform
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UnsupportedError
 from ..problem.dtypes import ACCUMULATOR, BYTES
 from .discover import target_families
 from .machine import Machine
 from .machine import machine as this_machine
+
+
+class Rates(NamedTuple):
+    """What a device's cores do at best, as schedules weigh candidates by it.
+
+    Attributes:
+        clock: cycles in a second.
+        fma: f32 multiply-adds that a core begins in a cycle.
+        shared: bytes a cycle between a core and its shared memory.
+        l2: bytes a cycle from L2 to a core while all cores read.
+        memory: bytes a second between the device's memory and all cores.
+        mma: multiply-adds a cycle of a core's matrix units for a warp's instructions, by operand type.
+        wgmma: those for a warpgroup's instructions, where there are any.
+    """
+
+    clock: float
+    fma: int
+    shared: int
+    l2: int
+    memory: float
+    mma: tuple[tuple[str, int], ...] = ()
+    wgmma: tuple[tuple[str, int], ...] = ()
+
+
+#: Of what is no device.
+_NO_RATES = Rates(0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -42,6 +68,7 @@ class Target:
         threads_per_core: threads a core holds at once.
         matrix: operand types its matrix units take with f32 sums: ``f16``, ``bf16``, ``tf32``.
         features: groups of instructions there are: ``ldmatrix``, ``cp_async``, ``tma``, ``wgmma``.
+        rates: what its cores do in a cycle; of GPUs alone.
     """
 
     kind: str
@@ -62,6 +89,7 @@ class Target:
     threads_per_core: int = 0
     matrix: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
+    rates: Rates = _NO_RATES
 
     def __repr__(self) -> str:
         cores = f"{self.cores} core{'s' * (self.cores > 1)}"
