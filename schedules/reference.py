@@ -42,7 +42,7 @@ PARALLEL = 1 << 13
 
 
 class Reference(Scheduled):
-    id, version, sums_integers, is_reference = "reference", 2, True, True
+    id, version, sums_integers, is_reference = "reference", 3, True, True
     directions = DIRECTIONS
 
     def takes_layouts(self, src: str, dst: str) -> bool:

@@ -23,8 +23,8 @@ from ..hardware.target import Target
 from ..interrupts import interrupts_held
 from ..lowering.compute import round_up
 from ..lowering.interface import DeviceCode, Launch, TensorMap
-from ..lowering.link import source as runtime_source
 from ..lowering.lower import Lowered
+from ..lowering.runtime import source as runtime_source
 from .tensorize import ROW, wgmma_definition
 
 #: TVM's words -> those of device.h. Its copies are told the type's name and sizes in the function's name.

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import ExportError
 from ..folders import TemporaryFolder
+from ..lowering.entry import PART_ALIGNMENT, workspace_layout
 from ..lowering.interface import (
     ABI,
     ALIGNMENT,
@@ -23,7 +24,8 @@ from ..lowering.interface import (
     read_architecture,
     round_up,
 )
-from ..lowering.link import PART_ALIGNMENT, link, source, workspace_layout
+from ..lowering.link import link
+from ..lowering.runtime import source
 from ..lowering.stack import STACK
 from ..lowering.toolchain import architecture
 from ..problem.activation import Activation

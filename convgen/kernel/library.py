@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import ExportError, KernelError
 from ..folders import is_noexec
-from ..lowering.interface import ALIGNMENT, MAX_THREADS, TensorInfo, boundary
-from ..lowering.link import abi_text
+from ..lowering.interface import ALIGNMENT, MAX_THREADS, TensorInfo, abi_text, boundary
 from ..problem.dtypes import RANGES, numpy_dtype
 from ..problem.spec import PARAMETERS, ConvSpec
 from .arrays import Array, in_place, readable, returned, values

@@ -9,7 +9,7 @@ from functools import cache
 
 from ..errors import ExportError
 from ..lowering.interface import check_name
-from ..lowering.link import source
+from ..lowering.runtime import source
 from ..lowering.toolchain import NATIVE, compiler
 
 #: Whether there is a header, and whether it is one of ours.

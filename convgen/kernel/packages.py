@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..lowering.link import source
+from ..lowering.runtime import source
 
 #: What CMake calls an architecture, besides the name that ``uname -m`` has.
 _PROCESSORS = {"x86_64": "x86_64|AMD64|amd64", "aarch64": "aarch64|arm64|ARM64"}

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from string import Template
 
-from ..lowering.link import source
+from ..lowering.runtime import source
 
 
 def filled(template: str, **values: object) -> str:

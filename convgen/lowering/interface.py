@@ -34,6 +34,11 @@ _NAME = re.compile(r"(?!convgen\Z)[A-Za-z][A-Za-z0-9_]{0,199}\Z")
 _FEATURE = re.compile(r"[a-z0-9][a-z0-9._-]*\Z")
 
 
+def abi_text(device: bool) -> str:
+    """How a library names its ABI; a library for a GPU has other functions, and so another name."""
+    return f"convgen CUDA ABI {ABI}" if device else f"convgen ABI {ABI}"
+
+
 def round_up(size: int) -> int:
     """``size`` in bytes, rounded up to :data:`ALIGNMENT`."""
     return -(-size // ALIGNMENT) * ALIGNMENT

@@ -28,7 +28,8 @@ from ..kernel.templates import (
     workspace_constant,
 )
 from ..lowering.interface import ABI, ALIGNMENT, TensorInfo
-from ..lowering.link import link_network, source
+from ..lowering.link import link_network
+from ..lowering.runtime import source
 from ..lowering.stack import STACK
 from ..problem.dtypes import BYTES
 from .compile import Built

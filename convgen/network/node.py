@@ -12,7 +12,7 @@ from onnx import NodeProto, TensorProto, helper
 from ..errors import SpecError
 from ..formats.onnx.graph import Scope, static, text
 from ..problem.dtypes import numpy_dtype
-from ..problem.spec import INT32_MAX
+from ..problem.fields import INT32_MAX
 from .expressions import INTEGER_KINDS
 from .graph import Graph, Node, Operator, Shape
 

@@ -14,8 +14,9 @@ from ..errors import BuildError
 from ..kernel.dlpack import DataType
 from ..kernel.library import Bytes, aligned
 from ..kernel.mapped import open_library
+from ..lowering.entry import DLPACK_DTYPES
 from ..lowering.interface import TensorInfo, boundary, round_up
-from ..lowering.link import DLPACK_DTYPES, link_packers
+from ..lowering.link import link_packers
 from ..problem.dtypes import numpy_dtype
 from ..problem.spec import PARAMETERS
 from .graph import Array

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import BuildError
+from ..lowering.entry import cpu_condition
+from ..lowering.entry import described as described_dtype
 from ..lowering.interface import TensorInfo
-from ..lowering.link import cpu_condition
-from ..lowering.link import described as described_dtype
 from ..lowering.toolchain import NATIVE
 from .memory import ARENA, INPUT, OUTPUT, WEIGHTS, Place
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
@@ -26,8 +25,10 @@ from typing import Any
 from ..errors import SpecError, meant
 from .activation import Activation
 from .dtypes import BYTES, DTYPES, QUANTISED
-from .layout import LAYOUTS, Blocks
-from .tokens import ACCURACIES, ACCURACY, DIRECTIONS, DST, FLAGS, PADDING_WORDS, SIZES, ZEROS, joined, read_token
+from .fields import INT32_MAX, Pair, Spatial, flag, integer, layout_of, spatial
+from .layout import Blocks
+from .padding import resolved_padding
+from .tokens import ACCURACIES, ACCURACY, DIRECTIONS, DST, FLAGS, SIZES, ZEROS, joined, read_token
 
 #: Version of the canonical form. A new field with a neutral default does not change it.
 CANONICAL_VERSION = 1
@@ -35,78 +36,10 @@ CANONICAL_VERSION = 1
 OPERATORS = tuple(f"{op}{rank}d" for op in ("conv", "convtranspose") for rank in (1, 2, 3))
 #: Tensors that are bound once, in the order in which functions take them.
 PARAMETERS = ("weights", "bias", "slope", "scale", "src_zero", "weights_zero", "dst_zero")
-INT32_MAX = 2**31 - 1
 
 #: Types of single tensors. Fields that are resolved where they are empty -> the field whose value they get.
 TYPES = ("src_dtype", "weights_dtype", "dst_dtype")
 RESOLVED = {"dst_layout": "layout", **dict.fromkeys(TYPES, "dtype")}
-
-Pair = tuple[int, int]
-Spatial = tuple[int, ...]
-
-
-def _integer(name: str, value: object, minimum: int) -> int:
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:  # also an array of several elements, which has an __index__
-        raise SpecError(name, f"an integer >= {minimum}", repr(value)) from None
-    if isinstance(value, bool):
-        raise SpecError(name, f"an integer >= {minimum}", repr(value))
-    if number < minimum:
-        raise SpecError(name, f"an integer >= {minimum}", number)
-    if number > INT32_MAX:
-        raise SpecError(name, f"at most {INT32_MAX} (int32 indexing)", number)
-    return number
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise SpecError(name, "true or false", repr(value))
-    return value
-
-
-def _layout(name: str, value: object, rank: int) -> str:
-    layout, named_rank = LAYOUTS.get(str(value).lower(), ("", 0))
-    if not layout or named_rank not in (0, rank):
-        known = [token for token, (_, named) in LAYOUTS.items() if named in (0, rank)]
-        raise SpecError(name, f"a {rank}-D layout among {', '.join(known)}", repr(value))
-    return layout
-
-
-def _spatial(name: str, value: object, rank: int, minimum: int) -> Spatial:
-    """One integer for all axes, or one per axis."""
-    if hasattr(value, "__index__"):
-        return (_integer(name, value, minimum),) * rank
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise SpecError(name, f"an integer, or {rank} of them", repr(value))
-    if len(value) == 1 and rank > 1 and name != "in_spatial":
-        value = tuple(value) * rank
-    if len(value) != rank:
-        raise SpecError(name, f"{rank} values, one per spatial axis", f"{len(value)}: {tuple(value)}")
-    return tuple(_integer(f"{name}[{axis}]", v, minimum) for axis, v in enumerate(value))
-
-
-def _pairs(value: object, rank: int) -> tuple[Pair, ...]:
-    """Padding given as an integer, one per axis, or a (begin, end) per axis."""
-    if hasattr(value, "__index__"):
-        p = _integer("padding", value, 0)
-        return ((p, p),) * rank
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise SpecError("padding", f"an integer, {rank} values, (begin, end) pairs or {PADDING_WORDS}", repr(value))
-    axes = list(value) * rank if len(value) == 1 else list(value)
-    if len(axes) != rank:
-        raise SpecError("padding", f"{rank} values, one per spatial axis", f"{len(axes)}: {value!r}")
-    pairs = []
-    for axis, item in enumerate(axes):
-        name = f"padding[{axis}]"
-        if hasattr(item, "__index__"):
-            p = _integer(name, item, 0)
-            pairs.append((p, p))
-        elif isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 2:
-            pairs.append((_integer(name, item[0], 0), _integer(name, item[1], 0)))
-        else:
-            raise SpecError(name, "an integer or a (begin, end) pair", repr(item))
-    return tuple(pairs)
 
 
 @dataclass(frozen=True)
@@ -191,20 +124,20 @@ class ConvSpec:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        put("n", _integer("n", self.n, 0))
+        put("n", integer("n", self.n, 0))
         for name in ("ic", "oc", "groups"):
-            put(name, _integer(name, getattr(self, name), 1))
+            put(name, integer(name, getattr(self, name), 1))
         raw = self.in_spatial
         if hasattr(raw, "__index__"):
             raw = (raw,)  # type: ignore[assignment]
         if isinstance(raw, str) or not isinstance(raw, Sequence) or not 1 <= len(raw) <= 3:
             raise SpecError("in_spatial", "1, 2 or 3 sizes", repr(self.in_spatial))
         rank = len(raw)
-        put("in_spatial", _spatial("in_spatial", raw, rank, 1))
+        put("in_spatial", spatial("in_spatial", raw, rank, 1))
         for name, minimum in (("kernel", 1), ("stride", 1), ("dilation", 1), ("output_padding", 0)):
-            put(name, _spatial(name, getattr(self, name), rank, minimum))
+            put(name, spatial(name, getattr(self, name), rank, minimum))
         for name in ("transposed", "bias", *FLAGS):
-            put(name, _flag(name, getattr(self, name)))
+            put(name, flag(name, getattr(self, name)))
         put("activation", str(Activation.parse(self.activation)))
         for name, known in (("accuracy", ACCURACIES), ("dtype", DTYPES), ("direction", DIRECTIONS)):
             value = getattr(self, name)
@@ -213,9 +146,9 @@ class ConvSpec:
         put("bias", self.bias and self.direction != "data")
         for name in TYPES:
             put(name, getattr(self, name) or self.dtype)
-        put("layout", _layout("layout", self.layout, rank))
+        put("layout", layout_of("layout", self.layout, rank))
         same = self.dst_layout is None or (isinstance(self.dst_layout, str) and not self.dst_layout)
-        put("dst_layout", _layout("dst_layout", self.layout if same else self.dst_layout, rank))
+        put("dst_layout", layout_of("dst_layout", self.layout if same else self.dst_layout, rank))
 
         for name, channels in (("ic", self.ic), ("oc", self.oc)):
             if channels % self.groups:
@@ -229,42 +162,12 @@ class ConvSpec:
                 raise SpecError("output_padding", "0 unless transposed", self.output_padding)
             if extra >= limit > 0 and extra:
                 raise SpecError(f"output_padding[{axis}]", f"below max(stride, dilation) = {limit}", extra)
-        self._resolve_padding(output_spatial, put)
+        padding, output_padding = resolved_padding(self, output_spatial)
+        put("padding", padding)
+        put("output_padding", output_padding)
         self._check_sizes()
         self._check_types()
         self._check_direction()
-
-    def _resolve_padding(self, wanted: Any, put: Any) -> None:
-        rank, word = self.rank, self.padding if isinstance(self.padding, str) else None
-        if word is not None and word not in PADDING_WORDS:
-            raise SpecError("padding", f"a number, pairs or one of {', '.join(PADDING_WORDS)}", repr(word))
-        if wanted is not None:
-            if not self.transposed:
-                raise SpecError("output_spatial", "None unless transposed", repr(wanted))
-            wanted = _spatial("output_spatial", wanted, rank, 1)
-        if word in (None, "valid") and wanted is None:
-            put("padding", _pairs(0 if word else self.padding, rank))
-            return
-        pairs, extras = [], []
-        for axis in range(rank):
-            size, stride, extra = self.in_spatial[axis], self.stride[axis], self.output_padding[axis]
-            window = self.window[axis]
-            if self.transposed:
-                target = wanted[axis] if wanted is not None else size * stride
-                total = (size - 1) * stride + extra + window - target
-                if total < 0:  # the output is longer than the windows reach: output padding extends its end
-                    extra, total = extra - total, 0
-                    if extra >= max(stride, self.dilation[axis]):
-                        raise SpecError(f"output_spatial[{axis}]", "a size the windows reach", target)
-            else:
-                target = -(-size // stride)
-                total = max(0, (target - 1) * stride + window - size)
-            small = total // 2
-            # Of an odd total, ONNX's SAME_UPPER puts the larger half at the end, everything else at the beginning.
-            pairs.append((small, total - small) if word == "same" else (total - small, small))
-            extras.append(extra)
-        put("padding", tuple(pairs))
-        put("output_padding", tuple(extras))
 
     def _check_sizes(self) -> None:
         for axis, size in enumerate(self.out_spatial):

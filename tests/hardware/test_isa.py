@@ -16,7 +16,7 @@ from convgen.errors import UnsupportedError
 from convgen.hardware.isa import CHECKED, forbidden
 from convgen.hardware.machine import machine
 from convgen.hardware.target import resolve
-from convgen.lowering.link import source
+from convgen.lowering.runtime import source
 
 ARCHES = list(CHECKED)
 #: Of LLVM's features, those with no instruction that a compiler makes of ordinary code, and those that no CPU that

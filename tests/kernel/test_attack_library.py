@@ -26,7 +26,8 @@ from convgen.errors import KernelError
 from convgen.kernel import library as library_module
 from convgen.kernel.export import header_text, write_library
 from convgen.kernel.library import Layer, Library, aligned
-from convgen.lowering.link import SOURCES, entry_source, source
+from convgen.lowering.entry import entry_source
+from convgen.lowering.runtime import SOURCES, source
 
 # ---- a hostile program in C ----------------------------------------------------------------------
 

@@ -41,7 +41,8 @@ from convgen.errors import BuildError, ExportError, KernelError
 from convgen.kernel.cuda_library import CudaLibrary, _RunArgs
 from convgen.kernel.export import write_library
 from convgen.kernel.library import Library, Sizes
-from convgen.lowering.link import entry_source, link, workspace_layout
+from convgen.lowering.entry import entry_source, workspace_layout
+from convgen.lowering.link import link
 from convgen.problem.spec import ConvSpec
 
 # ---- the library -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from naive import compile_naive
 from convgen.errors import BuildError, ExportError
 from convgen.kernel.export import example_text, header_text, write_library
 from convgen.kernel.names import check_export_name
-from convgen.lowering.link import entry_source
+from convgen.lowering.entry import entry_source
 from convgen.problem.spec import ConvSpec
 
 SPEC = ConvSpec.parse("conv1d n1 ic4 oc6 i20 k3 p1 relu")

@@ -14,7 +14,7 @@ from convgen.errors import BuildError
 from convgen.kernel import library
 from convgen.lowering import interface
 from convgen.lowering.interface import Interface, TensorInfo
-from convgen.lowering.link import source
+from convgen.lowering.runtime import source
 from convgen.problem.spec import ConvSpec
 
 RUNTIME = Path(interface.__file__).parents[1] / "runtime"

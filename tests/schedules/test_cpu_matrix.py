@@ -18,7 +18,7 @@ from convgen.hardware.target import resolve
 from convgen.kernel.kernel import compile_candidate
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.discover import schedule as find_schedule
-from convgen.lowering.link import cpu_condition
+from convgen.lowering.entry import cpu_condition
 from convgen.lowering.lower import lower, source
 from convgen.lowering.schedule import Candidate
 from convgen.problem.spec import ConvSpec

@@ -34,8 +34,8 @@ from convgen.lowering.candidates import parse_candidate
 from convgen.lowering.discover import schedules_of
 from convgen.lowering.interface import Launch, TensorMap
 from convgen.lowering.link import link
-from convgen.lowering.link import source as runtime_source
 from convgen.lowering.lower import lower
+from convgen.lowering.runtime import source as runtime_source
 from convgen.lowering.schedule import Candidate, Picks
 from convgen.problem.spec import ConvSpec
 

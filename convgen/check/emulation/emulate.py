@@ -26,7 +26,7 @@ import numpy.typing as npt
 from ...errors import BuildError, KernelError
 from ...folders import TemporaryFolder
 from ...lowering.interface import SWIZZLES, TENSOR_TYPES, Launch, TensorMap
-from ...lowering.link import source as runtime_source
+from ...lowering.runtime import source as runtime_source
 from ..sandbox import Guarded
 
 #: Orders in which threads and blocks run one after the other; a number is the seed of a random order.
