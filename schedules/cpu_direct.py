@@ -24,9 +24,9 @@ from __future__ import annotations
 import math
 
 from convgen.cpu.channels import ChannelsInLanes, tiles_of
+from convgen.cpu.geometry import Geometry, geometry_of
 from convgen.cpu.model import Stream, Work
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, CROWDED, LINE, Even, most_pixels, steps
-from convgen.cpu.walk import Geometry, geometry_of
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ceildiv, round_up
 from convgen.lowering.schedule import Picks, Space, require

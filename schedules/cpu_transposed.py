@@ -21,9 +21,9 @@ from __future__ import annotations
 import math
 
 from convgen.cpu.channels import ChannelsInLanes, tiles_of
+from convgen.cpu.geometry import Geometry, geometry_of
 from convgen.cpu.model import Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, FAR_ROW, Even, most_pixels, steps
-from convgen.cpu.walk import Geometry, geometry_of
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ceildiv
 from convgen.lowering.schedule import Picks, Space, require

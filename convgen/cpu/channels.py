@@ -18,10 +18,11 @@ from ..hardware.target import Target
 from ..lowering.compute import INTEGER, Expr, Operands, ceildiv, copied, unflat
 from ..lowering.schedule import Picks, Program, Written, busiest, require
 from ..problem.spec import ConvSpec
+from .geometry import Geometry, geometry_of
 from .model import Counts, Stream, Work, core_of
 from .product import BEGIN_RUN, BEGIN_TASK, FAR_ROW, Even, finishing, most_pixels, pieces
 from .vector import written
-from .walk import Geometry, Kernel, geometry_of
+from .walk import Kernel
 
 
 class ChannelsInLanes(Written):

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convgen.cpu.channels import tiles_of
+from convgen.cpu.geometry import geometry_of
 from convgen.cpu.product import Even
-from convgen.cpu.walk import geometry_of
 from convgen.hardware.target import resolve
 from convgen.lowering.discover import schedule as find_schedule
 from convgen.lowering.lower import lower

@@ -1,0 +1,152 @@
+"""The sizes of a convolution whose output channels lie in the vector lanes: phases, runs of products, tasks, tiles.
+
+What walks them is :mod:`convgen.cpu.walk`; what a choice of tiles costs is in :mod:`convgen.cpu.channels`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+from ..hardware.target import Target
+from ..lowering.compute import Expr, ceildiv, round_up
+from ..lowering.schedule import Picks
+from ..problem.spec import ConvSpec
+from .images import dst_images, src_images, three
+from .operation import Operation, operation_of
+from .phases import Axis
+from .product import Even
+
+#: Taps of a row, or products of a run, that are too few for a loop of their own: LLVM would unroll it, and keep what
+#: neighbouring taps share in registers.
+SHORT_ROW = 7
+
+
+class Geometry:
+    """The phases of a spec along its three spatial axes (those it lacks are of size 1), and what a run of numbers is.
+
+    Attributes:
+        merge: whether the phases of a row lie in the lanes, beside the channels.
+        moves: pixels of src from a pixel of a phase to the next, along each axis.
+        channels: output channels of a group.
+        apart: whether taps of a row are runs of their own: what they read lies apart, or channels make longer runs.
+        read: src as it is read: where its numbers are converted, channels lie innermost.
+        inner: channels of a run, or of a tap of one.
+        numbers, run: products of the longest run, and words of them.
+        runs: along the axes of the kernel and over blocks of channels.
+        crop: what a row of outputs lacks at its beginning, where phases are merged.
+        width: pixels of a row of a phase.
+        reads: the first and the last pixel of src, along each axis, that pixel 0 of any phase meets.
+        padded: whether some of what is read lies outside src.
+    """
+
+    def __init__(self, spec: ConvSpec, operation: Operation, merge: bool = False) -> None:
+        self.spec, self.operation, self.merge = spec, operation, merge
+        self.z, self.y, self.x = (_axis(spec, axis) for axis in range(spec.rank - 3, spec.rank))
+        self.moves = three((1,) * spec.rank if spec.transposed else spec.stride)
+        self.src, self.dst = src_images(spec), dst_images(spec)
+        self.channels = spec.oc // spec.groups
+        own, self.read = spec.ic // spec.groups, self.src
+        if operation.converts and self.src.layout == "nchw":
+            own = round_up(own, operation.depth)
+            self.read = replace(self.src, layout="nhwc", channels=own * spec.groups)
+        layout = self.read.layout
+        self.apart = self.x.gap > 1 or (layout == "nhwc" and spec.groups > 1)
+        self.apart |= layout == "nchw" and (spec.transposed or self.x.taps < max(own, SHORT_ROW))
+        self.apart |= spec.transposed and not merge and own % operation.depth > 0
+        self.inner = own if layout in ("nchw", "nhwc") else self.src.block
+        if layout == "nchw" and not self.apart:
+            self.inner = 1
+        columns = self.x.taps if merge else self.x.kernel
+        self.numbers = self.inner * (1 if self.apart else columns)
+        self.run = ceildiv(self.numbers, operation.depth)
+        self.runs = (self.z.kernel, self.y.kernel, columns if self.apart else 1, own // self.inner)
+        self.crop = self.x.begin % self.x.stride if merge else 0
+        self.width = ceildiv(self.x.out + self.crop, self.x.stride)
+        last = self.x.begin // self.x.stride
+        columns_read = (last - self.x.taps + 1, last) if merge else self.x.reads
+        self.reads = (self.z.reads, self.y.reads, columns_read)
+        ends = ((n - 1) * m + last for n, m, (_, last) in zip(self.phase_pixels, self.moves, self.reads, strict=True))
+        ends_outside = any(end >= size for end, size in zip(ends, self.src.size, strict=True))
+        self.padded = any(first < 0 for first, _ in self.reads) or ends_outside
+
+    @property
+    def copied(self) -> bool:
+        """Whether src must be copied: it is padded, or not read as it is stored, or past its end."""
+        past = self.numbers % self.operation.depth > 0
+        as_stored = self.operation.reads(self.spec) and self.read == self.src
+        return self.padded or not as_stored or past
+
+    def words(self, taps: Expr) -> Expr:
+        """Of so many taps of a run."""
+        depth = self.operation.depth
+        return ceildiv(taps * self.inner, depth) if isinstance(taps, int) else taps * (self.inner // depth)
+
+    @property
+    def phase_pixels(self) -> tuple[int, int, int]:
+        """Planes, rows and columns of a phase."""
+        return self.z.pixels, self.y.pixels, self.width
+
+    @property
+    def mergeable(self) -> bool:
+        """Where all phases have as many taps: no tap is a zero, which infinite pixels would make NaN."""
+        return self.x.stride > 1 and self.x.dilation == 1 and self.x.kernel % self.x.stride == 0
+
+    @property
+    def buffered(self) -> bool:
+        """Whether sums wait in a buffer of output rows until all phases of a row are there."""
+        return self.merge or (self.spec.transposed and self.dst.layout == "nchw")
+
+    @property
+    def products(self) -> int:
+        """Words of a block of weights: of an output, where there is one phase."""
+        return math.prod(self.runs) * self.run
+
+    @property
+    def loops(self) -> int:
+        """Loops of a tile's products: one for each run, or where runs are short one for all."""
+        return math.prod(self.runs) if self.run >= SHORT_ROW else 1
+
+    def blocks(self, picks: Picks) -> int:
+        """Blocks of channels of all groups, none of which shares one with another; merged phases: the groups."""
+        return self.spec.groups * (1 if self.merge else ceildiv(self.channels, picks.tile_oc))
+
+    def parts(self, picks: Picks) -> int:
+        """Blocks of lanes of a block of channels: more than one only where phases are merged."""
+        return ceildiv(self.channels * self.x.stride, picks.tile_oc) if self.merge else 1
+
+    def blockable(self, tile_oh: int, tile_ow: int) -> int:
+        """What a task takes a block of: rows of tiles; in 1-D, tiles."""
+        return ceildiv(self.y.pixels, tile_oh) if self.spec.rank > 1 else Even(self.width, tile_ow).count
+
+    def task(self, picks: Picks) -> tuple[int, int]:
+        """Rows of tiles of a task, and tiles of each."""
+        tiles = Even(self.width, picks.tile_ow).count
+        return (picks.block, tiles) if self.spec.rank > 1 else (1, min(picks.block, tiles))
+
+    def pixels(self, picks: Picks) -> int:
+        """Pixels of a row of a task, in each phase."""
+        return min(self.task(picks)[1] * Even(self.width, picks.tile_ow).full, self.width)
+
+    def extent(self, picks: Picks) -> list[int]:
+        """Planes, rows and columns that a task reads."""
+        lines = min(self.task(picks)[0] * picks.tile_oh, self.y.pixels)
+        pixels = (1, lines, self.pixels(picks))
+        return [(n - 1) * m + b - a + 1 for n, m, (a, b) in zip(pixels, self.moves, self.reads, strict=True)]
+
+
+@lru_cache(maxsize=1024)
+def geometry_of(spec: ConvSpec, target: Target, merge: bool = False) -> Geometry:
+    return Geometry(spec, operation_of(spec, target), merge)
+
+
+def _axis(spec: ConvSpec, axis: int) -> Axis:
+    """An axis of a spec, a negative one an axis that it lacks. A forward one reads what a transposed one at stride 1
+    does, with its taps the other way round.
+    """
+    if axis < 0 or spec.transposed:
+        return Axis.of(spec, axis)
+    kernel, dilation = spec.kernel[axis], spec.dilation[axis]
+    begin = (kernel - 1) * dilation - spec.padding[axis][0]
+    return Axis(spec.in_spatial[axis], spec.out_spatial[axis], kernel, 1, dilation, begin)
