@@ -93,11 +93,17 @@ def random_spec(source: Source, limits: Limits, tiles: Sequence[int]) -> ConvSpe
                 return spec
 
 
-def in_a_direction(source: Source, spec: ConvSpec) -> ConvSpec:
-    """The spec, or now and then a gradient of its convolution, where that is of floats."""
-    if spec.is_quantised or not source.chance(25):
+def in_a_direction(source: Source, spec: ConvSpec, directions: Sequence[str] = ()) -> ConvSpec:
+    """The spec, or now and then a gradient of its convolution, where that is of floats.
+
+    Args:
+        directions: those to choose from, each as likely as the others; layers of integers have none but ``forward``.
+    """
+    if spec.is_quantised or (not directions and not source.chance(25)):
         return spec
-    direction = source.choice(DIRECTIONS[1:])
+    direction = source.choice(directions or DIRECTIONS[1:])
+    if direction == "forward":
+        return spec
     n = max(spec.n, 1) if direction == "weights" else spec.n
     return spec.with_(direction=direction, n=n, residual=False, activation="none")
 

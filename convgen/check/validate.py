@@ -18,8 +18,9 @@ from ..cuda.driver import device
 from ..errors import KernelError, MeasureError, ValidationError
 from ..folders import TemporaryFolder
 from ..problem.accuracy import ACTIVATION_ERROR, UNIT_ROUNDOFF
-from ..problem.dtypes import distance, numpy_dtype, widen
+from ..problem.dtypes import distance, narrow, numpy_dtype, widen
 from ..problem.spec import ConvSpec
+from . import autograd
 from .bounds import F32, Stored, even_tolerance, reference, tolerance, worst
 from .cross import run_emulated
 from .data import Arrays, exact_data, float_data, odd_data, special_data
@@ -88,11 +89,12 @@ class Report:
 def validate(kernel: Kernel, *, seed: int = 0) -> Report:
     """Check a kernel against ONNX Runtime.
 
-    Exact integer data, float data against the bound, floats of very different scales, NaN and infinities; of i8,
-    integers alone, with scales of every kind; each between guard pages with the output poisoned, on 1, the kernel's
-    and one more thread; the same bits for any thread count; and the Python call refuses what is not contiguous. A
-    GPU's kernel runs in its memory, with NaN around the buffers; where there is no such GPU, emulated
-    (:mod:`convgen.check.emulation.emulate`), which is slow. So is another CPU's, in QEMU (:mod:`convgen.check.cross`).
+    Exact integer data, of gradients by PyTorch's autograd too where that is installed, float data against the bound,
+    floats of very different scales, NaN and infinities; of i8, integers alone, with scales of every kind; each between
+    guard pages with the output poisoned, on 1, the kernel's and one more thread; the same bits for any thread count;
+    and the Python call refuses what is not contiguous. A GPU's kernel runs in its memory, with NaN around the buffers;
+    where there is no such GPU, emulated (:mod:`convgen.check.emulation.emulate`), which is slow. So is another CPU's,
+    in QEMU (:mod:`convgen.check.cross`).
 
     A failed check is reported, not raised; see :meth:`Report.raise_if_failed`.
 
@@ -129,7 +131,10 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
         else:
             found = f"largest error {ratio:.3g} of the bound (c = {kernel.error_factor:.3g})"
             checks.append(Check("float", ratio <= 1, found))
-        checks.append(_exact(kernel, cases["exact"], firsts["exact"]))
+        checks.append(_exact(kernel, cases["exact"], firsts["exact"], reference(spec, cases["exact"], threads)))
+        if spec.direction != "forward" and spec.n and autograd.is_installed():
+            gradients = narrow(autograd.gradients(spec, cases["exact"]).astype(np.float32), spec.dtype)
+            checks.append(_exact(kernel, cases["exact"], firsts["exact"], gradients, "autograd"))
         checks.append(_odd(kernel, cases["odd"], firsts["odd"]))
         if "special" in cases:
             checks.append(_special(spec, cases["special"], firsts["special"], threads))
@@ -206,14 +211,13 @@ def _odd(kernel: Kernel, data: Arrays, output: Stored) -> Check:
     return Check("odd", ratio <= 1, found)
 
 
-def _exact(kernel: Kernel, data: Arrays, output: Stored) -> Check:
+def _exact(kernel: Kernel, data: Arrays, output: Stored, expected: Stored, name: str = "exact") -> Check:
     spec = kernel.spec
-    expected = reference(spec, data, kernel.threads)
     if kernel.exact and spec.activation_op.exact:
-        return _equal("exact", expected, output)
+        return _equal(name, expected, output)
     why = f"activation {spec.activation}" if kernel.exact else "a transform"
     ratio = worst(distance(output, expected), _even_bound(kernel, data))
-    return Check("exact", ratio <= 1, f"integers through {why}: largest error {ratio:.3g} of the bound")
+    return Check(name, ratio <= 1, f"integers through {why}: largest error {ratio:.3g} of the bound")
 
 
 def _equal(name: str, expected: Stored, output: Stored) -> Check:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import meant
+from ..problem.tokens import DIRECTIONS
 from ..report.words import plural
 from .common import (
     FAILED,
@@ -44,6 +46,16 @@ def parse_numbers(context: click.Context, parameter: click.Parameter, text: str 
     return tuple(dict.fromkeys(map(int, parts)))
 
 
+def parse_directions(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...]:
+    """Directions joined by commas."""
+    parts = tuple(dict.fromkeys(text.split(","))) if text is not None else ()
+    for part in parts:
+        if part not in DIRECTIONS:
+            known = ", ".join(DIRECTIONS)
+            raise click.BadParameter(f"expected some of {known}, found {part!r}{meant(part, DIRECTIONS)}")
+    return parts
+
+
 #: Seconds of a run that neither --seconds nor --specs limits.
 SECONDS = 60.0
 
@@ -65,6 +77,12 @@ SECONDS = 60.0
 @target_option
 @threads_option("Threads that a kernel runs on.  [default: drawn]")
 @schedule_option("Draw candidates of this schedule only.")
+@click.option(
+    "--directions",
+    callback=parse_directions,
+    metavar="D,D",
+    help="Draw layers of these alone: forward, data, weights.  [default: mostly forward]",
+)
 @click.option("--networks", is_flag=True, help="Draw small networks of all operators that compile takes.")
 @click.option(
     "--nodes", callback=parse_numbers, metavar="N,N", help="With --networks: keep only nodes with these numbers."
@@ -81,6 +99,7 @@ def fuzz(
     target: str,
     threads: int | None,
     schedule: str | None,
+    directions: tuple[str, ...],
     networks: bool,
     nodes: tuple[int, ...] | None,
     workers: int,
@@ -102,8 +121,8 @@ def fuzz(
     from ..check.fuzz.kernels import Kernels
     from ..check.fuzz.run import Fuzzer, Subject
 
-    if (networks and schedule) or (nodes and not networks):
-        raise click.UsageError("--networks takes no --schedule, and --nodes is of networks")
+    if (networks and (schedule or directions)) or (nodes and not networks):
+        raise click.UsageError("--networks takes no --schedule and no --directions, and --nodes is of networks")
     if seconds is None and specs is None:
         seconds = SECONDS
     subject: Subject
@@ -112,7 +131,7 @@ def fuzz(
 
         subject = Networks(target, threads=threads, nodes=nodes)
     else:
-        subject = Kernels(target, threads=threads, schedule=schedule)
+        subject = Kernels(target, threads=threads, schedule=schedule, directions=directions)
     fuzzer = Fuzzer(seed, subject, workers=workers)
     with _progress() as show:
         summary = fuzzer.run(seconds=seconds, specs=specs, start=start, progress=show)

@@ -5,20 +5,19 @@ statement.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..deferred import tirx
 from ..lowering.compute import ACCUMULATOR, Expr, ceildiv, narrow, unflat, widen
 from ..lowering.schedule import Picks
-from ..problem.spec import ConvSpec
-from .images import Images, three
+from .correlation import Correlation
 from .product import multiply, pieces
 from .vector import Block, Registers, interleave, load_within
 
 
 class Reach(NamedTuple):
-    """Output pixels of a row whose taps from ``first`` on all lie in src: from ``start`` to ``end``."""
+    """Pixels of a line of outer whose taps from ``first`` on all lie in inner: from ``start`` to ``end``."""
 
     first: int
     taps: int
@@ -26,15 +25,13 @@ class Reach(NamedTuple):
     end: int
 
 
-def reaches(spec: ConvSpec, most: int) -> list[Reach]:
+def reaches(relation: Correlation, most: int) -> list[Reach]:
     """The taps of a row of the kernel, at most so many at a time."""
-    begin, stride, step, size = spec.padding[-1][0], spec.stride[-1], spec.dilation[-1], spec.in_spatial[-1]
-    width, found, first = spec.out_spatial[-1], [], 0
-    for taps, times in pieces(spec.kernel[-1], most):
+    found, first = [], 0
+    for taps, times in pieces(relation.kernel[2], most):
         for _ in range(times):
-            start = min(width, max(0, ceildiv(begin - first * step, stride)))
-            last = (size - 1 + begin - (first + taps - 1) * step) // stride
-            found.append(Reach(first, taps, start, max(start, min(width, last + 1))))
+            start, end = relation.valid(first)[0], relation.valid(first + taps - 1)[1]
+            found.append(Reach(first, taps, start, max(start, end)))
             first += taps
     return found
 
@@ -43,27 +40,27 @@ class WeightsGradient:
     """The statements of ``main``.
 
     Args:
+        relation: of the layer's tensors; its outer is what is put in order, in the vector lanes.
         picks: ``tile_oc tile_c rows parts``, as the schedule's docstring explains them.
         most_taps: of a row of the kernel in one tile.
         src, gradient, dst: buffers.
     """
 
     def __init__(
-        self, spec: ConvSpec, picks: Picks, lanes: int, most_taps: int, src: Any, gradient: Any, dst: Any
+        self, relation: Correlation, picks: Picks, lanes: int, most_taps: int, src: Any, gradient: Any, dst: Any
     ) -> None:
-        self.spec, self.picks, self.lanes = spec, picks, lanes
-        self.src, self.gradient, self.dst = src, gradient, dst
-        self.images = Images(spec.layout, spec.ic, three(spec.in_spatial), spec.rank)
-        self.passed = Images(spec.dst_layout, spec.oc, three(spec.out_spatial), spec.rank)
-        self.own, self.group = spec.ic // spec.groups, spec.oc // spec.groups
+        self.relation, self.picks, self.lanes, self.dst = relation, picks, lanes, dst
+        self.inner, self.outer = relation.ordered(src, gradient)
+        self.dtype, self.groups = relation.spec.dtype, relation.spec.groups
+        self.own, self.group, self.width = relation.own, relation.group, relation.width
         self.vectors, self.most_taps = picks.tile_oc // lanes, most_taps
-        self.planes, self.height, self.width = three(spec.out_spatial)
-        self.lines, self.taps = self.planes * self.height, three(spec.kernel)
+        self.lines, self.taps = relation.lines, relation.kernel
         self.channels = ceildiv(self.own, picks.parts)
+        self.with_bias = relation.spec.bias and not relation.is_swapped
 
     def statement(self) -> Any:
         block, blocks = Block(), ceildiv(self.group, self.picks.tile_oc)
-        with block.loop(self.spec.groups * blocks * self.picks.parts, parallel=True) as (task, i):
+        with block.loop(self.groups * blocks * self.picks.parts, parallel=True) as (task, i):
             part, rest = task.let(i % self.picks.parts), task.let(i // self.picks.parts)
             group, first = task.let(rest // blocks), task.let(rest % blocks * self.picks.tile_oc)
             start = task.let(self.own * part // self.picks.parts)
@@ -74,14 +71,14 @@ class WeightsGradient:
         """The gradients of ``tile_oc`` output channels of a group, from ``first`` on, and a part of its input channels,
         from ``start`` on.
         """
-        rows, lanes, spec = self.picks.rows, self.lanes, self.spec
+        rows, lanes = self.picks.rows, self.lanes
         size = (self.channels * math.prod(self.taps), self.vectors, lanes)
         sums, ordered = task.buffer(size), task.buffer((rows * self.width + lanes, self.vectors, lanes))
-        of_bias = task.buffer((self.vectors, lanes)) if spec.bias else None
+        of_bias = task.buffer((self.vectors, lanes)) if self.with_bias else None
         self._clear(task, sums, size[0])
         if of_bias is not None:
             self._clear(task, of_bias)
-        with task.loop(spec.n) as (image, n), image.loop(ceildiv(self.lines, rows)) as (body, at):
+        with task.loop(self.relation.spec.n) as (image, n), image.loop(ceildiv(self.lines, rows)) as (body, at):
             line = body.let(at * rows)
             count = rows if self.lines % rows == 0 else body.let(tirx.min(rows, self.lines - line))
             self._order(body, ordered, n, line, count, group, first)
@@ -118,15 +115,16 @@ class WeightsGradient:
 
     def _order(self, body: Block, ordered: Any, n: Expr, line: Expr, count: Expr, group: Expr, first: Expr) -> None:
         """``[pixel][channel]`` of ``count`` lines of an image; channels past the group's last are not used."""
-        pixels, lanes, dtype = self.lines * self.width, self.lanes, self.spec.dtype
+        pixels, lanes, relation = self.lines * self.width, self.lanes, self.relation
+        images = relation.outer
         start = body.let(line * self.width)
-        if self.spec.dst_layout == "nhwc":
+        if images.layout == "nhwc":
             end = body.let((group + 1) * self.group)
             with body.loop(count * self.width) as (one, p):
-                pixel = one.let((start + p) * self.spec.oc)
+                pixel = one.let((start + p) * images.channels)
                 for v in range(self.vectors):
-                    place = self.passed.place(n, 0, (0, 0, 0), pixel + group * self.group + first + v * lanes)
-                    value = load_within(self.gradient, dtype, place, lanes, lanes, size=pixel + end)
+                    place = images.place(n, 0, (0, 0, 0), pixel + group * self.group + first + v * lanes)
+                    value = load_within(self.outer, self.dtype, place, lanes, lanes, size=pixel + end)
                     self._put(one, ordered, value, p, v)
             return
         with body.loop((count * self.width + (lanes - 1)) // lanes) as (square, s):
@@ -134,8 +132,8 @@ class WeightsGradient:
                 read = []
                 for i in range(lanes):
                     channel = group * self.group + tirx.min(first + (v * lanes + i), self.group - 1)
-                    place = self.passed.place(n, channel, (0, 0, 0), start + s * lanes)
-                    read.append(square.let(load_within(self.gradient, dtype, place, lanes, lanes, size=pixels)))
+                    place = images.place(n, channel, (0, 0, 0), start + s * lanes)
+                    read.append(square.let(load_within(self.outer, self.dtype, place, lanes, lanes, size=pixels)))
                 for i, value in enumerate(interleave(square, read, lanes)):
                     self._put(square, ordered, value, s * lanes + i, v)
 
@@ -158,7 +156,7 @@ class WeightsGradient:
             with body.loop(times) as (tile, i):
                 channel = tile.let(begin + i * channels)
                 with tile.loop(self.taps[0] * self.taps[1]) as (row, tap):
-                    for reach in reaches(self.spec, self.most_taps):
+                    for reach in reaches(self.relation, self.most_taps):
                         self._tile(row, sums, ordered, where, (group, start, channel, channels), tap, reach)
             begin += times * channels
 
@@ -180,25 +178,16 @@ class WeightsGradient:
         first = [body.let(group * self.own + tirx.min(start + channel + c, self.own - 1)) for c in range(channels)]
         kz, ky = unflat(tap, self.taps[:2])
         with body.loop(count) as (one, i):
-            plane, y = unflat(one.let(line + i), (self.planes, self.height))
-            pixel = [one.let(p) for p in self._reached((plane, y), (kz, ky))]
-            sizes = self.images.size
-            inside = [c for x, size in zip(pixel, sizes, strict=False) for c in (x >= 0, x < size)]
-            with one.when(tirx.all(*inside)) as row:
+            pixel = unflat(one.let(line + i), self.relation.outer.size[:2])
+            reached = [one.let(p) for p in self.relation.line(pixel, (kz, ky))]
+            with one.when(self.relation.is_inside(reached)) as row:
                 base = row.let(i * self.width)
                 for begin, end, checked in self._runs(reach):
-                    self._run(row, made, ordered, n, first, pixel, base, (begin, end, checked), reach)
+                    self._run(row, made, ordered, n, first, reached, base, (begin, end, checked), reach)
         at = body.let(channel * math.prod(self.taps) + tap * self.taps[2] + reach.first)
         for (c, k), v in made.keys:
             place = at + (c * math.prod(self.taps) + k)
             self._put(body, sums, self._vector(sums, place, v) + made[(c, k), v], place, v)
-
-    def _reached(self, pixel: Sequence[Expr], tap: Sequence[Expr]) -> Iterator[Expr]:
-        """The plane and line of src that a tap reads for an output's."""
-        strides, steps = three(self.spec.stride), three(self.spec.dilation)
-        begins = three(tuple(begin for begin, _ in self.spec.padding), 0)
-        for p, t, stride, step, begin in zip(pixel, tap, strides, steps, begins, strict=False):
-            yield p * stride + t * step - begin
 
     def _runs(self, reach: Reach) -> list[tuple[int, int, bool]]:
         """Pixels of a row, and whether a tap of theirs may lie outside it."""
@@ -212,20 +201,21 @@ class WeightsGradient:
         ordered: Any,
         n: Expr,
         first: Sequence[Expr],
-        pixel: Sequence[Expr],
+        where: Sequence[Expr],
         base: Expr,
         run: tuple[int, int, bool],
         reach: Reach,
     ) -> None:
         begin, end, checked = run
-        stride, step, size = self.spec.stride[-1], self.spec.dilation[-1], self.spec.in_spatial[-1]
-        shift = begin * stride - self.spec.padding[-1][0]
+        relation = self.relation
+        stride, step, size = relation.stride[2], relation.dilation[2], relation.inner.size[2]
+        shift = begin * stride - relation.begin[2]
 
         def scalar(key: tuple[int, int], k: Expr) -> Expr:
             c, tap = key
             x = k * stride + (shift + (reach.first + tap) * step)
             near = tirx.max(0, tirx.min(x, size - 1)) if checked else x
-            value = widen(self.src[tuple(self.images.element(n, first[c], [*pixel, near]))], self.spec.dtype)
+            value = widen(self.inner[tuple(relation.element(relation.inner, n, first[c], [*where, near]))], self.dtype)
             return tirx.Select(tirx.all(x >= 0, x < size), value, tirx.const(0, ACCUMULATOR)) if checked else value
 
         multiply(row, made, end - begin, scalar, lambda v, k: self._vector(ordered, base + begin + k, v))
@@ -239,12 +229,12 @@ class WeightsGradient:
             row = channel.let((group * self.group + first + o) * self.own + start)
             with channel.loop((end - start) * taps) as (element, i):
                 lane = [tirx.floordiv(o, self.lanes), tirx.floormod(o, self.lanes)]
-                value = narrow(sums[(i, *lane)], self.spec.dtype)
+                value = narrow(sums[(i, *lane)], self.dtype)
                 element.add(tirx.BufferStore(self.dst, value, [*[0] * (rank - 1), row * taps + i]))
 
     def _store_bias(self, task: Block, of_bias: Any, group: Expr, first: Expr) -> None:
-        weights = math.prod(self.spec.weights_shape)
+        weights = math.prod(self.relation.spec.weights_shape)
         with task.loop(self.picks.tile_oc) as (one, o), one.when(first + o < self.group) as channel:
             lane = (tirx.floordiv(o, self.lanes), tirx.floormod(o, self.lanes))
-            value = narrow(of_bias[lane], self.spec.dtype)
+            value = narrow(of_bias[lane], self.dtype)
             channel.add(tirx.BufferStore(self.dst, value, [weights + group * self.group + first + o]))

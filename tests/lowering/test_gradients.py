@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from convgen.check import autograd
 from convgen.check.data import exact_data
 from convgen.check.random_specs import Limits, Source, random_fields
 from convgen.check.reference import run_onnxruntime
@@ -57,34 +58,8 @@ def integers(shape: tuple[int, ...], seed: int) -> Array:
 
 def gradients(spec: ConvSpec, **data: Array) -> Array:
     """What PyTorch's autograd has for a spec of direction data or weights."""
-    torch = pytest.importorskip("torch")
-    layer = spec.with_(direction="forward")
-
-    def image(name: str, blocks: Any) -> Any:
-        return torch.tensor(np.ascontiguousarray(blocks.channels_first(data[name])), dtype=torch.float64)
-
-    x = torch.zeros((spec.n, spec.ic, *spec.in_spatial), dtype=torch.float64)
-    weights, bias = (torch.zeros(shape, dtype=torch.float64) for shape in (spec.weights_shape, (spec.oc,)))
-    if spec.direction == "data":
-        gradient, weights = image("src", spec.src_blocks), torch.tensor(data["weights"], dtype=torch.float64)
-    else:
-        x, gradient = image("src", spec.src_blocks), image("residual", spec.dst_blocks)
-    for tensor in (x, weights, bias):
-        tensor.requires_grad_()
-    functional = torch.nn.functional
-    convolve = getattr(functional, f"conv{'_transpose' * spec.transposed}{spec.rank}d")
-    options = {"stride": spec.stride, "dilation": spec.dilation, "groups": spec.groups}
-    pads = [amount for pair in reversed(layer.padding) for amount in pair]
-    if spec.transposed:
-        ends = reversed(list(zip(spec.padding, spec.output_padding, strict=True)))
-        crop = [amount for (begin, end), extra in ends for amount in (-begin, extra - end)]
-        y = functional.pad(convolve(x, weights, None, **options), crop) + bias.reshape(-1, *(1,) * spec.rank)
-    else:
-        y = convolve(functional.pad(x, pads), weights, bias, **options)
-    of_src, of_weights, of_bias = (t.numpy() for t in torch.autograd.grad(y, (x, weights, bias), gradient))
-    if spec.direction == "data":
-        return np.asarray(spec.dst_blocks.stored(of_src))
-    return np.concatenate([of_weights.reshape(-1), of_bias]) if spec.bias else of_weights
+    pytest.importorskip("torch")
+    return autograd.gradients(spec, data)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -31,7 +31,7 @@ def check(spec: str, target: str, threads: int, seed: int, schedule: str | None,
     made = tuple(made.name for made in report.checks)
     for failed in report.checks:
         if not failed.passed:
-            kind = "wrong" if failed.name in ("float", "exact", "integers", "odd") else failed.name
+            kind = "wrong" if failed.name in ("float", "exact", "integers", "odd", "autograd") else failed.name
             return Outcome(kind, f"{failed.name}: {failed.found}", made)
     return Outcome("ok", "", made, report.worst_error)
 

@@ -68,7 +68,15 @@ class Draw:
         return tuple(name for name, has in FEATURES.items() if has(self.spec))
 
 
-def draw(seed: int, index: int, target: Target, *, threads: int | None = None, schedule: str | None = None) -> Draw:
+def draw(
+    seed: int,
+    index: int,
+    target: Target,
+    *,
+    threads: int | None = None,
+    schedule: str | None = None,
+    directions: Sequence[str] = (),
+) -> Draw:
     """Spec ``index`` of a seed with its candidates.
 
     A schedule is drawn first and then specs until it applies, so that each is reached equally often. The candidates:
@@ -78,10 +86,11 @@ def draw(seed: int, index: int, target: Target, *, threads: int | None = None, s
     Args:
         threads: of the kernels; drawn where None.
         schedule: the only one to draw candidates of.
+        directions: of the layers, which are of floats where ``forward`` is not among them; mostly that where empty.
     """
     rng = random.Random(f"{seed} {index}")
-    wanted = find_schedule(schedule or rng.choice(list(schedules_of(target.kind))))
-    spec, why = _spec_for(Seeded(rng), wanted, target)
+    wanted = find_schedule(schedule or rng.choice(_schedules(target, directions)))
+    spec, why = _spec_for(Seeded(rng), wanted, target, directions)
     skipped = [f"{wanted.id} applies to none of {DRAWS} specs: {why}"] if why else []
     core = spec.core
     applicable = [s for s in schedules().values() if s.reason_against(core, target) is None]
@@ -99,11 +108,28 @@ def draw(seed: int, index: int, target: Target, *, threads: int | None = None, s
     return Draw(spec, tuple(dict.fromkeys(cases)), tuple(skipped))
 
 
-def _spec_for(source: Source, schedule: Schedule, target: Target) -> tuple[ConvSpec, str | None]:
+def _schedules(target: Target, directions: Sequence[str]) -> list[str]:
+    """The schedules that layers of these directions may have: a gradient of src is a forward layer."""
+    needed = {"forward" if direction == "data" else direction for direction in directions}
+    known = schedules_of(target.kind)
+    return [
+        name
+        for name, schedule in known.items()
+        if not needed
+        or (needed & set(schedule.directions) and not (schedule.only_integers and "forward" not in directions))
+    ]
+
+
+def _spec_for(
+    source: Source, schedule: Schedule, target: Target, directions: Sequence[str]
+) -> tuple[ConvSpec, str | None]:
     """A spec that the schedule applies to and None; or the last one drawn, and why it does not apply to that."""
     lanes = (target.vector_bits // 32,)
     for _ in range(DRAWS):
-        spec = in_a_direction(source, random_spec(source, SMALL, lanes))
+        layer = random_spec(source, SMALL, lanes)
+        if layer.is_quantised and directions and "forward" not in directions:
+            continue
+        spec = in_a_direction(source, layer, directions)
         why = schedule.reason_against(spec.core, target)
         if why is not None:  # would it apply to a layer that may be less accurate, or is of floats?
             loose = spec.with_(accuracy="relaxed", dtype="f32" if spec.dtype == "i8" else spec.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...hardware.target import Target, check_native, resolve
 from ...lowering.discover import schedule as find_schedule
 from .cases import Case
@@ -13,16 +15,21 @@ class Kernels:
     """Layers with candidates.
 
     Args:
-        threads, schedule: as of :func:`~convgen.check.fuzz.drawing.draw`.
+        threads, schedule, directions: as of :func:`~convgen.check.fuzz.drawing.draw`.
 
     Raises:
         UnsupportedError: the target is unknown or does not run here, or there is no such schedule.
     """
 
     def __init__(
-        self, target: str | Target = "cpu", *, threads: int | None = None, schedule: str | None = None
+        self,
+        target: str | Target = "cpu",
+        *,
+        threads: int | None = None,
+        schedule: str | None = None,
+        directions: Sequence[str] = (),
     ) -> None:
-        self.target, self.threads, self.schedule = resolve(target), threads, schedule
+        self.target, self.threads, self.schedule, self.directions = resolve(target), threads, schedule, directions
         check_native(self.target)
         find_schedule(schedule or "reference")  # imports all of them
 
@@ -30,11 +37,12 @@ class Kernels:
     def options(self) -> str:
         """What the command says to draw the same."""
         options = f" --target {self.target}" + (f" --threads {self.threads}" if self.threads else "")
-        return options + (f" --schedule {self.schedule}" if self.schedule else "")
+        options += f" --schedule {self.schedule}" if self.schedule else ""
+        return options + (f" --directions {','.join(self.directions)}" if self.directions else "")
 
     def draw(self, seed: int, index: int) -> Draw:
         """Layer ``index`` of a seed with its candidates."""
-        return draw(seed, index, self.target, threads=self.threads, schedule=self.schedule)
+        return draw(seed, index, self.target, threads=self.threads, schedule=self.schedule, directions=self.directions)
 
     def steps(self) -> list[Step[Case]]:
         """What a failing case is made simpler by."""

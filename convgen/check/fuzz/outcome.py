@@ -9,7 +9,7 @@ from typing import Protocol
 #: How a check can end.
 KINDS = {
     "ok": "passed",
-    "wrong": "values are not what ONNX Runtime computes, on floats, integers or data of very different scales",
+    "wrong": "values are not what ONNX Runtime or autograd has, on floats, integers or data of very different scales",
     "memory": "an access outside a buffer, or the kernel refused the call",
     "threads": "the result depends on the number of threads or the placement of the buffers",
     "special": "NaN or infinities are not where ONNX Runtime has them",
