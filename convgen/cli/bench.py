@@ -127,7 +127,7 @@ def bench(
         )
     if kept_rows is not None:
         raise click.UsageError("--rows needs --whole")
-    (entries,), left_out = layers_of([spec], dims, accuracy)
+    (entries,), left_out = layers_of([" ".join(spec)], dims, accuracy)
     rows: list[Row] = []
     kernels: list[Kernel] = []
     failed: list[dict[str, Any]] = []

@@ -10,6 +10,7 @@ import click
 
 from ..errors import MeasureError
 from ..formats.entries import AccuracyRule, SpecEntry, merge
+from ..formats.sources import split_sources
 from .common import (
     FiniteRange,
     check_target,
@@ -17,7 +18,6 @@ from .common import (
     complete_spec,
     emit,
     json_option,
-    layer_groups,
     layers_of,
     model_options,
     note,
@@ -156,7 +156,7 @@ def _read(
     words: tuple[str, ...], dims: dict[str, int], accuracy: tuple[AccuracyRule, ...]
 ) -> tuple[list[SpecEntry], list[str]]:
     """Layers of several files, or of one spec in several words; and why others are left out."""
-    models, left_out = layers_of(layer_groups(words), dims, accuracy, fits=False)
+    models, left_out = layers_of(split_sources(words), dims, accuracy, fits=False)
     return merge(chain(*models)), left_out
 
 

@@ -16,7 +16,7 @@ import click
 
 from ..errors import Inapplicable, SpecError, UnsupportedError, meant
 from ..formats.entries import AccuracyRule, SpecEntry, with_accuracy
-from ..formats.sources import read_specs
+from ..formats.sources import read_specs, sizes_for
 from ..lowering.toolchain import LIBC
 from ..measure.standalone.words import one_line, printable
 from ..problem.spec import OPERATORS
@@ -316,18 +316,18 @@ def read_layers(
 
 
 def layers_of(
-    sources: Sequence[Sequence[str]],
+    sources: Sequence[str],
     dims: dict[str, int] | None = None,
     accuracy: Sequence[AccuracyRule] = (),
     *,
     fits: bool = True,
 ) -> tuple[list[list[SpecEntry]], list[str]]:
-    """The layers of each source, given by its words, and why others of it are left out, which is noted.
+    """The layers of each source, and why others of it are left out, which is noted.
 
     This is how all commands that work on layers read them: one that is refused does not stop the others.
 
     Args:
-        sources: the words of each.
+        sources: each as :func:`read_specs` takes it.
         dims, accuracy: as :func:`read_layers` takes them.
         fits: whether the layers' tensors must fit into this machine's memory.
 
@@ -337,10 +337,10 @@ def layers_of(
     from ..hardware.machine import check_memory
 
     models, reasons = [], []
-    for words in sources:
-        source, skipped = " ".join(words), list[str]()
+    for source, sizes in zip(sources, sizes_for(sources, dims), strict=True):
+        skipped: list[str] = []
         # Where nothing could be read the second one raises: it says what is wrong.
-        entries, kept = read_specs(source, dims or None, skipped) or read_specs(source, dims or None), []
+        entries, kept = read_specs(source, sizes, skipped) or read_specs(source, sizes), []
         for entry in entries:
             try:
                 if fits:
@@ -362,11 +362,6 @@ def status_of(left_out: Sequence[str], skip: bool) -> int:
         return OK
     note(f"convgen: {plural(len(left_out), 'layer')} left out, as said above; with --skip that is no failure")
     return WRONG
-
-
-def layer_groups(words: Sequence[str]) -> list[list[str]]:
-    """A command line's words by source: each alone where all are files, else one spec in several words."""
-    return [[word] for word in words] if all(Path(word).is_file() for word in words) else [list(words)]
 
 
 def chosen_records(records: Path | None, no_records: bool) -> Records:

@@ -254,7 +254,7 @@ def build(
     check_picks(schedule, picks)
     if schedule and (trials or seconds):
         raise click.UsageError("--schedule fixes the candidate: there is nothing left to tune")
-    (entries,), left_out = layers_of([spec], dims, accuracy)
+    (entries,), left_out = layers_of([" ".join(spec)], dims, accuracy)
     several = len(entries) + len(left_out) > 1
     if name is not None:
         if several:
@@ -488,7 +488,7 @@ def validate(
         classes = accuracy[0].accuracy if accuracy else "standard"
         store = chosen_records(records, no_records)
         return validate_model(Path(spec[0]), dims, classes, target, threads, store, seed, as_json)
-    (entries,), left_out = layers_of([spec], dims, accuracy)
+    (entries,), left_out = layers_of([" ".join(spec)], dims, accuracy)
     results: list[dict[str, Any]] = []
     with working(entries, target, threads, chosen_records(records, no_records)) as work:
         forced = forced_candidates(entries, work.target, schedule, picks)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import SpecError, meant
+from ..formats.sources import read_specs, sizes_for, split_sources
 from ..measure.standalone.words import printable
 from ..problem.spec import ConvSpec
 from ..report.words import picks_text
@@ -27,10 +28,8 @@ from .common import (
     emit_text,
     grouped,
     json_option,
-    layer_groups,
     note,
     rate,
-    read_layers,
     say,
     store_option,
     table,
@@ -97,9 +96,13 @@ class Wanted:
         """From the values of :data:`_filters`."""
         from ..hardware.target import resolve
 
-        groups = layer_groups(sources)
-        layers = [entry for words in groups for entry in read_layers(words, dims if _is_model(words) else None)]
-        layers += read_layers([spec]) if spec else []
+        given = split_sources(sources)
+        layers = [
+            entry
+            for source, sizes in zip(given, sizes_for(given, dims), strict=True)
+            for entry in read_specs(source, sizes)
+        ]
+        layers += read_specs(spec) if spec else []
         names = list(dict.fromkeys(entry.spec.descriptor for entry in layers))
         if target is not None and ":" not in target:
             target = resolve(target).spelling
@@ -142,10 +145,6 @@ class Wanted:
                 answer = find_record(store, spec, target, count, measure=False)
                 if answer.record is None or self.schedule in (None, answer.record.schedule):
                     yield answer
-
-
-def _is_model(words: Sequence[str]) -> bool:
-    return len(words) == 1 and words[0].lower().endswith(".onnx")
 
 
 # ---- how they are shown -----------------------------------------------------------------------

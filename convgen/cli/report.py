@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..formats.entries import AccuracyRule
-from ..formats.sources import write_text
+from ..formats.sources import split_sources, write_text
 from .common import (
     check_page,
     emit,
@@ -72,8 +72,9 @@ def report(
     from ..report.tuning_text import markdown
     from ..tuning.job import Job
 
-    read, left_out = layers_of([[source] for source in sources], dims, accuracy, fits=False)
-    models = [Model(_name(Path(source), source), entries) for source, entries in zip(sources, read, strict=True)]
+    given = split_sources(sources)
+    read, left_out = layers_of(given, dims, accuracy, fits=False)
+    models = [Model(_name(Path(source), source), entries) for source, entries in zip(given, read, strict=True)]
     path: Path | None = where
     title = None
     targets, counts = [target] if target else [], [threads] if threads else []

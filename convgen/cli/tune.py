@@ -13,6 +13,7 @@ import click
 
 from ..errors import UnsupportedError
 from ..formats.entries import AccuracyRule, SpecEntry
+from ..formats.sources import is_model, is_path, split_sources
 from ..measure.standalone.words import printable
 from ..report.words import picks_text, plural
 from .common import (
@@ -146,7 +147,7 @@ def tune(
     if tuning is not None:
         job = tuning.job(job)
     if status:
-        return _print_status(job, kept, as_json)
+        return _print_status(job, kept, as_json) or status_of(job.skipped, skip)
     interrupted = False
     watch = BusyWatch()
     with _working(job, kept, tuning) as (run, view):
@@ -165,7 +166,7 @@ def tune(
 def _job(sources: tuple[str, ...], job_file: Path | None, dims: dict[str, int], options: dict[str, Any]) -> Job:
     """The job that a command line describes."""
     from ..lowering.discover import schedule_ids
-    from ..tuning.job import Job, split_sources
+    from ..tuning.job import Job
 
     if bool(sources) == bool(job_file):
         raise click.UsageError("expected either layers or models to tune, or --job FILE" + ", not both" * bool(sources))
@@ -183,7 +184,7 @@ def _job(sources: tuple[str, ...], job_file: Path | None, dims: dict[str, int], 
 def _whole(job: Job) -> ModelTuning:
     """The model of a job that is tuned as a whole."""
     (model, *others), (target, *targets), threads = job.models, job.targets, job.threads
-    if others or Path(model).suffix.lower() != ".onnx":
+    if others or not is_model(model, job.folder):
         raise click.UsageError(f"--whole: expected one ONNX model, found {', '.join(map(printable, job.models))}")
     if targets or len(threads) > 1:
         raise click.UsageError("--whole: expected one target and one number of threads, found several")
@@ -383,6 +384,7 @@ def _print_status(job: Job, records: Records, as_json: bool) -> int:
         if store is not None:
             store.close()
     results = [_result(layer) for layer in run.layers]
+    note_left_out(job.skipped)
     if as_json:
         emit(_document(run, results))
         return 0
@@ -440,10 +442,11 @@ def _note_next(run: JobRun, results: Sequence[Mapping[str, Any]]) -> None:
     """Say which command uses what was found."""
     if run.store is None or not any(result["best"] for result in results) or run.job.tracker is not None:
         return
-    source = run.job.models[0] if len(run.job.models) == 1 else "MODEL"
-    command = ["convgen", "build", *([source] if Path(source).suffix else source.split())]
-    if Path(source).suffix.lower() == ".onnx":
-        command = ["convgen", "compile", source, "--out", "DIR"]
+    source, folder = run.job.models[0] if len(run.job.models) == 1 else "MODEL", run.job.folder
+    name = str(folder / source)
+    command = ["convgen", "build", *([name] if is_path(source, folder) else source.split())]
+    if is_model(source, folder):
+        command = ["convgen", "compile", name, "--out", "DIR"]
     command += ["--target", run.job.targets[0]] if run.job.targets[0] != "cpu" else []
     command += ["--threads", str(results[0]["threads"])] if run.job.threads else []
     command += ["--records", str(run.store.path)] if run.job.records is not None else []

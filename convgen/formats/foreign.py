@@ -26,6 +26,7 @@ _MARKS = (
     (0, b"\x7fELF", "a program or library", _ONNX),
     (0, b"\x08\x01\x12", "a SavedModel of TensorFlow", f"{_TENSORFLOW} --saved-model"),
     (0, b"7767517\n", "a model of ncnn", _ONNX),
+    (0, b"version https://git-lfs", "a pointer of Git LFS", "git lfs pull fetches the file that it stands for"),
 )
 #: A name within a zip archive -> what the archive is then, the way.
 _MEMBERS = (
@@ -52,6 +53,8 @@ def foreign(path: Path) -> tuple[str, str] | None:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith((b"<?xml", b"<net ")) and b"<net " in head:
         return "a model of OpenVINO", "give the ONNX model it was converted from"
+    if text[:15].lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page", "download the file itself, not the page about it"
     if head.startswith(b"\n") and b"\x12" in head[:128] and b"\0" in head:  # its first field is a node
         return "a frozen graph of TensorFlow", f"{_TENSORFLOW} --graphdef"
     return None

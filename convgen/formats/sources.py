@@ -127,16 +127,14 @@ def read_specs(
         SpecError: the file cannot be read, or a layer is wrong; names file, line or layer, and field.
         UnsupportedError: a layer is of a kind, dtype or rank that this version does not serve.
     """
-    is_line = isinstance(source, str) and not _is_path(source)
     path = Path(source)
-    suffix = path.suffix.lower()
-    is_model = not is_line and _is_model(path)
-    if dims and not is_model:
-        raise SpecError("dims", "an ONNX model to use them in", f"{', '.join(dims)} for another source", str(source))
-    if is_line:
-        return _read_lines([("", str(source).strip())], None, skipped)
-    if is_model:
+    if is_model(source):
         return specs_from_onnx(path, dims, skipped)
+    if dims:
+        raise SpecError("dims", "an ONNX model to use them in", f"{', '.join(dims)} for another source", str(source))
+    if not is_path(source):
+        return _read_lines([("", str(source).strip())], None, skipped)
+    suffix = path.suffix.lower()
     if suffix in _PARSERS:
         return merge(_entries(_PARSERS[suffix](_read_text(path), str(path)), str(path), skipped))
     return _read_lines(_lines_of(path), path, skipped)
@@ -239,26 +237,39 @@ def _escape(character: str, form: str) -> str:
     return json.dumps(character)[1:-1] if ord(character) > 0xFFFF else f"\\u{ord(character):04x}"
 
 
-def _is_path(text: str) -> bool:
-    """Whether text names a file: an existing one, or something that no line looks like."""
-    if os.path.exists(text):
+# ---- what a source is -------------------------------------------------------------------------
+
+
+def is_path(source: str | Path, folder: Path = Path()) -> bool:
+    """Whether a source is a file's name: of an existing one, or something that no line looks like.
+
+    Args:
+        source: as :func:`read_specs` takes it.
+        folder: what a relative name is relative to.
+    """
+    if isinstance(source, Path) or (source and (folder / source).exists()):
         return True
-    if not text.strip() or any(form.recognise(text) for form in LINES.values()):
+    if not source.strip() or any(form.recognise(source) for form in LINES.values()):
         return False
-    path = Path(text)
-    if path.suffix.lower() in (*SUFFIXES, ".onnx", ".log"):
-        return True
-    return len(text.split()) == 1 and (bool(path.suffix) or any(sep in text for sep in (os.sep, os.altsep) if sep))
+    named = bool(Path(source).suffix) or any(sep in source for sep in (os.sep, os.altsep) if sep)
+    return _is_named(source) or (len(source.split()) == 1 and named)
 
 
-def _is_model(path: Path) -> bool:
-    """Whether a file is an ONNX model: by its suffix, or by its content where the suffix says nothing.
+def is_model(source: str | Path, folder: Path = Path()) -> bool:
+    """Whether a source is the file of an ONNX model: by its suffix, or by its content where the suffix says nothing.
+
+    Args:
+        source: as :func:`read_specs` takes it.
+        folder: what a relative name is relative to.
 
     Raises:
-        SpecError: it is of another kind, which is not read; names that, and the way from there.
+        SpecError: it is a file of another kind, which is not read; names that, and the way from there.
     """
+    path = folder / source
     suffix = path.suffix.lower()
-    if suffix == ".onnx" or suffix in _PARSERS or not path.is_file():
+    if not is_path(source, folder) or suffix in _PARSERS:
+        return False
+    if suffix == ".onnx" or not path.is_file():
         return suffix == ".onnx"
     try:
         found = foreign(path)
@@ -268,6 +279,53 @@ def _is_model(path: Path) -> bool:
         return False
     what, way = found
     raise SpecError("file", "layers or an ONNX model", f"{what}: {way}", str(path))
+
+
+def sizes_for(
+    sources: Sequence[str], dims: Mapping[str, int] | None, folder: Path = Path()
+) -> list[Mapping[str, int] | None]:
+    """What sizes of symbolic dimensions are for each of several sources: those of all models are given together.
+
+    Raises:
+        SpecError: there are sizes, and none of the sources is an ONNX model.
+    """
+    if not dims:
+        return [None] * len(sources)
+    sizes = [dims if is_model(source, folder) else None for source in sources]
+    if not any(sizes):
+        raise SpecError(
+            "dims", "an ONNX model to use them in", f"{', '.join(dims)} for {', '.join(sources) or 'no source'}"
+        )
+    return sizes
+
+
+def _is_named(text: str) -> bool:
+    """Whether text ends as the name of a file of layers or of a model does."""
+    return Path(text).suffix.lower() in (*SUFFIXES, ".onnx", ".log")
+
+
+def split_sources(words: Sequence[str]) -> tuple[str, ...]:
+    """A command line's words as sources: a descriptor may come in several words.
+
+    >>> split_sources(["a.onnx", "conv1d", "n1", "ic4", "oc4", "i20", "k3", "b.toml"])
+    ('a.onnx', 'conv1d n1 ic4 oc4 i20 k3', 'b.toml')
+    """
+    groups: list[list[str]] = []
+    for word in words:
+        alone = len(word.split()) != 1 or _is_named(word) or os.path.exists(word)
+        if not groups or alone or LINES["descriptors"].recognise(word) or _is_whole(groups[-1]):
+            groups.append([word])
+        else:
+            groups[-1].append(word)
+    return tuple(" ".join(group) for group in groups)
+
+
+def _is_whole(group: Sequence[str]) -> bool:
+    """Whether a source takes no more words: a file, or a line in one word."""
+    (first, *rest) = group
+    if rest:
+        return False
+    return len(first.split()) != 1 or not any(form.recognise(f"{first} ") for form in LINES.values())
 
 
 def read_bytes(path: Path) -> bytes:

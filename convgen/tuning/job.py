@@ -16,7 +16,7 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any
 from ..errors import SpecError, meant
 from ..formats.entries import AccuracyRule, SpecEntry, apart_with_accuracy, merge
 from ..formats.onnx.reader import instances_from_onnx
-from ..formats.sources import LINES, SUFFIXES, read_bytes, read_specs
+from ..formats.sources import is_model, is_path, read_bytes, read_specs, sizes_for
 from ..hardware.discover import target_families
 from ..hardware.target import Target
 from ..hardware.target import resolve as resolve_here
@@ -139,16 +139,18 @@ class Job:
         """Each model's layers, in the order in which they run where it has one; and why some are left out."""
         layers: list[list[SpecEntry]] = []
         skipped: list[str] = []
+        unplanned = [model for model in self.models if model not in self.planned]
+        sizes = dict(zip(unplanned, sizes_for(unplanned, self.dims, self.folder), strict=True)) if unplanned else {}
         for model in self.models:
             path = self.folder / model
             if model in self.planned:
                 layers.append(list(self.planned[model]))
-            elif not _is_file(model, self.folder):
+            elif not is_path(model, self.folder):
                 layers.append(read_specs(model))
-            elif _is_network(model):
-                layers.append(instances_from_onnx(path, self.dims or None, skipped))
             else:
-                layers.append(read_specs(path, skipped=skipped))
+                read = instances_from_onnx if is_model(model, self.folder) else read_specs
+                # Where nothing could be read the second one raises: it says what is wrong.
+                layers.append(read(path, sizes[model], skipped) or read(path, sizes[model]))
         chosen = apart_with_accuracy(layers, self.accuracy)
         return tuple(zip(self.models, map(tuple, chosen), strict=True)), tuple(skipped)
 
@@ -173,7 +175,7 @@ class Job:
 
     def _has_order(self, model: str) -> bool:
         """Whether a source says in what order its layers run: others are lists of layers."""
-        return model in self.planned or _is_network(model)
+        return model in self.planned or is_model(model, self.folder)
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -218,18 +220,6 @@ class Job:
             sizes = ", ".join(f"{json.dumps(name)} = {size}" for name, size in self.dims.items())
             lines.append(f"dims = {{ {sizes} }}")
         return "\n".join(lines) + "\n"
-
-
-def _is_network(model: str) -> bool:
-    """Whether a source is the file of an ONNX model."""
-    return Path(model).suffix.lower() == ".onnx"
-
-
-def _is_file(model: str, folder: Path) -> bool:
-    """Whether a source is a file's name, not a layer in words."""
-    if (folder / model).exists():
-        return True
-    return not (model.strip() and any(form.recognise(model) for form in LINES.values()))
 
 
 def _is_integer(value: object, minimum: int) -> bool:
@@ -291,7 +281,7 @@ def _checked(values: Mapping[str, Any], folder: Path, where: str) -> dict[str, A
         raise SpecError(key, f"{_KEYS[key][1]}, beside its companion", "no such key", where)
     given = dict(values)
     for number, model in enumerate(given["models"]):
-        if _is_file(model, folder) and not (folder / model).is_file():
+        if is_path(model, folder) and not (folder / model).is_file():
             raise SpecError(f"models[{number}]", "an existing file or a descriptor", repr(model), where)
     targets = given.pop("targets", None) or [given.pop("target", "cpu")]
     for number, target in enumerate(targets):
@@ -318,29 +308,3 @@ def _checked(values: Mapping[str, Any], folder: Path, where: str) -> dict[str, A
         "exclude": tuple(dict.fromkeys(given.get("exclude", []))),
         "accuracy": rules,
     }
-
-
-def split_sources(words: Sequence[str]) -> tuple[str, ...]:
-    """A command line's words as sources: a descriptor may come in several words.
-
-    >>> split_sources(["a.onnx", "conv1d", "n1", "ic4", "oc4", "i20", "k3", "b.toml"])
-    ('a.onnx', 'conv1d n1 ic4 oc4 i20 k3', 'b.toml')
-    """
-    groups: list[list[str]] = []
-    for word in words:
-        alone = len(word.split()) != 1 or Path(word).suffix.lower() in (*SUFFIXES, ".onnx", ".log")
-        alone = alone or os.path.exists(word)
-        begins = not groups or alone or LINES["descriptors"].recognise(word) or _is_whole(groups[-1])
-        if begins:
-            groups.append([word])
-        else:
-            groups[-1].append(word)
-    return tuple(" ".join(group) for group in groups)
-
-
-def _is_whole(group: Sequence[str]) -> bool:
-    """Whether a source takes no more words: a file, or a line in one word."""
-    (first, *rest) = group
-    if rest:
-        return False
-    return len(first.split()) != 1 or not any(form.recognise(f"{first} ") for form in LINES.values())

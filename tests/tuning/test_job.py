@@ -25,7 +25,7 @@ from convgen.problem.spec import ConvSpec
 from convgen.records.answer import best_record, is_final
 from convgen.records.record import TuningRecord
 from convgen.records.store import RecordStore
-from convgen.tuning.job import Job, split_sources
+from convgen.tuning.job import Job
 from convgen.tuning.job_run import JobRun
 
 SMALL = "conv1d n1 ic4 oc4 i20 k3 s1 p0"
@@ -154,21 +154,6 @@ def test_the_id_is_of_what_is_tuned_not_of_the_budget(tmp_path: Path) -> None:
     ]
     assert {one.id for one in same} == {job.id}
     assert len({one.id for one in [job, *other]}) == 6
-
-
-@pytest.mark.parametrize(
-    ("words", "sources"),
-    [
-        (["a.onnx", "b.toml"], ("a.onnx", "b.toml")),
-        (SMALL.split(), (SMALL,)),
-        ([SMALL, LARGE], (SMALL, LARGE)),
-        ([*SMALL.split(), *LARGE.split()], (SMALL, LARGE)),
-        (["a.onnx", *SMALL.split(), "net.txt"], ("a.onnx", SMALL, "net.txt")),
-        (["nonsense", "a.onnx"], ("nonsense", "a.onnx")),
-    ],
-)
-def test_words_of_a_command_line(words: list[str], sources: tuple[str, ...]) -> None:
-    assert split_sources(words) == sources
 
 
 # ---- running -------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ...errors import SpecError
+from ..foreign import foreign
 
 #: A message up to this size is taken as it is; also the largest tensor whose data stays with the graph.
 SMALL = 1024
@@ -69,8 +70,10 @@ class ModelFile:
             self._file, size = _open(Path(source))
         try:
             self.proto = self._parse(size)
-        except SpecError:
+        except SpecError as error:
             self._file.close()
+            if self.folder is not None and (known := foreign(Path(self.where))):
+                raise SpecError("file", "an ONNX model", ": ".join(known), self.where) from error
             raise
 
     def _parse(self, size: int) -> ModelProto:
