@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from convgen.cpu.model import SCALAR_FLOPS
 from convgen.cuda.model import scalar_seconds
-from convgen.deferred import te
+from convgen.deferred import te, tirx
 from convgen.hardware.target import Target
 from convgen.lowering.compute import (
     Expr,
@@ -23,12 +23,12 @@ from convgen.lowering.compute import (
     copied,
     epilogue,
     nothing_packed,
-    requantise,
     store_gradients,
     weights_gradient,
 )
+from convgen.lowering.requantise import requantise, rounded_product
 from convgen.lowering.schedule import Picks, Program, Scheduled, Space
-from convgen.problem.spec import ConvSpec
+from convgen.problem.spec import SUM, ConvSpec
 from convgen.problem.tokens import DIRECTIONS
 
 if TYPE_CHECKING:
@@ -76,13 +76,18 @@ class Reference(Scheduled):
         taken = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed]
         given = {parameter.name: tensor for parameter, tensor in zip(ops.parameters, taken, strict=True)}
         src_zero, weights_zero, dst_zero = (given.pop(f"{name}_zero", None) for name in ("src", "weights", "dst"))
+        addends = given.pop("sum", None)
         acc = convolution(spec, ops, given.pop("weights"), src_zero, weights_zero)
 
         def value(n: Expr, o: Expr, pixel: tuple[Expr, ...]) -> Expr:
             sums, terms = acc[(n, o, *pixel)], {name: vector[o] for name, vector in given.items()}
-            if spec.is_quantised:
-                return requantise(spec, sums, dst_zero=None if dst_zero is None else dst_zero[0], **terms)
             residual = ops.residual[ops.dst_order(n, o, pixel)] if ops.residual is not None else None
+            if addends is not None and residual is not None:
+                terms |= {name: addends[i] for i, name in enumerate(SUM)} | {"residual": residual.astype("float32")}
+            if spec.is_quantised:
+                times = _product_on_gpu if target.kind == "cuda" else rounded_product
+                zero = None if dst_zero is None else dst_zero[0]
+                return requantise(spec, sums, dst_zero=zero, times=times, **terms)
             return epilogue(spec, sums, residual=residual, **terms)
 
         return Program(pack=ops.pack(*packed), main=ops.main(taken, ops.store(value, stored=spec.is_quantised)))
@@ -103,6 +108,11 @@ class Reference(Scheduled):
         sch.compute_at(acc, sch.get_loops(dst)[-1], preserve_unit_loops=True)
         if spec.flops >= PARALLEL:
             sch.parallel(rows)
+
+
+def _product_on_gpu(a: Expr, b: Expr) -> Expr:
+    """A product that the compiler of CUDA does not take together with a sum."""
+    return tirx.call_pure_extern("float32", "__fmul_rn", a, b)
 
 
 def _each(sch: TirSchedule, target: Target, loops: list[Any]) -> None:

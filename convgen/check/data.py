@@ -16,8 +16,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def float_data(spec: ConvSpec, seed: int = 0) -> Arrays:
-    """Standard normal tensors by name: ``src weights [bias] [slope] [scale] [residual]``; of i8, any integers, and
-    scales with which outputs spread over the type's range and beyond.
+    """Standard normal tensors by name: ``src weights [bias] [slope] [scale] [sum] [residual]``; of i8, any integers,
+    and scales with which outputs spread over the type's range and beyond.
     """
     rng = np.random.default_rng(seed)
     if spec.dtype == "i8":
@@ -68,7 +68,18 @@ def _integers(spec: ConvSpec, rng: np.random.Generator, largest: int, factors: n
         data["bias"] = rng.integers(-bias, bias + 1, spec.oc).astype(np.int32)
     if "scale" in spec.shapes:
         data["scale"] = scale.astype(np.float32)
+    if spec.residual:
+        low, high = RANGES[spec.residual_dtype]
+        data["residual"] = rng.integers(low, high + 1, spec.shapes["residual"]).astype(numpy_dtype(spec.residual_dtype))
+        data["sum"] = _sum(spec, rng, is_even=largest <= 2)
     return data | zeros
+
+
+def _sum(spec: ConvSpec, rng: np.random.Generator, is_even: bool) -> npt.NDArray[np.float32]:
+    """A residual's parameter ``sum``; scales are powers of two where ``is_even``: many sums are ties then."""
+    scales = 2.0 ** (rng.integers(-1, 2, 2) if is_even else rng.uniform(-2, 1, 2))
+    zeros = [rng.integers(*RANGES[dtype], endpoint=True) for dtype in (spec.dst_dtype, spec.residual_dtype)]
+    return np.array([scales[0], zeros[0], scales[1], zeros[1]], np.float32)
 
 
 def special_data(spec: ConvSpec, seed: int = 0) -> Arrays:

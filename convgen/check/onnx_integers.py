@@ -13,9 +13,18 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
-from ..problem.dtypes import numpy_dtype
-from ..problem.spec import ConvSpec
+from ..problem.dtypes import RANGES, numpy_dtype
+from ..problem.spec import SUM, ConvSpec
 
+#: Storage type -> ONNX's number for it.
+ELEMENTS = {
+    "f32": TensorProto.FLOAT,
+    "f16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+    "i8": TensorProto.INT8,
+    "u8": TensorProto.UINT8,
+    "i32": TensorProto.INT32,
+}
 Emit = Callable[..., str]  # (operator, *inputs, output=name, **attributes) -> name
 Constant = Callable[[str, npt.ArrayLike], str]  # (name, value) -> name
 
@@ -33,20 +42,25 @@ def conv_attributes(spec: ConvSpec) -> dict[str, Any]:
 
 
 def quantised(spec: ConvSpec, src: str, emit: Emit, constant: Constant) -> str:
-    """dst in channels-first order, of the parameters by their names and ``src`` in that order.
+    """dst in channels-first order, of the parameters by their names and ``src`` in that order; with a residual, the
+    product that it is added to (:func:`sum_quantised`).
 
     ONNX Runtime's QLinearConv takes src and dst of one type, weights of u8 with src of u8 only, and one zero point for
     all weights.
     """
     is_of_types = spec.src_dtype == spec.dst_dtype and (spec.src_dtype, spec.weights_dtype) != ("i8", "u8")
-    whole = is_of_types and not spec.transposed and not spec.weights_zero
+    whole = is_of_types and not spec.transposed and not spec.weights_zero and not spec.residual
     if whole and (spec.activation == "none" or (spec.activation == "relu" and spec.is_plainly_quantised)):
         x = _qlinear(spec, src, emit, constant)
         return emit("Relu", x, output="act") if spec.activation == "relu" else x
     sums = _sums(spec, src, emit, constant)
     if spec.bias:
         sums = emit("Add", sums, _by_channel(spec, "bias", emit, constant), output="biased")
-    return sums if spec.dst_dtype == "i32" else _requantised(spec, sums, emit, constant)
+    if spec.residual:
+        plain = spec.with_(residual=False, residual_dtype="", activation="none")
+        return _requantised(plain, sums, _addend_zero("product", spec.dst_dtype, emit, constant), emit, constant)
+    zero = _zero(spec, "dst", emit, constant) if spec.dst_dtype in RANGES else ""
+    return sums if spec.dst_dtype == "i32" else _requantised(spec, sums, zero, emit, constant)
 
 
 def _zero(spec: ConvSpec, tensor: str, emit: Emit, constant: Constant) -> str:
@@ -140,20 +154,47 @@ def _stuffed(spec: ConvSpec, src: str, zero: str, emit: Emit, constant: Constant
     return src, mirrored, attributes
 
 
-def _requantised(spec: ConvSpec, sums: str, emit: Emit, constant: Constant) -> str:
+def _activated(spec: ConvSpec, value: str, emit: Emit, constant: Constant) -> str:
+    if spec.activation_op.name == "relu":
+        return emit("Relu", value, output="act")
+    if spec.activation_op.name == "none":
+        return value
+    words = zip(("min", "max"), spec.activation_op.params, strict=True)
+    bounds = [constant(f"clip_{word}", np.array(bound, np.float32)) for word, bound in words]
+    return emit("Clip", value, *bounds, output="act")
+
+
+def _requantised(spec: ConvSpec, sums: str, zero: str, emit: Emit, constant: Constant) -> str:
     """f32 times the scale, the activation, and QuantizeLinear of scale 1, which rounds, adds and saturates."""
     value = emit("Cast", sums, output="sums_f32", to=TensorProto.FLOAT)
     value = emit("Mul", value, _by_channel(spec, "scale", emit, constant), output="scaled")
     if spec.activation != "none" and spec.dst_dtype != "f32":  # NaN is less than every number
         least = constant("least", np.array(-512, np.float32))
         value = emit("Where", emit("IsNaN", value, output="is_nan"), least, value, output="ordered")
-    if spec.activation_op.name == "relu":
-        value = emit("Relu", value, output="act")
-    elif spec.activation_op.name == "clip":
-        words = zip(("min", "max"), spec.activation_op.params, strict=True)
-        bounds = [constant(f"clip_{word}", np.array(bound, np.float32)) for word, bound in words]
-        value = emit("Clip", value, *bounds, output="act")
+    value = _activated(spec, value, emit, constant)
     if spec.dst_dtype == "f32":
         return value
     one = constant("one", np.ones((), np.float32))
-    return emit("QuantizeLinear", value, one, _zero(spec, "dst", emit, constant), output="quantised")
+    return emit("QuantizeLinear", value, one, zero, output="quantised")
+
+
+def _addend(name: str, emit: Emit, constant: Constant) -> str:
+    """A number of the parameter ``sum``, a scalar."""
+    return emit("Gather", "sum", constant(f"{name}_at", np.array(SUM.index(name))), output=name)
+
+
+def _addend_zero(tensor: str, dtype: str, emit: Emit, constant: Constant) -> str:
+    zero = _addend(f"{tensor}_zero", emit, constant)
+    return emit("Cast", zero, output=f"{tensor}_is_at", to=ELEMENTS[dtype])
+
+
+def sum_quantised(spec: ConvSpec, product: str, residual: str, emit: Emit, constant: Constant) -> str:
+    """What QLinearAdd is documented to be, of the ``product`` that is stored and the residual; dst's scale is 1."""
+    residual_zero = _addend_zero("residual", spec.residual_dtype, emit, constant)
+    operands = [
+        emit("DequantizeLinear", name, _addend(f"{tensor}_scale", emit, constant), zero, output=f"{tensor}_f32")
+        for tensor, name, zero in (("product", product, "product_is_at"), ("residual", residual, residual_zero))
+    ]
+    steps = _activated(spec, emit("Add", *operands, output="added"), emit, constant)
+    one = constant("step", np.ones((), np.float32))
+    return emit("QuantizeLinear", steps, one, _zero(spec, "dst", emit, constant), output="stored")

@@ -11,28 +11,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from ..errors import SpecError
 from ..problem.dtypes import numpy_dtype
 from ..problem.layout import Blocks
 from ..problem.spec import ConvSpec
 from .onnx_gradients import gradient_of_src, gradient_of_weights, mirrored_weights
+from .onnx_integers import ELEMENTS, conv_attributes, quantised, sum_quantised
 from .onnx_integers import Constant as _Constant
 from .onnx_integers import Emit as _Emit
-from .onnx_integers import conv_attributes, quantised
 
 #: Written models, (opset, IR version): the first with Gelu; for bf16, the first whose Conv takes it.
 VERSIONS = {"f32": (20, 9), "f16": (20, 9), "bf16": (22, 10), "i8": (20, 9)}
-#: Storage type -> ONNX's number for it.
-ELEMENTS = {
-    "f32": TensorProto.FLOAT,
-    "f16": TensorProto.FLOAT16,
-    "bf16": TensorProto.BFLOAT16,
-    "i8": TensorProto.INT8,
-    "u8": TensorProto.UINT8,
-    "i32": TensorProto.INT32,
-}
 
 #: Activation -> ONNX operator, where parameters are attributes in this order.
 _OPERATORS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -101,10 +92,10 @@ def onnx_model(
         weights_name = mirrored_weights(spec, emit, constant) if spec.mirrored else "weights"
         x = _convolution(spec, [x, weights_name, "bias" if spec.bias else ""], emit, constant)
     if "residual" in spec.shapes:
-        inputs.append(helper.make_tensor_value_info("residual", ELEMENTS[spec.dtype], spec.shapes["residual"]))
+        inputs.append(helper.make_tensor_value_info("residual", ELEMENTS[spec.residual_dtype], spec.shapes["residual"]))
     if spec.residual:
         r = _channels_first("residual", spec.dst_blocks, spec.dst_spatial, emit, constant)
-        x = emit("Add", x, r, output="sum")
+        x = sum_quantised(spec, x, r, emit, constant) if spec.is_quantised else emit("Add", x, r, output="added")
     if not spec.is_quantised:
         x = _activation(spec, x, emit, constant)
     if spec.direction != "weights":  # whose dst is no image

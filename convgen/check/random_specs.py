@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ..errors import SpecError
 from ..problem.activation import DEFAULTS, Activation
-from ..problem.dtypes import DTYPES
+from ..problem.dtypes import DTYPES, RANGES
 from ..problem.layout import BLOCKS
 from ..problem.spec import ConvSpec
 from ..problem.tokens import ACCURACIES, DIRECTIONS
@@ -152,8 +152,14 @@ def _integers(source: Source) -> dict[str, Any]:
         "dst_dtype": dst,
         "src_zero": source.chance(50),
         "weights_zero": source.chance(30),
-        "dst_zero": dst in ("i8", "u8") and source.chance(50),
+        "dst_zero": dst in RANGES and source.chance(50),
+        **(_residual(source) if dst in RANGES else {}),
     }
+
+
+def _residual(source: Source) -> dict[str, Any]:
+    has_one = source.chance(30)
+    return {"residual": has_one, "residual_dtype": source.choice(("i8", "u8")) if has_one else ""}
 
 
 def near_tiles(source: Source, tiles: Sequence[int], most: int) -> int:

@@ -146,7 +146,7 @@ def packed(ops: Operands, g: Geometry, height: int) -> list[te.Tensor]:
     found = [_packed_weights(ops, g, height)]
     if ops.spec.bias or g.shifted:
         found.append(_starts(ops, g))
-    size = {"scale": ops.spec.oc + g.vectors.lanes, "src_zero": 1, "dst_zero": 1}
+    size = {"scale": ops.spec.oc + g.vectors.lanes, "src_zero": 1, "dst_zero": 1, "sum": 0}
     return found + [copied(p, size[p.name]) for p in ops.parameters if p.name in size]
 
 

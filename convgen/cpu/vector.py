@@ -21,12 +21,12 @@ from ..lowering.compute import (
     epilogue,
     narrow,
     of_lanes,
-    requantise,
     widen,
 )
+from ..lowering.requantise import requantise
 from ..lowering.schedule import Program
 from ..problem.dtypes import RANGES
-from ..problem.spec import ConvSpec
+from ..problem.spec import SUM, ConvSpec
 
 #: TVM's types of numbers that are stored as the lowest bits of integers of 32.
 _NARROWED = tuple(STORAGE[dtype] for dtype in ("i8", "u8", "bf16"))
@@ -246,26 +246,31 @@ def load_parameters(
     """What :func:`finish` takes of ``count`` channels from one on, from vectors ``[oc]``, as they are stored; or from
     the single number of all channels.
     """
-
-    def vector(name: str, p: Any) -> Expr:
-        if name == "dst_zero":
-            return tirx.Broadcast(p[0], lanes)
-        return load(p, STORED[str(p.dtype)], [channel], lanes, count)
-
-    return {name: block.let(vector(name, p)) for name, p in _vectors(parameters)}
+    given = {
+        name: block.let(load(p, STORED[str(p.dtype)], [channel], lanes, count)) for name, p in _vectors(parameters)
+    }
+    return given | _of_all(block, parameters, lanes)
 
 
 def spread_parameters(block: Block, parameters: Mapping[str, Any], channel: Expr, lanes: int) -> dict[str, Expr]:
     """What :func:`finish` takes of one channel, in all lanes."""
-    return {
-        name: block.let(tirx.Broadcast(p[0 if name == "dst_zero" else channel], lanes))
-        for name, p in _vectors(parameters)
-    }
+    given = {name: block.let(tirx.Broadcast(p[channel], lanes)) for name, p in _vectors(parameters)}
+    return given | _of_all(block, parameters, lanes)
 
 
 def _vectors(parameters: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Those of the parameters that the epilogue takes: packed weights, and what sums start at, may be among them."""
-    return [(name, p) for name, p in parameters.items() if name in ("bias", "slope", "scale", "dst_zero")]
+    """Those of the parameters that the epilogue takes of channels: packed weights, and what sums start at, may be among
+    them.
+    """
+    return [(name, p) for name, p in parameters.items() if name in ("bias", "slope", "scale")]
+
+
+def _of_all(block: Block, parameters: Mapping[str, Any], lanes: int) -> dict[str, Expr]:
+    """Those numbers of the parameters that the epilogue takes of all channels, in all lanes."""
+    numbers = {"dst_zero": parameters["dst_zero"][0]} if "dst_zero" in parameters else {}
+    if "sum" in parameters:
+        numbers |= {name: parameters["sum"][i] for i, name in enumerate(SUM)}
+    return {name: block.let(tirx.Broadcast(number, lanes)) for name, number in numbers.items()}
 
 
 def _within(buffer: Any, index: Sequence[Expr], lanes: int, count: int, size: Expr | None = None) -> Expr:
@@ -322,13 +327,14 @@ def finish(
 ) -> None:
     """The epilogue of a vector of sums, and its store in the first ``count`` elements of dst from ``place`` on.
 
-    ``given`` is the bias, slope, scale and dst's zero point there are, as vectors. ``within``: ``place`` may lie
-    anywhere along the last axis; only what lies in it is stored, or in its first ``size``. ``narrowed`` makes of f32
-    what is stored.
+    ``given`` is the bias, slope, scale, dst's zero point and what a residual's sum takes, as vectors. ``within``:
+    ``place`` may lie anywhere along the last axis; only what lies in it is stored, or in its first ``size``.
+    ``narrowed`` makes of f32 what is stored.
     """
     read, write = (partial(load_within, size=size), partial(store_within, size=size)) if within else (load, store)
+    more = None if residual is None else read(residual, spec.residual_dtype, place, lanes, count)
     if spec.is_quantised:
-        result, dtype = requantise(spec, value, **given, lanes=lanes), spec.dst_dtype
+        result, dtype = requantise(spec, value, residual=more, **given, lanes=lanes), spec.dst_dtype
         if dtype in RANGES and within:
             block.add(_masked_store(dst, place, result, _within(dst, place, lanes, count, size)))
             return
@@ -336,7 +342,6 @@ def finish(
             block.add(store_stored(dst, dtype, place, result, lanes, count))
             return
     else:
-        more = None if residual is None else read(residual, spec.dtype, place, lanes, count)
         result, dtype = epilogue(spec, value, residual=more, **given, lanes=lanes), spec.dtype
     if dtype == "f32" and count < lanes:  # it may be stored in pieces
         result = block.let(result)

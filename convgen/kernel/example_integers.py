@@ -17,6 +17,9 @@ def meaning(spec: ConvSpec, operation: str) -> str:
     if spec.dst_dtype == "i32":
         return f"dst = {total}"
     total = f"({total}) * scale" if spec.bias else f"{total} * scale"
+    if spec.residual:
+        product = f"(saturate(round({total}) + product_zero) - product_zero) * product_scale"
+        total = f"{product} + (residual - residual_zero) * residual_scale"
     value = total if spec.activation == "none" else f"{spec.activation}({total})"
     if spec.dst_dtype == "f32":
         return f"dst = {value}"
@@ -25,7 +28,7 @@ def meaning(spec: ConvSpec, operation: str) -> str:
 
 def elements(spec: ConvSpec) -> str:
     """The types of tensors, and the parameters, in C."""
-    vectors = {name: dtype for name, dtype in spec.dtypes.items() if name in spec.parameters[1:]}
+    vectors = {name: dtype for name, dtype in spec.dtypes.items() if name in (*spec.parameters[1:], "residual")}
     return "\n".join(
         [
             f"typedef {_C[spec.src_dtype]} element;",
@@ -33,6 +36,7 @@ def elements(spec: ConvSpec) -> str:
             "",
             f"static {_C[spec.weights_dtype]} *weights;",
             *(f"static {_C[dtype]} *{name};" for name, dtype in vectors.items()),
+            *(["static double added; /* to the output at hand: its residual */"] if spec.residual else []),
             "",
             "static double value(double x) { return x; }",
             "static element stored(float x) { return (element)x; }",
@@ -46,7 +50,7 @@ def values(spec: ConvSpec) -> tuple[str, str]:
 
 
 def parameters() -> dict[str, str]:
-    """What gives each parameter its elements, in C."""
+    """What gives each parameter its elements, and the residual, in C."""
     numbers = {
         "bias": "(int32_t)(oc * 7 % 9 - 4)",
         "scale": "0.25f * (float)(1 + oc % 3)",
@@ -57,6 +61,10 @@ def parameters() -> dict[str, str]:
         name: f"    {name} = buffer(sizes.{name});\n{loop}        {name}[oc] = {number};\n"
         for name, number in numbers.items()
     }
+    addends = "memcpy(sum, (float[4]){1, 2, 0.5f, 3}, sizes.sum);"
+    made["sum"] = f"    sum = buffer(sizes.sum);\n    {addends}\n"
+    loop = "for (size_t i = 0; i < sizes.residual; ++i)\n        residual[i] = i * 7 % 13;"
+    made["residual"] = f"    residual = buffer(sizes.residual);\n    {loop}\n"
     zeros = {"src_zero": 3, "dst_zero": 5}
     return made | {name: f"    {name} = buffer(sizes.{name});\n    *{name} = {zero};\n" for name, zero in zeros.items()}
 
@@ -66,6 +74,10 @@ def result(spec: ConvSpec) -> str:
     if spec.dst_dtype == "i32":
         return "x"
     value, op = "(float)x * scale[oc]", spec.activation_op
+    if spec.residual:
+        least, most = RANGES[spec.dst_dtype]
+        product = f"fmin(fmax(nearbyint({value}) + sum[1], {least}), {most})"
+        value = f"(({product} - sum[1]) * sum[0] + (added - sum[3]) * sum[2])"
     if op.name == "relu":
         value = f"fmax({value}, 0)"
     elif op.name == "clip":

@@ -194,6 +194,7 @@ def _axes(spec: ConvSpec) -> dict[str, list[str]]:
         "src_zero": ["1"],
         "weights_zero": ["oc"],
         "dst_zero": ["1"],
+        "sum": ["4"],
         "residual": activations(*outputs),
         "dst": activations(*outputs),
     }
@@ -372,7 +373,9 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
     if "bias" in spec.shapes:
         value = "value(bias[oc])"
         epilogue += f"    sum += {value};\n    absolute += fabs({value});\n"
-    if spec.residual:
+    if spec.residual and spec.is_quantised:
+        epilogue += "    added = residual[offset(n, OC, OC_BLOCK, oc, out_size, out)];\n"
+    elif spec.residual:
         value = "value(residual[offset(n, OC, OC_BLOCK, oc, out_size, out)])"
         epilogue += f"    sum += {value};\n    absolute += fabs({value});\n"
     pack = fields(*PARAMETERS)

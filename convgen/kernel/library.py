@@ -43,6 +43,7 @@ class Sizes(NamedTuple):
     src_zero: int
     weights_zero: int
     dst_zero: int
+    sum: int
     residual: int
     dst: int
     packed: int
@@ -245,7 +246,7 @@ class BaseLibrary(Loaded, ABC):
             bias: ``[oc]``, given exactly where the spec has one.
             slope: prelu's, ``[oc]`` or one number.
             others: of a layer of integers ``scale`` ``[oc]``, and what it has of ``src_zero`` ``[1]``,
-                ``weights_zero`` ``[oc]`` and ``dst_zero`` ``[1]``; a number stands for equal elements.
+                ``weights_zero`` ``[oc]``, ``dst_zero`` ``[1]`` and ``sum`` ``[4]``; a number stands for equal elements.
             packed: ``sizes().packed`` bytes at a multiple of 64.
 
         Raises:

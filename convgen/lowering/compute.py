@@ -109,9 +109,17 @@ def quantised_bits(
     value: Expr, dtype: str, zero: Expr | None = None, lanes: int = 1, within: tuple[float, float] | None = None
 ) -> Expr:
     """The same as the lowest bits of integers of 32 bits. ``within``: least and largest value; of NaN the least."""
+    offset = None if zero is None else zero.astype(of_lanes(ACCUMULATOR, lanes))
+    whole = whole_bits(value, dtype, offset, lanes, within)
+    return whole if zero is None else whole + zero
+
+
+def whole_bits(
+    value: Expr, dtype: str, offset: Expr | None, lanes: int, within: tuple[float, float] | None = None
+) -> Expr:
+    """The same before the zero point, here f32, is added."""
     low, high = (tirx.const(bound, ACCUMULATOR) for bound in RANGES[dtype])
-    if zero is not None:  # bounds of the rounded number: saturating before rounding is the same
-        offset = zero.astype(of_lanes(ACCUMULATOR, lanes))
+    if offset is not None:  # bounds of the rounded number: saturating before rounding is the same
         low, high = low - offset, high - offset
     if within is not None:
 
@@ -126,8 +134,7 @@ def quantised_bits(
         value = tirx.Let(number, value, tirx.min(high, tirx.Select(number > least, number, least)))
     else:
         value = tirx.max(low, tirx.min(high, value))
-    whole = tirx.reinterpret(of_lanes(INTEGER, lanes), value + tirx.const(SHIFT, ACCUMULATOR))
-    return whole if zero is None else whole + zero
+    return tirx.reinterpret(of_lanes(INTEGER, lanes), value + tirx.const(SHIFT, ACCUMULATOR))
 
 
 def less(value: Expr, zero: Expr | None) -> Expr:
@@ -412,41 +419,6 @@ def epilogue(
             number = smallest if lanes == 1 else tirx.Broadcast(smallest, lanes)
             value = tirx.Let(scaled, value, tirx.Select(tirx.isnan(scaled), number, scaled))
     return activate(spec.activation_op, value, slope)
-
-
-#: Activations that are bounds of a value; those of clip are its parameters.
-CLAMPS: dict[str, tuple[float, ...]] = {"none": (-math.inf, math.inf), "relu": (0, math.inf), "clip": ()}
-
-
-def requantise(
-    spec: ConvSpec,
-    sums: Expr,
-    *,
-    bias: Expr | None = None,
-    scale: Expr | None = None,
-    dst_zero: Expr | None = None,
-    lanes: int = 1,
-) -> Expr:
-    """What a layer of integers stores in dst: ``saturate(round(activation((sums + bias) * scale)) + dst_zero)``.
-
-    Args:
-        sums: of products, i32, what zero points add to them already taken off (or in the bias).
-        bias, scale, dst_zero: i32, f32 and i32 of a channel, or vectors of them; what the spec lacks is None.
-
-    Returns:
-        An element, or vector, of dst's type. Of i32 the sums with the bias, of f32 what would be rounded.
-    """
-    if spec.dst_dtype == "i32":
-        return sums if bias is None else sums + bias
-    if spec.dst_dtype == "f32":
-        return epilogue(spec, sums, bias=bias, scale=scale, lanes=lanes)
-    # The activation's bounds and the type's are one: in few instructions, which short sums wait for.
-    op = spec.activation_op
-    least, largest = CLAMPS[op.name] or op.params
-    sums = sums.astype(of_lanes(INTEGER, lanes))
-    value = (sums if bias is None else sums + bias).astype(of_lanes(ACCUMULATOR, lanes)) * scale
-    bits = quantised_bits(value, spec.dst_dtype, dst_zero, lanes, (least, largest))
-    return bits.astype(of_lanes(STORAGE[spec.dst_dtype], lanes))
 
 
 def copied(parameter: Operand, channels: int = 0) -> te.Tensor:

@@ -18,7 +18,7 @@ from ..problem.dtypes import BYTES
 from ..problem.spec import ConvSpec
 
 #: Version of the C functions and structs (``runtime/types.h``) and of the manifest that goes with them.
-ABI = 3
+ABI = 4
 #: Alignment in bytes of packed tensors, of the workspace and of each allocation within it.
 ALIGNMENT = 64
 #: Bytes before the first packed tensor: magic, ABI version, identity, size, checksum.
@@ -167,7 +167,8 @@ class Interface:
 
     The object file defines two functions of the TVM FFI ABI, their arguments in this order::
 
-        __tvm_ffi_pack(weights, [bias], [slope], [scale], [src_zero], [weights_zero], [dst_zero], *packed)
+        __tvm_ffi_pack(weights, [bias], [slope], [scale], [src_zero], [weights_zero], [dst_zero], [sum],
+                       *packed)
         __tvm_ffi_main(src, [residual], *packed, dst)
 
     Args:

@@ -21,6 +21,8 @@ from .nodes import READERS
 
 #: Least scale of DynamicQuantizeLinear: of a tensor of zeros, any does.
 _TINY = 2.0**-126
+#: Least scale with which a residual is added to a product, so that quotients of scales are ordinary numbers.
+_LEAST_SCALE = 2.0**-60
 
 
 # ---- to integers and back ----------------------------------------------------------------------
@@ -273,6 +275,114 @@ def quantise_product(graph: Graph, node: Node) -> Convolution | None:
     if zero:
         parameters["dst_zero"] = np.array([int(zero)], np.uint8 if dtype == "u8" else np.int8)
     return dataclasses.replace(made, spec=spec, parameters=parameters, output=node.output)
+
+
+def add_quantised(graph: Graph, node: Node) -> Convolution | None:
+    """What is quantised of a dequantised product and another dequantised tensor, their sum: the product takes it in
+    where that gives the same for all numbers they may be.
+    """
+    if not isinstance(node, Operator) or node.kind != "quantise" or not _is_of_tensor(graph, node):
+        return None
+    producers, activation = graph.producers(), "none"
+    total = _alone(graph, producers, node.inputs[0])
+    if total is not None and total.kind == "activate":
+        activation, total = total.attributes["activation"], _alone(graph, producers, total.inputs[0])
+    if total is None or total.kind != "add" or len(total.inputs) != 2:
+        return None
+    for name, other in (total.inputs, total.inputs[::-1]):
+        product, residual = _alone(graph, producers, name), producers.get(other)
+        if product is None or not isinstance(residual, Operator) or graph.shapes[name] != graph.shapes[other]:
+            continue
+        if not all(one.kind == "dequantise" and _is_of_tensor(graph, one) for one in (product, residual)):
+            continue
+        made = producers.get(product.inputs[0])
+        if isinstance(made, Convolution) and (sum_of := _with_sum(graph, made, (product, residual, node), activation)):
+            return sum_of
+    return None
+
+
+def _alone(graph: Graph, producers: Mapping[str, Node], name: str) -> Operator | None:
+    """The operator that computes a tensor which one other node reads."""
+    made = producers.get(name)
+    alone = len(graph.users()[name]) == 1 and name not in graph.outputs
+    return made if isinstance(made, Operator) and alone else None
+
+
+def _with_sum(
+    graph: Graph, made: Convolution, parts: tuple[Operator, Operator, Operator], activation: str
+) -> Convolution | None:
+    """A product with the residual that is added to it, of what dequantises these two and quantises the sum; None where
+    it does not fit.
+    """
+    _, residual, quantised = parts
+    stored, dtype = graph.dtype(residual.inputs[0]), quantised.attributes["dtype"]
+    alone = len(graph.users()[made.output]) == 1 and made.output not in graph.outputs
+    plain = made.spec.is_quantised and not made.spec.residual and made.spec.activation == "none"
+    if not alone or not plain or made.spec.dst_dtype != dtype or stored not in RANGES:
+        return None
+    (a_scale, a_zero), (b_scale, b_zero), (scale, zero) = (_scale_and_zero(graph, part) for part in parts)
+    if not all(_LEAST_SCALE <= number <= 1 / _LEAST_SCALE for number in (a_scale, b_scale, scale)):
+        return None
+    parameters = {name: array for name, array in made.parameters.items() if name != "dst_zero"}
+    types = (dtype, stored, dtype)
+    scales = scales_of_sum((a_scale, b_scale, scale), (a_zero, b_zero, zero), types)
+    if scales is None:
+        return None
+    parameters["sum"] = np.array([scales[0], a_zero, scales[1], b_zero], np.float32)
+    if zero:
+        parameters["dst_zero"] = np.array([zero], np.uint8 if dtype == "u8" else np.int8)
+    try:
+        spec = made.spec.with_(
+            residual=True,
+            residual_dtype=stored,
+            dst_zero=bool(zero),
+            activation=stored_activation(activation, scale, zero, dtype),
+        )
+    except SpecError:  # another activation
+        return None
+    inputs = (*made.inputs, residual.inputs[0])
+    return dataclasses.replace(made, spec=spec, parameters=parameters, inputs=inputs, output=quantised.output)
+
+
+#: Of this many neighbouring numbers of f32 the scales of a sum are looked for, on either side.
+_NEIGHBOURS = 64
+
+
+def scales_of_sum(
+    scales: tuple[np.float32, np.float32, np.float32], zeros: tuple[int, int, int], dtypes: tuple[str, str, str]
+) -> tuple[np.float32, np.float32] | None:
+    """Scales of two addends in steps of their sum, such that products with them give what a sum of dequantised numbers
+    does, divided by its own scale, for all pairs of numbers.
+
+    Args:
+        scales, zeros, dtypes: of the addends and of the sum.
+
+    Returns:
+        f32 near ``scales[0] / scales[2]`` and ``scales[1] / scales[2]``; None where none there do.
+    """
+    low, high = (bound - zeros[2] for bound in RANGES[dtypes[2]])
+    of_types = [np.arange(low, high + 1) for low, high in map(RANGES.__getitem__, dtypes[:2])]
+    a, b = ((stored - zero).astype(np.float32) for stored, zero in zip(of_types, zeros, strict=False))
+    exact = (a[:, None] * scales[0] + b * scales[1]) / scales[2]
+    wanted = np.clip(np.rint(exact), low, high)
+    near = (abs(exact - np.floor(exact) - 0.5) < 2.0**-10) & (exact > low - 1) & (exact < high + 1)
+    rows, columns = np.nonzero(near)
+    steps = np.arange(-_NEIGHBOURS, _NEIGHBOURS + 1)
+    first, second = (
+        (np.float32(scale / scales[2]).view(np.int32) + steps).astype(np.int32).view(np.float32) for scale in scales[:2]
+    )
+    left, right = first[:, None, None] * a[rows], second[None, :, None] * b[columns]
+    fits = (np.clip(np.rint(left + right), low, high) == wanted[rows, columns]).all(axis=2)
+    for i, j in sorted(np.argwhere(fits).tolist(), key=lambda at: abs(at[0] - _NEIGHBOURS) + abs(at[1] - _NEIGHBOURS)):
+        if (np.clip(np.rint(a[:, None] * first[i] + b * second[j]), low, high) == wanted).all():
+            return first[i], second[j]
+    return None
+
+
+def _scale_and_zero(graph: Graph, node: Operator) -> tuple[np.float32, int]:
+    """Of one for all elements."""
+    scale, *zero = (graph.constants[name].reshape(()) for name in node.inputs[1:])
+    return np.float32(scale), int(zero[0]) if zero else 0
 
 
 #: Operators that give their operands' elements, or the largest of some: the same of integers and of what they mean.

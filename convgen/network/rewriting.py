@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import SpecError
 from ..problem.spec import ConvSpec
 from .graph import F32, Convolution, Graph, Node, Operator
-from .integers import keep_integers, quantise_product
+from .integers import add_quantised, keep_integers, quantise_product
 
 
 def rewrite(graph: Graph) -> None:
@@ -22,6 +22,7 @@ def rewrite(graph: Graph) -> None:
     for change in (_residual, _activation, quantise_product):
         _each(graph, change)
     keep_integers(graph)
+    _each(graph, add_quantised)
     _nest_concats(graph)
     graph.order()
 

@@ -22,7 +22,7 @@ BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "u8": 1, "i32": 4}
 #: What a spec's dtype may be.
 DTYPES = ("f32", "f16", "bf16", "i8")
 #: What the tensors of a layer of 8-bit integers may be.
-QUANTISED = {"src": ("i8", "u8"), "weights": ("i8", "u8"), "dst": ("i8", "u8", "i32", "f32")}
+QUANTISED = {"src": ("i8", "u8"), "weights": ("i8", "u8"), "dst": ("i8", "u8", "i32", "f32"), "residual": ("i8", "u8")}
 #: The least and the largest number of the types that results are rounded to.
 RANGES = {"i8": (-128, 127), "u8": (0, 255)}
 #: Half the distance from 1 to the next number: the largest relative error of rounding to it.

@@ -3,8 +3,8 @@
 A spec means ONNX's ``Conv`` / ``ConvTranspose`` (cross-correlation) followed by bias, residual and
 activation: ``dst = activation(conv(src, weights) + bias + residual)``. Of 8-bit integers it means ``QLinearConv``:
 ``dst = saturate(round(activation((conv(src - src_zero, weights - weights_zero) + bias) * scale)) + dst_zero)``, where
-the sum is a 32-bit integer, the rest f32, ties are rounded to even and ``scale`` is a tensor ``[oc]``; see
-``docs/quantised.md``.
+the sum is a 32-bit integer, the rest f32, ties are rounded to even and ``scale`` is a tensor ``[oc]``; with a residual,
+that and then ``QLinearAdd``; see ``docs/quantised.md``.
 
 Of another direction it means the gradient of a layer, whose own fields say the shapes: see ``docs/gradients.md``.
 
@@ -24,7 +24,7 @@ from typing import Any
 
 from ..errors import SpecError, meant
 from .activation import Activation
-from .dtypes import BYTES, DTYPES, QUANTISED
+from .dtypes import BYTES, DTYPES, QUANTISED, RANGES
 from .fields import INT32_MAX, Pair, Spatial, flag, integer, layout_of, spatial
 from .layout import Blocks
 from .padding import resolved_padding
@@ -35,10 +35,13 @@ CANONICAL_VERSION = 1
 
 OPERATORS = tuple(f"{op}{rank}d" for op in ("conv", "convtranspose") for rank in (1, 2, 3))
 #: Tensors that are bound once, in the order in which functions take them.
-PARAMETERS = ("weights", "bias", "slope", "scale", "src_zero", "weights_zero", "dst_zero")
+PARAMETERS = ("weights", "bias", "slope", "scale", "src_zero", "weights_zero", "dst_zero", "sum")
+#: Numbers of the parameter ``sum``: scales, in steps of dst, and zero points of the product, which is rounded to dst's
+#: type, and of the residual.
+SUM = ("product_scale", "product_zero", "residual_scale", "residual_zero")
 
 #: Types of single tensors. Fields that are resolved where they are empty -> the field whose value they get.
-TYPES = ("src_dtype", "weights_dtype", "dst_dtype")
+TYPES = ("src_dtype", "weights_dtype", "dst_dtype", "residual_dtype")
 RESOLVED = {"dst_layout": "layout", **dict.fromkeys(TYPES, "dtype")}
 
 
@@ -69,7 +72,8 @@ class ConvSpec:
             ``relaxed``, or ``tf32`` or ``bf16``, whose products may be of operands of 11 or 8 bits.
         dtype: how tensors are stored: ``f32``, ``f16`` or ``bf16``; sums are f32 whatever it is. Or ``i8``: a layer
             of 8-bit integers, whose sums and bias are i32 and whose scale is f32 (:attr:`dtypes`). It is exact,
-            takes no residual, no activation but ``relu`` and ``clip``, and no accuracy but ``standard``.
+            takes no activation but ``relu`` and ``clip``, and no accuracy but ``standard``. Its residual is of 8-bit
+            integers, too; a parameter ``sum`` says what these mean (:data:`SUM`).
         layout: of src: ``nchw`` (1-D ``ncw``, 3-D ``ncdhw``), ``nhwc``, or in blocks of 8 or 16 channels,
             ``nchw8c`` or ``nchw16c``, of which ic is a multiple (:mod:`convgen.problem.layout`).
             Weights are always ``[oc, ic/groups, *kernel]``, transposed ``[ic, oc/groups, *kernel]``.
@@ -77,6 +81,7 @@ class ConvSpec:
         src_dtype, weights_dtype: of an i8 layer, ``i8`` or ``u8``; dtype where empty. Stored resolved.
         dst_dtype: of an i8 layer, ``i8`` or ``u8``, ``i32``: the sums themselves, without scale and activation, or
             ``f32``: what would be rounded.
+        residual_dtype: of an i8 layer's residual, ``i8`` or ``u8``; dtype where empty. Stored resolved.
         src_zero, weights_zero, dst_zero: whether an i8 layer's tensor has a zero point: the stored number that means
             0, of the tensor's own type; ``[1]``, of weights ``[oc]``. src is padded with its zero point.
         direction: ``forward``; ``data``, the gradient of the layer's src: the kernel's src is then the gradient of the
@@ -113,6 +118,7 @@ class ConvSpec:
     src_dtype: str = ""
     weights_dtype: str = ""
     dst_dtype: str = ""
+    residual_dtype: str = ""
     src_zero: bool = False
     weights_zero: bool = False
     dst_zero: bool = False
@@ -193,13 +199,15 @@ class ConvSpec:
             name, expected = f"{tensor}_dtype", known if self.is_quantised else (self.dtype,)
             if (dtype := getattr(self, name)) not in expected:
                 raise SpecError(name, f"one of {', '.join(expected)} with dtype {self.dtype}", repr(dtype))
-            if getattr(self, f"{tensor}_zero") and dtype not in ("i8", "u8"):
+            if tensor != "residual" and getattr(self, f"{tensor}_zero") and dtype not in RANGES:
                 raise SpecError(f"{tensor}_zero", f"false for {tensor} of {dtype}", True)
+        if not self.residual and self._differs("residual_dtype"):
+            raise SpecError("residual_dtype", f"{self.dtype} without a residual", repr(self.residual_dtype))
         if not self.is_quantised:
             return
         plain = self.activation == "none" or (self.dst_dtype != "i32" and self.activation_op.name in ("relu", "clip"))
         for name, why, allowed in (
-            ("residual", "false for i8, as it would have a scale of its own", not self.residual),
+            ("residual", "false where dst is of i32 or f32", not self.residual or self.dst_dtype in RANGES),
             (
                 "activation",
                 "none, relu or clip for i8, of i32 none, as others do not commute with rounding to it",
@@ -325,6 +333,7 @@ class ConvSpec:
         zeros = {"src_zero": (1,), "weights_zero": (self.oc,), "dst_zero": (1,)}
         shapes |= {name: shape for name, shape in zeros.items() if getattr(self, name)}
         if self.residual:
+            shapes |= {"sum": (len(SUM),)} if self.is_quantised else {}
             shapes["residual"] = self.dst_shape
         return {**shapes, "dst": self.dst_shape}
 
@@ -333,7 +342,8 @@ class ConvSpec:
         """How each tensor of :attr:`shapes` is stored."""
         own = {"src": self.src_dtype, "weights": self.weights_dtype, "dst": self.dst_dtype}
         if self.is_quantised:
-            own |= {f"{name}_zero": dtype for name, dtype in own.items()} | {"bias": "i32", "scale": "f32"}
+            own |= {f"{name}_zero": dtype for name, dtype in own.items()}
+            own |= {"residual": self.residual_dtype, "bias": "i32", "scale": "f32", "sum": "f32"}
         return {name: own.get(name, self.dtype) for name in self.shapes}
 
     @property
@@ -357,10 +367,10 @@ class ConvSpec:
 
     @property
     def is_plainly_quantised(self) -> bool:
-        """A convolution from i8 to i8 whose zero points are 0: the layer of integers that every schedule knows."""
+        """A convolution from i8 to i8 whose zero points are 0, without residual: what every schedule knows."""
         plain = {self.src_dtype, self.weights_dtype, self.dst_dtype} == {"i8"} and not self.transposed
         zeros = self.src_zero or self.weights_zero or self.dst_zero
-        return self.is_quantised and plain and not zeros
+        return self.is_quantised and plain and not zeros and not self.residual
 
     @property
     def out_pixels(self) -> int:

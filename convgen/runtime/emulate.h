@@ -191,6 +191,7 @@ inline float min(float a, float b) { return fminf(a, b); }
 inline double max(double a, double b) { return fmax(a, b); }
 inline double min(double a, double b) { return fmin(a, b); }
 
+#define __fmul_rn(x, y) ((float)(x) * (float)(y))
 #define __expf expf /* glibc declares some of these, for itself */
 #define __exp10f exp10f
 #define __logf logf

@@ -152,7 +152,7 @@ int convgen_enter(const convgen_call *c, char *main_workspace, convgen_function 
 /* ---- arguments ------------------------------------------------------------------------------- */
 
 /* Tensors that are bound once: weights, bias and so on. */
-enum { PARAMETERS = 7 };
+enum { PARAMETERS = 8 };
 
 typedef struct {
     convgen_dltensor tensors[CONVGEN_MAX_PACKED + PARAMETERS];
@@ -254,6 +254,7 @@ int convgen_kernel_sizes(const convgen_kernel *kernel, int threads, convgen_size
         .src_zero = kernel->src_zero.bytes,
         .weights_zero = kernel->weights_zero.bytes,
         .dst_zero = kernel->dst_zero.bytes,
+        .sum = kernel->sum.bytes,
         .residual = images * kernel->residual.bytes,
         .dst = images * kernel->dst.bytes,
         .packed = kernel->packed_size,
@@ -279,6 +280,7 @@ int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *a
         {&kernel->src_zero, a.src_zero, a.src_zero_size},
         {&kernel->weights_zero, a.weights_zero, a.weights_zero_size},
         {&kernel->dst_zero, a.dst_zero, a.dst_zero_size},
+        {&kernel->sum, a.sum, a.sum_size},
     };
     for (int i = 0; i < PARAMETERS; ++i)
         RETURN_UNLESS_OK(check_tensor(parameters[i].data, parameters[i].size, parameters[i].tensor));

@@ -23,10 +23,12 @@ static void run(const char *name, int threads, int at_end, const char *out)
     OPERAND(src_zero);
     OPERAND(weights_zero);
     OPERAND(dst_zero);
+    OPERAND(sum);
     OPERAND(residual);
     const buffer packed = guarded(sizes.packed, at_end, 0);
-    const convgen_pack_args pack = {GIVEN(weights),      GIVEN(bias),         GIVEN(slope),    GIVEN(scale),
-                                    GIVEN(src_zero),     GIVEN(weights_zero), GIVEN(dst_zero), GIVEN(packed)};
+    const convgen_pack_args pack = {GIVEN(weights),  GIVEN(bias),         GIVEN(slope),    GIVEN(scale),
+                                    GIVEN(src_zero), GIVEN(weights_zero), GIVEN(dst_zero), GIVEN(sum),
+                                    GIVEN(packed)};
     must("pack", ${name}_pack(&pack));
     seal(packed);
 
@@ -41,8 +43,8 @@ static void run(const char *name, int threads, int at_end, const char *out)
     if (threads > 1)
         ${name}_pool_destroy(pool);
     keep(out, dst);
-    const buffer all[] = {src,        weights,  bias,     slope,  scale, src_zero,
-                          weights_zero, dst_zero, residual, packed, dst,   workspace};
+    const buffer all[] = {src,      weights, bias,     slope,  scale, src_zero, weights_zero,
+                          dst_zero, sum,     residual, packed, dst,   workspace};
     for (size_t i = 0; i < sizeof all / sizeof *all; ++i)
         if (all[i].pages != NULL)
             release(all[i]);

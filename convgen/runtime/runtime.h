@@ -64,7 +64,7 @@ typedef struct {
 enum { CONVGEN_MAX_PACKED = 16 };
 
 typedef struct {
-    convgen_tensor src, weights, bias, slope, scale, src_zero, weights_zero, dst_zero, residual, dst;
+    convgen_tensor src, weights, bias, slope, scale, src_zero, weights_zero, dst_zero, sum, residual, dst;
     const convgen_tensor *packed;
     int packed_count;
     int empty; /* batch 0: nothing to compute */

@@ -1,6 +1,6 @@
 /* What all convgen libraries share. Several of their headers can be included together. */
 #ifndef CONVGEN_ABI
-#define CONVGEN_ABI 3
+#define CONVGEN_ABI 4
 
 #include <stddef.h>
 
@@ -38,7 +38,7 @@ typedef void (*convgen_parallel_for)(void *context, int count, void (*body)(void
 
 /* Bytes of every buffer; 0 where the layer has no such tensor. */
 typedef struct {
-    size_t src, weights, bias, slope, scale, src_zero, weights_zero, dst_zero, residual, dst, packed, workspace;
+    size_t src, weights, bias, slope, scale, src_zero, weights_zero, dst_zero, sum, residual, dst, packed, workspace;
 } convgen_sizes;
 
 /* Tensors are dense, row-major, of the element type that <name>.h states. Those the layer does not
@@ -58,6 +58,8 @@ typedef struct {
     size_t weights_zero_size;
     const void *dst_zero;
     size_t dst_zero_size;
+    const void *sum;
+    size_t sum_size;
     void *packed; /* out: aligned to 64 bytes */
     size_t packed_size;
 } convgen_pack_args;
@@ -80,6 +82,6 @@ typedef struct {
 }
 #endif
 
-#elif CONVGEN_ABI != 3
+#elif CONVGEN_ABI != 4
 #error "headers of convgen libraries with different ABI versions are included together"
 #endif

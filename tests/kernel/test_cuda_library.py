@@ -74,6 +74,7 @@ def test_sizes_count_each_part_of_the_workspace_from_a_multiple_of_256(library: 
         bias=20,
         slope=0,
         scale=0,
+        sum=0,
         src_zero=0,
         weights_zero=0,
         dst_zero=0,

@@ -30,6 +30,8 @@ SPECS = [
         "convtranspose1d ic3 oc2 i9 k4 s3 i8",
         "conv3d ic4 oc4 i5x4x6 k3x1x2 p1 i8 src_u8 dst_zero dst_u8",
         "conv1d ic3 oc3 g3 i4 k3 s2 p3_2 src_zero weights_u8 i8",  # which no QLinearConv takes
+        "conv2d ic5 oc6 i9x9 k3 p1 i8 src_u8 dst_u8 dst_zero residual residual_u8 relu",
+        "conv2d n2 ic8 oc16 i4x5 k1 i8 src_u8 residual clip(-30,50) nhwc dst_nchw16c",
     )
 ]
 
@@ -72,6 +74,29 @@ def test_by_hand(src: str, dst: str, zero: bool) -> None:
     image = stored.astype(numpy_dtype(src)).reshape(spec.src_shape)
     np.testing.assert_array_equal(compiled(spec)(image, **given), by_hand)
     np.testing.assert_array_equal(reference.run_onnxruntime(spec, image, **given), by_hand)
+
+
+@pytest.mark.parametrize("schedule", ["reference", "cpu_direct"])
+def test_sums_with_a_residual_by_hand(schedule: str) -> None:
+    """Every number of src beside every number of the residual."""
+    spec = ConvSpec.parse(
+        "conv2d ic1 oc2 i256x256 k1 i8 src_u8 dst_u8 residual residual_u8 dst_zero clip(-90,100) nobias"
+    )
+    given: dict[str, Any] = {
+        "weights": np.array([1, -2], np.int8).reshape(spec.weights_shape),
+        "scale": np.array([1, 0.37], np.float32),
+        "sum": np.array([0.71, 40, 0.5, 130], np.float32),
+        "dst_zero": np.array([100], np.uint8),
+    }
+    image = np.repeat(np.arange(256, dtype=np.uint8), 256).reshape(spec.src_shape)
+    residual = np.tile(np.arange(256, dtype=np.uint8), 512).reshape(spec.dst_shape)
+    sums = np.concatenate([image, image.astype(np.int32) * -2], axis=1).astype(np.float32)
+    product = np.clip(np.rint(sums * given["scale"].reshape(1, 2, 1, 1)) + 40, 0, 255).astype(np.float32)
+    scales = given["sum"][::2]
+    total = (product - np.float32(40)) * scales[0] + (residual - np.float32(130)) * scales[1]
+    by_hand = np.rint(np.clip(total, -90, 100)) + 100
+    kernel = compile_candidate(spec, NATIVE, parse_candidate(spec, NATIVE, schedule, None), 1)
+    np.testing.assert_array_equal(kernel(image, residual=residual, **given), by_hand)
 
 
 def test_long_sums_wrap_as_those_of_onnx_runtime() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 #: The C code of each storage type, for the comparison.
 DTYPES = {"f32": 0, "f16": 1, "bf16": 2, "i8": 3}
-PARAMETERS = ("weights", "bias", "slope", "scale", "src_zero", "weights_zero", "dst_zero")
+PARAMETERS = ("weights", "bias", "slope", "scale", "src_zero", "weights_zero", "dst_zero", "sum")
 NO_MEMORY = 7  # enum convgen_status
 NO_IMAGE, DRIVER_ERROR = 34, 35  # enum convgen_cuda_status
 _ALIGNMENT = 64

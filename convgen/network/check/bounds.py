@@ -112,7 +112,7 @@ def _convolution(
 ) -> Measured:
     """``shape`` is the output's: the spec sees rows of matrices as pixels."""
     if node.spec.is_quantised:
-        return _of_integers(node, operands[0], shape)
+        return _of_integers(node, operands, shape)
     spec = node.spec.with_(accuracy=accuracy)
     src, *residual = operands
     data: dict[str, Any] = dict(node.parameters) | {"src": src.value.astype(np.float32).reshape(spec.src_shape)}
@@ -136,25 +136,31 @@ def _convolution(
     return Measured(value.reshape(shape), _joined(passed, local.reshape(shape), *added))
 
 
-def _of_integers(node: Convolution, src: Measured, shape: Shape) -> Measured:
+def _of_integers(node: Convolution, operands: Sequence[Measured], shape: Shape) -> Measured:
     """A convolution of integers is exact but for what errors of src, whole steps of it, become, and a step more where
     they may round another way.
     """
-    spec = node.spec
+    spec, (src, *residual) = node.spec, operands
     given: dict[str, Any] = {**node.parameters, "src": src.value.astype(numpy_dtype(spec.src_dtype))}
     given["src"] = given["src"].reshape(spec.src_shape)
+    for other in residual:
+        given["residual"] = other.value.astype(numpy_dtype(spec.residual_dtype)).reshape(spec.dst_shape)
     value = np.asarray(run_onnxruntime(spec, **given), np.float64)
     steps = np.where(src.error >= 0.5, np.rint(src.error), 0).astype(np.float32).reshape(spec.src_shape)
     weights = np.asarray(given["weights"], np.float32)
     if spec.weights_zero and not spec.transposed:
         weights = weights - given["weights_zero"].astype(np.float32).reshape(-1, *(1,) * (spec.rank + 1))
-    plain = spec.with_(dtype="f32", activation="none", bias=False)
+    plain = spec.with_(dtype="f32", activation="none", bias=False, residual=False)
     error = np.asarray(run_onnxruntime(plain, steps, np.abs(weights)), np.float64)
     if "scale" in given:
         error = error * np.abs(given["scale"]).reshape(spec.dst_blocks.shape(1, (1,) * spec.rank))
     if spec.dst_dtype in RANGES:
         error = np.where(error > 0, np.ceil(error) + 1, 0)
-    elif spec.dst_dtype == "f32":
+    for other in residual:
+        product_scale, _, residual_scale, _ = (abs(float(number)) for number in given["sum"])
+        added = error * product_scale + other.error.reshape(spec.dst_shape) * residual_scale
+        error = np.where(added > 0, np.ceil(added) + 1, 0)
+    if spec.dst_dtype == "f32":
         error = error + 4 * _U * np.abs(value)
     return Measured(value.reshape(shape), error.reshape(shape))
 
