@@ -84,7 +84,9 @@ class Operation:
     @property
     def unit(self) -> str:
         """What of a core it keeps busy (:class:`~convgen.cpu.model.Work`)."""
-        return {"vpdpbusd": "quads", "sdot": "quads", "vdpbf16ps": "pairs"}.get(self.instruction, "fmas")
+        return {"vpdpbusd": "quads", "vpdpwssd": "quads", "sdot": "quads", "vdpbf16ps": "pairs"}.get(
+            self.instruction, "fmas"
+        )
 
     def reads(self, spec: ConvSpec) -> bool:
         """Whether src can be read where it lies."""
@@ -103,6 +105,8 @@ class Operation:
                 return tirx.call_extern(of_lanes(self.operand, lanes), "convgen_to_bf16_512", wide)
             return narrow(wide, "bf16", lanes)
         value = value.astype(of_lanes(self.operand, lanes))
+        if self.offset and self.depth == 2:
+            return value + tirx.const(self.offset, of_lanes(self.operand, lanes))
         if self.offset:
             return value ^ tirx.const(-self.offset, of_lanes(self.operand, lanes))
         if zero is None or self.biased:
@@ -115,7 +119,7 @@ class Operation:
         if not self.biased:
             return tirx.const(0, self.operand)
         if zero is None:
-            return tirx.const(-self.offset, self.operand)
+            return tirx.const(self.offset if self.depth == 2 else -self.offset, self.operand)
         return (zero + tirx.const(self.offset, INTEGER)).astype(self.operand)
 
     def weight(self, value: Expr) -> Expr:
@@ -141,7 +145,7 @@ class Operation:
         if self.instruction == "vdpbf16ps":
             return tirx.call_extern(of_lanes(ACCUMULATOR, lanes), "convgen_add_pairs_512", sums, factor, words)
         name = _NAMES[self.instruction][lanes]
-        numbers = of_lanes("int16" if self.instruction == "vpmaddwd" else "int8", lanes * self.depth)
+        numbers = of_lanes(self.operand, lanes * self.depth)
         a, b = (tirx.reinterpret(numbers, vector) for vector in (factor, words))
         if self.instruction == "vpmaddwd":
             return sums + tirx.call_llvm_pure_intrin(of_lanes(INTEGER, lanes), name, a, b)
@@ -158,6 +162,7 @@ class Operation:
 #: LLVM's names of instructions, by lanes; without AVX512 too.
 _NAMES = {
     "vpdpbusd": {8: "llvm.x86.avx512.vpdpbusd.256", 16: "llvm.x86.avx512.vpdpbusd.512"},
+    "vpdpwssd": {16: "llvm.x86.avx512.vpdpwssd.512"},
     "vpmaddwd": {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"},
     "sdot": {4: "llvm.aarch64.neon.sdot.v4i32.v16i8"},
 }  # fmt: skip

@@ -1,0 +1,332 @@
+"""Winograd's F(4×4, 3×3) of integers, exactly: the sizes of such a kernel, and its statements.
+
+With ``d`` a tile of src and ``w`` the weights of a pair of channels, the outputs are ``Aᵀ[(G w Gᵀ) · (Bᵀ d B)]A``. Bᵀ is
+whole; 24 G is ``diag(c)`` times a matrix of small whole numbers, and ``diag(c)`` goes to A: so all of it is whole, and gives
+the outputs times 24². Sums wrap at 32 bits; as 24² is 9 · 2⁶ and 9 has an inverse there, an output is known but for multiples
+of 2²⁶, and so known where it is smaller than 2²⁵: of so few channels are the sums that are transformed back together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from ..deferred import te, tirx
+from ..lowering.compute import INTEGER, Expr, Operands, ceildiv, copied, unflat
+from ..lowering.schedule import Picks
+from ..problem.spec import ConvSpec
+from .images import dst_images, src_images
+from .model import Core
+from .operation import Operation
+from .panel import Source, converted, word
+from .product import LINE, Ahead, Even, blocks_ahead, multiply, steps_apart
+from .vector import Block, load, load_parameters
+
+#: Outputs and taps of a tile along an axis, and its inputs, which are as many as its products.
+OUTPUTS, TAPS, EXTENT = 4, 3, 6
+POSITIONS = EXTENT * EXTENT
+#: Bᵀ, the whole part of 24 G, and Aᵀ diag(c): interpolation at 0, 1, -1, 2, -2 and infinity.
+INPUTS = ((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0), (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0),
+          (0, 4, 0, -5, 0, 1))  # fmt: skip
+WEIGHTS = ((1, 0, 0), (1, 1, 1), (1, -1, 1), (1, 2, 4), (1, -2, 4), (0, 0, 1))
+BACK = ((6, -4, -4, 1, 1, 0), (0, -4, 4, 2, -2, 0), (0, -4, -4, 4, 4, 0), (0, -4, 4, 8, -8, 24))
+#: Outputs come times 9 · 2**SHIFTED; the inverse of 9 modulo 2**32.
+SHIFTED, INVERSE = 6, 954437177
+#: Products of two numbers of 8 bits, of which a sum is less than 2**25 in any case.
+MOST_PRODUCTS = (2**25 - 1) // 128**2
+#: Channels of a vector of 16-bit numbers.
+CHANNELS = 32
+
+
+def operation_of(spec: ConvSpec) -> Operation:
+    """Sums of pairs of products of 16-bit numbers. Of u8, numbers are moved to lie about 0."""
+    return Operation("vpdpwssd", 2, "int16", INTEGER, -128 if spec.src_dtype == "u8" else 0, biased=True)
+
+
+class Grid:
+    """A layer's tiles, cut into blocks of rows of tiles.
+
+    Attributes:
+        tile_rows, tile_columns: of an image.
+        rows: blocks of so many rows of tiles.
+        most_tiles: of a block.
+        parts: of the channels, whose sums are transformed back together.
+        words: of a part, pairs of channels.
+        lanes: channels of a vector of 16-bit numbers.
+        pitch: numbers from a tile's transformed input to the next one's; no power of two, which would put them in few
+            sets of the cache.
+    """
+
+    def __init__(self, spec: ConvSpec, block_rows: int) -> None:
+        self.tile_rows, self.tile_columns = (ceildiv(size, OUTPUTS) for size in spec.out_spatial)
+        self.rows = Even(self.tile_rows, block_rows)
+        self.most_tiles = self.rows.full * self.tile_columns
+        self.parts = parts_of(spec.ic)
+        self.words = spec.ic // self.parts // 2
+        self.lanes = math.gcd(src_images(spec).block, CHANNELS)
+        self.pitch = spec.ic + CHANNELS
+
+    @property
+    def extent(self) -> list[int]:
+        """Planes, rows and columns that a block reads."""
+        return [1, *(OUTPUTS * n + EXTENT - OUTPUTS for n in (self.rows.full, self.tile_columns))]
+
+
+@lru_cache(maxsize=1024)
+def parts_of(ic: int) -> int:
+    """The fewest equal parts of the channels, of whole words, whose sums are small enough; 0 where none are."""
+    most = MOST_PRODUCTS // TAPS**2
+    return next((n for n in range(1, ic // 2 + 1) if ic % (2 * n) == 0 and ic // n <= most), 0)
+
+
+# ---- parameters -----------------------------------------------------------------------------------
+
+
+def _rows(matrix: Sequence[Sequence[int]], row: Expr, values: Sequence[Expr]) -> Expr:
+    """A row of a matrix, which a variable numbers, times values of 32 bits."""
+    products = [combined(coefficients, values) for coefficients in matrix]
+    chosen = products[-1]
+    for number in range(len(products) - 2, -1, -1):
+        chosen = tirx.Select(row == number, products[number], chosen)
+    return chosen
+
+
+def combined(coefficients: Sequence[int], values: Sequence[Expr]) -> Expr:
+    """The sum of values, of integers, times coefficients."""
+    total: Expr = None
+    for c, value in zip(coefficients, values, strict=True):
+        if not c:
+            continue
+        size = value if abs(c) == 1 else value * _number(abs(c), value)
+        if total is None:
+            total = size if c > 0 else _number(0, value) - size
+        else:
+            total = total + size if c > 0 else total - size
+    return total
+
+
+def _number(c: int, like: Expr) -> Expr:
+    """A number in as many lanes as another value has, of its type."""
+    dtype = like.ty.dtype
+    number = tirx.const(c, str(dtype).split("x")[0])
+    return number if dtype.lanes == 1 else tirx.Broadcast(number, dtype.lanes)
+
+
+def packed(ops: Operands, g: Grid, tile_oc: int) -> list[te.Tensor]:
+    """Transformed weights ``[oc/t][part and position][word][t]``, what sums start at, and what requantises them."""
+    spec, operation = ops.spec, operation_of(ops.spec)
+    half = te.compute(
+        (spec.oc, spec.ic, EXTENT, TAPS),
+        lambda o, c, i, k: _rows(WEIGHTS, i, [ops.weights[(o, c, tap, k)] for tap in range(TAPS)]),
+        name="weights_rows",
+    )
+
+    def words(b: Expr, at: Expr, k: Expr, t: Expr) -> Expr:
+        part, i, j = unflat(at, (g.parts, EXTENT, EXTENT))
+        channel, o = (part * g.words + k) * 2, tirx.min(b * tile_oc + t, spec.oc - 1)
+        pair = [_rows(WEIGHTS, j, [half(o, channel + n, i, tap) for tap in range(TAPS)]) for n in range(2)]
+        return operation.joined([operation.weight(value) for value in pair], 1)
+
+    shape = (ceildiv(spec.oc, tile_oc), g.parts * POSITIONS, g.words, tile_oc)
+    weights = te.compute(shape, words, name="weights_packed")
+    given = {parameter.name: parameter for parameter in ops.parameters}
+    axes = [te.reduce_axis((0, size), f"r{i}") for i, size in enumerate(spec.weights_shape[1:])]
+    totals = te.compute((spec.oc,), lambda o: te.sum(ops.weights[(o, *axes)], axes), name="totals")
+    nothing = tirx.const(operation.offset, INTEGER)
+    if spec.src_zero:
+        nothing = nothing + given["src_zero"][0]
+
+    def start(o: Expr) -> Expr:
+        value = 0 - totals[o] * nothing
+        return given["bias"][o] + value if spec.bias else value
+
+    starts = te.compute((spec.oc,), start, name="bias_packed")
+    return [weights, starts, *(copied(p) for p in ops.parameters[1:] if p.name != "bias")]
+
+
+# ---- the kernel -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A block of rows of tiles of an image, and of blocks of channels, from one on: ``first`` to ``end``."""
+
+    image: Expr
+    row: Expr
+    rows: Expr
+    first: Expr
+    end: Expr
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The statements of the whole layer."""
+
+    g: Grid
+    spec: ConvSpec
+    picks: Picks
+    lanes: int
+    core: Core
+    src: tirx.Buffer
+    residual: tirx.Buffer
+    parameters: dict[str, tirx.Buffer]
+    dst: tirx.Buffer
+
+    @property
+    def operation(self) -> Operation:
+        return operation_of(self.spec)
+
+    def statement(self) -> tirx.Stmt:
+        """The parallel loop over images, blocks of rows of tiles and parts of the channels."""
+        spec, g, picks, whole = self.spec, self.g, self.picks, Block()
+        tasks, blocks = (spec.n, g.rows.count, picks.parallel_oc), ceildiv(spec.oc, picks.tile_oc)
+        with whole.loop(math.prod(tasks), parallel=True) as (body, index):
+            image, block, part = map(body.let, unflat(index, tasks))
+            first, end = (body.let((part + i) * blocks // picks.parallel_oc) for i in (0, 1))
+            row = body.let(g.rows.start(block))
+            even = g.rows.many == g.rows.count
+            rows = g.rows.full if even else body.let(tirx.Select(block < g.rows.many, g.rows.full, g.rows.full - 1))
+            task = Task(image, row, rows, first, end)
+            values = self.transformed(body, task)
+            sums = body.buffer((g.parts * POSITIONS, g.most_tiles, picks.tile_oc), INTEGER)
+            with body.loop(end - first) as (inner, i):
+                b = inner.let(first + i)
+                vectors, width = spec.oc // self.lanes, picks.tile_oc // self.lanes
+                for case, count in inner.cases(b, vectors // width, width, vectors % width):
+                    self.products(case, task, values, b, count, sums)
+                    with case.loop(count) as (one, v):
+                        self.back(one, task, sums, v * self.lanes, one.let(b * picks.tile_oc + v * self.lanes))
+        return whole.statement()
+
+    # ---- input --------------------------------------------------------------------------------
+
+    def transformed(self, body: Block, task: Task) -> tirx.Buffer:
+        """A task's input, transformed: ``[position][tile][ic]``, 16-bit."""
+        spec, g, read = self.spec, self.g, src_images(self.spec)
+        (top, _), (left, _) = spec.padding
+        zero = self.parameters["src_zero"][0] if spec.src_zero else None
+        corner = [0, body.let(task.row * OUTPUTS - top), -left]
+        panel = converted(
+            body, self.operation, Source(spec, self.src, task.image, corner, g.extent, zero), read, self.lanes
+        )
+        columns = g.extent[2]
+        values = body.buffer((POSITIONS, g.most_tiles, g.pitch), "int16")
+        half = body.buffer((EXTENT, columns, g.lanes), "int16")
+        with body.loop(task.rows) as (row, y), row.loop(spec.ic // g.lanes) as (part, c):
+            channel = part.let(c * g.lanes)
+            block, within = (0, channel) if read.layout == "nhwc" else (channel // read.block, channel % read.block)
+            with part.loop(columns) as (one, x):
+                place = one.let(x * read.block + within)
+                column = [self.numbers(one, panel, [0, y * OUTPUTS + k, block, place]) for k in range(EXTENT)]
+                for i, row_of in enumerate(INPUTS):
+                    one.add(self.stored(half, [i, x, 0], combined(row_of, column)))
+            with part.loop(g.tile_columns) as (one, tx), one.loop(EXTENT) as (inner, i):
+                line = [self.numbers(inner, half, [i, tx * OUTPUTS + k, 0]) for k in range(EXTENT)]
+                for j, row_of in enumerate(INPUTS):
+                    place = [i * EXTENT + j, y * g.tile_columns + tx, channel]
+                    inner.add(self.stored(values, place, combined(row_of, line)))
+        return values
+
+    def numbers(self, block: Block, buffer: tirx.Buffer, place: Sequence[Any]) -> Expr:
+        """A vector of 16-bit numbers."""
+        return block.let(tirx.BufferLoad(buffer, [*place[:-1], _ramp(place[-1], self.g.lanes)]))
+
+    def stored(self, buffer: tirx.Buffer, place: Sequence[Any], value: Expr) -> tirx.Stmt:
+        return tirx.BufferStore(buffer, value, [*place[:-1], _ramp(place[-1], self.g.lanes)])
+
+    # ---- products -----------------------------------------------------------------------------
+
+    def products(self, body: Block, task: Task, values: tirx.Buffer, b: Expr, vectors: int, sums: tirx.Buffer) -> None:
+        """The sums of a block of channels, a position of a part of src's channels after another."""
+        g, positions = self.g, self.g.parts * POSITIONS
+        with body.loop(positions) as (one, at):
+            for size, _ in g.rows.sizes:
+                with one.when(True if len(g.rows.sizes) == 1 else task.rows == size) as case:
+                    tiles = Even(size * g.tile_columns, self.picks.tile_px)
+                    with case.loop(tiles.count) as (inner, i):
+                        for some, pixels in tiles.cases(inner, i):
+                            first, share = some.let(tiles.start(i)), (i, tiles.count)
+                            self.register_tile(some, values, (b, at), (first, pixels), share, vectors, sums)
+
+    def register_tile(
+        self,
+        body: Block,
+        values: tirx.Buffer,
+        slab: tuple[Expr, Expr],
+        tiles: tuple[Expr, int],
+        share: tuple[Expr, int],
+        vectors: int,
+        sums: tirx.Buffer,
+    ) -> None:
+        """The sums of so many ``tiles`` from one on. ``slab``: a block of channels, and a position of a part of src's;
+        ``share``: which of how many fetches of the next slab this does.
+        """
+        g, lanes, tile_oc, weights, (b, at), (first, pixels) = (
+            *(self.g, self.lanes, self.picks.tile_oc, self.parameters["weights"]),
+            *(slab, tiles),
+        )
+        registers = body.registers([(t, v) for t in range(pixels) for v in range(vectors)], lanes, INTEGER)
+        part, position = (0, at) if g.parts == 1 else (body.let(at // POSITIONS), body.let(at % POSITIONS))
+        following = b * (g.parts * POSITIONS) + at + blocks_ahead(g.words * vectors * g.most_tiles)
+        lines = ceildiv(tile_oc, LINE)
+        apart = steps_apart(self.core, pixels * vectors, lines, share[1])
+        following = body.let(following * (g.words * tile_oc))
+        ahead = Ahead(weights, following, g.words, lines, *share, apart)
+        origin = body.let(ahead.origin)
+
+        def scalar(t: int, k: Expr) -> Expr:
+            return word(values, self.operation, [position, first + t, (part * g.words + k) * 2])
+
+        def vector(v: int, k: Expr) -> Expr:
+            return load(weights, "i32", [b, at, k, v * lanes], lanes, lanes)
+
+        def fetch(step: Block, k: Expr) -> None:
+            ahead.fetch(step, origin, k)
+
+        multiply(body, registers, g.words, scalar, vector, fetch, self.operation)
+        for t, v in registers.keys:
+            place = [at, first + t, tirx.Ramp(tirx.const(v * lanes, "int32"), tirx.const(1, "int32"), lanes)]
+            body.add(tirx.BufferStore(sums, registers[t, v], place))
+
+    # ---- output -------------------------------------------------------------------------------
+
+    def back(self, body: Block, task: Task, sums: tirx.Buffer, lane: Expr, channel: Expr) -> None:
+        """A vector of channels transformed back, finished and stored, tile by tile."""
+        spec, g, lanes, images = self.spec, self.g, self.lanes, dst_images(self.spec)
+        given = load_parameters(body, self.parameters, channel, lanes, lanes)
+        height, width = spec.out_spatial
+        with body.loop(task.rows) as (row, y), row.loop(g.tile_columns) as (one, x):
+            tile = one.let(y * g.tile_columns + x)
+            pixels = self.outputs(one, sums, tile, lane)
+            for (p, q), value in pixels.items():
+                line, column = (task.row + y) * OUTPUTS + p, x * OUTPUTS + q
+                in_rows = True if height % OUTPUTS == 0 else line < height
+                in_columns = True if width % OUTPUTS == 0 else column < width
+                with one.when(in_rows) as there, there.when(in_columns) as exists:
+                    place = (task.image, channel, [0, line, column])
+                    images.finish(exists, spec, (self.dst, self.residual), place, value, lanes, lanes, given)
+
+    def outputs(self, body: Block, sums: tirx.Buffer, tile: Expr, lane: Expr) -> dict[tuple[int, int], Expr]:
+        """The outputs of a tile, sums of those of all parts of src's channels."""
+        totals: dict[tuple[int, int], Expr] = {}
+        for part in range(self.g.parts):
+            columns = []
+            for j in range(EXTENT):
+                places = [[part * POSITIONS + i * EXTENT + j, tile, _ramp(lane, self.lanes)] for i in range(EXTENT)]
+                read = [body.let(tirx.BufferLoad(sums, place)) for place in places]
+                columns.append([body.let(combined(row_of, read)) for row_of in BACK])
+            for p in range(OUTPUTS):
+                line = [column[p] for column in columns]
+                for q, row_of in enumerate(BACK):
+                    times = body.let(combined(row_of, line))
+                    value = (times * _number(INVERSE, times)) >> _number(SHIFTED, times)
+                    totals[p, q] = body.let(value if part == 0 else totals[p, q] + value)
+        return totals
+
+
+def _ramp(start: Expr, lanes: int) -> Expr:
+    start = tirx.const(start, "int32") if isinstance(start, int) else start
+    return tirx.Ramp(start, tirx.const(1, "int32"), lanes)
