@@ -6,19 +6,19 @@ Strategy    F(4×4, 3×3) in whole numbers (convgen.cpu.winograd_integers): 36 p
             of bytes, of which an instruction adds two, not four: half the instructions.
             1. Pack weights transformed, as [oc/t][part of ic and position][ic/2][t] of pairs of 16-bit numbers.
             2. A task is a block of rows of tiles and a part of the output channels. It copies its input with the
-               padding, as 16-bit numbers, and transforms that along the columns, then the rows, to [position][tile][ic].
-            3. Per block of `tile_oc` channels and position, products: `tile_px` tiles × `tile_oc` channels in registers,
-               while the next position's weights are fetched into the L2 cache.
+               padding, as 16-bit numbers, and transforms that along the columns, then the rows, to
+               [position][tile][ic].
+            3. Per block of `tile_oc` channels and position, products: `tile_px` tiles × `tile_oc` channels in
+               registers, while the next position's weights are fetched into the L2 cache.
             4. Transform back a tile at a time, channels in the lanes: 32-bit sums, times the inverse of 9, shifted.
                Requantise and store. Sums of many channels would be too large for that: it is done of parts, and added.
-Why not     small planes with many channels: the transformed weights are eight times larger, and all of them are read for
-            a few tiles. Few channels: sums are stored after few products.
+Why not     small planes with many channels: the transformed weights are eight times larger, and all of them are read
+            for a few tiles. Few channels: sums are stored after few products.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from functools import lru_cache
 
 from convgen.cpu.images import src_images
@@ -58,7 +58,7 @@ class CpuWinogradIntegers(Written):
         return not spec.weights_zero and spec.weights_dtype == "i8"
 
     def takes_layouts(self, src: str, dst: str) -> bool:
-        return "nchw" not in (src, dst)
+        return {src, dst} <= {"nhwc", "nchw16c"}
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         lanes = target.lanes
@@ -70,7 +70,7 @@ class CpuWinogradIntegers(Written):
         require(spec.ic % lanes == spec.oc % lanes == 0, f"needs multiples of {lanes} channels")
         require(src_images(spec).block % lanes == 0, f"needs src with {lanes} channels innermost")
         require(spec.dst_blocks.size % lanes == 0, f"needs dst with {lanes} channels innermost")
-        require(0 < parts_of(spec.ic), "needs channels of a few equal parts")
+        require(parts_of(spec.ic) > 0, "needs channels of a few equal parts")
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
         lanes, rows = target.lanes, ceildiv(spec.out_spatial[0], OUTPUTS)

@@ -1,9 +1,10 @@
 """Winograd's F(4×4, 3×3) of integers, exactly: the sizes of such a kernel, and its statements.
 
-With ``d`` a tile of src and ``w`` the weights of a pair of channels, the outputs are ``Aᵀ[(G w Gᵀ) · (Bᵀ d B)]A``. Bᵀ is
-whole; 24 G is ``diag(c)`` times a matrix of small whole numbers, and ``diag(c)`` goes to A: so all of it is whole, and gives
-the outputs times 24². Sums wrap at 32 bits; as 24² is 9 · 2⁶ and 9 has an inverse there, an output is known but for multiples
-of 2²⁶, and so known where it is smaller than 2²⁵: of so few channels are the sums that are transformed back together.
+With ``d`` a tile of src and ``w`` the weights of a pair of channels, the outputs are ``Aᵀ[(G w Gᵀ) · (Bᵀ d B)]A``. Bᵀ
+is whole; 24 G is ``diag(c)`` times a matrix of small whole numbers, and ``diag(c)`` goes to A: so all of it is whole,
+and gives the outputs times 24². Sums wrap at 32 bits; as 24² is 9 · 2⁶ and 9 has an inverse there, an output is known
+but for multiples of 2²⁶, and so known where it is smaller than 2²⁵: of so few channels are the sums that are
+transformed back together.
 """
 
 from __future__ import annotations

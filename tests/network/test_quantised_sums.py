@@ -95,8 +95,8 @@ def test_networks_with_sums_are_valid_and_exported(tmp_path: Path) -> None:
 def test_scales_of_a_sum_give_what_a_quotient_does() -> None:
     rng, found = np.random.default_rng(1), 0
     for _ in range(20):
-        scales = tuple(np.float32(2.0 ** rng.uniform(-6, -2)) for _ in range(3))
-        zeros = tuple(int(zero) for zero in rng.integers(0, 128, 3))
+        one, other, total = (np.float32(2.0 ** rng.uniform(-6, -2)) for _ in range(3))
+        scales, zeros = (one, other, total), (int(rng.integers(128)), int(rng.integers(128)), int(rng.integers(128)))
         products = scales_of_sum(scales, zeros, ("u8", "i8", "u8"))
         if products is None:
             continue

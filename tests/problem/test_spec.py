@@ -135,6 +135,7 @@ def test_cost_and_bytes(spec: ConvSpec) -> None:
     assert spec.flops == 2 * spec.macs
     assert spec.bytes["src"] == {"f32": 4, "f16": 2, "bf16": 2, "i8": 1}[spec.dtype] * np.prod(spec.src_shape)
     extra = {"bias": spec.bias, "slope": spec.has_slope, "residual": spec.residual}
+    extra["sum"] = spec.dtype == "i8" and spec.residual
     extra["scale"] = spec.dtype == "i8" and spec.dst_dtype != "i32"
     extra |= {name: getattr(spec, name) for name in ("src_zero", "weights_zero", "dst_zero")}
     assert set(spec.bytes) - {"src", "weights", "dst"} == {name for name, there in extra.items() if there}

@@ -45,6 +45,10 @@ LAYERS = {
         "conv2d n1 ic32 oc32 g8 i7x9 k3x3 s2 p1 i8",
         "conv1d n2 ic64 oc64 g64 i30 k3 s1 p2 d2 i8",
     ],
+    "cpu_winograd_integers": [
+        "conv2d n2 ic32 oc48 i9x13 k3x3 s1 p1 relu i8",
+        "conv2d n1 ic16 oc16 i7x4 k3x3 s1 p0_2 src_u8 src_zero i8",
+    ],
     "cpu_gradient": [
         "conv2d n2 ic32 oc48 i9x7 k3x3 s1 p1 nobias weights",
         "conv2d n1 ic64 oc32 g2 i7x8 k3x2 s2x1 p1x0 weights",
@@ -90,7 +94,7 @@ def check(schedule_id: str, spec: ConvSpec, points: int) -> None:
     schedule, targets = find_schedule(schedule_id), [target_for(spec.layout).on(THREADS), HASWELL.on(THREADS)]
     # Some write blocks of whole vectors alone.
     target = next((target for target in targets if schedule.reason_against(spec.core, target) is None), targets[0])
-    if schedule_id not in runnable(target):
+    if schedule_id not in runnable(target) or (schedule.only_integers and schedule.reason_against(spec.core, NATIVE)):
         pytest.skip(f"{target} lacks instructions of {schedule_id}")
     assert schedule.reason_against(spec.core, target) is None
     rng = random.Random(f"{schedule_id} {spec}")
