@@ -29,7 +29,7 @@ Why not     small planes with many channels: the transformed weights are several
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -141,32 +141,43 @@ class CpuWinograd(Written):
 
 
 def _packed_weights(ops: Operands, g: Grid, picks: Picks) -> te.Tensor:
-    """Transformed weights ``[oc/t][position][taps of the depth][ic][t]``, zeros past the last channel."""
+    """Transformed weights ``[oc/t][position][taps of the depth][ic][t]``, zeros past the last channel.
+
+    All on the way has channels innermost: taps are transformed in vectors of them.
+    """
     spec, axes = ops.spec, [g.rows, g.columns][-len(transformed_axes(ops.spec)) :]
     direct, blocks = spec.kernel[: -len(axes)], ceildiv(g.outputs, picks.tile_oc)
 
-    def taps_of(oc: Expr, ic: Expr, *taps: Expr) -> Expr:
+    def in_group(b: Expr, lane: Expr) -> Expr:
+        return b % blocks * picks.tile_oc + lane
+
+    def taps_of(b: Expr, ic: Expr, *rest: Expr) -> Expr:
+        *taps, lane = rest
+        own = in_group(b, lane)
+        oc = b // blocks * g.outputs + (tirx.min(own, g.outputs - 1) if g.outputs % picks.tile_oc else own)
         return ops.weights[(ic, oc, *taps) if spec.transposed else (oc, ic, *taps)]
 
-    read: Callable[..., Expr] = taps_of
+    outer = (spec.groups * blocks, g.own)
+    read = te.compute((*outer, *spec.kernel, picks.tile_oc), taps_of, name="weights_by_lane")
     for i, axis in enumerate(axes):
         done, left = [a.positions for a in axes[: i + 1]], spec.kernel[len(direct) + i + 1 :]
-        read = _transformed_taps(read, axis, (spec.oc, g.own, *direct, *done, *left), 2 + len(direct) + i)
+        read = _transformed_taps(read, axis, (*outer, *direct, *done, *left, picks.tile_oc), 2 + len(direct) + i)
 
     def packed(b: Expr, position: Expr, tap: Expr, ic: Expr, lane: Expr) -> Expr:
-        part, own = b // blocks, b % blocks * picks.tile_oc + lane
-        index = (part * g.outputs + own, ic, *unflat(tap, direct), *unflat(position, [a.positions for a in axes]))
-        return tirx.if_then_else(own < g.outputs, read(*index), tirx.const(0, "float32"))
+        value = read[(b, ic, *unflat(tap, direct), *unflat(position, [a.positions for a in axes]), lane)]
+        if g.outputs % picks.tile_oc == 0:
+            return value
+        return tirx.if_then_else(in_group(b, lane) < g.outputs, value, tirx.const(0, "float32"))
 
     shape = (spec.groups * blocks, g.positions, math.prod(direct), g.own, picks.tile_oc)
     return te.compute(shape, packed, name="weights_packed")
 
 
-def _transformed_taps(read: Callable[..., Expr], axis: Axis, shape: Sequence[int], at: int) -> te.Tensor:
+def _transformed_taps(read: te.Tensor, axis: Axis, shape: Sequence[int], at: int) -> te.Tensor:
     """One more axis transformed: positions in place of taps, at a place of the index."""
 
     def value(*index: Expr) -> Expr:
-        return row_times(axis.weights, index[at], lambda k: read(*index[:at], k, *index[at + 1 :]))
+        return row_times(axis.weights, index[at], lambda k: read[(*index[:at], k, *index[at + 1 :])])
 
     return te.compute(shape, value, name=f"weights_{at}")
 

@@ -59,7 +59,7 @@ def buffer_fields(*names: str) -> list[tuple[str, type]]:
 
 
 class _PackArgs(ctypes.Structure):
-    _fields_ = buffer_fields(*PARAMETERS, "packed")
+    _fields_ = [*buffer_fields(*PARAMETERS, "packed"), ("pool", c_void_p)]
 
 
 class _RunArgs(ctypes.Structure):
@@ -219,6 +219,10 @@ class BaseLibrary(Loaded, ABC):
             if sizes[name] != size:
                 raise ExportError(f"{path}: {name}: expected {size} bytes, found {sizes[name]}")
 
+    def _pool(self, threads: int) -> int | None:
+        """The address of a pool of that many threads; None where the thread that calls is alone."""
+        return None
+
     def _function(self, suffix: str, *arguments: type, returns: type = c_int) -> Any:
         function = self._dll[f"{self.name}_{suffix}"]  # an attribute would keep the library in a cycle
         function.argtypes, function.restype = arguments, returns
@@ -264,7 +268,7 @@ class BaseLibrary(Loaded, ABC):
                 setattr(args, f"{name}_size", array.nbytes)
         size = self.sizes().packed
         packed = aligned(size) if packed is None else _check_bytes("packed", packed, size, written=True)
-        args.packed, args.packed_size = packed.ctypes.data, size
+        args.packed, args.packed_size, args.pool = packed.ctypes.data, size, self._pool(self.threads)
         self._require(self._pack(ctypes.byref(args)))
         return packed
 

@@ -92,7 +92,7 @@ def link_network(
 
 def link_packers(name: str, functions: Sequence[bytes], out: Path) -> Path:
     """Link what packs weights of some kernels into a shared library with one function, which is not for others' use:
-    ``int <name>_pack(int function, const convgen_tensor *tensors, void *const *data, int count)``.
+    ``int <name>_pack(int function, const convgen_tensor *tensors, void *const *data, int count, int threads)``.
 
     Args:
         functions: object files of this machine, each of which defines ``__tvm_ffi_pack``.
@@ -105,11 +105,12 @@ def link_packers(name: str, functions: Sequence[bytes], out: Path) -> Path:
         '#include "runtime.h"',
         "",
         *(f"int function{i}_pack(void *, const convgen_any *, int32_t, convgen_any *);" for i in numbers),
-        "int convgen_pack(convgen_function, const convgen_tensor *, void *const *, int);",
+        "int convgen_pack(convgen_function, const convgen_tensor *, void *const *, int, int);",
         f"static const convgen_function packers[] = {{{', '.join(f'function{i}_pack' for i in numbers)}}};",
-        f"CONVGEN_EXPORT int {name}_pack(int function, const convgen_tensor *tensors, void *const *data, int count)",
+        f"CONVGEN_EXPORT int {name}_pack(int function, const convgen_tensor *tensors, void *const *data,",
+        "                                int count, int threads)",
         "{",
-        "    return convgen_pack(packers[function], tensors, data, count);",
+        "    return convgen_pack(packers[function], tensors, data, count, threads);",
         "}",
         "",
     ]

@@ -17,6 +17,7 @@ from ..interrupts import interrupts_held
 from ..problem.dtypes import BYTES
 from ..problem.spec import PARAMETERS, ConvSpec
 from .interface import TensorInfo
+from .packing import schedule_packing
 from .schedule import Candidate, Program, Scheduled, Written
 
 #: Tensors that the user passes. Any contiguous array is accepted, so only their elements' alignment is sure.
@@ -83,10 +84,11 @@ def lower(spec: ConvSpec, target: Target, candidate: Candidate) -> Lowered:
             name: te.create_prim_func(args).with_attr("global_symbol", name)
             for name, args in (("pack", program.pack), ("main", program.main))
         }
-        sch = TirSchedule(tvm.IRModule({"main": functions["main"]}))
+        sch, packing = (TirSchedule(tvm.IRModule({"main": functions[name]})) for name in ("main", "pack"))
         if isinstance(schedule, Scheduled):
             schedule.apply(sch, core, target, picks)
-        module = tvm.IRModule({"pack": functions["pack"], "main": sch.mod["main"]})
+        schedule_packing(packing, [tensor.op.name for tensor in program.pack[len(spec.parameters) :]])
+        module = tvm.IRModule({"pack": packing.mod["main"], "main": sch.mod["main"]})
     except ConvgenError:
         raise
     except Exception as error:  # TVM raises its errors as many types, RuntimeError among them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, c_int, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..kernel.dlpack import DataType
 from ..kernel.library import Bytes, aligned
 from ..kernel.mapped import open_library
 from ..lowering.entry import DLPACK_DTYPES
-from ..lowering.interface import TensorInfo, boundary, round_up
+from ..lowering.interface import MAX_THREADS, TensorInfo, boundary, round_up
 from ..lowering.link import link_packers
 from ..problem.dtypes import numpy_dtype
 from ..problem.spec import PARAMETERS
@@ -37,7 +38,7 @@ class _Tensor(ctypes.Structure):
 
 
 class Packers:
-    """The packing functions of a network's convolutions, linked and loaded.
+    """The packing functions of a network's convolutions, linked and loaded; they use all CPUs there are to run on.
 
     Args:
         compiled: each convolution's code.
@@ -48,13 +49,13 @@ class Packers:
     """
 
     def __init__(self, compiled: Mapping[Product, Compiled], folder: Path) -> None:
-        self._compiled = compiled
+        self._compiled, self._threads = compiled, min(len(os.sched_getaffinity(0)), MAX_THREADS)
         self._numbers = {product: number for number, product in enumerate(compiled)}
         if compiled:
             objects = [made.packer or made.object_file for made in compiled.values()]
             library = open_library(str(link_packers(_NAME, objects, folder / f"lib{_NAME}.so")))
             self._pack = library[f"{_NAME}_pack"]
-            self._pack.argtypes = (c_int, POINTER(_Tensor), POINTER(c_void_p), c_int)
+            self._pack.argtypes = (c_int, POINTER(_Tensor), POINTER(c_void_p), c_int, c_int)
 
     def pack(self, product: Product, parameters: Mapping[str, Any]) -> Bytes:
         """A convolution's packed tensors, each at a multiple of 64 bytes, one after another; between them zeros.
@@ -77,7 +78,7 @@ class Packers:
             begin += round_up(info.bytes)
         described = (_Tensor * len(arguments))(*(_tensor(info) for info, _ in arguments))
         addresses = (c_void_p * len(arguments))(*(address for _, address in arguments))
-        if self._pack(self._numbers[product], described, addresses, len(arguments)):
+        if self._pack(self._numbers[product], described, addresses, len(arguments), self._threads):
             raise BuildError(f"{product.spec.descriptor}: its weights cannot be packed: there is no memory")
         return data
 

@@ -200,16 +200,56 @@ int convgen_overlap(const void *a, size_t a_size, const void *b, size_t b_size)
 
 /* ---- the packed buffer ----------------------------------------------------------------------- */
 
-uint64_t convgen_checksum(const void *payload, size_t size) /* size is a multiple of 64 */
+/* Words of a block of it, each of which any thread may take, and sums that run side by side, since each waits for the
+ * product before. */
+enum { CHECKSUM_BLOCK = 8192, CHECKSUM_LANES = 8 };
+
+static uint64_t mixed(uint64_t hash, uint64_t word)
 {
-    const uint64_t *words = payload;
-    uint64_t hash = size;
-    for (size_t i = 0; i < size / sizeof *words; ++i) {
-        hash = (hash ^ words[i]) * 0x9e3779b97f4a7c15;
-        hash ^= hash >> 29;
-    }
-    return hash;
+    hash = (hash ^ word) * 0x9e3779b97f4a7c15;
+    return hash ^ hash >> 29;
 }
+
+static uint64_t block_checksum(const uint64_t *words, size_t count, uint64_t block) /* count is a multiple of 8 */
+{
+    uint64_t hashes[CHECKSUM_LANES] = {0}, total = block;
+    for (size_t i = 0; i < count; i += CHECKSUM_LANES)
+        for (int lane = 0; lane < CHECKSUM_LANES; ++lane)
+            hashes[lane] = mixed(hashes[lane], words[i + lane]);
+    for (int lane = 0; lane < CHECKSUM_LANES; ++lane)
+        total = mixed(total, hashes[lane]);
+    return total;
+}
+
+typedef struct {
+    const uint64_t *payload;
+    size_t words;
+    atomic_uint_least64_t sum;
+} checksum;
+
+static void add_blocks(void *context, int task, int tasks)
+{
+    checksum *c = context;
+    const size_t blocks = (c->words + CHECKSUM_BLOCK - 1) / CHECKSUM_BLOCK;
+    uint64_t sum = 0;
+    for (size_t b = blocks * task / tasks; b < blocks * (task + 1) / tasks; ++b) {
+        const size_t left = c->words - b * CHECKSUM_BLOCK;
+        sum += block_checksum(c->payload + b * CHECKSUM_BLOCK, left < CHECKSUM_BLOCK ? left : CHECKSUM_BLOCK, b);
+    }
+    atomic_fetch_add(&c->sum, sum); /* in any order */
+}
+
+static uint64_t checksum_by(convgen_pool *pool, const void *payload, size_t size)
+{
+    checksum c = {.payload = payload, .words = size / sizeof(uint64_t), .sum = size};
+    if (pool != NULL)
+        pool->launch(pool, add_blocks, &c);
+    else
+        add_blocks(&c, 0, 1);
+    return atomic_load(&c.sum);
+}
+
+uint64_t convgen_checksum(const void *payload, size_t size) { return checksum_by(NULL, payload, size); }
 
 static int check_packed(const convgen_kernel *kernel, const void *packed, size_t size)
 {
@@ -285,6 +325,8 @@ int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *a
     for (int i = 0; i < PARAMETERS; ++i)
         RETURN_UNLESS_OK(check_tensor(parameters[i].data, parameters[i].size, parameters[i].tensor));
     RETURN_UNLESS_OK(convgen_check_buffer(a.packed, a.packed_size, kernel->packed_size, CONVGEN_ALIGNMENT));
+    if (a.pool != NULL && a.pool->abi != CONVGEN_ABI)
+        return CONVGEN_BAD_ARGUMENT;
     for (int i = 0; i < PARAMETERS; ++i)
         if (convgen_overlap(a.packed, a.packed_size, parameters[i].data, parameters[i].size))
             return CONVGEN_OVERLAP;
@@ -303,8 +345,14 @@ int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *a
     for (int i = 0; i < PARAMETERS; ++i)
         push(&list, parameters[i].tensor, parameters[i].data);
     push_packed(&list, kernel, a.packed);
-    const convgen_call c = {.pool = NULL};
-    if (convgen_enter(&c, NULL, kernel->pack, list.args, list.count) != CONVGEN_OK)
+    convgen_pool *pool = a.pool != NULL && a.pool->acquire(a.pool) ? a.pool : NULL;
+    const convgen_call c = {.pool = pool};
+    const int status = convgen_enter(&c, NULL, kernel->pack, list.args, list.count);
+    const size_t payload = kernel->packed_size - sizeof *header;
+    const uint64_t sum = status == CONVGEN_OK ? checksum_by(pool, header + 1, payload) : 0;
+    if (pool != NULL)
+        pool->release(pool);
+    if (status != CONVGEN_OK)
         return CONVGEN_NO_MEMORY; /* all that can fail there is the heap */
 
     *header = (convgen_packed_header){
@@ -312,8 +360,8 @@ int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *a
         .abi = CONVGEN_ABI,
         .header_size = sizeof *header,
         .identity = {kernel->identity[0], kernel->identity[1]},
-        .payload_size = kernel->packed_size - sizeof *header,
-        .checksum = convgen_checksum(header + 1, kernel->packed_size - sizeof *header),
+        .payload_size = payload,
+        .checksum = sum,
     };
     return CONVGEN_OK;
 }

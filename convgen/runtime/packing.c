@@ -3,8 +3,8 @@
 
 enum { MOST = CONVGEN_MAX_PACKED + 8 }; /* parameters, then what is packed */
 
-/* data: of each tensor, in the order in which the compiled code takes them. */
-int convgen_pack(convgen_function pack, const convgen_tensor *tensors, void *const *data, int count)
+/* data: of each tensor, in the order in which the compiled code takes them. threads: at most so many. */
+int convgen_pack(convgen_function pack, const convgen_tensor *tensors, void *const *data, int count, int threads)
 {
     if (pack == NULL || count < 0 || count > MOST)
         return CONVGEN_BAD_ARGUMENT;
@@ -18,7 +18,15 @@ int convgen_pack(convgen_function pack, const convgen_tensor *tensors, void *con
                                      .shape = tensors[i].shape};
         args[i] = (convgen_any){.type_index = 7, .value.v_ptr = &list[i]};
     }
-    const convgen_call call = {.pool = NULL};
+    convgen_pool *pool = NULL;
+    if (threads > 1)
+        (void)convgen_create_pool(threads, &pool); /* without one, the thread that calls packs alone */
+    const convgen_call call = {.pool = pool != NULL && pool->acquire(pool) ? pool : NULL};
+    const int status = convgen_enter(&call, NULL, pack, args, count);
+    if (call.pool != NULL)
+        pool->release(pool);
+    if (pool != NULL)
+        convgen_destroy_pool(pool);
     /* all that can fail there is the heap */
-    return convgen_enter(&call, NULL, pack, args, count) == CONVGEN_OK ? CONVGEN_OK : CONVGEN_NO_MEMORY;
+    return status == CONVGEN_OK ? CONVGEN_OK : CONVGEN_NO_MEMORY;
 }

@@ -62,6 +62,7 @@ typedef struct {
     size_t sum_size;
     void *packed; /* out: aligned to 64 bytes */
     size_t packed_size;
+    convgen_pool *pool; /* NULL: on the thread that calls, alone */
 } convgen_pack_args;
 
 typedef struct {

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 import convgen.torch as ours  # noqa: E402
 from convgen.bridges.torch.convolution import convolution  # noqa: E402
 from convgen.errors import SpecError  # noqa: E402
+from convgen.kernel.library import BaseLibrary  # noqa: E402
 
 CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any], tuple[int, ...]]] = {
     "strided": ("Conv2d", (6, 8, 3), {"padding": 1, "stride": 2}, (2, 6, 9, 9)),
@@ -85,6 +86,49 @@ def test_layers_of_a_model_are_replaced() -> None:
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert ours.replace(model) == []
+
+
+def test_weights_are_packed_once_for_each_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again as soon as they change, whether PyTorch counts the change or not."""
+    packed = []
+    pack = BaseLibrary.pack
+
+    def counted(library: BaseLibrary, *arguments: Any, **options: Any) -> Any:
+        if library.spec.direction != "weights":  # which have nothing to pack
+            packed.append(library.spec.direction)
+        return pack(library, *arguments, **options)
+
+    monkeypatch.setattr(BaseLibrary, "pack", counted)
+    layer, x = ours.Conv2d(6, 8, 3, padding=1, bias=False), integers(2, 6, 7, 7).requires_grad_()
+
+    def step() -> list[str]:
+        packed.clear()
+        y = layer(x)
+        expected = torch.nn.functional.conv2d(x, layer.weight, padding=1)
+        assert torch.equal(y, expected)
+        (of_x,) = torch.autograd.grad(y.sum(), x)
+        (of_expected,) = torch.autograd.grad(expected.sum(), x)
+        assert torch.equal(of_x, of_expected)
+        return list(packed)
+
+    with torch.no_grad():
+        layer.weight.copy_(integers(8, 6, 3, 3))
+    assert step() == ["forward", "data"]
+    assert step() == []
+    with torch.no_grad():
+        layer.weight.add_(1)
+    assert step() == ["forward", "data"]
+    layer.weight.data.mul_(2)
+    assert step() == ["forward", "data"]
+    layer.weight.data = integers(8, 6, 3, 3)
+    assert step() == ["forward", "data"]
+    with torch.inference_mode():
+        weight = integers(8, 6, 3, 3)
+        plain = x.detach()
+        for _ in range(2):
+            made = ours.conv2d(plain, weight, padding=1)
+            assert torch.equal(made, torch.nn.functional.conv2d(plain, weight, padding=1))
+            weight.mul_(2)
 
 
 def test_what_is_no_convolution_is_refused() -> None:

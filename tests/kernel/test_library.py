@@ -489,7 +489,7 @@ def test_a_changed_library_is_refused(exported: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"abi": 1}, "abi: expected 3, found 1"),
+        ({"abi": 1}, "abi: expected 4, found 1"),
         ({"name": "../../evil"}, "name: expected a C identifier"),
         ({"spec": {"fields": {"n": 1}}}, "ic: expected a value"),
         ({"files": {}}, "found no 'libexported.so'"),

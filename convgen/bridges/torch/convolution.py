@@ -19,6 +19,7 @@ from ...kernel.kernel import Kernel, compile_candidate
 from ...problem.spec import ConvSpec
 from ...records.answer import choose, find_record
 from ...records.opening import open_store
+from .packed import layer_of
 
 _DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -133,8 +134,7 @@ def convolution(
     last = is_last(x)
     options = (stride, padding, dilation, transposed, output_padding, groups)
     kernel = _kernel(x, weight, options, bias=bias is not None)
-    layer = kernel.bind(weight.detach(), None if bias is None else bias.detach())
-    return _image(layer(_stored(x, last)), last)
+    return _image(layer_of(kernel, weight, bias)(_stored(x, last)), last)
 
 
 @convolution.register_fake  # type: ignore[untyped-decorator]
@@ -166,7 +166,7 @@ def gradient_of_input(gradient: Tensor, x: Tensor, weight: Tensor, *options: Any
     if not _is_ours(gradient, x, weight) or x.shape[0] == 0:
         return _by_pytorch(gradient, x, weight, options, 0)
     last = is_last(x)
-    layer = _kernel(x, weight, options, direction="data").bind(weight.detach())
+    layer = layer_of(_kernel(x, weight, options, direction="data"), weight)
     return _image(layer(_stored(gradient, last)), last)
 
 

@@ -1,0 +1,94 @@
+"""Packing: in whatever order weights are packed, and by how many threads, the bytes are those of the expressions."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convgen.check.data import float_data
+from convgen.hardware.target import resolve
+from convgen.kernel.kernel import compile_candidate
+from convgen.lowering import lower as lowering
+from convgen.lowering.compute import STORAGE
+from convgen.lowering.discover import schedules_of
+from convgen.lowering.schedule import Candidate
+from convgen.problem.spec import PARAMETERS, ConvSpec
+
+tvm: Any = pytest.importorskip("tvm")
+
+#: Layers whose weights are large, by what is particular about how they are packed.
+LAYERS = {
+    "plain": "conv2d n1 ic48 oc64 i9x8 k3x3 s1x1 p1x1",
+    "channels left over": "conv2d n1 ic37 oc75 i9x8 k3x3 s1x1 p1x1 relu",
+    "pointwise": "conv2d n1 ic128 oc96 i5x4 k1x1 s1x1 p0x0",
+    "mirrored": "conv2d n1 ic64 oc48 i9x8 k3x3 s1x1 p1x1 data",
+    "mirrored, channels left over": "conv2d n1 ic69 oc40 i9x8 k3x3 s1x1 p1x1 data",
+    "grouped": "conv2d n1 ic128 oc128 g8 i9x8 k3x3 s1x1 p1x1",
+    "narrow groups": "conv2d n1 ic288 oc288 g96 i9x8 k3x5 s1x1 p1x2",
+    "depthwise": "conv2d n1 ic520 oc520 g520 i9x9 k5x5 s1x1 p2x2",
+    "strided": "conv2d n1 ic32 oc48 i16x16 k4x4 s2x2 p1x1",
+    "gradient of a strided one": "conv2d n2 ic48 oc64 i9x8 k3x3 s2x2 p1x1 data",
+    "transposed": "convtranspose2d n1 ic40 oc50 i6x6 k4x4 s2x2 p1x1",
+    "one axis": "conv1d n1 ic64 oc72 i40 k5 s1 p2",
+    "three axes": "conv3d n1 ic32 oc32 i4x6x6 k3x3x3 s1x1x1 p1x1x1",
+    "few input channels": "conv2d n1 ic3 oc160 i32x32 k7x7 s2x2 p3x3",
+    "bf16": "conv2d n1 ic48 oc64 i9x8 k3x3 s1x1 p1x1 bf16",
+    "bf16 products": "conv2d n1 ic48 oc64 i9x8 k3x3 s1x1 p1x1 accuracy_bf16",
+    "f16": "conv2d n1 ic48 oc64 i9x8 k3x3 s1x1 p1x1 f16",
+    "integers": "conv2d n1 ic48 oc64 i9x8 k3x3 s1x1 p1x1 i8 src_u8",
+}
+
+
+TARGETS = ("cpu", "cpu:haswell", "cuda:sm_80", "cuda:sm_90a")
+
+
+def packed(spec: ConvSpec, target: str, candidate: Candidate, data: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
+    """What a candidate packs of a layer's parameters, compiled for this machine."""
+    lowered = lowering.lower(spec, resolve(target), candidate)
+    code = tvm.compile(tvm.IRModule({"pack": lowered.module["pack"]}), tvm.target.Target(json.loads(CONFIG))).jit()
+    core = spec.core
+    arrays = [data[name].reshape(core.shapes[name]) for name in core.parameters]
+    given = [tvm.runtime.tensor(a.view(np.uint16) if a.dtype.name == "bfloat16" else a) for a in arrays]
+    made = [tvm.runtime.empty(info.shape, STORAGE[info.dtype]) for info in lowered.packed]
+    code["pack"](*given, *made)
+    return [tensor.numpy() for tensor in made]
+
+
+CONFIG = resolve("cpu").tvm_config
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_packed_bytes_are_those_of_the_expressions(layer: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each schedule's, as it is packed and by plain loops in the order in which the expressions are written."""
+    spec = ConvSpec.parse(LAYERS[layer])
+    data, seen = float_data(spec), 0
+    for schedule in schedules_of(resolve(target).kind).values():
+        if schedule.reason_against(spec.core, resolve(target)) is None:
+            candidate = Candidate(schedule, schedule.default(spec.core, resolve(target)))
+            quick = packed(spec, target, candidate, data)
+            with monkeypatch.context() as patched:
+                patched.setattr(lowering, "schedule_packing", lambda sch, tensors: None)
+                plain = packed(spec, target, candidate, data)
+            for made, expected in zip(quick, plain, strict=True):
+                np.testing.assert_array_equal(made.view(np.uint8), expected.view(np.uint8), str(candidate))
+            seen += 1
+    assert seen
+
+
+def test_threads_pack_the_same_bytes() -> None:
+    spec = ConvSpec.parse("conv2d n1 ic96 oc128 i9x8 k3x3 s1x1 p1x1")
+    data, target = float_data(spec), resolve()
+    parameters = {name: data[name] for name in PARAMETERS if name in data}
+    for schedule in ("cpu_direct", "cpu_winograd"):
+        chosen = schedules_of("cpu")[schedule]
+        candidate = Candidate(chosen, chosen.default(spec.core, target))
+        kernels = [compile_candidate(spec, target, candidate, threads) for threads in (1, 2, 5)]
+        made = [kernel.pack(**parameters) for kernel in kernels]
+        for other in made[1:]:
+            np.testing.assert_array_equal(other[64:], made[0][64:])
+            np.testing.assert_array_equal(other[40:48], made[0][40:48])  # the checksum, whoever adds it up
+        assert all(kernel.verify_packed(given) for kernel, given in zip(kernels, made, strict=True))
