@@ -5,8 +5,9 @@
 >>> convgen.torch.replace(model)  # doctest: +SKIP
 
 Their state dicts are ``torch.nn``'s, and so are their arguments and results, the layout of tensors included. A kernel
-is built when a layer first meets sizes: seconds, once. Tensors that are not f32, f16 or bf16 on the CPU are computed by
-PyTorch. See ``docs/gradients.md``.
+is built when a layer first meets sizes: seconds, once. Numbers of 64 bits on the CPU are computed by the definition,
+for ``torch.autograd.gradcheck``; tensors that are neither these nor f32, f16 or bf16 there, by PyTorch. See
+``docs/gradients.md``.
 """
 
 from __future__ import annotations

@@ -67,12 +67,110 @@ def test_the_operator_is_one_that_pytorch_can_compile() -> None:
     torch.library.opcheck(convolution, (*given, [2, 2], [1, 1, 1, 1], [1, 1], False, [0, 0], 2))
 
 
-def test_numbers_of_64_bits_pass_gradcheck() -> None:
-    def double(*shape: int) -> Any:
-        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+class Called(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc]
+    """The names of the operators that are called."""
 
-    given = double(2, 4, 6, 5), double(6, 2, 3, 3), double(6)
-    assert torch.autograd.gradcheck(lambda x, w, b: ours.conv2d(x, w, b, stride=2, padding=1, groups=2), given)
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+#: Of numbers of 64 bits: shape of the input and of the weight, and options.
+DOUBLES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "conv1d": ((2, 4, 9), (6, 2, 3), {"stride": 2, "padding": 1, "groups": 2}),
+    "conv2d": ((2, 4, 6, 5), (6, 2, 3, 2), {"stride": (2, 1), "padding": (1, 2), "groups": 2}),
+    "conv2d depthwise, dilated": ((1, 3, 7, 6), (6, 1, 3, 3), {"padding": 2, "dilation": 2, "groups": 3}),
+    "conv2d same": ((1, 2, 5, 4), (3, 2, 1, 3), {"padding": "same"}),
+    "conv2d past its window": ((1, 2, 3, 3), (2, 2, 2, 2), {"stride": 3, "padding": 3}),
+    "conv3d": ((1, 2, 3, 4, 3), (4, 2, 2, 3, 1), {"stride": (1, 2, 1), "padding": (1, 0, 0)}),
+    "conv_transpose1d": ((2, 4, 5), (4, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2}),
+    "conv_transpose2d": ((1, 4, 3, 4), (4, 1, 3, 2), {"stride": (2, 3), "padding": (1, 0), "groups": 4}),
+    "conv_transpose2d dilated": ((2, 2, 3, 3), (2, 3, 2, 2), {"dilation": 3, "output_padding": 2, "padding": 1}),
+    "conv_transpose3d": ((1, 2, 2, 3, 2), (2, 2, 2, 2, 3), {"stride": (2, 1, 1)}),
+}
+
+
+@pytest.mark.parametrize("form", ["contiguous", "channels last"])
+@pytest.mark.parametrize("case", DOUBLES)
+def test_numbers_of_64_bits_are_computed_by_the_definition(case: str, form: str) -> None:
+    shape, weight_shape, options = DOUBLES[case]
+    name = case.split()[0]
+    if form == "channels last" and len(shape) != 4:
+        pytest.skip("images of two axes have such a format")
+    torch.manual_seed(0)
+    channels = weight_shape[1] * options.get("groups", 1) if "transpose" in name else weight_shape[0]
+    x, weight, bias = (torch.randn(s, dtype=torch.float64) for s in (shape, weight_shape, (channels,)))
+    if form == "channels last":
+        x = x.to(memory_format=torch.channels_last)
+    given = tuple(t.requires_grad_() for t in (x, weight, bias))
+    made, expected = (getattr(module, name)(*given, **options) for module in (ours, torch.nn.functional))
+    assert torch.allclose(made, expected, rtol=1e-12, atol=1e-12)
+    with Called() as called:
+        assert torch.autograd.gradcheck(lambda *t: getattr(ours, name)(*t, **options), given)
+    assert "convgen::convolution" in called.names
+    assert not {called_name for called_name in called.names if called_name.startswith("aten::convolution")}
+
+
+def model_of_every_kind() -> Any:
+    """A small model whose convolutions are dense, depthwise, strided and transposed."""
+    nn = torch.nn
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+        nn.Conv2d(8, 12, 1),
+        nn.SiLU(),
+        nn.ConvTranspose2d(12, 4, 2, stride=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    )
+
+
+@pytest.mark.parametrize("form", ["contiguous", "channels last"])
+def test_a_model_trains_as_one_graph(form: str) -> None:
+    """Compiled through aot_autograd, forward and backward, against PyTorch's own layers, over three steps."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    theirs = model_of_every_kind()
+    made = model_of_every_kind()
+    made.load_state_dict(theirs.state_dict())
+    assert ours.replace(made) == ["0", "3", "4", "6"]
+    x = torch.randn(2, 3, 10, 12)
+    if form == "channels last":
+        x = x.to(memory_format=torch.channels_last)
+    target = torch.tensor([1, 3])
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    losses: dict[int, list[float]] = {0: [], 1: []}
+    for which, (model, call) in enumerate(((theirs, theirs), (made, compiled))):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(call(x), target)
+            loss.backward()
+            optimizer.step()
+            losses[which].append(float(loss.detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][2] < losses[0][0]
+    for a, b in zip(theirs.parameters(), made.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_only_layers_that_gain_are_replaced() -> None:
+    """Those whose step is slower than PyTorch's stay, and nothing of the model is changed by finding out."""
+    model = model_of_every_kind().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    replaced = ours.replace(model, torch.randn(2, 3, 10, 12))
+    kinds = {name for name, module in model.named_modules() if type(module).__module__.startswith("convgen.")}
+    assert kinds == set(replaced)
+    assert set(replaced) <= {"0", "3", "4", "6"}
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_layers_of_a_model_are_replaced() -> None:

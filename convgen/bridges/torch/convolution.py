@@ -2,7 +2,8 @@
 ``convgen::convolution``, ``convgen::gradient_of_input`` and ``convgen::gradient_of_weight``.
 
 A kernel is built at the first call with a layer's sizes, and kept. Tensors of f32, f16 and bf16 on the CPU are computed
-by convgen, contiguous or channels last, as they come; all others by PyTorch.
+by convgen, contiguous or channels last, as they come; those of f64 by the definition (:mod:`.doubles`); all others by
+PyTorch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ...kernel.kernel import Kernel, compile_candidate
 from ...problem.spec import ConvSpec
 from ...records.answer import choose, find_record
 from ...records.opening import open_store
+from . import doubles
 from .packed import layer_of
 
 _DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -86,6 +88,22 @@ def _is_ours(*tensors: Tensor | None) -> bool:
     return all(t.device.type == "cpu" and t.dtype in _DTYPES and t.dtype == given[0].dtype for t in given)
 
 
+def _are_doubles(*tensors: Tensor | None) -> bool:
+    given = [t for t in tensors if t is not None]
+    return all(t.device.type == "cpu" and t.dtype == torch.float64 for t in given)
+
+
+def _numbers(x: Tensor) -> Any:
+    """A tensor's numbers, in NumPy."""
+    return x.detach().numpy()
+
+
+def _tensor(made: Any, last: bool) -> Tensor:
+    """An image of f64, in the format of its input."""
+    x = torch.from_numpy(made)
+    return x.contiguous(memory_format=_LAST[x.dim() - 2]) if last else x
+
+
 def _stored(x: Tensor, last: bool) -> Tensor:
     """An image as a kernel reads it: channels last as an array with channels last."""
     x = x.detach()
@@ -125,6 +143,10 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """A convolution of images ``[n, ic, *spatial]``; ``padding`` is begin and end of each axis."""
+    if _are_doubles(x, weight, bias):
+        options = (stride, padding, dilation, transposed, output_padding, groups)
+        shape, given = _shape(x, weight, options), None if bias is None else _numbers(bias)
+        return _tensor(doubles.convolution(_numbers(x), _numbers(weight), given, shape, options), is_last(x))
     if not _is_ours(x, weight, bias) or x.shape[0] == 0:
         even, pads = _even(x, padding, transposed)
         made = torch.ops.aten.convolution(
@@ -137,8 +159,8 @@ def convolution(
     return _image(layer_of(kernel, weight, bias)(_stored(x, last)), last)
 
 
-@convolution.register_fake  # type: ignore[untyped-decorator]
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+def _shape(x: Tensor, weight: Tensor, options: Sequence[Any]) -> tuple[Any, ...]:
+    """The shape of a convolution's output, whose sizes may be symbols."""
     stride, padding, dilation, transposed, output_padding, groups = options
     sizes = []
     for axis, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True)):
@@ -148,7 +170,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         else:
             sizes.append((size + pads - window) // stride[axis] + 1)
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    return _empty(x, (x.shape[0], channels, *sizes), is_last(x))
+    return (x.shape[0], channels, *sizes)
+
+
+@convolution.register_fake  # type: ignore[untyped-decorator]
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    return _empty(x, _shape(x, weight, options), is_last(x))
 
 
 #: The arguments of both gradients, for PyTorch.
@@ -163,6 +190,9 @@ def gradient_of_input(gradient: Tensor, x: Tensor, weight: Tensor, *options: Any
     """The gradient of a convolution's input, of its shape, from that of its output; ``options`` as of
     :func:`convolution` from ``stride`` on.
     """
+    if _are_doubles(gradient, x, weight):
+        made = doubles.gradient_of_input(_numbers(gradient), x.shape, _numbers(weight), options)
+        return _tensor(made, is_last(x))
     if not _is_ours(gradient, x, weight) or x.shape[0] == 0:
         return _by_pytorch(gradient, x, weight, options, 0)
     last = is_last(x)
@@ -180,6 +210,8 @@ def gradient_of_weight(gradient: Tensor, x: Tensor, weight: Tensor, *options: An
     """The gradient of a convolution's weight, of its shape, from that of its output; ``options`` as of
     :func:`convolution` from ``stride`` on.
     """
+    if _are_doubles(gradient, x, weight):
+        return _tensor(doubles.gradient_of_weight(_numbers(gradient), _numbers(x), weight.shape, options), False)
     if not _is_ours(gradient, x, weight) or x.shape[0] == 0:
         return _by_pytorch(gradient, x, weight, options, 1)
     last = is_last(x)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -113,12 +114,27 @@ def _met(model: nn.Module, layers: dict[str, nn.Module], inputs: Any) -> dict[st
 
     hooks = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=()), _as_it_was(model):
             model(*inputs)
     finally:
         for handle in hooks:
             handle.remove()
     return met
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Buffers, such as means over batches, are what they were when this ends, whatever ran."""
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, before in kept:
+            module._buffers[name] = buffer.copy_(before)
 
 
 def _gains(module: nn.Module, theirs: type[nn.Module], given: tuple[Any, ...]) -> bool:
