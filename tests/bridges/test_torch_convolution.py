@@ -8,6 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
 import convgen.torch as ours  # noqa: E402
 from convgen.bridges.torch.convolution import convolution  # noqa: E402
 from convgen.errors import SpecError  # noqa: E402
@@ -67,7 +69,7 @@ def test_the_operator_is_one_that_pytorch_can_compile() -> None:
     torch.library.opcheck(convolution, (*given, [2, 2], [1, 1, 1, 1], [1, 1], False, [0, 0], 2))
 
 
-class Called(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc]
+class Called(TorchDispatchMode):
     """The names of the operators that are called."""
 
     def __init__(self) -> None:

@@ -44,11 +44,11 @@ class _Relation:
     def _inside(self) -> tuple[Any, ...]:
         return (..., *(slice(b, b + i) for b, i in zip(self.begin, self.inner, strict=True)))
 
-    def taps(self) -> Iterator[tuple[tuple[int, ...], tuple[Any, ...]]]:
-        """Every tap, and the pixels of inner, with its padding, that it reads."""
+    def taps(self) -> Iterator[tuple[Any, Any]]:
+        """The index of every tap in the weights, and that of the pixels of inner, with its padding, that it reads."""
         for tap in itertools.product(*map(range, self.kernel)):
             axes = zip(tap, self.outer, self.stride, self.dilation, strict=True)
-            yield tap, (..., *(slice(t * d, t * d + (o - 1) * s + 1, s) for t, o, s, d in axes))
+            yield (..., *tap), (..., *(slice(t * d, t * d + (o - 1) * s + 1, s) for t, o, s, d in axes))
 
     def padded(self, inner: Array) -> Array:
         """``[n, group, channel, *spatial]`` with zeros around it."""
@@ -79,7 +79,7 @@ def _outer(inner: Array, weight: Array, relation: _Relation) -> Array:
     padded, weights = relation.padded(inner), relation.weights(weight)
     made = np.zeros((len(inner), relation.groups, weights.shape[1], *relation.outer))
     for tap, pixels in relation.taps():
-        made += np.einsum("ngc...,goc->ngo...", padded[pixels], weights[(..., *tap)])
+        made += np.einsum("ngc...,goc->ngo...", padded[pixels], weights[tap])
     return relation.joined(made)
 
 
@@ -87,7 +87,7 @@ def _inner(outer: Array, weight: Array, relation: _Relation) -> Array:
     parted, weights = relation.parted(outer), relation.weights(weight)
     made = relation.padded(np.zeros((len(outer), relation.groups * weights.shape[2], *relation.inner)))
     for tap, pixels in relation.taps():
-        made[pixels] += np.einsum("ngo...,goc->ngc...", parted, weights[(..., *tap)])
+        made[pixels] += np.einsum("ngo...,goc->ngc...", parted, weights[tap])
     return relation.cropped(made)
 
 
@@ -95,7 +95,7 @@ def _weight(inner: Array, outer: Array, relation: _Relation) -> Array:
     padded, parted = relation.padded(inner), relation.parted(outer)
     made = np.zeros((relation.groups, parted.shape[2], padded.shape[2], *relation.kernel))
     for tap, pixels in relation.taps():
-        made[(..., *tap)] = np.einsum("ngox,ngcx->goc", _flat(parted), _flat(padded[pixels]))
+        made[tap] = np.einsum("ngox,ngcx->goc", _flat(parted), _flat(padded[pixels]))
     return made.reshape(-1, *made.shape[2:])
 
 
