@@ -21,6 +21,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from .api import build, compile, for_onnxruntime, tune  # noqa: A004  (convgen.compile, as torch.compile)
+    from .check.onnx_separable import separable_model
     from .check.validate import Report, validate
     from .errors import ConvgenError
     from .formats.entries import SpecEntry
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .kernel.library import Layer, Library
     from .network.load import load
     from .network.network import Network
+    from .problem.separable import SeparableSpec
     from .problem.spec import ConvSpec
 
     __version__: str
@@ -44,6 +46,7 @@ __all__ = [
     "Library",
     "Network",
     "Report",
+    "SeparableSpec",
     "SpecEntry",
     "__version__",
     "build",
@@ -52,6 +55,7 @@ __all__ = [
     "layers_from_torch",
     "load",
     "read_specs",
+    "separable_model",
     "spec_from_torch",
     "specs_from_keras",
     "specs_from_onnx",
@@ -68,12 +72,14 @@ _MODULES = {
     "Library": "kernel.library",
     "Network": "network.network",
     "Report": "check.validate",
+    "SeparableSpec": "problem.separable",
     "SpecEntry": "formats.entries",
     "build": "api",
     "compile": "api",
     "for_onnxruntime": "api",
     "load": "network.load",
     "read_specs": "formats.sources",
+    "separable_model": "check.onnx_separable",
     "layers_from_torch": "formats.pytorch",
     "spec_from_torch": "formats.pytorch",
     "specs_from_keras": "formats.keras",

@@ -35,7 +35,8 @@ def _layer(given: object) -> ConvSpec:
     """
     if isinstance(given, ConvSpec):
         return given
-    if isinstance(given, str) and given.rpartition(".")[2] not in ("onnx", "toml", "yaml", "yml", "json", "txt"):
+    is_file = isinstance(given, str) and given.rpartition(".")[2] in ("onnx", "toml", "yaml", "yml", "json", "txt")
+    if isinstance(given, str) and not is_file and not given.startswith("separable"):
         return ConvSpec.parse(given)
     raise SpecError("spec", "a ConvSpec or its descriptor", f"{_named(given)}{_instead(given)}")
 
@@ -64,6 +65,8 @@ def _instead(given: object) -> str:
         return "; convgen.compile takes it"
     if roots & {"keras", "tensorflow", "tf_keras"}:
         return "; convgen.specs_from_keras gives the layers of a model's JSON"
+    if isinstance(given, str) and given.startswith("separable"):
+        return "; convgen.compile takes convgen.separable_model(descriptor)"
     if hasattr(given, "SerializeToString") or (isinstance(given, (str, Path)) and str(given).endswith(".onnx")):
         return "; convgen.compile takes whole models, and convgen.read_specs gives a file's layers"
     if isinstance(given, (str, Path)):
@@ -134,6 +137,7 @@ def compile(  # noqa: A001  (convgen.compile, as torch.compile)
     *,
     dims: Mapping[str, int | Sequence[int]] | None = ...,
     accuracy: str = ...,
+    strips: int | None = ...,
     seconds: float | None = ...,
     records: Records = ...,
     progress: Callable[[int, int], None] | None = ...,
@@ -147,6 +151,7 @@ def compile(  # type: ignore[overload-cannot-match]  # noqa: A001  (ModelProto h
     *,
     dims: Mapping[str, int | Sequence[int]] | None = ...,
     accuracy: str = ...,
+    strips: int | None = ...,
     seconds: float | None = ...,
     records: Records = ...,
     progress: Callable[[int, int], None] | None = ...,
@@ -159,6 +164,7 @@ def compile(  # noqa: A001
     *,
     dims: Mapping[str, int | Sequence[int]] | None = None,
     accuracy: str = "standard",
+    strips: int | None = 0,
     seconds: float | None = None,
     records: Records = None,
     progress: Callable[[int, int], None] | None = None,
@@ -174,6 +180,8 @@ def compile(  # noqa: A001
         dims: sizes of symbolic dimensions, ``{"N": 1}``; with several, ``{"N": (1, 4, 16)}``, the network computes
             with each of them, by the inputs' shapes.
         accuracy: of its convolutions: ``strict``, ``standard``, ``relaxed`` or ``bf16``.
+        strips: rows of the strips in which depthwise convolutions and the 1×1 convolutions after them are computed,
+            which takes less memory, and where images are large, less time; None: as many as suit the caches.
         seconds: for which a model is first tuned as a whole, earlier runs included; kernels that make the running
             network faster are recorded and used.
         records: the store whose kernels are used where it has some: None the default one, False none, or a path.
@@ -196,7 +204,7 @@ def compile(  # noqa: A001
         def compiled(model: ModelProto) -> Network:
             own = str(model.graph.name)
             return compile_model(
-                model, target, threads, accuracy=accuracy, records=records, progress=progress, name=own
+                model, target, threads, accuracy=accuracy, strips=strips, records=records, progress=progress, name=own
             )
 
         if dims:
@@ -211,10 +219,19 @@ def compile(  # noqa: A001
             raise SpecError("seconds", "records, where what wins is kept", "records=False")
         check_budget(0, seconds)
         with open_store(records) as store:
-            tune_model(ModelTuning(source, target, threads, dims=dims, accuracy=accuracy, name=name), store, seconds)
+            how: dict[str, Any] = {"dims": dims, "accuracy": accuracy, "strips": strips, "name": name}
+            tune_model(ModelTuning(source, target, threads, **how), store, seconds)
     _check_model(source)
     return compile_model(
-        source, target, threads, dims=dims, accuracy=accuracy, records=records, progress=progress, name=name
+        source,
+        target,
+        threads,
+        dims=dims,
+        accuracy=accuracy,
+        strips=strips,
+        records=records,
+        progress=progress,
+        name=name,
     )
 
 

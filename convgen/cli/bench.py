@@ -38,6 +38,7 @@ from .common import (
     tidy,
 )
 from .generate import Work, chosen, describe, working
+from .separable import bench_separable, separable_of
 
 if TYPE_CHECKING:
     from ..kernel.kernel import Kernel
@@ -112,19 +113,23 @@ def bench(
     the kernel is the default.
 
     With --whole models are compiled as `convgen compile` does, and timed as wholes; the ratio is about the fastest
-    peer that computes in f32.
+    peer that computes in f32. So is a separable problem.
     """
     check_picks(schedule, picks)
     names = check_names("--peers", peers, PEER_NAMES)
     kept = chosen_records(records, no_records)
-    if whole:
+    separable = separable_of(spec, accuracy)
+    if whole or separable is not None:
         from .whole import bench_whole, whole_bench
 
         if cold or schedule or (report is not None and report.suffix != ".md"):
             raise click.UsageError("--whole: expected neither --cold nor --schedule, and FILE.md for --report")
-        return bench_whole(
-            spec, dims, whole_bench(accuracy, target, threads, names, repeats, kept), kept_rows, report, as_json
-        )
+        if separable is not None:
+            rules = [AccuracyRule(separable.depthwise.accuracy)]
+            measured = whole_bench(rules, target, threads, names, repeats, kept, strips=None)
+            return bench_separable(separable, measured, kept_rows, report, as_json)
+        measured = whole_bench(accuracy, target, threads, names, repeats, kept)
+        return bench_whole(spec, dims, measured, kept_rows, report, as_json)
     if kept_rows is not None:
         raise click.UsageError("--rows needs --whole")
     (entries,), left_out = layers_of([" ".join(spec)], dims, accuracy)

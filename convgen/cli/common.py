@@ -19,6 +19,7 @@ from ..formats.entries import AccuracyRule, SpecEntry, with_accuracy
 from ..formats.sources import read_specs, sizes_for
 from ..lowering.toolchain import LIBC
 from ..measure.standalone.words import one_line, printable
+from ..problem.separable import SEPARABLE
 from ..problem.spec import OPERATORS
 from ..report.words import plural
 
@@ -38,6 +39,7 @@ SPEC_HELP = """\
 A SPEC is one line, quoted or not, such as
   conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu
 operator: conv1d conv2d conv3d convtranspose1d convtranspose2d convtranspose3d
+          separable1d separable2d separable3d (a depthwise and a 1x1 convolution)
 tokens:   n ic oc  g (groups)  i (input)  k (kernel)  s (stride)  d (dilation)
           p (padding: p1x1, begin_end p0_1x0_1, same, same_lower, valid)
           op (output padding)  nobias  residual  f16, bf16 or i8
@@ -46,6 +48,8 @@ tokens:   n ic oc  g (groups)  i (input)  k (kernel)  s (stride)  d (dilation)
           leaky_relu(0.1)
           prelu clip(0,6) sigmoid tanh silu mish hardswish hardsigmoid elu
           gelu gelu_tanh
+          of separable ones m (outputs of each depthwise input), depthwise_bias,
+          depthwise_relu6 …
 """
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -60,7 +64,7 @@ def complete_spec(
 ) -> list[click.shell_completion.CompletionItem]:
     from click.shell_completion import CompletionItem
 
-    operators = [CompletionItem(name) for name in OPERATORS if name.startswith(incomplete)]
+    operators = [CompletionItem(name) for name in (*OPERATORS, *SEPARABLE) if name.startswith(incomplete)]
     return operators or [CompletionItem(incomplete, type="file")]
 
 
@@ -258,6 +262,21 @@ records_options = grouped(
 trials_option = click.option(
     "--trials", type=click.IntRange(min=0), metavar="N", help="Trials per layer, including those of earlier runs."
 )
+
+
+def _check_strips(context: click.Context, parameter: click.Parameter, text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise click.BadParameter(f"expected auto or a number of rows, found {text!r}")
+    return int(text)
+
+
+def strips_option(default: str, meaning: str) -> Option:
+    """``--strips``, None where they are what suits the caches."""
+    return click.option(
+        "--strips", callback=_check_strips, default=default, show_default=True, metavar="ROWS|auto", help=meaning
+    )
 
 
 def whole_accuracy(rules: Sequence[AccuracyRule]) -> str:

@@ -38,12 +38,20 @@ from .common import (
     say,
     skip_option,
     status_of,
+    strips_option,
     table,
     target_option,
     threads_option,
     tidy,
 )
 from .network import validate_model
+from .separable import (
+    build_separable,
+    refuse_for_separable,
+    separable_of,
+    validate_separable,
+    weights_option,
+)
 from .view import View
 
 if TYPE_CHECKING:
@@ -219,6 +227,8 @@ def chosen(kernel: Kernel) -> dict[str, Any]:
 )
 @click.option("--name", metavar="NAME", help="Prefix of the exported C functions, for a single layer.")
 @libc_option
+@weights_option
+@strips_option("auto", "Of a separable problem: rows of the strips in which it is computed; 0: all at once.")
 @click.option("--no-validate", is_flag=True, help="Export without checking against ONNX Runtime.")
 @json_option
 def build(
@@ -237,6 +247,8 @@ def build(
     out: Path | None,
     name: str | None,
     libc: str | None,
+    weights: Path | None,
+    strips: int | None,
     no_validate: bool,
     as_json: bool,
 ) -> int:
@@ -246,12 +258,32 @@ def build(
     best record, or else as the default, so that there is always a kernel at once. A single layer is
     exported into --out itself; several are exported into a folder each, listed in index.json.
 
+    A separable problem (separable1d, separable2d …: a depthwise and a 1×1 convolution) is compiled as `convgen compile`
+    does models, with its weights; with --seconds the height of its strips is found first.
+
     With another processor as --target, such as cpu:cortex-a72 or cpu:x86-64-v4, it is built for that one with its cross
     compiler (a GCC, or the Python package ziglang), and validated in QEMU; where that is missing, it is said so.
     """
     from ..kernel.names import check_export_name
 
     check_picks(schedule, picks)
+    if (separable := separable_of(spec, accuracy)) is not None:
+        refuse_for_separable(schedule=schedule, trials=trials)
+        return build_separable(
+            separable,
+            {"target": target, "threads": threads},
+            chosen_records(records, no_records),
+            weights=weights,
+            strips=strips,
+            seconds=seconds,
+            out=out,
+            name=name,
+            libc=libc,
+            check=not no_validate,
+            as_json=as_json,
+        )
+    if weights is not None:
+        raise click.UsageError("--weights: expected a separable problem, found layers, whose kernels are given theirs")
     if schedule and (trials or seconds):
         raise click.UsageError("--schedule fixes the candidate: there is nothing left to tune")
     (entries,), left_out = layers_of([" ".join(spec)], dims, accuracy)
@@ -482,12 +514,17 @@ def validate(
     against a bound that is accumulated through the graph, guard pages, threads, and where its tensors lie.
     """
     check_picks(schedule, picks)
+    if (separable := separable_of(spec, accuracy)) is not None:
+        refuse_for_separable(schedule=schedule)
+        store = chosen_records(records, no_records)
+        return validate_separable(separable, {"target": target, "threads": threads, "records": store}, seed, as_json)
     if whole:
         if schedule or len(spec) != 1 or len(accuracy) > 1 or any(rule.pattern for rule in accuracy):
             raise click.UsageError("--whole takes one model and one accuracy class, and no --schedule")
         classes = accuracy[0].accuracy if accuracy else "standard"
         store = chosen_records(records, no_records)
-        return validate_model(Path(spec[0]), dims, classes, target, threads, store, seed, as_json)
+        how = {"target": target, "threads": threads, "dims": dims, "accuracy": classes, "records": store}
+        return validate_model(Path(spec[0]), seed, as_json, **how)
     (entries,), left_out = layers_of([" ".join(spec)], dims, accuracy)
     results: list[dict[str, Any]] = []
     with working(entries, target, threads, chosen_records(records, no_records)) as work:

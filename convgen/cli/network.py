@@ -32,6 +32,7 @@ from .common import (
     say,
     size,
     sizes_option,
+    strips_option,
     table,
     target_option,
     threads_option,
@@ -39,6 +40,8 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from ..bridges.onnxruntime import OnnxRuntimeModel
     from ..network.check.validate import NetworkReport
     from ..network.network import Network
@@ -74,6 +77,11 @@ def _check_picture(context: click.Context, parameter: click.Parameter, path: Pat
     help="First tune the model for so long, earlier runs included, as `convgen tune --whole` does.",
 )
 @records_options
+@strips_option(
+    "0",
+    "Rows of the strips in which depthwise convolutions and the 1×1 convolutions after them are computed: takes less "
+    "memory; 0: all at once.",
+)
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), required=True, metavar="DIR", help="Folder to export to."
 )
@@ -105,6 +113,7 @@ def compile_model(
     seconds: float,
     records: Path | None,
     no_records: bool,
+    strips: int | None,
     out: Path,
     program: str,
     profile: Path | None,
@@ -140,6 +149,8 @@ def compile_model(
             raise click.UsageError("--seconds: expected a C library, found --for onnxruntime")
         if libc is not None:
             raise click.UsageError("--libc: expected a C library to export, found --for onnxruntime")
+        if strips != 0:
+            raise click.UsageError("--strips: expected a C library, found --for onnxruntime")
         if profile is not None:
             raise click.UsageError("--profile: expected a C library to time, found --for onnxruntime")
         path = out / f"{name or model.stem}.onnx"
@@ -150,11 +161,12 @@ def compile_model(
 
     def compiled(records: Records) -> Network:
         with compiling(quiet=as_json) as progress:
-            made: Network = compile_network(model, records=records, name=name, progress=progress, **options)
+            how: dict[str, Any] = {"strips": strips, "records": records, "name": name}
+            made: Network = compile_network(model, progress=progress, **how, **options)
         return made
 
     try:
-        tuned = _tune(model, seconds, options, kept) if seconds else []
+        tuned = _tune(model, seconds, {**options, "strips": strips}, kept) if seconds else []
         network = compiled(kept)
     except NotTakenError as error:
         return _refuse(error, as_json)
@@ -174,7 +186,7 @@ def compile_model(
         facts = {"networks": list(map(dataclasses.asdict, tuned)), "profiles": [made.to_dict() for made in profiles]}
         emit({**outcome, **facts})
         return 0
-    _say_network(network, manifest, out, taken)
+    say_network(network, manifest, out, taken)
     return 0
 
 
@@ -234,7 +246,7 @@ def _profile(network: Network, compiled: Callable[[Records], Network], out: Path
     return profiles
 
 
-def _say_network(network: Network, manifest: dict[str, Any], out: Path, seconds: float) -> None:
+def say_network(network: Network, manifest: dict[str, Any], out: Path, seconds: float) -> None:
     """What was written as a C library."""
     for made in manifest["sizes"]:
         if made["label"]:
@@ -284,21 +296,11 @@ def _say_model(made: OnnxRuntimeModel, seconds: float, as_json: bool) -> None:
     note(f"{tidy(made.model)} with {made.library.name}; weights {weights}; {duration(seconds)}")
 
 
-def validate_model(
-    model: Path,
-    dims: dict[str, int],
-    accuracy: str,
-    target: str,
-    threads: int | None,
-    records: Records,
-    seed: int,
-    as_json: bool,
-) -> int:
-    """Compile a whole model and check it; the exit status."""
+def validate_model(model: Path | ModelProto, seed: int, as_json: bool, **options: Any) -> int:
+    """Compile a whole model, with the options of :func:`convgen.compile`, and check it; the exit status."""
     from ..api import compile as compile_network
 
-    options: dict[str, Any] = {"dims": dims, "accuracy": accuracy, "records": records}
-    report = compile_network(model, target, threads, **options).validate(model, seed=seed)
+    report = compile_network(model, **options).validate(model, seed=seed)
     if as_json:
         emit(report.to_dict())
     else:

@@ -236,6 +236,14 @@ flops         integer   of all layers with their counts
 convolutions  integer   how many there are
 layers        [WORK]    each different layer
 skipped       [text]    layers that were left out, and why
+separable     [text]    descriptors of the separable problems among them, each once
+""",
+    "show (separable)": """
+spec     text         the problem
+flops    integer      operations of both convolutions
+between  integer      bytes of what is between the two
+parts    {text}       the descriptors of both, depthwise and pointwise
+weights  {[integer]}  shape of each array that --weights has
 """,
     "show --ir": """
 spec      text    the layer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,6 +32,7 @@ from .common import (
     target_option,
     threads_option,
 )
+from .separable import refuse_for_separable, separable_of, show_separable
 
 if TYPE_CHECKING:
     from ..hardware.target import Target
@@ -74,6 +76,10 @@ def show(
     check_picks(schedule, picks)
     if schedule and not ir:
         raise click.UsageError("--schedule needs --ir: it chooses the candidate to print")
+    if (separable := separable_of(spec, accuracy)) is not None:
+        refuse_for_separable(schedule=schedule, ir=ir)
+        show_separable(separable, as_json)
+        return
     skipped: list[str] = []
     # Where nothing could be read the second one raises: it says what is wrong.
     entries = read_layers(spec, dims, accuracy, skipped) or read_layers(spec, dims, accuracy)
@@ -82,7 +88,7 @@ def show(
             raise click.UsageError(f"--ir: expected a single layer, found {len(entries)}")
         _print_source(entries[0].spec, target, schedule, picks, ir, as_json)
     elif len(entries) > 1 or skipped:
-        _print_layers(entries, skipped, as_json)
+        _print_layers(entries, skipped, _separables(spec, dims), as_json)
     else:
         _print_layer(entries[0], target, threads, as_json)
 
@@ -109,7 +115,15 @@ def _print_source(
 # ---- several layers ---------------------------------------------------------------------------
 
 
-def _print_layers(entries: list[SpecEntry], skipped: list[str], as_json: bool) -> None:
+def _separables(words: tuple[str, ...], dims: dict[str, int]) -> list[str]:
+    """The separable problems in a file, each once."""
+    from ..formats.separable import read_separables
+
+    path = Path(" ".join(words))
+    return list(dict.fromkeys(map(str, read_separables(path, dims)))) if path.is_file() else []
+
+
+def _print_layers(entries: list[SpecEntry], skipped: list[str], separables: list[str], as_json: bool) -> None:
     total = sum(entry.count * entry.spec.flops for entry in entries)
     layers: list[dict[str, Any]] = [
         {
@@ -123,7 +137,7 @@ def _print_layers(entries: list[SpecEntry], skipped: list[str], as_json: bool) -
     ]
     if as_json:
         count = sum(entry.count for entry in entries)
-        emit({"flops": total, "convolutions": count, "layers": layers, "skipped": skipped})
+        emit({"flops": total, "convolutions": count, "layers": layers, "skipped": skipped, "separable": separables})
         return
     rows = [
         [_names(layer["names"]), layer["count"], f"{layer['flops'] / 1e9:.4g}", f"{layer['share']:.1%}", layer["spec"]]
@@ -132,6 +146,9 @@ def _print_layers(entries: list[SpecEntry], skipped: list[str], as_json: bool) -
     say(table(["layer", "count>", "GFLOP>", "share>", "spec"], rows))
     count = sum(entry.count for entry in entries)
     say(f"{len(entries)} different layers, {count} in all; shares are of their {total / 1e9:.4g} GFLOP together")
+    if separables:
+        say("\nA depthwise and a 1×1 convolution that reads it are a problem of their own, too, which build takes:")
+        say("\n".join(f"  {text}" for text in separables))
     note_left_out(skipped)
 
 

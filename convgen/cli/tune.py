@@ -43,12 +43,14 @@ from .common import (
     trials_option,
     whole_accuracy,
 )
+from .separable import refuse_for_separable, separable_of
 from .view import JobView, clock, remaining
 
 if TYPE_CHECKING:
     from ..hardware.target import Target
     from ..measure.workers import Pools
     from ..network.tuning import ModelTuning
+    from ..problem.separable import SeparableSpec
     from ..records.opening import Records
     from ..tuning.job import Job
     from ..tuning.job_run import JobRun, Layer
@@ -135,9 +137,14 @@ def tune(
 
     With --whole the layers are those of the network that `convgen compile` makes of a model, in its layouts. The budget
     goes where the network's time goes, and a kernel is kept where the network that has it runs faster.
+
+    Of a separable problem first the height of the strips is found in which it is computed fastest, then the
+    convolutions of these are tuned in the same way.
     """
     from ..measure.busy import BusyWatch
 
+    if (separable := separable_of(sources, accuracy)) is not None:
+        return _tune_separable(separable, records, no_records, status or as_json, options)
     job = _job(sources, job_file, dims, options)
     job = replace(job, accuracy=(*job.accuracy, *accuracy))
     if records is not None:
@@ -161,6 +168,21 @@ def tune(
             run.close()
     busy = watch.share() if job.tracker is None and run.measured else None  # a device's CPUs are not watched
     return _print_results(run, as_json, interrupted, busy) or status_of(run.job.skipped, skip)
+
+
+def _tune_separable(
+    spec: SeparableSpec, records: Path | None, no_records: bool, shown: bool, options: dict[str, Any]
+) -> int:
+    """Tune a separable problem on this machine, for one target and number of threads."""
+    from .separable import tune_command
+
+    taken = ("seconds", "target", "threads")
+    refuse_for_separable(status=shown, **{name: value for name, value in options.items() if name not in taken})
+    targets, threads = options["target"] or ("cpu",), options["threads"] or (None,)
+    if len(targets) > 1 or len(threads) > 1:
+        raise click.UsageError(f"{spec}: expected one target and one number of threads, found several")
+    setting = {"target": targets[0], "threads": threads[0]}
+    return tune_command(spec, setting, chosen_records(records, no_records), options["seconds"])
 
 
 def _job(sources: tuple[str, ...], job_file: Path | None, dims: dict[str, int], options: dict[str, Any]) -> Job:
@@ -197,7 +219,7 @@ def _whole(job: Job) -> ModelTuning:
     return ModelTuning(path, target, threads[0] if threads else None, dims=job.dims, accuracy=accuracy)
 
 
-def tune_whole(tuning: ModelTuning, seconds: float, records: Records) -> list[NetworkTimes]:
+def tune_whole(tuning: ModelTuning, seconds: float | None, records: Records) -> list[NetworkTimes]:
     """Tune a model before it is compiled, and show that; what it takes before and after.
 
     Raises:

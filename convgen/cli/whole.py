@@ -30,8 +30,9 @@ def whole_bench(
     peers: Sequence[str],
     rounds: int,
     records: Records,
+    strips: int | None = 0,
 ) -> Bench:
-    """What the options say is measured of each model."""
+    """What the options say is measured of each model; ``strips`` as :func:`convgen.compile` takes them."""
     from ..api import compile as compile_network
     from ..hardware.target import resolve
     from ..kernel.kernel import check_threads
@@ -40,7 +41,9 @@ def whole_bench(
     chosen, resolved = whole_accuracy(accuracy), resolve(target)
 
     def compiled(model: NetworkModel, count: int) -> Network:
-        return compile_network(model.path, target, count, dims=model.dims, accuracy=chosen, records=records)
+        how: dict[str, Any] = {"accuracy": chosen, "strips": strips, "records": records}
+        network: Network = compile_network(model.path, target, count, dims=model.dims, **how)
+        return network
 
     counts = [check_threads(count, resolved) for count in threads or (None,)]
     return Bench(compiled, peers, counts, chosen, resolved.spelling, rounds)

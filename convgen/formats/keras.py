@@ -11,11 +11,12 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import SpecError, UnsupportedError
 from ..problem.activation import Activation
+from ..problem.separable import SeparableSpec
 from ..problem.spec import ConvSpec
 
 _Config = Mapping[str, Any]
@@ -86,6 +87,31 @@ def specs_from_keras(
         SpecError: a key is missing or wrong, or a shape is not known; names the layer.
         UnsupportedError: an activation, dtype or wrapper that a spec cannot say; names the layer.
     """
+    return _read(config, input_shape, class_name, accuracy, skipped).specs
+
+
+def separables_from_keras(
+    config: _Config | str, input_shape: Sequence[int | None] | None = None, *, class_name: str = ""
+) -> list[SeparableSpec]:
+    """The layers ``SeparableConv1D/2D`` of a Keras layer or model, each as one problem; none where there is none.
+
+    Its parameters are those of the two parts of :func:`specs_from_keras`, whose arguments these are. Convolutions of a
+    model that are refused are passed over.
+
+    Raises:
+        SpecError, UnsupportedError: of a layer, as :func:`specs_from_keras`.
+    """
+    return _read(config, input_shape, class_name, "standard", []).separables
+
+
+def _read(
+    config: _Config | str,
+    input_shape: Sequence[int | None] | None,
+    class_name: str,
+    accuracy: str,
+    skipped: list[str] | None,
+) -> _Reader:
+    """All that is read of a layer or model."""
     layer = _parse(config) if isinstance(config, str) else config
     if class_name and isinstance(layer, Mapping):
         layer = {**(layer if "config" in layer else {"config": layer}), "class_name": class_name}
@@ -98,7 +124,7 @@ def specs_from_keras(
         reader.read(layer, [None if input_shape is None else _sizes(input_shape)])
     except RecursionError:
         raise SpecError("config", "models nested less deeply", "a deep one") from None
-    return reader.specs
+    return reader
 
 
 def _parse(text: str) -> Any:
@@ -346,7 +372,8 @@ _KEEPING = re.compile(
 class _Reader:
     """Collects the convolutions of nested layers.
 
-    ``given``: the input's shape is the caller's, so what layers say of theirs does not count.
+    ``given``: the input's shape is the caller's, so what layers say of theirs does not count. ``separables``: those of
+    f32, whose two parts are among the ``specs``.
     """
 
     accuracy: str
@@ -354,6 +381,7 @@ class _Reader:
     specs: list[ConvSpec]
     given: bool
     skipped: list[str] | None
+    separables: list[SeparableSpec] = field(default_factory=list)
 
     def read(self, layer: _Config, shapes: Sequence[_Shape | None]) -> list[_Shape | None]:
         """Add the convolutions of a layer or model that is fed ``shapes``; the shapes after it. None: not known."""
@@ -454,6 +482,8 @@ class _Reader:
             point = {"n": depthwise.n, "ic": depthwise.oc, "oc": filters, "in_spatial": depthwise.out_spatial}
             pointwise = ConvSpec.from_dict(point | common | epilogue | {"kernel": (1,) * rank}, where)
             self.specs += [depthwise, pointwise]
+            if depthwise.dtype == "f32":
+                self.separables.append(SeparableSpec(depthwise, pointwise))
         return self.specs[-1].dst_shape
 
 

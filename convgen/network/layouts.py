@@ -253,10 +253,13 @@ def lies_apart(graph: Graph, node: Operator, layout: str) -> bool:
     differ = [axis for axis in range(len(whole)) if any(part[axis] != whole[axis] for part in parts)]
     if node.kind == "concat":
         differ = [node.attributes["axis"]]
-    if len(differ) != 1 or math.prod(whole[: differ[0]]) != 1:
+    if len(differ) != 1:
+        return False
+    order = memory_order(len(whole), layout)
+    if math.prod(whole[axis] for axis in order[: order.index(differ[0])]) != 1:
         return False
     block = BLOCKS[layout]
-    return layout == ROW_MAJOR or (differ == [1] and block > 0 and all(part[1] % block == 0 for part in parts))
+    return layout in PLAIN or (differ == [1] and all(part[1] % block == 0 for part in parts))
 
 
 def keeps_order(graph: Graph, node: Operator, layouts: Mapping[str, str]) -> bool:
@@ -268,13 +271,13 @@ def keeps_order(graph: Graph, node: Operator, layouts: Mapping[str, str]) -> boo
         return all(len(s) < 3 or same_memory(s, layout, ROW_MAJOR) for s, layout in ends)
     if layouts[source] not in PLAIN or layouts[output] not in PLAIN:
         return False
-    order = _order(len(shape), layouts[source])
-    turned = [node.attributes["perm"][axis] for axis in _order(len(out), layouts[output])]
+    order = memory_order(len(shape), layouts[source])
+    turned = [node.attributes["perm"][axis] for axis in memory_order(len(out), layouts[output])]
     return [axis for axis in order if shape[axis] > 1] == [axis for axis in turned if shape[axis] > 1]
 
 
-def _order(rank: int, layout: str) -> list[int]:
-    """The logical axes of a plain tensor as they follow each other in memory."""
+def memory_order(rank: int, layout: str) -> list[int]:
+    """The logical axes of a tensor as they follow each other in memory; of blocks, as if each were one channel."""
     return [0, *range(2, rank), 1] if layout == "nhwc" else list(range(rank))
 
 

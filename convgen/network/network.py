@@ -26,6 +26,7 @@ from .reading import read_graph
 from .rewriting import rewrite
 from .sizes import Dims, Shared, every_size
 from .storage import store_narrow
+from .strips import in_strips
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -201,6 +202,7 @@ def compile_model(
     *,
     dims: Dims | None = None,
     accuracy: str = "standard",
+    strips: int | None = 0,
     records: Records = None,
     progress: Callable[[int, int], None] | None = None,
     name: str | None = None,
@@ -208,18 +210,23 @@ def compile_model(
     """A model with the kernels that a store has for it; see :func:`convgen.compile`."""
     resolved, threads = network_target(target, threads)
     with recorded_choice(records, resolved, threads) as choose:
-        return compile_network(
-            source, resolved, threads, dims=dims, accuracy=accuracy, choose=choose, progress=progress, name=name
-        )
+        plans = plan_model(source, resolved, dims=dims, accuracy=accuracy, choose=choose, strips=strips, name=name)
+        return compile_planned(plans, resolved, threads, accuracy, progress, source)
 
 
-def plan_graph(graph: Graph, target: Target, accuracy: str, choose: Choose | None = None) -> Plan:
+def plan_graph(
+    graph: Graph, target: Target, accuracy: str, choose: Choose | None = None, strips: int | None = 0
+) -> Plan:
     """The plan of a graph, which is changed, with convolutions of an accuracy class.
 
     Args:
         choose: the candidate of a convolution, where something better than the default is known.
+        strips: rows of the strips in which depthwise convolutions and the 1×1 convolutions after them are computed
+            (:mod:`convgen.network.strips`): what suits the caches where None, no strips where 0.
     """
     rewrite(graph)
+    if strips != 0:
+        in_strips(graph, target, strips)
     if accuracy == "bf16":
         store_narrow(graph)
     else:
@@ -264,9 +271,10 @@ def plan_model(
     dims: Dims | None = None,
     accuracy: str = "standard",
     choose: Choose | None = None,
+    strips: int | None = 0,
     name: str | None = None,
 ) -> list[Plan]:
-    """Read a model and plan it at each of its sizes; arguments as of :func:`compile_network`.
+    """Read a model and plan it at each of its sizes; arguments as of :func:`compile_network` and :func:`plan_graph`.
 
     Raises:
         SpecError: it cannot be read, or is not an ONNX model; or sizes are wrong.
@@ -284,7 +292,7 @@ def plan_model(
     plans = []
     for graph in graphs:
         graph.name = name
-        plans.append(plan_graph(graph, target, accuracy, choose))
+        plans.append(plan_graph(graph, target, accuracy, choose, strips))
     return plans
 
 

@@ -52,6 +52,7 @@ class ModelTuning:
         threads: that the network runs on; all cores where None.
         dims: sizes of symbolic dimensions; with several, the network is judged at each size.
         accuracy: of its convolutions.
+        strips: as :func:`convgen.network.network.plan_graph` takes them.
 
     Attributes:
         whole: times are of the whole network.
@@ -72,11 +73,12 @@ class ModelTuning:
         *,
         dims: Dims | None = None,
         accuracy: str = "standard",
+        strips: int | None = 0,
         name: str | None = None,
     ) -> None:
         self.target, self.threads = network_target(target, threads)
         self.accuracy = accuracy
-        self.plans = plan_model(source, self.target, dims=dims, accuracy=accuracy, name=name)
+        self.plans = plan_model(source, self.target, dims=dims, accuracy=accuracy, strips=strips, name=name)
         labels = labels_of([plan.graph.dims for plan in self.plans])
         own = self.plans[0].graph.name
         self._sizes = {f"{own} {label}".rstrip(): number for number, label in enumerate(labels)}

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..problem.dtypes import BYTES
-from ..problem.layout import BLOCKS
+from ..problem.layout import BLOCKS, PLAIN
 from .expressions import KINDS
-from .graph import ROW_MAJOR, Graph, Node, Operator
-from .layouts import Laid, keeps_order, lies_apart
+from .graph import Graph, Node, Operator
+from .layouts import Laid, keeps_order, lies_apart, memory_order
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,17 @@ class Views:
         parts = node.inputs if node.kind == "concat" else (node.inputs[0],)
         if any(self.layouts[name] != layout for name in parts if name not in self.graph.constants):
             return False
-        if node.kind == "slice" and self.layouts[node.inputs[0]] != ROW_MAJOR:
-            block = BLOCKS[layout]
-            if not block or node.attributes["starts"][1] % block:
-                return False
+        if node.kind == "slice" and layout not in PLAIN and node.attributes["starts"][1] % BLOCKS[layout]:
+            return False
         return lies_apart(self.graph, node, layout)
 
     def _begin(self, node: Operator) -> int:
         whole = self.graph.shapes[node.inputs[0]]
         starts: tuple[int, ...] = node.attributes["starts"]
-        axis = next(i for i, start in enumerate(starts) if start) if any(starts) else 0
-        return BYTES[self.graph.dtype(node.output)] * starts[axis] * math.prod(whole[axis + 1 :])
+        order = memory_order(len(whole), self.layouts[node.output])
+        axis = next((place for place, at in enumerate(order) if starts[at]), 0)
+        inner = math.prod(whole[at] for at in order[axis + 1 :])
+        return BYTES[self.graph.dtype(node.output)] * starts[order[axis]] * inner
 
     def _placed(self, node: Operator) -> list[Node]:
         """Parts that are written where they belong, and copies of those that lie elsewhere."""

@@ -18,13 +18,18 @@ def command_of(arguments: Sequence[str], document: Any) -> str:
     name = " ".join(arguments[:2] if arguments[0] in GROUPS else arguments[:1])
     if name == "show" and "--ir" in arguments:
         return "show --ir"
+    if name == "show" and "between" in document:
+        return "show (separable)"
     if name == "show" and "shapes" not in document:
         return "show (several layers)"
     if name == "compile" and "onnxruntime" in arguments:
         return "compile --for onnxruntime"
     if name == "help" and len(arguments) > 1:
         return "help TOPIC"
-    if name in ("validate", "bench") and "--whole" in arguments:
+    separable = len(arguments) > 1 and str(arguments[1]).startswith("separable")
+    if name == "build" and separable:
+        return "compile"
+    if name in ("validate", "bench") and ("--whole" in arguments or separable):
         return f"{name} --whole"
     return "tune --status" if name == "tune" and "--status" in arguments else name
 

@@ -1,0 +1,212 @@
+"""Commands about a separable problem, which is compiled as the network of its two convolutions."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import SpecError
+from ..formats.entries import AccuracyRule
+from ..problem.separable import SEPARABLE, SeparableSpec
+from .common import FAILED, duration, emit, note, say, table, tidy, whole_accuracy
+from .network import compiling, say_network, validate_model
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from ..network.network import Network
+    from ..network.strip_tuning import StripTime
+    from ..records.opening import Records
+    from ..report.whole import Bench
+
+
+def separable_of(words: Sequence[str], accuracy: Sequence[AccuracyRule] = ()) -> SeparableSpec | None:
+    """The separable problem that a command line's words are; None where they are something else.
+
+    Raises:
+        SpecError: its descriptor is wrong.
+    """
+    text = " ".join(words)
+    if text.partition(" ")[0] not in SEPARABLE:
+        return None
+    spec = SeparableSpec.parse(text)
+    return spec.with_accuracy(whole_accuracy(accuracy)) if accuracy else spec
+
+
+def refuse_for_separable(**given: object) -> None:
+    """Refuse options that are given and mean nothing to separable problems."""
+    for name, value in given.items():
+        if value:
+            raise click.UsageError(f"--{name}: expected layers, found a separable problem, compiled as a network")
+
+
+weights_option = click.option(
+    "--weights",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE.npz",
+    help="Of a separable problem: its weights by name, as `convgen show` lists them.  [default: random ones]",
+)
+
+
+def model_of(spec: SeparableSpec, weights: Path | None) -> ModelProto:
+    """The problem as a model, with the weights of a file.
+
+    Raises:
+        SpecError: the file is none of NumPy's, or arrays in it are wrong.
+    """
+    import numpy as np
+
+    from ..check.onnx_separable import separable_model
+
+    if weights is None:
+        return separable_model(spec)
+    try:
+        with np.load(weights, allow_pickle=False) as arrays:
+            found = dict(arrays)
+    except (ValueError, OSError) as error:
+        raise SpecError("weights", "a file that numpy.savez writes", str(error), str(weights)) from None
+    return separable_model(spec, found)
+
+
+def show_separable(spec: SeparableSpec, as_json: bool) -> None:
+    """What a problem is."""
+    parts = {name: part.descriptor for name, part in spec.parts.items()}
+    weights = {name: list(shape) for name, shape in spec.parameters.items()}
+    between = spec.depthwise.bytes["dst"]
+    if as_json:
+        emit({"spec": spec.descriptor, "flops": spec.flops, "between": between, "parts": parts, "weights": weights})
+        return
+    say(f"{spec}\n")
+    rows = [[name, part.descriptor, f"{part.flops / 1e9:.4g}"] for name, part in spec.parts.items()]
+    say(table(["part", "computes", "GFLOP>"], rows))
+    say(f"{between / 1024:.4g} KiB are between the two.\n")
+    say(table(["weights", "shape"], [[name, "x".join(map(str, shape))] for name, shape in weights.items()]))
+
+
+def build_separable(
+    spec: SeparableSpec,
+    options: dict[str, Any],
+    records: Records,
+    *,
+    weights: Path | None,
+    strips: int | None,
+    seconds: float | None,
+    out: Path | None,
+    name: str | None,
+    libc: str | None,
+    check: bool,
+    as_json: bool,
+) -> int:
+    """Compile, validate and export; the exit status.
+
+    Args:
+        options: target and threads.
+    """
+    from ..api import compile as compile_network
+
+    started, folder = time.monotonic(), out or Path("convgen-out", spec.name)
+    model = model_of(spec, weights)
+    options = {**options, "accuracy": spec.depthwise.accuracy}
+    if seconds:
+        strips = tune_separable(spec, model, options, records, seconds)
+    with compiling(quiet=as_json) as progress:
+        network: Network = compile_network(
+            model, strips=strips, records=records, name=name or spec.name, progress=progress, **options
+        )
+    report = network.validate(model) if check else None
+    if report is not None and not report.passed:
+        failed = next(found for found in report.checks if not found.passed)
+        note(f"convgen: {spec}: {failed.name}: {failed.found}")
+        return FAILED
+    facts: dict[str, Any] = {"spec": spec.descriptor, "parameters": "random" if weights is None else weights.name}
+    facts["validation"] = None if report is None else report.to_dict()
+    manifest = network.export(folder, facts=facts, libc=libc)
+    taken = time.monotonic() - started
+    if as_json:
+        facts = {"networks": [], "profiles": [], "taken": True, "outside": []}
+        emit({"folder": str(folder), "seconds": taken, "manifest": manifest, **facts})
+        return 0
+    say_network(network, manifest, folder, taken)
+    if weights is None:
+        note(f"convgen: weights are random; for others give --weights FILE.npz with {', '.join(spec.parameters)}")
+    return 0
+
+
+def validate_separable(spec: SeparableSpec, options: dict[str, Any], seed: int, as_json: bool) -> int:
+    """Check what build makes of random weights; the exit status."""
+    how = {"accuracy": spec.depthwise.accuracy, "strips": None, "name": spec.name}
+    return validate_model(model_of(spec, None), seed, as_json, **how, **options)
+
+
+def bench_separable(spec: SeparableSpec, bench: Bench, rows: Path | None, report: Path | None, as_json: bool) -> int:
+    """Time it beside other libraries, which get it as a model; the exit status."""
+    from .whole import bench_whole
+
+    with _file_of(spec) as path:
+        return bench_whole([str(path)], {}, bench, rows, report, as_json)
+
+
+@contextmanager
+def _file_of(spec: SeparableSpec) -> Iterator[Path]:
+    """The problem as a file, for a while."""
+    import onnx
+
+    from ..folders import TemporaryFolder
+
+    with TemporaryFolder() as folder:
+        path = folder / f"{spec.name}.onnx"
+        onnx.save(model_of(spec, None), path)
+        yield path
+
+
+def tune_separable(
+    spec: SeparableSpec, model: ModelProto, options: dict[str, Any], records: Records, seconds: float | None
+) -> int:
+    """Find the height of strips with which it is fastest, then tune the convolutions of these; gives the height."""
+    from ..network.choice import network_target, recorded_choice
+    from ..network.strip_tuning import best_height, strip_times
+    from ..network.tuning import ModelTuning
+    from .tune import network_line, tune_whole
+
+    if records is False:
+        raise click.UsageError("--seconds: expected records, where what wins is kept, found --no-records")
+    started = time.monotonic()
+    target, threads = network_target(options["target"], options["threads"])
+    accuracy = spec.depthwise.accuracy
+    with recorded_choice(records, target, threads) as choose:
+        times = strip_times(model, target, threads, accuracy=accuracy, choose=choose)
+    note(strips_table(times))
+    height = best_height(times)
+    left = None if seconds is None else max(0.0, seconds - (time.monotonic() - started))
+    tuning = ModelTuning(model, target, threads, accuracy=accuracy, strips=height, name=spec.name)
+    for found in tune_whole(tuning, left, records):
+        note(network_line(found))
+    return height
+
+
+def strips_table(times: Sequence[StripTime]) -> str:
+    """A line for each height."""
+    rows = [
+        [
+            f"{time.height or 'all'}{' (auto)' if time.is_default else ''}",
+            duration(time.seconds),
+            f"{time.ratio[0]:.3f} ({time.ratio[1]:.3f}–{time.ratio[2]:.3f})",
+        ]
+        for time in times
+    ]
+    return table(["rows of a strip", "time>", "auto over it>"], rows)
+
+
+def tune_command(spec: SeparableSpec, options: dict[str, Any], records: Records, seconds: float | None) -> int:
+    """``convgen tune`` of a separable problem; the exit status."""
+    height = tune_separable(spec, model_of(spec, None), options, records, seconds)
+    words = [str(spec), "--strips", str(height), *(["--threads", str(options["threads"])] * bool(options["threads"]))]
+    kept = ["--records", tidy(records)] if isinstance(records, Path) else []
+    note(f"next: `convgen build {shlex.join([*words, *kept])} --out DIR` uses what was found")
+    return 0
