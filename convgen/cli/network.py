@@ -50,9 +50,10 @@ if TYPE_CHECKING:
     from ..tuning.networks import NetworkTimes
 
 
-def _check_picture(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    if path is not None and path.suffix not in (".md", ".svg"):
-        raise click.BadParameter(f"expected a file name that ends in .svg or .md, found {path.name!r}")
+def check_picture(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse the name of a file that is no page, picture or table."""
+    if path is not None and path.suffix not in (".html", ".md", ".svg"):
+        raise click.BadParameter(f"expected a file name that ends in .html, .svg or .md, found {path.name!r}")
     return path
 
 
@@ -96,10 +97,10 @@ def _check_picture(context: click.Context, parameter: click.Parameter, path: Pat
 @click.option(
     "--profile",
     type=click.Path(dir_okay=False, path_type=Path),
-    callback=_check_picture,
+    callback=check_picture,
     metavar="FILE",
-    help="Also time each step, beside its default where a record took its place: FILE.svg as a picture, FILE.md as a "
-    "table.",
+    help="Also time each step, beside its default where a record took its place: FILE.html as a page, FILE.svg as a "
+    "picture, FILE.md as a table.",
 )
 @click.option("--name", metavar="NAME", help="What files and functions are called.  [default: the model's name]")
 @libc_option
@@ -180,7 +181,9 @@ def compile_model(
         facts["validation"] = None if report is None else report.to_dict()
     manifest = network.export(out, facts=facts, libc=libc)
     taken = time.monotonic() - started
-    profiles = _profile(network, compiled, profile) if profile is not None else []
+    profiles = timed_steps(network, compiled) if profile is not None else []
+    if profile is not None:
+        write_steps(profiles, network.target.spelling, profile)
     if as_json:
         outcome = {"folder": str(out), "seconds": taken, "manifest": manifest, "taken": True, "outside": []}
         facts = {"networks": list(map(dataclasses.asdict, tuned)), "profiles": [made.to_dict() for made in profiles]}
@@ -229,21 +232,35 @@ def compiling(quiet: bool) -> Iterator[Callable[[int, int], None]]:
         yield tell
 
 
-def _profile(network: Network, compiled: Callable[[Records], Network], out: Path) -> list[NetworkProfile]:
-    """Time the steps at each size, and write the picture or the tables."""
-    from ..report.profile import profile_network, profile_page
+def timed_steps(network: Network, compiled: Callable[[Records], Network]) -> list[NetworkProfile]:
+    """What the steps take at each size, beside the defaults.
+
+    Args:
+        compiled: makes the network with the kernels of a store; with the defaults where that is False.
+    """
+    from ..report.profile import profile_network
 
     defaults = compiled(False) if network.is_tuned else None
-    profiles = [profile_network(network, defaults, size) for size in range(len(network.plans))]
+    return [profile_network(network, defaults, size) for size in range(len(network.plans))]
+
+
+def write_steps(profiles: list[NetworkProfile], target: str, out: Path) -> None:
+    """Write what the steps take: a page, a picture or tables, as the file's name ends."""
     if out.suffix == ".md":
+        from ..report.profile import profile_page
+
         text = profile_page(profiles)
+    elif out.suffix == ".html":
+        from ..hardware.machine import machine
+        from ..report.model_page import model_page  # loads Jinja
+
+        text = model_page(profiles, f"{machine().cpu}, {target}")
     else:
         from ..report.figure import profiles as figure  # loads Jinja
 
         text = figure(profiles)
     write_text(text, out)
     note(f"wrote {tidy(out)}")
-    return profiles
 
 
 def say_network(network: Network, manifest: dict[str, Any], out: Path, seconds: float) -> None:
@@ -294,6 +311,31 @@ def _say_model(made: OnnxRuntimeModel, seconds: float, as_json: bool) -> None:
         say(table(["left to ONNX Runtime", "because"], [[node, reason] for node, reason in made.outside.items()]))
     weights = size(sum(part.weights for part in made.parts))
     note(f"{tidy(made.model)} with {made.library.name}; weights {weights}; {duration(seconds)}")
+
+
+def report_model(model: Path, records: Path | None, out: Path | None, as_json: bool, **options: Any) -> int:
+    """Time a model's steps with a store's kernels and with the defaults, and show that; the exit status.
+
+    Args:
+        options: of :func:`convgen.compile`.
+    """
+    from ..api import compile as compile_network
+    from ..report.profile import profile_page
+
+    def compiled(kept: Records) -> Network:
+        with compiling(quiet=as_json) as progress:
+            made: Network = compile_network(model, records=kept, progress=progress, **options)
+        return made
+
+    network = compiled(records)
+    profiles = timed_steps(network, compiled)
+    if out is not None:
+        write_steps(profiles, network.target.spelling, out)
+    if as_json:
+        emit({"profiles": [made.to_dict() for made in profiles]})
+    elif out is None:
+        say(profile_page(profiles).rstrip())
+    return OK
 
 
 def validate_model(model: Path | ModelProto, seed: int, as_json: bool, **options: Any) -> int:

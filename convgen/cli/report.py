@@ -21,7 +21,10 @@ from .common import (
     status_of,
     threads_option,
     tidy,
+    whole_accuracy,
 )
+from .network import report_model
+from .whole import existing_model
 
 
 @click.command(short_help="Show what a store's or job's tuning brought, as one page.")
@@ -47,6 +50,11 @@ from .common import (
     metavar="ROWS.jsonl",
     help="Rows of a bench on the same machine, which add the times of other libraries; may be repeated.",
 )
+@click.option(
+    "--whole",
+    is_flag=True,
+    help="Time one model as `convgen compile` makes it, with the store's kernels and with the defaults, step by step.",
+)
 @json_option
 def report(
     where: Path,
@@ -58,6 +66,7 @@ def report(
     target: str | None,
     threads: int | None,
     benches: tuple[Path, ...],
+    whole: bool,
     as_json: bool,
 ) -> int:
     """Show what tuning brought, from the records alone.
@@ -66,7 +75,15 @@ def report(
     about these alone: each layer with its count, and the time of each model. It says what was gained over
     the default and over other libraries, how far each layer is from the machine's limit, how the search
     went and which schedules won, and lists every trial that failed.
+
+    With --whole the model is compiled and run, now and on this machine: what it takes with the store's kernels and with
+    the defaults, all of it and each step, what stands between convolutions included.
     """
+    if whole:
+        if len(sources) != 1 or Path(sources[0]).suffix.lower() != ".onnx" or where.suffix == ".toml" or benches:
+            raise click.UsageError("--whole: expected a STORE and one MODEL.onnx, and no --bench")
+        how = {"dims": dims, "accuracy": whole_accuracy(accuracy), "target": target or "cpu", "threads": threads}
+        return report_model(existing_model(sources[0]), where, out, as_json, **how)
     from ..records.store import RecordStore
     from ..report.gather import Model, gather, read_rows
     from ..report.tuning_text import markdown

@@ -245,6 +245,9 @@ between  integer      bytes of what is between the two
 parts    {text}       the descriptors of both, depthwise and pointwise
 weights  {[integer]}  shape of each array that --weights has
 """,
+    "report --whole": """
+profiles  [PROFILE]  of each of the model's sizes
+""",
     "show --ir": """
 spec      text    the layer
 target    text    what it is compiled for

@@ -43,6 +43,7 @@ from .common import (
     trials_option,
     whole_accuracy,
 )
+from .network import check_picture, timed_steps, write_steps
 from .separable import refuse_for_separable, separable_of
 from .view import JobView, clock, remaining
 
@@ -110,6 +111,14 @@ def _check_targets(context: click.Context, parameter: click.Parameter, text: str
     help="Tune the convolutions of one model as `convgen compile` plans them, and keep what makes the running network "
     "faster.",
 )
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=check_picture,
+    metavar="FILE",
+    help="With --whole: then time each step of the model before and after: FILE.html as a page, FILE.svg as a picture, "
+    "FILE.md as a table.",
+)
 @click.option("--tracker", metavar="HOST:PORT", help="Measure on the devices of this RPC tracker.")
 @click.option("--device-key", metavar="KEY", help="Key of the devices to measure on.")
 @click.option("--cluster", metavar="ADDRESS", help="Compile on this Dask cluster.")
@@ -124,6 +133,7 @@ def tune(
     records: Path | None,
     no_records: bool,
     whole: bool,
+    report: Path | None,
     status: bool,
     as_json: bool,
     **options: Any,
@@ -144,11 +154,14 @@ def tune(
     from ..measure.busy import BusyWatch
 
     if (separable := separable_of(sources, accuracy)) is not None:
+        refuse_for_separable(report=report)
         return _tune_separable(separable, records, no_records, status or as_json, options)
     job = _job(sources, job_file, dims, options)
     job = replace(job, accuracy=(*job.accuracy, *accuracy))
     if records is not None:
         job = replace(job, records=records)
+    if report is not None and not whole:
+        raise click.UsageError("--report needs --whole; `convgen report` shows what other jobs have brought")
     kept = chosen_records(records if job.records is None else job.records, no_records)
     tuning = _whole(job) if whole else None
     if tuning is not None:
@@ -167,6 +180,9 @@ def tune(
         finally:
             run.close()
     busy = watch.share() if job.tracker is None and run.measured else None  # a device's CPUs are not watched
+    if tuning is not None and report is not None and not interrupted:
+        profiles = timed_steps(tuning.recorded(kept), lambda _: tuning.network({}))
+        write_steps(profiles, tuning.target.spelling, report)
     return _print_results(run, as_json, interrupted, busy) or status_of(run.job.skipped, skip)
 
 

@@ -61,7 +61,7 @@ def bench_whole(
     from ..measure.network_model import NetworkModel
     from ..report.whole import whole_file, whole_page
 
-    paths = [_model(word) for word in models]
+    paths = [existing_model(word) for word in models]
     known, measured, interrupted = whole_file(rows) if rows is not None else None, list[Any](), False
     comparisons = len(paths) * len(bench.threads)
     try:
@@ -86,7 +86,8 @@ def bench_whole(
     return 0
 
 
-def _model(word: str) -> Path:
+def existing_model(word: str) -> Path:
+    """The file of a model."""
     path = Path(word)
     if not path.is_file():
         raise click.UsageError(f"--whole: expected files of ONNX models, found {word!r}")

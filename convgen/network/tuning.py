@@ -25,12 +25,13 @@ from ..hardware.target import Target
 from ..lowering.schedule import Candidate
 from ..measure.workers import ChainSamples, LocalBuilder, LocalRunner, Pools
 from ..problem.spec import ConvSpec
+from ..records.opening import Records
 from ..records.store import RecordStore
 from ..tuning.job import Job
 from ..tuning.job_run import JobRun, Layer
 from ..tuning.networks import ROUNDS, Choice, NetworkTimes
 from ..tuning.search import Search
-from .choice import network_target
+from .choice import network_target, recorded_choice
 from .compile import with_candidates
 from .network import Network, compile_planned, plan_model
 from .plan import Plan, Product
@@ -106,6 +107,17 @@ class ModelTuning:
         """
         plans: list[Plan] = [with_candidates(plan, choice.get) for plan in self.plans]
         return compile_planned(plans, self.target, self.threads, self.accuracy)
+
+    def recorded(self, records: Records) -> Network:
+        """The network with the kernels that a store has.
+
+        Raises:
+            RecordError: the store cannot be read.
+            BuildError: TVM, LLVM or the C compiler failed.
+        """
+        specs = {spec for plan in self.plans for spec in _specs(plan)}
+        with recorded_choice(records, self.target, self.threads) as choose:
+            return self.network({spec: candidate for spec in specs if (candidate := choose(spec)) is not None})
 
     def expected(self) -> dict[ConvSpec, float]:
         """Seconds that each convolution takes in the network of defaults, the mean of its instances."""

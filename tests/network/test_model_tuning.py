@@ -197,9 +197,14 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     path, records = tmp_path / "small.onnx", tmp_path / "records.sqlite"
     onnx.save(two_layers(), path)
     arguments = ["tune", str(path), "--whole", "--threads", "1", "--trials", "3", "--records", str(records), "--json"]
-    found = CliRunner().invoke(cli, arguments)
+    page = tmp_path / "page.html"
+    found = CliRunner().invoke(cli, [*arguments, "--report", str(page)])
     assert found.exit_code == 0, found.output
     document = json.loads(found.stdout)
+    assert all(name in page.read_text() for name in (">one<br>", ">two<br>", "small, 1 thread"))
+    shown = ["report", str(records), str(path), "--whole", "--threads", "1", "--out", str(page), "--json"]
+    (profile,) = json.loads(CliRunner().invoke(cli, shown).stdout)["profiles"]
+    assert [step["name"] for step in profile["steps"] if step["schedule"]] == ["one", "two"]
     assert [layer["names"] for layer in document["layers"]] == [["one"], ["two"]]
     assert all(layer["best"] for layer in document["layers"])
     again = CliRunner().invoke(cli, arguments)
@@ -219,6 +224,8 @@ def test_from_the_command_line(tmp_path: Path) -> None:
         (["tune", "{model}", "{model}", "--whole"], "expected one ONNX model"),
         (["tune", "{model}", "--whole", "--threads", "1,2"], "expected one target and one number of threads"),
         (["tune", "{model}", "--whole", "--accuracy", "one=strict"], "expected an accuracy class for the whole model"),
+        (["tune", "{model}", "--report", "page.html"], "--report needs --whole"),
+        (["report", "records.sqlite", "--whole"], "expected a STORE and one MODEL.onnx"),
         (["compile", "{model}", "--seconds", "1", "--no-records", "--out", "x"], "expected records"),
         (["compile", "{model}", "--seconds", "1", "--for", "onnxruntime", "--out", "x"], "expected a C library"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,6 +19,7 @@ from convgen.hardware.target import resolve
 from convgen.lowering.candidates import parse_candidate, predicted
 from convgen.network.network import compile_network
 from convgen.report.figure import profiles
+from convgen.report.model_page import model_page
 from convgen.report.profile import NetworkProfile, StepTime, profile_network, profile_page
 
 STEPS = (
@@ -54,6 +57,43 @@ def test_the_table() -> None:
     page = profile_page([NetworkProfile("net", 1, STEPS)])
     assert "| first | conv2d \\<1> | cpu_direct | 3000 | 75.0% | 6000 | 2000 |" in page
     assert page.startswith("# net\n\n4.000 ms on 1 thread")
+
+
+class Hosts(HTMLParser):
+    """The texts of a page, the widths of its bars by their class, and what it would load."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.widths: dict[str, list[float]] = defaultdict(list)
+        self.loaded: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = dict(attributes)
+        self.loaded += [given[name] or "" for name in ("src", "href") if name in given]
+        if tag == "rect" and (given.get("width") or "").endswith("%"):
+            self.widths[given.get("class") or ""].append(float((given["width"] or "").rstrip("%")))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(" ".join(data.split()))
+
+
+def test_the_page_of_a_model() -> None:
+    page = Hosts(model_page([NetworkProfile("net", 2, STEPS)], "a processor"))
+    assert page.loaded == ["data:,"]
+    assert {"conv2d <1>", "3000 µs", "6000 µs, 2.00×", "75.0%", "a processor"} <= set(page.texts)
+    assert page.widths["own"] == [pytest.approx(100 * 4 / 7, abs=0.01)]
+    # All of the model, of each kind of steps, and each step before; the longest step is as wide as there is room.
+    assert page.widths["track"] == pytest.approx([100, 600 / 7, 100 / 7, 100, 100 / 6], abs=0.01)
+    assert page.widths["p0"] == pytest.approx([300 / 7, 50], abs=0.01)
+
+
+def test_the_page_without_defaults() -> None:
+    steps = tuple(StepTime(step.name, step.computes, step.schedule, step.seconds) for step in STEPS)
+    page = Hosts(model_page([NetworkProfile("net N1", 1, steps), NetworkProfile("net N4", 1, steps)]))
+    assert not page.widths["track"]
+    assert {"net N1, 1 thread", "net N4, 1 thread"} <= set(page.texts)
 
 
 def small() -> ModelProto:

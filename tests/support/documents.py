@@ -29,6 +29,8 @@ def command_of(arguments: Sequence[str], document: Any) -> str:
     separable = len(arguments) > 1 and str(arguments[1]).startswith("separable")
     if name == "build" and separable:
         return "compile"
+    if name == "report" and "--whole" in arguments:
+        return "report --whole"
     if name in ("validate", "bench") and ("--whole" in arguments or separable):
         return f"{name} --whole"
     return "tune --status" if name == "tune" and "--status" in arguments else name
