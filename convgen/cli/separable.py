@@ -43,7 +43,8 @@ def refuse_for_separable(**given: object) -> None:
     """Refuse options that are given and mean nothing to separable problems."""
     for name, value in given.items():
         if value:
-            raise click.UsageError(f"--{name}: expected layers, found a separable problem, compiled as a network")
+            option = name.replace("_", "-")
+            raise click.UsageError(f"--{option}: expected layers, found a separable problem, compiled as a network")
 
 
 weights_option = click.option(
@@ -175,7 +176,7 @@ def tune_separable(
     from .tune import network_line, tune_whole
 
     if records is False:
-        raise click.UsageError("--seconds: expected records, where what wins is kept, found --no-records")
+        raise click.UsageError("expected records, where what wins is kept, found --no-records")
     started = time.monotonic()
     target, threads = network_target(options["target"], options["threads"])
     accuracy = spec.depthwise.accuracy

@@ -154,8 +154,8 @@ def tune(
     from ..measure.busy import BusyWatch
 
     if (separable := separable_of(sources, accuracy)) is not None:
-        refuse_for_separable(report=report)
-        return _tune_separable(separable, records, no_records, status or as_json, options)
+        refuse_for_separable(report=report, status=status, json=as_json)
+        return _tune_separable(separable, chosen_records(records, no_records), options)
     job = _job(sources, job_file, dims, options)
     job = replace(job, accuracy=(*job.accuracy, *accuracy))
     if records is not None:
@@ -186,19 +186,17 @@ def tune(
     return _print_results(run, as_json, interrupted, busy) or status_of(run.job.skipped, skip)
 
 
-def _tune_separable(
-    spec: SeparableSpec, records: Path | None, no_records: bool, shown: bool, options: dict[str, Any]
-) -> int:
+def _tune_separable(spec: SeparableSpec, records: Records, options: dict[str, Any]) -> int:
     """Tune a separable problem on this machine, for one target and number of threads."""
     from .separable import tune_command
 
     taken = ("seconds", "target", "threads")
-    refuse_for_separable(status=shown, **{name: value for name, value in options.items() if name not in taken})
+    refuse_for_separable(**{name: value for name, value in options.items() if name not in taken})
     targets, threads = options["target"] or ("cpu",), options["threads"] or (None,)
     if len(targets) > 1 or len(threads) > 1:
         raise click.UsageError(f"{spec}: expected one target and one number of threads, found several")
     setting = {"target": targets[0], "threads": threads[0]}
-    return tune_command(spec, setting, chosen_records(records, no_records), options["seconds"])
+    return tune_command(spec, setting, records, options["seconds"])
 
 
 def _job(sources: tuple[str, ...], job_file: Path | None, dims: dict[str, int], options: dict[str, Any]) -> Job:

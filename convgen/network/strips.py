@@ -58,13 +58,12 @@ def pairs(graph: Graph) -> Iterator[Pair]:
 
 
 def height_of(pair: Pair, target: Target) -> int:
-    """The rows of a strip whose tensors lie in L2; 0, no strips, where all of them do, or not even those of a row."""
+    """The rows of a strip whose tensors lie in L2, or of the least that there may be; 0, no strips, where all do."""
     spec, pointwise = pair.depthwise.spec, pair.pointwise.spec
     room = SHARE * target.l2 * target.cores  # cores have parts of a strip
     moved = sum(spec.bytes[name] for name in ("src", "dst")) + pointwise.bytes["dst"]
-    height = math.floor(pair.rows * room / moved)
-    least = math.ceil(pair.rows / MOST)
-    return height if least <= height < pair.rows else 0
+    height = max(math.floor(pair.rows * room / moved), math.ceil(pair.rows / MOST))
+    return height if height < pair.rows else 0
 
 
 def in_strips(graph: Graph, target: Target, height: int | None = None) -> None:
