@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from onnx import TensorProto
 
+from ..problem.activation import Activation
 from .node import Reading, Refusal
 
 
@@ -94,7 +95,7 @@ def reduce_in_steps(before: str, mode: str, after: str) -> Callable[[Reading], N
 
 
 def log_sum_exp(r: Reading) -> None:
-    """The largest element is subtracted first, so that no power is too large."""
+    """The largest element is subtracted first, so that no power is too large; where it is infinite, a finite number."""
     source = r.input()
     shape = r.shape(source)
     axes = r.axes(r.integers(1, "axes") or range(len(shape)), len(shape))
@@ -102,6 +103,8 @@ def log_sum_exp(r: Reading) -> None:
         raise Refusal("a reduction over no axes")
     small = tuple(1 if axis in axes else size for axis, size in enumerate(shape))
     largest = r.add("reduce", [source], small, axes=axes, keepdims=True, mode="max")
+    most = float(np.finfo(np.float32).max)
+    largest = r.add("activate", [largest], small, activation=str(Activation("clip", (-most, most))))
     raised = r.add("exp", [r.add("sub", [source, largest], shape)], shape)
     total = r.add("reduce", [raised], small, axes=axes, keepdims=True, mode="sum")
     r.end("reshape", [r.add("add", [r.add("log", [total], small), largest], small)])

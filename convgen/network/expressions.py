@@ -117,11 +117,17 @@ def _power(op: Operation, values: list[Expr]) -> Expr:
     known = op.operands[1].scalar
     if known is not None and known in (1, 2, 3, 4):
         return reduce(lambda a, b: a * b, [base] * int(known))
+    if known in _QUARTERS:  # whose roots of -0 and -inf would be other numbers
+        base = tirx.Select(tirx.any(base.equal(const(0)), base.equal(const(-math.inf))), tirx.abs(base), base)
     return power(base, known if known is not None else exponent)
 
 
+#: Exponents whose powers are square roots.
+_QUARTERS = (0.25, 0.5, 0.75, -0.25, -0.5, -0.75)
+
+
 def power(base: Expr, exponent: Any) -> Expr:
-    """``base ** exponent``, by square roots where the exponent is a number of quarters below 1."""
+    """``base ** exponent``, by square roots where the exponent is a number of quarters below 1; of no negative base."""
     quarters = {0.25: 1, 0.5: 2, 0.75: 3}.get(abs(exponent)) if isinstance(exponent, float) else None
     if quarters is None:
         return tirx.power(base, const(exponent) if isinstance(exponent, float) else exponent)
@@ -168,6 +174,15 @@ def _prelu(op: Operation, values: list[Expr]) -> Expr:
     return tirx.Select(x < const(0), x * slope, x)
 
 
+def _larger(a: Expr, b: Expr) -> Expr:
+    """The larger of two; NaN where one of them is."""
+    return tirx.Select(tirx.any(a > b, tirx.isnan(a)), a, b)
+
+
+def _smaller(a: Expr, b: Expr) -> Expr:
+    return tirx.Select(tirx.any(a < b, tirx.isnan(a)), a, b)
+
+
 ELEMENTWISE: dict[str, Kind] = {
     "activate": _elementwise(lambda op, values: activate(Activation.parse(op["activation"]), values[0])),
     "identity": _unary(lambda x: x),
@@ -188,8 +203,8 @@ ELEMENTWISE: dict[str, Kind] = {
     "sub": _folded(lambda a, b: a - b),
     "mul": _folded(lambda a, b: a * b),
     "div": _folded(lambda a, b: a / b),
-    "max": _folded(lambda a, b: tirx.Select(tirx.any(a > b, tirx.isnan(a)), a, b)),
-    "min": _folded(lambda a, b: tirx.Select(tirx.any(a < b, tirx.isnan(a)), a, b)),
+    "max": _folded(_larger),
+    "min": _folded(_smaller),
     "pow": _elementwise(_power),
     "prelu": _elementwise(_prelu),
     "threshold": _elementwise(lambda op, values: tirx.Select(values[0] > values[1], values[0], const(0))),
@@ -200,7 +215,8 @@ ELEMENTWISE: dict[str, Kind] = {
     "less": _compared(lambda a, b: a < b),
     "less_equal": _compared(lambda a, b: a <= b),
     "equal": _compared(lambda a, b: a.equal(b)),
-    "not_equal": _compared(lambda a, b: tirx.Not(a.equal(b))),
+    # The opposite of equal, which TVM's "unlike" is not: of NaN neither holds.
+    "not_equal": _elementwise(lambda op, values: tirx.Select(values[0].equal(values[1]), const(0), const(1))),
     "not": _unary(lambda x: const(1) - x),
     "where": _elementwise(lambda op, values: tirx.Select(values[0] > const(0), values[1], values[2])),
     "quantise": _elementwise(_quantised),
@@ -356,7 +372,16 @@ MOVES: dict[str, Kind] = {
 
 # ---- over many elements ------------------------------------------------------------------------
 
-_MAXIMA = {"max": te.max, "min": te.min}
+
+#: Of f32, where TVM's own begin with the largest finite numbers, and forget a NaN at the next number.
+_MAXIMA = {
+    "max": te.comm_reducer(_larger, lambda dtype: const(LOWEST), name="largest"),
+    "min": te.comm_reducer(_smaller, lambda dtype: const(-LOWEST), name="smallest"),
+}
+#: Of a window: one comparison, which NaN does not win; whether it should is not agreed on, see docs/decisions.md.
+_largest_number = te.comm_reducer(
+    lambda most, x: tirx.Select(x > most, x, most), lambda dtype: const(LOWEST), name="largest_number"
+)
 _times = te.comm_reducer(lambda a, b: a * b, lambda dtype: tirx.const(1, dtype), name="product")
 
 
@@ -376,8 +401,10 @@ def _pool(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
         inside = [c for i, size, needed in kept if needed for c in (i >= 0, i < size)]
         value = operand.at([*index[:-rank], *where])
         if op["mode"] == "max":
-            lowest = const(LOWEST) if value.ty.dtype == ACCUMULATOR else te.min_value(value.ty.dtype)
-            return te.max(tirx.if_then_else(tirx.all(*inside), value, lowest) if inside else value, taps)
+            is_f32 = value.ty.dtype == ACCUMULATOR
+            lowest = const(LOWEST) if is_f32 else te.min_value(value.ty.dtype)
+            largest = _largest_number if is_f32 else te.max
+            return largest(tirx.if_then_else(tirx.all(*inside), value, lowest) if inside else value, taps)
         share = _share(op, pixel, bounds)
         value = value * share
         return te.sum(tirx.if_then_else(tirx.all(*inside), value, const(0)) if inside else value, taps)

@@ -52,9 +52,11 @@ def resize_tables(
             tables.append(table)
         else:
             kept = np.clip(places, 0, size - 1)
-            first = np.minimum(np.floor(kept), max(0, size - 2))
+            first = np.floor(kept)
+            second = np.minimum(first + 1, size - 1)
             ways.append("linear")
-            tables += [first, np.minimum(first + 1, size - 1), kept - first]
+            # The last is half of each of two that are one: whatever number it is, none of it is multiplied by 0.
+            tables += [first, second, np.where(first == second, np.float32(0.5), kept - first)]
     return tuple(ways), tables
 
 

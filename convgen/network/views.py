@@ -191,6 +191,13 @@ def _inputs(group: Sequence[Operator], graph: Graph) -> tuple[str, ...]:
 
 def is_number(graph: Graph, operator: Operator, name: str) -> bool:
     """Whether an operand is a constant of one element, which is written into the code: for operators that ask of an
-    operand nothing but elements.
+    operand nothing but elements. Not a zero that is a factor: TVM takes a product with one for zero, whatever the other
+    is, and refuses a quotient by one.
     """
-    return KINDS[operator.kind].elementwise and name in graph.constants and graph.constants[name].size == 1
+    if not (KINDS[operator.kind].elementwise and name in graph.constants and graph.constants[name].size == 1):
+        return False
+    return operator.kind not in _FACTORS or bool(graph.constants[name].reshape(()) != 0)
+
+
+#: Operators whose operands may be factors or divisors.
+_FACTORS = frozenset({"mul", "div", "prelu", "scale_shift"})
