@@ -38,7 +38,8 @@ from .common import (
     tidy,
 )
 from .generate import Work, chosen, describe, working
-from .separable import bench_separable, separable_of
+from .separable import bench_separable
+from .separable_options import separable_of
 
 if TYPE_CHECKING:
     from ..kernel.kernel import Kernel

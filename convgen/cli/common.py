@@ -264,21 +264,6 @@ trials_option = click.option(
 )
 
 
-def _check_strips(context: click.Context, parameter: click.Parameter, text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdecimal():
-        raise click.BadParameter(f"expected auto or a number of rows, found {text!r}")
-    return int(text)
-
-
-def strips_option(default: str, meaning: str) -> Option:
-    """``--strips``, None where they are what suits the caches."""
-    return click.option(
-        "--strips", callback=_check_strips, default=default, show_default=True, metavar="ROWS|auto", help=meaning
-    )
-
-
 def whole_accuracy(rules: Sequence[AccuracyRule]) -> str:
     """The accuracy class of all convolutions of a model that is taken as a whole."""
     if named := [rule for rule in rules if rule.pattern is not None]:

@@ -38,7 +38,6 @@ from .common import (
     say,
     skip_option,
     status_of,
-    strips_option,
     table,
     target_option,
     threads_option,
@@ -47,11 +46,9 @@ from .common import (
 from .network import validate_model
 from .separable import (
     build_separable,
-    refuse_for_separable,
-    separable_of,
     validate_separable,
-    weights_option,
 )
+from .separable_options import refuse_for_separable, separable_of, strips_option, weights_option
 from .view import View
 
 if TYPE_CHECKING:

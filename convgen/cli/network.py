@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import NotTakenError, UnsupportedError
-from ..formats.sources import write_text
 from ..problem.tokens import ACCURACIES
 from ..report.words import plural
 from .common import (
@@ -32,12 +28,13 @@ from .common import (
     say,
     size,
     sizes_option,
-    strips_option,
     table,
     target_option,
     threads_option,
     tidy,
 )
+from .separable_options import strips_option
+from .steps import check_picture, compiling, timed_steps, write_steps
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -46,15 +43,7 @@ if TYPE_CHECKING:
     from ..network.check.validate import NetworkReport
     from ..network.network import Network
     from ..records.opening import Records
-    from ..report.profile import NetworkProfile
     from ..tuning.networks import NetworkTimes
-
-
-def check_picture(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Refuse the name of a file that is no page, picture or table."""
-    if path is not None and path.suffix not in (".html", ".md", ".svg"):
-        raise click.BadParameter(f"expected a file name that ends in .html, .svg or .md, found {path.name!r}")
-    return path
 
 
 @click.command("compile")
@@ -215,54 +204,6 @@ def _emulated(network: Network, model: Path) -> NetworkReport | None:
         return None
 
 
-@contextmanager
-def compiling(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal while a network is compiled; gives what is told how many functions are, and of how many."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    off = quiet or not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=off) as bar:
-        task = bar.add_task("planning", total=None)
-
-        def tell(done: int, total: int) -> None:
-            bar.update(task, description="compiling" if done < total else "packing", completed=done, total=total)
-
-        yield tell
-
-
-def timed_steps(network: Network, compiled: Callable[[Records], Network]) -> list[NetworkProfile]:
-    """What the steps take at each size, beside the defaults.
-
-    Args:
-        compiled: makes the network with the kernels of a store; with the defaults where that is False.
-    """
-    from ..report.profile import profile_network
-
-    defaults = compiled(False) if network.is_tuned else None
-    return [profile_network(network, defaults, size) for size in range(len(network.plans))]
-
-
-def write_steps(profiles: list[NetworkProfile], target: str, out: Path) -> None:
-    """Write what the steps take: a page, a picture or tables, as the file's name ends."""
-    if out.suffix == ".md":
-        from ..report.profile import profile_page
-
-        text = profile_page(profiles)
-    elif out.suffix == ".html":
-        from ..hardware.machine import machine
-        from ..report.model_page import model_page  # loads Jinja
-
-        text = model_page(profiles, f"{machine().cpu}, {target}")
-    else:
-        from ..report.figure import profiles as figure  # loads Jinja
-
-        text = figure(profiles)
-    write_text(text, out)
-    note(f"wrote {tidy(out)}")
-
-
 def say_network(network: Network, manifest: dict[str, Any], out: Path, seconds: float) -> None:
     """What was written as a C library."""
     for made in manifest["sizes"]:
@@ -311,31 +252,6 @@ def _say_model(made: OnnxRuntimeModel, seconds: float, as_json: bool) -> None:
         say(table(["left to ONNX Runtime", "because"], [[node, reason] for node, reason in made.outside.items()]))
     weights = size(sum(part.weights for part in made.parts))
     note(f"{tidy(made.model)} with {made.library.name}; weights {weights}; {duration(seconds)}")
-
-
-def report_model(model: Path, records: Path | None, out: Path | None, as_json: bool, **options: Any) -> int:
-    """Time a model's steps with a store's kernels and with the defaults, and show that; the exit status.
-
-    Args:
-        options: of :func:`convgen.compile`.
-    """
-    from ..api import compile as compile_network
-    from ..report.profile import profile_page
-
-    def compiled(kept: Records) -> Network:
-        with compiling(quiet=as_json) as progress:
-            made: Network = compile_network(model, records=kept, progress=progress, **options)
-        return made
-
-    network = compiled(records)
-    profiles = timed_steps(network, compiled)
-    if out is not None:
-        write_steps(profiles, network.target.spelling, out)
-    if as_json:
-        emit({"profiles": [made.to_dict() for made in profiles]})
-    elif out is None:
-        say(profile_page(profiles).rstrip())
-    return OK
 
 
 def validate_model(model: Path | ModelProto, seed: int, as_json: bool, **options: Any) -> int:

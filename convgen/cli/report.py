@@ -23,7 +23,7 @@ from .common import (
     tidy,
     whole_accuracy,
 )
-from .network import report_model
+from .steps import report_model
 from .whole import existing_model
 
 

@@ -2,57 +2,25 @@
 
 from __future__ import annotations
 
-import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from ..errors import SpecError
-from ..formats.entries import AccuracyRule
-from ..problem.separable import SEPARABLE, SeparableSpec
-from .common import FAILED, duration, emit, note, say, table, tidy, whole_accuracy
-from .network import compiling, say_network, validate_model
+from ..problem.separable import SeparableSpec
+from .common import FAILED, emit, note, say, table
+from .network import say_network, validate_model
+from .steps import compiling
+from .tune import tune_separable
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
     from ..network.network import Network
-    from ..network.strip_tuning import StripTime
     from ..records.opening import Records
     from ..report.whole import Bench
-
-
-def separable_of(words: Sequence[str], accuracy: Sequence[AccuracyRule] = ()) -> SeparableSpec | None:
-    """The separable problem that a command line's words are; None where they are something else.
-
-    Raises:
-        SpecError: its descriptor is wrong.
-    """
-    text = " ".join(words)
-    if text.partition(" ")[0] not in SEPARABLE:
-        return None
-    spec = SeparableSpec.parse(text)
-    return spec.with_accuracy(whole_accuracy(accuracy)) if accuracy else spec
-
-
-def refuse_for_separable(**given: object) -> None:
-    """Refuse options that are given and mean nothing to separable problems."""
-    for name, value in given.items():
-        if value:
-            option = name.replace("_", "-")
-            raise click.UsageError(f"--{option}: expected layers, found a separable problem, compiled as a network")
-
-
-weights_option = click.option(
-    "--weights",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE.npz",
-    help="Of a separable problem: its weights by name, as `convgen show` lists them.  [default: random ones]",
-)
 
 
 def model_of(spec: SeparableSpec, weights: Path | None) -> ModelProto:
@@ -164,50 +132,3 @@ def _file_of(spec: SeparableSpec) -> Iterator[Path]:
         path = folder / f"{spec.name}.onnx"
         onnx.save(model_of(spec, None), path)
         yield path
-
-
-def tune_separable(
-    spec: SeparableSpec, model: ModelProto, options: dict[str, Any], records: Records, seconds: float | None
-) -> int:
-    """Find the height of strips with which it is fastest, then tune the convolutions of these; gives the height."""
-    from ..network.choice import network_target, recorded_choice
-    from ..network.strip_tuning import best_height, strip_times
-    from ..network.tuning import ModelTuning
-    from .tune import network_line, tune_whole
-
-    if records is False:
-        raise click.UsageError("expected records, where what wins is kept, found --no-records")
-    started = time.monotonic()
-    target, threads = network_target(options["target"], options["threads"])
-    accuracy = spec.depthwise.accuracy
-    with recorded_choice(records, target, threads) as choose:
-        times = strip_times(model, target, threads, accuracy=accuracy, choose=choose)
-    note(strips_table(times))
-    height = best_height(times)
-    left = None if seconds is None else max(0.0, seconds - (time.monotonic() - started))
-    tuning = ModelTuning(model, target, threads, accuracy=accuracy, strips=height, name=spec.name)
-    for found in tune_whole(tuning, left, records):
-        note(network_line(found))
-    return height
-
-
-def strips_table(times: Sequence[StripTime]) -> str:
-    """A line for each height."""
-    rows = [
-        [
-            f"{time.height or 'all'}{' (auto)' if time.is_default else ''}",
-            duration(time.seconds),
-            f"{time.ratio[0]:.3f} ({time.ratio[1]:.3f}–{time.ratio[2]:.3f})",
-        ]
-        for time in times
-    ]
-    return table(["rows of a strip", "time>", "auto over it>"], rows)
-
-
-def tune_command(spec: SeparableSpec, options: dict[str, Any], records: Records, seconds: float | None) -> int:
-    """``convgen tune`` of a separable problem; the exit status."""
-    height = tune_separable(spec, model_of(spec, None), options, records, seconds)
-    words = [str(spec), "--strips", str(height), *(["--threads", str(options["threads"])] * bool(options["threads"]))]
-    kept = ["--records", tidy(records)] if isinstance(records, Path) else []
-    note(f"next: `convgen build {shlex.join([*words, *kept])} --out DIR` uses what was found")
-    return 0

@@ -32,7 +32,8 @@ from .common import (
     target_option,
     threads_option,
 )
-from .separable import refuse_for_separable, separable_of, show_separable
+from .separable import show_separable
+from .separable_options import refuse_for_separable, separable_of
 
 if TYPE_CHECKING:
     from ..hardware.target import Target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -43,13 +44,16 @@ from .common import (
     trials_option,
     whole_accuracy,
 )
-from .network import check_picture, timed_steps, write_steps
-from .separable import refuse_for_separable, separable_of
+from .separable_options import refuse_for_separable, separable_of
+from .steps import check_picture, timed_steps, write_steps
 from .view import JobView, clock, remaining
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from ..hardware.target import Target
     from ..measure.workers import Pools
+    from ..network.strip_tuning import StripTime
     from ..network.tuning import ModelTuning
     from ..problem.separable import SeparableSpec
     from ..records.opening import Records
@@ -187,8 +191,8 @@ def tune(
 
 
 def _tune_separable(spec: SeparableSpec, records: Records, options: dict[str, Any]) -> int:
-    """Tune a separable problem on this machine, for one target and number of threads."""
-    from .separable import tune_command
+    """Tune a separable problem on this machine, for one target and number of threads; the exit status."""
+    from ..check.onnx_separable import separable_model
 
     taken = ("seconds", "target", "threads")
     refuse_for_separable(**{name: value for name, value in options.items() if name not in taken})
@@ -196,7 +200,50 @@ def _tune_separable(spec: SeparableSpec, records: Records, options: dict[str, An
     if len(targets) > 1 or len(threads) > 1:
         raise click.UsageError(f"{spec}: expected one target and one number of threads, found several")
     setting = {"target": targets[0], "threads": threads[0]}
-    return tune_command(spec, setting, records, options["seconds"])
+    height = tune_separable(spec, separable_model(spec), setting, records, options["seconds"])
+    words = [str(spec), "--strips", str(height)]
+    words += ["--target", str(targets[0])] if targets[0] != "cpu" else []
+    words += ["--threads", str(threads[0])] if threads[0] is not None else []
+    words += ["--records", str(records)] if isinstance(records, Path) else []
+    note(f"next: `convgen build {shlex.join(words)} --out DIR` uses what was found")
+    return 0
+
+
+def tune_separable(
+    spec: SeparableSpec, model: ModelProto, options: dict[str, Any], records: Records, seconds: float | None
+) -> int:
+    """Find the height of strips with which it is fastest, then tune the convolutions of these; gives the height."""
+    from ..network.choice import network_target, recorded_choice
+    from ..network.strip_tuning import best_height, strip_times
+    from ..network.tuning import ModelTuning
+
+    if records is False:
+        raise click.UsageError("expected records, where what wins is kept, found --no-records")
+    started = time.monotonic()
+    target, threads = network_target(options["target"], options["threads"])
+    accuracy = spec.depthwise.accuracy
+    with recorded_choice(records, target, threads) as choose:
+        times = strip_times(model, target, threads, accuracy=accuracy, choose=choose)
+    note(strips_table(times))
+    height = best_height(times)
+    left = None if seconds is None else max(0.0, seconds - (time.monotonic() - started))
+    tuning = ModelTuning(model, target, threads, accuracy=accuracy, strips=height, name=spec.name)
+    for found in tune_whole(tuning, left, records):
+        note(network_line(found))
+    return height
+
+
+def strips_table(times: Sequence[StripTime]) -> str:
+    """A line for each height."""
+    rows = [
+        [
+            f"{time.height or 'all'}{' (auto)' if time.is_default else ''}",
+            duration(time.seconds),
+            f"{time.ratio[0]:.3f} ({time.ratio[1]:.3f}–{time.ratio[2]:.3f})",
+        ]
+        for time in times
+    ]
+    return table(["rows of a strip", "time>", "auto over it>"], rows)
 
 
 def _job(sources: tuple[str, ...], job_file: Path | None, dims: dict[str, int], options: dict[str, Any]) -> Job:
