@@ -54,7 +54,7 @@ def show_separable(spec: SeparableSpec, as_json: bool) -> None:
     say(f"{spec}\n")
     rows = [[name, part.descriptor, f"{part.flops / 1e9:.4g}"] for name, part in spec.parts.items()]
     say(table(["part", "computes", "GFLOP>"], rows))
-    say(f"{between / 1024:.4g} KiB are between the two.\n")
+    say(f"\n{between / 1024:.4g} KiB are between the two.\n")
     say(table(["weights", "shape"], [[name, "x".join(map(str, shape))] for name, shape in weights.items()]))
 
 

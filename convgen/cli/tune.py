@@ -224,7 +224,7 @@ def tune_separable(
     accuracy = spec.depthwise.accuracy
     with recorded_choice(records, target, threads) as choose:
         times = strip_times(model, target, threads, accuracy=accuracy, choose=choose)
-    note(strips_table(times))
+    say(strips_table(times), err=True)
     height = best_height(times)
     left = None if seconds is None else max(0.0, seconds - (time.monotonic() - started))
     tuning = ModelTuning(model, target, threads, accuracy=accuracy, strips=height, name=spec.name)
