@@ -261,7 +261,8 @@ class CudaGemm(Scheduled):
         )
         alone = max(model.L2_CYCLES / (picks.stages - 1), self.step_cycles(spec, target, picks)) + model.STEP_CYCLES
         finish = picks.tile_m * picks.tile_n * (8 / rates.shared + size / l2)
-        cycles: float = max(per_core * (steps * step + finish), waves * (steps * alone + finish)) + model.LAUNCH_CYCLES
+        wave = model.L2_CYCLES + steps * alone + finish  # nothing is multiplied before the first step is there
+        cycles: float = max(per_core * (steps * step + finish), waves * wave) + model.LAUNCH_CYCLES
         seconds = cycles / rates.clock
         if picks.split_k > 1:  # another launch, which reads what this one wrote
             seconds += model.LAUNCH + picks.split_k * products * m * n * 8 / (rates.memory * model.PARTS_SHARE)

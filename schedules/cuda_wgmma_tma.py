@@ -10,8 +10,8 @@ Strategy    1. A step is 128 bytes of a tap: 64 channels, of i8 128. Its patches
             3. The products of a step are still under way when those of the next begin; a stage is filled
                again once those that read it have ended in all warpgroups.
             4. Layout of NCHW, stores, bias and split_k are those of cuda_gemm.
-Why not     channels that do not fill a step: the rest of it is zeros, which are multiplied too. Nor a warp of its
-            own for the copies: that needs barriers in both directions, and saves one thread two copies a step.
+Why not     channels that do not fill a step: the rest of it is zeros, which are multiplied too. A warp of its own for
+            the copies: cuda_wgmma_persistent has one, and its blocks take more than a tile.
 """
 
 from __future__ import annotations
@@ -98,14 +98,20 @@ class CudaWgmmaTma(CudaWgmma):
 
     def whole_reduction(self, spec: ConvSpec, picks: Picks) -> str:
         """The name of the intrinsic that computes a warpgroup's tile, from the first step to the last."""
+        axes, sizes = self.reduction_text(spec, picks)
+        return tensorize.tma(
+            self.kind(spec), spec.dtype, picks.tile_n, picks.warps_m // 4, picks.stages, spec.rank, axes, sizes
+        )
+
+    def reduction_text(self, spec: ConvSpec, picks: Picks) -> tuple[str, list[int]]:
+        """What the functions of hopper.h are told: along the spatial axes, and the sizes of the product."""
         m, n, k = self.rounded(spec, picks)
         steps = self.reduction(spec) // picks.tile_k
-        return tensorize.tma(
-            self.kind(spec), spec.dtype, picks.tile_n, picks.warps_m // 4, picks.stages,
-            axes=[spec.out_spatial, spec.kernel, spec.stride, spec.dilation, [begin for begin, _ in spec.padding]],
-            sizes=[m // picks.tile_m, n // picks.tile_n, spec.groups, _channels(spec) // spec.groups,
-                   steps // math.prod(spec.kernel), k // picks.tile_k // picks.split_k],
-        )  # fmt: skip
+        axes = [spec.out_spatial, spec.kernel, spec.stride, spec.dilation, [begin for begin, _ in spec.padding]]
+        sizes = [m // picks.tile_m, n // picks.tile_n, spec.groups, _channels(spec) // spec.groups]
+        return tensorize.axes_text(axes), [
+            *sizes, steps // math.prod(spec.kernel), k // picks.tile_k // picks.split_k
+        ]  # fmt: skip
 
     def maps(self, spec: ConvSpec, picks: Picks) -> dict[str, TensorMap]:
         size = BYTES[spec.dtype]

@@ -25,8 +25,11 @@ from ..lowering.compute import round_up
 from ..lowering.interface import DeviceCode, Launch, TensorMap
 from ..lowering.lower import Lowered
 from ..lowering.runtime import source as runtime_source
+from .persistent import persistent
 from .tensorize import ROW, wgmma_definition
 
+#: What CUDA sources include, in ``runtime/``.
+HEADERS = ("device.h", "hopper.h")
 #: TVM's words -> those of device.h. Its copies are told the type's name and sizes in the function's name.
 _WORDS = (
     (r"tvm_builtin_ptx_cp_async_commit_group\w*\(\)", "cg_commit()"),
@@ -90,7 +93,8 @@ def generate(lowered: Lowered) -> DeviceSource:
         text = _cuda_text(device, lowered.target)
         names = [f"packed{i}" for i in range(len(lowered.packed))]
         source = _launches(host, device, text, _arguments(lowered, names), _maps(lowered))
-        return replace(source, text=_bounded(source, lowered.target))
+        source = replace(source, text=_bounded(source, lowered.target))
+        return _persistent(source, lowered)
     except BuildError:
         raise
     except Exception as error:  # TVM raises its errors as many types, RuntimeError among them
@@ -205,11 +209,15 @@ def _cuda_text(device: Any, target: Target) -> str:
     for pattern, word in _WORDS:
         kernels = re.sub(pattern, word, kernels)
     head = '#include "device.h"\n\n'
-    wide = sorted(set(re.findall(r"cg_(?:wgmma|tma)_tile<cg_(\w+), (\d+)", kernels)))
-    if wide:
-        head += "#ifndef CONVGEN_EMULATE\n"
-        head += "".join(wgmma_definition(kind, int(cols)) for kind, cols in wide) + "#endif\n\n"
+    wide = set(re.findall(r"cg_(?:wgmma|tma)_tile<cg_(\w+), (\d+)", kernels))
+    head += _definitions(wide)
     return head + "".join(_mapped(_swizzled(kernel)) for kernel in re.split(r'(?=extern "C" __global__)', kernels))
+
+
+def _definitions(products: set[tuple[str, str]]) -> str:
+    """Of the warpgroup's products that a text has, by types and columns; the emulator has its own."""
+    text = "".join(wgmma_definition(kind, int(cols)) for kind, cols in sorted(products))
+    return f"#ifndef CONVGEN_EMULATE\n{text}#endif\n\n" if text else ""
 
 
 def _swizzled(kernel: str) -> str:
@@ -226,10 +234,11 @@ def _swizzled(kernel: str) -> str:
 
 def _mapped(kernel: str) -> str:
     """A kernel whose tiles the copy engine fetches, given maps of the tensors; others as they are."""
-    product = re.search(r"cg_tma_tile<.*?>>\(", kernel)
+    product = re.search(r"cg_tma_tile<.*?>>\(|cg_piece_sums\(", kernel)
     if product is None:
         return kernel
-    for pointer in _parts(kernel[product.end() :])[1][2:4]:
+    parts = _parts(kernel[product.end() :])[1]
+    for pointer in parts[1:] if product[0] == "cg_piece_sums(" else parts[2:4]:
         tensor = re.findall(r"\w+", pointer)[0]
         kernel = kernel.replace(pointer, tensor)
         kernel = re.sub(rf"(signed )?\w+\* __restrict__ {tensor}\b", f"{_MAP} {tensor}", kernel)
@@ -318,6 +327,19 @@ def _launches(host: Any, device: Any, text: str, arguments: dict[str, str], maps
         grid, block = _three(tags, extents, "blockIdx"), _three(tags, extents, "threadIdx")
         launches.append(Launch(name, grid, block, shared, tuple(taken), mapped))
     return DeviceSource(text, tuple(launches), tuple(sizes[name] for name in spaces))
+
+
+def _persistent(source: DeviceSource, lowered: Lowered) -> DeviceSource:
+    """The source, where its blocks are to take one tile after another, made so."""
+    made = lowered.candidate.schedule.persistent(lowered.spec.core, lowered.candidate.picks)
+    if made is None:
+        return source
+    text, launches = source.text, list(source.launches)
+    number = next(i for i, launch in enumerate(launches) if "cg_piece_sums(" in _body(text, launch.function))
+    text, launches[number] = persistent(text, launches[number], made, lowered.target.cores)
+    product = re.findall(r"cg_persistent<cg_(\w+), (\d+)", made.type)
+    text = text.replace('#include "device.h"\n\n', '#include "device.h"\n\n' + _definitions(set(product)), 1)
+    return replace(source, text=text, launches=tuple(launches))
 
 
 def _bounded(source: DeviceSource, target: Target) -> str:
@@ -435,8 +457,9 @@ def compiled(text: str, arch: str) -> tuple[bytes, bytes, str]:
     if int(re.sub(r"\D", "", arch)) not in numbers:
         known = ", ".join(f"sm_{number}" for number in numbers)
         raise UnsupportedError(f"target cuda:{arch}: expected an architecture the compiler knows ({known})")
-    header = runtime_source("device.h").encode()
-    error, program = nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", 1, [header], [b"device.h"])
+    headers = [runtime_source(name).encode() for name in HEADERS]
+    names = [name.encode() for name in HEADERS]
+    error, program = nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", len(names), headers, names)
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise BuildError(f"NVRTC: {error.name}")
     try:

@@ -160,26 +160,24 @@ def opaque(summed: str, source: Any, weights: Any) -> Any:
     return tirx.call_extern(summed, "cg_sum", source, weights)
 
 
+def axes_text(axes: Sequence[Sequence[int]]) -> str:
+    """``cg_axes`` of hopper.h, one for each: per spatial axis, outputs, taps, strides, dilations, padding in front."""
+    missing = 3 - len(axes[0])
+    absent = [(1,) * missing] * 4 + [(0,) * missing]  # axes that a layer of lower rank lacks: as if of size 1
+    all_axes = [(*first, *axis) for first, axis in zip(absent, axes, strict=True)]
+    return ", ".join(f"cg_axes<{', '.join(map(str, axis))}>" for axis in all_axes)
+
+
 def tma(
-    kind: str,
-    dtype: str,
-    cols: int,
-    warpgroups: int,
-    stages: int,
-    axes: Sequence[Sequence[int]],
-    sizes: Sequence[int],
+    kind: str, dtype: str, cols: int, warpgroups: int, stages: int, rank: int, axes: str, sizes: Sequence[int]
 ) -> str:
-    """The name of the intrinsic that computes 16 rows × ``cols`` of :func:`opaque` sums: ``cg_tma_tile`` of device.h.
+    """The name of the intrinsic that computes 16 rows × ``cols`` of :func:`opaque` sums: ``cg_tma_tile`` of hopper.h.
 
     Args:
-        axes: per spatial axis each: outputs, taps, strides, dilations, padding in front.
+        axes: what :func:`axes_text` makes.
         sizes: the other arguments of ``cg_tma_tile``, in its order.
     """
-    rank = len(axes[0])
-    missing = [(1,) * (3 - rank)] * 4 + [(0,) * (3 - rank)]  # axes that a layer of lower rank lacks: as if of size 1
-    all_axes = [(*absent, *axis) for absent, axis in zip(missing, axes, strict=True)]
-    along = ", ".join(f"cg_axes<{', '.join(map(str, axis))}>" for axis in all_axes)
-    function = f"cg_tma_tile<cg_{kind}, {cols}, {warpgroups}, {stages}, {rank}, {along}>"
+    function = f"cg_tma_tile<cg_{kind}, {cols}, {warpgroups}, {stages}, {rank}, {axes}>"
     memory = stages * ((64 * warpgroups + cols) * ROW + 8)
     return _tma(function, dtype, cols, (1,) * (rank + 2), memory, *sizes)
 
@@ -197,19 +195,6 @@ def _tma(function: str, dtype: str, cols: int, ones: tuple[int, ...], size: int,
 
     first, rows = (0,) * len(ones), 16
     stored, summed, align = STORED[dtype], sums_of(dtype), BYTES[dtype]
-
-    @T.prim_func(s_tir=True, private=True)
-    def description(c: T.handle, a: T.handle, b: T.handle) -> None:
-        sums = T.match_buffer(c, (rows, cols), summed, offset_factor=1, scope="local")
-        source = T.match_buffer(a, ones, stored, offset_factor=1, align=align)
-        weights = T.match_buffer(b, (1, 1, 1, 1), stored, offset_factor=1, align=align)
-        with T.sblock("root"):
-            T.reads(source[first], weights[0, 0, 0, 0])
-            T.writes(sums[0:rows, 0:cols])
-            for i, j in T.grid(rows, cols):
-                with T.sblock("sum"):
-                    vi, vj = T.axis.remap("SS", [i, j])
-                    sums[vi, vj] = T.call_extern(summed, "cg_sum", source[first], weights[0, 0, 0, 0])
 
     @T.prim_func(s_tir=True, private=True)
     def implementation(c: T.handle, a: T.handle, b: T.handle) -> None:
@@ -232,7 +217,58 @@ def _tma(function: str, dtype: str, cols: int, ones: tuple[int, ...], size: int,
                 )
             )
 
-    return _registered(f"convgen {function} {stored} {sizes}", description, implementation)
+    return _registered(f"convgen {function} {stored} {sizes}", _opaque_sums(dtype, cols, ones), implementation)
+
+
+def _opaque_sums(dtype: str, cols: int, ones: tuple[int, ...]) -> Any:
+    """The description of 16 rows × ``cols`` of :func:`opaque` sums; ``ones`` as :func:`_tma` takes them."""
+    from tvm.script import tirx as T  # noqa: N812
+
+    first, rows = (0,) * len(ones), 16
+    stored, summed, align = STORED[dtype], sums_of(dtype), BYTES[dtype]
+
+    @T.prim_func(s_tir=True, private=True)
+    def description(c: T.handle, a: T.handle, b: T.handle) -> None:
+        sums = T.match_buffer(c, (rows, cols), summed, offset_factor=1, scope="local")
+        source = T.match_buffer(a, ones, stored, offset_factor=1, align=align)
+        weights = T.match_buffer(b, (1, 1, 1, 1), stored, offset_factor=1, align=align)
+        with T.sblock("root"):
+            T.reads(source[first], weights[0, 0, 0, 0])
+            T.writes(sums[0:rows, 0:cols])
+            for i, j in T.grid(rows, cols):
+                with T.sblock("sum"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    sums[vi, vj] = T.call_extern(summed, "cg_sum", source[first], weights[0, 0, 0, 0])
+
+    return description
+
+
+@functools.cache
+def piece(dtype: str, cols: int, rank: int) -> str:
+    """The name of the intrinsic that has 16 rows × ``cols`` of :func:`opaque` sums: ``cg_piece_sums``.
+
+    No function has that name: :mod:`convgen.cuda.persistent` puts the sums of a persistent kernel in its place.
+    """
+    from tvm.script import tirx as T  # noqa: N812
+
+    ones, rows = (1,) * (rank + 2), 16
+    first, stored, summed, align = (0,) * len(ones), STORED[dtype], sums_of(dtype), BYTES[dtype]
+
+    @T.prim_func(s_tir=True, private=True)
+    def implementation(c: T.handle, a: T.handle, b: T.handle) -> None:
+        sums = T.match_buffer(c, (rows, cols), summed, offset_factor=1, scope="local")
+        source = T.match_buffer(a, ones, stored, offset_factor=1, align=align)
+        weights = T.match_buffer(b, (1, 1, 1, 1), stored, offset_factor=1, align=align)
+        with T.sblock("root"):
+            T.reads(source[first], weights[0, 0, 0, 0])
+            T.writes(sums[0:rows, 0:cols])
+            T.evaluate(
+                T.call_extern(
+                    "void", "cg_piece_sums", sums.access_ptr("w"), source.access_ptr("r"), weights.access_ptr("r")
+                )
+            )
+
+    return _registered(f"convgen piece {cols} {stored} {rank}", _opaque_sums(dtype, cols, ones), implementation)
 
 
 @functools.cache

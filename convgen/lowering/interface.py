@@ -127,6 +127,27 @@ class TensorMap:
 
 
 @dataclass(frozen=True)
+class Persistent:
+    """How blocks of a GPU take one tile after another: :mod:`convgen.cuda.persistent`.
+
+    Attributes:
+        type: ``cg_persistent`` of hopper.h, with its arguments.
+        tiles: how many there are.
+        warpgroups: of a block, that multiply; one more fetches.
+        piece_sums: sums of a piece that a thread has.
+        operands: bytes of shared memory for operands and barriers.
+        resident: blocks that a core holds at once.
+    """
+
+    type: str
+    tiles: int
+    warpgroups: int
+    piece_sums: int
+    operands: int
+    resident: int
+
+
+@dataclass(frozen=True)
 class Launch:
     """One launch of a device function.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ..hardware.target import Target
     from ..problem.spec import ConvSpec
-    from .interface import TensorMap
+    from .interface import Persistent, TensorMap
 
 Pick = int | str | bool
 Array: TypeAlias = "npt.NDArray[Any]"
@@ -225,6 +225,10 @@ class Schedule(ABC):
     def maps(self, spec: ConvSpec, picks: Picks) -> dict[str, TensorMap]:
         """What a GPU's copy engine reads, by the names of :class:`~convgen.lowering.interface.Launch`."""
         return {}
+
+    def persistent(self, spec: ConvSpec, picks: Picks) -> Persistent | None:
+        """How blocks of a GPU take one tile after another, where they do."""
+        return None
 
     def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
         """What rounding errors of this point are relative to: for sums in any order, the products' absolute values.

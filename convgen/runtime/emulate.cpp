@@ -7,6 +7,10 @@
  * and products of warpgroups read, as late as they may. What CUDA leaves undefined is a fault: it ends the launch
  * and names the thread.
  *
+ * Where some threads wait for some others, by numbered barriers or mbarriers, every thread has a vector clock: what it
+ * knows to be over, of each other thread (Flanagan and Freund, "FastTrack", PLDI 2009). In a random order, what is
+ * waited for comes late, and threads stop before they arrive.
+ *
  * Kernels are compiled apart from this file, with the compiler's checks, whose calls arrive here.
  *
  * Sources: PTX ISA 8.8, "Matrix Fragments for mma.m16n8k16 with floating point type", "... mma.m16n8k8",
@@ -34,7 +38,7 @@ namespace emulation {
 
 enum { WARP = 32, PAGE = 4096, GUARD = 1 << 20, STACK = 256 << 10 };
 enum { ASCENDING = -1, DESCENDING = -2 };
-enum class State { ready, collective, phase, barrier, done };
+enum class State { ready, collective, phase, named, paused, barrier, done };
 
 /* What the lanes of a warp do together, from their data: null of a lane that takes no part. */
 struct Collective {
@@ -60,11 +64,14 @@ struct Product {
     std::vector<struct Shadow *> read;
 };
 
+using Clock = std::vector<uint32_t>;
+
 /* A phase ends when all threads have arrived that are to, and all bytes. */
 struct Barrier {
     int count, arrivals; /* of a phase, and still to come */
     long long bytes;     /* still to come */
     uint32_t phase;
+    Clock arrived, released[2]; /* of who arrived, ever and by the end of the last even and odd phase */
 };
 
 struct Thread {
@@ -81,11 +88,14 @@ struct Thread {
     std::deque<std::vector<Product>> products;
     Barrier *phase_of; /* what it waits for */
     uint32_t parity;
+    int number, wanted; /* of the numbered barrier that it waits at */
+    Clock clock;
 };
 
 struct Access {
     int thread = -1;
     uint32_t barriers, warp_barriers;
+    uint32_t time; /* by its thread's clock */
 };
 
 /* The accesses to a byte of shared memory that a later one may conflict with. */
@@ -95,6 +105,7 @@ struct Shadow {
     const char *source; /* of the asynchronous copy that is under way to it, if any */
     uint32_t reading;   /* products under way that do */
     uint32_t tile;      /* number of the tile that was copied to it, from 1, if any */
+    std::vector<Access> others; /* reads beside the reader's that are unordered, where there are clocks */
 };
 
 /* A copy by a map. */
@@ -107,6 +118,8 @@ struct Tile {
     bool landed;
     std::bitset<1024> seen; /* threads that have waited for it */
     uint32_t barriers;      /* met when one had, first */
+    int first;              /* the thread that had, and when by its clock */
+    uint32_t time;
 };
 
 /* A stretch of memory before one that may not be touched. */
@@ -131,6 +144,7 @@ static std::vector<Thread> threads;
 static Thread *self, *running; /* whom a fault names; whose code runs, if any's */
 static uint32_t barriers;      /* so many have been met */
 static std::vector<uint32_t> warp_barriers;
+static bool clocks; /* some threads wait for some others: there are clocks */
 static Rewrite rewrite;
 static std::map<void *, Barrier> phased; /* by where they are */
 static std::vector<Tile> tiles;
@@ -190,10 +204,43 @@ void *dynamic_shared() { return shared[0].begin; }
 
 /* ---- unordered accesses ------------------------------------------------------------------------ */
 
+static void join(Clock &clock, const Clock &other)
+{
+    clock.resize(threads.size());
+    for (size_t i = 0; i < other.size(); ++i)
+        clock[i] = std::max(clock[i], other[i]);
+}
+
+/* From here on there are clocks. */
+static void start_clocks()
+{
+    if (clocks)
+        return;
+    clocks = true;
+    for (Thread &thread : threads) {
+        thread.clock.assign(threads.size(), 0);
+        thread.clock[number(thread)] = 1;
+    }
+}
+
+/* What any of these threads did comes before what each does from here on. */
+static void synchronise(const std::vector<Thread *> &all)
+{
+    if (!clocks)
+        return;
+    Clock latest;
+    for (Thread *thread : all)
+        join(latest, thread->clock);
+    for (Thread *thread : all)
+        thread->clock = latest, ++thread->clock[number(*thread)];
+}
+
 /* Whether no barrier, nor one of their warp, lies between an earlier access and one of this thread now. */
 static bool unordered(const Access &earlier)
 {
     const int thread = number(*self);
+    if (clocks)
+        return earlier.thread >= 0 && earlier.thread != thread && self->clock[earlier.thread] < earlier.time;
     if (earlier.thread < 0 || earlier.thread == thread || earlier.barriers != barriers)
         return false;
     return earlier.thread / WARP != thread / WARP || earlier.warp_barriers == warp_barriers[thread / WARP];
@@ -212,13 +259,26 @@ static void check_rewrite()
 static const char ZERO[16] = {};
 static const char BARRIER[16] = {};
 
-/* Whether this thread, or one before a barrier of all, has waited for what came to a byte. */
+/* Whether this thread has waited for what came to a byte, or knows that the first to do so has. */
 static bool seen(Shadow &byte)
 {
     const Tile &tile = tiles[byte.tile - 1];
-    if (tile.seen.any() && tile.barriers < barriers)
+    const bool after = clocks ? self->clock[tile.first] >= tile.time : tile.barriers < barriers;
+    if (tile.seen.any() && after)
         byte.tile = 0;
     return !byte.tile || tile.seen[number(*self)];
+}
+
+/* A read that a later write may conflict with, and those before it that may still. */
+static void note_read(Shadow &byte, const Access &now)
+{
+    if (unordered(byte.reader))
+        byte.others.push_back(byte.reader);
+    if (!byte.others.empty()) {
+        const auto over = [&](const Access &other) { return other.thread == now.thread || !unordered(other); };
+        byte.others.erase(std::remove_if(byte.others.begin(), byte.others.end(), over), byte.others.end());
+    }
+    byte.reader = now;
 }
 
 /* `source`: of an asynchronous copy that begins; `landing`: it ends. */
@@ -229,7 +289,7 @@ static void access(const void *p, size_t bytes, bool write, const char *source =
         return;
     check_rewrite();
     const int thread = number(*self), warp = thread / WARP;
-    const Access now = {thread, barriers, warp_barriers[warp]};
+    const Access now = {thread, barriers, warp_barriers[warp], clocks ? self->clock[thread] : 0};
     const size_t offset = (const char *)p - memory->begin;
     for (size_t i = offset; i < offset + bytes; ++i) {
         Shadow &byte = memory->shadow[i];
@@ -248,7 +308,9 @@ static void access(const void *p, size_t bytes, bool write, const char *source =
         if (write && byte.reading)
             fault("writes byte %zu of %zu of shared memory, which products under way read", i, memory->size);
         const bool beside = read && byte.lanes && reader.warp_barriers == now.warp_barriers;
-        if (write && (unordered(reader) || (read && byte.warps) || beside))
+        const bool other = clocks ? std::any_of(byte.others.begin(), byte.others.end(), unordered)
+                                  : (read && byte.warps) || beside;
+        if (write && (unordered(reader) || other))
             fault("writes byte %zu of %zu of shared memory, which others read, with no barrier between", i,
                   memory->size);
         if (unordered(writer)) {
@@ -263,7 +325,10 @@ static void access(const void *p, size_t bytes, bool write, const char *source =
             }
         }
         if (write) {
-            byte = {now, {}, false, false, from, 0, 0};
+            byte = {now, {}, false, false, from, 0, 0, {}};
+        } else if (clocks) {
+            if (source != BARRIER) /* which nothing overwrites while it is one */
+                note_read(byte, now);
         } else {
             const bool same = read && reader.thread / WARP == warp;
             byte.warps = read && (byte.warps || !same);
@@ -274,6 +339,27 @@ static void access(const void *p, size_t bytes, bool write, const char *source =
 }
 
 /* ---- fibers ------------------------------------------------------------------------------------ */
+
+struct Order {
+    long long way;
+    std::mt19937 random;
+
+    std::vector<int> of(int count)
+    {
+        std::vector<int> order(count);
+        std::iota(order.begin(), order.end(), 0);
+        if (way == DESCENDING)
+            std::reverse(order.begin(), order.end());
+        else if (way != ASCENDING)
+            std::shuffle(order.begin(), order.end(), random);
+        return order;
+    }
+
+    /* In a random order, every other time. */
+    bool late() { return way >= 0 && random() % 2; }
+};
+
+static Order *order_now;
 
 static void suspend(State state)
 {
@@ -289,6 +375,7 @@ static void fiber()
         body(arguments);
         if (!self->products.empty() || !self->begun.empty())
             fault("ends while its products are under way");
+        self->line = 0;
         suspend(State::done);
     }
 }
@@ -329,6 +416,15 @@ static Thread *absent(const Collective &wanted, Thread *lanes, int count, void *
     return nullptr;
 }
 
+/* Ends a phase that lacks nothing. */
+static void end_phase(Barrier &barrier)
+{
+    if (barrier.arrivals || barrier.bytes)
+        return;
+    barrier.released[barrier.phase % 2] = barrier.arrived;
+    barrier.arrivals = barrier.count, ++barrier.phase;
+}
+
 /* Whether the phase that a thread waits for has ended; of those under way, the copies land. */
 static bool phase_over(const Thread &thread)
 {
@@ -342,10 +438,8 @@ static bool phase_over(const Thread &thread)
             barrier.bytes -= tile.data.size();
             std::vector<unsigned char>().swap(tile.data);
         }
-    if (barrier.arrivals || barrier.bytes)
-        return false;
-    barrier.arrivals = barrier.count, ++barrier.phase;
-    return true;
+    end_phase(barrier);
+    return barrier.phase % 2 != thread.parity;
 }
 
 /* Does what lanes of a warp wait for, once all that it takes have come; false where none waits. */
@@ -361,8 +455,8 @@ static bool collect(Thread *lanes, int count)
         if (!(wanted.mask >> lane & 1))
             fault("%s (line %d): its mask %08x lacks its own lane", wanted.name, wanted.line, wanted.mask);
         if (Thread *thread = absent(wanted, lanes, count, data)) {
-            if (thread->state == State::phase) /* it may come yet */
-                return false;
+            if (thread->state == State::phase || thread->state == State::named || thread->state == State::paused)
+                return false; /* it may come yet */
             if (!missing)
                 waiting = self, missing = thread;
             continue;
@@ -370,9 +464,12 @@ static bool collect(Thread *lanes, int count)
         if (wanted.all)
             wanted.all(data);
         warp_barriers[number(*lanes) / WARP] += wanted.name == SYNCWARP;
+        std::vector<Thread *> met;
         for (int other = 0; other < count; ++other)
             if (wanted.mask >> other & 1)
-                lanes[other].state = State::ready;
+                lanes[other].state = State::ready, met.push_back(&lanes[other]);
+        if (wanted.name == SYNCWARP)
+            synchronise(met);
         return true;
     }
     if (!missing)
@@ -404,42 +501,69 @@ static bool meet()
     return one.state == State::barrier;
 }
 
-struct Order {
-    long long way;
-    std::mt19937 random;
-
-    std::vector<int> of(int count)
-    {
-        std::vector<int> order(count);
-        std::iota(order.begin(), order.end(), 0);
-        if (way == DESCENDING)
-            std::reverse(order.begin(), order.end());
-        else if (way != ASCENDING)
-            std::shuffle(order.begin(), order.end(), random);
-        return order;
+/* Those who wait at numbered barriers that all have come to are ready. */
+static void release_named()
+{
+    std::map<int, std::vector<Thread *>> met;
+    for (Thread &thread : threads)
+        if (thread.state == State::named)
+            met[thread.number].push_back(&thread);
+    for (auto &[number, all] : met) {
+        self = all[0];
+        for (Thread *thread : all)
+            if (thread->wanted != self->wanted || thread->line != self->line || int(all.size()) > self->wanted)
+                fault("waits for %d threads at barrier %d, in line %d; %zu wait, in line %d too", self->wanted, number,
+                      self->line, all.size(), thread->line);
+        if (int(all.size()) < self->wanted)
+            continue;
+        for (Thread *thread : all)
+            thread->state = State::ready;
+        synchronise(all);
     }
-};
+}
 
-/* The warps of threads whose phase is over; a fault where threads wait for one and none is. */
+/* Whether a thread that waits for others goes on. */
+static bool goes_on(Thread &thread)
+{
+    if (thread.state == State::phase && phase_over(thread))
+        thread.state = State::ready;
+    if (thread.state == State::paused)
+        thread.state = State::ready;
+    return thread.state == State::ready;
+}
+
+/* The warps of threads that no longer wait for others; a fault where threads wait and none goes on. In a random order
+ * most wait longer than they have to, unless none would go on. */
 static bool wake(std::vector<int> &warps, const std::vector<int> &all)
 {
     self = nullptr;
-    for (int warp : all) {
-        bool any = false;
-        for (size_t i = warp * WARP; i < threads.size() && i < (warp + 1u) * WARP; ++i)
-            if (threads[i].state == State::phase) {
-                if (phase_over(threads[i]))
-                    threads[i].state = State::ready, any = true;
-                else
+    release_named();
+    for (bool patient : {true, false}) {
+        self = nullptr;
+        for (int warp : all) {
+            bool any = false;
+            for (size_t i = warp * WARP; i < threads.size() && i < (warp + 1u) * WARP; ++i) {
+                const State state = threads[i].state;
+                if (state == State::ready || (patient && order_now->late()))
+                    any = any || state == State::ready;
+                else if (goes_on(threads[i]))
+                    any = true;
+                else if (state == State::phase || state == State::named)
                     self = &threads[i];
             }
-        if (any)
-            warps.push_back(warp);
+            if (any)
+                warps.push_back(warp);
+        }
+        if (!warps.empty())
+            return true;
     }
-    if (warps.empty() && self)
+    if (self && self->state == State::named)
+        fault("waits in line %d for %d threads at barrier %d, which do not all come", self->line, self->wanted,
+              self->number);
+    if (self)
         fault("waits in line %d for a phase of an mbarrier that does not end: %d arrivals and %lld bytes are missing",
               self->line, self->phase_of->arrivals, self->phase_of->bytes);
-    return !warps.empty();
+    return false;
 }
 
 static void run_block(Order &order)
@@ -447,6 +571,7 @@ static void run_block(Order &order)
     for (Memory &memory : shared)
         poison(memory);
     const int count = threads.size();
+    clocks = false, order_now = &order;
     do {
         for (Thread &thread : threads)
             thread.state = State::ready, thread.line = 0;
@@ -462,6 +587,10 @@ static void run_block(Order &order)
                 warps.erase(warp);
         }
         ++barriers;
+        std::vector<Thread *> all;
+        for (Thread &thread : threads)
+            all.push_back(&thread);
+        synchronise(all);
     } while (meet());
     for (const Tile &tile : tiles)
         if (!tile.landed)
@@ -549,6 +678,15 @@ void barrier(int line)
 {
     self->line = line;
     suspend(State::barrier);
+}
+
+void barrier(int line, int number, int count)
+{
+    if (number < 1 || number > 15 || count < WARP || count % WARP)
+        fault("waits for %d threads at barrier %d in line %d: expected whole warps, and 1 to 15", count, number, line);
+    start_clocks();
+    self->line = line, self->number = number, self->wanted = count;
+    suspend(State::named);
 }
 
 void warp_barrier(int line, uint32_t mask) { together(SYNCWARP, line, mask, nullptr, nullptr); }
@@ -784,8 +922,11 @@ void wait_products(size_t pending)
     for (; self->products.size() > pending; self->products.pop_front())
         for (const Product &product : self->products.front()) {
             product.multiply(product.d, product.a, product.b);
-            for (Shadow *byte : product.read)
+            for (Shadow *byte : product.read) {
                 --byte->reading;
+                if (clocks) /* it is read until now */
+                    note_read(*byte, {number(*self), barriers, 0, self->clock[number(*self)]});
+            }
         }
 }
 
@@ -805,7 +946,9 @@ void barrier_init(void *p, int count)
         fault("initialises an mbarrier at %p for %d: expected a multiple of 8 in shared memory, a count, none before", p,
               count);
     access(p, 8, true, BARRIER);
-    phased[p] = {count, count, 0, 0};
+    phased[p] = {count, count, 0, 0, {}, {}};
+    if (count > 1)
+        start_clocks();
 }
 
 void barrier_end(void *p)
@@ -824,6 +967,16 @@ void barrier_end(void *p)
     phased.erase(p);
 }
 
+static void arrive(Barrier &barrier)
+{
+    if (clocks) {
+        join(barrier.arrived, self->clock);
+        ++self->clock[number(*self)];
+    }
+    --barrier.arrivals;
+    end_phase(barrier);
+}
+
 void barrier_expect(void *p, int bytes)
 {
     Barrier &barrier = barrier_at(p);
@@ -831,7 +984,19 @@ void barrier_expect(void *p, int bytes)
     if (bytes < 0 || bytes >= 1 << 20 || !barrier.arrivals)
         fault("expects %d bytes at an mbarrier with %d arrivals to come", bytes, barrier.arrivals);
     barrier.bytes += bytes;
-    --barrier.arrivals;
+    arrive(barrier);
+}
+
+void barrier_arrive(void *p)
+{
+    if (order_now->late())
+        suspend(State::paused);
+    Barrier &barrier = barrier_at(p);
+    access(p, 8, false, BARRIER);
+    if (!barrier.arrivals)
+        fault("arrives at an mbarrier that no more are to arrive at");
+    start_clocks();
+    arrive(barrier);
 }
 
 void barrier_wait(int line, void *p, int parity)
@@ -839,12 +1004,18 @@ void barrier_wait(int line, void *p, int parity)
     Barrier &barrier = barrier_at(p);
     access(p, 8, false, BARRIER);
     self->line = line, self->phase_of = &barrier, self->parity = parity;
+    if (order_now->late())
+        suspend(State::phase);
     while (!phase_over(*self))
         suspend(State::phase);
+    if (clocks)
+        join(self->clock, barrier.released[parity]);
     for (Tile &tile : tiles)
         if (tile.barrier == &barrier && tile.phase < barrier.phase) {
-            if (tile.seen.none())
-                tile.barriers = barriers;
+            if (tile.seen.none()) {
+                tile.barriers = barriers, tile.first = number(*self);
+                tile.time = clocks ? self->clock[tile.first] : 0;
+            }
             tile.seen.set(number(*self));
         }
 }
@@ -933,7 +1104,7 @@ void copy_tile(void *to, const void *opaque, void *p, int rank, const int *first
     }
     access(to, data.size(), true, ZERO);
     Memory *memory = find_shared(to, data.size());
-    tiles.push_back({&barrier, barrier.phase, (unsigned char *)to, data, (const void *)map.address, false, {}, 0});
+    tiles.push_back({&barrier, barrier.phase, (unsigned char *)to, data, (const void *)map.address, false, {}, 0, 0, 0});
     for (size_t i = offset; i < offset + data.size(); ++i) {
         Shadow &byte = memory->shadow[i];
         byte.writer = {}, byte.source = nullptr, byte.tile = tiles.size();

@@ -54,6 +54,8 @@ namespace emulation {
 
 /* A barrier of the block, in a line of the source. */
 void barrier(int line);
+/* One of `count` threads, which come to the barrier of a number. */
+void barrier(int line, int number, int count);
 /* One of the warp's lanes in `mask`, which orders their accesses. */
 void warp_barrier(int line, uint32_t mask);
 /* Fills `result` with what lane `source` passes as `value`, with NaN where it takes no part. */
@@ -80,6 +82,7 @@ void wait_products(size_t pending);
 void barrier_init(void *barrier, int count);
 /* Arrives, and makes the phase wait for so many bytes. */
 void barrier_expect(void *barrier, int bytes);
+void barrier_arrive(void *barrier);
 void barrier_wait(int line, void *barrier, int parity);
 void barrier_end(void *barrier);
 /* By a map, from `at` on; in im2col mode (`by` is not null) each pixel by an offset. */

@@ -19,7 +19,7 @@ from emulated import ORDERS, packed
 from convgen.check.bounds import reference
 from convgen.check.data import exact_data
 from convgen.check.emulation.emulate import compile_emulated, emulated_driver, run
-from convgen.cuda.code import DeviceSource, generate
+from convgen.cuda.code import HEADERS, DeviceSource, generate
 from convgen.errors import BuildError, KernelError
 from convgen.hardware.target import resolve
 from convgen.lowering.discover import schedules_of
@@ -553,7 +553,11 @@ def test_the_devices_compiler_takes_the_prelude(arch: str) -> None:
         body += "cg_copy_async<16>(x, src); cg_copy_async<4>(x + 16, src, t < 3); cg_commit(); cg_wait<0>();"
     try:
         _, program = nvrtc.nvrtcCreateProgram(
-            kernel(body).text.encode(), b"kernel.cu", 1, [runtime_source("device.h").encode()], [b"device.h"]
+            kernel(body).text.encode(),
+            b"kernel.cu",
+            len(HEADERS),
+            [runtime_source(name).encode() for name in HEADERS],
+            [name.encode() for name in HEADERS],
         )
     except RuntimeError as error:
         pytest.skip(f"needs NVRTC: {error}")

@@ -139,11 +139,11 @@ def changed(monkeypatch: pytest.MonkeyPatch, file: str, text: str) -> None:
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_pipeline_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pattern, wrong, message = WRONG[name]
-    text = runtime_source("device.h")
+    text = runtime_source("hopper.h")
     tile = text.index("CG_DEVICE void cg_tma_tile")
     edited, count = re.subn(pattern, wrong, text[tile:])
     assert count
-    changed(monkeypatch, "device.h", text[:tile] + edited)
+    changed(monkeypatch, "hopper.h", text[:tile] + edited)
     # Sums of 128 pixels x 192 channels take more room than the stages: the barriers' too.
     large = name == "barriers left where sums go"
     _, source, buffers, _ = made(TILES, picks(tile_n=192, stages=2) if large else picks())

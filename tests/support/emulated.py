@@ -20,7 +20,8 @@ def packed(lowered: Lowered, data: dict[str, Any]) -> list[Any]:
         return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
 
     shapes, dtypes = lowered.spec.core.shapes, {"f32": "float32", "f16": "float16", "bf16": "uint16"}
-    parameters = [bits(data[n].reshape(shapes[n])) for n in ("weights", "bias", "slope") if n in data]
+    dtypes |= {"i8": "int8", "i32": "int32"}
+    parameters = [bits(data[n].reshape(shapes[n])) for n in ("weights", "bias", "slope", "scale") if n in data]
     outs = [tvm.runtime.empty(t.shape, dtypes[t.dtype]) for t in lowered.packed]
     function = tvm.compile(tvm.IRModule({"pack": lowered.module["pack"]}), target="llvm")["pack"]
     function(*map(tvm.runtime.tensor, parameters), *outs)

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ...cuda.code import HEADERS
 from ...errors import BuildError, KernelError
 from ...folders import TemporaryFolder
 from ...lowering.interface import SWIZZLES, TENSOR_TYPES, Launch, TensorMap
@@ -76,7 +77,7 @@ def compile_emulated(text: str, directory: Path) -> Path:
     handle, library = tempfile.mkstemp(prefix="kernels-", suffix=".so", dir=directory)
     os.close(handle)
     with TemporaryFolder(directory) as folder:
-        for name in ("device.h", "emulate.h"):
+        for name in (*HEADERS, "emulate.h"):
             Path(folder, name).write_text(runtime_source(name), encoding="utf-8")
         Path(folder, "kernels.cpp").write_text(f"{text}\n{exports}", encoding="utf-8")
         Path(folder, "emulate.o").write_bytes(_machine(os.environ.get("CXX", "")))

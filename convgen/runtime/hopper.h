@@ -1,0 +1,423 @@
+/* Hopper's part of device.h: products of warpgroups, and tiles that the copy engine fetches.
+ *
+ * Sources: PTX ISA 8.8, "Asynchronous Warpgroup Level Matrix Instructions", "Parallel Synchronization and
+ * Communication Instructions: mbarrier", "cp.async.bulk.tensor", "setmaxnreg", "Strides and swizzling modes".
+ */
+/* ---- Hopper: a warpgroup's tile ---------------------------------------------------------------- */
+
+#if defined CONVGEN_EMULATE || defined __CUDA_ARCH_FEAT_SM90_ALL
+/* Of a tile whose rows follow one another: 1024 bytes from 8 rows to the next 8, 128-byte swizzle. */
+CG_DEVICE uint64_t cg_descriptor(const void *tile)
+{
+    return (uint64_t)1 << 62 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 16 | (cg_shared_address(tile) >> 4 & 0x3fff);
+}
+
+template <class T, int COLS> struct cg_wgmma; /* defined where it is used: its operands are a list as long as COLS */
+
+#ifdef CONVGEN_EMULATE
+/* Every thread computes its own sums: what it reads of shared memory is what the instruction reads. */
+template <class T, int COLS> struct cg_wgmma {
+    using Stored = std::conditional_t<T::bytes == 1, int8_t, uint16_t>;
+    using Sum = std::conditional_t<T::bytes == 1, int, float>;
+
+    /* It reads from now on, until it is waited for. */
+    static void mma(Sum *acc, uint64_t a, uint64_t b)
+    {
+        const void *read[COLS / 16 + 3];
+        int count = 0;
+        read[count++] = at(a, threadIdx.y % 4 * 16 + cg_lane() / 2, cg_lane() % 2 * (16 / T::bytes));
+        for (int row = cg_lane(); row < COLS; row += 32)
+            read[count++] = at(b, row, 0), read[count++] = at(b, row, 16 / T::bytes);
+        emulation::multiply_later(sum, (float *)acc, a, b, read, count);
+    }
+
+    static void sum(float *sums, uint64_t a, uint64_t b)
+    {
+        Sum *const acc = (Sum *)sums;
+        const int lane = cg_lane(), warp = threadIdx.y % 4;
+        for (int i = 0; i < COLS / 2; ++i) {
+            const int row = warp * 16 + i / 2 % 2 * 8 + lane / 4, col = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            for (int k = 0; k < 32 / T::bytes; ++k)
+                acc[i] += T::value(*at(a, row, k)) * T::value(*at(b, col, k));
+        }
+    }
+
+    static const Stored *at(uint64_t descriptor, int row, int k)
+    {
+        if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0 || (descriptor & 0x3f) * 16 % 1024 >= 128)
+            __builtin_trap(); /* another layout, or a tile that starts elsewhere */
+        const uint32_t stride = (descriptor >> 32 & 0x3fff) << 4, start = (descriptor & 0x3fff) << 4;
+        uint32_t address = start + row / 8 * stride + row % 8 * 128 + k * T::bytes;
+        address ^= address >> 3 & 0x70;
+        return (const Stored *)((const char *)emulation::dynamic_shared() + address);
+    }
+};
+
+CG_DEVICE void cg_wgmma_begin() {}
+CG_DEVICE void cg_wgmma_commit() { emulation::commit_products(); }
+template <int PENDING> CG_DEVICE void cg_wgmma_wait() { emulation::wait_products(PENDING); }
+CG_DEVICE void cg_fence_async() {}
+#else
+/* Sums in registers and what this thread wrote to shared memory are the instruction's from here on. */
+CG_DEVICE void cg_wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+CG_DEVICE void cg_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+/* Waits until at most so many of the latest groups of products are under way. */
+template <int PENDING> CG_DEVICE void cg_wgmma_wait()
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+/* Copies that have arrived become visible to wgmma, which reads through another proxy than threads write. */
+CG_DEVICE void cg_fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#endif
+
+/* acc += a b^T over 128 bytes of the reduction. The warpgroup's tile is 64 rows; a points to this warp's 16. */
+template <class T, int COLS, class Sum>
+CG_DEVICE void cg_wgmma_tile(Sum *acc, const void *a, int /* 128 */, const void *b, int /* 128 */)
+{
+    const uint64_t x = cg_descriptor((const char *)a - threadIdx.y % 4 * (16 * 128)), y = cg_descriptor(b);
+    cg_wgmma_begin();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) /* 32 bytes further within the swizzled rows */
+        cg_wgmma<T, COLS>::mma(acc, x + k * 2, y + k * 2);
+    cg_wgmma_commit();
+    cg_wgmma_wait<0>();
+}
+
+/* ---- Hopper: tiles fetched by the copy engine (TMA) --------------------------------------------- */
+
+/* CUtensorMap of cuda.h. */
+struct __align__(64) cg_tensor_map {
+    uint64_t opaque[16];
+};
+
+#ifndef CONVGEN_EMULATE
+/* Barriers in shared memory: a phase ends when `count` threads have arrived, and all bytes that they expect. */
+CG_DEVICE void cg_barrier_init(uint64_t *barrier, int count)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(cg_shared_address(barrier)), "r"(count) : "memory");
+}
+
+/* Ones that were made become visible to other threads, after their next __syncthreads, and to the copy engine. */
+CG_DEVICE void cg_barrier_fence()
+{
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+CG_DEVICE void cg_barrier_expect(uint64_t *barrier, int bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(cg_shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+/* Waits for the end of a phase, of even number or of odd. */
+CG_DEVICE void cg_barrier_wait(uint64_t *barrier, int parity)
+{
+    uint32_t over;
+    do
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(over)
+                     : "r"(cg_shared_address(barrier)), "r"(parity)
+                     : "memory");
+    while (!over);
+}
+
+/* What it was is memory for other things. */
+CG_DEVICE void cg_barrier_end(uint64_t *barrier)
+{
+    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(cg_shared_address(barrier)) : "memory");
+}
+
+/* Rows from (x, y) on, as many as the map says, to shared memory. */
+CG_DEVICE void cg_copy_rows(void *to, const cg_tensor_map &map, uint64_t *barrier, int x, int y)
+{
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+                 ::"r"(cg_shared_address(to)), "l"(&map), "r"(cg_shared_address(barrier)), "r"(x), "r"(y)
+                 : "memory");
+}
+
+/* Pixels from where (w, h, d) of image n are on, each by its tap (ow, oh, od), from channel c on. */
+template <int RANK>
+CG_DEVICE void cg_copy_patches(void *to, const cg_tensor_map &map, uint64_t *barrier, int c, int w, int h, int d, int n,
+                               uint16_t ow, uint16_t oh, uint16_t od)
+{
+#define CG_IM2COL(rank, at, by, ...)                                                                           \
+    asm volatile("cp.async.bulk.tensor." rank "d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "  \
+                 "[%0], [%1, {" at "}], [%2], {" by "};" ::"r"(cg_shared_address(to)), "l"(&map),              \
+                 "r"(cg_shared_address(barrier)), __VA_ARGS__ : "memory")
+    if constexpr (RANK == 1)
+        CG_IM2COL("3", "%3, %4, %5", "%6", "r"(c), "r"(w), "r"(n), "h"(ow));
+    else if constexpr (RANK == 2)
+        CG_IM2COL("4", "%3, %4, %5, %6", "%7, %8", "r"(c), "r"(w), "r"(h), "r"(n), "h"(ow), "h"(oh));
+    else
+        CG_IM2COL("5", "%3, %4, %5, %6, %7", "%8, %9, %10", "r"(c), "r"(w), "r"(h), "r"(d), "r"(n), "h"(ow), "h"(oh),
+                  "h"(od));
+#undef CG_IM2COL
+}
+#else
+CG_DEVICE void cg_barrier_init(uint64_t *barrier, int count) { emulation::barrier_init(barrier, count); }
+CG_DEVICE void cg_barrier_fence() {}
+CG_DEVICE void cg_barrier_expect(uint64_t *barrier, int bytes) { emulation::barrier_expect(barrier, bytes); }
+CG_DEVICE void cg_barrier_wait(uint64_t *barrier, int parity, CG_LINE)
+{
+    emulation::barrier_wait(line, barrier, parity);
+}
+CG_DEVICE void cg_barrier_end(uint64_t *barrier) { emulation::barrier_end(barrier); }
+CG_DEVICE void cg_copy_rows(void *to, const cg_tensor_map &map, uint64_t *barrier, int x, int y)
+{
+    const int at[] = {x, y};
+    emulation::copy_tile(to, &map, barrier, 2, at, nullptr);
+}
+template <int RANK>
+CG_DEVICE void cg_copy_patches(void *to, const cg_tensor_map &map, uint64_t *barrier, int c, int w, int h, int d, int n,
+                               uint16_t ow, uint16_t oh, uint16_t od)
+{
+    const int at[] = {c, w, RANK > 1 ? h : n, RANK > 2 ? d : n, n};
+    const uint16_t by[] = {ow, oh, od};
+    emulation::copy_tile(to, &map, barrier, RANK + 2, at, by);
+}
+#endif
+
+/* Along the spatial axes. */
+template <int D, int H, int W> struct cg_axes {
+    static constexpr int d = D, h = H, w = W;
+};
+
+/* A block's tile, GROUPS warpgroups of 64 pixels x COLS channels, is block_n + blocks_n * (block_m + blocks_m *
+ * (g + groups * part)), which sums the steps of one of the parts; each is `chunks` times 128 bytes of a tap. */
+template <class T, int COLS, int GROUPS, int STAGES, int RANK, class OUT, class TAPS, class STRIDE, class DILATION,
+          class PADDING, class Sum>
+CG_DEVICE void cg_tma_tile(Sum *acc, void *memory, const cg_tensor_map &src, const cg_tensor_map &weights,
+                           int blocks_m, int blocks_n, int groups, int channels, int chunks, int part)
+{
+    constexpr int PATCHES = GROUPS * 64 * 128, BYTES = PATCHES + COLS * 128;
+    char *const stages = (char *)memory;
+    uint64_t *const full = (uint64_t *)(stages + STAGES * BYTES);
+    const int block = blockIdx.x / blocks_n, g = block / blocks_m % groups;
+    const int row = (g * blocks_n + blockIdx.x % blocks_n) * COLS;
+    const int pixel = block % blocks_m * (GROUPS * 64), line = pixel / OUT::w, plane = line / OUT::h;
+    const int w = pixel % OUT::w * STRIDE::w - PADDING::w, h = line % OUT::h * STRIDE::h - PADDING::h;
+    const int d = plane % OUT::d * STRIDE::d - PADDING::d, n = plane / OUT::d;
+    const int first = block / blocks_m / groups * part;
+    const int steps = cg_min(part, TAPS::d * TAPS::h * TAPS::w * chunks - first);
+
+    const auto fetch = [&](int k) {
+        char *const stage = stages + k % STAGES * BYTES;
+        uint64_t *const barrier = full + k % STAGES;
+        const int step = first + k, tap = step / chunks, c = g * channels + step % chunks * (128 / T::bytes);
+        cg_barrier_expect(barrier, BYTES);
+        cg_copy_patches<RANK>(stage, src, barrier, c, w, h, d, n, tap % TAPS::w * DILATION::w,
+                              tap / TAPS::w % TAPS::h * DILATION::h, tap / (TAPS::w * TAPS::h) * DILATION::d);
+        cg_copy_rows(stage + PATCHES, weights, barrier, step * (128 / T::bytes), row);
+    };
+
+    const bool leads = threadIdx.x == 0 && threadIdx.y == 0;
+    if (leads) {
+        for (int k = 0; k < STAGES; ++k)
+            cg_barrier_init(full + k, 1);
+        cg_barrier_fence();
+    }
+    cg_clear_tile<16, COLS>(acc);
+    __syncthreads();
+    if (leads)
+        for (int k = 0; k < STAGES && k < steps; ++k)
+            fetch(k);
+    for (int k = 0; k < steps; ++k) {
+        const char *const stage = stages + k % STAGES * BYTES;
+        cg_barrier_wait(full + k % STAGES, k / STAGES % 2);
+        const uint64_t x = cg_descriptor(stage + threadIdx.y / 4 * (64 * 128)), y = cg_descriptor(stage + PATCHES);
+        cg_wgmma_begin();
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            cg_wgmma<T, COLS>::mma(acc, x + i * 2, y + i * 2);
+        cg_wgmma_commit();
+        cg_wgmma_wait<1>(); /* the products of step k - 1 have ended, */
+        __syncthreads();    /* in all warpgroups */
+        if (leads && 0 < k && k - 1 + STAGES < steps)
+            fetch(k - 1 + STAGES);
+    }
+    if (leads)
+        for (int k = 0; k < STAGES; ++k)
+            cg_barrier_end(full + k);
+    cg_wgmma_wait<0>();
+    __syncthreads();
+}
+
+/* ---- Hopper: tiles one after another, fetched by a warp of their own ------------------------------ */
+
+#ifndef CONVGEN_EMULATE
+CG_DEVICE void cg_barrier_arrive(uint64_t *barrier)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(cg_shared_address(barrier)) : "memory");
+}
+
+/* A barrier of some of a block's warps; number 0 is __syncthreads'. */
+template <int THREADS> CG_DEVICE void cg_sync(int number)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(THREADS) : "memory");
+}
+
+/* Registers of each thread of a warpgroup from here on, all of whose warps say so: fewer, or more. */
+template <int COUNT> CG_DEVICE void cg_fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> CG_DEVICE void cg_more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
+/* The map is on its way to where copies look for it. */
+CG_DEVICE void cg_prefetch_map(const cg_tensor_map &map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+#else
+CG_DEVICE void cg_barrier_arrive(uint64_t *barrier) { emulation::barrier_arrive(barrier); }
+template <int THREADS> CG_DEVICE void cg_sync(int number, CG_LINE) { emulation::barrier(line, number, THREADS); }
+template <int COUNT> CG_DEVICE void cg_fewer_registers() { static_assert(COUNT % 8 == 0 && 24 <= COUNT, ""); }
+template <int COUNT> CG_DEVICE void cg_more_registers() { static_assert(COUNT % 8 == 0 && COUNT <= 256, ""); }
+CG_DEVICE void cg_prefetch_map(const cg_tensor_map &) {}
+#endif
+
+/* Of a layer's product: tiles along pixels and channels, groups, channels of a group, steps of 128 bytes in a tap,
+ * steps of a part, parts. */
+template <int M, int N, int G, int CHANNELS, int CHUNKS, int PART, int PARTS> struct cg_sizes {
+    static constexpr int m = M, n = N, g = G, channels = CHANNELS, chunks = CHUNKS, part = PART, parts = PARTS;
+};
+
+/* What a block does that takes one tile after another. Its first GROUPS warpgroups multiply: each has TALL times 64
+ * pixels x COLS channels of a tile, in pieces of 64 x PIECE. A warpgroup more has the thread that fetches, as many
+ * steps ahead as there are stages, over the ends of tiles too: while sums are stored, the next tile's operands come.
+ * Of a stage, `full` counts the bytes that arrive, `empty` the warps that have multiplied. */
+template <class T, int COLS, int PIECE, int GROUPS, int TALL, int STAGES, int RESIDENT, int RANK, class OUT, class TAPS,
+          class STRIDE, class DILATION, class PADDING, class SIZES>
+struct cg_persistent {
+    static constexpr int WARPS = 4 * GROUPS, ROWS = 64 * GROUPS * TALL, WIDE = COLS / PIECE;
+    static constexpr int PATCHES = ROWS * 128, BYTES = PATCHES + COLS * 128;
+    static constexpr int TILES = SIZES::m * SIZES::n * SIZES::g * SIZES::parts;
+    static constexpr int PIECES = TALL * WIDE, SUMS = COLS / 2, BAND = 8;
+    /* Registers that a thread begins with, keeps to fetch, and has to multiply. */
+    static constexpr int BEGIN = 65536 / (RESIDENT * 128 * (GROUPS + 1)) / 8 * 8, FETCH = RESIDENT > 1 ? 24 : 40;
+    static constexpr int LEFT = (BEGIN * (GROUPS + 1) - FETCH) / GROUPS / 8 * 8, MULTIPLY = LEFT < 240 ? LEFT : 240;
+
+    char *const stages;
+    uint64_t *const full, *const empty;
+    const cg_tensor_map &src, &weights;
+    const int group = threadIdx.y / 4;
+    int next = blockIdx.x, stage = 0, phase = 0;
+    int m, n, rest; /* the tile's: along pixels, along channels, group + groups * part */
+
+    CG_DEVICE cg_persistent(void *memory, const cg_tensor_map &src, const cg_tensor_map &weights)
+        : stages((char *)memory), full((uint64_t *)(stages + STAGES * BYTES)), empty(full + STAGES), src(src),
+          weights(weights)
+    {
+        if (threadIdx.x == 0 && threadIdx.y == WARPS) {
+            for (int k = 0; k < STAGES; ++k)
+                cg_barrier_init(full + k, 1), cg_barrier_init(empty + k, WARPS);
+            cg_barrier_fence();
+            cg_prefetch_map(src), cg_prefetch_map(weights);
+        }
+        __syncthreads();
+    }
+
+    /* The next tile, if there is one. Tiles that blocks take at a time form a band of the matrix, nearly square: L2
+     * has the operands of those. */
+    CG_DEVICE bool take()
+    {
+        if (next >= TILES)
+            return false;
+        rest = next / (SIZES::m * SIZES::n);
+        const int tile = next % (SIZES::m * SIZES::n), first = tile / (BAND * SIZES::n) * BAND;
+        const int height = cg_min(BAND, SIZES::m - first), within = tile - first * SIZES::n;
+        m = first + within % height, n = within / height;
+        next += gridDim.x;
+        return true;
+    }
+
+    CG_DEVICE int first_step() const { return rest / SIZES::g * SIZES::part; }
+    CG_DEVICE int steps() const
+    {
+        return cg_min(SIZES::part, TAPS::d * TAPS::h * TAPS::w * SIZES::chunks - first_step());
+    }
+    CG_DEVICE void advance()
+    {
+        if (++stage == STAGES)
+            stage = 0, phase ^= 1;
+    }
+
+    /* What the warps do that do not multiply; false for those that do. */
+    CG_DEVICE bool fetches()
+    {
+        if (threadIdx.y < WARPS) {
+            if constexpr (MULTIPLY > BEGIN)
+                cg_more_registers<MULTIPLY>();
+            return false;
+        }
+        if constexpr (MULTIPLY > BEGIN)
+            cg_fewer_registers<FETCH>();
+        if (threadIdx.y == WARPS && threadIdx.x == 0)
+            while (take())
+                fetch();
+        return true;
+    }
+
+    CG_DEVICE void fetch()
+    {
+        const int g = rest % SIZES::g, pixel = m * ROWS, line = pixel / OUT::w, plane = line / OUT::h;
+        const int w = pixel % OUT::w * STRIDE::w - PADDING::w, h = line % OUT::h * STRIDE::h - PADDING::h;
+        const int d = plane % OUT::d * STRIDE::d - PADDING::d, image = plane / OUT::d;
+        const int row = (g * SIZES::n + n) * COLS, first = first_step(), end = first + steps();
+        int chunk = first % SIZES::chunks, tap = first / SIZES::chunks;
+        for (int step = first; step < end; ++step) {
+            char *const to = stages + stage * BYTES;
+            cg_barrier_wait(empty + stage, phase ^ 1); /* of a new barrier, the phase before the first is over */
+            cg_barrier_expect(full + stage, BYTES);
+            cg_copy_patches<RANK>(to, src, full + stage, g * SIZES::channels + chunk * (128 / T::bytes), w, h, d, image,
+                                  tap % TAPS::w * DILATION::w, tap / TAPS::w % TAPS::h * DILATION::h,
+                                  tap / (TAPS::w * TAPS::h) * DILATION::d);
+            cg_copy_rows(to + PATCHES, weights, full + stage, step * (128 / T::bytes), row);
+            if (++chunk == SIZES::chunks)
+                chunk = 0, ++tap;
+            advance();
+        }
+    }
+
+    /* The sums of a warpgroup's part of a tile, TALL times 64 x COLS. */
+    template <class Sum> CG_DEVICE void multiply(Sum *acc)
+    {
+        cg_clear_tile<16 * TALL, COLS>(acc);
+        uint64_t *before = nullptr;
+        for (int k = steps(); k; --k) {
+            char *const operands = stages + stage * BYTES;
+            cg_barrier_wait(full + stage, phase);
+            const uint64_t x = cg_descriptor(operands + group * TALL * (64 * 128)), y = cg_descriptor(operands + PATCHES);
+            cg_wgmma_begin();
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int t = 0; t < TALL; ++t)
+                    cg_wgmma<T, COLS>::mma(acc + t * SUMS, x + i * 2 + t * (64 * 128 >> 4), y + i * 2);
+            cg_wgmma_commit();
+            cg_wgmma_wait<1>();
+            release(before); /* the products of the step before have ended */
+            before = empty + stage;
+            advance();
+        }
+        cg_wgmma_wait<0>();
+        release(before);
+    }
+
+    CG_DEVICE void release(uint64_t *barrier)
+    {
+        __syncwarp();
+        if (barrier && cg_lane() == 0)
+            cg_barrier_arrive(barrier);
+    }
+
+    /* The block that a piece would be if each had one of its own. */
+    CG_DEVICE int block(int piece) const
+    {
+        constexpr int rows = SIZES::m * GROUPS * TALL, columns = SIZES::n * WIDE;
+        const int row = (m * GROUPS + group) * TALL + piece / WIDE, column = n * WIDE + piece % WIDE;
+        return column + columns * (row + rows * rest);
+    }
+
+    /* Of the warpgroup. */
+    CG_DEVICE void sync() const { cg_sync<128>(1 + group); }
+};
+#endif

@@ -1,0 +1,245 @@
+"""Kernels with a warp that fetches, whose blocks take one tile after another: by the specification, on the CPU.
+
+No device has run them.
+
+In the emulator's random orders copies arrive late, and threads stop before they arrive at a barrier; the seeds are
+the tests' names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from emulated import packed
+
+import convgen.check.emulation.emulate as emulate
+from convgen.check.bounds import reference
+from convgen.check.data import exact_data
+from convgen.check.emulation.emulate import compile_emulated, run
+from convgen.cuda import code
+from convgen.cuda.code import DeviceSource, generate
+from convgen.errors import KernelError
+from convgen.hardware.target import resolve
+from convgen.lowering.discover import schedules_of
+from convgen.lowering.interface import Launch
+from convgen.lowering.link import source as runtime_source
+from convgen.lowering.lower import lower
+from convgen.lowering.schedule import Candidate, Picks
+from convgen.problem.spec import ConvSpec
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
+emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to emulate")
+
+SCHEDULE, TARGET = schedules_of("cuda")["cuda_wgmma_persistent"], resolve("cuda:sm_90a")
+#: Several tiles along pixels and channels, and more steps than stages.
+TILES = "conv2d n2 ic64 oc72 i9x8 k5x1 s1 p2x0 nhwc f16"
+
+
+def picks(**others: int) -> Picks:
+    """A warpgroup that multiplies tiles of 64 × 64."""
+    plain = {"merge_g": 1, "tile_m": 64, "tile_n": 64, "tile_k": 64, "warps_m": 4, "warps_n": 1, "stages": 2}
+    return Picks(**(plain | {"split_k": 1, "resident": 1} | others))
+
+
+def made(text: str, chosen: Picks, blocks: int = 2) -> tuple[ConvSpec, DeviceSource, dict[str, Any], Any]:
+    """A candidate's source, with so few blocks that each takes several tiles; what it is called with; its data."""
+    spec = ConvSpec.parse(text)
+    lowered = lower(spec, TARGET, Candidate(SCHEDULE, chosen))
+    data = exact_data(spec)
+    buffers = {"src": data["src"]} | {f"packed{i}": array for i, array in enumerate(packed(lowered, data))}
+    if spec.residual:
+        buffers["residual"] = data["residual"]
+    source = generate(lowered)
+    launches = [
+        dataclasses.replace(launch, grid=(blocks, 1, 1)) if launch.maps else launch for launch in source.launches
+    ]
+    source = dataclasses.replace(source, launches=tuple(launches))
+    return spec, source, buffers | {"dst": np.zeros(spec.dst_shape, data["src"].dtype)}, data
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        (TILES, picks(stages=3)),
+        (TILES, picks(tile_m=128, warps_m=8, stages=3)),
+        (TILES, picks(tile_m=128, tile_n=32, resident=2)),
+        (TILES, picks(split_k=2)),
+        ("conv2d n2 ic19 oc33 i7x6 k3x3 s2 p1x0_2 f16", picks(tile_n=32)),
+        ("conv2d n2 ic128 oc40 g2 i9x9 k3x3 s2 p1x0_1 residual relu nhwc bf16", picks()),
+        ("conv1d n3 ic64 oc17 i33 k3 s1 p2_0 d2 nhwc f16", picks(tile_n=32)),
+        ("conv3d n2 ic24 oc16 i3x4x5 k3x3x2 s1x2x1 p1 d1x1x2 nhwc f16", picks(tile_n=32)),
+        ("conv2d n1 ic128 oc40 i9x9 k3x3 p1 relu nhwc i8", picks(tile_k=128, tile_n=32)),
+    ],
+    ids=["plain", "two warpgroups", "tall", "split", "nchw", "groups", "1-D", "3-D", "i8"],
+)
+def test_tiles_are_the_convolutions(text: str, chosen: Picks) -> None:
+    """Whole numbers, bit for bit."""
+    spec, source, buffers, data = made(text, chosen)
+    np.testing.assert_array_equal(run(source, buffers, order=len(text)), reference(spec, data))
+
+
+@emulated
+def test_timing_changes_nothing(tmp_path: Path) -> None:
+    """Whatever is late: copies, arrivals, warps."""
+    spec, source, buffers, data = made(TILES, picks(stages=3))
+    library = compile_emulated(source.text, tmp_path)
+    for order in ("ascending", "descending", 11, 12, 13):
+        buffers["dst"] = np.zeros_like(buffers["dst"])
+        out = run(source, buffers, order=order, library=library)
+        np.testing.assert_array_equal(out, reference(spec, data), err_msg=f"seed {order}")
+
+
+def in_orders(source: DeviceSource, buffers: dict[str, Any]) -> None:
+    """Run in several random orders: a fault may take one that is unlucky."""
+    for order in (1, 2, 3):
+        run(source, buffers, order=order)
+
+
+#: What is changed in cg_persistent, and what the emulator says then.
+WRONG = {
+    "no wait for an empty stage": (
+        r"cg_barrier_wait\(empty \+ stage, phase \^ 1\);",
+        "",
+        "under way|which others read|arrivals to come",
+    ),
+    "the other parity of empty": (r"phase \^ 1\)", "phase)", "does not end"),
+    "no wait for the copies": (r"cg_barrier_wait\(full \+ stage, phase\);", "", "under way|which others read"),
+    "the other parity of full": (r"full \+ stage, phase\)", "full + stage, phase ^ 1)", "under way|does not end"),
+    "released before products end": (
+        r"cg_wgmma_wait<1>\(\);\n(\s+release\(before\);)",
+        r"\1\ncg_wgmma_wait<1>();",
+        "read",
+    ),
+    "a wait that is too early": (r"cg_wgmma_wait<1>", "cg_wgmma_wait<2>", "read"),
+    "released by one lane, others not asked": (r"__syncwarp\(\);", "", "read"),
+    "too few arrivals expected": (
+        r"empty \+ k, WARPS",
+        "empty + k, WARPS - 1",
+        "read|no more are to|does not end|under way",
+    ),
+    "the last stage kept": (r"cg_wgmma_wait<0>\(\);\n\s+release\(before\);", "cg_wgmma_wait<0>();", "does not end"),
+    "no wait for the last": (r"cg_wgmma_wait<0>\(\);", "", "products .*under way|read"),
+    "fewer bytes expected": (r"full \+ stage, BYTES", "full + stage, BYTES - 16", "does not end"),
+    "a barrier of fewer threads": (r"cg_sync<128>", "cg_sync<96>", "expected|wait"),
+    "no barrier of the warpgroup": (r"cg_sync<128>\(1 \+ group\);", "", "no barrier between"),
+}
+
+
+@emulated
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_pipeline_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern, wrong, message = WRONG[name]
+    text = runtime_source("hopper.h")
+    start = text.index("struct cg_persistent")
+    edited, count = re.subn(pattern, wrong, text[start:])
+    assert count
+    monkeypatch.setattr(
+        emulate, "runtime_source", lambda file: text[:start] + edited if file == "hopper.h" else runtime_source(file)
+    )
+    _, source, buffers, _ = made(TILES, picks())
+    with pytest.raises(KernelError, match=message):
+        in_orders(source, buffers)
+
+
+#: A block of two warps each: what they do, and what the emulator says.
+PARTIAL = {
+    "a barrier of one warp orders no other": (
+        "if (w) cg_sync<32>(1); if (w == 0) x[0] = 1; else dst[t] = x[0];",
+        "no barrier",
+    ),
+    "warps at barriers of different numbers": ("cg_sync<64>(w ? 2 : 3);", "do not all come"),
+    "a barrier that some leave out": ("if (w == 0) cg_sync<64>(1);", "do not all come"),
+    "one arrival too many": (
+        "if (!w && !t) { cg_barrier_expect(bar, 8); cg_barrier_expect(bar, 8); cg_barrier_arrive(bar); }",
+        "no more are to arrive",
+    ),
+}
+
+
+def two_warps(body: str) -> DeviceSource:
+    text = f"""#include "device.h"
+extern "C" __global__ void __launch_bounds__(64)
+both(const float* __restrict__ src, float* __restrict__ dst) {{
+  extern __shared__ __align__(1024) uchar memory[];
+  float* x = (float*)memory;
+  uint64_t* bar = (uint64_t*)(memory + 512);
+  const int t = threadIdx.x, w = threadIdx.y;
+  if (t == 0 && w == 0) cg_barrier_init(bar, 2), cg_barrier_init(bar + 1, 2);
+  __syncthreads();
+  {body}
+}}
+"""
+    return DeviceSource(text, (Launch("both", (1, 1, 1), (32, 2, 1), 1024, ("src", "dst")),))
+
+
+@emulated
+@pytest.mark.parametrize("name", PARTIAL)
+def test_what_only_some_threads_wait_for_orders_no_others(name: str) -> None:
+    body, message = PARTIAL[name]
+    with pytest.raises(KernelError, match=message):
+        in_orders(two_warps(body), {"src": np.zeros(64, np.float32), "dst": np.zeros(64, np.float32)})
+
+
+@emulated
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_arrivals_order_what_came_before_them(order: int) -> None:
+    """A warp writes and arrives, the other waits and reads; and back again."""
+    body = """
+  if (w == 0) {
+    x[t] = t;
+    __syncwarp();
+    if (t < 2) cg_barrier_arrive(bar);
+    cg_barrier_wait(bar + 1, 0);
+    dst[t] = x[t];
+  } else {
+    cg_barrier_wait(bar, 0);
+    x[t] = x[t] + 1;
+    __syncwarp();
+    if (t < 2) cg_barrier_arrive(bar + 1);
+    dst[32 + t] = 0;
+  }"""
+    out = run(two_warps(body), {"src": np.zeros(64, np.float32), "dst": np.zeros(64, np.float32)}, order=order)
+    np.testing.assert_array_equal(out, np.concatenate([np.arange(32) + 1, np.zeros(32)]))
+
+
+#: The shapes that a block's tile may have with all registers.
+LARGE = [picks(tile_m=128, tile_n=256, warps_m=8, stages=4), picks(tile_m=256, tile_n=128, warps_m=8, stages=4)]
+LARGE += [picks(tile_m=128, tile_n=96, warps_m=8, stages=3, resident=2)]
+
+
+@pytest.mark.parametrize("chosen", LARGE, ids=["128 x 256", "256 x 128", "two blocks of 128 x 96"])
+def test_the_instructions_are_there_and_nothing_spills(chosen: Picks) -> None:
+    spec = ConvSpec.parse("conv2d n16 ic256 oc256 i28x28 k3x3 s1 p1 relu residual nhwc f16")
+    assert SCHEDULE.reason_against(spec.core, TARGET, chosen) is None
+    source = generate(lower(spec, TARGET, Candidate(SCHEDULE, chosen)))
+    images, (used,) = code.compile_images(source, TARGET)
+    assert not used.spilled
+    assert used.shared <= SCHEDULE.shared_memory(spec.core, chosen)  # type: ignore[attr-defined]
+    assert used.threads == 384
+    log = code.compiled(source.text, "sm_90a")[2]
+    assert "serialized" not in log
+    assert "setmaxnreg ignored" not in log
+    sass = code.disassembled(images[0][1])
+    columns = min(256, chosen.tile_n)
+    for instruction in ("UTMALDG.4D.IM2COL", "UTMALDG.2D", f"HGMMA.64x{columns}x16.F32", "USETMAXREG"):
+        assert instruction in sass
+    assert not re.search(r"\bLDL\b|\bSTL\b", sass)
+
+
+def test_picks_are_refused_that_do_not_fit() -> None:
+    spec = ConvSpec.parse("conv2d n16 ic256 oc256 i28x28 k3x3 s1 p1 nhwc f16").core
+    reasons = {
+        "sums of a thread": picks(tile_m=256, tile_n=256, warps_m=8),
+        "whole times 64 pixels": picks(tile_m=64, warps_m=8),
+        "bytes of shared memory": picks(tile_m=128, tile_n=256, warps_m=8, stages=6),
+        "registers of a thread": picks(tile_m=128, tile_n=192, warps_m=8, stages=2, resident=2),
+    }
+    for why, chosen in reasons.items():
+        assert re.search(why, SCHEDULE.reason_against(spec, TARGET, chosen) or ""), why
