@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ..problem.dtypes import RANGES, narrow, numpy_dtype
 from ..problem.spec import ConvSpec
+from .drawn import Draws
 
 #: Tensors by name.
 Arrays = dict[str, npt.NDArray[Any]]
@@ -25,11 +26,11 @@ def float_data(spec: ConvSpec, seed: int = 0) -> Arrays:
     return {n: narrow(rng.standard_normal(shape, np.float32), spec.dtype) for n, shape in _shapes(spec).items()}
 
 
-def exact_data(spec: ConvSpec, seed: int = 0) -> Arrays:
+def exact_data(spec: ConvSpec, seed: int | Draws = 0) -> Arrays:
     """Small integers: every partial sum is below 2**24, so f32 arithmetic is exact in any order. Of i8, with scales
     that are powers of two: many outputs are ties.
     """
-    rng = np.random.default_rng(seed)
+    rng = seed if isinstance(seed, Draws) else np.random.default_rng(seed)
     if spec.dtype == "i8":
         return _integers(spec, rng, 2, 2.0 ** -np.ones(spec.oc))
     largest = max(1, min(8, math.isqrt(2**22 // max(1, spec.reduction_length))))
@@ -39,7 +40,9 @@ def exact_data(spec: ConvSpec, seed: int = 0) -> Arrays:
     }
 
 
-def _integers(spec: ConvSpec, rng: np.random.Generator, largest: int, factors: npt.NDArray[np.float64]) -> Arrays:
+def _integers(
+    spec: ConvSpec, rng: np.random.Generator | Draws, largest: int, factors: npt.NDArray[np.float64]
+) -> Arrays:
     """Tensors of a layer of integers, from ``-largest`` to ``largest - 1`` away from their zero points; scaled by
     ``factors`` so that some outputs saturate where the factor is 1 or more. Every other scale is a power of two.
     """
@@ -71,7 +74,8 @@ def _integers(spec: ConvSpec, rng: np.random.Generator, largest: int, factors: n
     if spec.residual:
         low, high = RANGES[spec.residual_dtype]
         data["residual"] = rng.integers(low, high + 1, spec.shapes["residual"]).astype(numpy_dtype(spec.residual_dtype))
-        data["sum"] = _sum(spec, rng, is_even=largest <= 2)
+        own = np.random.default_rng(0) if isinstance(rng, Draws) else rng  # four numbers need not be drawn again
+        data["sum"] = _sum(spec, own, is_even=largest <= 2)
     return data | zeros
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..check.bounds import even_tolerance, reference
 from ..check.data import exact_data
+from ..check.drawn import Draws
 from ..hardware.machine import pinned
 from ..hardware.target import Target
 from ..kernel.kernel import compile_lowered
@@ -50,9 +51,9 @@ class Expected:
     for those that do not.
     """
 
-    def __init__(self, spec: ConvSpec, directory: Path, threads: int) -> None:
+    def __init__(self, spec: ConvSpec, directory: Path, threads: int, draws: Draws | None = None) -> None:
         self.directory = directory
-        data = exact_data(spec)
+        data = exact_data(spec, draws or 0)
         for name, array in (data | {"expected": reference(spec, data, threads)}).items():
             save(directory / f"{name}.npy", array)
         np.save(directory / "bound.npy", even_tolerance(spec, data, threads))

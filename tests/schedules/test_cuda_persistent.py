@@ -28,8 +28,8 @@ from convgen.errors import KernelError
 from convgen.hardware.target import resolve
 from convgen.lowering.discover import schedules_of
 from convgen.lowering.interface import Launch
-from convgen.lowering.link import source as runtime_source
 from convgen.lowering.lower import lower
+from convgen.lowering.runtime import source as runtime_source
 from convgen.lowering.schedule import Candidate, Picks
 from convgen.problem.spec import ConvSpec
 

@@ -296,6 +296,42 @@ def test_a_transform_is_held_to_its_bound(folder: Path, tmp_path: Path) -> None:
     assert outcomes == {"within": "ok", "beyond": "wrong"}
 
 
+def test_large_tensors_are_drawn_where_they_are_measured(tmp_path: Path) -> None:
+    """Whatever fits into the bundle's 64 KiB a tensor is there; of the rest, seeds and digests."""
+    spec = ConvSpec.parse("conv2d n2 ic32 oc48 i26x26 k3x3 p1")
+    assert pack([spec], [resolve()], [1], tmp_path / "large.tar.gz", candidates=3).failed == 0
+    untar(tmp_path / "large.tar.gz", tmp_path)
+    folder = tmp_path / "large"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (layer,) = manifest["layers"]
+    assert {name for name, made in layer["data"].items() if not isinstance(made, str)} == {"src"}
+    assert len(layer["digests"]) == 1
+    assert max(path.stat().st_size for path in (folder / "data").rglob("*.bin")) <= 1 << 16
+    run(folder, "-o", tmp_path / "right.jsonl")
+    trials = [line for line in lines(tmp_path / "right.jsonl") if line["kind"] == "trial"]
+    assert [trial["outcome"] for trial in trials] == ["ok"] * 3
+    for change in ("digests", "samples"):
+        changed = json.loads(json.dumps(manifest))
+        if change == "digests":
+            changed["layers"][0]["digests"] = [f"{int(layer['digests'][0], 16) ^ 1:016x}"]
+        else:  # judged by samples, which are others than those of this seed
+            (folder / "data" / "0" / "expected.bin").write_bytes(bytes(4 << 14))
+            (folder / "data" / "0" / "bound.bin").write_bytes(bytes(4 << 14))
+            changed["layers"][0] |= {"samples": 1 << 14}
+            names = ("expected", "bound")
+            changed["layers"][0]["data"] |= {name: f"data/0/{name}.bin" for name in names}
+            for name in names:
+                changed["files"][f"data/0/{name}.bin"] = hashlib.sha256(bytes(4 << 14)).hexdigest()
+        for trial in changed["trials"]:
+            trial["exact"] = change == "digests"
+        (folder / "manifest.json").write_text(json.dumps(changed))
+        run(folder, "-o", tmp_path / f"{change}.jsonl")
+        errors = [line["error"] for line in lines(tmp_path / f"{change}.jsonl") if line["kind"] == "trial"]
+        said = "1 of 1 parts of 65536 elements" if change == "digests" else "of 16384 elements; at "
+        assert all(said in error for error in errors)
+        assert len(errors) == 3
+
+
 def test_it_goes_on_after_a_kill(folder: Path, tmp_path: Path) -> None:
     slow = kernel(tmp_path / "slow", before="extern int usleep(unsigned); usleep(50000)")
     plant(folder, {"one": slow, "two": slow, "three": slow})
@@ -397,7 +433,7 @@ def test_a_target_of_another_architecture_is_left_out(folder: Path) -> None:
 Change = Callable[[list[dict[str, Any]]], Any]
 
 _DAMAGE: list[tuple[Change, str]] = [
-    (lambda v: v[0].update(format=2), r"line 1: format: expected 1, found 2"),
+    (lambda v: v[0].update(format=1), r"line 1: format: expected 2, found 1"),
     (lambda v: v[0].update(extra=1), r"line 1: extra: expected one of .* found an unknown field"),
     (lambda v: v[0].pop("python"), r"line 1: python: expected a value, found none"),
     (lambda v: v[0]["facts"].update(cpus="two"), r"line 1: facts: cpus: expected an integer >= 1, found 'two'"),

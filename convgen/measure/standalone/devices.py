@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import os
 import statistics
 from typing import Any, Callable, List, Sequence
@@ -11,7 +12,7 @@ from typing import Any, Callable, List, Sequence
 from .errors import Refused
 from .facts import caches
 from .gpu import Gpu, GpuCall
-from .interface import DTYPES, NO_MEMORY, PARAMETERS, Difference, PackArgs, RunArgs, Sizes, aligned, pass_tensors
+from .interface import BYTES, DTYPES, NO_MEMORY, PARAMETERS, Difference, PackArgs, RunArgs, Sizes, aligned, pass_tensors
 from .rotation import copies_of
 from .timing import Call, alternate, sample, time_calls
 
@@ -21,7 +22,7 @@ class Cpu:
 
     Args:
         root: the bundle.
-        layer: the manifest's entry: the shapes, and the files of inputs and expected output.
+        layer: the manifest's entry: the shapes, and the inputs and expected output: files, or how inputs are drawn.
         check: the library that compares outputs.
         threads: of the calls.
     """
@@ -33,8 +34,8 @@ class Cpu:
 
     def __init__(self, root: str, layer: dict[str, Any], check: str, threads: int) -> None:
         self.root, self.layer, self.threads = root, layer, threads
-        self.data = {name: self._load(file) for name, file in layer["data"].items()}
         self.check = self.open(check)
+        self.data = {name: self._tensor(made) for name, made in layer["data"].items()}
         self._pool = ctypes.c_void_p()
 
     def prepare(self, trial: dict[str, Any], apart: bool = False) -> tuple[Call, Call]:
@@ -100,25 +101,51 @@ class Cpu:
 
     def difference(self, dst: Any, exact: bool) -> str:
         """How an output differs from the expected one; empty where it does not."""
-        shape = self.layer["shape"]
-        count = 1
-        for extent in shape:
-            count *= extent
+        size = math.prod(self.layer["shape"])
+        if exact and "digests" in self.layer:
+            return self._differing_parts(dst, size)
+        found, count, places = dst, size, None
+        if "samples" in self.layer:
+            count = self.layer["samples"]
+            found, places = self._sampled(dst, size, count)
         bound = None if exact else self.data["bound"]
-        result = Difference()
-        dtype = DTYPES[self.layer["dtype"]]
+        result, dtype = Difference(), DTYPES[self.layer["dtype"]]
         self.check.convgen_compare(
-            dst, self.data["expected"], bound, ctypes.c_uint64(count), dtype, ctypes.byref(result)
+            found, self.data["expected"], bound, ctypes.c_uint64(count), dtype, ctypes.byref(result)
         )
         if not result.wrong:
             return ""
-        at: list[int] = []
-        rest = int(result.first)
-        for extent in reversed(shape):
-            rest, index = divmod(rest, extent)
-            at.insert(0, index)
+        first = int(result.first) if places is None else int(places[result.first])
         values = f"expected {result.expected:.9g}, found {result.found:.9g}"
-        return f"{result.wrong} of {count} elements; at {tuple(at)} {values}"
+        return f"{result.wrong} of {count} elements; at {self._index(first)} {values}"
+
+    def _differing_parts(self, dst: Any, size: int) -> str:
+        """How an output differs from the one that the manifest has digests of."""
+        expected, part = [int(digest, 16) for digest in self.layer["digests"]], self.layer["part"]
+        found = (ctypes.c_uint64 * len(expected))()
+        dtype = DTYPES[self.layer["dtype"]]
+        self.check.convgen_digest(dst, ctypes.c_uint64(size), dtype, ctypes.c_uint64(part), found)
+        wrong = [i for i, digest in enumerate(expected) if digest != found[i]]
+        if not wrong:
+            return ""
+        first = self._index(wrong[0] * part)
+        return f"{len(wrong)} of {len(expected)} parts of {part} elements; the first begins at {first}"
+
+    def _sampled(self, dst: Any, size: int, count: int) -> tuple[Any, Any]:
+        """The elements of an output of which the bundle has the expected values, and where they are."""
+        places, width = (ctypes.c_uint64 * count)(), BYTES[self.layer["dtype"]]
+        found = (ctypes.c_char * (count * width))()
+        numbers = map(ctypes.c_uint64, (size, width, 0, count))
+        self.check.convgen_sample(dst, *numbers, found, places)
+        return found, places
+
+    def _index(self, element: int) -> tuple[int, ...]:
+        """Where an element of the output is, by its number."""
+        at: list[int] = []
+        for extent in reversed(self.layer["shape"]):
+            element, index = divmod(element, extent)
+            at.insert(0, index)
+        return tuple(at)
 
     def time(self, call: Call, timing: dict[str, Any], hopeless: float) -> list[float]:
         """Samples of a call; ``timing`` is the manifest's."""
@@ -147,6 +174,16 @@ class Cpu:
         except OSError as error:
             is_noexec = os.statvfs(self.root).f_flag & os.ST_NOEXEC
             raise Refused(f"{error}{': it lies on a file system mounted noexec' if is_noexec else ''}") from None
+
+    def _tensor(self, made: Any) -> Any:
+        """A tensor's memory: a file's bytes, or whole numbers that are drawn."""
+        if isinstance(made, str):
+            return self._load(made)
+        memory = (ctypes.c_char * (made["count"] * BYTES[made["dtype"]]))()
+        limits = ctypes.c_int64(made["low"]), ctypes.c_int64(made["high"])
+        count, seed = ctypes.c_uint64(made["count"]), ctypes.c_uint64(made["seed"])
+        self.check.convgen_draw(memory, count, DTYPES[made["dtype"]], seed, *limits)
+        return memory
 
     def _load(self, file: str) -> Any:
         with open(os.path.join(self.root, file), "rb") as source:

@@ -8,7 +8,9 @@ import ctypes
 from typing import Any
 
 #: The C code of each storage type, for the comparison.
-DTYPES = {"f32": 0, "f16": 1, "bf16": 2, "i8": 3}
+DTYPES = {"f32": 0, "f16": 1, "bf16": 2, "i8": 3, "u8": 4}
+#: Bytes of an element of each.
+BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "u8": 1}
 PARAMETERS = ("weights", "bias", "slope", "scale", "src_zero", "weights_zero", "dst_zero", "sum")
 NO_MEMORY = 7  # enum convgen_status
 NO_IMAGE, DRIVER_ERROR = 34, 35  # enum convgen_cuda_status

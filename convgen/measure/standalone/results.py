@@ -14,7 +14,7 @@ from .devices import Cpu
 from .errors import Trouble
 
 #: Version of the manifest and of the results.
-FORMAT = 1
+FORMAT = 2
 
 
 def digest(line: dict[str, Any]) -> str:

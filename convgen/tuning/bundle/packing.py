@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ...check.drawn import PART, Draws, digests, sampled
 from ...errors import BuildError, ExportError, Inapplicable, UnsupportedError
 from ...folders import TemporaryFolder
 from ...hardware.machine import Machine
@@ -26,8 +27,9 @@ from ...lowering.versions import versions
 from ...measure.standalone.bundle import IDENTITY
 from ...measure.standalone.results import FORMAT
 from ...measure.standalone.timing import DUEL_SECONDS, HOPELESS, SAMPLE_SECONDS, TRIAL_SECONDS
-from ...measure.trial import LAYER_FACTOR, WORKER_BYTES, Expected, candidate_module
+from ...measure.trial import LAYER_FACTOR, WORKER_BYTES, Expected, candidate_module, load_inputs
 from ...measure.workers import LocalBuilder
+from ...problem.dtypes import load
 from ...problem.spec import ConvSpec
 from ...records.answer import record_candidate, record_result
 from ...records.outcome import Result
@@ -42,6 +44,10 @@ from .self_check import every_default, feature_layers
 
 #: The C file of the library that compares outputs.
 CHECK = "check.c"
+#: Bytes of a tensor that a bundle has whole, at most: larger ones are drawn where they are measured.
+STORED_BYTES = 1 << 16
+#: Elements that a candidate which rounds otherwise is judged by, of a larger output.
+SAMPLES = 1 << 14
 #: Candidates per layer, target and thread count, the default among them.
 CANDIDATES = 16
 
@@ -304,18 +310,39 @@ class _Packer:
         self.groups += 1
 
     def _data(self, spec: ConvSpec, index: int, needs_bound: bool) -> dict[str, Any]:
-        """Write a layer's inputs and expected output as their bytes."""
-        names = [*(name for name in spec.shapes if name != "dst"), "expected", *(["bound"] if needs_bound else [])]
-        files = {name: f"data/{index}/{name}.bin" for name in names}
+        """What a layer is given and what it should compute: the bytes of small tensors in files; of a large one how it
+        is drawn, and of a large output digests and, for candidates that round otherwise, samples.
+        """
         (self.folder / "data" / str(index)).mkdir()
+        entry: dict[str, Any] = {"spec": spec.descriptor, "dtype": spec.dtype, "shape": list(spec.dst_shape)}
+        data: dict[str, Any] = {}
         with TemporaryFolder(self.folder.parent) as temporary:
-            memory = WORKER_BYTES + LAYER_FACTOR * Expected(spec, temporary, os.cpu_count() or 1).bytes
-            for name, file in files.items():
-                array = np.load(temporary / f"{name}.npy")
-                little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-                (self.folder / file).write_bytes(np.broadcast_to(little, array.shape).tobytes())
-        facts = {"spec": spec.descriptor, "dtype": spec.dtype, "shape": list(spec.dst_shape)}
-        return {**facts, "data": files, "memory": memory}
+            draws = Draws()
+            entry["memory"] = WORKER_BYTES + LAYER_FACTOR * Expected(spec, temporary, os.cpu_count() or 1, draws).bytes
+            for name, array in load_inputs(spec, str(temporary)).items():
+                recipe = draws.recipe(array) if array.nbytes > STORED_BYTES else None
+                if recipe is None:
+                    data[name] = self._file(index, name, array)
+                else:
+                    data[name] = {"dtype": spec.dtypes[name], "count": array.size, **recipe}
+            expected = load(temporary / "expected.npy", spec.dtype)
+            bound = np.broadcast_to(np.load(temporary / "bound.npy"), expected.shape)
+        if expected.nbytes > STORED_BYTES:
+            entry |= {"part": PART, "digests": [f"{digest:016x}" for digest in digests(expected)]}
+            entry |= {"samples": SAMPLES} if needs_bound else {}
+            expected, bound = sampled(expected, 0, SAMPLES), sampled(bound, 0, SAMPLES)
+        if needs_bound or "digests" not in entry:
+            data["expected"] = self._file(index, "expected", expected)
+        if needs_bound:
+            data["bound"] = self._file(index, "bound", bound)
+        return {**entry, "data": data}
+
+    def _file(self, index: int, name: str, array: Any) -> str:
+        """Write a tensor's bytes; returns the file's name in the bundle."""
+        file = f"data/{index}/{name}.bin"
+        bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.itemsize}")
+        (self.folder / file).write_bytes(bits.astype(bits.dtype.newbyteorder("<"), copy=False).tobytes())
+        return file
 
     def finish(self) -> Packed:
         """The runner and the manifest.
