@@ -54,8 +54,9 @@ def test_a_warpgroup_reads_and_keeps_what_cute_says(kind: str, stored: type) -> 
     """Operands placed by cute's layout of K-major tiles; sums read by its layout of accumulators."""
     columns, depth = 24, 128 // np.dtype(stored).itemsize
     rng = np.random.default_rng(0)
-    a, b = (rng.integers(-4, 5, (rows, depth)).astype(stored) for rows in (64, columns))
-    tiles = np.concatenate([a, b]).reshape(-1).view(np.uint8)
+    both = rng.integers(-4, 5, (64 + columns, depth)).astype(stored)
+    a, b = both[:64], both[64:]
+    tiles = both.reshape(-1).view(np.uint8)
     at = np.arange(tiles.size)
     placed = np.empty_like(tiles)
     placed[at ^ (at >> 3 & 7 << 4)] = tiles  # Swizzle<3, 4, 3> of rows of 128 bytes, 8 at a time
