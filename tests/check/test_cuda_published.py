@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import shutil
 from itertools import product
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from convgen.check.emulation.emulate import run
@@ -54,7 +56,7 @@ def test_a_warpgroup_reads_and_keeps_what_cute_says(kind: str, stored: type) -> 
     """Operands placed by cute's layout of K-major tiles; sums read by its layout of accumulators."""
     columns, depth = 24, 128 // np.dtype(stored).itemsize
     rng = np.random.default_rng(0)
-    both = rng.integers(-4, 5, (64 + columns, depth)).astype(stored)
+    both: npt.NDArray[Any] = rng.integers(-4, 5, (64 + columns, depth)).astype(stored)
     a, b = both[:64], both[64:]
     tiles = both.reshape(-1).view(np.uint8)
     at = np.arange(tiles.size)
