@@ -47,6 +47,18 @@ def check_export_name(name: object) -> str:
     return text
 
 
+def free_name(name: str) -> str:
+    """A C identifier that a library may be called by: ``name``, or where something else has that, ``model_name_network``.
+
+    Raises:
+        BuildError, ExportError: as of :func:`check_export_name`, of both.
+    """
+    try:
+        return check_export_name(name)
+    except ExportError:
+        return check_export_name(f"model_{name}_network")
+
+
 def _reserved(name: str) -> str:
     if name.startswith("convgen_"):
         return "names that begin with convgen_ are what all exported libraries share"

@@ -18,13 +18,14 @@ from ..problem.dtypes import BYTES
 from ..problem.spec import PARAMETERS, ConvSpec
 from .interface import TensorInfo
 from .packing import schedule_packing
+from .saved import Saved
 from .schedule import Candidate, Program, Scheduled, Written
 
 #: Tensors that the user passes. Any contiguous array is accepted, so only their elements' alignment is sure.
 BOUNDARY = frozenset({"src", *PARAMETERS, "residual", "dst"})
 
 _MFD_CLOEXEC = 1
-_ALLOCATOR = "tirx.TVMBackendAllocWorkspace"
+_ALLOCATOR = "TVMBackendAllocWorkspace"
 
 
 #: Bindings of a module up to which TVM looks for common subexpressions. Its time grows with their square, to half a
@@ -114,7 +115,8 @@ def compile_object(lowered: Lowered, path: Path) -> Workspace:
     """
     try:
         host = _host_module(lowered)
-        code, workspace = _object(_codegen(host, _llvm(lowered))), _workspace(host)
+        code = _object(_codegen(host, _llvm(lowered)))
+        workspace = _workspace(host, code)
     except Exception as error:  # as in lower
         raise BuildError(f"{lowered.spec.descriptor}: {lowered.candidate} does not compile: {error}") from error
     path.write_bytes(code)
@@ -151,7 +153,8 @@ def compile_function(module: Any, target: Target, aligned: Iterable[str]) -> tup
         config = _tvm_target(json.loads(target.tvm_config))
         functions, bindings = _aligned(module, dict.fromkeys(aligned, BYTES["f32"]))
         host = _lowered_builtins(functions, bindings, config)
-        return _object(_codegen(host, config)), _workspace(host)
+        code = _object(_codegen(host, config))
+        return code, _workspace(host, code)
     except Exception as error:  # as in lower
         raise BuildError(f"a pass does not compile: {error}") from error
 
@@ -270,56 +273,55 @@ def _aligned(module: Any, alignments: Mapping[str, int]) -> tuple[Any, int]:
     ``te.create_prim_func`` promises 64 bytes for every argument and has no option for it, and TIR
     has no mutator in Python, so the serialised form is edited.
     """
-    import tvm
-    from tvm_ffi.serialization import from_json_graph_str  # tvm.ir.load_json first walks the graph for old versions
-
-    graph = json.loads(tvm.ir.save_json(module))
-    nodes = graph["nodes"]
-    for node in nodes:
-        if node["type"] != "ir.Var" or (name := nodes[node["data"]["name"]]["data"]) not in alignments:
-            continue
-        buffer = nodes[node["data"]["ty"]]
-        if buffer["type"] == "tirx.BufferType":
-            buffer["data"]["data_alignment"] = alignments[name]
-    bindings = sum(node["type"] == "tirx.Bind" for node in nodes)
-    return from_json_graph_str(json.dumps(graph)), bindings
+    saved = Saved(module)
+    names = {number: name for name in alignments for number in saved.having(f'"data":"{name}"')}
+    for number in list(saved.of_type("ir.Var")):
+        data = saved[number]["data"]
+        buffer = saved[data["ty"]] if data["name"] in names else None
+        if buffer is not None and buffer["type"] == "tirx.BufferType":
+            buffer["data"]["data_alignment"] = alignments[names[data["name"]]]
+            saved[data["ty"]] = buffer
+    return saved.module(), sum(1 for _ in saved.of_type("tirx.Bind"))
 
 
-def _workspace(module: Any) -> Workspace:
-    """Sum the allocations of lowered TIR, outside and inside parallel loops (an upper bound of both)."""
-    import tvm
+def _workspace(module: Any, code: bytes) -> Workspace:
+    """Sum the allocations of lowered TIR, outside and inside parallel loops (an upper bound of both).
 
-    text = tvm.ir.save_json(module)
-    if _ALLOCATOR not in text:
+    Args:
+        code: its object file, which has the allocator's name where it is called: in most it is not.
+    """
+    if _ALLOCATOR.encode() not in code:
         return Workspace(0, 0)
-    nodes = json.loads(text)["nodes"]
-    allocators = {i for i, node in enumerate(nodes) if node.get("data") == _ALLOCATOR}
+    nodes = Saved(module)
+    calls = [call for op in nodes.having(f'"data":"tirx.{_ALLOCATOR}"') for call in nodes.of_type("ir.Call", f'"op":{op},')]
+    sizes = {call: _allocated(nodes, call) for call in calls}
 
-    def children(node: dict[str, Any]) -> Iterable[int]:
-        data = node.get("data")
-        if node["type"] in ("ffi.Array", "ffi.Map"):
-            return (v for v in data or () if isinstance(v, int))
-        if isinstance(data, dict):
-            return (v for k, v in data.items() if isinstance(v, int) and k not in ("kind", "span", "data_alignment"))
-        return ()
-
-    def allocated(roots: Iterable[int]) -> int:
-        """Bytes allocated by the calls reachable from ``roots``, each counted once."""
-        seen, todo, total = set[int](), list(roots), 0
+    def within(root: int) -> int:
+        """Bytes allocated by the calls reachable from a node, each counted once."""
+        seen, todo = set[int](), [root]
         while todo:
-            index = todo.pop()
-            if index in seen or not 0 <= index < len(nodes):
-                continue
-            seen.add(index)
-            node = nodes[index]
-            if node["type"] == "ir.Call" and node["data"]["op"] in allocators:
-                size = nodes[nodes[nodes[node["data"]["args"]]["data"][2]]["data"]["value"]]
-                total += -(-int(size["data"]) // 64) * 64
-            todo.extend(children(node))
-        return total
+            number = todo.pop()
+            if number not in seen and 0 <= number < len(nodes):
+                seen.add(number)
+                todo.extend(_children(nodes[number]))
+        return sum(sizes[number] for number in seen & sizes.keys())
 
-    calls = [i for i, node in enumerate(nodes) if node["type"] == "ir.Call" and node["data"]["op"] in allocators]
-    bodies = [n["data"]["body"] for n in nodes if n["type"] == "tirx.For" and n["data"]["kind"] == 1]
+    loops = [nodes[number]["data"] for number in nodes.of_type("tirx.For")]
     # Parallel loops follow one another and free what they take: the largest counts.
-    tasks = [allocated([body]) for body in bodies]
-    return Workspace(main=max(0, allocated(calls) - sum(tasks)), task=max(tasks, default=0))
+    tasks = [within(loop["body"]) for loop in loops if loop["kind"] == 1]
+    return Workspace(main=max(0, sum(sizes.values()) - sum(tasks)), task=max(tasks, default=0))
+
+
+def _allocated(nodes: Saved, call: int) -> int:
+    """Bytes that a call of the allocator gives."""
+    size = nodes[nodes[nodes[nodes[call]["data"]["args"]]["data"][2]]["data"]["value"]]
+    return -(-int(size["data"]) // 64) * 64
+
+
+def _children(node: dict[str, Any]) -> Iterable[int]:
+    data = node.get("data")
+    if node["type"] in ("ffi.Array", "ffi.Map"):
+        return (v for v in data or () if isinstance(v, int))
+    if isinstance(data, dict):
+        return (v for k, v in data.items() if isinstance(v, int) and k not in ("kind", "span", "data_alignment"))
+    return ()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ..cpu.model import core_of
@@ -228,41 +229,57 @@ def _key(function: Function, target: Target) -> bytes:
 def _compile_missing(
     functions: Sequence[Function], target: Target, progress: Callable[[int], None], processes: int
 ) -> dict[Function, Compiled]:
-    told, lock = [0], threading.Lock()
+    """All of them, compiled by this process and as many others as are worth while, each one function after another."""
+    made, lock = dict[Function, Compiled](), threading.Lock()
+    # The costly ones first, so that none is left over at the end.
+    waiting = deque(sorted(functions, key=lambda function: not isinstance(function, Product)))
 
-    def done(made: Compiled) -> Compiled:
-        with lock:
-            told[0] += 1
-            progress(told[0])
-        return made
+    def compile_all(compile_next: Callable[[Function, Target], Compiled]) -> None:
+        while True:
+            try:
+                function = waiting.popleft()
+            except IndexError:
+                return
+            compiled = compile_next(function, target)
+            with lock:
+                made[function] = compiled
+                progress(len(made))
 
-    workers = min(processes, -(-len(functions) // _FEW))
-    if workers < 2:
-        return {function: done(compile_one(function, target)) for function in functions}
-    threads = threading.local()
-    started: list[Worker] = []
-
-    def start() -> None:
-        threads.worker = Worker()
-        started.append(threads.worker)
-
-    def run(function: Function) -> Compiled:
+    def compile_elsewhere() -> None:
+        worker = Worker()
         try:
-            made: Compiled = threads.worker.call(compile_one, function, target)
-        except JobError as error:
-            raise BuildError(f"a function does not compile: {error}") from error
-        except ChildProcessError as error:
-            raise BuildError(f"the process that compiles ended: {error}") from error
-        return done(made)
-
-    try:
-        # The costly ones first, so that none is left over at the end.
-        order = sorted(functions, key=lambda function: not isinstance(function, Product))
-        with ThreadPoolExecutor(workers, initializer=start) as executor:
-            return dict(zip(order, executor.map(run, order), strict=True))
-    finally:
-        for worker in started:
+            compile_all(partial(_compile_in, worker))
+        finally:
             worker.stop()
+
+    others = min(processes, -(-len(functions) // _FEW)) - 1
+    if others < 1:
+        compile_all(compile_one)
+        return made
+    with ThreadPoolExecutor(others) as executor:
+        running = [executor.submit(compile_elsewhere) for _ in range(others)]
+        try:
+            compile_all(compile_one)
+            for one in running:
+                one.result()
+        finally:
+            waiting.clear()  # where one failed, the others end after what they are at
+    return made
+
+
+def _compile_in(worker: Worker, function: Function, target: Target) -> Compiled:
+    """A function's code, compiled by another process.
+
+    Raises:
+        BuildError: TVM or LLVM failed; or the process ended.
+    """
+    try:
+        compiled: Compiled = worker.call(compile_one, function, target)
+    except JobError as error:
+        raise BuildError(f"a function does not compile: {error}") from error
+    except ChildProcessError as error:
+        raise BuildError(f"the process that compiles ended: {error}") from error
+    return compiled
 
 
 def _call(plan: Plan, step: Step, number: int, packed: Sequence[TensorInfo], begin: int, constants: int) -> Call:

@@ -11,7 +11,7 @@ from ..errors import ExportError, UnsupportedError
 from ..folders import TemporaryFolder
 from ..hardware.target import Target, check_native
 from ..kernel.arrays import Array
-from ..kernel.names import check_export_name
+from ..kernel.names import check_export_name, free_name
 from ..lowering.candidates import default_candidate
 from ..lowering.versions import versions
 from ..records.opening import Records
@@ -288,7 +288,7 @@ def plan_model(
         raise UnsupportedError(
             f"dims: expected the same inputs and outputs at every size, found others at {wrong[0].dims}"
         )
-    name = check_export_name(name or graphs[0].name)  # before the minutes that compiling may take
+    name = check_export_name(name) if name else free_name(graphs[0].name)  # before the minutes that compiling may take
     plans = []
     for graph in graphs:
         graph.name = name

@@ -12,8 +12,9 @@ from naive import compile_naive
 
 from convgen.errors import BuildError, ExportError
 from convgen.kernel.export import example_text, header_text, write_library
-from convgen.kernel.names import check_export_name
+from convgen.kernel.names import check_export_name, free_name
 from convgen.lowering.entry import entry_source
+from convgen.network.reading import identifier
 from convgen.problem.spec import ConvSpec
 
 SPEC = ConvSpec.parse("conv1d n1 ic4 oc6 i20 k3 p1 relu")
@@ -85,6 +86,13 @@ def test_an_export_that_was_installed_can_be_replaced(tmp_path: Path, monkeypatc
     (folder / "conv_3x3.h").unlink()
     with pytest.raises(ExportError, match=r"libconv_3x3\.so is a library"):
         check_export_name("conv_3x3")
+
+
+@pytest.mark.parametrize("text", [*TAKEN, "g", "main_graph", "torch-jit-export", "1x1", "", "Größe", "x" * 300])
+def test_a_model_of_any_name_has_a_library_that_may_be_called_so(text: str) -> None:
+    name = free_name(identifier(text))
+    assert check_export_name(name) == name
+    assert identifier(text) in name
 
 
 def test_what_is_harmless_is_accepted() -> None:
