@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -385,7 +385,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
     met = sum(0 <= z * stride - begin + k * dilation < g.planes_in for z in range(g.planes) for k in range(taps))
     made = g.planes_in if by_channels else min(g.planes_in, g.window) * g.plane_blocks.count
     work = [
-        replace(part, times=part.times * share * spec.n * spec.groups * times)
+        part.with_times(part.times * share * spec.n * spec.groups * times)
         for parts, times in (
             (_of_products(target, g, picks, met), 1),
             (_of_input(g), made),
@@ -411,7 +411,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
         return [Counts(work, streams, 2)]
     # A group's weights come from memory while its first block is worked on, and then from where they stay.
     new = min(own, ceildiv(spec.groups, target.cores))
-    first, rest = ([replace(part, times=part.times * n / own) for part in work] for n in (new, own - new))
+    first, rest = ([part.with_times(part.times * n / own) for part in work] for n in (new, own - new))
     again = Stream((own - new) * weights, ahead=True, footprint=weights)
     return [
         Counts(first, [*streams, Stream(new * weights, weights=True, ahead=True)]),

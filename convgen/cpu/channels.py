@@ -16,7 +16,7 @@ from ..deferred import te, tirx
 from ..errors import Inapplicable
 from ..hardware.target import Target
 from ..lowering.compute import INTEGER, Expr, Operands, ceildiv, copied, unflat
-from ..lowering.schedule import Picks, Program, Written, busiest, require
+from ..lowering.schedule import Picks, Program, Space, Written, busiest, require
 from ..problem.spec import ConvSpec
 from .geometry import Geometry, geometry_of
 from .model import Counts, Stream, Work, core_of
@@ -101,21 +101,18 @@ def tiles_of(g: Geometry, picks: Picks, lanes: int) -> Iterator[Alike]:
 def _default(schedule: ChannelsInLanes, spec: ConvSpec, target: Target) -> Picks:
     """The fastest tile; with it, the fastest cut into tasks."""
     space, core = schedule.space(spec, target), core_of(target)
-    domains = space.domains
 
     def speed(picks: Picks) -> tuple[float, int]:
         work = schedule.work(spec, target, picks)
         return core.cycles(Counts(work)), picks.tile_oc // target.lanes + picks.tile_oh * picks.tile_ow
 
     base = min(schedule.tiles(spec, target), key=speed)
-    cut = [n for n in ("order", "block", "parallel_oc") if n in domains]
     points = [
-        (variant.replace(**dict(zip(cut, values, strict=True))), work)
+        (picks, work)
         for variant in schedule.variants(spec, base)
         for work in [schedule.work(spec, target, variant)]
-        for values in itertools.product(*(domains[n] for n in cut))
+        for picks in _cuts(schedule, spec, target, variant, space)
     ]
-    points = [(picks, work) for picks, work in points if picks in space and _is_valid(schedule, spec, target, picks)]
 
     def penalty(point: tuple[Picks, list[Work]]) -> tuple[float, int, int]:
         picks, work = point
@@ -124,12 +121,26 @@ def _default(schedule: ChannelsInLanes, spec: ConvSpec, target: Target) -> Picks
     return min(points, key=penalty)[0]
 
 
-def _is_valid(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, picks: Picks) -> bool:
+def _cuts(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, tile: Picks, space: Space) -> Iterator[Picks]:
+    """A tile with every cut into tasks that is valid with it: whether a cut is depends on each of its numbers alone."""
+    names = [name for name in ("order", "block", "parallel_oc") if name in space.domains]
+    values = [
+        [
+            value
+            for value in space.domains[name]
+            if _is_valid(schedule, spec, target, tile.replace(**{name: value}), space)
+        ]
+        for name in names
+    ]
+    return (tile.replace(**dict(zip(names, chosen, strict=True))) for chosen in itertools.product(*values))
+
+
+def _is_valid(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, picks: Picks, space: Space) -> bool:
     try:
         schedule.valid(spec, target, picks)
     except Inapplicable:
         return False
-    return True
+    return picks in space
 
 
 def _counts(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, picks: Picks, work: Sequence[Work]) -> Counts:

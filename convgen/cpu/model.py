@@ -246,6 +246,7 @@ _TILES: dict[str, tuple[float, float, float]] = {"sapphirerapids": (16, 8, 16)}
 _ASSUMED = {512: "skylake-avx512", 256: "haswell", 128: "cortex-a72"}
 
 
+@lru_cache(maxsize=64)
 def core_of(target: Target, lanes: int = 0) -> Core:
     """The core that a CPU target's kernels run on: a known one, this machine's as measured once, or for another
     processor a known one with the same vectors.

@@ -48,7 +48,7 @@ def check_export_name(name: object) -> str:
 
 
 def free_name(name: str) -> str:
-    """A C identifier that a library may be called by: ``name``, or where something else has that, ``model_name_network``.
+    """A name that a library may have: a C identifier itself, or where something else has it, ``model_<name>_network``.
 
     Raises:
         BuildError, ExportError: as of :func:`check_export_name`, of both.

@@ -293,8 +293,10 @@ def _workspace(module: Any, code: bytes) -> Workspace:
     if _ALLOCATOR.encode() not in code:
         return Workspace(0, 0)
     nodes = Saved(module)
-    calls = [call for op in nodes.having(f'"data":"tirx.{_ALLOCATOR}"') for call in nodes.of_type("ir.Call", f'"op":{op},')]
-    sizes = {call: _allocated(nodes, call) for call in calls}
+    allocators = nodes.having(f'"data":"tirx.{_ALLOCATOR}"')
+    sizes = {
+        call: _allocated(nodes, call) for number in allocators for call in nodes.of_type("ir.Call", f'"op":{number},')
+    }
 
     def within(root: int) -> int:
         """Bytes allocated by the calls reachable from a node, each counted once."""

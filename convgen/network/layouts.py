@@ -6,6 +6,7 @@ several starts, one tensor, or one set of tensors that are better alike, at a ti
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -56,11 +57,6 @@ _MOST_KNOWN = 4096
 _known: dict[tuple[ConvSpec, Target], tuple[float, Candidate]] = {}
 
 
-def _key(spec: ConvSpec, target: Target) -> bytes:
-    """What a prediction depends on."""
-    return key_of("predicted", spec, core_of(target), target)
-
-
 def _to_bytes(seconds: float, candidate: Candidate) -> bytes:
     return json.dumps([seconds, candidate.schedule.id, dict(candidate.picks)]).encode()
 
@@ -76,6 +72,12 @@ class Costs:
     def __init__(self, target: Target) -> None:
         self.target = target
         self._new: dict[ConvSpec, tuple[float, Candidate]] = {}
+
+    def recall(self, specs: Iterable[ConvSpec]) -> None:
+        """Look up together what other processes have predicted for specs."""
+        keys = {self._key(spec): spec for spec in specs if (spec, self.target) not in _known}
+        for key, data in kept().find(list(keys)).items():
+            self._know(keys[key], _from_bytes(data))
 
     @cached_property
     def blocked(self) -> str:
@@ -93,20 +95,27 @@ class Costs:
         """The predicted seconds and the candidate of a spec in its layouts."""
         known = _known.get((spec, self.target))
         if known is None:
-            key = _key(spec, self.target)
-            if (found := kept().find([key])) and key in found:
-                known = _from_bytes(found[key])
-            else:
-                known = self._new[spec] = predicted(spec, self.target)
-            if len(_known) >= _MOST_KNOWN:
-                _known.clear()
-            _known[spec, self.target] = known
+            known = self._new[spec] = predicted(spec, self.target)
+            self._know(spec, known)
         return known
+
+    def _know(self, spec: ConvSpec, known: tuple[float, Candidate]) -> None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[spec, self.target] = known
 
     def keep(self) -> None:
         """Let other processes know what was predicted here."""
         new, self._new = self._new, {}
-        kept().add({_key(spec, self.target): _to_bytes(*found) for spec, found in new.items()})
+        kept().add({self._key(spec): _to_bytes(*found) for spec, found in new.items()})
+
+    @cached_property
+    def _machine(self) -> bytes:
+        return key_of(core_of(self.target), self.target)
+
+    def _key(self, spec: ConvSpec) -> bytes:
+        """What a prediction depends on."""
+        return key_of("predicted", spec, self._machine)
 
     def copy(self, size: int, ordered: bool = True, times: int = 1) -> float:
         """Seconds to read and write so many bytes, so many times: in one order, or from scattered places."""
@@ -130,6 +139,16 @@ class LayoutSearch:
             for name in {*node.inputs, node.output}:
                 self.around[name].append(number)
         self._node_costs: dict[tuple[int, tuple[str, ...]], float] = {}
+        self._laid: dict[tuple[ConvSpec, str, str], ConvSpec] = {}
+        specs = {node.spec: node for node in graph.convolutions}
+        costs.recall(self.laid(spec, *pair) for spec, node in specs.items() for pair in self._every_pair(node))
+
+    def laid(self, spec: ConvSpec, src: str, dst: str) -> ConvSpec:
+        """A spec with layouts."""
+        key = spec, src, dst
+        if key not in self._laid:
+            self._laid[key] = spec.with_(layout=src, dst_layout=dst)
+        return self._laid[key]
 
     def best(self) -> dict[str, str]:
         """A layout for every tensor."""
@@ -200,7 +219,7 @@ class LayoutSearch:
         return min(options, key=lambda option: option[1])
 
     def _option(self, node: Convolution, layouts: Mapping[str, str], src: str, dst: str) -> tuple[Choice, float]:
-        seconds, candidate = self.costs.convolution(node.spec.with_(layout=src, dst_layout=dst))
+        seconds, candidate = self.costs.convolution(self.laid(node.spec, src, dst))
         if not node.rows:  # whose tensors are as they are
             seconds += self._converted(node.inputs[0], layouts, src)
             seconds += sum(self._converted(name, layouts, dst) for name in (*node.inputs[1:], node.output))
@@ -208,14 +227,17 @@ class LayoutSearch:
 
     def _pairs(self, node: Convolution, layouts: Mapping[str, str]) -> Iterable[tuple[str, str]]:
         """The layouts of src and dst that are tried: those that the tensors have, and every one for both."""
+        every = self._every_pair(node)
+        own = (layouts[node.inputs[0]], layouts[node.output])
+        return dict.fromkeys([own, *(pair for pair in every if pair[0] == pair[1])]) if own in every else every
+
+    def _every_pair(self, node: Convolution) -> list[tuple[str, str]]:
+        """The layouts that src and dst may have."""
         spec = node.spec
         if node.rows and spec.in_spatial != (1,):
             return [("nhwc", "nhwc")]
         sources = self.costs.layouts((spec.n, spec.ic, *spec.in_spatial))
-        targets = self.costs.layouts((spec.n, spec.oc, *spec.out_spatial))
-        own = (layouts[node.inputs[0]], layouts[node.output])
-        alike = [(layout, layout) for layout in sources if layout in targets]
-        return dict.fromkeys([own, *alike])
+        return list(itertools.product(sources, self.costs.layouts((spec.n, spec.oc, *spec.out_spatial))))
 
     def _converted(self, name: str, layouts: Mapping[str, str], wanted: str) -> float:
         shape = self.graph.shapes[name]

@@ -351,7 +351,7 @@ class ConvSpec:
         """The tensors that are bound once, of :data:`PARAMETERS`."""
         return [name for name in PARAMETERS if name in self.shapes]
 
-    @property
+    @cached_property
     def activation_op(self) -> Activation:
         return Activation.parse(self.activation)
 

@@ -106,11 +106,13 @@ def test_an_unknown_processor_of_this_machine_is_measured(monkeypatch: pytest.Mo
     for factor in (1.0, 1.01):
         model._known.cache_clear()
         model._measured.cache_clear()
+        core_of.cache_clear()
         scaled = replace(found, peak=300e9 * factor, dram=40e9 * factor)
         monkeypatch.setattr(model, "measured", lambda threads, scaled=scaled: scaled)
         cores.append(core_of(native))
     model._known.cache_clear()
     model._measured.cache_clear()
+    core_of.cache_clear()
     assert cores[0] == cores[1]
     assert cores[0].origin.startswith("measured")
     peak = cores[0].hertz * cores[0].fmas * 2 * native.lanes
