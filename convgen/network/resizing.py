@@ -14,9 +14,14 @@ F32 = npt.NDArray[np.float32]
 _ROUND: dict[str, Any] = {
     "floor": np.floor,
     "ceil": np.ceil,
-    "round_prefer_floor": lambda x: np.where(x - np.floor(x) == 0.5, np.floor(x), np.rint(x)),
-    "round_prefer_ceil": lambda x: np.where(x - np.floor(x) == 0.5, np.ceil(x), np.rint(x)),
+    "round_prefer_floor": lambda x: np.where(_is_half(x), np.floor(x), np.rint(x)),
+    "round_prefer_ceil": lambda x: np.where(_is_half(x), np.ceil(x), np.rint(x)),
 }
+
+
+def _is_half(x: F32) -> npt.NDArray[np.bool_]:
+    """Whether places lie in the middle between two, but for what ONNX Runtime takes for their rounding."""
+    return np.asarray(np.abs(x - np.floor(x) - np.float32(0.5)) < np.float32(1e-6))
 
 
 def resize_tables(

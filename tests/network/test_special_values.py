@@ -130,3 +130,14 @@ def test_resized_edges() -> None:
     x = np.random.default_rng(0).choice(np.array([1, 2, NAN, INF], np.float32), (1, 2, 6, 5))
     constants = {"none": np.zeros(0, np.float32), "scales": np.array([1, 1, 2, 3], np.float32)}
     check([node("Resize", ["x", "none", "scales"], mode="linear")], {"x": x}, constants)
+
+
+@pytest.mark.parametrize("mode", ["round_prefer_ceil", "round_prefer_floor"])
+def test_halves_that_are_rounded_are_halves(mode: str) -> None:
+    """7 to 2: the second place is 1 / (2 / 7), in f32 a little less than 3.5."""
+    how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": mode}
+    sizes = {f"{size} to {length}": np.array([1, 1, length]) for size, length in ((7, 2), (13, 14), (23, 14), (10, 12))}
+    for name, array in sizes.items():
+        x = np.arange(float(name.split()[0]), dtype=np.float32).reshape(1, 1, -1)
+        none = np.zeros(0, np.float32)
+        check([node("Resize", ["x", "none", "none", "sizes"], **how)], {"x": x}, {"none": none, "sizes": array})

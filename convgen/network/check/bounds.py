@@ -76,9 +76,10 @@ def measure(
     known = {name: Measured(np.asarray(array, np.float64), np.zeros(array.shape)) for name, array in inputs.items()}
     for name, array in graph.constants.items():
         value = np.asarray(array, np.float64)
-        # One that was folded is computed elsewhere by what may round otherwise.
+        # One that was folded is computed elsewhere by what may round otherwise; its terms may have been larger than it.
         is_rounded = name in graph.folded and np.issubdtype(array.dtype, np.floating)
-        known[name] = Measured(value, _few(value) if is_rounded else np.zeros(array.shape))
+        largest = np.full(array.shape, np.abs(value).max(initial=0.0))
+        known[name] = Measured(value, _few(largest) if is_rounded else np.zeros(array.shape))
     if accuracy == NARROW:
         known |= {name: _stored(known[name]) for name in inputs}
     with np.errstate(all="ignore"):
