@@ -30,8 +30,8 @@ from convgen.formats.entries import SpecEntry
 from convgen.formats.onnx.reader import instances_from_onnx
 from convgen.formats.sources import write_text
 from convgen.hardware.machine import machine
-from convgen.hardware.target import Target, resolve
-from convgen.kernel.kernel import Kernel, check_threads, compile_candidate
+from convgen.hardware.target import Target, check_threads, resolve
+from convgen.kernel.kernel import Kernel, compile_candidate
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.schedule import Candidate
 from convgen.measure.busy import busy_warning

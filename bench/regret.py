@@ -40,8 +40,8 @@ from convgen.folders import TemporaryFolder
 from convgen.formats.onnx.reader import instances_from_onnx
 from convgen.formats.sources import read_specs, write_text
 from convgen.hardware.machine import machine, pinned
-from convgen.hardware.target import Target, resolve
-from convgen.kernel.kernel import check_threads, compile_candidate
+from convgen.hardware.target import Target, check_threads, resolve
+from convgen.kernel.kernel import compile_candidate
 from convgen.kernel.library import Library
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.discover import schedules_of

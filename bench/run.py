@@ -32,8 +32,8 @@ from convgen.errors import ConvgenError, SpecError
 from convgen.formats.entries import SpecEntry
 from convgen.formats.sources import read_specs, write_text
 from convgen.hardware.machine import machine
-from convgen.hardware.target import resolve
-from convgen.kernel.kernel import check_threads, compile_candidate
+from convgen.hardware.target import check_threads, resolve
+from convgen.kernel.kernel import compile_candidate
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.versions import versions
 from convgen.measure.busy import busy_warning

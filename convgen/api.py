@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 from .errors import SpecError
 from .hardware.machine import check_memory
-from .hardware.target import Target, resolve
-from .kernel.kernel import Kernel, check_threads, compile_candidate
+from .hardware.target import Target, check_threads, resolve
+from .kernel.kernel import Kernel, compile_candidate
 from .problem.spec import ConvSpec
 from .records.answer import Answer, choose, find_record
 from .records.opening import Records, open_store

@@ -1,7 +1,7 @@
-"""TVM, imported when something of it is first used, and without PyTorch in processes of convgen's own.
+"""TVM and NumPy, imported when something of them is first used, and without PyTorch in processes of convgen's own.
 
 Schedules answer most questions (whether they apply, their picks, what they cost) without TVM, whose import takes a
-second: modules that only sometimes need it say ``from ..deferred import te, tirx``.
+second, and without NumPy: modules that only sometimes need them say ``from ..deferred import np, te, tirx``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import tvm as tvm
     from tvm import te as te
     from tvm import tirx as tirx
@@ -31,7 +32,7 @@ class _Deferred(ModuleType):
 
 
 if not TYPE_CHECKING:
-    tvm, te, tirx = map(_Deferred, ("tvm", "tvm.te", "tvm.tirx"))
+    np, tvm, te, tirx = map(_Deferred, ("numpy", "tvm", "tvm.te", "tvm.tirx"))
 
 
 # ---- without PyTorch --------------------------------------------------------------------------

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from convgen.deferred import np
 from convgen.lowering.schedule import Array, Magnitudes, Picks, require
 
 from .cuda_gemm import CudaGemm

@@ -1,7 +1,7 @@
 """The command line: it parses, calls the core and prints.
 
 Nothing heavy is imported before the arguments are known to be right, so that ``--help`` and wrong
-ones answer at once: TVM, ONNX, NumPy and rich are imported inside the commands.
+ones answer at once: a command's module is imported for that command alone, and TVM, ONNX, NumPy and rich inside it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections import UserDict
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 
 import click
 
 from ..deferred import keep_torch_out
 from ..errors import ConvgenError, ExportError, FolderError, Inapplicable, RecordError, SpecError, UnsupportedError
-from . import bench, convert, fleet, fuzz, generate, network, records, report, show, topic, tune
 from .common import FAILED, INTERRUPTED, SPEC_HELP, TROUBLE, WRONG, Choice, note, say
 
 _STATUS = """\
@@ -30,8 +31,48 @@ Exit status:
 """
 
 
+#: Each command's module in this folder, and its name there.
+_COMMANDS = {
+    "build": "generate.build",
+    "compile": "network.compile_model",
+    "tune": "tune.tune",
+    "validate": "generate.validate",
+    "fuzz": "fuzz.fuzz",
+    "bench": "bench.bench",
+    "show": "show.show",
+    "convert": "convert.convert",
+    "records": "records.records",
+    "report": "report.report",
+    "fleet": "fleet.fleet",
+    "targets": "show.targets",
+    "schedules": "show.schedules",
+    "help": "topic.show_help",
+}
+
+
+class _Commands(UserDict[str, click.Command]):
+    """Commands by name, each imported when it is first asked for."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.data or name in _COMMANDS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*_COMMANDS, *self.data.keys() - _COMMANDS.keys()])
+
+    def __len__(self) -> int:
+        return len(_COMMANDS.keys() | self.data.keys())
+
+    def __missing__(self, name: str) -> click.Command:
+        module, _, attribute = _COMMANDS[name].partition(".")
+        command: click.Command = getattr(import_module(f".{module}", __name__), attribute)
+        self.data[name] = command
+        return command
+
+
 @click.group(
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=f"{_STATUS}\n{SPEC_HELP}"
+    commands=_Commands(),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=f"{_STATUS}\n{SPEC_HELP}",
 )
 @click.version_option(package_name="convgen", message="convgen %(version)s")
 def cli() -> None:
@@ -39,25 +80,6 @@ def cli() -> None:
 
     Each command takes a SPEC, a FILE of layers (TOML, YAML, JSON, text) or a MODEL.onnx.
     """
-
-
-for command in (
-    generate.build,
-    network.compile_model,
-    tune.tune,
-    generate.validate,
-    fuzz.fuzz,
-    bench.bench,
-    show.show,
-    convert.convert,
-    records.records,
-    report.report,
-    fleet.fleet,
-    show.targets,
-    show.schedules,
-    topic.show_help,
-):
-    cli.add_command(command)
 
 
 @cli.command()

@@ -166,8 +166,8 @@ def working(
     seconds: float | None = None,
 ) -> Iterator[Work]:
     """The work on some layers. An interrupt ends the block and is noted in ``Work.interrupted``."""
-    from ..hardware.target import resolve
-    from ..kernel.kernel import check_threads, kernel_type
+    from ..hardware.target import check_threads, resolve
+    from ..kernel.kernel import kernel_type
     from ..records.opening import open_store
     from ..tuning.tuner import Tuner
 

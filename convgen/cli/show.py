@@ -163,8 +163,7 @@ def _names(names: list[str]) -> str:
 
 
 def _print_layer(entry: SpecEntry, target: str, threads: int | None, as_json: bool) -> None:
-    from ..hardware.target import resolve
-    from ..kernel.kernel import check_threads
+    from ..hardware.target import check_threads, resolve
 
     spec, resolved = entry.spec, resolve(target)
     count = check_threads(threads, resolved)

@@ -34,8 +34,7 @@ def whole_bench(
 ) -> Bench:
     """What the options say is measured of each model; ``strips`` as :func:`convgen.compile` takes them."""
     from ..api import compile as compile_network
-    from ..hardware.target import resolve
-    from ..kernel.kernel import check_threads
+    from ..hardware.target import check_threads, resolve
     from ..report.whole import Bench
 
     chosen, resolved = whole_accuracy(accuracy), resolve(target)

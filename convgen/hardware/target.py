@@ -15,7 +15,7 @@ import platform
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from ..errors import UnsupportedError
+from ..errors import SpecError, UnsupportedError
 from ..problem.dtypes import ACCUMULATOR, BYTES
 from .discover import target_families
 from .machine import Machine
@@ -191,3 +191,15 @@ def check_native(target: Target) -> None:
         if not target.on_device:
             found = f"one that needs {target.missing(this_machine())}"
         raise UnsupportedError(f"{target}: expected a target that runs on this machine, found {found}")
+
+
+def check_threads(threads: int | None, target: Target) -> int:
+    """How many threads a kernel has: all cores where none are asked for; on a GPU one, as its launches say how many of
+    the device's run.
+
+    Raises:
+        SpecError: the number is not between 1 and 1024.
+    """
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
+        raise SpecError("threads", "an integer between 1 and 1024", repr(threads))
+    return 1 if target.on_device else target.cores if threads is None else threads

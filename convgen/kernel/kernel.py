@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import SpecError, UnsupportedError
+from ..errors import UnsupportedError
 from ..folders import TemporaryFolder
 from ..hardware.target import Target, check_native
 from ..lowering.interface import DeviceCode, Interface
@@ -116,11 +116,6 @@ class Kernel(BaseLibrary):
 
     @classmethod
     @abstractmethod
-    def threads_for(cls, threads: int | None, target: Target) -> int:
-        """How many threads a kernel has where ``threads`` are asked for, or no number (None)."""
-
-    @classmethod
-    @abstractmethod
     def device_code(cls, lowered: Lowered) -> DeviceCode | None:
         """The part of a candidate's code that runs on a GPU; None where it has none."""
 
@@ -168,10 +163,6 @@ class CpuKernel(Kernel, Library):
         check_native(target)
 
     @classmethod
-    def threads_for(cls, threads: int | None, target: Target) -> int:
-        return target.cores if threads is None else threads
-
-    @classmethod
     def device_code(cls, lowered: Lowered) -> None:
         return None
 
@@ -211,11 +202,6 @@ class CudaKernel(Kernel, CudaLibrary):
     @classmethod
     def check(cls, target: Target) -> None:
         """Nothing to check: any machine loads such kernels."""
-
-    @classmethod
-    def threads_for(cls, threads: int | None, target: Target) -> int:
-        """One: how many of the device's threads run is fixed in the kernel's launches."""
-        return 1
 
     @classmethod
     def device_code(cls, lowered: Lowered) -> DeviceCode:
@@ -303,14 +289,3 @@ def compile_lowered(
         device=device,
     )
     return interface, object_file, link(interface, object_file, directory / f"lib{interface.name}.so")
-
-
-def check_threads(threads: int | None, target: Target) -> int:
-    """The thread count: all cores where none is given, 1 on a GPU whatever is given.
-
-    Raises:
-        SpecError: it is not between 1 and 1024.
-    """
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
-        raise SpecError("threads", "an integer between 1 and 1024", repr(threads))
-    return kernel_type(target).threads_for(threads, target)

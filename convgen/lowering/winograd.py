@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import cache
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
+from ..deferred import np
 from ..problem.accuracy import SMALLEST_NORMAL
 from ..problem.spec import ConvSpec
 from .schedule import Array, Magnitudes
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Matrix = list[list[Fraction]]
 

@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..interrupts import Interrupts, interrupts_held
 from ..problem.spec import ConvSpec
 from ..processes import JobError, MemoryLimitError, Worker
 from ..records.outcome import INTERRUPTED, OUTCOME_KEY, Result
+from .busy import BusyWatch
 from .chain import run_chains
 from .compare import run_comparison
 from .trial import CandidateModule, Expected, build_artifact, memory_limit, run_artifact, run_duel
@@ -255,8 +257,9 @@ class LocalRunner(Runner):
         self, path: str, expected: Expected, threads: int, *, seconds: float, hopeless: float = 0.0
     ) -> Future[Result]:
         arguments = (path, str(expected.directory), threads, seconds, hopeless)
+        watch = BusyWatch()
         job = self.pool.submit(run_artifact, *arguments, memory=expected.memory)
-        return then(job, lambda answer: self._result(answer, threads))
+        return then(job, lambda answer: replace(self._result(answer, threads), busy=watch.share()))
 
     def _result(self, answer: Any, threads: int) -> Result:
         if isinstance(answer, dict) and answer.get("reference"):

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ..errors import UnsupportedError
-from ..hardware.target import Target, resolve
-from ..kernel.kernel import check_threads
+from ..hardware.target import Target, check_threads, resolve
 from ..lowering.schedule import Candidate
 from ..problem.spec import ConvSpec
 from ..records.answer import choose, find_record

@@ -17,6 +17,7 @@ class Result:
         drift: the reference kernel's time after this trial over its time after the runner's first trial:
             1.1 means that the machine has become 10 % slower. None where nothing was timed.
         device: name of the machine that measured; empty for this one.
+        busy: the share of this machine's CPUs that other programs used meanwhile; None where it is not known.
     """
 
     outcome: str
@@ -24,6 +25,7 @@ class Result:
     error: str = ""
     drift: float | None = None
     device: str = ""
+    busy: float | None = None
 
     @property
     def seconds(self) -> float | None:

@@ -161,6 +161,8 @@ def _add(setting: Setting, descriptor: str, records: list[TuningRecord], drifts:
             setting.failures.append(Failure(*trial, record.outcome, record.error, record.when))
         if (drift := _number(record, "drift")) is not None:
             drifts.append((record.when, drift))
+        if (busy := _share(record)) is not None:
+            setting.busy.add(busy)
         note = record.note or {}
         setting.jobs.update([note["job"]] if isinstance(note.get("job"), str) else [])
         setting.devices.update([note["device"]] if isinstance(note.get("device"), str) else [])
@@ -171,6 +173,7 @@ def _add(setting: Setting, descriptor: str, records: list[TuningRecord], drifts:
     if winner := preferred(current):
         layer.seconds, layer.schedule, layer.picks = winner.seconds, winner.schedule, winner.picks
         layer.compared = is_final(winner)
+        layer.busy = _share(winner)
         layer.winner_trial = places.get(winner.trial_key)
         for name in (DEFAULT, ONNXRUNTIME):
             if other := _other(winner, name):
@@ -196,6 +199,12 @@ def _other(winner: TuningRecord, name: str) -> Other | None:
     if isinstance(interval, list) and len(interval) == 3 and all(_is_positive(value) for value in interval):
         return Other(seconds, Ratio(*interval))
     return Other(seconds, Ratio(seconds / winner.seconds))
+
+
+def _share(record: TuningRecord) -> float | None:
+    """The share of the CPUs that other programs used, from 0 to 1; a note from elsewhere may hold anything."""
+    value = (record.note or {}).get("busy")
+    return float(value) if value == 0 or (_is_positive(value) and value <= 1) else None  # type: ignore[arg-type,operator]
 
 
 def _number(record: TuningRecord, name: str) -> float | None:

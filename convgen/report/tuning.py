@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..measure.busy import RELIABLE
 from ..problem.spec import ConvSpec
 from .tables import CLASSES, class_of, geometric_mean
 from .words import picks_text
@@ -114,6 +115,7 @@ class Layer:
         kept_default: whether the winner is the default: nothing was faster.
         others: what the default and the peers took.
         limit: least seconds by the roofline, and what bounds them.
+        busy: the share of the CPUs that other programs used in the comparison that the winner won.
         older: how many records of other versions were left out.
     """
 
@@ -137,6 +139,7 @@ class Layer:
     kept_default: bool = False
     others: dict[str, Other] = field(default_factory=dict)
     limit: tuple[float, str] | None = None
+    busy: float | None = None
     older: int = 0
 
     @property
@@ -185,6 +188,7 @@ class Layer:
             "limit_seconds": self.limit[0] if self.limit else None,
             "limited_by": self.limit[1] if self.limit else None,
             "of_limit": self.of_limit,
+            "busy": self.busy,
             "trials": self.trials,
             "failures": dict(self.failures),
             "cost_seconds": self.cost,
@@ -257,6 +261,26 @@ class Drift:
 
 
 @dataclass
+class Busy:
+    """How much of the CPUs other programs used while something was timed.
+
+    Attributes:
+        watched: how many measurements say it.
+        disturbed: of these, how many had others use more than :data:`~convgen.measure.busy.RELIABLE`.
+        most: the largest share.
+    """
+
+    watched: int = 0
+    disturbed: int = 0
+    most: float = 0.0
+
+    def add(self, share: float) -> None:
+        self.watched += 1
+        self.disturbed += share > RELIABLE
+        self.most = max(self.most, share)
+
+
+@dataclass
 class Setting:
     """Everything tuned for one target, on one kind of machine, with one number of threads.
 
@@ -277,6 +301,7 @@ class Setting:
     totals: list[Total] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
     drift: Drift | None = None
+    busy: Busy = field(default_factory=Busy)
     jobs: set[str] = field(default_factory=set)
     devices: Counter[str] = field(default_factory=Counter)
     first: str = ""
@@ -344,6 +369,7 @@ class Setting:
             },
             "failures": [failure.to_dict() for failure in self.failures],
             "drift": vars(self.drift) if self.drift else None,
+            "busy": vars(self.busy),
             "peak_flops": self.peak,
             "no_roofline": self.no_limit or None,
         }

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
 
+from ..measure.busy import RELIABLE
 from ..measure.standalone.words import printable
 from .markdown import Markdown, Table, code, escaped, markdown_table
 from .tuning import DEFAULT, Drift, Layer, Setting, Total, TuningReport, grouped, wins
@@ -44,6 +45,8 @@ def facts(setting: Setting) -> dict[str, str]:
         "failures": f"{failed}: {failures_text(setting.outcomes)}" if failed else "none",
         "spent on trials": spent,
     }
+    if setting.busy.watched:
+        texts["other programs"] = busy_text(setting)
     if setting.peak:
         texts["measured peak"] = f"{setting.peak / 1e9:.0f} GFLOP/s"
     if setting.devices:
@@ -51,6 +54,17 @@ def facts(setting: Setting) -> dict[str, str]:
     if setting.older:
         texts["left out"] = plural(setting.older, "record") + " of older versions of convgen, TVM or LLVM"
     return texts
+
+
+def busy_text(setting: Setting) -> str:
+    """How busy the machine was with other things, and which figures that makes doubtful."""
+    busy = setting.busy
+    measured = plural(busy.watched, "measurement")
+    if not busy.disturbed:
+        return f"used at most {busy.most:.0%} of the CPUs in {measured}"
+    said = f"used more than {RELIABLE:.0%} of the CPUs in {busy.disturbed} of {measured}, up to {busy.most:.0%}"
+    doubtful = sum((layer.busy or 0.0) > RELIABLE for layer in setting.layers)
+    return f"{said}; the figures of {doubtful} of {plural(len(setting.layers), 'layer')} are not reliable"
 
 
 def headline(total: Total) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import MeasureError
 from ..lowering.schedule import Candidate
+from ..measure.busy import BusyWatch
 from ..measure.compare import ratio_interval
 from ..measure.standalone.timing import TRIAL_SECONDS
 from ..measure.trial import candidate_module
@@ -88,11 +89,13 @@ def _compare(
     """Time libraries in turn; ONNX Runtime's samples as well where it can take part."""
     context = search.context
     pools, threads, expected = context.pools, context.threads, context.expected(search.spec)
+    watch = None if pools.runner.isolated else BusyWatch()  # a device's CPUs are not watched
     try:
         samples, peer = pools.compare([path for _, path in leaders], expected, threads, ROUNDS)
     except MeasureError:  # one of them fails now and then: it shows when each runs by itself
         return [(c, pools.run(path, expected, threads, seconds=TRIAL_SECONDS)) for c, path in leaders], None
-    return [(c, Result("ok", tuple(taken))) for (c, _), taken in zip(leaders, samples, strict=True)], peer
+    busy = None if watch is None else watch.share()
+    return [(c, Result("ok", tuple(taken), busy=busy)) for (c, _), taken in zip(leaders, samples, strict=True)], peer
 
 
 def _records(

@@ -27,7 +27,7 @@ from ..formats.entries import AccuracyRule, SpecEntry, apart_with_accuracy, merg
 from ..formats.onnx.reader import instances_from_onnx
 from ..formats.sources import is_model, is_path, read_bytes, read_specs, sizes_for
 from ..hardware.discover import target_families
-from ..hardware.target import Target
+from ..hardware.target import Target, check_threads
 from ..hardware.target import resolve as resolve_here
 from ..lowering.discover import schedule_ids
 from ..problem.spec import ConvSpec
@@ -195,8 +195,6 @@ class Job:
         for model, entries in self.layers:
             for entry in entries:
                 uses.setdefault(entry.spec, []).append(Use(model, entry.count, entry.names))
-        from ..kernel.kernel import check_threads  # loads NumPy: after the layers, so that wrong ones are told at once
-
         targets = [(resolve or resolve_here)(spelling) for spelling in self.targets]
         return [
             Problem(spec, target, check_threads(threads, target), tuple(spec_uses))

@@ -323,7 +323,8 @@ class Search:
     def record(self, candidate: Candidate, result: Result, note: dict[str, Any]) -> TuningRecord:
         """A result as a record; its note has the job, and what the runner says besides the times."""
         job = {"job": self.journal.job} if self.journal.job else {}
-        measured = {name: value for name in ("drift", "device") if (value := getattr(result, name))}
+        said = {"drift": result.drift, "device": result.device or None, "busy": result.busy}
+        measured = {name: value for name, value in said.items() if value is not None}
         return candidate_record(
             self.spec, self.context.target, self.context.threads, candidate, result, note={**job, **note, **measured}
         )

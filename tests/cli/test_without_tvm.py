@@ -1,4 +1,4 @@
-"""Commands that compile nothing load no compiler; those that do load no PyTorch with it."""
+"""Commands that compile nothing load no compiler; those that do load no PyTorch with it. Start-up is what is loaded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import stores
 from commands import SMALL, python
 
@@ -109,3 +110,42 @@ def test_pytorch_can_be_imported_after_tvm(tmp_path: Path) -> None:
     )
     done = python("-c", script)
     assert (done.stdout, done.stderr) == ("42\n", "")
+
+
+#: What takes long to import; each of these commands answers without any of it.
+HEAVY = {"numpy", "onnx", "onnxruntime", "tvm", "tvm_ffi", "torch", "rich", "jinja2", "yaml", "ml_dtypes", "psutil"}
+QUICK = (
+    ["--help"],
+    ["help", "json"],
+    ["schedules"],
+    ["targets"],
+    ["show", SMALL],
+    ["show", SMALL, "--target", "cuda:sm_90a"],
+    ["records", "list", "--records", "{store}"],
+    ["records", "show", "{id}", "--records", "{store}"],
+)
+#: Modules that a command loads, at most, Python's own included: about a millisecond each.
+MODULES = 330
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
+def test_what_answers_at_once_loads_little(arguments: list[str], tmp_path: Path) -> None:
+    (record,) = stores.some(1)
+    store = stores.fill(tmp_path / "records.sqlite", [record])
+    words = [word.format(store=store, id=record.id) for word in arguments]
+    script = f"""
+import contextlib, io, json, sys
+from convgen.cli import main
+with contextlib.redirect_stdout(io.StringIO()):
+    status = main({words!r})
+print(json.dumps([status, sorted(sys.modules)]))
+"""
+    for _ in range(2):  # the first time what LLVM and the machine say is asked and kept
+        done = python("-c", script, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")})
+        assert done.returncode == 0, done.stderr
+    status, modules = json.loads(done.stdout)
+    assert status == 0
+    assert not HEAVY & set(modules)
+    assert len(modules) <= MODULES
+    commands = {name for name in modules if name.startswith("convgen.cli.")} - {"convgen.cli.common"}
+    assert len(commands) <= 2 or arguments == ["--help"]  # a group's may be in two modules

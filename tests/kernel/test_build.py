@@ -21,8 +21,8 @@ from convgen.check.data import exact_data
 from convgen.check.validate import validate
 from convgen.errors import BuildError, Inapplicable, KernelError, RecordError, SpecError, UnsupportedError
 from convgen.hardware.machine import Machine, machine
-from convgen.hardware.target import resolve
-from convgen.kernel.kernel import check_threads, compile_candidate
+from convgen.hardware.target import check_threads, resolve
+from convgen.kernel.kernel import compile_candidate
 from convgen.lowering import candidates
 from convgen.lowering.candidates import default_candidate, parse_candidate
 from convgen.lowering.discover import schedules

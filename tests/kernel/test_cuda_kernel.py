@@ -27,10 +27,10 @@ from convgen.cli import main
 from convgen.cuda.driver import Memory, Stream, device
 from convgen.errors import KernelError, MeasureError, UnsupportedError
 from convgen.formats.entries import SpecEntry
-from convgen.hardware.target import resolve
+from convgen.hardware.target import check_threads, resolve
 from convgen.kernel.cuda_library import CudaLibrary
 from convgen.kernel.export import write_library
-from convgen.kernel.kernel import CpuKernel, CudaKernel, Kernel, check_threads, compile_candidate
+from convgen.kernel.kernel import CpuKernel, CudaKernel, Kernel, compile_candidate
 from convgen.lowering.candidates import default_candidate, parse_candidate
 from convgen.lowering.interface import DeviceCode, Launch
 from convgen.lowering.link import link

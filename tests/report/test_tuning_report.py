@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -32,7 +32,7 @@ from convgen.report.gather import Model, gather, read_rows
 from convgen.report.rows import Row
 from convgen.report.tuning import Drift, Ratio, grouped, wins
 from convgen.report.tuning_page import page
-from convgen.report.tuning_text import markdown
+from convgen.report.tuning_text import facts, markdown
 from convgen.report.words import span
 
 HERE = "AuthenticAMD-1-2-3-0123456789ab-2"
@@ -210,7 +210,9 @@ def test_records_without_notes_say_not_measured(tmp_path: Path) -> None:
     [
         {"final": True, "default_seconds": "fast", "ratio_default": [1, 2], "cost": -1, "job": 7, "device": []},
         {"final": True, "default_seconds": 2e-3, "ratio_default": [1, None, "x"], "drift": True},
-        {"final": 0, "winner": "yes", "drift": "1"},
+        {"final": 0, "winner": "yes", "drift": "1", "busy": "much"},
+        {"busy": 7.0},
+        {"busy": [0.5]},
     ],
 )
 def test_notes_of_elsewhere_may_hold_anything(tmp_path: Path, note: dict[str, Any]) -> None:
@@ -221,6 +223,28 @@ def test_notes_of_elsewhere_may_hold_anything(tmp_path: Path, note: dict[str, An
     assert all(other.ratio.low is None for other in layer.others.values())
     assert json.loads(json.dumps(found.to_dict()))
     assert page(found)
+
+
+def test_a_busy_machine_is_mentioned(tmp_path: Path) -> None:
+    """In a trial, which its neighbours make up for, and in a comparison, which decides."""
+    quiet = [trial(2e-3, tile=number, at=number, note={"busy": 0.01 * number}) for number in range(4)]
+    (setting,) = gather(filled(tmp_path / "quiet.sqlite", *quiet)).settings
+    assert facts(setting)["other programs"] == "used at most 3% of the CPUs in 4 measurements"
+
+    noisy = trial(1e-3, tile=9, at=8, note={"busy": 0.5})
+    decisive = final(9e-4, 2e-3, None, winner=True, tile=9, at=9)
+    decisive = replace(decisive, note={**(decisive.note or {}), "busy": 0.25})
+    found = gather(filled(tmp_path / "busy.sqlite", *quiet, noisy, decisive))
+    said = (
+        "used more than 5% of the CPUs in 2 of 6 measurements, up to 50%; the figures of 1 of 1 layer are not reliable"
+    )
+    assert facts(found.settings[0])["other programs"] == said
+    assert said in markdown(found)
+    assert said in page(found)
+    (plain,) = found.to_dict()["settings"]
+    assert plain["busy"] == {"watched": 6, "disturbed": 2, "most": 0.5}
+    assert plain["layers"][0]["busy"] == 0.25
+    assert "other programs" not in facts(gather(filled(tmp_path / "old.sqlite", *JOB)).settings[0])
 
 
 def test_of_several_versions_the_newest_count(tmp_path: Path) -> None:

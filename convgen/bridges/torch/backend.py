@@ -16,8 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 
 from ...errors import SpecError, meant
-from ...hardware.target import resolve
-from ...kernel.kernel import check_threads
+from ...hardware.target import check_threads, resolve
 from ...network.network import Network, compile_model
 from ...problem.tokens import ACCURACIES
 from .program import Program
