@@ -39,8 +39,8 @@ from convgen.folders import TemporaryFolder
 from convgen.formats.onnx.reader import instances_from_onnx
 from convgen.formats.sources import write_text
 from convgen.hardware.machine import machine
-from convgen.hardware.target import resolve
-from convgen.kernel.kernel import Kernel, check_threads, compile_candidate
+from convgen.hardware.target import check_threads, resolve
+from convgen.kernel.kernel import Kernel, compile_candidate
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.versions import versions
 from convgen.measure.busy import BusyWatch, busy_warning

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
-    import tvm as tvm
-    from tvm import te as te
-    from tvm import tirx as tirx
+    import tvm
+    from tvm import te, tirx
+
+__all__ = ["keep_torch_out", "np", "te", "tirx", "tvm"]
 
 
 class _Deferred(ModuleType):
