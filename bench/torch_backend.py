@@ -3,7 +3,7 @@
     python bench/torch_backend.py                             # networks of bench/networks that are PyTorch modules
     python bench/torch_backend.py --models resnet18 --threads 2
 
-For each model and thread count: a row in ``results/<processor>/torch_backend.jsonl`` the moment it is known; a row that
+For each model and thread count: a row in ``results/<processor>/torch.jsonl`` the moment it is known; a row that
 is there is not measured again unless ``--fresh``. At the end, or when interrupted, the table is written beside it.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 import sys
 import time
@@ -34,6 +35,7 @@ from convgen.bridges.torch.backend import backend
 from convgen.folders import TemporaryFolder
 from convgen.formats.sources import write_text
 from convgen.hardware.machine import machine
+from convgen.lowering.kept import VARIABLE
 from convgen.lowering.versions import versions
 from convgen.measure.busy import BusyWatch, busy_warning
 from convgen.measure.compare import REST, ratio_interval, take_turns
@@ -54,8 +56,9 @@ WAYS: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
 }
 INTRODUCTION = (
     "Milliseconds of a call, batch 1, f32, medians of turns in which all ways alternate; and seconds of the first call,"
-    " which compiles: everything anew, in one process. Inductor has its weights frozen. The ratio is the faster of"
-    " inductor and eager over convgen, with its 95 % interval: above 1 convgen is faster."
+    " which compiles: everything anew, in one process, without what earlier ones have kept on disk. Inductor has its"
+    " weights frozen. The ratio is the faster of inductor and eager over convgen, with its 95 % interval: above 1"
+    " convgen is faster."
 )
 
 
@@ -167,7 +170,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     """Measure what is missing, and write the table."""
     here = options.results / processor_slug(machine())
     here.mkdir(parents=True, exist_ok=True)
-    kept = KeyedFile(here / "torch_backend.jsonl", BackendRow)
+    kept = KeyedFile(here / "torch.jsonl", BackendRow)
     measured: list[BackendRow] = []
     try:
         with TemporaryFolder() as folder:
@@ -176,6 +179,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 for threads in options.threads:
                     if (name, threads) in kept.rows and not options.fresh:
                         continue
+                    os.environ[VARIABLE] = str(folder / f"{name}-{threads}.sqlite")  # where nothing is kept yet
                     if not measured:
                         warm_up()
                     row = measure(name, model, threads, options.rounds)
@@ -188,8 +192,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
             console.print(f"bench: {warning}")
         if kept.rows:
             kept.compact()
-            write_text(page(list(kept.rows.values())), here / "torch_backend.md")
-            console.print(f"wrote {here / 'torch_backend.md'}")
+            write_text(page(list(kept.rows.values())), here / "torch.md")
+            console.print(f"wrote {here / 'torch.md'}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
