@@ -44,6 +44,7 @@ def schedule_packing(sch: Any, tensors: list[str]) -> None:
 
 
 def _walk(sch: Any, block: Any) -> None:
+    """Schedule what makes a tensor, and what is computed for it alone."""
     *outer, lane = sch.get_loops(block)
     *steps, lane_step = _steps(sch, block)
     order = [loop for _, loop in sorted(zip(steps, outer, strict=True), key=lambda pair: -pair[0])]

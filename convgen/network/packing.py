@@ -70,11 +70,11 @@ class Packers:
         tensors = boundary(spec)
         given = [(tensors[name], _parameter(name, tensors[name], parameters)) for name in PARAMETERS if name in tensors]
         data = aligned(sum(round_up(info.bytes) for info in packed))
-        data[:] = 0
         arguments = [(info, array.ctypes.data) for info, array in given]
-        begin = data.ctypes.data
+        begin = 0
         for info in packed:
-            arguments.append((info, begin))
+            arguments.append((info, data.ctypes.data + begin))
+            data[begin + info.bytes : begin + round_up(info.bytes)] = 0
             begin += round_up(info.bytes)
         described = (_Tensor * len(arguments))(*(_tensor(info) for info, _ in arguments))
         addresses = (c_void_p * len(arguments))(*(address for _, address in arguments))

@@ -42,7 +42,8 @@ LAYERS = {
 }
 
 
-TARGETS = ("cpu", "cpu:haswell", "cuda:sm_80", "cuda:sm_90a")
+CASES = [(layer, target) for target in ("cpu", "cpu:haswell") for layer in LAYERS]
+CASES += [(layer, target) for target in ("cuda:sm_80", "cuda:sm_90a") for layer in ("plain", "grouped", "transposed")]
 
 
 def packed(spec: ConvSpec, target: str, candidate: Candidate, data: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
@@ -60,8 +61,7 @@ def packed(spec: ConvSpec, target: str, candidate: Candidate, data: dict[str, An
 CONFIG = resolve("cpu").tvm_config
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("layer", "target"), CASES)
 def test_packed_bytes_are_those_of_the_expressions(layer: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each schedule's, as it is packed and by plain loops in the order in which the expressions are written."""
     spec = ConvSpec.parse(LAYERS[layer])

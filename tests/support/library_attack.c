@@ -173,6 +173,11 @@ static void attack_pack(void)
         args.slope_size = args.slope == NULL ? 20 : below(2) * 20;
         expected |= BIT(CONVGEN_WRONG_SIZE);
     }
+    convgen_pool foreign = {.abi = CONVGEN_ABI + 1, .threads = 1 << 30};
+    if (below(8) == 0) {
+        args.pool = &foreign;
+        expected |= BIT(CONVGEN_BAD_ARGUMENT);
+    }
     remember(b, 3);
     const int status = planted_pack(&args);
     judge("pack", status, expected, b, 3);
