@@ -108,8 +108,8 @@ static layer open_layer(const char *name)
     l.create = symbol(l.library, name, "pool_create");
     l.destroy = symbol(l.library, name, "pool_destroy");
     void *packed = zeros(s.packed), *weights = zeros(s.weights), *bias = zeros(s.bias);
-    const convgen_pack_args p = {weights, s.weights, bias, s.bias, NULL, 0, NULL, 0, NULL, 0, NULL, 0, NULL, 0,
-                           packed, s.packed};
+    const convgen_pack_args p = {.weights = weights, .weights_size = s.weights, .bias = bias, .bias_size = s.bias,
+                                 .packed = packed, .packed_size = s.packed};
     if (((int (*)(const convgen_pack_args *))symbol(l.library, name, "pack"))(&p))
         abort();
     free(weights), free(bias);

@@ -216,10 +216,10 @@ int main(void)
         bias[i] = 1;
     for (size_t i = 0; i < b.weights / 4; ++i)
         weights[i] = 2;
-    convgen_pack_args p = {weights, a.weights, bias, a.bias, NULL, 0, NULL, 0, NULL, 0, NULL, 0, NULL, 0,
-                           packed, a.packed};
-    convgen_pack_args q = {weights, b.weights, bias, b.bias, NULL, 0, NULL, 0, NULL, 0, NULL, 0, NULL, 0,
-                           other, b.packed};
+    convgen_pack_args p = {.weights = weights, .weights_size = a.weights, .bias = bias, .bias_size = a.bias,
+                           .packed = packed, .packed_size = a.packed};
+    convgen_pack_args q = {.weights = weights, .weights_size = b.weights, .bias = bias, .bias_size = b.bias,
+                           .packed = other, .packed_size = b.packed};
     convgen_run_args r = {src, a.src, packed, a.packed, NULL, 0, middle, a.dst, workspace, a.workspace, pool};
     convgen_run_args s = {middle, a.dst, other, b.packed, NULL, 0, dst, b.dst, workspace, b.workspace, pool};
     if (first_pack(&p) || second_pack(&q) || first_run(&r) || second_run(&s))
