@@ -36,6 +36,7 @@ def qdq_model(spec: ConvSpec, data: Arrays) -> ModelProto:
     """
     _needs(not spec.transposed, "its compiler does not fuse transposed convolutions of integers")
     _needs((spec.layout, spec.dst_layout) == ("nchw", "nchw"), "takes NCHW only")
+    _needs(not spec.residual, "rounds once where a residual is added, not twice")
     _needs(spec.dst_dtype in RANGES, "gives 8-bit integers only")
     constants, nodes = dict[str, Any](), []
 
@@ -90,6 +91,7 @@ def torch_layer(spec: ConvSpec, data: Arrays, form: Any) -> tuple[Callable[[], A
     _needs((spec.src_dtype, spec.weights_dtype, spec.dst_dtype) == ("u8", "i8", "u8"), "multiplies u8 by i8 to u8 only")
     _needs(not spec.weights_zero and not spec.transposed, "has no such operator of integers")
     _needs(all(begin == end for begin, end in spec.padding), "pads evenly only")
+    _needs(not spec.residual, "rounds once where a residual is added, not twice")
     _needs(spec.activation_op.name in ("none", "relu"), f"has no {spec.activation_op.name} of integers")
     zeros = {name: int(data[name][0]) if name in data else 0 for name in ("src_zero", "dst_zero")}
     scale = torch.from_numpy(data["scale"].astype(np.float64))

@@ -208,7 +208,9 @@ def _schedule(sch: Any, block: Any, made: Pass, target: Target) -> None:
     name = str(sch.get(block).name_hint)
     joined = _joined(made, len(spatial)) if name == OUTPUT else 1
     outer, inner = spatial[:-joined], spatial[-joined:]
-    extent = math.prod(sizes[-joined:])
+    extent, columns = math.prod(sizes[-joined:]), []
+    if reduced and len(outer) > 1 and math.prod(sizes[: len(outer) - 1]) >= _TASKS * target.cores:
+        columns = [outer.pop()]  # a loop of its own: to find the place of a pixel takes as long as its few elements
     alike = _vectors(made) if name == OUTPUT else name.startswith(_LANES)
     width = _width(extent, target.lanes) if alike else 1
     last = sch.fuse(*inner) if len(inner) > 1 else inner[0]
@@ -218,7 +220,7 @@ def _schedule(sch: Any, block: Any, made: Pass, target: Target) -> None:
     rows = sch.fuse(*outer) if len(outer) > 1 else outer[0] if outer else None
     if reduced:
         is_inside = lanes is None and rows is not None and extent >= _NEIGHBOURS
-        ahead = [loop for loop in (rows, None if is_inside else last) if loop is not None]
+        ahead = [loop for loop in (rows, *columns, None if is_inside else last) if loop is not None]
         sch.reorder(*ahead, *reduced, *([last] if is_inside else []), *([lanes] if lanes is not None else []))
     head = last if rows is None else rows
     if rows is not None and lanes is not None and math.prod(sizes[:-joined]) < _TASKS * target.cores:

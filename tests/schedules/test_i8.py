@@ -48,7 +48,9 @@ def expected(spec: ConvSpec, data: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"residual": True}, "residual"),
+        ({"residual": True, "dst_dtype": "f32"}, "residual"),
+        ({"residual_dtype": "u8"}, "residual_dtype"),
+        ({"residual": True, "residual_dtype": "f32"}, "residual_dtype"),
         ({"activation": "leaky_relu"}, "activation"),
         ({"activation": "prelu"}, "activation"),
         ({"accuracy": "strict"}, "accuracy"),
