@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import SpecError
 from ..problem.spec import ConvSpec
 from .graph import F32, Convolution, Graph, Node, Operator
-from .integers import add_quantised, keep_integers, quantise_product
+from .integers import add_quantised, keep_integers, multiply_scales, quantise_product
 
 
 def rewrite(graph: Graph) -> None:
@@ -23,6 +23,7 @@ def rewrite(graph: Graph) -> None:
         _each(graph, change)
     keep_integers(graph)
     _each(graph, add_quantised)
+    multiply_scales(graph)
     _nest_concats(graph)
     graph.order()
 

@@ -107,3 +107,32 @@ def test_scales_of_a_sum_give_what_a_quotient_does() -> None:
         stored = [np.clip(np.rint(value) + zeros[2], 0, 255) for value in (quotient, near)]
         np.testing.assert_array_equal(*stored)
     assert found > 15
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_quantised_anew_is_the_same_for_all_numbers(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    constants = {
+        "a_scale": np.float32(rng.uniform(0.01, 0.1)),
+        "a_zero": np.uint8(rng.integers(256)),
+        "b_scale": np.float32(rng.uniform(0.01, 0.1)),
+        "b_zero": np.int8(rng.integers(-128, 128)),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "a_scale", "a_zero"], ["a"]),
+        helper.make_node("DequantizeLinear", ["a", "a_scale", "a_zero"], ["between"]),
+        helper.make_node("QuantizeLinear", ["between", "b_scale", "b_zero"], ["b"]),
+        helper.make_node("DequantizeLinear", ["b", "b_scale", "b_zero"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "anew",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 256])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 256])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    path = tmp_path / "anew.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
+    x = (np.arange(256) - float(constants["a_zero"])).astype(np.float32) * constants["a_scale"]
+    network = convgen.compile(path, threads=1)
+    np.testing.assert_array_equal(network(x.reshape(1, 256)), as_written(path, x.reshape(1, 256)))
