@@ -76,6 +76,12 @@ def test_by_hand(src: str, dst: str, zero: bool) -> None:
     np.testing.assert_array_equal(reference.run_onnxruntime(spec, image, **given), by_hand)
 
 
+def test_large_weights_are_packed_beside_their_sums() -> None:
+    """Two functions of weights: those that are multiplied, and what zero points add to sums."""
+    spec = ConvSpec.parse("conv2d n1 ic96 oc576 i2x2 k1x1 src_zero src_u8 dst_u8 i8 nchw16c")
+    validate(compile_candidate(spec, NATIVE, parse_candidate(spec, NATIVE, "cpu_direct", None), 1)).raise_if_failed()
+
+
 @pytest.mark.parametrize("schedule", ["reference", "cpu_direct"])
 def test_sums_with_a_residual_by_hand(schedule: str) -> None:
     """Every number of src beside every number of the residual."""
