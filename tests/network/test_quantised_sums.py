@@ -112,7 +112,7 @@ def test_scales_of_a_sum_give_what_a_quotient_does() -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_what_is_quantised_anew_is_the_same_for_all_numbers(tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    constants = {
+    constants: dict[str, Any] = {
         "a_scale": np.float32(rng.uniform(0.01, 0.1)),
         "a_zero": np.uint8(rng.integers(256)),
         "b_scale": np.float32(rng.uniform(0.01, 0.1)),
