@@ -123,7 +123,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     work.append(Work(tasks * weights, loads=1, stores=1, cycles=1))
     inner, outer = ("residual", "src") if relation.is_swapped else ("src", "residual")
     moved = [
-        Stream(spec.bytes[outer] / blocks * tasks, ahead=1),
+        Stream(spec.bytes[outer] / blocks * tasks),  # put in order before there are products to hide it
         Stream(spec.bytes[inner] / spec.groups / picks.parts * tasks, ahead=1),
         Stream(spec.bytes["dst"] / (blocks * picks.parts) * tasks),
     ]

@@ -191,7 +191,9 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
             apart = 2 if lanes == LINE else 1.5  # most vectors lie in two lines
             loads = o + c * r * len(offsets) * stride * apart
             shuffles = c * r * taps * (stride - 1)
-        work.append(Work(passes * lines * steps, fmas=sums, loads=loads, shuffles=shuffles, chain=1))
+        # What several tiles read comes from the L2 cache each time.
+        near = 1.5 * 4 * lanes * (o + c * r * (o if is_last else 1)) * (tiles * picks.block > 1)
+        work.append(Work(passes * lines * steps, fmas=sums, loads=loads, shuffles=shuffles, near=near, chain=1))
         work.append(Work(passes * lines, cycles=BEGIN_RUN + MASKED * edges * loads))
         work.append(Work(passes * ceildiv(lines, picks.rows), loads=2 * sums, stores=sums, cycles=BEGIN_TILE))
     stored = tasks * _kept(relation, picks)

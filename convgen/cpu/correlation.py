@@ -175,5 +175,5 @@ def add_sums_of_channels(block: Block, spec: ConvSpec, lanes: int, gradient: Any
             return
         kept = task.buffer((lanes,))
         task.add(tirx.BufferStore(kept, sums[0], [tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), lanes)]))
-        with task.loop(lanes) as (one, lane), one.when(i * lanes + lane < spec.oc) as channel:
+        with task.loop(tirx.min(lanes, spec.oc - i * lanes)) as (channel, lane):
             channel.add(tirx.BufferStore(dst, narrow(kept[lane], dtype), [first + i * lanes + lane]))

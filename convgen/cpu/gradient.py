@@ -225,7 +225,7 @@ class WeightsGradient:
     def _store(self, task: Block, sums: Any, group: Expr, first: Expr, start: Expr, end: Expr) -> None:
         """The sums, which lie ``[channel and tap][output channel]``, the other way round."""
         taps, rank = math.prod(self.taps), len(self.dst.shape)
-        with task.loop(self.picks.tile_oc) as (one, o), one.when(first + o < self.group) as channel:
+        with task.loop(tirx.min(self.picks.tile_oc, self.group - first)) as (channel, o):
             row = channel.let((group * self.group + first + o) * self.own + start)
             with channel.loop((end - start) * taps) as (element, i):
                 lane = [tirx.floordiv(o, self.lanes), tirx.floormod(o, self.lanes)]
@@ -233,8 +233,9 @@ class WeightsGradient:
                 element.add(tirx.BufferStore(self.dst, value, [*[0] * (rank - 1), row * taps + i]))
 
     def _store_bias(self, task: Block, of_bias: Any, group: Expr, first: Expr) -> None:
+        """No condition, but the end of a loop: LLVM 22 makes of a store with a mask of one lane one of 32 bits."""
         weights = math.prod(self.relation.spec.weights_shape)
-        with task.loop(self.picks.tile_oc) as (one, o), one.when(first + o < self.group) as channel:
+        with task.loop(tirx.min(self.picks.tile_oc, self.group - first)) as (channel, o):
             lane = (tirx.floordiv(o, self.lanes), tirx.floormod(o, self.lanes))
             value = narrow(of_bias[lane], self.dtype)
             channel.add(tirx.BufferStore(self.dst, value, [weights + group * self.group + first + o]))

@@ -60,6 +60,7 @@ SMOKE = [
     "conv2d n2 ic17 oc33 i9x8 k3x3 s2x1 p1x0_2 weights",
     "conv3d n1 ic5 oc18 i3x4x9 k2x3x3 s1 p0x1x1 d1x1x2 nobias weights nhwc f16",
     "convtranspose2d n2 ic6 oc10 g2 i5x9 k3x4 s2x2 p1x0_1 op1x0 weights",
+    "conv2d n1 ic8 oc34 g2 i5x6 k3x3 s1 p1 weights bf16",  # one channel past a vector, stored narrow
     "conv2d n2 ic20 oc40 g20 i9x35 k3x3 s2 p1 weights nhwc bf16",
     "conv2d n1 ic16 oc17 i9x8 k3x3 s1 p1 data",
     "conv2d n1 ic8 oc17 i5x4 k5x4 s1 p0",  # the kernel covers the input
