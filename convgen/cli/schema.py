@@ -404,11 +404,12 @@ before   number?  with the defaults
 steps    [STEP]   in the order in which they run
 """,
     "STEP": """
-name      text     of the node
-computes  text     the convolution's spec, or the operators
-schedule  text     of a convolution; empty of others
-seconds   number   that it takes
-before    number?  what its default takes
+name       text     of the node
+computes   text     the convolution's spec, or the operators
+schedule   text     of a convolution; empty of others
+seconds    number   that it takes
+before     number?  what its default takes
+predicted  number?  what it was predicted to take; null of other steps
 """,
     "PART": """
 operator      text     the custom operator

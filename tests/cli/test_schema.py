@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import documents
 import pytest
 import stores
@@ -14,25 +13,11 @@ from commands import SMALL, TINY, Run
 from jsonschema import Draft202012Validator
 from paths import ROOT
 
-from convgen.cli import cli
 from convgen.cli.schema import DOCUMENTS, page, schema
 from convgen.problem.spec import ConvSpec
 from convgen.topics import topic_text
 
 RunJson = Callable[..., Any]
-
-
-def with_json(command: click.Command, *words: str) -> Iterator[str]:
-    """The commands that have --json."""
-    if isinstance(command, click.Group):
-        for name, inner in command.commands.items():
-            yield from with_json(inner, *words, name)
-    elif any("--json" in parameter.opts for parameter in command.params):
-        yield " ".join(words)
-
-
-def test_every_command_with_json_is_described() -> None:
-    assert set(with_json(cli)) <= {name.removesuffix("[]") for name in DOCUMENTS}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
