@@ -167,7 +167,7 @@ def test_real_layers_use_matrix_units(case: tuple[str, str], schedule: Schedule)
     else:
         assert found[f"{kind}MMA.{shape}"], found
         assert any(name.startswith("LDSM.16.M88") for name in found)
-    if schedule.id == "cuda_wgmma_tma":
+    if schedule.id in ("cuda_wgmma_tma", "cuda_wgmma_persistent"):
         assert found[f"UTMALDG.{spec.rank + 2}D.IM2COL"], "no patches fetched"
         assert found["UTMALDG.2D"], "no weights fetched"
     else:
