@@ -2,8 +2,8 @@
 ``convgen::convolution``, ``convgen::gradient_of_input`` and ``convgen::gradient_of_weight``.
 
 A kernel is built at the first call with a layer's sizes, and kept. Tensors of f32, f16 and bf16 on the CPU are computed
-by convgen, contiguous or channels last, as they come; those of f64 by the definition (:mod:`.doubles`); all others by
-PyTorch.
+by convgen, contiguous or channels last, as they come; those of f64 by the definition
+(:mod:`convgen.bridges.torch.doubles`); all others by PyTorch.
 """
 
 from __future__ import annotations
