@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from fake_tuning import Clock, FakeRunner, FakeSchedule, Speed, fake_pools, fake_tuning
+from onnx import parser
 from paths import ROOT, SUPPORT
 
 from convgen.errors import SpecError
@@ -57,8 +58,11 @@ def test_a_file_says_everything(tmp_path: Path) -> None:
     (tmp_path / "nets").mkdir()
     layers_file(tmp_path / "nets" / "a.toml", ("first", LARGE, 3), ("second", SMALL, 1))
     layers_file(tmp_path / "nets" / "b.toml", ("other", SMALL, 2))
+    model = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[N,3,8] x, float[4,3,3] w) => (float[N,4,6] y) { y = Conv(x, w) }"""
+    (tmp_path / "nets" / "c.pb").write_bytes(parser.parse_model(model).SerializeToString())
     text = f"""
-models = ["nets/a.toml", "nets/b.toml", "{LARGE}"]
+models = ["nets/a.toml", "nets/b.toml", "{LARGE}", "nets/c.pb"]
 target = "cpu"
 threads = [1, 2]
 seconds = 1800
@@ -80,8 +84,10 @@ cluster = "tcp://localhost:8786"
     assert [(p.spec.descriptor, p.threads, p.count) for p in problems] == [
         (LARGE, 1, 4),
         (SMALL, 1, 3),
+        ("conv1d n1 ic3 oc4 i8 k3 s1 p0 nobias", 1, 1),
         (LARGE, 2, 4),
         (SMALL, 2, 3),
+        ("conv1d n1 ic3 oc4 i8 k3 s1 p0 nobias", 2, 1),
     ]
     assert problems[0].models == ("nets/a.toml", LARGE)
     assert problems[1].names == ("second", "other")
