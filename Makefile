@@ -35,8 +35,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 $(PEERS): $(INSTALLED)
-	@echo 'installing the peers'
-	@PYTHONWARNINGS=ignore $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,docs,cuda,peers]'
+	@echo 'installing the peers, and zig'
+	@PYTHONWARNINGS=ignore $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,docs,cuda,peers,cross]'
 	@touch $@
 
 demo: $(INSTALLED)
