@@ -15,6 +15,7 @@ from convgen.kernel import library
 from convgen.lowering import interface
 from convgen.lowering.interface import Interface, TensorInfo
 from convgen.lowering.runtime import source
+from convgen.measure.standalone import interface as standalone
 from convgen.problem.spec import ConvSpec
 
 RUNTIME = Path(interface.__file__).parents[1] / "runtime"
@@ -90,13 +91,18 @@ def test_constants_agree_between_c_and_python() -> None:
 
 
 def test_python_structs_have_the_layout_of_c(tmp_path: Path) -> None:
-    structs = {
-        "convgen_sizes": library.SizesStruct,
-        "convgen_pack_args": library._PackArgs,
-        "convgen_run_args": library._RunArgs,
-    }
-    lines = ['#include "types.h"']
-    for name, struct in structs.items():
+    structs = [
+        ("convgen_sizes", library.SizesStruct),
+        ("convgen_pack_args", library._PackArgs),
+        ("convgen_run_args", library._RunArgs),
+        # What measures bundles has its own, as it is the standard library alone.
+        ("convgen_sizes", standalone.Sizes),
+        ("convgen_pack_args", standalone.PackArgs),
+        ("convgen_run_args", standalone.RunArgs),
+        ("convgen_cuda_run_args", standalone.GpuRunArgs),
+    ]
+    lines = ['#include "types.h"', '#include "cuda_types.h"']
+    for name, struct in structs:
         lines.append(f'_Static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "{name}");')
         for field, *_ in struct._fields_:
             offset = getattr(struct, field).offset

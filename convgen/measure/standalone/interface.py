@@ -28,7 +28,7 @@ class Sizes(ctypes.Structure):
 
 
 class PackArgs(ctypes.Structure):
-    _fields_ = _fields(*PARAMETERS, "packed")
+    _fields_ = [*_fields(*PARAMETERS, "packed"), ("pool", ctypes.c_void_p)]
 
 
 class RunArgs(ctypes.Structure):
