@@ -335,7 +335,7 @@ def _is_lazy(parameter: Any) -> bool:
 def _values(name: str, parameter: Any, where: str) -> F64:
     if _is_lazy(parameter) or parameter.is_meta:
         raise SpecError(name, "a parameter with values", "one without", where)
-    return np.asarray(parameter.detach().cpu().double())
+    return np.asarray(parameter.detach().cpu().double().resolve_neg())
 
 
 def _scaled(conv: Any, weights: F64, scale: F64) -> F64:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..errors import KernelError
 from ..lowering.interface import TensorInfo
 from ..problem.dtypes import BYTES, numpy_dtype
-from .dlpack import Relabelled
+from .dlpack import Relabelled, check_memory_has_values, pending
 
 Array: TypeAlias = NDArray[Any]
 
@@ -26,6 +26,8 @@ _INT, _BFLOAT = 0, 4  # DLPack's codes of types
 def as_array(name: str, value: object, *, written: bool = False) -> Array:
     """``value`` as an array that shares its memory: a NumPy array, or anything with DLPack.
 
+    A tensor of PyTorch whose memory has its values' opposites, as ``z.conj().imag`` has, is copied.
+
     Raises:
         KernelError: it is neither, is in another memory, or is read-only where it is to be ``written``.
     """
@@ -34,6 +36,8 @@ def as_array(name: str, value: object, *, written: bool = False) -> Array:
     kind = type(value).__name__
     if not hasattr(value, "__dlpack__"):
         raise KernelError(f"{name}: expected a NumPy array or one with __dlpack__, found {kind}")
+    while bit := pending(value):
+        value = getattr(value, f"resolve_{bit}")()
     is_bfloat16 = "bfloat16" in str(getattr(value, "dtype", ""))
     try:
         device = int(value.__dlpack_device__()[0]) if hasattr(value, "__dlpack_device__") else 1
@@ -78,6 +82,7 @@ def in_place(info: TensorInfo, value: object, *, written: bool = False) -> Array
     Raises:
         KernelError: it is no such array.
     """
+    check_memory_has_values(info.name, value)
     array = as_array(info.name, value, written=written)
     _check_values(info, array)
     name, flags = info.name, array.flags

@@ -94,12 +94,31 @@ class View(NamedTuple):
         )
 
 
+def pending(array: Any) -> str | None:
+    """Which bit of PyTorch's says that a tensor's values are not those in its memory, if one does.
+
+    ``neg`` says that the sign is to change, ``conj`` that the values are conjugates: views have them, and DLPack tells
+    nothing of the first.
+    """
+    return next((bit for bit in ("conj", "neg") if getattr(array, f"is_{bit}", bool)()), None)
+
+
+def check_memory_has_values(name: str, array: Any) -> None:
+    """Raise KernelError where a tensor's values are not those in its memory."""
+    if bit := pending(array):
+        raise KernelError(
+            f"{name}: expected a tensor whose values are in its memory, found one with PyTorch's {bit} bit; "
+            f"resolve_{bit}() gives such a tensor"
+        )
+
+
 def view(name: str, array: Any, ordinal: int, stream: int) -> View:
     """An array of another framework that is ready for use on a stream of a device.
 
     Raises:
-        KernelError: it has no DLPack, or is not in that device's memory.
+        KernelError: it has no DLPack, or is not in that device's memory, or that memory has not its values.
     """
+    check_memory_has_values(name, array)
     kind = type(array).__name__
     if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
         raise KernelError(f"{name}: expected an array on a CUDA device with __dlpack__, found {kind}")

@@ -186,6 +186,18 @@ def test_what_is_written_to_inputs_is_written(compiled: list[Any]) -> None:
     close(totals[0], totals[1])
 
 
+def test_tensors_whose_memory_has_the_opposite_sign(compiled: list[Any], tmp_path: Path) -> None:
+    """As inputs, as weights, and as what a library of the exported program is given."""
+    layer, x = nn.Conv2d(4, 4, 3), torch._neg_view(torch.randn(1, 4, 6, 6))
+    layer.weight = nn.Parameter(torch._neg_view(torch.randn(4, 4, 3, 3)), requires_grad=False)
+    close(torch.compile(layer, backend=backend)(x), layer(x))
+    assert compiled[0].outside == {}
+    program = convgen.compile(torch.export.export(layer, (x.resolve_neg(),)), threads=1, name="turned")
+    close(program(x), layer(x))
+    program.export(tmp_path / "out")
+    close(convgen.load(tmp_path / "out")(x), layer(x))
+
+
 def test_options(compiled: list[Any]) -> None:
     layer, x = nn.Conv2d(4, 4, 3), torch.randn(1, 4, 6, 6)
     close(torch.compile(layer, backend=backend, options={"threads": 2, "accuracy": "strict"})(x), layer(x))

@@ -12,6 +12,7 @@ import pytest
 from naive import convolve, link_naive, operands
 
 from convgen.errors import KernelError
+from convgen.kernel.dlpack import view
 from convgen.kernel.library import Library
 from convgen.problem.spec import ConvSpec
 
@@ -127,6 +128,29 @@ def test_tensors_that_cannot_be_read_are_refused_by_name(library: Library) -> No
     layer = library.bind(given["weights"], bias, slope)
     with pytest.raises(KernelError, match=r"x: .* gradient"):
         layer(given["src"].requires_grad_(), residual=given["residual"])
+
+
+def test_the_sign_that_a_view_has_is_applied_or_refused(library: Library) -> None:
+    """Memory of tensors with PyTorch's negative bit has the opposite of their values, which DLPack does not say."""
+    torch = pytest.importorskip("torch")
+    given = operands(SPEC)
+    expected = convolve(SPEC, given)
+    turned = {name: torch._neg_view(torch.from_numpy(-array)) for name, array in given.items()}
+    assert all(tensor.is_neg() for tensor in turned.values())
+    layer = library.bind(turned["weights"], turned["bias"], turned["slope"])
+    found = layer(turned["src"], residual=turned["residual"])
+    np.testing.assert_array_equal(found, expected)
+    imaginary = torch.complex(torch.zeros(SPEC.src_shape), torch.from_numpy(-given["src"])).conj().imag
+    np.testing.assert_array_equal(layer(imaginary, residual=given["residual"]), expected)
+    out, refused = torch._neg_view(torch.zeros(SPEC.dst_shape)), r": expected a tensor whose values are in its memory"
+    with pytest.raises(KernelError, match=f"out{refused}, .* neg bit|dst{refused}, .* neg bit"):
+        layer(given["src"], residual=given["residual"], out=out)
+    with pytest.raises(KernelError, match=f"src{refused}"):  # is read at every run, where it is
+        library.prepare(turned["src"], layer.packed, out, given["residual"])
+    with pytest.raises(KernelError, match="weights: expected dtype float32 .*complex64"):
+        library.bind(turned["weights"].to(torch.complex64).conj(), given["bias"], given["slope"])
+    with pytest.raises(KernelError, match=r"x: .* found one with PyTorch's conj bit; resolve_conj\(\)"):
+        view("x", torch.zeros(1, dtype=torch.complex64).conj(), 0, 0)
 
 
 def test_what_numpy_calls_bfloat16_is_pytorch_s(folder: Path) -> None:

@@ -118,7 +118,7 @@ class OnnxGraph:
 
 def array(tensor: Tensor) -> Any:
     """A known tensor's values."""
-    return tensor.detach().cpu().contiguous().numpy()
+    return tensor.detach().cpu().contiguous().resolve_neg().numpy()
 
 
 def operator(node: fx.Node) -> str:

@@ -79,7 +79,7 @@ class NetworkCall(nn.Module):  # type: ignore[misc]
 
 def _array(tensor: Tensor, perm: Perm) -> Any:
     """A tensor as NumPy has it, its axes as they lie in memory; a copy where they lie otherwise."""
-    return tensor.detach().permute(perm).contiguous().numpy()
+    return tensor.detach().permute(perm).contiguous().resolve_neg().numpy()
 
 
 def _order(node: fx.Node) -> Perm:
