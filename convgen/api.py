@@ -200,6 +200,7 @@ def compile(  # noqa: A001
 
     if (type(source).__module__, type(source).__name__) == ("torch.export.exported_program", "ExportedProgram"):
         from .bridges.torch.exported import TorchProgram  # imports PyTorch
+        from .network.choice import check_accuracy, check_strips, network_target
 
         def compiled(model: ModelProto) -> Network:
             own = str(model.graph.name)
@@ -207,6 +208,10 @@ def compile(  # noqa: A001
                 model, target, threads, accuracy=accuracy, strips=strips, records=records, progress=progress, name=own
             )
 
+        # Before nodes are taken one by one, where an error says no more than that one stays PyTorch's.
+        target, threads = network_target(target, threads)
+        check_accuracy(accuracy)
+        check_strips(strips)
         if dims:
             raise SpecError("dims", "none for an exported program, whose sizes are its own", repr(dict(dims)))
         if seconds:

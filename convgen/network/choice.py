@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ..errors import UnsupportedError
+from ..errors import SpecError, UnsupportedError, meant
 from ..hardware.target import Target, check_threads, resolve
 from ..lowering.schedule import Candidate
 from ..problem.spec import ConvSpec
+from ..problem.tokens import ACCURACIES
 from ..records.answer import choose, find_record
 from ..records.opening import Records, open_store
 
@@ -28,6 +29,18 @@ def network_target(target: str | Target, threads: int | None) -> tuple[Target, i
         raise UnsupportedError(f"{resolved}: expected a CPU: networks are compiled for those")
     threads = check_threads(threads, resolved)
     return resolved.on(threads), threads
+
+
+def check_accuracy(accuracy: object, field: str = "accuracy") -> None:
+    """Raise SpecError unless an accuracy is a class of convolutions'."""
+    if accuracy not in ACCURACIES:
+        raise SpecError(field, f"one of {', '.join(ACCURACIES)}", f"{accuracy!r}{meant(str(accuracy), ACCURACIES)}")
+
+
+def check_strips(strips: object) -> None:
+    """Raise SpecError unless strips have a number of rows, 0 or more, or None."""
+    if strips is not None and (isinstance(strips, bool) or not isinstance(strips, int) or strips < 0):
+        raise SpecError("strips", "an integer >= 0, or None", repr(strips))
 
 
 @contextmanager

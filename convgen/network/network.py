@@ -15,7 +15,7 @@ from ..kernel.names import check_export_name, free_name
 from ..lowering.candidates import default_candidate
 from ..lowering.versions import versions
 from ..records.opening import Records
-from .choice import Choose, network_target, recorded_choice
+from .choice import Choose, check_accuracy, check_strips, network_target, recorded_choice
 from .compile import Built, compile_plans, with_candidates
 from .export import Example, write_network
 from .graph import Convolution, Graph
@@ -223,7 +223,12 @@ def plan_graph(
         choose: the candidate of a convolution, where something better than the default is known.
         strips: rows of the strips in which depthwise convolutions and the 1×1 convolutions after them are computed
             (:mod:`convgen.network.strips`): what suits the caches where None, no strips where 0.
+
+    Raises:
+        SpecError: accuracy or strips are wrong.
     """
+    check_accuracy(accuracy)
+    check_strips(strips)
     rewrite(graph)
     if strips != 0:
         in_strips(graph, target, strips)
@@ -277,7 +282,7 @@ def plan_model(
     """Read a model and plan it at each of its sizes; arguments as of :func:`compile_network` and :func:`plan_graph`.
 
     Raises:
-        SpecError: it cannot be read, or is not an ONNX model; or sizes are wrong.
+        SpecError: it cannot be read, or is not an ONNX model; or sizes, accuracy or strips are wrong.
         NotTakenError: of nodes that are not taken.
         UnsupportedError: inputs and outputs depend on the size.
         ExportError: nothing may be called as it is; another ``name`` helps.

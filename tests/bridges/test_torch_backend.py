@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from paths import ROOT, SUPPORT
 
 torch = pytest.importorskip("torch")
@@ -242,6 +245,38 @@ def test_an_exported_program(tmp_path: Path) -> None:
             program(given)
     with pytest.raises(KernelError, match="arguments"):
         program(x, x)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"accuracy": "fast"}, SpecError, "accuracy: expected one of strict, .*'fast'"),
+        ({"accuracy": "0.*=strict"}, SpecError, "accuracy: expected one of strict"),
+        ({"target": "cuda:sm_90a"}, UnsupportedError, "expected a CPU"),
+        ({"target": "nonsense"}, UnsupportedError, "nonsense"),
+        ({"threads": 0}, SpecError, "threads: expected"),
+        ({"threads": 1.5}, SpecError, "threads: expected"),
+        ({"threads": 10**6}, SpecError, "threads: expected"),
+        ({"strips": "x"}, SpecError, "strips: expected an integer >= 0, or None, found 'x'"),
+        ({"strips": -1}, SpecError, "strips: expected"),
+    ],
+)
+def test_a_wrong_argument_is_no_reason_to_leave_nodes_to_pytorch(
+    wrong: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """An exported program's and a model's errors are the same."""
+    exported = torch.export.export(nn.Conv2d(4, 4, 1).eval(), (torch.randn(1, 4, 6, 6),))
+    graph = onnx.parser.parse_graph(
+        "g (float[1, 4, 6, 6] x, float[4, 4, 1, 1] w) => (float[1, 4, 6, 6] y) { y = Conv(x, w) }"
+    )
+    graph.initializer.append(numpy_helper.from_array(np.ones((4, 4, 1, 1), np.float32), "w"))
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    said = []
+    for source in (exported, model):
+        with pytest.raises(error, match=message) as raised:
+            convgen.compile(source, **wrong)
+        said.append(str(raised.value))
+    assert said[0] == said[1]
 
 
 def test_a_program_that_is_partly_pytorchs_has_no_library(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_the_sign_that_a_view_has_is_applied_or_refused(library: Library) -> Non
         layer(given["src"], residual=given["residual"], out=out)
     with pytest.raises(KernelError, match=f"src{refused}"):  # is read at every run, where it is
         library.prepare(turned["src"], layer.packed, out, given["residual"])
-    with pytest.raises(KernelError, match="weights: expected dtype float32 .*complex64"):
+    with pytest.raises(KernelError, match=r"weights: expected dtype float32 .*complex64"):
         library.bind(turned["weights"].to(torch.complex64).conj(), given["bias"], given["slope"])
     with pytest.raises(KernelError, match=r"x: .* found one with PyTorch's conj bit; resolve_conj\(\)"):
         view("x", torch.zeros(1, dtype=torch.complex64).conj(), 0, 0)

@@ -17,8 +17,8 @@ from torch._guards import TracingContext
 
 from ...errors import SpecError, meant
 from ...hardware.target import check_threads, resolve
+from ...network.choice import check_accuracy
 from ...network.network import Network, compile_model
-from ...problem.tokens import ACCURACIES
 from .program import Program
 
 log = logging.getLogger("convgen.bridges.torch")
@@ -48,12 +48,7 @@ class Options:
             if name not in known:
                 raise SpecError(f"options[{name!r}]", f"one of {', '.join(known)}", f"another one{meant(name, known)}")
         options = cls(**(given or {}))
-        if options.accuracy not in ACCURACIES:
-            raise SpecError(
-                "options['accuracy']",
-                f"one of {', '.join(ACCURACIES)}",
-                f"{options.accuracy!r}{meant(str(options.accuracy), ACCURACIES)}",
-            )
+        check_accuracy(options.accuracy, "options['accuracy']")
         check_threads(options.threads, resolve("cpu"))
         return options
 
