@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import Inapplicable, SpecError, UnsupportedError, meant
+from ..errors import BuildError, ExportError, Inapplicable, SpecError, UnsupportedError, meant
 from ..formats.entries import AccuracyRule, SpecEntry, with_accuracy
 from ..formats.sources import read_specs, sizes_for
-from ..lowering.toolchain import LIBC
+from ..lowering.toolchain import check_libc
 from ..measure.standalone.words import one_line, printable
 from ..problem.separable import SEPARABLE
 from ..problem.spec import OPERATORS
@@ -210,8 +210,11 @@ layers_argument = grouped(
 
 
 def _check_libc(context: click.Context, parameter: click.Parameter, libc: str | None) -> str | None:
-    if libc is not None and not LIBC.fullmatch(libc):
-        raise click.BadParameter(f"expected musl or a version of glibc such as glibc-2.28, found {libc!r}")
+    if libc is not None:
+        try:
+            check_libc(libc)
+        except BuildError as error:
+            raise click.BadParameter(str(error).removeprefix("libc: ")) from None
     return libc
 
 
@@ -393,6 +396,17 @@ def forced_candidates(
         return [parse_candidate(entry.spec, target, schedule, picks) for entry in entries]
     except Inapplicable as error:
         raise Inapplicable(f"--schedule {schedule}: {error}") from error
+
+
+def check_library_name(name: str | None) -> None:
+    """Raise a usage error where no library may be called so."""
+    from ..kernel.names import check_export_name
+
+    if name is not None:
+        try:
+            check_export_name(name)
+        except (BuildError, ExportError) as error:
+            raise click.UsageError(f"--{error}") from None
 
 
 def check_names(option: str, text: str, known: Iterable[str]) -> list[str]:

@@ -21,6 +21,7 @@ from .common import (
     INTERRUPTED,
     budget_options,
     candidate_options,
+    check_library_name,
     check_picks,
     chosen_records,
     duration,
@@ -261,11 +262,10 @@ def build(
     With another processor as --target, such as cpu:cortex-a72 or cpu:x86-64-v4, it is built for that one with its cross
     compiler (a GCC, or the Python package ziglang), and validated in QEMU; where that is missing, it is said so.
     """
-    from ..kernel.names import check_export_name
-
     check_picks(schedule, picks)
     if (separable := separable_of(spec, accuracy)) is not None:
         refuse_for_separable(schedule=schedule, trials=trials)
+        check_library_name(name)
         return build_separable(
             separable,
             {"target": target, "threads": threads},
@@ -288,10 +288,7 @@ def build(
     if name is not None:
         if several:
             raise click.UsageError(f"--name: expected a single layer, found {len(entries) + len(left_out)}")
-        try:
-            check_export_name(name)
-        except (BuildError, ExportError) as error:
-            raise click.UsageError(str(error)) from None
+        check_library_name(name)
     root = out or Path("convgen-out", *(() if several else (entries[0].spec.name,)))
     results: list[dict[str, Any]] = []
     with working(entries, target, threads, chosen_records(records, no_records), trials, seconds) as work:

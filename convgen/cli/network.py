@@ -18,6 +18,7 @@ from .common import (
     OK,
     WRONG,
     Choice,
+    check_library_name,
     chosen_records,
     duration,
     emit,
@@ -128,12 +129,14 @@ def compile_model(
     from ..api import compile as compile_network
     from ..api import for_onnxruntime
     from ..hardware.target import check_native, resolve
+    from ..network.reading import identifier
 
     started = time.monotonic()
     options: dict[str, Any] = {"target": target, "threads": threads, "dims": dims, "accuracy": accuracy}
     kept = chosen_records(records, no_records)
     if profile is not None:
         check_native(resolve(target))
+    check_library_name(name if program == "c" or name is None else identifier(name))
     if program == "onnxruntime":
         if seconds:
             raise click.UsageError("--seconds: expected a C library, found --for onnxruntime")

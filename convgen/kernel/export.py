@@ -33,7 +33,7 @@ from ..problem.dtypes import BYTES, UNDERFLOW, UNIT_ROUNDOFF
 from ..problem.layout import Blocks
 from ..problem.spec import PARAMETERS, ConvSpec
 from . import example_integers
-from .load import MANIFEST
+from .load import MANIFEST, UNFINISHED
 from .names import check_export_name
 from .packages import Package, package_files
 from .templates import (
@@ -94,7 +94,7 @@ def write_library(
             folder = temporary / target.name
             folder.mkdir()  # with the usual permissions
             manifest = _write_files(folder, interface, object_file, facts, libc)
-            move(folder, target)
+            move(folder, target, interface.name)
     except OSError as error:
         raise ExportError(f"{target}: cannot write the library {interface.name}: {error}") from error
     return manifest
@@ -124,6 +124,10 @@ def check_destination(target: Path, library: str, files: Sequence[str]) -> None:
             found = "something else"
         if found != library:
             raise ExportError(f"{target}: expected an earlier export of {library} or none, found {found}")
+    elif others := [name for name in files if (target / name).exists()]:
+        raise ExportError(
+            f"{target}: expected an earlier export of {library} or none, found {', '.join(others)} without {MANIFEST}"
+        )
 
 
 def _write_files(
@@ -161,13 +165,15 @@ def write_manifest(folder: Path, manifest: dict[str, Any], files: Sequence[Path]
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def move(folder: Path, target: Path) -> None:
-    """Put a folder's files into another one, the manifest last."""
+def move(folder: Path, target: Path, library: str) -> None:
+    """Put a folder's files, which are a library, into another one, the manifest last."""
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(folder, target)
         return
-    (target / MANIFEST).unlink(missing_ok=True)  # until the new one arrives there is no library
+    # Until the new manifest arrives there is no library, but a folder whose files may be replaced.
+    (folder / UNFINISHED).write_text(json.dumps({"name": library, UNFINISHED: True}), encoding="utf-8")
+    os.replace(folder / UNFINISHED, target / MANIFEST)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
         os.replace(path, target / path.name)
 

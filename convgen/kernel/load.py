@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import platform
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from .library import Library, thread_count
 
 #: The file that describes an exported library.
 MANIFEST = "manifest.json"
+#: What a manifest has while its library's files are being put into place.
+UNFINISHED = "unfinished"
 _MANIFEST_BYTES = 1 << 20  # more than any manifest has
 
 
@@ -28,7 +31,7 @@ def load(directory: str | os.PathLike[str], threads: int | None = None) -> Libra
     """The kernel that an export wrote into ``directory``; see :func:`convgen.network.load.load`.
 
     Raises:
-        ExportError: there is no manifest, or the library is not the one it describes.
+        ExportError: there is no manifest, or the library is not the one it describes, or for another architecture.
     """
     folder = Path(directory)
     path, manifest = folder / MANIFEST, read_manifest(folder)
@@ -38,6 +41,7 @@ def load(directory: str | os.PathLike[str], threads: int | None = None) -> Libra
         spec, name = ConvSpec.from_dict(manifest["spec"]["fields"], str(path)), check_name(manifest["name"])
         file, tuned = f"lib{name}.so", thread_count(manifest["threads"])
         expected = manifest["files"][file]["sha256"]
+        check_architecture(path, manifest)
     except (KeyError, TypeError, AttributeError) as error:
         found = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ExportError(f"{path}: expected the manifest of a library, found {found}") from error
@@ -47,17 +51,37 @@ def load(directory: str | os.PathLike[str], threads: int | None = None) -> Libra
         return _kind(manifest)(folder / file, spec, name, tuned if threads is None else threads)
 
 
-def read_manifest(folder: Path) -> Any:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder.
 
     Raises:
-        ExportError: there is none.
+        ExportError: there is none, or the file is none.
     """
     path = folder / MANIFEST
     try:
-        return json.loads(_read(path, "a manifest", _MANIFEST_BYTES).data)
+        manifest = json.loads(_read(path, "a manifest", _MANIFEST_BYTES).data)
     except (ValueError, RecursionError) as error:
         raise ExportError(f"{path}: expected JSON, found {error}") from error
+    if not isinstance(manifest, dict):
+        raise ExportError(f"{path}: expected the manifest of a library, found a {type(manifest).__name__} of JSON")
+    if UNFINISHED in manifest:
+        raise ExportError(f"{path}: expected a whole library, found an export that was interrupted: repeat it")
+    return manifest
+
+
+def check_architecture(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Whether this machine is of the architecture that a manifest's library needs.
+
+    Raises:
+        ExportError: it is of another; names both.
+        KeyError, TypeError: it is no manifest of a library.
+    """
+    needs, native = manifest["needs"], platform.machine()
+    if needs["architecture"] != native:
+        raise ExportError(
+            f"{path}: needs: expected a library for {native}, this machine's architecture, "
+            f"found one for {needs['triple']}"
+        )
 
 
 @contextmanager

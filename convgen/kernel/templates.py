@@ -42,5 +42,7 @@ def element_constants(prefix: str, counts: Mapping[str, int]) -> list[str]:
 
 
 def workspace_constant(prefix: str, fixed: int, share: int) -> str:
-    """``#define conv_WORKSPACE_BYTES(threads)``, of a CPU's library."""
-    return f"#define {prefix}_WORKSPACE_BYTES(threads) ({fixed} + (threads) * {share})"
+    """``#define conv_WORKSPACE_BYTES(threads)``, of a CPU's library: a ``size_t`` (unsigned long, on Linux), whatever
+    integer the number of threads is. ``#if`` takes a suffix and no cast.
+    """
+    return f"#define {prefix}_WORKSPACE_BYTES(threads) ({fixed}UL + (threads) * {share}UL)"

@@ -19,7 +19,9 @@ NATIVE = platform.machine()
 #: ELF's numbers of architectures -> their names in ``uname -m`` and in the names of cross compilers.
 _MACHINES = {62: "x86_64", 183: "aarch64"}
 #: Names of C libraries; the version of glibc is the oldest that what is made runs with.
-LIBC = re.compile(r"musl|glibc-(2\.\d{1,2})")
+_LIBC = re.compile(r"musl|glibc-2\.(\d{1,2})")
+#: The oldest glibc that has all that the runtime calls (aligned_alloc is of 2.16, secure_getenv of 2.17), 2.x.
+_OLDEST_GLIBC = 17
 #: The C library that zig links against: any later one serves.
 _ZIG_GLIBC = "2.28"
 
@@ -52,13 +54,12 @@ def compiler(arch: str, libc: str | None = None) -> tuple[str, ...]:
             C library.
     """
     if libc is not None:
-        if not (match := LIBC.fullmatch(libc)):
-            raise BuildError(f"libc: expected musl or a version of glibc such as glibc-2.28, found {libc!r}")
+        check_libc(libc)
         if (zig := _zig()) is None:
             raise BuildError(
                 f"libc: {libc} takes the Python package ziglang (pip install 'convgen[cross]'), found none"
             )
-        return zig, "cc", "-target", f"{arch}-linux-{f'gnu.{match[1]}' if match[1] else 'musl'}"
+        return zig, "cc", "-target", f"{arch}-linux-{libc.replace('glibc-', 'gnu.')}"
     if arch == NATIVE:
         return _tool("CC", "cc")
     variable, gcc = f"CC_{arch.upper()}", f"{arch}-linux-gnu-gcc"
@@ -70,6 +71,17 @@ def compiler(arch: str, libc: str | None = None) -> tuple[str, ...]:
         f"expected a C compiler for {arch}, found none: install {gcc} (Debian: apt install gcc-{arch}-linux-gnu) "
         f"or the Python package ziglang (pip install 'convgen[cross]'), or name one in {variable}"
     )
+
+
+def check_libc(libc: str) -> None:
+    """Raise:
+    BuildError: nothing can be made for a C library of that name; says what can.
+    """
+    match = _LIBC.fullmatch(libc)
+    if not match:
+        raise BuildError(f"libc: expected musl or a version of glibc such as glibc-2.28, found {libc!r}")
+    if match[1] and int(match[1]) < _OLDEST_GLIBC:
+        raise BuildError(f"libc: expected glibc-2.{_OLDEST_GLIBC} or later, which has all that is called, found {libc}")
 
 
 def static_libc(arch: str) -> str | None:

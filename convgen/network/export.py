@@ -93,7 +93,7 @@ def write_network(
             needs = package.needs(folder / f"lib{code.name}.so", libc)
             manifest = _manifest(code, layers, needs, facts)
             write_manifest(folder, manifest, [folder / name for name in _file_names(code)])
-            move(folder, target)
+            move(folder, target, code.name)
     except OSError as error:
         raise ExportError(f"{target}: cannot write the network {code.name}: {error}") from error
     return manifest
@@ -220,21 +220,29 @@ def _constants(code: Code) -> list[str]:
     if len(code.sizes) > 1:
         numbers = [f"{code.name}_{size.label} = {number}" for number, size in enumerate(code.sizes)]
         lines += [f"/* The sizes that it was made for. */\nenum {{ {', '.join(numbers)} }};", ""]
-    lines.append("/* Bytes and elements of every buffer, for those that are static. */")
+    lines += [
+        "/* Bytes and elements of every buffer, for those that are static. A workspace may be of 0 bytes, and C has no",
+        f" * such arrays: workspace[{code.name}_WORKSPACE_BYTES(1) + 1], as more is welcome. */",
+    ]
     lines += byte_constants(code.name, {"weights": code.weights})
     largest: dict[str, int] = {}
     for size in code.sizes:
         for name, bytes_ in _buffers(size).items():
             largest[name] = max(bytes_, largest.get(name, 0))
     lines += byte_constants(code.name, largest)
-    lines += element_constants(code.name, {name: size // BYTES["f32"] for name, size in largest.items()})
+    lines += element_constants(code.name, _elements(largest))
     fixed, share = (max(getattr(size, part) for size in code.sizes) for part in ("fixed", "workspace_task"))
     lines.append(workspace_constant(code.name, fixed, share))
     for size in code.sizes if len(code.sizes) > 1 else ():
         prefix = f"{code.name}_{size.label}"
         lines += byte_constants(prefix, _buffers(size))
+        lines += element_constants(prefix, _elements(_buffers(size)))
         lines.append(workspace_constant(prefix, size.fixed, size.workspace_task))
     return lines
+
+
+def _elements(buffers: Mapping[str, int]) -> dict[str, int]:
+    return {name: size // BYTES["f32"] for name, size in buffers.items()}
 
 
 def _buffers(size: Size) -> dict[str, int]:

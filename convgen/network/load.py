@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import BuildError, ExportError, KernelError
 from ..kernel.library import thread_count
-from ..kernel.load import MANIFEST, checked, read_manifest
+from ..kernel.load import MANIFEST, check_architecture, checked, read_manifest
 from ..kernel.load import load as load_kernel
 from ..lowering.interface import check_name
 from .library import KIND, NETWORK_ABI, NetworkLibrary
@@ -22,10 +22,10 @@ def load(directory: str | os.PathLike[str], threads: int | None = None) -> Any:
     A kernel for a GPU loads without a driver and a device; its layers need both.
 
     Raises:
-        ExportError: there is no manifest, or a file is not the one it describes.
+        ExportError: there is no manifest, or a file is not the one it describes, or for another architecture.
     """
     manifest = read_manifest(Path(directory))
-    if isinstance(manifest, dict) and manifest.get("kind") == KIND:
+    if manifest.get("kind") == KIND:
         return _network(Path(directory), manifest, threads)
     return load_kernel(directory, threads)
 
@@ -38,6 +38,7 @@ def _network(folder: Path, manifest: dict[str, Any], threads: int | None) -> Net
         name, made_for = check_name(manifest["name"]), thread_count(manifest["threads"])
         file = f"lib{name}.so"
         expected = manifest["files"][file]["sha256"]
+        check_architecture(path, manifest)
     except (KeyError, TypeError, AttributeError) as error:
         found = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ExportError(f"{path}: expected the manifest of a network, found {found}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from onnx import TensorProto
 
 from ..errors import NotTakenError
 from ..formats.onnx.file import ModelFile
-from ..formats.onnx.graph import ROOTS, Scope, names_read, static, text
+from ..formats.onnx.graph import ROOTS, Scope, Shape, names_read, printable, static, text
 from ..formats.onnx.layers import folded_graphs
 from ..formats.onnx.node import OnnxLayer
 from ..problem.dtypes import numpy_dtype
@@ -88,6 +89,15 @@ def _opset(file: ModelFile) -> int:
     return max((o.version for o in file.proto.opset_import if o.domain in ROOTS), default=1)
 
 
+def _open_shape(shape: Shape | None) -> str:
+    """What is missing of an input's shape, and how to give it."""
+    if shape is None:
+        return "expected a shape in the model, found none (`convgen help networks` has how to write one)"
+    names = dict.fromkeys(dim for dim in shape if isinstance(dim, str))
+    given = " ".join(f"--dim {shlex.quote(f'{printable(name)}=1')}" for name in names)
+    return f"expected a known shape (--dim), found {text(shape)}; such as {given}"
+
+
 def identifier(name: str) -> str:
     """A name as one of C."""
     cleaned = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")[:100]
@@ -106,7 +116,7 @@ class _Builder:
         self.types: tuple[int, ...] = TYPES
         self.refused: dict[str, str] = {}
         self.outside: dict[int, Outside] = {}
-        self.unread = {layer.name: str(layer.refusal) for layer in layers if layer.refusal}
+        self.unread = {layer.name: self._reason(layer) for layer in layers if layer.refusal}
 
     def graph(self, name: str) -> Graph:
         made = self.made
@@ -154,7 +164,7 @@ class _Builder:
     def _take_input(self, name: str) -> None:
         shape, dtype = self.scope.shape(name), self.scope.dtype(name)
         if not static(shape):
-            self.refused[f"input {name!r}"] = f"expected a known shape (--dim), found {text(shape)}"
+            self.refused[f"input {name!r}"] = _open_shape(shape)
             return
         self.made.shapes[name] = shape
         if dtype != TensorProto.FLOAT:
@@ -206,7 +216,7 @@ class _Builder:
     def _convolution(self, layer: OnnxLayer) -> list[Node]:
         spec = layer.spec
         if spec is None:
-            raise Refusal(str(layer.refusal))
+            raise Refusal(self._reason(layer))
         if spec.dtype not in ("f32", "i8"):
             raise Refusal(f"dtype {spec.dtype}; f32 and i8 are supported")
         if spec.n == 0:
@@ -220,6 +230,10 @@ class _Builder:
             self.made.shapes[layer.residual] = spec.dst_shape
         inputs = (layer.src, layer.residual) if layer.residual else (layer.src,)
         return [Convolution(layer.name, spec, layer.arrays, inputs, layer.dst)]
+
+    def _reason(self, layer: OnnxLayer) -> str:
+        """Why a convolution is not read, without the model and the node, which are named beside it."""
+        return str(layer.refusal).removeprefix(f"{self.where}: {layer.operator} {layer.name!r}: ")
 
     def _separate_outputs(self) -> None:
         """Every output is computed, each by itself: one that is an input, a constant or another output is copied."""

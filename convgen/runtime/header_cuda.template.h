@@ -16,7 +16,8 @@ $types
 
 $cuda_types
 
-/* Bytes and elements of every buffer, for those that are static. */
+/* Bytes and elements of every buffer, for those that are static. A workspace may be of 0 bytes, and C has no such arrays:
+ * workspace[${name}_WORKSPACE_BYTES + 1], as more is welcome. */
 $constants
 
 #ifdef __cplusplus

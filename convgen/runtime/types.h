@@ -14,7 +14,8 @@ enum convgen_status {
     CONVGEN_NULL_POINTER,    /* a pointer that the layer needs is NULL */
     CONVGEN_WRONG_SIZE,      /* a size is not what <name>_sizes() tells, or the layer has no such tensor */
     CONVGEN_MISALIGNED,      /* packed or workspace is not at a multiple of 64, or a tensor not of its element */
-    CONVGEN_WRONG_PACKED,    /* packed was not written by this library's <name>_pack(), or was changed since */
+    CONVGEN_WRONG_PACKED,    /* packed was not written by this library's <name>_pack(): a call looks at its first 64 bytes,
+                              * <name>_verify_packed() at all of it */
     CONVGEN_UNSUPPORTED_CPU, /* this CPU lacks instructions the library was compiled for */
     CONVGEN_OVERLAP,         /* a buffer that is written overlaps another one */
     CONVGEN_NO_MEMORY,       /* memory or threads ran out */

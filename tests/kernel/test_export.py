@@ -338,6 +338,18 @@ def test_another_library_is_not_mixed_in(tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in out.iterdir()}
 
 
+@pytest.mark.parametrize("file", ["example.c", "kernel.h", "kernelConfig.cmake"])
+def test_what_is_no_export_is_not_overwritten(file: str, tmp_path: Path) -> None:
+    out = tmp_path / "kernel"
+    out.mkdir()
+    (out / file).write_text("the user's own")
+    (out / "notes.txt").write_text("beside it")
+    with pytest.raises(ExportError, match=f"an earlier export of kernel or none, found {file} without manifest"):
+        export(SPEC, tmp_path)
+    assert {path.name for path in out.iterdir()} == {file, "notes.txt"}
+    assert (out / file).read_text() == "the user's own"
+
+
 def test_nothing_is_left_of_an_export_that_failed(tmp_path: Path) -> None:
     interface, path = compile_naive(SPEC, tmp_path, name="kernel")
     broken = tmp_path / "broken.o"

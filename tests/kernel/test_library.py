@@ -494,6 +494,10 @@ def test_a_changed_library_is_refused(exported: Path) -> None:
         ({"spec": {"fields": {"n": 1}}}, "ic: expected a value"),
         ({"files": {}}, "found no 'libexported.so'"),
         ({"threads": 0}, "threads: expected 1 to 1024"),
+        (
+            {"needs": {"architecture": "riscv64", "triple": "riscv64-linux-gnu"}},
+            "needs: expected a library for .*, this machine's architecture, found one for riscv64-linux-gnu",
+        ),
         ([], "expected the manifest of a library"),
         ("{", "expected JSON"),
         (None, "expected a manifest, found No such file"),

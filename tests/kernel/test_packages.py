@@ -65,18 +65,30 @@ def test_cmake_refuses_another_version_or_processor(
     assert ("x86_64" in said or "aarch64" in said) == bool(changed)
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_pkg_config_finds_it(folder: Path, tmp_path: Path, static: bool) -> None:
+@pytest.mark.parametrize(
+    ("linking", "asked", "more"),
+    [
+        ("shared", ["--cflags", "--libs"], ["-lm"]),
+        ("archive", ["--cflags", "--variable=archive"], ["-lm", "-lpthread"]),
+        ("static", ["--static", "--cflags", "--libs"], ["-static"]),
+    ],
+)
+def test_pkg_config_finds_it(folder: Path, tmp_path: Path, linking: str, asked: list[str], more: list[str]) -> None:
     if shutil.which("pkg-config") is None:
         pytest.skip("pkg-config is not installed")
-    plain = Path(shutil.move(folder, tmp_path / "there"))
-    command = ["pkg-config", *(["--static"] if static else []), "--cflags", "--libs", "kernel"]
-    told = subprocess.run(command, env={"PKG_CONFIG_PATH": str(plain)}, capture_output=True, text=True, check=True)
-    flags = told.stdout.split()
-    assert ("-lpthread" in flags) == static
-    flags += ["-lm", f"-Wl,-rpath,{plain}"]
-    subprocess.run(["cc", "-std=c11", plain / "example.c", *flags, "-o", tmp_path / "example"], check=True)
-    assert "ok" in subprocess.run([tmp_path / "example"], capture_output=True, text=True, check=True).stdout
+    plain, program = Path(shutil.move(folder, tmp_path / "there")), tmp_path / "example"
+    flags = []
+    for one in [asked] if "--libs" in asked else [[option] for option in asked]:
+        command, environment = ["pkg-config", *one, "kernel"], {"PKG_CONFIG_PATH": str(plain)}
+        told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        flags += told.stdout.split()
+    flags += [*more, f"-Wl,-rpath,{plain}"]
+    subprocess.run(["cc", "-std=c11", plain / "example.c", *flags, "-o", program], check=True)
+    assert "ok" in subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(["objdump", "-p", program], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED +(\S+)", said))
+    assert ("libkernel.so" in needed) == (linking == "shared")
+    assert (not needed) == (linking == "static")
 
 
 def test_the_manifest_says_what_it_needs(folder: Path) -> None:

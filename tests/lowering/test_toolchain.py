@@ -24,6 +24,9 @@ def test_a_choice_of_c_library_takes_zig(monkeypatch: pytest.MonkeyPatch) -> Non
     for wrong in ("glibc", "glibc-3.1", "glibc-2.28.1", "uclibc", "musl -x"):
         with pytest.raises(BuildError, match=r"libc: expected musl or a version of glibc such as glibc-2.28, found"):
             compiler(NATIVE, wrong)
+    for old in ("glibc-2.4", "glibc-2.16"):
+        with pytest.raises(BuildError, match=f"libc: expected glibc-2.17 or later, .*, found {old}"):
+            compiler(NATIVE, old)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BuildError, match=r"libc: musl takes the Python package ziglang .*convgen\[cross\]"):
         compiler(NATIVE, "musl")
@@ -78,3 +81,6 @@ def test_zig_alone_builds_for_another_processor(
 def test_the_command_line_names_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", LAYER, "--libc", "uclibc", "--no-records"]) == 2
     assert "expected musl or a version of glibc such as glibc-2.28, found 'uclibc'" in capsys.readouterr().err
+    assert main(["compile", "none.onnx", "--libc", "glibc-2.4", "--out", "none"]) == 2
+    assert main(["build", LAYER, "--libc", "glibc-2.4", "--no-records"]) == 2
+    assert "expected glibc-2.17 or later, which has all that is called, found glibc-2.4" in capsys.readouterr().err

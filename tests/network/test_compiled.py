@@ -277,6 +277,10 @@ def test_damaged_and_foreign_weights_are_refused(exported: Path, tmp_path: Path)
     weights.unlink()
     with pytest.raises(ExportError, match="cannot be read"):
         convgen.load(folder)
+    manifest["needs"] |= {"architecture": "riscv64", "triple": "riscv64-linux-musl"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ExportError, match=r"needs: expected a library for .*, found one for riscv64-linux-musl"):
+        convgen.load(folder)
 
 
 @pytest.mark.parametrize("at_end", [False, True])
@@ -416,4 +420,29 @@ def test_inputs_without_a_shape_are_all_named(capsys: pytest.CaptureFixture[str]
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     assert main(["compile", str(tmp_path / "model.onnx"), "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().out
-    assert told.count("expected a known shape (--dim)") == 2
+    assert told.count("expected a known shape (--dim), found [N, 3]; such as --dim N=1") == 2
+    model.graph.input[0].type.tensor_type.shape.dim[0].Clear()
+    model.graph.input[1].type.tensor_type.ClearField("shape")
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(NotTakenError) as caught:
+        convgen.compile(tmp_path / "model.onnx")
+    assert caught.value.nodes["input 'x'"].endswith("found [x[0], 3]; such as --dim 'x[0]=1'")
+    assert caught.value.nodes["input 'z'"].startswith("expected a shape in the model, found none")
+
+
+def test_a_reason_names_its_model_and_node_once(tmp_path: Path) -> None:
+    weights = {"w": np.zeros((4, 3, 3, 3, 1), np.float32)}
+    model = model_of([helper.make_node("Conv", ["x", "w"], ["y"], name="a")], {"x": (1, 3, 8, 8)}, ["y"], weights)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(NotTakenError) as caught:
+        convgen.compile(tmp_path / "model.onnx")
+    assert caught.value.nodes == {"Conv 'a'": "src: expected 5 axes as the weights have, found [1, 3, 8, 8]"}
+
+
+@pytest.mark.parametrize("name", ["pthread", "not a name", "two__underscores"])
+def test_a_name_that_is_taken_is_wrong_usage(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(block_model().SerializeToString())
+    given = ["--name", name, "--out", str(tmp_path / "out")]
+    assert main(["compile", str(tmp_path / "model.onnx"), *given]) == 2
+    assert "--name: expected" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

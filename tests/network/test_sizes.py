@@ -130,6 +130,9 @@ static _Alignas(64) unsigned char workspace[small_WORKSPACE_BYTES(1)];
 static float x[small_INPUT0_BYTES / sizeof(float)], y[2][small_OUTPUT0_BYTES / sizeof(float)];
 _Static_assert(small_N3_H8_INPUT0_BYTES == 3 * 3 * 8 * 10 * 4, "");
 _Static_assert(small_INPUT0_BYTES == small_N3_H12_INPUT0_BYTES, "");
+_Static_assert(small_N3_H8_INPUT0_ELEMENTS == 3 * 3 * 8 * 10, "");
+_Static_assert(small_N3_H8_OUTPUT0_ELEMENTS * sizeof(float) == small_N3_H8_OUTPUT0_BYTES, "");
+_Static_assert(_Generic(small_N1_H8_WORKSPACE_BYTES(1), size_t: 1, default: 0), "");
 _Static_assert(small_WORKSPACE_BYTES(2) >= small_N1_H8_WORKSPACE_BYTES(2), "");
 int main(void)
 {

@@ -138,7 +138,8 @@ def _set_dims(graph: GraphProto, dims: dict[str, int], where: str) -> list[str]:
                 dim.dim_param = symbol
     for name in dims:
         if name not in known:
-            raise SpecError("dims", f"names among {', '.join(map(printable, known)) or 'none'}", repr(name), where)
+            names = f"names among {', '.join(map(printable, known))}" if known else "none, as the model has all sizes"
+            raise SpecError("dims", names, repr(name), where)
     for inside in graphs_of(graph):
         for value in [*inside.input, *inside.value_info, *inside.output]:
             for dim in value.type.tensor_type.shape.dim:

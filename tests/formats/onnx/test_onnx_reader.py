@@ -110,7 +110,7 @@ def test_symbols_behind_other_operators() -> None:
             r"dims: expected a size for 'N', 'x\[2\]' \(as in --dim 'N=1'\), found none",
         ),
         (model(src=("N", 4, 9, 9)), {"M": 1}, "dims: expected names among N, found 'M'"),
-        (model(), {"N": 1}, "dims: expected names among none, found 'N'"),
+        (model(), {"N": 1}, "dims: expected none, as the model has all sizes, found 'N'"),
         (model(src=("N", 4, 9, 9)), {"N": -1}, r"dims\[N\]: expected an integer >= 0, found -1"),
         (model(src=("N", 4, 9, 9)), {"N": np.int64(1)}, r"dims\[N\]: expected an integer >= 0, found np.int64"),
         (model(src=("N\nx", 4, 9, 9)), {}, r"dims: expected a size for 'N\\nx' \(as in --dim 'N\\nx=1'\)"),
