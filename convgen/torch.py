@@ -28,6 +28,7 @@ from .bridges.torch.modules import (
     ConvTranspose2d,
     ConvTranspose3d,
     replace,
+    restore,
 )
 
 __all__ = [
@@ -44,4 +45,5 @@ __all__ = [
     "conv_transpose2d",
     "conv_transpose3d",
     "replace",
+    "restore",
 ]

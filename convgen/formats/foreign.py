@@ -6,6 +6,7 @@ from pathlib import Path
 
 _ONNX = "export the model to ONNX where it was made"
 _TORCH = "export the module with torch.onnx.export, or read it with convgen.spec_from_torch"
+_EXPORTED = "compile it with convgen.compile(torch.export.load(path))"
 _KERAS = "write model.to_json() to a file, or export the model to ONNX with tf2onnx"
 _TENSORFLOW = "convert it with python -m tf2onnx.convert"
 
@@ -31,8 +32,8 @@ _MARKS = (
 #: A name within a zip archive -> what the archive is then, the way.
 _MEMBERS = (
     ("data.pkl", "a file of torch.save or TorchScript", _TORCH),
-    ("serialized_exported_program.json", "an exported program of PyTorch", _TORCH),
-    ("models/model.json", "an exported program of PyTorch", _TORCH),
+    ("serialized_exported_program.json", "an exported program of PyTorch", _EXPORTED),
+    ("models/model.json", "an exported program of PyTorch", _EXPORTED),
     ("model.weights.h5", "a model of Keras 3", _KERAS),
 )
 

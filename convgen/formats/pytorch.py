@@ -27,6 +27,8 @@ _CONVOLUTIONS = {
     for operator in ("Conv", "ConvTranspose")
     for rank in (1, 2, 3)
 }
+#: Where convgen's own layers are, which compute what those of torch.nn do that they derive from.
+_OURS = "convgen.bridges.torch.modules"
 _PAD = "padding._ConstantPadNd"  # ZeroPad*d and ConstantPad*d
 _NORMS = ("batchnorm._BatchNorm", "batchnorm.SyncBatchNorm")
 _ACTIVATIONS: dict[str, Callable[[Any], Activation]] = {
@@ -109,7 +111,10 @@ def _spec(chain: _Chain, input_shape: Sequence[int], accuracy: str, layout: str)
     conv, where = chain.conv, chain.where
     rank, transposed = _CONVOLUTIONS[_kind(conv)]
     if not isinstance(input_shape, Sequence) or len(input_shape) not in (rank + 1, rank + 2):
-        raise SpecError("input_shape", f"(n, channels, {rank} sizes), or without n", repr(input_shape), where)
+        found = (
+            f"a {type(input_shape).__name__}; use its .shape" if hasattr(input_shape, "shape") else repr(input_shape)
+        )
+        raise SpecError("input_shape", f"(n, channels, {rank} sizes), or without n", found, where)
     n, channels, *in_spatial = input_shape if len(input_shape) == rank + 2 else (1, *input_shape)
     if channels != conv.in_channels and not _is_lazy(conv.weight):
         raise SpecError("input_shape", f"in_channels = {conv.in_channels}", f"{channels} channels", where)
@@ -213,7 +218,7 @@ def _chains(module: Any) -> list[_Chain]:
             chains.append(_Chain(part, place, where, _zeros(pads, kind)))
             pads = []
         elif not chains or pads:
-            raise UnsupportedError(f"{where}: expected a convolution of torch.nn with its own forward")
+            raise UnsupportedError(f"{where}: expected a convolution of torch.nn with its own forward{_way(part)}")
         else:
             _follow(chains[-1], part, kind, where)
     if pads:
@@ -221,6 +226,21 @@ def _chains(module: Any) -> list[_Chain]:
     if not chains:
         raise SpecError("module", "a convolution of torch.nn", "none in it", type(module).__name__)
     return chains
+
+
+def _way(part: Any) -> str:
+    """What to do with a module that is no layer."""
+    if _is_quantised(part):
+        return ", found a quantised one, which a ConvSpec of dtype i8 says by hand"
+    if getattr(part, "_modules", None):
+        return "; convgen.compile(torch.export.export(module, (x,))) takes whole modules"
+    return ""
+
+
+def _is_quantised(part: Any) -> bool:
+    """Whether a class of PyTorch's is of quantised layers, those for training included."""
+    parts = [cls.__module__.split(".") for cls in type(part).__mro__]
+    return any(names[:2] == ["torch", "ao"] and {"quantized", "qat"} & {*names} for names in parts)
 
 
 def _follow(chain: _Chain, part: Any, kind: str, where: str) -> None:
@@ -315,7 +335,7 @@ def _kind(module: Any) -> str:
     caller = next((cls for cls in classes if {"__call__", "_call_impl"} & set(vars(cls))), None)
     if caller is not None and not caller.__module__.startswith("torch."):
         return ""
-    owners = [cls for cls in classes if {"forward", "_conv_forward"} & set(vars(cls))]
+    owners = [cls for cls in classes if {"forward", "_conv_forward"} & set(vars(cls)) and cls.__module__ != _OURS]
     if not owners or "forward" not in vars(owners[0]):  # Conv*d.forward is little but its _conv_forward
         return ""
     prefix, name = "torch.nn.modules.", f"{owners[0].__module__}.{owners[0].__qualname__}"
@@ -334,7 +354,8 @@ def _is_lazy(parameter: Any) -> bool:
 
 def _values(name: str, parameter: Any, where: str) -> F64:
     if _is_lazy(parameter) or parameter.is_meta:
-        raise SpecError(name, "a parameter with values", "one without", where)
+        first = "; call the module once, which makes it" if _is_lazy(parameter) else ""
+        raise SpecError(name, "a parameter with values", f"one without{first}", where)
     return np.asarray(parameter.detach().cpu().double().resolve_neg())
 
 

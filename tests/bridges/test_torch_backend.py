@@ -222,6 +222,15 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
         backend(torch.fx.symbolic_trace(nn.ReLU()), [], options=options)
 
 
+def test_a_mode_is_refused(compiled: list[Any]) -> None:
+    """As PyTorch hands it to backends."""
+    layer, x = nn.Conv2d(4, 4, 3), torch.randn(1, 4, 6, 6)
+    call = torch._TorchCompileWrapper(backend, "max-autotune", None, False)
+    with pytest.raises(SpecError, match="mode: expected none: options has threads, accuracy, found 'max-autotune'"):
+        call(torch.fx.symbolic_trace(layer), [x])
+    close(torch.compile(layer, backend=backend, mode="default")(x), layer(x))
+
+
 # ---- exported programs -------------------------------------------------------------------------
 
 
@@ -243,8 +252,12 @@ def test_an_exported_program(tmp_path: Path) -> None:
     for given, message in ((torch.randn(2, 8, 12, 10), "expected .1, 8, 12, 10."), (x.double(), "float64"), (3, "int")):
         with pytest.raises(KernelError, match=message):
             program(given)
-    with pytest.raises(KernelError, match="arguments"):
+    with pytest.raises(KernelError, match=r"^arguments: expected 1 input, found 2 inputs$"):
         program(x, x)
+    with pytest.raises(KernelError, match=r"^arguments: expected 1 input, found 0 inputs and y$"):
+        program(y=x)
+    with pytest.raises(KernelError, match=r"^arguments: expected 1 input, found 1 input with 2 values in them$"):
+        program([x, x])
 
 
 @pytest.mark.parametrize(
@@ -301,7 +314,7 @@ def test_a_program_of_open_sizes_is_refused() -> None:
             return made
 
     exported = torch.export.export(Layer(), (torch.randn(2, 4, 6, 6),), dynamic_shapes=dims)
-    with pytest.raises(SpecError, match="exported for known sizes"):
+    with pytest.raises(SpecError, match=r"exported for known sizes, found the size s\d+; as ONNX, .* dims"):
         convgen.compile(exported)
 
 

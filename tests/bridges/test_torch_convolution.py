@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -236,3 +237,62 @@ def test_what_is_no_convolution_is_refused() -> None:
         ours.conv2d(torch.randn(2, 3), torch.randn(2, 3, 1, 1))
     with pytest.raises(SpecError, match=r"^padding: expected numbers, valid, or same where the stride is 1"):
         ours.conv2d(torch.randn(1, 3, 5, 5), torch.randn(2, 3, 3, 3), stride=2, padding="same")
+    with pytest.raises(RuntimeError, match=r"^input: expected 5 channels, as the weight has, found 3"):  # as PyTorch's
+        ours.Conv2d(5, 3, 1)(torch.randn(1, 3, 5, 5))
+    with pytest.raises(SpecError, match=r"^input: expected a tensor, found ndarray"):
+        ours.conv2d(torch.randn(1, 3, 5, 5).numpy(), torch.randn(2, 3, 3, 3))
+    for change in (ours.replace, ours.restore):
+        with pytest.raises(SpecError, match=r"^model: expected a torch\.nn\.Module, found int"):
+            change(3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_under_autocast_types_are_pytorch_s(dtype: str, whole: bool) -> None:
+    """Between layers that autocast changes itself, and where some of a model's convolutions stay PyTorch's."""
+    nn = torch.nn
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.Linear(9, 9), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2), nn.Linear(8, 5))
+    made = copy.deepcopy(theirs)
+    ours.replace(made if whole else made[:2])
+    assert type(made[1]) is ours.Conv2d
+    found = []
+    for model in (theirs, made):
+        x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autocast("cpu", dtype=getattr(torch, dtype)):
+            y = model(x)
+        y.float().square().mean().backward()
+        assert y.dtype == getattr(torch, dtype)
+        found.append([y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())])
+    for of_theirs, of_made in zip(*found, strict=True):
+        torch.testing.assert_close(of_made, of_theirs, rtol=0.05, atol=0.01)
+    with torch.autocast("cpu", dtype=getattr(torch, dtype)):  # which leaves f64 alone
+        assert ours.conv1d(*(torch.ones(1, 1, 3, dtype=torch.float64),) * 2).dtype == torch.float64
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's, about its forward mode
+@pytest.mark.parametrize("which", ["input", "weight", "bias"])
+def test_derivatives_in_forward_mode_are_refused(which: str) -> None:
+    """They would be zeros: the operators have none."""
+    given = {"input": torch.randn(1, 2, 5, 5), "weight": torch.randn(3, 2, 3, 3), "bias": torch.randn(3)}
+
+    def function(tensor: Any) -> Any:
+        return ours.conv2d(**given | {which: tensor})
+
+    tensor = given[which]
+    with pytest.raises(NotImplementedError, match=f"^{which}: expected no tangent"):
+        torch.func.jvp(function, (tensor,), (tensor,))
+    with pytest.raises(NotImplementedError, match=f"^{which}: expected no tangent"):
+        torch.func.jacfwd(function)(tensor)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="expected no tangent"):
+        function(torch.autograd.forward_ad.make_dual(tensor, tensor))
+
+
+def test_what_was_replaced_is_restored() -> None:
+    model = model_of_every_kind()
+    kinds = [type(module) for module in model]
+    names = ours.replace(model)
+    assert [type(module) for module in model] != kinds
+    assert ours.restore(model) == names
+    assert [type(module) for module in model] == kinds
+    assert ours.restore(model) == []

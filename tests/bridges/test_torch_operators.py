@@ -14,6 +14,7 @@ import onnxruntime  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402, N812
 
+import convgen.torch as ours  # noqa: E402
 from convgen.bridges.torch.exported import TorchProgram  # noqa: E402
 from convgen.network.reading import read_graph  # noqa: E402
 
@@ -145,6 +146,27 @@ def test_a_layer(name: str) -> None:
         if buffer.is_floating_point():
             buffer.uniform_(0.5, 2)
     check(After(layer, rank), image(rank))
+
+
+OWN: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "conv1d same": (lambda: ours.Conv1d(8, 4, 4, padding="same", dilation=3), 1),
+    "conv2d": (lambda: ours.Conv2d(8, 16, (3, 2), (2, 1), (1, 0), (1, 2), groups=8, bias=False), 2),
+    "conv3d": (lambda: ours.Conv3d(8, 3, 3, padding=1), 3),
+    "transposed": (lambda: ours.ConvTranspose2d(8, 6, 3, 2, (1, 0), output_padding=1, groups=2), 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", OWN)
+def test_a_layer_of_convgen_s_is_a_convolution(name: str) -> None:
+    """Of a model that was trained with them: nothing stays outside, and results are those of PyTorch's own layers."""
+    make, rank = OWN[name]
+    torch.manual_seed(0)
+    module, x = After(make(), rank), image(rank)
+    made = check(module, x)
+    assert ours.restore(module)
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), module(x), rtol=2e-5, atol=2e-5)
 
 
 def test_nothing_is_copied_to_change_the_order_of_axes() -> None:

@@ -32,7 +32,7 @@ class Parameter(np.ndarray):
     def detach(self) -> Parameter:
         return self
 
-    cpu = detach
+    cpu = resolve_neg = detach
 
     def double(self) -> Parameter:
         return self.astype(np.float64).view(Parameter)
@@ -162,7 +162,7 @@ def test_a_lazy_module_takes_its_channels_from_the_input() -> None:
     lazy = conv(2, 0, 4, 3, weight=LAZY, bias=LAZY)
     lazy = sequential(lazy, norm(0, running_mean=LAZY))
     assert spec_from_torch(lazy, (5, 9, 9)) == ConvSpec.parse("conv2d ic5 oc4 i9x9 k3")
-    with pytest.raises(SpecError, match=r"0 \(Conv2d\): weight: expected a parameter with values"):
+    with pytest.raises(SpecError, match=r"0 \(Conv2d\): weight: .* values, found one without; call the module once"):
         arrays_from_torch(lazy)
 
 
@@ -218,6 +218,7 @@ PRELU = act("PReLU", num_parameters=3, weight=parameter(3))
         (conv(2, 3, 4, 1), (1, 5, 5, 5), "Conv2d: input_shape: expected in_channels = 3, found 5 channels"),
         (conv(2, 3, 4, 1), (3, 5), "Conv2d: input_shape: expected .n, channels, 2 sizes., or without n, found"),
         (conv(2, 3, 4, 1), 5, "Conv2d: input_shape"),
+        (conv(2, 3, 4, 1), np.zeros((3, 5, 5)), r"Conv2d: input_shape: .*, found a ndarray; use its \.shape"),
         (conv(2, 3, 4, 9), (3, 5, 5), r"kernel\[0\]: expected a dilated kernel within the padded input"),
         (
             sequential(conv(2, 3, 4, 1), norm(5)),
@@ -251,6 +252,35 @@ def compare(torch: Any, made: Any, shape: tuple[int, ...], rtol: float = 1e-4, a
     got = run_onnxruntime(spec, x.numpy().reshape(spec.src_shape), **arrays, threads=1)
     np.testing.assert_allclose(got.reshape(expected.shape), expected, rtol=rtol, atol=atol)
     return spec
+
+
+def test_layers_of_convgen_s_own_are_those_that_they_stand_for(torch: Any) -> None:
+    ours, nn = importlib.import_module("convgen.torch"), torch.nn
+    for name, options in (("Conv2d", {"stride": 2}), ("Conv1d", {"padding": 1}), ("ConvTranspose2d", {"groups": 2})):
+        shape = (2, 4, 9, 8)[: 3 + name.endswith("2d")]
+        layer = getattr(ours, name)(4, 6, 3, **options)
+        assert compare(torch, layer, shape) == spec_from_torch(getattr(nn, name)(4, 6, 3, **options), shape)
+
+    class Own(ours.Conv2d):  # type: ignore[name-defined]
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) * 2
+
+    with pytest.raises(UnsupportedError, match=r"Own: expected a convolution of torch\.nn with its own forward"):
+        spec_from_torch(Own(3, 4, 3), (3, 9, 9))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # PyTorch's, about its own class
+def test_what_is_no_layer_is_told_a_way_on(torch: Any) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Conv2d(3, 4, 3)
+
+    with pytest.raises(UnsupportedError, match=r"Net: expected a convolution .*; convgen\.compile\(torch\.export"):
+        convgen.layers_from_torch(Net(), (3, 9, 9))
+    quantised = importlib.import_module("torch.ao.nn.intrinsic.quantized").ConvReLU2d
+    with pytest.raises(UnsupportedError, match=r"ConvReLU2d: expected a convolution .*, found a quantised one"):
+        spec_from_torch(quantised(3, 4, 3), (3, 9, 9))
 
 
 def _activations(nn: Any, oc: int) -> list[Any]:

@@ -273,9 +273,20 @@ def _convolution(r: Reading) -> None:
     if rank not in (1, 2, 3):
         raise Refusal(f"{rank} axes of an image; 1 to 3 are supported")
     padding = r.window("padding", rank)
+    _end_convolution(r, "input", padding, padding)
+
+
+def _own_convolution(r: Reading) -> None:
+    """The operator of convgen's own layers, of whose padding begin and end of each axis are given."""
+    padding = [int(size) for size in r["padding"]]
+    _end_convolution(r, "x", padding[::2], padding[1::2])
+
+
+def _end_convolution(r: Reading, source: str, begins: list[int], ends: list[int]) -> None:
+    rank = len(begins)
     attributes: dict[str, Any] = {
         "strides": r.window("stride", rank),
-        "pads": [*padding, *padding],
+        "pads": [*begins, *ends],
         "dilations": r.window("dilation", rank),
         "group": int(r["groups"]),
         "kernel_shape": r.sizes("weight")[2:],
@@ -283,7 +294,7 @@ def _convolution(r: Reading) -> None:
     operation = "Conv"
     if r["transposed"]:
         operation, attributes["output_padding"] = "ConvTranspose", r.window("output_padding", rank)
-    operands = [r.input("input"), r.known("weight")] + ([r.known("bias")] if r["bias"] is not None else [])
+    operands = [r.input(source), r.known("weight")] + ([r.known("bias")] if r["bias"] is not None else [])
     r.end(operation, operands, **attributes)
 
 
@@ -423,6 +434,7 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "_unsafe_index.Tensor": _gathered,
     "index.Tensor": _gathered,
     "convolution.default": _convolution,
+    "convgen.convolution.default": _own_convolution,
     **{f"max_pool{rank}d_with_indices.default": _max_pool for rank in (2, 3)},
     "max_pool2d.default": _max_pool,
     **{f"avg_pool{rank}d.default": _average_pool for rank in (2, 3)},
@@ -443,4 +455,6 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "linear.default": _linear,
 }
 #: Operators that a network is made for: what has none of them stays PyTorch's.
-PRODUCTS = frozenset({"convolution.default", "mm.default", "bmm.default", "addmm.default", "linear.default"})
+PRODUCTS = frozenset(
+    f"{name}.default" for name in ("convolution", "convgen.convolution", "mm", "bmm", "addmm", "linear")
+)

@@ -59,15 +59,21 @@ class Options:
 
 
 def backend(
-    graph: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """What PyTorch calls with a graph that it has traced; ``options`` as :class:`Options` has them.
 
     A graph that gradients are wanted of is left to PyTorch.
 
     Raises:
-        SpecError: an unknown option, or a wrong value.
+        SpecError: an unknown option, or a wrong value; or a ``mode``, of which there are none but PyTorch's default.
     """
+    if mode is not None:
+        raise SpecError("mode", f"none: options has {', '.join(Options.__dataclass_fields__)}", repr(mode))
     chosen = Options.read(options)
     for given in inputs:  # one size of each axis is compiled for; PyTorch traces others anew
         sizes = given.shape if isinstance(given, Tensor) else [given] if isinstance(given, torch.SymInt) else []

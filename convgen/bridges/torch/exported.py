@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ...errors import KernelError, SpecError, UnsupportedError
 from .aten import is_read
@@ -65,7 +65,7 @@ class TorchProgram:
         """
         given, tree = tree_flatten((args, kwargs))
         if tree != self._tree.in_spec:
-            raise KernelError(f"arguments: expected {self._tree.in_spec}, found {tree}")
+            raise KernelError(f"arguments: expected {_described(self._tree.in_spec)}, found {_described(tree)}")
         for node, tensor in zip(self._given, given, strict=True):
             _check_input(node, tensor)
         inputs = list(self._weights)
@@ -85,6 +85,15 @@ class TorchProgram:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.outside.items())
             raise UnsupportedError(f"expected a program that is one network, found {len(self.networks)}: {reasons}")
         return self.networks[0].export(directory, facts=facts)
+
+
+def _described(tree: TreeSpec) -> str:
+    """What a call gives, in words: its arguments, and what lies in them where that is more."""
+    positional, named = tree.children()
+    count, names = positional.num_children, list(named.context)
+    text = f"{count} input{'s' * (count != 1)}" + f" and {', '.join(names)}" * bool(names)
+    more = any(not child.is_leaf() for child in (*positional.children(), *named.children()))
+    return f"{text} with {tree.num_leaves} values in them" if more else text
 
 
 def _composites() -> dict[Any, Any]:
@@ -110,7 +119,11 @@ def _check_sizes(inputs: list[fx.Node]) -> None:
         found = value(node)
         open_sizes = [size for size in found.shape if not isinstance(size, int)] if isinstance(found, Tensor) else []
         if open_sizes:
-            raise SpecError(f"input {node.name!r}", "a program exported for known sizes", f"the size {open_sizes[0]}")
+            raise SpecError(
+                f"input {node.name!r}",
+                "a program exported for known sizes",
+                f"the size {open_sizes[0]}; as ONNX, by torch.onnx.export, convgen.compile takes it with dims",
+            )
 
 
 def _check_input(node: fx.Node, given: Any) -> None:

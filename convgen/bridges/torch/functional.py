@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ...errors import SpecError
 from .convolution import convolution
 
 Sizes = int | Sequence[int]
+
+
+class CallError(SpecError, RuntimeError):
+    """A call whose tensors do not fit, which PyTorch's own functions refuse with a ``RuntimeError``."""
 
 
 def _each(name: str, value: Sizes, rank: int) -> list[int]:
@@ -38,7 +44,7 @@ def _pads(padding: Sizes | str, weight: Tensor, stride: Sequence[int], dilation:
 def _batched(x: Tensor, rank: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
     """Of a single image, or of a batch."""
     if x.dim() not in (rank + 1, rank + 2):
-        raise SpecError("input", f"{rank + 1} or {rank + 2} axes", x.dim())
+        raise CallError("input", f"{rank + 1} or {rank + 2} axes", x.dim())
     return compute(x) if x.dim() == rank + 2 else compute(x.unsqueeze(0)).squeeze(0)
 
 
@@ -53,12 +59,45 @@ def convolve(
     groups: int,
     output_padding: Sizes | None = None,
 ) -> Tensor:
-    """A convolution of any rank; a transposed one where ``output_padding`` is given."""
+    """A convolution of any rank; a transposed one where ``output_padding`` is given.
+
+    Under ``torch.autocast`` it is of the type that PyTorch's own is.
+
+    Raises:
+        SpecError: an argument is wrong.
+        NotImplementedError: derivatives in forward mode are asked for.
+    """
+    tensors = {"input": x, "weight": weight, "bias": bias}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and (name != "bias" or tensor is not None):
+            raise SpecError(name, "a tensor", type(tensor).__name__)
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{name}: expected no tangent: convgen's convolutions have no forward mode")
     strides, steps = _each("stride", stride, rank), _each("dilation", dilation, rank)
     pads = _pads(padding, weight, strides, steps)
+    transposed = output_padding is not None
     extra = _each("output_padding", 0 if output_padding is None else output_padding, rank)
-    rest = (strides, pads, steps, output_padding is not None, extra, groups)
+    _check_channels(rank, x, weight, groups, transposed)
+    x, weight = _autocast(x, x), _autocast(weight, x)
+    bias = None if bias is None else _autocast(bias, x)
+    rest = (strides, pads, steps, transposed, extra, groups)
     return _batched(x, rank, lambda images: convolution(images, weight, bias, *rest))
+
+
+def _check_channels(rank: int, x: Tensor, weight: Tensor, groups: int, transposed: bool) -> None:
+    if weight.dim() != rank + 2:
+        raise CallError("weight", f"{rank + 2} axes", weight.dim())
+    channels = weight.shape[0] if transposed else weight.shape[1] * groups
+    if x.dim() > rank and x.shape[-rank - 1] != channels:
+        raise CallError("input", f"{channels} channels, as the weight has", f"{x.shape[-rank - 1]}")
+
+
+def _autocast(tensor: Tensor, x: Tensor) -> Tensor:
+    """A tensor as ``torch.autocast`` has it where x lies: it casts what convolutions read, but never f64."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def _conv(rank: int) -> Callable[..., Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import SpecError
 from .functional import convolve
 
 #: Seconds that a layer is timed for, each way.
@@ -78,7 +79,8 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 def replace(model: nn.Module, *inputs: Any) -> list[str]:
     """Put convgen's layers in the place of a model's convolutions; its parameters, hooks and state dict stay.
 
-    Subclasses of ``torch.nn``'s layers are left as they are.
+    Subclasses of ``torch.nn``'s layers are left as they are; those that weight normalisation or another parametrisation
+    has made are such, and lazy layers before their first call.
 
     Args:
         inputs: of the model. Where there are any, it is run once, and only layers are replaced whose step, forward and
@@ -86,7 +88,11 @@ def replace(model: nn.Module, *inputs: Any) -> list[str]:
 
     Returns:
         The names of the layers that were replaced.
+
+    Raises:
+        SpecError: the model is no module.
     """
+    _check_module(model)
     layers = {name: module for name, module in model.named_modules() if type(module) in OURS}
     met = _met(model, layers, inputs) if inputs else dict.fromkeys(layers, ())
     replaced = []
@@ -100,6 +106,28 @@ def replace(model: nn.Module, *inputs: Any) -> list[str]:
         else:
             replaced.append(name)
     return replaced
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Put ``torch.nn``'s layers in the place of convgen's: what :func:`replace` did, undone, to export a model, say.
+
+    Returns:
+        The names of the layers that are PyTorch's again.
+
+    Raises:
+        SpecError: the model is no module.
+    """
+    _check_module(model)
+    theirs = {ours: kind for kind, ours in OURS.items()}
+    layers = {name: module for name, module in model.named_modules() if type(module) in theirs}
+    for module in layers.values():
+        module.__class__ = theirs[type(module)]
+    return list(layers)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise SpecError("model", "a torch.nn.Module", type(model).__name__)
 
 
 def _met(model: nn.Module, layers: dict[str, nn.Module], inputs: Any) -> dict[str, tuple[Any, ...]]:
