@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import IO, Any
 
 from .deferred import keep_torch_out
+from .errors import ConvgenError
 
 #: Seconds between looks at the memory of a worker: what it can get hold of in the meantime is little.
 LOOK = 0.05
@@ -37,7 +38,7 @@ _BEGUN, _VALUE, _NO_MEMORY, _ERROR = "begun", "value", "no memory", "error"
 
 
 class JobError(Exception):
-    """A job raised an exception: its type and its traceback, as text."""
+    """A job raised an exception: its type and its traceback, or what a :class:`ConvgenError` says, as text."""
 
 
 class MemoryLimitError(MemoryError):
@@ -191,7 +192,9 @@ def _serve(pipe: Connection) -> None:
         except MemoryError:
             pipe.send((_NO_MEMORY, traceback.format_exc()))
         except Exception as error:  # whatever a job raises is its answer
-            pipe.send((_ERROR, f"{type(error).__name__}: {traceback.format_exc()}"))
+            # Errors of this package say what is wrong; of any other the place is worth knowing.
+            said = str(error) if isinstance(error, ConvgenError) else traceback.format_exc()
+            pipe.send((_ERROR, f"{type(error).__name__}: {said}"))
 
 
 if __name__ == "__main__":

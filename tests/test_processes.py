@@ -62,6 +62,8 @@ def test_a_worker_answers_one_job_after_another(worker: Worker) -> None:
 def test_what_a_job_raises_is_said_and_the_worker_stays(worker: Worker) -> None:
     with pytest.raises(JobError, match=r"(?s)^ValueError: Traceback .*worker_jobs.*ValueError: planted"):
         worker.call(in_worker(worker_jobs.fail))
+    with pytest.raises(JobError, match=r"^BuildError: planted$"):
+        worker.call(in_worker(worker_jobs.fail_to_build))
     with pytest.raises(MemoryError):
         worker.call(in_worker(worker_jobs.ask_for_all_memory))
     with pytest.raises(JobError, match=r"local object .*lambda"):

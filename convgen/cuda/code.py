@@ -445,6 +445,20 @@ def _compiler() -> Any:
     return nvrtc
 
 
+def compiler(arch: str) -> Any:
+    """NVIDIA's compiler library, for an architecture.
+
+    Raises:
+        UnsupportedError: it is not installed, or does not know the architecture.
+    """
+    nvrtc = _compiler()
+    numbers = nvrtc.nvrtcGetSupportedArchs()[1]
+    if int(re.sub(r"\D", "", arch)) not in numbers:
+        known = ", ".join(f"sm_{number}" for number in numbers)
+        raise UnsupportedError(f"target cuda:{arch}: expected an architecture the compiler knows ({known})")
+    return nvrtc
+
+
 def compiled(text: str, arch: str) -> tuple[bytes, bytes, str]:
     """Cubin, PTX and log of a source, for an architecture ``sm_…``; no cubin for a virtual one, ``compute_…``.
 
@@ -452,11 +466,7 @@ def compiled(text: str, arch: str) -> tuple[bytes, bytes, str]:
         UnsupportedError: the compiler is not installed, or does not know the architecture.
         BuildError: it refused the source; quotes what it said.
     """
-    nvrtc = _compiler()
-    numbers = nvrtc.nvrtcGetSupportedArchs()[1]
-    if int(re.sub(r"\D", "", arch)) not in numbers:
-        known = ", ".join(f"sm_{number}" for number in numbers)
-        raise UnsupportedError(f"target cuda:{arch}: expected an architecture the compiler knows ({known})")
+    nvrtc = compiler(arch)
     headers = [runtime_source(name).encode() for name in HEADERS]
     names = [name.encode() for name in HEADERS]
     error, program = nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", len(names), headers, names)

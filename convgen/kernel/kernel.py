@@ -86,6 +86,8 @@ class Kernel(BaseLibrary):
         if not self.lowered.candidate.schedule.is_reference:
             return self._note
         why = f"no fast schedule applies on {self.target}, or none was right"
+        if self.record is not None:
+            why = f"its record is {self.record.id[:12]}"
         slow = f"{self.spec.descriptor}: {why}; this is the slow reference"
         return f"{self._note}; {slow}" if self._note else slow
 

@@ -259,6 +259,15 @@ def _relocatable(compiler: tuple[str, ...], made: str, inputs: Sequence[str], fo
 # ---- the C compiler ----------------------------------------------------------------------------
 
 
+def check_compiler(arch: str, *, on_device: bool = False) -> None:
+    """See that kernels can be linked for an architecture, by compiling the runtime that all of them have.
+
+    Raises:
+        BuildError: there is no C compiler for it, or it fails; gives the command and what it said.
+    """
+    _runtime_object(compiler(arch), CUDA_SOURCES if on_device else SOURCES)
+
+
 @functools.cache
 def _runtime_object(compiler: tuple[str, ...], sources: tuple[str, ...] = SOURCES) -> bytes:
     """The compiled runtime, from the cache directory where it can be read and kept there.

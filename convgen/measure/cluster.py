@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from ..errors import BuildError, UnsupportedError
+from ..errors import BuildError, ConvgenError, UnsupportedError
 from ..folders import TemporaryFolder
 from ..interrupts import interrupts_blocked, interrupts_held
 from ..lowering.versions import versions
@@ -73,7 +73,7 @@ class DaskBuilder(Builder):
         """The path of the library; an error where a worker has other versions.
 
         Raises (from the future):
-            BuildError: the worker's versions are not those here.
+            UnsupportedError, BuildError: the worker's versions are not those here, or it lacks a compiler.
         """
         answer: Future[str | Result] = Future()
         job = self._client.submit(compile_there, module, self.timeout, pure=False)
@@ -97,6 +97,8 @@ class DaskBuilder(Builder):
             return INTERRUPTED
         try:
             versions_there, made = job.result()
+        except ConvgenError:  # no compiler there
+            raise
         except Exception as error:  # of Dask: too many workers died with it, or one cannot run it at all
             return Result("crash", error=f"{type(error).__name__}: {error}"[-2000:])
         _check_versions(f"cluster {self.address}", versions_there)

@@ -27,6 +27,7 @@ from ..kernel.kernel import compile_lowered
 from ..kernel.library import Library
 from ..lowering.discover import schedule
 from ..lowering.interface import TensorInfo
+from ..lowering.link import check_compiler
 from ..lowering.lower import Lowered, lower
 from ..lowering.schedule import Candidate, Picks
 from ..problem.dtypes import distance, load, numpy_dtype, save
@@ -143,6 +144,20 @@ def serialised(lowered: Lowered) -> CandidateModule:
         lowered.bindings,
         lowered.packed,
     )
+
+
+def check_compilers(target: Target) -> None:
+    """See that there is what compiles candidates for a target: without it they fail through no fault of theirs.
+
+    Raises:
+        UnsupportedError: NVIDIA's compiler is not installed, or does not know the architecture.
+        BuildError: there is no C compiler for the architecture, or it fails.
+    """
+    if target.on_device:
+        from ..cuda.code import compiler
+
+        compiler(target.arch)
+    check_compiler(target.architecture, on_device=target.on_device)
 
 
 # ---- functions that run in workers ------------------------------------------------------------

@@ -32,7 +32,15 @@ from ..records.outcome import INTERRUPTED, OUTCOME_KEY, Result
 from .busy import BusyWatch
 from .chain import run_chains
 from .compare import run_comparison
-from .trial import CandidateModule, Expected, build_artifact, memory_limit, run_artifact, run_duel
+from .trial import (
+    CandidateModule,
+    Expected,
+    build_artifact,
+    check_compilers,
+    memory_limit,
+    run_artifact,
+    run_duel,
+)
 
 Samples = list[list[float]]
 #: Of each choice of a network's kernels, round by round, the seconds of each instance.
@@ -73,7 +81,12 @@ class Builder(ABC):
 
     @abstractmethod
     def submit(self, module: CandidateModule) -> Future[str | Result]:
-        """The path of the candidate's library, below :attr:`root`, or how it failed."""
+        """The path of the candidate's library, below :attr:`root`, or how it failed.
+
+        Raises (here, or from the future):
+            UnsupportedError, BuildError: nothing can be compiled for the target: see
+                :func:`~convgen.measure.trial.check_compilers`.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -231,6 +244,7 @@ class LocalBuilder(Builder):
         self.pool = Workers(workers, "build_error", timeout, uses=64, folder=self._folder)
 
     def submit(self, module: CandidateModule) -> Future[str | Result]:
+        check_compilers(module.target)
         return self.pool.submit(build_artifact, module, str(self.root))
 
     def close(self) -> None:

@@ -173,10 +173,12 @@ class JobRun:
         """Whether the store has what this job would find out: another job's answer, or an imported one."""
         if search.winner is None:
             return False
-        asked = self.job.trials_per_layer
+        note, asked = search.winner.note or {}, self.job.trials_per_layer
+        left_out = note.get("exclude")
+        if isinstance(left_out, list) and any(name not in self.job.exclude for name in left_out):
+            return False  # not all that may win here took part
         if asked:
             return search.state.done >= asked
-        note = search.winner.note or {}
         if "recheck" in note:  # it beat the default, and nothing else was tried
             return False
         by = note.get("job")

@@ -42,12 +42,13 @@ class Race:
     First comes the zero-trial answer, which tuning must not lose to, then what won on similar layers and the default
     of every other schedule, however slow it is said to be: where the answer is bad, that is usually what is wrong.
     Then comes what the ranker chooses among uniform draws and neighbours of the leaders. Schedules that stay behind
-    drop out. The reference takes part only where it is the ``default``.
+    drop out. The reference takes part only where it is the ``default``, or nothing else is left.
 
     Args:
         threads: what the ranker predicts for, where none is given.
         ranker: taught by a store; told every result of this race. None: one that knows nothing yet.
-        exclude: ids of schedules to leave out. The default is then the best remaining schedule's.
+        exclude: ids of schedules to leave out. The default is the zero-trial answer even if it is one of theirs: a
+            build takes it, whatever a search leaves out, and so what wins must be faster than that.
 
     Raises:
         UnsupportedError: no schedule applies, or none is left.
@@ -71,10 +72,8 @@ class Race:
         applicable = [s for s in applicable if s.id not in exclude]
         if not applicable:
             raise UnsupportedError(f"exclude: expected to leave a schedule for {spec.descriptor}, found none")
-        if self.default.schedule.id in exclude:
-            best = min(applicable, key=lambda s: (s.cost(self.spec, target), s.id))
-            self.default = Candidate(best, best.default(self.spec, target))
-        self.schedules: list[Schedule] = [s for s in applicable if not s.is_reference or s is self.default.schedule]
+        fast = [s for s in applicable if not s.is_reference or s is self.default.schedule]
+        self.schedules: list[Schedule] = fast or applicable
         self.results: dict[Schedule, list[tuple[float, Picks]]] = {s: [] for s in self.schedules}
         self.tried: dict[Schedule, int] = dict.fromkeys(self.schedules, 0)
         self.seen: set[Candidate] = set()
@@ -89,7 +88,7 @@ class Race:
     def defaults(self) -> list[Candidate]:
         """Every schedule's zero-trial answer; first the one that is taken where nothing was measured."""
         defaults = [Candidate(s, s.default(self.spec, self.target)) for s in self.schedules]
-        return sorted(defaults, key=lambda candidate: candidate != self.default)
+        return list(dict.fromkeys([self.default, *defaults]))
 
     def tell(self, candidate: Candidate, result: Result) -> None:
         """Learn how a candidate did."""
@@ -143,9 +142,10 @@ class Race:
 
         for index in range(len(awaited)):
             suppose(index)
-        levels = dict.fromkeys(self.schedules, math.inf)
+        levels: dict[Schedule, float] = {}
         for value, candidate in zip(mean, everything, strict=True):
-            levels[candidate.schedule] = min(levels[candidate.schedule], float(value))
+            # A default whose schedule is left out may be among those that are awaited.
+            levels[candidate.schedule] = min(levels.get(candidate.schedule, math.inf), float(value))
         # Chance draws among the schedules that may win.
         near = np.array([levels[c.schedule] <= mean.min() + math.log(BEHIND) for c in everything])
         taken: list[Candidate] = []

@@ -60,7 +60,7 @@ class Search:
         progress: called after every trial.
         patience: trials without a gain of 1 % after which the search is over.
         seed: of the race.
-        exclude: ids of schedules that do not take part.
+        exclude: ids of schedules that do not take part; the default does, be it of one of them.
 
     Attributes:
         state: where the layer stands.
@@ -170,10 +170,8 @@ class Search:
         ):
             self._ids.add(record.id[:16])
             self._tally(record)
-            if record.versions != versions() or record.schedule in self.exclude:
-                continue
-            candidate = record_candidate(record, self.spec, target)
-            if candidate is None:
+            candidate = record_candidate(record, self.spec, target) if record.versions == versions() else None
+            if candidate is None or not self._takes_part(candidate, record):
                 continue
             if is_final(record):
                 finals.append((candidate, record))
@@ -182,12 +180,23 @@ class Search:
         for candidate, record in finals:
             self._learn(candidate, record)  # one that travelled without its trial
             self.finals[candidate] = record
-            if not (record.note or {}).get("winner"):
+            if not (record.note or {}).get("winner") or self._is_left_out(record):
                 continue
             if doubt(record, store, self.spec, target):
                 self.winner = None  # all are compared again
             else:
                 self.win(record)
+
+    def _takes_part(self, candidate: Candidate, record: TuningRecord) -> bool:
+        """Whether what a record says counts here. Of the schedules that are left out the default does, and what won:
+        builds take these, and so what wins here must be faster.
+        """
+        is_winner = is_final(record) and bool((record.note or {}).get("winner"))
+        return record.schedule not in self.exclude or candidate == self.race.default or is_winner
+
+    def _is_left_out(self, record: TuningRecord) -> bool:
+        """Whether a winner is no answer of this search: its schedule is left out, and others have found it."""
+        return record.schedule in self.exclude and (record.note or {}).get("job") != (self.journal.job or None)
 
     def _tally(self, record: TuningRecord) -> None:
         """Count a record of this job's."""
@@ -321,8 +330,10 @@ class Search:
         return cost
 
     def record(self, candidate: Candidate, result: Result, note: dict[str, Any]) -> TuningRecord:
-        """A result as a record; its note has the job, and what the runner says besides the times."""
-        job = {"job": self.journal.job} if self.journal.job else {}
+        """A result as a record; its note has the job, what it leaves out, and what the runner says besides the times."""
+        job: dict[str, Any] = {"job": self.journal.job} if self.journal.job else {}
+        if self.exclude:
+            job["exclude"] = sorted(self.exclude)
         said = {"drift": result.drift, "device": result.device or None, "busy": result.busy}
         measured = {name: value for name, value in said.items() if value is not None}
         return candidate_record(

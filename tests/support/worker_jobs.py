@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from convgen.errors import BuildError
 from convgen.processes import call_in_file
 
 if TYPE_CHECKING:  # what is heavy is imported by the jobs that need it: to load this file is part of each one's time
@@ -58,6 +59,10 @@ def leave(*_: object) -> None:
 
 def fail(*_: object) -> None:
     raise ValueError("planted")
+
+
+def fail_to_build(*_: object) -> None:
+    raise BuildError("planted")
 
 
 def answer_with_a_lambda(*_: object) -> Any:

@@ -543,6 +543,13 @@ def test_what_the_store_has_of_a_machine_is_not_packed(results: Path, tmp_path: 
     assert [trial["default"] for trial in final["trials"]].count(True) == 1
 
 
+def raising(error: Exception) -> Callable[..., Any]:
+    def raise_it(*_: object) -> Any:
+        raise error
+
+    return raise_it
+
+
 def test_what_cannot_be_packed(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"expected a name that ends in .tar.gz or .tgz or .zip"):
         pack([SPEC], [resolve()], [1], tmp_path / "b.rar")
@@ -554,6 +561,15 @@ def test_what_cannot_be_packed(tmp_path: Path) -> None:
     facts["cpuinfo"] = "vendor_id\t: X\nflags\t: sse"
     with pytest.raises(UnsupportedError, match=r"expected a machine that has .*avx"):
         pack([SPEC], [resolve("cpu:haswell")], [1], tmp_path / "b.zip", machine=machine_from_facts(facts))
+    with pytest.MonkeyPatch.context() as patch:
+        missing = UnsupportedError("target cuda: expected NVIDIA's compiler library, found none")
+        patch.setattr("convgen.cuda.code._compiler", raising(missing))
+        with pytest.raises(UnsupportedError, match="expected NVIDIA's compiler library, found none"):
+            pack([], [resolve("cuda:sm_90a")], [1], tmp_path / "b.zip", self_check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("convgen.tuning.bundle.packing.candidate_module", raising(BuildError("planted\nand more")))
+        with pytest.raises(ExportError, match=r"expected trials that compile, found none of 2: planted$"):
+            pack([SPEC], [resolve()], [1], tmp_path / "b.zip", candidates=2)
     assert list(tmp_path.iterdir()) == []
 
 

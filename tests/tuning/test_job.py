@@ -275,6 +275,41 @@ def test_nothing_is_slower_than_the_default(store: RecordStore, monkeypatch: pyt
     run.close()
 
 
+def test_what_is_excluded_does_not_make_builds_slower(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default, and what won before, are compared with whatever is searched."""
+    seconds = {"good": 1e-3, "bad": 3e-3}
+
+    def speed(descriptor: str, schedule: str, x: int) -> float:
+        return seconds[schedule] / (1 + 0.02 * x)
+
+    fake_tuning(monkeypatch, FakeSchedule("good", cost=1e-3), FakeSchedule("bad", cost=2e-3))
+
+    def run_without(*exclude: str) -> tuple[JobRun, FakeRunner]:
+        pools = fake_pools(speed)
+        run = JobRun(Job((FAST,), threads=(1,), exclude=exclude, patience=40), store, pools, now=Clock())
+        run.run()
+        run.close()
+        assert isinstance(pools.runner, FakeRunner)
+        return run, pools.runner
+
+    def answer() -> tuple[str, int]:
+        chosen = best_record(store, ConvSpec.parse(FAST), resolve(), 1)
+        assert chosen is not None
+        return chosen.schedule, int(chosen.picks["x"])
+
+    run, runner = run_without("good")
+    assert answer() == ("good", 0)
+    assert {(schedule, x) for _, schedule, x in runner.trials if schedule == "good"} == {("good", 0)}
+    assert run.layers[0].best is not None
+    assert (run.layers[0].best.note or {})["ratio_default"][0] == 1.0
+    assert run_without("good")[1].trials == []  # it is done
+    assert "good" in {schedule for _, schedule, _ in run_without()[1].trials}
+    assert answer() == ("good", 19)
+    runner = run_without("good", "reference")[1]
+    assert answer() == ("good", 19)
+    assert (FAST, "good", 19) in runner.duels[-1]
+
+
 def test_failures_of_every_kind_are_counted_and_the_job_goes_on(
     store: RecordStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

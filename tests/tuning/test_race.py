@@ -75,17 +75,18 @@ def test_what_won_elsewhere_comes_right_after_the_default() -> None:
     assert run.ask(2) == [Candidate(a, Picks(x=1)), Candidate(b, Picks(x=7))]
 
 
-def test_schedules_that_are_excluded_take_no_part() -> None:
+def test_schedules_that_are_excluded_take_no_part_but_for_the_default_of_a_build() -> None:
     a, b, c = (Fake(name, cost, x=[1, 2, 3]) for name, cost in (("a", 1.0), ("b", 3.0), ("c", 2.0)))
     assert race(a, b, c).default == Candidate(a, Picks(x=1))
     run = race(a, b, c, exclude=["a"])
-    assert run.default == Candidate(c, Picks(x=1))
-    asked = []
+    assert run.default == Candidate(a, Picks(x=1))
+    asked = list[Candidate]()
     while batch := run.ask(4):
         asked += batch
         for candidate in batch:
             run.tell(candidate, ok(1.0))
-    assert Counter(candidate.schedule.id for candidate in asked) == {"b": 3, "c": 3}
+    assert Counter(candidate.schedule.id for candidate in asked) == {"a": 1, "b": 3, "c": 3}
+    assert asked[0] == run.default
     assert race(a, b, c, exclude={"b"}).default == Candidate(a, Picks(x=1))
     with pytest.raises(UnsupportedError, match="exclude: expected to leave a schedule for conv1d"):
         race(a, b, c, exclude=("a", "b", "c"))
@@ -98,6 +99,14 @@ def test_the_reference_takes_part_only_where_it_is_the_answer() -> None:
     assert [s.id for s in race(Fake("reference", 9.0)).schedules] == ["reference"]
     left = race(Fake("reference", 9.0), Fake("fast", 2.0, x=[1]), exclude=["fast"])
     assert [s.id for s in left.schedules] == ["reference"]
+    assert left.default.schedule.id == "fast"
+
+
+def test_a_default_that_is_excluded_may_be_awaited_while_others_are_chosen() -> None:
+    wide = {"x": list(range(400))}
+    run = race(Fake("a", 1.0, **wide), Fake("b", 2.0, **wide), exclude=["a"])
+    assert run.ask(2) == [Candidate(run.default.schedule, Picks(x=0)), Candidate(run.schedules[0], Picks(x=0))]
+    assert {candidate.schedule.id for candidate in run.ask(4)} == {"b"}
 
 
 # ---- all of a space, each once ------------------------------------------------------------------

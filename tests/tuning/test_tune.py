@@ -23,7 +23,7 @@ from tvm import te
 from worker_jobs import build_with_fault, in_worker
 
 from convgen.api import tune
-from convgen.errors import SpecError
+from convgen.errors import BuildError, SpecError
 from convgen.hardware.target import resolve
 from convgen.lowering.candidates import default_candidate, parse_candidate
 from convgen.lowering.schedule import Picks, Schedule
@@ -186,6 +186,16 @@ def test_a_candidate_that_cannot_be_scheduled_is_an_outcome(
     assert sorted(record.outcome for record in searched(store)) == ["build_error", "ok", "ok"]
     (failed,) = [record for record in searched(store) if record.outcome == "build_error"]
     assert "no such type" in failed.error
+
+
+def test_without_a_compiler_no_candidate_is_blamed(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Tuner(resolve(), 1, store) as tuner:
+        monkeypatch.setenv("CC", "no-such-compiler")
+        with pytest.raises(BuildError, match=r"^no-such-compiler: No such file .*install a C compiler"):
+            tuner.tune(SPEC, trials=2)
+        assert len(store) == 0
+        monkeypatch.delenv("CC")
+        assert tuner.tune(SPEC, trials=1) is not None
 
 
 def test_no_time_no_trials(store: RecordStore) -> None:

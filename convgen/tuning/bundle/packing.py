@@ -22,12 +22,11 @@ from ...hardware.machine import Machine
 from ...hardware.target import Target
 from ...lowering.link import link_shared
 from ...lowering.schedule import Candidate
-from ...lowering.toolchain import NATIVE
 from ...lowering.versions import versions
 from ...measure.standalone.bundle import IDENTITY
 from ...measure.standalone.results import FORMAT
 from ...measure.standalone.timing import DUEL_SECONDS, HOPELESS, SAMPLE_SECONDS, TRIAL_SECONDS
-from ...measure.trial import LAYER_FACTOR, WORKER_BYTES, Expected, candidate_module, load_inputs
+from ...measure.trial import LAYER_FACTOR, WORKER_BYTES, Expected, candidate_module, check_compilers, load_inputs
 from ...measure.workers import LocalBuilder
 from ...problem.dtypes import load
 from ...problem.spec import ConvSpec
@@ -103,10 +102,10 @@ def pack(
         progress: called with a line per layer.
 
     Raises:
-        BuildError: there is no C compiler for a target.
-        ExportError: the bundle cannot be written, or there is nothing to write.
-        UnsupportedError: targets are both CPUs' and GPUs', the machine lacks instructions of one, or no schedule
-            is left.
+        BuildError: there is no C compiler for a target, or it fails.
+        ExportError: the bundle cannot be written, or nothing of it is to be measured, or compiled.
+        UnsupportedError: targets are both CPUs' and GPUs', the machine lacks instructions of one, NVIDIA's compiler
+            is not installed, or no schedule is left.
     """
     if not out.name.endswith(ENDINGS):
         raise ExportError(f"{out}: expected a name that ends in {' or '.join(ENDINGS)}")
@@ -172,11 +171,10 @@ class _Packer:
             (folder / name).mkdir(parents=True)
 
     def begin(self, targets: Sequence[Target]) -> None:
-        """The library that compares outputs, for each target: also shows that there is a compiler."""
+        """The library that compares outputs, for each target."""
         for target in targets:
-            self.device = target.kind
-            triple = json.loads(target.tvm_config).get("mtriple", NATIVE)
-            arch = triple.partition("-")[0]
+            check_compilers(target)
+            self.device, arch = target.kind, target.architecture
             check = f"lib/check-{arch}.so"
             if not (self.folder / check).exists():
                 link_shared([CHECK], self.folder / check, arch, headers=["types.h"])
@@ -348,11 +346,15 @@ class _Packer:
         """The runner and the manifest.
 
         Raises:
-            ExportError: there is no trial.
+            ExportError: there is no trial, or none of them compiled.
         """
         to_measure = [trial for trial in self.trials if not trial["known"]]
         if not to_measure:
             raise ExportError("expected trials to measure, found none: the store has them all")
+        if all(trial["failed"] for trial in to_measure):
+            raise ExportError(
+                f"expected trials that compile, found none of {len(to_measure)}: {self.packed.errors[0].splitlines()[0]}"
+            )
         write_runner(self.folder / RUNNER)
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         manifest = {
