@@ -12,6 +12,8 @@ import pytest
 from paths import ROOT
 
 from convgen.cli import cli
+from convgen.formats import sources
+from convgen.formats.sources import read_specs
 from convgen.problem.activation import ALIASES, DEFAULTS
 from convgen.problem.dtypes import DTYPES
 from convgen.problem.layout import PLAIN
@@ -29,6 +31,20 @@ PLACEHOLDER = re.compile(r"[\[\]…|]|\bN\b|CLASS|HOST:PORT|DIR/|\bSPEC\b|\bLAYE
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+def test_files_of_layers_that_are_shown_can_be_read_whole(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "spec.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```toml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    shown.append(re.sub(r"(?m)^    ", "", sources.__doc__.partition("::\n\n")[2].partition("\n\n")[0]))
+    for text, names in zip(shown, (["conv1", "conv2", "fc"], ["conv1", "fc"]), strict=True):
+        (tmp_path / "net.toml").write_text(text)
+        left_out: list[str] = []
+        entries = read_specs(tmp_path / "net.toml", skipped=left_out)
+        assert (left_out, [entry.names for entry in entries]) == ([], [(name,) for name in names])
+    (one,) = re.findall(r"may be a descriptor instead: `(.*)`", page)
+    (tmp_path / "net.toml").write_text(f"layers = [{one}]")
+    assert read_specs(tmp_path / "net.toml")[0].spec == entries[-1].spec
 
 
 # ---- commands ---------------------------------------------------------------------------------

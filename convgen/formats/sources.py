@@ -3,10 +3,10 @@
 A TOML, YAML or JSON file holds one layer's fields at its top level, or several layers::
 
     network = "resnet50"                     # optional, for people
-    defaults = { n = 1, activation = "relu" }
+    defaults = { n = 1, activation = "relu" }      # of layers that are fields; there is no "spec" beside them
     layers = [
         { name = "conv1", ic = 3, oc = 64, in_spatial = [224, 224], kernel = 7, stride = 2, padding = 3 },
-        { name = "fc", count = 2, spec = "conv2d n1 ic2048 oc1000 i1x1 k1x1" },
+        { name = "fc", count = 2, ic = 2048, oc = 1000, in_spatial = [1, 1], kernel = 1, activation = "identity" },
     ]
 
 A layer is fields of :class:`~convgen.problem.spec.ConvSpec`, or ``spec`` with a descriptor; ``name`` (one or

@@ -112,13 +112,13 @@ class TuningRecord:
         error: the text of a failure.
         versions: the versions of convgen, TVM, LLVM … that made the kernel.
         when: ISO 8601 UTC, :func:`now` unless given.
-        note: any JSON object. ``cost``: seconds that the trial took; ``job``: whose it is; ``exclude``: ids of schedules
-            that its search left out; ``busy``: the share of the CPUs that other programs used meanwhile. Of a final
-            comparison:
-            ``final``; ``winner``: whether it answers; ``default_seconds``, ``onnxruntime_seconds`` and the ratios of
-            these times to its own, ``ratio_default`` and ``ratio_onnxruntime`` [median, low, high]. ``network``, where
-            the layer was then judged in the ``models`` that it is of, among all their layers one after another:
-            ``default_seconds`` of all its instances together, and their ``ratio_default``.
+        note: any JSON object. ``cost``: seconds that the trial took; ``job``: whose it is; ``exclude``: ids of
+            schedules that its search left out; ``busy``: the share of the CPUs that other programs used meanwhile. Of
+            a final comparison: ``final``; ``winner``: whether it answers; ``default_seconds``,
+            ``onnxruntime_seconds`` and the ratios of these times to its own, ``ratio_default`` and
+            ``ratio_onnxruntime`` [median, low, high]. ``network``, where the layer was then judged in the ``models``
+            that it is of, among all their layers one after another: ``default_seconds`` of all its instances
+            together, and their ``ratio_default``.
 
     Attributes:
         trial_key: SHA-256 of everything except the measurement; see :func:`trial_key`.

@@ -330,7 +330,7 @@ class Search:
         return cost
 
     def record(self, candidate: Candidate, result: Result, note: dict[str, Any]) -> TuningRecord:
-        """A result as a record; its note has the job, what it leaves out, and what the runner says besides the times."""
+        """A result as a record; its note has the job, what that leaves out, and what the runner says beside times."""
         job: dict[str, Any] = {"job": self.journal.job} if self.journal.job else {}
         if self.exclude:
             job["exclude"] = sorted(self.exclude)

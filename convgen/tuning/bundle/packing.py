@@ -352,9 +352,8 @@ class _Packer:
         if not to_measure:
             raise ExportError("expected trials to measure, found none: the store has them all")
         if all(trial["failed"] for trial in to_measure):
-            raise ExportError(
-                f"expected trials that compile, found none of {len(to_measure)}: {self.packed.errors[0].splitlines()[0]}"
-            )
+            reason = self.packed.errors[0].partition("\n")[0]
+            raise ExportError(f"expected trials that compile, found none of {len(to_measure)}: {reason}")
         write_runner(self.folder / RUNNER)
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         manifest = {
