@@ -103,7 +103,7 @@ def test_the_reference_takes_part_only_where_it_is_the_answer() -> None:
 
 
 def test_a_default_that_is_excluded_may_be_awaited_while_others_are_chosen() -> None:
-    wide = {"x": list(range(400))}
+    wide: dict[str, Any] = {"x": list(range(400))}
     run = race(Fake("a", 1.0, **wide), Fake("b", 2.0, **wide), exclude=["a"])
     assert run.ask(2) == [Candidate(run.default.schedule, Picks(x=0)), Candidate(run.schedules[0], Picks(x=0))]
     assert {candidate.schedule.id for candidate in run.ask(4)} == {"b"}
