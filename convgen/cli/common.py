@@ -103,6 +103,15 @@ def _parse_sizes(
     return dims
 
 
+def single_sizes(dims: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """The sizes of dimensions, of which layers have one each."""
+    for name, sizes in dims.items():
+        if len(sizes) > 1:
+            found = ",".join(map(str, sizes))
+            raise click.UsageError(f"--dim: expected {name}=SIZE, or several with --whole, found {name}={found}")
+    return {name: size for name, (size,) in dims.items()}
+
+
 def _parse_accuracy(
     context: click.Context, parameter: click.Parameter, values: Sequence[str]
 ) -> tuple[AccuracyRule, ...]:
@@ -202,11 +211,13 @@ accuracy_option = click.option(
 )
 #: What is said of a model's layers; gives ``dims`` and ``accuracy``.
 model_options = grouped(dim_option, accuracy_option)
-#: What to work on; gives ``spec`` (words), ``dims`` and ``accuracy``.
-layers_argument = grouped(
-    click.argument("spec", nargs=-1, required=True, metavar="SPEC|FILE|MODEL.onnx", shell_complete=complete_spec),
-    model_options,
+_spec_argument = click.argument(
+    "spec", nargs=-1, required=True, metavar="SPEC|FILE|MODEL.onnx", shell_complete=complete_spec
 )
+#: What to work on; gives ``spec`` (words), ``dims`` and ``accuracy``.
+layers_argument = grouped(_spec_argument, model_options)
+#: The same, with several sizes of a dimension.
+models_argument = grouped(_spec_argument, sizes_option, accuracy_option)
 
 
 def _check_libc(context: click.Context, parameter: click.Parameter, libc: str | None) -> str | None:

@@ -32,11 +32,13 @@ from .common import (
     layers_argument,
     layers_of,
     libc_option,
+    models_argument,
     note,
     note_busy,
     rate,
     records_options,
     say,
+    single_sizes,
     skip_option,
     status_of,
     table,
@@ -473,7 +475,7 @@ def _single(result: dict[str, Any]) -> str:
 
 
 @click.command()
-@layers_argument
+@models_argument
 @skip_option
 @target_option
 @threads_option()
@@ -484,7 +486,7 @@ def _single(result: dict[str, Any]) -> str:
 @json_option
 def validate(
     spec: tuple[str, ...],
-    dims: dict[str, int],
+    dims: dict[str, tuple[int, ...]],
     accuracy: tuple[AccuracyRule, ...],
     skip: bool,
     target: str,
@@ -505,7 +507,8 @@ def validate(
     another processor's by QEMU (qemu-user).
 
     With --whole, SPEC is a model, which is compiled to one library and checked as such: every element of its outputs
-    against a bound that is accumulated through the graph, guard pages, threads, and where its tensors lie.
+    against a bound that is accumulated through the graph, guard pages, threads, and where its tensors lie; at
+    each of its sizes, where --dim gives several.
     """
     check_picks(schedule, picks)
     if (separable := separable_of(spec, accuracy)) is not None:
@@ -519,7 +522,7 @@ def validate(
         store = chosen_records(records, no_records)
         how = {"target": target, "threads": threads, "dims": dims, "accuracy": classes, "records": store}
         return validate_model(Path(spec[0]), seed, as_json, **how)
-    (entries,), left_out = layers_of([" ".join(spec)], dims, accuracy)
+    (entries,), left_out = layers_of([" ".join(spec)], single_sizes(dims), accuracy)
     results: list[dict[str, Any]] = []
     with working(entries, target, threads, chosen_records(records, no_records)) as work:
         forced = forced_candidates(entries, work.target, schedule, picks)

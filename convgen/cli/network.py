@@ -94,6 +94,9 @@ if TYPE_CHECKING:
 )
 @click.option("--name", metavar="NAME", help="What files and functions are called.  [default: the model's name]")
 @libc_option
+@click.option(
+    "--no-example", is_flag=True, help="Without example.c and its data, which are as large as inputs and outputs."
+)
 @json_option
 def compile_model(
     model: Path,
@@ -110,6 +113,7 @@ def compile_model(
     profile: Path | None,
     name: str | None,
     libc: str | None,
+    no_example: bool,
     as_json: bool,
 ) -> int:
     """Compile a whole model to one library, with its weights packed.
@@ -138,14 +142,7 @@ def compile_model(
         check_native(resolve(target))
     check_library_name(name if program == "c" or name is None else identifier(name))
     if program == "onnxruntime":
-        if seconds:
-            raise click.UsageError("--seconds: expected a C library, found --for onnxruntime")
-        if libc is not None:
-            raise click.UsageError("--libc: expected a C library to export, found --for onnxruntime")
-        if strips != 0:
-            raise click.UsageError("--strips: expected a C library, found --for onnxruntime")
-        if profile is not None:
-            raise click.UsageError("--profile: expected a C library to time, found --for onnxruntime")
+        _refuse_for_onnxruntime(seconds=seconds, libc=libc, strips=strips != 0, no_example=no_example, profile=profile)
         path = out / f"{name or model.stem}.onnx"
         with compiling(quiet=as_json) as progress:
             exported = for_onnxruntime(model, path, records=kept, progress=progress, **options)
@@ -171,7 +168,7 @@ def compile_model(
             note(f"convgen: {network.name}: {failed.name}: {failed.found}")
             return FAILED
         facts["validation"] = None if report is None else report.to_dict()
-    manifest = network.export(out, facts=facts, libc=libc)
+    manifest = network.export(out, facts=facts, libc=libc, example=not no_example)
     taken = time.monotonic() - started
     profiles = timed_steps(network, compiled) if profile is not None else []
     if profile is not None:
@@ -183,6 +180,13 @@ def compile_model(
         return 0
     say_network(network, manifest, out, taken)
     return 0
+
+
+def _refuse_for_onnxruntime(**given: object) -> None:
+    """Raise a usage error where an option was given that is for C libraries alone."""
+    for name, value in given.items():
+        if value:
+            raise click.UsageError(f"--{name.replace('_', '-')}: expected a C library, found --for onnxruntime")
 
 
 def _tune(model: Path, seconds: float, options: dict[str, Any], records: Records) -> list[NetworkTimes]:

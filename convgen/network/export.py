@@ -53,7 +53,7 @@ class Example:
 def write_network(
     directory: str | os.PathLike[str],
     built: Built,
-    example: Example,
+    example: Example | None,
     layers: Sequence[Sequence[Mapping[str, Any]]],
     facts: Mapping[str, Any],
     seed: int = 0,
@@ -65,7 +65,7 @@ def write_network(
     All of it or nothing; an earlier export of the same name is replaced.
 
     Args:
-        example: the outputs that are written.
+        example: the outputs that are written; neither these nor ``example.c`` where None.
         layers: of each size, its steps as JSON values.
         facts: what else the manifest says, as JSON values.
         seed: of the example's inputs.
@@ -82,7 +82,7 @@ def write_network(
     check_export_name(code.name)
     target = Path(os.path.abspath(directory))
     try:
-        check_destination(target, code.name, [*_file_names(code), MANIFEST])
+        check_destination(target, code.name, [*_file_names(code, example), MANIFEST])
         existing = next(parent for parent in target.parents if parent.exists())
         with TemporaryFolder(existing) as temporary:
             folder = temporary / target.name
@@ -92,16 +92,19 @@ def write_network(
             package.write(folder)
             needs = package.needs(folder / f"lib{code.name}.so", libc)
             manifest = _manifest(code, layers, needs, facts)
-            write_manifest(folder, manifest, [folder / name for name in _file_names(code)])
+            write_manifest(folder, manifest, [folder / name for name in _file_names(code, example)])
             move(folder, target, code.name)
     except OSError as error:
         raise ExportError(f"{target}: cannot write the network {code.name}: {error}") from error
     return manifest
 
 
-def _file_names(code: Code) -> list[str]:
+def _file_names(code: Code, example: Example | None) -> list[str]:
     name = code.name
-    files = [f"lib{name}.so", f"lib{name}.a", f"{name}.h", f"{name}.weights", *package_files(name), "example.c"]
+    files = [f"lib{name}.so", f"lib{name}.a", f"{name}.h", f"{name}.weights", *package_files(name)]
+    if example is None:
+        return files
+    files.append("example.c")
     for size in code.sizes:
         files += [_example_file("input", number, size) for number in range(len(size.inputs))]
         files += [_example_file("output", number, size) for number in range(len(size.outputs))]
@@ -119,7 +122,7 @@ def _package(built: Built) -> Package:
     return Package(code.name, f"{ABI}.{NETWORK_ABI}", description, code.arch, weights=f"{code.name}.weights")
 
 
-def _write_files(folder: Path, built: Built, example: Example, seed: int, libc: str | None) -> None:
+def _write_files(folder: Path, built: Built, example: Example | None, seed: int, libc: str | None) -> None:
     code = built.code
     shared, archive = folder / f"lib{code.name}.so", folder / f"lib{code.name}.a"
     described = code.name, built.entry, built.objects
@@ -130,7 +133,13 @@ def _write_files(folder: Path, built: Built, example: Example, seed: int, libc: 
         link_network(*described, shared, code.arch, libc=libc)
     link_network(*described, archive, code.arch, archive=True, libc=libc)
     shutil.copyfile(built.weights, folder / f"{code.name}.weights")
-    (folder / f"{code.name}.h").write_text(header_text(code), encoding="utf-8")
+    (folder / f"{code.name}.h").write_text(header_text(code, has_example=example is not None), encoding="utf-8")
+    if example is not None:
+        _write_example(folder, code, example, seed)
+
+
+def _write_example(folder: Path, code: Code, example: Example, seed: int) -> None:
+    """A program, and for each size its inputs and outputs."""
     text = filled(
         "example_network.template.c",
         name=code.name,
@@ -189,7 +198,7 @@ def _value(info: TensorInfo) -> dict[str, Any]:
     return {"name": info.name, "shape": list(info.shape), "dtype": info.dtype, "bytes": info.bytes}
 
 
-def header_text(code: Code) -> str:
+def header_text(code: Code, has_example: bool = True) -> str:
     """``<name>.h``, which includes nothing but ``stddef.h`` and ``stdint.h``; C11 and C++."""
     lines = []
     for size in code.sizes:
@@ -204,6 +213,7 @@ def header_text(code: Code) -> str:
         "header_network.template.h",
         **header_parts(code.name),
         name=code.name,
+        made="Made by convgen; example.c beside this file shows every call." if has_example else "Made by convgen.",
         values="\n".join(lines),
         weights=code.weights,
         alignment=ALIGNMENT,

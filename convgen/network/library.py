@@ -143,7 +143,8 @@ class NetworkLibrary(Loaded):
 
         Args:
             arrays: the inputs in the model's order: NumPy arrays or anything with DLPack, f32. They are read where they
-                are where they are contiguous, and copied first where they are not.
+                are where they are contiguous, and copied first where they are not. Or one mapping with inputs by their
+                names, whatever these are.
             named: inputs by their names, where these are Python's.
             out: arrays to write outputs to, by name, contiguous.
 
@@ -154,13 +155,14 @@ class NetworkLibrary(Loaded):
         Raises:
             KernelError: an argument is not what the network needs.
         """
-        return self._call(arrays, out or {}, named, None)
+        return self._call(self._inputs(arrays, named), out or {}, None)
 
     def step_seconds(self, *arrays: Any, **named: Any) -> list[float]:
         """What each step of one run takes, in seconds and in the order in which they run; arguments as of a call."""
-        size, _ = self._sized(self._inputs(arrays, named))
+        given = self._inputs(arrays, named)
+        size, _ = self._sized(_as_arrays(given))
         seconds = (c_double * self.sizes(1, size).steps)()
-        self._call(arrays, {}, named, seconds)
+        self._call(given, {}, seconds)
         return list(seconds)
 
     def profile(self, size: int = 0, rounds: int = 15, seed: int = 0) -> list[float]:
@@ -171,8 +173,8 @@ class NetworkLibrary(Loaded):
         medians: Array = np.median([self.step_seconds(*inputs) for _ in range(rounds)], axis=0)
         return [float(seconds) for seconds in medians]
 
-    def _call(self, arrays: tuple[Any, ...], out: Mapping[str, Any], named: Mapping[str, Any], seconds: Any) -> Any:
-        size, inputs = self._sized(self._inputs(arrays, named))
+    def _call(self, given: Mapping[str, Any], out: Mapping[str, Any], seconds: Any) -> Any:
+        size, inputs = self._sized(_as_arrays(given))
         outputs = self._outputs(size, out)
         args = _Args(pool=self._pool(self.threads), size=size, seconds=seconds)
         args.inputs, args.input_sizes = _pointers(list(inputs.values()))
@@ -185,8 +187,8 @@ class NetworkLibrary(Loaded):
         status = self._run(self._network, ctypes.byref(args))
         self.workspaces.append(workspace)
         self._require(status)
-        given = next(iter((*arrays, *named.values())), None)
-        results = {name: out[name] if name in out else returned(array, given) for name, array in outputs.items()}
+        first = next(iter(given.values()), None)
+        results = {name: out[name] if name in out else returned(array, first) for name, array in outputs.items()}
         return next(iter(results.values())) if len(results) == 1 else results
 
     @property
@@ -228,7 +230,13 @@ class NetworkLibrary(Loaded):
 
     # ---- arguments ----
 
-    def _inputs(self, arrays: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Array]:
+    def _inputs(self, arrays: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs by name, as they were given."""
+        if len(arrays) == 1 and isinstance(arrays[0], Mapping):
+            mapping, arrays = arrays[0], ()
+            if twice := mapping.keys() & named.keys():
+                raise KernelError(f"{min(twice)}: expected inputs each once, found it twice")
+            named = {**mapping, **named}
         given = dict(zip(self.inputs, arrays, strict=False))
         if len(arrays) > len(self.inputs):
             raise KernelError(f"inputs: expected {len(self.inputs)}, found {len(arrays)}")
@@ -239,7 +247,7 @@ class NetworkLibrary(Loaded):
         for name, info in self.inputs.items():
             if name not in given:
                 raise KernelError(f"{name}: expected shape {info.shape}, found none")
-        return {name: as_array(name, given[name]) for name in self.inputs}
+        return given
 
     def _sized(self, inputs: Mapping[str, Array]) -> tuple[int, dict[str, Array]]:
         """Which of the sizes the inputs have, and these as they are read."""
@@ -293,6 +301,10 @@ class NetworkLibrary(Loaded):
             raise KernelError(f"{self.name}: expected outputs apart from all other arguments, found an overlap")
         if status != _OK:
             raise KernelError(f"{self.name}: {self._error(status).decode()}")
+
+
+def _as_arrays(given: Mapping[str, Any]) -> dict[str, Array]:
+    return {name: as_array(name, value) for name, value in given.items()}
 
 
 def _pointers(arrays: list[Array]) -> tuple[Any, Any]:

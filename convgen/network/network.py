@@ -112,7 +112,12 @@ class Network(NetworkLibrary):
         return validate_network(self.plans, self.built, source, threads=threads, accuracy=accuracy, seed=seed, **how)
 
     def export(
-        self, directory: str | Path, *, facts: Mapping[str, Any] | None = None, libc: str | None = None
+        self,
+        directory: str | Path,
+        *,
+        facts: Mapping[str, Any] | None = None,
+        libc: str | None = None,
+        example: bool = True,
     ) -> dict[str, Any]:
         """Write the library, header, weights, manifest and C example; returns the manifest.
 
@@ -120,6 +125,7 @@ class Network(NetworkLibrary):
             facts: what else the manifest should say.
             libc: the C library that it is for: ``musl``, or the oldest glibc, ``glibc-2.28`` say, which takes zig (the
                 Python package ziglang). Whatever the C compiler has where None.
+            example: whether ``example.c`` is written, with an input and its outputs at every size.
 
         Raises:
             ExportError: the folder cannot be written.
@@ -131,7 +137,8 @@ class Network(NetworkLibrary):
             "versions": versions(),
         }
         layers = [self.layers(size) for size in range(len(self.plans))]
-        return write_network(directory, self.built, self._example(), layers, {**known, **(facts or {})}, libc=libc)
+        shown = self._example() if example else None
+        return write_network(directory, self.built, shown, layers, {**known, **(facts or {})}, libc=libc)
 
     def _example(self) -> Example:
         """The outputs of an export's example: its own, to the last bit."""

@@ -5,7 +5,7 @@ $values
  *   weights   $weights bytes, in $name.weights
  *
  * $isa
- * Made by convgen; example.c beside this file shows every call.
+ * $made
  */
 #ifndef CONVGEN_NETWORK_${name}_H
 #define CONVGEN_NETWORK_${name}_H

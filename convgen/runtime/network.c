@@ -263,7 +263,7 @@ int convgen_network_run(const convgen_network_code *code, const convgen_network 
     if (network == NULL || args == NULL)
         return CONVGEN_NULL_POINTER;
     if (network->code != code)
-        return CONVGEN_BAD_ARGUMENT;
+        return CONVGEN_WRONG_NETWORK;
     const convgen_network_args a = *args;
     const convgen_network_size *size = size_of(code, a.size);
     if (size == NULL)
@@ -296,6 +296,7 @@ const char *convgen_network_status_text(int status)
     case CONVGEN_CANNOT_READ: return "the file of weights cannot be read";
     case CONVGEN_WRONG_WEIGHTS: return "the weights are another library's, or damaged";
     case CONVGEN_NO_SUCH_SIZE: return "the network was not made for tensors of such sizes";
+    case CONVGEN_WRONG_NETWORK: return "the network was opened by another library";
     default: return convgen_status_text(status);
     }
 }

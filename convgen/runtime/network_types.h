@@ -12,7 +12,8 @@ extern "C" {
 enum convgen_network_status {
     CONVGEN_CANNOT_READ = 32, /* the file of weights is not there, or cannot be read */
     CONVGEN_WRONG_WEIGHTS,    /* the weights are another library's, or damaged */
-    CONVGEN_NO_SUCH_SIZE      /* the network was not made for tensors of such sizes */
+    CONVGEN_NO_SUCH_SIZE,     /* the network was not made for tensors of such sizes */
+    CONVGEN_WRONG_NETWORK     /* the network was opened by another library */
 };
 
 /* A network with its weights. Any number of threads may run one at once. */

@@ -247,6 +247,10 @@ def test_wrong_arguments_are_refused(block: Network) -> None:
         block(x, x)
     with pytest.raises(KernelError, match="each once"):
         block(x, x=x)
+    with pytest.raises(KernelError, match="x: expected inputs each once, found it twice"):
+        block({"x": x}, x=x)
+    with pytest.raises(KernelError, match="other: expected inputs x, each once, found 'other'"):
+        block({"other": x})
     with pytest.raises(KernelError, match="names among"):
         block(x, out={"other": x})
     with pytest.raises(KernelError, match="dtype"):
@@ -374,6 +378,42 @@ def test_the_command_line(tmp_path: Path) -> None:
     (size,) = manifest["sizes"]
     assert size["inputs"] == [{"name": "x", "shape": [4, 3], "dtype": "f32", "bytes": 48}]
     assert manifest["model"] == "small.onnx"
+
+
+def test_inputs_may_be_a_mapping_by_their_names() -> None:
+    """Whatever these are: no keywords of Python's, or the argument's own."""
+    model = model_of(
+        [helper.make_node("Sub", ["in put/0:0", "out"], ["y"])], {"in put/0:0": (2, 3), "out": (2, 3)}, ["y"]
+    )
+    torch = pytest.importorskip("torch")
+    network = convgen.compile(model, threads=1, records=False)
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((2, 3), np.float32) for _ in range(2))
+    given = {"out": b, "in put/0:0": a}
+    np.testing.assert_array_equal(network(given), a - b)
+    assert isinstance(network({name: torch.from_numpy(array) for name, array in given.items()}), torch.Tensor)
+    assert len(network.step_seconds(given)) == network.sizes().steps
+
+
+def test_several_sizes_are_validated_and_exported_without_an_example(tmp_path: Path) -> None:
+    path, out = tmp_path / "small.onnx", tmp_path / "out"
+    model = model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": (2, 3)}, ["y"])
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
+    path.write_bytes(model.SerializeToString())
+    sized = [str(path), "--dim", "N=1,3", "--threads", "1", "--no-records"]
+    done = CliRunner().invoke(cli, ["validate", *sized, "--whole"])
+    assert done.exit_code == 0, done.output
+    assert [line.split()[2] for line in done.output.splitlines() if "ok    float" in line] == ["N1:", "N3:"]
+    done = CliRunner().invoke(cli, ["validate", *sized])
+    assert (done.exit_code, "N=SIZE, or several with --whole, found N=1,3" in done.output) == (2, True)
+    done = CliRunner().invoke(cli, ["compile", *sized, "--no-example", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert {file.name for file in out.iterdir()} == {"manifest.json", *manifest["files"]}
+    assert not [file for file in out.iterdir() if file.name.startswith("example")]
+    assert "example" not in (out / f"{manifest['name']}.h").read_text()
+    x = np.full((3, 3), -1, np.float32)
+    assert (convgen.load(out)(x) == 0).all()
 
 
 def outside_model() -> ModelProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -84,6 +85,8 @@ def test_weights_lie_there_once(network: Any, exported: Path) -> None:
     first, other = single
     with pytest.raises(ExportError, match="another library's"):
         NetworkLibrary(first.built.library, first.name, other.built.weights, 1)
+    status = other._run(first._network, ctypes.create_string_buffer(256))
+    assert other._error(status) == b"the network was opened by another library"
 
 
 def test_weights_are_in_memory_once(network: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,10 +116,10 @@ def validate_network(
         checks.append(Check("memory", True, f"{count} runs between guard pages, inputs read-only"))
         checks.append(_same(runs))
         ratio = 0.0
-        for plan, arrays, found in zip(plans, given, runs, strict=True):
+        for size, plan, arrays, found in zip(code.sizes, plans, given, runs, strict=True):
             wanted = run_onnxruntime(source, arrays) if expected is None else expected
             check, worst_error = _compared(plan, source, arrays, next(iter(found.values())), wanted, accuracy)
-            checks.append(check)
+            checks.append(replace(check, found=f"{size.label}: {check.found}") if size.label else check)
             ratio = max(ratio, worst_error)
     return NetworkReport(code.name, threads, tuple(checks), ratio)
 
