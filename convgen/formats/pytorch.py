@@ -7,6 +7,7 @@ with hooks, which may change what it computes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -297,13 +298,18 @@ def _padding(chain: _Chain) -> Any:
 
 
 def _check_hooks(module: Any, where: str) -> None:
-    """Refuse hooks that may change what a module takes or gives."""
-    for hook in getattr(module, "_forward_hooks", {}).values():
+    """Refuse hooks that may change what a module takes or gives, those of all modules (torch.nn.modules.module) too."""
+    every = sys.modules.get("torch.nn.modules.module")
+    for hook in _hooks(module, "_forward_hooks", every, "_global_forward_hooks"):
         raise UnsupportedError(f"{where}: expected no forward hook, found {_hook_name(hook)}")
-    for hook in getattr(module, "_forward_pre_hooks", {}).values():
+    for hook in _hooks(module, "_forward_pre_hooks", every, "_global_forward_pre_hooks"):
         origin = getattr(hook, "__func__", type(hook)).__module__  # a lazy module's own is a method
         if not str(origin).startswith(("torch.nn.utils.", "torch.nn.modules.")):
             raise UnsupportedError(f"{where}: expected no forward pre-hook, found {_hook_name(hook)}")
+
+
+def _hooks(module: Any, name: str, every: Any, global_name: str) -> list[Any]:
+    return [*getattr(module, name, {}).values(), *getattr(every, global_name, {}).values()]
 
 
 def _hook_name(hook: Any) -> str:

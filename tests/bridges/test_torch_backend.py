@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import tomllib
@@ -252,6 +254,9 @@ def test_an_exported_program(tmp_path: Path) -> None:
     for given, message in ((torch.randn(2, 8, 12, 10), "expected .1, 8, 12, 10."), (x.double(), "float64"), (3, "int")):
         with pytest.raises(KernelError, match=message):
             program(given)
+    for hand_on in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(UnsupportedError, match=r"expected export\(\) to hand it on"):
+            hand_on(program)
     with pytest.raises(KernelError, match=r"^arguments: expected 1 input, found 2 inputs$"):
         program(x, x)
     with pytest.raises(KernelError, match=r"^arguments: expected 1 input, found 0 inputs and y$"):

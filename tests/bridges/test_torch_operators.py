@@ -122,6 +122,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "plain_batch_norm": (lambda: nn.BatchNorm1d(8, affine=False), 1),
     "group_norm": (lambda: nn.GroupNorm(2, 8), 2),
     "layer_norm": (lambda: nn.LayerNorm([9, 12]), 2),
+    "instance_norm": (lambda: nn.InstanceNorm2d(8, affine=True), 2),
+    "plain_instance_norm": (lambda: nn.InstanceNorm1d(8), 1),
+    "glu": (lambda: nn.GLU(1), 2),
+    "last_glu": (lambda: nn.GLU(), 2),
+    "pixel_unshuffle": (lambda: nn.PixelUnshuffle(3), 2),
     "plain_layer_norm": (lambda: nn.LayerNorm(12, elementwise_affine=False), 2),
     "prelu": (lambda: nn.PReLU(8), 2),
     "linear": (lambda: nn.Linear(12, 5), 2),
@@ -142,9 +147,10 @@ def test_a_layer(name: str) -> None:
     make, rank = LAYERS[name]
     torch.manual_seed(0)
     layer = make()
-    for buffer in layer.buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 2)
+    with torch.no_grad():
+        for tensor in (*layer.buffers(), *(layer.parameters() if "norm" in name and name != "weight_norm" else ())):
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 2)
     check(After(layer, rank), image(rank))
 
 
@@ -183,6 +189,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "indices": (lambda x: F.max_pool2d(x, 2, return_indices=True), "but the first"),
     "sizes": (lambda x: F.adaptive_avg_pool2d(x, 5), "windows of different sizes"),
     "weights": (lambda x: F.conv2d(x, x[:1, :, :3, :3]), "weight is not known beforehand"),
+    "statistics": (lambda x: F.batch_norm(x, None, None, training=True), "over several images"),
     "pixels": (lambda x: F.interpolate(x, size=(5, 7), mode="bicubic"), ""),
 }
 

@@ -269,6 +269,19 @@ def test_layers_of_convgen_s_own_are_those_that_they_stand_for(torch: Any) -> No
         spec_from_torch(Own(3, 4, 3), (3, 9, 9))
 
 
+def test_hooks_of_all_modules_are_hooks(torch: Any) -> None:
+    layer = torch.nn.Conv2d(3, 4, 3)
+    every = torch.nn.modules.module
+    for register in (every.register_module_forward_hook, every.register_module_forward_pre_hook):
+        handle = register(lambda *given: None)
+        try:
+            with pytest.raises(UnsupportedError, match=r"Conv2d: expected no forward (pre-)?hook, found .*lambda"):
+                spec_from_torch(layer, (3, 9, 9))
+        finally:
+            handle.remove()
+    assert spec_from_torch(layer, (3, 9, 9)).oc == 4
+
+
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # PyTorch's, about its own class
 def test_what_is_no_layer_is_told_a_way_on(torch: Any) -> None:
     class Net(torch.nn.Module):

@@ -65,6 +65,13 @@ def _silu(r: Reading) -> None:
     r.end("Mul", [source, r.add("Sigmoid", [source])])
 
 
+def _glu(r: Reading) -> None:
+    axis = r.axis("dim")
+    parts = [f"{r.node.name}.{part}" for part in ("values", "gates")]
+    r.graph.add("Split", [r.input(), r.integers([r.shape[axis]] * 2)], parts, axis=axis)
+    r.end("Mul", [parts[0], r.add("Sigmoid", [parts[1]])])
+
+
 def _clip(low: str, high: str) -> Callable[[Reading], None]:
     def read(r: Reading) -> None:
         bounds = r.number(low, -math.inf), r.number(high, math.inf)
@@ -125,6 +132,16 @@ def _batch_norm(r: Reading) -> None:
     r.end("BatchNormalization", [r.input("input"), *vectors, *statistics], epsilon=float(r["eps"]))
 
 
+def _norm_of_its_own(r: Reading) -> None:
+    """By the statistics of what is given. Instance normalisation is this, its images side by side as one."""
+    r.first_only()
+    sizes = r.sizes("input")
+    if sizes[0] != 1 or len(sizes) < 3:
+        raise Refusal("statistics over several images; eval mode has those that were kept")
+    vectors = [r.parameter(name, sizes[1], default) for name, default in (("weight", 1), ("bias", 0))]
+    r.end("InstanceNormalization", [r.input("input"), *vectors], epsilon=float(r["eps"]))
+
+
 def _layer_norm(r: Reading) -> None:
     r.first_only()
     axes = [int(size) for size in r["normalized_shape"]]
@@ -180,6 +197,15 @@ def _channel_shuffle(r: Reading) -> None:
     parted = r.add("Reshape", [r.input(), r.integers((n, groups, c // groups, *pixels))])
     turned = r.add("Transpose", [parted], perm=[0, 2, 1, *range(3, len(pixels) + 3)])
     r.end("Reshape", [turned, r.integers(r.shape)])
+
+
+def _pixel_unshuffle(r: Reading) -> None:
+    by, sizes = int(r["downscale_factor"]), r.sizes()
+    if len(sizes) != 4:
+        raise Refusal(f"{len(sizes)} axes; 4 are supported")
+    n, c, rows, columns = sizes
+    parted = r.add("Reshape", [r.input(), r.integers((n, c, rows // by, by, columns // by, by))])
+    r.end("Reshape", [r.add("Transpose", [parted], perm=[0, 1, 3, 5, 2, 4]), r.integers(r.shape)])
 
 
 def _cat(r: Reading) -> None:
@@ -260,7 +286,10 @@ def _gathered(r: Reading) -> None:
         if r.graph.known[index].numel() != out[axis] or not np.array_equal(
             array(r.graph.known[index]).reshape(-1), nearest
         ):
-            raise Refusal("indices that are not those of the nearest pixels")
+            raise Refusal(
+                "indices that are not those of the nearest pixels; F.interpolate of mode bilinear, which torch.compile "
+                "takes apart into such, stays whole in exported programs"
+            )
     options = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "mode": "nearest"}
     r.end("Resize", [source, "", "", r.integers(out)], **options)
 
@@ -386,6 +415,7 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "gelu.default": lambda r: r.end("Gelu", [r.input()], approximate=r["approximate"]),
     "leaky_relu.default": lambda r: r.end("LeakyRelu", [r.input()], alpha=float(r["negative_slope"])),
     "elu.default": _elu,
+    "glu.default": _glu,
     "softplus.default": _softplus,
     "hardtanh.default": _clip("min_val", "max_val"),
     "relu6.default": lambda r: r.end("Clip", [r.input(), *(r.constant(np.float32(bound)) for bound in (0, 6))]),
@@ -407,6 +437,7 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "_to_copy.default": _converted,
     "as_strided.default": _restrided,
     "_native_batch_norm_legit_no_training.default": _batch_norm,
+    "_native_batch_norm_legit.no_stats": _norm_of_its_own,
     "native_layer_norm.default": _layer_norm,
     "native_group_norm.default": _group_norm,
     **{f"{name}.default": _reshape for name in ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze")},
@@ -428,6 +459,7 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "pixel_shuffle.default": lambda r: r.end(
         "DepthToSpace", [r.input()], blocksize=int(r["upscale_factor"]), mode="CRD"
     ),
+    "pixel_unshuffle.default": _pixel_unshuffle,
     "channel_shuffle.default": _channel_shuffle,
     **{f"upsample_nearest{rank}d.{kind}": _resize("nearest") for rank in (1, 2, 3) for kind in ("default", "vec")},
     **{f"upsample_bilinear2d.{kind}": _resize("linear") for kind in ("default", "vec")},

@@ -57,6 +57,9 @@ class TorchProgram:
         networks = ", ".join(network.name for network in self.networks)
         return f"<TorchProgram: networks {networks}; {len(self.outside)} nodes left to PyTorch>"
 
+    def __reduce__(self) -> Any:
+        raise UnsupportedError("a compiled program: expected export() to hand it on, found a copy or a pickle of it")
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives.
 

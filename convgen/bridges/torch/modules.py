@@ -79,8 +79,8 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 def replace(model: nn.Module, *inputs: Any) -> list[str]:
     """Put convgen's layers in the place of a model's convolutions; its parameters, hooks and state dict stay.
 
-    Subclasses of ``torch.nn``'s layers are left as they are; those that weight normalisation or another parametrisation
-    has made are such, and lazy layers before their first call.
+    Subclasses of ``torch.nn``'s layers are left as they are; so are those that
+    ``torch.nn.utils.parametrizations`` has given another class, and lazy layers before their first call.
 
     Args:
         inputs: of the model. Where there are any, it is run once, and only layers are replaced whose step, forward and
