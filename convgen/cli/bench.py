@@ -79,7 +79,7 @@ PEER_NAMES = ("onnxruntime", "torch", "openvino", "ncnn")
     type=click.Path(dir_okay=False, path_type=Path),
     callback=check_page,
     metavar="FILE",
-    help="Also write the figures to a file: FILE.md as tables, FILE.html as a page.",
+    help="Also write the figures to a file: FILE.md as tables, FILE.html as a page, which is of layers only.",
 )
 @records_options
 @candidate_options
@@ -239,7 +239,10 @@ def _text(entries: list[SpecEntry], rows: list[Row]) -> str:
     """Per thread count a row per layer and the totals; then why peers were not timed."""
     from ..report.tables import ABOVE_NOTE, Totals, by_threads, layers, problems
 
-    names = {entry.spec.descriptor: label(entry) or entry.spec.descriptor for entry in entries}
+    names = {
+        entry.spec.descriptor: label(entry) if entry.names else f"{entry.spec} {label(entry)}".rstrip()
+        for entry in entries
+    }
     lines = []
     for threads, group in by_threads(rows).items():
         header, cells = layers(group, lambda row: names[row.values["spec"]])

@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     "--target",
     "targets",
     multiple=True,
-    callback=lambda context, parameter, given: [check_target(context, parameter, text) for text in given or ("cpu",)],
-    metavar="TARGET",
+    callback=lambda context, parameter, given: [
+        check_target(context, parameter, part.strip()) for text in given or ("cpu",) for part in text.split(",")
+    ],
+    metavar="TARGET[,…]",
     help="What to compile for: cpu:<LLVM processor>, such as cpu:znver4 or cpu:aarch64-cortex-a72, or a GPU's "
     "architecture, such as cuda:sm_90a; may be repeated.  [default: cpu]",
 )
@@ -246,12 +248,13 @@ def import_(results: Path, bundle: Path | None, store_path: Path | None, as_json
     add nothing.
     """
     from ..records.store import RecordStore
-    from ..tuning.bundle import import_results
+    from ..tuning.bundle import read_results
 
+    found = read_results(results, bundle)  # before there is a store
     with RecordStore(store_path) as store:
-        count, added = import_results(results, store, bundle)
+        added = store.add_all(found)
         total, path = len(store), store.path
     if as_json:
-        emit({"results": count, "added": added, "records": total})
+        emit({"results": len(found), "added": added, "records": total})
     else:
-        say(f"{count} results, {added} of them new; {total} records in {tidy(path)}")
+        say(f"{len(found)} results, {added} of them new; {total} records in {tidy(path)}")

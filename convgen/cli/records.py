@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shlex
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -554,8 +554,11 @@ def export(
 @json_option
 def import_(file: Path, path: Path | None, as_json: bool) -> None:
     """Add the records of FILE. Each is checked; where one is wrong, none is added."""
-    from ..records.store import RecordStore
+    from ..records.record import read_lines
+    from ..records.store import RecordStore, default_path
 
+    if not (path or default_path()).exists():
+        deque(read_lines(file), maxlen=0)  # a file that is refused makes no store
     with RecordStore(path) as store:
         added, total = store.import_(file), len(store)
     _say({"added": added, "records": total}, f"{added} added, {total} in {tidy(store.path)}", as_json)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..formats.entries import AccuracyRule
-from ..formats.sources import split_sources, write_text
+from ..formats.sources import is_model, split_sources, write_text
 from .common import (
     check_page,
     emit,
@@ -80,8 +80,8 @@ def report(
     the defaults, all of it and each step, what stands between convolutions included.
     """
     if whole:
-        if len(sources) != 1 or Path(sources[0]).suffix.lower() != ".onnx" or where.suffix == ".toml" or benches:
-            raise click.UsageError("--whole: expected a STORE and one MODEL.onnx, and no --bench")
+        if len(sources) != 1 or not is_model(sources[0]) or where.suffix == ".toml" or benches:
+            raise click.UsageError("--whole: expected a STORE and one ONNX model, and no --bench")
         how = {"dims": dims, "accuracy": whole_accuracy(accuracy), "target": target or "cpu", "threads": threads}
         return report_model(existing_model(sources[0]), where, out, as_json, **how)
     from ..records.store import RecordStore

@@ -220,7 +220,7 @@ rows         [object]   each model and number of threads, as --rows keeps them
     "show": """
 names      [text]      the nodes that the layer came from
 spec       text        its descriptor
-key        text        a short hash of it
+key        text        its SHA-256
 name       text        a C identifier made of it
 fields     object      as ConvSpec takes them
 shapes     {[integer]} of each tensor

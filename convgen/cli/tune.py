@@ -530,10 +530,16 @@ def _note_next(run: JobRun, results: Sequence[Mapping[str, Any]]) -> None:
     command = ["convgen", "build", *([name] if is_path(source, folder) else source.split())]
     if is_model(source, folder):
         command = ["convgen", "compile", name, "--out", "DIR"]
+    for rule in run.job.accuracy:
+        command += ["--accuracy", str(rule)]
+    for dim, size in run.job.dims.items():
+        command += ["--dim", f"{dim}={size}"]
     command += ["--target", run.job.targets[0]] if run.job.targets[0] != "cpu" else []
     command += ["--threads", str(results[0]["threads"])] if run.job.threads else []
     command += ["--records", str(run.store.path)] if run.job.records is not None else []
-    note(f"next: `{shlex.join(command)}` uses what was found")
+    others = [f"--target {target}" for target in run.job.targets[1:]]
+    others += [f"--threads {count}" for count in run.job.threads[1:]]
+    note(f"next: `{shlex.join(command)}` uses what was found{'; so it does with ' * bool(others)}{', '.join(others)}")
 
 
 def _note_compared_alone(layers: list[Layer]) -> None:

@@ -37,6 +37,7 @@ from typing import Any, NoReturn
 
 from ..errors import SpecError, UnsupportedError, meant
 from ..folders import replacing
+from ..problem.separable import SEPARABLE
 from ..problem.spec import OPERATORS, ConvSpec
 from . import benchdnn, miopen, onednn
 from .entries import SpecEntry, merge
@@ -485,6 +486,8 @@ def _read_lines(lines: Iterable[tuple[str, str]], path: Path | None, skipped: li
                 continue
             expected = f"one of {', '.join(OPERATORS)}, a benchdnn problem, a line of oneDNN, a MIOpenDriver command"
             word = line.partition(" ")[0]
+            if word in SEPARABLE:
+                raise SpecError("operator", expected, f"{line[:60]!r}: a separable problem is given alone", where)
             raise SpecError("operator", expected, f"{line[:60]!r}{meant(word, OPERATORS)}", where)
         for outcome in readers[name](line, where):
             if isinstance(outcome, tuple):

@@ -29,7 +29,7 @@ _APPLICATION_ID = 0x43564752  # "CVGR": tells a store from other programs' datab
 #: How long to wait for other processes.
 BUSY_SECONDS = 60.0
 #: What to do about damage.
-HINT = "RecordStore.recover(damaged, into) saves what is readable"
+HINT = "`convgen records recover DAMAGED INTO` saves what is readable, in Python RecordStore.recover(damaged, into)"
 
 # Rows are numbered from 1 without a gap: RecordStore.recover counts gaps. They are added, never changed, and
 # removed by RecordStore.remove alone. The fields that no query asks for are one column of JSON, `detail`:

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -402,6 +403,21 @@ def test_tune_fills_the_store_and_build_uses_it(tmp_path: Path, run: Run, run_js
     assert f"{best['schedule']}(" in out
 
 
+def test_the_command_that_tune_names_uses_what_was_found(
+    tmp_path: Path, run: Run, run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convgen.tuning.final.ROUNDS", 3)
+    layers = tmp_path / "two.txt"
+    layers.write_text(f"{TINY}\n")
+    options = ["--accuracy", "strict", "--threads", "1,2", "--trials", 1, "--records", tmp_path / "records.sqlite"]
+    status, _, err = run("tune", layers, *options)
+    assert status == 0, err
+    said = re.search(r"next: `convgen (build .*)` uses what was found; so it does with --threads 2$", err, re.MULTILINE)
+    assert said is not None, err
+    (built,) = run_json(*shlex.split(said[1]), "--out", tmp_path / "out", "--no-validate")["layers"]
+    assert built["record"] is not None
+
+
 def record(seconds: float) -> TuningRecord:
     """A trial on a machine that is not this one."""
     candidate: dict[str, Any] = {"schedule": "reference", "schedule_version": 1, "picks": {}}
@@ -435,7 +451,12 @@ def test_damaged_and_missing_stores_are_trouble(tmp_path: Path, run: Run) -> Non
         assert (status, out) == (3, "")
         assert re.fullmatch(r"convgen: [^\n]+\n", err)
     (tmp_path / "bad.jsonl").write_text("{}\n")
+    assert (
+        "`convgen records recover DAMAGED INTO` saves what is readable"
+        in run("records", "list", "--records", broken)[2]
+    )
     assert run("records", "import", tmp_path / "bad.jsonl", "--records", tmp_path / "x.sqlite")[0] == 3
+    assert not (tmp_path / "x.sqlite").exists()
 
 
 class FakeTuner:
@@ -540,7 +561,7 @@ def test_empty_batch_is_built_not_tuned(tmp_path: Path, run_json: Callable[..., 
 
 
 def test_bench_compares_with_what_is_installed(
-    run: Run, run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    run: Run, run_json: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("convgen.measure.compare.REST", 0.0)
     monkeypatch.setattr(PEERS["torch"], "version", classmethod(lambda cls: None))
@@ -555,8 +576,10 @@ def test_bench_compares_with_what_is_installed(
         assert "pip install" in missing["problem"]
         assert layer["percent_of_limit"] == pytest.approx(100 * layer["roofline"]["seconds"] / layer["seconds"])
     assert found["totals"][0]["peers"].keys() == {"onnxruntime"}
-    status, out, _ = run("bench", TINY, "--threads", "1", *options)
+    (tmp_path / "twice.txt").write_text(f"{TINY}\n{TINY}\n")
+    status, out, _ = run("bench", tmp_path / "twice.txt", "--threads", "1", *options)
     assert status == 0
+    assert f"{ConvSpec.parse(TINY)} ×2 " in out
     assert 'torch: not installed; get it with: pip install "convgen[peers]"' in out
 
 

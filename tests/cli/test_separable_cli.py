@@ -65,6 +65,7 @@ def test_tune_names_the_command_that_uses_it(run: Run, tmp_path: Path) -> None:
         (["build", SPEC, "--schedule", "reference"], "--schedule: expected layers"),
         (["tune", SPEC, "--trials", "3"], "--trials: expected layers"),
         (["build", "conv1d n1 ic4 oc4 i20 k3", "--weights", __file__], "--weights: expected a separable problem"),
+        (["build", "conv1d n1 ic4 oc4 i20 k3", "--strips", "3"], "--strips: expected a separable problem"),
         (["build", SPEC, "--weights", __file__], "weights: expected a file that numpy.savez writes"),
         (["build", SPEC, "--strips", "many"], "expected auto or a number of rows"),
     ],

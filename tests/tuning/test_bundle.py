@@ -578,11 +578,15 @@ def test_the_command_line(archive: Path, tmp_path: Path, monkeypatch: pytest.Mon
     words = ["conv2d", "ic4", "oc8", "i5x5", "k1x1"]
     assert main(["fleet", "pack", *words, "--threads", "1,zero", "--no-records"]) == 2
     assert "expected numbers from 1 to 1024" in capsys.readouterr().err
-    assert main(["fleet", "pack", *words, "--threads", "1", "--candidates", "1", "--no-records", "--json"]) == 0
+    targets = ["--target", "cpu,cpu"]
+    assert (
+        main(["fleet", "pack", *words, *targets, "--threads", "1", "--candidates", "1", "--no-records", "--json"]) == 0
+    )
     assert json.loads(capsys.readouterr().out)["trials"] == 1
     assert main(["fleet", "run", "bundle.tar.gz"]) == 0
     assert main(["fleet", "import", "bundle.results.jsonl", "--bundle", str(archive), "--records", "s.sqlite"]) == 3
     assert "line 1: manifest: expected the bundle's" in capsys.readouterr().err
+    assert not Path("s.sqlite").exists()
     assert main(["fleet", "import", "bundle.results.jsonl", "--records", "s.sqlite", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"results": 2, "added": 2, "records": 2}
     with RecordStore("s.sqlite") as store:
