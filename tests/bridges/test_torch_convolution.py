@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -286,6 +287,17 @@ def test_derivatives_in_forward_mode_are_refused(which: str) -> None:
         torch.func.jacfwd(function)(tensor)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="expected no tangent"):
         function(torch.autograd.forward_ad.make_dual(tensor, tensor))
+
+
+def test_tensors_without_memory_have_shapes() -> None:
+    """On the meta device, which autocast does not know."""
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with context:
+            found, expected = (
+                m.conv2d(torch.empty(2, 4, 9, 8, device="meta"), torch.empty(6, 4, 3, 3, device="meta"))
+                for m in (ours, torch.nn.functional)
+            )
+        assert (found.shape, found.dtype, found.device) == (expected.shape, expected.dtype, expected.device)
 
 
 def test_what_was_replaced_is_restored() -> None:

@@ -95,7 +95,9 @@ def _check_channels(rank: int, x: Tensor, weight: Tensor, groups: int, transpose
 def _autocast(tensor: Tensor, x: Tensor) -> Tensor:
     """A tensor as ``torch.autocast`` has it where x lies: it casts what convolutions read, but never f64."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensor
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 
