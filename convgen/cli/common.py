@@ -39,7 +39,7 @@ SPEC_HELP = """\
 A SPEC is one line, quoted or not, such as
   conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu
 operator: conv1d conv2d conv3d convtranspose1d convtranspose2d convtranspose3d
-          separable1d separable2d separable3d (a depthwise and a 1x1 convolution)
+          separable1d separable2d separable3d (depthwise, then 1x1)
 tokens:   n ic oc  g (groups)  i (input)  k (kernel)  s (stride)  d (dilation)
           p (padding: p1x1, begin_end p0_1x0_1, same, same_lower, valid)
           op (output padding)  nobias  residual  f16, bf16 or i8
@@ -48,8 +48,8 @@ tokens:   n ic oc  g (groups)  i (input)  k (kernel)  s (stride)  d (dilation)
           leaky_relu(0.1)
           prelu clip(0,6) sigmoid tanh silu mish hardswish hardsigmoid elu
           gelu gelu_tanh
-          of separable ones m (outputs of each depthwise input), depthwise_bias,
-          depthwise_relu6 …
+          of separable ones m (outputs of each depthwise input),
+          depthwise_bias, depthwise_relu6 …
 """
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -17,7 +17,7 @@ from paths import ROOT
 
 from convgen.errors import BuildError, ExportError
 from convgen.kernel.export import example_text, write_library
-from convgen.lowering.interface import Interface
+from convgen.lowering.interface import ABI, Interface
 from convgen.problem.activation import DEFAULTS
 from convgen.problem.spec import ConvSpec
 
@@ -216,10 +216,11 @@ int main(void)
         bias[i] = 1;
     for (size_t i = 0; i < b.weights / 4; ++i)
         weights[i] = 2;
-    convgen_pack_args p = {.weights = weights, .weights_size = a.weights, .bias = bias, .bias_size = a.bias,
-                           .packed = packed, .packed_size = a.packed};
-    convgen_pack_args q = {.weights = weights, .weights_size = b.weights, .bias = bias, .bias_size = b.bias,
-                           .packed = other, .packed_size = b.packed};
+    static convgen_pack_args p, q; /* all 0: C++17 has no names in initialisers */
+    p.weights = q.weights = weights;
+    p.bias = q.bias = bias;
+    p.weights_size = a.weights, p.bias_size = a.bias, p.packed = packed, p.packed_size = a.packed;
+    q.weights_size = b.weights, q.bias_size = b.bias, q.packed = other, q.packed_size = b.packed;
     convgen_run_args r = {src, a.src, packed, a.packed, NULL, 0, middle, a.dst, workspace, a.workspace, pool};
     convgen_run_args s = {middle, a.dst, other, b.packed, NULL, 0, dst, b.dst, workspace, b.workspace, pool};
     if (first_pack(&p) || second_pack(&q) || first_run(&r) || second_run(&s))
@@ -288,7 +289,7 @@ def test_manifest(out: Path) -> None:
     assert workspace["bytes"] == workspace["fixed"] + 2 * workspace["per_thread"] >= arguments["dst"]["bytes"]
     assert (manifest["target"], manifest["schedule"], manifest["picks"]) == ("cpu:test", "naive 1", {"tile": 4})
     assert (manifest["seconds"], manifest["error_bound"]["factor"]) == (1.5e-3, 50.0)
-    assert (manifest["abi"], manifest["threads"], manifest["versions"]) == (3, 2, {"convgen": "0"})
+    assert (manifest["abi"], manifest["threads"], manifest["versions"]) == (ABI, 2, {"convgen": "0"})
     assert set(manifest["files"]) == {path.name for path in out.iterdir()} - {"manifest.json"}
     for name, facts in manifest["files"].items():
         data = (out / name).read_bytes()
