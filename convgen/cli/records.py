@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import SpecError, meant
-from ..formats.sources import read_specs, sizes_for, split_sources
+from ..formats.sources import read_specs, split_sources
 from ..measure.standalone.words import printable
 from ..problem.spec import ConvSpec
 from ..report.words import picks_text
@@ -28,6 +28,7 @@ from .common import (
     emit_text,
     grouped,
     json_option,
+    layers_of,
     note,
     rate,
     say,
@@ -93,15 +94,11 @@ class Wanted:
         threads: int | None,
         schedule: str | None,
     ) -> Wanted:
-        """From the values of :data:`_filters`."""
+        """From the values of :data:`_filters`; layers that cannot be read have no records, and are named."""
         from ..hardware.target import resolve
 
-        given = split_sources(sources)
-        layers = [
-            entry
-            for source, sizes in zip(given, sizes_for(given, dims), strict=True)
-            for entry in read_specs(source, sizes)
-        ]
+        models, _ = layers_of(split_sources(sources), dims, fits=False)
+        layers = [entry for entries in models for entry in entries]
         layers += read_specs(spec) if spec else []
         names = list(dict.fromkeys(entry.spec.descriptor for entry in layers))
         if target is not None and ":" not in target:

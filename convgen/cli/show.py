@@ -146,7 +146,8 @@ def _print_layers(entries: list[SpecEntry], skipped: list[str], separables: list
     ]
     say(table(["layer", "count>", "GFLOP>", "share>", "spec"], rows))
     count = sum(entry.count for entry in entries)
-    say(f"{len(entries)} different layers, {count} in all; shares are of their {total / 1e9:.4g} GFLOP together")
+    layers_text = f"{plural(len(entries), 'different layer')}, {count} in all"
+    say(f"{layers_text}; shares are of their {total / 1e9:.4g} GFLOP together")
     if separables:
         say("\nA depthwise and a 1×1 convolution that reads it are a problem of their own, too, which build takes:")
         say("\n".join(f"  {text}" for text in separables))
@@ -247,8 +248,8 @@ def _text(document: dict[str, Any]) -> str:
 
 
 def _summary(documented: object) -> str:
-    """The first line of a docstring."""
-    return (getattr(documented, "__doc__", None) or "").strip().partition("\n")[0]
+    """The first line of a docstring, its code quoted as on the command line."""
+    return (getattr(documented, "__doc__", None) or "").strip().partition("\n")[0].replace("``", "`")
 
 
 @click.command()

@@ -227,6 +227,8 @@ def tune_separable(
     say(strips_table(times), err=True)
     height = best_height(times)
     left = None if seconds is None else max(0.0, seconds - (time.monotonic() - started))
+    if left == 0.0:
+        note("convgen: the time went into the height of strips, no convolution is tuned: more --seconds do that")
     tuning = ModelTuning(model, target, threads, accuracy=accuracy, strips=height, name=spec.name)
     for found in tune_whole(tuning, left, records):
         note(network_line(found))

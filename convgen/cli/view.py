@@ -202,6 +202,8 @@ def remaining(run: JobRun) -> str:
         parts.append(f"{clock(run.left)} left")
     if run.job.trials is not None:
         parts.append(f"{max(0, run.job.trials - run.trials)} trials left")
+    if run.job.trials_per_layer:
+        parts.append(f"up to {plural(run.job.trials_per_layer, 'trial')} a layer")
     return ", ".join(parts) or "until nothing more is gained"
 
 

@@ -18,6 +18,7 @@ from ..errors import SpecError, UnsupportedError
 from ..problem.activation import Activation
 from ..problem.separable import SeparableSpec
 from ..problem.spec import ConvSpec
+from .entries import SpecEntry
 
 _Config = Mapping[str, Any]
 _Shape = tuple[Any, ...]  # with the batch and in the layer's data format; None where a size is not known
@@ -87,7 +88,12 @@ def specs_from_keras(
         SpecError: a key is missing or wrong, or a shape is not known; names the layer.
         UnsupportedError: an activation, dtype or wrapper that a spec cannot say; names the layer.
     """
-    return _read(config, input_shape, class_name, accuracy, skipped).specs
+    return [entry.spec for entry in _read(config, input_shape, class_name, accuracy, skipped).entries]
+
+
+def entries_from_keras(config: _Config, *, skipped: list[str] | None = None) -> list[SpecEntry]:
+    """The convolutions of a Keras layer or model with Keras's names of their layers; see :func:`specs_from_keras`."""
+    return _read(config, None, "", "standard", skipped).entries
 
 
 def separables_from_keras(
@@ -373,12 +379,12 @@ class _Reader:
     """Collects the convolutions of nested layers.
 
     ``given``: the input's shape is the caller's, so what layers say of theirs does not count. ``separables``: those of
-    f32, whose two parts are among the ``specs``.
+    f32, whose two parts are among the ``entries``.
     """
 
     accuracy: str
     version: int
-    specs: list[ConvSpec]
+    entries: list[SpecEntry]
     given: bool
     skipped: list[str] | None
     separables: list[SeparableSpec] = field(default_factory=list)
@@ -475,16 +481,19 @@ class _Reader:
             (filters,) = _axes(config, "filters", None, 1, where)
             fields |= {"oc": filters, "groups": config.get("groups", 1), "transposed": name.endswith("Transpose")}
         if not name.startswith("Separable"):
-            self.specs.append(ConvSpec.from_dict(fields | epilogue, where))
+            specs = [ConvSpec.from_dict(fields | epilogue, where)]
         else:
             (filters,) = _axes(config, "filters", None, 1, where)
             depthwise = ConvSpec.from_dict(fields | {"bias": False}, where)
             point = {"n": depthwise.n, "ic": depthwise.oc, "oc": filters, "in_spatial": depthwise.out_spatial}
             pointwise = ConvSpec.from_dict(point | common | epilogue | {"kernel": (1,) * rank}, where)
-            self.specs += [depthwise, pointwise]
+            specs = [depthwise, pointwise]
             if depthwise.dtype == "f32":
                 self.separables.append(SeparableSpec(depthwise, pointwise))
-        return self.specs[-1].dst_shape
+        named = config.get("name")
+        names = (named,) if isinstance(named, str) else ()
+        self.entries += [SpecEntry(spec, names=names) for spec in specs]
+        return specs[-1].dst_shape
 
 
 def _check_origin(layer: _Config, where: str) -> None:

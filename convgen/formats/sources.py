@@ -42,7 +42,7 @@ from ..problem.spec import OPERATORS, ConvSpec
 from . import benchdnn, miopen, onednn
 from .entries import SpecEntry, merge
 from .foreign import foreign, is_onnx
-from .keras import specs_from_keras
+from .keras import entries_from_keras
 from .onnx.reader import specs_from_onnx
 
 #: Takes a line and its place; gives its layers, how often each occurs and its names, or errors instead.
@@ -545,7 +545,7 @@ def _keras(config: Mapping[str, Any], where: str, skipped: list[str] | None) -> 
     """The layers of the configuration of a Keras layer or model."""
     reasons: list[str] | None = None if skipped is None else []
     try:
-        entries = [SpecEntry(spec) for spec in specs_from_keras(config, skipped=reasons)]
+        entries = entries_from_keras(config, skipped=reasons)
         if skipped is not None:
             skipped += [f"{where}: {reason}" for reason in reasons or ()]
         return entries

@@ -82,7 +82,8 @@ def gather(
             setting = settings.setdefault(key, Setting(*key))
             _add(setting, spec, records, drifts.setdefault(key, []))
     if not settings:
-        raise RecordError(f"{store.path}: expected records of {_asked(models, targets, threads)}, found none")
+        others = "; there are others: those of a model tuned as a whole are shown with --whole" if left_out else ""
+        raise RecordError(f"{store.path}: expected records of {_asked(models, targets, threads)}, found none{others}")
 
     all_notes = list(notes)
     if left_out:

@@ -210,6 +210,8 @@ def test_show_lists_the_layers_of_a_file(tmp_path: Path, run: Run, run_json: Cal
     assert [(layer["spec"], layer["count"]) for layer in found["layers"]] == [(SMALL, 2), (TINY, 1)]
     assert sum(layer["share"] for layer in found["layers"]) == pytest.approx(1)
     assert "2 different layers, 3 in all" in run("show", file)[1]
+    file.write_text(f"{TINY}\n{TINY}\nconv1d ic4 oc4 i20 k99\n")
+    assert "1 different layer, 2 in all" in run("show", file)[1]
 
 
 def test_show_lists_the_layers_of_a_model(tmp_path: Path, run: Run, run_json: Callable[..., Any]) -> None:
@@ -271,7 +273,8 @@ def test_a_forced_schedule_must_apply_to_every_layer(tmp_path: Path, run: Run) -
     assert not (tmp_path / "out").exists()
 
 
-def test_schedules_and_targets(run_json: Callable[..., Any]) -> None:
+def test_schedules_and_targets(run: Run, run_json: Callable[..., Any]) -> None:
+    assert "``" not in run("targets")[1]
     listed = run_json("schedules")
     assert {row["id"] for row in listed} == set(schedules())
     assert all(row["summary"] for row in listed)
@@ -414,6 +417,7 @@ def test_the_command_that_tune_names_uses_what_was_found(
     assert status == 0, err
     said = re.search(r"next: `convgen (build .*)` uses what was found; so it does with --threads 2$", err, re.MULTILINE)
     assert said is not None, err
+    assert "up to 1 trial a layer" in err
     (built,) = run_json(*shlex.split(said[1]), "--out", tmp_path / "out", "--no-validate")["layers"]
     assert built["record"] is not None
 

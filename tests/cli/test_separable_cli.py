@@ -53,9 +53,10 @@ def test_show_names_the_pairs_of_a_model(run: Run, tmp_path: Path) -> None:
 
 def test_tune_names_the_command_that_uses_it(run: Run, tmp_path: Path) -> None:
     store = tmp_path / "records.sqlite"
-    status, _, err = run("tune", SPEC, "--seconds", "3", "--threads", "1", "--records", str(store))
+    status, _, err = run("tune", SPEC, "--seconds", "0.01", "--threads", "1", "--records", str(store))
     assert status == 0, err
     assert "rows of a strip" in err
+    assert "no convolution is tuned: more --seconds" in err
     assert f"next: `convgen build '{SeparableSpec.parse(SPEC)}' --strips " in err
 
 

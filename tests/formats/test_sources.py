@@ -218,7 +218,9 @@ def test_keras_configuration(tmp_path: Path) -> None:
         "config": {"name": "c", "filters": 8, "kernel_size": [3, 3], "padding": "same", "activation": "relu"},
         "build_config": {"input_shape": [None, 8, 8, 4]},
     }
-    assert read_specs(write(tmp_path, "layer.json", json.dumps(layer))) == [SpecEntry(ONE.with_(layout="nhwc"))]
+    assert read_specs(write(tmp_path, "layer.json", json.dumps(layer))) == [
+        SpecEntry(ONE.with_(layout="nhwc"), 1, ("c",))
+    ]
     del layer["build_config"]
     with pytest.raises(SpecError, match=r"layer.json: .*input_shape: expected"):
         read_specs(write(tmp_path, "layer.json", json.dumps(layer)))

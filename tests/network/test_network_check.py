@@ -217,6 +217,17 @@ def test_a_right_network_passes(small: tuple[Network, Any]) -> None:
     assert report.to_dict()["passed"]
 
 
+def test_outputs_that_show_little_are_named(small: tuple[Network, Any]) -> None:
+    network, model = small
+    assert "the same" not in network.validate(model).checks[-1].found
+    nodes = [helper.make_node("Conv", ["x", "w"], ["c"]), helper.make_node("Sigmoid", ["c"], ["y"])]
+    values, nothing = {"x": np.ones((1, 2, 5, 5), np.float32)}, {"w": np.zeros((3, 2, 3, 3), np.float32)}
+    model = model_of(nodes, values, ["y"], nothing, 17)
+    report = compile_network(model, resolve("cpu").on(1), 1).validate(model)
+    assert report.passed
+    assert report.checks[-1].found.endswith("; all elements of y are the same, which shows little")
+
+
 def test_another_model_fails(small: tuple[Network, Any]) -> None:
     network, model = small
     other = type(model)()

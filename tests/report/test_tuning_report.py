@@ -184,6 +184,9 @@ def test_settings_are_told_apart_and_chosen(tmp_path: Path) -> None:
     assert [s.target for s in gather(store, targets=["cpu:test"], threads=[1]).settings] == ["cpu:test"]
     with pytest.raises(RecordError, match="net for cpu:none with 3 threads, found none"):
         gather(store, [model("net", a=1)], targets=["cpu:none"], threads=[3])
+    other = Model("other", [SpecEntry(ConvSpec.parse("conv1d n1 ic9 oc9 i99 k1"))])
+    with pytest.raises(RecordError, match=r"records of other.*, found none; there are others: .* with --whole$"):
+        gather(store, [other])
 
 
 def test_a_default_that_nothing_beats_is_told(tmp_path: Path) -> None:

@@ -192,7 +192,11 @@ def _within(found: Arrays, expected: Arrays, bounds: Mapping[str, Measured]) -> 
         ratio = max(ratio, worst(error, both))  # type: ignore[arg-type]
         apart = max(apart, float(error.max(initial=0.0) / (np.abs(wanted[promised]).max(initial=0.0) or 1.0)))
         judged, count = judged + int(promised.sum()), count + array.size
+    # Whatever is computed wrongly before it may not show in such an output.
+    flat = [name for name, wanted in expected.items() if wanted.size > 1 and (wanted == wanted.flat[0]).all()]
     text = f"largest error {ratio:.3g} of the bound accumulated through the graph, {apart:.1e} of the largest element"
     if judged < count:
         text += f"; nothing is promised of {count - judged} of {count} elements"
+    if flat:
+        text += f"; all elements of {', '.join(flat)} are the same, which shows little"
     return Check("float", ratio <= 1, text), ratio
