@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import planted
@@ -43,6 +44,7 @@ from convgen.measure.standalone.errors import Trouble
 from convgen.measure.standalone.facts import facts as machine_facts
 from convgen.measure.standalone.facts import processors
 from convgen.measure.standalone.results import Results, digest
+from convgen.measure.standalone.summary import summary
 from convgen.problem.accuracy import error_factor
 from convgen.problem.spec import ConvSpec
 from convgen.records.record import TuningRecord
@@ -518,6 +520,18 @@ def test_results_must_be_of_the_bundle(results: Path, archive: Path, folder: Pat
         read_results(results, folder)
     with pytest.raises(ExportError, match="expected a bundle, found"):
         read_results(results, results)
+
+
+def test_the_summary_says_what_won_where_the_best_were_timed_in_turn() -> None:
+    where: dict[str, Any] = {"spec": "conv1d", "target": "cpu:haswell", "threads": 2, "picks": {"x": 1}, "group": 0}
+    trials = [{**where, "key": name, "schedule": name} for name in ("alone", "together")]
+    bundle: Any = SimpleNamespace(manifest={"trials": trials}, feature=lambda trial: "")
+    made = [{"kind": "trial", "key": t["key"], "outcome": "ok", "samples": [i * 1e-6]} for i, t in enumerate(trials, 1)]
+    results: Any = SimpleNamespace(lines=[{"kind": "run", "facts": {}}, *made])
+    what = "conv1d, cpu:haswell, 2 threads"
+    assert summary(bundle, results).endswith(f"fastest:\n       1.0 µs  {what}: alone(x=1)\n")
+    results.lines.append({"kind": "final", "group": 0, "trials": trials, "samples": [[5e-6], [4e-6]]})
+    assert summary(bundle, results).endswith(f"fastest:\n       4.0 µs  {what}: together(x=1)\n")
 
 
 # ---- packing -------------------------------------------------------------------------------------

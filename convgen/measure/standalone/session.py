@@ -12,7 +12,7 @@ from .child import answer
 from .facts import physical_memory
 from .results import Results, now
 from .sanitizer import TOOLS, sanitized
-from .words import candidate, duration, tell
+from .words import candidate, duration, problem, tell
 
 #: Addresses that the C library sets aside for a thread: its stack and a heap.
 _THREAD_BYTES = 256 << 20
@@ -131,7 +131,7 @@ class Session:
         if finalists:
             seconds, winner = min((statistics.median(taken), i) for i, taken in enumerate(samples))
             best = finalists[winner]
-            tell(f"         {duration(seconds)}  is the best of {best['spec']}: {candidate(best)}")
+            tell(f"         {duration(seconds)}  is the best of {problem(best)}: {candidate(best)}")
 
     def _ranked(self, trials: list[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
         """Median seconds and trial of those that are right, fastest first."""
@@ -182,5 +182,4 @@ class Session:
         ended = duration(statistics.median(line["samples"])) if line["outcome"] == "ok" else f"{line['outcome']:>11}"
         seconds = round(left * rate)
         rest = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
-        place = f"{trial['spec']}, {trial['threads']} threads"
-        tell(f"[{self._count:>{len(str(total))}}/{total}] {ended}  {place}: {candidate(trial)}  ({rest})")
+        tell(f"[{self._count:>{len(str(total))}}/{total}] {ended}  {problem(trial)}: {candidate(trial)}  ({rest})")

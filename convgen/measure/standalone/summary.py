@@ -7,7 +7,7 @@ from typing import Any, Dict, List
 
 from .bundle import Bundle
 from .results import Results
-from .words import candidate, duration, one_line
+from .words import candidate, duration, one_line, problem
 
 
 def summary(bundle: Bundle, results: Results) -> str:
@@ -17,7 +17,9 @@ def summary(bundle: Bundle, results: Results) -> str:
     facts = results.lines[0]["facts"]
     device = facts.get("gpu") or {}
     lines = ["# {}".format(device.get("name") or "CPU"), ""]
-    lines += _right(done, len(trials)) + _wrong(bundle, done) + _sanitized(trials, results) + _fastest(bundle, done)
+    lines += (
+        _right(done, len(trials)) + _wrong(bundle, done) + _sanitized(trials, results) + _fastest(bundle, done, results)
+    )
     return "\n".join(one_line(line) for line in lines) + "\n"
 
 
@@ -36,7 +38,7 @@ def _wrong(bundle: Bundle, done: List[Any]) -> List[str]:
     for trial, line in done:
         if line["outcome"] != "ok":
             feature = bundle.feature(trial) or trial["spec"]
-            lines.append(f"  {line['outcome']:<12} {feature}: {trial['spec']}: {candidate(trial)}: {line['error']}")
+            lines.append(f"  {line['outcome']:<12} {feature}: {problem(trial)}: {candidate(trial)}: {line['error']}")
     return ["not right:", *lines, ""] if lines else []
 
 
@@ -57,12 +59,17 @@ def _sanitized(trials: Dict[str, Any], results: Results) -> List[str]:
     return [*lines, ""]
 
 
-def _fastest(bundle: Bundle, done: List[Any]) -> List[str]:
+def _fastest(bundle: Bundle, done: List[Any], results: Results) -> List[str]:
+    """Of each layer that which is fastest where the best were timed in turn; before that was done, of its trials."""
     best: Dict[int, Any] = {}
     for trial, line in done:
         if line["outcome"] == "ok" and not bundle.feature(trial):
             taken = statistics.median(line["samples"])
             if trial["group"] not in best or taken < best[trial["group"]][0]:
                 best[trial["group"]] = (taken, trial)
-    lines = [f"  {duration(taken)}  {trial['spec']}: {candidate(trial)}" for taken, trial in best.values()]
+    for line in results.lines:
+        if line["kind"] == "final" and line["samples"]:
+            taken, index = min((statistics.median(samples), i) for i, samples in enumerate(line["samples"]))
+            best[line["group"]] = (taken, line["trials"][index])
+    lines = [f"  {duration(taken)}  {problem(trial)}: {candidate(trial)}" for taken, trial in best.values()]
     return ["fastest:", *lines] if lines else []

@@ -34,6 +34,11 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:8.1f} µs" if seconds < 1e-2 else f"{seconds * 1e3:8.1f} ms"
 
 
+def problem(trial: dict[str, Any]) -> str:
+    """What a trial is of: its layer, target and threads."""
+    return f"{trial['spec']}, {trial['target']}, {trial['threads']} thread{'s' * (trial['threads'] != 1)}"
+
+
 def candidate(trial: dict[str, Any]) -> str:
     """A trial's schedule with its picks."""
     return f"{trial['schedule']}({' '.join(f'{name}={value}' for name, value in trial['picks'].items())})"
