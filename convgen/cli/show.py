@@ -32,7 +32,6 @@ from .common import (
     target_option,
     threads_option,
 )
-from .separable import show_separable
 from .separable_options import refuse_for_separable, separable_of
 
 if TYPE_CHECKING:
@@ -79,6 +78,8 @@ def show(
         raise click.UsageError("--schedule needs --ir: it chooses the candidate to print")
     if (separable := separable_of(spec, accuracy)) is not None:
         refuse_for_separable(schedule=schedule, ir=ir)
+        from .separable import show_separable  # and what compiles networks
+
         show_separable(separable, as_json)
         return
     skipped: list[str] = []
