@@ -77,6 +77,10 @@ class CudaWgmmaPersistent(CudaWgmmaTma):
 
     def shared_memory(self, spec: ConvSpec, picks: Picks) -> int:
         piece = CudaGemm.shared_memory(self, spec, Picks(**{**_piece(picks), "stages": 0}))
+        if spec.dst_layout == "nchw" and 1 < spec.out_pixels < WARPGROUP // PIECE:
+            # A thread for each pixel of a channel: past the last channel of the piece they read on as well.
+            columns = WARPGROUP // spec.out_pixels
+            piece = max(piece, WARPGROUP_ROWS * (round_up(columns - 8, 32) + 8) * 4)
         warpgroups: int = picks.warps_m // 4
         return warpgroups * round_up(piece, ALIGNMENT) + _operands(picks)
 

@@ -248,7 +248,8 @@ def is_path(source: str | Path, folder: Path = Path()) -> bool:
         source: as :func:`read_specs` takes it.
         folder: what a relative name is relative to.
     """
-    if isinstance(source, Path) or (source and (folder / source).exists()):
+    # Unlike a path's own method it raises nothing, whatever text this is.
+    if isinstance(source, Path) or (source and os.path.exists(folder / source)):
         return True
     if not source.strip() or any(form.recognise(source) for form in LINES.values()):
         return False

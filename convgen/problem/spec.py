@@ -576,12 +576,14 @@ class ConvSpec:
 
     def with_(self, **changes: Any) -> ConvSpec:
         """A copy with some fields changed; checked like a new one. Where dst's layout is src's, it stays so; types and
-        zero points of single tensors go with another dtype.
+        zero points of single tensors go with another dtype, that of a residual with the residual.
         """
         if "layout" in changes and self.dst_layout == self.layout:
             changes = {"dst_layout": "", **changes}
         if changes.get("dtype", self.dtype) != self.dtype:
             changes = {**dict.fromkeys(TYPES, ""), **dict.fromkeys(ZEROS, False), **changes}
+        if not changes.get("residual", self.residual):
+            changes = {"residual_dtype": "", **changes}
         return replace(self, output_spatial=None, **changes)
 
 
