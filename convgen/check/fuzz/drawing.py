@@ -131,13 +131,22 @@ def _spec_for(
             continue
         spec = in_a_direction(source, layer, directions)
         why = schedule.reason_against(spec.core, target)
-        if why is not None:  # would it apply to a layer that may be less accurate, or is of floats?
-            loose = spec.with_(accuracy="relaxed", dtype="f32" if spec.dtype == "i8" else spec.dtype)
+        if why is not None:
+            loose = _loosened(spec, schedule)
             if schedule.reason_against(loose.core, target) is None:
                 spec, why = loose, None
         if why is None:
             return _beside_tiles(source, spec, schedule, target), None
     return spec, why
+
+
+def _loosened(spec: ConvSpec, schedule: Schedule) -> ConvSpec:
+    """A layer like a spec that is likelier to be one of a schedule's: less accurate and of floats, or of integers."""
+    if not schedule.only_integers:
+        return spec.with_(accuracy="relaxed", dtype="f32" if spec.dtype == "i8" else spec.dtype)
+    if spec.is_quantised or spec.direction != "forward" or spec.mirrored:
+        return spec
+    return spec.with_(dtype="i8", accuracy="standard", activation="none", residual=False)
 
 
 def _default_cases(common: Case, applicable: Sequence[Schedule], target: Target) -> list[Case]:
