@@ -273,7 +273,12 @@ class LocalRunner(Runner):
         arguments = (path, str(expected.directory), threads, seconds, hopeless)
         watch = BusyWatch()
         job = self.pool.submit(run_artifact, *arguments, memory=expected.memory)
-        return then(job, lambda answer: replace(self._result(answer, threads), busy=watch.share()))
+
+        def result(answer: Any) -> Result:
+            found = self._result(answer, threads)
+            return replace(found, busy=watch.share()) if found.outcome == "ok" else found
+
+        return then(job, result)
 
     def _result(self, answer: Any, threads: int) -> Result:
         if isinstance(answer, dict) and answer.get("reference"):

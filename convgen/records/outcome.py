@@ -17,7 +17,8 @@ class Result:
         drift: the reference kernel's time after this trial over its time after the runner's first trial:
             1.1 means that the machine has become 10 % slower. None where nothing was timed.
         device: name of the machine that measured; empty for this one.
-        busy: the share of this machine's CPUs that other programs used meanwhile; None where it is not known.
+        busy: the share of this machine's CPUs that other programs used meanwhile; None where it is not known, or
+            nothing was timed.
     """
 
     outcome: str
