@@ -24,10 +24,13 @@ def console_of_bench() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
-def exit_status(work: Callable[[], None], console: Console) -> int:
-    """Do the work: 0; 130 where it was interrupted, 2 where it failed, each with a line that says so."""
+def exit_status(work: Callable[[Console], None]) -> int:
+    """Do the work, which is given a console: 0; 130 where it was interrupted, 2 where it failed, each with a line that
+    says so.
+    """
+    console = console_of_bench()
     try:
-        work()
+        work(console)
     except KeyboardInterrupt:
         console.print("interrupted: the same command goes on from here")
         return 130

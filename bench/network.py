@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.command import console_of_bench, exit_status, listed, threads_listed
+from bench.command import exit_status, listed, threads_listed
 from bench.networks import NAMES, check_models, check_peers, network_model
 from bench.networks.layouts import CHOICES, between_layers
 from convgen.errors import ConvgenError
@@ -184,8 +184,7 @@ def _size(text: str) -> tuple[str, int]:
 
 def main(arguments: Sequence[str] | None = None, measurer: NetworkMeasurer = measure_network) -> int:
     options = parse(arguments)
-    console = console_of_bench()
-    return exit_status(lambda: run(options, console, measurer), console)
+    return exit_status(lambda console: run(options, console, measurer))
 
 
 if __name__ == "__main__":

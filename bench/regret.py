@@ -31,7 +31,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench.command import console_of_bench, exit_status, listed, threads_listed
+from bench.command import exit_status, listed, threads_listed
 from bench.networks import NAMES, check_models, network_model
 from bench.networks.layouts import CHOICES, between_layers
 from convgen.check.data import float_data
@@ -249,8 +249,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    console = console_of_bench()
-    return exit_status(lambda: run(options, console), console)
+    return exit_status(lambda console: run(options, console))
 
 
 if __name__ == "__main__":

@@ -235,20 +235,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None, measurer: Measurer = tune_and_measure) -> int:
     options = parse(arguments)
-    console = console_of_bench()
     options.results = options.results / processor_slug(machine()) / "layers"
     options.results.mkdir(parents=True, exist_ok=True)
 
-    def work() -> None:
+    def work(console: Console) -> None:
         for problem in options.problems:
             run(problem, options, console, measurer)
 
-    if status := exit_status(work, console):
+    if status := exit_status(work):
         return status
     if options.quick:
         print((options.results / f"{variant(SAMPLE.stem, options)}.md").read_text())
     if options.summary:
-        summarise(options.results, console)
+        summarise(options.results, console_of_bench())
     return 0
 
 

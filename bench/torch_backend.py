@@ -28,7 +28,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch._inductor import config
 
-from bench.command import console_of_bench, exit_status, listed, threads_listed
+from bench.command import exit_status, listed, threads_listed
 from bench.networks import check_models, network_model
 from bench.networks.modules import MODULES
 from convgen.bridges.torch.backend import backend
@@ -212,8 +212,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    console = console_of_bench()
-    return exit_status(lambda: run(options, console), console)
+    return exit_status(lambda console: run(options, console))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ if __name__ == "__main__":
 import numpy as np
 from rich.console import Console
 
-from bench.command import console_of_bench, exit_status, listed, threads_listed
+from bench.command import exit_status, listed, threads_listed
 from bench.networks import check_models, network_model
 from convgen.check.data import float_data
 from convgen.errors import ConvgenError, UnsupportedError
@@ -359,8 +359,7 @@ def _sizes(text: str) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    console = console_of_bench()
-    return exit_status(lambda: run(options, console), console)
+    return exit_status(lambda console: run(options, console))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
-from bench.command import console_of_bench, exit_status, listed, threads_listed
+from bench.command import exit_status, listed, threads_listed
 from bench.networks import NAMES, check_models, check_peers, network_model
 from convgen.api import compile as compile_network
 from convgen.folders import TemporaryFolder
@@ -96,8 +96,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    console = console_of_bench()
-    return exit_status(lambda: run(options, console), console)
+    return exit_status(lambda console: run(options, console))
 
 
 if __name__ == "__main__":
