@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 # Tests of what depends on Python's own library: the command line, readers, records, bundles, processes, the package.
-PYTHONS := tests/cli tests/formats tests/records tests/tuning/test_bundle.py tests/test_interrupts.py \
+PYTHONS := tests/cli tests/formats tests/records tests/tuning/test_bundle.py tests/tuning/test_cross_bundle.py tests/test_interrupts.py \
 	tests/test_packaging.py tests/test_processes.py
 
 .PHONY: help demo test test-all test-gpu test-python check docs bench bench-quick clean

@@ -1,7 +1,4 @@
-"""Records under attack: nothing that was added is lost, and nothing that is lost is lost in silence.
-
-It is long because the ways to damage a store share how stores are made, damaged and read back.
-"""
+"""Records under attack: nothing that was added is lost, and nothing that is lost is lost in silence."""
 
 from __future__ import annotations
 
@@ -17,10 +14,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
-import textwrap
-import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import SUPPORT
-from stores import MEMORY, PLACE, SPEC, contents, fill, json_values, other_database, record, some, writer
+from stores import PLACE, SPEC, contents, fill, json_values, other_database, record, some, writer
 
 from convgen.errors import RecordError
 from convgen.records import record as records_module
@@ -38,12 +31,6 @@ from convgen.records.record import TuningRecord
 from convgen.records.store import RecordStore
 
 PAGE = 4096
-
-
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        yield Path(folder)
 
 
 def examine(path: Path, good: set[TuningRecord], *, exact: bool = False) -> None:
@@ -331,92 +318,6 @@ def test_a_newer_store_is_left_alone(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-# -- sudden ends -----------------------------------------------------------------------------------
-
-IMPORT = """
-import sys
-from convgen.records.store import RecordStore
-with RecordStore(sys.argv[1]) as store:
-    print("ready", flush=True)
-    store.import_(sys.argv[2])
-"""
-
-
-def test_a_killed_import_is_whole_or_nothing(tmp_path: Path) -> None:
-    lines = tmp_path / "r.jsonl"
-    lines.write_text("".join(item.to_json() + "\n" for item in some(4000)))
-    killed = 0
-    for number in range(6):
-        path = fill(tmp_path / f"{number}.sqlite", some(1, 5000))
-        command = [sys.executable, "-c", IMPORT, str(path), str(lines)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(number * 0.04)
-            process.kill()
-        killed += process.returncode == -signal.SIGKILL
-        with RecordStore(path) as store:
-            assert len(store) in (1, 4001)
-            assert store.check().ok
-    assert killed
-
-
-REMOVE = """
-import sys
-from convgen.records.store import RecordStore
-with RecordStore(sys.argv[1]) as store:
-    ids = [record.id for record in store.trials()]
-    print("ready", flush=True)
-    store.remove(ids[::2])
-    store.compact()
-"""
-
-
-def test_a_killed_removal_is_whole_or_nothing(tmp_path: Path) -> None:
-    items, killed = some(3000), 0
-    for number in range(8):
-        path = tmp_path / f"{number}.sqlite"
-        with RecordStore(path) as store:
-            store.add_all(items)
-        with subprocess.Popen([sys.executable, "-c", REMOVE, str(path)], stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(number * 0.02)
-            process.kill()
-        killed += process.returncode == -signal.SIGKILL
-        with RecordStore(path) as store:
-            assert len(store) in (1500, 3000)
-            assert store.check().ok
-            count = len(store)
-        found = RecordStore.recover(path, tmp_path / "new.sqlite")
-        assert (found.saved, found.lost) == (count, 0)
-    assert killed
-
-
-def test_records_are_removed_while_others_write(tmp_path: Path) -> None:
-    path = tmp_path / "r.sqlite"
-    old, count = some(500), 60
-    with RecordStore(path) as store:
-        store.add_all(old)
-        running = [writer(path, number, count) for number in range(4)]
-        for item in old:
-            assert store.remove([item.id]) == 1
-            if all(process.poll() is not None for process in running):
-                break
-        store.remove(item.id for item in old)
-        store.compact()
-        printed: set[str] = set()
-        for process in running:
-            printed |= set(process.communicate()[0].split())
-            assert process.returncode == 0
-        assert len(printed) == 4 * count
-        assert {item.id for item in store.trials()} == printed
-        assert store.check().ok
-    assert RecordStore.recover(path, tmp_path / "new.sqlite").lost == 0
-
-
 def test_a_removal_from_a_damaged_store_says_so(tmp_path: Path) -> None:
     path = fill(tmp_path / "r.sqlite", some(300))
     data = bytearray(path.read_bytes())
@@ -425,201 +326,6 @@ def test_a_removal_from_a_damaged_store_says_so(tmp_path: Path) -> None:
     with RecordStore(path) as store, pytest.raises(RecordError, match=r"malformed; .*recover"):
         store.remove([some(1)[0].id])
     assert RecordStore.recover(path, tmp_path / "new.sqlite").saved == 300
-
-
-# -- load --------------------------------------------------------------------------------------------
-
-
-LOADER = """
-import sys
-from convgen.records.record import TuningRecord
-from convgen.records.store import RecordStore
-path, writer, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-with RecordStore(path) as store:
-    for i in range(count):
-        item = TuningRecord(
-            spec="conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 relu", target="cpu", hardware="here", threads=2,
-            schedule="reference", schedule_version=1, picks={"writer": writer, "i": i}, outcome="ok", seconds=1e-3,
-            samples=[1e-3 + j * 1e-6 for j in range(15)], versions={"convgen": "0.1.0", "tvm": "0.27.0"},
-        )
-        assert store.add(item)
-        print(item.id, flush=True)
-"""
-
-
-@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-def test_eight_writers_lose_and_tear_nothing(count: int, tmp_path: Path) -> None:
-    """Each adds its records one by one, and a ninth process reads meanwhile."""
-    path = tmp_path / "r.sqlite"
-    fill(path, some(1))
-    outputs = [(tmp_path / f"{number}.txt").open("w+") for number in range(8)]
-    command = [sys.executable, "-c", LOADER, str(path)]
-    running = [
-        subprocess.Popen([*command, str(number), str(count)], stdout=output) for number, output in enumerate(outputs)
-    ]
-    seen = 1
-    while any(process.poll() is None for process in running):
-        with RecordStore(path, readonly=True) as store:
-            found = len(store)
-            assert found >= seen  # what was added stays
-            seen = found
-        time.sleep(0.5)
-    assert [process.returncode for process in running] == [0] * 8
-    printed: set[str] = set()
-    for output in outputs:
-        output.seek(0)
-        printed |= set(output.read().split())
-        output.close()
-    assert len(printed) == 8 * count
-    with RecordStore(path) as store:
-        report = store.check()  # every record against its hash
-        assert (report.ok, report.rows) == (True, 8 * count + 1)
-        ids = store._run(lambda db: db.execute("SELECT id FROM records").fetchall())
-        assert {id_ for (id_,) in ids} == printed | {some(1)[0].id}
-
-
-# -- what may not be written -----------------------------------------------------------------------
-
-
-def test_a_file_that_cannot_be_written() -> None:
-    """Its folder can: nothing is lost, and nothing is said to be kept that is not."""
-    with tempfile.TemporaryDirectory() as name:
-        path = fill(Path(name) / "r.sqlite", some(3))
-        Path(name).chmod(0o777)
-        path.chmod(0o444)
-        before = path.read_bytes()
-        is_root = os.geteuid() == 0
-        if is_root:
-            os.seteuid(65534)  # nobody, whom modes stop
-        try:
-            with RecordStore(path, readonly=True) as store:
-                assert set(store.trials()) == set(some(3))
-                assert store.check().ok
-            with (
-                pytest.raises(RecordError, match=r"r\.sqlite: .*(readonly|unable to open)"),
-                RecordStore(path) as store,
-            ):
-                store.add(record())
-        finally:
-            if is_root:
-                os.seteuid(0)
-        assert path.read_bytes() == before
-        assert contents(path) == set(some(3))
-
-
-# -- a full disk -----------------------------------------------------------------------------------
-
-FULL = """
-import resource, shutil, sys
-from pathlib import Path
-from convgen.errors import RecordError
-from convgen.records.store import RecordStore
-folder, what = Path(sys.argv[1]), sys.argv[2]
-store = None if what in ("create", "recover") else RecordStore(folder / "small.sqlite")
-if sys.argv[3:]:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
-else:
-    with open(folder / "filler", "wb", buffering=0) as filler:
-        try:
-            while filler.write(bytes(4096)):
-                pass
-        except OSError as error:
-            assert error.errno == 28, error
-try:
-    if what == "merge":
-        store.merge(folder / "large.sqlite")
-    elif what == "import":
-        store.import_(folder / "large.jsonl")
-    elif what == "export":
-        store.export(folder / "out.jsonl")
-    elif what == "recover":
-        RecordStore.recover(folder / "large.sqlite", folder / "new.sqlite")
-    elif what == "create":
-        RecordStore(folder / "new.sqlite")
-    elif what in ("remove", "compact"):
-        with RecordStore(folder / "large.sqlite") as store:
-            store.compact() if what == "compact" else store.remove([r.id for r in store.trials()][1:])
-except RecordError as error:
-    sys.exit(f"RecordError: {error}")
-"""
-
-STORES = {"small.sqlite": some(30), "large.sqlite": some(900)}
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stores")
-    for name, items in STORES.items():
-        with RecordStore(folder / name) as store:
-            store._insert(items)
-            store.export((folder / name).with_suffix(".jsonl"))
-    return folder
-
-
-def check_full(folder: Path, done: subprocess.CompletedProcess[str]) -> None:
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith("RecordError: "), done.stderr
-    (folder / "filler").unlink(missing_ok=True)
-    for name, items in STORES.items():
-        assert contents(folder / name) == set(items)
-        with RecordStore(folder / name) as store:
-            assert store.check().ok
-    assert not (folder / "out.jsonl").exists()
-    assert not list(folder.glob("*.part"))
-    if (folder / "new.sqlite").exists():
-        assert contents(folder / "new.sqlite") == set()
-    RecordStore.recover(folder / "large.sqlite", folder / "new.sqlite")  # now there is room again
-    assert contents(folder / "new.sqlite") == set(STORES["large.sqlite"])
-
-
-@pytest.mark.parametrize(
-    ("what", "limit"),
-    [
-        ("merge", 60_000),
-        ("import", 60_000),
-        ("recover", 60_000),
-        ("export", 9000),
-        ("remove", 60_000),
-        ("compact", 9000),
-    ],
-)
-def test_a_write_that_is_refused_changes_nothing(what: str, limit: int, stores: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(stores, tmp_path / "stores")
-    command = [sys.executable, "-c", FULL, str(folder), what, str(limit)]
-    check_full(folder, subprocess.run(command, capture_output=True, text=True, check=False))
-
-
-@pytest.mark.parametrize("what", ["merge", "import", "recover", "export", "create", "remove", "compact"])
-def test_a_full_disk_changes_nothing(what: str, stores: Path, tmp_path: Path) -> None:
-    """A file system of its own, filled to the last byte; the stores come back from it."""
-    script = f"""
-        mount -t tmpfs -o size=3m none {tmp_path} || exit 77
-        cp {stores}/* {tmp_path}
-        "$@"
-        status=$?
-        rm -f {tmp_path}/filler
-        tar -C {tmp_path} -c . >&3
-        exit $status
-    """
-    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", textwrap.dedent(script), "sh"]
-    command += [sys.executable, "-c", FULL, str(tmp_path), what]
-    folder = tmp_path / "after"
-    folder.mkdir()
-    try:
-        with open(tmp_path / "after.tar", "wb") as archive:
-            done = subprocess.run(
-                ["sh", "-c", 'exec 3>&1 1>/dev/null; exec "$@"', "sh", *command],
-                stdout=archive,
-                stderr=subprocess.PIPE,
-                text=True,
-                check=False,
-            )
-    except FileNotFoundError as error:
-        pytest.skip(f"there is no {error.filename}")
-    if done.returncode not in (0, 1) or "unshare:" in done.stderr:
-        pytest.skip(f"no file system can be mounted: {done.stderr}")
-    subprocess.run(["tar", "-C", folder, "-xf", tmp_path / "after.tar"], check=True)
-    check_full(folder, done)
 
 
 # -- hostile lines ---------------------------------------------------------------------------------

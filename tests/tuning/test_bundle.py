@@ -1,4 +1,4 @@
-"""Bundles: packed here, measured by a bare interpreter, taken back; and compiling for another architecture."""
+"""Bundles: packed here, measured by a bare interpreter, taken back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 import planted
 import pytest
 from archives import untar
+from bundles import BARE, kernel, lines, plant, run, write
 from mounts import mounted
 
 from convgen.api import tune
@@ -31,11 +31,7 @@ from convgen.cli import main
 from convgen.errors import BuildError, ExportError, MeasureError, RecordError, UnsupportedError
 from convgen.hardware.machine import machine, parse_cpuinfo
 from convgen.hardware.target import resolve
-from convgen.kernel.export import write_library
-from convgen.lowering import link, toolchain
 from convgen.lowering.candidates import default_candidate
-from convgen.lowering.interface import Interface
-from convgen.lowering.lower import compile_object, lower
 from convgen.lowering.versions import versions
 from convgen.measure import standalone
 from convgen.measure import trial as measure
@@ -43,9 +39,8 @@ from convgen.measure.standalone import child, timing
 from convgen.measure.standalone.errors import Trouble
 from convgen.measure.standalone.facts import facts as machine_facts
 from convgen.measure.standalone.facts import processors
-from convgen.measure.standalone.results import Results, digest
+from convgen.measure.standalone.results import Results
 from convgen.measure.standalone.summary import summary
-from convgen.problem.accuracy import error_factor
 from convgen.problem.spec import ConvSpec
 from convgen.records.record import TuningRecord
 from convgen.records.store import RecordStore
@@ -62,8 +57,6 @@ from convgen.tuning.bundle import (
 from convgen.tuning.bundle.archive import read_manifest, write_runner
 
 SPEC = planted.SPEC
-#: An interpreter that finds nothing but the standard library, in an environment without variables.
-BARE = (sys.executable, "-I", "-S")
 
 
 @pytest.fixture(scope="module")
@@ -103,29 +96,6 @@ def test_an_archive_that_writes_elsewhere_is_refused(tmp_path: Path, kind: str) 
     ):
         read_manifest(path)
     assert sorted(tmp_path.iterdir()) == [path]
-
-
-def run(folder: Path, *arguments: object, status: int = 0) -> str:
-    command = [*BARE, str(folder / "run.py"), *map(str, arguments)]
-    done = subprocess.run(command, env={}, cwd="/", capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == status, done.stderr
-    return done.stdout + done.stderr
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write(path: Path, values: list[dict[str, Any]]) -> None:
-    """Results as a forger would write them: with digests that are right."""
-    run_digest = ""
-    text = ""
-    for i, line in enumerate(values):
-        line = {**line, "run": run_digest} if i else dict(line)
-        line["digest"] = digest(line)
-        run_digest = run_digest or line["digest"]
-        text += json.dumps(line) + "\n"
-    path.write_text(text)
 
 
 # ---- there and back ------------------------------------------------------------------------------
@@ -220,32 +190,6 @@ def test_equal_sources_make_equal_runners(folder: Path, tmp_path: Path) -> None:
 
 
 # ---- what goes wrong there -----------------------------------------------------------------------
-
-
-def kernel(folder: Path, workspace: int = 0, **statements: str) -> Path:
-    """A library with the kernel in C, with a bug or without."""
-    folder.mkdir()
-    plain = planted.interface()
-    interface = Interface("planted", SPEC, plain.packed, workspace, 64, ())
-    text = planted.SOURCE.format(**{"store": "t.dst[at] = v", "before": "", **statements})
-    return link.link(interface, planted.compile_c(text, folder / "kernel.o"), folder / "libplanted.so")
-
-
-def plant(folder: Path, libraries: dict[str, Path]) -> dict[str, str]:
-    """Replace a bundle's trials by one per library; returns the keys by name."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    pattern = manifest["trials"][0]
-    trials, keys = [], {}
-    for name, path in libraries.items():
-        shutil.copy(path, folder / "lib" / f"{name}.so")
-        trial = {**pattern, "schedule": name, "default": name == "right", "name": "planted", "exact": True}
-        trial |= {"library": f"lib/{name}.so", "library_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        trial["key"] = keys[name] = trial_id(trial)
-        manifest["files"][trial["library"]] = trial["library_sha256"]
-        trials.append(trial)
-    manifest["trials"] = trials
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return keys
 
 
 def test_what_fails_costs_one_trial(folder: Path, tmp_path: Path) -> None:
@@ -609,90 +553,3 @@ def test_the_command_line(archive: Path, tmp_path: Path, monkeypatch: pytest.Mon
         (ConvSpec.parse(" ".join(words)).descriptor, 1, machine().fingerprint)
     }
     assert all(r.versions == versions() for r in found)
-
-
-# ---- compiling for another architecture ----------------------------------------------------------
-
-AARCH64 = "aarch64-linux-gnu-gcc"
-
-
-@pytest.fixture
-def emulated() -> Callable[..., str]:
-    """Runs a program for aarch64."""
-    for tool in (AARCH64, "qemu-aarch64"):
-        if not shutil.which(tool):
-            pytest.skip(f"{tool} is not installed")
-
-    def run(*command: object, cwd: Path) -> str:
-        full = ["qemu-aarch64", "-cpu", "cortex-a72", "-L", "/usr/aarch64-linux-gnu", *map(str, command)]
-        done = subprocess.run(full, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
-        return done.stdout + done.stderr
-
-    return run
-
-
-def export(spec: ConvSpec, folder: Path, isa: tuple[str, ...] = ()) -> None:
-    target = resolve("cpu:aarch64-cortex-a72")
-    lowered = lower(spec, target, default_candidate(spec, target))
-    workspace = compile_object(lowered, folder / "kernel.o")
-    interface = Interface("kernel", spec, lowered.packed, workspace.main, workspace.task, isa)
-    facts = {"threads": 2, "error_factor": error_factor(spec)}
-    write_library(folder / "out", interface, folder / "kernel.o", facts)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["conv2d ic16 oc24 i14x14 k3x3 p1 relu", "conv2d ic32 oc8 i9x7 k1x1 residual", "conv1d ic6 oc6 g6 i50 k5 p2"],
-)
-def test_a_kernel_for_aarch64_computes_what_it_should(text: str, tmp_path: Path, emulated: Callable[..., str]) -> None:
-    export(ConvSpec.parse(text), tmp_path, isa=("asimd",))
-    subprocess.run(
-        [AARCH64, "-std=c11", "-O1", "-o", "static", "out/example.c", "out/libkernel.a", "-lm", "-pthread"],
-        cwd=tmp_path,
-        check=True,
-    )
-    assert "outputs checked" in emulated("./static", cwd=tmp_path)
-    subprocess.run(
-        [AARCH64, "-std=c11", "-O1", "-o", "shared", "out/example.c", "-Lout", "-lkernel"], cwd=tmp_path, check=True
-    )
-    said = subprocess.run(
-        ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-E", "LD_LIBRARY_PATH=out", "./shared"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert "; ok" in said.stdout, said.stdout + said.stderr
-
-
-@pytest.mark.parametrize("feature", ["sve", "i8mm"])
-def test_a_processor_without_the_instructions_is_told(
-    feature: str, tmp_path: Path, emulated: Callable[..., str]
-) -> None:
-    export(ConvSpec.parse("conv2d ic4 oc4 i5x5 k1x1"), tmp_path, isa=("asimd", feature))
-    subprocess.run(
-        [AARCH64, "-std=c11", "-O1", "-o", "static", "out/example.c", "out/libkernel.a", "-lm", "-pthread"],
-        cwd=tmp_path,
-        check=True,
-    )
-    assert "CPU" in emulated("./static", cwd=tmp_path)
-
-
-def test_a_bundle_for_aarch64(tmp_path: Path) -> None:
-    if not shutil.which(AARCH64):
-        pytest.skip(f"{AARCH64} is not installed")
-    target = resolve("cpu:aarch64-cortex-a72")
-    packed = pack([ConvSpec.parse("conv2d ic4 oc8 i5x5 k1x1")], [target], [1], tmp_path / "b.zip", candidates=1)
-    assert (packed.trials, packed.failed) == (1, 0)
-    with unpacked(tmp_path / "b.zip") as folder:
-        libraries = [path.read_bytes() for path in folder.glob("lib/*.so")]
-        assert {toolchain.architecture(data) for data in libraries} == {"aarch64"}
-        if toolchain.NATIVE != "aarch64":
-            assert "left out: for aarch64" in run(folder, status=3)
-
-
-def test_without_a_compiler_the_ways_to_one_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.delenv("CC_RISCV64", raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BuildError, match=r"C compiler for riscv64, .*riscv64-linux-gnu-gcc .*ziglang.*CC_RISCV64"):
-        toolchain.compiler("riscv64")
-    monkeypatch.setenv("CC_RISCV64", "some-cc -march=rv64gcv")
-    assert toolchain.compiler("riscv64") == ("some-cc", "-march=rv64gcv")
