@@ -4,8 +4,9 @@
     python bench/whole.py --models light_resnet50,model.onnx --threads 1
     python bench/whole.py --accuracy bf16                       # beside what is fastest in any precision
 
-For each model and thread count: a row in ``results/<processor>/whole.jsonl`` the moment it is known; a row that is
-there is not measured again unless ``--fresh``. At the end, or when interrupted, the table is written beside it.
+For each model, accuracy and thread count: a row in ``results/<processor>/whole.jsonl`` the moment it is known; a row
+that is there is not measured again unless ``--fresh``. A model is known by its name. At the end, or when interrupted,
+the table is written beside it.
 ``convgen bench MODEL.onnx --whole`` measures the same of any model.
 """
 
@@ -34,11 +35,20 @@ from convgen.measure.network_peers import NETWORK_PEERS
 from convgen.network.network import Network
 from convgen.problem.tokens import ACCURACIES
 from convgen.report.networks import processor_slug
+from convgen.report.rows import KeyedFile
 from convgen.report.tables import rated
-from convgen.report.whole import Bench, WholeRow, whole_file, whole_page
+from convgen.report.whole import Bench, Key, WholeRow, whole_page
 from convgen.report.words import milliseconds
 
 HERE = Path(__file__).parent
+
+
+class NamedRow(WholeRow):
+    """A network's row. It is known by its name: written or quantised anew, weights may differ in their last bits."""
+
+    @property
+    def key(self) -> Key:
+        return self.model, self.accuracy, self.target, self.threads
 
 
 def untuned(accuracy: str, model: NetworkModel, threads: int) -> Network:
@@ -50,7 +60,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     """Measure what is missing, and write the table."""
     here = options.results / processor_slug(machine())
     here.mkdir(parents=True, exist_ok=True)
-    kept = whole_file(here / "whole.jsonl")
+    kept = _file(here)
     compiled = partial(untuned, options.accuracy)
     bench = Bench(compiled, options.peers, options.threads, options.accuracy, rounds=options.rounds)
     measured: list[WholeRow] = []
@@ -67,11 +77,15 @@ def run(options: argparse.Namespace, console: Console) -> None:
     finally:
         if warning := busy_warning(row.busy for row in measured):
             console.print(f"bench: {warning}")
-        kept = whole_file(kept.path)
+        kept = _file(here)
         if kept.rows:
             kept.compact()
             write_text(whole_page(kept.rows.values()), here / "whole.md")
             console.print(f"wrote {here / 'whole.md'}")
+
+
+def _file(folder: Path) -> KeyedFile[WholeRow]:
+    return KeyedFile(folder / "whole.jsonl", NamedRow)
 
 
 def _line(row: WholeRow) -> str:

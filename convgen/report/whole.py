@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..measure.network_model import NetworkModel
     from ..network.network import Network
 
-#: What tells rows apart: the model's digest with its sizes, the accuracy, the target, threads.
+#: What tells rows apart: what the model is known by, the accuracy, the target, threads.
 Key = tuple[str, str, str, int]
 #: The page's columns: the heading, the library, and whether it computes in f32.
 COLUMNS = (
@@ -46,9 +46,11 @@ class WholeRow(Compared):
 
     @property
     def key(self) -> Key:
-        values = self.values
-        model = str(values.get("digest") or values["model"])
-        return model, self.accuracy, str(values.get("target", "cpu")), self.threads
+        return str(self.values.get("digest") or self.model), self.accuracy, self.target, self.threads
+
+    @property
+    def target(self) -> str:
+        return str(self.values.get("target", "cpu"))
 
     @property
     def model(self) -> str:
@@ -126,12 +128,14 @@ class Bench:
         not is added to it.
 
         Args:
+            known: the file, whose kind of row says what tells models apart.
             phase: told what happens next.
         """
-        digest = model_digest(model)
+        kind = WholeRow if known is None else known.kind
+        of_model = {"model": name, "digest": model_digest(model), "dims": dict(model.dims)}
         for threads in self.threads:
-            key = digest, self.accuracy, self.target, threads
-            row = known.rows.get(key) if known is not None else None
+            facts = {**of_model, "accuracy": self.accuracy, "target": self.target, "threads": threads}
+            row = known.rows.get(kind(facts).key) if known is not None else None
             if row is not None:
                 yield row, False
                 continue
@@ -140,14 +144,13 @@ class Bench:
             network = self.compiled(model, threads)
             compiling = time.monotonic() - started
             phase(f"timing {', '.join(['convgen', *self.peers])} on {plural(threads, 'thread')}")
-            row = self._measure(name, digest, model, network, threads, compiling)
+            row = kind({**facts, **self._measured(model, network, threads), "compile_seconds": compiling})
             if known is not None:
                 known.add(row)
             yield row, True
 
-    def _measure(
-        self, name: str, digest: str, model: NetworkModel, network: Network, threads: int, compiling: float
-    ) -> WholeRow:
+    def _measured(self, model: NetworkModel, network: Network, threads: int) -> dict[str, Any]:
+        """What is found of a model, and where: a row's values besides what it is about."""
         from ..measure.network_model import Running  # loads NumPy, and whoever only reads rows needs none
         from ..measure.networks import compare_model
 
@@ -157,25 +160,16 @@ class Bench:
         here = versions()
         precision = "bf16" if self.accuracy == "bf16" else model.precision
         comparison = compare_model(model, lambda: running, here["convgen"], self.peers, threads, self.rounds, precision)
-        return WholeRow(
-            {
-                "model": name,
-                "digest": digest,
-                "dims": dict(model.dims),
-                "accuracy": self.accuracy,
-                "target": self.target,
-                "threads": threads,
-                **comparison.to_dict(),
-                "compile_seconds": compiling,
-                "weights_bytes": network.sizes().weights,
-                "workspace_bytes": network.sizes().workspace,
-                "date": datetime.now(UTC).date().isoformat(),
-                "cpu": machine().cpu,
-                "fingerprint": machine().fingerprint,
-                "python": platform.python_version(),
-                "versions": here,
-            }
-        )
+        return {
+            **comparison.to_dict(),
+            "weights_bytes": network.sizes().weights,
+            "workspace_bytes": network.sizes().workspace,
+            "date": datetime.now(UTC).date().isoformat(),
+            "cpu": machine().cpu,
+            "fingerprint": machine().fingerprint,
+            "python": platform.python_version(),
+            "versions": here,
+        }
 
 
 def model_digest(model: NetworkModel) -> str:
@@ -194,7 +188,7 @@ def whole_file(path: Path) -> KeyedFile[WholeRow]:
 
 def whole_page(rows: Iterable[WholeRow]) -> str:
     """The rows as a page of Markdown."""
-    rows = _current(rows)
+    rows = list(rows)
     document = ["# Whole networks", "", INTRODUCTION, ""]
     for kind, threads in sorted({(row.kind, row.threads) for row in rows}):
         chosen = [row for row in rows if (row.kind, row.threads) == (kind, threads)]
@@ -233,14 +227,3 @@ def summary(rows: Sequence[WholeRow]) -> list[str]:
     if mean is None:
         return []
     return [f"Geometric mean {factor(mean)} over {plural(len(ratios), 'model')}, least {factor(min(ratios))}."]
-
-
-def _current(rows: Iterable[WholeRow]) -> list[WholeRow]:
-    """The rows without those of older versions that have been measured again."""
-    rows = list(rows)
-
-    def what(row: WholeRow) -> tuple[str, str, int]:
-        return row.model, row.accuracy, row.threads
-
-    known = {what(row) for row in rows if "digest" in row.values}
-    return [row for row in rows if "digest" in row.values or what(row) not in known]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 from bench_module import load_bench
 from tiny_network import chain_model
@@ -26,10 +28,30 @@ def test_a_model_end_to_end(tmp_path: Path) -> None:
     assert own["error"] < 1e-4
     assert row["ratio"] == pytest.approx(other["seconds"] / own["seconds"])
     assert "Geometric mean" in (folder / "whole.md").read_text()
-    (tmp_path / "tiny.onnx").rename(tmp_path / "other.onnx")
-    fixed[1] = str(tmp_path / "other.onnx")
-    assert runner.main([*fixed, "--threads", "1", "--peers", "onnxruntime"]) == 0  # it is known, by what it is
-    assert len((folder / "whole.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_network_that_is_written_anew_is_known_by_its_name(tmp_path: Path) -> None:
+    runner = load_bench("whole")
+    model = tmp_path / "tiny.onnx"
+    options = ["--models", str(model), "--results", str(tmp_path), "--rounds", "2", "--threads", "1"]
+    options += ["--peers", "onnxruntime"]
+
+    def rows() -> list[dict[str, Any]]:
+        file = tmp_path / processor_slug(machine()) / "whole.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    chain_model(model)
+    assert runner.main(options) == 0
+    again = onnx.load(model)
+    again.doc_string = "quantised anew"
+    onnx.save(again, model)
+    assert runner.main(options) == 0
+    (first,) = rows()  # it is not measured again
+    assert runner.main([*options, "--fresh"]) == 0
+    (second,) = rows()  # and stands there once where it is
+    assert first["digest"] != second["digest"]
+    assert runner.main([*options, "--accuracy", "strict"]) == 0
+    assert [row["accuracy"] for row in rows()] == ["standard", "strict"]
 
 
 def test_what_is_asked_for_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
