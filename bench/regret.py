@@ -1,6 +1,7 @@
 """How good the predictions are that choose a default: measured against predicted, and what a wrong choice costs.
 
     python bench/regret.py                                  # layers of bench/problems and of the networks; one thread
+    python bench/regret.py --minutes 20                     # as many as that takes; again: the next ones
     python bench/regret.py --models light_resnet50 --threads 1,2 --layout nchw
     python bench/regret.py --target cpu:haswell             # as that processor is known, in a file of its own
     python bench/regret.py --tables                         # the tables of the rows that are there
@@ -8,16 +9,21 @@
 Each layer is built by every schedule that applies, at its default, and timed as in a network: with cold weights that
 rotate through more memory than the last cache holds, its input and output where the last call left them. In turn, in
 this process. A row is appended to ``results/<processor>/regret.jsonl`` the moment it is known (of a target but ``cpu``
-to ``regret.<target>.jsonl``); a row that is there is not measured again. *Regret* is the time of the schedule that is
-chosen over that of the fastest one.
+to ``regret.<target>.jsonl``). A row that is there is not measured again as long as the same candidates would be: where
+only predictions are others, these are put in their place. *Regret* is the time of the schedule that is chosen over that
+of the fastest one.
+
+The order is drawn, always the same: what a limit of time leaves behind is a sample of all layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import statistics
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -102,34 +108,73 @@ def layers(options: argparse.Namespace, folder: Path) -> list[ConvSpec]:
     return list(found)
 
 
-def measure(spec: ConvSpec, target: Target, threads: int, rounds: int) -> RegretRow:
-    """Build and time every schedule's default that may be the fastest."""
-    target = target.on(threads)
-    chosen = default_candidate(spec, target)
-    applicable = [s for s in schedules_of("cpu").values() if s.reason_against(spec.core, target) is None]
-    predicted = {s.id: s.cost(spec.core, target) for s in applicable if not s.is_reference}
-    limit = HOPELESS * predicted.get(chosen.schedule.id, math.inf)
+def drawn(specs: Iterable[ConvSpec]) -> list[ConvSpec]:
+    """Layers in an order that has nothing to do with what they are, and in which others change no place."""
+    return sorted(specs, key=lambda spec: hashlib.sha256(spec.descriptor.encode()).digest())
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about a layer.
+
+    Attributes:
+        target: with the threads it runs on.
+        chosen: id of the schedule that is the default.
+        predicted: seconds by schedule, but of the reference.
+        candidates: what is measured: every schedule's default that may be the fastest.
+    """
+
+    spec: ConvSpec
+    target: Target
+    threads: int
+    chosen: str
+    predicted: Mapping[str, float]
+    candidates: Sequence[Candidate]
+
+    @classmethod
+    def of(cls, spec: ConvSpec, target: Target, threads: int) -> Question:
+        target = target.on(threads)
+        chosen = default_candidate(spec, target).schedule
+        applicable = [s for s in schedules_of("cpu").values() if s.reason_against(spec.core, target) is None]
+        predicted = {s.id: s.cost(spec.core, target) for s in applicable if not s.is_reference}
+        limit = HOPELESS * predicted.get(chosen.id, math.inf)
+        hopeful = [s for s in applicable if s is chosen or predicted.get(s.id, math.inf) <= limit]
+        candidates = [Candidate(s, s.default(spec.core, target)) for s in hopeful]
+        return cls(spec, target, threads, chosen.id, predicted, candidates)
+
+    @property
+    def picks(self) -> dict[str, dict[str, Any]]:
+        """What is measured, by schedule: its version and picks."""
+        return {made.schedule.id: {"version": made.schedule.version, **made.picks} for made in self.candidates}
+
+    def answered(self, row: RegretRow | None) -> RegretRow | None:
+        """A row as an answer to this question; None where something else was measured."""
+        if row is None or any(row.values.get("picks", {}).get(name) != picks for name, picks in self.picks.items()):
+            return None
+        return RegretRow({**row.values, "chosen": self.chosen, "predicted": dict(self.predicted)})
+
+
+def measure(question: Question, rounds: int) -> RegretRow:
+    """Build and time every candidate."""
+    spec, threads = question.spec, question.threads
     data = float_data(spec, 0)
     calls, failed = {}, {}
-    for schedule in applicable:
-        if schedule is not chosen.schedule and predicted.get(schedule.id, math.inf) > limit:
-            continue
+    for candidate in question.candidates:
         try:
-            candidate = Candidate(schedule, schedule.default(spec.core, target))
-            kernel = compile_candidate(spec, target, candidate, threads)
+            kernel = compile_candidate(spec, question.target, candidate, threads)
         except BuildError as error:
-            failed[schedule.id] = str(error)
+            failed[candidate.schedule.id] = str(error)
             continue
         assert isinstance(kernel, Library)
         packed = kernel.pack(**{name: data[name] for name in spec.parameters})
         dst = np.empty(spec.dst_shape, data["src"].dtype)
-        calls[schedule.id] = rotating(kernel, data["src"], packed, dst, data.get("residual"), threads)
+        calls[candidate.schedule.id] = rotating(kernel, data["src"], packed, dst, data.get("residual"), threads)
     with pinned(threads):
         samples = alternate(list(calls.values()), rounds=rounds)
     facts = {"date": datetime.now(UTC).date().isoformat(), "cpu": machine().cpu, "versions": versions()}
     measured = {name: statistics.median(taken) for name, taken in zip(calls, samples, strict=True)}
-    values = {"spec": spec.descriptor, "threads": threads, "chosen": chosen.schedule.id}
-    return RegretRow({**values, "predicted": predicted, "measured": measured, "failed": failed, **facts})
+    values = {"spec": spec.descriptor, "threads": threads, "chosen": question.chosen, "picks": question.picks}
+    return RegretRow({**values, "predicted": dict(question.predicted), "measured": measured, "failed": failed, **facts})
 
 
 # ---- tables ---------------------------------------------------------------------------------------
@@ -198,6 +243,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", default="cpu", help="a CPU target whose code runs here")
     parser.add_argument("--layout", choices=CHOICES, default="blocked", help="between layers")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of timing")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no other layer is begun")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
     parser.add_argument("--fresh", action="store_true", help="measure known rows again")
     parser.add_argument("--tables", action="store_true", help="write the tables, measure nothing")
@@ -220,31 +266,44 @@ def run(options: argparse.Namespace, console: Console) -> None:
     target = resolve(options.target)
     name = "regret" if options.target == "cpu" else f"regret.{options.target.replace(':', '-')}"
     kept = KeyedFile(here / f"{name}.jsonl", RegretRow)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    quiet = not console.is_terminal
     try:
-        with (
-            TemporaryFolder() as folder,
-            Progress(*columns, console=console, auto_refresh=False, transient=True, disable=quiet) as progress,
-        ):
-            specs = [] if options.tables else layers(options, folder)
-            todo = [(spec, threads) for threads in options.threads for spec in specs]
-            task = progress.add_task("layers", total=len(todo))
-            for spec, threads in todo:
-                progress.update(task, description=f"{threads}T {spec}", refresh=True)
-                if options.fresh or (spec.descriptor, threads) not in kept.rows:
-                    row = measure(spec, target, threads, options.rounds)
-                    kept.add(row)
-                    chosen = row.values["chosen"]
-                    ratio = row.ratios.get(chosen, math.nan)
-                    said = f"regret {100 * (row.regret - 1):.0f} %, {chosen}, fastest {row.fastest or 'none'}"
-                    progress.print(f"{threads}T {spec}: {said}; measured / predicted {ratio:.2f}")
-                progress.advance(task)
+        if not options.tables:
+            _answer(options, target, kept, console)
     finally:
         if kept.rows:
             kept.compact()
             write_text(page(list(kept.rows.values())), here / f"{name}.md")
             console.print(f"wrote {here / name}.md")
+
+
+def _answer(options: argparse.Namespace, target: Target, kept: KeyedFile[RegretRow], console: Console) -> None:
+    """Measure what is missing, until the time is over."""
+    end = time.monotonic() + 60 * options.minutes
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        TemporaryFolder() as folder,
+        Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal) as bar,
+    ):
+        todo = [(spec, threads) for spec in drawn(layers(options, folder)) for threads in options.threads]
+        task = bar.add_task("layers", total=len(todo))
+        for done, (spec, threads) in enumerate(todo):
+            if time.monotonic() >= end:
+                console.print(f"bench: the time is over after {done} of {plural(len(todo), 'layer')}")
+                break
+            bar.update(task, description=f"{threads}T {spec}", refresh=True)
+            question = Question.of(spec, target, threads)
+            known = None if options.fresh else kept.rows.get((spec.descriptor, threads))
+            row = question.answered(known) or measure(question, options.rounds)
+            if known is None or row.values != known.values:
+                kept.add(row)
+                bar.print(f"{threads}T {spec}: {_line(row)}")
+            bar.advance(task)
+
+
+def _line(row: RegretRow) -> str:
+    chosen = row.values["chosen"]
+    said = f"regret {100 * (row.regret - 1):.0f} %, {chosen}, fastest {row.fastest or 'none'}"
+    return f"{said}; measured / predicted {row.ratios.get(chosen, math.nan):.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

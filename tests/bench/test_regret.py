@@ -43,6 +43,7 @@ def test_a_layer_end_to_end(regret: ModuleType, tmp_path: Path, monkeypatch: pyt
     assert row["chosen"] in row["measured"].keys() <= row["predicted"].keys()
     assert all(seconds > 0 for seconds in row["measured"].values())
     assert (row["threads"], row["failed"]) == (1, {})
+    assert row["picks"].keys() == row["measured"].keys()
     page = (tmp_path / processor_slug(machine()) / "regret.md").read_text()
     assert "## 1 thread, 1 layer" in page
     monkeypatch.setattr(regret, "measure", None)  # known rows are not measured again
@@ -61,11 +62,35 @@ def test_what_fails_to_build_is_said(regret: ModuleType, monkeypatch: pytest.Mon
         return compiled(spec, target, candidate, threads)
 
     monkeypatch.setattr(regret, "compile_candidate", failing)
-    row = regret.measure(SPEC, resolve(), 1, 1)
+    row = regret.measure(regret.Question.of(SPEC, resolve(), 1), 1)
     assert row.values["failed"] == {chosen: "planted"}
     assert chosen not in row.values["measured"]
     assert row.regret == math.inf
     assert regret.page([row])
+
+
+def test_a_row_answers_while_the_same_would_be_measured(regret: ModuleType) -> None:
+    question = regret.Question.of(SPEC, resolve(), 1)
+    measured = dict.fromkeys(question.picks, 1.0)
+    values = {"chosen": "another", "picks": question.picks, "predicted": {"another": 1.0}, "measured": measured}
+    answer = question.answered(regret.RegretRow(values))
+    assert answer.values == {**values, "chosen": question.chosen, "predicted": question.predicted}
+    assert question.answered(None) is None
+    assert question.answered(regret.RegretRow({**values, "picks": {}})) is None
+    older = {name: {**picks, "version": picks["version"] - 1} for name, picks in question.picks.items()}
+    assert question.answered(regret.RegretRow({**values, "picks": older})) is None
+
+
+def test_the_order_is_drawn_and_stays(regret: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    specs = [SPEC.with_(oc=16 * number) for number in range(1, 21)]
+    order = regret.drawn(specs)
+    assert sorted(order, key=specs.index) == specs != order == regret.drawn(reversed(specs))
+    assert [spec for spec in order if spec in specs[:10]] == regret.drawn(specs[:10])
+    problem = tmp_path / "net.txt"
+    problem.write_text(SPEC.descriptor)
+    options = ["--problems", str(problem), "--models", "", "--results", str(tmp_path), "--minutes", "0"]
+    assert regret.main(options) == 0
+    assert "the time is over after 0 of 1 layer" in capsys.readouterr().err
 
 
 def test_regret_is_what_the_choice_costs(regret: ModuleType) -> None:
