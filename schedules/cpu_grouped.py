@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -28,6 +28,7 @@ from typing import NamedTuple
 from convgen.cpu.groups import GroupVectors
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Even, finishing, pieces
+from convgen.cpu.tasks import TaskKernel
 from convgen.cpu.vector import Block, Registers, finish, load, load_parameters, written
 from convgen.cpu.window import (
     Lines,
@@ -117,7 +118,7 @@ class CpuGrouped(Written):
         shape = (vectors.number // tile_c, math.prod(looped), vectors.depth, g.taps, tile_c, picks.lanes)
         packed = [te.compute(shape, packed_weights, name="weights_packed")]
         packed += [copied(p, spec.oc + picks.lanes) for p in ops.parameters[1:]]  # whole vectors from any channel
-        return written(ops, packed, lambda *buffers: _Kernel(spec, g, picks, vectors, *buffers).statement())
+        return written(ops, packed, lambda *buffers: _Kernel(*buffers, spec, picks, g, vectors).statement())
 
 
 class _Geometry:
@@ -276,38 +277,34 @@ class _Tile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Kernel:
-    """The statements of the whole layer."""
+class _Kernel(TaskKernel):
+    """The statements of the whole layer: tasks are images, blocks of vectors, and parts of the rows."""
 
-    spec: ConvSpec
     g: _Geometry
-    picks: Picks
     vectors: GroupVectors
-    src: tirx.Buffer
-    residual: tirx.Buffer
-    parameters: dict[str, tirx.Buffer]
-    dst: tirx.Buffer
 
-    def statement(self) -> tirx.Stmt:
-        """The parallel loop over images, blocks of vectors and parts of the rows, around what a task does."""
-        picks, parts = self.picks, self.picks.parallel_oh
-        number = self.vectors.number // picks.tile_c
+    @property
+    def number(self) -> int:
+        """How many times ``tile_c`` vectors there are."""
+        return self.vectors.number // int(self.picks.tile_c)
+
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        return self.spec.n, ceildiv(self.number, self.picks.block_c), self.picks.parallel_oh
+
+    def work(self, body: Block, place: Sequence[Expr]) -> None:
+        picks, number, (_, blocks, parts), (image, block, part) = self.picks, self.number, self.tasks, place
         rows = self.g.rows(picks.tile_oh) if self.g.outer else ceildiv(self.g.width, picks.tile_ow)
-        blocks = ceildiv(number, picks.block_c)
         size = ceildiv(number, blocks)  # all alike, or the last one is smaller
-        whole = Block()
-        with whole.loop(self.spec.n * blocks * parts, parallel=True) as (body, index):
-            image, block, part = map(body.let, unflat(index, (self.spec.n, blocks, parts)))
-            first = body.let(block * size)
-            count = size
-            if number % size:
-                count = body.let(tirx.max(tirx.min(size, number - first), 0))
-            start, end = (body.let(p * rows // parts) for p in (part, part + 1))
-            for pixels_body, lines, x, pattern in self.tiles(body, start, end):
-                with pixels_body.loop(count) as (tile_body, j):
-                    vectors = tile_body.let(first + j)
-                    self.product(tile_body, _Tile(image, lines, x, vectors, pattern))
-        return whole.statement()
+        first = body.let(block * size)
+        count = size
+        if number % size:
+            count = body.let(tirx.max(tirx.min(size, number - first), 0))
+        start, end = (body.let(p * rows // parts) for p in (part, part + 1))
+        for pixels_body, lines, x, pattern in self.tiles(body, start, end):
+            with pixels_body.loop(count) as (tile_body, j):
+                vectors = tile_body.let(first + j)
+                self.product(tile_body, _Tile(image, lines, x, vectors, pattern))
 
     def tiles(self, body: Block, start: Expr, end: Expr) -> Iterator[tuple[Block, Lines, Expr, Pattern]]:
         """Code for the tiles of a task: ``(its body, its rows, its first pixel, its pattern)``.

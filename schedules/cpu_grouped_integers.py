@@ -84,7 +84,9 @@ class CpuGroupedIntegers(Written):
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, g = Operands(spec, integers=True), geometry_of(spec, target)
-        return written(ops, packed(ops, g, picks.tile_oh), lambda *buffers: Kernel(g, picks, *buffers).statement())
+        return written(
+            ops, packed(ops, g, picks.tile_oh), lambda *buffers: Kernel(*buffers, spec, picks, g).statement()
+        )
 
 
 # ---- the default --------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class CpuMatrix(Written):
         if spec.src_zero:
             vectors["bias"] = _bias(ops)
         packed = [_packed_weights(ops, g), *vectors.values()]
-        return written(ops, packed, lambda *buffers: Kernel(g, picks, *buffers).statement())
+        return written(ops, packed, lambda *buffers: Kernel(*buffers, spec, picks, g).statement())
 
 
 def _packed_weights(ops: Operands, g: Geometry) -> te.Tensor:

@@ -99,7 +99,7 @@ class CpuWinogradIntegers(Written):
         return written(
             ops,
             packed(ops, g, picks.tile_oc),
-            lambda *buffers: Kernel(g, spec, picks, target.lanes, core, *buffers).statement(),
+            lambda *buffers: Kernel(*buffers, spec, picks, g, target.lanes, core).statement(),
         )
 
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 from convgen.cpu.lanes import add_products, pack_rows
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, finishing
+from convgen.cpu.tasks import TaskKernel
 from convgen.cpu.vector import (
     Block,
     Registers,
@@ -41,7 +42,7 @@ from convgen.cpu.vector import (
 from convgen.cpu.window import meeting_taps
 from convgen.deferred import tirx
 from convgen.hardware.target import Target
-from convgen.lowering.compute import Expr, Operands, ceildiv, flat, unflat
+from convgen.lowering.compute import Expr, Operands, ceildiv, flat
 from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, Written, require
 from convgen.lowering.winograd import admitted, magnitudes, toom_cook
 from convgen.problem.spec import ConvSpec
@@ -95,7 +96,7 @@ class CpuWinogradRows(Written):
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, (_, weight_rows, _) = Operands(spec), toom_cook(picks.tile, spec.kernel[-1])
         packed = pack_rows(ops, picks.tile_oc, weight_rows)
-        return written(ops, packed, lambda *buffers: _Kernel(spec, picks, *buffers).statement())
+        return written(ops, packed, lambda *buffers: _Kernel(*buffers, spec, picks).statement())
 
 
 @lru_cache(maxsize=1024)
@@ -238,15 +239,8 @@ class _Tile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Kernel:
-    """All of the layer: a loop over images and blocks of rows × vectors of tiles."""
-
-    spec: ConvSpec
-    picks: Picks
-    src: tirx.Buffer
-    residual: tirx.Buffer
-    parameters: dict[str, tirx.Buffer]
-    dst: tirx.Buffer
+class _Kernel(TaskKernel):
+    """All of the layer: tasks are images, planes, and blocks of rows × vectors of tiles."""
 
     @cached_property
     def geometry(self) -> _Geometry:
@@ -256,23 +250,24 @@ class _Kernel:
     def block_vectors(self) -> int:
         return int(self.picks.tile_px * self.picks.block_px)
 
-    def statement(self) -> tirx.Stmt:
-        g, picks, whole = self.geometry, self.picks, Block()
-        blocks_x, blocks_y = ceildiv(g.vectors, self.block_vectors), ceildiv(g.height, picks.block_rows)
-        tasks = (self.spec.n, *g.planes, blocks_y, blocks_x)
-        with whole.loop(math.prod(tasks), parallel=True) as (body, index):
-            n, *plane, block_y, block_x = map(body.let, unflat(index, tasks))
-            panel_rows = math.prod(self.spec.kernel[:-2]) * g.rows_in
-            panel = body.buffer((self.block_vectors, panel_rows, self.spec.ic, g.positions, g.lanes))
-            first_vector, first_row = body.let(block_x * self.block_vectors), body.let(block_y * picks.block_rows)
-            # In whole tiles: what lies past the row reads zeros and is not stored.
-            left = (g.vectors - first_vector + picks.tile_px - 1) // picks.tile_px
-            tiles = body.let(tirx.min(picks.block_px, left))
-            rows = body.let(tirx.min(picks.block_rows, g.height - first_row))
-            task = _Task(n, plane, first_vector, first_row, tiles, rows, panel)
-            self._transform_rows(body, task)
-            self._add_products(body, task)
-        return whole.statement()
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        g = self.geometry
+        blocks = ceildiv(g.height, self.picks.block_rows), ceildiv(g.vectors, self.block_vectors)
+        return self.spec.n, *g.planes, *blocks
+
+    def work(self, body: Block, place: Sequence[Expr]) -> None:
+        g, picks, (n, *plane, block_y, block_x) = self.geometry, self.picks, place
+        panel_rows = math.prod(self.spec.kernel[:-2]) * g.rows_in
+        panel = body.buffer((self.block_vectors, panel_rows, self.spec.ic, g.positions, g.lanes))
+        first_vector, first_row = body.let(block_x * self.block_vectors), body.let(block_y * picks.block_rows)
+        # In whole tiles: what lies past the row reads zeros and is not stored.
+        left = (g.vectors - first_vector + picks.tile_px - 1) // picks.tile_px
+        tiles = body.let(tirx.min(picks.block_px, left))
+        rows = body.let(tirx.min(picks.block_rows, g.height - first_row))
+        task = _Task(n, plane, first_vector, first_row, tiles, rows, panel)
+        self._transform_rows(body, task)
+        self._add_products(body, task)
 
     def _transform_rows(self, body: Block, task: _Task) -> None:
         """Transform the input rows of a task's block, for all of its vectors."""

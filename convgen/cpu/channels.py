@@ -76,7 +76,7 @@ class ChannelsInLanes(Written):
         if g.operation.offset or (g.operation.biased and spec.src_zero):
             packed.append(_starts(ops, g, picks))
         core = core_of(target)
-        return written(ops, packed, lambda *buffers: Kernel(g, picks, target.lanes, core, *buffers).statement())
+        return written(ops, packed, lambda *buffers: Kernel(*buffers, spec, picks, g, target.lanes, core).statement())
 
 
 class Alike(NamedTuple):

@@ -7,13 +7,14 @@ kernel does is said in ``schedules/cpu_grouped_integers.py``.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from ..deferred import te, tirx
 from ..hardware.target import Target
-from ..lowering.compute import INTEGER, Expr, Operands, ceildiv, copied, of_lanes, unflat
+from ..lowering.compute import INTEGER, Expr, Operands, ceildiv, copied, of_lanes
 from ..lowering.schedule import Picks
 from ..problem.spec import ConvSpec
 from .groups import GroupVectors
@@ -21,6 +22,7 @@ from .images import src_images, three
 from .operation import Operation, operation_of
 from .panel import Source, converted
 from .product import Even
+from .tasks import TaskKernel
 from .vector import (
     Block,
     Registers,
@@ -182,45 +184,35 @@ class _Vector(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """The statements of the whole layer."""
+class Kernel(TaskKernel):
+    """The statements of the whole layer: tasks are images, planes, and blocks of rows."""
 
     g: Geometry
-    picks: Picks
-    src: tirx.Buffer
-    residual: tirx.Buffer
-    parameters: dict[str, tirx.Buffer]
-    dst: tirx.Buffer
-
-    @property
-    def spec(self) -> ConvSpec:
-        return self.g.spec
 
     @property
     def lanes(self) -> int:
         return self.g.vectors.lanes
 
-    def statement(self) -> tirx.Stmt:
-        """The parallel loop over images, planes and blocks of rows, around what a task does."""
-        spec, g, picks = self.spec, self.g, self.picks
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        tiles = ceildiv(self.g.rows, self.picks.tile_oh)
+        return self.spec.n, self.g.out[0], ceildiv(tiles, self.picks.block)
+
+    def work(self, body: Block, place: Sequence[Expr]) -> None:
+        g, picks, (image, plane, block) = self.g, self.picks, place
         tiles = ceildiv(g.rows, picks.tile_oh)
-        blocks = ceildiv(tiles, picks.block)
-        whole = Block()
-        with whole.loop(spec.n * g.out[0] * blocks, parallel=True) as (body, index):
-            image, plane, block = map(body.let, unflat(index, (spec.n, g.out[0], blocks)))
-            first = body.let(block * picks.block)
-            count = picks.block if tiles % picks.block == 0 else body.let(tirx.min(picks.block, tiles - first))
-            corner = [plane * g.stride[0] - g.begin[0], 0, -g.begin[2]]
-            corner[g.axis] = first * (picks.tile_oh * g.stride[g.axis]) - g.begin[g.axis]
-            zero = self.parameters["src_zero"][0] if spec.src_zero else None
-            source = Source(spec, self.src, image, [body.let(c) for c in corner], g.extent(picks), zero)
-            panel = converted(body, g.operation, source, g.read, self.lanes)
-            with body.loop(count) as (inner, i):
-                row = inner.let(first + i)
-                for case, height in inner.cases(row, g.rows // picks.tile_oh, picks.tile_oh, g.rows % picks.tile_oh):
-                    line, y = (case.let(j * picks.tile_oh) for j in (i, row))
-                    self.row(case, _Tile(panel, image, plane, line, y, 0, height, 0))
-        return whole.statement()
+        first = body.let(block * picks.block)
+        count = picks.block if tiles % picks.block == 0 else body.let(tirx.min(picks.block, tiles - first))
+        corner = [plane * g.stride[0] - g.begin[0], 0, -g.begin[2]]
+        corner[g.axis] = first * (picks.tile_oh * g.stride[g.axis]) - g.begin[g.axis]
+        first_read = [body.let(c) for c in corner]
+        source = Source(self.spec, self.src, image, first_read, g.extent(picks), self.src_zero)
+        panel = converted(body, g.operation, source, g.read, self.lanes)
+        with body.loop(count) as (inner, i):
+            row = inner.let(first + i)
+            for case, height in inner.cases(row, g.rows // picks.tile_oh, picks.tile_oh, g.rows % picks.tile_oh):
+                line, y = (case.let(j * picks.tile_oh) for j in (i, row))
+                self.row(case, _Tile(panel, image, plane, line, y, 0, height, 0))
 
     def row(self, body: Block, tile: _Tile) -> None:
         """A row of tiles, one vector of channels after another."""

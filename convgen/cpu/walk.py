@@ -15,13 +15,12 @@ from typing import NamedTuple
 
 from ..deferred import tirx
 from ..lowering.compute import STORED, Expr, ceildiv, flat, unflat, widen
-from ..lowering.schedule import Picks
-from ..problem.spec import ConvSpec
 from .geometry import SHORT_ROW, Geometry
 from .model import Core
 from .panel import Source, converted, word
 from .phases import Axis, Phase
 from .product import LINE, Ahead, Even, multiply, steps_apart
+from .tasks import TaskKernel
 from .vector import (
     Block,
     Registers,
@@ -112,63 +111,55 @@ class _Line(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """The statements of the whole layer."""
+class Kernel(TaskKernel):
+    """The statements of the whole layer: tasks are parts of the channels, images, planes, and blocks of rows."""
 
     g: Geometry
-    picks: Picks
     lanes: int
     core: Core
-    src: tirx.Buffer
-    residual: tirx.Buffer
-    parameters: dict[str, tirx.Buffer]
-    dst: tirx.Buffer
-
-    @property
-    def spec(self) -> ConvSpec:
-        return self.g.spec
 
     @property
     def pitch(self) -> int:
         """Numbers of an output pixel in the buffer of rows."""
         return self.g.channels if self.g.merge else self.picks.tile_oc
 
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        g, (rows, tiles) = self.g, self.g.task(self.picks)
+        down, across = ceildiv(g.y.pixels, self.picks.tile_oh), Even(g.width, self.picks.tile_ow).count
+        return self.picks.parallel_oc, self.spec.n, g.z.pixels, ceildiv(down, rows), ceildiv(across, tiles)
+
     def statement(self) -> tirx.Stmt:
-        """The parallel loop over parts of the channels, images, planes and blocks of rows, around what a task does."""
+        return self.g.operation.with_helper(super().statement())
+
+    def work(self, body: Block, place: Sequence[Expr]) -> None:
         g, picks, parts = self.g, self.picks, self.picks.parallel_oc
-        rows, tiles = g.task(picks)
-        columns, blocks = Even(g.width, picks.tile_ow), g.blocks(picks)
-        across = ceildiv(ceildiv(g.y.pixels, picks.tile_oh), rows)
-        tasks = (parts, self.spec.n, g.z.pixels, across, ceildiv(columns.count, tiles))
-        whole = Block()
-        with whole.loop(math.prod(tasks), parallel=True) as (body, index):
-            part, image, z, block_y, block_x = map(body.let, unflat(index, tasks))
-            tile = body.let(block_x * tiles)
-            count = tiles if columns.count % tiles == 0 else body.let(tirx.min(tiles, columns.count - tile))
-            pixel = (z, body.let(block_y * (rows * picks.tile_oh)), body.let(columns.start(tile)))
-            corner = [body.let(p * m + first) for p, m, (first, _) in zip(pixel, g.moves, g.reads, strict=True)]
-            panel = buffer = turned = None
-            if picks.copy_src and g.operation.converts:
-                whole_rows = self.spec.rank > 1
-                first = [*corner[:2], g.reads[2][0] if whole_rows else corner[2]]
-                zero = self.parameters["src_zero"][0] if self.spec.src_zero else None
-                source = Source(self.spec, self.src, image, first, g.extent(picks), zero)
-                panel = converted(body, g.operation, source, g.read, self.lanes)
-            elif picks.copy_src:
-                panel = g.src.copied(body, self.src, self.spec.dtype, image, corner, g.extent(picks), self.lanes)
-            if g.buffered:
-                # Vectors of pixels are read past the last one; so are vectors of lanes.
-                size = (g.pixels(picks) * g.x.stride + self.lanes) * self.pitch + picks.tile_oc
-                buffer = body.buffer((picks.tile_oh, size), g.operation.sums)
-            if g.buffered and g.dst.layout == "nchw" and self.pitch > 1:
-                # An odd number of vectors: rows begin in different sets of a cache.
-                vectors = ceildiv(g.pixels(picks) * g.x.stride, self.lanes)
-                turned = body.buffer(
-                    (min(self.lanes, g.channels), (vectors + 1 - vectors % 2) * self.lanes), g.operation.sums
-                )
-            first, end = (body.let(p * blocks // parts) for p in (part, part + 1))
-            self.task(body, _Task(image, pixel, (tile, count), first, end, corner, panel, buffer, turned))
-        return g.operation.with_helper(whole.statement())
+        (rows, tiles), columns, blocks = g.task(picks), Even(g.width, picks.tile_ow), g.blocks(picks)
+        part, image, z, block_y, block_x = place
+        tile = body.let(block_x * tiles)
+        count = tiles if columns.count % tiles == 0 else body.let(tirx.min(tiles, columns.count - tile))
+        pixel = (z, body.let(block_y * (rows * picks.tile_oh)), body.let(columns.start(tile)))
+        corner = [body.let(p * m + first) for p, m, (first, _) in zip(pixel, g.moves, g.reads, strict=True)]
+        panel = buffer = turned = None
+        if picks.copy_src and g.operation.converts:
+            whole_rows = self.spec.rank > 1
+            first = [*corner[:2], g.reads[2][0] if whole_rows else corner[2]]
+            source = Source(self.spec, self.src, image, first, g.extent(picks), self.src_zero)
+            panel = converted(body, g.operation, source, g.read, self.lanes)
+        elif picks.copy_src:
+            panel = g.src.copied(body, self.src, self.spec.dtype, image, corner, g.extent(picks), self.lanes)
+        if g.buffered:
+            # Vectors of pixels are read past the last one; so are vectors of lanes.
+            size = (g.pixels(picks) * g.x.stride + self.lanes) * self.pitch + picks.tile_oc
+            buffer = body.buffer((picks.tile_oh, size), g.operation.sums)
+        if g.buffered and g.dst.layout == "nchw" and self.pitch > 1:
+            # An odd number of vectors: rows begin in different sets of a cache.
+            vectors = ceildiv(g.pixels(picks) * g.x.stride, self.lanes)
+            turned = body.buffer(
+                (min(self.lanes, g.channels), (vectors + 1 - vectors % 2) * self.lanes), g.operation.sums
+            )
+        first, end = (body.let(p * blocks // parts) for p in (part, part + 1))
+        self.task(body, _Task(image, pixel, (tile, count), first, end, corner, panel, buffer, turned))
 
     def task(self, body: Block, task: _Task) -> None:
         """All tiles of a task with all its blocks of channels; `order` is that of these two loops."""

@@ -17,13 +17,13 @@ from typing import Any
 
 from ..deferred import te, tirx
 from ..lowering.compute import INTEGER, Expr, Operands, ceildiv, copied, unflat
-from ..lowering.schedule import Picks
 from ..problem.spec import ConvSpec
 from .images import dst_images, src_images
 from .model import Core
 from .operation import Operation
 from .panel import Source, converted, word
 from .product import LINE, Ahead, Even, blocks_ahead, multiply, steps_apart
+from .tasks import TaskKernel
 from .vector import Block, load, load_parameters
 
 #: Outputs and taps of a tile along an axis, and its inputs, which are as many as its products.
@@ -163,44 +163,38 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """The statements of the whole layer."""
+class Kernel(TaskKernel):
+    """The statements of the whole layer: tasks are images, blocks of rows of tiles, and parts of the channels."""
 
     g: Grid
-    spec: ConvSpec
-    picks: Picks
     lanes: int
     core: Core
-    src: tirx.Buffer
-    residual: tirx.Buffer
-    parameters: dict[str, tirx.Buffer]
-    dst: tirx.Buffer
 
     @property
     def operation(self) -> Operation:
         return operation_of(self.spec)
 
-    def statement(self) -> tirx.Stmt:
-        """The parallel loop over images, blocks of rows of tiles and parts of the channels."""
-        spec, g, picks, whole = self.spec, self.g, self.picks, Block()
-        tasks, blocks = (spec.n, g.rows.count, picks.parallel_oc), ceildiv(spec.oc, picks.tile_oc)
-        with whole.loop(math.prod(tasks), parallel=True) as (body, index):
-            image, block, part = map(body.let, unflat(index, tasks))
-            first, end = (body.let((part + i) * blocks // picks.parallel_oc) for i in (0, 1))
-            row = body.let(g.rows.start(block))
-            even = g.rows.many == g.rows.count
-            rows = g.rows.full if even else body.let(tirx.Select(block < g.rows.many, g.rows.full, g.rows.full - 1))
-            task = Task(image, row, rows, first, end)
-            values = self.transformed(body, task)
-            sums = body.buffer((g.parts * POSITIONS, g.most_tiles, picks.tile_oc), INTEGER)
-            with body.loop(end - first) as (inner, i):
-                b = inner.let(first + i)
-                vectors, width = spec.oc // self.lanes, picks.tile_oc // self.lanes
-                for case, count in inner.cases(b, vectors // width, width, vectors % width):
-                    self.products(case, task, values, b, count, sums)
-                    with case.loop(count) as (one, v):
-                        self.back(one, task, sums, v * self.lanes, one.let(b * picks.tile_oc + v * self.lanes))
-        return whole.statement()
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        return self.spec.n, self.g.rows.count, self.picks.parallel_oc
+
+    def work(self, body: Block, place: Sequence[Expr]) -> None:
+        spec, g, picks, (image, block, part) = self.spec, self.g, self.picks, place
+        blocks = ceildiv(spec.oc, picks.tile_oc)
+        first, end = (body.let((part + i) * blocks // picks.parallel_oc) for i in (0, 1))
+        row = body.let(g.rows.start(block))
+        even = g.rows.many == g.rows.count
+        rows = g.rows.full if even else body.let(tirx.Select(block < g.rows.many, g.rows.full, g.rows.full - 1))
+        task = Task(image, row, rows, first, end)
+        values = self.transformed(body, task)
+        sums = body.buffer((g.parts * POSITIONS, g.most_tiles, picks.tile_oc), INTEGER)
+        with body.loop(end - first) as (inner, i):
+            b = inner.let(first + i)
+            vectors, width = spec.oc // self.lanes, picks.tile_oc // self.lanes
+            for case, count in inner.cases(b, vectors // width, width, vectors % width):
+                self.products(case, task, values, b, count, sums)
+                with case.loop(count) as (one, v):
+                    self.back(one, task, sums, v * self.lanes, one.let(b * picks.tile_oc + v * self.lanes))
 
     # ---- input --------------------------------------------------------------------------------
 
@@ -208,10 +202,9 @@ class Kernel:
         """A task's input, transformed: ``[position][tile][ic]``, 16-bit."""
         spec, g, read = self.spec, self.g, src_images(self.spec)
         (top, _), (left, _) = spec.padding
-        zero = self.parameters["src_zero"][0] if spec.src_zero else None
         corner = [0, body.let(task.row * OUTPUTS - top), -left]
         panel = converted(
-            body, self.operation, Source(spec, self.src, task.image, corner, g.extent, zero), read, self.lanes
+            body, self.operation, Source(spec, self.src, task.image, corner, g.extent, self.src_zero), read, self.lanes
         )
         columns = g.extent[2]
         values = body.buffer((POSITIONS, g.most_tiles, g.pitch), "int16")

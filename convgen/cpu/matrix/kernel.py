@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 from ...deferred import tirx
 from ...lowering.compute import STORAGE, Expr, ceildiv, round_up, unflat
-from ...lowering.schedule import Picks
-from ...problem.spec import ConvSpec
 from .. import bf16
+from ..tasks import TaskKernel
 from ..vector import (
     Block,
     finish,
@@ -56,59 +55,53 @@ class _Tile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """The statements of the whole layer."""
+class Kernel(TaskKernel):
+    """The statements of the whole layer: tasks are parts of the channels, images, planes, and blocks of groups."""
 
     g: Geometry
-    picks: Picks
-    src: Any
-    residual: Any
-    parameters: dict[str, Any]
-    dst: Any
-
-    @property
-    def spec(self) -> ConvSpec:
-        return self.g.spec
 
     @property
     def vectors(self) -> int:
         """Vectors of a block of channels."""
         return min(2, ceildiv(self.spec.oc, LANES))
 
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        groups = ceildiv(self.g.units, self.picks.tile)
+        return self.picks.parallel_oc, self.spec.n, self.g.out[0], ceildiv(groups, self.picks.block)
+
     def statement(self) -> Any:
-        g, picks, spec = self.g, self.picks, self.spec
-        groups, blocks = ceildiv(g.units, picks.tile), ceildiv(spec.oc, CHANNELS)
-        tasks = (picks.parallel_oc, spec.n, g.out[0], ceildiv(groups, picks.block))
-        whole = Block()
-        with whole.loop(tasks[0] * tasks[1] * tasks[2] * tasks[3], parallel=True) as (body, index):
-            part, image, plane, across = map(body.let, unflat(index, tasks))
-            first = body.let(across * picks.block)
-            count = picks.block
-            if groups % count:
-                count = body.let(tirx.min(count, groups - first))
-            panel = None
-            if picks.copy_src:
-                units = min(picks.block * picks.tile, g.units)
-                panel = g.panel(units).copied(
-                    body, self.src, image, g.corner(plane, first * picks.tile), g.shared, self.zero("src", g.operand)
-                )
-            most = round_up(g.pixels(min(picks.tile, g.units)), tiles.ROWS)
-            sums = body.buffer((most, self.vectors * LANES), g.sums, addressed=True)
-            task = _Task(image, plane, first, count, panel, sums)
-            weights = (g.run // g.depth, tiles.ROW_BYTES)
-            shapes = [(tiles.ROWS, tiles.ROW_BYTES)] * 4 + [(tiles.ROWS, g.run * g.size)] * 2 + [weights] * 2
-            tiles.configure(body, shapes)
-            start, end = (body.let(p * blocks // picks.parallel_oc) for p in (part, part + 1))
-            if picks.order == "oc":
-                with body.loop(end - start) as (inner, i):
-                    for group_body, group, size in self.groups(inner, task):
-                        self.group(group_body, task, group, size, start + i)
-            else:
-                for group_body, group, size in self.groups(body, task):
-                    with group_body.loop(end - start) as (inner, i):
-                        self.group(inner, task, group, size, start + i)
-            tiles.release(body)
-        return bf16.with_conversion(whole.statement())
+        return bf16.with_conversion(super().statement())
+
+    def work(self, body: Block, place: Sequence[Expr]) -> None:
+        g, picks, (part, image, plane, across) = self.g, self.picks, place
+        groups, blocks = ceildiv(g.units, picks.tile), ceildiv(self.spec.oc, CHANNELS)
+        first = body.let(across * picks.block)
+        count = picks.block
+        if groups % count:
+            count = body.let(tirx.min(count, groups - first))
+        panel = None
+        if picks.copy_src:
+            units = min(picks.block * picks.tile, g.units)
+            panel = g.panel(units).copied(
+                body, self.src, image, g.corner(plane, first * picks.tile), g.shared, self.zero("src", g.operand)
+            )
+        most = round_up(g.pixels(min(picks.tile, g.units)), tiles.ROWS)
+        sums = body.buffer((most, self.vectors * LANES), g.sums, addressed=True)
+        task = _Task(image, plane, first, count, panel, sums)
+        weights = (g.run // g.depth, tiles.ROW_BYTES)
+        shapes = [(tiles.ROWS, tiles.ROW_BYTES)] * 4 + [(tiles.ROWS, g.run * g.size)] * 2 + [weights] * 2
+        tiles.configure(body, shapes)
+        start, end = (body.let(p * blocks // picks.parallel_oc) for p in (part, part + 1))
+        if picks.order == "oc":
+            with body.loop(end - start) as (inner, i):
+                for group_body, group, size in self.groups(inner, task):
+                    self.group(group_body, task, group, size, start + i)
+        else:
+            for group_body, group, size in self.groups(body, task):
+                with group_body.loop(end - start) as (inner, i):
+                    self.group(inner, task, group, size, start + i)
+        tiles.release(body)
 
     def groups(self, body: Block, task: _Task) -> Iterator[tuple[Block, Expr, int]]:
         """Code for the groups of a task: ``(its body, its first unit, how many units it has)``."""
