@@ -28,7 +28,7 @@ from typing import NamedTuple
 from convgen.cpu.groups import GroupVectors
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Even, finishing, pieces
-from convgen.cpu.tasks import TaskKernel
+from convgen.cpu.tasks import Buffers, TaskKernel
 from convgen.cpu.vector import Block, Registers, finish, load, load_parameters, written
 from convgen.cpu.window import (
     Lines,
@@ -118,7 +118,7 @@ class CpuGrouped(Written):
         shape = (vectors.number // tile_c, math.prod(looped), vectors.depth, g.taps, tile_c, picks.lanes)
         packed = [te.compute(shape, packed_weights, name="weights_packed")]
         packed += [copied(p, spec.oc + picks.lanes) for p in ops.parameters[1:]]  # whole vectors from any channel
-        return written(ops, packed, lambda *buffers: _Kernel(*buffers, spec, picks, g, vectors).statement())
+        return written(ops, packed, lambda *buffers: _Kernel(Buffers(*buffers), spec, picks, g, vectors).statement())
 
 
 class _Geometry:

@@ -26,6 +26,7 @@ from convgen.cpu.images import src_images
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, Even, pieces
 from convgen.cpu.row_words import Geometry, Kernel, geometry_of, packed
+from convgen.cpu.tasks import Buffers
 from convgen.cpu.vector import written
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Operands, ceildiv
@@ -85,7 +86,7 @@ class CpuGroupedIntegers(Written):
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, g = Operands(spec, integers=True), geometry_of(spec, target)
         return written(
-            ops, packed(ops, g, picks.tile_oh), lambda *buffers: Kernel(*buffers, spec, picks, g).statement()
+            ops, packed(ops, g, picks.tile_oh), lambda *buffers: Kernel(Buffers(*buffers), spec, picks, g).statement()
         )
 
 

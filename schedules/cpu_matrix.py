@@ -31,6 +31,7 @@ from convgen.cpu.matrix.kernel import Kernel
 from convgen.cpu.matrix.panel import LANES
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, finishing
+from convgen.cpu.tasks import Buffers
 from convgen.cpu.vector import written
 from convgen.deferred import te, tirx
 from convgen.errors import Inapplicable
@@ -99,7 +100,7 @@ class CpuMatrix(Written):
         if spec.src_zero:
             vectors["bias"] = _bias(ops)
         packed = [_packed_weights(ops, g), *vectors.values()]
-        return written(ops, packed, lambda *buffers: Kernel(*buffers, spec, picks, g).statement())
+        return written(ops, packed, lambda *buffers: Kernel(Buffers(*buffers), spec, picks, g).statement())
 
 
 def _packed_weights(ops: Operands, g: Geometry) -> te.Tensor:

@@ -24,6 +24,7 @@ from functools import lru_cache
 from convgen.cpu.images import src_images
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, Even, most_pixels, pieces, steps
+from convgen.cpu.tasks import Buffers
 from convgen.cpu.vector import written
 from convgen.cpu.winograd_integers import (
     CHANNELS,
@@ -99,7 +100,7 @@ class CpuWinogradIntegers(Written):
         return written(
             ops,
             packed(ops, g, picks.tile_oc),
-            lambda *buffers: Kernel(*buffers, spec, picks, g, target.lanes, core).statement(),
+            lambda *buffers: Kernel(Buffers(*buffers), spec, picks, g, target.lanes, core).statement(),
         )
 
 

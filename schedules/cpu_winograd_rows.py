@@ -25,7 +25,7 @@ from typing import NamedTuple
 from convgen.cpu.lanes import add_products, pack_rows
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, finishing
-from convgen.cpu.tasks import TaskKernel
+from convgen.cpu.tasks import Buffers, TaskKernel
 from convgen.cpu.vector import (
     Block,
     Registers,
@@ -96,7 +96,7 @@ class CpuWinogradRows(Written):
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, (_, weight_rows, _) = Operands(spec), toom_cook(picks.tile, spec.kernel[-1])
         packed = pack_rows(ops, picks.tile_oc, weight_rows)
-        return written(ops, packed, lambda *buffers: _Kernel(*buffers, spec, picks).statement())
+        return written(ops, packed, lambda *buffers: _Kernel(Buffers(*buffers), spec, picks).statement())
 
 
 @lru_cache(maxsize=1024)

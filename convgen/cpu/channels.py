@@ -21,6 +21,7 @@ from ..problem.spec import ConvSpec
 from .geometry import Geometry, geometry_of
 from .model import Counts, Stream, Work, core_of
 from .product import BEGIN_RUN, BEGIN_TASK, FAR_ROW, Even, finishing, most_pixels, pieces
+from .tasks import Buffers
 from .vector import written
 from .walk import Kernel
 
@@ -76,7 +77,9 @@ class ChannelsInLanes(Written):
         if g.operation.offset or (g.operation.biased and spec.src_zero):
             packed.append(_starts(ops, g, picks))
         core = core_of(target)
-        return written(ops, packed, lambda *buffers: Kernel(*buffers, spec, picks, g, target.lanes, core).statement())
+        return written(
+            ops, packed, lambda *buffers: Kernel(Buffers(*buffers), spec, picks, g, target.lanes, core).statement()
+        )
 
 
 class Alike(NamedTuple):

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..deferred import tirx
 from ..lowering.compute import Expr, unflat
@@ -14,21 +15,38 @@ from ..problem.spec import ConvSpec
 from .vector import Block
 
 
-@dataclass(frozen=True)
-class TaskKernel(ABC):
-    """The statements of a whole layer.
-
-    Attributes:
-        src, residual, parameters, dst: its buffers, as :func:`convgen.cpu.vector.written` gives them.
-        spec, picks: what is computed, and how.
-    """
+class Buffers(NamedTuple):
+    """What :func:`convgen.cpu.vector.written` gives: ``residual`` is None where there is none."""
 
     src: tirx.Buffer
     residual: tirx.Buffer
     parameters: dict[str, tirx.Buffer]
     dst: tirx.Buffer
+
+
+@dataclass(frozen=True)
+class TaskKernel(ABC):
+    """The statements of a whole layer: what is computed, how, and where."""
+
+    buffers: Buffers
     spec: ConvSpec
     picks: Picks
+
+    @property
+    def src(self) -> tirx.Buffer:
+        return self.buffers.src
+
+    @property
+    def residual(self) -> tirx.Buffer:
+        return self.buffers.residual
+
+    @property
+    def parameters(self) -> dict[str, tirx.Buffer]:
+        return self.buffers.parameters
+
+    @property
+    def dst(self) -> tirx.Buffer:
+        return self.buffers.dst
 
     @property
     @abstractmethod
