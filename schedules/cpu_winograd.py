@@ -52,7 +52,6 @@ from convgen.cpu.product import (
 from convgen.cpu.vector import Block, load, store, written
 from convgen.cpu.window import meeting
 from convgen.cpu.winograd import (
-    NO_AXIS,
     Axis,
     Grid,
     block_choices,
@@ -63,7 +62,7 @@ from convgen.cpu.winograd import (
     tile_sizes,
     transformed_axes,
 )
-from convgen.cpu.winograd_passes import Task, Values, WayIn, WayOut
+from convgen.cpu.winograd_passes import Task, Values, WayIn, WayOut, work_of_input
 from convgen.deferred import te, tirx
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Expr, Operands, ceildiv, copied, round_up, row_times, unflat
@@ -133,7 +132,7 @@ class CpuWinograd(Written):
         ops, g = Operands(spec), Grid(spec, target, picks)
 
         def statement(src: tirx.Buffer, *rest: Any) -> tirx.Stmt:
-            way_in, way_out = WayIn(spec, g, g.lanes, src), WayOut(spec, g, g.lanes, picks.tile_oc, *rest)
+            way_in, way_out = WayIn(spec.dtype, g, src), WayOut(spec, g, g.lanes, picks.tile_oc, *rest)
             core, weights = core_of(target, g.lanes), way_out.parameters["weights"]
             return _Kernel(spec, g, picks, g.lanes, core, weights, way_in, way_out).statement()
 
@@ -388,7 +387,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
         part.with_times(part.times * share * spec.n * spec.groups * times)
         for parts, times in (
             (_of_products(target, g, picks, met), 1),
-            (_of_input(g), made),
+            (work_of_input(g), made),
             (_of_output(spec, g), g.planes),
         )
         for part in parts
@@ -433,21 +432,6 @@ def _of_products(target: Target, g: Grid, picks: Picks, met: int) -> list[Work]:
                 found.append(Work(times * met, cycles=BEGIN_RUN))
                 stored = pixels * vectors
                 found.append(Work(times * g.planes, stores=stored, spilled=4 * lanes * stored, cycles=BEGIN_TILE))
-    return found
-
-
-def _of_input(g: Grid) -> list[Work]:
-    """Work of copying and transforming a plane of src."""
-    rows, columns, vectors = g.rows, g.columns, ceildiv(g.own, g.lanes)
-    shuffles = math.log2(g.lanes) if g.src.layout == "nchw" else 0
-    copied_pixels = g.groups.count * g.lines * g.length
-    found = [] if g.direct else [Work(copied_pixels * vectors, loads=1, stores=1, shuffles=shuffles, cycles=0.5)]
-    for axis, times in ((rows, rows.tiles * g.length), (columns, rows.tiles * rows.positions * columns.tiles)):
-        if axis is not NO_AXIS:
-            # What is written to the L2 cache comes from there first.
-            spilled = 4 * g.lanes * axis.positions if axis is columns else 0
-            counted = (operations(axis.inputs), axis.extent, axis.positions)
-            found.append(Work(times * vectors, *counted, near=2 * spilled, spilled=spilled, cycles=2))
     return found
 
 

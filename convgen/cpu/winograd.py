@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 from ..hardware.target import Target
@@ -12,7 +13,7 @@ from ..lowering.compute import Expr, ceildiv, round_up
 from ..lowering.schedule import Picks
 from ..lowering.winograd import admitted, phases, strided, transposed
 from ..problem.spec import ConvSpec
-from .images import dst_images, src_images
+from .images import Images, dst_images, src_images
 from .product import Even
 from .vector import Block, weighted_sum, zeros
 
@@ -30,12 +31,13 @@ Matrix = tuple[tuple[float, ...], ...]
 class Axis:
     """A transformed axis: its bilinear algorithm, and where the tiles lie.
 
-    A tile makes ``outputs`` pixels of ``extent`` inputs with ``positions`` products. Under a dilation d
+    A tile has ``outputs`` pixels, of ``extent`` inputs with ``positions`` products. Under a dilation d
     its pixels are d apart, and d tiles interleave: the ``period``.
 
     Attributes:
         back, weights, inputs: the matrices Aᵀ, G and Bᵀ.
-        size: pixels of dst.
+        outputs: pixels of a tile.
+        size: pixels of all tiles together: dst's.
         first: the first input of the first tile.
         step: inputs from a tile to the next.
         period: tiles that interleave.
@@ -44,14 +46,11 @@ class Axis:
     back: Matrix
     weights: Matrix
     inputs: Matrix
+    outputs: int
     size: int
     first: int
     step: int
     period: int
-
-    @property
-    def outputs(self) -> int:
-        return len(self.back)
 
     @property
     def positions(self) -> int:
@@ -93,7 +92,7 @@ class Axis:
 
 
 #: The rows of a 1-D layer.
-NO_AXIS = Axis(back=((1,),), weights=((1,),), inputs=((1,),), size=1, first=0, step=1, period=1)
+NO_AXIS = Axis(back=((1,),), weights=((1,),), inputs=((1,),), outputs=1, size=1, first=0, step=1, period=1)
 
 
 def transformed_axes(spec: ConvSpec) -> tuple[int, ...]:
@@ -111,9 +110,14 @@ def transformed_axis(spec: ConvSpec, axis: int, m: int) -> Axis:
         step = m
     else:
         matrices, first, step = [*strided(m, kernel, stride)], -begin, m * stride
-    back, weights, inputs = (tuple(tuple(map(float, row)) for row in rows) for rows in matrices)
+    back, weights, inputs = map(rounded, matrices)
     period = spec.dilation[axis] if kernel > 1 else 1
-    return Axis(back, weights, inputs, spec.out_spatial[axis], first, step, period)
+    return Axis(back, weights, inputs, len(back), spec.out_spatial[axis], first, step, period)
+
+
+def rounded(matrix: Sequence[Sequence[Fraction]]) -> Matrix:
+    """A matrix as its coefficients are used."""
+    return tuple(tuple(map(float, row)) for row in matrix)
 
 
 def outputs_of(spec: ConvSpec, axis: int, m: int) -> int:
@@ -162,10 +166,11 @@ def block_choices(spec: ConvSpec, m: int) -> list[int]:
     )
 
 
-class Grid:
-    """A layer's tiles, cut into blocks: the sizes of a candidate.
+class Tiles:
+    """Tiles of images along one or two transformed axes, cut into blocks: what the way in reads and makes.
 
-    The depth of 3-D stays direct; layers without one have a single plane.
+    Args:
+        depth: tiles after which the next vector of channels follows; 0 where all channels of a tile lie together.
 
     Attributes:
         rows, columns: the transformed axes.
@@ -173,22 +178,21 @@ class Grid:
         positions: products of a tile.
         most_tiles: of a plane of a block.
         lines, length: of the input of a plane of a block.
-        planes, planes_in: of dst and src. window: planes of src that a block reads.
-        src, dst: how they lie.
+        src: how the images lie.
         lanes: of its vectors of channels.
-        own, outputs: input and output channels of a group of channels.
-        channels: numbers from a tile's transformed input to the next one's. A power of two would put them in few sets
-            of the cache.
-        direct: whether src is transformed where it lies; else it is copied first.
+        own: channels of a group of channels.
+        channels: numbers from a tile's transformed input to the next one's.
+        apart: numbers from a vector of channels to the next.
+        direct: whether images are transformed where they lie; else they are copied first.
     """
 
-    def __init__(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        axes = [transformed_axis(spec, axis, picks.tile) for axis in transformed_axes(spec)]
-        self.lanes = lanes_of(spec, target)
-        self.own, self.outputs = spec.ic // spec.groups, spec.oc // spec.groups
+    def __init__(
+        self, axes: Sequence[Axis], block_rows: int, src: Images, groups: int, lanes: int, depth: int = 0
+    ) -> None:
+        self.lanes, self.src, self.own = lanes, src, src.channels // groups
         self.rows, self.columns = axes if len(axes) == 2 else (NO_AXIS, axes[0])
         self.blocked = axes[0]
-        self.groups = Even(self.blocked.groups, picks.block_rows)
+        self.groups = Even(self.blocked.groups, block_rows)
         self.positions = self.rows.positions * self.columns.positions
         of_rows, of_columns = (
             self.groups.full if axis is self.blocked else axis.groups for axis in (self.rows, self.columns)
@@ -196,26 +200,43 @@ class Grid:
         self.lines, self.length = self.rows.reach(of_rows), self.columns.reach(of_columns)
         self.tile_columns = of_columns * self.columns.period
         self.most_tiles = self.tiles(self.groups.full)
-        self.width, deep = spec.in_spatial[-1], spec.rank > 2
-        self.planes, self.planes_in = (spec.out_spatial[0], spec.in_spatial[0]) if deep else (1, 1)
-        self.depth = (spec.stride[0], spec.dilation[0], spec.padding[0][0], spec.kernel[0]) if deep else (1, 1, 0, 1)
-        self.plane_blocks = Even(self.planes, picks.block_planes)
-        stride, dilation, _, taps = self.depth
-        self.window = (self.plane_blocks.full - 1) * stride + (taps - 1) * dilation + 1
-        self.src, self.dst = src_images(spec), dst_images(spec)
-        self.channels = round_up(self.own, self.lanes) + self.lanes
-        self.direct = spec.layout != "nchw" and spec.rank > 1
+        # A power of two would put tiles in few sets of the cache.
+        self.channels, self.apart = (lanes, depth * lanes) if depth else (round_up(self.own, lanes) + lanes, lanes)
+        self.direct = src.layout != "nchw" and src.rank > 1
 
     @property
     def stored(self) -> tuple[int, int]:
         """Of a line of the input: padding on its left, vectors of pixels after it. In 1-D a block may lie anywhere."""
         left = max(0, -self.columns.first) if self.blocked is self.rows else 0
-        pixels = min(self.length - left, self.width) if self.blocked is self.rows else self.length
+        pixels = min(self.length - left, self.src.size[-1]) if self.blocked is self.rows else self.length
         return left, max(0, ceildiv(pixels, self.lanes))
 
     def tiles(self, groups: int) -> int:
         """Of a plane of a block of so many groups."""
         return groups * self.blocked.period * (self.tile_columns if self.blocked is self.rows else 1)
+
+
+class Grid(Tiles):
+    """A layer's tiles: the sizes of a candidate.
+
+    The depth of 3-D stays direct; layers without one have a single plane.
+
+    Attributes:
+        planes, planes_in: of dst and src. window: planes of src that a block reads.
+        dst: how it lies.
+        outputs: output channels of a group of channels.
+    """
+
+    def __init__(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
+        axes = [transformed_axis(spec, axis, picks.tile) for axis in transformed_axes(spec)]
+        super().__init__(axes, picks.block_rows, src_images(spec), spec.groups, lanes_of(spec, target))
+        self.outputs, deep = spec.oc // spec.groups, spec.rank > 2
+        self.planes, self.planes_in = (spec.out_spatial[0], spec.in_spatial[0]) if deep else (1, 1)
+        self.depth = (spec.stride[0], spec.dilation[0], spec.padding[0][0], spec.kernel[0]) if deep else (1, 1, 0, 1)
+        self.plane_blocks = Even(self.planes, picks.block_planes)
+        stride, dilation, _, taps = self.depth
+        self.window = (self.plane_blocks.full - 1) * stride + (taps - 1) * dilation + 1
+        self.dst = dst_images(spec)
 
     def pixels(self, groups: int) -> int:
         """Pixels of dst at most."""

@@ -5,14 +5,16 @@ Both go tile by tile, a vector of channels at a time; what lies between them, pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 from ..deferred import tirx
-from ..lowering.compute import Expr, round_up
+from ..lowering.compute import Expr, ceildiv, round_up
 from ..problem.spec import ConvSpec
+from .model import Work
 from .vector import (
     Block,
     finish,
@@ -24,7 +26,7 @@ from .vector import (
     store,
     zeros,
 )
-from .winograd import NO_AXIS, Grid, transformed
+from .winograd import NO_AXIS, Grid, Tiles, operations, transformed
 
 
 class Task(NamedTuple):
@@ -37,7 +39,7 @@ class Task(NamedTuple):
     group: Expr
     groups: Expr
 
-    def rows_columns(self, grid: Grid) -> tuple[Expr, Expr, Expr, Expr]:
+    def rows_columns(self, grid: Tiles) -> tuple[Expr, Expr, Expr, Expr]:
         """The first row and column of tiles, and how many it has of each."""
         g = grid
         first, count = self.group * g.blocked.period, self.groups * g.blocked.period
@@ -46,7 +48,7 @@ class Task(NamedTuple):
 
 class Values(NamedTuple):
     """Transformed input ``[image][block][plane][position][tile and ic]``, and where in it a task's is: its planes and
-    vectors of channels are counted from the first ones.
+    vectors of channels are counted from the first ones; its tiles begin at one.
     """
 
     buffer: tirx.Buffer
@@ -54,16 +56,20 @@ class Values(NamedTuple):
     block: Expr
     first_plane: Expr
     first_vector: Expr
+    first_tile: Expr = 0
 
 
 @dataclass(frozen=True)
 class WayIn:
-    """Pixels transformed."""
+    """Pixels transformed: those of ``src``, images stored as ``dtype``."""
 
-    spec: ConvSpec
-    g: Grid
-    lanes: int
+    dtype: str
+    g: Tiles
     src: tirx.Buffer
+
+    @property
+    def lanes(self) -> int:
+        return self.g.lanes
 
     def scratch(self, body: Block) -> tuple[tirx.Buffer | None, tirx.Buffer | None]:
         """For a vector of channels: the input ``[line][column]``, and a row of tiles transformed along the columns."""
@@ -88,8 +94,8 @@ class WayIn:
         row, column, row_count, column_count = task.rows_columns(self.g)
         y0, x0 = (body.let(a.first + a.input(t, 0)) for a, t in ((rows, row), (columns, column)))
         corner = (task.image, plane, y0, x0)
-        tail = self.spec.ic % lanes if g.src.layout != "nchw" else 0
-        for case, channels in body.cases(c, self.spec.ic // lanes, lanes, tail) if tail else [(body, lanes)]:
+        tail = g.src.channels % lanes if g.src.layout != "nchw" else 0
+        for case, channels in body.cases(c, g.src.channels // lanes, lanes, tail) if tail else [(body, lanes)]:
             if lines is not None:
                 self.gather(case, corner, c, channels, lines)
             with case.loop(row_count) as (row_body, r):
@@ -105,7 +111,8 @@ class WayIn:
                     read = [one.let(load(buffer, "f32", place, lanes, lanes)) for buffer, place in source]
                     index = [values.image, values.block, plane - values.first_plane]
                     for j, value in enumerate(transformed(one, columns.inputs, read)):
-                        at = (r * g.tile_columns + t) * g.channels + (c - values.first_vector) * lanes
+                        tile, vector = values.first_tile + r * g.tile_columns + t, c - values.first_vector
+                        at = tile * g.channels + vector * g.apart
                         one.add(
                             store(values.buffer, "f32", [*index, i * columns.positions + j, at], value, lanes, lanes)
                         )
@@ -119,7 +126,7 @@ class WayIn:
         self, body: Block, corner: Sequence[Expr], r: Expr, c: Expr, channels: int, half: tirx.Buffer
     ) -> None:
         """Transform the columns of the r-th row of tiles from src, where channels lie side by side."""
-        g, lanes, height = self.g, self.lanes, self.spec.in_spatial[-2]
+        g, lanes, height = self.g, self.lanes, self.g.src.size[1]
         image, plane, y0, x0 = corner
         ys = [body.let(y0 + g.rows.input(r, k)) for k in range(g.rows.extent)]
         start, end = self.stored_columns(body, x0)
@@ -140,13 +147,12 @@ class WayIn:
     def stored_columns(self, body: Block, x0: Expr) -> tuple[Expr, Expr]:
         """Which columns of a block's input, the first of which is ``x0``, the image has."""
         start = body.let(tirx.max(0, tirx.min(-x0, self.g.length)))
-        return start, body.let(tirx.max(start, tirx.min(self.spec.in_spatial[-1] - x0, self.g.length)))
+        return start, body.let(tirx.max(start, tirx.min(self.g.src.size[2] - x0, self.g.length)))
 
     def gather(self, body: Block, corner: Sequence[Expr], c: Expr, channels: int, lines: tirx.Buffer) -> None:
         """Copy a block's input of a vector of ``channels`` channels, with zeros in its padding."""
-        g, lanes, spec = self.g, self.lanes, self.spec
+        g, lanes, height = self.g, self.lanes, self.g.src.size[1]
         image, plane, y0, x0 = corner
-        height = spec.in_spatial[-2] if spec.rank > 1 else 1
         with body.loop(g.lines) as (line_body, line):
             y = line_body.let(y0 + line)
             inside = tirx.all(y >= 0, y < height)
@@ -165,15 +171,15 @@ class WayIn:
 
     def gather_transposed(self, body: Block, place: Sequence[Expr], c: Expr, lines: tirx.Buffer, line: Expr) -> None:
         """A line of NCHW, from ``place`` on, which may lie outside src. What follows the last channel is not read."""
-        lanes, spec, g = self.lanes, self.spec, self.g
+        lanes, g, channels = self.lanes, self.g, self.g.src.channels
         image, *where, x0 = place
         left, vectors = g.stored
         with body.loop(vectors) as (one, i):
             x, square = one.let(x0 + left + i * lanes), []
             for t in range(lanes):
-                channel = c * lanes + t if spec.ic % lanes == 0 else tirx.min(c * lanes + t, spec.ic - 1)
-                index = self.g.src.element(image, channel, [*where, x])
-                square.append(one.let(load_within(self.src, spec.dtype, index, lanes, lanes)))
+                channel = c * lanes + t if channels % lanes == 0 else tirx.min(c * lanes + t, channels - 1)
+                index = g.src.element(image, channel, [*where, x])
+                square.append(one.let(load_within(self.src, self.dtype, index, lanes, lanes)))
             for t, vector in enumerate(interleave(one, square, lanes)):
                 one.add(store(lines, "f32", [line, left + i * lanes + t, 0], vector, lanes, lanes))
         for x in (*range(left), *range(left + vectors * lanes, g.length)):
@@ -184,13 +190,28 @@ class WayIn:
         lanes, src, (image, *pixel) = self.lanes, self.g.src, place
 
         def loaded(t: int, width: int, count: int) -> Expr:
-            return load(self.src, self.spec.dtype, src.element(image, c * lanes + t, pixel), width, count)
+            return load(self.src, self.dtype, src.element(image, c * lanes + t, pixel), width, count)
 
         if src.block >= lanes or src.layout == "nhwc":
             return loaded(0, lanes, channels)
         width = src.block
         parts = [loaded(t, width, width) if t < channels else zeros(width) for t in range(0, lanes, width)]
         return tirx.Shuffle(parts, list(range(lanes)))
+
+
+def work_of_input(g: Tiles) -> list[Work]:
+    """Work of copying and transforming a plane of src."""
+    rows, columns, vectors = g.rows, g.columns, ceildiv(g.own, g.lanes)
+    shuffles = math.log2(g.lanes) if g.src.layout == "nchw" else 0
+    copied_pixels = g.groups.count * g.lines * g.length
+    found = [] if g.direct else [Work(copied_pixels * vectors, loads=1, stores=1, shuffles=shuffles, cycles=0.5)]
+    for axis, times in ((rows, rows.tiles * g.length), (columns, rows.tiles * rows.positions * columns.tiles)):
+        if axis is not NO_AXIS:
+            # What is written to the L2 cache comes from there first.
+            spilled = 4 * g.lanes * axis.positions if axis is columns else 0
+            counted = (operations(axis.inputs), axis.extent, axis.positions)
+            found.append(Work(times * vectors, *counted, near=2 * spilled, spilled=spilled, cycles=2))
+    return found
 
 
 @dataclass(frozen=True)

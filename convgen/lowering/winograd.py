@@ -123,6 +123,27 @@ def transposed(m: int, kernel: int, stride: int, begin: int) -> tuple[Matrix, Ma
     return back, weights, inputs, first
 
 
+@cache
+def of_gradient(m: int, kernel: int, stride: int) -> tuple[Matrix, Matrix, Matrix]:
+    """Aᵀ, G and Bᵀ of the gradients of ``kernel`` weights along an axis, from ``m`` gradients of dst. G transforms
+    these; the taps are the outputs.
+
+    Phase p has the taps p, p + s, … of every s-th input, from p on: F(⌈(kernel - p) / s⌉, m).
+    """
+    found = [toom_cook(taps, m) for taps in phases(kernel, stride)]
+    positions, extent = sum(len(inputs) for *_, inputs in found), stride * (m - 1) + kernel
+    back: Matrix = [[] for _ in range(kernel)]
+    gradients: Matrix = []
+    inputs: Matrix = []
+    for phase, (a, g, b) in enumerate(found):
+        places = range(len(inputs), len(inputs) + len(b))
+        for tap, row in zip(range(phase, kernel, stride), a, strict=True):
+            back[tap] = _spread(row, places, positions)
+        gradients += g
+        inputs += [_spread(row, [phase + stride * i for i in range(len(b))], extent) for row in b]
+    return back, gradients, inputs
+
+
 def phases(kernel: int, stride: int) -> list[int]:
     """The number of taps of each phase of a stride, for those phases that have taps."""
     return [-((phase - kernel) // stride) for phase in range(min(kernel, stride))]
@@ -132,6 +153,12 @@ def admitted(accuracy: str, taps: int) -> list[int]:
     """The tile sizes m that the accuracy class admits for F(m, taps)."""
     most, points = ADMITTED.get(accuracy, (0, 0))
     return list(range(2, min(most, points - taps + 1) + 1))
+
+
+def admitted_of_gradient(accuracy: str, taps: int) -> list[int]:
+    """The tile sizes m that the accuracy class admits for F(taps, m): pixels of the gradient of dst."""
+    most, points = ADMITTED.get(accuracy, (0, 0))
+    return list(range(2, points - taps + 2)) if taps <= most else []
 
 
 # ---- rounding errors ---------------------------------------------------------------------------
@@ -191,3 +218,32 @@ def _reach(spec: ConvSpec, axis: int, m: int) -> tuple[int, npt.NDArray[np.float
         column = rows[:, tap(i, j) - lowest]
         np.maximum(column, weights.T @ (back[i] * inputs[:, j]), out=column)
     return lowest, rows.astype(np.float32), float(weights.sum(1).min())
+
+
+def magnitudes_of_gradient(spec: ConvSpec, src: Array, gradient: Array, tiles: Mapping[int, int]) -> Magnitudes:
+    """As :func:`magnitudes`, of the gradient of weights from tiles of so many gradients of dst.
+
+    Element by element it is the gradient from another src: ``|src|`` filtered, so that an element has what a tile adds
+    to it, wherever in the tile it is and whichever tap is meant.
+    """
+    in_spatial, padding = list(spec.in_spatial), list(spec.padding)
+    first = 2 if spec.layout == "nchw" else 1
+    for axis, m in tiles.items():
+        stride, dilation, (begin, end) = spec.stride[axis], spec.dilation[axis], spec.padding[axis]
+        back, gradients, inputs = (
+            np.abs(np.array(matrix, np.float64)) for matrix in of_gradient(m, spec.kernel[axis], stride)
+        )
+        gradient = np.maximum(gradient, np.float32(SMALLEST_NORMAL / gradients.sum(1).min()))
+        reach = inputs.shape[1] - 1 + stride * (m - 1) + len(back) - 1
+        row = np.zeros(2 * reach + 1)
+        for k, i, j in np.ndindex(len(back), m, inputs.shape[1]):
+            at = reach + j - stride * i - k
+            row[at] = max(row[at], float((back[k] * gradients[:, i] * inputs[:, j]).sum()))
+        size = in_spatial[axis] + begin + end
+        around = [(0, 0)] * src.ndim
+        around[first + axis] = (begin + reach * dilation, end + reach * dilation)
+        wide = np.moveaxis(np.pad(src, around), first + axis, 0)
+        made = sum(np.float32(c) * wide[u * dilation : u * dilation + size] for u, c in enumerate(row) if c)
+        src = np.moveaxis(np.asarray(made, np.float32), 0, first + axis)
+        in_spatial[axis], padding[axis] = size, (0, 0)
+    return Magnitudes(spec.with_(in_spatial=tuple(in_spatial), padding=tuple(padding)), src, gradient)

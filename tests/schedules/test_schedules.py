@@ -62,7 +62,10 @@ SMOKE = [
     "convtranspose2d n2 ic6 oc10 g2 i5x9 k3x4 s2x2 p1x0_1 op1x0 weights",
     "conv2d n1 ic8 oc34 g2 i5x6 k3x3 s1 p1 weights bf16",  # one channel past a vector, stored narrow
     "conv2d n2 ic20 oc40 g20 i9x35 k3x3 s2 p1 weights nhwc bf16",
+    "conv2d n3 ic18 oc17 i9x10 k3x3 s1 p1 weights nhwc bf16",  # tiles past the image, channels past a vector
     "conv2d n1 ic16 oc17 i9x8 k3x3 s1 p1 data",
+    "conv2d n2 ic7 oc7 g7 i9x37 k3x3 s2 p1 data f16",
+    "convtranspose2d n2 ic6 oc9 g3 i5x9 k3x4 s2x3 p1x0_1 op1x0 prelu residual",
     "conv2d n1 ic8 oc17 i5x4 k5x4 s1 p0",  # the kernel covers the input
     "conv2d n1 ic5 oc9 i11x11 k2x2 s3x4 p0 clip(-1,2.5)",  # strides past the kernel
     "conv2d n1 ic17 oc18 i7x9 k3x3 s1 p1 residual mish bf16",
