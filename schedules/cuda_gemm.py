@@ -3,7 +3,7 @@
 Applies to  convolutions of any rank, stride and dilation, dense or with groups; transposed ones whose
             output is whole strides and whose dilation shares no divisor with them; on GPUs with
             ``mma.sync``, ``ldmatrix`` and ``cp.async``: f16, bf16 and i8; f32 as TF32 where the accuracy is
-            `tf32`.
+            `tf32` or `bf16`.
 Strategy    1. Pack weights as [oc][taps × ic], in vectors of 16 bytes along the reduction.
             2. src is read as [pixels][taps × ic] without writing that anywhere: 16 bytes at a time
                straight into shared memory, asynchronously, zeros where the padding is, `stages` steps
@@ -30,6 +30,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from convgen.cuda import model, tensorize
+from convgen.cuda.blocks import among_threads, copy_together, divide_among_warps, spread, warp_tile
+from convgen.cuda.operands import channels_last, is_whole
 from convgen.deferred import te, tirx
 from convgen.lowering.compute import Expr, Operands, ceildiv, copied, epilogue, flat, narrow, round_up, unflat
 from convgen.lowering.schedule import Picks, Program, Scheduled, Space, require
@@ -45,8 +47,6 @@ if TYPE_CHECKING:
 VECTOR = tensorize.VECTOR
 #: A thread's registers besides its sums and fragments: addresses, counters.
 OTHER_REGISTERS = 64
-#: Threads of a block of the launches that lay out src or add up parts.
-OTHER_THREADS = 256
 
 
 class _Products(NamedTuple):
@@ -96,6 +96,8 @@ class CudaGemm(Scheduled):
     id, version, sums_integers = "cuda_gemm", 2, True
     #: Bytes that the channels of a tap are rounded up to in the reduction.
     whole: ClassVar[int] = VECTOR
+    #: In how many parts a reduction may be split.
+    splits: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16)
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cuda", "needs a GPU")
@@ -112,7 +114,8 @@ class CudaGemm(Scheduled):
 
     def admits(self, spec: ConvSpec) -> None:
         """Raise Inapplicable where another schedule of this family is the one for it."""
-        require(spec.dtype != "f32" or spec.accuracy == "tf32", "needs accuracy tf32 for products of TF32")
+        rounds = spec.dtype != "f32" or spec.accuracy in ("tf32", "bf16")  # bf16 admits larger errors than TF32's
+        require(rounds, "needs accuracy tf32 or bf16 for products of TF32")
 
     def merges(self, spec: ConvSpec) -> list[int]:
         """How many groups of the layer may be one group of the products."""
@@ -135,13 +138,22 @@ class CudaGemm(Scheduled):
             round_up(self.reduction(spec, picks.merge_g), picks.tile_k * picks.split_k),
         )
 
+    def count(self, spec: ConvSpec, picks: Picks) -> int:
+        """How many products there are."""
+        count: int = _phases(spec) * (spec.groups // picks.merge_g)
+        return count
+
+    def laid_out(self, spec: ConvSpec, picks: Picks) -> int:
+        """Bytes of what is laid out before it is multiplied."""
+        return spec.bytes["src"] if needs_layout(spec, picks) else 0
+
     def depth(self, spec: ConvSpec) -> int:
         """Vectors of the reduction that the intrinsic takes at once."""
         return tensorize.STEP // VECTOR
 
     def intrinsic(self, spec: ConvSpec, picks: Picks) -> str:
         """The name of the intrinsic that multiplies a warp's tile."""
-        return tensorize.mma(self.kind(spec), spec.dtype, *_warp(picks))
+        return tensorize.mma(self.kind(spec), spec.dtype, *warp_tile(picks))
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
         step = 2 * lanes_of(spec)
@@ -155,11 +167,11 @@ class CudaGemm(Scheduled):
             warps_m=[1, 2, 4],
             warps_n=[1, 2, 4],
             stages=[2, 3, 4, 5],
-            split_k=[s for s in (1, 2, 4, 8, 16) if s == 1 or reduction >= 8 * s * step],
+            split_k=[s for s in self.splits if s == 1 or reduction >= 8 * s * step],
         )
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        rows, cols = _warp(picks)
+        rows, cols = warp_tile(picks)
         require(
             picks.tile_m % (16 * picks.warps_m) == 0 and picks.tile_n % (8 * picks.warps_n) == 0,
             "a warp's tile is not whole tiles of 16 × 8",
@@ -202,18 +214,18 @@ class CudaGemm(Scheduled):
 
     def rows_read(self, picks: Picks) -> int:
         """Rows of a step that are read from shared memory, by all warps together."""
-        rows: int = picks.warps_m * picks.warps_n * sum(_warp(picks))
+        rows: int = picks.warps_m * picks.warps_n * sum(warp_tile(picks))
         return rows
 
     def step_cycles(self, spec: ConvSpec, target: Target, picks: Picks) -> float:
         """Cycles of a warp's own products in a step, with the quarter of a core's units that it has."""
-        rows, cols = _warp(picks)
+        rows, cols = warp_tile(picks)
         macs: int = rows * cols * picks.tile_k
         return macs / (self.rate(spec, target) / 4)
 
     def registers(self, spec: ConvSpec, picks: Picks) -> int:
         """Registers of a thread, estimated: its sums, the fragments of both operands, and others."""
-        rows, cols = _warp(picks)
+        rows, cols = warp_tile(picks)
         fragments = (rows // 16 * 4 + cols // 8 * 2) * (3 if spec.dtype == "f32" else 1)
         return rows * cols // 32 + fragments + OTHER_REGISTERS
 
@@ -239,7 +251,7 @@ class CudaGemm(Scheduled):
         m, n, k = self.rounded(spec, picks)
         warps = picks.warps_m * picks.warps_n
         size = BYTES[spec.dtype]
-        products = _phases(spec) * spec.groups // picks.merge_g
+        products = self.count(spec, picks)
         blocks = products * (m // picks.tile_m) * (n // picks.tile_n) * picks.split_k
         resident = min(  # blocks on a core
             target.shared_per_core // (self.shared_memory(spec, picks) + model.RESERVED),
@@ -266,8 +278,8 @@ class CudaGemm(Scheduled):
         seconds = cycles / rates.clock
         if picks.split_k > 1:  # another launch, which reads what this one wrote
             seconds += model.LAUNCH + picks.split_k * products * m * n * 8 / (rates.memory * model.PARTS_SHARE)
-        if needs_layout(spec, picks):
-            seconds += model.LAUNCH + 3 * math.prod(spec.src_shape) * size / (rates.memory * model.LAYOUT_SHARE)
+        if laid_out := self.laid_out(spec, picks):
+            seconds += model.LAUNCH + 3 * laid_out / (rates.memory * model.LAYOUT_SHARE)
         return seconds
 
     def products(self, spec: ConvSpec, picks: Picks) -> _Products:
@@ -276,7 +288,7 @@ class CudaGemm(Scheduled):
         rows, columns, length = self.rounded(spec, picks)
         depth = self.reduction(spec, picks.merge_g) // math.prod(taps) // lanes
         return _Products(
-            batch=_phases(spec) * groups, groups=groups, ic=spec.ic // groups, oc=spec.oc // groups, taps=taps,
+            batch=self.count(spec, picks), groups=groups, ic=spec.ic // groups, oc=spec.oc // groups, taps=taps,
             lanes=lanes, depth=depth, pixels=_pixels(spec), rows=rows, columns=columns, vectors=length // lanes,
         )  # fmt: skip
 
@@ -287,7 +299,8 @@ class CudaGemm(Scheduled):
         weights = te.placeholder(packed[0].shape, tensorize.STORED[spec.dtype], "weights_in")
         per_channel = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed[1:]]
 
-        source = _channels_last(spec, ops, picks)
+        groups = spec.groups // picks.merge_g
+        source = channels_last(ops.src.tensor, spec.src_blocks, groups, lanes_of(spec))
         patches = _gathered(spec, products, source)
         sums = self.sums(spec, source, weights, _sums(spec, products, patches, weights, picks.split_k))
         tile = te.compute(sums.shape, lambda *index: sums[index], name="tile")
@@ -307,31 +320,24 @@ class CudaGemm(Scheduled):
         return products
 
     def apply(self, sch: TirSchedule, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        block, warp, rows = _divide_among_warps(sch, picks)
+        block, warp, rows = divide_among_warps(sch, picks)
         _schedule_stores(sch, spec, picks, block)
         self.reduce(sch, spec, picks, warp)
-        store = tensorize.store(*_warp(picks), tensorize.sums_of(spec.dtype))
+        store = tensorize.store(*warp_tile(picks), tensorize.sums_of(spec.dtype))
         tile = tensorize.replace(sch, rows, sch.get_sblock("tile"), store)
         # A row of stores of two floats meets no bank twice where the next row begins 8 banks on.
         sch.storage_align(tile, 0, axis=2, factor=32, offset=8)
         if needs_layout(spec, picks):
-            _spread(sch, sch.get_loops(sch.get_sblock("channels_last")), 1)
+            spread(sch, sch.get_loops(sch.get_sblock("channels_last")), 1)
 
     def reduce(self, sch: TirSchedule, spec: ConvSpec, picks: Picks, warp: Any) -> None:
         """Schedule the sums of each warp's tile, under the loop over warps: copies, pipelined, and products."""
-        lanes, depth, (rows, cols) = lanes_of(spec), self.depth(spec), _warp(picks)
+        rows, cols = warp_tile(picks)
         sums = sch.get_sblock("tile_sums")
         sch.compute_at(sums, warp, preserve_unit_loops=True)
         sch.set_scope(sums, 0, "local")
-        *_, row, column, vector, lane = sch.get_loops(sums)
-        step, within, vector = sch.split(vector, [None, picks.tile_k // (depth * lanes), depth])
-        sch.reorder(step, within, row, column, vector, lane)
-
-        sch.set_scope(sch.get_sblock("gathered"), 0, "shared.dyn")
-        for operand in (sch.get_sblock("gathered"), sch.cache_read(sums, 1, "shared.dyn")):
-            sch.compute_at(operand, step, preserve_unit_loops=True)
-            _copy_together(sch, sch.get_loops(operand)[-3:], picks.warps_m * picks.warps_n)
-
+        step, within, row = self.steps(sch, spec, picks, sums)
+        self.copies(sch, spec, picks, sums, step)
         init = sch.decompose_reduction(sums, step)
         clear = tensorize.clear(rows, cols, tensorize.sums_of(spec.dtype))
         tensorize.replace(sch, sch.get_loops(init)[-2], init, clear)
@@ -341,6 +347,21 @@ class CudaGemm(Scheduled):
             sch.annotate(step, "software_pipeline_stage", [0, 0, picks.stages - 1])
             sch.annotate(step, "software_pipeline_order", [0, 1, 2])
             sch.annotate(step, "software_pipeline_async_stages", [0])
+
+    def steps(self, sch: TirSchedule, spec: ConvSpec, picks: Picks, sums: Any) -> tuple[Any, Any, Any]:
+        """Divide the reduction; returns the loops over steps, over the products of a step, and over a tile's rows."""
+        lanes, depth = lanes_of(spec), self.depth(spec)
+        *_, row, column, vector, lane = sch.get_loops(sums)
+        step, within, vector = sch.split(vector, [None, picks.tile_k // (depth * lanes), depth])
+        sch.reorder(step, within, row, column, vector, lane)
+        return step, within, row
+
+    def copies(self, sch: TirSchedule, spec: ConvSpec, picks: Picks, sums: Any, step: Any) -> None:
+        """Schedule the copies of both operands to shared memory, under the loop over steps."""
+        sch.set_scope(sch.get_sblock("gathered"), 0, "shared.dyn")
+        for operand in (sch.get_sblock("gathered"), sch.cache_read(sums, 1, "shared.dyn")):
+            sch.compute_at(operand, step, preserve_unit_loops=True)
+            copy_together(sch, sch.get_loops(operand)[-3:], picks.warps_m * picks.warps_n)
 
 
 # ---- tensor expressions ------------------------------------------------------------------------
@@ -364,29 +385,6 @@ def _packed_weights(spec: ConvSpec, products: _Products, host: Operands, merge_g
 
     shape = (products.batch, products.columns, products.vectors, products.lanes)
     return te.compute(shape, packed, name="weights_packed")
-
-
-def _channels_last(spec: ConvSpec, ops: Operands, picks: Picks) -> Callable[..., Expr]:
-    """src as a function of ``(n, *spatial, channel)``, every group whole vectors of channels.
-
-    That is src itself, or what a first launch lays out.
-    """
-    if not needs_layout(spec, picks):
-        return lambda *index: ops.src.tensor(*index)
-    ic = spec.ic // spec.groups * picks.merge_g
-    whole = round_up(ic, lanes_of(spec))
-
-    def value(image: Expr, *rest: Expr) -> Expr:
-        *position, channel = rest
-        if whole == ic:
-            return ops.src.tensor(*ops.order(image, channel, position))
-        group, channel = tirx.floordiv(channel, whole), tirx.floormod(channel, whole)
-        read = ops.src.tensor(*ops.order(image, group * ic + channel, position))
-        return tirx.if_then_else(channel < ic, read, tirx.const(0, tensorize.STORED[spec.dtype]))
-
-    shape = (spec.n, *spec.in_spatial, spec.groups // picks.merge_g * whole)
-    staged = te.compute(shape, value, name="channels_last")
-    return lambda *index: staged(*index)
 
 
 def _gathered(spec: ConvSpec, products: _Products, source: Callable[..., Expr]) -> te.Tensor:
@@ -529,22 +527,6 @@ def _output(spec: ConvSpec, index: Sequence[Expr], oc: int) -> tuple[Expr, Expr,
 # ---- the schedule ------------------------------------------------------------------------------
 
 
-def _divide_among_warps(sch: TirSchedule, picks: Picks) -> tuple[Any, Any, Any]:
-    """A block's tile, divided among warps; returns the loops over blocks, over warps, and over a warp's rows."""
-    tile = sch.get_sblock("tile")
-    part, product, row, column = sch.get_loops(tile)
-    block_row, row = sch.split(row, [None, picks.tile_m])
-    block_column, column = sch.split(column, [None, picks.tile_n])
-    warp_row, row = sch.split(row, [picks.warps_m, None])
-    warp_column, column = sch.split(column, [picks.warps_n, None])
-    sch.reorder(part, product, block_row, block_column, warp_row, warp_column, row, column)
-    block, warp = sch.fuse(part, product, block_row, block_column), sch.fuse(warp_row, warp_column)
-    sch.bind(block, "blockIdx.x")
-    sch.bind(warp, "threadIdx.y")
-    sch.set_scope(tile, 0, "shared.dyn")
-    return block, warp, row
-
-
 def _schedule_stores(sch: TirSchedule, spec: ConvSpec, picks: Picks, block: Any) -> None:
     """What becomes of a block's tile: it is dst, or the part of a sum that another launch adds up to dst."""
     warps, oc = picks.warps_m * picks.warps_n, spec.oc // spec.groups * picks.merge_g
@@ -555,8 +537,8 @@ def _schedule_stores(sch: TirSchedule, spec: ConvSpec, picks: Picks, block: Any)
     if picks.split_k > 1:
         parts = sch.get_sblock("parts")
         sch.reverse_compute_at(parts, block, preserve_unit_loops=True)
-        _within(sch, sch.get_loops(parts)[1:], warps, 4)
-        thread = _spread(sch, sch.get_loops(dst), lanes)
+        among_threads(sch, sch.get_loops(parts)[1:], warps, 4)
+        thread = spread(sch, sch.get_loops(dst), lanes)
     else:
         for follower in (finished, dst):
             sch.reverse_compute_at(follower, block, preserve_unit_loops=True)
@@ -564,7 +546,7 @@ def _schedule_stores(sch: TirSchedule, spec: ConvSpec, picks: Picks, block: Any)
         if spec.layout == "nchw":  # its rows are pixels
             sch.reorder(column, row)
             row, column = column, row
-        thread = _within(sch, [*outer, row, column], warps, lanes)
+        thread = among_threads(sch, [*outer, row, column], warps, lanes)
     if single:  # TVM takes what threads read for as much as there are threads, not channels of one pixel
         sch.compute_inline(finished)
         return
@@ -589,37 +571,6 @@ def _give_own_axes(sch: TirSchedule, spec: ConvSpec, dst: Any, oc: int) -> None:
     sch.transform_layout(dst, ("write", 0), tirx.IndexMap.from_func(own_axes, ndim=axes, index_dtype="int32"))
 
 
-def _copy_together(sch: TirSchedule, loops: Sequence[Any], warps: int) -> None:
-    """An operand's step, copied by all threads of a block: ``loops`` are over rows, vectors and lanes."""
-    row, vector, lane = loops
-    _, warp, thread = sch.split(sch.fuse(row, vector), [None, warps, 32], preserve_unit_iters=True)
-    sch.bind(warp, "threadIdx.y")
-    sch.bind(thread, "threadIdx.x")
-    sch.vectorize(lane)
-
-
-def _within(sch: TirSchedule, loops: Sequence[Any], warps: int, lanes: int) -> Any:
-    """A tile's elements among the threads of its block, in vectors; returns a thread's loop."""
-    *rows, last = loops
-    last, lane = sch.split(last, [None, lanes])
-    _, warp, thread = sch.split(sch.fuse(*rows, last), [None, warps, 32])
-    sch.bind(warp, "threadIdx.y")
-    sch.bind(thread, "threadIdx.x")
-    sch.vectorize(lane)
-    return thread
-
-
-def _spread(sch: TirSchedule, loops: Sequence[Any], lanes: int) -> Any:
-    """All elements of a stage among the threads of a launch of its own, in vectors; returns a thread's loop."""
-    *rows, last = loops
-    last, lane = sch.split(last, [None, lanes])
-    blocks, thread = sch.split(sch.fuse(*rows, last), [None, OTHER_THREADS])
-    sch.bind(blocks, "blockIdx.x")
-    sch.bind(thread, "threadIdx.x")
-    sch.vectorize(lane)
-    return thread
-
-
 # ---- sizes -------------------------------------------------------------------------------------
 
 
@@ -630,14 +581,9 @@ def lanes_of(spec: ConvSpec) -> int:
 
 def needs_layout(spec: ConvSpec, picks: Picks) -> bool:
     """Whether a first launch lays out src: channels last, and whole vectors of them."""
-    return spec.layout == "nchw" or spec.ic // spec.groups * picks.merge_g % lanes_of(spec) != 0
+    return not is_whole(spec.src_blocks, spec.groups // picks.merge_g, lanes_of(spec))
 
 
 def _store_lanes(spec: ConvSpec, oc: int) -> int:
     """Elements that are stored together, where a group has ``oc`` channels."""
     return 1 if spec.layout == "nchw" else math.gcd(lanes_of(spec), oc)
-
-
-def _warp(picks: Picks) -> tuple[int, int]:
-    """Rows and columns of a warp's tile."""
-    return picks.tile_m // picks.warps_m, picks.tile_n // picks.warps_n

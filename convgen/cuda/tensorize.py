@@ -70,6 +70,13 @@ def mma(kind: str, dtype: str, rows: int, cols: int) -> str:
     return _product(f"cg_mma_tile<cg_{kind}, {rows}, {cols}>", dtype, rows, cols, STEP // VECTOR)
 
 
+def mma_across(kind: str, dtype: str, rows: int, cols: int) -> str:
+    """As :func:`mma`, of operands whose reduction goes down: ``sums[i, j] += a[k, i] * b[k, j]`` over a step, which is
+    as many ``k`` as 32 bytes have elements; ``i`` and ``j`` are vectors of 16 bytes, and lanes of these.
+    """
+    return _product_across(f"cg_mma_across<cg_{kind}, {rows}, {cols}>", dtype, rows, cols)
+
+
 def wgmma(kind: str, dtype: str, cols: int) -> str:
     """As :func:`mma`, over a step of 128 bytes; each of the four warps of a warpgroup has 16 rows."""
     return _product(f"cg_wgmma_tile<cg_{kind}, {cols}>", dtype, 16, cols, ROW // VECTOR)
@@ -111,6 +118,68 @@ def _product(function: str, dtype: str, rows: int, cols: int, vectors: int) -> s
         )
         with T.sblock("root"):
             T.reads(sums[0:rows, 0:cols], left[0:rows, 0:vectors, 0:lanes], right[0:cols, 0:vectors, 0:lanes])
+            T.writes(sums[0:rows, 0:cols])
+            T.evaluate(
+                T.call_extern(
+                    "void",
+                    function,
+                    sums.access_ptr("rw"),
+                    left.access_ptr("r"),
+                    a0 * size,
+                    right.access_ptr("r"),
+                    b0 * size,
+                )
+            )
+
+    return _registered(f"convgen {function} {dtype}", description, implementation)
+
+
+@functools.cache
+def _product_across(function: str, dtype: str, rows: int, cols: int) -> str:
+    """The intrinsic of :func:`mma_across`; the function takes what :func:`_product` says."""
+    from tvm.script import tirx as T  # noqa: N812
+
+    size, stored, summed = BYTES[dtype], STORED[dtype], sums_of(dtype)
+    depth, lanes = STEP // size, VECTOR // size
+
+    def wide(value: Any) -> Any:
+        return value.astype(summed)
+
+    @T.prim_func(s_tir=True, private=True)
+    def description(c: T.handle, a: T.handle, b: T.handle) -> None:
+        sums = T.match_buffer(c, (rows, cols), summed, offset_factor=1, scope="local")
+        left = T.match_buffer(a, (depth, rows // lanes, lanes), stored, offset_factor=1, scope="shared.dyn")
+        right = T.match_buffer(b, (depth, cols // lanes, lanes), stored, offset_factor=1, scope="shared.dyn")
+        with T.sblock("root"):
+            T.reads(
+                sums[0:rows, 0:cols],
+                left[0:depth, 0 : rows // lanes, 0:lanes],
+                right[0:depth, 0 : cols // lanes, 0:lanes],
+            )
+            T.writes(sums[0:rows, 0:cols])
+            for i, j, k in T.grid(rows, cols, depth):
+                with T.sblock("product"):
+                    vi, vj, vk = T.axis.remap("SSR", [i, j, k])
+                    sums[vi, vj] = sums[vi, vj] + wide(left[vk, vi // lanes, vi % lanes]) * wide(
+                        right[vk, vj // lanes, vj % lanes]
+                    )
+
+    @T.prim_func(s_tir=True, private=True)
+    def implementation(c: T.handle, a: T.handle, b: T.handle) -> None:
+        a0, a1, b0, b1 = T.int32(), T.int32(), T.int32(), T.int32()
+        sums = T.match_buffer(c, (rows, cols), summed, offset_factor=1, scope="local")
+        left = T.match_buffer(
+            a, (depth, rows // lanes, lanes), stored, offset_factor=1, scope="shared.dyn", strides=[a0, a1, 1]
+        )
+        right = T.match_buffer(
+            b, (depth, cols // lanes, lanes), stored, offset_factor=1, scope="shared.dyn", strides=[b0, b1, 1]
+        )
+        with T.sblock("root"):
+            T.reads(
+                sums[0:rows, 0:cols],
+                left[0:depth, 0 : rows // lanes, 0:lanes],
+                right[0:depth, 0 : cols // lanes, 0:lanes],
+            )
             T.writes(sums[0:rows, 0:cols])
             T.evaluate(
                 T.call_extern(

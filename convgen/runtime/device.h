@@ -78,6 +78,23 @@ CG_DEVICE void cg_ldmatrix(uint32_t (&r)[2], const void *row)
                  : "r"(cg_shared_address(row))
                  : "memory");
 }
+
+/* The same matrices, each transposed. */
+CG_DEVICE void cg_ldmatrix_trans(uint32_t (&r)[4], const void *row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(cg_shared_address(row))
+                 : "memory");
+}
+
+CG_DEVICE void cg_ldmatrix_trans(uint32_t (&r)[2], const void *row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(cg_shared_address(row))
+                 : "memory");
+}
 #endif
 
 #if __CUDA_ARCH__ >= 800
@@ -304,6 +321,51 @@ CG_DEVICE void cg_mma_tile(Sum *acc, const void *a, int lda, const void *b, int 
     }
     if constexpr (N % 2)
         cg_ldmatrix(y[N - 1], right + (N - 1) * 8 * ldb);
+#pragma unroll
+    for (int i = 0; i < M; ++i)
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+            T::mma(acc + (i * N + j) * 4, x[i], y[j]);
+}
+
+/* acc += a^T b, the reduction going down; a is 32 / T::bytes rows of ROWS elements, b as many of COLS, which are lda
+ * and ldb bytes apart. Where that is 16 more than whole 128 bytes, of elements of four bytes 32 more, no bank is met
+ * twice. */
+template <class T, int ROWS, int COLS, class Sum>
+CG_DEVICE void cg_mma_across(Sum *acc, const void *a, int lda, const void *b, int ldb)
+{
+    constexpr int M = ROWS / 16, N = COLS / 8;
+    const int lane = cg_lane();
+    uint32_t x[M][4], y[N][2];
+    if constexpr (T::bytes == 2) {
+        const char *left = (const char *)a + (lane / 16 * 8 + lane % 8) * lda + lane / 8 % 2 * 16;
+        const char *right = (const char *)b + lane % 16 * ldb + lane / 16 * 16;
+#pragma unroll
+        for (int i = 0; i < M; ++i)
+            cg_ldmatrix_trans(x[i], left + i * 32);
+#pragma unroll
+        for (int j = 0; j + 1 < N; j += 2) {
+            uint32_t both[4];
+            cg_ldmatrix_trans(both, right + j * 16);
+            y[j][0] = both[0], y[j][1] = both[1], y[j + 1][0] = both[2], y[j + 1][1] = both[3];
+        }
+        if constexpr (N % 2)
+            cg_ldmatrix_trans(y[N - 1], (const char *)b + lane % 16 * ldb + (N - 1) * 16);
+    } else { /* ldmatrix transposes elements of two bytes only */
+        static_assert(T::bytes == 4, "elements of two or four bytes");
+        const char *left = (const char *)a + lane % 4 * lda + lane / 4 * 4;
+        const char *right = (const char *)b + lane % 4 * ldb + lane / 4 * 4;
+#pragma unroll
+        for (int i = 0; i < M; ++i)
+#pragma unroll
+            for (int r = 0; r < 4; ++r)
+                x[i][r] = *(const uint32_t *)(left + i * 64 + r % 2 * 32 + r / 2 * 4 * lda);
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+                y[j][r] = *(const uint32_t *)(right + j * 32 + r * 4 * ldb);
+    }
 #pragma unroll
     for (int i = 0; i < M; ++i)
 #pragma unroll

@@ -717,11 +717,12 @@ static void whole_warp(void *const *lanes, const char *name)
 }
 
 /* One to four 8x8 matrices of 16-bit elements, each row 16 bytes that one lane points to. Lane l receives
- * elements 2 (l % 4) and the next of row l / 4. */
+ * elements 2 (l % 4) and the next of row l / 4; of a matrix that is transposed, these of column l / 4. */
 struct Rows {
     uint32_t *r;
     const void *row;
     int matrices;
+    bool transposed;
 };
 
 static void load(void *const *lanes)
@@ -737,16 +738,22 @@ static void load(void *const *lanes)
         if (!find_shared(row, 16))
             fault("ldmatrix of row %p: expected shared memory", row);
         access(row, 16, false);
-        for (int column = 0; column < 4; ++column)
-            memcpy(&((Rows *)lanes[i % 8 * 4 + column])->r[i / 8], (const char *)row + 4 * column, 4);
+        for (int column = 0; column < 8; ++column) {
+            const bool transposed = ((Rows *)lanes[0])->transposed;
+            const int down = transposed ? column : i % 8, along = transposed ? i % 8 : column;
+            char *const to = (char *)&((Rows *)lanes[down * 4 + along / 2])->r[i / 8];
+            memcpy(to + along % 2 * 2, (const char *)row + 2 * column, 2);
+        }
     }
     running = nullptr;
 }
 
-void load_rows(int line, uint32_t *r, const void *row, int matrices)
+void load_rows(int line, uint32_t *r, const void *row, int matrices, bool transposed)
 {
-    Rows rows = {r, row, matrices};
-    together(matrices == 4 ? "ldmatrix.x4" : "ldmatrix.x2", line, ~0u, &rows, load);
+    Rows rows = {r, row, matrices, transposed};
+    const char *const plain = matrices == 4 ? "ldmatrix.x4" : "ldmatrix.x2";
+    const char *const trans = matrices == 4 ? "ldmatrix.x4.trans" : "ldmatrix.x2.trans";
+    together(transposed ? trans : plain, line, ~0u, &rows, load);
 }
 
 struct Fragments {

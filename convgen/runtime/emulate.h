@@ -63,8 +63,8 @@ void shuffle(const char *name, int line, uint32_t mask, const void *value, void 
 int lane();
 /* Lanes the warp has. */
 int lanes();
-/* One to four 8x8 matrices, as ldmatrix does. */
-void load_rows(int line, uint32_t *r, const void *row, int matrices);
+/* One to four 8x8 matrices, as ldmatrix does, and with .trans each transposed. */
+void load_rows(int line, uint32_t *r, const void *row, int matrices, bool transposed);
 /* D += A B of fragments. */
 void multiply_f16(int line, float *d, const uint32_t *a, const uint32_t *b);
 void multiply_bf16(int line, float *d, const uint32_t *a, const uint32_t *b);
@@ -229,8 +229,16 @@ inline uint32_t cg_to_tf32(uint32_t f32)
     return isinf(x) ? f32 : (f32 + 0x1000) & ~0x1fffu; /* adding to the magnitude: ties go away from zero */
 }
 
-inline void cg_ldmatrix(uint32_t (&r)[4], const void *row, CG_LINE) { emulation::load_rows(line, r, row, 4); }
-inline void cg_ldmatrix(uint32_t (&r)[2], const void *row, CG_LINE) { emulation::load_rows(line, r, row, 2); }
+inline void cg_ldmatrix(uint32_t (&r)[4], const void *row, CG_LINE) { emulation::load_rows(line, r, row, 4, false); }
+inline void cg_ldmatrix(uint32_t (&r)[2], const void *row, CG_LINE) { emulation::load_rows(line, r, row, 2, false); }
+inline void cg_ldmatrix_trans(uint32_t (&r)[4], const void *row, CG_LINE)
+{
+    emulation::load_rows(line, r, row, 4, true);
+}
+inline void cg_ldmatrix_trans(uint32_t (&r)[2], const void *row, CG_LINE)
+{
+    emulation::load_rows(line, r, row, 2, true);
+}
 inline void cg_mma_f16(float *d, const uint32_t (&a)[4], const uint32_t *b, CG_LINE)
 {
     emulation::multiply_f16(line, d, a, b);

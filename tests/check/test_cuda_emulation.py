@@ -180,6 +180,22 @@ def test_rows_of_matrices_go_to_lanes() -> None:
     np.testing.assert_array_equal(result(kernel(body, threads=32), whole_numbers(1), (32, 6), 1), low * 1000 + low + 1)
 
 
+def test_rows_of_transposed_matrices_go_to_lanes() -> None:
+    """PTX ISA, "ldmatrix", ``.trans``: a lane has elements of one column, of two rows."""
+    body = """
+  __shared__ ushort rows[32][8];
+  for (int i = 0; i < 8; ++i) rows[t][i] = t * 8 + i;
+  __syncwarp();
+  uint32_t four[4], two[2];
+  cg_ldmatrix_trans(four, rows[t]);
+  cg_ldmatrix_trans(two, rows[t % 16]);
+  for (int i = 0; i < 4; ++i) dst[t * 6 + i] = (four[i] & 0xffff) * 1000.0f + (four[i] >> 16);
+  for (int i = 0; i < 2; ++i) dst[t * 6 + 4 + i] = (two[i] & 0xffff) * 1000.0f + (two[i] >> 16);"""
+    lanes, matrix = np.arange(32)[:, None], np.array([0, 1, 2, 3, 0, 1])
+    low = matrix * 64 + lanes % 4 * 2 * 8 + lanes // 4
+    np.testing.assert_array_equal(result(kernel(body, threads=32), whole_numbers(1), (32, 6), 1), low * 1000 + low + 8)
+
+
 def test_shuffles() -> None:
     body = """
   float x = t, sum = x;
