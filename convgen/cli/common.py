@@ -21,7 +21,7 @@ from ..lowering.toolchain import check_libc
 from ..measure.standalone.words import one_line, printable
 from ..problem.separable import SEPARABLE
 from ..problem.spec import OPERATORS
-from ..report.words import plural
+from ..report.words import plural, shortened
 
 if TYPE_CHECKING:
     from ..hardware.target import Target
@@ -234,7 +234,7 @@ libc_option = click.option(
     metavar="LIBC",
     callback=_check_libc,
     help="C library that the exported library is for: musl, or the oldest glibc that it runs with, such as glibc-2.28. "
-    "Takes zig: pip install 'convgen[cross]'.  [default: what the C compiler has]",
+    "Takes zig: pip install ziglang.  [default: what the C compiler has]",
 )
 target_option = click.option(
     "--target",
@@ -494,8 +494,8 @@ def note_left_out(reasons: Sequence[str]) -> None:
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Aligned columns; empty ones are left out, and those whose name ends in ``>`` are aligned to the right.
 
-    On a terminal it is as wide as that at most: the widest columns are cut, with ``…``, and where that is not enough
-    the last ones of numbers are left out.
+    On a terminal it is as wide as that at most: the widest columns are cut, with ``…`` where their cells are most
+    alike, and where that is not enough the last ones of numbers are left out.
     """
     texts = [[printable(str(cell)) for cell in row] for row in rows]
     kept = [i for i in range(len(header)) if not texts or any(row[i] for row in texts)]
@@ -505,12 +505,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     shown = _shown(header, widths)
     header, texts = [header[i] for i in shown], [[row[i] for i in shown] for row in texts]
     widths = _cut([widths[i] for i in shown])
-    texts = [
-        [cell if len(cell) <= width else f"{cell[: width - 1]}…" for cell, width in zip(row, widths, strict=True)]
-        for row in texts
-    ]
+    columns = [shortened(column, width) for column, width in zip(zip(*texts, strict=True), widths, strict=True)]
     lines = []
-    for row in texts:
+    for row in zip(*columns, strict=True):
         cells = [
             cell.rjust(width) if name.endswith(">") else cell.ljust(width)
             for name, cell, width in zip(header, row, widths, strict=True)

@@ -10,7 +10,7 @@ from .render import MARKS, render
 from .rows import Row
 from .scale import Scale, Tick
 from .tables import Totals, by_threads, peer_names
-from .words import microseconds, plural
+from .words import microseconds, plural, shortened
 
 #: Sizes in the drawing's units: its width, the space around it, the height of a network's line, and of a panel's name.
 _WIDTH, _MARGIN, _STEP, _HEADING = 760, 24, 27, 34
@@ -98,22 +98,25 @@ def profiles(networks: Sequence[NetworkProfile]) -> str:
     for network in networks:
         top = y + 34
         longest = max((max(step.seconds, step.before or 0.0) for step in network.steps), default=0.0) or 1.0
-        steps = [_step(step, network, longest, top + _LINE * number) for number, step in enumerate(network.steps)]
+        names = shortened([f"{step.name}: {step.computes}" for step in network.steps], _LETTERS)
+        steps = [
+            _step(step, name, network, longest, top + _LINE * number)
+            for number, (step, name) in enumerate(zip(network.steps, names, strict=True))
+        ]
         panels.append({"heading": network.title, "about": network.headline, "y": y, "steps": steps})
         y = top + _LINE * len(steps) + _HEADING
     has_before = any(network.before is not None for network in networks)
     return render("profile.svg", width=_WIDTH, height=y, margin=_MARGIN, panels=panels, has_before=has_before)
 
 
-def _step(step: StepTime, network: NetworkProfile, longest: float, y: int) -> dict[str, Any]:
+def _step(step: StepTime, name: str, network: NetworkProfile, longest: float, y: int) -> dict[str, Any]:
     def wide(seconds: float | None) -> str:
         return f"{(seconds or 0.0) / longest * (_BARS_END - _BARS_BEGIN):.1f}"
 
-    name = f"{step.name}: {step.computes}"
     predicted = f", {microseconds(step.predicted)} µs predicted" if step.predicted is not None else ""
     return {
-        "name": name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…",
-        "told": f"{name}{f' by {step.schedule}' if step.schedule else ''}{predicted}",
+        "name": name,
+        "told": f"{step.name}: {step.computes}{f' by {step.schedule}' if step.schedule else ''}{predicted}",
         "kind": "p0" if step.schedule else "p1",
         "x": _BARS_BEGIN,
         "y": y,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from os.path import commonprefix
 from typing import Any
 
 #: What stands where a figure is missing because nobody took it.
@@ -12,6 +14,45 @@ NOT_MEASURED = "not measured"
 def plural(count: int, noun: str) -> str:
     """``1 layer``, ``2 layers``."""
     return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def shortened(texts: Sequence[str], width: int) -> list[str]:
+    """Texts, each at most so wide, of which those that differ still do where that is possible.
+
+    What is too long loses its middle, or what is left and right of it where the fewest become alike: names of layers
+    begin and end alike, and differ somewhere between.
+    """
+    different = dict.fromkeys(texts)
+    long = [text for text in different if len(text) > width]
+    best: dict[str, str] = {}
+    for way in _ways(long, width) if long else ():
+        made = {text: way(text) if len(text) > width else text for text in different}
+        if len(set(made.values())) > len(set(best.values())):
+            best = made
+        if len(set(best.values())) == len(different):
+            break
+    return [best.get(text, text) for text in texts]
+
+
+def _ways(texts: Sequence[str], width: int) -> Iterator[Callable[[str], str]]:
+    """Ways to cut texts that are all too long, that which reads best first."""
+
+    def without_middle(text: str, kept: int) -> str:
+        return f"{text[:kept]}…{text[len(text) - (width - 1 - kept) :]}" if len(text) > width else text
+
+    splits = sorted(range(width), key=lambda kept: abs(2 * kept + 1 - width))
+    for kept in splits:
+        yield partial(without_middle, kept=kept)
+    head = len(commonprefix(texts))
+    tail = min(len(commonprefix([text[::-1] for text in texts])), min(map(len, texts)) - head)
+
+    def without_ends(text: str, kept: int) -> str:
+        own = len(text) - head - tail
+        start = max(0, head - max(0, width - 2 - own))  # where there is room for it, what stands before it as well
+        return without_middle(f"{'…' * (start > 0)}{text[start : len(text) - tail]}{'…' * (tail > 0)}", kept)
+
+    for kept in splits:
+        yield partial(without_ends, kept=kept)
 
 
 def picks_text(picks: Mapping[str, Any]) -> str:
