@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.message import EncodeError
 
-from ..errors import BuildError, ExportError, UnsupportedError
+from ..errors import BuildError, ExportError, SpecError, UnsupportedError
 from ..folders import TemporaryFolder
 from ..formats.onnx.file import ModelFile
 from ..hardware.target import Target, check_native
@@ -97,7 +97,7 @@ def write_for_onnxruntime(
     """
     check_native(target)
     sizes = every_size(dims or {})
-    path = _checked(source, Path(os.path.abspath(out)))
+    path, library = _checked(source, Path(os.path.abspath(out)))
     name = check_export_name(identifier(path.stem))  # before the minutes that compiling may take
     parts, outside = _parts(source, sizes, name)
     nodes = [PartNode.of(part) for part in parts]
@@ -105,7 +105,6 @@ def write_for_onnxruntime(
     with TemporaryFolder(runs=True) as folder:
         built = _compiled(plans, target, folder, progress)
         nodes = [replace(node, operator=operator(made.code)) for node, made in zip(nodes, built, strict=True)]
-        library = path.with_name(f"lib{path.stem}.so")
         facts = {LIBRARY_KEY: library.name, "convgen.versions": json.dumps(versions(), sort_keys=True)}
         with ModelFile(source) as file:
             # What has one size only is written into the model; the rest stays open.
@@ -147,17 +146,36 @@ def operator(code: Code) -> str:
     return f"{code.name}_{code.identity[:16]}"
 
 
-def _checked(source: str | Path | ModelProto, path: Path) -> Path:
-    """Where to write the model."""
+def _checked(source: str | Path | ModelProto, path: Path) -> tuple[Path, Path]:
+    """Where to write the model, and its library.
+
+    Raises:
+        ExportError: something is there that was not written here.
+    """
     if path.suffix != ".onnx":
         raise ExportError(f"{path}: expected a name that ends in .onnx, found {path.name!r}")
-    for file in (path, path.with_name(f"lib{path.stem}.so")):
+    library = path.with_name(f"lib{path.stem}.so")
+    for file in (path, library):
         if file.exists() and not file.is_file():
             raise ExportError(f"{file}: expected a file or nothing, found a directory")
     is_file = isinstance(source, str | os.PathLike) and path.exists() and os.path.exists(source)
     if is_file and os.path.samefile(source, path):
         raise ExportError(f"{path}: expected another file than the model itself")
-    return path
+    if path.exists() and not _is_written_here(path, library):
+        raise ExportError(f"{path}: expected an earlier model of convgen's or nothing, found another file")
+    if library.exists() and not path.exists():
+        raise ExportError(f"{library}: expected it beside the {path.name} that it belongs to or nothing, found it alone")
+    return path, library
+
+
+def _is_written_here(path: Path, library: Path) -> bool:
+    """Whether a file is a model that was written with a library of that name."""
+    try:
+        with ModelFile(path) as file:
+            entries = {entry.key: entry.value for entry in file.proto.metadata_props}
+    except SpecError:
+        return False
+    return entries.get(LIBRARY_KEY) == library.name
 
 
 def _compiled(

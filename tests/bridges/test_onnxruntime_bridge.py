@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -351,6 +352,28 @@ def test_places_that_cannot_be_written(folder: Path, partly: OnnxRuntimeModel, t
         convgen.for_onnxruntime(whole_model(), tmp_path / "taken.onnx")
     with pytest.raises(UnsupportedError, match="CPU"):
         convgen.for_onnxruntime(whole_model(), tmp_path / "gpu.onnx", target="cuda:sm_80")
+
+
+def test_files_of_others_are_not_overwritten(partly: OnnxRuntimeModel, tmp_path: Path) -> None:
+    """Another model, what is no model, a model that belongs to a library of another name, and a library alone."""
+    onnx.save(whole_model(), tmp_path / "other.onnx")
+    (tmp_path / "notes.onnx").write_text("no model")
+    shutil.copy(partly.model, tmp_path / "renamed.onnx")
+    (tmp_path / "libalone.so").write_bytes(b"a library")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for name in ("other", "notes", "renamed", "alone"):
+        with pytest.raises(ExportError, match=rf"{name}.*: expected .* or nothing, found"):
+            convgen.for_onnxruntime(whole_model(), tmp_path / f"{name}.onnx", threads=1)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_earlier_model_is_written_again(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    for columns in (5, 6):
+        model = model_of(nodes, {"x": (2, 4)}, ["y"], {"w": weights(4, columns)})
+        made = convgen.for_onnxruntime(model, tmp_path / "again.onnx", threads=1)
+        inputs = arrays_for(model)
+        assert furthest(outputs_of(session_of(made), inputs), expected(model, inputs)) < ERROR
 
 
 # ---- the command line --------------------------------------------------------------------------
