@@ -250,7 +250,8 @@ def test_an_exported_program(tmp_path: Path) -> None:
     (name,) = convgen.load(tmp_path / "out").inputs
     made = convgen.load(tmp_path / "out")(**{name: x})
     assert all(isinstance(tensor, Tensor) for tensor in made.values())
-    close(found["features"], next(tensor for tensor in made.values() if tensor.dim() == 4))
+    close(found["features"], made["features"])
+    close(found["scores"], made["scores"])
     for given, message in ((torch.randn(2, 8, 12, 10), "expected .1, 8, 12, 10."), (x.double(), "float64"), (3, "int")):
         with pytest.raises(KernelError, match=message):
             program(given)
@@ -295,6 +296,44 @@ def test_a_wrong_argument_is_no_reason_to_leave_nodes_to_pytorch(
             convgen.compile(source, **wrong)
         said.append(str(raised.value))
     assert said[0] == said[1]
+
+
+class Heads(nn.Module):
+    """Returns by name: one tensor twice, lists, and names that inner nodes, an input and operators of Python have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        body = torch.relu(self.body(x))
+        scores = self.head(body)
+        named = {"class scores": scores, "x": scores.sigmoid(), "conv2d": body, "pyramid": [body + 1, {"2nd": body * 2}]}
+        return {**named, "again": scores}
+
+
+def test_what_is_returned_by_name_is_called_so(tmp_path: Path) -> None:
+    module, x = Heads().eval(), torch.randn(1, 3, 9, 9)
+    with torch.no_grad():
+        right = module(x)
+    program = convgen.compile(torch.export.export(module, (x,)), threads=1, name="heads")
+    assert not program.outside
+    found = program(x)
+    assert found.keys() == right.keys()
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    flat = {
+        "class_scores": right["class scores"],
+        "x_out": right["x"],
+        "conv2d": right["conv2d"],
+        "pyramid_0": right["pyramid"][0],
+        "pyramid_1_2nd": right["pyramid"][1]["2nd"],
+    }
+    program.export(tmp_path / "heads")
+    loaded = convgen.load(tmp_path / "heads")
+    assert set(loaded.outputs) == flat.keys()
+    assert set(loaded.inputs) == {"x"}
+    for name, array in loaded(x.numpy()).items():
+        torch.testing.assert_close(torch.from_numpy(array), flat[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_program_that_is_partly_pytorchs_has_no_library(tmp_path: Path) -> None:

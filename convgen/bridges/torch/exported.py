@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import (
+    GetAttrKey,
+    MappingKey,
+    TreeSpec,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_unflatten,
+)
 
 from ...errors import KernelError, SpecError, UnsupportedError
 from .aten import is_read
@@ -47,6 +55,7 @@ class TorchProgram:
         values = {**program.constants, **program.state_dict}
         weights = {node: values[str(spec.target)] for node, spec in kinds if spec.kind in _WEIGHTS}
         self._tree = program.call_spec
+        _name_outputs(program.graph, self._tree.out_spec)
         self._program = Program(program.graph_module, {**weights, **_attributes(program.graph_module)}, compiled, name)
         self.networks, self.outside = self._program.networks, self._program.outside
         reads = set(self._program.reads)
@@ -88,6 +97,38 @@ class TorchProgram:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.outside.items())
             raise UnsupportedError(f"expected a program that is one network, found {len(self.networks)}: {reasons}")
         return self.networks[0].export(directory, facts=facts)
+
+
+def _name_outputs(graph: fx.Graph, tree: TreeSpec) -> None:
+    """Call what the module returns by names as these are: networks call their outputs as nodes are called.
+
+    ``{"logits": …, "features": [a, b]}`` gives ``logits``, ``features_0`` and ``features_1``. Another node of such a name
+    changes names with it; where that is an input, the output's has ``_out`` behind it.
+    """
+    (output,) = graph.find_nodes(op="output")
+    results: list[Any] = list(output.args[0])
+    paths, _ = tree_flatten_with_path(tree_unflatten(list(range(len(results))), tree))
+    called = {node.name: node for node in graph.nodes}
+    named = set(graph.find_nodes(op="placeholder"))
+    for path, place in paths:
+        node = results[place]
+        if not isinstance(node, fx.Node) or node in named or not any(isinstance(k, MappingKey | GetAttrKey) for k in path):
+            continue
+        name = re.sub(r"\W", "_", "_".join(map(_key, path)))
+        name = f"_{name}" if name[:1].isdigit() else name
+        while called.get(name) in named:
+            name += "_out"
+        if (other := called.get(name)) is not None:
+            other.name = node.name
+            called[other.name] = other
+        node.name = name
+        called[name] = node
+        named.add(node)
+
+
+def _key(step: Any) -> str:
+    """A step into what a module returns: a key, a field or a place."""
+    return str(step.key if isinstance(step, MappingKey) else step.name if isinstance(step, GetAttrKey) else step.idx)
 
 
 def _described(tree: TreeSpec) -> str:
