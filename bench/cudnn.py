@@ -137,7 +137,7 @@ def cudnn_ways(
     try:
         import torch
     except ImportError:
-        yield {}, 'PyTorch is not installed; get it with: pip install "convgen[peers]"'
+        yield {}, "PyTorch is not installed: pip install torch"
         return
     with torch.inference_mode():
         right: dict[str, Callable[[], Any]] = {}

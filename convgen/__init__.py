@@ -100,7 +100,7 @@ def __getattr__(name: str) -> Any:
         if not str(error.name).startswith(f"{__name__}."):
             raise
         found = "found convgen-runtime, which loads compiled libraries and no more"
-        raise ImportError(f"convgen.{name}: expected the whole of convgen (pip install convgen), {found}") from error
+        raise ImportError(f"convgen.{name}: expected the whole of convgen, {found}") from error
     globals()[name] = value
     return value
 

@@ -56,7 +56,7 @@ def network_model(name: str, folder: Path, dims: Mapping[str, int] | None = None
         try:
             from .modules import module, write_module
         except ImportError as error:
-            hint = 'pip install "convgen[peers]"'
+            hint = "pip install '.[peers]'"
             raise UnsupportedError(
                 f"{name}: expected PyTorch, which it is written in, found {error}: {hint}"
             ) from error

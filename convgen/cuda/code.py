@@ -440,7 +440,8 @@ def _compiler() -> Any:
         error, _, _ = nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:  # RuntimeError: the library it loads is missing
         raise UnsupportedError(
-            f"target cuda: expected NVIDIA's compiler library, found none ({error}): pip install 'convgen[cuda]'"
+            f"target cuda: expected NVIDIA's compiler library, found none ({error}): "
+            "pip install 'cuda-bindings<13' nvidia-cuda-nvrtc-cu12"
         ) from error
     return nvrtc
 

@@ -56,9 +56,7 @@ def compiler(arch: str, libc: str | None = None) -> tuple[str, ...]:
     if libc is not None:
         check_libc(libc)
         if (zig := _zig()) is None:
-            raise BuildError(
-                f"libc: {libc} takes the Python package ziglang (pip install 'convgen[cross]'), found none"
-            )
+            raise BuildError(f"libc: {libc} takes the Python package ziglang (pip install ziglang), found none")
         return zig, "cc", "-target", f"{arch}-linux-{libc.replace('glibc-', 'gnu.')}"
     if arch == NATIVE:
         return _tool("CC", "cc")
@@ -69,7 +67,7 @@ def compiler(arch: str, libc: str | None = None) -> tuple[str, ...]:
         return zig, "cc", "-target", f"{arch}-linux-gnu.{_ZIG_GLIBC}"
     raise BuildError(
         f"expected a C compiler for {arch}, found none: install {gcc} (Debian: apt install gcc-{arch}-linux-gnu) "
-        f"or the Python package ziglang (pip install 'convgen[cross]'), or name one in {variable}"
+        f"or the Python package ziglang (pip install ziglang), or name one in {variable}"
     )
 
 

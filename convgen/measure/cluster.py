@@ -46,7 +46,7 @@ class DaskBuilder(Builder):
         try:
             from distributed import Client
         except ImportError as error:
-            raise UnsupportedError("cluster: needs Dask: pip install 'convgen[cluster]'") from error
+            raise UnsupportedError("cluster: needs Dask: pip install distributed") from error
         self.address, self.timeout = address, timeout
         try:
             with interrupts_blocked():

@@ -157,7 +157,7 @@ def compare(
         peer = find_peer(name)
         version = peer.version()
         if version is None:
-            found[name] = Timing(name, None, problem='not installed; get it with: pip install "convgen[peers]"')
+            found[name] = Timing(name, None, problem=f"not installed: pip install {peer.package}")
             continue
         try:
             if vector_bits is not None:

@@ -209,7 +209,7 @@ def profiled(part: Part, profile: Callable[[], Profile]) -> Part:
 def _attempted(part: Part, prepare: Callable[[], None]) -> Part:
     """Whatever fails is the part's problem: libraries fail in their own ways, and that is part of the answer."""
     if part.version is None:
-        part.problem = 'not installed; get it with: pip install "convgen[peers]"'
+        part.problem = f"not installed: pip install {part.library}"
         return part
     try:
         prepare()

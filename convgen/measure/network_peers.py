@@ -217,9 +217,7 @@ def _converted(model: NetworkModel, folder: Path) -> tuple[Path, Path]:
     try:
         program = Path(str(importlib.metadata.distribution("pnnx").locate_file("pnnx/pnnx")))
     except importlib.metadata.PackageNotFoundError:
-        raise UnsupportedError(
-            'pnnx, which converts models for it, is not installed: pip install "convgen[peers]"'
-        ) from None
+        raise UnsupportedError("pnnx, which converts models for it, is not installed: pip install pnnx") from None
     (folder / "model.onnx").write_bytes(model.data)
     shapes = ",".join(f"[{','.join(map(str, array.shape))}]f32" for array in model.inputs.values())
     command = [str(program), "model.onnx", "fp16=0", f"inputshape={shapes}"]

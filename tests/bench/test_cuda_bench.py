@@ -25,7 +25,7 @@ from convgen.lowering.schedule import Candidate
 from convgen.problem.spec import ConvSpec
 from convgen.report.rows import Row
 
-pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install '.[cuda]'")
 
 LAYERS = ["conv2d n1 ic8 oc8 i6x6 k1x1 relu", "conv2d n1 ic16 oc16 i6x6 k3x3 p1"]
 

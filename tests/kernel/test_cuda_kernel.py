@@ -38,7 +38,7 @@ from convgen.problem.spec import ConvSpec
 from convgen.report.rows import measure
 from convgen.tuning.bundle import pack
 
-pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install '.[cuda]'")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to emulate")
 
 TEXT = "conv2d n1 ic8 oc8 i7x6 k3x3 p1 relu residual"

@@ -43,7 +43,7 @@ from convgen.tuning.job import Job
 from convgen.tuning.job_run import JobRun
 from convgen.tuning.tuner import Tuner
 
-pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install '.[cuda]'")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to emulate")
 
 SPEC = ConvSpec.parse("conv2d n1 ic8 oc8 i5x4 k3x3 p1 relu residual")

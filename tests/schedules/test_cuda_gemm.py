@@ -34,7 +34,7 @@ from convgen.lowering.schedule import Candidate, Picks, Schedule
 from convgen.problem.dtypes import distance
 from convgen.problem.spec import ConvSpec
 
-pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install '.[cuda]'")
 
 SCHEDULES = {name: s for name, s in schedules_of("cuda").items() if name.startswith(("cuda_gemm", "cuda_wgmma"))}
 #: Between them: every rank, layout, dtype and feature; pixels and channels beside the tiles; a reduction of one
@@ -226,7 +226,7 @@ def test_the_compiler_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     code._compiler.cache_clear()
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UnsupportedError, match=r"pip install 'convgen\[cuda\]'"):
+    with pytest.raises(UnsupportedError, match="pip install 'cuda-bindings<13' nvidia-cuda-nvrtc-cu12"):
         code._compiler()
 
 

@@ -33,7 +33,7 @@ from convgen.lowering.runtime import source as runtime_source
 from convgen.lowering.schedule import Candidate, Picks
 from convgen.problem.spec import ConvSpec
 
-pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install '.[cuda]'")
 emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to emulate")
 
 SCHEDULE, TARGET = schedules_of("cuda")["cuda_wgmma_persistent"], resolve("cuda:sm_90a")
