@@ -228,7 +228,11 @@ def chosen(kernel: Kernel) -> dict[str, Any]:
 @click.option("--name", metavar="NAME", help="Prefix of the exported C functions, for a single layer.")
 @libc_option
 @weights_option
-@strips_option("auto", "Of a separable problem: rows of the strips in which it is computed; 0: all at once.")
+@strips_option(
+    "auto",
+    "Of a separable problem: rows of the strips in which it is computed; 0: all at once; auto: what tuning found, else "
+    "what suits the caches.",
+)
 @click.option("--no-validate", is_flag=True, help="Export without checking against ONNX Runtime.")
 @json_option
 def build(

@@ -192,11 +192,11 @@ def _refuse_for_onnxruntime(**given: object) -> None:
 def _tune(model: Path, seconds: float, options: dict[str, Any], records: Records) -> list[NetworkTimes]:
     """Tune a model as a whole."""
     from ..network.tuning import ModelTuning
-    from .tune import network_line, tune_whole
+    from .tuned import network_line, run_whole
 
     if records is False:
         raise click.UsageError("--seconds: expected records, where what wins is kept, found --no-records")
-    found = tune_whole(ModelTuning(model, **options), seconds, records)
+    found = run_whole(ModelTuning(model, **options), seconds, records)
     for times in found:
         note(network_line(times))
     return found

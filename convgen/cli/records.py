@@ -15,6 +15,7 @@ import click
 from ..errors import SpecError, meant
 from ..formats.sources import read_specs, split_sources
 from ..measure.standalone.words import printable
+from ..problem.separable import SEPARABLE, SeparableSpec
 from ..problem.spec import ConvSpec
 from ..report.words import picks_text
 from .common import (
@@ -75,6 +76,11 @@ _filters = grouped(
 )
 
 
+def _separable(text: str) -> SeparableSpec | None:
+    """The separable problem that a text is; None where it is something else."""
+    return SeparableSpec.parse(text) if text.partition(" ")[0] in SEPARABLE else None
+
+
 @dataclass(frozen=True)
 class Wanted:
     """Which records a command looks at; None: all."""
@@ -97,10 +103,13 @@ class Wanted:
         """From the values of :data:`_filters`; layers that cannot be read have no records, and are named."""
         from ..hardware.target import resolve
 
-        models, _ = layers_of(split_sources(sources), dims, fits=False)
-        layers = [entry for entries in models for entry in entries]
-        layers += read_specs(spec) if spec else []
-        names = list(dict.fromkeys(entry.spec.descriptor for entry in layers))
+        if separable := _separable(spec or " ".join(sources)):
+            names = [separable.descriptor]
+        else:
+            models, _ = layers_of(split_sources(sources), dims, fits=False)
+            layers = [entry for entries in models for entry in entries]
+            layers += read_specs(spec) if spec else []
+            names = list(dict.fromkeys(entry.spec.descriptor for entry in layers))
         if target is not None and ":" not in target:
             target = resolve(target).spelling
         return cls(names if sources or spec else None, target, threads, schedule)
@@ -125,7 +134,8 @@ class Wanted:
     def answers(self, store: RecordStore) -> Iterator[Answer]:
         """What builds on this machine would use: for the layers asked for, or for all of the store."""
         from ..hardware.target import resolve
-        from ..records.answer import find_record
+        from ..records.answer import Answer, find_record
+        from ..records.strips import best_height
 
         target = resolve(self.target or "cpu")
         problems: dict[str, set[int]] = {}
@@ -133,11 +143,14 @@ class Wanted:
         for name, _, _, count in store.problems(**wanted):
             problems.setdefault(name, set()).add(count)
         for name in problems if self.specs is None else self.specs:
+            counts = problems.get(name, set()) | ({self.threads or target.cores} if self.specs else set())
             try:
+                if separable := _separable(name):
+                    yield from (Answer(best_height(store, separable, target, count)) for count in sorted(counts))
+                    continue
                 spec = ConvSpec.parse(name)
             except SpecError:  # a record of another version
                 continue
-            counts = problems.get(name, set()) | ({self.threads or target.cores} if self.specs else set())
             for count in sorted(counts):
                 answer = find_record(store, spec, target, count, measure=False)
                 if answer.record is None or self.schedule in (None, answer.record.schedule):
@@ -149,7 +162,7 @@ class Wanted:
 
 def _gflops(record: TuningRecord) -> str:
     try:
-        return rate(ConvSpec.parse(record.spec).flops, record.seconds)
+        return rate((_separable(record.spec) or ConvSpec.parse(record.spec)).flops, record.seconds)
     except SpecError:  # of another version
         return "–"
 
@@ -248,11 +261,15 @@ def best(path: Path | None, as_json: bool, **wanted: Any) -> None:
 def show(prefix: str, path: Path | None, as_json: bool) -> None:
     """Show everything about the record whose id begins with ID, and the command that builds its kernel."""
     from ..records.answer import reason_against
+    from ..records.strips import is_height
 
     with _open(path) as store:
         record = store.find(prefix.lower())
     command = ["convgen", "build", *record.spec.split(), "--target", record.target, "--threads", str(record.threads)]
-    command += ["--schedule", record.schedule, *(["--picks", picks_text(record.picks)] if record.picks else [])]
+    if is_height(record):
+        command += ["--strips", str(record.picks.get("rows"))]
+    else:
+        command += ["--schedule", record.schedule, *(["--picks", picks_text(record.picks)] if record.picks else [])]
     reason = reason_against(record)
     if as_json:
         emit(record.to_dict() | {"command": shlex.join(command), "reason_against": reason or None})
@@ -375,8 +392,9 @@ def check(path: Path | None, measure: int | None, seed: int, as_json: bool, **wa
 
 def _measured(which: Wanted, answers: Sequence[Answer], count: int, seed: int) -> list[Checked]:
     from ..hardware.target import resolve
+    from ..records.strips import is_height
 
-    best = [answer.record for answer in answers if answer.record]
+    best = [answer.record for answer in answers if answer.record and not is_height(answer.record)]
     sample = random.Random(seed).sample(best, min(count, len(best)))
     return measured_again(sample, resolve(which.target or "cpu"))
 

@@ -109,6 +109,12 @@ lost             integer    layers of which one won alone and does not pay here
 reason           text       why nothing was timed, or nothing is kept
 whole            flag       whether the seconds are of the whole model
 """,
+    "HEIGHT": """
+height      integer   rows of a strip; 0: no strips
+is_default  flag      whether it is what suits the caches
+seconds     number    of a call
+ratio       [number]  the default's time over this one's: median, low, high
+""",
     "TUNED": """
 names                [text]     the nodes that the layer came from
 models               [text]     the models that have it
@@ -153,6 +159,8 @@ spent_trials   integer          so far, earlier runs included
 skipped        [text]           layers that were left out, and why
 networks       [NETWORK_TIMES]  what models take before and after
 layers         [TUNED]          each layer
+strips?        integer?         of a separable problem: rows of its strips, 0 without strips; null: none is recorded
+heights?       [HEIGHT]         of a separable problem: heights of strips that were timed now
 """
 #: By command; a second document of the same command has a mark behind it.
 DOCUMENTS = {

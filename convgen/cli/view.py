@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..formats.entries import SpecEntry
 from ..measure.standalone.words import one_line
-from ..report.words import plural
+from ..report.words import plural, shortened
 from .common import duration, label, note, rate, say
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.text import Text
 
-    from ..tuning.job_run import JobRun, Layer
+    from ..tuning.job_state import JobState, Layer
     from ..tuning.search import Progress
 
 #: Seconds between two updates: on a terminal, and in a log.
 LIVE_SECONDS, LOG_SECONDS = 0.03, 15.0
+#: Columns that the figures beside a layer's name take.
+_FIGURES = 60
 #: Order in which a job's layers are shown.
 STATES = ("comparing", "searching", "done", "failed", "waiting", "skipped")
 
@@ -195,7 +197,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
-def remaining(run: JobRun) -> str:
+def remaining(run: JobState) -> str:
     """What is left of a job's budget."""
     parts = []
     if run.left is not None:
@@ -217,7 +219,7 @@ class JobView(_Display):
         self._drawn = 0.0
         self._said: dict[int, tuple[str, float | None]] = {}
 
-    def update(self, run: JobRun, layer: Layer) -> None:
+    def update(self, run: JobState, layer: Layer) -> None:
         """Something has happened to a layer."""
         now = time.monotonic()
         if self._live:
@@ -233,7 +235,7 @@ class JobView(_Display):
 
     # ---- drawing ------------------------------------------------------------------------------
 
-    def _facts(self, run: JobRun, layer: Layer) -> list[str]:
+    def _facts(self, run: JobState, layer: Layer) -> list[str]:
         """A log line's parts."""
         state = layer.progress
         facts = [f"{_name(layer)}  {layer.problem.threads}T", layer.state]
@@ -247,7 +249,7 @@ class JobView(_Display):
             facts.append("failed: " + _failures(state))
         return [*facts, layer.reason or remaining(run)]
 
-    def _panel(self, run: JobRun, current: Layer) -> Group:
+    def _panel(self, run: JobState, current: Layer) -> Group:
         from rich import box
         from rich.console import Group
         from rich.progress_bar import ProgressBar
@@ -260,18 +262,20 @@ class JobView(_Display):
             done = min(1.0, run.spent / run.job.seconds)
             lines.append(ProgressBar(total=1.0, completed=done, width=48))
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-        table.add_column("layer", no_wrap=True, overflow="ellipsis", max_width=48)
+        table.add_column("layer", no_wrap=True, overflow="ellipsis")
         for name in ("best", "× default", "× ORT", "trials"):
             table.add_column(name, justify="right", no_wrap=True)
         for name in ("state", "failed"):
             table.add_column(name, no_wrap=True)
-        height = max(3, self._live.console.size.height - 8)
+        size = self._live.console.size
+        height = max(3, size.height - 8)
         order = sorted(run.layers, key=lambda layer: (layer is not current, STATES.index(layer.state), -layer.share))
-        for layer in order[:height]:
+        names = shortened([_name(layer) for layer in order[:height]], max(16, min(48, size.width - _FIGURES)))
+        for layer, name in zip(order, names, strict=False):
             state = layer.progress
             best = state.best if state else None
             cells = [
-                _name(layer) + (f"  {layer.problem.threads}T" if len(run.job.threads) > 1 else ""),
+                name + (f"  {layer.problem.threads}T" if len(run.job.threads) > 1 else ""),
                 f"best {duration(best)}" if layer is current else duration(best),
                 _times(state.default if state else None, best),
                 _times(state.onnxruntime if state else None, best),

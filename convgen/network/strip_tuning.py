@@ -11,7 +11,11 @@ import numpy as np
 
 from ..hardware.machine import pinned
 from ..hardware.target import Target, check_native
+from ..lowering.versions import versions
 from ..measure.standalone.timing import repeats, sample
+from ..problem.separable import SeparableSpec
+from ..records.record import TuningRecord
+from ..records.strips import SCHEDULE, VERSION
 from ..tuning.networks import ROUNDS, whole_ratio, whole_seconds
 from .choice import Choose
 from .network import Network, compile_planned, plan_model
@@ -73,10 +77,38 @@ def strip_times(
     ]
 
 
-def best_height(times: Sequence[StripTime]) -> int:
-    """The height of the fastest of those that are certainly faster than the default; the default's where none is."""
+def fastest(times: Sequence[StripTime]) -> StripTime:
+    """The fastest of those that are certainly faster than the default; the default where none is."""
     faster = [time for time in times if time.ratio[1] > 1]
-    return min(faster or times[:1], key=lambda time: time.seconds).height
+    return min(faster or times[:1], key=lambda time: time.seconds)
+
+
+def height_records(
+    spec: SeparableSpec, target: Target, threads: int, times: Sequence[StripTime]
+) -> list[TuningRecord]:
+    """What was timed of a problem, as a store keeps it (:mod:`convgen.records.strips`)."""
+    won = fastest(times)
+    return [
+        TuningRecord(
+            spec=spec.descriptor,
+            target=target.spelling,
+            hardware=target.hardware,
+            threads=threads,
+            schedule=SCHEDULE,
+            schedule_version=VERSION,
+            picks={"rows": time.height},
+            outcome="ok",
+            seconds=time.seconds,
+            versions=versions(),
+            note={
+                "final": True,
+                "winner": time is won,
+                "default_seconds": times[0].seconds,
+                "ratio_default": list(time.ratio),
+            },
+        )
+        for time in times
+    ]
 
 
 def _rounds(networks: Sequence[Network], threads: int) -> list[list[list[float]]]:

@@ -28,7 +28,8 @@ from ..problem.spec import ConvSpec
 from ..records.opening import Records
 from ..records.store import RecordStore
 from ..tuning.job import Job
-from ..tuning.job_run import JobRun, Layer
+from ..tuning.job_run import JobRun
+from ..tuning.job_state import JobState, Layer
 from ..tuning.networks import ROUNDS, Choice, NetworkTimes
 from ..tuning.search import Search
 from .choice import network_target, recorded_choice
@@ -178,7 +179,7 @@ def tune_model(
     tuning: ModelTuning,
     store: RecordStore | None,
     seconds: float | None,
-    report: Callable[[JobRun, Layer], None] | None = None,
+    report: Callable[[JobState, Layer], None] | None = None,
 ) -> list[NetworkTimes]:
     """Tune a model on this machine; gives what the network takes before and after, at each of its sizes.
 

@@ -35,8 +35,9 @@ from ..lowering.discover import merged_into, schedules
 from ..lowering.discover import schedule as find_schedule
 from ..lowering.schedule import Candidate, Picks
 from ..lowering.versions import versions
+from ..problem.separable import SeparableSpec
 from ..problem.spec import ConvSpec
-from . import shipped
+from . import shipped, strips
 from .doubt import doubt
 from .outcome import Result
 from .record import TuningRecord, trial_key
@@ -124,6 +125,8 @@ def choose(
 
 def has_schedule(record: TuningRecord) -> bool:
     """Whether a record's schedule exists, in the same version."""
+    if strips.is_height(record):
+        return record.schedule_version == strips.VERSION
     try:
         return find_schedule(record.schedule).version == record.schedule_version
     except UnsupportedError:
@@ -361,9 +364,14 @@ def reason_against(record: TuningRecord) -> str:
     if not has_schedule(record):
         return f"{record.schedule} is gone, or no longer has version {record.schedule_version}"
     try:
-        spec, target = ConvSpec.parse(record.spec), resolve(record.target)
+        spec = (SeparableSpec if strips.is_height(record) else ConvSpec).parse(record.spec)
+        target = resolve(record.target)
     except (SpecError, UnsupportedError) as error:
         return str(error)
+    if isinstance(spec, SeparableSpec):
+        if record.hardware != target.hardware:
+            return f"it is of another machine than this, {target.hardware}"
+        return "" if record.versions == versions() else f"it is of {other_versions(record)}"
     if not same_kind(record.hardware, target, record.threads):
         return f"it is of another kind of machine than this, {target.hardware}"
     if record_candidate(record, spec, target) is None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 from ..folders import TemporaryFolder
 from ..hardware.machine import machine
 from ..hardware.target import Target, check_native
-from ..measure.trial import Expected
-from ..measure.workers import LocalBuilder, LocalRunner, Pools
 from ..problem.spec import ConvSpec
 from .journal import Journal
 from .ranker import Ranker
+
+if TYPE_CHECKING:  # what measures is loaded where something is measured: how a job stands is asked without it
+    from ..measure.trial import Expected
+    from ..measure.workers import Pools
 
 #: Layers whose inputs and expected outputs are kept on the disk at once.
 EXPECTED = 4
@@ -57,12 +60,16 @@ class SearchContext:
     @property
     def pools(self) -> Pools:
         if self._pools is None:
+            from ..measure.workers import LocalBuilder, LocalRunner, Pools
+
             self._pools = Pools(LocalBuilder(machine().cores), LocalRunner())
         return self._pools
 
     def expected(self, spec: ConvSpec) -> Expected:
         """Inputs and expected output of a layer in a folder, which is kept for a while."""
         if spec not in self._expected:
+            from ..measure.trial import Expected
+
             self.forget(EXPECTED - 1)
             folder = TemporaryFolder()
             threads = machine().cores if self.target.on_device else self.threads

@@ -1,8 +1,9 @@
 """A tuning job at work.
 
-The records are its only state: it goes on from whatever is in the store, whoever measured it. Time goes where it
-pays: each round of candidates to the layer that is expected to save most of its models' time per second spent on it
-(the idea of a gradient-based task scheduler: Zheng et al., *Ansor*, OSDI 2020, section 6).
+The records are its only state: it goes on from whatever is in the store, whoever measured it. First the default of
+every layer is measured, then that of every other schedule that applies: where a layer is slow, that is usually what is
+wrong. Then time goes where it pays: each round of candidates to the layer that is expected to save most of its models'
+time per second spent on it (the idea of a gradient-based task scheduler: Zheng et al., *Ansor*, OSDI 2020, section 6).
 """
 
 from __future__ import annotations
@@ -10,100 +11,39 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
-from ..errors import BuildError, ConvgenError, MeasureError
-from ..hardware.machine import check_memory
+from ..errors import BuildError, MeasureError
 from ..hardware.target import Target
 from ..interrupts import interrupts_held
 from ..measure.workers import Pools
 from ..problem.spec import ConvSpec
-from ..records.record import TuningRecord
 from ..records.store import RecordStore
-from .context import SearchContext
 from .final import final_comparison
-from .job import Job, Problem
-from .journal import Journal
+from .job import Job
+from .job_state import JobState, Layer
 from .networks import ROUNDS as CHAIN_ROUNDS
-from .networks import NetworkTimes, Timing, contenders, judge_networks
+from .networks import Timing, judge_networks
 from .rounds import round_size, take_rounds
-from .search import Progress, Search
+from .search import Search
 
 #: Seconds that a final comparison takes, before one was made: on one thread, and on several.
 FINAL_GUESS = (2.5, 5.0)
 #: Seconds that judging a network takes beside the rounds of its chains, of which there are so many at most: with the
 #: defaults, with what won, with what came next, and with what is kept beside the defaults.
 NETWORK_GUESS, CHAINS = 2.0, 5
-#: Share of the budget that is kept for final comparisons at most, and that first trials take at most.
-RESERVE, FIRST = 1 / 3, 1 / 2
+#: Share of the budget that is kept for final comparisons at most.
+RESERVE = 1 / 3
 #: Trials that the job's mean cost of one counts as, when a layer's own is estimated.
 TRUST = 4
 
 
-@dataclass
-class Layer:
-    """A problem of a running job.
-
-    Attributes:
-        state: ``waiting``, ``searching``, ``comparing``, ``done``, ``skipped`` (nothing to do) or ``failed``.
-        reason: why it was skipped, or failed.
-        predicted: seconds of its default, before anything was measured.
-    """
-
-    problem: Problem
-    search: Search | None = None
-    state: str = "waiting"
-    reason: str = ""
-    predicted: float = 0.0
-
-    @property
-    def progress(self) -> Progress | None:
-        return self.search.state if self.search else None
-
-    @property
-    def best(self) -> TuningRecord | None:
-        """The winner of the final comparison; before there is one, the fastest trial."""
-        return (self.search.winner or self.search.best) if self.search else None
-
-    @property
-    def share(self) -> float:
-        """Seconds that the layer takes of its models' time."""
-        best = self.search.race.best if self.search else math.inf
-        return self.problem.count * (best if best < math.inf else self.predicted)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether there may be something to search."""
-        return self.search is not None and self.state in ("waiting", "searching") and not self.search.over
-
-    @property
-    def is_compared_alone(self) -> bool:
-        """Whether a tuned candidate has won that was not judged in a network."""
-        return self.search is not None and bool(contenders(self.search))
-
-    @property
-    def is_improved(self) -> bool:
-        """Whether a tuned candidate seems to beat the default."""
-        state = self.progress
-        return bool(state and state.best and (state.default is None or state.best < 0.99 * state.default))
-
-
-class JobRun:
-    """A job at work; between two runs of it only the records remain.
+class JobRun(JobState):
+    """A job at work.
 
     Args:
-        job: what to do.
-        store: where records go; None: they are kept for this run only.
-        pools: who compiles and measures; None: nothing can be measured, only asked how the job stands.
-        report: called after every trial and whenever a layer's state changes.
-        resolve: gives a target's facts.
+        job, store, report, resolve, expected, now: as of a :class:`~convgen.tuning.job_state.JobState`.
+        pools: who compiles and measures.
         timing: what judges the winners in their networks; these networks' chains where None.
-        expected: seconds of layers' defaults that are known better than by prediction.
-        now: the clock, in seconds.
-
-    Attributes:
-        layers: every problem of the job.
-        networks: what the models' layers take one after another, where that was timed in this run.
 
     Raises:
         SpecError, UnsupportedError: a model cannot be read, or a target is unknown or does not run here.
@@ -114,104 +54,18 @@ class JobRun:
         self,
         job: Job,
         store: RecordStore | None,
-        pools: Pools | None = None,
+        pools: Pools,
         *,
-        report: Callable[[JobRun, Layer], None] | None = None,
+        report: Callable[[JobState, Layer], None] | None = None,
         resolve: Callable[[str], Target] | None = None,
         timing: Timing | None = None,
         expected: Mapping[ConvSpec, float] | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._timing, self._expected = timing, expected or {}
-        self.job, self.store, self.pools = job, store, pools
-        self.journal = Journal(store, job.id, now=now)
-        self._report, self._now = report or (lambda run, layer: None), now
-        self.layers = [Layer(problem) for problem in job.problems(resolve)]
-        self.networks: list[NetworkTimes] = []
+        super().__init__(job, store, pools, report=report, resolve=resolve, expected=expected, now=now)
+        self.workers, self._timing = pools, timing
         self._in_networks = {spec for order in job.networks.values() for spec in order}
-        self._contexts: dict[tuple[str, int], SearchContext] = {}
         self._finals: list[float] = []  # what final comparisons took
-        self._running = False
-        for layer in self.layers:
-            target, threads = layer.problem.target, layer.problem.threads
-            key = (target.spelling, threads)
-            if key not in self._contexts:
-                self._contexts[key] = SearchContext(target, threads, self.journal, pools=pools)
-            self._open(layer, self._contexts[key])
-
-    def _open(self, layer: Layer, context: SearchContext) -> None:
-        """Find out where a layer stands."""
-        spec = layer.problem.spec
-        if not spec.n:
-            layer.state, layer.reason = "skipped", "an empty batch: nothing to tune"
-            return
-        try:
-            check_memory(spec)
-            layer.search = search = Search(
-                context,
-                spec,
-                trials=self.job.trials_per_layer,
-                patience=self.job.patience,
-                seed=self.job.seed,
-                exclude=self.job.exclude,
-                progress=lambda _: self._report(self, layer),
-            )
-        except ConvgenError as error:
-            layer.state, layer.reason = "failed", str(error)
-            return
-        default = search.race.default
-        predicted = self._expected.get(spec) or default.schedule.cost(spec.core, context.target)
-        layer.predicted = predicted if predicted < math.inf else 10 * spec.flops / context.target.peak_flops
-        if self._is_answered(search):
-            layer.state, layer.reason = "skipped", "the store has the answer"
-        elif search.over and search.answered:
-            layer.state = "done"
-        elif search.started:
-            layer.state = "searching"
-
-    def _is_answered(self, search: Search) -> bool:
-        """Whether the store has what this job would find out: another job's answer, or an imported one."""
-        if search.winner is None:
-            return False
-        note, asked = search.winner.note or {}, self.job.trials_per_layer
-        left_out = note.get("exclude")
-        if isinstance(left_out, list) and any(name not in self.job.exclude for name in left_out):
-            return False  # not all that may win here took part
-        if asked:
-            return search.state.done >= asked
-        if "recheck" in note:  # it beat the default, and nothing else was tried
-            return False
-        by = note.get("job")
-        return by != self.journal.job if by else search.state.done <= len(search.finals)
-
-    # ---- where it stands ----------------------------------------------------------------------
-
-    @property
-    def _searches(self) -> list[Search]:
-        return [layer.search for layer in self.layers if layer.search]
-
-    @property
-    def spent(self) -> float:
-        """Seconds spent on the job, in all its runs."""
-        kept = sum(search.job_cost for search in self._searches)
-        return kept + (self.journal.uncharged if self._running else 0.0)
-
-    @property
-    def trials(self) -> int:
-        """Trials made for the job, in all its runs."""
-        return sum(search.job_trials for search in self._searches)
-
-    @property
-    def measured(self) -> int:
-        """Trials made in this run."""
-        return sum(search.made for search in self._searches)
-
-    @property
-    def left(self) -> float | None:
-        """Seconds left of the budget; None: there is no limit."""
-        return None if self.job.seconds is None else max(0.0, self.job.seconds - self.spent)
-
-    # ---- running ------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Spend the budget, and compare what was found.
@@ -221,18 +75,16 @@ class JobRun:
             MeasureError: nothing can be measured any more.
             RecordError: the store cannot be read or written.
         """
-        if self.pools is None:
-            raise MeasureError("job: expected workers to run it with, found none")
         with interrupts_held() as interrupts:
-            self.pools.interrupts = interrupts
+            self.workers.interrupts = interrupts
             self.journal.charge()
-            self._running = True
+            self.running = True
 
             def stop() -> bool:
                 return interrupts.came or self._is_spent()
 
             while not interrupts.came:
-                take_rounds(self.pools, self._choose, stop)
+                take_rounds(self.workers, self._choose, stop)
                 if interrupts.came:
                     break
                 finished = [layer for layer in self.layers if self._is_finished(layer)]
@@ -245,15 +97,7 @@ class JobRun:
             self._last_comparisons(lambda: interrupts.came)
             if not interrupts.came:
                 self._judge_networks()
-            self._running = False
-
-    def close(self) -> None:
-        """Give claims and files back; the workers are the caller's."""
-        for search in self._searches:
-            search.close()
-        for context in self._contexts.values():
-            context.close()
-        self.journal.close()
+            self.running = False
 
     def _is_spent(self) -> bool:
         """Whether it is time to compare: the budget is spent, but for what that takes."""
@@ -286,24 +130,27 @@ class JobRun:
 
     def _choose(self) -> tuple[Search, int] | None:
         """The search that a round is to be spent on; None where comparisons are due, or there is none."""
-        pools, job = self.pools, self.job
-        if pools is None or any(self._is_finished(layer) for layer in self.layers):
+        job = self.job
+        if any(self._is_finished(layer) for layer in self.layers):
             return None
-        claimed = sum(search.in_flight for search in self._searches)
+        claimed = sum(search.in_flight for search in self.searches)
         left = math.inf if job.trials is None else job.trials - self.trials - claimed
         candidates = [layer for layer in self.layers if layer.is_open]
-        candidates = [layer for layer in candidates if layer.search and not layer.search.blocked] or candidates
+        candidates = [layer for layer in candidates if not _search(layer).blocked] or candidates
         if left <= 0 or not candidates:
             return None
-        fresh = [layer for layer in candidates if layer.search and not layer.search.started]
-        if fresh and (job.seconds is None or self.spent < FIRST * job.seconds or len(fresh) == len(candidates)):
-            layer, count = max(fresh, key=lambda layer: layer.share), max(pools.builder.workers, 1)
+        opening = [layer for layer in candidates if _search(layer).race.opening]
+        fresh = [layer for layer in opening if not _search(layer).started]
+        if opening:
+            layer = max(fresh or opening, key=lambda layer: layer.share)
+            count = max(self.workers.builder.workers, 1) if fresh else round_size(self.workers)
+            count = min(count, _search(layer).race.opening)
         else:
-            mean = sum(s.job_cost for s in self._searches) / self.trials if self.trials else 1.0
-            layer, count = max(candidates, key=lambda layer: _value(layer, mean)), round_size(pools)
+            mean = sum(s.job_cost for s in self.searches) / self.trials if self.trials else 1.0
+            layer, count = max(candidates, key=lambda layer: _value(layer, mean)), round_size(self.workers)
         if layer.state != "searching":
             layer.state = "searching"
-            self._report(self, layer)
+            self.report(self, layer)
         return _search(layer), int(min(count, left))
 
     def _last_comparisons(self, came: Callable[[], bool]) -> None:
@@ -317,7 +164,7 @@ class JobRun:
                 layer.is_improved
                 or seconds is None
                 or self.spent <= seconds
-                or not any(s.winner for s in self._searches)
+                or not any(s.winner for s in self.searches)
             ):
                 self._compare(layer)
 
@@ -325,15 +172,15 @@ class JobRun:
         """The final comparison of a layer."""
         search = _search(layer)
         layer.state = "comparing"
-        start = self._now()
+        start = self.now()
         try:
             answered = search.answered
             winner = final_comparison(search)
             if not answered and winner is not None:
-                self._finals.append(self._now() - start)
+                self._finals.append(self.now() - start)
         except BuildError as error:
             winner, layer.reason = None, str(error)
-        if self.pools and self.pools.interrupts.came:
+        if self.workers.interrupts.came:
             layer.state = "searching"
             return
         layer.state = "done" if winner else "failed"
@@ -341,17 +188,17 @@ class JobRun:
             layer.reason = layer.reason or "no candidate finished within the budget with the right result"
         if layer.problem.spec not in self._in_networks:
             search.close()
-        self._report(self, layer)
+        self.report(self, layer)
 
     def _judge_networks(self) -> None:
         """Keep of what won only what pays in the models as well, where the order of their layers is known."""
-        for key, context in self._contexts.items():
+        for key, context in self.contexts.items():
             layers = [layer for layer in self.layers if (layer.problem.target.spelling, layer.problem.threads) == key]
             searches = {layer.problem.spec: _search(layer) for layer in layers if layer.search and layer.search.winner}
             judging = [layer for layer in layers if layer.is_compared_alone and layer.problem.spec in self._in_networks]
             self.networks += judge_networks(context, self.job.networks, searches, self._timing)
             for layer in judging:
-                self._report(self, layer)
+                self.report(self, layer)
 
 
 def _value(layer: Layer, mean: float) -> float:

@@ -26,9 +26,8 @@ from .context import SearchContext
 from .final import built, judge
 from .search import GAIN, Search
 
-#: How often each chain runs, and what of a layer takes part beside the default: the winner and one that beat the
-#: default as well.
-ROUNDS, CONTENDERS = 15, 2
+#: How often each chain runs.
+ROUNDS = 15
 
 #: How often a network's rounds are drawn for an interval.
 DRAWS = 200
@@ -111,36 +110,13 @@ class NetworkTimes:
     whole: bool = False
 
 
-def is_judged(record: TuningRecord | None) -> bool:
-    """Whether a comparison's record says how its candidate did in its network."""
-    return record is not None and "network" in (record.note or {})
-
-
-def contenders(search: Search) -> list[Candidate]:
-    """What of a layer is to be judged in its network: of its last comparison the winner, and what was certainly
-    faster than the default beside it; nothing where the default won, or where that was done.
-    """
-    winner, default = search.winner, search.race.default
-    if winner is None or is_judged(winner) or default not in search.finals:
-        return []
-    best = record_candidate(winner, search.spec, search.context.target)
-    if best is None or best == default:
-        return []
-    others = [
-        (record.seconds or math.inf, candidate)
-        for candidate, record in search.finals.items()
-        if candidate not in (best, default) and (against := (record.note or {}).get("ratio_default")) and against[1] > 1
-    ]
-    return [best, *(candidate for _, candidate in sorted(others, key=lambda entry: entry[0]))][:CONTENDERS]
-
-
 def judge_networks(
     context: SearchContext,
     networks: Mapping[str, Sequence[ConvSpec]],
     searches: Mapping[ConvSpec, Search],
     timing: Timing | None = None,
 ) -> list[NetworkTimes]:
-    """Time the networks of which a layer has :func:`contenders`, and keep what pays there.
+    """Time the networks of which a layer has :attr:`~convgen.tuning.search.Search.contenders`, and keep what pays there.
 
     A winner that does not becomes a record that says so, and the default's record answers.
 
@@ -149,7 +125,7 @@ def judge_networks(
         searches: of the layers that were reached, each after its final comparison.
         timing: what times the networks; their chains of convolutions where None.
     """
-    open_layers = {spec: found for spec, search in searches.items() if (found := contenders(search))}
+    open_layers = {spec: found for spec, search in searches.items() if (found := search.contenders)}
     judged = {model: order for model, order in networks.items() if not open_layers.keys().isdisjoint(order)}
     if not judged:
         return []

@@ -13,9 +13,9 @@ import itertools
 import math
 import random
 from collections.abc import Collection, Iterator
+from functools import cached_property
 
-import numpy as np
-
+from ..deferred import np
 from ..errors import Inapplicable, UnsupportedError
 from ..hardware.target import Target
 from ..lowering.candidates import default_candidate
@@ -83,7 +83,6 @@ class Race:
         self._awaited: dict[Candidate, None] = {}
         self._opening = True
         self._hopes = itertools.cycle(HOPES)
-        self._winners = [c for c in self.ranker.similar(self.spec) if c.schedule in self.tried]
 
     def defaults(self) -> list[Candidate]:
         """Every schedule's zero-trial answer; first the one that is taken where nothing was measured."""
@@ -117,6 +116,21 @@ class Race:
     def _take(self, candidates: list[Candidate]) -> None:
         self.seen.update(candidates)
         self._awaited.update(dict.fromkeys(candidates))
+
+    @property
+    def opening(self) -> int:
+        """How many are left to try of what is tried before anything is drawn."""
+        return sum(candidate not in self.seen for candidate in self._openers)
+
+    @cached_property
+    def _openers(self) -> list[Candidate]:
+        """In no order: the default, what won on similar layers, and every schedule's default."""
+        return list(dict.fromkeys([*self.defaults(), *self._winners]))
+
+    @cached_property
+    def _winners(self) -> list[Candidate]:
+        """What won on similar layers, by what was known when the race began to draw."""
+        return [c for c in self.ranker.similar(self.spec) if c.schedule in self.tried]
 
     def _first(self) -> Iterator[Candidate]:
         """What is tried before anything is drawn."""

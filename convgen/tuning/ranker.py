@@ -25,11 +25,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ..deferred import np
 from ..errors import SpecError
 from ..hardware.target import Target
 from ..lowering.discover import schedules
@@ -40,7 +38,10 @@ from ..problem.spec import ConvSpec
 from ..records.record import TuningRecord
 from ..records.store import RecordStore
 
-Array = NDArray[np.float64]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array: TypeAlias = NDArray[np.float64]
 
 #: Records a prediction is computed from: all of the layer's own, then those of the nearest layers.
 NEAREST = 500
@@ -97,7 +98,7 @@ class _Layer:
     threads: int
     hardware: str
     bound: float  # seconds at the nominal peak
-    place: Array  # among the layers, in doublings
+    place: tuple[float, ...]  # among the layers, in doublings
     algorithms: dict[str, _Algorithm] = field(default_factory=dict)
     seconds: dict[Candidate, float | None] = field(default_factory=dict)
     rows: dict[Candidate, _Row] = field(default_factory=dict)
@@ -318,7 +319,7 @@ class Ranker:
             others = [layer for layer in self._layers.values() if layer is not own and (layer.seconds or layer.unread)]
             if not others:
                 return []
-            likeness = _alike(own.place[None], np.stack([layer.place for layer in others]))[0]
+            likeness = _alike(np.array([own.place]), np.array([layer.place for layer in others]))[0]
             order = np.argsort(-likeness, kind="stable")[:NEAREST]
             found = self._order[id(own)] = [(float(likeness[i]), others[i]) for i in order]
         return found
@@ -348,7 +349,7 @@ def _kernel(a: Sequence[tuple[_Layer, _Row]], b: Sequence[tuple[_Layer, _Row]]) 
     """Covariances [a, b] of log-seconds: of layers and schedules, and of the effect of picks, which scales."""
     layers = [np.array([id(layer) for layer, _ in rows]) for rows in (a, b)]
     names = [np.array([row.schedule for _, row in rows]) for rows in (a, b)]
-    alike = _alike(*(np.stack([layer.place for layer, _ in rows]) for rows in (a, b)))
+    alike = _alike(*(np.array([layer.place for layer, _ in rows]) for rows in (a, b)))
     same_layer, same_schedule = layers[0][:, None] == layers[1], names[0][:, None] == names[1]
     near = np.zeros(same_layer.shape)
     for name in np.intersect1d(names[0], names[1]):
@@ -400,7 +401,7 @@ def _extents(spec: ConvSpec) -> dict[str, int]:
     }
 
 
-def _place(spec: ConvSpec, threads: int) -> Array:
+def _place(spec: ConvSpec, threads: int) -> tuple[float, ...]:
     """Where a layer lies among layers: its sizes as logarithms to base 2."""
     out, size = spec.out_spatial, spec.bytes
     sizes = [
@@ -422,7 +423,7 @@ def _place(spec: ConvSpec, threads: int) -> Array:
     ]
     # What makes another layer of it counts as some doublings.
     kinds = [2 * spec.transposed, 2 * _layouts(spec), 2 * BYTES[spec.dtype], spec.residual, spec.rank]
-    return np.array([math.log2(max(s, 1e-9)) for s in sizes] + [float(k) for k in kinds])
+    return (*(math.log2(max(s, 1e-9)) for s in sizes), *map(float, kinds))
 
 
 def _layouts(spec: ConvSpec) -> int:

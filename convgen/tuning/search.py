@@ -7,6 +7,7 @@ rounds (:mod:`convgen.tuning.rounds`); at the end the best are compared (:mod:`c
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -24,8 +25,9 @@ from .race import Race
 
 #: Trials without a gain of 1 % in all after which a layer is done.
 PATIENCE, GAIN = 48, 0.99
-#: How many leaders are compared with the default at the end.
-FINALISTS = 3
+#: How many leaders are compared with the default at the end, and how many of them are then judged in their network
+#: beside it: the winner and one that beat the default as well.
+FINALISTS, CONTENDERS = 3, 2
 
 
 @dataclass
@@ -150,6 +152,24 @@ class Search:
     def answered(self) -> bool:
         """Whether a final comparison has had all that would be compared now."""
         return self.winner is not None and self.finals.keys() >= set(self.leaders())
+
+    @property
+    def contenders(self) -> list[Candidate]:
+        """What is to be judged in a network: of the last comparison the winner, and what was certainly faster than the
+        default beside it; nothing where the default won, or where that was done.
+        """
+        winner, default = self.winner, self.race.default
+        if winner is None or "network" in (winner.note or {}) or default not in self.finals:
+            return []
+        best = record_candidate(winner, self.spec, self.context.target)
+        if best is None or best == default:
+            return []
+        others = [
+            (record.seconds or math.inf, candidate)
+            for candidate, record in self.finals.items()
+            if candidate not in (best, default) and (against := (record.note or {}).get("ratio_default")) and against[1] > 1
+        ]
+        return [best, *(candidate for _, candidate in sorted(others, key=lambda entry: entry[0]))][:CONTENDERS]
 
     # ---- what records say ---------------------------------------------------------------------
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import documents
 import pytest
-import stores
-from commands import SMALL, TINY, Run
+from commands import TINY, Run
 from jsonschema import Draft202012Validator
 from paths import ROOT
 
@@ -41,37 +40,6 @@ def test_a_schema_refuses_what_is_not_described(document: Any, said: str) -> Non
 def test_the_page_is_made_of_the_schema() -> None:
     """`python -m convgen.cli.schema > docs/json.md` writes it."""
     assert (ROOT / "docs" / "json.md").read_text(encoding="utf-8") == page() == topic_text("json")
-
-
-def test_what_is_printed_quickly(run_json: RunJson, tmp_path: Path) -> None:
-    """The fixture compares each with its schema; tests of the slower commands use it too."""
-    net = tmp_path / "net.txt"
-    net.write_text(f"{SMALL}\n{TINY}\n")
-    store, other = tmp_path / "a.sqlite", tmp_path / "b.sqlite"
-    records = stores.some(3)
-    for path in (store, other):
-        stores.fill(path, records)
-    kept = ["--records", store]
-    assert run_json("schedules")
-    assert run_json("targets")
-    assert run_json("help")
-    assert run_json("help", "json")["topic"] == "json"
-    assert run_json("show", SMALL, "--threads", 1)
-    assert run_json("show", net)["convolutions"] == 2
-    assert run_json("show", SMALL, "--ir", "tir", "--schedule", "reference")
-    assert run_json("convert", net, "-o", tmp_path / "net.toml")["layers"] == 2
-    assert len(run_json("records", "list", *kept)) == 3
-    assert run_json("records", "best", *kept) == []
-    assert run_json("records", "show", records[0].id, *kept)["command"]
-    assert run_json("records", "diff", store, other)["common"] == 3
-    assert run_json("records", "check", *kept)["ok"]
-    assert run_json("records", "prune", *kept)["removed"] == 0
-    assert run_json("records", "merge", store, "--records", other)["records"] == 3
-    assert run_json("records", "export", "-o", tmp_path / "a.jsonl", *kept)["exported"] == 3
-    assert run_json("records", "import", tmp_path / "a.jsonl", *kept)["added"] == 0
-    assert run_json("records", "recover", store, tmp_path / "c.sqlite")["saved"] == 3
-    assert run_json("report", store)["settings"]
-    assert run_json("tune", SMALL, "--status", *kept)["layers"]
 
 
 def test_an_untuned_build_says_its_time(run: Run, run_json: RunJson, tmp_path: Path) -> None:

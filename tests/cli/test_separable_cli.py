@@ -15,7 +15,10 @@ from onnx.reference import ReferenceEvaluator
 
 import convgen
 from convgen.check.onnx_separable import random_parameters, separable_model
+from convgen.hardware.target import resolve
+from convgen.network.strip_tuning import StripTime, height_records
 from convgen.problem.separable import SeparableSpec
+from convgen.records.store import RecordStore
 
 SPEC = "separable2d ic8 oc8 i12x10 k3x3 p1x1 nhwc relu"
 
@@ -51,13 +54,68 @@ def test_show_names_the_pairs_of_a_model(run: Run, tmp_path: Path) -> None:
     assert str(spec) in out
 
 
-def test_tune_names_the_command_that_uses_it(run: Run, tmp_path: Path) -> None:
+def test_tune_keeps_the_height_and_names_the_command_that_uses_it(run: Run, tmp_path: Path) -> None:
     store = tmp_path / "records.sqlite"
-    status, _, err = run("tune", SPEC, "--seconds", "0.01", "--threads", "1", "--records", str(store))
+    options = ["--seconds", "0.01", "--threads", "1", "--records", str(store)]
+    status, _, err = run("tune", SPEC, *options)
     assert status == 0, err
     assert "rows of a strip" in err
     assert "no convolution is tuned: more --seconds" in err
-    assert f"next: `convgen build '{SeparableSpec.parse(SPEC)}' --strips " in err
+    assert f"next: `convgen build '{SeparableSpec.parse(SPEC)}' --threads 1 --records {store} --out DIR`" in err
+    status, _, err = run("tune", SPEC, *options)
+    assert status == 0, err
+    assert "rows of a strip" not in err
+
+
+def test_status_and_json_say_the_height(run_json: Callable[..., Any], tmp_path: Path) -> None:
+    store = tmp_path / "records.sqlite"
+    setting = ["--threads", 1, "--records", store]
+    before = run_json("tune", SPEC, "--status", *setting)
+    assert (before["strips"], before["heights"], before["spent_trials"]) == (None, [], 0)
+    assert not store.exists()
+    found = run_json("tune", SPEC, "--seconds", 0.01, *setting)
+    assert [height["is_default"] for height in found["heights"]].count(True) == 1
+    assert found["strips"] in [height["height"] for height in found["heights"]]
+    after = run_json("tune", SPEC, "--status", *setting)
+    assert (after["strips"], after["heights"]) == (found["strips"], [])
+    assert len(after["layers"]) >= 2
+
+
+@pytest.fixture
+def with_height(tmp_path: Path) -> Path:
+    """A store in which strips of four rows have won."""
+    target = resolve("cpu").on(1)
+    ratios = [StripTime(0, True, 2e-5, (1.0, 1.0, 1.0)), StripTime(4, False, 1e-5, (2.0, 1.9, 2.1))]
+    with RecordStore(tmp_path / "heights.sqlite") as store:
+        store.add_all(height_records(SeparableSpec.parse(SPEC), target, 1, ratios))
+        return store.path
+
+
+def test_what_was_found_is_built(run_json: Callable[..., Any], with_height: Path, tmp_path: Path) -> None:
+    options = ["--threads", 1, "--records", with_height, "--out"]
+    cases: list[tuple[list[str], int]] = [([], 6), (["--strips", "0"], 2)]
+    for number, (strips, convolutions) in enumerate(cases):
+        made = run_json("build", SPEC, *options, tmp_path / str(number), *strips)
+        steps = made["manifest"]["sizes"][0]["layers"]
+        assert sum("spec" in step for step in steps) == convolutions  # of twelve rows three strips
+    assert run_json("validate", SPEC, *options[:-1])["passed"]
+
+
+def test_heights_are_records(run: Run, run_json: Callable[..., Any], with_height: Path, tmp_path: Path) -> None:
+    kept = ["--records", with_height]
+    (best,) = run_json("records", "best", *SPEC.split(), "--threads", 1, *kept)
+    assert (best["schedule"], best["picks"]) == ("strips", {"rows": 4})
+    assert run_json("records", "best", *kept) == [best]
+    assert [record["picks"]["rows"] for record in run_json("records", "list", *SPEC.split(), *kept)] == [0, 4]
+    shown = run_json("records", "show", best["id"], *kept)
+    assert shown["command"].endswith("--threads 1 --strips 4")
+    assert shown["reason_against"] is None
+    assert run_json("records", "prune", "--keep", 1, *kept)["reasons"] == {}
+    assert run_json("records", "check", *kept)["not_believed"] == []
+    assert run_json("records", "export", "--best", "-o", tmp_path / "best.jsonl", *kept)["exported"] == 1
+    assert run_json("report", with_height)["settings"]
+    status, out, _ = run("records", "check", "--measure", 3, *kept)
+    assert (status, "0 measured again" in out) == (0, True)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from convgen.cli import common
 from convgen.cli.common import table
-from convgen.cli.tune import brought
+from convgen.cli.tuned import brought
 from convgen.lowering.schedule import Picks
 from convgen.report.words import picks_text
 

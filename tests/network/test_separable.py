@@ -18,7 +18,7 @@ from convgen.formats.keras import specs_from_keras
 from convgen.formats.separable import read_separables
 from convgen.hardware.target import resolve
 from convgen.network.network import Network, compile_planned, plan_model
-from convgen.network.strip_tuning import StripTime, best_height
+from convgen.network.strip_tuning import StripTime, fastest
 from convgen.problem.separable import SeparableSpec
 from convgen.problem.spec import ConvSpec
 
@@ -166,14 +166,14 @@ def test_default_strips_are_where_images_are_large() -> None:
     assert steps[1] == 2
 
 
-def test_best_height_is_certainly_faster() -> None:
+def test_the_best_height_is_certainly_faster() -> None:
     times = [
         StripTime(8, True, 1.0, (1.0, 1.0, 1.0)),
         StripTime(0, False, 0.9, (1.1, 0.99, 1.2)),
         StripTime(4, False, 0.95, (1.05, 1.01, 1.1)),
     ]
-    assert best_height(times) == 4
-    assert best_height(times[:2]) == 8
+    assert fastest(times).height == 4
+    assert fastest(times[:2]).height == 8
 
 
 def test_keras_layers_are_separable_problems(tmp_path: Path) -> None:

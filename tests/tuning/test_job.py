@@ -28,6 +28,7 @@ from convgen.records.record import TuningRecord
 from convgen.records.store import RecordStore
 from convgen.tuning.job import Job
 from convgen.tuning.job_run import JobRun
+from convgen.tuning.job_state import JobState
 
 SMALL = "conv1d n1 ic4 oc4 i20 k3 s1 p0"
 LARGE = "conv2d n1 ic8 oc16 i10x10 k3x3 s1x1 p1x1 relu"
@@ -237,6 +238,22 @@ def test_every_default_comes_first_then_what_pays_most(store: RecordStore, monke
     assert Counter(order)[SLOW] > 2 * Counter(order)[FAST]
 
 
+def test_the_defaults_of_all_schedules_come_before_any_search(
+    store: RecordStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a small budget finds out where the wrong schedule is taken, in all layers."""
+    fake_tuning(monkeypatch, FakeSchedule("taken", cost=1e-3), FakeSchedule("other", cost=2e-3))
+    pools = fake_pools(lambda descriptor, schedule, x: 1e-3 if schedule == "other" else 2e-3)
+    run = JobRun(Job((FAST, SLOW, LARGE), threads=(1,), trials=8), store, pools, now=Clock())
+    run.run()
+    run.close()
+    assert isinstance(pools.runner, FakeRunner)
+    defaults = [(spec, schedule, 0) for spec in (FAST, SLOW, LARGE) for schedule in ("taken", "other")]
+    assert sorted(pools.runner.trials[:6]) == sorted(defaults)
+    assert all(x for _, _, x in pools.runner.trials[6:])
+    assert {layer.best.schedule for layer in run.layers if layer.best} == {"other"}
+
+
 def test_time_goes_where_there_is_something_to_gain(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def speed(descriptor: str, schedule: str, x: int) -> float:
         return gains(descriptor, schedule, x) if descriptor == FAST else 1e-3
@@ -346,7 +363,7 @@ def test_status_measures_nothing(store: RecordStore, monkeypatch: pytest.MonkeyP
     job = Job((FAST, SLOW), threads=(1,), trials=6)
     before, _ = run_job(monkeypatch, job, store)
     count = len(store)
-    run = JobRun(job, store)
+    run = JobState(job, store)
     run.close()
     assert len(store) == count
     assert (run.trials, run.spent) == (6, pytest.approx(before.spent, abs=1.0))

@@ -11,7 +11,7 @@ import pytest
 from fake_tuning import Clock, FakeRunner, FakeSchedule, Speed, fake_pools, fake_tuning
 from tiny_network import chain_model
 
-from convgen.cli.tune import network_line
+from convgen.cli.tuned import network_line
 from convgen.formats.onnx.reader import instances_from_onnx
 from convgen.hardware.target import resolve
 from convgen.measure.workers import LocalBuilder, LocalRunner, Pools
