@@ -164,7 +164,9 @@ def _checked(source: str | Path | ModelProto, path: Path) -> tuple[Path, Path]:
     if path.exists() and not _is_written_here(path, library):
         raise ExportError(f"{path}: expected an earlier model of convgen's or nothing, found another file")
     if library.exists() and not path.exists():
-        raise ExportError(f"{library}: expected it beside the {path.name} that it belongs to or nothing, found it alone")
+        raise ExportError(
+            f"{library}: expected it beside the {path.name} that it belongs to or nothing, found it alone"
+        )
     return path, library
 
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 def run_job(job: Job, records: Records, tuning: ModelTuning | None = None) -> tuple[JobRun, bool, float | None]:
-    """Run a job as far as its budget goes, and show that: the job as it ended, whether Ctrl-C ended it, and the share of
-    the CPUs that other programs had meanwhile; None where nothing was measured here.
+    """Run a job as far as its budget goes, and show that: the job as it ended, whether Ctrl-C ended it, and the share
+    of the CPUs that other programs had meanwhile; None where nothing was measured here.
 
     Args:
         tuning: of a model that is tuned as a whole.

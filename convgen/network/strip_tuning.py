@@ -83,9 +83,7 @@ def fastest(times: Sequence[StripTime]) -> StripTime:
     return min(faster or times[:1], key=lambda time: time.seconds)
 
 
-def height_records(
-    spec: SeparableSpec, target: Target, threads: int, times: Sequence[StripTime]
-) -> list[TuningRecord]:
+def height_records(spec: SeparableSpec, target: Target, threads: int, times: Sequence[StripTime]) -> list[TuningRecord]:
     """What was timed of a problem, as a store keeps it (:mod:`convgen.records.strips`)."""
     won = fastest(times)
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 #: What stands where a figure is missing because nobody took it.
@@ -43,8 +43,8 @@ def _ways(texts: Sequence[str], width: int) -> Iterator[Callable[[str], str]]:
     splits = sorted(range(width), key=lambda kept: abs(2 * kept + 1 - width))
     for kept in splits:
         yield partial(without_middle, kept=kept)
-    head = len(commonprefix(texts))
-    tail = min(len(commonprefix([text[::-1] for text in texts])), min(map(len, texts)) - head)
+    head = _alike(texts)
+    tail = min(_alike([text[::-1] for text in texts]), min(map(len, texts)) - head)
 
     def without_ends(text: str, kept: int) -> str:
         own = len(text) - head - tail
@@ -53,6 +53,11 @@ def _ways(texts: Sequence[str], width: int) -> Iterator[Callable[[str], str]]:
 
     for kept in splits:
         yield partial(without_ends, kept=kept)
+
+
+def _alike(texts: Sequence[str]) -> int:
+    """With how many letters all texts begin alike."""
+    return sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False)))
 
 
 def picks_text(picks: Mapping[str, Any]) -> str:

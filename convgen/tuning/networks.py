@@ -116,7 +116,7 @@ def judge_networks(
     searches: Mapping[ConvSpec, Search],
     timing: Timing | None = None,
 ) -> list[NetworkTimes]:
-    """Time the networks of which a layer has :attr:`~convgen.tuning.search.Search.contenders`, and keep what pays there.
+    """Time the networks of which a layer has contenders (:class:`~convgen.tuning.search.Search`), and keep what pays.
 
     A winner that does not becomes a record that says so, and the default's record answers.
 

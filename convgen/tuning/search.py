@@ -167,7 +167,9 @@ class Search:
         others = [
             (record.seconds or math.inf, candidate)
             for candidate, record in self.finals.items()
-            if candidate not in (best, default) and (against := (record.note or {}).get("ratio_default")) and against[1] > 1
+            if candidate not in (best, default)
+            and (against := (record.note or {}).get("ratio_default"))
+            and against[1] > 1
         ]
         return [best, *(candidate for _, candidate in sorted(others, key=lambda entry: entry[0]))][:CONTENDERS]
 

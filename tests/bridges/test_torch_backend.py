@@ -308,7 +308,12 @@ class Heads(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Any]:
         body = torch.relu(self.body(x))
         scores = self.head(body)
-        named = {"class scores": scores, "x": scores.sigmoid(), "conv2d": body, "pyramid": [body + 1, {"2nd": body * 2}]}
+        named = {
+            "class scores": scores,
+            "x": scores.sigmoid(),
+            "conv2d": body,
+            "pyramid": [body + 1, {"2nd": body * 2}],
+        }
         return {**named, "again": scores}
 
 

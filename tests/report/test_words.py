@@ -26,7 +26,11 @@ def test_what_differs_still_does(names: list[str], width: int) -> None:
 
 
 def test_both_ends_stay_where_that_is_enough() -> None:
-    assert shortened(["layer", "a_long_name_of_one", "a_long_name_of_two"], 11) == ["layer", "a_lon…f_one", "a_lon…f_two"]
+    assert shortened(["layer", "a_long_name_of_one", "a_long_name_of_two"], 11) == [
+        "layer",
+        "a_lon…f_one",
+        "a_lon…f_two",
+    ]
     assert shortened(["short", "names"], 5) == ["short", "names"]
     assert shortened([], 5) == []
 

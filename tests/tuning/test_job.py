@@ -469,7 +469,7 @@ def test_hours_stay_flat_in_memory(hours: int, tmp_path: Path, monkeypatch: pyte
     job = Job(models, threads=(1,), seconds=hours * 3600.0, patience=100_000)
     sizes: list[tuple[int, int]] = []
 
-    def report(run: JobRun, layer: Any) -> None:
+    def report(run: JobState, layer: Any) -> None:
         if run.measured % 250 == 0:
             sizes.append((run.measured, tracemalloc.get_traced_memory()[0]))
 

@@ -102,8 +102,8 @@ class TorchProgram:
 def _name_outputs(graph: fx.Graph, tree: TreeSpec) -> None:
     """Call what the module returns by names as these are: networks call their outputs as nodes are called.
 
-    ``{"logits": …, "features": [a, b]}`` gives ``logits``, ``features_0`` and ``features_1``. Another node of such a name
-    changes names with it; where that is an input, the output's has ``_out`` behind it.
+    ``{"logits": …, "features": [a, b]}`` gives ``logits``, ``features_0`` and ``features_1``. Another node of such a
+    name changes names with it; where that is an input, the output's has ``_out`` behind it.
     """
     (output,) = graph.find_nodes(op="output")
     results: list[Any] = list(output.args[0])
@@ -112,7 +112,8 @@ def _name_outputs(graph: fx.Graph, tree: TreeSpec) -> None:
     named = set(graph.find_nodes(op="placeholder"))
     for path, place in paths:
         node = results[place]
-        if not isinstance(node, fx.Node) or node in named or not any(isinstance(k, MappingKey | GetAttrKey) for k in path):
+        has_key = any(isinstance(step, MappingKey | GetAttrKey) for step in path)
+        if not isinstance(node, fx.Node) or node in named or not has_key:
             continue
         name = re.sub(r"\W", "_", "_".join(map(_key, path)))
         name = f"_{name}" if name[:1].isdigit() else name
