@@ -418,8 +418,7 @@ class _Reader:
             if shape is None:
                 raise SpecError("input_shape", "build_config.input_shape, or one given", "none", where)
             shape = _with_batch(shape, _rank(name), where)
-            if not self.given:
-                _check_channels(layer, shape, where)
+            _check_channels(layer, shape, where)
             return self._convolution(name, _config(layer), shape, where)
         except (SpecError, UnsupportedError) as error:
             self._refuse(error)

@@ -138,6 +138,10 @@ def test_channels_that_contradict_the_layers_before_are_refused() -> None:
     built["build_config"] = {"input_shape": [None, 32, 32, 4]}
     with pytest.raises(SpecError, match="layer c: input_shape: expected 4 channels, as it was built with, found 3"):
         read(model([source(), built], ["x"], ["c"]))
+    with pytest.raises(SpecError, match="layer c: input_shape: expected 4 channels, as it was built with, found 5"):
+        specs_from_keras(model([source(), built], ["x"], ["c"]), (32, 32, 5))
+    (spec,) = specs_from_keras(model([source(), built], ["x"], ["c"]), (48, 48, 4))
+    assert (spec.ic, spec.in_spatial) == (4, (48, 48))
 
 
 def test_nodes_that_go_round_have_no_shapes() -> None:

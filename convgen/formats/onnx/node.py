@@ -69,7 +69,9 @@ def why_unread(node: NodeProto) -> str:
     if reason := _REASONS.get(node.op_type):
         return f"{reason}; no layer has that"
     domain = node.domain or "ai.onnx"
-    return f"an operator of the domain {domain!r}, {_DOMAINS.get(domain, 'which is not known here')}"
+    ends = [a.s.decode(errors="replace") for a in node.attribute if a.name == "activation"]
+    what = f"{domain!r} that ends with {ends[0]!r}" if ends else repr(domain)
+    return f"an operator of the domain {what}, {_DOMAINS.get(domain, 'which is not known here')}"
 
 
 # ---- what a node means ------------------------------------------------------------------------

@@ -40,18 +40,27 @@ class Stored:
 
 
 def dequantised(scope: Scope, name: str) -> Stored | None:
-    """What a value was before the DequantizeLinear that computes it; None where another node does."""
+    """What a value was before the DequantizeLinear that computes it; None where another node does, or where constants
+    are scaled block by block: what these give are floats, which no layer of integers has.
+    """
     index = scope.producers.get(name)
     node = scope.nodes[index] if index is not None else None
     if node is None or node.op_type != "DequantizeLinear" or node.domain not in ROOTS:
         return None
+    if _is_blocked(node) and scope.constant(node.input[0]):
+        return None
     return _stored(node, node.input[0])
+
+
+def _is_blocked(node: NodeProto) -> bool:
+    """Whether a QuantizeLinear or DequantizeLinear node has a scale for each block."""
+    return any(a.name == "block_size" and a.i for a in node.attribute)
 
 
 def _stored(node: NodeProto, name: str) -> Stored:
     """The integers ``name`` of a QuantizeLinear or DequantizeLinear node."""
     attributes = {a.name: a.i for a in node.attribute}
-    if attributes.get("block_size", 0):
+    if _is_blocked(node):
         raise UnsupportedError(f"{node.op_type} {node.name!r}: scales of blocks are not supported")
     return Stored(name, node.input[1], node.input[2] if len(node.input) > 2 else "", attributes.get("axis", 1))
 

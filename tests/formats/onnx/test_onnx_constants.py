@@ -92,6 +92,7 @@ NORMS = {
     "padded": "v = Pad(small, around)",
     "resized": "v = Resize(small, , , sizes)",
     "a sum": "u = ConstantOfShape(shape) v = Add(u, w)",
+    "scales of blocks": "v = DequantizeLinear<axis=1, block_size=3>(w8, blocks)",
 }
 SMALL: dict[str, Any] = {
     "axes": np.array([1, 2, 3]),
@@ -111,12 +112,14 @@ SMALL: dict[str, Any] = {
     "around": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
     "sizes": np.array([4, 3, 3, 3]),
     "shape": np.array([4, 3, 3, 3]),
+    "w8": RNG.integers(-9, 9, (4, 3, 3, 3)).astype(np.int8),
+    "blocks": RNG.uniform(0.1, 1, (4, 1, 3, 3)).astype(np.float32),
 }
 
 
 @pytest.mark.parametrize("what", NORMS)
 def test_weights(what: str) -> None:
-    made = model(f"{NORMS[what]} y = Conv(x, v)", **SMALL)
+    made = model(f"{NORMS[what]} y = Conv(x, v)", 21 if "block_size" in NORMS[what] else 18, **SMALL)
     layer = read(made)
     (expected,) = run_onnx(made, ["v"], {"x": np.zeros((1, 3, 9, 9), np.float32)})
     np.testing.assert_array_equal(layer.arrays["weights"], expected)

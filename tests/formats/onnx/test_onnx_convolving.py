@@ -212,7 +212,7 @@ NAMED = {
     "aten": (node("conv_transpose2d", "c w2", "y", "aten"), "an operator of the domain 'aten'"),
     "nchwc": (node("Conv", "c w2", "y", "com.microsoft.nchwc"), "blocked for one processor"),
     "NhwcConv": (node("NhwcConv", "c w2", "y"), "an operator of the domain 'com.microsoft'"),
-    "a fused one of tomorrow": (node("FusedConv", "c w2", "y", activation="Swish"), "of the domain 'com.microsoft'"),
+    "a fused one of tomorrow": (node("FusedConv", "c w2", "y", activation="Swish"), "that ends with 'Swish', which is"),
     "padded at run time": (node("ConvTransposeWithDynamicPads", "c w2", "y"), "its padding is given when it runs"),
 }
 
