@@ -175,11 +175,12 @@ def compile(  # noqa: A001
     Args:
         source: a path or a model, of f32 tensors of known shapes, whose weights are constants; or an exported program
             of PyTorch, of which nodes that are not taken stay PyTorch's.
-        target: ``cpu`` or ``cpu:<LLVM processor>``; one that runs here.
-        threads: threads that it runs on; all cores by default.
+        target: ``cpu`` or ``cpu:<LLVM processor>``; ``cuda`` or an architecture such as ``cuda:sm_90a``, of models of
+            floats: the network then takes arrays on the GPU.
+        threads: threads that it runs on; all cores by default. On a GPU it means nothing.
         dims: sizes of symbolic dimensions, ``{"N": 1}``; with several, ``{"N": (1, 4, 16)}``, the network computes
             with each of them, by the inputs' shapes.
-        accuracy: of its convolutions: ``strict``, ``standard``, ``relaxed`` or ``bf16``.
+        accuracy: of its convolutions: ``strict``, ``standard``, ``relaxed``, ``tf32`` or ``bf16``.
         strips: rows of the strips in which depthwise convolutions and the 1×1 convolutions after them are computed,
             which takes less memory, and where images are large, less time; None: as many as suit the caches.
         seconds: for which a model is first tuned as a whole, earlier runs included; kernels that make the running

@@ -127,6 +127,9 @@ def compile_model(
     With another processor as --target, such as cpu:cortex-a72, it is compiled for that one, and checked in QEMU against
     ONNX Runtime; where QEMU is missing, it is said so.
 
+    With a GPU as --target, such as cuda:sm_90a, networks are of floats, and the folder has no example. Whether it is
+    right `convgen validate --whole` tells, on that GPU or, slowly, emulated.
+
     With --for onnxruntime the folder holds an ONNX model and a library of custom operators. What is not taken of the
     model stays in it as it was.
     """
@@ -168,7 +171,8 @@ def compile_model(
             note(f"convgen: {network.name}: {failed.name}: {failed.found}")
             return FAILED
         facts["validation"] = None if report is None else report.to_dict()
-    manifest = network.export(out, facts=facts, libc=libc, example=not no_example)
+    example = not no_example and not network.target.on_device  # of which there is none
+    manifest = network.export(out, facts=facts, libc=libc, example=example)
     taken = time.monotonic() - started
     profiles = timed_steps(network, compiled) if profile is not None else []
     if profile is not None:
@@ -204,6 +208,9 @@ def _tune(model: Path, seconds: float, options: dict[str, Any], records: Records
 
 def _emulated(network: Network, model: Path) -> NetworkReport | None:
     """The checks of a network for another CPU; None, which is said with the reason, where nothing here runs it."""
+    if network.target.on_device:
+        note("convgen: not validated: no such GPU here; `convgen validate --whole` emulates one, slowly")
+        return None
     try:
         return network.validate(model)
     except UnsupportedError as error:

@@ -88,12 +88,9 @@ def generate(lowered: Lowered) -> DeviceSource:
     Raises:
         BuildError: TVM failed.
     """
+    names = [f"packed{i}" for i in range(len(lowered.packed))]
     try:
-        host, device = _split(lowered)
-        text = _cuda_text(device, lowered.target)
-        names = [f"packed{i}" for i in range(len(lowered.packed))]
-        source = _launches(host, device, text, _arguments(lowered, names), _maps(lowered))
-        source = replace(source, text=_bounded(source, lowered.target))
+        source = _generated(lowered.module, lowered.target, _arguments(lowered, names), _maps(lowered))
         return _persistent(source, lowered)
     except BuildError:
         raise
@@ -101,16 +98,40 @@ def generate(lowered: Lowered) -> DeviceSource:
         raise BuildError(f"{lowered.spec.descriptor}: {lowered.candidate} does not compile: {error}") from error
 
 
-def _split(lowered: Lowered) -> tuple[Any, Any]:
-    """``main`` as its host function and its device functions."""
+@interrupts_held()
+def generate_function(module: Any, target: Target) -> DeviceSource:
+    """The CUDA source of a scheduled module's function ``main`` that is not a convolution; its launches' arguments have
+    the names of its buffers.
+
+    Raises:
+        BuildError: TVM failed.
+    """
+    names = [str(parameter.name) for parameter in module["main"].params]
+    try:
+        return _generated(module, target, dict(zip(names, names, strict=True)), {})
+    except BuildError:
+        raise
+    except Exception as error:  # as in generate
+        raise BuildError(f"a pass does not compile: {error}") from error
+
+
+def _generated(module: Any, target: Target, arguments: dict[str, str], maps: dict[str, TensorMap]) -> DeviceSource:
+    """The source of a module's ``main``; ``arguments``: names of its buffers, by those in TIR."""
+    host, device = _split(module, target)
+    source = _launches(host, device, _cuda_text(device, target), arguments, maps)
+    return replace(source, text=_bounded(source, target))
+
+
+def _split(scheduled: Any, target: Target) -> tuple[Any, Any]:
+    """A module's ``main`` as its host function and its device functions."""
     import tvm
     from tvm.s_tir.pipeline import finalize_device_passes
     from tvm.target import Target as TvmTarget
     from tvm.tirx import transform
 
-    target = TvmTarget(json.loads(lowered.target.tvm_config), host="llvm")
+    config = TvmTarget(json.loads(target.tvm_config), host="llvm")
     with tvm.transform.PassContext(opt_level=3, config={"tirx.use_async_copy": True}):
-        module = transform.BindTarget(target)(tvm.IRModule({"main": lowered.module["main"]}))
+        module = transform.BindTarget(config)(tvm.IRModule({"main": scheduled["main"]}))
         module = tvm.ir.transform.Sequential(_passes())(module)
     device = {name: function for name, function in module.functions.items() if name.name_hint != "main"}
     return module["main"], finalize_device_passes()(tvm.IRModule(device))

@@ -191,7 +191,7 @@ class CudaLayer(Loaded):
             KernelError: an argument is not what the layer needs, or the driver refused.
         """
         framework = framework_of(x)
-        handle = framework.current_stream(x) if stream is None else _handle(stream)
+        handle = framework.current_stream(x) if stream is None else stream_handle(stream)
         source = view("x", x, self.device, handle)
         source.check(self._src, TENSOR_ALIGNMENT)
         added = self._added(residual, handle)
@@ -221,7 +221,7 @@ class CudaLayer(Loaded):
             KernelError: it is neither, or there is no memory.
         """
         if self._sizes.workspace:
-            self._own_workspace(_handle(stream))
+            self._own_workspace(stream_handle(stream))
 
     def _added(self, residual: Any, stream: int) -> int | None:
         """The residual's address."""
@@ -257,7 +257,12 @@ class CudaLayer(Loaded):
         return self._workspaces[stream]
 
 
-def _handle(stream: Any) -> int:
+def stream_handle(stream: Any) -> int:
+    """The handle of a stream: of itself, or of an object with ``__cuda_stream__``.
+
+    Raises:
+        KernelError: it is neither.
+    """
     if isinstance(stream, int) and not isinstance(stream, bool):
         return stream
     if hasattr(stream, "__cuda_stream__"):

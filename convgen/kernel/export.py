@@ -322,7 +322,7 @@ def header_text(interface: Interface) -> str:
         lines.append(f" *   workspace {workspace_layout(interface.device)[1]} bytes, aligned to {ALIGNMENT}")
         lines.append(f" * src, residual and dst are aligned to {TENSOR_ALIGNMENT}.")
         constants += byte_constants(interface.name, {"workspace": workspace_layout(interface.device)[1]})
-        own = {"devices": _devices(interface.device), "cuda_types": source("cuda_types.h").strip()}
+        own = {"devices": devices_text(interface.device), "cuda_types": source("cuda_types.h").strip()}
         described = {"tensors": "\n".join(lines), "constants": "\n".join(constants)}
         return filled("header_cuda.template.h", **common, **described, **own)
     fixed, share = round_up(interface.workspace_main), round_up(interface.workspace_task)
@@ -332,7 +332,7 @@ def header_text(interface: Interface) -> str:
     return filled("header.template.h", **common, **described)
 
 
-def _devices(device: DeviceCode) -> str:
+def devices_text(device: DeviceCode) -> str:
     """The GPUs that the images are for, in words."""
     words = []
     for what, _ in device.images:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..errors import BuildError
 from ..hardware.isa import CHECKED
@@ -115,43 +115,67 @@ def workspace_layout(device: DeviceCode) -> tuple[tuple[int, ...], int]:
 
 def _device_source(interface: Interface, device: DeviceCode, host: list[str]) -> list[str]:
     """The lines that describe a kernel with its images and launches; ``host`` are the fields of its host part."""
-    lines, launches = [], []
-    for index in range(len(device.images)):
-        # PTX is a C string, so a zero follows.
-        lines += [
-            f'__asm__(".pushsection .rodata.image{index},\\"a\\"\\n.balign 64\\n"',
-            f'        "convgen_image{index}: .incbin \\"image{index}\\"\\n.byte 0\\n.popsection");',
-            f'extern const unsigned char convgen_image{index}[] __attribute__((visibility("hidden")));',
-        ]
-    images = [f"    {{{_image(what)}, convgen_image{i}}}," for i, (what, _) in enumerate(device.images)]
-    for index, launch in enumerate(device.launches):
-        taken = ", ".join(_argument(interface, device, name, launch.maps.get(name)) for name in launch.arguments)
-        lines.append(f"static const convgen_cuda_argument arguments{index}[] = {{{taken}}};")
-        launches.append(f"    {_launch(launch, index)},")
+
+    def place(name: str) -> tuple[str, int]:
+        match = re.fullmatch(r"(src|residual|dst|packed|workspace)(\d*)", name)
+        offsets = {"packed": interface.packed_offsets, "workspace": workspace_layout(device)[0]}
+        tensor, part = (match[1], match[2]) if match else (name, "")
+        known = range(len(offsets[tensor])) if tensor in offsets else None
+        if match is None or (part == "") != (known is None) or (known is not None and int(part) not in known):
+            raise BuildError(f"launch: expected the argument src, residual, packed0, workspace0 or dst, found {name!r}")
+        return f"CONVGEN_{tensor.upper()}", offsets[tensor][int(part)] if part else 0
+
+    lines, code = device_code_source(device, "", place)
     return [
         *lines,
-        "",
-        "static const convgen_cuda_image images[] = {",
-        *images,
-        "};",
-        "",
-        "static const convgen_cuda_launch launches[] = {",
-        *launches,
-        "};",
-        "",
-        "static convgen_cuda_state state = {PTHREAD_MUTEX_INITIALIZER, 0};",
-        "",
         "static const convgen_cuda_kernel kernel = {",
         "    .host = {",
         *(f"    {line}" for line in host),
         "    },",
-        "    .images = images,",
-        f"    .image_count = {len(images)},",
-        "    .launches = launches,",
-        f"    .launch_count = {len(launches)},",
-        "    .state = &state,",
+        f"    .code = {code},",
         "};",
     ]
+
+
+def device_code_source(
+    device: DeviceCode, label: str, place: Callable[[str], tuple[str, int]]
+) -> tuple[list[str], str]:
+    """The lines that describe a device's code, and the ``convgen_cuda_code`` that it is, as C has it.
+
+    Its images are included from files, ``image0`` …, after the label.
+
+    Args:
+        label: part of the names of what the lines define.
+        place: of an argument of a launch, the number of its buffer and where it begins there, in bytes.
+    """
+    lines, launches = [], []
+    for index in range(len(device.images)):
+        symbol, file = f"convgen_image{label}{index}", f"image{label}{index}"
+        # PTX is a C string, so a zero follows.
+        lines += [
+            f'__asm__(".pushsection .rodata.{file},\\"a\\"\\n.balign 64\\n"',
+            f'        "{symbol}: .incbin \\"{file}\\"\\n.byte 0\\n.popsection");',
+            f'extern const unsigned char {symbol}[] __attribute__((visibility("hidden")));',
+        ]
+    images = [f"    {{{_image(what)}, convgen_image{label}{i}}}," for i, (what, _) in enumerate(device.images)]
+    for index, launch in enumerate(device.launches):
+        taken = ", ".join(_argument(*place(name), launch.maps.get(name)) for name in launch.arguments)
+        lines.append(f"static const convgen_cuda_argument arguments{label}{index}[] = {{{taken}}};")
+        launches.append(f"    {_launch(launch, f'{label}{index}')},")
+    lines += [
+        "",
+        f"static const convgen_cuda_image images{label}[] = {{",
+        *images,
+        "};",
+        "",
+        f"static const convgen_cuda_launch launches{label}[] = {{",
+        *launches,
+        "};",
+        "",
+        f"static convgen_cuda_state state{label} = {{PTHREAD_MUTEX_INITIALIZER, 0}};",
+        "",
+    ]
+    return lines, f"{{images{label}, {len(images)}, launches{label}, {len(launches)}, &state{label}}}"
 
 
 def _image(what: str) -> str:
@@ -160,7 +184,7 @@ def _image(what: str) -> str:
     return f"{arch.major}, {arch.minor}, {int(arch.exact)}, {int(arch.virtual)}"
 
 
-def _launch(launch: Launch, index: int) -> str:
+def _launch(launch: Launch, label: str) -> str:
     if len(launch.arguments) > MAX_LAUNCH_ARGUMENTS:
         found = len(launch.arguments)
         raise BuildError(f"{launch.function}: expected at most {MAX_LAUNCH_ARGUMENTS} arguments, found {found}")
@@ -168,19 +192,13 @@ def _launch(launch: Launch, index: int) -> str:
         raise BuildError(f"{launch.function}: expected at most {MAX_LAUNCH_MAPS} maps, found {len(launch.maps)}")
     grid, block = (", ".join(map(str, sizes)) for sizes in (launch.grid, launch.block))
     function, count = launch.function, len(launch.arguments)
-    return f'{{"{function}", {{{grid}}}, {{{block}}}, {launch.shared}, arguments{index}, {count}}}'
+    return f'{{"{function}", {{{grid}}}, {{{block}}}, {launch.shared}, arguments{label}, {count}}}'
 
 
-def _argument(interface: Interface, device: DeviceCode, name: str, tensor_map: TensorMap | None) -> str:
-    """The buffer that an argument of a launch points to or maps, as a ``convgen_cuda_argument``."""
-    match = re.fullmatch(r"(src|residual|dst|packed|workspace)(\d*)", name)
-    offsets = {"packed": interface.packed_offsets, "workspace": workspace_layout(device)[0]}
-    tensor, part = (match[1], match[2]) if match else (name, "")
-    known = range(len(offsets[tensor])) if tensor in offsets else None
-    if match is None or (part == "") != (known is None) or (known is not None and int(part) not in known):
-        raise BuildError(f"launch: expected the argument src, residual, packed0, workspace0 or dst, found {name!r}")
+def _argument(buffer: str, offset: int, tensor_map: TensorMap | None) -> str:
+    """What an argument of a launch points to or maps, as a ``convgen_cuda_argument``."""
     mapped = f"&(const convgen_cuda_map){_map(tensor_map)}" if tensor_map else "0"
-    return f"{{CONVGEN_{tensor.upper()}, {offsets[tensor][int(part)] if part else 0}, {mapped}}}"
+    return f"{{{buffer}, {offset}, {mapped}}}"
 
 
 def _map(tensor_map: TensorMap) -> str:

@@ -12,15 +12,24 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from ..errors import BuildError
 from ..folders import TemporaryFolder, replacing, user_cache
 from .elf import edited
 from .entry import code_digest, entry_source
 from .interface import ALIGNMENT, Interface
-from .runtime import CUDA_SOURCES, CUSTOM_OPS_SOURCES, NETWORK_SOURCES, PACKING_SOURCES, SOURCES, source
+from .runtime import (
+    CUDA_SOURCES,
+    CUSTOM_OPS_SOURCES,
+    DEVICE_NETWORK_SOURCES,
+    NETWORK_SOURCES,
+    PACKING_SOURCES,
+    SOURCES,
+    source,
+)
 from .stack import check_stack
 from .toolchain import NATIVE, architecture, archiver, compiler, run_tool, static_libc
 
@@ -90,6 +99,27 @@ def link_network(
     return _link_numbered(name, entry, functions, NETWORK_SOURCES, out, arch, archive, libc)
 
 
+def link_device_network(
+    name: str,
+    entry: str,
+    images: Mapping[str, bytes],
+    out: Path,
+    *,
+    archive: bool = False,
+    libc: str | None = None,
+) -> Path:
+    """Link a network for a GPU with the runtime and write ``out``, as :func:`link` does for a kernel.
+
+    Args:
+        entry: the C file that describes the network; it includes the images.
+        images: files that it includes, by their names.
+
+    Raises:
+        BuildError: as :func:`link`.
+    """
+    return _link_numbered(name, entry, (), DEVICE_NETWORK_SOURCES, out, NATIVE, archive, libc, images)
+
+
 def link_packers(name: str, functions: Sequence[bytes], out: Path) -> Path:
     """Link what packs weights of some kernels into a shared library with one function, which is not for others' use:
     ``int <name>_pack(int function, const convgen_tensor *tensors, void *const *data, int count, int threads)``.
@@ -126,11 +156,14 @@ def _link_numbered(
     arch: str,
     archive: bool = False,
     libc: str | None = None,
+    included: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
-    """Link functions, which the C file ``entry`` knows by their numbers."""
+    """Link functions, which the C file ``entry`` knows by their numbers; it includes files by their names."""
     try:
         with TemporaryFolder(out.parent) as folder:
             (folder / "entry.c").write_text(entry, encoding="utf-8")
+            for file, content in included.items():
+                (folder / file).write_bytes(content)
             tools = compiler(arch, libc)
             (folder / _RUNTIME).write_bytes(_runtime_object(tools, sources))
             _write_headers(sources, folder)

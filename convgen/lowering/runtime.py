@@ -12,6 +12,11 @@ NETWORK_SOURCES = ("types.h", "network_types.h", "cpu.h", "runtime.h", "network.
 PACKING_SOURCES = ("types.h", "cpu.h", "runtime.h", "pool.c", "kernel.c", "packing.c")
 #: The runtime's C files for a kernel that runs on a GPU.
 CUDA_SOURCES = ("types.h", "cuda_types.h", "cpu.h", "runtime.h", "launch.h", "kernel.c", "launch.c")
+#: Those of a library that runs a whole network on a GPU.
+DEVICE_NETWORK_SOURCES = (
+    *NETWORK_SOURCES,
+    *("cuda_types.h", "launch.h", "launch.c", "network_cuda_types.h", "network_cuda.h", "network_cuda.c"),
+)
 #: Those of a library of ONNX Runtime's custom operators, beside the networks' own.
 CUSTOM_OPS_SOURCES = ("types.h", "network_types.h", "runtime.h", "onnxruntime.h", "pool.c", "onnxruntime.c")
 

@@ -17,16 +17,19 @@ from ..records.opening import Records, open_store
 Choose = Callable[[ConvSpec], Candidate | None]
 
 
-def network_target(target: str | Target, threads: int | None) -> tuple[Target, int]:
+def network_target(target: str | Target, threads: int | None, *, on_device: bool = False) -> tuple[Target, int]:
     """The target of a network, and its threads: all cores where None.
 
+    Args:
+        on_device: whether it may be a GPU.
+
     Raises:
-        UnsupportedError: it is no CPU.
+        UnsupportedError: it is a GPU and may be none.
         SpecError: a wrong number of threads.
     """
     resolved = resolve(target)
-    if resolved.on_device:
-        raise UnsupportedError(f"{resolved}: expected a CPU: networks are compiled for those")
+    if resolved.on_device and not on_device:
+        raise UnsupportedError(f"{resolved}: expected a CPU: for a GPU models are compiled to a library, no more")
     threads = check_threads(threads, resolved)
     return resolved.on(threads), threads
 

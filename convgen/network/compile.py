@@ -17,12 +17,14 @@ from ..errors import BuildError
 from ..folders import TemporaryFolder
 from ..hardware.isa import asked
 from ..hardware.target import Target
-from ..lowering.interface import TensorInfo, boundary, round_up
+from ..lowering.interface import DeviceCode, TensorInfo, boundary, round_up
 from ..lowering.kept import kept, key_of
-from ..lowering.link import link_network
+from ..lowering.link import link_device_network, link_network
 from ..lowering.lower import compile_function, compile_object, compile_packer, lower
 from ..processes import JobError, Worker
 from .choice import Choose
+from .cuda_library import DEVICE_NETWORK_ABI
+from .device import argument_names, compile_for_device, device_entry_source, images_of
 from .layouts import physical
 from .library import NETWORK_ABI, seal
 from .memory import WEIGHTS, Place
@@ -46,6 +48,7 @@ class Built:
         library, weights: files.
         objects: the functions' code.
         entry: the C file.
+        device: of a network on a GPU, the functions' code.
     """
 
     code: Code
@@ -53,6 +56,7 @@ class Built:
     weights: Path
     objects: tuple[bytes, ...]
     entry: str
+    device: tuple[DeviceCode, ...] = ()
 
 
 def compile_plans(
@@ -88,6 +92,8 @@ def compile_plans(
         )
         for plan, at in zip(plans, sections, strict=True)
     ]
+    if target.on_device:
+        return _link_for_device(plans, target, calls, compiled, functions, end, folder)
     objects = tuple(compiled[function].object_file for function in functions)
     code = _described(plans, target, calls, compiled, objects, end)
     entry = entry_source(code)
@@ -98,6 +104,26 @@ def compile_plans(
         sealer = link_network(name, sealer_source(code), (), folder / "sealer.so")
         seal(sealer, name, weights)
     return Built(code, library, weights, objects, entry)
+
+
+def _link_for_device(
+    plans: Sequence[Plan],
+    target: Target,
+    calls: Sequence[tuple[Call, ...]],
+    compiled: Mapping[Function, Compiled],
+    functions: Sequence[Function],
+    weights: int,
+    folder: Path,
+) -> Built:
+    """The library of a network on a GPU, which runs where there is one and knows its weights everywhere."""
+    codes = tuple(made for function in functions if (made := compiled[function].device) is not None)
+    code = _described(plans, target, calls, compiled, [repr(made).encode() for made in codes], weights)
+    names = [argument_names(function, len(compiled[function].packed)) for function in functions]
+    entry = device_entry_source(code, codes, names)
+    library = link_device_network(code.name, entry, images_of(codes), folder / f"lib{code.name}.so")
+    path = folder / f"{code.name}.weights"
+    seal(library, code.name, path)
+    return Built(code, library, path, (), entry, codes)
 
 
 def _described(
@@ -114,6 +140,7 @@ def _described(
     for data in objects:
         digest.update(hashlib.sha256(data).digest())
     name, identity = plans[0].graph.name, digest.hexdigest()[:32]
+    abi = DEVICE_NETWORK_ABI if target.on_device else NETWORK_ABI
     return Code(
         name=name,
         sizes=sizes,
@@ -122,7 +149,7 @@ def _described(
         arch=target.architecture,
         isa=asked(target.isa, _written(compiled)),
         identity=identity,
-        version=f"convgen network ABI {NETWORK_ABI}; {name}; {identity[:16]}",
+        version=f"convgen {'device ' * target.on_device}network ABI {abi}; {name}; {identity[:16]}",
     )
 
 
@@ -157,6 +184,8 @@ def compile_one(function: Function, target: Target) -> Compiled:
     Raises:
         BuildError: TVM or LLVM failed.
     """
+    if target.on_device:
+        return compile_for_device(function, target)
     if not isinstance(function, Product):
         module = lowered(function, target)
         names = [*(f"input{number}" for number in range(len(function.inputs))), "output"]
@@ -223,7 +252,8 @@ def _key(function: Function, target: Target) -> bytes:
     if not isinstance(function, Product):
         return key_of("pass", function, target)
     schedule, picks = function.candidate.schedule, sorted(function.candidate.picks.items())
-    return key_of("product", function.spec, schedule.id, schedule.version, picks, core_of(target), target)
+    core = None if target.on_device else core_of(target)
+    return key_of("product", function.spec, schedule.id, schedule.version, picks, core, target)
 
 
 def _compile_missing(

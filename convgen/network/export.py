@@ -14,7 +14,8 @@ import numpy as np
 from ..errors import ExportError
 from ..folders import TemporaryFolder
 from ..kernel.arrays import Array
-from ..kernel.export import check_destination, move, write_manifest
+from ..kernel.cuda_library import TENSOR_ALIGNMENT
+from ..kernel.export import check_destination, devices_text, move, write_manifest
 from ..kernel.load import MANIFEST
 from ..kernel.names import check_export_name
 from ..kernel.packages import Package, package_files
@@ -27,12 +28,14 @@ from ..kernel.templates import (
     needed_cpu,
     workspace_constant,
 )
-from ..lowering.interface import ABI, ALIGNMENT, TensorInfo
-from ..lowering.link import link_network
+from ..lowering.interface import ABI, ALIGNMENT, DeviceCode, TensorInfo
+from ..lowering.link import link_device_network, link_network
 from ..lowering.runtime import source
 from ..lowering.stack import STACK
 from ..problem.dtypes import BYTES
 from .compile import Built
+from .cuda_library import DEVICE_KIND, DEVICE_NETWORK_ABI
+from .device import images_of
 from .library import KIND, NETWORK_ABI
 from .source import Code, Size
 
@@ -91,7 +94,7 @@ def write_network(
             package = _package(built)
             package.write(folder)
             needs = package.needs(folder / f"lib{code.name}.so", libc)
-            manifest = _manifest(code, layers, needs, facts)
+            manifest = _manifest(code, layers, needs, facts, bool(built.device))
             write_manifest(folder, manifest, [folder / name for name in _file_names(code, example)])
             move(folder, target, code.name)
     except OSError as error:
@@ -118,24 +121,36 @@ def _example_file(kind: str, number: int, size: Size) -> str:
 
 def _package(built: Built) -> Package:
     code = built.code
-    description = f"the network {code.name}"
-    return Package(code.name, f"{ABI}.{NETWORK_ABI}", description, code.arch, weights=f"{code.name}.weights")
+    description, weights = f"the network {code.name}", f"{code.name}.weights"
+    if built.device:
+        version, libraries = f"{ABI}.{DEVICE_NETWORK_ABI}", ("m", "pthread", "dl")
+        return Package(code.name, version, description, code.arch, libraries, weights=weights)
+    return Package(code.name, f"{ABI}.{NETWORK_ABI}", description, code.arch, weights=weights)
 
 
 def _write_files(folder: Path, built: Built, example: Example | None, seed: int, libc: str | None) -> None:
     code = built.code
     shared, archive = folder / f"lib{code.name}.so", folder / f"lib{code.name}.a"
-    described = code.name, built.entry, built.objects
     if libc is None:
         shutil.copyfile(built.library, shared)
         shared.chmod(0o755)
     else:
-        link_network(*described, shared, code.arch, libc=libc)
-    link_network(*described, archive, code.arch, archive=True, libc=libc)
+        _link(built, shared, libc=libc)
+    _link(built, archive, archive=True, libc=libc)
     shutil.copyfile(built.weights, folder / f"{code.name}.weights")
-    (folder / f"{code.name}.h").write_text(header_text(code, has_example=example is not None), encoding="utf-8")
+    text = header_text(code, has_example=example is not None, device=built.device)
+    (folder / f"{code.name}.h").write_text(text, encoding="utf-8")
     if example is not None:
         _write_example(folder, code, example, seed)
+
+
+def _link(built: Built, out: Path, **how: Any) -> None:
+    code = built.code
+    if built.device:
+        images = images_of(built.device)
+        link_device_network(code.name, built.entry, images, out, **how)
+    else:
+        link_network(code.name, built.entry, built.objects, out, code.arch, **how)
 
 
 def _write_example(folder: Path, code: Code, example: Example, seed: int) -> None:
@@ -161,11 +176,15 @@ def _write_example(folder: Path, code: Code, example: Example, seed: int) -> Non
 
 
 def _manifest(
-    code: Code, layers: Sequence[Sequence[Mapping[str, Any]]], needs: Mapping[str, Any], facts: Mapping[str, Any]
+    code: Code,
+    layers: Sequence[Sequence[Mapping[str, Any]]],
+    needs: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    on_device: bool,
 ) -> dict[str, Any]:
     own = {
-        "kind": KIND,
-        "network_abi": NETWORK_ABI,
+        "kind": DEVICE_KIND if on_device else KIND,
+        "network_abi": DEVICE_NETWORK_ABI if on_device else NETWORK_ABI,
         "name": code.name,
         "weights": {"bytes": code.weights, "alignment": ALIGNMENT},
         "sizes": [
@@ -198,8 +217,12 @@ def _value(info: TensorInfo) -> dict[str, Any]:
     return {"name": info.name, "shape": list(info.shape), "dtype": info.dtype, "bytes": info.bytes}
 
 
-def header_text(code: Code, has_example: bool = True) -> str:
-    """``<name>.h``, which includes nothing but ``stddef.h`` and ``stdint.h``; C11 and C++."""
+def header_text(code: Code, has_example: bool = True, device: Sequence[DeviceCode] = ()) -> str:
+    """``<name>.h``, which includes nothing but ``stddef.h`` and ``stdint.h``; C11 and C++.
+
+    Args:
+        device: the functions' code, of a network on a GPU.
+    """
     lines = []
     for size in code.sizes:
         if size.label:
@@ -208,32 +231,43 @@ def header_text(code: Code, has_example: bool = True) -> str:
             for number, info in enumerate(tensors):
                 plain = "".join(c if c.isalnum() or c in "._:" else "_" for c in info.name)
                 lines.append(f" *   {what} {number} ({plain}) = {list(info.shape)}, {info.bytes} bytes")
-        lines.append(f" *   workspace {size.fixed} + threads * {size.workspace_task} bytes, aligned to {ALIGNMENT}")
-    return filled(
-        "header_network.template.h",
+        bytes_ = f"{size.fixed} + threads * {size.workspace_task}" if not device else str(size.fixed)
+        lines.append(f" *   workspace {bytes_} bytes, aligned to {ALIGNMENT}")
+    common = {
         **header_parts(code.name),
-        name=code.name,
-        made="Made by convgen; example.c beside this file shows every call." if has_example else "Made by convgen.",
-        values="\n".join(lines),
-        weights=code.weights,
-        alignment=ALIGNMENT,
-        isa=needed_cpu(code.isa),
-        network_types=source("network_types.h").strip(),
-        constants="\n".join(_constants(code)),
-        stack=STACK >> 10,
-    )
+        "name": code.name,
+        "made": "Made by convgen; example.c beside this file shows every call." if has_example else "Made by convgen.",
+        "values": "\n".join(lines),
+        "weights": code.weights,
+        "alignment": ALIGNMENT,
+        "network_types": source("network_types.h").strip(),
+        "constants": "\n".join(_constants(code, on_device=bool(device))),
+        "stack": STACK >> 10,
+    }
+    if not device:
+        return filled("header_network.template.h", **common, isa=needed_cpu(code.isa))
+    types = {name: source(f"{name}.h").strip() for name in ("cuda_types", "network_cuda_types")}
+    own = {**types, "devices": devices_text(device[0]), "tensor_alignment": TENSOR_ALIGNMENT}
+    return filled("header_network_cuda.template.h", **common, **own)
 
 
-def _constants(code: Code) -> list[str]:
+def _constants(code: Code, on_device: bool) -> list[str]:
     """The sizes' numbers, and the bytes of every buffer: of all sizes the largest, and of each."""
     lines = []
     if len(code.sizes) > 1:
         numbers = [f"{code.name}_{size.label} = {number}" for number, size in enumerate(code.sizes)]
         lines += [f"/* The sizes that it was made for. */\nenum {{ {', '.join(numbers)} }};", ""]
+    share = "" if on_device else "(1)"
     lines += [
         "/* Bytes and elements of every buffer, for those that are static. A workspace may be of 0 bytes, and C has no",
-        f" * such arrays: workspace[{code.name}_WORKSPACE_BYTES(1) + 1], as more is welcome. */",
+        f" * such arrays: workspace[{code.name}_WORKSPACE_BYTES{share} + 1], as more is welcome. */",
     ]
+
+    def workspace(prefix: str, fixed: int, share: int) -> list[str]:
+        if on_device:
+            return byte_constants(prefix, {"workspace": fixed})
+        return [workspace_constant(prefix, fixed, share)]
+
     lines += byte_constants(code.name, {"weights": code.weights})
     largest: dict[str, int] = {}
     for size in code.sizes:
@@ -241,13 +275,13 @@ def _constants(code: Code) -> list[str]:
             largest[name] = max(bytes_, largest.get(name, 0))
     lines += byte_constants(code.name, largest)
     lines += element_constants(code.name, _elements(largest))
-    fixed, share = (max(getattr(size, part) for size in code.sizes) for part in ("fixed", "workspace_task"))
-    lines.append(workspace_constant(code.name, fixed, share))
+    fixed, task = (max(getattr(size, part) for size in code.sizes) for part in ("fixed", "workspace_task"))
+    lines += workspace(code.name, fixed, task)
     for size in code.sizes if len(code.sizes) > 1 else ():
         prefix = f"{code.name}_{size.label}"
         lines += byte_constants(prefix, _buffers(size))
         lines += element_constants(prefix, _elements(_buffers(size)))
-        lines.append(workspace_constant(prefix, size.fixed, size.workspace_task))
+        lines += workspace(prefix, size.fixed, size.workspace_task)
     return lines
 
 

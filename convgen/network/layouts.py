@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..cpu.model import core_of
+from ..cuda import model
 from ..hardware.target import Target
 from ..lowering.candidates import predicted
 from ..lowering.discover import schedule as find_schedule
@@ -88,7 +89,7 @@ class Costs:
         """What a tensor of images may lie in."""
         if len(shape) < 3 or len(shape) > 5:
             return (ROW_MAJOR,)
-        whole = shape[1] % BLOCKS[self.blocked] == 0
+        whole = not self.target.on_device and shape[1] % BLOCKS[self.blocked] == 0
         return (*PLAIN, self.blocked) if whole else PLAIN
 
     def convolution(self, spec: ConvSpec) -> tuple[float, Candidate]:
@@ -111,7 +112,7 @@ class Costs:
 
     @cached_property
     def _machine(self) -> bytes:
-        return key_of(core_of(self.target), self.target)
+        return key_of(None if self.target.on_device else core_of(self.target), self.target)
 
     def _key(self, spec: ConvSpec) -> bytes:
         """What a prediction depends on."""
@@ -119,6 +120,8 @@ class Costs:
 
     def copy(self, size: int, ordered: bool = True, times: int = 1) -> float:
         """Seconds to read and write so many bytes, so many times: in one order, or from scattered places."""
+        if self.target.on_device:
+            return model.LAUNCH + 2 * size * times * (1 if ordered else _SCATTERED) / self.target.rates.memory
         core = core_of(self.target)
         cycles = 2 * size * times / core.l3 * (1 if ordered else _SCATTERED)
         return (cycles / self.target.cores + core.region) / core.hertz

@@ -31,7 +31,9 @@ class _Value(ctypes.Structure):
     _fields_ = [("name", c_char_p), ("rank", c_int), ("shape", POINTER(c_int64)), ("bytes", c_size_t)]
 
 
-class _Sizes(ctypes.Structure):
+class NetworkSizes(ctypes.Structure):
+    """``convgen_network_sizes`` of ``runtime/network_types.h``."""
+
     _fields_ = [
         *((name, c_int) for name in ("inputs", "outputs", "steps", "sizes")),
         *((name, c_size_t) for name in ("weights", "workspace")),
@@ -196,14 +198,14 @@ class NetworkLibrary(Loaded):
         """The library's own text: its ABI, name and a digest of its code."""
         return str(self._version().decode())
 
-    def sizes(self, threads: int | None = None, size: int = 0) -> _Sizes:
+    def sizes(self, threads: int | None = None, size: int = 0) -> NetworkSizes:
         """How many inputs, outputs, steps and sizes there are, and the bytes of weights and workspace.
 
         Args:
             threads: that a call runs on; the network's own where None.
             size: which of its sizes.
         """
-        sizes, count = _Sizes(), self.threads if threads is None else thread_count(threads)
+        sizes, count = NetworkSizes(), self.threads if threads is None else thread_count(threads)
         self._require(self._sizes(size, count, ctypes.byref(sizes)))
         return sizes
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ExportError, UnsupportedError
+from ..errors import ExportError, NotTakenError, SpecError, UnsupportedError
 from ..folders import TemporaryFolder
 from ..hardware.target import Target, check_native
 from ..kernel.arrays import Array
+from ..kernel.library import Bytes
 from ..kernel.names import check_export_name, free_name
 from ..lowering.candidates import default_candidate
 from ..lowering.versions import versions
 from ..records.opening import Records
 from .choice import Choose, check_accuracy, check_strips, network_target, recorded_choice
 from .compile import Built, compile_plans, with_candidates
+from .cuda_library import CudaNetworkLibrary
 from .export import Example, write_network
 from .graph import Convolution, Graph
 from .layouts import Costs
@@ -164,7 +167,7 @@ class CrossNetwork(Network):
         self._source = source
         super().__init__(*arguments)
 
-    def _open(self, path: object, weights: object) -> tuple[Tensors, ...]:
+    def _open(self, path: str | os.PathLike[str], weights: str | os.PathLike[str] | Bytes) -> tuple[Tensors, ...]:
         """Not here: the inputs and outputs are known."""
         return tuple(
             Tensors({info.name: info for info in size.inputs}, {info.name: info for info in size.outputs})
@@ -202,6 +205,36 @@ class CrossNetwork(Network):
         return Example(outputs, tolerance=2**-5 if self.accuracy == "bf16" else 2**-10)
 
 
+class DeviceNetwork(CudaNetworkLibrary, CrossNetwork):
+    """A network for a GPU: compiled and exported on any machine, called where there is such a device."""
+
+    def _validate(self, source: str | Path | ModelProto, seed: int, **how: Any) -> NetworkReport:
+        from .check.device import run_on_device
+
+        def run(*arguments: Any) -> Runs:
+            return run_on_device(self.built, self.plans, self.target, arguments[3])
+
+        where = "in device memory, nothing else written"
+        return Network._validate(self, source, seed, **{"run": run, "where": where, **how})
+
+    def export(
+        self,
+        directory: str | Path,
+        *,
+        facts: Mapping[str, Any] | None = None,
+        libc: str | None = None,
+        example: bool = False,
+    ) -> dict[str, Any]:
+        """As :meth:`Network.export`, without an example.
+
+        Raises:
+            UnsupportedError: an example is asked for: there is none of networks on GPUs.
+        """
+        if example:
+            raise UnsupportedError("example: expected none of a network on a GPU, which has no example.c")
+        return super().export(directory, facts=facts, libc=libc, example=False)
+
+
 def compile_model(
     source: str | Path | ModelProto,
     target: str | Target,
@@ -215,7 +248,7 @@ def compile_model(
     name: str | None = None,
 ) -> Network:
     """A model with the kernels that a store has for it; see :func:`convgen.compile`."""
-    resolved, threads = network_target(target, threads)
+    resolved, threads = network_target(target, threads, on_device=True)
     with recorded_choice(records, resolved, threads) as choose:
         plans = plan_model(source, resolved, dims=dims, accuracy=accuracy, choose=choose, strips=strips, name=name)
         return compile_planned(plans, resolved, threads, accuracy, progress, source)
@@ -236,6 +269,8 @@ def plan_graph(
     """
     check_accuracy(accuracy)
     check_strips(strips)
+    if target.on_device:
+        _check_for_device(graph, strips)
     rewrite(graph)
     if strips != 0:
         in_strips(graph, target, strips)
@@ -250,6 +285,19 @@ def plan_graph(
         ]
     made = plan(graph, target)
     return made if choose is None else with_candidates(made, choose)
+
+
+def _check_for_device(graph: Graph, strips: int | None) -> None:
+    """Raise NotTakenError where a GPU's network does not take a node, SpecError where it has no strips."""
+    if strips != 0:
+        raise SpecError("strips", "0 for a GPU, which computes all rows at once", repr(strips))
+    refused = {}
+    for node in graph.nodes:
+        found = sorted({graph.dtype(name) for name in (*node.inputs, node.output)} & {"i8", "u8"})
+        if found or (isinstance(node, Convolution) and node.spec.is_quantised):
+            refused[f"node {node.name!r}"] = "expected floats for a GPU, found integers of 8 bits"
+    if refused:
+        raise NotTakenError(graph.name, refused, len(graph.nodes) - len(refused))
 
 
 def compile_network(
@@ -329,6 +377,8 @@ def compile_planned(
         with folder.writing():
             built = compile_plans(plans, target, folder.path, progress)
             made = plans, built, target, threads, accuracy, folder
+            if target.on_device:
+                return DeviceNetwork(source, *made)
             return Network(*made) if target.native else CrossNetwork(source, *made)
     except BaseException:
         folder.close()

@@ -1,4 +1,7 @@
-"""Passes over tensors as functions of TIR, with one schedule for all: parallel outside, vectors inside."""
+"""Passes over tensors as functions of TIR, with one schedule for all: parallel outside, vectors inside.
+
+On a GPU a thread has an element.
+"""
 
 from __future__ import annotations
 
@@ -183,7 +186,10 @@ def lowered(made: Pass, target: Target) -> Any:
         sch = TirSchedule(tvm.IRModule({"main": function}))
         blocks = sch.get_child_blocks(sch.get_sblock("root"))
         for block in blocks:
-            _schedule(sch, block, made, target)
+            if target.on_device:
+                _schedule_on_device(sch, block)
+            else:
+                _schedule(sch, block, made, target)
         return sch.mod
     except ConvgenError:
         raise
@@ -234,6 +240,26 @@ def _schedule(sch: Any, block: Any, made: Pass, target: Target) -> None:
         sch.reverse_compute_at(stored, last)
         sch.vectorize(sch.get_loops(stored)[-1])
     if reduced:
+        sch.decompose_reduction(block, reduced[0])
+
+
+#: Threads of a block of a GPU.
+_THREADS = 256
+
+
+def _schedule_on_device(sch: Any, block: Any) -> None:
+    """A launch whose threads have an element each, neighbours in memory beside each other."""
+    free = [int(var.iter_type) == _DATA_PARALLEL for var in sch.get(block).iter_vars]
+    loops = sch.get_loops(block)
+    spatial = [loop for loop, is_free in zip(loops, free, strict=True) if is_free]
+    reduced = [loop for loop, is_free in zip(loops, free, strict=True) if not is_free]
+    sch.reorder(*spatial, *reduced)
+    blocks, threads = sch.split(sch.fuse(*spatial), [None, _THREADS])
+    sch.bind(blocks, "blockIdx.x")
+    sch.bind(threads, "threadIdx.x")
+    if reduced:
+        sums = sch.cache_write(block, 0, "local")
+        sch.reverse_compute_at(sums, threads)
         sch.decompose_reduction(block, reduced[0])
 
 

@@ -29,6 +29,9 @@ class Product:
 
 Function = Product | Pass
 
+#: Bytes at multiples of which tensors in a GPU's memory begin: of its longest loads.
+DEVICE_ALIGNMENT = 16
+
 
 @dataclass(frozen=True)
 class Step:
@@ -81,7 +84,7 @@ class Plan:
 def plan(graph: Graph, target: Target) -> Plan:
     """Layouts, views, passes and places of a graph, which is changed."""
     laid = lay(graph, Costs(target))
-    views = Views(laid)
+    views = Views(laid, DEVICE_ALIGNMENT if target.on_device else 1)
     steps = [_step(made, laid) for made in fuse(graph, views)]
     read = {name for step in steps for name in step.inputs}
     constants, end = dict[str, int](), HEADER_BYTES

@@ -137,6 +137,31 @@ def entry_source(code: Code) -> str:
     )
 
 
+def network_tables(code: Code) -> tuple[list[str], int]:
+    """The lines that describe every size but for its steps, and how many sizes there are."""
+    shapes: dict[tuple[int, ...], str] = {}
+    values, sizes = list[str](), list[str]()
+    for number, size in enumerate(code.sizes):
+        values += _values(f"inputs{number}", size.inputs, shapes)
+        values += _values(f"outputs{number}", size.outputs, shapes)
+        sizes.append(_size(size, f"{number}", steps="0"))
+    return [
+        *(f"static const int64_t {name}[] = {{{_sizes(shape)}}};" for shape, name in shapes.items()),
+        "",
+        *values,
+        "",
+        "static const convgen_network_size sizes[] = {",
+        *sizes,
+        "};",
+        "",
+    ], len(sizes)
+
+
+def place_text(place: Place) -> str:
+    """Where a tensor lies, as a ``convgen_device_place``."""
+    return f"{{{_SPACES[place.space]}, {place.number}, {place.offset}}}"
+
+
 def sealer_source(code: Code) -> str:
     """The C file of a library that this machine loads to write the header of weights for another one's."""
     functions = range(code.functions)
@@ -171,11 +196,11 @@ def _tables(size: Size, suffix: str, shapes: dict[tuple[int, ...], str]) -> list
     ]
 
 
-def _size(size: Size, suffix: str) -> str:
+def _size(size: Size, suffix: str, steps: str = "") -> str:
     fields = {
         "inputs": f"inputs{suffix}",
         "outputs": f"outputs{suffix}",
-        "steps": f"steps{suffix}",
+        "steps": steps or f"steps{suffix}",
         "step_count": len(size.calls),
         "arena": size.arena,
         "workspace_main": size.workspace_main,

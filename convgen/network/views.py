@@ -22,9 +22,14 @@ class View:
 
 
 class Views:
-    """Finds the views of a graph, and takes out the operators that they make superfluous."""
+    """Finds the views of a graph, and takes out the operators that they make superfluous.
 
-    def __init__(self, laid: Laid) -> None:
+    Args:
+        alignment: bytes at multiples of which a view begins within the whole.
+    """
+
+    def __init__(self, laid: Laid, alignment: int = 1) -> None:
+        self._alignment = alignment
         self.graph, self.layouts = laid.graph, laid.layouts
         self.views: dict[str, View] = {}
         self._computed = {node.output for node in self.graph.nodes}
@@ -83,6 +88,9 @@ class Views:
         if any(self.layouts[name] != layout for name in parts if name not in self.graph.constants):
             return False
         if node.kind == "slice" and layout not in PLAIN and node.attributes["starts"][1] % BLOCKS[layout]:
+            return False
+        begins = [self._begin(node)] if node.kind == "slice" else map(self.graph.bytes, node.inputs[:-1])
+        if any(begin % self._alignment for begin in begins):
             return False
         return lies_apart(self.graph, node, layout)
 

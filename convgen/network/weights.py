@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import zlib
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from ..kernel.library import Bytes
-from ..lowering.interface import HEADER_BYTES, TensorInfo, round_up
+from ..lowering.interface import HEADER_BYTES, DeviceCode, Launch, TensorInfo, TensorMap, round_up
 from ..lowering.lower import Workspace
 from .plan import Plan, Product, packed
 
@@ -25,19 +26,27 @@ class Compiled:
         workspace: scratch memory that it takes.
         packed: of a convolution, its packed tensors.
         packer: of a convolution for another machine, code that packs its weights on this one.
+        device: of a function for a GPU, its code; the object file then has what packs alone, or nothing.
     """
 
     object_file: bytes
     workspace: Workspace
     packed: tuple[TensorInfo, ...] = ()
     packer: bytes = b""
+    device: DeviceCode | None = None
 
     def to_bytes(self) -> bytes:
         """All of it, for :meth:`from_bytes`."""
         packed = [[info.name, info.shape, info.dtype] for info in self.packed]
         sizes = [self.workspace.main, self.workspace.task]
-        facts = json.dumps({"workspace": sizes, "packed": packed, "code": len(self.object_file)})
-        return facts.encode() + b"\n" + zlib.compress(self.object_file + self.packer, 1)
+        facts: dict[str, Any] = {"workspace": sizes, "packed": packed, "code": len(self.object_file)}
+        images = b""
+        if self.device is not None:
+            launches = [dataclasses.asdict(launch) for launch in self.device.launches]
+            parts = [[what, len(image)] for what, image in self.device.images]
+            facts["device"] = {"images": parts, "launches": launches, "workspace": self.device.workspace}
+            images = b"".join(image for _, image in self.device.images)
+        return json.dumps(facts).encode() + b"\n" + zlib.compress(self.object_file + self.packer + images, 1)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Compiled:
@@ -46,7 +55,27 @@ class Compiled:
         facts = json.loads(head)
         packed = tuple(TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in facts["packed"])
         files, size = zlib.decompress(code), facts["code"]
-        return cls(files[:size], Workspace(*facts["workspace"]), packed, files[size:])
+        made = cls(files[:size], Workspace(*facts["workspace"]), packed)
+        if "device" not in facts:
+            return dataclasses.replace(made, packer=files[size:])
+        return dataclasses.replace(made, device=_device(facts["device"], files[size:]))
+
+
+def _device(facts: Mapping[str, Any], data: bytes) -> DeviceCode:
+    """What :meth:`Compiled.to_bytes` wrote of it; ``data`` are the images."""
+
+    def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+    images, begin = [], 0
+    for what, size in facts["images"]:
+        images.append((what, data[begin : begin + size]))
+        begin += size
+    launches = [
+        Launch(**tuples(launch) | {"maps": {name: TensorMap(**tuples(made)) for name, made in launch["maps"].items()}})
+        for launch in facts["launches"]
+    ]
+    return DeviceCode(tuple(images), tuple(launches), tuple(facts["workspace"]))
 
 
 #: Packs a convolution's parameters.

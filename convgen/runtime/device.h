@@ -159,6 +159,8 @@ CG_DEVICE void cg_mma_f16(float *d, const uint32_t (&a)[4], const uint32_t *b)
 #define uchar unsigned char
 #define ushort unsigned short
 #define uint unsigned int
+#define CUDART_INF_F __uint_as_float(0x7f800000u)
+#define CUDART_NAN_F __uint_as_float(0x7fffffffu)
 
 /* NaN where either is, as ONNX has it; CUDA's own take the other one. */
 #if __CUDA_ARCH__ >= 800

@@ -147,7 +147,7 @@ static int fits(const convgen_cuda_image *image, int major, int minor)
     return image->major == major && image->minor <= minor;
 }
 
-static int choose_image(const convgen_cuda_kernel *kernel, const convgen_cuda_image **image)
+static int choose_image(const convgen_cuda_code *code, const convgen_cuda_image **image)
 {
     int device, major, minor;
     RETURN_UNLESS_OK(checked(driver.cuCtxGetDevice(&device)));
@@ -155,18 +155,18 @@ static int choose_image(const convgen_cuda_kernel *kernel, const convgen_cuda_im
         checked(driver.cuDeviceGetAttribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)));
     RETURN_UNLESS_OK(
         checked(driver.cuDeviceGetAttribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)));
-    for (int i = 0; i < kernel->image_count; ++i)
-        if (fits(&kernel->images[i], major, minor)) {
-            *image = &kernel->images[i];
+    for (int i = 0; i < code->image_count; ++i)
+        if (fits(&code->images[i], major, minor)) {
+            *image = &code->images[i];
             return CONVGEN_OK;
         }
     return CONVGEN_NO_IMAGE;
 }
 
-static int find_functions(const convgen_cuda_kernel *kernel, convgen_cuda_loaded *loaded)
+static int find_functions(const convgen_cuda_code *code, convgen_cuda_loaded *loaded)
 {
-    for (int i = 0; i < kernel->launch_count; ++i) {
-        const convgen_cuda_launch *launch = &kernel->launches[i];
+    for (int i = 0; i < code->launch_count; ++i) {
+        const convgen_cuda_launch *launch = &code->launches[i];
         for (int k = 0; k < launch->argument_count; ++k)
             if (launch->arguments[k].map != NULL &&
                 (driver.cuTensorMapEncodeTiled == NULL || driver.cuTensorMapEncodeIm2col == NULL))
@@ -181,23 +181,23 @@ static int find_functions(const convgen_cuda_kernel *kernel, convgen_cuda_loaded
     return CONVGEN_OK;
 }
 
-static int load_into(const convgen_cuda_kernel *kernel, unsigned long long context)
+static int load_into(const convgen_cuda_code *code, unsigned long long context)
 {
     const convgen_cuda_image *image;
-    RETURN_UNLESS_OK(choose_image(kernel, &image));
-    convgen_cuda_loaded *loaded = malloc(sizeof *loaded + (size_t)kernel->launch_count * sizeof *loaded->functions);
+    RETURN_UNLESS_OK(choose_image(code, &image));
+    convgen_cuda_loaded *loaded = malloc(sizeof *loaded + (size_t)code->launch_count * sizeof *loaded->functions);
     if (loaded == NULL)
         return CONVGEN_NO_MEMORY;
     int status = checked(driver.cuModuleLoadData(&loaded->module, image->data));
-    if (status == CONVGEN_OK && (status = find_functions(kernel, loaded)) != CONVGEN_OK)
+    if (status == CONVGEN_OK && (status = find_functions(code, loaded)) != CONVGEN_OK)
         driver.cuModuleUnload(loaded->module);
     if (status != CONVGEN_OK) {
         free(loaded);
         return status;
     }
     loaded->context = context;
-    loaded->next = kernel->state->loaded;
-    kernel->state->loaded = loaded;
+    loaded->next = code->state->loaded;
+    code->state->loaded = loaded;
     return CONVGEN_OK;
 }
 
@@ -211,37 +211,41 @@ static convgen_cuda_loaded **find_loaded(convgen_cuda_state *state, unsigned lon
 }
 
 /* What is loaded into the current context; it stays in its place until it is unloaded. */
-static int ensure_loaded(const convgen_cuda_kernel *kernel, const convgen_cuda_loaded **loaded)
+static int ensure_loaded(const convgen_cuda_code *code, const convgen_cuda_loaded **loaded)
 {
     unsigned long long context;
     RETURN_UNLESS_OK(current_context(&context));
-    convgen_cuda_state *state = kernel->state;
+    convgen_cuda_state *state = code->state;
     pthread_mutex_lock(&state->lock);
-    const int status = *find_loaded(state, context) != NULL ? CONVGEN_OK : load_into(kernel, context);
+    const int status = *find_loaded(state, context) != NULL ? CONVGEN_OK : load_into(code, context);
     *loaded = *find_loaded(state, context);
     pthread_mutex_unlock(&state->lock);
     return status;
 }
 
-int convgen_cuda_load(const convgen_cuda_kernel *kernel)
+int convgen_cuda_load_code(const convgen_cuda_code *code)
 {
     const convgen_cuda_loaded *loaded;
-    return ensure_loaded(kernel, &loaded);
+    return ensure_loaded(code, &loaded);
 }
 
-int convgen_cuda_unload(const convgen_cuda_kernel *kernel)
+int convgen_cuda_unload_code(const convgen_cuda_code *code)
 {
     unsigned long long context;
     RETURN_UNLESS_OK(current_context(&context));
-    pthread_mutex_lock(&kernel->state->lock);
-    convgen_cuda_loaded **link = find_loaded(kernel->state, context), *loaded = *link;
+    pthread_mutex_lock(&code->state->lock);
+    convgen_cuda_loaded **link = find_loaded(code->state, context), *loaded = *link;
     if (loaded != NULL)
         *link = loaded->next;
-    pthread_mutex_unlock(&kernel->state->lock);
+    pthread_mutex_unlock(&code->state->lock);
     const int result = loaded != NULL ? driver.cuModuleUnload(loaded->module) : CUDA_SUCCESS;
     free(loaded);
     return checked(result);
 }
+
+int convgen_cuda_load(const convgen_cuda_kernel *kernel) { return convgen_cuda_load_code(&kernel->code); }
+
+int convgen_cuda_unload(const convgen_cuda_kernel *kernel) { return convgen_cuda_unload_code(&kernel->code); }
 
 /* ---- running ------------------------------------------------------------------------------------ */
 
@@ -304,14 +308,14 @@ static int encode(const convgen_cuda_map *m, const void *address, CUtensorMap *m
     return CONVGEN_OK;
 }
 
-static int launch(const convgen_cuda_launch *l, CUfunction function, const buffer *buffers, CUstream stream)
+static int launch(const convgen_cuda_launch *l, CUfunction function, const void *const *buffers, CUstream stream)
 {
     const void *values[CONVGEN_MAX_LAUNCH_ARGUMENTS];
     void *arguments[CONVGEN_MAX_LAUNCH_ARGUMENTS];
     CUtensorMap maps[CONVGEN_MAX_LAUNCH_MAPS];
     int mapped = 0;
     for (int i = 0; i < l->argument_count; ++i) {
-        values[i] = (const char *)buffers[l->arguments[i].buffer].data + l->arguments[i].offset;
+        values[i] = (const char *)buffers[l->arguments[i].buffer] + l->arguments[i].offset;
         arguments[i] = &values[i];
         if (l->arguments[i].map != NULL) {
             RETURN_UNLESS_OK(encode(l->arguments[i].map, values[i], &maps[mapped]));
@@ -320,6 +324,15 @@ static int launch(const convgen_cuda_launch *l, CUfunction function, const buffe
     }
     return checked(driver.cuLaunchKernel(function, l->grid[0], l->grid[1], l->grid[2], l->block[0], l->block[1],
                                          l->block[2], l->shared, stream, arguments, NULL));
+}
+
+int convgen_cuda_start(const convgen_cuda_code *code, const void *const *buffers, CUstream stream)
+{
+    const convgen_cuda_loaded *loaded;
+    RETURN_UNLESS_OK(ensure_loaded(code, &loaded));
+    for (int i = 0; i < code->launch_count; ++i)
+        RETURN_UNLESS_OK(launch(&code->launches[i], loaded->functions[i], buffers, stream));
+    return CONVGEN_OK;
 }
 
 int convgen_cuda_run(const convgen_cuda_kernel *kernel, const convgen_cuda_run_args *args)
@@ -341,11 +354,10 @@ int convgen_cuda_run(const convgen_cuda_kernel *kernel, const convgen_cuda_run_a
         [CONVGEN_WORKSPACE] = {workspace > 0 ? a.workspace : NULL, workspace},
     };
     RETURN_UNLESS_OK(check_buffers(host, buffers));
-    const convgen_cuda_loaded *loaded;
-    RETURN_UNLESS_OK(ensure_loaded(kernel, &loaded));
-    for (int i = 0; i < kernel->launch_count; ++i)
-        RETURN_UNLESS_OK(launch(&kernel->launches[i], loaded->functions[i], buffers, a.stream));
-    return CONVGEN_OK;
+    const void *data[CONVGEN_BUFFERS];
+    for (int i = 0; i < CONVGEN_BUFFERS; ++i)
+        data[i] = buffers[i].data;
+    return convgen_cuda_start(&kernel->code, data, a.stream);
 }
 
 const char *convgen_cuda_status_text(int status)

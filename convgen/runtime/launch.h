@@ -22,7 +22,7 @@ typedef struct {
 } convgen_cuda_map;
 
 typedef struct {
-    enum convgen_cuda_buffer buffer;
+    int buffer; /* its number: of a kernel, one of enum convgen_cuda_buffer */
     size_t offset;
     const convgen_cuda_map *map; /* what the function is given of it instead of a pointer; or NULL */
 } convgen_cuda_argument;
@@ -51,14 +51,25 @@ typedef struct {
     convgen_cuda_loaded *loaded;
 } convgen_cuda_state;
 
+/* Launches that follow one another on one stream, and the code of their functions. */
 typedef struct {
-    convgen_kernel host; /* its tensors and pack; workspace_main is the device's workspace */
     const convgen_cuda_image *images; /* the best first */
     int image_count;
     const convgen_cuda_launch *launches;
     int launch_count;
     convgen_cuda_state *state;
+} convgen_cuda_code;
+
+typedef struct {
+    convgen_kernel host; /* its tensors and pack; workspace_main is the device's workspace */
+    convgen_cuda_code code;
 } convgen_cuda_kernel;
+
+/* Load code into the current context, where it is not yet, and undo that. */
+int convgen_cuda_load_code(const convgen_cuda_code *code);
+int convgen_cuda_unload_code(const convgen_cuda_code *code);
+/* Put the launches on a stream, loading their code where nothing has yet; `buffers` are addresses by their numbers. */
+int convgen_cuda_start(const convgen_cuda_code *code, const void *const *buffers, struct CUstream_st *stream);
 
 int convgen_cuda_load(const convgen_cuda_kernel *kernel);
 int convgen_cuda_unload(const convgen_cuda_kernel *kernel);

@@ -21,7 +21,7 @@ struct convgen_network {
 /* ---- weights --------------------------------------------------------------------------------- */
 
 /* The header of packed buffers leads the weights of a network too. */
-static int check_weights(const convgen_network_code *code, const void *weights, size_t size)
+int convgen_network_check_weights(const convgen_network_code *code, const void *weights, size_t size)
 {
     if (size != code->weights)
         return CONVGEN_WRONG_WEIGHTS;
@@ -54,7 +54,7 @@ int convgen_network_seal(const convgen_network_code *code, void *weights, size_t
 static int opened(const convgen_network_code *code, const void *weights, size_t size, size_t mapped,
                   convgen_network **out)
 {
-    const int status = check_weights(code, weights, size);
+    const int status = convgen_network_check_weights(code, weights, size);
     if (status != CONVGEN_OK)
         return status;
     convgen_network *network = malloc(sizeof *network);

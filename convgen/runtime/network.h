@@ -49,6 +49,8 @@ int convgen_network_find_size(const convgen_network_code *code, const int64_t *c
 int convgen_network_open(const convgen_network_code *code, const char *path, convgen_network **network);
 int convgen_network_open_memory(const convgen_network_code *code, const void *weights, size_t size,
                                 convgen_network **network);
+/* A status: whether weights are the network's own, and whole. */
+int convgen_network_check_weights(const convgen_network_code *code, const void *weights, size_t size);
 /* Write the header of weights that are complete but for it: for whoever compiles the library. */
 int convgen_network_seal(const convgen_network_code *code, void *weights, size_t size);
 void convgen_network_close(convgen_network *network);

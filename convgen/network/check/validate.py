@@ -82,6 +82,7 @@ def validate_network(
     expected: Arrays | None = None,
     seed: int = 0,
     run: Callable[..., Runs] = run_guarded,
+    where: str = "between guard pages, inputs read-only",
 ) -> NetworkReport:
     """Check a network, at each of its sizes, against ONNX Runtime's outputs of the model that it was compiled from.
 
@@ -99,6 +100,7 @@ def validate_network(
         expected: ONNX Runtime's outputs for these, where they are known.
         seed: of these.
         run: :func:`~convgen.network.check.guarded.guarded_runs` in a process that may crash anyway.
+        where: what it does that for.
 
     Raises:
         UnsupportedError: ONNX Runtime does not run the model.
@@ -113,7 +115,7 @@ def validate_network(
         checks.append(Check("memory", False, str(error)))
     else:
         count = sum(map(len, runs))
-        checks.append(Check("memory", True, f"{count} runs between guard pages, inputs read-only"))
+        checks.append(Check("memory", True, f"{count} runs {where}"))
         checks.append(_same(runs))
         ratio = 0.0
         for size, plan, arrays, found in zip(code.sizes, plans, given, runs, strict=True):

@@ -1,0 +1,190 @@
+"""Networks for a GPU: compiled here, run on an emulated device, exported, and refused what they do not take."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from network_models import model_of
+from onnx import TensorProto, helper, numpy_helper
+
+import convgen
+from convgen.cli import main
+from convgen.errors import ExportError, KernelError, NotTakenError, SpecError, UnsupportedError
+from convgen.network.check.device import run_on_device
+from convgen.network.cuda_library import CudaNetworkLibrary
+from convgen.network.network import DeviceNetwork
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
+emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to emulate")
+TARGET = "cuda:sm_80"
+
+
+def small(batch: int | str = 1) -> onnx.ModelProto:
+    """Convolutions with and without matrix units, a residual, pooling, a concatenation, a product."""
+    rng = np.random.default_rng(0)
+    shapes = {"w0": (16, 3, 3, 3), "w1": (16, 1, 3, 3), "w2": (24, 32, 3, 3), "b": (16,), "fc": (24, 10)}
+    constants = {name: rng.standard_normal(shape, np.float32) * np.float32(0.2) for name, shape in shapes.items()}
+    nodes = [
+        helper.make_node("Conv", ["x", "w0", "b"], ["a"], pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["ar"]),
+        helper.make_node("Conv", ["ar", "w1"], ["d"], pads=[1] * 4, group=16),
+        helper.make_node("Add", ["d", "ar"], ["s"]),
+        helper.make_node("MaxPool", ["s"], ["m"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("AveragePool", ["s"], ["v"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Concat", ["m", "v"], ["k"], axis=1),
+        helper.make_node("Conv", ["k", "w2"], ["c"], pads=[1] * 4),
+        helper.make_node("Sigmoid", ["c"], ["cs"]),
+        helper.make_node("GlobalAveragePool", ["cs"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["f"]),
+        helper.make_node("MatMul", ["f", "fc"], ["y"]),
+    ]
+    model = model_of(nodes, {"x": (1, 3, 12, 12)}, ["y", "cs"], constants)
+    if isinstance(batch, str):
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = batch
+    return model
+
+
+@pytest.fixture(scope="module")
+def network() -> DeviceNetwork:
+    made = convgen.compile(small(), TARGET, records=False)
+    assert isinstance(made, DeviceNetwork)
+    return made
+
+
+@emulated
+def test_a_network_is_right_in_emulation(network: DeviceNetwork) -> None:
+    report = network.validate(small())
+    report.raise_if_failed()
+    assert {check.name for check in report.checks} == {"places", "memory", "threads", "float"}
+    assert 0 < report.worst_error < 1
+
+
+def test_weights_that_were_changed_are_refused(network: DeviceNetwork) -> None:
+    data = bytearray(network.built.weights.read_bytes())
+    data[200] ^= 1
+    with pytest.raises(ExportError, match="the weights are another library's, or damaged"):
+        CudaNetworkLibrary(network.built.library, network.name, _aligned(bytes(data)), 1)
+
+
+@emulated
+@pytest.mark.parametrize("accuracy", ["tf32", "bf16"])
+def test_networks_of_other_accuracies_are_right_in_emulation(accuracy: str) -> None:
+    convgen.compile(small(), TARGET, accuracy=accuracy, records=False).validate(small()).raise_if_failed()
+
+
+@emulated
+def test_a_network_of_several_sizes_computes_with_each() -> None:
+    made = convgen.compile(small("N"), TARGET, dims={"N": (1, 3)}, records=False)
+    made.validate(small("N")).raise_if_failed()
+
+
+def test_without_a_device_it_is_exported_and_not_called(network: DeviceNetwork, tmp_path: Path) -> None:
+    with pytest.raises((KernelError, UnsupportedError)):
+        network(np.zeros((1, 3, 12, 12), np.float32))
+    with pytest.raises(UnsupportedError, match="steps on a GPU are not timed"):
+        network.step_seconds()
+    with pytest.raises(UnsupportedError, match="no example"):
+        network.export(tmp_path / "out", example=True)
+    manifest = network.export(tmp_path / "out")
+    assert manifest["kind"] == "device network"
+    assert set(manifest["files"]) >= {"libsmall.so", "libsmall.a", "small.h", "small.weights"}
+    (tmp_path / "use.c").write_text(
+        '#include "small.h"\n#include <stdio.h>\n'
+        "int main(void) {\n"
+        "    convgen_network_sizes sizes;\n"
+        "    if (small_sizes(1, &sizes) != CONVGEN_DEVICE_NO_SUCH_SIZE) return 1;\n"
+        "    if (small_sizes(0, &sizes) != CONVGEN_OK) return 1;\n"
+        "    if (sizes.workspace != small_WORKSPACE_BYTES || sizes.weights != small_WEIGHTS_BYTES) return 2;\n"
+        "    convgen_network_cuda_args args = {0};\n"
+        "    if (small_run(&args) != CONVGEN_NULL_POINTER) return 3;\n"
+        "    puts(small_error(CONVGEN_DEVICE_WRONG_WEIGHTS));\n    return 0;\n}\n"
+    )
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-I", "out", "-o", "use"]
+    libraries = ["out/libsmall.a", "-lm", "-lpthread", "-ldl"]
+    subprocess.run(["cc", *flags, "use.c", *libraries], cwd=tmp_path, check=True)
+    said = subprocess.check_output([tmp_path / "use"], text=True)
+    assert said == "the weights are another library's, or damaged\n"
+
+    loaded = convgen.load(tmp_path / "out")
+    assert isinstance(loaded, CudaNetworkLibrary)
+    assert loaded.inputs == network.inputs
+    assert loaded.memory == network.memory
+    (tmp_path / "out" / "small.weights").write_bytes(bytes(loaded.sizes().weights))
+    with pytest.raises(ExportError, match="the weights are another library's, or damaged"):
+        convgen.load(tmp_path / "out")
+
+
+@emulated
+def test_a_failing_run_is_reported(network: DeviceNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a wrong output: what the network is given is not what it is checked with."""
+    runs = run_on_device(network.built, network.plans, network.target, [{"x": np.zeros((1, 3, 12, 12), np.float32)}])
+    first, second = runs[0].values()
+    assert all(first[name].tobytes() == second[name].tobytes() for name in first)
+    assert np.isfinite(first["y"]).all()
+
+
+def test_strips_and_integers_are_refused() -> None:
+    with pytest.raises(SpecError, match="strips: expected 0 for a GPU"):
+        convgen.compile(small(), TARGET, strips=2)
+    with pytest.raises(NotTakenError) as error:
+        convgen.compile(_quantised(), TARGET)
+    assert all("integers of 8 bits" in reason for reason in error.value.nodes.values())
+    assert error.value.nodes
+
+
+def test_other_ways_to_run_a_model_want_a_cpu(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="for a GPU models are compiled to a library, no more"):
+        convgen.for_onnxruntime(small(), tmp_path / "fast.onnx", TARGET)
+
+
+@emulated
+def test_the_command_line_compiles_and_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(small(), tmp_path / "small.onnx")
+    command = ["compile", str(tmp_path / "small.onnx"), "--target", TARGET, "--out", str(tmp_path / "out"), "--json"]
+    assert main([*command, "--no-records"]) == 0
+    printed = capsys.readouterr()
+    manifest = json.loads(printed.out)["manifest"]
+    assert (manifest["target"], manifest["validation"]) == (TARGET, None)
+    assert "no such GPU here; `convgen validate --whole` emulates one" in printed.err
+    check = ["validate", str(tmp_path / "small.onnx"), "--whole", "--target", TARGET, "--json", "--no-records"]
+    assert main(check) == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+
+
+def _quantised() -> onnx.ModelProto:
+    """A convolution between QuantizeLinear and DequantizeLinear."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "s", "wz"], ["dw"]),
+        helper.make_node("Conv", ["d", "dw"], ["c"]),
+        helper.make_node("QuantizeLinear", ["c", "s", "z"], ["e"]),
+        helper.make_node("DequantizeLinear", ["e", "s", "z"], ["y"]),
+    ]
+    rng = np.random.default_rng(0)
+    constants: dict[str, Any] = {"s": np.float32(0.1), "z": np.uint8(128), "wz": np.int8(0)}
+    constants["w"] = rng.integers(-100, 100, (4, 3, 1, 1)).astype(np.int8)
+    graph = helper.make_graph(
+        nodes,
+        "quantised",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    return model
+
+
+def _aligned(data: bytes) -> Any:
+    memory = np.zeros(len(data) + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    memory[begin : begin + len(data)] = np.frombuffer(data, np.uint8)
+    return memory[begin : begin + len(data)]
