@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from itertools import islice
 from pathlib import Path
 
+from ..errors import SpecError, meant
+
+#: Files of a folder that are looked at for one that was meant.
+_LOOKED_AT = 1000
 _ONNX = "export the model to ONNX where it was made"
 _TORCH = "export the module with torch.onnx.export, or read it with convgen.spec_from_torch"
 _EXPORTED = "compile it with convgen.compile(torch.export.load(path))"
@@ -59,6 +65,16 @@ def foreign(path: Path) -> tuple[str, str] | None:
     if head.startswith(b"\n") and b"\x12" in head[:128] and b"\0" in head:  # its first field is a node
         return "a frozen graph of TensorFlow", f"{_TENSORFLOW} --graphdef"
     return None
+
+
+def missing(path: Path) -> SpecError:
+    """The error about a file that is not there; says which of its folder may have been meant."""
+    try:
+        with os.scandir(path.parent) as entries:
+            names = [entry.name for entry in islice(entries, _LOOKED_AT)]
+    except OSError:
+        names = []
+    return SpecError("file", "an existing file", f"no such file{meant(path.name, names)}", str(path))
 
 
 def is_onnx(path: Path) -> bool:

@@ -41,7 +41,7 @@ from ..problem.separable import SEPARABLE
 from ..problem.spec import OPERATORS, ConvSpec
 from . import benchdnn, miopen, onednn
 from .entries import SpecEntry, merge
-from .foreign import foreign, is_onnx
+from .foreign import foreign, is_onnx, missing
 from .keras import entries_from_keras
 from .onnx.reader import specs_from_onnx
 
@@ -339,7 +339,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise SpecError("file", "an existing file", "no such file", str(path)) from None
+        raise missing(path) from None
     except IsADirectoryError:
         raise SpecError("file", "a file", "a directory", str(path)) from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name

@@ -19,8 +19,8 @@ def plural(count: int, noun: str) -> str:
 def shortened(texts: Sequence[str], width: int) -> list[str]:
     """Texts, each at most so wide, of which those that differ still do where that is possible.
 
-    What is too long loses its middle, or what is left and right of it where the fewest become alike: names of layers
-    begin and end alike, and differ somewhere between.
+    What is too long loses its end, as sentences may; else its middle, or what is left and right of that, where the
+    fewest become alike: names of layers begin and end alike, and differ somewhere between.
     """
     different = dict.fromkeys(texts)
     long = [text for text in different if len(text) > width]
@@ -41,7 +41,7 @@ def _ways(texts: Sequence[str], width: int) -> Iterator[Callable[[str], str]]:
         return f"{text[:kept]}…{text[len(text) - (width - 1 - kept) :]}" if len(text) > width else text
 
     splits = sorted(range(width), key=lambda kept: abs(2 * kept + 1 - width))
-    for kept in splits:
+    for kept in (width - 1, *splits):
         yield partial(without_middle, kept=kept)
     head = _alike(texts)
     tail = min(_alike([text[::-1] for text in texts]), min(map(len, texts)) - head)

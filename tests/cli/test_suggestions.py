@@ -47,6 +47,15 @@ def test_a_typo_gets_the_word_that_was_meant(words: list[str], right: str, run: 
     assert right in err.lower().partition("did you mean ")[2], err
 
 
+@pytest.mark.parametrize("command", ["show", "build", "convert", "tune"])
+@pytest.mark.parametrize(("name", "typed"), [("resnet.onnx", "resnt.onnx"), ("layers.toml", "layres.toml")])
+def test_files_are_suggested(command: str, name: str, typed: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("")
+    status, out, err = run(command, tmp_path / typed, *(["-o", "-"] if command == "convert" else []))
+    assert (status, out) == (2, "")
+    assert err.endswith(f"found no such file; did you mean {name}?\n")
+
+
 def test_layer_names_are_suggested(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "net.toml"
     file.write_text(f'[[layers]]\nname = "head.conv"\nspec = "{SMALL}"\n')

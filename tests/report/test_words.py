@@ -31,6 +31,7 @@ def test_both_ends_stay_where_that_is_enough() -> None:
         "a_lon…f_one",
         "a_lon…f_two",
     ]
+    assert shortened(["Gradient of weights", "Product of matrices"], 12) == ["Gradient of…", "Product of …"]
     assert shortened(["short", "names"], 5) == ["short", "names"]
     assert shortened([], 5) == []
 

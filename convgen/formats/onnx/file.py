@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ...errors import SpecError
-from ..foreign import foreign
+from ..foreign import foreign, missing
 
 #: A message up to this size is taken as it is; also the largest tensor whose data stays with the graph.
 SMALL = 1024
@@ -148,7 +148,7 @@ def _open(path: Path) -> tuple[BinaryIO, int]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not wait for a pipe's writer
     except FileNotFoundError:
-        raise SpecError("file", "an existing file", "no such file", str(path)) from None
+        raise missing(path) from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = getattr(error, "strerror", None) or error
         raise SpecError("file", "a readable file", reason, repr(str(path))) from error
