@@ -192,7 +192,7 @@ class Bench:
         if self.flops and self.bandwidth:
             traffic = sum(entry.spec.bytes.values())
             compute, memory = entry.spec.flops / self.flops, traffic / self.bandwidth
-            limit = Roofline(1, self.flops, "memory", self.bandwidth, compute, memory).to_dict()
+            limit = Roofline(1, entry.spec.dtype, self.flops, "memory", self.bandwidth, compute, memory).to_dict()
         facts = gpu().facts
         return {
             "names": list(entry.names),

@@ -3,6 +3,7 @@
     python bench/run.py bench/problems/resnet50.json --threads 1,2 --seconds 30
     python bench/run.py bench/problems/*.json --recorded --records job.sqlite   # what a tuning job has found
     python bench/run.py --quick      # 24 layers of all kinds, zero-trial, one thread: two minutes
+    python bench/run.py --quick --dtype u8    # the same of integers; --accuracy bf16: with products of bf16
     python bench/run.py --summary    # what all results on this processor together say
 
 For each layer and thread count: tune it (``--seconds 0``: don't; ``--recorded``: take what the store
@@ -40,6 +41,7 @@ from convgen.measure.busy import busy_warning
 from convgen.measure.peers import PEERS, find_peer
 from convgen.measure.standalone.command import finite
 from convgen.problem.layout import BLOCKS
+from convgen.problem.spec import ConvSpec
 from convgen.problem.tokens import ACCURACIES
 from convgen.records.answer import best_record, record_candidate
 from convgen.records.record import TuningRecord
@@ -102,11 +104,26 @@ def changes(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if value is not None}
 
 
+def stored_as(spec: ConvSpec, dtype: str | None) -> ConvSpec:
+    """A layer as networks of another type have it; itself where that is None.
+
+    Of integers, ``i8`` throughout or with src and dst of ``u8``: without zero points and residual, which libraries
+    round differently, and with no activation but relu, as a bound of 6 is the type's own, and others stand apart there.
+    """
+    if dtype not in ("i8", "u8"):
+        return spec.with_(dtype=dtype or spec.dtype)
+    activation = "relu" if spec.activation_op.name in ("relu", "clip") else "none"
+    types = {"src_dtype": dtype, "dst_dtype": dtype}
+    return spec.with_(dtype="i8", activation=activation, residual=False, **types)
+
+
 def variant(stem: str, options: argparse.Namespace) -> str:
-    """The name of the files that rows are kept in: another batch, layout or target, and cold caches, have their own."""
+    """The name of the files that rows are kept in: another batch, layout, type or target, and cold caches, have their
+    own.
+    """
     batch = None if options.batch is None else f"n{options.batch}"
     target = options.target.replace(":", "-") if options.target != "cpu" else None
-    marks = [batch, options.layout, target, "cold" if options.cold else None]
+    marks = [batch, options.layout, options.dtype, target, "cold" if options.cold else None]
     return ".".join([stem, *(mark for mark in marks if mark)])
 
 
@@ -115,7 +132,8 @@ def run(problem: Path, options: argparse.Namespace, console: Console, measurer: 
     entries = []
     for entry in read_specs(problem):
         try:
-            entries.append(SpecEntry(entry.spec.with_(**changes(options)), entry.count, entry.names))
+            spec = stored_as(entry.spec, options.dtype).with_(**changes(options))
+            entries.append(SpecEntry(spec, entry.count, entry.names))
         except SpecError as error:
             if error.field not in ("ic", "oc"):  # such as three channels in blocks of 16
                 raise
@@ -155,9 +173,9 @@ def run(problem: Path, options: argparse.Namespace, console: Console, measurer: 
             console.print(f"{name}: {warning}")
         if kept.rows:
             in_order = dict.fromkeys(
-                (entry.spec.with_(accuracy=accuracy).descriptor, threads)
+                (spec.descriptor, threads)
                 for accuracy in ACCURACIES
-                for entry in entries
+                for spec in (e.spec if e.spec.is_quantised else e.spec.with_(accuracy=accuracy) for e in entries)
                 for threads in sorted({key[1] for key in kept.rows})
             )
             kept.compact(in_order)
@@ -201,6 +219,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--accuracy", choices=ACCURACIES, help="accuracy of every layer, instead of its own")
     parser.add_argument("--batch", type=int, metavar="N", help="batch of every layer, instead of its own")
     parser.add_argument("--layout", choices=tuple(BLOCKS), help="layout of every layer, instead of its own")
+    parser.add_argument(
+        "--dtype",
+        choices=("i8", "u8", "bf16"),
+        help="how every layer is stored, instead of its own: as integers, of i8 or with src and dst of u8, or as bf16",
+    )
     parser.add_argument(
         "--target", default="cpu", help="such as cpu:haswell: the libraries are kept to its vectors too"
     )

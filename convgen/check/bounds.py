@@ -70,6 +70,15 @@ def reference(spec: ConvSpec, data: Arrays, threads: int = 1) -> Stored:
     return run_onnxruntime(spec, **data, threads=threads)
 
 
+def differences(expected: Stored, found: Stored) -> str:
+    """Where two outputs differ, NaN being NaN; empty where nowhere."""
+    wrong = np.argwhere((found != expected) & ~((found != found) & (expected != expected)))
+    if not len(wrong):
+        return ""
+    at = tuple(int(i) for i in wrong[0])
+    return f"{len(wrong)} of {found.size} elements differ; at {at} expected {expected[at]}, found {found[at]}"
+
+
 def tolerance(spec: ConvSpec, data: Arrays, lowered: Lowered | None = None, threads: int = 1) -> F32:
     """The element-wise bound that holds on any data, of the output's shape; of integers, zeros.
 

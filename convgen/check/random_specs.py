@@ -84,11 +84,11 @@ class Limits:
 SMALL = Limits(channels=130, pixels={1: 150, 2: 30, 3: 9}, taps=125, macs=2_000_000, elements=200_000)
 
 
-def random_spec(source: Source, limits: Limits, tiles: Sequence[int]) -> ConvSpec:
-    """A layer within the limits; most sizes lie at or beside a few of the ``tiles``."""
+def random_spec(source: Source, limits: Limits, tiles: Sequence[int], dtypes: Sequence[str] = DTYPES) -> ConvSpec:
+    """A layer within the limits, of one of some types; most sizes lie at or beside a few of the ``tiles``."""
     while True:
         with suppress(SpecError):  # a transposed convolution that is cropped to nothing
-            spec = ConvSpec(**random_fields(source, limits, tiles))
+            spec = ConvSpec(**random_fields(source, limits, tiles, dtypes))
             if limits.admit(spec):
                 return spec
 
@@ -108,7 +108,9 @@ def in_a_direction(source: Source, spec: ConvSpec, directions: Sequence[str] = (
     return spec.with_(direction=direction, n=n, residual=False, activation="none")
 
 
-def random_fields(source: Source, limits: Limits, tiles: Sequence[int]) -> dict[str, Any]:
+def random_fields(
+    source: Source, limits: Limits, tiles: Sequence[int], dtypes: Sequence[str] = DTYPES
+) -> dict[str, Any]:
     """All fields of a layer, of any size; where it is transposed, it may have no output."""
     rank, transposed = source.choice((1, 2, 2, 3)), source.chance(30)
     axes = [_axis(source, transposed) for _ in range(rank)]
@@ -128,7 +130,7 @@ def random_fields(source: Source, limits: Limits, tiles: Sequence[int]) -> dict[
         "residual": source.chance(30),
         "activation": _activation(source),
         "accuracy": source.choice(ACCURACIES),
-        "dtype": source.choice(DTYPES),
+        "dtype": source.choice(dtypes),
         "layout": source.choice(("nchw", "nhwc")),
     }
     if source.chance(15):

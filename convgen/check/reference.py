@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,22 @@ def run_onnxruntime(
         SpecError: an array is missing, superfluous or of the wrong shape or dtype.
     """
     data = _data(spec, src, residual, weights=weights, bias=bias, slope=slope, **others)
-    computed = spec
-    if spec.dtype != "i8":
-        computed, data = spec.with_(dtype="f32"), {name: widen(array) for name, array in data.items()}
-    model = onnx_model(computed).SerializeToString()
-    session = open_session(model, threads, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
-    return narrow(np.asarray(session.run(["dst"], data)[0]), spec.dst_dtype)
+    return OrtDefinition(spec, threads)(data)
+
+
+class OrtDefinition:
+    """What a spec means, opened once for any data: :func:`run_onnxruntime` of many."""
+
+    def __init__(self, spec: ConvSpec, threads: int = 1) -> None:
+        self.spec = spec
+        computed = spec if spec.is_quantised else spec.with_(dtype="f32")
+        model = onnx_model(computed).SerializeToString()
+        self._session = open_session(model, threads, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
+
+    def __call__(self, data: Mapping[str, Array]) -> Array:
+        """The output for the tensors of a call by name, of the spec's shapes and dtypes."""
+        given = dict(data) if self.spec.is_quantised else {name: widen(array) for name, array in data.items()}
+        return narrow(np.asarray(self._session.run(["dst"], given)[0]), self.spec.dst_dtype)
 
 
 class OrtReference:

@@ -21,7 +21,7 @@ from ..problem.accuracy import ACTIVATION_ERROR, UNIT_ROUNDOFF
 from ..problem.dtypes import distance, narrow, numpy_dtype, widen
 from ..problem.spec import ConvSpec
 from . import autograd
-from .bounds import F32, Stored, even_tolerance, reference, tolerance, worst
+from .bounds import F32, Stored, differences, even_tolerance, reference, tolerance, worst
 from .cross import run_emulated
 from .data import Arrays, exact_data, float_data, odd_data, special_data
 from .sandbox import Run, run_guarded
@@ -221,12 +221,8 @@ def _exact(kernel: Kernel, data: Arrays, output: Stored, expected: Stored, name:
 
 
 def _equal(name: str, expected: Stored, output: Stored) -> Check:
-    wrong = np.argwhere((output != expected) & ~((output != output) & (expected != expected)))  # NaN is NaN
-    if not len(wrong):
-        return Check(name, True, f"{output.size} elements bit for bit")
-    at = tuple(int(i) for i in wrong[0])
-    differ = f"{len(wrong)} of {output.size} elements differ; at {at} expected {expected[at]}, found {output[at]}"
-    return Check(name, False, differ)
+    differ = differences(expected, output)
+    return Check(name, not differ, differ or f"{output.size} elements bit for bit")
 
 
 def _special(spec: ConvSpec, data: Arrays, output: Stored, threads: int) -> Check:

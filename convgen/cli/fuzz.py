@@ -83,6 +83,12 @@ SECONDS = 60.0
     metavar="D,D",
     help="Draw layers of these alone: forward, data, weights.  [default: mostly forward]",
 )
+@click.option(
+    "--integers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Draw layers of integers alone; check the values of each candidate with the data of N seeds.",
+)
 @click.option("--networks", is_flag=True, help="Draw small networks of all operators that compile takes.")
 @click.option(
     "--nodes", callback=parse_numbers, metavar="N,N", help="With --networks: keep only nodes with these numbers."
@@ -100,6 +106,7 @@ def fuzz(
     threads: int | None,
     schedule: str | None,
     directions: tuple[str, ...],
+    integers: int | None,
     networks: bool,
     nodes: tuple[int, ...] | None,
     workers: int,
@@ -113,6 +120,9 @@ def fuzz(
     repeats it. A spec and its candidates depend on --seed and the spec's number alone: to see a spec
     again, give its number to --start, with --specs 1.
 
+    With --integers it checks less of more layers: it compares values alone, in one process, and with many zero points
+    and scales for each candidate. How many layers differ in these or their specs is counted.
+
     With --networks the same with small networks, which are compiled whole: --specs and --start count those. One that
     fails is simplified to those of its nodes that are needed for that.
 
@@ -121,8 +131,12 @@ def fuzz(
     from ..check.fuzz.kernels import Kernels
     from ..check.fuzz.run import Fuzzer, Subject
 
-    if (networks and (schedule or directions)) or (nodes and not networks):
-        raise click.UsageError("--networks takes no --schedule and no --directions, and --nodes is of networks")
+    if (networks and (schedule or directions or integers)) or (nodes and not networks):
+        raise click.UsageError(
+            "--networks takes no --schedule, --directions and --integers, and --nodes is of networks"
+        )
+    if integers and directions not in ((), ("forward",)):
+        raise click.UsageError("--integers takes no --directions: layers of integers are forward")
     if seconds is None and specs is None:
         seconds = SECONDS
     subject: Subject
@@ -131,7 +145,7 @@ def fuzz(
 
         subject = Networks(target, threads=threads, nodes=nodes)
     else:
-        subject = Kernels(target, threads=threads, schedule=schedule, directions=directions)
+        subject = Kernels(target, threads=threads, schedule=schedule, directions=directions, seeds=integers or 0)
     fuzzer = Fuzzer(seed, subject, workers=workers)
     with _progress() as show:
         summary = fuzzer.run(seconds=seconds, specs=specs, start=start, progress=show)
@@ -181,6 +195,8 @@ def _text(summary: Summary, networks: bool) -> str:
         lines = [_candidates(summary), ""]
     for name, counts in (("dtypes", summary.dtypes), ("features", summary.features), ("checks", summary.checks)):
         lines.append(f"{name}: {_counts(counts)}")
+    if summary.layers:
+        lines.append(f"layers that differ in spec, zero points or scales: {len(summary.layers)}")
     lines += [f"skipped {count}×: {why}" for why, count in sorted(summary.skipped.items())]
     lines.append(f"slowest: {duration(summary.slowest[0])} {summary.slowest[1]}")
     lines += [f"seed {summary.seed} from {summary.start} on {summary.target}: {_line(summary)}"]

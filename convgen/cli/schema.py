@@ -62,7 +62,8 @@ note              object?   what else is known, such as of a final comparison
 """,
     "ROOFLINE": """
 threads          integer  that were measured
-peak_flops       number   operations per second
+peak_of          text     what is multiplied: f32, i8 or bf16
+peak_flops       number   operations per second, of that
 level            text     where the tensors are read from: l2, l3 or dram
 bandwidth        number   bytes per second from there
 compute_seconds  number   the least time of the operations
@@ -306,6 +307,7 @@ operators    {integer}    specs by operator
 dtypes       {integer}    specs by dtype
 features     {integer}    specs by what they have
 checks       {integer}    checks by name
+layers       integer      with --integers, layers that differ in their specs, zero points or scales
 skipped      {integer}    candidates that could not be checked, by reason
 schedules    {{integer}}  candidates by schedule and operator
 errors       {number}     the largest error of its bound, by schedule
@@ -443,6 +445,7 @@ target            text       what was built for
 restricted        integer?   bits of the vectors that the peers were kept to
 candidates        {text}     the kernels' schedules and picks
 peak              number?    measured, in operations per second
+peak_of           text       of what: such as f32 peak
 roofline          ROOFLINE?  the least time
 busy              number?    share of the CPUs that other programs had meanwhile
 percent_of_limit  number?    the least time over the time taken

@@ -228,8 +228,9 @@ def _text(document: dict[str, Any]) -> str:
         threads = roofline["threads"]
         compute, memory = (duration(roofline[f"{kind}_seconds"] or None) for kind in ("compute", "memory"))
         peak, bandwidth = (f"{roofline[kind] / 1e9:.4g}" for kind in ("peak_flops", "bandwidth"))
+        rate = f"{peak} GFLOP/s of {roofline['peak_of']}"
         lines += [
-            f"  compute    {compute} at {peak} GFLOP/s, measured on {plural(threads, 'thread')}",
+            f"  compute    {compute} at {rate}, measured on {plural(threads, 'thread')}",
             f"  memory     {memory} at {bandwidth} GB/s from {roofline['level']}: limited by {roofline['limited_by']}",
         ]
     lines += ["", f"  schedules on {document['target']}"]

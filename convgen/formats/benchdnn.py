@@ -469,6 +469,24 @@ def _float(text: str) -> float | None:
 # ---- writing ----------------------------------------------------------------------------------
 
 
+def _said_types(spec: ConvSpec) -> str:
+    """The types of src, weights and dst, or the one of all tensors, as ``--dt`` says them."""
+    if not spec.is_quantised:
+        return spec.dtype
+    own = {tensor: getattr(spec, f"{tensor}_dtype") for tensor in _INTEGERS}
+    return ":".join(
+        name for tensor, known in _INTEGERS.items() for name, dtype in known.items() if dtype == own[tensor]
+    )
+
+
+def _said_quantisation(spec: ConvSpec) -> list[str]:
+    """Options of a layer of integers: a scale for each channel, and zero points, whose values are examples."""
+    scales = [] if spec.dst_dtype == "i32" else ["--attr-scales=wei:per_oc"]
+    said = {"src": "src:common:1", "weights": "wei:per_oc:1", "dst": "dst:common:2"}
+    zeros = "+".join(text for tensor, text in said.items() if getattr(spec, f"{tensor}_zero"))
+    return scales + [f"--attr-zero-points={zeros}"] * bool(zeros)
+
+
 def write(spec: ConvSpec, count: int = 1, names: Sequence[str] = ()) -> str:
     """The command line of a problem, which :class:`Reader` reads as :func:`plain` of the spec.
 
@@ -478,13 +496,14 @@ def write(spec: ConvSpec, count: int = 1, names: Sequence[str] = ()) -> str:
     Raises:
         UnsupportedError: benchdnn cannot say a field; names it.
     """
-    if spec.dtype not in _DTYPES:
-        raise unsupported("", "dtype", f"one of {', '.join(_DTYPES)} for benchdnn", spec.dtype)
     stag, dtag = (_tags(layout, spec.rank)[0] for layout in (spec.layout, spec.dst_layout))
     direction = {"forward": "FWD_I", "data": "BWD_D", "weights": "BWD_WB" if spec.bias else "BWD_W"}[spec.direction]
     words = ["--deconv" if spec.transposed else "--conv", f"--dir={direction}"]
-    words += [f"--bia-dt={spec.dtype}"] * (spec.bias and spec.direction == "forward")
-    words += [f"--dt={spec.dtype}", f"--stag={stag}", f"--dtag={dtag}"]
+    bias = "s32" if spec.is_quantised else spec.dtype
+    words += [f"--bia-dt={bias}"] * (spec.bias and spec.direction == "forward")
+    words += [f"--dt={_said_types(spec)}", f"--stag={stag}", f"--dtag={dtag}"]
+    if spec.is_quantised:
+        words += _said_quantisation(spec)
     activation = spec.activation_op
     ops = ["sum"] * spec.residual
     if activation.name in _POST_OPS:

@@ -19,6 +19,8 @@ from ..errors import SpecError, UnsupportedError
 from ..problem.activation import Activation
 from ..problem.dtypes import narrow
 from ..problem.spec import ConvSpec
+from .torch_quantised import CONVOLUTIONS as QUANTISED
+from .torch_quantised import DEQUANTIZE, QUANTIZE, QuantisedConvolution, Steps, stored_by
 
 F64 = npt.NDArray[np.float64]
 
@@ -30,6 +32,8 @@ _CONVOLUTIONS = {
 }
 #: Where convgen's own layers are, which compute what those of torch.nn do that they derive from.
 _OURS = "convgen.bridges.torch.modules"
+#: Where PyTorch's classes are that are known.
+_PREFIXES = ("torch.nn.modules.", "torch.ao.nn.")
 _PAD = "padding._ConstantPadNd"  # ZeroPad*d and ConstantPad*d
 _NORMS = ("batchnorm._BatchNorm", "batchnorm.SyncBatchNorm")
 _ACTIVATIONS: dict[str, Callable[[Any], Activation]] = {
@@ -60,7 +64,8 @@ def spec_from_torch(
             these, then BatchNorm, then an activation. BatchNorm becomes part of weights and bias,
             as :func:`arrays_from_torch` gives them; Identity and Dropout count for nothing. Of hooks
             only those of ``torch.nn.utils`` are known. Several convolutions:
-            :func:`layers_from_torch`.
+            :func:`layers_from_torch`. Or a quantised convolution of ``torch.ao``, which is a layer of integers, with
+            the ``Quantize`` before it, a ReLU and the ``DeQuantize`` behind it.
         input_shape: ``(n, channels, *sizes)`` whatever the memory format, or without ``n``: one image.
         accuracy: as in :class:`ConvSpec`.
         layout: the memory format of input and output: ``"nhwc"`` is torch's channels_last.
@@ -108,15 +113,18 @@ def layers_from_torch(
     return layers
 
 
-def _spec(chain: _Chain, input_shape: Sequence[int], accuracy: str, layout: str) -> ConvSpec:
+def _spec(chain: _Chain | QuantisedConvolution, input_shape: Sequence[int], accuracy: str, layout: str) -> ConvSpec:
     conv, where = chain.conv, chain.where
-    rank, transposed = _CONVOLUTIONS[_kind(conv)]
+    kind = _kind(conv)
+    rank, transposed = _CONVOLUTIONS[kind] if kind in _CONVOLUTIONS else QUANTISED[kind][:2]
     if not isinstance(input_shape, Sequence) or len(input_shape) not in (rank + 1, rank + 2):
         found = (
             f"a {type(input_shape).__name__}; use its .shape" if hasattr(input_shape, "shape") else repr(input_shape)
         )
         raise SpecError("input_shape", f"(n, channels, {rank} sizes), or without n", found, where)
     n, channels, *in_spatial = input_shape if len(input_shape) == rank + 2 else (1, *input_shape)
+    if isinstance(chain, QuantisedConvolution):
+        return chain.spec((n, channels, *in_spatial), accuracy, layout)
     if channels != conv.in_channels and not _is_lazy(conv.weight):
         raise SpecError("input_shape", f"in_channels = {conv.in_channels}", f"{channels} channels", where)
     return ConvSpec(
@@ -140,21 +148,26 @@ def _spec(chain: _Chain, input_shape: Sequence[int], accuracy: str, layout: str)
 
 
 def arrays_from_torch(module: Any) -> dict[str, npt.NDArray[Any]]:
-    """What ``kernel.bind`` takes, by name: ``weights``, ``bias`` and ``slope`` where the layer has them.
+    """What ``kernel.bind`` takes, by name: ``weights``, ``bias`` and ``slope`` where the layer has them; of a layer of
+    integers ``scale`` and zero points, too.
 
-    BatchNorm is folded in float64; the arrays have the dtype of the convolution's weights.
+    BatchNorm is folded in float64; the arrays have the dtype of the convolution's weights. The bias of a quantised
+    convolution is rounded to steps of its sums.
 
     Args:
         module: as in :func:`spec_from_torch`.
 
     Raises:
-        SpecError: a parameter has no values yet (lazy modules, the meta device).
+        SpecError: a parameter has no values yet (lazy modules, the meta device), or nothing says how the input of a
+            quantised convolution is stored.
         UnsupportedError: as in :func:`spec_from_torch`.
     """
     return _arrays(_chain(module))
 
 
-def _arrays(chain: _Chain) -> dict[str, npt.NDArray[Any]]:
+def _arrays(chain: _Chain | QuantisedConvolution) -> dict[str, npt.NDArray[Any]]:
+    if isinstance(chain, QuantisedConvolution):
+        return chain.arrays()
     conv, where = chain.conv, chain.where
     for hook in getattr(conv, "_forward_pre_hooks", {}).values():
         if type(hook).__module__.startswith("torch.nn.utils."):
@@ -191,7 +204,7 @@ class _Chain:
     slope: Any = None
 
 
-def _chain(module: Any) -> _Chain:
+def _chain(module: Any) -> _Chain | QuantisedConvolution:
     """The one convolution of a module, and what belongs to it."""
     chains = _chains(module)
     if len(chains) > 1:
@@ -200,10 +213,11 @@ def _chain(module: Any) -> _Chain:
     return chains[0]
 
 
-def _chains(module: Any) -> list[_Chain]:
+def _chains(module: Any) -> list[_Chain | QuantisedConvolution]:
     """The convolutions of a module in order, each with what belongs to it."""
-    chains: list[_Chain] = []
+    chains: list[_Chain | QuantisedConvolution] = []
     pads: list[Any] = []
+    steps: Steps | None = None  # how what comes next is stored, where that is known
     for place, part in _flat(module):
         kind, where = _kind(part), f"{place} ({type(part).__name__})" if place else type(part).__name__
         _check_hooks(part, where)
@@ -218,6 +232,11 @@ def _chains(module: Any) -> list[_Chain]:
                 raise UnsupportedError(f"{where}: padding_mode: expected 'zeros', found {part.padding_mode!r}")
             chains.append(_Chain(part, place, where, _zeros(pads, kind)))
             pads = []
+        elif kind in QUANTISED and not pads:
+            chains.append(made := QuantisedConvolution(part, kind, place, where, steps))
+            steps = made.stored
+        elif kind in (QUANTIZE, DEQUANTIZE) and not pads:
+            steps = stored_by(part, where) if kind == QUANTIZE else None
         elif not chains or pads:
             raise UnsupportedError(f"{where}: expected a convolution of torch.nn with its own forward{_way(part)}")
         else:
@@ -232,7 +251,7 @@ def _chains(module: Any) -> list[_Chain]:
 def _way(part: Any) -> str:
     """What to do with a module that is no layer."""
     if _is_quantised(part):
-        return ", found a quantised one, which a ConvSpec of dtype i8 says by hand"
+        return "; of torch.ao it takes quantised convolutions, alone or with ReLU, as convert makes them"
     if getattr(part, "_modules", None):
         return "; convgen.compile(torch.export.export(module, (x,))) takes whole modules"
     return ""
@@ -244,10 +263,15 @@ def _is_quantised(part: Any) -> bool:
     return any(names[:2] == ["torch", "ao"] and {"quantized", "qat"} & {*names} for names in parts)
 
 
-def _follow(chain: _Chain, part: Any, kind: str, where: str) -> None:
+def _follow(chain: _Chain | QuantisedConvolution, part: Any, kind: str, where: str) -> None:
     """Add what follows a convolution to it."""
     if chain.activation != "none":
         raise UnsupportedError(f"{where}: expected nothing after the activation {chain.activation}")
+    if isinstance(chain, QuantisedConvolution):
+        if kind != "activation.ReLU":
+            raise UnsupportedError(f"{where}: expected ReLU or nothing after a quantised convolution{_way(part)}")
+        chain.activation = "relu"
+        return
     if kind in _NORMS:
         if part.training or part.running_mean is None:
             raise UnsupportedError(f"{where}: expected statistics kept by eval mode, found those of each batch")
@@ -334,7 +358,9 @@ def _flat(module: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _kind(module: Any) -> str:
-    """The class in torch.nn.modules whose ``forward`` the module runs, such as ``conv.Conv2d``; else ``""``."""
+    """The class in torch.nn.modules, or torch.ao.nn, whose ``forward`` the module runs, such as ``conv.Conv2d``; else
+    ``""``.
+    """
     if {"forward", "_conv_forward"} & set(getattr(module, "__dict__", {})):  # replaced on the instance
         return ""
     classes = type(module).__mro__
@@ -344,8 +370,8 @@ def _kind(module: Any) -> str:
     owners = [cls for cls in classes if {"forward", "_conv_forward"} & set(vars(cls)) and cls.__module__ != _OURS]
     if not owners or "forward" not in vars(owners[0]):  # Conv*d.forward is little but its _conv_forward
         return ""
-    prefix, name = "torch.nn.modules.", f"{owners[0].__module__}.{owners[0].__qualname__}"
-    return name.removeprefix(prefix) if name.startswith(prefix) else ""
+    name = f"{owners[0].__module__}.{owners[0].__qualname__}"
+    return next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), "")
 
 
 def _check_channels(field: str, found: int, parameter: Any, chain: _Chain, where: str) -> None:

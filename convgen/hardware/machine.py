@@ -318,6 +318,8 @@ class Measured:
         peak: f32 operations per second, a fused multiply-add counting two.
         l2, l3, dram: bytes per second read from there; None where the size of the cache is not known.
         date: when, ISO 8601 UTC.
+        peak_i8, peak_bf16: operations per second of the instruction that adds most products of bytes, or of bf16, at
+            once; None where there is none.
     """
 
     peak: float
@@ -325,6 +327,8 @@ class Measured:
     l3: float | None
     dram: float
     date: str
+    peak_i8: float | None = None
+    peak_bf16: float | None = None
 
 
 def measured_peak(threads: int, *, refresh: bool = False) -> float:
@@ -382,7 +386,7 @@ def _cache_path(here: Machine, threads: int) -> Path | None:
 def _kept(path: Path) -> Measured | None:
     try:
         values = json.loads(path.read_text())
-        numbers = {name: values[name] for name in ("peak", *LEVELS)}
+        numbers = {name: values[name] for name in ("peak", "peak_i8", "peak_bf16", *LEVELS)}
         is_sound = all(value is None or value > 0 for value in numbers.values()) and numbers["peak"] and numbers["dram"]
         return Measured(**numbers, date=str(values["date"])) if is_sound else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -400,7 +404,8 @@ def _measure(here: Machine, threads: int) -> Measured:
             done.check_returncode()
             values = {name: float(value) for name, value in map(str.split, done.stdout.splitlines())}
             date = datetime.now(UTC).isoformat(timespec="seconds")
-            return Measured(values["peak"], values.get("l2"), values.get("l3"), values["dram"], date)
+            narrow = {name: values.get(name) for name in ("peak_i8", "peak_bf16")}
+            return Measured(values["peak"], values.get("l2"), values.get("l3"), values["dram"], date, **narrow)
         except (OSError, subprocess.SubprocessError, ValueError, KeyError) as error:
             raise MeasureError(f"measuring this machine with {threads} threads failed: {error}") from error
 

@@ -4,8 +4,10 @@ Its operations at the measured peak, and its tensors once from where they lie be
 nearest level that holds them all. The weights count as the layer has them, whatever a schedule makes
 of them, so that the limit is the layer's and no candidate can raise it.
 
-Three things can beat the limit: a transform does fewer operations than are counted, what stays of the
-tensors in a nearer cache comes faster, and the peak is that of f32, whatever narrower types may reach.
+The peak is that of what the layer multiplies: of integers, of bf16 where the processor multiplies it, else of f32.
+
+Two things can beat the limit: a transform does fewer operations than are counted, and what stays of the
+tensors in a nearer cache comes faster.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ class Roofline:
 
     Attributes:
         threads: what was measured: that many.
-        peak_flops: operations per second.
+        peak_of: what is multiplied: ``f32``, ``i8`` or ``bf16``.
+        peak_flops: operations per second, of that.
         level: where the tensors are read from: ``l2``, ``l3`` or ``dram``.
         bandwidth: bytes per second from there.
         compute_seconds, memory_seconds: the least times of operations and of traffic.
     """
 
     threads: int
+    peak_of: str
     peak_flops: float
     level: str
     bandwidth: float
@@ -65,7 +69,15 @@ def roofline(
     traffic = sum(spec.bytes.values())
     level = "dram" if cold else _level(traffic, threads, here, found)
     bandwidth = getattr(found, level)
-    return Roofline(threads, found.peak, level, bandwidth, spec.flops / found.peak, traffic / bandwidth)
+    kind, peak = _peak(spec, found)
+    return Roofline(threads, kind, peak, level, bandwidth, spec.flops / peak, traffic / bandwidth)
+
+
+def _peak(spec: ConvSpec, found: Measured) -> tuple[str, float]:
+    """What a layer multiplies where the machine is fastest at it, and the peak of that."""
+    narrow = "i8" if spec.is_quantised else "bf16" if "bf16" in (spec.dtype, spec.accuracy) else "f32"
+    peak: float | None = getattr(found, f"peak_{narrow}", None)
+    return (narrow, peak) if peak and peak > found.peak else ("f32", found.peak)
 
 
 def _level(size: int, threads: int, here: Machine, found: Measured) -> str:

@@ -193,6 +193,7 @@ def measure(
             "candidates": {name: f"{kernel.schedule}({kernel.picks})" for name, kernel in kernels.items()},
             "schedule": next(iter(kernels.values())).schedule,
             "peak": limit.peak_flops,
+            "peak_of": f"{limit.peak_of} peak",
             "roofline": limit.to_dict(),
             "busy": busy,
             "date": datetime.now(UTC).date().isoformat(),

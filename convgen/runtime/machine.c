@@ -2,8 +2,10 @@
 
    machine THREADS [NAME BYTES]...
 
-   prints "peak X", f32 operations per second with every thread at fused multiply-adds, and for each
-   NAME "NAME X", bytes per second that the threads read, each over its own buffer of BYTES.
+   prints "peak X", f32 operations per second with every thread at fused multiply-adds; "peak_i8 X" and
+   "peak_bf16 X", the same of the instruction that adds most products of bytes or of bf16 at once, where
+   there is one; and for each NAME "NAME X", bytes per second that the threads read, each over its own
+   buffer of BYTES.
    Every number is the best of some repeats: noise only ever takes away. */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -14,6 +16,11 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
 
 #if defined(__AVX512F__)
 #define VECTOR 64
@@ -25,23 +32,70 @@
 typedef float vec __attribute__((vector_size(VECTOR)));
 typedef int ivec __attribute__((vector_size(VECTOR)));
 
-enum { FMA_REPEATS = 24, READ_REPEATS = 12, FMAS = 4 << 20, READ = 64 << 20, HUGE_PAGE = 2 << 20 };
+enum { STEP_REPEATS = 24, READ_REPEATS = 12, STEPS = 4 << 20, READ = 64 << 20, HUGE_PAGE = 2 << 20 };
 
 static volatile float factor = 0.5f, addend = 1.0f; /* the compiler must not know them */
 static volatile int sink;
 
-/* N independent chains: enough of them hide the latency of an FMA, too many spill. */
-#define FMA(N)                                                                                     \
-    static void fma##N(const void *buffer, size_t bytes) {                                         \
+/* Sums of f32, of four products of bytes, of two of 16-bit integers or bf16: their vector, how many f32
+   or words it has, products of a word, and what adds to it. */
+typedef vec f32_sums;
+#define F32_STEP(sums) ((sums) * a + b)
+
+#if defined(__AVX512VNNI__)
+typedef __m512i i8_sums;
+#define I8_DEPTH 4
+#define I8_STEP(sums) _mm512_dpbusd_epi32(sums, (__m512i)a, (__m512i)b)
+#elif defined(__AVXVNNI__)
+typedef __m256i i8_sums;
+#define I8_DEPTH 4
+#define I8_STEP(sums) _mm256_dpbusd_avx_epi32(sums, (__m256i)a, (__m256i)b)
+#elif defined(__AVX512BW__)
+typedef __m512i i8_sums;
+#define I8_DEPTH 2
+#define I8_STEP(sums) _mm512_add_epi32(sums, _mm512_madd_epi16((__m512i)a, sums))
+#elif defined(__AVX2__)
+typedef __m256i i8_sums;
+#define I8_DEPTH 2
+#define I8_STEP(sums) _mm256_add_epi32(sums, _mm256_madd_epi16((__m256i)a, sums))
+#elif defined(__ARM_FEATURE_DOTPROD)
+typedef int32x4_t i8_sums;
+#define I8_DEPTH 4
+#define I8_STEP(sums) vdotq_s32(sums, (int8x16_t)a, (int8x16_t)b)
+#endif
+
+#if defined(__AVX512BF16__)
+typedef __m512 bf16_sums;
+#define BF16_DEPTH 2
+#define BF16_STEP(sums) _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b)
+#endif
+
+/* N independent chains: enough of them hide the latency of a step, too many spill. */
+#define CHAINS(KIND, STEP, N)                                                                      \
+    static void KIND##_chains##N(const void *buffer, size_t bytes) {                               \
         (void)buffer, (void)bytes;                                                                 \
-        vec a = (vec){0} + factor, b = (vec){0} + addend, acc[N], sum = {0};                       \
-        for (int i = 0; i < N; i++) acc[i] = b * (float)i;                                         \
-        for (int round = 0; round < FMAS / N; round++)                                             \
-            _Pragma("GCC unroll 32") for (int i = 0; i < N; i++) acc[i] = acc[i] * a + b;          \
-        for (int i = 0; i < N; i++) sum += acc[i];                                                 \
-        sink = (int)sum[0];                                                                        \
+        vec a = (vec){0} + factor, b = (vec){0} + addend, sum = {0};                               \
+        KIND##_sums acc[N];                                                                        \
+        for (int i = 0; i < N; i++) acc[i] = (KIND##_sums)(b * (float)i);                          \
+        for (int round = 0; round < STEPS / N; round++)                                            \
+            _Pragma("GCC unroll 32") for (int i = 0; i < N; i++) acc[i] = STEP(acc[i]);            \
+        for (int i = 0; i < N; i++) sum += (vec)acc[i];                                            \
+        sink = sum[0] > 0;                                                                         \
     }
-FMA(6) FMA(8) FMA(10) FMA(12) FMA(16) FMA(24)
+#define ALL_CHAINS(KIND, STEP)                                                                     \
+    CHAINS(KIND, STEP, 6) CHAINS(KIND, STEP, 8) CHAINS(KIND, STEP, 10)                             \
+    CHAINS(KIND, STEP, 12) CHAINS(KIND, STEP, 16) CHAINS(KIND, STEP, 24)                           \
+    static const chains KIND##_work[] = {{KIND##_chains6, 6}, {KIND##_chains8, 8},                 \
+        {KIND##_chains10, 10}, {KIND##_chains12, 12}, {KIND##_chains16, 16}, {KIND##_chains24, 24}};
+
+typedef struct { void (*work)(const void *, size_t); int number; } chains;
+ALL_CHAINS(f32, F32_STEP)
+#ifdef I8_DEPTH
+ALL_CHAINS(i8, I8_STEP)
+#endif
+#ifdef BF16_DEPTH
+ALL_CHAINS(bf16, BF16_STEP)
+#endif
 
 static size_t passes(size_t bytes) { return bytes < READ ? READ / bytes : 1; }
 
@@ -67,7 +121,7 @@ typedef struct {
 typedef struct {
     pthread_t thread;
     phase *of;
-    double begin[FMA_REPEATS], end[FMA_REPEATS];
+    double begin[STEP_REPEATS], end[STEP_REPEATS];
 } worker;
 
 static double now(void) {
@@ -124,18 +178,29 @@ static double seconds(phase *of) {
     return best;
 }
 
-int main(int argc, char **argv) {
-    static const struct { void (*work)(const void *, size_t); int chains; } kernels[] = {
-        {fma6, 6}, {fma8, 8}, {fma10, 10}, {fma12, 12}, {fma16, 16}, {fma24, 24}};
-    int threads = argc > 1 ? atoi(argv[1]) : 1;
+/* Prints the operations per second of the fastest number of chains. */
+static void print_peak(const char *name, const chains *work, int count, int products, int threads) {
     double peak = 0;
-    for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++) {
-        phase fma = {.work = kernels[i].work, .threads = threads, .repeats = FMA_REPEATS};
-        double fmas = (double)(FMAS / kernels[i].chains) * kernels[i].chains * threads;
-        double rate = fmas * 2 * (VECTOR / sizeof(float)) / seconds(&fma);
+    for (int i = 0; i < count; i++) {
+        phase steps = {.work = work[i].work, .threads = threads, .repeats = STEP_REPEATS};
+        double made = (double)(STEPS / work[i].number) * work[i].number * threads;
+        double rate = made * 2 * products / seconds(&steps);
         if (rate > peak) peak = rate;
     }
-    printf("peak %.0f\n", peak);
+    printf("%s %.0f\n", name, peak);
+}
+
+#define COUNT(work) (int)(sizeof work / sizeof *work)
+
+int main(int argc, char **argv) {
+    int threads = argc > 1 ? atoi(argv[1]) : 1;
+    print_peak("peak", f32_work, COUNT(f32_work), VECTOR / sizeof(float), threads);
+#ifdef I8_DEPTH
+    print_peak("peak_i8", i8_work, COUNT(i8_work), sizeof(i8_sums) / 4 * I8_DEPTH, threads);
+#endif
+#ifdef BF16_DEPTH
+    print_peak("peak_bf16", bf16_work, COUNT(bf16_work), sizeof(bf16_sums) / 4 * BF16_DEPTH, threads);
+#endif
     for (int i = 2; i + 1 < argc; i += 2) {
         phase reading = {.work = read_all, .threads = threads, .repeats = READ_REPEATS};
         reading.bytes = strtoull(argv[i + 1], NULL, 10) / (8 * VECTOR) * (8 * VECTOR);

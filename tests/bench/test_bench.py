@@ -141,6 +141,26 @@ def test_rows_of_another_batch_layout_or_target_have_files_of_their_own(bench: A
     assert bench("--threads", "1") == (0, keys(1))
 
 
+@pytest.mark.parametrize(("dtype", "words"), [("u8", "src_u8 dst_u8 i8"), ("i8", "i8"), ("bf16", "bf16")])
+def test_rows_of_another_type_have_files_of_their_own(bench: Any, tmp_path: Path, dtype: str, words: str) -> None:
+    asked = [ConvSpec.parse(f"{spec} {words}").descriptor for spec in SPECS]
+    assert bench("--threads", "1", "--dtype", dtype) == (0, keys(1, asked))
+    assert set(RowFile(layers_folder(tmp_path) / f"net.{dtype}.jsonl").rows) == set(keys(1, asked))
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ("clip(0,6)", "relu src_u8 dst_u8 i8"),
+        ("residual gelu", "src_u8 dst_u8 i8"),
+        ("residual relu", "relu src_u8 dst_u8 i8"),
+    ],
+)
+def test_layers_of_integers_have_what_libraries_know_of_them(runner: ModuleType, given: str, stored: str) -> None:
+    layer = "conv2d n1 ic4 oc8 i9x9 k3x3 s1x1 p1x1"
+    assert runner.stored_as(ConvSpec.parse(f"{layer} {given}"), "u8") == ConvSpec.parse(f"{layer} {stored}")
+
+
 def test_layers_that_cannot_have_a_layout_are_left_out(
     bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from paths import SUPPORT
 from usable import runnable
 
 import convgen.schedules
-from convgen.check.fuzz.cases import Case, misread
+from convgen.check.fuzz.cases import Case, SeededCase, misread
 from convgen.check.fuzz.drawing import FEATURES, Draw, draw
 from convgen.check.fuzz.kernels import Kernels
 from convgen.check.fuzz.outcome import KINDS, Outcome
@@ -170,6 +170,64 @@ def test_the_command_is_that_of_the_report() -> None:
     candidate = parse_candidate(case.spec, NATIVE, str(case.schedule), str(case.picks))
     report = validate(compile_candidate(case.spec, NATIVE, candidate, case.threads), seed=case.seed)
     assert report.repro == case.command
+
+
+# ---- layers of integers -----------------------------------------------------------------------
+
+
+def integer_draw(index: int, seeds: int = 3) -> Draw:
+    return draw(SEED, index, NATIVE, threads=2, seeds=seeds)
+
+
+def test_layers_of_integers_alone_can_be_drawn_with_much_data() -> None:
+    specs, schedules_drawn = set[ConvSpec](), set[str]()
+    for index in range(40):
+        found = integer_draw(index)
+        assert found.spec.is_quantised
+        assert not found.skipped
+        best = default_candidate(found.spec, NATIVE)
+        first, *others = found.cases
+        assert isinstance(first, SeededCase)
+        assert (first.schedule, first.picks, first.seeds) == (best.schedule.id, best.picks, 3)
+        assert all(case.seed == first.seed + 3 for case in others)
+        specs.add(found.spec)
+        schedules_drawn |= {str(case.schedule) for case in found.cases}
+    assert len(specs) > 36
+    assert len(schedules_drawn) > 4
+
+
+def test_layers_differ_in_spec_zero_points_or_scales() -> None:
+    plain = ConvSpec.parse("conv1d n1 ic4 oc8 i9 k3 nobias dst_i32 i8")  # nothing but weights is drawn
+    zero = ConvSpec.parse("conv1d n1 ic4 oc8 i9 k3 src_zero dst_i32 i8")
+    for spec, counts in ((plain, {1}), (zero, {6, 7, 8, 9})):
+        outcome = SeededCase(spec, NATIVE.spelling, 2, 0, seeds=3).job()()
+        assert (outcome.kind, len(outcome.checks)) == ("ok", 9)
+        assert len(outcome.layers) in counts
+    again = SeededCase(zero, NATIVE.spelling, 1, 0, seeds=3).job()()
+    assert again.layers == outcome.layers
+    assert not SeededCase(zero.with_(n=0), NATIVE.spelling, 1, 0, seeds=3).job()().message
+
+
+def test_what_fails_is_shrunk_to_the_seed_it_fails_with() -> None:
+    case = SeededCase(ConvSpec.parse("conv2d n1 ic4 oc8 i9x9 k3x3 i8"), NATIVE.spelling, 2, 5, "reference", Picks(), 4)
+
+    def fails(simpler: Case) -> bool:
+        return isinstance(simpler, SeededCase) and simpler.seed <= 7 < simpler.seed + simpler.seeds
+
+    first: Case = case
+    shrunk = shrink(first, case_steps(NATIVE), fails)
+    assert isinstance(shrunk, SeededCase)
+    assert (shrunk.seed, shrunk.seeds, shrunk.spec.macs) == (7, 1, 1)
+    assert shrunk.command.endswith("--seed 7")
+
+
+def test_the_command_counts_layers_of_integers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fuzz", "--integers", "2", "--specs", "2", "--seed", str(SEED), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dtypes"] == {"i8": 2}
+    assert 2 <= found["layers"] <= 6 * found["candidates"]
+    assert main(["fuzz", "--integers", "2", "--directions", "data"]) == 2
+    assert main(["fuzz", "--integers", "2", "--networks"]) == 2
 
 
 # ---- shrinking --------------------------------------------------------------------------------

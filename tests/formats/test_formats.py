@@ -99,8 +99,8 @@ def test_plain_computes_the_same(spec: ConvSpec, more: int, seed: int) -> None:
 @given(specs())
 def test_benchdnn_round_trip(spec: ConvSpec) -> None:
     spec = spec.with_(accuracy="standard")
-    if spec.dtype == "i8":
-        with pytest.raises(UnsupportedError, match=r"^dtype: expected one of f32, f16, bf16 for benchdnn, found i8"):
+    if spec.is_quantised and (spec.residual or spec.activation_op.name == "clip"):
+        with pytest.raises(UnsupportedError, match=r"attr-post-ops: expected none or relu, for a layer of integers"):
             benchdnn.write(spec)
         return
     line = benchdnn.write(spec)
@@ -122,6 +122,12 @@ def test_benchdnn_counts_and_names(count: int, names: list[str]) -> None:
     assert all(name == label for name, label in zip(kept, labels, strict=True) if name.isalnum())
 
 
+def _is_sums_of_i8(spec: ConvSpec) -> bool:
+    """Whether a layer is what MIOpen's int8 is: i8 by i8 to i32."""
+    types = (spec.src_dtype, spec.weights_dtype, spec.dst_dtype)
+    return types == ("i8", "i8", "i32") and not (spec.bias or spec.src_zero or spec.weights_zero)
+
+
 @settings(max_examples=300, deadline=None)
 @given(specs_without_activation())
 def test_miopen_round_trip(spec: ConvSpec) -> None:
@@ -131,19 +137,33 @@ def test_miopen_round_trip(spec: ConvSpec) -> None:
         spec.rank > 1
         and spec.layout == spec.dst_layout
         and spec.layout in ("nchw", "nhwc")
-        and spec.dtype != "i8"
+        and (not spec.is_quantised or _is_sums_of_i8(spec))
         and all(begin == end for begin, end in said.padding)
         and all(extra < stride for extra, stride in zip(said.output_padding, said.stride, strict=True))
     )
     if not sayable:
         with pytest.raises(
-            UnsupportedError, match=r"^(in_spatial|padding|output_padding|dtype|(dst_)?layout): expected"
+            UnsupportedError,
+            match=r"^(in_spatial|padding|output_padding|bias|\w+_(d?type|dtype|zero)|(dst_)?layout): expected",
         ):
             miopen.write(spec)
         return
     command = miopen.write(spec)
     assert miopen.parse(command) == said
     assert miopen.recognise(command)
+
+
+def test_written_lines_of_integers() -> None:
+    spec = ConvSpec.parse("conv2d n1 ic64 oc32 i56x56 k1 src_zero dst_zero src_u8 dst_u8 relu i8")
+    assert benchdnn.write(spec) == (
+        "--conv --dir=FWD_I --bia-dt=s32 --dt=u8:s8:u8 --stag=abx --dtag=abx --attr-scales=wei:per_oc "
+        "--attr-zero-points=src:common:1+dst:common:2 --attr-post-ops=relu "
+        "mb1_g1ic64oc32_ih56oh56kh1sh1dh0ph0_iw56ow56kw1sw1dw0pw0"
+    )
+    spec = ConvSpec.parse("conv2d n1 ic4 oc8 i9x9 k3 nobias dst_i32 i8")
+    assert "--dt=s8:s8:s32 --stag=abx --dtag=abx mb1" in benchdnn.write(spec)
+    assert miopen.write(spec).startswith("./bin/MIOpenDriver convint8 -n 1 -c 4 -k 8 ")
+    assert miopen.parse("convint8 -n 1 -c 4 -H 9 -W 9 -k 8") == spec
 
 
 def test_written_lines() -> None:

@@ -83,7 +83,8 @@ def test_wrong_command(command: str, message: str) -> None:
     ("command", "message"),
     [
         ("conv -F 8", "forw: expected 0 to 7, found 8"),
-        ("convint8 -n 1", "command: expected one of conv, convfp16, convbfp16, found convint8"),
+        ("convfp8 -n 1", "command: expected one of conv, convfp16, convbfp16, convint8, found convfp8"),
+        ("convint8 -b 1", "bias: expected 0 with convint8, whose bias would be of i8, found 1"),
         ("MIOpenDriver CBAInfer -n 1", "command: .* found CBAInfer"),
         ("conv -_ 1", "spatial_dim: expected 2 or 3, found 1"),
         ("conv -I NHWC", "out_layout: expected the layout of the input, nhwc, found nchw"),

@@ -291,9 +291,11 @@ def test_what_is_no_layer_is_told_a_way_on(torch: Any) -> None:
 
     with pytest.raises(UnsupportedError, match=r"Net: expected a convolution .*; convgen\.compile\(torch\.export"):
         convgen.layers_from_torch(Net(), (3, 9, 9))
-    quantised = importlib.import_module("torch.ao.nn.intrinsic.quantized").ConvReLU2d
-    with pytest.raises(UnsupportedError, match=r"ConvReLU2d: expected a convolution .*, found a quantised one"):
-        spec_from_torch(quantised(3, 4, 3), (3, 9, 9))
+    linear = importlib.import_module("torch.ao.nn.quantized").Linear
+    with pytest.raises(
+        UnsupportedError, match=r"Linear: expected a convolution .*; of torch.ao it takes quantised conv"
+    ):
+        spec_from_torch(linear(3, 4), (3, 9, 9))
 
 
 def _activations(nn: Any, oc: int) -> list[Any]:

@@ -15,6 +15,7 @@ import pytest
 from convgen.errors import BuildError, MeasureError
 from convgen.hardware import machine as module
 from convgen.hardware.machine import Machine, machine, measured, measured_bandwidth, measured_peak, pinned
+from convgen.hardware.target import resolve
 
 X86 = """\
 processor\t: {cpu}
@@ -142,6 +143,9 @@ def test_what_is_measured_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     first = measured(1)
     assert measured_peak(1) == first.peak > 1e8
     assert measured_bandwidth(1) == first.dram > 1e7
+    isa = set(resolve().isa)
+    assert (first.peak_i8 is not None) == bool(isa & {"avx512vnni", "avxvnni", "avx512bw", "avx2", "asimddp"})
+    assert (first.peak_bf16 is not None) == ("avx512bf16" in isa)
     (path,) = cache.iterdir()
     assert json.loads(path.read_text())["fingerprint"] == machine().fingerprint
 

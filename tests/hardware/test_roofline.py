@@ -33,6 +33,23 @@ def test_the_side_that_bounds(descriptor: str, threads: int, limited_by: str, se
     assert found.to_dict()["seconds"] == found.seconds
 
 
+@pytest.mark.parametrize(
+    ("words", "of"),
+    [("i8", "i8"), ("bf16", "bf16"), ("accuracy_bf16", "bf16"), ("", "f32"), ("f16", "f32"), ("relaxed", "f32")],
+)
+def test_the_peak_is_that_of_what_is_multiplied(words: str, of: str) -> None:
+    spec = ConvSpec.parse(f"conv2d n1 ic64 oc64 i56x56 k3x3 s1x1 p1x1 {words}")
+    peaks = {"f32": 100e9, "i8": 400e9, "bf16": 200e9}
+    found = dataclasses.replace(FOUND, peak_i8=peaks["i8"], peak_bf16=peaks["bf16"])
+    limit = roofline(spec, 1, here=HERE, found=found)
+    assert (limit.peak_of, limit.peak_flops) == (of, peaks[of])
+    assert limit.compute_seconds == pytest.approx(spec.flops / peaks[of])
+    # Where the machine has no such instruction, or one that is slower, f32 is what there is.
+    for slower in (None, 50e9):
+        found = dataclasses.replace(FOUND, peak_i8=slower, peak_bf16=slower)
+        assert roofline(spec, 1, here=HERE, found=found).peak_of == "f32"
+
+
 def test_more_threads_than_cores_have_no_more_caches() -> None:
     spec = ConvSpec.parse("conv1d n1 ic1024 oc1024 i1 k1")
     assert roofline(spec, 4, here=HERE, found=FOUND).level == "l3"

@@ -62,6 +62,21 @@ class Case:
         return {**vars(self), "spec": self.spec.descriptor, "picks": picks}
 
 
+@dataclass(frozen=True)
+class SeededCase(Case):
+    """A candidate of a layer of integers, whose values alone are checked, with the data of ``seeds`` seeds from its own
+    on: zero points, scales and tensors.
+    """
+
+    seeds: int = 1
+
+    def job(self) -> Callable[[], Outcome]:
+        """Its values with all data."""
+        from .checking import check_values  # imports TVM
+
+        return partial(check_values, **self.to_dict())
+
+
 def misread(spec: ConvSpec) -> Outcome | None:
     """A ``descriptor`` outcome where the spec is not the same after it was written down and read back, else None."""
     readers: dict[str, Callable[[], ConvSpec]] = {

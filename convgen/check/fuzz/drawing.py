@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +18,10 @@ from ...lowering.candidates import default_candidate
 from ...lowering.discover import schedule as find_schedule
 from ...lowering.discover import schedules, schedules_of
 from ...lowering.schedule import Picks, Schedule
+from ...problem.dtypes import DTYPES
 from ...problem.spec import ConvSpec
 from ..random_specs import SMALL, Seeded, Source, in_a_direction, input_size, near_tiles, random_spec
-from .cases import Case
+from .cases import Case, SeededCase
 
 #: Specs drawn for a schedule until it applies; points of a space until one is valid.
 DRAWS = 6000
@@ -76,6 +77,7 @@ def draw(
     threads: int | None = None,
     schedule: str | None = None,
     directions: Sequence[str] = (),
+    seeds: int = 0,
 ) -> Draw:
     """Spec ``index`` of a seed with its candidates.
 
@@ -87,8 +89,12 @@ def draw(
         threads: of the kernels; drawn where None.
         schedule: the only one to draw candidates of.
         directions: of the layers, which are of floats where ``forward`` is not among them; mostly that where empty.
+        seeds: where not 0, layers of integers alone, whose values are checked with the data of so many seeds; of each
+            the default candidate and a random point of the schedule's that was drawn.
     """
     rng = random.Random(f"{seed} {index}")
+    if seeds:
+        return _integers(rng, target, threads, schedule, seeds)
     wanted = find_schedule(schedule or rng.choice(_schedules(target, directions)))
     spec, why = _spec_for(Seeded(rng), wanted, target, directions)
     skipped = [f"{wanted.id} applies to none of {DRAWS} specs: {why}"] if why else []
@@ -108,6 +114,26 @@ def draw(
     return Draw(spec, tuple(dict.fromkeys(cases)), tuple(skipped))
 
 
+def _integers(rng: random.Random, target: Target, threads: int | None, schedule: str | None, seeds: int) -> Draw:
+    """A layer of integers: its default, and a random point of a schedule that applies, or of one, with other data."""
+    source, why = Seeded(rng), None
+    if schedule:
+        spec, why = _spec_for(source, find_schedule(schedule), target, (), integers=True)
+    else:
+        spec = random_spec(source, SMALL, (target.vector_bits // 32,), ("i8",))
+    common = SeededCase(spec, target.spelling, threads or rng.choice((2, 3, 3, 5)), rng.randrange(1000), seeds=seeds)
+    core = spec.core
+    chosen = [s for s in schedules().values() if s.reason_against(core, target) is None and schedule in (None, s.id)]
+    cases = []
+    if not schedule:
+        best = default_candidate(spec, target)
+        cases.append(replace(common, schedule=best.schedule.id, picks=best.picks))
+    if chosen and (picks := _valid_picks(rng, wanted := rng.choice(chosen), core, target)) is not None:
+        cases.append(replace(common, schedule=wanted.id, picks=picks, seed=common.seed + seeds))
+    skipped = (f"{schedule} applies to none of {DRAWS} specs: {why}",) if why else ()
+    return Draw(spec, tuple(cases), skipped)
+
+
 def _schedules(target: Target, directions: Sequence[str]) -> list[str]:
     """The schedules that layers of these directions may have: a gradient of src is a forward layer."""
     needed = {"forward" if direction == "data" else direction for direction in directions}
@@ -121,32 +147,33 @@ def _schedules(target: Target, directions: Sequence[str]) -> list[str]:
 
 
 def _spec_for(
-    source: Source, schedule: Schedule, target: Target, directions: Sequence[str]
+    source: Source, schedule: Schedule, target: Target, directions: Sequence[str], *, integers: bool = False
 ) -> tuple[ConvSpec, str | None]:
     """A spec that the schedule applies to and None; or the last one drawn, and why it does not apply to that."""
     lanes = (target.vector_bits // 32,)
     for _ in range(DRAWS):
-        layer = random_spec(source, SMALL, lanes)
+        layer = random_spec(source, SMALL, lanes, ("i8",) if integers else DTYPES)
         if layer.is_quantised and directions and "forward" not in directions:
             continue
         spec = in_a_direction(source, layer, directions)
         why = schedule.reason_against(spec.core, target)
         if why is not None:
-            loose = _loosened(spec, schedule)
-            if schedule.reason_against(loose.core, target) is None:
+            loosened = _loosened(spec, integers=integers or schedule.only_integers)
+            loose = next((one for one in loosened if schedule.reason_against(one.core, target) is None), None)
+            if loose is not None:
                 spec, why = loose, None
         if why is None:
             return _beside_tiles(source, spec, schedule, target), None
     return spec, why
 
 
-def _loosened(spec: ConvSpec, schedule: Schedule) -> ConvSpec:
-    """A layer like a spec that is likelier to be one of a schedule's: less accurate and of floats, or of integers."""
-    if not schedule.only_integers:
-        return spec.with_(accuracy="relaxed", dtype="f32" if spec.dtype == "i8" else spec.dtype)
-    if spec.is_quantised or spec.direction != "forward" or spec.mirrored:
-        return spec
-    return spec.with_(dtype="i8", accuracy="standard", activation="none", residual=False)
+def _loosened(spec: ConvSpec, *, integers: bool) -> Iterator[ConvSpec]:
+    """Layers like a spec that are likelier to be one of a schedule's: less accurate and of floats, or of integers."""
+    if not integers:
+        dtype = "f32" if spec.dtype == "i8" else spec.dtype
+        yield from (spec.with_(accuracy=accuracy, dtype=dtype) for accuracy in ("relaxed", "bf16"))
+    elif not (spec.is_quantised or spec.direction != "forward" or spec.mirrored):
+        yield spec.with_(dtype="i8", accuracy="standard", activation="none", residual=False)
 
 
 def _default_cases(common: Case, applicable: Sequence[Schedule], target: Target) -> list[Case]:

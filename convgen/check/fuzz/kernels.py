@@ -15,7 +15,7 @@ class Kernels:
     """Layers with candidates.
 
     Args:
-        threads, schedule, directions: as of :func:`~convgen.check.fuzz.drawing.draw`.
+        threads, schedule, directions, seeds: as of :func:`~convgen.check.fuzz.drawing.draw`.
 
     Raises:
         UnsupportedError: the target is unknown or does not run here, or there is no such schedule.
@@ -28,8 +28,10 @@ class Kernels:
         threads: int | None = None,
         schedule: str | None = None,
         directions: Sequence[str] = (),
+        seeds: int = 0,
     ) -> None:
         self.target, self.threads, self.schedule, self.directions = resolve(target), threads, schedule, directions
+        self.seeds = seeds
         check_native(self.target)
         find_schedule(schedule or "reference")  # imports all of them
 
@@ -38,11 +40,20 @@ class Kernels:
         """What the command says to draw the same."""
         options = f" --target {self.target}" + (f" --threads {self.threads}" if self.threads else "")
         options += f" --schedule {self.schedule}" if self.schedule else ""
+        options += f" --integers {self.seeds}" if self.seeds else ""
         return options + (f" --directions {','.join(self.directions)}" if self.directions else "")
 
     def draw(self, seed: int, index: int) -> Draw:
         """Layer ``index`` of a seed with its candidates."""
-        return draw(seed, index, self.target, threads=self.threads, schedule=self.schedule, directions=self.directions)
+        return draw(
+            seed,
+            index,
+            self.target,
+            threads=self.threads,
+            schedule=self.schedule,
+            directions=self.directions,
+            seeds=self.seeds,
+        )
 
     def steps(self) -> list[Step[Case]]:
         """What a failing case is made simpler by."""

@@ -26,13 +26,15 @@ KINDS = {
 @dataclass(frozen=True)
 class Outcome:
     """How a check ended: one of :data:`KINDS`, what was found, the checks made, and the largest
-    error as a fraction of its bound.
+    error as a fraction of its bound; of layers of integers also what tells those apart that were checked, which differ
+    in their specs, zero points or scales.
     """
 
     kind: str
     message: str = ""
     checks: tuple[str, ...] = ()
     error: float = 0.0
+    layers: tuple[str, ...] = ()
 
 
 class Examined(Hashable, Protocol):

@@ -101,6 +101,8 @@ class Summary:
     dtypes: Counter[str] = field(default_factory=Counter)
     features: Counter[str] = field(default_factory=Counter)
     checks: Counter[str] = field(default_factory=Counter)
+    #: Of layers of integers, what tells those apart that were checked.
+    layers: set[str] = field(default_factory=set)
     skipped: Counter[str] = field(default_factory=Counter)
     #: Candidates by schedule, and by schedule and operator.
     schedules: dict[str, Counter[str]] = field(default_factory=dict)
@@ -123,13 +125,15 @@ class Summary:
         name = case.group
         self.candidates += 1
         self.checks.update(outcome.checks)
+        self.layers.update(outcome.layers)
         self.schedules.setdefault(name, Counter())[case.operator] += 1
         self.errors[name] = max(self.errors.get(name, 0.0), outcome.error)
         self.slowest = max(self.slowest, (seconds, case.command))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        return {**vars(self), "findings": [finding.to_dict() for finding in self.findings]}
+        """All fields as JSON values, of the layers how many there are."""
+        findings = [finding.to_dict() for finding in self.findings]
+        return {**vars(self), "layers": len(self.layers), "findings": findings}
 
 
 class Fuzzer:

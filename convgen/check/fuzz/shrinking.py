@@ -20,7 +20,7 @@ from ...lowering.discover import schedule as find_schedule
 from ...lowering.schedule import Picks
 from ...problem.layout import BLOCKS, Blocks
 from ...problem.spec import TYPES, ConvSpec
-from .cases import Case
+from .cases import Case, SeededCase
 
 T = TypeVar("T", bound=Hashable)
 Step = Callable[[T], Iterable[T]]
@@ -194,7 +194,7 @@ def case_steps(target: Target) -> list[Step[Case]]:
 
         return simpler
 
-    return [*map(of_spec, SPEC_STEPS), partial(_simpler_picks, target=target), _simpler_run]
+    return [_one_seed, *map(of_spec, SPEC_STEPS), partial(_simpler_picks, target=target), _simpler_run]
 
 
 def _refitted(case: Case, target: Target) -> Iterator[Case]:
@@ -229,6 +229,12 @@ def _simpler_picks(case: Case, target: Target) -> Iterator[Case]:
             picks = case.picks.replace(**{name: value})
             if schedule.reason_against(core, target, picks) is None:
                 yield replace(case, picks=picks)
+
+
+def _one_seed(case: Case) -> Iterator[Case]:
+    """Of several seeds, one after another alone."""
+    if isinstance(case, SeededCase) and case.seeds > 1:
+        yield from (replace(case, seed=seed, seeds=1) for seed in range(case.seed, case.seed + case.seeds))
 
 
 def _simpler_run(case: Case) -> Iterator[Case]:
