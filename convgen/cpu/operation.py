@@ -50,6 +50,7 @@ class Operation:
         offset: what is added to a number of src there.
         biased: whether src's zero point, and the offset, are in the operands: sums begin at less than 0 by what these
             add. Else the zero point is taken off first.
+        packs: whether vectors of 32-bit integers can be packed as bytes (:mod:`convgen.cpu.narrowing`).
         helper: LLVM IR that its code needs.
     """
 
@@ -59,6 +60,7 @@ class Operation:
     sums: str = ACCUMULATOR
     offset: int = 0
     biased: bool = False
+    packs: bool = False
     helper: str = ""
 
     @property
@@ -188,10 +190,12 @@ def operation_of(spec: ConvSpec, target: Target) -> Operation:
     if spec.is_quantised:
         bytes_too = "avx512vnni" in isa if lanes == 16 else "avxvnni" in isa or {"avx512vnni", "avx512vl"} <= isa
         signed = spec.weights_dtype == "i8" and not spec.weights_zero
+        packs = lanes == 16 and "avx512bw" in isa
         if bytes_too and signed and not spec.transposed:
-            return Operation("vpdpbusd", 4, "int8", INTEGER, 128 if spec.src_dtype == "i8" else 0, biased=True)
+            offset = 128 if spec.src_dtype == "i8" else 0
+            return Operation("vpdpbusd", 4, "int8", INTEGER, offset, biased=True, packs=packs)
         if "sse3" in isa and (lanes < 16 or "avx512bw" in isa):
-            return Operation("vpmaddwd", 2, "int16", INTEGER)
+            return Operation("vpmaddwd", 2, "int16", INTEGER, packs=packs)
         if "asimddp" in isa and signed and spec.src_dtype == "i8" and not spec.src_zero:
             return Operation("sdot", 4, "int8", INTEGER)
         return Operation("multiply", 1, INTEGER, INTEGER)

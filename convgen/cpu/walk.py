@@ -7,6 +7,7 @@ A forward convolution has one phase, whose pixels are a stride apart in src. Wha
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,8 +16,10 @@ from typing import NamedTuple
 
 from ..deferred import tirx
 from ..lowering.compute import STORED, Expr, ceildiv, flat, unflat, widen
+from ..problem.dtypes import BYTES, RANGES
 from .geometry import SHORT_ROW, Geometry
 from .model import Core
+from .narrowing import TOGETHER, Stored, store_bytes
 from .panel import Source, converted, word
 from .phases import Axis, Phase
 from .product import LINE, Ahead, Even, multiply, steps_apart
@@ -28,6 +31,7 @@ from .vector import (
     interleave,
     load,
     load_parameters,
+    prefetch,
     spread_parameters,
     store,
     zeros,
@@ -251,6 +255,8 @@ class Kernel(TaskKernel):
         # The group's first block of channels in src, of a run or of one channel.
         of_group = g.read.channels // self.spec.groups // (1 if g.read.layout == "nchw" else g.inner)
         first_block = body.let(channels.group * of_group)
+        if self.fetches_outputs:
+            self.fetch_outputs(body, task, tile, channels)
         ahead = self.ahead(body, tile, channels)
         origin = body.let(ahead.origin)
         length, is_short = g.words(1 if g.apart else x.taps), g.run < SHORT_ROW
@@ -298,6 +304,29 @@ class Kernel(TaskKernel):
         apart = steps_apart(self.core, len(tile.pixels) * channels.vectors, lines, tiles)
         return Ahead(self.parameters["weights"], body.let(start), g.products, lines, tile.index, tiles, apart)
 
+    @property
+    def fetches_outputs(self) -> bool:
+        """Whether what a tile adds to and writes is fetched while its products are summed: where it comes from beyond
+        the L2 cache, and these are short.
+        """
+        spec, g = self.spec, self.g
+        is_far = sum(spec.bytes[name] for name in ("dst", "residual") if name in spec.bytes) > self.core.l2_size // 2
+        return g.operation.converts and g.dst.layout != "nchw" and not g.buffered and not spec.transposed and is_far
+
+    def fetch_outputs(self, body: Block, task: _Task, tile: _Tile, channels: _Channels) -> None:
+        """Fetch the lines of dst and the residual that a tile's vectors lie in."""
+        g, tensors = self.g, {"dst": self.dst, "residual": self.residual}
+        first = channels.group * g.channels + channels.first
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            together = 4 * LINE // (self.lanes * BYTES[self.spec.dtypes[name]])
+            for p, v in itertools.product(tile.pixels, range(channels.vectors)):
+                side_by_side = v if g.dst.layout == "nhwc" else p[1]
+                if side_by_side % together == 0:
+                    at = g.dst.element(task.image, first + v * self.lanes, self.dst_pixel(task, tile, p))
+                    body.add(prefetch(tensor, at))
+
     def pixel(self, task: _Task, at: Sequence[Expr], first: Expr, block: Expr, k: Expr) -> Expr:
         """The k-th word of a run from a pixel of what the task reads; ``first``: its group's first block of channels,
         or where a block has the channels of several groups, the group.
@@ -328,6 +357,9 @@ class Kernel(TaskKernel):
     def store_channels(self, body: Block, task: _Task, tile: _Tile, channels: _Channels, sums: Registers) -> None:
         """The epilogue and store of a tile's vectors of channels, one per pixel."""
         g, tensors = self.g, (self.dst, self.residual)
+        if self.packs:
+            self.store_packed(body, task, tile, channels, sums)
+            return
         for v in range(channels.vectors):
             for case, channel, count, given in self.vectors(body, channels, v):
                 for inner, p, value in self.each(case, {p: sums[p, v] for p in tile.pixels}):
@@ -338,6 +370,33 @@ class Kernel(TaskKernel):
                     ):
                         place = (task.image, channel, self.dst_pixel(task, tile, p))
                         g.dst.finish(exists, self.spec, tensors, place, value, self.lanes, count, given)
+
+    @property
+    def packs(self) -> bool:
+        """Whether vectors are stored together, as bytes: whole ones, of pixels that all exist."""
+        spec, g = self.spec, self.g
+        whole = g.channels % self.lanes == g.dst.block % self.lanes == 0
+        return g.operation.packs and spec.dst_dtype in RANGES and whole and not spec.transposed
+
+    def store_packed(self, body: Block, task: _Task, tile: _Tile, channels: _Channels, sums: Registers) -> None:
+        """The same of bytes, several vectors together: those that lie side by side in dst follow each other."""
+        g, numbers = self.g, range(channels.vectors)
+        by_channels = g.dst.layout == "nhwc"
+        first = channels.group * g.channels + channels.first
+        at = {v: body.let(first + v * self.lanes) for v in numbers}
+        given = {v: load_parameters(body, self.parameters, at[v], self.lanes, self.lanes) for v in numbers}
+        zero = body.let(self.parameters["dst_zero"][0]) if self.spec.dst_zero else None
+        keys = [(p, v) for p in tile.pixels for v in numbers]
+        if not by_channels:
+            keys.sort(key=lambda key: key[1])
+        for start in range(0, len(keys), TOGETHER):
+            vectors: list[Stored] = []
+            for i, (p, v) in enumerate(keys[start : start + TOGETHER]):
+                before = keys[start + i - 1] if i else None
+                follows = before == ((p, v - 1) if by_channels else ((p[0], p[1] - 1), v))
+                place = g.dst.element(task.image, at[v], self.dst_pixel(task, tile, p))
+                vectors.append(Stored(place, sums[p, v], given[v], follows))
+            store_bytes(body, self.spec, (self.dst, self.residual), vectors, zero)
 
     def vectors(
         self, body: Block, channels: _Channels, v: Expr

@@ -17,9 +17,11 @@ from typing import Any
 
 from ..deferred import te, tirx
 from ..lowering.compute import INTEGER, Expr, Operands, ceildiv, copied, unflat
+from ..problem.dtypes import RANGES
 from ..problem.spec import ConvSpec
 from .images import dst_images, src_images
 from .model import Core
+from .narrowing import Stored, store_bytes
 from .operation import Operation
 from .panel import Source, converted, word
 from .product import LINE, Ahead, Even, blocks_ahead, multiply, steps_apart
@@ -51,29 +53,35 @@ class Grid:
     """A layer's tiles, cut into blocks of rows of tiles.
 
     Attributes:
+        outputs, size: outputs and inputs of a tile along an axis.
+        positions: products of a tile.
         tile_rows, tile_columns: of an image.
         rows: blocks of so many rows of tiles.
         most_tiles: of a block.
         parts: of the channels, whose sums are transformed back together.
         words: of a part, pairs of channels.
-        lanes: channels of a vector of 16-bit numbers.
+        lanes: channels of a vector that is transformed.
         pitch: numbers from a tile's transformed input to the next one's; no power of two, which would put them in few
             sets of the cache.
     """
 
-    def __init__(self, spec: ConvSpec, block_rows: int) -> None:
-        self.tile_rows, self.tile_columns = (ceildiv(size, OUTPUTS) for size in spec.out_spatial)
+    def __init__(
+        self, spec: ConvSpec, block_rows: int, *, outputs: int = OUTPUTS, parts: int = 0, lanes: int = CHANNELS
+    ) -> None:
+        self.outputs, self.size = outputs, outputs + TAPS - 1
+        self.positions = self.size**2
+        self.tile_rows, self.tile_columns = (ceildiv(size, outputs) for size in spec.out_spatial)
         self.rows = Even(self.tile_rows, block_rows)
         self.most_tiles = self.rows.full * self.tile_columns
-        self.parts = parts_of(spec.ic)
+        self.parts = parts or parts_of(spec.ic)
         self.words = spec.ic // self.parts // 2
-        self.lanes = math.gcd(src_images(spec).block, CHANNELS)
+        self.lanes = math.gcd(src_images(spec).block, lanes)
         self.pitch = spec.ic + CHANNELS
 
     @property
     def extent(self) -> list[int]:
         """Planes, rows and columns that a block reads."""
-        return [1, *(OUTPUTS * n + EXTENT - OUTPUTS for n in (self.rows.full, self.tile_columns))]
+        return [1, *(self.outputs * n + TAPS - 1 for n in (self.rows.full, self.tile_columns))]
 
 
 @lru_cache(maxsize=1024)
@@ -178,6 +186,9 @@ class Kernel(TaskKernel):
     def tasks(self) -> tuple[int, ...]:
         return self.spec.n, self.g.rows.count, self.picks.parallel_oc
 
+    def statement(self) -> tirx.Stmt:
+        return self.operation.with_helper(super().statement())
+
     def work(self, body: Block, place: Sequence[Expr]) -> None:
         spec, g, picks, (image, block, part) = self.spec, self.g, self.picks, place
         blocks = ceildiv(spec.oc, picks.tile_oc)
@@ -187,7 +198,7 @@ class Kernel(TaskKernel):
         rows = g.rows.full if even else body.let(tirx.Select(block < g.rows.many, g.rows.full, g.rows.full - 1))
         task = Task(image, row, rows, first, end)
         values = self.transformed(body, task)
-        sums = body.buffer((g.parts * POSITIONS, g.most_tiles, picks.tile_oc), INTEGER)
+        sums = body.buffer((g.parts * g.positions, g.most_tiles, picks.tile_oc), self.operation.sums)
         with body.loop(end - first) as (inner, i):
             b = inner.let(first + i)
             vectors, width = spec.oc // self.lanes, picks.tile_oc // self.lanes
@@ -235,7 +246,7 @@ class Kernel(TaskKernel):
 
     def products(self, body: Block, task: Task, values: tirx.Buffer, b: Expr, vectors: int, sums: tirx.Buffer) -> None:
         """The sums of a block of channels, a position of a part of src's channels after another."""
-        g, positions = self.g, self.g.parts * POSITIONS
+        g, positions = self.g, self.g.parts * self.g.positions
         with body.loop(positions) as (one, at):
             for size, _ in g.rows.sizes:
                 with one.when(True if len(g.rows.sizes) == 1 else task.rows == size) as case:
@@ -262,9 +273,9 @@ class Kernel(TaskKernel):
             *(self.g, self.lanes, self.picks.tile_oc, self.parameters["weights"]),
             *(slab, tiles),
         )
-        registers = body.registers([(t, v) for t in range(pixels) for v in range(vectors)], lanes, INTEGER)
-        part, position = (0, at) if g.parts == 1 else (body.let(at // POSITIONS), body.let(at % POSITIONS))
-        following = b * (g.parts * POSITIONS) + at + blocks_ahead(g.words * vectors * g.most_tiles)
+        registers = body.registers([(t, v) for t in range(pixels) for v in range(vectors)], lanes, self.operation.sums)
+        part, position = (0, at) if g.parts == 1 else (body.let(at // g.positions), body.let(at % g.positions))
+        following = b * (g.parts * g.positions) + at + blocks_ahead(g.words * vectors * g.most_tiles)
         lines = ceildiv(tile_oc, LINE)
         apart = steps_apart(self.core, pixels * vectors, lines, share[1])
         following = body.let(following * (g.words * tile_oc))
@@ -290,18 +301,41 @@ class Kernel(TaskKernel):
     def back(self, body: Block, task: Task, sums: tirx.Buffer, lane: Expr, channel: Expr) -> None:
         """A vector of channels transformed back, finished and stored, tile by tile."""
         spec, g, lanes, images = self.spec, self.g, self.lanes, dst_images(self.spec)
+        tensors, outputs = (self.dst, self.residual), g.outputs
         given = load_parameters(body, self.parameters, channel, lanes, lanes)
         height, width = spec.out_spatial
         with body.loop(task.rows) as (row, y), row.loop(g.tile_columns) as (one, x):
             tile = one.let(y * g.tile_columns + x)
             pixels = self.outputs(one, sums, tile, lane)
-            for (p, q), value in pixels.items():
-                line, column = (task.row + y) * OUTPUTS + p, x * OUTPUTS + q
-                in_rows = True if height % OUTPUTS == 0 else line < height
-                in_columns = True if width % OUTPUTS == 0 else column < width
-                with one.when(in_rows) as there, there.when(in_columns) as exists:
-                    place = (task.image, channel, [0, line, column])
-                    images.finish(exists, spec, (self.dst, self.residual), place, value, lanes, lanes, given)
+            for p in range(outputs):
+                line = one.let((task.row + y) * outputs + p)
+                with one.when(True if height % outputs == 0 else line < height) as there:
+                    if width % outputs == 0 and spec.dst_dtype in RANGES:
+                        self.back_together(there, (task.image, channel, line, x * outputs), pixels, p, given)
+                        continue
+                    for q in range(outputs):
+                        column = x * outputs + q
+                        with there.when(True if width % outputs == 0 else column < width) as exists:
+                            place = (task.image, channel, [0, line, column])
+                            images.finish(exists, spec, tensors, place, pixels[p, q], lanes, lanes, given)
+
+    def back_together(
+        self,
+        body: Block,
+        place: tuple[Expr, Expr, Expr, Expr],
+        pixels: dict[tuple[int, int], Expr],
+        p: int,
+        given: dict[str, Expr],
+    ) -> None:
+        """The store of a row of a tile as bytes: image, channel, and its first pixel in dst."""
+        image, channel, line, column = place
+        images = dst_images(self.spec)
+        vectors = [
+            Stored(images.element(image, channel, [0, line, column + q]), pixels[p, q], given, images.layout != "nhwc")
+            for q in range(self.g.outputs)
+        ]
+        zero = body.let(self.parameters["dst_zero"][0]) if self.spec.dst_zero else None
+        store_bytes(body, self.spec, (self.dst, self.residual), vectors, zero)
 
     def outputs(self, body: Block, sums: tirx.Buffer, tile: Expr, lane: Expr) -> dict[tuple[int, int], Expr]:
         """The outputs of a tile, sums of those of all parts of src's channels."""

@@ -45,12 +45,28 @@ def requantise(
     # The activation's bounds and the type's are one: in few instructions, which short sums wait for.
     op = spec.activation_op
     least, largest = CLAMPS[op.name] or op.params
-    sums = sums.astype(of_lanes(INTEGER, lanes))
-    value = (sums if bias is None else sums + bias).astype(of_lanes(ACCUMULATOR, lanes)) * scale
-    if residual is not None:
-        value = _added(spec, value, residual, lanes, times or rounded_product, **addends)
+    value = steps_of(spec, sums, bias=bias, scale=scale, residual=residual, lanes=lanes, times=times, **addends)
     bits = quantised_bits(value, spec.dst_dtype, dst_zero, lanes, (least, largest))
     return bits.astype(of_lanes(STORAGE[spec.dst_dtype], lanes))
+
+
+def steps_of(
+    spec: ConvSpec,
+    sums: Expr,
+    *,
+    bias: Expr | None = None,
+    scale: Expr | None = None,
+    residual: Expr | None = None,
+    lanes: int = 1,
+    times: Callable[[Expr, Expr], Expr] | None = None,
+    **addends: Expr,
+) -> Expr:
+    """What :func:`requantise` rounds and saturates, an f32 in steps of dst, before the activation."""
+    sums = sums.astype(of_lanes(INTEGER, lanes))
+    value = (sums if bias is None else sums + bias).astype(of_lanes(ACCUMULATOR, lanes)) * scale
+    if residual is None:
+        return value
+    return _added(spec, value, residual, lanes, times or rounded_product, **addends)
 
 
 def rounded_product(a: Expr, b: Expr) -> Expr:

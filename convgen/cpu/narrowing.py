@@ -1,0 +1,110 @@
+"""Four vectors of integers stored as bytes together: instructions that pack two vectors, saturating, take the place of
+bounds and of a narrowing store of each.
+
+A pair of vectors of 32 bits becomes one of 16, two of these one of bytes. Instructions pack pieces of 128 bits each by
+itself: words of four bytes come out as ``[piece][vector]``, and one permutation puts them in order.
+Source: Intel, "64 and IA-32 Architectures Software Developer's Manual" (PACKSSDW, PACKUSWB, VPERMD).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ..deferred import tirx
+from ..lowering.compute import ACCUMULATOR, INTEGER, STORAGE, Expr
+from ..lowering.requantise import CLAMPS, steps_of
+from ..problem.spec import ConvSpec
+from .vector import Block, load, store_stored
+
+#: Lanes of a vector, and vectors that are packed together.
+LANES, TOGETHER = 16, 4
+#: More than any number of 8 bits, and its sum with any zero point, but an integer of 32.
+_LARGE = 2.0**30
+#: From words ``[piece][vector]`` to ``[vector][piece]``.
+_ORDER = [piece * TOGETHER + vector for vector in range(TOGETHER) for piece in range(LANES // 4)]
+
+
+class Stored(NamedTuple):
+    """A vector of sums: where it is stored in dst, its parameters, and whether the one before lies just before it."""
+
+    place: Sequence[Expr]
+    sums: Expr
+    given: dict[str, Expr]
+    follows: bool
+
+
+def store_bytes(
+    block: Block, spec: ConvSpec, tensors: tuple[Any, Any], vectors: Sequence[Stored], zero: Expr | None
+) -> None:
+    """The epilogues of up to four vectors of 16 sums, and their stores.
+
+    Args:
+        tensors: dst, of 8-bit integers, and the residual, or None.
+        zero: dst's zero point, a scalar i32, or None.
+    """
+    dst, residual = tensors
+    values = []
+    for vector in vectors:
+        given = {name: value for name, value in vector.given.items() if name != "dst_zero"}
+        if residual is not None:
+            given["residual"] = load(residual, spec.residual_dtype, vector.place, LANES, LANES)
+        values.append(block.let(steps_of(spec, vector.sums, lanes=LANES, **given)))
+    packed = _packed(block, spec, values, zero)
+    first = 0
+    while first < len(vectors):
+        count = _together(vectors[first + 1 :])
+        lanes = list(range(first * LANES, (first + count) * LANES))
+        part = packed if count == TOGETHER else block.let(tirx.Shuffle([packed], lanes))
+        block.add(store_stored(dst, spec.dst_dtype, vectors[first].place, part, len(lanes), len(lanes)))
+        first += count
+
+
+def _together(following: Sequence[Stored]) -> int:
+    """How many vectors one store writes: 4, 2 or 1, the first and those that follow it."""
+    most = next((i for i, vector in enumerate(following) if not vector.follows), len(following)) + 1
+    return next(count for count in (TOGETHER, 2, 1) if count <= most)
+
+
+def _packed(block: Block, spec: ConvSpec, values: Sequence[Expr], zero: Expr | None) -> Expr:
+    """Steps of dst as its bytes, one vector after another."""
+    whole = [block.let(_nearest(value)) for value in values]
+    whole += whole[-1:] * (TOGETHER - len(whole))
+    pairs = [block.let(_pack("packssdw", "int16x32", *whole[i : i + 2])) for i in (0, 2)]
+    pairs = [block.let(_bounded(spec, pair, zero)) for pair in pairs]
+    narrow = _pack("packuswb" if spec.dst_dtype == "u8" else "packsswb", "int8x64", *pairs)
+    words = block.let(tirx.reinterpret(f"{INTEGER}x{LANES}", narrow))
+    ordered = block.let(tirx.Shuffle([words], _ORDER))
+    return block.let(tirx.reinterpret(f"{STORAGE[spec.dst_dtype]}x{TOGETHER * LANES}", ordered))
+
+
+def _nearest(value: Expr) -> Expr:
+    """Rounded to nearest, ties to even; of NaN, and of what is less than any integer, the least one."""
+    # In this order a single instruction, whose answer to NaN is its second operand.
+    bounded = tirx.min(tirx.Broadcast(tirx.const(_LARGE, ACCUMULATOR), LANES), value)
+    every, current = tirx.const(-1, "int16"), tirx.const(4, INTEGER)  # all lanes, and the rounding that is set
+    nothing = tirx.Broadcast(tirx.const(0, INTEGER), LANES)
+    name = "llvm.x86.avx512.mask.cvtps2dq.512"
+    return tirx.call_llvm_pure_intrin(f"{INTEGER}x{LANES}", name, bounded, nothing, every, current)
+
+
+def _bounded(spec: ConvSpec, pair: Expr, zero: Expr | None) -> Expr:
+    """With dst's zero point, and within the activation's bounds, which are rounded as what they bound is."""
+
+    def spread(value: Expr) -> Expr:
+        return tirx.Broadcast(value.astype("int16"), 2 * LANES)
+
+    op = spec.activation_op
+    centre = tirx.const(0, INTEGER) if zero is None else zero
+    if zero is not None:
+        pair = tirx.call_llvm_pure_intrin("int16x32", "llvm.sadd.sat", pair, spread(centre))
+    for bound, nearer in zip(CLAMPS[op.name] or op.params, (tirx.max, tirx.min), strict=True):
+        if math.isfinite(bound):
+            whole = max(-512, min(511, round(bound)))  # ties to even, as everywhere
+            pair = nearer(pair, spread(centre + whole))
+    return pair
+
+
+def _pack(instruction: str, dtype: str, a: Expr, b: Expr) -> Expr:
+    return tirx.call_llvm_pure_intrin(dtype, f"llvm.x86.avx512.{instruction}.512", a, b)
