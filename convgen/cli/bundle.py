@@ -83,7 +83,7 @@ if TYPE_CHECKING:
     default=Path("bundle.tar.gz"),
     show_default=True,
     metavar="FILE",
-    help="The bundle to write: .tar.gz or .zip.",
+    help="The bundle to write: .tar.gz, .tar.xz, which is smallest, or .zip.",
 )
 @json_option
 def pack(

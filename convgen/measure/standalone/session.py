@@ -9,6 +9,7 @@ from typing import Any
 
 from .bundle import IDENTITY, Bundle
 from .child import answer
+from .cudnn import timed
 from .facts import physical_memory
 from .results import Results, now
 from .sanitizer import TOOLS, sanitized
@@ -41,6 +42,8 @@ class Session:
         self.done = {line["key"]: line for line in results.lines if line["kind"] == "trial"}
         self._compared = {line["group"] for line in results.lines if line["kind"] == "final"}
         self._sanitized = {(line["key"], line["tool"]) for line in results.lines if line["kind"] == "sanitized"}
+        self._beside = {line["group"] for line in results.lines if line["kind"] == "peer"}
+        self._without_cudnn = bundle.manifest["device"] != "cuda"
         self._start, self._count = time.monotonic(), 0
         self._end = None if minutes is None else self._start + 60 * minutes
 
@@ -68,6 +71,8 @@ class Session:
                 continue
             if trials[0]["target"] not in self.refused and number not in self._compared:
                 self._final(number, trials)
+            if not self._without_cudnn and number not in self._beside:
+                self._peer(number, trials[0])
 
     def sanitize(self, program: str) -> None:
         """Run what is right of the layers of a self-check under compute-sanitizer, which takes its time."""
@@ -132,6 +137,20 @@ class Session:
             seconds, winner = min((statistics.median(taken), i) for i, taken in enumerate(samples))
             best = finalists[winner]
             tell(f"         {duration(seconds)}  is the best of {problem(best)}: {candidate(best)}")
+
+    def _peer(self, number: int, trial: dict[str, Any]) -> None:
+        """Time what cuDNN makes of a group's layer, and write its line; not again where there is no cuDNN."""
+        layer = self.bundle.manifest["layers"][trial["layer"]].get("convolution")
+        if layer is None or trial["target"] in self.refused:
+            return
+        found = timed(layer, self.timeout)
+        if "missing" in found:
+            self._without_cudnn = True
+            tell("cuDNN: left out: {}".format(found["missing"]))
+            return
+        self.results.add({"kind": "peer", "group": number, "peer": "cudnn", "when": now(), **found})
+        seconds = min(map(statistics.median, found["samples"].values()))
+        tell(f"         {duration(seconds)}  cuDNN takes for {problem(trial)}")
 
     def _ranked(self, trials: list[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
         """Median seconds and trial of those that are right, fastest first."""

@@ -71,5 +71,15 @@ def _fastest(bundle: Bundle, done: List[Any], results: Results) -> List[str]:
         if line["kind"] == "final" and line["samples"]:
             taken, index = min((statistics.median(samples), i) for i, samples in enumerate(line["samples"]))
             best[line["group"]] = (taken, line["trials"][index])
-    lines = [f"  {duration(taken)}  {problem(trial)}: {candidate(trial)}" for taken, trial in best.values()]
+    beside = {line["group"]: _peer(line) for line in results.lines if line["kind"] == "peer"}
+    lines = []
+    for group, (taken, trial) in best.items():
+        against = f"; cuDNN {duration(beside[group]).strip()}, {beside[group] / taken:.2f}x" if group in beside else ""
+        lines.append(f"  {duration(taken)}  {problem(trial)}: {candidate(trial)}{against}")
     return ["fastest:", *lines] if lines else []
+
+
+def _peer(line: Dict[str, Any]) -> float:
+    """Median seconds of the faster way to lay tensors out."""
+    seconds: float = min(map(statistics.median, line["samples"].values()))
+    return seconds

@@ -19,7 +19,7 @@ from ...records.record import load_json
 
 RUNNER, MANIFEST = "run.py", "manifest.json"
 #: Endings of a bundle's file name.
-ENDINGS = (".tar.gz", ".tgz", ".zip")
+ENDINGS = (".tar.gz", ".tgz", ".tar.xz", ".zip")
 _MANIFEST_BYTES = 1 << 28
 #: What Python runs first of the runner.
 _MAIN = b"""\
@@ -54,7 +54,9 @@ def write_archive(folder: Path, out: Path) -> None:
         member.mode = 0o755 if member.name.endswith(RUNNER) else 0o644
         return member
 
-    with tarfile.open(out, "w:gz", compresslevel=6) as tar:
+    # The libraries of a layer's candidates are much alike, further apart than gzip looks back.
+    is_xz = out.name.endswith(".xz")
+    with tarfile.open(out, "w:xz") if is_xz else tarfile.open(out, "w:gz", compresslevel=6) as tar:
         for path in paths:
             tar.add(path, path.relative_to(folder.parent).as_posix(), filter=plain)
 

@@ -90,7 +90,7 @@ def pack(
     Args:
         specs: layers; those with an empty batch are left out.
         targets, threads: each layer is measured for every pair; for CPUs or for GPUs, where threads mean nothing.
-        out: a file that ends in ``.tar.gz`` or ``.zip``.
+        out: a file that ends in ``.tar.gz``, ``.tar.xz``, which is smallest, or ``.zip``.
         candidates: of each layer, target and thread count: the default and the most promising.
         machine: the one that will measure. Candidates are chosen for its caches and cores, and what the store
             has of it is not measured again.
@@ -204,7 +204,10 @@ class _Packer:
             self._group(index, spec, target, count, chosen, default, known, built)
         if len(self.trials) > first:
             needs_bound = any(not trial["exact"] for trial in self.trials[first:])
-            self.layers.append({**self._data(spec, index, needs_bound), "feature": feature})
+            made = {**self._data(spec, index, needs_bound), "feature": feature}
+            if self.device == "cuda" and not feature:
+                made["convolution"] = by_cudnn(spec)
+            self.layers.append(made)
         return sum(not trial["known"] for trial in self.trials[first:])
 
     def _choose(
@@ -380,6 +383,31 @@ class _Packer:
         self.packed.layers, self.packed.trials = len(self.layers), len(to_measure)
         self.packed.known = len(self.trials) - len(to_measure)
         return self.packed
+
+
+def by_cudnn(spec: ConvSpec) -> dict[str, Any] | None:
+    """A layer as :mod:`convgen.measure.standalone.cudnn` computes it; None where PyTorch has no such layer."""
+    even = all(begin == end for begin, end in spec.padding)
+    if spec.is_quantised or not even or spec.activation not in ("none", "relu") or spec.mirrored:
+        return None
+    layer = spec.with_(direction="forward", layout="nchw", dst_layout="nchw")
+    residual = {"residual": layer.shapes["dst"]} if spec.residual else {}
+    return {
+        "dtype": spec.dtype,
+        "tf32": spec.accuracy in ("tf32", "bf16"),
+        "direction": spec.direction,
+        "kernel": list(spec.kernel),
+        "stride": list(spec.stride),
+        "padding": [begin for begin, _ in spec.padding],
+        "dilation": list(spec.dilation),
+        "output_padding": list(spec.output_padding),
+        "groups": spec.groups,
+        "transposed": spec.transposed,
+        "bias": spec.bias,
+        "residual": spec.residual,
+        "relu": spec.activation == "relu",
+        "shapes": {name: list(shape) for name, shape in {**layer.shapes, **residual}.items()},
+    }
 
 
 def trial_id(identity: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ _HEADER = _COMMON | {"format", "manifest", "facts", "python"}
 _TRIAL = _COMMON | {"run", "key", "library_sha256", "outcome", "samples", "error", "cost", "reference", *IDENTITY}
 _FINAL = _COMMON | {"run", "group", "trials", "samples"}
 _SANITIZED = _COMMON | {"run", "key", "tool", "found", "said"}
+_PEER = _COMMON | {"run", "group", "peer", "samples", "versions"}
 _FINALIST = {"key", "default", *IDENTITY}
 
 
@@ -78,7 +79,7 @@ def _parsed(data: bytes) -> dict[str, Any]:
         raise RecordError(f"not JSON: {error}") from None
     if not isinstance(values, dict):
         raise RecordError(f"expected a JSON object, found {type(values).__name__}")
-    fields = {"run": _HEADER, "trial": _TRIAL, "final": _FINAL, "sanitized": _SANITIZED}
+    fields = {"run": _HEADER, "trial": _TRIAL, "final": _FINAL, "sanitized": _SANITIZED, "peer": _PEER}
     _expect(values.get("kind") in fields, "kind", f"one of {', '.join(fields)}", values.get("kind"))
     _names("", values, fields[values["kind"]])
     try:
@@ -138,7 +139,7 @@ class _Reader:
             self._trial(values)
         elif values["kind"] == "final":
             self._final(values)
-        else:  # what a checker found makes no record of time
+        elif values["kind"] == "sanitized":  # what a checker found makes no record of time, nor does cuDNN's
             _expect(values["key"] in self.keys, "key", "that of a trial before it", values["key"])
 
     def _header(self, values: dict[str, Any]) -> None:

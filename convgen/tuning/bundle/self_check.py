@@ -37,6 +37,10 @@ FEATURES = {
     "residual": "conv2d n1 ic64 oc64 i8x8 k1x1 s1 p0 nobias residual",
     "activation": "conv2d n1 ic64 oc64 i8x8 k1x1 s1 p0 nobias gelu",
     "slope": "conv2d n1 ic64 oc64 i8x8 k1x1 s1 p0 nobias prelu",
+    "gradient of src": "conv2d n2 ic64 oc64 i8x8 k3x3 s1 p1 data",
+    "gradient of src, strided": "conv2d n2 ic64 oc64 i8x8 k3x3 s2 p1 data",
+    "gradient of weights": "conv2d n2 ic64 oc64 i8x8 k3x3 s1 p1 nobias weights",
+    "gradient of weights and bias": "conv2d n2 ic64 oc64 i8x8 k3x3 s1 p1 weights",
     "many blocks": "conv2d n2 ic256 oc256 i28x28 k3x3 s1 p1 nobias",
 }
 #: How each is stored and multiplied.
