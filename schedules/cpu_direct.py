@@ -36,6 +36,8 @@ from convgen.problem.spec import ConvSpec
 MOST_PIXELS = 16
 #: How much longer lines take of rows in a page each.
 PAGES = 1.5
+#: Cycles that a step waits for such a row where images are too large to be read again from near.
+WAIT = 16
 #: Rows of tiles of a task, in 1-D tiles; parts of the channels.
 BLOCKS, PARTS = (1, 2, 4, 7, 8, 14, 16, 28, 56, 112), (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -96,6 +98,8 @@ class CpuDirect(ChannelsInLanes):
             slower = CROWDED if _crowds(g, target, height * width) else 1
             far = _far(g, target, picks, height, width)
             products = times * g.products * slower
+            if far and _is_read_again(g, target, picks):
+                found.append(Work(products, cycles=WAIT * height))
             pixels, operation = height * width, g.operation
             found.append(steps(products, pixels, vectors, near=near, far=far, fetched=0.5, operation=operation))
             found.append(Work(times * g.loops, cycles=BEGIN_RUN))
@@ -148,6 +152,14 @@ def _far(g: Geometry, target: Target, picks: Picks, height: int, width: int) -> 
     if picks.copy_src:  # rows of all channels side by side
         return height * min(row, 4 * round_up(g.extent(picks)[2], target.lanes))
     return PAGES * height * row
+
+
+def _is_read_again(g: Geometry, target: Target, picks: Picks) -> bool:
+    """Whether several blocks of channels read images where they lie that follow each other, each a large part of the L2
+    cache: their rows come from beyond it, in strips too short for the processor to fetch ahead.
+    """
+    image = g.spec.bytes["src"] // g.spec.n
+    return not picks.copy_src and g.spec.n > 1 and g.blocks(picks) > 1 and image > target.l2 // 4
 
 
 def _finish(g: Geometry, times: float, height: int, width: int, vectors: int, lanes: int) -> Work:

@@ -53,7 +53,7 @@ PARTS = (1, 2, 3, 4, 8)
 
 
 class CpuRows(Written):
-    id, version = "cpu_rows", 4
+    id, version = "cpu_rows", 5
     merged = ("cpu_masked", "cpu_gemm")
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
@@ -277,7 +277,8 @@ def _counts_product(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     if picks.copy_src:
         work.append(Work(rows, loads=1, stores=1, cycles=FAR_ROW / 4))
     else:  # rows of src, far apart, for every block of channels
-        work.append(Work(rows * channel_blocks * part, cycles=FAR_ROW / 16))
+        again = 2 if _is_read_again(spec, target, channel_blocks * part) else 16
+        work.append(Work(rows * channel_blocks * part, cycles=FAR_ROW / again))
     if not spec.is_pointwise:
         work.append(
             Work(spec.n * spec.ic * ceildiv(spec.out_pixels, lanes) / target.cores, loads=2, shuffles=2, stores=1)
@@ -290,6 +291,13 @@ def _counts_product(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         Stream(images * share, ahead=True, footprint=images),
     ]
     return Counts(work, streams, 1 + (not spec.is_pointwise))
+
+
+def _is_read_again(spec: ConvSpec, target: Target, blocks: float) -> bool:
+    """Whether several blocks of channels read images that follow each other, each a large part of the L2 cache: rows
+    then come from beyond it each time, a few lines of each.
+    """
+    return blocks > 1 and spec.n > 1 and spec.bytes["src"] // spec.n > target.l2 // 4
 
 
 # ---- the kernel -----------------------------------------------------------------------------------
@@ -320,8 +328,9 @@ def _add_images(whole: Block, picks: Picks, product: RowProduct, images: int, fi
         image, panel = body.let(first + source), None
         if picks.copy_src:
             panel = body.buffer((ceildiv(tiles, parts), spec.ic, columns.step))
-            for tile_body, tile, x, pattern in columns.tiles(body, *split):
-                product.copy(tile_body, source, x, pattern, (panel, tile - start))
+            with body.loop(spec.ic) as (step, c):  # a channel's tiles together: its rows lie in pages of their own
+                for tile_body, tile, x, pattern in columns.tiles(step, *split):
+                    product.copy(tile_body, (source, c, x), pattern, (panel, tile - start))
         with body.loop(each) as (outer, i):
             for case, channels in product.channels(outer, group, outer.let(block * each + i)):
                 for lines_body, lines in output_rows(case, spec, spec.rank - 1, picks.tile_oh, start, end):

@@ -263,14 +263,15 @@ class RowProduct:
         for case, size in body.cases(tile, full, self.tile_oc, rest):
             yield case, Channels(group, tile, size)
 
-    def copy(self, body: Block, image: Expr, x: Expr, pattern: dict[Any, Any], panel: tuple[tirx.Buffer, Expr]) -> None:
-        """Copy what a tile of a 1×1 kernel reads, one input channel after another."""
-        lanes, (buffer, index) = self.columns.lanes, panel
-        with body.loop(self.spec.ic) as (step, c):
-            for v in range(self.columns.vectors):
-                count = pattern["stored", v, 0]
-                value = load(self.src, self.dtype, [image, c, x + v * lanes], lanes, count)
-                step.add(store(buffer, "f32", [index, c, v * lanes], value, lanes, lanes))
+    def copy(
+        self, body: Block, place: tuple[Expr, Expr, Expr], pattern: dict[Any, Any], panel: tuple[tirx.Buffer, Expr]
+    ) -> None:
+        """Copy what a tile of a 1×1 kernel reads of an image's channel, from a pixel on."""
+        lanes, (image, c, x), (buffer, index) = self.columns.lanes, place, panel
+        for v in range(self.columns.vectors):
+            count = pattern["stored", v, 0]
+            value = load(self.src, self.dtype, [image, c, x + v * lanes], lanes, count)
+            body.add(store(buffer, "f32", [index, c, v * lanes], value, lanes, lanes))
 
     def tile(self, body: Block, channels: Channels, pixels: Pixels) -> None:
         """The sums of a tile of channels for a tile of pixels, their epilogue and store."""
