@@ -30,7 +30,7 @@ from typing import Any
 
 from convgen.cpu.correlation import add_sums_of_channels
 from convgen.cpu.model import Counts, Stream, Work, core_of
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, most_pixels, pieces, steps
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, LINE, most_pixels, pieces, steps
 from convgen.cpu.vector import Block, written
 from convgen.cpu.winograd import ROWS, TILES, operations, transformed_axes
 from convgen.cpu.winograd_gradient import (
@@ -50,6 +50,8 @@ from convgen.problem.spec import ConvSpec
 
 #: Images of a part, vectors of the gradient's channels of a task.
 IMAGES, BLOCKS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 8)
+#: Cycles to write a line beyond the L2 cache, in turn with those of so FEW other positions; of more, as much longer.
+SCATTERED, FEW = 18, 64
 #: Numbers of a part's transformed tensors: scratch memory.
 MOST_VALUES = 1 << 26
 
@@ -191,6 +193,8 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     if around > target.l2:  # transformed, which reads what it writes; then read by blocks of the other's channels
         read = g.inner * g.blocks[0] + g.outer * g.blocks[1]
         moved.append(Stream(2 * values * g.parts / cores, footprint=again))
+        lines = values * g.parts / cores / (4 * LINE)
+        work.append(Work(lines, cycles=SCATTERED * max(1, positions / FEW)))
         moved.append(Stream(4 * positions * g.depth * lanes * read * g.parts * share, ahead=0.5, footprint=again))
     if g.parts > 1 and around > target.l2:
         moved.append(Stream(2 * kept * g.parts * share, footprint=again))
