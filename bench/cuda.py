@@ -422,7 +422,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="measure or compile known rows again")
     parser.add_argument("--compile", action="store_true", help="compile and measure nothing; needs no device")
     parser.add_argument(
-        "--archs", type=several(), default=["sm_80", "sm_90a", "sm_75"], help="with --compile: architectures"
+        "--archs", type=several(), default=["sm_80", "sm_90a", "sm_100"], help="with --compile: architectures"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="with --compile: worker processes")
     options = parser.parse_args(arguments)

@@ -1,4 +1,5 @@
-"""What the compiler makes of layers for GPUs: registers, spills, shared memory, instructions. It needs no GPU.
+"""What the compiler makes of layers for GPUs: registers, spills, shared memory, instructions; and how long the model
+that chose a schedule says it takes. It needs no GPU.
 
 It imports nothing else of this folder: worker processes do not know the folder.
 """
@@ -36,8 +37,8 @@ Key = tuple[str, str]
 
 #: Seconds that a layer may take to compile.
 COMPILE_SECONDS = 300.0
-#: Instructions that are counted: matrix units, asynchronous copies, loads of matrices, sums of f32.
-INSTRUCTIONS = ("HMMA", "HGMMA", "IMMA", "IGMMA", "LDGSTS", "UTMALDG", "LDSM", "FFMA")
+#: Instructions that are counted: matrix units, asynchronous copies and stores, loads of matrices, sums of f32.
+INSTRUCTIONS = ("HMMA", "HGMMA", "IMMA", "IGMMA", "LDGSTS", "UTMALDG", "UTMASTG", "LDSM", "FFMA")
 
 
 def compiled(descriptor: str, spelling: str) -> dict[str, Any]:
@@ -46,7 +47,8 @@ def compiled(descriptor: str, spelling: str) -> dict[str, Any]:
     try:
         spec, target = ConvSpec.parse(descriptor), resolve(spelling)
         candidate = default_candidate(spec, target)
-        row |= {"schedule": candidate.schedule.id, "candidate": str(candidate)}
+        cycles = candidate.schedule.cost(spec.core, target) * target.rates.clock
+        row |= {"schedule": candidate.schedule.id, "candidate": str(candidate), "predicted_cycles": round(cycles)}
         source = generate(lower(spec, target, candidate))
         images, resources = compile_images(source, target)
         counts = dict.fromkeys(INSTRUCTIONS, 0)
@@ -134,11 +136,24 @@ def compile_report(rows: Sequence[dict[str, Any]]) -> str:
     made_with = ", ".join(f"{name} {version}" for name, version in rows[-1]["versions"].items()) if rows else ""
     today = datetime.now(UTC).date().isoformat()
     lines = ["# What the compiler makes of the defaults", "", f"{today}, {made_with}.", ""]
+    lines += [
+        "Predicted cycles are the cost model's, at the clock of the architecture's usual device: of no measurement.",
+        "",
+    ]
     if failures := [row for row in rows if row["error"]]:
         lines += ["## Failures", ""]
         lines += [f"- {code(row['spec'])} {row['target']}: {escaped(_last_line(row))}" for row in failures]
         lines.append("")
-    header = ["layer", "schedule", "launches>", "registers>", "spilled bytes>", "shared KiB>", "threads>"]
+    header = [
+        "layer",
+        "schedule",
+        "launches>",
+        "registers>",
+        "spilled bytes>",
+        "shared KiB>",
+        "threads>",
+        "predicted cycles>",
+    ]
     header += [f"{name}>" for name in INSTRUCTIONS]
     groups: dict[str, list[list[str]]] = {}
     for row in rows:
@@ -158,5 +173,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
     most = {field: max(function[field] for function in functions) for field in ("registers", "shared", "threads")}
     spilled = sum(function["spilled"] for function in functions)
     figures = [len(functions), most["registers"], spilled, f"{most['shared'] / 1024:.1f}", most["threads"]]
+    figures.append(row["predicted_cycles"])
     figures += [row["instructions"][instruction] for instruction in INSTRUCTIONS]
     return [code(row["spec"]), row["schedule"], *map(str, figures)]
