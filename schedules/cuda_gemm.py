@@ -19,7 +19,7 @@ Strategy    1. Pack weights as [oc][taps × ic], in vectors of 16 bytes along th
             7. `split_k` blocks share a long reduction of few pixels; a second launch adds them up.
 Why not     im2col in memory: it writes every input k² times; sums straight to dst: 4 bytes at a time.
 
-This file is long because four other schedules are small changes of its class.
+What is computed, as tensor expressions, is in convgen.cuda.implicit.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from convgen.cuda import model, tensorize
+from convgen.cuda import implicit, model, tensorize
 from convgen.cuda.blocks import among_threads, copy_together, divide_among_warps, spread, warp_tile
-from convgen.cuda.operands import channels_last, is_whole
+from convgen.cuda.implicit import lanes_of, needs_layout
+from convgen.cuda.operands import channels_last
 from convgen.deferred import te, tirx
-from convgen.lowering.compute import Expr, Operands, ceildiv, copied, epilogue, flat, narrow, round_up, unflat
+from convgen.lowering.compute import Expr, Operand, Operands, ceildiv, copied, round_up
 from convgen.lowering.schedule import Picks, Program, Scheduled, Space, require
 from convgen.problem.dtypes import BYTES
 
@@ -49,51 +50,8 @@ VECTOR = tensorize.VECTOR
 OTHER_REGISTERS = 64
 
 
-class _Products(NamedTuple):
-    """The products of a candidate, one for each phase and group; `merge_g` groups of the layer are one group here.
-
-    Attributes:
-        batch: how many products.
-        groups, ic, oc: groups, and the channels of a group.
-        taps: the most taps of a phase, per axis.
-        lanes: elements of a vector of 16 bytes.
-        depth: vectors of channels that a tap has.
-        pixels: outputs of a phase.
-        rows, columns, vectors: pixels, output channels and vectors of the reduction, in whole tiles.
-    """
-
-    batch: int
-    groups: int
-    ic: int
-    oc: int
-    taps: tuple[int, ...]
-    lanes: int
-    depth: int
-    pixels: int
-    rows: int
-    columns: int
-    vectors: int
-
-    def element(self, spec: ConvSpec, item: Expr, vector: Expr, lane: Expr) -> _Element:
-        """What an element of the reduction of product ``item`` is."""
-        phase, group = (
-            (tirx.floordiv(item, self.groups), tirx.floormod(item, self.groups)) if _phases(spec) > 1 else (0, item)
-        )
-        tap, channel = tirx.floordiv(vector, self.depth), tirx.floormod(vector, self.depth) * self.lanes + lane
-        return _Element(_phase(spec, phase), group, unflat(tap, self.taps), channel)
-
-
-class _Element(NamedTuple):
-    """An element of the reduction: the phase and its tap per axis, the group, and the channel of the group."""
-
-    phase: list[Expr]
-    group: Expr
-    tap: list[Expr]
-    channel: Expr
-
-
 class CudaGemm(Scheduled):
-    id, version, sums_integers = "cuda_gemm", 2, True
+    id, version, sums_integers = "cuda_gemm", 3, True
     #: Bytes that the channels of a tap are rounded up to in the reduction.
     whole: ClassVar[int] = VECTOR
     #: In how many parts a reduction may be split.
@@ -128,19 +86,19 @@ class CudaGemm(Scheduled):
     def reduction(self, spec: ConvSpec, merge_g: int = 1) -> int:
         """Length of the reduction, where ``merge_g`` groups are one."""
         lanes = self.whole // BYTES[spec.dtype]
-        return math.prod(_taps(spec)) * round_up(spec.ic // spec.groups * merge_g, lanes)
+        return math.prod(implicit.taps(spec)) * round_up(spec.ic // spec.groups * merge_g, lanes)
 
     def rounded(self, spec: ConvSpec, picks: Picks) -> tuple[int, int, int]:
         """(pixels, channels of a group, reduction) rounded up to whole tiles."""
         return (
-            round_up(_pixels(spec), picks.tile_m),
+            round_up(implicit.pixels(spec), picks.tile_m),
             round_up(spec.oc // spec.groups * picks.merge_g, picks.tile_n),
             round_up(self.reduction(spec, picks.merge_g), picks.tile_k * picks.split_k),
         )
 
     def count(self, spec: ConvSpec, picks: Picks) -> int:
         """How many products there are."""
-        count: int = _phases(spec) * (spec.groups // picks.merge_g)
+        count: int = implicit.phases(spec) * (spec.groups // picks.merge_g)
         return count
 
     def laid_out(self, spec: ConvSpec, picks: Picks) -> int:
@@ -188,6 +146,8 @@ class CudaGemm(Scheduled):
         )
         steps = ceildiv(self.reduction(spec, picks.merge_g), picks.tile_k)
         require(picks.split_k <= max(1, steps // 2), "less than two steps for each part of split_k")
+        steps = ceildiv(steps, picks.split_k)
+        require(picks.stages <= max(2, steps), f"{picks.stages} stages, there are {steps} steps")
 
     def default(self, spec: ConvSpec, target: Target) -> Picks:
         points = [p for p in self.likely(spec, target) if self.reason_against(spec, target, p) is None]
@@ -282,32 +242,50 @@ class CudaGemm(Scheduled):
             seconds += model.LAUNCH + 3 * laid_out / (rates.memory * model.LAYOUT_SHARE)
         return seconds
 
-    def products(self, spec: ConvSpec, picks: Picks) -> _Products:
+    def products(self, spec: ConvSpec, picks: Picks) -> implicit.Products:
         """The sizes of the products of a candidate."""
-        groups, lanes, taps = spec.groups // picks.merge_g, lanes_of(spec), _taps(spec)
+        groups, lanes, taps = spec.groups // picks.merge_g, lanes_of(spec), implicit.taps(spec)
         rows, columns, length = self.rounded(spec, picks)
         depth = self.reduction(spec, picks.merge_g) // math.prod(taps) // lanes
-        return _Products(
+        return implicit.Products(
             batch=self.count(spec, picks), groups=groups, ic=spec.ic // groups, oc=spec.oc // groups, taps=taps,
-            lanes=lanes, depth=depth, pixels=_pixels(spec), rows=rows, columns=columns, vectors=length // lanes,
+            lanes=lanes, depth=depth, pixels=implicit.pixels(spec), rows=rows, columns=columns, vectors=length // lanes,
         )  # fmt: skip
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, host = Operands(spec, native=True), Operands(spec)
         products = self.products(spec, picks)
-        packed = [_packed_weights(spec, products, host, picks.merge_g), *map(copied, host.parameters[1:])]
+        packed = [implicit.packed_weights(spec, products, host, picks.merge_g)]
+        packed += [self.packed_parameter(parameter, products, picks) for parameter in host.parameters[1:]]
         weights = te.placeholder(packed[0].shape, tensorize.STORED[spec.dtype], "weights_in")
         per_channel = [te.placeholder(t.shape, t.dtype, f"{t.op.name}_in") for t in packed[1:]]
 
-        groups = spec.groups // picks.merge_g
-        source = channels_last(ops.src.tensor, spec.src_blocks, groups, lanes_of(spec))
-        patches = _gathered(spec, products, source)
-        sums = self.sums(spec, source, weights, _sums(spec, products, patches, weights, picks.split_k))
+        dst = self.outputs(spec, picks, ops, weights, per_channel)
+        return Program(pack=host.pack(*packed), main=ops.main([weights, *per_channel], dst))
+
+    def source(self, spec: ConvSpec, picks: Picks, ops: Operands) -> Callable[..., Expr]:
+        """src as a function of ``(n, *spatial, channel)``, every group whole vectors of channels."""
+        return channels_last(ops.src.tensor, spec.src_blocks, spec.groups // picks.merge_g, lanes_of(spec))
+
+    def packed_parameter(self, parameter: Operand, products: implicit.Products, picks: Picks) -> te.Tensor:
+        """A vector of the parameters as it is packed."""
+        return copied(parameter)
+
+    def outputs(
+        self, spec: ConvSpec, picks: Picks, ops: Operands, weights: te.Tensor, per_channel: Sequence[te.Tensor]
+    ) -> te.Tensor:
+        """dst.
+
+        Args:
+            weights, per_channel: what is packed.
+        """
+        products, source = self.products(spec, picks), self.source(spec, picks, ops)
+        patches = implicit.gathered(spec, products, source)
+        sums = self.sums(spec, source, weights, implicit.sums(spec, products, patches, weights, picks.split_k))
         tile = te.compute(sums.shape, lambda *index: sums[index], name="tile")
         parts = te.compute(sums.shape, lambda *index: tile[index], name="parts") if picks.split_k > 1 else tile
-        finished = _finished(spec, products, ops, parts, per_channel)
-        dst = te.compute(finished.shape, lambda *index: finished(*index), name="dst")
-        return Program(pack=host.pack(*packed), main=ops.main([weights, *per_channel], dst))
+        finished = implicit.finished(spec, products, ops, parts, per_channel)
+        return te.compute(finished.shape, lambda *index: finished(*index), name="dst")
 
     def sums(self, spec: ConvSpec, source: Callable[..., Expr], weights: te.Tensor, products: te.Tensor) -> te.Tensor:
         """The sums that are stored: those of the products, unless a subclass has others in their place.
@@ -327,6 +305,10 @@ class CudaGemm(Scheduled):
         tile = tensorize.replace(sch, rows, sch.get_sblock("tile"), store)
         # A row of stores of two floats meets no bank twice where the next row begins 8 banks on.
         sch.storage_align(tile, 0, axis=2, factor=32, offset=8)
+        self.lay_out(sch, spec, picks)
+
+    def lay_out(self, sch: TirSchedule, spec: ConvSpec, picks: Picks) -> None:
+        """Schedule the launch that lays out src, where there is one."""
         if needs_layout(spec, picks):
             spread(sch, sch.get_loops(sch.get_sblock("channels_last")), 1)
 
@@ -364,166 +346,6 @@ class CudaGemm(Scheduled):
             copy_together(sch, sch.get_loops(operand)[-3:], picks.warps_m * picks.warps_n)
 
 
-# ---- tensor expressions ------------------------------------------------------------------------
-
-
-def _packed_weights(spec: ConvSpec, products: _Products, host: Operands, merge_g: int) -> te.Tensor:
-    """Weights ``[product][output channel][vector][lane]``, zeros where a phase or a group has none."""
-    ic_group, oc_group = products.ic // merge_g, products.oc // merge_g
-
-    def packed(item: Expr, column: Expr, vector: Expr, lane: Expr) -> Expr:
-        phase, group, tap, channel = products.element(spec, item, vector, lane)
-        kernel_tap = [_kernel_tap(spec, axis, phase, t) for axis, t in enumerate(tap)]
-        inside = [column < products.oc, vector < math.prod(products.taps) * products.depth, channel < products.ic]
-        inside += [t < size for t, size in zip(kernel_tap, spec.kernel, strict=True)]
-        if merge_g > 1:
-            inside.append(tirx.floordiv(column, oc_group) == tirx.floordiv(channel, ic_group))
-        oc, ic = group * products.oc + column, group * products.ic + channel
-        channels = (ic, tirx.floormod(oc, oc_group)) if spec.transposed else (oc, tirx.floormod(ic, ic_group))
-        value = host.weights.tensor(*host.weights.place((*channels, *kernel_tap)))
-        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, value.ty.dtype))
-
-    shape = (products.batch, products.columns, products.vectors, products.lanes)
-    return te.compute(shape, packed, name="weights_packed")
-
-
-def _gathered(spec: ConvSpec, products: _Products, source: Callable[..., Expr]) -> te.Tensor:
-    """The patches ``[product][pixel][vector][lane]``, of which memory only ever has tiles."""
-    whole_ic = round_up(products.ic, products.lanes)
-
-    def gathered(item: Expr, pixel: Expr, vector: Expr, lane: Expr) -> Expr:
-        phase, group, tap, channel = products.element(spec, item, vector, lane)
-        image, *out = unflat(pixel, (spec.n, *_grid(spec)))
-        position, inside = [], []
-        for axis, (o, t) in enumerate(zip(out, tap, strict=True)):
-            y, conditions = _read(spec, axis, phase, o, t)
-            position.append(y)
-            inside += conditions
-        if products.rows != products.pixels:
-            inside.append(pixel < products.pixels)
-        if products.vectors != math.prod(products.taps) * products.depth:
-            inside.append(vector < math.prod(products.taps) * products.depth)
-        if products.depth > ceildiv(products.ic, products.lanes):
-            inside.append(channel < whole_ic)
-        value = source(image, *position, group * whole_ic + channel)
-        zero = tirx.const(0, tensorize.STORED[spec.dtype])
-        return tirx.if_then_else(tirx.all(*inside), value, zero) if inside else value
-
-    return te.compute((products.batch, products.rows, products.vectors, products.lanes), gathered, name="gathered")
-
-
-def _sums(spec: ConvSpec, products: _Products, patches: te.Tensor, weights: te.Tensor, split_k: int) -> te.Tensor:
-    """The products' sums ``[part][product][pixel][output channel]``, in ``split_k`` parts."""
-    summed, length = tensorize.sums_of(spec.dtype), products.vectors // split_k
-    outer = te.reduce_axis((0, length), "vector")
-    inner = te.reduce_axis((0, products.lanes), "lane")
-
-    def product(part: Expr, number: Expr, row: Expr, column: Expr) -> Expr:
-        vector = part * length + outer
-        left, right = patches[number, row, vector, inner], weights[number, column, vector, inner]
-        return te.sum(left.astype(summed) * right.astype(summed), [outer, inner])
-
-    return te.compute((split_k, products.batch, products.rows, products.columns), product, name="tile_sums")
-
-
-def _finished(
-    spec: ConvSpec, products: _Products, ops: Operands, parts: te.Tensor, per_channel: Sequence[te.Tensor]
-) -> te.Tensor:
-    """The outputs ``[phase per axis][group][pixel][output channel]``: all parts of a sum, and the epilogue."""
-    strides = spec.stride if spec.transposed else ()
-
-    def value(*index: Expr) -> Expr:
-        *phase, group, pixel, column = index
-        item = flat((*phase, group), (*strides, products.groups))
-        total = parts[0, item, pixel, column]
-        for part in range(1, int(parts.shape[0])):
-            total = total + parts[part, item, pixel, column]
-        image, channel, out = _output(spec, index, products.oc)
-        residual = ops.residual[ops.order(image, channel, out)] if ops.residual is not None else None
-        result = epilogue(spec, total, residual=residual, **ops.per_channel(per_channel, channel))
-        return narrow(result, spec.dtype) if spec.dtype == "i8" else result.astype(tensorize.STORED[spec.dtype])
-
-    return te.compute((*strides, products.groups, products.pixels, products.oc), value, name="finished")
-
-
-# ---- taps and pixels of a product --------------------------------------------------------------
-
-
-def _phases(spec: ConvSpec) -> int:
-    """Outputs whose positions differ by whole strides are a phase: how many phases there are."""
-    return math.prod(spec.stride) if spec.transposed else 1
-
-
-def _phase(spec: ConvSpec, phase: Expr) -> list[Expr]:
-    """A phase per axis."""
-    return unflat(phase, spec.stride) if spec.transposed else [0] * spec.rank
-
-
-def _grid(spec: ConvSpec) -> tuple[int, ...]:
-    """Outputs of a phase per axis."""
-    if not spec.transposed:
-        return spec.out_spatial
-    return tuple(o // s for o, s in zip(spec.out_spatial, spec.stride, strict=True))
-
-
-def _pixels(spec: ConvSpec) -> int:
-    """Outputs of a phase, of all images."""
-    return spec.n * math.prod(_grid(spec))
-
-
-def _taps(spec: ConvSpec) -> tuple[int, ...]:
-    """The most taps of a phase, per axis."""
-    if not spec.transposed:
-        return spec.kernel
-    return tuple(ceildiv(k, s) for k, s in zip(spec.kernel, spec.stride, strict=True))
-
-
-def _by_phase(spec: ConvSpec, axis: int, phase: Sequence[Expr], value: Callable[[int], int]) -> Expr:
-    """``value(phase)`` of an axis as a choice among constants: TVM's simplifier has wrong rules for the arithmetic."""
-    last = spec.stride[axis] - 1
-    chosen = tirx.const(value(last), "int32")
-    for i in reversed(range(last)):
-        chosen = tirx.Select(phase[axis] == i, tirx.const(value(i), "int32"), chosen)
-    return chosen
-
-
-def _first_tap(spec: ConvSpec, axis: int, phase: int) -> int:
-    """The first tap that an output of a phase meets: ``phase + padding - tap * dilation`` is whole strides."""
-    stride = spec.stride[axis]
-    return (phase + spec.padding[axis][0]) * pow(spec.dilation[axis], -1, stride) % stride if stride > 1 else 0
-
-
-def _kernel_tap(spec: ConvSpec, axis: int, phase: Sequence[Expr], tap: Expr) -> Expr:
-    """The tap of the kernel that a tap of a phase is."""
-    if not spec.transposed:
-        return tap
-    return _by_phase(spec, axis, phase, lambda p: _first_tap(spec, axis, p)) + spec.stride[axis] * tap
-
-
-def _read(spec: ConvSpec, axis: int, phase: Sequence[Expr], out: Expr, tap: Expr) -> tuple[Expr, list[Expr]]:
-    """Where output ``out`` of a phase reads src for a tap, along an axis; and the conditions for that to be inside."""
-    (begin, end), size = spec.padding[axis], spec.in_spatial[axis]
-    stride, dilation = spec.stride[axis], spec.dilation[axis]
-    if not spec.transposed:
-        y = out * stride + tap * dilation - begin
-        return y, [y >= 0] * bool(begin) + [y < size] * bool(end)
-    start = _by_phase(spec, axis, phase, lambda p: (p + begin - _first_tap(spec, axis, p) * dilation) // stride)
-    y = out + start - tap * dilation
-    inside = [y >= 0, y < size]
-    if spec.kernel[axis] % stride:
-        inside.append(_kernel_tap(spec, axis, phase, tap) < spec.kernel[axis])
-    return y, inside
-
-
-def _output(spec: ConvSpec, index: Sequence[Expr], oc: int) -> tuple[Expr, Expr, list[Expr]]:
-    """Image, channel and position in dst of an index ``[phase per axis][group][pixel][one of oc channels]``."""
-    *phase, group, pixel, column = index
-    image, *out = unflat(pixel, (spec.n, *_grid(spec)))
-    if spec.transposed:
-        out = [q * s + p for q, s, p in zip(out, spec.stride, phase, strict=True)]
-    return image, group * oc + column, out
-
-
 # ---- the schedule ------------------------------------------------------------------------------
 
 
@@ -532,7 +354,7 @@ def _schedule_stores(sch: TirSchedule, spec: ConvSpec, picks: Picks, block: Any)
     warps, oc = picks.warps_m * picks.warps_n, spec.oc // spec.groups * picks.merge_g
     dst, finished = sch.get_sblock("dst"), sch.get_sblock("finished")
     _give_own_axes(sch, spec, dst, oc)
-    single = _pixels(spec) == 1
+    single = implicit.pixels(spec) == 1
     lanes = 1 if single else _store_lanes(spec, oc)
     if picks.split_k > 1:
         parts = sch.get_sblock("parts")
@@ -554,17 +376,19 @@ def _schedule_stores(sch: TirSchedule, spec: ConvSpec, picks: Picks, block: Any)
     sch.set_scope(finished, 0, "local")
     sch.unroll(sch.get_loops(finished)[-1])
     if lanes > 1:
-        loaded = sch.cache_read(finished, 0, "local")
-        sch.compute_at(loaded, thread, preserve_unit_loops=True)
-        _, lane = sch.split(sch.get_loops(loaded)[-1], [None, min(4, lanes)])
-        sch.vectorize(lane)
+        names = [str(read.source.name) for read in sch.get(finished).reads]
+        for number in [0, *(i for i, name in enumerate(names) if name.endswith("_packed_in"))]:  # sums, parameters
+            loaded = sch.cache_read(finished, number, "local")
+            sch.compute_at(loaded, thread, preserve_unit_loops=True)
+            _, lane = sch.split(sch.get_loops(loaded)[-1], [None, min(4, lanes)])
+            sch.vectorize(lane)
 
 
 def _give_own_axes(sch: TirSchedule, spec: ConvSpec, dst: Any, oc: int) -> None:
     """Until here dst has the axes of the products; from here on those of its layout."""
 
     def own_axes(*index: Expr) -> list[Expr]:
-        image, channel, out = _output(spec, index, oc)
+        image, channel, out = implicit.output(spec, index, oc)
         return [image, channel, *out] if spec.layout == "nchw" else [image, *out, channel]
 
     axes = 3 + (spec.rank if spec.transposed else 0)
@@ -572,16 +396,6 @@ def _give_own_axes(sch: TirSchedule, spec: ConvSpec, dst: Any, oc: int) -> None:
 
 
 # ---- sizes -------------------------------------------------------------------------------------
-
-
-def lanes_of(spec: ConvSpec) -> int:
-    """Elements of a vector of 16 bytes."""
-    return VECTOR // BYTES[spec.dtype]
-
-
-def needs_layout(spec: ConvSpec, picks: Picks) -> bool:
-    """Whether a first launch lays out src: channels last, and whole vectors of them."""
-    return not is_whole(spec.src_blocks, spec.groups // picks.merge_g, lanes_of(spec))
 
 
 def _store_lanes(spec: ConvSpec, oc: int) -> int:

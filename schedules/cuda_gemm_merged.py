@@ -25,7 +25,7 @@ CHANNELS = 64
 
 
 class CudaGemmMerged(CudaGemm):
-    id, version, transforms = "cuda_gemm_merged", 2, True
+    id, version, transforms = "cuda_gemm_merged", 3, True
 
     def admits(self, spec: ConvSpec) -> None:
         super().admits(spec)

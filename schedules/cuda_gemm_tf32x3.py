@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class CudaGemmTf32x3(CudaGemm):
-    id, version, transforms = "cuda_gemm_tf32x3", 2, True
+    id, version, transforms = "cuda_gemm_tf32x3", 3, True
 
     def admits(self, spec: ConvSpec) -> None:
         require(spec.dtype == "f32", "needs f32")

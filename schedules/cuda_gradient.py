@@ -36,6 +36,7 @@ from convgen.cuda.gradient import (
     sides,
     totals_bytes,
 )
+from convgen.cuda.implicit import lanes_of
 from convgen.cuda.operands import channels_last, is_whole
 from convgen.deferred import te, tirx
 from convgen.lowering.compute import Expr, Operands, flat, round_up, unflat
@@ -43,7 +44,7 @@ from convgen.lowering.schedule import Picks, Program, Space, require
 from convgen.problem.dtypes import BYTES
 from convgen.problem.layout import PLAIN
 
-from .cuda_gemm import CudaGemm, lanes_of
+from .cuda_gemm import CudaGemm
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule as TirSchedule

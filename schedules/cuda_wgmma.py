@@ -32,7 +32,7 @@ WAIT_CYCLES = 60
 
 
 class CudaWgmma(CudaGemm):
-    id, version = "cuda_wgmma", 1
+    id, version = "cuda_wgmma", 2
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         super().applies(spec, target)
@@ -69,6 +69,8 @@ class CudaWgmma(CudaGemm):
         require(registers <= model.REGISTERS, f"{registers} registers in a block, at most {model.REGISTERS}")
         steps = ceildiv(self.reduction(spec), picks.tile_k)
         require(picks.split_k <= max(1, steps // 2), "less than two steps for each part of split_k")
+        steps = ceildiv(steps, picks.split_k)
+        require(picks.stages <= max(2, steps), f"{picks.stages} stages, there are {steps} steps")
 
     def likely(self, spec: ConvSpec, target: Target) -> Iterator[Picks]:
         domains = self.space(spec, target).domains

@@ -8,26 +8,41 @@ Strategy    1. As many blocks as the GPU holds at once share the tiles, in an or
             3. A stage has two mbarriers: `full` counts the bytes that arrive, `empty` the warps that have multiplied.
                No barrier of the block is in the loop. Fetching goes on over the end of a tile: the next one's
                operands arrive while sums are stored.
-            4. A warpgroup stores its sums 64 pixels × 32 channels at a time, through 10 KiB of shared memory of its
-               own, so that what is left is for stages. How they are stored is cuda_gemm's.
-Why not     clusters that share operands by multicast, stores by TMA, and warpgroups that take turns at tiles, so that
-            one multiplies while the other stores: not written yet.
+            4. A warpgroup stores its sums 64 pixels × 32 channels at a time. With `bulk_store` threads finish the sums
+               that they have in registers and write the results to shared memory, from where the copy engine stores
+               them, while the next piece is finished, or the next tile multiplied: where dst is NHWC, and its rows
+               are whole vectors of 16 bytes. Else they pass through 10 KiB of shared memory, and are stored as
+               cuda_gemm's.
+            5. With `cluster` two blocks take tiles of the same channels. Each fetches half of the weights, for both:
+               L2 reads them once. A stage is empty when the warps of both have multiplied.
+            6. With `cluster_k` so many blocks take one tile, each a part of its reduction. Each finishes some of its
+               pieces: the others write their sums of those into its shared memory, and it adds them up, in one order.
+               There is no workspace and no second launch, as with split_k.
+Why not     clusters that share patches: where a tile has more pixels than channels, half of its weights are less to
+            share, but few layers have channels for two such tiles. Warpgroups that take turns at tiles, so that one
+            multiplies while the other stores: not written yet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from convgen.cuda import model, tensorize
-from convgen.lowering.compute import ceildiv, round_up
-from convgen.lowering.interface import Persistent
+from convgen.cuda import implicit, model, tensorize
+from convgen.cuda.implicit import PIECE_ROWS, needs_layout
+from convgen.cuda.persistent import PLACES
+from convgen.deferred import te
+from convgen.errors import Inapplicable
+from convgen.lowering.compute import Expr, Operand, Operands, ceildiv, round_up
+from convgen.lowering.interface import Persistent, TensorMap
 from convgen.lowering.schedule import Picks, Space, require
 from convgen.problem.dtypes import BYTES
 
-from .cuda_gemm import CudaGemm, needs_layout
+from .cuda_gemm import CudaGemm
 from .cuda_wgmma import WARPGROUP_ROWS
 from .cuda_wgmma_tma import ALIGNMENT, SHARE, CudaWgmmaTma
 
@@ -46,11 +61,13 @@ MOST_SUMS = 128
 
 
 class CudaWgmmaPersistent(CudaWgmmaTma):
-    id, version = "cuda_wgmma_persistent", 1
+    id, version = "cuda_wgmma_persistent", 2
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
         domains = super().space(spec, target).domains
-        return Space(**{**domains, "warps_m": [4, 8], "resident": [1, 2]})
+        sends = [0, 1] if _can_send(spec) else [0]
+        own = {"warps_m": [4, 8], "resident": [1, 2], "cluster": [1, 2], "cluster_k": [1, 2, 4], "bulk_store": sends}
+        return Space(**(domains | own))
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
         require(picks.tile_m % (16 * picks.warps_m) == 0, f"a warpgroup has whole times {WARPGROUP_ROWS} pixels")
@@ -62,48 +79,90 @@ class CudaWgmmaPersistent(CudaWgmmaTma):
         require(need <= target.shared_memory, f"{need} bytes of shared memory, at most {target.shared_memory}")
         have, registers = _registers(picks), self.registers(spec, picks)
         require(registers <= have, f"about {registers} registers of a thread, {have} are there")
+        require(picks.cluster == 1 or picks.cluster_k == 1, "a cluster shares weights or a reduction")
         steps = ceildiv(self.reduction(spec), picks.tile_k)
-        require(picks.split_k <= max(1, steps // 2), "less than two steps for each part of split_k")
+        parts = picks.split_k * picks.cluster_k
+        require(parts <= max(1, steps // 2), "less than two steps for each part of the reduction")
+        require(not picks.bulk_store or picks.split_k == 1, "threads store the parts of split_k")
+        have = self.turns(spec, target, picks) * ceildiv(steps, parts)
+        require(picks.stages <= max(2, have), f"{picks.stages} stages, a block has no more than {have} steps")
 
     def likely(self, spec: ConvSpec, target: Target) -> Iterator[Picks]:
+        """Points worth a prediction, all of them valid."""
         domains = self.space(spec, target).domains
-        names = ("tile_m", "tile_n", "warps_m", "split_k", "resident", "stages")
-        for values in itertools.product(*(domains[name] for name in names[:-1]), (3, 4, 6)):
-            yield Picks(merge_g=1, tile_k=domains["tile_k"][0], warps_n=1, **dict(zip(names, values, strict=True)))
+        names = ("tile_m", "tile_n", "warps_m", "split_k", "resident", "cluster", "cluster_k")
+        for values in itertools.product(*(domains[name] for name in names)):
+            chosen = dict(zip(names, values, strict=True))
+            if sum(chosen[name] > 1 for name in ("split_k", "cluster", "cluster_k")) > 1:
+                continue
+            store = domains["bulk_store"][-1] if chosen["split_k"] == 1 else 0
+            most = None  # stages, as there is room for
+            with contextlib.suppress(Inapplicable):
+                for stages in domains["stages"]:
+                    picks = Picks(
+                        merge_g=1, tile_k=domains["tile_k"][0], warps_n=1, stages=stages, bulk_store=store, **chosen
+                    )  # fmt: skip
+                    self.valid(spec, target, picks)
+                    most = picks
+            if most is not None:
+                yield most
+
+    def default(self, spec: ConvSpec, target: Target) -> Picks:
+        return min(self.likely(spec, target), key=lambda picks: self.seconds(spec, target, picks))
+
+    def plain_points(self, spec: ConvSpec, target: Target) -> Iterator[Picks]:
+        plain = {**self.default(spec, target), "stages": 2, "split_k": 1, "cluster": 1, "cluster_k": 1, "bulk_store": 0}
+        for part in ({}, {"split_k": 2}, {"cluster": 2}, {"cluster_k": 2}, {"bulk_store": 1}):
+            picks = Picks(**(plain | part))
+            if self.reason_against(spec, target, picks) is None:
+                yield picks
 
     def registers(self, spec: ConvSpec, picks: Picks) -> int:
         """Registers of a thread that multiplies, estimated: its sums, and some to store them."""
         return _sums(picks) + 40
 
     def shared_memory(self, spec: ConvSpec, picks: Picks) -> int:
+        warpgroups: int = picks.warps_m // 4
+        if picks.bulk_store:
+            return warpgroups * PLACES * PIECE_ROWS * PIECE * BYTES[spec.dtype] + _operands(picks)
         piece = CudaGemm.shared_memory(self, spec, Picks(**{**_piece(picks), "stages": 0}))
         if spec.dst_layout == "nchw" and 1 < spec.out_pixels < WARPGROUP // PIECE:
             # A thread for each pixel of a channel: past the last channel of the piece they read on as well.
             columns = WARPGROUP // spec.out_pixels
             piece = max(piece, WARPGROUP_ROWS * (round_up(columns - 8, 32) + 8) * 4)
-        warpgroups: int = picks.warps_m // 4
         return warpgroups * round_up(piece, ALIGNMENT) + _operands(picks)
+
+    def rounded(self, spec: ConvSpec, picks: Picks) -> tuple[int, int, int]:
+        m, n, k = super().rounded(spec, picks)
+        return round_up(m, picks.tile_m * picks.cluster), n, k
 
     def seconds(self, spec: ConvSpec, target: Target, picks: Picks) -> float:
         """Predicted seconds, times :data:`SHARE` as cuda_wgmma_tma's: of the tiles of a core one after the other, at
         what the slowest of matrix units, shared memory and L2 allows.
 
-        Only the first step of a block waits. While a block stores its sums it multiplies nothing, but as many steps
-        arrive as there are stages; and another block of the core multiplies.
+        Only the first step of a block waits. While a block finishes its sums it multiplies nothing, but as many steps
+        arrive as there are stages; and another block of the core multiplies. What the copy engine stores leaves
+        meanwhile.
         """
-        m, n, k = self.rounded(spec, picks)
+        m, n, _ = self.rounded(spec, picks)
         size, rates, l2 = BYTES[spec.dtype], target.rates, target.rates.l2 * model.L2_SHARE
-        turns = ceildiv(self.tiles(spec, picks), target.cores * picks.resident)
-        steps, rows = k // picks.split_k // picks.tile_k, picks.tile_m + picks.tile_n
+        turns = self.turns(spec, target, picks)
+        steps, rows = self.part(spec, picks), picks.tile_m + picks.tile_n
         read = picks.tile_m + picks.tile_m // WARPGROUP_ROWS * picks.tile_n
         products = picks.tile_m * picks.tile_n * picks.tile_k / self.rate(spec, target)
         products = max(products, tensorize.ROW * (read + rows) / rates.shared)
-        copies = tensorize.ROW * rows / l2
+        copies = tensorize.ROW * (picks.tile_m + picks.tile_n / picks.cluster) / l2
         step = picks.resident * max(products, copies)
-        finish = picks.tile_m * picks.tile_n * (8 / rates.shared + size / l2)
+        waits = model.L2_CYCLES + model.CLUSTER_CYCLES * (picks.cluster - 1)
+        sums = ceildiv(picks.tile_m * picks.tile_n, picks.cluster_k)  # that it finishes
+        finish = sums * (2 * size / rates.shared if picks.bulk_store else 8 / rates.shared + size / l2)
+        if picks.cluster_k > 1:
+            moved = 4 * sums * (picks.cluster_k - 1)
+            finish += 2 * model.CLUSTER_CYCLES + moved * (1 / rates.cluster + 1 / rates.shared)
         turn = max(
             picks.resident * steps * products + finish,
-            steps * max(step, model.L2_CYCLES / picks.stages) + max(0, finish - picks.stages * copies),
+            picks.resident * (steps * copies + sums * size / l2),
+            steps * max(step, waits / picks.stages) + max(0, finish - picks.stages * copies),
         )
         seconds: float = SHARE * (turns * turn + model.L2_CYCLES + model.LAUNCH_CYCLES) / rates.clock
         if picks.split_k > 1:
@@ -120,31 +179,106 @@ class CudaWgmmaPersistent(CudaWgmmaTma):
         count: int = m // picks.tile_m * (n // picks.tile_n) * spec.groups * picks.split_k
         return count
 
+    def turns(self, spec: ConvSpec, target: Target, picks: Picks) -> int:
+        """How many tiles a block takes, at most."""
+        return ceildiv(self.tiles(spec, picks) * picks.cluster_k, target.cores * picks.resident)
+
+    def part(self, spec: ConvSpec, picks: Picks) -> int:
+        """The most steps that a block sums of a tile."""
+        return ceildiv(self.reduction(spec) // picks.tile_k, picks.split_k * picks.cluster_k)
+
+    def reduction_text(self, spec: ConvSpec, picks: Picks) -> tuple[str, list[int]]:
+        axes, sizes = super().reduction_text(spec, picks)
+        return axes, [*sizes[:-1], self.part(spec, picks)]
+
+    def packed_parameter(self, parameter: Operand, products: implicit.Products, picks: Picks) -> te.Tensor:
+        if not _sends(picks):
+            return super().packed_parameter(parameter, products, picks)
+        return implicit.padded(parameter, products)
+
+    def outputs(
+        self, spec: ConvSpec, picks: Picks, ops: Operands, weights: te.Tensor, per_channel: Sequence[te.Tensor]
+    ) -> te.Tensor:
+        if not _sends(picks):
+            return super().outputs(spec, picks, ops, weights, per_channel)
+        products, source = self.products(spec, picks), self.source(spec, picks, ops)
+        starts = source(*[0] * (spec.rank + 2)), weights(0, 0, 0, 0)
+        summed = tensorize.sums_of(spec.dtype)
+
+        def held(*_: Expr) -> Expr:
+            return tensorize.opaque(summed, *starts)
+
+        sums = te.compute(implicit.held_shape(products, PIECE), held, name="tile_sums")
+        return implicit.finished_pieces(spec, products, ops, sums, per_channel)
+
     def apply(self, sch: TirSchedule, spec: ConvSpec, target: Target, picks: Picks) -> None:
-        super().apply(sch, spec, target, _piece(picks))
+        if not _sends(picks):
+            super().apply(sch, spec, target, _piece(picks))
+            return
+        dst, sums = sch.get_sblock("dst"), sch.get_sblock("tile_sums")
+        *blocks, warp, row, pair, chunk, lower, one = sch.get_loops(dst)
+        sch.bind(sch.fuse(*blocks), "blockIdx.x")
+        sch.bind(warp, "threadIdx.y")
+        sch.bind(sch.fuse(row, pair), "threadIdx.x")
+        sch.unroll(chunk)
+        sch.unroll(lower)
+        sch.vectorize(one)
+        sch.compute_at(sums, warp, preserve_unit_loops=True)
+        sch.set_scope(sums, 0, "local")
+        *_, lane, _ = sch.get_loops(sums)
+        tensorize.replace(sch, lane, sums, tensorize.piece(spec.dtype, 32, PIECE // 2, spec.rank))
+        self.lay_out(sch, spec, picks)
 
     def whole_reduction(self, spec: ConvSpec, picks: Picks) -> str:
-        return tensorize.piece(spec.dtype, picks.tile_n, spec.rank)
+        return tensorize.piece(spec.dtype, 16, picks.tile_n, spec.rank)
+
+    def maps(self, spec: ConvSpec, picks: Picks) -> dict[str, TensorMap]:
+        """As cuda_wgmma_tma's, but that a block of a cluster fetches its part of the weights."""
+        maps = super().maps(spec, picks)
+        rows = picks.tile_n // picks.cluster
+        return maps | {"packed0": replace(maps["packed0"], box=(picks.tile_k, rows))}
 
     def persistent(self, spec: ConvSpec, picks: Picks) -> Persistent:
         warpgroups = picks.warps_m // 4
         tall = picks.tile_m // WARPGROUP_ROWS // warpgroups
         axes, sizes = self.reduction_text(spec, picks)
-        numbers = [picks.tile_n, PIECE, warpgroups, tall, picks.stages, picks.resident, spec.rank]
+        numbers = [picks.tile_n, PIECE, warpgroups, tall, picks.stages, picks.resident]
+        numbers += [picks.cluster, picks.cluster_k, spec.rank]
         return Persistent(
             type=f"cg_persistent<cg_{self.kind(spec)}, {', '.join(map(str, numbers))}, {axes}, "
             f"cg_sizes<{', '.join(map(str, [*sizes, picks.split_k]))}>>",
-            tiles=self.tiles(spec, picks),
+            blocks=self.tiles(spec, picks) * picks.cluster_k,
             warpgroups=warpgroups,
             piece_sums=PIECE // 2,
             operands=_operands(picks),
             resident=picks.resident,
+            cluster=picks.cluster * picks.cluster_k,
+            dst=_stores(spec) if _sends(picks) else None,
         )
 
 
 def _piece(picks: Picks) -> Picks:
     """Of a piece of a tile, as if a block of one warpgroup had no more."""
     return Picks(**{**picks, "tile_m": WARPGROUP_ROWS, "tile_n": PIECE, "warps_m": 4})
+
+
+def _sends(picks: Picks) -> bool:
+    """Whether the copy engine stores what threads make of the sums that they have in registers."""
+    return bool(picks.bulk_store) and not tensorize.is_described()
+
+
+def _can_send(spec: ConvSpec) -> bool:
+    """Whether the copy engine can store dst: the rows of a group are whole vectors, as its maps have them."""
+    return spec.dst_layout == "nhwc" and spec.oc // spec.groups * BYTES[spec.dtype] % tensorize.VECTOR == 0
+
+
+def _stores(spec: ConvSpec) -> TensorMap:
+    """dst ``[pixel][group][channel]``, of which a piece is stored at a time: what it has besides is left out."""
+    size, oc = BYTES[spec.dtype], spec.oc // spec.groups
+    return TensorMap(
+        spec.dtype, (oc, spec.groups, implicit.pixels(spec)), (oc * size, spec.oc * size), (PIECE, 1, PIECE_ROWS),
+        PIECE * size,
+    )  # fmt: skip
 
 
 def _sums(picks: Picks) -> int:
@@ -154,8 +288,10 @@ def _sums(picks: Picks) -> int:
 
 
 def _operands(picks: Picks) -> int:
-    """Bytes of shared memory for the steps under way and their barriers."""
-    size: int = picks.stages * ((picks.tile_m + picks.tile_n) * tensorize.ROW + 16)
+    """Bytes of shared memory for the steps under way, the sums of other blocks of a cluster, and barriers."""
+    pieces = picks.tile_m // PIECE_ROWS // (picks.warps_m // 4) * (picks.tile_n // PIECE)
+    sums = picks.warps_m // 4 * ceildiv(pieces, picks.cluster_k) * (picks.cluster_k - 1) * PIECE_ROWS * PIECE
+    size: int = 4 * sums + picks.stages * ((picks.tile_m + picks.tile_n) * tensorize.ROW + 16) + 16
     return round_up(size, ALIGNMENT)
 
 

@@ -21,13 +21,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from convgen.cuda import tensorize
+from convgen.cuda.implicit import lanes_of, needs_layout
 from convgen.deferred import te
 from convgen.lowering.compute import Expr, round_up
 from convgen.lowering.interface import TensorMap
 from convgen.lowering.schedule import Picks, require
 from convgen.problem.dtypes import BYTES
 
-from .cuda_gemm import lanes_of, needs_layout
 from .cuda_wgmma import CudaWgmma
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ SHARE = 0.9
 
 
 class CudaWgmmaTma(CudaWgmma):
-    id, version = "cuda_wgmma_tma", 1
+    id, version = "cuda_wgmma_tma", 2
     whole = tensorize.ROW  # a step is of one tap
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
@@ -121,10 +121,11 @@ class CudaWgmmaTma(CudaWgmma):
         return {
             "workspace0" if needs_layout(spec, picks) else "src": TensorMap(
                 spec.dtype, dims, _strides(dims, size), (picks.tile_k, picks.tile_m), tensorize.ROW,
-                lower, upper, (1, *reversed(spec.stride), 1),
+                lower, upper, (1, *reversed(spec.stride), 1), _promotion(dims[0] * size),
             ),
             "packed0": TensorMap(
-                spec.dtype, (k, spec.groups * n), (k * size,), (picks.tile_k, picks.tile_n), tensorize.ROW
+                spec.dtype, (k, spec.groups * n), (k * size,), (picks.tile_k, picks.tile_n), tensorize.ROW,
+                promotion=_promotion(k * size),
             ),
         }  # fmt: skip
 
@@ -141,6 +142,11 @@ def _corners(spec: ConvSpec) -> tuple[Sequence[int], Sequence[int]]:
     lower = [-begin for begin, _ in spec.padding]
     axes = zip(spec.padding, spec.kernel, spec.dilation, strict=True)
     return lower, [end - (k - 1) * d for (_, end), k, d in axes]
+
+
+def _promotion(row: int) -> int:
+    """Bytes of a row that L2 reads together: those of the next step too, where they follow."""
+    return 256 if row % 256 == 0 else 128
 
 
 def _strides(dims: Sequence[int], size: int) -> tuple[int, ...]:

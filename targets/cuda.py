@@ -7,8 +7,9 @@ PTX ISA, the "Target ISA Notes" of the instructions. Rates of matrix units, cloc
 usual device's data sheet: dense operations a second, sums of 32 bits, over multiprocessors and clock. They are V100
 SXM2, T4, A100 SXM4 40 GB, A40, Jetson AGX Orin, GeForce RTX 4090, H100 SXM5, B200 and GeForce RTX 5090. L2: the
 whitepapers of V100 and A100 give 2048 and 5120 bytes a cycle; H100 is taken for A100's. On Hopper ``mma.sync``
-reaches 63 % of the data sheet's rate: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture",
-IPDPS workshops 2024. Guesses, as nobody publishes them: L2 of the others, and sm_100's rate of ``mma.sync``, which is
+reaches 63 % of the data sheet's rate, and a core moves 14 bytes a cycle to others of a cluster of four (2.8 TB/s of 114
+cores at 1.755 GHz): Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", IPDPS workshops 2024.
+Guesses, as nobody publishes them: L2 of the others, and sm_100's rate of ``mma.sync``, which is
 taken for A100's.
 """
 
@@ -60,7 +61,7 @@ _A100 = Rates(1.41e9, 64, 128, 47, 1555e9, _matrix(1024, 512, 2048))
 _A40 = Rates(1.74e9, 128, 128, 24, 696e9, _matrix(512, 256, 1024))
 _ORIN = Rates(1.30e9, 128, 128, 24, 205e9, _matrix(1024, 512, 2048))
 _ADA = Rates(2.52e9, 128, 128, 24, 1008e9, _matrix(256, 128, 1024))
-_H100 = Rates(1.83e9, 128, 128, 38, 3350e9, _matrix(1290, 645, 2580), _matrix(2048, 1024, 4096))
+_H100 = Rates(1.83e9, 128, 128, 38, 3350e9, _matrix(1290, 645, 2580), _matrix(2048, 1024, 4096), 14)
 _B200 = Rates(1.85e9, 128, 128, 38, 7700e9, _matrix(1024, 512, 2048))
 _BLACKWELL = Rates(2.41e9, 128, 128, 24, 1792e9, _matrix(256, 128, 1024))
 

@@ -22,6 +22,9 @@ L2_CYCLES, STEP_CYCLES, LAUNCH_CYCLES = 800, 40, 2000
 PARTS_SHARE, LAYOUT_SHARE = 1.3, 0.65
 #: 32-bit registers of an SM, and the most a thread may have.
 REGISTERS, MOST_REGISTERS = 1 << 16, 255
+#: Cycles until a block knows what another block of its cluster has told it. Source: Luo et al., "Benchmarking and
+#: Dissecting the Nvidia Hopper GPU Architecture", IPDPS workshops 2024.
+CLUSTER_CYCLES = 180
 #: Bytes of shared memory that the system takes for every block, besides what the block asks for.
 RESERVED = 1024
 

@@ -286,14 +286,14 @@ def _tma(function: str, dtype: str, cols: int, ones: tuple[int, ...], size: int,
                 )
             )
 
-    return _registered(f"convgen {function} {stored} {sizes}", _opaque_sums(dtype, cols, ones), implementation)
+    return _registered(f"convgen {function} {stored} {sizes}", _opaque_sums(dtype, rows, cols, ones), implementation)
 
 
-def _opaque_sums(dtype: str, cols: int, ones: tuple[int, ...]) -> Any:
-    """The description of 16 rows × ``cols`` of :func:`opaque` sums; ``ones`` as :func:`_tma` takes them."""
+def _opaque_sums(dtype: str, rows: int, cols: int, ones: tuple[int, ...]) -> Any:
+    """The description of ``rows`` × ``cols`` of :func:`opaque` sums; ``ones`` as :func:`_tma` takes them."""
     from tvm.script import tirx as T  # noqa: N812
 
-    first, rows = (0,) * len(ones), 16
+    first = (0,) * len(ones)
     stored, summed, align = STORED[dtype], sums_of(dtype), BYTES[dtype]
 
     @T.prim_func(s_tir=True, private=True)
@@ -313,14 +313,14 @@ def _opaque_sums(dtype: str, cols: int, ones: tuple[int, ...]) -> Any:
 
 
 @functools.cache
-def piece(dtype: str, cols: int, rank: int) -> str:
-    """The name of the intrinsic that has 16 rows × ``cols`` of :func:`opaque` sums: ``cg_piece_sums``.
+def piece(dtype: str, rows: int, cols: int, rank: int) -> str:
+    """The name of the intrinsic that has ``rows`` × ``cols`` of :func:`opaque` sums, a warp's: ``cg_piece_sums``.
 
     No function has that name: :mod:`convgen.cuda.persistent` puts the sums of a persistent kernel in its place.
     """
     from tvm.script import tirx as T  # noqa: N812
 
-    ones, rows = (1,) * (rank + 2), 16
+    ones = (1,) * (rank + 2)
     first, stored, summed, align = (0,) * len(ones), STORED[dtype], sums_of(dtype), BYTES[dtype]
 
     @T.prim_func(s_tir=True, private=True)
@@ -337,7 +337,8 @@ def piece(dtype: str, cols: int, rank: int) -> str:
                 )
             )
 
-    return _registered(f"convgen piece {cols} {stored} {rank}", _opaque_sums(dtype, cols, ones), implementation)
+    description = _opaque_sums(dtype, rows, cols, ones)
+    return _registered(f"convgen piece {rows} {cols} {stored} {rank}", description, implementation)
 
 
 @functools.cache

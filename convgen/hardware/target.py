@@ -33,6 +33,7 @@ class Rates(NamedTuple):
         memory: bytes a second between the device's memory and all cores.
         mma: multiply-adds a cycle of a core's matrix units for a warp's instructions, by operand type.
         wgmma: those for a warpgroup's instructions, where there are any.
+        cluster: bytes a cycle from a core to the others of its cluster.
     """
 
     clock: float
@@ -42,6 +43,7 @@ class Rates(NamedTuple):
     memory: float
     mma: tuple[tuple[str, int], ...] = ()
     wgmma: tuple[tuple[str, int], ...] = ()
+    cluster: int = 0
 
 
 #: Of what is no device.

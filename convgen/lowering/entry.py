@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from ..errors import BuildError
 from ..hardware.isa import CHECKED
 from .interface import (
+    PROMOTIONS,
     SWIZZLES,
     TENSOR_TYPES,
     DeviceCode,
@@ -212,7 +213,8 @@ def _map(tensor_map: TensorMap) -> str:
         "lower": tensor_map.lower,
         "upper": tensor_map.upper,
     }
-    fields = [int(bool(tensor_map.lower)), TENSOR_TYPES[tensor_map.dtype], SWIZZLES[tensor_map.swizzle], rank]
+    fields = [int(bool(tensor_map.lower)), TENSOR_TYPES[tensor_map.dtype], SWIZZLES[tensor_map.swizzle]]
+    fields += [PROMOTIONS[tensor_map.promotion], rank]
     named = [f".{name} = {{{', '.join(map(str, values))}}}" for name, values in arrays.items() if values]
     return f"{{{', '.join([*map(str, fields), *named])}}}"
 

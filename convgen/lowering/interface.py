@@ -23,8 +23,9 @@ ABI = 4
 ALIGNMENT = 64
 #: Bytes before the first packed tensor: magic, ABI version, identity, size, checksum.
 HEADER_BYTES = 64
-#: CUtensorMapDataType and CUtensorMapSwizzle of the CUDA driver, by dtype and by bytes.
+#: CUtensorMapDataType, CUtensorMapSwizzle and CUtensorMapL2promotion of the CUDA driver, by dtype and by bytes.
 TENSOR_TYPES, SWIZZLES = {"i8": 0, "f16": 6, "f32": 7, "bf16": 9}, {0: 0, 32: 1, 64: 2, 128: 3}
+PROMOTIONS = {0: 0, 64: 1, 128: 2, 256: 3}
 #: Most packed tensors one kernel may have, and most threads it may run on (``runtime.h``, ``types.h``).
 MAX_PACKED, MAX_THREADS = 16, 1024
 
@@ -104,8 +105,8 @@ def read_architecture(text: str) -> Architecture:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """How the copy engine of a GPU reads a tensor: what ``cuTensorMapEncodeTiled``, or ``…Im2col`` where there are
-    corners, is told. Axes are innermost first; what is outside the tensor reads as zero.
+    """How the copy engine of a GPU reads or writes a tensor: what ``cuTensorMapEncodeTiled``, or ``…Im2col`` where
+    there are corners, is told. Axes are innermost first; what is outside the tensor reads as zero, and is not written.
 
     Attributes:
         dtype, dims: the tensor.
@@ -114,6 +115,7 @@ class TensorMap:
         swizzle: bytes of the rows that are swizzled in shared memory.
         lower, upper: in im2col mode, per spatial axis, where pixels begin and end, from the first and the last one.
         steps: in im2col mode, elements from one that is read to the next, per axis.
+        promotion: bytes that L2 reads of memory together, at least.
     """
 
     dtype: str
@@ -124,6 +126,7 @@ class TensorMap:
     lower: tuple[int, ...] = ()
     upper: tuple[int, ...] = ()
     steps: tuple[int, ...] = ()
+    promotion: int = 128
 
 
 @dataclass(frozen=True)
@@ -132,19 +135,23 @@ class Persistent:
 
     Attributes:
         type: ``cg_persistent`` of hopper.h, with its arguments.
-        tiles: how many there are.
+        blocks: that have something to do, at most.
         warpgroups: of a block, that multiply; one more fetches.
         piece_sums: sums of a piece that a thread has.
         operands: bytes of shared memory for operands and barriers.
         resident: blocks that a core holds at once.
+        cluster: blocks that run together.
+        dst: how the copy engine stores pieces; None where threads do.
     """
 
     type: str
-    tiles: int
+    blocks: int
     warpgroups: int
     piece_sums: int
     operands: int
     resident: int
+    cluster: int = 1
+    dst: TensorMap | None = None
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,12 @@ class Schedule(ABC):
         """How blocks of a GPU take one tile after another, where they do."""
         return None
 
+    def plain_points(self, spec: ConvSpec, target: Target) -> Iterator[Picks]:
+        """Points whose code has one part each that others do without, and one that has none: what a device is checked
+        with besides the default, so that a part that is wrong is known from the others.
+        """
+        return iter(())
+
     def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
         """What rounding errors of this point are relative to: for sums in any order, the products' absolute values.
 

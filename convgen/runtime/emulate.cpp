@@ -11,10 +11,14 @@
  * knows to be over, of each other thread (Flanagan and Freund, "FastTrack", PLDI 2009). In a random order, what is
  * waited for comes late, and threads stop before they arrive.
  *
+ * Blocks of a cluster run at a time, as threads of one: each has a part of one shared memory, and may touch that of
+ * others only by what is made for it.
+ *
  * Kernels are compiled apart from this file, with the compiler's checks, whose calls arrive here.
  *
  * Sources: PTX ISA 8.8, "Matrix Fragments for mma.m16n8k16 with floating point type", "... mma.m16n8k8",
- * "ldmatrix", "cp.async", "mbarrier", "Tensors", "cp.async.bulk.tensor", "wgmma"; CUDA C++ Programming Guide, "Synchronization Functions".
+ * "ldmatrix", "cp.async", "mbarrier", "Tensors", "cp.async.bulk.tensor", "wgmma", "barrier.cluster", "mapa",
+ * "Async proxy"; CUDA C++ Programming Guide, "Synchronization Functions".
  */
 #include "emulate.h"
 #include "emulated_map.h"
@@ -64,6 +68,16 @@ struct Product {
     std::vector<struct Shadow *> read;
 };
 
+/* A store by a map: what is read of shared memory until it is over, and where that goes. */
+struct Store {
+    struct Piece {
+        const unsigned char *from;
+        char *to; /* null: outside of the tensor */
+        int bytes;
+    };
+    std::vector<Piece> pieces;
+};
+
 using Clock = std::vector<uint32_t>;
 
 /* A phase ends when all threads have arrived that are to, and all bytes. */
@@ -86,10 +100,13 @@ struct Thread {
     std::deque<std::vector<Copy>> groups;
     std::vector<Product> begun; /* that belong to no group yet */
     std::deque<std::vector<Product>> products;
+    std::vector<Store> sent; /* that belong to no group yet */
+    std::deque<std::vector<Store>> stores;
     Barrier *phase_of; /* what it waits for */
     uint32_t parity;
     int number, wanted; /* of the numbered barrier that it waits at */
     Clock clock;
+    uint32_t fenced; /* what it wrote before, by its clock, the copy engine sees */
 };
 
 struct Access {
@@ -103,7 +120,7 @@ struct Shadow {
     Access writer, reader;
     bool lanes, warps;  /* other threads of the reader's warp, or of other warps, have read it as well */
     const char *source; /* of the asynchronous copy that is under way to it, if any */
-    uint32_t reading;   /* products under way that do */
+    uint32_t reading;   /* products and stores under way that do */
     uint32_t tile;      /* number of the tile that was copied to it, from 1, if any */
     std::vector<Access> others; /* reads beside the reader's that are unordered, where there are clocks */
 };
@@ -116,9 +133,9 @@ struct Tile {
     std::vector<unsigned char> data;
     const void *from;
     bool landed;
-    std::bitset<1024> seen; /* threads that have waited for it */
+    std::bitset<2048> seen; /* threads that have waited for it */
     uint32_t barriers;      /* met when one had, first */
-    int first;              /* the thread that had, and when by its clock */
+    int first;              /* the thread that had, or -1; and when by its clock */
     uint32_t time;
 };
 
@@ -145,6 +162,8 @@ static Thread *self, *running; /* whom a fault names; whose code runs, if any's 
 static uint32_t barriers;      /* so many have been met */
 static std::vector<uint32_t> warp_barriers;
 static bool clocks; /* some threads wait for some others: there are clocks */
+static int blocks;  /* of a cluster */
+static uint3 first_block;
 static Rewrite rewrite;
 static std::map<void *, Barrier> phased; /* by where they are */
 static std::vector<Tile> tiles;
@@ -155,9 +174,17 @@ static char message[1024];
 
 static int number(const Thread &thread) { return &thread - threads.data(); }
 
+/* A thread's block of the cluster; threads of a block, and its bytes of dynamic shared memory. */
+static int per_block() { return threads.size() / blocks; }
+static int block_of(const Thread &thread) { return number(thread) / per_block(); }
+static size_t window() { return shared[0].size / blocks; }
+
+static uint3 index_of(int block) { return {first_block.x + block, first_block.y, first_block.z}; }
+
 [[noreturn]] __attribute__((format(printf, 1, 2))) static void fault(const char *format, ...)
 {
-    int n = snprintf(message, sizeof message, "block (%u, %u, %u)", blockIdx.x, blockIdx.y, blockIdx.z);
+    const uint3 block = index_of(self ? block_of(*self) : 0);
+    int n = snprintf(message, sizeof message, "block (%u, %u, %u)", block.x, block.y, block.z);
     if (self)
         n += snprintf(message + n, sizeof message - n, ", thread (%u, %u, %u)", self->index.x, self->index.y,
                       self->index.z);
@@ -195,12 +222,25 @@ static Memory *find_shared(const void *p, size_t bytes)
 
 void *shared_array(size_t bytes)
 {
+    if (blocks > 1)
+        fault("has static shared memory in a cluster: not emulated");
     shared.push_back(guarded(bytes));
     poison(shared.back());
     return shared.back().begin;
 }
 
-void *dynamic_shared() { return shared[0].begin; }
+void *dynamic_shared() { return shared[0].begin + block_of(*self) * window(); }
+
+/* A place of this block's shared memory as it is in another block of the cluster, which has not ended. */
+static char *in_block(const void *p, int block)
+{
+    if (block < 0 || block >= blocks)
+        fault("reaches for block %d of a cluster of %d", block, blocks);
+    const Thread *const begin = &threads[block * per_block()], *const end = begin + per_block();
+    if (std::all_of(begin, end, [](const Thread &thread) { return thread.state == State::done; }))
+        fault("reaches for block %d of its cluster, which has ended", block);
+    return (char *)p + (block - block_of(*self)) * (ptrdiff_t)window();
+}
 
 /* ---- unordered accesses ------------------------------------------------------------------------ */
 
@@ -263,8 +303,7 @@ static const char BARRIER[16] = {};
 static bool seen(Shadow &byte)
 {
     const Tile &tile = tiles[byte.tile - 1];
-    const bool after = clocks ? self->clock[tile.first] >= tile.time : tile.barriers < barriers;
-    if (tile.seen.any() && after)
+    if (tile.first >= 0 && (clocks ? self->clock[tile.first] >= tile.time : tile.barriers < barriers))
         byte.tile = 0;
     return !byte.tile || tile.seen[number(*self)];
 }
@@ -288,6 +327,9 @@ static void access(const void *p, size_t bytes, bool write, const char *source =
     if (!memory)
         return;
     check_rewrite();
+    const bool foreign = memory == &shared[0] && size_t((const char *)p - memory->begin) / window() != size_t(block_of(*self));
+    if (blocks > 1 && foreign && !source && !landing)
+        fault("%s shared memory of another block of its cluster", write ? "writes" : "reads");
     const int thread = number(*self), warp = thread / WARP;
     const Access now = {thread, barriers, warp_barriers[warp], clocks ? self->clock[thread] : 0};
     const size_t offset = (const char *)p - memory->begin;
@@ -306,7 +348,7 @@ static void access(const void *p, size_t bytes, bool write, const char *source =
             fault("%s byte %zu of %zu of shared memory, to which a copy from %p is under way",
                   write ? "writes" : "reads", i, memory->size, byte.source);
         if (write && byte.reading)
-            fault("writes byte %zu of %zu of shared memory, which products under way read", i, memory->size);
+            fault("writes byte %zu of %zu of shared memory, which products under way read, or stores", i, memory->size);
         const bool beside = read && byte.lanes && reader.warp_barriers == now.warp_barriers;
         const bool other = clocks ? std::any_of(byte.others.begin(), byte.others.end(), unordered)
                                   : (read && byte.warps) || beside;
@@ -375,6 +417,8 @@ static void fiber()
         body(arguments);
         if (!self->products.empty() || !self->begun.empty())
             fault("ends while its products are under way");
+        if (!self->stores.empty() || !self->sent.empty())
+            fault("ends while its stores read shared memory");
         self->line = 0;
         suspend(State::done);
     }
@@ -383,7 +427,7 @@ static void fiber()
 static void resume(Thread &thread)
 {
     self = running = &thread;
-    threadIdx = thread.index;
+    threadIdx = thread.index, blockIdx = index_of(block_of(thread));
     if (!_setjmp(scheduler)) {
         if (thread.started)
             _longjmp(thread.context, 1);
@@ -504,16 +548,16 @@ static bool meet()
 /* Those who wait at numbered barriers that all have come to are ready. */
 static void release_named()
 {
-    std::map<int, std::vector<Thread *>> met;
+    std::map<std::pair<int, int>, std::vector<Thread *>> met;
     for (Thread &thread : threads)
         if (thread.state == State::named)
-            met[thread.number].push_back(&thread);
-    for (auto &[number, all] : met) {
+            met[{block_of(thread), thread.number}].push_back(&thread);
+    for (auto &[place, all] : met) {
         self = all[0];
         for (Thread *thread : all)
             if (thread->wanted != self->wanted || thread->line != self->line || int(all.size()) > self->wanted)
-                fault("waits for %d threads at barrier %d, in line %d; %zu wait, in line %d too", self->wanted, number,
-                      self->line, all.size(), thread->line);
+                fault("waits for %d threads at barrier %d, in line %d; %zu wait, in line %d too", self->wanted,
+                      place.second, self->line, all.size(), thread->line);
         if (int(all.size()) < self->wanted)
             continue;
         for (Thread *thread : all)
@@ -566,12 +610,15 @@ static bool wake(std::vector<int> &warps, const std::vector<int> &all)
     return false;
 }
 
-static void run_block(Order &order)
+/* One block, or those of a cluster. */
+static void run_blocks(Order &order)
 {
     for (Memory &memory : shared)
         poison(memory);
     const int count = threads.size();
     clocks = false, order_now = &order;
+    if (blocks > 1)
+        start_clocks();
     do {
         for (Thread &thread : threads)
             thread.state = State::ready, thread.line = 0;
@@ -596,7 +643,7 @@ static void run_block(Order &order)
         if (!tile.landed)
             fault("ends while a copy from %p is under way", tile.from);
     for (Thread &thread : threads)
-        thread.groups.clear(), thread.open.clear();
+        thread.groups.clear(), thread.open.clear(), thread.fenced = 0;
     tiles.clear(), phased.clear();
 }
 
@@ -614,9 +661,9 @@ static void on_signal(int number, siginfo_t *info, void *)
 }
 
 const char *launch(void (*kernel)(void *const *), void *const *taken, const unsigned *grid, const unsigned *block,
-                   size_t bytes, long long way)
+                   size_t bytes, long long way, int cluster)
 {
-    const int count = block[0] * block[1] * block[2], blocks = grid[0] * grid[1] * grid[2];
+    const int count = block[0] * block[1] * block[2], turns = grid[0] * grid[1] * grid[2] / cluster;
     static std::vector<Memory> stacks;
     static char signal_stack[64 << 10];
     stack_t own = {}, previous;
@@ -634,16 +681,20 @@ const char *launch(void (*kernel)(void *const *), void *const *taken, const unsi
     self = running = nullptr;
     rewrite.bytes = 0;
     tiles.clear(), phased.clear();
+    blocks = cluster, first_block = {0, 0, 0};
     blockIdx = {0, 0, 0}, blockDim = {block[0], block[1], block[2]}, gridDim = {grid[0], grid[1], grid[2]};
     if (!_setjmp(escape)) {
         if (shared.empty())
             shared.emplace_back();
-        shared[0] = guarded(bytes);
-        threads = std::vector<Thread>(count);
-        warp_barriers.assign((count + WARP - 1) / WARP, 0);
-        for (int i = 0; i < count; ++i) {
+        if (grid[0] % blocks || (blocks > 1 && (count % WARP || bytes % 128 || blocks * count > 2048)))
+            fault("expected whole clusters of %d, of whole warps, up to 2048 threads, memory a multiple of 128", blocks);
+        shared[0] = guarded(blocks * bytes);
+        threads = std::vector<Thread>(blocks * count);
+        warp_barriers.assign((threads.size() + WARP - 1) / WARP, 0);
+        for (int k = 0; k < blocks * count; ++k) {
             stacks.push_back(guarded(STACK, false));
-            Thread &thread = threads[i];
+            Thread &thread = threads[k];
+            const unsigned i = k % count;
             thread.index = {i % block[0], i / block[0] % block[1], i / block[0] / block[1]};
             getcontext(&thread.first);
             thread.first.uc_stack.ss_sp = stacks.back().begin;
@@ -651,9 +702,10 @@ const char *launch(void (*kernel)(void *const *), void *const *taken, const unsi
             makecontext(&thread.first, fiber, 0);
         }
         Order order{way, std::mt19937(way)};
-        for (unsigned i : order.of(blocks)) {
-            blockIdx = {i % grid[0], i / grid[0] % grid[1], i / grid[0] / grid[1]};
-            run_block(order);
+        for (unsigned i : order.of(turns)) {
+            const unsigned x = grid[0] / blocks;
+            first_block = {i % x * blocks, i / x % grid[1], i / x / grid[1]};
+            run_blocks(order);
         }
     }
     for (const Memory &memory : stacks)
@@ -674,7 +726,22 @@ int lane() { return number(*self) % WARP; }
 
 int lanes() { return std::min<int>(WARP, threads.size() - number(*self) / WARP * WARP); }
 
+static void wait_named(int line, int number, int count)
+{
+    self->line = line, self->number = number, self->wanted = count;
+    suspend(State::named);
+}
+
 void barrier(int line)
+{
+    if (blocks > 1) {
+        wait_named(line, 0, per_block());
+        return;
+    }
+    cluster_barrier(line);
+}
+
+void cluster_barrier(int line)
 {
     self->line = line;
     suspend(State::barrier);
@@ -685,8 +752,7 @@ void barrier(int line, int number, int count)
     if (number < 1 || number > 15 || count < WARP || count % WARP)
         fault("waits for %d threads at barrier %d in line %d: expected whole warps, and 1 to 15", count, number, line);
     start_clocks();
-    self->line = line, self->number = number, self->wanted = count;
-    suspend(State::named);
+    wait_named(line, number, count);
 }
 
 void warp_barrier(int line, uint32_t mask) { together(SYNCWARP, line, mask, nullptr, nullptr); }
@@ -994,16 +1060,28 @@ void barrier_expect(void *p, int bytes)
     arrive(barrier);
 }
 
-void barrier_arrive(void *p)
+void barrier_arrive(void *p) { barrier_arrive(p, block_of(*self)); }
+
+void barrier_arrive(void *p, int block)
 {
     if (order_now->late())
         suspend(State::paused);
+    p = in_block(p, block);
     Barrier &barrier = barrier_at(p);
     access(p, 8, false, BARRIER);
     if (!barrier.arrivals)
         fault("arrives at an mbarrier that no more are to arrive at");
     start_clocks();
     arrive(barrier);
+}
+
+void put_at(void *to, int block, const void *from, int bytes)
+{
+    char *const there = in_block(to, block);
+    if (!find_shared(to, bytes) || (uintptr_t)to % bytes)
+        fault("writes %d bytes to %p of block %d: expected shared memory, at a multiple of these", bytes, to, block);
+    access(there, bytes, true, nullptr, true);
+    memcpy(there, from, bytes);
 }
 
 void barrier_wait(int line, void *p, int parity)
@@ -1019,7 +1097,7 @@ void barrier_wait(int line, void *p, int parity)
         join(self->clock, barrier.released[parity]);
     for (Tile &tile : tiles)
         if (tile.barrier == &barrier && tile.phase < barrier.phase) {
-            if (tile.seen.none()) {
+            if (tile.first < 0) {
                 tile.barriers = barriers, tile.first = number(*self);
                 tile.time = clocks ? self->clock[tile.first] : 0;
             }
@@ -1063,23 +1141,57 @@ static void read_row(const Map &map, const int *at, unsigned char *to)
             memcpy(to + i * map.bytes, from + (int64_t)(at[0] + i) * map.bytes, map.bytes);
 }
 
-void copy_tile(void *to, const void *opaque, void *p, int rank, const int *first, const uint16_t *by)
+/* The map that a copy or a store is given. */
+static Map map_at(const void *opaque, int rank, bool im2col)
 {
     Map map;
     memcpy(&map, opaque, sizeof map);
-    if ((uintptr_t)opaque % 64 || map.magic != MAP_MAGIC || map.rank != rank || map.im2col != (by != nullptr))
+    if ((uintptr_t)opaque % 64 || map.magic != MAP_MAGIC || map.rank != rank || map.im2col != im2col)
         fault("copies by what is no map of %d axes in this mode", rank);
     if (map.flags & LARGE && (map.last[rank - 1] + uint64_t(1)) * map.strides[rank - 2] < LARGE_BYTES)
         fault("copies by a map that says of a tensor below %d bytes that it is large", LARGE_BYTES);
+    return map;
+}
+
+/* Where in a tile of rows, in shared memory, a chunk of 16 bytes is that would be at `place` if it were not swizzled. */
+static size_t swizzled(const Map &map, size_t place)
+{
+    return map.swizzle ? place ^ (place >> 3 & (map.swizzle - 16)) : place;
+}
+
+static void check_tile(const Map &map, const void *tile, size_t bytes)
+{
+    const uint32_t offset = (const char *)tile - (const char *)dynamic_shared();
+    if (!find_shared(tile, bytes) || offset + bytes > window() || offset % 128 ||
+        (map.swizzle && offset % (8 * map.swizzle)))
+        fault("copies a tile at %p: expected shared memory, at a multiple of %d", tile,
+              map.swizzle ? 8 * map.swizzle : 128);
+}
+
+/* A tile is on its way to a place in shared memory, whose barrier it will tell. */
+static void send_tile(char *to, const std::vector<unsigned char> &data, void *p, const Map &map)
+{
     Barrier &barrier = barrier_at(p);
+    access(to, data.size(), true, ZERO);
+    tiles.push_back({&barrier, barrier.phase, (unsigned char *)to, data, (const void *)map.address, false, {}, 0, -1, 0});
+    Memory *const memory = find_shared(to, data.size());
+    for (size_t i = to - memory->begin, end = i + data.size(); i < end; ++i) {
+        Shadow &byte = memory->shadow[i];
+        byte.writer = {}, byte.source = nullptr, byte.tile = tiles.size();
+    }
+    memset(to, 0xff, data.size());
+}
+
+void copy_tile(void *to, const void *opaque, void *p, int rank, const int *first, const uint16_t *by, int to_blocks)
+{
+    const Map map = map_at(opaque, rank, by != nullptr);
+    barrier_at(p);
     access(p, 8, false, BARRIER);
     const size_t row = map.box[0] * map.bytes;
     size_t rows = map.box[1];
     for (int axis = 2; !by && axis < rank; ++axis)
         rows *= map.box[axis];
-    const uint32_t offset = (char *)to - (char *)dynamic_shared();
-    if (!find_shared(to, rows * row) || offset % 128 || (map.swizzle && offset % (8 * map.swizzle)))
-        fault("copies a tile to %p: expected shared memory, at a multiple of %d", to, map.swizzle ? 8 * map.swizzle : 128);
+    check_tile(map, to, rows * row);
     if (!by && (rank > 2 || map.steps[1] != 1))
         fault("copies a tile of %d axes: not emulated", rank);
     Walk walk = {map, {}};
@@ -1098,25 +1210,95 @@ void copy_tile(void *to, const void *opaque, void *p, int rank, const int *first
             at[axis] += by[axis - 1];
         std::vector<unsigned char> bytes(row);
         read_row(map, at, bytes.data());
-        for (size_t chunk = 0; chunk < row; chunk += 16) {
-            size_t place = i * row + chunk;
-            if (map.swizzle)
-                place ^= place >> 3 & (map.swizzle - 16);
-            memcpy(&data[place], &bytes[chunk], 16);
-        }
+        for (size_t chunk = 0; chunk < row; chunk += 16)
+            memcpy(&data[swizzled(map, i * row + chunk)], &bytes[chunk], 16);
         if (by)
             walk.step();
         else
             ++walk.at[1];
     }
-    access(to, data.size(), true, ZERO);
-    Memory *memory = find_shared(to, data.size());
-    tiles.push_back({&barrier, barrier.phase, (unsigned char *)to, data, (const void *)map.address, false, {}, 0, 0, 0});
-    for (size_t i = offset; i < offset + data.size(); ++i) {
-        Shadow &byte = memory->shadow[i];
-        byte.writer = {}, byte.source = nullptr, byte.tile = tiles.size();
+    if (to_blocks >> blocks)
+        fault("copies to blocks %x of a cluster of %d", to_blocks, blocks);
+    for (int block = 0; block < blocks; ++block)
+        if (to_blocks ? to_blocks >> block & 1 : block == block_of(*self))
+            send_tile(in_block(to, block), data, in_block(p, block), map);
+}
+
+/* ---- stores by maps ----------------------------------------------------------------------------- */
+
+void fence_async()
+{
+    if (clocks)
+        self->fenced = ++self->clock[number(*self)];
+}
+
+/* Whether the copy engine would see what is there: its writer has fenced since. */
+static bool is_fenced(const Shadow &byte)
+{
+    const Access &writer = byte.writer;
+    return writer.thread < 0 || !writer.time || writer.time < threads[writer.thread].fenced;
+}
+
+void store_tile(const void *opaque, const void *from, int rank, const int *first)
+{
+    const Map map = map_at(opaque, rank, false);
+    const size_t row = map.box[0] * map.bytes;
+    size_t rows = 1;
+    for (int axis = 1; axis < rank; ++axis)
+        rows *= map.box[axis];
+    check_tile(map, from, rows * row);
+    start_clocks();
+    access(from, rows * row, false);
+    Memory *const memory = find_shared(from, rows * row);
+    for (size_t i = (const char *)from - memory->begin, end = i + rows * row; i < end; ++i) {
+        if (!is_fenced(memory->shadow[i])) {
+            const uint3 other = threads[memory->shadow[i].writer.thread].index;
+            fault("stores byte %zu of %zu of shared memory, which thread (%u, %u, %u) wrote with no fence for the copy "
+                  "engine since",
+                  i, memory->size, other.x, other.y, other.z);
+        }
+        ++memory->shadow[i].reading;
     }
-    memset(to, 0xff, data.size());
+    Store store;
+    for (size_t i = 0; i < rows; ++i) {
+        char *to = (char *)map.address;
+        bool inside = true;
+        size_t left = i;
+        for (int axis = 1; axis < rank; left /= map.box[axis++]) {
+            const int64_t at = first[axis] + int64_t(left % map.box[axis]);
+            inside = inside && 0 <= at && at <= map.last[axis];
+            to += at * (int64_t)map.strides[axis - 1];
+        }
+        for (size_t byte = 0; byte < row; byte += map.bytes) {
+            const int64_t at = first[0] + int64_t(byte / map.bytes);
+            const bool kept = inside && 0 <= at && at <= map.last[0];
+            const size_t place = swizzled(map, i * row + byte / 16 * 16) + byte % 16;
+            store.pieces.push_back({(const unsigned char *)from + place, kept ? to + at * map.bytes : nullptr, map.bytes});
+        }
+    }
+    self->sent.push_back(store);
+}
+
+void commit_stores()
+{
+    self->stores.push_back(std::move(self->sent));
+    self->sent.clear();
+}
+
+void wait_stores(size_t pending)
+{
+    for (; self->stores.size() > pending; self->stores.pop_front())
+        for (const Store &store : self->stores.front())
+            for (const Store::Piece &piece : store.pieces) {
+                if (piece.to)
+                    memcpy(piece.to, piece.from, piece.bytes);
+                Memory *const memory = find_shared(piece.from, piece.bytes);
+                for (int i = 0; i < piece.bytes; ++i) {
+                    Shadow &byte = memory->shadow[(const char *)piece.from - memory->begin + i];
+                    --byte.reading;
+                    note_read(byte, {number(*self), barriers, 0, self->clock[number(*self)]}); /* until now */
+                }
+            }
 }
 
 } // namespace emulation

@@ -18,6 +18,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 #define __builtin_assume(condition)
@@ -52,8 +53,9 @@ extern uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
-/* A barrier of the block, in a line of the source. */
+/* A barrier of the block, in a line of the source; of the cluster. */
 void barrier(int line);
+void cluster_barrier(int line);
 /* One of `count` threads, which come to the barrier of a number. */
 void barrier(int line, int number, int count);
 /* One of the warp's lanes in `mask`, which orders their accesses. */
@@ -83,17 +85,29 @@ void barrier_init(void *barrier, int count);
 /* Arrives, and makes the phase wait for so many bytes. */
 void barrier_expect(void *barrier, int bytes);
 void barrier_arrive(void *barrier);
+/* The same, where a block of the cluster has it. */
+void barrier_arrive(void *barrier, int block);
+/* Bytes to a place in shared memory, as a block of the cluster has it. */
+void put_at(void *to, int block, const void *from, int bytes);
 void barrier_wait(int line, void *barrier, int parity);
 void barrier_end(void *barrier);
-/* By a map, from `at` on; in im2col mode (`by` is not null) each pixel by an offset. */
-void copy_tile(void *to, const void *map, void *barrier, int rank, const int *at, const uint16_t *by);
+/* By a map, from `at` on; in im2col mode (`by` is not null) each pixel by an offset. To this block, or to all of the
+ * cluster whose bits are set. */
+void copy_tile(void *to, const void *map, void *barrier, int rank, const int *at, const uint16_t *by, int blocks = 0);
+/* What this thread wrote to shared memory is the copy engine's to read. */
+void fence_async();
+/* By a map, to `at` on; read and written by the wait that covers its group. */
+void store_tile(const void *map, const void *from, int rank, const int *at);
+void commit_stores();
+void wait_stores(size_t pending);
 void *dynamic_shared();
 /* A shared array, made when first met. */
 void *shared_array(size_t bytes);
 float of_half(uint16_t bits);
-/* Null, or what was wrong. `order`: -1 ascending, -2 descending, or the seed of a random one. */
+/* Null, or what was wrong. `order`: -1 ascending, -2 descending, or the seed of a random one; `cluster`: blocks of one,
+ * along x. */
 const char *launch(void (*body)(void *const *), void *const *arguments, const unsigned *grid, const unsigned *block,
-                   size_t shared, long long order);
+                   size_t shared, long long order, int cluster);
 
 template <class... A> constexpr int parameters(void (*)(A...)) { return sizeof...(A); }
 template <class... A, size_t... I>
@@ -108,14 +122,14 @@ template <class... A> void call(void (*kernel)(A...), void *const *arguments)
 
 } // namespace emulation
 
-/* What a library of kernels exports of each. */
-#define CG_EMULATE_KERNEL(name)                                                                                \
+/* What a library of kernels exports of each, whose clusters have so many blocks. */
+#define CG_EMULATE_KERNEL(name, cluster)                                                                       \
     extern "C" int name##_parameters() { return emulation::parameters(name); }                                 \
     extern "C" const char *name##_launch(const unsigned *grid, const unsigned *block, size_t shared,           \
                                          void *const *arguments, long long order)                              \
     {                                                                                                          \
         return emulation::launch([](void *const *taken) { emulation::call(name, taken); }, arguments, grid,    \
-                                 block, shared, order);                                                        \
+                                 block, shared, order, cluster);                                               \
     }
 
 /* ---- what CUDA defines --------------------------------------------------------------------------- */

@@ -1,7 +1,8 @@
-/* Hopper's part of device.h: products of warpgroups, and tiles that the copy engine fetches.
+/* Hopper's part of device.h: products of warpgroups, tiles that the copy engine fetches and stores, clusters of blocks.
  *
  * Sources: PTX ISA 8.8, "Asynchronous Warpgroup Level Matrix Instructions", "Parallel Synchronization and
- * Communication Instructions: mbarrier", "cp.async.bulk.tensor", "setmaxnreg", "Strides and swizzling modes".
+ * Communication Instructions: mbarrier", "barrier.cluster", "mapa", "cp.async.bulk.tensor", "cp.async.bulk.commit_group",
+ * "cp.async.bulk.wait_group", "setmaxnreg", "Strides and swizzling modes", "Async proxy".
  */
 /* ---- Hopper: a warpgroup's tile ---------------------------------------------------------------- */
 
@@ -56,7 +57,8 @@ template <class T, int COLS> struct cg_wgmma {
 CG_DEVICE void cg_wgmma_begin() {}
 CG_DEVICE void cg_wgmma_commit() { emulation::commit_products(); }
 template <int PENDING> CG_DEVICE void cg_wgmma_wait() { emulation::wait_products(PENDING); }
-CG_DEVICE void cg_fence_async() {}
+template <class Sum> CG_DEVICE void cg_settled(Sum &) {}
+CG_DEVICE void cg_fence_async() { emulation::fence_async(); }
 #else
 /* Sums in registers and what this thread wrote to shared memory are the instruction's from here on. */
 CG_DEVICE void cg_wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -66,7 +68,11 @@ template <int PENDING> CG_DEVICE void cg_wgmma_wait()
 {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-/* Copies that have arrived become visible to wgmma, which reads through another proxy than threads write. */
+/* A sum is read after this, not before: the compiler does not know that products that are waited for change it. */
+CG_DEVICE void cg_settled(float &sum) { asm volatile("" : "+f"(sum)::"memory"); }
+CG_DEVICE void cg_settled(int &sum) { asm volatile("" : "+r"(sum)::"memory"); }
+/* What this thread wrote to shared memory becomes visible to wgmma and the copy engine, which read through another
+ * proxy than threads write. */
 CG_DEVICE void cg_fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
 
@@ -110,16 +116,23 @@ CG_DEVICE void cg_barrier_expect(uint64_t *barrier, int bytes)
                  : "memory");
 }
 
-/* Waits for the end of a phase, of even number or of odd. */
-CG_DEVICE void cg_barrier_wait(uint64_t *barrier, int parity)
+/* Waits for the end of a phase, of even number or of odd, to which blocks of a cluster of so many have arrived. */
+template <int CLUSTER = 1> CG_DEVICE void cg_barrier_wait(uint64_t *barrier, int parity)
 {
+#define CG_TRY_WAIT(scope)                                                                                     \
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity" scope ".shared::cta.b64 p, [%1], %2; "             \
+                 "selp.u32 %0, 1, 0, p; }"                                                                     \
+                 : "=r"(over)                                                                                  \
+                 : "r"(cg_shared_address(barrier)), "r"(parity)                                                \
+                 : "memory")
     uint32_t over;
     do
-        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                     : "=r"(over)
-                     : "r"(cg_shared_address(barrier)), "r"(parity)
-                     : "memory");
+        if constexpr (CLUSTER > 1)
+            CG_TRY_WAIT(".acquire.cluster");
+        else
+            CG_TRY_WAIT("");
     while (!over);
+#undef CG_TRY_WAIT
 }
 
 /* What it was is memory for other things. */
@@ -128,11 +141,26 @@ CG_DEVICE void cg_barrier_end(uint64_t *barrier)
     asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(cg_shared_address(barrier)) : "memory");
 }
 
+/* The map is on its way to where copies look for it. */
+CG_DEVICE void cg_prefetch_map(const cg_tensor_map &map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 /* Rows from (x, y) on, as many as the map says, to shared memory. */
 CG_DEVICE void cg_copy_rows(void *to, const cg_tensor_map &map, uint64_t *barrier, int x, int y)
 {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
                  ::"r"(cg_shared_address(to)), "l"(&map), "r"(cg_shared_address(barrier)), "r"(x), "r"(y)
+                 : "memory");
+}
+
+/* The same, to the same place of every block of the cluster whose bit is set, each of which its barrier tells. */
+CG_DEVICE void cg_share_rows(void *to, const cg_tensor_map &map, uint64_t *barrier, int x, int y, uint16_t blocks)
+{
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(cg_shared_address(to)),
+                 "l"(&map), "r"(cg_shared_address(barrier)), "r"(x), "r"(y), "h"(blocks)
                  : "memory");
 }
 
@@ -157,8 +185,9 @@ CG_DEVICE void cg_copy_patches(void *to, const cg_tensor_map &map, uint64_t *bar
 #else
 CG_DEVICE void cg_barrier_init(uint64_t *barrier, int count) { emulation::barrier_init(barrier, count); }
 CG_DEVICE void cg_barrier_fence() {}
+CG_DEVICE void cg_prefetch_map(const cg_tensor_map &) {}
 CG_DEVICE void cg_barrier_expect(uint64_t *barrier, int bytes) { emulation::barrier_expect(barrier, bytes); }
-CG_DEVICE void cg_barrier_wait(uint64_t *barrier, int parity, CG_LINE)
+template <int CLUSTER = 1> CG_DEVICE void cg_barrier_wait(uint64_t *barrier, int parity, CG_LINE)
 {
     emulation::barrier_wait(line, barrier, parity);
 }
@@ -167,6 +196,11 @@ CG_DEVICE void cg_copy_rows(void *to, const cg_tensor_map &map, uint64_t *barrie
 {
     const int at[] = {x, y};
     emulation::copy_tile(to, &map, barrier, 2, at, nullptr);
+}
+CG_DEVICE void cg_share_rows(void *to, const cg_tensor_map &map, uint64_t *barrier, int x, int y, uint16_t blocks)
+{
+    const int at[] = {x, y};
+    emulation::copy_tile(to, &map, barrier, 2, at, nullptr, blocks);
 }
 template <int RANK>
 CG_DEVICE void cg_copy_patches(void *to, const cg_tensor_map &map, uint64_t *barrier, int c, int w, int h, int d, int n,
@@ -216,6 +250,7 @@ CG_DEVICE void cg_tma_tile(Sum *acc, void *memory, const cg_tensor_map &src, con
         for (int k = 0; k < STAGES; ++k)
             cg_barrier_init(full + k, 1);
         cg_barrier_fence();
+        cg_prefetch_map(src), cg_prefetch_map(weights);
     }
     cg_clear_tile<16, COLS>(acc);
     __syncthreads();
@@ -251,6 +286,46 @@ CG_DEVICE void cg_barrier_arrive(uint64_t *barrier)
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(cg_shared_address(barrier)) : "memory");
 }
 
+/* Arrives at a barrier of a block of the cluster, which is where this block has one. */
+CG_DEVICE void cg_barrier_arrive_at(uint64_t *barrier, int block)
+{
+    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(cg_shared_address(barrier)),
+                 "r"(block)
+                 : "memory");
+}
+
+/* Four words to a place in shared memory of another block of the cluster. */
+CG_DEVICE void cg_put_at(void *to, int block, const void *words)
+{
+    const uint4 x = *(const uint4 *)words;
+    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+                 "st.shared::cluster.v4.b32 [there], {%2, %3, %4, %5}; }" ::"r"(cg_shared_address(to)),
+                 "r"(block), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+
+/* A barrier of all threads of a cluster. */
+CG_DEVICE void cg_cluster_sync()
+{
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+/* Rows from shared memory to where (x, y, z) on are; what of them is outside of the tensor goes nowhere. */
+CG_DEVICE void cg_store_rows(const cg_tensor_map &map, const void *from, int x, int y, int z)
+{
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+                 "r"(cg_shared_address(from)), "r"(x), "r"(y), "r"(z)
+                 : "memory");
+}
+CG_DEVICE void cg_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+/* Waits until at most so many of this thread's latest groups of stores still read shared memory. */
+template <int PENDING> CG_DEVICE void cg_store_wait()
+{
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
+
 /* A barrier of some of a block's warps; number 0 is __syncthreads'. */
 template <int THREADS> CG_DEVICE void cg_sync(int number)
 {
@@ -260,18 +335,21 @@ template <int THREADS> CG_DEVICE void cg_sync(int number)
 /* Registers of each thread of a warpgroup from here on, all of whose warps say so: fewer, or more. */
 template <int COUNT> CG_DEVICE void cg_fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 template <int COUNT> CG_DEVICE void cg_more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
-
-/* The map is on its way to where copies look for it. */
-CG_DEVICE void cg_prefetch_map(const cg_tensor_map &map)
-{
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 #else
 CG_DEVICE void cg_barrier_arrive(uint64_t *barrier) { emulation::barrier_arrive(barrier); }
+CG_DEVICE void cg_barrier_arrive_at(uint64_t *barrier, int block) { emulation::barrier_arrive(barrier, block); }
+CG_DEVICE void cg_put_at(void *to, int block, const void *words) { emulation::put_at(to, block, words, 16); }
+CG_DEVICE void cg_cluster_sync(CG_LINE) { emulation::cluster_barrier(line); }
+CG_DEVICE void cg_store_rows(const cg_tensor_map &map, const void *from, int x, int y, int z)
+{
+    const int at[] = {x, y, z};
+    emulation::store_tile(&map, from, 3, at);
+}
+CG_DEVICE void cg_store_commit() { emulation::commit_stores(); }
+template <int PENDING> CG_DEVICE void cg_store_wait() { emulation::wait_stores(PENDING); }
 template <int THREADS> CG_DEVICE void cg_sync(int number, CG_LINE) { emulation::barrier(line, number, THREADS); }
 template <int COUNT> CG_DEVICE void cg_fewer_registers() { static_assert(COUNT % 8 == 0 && 24 <= COUNT, ""); }
 template <int COUNT> CG_DEVICE void cg_more_registers() { static_assert(COUNT % 8 == 0 && COUNT <= 256, ""); }
-CG_DEVICE void cg_prefetch_map(const cg_tensor_map &) {}
 #endif
 
 /* Of a layer's product: tiles along pixels and channels, groups, channels of a group, steps of 128 bytes in a tap,
@@ -283,56 +361,76 @@ template <int M, int N, int G, int CHANNELS, int CHUNKS, int PART, int PARTS> st
 /* What a block does that takes one tile after another. Its first GROUPS warpgroups multiply: each has TALL times 64
  * pixels x COLS channels of a tile, in pieces of 64 x PIECE. A warpgroup more has the thread that fetches, as many
  * steps ahead as there are stages, over the ends of tiles too: while sums are stored, the next tile's operands come.
- * Of a stage, `full` counts the bytes that arrive, `empty` the warps that have multiplied. */
-template <class T, int COLS, int PIECE, int GROUPS, int TALL, int STAGES, int RESIDENT, int RANK, class OUT, class TAPS,
-          class STRIDE, class DILATION, class PADDING, class SIZES>
+ * Of a stage, `full` counts the bytes that arrive, `empty` the warps that have multiplied.
+ *
+ * The blocks of a cluster either take tiles of the same channels: each of SHARES fetches a part of the weights, for all
+ * of them, and so must know that all have multiplied what was there before. Or they take one tile: each of SPLITS sums
+ * some of its steps, and adds up what all have of some of its pieces. */
+template <class T, int COLS, int PIECE, int GROUPS, int TALL, int STAGES, int RESIDENT, int SHARES, int SPLITS, int RANK,
+          class OUT, class TAPS, class STRIDE, class DILATION, class PADDING, class SIZES>
 struct cg_persistent {
     static constexpr int WARPS = 4 * GROUPS, ROWS = 64 * GROUPS * TALL, WIDE = COLS / PIECE;
-    static constexpr int PATCHES = ROWS * 128, BYTES = PATCHES + COLS * 128;
-    static constexpr int TILES = SIZES::m * SIZES::n * SIZES::g * SIZES::parts;
-    static constexpr int PIECES = TALL * WIDE, SUMS = COLS / 2, BAND = 8;
+    static constexpr int PATCHES = ROWS * 128, BYTES = PATCHES + COLS * 128, SHARE = COLS / SHARES;
+    static constexpr int HIGH = SIZES::m / SHARES, TURNS = HIGH * SIZES::n * SIZES::g * SIZES::parts;
+    static constexpr int PIECES = TALL * WIDE, SUMS = COLS / 2, BAND = 8 / SHARES, CLUSTER = SHARES * SPLITS;
+    /* Sums of a piece that a thread has; pieces that a block adds up; bytes of what others send it. */
+    static constexpr int HELD = PIECE / 2, OWN = (PIECES + SPLITS - 1) / SPLITS;
+    static constexpr int EXCHANGED = GROUPS * OWN * (SPLITS - 1) * HELD * 128 * 4;
     /* Registers that a thread begins with, keeps to fetch, and has to multiply. */
     static constexpr int BEGIN = 65536 / (RESIDENT * 128 * (GROUPS + 1)) / 8 * 8, FETCH = RESIDENT > 1 ? 24 : 40;
     static constexpr int LEFT = (BEGIN * (GROUPS + 1) - FETCH) / GROUPS / 8 * 8, MULTIPLY = LEFT < 240 ? LEFT : 240;
+    static_assert(SIZES::m % SHARES == 0 && SHARE % 8 == 0 && (SHARES == 1 || SPLITS == 1), "");
 
-    char *const stages;
-    uint64_t *const full, *const empty;
+    char *const exchanged, *const stages;
+    uint64_t *const full, *const empty, *const sent, *const taken; /* of sums: they are here; they were added up */
     const cg_tensor_map &src, &weights;
-    const int group = threadIdx.y / 4;
-    int next = blockIdx.x, stage = 0, phase = 0;
+    const int group = threadIdx.y / 4, rank = blockIdx.x % CLUSTER;
+    int next = blockIdx.x / CLUSTER, stage = 0, phase = 0, turn = 0;
     int m, n, rest; /* the tile's: along pixels, along channels, group + groups * part */
 
     CG_DEVICE cg_persistent(void *memory, const cg_tensor_map &src, const cg_tensor_map &weights)
-        : stages((char *)memory), full((uint64_t *)(stages + STAGES * BYTES)), empty(full + STAGES), src(src),
-          weights(weights)
+        : exchanged((char *)memory), stages(exchanged + EXCHANGED), full((uint64_t *)(stages + STAGES * BYTES)),
+          empty(full + STAGES), sent(empty + STAGES), taken(sent + 1), src(src), weights(weights)
     {
         if (threadIdx.x == 0 && threadIdx.y == WARPS) {
             for (int k = 0; k < STAGES; ++k)
-                cg_barrier_init(full + k, 1), cg_barrier_init(empty + k, WARPS);
+                cg_barrier_init(full + k, 1), cg_barrier_init(empty + k, SHARES * WARPS);
+            if constexpr (SPLITS > 1)
+                cg_barrier_init(sent, (SPLITS - 1) * WARPS), cg_barrier_init(taken, (SPLITS - 1) * WARPS);
             cg_barrier_fence();
             cg_prefetch_map(src), cg_prefetch_map(weights);
         }
-        __syncthreads();
+        if constexpr (CLUSTER > 1)
+            cg_cluster_sync();
+        else
+            __syncthreads();
+    }
+
+    /* No block of a cluster ends before the others do: they write to its shared memory. */
+    CG_DEVICE void end() const
+    {
+        if constexpr (CLUSTER > 1)
+            cg_cluster_sync();
     }
 
     /* The next tile, if there is one. Tiles that blocks take at a time form a band of the matrix, nearly square: L2
      * has the operands of those. */
     CG_DEVICE bool take()
     {
-        if (next >= TILES)
+        if (next >= TURNS)
             return false;
-        rest = next / (SIZES::m * SIZES::n);
-        const int tile = next % (SIZES::m * SIZES::n), first = tile / (BAND * SIZES::n) * BAND;
-        const int height = cg_min(BAND, SIZES::m - first), within = tile - first * SIZES::n;
-        m = first + within % height, n = within / height;
-        next += gridDim.x;
+        rest = next / (HIGH * SIZES::n);
+        const int turn = next % (HIGH * SIZES::n), first = turn / (BAND * SIZES::n) * BAND;
+        const int height = cg_min(BAND, HIGH - first), within = turn - first * SIZES::n;
+        m = (first + within % height) * SHARES + rank % SHARES, n = within / height;
+        next += gridDim.x / CLUSTER;
         return true;
     }
 
-    CG_DEVICE int first_step() const { return rest / SIZES::g * SIZES::part; }
-    CG_DEVICE int steps() const
+    CG_DEVICE int first_step() const { return (rest / SIZES::g * SPLITS + rank / SHARES) * SIZES::part; }
+    CG_DEVICE int steps() const /* none, where those before have all */
     {
-        return cg_min(SIZES::part, TAPS::d * TAPS::h * TAPS::w * SIZES::chunks - first_step());
+        return cg_max(0, cg_min(SIZES::part, TAPS::d * TAPS::h * TAPS::w * SIZES::chunks - first_step()));
     }
     CG_DEVICE void advance()
     {
@@ -340,20 +438,20 @@ struct cg_persistent {
             stage = 0, phase ^= 1;
     }
 
-    /* What the warps do that do not multiply; false for those that do. */
-    CG_DEVICE bool fetches()
+    /* Whether this thread's warp multiplies; if not, what it does instead is over. */
+    CG_DEVICE bool multiplies()
     {
         if (threadIdx.y < WARPS) {
             if constexpr (MULTIPLY > BEGIN)
                 cg_more_registers<MULTIPLY>();
-            return false;
+            return true;
         }
         if constexpr (MULTIPLY > BEGIN)
             cg_fewer_registers<FETCH>();
         if (threadIdx.y == WARPS && threadIdx.x == 0)
             while (take())
                 fetch();
-        return true;
+        return false;
     }
 
     CG_DEVICE void fetch()
@@ -365,12 +463,16 @@ struct cg_persistent {
         int chunk = first % SIZES::chunks, tap = first / SIZES::chunks;
         for (int step = first; step < end; ++step) {
             char *const to = stages + stage * BYTES;
-            cg_barrier_wait(empty + stage, phase ^ 1); /* of a new barrier, the phase before the first is over */
+            cg_barrier_wait<SHARES>(empty + stage, phase ^ 1); /* of a new one, the phase before the first is over */
             cg_barrier_expect(full + stage, BYTES);
             cg_copy_patches<RANK>(to, src, full + stage, g * SIZES::channels + chunk * (128 / T::bytes), w, h, d, image,
                                   tap % TAPS::w * DILATION::w, tap / TAPS::w % TAPS::h * DILATION::h,
                                   tap / (TAPS::w * TAPS::h) * DILATION::d);
-            cg_copy_rows(to + PATCHES, weights, full + stage, step * (128 / T::bytes), row);
+            if constexpr (SHARES > 1)
+                cg_share_rows(to + PATCHES + rank * (SHARE * 128), weights, full + stage, step * (128 / T::bytes),
+                              row + rank * SHARE, (1 << SHARES) - 1);
+            else
+                cg_copy_rows(to + PATCHES, weights, full + stage, step * (128 / T::bytes), row);
             if (++chunk == SIZES::chunks)
                 chunk = 0, ++tap;
             advance();
@@ -384,7 +486,7 @@ struct cg_persistent {
         uint64_t *before = nullptr;
         for (int k = steps(); k; --k) {
             char *const operands = stages + stage * BYTES;
-            cg_barrier_wait(full + stage, phase);
+            cg_barrier_wait<SHARES>(full + stage, phase);
             const uint64_t x = cg_descriptor(operands + group * TALL * (64 * 128)), y = cg_descriptor(operands + PATCHES);
             cg_wgmma_begin();
 #pragma unroll
@@ -399,15 +501,71 @@ struct cg_persistent {
             advance();
         }
         cg_wgmma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < TALL * SUMS; ++i)
+            cg_settled(acc[i]);
         release(before);
     }
 
     CG_DEVICE void release(uint64_t *barrier)
     {
         __syncwarp();
-        if (barrier && cg_lane() == 0)
-            cg_barrier_arrive(barrier);
+        if (barrier && cg_lane() < SHARES) {
+            if constexpr (SHARES > 1)
+                cg_barrier_arrive_at(barrier, cg_lane());
+            else
+                cg_barrier_arrive(barrier);
+        }
     }
+
+    /* Whether this block finishes a piece. */
+    CG_DEVICE bool owns(int piece) const { return SPLITS == 1 || piece % SPLITS == rank; }
+
+    /* Of the pieces it finishes, the sums of all steps: those of the other blocks are added in their order. */
+    template <class Sum> CG_DEVICE void add_up(Sum *acc)
+    {
+        if constexpr (SPLITS > 1) {
+            cg_barrier_wait<SPLITS>(taken, turn ^ 1);
+#pragma unroll
+            for (int piece = 0; piece < PIECES; ++piece) {
+                const int owner = piece % SPLITS;
+                if (owner != rank)
+#pragma unroll
+                    for (int i = 0; i < HELD; i += 4)
+                        cg_put_at(place<Sum>(piece / SPLITS, rank - (rank > owner), i), owner, acc + piece * HELD + i);
+            }
+            tell_others(sent);
+            cg_barrier_wait<SPLITS>(sent, turn);
+#pragma unroll
+            for (int piece = 0; piece < PIECES; ++piece)
+                if (owns(piece))
+#pragma unroll
+                    for (int other = 0; other < SPLITS - 1; ++other)
+#pragma unroll
+                        for (int i = 0; i < HELD; ++i)
+                            acc[piece * HELD + i] += place<Sum>(piece / SPLITS, other, i / 4 * 4)[i % 4];
+            tell_others(taken);
+            turn ^= 1;
+        }
+    }
+
+    /* Where four of a thread's sums are that another block has sent. */
+    template <class Sum> CG_DEVICE Sum *place(int piece, int other, int i) const
+    {
+        const int thread = threadIdx.y % 4 * 32 + threadIdx.x;
+        return (Sum *)exchanged + (((group * OWN + piece) * (SPLITS - 1) + other) * HELD + i) * 128 + thread * 4;
+    }
+
+    CG_DEVICE void tell_others(uint64_t *barrier) const
+    {
+        __syncwarp();
+        if (cg_lane() < SPLITS && cg_lane() != rank)
+            cg_barrier_arrive_at(barrier, cg_lane());
+    }
+
+    /* Where a piece begins: its pixel, and its channel of the group. */
+    CG_DEVICE int pixel(int piece) const { return ((m * GROUPS + group) * TALL + piece / WIDE) * 64; }
+    CG_DEVICE int channel(int piece) const { return n * COLS + piece % WIDE * PIECE; }
 
     /* The block that a piece would be if each had one of its own. */
     CG_DEVICE int block(int piece) const
@@ -419,5 +577,72 @@ struct cg_persistent {
 
     /* Of the warpgroup. */
     CG_DEVICE void sync() const { cg_sync<128>(1 + group); }
+};
+
+/* A thread's sums of a piece of 64 x COLS, COLS / 2 of them, wherever the code that finishes them counts from. */
+template <class Sum, int COLS> struct cg_held {
+    Sum *const sums;
+    CG_DEVICE Sum &operator[](int i) const { return sums[i & (COLS / 2 - 1)]; }
+    CG_DEVICE Sum *operator+(int i) const { return sums + (i & (COLS / 2 - 1)); }
+};
+
+/* Where the values go that a thread makes of these sums: rows of COLS elements, swizzled as the map of dst says, so that
+ * no two threads of a warp meet at a bank. */
+template <class T, int COLS> struct cg_staged {
+    static constexpr int ROW = COLS * sizeof(T);
+    char *const rows;
+    CG_DEVICE T *operator+(int i) const
+    {
+        const int e = i & (COLS / 2 - 1), lane = cg_lane();
+        const int row = threadIdx.y % 4 * 16 + e / 2 % 2 * 8 + lane / 4, col = e / 4 * 8 + lane % 4 * 2 + e % 2;
+        const int at = row * ROW + col * (int)sizeof(T);
+        return (T *)(rows + (at ^ (at >> 3 & (ROW - 16))));
+    }
+    CG_DEVICE T &operator[](int i) const { return *(*this + i); }
+};
+
+/* Pieces of a warpgroup on their way to dst: one after the other through two places in shared memory. The copy engine
+ * reads one while the next is written, and the next tile's products begin while it reads the last. */
+template <class T, int COLS> struct cg_stores {
+    static constexpr int BYTES = 64 * COLS * sizeof(T);
+    const int group = threadIdx.y / 4;
+    const bool leads = threadIdx.x == 0 && threadIdx.y % 4 == 0;
+    char *const places;
+    const cg_tensor_map &dst;
+    int place = 0;
+
+    CG_DEVICE cg_stores(void *memory, const cg_tensor_map &dst) : places((char *)memory + group * 2 * BYTES), dst(dst)
+    {
+        if (leads)
+            cg_prefetch_map(dst);
+    }
+
+    /* Where the next piece is to be written, of which nothing is read any more. */
+    CG_DEVICE cg_staged<T, COLS> begin() const
+    {
+        if (leads)
+            cg_store_wait<1>();
+        cg_sync<128>(1 + group);
+        return {places + place * BYTES};
+    }
+
+    /* It is written, all of it: it goes to where (channel, group of channels, pixel) is. */
+    CG_DEVICE void send(int channel, int g, int pixel)
+    {
+        cg_fence_async();
+        cg_sync<128>(1 + group);
+        if (leads) {
+            cg_store_rows(dst, places + place * BYTES, channel, g, pixel);
+            cg_store_commit();
+        }
+        place ^= 1;
+    }
+
+    /* Shared memory is this block's until all has been read. */
+    CG_DEVICE void end() const
+    {
+        if (leads)
+            cg_store_wait<0>();
+    }
 };
 #endif

@@ -19,7 +19,6 @@ enum {
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
     CU_TENSOR_MAP_INTERLEAVE_NONE = 0,
-    CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2,
     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0 /* zeros */
 };
 
@@ -292,16 +291,15 @@ static int encode_mode(const convgen_cuda_map *m, void *at, CUtensorMap *map)
     if (m->im2col)
         return checked(driver.cuTensorMapEncodeIm2col(map, m->type, m->rank, at, m->dims, m->strides, m->lower, m->upper,
                                                       m->box[0], m->box[1], m->steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                                      m->swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                                                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+                                                      m->swizzle, m->promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
     return checked(driver.cuTensorMapEncodeTiled(map, m->type, m->rank, at, m->dims, m->strides, m->box, m->steps,
-                                                 CU_TENSOR_MAP_INTERLEAVE_NONE, m->swizzle,
-                                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+                                                 CU_TENSOR_MAP_INTERLEAVE_NONE, m->swizzle, m->promotion,
+                                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
 }
 
 static int encode(const convgen_cuda_map *m, const void *address, CUtensorMap *map)
 {
-    RETURN_UNLESS_OK(encode_mode(m, (void *)(uintptr_t)address /* it is only read */, map));
+    RETURN_UNLESS_OK(encode_mode(m, (void *)(uintptr_t)address /* its type has no const */, map));
     const uint64_t bytes = m->dims[m->rank - 1] * m->strides[m->rank - 2]; /* maps have two axes and more */
     if (driver_version <= LAST_WITH_LARGE_MAPS && bytes < LARGE_MAP)
         map->opaque[LARGE_MAP_WORD] &= ~(UINT64_C(1) << LARGE_MAP_BIT);

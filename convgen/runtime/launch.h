@@ -11,10 +11,10 @@
 /* What a launch's pointer points into. */
 enum convgen_cuda_buffer { CONVGEN_SRC, CONVGEN_PACKED, CONVGEN_RESIDUAL, CONVGEN_DST, CONVGEN_WORKSPACE, CONVGEN_BUFFERS };
 
-/* How the device's copy engine reads a tensor: what cuTensorMapEncodeTiled is told, or cuTensorMapEncodeIm2col, whose
+/* How the device's copy engine reads or writes a tensor: what cuTensorMapEncodeTiled is told, or cuTensorMapEncodeIm2col, whose
  * box is of channels and pixels. Axes are innermost first. */
 typedef struct {
-    int im2col, type, swizzle; /* CUtensorMapDataType, CUtensorMapSwizzle */
+    int im2col, type, swizzle, promotion; /* CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion */
     unsigned rank;
     uint64_t dims[5], strides[4];
     uint32_t box[5], steps[5];

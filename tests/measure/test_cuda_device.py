@@ -58,7 +58,7 @@ def test_every_schedules_default_is_right_one_feature_at_a_time(feature: str, sp
     wrong = []
     for candidate in candidates:
         command = [sys.executable, "-m", "convgen", "validate", spec.descriptor, "--target", "cuda", "--no-records"]
-        command += ["--schedule", candidate.schedule.id]
+        command += ["--schedule", candidate.schedule.id, "--picks", str(candidate.picks)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         except subprocess.TimeoutExpired:

@@ -44,7 +44,7 @@ TILES = "conv2d n2 ic64 oc72 i9x8 k5x1 s1 p2x0 nhwc f16"
 def picks(**others: int) -> Picks:
     """A warpgroup that multiplies tiles of 64 × 64."""
     plain = {"merge_g": 1, "tile_m": 64, "tile_n": 64, "tile_k": 64, "warps_m": 4, "warps_n": 1, "stages": 2}
-    return Picks(**(plain | {"split_k": 1, "resident": 1} | others))
+    return Picks(**(plain | {"split_k": 1, "resident": 1, "cluster": 1, "cluster_k": 1, "bulk_store": 0} | others))
 
 
 def made(text: str, chosen: Picks, blocks: int = 2) -> tuple[ConvSpec, DeviceSource, dict[str, Any], Any]:
@@ -79,16 +79,72 @@ def made(text: str, chosen: Picks, blocks: int = 2) -> tuple[ConvSpec, DeviceSou
     ],
     ids=["plain", "two warpgroups", "tall", "split", "nchw", "groups", "1-D", "3-D", "i8"],
 )
-def test_tiles_are_the_convolutions(text: str, chosen: Picks) -> None:
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_tiles_are_the_convolutions(text: str, chosen: Picks, cluster: int) -> None:
     """Whole numbers, bit for bit."""
-    spec, source, buffers, data = made(text, chosen)
+    spec, source, buffers, data = made(text, Picks(**{**chosen, "cluster": cluster}))
     np.testing.assert_array_equal(run(source, buffers, order=len(text)), reference(spec, data))
 
 
 @emulated
-def test_timing_changes_nothing(tmp_path: Path) -> None:
-    """Whatever is late: copies, arrivals, warps."""
-    spec, source, buffers, data = made(TILES, picks(stages=3))
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        (TILES, picks(tile_n=32)),
+        (TILES, picks(tile_m=128, warps_m=8, cluster=2)),
+        (TILES, picks(tile_m=128, resident=2)),
+        ("conv2d n2 ic128 oc80 g2 i9x9 k3x3 s2 p1x0_1 residual relu nhwc bf16", picks()),
+        ("conv1d n3 ic64 oc24 i33 k3 s1 p2_0 d2 prelu nhwc f16", picks(tile_n=32)),
+        ("conv3d n2 ic24 oc16 i3x4x5 k3x3x2 s1x2x1 p1 d1x1x2 nhwc f16", picks(tile_n=32, cluster=2)),
+        ("conv2d n1 ic128 oc48 i9x9 k3x3 p1 relu nhwc i8", picks(tile_k=128)),
+        ("conv2d n1 ic64 oc72 i8x8 k1x1 residual nhwc f16", picks()),
+    ],
+    ids=["plain", "clusters", "tall", "groups", "1-D, prelu", "3-D", "i8", "residual"],
+)
+def test_the_copy_engine_stores_the_convolutions(text: str, chosen: Picks) -> None:
+    """Tails of pixels and of channels among them."""
+    spec, source, buffers, data = made(text, Picks(**{**chosen, "bulk_store": 1}))
+    assert "dst" in source.launches[-1].maps
+    np.testing.assert_array_equal(run(source, buffers, order=len(text)), reference(spec, data))
+
+
+#: Eighteen steps.
+LONG = "conv2d n1 ic128 oc72 i9x8 k3x3 s1 p1 relu nhwc f16"
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        (LONG, picks(cluster_k=2)),
+        (LONG, picks(cluster_k=4, tile_m=128, warps_m=8)),
+        (LONG, picks(cluster_k=4, tile_n=96, bulk_store=1)),
+        (LONG, picks(cluster_k=4, tile_m=128, tile_n=32, bulk_store=1)),
+        ("conv2d n1 ic128 oc40 i9x9 k3x3 p1 relu nhwc i8", picks(tile_k=128, cluster_k=4)),
+        ("conv2d n2 ic64 oc33 i7x6 k3x3 s2 p1x0_2 f16", picks(tile_n=32, cluster_k=2)),
+    ],
+    ids=["two", "two warpgroups", "pieces that some lack", "tall", "i8", "nchw"],
+)
+def test_a_cluster_adds_up_a_tile(text: str, chosen: Picks) -> None:
+    spec, source, buffers, data = made(text, chosen, blocks=chosen.cluster_k)
+    assert len(source.launches) == 1 + (spec.layout == "nchw")
+    np.testing.assert_array_equal(run(source, buffers, order=len(text)), reference(spec, data))
+
+
+@emulated
+def test_parts_that_have_no_step_are_zeros() -> None:
+    """Seventeen steps in eight parts of three."""
+    spec, source, buffers, data = made("conv2d n1 ic1088 oc32 i3x3 k1 nhwc f16", picks(tile_n=32, split_k=8))
+    np.testing.assert_array_equal(run(source, buffers, order=1, timeout=100), reference(spec, data))
+
+
+@emulated
+@pytest.mark.parametrize(
+    "others", [{}, {"cluster": 2}, {"cluster_k": 2}, {"bulk_store": 1}, {"cluster": 2, "bulk_store": 1}]
+)
+def test_timing_changes_nothing(others: dict[str, int], tmp_path: Path) -> None:
+    """Whatever is late: copies, arrivals, warps, stores."""
+    spec, source, buffers, data = made(TILES, picks(stages=3, **others))
     library = compile_emulated(source.text, tmp_path)
     for order in ("ascending", "descending", 11, 12, 13):
         buffers["dst"] = np.zeros_like(buffers["dst"])
@@ -98,19 +154,19 @@ def test_timing_changes_nothing(tmp_path: Path) -> None:
 
 def in_orders(source: DeviceSource, buffers: dict[str, Any]) -> None:
     """Run in several random orders: a fault may take one that is unlucky."""
-    for order in (1, 2, 3):
+    for order in (1, 2, 3, 4):
         run(source, buffers, order=order)
 
 
 #: What is changed in cg_persistent, and what the emulator says then.
 WRONG = {
     "no wait for an empty stage": (
-        r"cg_barrier_wait\(empty \+ stage, phase \^ 1\);",
+        r"cg_barrier_wait<SHARES>\(empty \+ stage, phase \^ 1\);",
         "",
         "under way|which others read|arrivals to come",
     ),
     "the other parity of empty": (r"phase \^ 1\)", "phase)", "does not end"),
-    "no wait for the copies": (r"cg_barrier_wait\(full \+ stage, phase\);", "", "under way|which others read"),
+    "no wait for the copies": (r"cg_barrier_wait<SHARES>\(full \+ stage, phase\);", "", "under way|which others read"),
     "the other parity of full": (r"full \+ stage, phase\)", "full + stage, phase ^ 1)", "under way|does not end"),
     "released before products end": (
         r"cg_wgmma_wait<1>\(\);\n(\s+release\(before\);)",
@@ -120,7 +176,7 @@ WRONG = {
     "a wait that is too early": (r"cg_wgmma_wait<1>", "cg_wgmma_wait<2>", "read"),
     "released by one lane, others not asked": (r"__syncwarp\(\);", "", "read"),
     "too few arrivals expected": (
-        r"empty \+ k, WARPS",
+        r"empty \+ k, SHARES \* WARPS",
         "empty + k, WARPS - 1",
         "read|no more are to|does not end|under way",
     ),
@@ -130,12 +186,58 @@ WRONG = {
     "a barrier of fewer threads": (r"cg_sync<128>", "cg_sync<96>", "expected|wait"),
     "no barrier of the warpgroup": (r"cg_sync<128>\(1 \+ group\);", "", "no barrier between"),
 }
+#: The same of clusters,
+WRONG_CLUSTER = {
+    "no arrival at the other block": (r"cg_lane\(\) < SHARES", "cg_lane() == rank", "does not end"),
+    "the own block told twice": (r"arrive_at\(barrier, cg_lane\(\)\)", "arrive_at(barrier, rank)", "under way|read"),
+    "only one block waited for": (r"SHARES \* WARPS", "WARPS", "no more are to|under way|read|does not end"),
+    "weights not shared": (r"\(1 << SHARES\) - 1", "1 << rank", "does not end"),
+    "both fetch the same half": (r"rank \* \(SHARE \* 128\)", "0", "under way|read"),
+    "no barrier of the cluster at the beginning": (
+        r"if constexpr \(CLUSTER > 1\)\s+cg_cluster_sync\(\);\s+else\s+__syncthreads",
+        "__syncthreads",
+        "initialised|no barrier between",
+    ),
+    "no barrier of the cluster at the end": (
+        r"(void end\(\) const\s+\{\s+)if constexpr \(CLUSTER > 1\)\s+cg_cluster_sync\(\);",
+        r"\1",
+        "has ended",
+    ),
+}
+#: of those that add up a tile,
+WRONG_SPLIT = {
+    "no wait for others' sums": (r"cg_barrier_wait<SPLITS>\(sent, turn\);", "", "no barrier between"),
+    "no wait for the place": (r"cg_barrier_wait<SPLITS>\(taken, turn \^ 1\);", "", "which others read|no more are to"),
+    "sums not told of": (r"tell_others\(sent\);", "", "does not end"),
+    "never told that they were added up": (r"tell_others\(taken\);", "", "does not end"),
+    "told by one lane, others not asked": (
+        r"__syncwarp\(\);\s+(if \(cg_lane\(\) < SPLITS)",
+        r"\1",
+        "no barrier between",
+    ),
+}
+#: and of stores.
+WRONG_STORE = {
+    "no fence": (r"cg_fence_async\(\);", "", "no fence for the copy engine"),
+    "no barrier before it is sent": (
+        r"(cg_fence_async\(\);\s+)cg_sync<128>\(1 \+ group\);",
+        r"\1",
+        "no barrier between",
+    ),
+    "no wait for the place": (r"cg_store_wait<1>\(\);", ";", "or stores"),
+    "a wait that is too early": (r"cg_store_wait<1>", "cg_store_wait<2>", "or stores"),
+    "only one thread waits": (
+        r"(cg_store_wait<1>\(\);\s+)cg_sync<128>\(1 \+ group\);",
+        r"\1",
+        "or stores|no barrier between",
+    ),
+    "no wait at the end": (r"cg_store_wait<0>\(\);", ";", "ends while its stores"),
+    "never committed": (r"cg_store_commit\(\);", "", "or stores|ends while its stores"),
+}
 
 
-@emulated
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_pipeline_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pattern, wrong, message = WRONG[name]
+def edit(monkeypatch: pytest.MonkeyPatch, pattern: str, wrong: str) -> None:
+    """Emulate with something changed in cg_persistent or what follows it."""
     text = runtime_source("hopper.h")
     start = text.index("struct cg_persistent")
     edited, count = re.subn(pattern, wrong, text[start:])
@@ -143,7 +245,44 @@ def test_a_wrong_pipeline_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         emulate, "runtime_source", lambda file: text[:start] + edited if file == "hopper.h" else runtime_source(file)
     )
+
+
+@emulated
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_pipeline_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern, wrong, message = WRONG[name]
+    edit(monkeypatch, pattern, wrong)
     _, source, buffers, _ = made(TILES, picks())
+    with pytest.raises(KernelError, match=message):
+        in_orders(source, buffers)
+
+
+@emulated
+@pytest.mark.parametrize("name", WRONG_CLUSTER)
+def test_a_wrong_cluster_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern, wrong, message = WRONG_CLUSTER[name]
+    edit(monkeypatch, pattern, wrong)
+    _, source, buffers, _ = made(TILES, picks(cluster=2))
+    with pytest.raises(KernelError, match=message):
+        in_orders(source, buffers)
+
+
+@emulated
+@pytest.mark.parametrize("name", WRONG_SPLIT)
+def test_a_wrong_sum_of_a_cluster_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern, wrong, message = WRONG_SPLIT[name]
+    edit(monkeypatch, pattern, wrong)
+    _, source, buffers, _ = made(TILES, picks(cluster_k=2))
+    with pytest.raises(KernelError, match=message):
+        in_orders(source, buffers)
+
+
+@emulated
+@pytest.mark.parametrize("name", WRONG_STORE)
+def test_a_wrong_store_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern, wrong, message = WRONG_STORE[name]
+    edit(monkeypatch, pattern, wrong)
+    _, source, buffers, _ = made(TILES, picks(tile_m=128, bulk_store=1))
     with pytest.raises(KernelError, match=message):
         in_orders(source, buffers)
 
@@ -187,6 +326,55 @@ def test_what_only_some_threads_wait_for_orders_no_others(name: str) -> None:
         in_orders(two_warps(body), {"src": np.zeros(64, np.float32), "dst": np.zeros(64, np.float32)})
 
 
+#: A cluster of two blocks of a warp each: what they do, and what the emulator says.
+TOGETHER = {
+    "another block's memory": ("x[r ? -256 : 256] = 1;", "shared memory of another block"),
+    "a barrier that the other has not made": ("if (!t) cg_barrier_arrive_at(bar + 1, !r);", "was initialised"),
+    "no such block": ("cg_barrier_arrive_at(bar, 2);", "block 2 of a cluster of 2"),
+    "a barrier of the cluster that a block leaves out": ("if (r) cg_cluster_sync();", "ends without"),
+    "what the other sent, too early": (
+        "cg_put_at(x + 4 * t, !r, w); dst[t] = x[0]; cg_cluster_sync();",
+        "no barrier between",
+    ),
+    "__syncthreads for the cluster's barrier": (
+        "cg_put_at(x + 4 * t, !r, w); __syncthreads(); dst[t] = x[0]; cg_cluster_sync();",
+        "no barrier between",
+    ),
+}
+
+
+def two_blocks(body: str) -> DeviceSource:
+    text = f"""#include "device.h"
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32)
+both(const float* __restrict__ src, float* __restrict__ dst) {{
+  extern __shared__ __align__(1024) uchar memory[];
+  float* x = (float*)memory;
+  uint64_t* bar = (uint64_t*)(memory + 768);
+  const int t = threadIdx.x, r = blockIdx.x;
+  __align__(16) float w[4] = {{1.0f * t, 2, 3, 4}};
+  if (t == 0) cg_barrier_init(bar, 2);
+  cg_cluster_sync();
+  {body}
+}}
+"""
+    return DeviceSource(text, (Launch("both", (2, 1, 1), (32, 1, 1), 1024, ("src", "dst")),))
+
+
+@emulated
+@pytest.mark.parametrize("name", TOGETHER)
+def test_what_blocks_of_a_cluster_may_not(name: str) -> None:
+    body, message = TOGETHER[name]
+    with pytest.raises(KernelError, match=message):
+        in_orders(two_blocks(body), {"src": np.zeros(64, np.float32), "dst": np.zeros(64, np.float32)})
+
+
+@emulated
+def test_blocks_of_a_cluster_send_and_wait() -> None:
+    body = "cg_put_at(x + 4 * t, !r, w); cg_cluster_sync(); dst[32 * r + t] = x[4 * t] + 100 * r;"
+    out = run(two_blocks(body), {"src": np.zeros(64, np.float32), "dst": np.zeros(64, np.float32)}, order=1)
+    np.testing.assert_array_equal(out, np.concatenate([np.arange(32), np.arange(32) + 100]))
+
+
 @emulated
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_arrivals_order_what_came_before_them(order: int) -> None:
@@ -212,9 +400,12 @@ def test_arrivals_order_what_came_before_them(order: int) -> None:
 #: The shapes that a block's tile may have with all registers.
 LARGE = [picks(tile_m=128, tile_n=256, warps_m=8, stages=4), picks(tile_m=256, tile_n=128, warps_m=8, stages=4)]
 LARGE += [picks(tile_m=128, tile_n=96, warps_m=8, stages=3, resident=2)]
+LARGE += [picks(tile_m=128, tile_n=256, warps_m=8, stages=4, cluster=2, bulk_store=1)]
+LARGE += [picks(tile_m=128, tile_n=128, warps_m=8, stages=4, cluster_k=4, bulk_store=1)]
+NAMES = ["128 x 256", "256 x 128", "two blocks of 128 x 96", "128 x 256 in clusters", "128 x 128 of four blocks"]
 
 
-@pytest.mark.parametrize("chosen", LARGE, ids=["128 x 256", "256 x 128", "two blocks of 128 x 96"])
+@pytest.mark.parametrize("chosen", LARGE, ids=NAMES)
 def test_the_instructions_are_there_and_nothing_spills(chosen: Picks) -> None:
     spec = ConvSpec.parse("conv2d n16 ic256 oc256 i28x28 k3x3 s1 p1 relu residual nhwc f16")
     assert SCHEDULE.reason_against(spec.core, TARGET, chosen) is None
@@ -230,6 +421,8 @@ def test_the_instructions_are_there_and_nothing_spills(chosen: Picks) -> None:
     columns = min(256, chosen.tile_n)
     for instruction in ("UTMALDG.4D.IM2COL", "UTMALDG.2D", f"HGMMA.64x{columns}x16.F32", "USETMAXREG"):
         assert instruction in sass
+    assert ("UTMALDG.2D.MULTICAST" in sass) == (chosen.cluster > 1)
+    assert ("UTMASTG.3D" in sass) == bool(chosen.bulk_store)
     assert not re.search(r"\bLDL\b|\bSTL\b", sass)
 
 
@@ -240,6 +433,40 @@ def test_picks_are_refused_that_do_not_fit() -> None:
         "whole times 64 pixels": picks(tile_m=64, warps_m=8),
         "bytes of shared memory": picks(tile_m=128, tile_n=256, warps_m=8, stages=6),
         "registers of a thread": picks(tile_m=128, tile_n=192, warps_m=8, stages=2, resident=2),
+        "shares weights or a reduction": picks(cluster=2, cluster_k=2),
+        "threads store the parts": picks(split_k=2, bulk_store=1),
     }
     for why, chosen in reasons.items():
         assert re.search(why, SCHEDULE.reason_against(spec, TARGET, chosen) or ""), why
+    few = SCHEDULE.reason_against(ConvSpec.parse(TILES).core, TARGET, picks(stages=6))
+    assert "no more than 5 steps" in (few or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("conv2d n16 ic256 oc256 i28x28 k3x3 s1 p1 f16", "is not in the space"),
+        ("conv2d n16 ic256 oc260 i28x28 k3x3 s1 p1 nhwc f16", "is not in the space"),
+        ("conv2d n16 ic256 oc72 g2 i28x28 k3x3 s1 p1 nhwc f16", "is not in the space"),
+        ("conv2d n16 ic256 oc48 g3 i28x28 k3x3 s1 p1 nhwc f16", None),
+    ],
+)
+def test_the_copy_engine_stores_whole_vectors(text: str, why: str | None) -> None:
+    spec = ConvSpec.parse(text.replace("ic256", "ic192") if "g3" in text else text).core
+    found = SCHEDULE.reason_against(spec, TARGET, picks(tile_n=32, bulk_store=1))
+    assert (why in (found or "")) if why else found is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "conv2d n1 ic512 oc512 i7x7 k3x3 s1 p1 relu nhwc f16",
+        "conv2d n64 ic64 oc256 i56x56 k1x1 s1 residual relu nhwc f16",
+    ],
+)
+def test_no_plain_point_is_predicted_to_be_faster(text: str) -> None:
+    spec = ConvSpec.parse(text).core
+    seconds: Any = SCHEDULE.seconds  # type: ignore[attr-defined]
+    default, plain = SCHEDULE.default(spec, TARGET), list(SCHEDULE.plain_points(spec, TARGET))
+    assert len(plain) >= 3
+    assert seconds(spec, TARGET, default) <= min(seconds(spec, TARGET, point) for point in plain)

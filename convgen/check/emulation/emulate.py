@@ -26,7 +26,7 @@ import numpy.typing as npt
 from ...cuda.code import HEADERS
 from ...errors import BuildError, KernelError
 from ...folders import TemporaryFolder
-from ...lowering.interface import SWIZZLES, TENSOR_TYPES, Launch, TensorMap
+from ...lowering.interface import PROMOTIONS, SWIZZLES, TENSOR_TYPES, Launch, TensorMap
 from ...lowering.runtime import source as runtime_source
 from ..sandbox import Guarded
 
@@ -35,6 +35,8 @@ ORDERS = {"ascending": -1, "descending": -2}
 _SHARED = re.compile(
     r"__shared__\s+(?:__align__\(\d+\)\s+)?(?P<type>[\w ]+?)\s+(?P<name>\w+)\s*(?P<sizes>(?:\[[^\]]*\])+);"
 )
+#: A kernel, with how many blocks of a cluster it has along x, if any.
+_KERNEL = re.compile(r"__global__\s+void\s+(?:__cluster_dims__\((\d+)[^)]*\)\s*)?(\w+)\s*\(")
 _CHECKS = ("-fsanitize=thread,alignment,bounds,object-size", "-fno-sanitize-recover=all")
 _FLAGS = (
     "-std=c++17",
@@ -70,10 +72,10 @@ def compile_emulated(text: str, directory: Path) -> Path:
     """
     text = _SHARED.sub(_array, re.sub(r"extern\s+" + _SHARED.pattern, _dynamic, text))
     plain = re.sub(r"__launch_bounds__\([^)]*\)", "", text)
-    kernels = re.findall(r"__global__\s+void\s+(\w+)\s*\(", plain)
-    if not kernels:
+    clusters = {name: size or 1 for size, name in _KERNEL.findall(plain)}
+    if not clusters:
         raise BuildError("expected CUDA source with a kernel, found none")
-    exports = "".join(f"CG_EMULATE_KERNEL({name})\n" for name in dict.fromkeys(kernels))
+    exports = "".join(f"CG_EMULATE_KERNEL({name}, {size})\n" for name, size in clusters.items())
     handle, library = tempfile.mkstemp(prefix="kernels-", suffix=".so", dir=directory)
     os.close(handle)
     with TemporaryFolder(directory) as folder:
@@ -279,7 +281,7 @@ def _argument(library: ctypes.CDLL, address: int, tensor_map: TensorMap | None) 
         array(ctypes.c_uint32, tensor_map.steps or (1,) * rank),
         0,
         SWIZZLES[tensor_map.swizzle],
-        2,
+        PROMOTIONS[tensor_map.promotion],
         0,
     )
     if refused:

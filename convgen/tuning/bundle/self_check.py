@@ -59,8 +59,8 @@ def feature_layers() -> Iterator[tuple[str, ConvSpec]]:
 
 
 def every_default(spec: ConvSpec, target: Target) -> tuple[Sequence[Candidate], Candidate]:
-    """The default of each schedule that applies, and which of them is taken."""
+    """The default of each schedule that applies, with its plain points, and which of the defaults is taken."""
     core = spec.core
     applicable = [s for s in schedules_of(target.kind).values() if s.reason_against(core, target) is None]
-    candidates = [Candidate(schedule, schedule.default(core, target)) for schedule in applicable]
-    return candidates, default_candidate(spec, target)
+    points = [(s, picks) for s in applicable for picks in (s.default(core, target), *s.plain_points(core, target))]
+    return list(dict.fromkeys(Candidate(*point) for point in points)), default_candidate(spec, target)
