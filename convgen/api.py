@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -10,7 +11,8 @@ from .errors import SpecError
 from .hardware.machine import check_memory
 from .hardware.target import Target, check_threads, resolve
 from .kernel.kernel import Kernel, compile_candidate
-from .problem.spec import ConvSpec
+from .problem.separable import SEPARABLE, SeparableSpec
+from .problem.spec import OPERATORS, ConvSpec
 from .records.answer import Answer, choose, find_record
 from .records.opening import Records, open_store
 from .records.record import TuningRecord
@@ -43,10 +45,14 @@ def _layer(given: object) -> ConvSpec:
 
 def _check_model(given: object) -> None:
     """Raise SpecError where something is no model; says what to call with that."""
-    if not isinstance(given, (str, Path)) and not hasattr(given, "SerializeToString"):
-        raise SpecError(
-            "source", "a path, an ONNX model or an exported program of PyTorch", f"{_named(given)}{_instead(given)}"
-        )
+    instead = _instead(given)
+    if isinstance(given, str) and given.partition(" ")[0] in OPERATORS and not os.path.exists(given):
+        instead = "; convgen.build takes descriptors"
+    elif isinstance(given, str) and given.partition(" ")[0] in SEPARABLE and not os.path.exists(given):
+        pass
+    elif isinstance(given, (str, Path)) or hasattr(given, "SerializeToString"):
+        return
+    raise SpecError("source", "a path, an ONNX model or an exported program of PyTorch", f"{_named(given)}{instead}")
 
 
 def _named(given: object) -> str:
@@ -65,7 +71,7 @@ def _instead(given: object) -> str:
         return "; convgen.compile takes it"
     if roots & {"keras", "tensorflow", "tf_keras"}:
         return "; convgen.specs_from_keras gives the layers of a model's JSON"
-    if isinstance(given, str) and given.startswith("separable"):
+    if isinstance(given, SeparableSpec) or (isinstance(given, str) and given.startswith("separable")):
         return "; convgen.compile takes convgen.separable_model(descriptor)"
     if hasattr(given, "SerializeToString") or (isinstance(given, (str, Path)) and str(given).endswith(".onnx")):
         return "; convgen.compile takes whole models, and convgen.read_specs gives a file's layers"
@@ -218,6 +224,7 @@ def compile(  # noqa: A001
         if seconds:
             raise SpecError("seconds", "none for an exported program: its networks use the records there are", seconds)
         return TorchProgram(source, compiled, name or "network")
+    _check_model(source)
     if seconds:
         from .network.tuning import ModelTuning, tune_model
 
@@ -227,7 +234,6 @@ def compile(  # noqa: A001
         with open_store(records) as store:
             how: dict[str, Any] = {"dims": dims, "accuracy": accuracy, "strips": strips, "name": name}
             tune_model(ModelTuning(source, target, threads, **how), store, seconds)
-    _check_model(source)
     return compile_model(
         source,
         target,

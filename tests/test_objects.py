@@ -17,11 +17,14 @@ from convgen.hardware.target import resolve
 from convgen.lowering.discover import schedules
 from convgen.problem.spec import ConvSpec
 
+SEPARABLE = convgen.SeparableSpec.parse("separable2d n1 ic8 oc8 i12x10 k3x3 p1x1 relu")
+
 
 def test_a_spec_reads_back_from_its_repr() -> None:
     spec = ConvSpec.parse(TINY)
     assert eval(repr(spec), {"ConvSpec": ConvSpec}) == spec
     assert TINY in repr(convgen.SpecEntry(spec, 3, ("conv1",)))
+    assert eval(repr(SEPARABLE), {"SeparableSpec": convgen.SeparableSpec}) == SEPARABLE
 
 
 def test_objects_say_what_they_are() -> None:
@@ -72,6 +75,8 @@ class Module:
         ("layers.toml", "convgen.read_specs"),
         (onnx.ModelProto(), "convgen.compile"),
         (convgen.SpecEntry(ConvSpec.parse(TINY)), ".spec"),
+        (SEPARABLE, "convgen.separable_model"),
+        (SEPARABLE.descriptor, "convgen.separable_model"),
         (3, "found a int"),
     ],
 )
@@ -82,10 +87,26 @@ def test_what_is_no_spec_is_told_what_takes_it(given: Any, said: str) -> None:
         assert said in str(raised.value)
 
 
-@pytest.mark.parametrize(("given", "said"), [(Module(), "torch.export"), (ConvSpec.parse(TINY), "convgen.build")])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (Module(), "torch.export"),
+        (ConvSpec.parse(TINY), "convgen.build"),
+        (TINY, "convgen.build takes descriptors"),
+        (SEPARABLE, "convgen.separable_model"),
+        (SEPARABLE.descriptor, "convgen.separable_model"),
+    ],
+)
 def test_what_is_no_model_is_told_what_takes_it(given: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="source: expected") as raised:
         convgen.compile(given)
     assert said in str(raised.value)
     with pytest.raises(SpecError, match="source: expected"):
+        convgen.compile(given, seconds=1)
+    with pytest.raises(SpecError, match="source: expected"):
         convgen.for_onnxruntime(given, tmp_path / "out.onnx")
+
+
+def test_what_is_no_kernel_is_named() -> None:
+    with pytest.raises(SpecError, match=r"kernel: expected what convgen\.build gives, found a str"):
+        convgen.validate(TINY)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cuda.driver import device
-from ..errors import KernelError, MeasureError, ValidationError
+from ..errors import KernelError, MeasureError, SpecError, ValidationError
 from ..folders import TemporaryFolder
 from ..problem.accuracy import ACTIVATION_ERROR, UNIT_ROUNDOFF
 from ..problem.dtypes import distance, narrow, numpy_dtype, widen
@@ -99,9 +99,12 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
     A failed check is reported, not raised; see :meth:`Report.raise_if_failed`.
 
     Raises:
+        SpecError: it is no kernel.
         UnsupportedError: the kernel is for another CPU, which nothing here emulates.
         BuildError: there is no C compiler for it.
     """
+    if not hasattr(kernel, "spec") or not hasattr(kernel, "threads"):
+        raise SpecError("kernel", "what convgen.build gives", f"a {type(kernel).__qualname__}")
     spec, threads = kernel.spec, kernel.threads
     checks: list[Check] = []
     ratio = math.inf

@@ -6,7 +6,7 @@ import os
 from itertools import islice
 from pathlib import Path
 
-from ..errors import SpecError, meant
+from ..errors import SpecError
 
 #: Files of a folder that are looked at for one that was meant.
 _LOOKED_AT = 1000
@@ -69,12 +69,17 @@ def foreign(path: Path) -> tuple[str, str] | None:
 
 def missing(path: Path) -> SpecError:
     """The error about a file that is not there; says which of its folder may have been meant."""
+    from difflib import get_close_matches  # slow to load, and seldom needed
+
     try:
         with os.scandir(path.parent) as entries:
             names = [entry.name for entry in islice(entries, _LOOKED_AT)]
     except OSError:
         names = []
-    return SpecError("file", "an existing file", f"no such file{meant(path.name, names)}", str(path))
+    by_stem = {Path(name).stem: name for name in names}  # endings are too often the same to tell anything
+    close = [by_stem[stem] for stem in get_close_matches(path.stem, by_stem, n=2, cutoff=0.7)]
+    like = f"; did you mean {' or '.join(close)}?" if close else ""
+    return SpecError("file", "an existing file", f"no such file{like}", str(path))
 
 
 def is_onnx(path: Path) -> bool:

@@ -110,6 +110,9 @@ class SeparableSpec:
     def __str__(self) -> str:
         return self.descriptor
 
+    def __repr__(self) -> str:
+        return f"SeparableSpec.parse({self.descriptor!r})"
+
     def with_accuracy(self, accuracy: str) -> SeparableSpec:
         """The same in another accuracy class."""
         return replace(self, **{name: spec.with_(accuracy=accuracy) for name, spec in self.parts.items()})
