@@ -191,9 +191,13 @@ def _axes(spec: ConvSpec) -> dict[str, list[str]]:
         return blocks.axes(f"{prefix}c", [prefix + letter for letter in letters])
 
     channels = ["ic", "oc/groups"] if spec.transposed else ["oc", "ic/groups"]
+    weights = [*channels, *(f"k{letter}" for letter in letters)]
+    dst = activations(*outputs)
+    if spec.direction == "weights":  # with the gradient of bias, one flat tensor
+        dst = [f"{' * '.join(weights)} + oc"] if spec.bias else weights
     return {
         "src": activations(*inputs),
-        "weights": [*channels, *(f"k{letter}" for letter in letters)],
+        "weights": weights,
         "bias": ["oc"],
         "slope": ["oc"],
         "scale": ["oc"],
@@ -202,7 +206,7 @@ def _axes(spec: ConvSpec) -> dict[str, list[str]]:
         "dst_zero": ["1"],
         "sum": ["4"],
         "residual": activations(*outputs),
-        "dst": activations(*outputs),
+        "dst": dst,
     }
 
 

@@ -15,6 +15,7 @@ import pytest
 from naive import compile_naive
 from paths import ROOT
 
+from convgen.api import build
 from convgen.errors import BuildError, ExportError
 from convgen.kernel.export import example_text, write_library
 from convgen.lowering.interface import ABI, Interface
@@ -308,6 +309,17 @@ def test_manifest_layouts_of_a_transposed_nhwc_layer(tmp_path: Path) -> None:
         "residual": ["n", "ow", "oc"],
         "dst": ["n", "ow", "oc"],
     }
+
+
+@pytest.mark.parametrize(
+    ("bias", "axes"), [("nobias", ["oc", "ic/groups", "kh", "kw"]), ("", ["oc * ic/groups * kh * kw + oc"])]
+)
+def test_a_gradient_of_weights_has_the_axes_of_weights(tmp_path: Path, bias: str, axes: list[str]) -> None:
+    spec = ConvSpec.parse(f"conv2d n1 ic3 oc4 i5x5 k3x3 {bias} weights")
+    manifest = build(spec, threads=1, records=False, name="gradient").export(tmp_path / "out")
+    found = {argument["name"]: (argument["axes"], argument["shape"]) for argument in manifest["arguments"]}
+    assert found["dst"] == (axes, list(spec.dst_shape))
+    assert found["residual"][0] == ["n", "oc", "oh", "ow"]
 
 
 def test_manifest_and_header_of_layouts_in_blocks(tmp_path: Path) -> None:
