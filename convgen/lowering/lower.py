@@ -113,19 +113,37 @@ def compile_object(lowered: Lowered, path: Path) -> Workspace:
         BuildError: TVM or LLVM failed.
         OSError: the file cannot be written.
     """
-    try:
-        host = _host_module(lowered)
-        code = _object(_codegen(host, _llvm(lowered)))
-        workspace = _workspace(host, code)
-    except Exception as error:  # as in lower
-        raise BuildError(f"{lowered.spec.descriptor}: {lowered.candidate} does not compile: {error}") from error
+    code, workspace = _compiled(lowered, ("pack",) if lowered.target.on_device else ("pack", "main"))
     path.write_bytes(code)
     return workspace
 
 
 @interrupts_held()
+def compile_main(lowered: Lowered) -> tuple[bytes, Workspace]:
+    """The object file of a candidate's ``main`` alone, for a CPU, and the scratch memory it asks for.
+
+    Raises:
+        BuildError: TVM or LLVM failed.
+    """
+    return _compiled(lowered, ("main",))
+
+
+def _compiled(lowered: Lowered, names: Iterable[str]) -> tuple[bytes, Workspace]:
+    """The object file of some of a candidate's functions, and the scratch memory these ask for."""
+    try:
+        host = _host_module(lowered, names)
+        code = _object(_codegen(host, _llvm(lowered)))
+        return code, _workspace(host, code)
+    except Exception as error:  # as in lower
+        raise BuildError(f"{lowered.spec.descriptor}: {lowered.candidate} does not compile: {error}") from error
+
+
+@interrupts_held()
 def compile_packer(lowered: Lowered) -> bytes:
     """The object file of a candidate's ``pack`` alone, for this machine whatever the candidate is for.
+
+    It is for packing once. LLVM optimises nothing: vectors are placed by then, so that it would take five times longer
+    to compile, and pack no faster.
 
     Raises:
         BuildError: TVM or LLVM failed.
@@ -133,7 +151,8 @@ def compile_packer(lowered: Lowered) -> bytes:
     import tvm
 
     try:
-        module, config = tvm.IRModule({"pack": lowered.module["pack"]}), _tvm_target({"kind": "llvm"})
+        here = json.loads(lowered.target.tvm_config) if lowered.target.native else {"kind": "llvm"}
+        module, config = tvm.IRModule({"pack": lowered.module["pack"]}), _tvm_target({**here, "opt-level": 0})
         return _object(_codegen(_lowered_builtins(module, lowered.bindings, config), config))
     except Exception as error:  # as in lower
         raise BuildError(f"{lowered.spec.descriptor}: the packing of weights does not compile: {error}") from error
@@ -170,16 +189,15 @@ def source(lowered: Lowered, kind: str) -> str:
         return str(lowered.module.script())
     if kind not in formats:
         raise UnsupportedError(f"source: expected one of tir, {', '.join(formats)}, found {kind!r}")
-    return str(_codegen(_host_module(lowered), _llvm(lowered)).inspect_source(formats[kind]))
+    names = ("pack",) if lowered.target.on_device else ("pack", "main")
+    return str(_codegen(_host_module(lowered, names), _llvm(lowered)).inspect_source(formats[kind]))
 
 
-def _host_module(lowered: Lowered) -> Any:
-    """The TIR that LLVM is given: what ``tvm.compile`` does, kept apart so that it can be looked at."""
+def _host_module(lowered: Lowered, names: Iterable[str]) -> Any:
+    """The TIR of some functions that LLVM is given: what ``tvm.compile`` does, kept apart so that it can be looked at."""
     import tvm
 
-    functions = lowered.module
-    if lowered.target.on_device:
-        functions = tvm.IRModule({"pack": functions["pack"]})
+    functions = tvm.IRModule({name: lowered.module[name] for name in names})
     return _lowered_builtins(functions, lowered.bindings, _llvm(lowered), compact=not _is_compact(lowered))
 
 

@@ -20,7 +20,7 @@ from ..hardware.target import Target
 from ..lowering.interface import DeviceCode, TensorInfo, boundary, round_up
 from ..lowering.kept import kept, key_of
 from ..lowering.link import link_device_network, link_network
-from ..lowering.lower import compile_function, compile_object, compile_packer, lower
+from ..lowering.lower import compile_function, compile_main, compile_packer, lower
 from ..processes import JobError, Worker
 from .choice import Choose
 from .cuda_library import DEVICE_NETWORK_ABI
@@ -190,11 +190,8 @@ def compile_one(function: Function, target: Target) -> Compiled:
         module = lowered(function, target)
         names = [*(f"input{number}" for number in range(len(function.inputs))), "output"]
         return Compiled(*compile_function(module, target, names))
-    with TemporaryFolder() as folder:
-        kernel = lower(function.spec, target, function.candidate)
-        workspace = compile_object(kernel, folder / "kernel.o")
-        packer = b"" if target.native else compile_packer(kernel)
-        return Compiled((folder / "kernel.o").read_bytes(), workspace, kernel.packed, packer)
+    kernel = lower(function.spec, target, function.candidate)
+    return Compiled(*compile_main(kernel), kernel.packed, compile_packer(kernel))
 
 
 class RecentCode:

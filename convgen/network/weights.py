@@ -25,7 +25,7 @@ class Compiled:
         object_file: its bytes.
         workspace: scratch memory that it takes.
         packed: of a convolution, its packed tensors.
-        packer: of a convolution for another machine, code that packs its weights on this one.
+        packer: of a convolution for a CPU, code that packs its weights on this machine.
         device: of a function for a GPU, its code; the object file then has what packs alone, or nothing.
     """
 
