@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..cpu.model import core_of
 from ..errors import BuildError
@@ -25,6 +25,7 @@ from ..processes import JobError, Worker
 from .choice import Choose
 from .cuda_library import DEVICE_NETWORK_ABI
 from .device import argument_names, compile_for_device, device_entry_source, images_of
+from .helpers import Helpers
 from .layouts import physical
 from .library import NETWORK_ABI, seal
 from .memory import WEIGHTS, Place
@@ -34,9 +35,6 @@ from .plan import Function, Plan, Product, Step
 from .sizes import labels_of
 from .source import Call, Code, Size, entry_source, sealer_source
 from .weights import Compiled, packed_offsets, write_weights
-
-#: Functions below which it is not worth while to start a process that compiles some of them.
-_FEW = 6
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def compile_plans(
     target: Target,
     folder: Path,
     progress: Callable[[int, int], None] | None = None,
-    processes: int | None = None,
+    helpers: Helpers | None = None,
 ) -> Built:
     """Compile every function once, pack the weights, and link.
 
@@ -72,14 +70,14 @@ def compile_plans(
         plans: of one model, for each of the sizes that the library is made for.
         folder: where the files are written.
         progress: told how many functions are compiled, and of how many.
-        processes: how many compile, at most; as many as there are CPUs to run on where None.
+        helpers: processes that compile, too; where None, some are started here.
 
     Raises:
         BuildError: TVM, LLVM or the C compiler failed.
     """
     name = plans[0].graph.name
     functions = list(dict.fromkeys(step.function for plan in plans for step in plan.steps))
-    compiled = _compile(functions, target, progress, processes or len(os.sched_getaffinity(0)))
+    compiled = _compile(functions, target, progress, helpers)
     numbers = {function: number for number, function in enumerate(functions)}
     weights = folder / f"{name}.weights"
     with TemporaryFolder(runs=True) as packing:
@@ -220,7 +218,10 @@ recent_code = RecentCode(512)
 
 
 def _compile(
-    functions: Sequence[Function], target: Target, progress: Callable[[int, int], None] | None, processes: int
+    functions: Sequence[Function],
+    target: Target,
+    progress: Callable[[int, int], None] | None,
+    helpers: Helpers | None,
 ) -> dict[Function, Compiled]:
     """All functions' code: what this process knows or another one has kept, and the rest compiled in it or several
     others.
@@ -237,7 +238,9 @@ def _compile(
             progress(len(known) + done, len(functions))
 
     told(0)
-    compiled = _compile_missing(missing, target, told, processes)
+    with Helpers() if helpers is None else nullcontext(helpers) as others:
+        others.begin(len(missing))
+        compiled = _compile_missing(missing, target, told, others.ready)
     cache.add({keys[function]: made.to_bytes() for function, made in compiled.items()})
     everything = known | compiled
     recent_code.add(everything, target)
@@ -254,9 +257,9 @@ def _key(function: Function, target: Target) -> bytes:
 
 
 def _compile_missing(
-    functions: Sequence[Function], target: Target, progress: Callable[[int], None], processes: int
+    functions: Sequence[Function], target: Target, progress: Callable[[int], None], others: Sequence[Future[Worker]]
 ) -> dict[Function, Compiled]:
-    """All of them, compiled by this process and as many others as are worth while, each one function after another."""
+    """All of them, compiled by this process and others, each one function after another."""
     made, lock = dict[Function, Compiled](), threading.Lock()
     # The costly ones first, so that none is left over at the end.
     waiting = deque(sorted(functions, key=lambda function: not isinstance(function, Product)))
@@ -272,19 +275,15 @@ def _compile_missing(
                 made[function] = compiled
                 progress(len(made))
 
-    def compile_elsewhere() -> None:
-        worker = Worker()
-        try:
-            compile_all(partial(_compile_in, worker))
-        finally:
-            worker.stop()
+    def compile_elsewhere(other: Future[Worker]) -> None:
+        worker = _told(other.result)
+        compile_all(lambda function, target: _told(worker.call, compile_one, function, target))
 
-    others = min(processes, -(-len(functions) // _FEW)) - 1
-    if others < 1:
+    if not functions or not others:
         compile_all(compile_one)
         return made
-    with ThreadPoolExecutor(others) as executor:
-        running = [executor.submit(compile_elsewhere) for _ in range(others)]
+    with ThreadPoolExecutor(len(others)) as executor:
+        running = [executor.submit(compile_elsewhere, other) for other in others]
         try:
             compile_all(compile_one)
             for one in running:
@@ -294,19 +293,18 @@ def _compile_missing(
     return made
 
 
-def _compile_in(worker: Worker, function: Function, target: Target) -> Compiled:
-    """A function's code, compiled by another process.
+def _told(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call gives that another process has part in.
 
     Raises:
         BuildError: TVM or LLVM failed; or the process ended.
     """
     try:
-        compiled: Compiled = worker.call(compile_one, function, target)
+        return call(*arguments)
     except JobError as error:
         raise BuildError(f"a function does not compile: {error}") from error
     except ChildProcessError as error:
         raise BuildError(f"the process that compiles ended: {error}") from error
-    return compiled
 
 
 def _call(plan: Plan, step: Step, number: int, packed: Sequence[TensorInfo], begin: int, constants: int) -> Call:

@@ -22,6 +22,7 @@ from .compile import Built, compile_plans, with_candidates
 from .cuda_library import CudaNetworkLibrary
 from .export import Example, write_network
 from .graph import Convolution, Graph
+from .helpers import Helpers
 from .layouts import Costs
 from .library import NetworkLibrary, Tensors
 from .plan import Plan, Product, plan
@@ -249,9 +250,10 @@ def compile_model(
 ) -> Network:
     """A model with the kernels that a store has for it; see :func:`convgen.compile`."""
     resolved, threads = network_target(target, threads, on_device=True)
-    with recorded_choice(records, resolved, threads) as choose:
-        plans = plan_model(source, resolved, dims=dims, accuracy=accuracy, choose=choose, strips=strips, name=name)
-        return compile_planned(plans, resolved, threads, accuracy, progress, source)
+    with recorded_choice(records, resolved, threads) as choose, Helpers() as helpers:
+        how: dict[str, Any] = {"dims": dims, "accuracy": accuracy, "choose": choose, "strips": strips, "name": name}
+        plans = plan_model(source, resolved, helpers=helpers, **how)
+        return compile_planned(plans, resolved, threads, accuracy, progress, source, helpers)
 
 
 def plan_graph(
@@ -320,8 +322,10 @@ def compile_network(
     Raises:
         BuildError: TVM, LLVM or the C compiler failed; and what :func:`plan_model` raises.
     """
-    plans = plan_model(source, target, dims=dims, accuracy=accuracy, choose=choose, name=name)
-    return compile_planned(plans, target, threads, accuracy, progress, source)
+    with Helpers() as helpers:
+        how: dict[str, Any] = {"dims": dims, "accuracy": accuracy, "choose": choose, "name": name}
+        plans = plan_model(source, target, helpers=helpers, **how)
+        return compile_planned(plans, target, threads, accuracy, progress, source, helpers)
 
 
 def plan_model(
@@ -333,8 +337,12 @@ def plan_model(
     choose: Choose | None = None,
     strips: int | None = 0,
     name: str | None = None,
+    helpers: Helpers | None = None,
 ) -> list[Plan]:
     """Read a model and plan it at each of its sizes; arguments as of :func:`compile_network` and :func:`plan_graph`.
+
+    Args:
+        helpers: are started as soon as it is known how much there is to compile.
 
     Raises:
         SpecError: it cannot be read, or is not an ONNX model; or sizes, accuracy or strips are wrong.
@@ -349,6 +357,8 @@ def plan_model(
             f"dims: expected the same inputs and outputs at every size, found others at {wrong[0].dims}"
         )
     name = check_export_name(name) if name else free_name(graphs[0].name)  # before the minutes that compiling may take
+    if helpers is not None:
+        helpers.begin(len({node.spec for graph in graphs for node in graph.convolutions}))
     plans = []
     for graph in graphs:
         graph.name = name
@@ -363,11 +373,13 @@ def compile_planned(
     accuracy: str,
     progress: Callable[[int, int], None] | None = None,
     source: str | Path | ModelProto | None = None,
+    helpers: Helpers | None = None,
 ) -> Network:
     """Compile, link and load what :func:`plan_model` gives.
 
     Args:
         source: the model, which a network for another CPU needs when it is exported.
+        helpers: as of :func:`compile_plans`.
 
     Raises:
         BuildError: TVM, LLVM or the C compiler failed.
@@ -375,7 +387,7 @@ def compile_planned(
     folder = TemporaryFolder(runs=True)
     try:
         with folder.writing():
-            built = compile_plans(plans, target, folder.path, progress)
+            built = compile_plans(plans, target, folder.path, progress, helpers)
             made = plans, built, target, threads, accuracy, folder
             if target.on_device:
                 return DeviceNetwork(source, *made)

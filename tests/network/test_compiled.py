@@ -22,6 +22,7 @@ from convgen.errors import ExportError, KernelError, NotTakenError, UnsupportedE
 from convgen.hardware.target import resolve
 from convgen.network.compile import RecentCode, compile_plans
 from convgen.network.graph import Operator
+from convgen.network.helpers import Helpers
 from convgen.network.layouts import Costs, lay
 from convgen.network.library import NetworkLibrary
 from convgen.network.network import Network, compile_network
@@ -110,7 +111,11 @@ def test_an_output_that_is_an_input_or_another_output() -> None:
 def test_several_processes_compile_the_same(block: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = []
     monkeypatch.setattr("convgen.network.compile.recent_code", RecentCode(0))  # as a process that has compiled nothing
-    built = compile_plans(block.plans, block.target, tmp_path, lambda *numbers: told.append(numbers), processes=2)
+    with Helpers(2) as helpers:
+        helpers.begin(12)
+        assert len(helpers.ready) == 1
+        built = compile_plans(block.plans, block.target, tmp_path, lambda *numbers: told.append(numbers), helpers)
+    assert helpers.ready[0].result().status is not None  # it has ended
     assert told == [(number, len(built.objects)) for number in range(len(built.objects) + 1)]
     assert built.entry == block.built.entry
     assert built.weights.read_bytes() == block.built.weights.read_bytes()
