@@ -194,7 +194,7 @@ def source(lowered: Lowered, kind: str) -> str:
 
 
 def _host_module(lowered: Lowered, names: Iterable[str]) -> Any:
-    """The TIR of some functions that LLVM is given: what ``tvm.compile`` does, kept apart so that it can be looked at."""
+    """The TIR of some functions that LLVM is given: what ``tvm.compile`` does, kept apart so that it can be seen."""
     import tvm
 
     functions = tvm.IRModule({name: lowered.module[name] for name in names})
