@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from concurrent.futures import as_completed
@@ -48,7 +49,8 @@ def compiled(descriptor: str, spelling: str) -> dict[str, Any]:
         spec, target = ConvSpec.parse(descriptor), resolve(spelling)
         candidate = default_candidate(spec, target)
         cycles = candidate.schedule.cost(spec.core, target) * target.rates.clock
-        row |= {"schedule": candidate.schedule.id, "candidate": str(candidate), "predicted_cycles": round(cycles)}
+        predicted = round(cycles) if math.isfinite(cycles) else None
+        row |= {"schedule": candidate.schedule.id, "candidate": str(candidate), "predicted_cycles": predicted}
         source = generate(lower(spec, target, candidate))
         images, resources = compile_images(source, target)
         counts = dict.fromkeys(INSTRUCTIONS, 0)
@@ -63,7 +65,7 @@ def compiled(descriptor: str, spelling: str) -> dict[str, Any]:
 
 
 def compile_layers(wanted: Sequence[Key], results: Path, console: Console, *, jobs: int, fresh: bool = False) -> int:
-    """Compile the layers that ``results`` has no row of, or only an error; write rows and tables.
+    """Compile the layers that ``results`` has no row of, an error, or no prediction; write rows and tables.
 
     Args:
         wanted: in the order of the tables.
@@ -75,7 +77,8 @@ def compile_layers(wanted: Sequence[Key], results: Path, console: Console, *, jo
     """
     path = results / "compile.jsonl"
     kept = _read(path)
-    missing = [key for key in wanted if fresh or key not in kept or kept[key]["error"]]
+    complete = {key for key, row in kept.items() if not row["error"] and "predicted_cycles" in row}
+    missing = [key for key in wanted if fresh or key not in complete]
     _compile_missing(missing, kept, path, console, jobs)
     rows = [kept[key] for key in wanted if key in kept]
     write_text("".join(json.dumps(row) + "\n" for row in kept.values()), path)
@@ -173,6 +176,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
     most = {field: max(function[field] for function in functions) for field in ("registers", "shared", "threads")}
     spilled = sum(function["spilled"] for function in functions)
     figures = [len(functions), most["registers"], spilled, f"{most['shared'] / 1024:.1f}", most["threads"]]
-    figures.append(row["predicted_cycles"])
+    figures.append("–" if row["predicted_cycles"] is None else row["predicted_cycles"])
     figures += [row["instructions"][instruction] for instruction in INSTRUCTIONS]
     return [code(row["spec"]), row["schedule"], *map(str, figures)]
