@@ -480,7 +480,9 @@ def _read_lines(lines: Iterable[tuple[str, str]], path: Path | None, skipped: li
     readers = {name: form.reader(path) for name, form in LINES.items()}
     found: list[SpecEntry] = []
     reasons: list[str] = []
+    what = "an empty one"
     for where, line in lines:
+        what = "lines of which none is about a convolution"
         name = next((name for name, form in LINES.items() if line and form.recognise(line)), None)
         if name is None:
             if path is not None and path.suffix.lower() == ".log":
@@ -489,7 +491,7 @@ def _read_lines(lines: Iterable[tuple[str, str]], path: Path | None, skipped: li
             word = line.partition(" ")[0]
             if word in SEPARABLE:
                 raise SpecError("operator", expected, f"{line[:60]!r}: a separable problem is given alone", where)
-            raise SpecError("operator", expected, f"{line[:60]!r}{meant(word, OPERATORS)}", where)
+            raise SpecError("operator", expected, f"{line[:60]!r}{meant(word, (*OPERATORS, *SEPARABLE))}", where)
         for outcome in readers[name](line, where):
             if isinstance(outcome, tuple):
                 found.append(SpecEntry(*outcome))
@@ -500,7 +502,7 @@ def _read_lines(lines: Iterable[tuple[str, str]], path: Path | None, skipped: li
     if skipped is not None:
         skipped += reasons
     if not found and not reasons:
-        raise SpecError("layers", "a list of layers", "an empty one", str(path or ""))
+        raise SpecError("layers", "a list of layers", what, str(path or ""))
     # What oneDNN made and did not run is there once.
     return [replace(entry, count=max(entry.count, 1)) for entry in merge(found)]
 
