@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 import subprocess
@@ -16,8 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 import convgen
 from convgen.cli import main
+from convgen.cuda.driver import Memory, Stream, synchronize
 from convgen.errors import ExportError, KernelError, NotTakenError, SpecError, UnsupportedError
-from convgen.network.check.device import run_on_device
+from convgen.network.check.device import emulated_network, run_on_device
+from convgen.network.check.validate import run_onnxruntime
 from convgen.network.cuda_library import CudaNetworkLibrary
 from convgen.network.network import DeviceNetwork
 
@@ -122,12 +125,54 @@ def test_without_a_device_it_is_exported_and_not_called(network: DeviceNetwork, 
 
 
 @emulated
-def test_a_failing_run_is_reported(network: DeviceNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here a wrong output: what the network is given is not what it is checked with."""
+def test_runs_have_the_same_bits_wherever_buffers_lie(network: DeviceNetwork) -> None:
     runs = run_on_device(network.built, network.plans, network.target, [{"x": np.zeros((1, 3, 12, 12), np.float32)}])
     first, second = runs[0].values()
     assert all(first[name].tobytes() == second[name].tobytes() for name in first)
     assert np.isfinite(first["y"]).all()
+
+
+class Tensor:
+    """An array in an emulated device's memory, which is the CPU's."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._memory = Memory(4 * int(np.prod(shape)))
+        buffer = (ctypes.c_char * self._memory.size).from_address(self._memory.address)
+        self.array = np.frombuffer(memoryview(buffer), np.float32).reshape(shape)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __dlpack__(self, *, stream: int, max_version: tuple[int, int]) -> Any:
+        return self.array.__dlpack__(max_version=max_version)
+
+    def new_empty(self, shape: tuple[int, ...]) -> Tensor:
+        return Tensor(shape)
+
+
+@emulated
+def test_a_network_is_called_with_arrays_on_a_device(
+    network: DeviceNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, driver = emulated_network(network.built, network.plans, network.target, tmp_path)
+    monkeypatch.setenv("CONVGEN_CUDA_DRIVER", str(driver))
+    loaded = CudaNetworkLibrary(library, network.name, network.built.weights, 1)
+    x = Tensor((1, 3, 12, 12))
+    x.array[...] = np.random.default_rng(1).standard_normal(x.array.shape, np.float32)
+    wanted = run_onnxruntime(small(), {"x": x.array.copy()})
+    own, stream = Tensor((1, 10)), Stream()
+    found = loaded(x, out={"y": own}, stream=stream.handle)
+    stream.synchronize()
+    assert found["y"] is own
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name].array, array, rtol=1e-4, atol=1e-4)
+    again = loaded({"x": x})
+    synchronize(0)
+    assert again["cs"].array.tobytes() == found["cs"].array.tobytes()
+    with pytest.raises(KernelError, match=r"x: expected shape \(1, 3, 12, 12\), found \(1, 3, 12, 11\)"):
+        loaded(Tensor((1, 3, 12, 11)))
+    with pytest.raises(KernelError, match="out: expected names among y, cs, found 'z'"):
+        loaded(x, out={"z": own})
 
 
 def test_strips_and_integers_are_refused() -> None:

@@ -41,9 +41,8 @@ def run_on_device(built: Built, plans: Sequence[Plan], target: Target, inputs: S
     with TemporaryFolder(runs=True) as folder:
         library, environment = built.library, dict[str, str]()
         if not target.native:
-            library = _emulated(built, plans, target, folder)
-            arch = read_architecture(target.arch)
-            environment["CONVGEN_CUDA_DRIVER"] = str(emulated_driver(folder, (arch.major, arch.minor)))
+            library, driver = emulated_network(built, plans, target, folder)
+            environment["CONVGEN_CUDA_DRIVER"] = str(driver)
         worker = Worker(environment=environment)
         try:
             found: Runs = worker.call(device_runs, library, code.name, built.weights, inputs, seconds=SECONDS)
@@ -58,8 +57,13 @@ def run_on_device(built: Built, plans: Sequence[Plan], target: Target, inputs: S
             worker.stop()
 
 
-def _emulated(built: Built, plans: Sequence[Plan], target: Target, folder: Path) -> Path:
-    """The library with emulated code; all else is the network's own."""
+def emulated_network(built: Built, plans: Sequence[Plan], target: Target, folder: Path) -> tuple[Path, Path]:
+    """The library with emulated code, all else being the network's own; and the driver that ``CONVGEN_CUDA_DRIVER``
+    must name where it runs.
+
+    Raises:
+        BuildError: there is no C++ compiler, or it failed.
+    """
     functions: list[Function] = list(dict.fromkeys(step.function for plan in plans for step in plan.steps))
     counts = {call.function: len(call.arguments) for size in built.code.sizes for call in size.calls}
     codes, names = [], []
@@ -70,7 +74,9 @@ def _emulated(built: Built, plans: Sequence[Plan], target: Target, folder: Path)
         packed = counts[number] - 2 - function.spec.residual if isinstance(function, Product) else 0
         names.append(argument_names(function, packed))
     entry, name = device_entry_source(built.code, codes, names), built.code.name
-    return link_device_network(name, entry, images_of(codes), folder / f"lib{name}.so")
+    library = link_device_network(name, entry, images_of(codes), folder / f"lib{name}.so")
+    arch = read_architecture(target.arch)
+    return library, emulated_driver(folder, (arch.major, arch.minor))
 
 
 def device_runs(library: Path, name: str, weights: Path, inputs: Sequence[Arrays]) -> Runs:
