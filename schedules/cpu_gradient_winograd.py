@@ -52,6 +52,8 @@ from convgen.problem.spec import ConvSpec
 IMAGES, BLOCKS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 8)
 #: Cycles to write a line beyond the L2 cache, in turn with those of so FEW other positions; of more, as much longer.
 SCATTERED, FEW = 18, 64
+#: How much longer than counted it takes where there are phases, each with positions of its own.
+STRIDED = 1.4
 #: Numbers of a part's transformed tensors: scratch memory.
 MOST_VALUES = 1 << 26
 
@@ -102,7 +104,8 @@ class CpuGradientWinograd(Written):
         return _default(self, spec, target)
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
-        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
+        seconds = core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
+        return seconds * (STRIDED if max(spec.stride) > 1 else 1)
 
     def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
         tiles = {axis: gradients_of(spec, axis, picks.tile) for axis in transformed_axes(spec)}

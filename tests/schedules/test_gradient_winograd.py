@@ -130,3 +130,5 @@ def test_it_is_the_default_where_products_take_the_time() -> None:
         spec = ConvSpec.parse(f"conv2d n16 {layer} k3x3 s1 p1 nobias weights")
         assert default_candidate(spec, target).schedule is WINOGRAD
         assert default_candidate(spec.with_(accuracy="strict"), target).schedule.id == "cpu_gradient"
+    strided = ConvSpec.parse("conv2d n16 ic256 oc512 i14x14 k3x3 s2 p1 nobias weights")
+    assert default_candidate(strided, target).schedule.id == "cpu_gradient"
