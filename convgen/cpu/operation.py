@@ -169,8 +169,9 @@ _NAMES = {
     "sdot": {4: "llvm.aarch64.neon.sdot.v4i32.v16i8"},
 }  # fmt: skip
 
-#: A product of two f32 and their sum with a third.
+#: A product of two f32 and their sum with a third; two products of bf16 and theirs (AVX512-BF16).
 MULTIPLY = Operation()
+PAIRS = Operation("vdpbf16ps", 2, STORAGE["bf16"], ACCUMULATOR, helper=_PAIRS_OF_BF16)
 
 
 @lru_cache(maxsize=64)
@@ -201,5 +202,5 @@ def operation_of(spec: ConvSpec, target: Target) -> Operation:
         return Operation("multiply", 1, INTEGER, INTEGER)
     is_pairs = spec.layout == "nchw" or spec.ic // spec.groups % 2 == 0
     if "bf16" in (spec.dtype, spec.accuracy) and "avx512bf16" in isa and lanes == 16 and is_pairs and _pays(target):
-        return Operation("vdpbf16ps", 2, STORAGE["bf16"], ACCUMULATOR, helper=_PAIRS_OF_BF16)
+        return PAIRS
     return MULTIPLY

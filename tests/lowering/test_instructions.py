@@ -27,6 +27,7 @@ LAYERS = [
     "conv2d n1 ic32 oc40 i7x7 k1x1 silu",
     "conv2d n1 ic24 oc24 g24 i9x8 k3x3 s2 p1 hardswish",
     "conv2d n1 ic32 oc32 g4 i9x9 k3x3 p1 relu6",
+    "conv2d n1 ic16 oc32 i6x5 k3x3 p1 nhwc accuracy_bf16",
     "conv2d n1 ic16 oc16 g16 i6x5 k3x3 p1 nhwc leaky_relu",
     "conv2d n1 ic64 oc64 i8x8 k1x1 relaxed prelu",
     "convtranspose2d n1 ic5 oc18 i4x5 k4x4 s2 p1 tanh",

@@ -30,6 +30,7 @@ LAYERS = [
     "conv2d n1 ic16 oc34 i6x6 k1x1 residual prelu f16 relaxed",
     "conv2d n1 ic32 oc64 g2 i9x18 k3x3 p1 residual relu",
     "conv2d n1 ic4 oc8 g4 i8x8 k5x5 s2x1 p2 residual leaky_relu(0.25)",
+    "conv2d n1 ic16 oc32 i6x5 k3x3 p1 nhwc accuracy_bf16",
     "conv2d n1 ic16 oc16 g16 i6x5 k3x3 p1 nhwc tanh",
     "convtranspose2d n1 ic5 oc18 i4x5 k4x4 s2 p1 relu",
     "convtranspose2d n4 ic9 oc5 i1x1 k4x3 s1 residual relu",

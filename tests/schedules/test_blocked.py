@@ -49,6 +49,10 @@ LAYERS = {
         "conv2d n2 ic32 oc48 i9x13 k3x3 s1 p1 relu i8",
         "conv2d n1 ic16 oc16 i7x4 k3x3 s1 p0_2 src_u8 src_zero i8",
     ],
+    "cpu_winograd_pairs": [
+        "conv2d n2 ic32 oc48 i9x13 k3x3 s1 p1 residual relu accuracy_bf16",
+        "conv2d n1 ic16 oc16 i7x4 k3x3 s1 p0_2 prelu bf16 accuracy_bf16",
+    ],
     "cpu_gradient": [
         "conv2d n2 ic32 oc48 i9x7 k3x3 s1 p1 nobias weights",
         "conv2d n1 ic64 oc32 g2 i7x8 k3x2 s2x1 p1x0 weights",

@@ -79,6 +79,8 @@ SMOKE = [
     "convtranspose1d n1 ic9 oc3 i45 k8 s4 p2 tanh nhwc f16",  # phases and channels in the lanes
     "convtranspose3d n1 ic6 oc4 g2 i2x3x9 k1x3x4 s1x2x2 p0x1x1 residual",
     "conv2d n1 ic32 oc64 g2 i9x18 k3x3 s1 p1 residual relu",
+    "conv2d n2 ic32 oc48 i9x8 k3x3 s1 p1x0_1 residual relu nhwc accuracy_bf16",  # products of pairs
+    "conv2d n1 ic16 oc16 i7x6 k3x3 s1 p1 silu nhwc bf16 accuracy_bf16",
     "conv2d n2 ic48 oc48 g3 i5x11 k5x4 s1 p2_3x1 prelu f16",
     "conv2d n1 ic32 oc32 g2 i12x19 k3x3 s2 p1x0_1 gelu nobias",
     "conv2d n1 ic6 oc18 i5x9 k1x1 s1x2 p0 residual relu relaxed",
