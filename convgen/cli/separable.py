@@ -142,7 +142,7 @@ def tune_problem(
     facts: dict[str, Any] = {"strips": height, "heights": list(map(asdict, times))}
     tuning = _tuning(spec, model, options, height)
     left = _left(started, seconds)
-    job = tuning.job(Job((), seconds=left if times else seconds))
+    job = tuning.job(Job((), seconds=left if times and left else seconds))
     if status or left == 0.0:
         facts |= {} if status else {"interrupted": False, "busy": None}
         note(f"{spec}: {_strips_text(height)}")
