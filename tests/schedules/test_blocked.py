@@ -57,6 +57,9 @@ LAYERS = {
         "conv2d n2 ic32 oc48 i9x7 k3x3 s1 p1 nobias weights",
         "conv2d n1 ic64 oc32 g2 i7x8 k3x2 s2x1 p1x0 weights",
     ],
+    "cpu_gradient_winograd": [
+        "conv2d n2 ic32 oc48 i9x7 k3x3 s1 p1 nobias weights",
+    ],
     "cpu_winograd": [
         "conv2d n2 ic32 oc48 i9x14 k3x3 s1 p1 residual relu",
         "conv2d n1 ic16 oc32 i13x7 k5x5 s1 p2 f16",
