@@ -180,7 +180,7 @@ WRONG = {
         "empty + k, WARPS - 1",
         "read|no more are to|does not end|under way",
     ),
-    "the last stage kept": (r"cg_wgmma_wait<0>\(\);\n\s+release\(before\);", "cg_wgmma_wait<0>();", "does not end"),
+    "the last stage kept": (r"(cg_settled\(acc\[i\]\);\n)\s+release\(before\);", r"\1", "does not end"),
     "no wait for the last": (r"cg_wgmma_wait<0>\(\);", "", "products .*under way|read"),
     "fewer bytes expected": (r"full \+ stage, BYTES", "full + stage, BYTES - 16", "does not end"),
     "a barrier of fewer threads": (r"cg_sync<128>", "cg_sync<96>", "expected|wait"),
