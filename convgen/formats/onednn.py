@@ -28,6 +28,10 @@ from .notation import unsupported
 _MARKER = re.compile(r"(?:onednn|dnnl|mkldnn)_verbose,")
 _PRIMITIVES = {"convolution": False, "deconvolution": True}  # -> transposed
 _FORWARD = ("forward_inference", "forward_training", "forward", "forward_scoring")
+#: What is computed -> benchdnn's word for it, without a bias and with one. Gradients describe src, weights and dst too:
+#: one of them is what they give, the two others are read.
+_DIRECTIONS = {word: ("FWD_I", "FWD_I") for word in _FORWARD}
+_DIRECTIONS |= {"backward_data": ("BWD_D", "BWD_D"), "backward_weights": ("BWD_W", "BWD_WB")}
 #: What was done. Other lines say what one primitive makes within another, or why something was not made.
 _OPERATION = re.compile(r"(exec|create)(?::(?!dispatch|check)\w+)?")
 #: ``src:f32:props:blocked:acdb:strides:f0``; before 3.2 ``src_f32::blocked:acdb::f0``, in version 2 without strides.
@@ -70,15 +74,15 @@ def _layer(fields: list[str], where: str) -> ConvSpec:
     primitive, _, direction, memory, *rest = fields
     attributes = next((field for field in rest[:1] if not field.startswith("alg:")), "")  # before 1.0 there are none
     word = next((field for field in rest if re.match(r"(g\d+)?mb\d|mb\d+_", field)), "")
-    if direction not in _FORWARD:
-        raise unsupported(where, "prop_kind", "a forward convolution", direction)
+    if direction not in _DIRECTIONS:
+        raise unsupported(where, "prop_kind", f"one of {', '.join(_DIRECTIONS)}", direction)
     if not word:
         raise SpecError("problem", "one such as mb1_ic64oc64_ih56oh56kh3…", ",".join(rest)[:60], where)
     described = _memory(memory, where)
     src, weights, dst = (described[name] for name in ("src", "wei", "dst"))
     bias = described.get("bia", _Memory("undef", "", ""))
     options = {
-        "dir": "FWD_I",
+        "dir": _DIRECTIONS[direction][bias.dtype != "undef"],
         "dt": f"{src.dtype}:{weights.dtype}:{dst.dtype}",
         "bia-dt": bias.dtype,
         "stag": src.tag or "any",

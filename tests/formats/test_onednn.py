@@ -79,8 +79,7 @@ def test_lines_of_all_versions(text: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (line(direction="backward_data"), "prop_kind: expected a forward convolution, found backward_data"),
-        (line(direction="backward_weights"), "prop_kind: expected a forward convolution"),
+        (line(direction="backward_bias"), "prop_kind: expected one of forward_inference.*, found backward_bias"),
         (line(attributes="attr-post-ops:eltwise_relu+sum"), "--attr-post-ops: expected"),
         (line(attributes="attr-post-ops:sum:0.5"), "--attr-post-ops: expected"),
         (line(attributes="attr-scales:src0:0:f32"), "--attr-scales: expected none"),
@@ -123,6 +122,24 @@ def test_lines_that_are_cut_off(text: str) -> None:
         read_specs(text)
 
 
+PLAIN = "src:f32::blocked:abcd::f0 wei:f32:a:blocked:Acdb64a::f0 bia:{} dst:f32::blocked:abcd::f0"
+
+
+@pytest.mark.parametrize(
+    ("direction", "bias", "words"),
+    [
+        ("backward_data", "undef::undef:::", "data"),
+        ("backward_weights", "undef::undef:::", "weights nobias"),
+        ("backward_weights", "f32:a:blocked:a::f0", "weights"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["convolution", "deconvolution"])
+def test_gradients_are_layers_of_their_direction(direction: str, bias: str, words: str, kind: str) -> None:
+    (entry,) = read_specs(line(PLAIN.format(bias), direction=direction, kind=kind))
+    meant = MEANT.replace("conv2d", "convtranspose2d" if kind == "deconvolution" else "conv2d")
+    assert entry.spec.descriptor == read_specs(f"{meant} {words}")[0].spec.descriptor
+
+
 def test_a_layer_occurs_as_often_as_it_ran(tmp_path: Path) -> None:
     log, made = tmp_path / "run.txt", line(start="onednn_verbose,v1,primitive,create:cache_miss,cpu")
     once = made.replace("ic16", "ic48")
@@ -154,6 +171,7 @@ run(torch.nn.ConvTranspose2d(16, 24, (4, 3), padding=1, stride=2, output_padding
     layout=torch.channels_last)
 run(torch.nn.Conv2d(16, 32, 3), 1, 16, 20, 20, dtype=torch.bfloat16, layout=torch.channels_last)
 run(torch.nn.Conv3d(16, 32, 3), 1, 16, 20, 20, 9, layout=torch.channels_last_3d)
+torch.nn.Conv2d(16, 48, 3)(torch.zeros(2, 16, 20, 20, requires_grad=True)).sum().backward()
 """
 
 
@@ -174,6 +192,9 @@ def test_what_pytorch_prints() -> None:
         "convtranspose2d n2 ic16 oc24 i20x20 k4x3 s2x2 p1x1 op0x1 nhwc",
         "conv2d n1 ic16 oc32 i20x20 k3x3 s1x1 p0x0 bf16 nhwc",
         "conv3d n1 ic16 oc32 i20x20x9 k3x3x3 s1x1x1 p0x0x0 nhwc",
+        "conv2d n2 ic16 oc48 i20x20 k3x3 s1x1 p0x0",
+        "conv2d n2 ic16 oc48 i20x20 k3x3 s1x1 p0x0 data",
+        "conv2d n2 ic16 oc48 i20x20 k3x3 s1x1 p0x0 weights",
     }
     # Which of them PyTorch gives to oneDNN, and in which layout, is its own choice: what it gives must be one of these.
     assert {text.replace(" nhwc", "").replace(" nchw16c", "") for text in found} <= {
