@@ -30,7 +30,7 @@ _PRIMITIVES = {"convolution": False, "deconvolution": True}  # -> transposed
 _FORWARD = ("forward_inference", "forward_training", "forward", "forward_scoring")
 #: What is computed -> benchdnn's word for it, without a bias and with one. Gradients describe src, weights and dst too:
 #: one of them is what they give, the two others are read.
-_DIRECTIONS = {word: ("FWD_I", "FWD_I") for word in _FORWARD}
+_DIRECTIONS = dict.fromkeys(_FORWARD, ("FWD_I", "FWD_I"))
 _DIRECTIONS |= {"backward_data": ("BWD_D", "BWD_D"), "backward_weights": ("BWD_W", "BWD_WB")}
 #: What was done. Other lines say what one primitive makes within another, or why something was not made.
 _OPERATION = re.compile(r"(exec|create)(?::(?!dispatch|check)\w+)?")

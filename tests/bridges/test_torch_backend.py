@@ -67,8 +67,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """What is compiled meanwhile, by PyTorch's compiler begun anew."""
     found: list[Any] = []
 
-    def program(*args: Any) -> Any:
-        found.append(Program(*args))
+    def program(*args: Any, **options: Any) -> Any:
+        found.append(Program(*args, **options))
         return found[-1]
 
     monkeypatch.setattr(module, "Program", program)
@@ -189,6 +189,34 @@ def test_what_is_written_to_inputs_is_written(compiled: list[Any]) -> None:
     writes, x, totals = Writes(), torch.randn(1, 4, 6, 6), [torch.ones(1, 4, 6, 6) for _ in range(2)]
     close(torch.compile(writes, backend=backend)(x, totals[0]), writes(x, totals[1]))
     close(totals[0], totals[1])
+
+
+class Views(nn.Module):
+    """A tensor, views of it, one of them read on; halves of another tensor alone; an input's view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 6, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.first(x)
+        left, right = self.second(x).split(3, 1)
+        return y, y[0], y.view(-1), self.second(y.transpose(2, 3)), left, right, x[:1]
+
+
+def test_outputs_that_are_views_of_each_other_share_their_memory(compiled: list[Any]) -> None:
+    model, x = Views(), torch.randn(2, 4, 6, 5)
+    wanted = model(x)
+    found = torch.compile(model, backend=backend)(x)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for made in (found, wanted):
+        made[0].add_(1)
+        made[4].add_(1)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert [f.untyped_storage().data_ptr() == found[4].untyped_storage().data_ptr() for f in found[4:6]] == [True] * 2
+    assert found[6].data_ptr() == x.data_ptr()
 
 
 def test_tensors_whose_memory_has_the_opposite_sign(compiled: list[Any], tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "extremes": lambda x: (
         torch.maximum(x, ROW) + torch.minimum(x, -ROW) + x.amax(3, keepdim=True) + x.amin((2, 3), True)
     ),
-    "reduced": lambda x: (x.mean((2, 3)), x.sum(1), x.mean(dim=-1, keepdim=True), x.mean(), x.sum()),
+    "reduced": lambda x: (x.mean((2, 3)), x.sum(1), x.mean(dim=-1, keepdim=True), x.mean() * 2, x.sum()),
     "softmax": lambda x: (x.softmax(1), x.log_softmax(-1)),
     "reshaped": lambda x: (
         x.flatten(2),
@@ -108,6 +108,11 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     ),
     "expanded": lambda x: x.mean(3, keepdim=True).expand(-1, -1, -1, 5) * 2,
     "products": lambda x: x @ x.transpose(2, 3) + torch.bmm(x.flatten(0, 1), x.flatten(0, 1).mT).view(2, 8, 9, 9),
+    "unbound": lambda x: [part * 2 for part in (*x.unbind(1), *x.flatten(2).unbind(-1)[:2])],
+    "signs": lambda x: (3 * x).round() + x.sign() + F.selu(x) + F.celu(x, 0.7) + F.softplus(x, beta=2.5),
+    "norms": lambda x: (x.norm(dim=1), x.norm(1, (2, 3), True), x.logsumexp(1), x.prod(3), x[:1, :1, :2, :2].prod()),
+    "spread": lambda x: (x.var(1), x.std((2, 3), keepdim=True), x.var((0, 1), correction=0), x.std()),
+    "turned": lambda x: (x.flip(1, 3), x.roll((2, -1), (1, 2)), x.repeat(1, 2, 1, 3), x[0, 0].repeat(2, 1, 1)),
     "dropped": lambda x: F.dropout(x, 0.5, training=False) + x.float().clone().detach(),
 }
 
@@ -190,6 +195,8 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "sizes": (lambda x: F.adaptive_avg_pool2d(x, 5), "windows of different sizes"),
     "weights": (lambda x: F.conv2d(x, x[:1, :, :3, :3]), "weight is not known beforehand"),
     "statistics": (lambda x: F.batch_norm(x, None, None, training=True), "over several images"),
+    "rounding": (lambda x: x.round(decimals=2), "decimals 2"),
+    "one row": (lambda x: x.roll(3), ""),
     "pixels": (lambda x: F.interpolate(x, size=(5, 7), mode="bicubic"), ""),
 }
 

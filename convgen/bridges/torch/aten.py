@@ -83,14 +83,32 @@ def _clip(low: str, high: str) -> Callable[[Reading], None]:
 
 
 def _elu(r: Reading) -> None:
-    r.require("scale", 1)
-    r.require("input_scale", 1)
-    r.end("Elu", [r.input()], alpha=float(r["alpha"]))
+    """ELU, SELU, and CELU, whose numbers below 0 are divided by alpha first."""
+    alpha, scale, steps = (float(r[name]) for name in ("alpha", "scale", "input_scale"))
+    if (steps, scale) == (1, 1):
+        return r.end("Elu", [r.input()], alpha=alpha)
+    if steps == 1:
+        return r.end("Mul", [r.add("Elu", [r.input()], alpha=alpha), r.constant(np.float32(scale))])
+    if scale != 1 or abs(alpha * steps - 1) > 1e-6:
+        raise Refusal(f"scale {scale} and input_scale {steps}; those of ELU, SELU and CELU are supported")
+    return r.end("Celu", [r.input()], alpha=alpha)
 
 
 def _softplus(r: Reading) -> None:
-    r.require("beta", 1)
-    r.end("Softplus", [r.input()])
+    """``log(1 + exp(beta x)) / beta``: from PyTorch's threshold on that is x, unless the threshold is a small one."""
+    beta = float(r["beta"])
+    if r["threshold"] < 20 or beta <= 0:
+        raise Refusal(f"threshold {r['threshold']} and beta {beta}; at least 20, and more than 0 are supported")
+    if beta == 1:
+        return r.end("Softplus", [r.input()])
+    steps = r.constant(np.float32(beta))
+    return r.end("Div", [r.add("Softplus", [r.add("Mul", [r.input(), steps])]), steps])
+
+
+def _round(r: Reading) -> None:
+    if "decimals" in r.arguments:
+        r.require("decimals", 0)
+    r.end("Round", [r.input()])
 
 
 def _prelu(r: Reading) -> None:
@@ -227,6 +245,46 @@ def _split(r: Reading) -> None:
     names = [f"{r.node.name}.part{number}" for number in range(len(parts))]
     r.graph.add("Split", [r.input(), r.integers(parts)], names, axis=axis)
     r.graph.names[r.node] = names
+
+
+def _unbind(r: Reading) -> None:
+    """The slices of an axis, which is gone then."""
+    axis = r.axis("dim")
+    names = [f"{r.node.name}.part{number}" for number in range(r.sizes()[axis])]
+    parts = [f"{name}.kept" for name in names]
+    r.graph.add("Split", [r.input(), r.integers([1] * len(names))], parts, axis=axis)
+    for part, name in zip(parts, names, strict=True):
+        r.graph.add("Reshape", [part, r.integers(r.shape)], name)
+    r.graph.names[r.node] = names
+
+
+def _repeat(r: Reading) -> None:
+    sizes, times = r.sizes(), [int(count) for count in r["repeats"]]
+    longer = r.add("Reshape", [r.input(), r.integers((1,) * (len(times) - len(sizes)) + sizes)])
+    r.end("Tile", [longer, r.integers(times)])
+
+
+def _flip(r: Reading) -> None:
+    axes = [axis % len(r.shape) for axis in r["dims"]]
+    ends = [[number] * len(axes) for number in (-1, np.iinfo(np.int64).min)]
+    r.end("Slice", [r.input(), *map(r.integers, (*ends, axes, [-1] * len(axes)))])
+
+
+def _roll(r: Reading) -> None:
+    """Along each axis its end, then its beginning."""
+    axes = [int(axis) % len(r.shape) for axis in r["dims"]]
+    last = r.input()
+    if not axes:
+        raise Refusal("all elements as one row; axes are supported")
+    for axis, shift in zip(axes, r["shifts"], strict=True):
+        if not (moved := int(shift) % (size := r.shape[axis])):
+            continue
+        parts = [
+            r.add("Slice", [last, *(r.integers([number]) for number in (begin, end, axis))])
+            for begin, end in ((size - moved, size), (0, size - moved))
+        ]
+        last = r.add("Concat", parts, axis=axis)
+    r.end("Identity", [last])
 
 
 def _slice(r: Reading) -> None:
@@ -382,6 +440,29 @@ def _reduce(operation: str) -> Callable[[Reading], None]:
     return read
 
 
+def _vector_norm(r: Reading) -> None:
+    r.require("dtype", None, torch.float32)
+    r.require("ord", 1, 2)
+    r.end(f"ReduceL{int(r['ord'])}", [r.input(), r.integers(r.axes("dim"))], keepdims=int(r["keepdim"]))
+
+
+def _variance(root: bool) -> Callable[[Reading], None]:
+    """The mean of what squares are, apart from the mean; of ``count - correction`` instead of ``count`` elements."""
+
+    def read(r: Reading) -> None:
+        source, axes, kept = r.input(), r.integers(r.axes("dim")), int(r["keepdim"])
+        count = math.prod(r.sizes()[axis] for axis in r.axes("dim"))
+        left = count - (1.0 if r["correction"] is None else float(r["correction"]))
+        if left <= 0:
+            raise Refusal(f"correction {r['correction']} of {count} elements")
+        apart = r.add("Sub", [source, r.add("ReduceMean", [source, axes], keepdims=1)])
+        total = r.add("ReduceSumSquare", [apart, axes], keepdims=kept)
+        share = [total, r.constant(np.float32(1 / left))]
+        r.end("Sqrt", [r.add("Mul", share)]) if root else r.end("Mul", share)
+
+    return read
+
+
 def _softmax(operation: str) -> Callable[[Reading], None]:
     def read(r: Reading) -> None:
         r.require("half_to_float", False)
@@ -415,6 +496,8 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "gelu.default": lambda r: r.end("Gelu", [r.input()], approximate=r["approximate"]),
     "leaky_relu.default": lambda r: r.end("LeakyRelu", [r.input()], alpha=float(r["negative_slope"])),
     "elu.default": _elu,
+    "celu.default": lambda r: r.end("Celu", [r.input()], alpha=float(r["alpha"])),
+    "selu.default": _simple("Selu"),
     "glu.default": _glu,
     "softplus.default": _softplus,
     "hardtanh.default": _clip("min_val", "max_val"),
@@ -425,6 +508,8 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "_prelu_kernel.default": _prelu,
     "rsqrt.default": lambda r: r.end("Reciprocal", [r.add("Sqrt", [r.input()])]),
     "square.default": _square,
+    "sign.default": _simple("Sign"),
+    **{f"round.{overload}": _round for overload in ("default", "decimals")},
     **{f"add.{overload}": _scaled("Add") for overload in ("Tensor", "Scalar")},
     **{f"sub.{overload}": _scaled("Sub") for overload in ("Tensor", "Scalar")},
     **{f"rsub.{overload}": _scaled("Sub", "other", "self") for overload in ("Tensor", "Scalar")},
@@ -451,6 +536,10 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "stack.default": _stack,
     "split.Tensor": _split,
     "split_with_sizes.default": _split,
+    "unbind.int": _unbind,
+    "repeat.default": _repeat,
+    "flip.default": _flip,
+    "roll.default": _roll,
     "slice.Tensor": _slice,
     "select.int": _select,
     "constant_pad_nd.default": _pad("constant"),
@@ -479,6 +568,11 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "sum.default": _reduce("ReduceSum"),
     "amax.default": _reduce("ReduceMax"),
     "amin.default": _reduce("ReduceMin"),
+    **{f"prod.{overload}": _reduce("ReduceProd") for overload in ("default", "dim_int")},
+    "logsumexp.default": _reduce("ReduceLogSumExp"),
+    "linalg_vector_norm.default": _vector_norm,
+    "var.correction": _variance(root=False),
+    "std.correction": _variance(root=True),
     "_softmax.default": _softmax("Softmax"),
     "_log_softmax.default": _softmax("LogSoftmax"),
     "mm.default": _simple("MatMul", "self", "mat2"),

@@ -157,7 +157,7 @@ class FrozenGraph:
         self.count += 1
         if self.count == LIMIT:
             log.warning("a graph was compiled for %d sets of weights: PyTorch runs it with any more", LIMIT)
-        program = Program(self.traced, parameters, self.options.compile, "network")
+        program = Program(self.traced, parameters, self.options.compile, "network", views=True)
         identity = [ref(weight) for weight in weights]
         frozen = _Frozen(program, identity, list(map(_version, weights)), list(map(_address, weights)))
         same = {id(weight) for weight in weights}

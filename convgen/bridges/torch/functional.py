@@ -61,7 +61,7 @@ def convolve(
 ) -> Tensor:
     """A convolution of any rank; a transposed one where ``output_padding`` is given.
 
-    Under ``torch.autocast`` it is of the type that PyTorch's own is.
+    Under ``torch.autocast`` it is of the type that PyTorch's own is. One of complex numbers is PyTorch's own.
 
     Raises:
         SpecError: an argument is wrong.
@@ -73,6 +73,13 @@ def convolve(
             raise SpecError(name, "a tensor", type(tensor).__name__)
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(f"{name}: expected no tangent: convgen's convolutions have no forward mode")
+    if x.is_complex():  # which PyTorch's functions take apart, and its operators do not know
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        if output_padding is not None:
+            options |= {"output_padding": output_padding}
+        theirs = getattr(torch.nn.functional, f"conv{'' if output_padding is None else '_transpose'}{rank}d")
+        made: Tensor = theirs(x, weight, bias, **options)
+        return made
     strides, steps = _each("stride", stride, rank), _each("dilation", dilation, rank)
     pads = _pads(padding, weight, strides, steps)
     transposed = output_padding is not None

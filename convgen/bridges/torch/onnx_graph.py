@@ -85,7 +85,7 @@ class OnnxGraph:
         return found if isinstance(found, str) else found[0]
 
     def constant(self, name: str, values: Any) -> str:
-        self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        self.constants[name] = numpy_helper.from_array(np.asarray(values, order="C"), name)
         return name
 
     def add(self, operation: str, inputs: Sequence[str], outputs: str | Sequence[str], **attributes: Any) -> str:

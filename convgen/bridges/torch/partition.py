@@ -49,7 +49,7 @@ class Partition:
     outside: dict[str, str]
 
 
-def divide(graph: fx.Graph, parameters: Known) -> Partition:
+def divide(graph: fx.Graph, parameters: Known, *, views: bool = False) -> Partition:
     """Divide a graph so that as few networks as possible have all nodes that can be taken.
 
     Between two parts lies a node that is not taken, so that none can wait for itself.
@@ -57,9 +57,13 @@ def divide(graph: fx.Graph, parameters: Known) -> Partition:
     Args:
         graph: of aten operators without side effects, with fake tensors as ``meta["val"]``.
         parameters: values of placeholders and attributes that do not change.
+        views: whether outputs that lie in one memory must go on to do so. What a network gives has memory of its own;
+            so PyTorch makes their views.
     """
     known = evaluated(graph, parameters)
     reasons = _refusals(graph, known)
+    if views:
+        reasons |= dict.fromkeys(_shared_views(graph, known), "another output lies in the same memory")
     while True:
         stages = _stages(graph, known, reasons)
         found: dict[int, list[fx.Node]] = defaultdict(list)
@@ -118,6 +122,34 @@ def _refusals(graph: fx.Graph, known: Known) -> dict[fx.Node, str]:
         if node not in reasons and apart and any(user in reasons or user.op == "output" for user in node.users):
             reasons[node] = "its elements lie apart in memory"
     return reasons
+
+
+def _shared_views(graph: fx.Graph, known: Known) -> list[fx.Node]:
+    """The views that lead to outputs which lie in one memory, an input's or a computed tensor's."""
+    (output,) = graph.find_nodes(op="output")
+    chains: dict[fx.Node, list[list[fx.Node]]] = defaultdict(list)
+    for node in output.all_input_nodes:
+        chain, source = list[fx.Node](), node
+        while source not in known and (before := _viewed(source)) is not None:
+            chain.append(source)
+            source = before
+        chains[source].append(chain)
+    shared = [found for source, found in chains.items() if len(found) > 1 or source.op == "placeholder"]
+    return [node for found in shared for chain in found for node in chain]
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """What a node's tensor lies in the memory of; None where it has memory of its own."""
+    if node.op != "call_function":
+        return None
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node):
+        return None
+    if node.target is getitem:  # one of several views of a tensor, or one of several tensors
+        return first if _viewed(first) is not None else None
+    schema: Any = getattr(node.target, "_schema", None)
+    is_view = schema is not None and any(result.alias_info is not None for result in schema.returns)
+    return first if is_view else None
 
 
 def _computed(graph: fx.Graph, known: Known) -> list[fx.Node]:

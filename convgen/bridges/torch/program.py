@@ -25,14 +25,19 @@ Compile: TypeAlias = Callable[[Any], Network]
 class Program:
     """A traced graph, compiled: ``program(*inputs)`` takes and gives what the graph does.
 
+    Args:
+        views: whether outputs that lie in one memory go on to do so.
+
     Attributes:
         networks: what convgen computes, in order.
         outside: nodes that PyTorch computes, by name, and why.
         reads: which of its inputs are read at all; the others are known, and may be anything.
     """
 
-    def __init__(self, graph: fx.GraphModule, parameters: Known, compiled: Compile, name: str) -> None:
-        partition = divide(graph.graph, parameters)
+    def __init__(
+        self, graph: fx.GraphModule, parameters: Known, compiled: Compile, name: str, *, views: bool = False
+    ) -> None:
+        partition = divide(graph.graph, parameters, views=views)
         self.outside = dict(partition.outside)
         calls: dict[Part, NetworkCall] = {}
         for number, part in enumerate(partition.parts):
