@@ -289,14 +289,12 @@ def test_derivatives_in_forward_mode_are_refused(which: str) -> None:
         function(torch.autograd.forward_ad.make_dual(tensor, tensor))
 
 
-@pytest.mark.parametrize("case", ["conv", "transposed"])
-def test_complex_numbers_are_pytorch_s(case: str) -> None:
+@pytest.mark.parametrize(("kind", "options"), [("Conv2d", {}), ("ConvTranspose2d", {"stride": 2, "output_padding": 1})])
+def test_complex_numbers_are_pytorch_s(kind: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    make = {
-        "conv": lambda m: m.Conv2d(4, 6, 3, padding=1, dtype=torch.complex64),
-        "transposed": lambda m: m.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1, dtype=torch.complex64),
-    }[case]
-    theirs, mine = make(torch.nn), make(ours)
+    theirs, mine = (
+        getattr(library, kind)(4, 6, 3, padding=1, dtype=torch.complex64, **options) for library in (torch.nn, ours)
+    )
     mine.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 4, 7, 6, dtype=torch.complex64)
     torch.testing.assert_close(mine(x), theirs(x))
