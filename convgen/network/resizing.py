@@ -80,9 +80,7 @@ def _places(transform: str, at: F32, size: int, length: int, scale: np.float32) 
         case "pytorch_half_pixel":
             return (at + half) / scale - half if length > 1 else np.zeros_like(at)
         case "align_corners":
-            whole = float(scale) * size  # the length before it was rounded to whole elements
-            last = np.float32(length if abs(whole - length) < 1e-3 else whole) - one
-            return at * np.float32(size - 1) / last if last > 0 else np.zeros_like(at)
+            return at * np.float32(size - 1) / np.float32(length - 1) if length > 1 else np.zeros_like(at)
         case "asymmetric":
             return at / scale
     raise ValueError(f"coordinate_transformation_mode {transform!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,19 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "turned": lambda x: (x.flip(1, 3), x.roll((2, -1), (1, 2)), x.repeat(1, 2, 1, 3), x[0, 0].repeat(2, 1, 1)),
     "dropped": lambda x: F.dropout(x, 0.5, training=False) + x.float().clone().detach(),
 }
+
+
+@pytest.mark.parametrize("how", ["nearest", "nearest-exact", "bilinear", "aligned"])
+@pytest.mark.parametrize("factor", [0.4, 0.5, 1.5, 1.7, 2.0, 2.3, (1.7, 0.6)])
+def test_images_resized_by_a_factor(factor: Any, how: str) -> None:
+    """The factor that is given says where pixels come from, not the ratio of the whole sizes that come of it."""
+    options: dict[str, Any] = {"mode": "bilinear", "align_corners": True} if how == "aligned" else {"mode": how}
+    for again in (None, True):
+        options["recompute_scale_factor"] = again
+        module, x = After(partial(F.interpolate, scale_factor=factor, **options)), image()
+        made = program(module, x)
+        with torch.no_grad():
+            torch.testing.assert_close(made(x), module(x), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

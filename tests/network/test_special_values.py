@@ -132,6 +132,16 @@ def test_resized_edges() -> None:
     check([node("Resize", ["x", "none", "scales"], mode="linear")], {"x": x}, constants)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize("scale", [0.6, 1.5, 1.7, 2.3])
+def test_corners_are_aligned_by_whole_lengths(mode: str, scale: float) -> None:
+    """By scales too, as ONNX Runtime and PyTorch have it; ONNX's own text takes the product of scale and size."""
+    x = np.random.default_rng(0).standard_normal((1, 2, 13, 4)).astype(np.float32)
+    constants = {"none": np.zeros(0, np.float32), "scales": np.array([1, 1, scale, scale], np.float32)}
+    how = {"mode": mode, "coordinate_transformation_mode": "align_corners", "nearest_mode": "floor"}
+    check([node("Resize", ["x", "none", "scales"], **how)], {"x": x}, constants)
+
+
 @pytest.mark.parametrize("mode", ["round_prefer_ceil", "round_prefer_floor"])
 def test_halves_that_are_rounded_are_halves(mode: str) -> None:
     """7 to 2: the second place is 1 / (2 / 7), in f32 a little less than 3.5."""

@@ -317,18 +317,43 @@ def _resize(mode: str) -> Callable[[Reading], None]:
         way = "half_pixel" if mode == "linear" else "asymmetric"
         if mode == "linear" and r["align_corners"]:
             way = "align_corners"
-        factors = [r[name] for name in r.arguments if name.startswith("scales")]
         source = "input" if "input" in r.arguments else "self"
         before, after = r.sizes(source)[2:], r.shape[2:]
-        scales = [out / size for size, out in zip(before, after, strict=True)]
-        given = factors[0] if len(factors) == 1 and isinstance(factors[0], list | tuple) else factors
-        exact = [factor or scale for factor, scale in zip(given, scales, strict=False)]
-        if way != "align_corners" and any(scale != factor for scale, factor in zip(scales, exact, strict=False)):
-            raise Refusal("sizes that are not the factor's")
+        # A factor says where pixels come from, but where corners are aligned; without one the sizes do.
+        factors = _factors(r, len(before)) if way != "align_corners" else None
+        given: list[float | None] = [None] * len(after) if factors is None else [*factors]
+        if mode == "nearest" and not all(map(_same_pixels, before, after, given)):
+            raise Refusal("pixels between two, of which PyTorch and ONNX take different ones")
         options = {"coordinate_transformation_mode": way, "nearest_mode": "floor", "mode": mode}
-        r.end("Resize", [r.input(source), "", "", r.integers(r.shape)], **options)
+        if factors is None:
+            r.end("Resize", [r.input(source), "", "", r.integers(r.shape)], **options)
+        elif list(after) == [int(size * factor) for size, factor in zip(before, factors, strict=True)]:
+            r.end("Resize", [r.input(source), "", r.constant(np.array([1, 1, *factors], np.float32))], **options)
+        else:
+            raise Refusal("sizes that are not the factor's")
 
     return read
+
+
+def _factors(r: Reading, rank: int) -> list[float] | None:
+    """The factors that an image is resized by, where they are given for every axis."""
+    given = [r[name] for name in r.arguments if name.startswith("scale")]
+    if len(given) == 1 and isinstance(given[0], list | tuple):
+        given = list(given[0])
+    if all(factor is None for factor in given):
+        return None
+    if len(given) != rank or None in given:
+        raise Refusal("factors of some axes alone")
+    return [float(factor) for factor in given]
+
+
+def _same_pixels(size: int, length: int, factor: float | None) -> bool:
+    """Whether PyTorch, which multiplies by a step, and ONNX, which divides by a scale, take the same ones in f32."""
+    at = np.arange(length, dtype=np.float32)
+    step = np.float32(size) / np.float32(length) if factor is None else np.float32(1 / factor)
+    scale = np.float32(length) / np.float32(size) if factor is None else np.float32(factor)
+    taken, divided = (np.minimum(np.floor(places), size - 1) for places in (at * step, at / scale))
+    return np.array_equal(taken, divided)
 
 
 def _gathered(r: Reading) -> None:

@@ -418,7 +418,7 @@ def _resize(d: _Drawing) -> None:
     attributes: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": rng.choice(transforms)}
     if mode == "nearest":
         attributes["nearest_mode"] = rng.choice(("round_prefer_floor", "round_prefer_ceil", "floor", "ceil"))
-    if rng.random() < 0.6 and attributes["coordinate_transformation_mode"] != "align_corners":
+    if rng.random() < 0.6:
         scales = [1.0, 1.0, *(rng.choice((0.5, 1.0, 1.5, 2.0, 2.0, 3.0)) for _ in shape[2:])]
         d.add("Resize", [source, d.constant([]), d.constant(scales)], **attributes)
     else:
