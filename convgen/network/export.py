@@ -32,6 +32,7 @@ from ..lowering.interface import ABI, ALIGNMENT, DeviceCode, TensorInfo
 from ..lowering.link import link_device_network, link_network
 from ..lowering.runtime import source
 from ..lowering.stack import STACK
+from ..measure.standalone.words import printable
 from ..problem.dtypes import BYTES
 from .compile import Built
 from .cuda_library import DEVICE_KIND, DEVICE_NETWORK_ABI
@@ -229,8 +230,9 @@ def header_text(code: Code, has_example: bool = True, device: Sequence[DeviceCod
             lines.append(f" * {size.label}:")
         for what, tensors in (("input", size.inputs), ("output", size.outputs)):
             for number, info in enumerate(tensors):
-                plain = "".join(c if c.isalnum() or c in "._:" else "_" for c in info.name)
-                lines.append(f" *   {what} {number} ({plain}) = {list(info.shape)}, {info.bytes} bytes")
+                lines.append(
+                    f" *   {what} {number} ({_in_comment(info.name)}) = {list(info.shape)}, {info.bytes} bytes"
+                )
         bytes_ = f"{size.fixed} + threads * {size.workspace_task}" if not device else str(size.fixed)
         lines.append(f" *   workspace {bytes_} bytes, aligned to {ALIGNMENT}")
     common = {
@@ -249,6 +251,11 @@ def header_text(code: Code, has_example: bool = True, device: Sequence[DeviceCod
     types = {name: source(f"{name}.h").strip() for name in ("cuda_types", "network_cuda_types")}
     own = {**types, "devices": devices_text(device[0]), "tensor_alignment": TENSOR_ALIGNMENT}
     return filled("header_network_cuda.template.h", **common, **own)
+
+
+def _in_comment(text: str) -> str:
+    """Text as a comment of C can have it: on one line, and nothing ends the comment or seems to begin another."""
+    return printable(text).replace("*/", "*\\/").replace("/*", "/\\*")
 
 
 def _constants(code: Code, on_device: bool) -> list[str]:

@@ -81,7 +81,7 @@ int convgen_network_open(const convgen_network_code *code, const char *path, con
     if (network == NULL || path == NULL)
         return CONVGEN_NULL_POINTER;
     *network = NULL;
-    const int file = open(path, O_RDONLY | O_CLOEXEC);
+    const int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe would be waited for */
     if (file < 0)
         return CONVGEN_CANNOT_READ;
     struct stat status;

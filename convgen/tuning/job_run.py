@@ -183,9 +183,10 @@ class JobRun(JobState):
         if self.workers.interrupts.came:
             layer.state = "searching"
             return
-        layer.state = "done" if winner else "failed"
-        if winner is None:
-            layer.reason = layer.reason or "no candidate finished within the budget with the right result"
+        layer.state = "done" if winner else "failed" if search.tried or layer.reason else "waiting"
+        if layer.state == "failed":
+            failures = ", ".join(f"{what} {count}" for what, count in sorted(search.state.failures.items()))
+            layer.reason = layer.reason or f"no candidate was right: {failures or 'none ran when compared'}"
         if layer.problem.spec not in self._in_networks:
             search.close()
         self.report(self, layer)

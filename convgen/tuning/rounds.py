@@ -61,7 +61,8 @@ class Round:
         """Verify and time what was compiled, and commit each trial as it ends.
 
         Args:
-            stop: whether to end after the trials that are running.
+            stop: whether to end after the trials that are running; where nothing is known of the layer, after the first
+                one: a budget too small for it would bring nothing however often it is given.
             meanwhile: called once, when the devices are busy.
         """
         search, pools, running = self.search, self.search.context.pools, self._running
@@ -73,7 +74,7 @@ class Round:
         places = runner.devices + (runner.devices if runner.isolated else 0)
         try:
             while (self.building or running) and not interrupts.came:
-                stopped = stop()
+                stopped = bool(search.tried) and stop()
                 if stopped and not running:
                     break
                 stopped = self._start(expected, places, stopped, stop)

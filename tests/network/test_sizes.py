@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from onnx import ModelProto, helper
 import convgen
 from convgen.cli import cli, main
 from convgen.errors import ExportError, KernelError, SpecError
+from convgen.network.export import header_text
 from convgen.network.library import NetworkLibrary
 from convgen.network.sizes import every_size, labels_of
 
@@ -194,6 +197,29 @@ def test_the_header_is_cpp_as_well(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "program.cpp").write_text('#include "small.h"\nstatic_assert(small_N3_H8 == 3);\n')
     command = ["c++", "-std=c++17", "-Wall", "-Wextra", "-pedantic", "-Werror", "-fsyntax-only", "-I", str(exported)]
     subprocess.run([*command, str(tmp_path / "program.cpp")], check=True)
+
+
+def test_the_header_names_tensors_as_the_model_does(network: Any, tmp_path: Path) -> None:
+    """Whatever they are called: nothing ends its comments, seems to begin one, or is not seen."""
+    code = network.built.code
+    names = ["2nd-входы", "out-put", "/block/*/Relu*/*/", "a\nb\u202ec\\"]
+    inputs = tuple(replace(code.inputs[0], name=name) for name in names)
+    text = header_text(replace(code, sizes=(replace(code.sizes[0], inputs=inputs),)))
+    assert all(f"({name}) = " in text for name in names[:2])
+    assert "a\\nb\\u202ec" in text
+    (tmp_path / "odd.h").write_text(text, encoding="utf-8")
+    command = ["cc", "-std=c11", "-Wall", "-Wextra", "-pedantic", "-Werror", "-fsyntax-only", "-x", "c"]
+    subprocess.run([*command, str(tmp_path / "odd.h")], check=True)
+
+
+def test_what_is_no_file_cannot_be_read(exported: Path, tmp_path: Path) -> None:
+    """At once: nobody writes to the pipe."""
+    library = ctypes.CDLL(str(exported / "libsmall.so"))
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/null"), tmp_path / "none"):
+        status = library.small_open(os.fsencode(path), ctypes.byref(ctypes.c_void_p()))
+        library.small_error.restype = ctypes.c_char_p
+        assert library.small_error(status) == b"the file of weights cannot be read"
 
 
 def test_steps_are_timed(network: Any) -> None:
