@@ -9,7 +9,6 @@ import click
 from ..formats.entries import AccuracyRule
 from ..formats.sources import is_model, split_sources, write_text
 from .common import (
-    check_page,
     emit,
     json_option,
     layers_of,
@@ -23,7 +22,7 @@ from .common import (
     tidy,
     whole_accuracy,
 )
-from .steps import report_model
+from .steps import check_picture, report_model
 from .whole import existing_model
 
 
@@ -36,9 +35,10 @@ from .whole import existing_model
     "-o",
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    callback=check_page,
+    callback=check_picture,
     metavar="FILE",
-    help="File to write: FILE.html as a page, FILE.md as tables.  [default: print the tables]",
+    help="File to write: FILE.html as a page, FILE.md as tables, with --whole also FILE.svg as a picture.  "
+    "[default: print the tables]",
 )
 @click.option("--target", metavar="TARGET", help="Only what was tuned for this target: cpu, or cpu:<LLVM processor>.")
 @threads_option("Only what was tuned for N threads.")
@@ -84,6 +84,10 @@ def report(
             raise click.UsageError("--whole: expected a STORE and one ONNX model, and no --bench")
         how = {"dims": dims, "accuracy": whole_accuracy(accuracy), "target": target or "cpu", "threads": threads}
         return report_model(existing_model(sources[0]), where, out, as_json, **how)
+    if out is not None and out.suffix == ".svg":
+        raise click.UsageError(
+            "-o FILE.svg: expected --whole and a model, the steps of which can be drawn, or FILE.html"
+        )
     from ..records.store import RecordStore
     from ..report.gather import Model, gather, read_rows
     from ..report.tuning_text import markdown

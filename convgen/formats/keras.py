@@ -412,17 +412,25 @@ class _Reader:
         return [None if shape is None else _after(name, config, shape, where)]
 
     def _kept(self, layer: _Config, name: str, shape: _Shape | None, where: str) -> _Shape | None:
-        """Add a convolution, or the reason why it is left out."""
+        """Add a convolution, or the reason why it is left out; the shape after it, which dtype and activation do not
+        change.
+        """
+        config = _config(layer)
         try:
             _check_origin(layer, where)
             if shape is None:
                 raise SpecError("input_shape", "build_config.input_shape, or one given", "none", where)
             shape = _with_batch(shape, _rank(name), where)
             _check_channels(layer, shape, where)
-            return self._convolution(name, _config(layer), shape, where)
+            specs = self._specs(name, config, shape, where)
         except (SpecError, UnsupportedError) as error:
             self._refuse(error)
             return None
+        try:
+            self._add(specs, config, where)
+        except (SpecError, UnsupportedError) as error:
+            self._refuse(error)
+        return specs[-1].dst_shape
 
     def _refuse(self, error: SpecError | UnsupportedError) -> None:
         if self.skipped is None:
@@ -455,7 +463,8 @@ class _Reader:
                 waiting.remove((place, inner, calls))
         return [known.get(call) for call in outputs]
 
-    def _convolution(self, name: str, config: _Config, shape: _Shape, where: str) -> _Shape:
+    def _specs(self, name: str, config: _Config, shape: _Shape, where: str) -> list[ConvSpec]:
+        """A convolution, or the two of a separable one, of f32 and without activation."""
         rank, layout = _rank(name), _layout(config, where)
         n, ic, *in_spatial = shape if layout == "nchw" else (shape[0], shape[-1], *shape[1:-1])
         if None in (ic, *in_spatial):
@@ -468,9 +477,7 @@ class _Reader:
             "stride": _axes(config, "strides", 1, rank, where),
             "dilation": _axes(config, "dilation_rate", 1, rank, where),
         }
-        common = {"dtype": _dtype(config.get("dtype"), where), "layout": layout, "accuracy": self.accuracy}
-        activation = _activation(config.get("activation"), self.version, where)
-        epilogue = {"bias": config.get("use_bias", True), "activation": activation}
+        common, bias = {"layout": layout, "accuracy": self.accuracy}, {"bias": config.get("use_bias", True)}
         fields |= common | _padding(name, config, fields, where)
 
         if name.startswith(("Depthwise", "Separable")):
@@ -480,19 +487,22 @@ class _Reader:
             (filters,) = _axes(config, "filters", None, 1, where)
             fields |= {"oc": filters, "groups": config.get("groups", 1), "transposed": name.endswith("Transpose")}
         if not name.startswith("Separable"):
-            specs = [ConvSpec.from_dict(fields | epilogue, where)]
-        else:
-            (filters,) = _axes(config, "filters", None, 1, where)
-            depthwise = ConvSpec.from_dict(fields | {"bias": False}, where)
-            point = {"n": depthwise.n, "ic": depthwise.oc, "oc": filters, "in_spatial": depthwise.out_spatial}
-            pointwise = ConvSpec.from_dict(point | common | epilogue | {"kernel": (1,) * rank}, where)
-            specs = [depthwise, pointwise]
-            if depthwise.dtype == "f32":
-                self.separables.append(SeparableSpec(depthwise, pointwise))
+            return [ConvSpec.from_dict(fields | bias, where)]
+        (filters,) = _axes(config, "filters", None, 1, where)
+        depthwise = ConvSpec.from_dict(fields | {"bias": False}, where)
+        point = {"n": depthwise.n, "ic": depthwise.oc, "oc": filters, "in_spatial": depthwise.out_spatial}
+        return [depthwise, ConvSpec.from_dict(point | common | bias | {"kernel": (1,) * rank}, where)]
+
+    def _add(self, specs: Sequence[ConvSpec], config: _Config, where: str) -> None:
+        """Keep the parts of a layer with its dtype and activation."""
+        dtype = _dtype(config.get("dtype"), where)
+        *before, last = (spec.with_(dtype=dtype) for spec in specs)
+        last = last.with_(activation=_activation(config.get("activation"), self.version, where))
+        if before and dtype == "f32":
+            self.separables.append(SeparableSpec(before[0], last))
         named = config.get("name")
         names = (named,) if isinstance(named, str) else ()
-        self.entries += [SpecEntry(spec, names=names) for spec in specs]
-        return specs[-1].dst_shape
+        self.entries += [SpecEntry(spec, names=names) for spec in (*before, last)]
 
 
 def _check_origin(layer: _Config, where: str) -> None:

@@ -128,6 +128,24 @@ def test_a_report_as_tables_loads_nothing_heavy(tmp_path: Path) -> None:
     assert done.stderr == "[]\n"
 
 
+def test_a_report_is_a_picture_where_steps_are_drawn(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, picture = stores.fill(tmp_path / "records.sqlite", stores.some(1)), tmp_path / "r.svg"
+    status, _, err = run("report", store, "-o", picture)
+    assert (status, picture.exists()) == (2, False)
+    assert "-o FILE.svg: expected --whole and a model" in err
+    assert "expected a file name that ends in .html, .svg or .md" in run("report", store, "-o", tmp_path / "r.pdf")[2]
+    drawn: list[Path] = []
+
+    def draw(model: Path, where: Path, out: Path, *_: Any, **__: Any) -> int:
+        drawn.append(out)
+        return 0
+
+    monkeypatch.setattr("convgen.cli.report.report_model", draw)
+    (tmp_path / "m.onnx").write_bytes(b"")
+    assert run("report", store, tmp_path / "m.onnx", "--whole", "-o", picture)[0] == 0
+    assert drawn == [picture]
+
+
 def test_the_installed_command_and_the_module_agree() -> None:
     command = shutil.which("convgen", path=str(Path(sys.executable).parent))
     assert command

@@ -209,7 +209,7 @@ def test_every_way_to_hand_over_a_layer() -> None:
         assert specs_from_keras(CONV, shape, class_name="Conv2D") == expected
     old = {"class_name": "Convolution2D", "config": CONV | {"batch_input_shape": [None, 8, 9, 3], "dtype": "float32"}}
     assert specs_from_keras(old) == expected
-    assert specs_from_keras(inside, (2, 6, 6, 5)) == [ConvSpec.parse("conv2d n2 ic5 oc8 i6x6 k3 nhwc")]  # it is given
+    assert specs_from_keras(inside, (2, 6, 6, 3)) == [ConvSpec.parse("conv2d n2 ic3 oc8 i6x6 k3 nhwc")]  # it is given
     assert specs_from_keras(inside, accuracy="strict") == [expected[0].with_(accuracy="strict")]
     assert convgen.specs_from_keras is specs_from_keras
 

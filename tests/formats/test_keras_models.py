@@ -162,6 +162,16 @@ def test_what_is_refused_does_not_stop_the_others() -> None:
     assert skipped[0].startswith("layer odd: activation: expected")
 
 
+@pytest.mark.parametrize("change", [{"activation": "softmax"}, {"dtype": "float64"}])
+def test_what_does_not_change_a_shape_leaves_out_its_layer_alone(change: dict[str, Any]) -> None:
+    strange = layer("SeparableConv2D", "odd", [["x"]], **CONV | change, strides=2)
+    config = model([source(), strange, layer("Conv2D", "c", [["odd"]], **CONV)], ["x"], ["c"])
+    skipped: list[str] = []
+    found = specs_from_keras(config, skipped=skipped)
+    assert [spec.descriptor for spec in found] == meant("conv2d n1 ic8 oc8 i16x16 k3x3 p1 nhwc")
+    assert [reason.split(": expected")[0] for reason in skipped] == [f"layer odd: {next(iter(change))}"]
+
+
 def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Where within nested lists and dictionaries something is."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
