@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import KernelError
 from ..lowering.interface import TensorInfo
-from ..problem.dtypes import BYTES, numpy_dtype
+from ..problem.dtypes import BYTES, RANGES, numpy_dtype
 from .dlpack import Relabelled, check_memory_has_values, pending
 
 Array: TypeAlias = NDArray[Any]
@@ -74,6 +74,15 @@ def returned(array: Array, given: object) -> Any:
         return array
     is_bfloat16 = array.dtype.kind == "V"  # the only type here that is not NumPy's own
     return convert(Relabelled(array.view(np.int16), _BFLOAT) if is_bfloat16 else array)
+
+
+def drawn(rng: np.random.Generator, info: TensorInfo) -> Array:
+    """Random elements of a tensor: standard normal ones, 8 bits of integers, truth values."""
+    dtype = numpy_dtype(info.dtype)
+    if dtype.kind == "f":
+        return rng.standard_normal(info.shape, np.float32)
+    low, high = {**RANGES, "bool": (0, 1)}.get(info.dtype, RANGES["i8"])
+    return rng.integers(low, high, info.shape, np.int32, endpoint=True).astype(dtype)
 
 
 def in_place(info: TensorInfo, value: object, *, written: bool = False) -> Array:

@@ -159,18 +159,18 @@ def compile_packer(lowered: Lowered) -> bytes:
 
 
 @interrupts_held()
-def compile_function(module: Any, target: Target, aligned: Iterable[str]) -> tuple[bytes, Workspace]:
+def compile_function(module: Any, target: Target, dtypes: Mapping[str, str]) -> tuple[bytes, Workspace]:
     """The object file of a module whose function ``main`` is not a convolution, for a CPU; and its scratch memory.
 
     Args:
-        aligned: names of its buffers that are aligned to their element only.
+        dtypes: of its buffers, by name, which are aligned to their element only.
 
     Raises:
         BuildError: TVM or LLVM failed.
     """
     try:
         config = _tvm_target(json.loads(target.tvm_config))
-        functions, bindings = _aligned(module, dict.fromkeys(aligned, BYTES["f32"]))
+        functions, bindings = _aligned(module, {name: BYTES[dtype] for name, dtype in dtypes.items()})
         host = _lowered_builtins(functions, bindings, config)
         code = _object(_codegen(host, config))
         return code, _workspace(host, code)

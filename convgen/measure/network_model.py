@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from ..check.reference import open_session
 from ..errors import MeasureError, UnsupportedError
+from ..kernel.arrays import drawn
+from ..lowering.interface import TensorInfo
 from .compare import Contestant
 from .peers import Entrant
 from .profiles import Profile, median_profile
@@ -27,6 +29,14 @@ Array = npt.NDArray[Any]
 
 #: What outputs may differ by, relative to the largest, where a library computes in f32, and where it rounds more.
 F32_ERROR, CHOSEN_ERROR = 1e-3, 0.2
+#: ONNX Runtime's words for the types that inputs may have.
+_INPUTS = {
+    "tensor(float)": "f32",
+    "tensor(uint8)": "u8",
+    "tensor(int8)": "i8",
+    "tensor(int32)": "i32",
+    "tensor(bool)": "bool",
+}
 #: What a part of a comparison is about.
 MODEL, CONVOLUTIONS = "model", "convolutions"
 
@@ -62,21 +72,20 @@ class NetworkModel:
 
     @cached_property
     def inputs(self) -> dict[str, Array]:
-        """Standard normal arrays, by name.
+        """Random arrays, by name.
 
         Raises:
-            UnsupportedError: an input that is no f32 tensor, a dimension whose size is not known, or a model that ONNX
-            Runtime cannot run.
+            UnsupportedError: an input that is neither of f32 nor of integers or truth values, a dimension whose size is
+            not known, or a model that ONNX Runtime cannot run.
         """
         rng = np.random.default_rng(self.seed)
         arrays = {}
         for info in _plain_session(self.path, self.data).get_inputs():
             shape = [self.dims.get(str(size), size) for size in info.shape]
-            if info.type != "tensor(float)" or not all(isinstance(size, int) for size in shape):
-                raise UnsupportedError(
-                    f"{self.path.name}: {info.name}: expected an f32 tensor of known shape, found {info.type} {shape}"
-                )
-            arrays[info.name] = rng.standard_normal(shape, np.float32)
+            if info.type not in _INPUTS or not all(isinstance(size, int) for size in shape):
+                expected = f"a tensor of {', '.join(_INPUTS.values())} of known shape"
+                raise UnsupportedError(f"{self.path.name}: {info.name}: expected {expected}, found {info.type} {shape}")
+            arrays[info.name] = drawn(rng, TensorInfo(info.name, tuple(shape), _INPUTS[info.type]))
         return arrays
 
     @cached_property

@@ -198,6 +198,8 @@ def _ncnn(model: NetworkModel, threads: int) -> Running:
             if load(str(path)):
                 raise UnsupportedError(f"cannot load {path.name}, which pnnx has made")
     (array,) = model.inputs.values()
+    if array.dtype != np.float32:
+        raise UnsupportedError(f"expected an input of f32, found {array.dtype}")
     mat, names = ncnn.Mat(array[0]), net.output_names()
     results: list[Any] = []
 

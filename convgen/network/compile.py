@@ -186,8 +186,8 @@ def compile_one(function: Function, target: Target) -> Compiled:
         return compile_for_device(function, target)
     if not isinstance(function, Product):
         module = lowered(function, target)
-        names = [*(f"input{number}" for number in range(len(function.inputs))), "output"]
-        return Compiled(*compile_function(module, target, names))
+        dtypes = {f"input{number}": dtype for number, (_, _, dtype) in enumerate(function.inputs)}
+        return Compiled(*compile_function(module, target, dtypes | {"output": function.output[2]}))
     kernel = lower(function.spec, target, function.candidate)
     return Compiled(*compile_main(kernel), kernel.packed, compile_packer(kernel))
 

@@ -24,7 +24,7 @@ from ..kernel.mapped import open_library
 from .library import NetworkLibrary, NetworkSizes, Tensors
 
 #: Version of the C functions and structs of networks on GPUs (``runtime/network_cuda_types.h``).
-DEVICE_NETWORK_ABI = 1
+DEVICE_NETWORK_ABI = 2
 #: What a manifest calls such a library.
 DEVICE_KIND = "device network"
 _DRIVER_ERROR = 35  # enum convgen_cuda_status

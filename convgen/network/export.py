@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..errors import ExportError
 from ..folders import TemporaryFolder
-from ..kernel.arrays import Array
+from ..kernel.arrays import Array, drawn
 from ..kernel.cuda_library import TENSOR_ALIGNMENT
 from ..kernel.export import check_destination, devices_text, move, write_manifest
 from ..kernel.load import MANIFEST
@@ -33,7 +34,6 @@ from ..lowering.link import link_device_network, link_network
 from ..lowering.runtime import source
 from ..lowering.stack import STACK
 from ..measure.standalone.words import printable
-from ..problem.dtypes import BYTES
 from .compile import Built
 from .cuda_library import DEVICE_KIND, DEVICE_NETWORK_ABI
 from .device import images_of
@@ -170,7 +170,7 @@ def _write_example(folder: Path, code: Code, example: Example, seed: int) -> Non
     (folder / "example.c").write_text(text, encoding="utf-8")
     for size in code.sizes:
         rng = np.random.default_rng(seed)
-        inputs = {info.name: rng.standard_normal(info.shape, np.float32) for info in size.inputs}
+        inputs = {info.name: drawn(rng, info) for info in size.inputs}
         for kind, arrays in (("input", inputs.values()), ("output", example.outputs(inputs))):
             for number, array in enumerate(arrays):
                 (folder / _example_file(kind, number, size)).write_bytes(array.tobytes())
@@ -230,9 +230,8 @@ def header_text(code: Code, has_example: bool = True, device: Sequence[DeviceCod
             lines.append(f" * {size.label}:")
         for what, tensors in (("input", size.inputs), ("output", size.outputs)):
             for number, info in enumerate(tensors):
-                lines.append(
-                    f" *   {what} {number} ({_in_comment(info.name)}) = {list(info.shape)}, {info.bytes} bytes"
-                )
+                facts = f"{list(info.shape)} of {info.dtype}, {info.bytes} bytes"
+                lines.append(f" *   {what} {number} ({_in_comment(info.name)}) = {facts}")
         bytes_ = f"{size.fixed} + threads * {size.workspace_task}" if not device else str(size.fixed)
         lines.append(f" *   workspace {bytes_} bytes, aligned to {ALIGNMENT}")
     common = {
@@ -276,24 +275,30 @@ def _constants(code: Code, on_device: bool) -> list[str]:
         return [workspace_constant(prefix, fixed, share)]
 
     lines += byte_constants(code.name, {"weights": code.weights})
-    largest: dict[str, int] = {}
-    for size in code.sizes:
-        for name, bytes_ in _buffers(size).items():
-            largest[name] = max(bytes_, largest.get(name, 0))
-    lines += byte_constants(code.name, largest)
-    lines += element_constants(code.name, _elements(largest))
+    lines += byte_constants(code.name, _largest(_buffers(size) for size in code.sizes))
+    lines += element_constants(code.name, _largest(_elements(size) for size in code.sizes))
     fixed, task = (max(getattr(size, part) for size in code.sizes) for part in ("fixed", "workspace_task"))
     lines += workspace(code.name, fixed, task)
     for size in code.sizes if len(code.sizes) > 1 else ():
         prefix = f"{code.name}_{size.label}"
         lines += byte_constants(prefix, _buffers(size))
-        lines += element_constants(prefix, _elements(_buffers(size)))
+        lines += element_constants(prefix, _elements(size))
         lines += workspace(prefix, size.fixed, size.workspace_task)
     return lines
 
 
-def _elements(buffers: Mapping[str, int]) -> dict[str, int]:
-    return {name: size // BYTES["f32"] for name, size in buffers.items()}
+def _largest(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    largest: dict[str, int] = {}
+    for name, count in (item for each in counts for item in each.items()):
+        largest[name] = max(count, largest.get(name, 0))
+    return largest
+
+
+def _elements(size: Size) -> dict[str, int]:
+    given = {"input": size.inputs, "output": size.outputs}
+    return {
+        f"{what}{number}": math.prod(one.shape) for what, infos in given.items() for number, one in enumerate(infos)
+    }
 
 
 def _buffers(size: Size) -> dict[str, int]:

@@ -78,7 +78,7 @@ class Graph:
         name: of the model.
         nodes: in an order in which every input is computed before it is used.
         shapes: of every tensor.
-        dtypes: of the tensors that are not f32: ``u8``, ``i8`` or ``i32``.
+        dtypes: of the tensors that are not f32: ``u8``, ``i8`` or ``i32``; ``bool`` of inputs.
         constants: tensors that are known.
         inputs, outputs: of the network, in the model's order.
         names: what the model calls its outputs.

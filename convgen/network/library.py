@@ -14,21 +14,28 @@ from typing import Any
 import numpy as np
 
 from ..errors import ExportError, KernelError
-from ..kernel.arrays import Array, as_array, in_place, readable, returned
+from ..kernel.arrays import Array, as_array, drawn, in_place, readable, returned
 from ..kernel.library import Bytes, Loaded, Pool, aligned, shared_pool, thread_count
 from ..kernel.mapped import open_library
 from ..lowering.interface import TensorInfo
+from ..problem.dtypes import numpy_dtype
 
 # enum convgen_status, and what networks add to it
 _OK, _OVERLAP = 0, 6
 #: Version of the C functions and structs of networks (``runtime/network_types.h``).
-NETWORK_ABI = 2
+NETWORK_ABI = 3
 #: What a manifest calls a network's library.
 KIND = "network"
 
 
 class _Value(ctypes.Structure):
-    _fields_ = [("name", c_char_p), ("rank", c_int), ("shape", POINTER(c_int64)), ("bytes", c_size_t)]
+    _fields_ = [
+        ("name", c_char_p),
+        ("rank", c_int),
+        ("shape", POINTER(c_int64)),
+        ("bytes", c_size_t),
+        ("dtype", c_char_p),
+    ]
 
 
 class NetworkSizes(ctypes.Structure):
@@ -144,7 +151,8 @@ class NetworkLibrary(Loaded):
         """The network's outputs.
 
         Args:
-            arrays: the inputs in the model's order: NumPy arrays or anything with DLPack, f32. They are read where they
+            arrays: the inputs in the model's order: NumPy arrays or anything with DLPack, of the types
+                that :attr:`inputs` has. They are read where they
                 are where they are contiguous, and copied first where they are not. Or one mapping with inputs by their
                 names, whatever these are.
             named: inputs by their names, where these are Python's.
@@ -168,9 +176,9 @@ class NetworkLibrary(Loaded):
         return list(seconds)
 
     def profile(self, size: int = 0, rounds: int = 15, seed: int = 0) -> list[float]:
-        """The median of what each step takes, in seconds, on standard normal inputs of one of the sizes."""
+        """The median of what each step takes, in seconds, on random inputs of one of the sizes."""
         rng = np.random.default_rng(seed)
-        inputs = [rng.standard_normal(info.shape, np.float32) for info in self.at[size].inputs.values()]
+        inputs = [drawn(rng, info) for info in self.at[size].inputs.values()]
         self(*inputs)
         medians: Array = np.median([self.step_seconds(*inputs) for _ in range(rounds)], axis=0)
         return [float(seconds) for seconds in medians]
@@ -271,7 +279,7 @@ class NetworkLibrary(Loaded):
             if name in out:
                 found[name] = in_place(info, out[name], written=True)
             else:
-                found[name] = np.empty(info.shape, np.float32)
+                found[name] = np.empty(info.shape, numpy_dtype(info.dtype))
         return found
 
     def _pool(self, threads: int) -> int | None:
@@ -295,7 +303,8 @@ class NetworkLibrary(Loaded):
         found = {}
         for value in (values[number] for number in range(count)):
             name = value.name.decode()
-            found[name] = TensorInfo(name, tuple(value.shape[axis] for axis in range(value.rank)))
+            shape = tuple(value.shape[axis] for axis in range(value.rank))
+            found[name] = TensorInfo(name, shape, value.dtype.decode())
         return found
 
     def _require(self, status: int) -> None:

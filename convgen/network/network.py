@@ -295,9 +295,9 @@ def _check_for_device(graph: Graph, strips: int | None) -> None:
         raise SpecError("strips", "0 for a GPU, which computes all rows at once", repr(strips))
     refused = {}
     for node in graph.nodes:
-        found = sorted({graph.dtype(name) for name in (*node.inputs, node.output)} & {"i8", "u8"})
+        found = sorted({graph.dtype(name) for name in (*node.inputs, node.output)} & {"i8", "u8", "i32", "bool"})
         if found or (isinstance(node, Convolution) and node.spec.is_quantised):
-            refused[f"node {node.name!r}"] = "expected floats for a GPU, found integers of 8 bits"
+            refused[f"node {node.name!r}"] = "expected floats for a GPU, found integers or truth values"
     if refused:
         raise NotTakenError(graph.name, refused, len(graph.nodes) - len(refused))
 

@@ -16,8 +16,10 @@ from ..problem.fields import INT32_MAX
 from .expressions import INTEGER_KINDS
 from .graph import Graph, Node, Operator, Shape
 
-#: ONNX's numbers of types, and how such tensors are stored; only those of f32 are a network's own inputs or outputs.
+#: ONNX's numbers of types, and how such tensors are stored; a network's outputs are of f32.
 DTYPES = {TensorProto.FLOAT: "f32", TensorProto.UINT8: "u8", TensorProto.INT8: "i8", TensorProto.INT32: "i32"}
+#: Types of a network's own inputs.
+INPUT_DTYPES = DTYPES | {TensorProto.BOOL: "bool"}
 #: Types of tensors: truth values are 0 and 1 of f32.
 TYPES = (*DTYPES, TensorProto.BOOL)
 

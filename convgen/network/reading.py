@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from ..formats.onnx.node import OnnxLayer
 from ..problem.dtypes import numpy_dtype
 from .graph import Convolution, Graph, Node, Operator
 from .integers import READ_INTEGERS, integer_convolution
-from .node import DTYPES, TYPES, Refusal
+from .node import DTYPES, INPUT_DTYPES, TYPES, Refusal
 from .nodes import READERS, read_node
 
 if TYPE_CHECKING:
@@ -134,6 +134,9 @@ class _Builder:
         if self.refused:
             raise NotTakenError(self.where, self.refused, len(self.nodes))
         self._separate_outputs()
+        for given in made.inputs:
+            if self.scope.dtype(given) == TensorProto.BOOL:
+                self._take_truths(given)
         made.nodes = list(self.nodes.values())
         made.order()
         return made
@@ -167,11 +170,24 @@ class _Builder:
             self.refused[f"input {name!r}"] = _open_shape(shape)
             return
         self.made.shapes[name] = shape
-        if dtype != TensorProto.FLOAT:
+        if dtype not in INPUT_DTYPES:
             found = TensorProto.DataType.Name(dtype).lower()
-            self.refused[f"input {name!r}"] = f"expected f32, found {found}"
-        elif 0 in shape:
+            self.refused[f"input {name!r}"] = f"expected one of {', '.join(INPUT_DTYPES.values())}, found {found}"
+        elif dtype not in (TensorProto.FLOAT, TensorProto.BOOL):
+            self.made.dtypes[name] = DTYPES[dtype]
+        if 0 in shape:
             self.refused[f"input {name!r}"] = f"expected elements, found {text(shape)}"
+
+    def _take_truths(self, name: str) -> None:
+        """Truth values that are given are bytes; between nodes they are 0 and 1 of f32."""
+        made = self.made
+        whole, zero, truth = (made.fresh(f"{name}/{what}") for what in ("bytes", "zero", "truth"))
+        for output, node in self.nodes.items():
+            self.nodes[output] = replace(node, inputs=tuple(truth if given == name else given for given in node.inputs))
+        self.nodes[whole] = Operator(name, "cast", (name,), whole)
+        self.nodes[truth] = Operator(name, "not_equal", (whole, zero), truth)
+        made.dtypes[name], made.constants[zero] = INPUT_DTYPES[TensorProto.BOOL], np.zeros((), np.float32)
+        made.shapes |= {whole: made.shapes[name], truth: made.shapes[name], zero: ()}
 
     def _read(self, value: str) -> list[str]:
         """Add what computes a value, unless it is constant or refused; returns the values that this takes."""

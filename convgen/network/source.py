@@ -224,8 +224,8 @@ def _argument(tensor: TensorInfo, place: Place, known: dict[tuple[int, ...], str
 
 def _values(what: str, tensors: Sequence[TensorInfo], known: dict[tuple[int, ...], str]) -> list[str]:
     lines = [
-        f"    {{{text(tensor.name)}, {len(tensor.shape)}, {_shape(tensor.shape, known)}, {tensor.bytes}}},"
-        for tensor in tensors
+        f"    {{{text(one.name)}, {len(one.shape)}, {_shape(one.shape, known)}, {one.bytes}, {text(one.dtype)}}},"
+        for one in tensors
     ]
     return [f"static const convgen_value {what}[] = {{", *lines, "};"]
 

@@ -22,6 +22,7 @@ from ..errors import ConvgenError, MeasureError, SpecError
 from ..formats.entries import SpecEntry
 from ..hardware.machine import pinned
 from ..hardware.target import Target
+from ..kernel.arrays import drawn
 from ..lowering.schedule import Candidate
 from ..measure.workers import ChainSamples, LocalBuilder, LocalRunner, Pools
 from ..problem.spec import ConvSpec
@@ -148,7 +149,7 @@ class ModelTuning:
         except ConvgenError as error:
             raise MeasureError(f"{model}: cannot be compiled with what won: {error}") from error
         rng = np.random.default_rng(0)
-        inputs = [rng.standard_normal(info.shape, np.float32) for info in networks[0].at[number].inputs.values()]
+        inputs = [drawn(rng, info) for info in networks[0].at[number].inputs.values()]
         taking_part = set(order)
         samples: ChainSamples = [[] for _ in networks]
         with pinned(self.threads):

@@ -1,7 +1,7 @@
 /* $name: a network.
  *
 $values
- *   (f32, dense, row-major)
+ *   (dense, row-major)
  *   weights   $weights bytes, in $name.weights
  *
  * $isa

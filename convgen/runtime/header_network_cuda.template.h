@@ -1,7 +1,7 @@
 /* $name: a network.
  *
 $values
- *   (f32, dense, row-major, aligned to $tensor_alignment bytes)
+ *   (dense, row-major, aligned to $tensor_alignment bytes)
  *   weights   $weights bytes, in $name.weights
  *
  * Runs on NVIDIA GPUs: $devices.

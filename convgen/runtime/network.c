@@ -179,7 +179,8 @@ static int check_values(const convgen_value *values, int count, const void *cons
     if (count > 0 && (data == NULL || sizes == NULL))
         return CONVGEN_NULL_POINTER;
     for (int i = 0; i < count; ++i) {
-        const int status = convgen_check_buffer(data[i], sizes[i], values[i].bytes, sizeof(float));
+        const size_t element = values[i].dtype[1] == '8' || values[i].dtype[0] == 'b' ? 1 : sizeof(float);
+        const int status = convgen_check_buffer(data[i], sizes[i], values[i].bytes, element);
         if (status != CONVGEN_OK)
             return status;
     }

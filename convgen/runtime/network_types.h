@@ -1,6 +1,6 @@
 /* What all libraries of whole networks share, besides what all convgen libraries do. */
 #ifndef CONVGEN_NETWORK_ABI
-#define CONVGEN_NETWORK_ABI 2
+#define CONVGEN_NETWORK_ABI 3
 
 #include <stdint.h>
 
@@ -19,12 +19,14 @@ enum convgen_network_status {
 /* A network with its weights. Any number of threads may run one at once. */
 typedef struct convgen_network convgen_network;
 
-/* One of a network's inputs or outputs: f32, dense, row-major. */
+/* One of a network's inputs or outputs: dense, row-major. Its elements are of type f32 (float), u8 (uint8_t), i8 (int8_t),
+ * i32 (int32_t) or bool (a byte that is 0 or not). */
 typedef struct {
     const char *name;
     int rank;
     const int64_t *shape;
     size_t bytes;
+    const char *dtype;
 } convgen_value;
 
 typedef struct {
@@ -52,6 +54,6 @@ typedef struct {
 }
 #endif
 
-#elif CONVGEN_NETWORK_ABI != 2
+#elif CONVGEN_NETWORK_ABI != 3
 #error "headers of convgen networks with different ABI versions are included together"
 #endif

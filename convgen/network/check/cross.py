@@ -13,6 +13,7 @@ from ...folders import TemporaryFolder
 from ...kernel.templates import filled
 from ...lowering.link import link_network, link_program
 from ...lowering.toolchain import static_libc
+from ...problem.dtypes import numpy_dtype
 from ..compile import Built
 from ..export import header_text
 from .guarded import Arrays, Runs
@@ -56,7 +57,7 @@ def run_emulated(built: Built, inputs: Sequence[Arrays], threads: Sequence[int])
         found: Runs = [{} for _ in code.sizes]
         for index, ((size, _, _), name) in enumerate(zip(ways, names, strict=True)):
             found[size][name] = {
-                info.name: np.fromfile(folder / f"out.{index}.{number}", np.float32).reshape(info.shape)
+                info.name: np.fromfile(folder / f"out.{index}.{number}", numpy_dtype(info.dtype)).reshape(info.shape)
                 for number, info in enumerate(code.sizes[size].outputs)
             }
         return found

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ...check.sandbox import Guarded
 from ...errors import MeasureError
+from ...problem.dtypes import numpy_dtype
 from ...processes import JobError, Worker
 from ..library import NetworkLibrary
 
@@ -64,12 +65,12 @@ def _run(network: NetworkLibrary, size: int, inputs: Arrays, guard: str) -> Arra
         buffer = Guarded(info.bytes, guard)
         buffer.bytes[:] = np.ascontiguousarray(inputs[name]).reshape(-1).view(np.uint8)
         buffer.seal()
-        given.append(buffer.bytes.view(np.float32).reshape(info.shape))
+        given.append(buffer.bytes.view(numpy_dtype(info.dtype)).reshape(info.shape))
     out: Arrays = {}
     for name, info in network.at[size].outputs.items():
         memory = Guarded(info.bytes, guard).bytes
         memory.fill(0xFF)
-        out[name] = memory.view(np.float32).reshape(info.shape)
+        out[name] = memory.view(numpy_dtype(info.dtype)).reshape(info.shape)
     workspace = Guarded(max(1, network.sizes(None, size).workspace), guard).bytes
     workspace.fill(0xFF)
     network.workspaces.clear()

@@ -15,6 +15,7 @@ import onnxruntime as ort
 from ...check.bounds import worst
 from ...check.validate import Check
 from ...errors import MeasureError, UnsupportedError, ValidationError
+from ...kernel.arrays import drawn
 from ...lowering.interface import MAX_THREADS, TensorInfo
 from ..plan import Plan, Product
 from ..reading import read_graph
@@ -106,7 +107,7 @@ def validate_network(
         UnsupportedError: ONNX Runtime does not run the model.
     """
     code, rng = built.code, np.random.default_rng(seed)
-    given = [inputs] if inputs is not None else [_normal(rng, size.inputs) for size in code.sizes]
+    given = [inputs] if inputs is not None else [_drawn(rng, size.inputs) for size in code.sizes]
     checks, ratio = [_places(plans)], math.inf
     counts = sorted({1, threads, min(threads + 1, MAX_THREADS)})
     try:
@@ -126,8 +127,8 @@ def validate_network(
     return NetworkReport(code.name, threads, tuple(checks), ratio)
 
 
-def _normal(rng: np.random.Generator, tensors: Iterable[TensorInfo]) -> dict[str, npt.NDArray[Any]]:
-    return {info.name: rng.standard_normal(info.shape, np.float32) for info in tensors}
+def _drawn(rng: np.random.Generator, tensors: Iterable[TensorInfo]) -> dict[str, npt.NDArray[Any]]:
+    return {info.name: drawn(rng, info) for info in tensors}
 
 
 def _compared(

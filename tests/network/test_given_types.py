@@ -1,0 +1,109 @@
+"""Inputs that are no floats: images of bytes, masks of truth values, whole numbers; and integers that a layer reads."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import convgen
+from convgen.errors import KernelError
+
+TYPES = {
+    np.float32: TensorProto.FLOAT,
+    np.uint8: TensorProto.UINT8,
+    np.int8: TensorProto.INT8,
+    np.int32: TensorProto.INT32,
+    np.bool_: TensorProto.BOOL,
+}
+
+
+def model_of(nodes: list[Any], inputs: dict[str, Any], constants: dict[str, Any]) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info(name, TYPES[array.dtype.type], array.shape) for name, array in inputs.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    return model
+
+
+RNG = np.random.default_rng(0)
+GIVEN: dict[str, Any] = {
+    "img": RNG.integers(0, 256, (1, 9, 11, 3), np.uint8),
+    "mask": RNG.integers(0, 2, (1, 1, 9, 11)).astype(np.bool_),
+    "shift": RNG.integers(-9, 9, (1, 8, 1, 1), np.int32),
+}
+NODES = [
+    helper.make_node("Cast", ["img"], ["f"], to=TensorProto.FLOAT),
+    helper.make_node("Transpose", ["f"], ["t"], perm=[0, 3, 1, 2]),
+    helper.make_node("Mul", ["t", "share"], ["x"]),
+    helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+    helper.make_node("Cast", ["shift"], ["s"], to=TensorProto.FLOAT),
+    helper.make_node("Add", ["c", "s"], ["a"]),
+    helper.make_node("Where", ["mask", "a", "zero"], ["y"]),
+]
+CONSTANTS = {
+    "share": np.float32(1 / 255),
+    "zero": np.float32(0),
+    "w": RNG.standard_normal((8, 3, 3, 3), np.float32),
+}
+
+
+def run(model: onnx.ModelProto, inputs: dict[str, Any]) -> Any:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, inputs)[0]
+
+
+def test_an_image_a_mask_and_whole_numbers(tmp_path: Path) -> None:
+    """From the model to a library of C: each input keeps its type."""
+    path = tmp_path / "picture.onnx"
+    model = model_of(NODES, GIVEN, CONSTANTS)
+    onnx.save(model, path)
+    network = convgen.compile(path, threads=1)
+    assert {name: info.dtype for name, info in network.inputs.items()} == {"img": "u8", "mask": "bool", "shift": "i32"}
+    wanted = run(model, GIVEN)
+    np.testing.assert_allclose(network(**GIVEN), wanted, rtol=1e-5, atol=1e-5)
+    report = network.validate(path)
+    assert report.passed, report
+    manifest = network.export(tmp_path / "out")
+    assert [one["dtype"] for one in manifest["sizes"][0]["inputs"]] == ["u8", "bool", "i32"]
+    np.testing.assert_array_equal(convgen.load(tmp_path / "out")(**GIVEN), network(**GIVEN))
+    header = (tmp_path / "out" / "picture.h").read_text()
+    assert "input 0 (img) = [1, 9, 11, 3] of u8, 297 bytes" in header
+    assert "#define picture_INPUT0_ELEMENTS 297" in header
+    command = ["cc", "-std=c11", "-Wall", "-Werror", "example.c", "libpicture.a", "-lm", "-lpthread", "-o", "example"]
+    subprocess.run(command, cwd=tmp_path / "out", check=True)
+    ran = subprocess.run(["./example"], cwd=tmp_path / "out", check=True, capture_output=True, text=True)
+    assert "ok" in ran.stdout
+    with pytest.raises(KernelError, match="img: expected dtype uint8"):
+        network(**GIVEN | {"img": GIVEN["img"].astype(np.float32)})
+
+
+def test_a_layer_reads_bytes_that_are_given() -> None:
+    """At any address: bytes need not lie at a multiple of anything."""
+    constants = {
+        "step": np.float32(0.1),
+        "zero": np.uint8(3),
+        "w": RNG.integers(-9, 9, (8, 3, 3, 3), np.int8),
+        "w_step": np.float32(0.01),
+        "w_zero": np.int8(0),
+    }
+    quantised = ["x", "step", "zero", "w", "w_step", "w_zero", "step", "zero"]
+    nodes = [
+        helper.make_node("QLinearConv", quantised, ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["y"]),
+    ]
+    memory = RNG.integers(0, 256, 3 * 7 * 9 + 1, np.uint8)
+    given = {"x": memory[1:].reshape(1, 3, 7, 9)}
+    model = model_of(nodes, given, constants)
+    np.testing.assert_array_equal(convgen.compile(model, threads=1)(given["x"]), run(model, given))
