@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 #: Most inputs, and most outputs, of an operator (``runtime/onnxruntime.h``).
 MOST_VALUES = 256
+#: How many nodes a message names that are left out for one reason.
+_NAMED = 4
 #: Under which the model's metadata name the library's file.
 LIBRARY_KEY = "convgen.library"
 
@@ -124,7 +127,7 @@ def _parts(
     for size in sizes:
         with ModelFile(source) as file:
             read = read_partly(file, size)
-        parts = split(read.graph, read.outside, name)
+        parts = split(read.graph, read.outside, name, read.truths)
         for part in parts.networks:
             part.dims = dict(size)
         found.append(parts.networks)
@@ -132,9 +135,18 @@ def _parts(
         if _ends(found[0]) != _ends(parts.networks):
             raise UnsupportedError(f"dims: expected the same parts at every size, found others at {size}")
     if not found[0]:
-        reasons = "; ".join(f"{node}: {reason}" for node, reason in outside.items())
-        raise UnsupportedError(f"{file.where}: expected something that is taken, found nothing: {reasons}")
+        raise UnsupportedError(f"{file.where}: expected something that is taken, found nothing: {_reasons(outside)}")
     return [list(part) for part in zip(*found, strict=True)], outside
+
+
+def _reasons(outside: Mapping[str, str]) -> str:
+    """Why nodes are not taken, each reason once, with some of the nodes."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for node, reason in outside.items():
+        alike[reason].append(node)
+    named = {reason: ", ".join(nodes[:_NAMED]) for reason, nodes in alike.items()}
+    more = {reason: f" and {len(nodes) - _NAMED} more" * (len(nodes) > _NAMED) for reason, nodes in alike.items()}
+    return "; ".join(f"{nodes}{more[reason]}: {reason}" for reason, nodes in named.items())
 
 
 def _ends(parts: Sequence[Graph]) -> list[tuple[list[str], list[str]]]:

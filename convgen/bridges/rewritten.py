@@ -23,7 +23,10 @@ from ..formats.onnx.file import SMALL, ModelFile
 from ..formats.onnx.graph import Scope, bodies, names_read
 from ..formats.onnx.prepare import prepare
 from ..network.graph import Graph
+from ..network.node import DTYPES
 
+#: ONNX's numbers of types.
+ONNX_TYPES = {name: number for number, name in DTYPES.items()}
 #: The domain of the nodes that take the parts' places, and its version.
 DOMAIN, DOMAIN_VERSION = "convgen", 1
 #: The version of ONNX's format from which on constants need not be inputs.
@@ -37,7 +40,7 @@ class PartNode:
     Attributes:
         name: of the node.
         inputs, outputs: values of the model.
-        shapes: of the outputs; None where sizes differ.
+        shapes, types: of the outputs; None where sizes differ, and ONNX's numbers.
         operator: of the domain ``convgen``; empty before it is known.
     """
 
@@ -45,6 +48,7 @@ class PartNode:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     shapes: tuple[tuple[int | None, ...], ...]
+    types: tuple[int, ...]
     operator: str = ""
 
     @classmethod
@@ -55,7 +59,8 @@ class PartNode:
         for name in first.outputs:
             axes = zip(*(graph.shapes[name] for graph in part), strict=True)
             shapes.append(tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in axes))
-        return cls(first.name, tuple(first.inputs), tuple(first.outputs), tuple(shapes))
+        types = tuple(ONNX_TYPES[first.dtype(name)] for name in first.outputs)
+        return cls(first.name, tuple(first.inputs), tuple(first.outputs), tuple(shapes), types)
 
 
 def rewritten(
@@ -127,9 +132,9 @@ class _Rewriting:
         known = {value.name: value for value in before.value_info}
         after.value_info.extend(known[name] for name in sorted(seen - ends) if name in known)
         for part in self.parts:
-            for output, shape in zip(part.outputs, part.shapes, strict=True):
+            for output, shape, dtype in zip(part.outputs, part.shapes, part.types, strict=True):
                 if output not in ends and output not in known:
-                    after.value_info.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, shape))
+                    after.value_info.append(helper.make_tensor_value_info(output, dtype, shape))
         for tensor in _tensors(after):
             _restore(self.file, tensor)
         if self.file.proto.ir_version < FREE_INITIALIZERS:

@@ -35,7 +35,6 @@ class Reading:
         scope: the graph it stands in.
         opset: its version.
         graph: what the tensors that it makes or reads, and the constants that it brings with it, are added to.
-        types: of tensors that it may read and make.
     """
 
     def __init__(
@@ -44,9 +43,8 @@ class Reading:
         node: NodeProto,
         opset: int,
         graph: Graph,
-        types: Sequence[int] = TYPES,
     ) -> None:
-        self.scope, self.node, self.opset, self.graph, self.types = scope, node, opset, graph, types
+        self.scope, self.node, self.opset, self.graph = scope, node, opset, graph
         self.constants, self.shapes = graph.constants, graph.shapes
         self.name = scope.name(node)
         self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -85,7 +83,7 @@ class Reading:
 
     def check_type(self, name: str) -> None:
         """Refuse a tensor of a type that is not taken."""
-        if (dtype := self.scope.dtype(name)) not in self.types:
+        if (dtype := self.scope.dtype(name)) not in TYPES:
             raise Refusal(f"{name!r} is of type {TensorProto.DataType.Name(dtype).lower()}; f32 is supported")
 
     def input(self, position: int = 0) -> str:

@@ -13,7 +13,7 @@ from ..errors import SpecError, UnsupportedError
 from ..formats.onnx.graph import Scope
 from . import composed
 from .graph import Graph, Node, Shape
-from .node import TYPES, Reading, Refusal
+from .node import Reading, Refusal
 from .resizing import resize_tables
 
 
@@ -23,7 +23,6 @@ def read_node(
     opset: int,
     graph: Graph,
     readers: Mapping[str, Callable[[Reading], None]],
-    types: Sequence[int] = TYPES,
 ) -> list[Node]:
     """The nodes of a network that a node means, whose tensors are added to its graph; see
     :class:`~convgen.network.node.Reading`.
@@ -35,7 +34,7 @@ def read_node(
         raise Refusal("graphs inside of nodes are not taken")
     if node.op_type not in readers:
         raise Refusal("no such operator is known here")
-    reading = Reading(scope, node, opset, graph, types)
+    reading = Reading(scope, node, opset, graph)
     if any(reading.scope.users[name] or name in scope.outputs for name in node.output[1:] if name) and (
         node.op_type not in ("Split", "DynamicQuantizeLinear")
     ):

@@ -21,7 +21,7 @@ from ..formats.onnx.node import OnnxLayer
 from ..problem.dtypes import numpy_dtype
 from .graph import Convolution, Graph, Node, Operator
 from .integers import READ_INTEGERS, integer_convolution
-from .node import DTYPES, INPUT_DTYPES, TYPES, Refusal
+from .node import DTYPES, INPUT_DTYPES, Refusal
 from .nodes import READERS, read_node
 
 if TYPE_CHECKING:
@@ -68,10 +68,12 @@ class PartlyRead:
     Attributes:
         graph: the nodes that are taken, in no order; its inputs and outputs are the model's.
         outside: all others, but for those that compute constants or were folded.
+        truths: tensors of the graph that are truth values in the model.
     """
 
     graph: Graph
     outside: list[Outside]
+    truths: frozenset[str] = frozenset()
 
 
 def read_partly(file: ModelFile, dims: Mapping[str, int]) -> PartlyRead:
@@ -82,7 +84,9 @@ def read_partly(file: ModelFile, dims: Mapping[str, int]) -> PartlyRead:
     """
     (scope, layers), *_ = folded_graphs(file, dims, arrays=True, strict=False)
     builder = _Builder(scope, layers, _opset(file), file.where)
-    return PartlyRead(builder.partial(), list(builder.outside.values()))
+    graph = builder.partial()
+    truths = frozenset(name for name in graph.shapes if scope.dtype(name) == TensorProto.BOOL)
+    return PartlyRead(graph, list(builder.outside.values()), truths)
 
 
 def _opset(file: ModelFile) -> int:
@@ -113,7 +117,6 @@ class _Builder:
         self.layers = {layer.dst: layer for layer in layers if layer.dst}
         self.nodes: dict[str, Node] = {}
         self.made = Graph("", [], {}, {}, [], [], [])
-        self.types: tuple[int, ...] = TYPES
         self.refused: dict[str, str] = {}
         self.outside: dict[int, Outside] = {}
         self.unread = {layer.name: self._reason(layer) for layer in layers if layer.refusal}
@@ -142,8 +145,7 @@ class _Builder:
         return made
 
     def partial(self) -> Graph:
-        """What is taken, where that need not be all: truth values stay outside, as what networks are given is f32."""
-        self.types = tuple(DTYPES)
+        """What is taken, where that need not be all."""
         self._begin()
         self._read_all([name for name in self.made.outputs if not self.scope.constant(name)])
         self.made.nodes = list(self.nodes.values())
@@ -220,7 +222,7 @@ class _Builder:
                 raise Refusal(reason)
             if node.domain not in ROOTS:
                 raise Refusal(f"it is of the domain {node.domain!r}")
-            found = read_node(self.scope, node, self.opset, self.made, _READERS, self.types)
+            found = read_node(self.scope, node, self.opset, self.made, _READERS)
         except Refusal as error:
             self.refused[key] = str(error)
             reads = tuple(name for name in dict.fromkeys(names_read(node)) if not self.scope.constant(name))

@@ -30,11 +30,18 @@ const char *convgen_ort_provider(const OrtCustomOp *op)
     return NULL;
 }
 
-int convgen_ort_type(const OrtCustomOp *op, size_t index)
+static int type_of(const convgen_value *value)
 {
-    (void)op, (void)index;
-    return ORT_FLOAT;
+    const char *dtype = value->dtype;
+    return strcmp(dtype, "u8") == 0    ? ORT_UINT8
+           : strcmp(dtype, "i8") == 0  ? ORT_INT8
+           : strcmp(dtype, "i32") == 0 ? ORT_INT32
+                                       : ORT_FLOAT;
 }
+
+int convgen_ort_input_type(const OrtCustomOp *op, size_t index) { return type_of(&op_of(op)->inputs(0)[index]); }
+
+int convgen_ort_output_type(const OrtCustomOp *op, size_t index) { return type_of(&op_of(op)->outputs(0)[index]); }
 
 size_t convgen_ort_input_count(const OrtCustomOp *op) { return (size_t)op_of(op)->input_count; }
 

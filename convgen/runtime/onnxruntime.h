@@ -14,7 +14,9 @@
 enum { ORT_API_VERSION = 17 };
 /* Numbers of enumerations: OrtErrorCode, ONNXTensorElementDataType, OrtAllocatorType, OrtMemType. */
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2, ORT_NOT_IMPLEMENTED = 9 };
-enum { ORT_FLOAT = 1, ORT_DEVICE_ALLOCATOR = 0, ORT_MEM_DEFAULT = 0 };
+enum { ORT_DEVICE_ALLOCATOR = 0, ORT_MEM_DEFAULT = 0 };
+/* ONNX's numbers of types. */
+enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_INT32 = 6 };
 
 typedef struct OrtStatus OrtStatus; /* NULL: it went well */
 typedef struct OrtSessionOptions OrtSessionOptions;
@@ -137,7 +139,8 @@ OrtStatus *convgen_ort_register(OrtSessionOptions *options, const OrtApiBase *ba
 
 const char *convgen_ort_name(const OrtCustomOp *op);
 const char *convgen_ort_provider(const OrtCustomOp *op);
-int convgen_ort_type(const OrtCustomOp *op, size_t index);
+int convgen_ort_input_type(const OrtCustomOp *op, size_t index);
+int convgen_ort_output_type(const OrtCustomOp *op, size_t index);
 size_t convgen_ort_input_count(const OrtCustomOp *op);
 size_t convgen_ort_output_count(const OrtCustomOp *op);
 int convgen_ort_zero(const OrtCustomOp *op);
@@ -153,9 +156,9 @@ void convgen_ort_destroy(void *kernel);
         .version = ORT_API_VERSION,                                                                         \
         .GetName = convgen_ort_name,                                                                        \
         .GetExecutionProviderType = convgen_ort_provider,                                                   \
-        .GetInputType = convgen_ort_type,                                                                   \
+        .GetInputType = convgen_ort_input_type,                                                             \
         .GetInputTypeCount = convgen_ort_input_count,                                                       \
-        .GetOutputType = convgen_ort_type,                                                                  \
+        .GetOutputType = convgen_ort_output_type,                                                           \
         .GetOutputTypeCount = convgen_ort_output_count,                                                     \
         .KernelDestroy = convgen_ort_destroy,                                                               \
         .GetInputCharacteristic = convgen_ort_zero_of,                                                      \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import shutil
@@ -340,6 +341,46 @@ def test_a_model_of_which_nothing_is_taken(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"Hardmax 'odd': no such operator.*one: no convolution or product"):
         convgen.for_onnxruntime(model_of(nodes, {"x": (2, 3)}, ["y"]), tmp_path / "new.onnx", threads=1)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_reason_is_said_once(tmp_path: Path) -> None:
+    names = ["x", *(f"h{number}" for number in range(6)), "y"]
+    nodes = [helper.make_node("Hardmax", [a], [b], name=f"odd {b}") for a, b in itertools.pairwise(names)]
+    with pytest.raises(UnsupportedError) as caught:
+        convgen.for_onnxruntime(model_of(nodes, {"x": (2, 3)}, ["y"]), tmp_path / "new.onnx", threads=1)
+    assert str(caught.value).count("no such operator") == 1
+    assert "and 3 more: no such operator" in str(caught.value)
+
+
+def test_parts_hand_on_bytes_and_compare(tmp_path: Path) -> None:
+    """A quantised model with an operator on bytes that is not taken, and truth values within a part."""
+    quantised = ["step", "zero", "w", "step", "w_zero", "step", "zero"]
+    nodes = [
+        helper.make_node("QLinearConv", ["x", *quantised], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("BitShift", ["a", "one"], ["b"], name="odd", direction="RIGHT"),
+        helper.make_node("QLinearConv", ["b", *quantised], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("DequantizeLinear", ["c", "step", "zero"], ["d"]),
+        helper.make_node("Greater", ["d", "limit"], ["more"]),
+        helper.make_node("Where", ["more", "d", "limit"], ["y"]),
+    ]
+    rng = np.random.default_rng(0)
+    constants = {
+        "step": np.float32(0.05),
+        "zero": np.uint8(20),
+        "w": rng.integers(-20, 20, (4, 4, 3, 3), np.int8),
+        "w_zero": np.int8(0),
+        "one": np.uint8(1),
+        "limit": np.float32(0.3),
+    }
+    model = model_of(nodes, {"x": (1, 4, 6, 5)}, ["y"], constants)
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+    given = {"x": rng.integers(0, 256, (1, 4, 6, 5), np.uint8)}
+    made = convgen.for_onnxruntime(model, tmp_path / "new.onnx", threads=1, records=False)
+    assert made.outside == {"BitShift 'odd'": "no such operator is known here"}
+    assert [(part.inputs, part.outputs) for part in made.parts] == [(("x",), ("a",)), (("b",), ("y",))]
+    wanted = expected(model, given)
+    assert furthest(outputs_of(session_of(made), given), wanted) == 0
+    assert (wanted["y"] > 0.3).any()
 
 
 def test_places_that_cannot_be_written(folder: Path, partly: OnnxRuntimeModel, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from network_models import model_of
-from onnx import ModelProto, helper
+from onnx import ModelProto, TensorProto, helper
 
 from convgen.formats.onnx.file import ModelFile
 from convgen.network.graph import Graph, Operator
@@ -22,7 +22,7 @@ HALVES = np.full((4, 4), 0.5, np.float32)
 def parts_of(model: ModelProto) -> tuple[Parts, dict[str, str]]:
     with ModelFile(model) as file:
         read = read_partly(file, {})
-    return split(read.graph, read.outside, "m"), {node.name: node.reason for node in read.outside}
+    return split(read.graph, read.outside, "m", read.truths), {node.name: node.reason for node in read.outside}
 
 
 # ---- any graph ---------------------------------------------------------------------------------
@@ -126,3 +126,25 @@ def test_what_was_folded_into_a_convolution_that_is_not_taken() -> None:
     made, outside = parts_of(model)
     assert outside == {"Conv 'open'": "its weights are no constants: 'k' is an input"}
     assert [(part.inputs, part.outputs) for part in made.networks] == [(["a"], ["y"])]
+
+
+def test_truth_values_stay_within_a_part() -> None:
+    """What compares is taken with what chooses by it; not where something else reads it, or a caller gives it."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Greater", ["a", "x"], ["more"], name="inside"),
+        helper.make_node("Where", ["more", "a", "x"], ["b"]),
+        helper.make_node("Less", ["b", "x"], ["less"], name="between"),
+        helper.make_node("NonZero", ["less"], ["places"]),
+        helper.make_node("Not", ["less"], ["rest"], name="last"),
+        helper.make_node("Where", ["rest", "b", "x"], ["y"], name="chosen"),
+        helper.make_node("Where", ["given", "b", "x"], ["z"], name="by the caller"),
+    ]
+    model = model_of(nodes, {"x": (2, 4)}, ["y", "z", "places"], {"w": HALVES[:4, :4]})
+    model.graph.input.append(helper.make_tensor_value_info("given", TensorProto.BOOL, (2, 4)))
+    made, _ = parts_of(model)
+    (part,) = made.networks
+    assert (part.inputs, part.outputs) == (["x"], ["b"])
+    assert {"inside"} <= {node.name for node in part.nodes}
+    assert {name for name, reason in made.outside.items() if "truth values" in reason} >= {"between", "by the caller"}
+    assert not any("inside" in name for name in made.outside)
