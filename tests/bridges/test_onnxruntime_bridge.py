@@ -364,7 +364,7 @@ def test_parts_hand_on_bytes_and_compare(tmp_path: Path) -> None:
         helper.make_node("Where", ["more", "d", "limit"], ["y"]),
     ]
     rng = np.random.default_rng(0)
-    constants = {
+    constants: dict[str, Any] = {
         "step": np.float32(0.05),
         "zero": np.uint8(20),
         "w": rng.integers(-20, 20, (4, 4, 3, 3), np.int8),

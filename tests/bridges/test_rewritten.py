@@ -86,7 +86,7 @@ def test_what_only_a_part_needed_is_gone() -> None:
         [onnx.numpy_helper.from_array(np.ones((1, 1, 1, 1), np.float32), "w")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    after = again(model, [PartNode("part", ("x",), ("b",), ((1, 1, 2, 1),), "part_0123")])
+    after = again(model, [PartNode("part", ("x",), ("b",), ((1, 1, 2, 1),), (TensorProto.FLOAT,), "part_0123")])
     assert [(node.domain, node.op_type) for node in after.graph.node] == [("convgen", "part_0123"), ("", "Tile")]
     assert len(after.graph.initializer) == 1
     onnx.checker.check_model(after, full_check=True)
