@@ -21,7 +21,8 @@ Messages name the field, what was expected and what was found.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 
 def meant(found: str, known: Iterable[str]) -> str:
@@ -31,6 +32,31 @@ def meant(found: str, known: Iterable[str]) -> str:
     words = {word.lower(): word for word in known}
     close = [words[word] for word in get_close_matches(found.lower(), words, n=2)]
     return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+#: How many things that are refused for one cause are listed one by one.
+MOST_ALIKE = 3
+#: What is quoted in a message: a name.
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+
+
+def by_cause(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Reasons by what they are of, such as ``Det 'first'``; of many of a kind whose reasons are alike but for names,
+    the first, with how many more there are.
+
+    >>> by_cause({f"Det '{name}'": f"'{name}' is of i8" for name in "abcd"})
+    {"Det 'a' and 3 more": "'a' is of i8"}
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for what, reason in reasons.items():
+        groups.setdefault((what.partition(" ")[0], _QUOTED.sub("", reason)), []).append(what)
+    found: dict[str, str] = {}
+    for first, *others in groups.values():
+        if len(others) < MOST_ALIKE:
+            found |= {what: reasons[what] for what in (first, *others)}
+        else:
+            found[f"{first} and {len(others)} more"] = reasons[first]
+    return found
 
 
 class ConvgenError(Exception):
@@ -63,14 +89,22 @@ class NotTakenError(UnsupportedError):
     Attributes:
         where: the model.
         nodes: each of them, such as ``Det 'first'``, and why.
-        taken: how many of the model's nodes are.
+        taken: how many of the model's nodes are; 0 where that is not known.
+        counted: what they are: ``1 input and 2 nodes``.
     """
 
     def __init__(self, where: str, nodes: dict[str, str], taken: int) -> None:
         self.where, self.nodes, self.taken = where, nodes, taken
-        reasons = "; ".join(f"{node}: {reason}" for node, reason in nodes.items())
-        count = f"{len(nodes)} node{'s are' if len(nodes) != 1 else ' is'}"
-        super().__init__(f"{where}: {count} not taken: {reasons}")
+        reasons = "; ".join(f"{node}: {reason}" for node, reason in by_cause(nodes).items())
+        super().__init__(f"{where}: {self.counted} {'is' if len(nodes) == 1 else 'are'} not taken: {reasons}")
+
+    @property
+    def counted(self) -> str:
+        kinds = [what.partition(" ")[0] for what in self.nodes]
+        counts = {kind: kinds.count(kind) for kind in ("input", "output", "value")}
+        counts["node"] = len(kinds) - sum(counts.values())
+        said = [f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts.items() if count]
+        return " and ".join(filter(None, [", ".join(said[:-1]), *said[-1:]]))
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.where, self.nodes, self.taken)

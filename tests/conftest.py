@@ -28,6 +28,7 @@ def _own_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("CONVGEN_RECORDS", str(path))
         patch.setattr(shipped, "FOLDER", tmp_path_factory.mktemp("tuned"))
         patch.setenv(VARIABLE, "")  # tests compile what they test
+        patch.delenv("COLUMNS", raising=False)  # tables are as wide as that
         yield
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.message import EncodeError
 
-from ..errors import BuildError, ExportError, SpecError, UnsupportedError
+from ..errors import BuildError, ExportError, SpecError, UnsupportedError, by_cause
 from ..folders import TemporaryFolder
 from ..formats.onnx.file import ModelFile
 from ..hardware.target import Target, check_native
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 
 #: Most inputs, and most outputs, of an operator (``runtime/onnxruntime.h``).
 MOST_VALUES = 256
-#: How many nodes a message names that are left out for one reason.
-_NAMED = 4
 #: Under which the model's metadata name the library's file.
 LIBRARY_KEY = "convgen.library"
 
@@ -135,18 +132,9 @@ def _parts(
         if _ends(found[0]) != _ends(parts.networks):
             raise UnsupportedError(f"dims: expected the same parts at every size, found others at {size}")
     if not found[0]:
-        raise UnsupportedError(f"{file.where}: expected something that is taken, found nothing: {_reasons(outside)}")
+        reasons = "; ".join(f"{node}: {reason}" for node, reason in by_cause(outside).items())
+        raise UnsupportedError(f"{file.where}: expected something that is taken, found nothing: {reasons}")
     return [list(part) for part in zip(*found, strict=True)], outside
-
-
-def _reasons(outside: Mapping[str, str]) -> str:
-    """Why nodes are not taken, each reason once, with some of the nodes."""
-    alike: dict[str, list[str]] = defaultdict(list)
-    for node, reason in outside.items():
-        alike[reason].append(node)
-    named = {reason: ", ".join(nodes[:_NAMED]) for reason, nodes in alike.items()}
-    more = {reason: f" and {len(nodes) - _NAMED} more" * (len(nodes) > _NAMED) for reason, nodes in alike.items()}
-    return "; ".join(f"{nodes}{more[reason]}: {reason}" for reason, nodes in named.items())
 
 
 def _ends(parts: Sequence[Graph]) -> list[tuple[list[str], list[str]]]:

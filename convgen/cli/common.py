@@ -494,8 +494,8 @@ def note_left_out(reasons: Sequence[str]) -> None:
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Aligned columns; empty ones are left out, and those whose name ends in ``>`` are aligned to the right.
 
-    On a terminal it is as wide as that at most: the widest columns are cut, with ``…`` where their cells are most
-    alike, and where that is not enough the last ones of numbers are left out.
+    On a terminal, or where ``COLUMNS`` is set, it is as wide as that at most: the widest columns are cut, with ``…``
+    where their cells are most alike, and where that is not enough the last ones of numbers are left out.
     """
     texts = [[printable(str(cell)) for cell in row] for row in rows]
     kept = [i for i in range(len(header)) if not texts or any(row[i] for row in texts)]
@@ -522,8 +522,9 @@ _NARROWEST = 12
 
 
 def _room() -> int | None:
-    """The columns of the terminal that a table goes to; None where it goes elsewhere."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    """The columns of the terminal that a table goes to; elsewhere those that ``COLUMNS`` says, None without it."""
+    said = os.environ.get("COLUMNS", "")
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() or (said.isdecimal() and int(said)) else None
 
 
 def _shown(header: Sequence[str], widths: Sequence[int]) -> list[int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import NotTakenError, UnsupportedError
+from ..errors import NotTakenError, UnsupportedError, by_cause
 from ..problem.tokens import ACCURACIES
 from ..report.words import plural
 from .common import (
@@ -241,8 +241,10 @@ def _refuse(error: NotTakenError, as_json: bool) -> int:
         nothing: dict[str, Any] = {"folder": None, "seconds": None, "manifest": None, "networks": [], "profiles": []}
         emit({**nothing, "taken": False, "outside": outside})
     else:
-        say(table(["not taken", "because"], error.nodes.items()))
-    note(f"convgen: {error.where}: {plural(len(error.nodes), 'node')} not taken, {error.taken} others would be")
+        say(table(["not taken", "because"], by_cause(error.nodes).items()))
+    others = f", {plural(error.taken, 'other node')} would be" if error.taken else ""
+    every = "; --json lists each" if not as_json and len(by_cause(error.nodes)) < len(error.nodes) else ""
+    note(f"convgen: {error.where}: {error.counted} not taken{others}{every}")
     return WRONG
 
 
@@ -263,7 +265,7 @@ def _say_model(made: OnnxRuntimeModel, seconds: float, as_json: bool) -> None:
     ]
     say(table(["operator", "inputs", "outputs", "convolutions>", "passes>"], cells))
     if made.outside:
-        say(table(["left to ONNX Runtime", "because"], [[node, reason] for node, reason in made.outside.items()]))
+        say(table(["left to ONNX Runtime", "because"], by_cause(made.outside).items()))
     weights = size(sum(part.weights for part in made.parts))
     note(f"{tidy(made.model)} with {made.library.name}; weights {weights}; {duration(seconds)}")
 

@@ -488,6 +488,8 @@ def _read_lines(lines: Iterable[tuple[str, str]], path: Path | None, skipped: li
             if path is not None and path.suffix.lower() == ".log":
                 continue
             expected = f"one of {', '.join(OPERATORS)}, a benchdnn problem, a line of oneDNN, a MIOpenDriver command"
+            if path is not None and path.suffix.lower() not in (".txt", ".log", ""):
+                expected += f" (layers by fields: a file that ends in {', '.join(_PARSERS)})"
             word = line.partition(" ")[0]
             if word in SEPARABLE:
                 raise SpecError("operator", expected, f"{line[:60]!r}: a separable problem is given alone", where)

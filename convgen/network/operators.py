@@ -47,9 +47,13 @@ class Pass:
 
     @property
     def descriptor(self) -> str:
-        """For people."""
-        kinds = " ".join(kind for kind, *_ in self.operators)
-        return f"{kinds} {'x'.join(map(str, self.output[0]))} {self.output[1]}"
+        """For people: what is computed, a reduction by its mode, and of what shape and layout."""
+        kinds = " ".join(
+            f"{kind}_{dict(attributes)['mode']}" if kind == "reduce" else kind
+            for kind, attributes, *_ in self.operators
+        )
+        shape, layout, _ = self.output
+        return f"{kinds} {'x'.join(map(str, shape))} {layout}" if shape else f"{kinds} scalar"
 
     @property
     def flat(self) -> Pass:

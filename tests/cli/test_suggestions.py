@@ -14,6 +14,15 @@ from convgen.problem.spec import OPERATORS, ConvSpec
 from convgen.problem.tokens import ACCURACIES
 from convgen.topics import topics
 
+
+def test_a_file_of_another_kind_is_told_which_are_read(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "layers.csv").write_text("name,ic,oc\na,3,8\n")
+    status, _, err = run("show", tmp_path / "layers.csv")
+    assert status == 2
+    assert "layers.csv: line 1: operator: expected one of conv1d, " in err
+    assert "(layers by fields: a file that ends in .toml, .yaml, .yml, .json), found 'name,ic,oc'" in err
+
+
 #: What was typed, and what was meant.
 TYPOS: list[tuple[list[str], str]] = [
     (["tnue", SMALL], "tune"),

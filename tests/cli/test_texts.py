@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from convgen.cli import common
 from convgen.cli.common import table
 from convgen.cli.tuned import brought
 from convgen.lowering.schedule import Picks
@@ -60,8 +59,9 @@ def test_picks_are_shown_in_one_order() -> None:
 def test_tables_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     header = ["spec", *(f"number {i}>" for i in range(12)), "candidate"]
     rows = [["conv2d n1 ic8 oc16 i10x10 k3x3 s1x1 p1x1 relu", *range(12), "cpu_direct(tile_oc=32 tile_ow=14 block=28)"]]
+    monkeypatch.delenv("COLUMNS", raising=False)
     whole = table(header, rows)
-    monkeypatch.setattr(common, "_room", lambda: columns)
+    monkeypatch.setenv("COLUMNS", str(columns))  # as what reads a pipe may say
     fitting = table(header, rows)
     assert max(map(len, fitting.splitlines())) <= columns
     assert fitting.startswith("spec")

@@ -350,7 +350,7 @@ def test_wrong_descriptor_with_a_dot_is_a_descriptor() -> None:
             r"layer 1: n: expected no other field \(nor defaults\) beside spec",
         ),
         ("f.txt", b"conv1d ic1 oc1 i4 k1\nconv1d ic1 k1\n", "f.txt: line 2: oc: expected a token"),
-        ("f.cfg", b"\n\nx\n", "f.cfg: line 3: operator: expected one of conv1d, .*, a MIOpenDriver command, found 'x'"),
+        ("f.cfg", b"\n\nx\n", "f.cfg: line 3: operator: expected one of conv1d, .* by fields: .*, found 'x'"),
         ("f.txt", b"separable2d n1 ic4 oc4 i8x8 k3\n", "line 1: operator: .*: a separable problem is given alone"),
         ("shapes_plain", b"ic4oc4ih5kh1\nic4oc4ih5\n", "shapes_plain: line 2: kh: expected a size of 1 or more"),
         ("f.log", b"nothing\nto see here\n", "f.log: layers: expected a list of layers, found lines of which none is"),

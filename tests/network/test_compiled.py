@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from network_models import arrays_for, expected, furthest, model_of
-from onnx import ModelProto, helper
+from onnx import ModelProto, TensorProto, helper
 
 import convgen
 from convgen.cli import cli, main
@@ -443,7 +443,7 @@ def test_what_is_not_taken_is_listed_by_the_command_line(tmp_path: Path, capsys:
     told = capsys.readouterr()
     for node in ("Det 'first'", "Hardmax 'second'", "If 'third'"):
         assert node in told.out
-    assert "3 nodes not taken, 1 others would be" in told.err
+    assert "3 nodes not taken, 1 other node would be" in told.err
     assert main([*command, "--json"]) == 2
     document = json.loads(capsys.readouterr().out)
     assert (document["taken"], document["manifest"]) == (False, None)
@@ -454,6 +454,23 @@ def test_what_is_not_taken_is_listed_by_the_command_line(tmp_path: Path, capsys:
         convgen.compile(outside_model())
     assert (caught.value.nodes, caught.value.taken) == (reasons, 1)
     assert isinstance(pickle.loads(pickle.dumps(caught.value)), NotTakenError)
+
+
+def test_a_cause_of_many_refusals_is_listed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what are no nodes are not counted as such."""
+    names = [f"d{number}" for number in range(5)]
+    nodes = [helper.make_node("Det", [f"x{name}"], [name], name=name) for name in names]
+    model = model_of([*nodes, helper.make_node("Hardmax", ["x"], ["y"], name="h")], {"x": (2, 3)}, [*names, "y"])
+    text = helper.make_tensor_value_info("s", TensorProto.STRING, [2])
+    model.graph.input.extend([text, *(helper.make_tensor_value_info(f"x{name}", 1, [2, 2]) for name in names)])
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    assert main(["compile", str(tmp_path / "model.onnx"), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr()
+    assert told.out.count("no such operator is known here") == 2
+    assert "and 4 more" in told.out
+    assert "1 input and 6 nodes not taken; --json lists each" in told.err
+    with pytest.raises(NotTakenError, match=r"1 input and 6 nodes are not taken: input 's': expected .*string"):
+        convgen.compile(model)
 
 
 def test_inputs_without_a_shape_are_all_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from convgen.errors import ConvgenError, UnsupportedError
 from convgen.hardware.target import resolve
 from convgen.network.check.places import check_places
 from convgen.network.network import compile_network
+from convgen.network.operators import Pass
 from convgen.network.plan import Plan, plan
 from convgen.network.reading import read_graph
 from convgen.network.rewriting import rewrite
@@ -380,3 +381,14 @@ def test_an_operator_of_someone_else_is_named() -> None:
     made.opset_import.append(helper.make_opsetid("com.acme", 1))
     with pytest.raises(UnsupportedError, match=r"Foo 'foo': it is of the domain 'com\.acme'"):
         read_graph(made)
+
+
+def test_steps_of_scalars_say_what_they_compute() -> None:
+    made = model(
+        [node("DynamicQuantizeLinear", "x", "q s z"), node("DequantizeLinear", "q s z", "y")],
+        [value("x", (2, 3))],
+        [value("y")],
+    )
+    said = [step.function.descriptor for step in planned(made).steps if isinstance(step.function, Pass)]
+    assert {"reduce_min scalar", "reduce_max scalar"} <= set(said)
+    assert len(set(said)) == len(said)
