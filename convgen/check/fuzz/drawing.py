@@ -158,7 +158,7 @@ def _spec_for(
         spec = in_a_direction(source, layer, directions)
         why = schedule.reason_against(spec.core, target)
         if why is not None:
-            loosened = _loosened(spec, integers=integers or schedule.only_integers)
+            loosened = _loosened(spec, directions, integers=integers or schedule.only_integers)
             loose = next((one for one in loosened if schedule.reason_against(one.core, target) is None), None)
             if loose is not None:
                 spec, why = loose, None
@@ -167,11 +167,11 @@ def _spec_for(
     return spec, why
 
 
-def _loosened(spec: ConvSpec, *, integers: bool) -> Iterator[ConvSpec]:
+def _loosened(spec: ConvSpec, directions: Sequence[str], *, integers: bool) -> Iterator[ConvSpec]:
     """Layers like a spec that are likelier to be one of a schedule's: less accurate and of floats, or of integers."""
     if not integers:
-        dtype = "f32" if spec.dtype == "i8" else spec.dtype
-        yield from (spec.with_(accuracy=accuracy, dtype=dtype) for accuracy in ("relaxed", "bf16"))
+        yield spec.with_(accuracy="relaxed", dtype="f32" if spec.dtype == "i8" else spec.dtype)
+        yield spec.with_(accuracy="bf16", dtype="f32", direction=spec.direction if directions else "forward")
     elif not (spec.is_quantised or spec.direction != "forward" or spec.mirrored):
         yield spec.with_(dtype="i8", accuracy="standard", activation="none", residual=False)
 
