@@ -39,7 +39,7 @@ def store_narrow(graph: Graph) -> None:
             inputs = tuple(converted(name, dtype) for name in node.inputs)
             node = replace(node, spec=node.spec.with_(accuracy="bf16"), inputs=inputs)
             if dtype == NARROW:
-                spec = node.spec.with_(dtype=NARROW, accuracy="standard", src_dtype="", weights_dtype="", dst_dtype="")
+                spec = node.spec.with_(dtype=NARROW, src_dtype="", weights_dtype="", dst_dtype="")
                 parameters = {name: narrow(array, NARROW) for name, array in node.parameters.items()}
                 node = replace(node, spec=spec, parameters=parameters)
         nodes.append(node)

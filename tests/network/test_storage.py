@@ -55,7 +55,7 @@ def test_what_lies_between_is_bf16_and_what_is_given_and_taken_f32() -> None:
     assert 1e-4 < error < ERROR  # it was rounded
     plan = network.plan
     specs = [step.function.spec for step in plan.steps if isinstance(step.function, Product)]
-    assert [(spec.dtype, spec.accuracy) for spec in specs] == [("bf16", "standard")] * 2 + [("f32", "bf16")]
+    assert [(spec.dtype, spec.accuracy) for spec in specs] == [("bf16", "bf16")] * 2 + [("f32", "bf16")]
     between = {name for step in plan.steps for name in (*step.inputs, step.output)} - {"x", "scores"}
     stored = {name: plan.graph.dtype(name) for name in between if not name.endswith("@f32")}
     assert stored
