@@ -158,6 +158,8 @@ class Reading:
         """What an operator gives: f32 of f32, and of integers where it only moves or compares them."""
         if kind in ("quantise", "dequantise", "centre", "cast"):
             return str(attributes["dtype"]) if kind == "quantise" else "i32" if kind == "centre" else "f32"
+        if kind == "resize" and "linear" not in attributes["axes"]:
+            return self.graph.dtype(inputs[0])  # beside it there are tables
         taken = {self.graph.dtype(name) for name in inputs}
         if taken <= {"f32"}:
             return "f32"

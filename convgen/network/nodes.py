@@ -213,7 +213,26 @@ def _resize(r: Reading) -> None:
     except ValueError as error:
         raise Refusal(str(error)) from error
     made = [r.constant(table, f"table{number}") for number, table in enumerate(tables)]
-    r.end("resize", [source, *made], axes=ways)
+    if "linear" in ways and (dtype := r.graph.dtype(source)) != "f32":
+        return _end_mixed(r, [source, *made], ways, dtype)
+    return r.end("resize", [source, *made], axes=ways)
+
+
+def _end_mixed(r: Reading, operands: Sequence[str], ways: Sequence[Any], dtype: str) -> None:
+    """Integers that are mixed: ONNX Runtime does so in f32, and cuts off what is beyond a whole number. That is a matter
+    of the last bit, unless nothing is rounded: of two axes with shares of 8 bits.
+    """
+    source, *tables = operands
+    shares = [r.constants[table] for table in tables[2::3]] if ways.count("linear") * 3 == len(tables) else []
+    exact = 1 <= len(shares) <= 2 and all((share * 256 % 1 == 0).all() for share in shares)
+    if dtype not in ("u8", "i8") or not exact:
+        raise Refusal(
+            f"linear of {dtype}, but by factors such as 2, 4 and 8 along one axis or two; dequantise before it"
+        )
+    mixed = r.add("resize", [r.add("cast", [source], r.shape(source)), *tables], r.shape(r.node.output[0]), axes=ways)
+    whole = r.add("floor", [r.add("abs", [mixed], r.shape(mixed))], r.shape(mixed))
+    signed = r.add("mul", [whole, r.add("sign", [mixed], r.shape(mixed))], r.shape(mixed))
+    r.end("quantise", [signed, r.constant(1.0, "step")], dtype=dtype)
 
 
 def _depth_to_space(r: Reading) -> None:

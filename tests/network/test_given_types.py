@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import convgen
-from convgen.errors import KernelError
+from convgen.errors import KernelError, NotTakenError
 
 TYPES = {
     np.float32: TensorProto.FLOAT,
@@ -24,12 +25,14 @@ TYPES = {
 }
 
 
-def model_of(nodes: list[Any], inputs: dict[str, Any], constants: dict[str, Any]) -> onnx.ModelProto:
+def model_of(
+    nodes: list[Any], inputs: dict[str, Any], constants: dict[str, Any], outputs: Sequence[str] = ("y",)
+) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "g",
         [helper.make_tensor_value_info(name, TYPES[array.dtype.type], array.shape) for name, array in inputs.items()],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
         [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
@@ -107,3 +110,35 @@ def test_a_layer_reads_bytes_that_are_given() -> None:
     given = {"x": memory[1:].reshape(1, 3, 7, 9)}
     model = model_of(nodes, given, constants)
     np.testing.assert_array_equal(convgen.compile(model, threads=1)(given["x"]), run(model, given))
+
+
+def resizes(given: Any, *cases: tuple[str, str, tuple[int, ...]]) -> tuple[onnx.ModelProto, list[str]]:
+    """A model that resizes its input in some ways: mode, coordinates and sizes of each."""
+    nodes, constants, names = [], {"step": np.float32(1)}, list[str]()
+    for number, (mode, way, sizes) in enumerate(cases):
+        resized, constants[f"s{number}"] = f"q{number}", np.array(sizes)
+        attributes = {"mode": mode, "coordinate_transformation_mode": way}
+        nodes.append(helper.make_node("Resize", ["x", "", "", f"s{number}"], [resized], f"r{number}", **attributes))
+        nodes.append(helper.make_node("DequantizeLinear", [resized, "step"], [f"y{number}"]))
+        names.append(f"y{number}")
+    return model_of(nodes, {"x": given}, constants, names), names
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_images_of_integers_are_resized_as_onnx_runtime_does(dtype: Any) -> None:
+    """To the bit: nearest pixels, and by factors whose shares no rounding touches; else they are refused."""
+    info = np.iinfo(dtype)
+    x = RNG.integers(info.min, info.max, (1, 3, 5, 6), dtype, endpoint=True)
+    model, names = resizes(
+        x,
+        ("nearest", "half_pixel", (1, 3, 13, 4)),
+        ("linear", "half_pixel", (1, 3, 10, 48)),
+        ("linear", "asymmetric", (1, 3, 20, 6)),
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = convgen.compile(model, threads=1)(x)
+    for name, wanted in zip(names, session.run(names, {"x": x}), strict=True):
+        np.testing.assert_array_equal(found[name], wanted)
+    with pytest.raises(NotTakenError) as caught:
+        convgen.compile(resizes(x, ("linear", "half_pixel", (1, 3, 15, 18)))[0])
+    assert "factors such as 2, 4 and 8" in caught.value.nodes["Resize 'r0'"]
