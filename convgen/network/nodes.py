@@ -219,8 +219,8 @@ def _resize(r: Reading) -> None:
 
 
 def _end_mixed(r: Reading, operands: Sequence[str], ways: Sequence[Any], dtype: str) -> None:
-    """Integers that are mixed: ONNX Runtime does so in f32, and cuts off what is beyond a whole number. That is a matter
-    of the last bit, unless nothing is rounded: of two axes with shares of 8 bits.
+    """Integers that are mixed: ONNX Runtime does so in f32, and cuts off what is beyond a whole number. That is
+    a matter of the last bit, unless nothing is rounded: of two axes with shares of 8 bits.
     """
     source, *tables = operands
     shares = [r.constants[table] for table in tables[2::3]] if ways.count("linear") * 3 == len(tables) else []
