@@ -114,7 +114,8 @@ def test_a_layer_reads_bytes_that_are_given() -> None:
 
 def resizes(given: Any, *cases: tuple[str, str, tuple[int, ...]]) -> tuple[onnx.ModelProto, list[str]]:
     """A model that resizes its input in some ways: mode, coordinates and sizes of each."""
-    nodes, constants, names = [], {"step": np.float32(1)}, list[str]()
+    nodes, names = [], list[str]()
+    constants: dict[str, Any] = {"step": np.float32(1)}
     for number, (mode, way, sizes) in enumerate(cases):
         resized, constants[f"s{number}"] = f"q{number}", np.array(sizes)
         attributes = {"mode": mode, "coordinate_transformation_mode": way}
