@@ -359,7 +359,7 @@ def line(layer: Layer) -> str:
     if layer.best is None:
         return f"no kernel: {candidate}"
     spent = layer.progress.elapsed if layer.progress else 0.0
-    said = f"{trials} trials" + (f", {failures} failed," if failures != "0" else "") + f" in {spent:.0f} s"
+    said = plural(int(trials), "trial") + (f", {failures} failed," if failures != "0" else "") + f" in {spent:.0f} s"
     against = f"{gain}× the default" + (f"  {peer}× ONNX Runtime" if peer != "–" else "")
     return f"{time}  {gflops} GFLOP/s  {against}  {candidate}  {said}"
 
