@@ -13,6 +13,7 @@ for ``torch.autograd.gradcheck``; tensors that are neither these nor f32, f16 or
 from __future__ import annotations
 
 from .bridges.torch.functional import (
+    CallError,
     conv1d,
     conv2d,
     conv3d,
@@ -32,6 +33,7 @@ from .bridges.torch.modules import (
 )
 
 __all__ = [
+    "CallError",
     "Conv1d",
     "Conv2d",
     "Conv3d",

@@ -238,7 +238,8 @@ def _chains(module: Any) -> list[_Chain | QuantisedConvolution]:
         elif kind in (QUANTIZE, DEQUANTIZE) and not pads:
             steps = stored_by(part, where) if kind == QUANTIZE else None
         elif not chains or pads:
-            raise UnsupportedError(f"{where}: expected a convolution of torch.nn with its own forward{_way(part)}")
+            expected = "a convolution of torch.nn with its own forward, or zeros as padding before one"
+            raise UnsupportedError(f"{where}: expected {expected}{_way(part)}")
         else:
             _follow(chains[-1], part, kind, where)
     if pads:

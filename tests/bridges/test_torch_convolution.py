@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -319,3 +322,32 @@ def test_what_was_replaced_is_restored() -> None:
     assert ours.restore(model) == names
     assert [type(module) for module in model] == kinds
     assert ours.restore(model) == []
+
+
+def test_a_layer_says_whose_it_is() -> None:
+    assert repr(ours.Conv2d(3, 4, 3)).startswith("convgen.torch.Conv2d(3, 4, kernel_size=(3, 3)")
+    assert repr(ours.ConvTranspose1d(3, 4, 3)).startswith("convgen.torch.ConvTranspose1d(")
+
+
+def test_there_is_no_second_derivative() -> None:
+    x = torch.randn(1, 3, 6, 6, requires_grad=True)
+    (first,) = torch.autograd.grad(ours.Conv2d(3, 4, 3)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"no second derivative; convgen.torch.restore"):
+        first.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_layers_are_written_as_onnx_s() -> None:
+    """By the exporter that knows of other operators than PyTorch's."""
+    layers = (
+        ours.Conv2d(4, 8, (3, 2), 2, (1, 0), groups=2),
+        ours.ConvTranspose2d(8, 6, 3, 2, 1, output_padding=1, dilation=2, bias=False),
+        ours.Conv2d(6, 2, 4, padding="same", dilation=(1, 2)),
+    )
+    model, x, file = torch.nn.Sequential(*layers).eval(), torch.randn(2, 4, 9, 8), io.BytesIO()
+    torch.onnx.export(model, (x,), file, dynamo=False)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        wanted = model(x).numpy()
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)

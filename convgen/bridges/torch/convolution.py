@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.onnx import symbolic_helper
 
 from ...hardware.target import resolve
 from ...kernel.kernel import Kernel, compile_candidate
@@ -243,6 +244,16 @@ def _by_pytorch(gradient: Tensor, x: Tensor, weight: Tensor, options: Sequence[A
     return inside.contiguous(memory_format=_LAST[x.dim() - 2]) if is_last(x) else inside.contiguous()
 
 
+def _no_second(ctx: Any, gradient: Tensor) -> Any:
+    """What PyTorch calls for a derivative of a gradient."""
+    way = "convgen.torch.restore(model) makes them torch.nn's, which have one"
+    raise NotImplementedError(f"convgen's convolutions have no second derivative; {way}")
+
+
+for _gradient in (gradient_of_input, gradient_of_weight):
+    _gradient.register_autograd(_no_second)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, *ctx.options = inputs
     ctx.save_for_backward(x, weight)
@@ -260,3 +271,29 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 convolution.register_autograd(_backward, setup_context=_keep)
+
+
+def _as_onnx(
+    graph: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Any:
+    """ONNX's node of a convolution, for ``torch.onnx.export(…, dynamo=False)``."""
+    operands = [x, weight] if bias.node().mustBeNone() else [x, weight, bias]
+    sizes = {"strides_i": stride, "pads_i": padding[::2] + padding[1::2], "dilations_i": dilation, "group_i": groups}
+    if transposed:
+        return graph.op("ConvTranspose", *operands, **sizes, output_padding_i=output_padding)
+    return graph.op("Conv", *operands, **sizes)
+
+
+_ARGUMENTS = ("v", "v", "v", "is", "is", "is", "b", "is", "i")
+torch.onnx.register_custom_op_symbolic(
+    "convgen::convolution", symbolic_helper.parse_args(*_ARGUMENTS)(_as_onnx), opset_version=9
+)

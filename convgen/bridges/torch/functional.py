@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,8 +38,17 @@ def _pads(padding: Sizes | str, weight: Tensor, stride: Sequence[int], dilation:
         return [0] * (2 * rank)
     if padding != "same" or set(stride) != {1}:
         raise SpecError("padding", "numbers, valid, or same where the stride is 1", repr(padding))
-    totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    totals = [d * (k - 1) for d, k in zip(dilation, _taps(weight), strict=True)]
     return [part for total in totals for part in (total // 2, total - total // 2)]
+
+
+def _taps(weight: Tensor) -> list[int]:
+    """The sizes of a kernel; while PyTorch traces for ONNX they are tensors, which it warns to make numbers of."""
+    if not torch.jit.is_tracing():
+        return list(weight.shape[2:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return [int(size) for size in weight.shape[2:]]
 
 
 def _batched(x: Tensor, rank: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
@@ -95,6 +105,8 @@ def _check_channels(rank: int, x: Tensor, weight: Tensor, groups: int, transpose
     if weight.dim() != rank + 2:
         raise CallError("weight", f"{rank + 2} axes", weight.dim())
     channels = weight.shape[0] if transposed else weight.shape[1] * groups
+    if torch.jit.is_tracing():  # sizes are tensors then; the operator itself checks them
+        return
     if x.dim() > rank and x.shape[-rank - 1] != channels:
         raise CallError("input", f"{channels} channels, as the weight has", f"{x.shape[-rank - 1]}")
 

@@ -17,7 +17,13 @@ from .functional import convolve
 TIMED = 0.2
 
 
-class _Convolution:
+class _Named:
+    def _get_name(self) -> str:
+        """What it is called where a model is printed."""
+        return f"convgen.torch.{type(self).__name__}"
+
+
+class _Convolution(_Named):
     """What a subclass of ``torch.nn``'s convolutions computes in another way."""
 
     weight: Tensor
@@ -32,7 +38,7 @@ class _Convolution:
         return convolve(rank, input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
-class _Transposed:
+class _Transposed(_Named):
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002
         rank = self.weight.dim() - 2
         extra = self._output_padding(
