@@ -162,17 +162,35 @@ def fuzz(
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Summary], None]]:
-    """Gives what shows how far a run is: a status line on a terminal, log lines anywhere else."""
+    """Gives what shows how far a run is: a status line on a terminal, log lines anywhere else.
+
+    What is found is said at once, not to be lost where a long run is killed.
+    """
+    said = 0
+
+    def news(summary: Summary) -> list[str]:
+        nonlocal said
+        found, said = summary.findings[said:], len(summary.findings)
+        return [f"found: {finding.kind}: {finding.message}; {finding.command}" for finding in found]
+
     if sys.stderr.isatty():
         from rich.console import Console
 
         with Console(stderr=True, highlight=False).status("") as status:
-            yield lambda summary: status.update(_line(summary))
+
+            def draw(summary: Summary) -> None:
+                for line in news(summary):
+                    status.console.print(line, markup=False)
+                status.update(_line(summary))
+
+            yield draw
         return
     last = time.monotonic()
 
     def log(summary: Summary) -> None:
         nonlocal last
+        for line in news(summary):
+            note(line)
         if time.monotonic() - last >= LOG_SECONDS:
             last = time.monotonic()
             note(_line(summary))

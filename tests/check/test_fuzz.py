@@ -448,6 +448,9 @@ def test_a_planted_bug_is_found_and_shrunk_to_a_command_that_repeats_it(
         assert "FAIL  exact" in capsys.readouterr().out
     right = first.command.replace("tile_ow=2", "tile_ow=1")
     assert main(shlex.split(right)[1:]) == 0
+    once = ["--seed", "1", "--start", str(first.index), "--specs", "1", "--threads", "2", "--schedule", "planted"]
+    assert main(["fuzz", *once]) == 1
+    assert "found: wrong: " in capsys.readouterr().err  # at once: a long run that is killed prints nothing at its end
 
 
 #: What a planted schedule does when it is scheduled -> the kind, and what the finding says.
