@@ -31,6 +31,7 @@ LAYERS = [
     "conv2d n1 ic16 oc16 g16 i6x5 k3x3 p1 nhwc leaky_relu",
     "conv2d n1 ic64 oc64 i8x8 k1x1 relaxed prelu",
     "convtranspose2d n1 ic5 oc18 i4x5 k4x4 s2 p1 tanh",
+    "convtranspose2d n1 ic6 oc6 g6 i5x6 k3x3 s2 p1",
     "convtranspose2d n4 ic9 oc5 i1x1 k4x3",
     "conv2d n2 ic16 oc24 i9x9 k3x3 p1 weights",
 ]

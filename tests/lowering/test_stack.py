@@ -33,6 +33,7 @@ LAYERS = [
     "conv2d n1 ic16 oc32 i6x5 k3x3 p1 nhwc accuracy_bf16",
     "conv2d n1 ic16 oc16 g16 i6x5 k3x3 p1 nhwc tanh",
     "convtranspose2d n1 ic5 oc18 i4x5 k4x4 s2 p1 relu",
+    "convtranspose2d n1 ic6 oc6 g6 i5x6 k3x3 s2 p1",
     "convtranspose2d n4 ic9 oc5 i1x1 k4x3 s1 residual relu",
     "conv1d n1 ic16 oc17 i33 k3 p2_0 elu(0.5) strict",
     "conv2d n1 ic28 oc56 g7 i6x11 k3x3 p1 nhwc relu",
