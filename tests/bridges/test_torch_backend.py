@@ -326,7 +326,7 @@ def test_a_wrong_argument_is_no_reason_to_leave_nodes_to_pytorch(
 
 
 def test_programs_are_for_cpus() -> None:
-    """Models are compiled for a GPU to a library; parts of a program between PyTorch's own would wait for each other."""
+    """Models are compiled for a GPU to a library; parts of a program between PyTorch's would wait for these."""
     exported = torch.export.export(nn.Conv2d(4, 4, 1).eval(), (torch.randn(1, 4, 6, 6),))
     with pytest.raises(UnsupportedError, match="expected a CPU"):
         convgen.compile(exported, target="cuda:sm_90a")
