@@ -169,7 +169,7 @@ def test_real_layers_use_matrix_units(case: tuple[str, str], schedule: Schedule)
         assert any(name.startswith("LDSM.16.M88") for name in found)
     if schedule.id in ("cuda_wgmma_tma", "cuda_wgmma_persistent"):
         assert found[f"UTMALDG.{spec.rank + 2}D.IM2COL"], "no patches fetched"
-        assert found["UTMALDG.2D"], "no weights fetched"
+        assert found["UTMALDG.2D"] + found["UTMALDG.2D.MULTICAST"], "no weights fetched"
     else:
         assert any(name.startswith("LDGSTS") and ".128" in name for name in found), "no asynchronous copies of 16 bytes"
     if spec.layout == "nhwc" and spec.oc // spec.groups * picks.merge_g % lanes == 0:

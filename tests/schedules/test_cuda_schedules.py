@@ -30,9 +30,9 @@ from convgen.problem.dtypes import distance
 from convgen.problem.spec import ConvSpec
 
 TARGET = resolve("cuda:sm_80")
-#: Instructions of tensor cores are not plain statements.
-TENSOR_CORES = ("cuda_gemm", "cuda_wgmma")
-SCHEDULES = [s for s in schedules_of("cuda").values() if not s.id.startswith(TENSOR_CORES)]
+#: Instructions of tensor cores are not plain statements; gradients of weights are no layers (test_cuda_gradient.py).
+OTHERS = ("cuda_gemm", "cuda_wgmma", "cuda_gradient")
+SCHEDULES = [s for s in schedules_of("cuda").values() if not s.id.startswith(OTHERS)]
 #: Between them: every rank, layout, dtype and feature; channels and pixels beside the tiles.
 SMOKE = [
     "conv2d n1 ic3 oc17 i9x10 k3x3 s2 p0_1x1_0 relu",
@@ -219,7 +219,8 @@ def test_what_launches_hand_to_each_other_is_workspace() -> None:
 
 
 def test_schedules_for_gpus_refuse_cpus() -> None:
-    spec = ConvSpec.parse(SMOKE[0])
+    layer, gradient = ConvSpec.parse(SMOKE[0]), ConvSpec.parse("conv2d n1 ic8 oc8 i8x8 k3x3 weights")
     for name, schedule in schedules_of("cuda").items():
         if name != "reference":
+            spec = gradient if name.startswith("cuda_gradient") else layer
             assert schedule.reason_against(spec.core, resolve("cpu")) == "needs a GPU"
