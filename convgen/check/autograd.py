@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 
 def is_installed() -> bool:
-    """Whether PyTorch is."""
-    return find_spec("torch") is not None
+    """Whether PyTorch is, and can be imported."""
+    try:
+        import_module("torch")
+    except ImportError:
+        return False
+    return True
 
 
 def gradients(spec: ConvSpec, data: Arrays) -> npt.NDArray[np.float64]:
