@@ -402,7 +402,7 @@ _DAMAGE: list[tuple[Change, str]] = [
     (lambda v: v[0].update(facts=[]), r"line 1: facts: expected a JSON object"),
     (lambda v: v.insert(0, v[1]), r"line 1: kind: expected the run's own line first"),
     (lambda v: v.insert(1, dict(v[0])), r"line 2: "),
-    (lambda v: v[1].update(kind="x"), r"line 2: kind: expected one of run, trial, final, sanitized, found 'x'"),
+    (lambda v: v[1].update(kind="x"), r"line 2: kind: expected one of run, trial, final, sanitized, peer, found 'x'"),
     (
         lambda v: v[1].update(spec="conv2d ic3 oc5 i6x7 k3x3"),
         r"line 2: spec: expected a descriptor in its one spelling",
