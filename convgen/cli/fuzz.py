@@ -180,7 +180,7 @@ def _progress() -> Iterator[Callable[[Summary], None]]:
 
             def draw(summary: Summary) -> None:
                 for line in news(summary):
-                    status.console.print(line, markup=False)
+                    note(line)  # above the status line, which takes in what is written to stderr
                 status.update(_line(summary))
 
             yield draw
