@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import os
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from device_tensors import Tensor
 from naive import compile_naive, convolve, operands
 
 import convgen
@@ -24,7 +24,7 @@ from convgen.check.emulation.standin import emulated_library
 from convgen.check.sandbox import run_guarded
 from convgen.check.validate import validate
 from convgen.cli import main
-from convgen.cuda.driver import Memory, Stream, device
+from convgen.cuda.driver import Stream, device
 from convgen.errors import KernelError, MeasureError, UnsupportedError
 from convgen.formats.entries import SpecEntry
 from convgen.hardware.target import check_threads, resolve
@@ -182,24 +182,6 @@ def test_the_exported_example_checks_the_kernel(
     done = subprocess.run(["./example"], cwd=out, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "outputs checked" in done.stdout
-
-
-class Tensor:
-    """An array in an emulated device's memory, which is the CPU's."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._memory = Memory(4 * int(np.prod(shape)))
-        buffer = (ctypes.c_char * self._memory.size).from_address(self._memory.address)
-        self.array = np.frombuffer(memoryview(buffer), np.float32).reshape(shape)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, 0
-
-    def __dlpack__(self, *, stream: int, max_version: tuple[int, int]) -> Any:
-        return self.array.__dlpack__(max_version=max_version)
-
-    def new_empty(self, shape: tuple[int, ...]) -> Tensor:
-        return Tensor(shape)
 
 
 def test_a_layer_computes_on_device_memory(

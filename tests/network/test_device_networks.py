@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import shutil
 import subprocess
@@ -13,11 +12,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from device_tensors import Tensor
 from network_models import model_of
 from onnx import TensorProto, helper, numpy_helper
 
 import convgen
-from convgen.cuda.driver import Memory, Stream, synchronize
+from convgen.cuda.driver import Stream, synchronize
 from convgen.errors import ExportError, KernelError, NotTakenError, SpecError, UnsupportedError
 from convgen.network.check.device import emulated_network, run_on_device
 from convgen.network.check.validate import run_onnxruntime
@@ -130,24 +130,6 @@ def test_runs_have_the_same_bits_wherever_buffers_lie(network: DeviceNetwork) ->
     first, second = runs[0].values()
     assert all(first[name].tobytes() == second[name].tobytes() for name in first)
     assert np.isfinite(first["y"]).all()
-
-
-class Tensor:
-    """An array in an emulated device's memory, which is the CPU's."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._memory = Memory(4 * int(np.prod(shape)))
-        buffer = (ctypes.c_char * self._memory.size).from_address(self._memory.address)
-        self.array = np.frombuffer(memoryview(buffer), np.float32).reshape(shape)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, 0
-
-    def __dlpack__(self, *, stream: int, max_version: tuple[int, int]) -> Any:
-        return self.array.__dlpack__(max_version=max_version)
-
-    def new_empty(self, shape: tuple[int, ...]) -> Tensor:
-        return Tensor(shape)
 
 
 @emulated
