@@ -10,27 +10,10 @@ Why not     accuracy strict: the error is about 2^-22 of a product, four times t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from convgen.lowering.schedule import Array, Magnitudes, Picks, require
+from convgen.cuda.tf32x3 import ThreeProducts
 
 from .cuda_gemm import CudaGemm
 
-if TYPE_CHECKING:
-    from convgen.hardware.target import Target
-    from convgen.problem.spec import ConvSpec
 
-
-class CudaGemmTf32x3(CudaGemm):
-    id, version, transforms = "cuda_gemm_tf32x3", 3, True
-
-    def admits(self, spec: ConvSpec) -> None:
-        require(spec.dtype == "f32", "needs f32")
-        require(spec.accuracy in ("standard", "relaxed"), "its error is that of accuracy standard")
-
-    def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
-        """Two operands cut off after 22 bits, and the product that is left out: 12 roundings of f32 at most."""
-        return Magnitudes(spec, src, 4 * weights)
-
-    def kind(self, spec: ConvSpec) -> str:
-        return "tf32x3"
+class CudaGemmTf32x3(ThreeProducts, CudaGemm):
+    id, version = "cuda_gemm_tf32x3", 3
