@@ -25,8 +25,8 @@ import math
 
 from convgen.cpu.channels import ChannelsInLanes, tiles_of
 from convgen.cpu.geometry import Geometry, geometry_of
-from convgen.cpu.model import Stream, Work
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, CROWDED, LINE, Even, most_pixels, steps
+from convgen.cpu.model import Stream, Waits, Work, core_of
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, LINE, Even, most_pixels, steps
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ceildiv, round_up
 from convgen.lowering.schedule import Picks, Space, require
@@ -34,10 +34,6 @@ from convgen.problem.spec import ConvSpec
 
 #: Pixels of a tile at most: code is written out for each.
 MOST_PIXELS = 16
-#: How much longer lines take of rows in a page each.
-PAGES = 1.5
-#: Cycles that a step waits for such a row where images are too large to be read again from near.
-WAIT = 16
 #: Rows of tiles of a task, in 1-D tiles; parts of the channels.
 BLOCKS, PARTS = (1, 2, 4, 7, 8, 14, 16, 28, 56, 112), (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -92,14 +88,15 @@ class CpuDirect(ChannelsInLanes):
 
     def work(self, spec: ConvSpec, target: Target, picks: Picks) -> list[Work]:
         lanes, g, found = target.lanes, geometry_of(spec, target), list[Work]()
+        waits = core_of(target).waits
         for times, height, width, vectors in tiles_of(g, picks, lanes):
             weights = 4 * g.products * vectors * lanes
             near = 4 * vectors * lanes if weights > target.l1 // 2 else 0
-            slower = CROWDED if _crowds(g, target, height * width) else 1
-            far = _far(g, target, picks, height, width)
+            slower = waits.crowded if _crowds(g, target, height * width) else 1
+            far = _far(g, target, waits, picks, height, width)
             products = times * g.products * slower
             if far and _is_read_again(g, target, picks):
-                found.append(Work(products, cycles=WAIT * height))
+                found.append(Work(products, cycles=waits.strips * height))
             pixels, operation = height * width, g.operation
             found.append(steps(products, pixels, vectors, near=near, far=far, fetched=0.5, operation=operation))
             found.append(Work(times * g.loops, cycles=BEGIN_RUN))
@@ -142,7 +139,7 @@ def _crowds(g: Geometry, target: Target, pixels: int) -> bool:
     return any(pixels > target.places(apart) for apart in (src, dst))
 
 
-def _far(g: Geometry, target: Target, picks: Picks, height: int, width: int) -> float:
+def _far(g: Geometry, target: Target, waits: Waits, picks: Picks, height: int, width: int) -> float:
     """Bytes of the cache lines that a step of a tile reads, if all of these come from the L2 cache: those of NCHW where
     each step reads another channel, and all channels' do not fit into the L1 cache.
     """
@@ -151,7 +148,7 @@ def _far(g: Geometry, target: Target, picks: Picks, height: int, width: int) -> 
         return 0
     if picks.copy_src:  # rows of all channels side by side
         return height * min(row, 4 * round_up(g.extent(picks)[2], target.lanes))
-    return PAGES * height * row
+    return waits.paged * height * row
 
 
 def _is_read_again(g: Geometry, target: Target, picks: Picks) -> bool:

@@ -50,10 +50,6 @@ from convgen.problem.spec import ConvSpec
 
 #: Images of a part, vectors of the gradient's channels of a task.
 IMAGES, BLOCKS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 8)
-#: Cycles to write a line beyond the L2 cache, in turn with those of so FEW other positions; of more, as much longer.
-SCATTERED, FEW = 18, 64
-#: How much longer than counted it takes where there are phases, each with positions of its own.
-STRIDED = 1.4
 #: Numbers of a part's transformed tensors: scratch memory.
 MOST_VALUES = 1 << 26
 
@@ -104,8 +100,9 @@ class CpuGradientWinograd(Written):
         return _default(self, spec, target)
 
     def cost(self, spec: ConvSpec, target: Target) -> float:
-        seconds = core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
-        return seconds * (STRIDED if max(spec.stride) > 1 else 1)
+        core = core_of(target)
+        seconds = core.seconds(_counts(spec, target, self.default(spec, target)))
+        return seconds * (core.waits.phased if max(spec.stride) > 1 else 1)
 
     def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
         tiles = {axis: gradients_of(spec, axis, picks.tile) for axis in transformed_axes(spec)}
@@ -196,8 +193,8 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     if around > target.l2:  # transformed, which reads what it writes; then read by blocks of the other's channels
         read = g.inner * g.blocks[0] + g.outer * g.blocks[1]
         moved.append(Stream(2 * values * g.parts / cores, footprint=again))
-        lines = values * g.parts / cores / (4 * LINE)
-        work.append(Work(lines, cycles=SCATTERED * max(1, positions / FEW)))
+        lines, waits = values * g.parts / cores / (4 * LINE), core_of(target).waits
+        work.append(Work(lines, cycles=waits.scattered * max(1, positions / waits.places)))
         moved.append(Stream(4 * positions * g.depth * lanes * read * g.parts * share, ahead=0.5, footprint=again))
     if g.parts > 1 and around > target.l2:
         moved.append(Stream(2 * kept * g.parts * share, footprint=again))

@@ -70,8 +70,6 @@ from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, 
 from convgen.lowering.winograd import magnitudes
 from convgen.problem.spec import ConvSpec
 
-#: Cycles that a tile waits for its first sums, by those of its way back.
-WAIT = 1.3
 #: Planes of a block.
 PLANES = (1, 2, 4)
 
@@ -388,7 +386,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
         for parts, times in (
             (_of_products(target, g, picks, met), 1),
             (work_of_input(g), made),
-            (_of_output(spec, g), g.planes),
+            (_of_output(spec, g, core_of(target, g.lanes).waits.sums), g.planes),
         )
         for part in parts
     ]
@@ -435,13 +433,13 @@ def _of_products(target: Target, g: Grid, picks: Picks, met: int) -> list[Work]:
     return found
 
 
-def _of_output(spec: ConvSpec, g: Grid) -> list[Work]:
-    """Work of transforming a plane of dst back, and of its store."""
+def _of_output(spec: ConvSpec, g: Grid, wait: float) -> list[Work]:
+    """Work of transforming a plane of dst back, and of its store. Each vector that a tile reads is a ``wait``."""
     rows, columns, vectors = g.rows, g.columns, ceildiv(g.outputs, g.lanes)
     outputs = rows.outputs * columns.outputs
     sums = operations(rows.back) * columns.positions + operations(columns.back) * rows.outputs
     near, loads = 4 * g.lanes * g.positions, g.positions + outputs * spec.residual
-    times, begin = rows.tiles * columns.tiles * vectors, WAIT * g.positions
+    times, begin = rows.tiles * columns.tiles * vectors, wait * g.positions
     found = [Work(times, sums + 2 * outputs, loads, outputs, near=near, cycles=begin)]
     if g.dst.layout == "nchw":
         shuffles = math.log2(g.lanes)

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from ..problem.spec import ConvSpec
 
 KINDS = ("tir", "ll", "asm", "cuda", "ptx", "sass")
+#: Columns of what a core waits for (``Waits`` of ``cpu/model.py``).
+WAITS = ("crowded", "paged", "phased", "strips", "sums", "scattered")
 
 
 @click.command(epilog=SPEC_HELP, short_help="Explain a layer: work, limits, schedules.")
@@ -280,6 +282,12 @@ def _cores(listed: list[dict[str, Any]]) -> list[list[Any]]:
     return rows
 
 
+def _waits(listed: list[dict[str, Any]]) -> list[list[Any]]:
+    """What each CPU target's cores lose, as far as that is known."""
+    found = [(entry["target"], entry["core"]["waits"]) for entry in listed if entry["core"]]
+    return [[name, *(f"{waits[column]:.3g}" for column in WAITS), waits["origin"]] for name, waits in found]
+
+
 @click.command()
 @json_option
 def targets(as_json: bool) -> None:
@@ -316,6 +324,8 @@ def targets(as_json: bool) -> None:
     say(table(["target", "means", "vector bits>", "runs here"], rows))
     say("\nA core per cycle, as costs are predicted: FMAs, vectors, bytes.\n")
     say(table(["target", "GHz>", "FMAs>", "loads>", "stores>", "L2>", "L3>", "memory>", "facts"], _cores(listed)))
+    say("\nWhat it loses besides: times as long, or cycles of a row, of a vector of sums, of a line.\n")
+    say(table(["target", *(f"{column}>" for column in WAITS), "facts"], _waits(listed)))
     say("")
     for family, module in target_families().items():
         say(f"{family}: {_summary(module)}")

@@ -28,6 +28,32 @@ SCALAR_FLOPS = 1e9
 
 
 @dataclass(frozen=True)
+class Waits:
+    """What a core loses where its units and bandwidths have time left. By default nothing: of one never measured.
+
+    Attributes:
+        origin: where the facts are from.
+        crowded: how much longer steps take whose lines displace each other from the L1 cache.
+        paged: how much longer lines take of rows in a page each.
+        strips: cycles that a step waits for such a row where it comes from beyond the L2 cache, in strips too short for
+            the processor to fetch ahead.
+        sums: cycles for each vector that a transform reads of sums that were stored just before.
+        scattered: cycles to write a line beyond the L2 cache, in turn with ``places`` others; of more, as much more.
+        places: see there.
+        phased: how much longer a strided gradient of weights takes than is counted of its phases.
+    """
+
+    origin: str = "none known"
+    crowded: float = 1
+    paged: float = 1
+    strips: float = 0
+    sums: float = 0
+    scattered: float = 0
+    places: int = 64
+    phased: float = 1
+
+
+@dataclass(frozen=True)
 class Core:
     """One core.
 
@@ -48,6 +74,7 @@ class Core:
         exposed: of what is fetched ahead, the part that products do not hide.
         l2_size, l3_size: bytes that the caches hold.
         tile_product, tile_load, tile_store: cycles of a matrix tile each; without such, infinite.
+        waits: what it loses besides.
     """
 
     origin: str
@@ -73,6 +100,7 @@ class Core:
     tile_product: float = math.inf
     tile_load: float = math.inf
     tile_store: float = math.inf
+    waits: Waits = Waits()
 
     def cycles(self, counts: Counts, *, cold: bool = True) -> float:
         """Cycles of the busiest core.
@@ -242,6 +270,13 @@ _PRODUCTS: dict[tuple[str, int], tuple[float, float]] = {
 }
 #: Cycles of a product, a load and a store of a matrix tile, of processors that have them (Intel, 248966, chapter 20).
 _TILES: dict[str, tuple[float, float, float]] = {"sapphirerapids": (16, 8, 16)}
+#: What cores wait for. Those of Zen 4 and Zen 5 were measured on layers that differ in it, and rounded.
+_ZEN = Waits("measured", crowded=1.04, paged=1.5, strips=16, sums=1.3, scattered=18, phased=1.4)
+_WAITS = {
+    "znver4": _ZEN,
+    "znver5": _ZEN,
+    **dict.fromkeys(("znver3", "haswell", "skylake-avx512", "sapphirerapids"), replace(_ZEN, origin="taken for Zen's")),
+}
 #: What stands for a processor that is not known, by bits of a vector.
 _ASSUMED = {512: "skylake-avx512", 256: "haswell", 128: "cortex-a72"}
 
@@ -275,7 +310,7 @@ def _known(model: str, bits: int) -> Core:
     if (name, bits) not in _VECTORS:
         name = _ASSUMED[bits]
         origin = f"not known: taken for {name}"
-    return Core(origin=origin, **_CHIPS[name], **_vectors(name, bits))
+    return Core(origin=origin, **_CHIPS[name], **_vectors(name, bits), waits=_WAITS.get(name, Waits()))
 
 
 def _vectors(name: str, bits: int) -> dict[str, Any]:
@@ -297,7 +332,7 @@ def _measured(model: str, bits: int, lanes: int) -> Core:
         return float(1.2 ** round(math.log(value, 1.2)))
 
     hertz = rounded(found.peak / (2 * lanes * alike.fmas))
-    rates = {
+    rates: dict[str, Any] = {
         field: rounded(rate / hertz)
         for field, rate in (("l2", found.l2), ("l3", found.l3), ("memory", found.dram))
         if rate

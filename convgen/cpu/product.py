@@ -23,8 +23,6 @@ from .vector import Block, Registers, prefetch
 BEGIN_RUN, BEGIN_TILE, BEGIN_TASK = 5, 12, 100
 #: FMAs that begin while a line comes from memory, at least.
 FETCHED_AFTER = 1024
-#: How much longer a step takes whose lines displace each other from the L1 cache.
-CROWDED = 1.04
 #: Cycles to begin a row that lies in a page of its own.
 FAR_ROW = 12
 #: Numbers of f32 in a cache line.

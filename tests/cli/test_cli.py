@@ -24,6 +24,7 @@ from convgen.check.validate import Check, Report
 from convgen.cli import cli
 from convgen.cli.bench import PEER_NAMES
 from convgen.cli.common import duration, size, table
+from convgen.cli.show import WAITS
 from convgen.hardware.roofline import roofline
 from convgen.lowering.discover import schedule_ids, schedules
 from convgen.measure.peers import PEERS
@@ -282,11 +283,17 @@ def test_a_forced_schedule_must_apply_to_every_layer(tmp_path: Path, run: Run) -
 
 
 def test_schedules_and_targets(run: Run, run_json: Callable[..., Any]) -> None:
-    assert "``" not in run("targets")[1]
+    shown = run("targets")[1]
+    assert "``" not in shown
     listed = run_json("schedules")
     assert {row["id"] for row in listed} == set(schedules())
     assert all(row["summary"] for row in listed)
-    assert any(row["native"] and row["family"] == "cpu" for row in run_json("targets"))
+    targets = run_json("targets")
+    assert any(row["native"] and row["family"] == "cpu" for row in targets)
+    waits = {row["target"]: row["core"]["waits"] for row in targets if row["core"]}
+    assert all(f"{facts[name]:.3g}" in shown for facts in waits.values() for name in WAITS)
+    assert all(facts["origin"] in shown for facts in waits.values())
+    assert {waits["cpu:znver4"]["origin"], waits["cpu:aarch64-cortex-a72"]["origin"]} == {"measured", "none known"}
 
 
 # ---- build ------------------------------------------------------------------------------------

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from convgen.cpu import model
-from convgen.cpu.model import Counts, Stream, Work, core_of
+from convgen.cpu.model import Counts, Stream, Waits, Work, core_of
 from convgen.cpu.product import FETCHED_AFTER, LINE, Ahead, Even, blocks_ahead, most_pixels, steps_apart
 from convgen.hardware.machine import measured
 from convgen.hardware.target import resolve
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.discover import schedule as find_schedule
+from convgen.lowering.schedule import Picks, Schedule
 from convgen.problem.spec import ConvSpec
 
 ZEN5 = core_of(resolve("cpu:znver5"))
@@ -58,6 +60,46 @@ def test_every_target_has_a_core_that_says_where_its_facts_are_from() -> None:
     assert core_of(resolve("cpu:znver4")).origin == "known"
     assert core_of(resolve("cpu:x86-64-v3")).origin == "taken for haswell"
     assert core_of(resolve("cpu:aarch64-neoverse-v1")).origin == "not known: taken for cortex-a72"
+
+
+def test_a_core_of_which_waits_were_never_measured_has_none() -> None:
+    """Of the others no wait is left to what a core loses by default."""
+    assert core_of(resolve("cpu:aarch64-neoverse-v1")).waits == Waits()
+    none = asdict(Waits())
+    for name in ("znver4", "znver5", "haswell", "sapphirerapids"):
+        waits = asdict(core_of(resolve(f"cpu:{name}")).waits)
+        assert all(waits[wait] > none[wait] for wait in none if wait not in ("origin", "places"))
+
+
+def test_predictions_wait_as_their_core_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wait that a schedule counts with is the core's: without it, the same picks are predicted to take less."""
+    target, direct = resolve("cpu:haswell"), find_schedule("cpu_direct")
+    squares, strided = (ConvSpec.parse(f"conv2d n1 ic256 oc256 i14x14 k3x3 s{s}x{s} p1x1") for s in (1, 2))
+    points = ConvSpec.parse("conv2d n8 ic1024 oc128 i28x28 k1x1")
+    tile = Picks(tile_oc=8, tile_oh=1, tile_ow=14, block=1, order="oc", parallel_oc=1, copy_src=False)
+
+    def of_schedule(name: str, spec: ConvSpec) -> tuple[Schedule, Callable[[], float]]:
+        chosen = find_schedule(name)
+        return chosen, lambda: chosen.cost(spec, target)
+
+    def of_tile(spec: ConvSpec) -> tuple[Schedule, Callable[[], float]]:
+        return direct, lambda: core_of(target).cycles(Counts(direct.work(spec, target, tile)))  # type: ignore[attr-defined]
+
+    cases = {
+        "sums": of_schedule("cpu_winograd", squares),
+        "scattered": of_schedule("cpu_gradient_winograd", squares.with_(n=8, direction="weights")),
+        "phased": of_schedule("cpu_gradient_winograd", strided.with_(direction="weights")),
+        "paged": of_tile(points),
+        "strips": of_tile(points),
+        "crowded": of_tile(points.with_(layout="nhwc")),
+    }
+    assert set(cases) == {field.name for field in fields(Waits)} - {"origin", "places"}
+    for name, (chosen, predicted) in cases.items():
+        whole, core = predicted(), core_of(target)
+        less = replace(core, waits=replace(core.waits, **{name: getattr(Waits(), name)}))
+        with monkeypatch.context() as patched:
+            patched.setitem(type(chosen).applies.__globals__, "core_of", lambda *_, less=less: less)
+            assert predicted() < whole, name
 
 
 def test_what_intels_cores_do_besides() -> None:
