@@ -124,7 +124,7 @@ def _parts(
     for size in sizes:
         with ModelFile(source) as file:
             read = read_partly(file, size)
-        parts = split(read.graph, read.outside, name, read.truths)
+        parts = split(read.graph, read.outside, name, read.types)
         for part in parts.networks:
             part.dims = dict(size)
         found.append(parts.networks)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from onnx import (
-    AttributeProto,
     GraphProto,
     ModelProto,
     NodeProto,
@@ -20,13 +19,13 @@ from onnx import (
 
 from ..errors import SpecError
 from ..formats.onnx.file import SMALL, ModelFile
-from ..formats.onnx.graph import Scope, bodies, names_read
+from ..formats.onnx.graph import Scope, names_read, tensors_of
 from ..formats.onnx.prepare import prepare
 from ..network.graph import Graph
-from ..network.node import DTYPES
+from ..network.node import END_DTYPES
 
 #: ONNX's numbers of types.
-ONNX_TYPES = {name: number for number, name in DTYPES.items()}
+ONNX_TYPES = {name: number for number, name in END_DTYPES.items()}
 #: The domain of the nodes that take the parts' places, and its version.
 DOMAIN, DOMAIN_VERSION = "convgen", 1
 #: The version of ONNX's format from which on constants need not be inputs.
@@ -60,7 +59,7 @@ class PartNode:
             axes = zip(*(graph.shapes[name] for graph in part), strict=True)
             shapes.append(tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in axes))
         types = tuple(ONNX_TYPES[first.dtype(name)] for name in first.outputs)
-        return cls(first.name, tuple(first.inputs), tuple(first.outputs), tuple(shapes), types)
+        return cls(first.name, tuple(first.inputs), tuple(first.names), tuple(shapes), types)
 
 
 def rewritten(
@@ -135,7 +134,7 @@ class _Rewriting:
             for output, shape, dtype in zip(part.outputs, part.shapes, part.types, strict=True):
                 if output not in ends and output not in known:
                     after.value_info.append(helper.make_tensor_value_info(output, dtype, shape))
-        for tensor in _tensors(after):
+        for tensor in tensors_of(after):
             _restore(self.file, tensor)
         if self.file.proto.ir_version < FREE_INITIALIZERS:
             listed = {value.name for value in after.input}
@@ -188,22 +187,6 @@ class _Rewriting:
         }
         for key in graphlib.TopologicalSorter(needs).static_order():
             yield self.nodes[key]
-
-
-def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """Every tensor of a graph and of those inside its nodes."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.TENSOR:
-                yield attribute.t
-            yield from attribute.tensors
-            if attribute.type == AttributeProto.SPARSE_TENSOR:
-                yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
-        for _, body in bodies(node):
-            yield from _tensors(body)
 
 
 def _restore(file: ModelFile, tensor: TensorProto) -> None:

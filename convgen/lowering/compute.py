@@ -97,6 +97,26 @@ def _bf16_bits(value: Expr, lanes: int) -> Expr:
     return tirx.Let(f32, value, kept >> const(16))
 
 
+def nearest_bf16(value: Expr) -> Expr:
+    """f32 as bf16, by what TVM makes vectors of: neither a binding nor a test for NaN."""
+
+    def const(number: int) -> Expr:
+        return tirx.const(number, "uint32")
+
+    bits = tirx.reinterpret("uint32", value)
+    nearest = bits + const(0x7FFF) + ((bits >> const(16)) & const(1))
+    is_nan = (bits & const(0x7FFFFFFF)) > const(0x7F800000)
+    kept = tirx.Select(is_nan, bits | const(0x400000), nearest)  # as a quiet one
+    return (kept >> const(16)).astype(STORAGE["bf16"])
+
+
+def rounded(value: Expr, dtype: str) -> Expr:
+    """An f32 value as one of f16 or bf16 has it, as f32; of f32 itself."""
+    if dtype == "f16":
+        return value.astype(STORAGE[dtype]).astype(ACCUMULATOR)
+    return widen(nearest_bf16(value), dtype) if dtype == "bf16" else value
+
+
 def quantise(value: Expr, dtype: str, zero: Expr | None = None, lanes: int = 1) -> Expr:
     """``saturate(round(value) + zero)`` of an f32 value: rounded to nearest, ties to even.
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from ..check.reference import open_session
 from ..errors import MeasureError, UnsupportedError
+from ..formats.onnx.halves import HALVES
 from ..kernel.arrays import drawn
 from ..lowering.interface import TensorInfo
 from .compare import Contestant
@@ -36,6 +37,8 @@ _INPUTS = {
     "tensor(int8)": "i8",
     "tensor(int32)": "i32",
     "tensor(bool)": "bool",
+    "tensor(float16)": "f16",
+    "tensor(bfloat16)": "bf16",
 }
 #: What a part of a comparison is about.
 MODEL, CONVOLUTIONS = "model", "convolutions"
@@ -63,12 +66,15 @@ class NetworkModel:
 
     @cached_property
     def precision(self) -> str:
-        """What it says its products are of: ``i8`` where it has nodes that quantise, else ``f32``."""
+        """What it says its products are of: ``i8`` where it has nodes that quantise, ``f16`` or ``bf16`` where it has
+        weights of these, else ``f32``.
+        """
         import onnx
 
-        nodes = onnx.load_model_from_string(self.data).graph.node
-        quantised = any("Quantize" in node.op_type or node.op_type.startswith("QLinear") for node in nodes)
-        return "i8" if quantised else "f32"
+        graph = onnx.load_model_from_string(self.data).graph
+        if any("Quantize" in node.op_type or node.op_type.startswith("QLinear") for node in graph.node):
+            return "i8"
+        return next((HALVES[one.data_type] for one in graph.initializer if one.data_type in HALVES), "f32")
 
     @cached_property
     def inputs(self) -> dict[str, Array]:

@@ -15,7 +15,19 @@ from typing import Any, Protocol
 
 from ..deferred import te, tirx
 from ..errors import BuildError
-from ..lowering.compute import ACCUMULATOR, INTEGER, Expr, Index, activate, erf, exponential, flat, quantise, unflat
+from ..lowering.compute import (
+    ACCUMULATOR,
+    INTEGER,
+    Expr,
+    Index,
+    activate,
+    erf,
+    exponential,
+    flat,
+    quantise,
+    rounded,
+    unflat,
+)
 from ..problem.activation import Activation
 from .graph import ROW_MAJOR, Attributes, Shape
 
@@ -222,7 +234,7 @@ ELEMENTWISE: dict[str, Kind] = {
     "quantise": _elementwise(_quantised),
     "dequantise": _elementwise(_dequantised),
     "centre": _elementwise(_centred),
-    "cast": _unary(lambda x: x.astype(ACCUMULATOR)),
+    "cast": _elementwise(lambda op, x: rounded(x[0].astype(ACCUMULATOR), op.attributes.get("dtype", "f32"))),
     "scale_shift": _elementwise(lambda op, values: values[0] * values[1] + values[2]),
 }
 

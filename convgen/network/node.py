@@ -11,17 +11,18 @@ from onnx import NodeProto, TensorProto, helper
 
 from ..errors import SpecError
 from ..formats.onnx.graph import Scope, static, text
+from ..formats.onnx.halves import HALVES
 from ..problem.dtypes import numpy_dtype
 from ..problem.fields import INT32_MAX
 from .expressions import INTEGER_KINDS
 from .graph import Graph, Node, Operator, Shape
 
-#: ONNX's numbers of types, and how such tensors are stored; a network's outputs are of f32.
+#: ONNX's numbers of types, and how such tensors are stored.
 DTYPES = {TensorProto.FLOAT: "f32", TensorProto.UINT8: "u8", TensorProto.INT8: "i8", TensorProto.INT32: "i32"}
-#: Types of a network's own inputs.
-INPUT_DTYPES = DTYPES | {TensorProto.BOOL: "bool"}
-#: Types of tensors: truth values are 0 and 1 of f32.
-TYPES = (*DTYPES, TensorProto.BOOL)
+#: Types of a network's own inputs and outputs.
+END_DTYPES = DTYPES | {TensorProto.BOOL: "bool"} | HALVES
+#: How tensors are stored whose types :class:`Reading` takes: truth values are 0 and 1 of f32.
+_STORED = END_DTYPES | {TensorProto.BOOL: "f32"}
 
 
 class Refusal(Exception):  # noqa: N818  (an answer more than an error)
@@ -75,7 +76,7 @@ class Reading:
             return name
         self.check_type(name)
         self.shapes[name] = self.shape(name)
-        if (dtype := DTYPES.get(self.scope.dtype(name), "f32")) != "f32":
+        if (dtype := _STORED[self.scope.dtype(name)]) != "f32":
             self.graph.dtypes[name] = dtype
         if self.scope.constant(name):
             self.constants[name] = np.asarray(self.scope.value(name), numpy_dtype(dtype), order="C")
@@ -83,7 +84,7 @@ class Reading:
 
     def check_type(self, name: str) -> None:
         """Refuse a tensor of a type that is not taken."""
-        if (dtype := self.scope.dtype(name)) not in TYPES:
+        if (dtype := self.scope.dtype(name)) not in _STORED:
             raise Refusal(f"{name!r} is of type {TensorProto.DataType.Name(dtype).lower()}; f32 is supported")
 
     def input(self, position: int = 0) -> str:
@@ -157,7 +158,7 @@ class Reading:
     def _dtype(self, kind: str, inputs: Sequence[str], attributes: Mapping[str, Any]) -> str:
         """What an operator gives: f32 of f32, and of integers where it only moves or compares them."""
         if kind in ("quantise", "dequantise", "centre", "cast"):
-            return str(attributes["dtype"]) if kind == "quantise" else "i32" if kind == "centre" else "f32"
+            return "i32" if kind == "centre" else str(attributes.get("dtype", "f32"))
         if kind == "resize" and "linear" not in attributes["axes"]:
             return self.graph.dtype(inputs[0])  # beside it there are tables
         taken = {self.graph.dtype(name) for name in inputs}

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..deferred import te, tirx
+from ..deferred import te
 from ..errors import BuildError, ConvgenError
 from ..hardware.target import Target
-from ..lowering.compute import ACCUMULATOR, INTEGER, STORAGE, Expr, widen
+from ..lowering.compute import ACCUMULATOR, INTEGER, STORAGE, Expr, nearest_bf16, widen
 from ..problem.dtypes import UNIT_ROUNDOFF
 from ..problem.layout import Blocks
 from .expressions import BLOCK, INTEGER_KINDS, KINDS, Lazy, Operation, const, kind
@@ -153,23 +153,12 @@ def program(made: Pass) -> list[te.Tensor]:
 def stored(value: Expr, dtype: str) -> Expr:
     """An element as its tensor is stored: whole numbers of a type of integers were rounded to it before."""
     if dtype == "bf16" and str(value.ty.dtype) == ACCUMULATOR:
-        return _rounded(value)
+        return nearest_bf16(value)
     if dtype == "f32" or str(value.ty.dtype) == STORAGE[dtype]:
         return value
+    if dtype == "f16":
+        return value.astype(STORAGE[dtype])
     return value.astype(INTEGER).astype(STORAGE[dtype])
-
-
-def _rounded(value: Expr) -> Expr:
-    """f32 as bf16, by what TVM makes vectors of: neither a binding nor a test for NaN."""
-
-    def const(number: int) -> Expr:
-        return tirx.const(number, "uint32")
-
-    bits = tirx.reinterpret("uint32", value)
-    nearest = bits + const(0x7FFF) + ((bits >> const(16)) & const(1))
-    is_nan = (bits & const(0x7FFFFFFF)) > const(0x7F800000)
-    kept = tirx.Select(is_nan, bits | const(0x400000), nearest)  # as a quiet one
-    return (kept >> const(16)).astype(STORAGE["bf16"])
 
 
 # ---- how it is computed -------------------------------------------------------------------------

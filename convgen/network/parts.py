@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import graphlib
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .ends import store_ends
 from .graph import Convolution, Graph, Node
 from .reading import Outside
 
 #: What is worth while to compute in a part of its own: all else costs little more than a node does.
 _HEAVY = ("product",)
-_TRUTHS = "it hands truth values to what is not taken, or has them from there"
 
 
 @dataclass
@@ -32,38 +32,28 @@ class Parts:
     outside: dict[str, str]
 
 
-def split(graph: Graph, outside: Sequence[Outside], name: str, truths: Collection[str] = ()) -> Parts:
+def split(graph: Graph, outside: Sequence[Outside], name: str, types: Mapping[str, str] | None = None) -> Parts:
     """The parts of a graph, each with the tensors between it and the rest as inputs and outputs.
 
     Args:
         graph: the nodes that are taken; its inputs and outputs are the model's.
         outside: those that are not.
         name: of the model; parts are called ``<name>_part0`` ….
-        truths: tensors of truth values, which are such outside, and 0 and 1 of f32 within a part: none may be between.
+        types: of tensors that are stored otherwise outside of parts; see :func:`~convgen.network.ends.store_ends`.
     """
-    nodes, left, refused = list(graph.nodes), list(outside), dict[str, str]()
-    while True:
-        parts = _parts(graph, nodes, left, name)
-        ends = {tensor for part in parts.networks for tensor in (*part.inputs, *part.outputs)} & set(truths)
-        if not ends:
-            return Parts(parts.networks, parts.outside | refused)
-        crossed = {node.name for node in nodes if ends & {*node.inputs, node.output}}
-        left += [Outside(node.name, _TRUTHS, node.inputs, (node.output,)) for node in nodes if node.name in crossed]
-        nodes = [node for node in nodes if node.name not in crossed]
-        refused |= dict.fromkeys(crossed, _TRUTHS)
-
-
-def _parts(graph: Graph, nodes: Sequence[Node], outside: Sequence[Outside], name: str) -> Parts:
-    """The parts of some of a graph's nodes."""
-    flow = _Flow([(n.inputs, (n.output,)) for n in nodes] + [(o.inputs, o.outputs) for o in outside], len(nodes))
+    flow = _Flow(
+        [(n.inputs, (n.output,)) for n in graph.nodes] + [(o.inputs, o.outputs) for o in outside], len(graph.nodes)
+    )
     parts = Parts([], {})
     read_elsewhere = {*graph.outputs, *(name for node in outside for name in node.inputs)}
     for members in flow.groups():
-        inside = [nodes[number] for number in members]
+        inside = [graph.nodes[number] for number in members]
         made = _part(graph, inside, read_elsewhere, f"{name}_part{len(parts.networks)}")
         if reason := _objection(made):
             parts.outside |= dict.fromkeys((node.name for node in inside), reason)
         else:
+            store_ends(made, types or {})
+            made.order()
             parts.networks.append(made)
     return parts
 

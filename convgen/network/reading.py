@@ -6,26 +6,25 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from onnx import TensorProto
+from onnx import ModelProto, TensorProto
 
 from ..errors import NotTakenError
 from ..formats.onnx.file import ModelFile
 from ..formats.onnx.graph import ROOTS, Scope, Shape, names_read, printable, static, text
+from ..formats.onnx.halves import HALVES, widen_halves
 from ..formats.onnx.layers import folded_graphs
 from ..formats.onnx.node import OnnxLayer
+from ..formats.onnx.prepare import prepare
 from ..problem.dtypes import numpy_dtype
+from .ends import store_ends
 from .graph import Convolution, Graph, Node, Operator
 from .integers import READ_INTEGERS, integer_convolution
-from .node import DTYPES, INPUT_DTYPES, Refusal
+from .node import DTYPES, END_DTYPES, Refusal
 from .nodes import READERS, read_node
-
-if TYPE_CHECKING:
-    from onnx import ModelProto
 
 _READERS = {**READERS, **READ_INTEGERS}
 
@@ -38,9 +37,10 @@ def read_graph(source: str | Path | ModelProto, dims: Mapping[str, int] | None =
         NotTakenError: of nodes that are not taken: names each of them, and why.
     """
     with ModelFile(source) as file:
+        types = _widened(file, dims or {})
         (scope, layers), *_ = folded_graphs(file, dims or {}, arrays=True, strict=False)
         name = str(file.proto.graph.name) if not isinstance(source, str | os.PathLike) else Path(source).stem
-        graph = _Builder(scope, layers, _opset(file), file.where).graph(identifier(name))
+        graph = _Builder(scope, layers, _opset(file), file.where).graph(identifier(name), types)
         graph.dims = dict(dims or {})
         return graph
 
@@ -68,12 +68,12 @@ class PartlyRead:
     Attributes:
         graph: the nodes that are taken, in no order; its inputs and outputs are the model's.
         outside: all others, but for those that compute constants or were folded.
-        truths: tensors of the graph that are truth values in the model.
+        types: how the model stores tensors that are f32 in the graph: ``f16``, ``bf16``, ``bool``.
     """
 
     graph: Graph
     outside: list[Outside]
-    truths: frozenset[str] = frozenset()
+    types: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_partly(file: ModelFile, dims: Mapping[str, int]) -> PartlyRead:
@@ -82,11 +82,23 @@ def read_partly(file: ModelFile, dims: Mapping[str, int]) -> PartlyRead:
     Raises:
         SpecError: it is not an ONNX model.
     """
+    types = _widened(file, dims)
     (scope, layers), *_ = folded_graphs(file, dims, arrays=True, strict=False)
     builder = _Builder(scope, layers, _opset(file), file.where)
     graph = builder.partial()
-    truths = frozenset(name for name in graph.shapes if scope.dtype(name) == TensorProto.BOOL)
-    return PartlyRead(graph, list(builder.outside.values()), truths)
+    types |= {name: "bool" for name in graph.shapes if scope.dtype(name) == TensorProto.BOOL}
+    return PartlyRead(graph, list(builder.outside.values()), types)
+
+
+def _widened(file: ModelFile, dims: Mapping[str, int]) -> dict[str, str]:
+    """Make a model's values of f16 and bf16 ones of f32, and tell which these are."""
+    widened = ModelProto()
+    widened.CopyFrom(file.proto)
+    if not widen_halves(widened):
+        return {}
+    (scope, *_), _ = prepare(file, dims)
+    file.proto = widened
+    return {name: HALVES[scope.dtype(name)] for name in scope.types if scope.dtype(name) in HALVES}
 
 
 def _opset(file: ModelFile) -> int:
@@ -121,26 +133,24 @@ class _Builder:
         self.outside: dict[int, Outside] = {}
         self.unread = {layer.name: self._reason(layer) for layer in layers if layer.refusal}
 
-    def graph(self, name: str) -> Graph:
+    def graph(self, name: str, types: Mapping[str, str]) -> Graph:
+        """All of the model, its inputs and outputs of the given types, where not as the scope has them."""
         made = self.made
         made.name = name
         self._begin()
         for given in made.inputs:
             self._take_input(given)
         for output in made.outputs:
-            if (dtype := self.scope.dtype(output)) not in (TensorProto.FLOAT, TensorProto.UNDEFINED):
-                found = TensorProto.DataType.Name(dtype).lower()
-                self.refused[f"output {output!r}"] = f"expected f32, found {found}"
+            self._check_end("output", output)
         if not made.shapes.keys() >= set(made.inputs):  # without which no other shape is known
             raise NotTakenError(self.where, self.refused, 0)
         self._read_all(made.outputs)
         if self.refused:
             raise NotTakenError(self.where, self.refused, len(self.nodes))
         self._separate_outputs()
-        for given in made.inputs:
-            if self.scope.dtype(given) == TensorProto.BOOL:
-                self._take_truths(given)
         made.nodes = list(self.nodes.values())
+        truths = [name for name in (*made.inputs, *made.names) if self.scope.dtype(name) == TensorProto.BOOL]
+        store_ends(made, {**types, **dict.fromkeys(truths, "bool")})
         made.order()
         return made
 
@@ -172,24 +182,17 @@ class _Builder:
             self.refused[f"input {name!r}"] = _open_shape(shape)
             return
         self.made.shapes[name] = shape
-        if dtype not in INPUT_DTYPES:
-            found = TensorProto.DataType.Name(dtype).lower()
-            self.refused[f"input {name!r}"] = f"expected one of {', '.join(INPUT_DTYPES.values())}, found {found}"
-        elif dtype not in (TensorProto.FLOAT, TensorProto.BOOL):
+        if dtype != TensorProto.FLOAT and dtype in DTYPES:
             self.made.dtypes[name] = DTYPES[dtype]
+        self._check_end("input", name)
         if 0 in shape:
             self.refused[f"input {name!r}"] = f"expected elements, found {text(shape)}"
 
-    def _take_truths(self, name: str) -> None:
-        """Truth values that are given are bytes; between nodes they are 0 and 1 of f32."""
-        made = self.made
-        whole, zero, truth = (made.fresh(f"{name}/{what}") for what in ("bytes", "zero", "truth"))
-        for output, node in self.nodes.items():
-            self.nodes[output] = replace(node, inputs=tuple(truth if given == name else given for given in node.inputs))
-        self.nodes[whole] = Operator(name, "cast", (name,), whole)
-        self.nodes[truth] = Operator(name, "not_equal", (whole, zero), truth)
-        made.dtypes[name], made.constants[zero] = INPUT_DTYPES[TensorProto.BOOL], np.zeros((), np.float32)
-        made.shapes |= {whole: made.shapes[name], truth: made.shapes[name], zero: ()}
+    def _check_end(self, what: str, name: str) -> None:
+        """Refuse an input or output of a type that is not taken; one of f16 or bf16 is f32 here."""
+        if (dtype := self.scope.dtype(name)) not in (*END_DTYPES, TensorProto.UNDEFINED):
+            found = TensorProto.DataType.Name(dtype).lower()
+            self.refused[f"{what} {name!r}"] = f"expected one of {', '.join(END_DTYPES.values())}, found {found}"
 
     def _read(self, value: str) -> list[str]:
         """Add what computes a value, unless it is constant or refused; returns the values that this takes."""

@@ -21,12 +21,12 @@ static const double tolerance = $tolerance;
 $helpers
 
 /* The numbers in a file beside this one, such as example.input0$label. */
-static float *numbers(const char *kind, int number, const char *label, size_t size)
+static void *numbers(const char *kind, int number, const char *label, size_t size)
 {
     char path[300];
     snprintf(path, sizeof path, "example.%s%d%s%s", kind, number, *label ? "." : "", label);
     FILE *file = fopen(path, "rb");
-    float *values = buffer(size);
+    void *values = buffer(size);
     if (file == NULL || fread(values, 1, size, file) != size) {
         fprintf(stderr, "%s: cannot be read\n", path);
         exit(1);
@@ -35,17 +35,52 @@ static float *numbers(const char *kind, int number, const char *label, size_t si
     return values;
 }
 
-/* Whether outputs are as expected. */
-static int as_expected(const float *found, const float *expected, size_t size)
+/* A number that is stored as one of the types of convgen_value; returns what follows it. */
+static const char *next(const char *at, const char *dtype, double *number)
 {
-    if (memcmp(found, expected, size) == 0)
+    float single;
+    int32_t whole;
+    uint16_t half;
+    if (strcmp(dtype, "f32") == 0) {
+        memcpy(&single, at, sizeof single);
+        *number = single;
+        return at + sizeof single;
+    }
+    if (strcmp(dtype, "i32") == 0) {
+        memcpy(&whole, at, sizeof whole);
+        *number = whole;
+        return at + sizeof whole;
+    }
+    if (strstr(dtype, "16") == NULL) {
+        *number = strcmp(dtype, "i8") == 0 ? (double)(signed char)*at : (double)(unsigned char)*at;
+        return at + 1;
+    }
+    memcpy(&half, at, sizeof half);
+    const int digits = dtype[0] == 'b' ? 7 : 10; /* of the fraction */
+    const int largest = (1 << (15 - digits)) - 1, exponent = half >> digits & largest;
+    const double fraction = half & ((1 << digits) - 1), sign = half >> 15 ? -1 : 1;
+    if (exponent == largest)
+        *number = fraction != 0 ? NAN : sign * INFINITY;
+    else
+        *number = sign * ldexp(fraction + (exponent != 0 ? 1 << digits : 0),
+                               (exponent != 0 ? exponent : 1) - largest / 2 - digits);
+    return at + sizeof half;
+}
+
+/* Whether outputs are as expected. */
+static int as_expected(const char *found, const char *expected, const convgen_value *value)
+{
+    if (memcmp(found, expected, value->bytes) == 0)
         return 1;
     double largest = 0, error = 0;
-    for (size_t i = 0; i < size / sizeof *found; ++i) {
-        const double apart = fabs((double)found[i] - expected[i]);
-        if (!(apart <= error) && !(isnan(found[i]) && isnan(expected[i])))
+    for (const char *end = found + value->bytes; found < end;) {
+        double one, other;
+        found = next(found, value->dtype, &one);
+        expected = next(expected, value->dtype, &other);
+        const double apart = fabs(one - other);
+        if (!(apart <= error) && !(isnan(one) && isnan(other)))
             error = apart;
-        largest = fmax(largest, fabs(expected[i]));
+        largest = fmax(largest, fabs(other));
     }
     return error <= tolerance * largest && tolerance > 0;
 }
@@ -56,7 +91,7 @@ static void check(const convgen_network *network, int size, const char *label)
     const void *inputs[INPUTS + 1];
     size_t input_sizes[INPUTS + 1], output_sizes[OUTPUTS];
     void *outputs[OUTPUTS];
-    float *expected[OUTPUTS];
+    void *expected[OUTPUTS];
     for (int i = 0; i < INPUTS; ++i) {
         input_sizes[i] = ${name}_inputs(size)[i].bytes;
         inputs[i] = numbers("input", i, label, input_sizes[i]);
@@ -92,7 +127,7 @@ static void check(const convgen_network *network, int size, const char *label)
         if (threads > 1)
             ${name}_pool_destroy(pool);
         for (int i = 0; i < OUTPUTS; ++i)
-            if (!as_expected(outputs[i], expected[i], output_sizes[i])) {
+            if (!as_expected(outputs[i], expected[i], &${name}_outputs(size)[i])) {
                 fprintf(stderr, "size %d, output %d on %d threads: other numbers than expected\n", size, i, threads);
                 exit(1);
             }

@@ -174,13 +174,20 @@ int convgen_network_find_size(const convgen_network_code *code, const int64_t *c
     return CONVGEN_NO_SUCH_SIZE;
 }
 
+/* Of the types that convgen_value has: u8, i8, i32, f32, f16, bf16, bool. */
+static size_t element_bytes(const char *dtype)
+{
+    if (strcmp(dtype, "bool") == 0 || dtype[1] == '8')
+        return 1;
+    return strstr(dtype, "16") != NULL ? 2 : 4;
+}
+
 static int check_values(const convgen_value *values, int count, const void *const *data, const size_t *sizes)
 {
     if (count > 0 && (data == NULL || sizes == NULL))
         return CONVGEN_NULL_POINTER;
     for (int i = 0; i < count; ++i) {
-        const size_t element = values[i].dtype[1] == '8' || values[i].dtype[0] == 'b' ? 1 : sizeof(float);
-        const int status = convgen_check_buffer(data[i], sizes[i], values[i].bytes, element);
+        const int status = convgen_check_buffer(data[i], sizes[i], values[i].bytes, element_bytes(values[i].dtype));
         if (status != CONVGEN_OK)
             return status;
     }

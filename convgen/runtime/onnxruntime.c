@@ -32,11 +32,15 @@ const char *convgen_ort_provider(const OrtCustomOp *op)
 
 static int type_of(const convgen_value *value)
 {
-    const char *dtype = value->dtype;
-    return strcmp(dtype, "u8") == 0    ? ORT_UINT8
-           : strcmp(dtype, "i8") == 0  ? ORT_INT8
-           : strcmp(dtype, "i32") == 0 ? ORT_INT32
-                                       : ORT_FLOAT;
+    static const struct {
+        const char *dtype;
+        int type;
+    } known[] = {{"u8", ORT_UINT8}, {"i8", ORT_INT8},   {"i32", ORT_INT32},
+                 {"f16", ORT_HALF}, {"bf16", ORT_BFLOAT16}, {"bool", ORT_BOOL}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; ++i)
+        if (strcmp(value->dtype, known[i].dtype) == 0)
+            return known[i].type;
+    return ORT_FLOAT;
 }
 
 int convgen_ort_input_type(const OrtCustomOp *op, size_t index) { return type_of(&op_of(op)->inputs(0)[index]); }

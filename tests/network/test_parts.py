@@ -22,7 +22,7 @@ HALVES = np.full((4, 4), 0.5, np.float32)
 def parts_of(model: ModelProto) -> tuple[Parts, dict[str, str]]:
     with ModelFile(model) as file:
         read = read_partly(file, {})
-    return split(read.graph, read.outside, "m", read.truths), {node.name: node.reason for node in read.outside}
+    return split(read.graph, read.outside, "m", read.types), {node.name: node.reason for node in read.outside}
 
 
 # ---- any graph ---------------------------------------------------------------------------------
@@ -128,23 +128,24 @@ def test_what_was_folded_into_a_convolution_that_is_not_taken() -> None:
     assert [(part.inputs, part.outputs) for part in made.networks] == [(["a"], ["y"])]
 
 
-def test_truth_values_stay_within_a_part() -> None:
-    """What compares is taken with what chooses by it; not where something else reads it, or a caller gives it."""
+def test_truth_values_between_parts_are_truth_values() -> None:
+    """Within a part they are 0 and 1 of f32."""
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["a"]),
-        helper.make_node("Greater", ["a", "x"], ["more"], name="inside"),
+        helper.make_node("Greater", ["a", "x"], ["more"]),
         helper.make_node("Where", ["more", "a", "x"], ["b"]),
-        helper.make_node("Less", ["b", "x"], ["less"], name="between"),
-        helper.make_node("NonZero", ["less"], ["places"]),
-        helper.make_node("Not", ["less"], ["rest"], name="last"),
-        helper.make_node("Where", ["rest", "b", "x"], ["y"], name="chosen"),
-        helper.make_node("Where", ["given", "b", "x"], ["z"], name="by the caller"),
+        helper.make_node("Less", ["b", "x"], ["less"]),
+        helper.make_node("NonZero", ["less"], ["places"], name="outside"),
+        helper.make_node("Where", ["given", "b", "x"], ["z"]),
     ]
-    model = model_of(nodes, {"x": (2, 4)}, ["y", "z", "places"], {"w": HALVES[:4, :4]})
+    model = model_of(nodes, {"x": (2, 4)}, ["z", "places"], {"w": HALVES[:4, :4]})
     model.graph.input.append(helper.make_tensor_value_info("given", TensorProto.BOOL, (2, 4)))
-    made, _ = parts_of(model)
+    made, outside = parts_of(model)
     (part,) = made.networks
-    assert (part.inputs, part.outputs) == (["x"], ["b"])
-    assert {"inside"} <= {node.name for node in part.nodes}
-    assert {name for name, reason in made.outside.items() if "truth values" in reason} >= {"between", "by the caller"}
-    assert not any("inside" in name for name in made.outside)
+    assert (part.inputs, set(part.names)) == (["x", "given"], {"less", "z"})
+    assert {name: part.dtype(stored) for name, stored in zip(part.names, part.outputs, strict=True)} == {
+        "less": "bool",
+        "z": "f32",
+    }
+    assert part.dtype("given") == "bool"
+    assert list(outside) == ["NonZero 'outside'"]

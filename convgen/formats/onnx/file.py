@@ -13,7 +13,7 @@ import io
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -42,6 +42,9 @@ _FIELDS: dict[str, dict[int, str]] = {
     # float_data, raw_data and double_data have the same layout: little-endian, packed.
     "tensor": {4: _DATA, 9: _DATA, 10: _DATA, 12: _DROP, 16: _DROP},
 }
+
+#: The key under which a tensor's external data says which type it is stored as, where that is not the tensor's.
+STORED = "convgen.stored"
 
 _HALF_BYTES = frozenset({TensorProto.UINT4, TensorProto.INT4, TensorProto.FLOAT4E2M1})
 
@@ -102,21 +105,23 @@ class ModelFile:
         """
         where = f"{self.where}: tensor {tensor.name!r}"
         try:
+            wanted = tensor.data_type
             if tensor.data_location == TensorProto.EXTERNAL:
-                raw = self._external(tensor, where)
-                tensor = TensorProto(dims=tensor.dims, data_type=tensor.data_type, raw_data=raw)
+                info = {entry.key: entry.value for entry in tensor.external_data}
+                dtype = int(info.get(STORED, wanted))
+                raw = self._external(info, tensor.dims, dtype, where)
+                tensor = TensorProto(dims=tensor.dims, data_type=dtype, raw_data=raw)
             array: npt.NDArray[Any] = numpy_helper.to_array(tensor)
-            return array
+            return array.astype(helper.tensor_dtype_to_np_dtype(wanted), copy=False)
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             if isinstance(error, SpecError):
                 raise
             raise SpecError("data", "that of its shape and dtype", first_line(error), where) from error
 
-    def _external(self, tensor: TensorProto, where: str) -> bytes:
-        info = {entry.key: entry.value for entry in tensor.external_data}
-        count = math.prod(tensor.dims)
-        itemsize = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        size = -(-count // 2) if tensor.data_type in _HALF_BYTES else count * itemsize
+    def _external(self, info: Mapping[str, str], dims: Sequence[int], dtype: int, where: str) -> bytes:
+        count = math.prod(dims)
+        itemsize = helper.tensor_dtype_to_np_dtype(dtype).itemsize
+        size = -(-count // 2) if dtype in _HALF_BYTES else count * itemsize
         numbers = []
         for key, default in (("offset", 0), ("length", size)):
             text = info.get(key) or str(default)
@@ -124,7 +129,7 @@ class ModelFile:
                 raise SpecError(key, "a number of bytes", repr(text), where)
             numbers.append(int(text))
         offset, length = numbers
-        if length != size or any(dim < 0 for dim in tensor.dims):
+        if length != size or any(dim < 0 for dim in dims):
             raise SpecError("length", f"{size} bytes as its shape and dtype have", length, where)
         location = info.get("location", "")
         if not location:  # the data is in the model's own file

@@ -41,6 +41,23 @@ def graphs_of(graph: GraphProto | FunctionProto) -> Iterator[GraphProto]:
             yield from graphs_of(body)
 
 
+def tensors_of(graph: GraphProto | FunctionProto) -> Iterator[TensorProto]:
+    """Every tensor of a graph (or function) and of those inside its nodes."""
+    if isinstance(graph, GraphProto):
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.TENSOR:
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.type == AttributeProto.SPARSE_TENSOR:
+                yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
+        for _, body in bodies(node):
+            yield from tensors_of(body)
+
+
 class Scope:
     """The values of one graph: shapes, dtypes, who uses them, which are constants.
 

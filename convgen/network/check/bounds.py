@@ -92,14 +92,15 @@ def measure(
                 made = RULES[node.kind](Call(node, operands, graph.shapes[node.output]))
                 factor = CLASS_FACTOR[accuracy] if looser else 1.0
                 known[node.output] = Measured(made.value, made.error * factor + SMALLEST_NORMAL)
-            if accuracy == NARROW:
-                known[node.output] = _stored(known[node.output])
+            if (dtype := NARROW if accuracy == NARROW else graph.dtype(node.output)) in ("f16", "bf16"):
+                known[node.output] = _stored(known[node.output], dtype)
     return known
 
 
-def _stored(computed: Measured) -> Measured:
+def _stored(computed: Measured, dtype: str = NARROW) -> Measured:
     """A tensor that is rounded where it is stored; subnormal numbers may become 0."""
-    rounding = dtypes.UNIT_ROUNDOFF[NARROW] * np.abs(computed.value) + SMALLEST_NORMAL
+    underflow = max(dtypes.UNDERFLOW[dtype], SMALLEST_NORMAL)
+    rounding = dtypes.UNIT_ROUNDOFF[dtype] * np.abs(computed.value) + underflow
     return Measured(computed.value, _joined(computed.error, rounding))
 
 

@@ -15,6 +15,7 @@ import onnxruntime as ort
 from ...check.bounds import worst
 from ...check.validate import Check
 from ...errors import MeasureError, UnsupportedError, ValidationError
+from ...formats.onnx.halves import as_f32
 from ...kernel.arrays import drawn
 from ...lowering.interface import MAX_THREADS, TensorInfo
 from ..plan import Plan, Product
@@ -85,7 +86,8 @@ def validate_network(
     run: Callable[..., Runs] = run_guarded,
     where: str = "between guard pages, inputs read-only",
 ) -> NetworkReport:
-    """Check a network, at each of its sizes, against ONNX Runtime's outputs of the model that it was compiled from.
+    """Check a network, at each of its sizes, against ONNX Runtime's outputs of the model that it was compiled from; of
+    one of f16 or bf16, of the same in f32.
 
     Every output element within its bound (:mod:`convgen.network.check.bounds`); the same bits on one, the network's and
     one more thread, and for other places of the buffers; nothing touched outside of inputs, outputs and workspace, all
@@ -106,7 +108,7 @@ def validate_network(
     Raises:
         UnsupportedError: ONNX Runtime does not run the model.
     """
-    code, rng = built.code, np.random.default_rng(seed)
+    code, rng, widened = built.code, np.random.default_rng(seed), as_f32(source)
     given = [inputs] if inputs is not None else [_drawn(rng, size.inputs) for size in code.sizes]
     checks, ratio = [_places(plans)], math.inf
     counts = sorted({1, threads, min(threads + 1, MAX_THREADS)})
@@ -120,11 +122,19 @@ def validate_network(
         checks.append(_same(runs))
         ratio = 0.0
         for size, plan, arrays, found in zip(code.sizes, plans, given, runs, strict=True):
-            wanted = run_onnxruntime(source, arrays) if expected is None else expected
+            if widened is not None:
+                wanted = run_onnxruntime(widened, {name: _as_f32(array) for name, array in arrays.items()})
+            else:
+                wanted = run_onnxruntime(source, arrays) if expected is None else expected
             check, worst_error = _compared(plan, source, arrays, next(iter(found.values())), wanted, accuracy)
             checks.append(replace(check, found=f"{size.label}: {check.found}") if size.label else check)
             ratio = max(ratio, worst_error)
     return NetworkReport(code.name, threads, tuple(checks), ratio)
+
+
+def _as_f32(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """An array of f16 or bf16 as f32; others as they are."""
+    return array.astype(np.float32) if array.dtype.itemsize == 2 else array
 
 
 def _drawn(rng: np.random.Generator, tensors: Iterable[TensorInfo]) -> dict[str, npt.NDArray[Any]]:
