@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import KernelError
 from ..lowering.interface import TensorInfo
-from ..problem.dtypes import BYTES, RANGES, numpy_dtype
+from ..problem.dtypes import BYTES, RANGES, UNIT_ROUNDOFF, narrow, numpy_dtype
 from .dlpack import Relabelled, check_memory_has_values, pending
 
 Array: TypeAlias = NDArray[Any]
@@ -79,8 +79,8 @@ def returned(array: Array, given: object) -> Any:
 def drawn(rng: np.random.Generator, info: TensorInfo) -> Array:
     """Random elements of a tensor: standard normal ones, 8 bits of integers, truth values."""
     dtype = numpy_dtype(info.dtype)
-    if dtype.kind == "f":
-        return rng.standard_normal(info.shape, np.float32)
+    if info.dtype in UNIT_ROUNDOFF:
+        return narrow(rng.standard_normal(info.shape, np.float32), info.dtype)
     low, high = {**RANGES, "bool": (0, 1)}.get(info.dtype, RANGES["i8"])
     return rng.integers(low, high, info.shape, np.int32, endpoint=True).astype(dtype)
 

@@ -102,10 +102,15 @@ def test_inputs_and_outputs_that_stay_f32() -> None:
     assert network.validate(model).passed
 
 
-@pytest.mark.parametrize(("number", "rounded"), [(TensorProto.FLOAT16, np.float16), (TensorProto.BFLOAT16, ml_dtypes.bfloat16)])
+@pytest.mark.parametrize(
+    ("number", "rounded"), [(TensorProto.FLOAT16, np.float16), (TensorProto.BFLOAT16, ml_dtypes.bfloat16)]
+)
 def test_a_cast_rounds(number: int, rounded: Any) -> None:
     """In a model of f32 too, to nearest, ties to even; what is too large becomes infinite, NaN stays."""
-    nodes = [helper.make_node("Cast", ["x"], ["h"], to=number), helper.make_node("Cast", ["h"], ["y"], to=TensorProto.FLOAT)]
+    nodes = [
+        helper.make_node("Cast", ["x"], ["h"], to=number),
+        helper.make_node("Cast", ["h"], ["y"], to=TensorProto.FLOAT),
+    ]
     x = np.concatenate([X.reshape(-1), np.float32([1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 7e4, -3.4e38, np.nan, 6e-8])])
     graph = helper.make_graph(
         nodes,
@@ -122,9 +127,9 @@ def test_weights_beside_the_model(tmp_path: Path) -> None:
     """Those of f16 that are too large to stay with the graph, in a file of their own or in the model's."""
     model = convert_float_to_float16(f32_model())
     onnx.save(model, tmp_path / "one.onnx")
-    onnx.save_model(model, tmp_path / "two.onnx", save_as_external_data=True, location="data", size_threshold=0)
     x = X.astype(np.float16)
     wanted = convgen.compile(model, threads=1)(x)
+    onnx.save_model(model, tmp_path / "two.onnx", save_as_external_data=True, location="data", size_threshold=0)
     for name in ("one.onnx", "two.onnx"):
         np.testing.assert_array_equal(convgen.compile(tmp_path / name, threads=1)(x), wanted)
 
@@ -147,7 +152,9 @@ def test_a_library_of_halves_in_c(tmp_path: Path, dtype: str) -> None:
     for factor, status in ((1.005, 0), (1.1, 1)):  # read by the program as the numbers that they are
         output.write_bytes((values * np.float32(factor)).astype(stored).tobytes())
         subprocess.run(["cc", *flags, "-o", "example"], cwd=tmp_path / "out", check=True)
-        assert subprocess.run(["./example"], cwd=tmp_path / "out", check=False, capture_output=True).returncode == status
+        assert (
+            subprocess.run(["./example"], cwd=tmp_path / "out", check=False, capture_output=True).returncode == status
+        )
 
 
 def test_halves_inside_onnxruntime(tmp_path: Path) -> None:
