@@ -74,12 +74,14 @@ def test_a_model_of_halves(tmp_path: Path, dtype: str) -> None:
     found = network(x)
     assert found.dtype == stored
     wide = as_f32(model)
-    assert wide is not None and as_f32(wide) is None
+    assert wide is not None
+    assert as_f32(wide) is None
     np.testing.assert_array_equal(found, convgen.compile(wide, threads=1)(x.astype(np.float32)).astype(stored))
     exact = onnxruntime_of(wide, x=x.astype(np.float32))
     np.testing.assert_allclose(found.astype(np.float32), exact, rtol=2.0 ** (-10 if dtype == "f16" else -7), atol=1e-4)
     report = network.validate(path)
-    assert report.passed and report.worst_error > 0, report
+    assert report.passed, report
+    assert report.worst_error > 0  # not equal to ONNX Runtime's: it was compared with what is not rounded
 
 
 def test_what_onnxruntime_makes_of_f16() -> None:
@@ -167,7 +169,8 @@ def test_halves_inside_onnxruntime(tmp_path: Path) -> None:
     source, out = tmp_path / "half.onnx", tmp_path / "fast.onnx"
     onnx.save(half, source)
     made = convgen.for_onnxruntime(source, out)
-    assert made.parts and any("CumSum" in name for name in made.outside)
+    assert made.parts
+    assert any("CumSum" in name for name in made.outside)
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(made.library))
     session = onnxruntime.InferenceSession(str(out), options, providers=["CPUExecutionProvider"])

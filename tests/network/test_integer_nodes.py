@@ -26,7 +26,7 @@ CASES = [
 ]
 REFUSED = {
     "test_quantizelinear_int16": "to another type than i8, u8",
-    "test_dequantizelinear_uint16": "expected one of f32, u8, i8, i32, bool, found uint16",
+    "test_dequantizelinear_uint16": "expected one of f32, .*, found uint16",
     "test_dequantizelinear_blocked": "scales of blocks",
 }
 
