@@ -113,7 +113,8 @@ def test_a_cast_rounds(number: int, rounded: Any) -> None:
         helper.make_node("Cast", ["x"], ["h"], to=number),
         helper.make_node("Cast", ["h"], ["y"], to=TensorProto.FLOAT),
     ]
-    x = np.concatenate([X.reshape(-1), np.float32([1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 7e4, -3.4e38, np.nan, 6e-8])])
+    odd = np.array([1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 7e4, -3.4e38, np.nan, 6e-8], np.float32)
+    x = np.concatenate([X.reshape(-1), odd])
     graph = helper.make_graph(
         nodes,
         "rounds",

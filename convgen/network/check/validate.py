@@ -123,7 +123,7 @@ def validate_network(
         ratio = 0.0
         for size, plan, arrays, found in zip(code.sizes, plans, given, runs, strict=True):
             if widened is not None:
-                wanted = run_onnxruntime(widened, {name: _as_f32(array) for name, array in arrays.items()})
+                wanted: Arrays = run_onnxruntime(widened, {name: _as_f32(array) for name, array in arrays.items()})
             else:
                 wanted = run_onnxruntime(source, arrays) if expected is None else expected
             check, worst_error = _compared(plan, source, arrays, next(iter(found.values())), wanted, accuracy)
