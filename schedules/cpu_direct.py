@@ -11,7 +11,8 @@ Strategy    1. A layout is a block of channels that lie innermost: 1 in NCHW, 16
             3. Keep a tile of `tile_oh` × `tile_ow` pixels × `tile_oc` channels in registers: vector loads of weights,
                broadcast src. Rows are cut into tiles whose sizes differ by one at most.
             4. Bias, residual and activation on the tile; vectors of channels are stored. NCHW: vectors of pixels,
-               transposed in registers.
+               transposed in registers. Of integers, rows and planes of the kernel that lie outside of src for all of
+               a tile are left out.
             5. One parallel loop over parts of the channels × batch × blocks of rows (in 1-D of tiles). `order` names a
                task's outer loop: `oc`, and every block of channels reads the pixels again, while the next one's
                weights are fetched ahead (a task of one tile: those that follow soon); `pixels`, and every tile reads
@@ -94,7 +95,7 @@ class CpuDirect(ChannelsInLanes):
             near = 4 * vectors * lanes if weights > target.l1 // 2 else 0
             slower = waits.crowded if _crowds(g, target, height * width) else 1
             far = _far(g, target, waits, picks, height, width)
-            products = times * g.products * slower
+            products = times * g.products * g.share_inside(picks.tile_oh) * slower
             if far and _is_read_again(g, target, picks):
                 found.append(Work(products, cycles=waits.strips * height))
             pixels, operation = height * width, g.operation

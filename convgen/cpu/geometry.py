@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
+from ..deferred import tirx
 from ..hardware.target import Target
-from ..lowering.compute import Expr, ceildiv, round_up
+from ..lowering.compute import INTEGER, Expr, ceildiv, round_up
 from ..lowering.schedule import Picks
 from ..problem.spec import ConvSpec
 from .images import dst_images, src_images, three
@@ -70,6 +71,29 @@ class Geometry:
         ends = ((n - 1) * m + last for n, m, (_, last) in zip(self.phase_pixels, self.moves, self.reads, strict=True))
         ends_outside = any(end >= size for end, size in zip(ends, self.src.size, strict=True))
         self.padded = any(first < 0 for first, _ in self.reads) or ends_outside
+
+    @cached_property
+    def skips(self) -> bool:
+        """Whether taps that all of a tile's rows, or its plane, meet outside of src are left out: there are such, and
+        what stands for them is 0 times a whole number (of floats 0 times infinity is NaN).
+        """
+        biased = self.operation.biased and (self.operation.offset or self.spec.src_zero)
+        if self.spec.transposed or self.operation.sums != INTEGER or biased:
+            return False
+        return any(_share_inside(axis, move, 1) < 1 for axis, move in self._outer)
+
+    @property
+    def _outer(self) -> tuple[tuple[Axis, int], tuple[Axis, int]]:
+        """Planes and rows, and from a pixel of dst to the next."""
+        return (self.z, self.moves[0]), (self.y, self.moves[1])
+
+    def share_inside(self, tile_oh: int) -> float:
+        """The share of the products that are computed where tiles have so many rows."""
+        if not self.skips:
+            return 1.0
+        return math.prod(
+            _share_inside(axis, move, size) for (axis, move), size in zip(self._outer, (1, tile_oh), strict=True)
+        )
 
     @property
     def copied(self) -> bool:
@@ -134,6 +158,32 @@ class Geometry:
         lines = min(self.task(picks)[0] * picks.tile_oh, self.y.pixels)
         pixels = (1, lines, self.pixels(picks))
         return [(n - 1) * m + b - a + 1 for n, m, (a, b) in zip(pixels, self.moves, self.reads, strict=True)]
+
+
+def taps_inside(axis: Axis, move: int, first: Expr, last: Expr) -> tuple[Expr, Expr]:
+    """The first tap that some pixel of dst from ``first`` to ``last`` meets inside of src, and the one after the last.
+
+    Args:
+        axis: forward: its first tap meets ``axis.reads[0]`` for pixel 0.
+        move: pixels of src from a pixel of dst to the next.
+    """
+    begin, gap = axis.reads[0], axis.gap
+
+    def taps(pixels: Expr) -> Expr:
+        """Taps that lie within so many pixels of src, none where it is less than 0."""
+        if isinstance(pixels, int):
+            return min(axis.taps, ceildiv(max(0, pixels), gap))
+        return tirx.min(axis.taps, (tirx.max(0, pixels) + (gap - 1)) // gap)
+
+    return taps(-begin - last * move), taps(axis.size - begin - first * move)
+
+
+@lru_cache(maxsize=1024)
+def _share_inside(axis: Axis, move: int, pixels: int) -> float:
+    """The share of taps that remains where so many pixels are computed together."""
+    starts = range(0, axis.pixels, pixels)
+    found = [taps_inside(axis, move, first, min(first + pixels, axis.pixels) - 1) for first in starts]
+    return sum(max(0, end - first) for first, end in found) / (axis.taps * len(starts))
 
 
 @lru_cache(maxsize=1024)

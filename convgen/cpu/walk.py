@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ..deferred import tirx
 from ..lowering.compute import STORED, Expr, ceildiv, flat, unflat, widen
 from ..problem.dtypes import BYTES, RANGES
-from .geometry import SHORT_ROW, Geometry
+from .geometry import SHORT_ROW, Geometry, taps_inside
 from .model import Core
 from .narrowing import TOGETHER, Stored, store_bytes
 from .panel import Source, converted, word
@@ -64,12 +64,20 @@ class _Task(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A row of tiles, in a phase of planes and rows: its index in the task, its first row there, and its height."""
+    """A row of tiles, in a phase of planes and rows.
+
+    Attributes:
+        index, y: of the task's: its number, and its first row.
+        height: rows.
+        phases: of planes and rows.
+        taps: the first tap of planes, and of rows, that is computed, and how many are; None where all are.
+    """
 
     index: Expr
     y: Expr
     height: int
     phases: tuple[Phase, Phase]
+    taps: tuple[tuple[Expr, Expr], tuple[Expr, Expr]] | None
 
 
 class _Tile(NamedTuple):
@@ -220,7 +228,21 @@ class Kernel(TaskKernel):
                 with some.loop(rows if groups % rows == 0 else some.let(tirx.min(rows, groups - first))) as (inner, i):
                     for case, size in inner.cases(first + i, lines // height, height, lines % height):
                         with case.when(_exists(g.y, task.pixel[1] + i * height, phases[1])) as exists:
-                            yield exists, _Row(i, i * height, size, phases)
+                            yield exists, _Row(i, i * height, size, phases, self.taps(exists, task, i * height, size))
+
+    def taps(self, body: Block, task: _Task, row: Expr, height: int) -> tuple[tuple[Expr, Expr], ...] | None:
+        """The taps of planes and rows that a row of tiles has, where not all."""
+        g, found = self.g, list[tuple[Expr, Expr]]()
+        if not g.skips:
+            return None
+        y = task.pixel[1] + row
+        for axis, move, first, last in (
+            (g.z, g.moves[0], task.pixel[0], task.pixel[0]),
+            (g.y, g.moves[1], y, y + (height - 1)),
+        ):
+            start, end = (body.let(tap) for tap in taps_inside(axis, move, first, last))
+            found.append((start, body.let(tirx.max(0, end - start))))
+        return found[0], found[1]
 
     def tiles(self, body: Block, task: _Task, row: _Row) -> Iterator[tuple[Block, _Tile]]:
         """Code for the tiles of a row, phase by phase, by their widths."""
@@ -261,7 +283,7 @@ class Kernel(TaskKernel):
         origin = body.let(ahead.origin)
         length, is_short = g.words(1 if g.apart else x.taps), g.run < SHORT_ROW
         counts = (z.taps, y.taps, x.taps if g.apart else 1, g.runs[3], length if is_short else 1)
-        with _loops(body, counts) as (run, (iz, iy, ix, block, step)):
+        with _loops(body, counts, tile.row.taps) as (run, (iz, iy, ix, block, step)):
             taps = (z.position + iz, y.position + iy, x.position + ix if g.apart else 0)
             index = run.let(flat((*taps, block), g.runs))
             first = step if g.apart else run.let(g.words(x.position) + step)
@@ -505,10 +527,21 @@ class Kernel(TaskKernel):
 
 
 @contextmanager
-def _loops(body: Block, counts: Sequence[Expr]) -> Iterator[tuple[Block, list[Expr]]]:
+def _loops(
+    body: Block, counts: Sequence[Expr], ranges: Sequence[tuple[Expr, Expr]] | None = None
+) -> Iterator[tuple[Block, list[Expr]]]:
     """The body of nested loops, and their variables; where counts are known, of one loop: LLVM would write out what has
     few passes, rows of a kernel and short runs, and keep all that they load on the stack.
+
+    Args:
+        ranges: of the two outer loops, where these are not whole: the first pass and how many there are.
     """
+    if ranges is not None:
+        (outer, planes), (first, rows) = ranges
+        within = math.prod(counts[2:])
+        with body.loop(planes) as (plane, iz), plane.loop(rows * within) as (inner, i):
+            yield inner, [outer + iz, *unflat(i + first * within, counts[1:])]
+        return
     if all(isinstance(count, int) for count in counts):
         with body.loop(math.prod(counts)) as (inner, i):
             yield inner, unflat(i, counts)
