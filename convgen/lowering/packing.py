@@ -113,11 +113,15 @@ def _is_copied(sch: Any, block: Any) -> bool:
 
 
 def _copy_within(sch: Any, block: Any, part: Any, most: int) -> None:
-    """Read a block's source through a copy of what a part reads, where that is little more than it stores."""
+    """Read a block's source through a copy of what a part reads, where that is little more than it stores.
+
+    What a part reads may be a range whose length TVM does not know as a number: then there is no copy.
+    """
     trial = sch.copy()
     copy = trial.cache_read(block, 0, "global", [block])
     trial.compute_at(copy, part)
-    if _size(trial, trial.get_loops(copy)[2:]) > 2 * most:
+    loops = trial.get_loops(copy)[2:]
+    if not all(isinstance(trial.get(loop).extent, tirx.IntImm) for loop in loops) or _size(trial, loops) > 2 * most:
         return
     copy = sch.cache_read(block, 0, "global", [block])
     sch.compute_at(copy, part)

@@ -35,6 +35,7 @@ LAYERS = {
     "one axis": "conv1d n1 ic64 oc72 i40 k5 s1 p2",
     "three axes": "conv3d n1 ic32 oc32 i4x6x6 k3x3x3 s1x1x1 p1x1x1",
     "few input channels": "conv2d n1 ic3 oc160 i32x32 k7x7 s2x2 p3x3",
+    "blocks of a strided one, read in ranges of no known length": "conv2d n1 ic384 oc768 i4x4 k2x2 s2x2 p0x0 nchw16c",
     "bf16": "conv2d n1 ic48 oc64 i9x8 k3x3 s1x1 p1x1 bf16",
     "bf16 products": "conv2d n1 ic48 oc64 i9x8 k3x3 s1x1 p1x1 accuracy_bf16",
     "f16": "conv2d n1 ic48 oc64 i9x8 k3x3 s1x1 p1x1 f16",
