@@ -183,7 +183,8 @@ def _share_inside(axis: Axis, move: int, pixels: int) -> float:
     """The share of taps that remains where so many pixels are computed together."""
     starts = range(0, axis.pixels, pixels)
     found = [taps_inside(axis, move, first, min(first + pixels, axis.pixels) - 1) for first in starts]
-    return sum(max(0, end - first) for first, end in found) / (axis.taps * len(starts))
+    computed = sum(max(0, int(end) - int(first)) for first, end in found)
+    return computed / (axis.taps * len(starts))
 
 
 @lru_cache(maxsize=1024)

@@ -63,6 +63,10 @@ class _Task(NamedTuple):
     turned: tirx.Buffer
 
 
+#: The first tap along an axis that is computed, and how many are.
+_Taps = tuple[Expr, Expr]
+
+
 class _Row(NamedTuple):
     """A row of tiles, in a phase of planes and rows.
 
@@ -70,14 +74,14 @@ class _Row(NamedTuple):
         index, y: of the task's: its number, and its first row.
         height: rows.
         phases: of planes and rows.
-        taps: the first tap of planes, and of rows, that is computed, and how many are; None where all are.
+        taps: those of planes, and of rows, that are computed; None where all are.
     """
 
     index: Expr
     y: Expr
     height: int
     phases: tuple[Phase, Phase]
-    taps: tuple[tuple[Expr, Expr], tuple[Expr, Expr]] | None
+    taps: tuple[_Taps, _Taps] | None
 
 
 class _Tile(NamedTuple):
@@ -230,19 +234,17 @@ class Kernel(TaskKernel):
                         with case.when(_exists(g.y, task.pixel[1] + i * height, phases[1])) as exists:
                             yield exists, _Row(i, i * height, size, phases, self.taps(exists, task, i * height, size))
 
-    def taps(self, body: Block, task: _Task, row: Expr, height: int) -> tuple[tuple[Expr, Expr], ...] | None:
+    def taps(self, body: Block, task: _Task, row: Expr, height: int) -> tuple[_Taps, _Taps] | None:
         """The taps of planes and rows that a row of tiles has, where not all."""
-        g, found = self.g, list[tuple[Expr, Expr]]()
-        if not g.skips:
+        if not self.g.skips:
             return None
-        y = task.pixel[1] + row
-        for axis, move, first, last in (
-            (g.z, g.moves[0], task.pixel[0], task.pixel[0]),
-            (g.y, g.moves[1], y, y + (height - 1)),
-        ):
-            start, end = (body.let(tap) for tap in taps_inside(axis, move, first, last))
-            found.append((start, body.let(tirx.max(0, end - start))))
-        return found[0], found[1]
+
+        def inside(axis: Axis, move: int, pixel: Expr, pixels: int) -> _Taps:
+            start, end = (body.let(tap) for tap in taps_inside(axis, move, pixel, pixel + (pixels - 1)))
+            return start, body.let(tirx.max(0, end - start))
+
+        (z, down), (y, move) = (self.g.z, self.g.moves[0]), (self.g.y, self.g.moves[1])
+        return inside(z, down, task.pixel[0], 1), inside(y, move, task.pixel[1] + row, height)
 
     def tiles(self, body: Block, task: _Task, row: _Row) -> Iterator[tuple[Block, _Tile]]:
         """Code for the tiles of a row, phase by phase, by their widths."""
@@ -528,7 +530,7 @@ class Kernel(TaskKernel):
 
 @contextmanager
 def _loops(
-    body: Block, counts: Sequence[Expr], ranges: Sequence[tuple[Expr, Expr]] | None = None
+    body: Block, counts: Sequence[Expr], ranges: tuple[_Taps, _Taps] | None = None
 ) -> Iterator[tuple[Block, list[Expr]]]:
     """The body of nested loops, and their variables; where counts are known, of one loop: LLVM would write out what has
     few passes, rows of a kernel and short runs, and keep all that they load on the stack.
