@@ -182,54 +182,77 @@ static size_t element_bytes(const char *dtype)
     return strstr(dtype, "16") != NULL ? 2 : 4;
 }
 
-static int check_values(const convgen_value *values, int count, const void *const *data, const size_t *sizes)
+static int check_values(const convgen_value *values, int count, const void *const *data, const size_t *sizes,
+                        size_t alignment)
 {
     if (count > 0 && (data == NULL || sizes == NULL))
         return CONVGEN_NULL_POINTER;
     for (int i = 0; i < count; ++i) {
-        const int status = convgen_check_buffer(data[i], sizes[i], values[i].bytes, element_bytes(values[i].dtype));
+        const size_t least = alignment > 0 ? alignment : element_bytes(values[i].dtype);
+        const int status = convgen_check_buffer(data[i], sizes[i], values[i].bytes, least);
         if (status != CONVGEN_OK)
             return status;
     }
     return CONVGEN_OK;
 }
 
-/* Whether memory that is written overlaps anything else that the call has. */
-static int overlaps(const convgen_network *network, const convgen_network_size *size, const convgen_network_args *a,
-                    const void *data, size_t bytes, int outputs)
+/* Whether memory that is written overlaps anything else that the call has, of outputs the first so many. */
+static int overlaps(const convgen_network_code *code, const convgen_network_size *size,
+                    const convgen_network_buffers *b, const void *data, size_t bytes, int outputs)
 {
-    int found = convgen_overlap(data, bytes, network->weights, network->code->weights);
-    for (int i = 0; i < network->code->input_count; ++i)
-        found |= convgen_overlap(data, bytes, a->inputs[i], size->inputs[i].bytes);
+    int found = convgen_overlap(data, bytes, b->weights, code->weights);
+    for (int i = 0; i < code->input_count; ++i)
+        found |= convgen_overlap(data, bytes, b->inputs[i], size->inputs[i].bytes);
     for (int i = 0; i < outputs; ++i)
-        found |= convgen_overlap(data, bytes, a->outputs[i], size->outputs[i].bytes);
+        found |= convgen_overlap(data, bytes, b->outputs[i], size->outputs[i].bytes);
     return found;
+}
+
+int convgen_network_check_buffers(const convgen_network_code *code, const convgen_network_size *size,
+                                  const convgen_network_buffers *b, size_t workspace, size_t alignment)
+{
+    int status = check_values(size->inputs, code->input_count, b->inputs, b->input_sizes, alignment);
+    if (status == CONVGEN_OK)
+        status = check_values(size->outputs, code->output_count, (const void *const *)b->outputs, b->output_sizes,
+                              alignment);
+    if (status == CONVGEN_OK)
+        status = convgen_check_buffer(b->weights, b->weights_size, code->weights, CONVGEN_ALIGNMENT);
+    if (status != CONVGEN_OK)
+        return status;
+    if (workspace > 0) {
+        if (b->workspace_size < workspace)
+            return b->workspace == NULL ? CONVGEN_NULL_POINTER : CONVGEN_WRONG_SIZE;
+        status = convgen_check_buffer(b->workspace, workspace, workspace, CONVGEN_ALIGNMENT);
+        if (status != CONVGEN_OK)
+            return status;
+        if (overlaps(code, size, b, b->workspace, workspace, code->output_count))
+            return CONVGEN_OVERLAP;
+    }
+    for (int i = 0; i < code->output_count; ++i)
+        if (overlaps(code, size, b, b->outputs[i], size->outputs[i].bytes, i))
+            return CONVGEN_OVERLAP;
+    return CONVGEN_OK;
 }
 
 static int check_args(const convgen_network *network, const convgen_network_size *size, const convgen_network_args *a,
                       size_t workspace)
 {
-    const convgen_network_code *code = network->code;
     if (a->pool != NULL && a->pool->abi != CONVGEN_ABI)
         return CONVGEN_BAD_ARGUMENT;
-    int status = check_values(size->inputs, code->input_count, a->inputs, a->input_sizes);
-    if (status == CONVGEN_OK)
-        status = check_values(size->outputs, code->output_count, (const void *const *)a->outputs, a->output_sizes);
+    const convgen_network_buffers buffers = {
+        .inputs = a->inputs,
+        .input_sizes = a->input_sizes,
+        .outputs = a->outputs,
+        .output_sizes = a->output_sizes,
+        .weights = network->weights,
+        .weights_size = network->code->weights,
+        .workspace = a->workspace,
+        .workspace_size = a->workspace_size,
+    };
+    const int status = convgen_network_check_buffers(network->code, size, &buffers, workspace, 0);
     if (status != CONVGEN_OK)
         return status;
-    if (workspace > 0) {
-        if (a->workspace_size < workspace)
-            return a->workspace == NULL ? CONVGEN_NULL_POINTER : CONVGEN_WRONG_SIZE;
-        status = convgen_check_buffer(a->workspace, workspace, workspace, CONVGEN_ALIGNMENT);
-        if (status != CONVGEN_OK)
-            return status;
-        if (overlaps(network, size, a, a->workspace, workspace, code->output_count))
-            return CONVGEN_OVERLAP;
-    }
-    for (int i = 0; i < code->output_count; ++i)
-        if (overlaps(network, size, a, a->outputs[i], size->outputs[i].bytes, i))
-            return CONVGEN_OVERLAP;
-    return code->cpu_supported() ? CONVGEN_OK : CONVGEN_UNSUPPORTED_CPU;
+    return network->code->cpu_supported() ? CONVGEN_OK : CONVGEN_UNSUPPORTED_CPU;
 }
 
 static double now(void)

@@ -42,6 +42,18 @@ typedef struct {
     const char *version;
 } convgen_network_code;
 
+/* The buffers of a run, be they the CPU's or a device's. */
+typedef struct {
+    const void *const *inputs;
+    const size_t *input_sizes;
+    void *const *outputs;
+    const size_t *output_sizes;
+    const void *weights;
+    size_t weights_size;
+    void *workspace;
+    size_t workspace_size;
+} convgen_network_buffers;
+
 int convgen_network_sizes_of(const convgen_network_code *code, int size, int threads, convgen_network_sizes *sizes);
 const convgen_value *convgen_network_inputs(const convgen_network_code *code, int size);
 const convgen_value *convgen_network_outputs(const convgen_network_code *code, int size);
@@ -51,6 +63,10 @@ int convgen_network_open_memory(const convgen_network_code *code, const void *we
                                 convgen_network **network);
 /* A status: whether weights are the network's own, and whole. */
 int convgen_network_check_weights(const convgen_network_code *code, const void *weights, size_t size);
+/* A status: whether buffers are what a run needs, of a workspace so many bytes, and what it writes lies apart from all
+ * else. alignment: of inputs and outputs; 0: that of their elements. */
+int convgen_network_check_buffers(const convgen_network_code *code, const convgen_network_size *size,
+                                  const convgen_network_buffers *buffers, size_t workspace, size_t alignment);
 /* Write the header of weights that are complete but for it: for whoever compiles the library. */
 int convgen_network_seal(const convgen_network_code *code, void *weights, size_t size);
 void convgen_network_close(convgen_network *network);

@@ -56,53 +56,20 @@ int convgen_device_network_verify(const convgen_device_network *network, const v
 
 /* ---- running --------------------------------------------------------------------------------- */
 
-static int check_values(const convgen_value *values, int count, const void *const *data, const size_t *sizes)
-{
-    if (count > 0 && (data == NULL || sizes == NULL))
-        return CONVGEN_NULL_POINTER;
-    for (int i = 0; i < count; ++i) {
-        const int status = convgen_check_buffer(data[i], sizes[i], values[i].bytes, CONVGEN_TENSOR_ALIGNMENT);
-        if (status != CONVGEN_OK)
-            return status;
-    }
-    return CONVGEN_OK;
-}
-
-/* Whether memory that is written overlaps anything else that the call has, of outputs the first so many. */
-static int overlaps(const convgen_network_code *host, const convgen_network_size *size,
-                    const convgen_network_cuda_args *a, const void *data, size_t bytes, int outputs)
-{
-    int found = convgen_overlap(data, bytes, a->weights, a->weights_size);
-    for (int i = 0; i < host->input_count; ++i)
-        found |= convgen_overlap(data, bytes, a->inputs[i], size->inputs[i].bytes);
-    for (int i = 0; i < outputs; ++i)
-        found |= convgen_overlap(data, bytes, a->outputs[i], size->outputs[i].bytes);
-    return found;
-}
-
 static int check_args(const convgen_network_code *host, const convgen_network_size *size,
                       const convgen_network_cuda_args *a, size_t workspace)
 {
-    int status = check_values(size->inputs, host->input_count, a->inputs, a->input_sizes);
-    if (status == CONVGEN_OK)
-        status = check_values(size->outputs, host->output_count, (const void *const *)a->outputs, a->output_sizes);
-    if (status == CONVGEN_OK)
-        status = convgen_check_buffer(a->weights, a->weights_size, host->weights, CONVGEN_ALIGNMENT);
-    if (status != CONVGEN_OK)
-        return status;
-    if (workspace > 0) {
-        if (a->workspace_size < workspace)
-            return a->workspace == NULL ? CONVGEN_NULL_POINTER : CONVGEN_WRONG_SIZE;
-        status = convgen_check_buffer(a->workspace, workspace, workspace, CONVGEN_ALIGNMENT);
-        if (status != CONVGEN_OK)
-            return status;
-        if (overlaps(host, size, a, a->workspace, workspace, host->output_count))
-            return CONVGEN_OVERLAP;
-    }
-    for (int i = 0; i < host->output_count; ++i)
-        if (overlaps(host, size, a, a->outputs[i], size->outputs[i].bytes, i))
-            return CONVGEN_OVERLAP;
-    return CONVGEN_OK;
+    const convgen_network_buffers buffers = {
+        .inputs = a->inputs,
+        .input_sizes = a->input_sizes,
+        .outputs = a->outputs,
+        .output_sizes = a->output_sizes,
+        .weights = a->weights,
+        .weights_size = a->weights_size,
+        .workspace = a->workspace,
+        .workspace_size = a->workspace_size,
+    };
+    return convgen_network_check_buffers(host, size, &buffers, workspace, CONVGEN_TENSOR_ALIGNMENT);
 }
 
 static int start(const convgen_device_step *step, const convgen_network_size *size, const convgen_network_cuda_args *a)
