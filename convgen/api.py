@@ -186,7 +186,8 @@ def compile(  # noqa: A001
         threads: threads that it runs on; all cores by default. On a GPU it means nothing.
         dims: sizes of symbolic dimensions, ``{"N": 1}``; with several, ``{"N": (1, 4, 16)}``, the network computes
             with each of them, by the inputs' shapes.
-        accuracy: of its convolutions: ``strict``, ``standard``, ``relaxed``, ``tf32`` or ``bf16``.
+        accuracy: of its convolutions: ``strict``, ``standard``, ``relaxed``, ``tf32`` or ``bf16``; on a GPU
+            ``f16`` too, which stores the tensors between its steps so.
         strips: rows of the strips in which depthwise convolutions and the 1×1 convolutions after them are computed,
             which takes less memory, and where images are large, less time; None: as many as suit the caches.
         seconds: for which a model is first tuned as a whole, earlier runs included; kernels that make the running

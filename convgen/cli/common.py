@@ -206,8 +206,8 @@ accuracy_option = click.option(
     callback=_parse_accuracy,
     metavar="[NAME=]CLASS",
     help="Accuracy of all layers, or of those with such a name (head.*=strict): strict, which no data can spoil; "
-    "standard, fast: an infinity, a NaN or a much larger pixel spoils the results beside it; relaxed; tf32; bf16. May "
-    "be repeated; the last that names a layer counts.",
+    "standard, fast: an infinity, a NaN or a much larger pixel spoils the results beside it; relaxed; tf32; bf16; of "
+    "whole models for GPUs f16. May be repeated; the last that names a layer counts.",
 )
 #: What is said of a model's layers; gives ``dims`` and ``accuracy``.
 model_options = grouped(dim_option, accuracy_option)

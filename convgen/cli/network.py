@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import NotTakenError, UnsupportedError, by_cause
-from ..problem.tokens import ACCURACIES
+from ..problem.tokens import NETWORK_ACCURACIES
 from ..report.words import plural
 from .common import (
     FAILED,
@@ -52,11 +52,11 @@ if TYPE_CHECKING:
 @sizes_option
 @click.option(
     "--accuracy",
-    type=Choice(ACCURACIES),
+    type=Choice(NETWORK_ACCURACIES),
     default="standard",
     show_default=True,
     metavar="CLASS",
-    help=f"Accuracy of its convolutions: {', '.join(ACCURACIES)}.",
+    help=f"Accuracy of its convolutions: {', '.join(NETWORK_ACCURACIES)}, the last for GPUs.",
 )
 @target_option
 @threads_option("Threads that it runs on.  [default: all cores]")
@@ -127,8 +127,8 @@ def compile_model(
     With another processor as --target, such as cpu:cortex-a72, it is compiled for that one, and checked in QEMU against
     ONNX Runtime; where QEMU is missing, it is said so.
 
-    With a GPU as --target, such as cuda:sm_90a, networks are of floats, and the folder has no example. Whether it is
-    right `convgen validate --whole` tells, on that GPU or, slowly, emulated.
+    With a GPU as --target, such as cuda:sm_90a, networks are of floats. Whether the library is right example.c checks
+    there, against ONNX Runtime's outputs, and `convgen validate --whole` on that GPU or, slowly, emulated.
 
     With --for onnxruntime the folder holds an ONNX model and a library of custom operators. What is not taken of the
     model stays in it as it was.
@@ -171,8 +171,7 @@ def compile_model(
             note(f"convgen: {network.name}: {failed.name}: {failed.found}")
             return FAILED
         facts["validation"] = None if report is None else report.to_dict()
-    example = not no_example and not network.target.on_device  # of which there is none
-    manifest = network.export(out, facts=facts, libc=libc, example=example)
+    manifest = network.export(out, facts=facts, libc=libc, example=not no_example)
     taken = time.monotonic() - started
     profiles = timed_steps(network, compiled) if profile is not None else []
     if profile is not None:

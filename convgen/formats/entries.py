@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from ..errors import SpecError, meant
 from ..problem.spec import ConvSpec
-from ..problem.tokens import ACCURACIES
+from ..problem.tokens import NETWORK_ACCURACIES
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ def merge(entries: Iterable[SpecEntry]) -> list[SpecEntry]:
 
 @dataclass(frozen=True)
 class AccuracyRule:
-    """The accuracy class of layers of floats: of all, or of those with a name that a pattern matches."""
+    """The accuracy class of layers of floats: of all, or of those with a name that a pattern matches. Or what networks
+    have besides, which layers refuse.
+    """
 
     accuracy: str
     pattern: str | None = None
@@ -44,11 +46,11 @@ class AccuracyRule:
             SpecError: no such accuracy class, or an empty pattern.
         """
         pattern, separator, accuracy = text.rpartition("=")
-        if accuracy not in ACCURACIES or bool(separator) != bool(pattern):
+        if accuracy not in NETWORK_ACCURACIES or bool(separator) != bool(pattern):
             raise SpecError(
                 "accuracy",
-                f"CLASS or NAME=CLASS with one of {', '.join(ACCURACIES)}",
-                f"{text!r}{meant(accuracy, ACCURACIES)}",
+                f"CLASS or NAME=CLASS with one of {', '.join(NETWORK_ACCURACIES)}",
+                f"{text!r}{meant(accuracy, NETWORK_ACCURACIES)}",
             )
         return cls(accuracy, pattern or None)
 

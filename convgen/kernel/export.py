@@ -39,6 +39,7 @@ from .packages import Package, package_files
 from .templates import (
     byte_constants,
     element_constants,
+    example_driver,
     example_helpers,
     filled,
     header_parts,
@@ -388,18 +389,19 @@ def example_text(interface: Interface, error_factor: float | None = None) -> str
     elif spec.residual:
         value = "value(residual[offset(n, OC, OC_BLOCK, oc, out_size, out)])"
         epilogue += f"    sum += {value};\n    absolute += fabs({value});\n"
-    pack = fields(*PARAMETERS)
+    calls = {"name": interface.name, "pack": fields(*PARAMETERS), "run": fields("residual")}
     if interface.device is None:
-        part, run, libraries, sizes = "example_cpu.template.c", fields("residual"), "-lm -lpthread", "2, &sizes"
+        compute, libraries, sizes = filled("example_cpu.template.c", **calls), "-lm -lpthread", "2, &sizes"
     else:
-        run = fields("residual").replace("= residual,", "= upload(residual, sizes->residual),")
-        part, libraries, sizes = "example_cuda.template.c", "-lm -lpthread -ldl", "&sizes"
+        calls["run"] = calls["run"].replace("= residual,", "= upload(residual, sizes->residual),")
+        compute = filled("example_cuda.template.c", **calls, driver=example_driver(interface.name))
+        libraries, sizes = "-lm -lpthread -ldl", "&sizes"
     return filled(
         "example.template.c",
         name=interface.name,
         helpers=example_helpers(interface.name),
         libraries=libraries,
-        compute=filled(part, name=interface.name, pack=pack, run=run),
+        compute=compute,
         sizes_arguments=sizes,
         sizes_note="; the workspace for up to two threads" if interface.device is None else "",
         descriptor=spec.descriptor,

@@ -25,6 +25,11 @@ def example_helpers(name: str) -> str:
     return filled("example_helpers.template.c", name=name).rstrip()
 
 
+def example_driver(name: str) -> str:
+    """What templates of examples for GPUs call ``driver``."""
+    return filled("example_driver.template.c", name=name).rstrip()
+
+
 def needed_cpu(isa: Sequence[str]) -> str:
     """What a library of these instructions needs, as lines of a comment."""
     said = f"Needs a CPU with {', '.join(isa)}." if isa else "Runs on every CPU of its kind."

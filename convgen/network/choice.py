@@ -9,7 +9,7 @@ from ..errors import SpecError, UnsupportedError, meant
 from ..hardware.target import Target, check_threads, resolve
 from ..lowering.schedule import Candidate
 from ..problem.spec import ConvSpec
-from ..problem.tokens import ACCURACIES
+from ..problem.tokens import ACCURACIES, NETWORK_ACCURACIES
 from ..records.answer import choose, find_record
 from ..records.opening import Records, open_store
 
@@ -34,10 +34,14 @@ def network_target(target: str | Target, threads: int | None, *, on_device: bool
     return resolved.on(threads), threads
 
 
-def check_accuracy(accuracy: object, field: str = "accuracy") -> None:
-    """Raise SpecError unless an accuracy is a class of convolutions'."""
-    if accuracy not in ACCURACIES:
-        raise SpecError(field, f"one of {', '.join(ACCURACIES)}", f"{accuracy!r}{meant(str(accuracy), ACCURACIES)}")
+def check_accuracy(accuracy: object, field: str = "accuracy", *, on_device: bool = False) -> None:
+    """Raise SpecError unless an accuracy is one that networks have on a CPU, or on a GPU."""
+    known = NETWORK_ACCURACIES if on_device else ACCURACIES
+    if accuracy in known:
+        return
+    where = " for a CPU" if accuracy in NETWORK_ACCURACIES else ""
+    found = f"{accuracy!r}{meant(str(accuracy), known)}"
+    raise SpecError(field, f"one of {', '.join(known)}{where}", found)
 
 
 def check_strips(strips: object) -> None:

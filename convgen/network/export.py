@@ -23,6 +23,7 @@ from ..kernel.packages import Package, package_files
 from ..kernel.templates import (
     byte_constants,
     element_constants,
+    example_driver,
     example_helpers,
     filled,
     header_parts,
@@ -142,7 +143,7 @@ def _write_files(folder: Path, built: Built, example: Example | None, seed: int,
     text = header_text(code, has_example=example is not None, device=built.device)
     (folder / f"{code.name}.h").write_text(text, encoding="utf-8")
     if example is not None:
-        _write_example(folder, code, example, seed)
+        _write_example(folder, built, example, seed)
 
 
 def _link(built: Built, out: Path, **how: Any) -> None:
@@ -154,12 +155,19 @@ def _link(built: Built, out: Path, **how: Any) -> None:
         link_network(code.name, built.entry, built.objects, out, code.arch, **how)
 
 
-def _write_example(folder: Path, code: Code, example: Example, seed: int) -> None:
+def _write_example(folder: Path, built: Built, example: Example, seed: int) -> None:
     """A program, and for each size its inputs and outputs."""
+    code = built.code
+    if built.device:
+        calls = filled("example_network_cuda.template.c", name=code.name, driver=example_driver(code.name))
+    else:
+        calls = filled("example_network_cpu.template.c", name=code.name)
     text = filled(
         "example_network.template.c",
         name=code.name,
         helpers=example_helpers(code.name),
+        calls=calls.rstrip(),
+        libraries="-lm -lpthread -ldl" if built.device else "-lm -lpthread",
         inputs=len(code.inputs),
         outputs=len(code.outputs),
         sizes=len(code.sizes),

@@ -29,7 +29,7 @@ from .plan import Plan, Product, plan
 from .reading import read_graph
 from .rewriting import rewrite
 from .sizes import Dims, Shared, every_size
-from .storage import store_narrow
+from .storage import NARROW, store_narrow
 from .strips import in_strips
 
 if TYPE_CHECKING:
@@ -154,6 +154,8 @@ class Network(NetworkLibrary):
         return Example(outputs, tolerance=0.0)
 
 
+#: How far an example's outputs may be from ONNX Runtime's, as a fraction of the largest, where operands are rounded.
+_APART = {"bf16": 2**-5, "tf32": 2**-6, "f16": 2**-6}
 #: What a network's library finds when it is loaded.
 _LOADED = ("_dll", "_run", "_sizes", "_error", "_version", "_network")
 
@@ -203,7 +205,7 @@ class CrossNetwork(Network):
             found = run_onnxruntime(self._source, arrays)
             return [found[name] for name in self.outputs]
 
-        return Example(outputs, tolerance=2**-5 if self.accuracy == "bf16" else 2**-10)
+        return Example(outputs, tolerance=_APART.get(self.accuracy, 2**-10))
 
 
 class DeviceNetwork(CudaNetworkLibrary, CrossNetwork):
@@ -217,23 +219,6 @@ class DeviceNetwork(CudaNetworkLibrary, CrossNetwork):
 
         where = "in device memory, nothing else written"
         return Network._validate(self, source, seed, **{"run": run, "where": where, **how})
-
-    def export(
-        self,
-        directory: str | Path,
-        *,
-        facts: Mapping[str, Any] | None = None,
-        libc: str | None = None,
-        example: bool = False,
-    ) -> dict[str, Any]:
-        """As :meth:`Network.export`, without an example.
-
-        Raises:
-            UnsupportedError: an example is asked for: there is none of networks on GPUs.
-        """
-        if example:
-            raise UnsupportedError("example: expected none of a network on a GPU, which has no example.c")
-        return super().export(directory, facts=facts, libc=libc, example=False)
 
 
 def compile_model(
@@ -269,15 +254,15 @@ def plan_graph(
     Raises:
         SpecError: accuracy or strips are wrong.
     """
-    check_accuracy(accuracy)
+    check_accuracy(accuracy, on_device=target.on_device)
     check_strips(strips)
     if target.on_device:
         _check_for_device(graph, strips)
     rewrite(graph)
     if strips != 0:
         in_strips(graph, target, strips)
-    if accuracy == "bf16":
-        store_narrow(graph)
+    if accuracy in NARROW:
+        store_narrow(graph, accuracy)
     else:
         graph.nodes = [
             replace(node, spec=node.spec.with_(accuracy=accuracy))

@@ -1,4 +1,4 @@
-"""Tensors stored as bf16: half the bytes of f32, and what processors multiply fastest.
+"""Tensors stored as bf16 or f16: half the bytes of f32, and what processors multiply fastest.
 
 The network's own inputs and outputs stay f32, and what is a part of them, or of a constant, in memory. Operators
 compute in f32 and round what they store.
@@ -8,18 +8,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..problem.dtypes import narrow
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import SpecError
+from ..problem.dtypes import LARGEST, narrow
 from .expressions import KINDS
 from .graph import Convolution, Graph, Node, Operator
 
-NARROW = "bf16"
+#: Accuracies of networks that store so, which have the types' names, and the classes of their convolutions: of those
+#: that read f32 and of those that read what is stored. TF32 has the digits of f16; products of f16 are exact in f32.
+NARROW = {"bf16": ("bf16", "bf16"), "f16": ("tf32", "standard")}
 
 
-def store_narrow(graph: Graph) -> None:
-    """Store what lies between the nodes of an f32 network as bf16, and let convolutions multiply that."""
+def class_of(accuracy: str) -> str:
+    """The accuracy class of the convolutions of a network, of several the one that promises least."""
+    return NARROW[accuracy][0] if accuracy in NARROW else accuracy
+
+
+def store_narrow(graph: Graph, stored: str) -> None:
+    """Store what lies between the nodes of an f32 network as bf16 or f16, and let convolutions multiply that.
+
+    Raises:
+        SpecError: of weights that the type cannot hold.
+    """
     kept = _kept(graph)
     outputs = [node.output for node in graph.nodes if graph.dtype(node.output) == "f32"]
-    graph.dtypes |= dict.fromkeys((name for name in outputs if name not in kept), NARROW)
+    graph.dtypes |= dict.fromkeys((name for name in outputs if name not in kept), stored)
     nodes: list[Node] = []
     made: dict[tuple[str, str], str] = {}
 
@@ -37,13 +52,22 @@ def store_narrow(graph: Graph) -> None:
         if isinstance(node, Convolution) and node.spec.dtype == "f32":
             dtype = graph.dtype(node.output)
             inputs = tuple(converted(name, dtype) for name in node.inputs)
-            node = replace(node, spec=node.spec.with_(accuracy="bf16"), inputs=inputs)
-            if dtype == NARROW:
-                spec = node.spec.with_(dtype=NARROW, src_dtype="", weights_dtype="", dst_dtype="")
-                parameters = {name: narrow(array, NARROW) for name, array in node.parameters.items()}
+            node = replace(node, spec=node.spec.with_(accuracy=class_of(stored)), inputs=inputs)
+            if dtype == stored:
+                stored_as = {"dtype": stored, "src_dtype": "", "weights_dtype": "", "dst_dtype": ""}
+                spec = node.spec.with_(accuracy=NARROW[stored][1], **stored_as)
+                parameters = {name: _narrowed(node, name, array, stored) for name, array in node.parameters.items()}
                 node = replace(node, spec=spec, parameters=parameters)
         nodes.append(node)
     graph.nodes = nodes
+
+
+def _narrowed(node: Convolution, name: str, array: npt.NDArray[np.generic], dtype: str) -> npt.NDArray[np.generic]:
+    made = narrow(array, dtype)
+    if (np.isfinite(array) & ~np.isfinite(made)).any():
+        largest = f"{np.abs(array).max():.6g} among {name} of node {node.name!r}"
+        raise SpecError("accuracy", f"weights of at most {LARGEST[dtype]:.6g} for {dtype}", largest)
+    return made
 
 
 def _kept(graph: Graph) -> set[str]:

@@ -11,6 +11,8 @@ from .dtypes import DTYPES, QUANTISED
 from .layout import LAYOUTS
 
 ACCURACIES = ("strict", "standard", "relaxed", "tf32", "bf16")
+#: What a whole network takes besides: tensors between its steps stored as f16.
+NETWORK_ACCURACIES = (*ACCURACIES, "f16")
 DIRECTIONS = ("forward", "data", "weights")
 PADDING_WORDS = ("valid", "same", "same_lower")
 #: Flags and their tokens: what is True where they are given.

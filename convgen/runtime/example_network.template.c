@@ -1,10 +1,10 @@
 /* Shows how the library is called: runs the network on the input that lies beside this file, and compares.
  *
- *     cc -std=c11 -O2 example.c -L. -l$name -lm -lpthread -Wl,-rpath,. -o example && ./example
+ *     cc -std=c11 -O2 example.c -L. -l$name $libraries -Wl,-rpath,. -o example && ./example
  *
  * or, with the library in the program:
  *
- *     cc -std=c11 -O2 example.c lib$name.a -lm -lpthread -o example && ./example
+ *     cc -std=c11 -O2 example.c lib$name.a $libraries -o example && ./example
  */
 #include <math.h>
 #include <stdio.h>
@@ -20,19 +20,25 @@ static const double tolerance = $tolerance;
 
 $helpers
 
-/* The numbers in a file beside this one, such as example.input0$label. */
-static void *numbers(const char *kind, int number, const char *label, size_t size)
+/* What a file beside this one holds. */
+static void *contents(const char *path, size_t size)
 {
-    char path[300];
-    snprintf(path, sizeof path, "example.%s%d%s%s", kind, number, *label ? "." : "", label);
     FILE *file = fopen(path, "rb");
-    void *values = buffer(size);
-    if (file == NULL || fread(values, 1, size, file) != size) {
+    void *data = buffer(size);
+    if (file == NULL || fread(data, 1, size, file) != size) {
         fprintf(stderr, "%s: cannot be read\n", path);
         exit(1);
     }
     fclose(file);
-    return values;
+    return data;
+}
+
+/* The numbers in a file such as example.input0$label. */
+static void *numbers(const char *kind, int number, const char *label, size_t size)
+{
+    char path[300];
+    snprintf(path, sizeof path, "example.%s%d%s%s", kind, number, *label ? "." : "", label);
+    return contents(path, size);
 }
 
 /* A number that is stored as one of the types of convgen_value; returns what follows it. */
@@ -85,8 +91,10 @@ static int as_expected(const char *found, const char *expected, const convgen_va
     return error <= tolerance * largest && tolerance > 0;
 }
 
+$calls
+
 /* Runs the network at one of its sizes, whose files are labelled so. */
-static void check(const convgen_network *network, int size, const char *label)
+static void check(int size, const char *label)
 {
     const void *inputs[INPUTS + 1];
     size_t input_sizes[INPUTS + 1], output_sizes[OUTPUTS];
@@ -102,33 +110,13 @@ static void check(const convgen_network *network, int size, const char *label)
         expected[i] = numbers("output", i, label, output_sizes[i]);
     }
 
-    /* On the thread that calls, then on two. One pool serves all libraries of a program. */
-    for (int threads = 1; threads <= 2; ++threads) {
-        convgen_network_sizes sizes;
-        must("sizes", ${name}_sizes(size, threads, &sizes));
-        convgen_pool *pool = NULL;
-        if (threads > 1)
-            must("pool_create", ${name}_pool_create(threads, &pool));
-        void *workspace = buffer(sizes.workspace);
-        const convgen_network_args args = {
-            .inputs = inputs,
-            .input_sizes = input_sizes,
-            .outputs = outputs,
-            .output_sizes = output_sizes,
-            .workspace = workspace,
-            .workspace_size = sizes.workspace,
-            .pool = pool,
-            .size = size,
-        };
+    for (int run = 1; run <= RUNS; ++run) {
         for (int i = 0; i < OUTPUTS; ++i)
             memset(outputs[i], 0xff, output_sizes[i]); /* NaN: what is not written shows */
-        must("run", ${name}_run(network, &args));
-        free(workspace);
-        if (threads > 1)
-            ${name}_pool_destroy(pool);
+        compute(run, size, inputs, input_sizes, outputs, output_sizes);
         for (int i = 0; i < OUTPUTS; ++i)
             if (!as_expected(outputs[i], expected[i], &${name}_outputs(size)[i])) {
-                fprintf(stderr, "size %d, output %d on %d threads: other numbers than expected\n", size, i, threads);
+                fprintf(stderr, "size %d, output %d, run %d: other numbers than expected\n", size, i, run);
                 exit(1);
             }
     }
@@ -143,13 +131,11 @@ static void check(const convgen_network *network, int size, const char *label)
 
 int main(void)
 {
-    must("check_cpu", ${name}_check_cpu());
-    convgen_network *network;
-    must("open", ${name}_open("$name.weights", &network));
+    open_network();
     static const char *const labels[SIZES] = {$labels};
     for (int size = 0; size < SIZES; ++size)
-        check(network, size, labels[size]);
+        check(size, labels[size]);
     printf("$name: %d outputs as expected; ok\n", OUTPUTS * SIZES);
-    ${name}_close(network);
+    close_network();
     return 0;
 }

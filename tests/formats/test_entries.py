@@ -54,7 +54,7 @@ def test_without_rules_nothing_changes() -> None:
     [
         (
             "exact",
-            "accuracy: expected CLASS or NAME=CLASS with one of strict, standard, relaxed, tf32, bf16, found 'exact'",
+            "expected CLASS or NAME=CLASS with one of strict, standard, relaxed, tf32, bf16, f16, found 'exact'",
         ),
         ("=strict", "accuracy: expected CLASS or NAME=CLASS"),
         ("", "accuracy: expected CLASS or NAME=CLASS"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,10 +20,12 @@ from onnx import TensorProto, helper, numpy_helper
 import convgen
 from convgen.cuda.driver import Stream, synchronize
 from convgen.errors import ExportError, KernelError, NotTakenError, SpecError, UnsupportedError
+from convgen.hardware.target import resolve
 from convgen.network.check.device import emulated_network, run_on_device
 from convgen.network.check.validate import run_onnxruntime
 from convgen.network.cuda_library import CudaNetworkLibrary
-from convgen.network.network import DeviceNetwork
+from convgen.network.network import DeviceNetwork, plan_model
+from convgen.network.plan import Product
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
 emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to emulate")
@@ -77,7 +80,7 @@ def test_weights_that_were_changed_are_refused(network: DeviceNetwork) -> None:
 
 
 @emulated
-@pytest.mark.parametrize("accuracy", ["tf32", "bf16"])
+@pytest.mark.parametrize("accuracy", ["tf32", "bf16", "f16"])
 def test_networks_of_other_accuracies_are_right_in_emulation(accuracy: str) -> None:
     convgen.compile(small(), TARGET, accuracy=accuracy, records=False).validate(small()).raise_if_failed()
 
@@ -93,11 +96,10 @@ def test_without_a_device_it_is_exported_and_not_called(network: DeviceNetwork, 
         network(np.zeros((1, 3, 12, 12), np.float32))
     with pytest.raises(UnsupportedError, match="steps on a GPU are not timed"):
         network.step_seconds()
-    with pytest.raises(UnsupportedError, match="no example"):
-        network.export(tmp_path / "out", example=True)
-    manifest = network.export(tmp_path / "out")
+    manifest = network.export(tmp_path / "out", example=False)
     assert manifest["kind"] == "device network"
     assert set(manifest["files"]) >= {"libsmall.so", "libsmall.a", "small.h", "small.weights"}
+    assert "example.c" not in manifest["files"]
     (tmp_path / "use.c").write_text(
         '#include "small.h"\n#include <stdio.h>\n'
         "int main(void) {\n"
@@ -122,6 +124,55 @@ def test_without_a_device_it_is_exported_and_not_called(network: DeviceNetwork, 
     (tmp_path / "out" / "small.weights").write_bytes(bytes(loaded.sizes().weights))
     with pytest.raises(ExportError, match="the weights are another library's, or damaged"):
         convgen.load(tmp_path / "out")
+
+
+def emulated_export(network: DeviceNetwork, folder: Path) -> dict[str, str]:
+    """An export whose library has emulated code; the environment that it runs in."""
+    network.export(folder)
+    library, driver = emulated_network(network.built, network.plans, network.target, folder)
+    assert library.name == f"lib{network.name}.so"
+    return {**os.environ, "CONVGEN_CUDA_DRIVER": str(driver), "LD_LIBRARY_PATH": "."}
+
+
+@emulated
+def test_the_example_runs_every_size_and_sees_what_is_wrong(tmp_path: Path) -> None:
+    made = convgen.compile(small("N"), TARGET, dims={"N": (1, 2)}, accuracy="f16", records=False)
+    assert isinstance(made, DeviceNetwork)
+    environment = emulated_export(made, tmp_path / "out")
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", "example.c", "-L.", "-lsmall", "-lm", "-lpthread", "-ldl"]
+    subprocess.run(["cc", *flags, "-o", "example"], cwd=tmp_path / "out", check=True)
+
+    def run() -> tuple[int, str]:
+        program, how = ["./example"], {"cwd": tmp_path / "out", "env": environment, "capture_output": True}
+        done: Any = subprocess.run(program, check=False, text=True, **how)  # type: ignore[call-overload]
+        return done.returncode, done.stdout + done.stderr
+
+    assert run() == (0, "small: 4 outputs as expected; ok\n")
+    path = tmp_path / "out" / "example.output1.N2"
+    numbers = np.fromfile(path, np.float32)
+    numbers[-1] += 0.1 * np.abs(numbers).max()
+    numbers.tofile(path)
+    assert run() == (1, "size 1, output 1, run 1: other numbers than expected\n")
+
+
+def test_what_f16_cannot_hold_is_refused() -> None:
+    model = small()
+    large = numpy_helper.from_array(np.full((16, 3, 3, 3), 1e5, np.float32), "w0")
+    model.graph.initializer[0].CopyFrom(large)
+    with pytest.raises(
+        SpecError, match=r"accuracy: expected weights of at most 65504 for f16, found 100000 among weigh"
+    ):
+        convgen.compile(model, TARGET, accuracy="f16")
+    with pytest.raises(SpecError, match=r"accuracy: expected one of strict, .*, bf16 for a CPU, found 'f16'"):
+        convgen.compile(small(), accuracy="f16", records=False)
+
+
+def test_what_lies_between_the_steps_is_f16() -> None:
+    (plan,) = plan_model(small(), resolve(TARGET), accuracy="f16")
+    specs = [step.function.spec for step in plan.steps if isinstance(step.function, Product)]
+    assert {(spec.dtype, spec.accuracy) for spec in specs} == {("f16", "standard"), ("f32", "tf32")}
+    kept = {name for name in plan.graph.dtypes if plan.graph.dtype(name) == "f32"}
+    assert kept.isdisjoint({"ar", "s", "m", "v", "k"})
 
 
 @emulated

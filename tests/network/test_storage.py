@@ -75,7 +75,7 @@ def test_what_an_output_is_a_part_of_stays_f32(last: list[str]) -> None:
     nodes = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Conv", ["r", "w"], ["c"]), *moves]
     graph = read_graph(model_of(nodes, {"x": (1, 4, 5, 5)}, [names[-1]], {"w": weights(4, 4, 3, 3)}))
     rewrite(graph)
-    store_narrow(graph)
+    store_narrow(graph, "bf16")
     assert {graph.dtype(name) for name in graph.shapes if name in names} == {"f32"}
     assert graph.dtype("r") == "bf16"
     assert [node.spec.accuracy for node in graph.convolutions] == ["bf16"]

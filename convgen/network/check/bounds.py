@@ -29,7 +29,7 @@ from ...problem.accuracy import ACTIVATION_ERROR, CLASS_FACTOR, SMALLEST_NORMAL,
 from ...problem.activation import Activation
 from ...problem.dtypes import RANGES, numpy_dtype
 from ..graph import Convolution, Graph, Operator, Shape
-from ..storage import NARROW
+from ..storage import NARROW, class_of
 
 F64 = npt.NDArray[np.float64]
 _U = UNIT_ROUNDOFF
@@ -71,7 +71,7 @@ def measure(
         graph: as it was read, or rewritten.
         inputs: the network's, by name.
         transformed: names of the nodes whose kernels do more than reorder sums.
-        accuracy: the class that convolutions are computed in.
+        accuracy: the network's.
     """
     known = {name: Measured(np.asarray(array, np.float64), np.zeros(array.shape)) for name, array in inputs.items()}
     for name, array in graph.constants.items():
@@ -80,8 +80,8 @@ def measure(
         is_rounded = name in graph.folded and np.issubdtype(array.dtype, np.floating)
         largest = np.full(array.shape, np.abs(value).max(initial=0.0))
         known[name] = Measured(value, _few(largest) if is_rounded else np.zeros(array.shape))
-    if accuracy == NARROW:
-        known |= {name: _stored(known[name]) for name in inputs}
+    if accuracy in NARROW:
+        known |= {name: _stored(known[name], accuracy) for name in inputs}
     with np.errstate(all="ignore"):
         for node in graph.nodes:
             operands = [known[name] for name in node.inputs]
@@ -90,18 +90,21 @@ def measure(
                 known[node.output] = _convolution(node, operands, graph.shapes[node.output], looser, accuracy)
             else:
                 made = RULES[node.kind](Call(node, operands, graph.shapes[node.output]))
-                factor = CLASS_FACTOR[accuracy] if looser else 1.0
+                factor = CLASS_FACTOR[class_of(accuracy)] if looser else 1.0
                 known[node.output] = Measured(made.value, made.error * factor + SMALLEST_NORMAL)
-            if (dtype := NARROW if accuracy == NARROW else graph.dtype(node.output)) in ("f16", "bf16"):
+            if (dtype := accuracy if accuracy in NARROW else graph.dtype(node.output)) in ("f16", "bf16"):
                 known[node.output] = _stored(known[node.output], dtype)
     return known
 
 
-def _stored(computed: Measured, dtype: str = NARROW) -> Measured:
-    """A tensor that is rounded where it is stored; subnormal numbers may become 0."""
-    underflow = max(dtypes.UNDERFLOW[dtype], SMALLEST_NORMAL)
-    rounding = dtypes.UNIT_ROUNDOFF[dtype] * np.abs(computed.value) + underflow
-    return Measured(computed.value, _joined(computed.error, rounding))
+def _stored(computed: Measured, dtype: str) -> Measured:
+    """A tensor that is rounded where it is stored; subnormal numbers of f32 may become 0. What may be too large for the
+    type may be anything.
+    """
+    size = np.abs(computed.value)
+    rounding = dtypes.UNIT_ROUNDOFF[dtype] * size + max(dtypes.UNDERFLOW[dtype], SMALLEST_NORMAL)
+    error = _joined(computed.error, rounding)
+    return Measured(computed.value, np.where(size + error < dtypes.LARGEST[dtype], error, math.inf))
 
 
 def _joined(*errors: npt.ArrayLike) -> F64:
@@ -115,7 +118,7 @@ def _convolution(
     """``shape`` is the output's: the spec sees rows of matrices as pixels."""
     if node.spec.is_quantised:
         return _of_integers(node, operands, shape)
-    spec = node.spec.with_(accuracy=accuracy)
+    spec = node.spec.with_(accuracy=class_of(accuracy))
     src, *residual = operands
     data: dict[str, Any] = dict(node.parameters) | {"src": src.value.astype(np.float32).reshape(spec.src_shape)}
     if residual:
@@ -135,6 +138,10 @@ def _convolution(
         slope = max(1.0, float(np.abs(data["slope"]).max()))
     passed = slope * largest * heaviest * np.sqrt(np.maximum(squares, 0)).reshape(shape)
     added = [slope * other.error.reshape(shape) for other in residual]
+    if accuracy in NARROW:  # weights so small that they lose digits
+        ones = np.ones(data["weights"].shape, np.float32)
+        sums = run_onnxruntime(plain, np.abs(data["src"]), ones).reshape(shape)
+        added.append(slope * dtypes.UNDERFLOW[accuracy] * np.asarray(sums, np.float64))
     return Measured(value.reshape(shape), _joined(passed, local.reshape(shape), *added))
 
 
