@@ -22,10 +22,10 @@ from ..formats.onnx.file import SMALL, ModelFile
 from ..formats.onnx.graph import Scope, names_read, tensors_of
 from ..formats.onnx.prepare import prepare
 from ..network.graph import Graph
-from ..network.node import END_DTYPES
+from ..network.node import OUTPUT_DTYPES
 
 #: ONNX's numbers of types.
-ONNX_TYPES = {name: number for number, name in END_DTYPES.items()}
+ONNX_TYPES = {name: number for number, name in OUTPUT_DTYPES.items()}
 #: The domain of the nodes that take the parts' places, and its version.
 DOMAIN, DOMAIN_VERSION = "convgen", 1
 #: The version of ONNX's format from which on constants need not be inputs.

@@ -20,7 +20,7 @@ from ..problem.spec import ConvSpec
 #: legalise it anew in every expression.
 ACCUMULATOR = "float32"
 STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16", "i8": "int8", "u8": "uint8", "i32": "int32"}
-STORAGE["bool"] = "uint8"  # 0 or 1; true is whatever is not 0
+STORAGE |= {"i64": "int64", "bool": "uint8"}  # 0 or 1; true is whatever is not 0
 #: What exact sums of integers are kept in.
 INTEGER = "int32"
 #: Added to it, a number below 2**22 is rounded to a whole one, ties to even, which the lowest bits of the sum hold.

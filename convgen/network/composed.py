@@ -135,6 +135,24 @@ def rms_normalization(r: Reading) -> None:
     r.end("mul", [r.add("div", [source, size], shape), r.input(1)])
 
 
+def place_of(mode: str) -> Callable[[Reading], None]:
+    """The place of the largest or the least element along an axis, the first or the last such; of NaN any place."""
+
+    def read(r: Reading) -> None:
+        source = r.input()
+        shape, last = r.shape(source), bool(r.get("select_last_index", 0))
+        axis = r.axis(r.get("axis", 0), len(shape))
+        size, small = shape[axis], tuple(1 if k == axis else n for k, n in enumerate(shape))
+        found = r.add("reduce", [source], small, axes=(axis,), keepdims=True, mode=mode)
+        places = r.constant(np.arange(size).reshape(-1, *(1,) * (len(shape) - 1 - axis)), "places")
+        none = r.constant(0 if last else size - 1, "none")
+        candidates = r.add("where", [r.add("equal", [source, found], shape), places, none], shape)
+        keepdims = bool(r.get("keepdims", 1))
+        r.end("reduce", [candidates], axes=(axis,), keepdims=keepdims, mode="max" if last else "min")
+
+    return read
+
+
 def cast(r: Reading) -> None:
     """Between f32 and truth values, which are 0 and 1 here, and f16 or bf16; and of integers to f32."""
     source, wanted = r.input(), r.get("to")

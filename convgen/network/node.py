@@ -19,10 +19,14 @@ from .graph import Graph, Node, Operator, Shape
 
 #: ONNX's numbers of types, and how such tensors are stored.
 DTYPES = {TensorProto.FLOAT: "f32", TensorProto.UINT8: "u8", TensorProto.INT8: "i8", TensorProto.INT32: "i32"}
-#: Types of a network's own inputs and outputs.
-END_DTYPES = DTYPES | {TensorProto.BOOL: "bool"} | HALVES
+#: Types of a network's own inputs, and of its outputs.
+INPUT_DTYPES = DTYPES | {TensorProto.BOOL: "bool"} | HALVES
+OUTPUT_DTYPES = INPUT_DTYPES | {TensorProto.INT64: "i64"}
 #: How tensors are stored whose types :class:`Reading` takes: truth values are 0 and 1 of f32.
-_STORED = END_DTYPES | {TensorProto.BOOL: "f32"}
+_STORED = INPUT_DTYPES | {TensorProto.BOOL: "f32"}
+#: Operators that give places, whole numbers of f32 here, and those that may follow.
+_PLACES = ("ArgMax", "ArgMin")
+_AFTER_PLACES = (*_PLACES, "Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose")
 
 
 class Refusal(Exception):  # noqa: N818  (an answer more than an error)
@@ -76,7 +80,7 @@ class Reading:
             return name
         self.check_type(name)
         self.shapes[name] = self.shape(name)
-        if (dtype := _STORED[self.scope.dtype(name)]) != "f32":
+        if (dtype := _STORED.get(self.scope.dtype(name), "f32")) != "f32":
             self.graph.dtypes[name] = dtype
         if self.scope.constant(name):
             self.constants[name] = np.asarray(self.scope.value(name), numpy_dtype(dtype), order="C")
@@ -84,8 +88,17 @@ class Reading:
 
     def check_type(self, name: str) -> None:
         """Refuse a tensor of a type that is not taken."""
-        if (dtype := self.scope.dtype(name)) not in _STORED:
+        if (dtype := self.scope.dtype(name)) not in _STORED and not self._are_places(name):
             raise Refusal(f"{name!r} is of type {TensorProto.DataType.Name(dtype).lower()}; f32 is supported")
+
+    def _are_places(self, name: str) -> bool:
+        """Whether a tensor is of places that this node gives or takes."""
+        if self.node.op_type not in _AFTER_PLACES or (index := self.scope.producers.get(name)) is None:
+            return False
+        producer = self.scope.nodes[index]
+        if producer.op_type in _PLACES:
+            return True
+        return producer.op_type in _AFTER_PLACES[3:] and self._are_places(producer.input[0])
 
     def input(self, position: int = 0) -> str:
         if not (name := self.given(position)):

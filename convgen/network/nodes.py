@@ -451,6 +451,8 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "ReduceMax": _reduce("max"),
     "ReduceMin": _reduce("min"),
     "ReduceSumSquare": _reduce("square"),
+    "ArgMax": composed.place_of("max"),
+    "ArgMin": composed.place_of("min"),
     "ReduceL1": composed.reduce_in_steps("abs", "sum", ""),
     "ReduceL2": composed.reduce_in_steps("", "square", "sqrt"),
     "ReduceLogSum": composed.reduce_in_steps("", "sum", "log"),

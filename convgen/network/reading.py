@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +23,11 @@ from ..problem.dtypes import numpy_dtype
 from .ends import store_ends
 from .graph import Convolution, Graph, Node, Operator
 from .integers import READ_INTEGERS, integer_convolution
-from .node import DTYPES, END_DTYPES, Refusal
+from .node import DTYPES, INPUT_DTYPES, OUTPUT_DTYPES, Refusal
 from .nodes import READERS, read_node
 
+#: Up to which whole numbers are f32.
+MOST_EXACT = 1 << 24
 _READERS = {**READERS, **READ_INTEGERS}
 
 
@@ -86,8 +88,14 @@ def read_partly(file: ModelFile, dims: Mapping[str, int]) -> PartlyRead:
     (scope, layers), *_ = folded_graphs(file, dims, arrays=True, strict=False)
     builder = _Builder(scope, layers, _opset(file), file.where)
     graph = builder.partial()
-    types |= {name: "bool" for name in graph.shapes if scope.dtype(name) == TensorProto.BOOL}
+    types |= _other_types(scope, graph.shapes)
     return PartlyRead(graph, list(builder.outside.values()), types)
+
+
+def _other_types(scope: Scope, names: Iterable[str]) -> dict[str, str]:
+    """Which of some tensors, f32 in a graph, are truth values or places in the model."""
+    others = {TensorProto.BOOL: "bool", TensorProto.INT64: "i64"}
+    return {name: others[scope.dtype(name)] for name in names if scope.dtype(name) in others}
 
 
 def _widened(file: ModelFile, dims: Mapping[str, int]) -> dict[str, str]:
@@ -141,7 +149,7 @@ class _Builder:
         for given in made.inputs:
             self._take_input(given)
         for output in made.outputs:
-            self._check_end("output", output)
+            self._check_end("output", output, OUTPUT_DTYPES)
         if not made.shapes.keys() >= set(made.inputs):  # without which no other shape is known
             raise NotTakenError(self.where, self.refused, 0)
         self._read_all(made.outputs)
@@ -149,8 +157,7 @@ class _Builder:
             raise NotTakenError(self.where, self.refused, len(self.nodes))
         self._separate_outputs()
         made.nodes = list(self.nodes.values())
-        truths = [name for name in (*made.inputs, *made.names) if self.scope.dtype(name) == TensorProto.BOOL]
-        store_ends(made, {**types, **dict.fromkeys(truths, "bool")})
+        store_ends(made, {**types, **_other_types(self.scope, (*made.inputs, *made.names))})
         made.order()
         return made
 
@@ -184,15 +191,15 @@ class _Builder:
         self.made.shapes[name] = shape
         if dtype != TensorProto.FLOAT and dtype in DTYPES:
             self.made.dtypes[name] = DTYPES[dtype]
-        self._check_end("input", name)
+        self._check_end("input", name, INPUT_DTYPES)
         if 0 in shape:
             self.refused[f"input {name!r}"] = f"expected elements, found {text(shape)}"
 
-    def _check_end(self, what: str, name: str) -> None:
+    def _check_end(self, what: str, name: str, dtypes: Mapping[int, str]) -> None:
         """Refuse an input or output of a type that is not taken; one of f16 or bf16 is f32 here."""
-        if (dtype := self.scope.dtype(name)) not in (*END_DTYPES, TensorProto.UNDEFINED):
+        if (dtype := self.scope.dtype(name)) not in (*dtypes, TensorProto.UNDEFINED):
             found = TensorProto.DataType.Name(dtype).lower()
-            self.refused[f"{what} {name!r}"] = f"expected one of {', '.join(END_DTYPES.values())}, found {found}"
+            self.refused[f"{what} {name!r}"] = f"expected one of {', '.join(dtypes.values())}, found {found}"
 
     def _read(self, value: str) -> list[str]:
         """Add what computes a value, unless it is constant or refused; returns the values that this takes."""
@@ -209,7 +216,11 @@ class _Builder:
         if self.scope.constant(value):
             if (dtype := DTYPES.get(self.scope.dtype(value), "f32")) != "f32":
                 self.made.dtypes[value] = dtype
-            self.made.constants[value] = np.asarray(self.scope.value(value), numpy_dtype(dtype), order="C")
+            array = np.asarray(self.scope.value(value))
+            if array.dtype == np.int64 and np.abs(array).max(initial=0) > MOST_EXACT:
+                self.refused[f"constant {value!r}"] = f"whole numbers beyond {MOST_EXACT}, which f32 does not have"
+                return []
+            self.made.constants[value] = np.asarray(array, numpy_dtype(dtype), order="C")
             self.made.shapes[value] = self.made.constants[value].shape
             producer = self.scope.producers.get(value)
             if producer is not None and self.scope.nodes[producer].op_type != "Constant":

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 #: Bytes of one element.
-BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "u8": 1, "i32": 4, "bool": 1}
+BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "u8": 1, "i32": 4, "i64": 8, "bool": 1}
 #: What a spec's dtype may be.
 DTYPES = ("f32", "f16", "bf16", "i8")
 #: What the tensors of a layer of 8-bit integers may be.
@@ -35,7 +35,15 @@ LARGEST = {"f32": (2 - 2.0**-23) * 2.0**127, "f16": 65504.0, "bf16": (2 - 2.0**-
 ACCUMULATOR = "f32"
 
 
-_NUMPY = {"f32": "float32", "f16": "float16", "i8": "int8", "u8": "uint8", "i32": "int32", "bool": "bool"}
+_NUMPY = {
+    "f32": "float32",
+    "f16": "float16",
+    "i8": "int8",
+    "u8": "uint8",
+    "i32": "int32",
+    "i64": "int64",
+    "bool": "bool",
+}
 
 
 @functools.cache

@@ -46,6 +46,7 @@ static const char *next(const char *at, const char *dtype, double *number)
 {
     float single;
     int32_t whole;
+    int64_t longer;
     uint16_t half;
     if (strcmp(dtype, "f32") == 0) {
         memcpy(&single, at, sizeof single);
@@ -56,6 +57,11 @@ static const char *next(const char *at, const char *dtype, double *number)
         memcpy(&whole, at, sizeof whole);
         *number = whole;
         return at + sizeof whole;
+    }
+    if (strcmp(dtype, "i64") == 0) {
+        memcpy(&longer, at, sizeof longer);
+        *number = (double)longer;
+        return at + sizeof longer;
     }
     if (strstr(dtype, "16") == NULL) {
         *number = strcmp(dtype, "i8") == 0 ? (double)(signed char)*at : (double)(unsigned char)*at;

@@ -174,12 +174,12 @@ int convgen_network_find_size(const convgen_network_code *code, const int64_t *c
     return CONVGEN_NO_SUCH_SIZE;
 }
 
-/* Of the types that convgen_value has: u8, i8, i32, f32, f16, bf16, bool. */
+/* Of the types that convgen_value has: u8, i8, i32, i64, f32, f16, bf16, bool. */
 static size_t element_bytes(const char *dtype)
 {
     if (strcmp(dtype, "bool") == 0 || dtype[1] == '8')
         return 1;
-    return strstr(dtype, "16") != NULL ? 2 : 4;
+    return strstr(dtype, "16") != NULL ? 2 : strcmp(dtype, "i64") == 0 ? 8 : 4;
 }
 
 static int check_values(const convgen_value *values, int count, const void *const *data, const size_t *sizes,

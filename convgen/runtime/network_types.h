@@ -20,7 +20,7 @@ enum convgen_network_status {
 typedef struct convgen_network convgen_network;
 
 /* One of a network's inputs or outputs: dense, row-major. Its elements are of type f32 (float), u8 (uint8_t), i8 (int8_t),
- * i32 (int32_t), f16 or bf16 (uint16_t, its bits), or bool (a byte that is 0 or not). */
+ * i32 (int32_t), i64 (int64_t), f16 or bf16 (uint16_t, its bits), or bool (a byte that is 0 or not). */
 typedef struct {
     const char *name;
     int rank;

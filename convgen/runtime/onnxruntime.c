@@ -36,7 +36,7 @@ static int type_of(const convgen_value *value)
         const char *dtype;
         int type;
     } known[] = {{"u8", ORT_UINT8}, {"i8", ORT_INT8},   {"i32", ORT_INT32},
-                 {"f16", ORT_HALF}, {"bf16", ORT_BFLOAT16}, {"bool", ORT_BOOL}};
+                 {"i64", ORT_INT64}, {"f16", ORT_HALF}, {"bf16", ORT_BFLOAT16}, {"bool", ORT_BOOL}};
     for (size_t i = 0; i < sizeof known / sizeof *known; ++i)
         if (strcmp(value->dtype, known[i].dtype) == 0)
             return known[i].type;

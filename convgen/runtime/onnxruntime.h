@@ -16,7 +16,7 @@ enum { ORT_API_VERSION = 17 };
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2, ORT_NOT_IMPLEMENTED = 9 };
 enum { ORT_DEVICE_ALLOCATOR = 0, ORT_MEM_DEFAULT = 0 };
 /* ONNX's numbers of types. */
-enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_INT32 = 6, ORT_BOOL = 9, ORT_HALF = 10, ORT_BFLOAT16 = 16 };
+enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_INT32 = 6, ORT_INT64 = 7, ORT_BOOL = 9, ORT_HALF = 10, ORT_BFLOAT16 = 16 };
 
 typedef struct OrtStatus OrtStatus; /* NULL: it went well */
 typedef struct OrtSessionOptions OrtSessionOptions;

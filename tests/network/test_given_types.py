@@ -143,3 +143,70 @@ def test_images_of_integers_are_resized_as_onnx_runtime_does(dtype: Any) -> None
     with pytest.raises(NotTakenError) as caught:
         convgen.compile(resizes(x, ("linear", "half_pixel", (1, 3, 15, 18)))[0])
     assert "factors such as 2, 4 and 8" in caught.value.nodes["Resize 'r0'"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "last", "axis"), [("ArgMax", 0, 1), ("ArgMax", 1, 1), ("ArgMin", 0, -1), ("ArgMin", 1, 2)]
+)
+def test_places_of_the_largest(tmp_path: Path, kind: str, last: int, axis: int) -> None:
+    """What a segmenting network ends with, i64; of several that are alike the first or the last, as asked for."""
+    x = RNG.standard_normal((2, 7, 30, 40), np.float32)
+    x[:, 3] = x[:, 5]  # ties
+    x[..., 11] = x[..., 4]
+    nodes = [
+        helper.make_node("Mul", ["x", "factor"], ["m"]),
+        helper.make_node("Add", ["m", "shift"], ["s"]),
+        helper.make_node("Sigmoid", ["s"], ["g"]),
+        helper.make_node(kind, ["s"], ["a"], axis=axis, select_last_index=last),
+        helper.make_node("Squeeze", ["a", "axes"], ["y"]),
+        helper.make_node("Cast", ["a"], ["z"], to=TensorProto.FLOAT),
+    ]
+    constants = {
+        "factor": np.float32(1.7),
+        "shift": RNG.standard_normal((7, 1, 40), np.float32),
+        "axes": np.array([axis]),
+    }
+    constants["shift"][[3, 5]] = 0.3
+    constants["shift"][..., [4, 11]] = 0.2
+    model = model_of(nodes, {"x": x}, constants, ("y", "z", "g"))
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
+    path = tmp_path / "places.onnx"
+    onnx.save(model, path)
+    network = convgen.compile(path, threads=2)
+    found = network(x)
+    assert found["y"].dtype == np.int64
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    wanted = dict(zip(("y", "z", "g"), session.run(None, {"x": x}), strict=True))
+    np.testing.assert_array_equal(found["y"], wanted["y"])
+    np.testing.assert_array_equal(found["z"], wanted["z"])
+    assert network.validate(path).passed
+    manifest = network.export(tmp_path / "out")
+    assert manifest["sizes"][0]["outputs"][0]["dtype"] == "i64"
+    command = ["cc", "-std=c11", "-Wall", "-Werror", "example.c", "libplaces.a", "-lm", "-lpthread", "-o", "example"]
+    subprocess.run(command, cwd=tmp_path / "out", check=True)
+    assert subprocess.run(["./example"], cwd=tmp_path / "out", check=True, capture_output=True).returncode == 0
+
+
+def test_whole_numbers_that_come_out() -> None:
+    """Bytes, sums and truth values as they are; constants of 64 bits; not what f32 does not have."""
+    x = RNG.integers(0, 9, (3, 4), np.uint8)
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["y"], perm=[1, 0]),
+        helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Greater", ["f", "four"], ["z"]),
+        helper.make_node("Shape", ["x"], ["w"]),
+    ]
+    model = model_of(nodes, {"x": x}, {"four": np.float32(4)}, ("y", "z", "w"))
+    for output, number in zip(
+        model.graph.output, (TensorProto.UINT8, TensorProto.BOOL, TensorProto.INT64), strict=True
+    ):
+        output.type.tensor_type.elem_type = number
+    found = convgen.compile(model, threads=1)(x)
+    for name, wanted in {"y": x.T, "z": x > 4, "w": np.array([3, 4])}.items():
+        np.testing.assert_array_equal(found[name], wanted)
+        assert found[name].dtype == wanted.dtype
+    model.graph.node.append(helper.make_node("Identity", ["large"], ["v"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2**24 + 1]), "large"))
+    model.graph.output.append(helper.make_tensor_value_info("v", TensorProto.INT64, (1,)))
+    with pytest.raises(NotTakenError, match="whole numbers beyond 16777216, which f32 does not have"):
+        convgen.compile(model, threads=1)

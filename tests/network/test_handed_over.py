@@ -302,11 +302,11 @@ REFUSED: dict[str, tuple[ModelProto, str]] = {
         model([node("Relu", "a", "y")], [value("x", (2,))], [value("y")]),
         "value 'a': expected an input, a constant or a node that computes it",
     ),
-    "an output of integers": (
+    "an output of f64": (
         model(
-            [node("Shape", "x", "s"), node("Relu", "x", "y")], [value("x", (2,))], [value("y"), value("s", None, I64)]
+            [node("Cast", "x", "y", to=TensorProto.DOUBLE)], [value("x", (2,))], [value("y", None, TensorProto.DOUBLE)]
         ),
-        "output 's': expected one of f32, .*, found int64",
+        "output 'y': expected one of f32, .*, i64, found double",
     ),
     "an input of indices": (
         model([node("Gather", "x i", "y")], [value("x", (2,)), value("i", (2,), I64)], [value("y")]),
