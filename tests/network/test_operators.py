@@ -25,8 +25,8 @@ PARAMETERS = {"BatchNormalization", "InstanceNormalization", "GroupNormalization
 PARAMETERS |= {"Clip", "Resize", "Upsample", "Pad", "Dropout"}
 #: Operators, and the versions of ONNX that their cases are of. Written down, as collecting the cases takes seconds.
 CASES = (
-    "Abs-13 Add-14 AveragePool-22 BatchNormalization-15 Ceil-13 Celu-28 Clip-13 Concat-13 Cos-22 DepthToSpace-28 "
-    "Div-14 Dropout-11 Dropout-22 Elu-22 Erf-13 Exp-13 Expand-13 Flatten-25 Floor-13 Gather-13 Gelu-20 Gemm-13 "
+    "Abs-13 Add-14 ArgMax-13 ArgMin-13 AveragePool-22 BatchNormalization-15 Ceil-13 Celu-28 Clip-13 Concat-13 "
+    "Cos-22 DepthToSpace-28 Div-14 Dropout-11 Dropout-22 Elu-22 Erf-13 Exp-13 Expand-13 Flatten-25 Floor-13 Gather-13 Gelu-20 Gemm-13 "
     "GlobalAveragePool-22 GlobalMaxPool-22 GroupNormalization-21 HardSigmoid-22 HardSwish-22 Identity-25 "
     "InstanceNormalization-22 LRN-13 LayerNormalization-17 LeakyRelu-16 Log-13 LogSoftmax-13 MatMul-13 Max-13 "
     "MaxPool-22 Mean-13 Min-13 Mish-22 Mul-14 Neg-13 PRelu-16 Pad-25 Pow-15 RMSNormalization-23 Reciprocal-13 "
@@ -46,7 +46,7 @@ OTHERWISE = {"test_resize_downsample_scales_linear_align_corners"}
 
 @cache
 def all_cases() -> list[Any]:
-    """The cases of one node each, of f32."""
+    """The cases of one node each, of f32; or that give places."""
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the cases of other operators compute
@@ -57,7 +57,8 @@ def all_cases() -> list[Any]:
             continue
         kinds = {case.model.graph.input[0].type.tensor_type.elem_type} if case.model.graph.input else set()
         kinds.add(case.model.graph.output[0].type.tensor_type.elem_type)
-        if kinds == {TensorProto.FLOAT}:
+        places = nodes[0].op_type in ("ArgMax", "ArgMin")
+        if kinds == ({TensorProto.FLOAT, TensorProto.INT64} if places else {TensorProto.FLOAT}):
             found.append(case)
     return found
 
