@@ -161,13 +161,9 @@ def test_places_of_the_largest(tmp_path: Path, kind: str, last: int, axis: int) 
         helper.make_node("Squeeze", ["a", "axes"], ["y"]),
         helper.make_node("Cast", ["a"], ["z"], to=TensorProto.FLOAT),
     ]
-    constants = {
-        "factor": np.float32(1.7),
-        "shift": RNG.standard_normal((7, 1, 40), np.float32),
-        "axes": np.array([axis]),
-    }
-    constants["shift"][[3, 5]] = 0.3
-    constants["shift"][..., [4, 11]] = 0.2
+    shift = RNG.standard_normal((7, 1, 40), np.float32)
+    shift[[3, 5]], shift[..., [4, 11]] = 0.3, 0.2
+    constants = {"factor": np.float32(1.7), "shift": shift, "axes": np.array([axis])}
     model = model_of(nodes, {"x": x}, constants, ("y", "z", "g"))
     model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
     path = tmp_path / "places.onnx"
