@@ -212,10 +212,19 @@ static uint64_t mixed(uint64_t hash, uint64_t word)
 
 static uint64_t block_checksum(const uint64_t *words, size_t count, uint64_t block) /* count is a multiple of 8 */
 {
-    uint64_t hashes[CHECKSUM_LANES] = {0}, total = block;
-    for (size_t i = 0; i < count; i += CHECKSUM_LANES)
-        for (int lane = 0; lane < CHECKSUM_LANES; ++lane)
-            hashes[lane] = mixed(hashes[lane], words[i + lane]);
+    uint64_t a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;
+    for (size_t i = 0; i < count; i += CHECKSUM_LANES) { /* written out: an array of them would not stay in registers */
+        a = mixed(a, words[i]);
+        b = mixed(b, words[i + 1]);
+        c = mixed(c, words[i + 2]);
+        d = mixed(d, words[i + 3]);
+        e = mixed(e, words[i + 4]);
+        f = mixed(f, words[i + 5]);
+        g = mixed(g, words[i + 6]);
+        h = mixed(h, words[i + 7]);
+    }
+    const uint64_t hashes[CHECKSUM_LANES] = {a, b, c, d, e, f, g, h};
+    uint64_t total = block;
     for (int lane = 0; lane < CHECKSUM_LANES; ++lane)
         total = mixed(total, hashes[lane]);
     return total;
