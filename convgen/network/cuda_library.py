@@ -110,8 +110,8 @@ class CudaNetworkLibrary(NetworkLibrary):
         """The network's outputs. Returns when the work is launched, not when it is done.
 
         Args:
-            arrays: the inputs in the model's order, f32, contiguous, in the device's memory: of PyTorch, CuPy or
-                anything else with DLPack. Or one mapping with inputs by their names.
+            arrays: the inputs in the model's order and of its types, contiguous, in the device's memory: of PyTorch,
+                CuPy or anything else with DLPack. Or one mapping with inputs by their names.
             named: inputs by their names, where these are Python's.
             out: arrays to write outputs to, by name; new ones of the first input's framework for others.
             stream: where to run: a handle or an object with ``__cuda_stream__``; the current one of the first input's

@@ -16,6 +16,7 @@ import pytest
 from device_tensors import Tensor
 from network_models import model_of
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
 import convgen
 from convgen.cuda.driver import Stream, synchronize
@@ -83,6 +84,17 @@ def test_weights_that_were_changed_are_refused(network: DeviceNetwork) -> None:
 @pytest.mark.parametrize("accuracy", ["tf32", "bf16", "f16"])
 def test_networks_of_other_accuracies_are_right_in_emulation(accuracy: str) -> None:
     convgen.compile(small(), TARGET, accuracy=accuracy, records=False).validate(small()).raise_if_failed()
+
+
+@emulated
+@pytest.mark.parametrize("accuracy", ["standard", "f16"])
+def test_a_model_of_f16_is_given_and_gives_f16(accuracy: str) -> None:
+    model = convert_float_to_float16(small())
+    made = convgen.compile(model, TARGET, accuracy=accuracy, records=False)
+    assert {made.inputs["x"].dtype, made.outputs["y"].dtype, made.outputs["cs"].dtype} == {"f16"}
+    report = made.validate(model)
+    report.raise_if_failed()
+    assert not any("nothing is promised" in check.found for check in report.checks)
 
 
 @emulated

@@ -15,6 +15,7 @@ from ...hardware.target import Target
 from ...kernel.library import Bytes
 from ...lowering.interface import DeviceCode, read_architecture
 from ...lowering.link import link_device_network
+from ...problem.dtypes import numpy_dtype
 from ...processes import JobError, Worker
 from ..compile import Built
 from ..cuda_library import CudaNetworkLibrary
@@ -110,7 +111,10 @@ def _run(network: CudaNetworkLibrary, size: int, arrays: Arrays, weights: Bytes,
     stream.synchronize()
     for what, buffer in {**given, **out, "workspace": scratch, "weights": packed}.items():
         buffer.check(what)
-    return {name: out[name].download().view(np.float32).reshape(info.shape) for name, info in tensors.outputs.items()}
+    return {
+        name: out[name].download().view(numpy_dtype(info.dtype)).reshape(info.shape)
+        for name, info in tensors.outputs.items()
+    }
 
 
 class _Buffer:

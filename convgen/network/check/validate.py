@@ -122,14 +122,24 @@ def validate_network(
         checks.append(_same(runs))
         ratio = 0.0
         for size, plan, arrays, found in zip(code.sizes, plans, given, runs, strict=True):
-            if widened is not None:
-                wanted: Arrays = run_onnxruntime(widened, {name: _as_f32(array) for name, array in arrays.items()})
-            else:
-                wanted = run_onnxruntime(source, arrays) if expected is None else expected
+            known = expected if widened is None else None
+            wanted = run_widened(source, arrays) if known is None else known
             check, worst_error = _compared(plan, source, arrays, next(iter(found.values())), wanted, accuracy)
             checks.append(replace(check, found=f"{size.label}: {check.found}") if size.label else check)
             ratio = max(ratio, worst_error)
     return NetworkReport(code.name, threads, tuple(checks), ratio)
+
+
+def run_widened(source: str | Path | ModelProto, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
+    """A whole model's outputs by name, of one of f16 or bf16 those of the same in f32.
+
+    Raises:
+        UnsupportedError: ONNX Runtime does not run the model.
+    """
+    widened = as_f32(source)
+    if widened is None:
+        return run_onnxruntime(source, inputs)
+    return run_onnxruntime(widened, {name: _as_f32(array) for name, array in inputs.items()})
 
 
 def _as_f32(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
