@@ -28,6 +28,8 @@ STEP = 32
 #: Bytes of a row that ``wgmma`` multiplies in one step, and of a row in shared memory as it is swizzled for it.
 ROW = 128
 
+Shape = tuple[int, int, int]
+
 _described: ContextVar[bool] = ContextVar("described", default=False)
 
 
@@ -87,8 +89,7 @@ def _product(function: str, dtype: str, rows: int, cols: int, vectors: int) -> s
     """The intrinsic of a function of device.h, which takes sums, a, bytes per row of a, b and bytes per row of b."""
     from tvm.script import tirx as T  # noqa: N812
 
-    size = BYTES[dtype]
-    lanes, stored, summed = VECTOR // size, STORED[dtype], sums_of(dtype)
+    lanes, stored, summed = VECTOR // BYTES[dtype], STORED[dtype], sums_of(dtype)
 
     def wide(value: Any) -> Any:
         return value.astype(summed)
@@ -106,31 +107,7 @@ def _product(function: str, dtype: str, rows: int, cols: int, vectors: int) -> s
                     vi, vj, vk, vv = T.axis.remap("SSRR", [i, j, k, v])
                     sums[vi, vj] = sums[vi, vj] + wide(left[vi, vk, vv]) * wide(right[vj, vk, vv])
 
-    @T.prim_func(s_tir=True, private=True)
-    def implementation(c: T.handle, a: T.handle, b: T.handle) -> None:
-        a0, a1, b0, b1 = T.int32(), T.int32(), T.int32(), T.int32()
-        sums = T.match_buffer(c, (rows, cols), summed, offset_factor=1, scope="local")
-        left = T.match_buffer(
-            a, (rows, vectors, lanes), stored, offset_factor=1, scope="shared.dyn", strides=[a0, a1, 1]
-        )
-        right = T.match_buffer(
-            b, (cols, vectors, lanes), stored, offset_factor=1, scope="shared.dyn", strides=[b0, b1, 1]
-        )
-        with T.sblock("root"):
-            T.reads(sums[0:rows, 0:cols], left[0:rows, 0:vectors, 0:lanes], right[0:cols, 0:vectors, 0:lanes])
-            T.writes(sums[0:rows, 0:cols])
-            T.evaluate(
-                T.call_extern(
-                    "void",
-                    function,
-                    sums.access_ptr("rw"),
-                    left.access_ptr("r"),
-                    a0 * size,
-                    right.access_ptr("r"),
-                    b0 * size,
-                )
-            )
-
+    implementation = _called(function, dtype, (rows, cols), (rows, vectors, lanes), (cols, vectors, lanes))
     return _registered(f"convgen {function} {dtype}", description, implementation)
 
 
@@ -139,8 +116,8 @@ def _product_across(function: str, dtype: str, rows: int, cols: int) -> str:
     """The intrinsic of :func:`mma_across`; the function takes what :func:`_product` says."""
     from tvm.script import tirx as T  # noqa: N812
 
-    size, stored, summed = BYTES[dtype], STORED[dtype], sums_of(dtype)
-    depth, lanes = STEP // size, VECTOR // size
+    stored, summed = STORED[dtype], sums_of(dtype)
+    depth, lanes = STEP // BYTES[dtype], VECTOR // BYTES[dtype]
 
     def wide(value: Any) -> Any:
         return value.astype(summed)
@@ -164,22 +141,28 @@ def _product_across(function: str, dtype: str, rows: int, cols: int) -> str:
                         right[vk, vj // lanes, vj % lanes]
                     )
 
+    shapes = ((depth, size // lanes, lanes) for size in (rows, cols))
+    implementation = _called(function, dtype, (rows, cols), *shapes)
+    return _registered(f"convgen {function} {dtype}", description, implementation)
+
+
+def _called(function: str, dtype: str, shape: tuple[int, int], left_shape: Shape, right_shape: Shape) -> Any:
+    """The implementation of a product: the call of what :func:`_product` says. ``shape`` is that of the sums, the
+    others those of a and b, ``[rows][vectors][elements of a vector]``.
+    """
+    from tvm.script import tirx as T  # noqa: N812
+
+    size, stored, summed = BYTES[dtype], STORED[dtype], sums_of(dtype)
+    (rows, cols), (a_rows, a_vectors, lanes), (b_rows, b_vectors, _) = shape, left_shape, right_shape
+
     @T.prim_func(s_tir=True, private=True)
     def implementation(c: T.handle, a: T.handle, b: T.handle) -> None:
         a0, a1, b0, b1 = T.int32(), T.int32(), T.int32(), T.int32()
         sums = T.match_buffer(c, (rows, cols), summed, offset_factor=1, scope="local")
-        left = T.match_buffer(
-            a, (depth, rows // lanes, lanes), stored, offset_factor=1, scope="shared.dyn", strides=[a0, a1, 1]
-        )
-        right = T.match_buffer(
-            b, (depth, cols // lanes, lanes), stored, offset_factor=1, scope="shared.dyn", strides=[b0, b1, 1]
-        )
+        left = T.match_buffer(a, left_shape, stored, offset_factor=1, scope="shared.dyn", strides=[a0, a1, 1])
+        right = T.match_buffer(b, right_shape, stored, offset_factor=1, scope="shared.dyn", strides=[b0, b1, 1])
         with T.sblock("root"):
-            T.reads(
-                sums[0:rows, 0:cols],
-                left[0:depth, 0 : rows // lanes, 0:lanes],
-                right[0:depth, 0 : cols // lanes, 0:lanes],
-            )
+            T.reads(sums[0:rows, 0:cols], left[0:a_rows, 0:a_vectors, 0:lanes], right[0:b_rows, 0:b_vectors, 0:lanes])
             T.writes(sums[0:rows, 0:cols])
             T.evaluate(
                 T.call_extern(
@@ -193,7 +176,7 @@ def _product_across(function: str, dtype: str, rows: int, cols: int) -> str:
                 )
             )
 
-    return _registered(f"convgen {function} {dtype}", description, implementation)
+    return implementation
 
 
 def wgmma_definition(kind: str, cols: int) -> str:
