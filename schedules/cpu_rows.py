@@ -35,6 +35,7 @@ from convgen.deferred import tirx
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Expr, Operands, ceildiv, unflat
 from convgen.lowering.schedule import Picks, Program, Space, Written, require
+from convgen.problem.dtypes import RANGES
 from convgen.problem.spec import ConvSpec
 
 #: Multiply-adds written out in all tiles together, in any and in the default; more take long to compile.
@@ -55,6 +56,10 @@ PARTS = (1, 2, 3, 4, 8)
 class CpuRows(Written):
     id, version = "cpu_rows", 5
     merged = ("cpu_masked", "cpu_gemm")
+
+    def takes_integers(self, spec: ConvSpec) -> bool:
+        """Sums are of numbers as they are stored; stored in 8 bits, as they become i32 on the way to these alone."""
+        return not spec.src_zero and not spec.weights_zero and spec.dst_dtype in RANGES
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         require(target.kind == "cpu", "needs a CPU")
@@ -114,7 +119,7 @@ class CpuRows(Written):
         ) -> tirx.Stmt:
             inner = _flat(spec, target)
             columns = columns_of(inner, picks.lanes, picks.tile_ow)
-            product = RowProduct(inner, columns, picks.tile_oc, src, residual, parameters, dst, spec.dtype)
+            product = RowProduct(inner, columns, picks.tile_oc, src, residual, parameters, dst, spec.dtypes["src"])
             return _statement(spec, picks, product)
 
         ops = Operands(spec)

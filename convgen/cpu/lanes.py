@@ -339,7 +339,7 @@ def subsampled(block: Block, spec: ConvSpec, src: tirx.Buffer, image: Expr, lane
     the channels. Most of what is read with a stride is skipped, and every block of output channels would skip it again.
     """
     *rows, width = spec.out_spatial
-    columns = columns_of(spec, lanes, 1)
+    columns, dtype = columns_of(spec, lanes, 1), spec.dtypes["src"]
     # Whole vectors, overwritten by the next row: TVM shrinks a buffer to what it sees accessed, and of a masked
     # store it sees the first element.
     copy = block.buffer((1, spec.ic, math.prod(rows) * width + lanes))
@@ -348,7 +348,7 @@ def subsampled(block: Block, spec: ConvSpec, src: tirx.Buffer, image: Expr, lane
         for inner, _, x0, tile in columns.tiles(row):
 
             def read(offset: int, count: int, shift: int, x0: Expr = x0) -> Expr:
-                return load(src, spec.dtype, [image, c, *where, x0 * spec.stride[-1] + offset], lanes, count, shift)
+                return load(src, dtype, [image, c, *where, x0 * spec.stride[-1] + offset], lanes, count, shift)
 
             value = Taps(inner, columns, tile, read)[0, columns.taps[0]]
             inner.add(store(copy, "f32", [0, c, y * width + x0], columns.in_order(value), lanes, lanes))

@@ -14,6 +14,7 @@ from typing import Any
 from ..deferred import te, tirx
 from ..lowering.compute import (
     ACCUMULATOR,
+    INTEGER,
     STORAGE,
     STORED,
     Expr,
@@ -267,7 +268,7 @@ def _vectors(parameters: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _of_all(block: Block, parameters: Mapping[str, Any], lanes: int) -> dict[str, Expr]:
     """Those numbers of the parameters that the epilogue takes of all channels, in all lanes."""
-    numbers = {"dst_zero": parameters["dst_zero"][0]} if "dst_zero" in parameters else {}
+    numbers = {"dst_zero": parameters["dst_zero"][0].astype(INTEGER)} if "dst_zero" in parameters else {}
     if "sum" in parameters:
         numbers |= {name: parameters["sum"][i] for i, name in enumerate(SUM)}
     return {name: block.let(tirx.Broadcast(number, lanes)) for name, number in numbers.items()}

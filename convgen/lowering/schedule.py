@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from ..errors import Inapplicable
+from ..problem.dtypes import RANGES
 from ..problem.layout import PLAIN
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 Pick = int | str | bool
 Array: TypeAlias = "npt.NDArray[Any]"
 
-#: Most products of i8, 2**14 at most each, whose sum is exact in f32.
-EXACT_I8_PRODUCTS = 1 << 10
+#: Up to which whole numbers are f32.
+EXACT = 1 << 24
 
 
 def require(condition: bool, why: str) -> None:
@@ -268,11 +269,10 @@ class Schedule(ABC):
         self.applies(spec, target)
         if spec.dtype == "i8" and not self.sums_integers:
             require(not self.transforms, "its transform is not exact for i8")
-            length = spec.reduction_length
-            require(
-                length <= EXACT_I8_PRODUCTS,
-                f"sums in f32, exact for {EXACT_I8_PRODUCTS} products of i8; there are {length}",
-            )
+            length, types = spec.reduction_length, (spec.src_dtype, spec.weights_dtype)
+            most = EXACT // math.prod(max(-RANGES[dtype][0], RANGES[dtype][1]) for dtype in types)
+            what = "i8" if set(types) == {"i8"} else " by ".join(types)
+            require(length <= most, f"sums in f32, exact for {most} products of {what}; there are {length}")
 
     def reason_against(self, spec: ConvSpec, target: Target, picks: Picks | None = None) -> str | None:
         """Why the schedule (or one point of it) does not apply; None where it does."""
