@@ -124,7 +124,7 @@ def build(
         if (trials or seconds) and spec.n:
             with Tuner(resolved, threads, store) as tuner:
                 record = tuner.tune(spec, trials=trials, seconds=seconds, progress=progress)
-                answer = Answer(record, rejected=frozenset(tuner.rejected))
+                answer = Answer(record, rejected=frozenset(tuner.rejected), note=tuner.note)
         elif store is not None and resolved.native:
             answer = find_record(store, spec, resolved, threads)
             if answer.to_measure:  # in one or two seconds

@@ -129,7 +129,7 @@ class Work:
         answer, tuner = Answer(None), self.tuner
         if forced is None and tuner is not None:
             if (self.trials or self.seconds) and entry.spec.n:
-                answer = Answer(self.tune(entry), rejected=frozenset(tuner.rejected))
+                answer = Answer(self.tune(entry), rejected=frozenset(tuner.rejected), note=tuner.note)
             elif self.store is not None and self.target.native:
                 answer = find_record(self.store, entry.spec, self.target, self.threads)
                 if answer.to_measure:

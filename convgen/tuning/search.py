@@ -68,6 +68,7 @@ class Search:
         state: where the layer stands.
         tried: seconds of every candidate that was tried; None where it failed.
         rejected: candidates that failed.
+        failure: how the first of them did: its outcome, and the error.
         made: trials made here.
         job_trials, job_cost: trials made and seconds spent by the journal's job, in earlier runs and by
             other processes as well.
@@ -99,6 +100,7 @@ class Search:
         self.state = Progress(spec, trials, seconds)
         self.report = progress or (lambda _: None)
         self.rejected: set[Candidate] = set()
+        self.failure = ""
         self.best: TuningRecord | None = None
         self.winner: TuningRecord | None = None
         self.gain = self.PRIOR
@@ -125,6 +127,11 @@ class Search:
         if self.since_gain >= self.patience:
             return "converged"
         return "exhausted" if self.exhausted and not self._claimed else ""
+
+    @property
+    def all_failed(self) -> bool:
+        """Whether something was tried, and nothing was right."""
+        return bool(self.tried) and all(seconds is None for seconds in self.tried.values())
 
     @property
     def in_flight(self) -> int:
@@ -238,6 +245,7 @@ class Search:
         if record.seconds is None:
             state.failures[record.outcome] += 1
             self.rejected.add(candidate)
+            self.failure = self.failure or f"{record.outcome}: {record.error or 'no more is known'}"
         elif self.best is None or record.seconds < (self.best.seconds or 0.0):
             self.best = record
             state.best, state.best_candidate = record.seconds, str(candidate)

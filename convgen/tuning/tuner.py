@@ -57,8 +57,11 @@ class Tuner:
         self.journal = records if isinstance(records, Journal) else Journal(records)
         self._own_journal = self.journal is not records
         self.context = SearchContext(target, threads, self.journal, pools=pools, ranker=ranker)
-        #: Candidates of the last layer that failed: they crashed, hung or were wrong.
+        #: Candidates of the last layer that failed, they crashed, hung or were wrong, while others did not: where all
+        #: fail that says nothing of any one.
         self.rejected: set[Candidate] = set()
+        #: What a user should know of the last layer's trials; empty otherwise.
+        self.note = ""
 
     def __enter__(self) -> Tuner:
         return self
@@ -124,14 +127,19 @@ class Tuner:
             search = self.search(
                 spec, trials=trials, seconds=seconds, progress=progress, seed=seed, exclude=exclude, patience=patience
             )
-            self.rejected = search.rejected
+            self.rejected, self.note = search.rejected, ""
 
             def stop() -> bool:
                 return interrupts.came or (seconds is not None and journal.now() - start >= seconds)
 
             try:
                 take_rounds(pools, lambda: None if search.over else (search, round_size(pools)), stop)
-                return None if interrupts.came else final_comparison(search)
+                record = None if interrupts.came else final_comparison(search)
+                if search.all_failed:
+                    self.rejected = set()
+                    count = f"all {len(search.tried)} trials" if len(search.tried) > 1 else "the one trial"
+                    self.note = f"{search.spec}: {count} failed: the untuned default answers; first {search.failure}"
+                return record
             finally:
                 search.close()
                 self.context.forget()

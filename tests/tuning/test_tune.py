@@ -22,6 +22,7 @@ from fake_tuning import Clock, FakeBuilder, FakeRunner, FakeSchedule, Speed, don
 from tvm import te
 from worker_jobs import build_with_fault, in_worker
 
+import convgen
 from convgen.api import tune
 from convgen.errors import BuildError, SpecError
 from convgen.hardware.target import resolve
@@ -314,6 +315,27 @@ def test_a_default_that_fails_is_no_rival(store: RecordStore, monkeypatch: pytes
     assert (winner.note or {})["default_seconds"] is None
     assert all(x != 0 for _, _, x in runner.duels[0])
     assert {candidate.picks["x"] for candidate in tuner.rejected} == {0}
+
+
+@pytest.mark.parametrize(("size", "said"), [(1, "the one trial failed"), (3, "all 3 trials failed")])
+def test_where_everything_fails_nothing_is_rejected(
+    size: int, said: str, store: RecordStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says nothing of the default, which is faster by far than what others are checked against."""
+    tuner, _ = fakes(monkeypatch, store, lambda *what: "crash", FakeSchedule(size=size))
+    assert tuner.tune(LAYER) is None
+    assert tuner.rejected == set()
+    assert f"{said}: the untuned default answers; first crash: planted" in tuner.note
+
+
+def test_a_build_where_every_trial_fails_takes_the_default_and_says_why(
+    store: RecordStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalRunner, "submit", lambda *_, **options: done(Result("crash", error="planted")))
+    kernel = convgen.build(SPEC, threads=2, trials=2, records=store)
+    default = default_candidate(SPEC, resolve().on(2))
+    assert (kernel.schedule, kernel.picks, kernel.record) == (default.schedule.id, default.picks, None)
+    assert "2 trials failed: the untuned default answers; first crash: planted" in kernel.note
 
 
 def test_a_comparison_that_fails_lets_each_run_by_itself(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
