@@ -5,7 +5,8 @@ Applies to  the gradient of weights of layers of any rank, transposed ones too, 
 Strategy    1. A task has `tile_oc` output channels, in the vector lanes, and one of `parts` of the input channels, with
                all taps of these: sums that no other task has, so that threads and their number change no bit.
             2. It goes over all images, `rows` output rows at a time. Their gradients of dst are put in order first,
-               [pixel][channel]: of NCHW by transposing squares in registers. They stay in the cache.
+               [pixel][channel]: of NCHW by transposing squares in registers. They stay in the cache. Those of large
+               images have been fetched ahead by then.
             3. For each tile of `tile_c` input channels × the taps of a row of the kernel, sums are in registers over
                all pixels of the rows: a step loads the vectors of a pixel's gradients, and multiplies these by a number
                of src for each channel and tap. Rows outside the image are left out; of pixels whose taps lie partly
@@ -37,7 +38,7 @@ from convgen.problem.spec import ConvSpec
 
 
 class CpuGradient(Written):
-    id, version, directions = "cpu_gradient", 2, ("weights",)
+    id, version, directions = "cpu_gradient", 3, ("weights",)
 
     def takes_layouts(self, src: str, dst: str) -> bool:
         return src in PLAIN and dst in PLAIN
@@ -72,12 +73,18 @@ class CpuGradient(Written):
 
         def statement(src: Any, gradient: Any, parameters: dict[str, Any], dst: Any) -> Any:
             relation, block = Correlation(spec), Block()
-            block.add(WeightsGradient(relation, picks, target.lanes, most, src, gradient, dst).statement())
+            fetches = _fetches(spec, target)
+            block.add(WeightsGradient(relation, picks, target.lanes, most, fetches, src, gradient, dst).statement())
             if spec.bias and relation.is_swapped:
                 add_sums_of_channels(block, spec, target.lanes, gradient, dst)
             return block.statement()
 
         return written(Operands(spec), [nothing_packed()], statement)
+
+
+def _fetches(spec: ConvSpec, target: Target) -> bool:
+    """Whether what is put in order comes from beyond the L2 cache."""
+    return spec.bytes["src" if Correlation(spec).is_swapped else "residual"] > target.l2
 
 
 @lru_cache(maxsize=1024)
@@ -123,7 +130,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     work.append(Work(tasks * weights, loads=1, stores=1, cycles=1))
     inner, outer = ("residual", "src") if relation.is_swapped else ("src", "residual")
     moved = [
-        Stream(spec.bytes[outer] / blocks * tasks),  # put in order before there are products to hide it
+        Stream(spec.bytes[outer] / blocks * tasks, ahead=_fetches(spec, target)),
         Stream(spec.bytes[inner] / spec.groups / picks.parts * tasks, ahead=1),
         Stream(spec.bytes["dst"] / (blocks * picks.parts) * tasks),
     ]

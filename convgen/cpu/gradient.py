@@ -5,7 +5,7 @@ statement.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..deferred import tirx
@@ -13,7 +13,7 @@ from ..lowering.compute import ACCUMULATOR, Expr, ceildiv, narrow, unflat, widen
 from ..lowering.schedule import Picks
 from .correlation import Correlation
 from .product import multiply, pieces
-from .vector import Block, Registers, interleave, load_within
+from .vector import Block, Registers, interleave, load_within, prefetch
 
 
 class Reach(NamedTuple):
@@ -23,6 +23,14 @@ class Reach(NamedTuple):
     taps: int
     start: int
     end: int
+
+
+class _Following(NamedTuple):
+    """What of outer is put in order next: of an image from a pixel on, from a channel on."""
+
+    image: Expr
+    pixel: Expr
+    channel: Expr
 
 
 def reaches(relation: Correlation, most: int) -> list[Reach]:
@@ -43,13 +51,22 @@ class WeightsGradient:
         relation: of the layer's tensors; its outer is what is put in order, in the vector lanes.
         picks: ``tile_oc tile_c rows parts``, as the schedule's docstring explains them.
         most_taps: of a row of the kernel in one tile.
+        fetches: whether rows of outer are fetched into the L2 cache while the products of those before are made.
         src, gradient, dst: buffers.
     """
 
     def __init__(
-        self, relation: Correlation, picks: Picks, lanes: int, most_taps: int, src: Any, gradient: Any, dst: Any
+        self,
+        relation: Correlation,
+        picks: Picks,
+        lanes: int,
+        most_taps: int,
+        fetches: bool,
+        src: Any,
+        gradient: Any,
+        dst: Any,
     ) -> None:
-        self.relation, self.picks, self.lanes, self.dst = relation, picks, lanes, dst
+        self.relation, self.picks, self.lanes, self.fetches, self.dst = relation, picks, lanes, fetches, dst
         self.inner, self.outer = relation.ordered(src, gradient)
         self.dtype, self.groups = relation.spec.dtype, relation.spec.groups
         self.own, self.group, self.width = relation.own, relation.group, relation.width
@@ -85,7 +102,7 @@ class WeightsGradient:
             if of_bias is not None:
                 with body.when(part == 0) as case:
                     self._add_bias(case, of_bias, ordered, count)
-            self._products(body, sums, ordered, (n, line, count), group, start)
+            self._products(body, sums, ordered, (n, line, count), (group, first, start))
         self._store(task, sums, group, first, start, self.own * (part + 1) // self.picks.parts)
         if of_bias is not None:
             with task.when(part == 0) as case:
@@ -148,17 +165,60 @@ class WeightsGradient:
     # ---- products ------------------------------------------------------------------------------
 
     def _products(
-        self, body: Block, sums: Any, ordered: Any, where: tuple[Expr, Expr, Expr], group: Expr, start: Expr
+        self,
+        body: Block,
+        sums: Any,
+        ordered: Any,
+        where: tuple[Expr, Expr, Expr],
+        chosen: tuple[Expr, Expr, Expr],
     ) -> None:
         """Tile after tile of channels, and of taps for each."""
-        begin = 0
+        group, first, start = chosen
+        begin, each, number = 0, reaches(self.relation, self.most_taps), 0
+        rows = self.taps[0] * self.taps[1]
+        tiles = ceildiv(self.channels, self.picks.tile_c) * rows * len(each)
+        ahead = self._following(body, where, group, first) if self.fetches else None
         for channels, times in pieces(self.channels, self.picks.tile_c):
             with body.loop(times) as (tile, i):
                 channel = tile.let(begin + i * channels)
-                with tile.loop(self.taps[0] * self.taps[1]) as (row, tap):
-                    for reach in reaches(self.relation, self.most_taps):
-                        self._tile(row, sums, ordered, where, (group, start, channel, channels), tap, reach)
+                with tile.loop(rows) as (row, tap):
+                    for index, reach in enumerate(each):
+                        fetch = None
+                        if ahead is not None:
+                            share = ((number + i) * rows + tap) * len(each) + index
+                            fetch = self._fetching(row, ahead, share, tiles)
+                        self._tile(row, sums, ordered, where, (group, start, channel, channels), tap, reach, fetch)
             begin += times * channels
+            number += times
+
+    def _following(self, body: Block, where: tuple[Expr, Expr, Expr], group: Expr, first: Expr) -> _Following:
+        """What is put in order after some lines of an image: lines of the same, or of the next one."""
+        n, line, count = where
+        is_last = line + count >= self.lines
+        image = body.let(tirx.Select(is_last, n + 1, n))
+        pixel = body.let(tirx.Select(is_last, 0, (line + count) * self.width))
+        return _Following(image, pixel, body.let(group * self.group + first))
+
+    def _fetching(self, body: Block, ahead: _Following, tile: Expr, tiles: int) -> Callable[[Block, Expr], None]:
+        """What fetches a tile's share of what follows, a line or more with each pixel; those that have none left fetch
+        the last one's again, which costs less than a branch.
+        """
+        lanes, each = self.lanes, ceildiv(self.vectors, tiles)
+        first = body.let(tirx.min(tile * each, self.vectors - each)) if tiles > 1 else 0
+
+        def fetch(step: Block, pixel: Expr) -> None:
+            for v in range(each):
+                vector = (first + v) * lanes
+                if self.relation.outer.layout == "nhwc":
+                    at = (ahead.pixel + pixel) * self.relation.outer.channels + ahead.channel + vector
+                    place = self.relation.outer.place(ahead.image, 0, (0, 0, 0), at)
+                else:  # of as many pixels as a vector has lanes, a line of each of its channels
+                    lane = pixel % lanes
+                    channel = ahead.channel + vector + lane
+                    place = self.relation.outer.place(ahead.image, channel, (0, 0, 0), ahead.pixel + pixel - lane)
+                step.add(prefetch(self.outer, place, level=2))
+
+        return fetch
 
     def _tile(
         self,
@@ -169,6 +229,7 @@ class WeightsGradient:
         chosen: tuple[Expr, Expr, Expr, int],
         tap: Expr,
         reach: Reach,
+        fetch: Callable[[Block, Expr], None] | None,
     ) -> None:
         n, line, count = where
         group, start, channel, channels = chosen
@@ -183,7 +244,7 @@ class WeightsGradient:
             with one.when(self.relation.is_inside(reached)) as row:
                 base = row.let(i * self.width)
                 for begin, end, checked in self._runs(reach):
-                    self._run(row, made, ordered, n, first, reached, base, (begin, end, checked), reach)
+                    self._run(row, made, ordered, n, first, reached, base, (begin, end, checked), reach, fetch)
         at = body.let(channel * math.prod(self.taps) + tap * self.taps[2] + reach.first)
         for (c, k), v in made.keys:
             place = at + (c * math.prod(self.taps) + k)
@@ -205,6 +266,7 @@ class WeightsGradient:
         base: Expr,
         run: tuple[int, int, bool],
         reach: Reach,
+        fetch: Callable[[Block, Expr], None] | None,
     ) -> None:
         begin, end, checked = run
         relation = self.relation
@@ -218,7 +280,8 @@ class WeightsGradient:
             value = widen(self.inner[tuple(relation.element(relation.inner, n, first[c], [*where, near]))], self.dtype)
             return tirx.Select(tirx.all(x >= 0, x < size), value, tirx.const(0, ACCUMULATOR)) if checked else value
 
-        multiply(row, made, end - begin, scalar, lambda v, k: self._vector(ordered, base + begin + k, v))
+        ahead = None if fetch is None else lambda step, k: fetch(step, base + begin + k)
+        multiply(row, made, end - begin, scalar, lambda v, k: self._vector(ordered, base + begin + k, v), ahead)
 
     # ---- what is stored ------------------------------------------------------------------------
 

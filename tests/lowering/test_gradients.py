@@ -17,6 +17,9 @@ from convgen.errors import SpecError
 from convgen.hardware.target import resolve
 from convgen.kernel.kernel import compile_candidate
 from convgen.lowering.candidates import default_candidate, reference_candidate
+from convgen.lowering.discover import schedules_of
+from convgen.lowering.lower import lower
+from convgen.lowering.schedule import Candidate
 from convgen.problem.spec import ConvSpec
 
 Array = np.ndarray[Any, Any]
@@ -130,6 +133,25 @@ def test_onnx_and_the_layer_that_a_gradient_is(layer: ConvSpec, direction: str) 
     same = {name: array.reshape(core.shapes[name]) for name, array in data.items()}
     np.testing.assert_array_equal(by_onnx(core, same).reshape(expected.shape), expected)
     assert ConvSpec.parse(spec.descriptor) == spec == ConvSpec.from_dict(spec.to_dict())
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    "layer", ["conv2d n2 ic3 oc37 i161x157 k3x3 s2x2 p1x1", "conv2d n2 ic20 oc40 i80x80 k1x1 s1x1 p0x0"]
+)
+def test_gradients_of_large_images_are_fetched_ahead(layer: str, layout: str) -> None:
+    """Those of dst, by the schedule for many channels; small ones are in the cache."""
+    large, schedule = (
+        ConvSpec.parse(layer).with_(direction="weights", layout=layout),
+        schedules_of("cpu")["cpu_gradient"],
+    )
+    target = resolve("cpu").on(1)
+    for spec, fetched in ((large, True), (large.with_(in_spatial=(9, 9)), False)):
+        candidate = Candidate(schedule, schedule.default(spec.core, target))
+        assert ("llvm.prefetch" in lower(spec, target, candidate).module.script()) == fetched
+        data = exact_data(spec)
+        made = compile_candidate(spec, target, candidate, 1)(**data)
+        np.testing.assert_array_equal(made, gradients(spec, **data))
 
 
 def test_a_gradient_of_src_is_a_layer_with_the_same_weights() -> None:
