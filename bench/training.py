@@ -121,7 +121,7 @@ def measure(layer: Layer, threads: int, rounds: int) -> TrainingRow:
     target = resolve("cpu").on(threads)
     for direction in directions:
         spec = layer.spec.with_(direction=direction)
-        kernel = compile_candidate(spec, target, default_candidate(spec, target), threads)
+        kernel = compile_candidate(spec, target, default_candidate(spec, target, repacked=True), threads)
         data = float_data(spec)
         entrant, packing[direction] = _of_kernel(kernel, data)
         ours[direction] = Contestant("convgen", entrant, is_kernel=True)

@@ -9,7 +9,8 @@ Strategy    F(m, r) along the last one or two axes (Lavin & Gray, CVPR 2016): of
             axis' input falls into s phases, each under every s-th tap at stride 1: F(m, ⌈r/s⌉) each,
             and the sum of all. In a transposed convolution it is the output that falls into phases.
             Either way it is one bilinear algorithm, y = Aᵀ[(G g) · (Bᵀ d)], for the steps below.
-            1. Pack weights transformed, as [oc/t][position][taps of the depth][ic][t]: in the order of their use.
+            1. Pack weights transformed, as [oc/t][position][taps of the depth][ic][t]: in the order of their use. They
+               are many times as many, so where they are packed at every call that counts (`repacked`).
             2. A task is a group and a block of rows of tiles (in 1-D of tiles; in 3-D of so many planes). Transform its
                input along the columns, then the rows, a vector of channels at a time, to [position][tile][ic]; what is
                NCHW or 1-D is copied first, with its padding, NCHW transposed in registers, to [line][column][lanes].
@@ -50,9 +51,9 @@ from convgen.cpu.product import (
     steps_apart,
 )
 from convgen.cpu.vector import Block, load, store, written
+from convgen.cpu.weights import Channel, WeightRows, packed_by_panels
 from convgen.cpu.window import meeting
 from convgen.cpu.winograd import (
-    Axis,
     Grid,
     block_choices,
     covered,
@@ -60,12 +61,13 @@ from convgen.cpu.winograd import (
     operations,
     outputs_of,
     tile_sizes,
+    transformed,
     transformed_axes,
 )
 from convgen.cpu.winograd_passes import Task, Values, WayIn, WayOut, work_of_input
 from convgen.deferred import te, tirx
 from convgen.hardware.target import Target
-from convgen.lowering.compute import Expr, Operands, ceildiv, copied, round_up, row_times, unflat
+from convgen.lowering.compute import Expr, Operands, ceildiv, copied, round_up, unflat
 from convgen.lowering.schedule import Array, Magnitudes, Picks, Program, Space, Written, busiest, require
 from convgen.lowering.winograd import magnitudes
 from convgen.problem.spec import ConvSpec
@@ -75,7 +77,7 @@ PLANES = (1, 2, 4)
 
 
 class CpuWinograd(Written):
-    id, version = "cpu_winograd", 7
+    id, version = "cpu_winograd", 8
     merged = ("cpu_winograd_grouped",)
     transforms = True
 
@@ -122,6 +124,9 @@ class CpuWinograd(Written):
     def cost(self, spec: ConvSpec, target: Target) -> float:
         return _cycles(spec, target, self.default(spec, target)) / core_of(target).hertz
 
+    def repacked(self, spec: ConvSpec, target: Target) -> tuple[Picks, float]:
+        return _repacked(self, spec, target)
+
     def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
         tiles = {axis: outputs_of(spec, axis, picks.tile) for axis in transformed_axes(spec)}
         return magnitudes(spec, src, weights, tiles)
@@ -138,45 +143,26 @@ class CpuWinograd(Written):
 
 
 def _packed_weights(ops: Operands, g: Grid, picks: Picks) -> te.Tensor:
-    """Transformed weights ``[oc/t][position][taps of the depth][ic][t]``, zeros past the last channel.
+    """Transformed weights ``[oc/t][position][taps of the depth][ic][t]``, zeros past the last channel."""
+    spec, rows, lanes = ops.spec, WeightRows(ops, g.lanes, picks.tile_oc), g.lanes
+    height, width = (len(axis.weights[0]) for axis in (g.rows, g.columns))
+    direct = rows.taps // (height * width)
 
-    All on the way has channels innermost: taps are transformed in vectors of them.
-    """
-    spec, axes = ops.spec, [g.rows, g.columns][-len(transformed_axes(ops.spec)) :]
-    direct, blocks = spec.kernel[: -len(axes)], ceildiv(g.outputs, picks.tile_oc)
+    def stores(body: Block, packed: tirx.Buffer, to: tuple[Expr, Expr], panel: tirx.Buffer, channel: Channel) -> None:
+        with body.loop(direct) as (one, tap):
 
-    def in_group(b: Expr, lane: Expr) -> Expr:
-        return b % blocks * picks.tile_oc + lane
+            def read(y: int, x: int) -> Expr:
+                row = rows.row(channel.in_panel, (tap * height + y) * width + x)
+                return one.let(load(panel, "f32", [row, 0], lanes, lanes))
 
-    def taps_of(b: Expr, ic: Expr, *rest: Expr) -> Expr:
-        *taps, lane = rest
-        own = in_group(b, lane)
-        oc = b // blocks * g.outputs + (tirx.min(own, g.outputs - 1) if g.outputs % picks.tile_oc else own)
-        return ops.weights[(ic, oc, *taps) if spec.transposed else (oc, ic, *taps)]
+            columns = [transformed(one, g.rows.weights, [read(y, x) for y in range(height)]) for x in range(width)]
+            for i, row in enumerate(zip(*columns, strict=True)):
+                for j, value in enumerate(transformed(one, g.columns.weights, row)):
+                    place = [to[0], i * g.columns.positions + j, tap, channel.index, to[1]]
+                    one.add(store(packed, "f32", place, value, lanes, lanes))
 
-    outer = (spec.groups * blocks, g.own)
-    read = te.compute((*outer, *spec.kernel, picks.tile_oc), taps_of, name="weights_by_lane")
-    for i, axis in enumerate(axes):
-        done, left = [a.positions for a in axes[: i + 1]], spec.kernel[len(direct) + i + 1 :]
-        read = _transformed_taps(read, axis, (*outer, *direct, *done, *left, picks.tile_oc), 2 + len(direct) + i)
-
-    def packed(b: Expr, position: Expr, tap: Expr, ic: Expr, lane: Expr) -> Expr:
-        value = read[(b, ic, *unflat(tap, direct), *unflat(position, [a.positions for a in axes]), lane)]
-        if g.outputs % picks.tile_oc == 0:
-            return value
-        return tirx.if_then_else(in_group(b, lane) < g.outputs, value, tirx.const(0, "float32"))
-
-    shape = (spec.groups * blocks, g.positions, math.prod(direct), g.own, picks.tile_oc)
-    return te.compute(shape, packed, name="weights_packed")
-
-
-def _transformed_taps(read: te.Tensor, axis: Axis, shape: Sequence[int], at: int) -> te.Tensor:
-    """One more axis transformed: positions in place of taps, at a place of the index."""
-
-    def value(*index: Expr) -> Expr:
-        return row_times(axis.weights, index[at], lambda k: read[(*index[:at], k, *index[at + 1 :])])
-
-    return te.compute(shape, value, name=f"weights_{at}")
+    shape = (spec.groups * ceildiv(g.outputs, picks.tile_oc), g.positions, direct, g.own, picks.tile_oc)
+    return packed_by_panels(ops, rows, shape, stores)
 
 
 # ---- the kernel -----------------------------------------------------------------------------------
@@ -343,6 +329,18 @@ def _default(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Picks:
     return min(_points(schedule, spec, target), key=lambda picks: _cycles(spec, target, picks))
 
 
+@lru_cache(maxsize=1024)
+def _repacked(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> tuple[Picks, float]:
+    """The best point with the time of packing, and the seconds of both."""
+    core = core_of(target, lanes_of(spec, target))
+
+    def cycles(picks: Picks) -> float:
+        return _cycles(spec, target, picks) + core.cycles(_of_packing(spec, target, picks))
+
+    best = min(_points(schedule, spec, target), key=cycles)
+    return best, cycles(best) / core.hertz
+
+
 def _points(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> Iterator[Picks]:
     """A few points worth comparing: the best register tile of each block, where tasks are few in both orders."""
     domains, lanes = schedule.space(spec, target).domains, lanes_of(spec, target)
@@ -414,6 +412,19 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
         Counts(first, [*streams, Stream(new * weights, weights=True, ahead=True)]),
         Counts(rest, [again], 0),
     ]
+
+
+def _of_packing(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+    """What packing takes the busiest core beside a copy of the weights: what is transformed, what is written more than
+    there is (which is as much as it reads first), and the checksum of that.
+    """
+    g = Grid(spec, target, picks)
+    rows, columns, taps = g.rows, g.columns, math.prod(spec.kernel[-len(transformed_axes(spec)) :])
+    times = spec.groups * ceildiv(g.outputs, g.lanes) * g.own * g.depth[3] / target.cores
+    sums = operations(rows.weights) * len(columns.weights[0]) + operations(columns.weights) * rows.positions
+    more = 4 * g.lanes * (g.positions - taps)
+    work = Work(times, sums, taps, g.positions, cycles=more / core_of(target, g.lanes).checked)
+    return Counts([work], [Stream(2 * more * times, footprint=4 * g.lanes * g.positions * times * target.cores)], 0)
 
 
 def _of_products(target: Target, g: Grid, picks: Picks, met: int) -> list[Work]:

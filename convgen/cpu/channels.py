@@ -9,21 +9,22 @@ import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 from ..deferred import te, tirx
 from ..errors import Inapplicable
 from ..hardware.target import Target
-from ..lowering.compute import INTEGER, Expr, Operands, ceildiv, copied, unflat
+from ..lowering.compute import INTEGER, Expr, Operands, ceildiv, copied, flat, unflat
 from ..lowering.schedule import Picks, Program, Space, Written, busiest, require
 from ..problem.spec import ConvSpec
 from .geometry import Geometry, geometry_of
 from .model import Counts, Stream, Work, core_of
 from .product import BEGIN_RUN, BEGIN_TASK, FAR_ROW, Even, finishing, most_pixels, pieces
 from .tasks import Buffers
-from .vector import written
+from .vector import Block, load, store, written
 from .walk import Kernel
+from .weights import Channel, WeightRows, packed_by_panels
 
 
 class ChannelsInLanes(Written):
@@ -73,7 +74,7 @@ class ChannelsInLanes(Written):
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         g = geometry_of(spec, target, picks.get("merge", False))
         ops = Operands(spec, integers=g.operation.sums == INTEGER)
-        packed = [_packed_weights(ops, g, picks), *map(copied, ops.parameters[1:])]
+        packed = [_packed_weights(ops, g, picks, target.lanes), *map(copied, ops.parameters[1:])]
         if g.operation.offset or (g.operation.biased and spec.src_zero):
             packed.append(_starts(ops, g, picks))
         core = core_of(target)
@@ -192,13 +193,16 @@ def _share(g: Geometry, picks: Picks, cores: int) -> tuple[float, float]:
     return busiest(loads, cores) / sum(loads), ceildiv(tasks, cores)
 
 
-def _packed_weights(ops: Operands, g: Geometry, picks: Picks) -> te.Tensor:
+def _packed_weights(ops: Operands, g: Geometry, picks: Picks, lanes: int) -> te.Tensor:
     """``[oc/t][rows of the kernel, taps and blocks of channels][run][t]``, the taps of a phase together, in the order
     of their use. A word of a run has zeros where it is longer.
     """
     spec, own, tile = ops.spec, ops.spec.ic // ops.spec.groups, picks.tile_oc
     blocks = g.blocks(picks) // spec.groups * g.parts(picks)
-    operation = g.operation
+    operation, shape = g.operation, (g.blocks(picks) * g.parts(picks), math.prod(g.runs), g.run, tile)
+    rows = WeightRows(ops, lanes, tile)
+    if rows.are_apart and not operation.converts and not picks.get("merge", False):
+        return packed_by_panels(ops, rows, shape, partial(_store_panel, g, rows))
 
     def weight(b: Expr, run: Expr, k: Expr, t: Expr) -> Expr:
         *position, block = unflat(run, g.runs)
@@ -224,7 +228,27 @@ def _packed_weights(ops: Operands, g: Geometry, picks: Picks) -> te.Tensor:
     def packed(b: Expr, run: Expr, k: Expr, t: Expr) -> Expr:
         return operation.joined([weight(b, run, k * operation.depth + i, t) for i in range(operation.depth)], 1)
 
-    return te.compute((spec.groups * blocks, math.prod(g.runs), g.run, tile), packed, name="weights_packed")
+    return te.compute(shape, packed, name="weights_packed")
+
+
+def _store_panel(
+    g: Geometry, rows: WeightRows, body: Block, packed: Any, to: tuple[Expr, Expr], panel: Any, channel: Channel
+) -> None:
+    """Store what is packed of an input channel: its taps, each in a run of its own or one after another in one."""
+    block, inner = unflat(channel.index, (g.runs[3], g.inner))
+    axes = (g.z, g.y, g.x)
+    with (
+        body.loop(g.z.kernel) as (planes, z),
+        planes.loop(g.y.kernel) as (lines, y),
+        lines.loop(g.x.kernel) as (one, x),
+    ):
+        taps = [axis.tap(p) for axis, p in zip(axes, (z, y, x), strict=True)] if g.spec.transposed else (z, y, x)
+        row = rows.row(channel.in_panel, flat(taps, [axis.kernel for axis in axes]))
+        run = flat((z, y, x if g.apart else 0, block), g.runs)
+        place = [to[0], run, inner if g.apart else x * g.inner + inner, to[1]]
+        one.add(
+            store(packed, "f32", place, load(panel, "f32", [row, 0], rows.lanes, rows.lanes), rows.lanes, rows.lanes)
+        )
 
 
 def _starts(ops: Operands, g: Geometry, picks: Picks) -> te.Tensor:

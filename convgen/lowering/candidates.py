@@ -12,17 +12,21 @@ from .discover import schedule as find_schedule
 from .schedule import Candidate, Picks
 
 
-def default_candidate(spec: ConvSpec, target: Target) -> Candidate:
+def default_candidate(spec: ConvSpec, target: Target, *, repacked: bool = False) -> Candidate:
     """The zero-trial answer: the applicable schedule that predicts the shortest time, at its default.
+
+    Args:
+        repacked: weights are packed at every call, as training does.
 
     Raises:
         UnsupportedError: no schedule applies on this target; says why each does not.
     """
-    return predicted(spec, target)[1]
+    return predicted(spec, target, repacked=repacked)[1]
 
 
-def predicted(spec: ConvSpec, target: Target) -> tuple[float, Candidate]:
-    """The zero-trial answer with the seconds that are predicted for it.
+def predicted(spec: ConvSpec, target: Target, *, repacked: bool = False) -> tuple[float, Candidate]:
+    """The zero-trial answer with the seconds that are predicted for it; of weights that are ``repacked``, with those of
+    :meth:`~convgen.lowering.schedule.Schedule.repacked`.
 
     Raises:
         UnsupportedError: no schedule applies on this target; says why each does not.
@@ -31,14 +35,16 @@ def predicted(spec: ConvSpec, target: Target) -> tuple[float, Candidate]:
     reasons, ranked = [], []
     for schedule in schedules().values():
         reason = schedule.reason_against(core, target)
-        if reason is None:
-            ranked.append((schedule.cost(core, target), schedule.id, schedule))
-        else:
+        if reason is not None:
             reasons.append(f"{schedule.id}: {reason}")
+            continue
+        seconds = schedule.repacked(core, target)[1] if repacked else schedule.cost(core, target)
+        ranked.append((seconds, schedule.id, schedule))
     if not ranked:
         raise UnsupportedError(f"{spec.descriptor} on {target}: no schedule applies ({'; '.join(reasons)})")
     seconds, _, best = min(ranked, key=lambda entry: entry[:2])
-    return seconds, Candidate(best, best.default(core, target))
+    picks = best.repacked(core, target)[0] if repacked else best.default(core, target)
+    return seconds, Candidate(best, picks)
 
 
 def reference_candidate(spec: ConvSpec, target: Target) -> Candidate:

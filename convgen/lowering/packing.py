@@ -10,7 +10,7 @@ than copying. What a schedule says of it are tensor expressions. Here each of th
 3. with what is computed on the way, such as Winograd's transforms, made for a part at a time, in vectors as well;
 4. in tasks, for the threads of whoever calls.
 
-None of it changes what is computed.
+What is statements already (:mod:`convgen.cpu.weights`) stays as it is. None of it changes what is computed.
 """
 
 from __future__ import annotations

@@ -254,6 +254,12 @@ class Schedule(ABC):
         """Predicted seconds of the default, to rank schedules when nothing was measured."""
         return math.inf
 
+    def repacked(self, spec: ConvSpec, target: Target) -> tuple[Picks, float]:
+        """The default of weights that are packed at every call, as training does, and its predicted seconds. Without
+        those of a copy of the weights, which any schedule packs: what a schedule packs beside that, it adds here.
+        """
+        return self.default(spec, target), self.cost(spec, target)
+
     # ---- shared -------------------------------------------------------------------------------
 
     def check(self, spec: ConvSpec, target: Target) -> None:

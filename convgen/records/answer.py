@@ -107,9 +107,15 @@ def trial_identity(spec: ConvSpec, target: Target, threads: int, candidate: Cand
 
 
 def choose(
-    spec: ConvSpec, target: Target, record: TuningRecord | None, rejected: Collection[Candidate] = ()
+    spec: ConvSpec,
+    target: Target,
+    record: TuningRecord | None,
+    rejected: Collection[Candidate] = (),
+    *,
+    repacked: bool = False,
 ) -> tuple[Candidate, TuningRecord | None]:
-    """What to build, and the record it comes from: the record's candidate, else the default.
+    """What to build, and the record it comes from: the record's candidate, else the default, of weights that are
+    ``repacked`` at each call the one for these.
 
     A default that a search has ``rejected`` (it crashed, or its output was wrong) is not built: the
     reference, which the others are checked against, answers instead.
@@ -117,7 +123,7 @@ def choose(
     candidate = record_candidate(record, spec, target) if record else None
     if candidate is not None:
         return candidate, record
-    candidate = default_candidate(spec, target)
+    candidate = default_candidate(spec, target, repacked=repacked)
     if candidate in rejected:
         candidate = reference_candidate(spec, target)
     return candidate, None

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import convgen.torch as ours  # noqa: E402
-from convgen.bridges.torch.convolution import convolution  # noqa: E402
+from convgen.bridges.torch.convolution import convolution, kernel_of  # noqa: E402
 from convgen.errors import SpecError  # noqa: E402
 from convgen.kernel.library import BaseLibrary  # noqa: E402
 
@@ -234,6 +234,25 @@ def test_weights_are_packed_once_for_each_direction(monkeypatch: pytest.MonkeyPa
             made = ours.conv2d(plain, weight, padding=1)
             assert torch.equal(made, torch.nn.functional.conv2d(plain, weight, padding=1))
             weight.mul_(2)
+
+
+def test_kernels_of_weights_that_train_are_chosen_with_the_time_of_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def counted(spec: Any, threads: int, repacked: bool = False) -> Any:
+        asked.append((spec.direction, repacked))
+        return kernel_of(spec, threads, repacked)
+
+    monkeypatch.setattr("convgen.bridges.torch.convolution.kernel_of", counted)
+    layer, x = ours.Conv2d(6, 8, 3, bias=False), integers(1, 6, 7, 7).requires_grad_()
+    layer(x).sum().backward()
+    assert asked == [("forward", True), ("data", True), ("weights", False)]
+    asked.clear()
+    with torch.no_grad():
+        layer(x)
+    layer.weight.requires_grad_(False)
+    layer(x)
+    assert asked == [("forward", False)] * 2
 
 
 def test_what_is_no_convolution_is_refused() -> None:

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from convgen.check.data import float_data
+from convgen.cpu.weights import WeightRows
+from convgen.cpu.winograd import Grid
 from convgen.hardware.target import resolve
 from convgen.kernel.kernel import compile_candidate
 from convgen.lowering import lower as lowering
+from convgen.lowering.candidates import predicted
 from convgen.lowering.compute import STORAGE
 from convgen.lowering.discover import schedules_of
 from convgen.lowering.schedule import Candidate
@@ -73,6 +76,7 @@ def test_packed_bytes_are_those_of_the_expressions(layer: str, target: str, monk
             quick = packed(spec, target, candidate, data)
             with monkeypatch.context() as patched:
                 patched.setattr(lowering, "schedule_packing", lambda sch, tensors: None)
+                patched.setattr(WeightRows, "are_apart", False)  # else transposed in registers
                 plain = packed(spec, target, candidate, data)
             for made, expected in zip(quick, plain, strict=True):
                 np.testing.assert_array_equal(made.view(np.uint8), expected.view(np.uint8), str(candidate))
@@ -93,3 +97,56 @@ def test_threads_pack_the_same_bytes() -> None:
             np.testing.assert_array_equal(other[64:], made[0][64:])
             np.testing.assert_array_equal(other[40:48], made[0][40:48])  # the checksum, whoever adds it up
         assert all(kernel.verify_packed(given) for kernel, given in zip(kernels, made, strict=True))
+
+
+#: Layers whose transformed weights are checked: with channels and taps left over, of every way that weights lie.
+TRANSFORMED = [
+    "conv2d n1 ic37 oc75 i9x8 k3x3 s1x1 p1x1",
+    "conv2d n1 ic69 oc40 i9x8 k3x3 s1x1 p1x1 data",
+    "conv2d n1 ic128 oc96 g2 i9x8 k3x3 s1x1 p1x1 data",
+    "conv2d n1 ic96 oc64 g2 i9x8 k3x5 s1x1 p1x2 f16",
+    "conv2d n1 ic32 oc48 i16x16 k3x3 s2x2 p1x1 bf16",
+    "convtranspose2d n1 ic40 oc50 i6x6 k4x4 s2x2 p1x1",
+    "conv1d n1 ic20 oc72 i40 k3 s1 p1",
+    "conv3d n1 ic20 oc32 i4x6x6 k3x3x3 s1x1x1 p1x1x1",
+]
+
+
+@pytest.mark.parametrize("target", ["cpu", "cpu:haswell"])
+@pytest.mark.parametrize("layer", TRANSFORMED)
+def test_winograd_packs_weights_times_matrices(layer: str, target: str) -> None:
+    """``G w G^T`` by NumPy in f64, for every channel; zeros past the last one."""
+    spec = ConvSpec.parse(layer)
+    core, data = spec.core, float_data(spec)
+    schedule = schedules_of("cpu")["cpu_winograd"]
+    picks = schedule.default(core, resolve(target))
+    [made, *_] = packed(spec, target, Candidate(schedule, picks), data)
+    g = Grid(core, resolve(target), picks)
+    weights = data["weights"].reshape(core.shapes["weights"]).astype(np.float64)
+    if core.mirrored:  # [ic][oc] of each group, taps the other way round
+        weights = weights.reshape(core.groups, g.own, g.outputs, *core.kernel).swapaxes(1, 2)
+        weights = np.flip(weights, tuple(range(3, weights.ndim)))
+    elif core.transposed:
+        weights = weights.reshape(core.groups, g.own, g.outputs, *core.kernel).swapaxes(1, 2)
+    rows, columns = (np.array(axis.weights) for axis in (g.rows, g.columns))
+    taps = weights.reshape(core.groups, g.outputs, g.own, -1, rows.shape[1], columns.shape[1])
+    expected = np.einsum("iy,jx,gocdyx->goijdc", rows, columns, taps)
+    expected = expected.reshape(core.groups, g.outputs, g.positions, -1, g.own)
+    blocks, tile = made.shape[0] // core.groups, made.shape[-1]
+    found = np.moveaxis(made, -1, 1).reshape(core.groups, blocks * tile, *expected.shape[2:])
+    np.testing.assert_allclose(found[:, : g.outputs], expected, rtol=0, atol=1e-6 * float(np.abs(expected).max()))
+    assert not found[:, g.outputs :].any()
+
+
+@pytest.mark.parametrize("target", ["cpu:znver4", "cpu:haswell"])
+def test_weights_that_are_packed_at_every_call_are_packed_in_less_memory(target: str) -> None:
+    """Where there are many for few pixels. Both choices are what they say, and the second includes the first."""
+    spec, where = ConvSpec.parse("conv2d n1 ic256 oc256 i14x14 k3x3 s1x1 p1x1"), resolve(target).on(1)
+    sizes = []
+    for repacked in (False, True):
+        seconds, candidate = predicted(spec, where, repacked=repacked)
+        weights, *_ = lowering.lower(spec, where, candidate).packed
+        sizes.append((seconds, int(np.prod(weights.shape))))
+    (once, large), (always, small) = sizes
+    assert small < large
+    assert once < always

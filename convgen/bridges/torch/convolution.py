@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.onnx import symbolic_helper
 
-from ...hardware.target import resolve
+from ...hardware.target import Target, resolve
 from ...kernel.kernel import Kernel, compile_candidate
+from ...lowering.schedule import Candidate
 from ...problem.spec import ConvSpec
 from ...records.answer import choose, find_record
 from ...records.opening import open_store
+from ...records.record import TuningRecord
 from . import doubles
 from .packed import layer_of
 
@@ -29,13 +31,25 @@ _LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 @cache
-def kernel_of(spec: ConvSpec, threads: int) -> Kernel:
-    """The kernel of a layer: by its record, where there is one for it as it is, else the default."""
+def kernel_of(spec: ConvSpec, threads: int, repacked: bool = False) -> Kernel:
+    """The kernel of a layer: by its record, where there is one for it as it is, else the default.
+
+    Args:
+        repacked: its weights change from call to call, so that the default is that with the time of packing them.
+    """
     target = resolve("cpu").on(threads)
     with open_store(None, write=False) as store:
         answer = find_record(store, spec, target, threads) if store is not None else None
     record = None if answer is None or answer.to_measure else answer.record
-    candidate, record = choose(spec, target, record, frozenset())
+    candidate, record = choose(spec, target, record, frozenset(), repacked=repacked)
+    return _compiled(spec, target, candidate, threads, record)
+
+
+@cache
+def _compiled(
+    spec: ConvSpec, target: Target, candidate: Candidate, threads: int, record: TuningRecord | None
+) -> Kernel:
+    """One kernel, whether weights change or not, where the candidate is one."""
     return compile_candidate(spec, target, candidate, threads, record=record)
 
 
@@ -78,10 +92,10 @@ def spec_of(
     )
 
 
-def _kernel(x: Tensor, weight: Tensor, options: Sequence[Any], **more: Any) -> Kernel:
+def _kernel(x: Tensor, weight: Tensor, options: Sequence[Any], repacked: bool = False, **more: Any) -> Kernel:
     """The kernel of a call, of images as x lies."""
-    layout = "nhwc" if is_last(x) else "nchw"
-    return kernel_of(spec_of(x.shape, weight.shape, x.dtype, *options, layout=layout, **more), torch.get_num_threads())
+    spec = spec_of(x.shape, weight.shape, x.dtype, *options, layout="nhwc" if is_last(x) else "nchw", **more)
+    return kernel_of(spec, torch.get_num_threads(), repacked)
 
 
 def _is_ours(*tensors: Tensor | None) -> bool:
@@ -142,8 +156,11 @@ def convolution(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
+    trains: bool = False,
 ) -> Tensor:
-    """A convolution of images ``[n, ic, *spatial]``; ``padding`` is begin and end of each axis."""
+    """A convolution of images ``[n, ic, *spatial]``; ``padding`` is begin and end of each axis. ``trains``: the weight
+    changes from call to call; a kernel is chosen by the time of packing it, too.
+    """
     if _are_doubles(x, weight, bias):
         options = (stride, padding, dilation, transposed, output_padding, groups)
         shape, given = _shape(x, weight, options), None if bias is None else _numbers(bias)
@@ -156,7 +173,7 @@ def convolution(
         return made.contiguous(memory_format=_LAST[x.dim() - 2]) if is_last(x) else made.contiguous()
     last = is_last(x)
     options = (stride, padding, dilation, transposed, output_padding, groups)
-    kernel = _kernel(x, weight, options, bias=bias is not None)
+    kernel = _kernel(x, weight, options, trains, bias=bias is not None)
     return _image(layer_of(kernel, weight, bias)(_stored(x, last)), last)
 
 
@@ -176,7 +193,7 @@ def _shape(x: Tensor, weight: Tensor, options: Sequence[Any]) -> tuple[Any, ...]
 
 @convolution.register_fake  # type: ignore[untyped-decorator]
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    return _empty(x, _shape(x, weight, options), is_last(x))
+    return _empty(x, _shape(x, weight, options[:6]), is_last(x))
 
 
 #: The arguments of both gradients, for PyTorch.
@@ -197,7 +214,7 @@ def gradient_of_input(gradient: Tensor, x: Tensor, weight: Tensor, *options: Any
     if not _is_ours(gradient, x, weight) or x.shape[0] == 0:
         return _by_pytorch(gradient, x, weight, options, 0)
     last = is_last(x)
-    layer = layer_of(_kernel(x, weight, options, direction="data"), weight)
+    layer = layer_of(_kernel(x, weight, options, True, direction="data"), weight)
     return _image(layer(_stored(gradient, last)), last)
 
 
@@ -255,7 +272,8 @@ for _gradient in (gradient_of_input, gradient_of_weight):
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, *ctx.options = inputs
+    x, weight, _, *options = inputs
+    ctx.options = options[:6]
     ctx.save_for_backward(x, weight)
 
 
@@ -266,7 +284,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         gradient_of_input(gradient, x, weight, *ctx.options) if of_x else None,
         gradient_of_weight(gradient, x, weight, *ctx.options) if of_weight else None,
         gradient.sum((0, *range(2, gradient.dim()))) if of_bias else None,
-        *[None] * 6,
+        *[None] * 7,
     )
 
 
@@ -284,6 +302,7 @@ def _as_onnx(
     transposed: bool,
     output_padding: list[int],
     groups: int,
+    trains: bool,
 ) -> Any:
     """ONNX's node of a convolution, for ``torch.onnx.export(…, dynamo=False)``."""
     operands = [x, weight] if bias.node().mustBeNone() else [x, weight, bias]
@@ -293,7 +312,7 @@ def _as_onnx(
     return graph.op("Conv", *operands, **sizes)
 
 
-_ARGUMENTS = ("v", "v", "v", "is", "is", "is", "b", "is", "i")
+_ARGUMENTS = ("v", "v", "v", "is", "is", "is", "b", "is", "i", "b")
 torch.onnx.register_custom_op_symbolic(
     "convgen::convolution", symbolic_helper.parse_args(*_ARGUMENTS)(_as_onnx), opset_version=9
 )

@@ -97,7 +97,8 @@ def convolve(
     _check_channels(rank, x, weight, groups, transposed)
     x, weight = _autocast(x, x), _autocast(weight, x)
     bias = None if bias is None else _autocast(bias, x)
-    rest = (strides, pads, steps, transposed, extra, groups)
+    trains = torch.is_grad_enabled() and weight.requires_grad
+    rest = (strides, pads, steps, transposed, extra, groups, trains)
     return _batched(x, rank, lambda images: convolution(images, weight, bias, *rest))
 
 
