@@ -168,7 +168,7 @@ class Bench:
             path = library(spec, self.target, candidate, folder / name)
             own[name] = call = prepare(str(path), name, data)
             call()
-            computed = output(call, np.empty(spec.dst_shape, numpy_dtype(spec.dtype)))
+            computed = output(call, np.empty(spec.dst_shape, numpy_dtype(spec.dst_dtype)))
             if not (distance(computed, expected) <= bound).all():
                 raise ValidationError(f"{spec.descriptor}: {candidate}: right alone, wrong with copies of its tensors")
         with cudnn_ways(spec, data, expected, SLACK * bound) as (ways, problem):

@@ -201,7 +201,7 @@ def prepare_artifact(library: Library, directory: str, threads: int) -> tuple[Ca
     """A call of the library on the expected inputs, its weights cold, and the output it writes."""
     spec, data = library.spec, load_inputs(library.spec, directory)
     packed = library.pack(**{name: data[name] for name in spec.parameters})
-    dst = np.empty(spec.dst_shape, numpy_dtype(spec.dtype))
+    dst = np.empty(spec.dst_shape, numpy_dtype(spec.dst_dtype))
     dst.reshape(-1).view(np.uint8).fill(0xFF)  # NaN, but of i8
     return rotating(library, data["src"], packed, dst, data.get("residual"), threads), dst
 
@@ -235,7 +235,7 @@ def _run_on_gpu(path: str, directory: str, seconds: float, hopeless: float) -> d
 
     facts = artifact_facts(path)
     spec = ConvSpec.parse(facts["spec"])
-    dst = np.empty(spec.dst_shape, numpy_dtype(spec.dtype))
+    dst = np.empty(spec.dst_shape, numpy_dtype(spec.dst_dtype))
     call = prepare(path, facts["name"], load_inputs(spec, directory))
     call()
     text, samples = _difference(spec, directory, output(call, dst), facts["exact"]), []

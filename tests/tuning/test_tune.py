@@ -113,6 +113,14 @@ def test_every_trial_is_kept_and_none_is_made_twice(tuner: Tuner, store: RecordS
     assert states[-1] == (6, 8)
 
 
+@pytest.mark.parametrize("types", ["src_u8 dst_u8 dst_zero", "src_u8 src_zero dst_i32", "dst_f32", "src_u8"])
+def test_layers_of_integers_are_searched_whatever_they_give(types: str, tuner: Tuner, store: RecordStore) -> None:
+    """Each candidate writes what the layer's results are stored as."""
+    winner = tuner.tune(ConvSpec.parse(f"conv2d n1 ic8 oc16 i6x7 k3x3 p1 {types} i8"), trials=2)
+    assert winner is not None
+    assert {record.outcome for record in store.trials()} == {"ok"}
+
+
 def test_the_final_comparison_has_the_default_and_onnx_runtime(tuner: Tuner, store: RecordStore) -> None:
     winner = tuner.tune(SPEC, trials=5)
     finals = [record for record in store.trials() if is_final(record)]
