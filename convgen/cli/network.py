@@ -124,6 +124,8 @@ def compile_model(
 
     A model of which something is not taken is refused, with the exit status 2: all such nodes are listed, and why.
 
+    Its outputs are compared with ONNX Runtime's before it is written; `convgen validate --whole` checks more.
+
     With another processor as --target, such as cpu:cortex-a72, it is compiled for that one, and checked in QEMU against
     ONNX Runtime; where QEMU is missing, it is said so.
 
@@ -164,13 +166,12 @@ def compile_model(
     except NotTakenError as error:
         return _refuse(error, as_json)
     facts: dict[str, Any] = {"model": model.name, "accuracy": accuracy}
-    if not network.target.native:
-        report = _emulated(network, model)
-        if report is not None and not report.passed:
-            failed = next(check for check in report.checks if not check.passed)
-            note(f"convgen: {network.name}: {failed.name}: {failed.found}")
-            return FAILED
-        facts["validation"] = None if report is None else report.to_dict()
+    report = _compared(network, model)
+    if report is not None and not report.passed:
+        failed = next(check for check in report.checks if not check.passed)
+        note(f"convgen: {network.name}: {failed.name}: {failed.found}")
+        return FAILED
+    facts["validation"] = None if report is None else report.to_dict()
     manifest = network.export(out, facts=facts, libc=libc, example=not no_example)
     taken = time.monotonic() - started
     profiles = timed_steps(network, compiled) if profile is not None else []
@@ -205,13 +206,15 @@ def _tune(model: Path, seconds: float, options: dict[str, Any], records: Records
     return found
 
 
-def _emulated(network: Network, model: Path) -> NetworkReport | None:
-    """The checks of a network for another CPU; None, which is said with the reason, where nothing here runs it."""
+def _compared(network: Network, model: Path) -> NetworkReport | None:
+    """A network's outputs beside ONNX Runtime's; the checks of one for another CPU, in QEMU. None, which is said with
+    the reason, where nothing here runs it, or the model.
+    """
     if network.target.on_device:
         note("convgen: not validated: no such GPU here; `convgen validate --whole` emulates one, slowly")
         return None
     try:
-        return network.validate(model)
+        return network.compare(model)
     except UnsupportedError as error:
         note(f"convgen: not validated: {error}")
         return None

@@ -110,6 +110,15 @@ class Network(NetworkLibrary):
         """
         return self._validate(source, seed)
 
+    def compare(self, source: str | Path | ModelProto, *, seed: int = 0) -> NetworkReport:
+        """Run once at every size beside ONNX Runtime: in a second what :meth:`validate` says with a bound for each
+        element. The arguments and errors are the same.
+        """
+        from .check.validate import compare_network  # imports ONNX Runtime
+
+        how: dict[str, Any] = {"threads": self.threads, "accuracy": self.accuracy, "seed": seed}
+        return compare_network(self.plans, self.built, self, source, **how)
+
     def _validate(self, source: str | Path | ModelProto, seed: int, **how: Any) -> NetworkReport:
         from .check.validate import validate_network  # imports ONNX Runtime
 
@@ -195,6 +204,10 @@ class CrossNetwork(Network):
             return run_emulated(self.built, *arguments[3:])
 
         return super()._validate(source, seed, **{"run": run, **how})
+
+    def compare(self, source: str | Path | ModelProto, *, seed: int = 0) -> NetworkReport:
+        """It runs nowhere but emulated: as :meth:`validate`."""
+        return self.validate(source, seed=seed)
 
     def _example(self) -> Example:
         """The outputs are ONNX Runtime's: other roundings than the library's."""

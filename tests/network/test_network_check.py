@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -11,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import Interpreted
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
 from convgen.check.fuzz.run import Fuzzer
 from convgen.check.fuzz.shrinking import shrink
@@ -28,7 +31,7 @@ from convgen.network.check.drawing import draw_network
 from convgen.network.check.drawn import Drawn, model_of, run_model
 from convgen.network.check.fuzz import NetworkCase, Networks, check
 from convgen.network.check.places import check_places
-from convgen.network.check.validate import validate_network
+from convgen.network.check.validate import compare_network, validate_network
 from convgen.network.expressions import KINDS
 from convgen.network.memory import ARENA, Lifetime, Place, arrange
 from convgen.network.network import Network, compile_network
@@ -298,3 +301,59 @@ def test_the_fuzz_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert ", 0 findings in " in out
     assert main(["fuzz", "--networks", "--schedule", "reference"]) == 2
     assert main(["fuzz", "--nodes", "1"]) == 2
+
+
+def test_a_network_is_compared_before_it_is_written(tmp_path: Path) -> None:
+    """What comes out must be near ONNX Runtime's, of whole numbers the same but for a few, and finite where it is."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["y"]),
+        helper.make_node("ArgMax", ["y"], ["z"], axis=1),
+        helper.make_node("Greater", ["y", "zero"], ["t"]),
+    ]
+    rng = np.random.default_rng(0)
+    constants = {"w": rng.standard_normal((9, 3, 1, 1), np.float32), "zero": np.zeros((), np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        "three",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 3, 8, 8))],
+        [
+            helper.make_tensor_value_info(name, kind, None)
+            for name, kind in (("y", TensorProto.FLOAT), ("z", TensorProto.INT64), ("t", TensorProto.BOOL))
+        ],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    network = compile_network(model, resolve("cpu").on(1), 1)
+    report = network.compare(model)
+    assert report.passed, report
+    assert [check.name for check in report.checks] == ["onnxruntime"]
+
+    def compared(change: Callable[[dict[str, Any]], None]) -> bool:
+        def call(*arrays: Any, **options: Any) -> dict[str, Any]:
+            found = network(*arrays, **options)
+            change(found)
+            return found
+
+        given = (network.plans, network.built, call, model)
+        return compare_network(*given, threads=1, accuracy="standard").passed
+
+    def scaled(found: dict[str, Any]) -> None:
+        found["y"] *= 1.01
+
+    def not_finite(found: dict[str, Any]) -> None:
+        found["y"][0, 0, 0, 0] = np.nan
+
+    def moved(found: dict[str, Any]) -> None:
+        found["z"][:, :, :4] += 2
+
+    def negated(found: dict[str, Any]) -> None:
+        found["t"][..., 0] ^= True
+
+    assert compared(lambda found: None)
+    assert not any(map(compared, (scaled, not_finite, moved, negated)))
+    path = tmp_path / "three.onnx"
+    onnx.save(model, path)
+    assert main(["compile", str(path), "--out", str(tmp_path / "out"), "--no-records"]) == 0
+    validation = json.loads((tmp_path / "out" / "manifest.json").read_text())["validation"]
+    assert validation["passed"]
+    assert "of the largest element" in validation["checks"][0]["found"]

@@ -142,6 +142,59 @@ def run_widened(source: str | Path | ModelProto, inputs: Arrays) -> dict[str, np
     return run_onnxruntime(widened, {name: _as_f32(array) for name, array in inputs.items()})
 
 
+#: How far outputs may be from ONNX Runtime's where a network is only compared with it, as a share of the largest
+#: element: of f32, and where something between is rounded to less.
+APART, APART_ROUNDED = 1e-3, 0.2
+
+
+def compare_network(
+    plans: Sequence[Plan],
+    built: Built,
+    call: Callable[..., Any],
+    source: str | Path | ModelProto,
+    *,
+    threads: int,
+    accuracy: str,
+    seed: int = 0,
+) -> NetworkReport:
+    """One run at each size beside ONNX Runtime's of the model: what shows, in a second, that all is not wrong.
+
+    Of floats the largest difference counts, of whole numbers the share of those that differ by more than one.
+
+    Args:
+        plans, built, threads, accuracy, source: as of :func:`validate_network`.
+        call: the network.
+        seed: of the inputs.
+
+    Raises:
+        UnsupportedError: ONNX Runtime does not run the model.
+    """
+    rng, widened, apart = np.random.default_rng(seed), as_f32(source), 0.0
+    rounded = accuracy in ("bf16", "f16", "tf32") or widened is not None
+    rounded |= any(node.spec.is_quantised for plan in plans for node in plan.graph.convolutions)
+    limit = APART_ROUNDED if rounded else APART
+    for size in built.code.sizes:
+        given = _drawn(rng, size.inputs)
+        made = call(*given.values(), out={})
+        wanted = run_onnxruntime(
+            widened or source, {name: _as_f32(a) for name, a in given.items()} if widened else given
+        )
+        found = made if isinstance(made, dict) else dict.fromkeys(wanted, made)
+        apart = max([apart, *(_apart(found[name], array) for name, array in wanted.items())])
+    text = f"outputs differ by {apart:.1e} of the largest element, {limit} is allowed"
+    return NetworkReport(built.code.name, threads, (Check("onnxruntime", apart <= limit, text),), apart / limit)
+
+
+def _apart(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
+    a, b = found.astype(np.float64), wanted.astype(np.float64)
+    if a.shape != b.shape or not np.array_equal(np.isfinite(a), np.isfinite(b)):
+        return math.inf
+    differ = np.abs(np.where(np.isfinite(b), a - b, 0))
+    if wanted.dtype.kind != "f":
+        return float((differ > (wanted.dtype != np.bool_)).mean()) if differ.size else 0.0
+    return float(differ.max(initial=0.0) / (np.abs(b[np.isfinite(b)]).max(initial=0.0) or 1.0))
+
+
 def _as_f32(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """An array of f16 or bf16 as f32; others as they are."""
     return array.astype(np.float32) if array.dtype.itemsize == 2 else array
