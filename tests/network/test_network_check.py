@@ -330,7 +330,7 @@ def test_a_network_is_compared_before_it_is_written(tmp_path: Path) -> None:
 
     def compared(change: Callable[[dict[str, Any]], None]) -> bool:
         def call(*arrays: Any, **options: Any) -> dict[str, Any]:
-            found = network(*arrays, **options)
+            found: dict[str, Any] = network(*arrays, **options)
             change(found)
             return found
 
