@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from typing import Any, Protocol
 
 from ..deferred import te, tirx
@@ -119,6 +119,11 @@ def _unary(function: Callable[[Expr], Expr]) -> Kind:
     return _elementwise(lambda op, values: function(values[0]))
 
 
+def _function(name: str) -> Kind:
+    """A function of TIR's, looked up when it is used: not every process needs TVM."""
+    return _unary(lambda x: getattr(tirx, name)(x))
+
+
 def _folded(function: Callable[[Expr, Expr], Expr]) -> Kind:
     return _elementwise(lambda op, values: reduce(function, values))
 
@@ -199,18 +204,18 @@ ELEMENTWISE: dict[str, Kind] = {
     "activate": _elementwise(lambda op, values: activate(Activation.parse(op["activation"]), values[0])),
     "identity": _unary(lambda x: x),
     "exp": _unary(exponential),
-    "log": _unary(tirx.log),
-    "sqrt": _unary(tirx.sqrt),
-    "abs": _unary(tirx.abs),
+    "log": _function("log"),
+    "sqrt": _function("sqrt"),
+    "abs": _function("abs"),
     "neg": _unary(lambda x: -x),
     "reciprocal": _unary(lambda x: const(1) / x),
-    "floor": _unary(tirx.floor),
-    "ceil": _unary(tirx.ceil),
+    "floor": _function("floor"),
+    "ceil": _function("ceil"),
     "erf": _unary(erf),
     "softplus": _unary(_softplus),
     "softsign": _unary(lambda x: x / (const(1) + tirx.abs(x))),
-    "sin": _unary(tirx.sin),
-    "cos": _unary(tirx.cos),
+    "sin": _function("sin"),
+    "cos": _function("cos"),
     "add": _folded(lambda a, b: a + b),
     "sub": _folded(lambda a, b: a - b),
     "mul": _folded(lambda a, b: a * b),
@@ -220,7 +225,7 @@ ELEMENTWISE: dict[str, Kind] = {
     "pow": _elementwise(_power),
     "prelu": _elementwise(_prelu),
     "threshold": _elementwise(lambda op, values: tirx.Select(values[0] > values[1], values[0], const(0))),
-    "round": _unary(tirx.nearbyint),
+    "round": _function("nearbyint"),
     "sign": _unary(_sign),
     "greater": _compared(lambda a, b: a > b),
     "greater_equal": _compared(lambda a, b: a >= b),
@@ -385,16 +390,25 @@ MOVES: dict[str, Kind] = {
 # ---- over many elements ------------------------------------------------------------------------
 
 
-#: Of f32, where TVM's own begin with the largest finite numbers, and forget a NaN at the next number.
-_MAXIMA = {
-    "max": te.comm_reducer(_larger, lambda dtype: const(LOWEST), name="largest"),
-    "min": te.comm_reducer(_smaller, lambda dtype: const(-LOWEST), name="smallest"),
-}
-#: Of a window: one comparison, which NaN does not win; whether it should is not agreed on, see docs/decisions.md.
-_largest_number = te.comm_reducer(
-    lambda most, x: tirx.Select(x > most, x, most), lambda dtype: const(LOWEST), name="largest_number"
-)
-_times = te.comm_reducer(lambda a, b: a * b, lambda dtype: tirx.const(1, dtype), name="product")
+#: Ways to reduce by which parts of a result may be reduced again.
+_EXTREMES = ("max", "min")
+
+
+@cache
+def _reducers() -> dict[str, Any]:
+    """What combines elements, beside TVM's sums; made when it is first asked for, as not every process needs TVM.
+
+    Of f32, TVM's own maxima begin with the largest finite numbers, and forget a NaN at the next number. Of a window
+    there is one comparison, which NaN does not win; whether it should is not agreed on, see docs/decisions.md.
+    """
+    return {
+        "max": te.comm_reducer(_larger, lambda dtype: const(LOWEST), name="largest"),
+        "min": te.comm_reducer(_smaller, lambda dtype: const(-LOWEST), name="smallest"),
+        "window": te.comm_reducer(
+            lambda most, x: tirx.Select(x > most, x, most), lambda dtype: const(LOWEST), name="largest_number"
+        ),
+        "product": te.comm_reducer(lambda a, b: a * b, lambda dtype: tirx.const(1, dtype), name="product"),
+    }
 
 
 def _pool(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
@@ -415,7 +429,7 @@ def _pool(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
         if op["mode"] == "max":
             is_f32 = value.ty.dtype == ACCUMULATOR
             lowest = const(LOWEST) if is_f32 else te.min_value(value.ty.dtype)
-            largest = _largest_number if is_f32 else te.max
+            largest = _reducers()["window"] if is_f32 else te.max
             return largest(tirx.if_then_else(tirx.all(*inside), value, lowest) if inside else value, taps)
         share = _share(op, pixel, bounds)
         value = value * share
@@ -450,10 +464,8 @@ def _reduced(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
     def at(index: Index) -> Expr:
         places = dict(zip(kept, [index[axis] for axis in kept] if op["keepdims"] else index, strict=True))
         value = operand.at([taps[axis] if axis in taps else places[axis] for axis in range(len(operand.shape))])
-        if op["mode"] == "product":
-            return _times(value, list(taps.values()))
-        if op["mode"] in _MAXIMA:
-            return _MAXIMA[op["mode"]](value, list(taps.values()))
+        if op["mode"] in ("product", *_EXTREMES):
+            return _reducers()[op["mode"]](value, list(taps.values()))
         if op["mode"] == "mean":
             value = value * const(1 / math.prod(operand.shape[axis] for axis in axes))
         return te.sum(value * value if op["mode"] == "square" else value, list(taps.values()))
@@ -471,11 +483,11 @@ def _over(operand: Lazy, axes: Sequence[int], mode: str, stage: Stage) -> Lazy:
         inner = Operation({"axes": (len(rows),), "keepdims": False, "mode": mode}, [parted], (*rows, BLOCK))
         at = _reduced(inner, stage)
         sides = stage(inner.shape, lambda *index: at(index), lanes=True)
-        again = mode if mode in (*_MAXIMA, "mean") else "sum"
+        again = mode if mode in (*_EXTREMES, "mean") else "sum"
         inner = Operation({"axes": (len(rows),), "keepdims": True, "mode": again}, [sides], shape)
         final = _reduced(inner, stage)
         return stage(shape, lambda *index: final(index))
-    if len(axes) > 1 and mode not in _MAXIMA:  # sums of sums: roundings of alike terms add up over each alone
+    if len(axes) > 1 and mode not in _EXTREMES:  # sums of sums: roundings of alike terms add up over each alone
         inside = _over(operand, axes[-1:], mode, stage)
         return _over(inside, axes[:-1], "mean" if mode == "mean" else "sum", stage)
     inner = Operation({"axes": tuple(axes), "keepdims": True, "mode": mode}, [operand], shape)

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -68,10 +68,14 @@ def _from_bytes(data: bytes) -> tuple[float, Candidate]:
 
 
 class Costs:
-    """What convolutions and copies are predicted to take on a target; each is asked for once."""
+    """What convolutions and copies are predicted to take on a target; each is asked for once.
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    Args:
+        unknown: called when something is predicted that no process has before.
+    """
+
+    def __init__(self, target: Target, unknown: Callable[[], object] = lambda: None) -> None:
+        self.target, self._unknown = target, unknown
         self._new: dict[ConvSpec, tuple[float, Candidate]] = {}
 
     def recall(self, specs: Iterable[ConvSpec]) -> None:
@@ -96,6 +100,7 @@ class Costs:
         """The predicted seconds and the candidate of a spec in its layouts."""
         known = _known.get((spec, self.target))
         if known is None:
+            self._unknown()
             known = self._new[spec] = predicted(spec, self.target)
             self._know(spec, known)
         return known

@@ -257,11 +257,17 @@ def compile_model(
 
 
 def plan_graph(
-    graph: Graph, target: Target, accuracy: str, choose: Choose | None = None, strips: int | None = 0
+    graph: Graph,
+    target: Target,
+    accuracy: str,
+    choose: Choose | None = None,
+    strips: int | None = 0,
+    costs: Costs | None = None,
 ) -> Plan:
     """The plan of a graph, which is changed, with convolutions of an accuracy class.
 
     Args:
+        costs: what is known of the target's already.
         choose: the candidate of a convolution, where something better than the default is known.
         strips: rows of the strips in which depthwise convolutions and the 1×1 convolutions after them are computed
             (:mod:`convgen.network.strips`): what suits the caches where None, no strips where 0.
@@ -285,7 +291,7 @@ def plan_graph(
             else node
             for node in graph.nodes
         ]
-    made = plan(graph, target)
+    made = plan(graph, target, costs)
     return made if choose is None else with_candidates(made, choose)
 
 
@@ -342,7 +348,8 @@ def plan_model(
     """Read a model and plan it at each of its sizes; arguments as of :func:`compile_network` and :func:`plan_graph`.
 
     Args:
-        helpers: are started as soon as it is known how much there is to compile.
+        helpers: are started as soon as it is known how much there is to compile, unless all that is predicted has been
+            before, and so, most likely, compiled.
 
     Raises:
         SpecError: it cannot be read, or is not an ONNX model; or sizes, accuracy or strips are wrong.
@@ -357,12 +364,12 @@ def plan_model(
             f"dims: expected the same inputs and outputs at every size, found others at {wrong[0].dims}"
         )
     name = check_export_name(name) if name else free_name(graphs[0].name)  # before the minutes that compiling may take
-    if helpers is not None:
-        helpers.begin(len({node.spec for graph in graphs for node in graph.convolutions}))
+    products = len({node.spec for graph in graphs for node in graph.convolutions})
+    costs = Costs(target, (lambda: helpers.begin(products)) if helpers is not None else (lambda: None))
     plans = []
     for graph in graphs:
         graph.name = name
-        plans.append(plan_graph(graph, target, accuracy, choose, strips))
+        plans.append(plan_graph(graph, target, accuracy, choose, strips, costs))
     return plans
 
 

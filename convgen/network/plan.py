@@ -81,9 +81,9 @@ class Plan:
         return physical(self.graph.shapes[name], self.layouts.get(name, ROW_MAJOR))
 
 
-def plan(graph: Graph, target: Target) -> Plan:
+def plan(graph: Graph, target: Target, costs: Costs | None = None) -> Plan:
     """Layouts, views, passes and places of a graph, which is changed."""
-    laid = lay(graph, Costs(target))
+    laid = lay(graph, costs or Costs(target))
     views = Views(laid, DEVICE_ALIGNMENT if target.on_device else 1)
     steps = [_step(made, laid) for made in fuse(graph, views)]
     read = {name for step in steps for name in step.inputs}

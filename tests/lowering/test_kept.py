@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from network_models import arrays_for, expected, furthest, model_of
 from onnx import ModelProto, helper
@@ -147,3 +148,17 @@ def test_a_network_compiled_before_compiles_and_predicts_nothing(
     assert again.built.objects == first.built.objects
     assert again.layers() == first.layers()
     assert furthest(again(inputs["x"]), expected(model, inputs)) < 2e-5
+
+
+def test_a_process_that_finds_everything_loads_no_compiler(tmp_path: Path) -> None:
+    onnx.save(small(), tmp_path / "small.onnx")
+    program = (
+        "import sys, numpy, convgen\n"
+        "network = convgen.compile('small.onnx', threads=1, records=False)\n"
+        "print(network(numpy.ones((1, 3, 12, 12), 'f4')).sum(), 'tvm' in sys.modules)"
+    )
+    environment = {**os.environ, VARIABLE: str(tmp_path / "code.sqlite")}
+    command = [sys.executable, "-c", program]
+    said = [subprocess.check_output(command, cwd=tmp_path, env=environment, text=True).split() for _ in range(2)]
+    assert said[0][0] == said[1][0]
+    assert [loaded for _, loaded in said] == ["True", "False"]
