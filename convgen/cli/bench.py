@@ -32,7 +32,6 @@ from .common import (
     say,
     skip_option,
     status_of,
-    table,
     target_option,
     thread_counts_option,
     tidy,
@@ -40,6 +39,7 @@ from .common import (
 from .generate import Work, chosen, describe, working
 from .separable import bench_separable
 from .separable_options import separable_of
+from .tables import table
 
 if TYPE_CHECKING:
     from ..kernel.kernel import Kernel

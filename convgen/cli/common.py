@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ from ..lowering.toolchain import check_libc
 from ..measure.standalone.words import one_line, printable
 from ..problem.separable import SEPARABLE
 from ..problem.spec import OPERATORS
-from ..report.words import plural, shortened
+from ..report.words import plural
 
 if TYPE_CHECKING:
     from ..hardware.target import Target
@@ -489,64 +487,6 @@ def note_left_out(reasons: Sequence[str]) -> None:
         note(f"left out: {reason}")
     if len(reasons) > REASONS:
         note(f"left out: {len(reasons) - REASONS} more")
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned columns; empty ones are left out, and those whose name ends in ``>`` are aligned to the right.
-
-    On a terminal, or where ``COLUMNS`` is set, it is as wide as that at most: the widest columns are cut, with ``…``
-    where their cells are most alike, and where that is not enough the last ones of numbers are left out.
-    """
-    texts = [[printable(str(cell)) for cell in row] for row in rows]
-    kept = [i for i in range(len(header)) if not texts or any(row[i] for row in texts)]
-    header = [header[i] for i in kept]
-    texts = [[name.removesuffix(">") for name in header], *([row[i] for i in kept] for row in texts)]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
-    shown = _shown(header, widths)
-    header, texts = [header[i] for i in shown], [[row[i] for i in shown] for row in texts]
-    widths = _cut([widths[i] for i in shown])
-    columns = [shortened(column, width) for column, width in zip(zip(*texts, strict=True), widths, strict=True)]
-    lines = []
-    for row in zip(*columns, strict=True):
-        cells = [
-            cell.rjust(width) if name.endswith(">") else cell.ljust(width)
-            for name, cell, width in zip(header, row, widths, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("─" * width for width in widths))
-    return "\n".join(lines)
-
-
-#: What a table's column is not cut below.
-_NARROWEST = 12
-
-
-def _room() -> int | None:
-    """The columns of the terminal that a table goes to; elsewhere those that ``COLUMNS`` says, None without it."""
-    said = os.environ.get("COLUMNS", "")
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() or (said.isdecimal() and int(said)) else None
-
-
-def _shown(header: Sequence[str], widths: Sequence[int]) -> list[int]:
-    """The columns that there is room for: without the last ones of numbers where not even cut ones fit."""
-    shown, room = list(range(len(header))), _room()
-    while room is not None and sum(min(widths[i], _NARROWEST) + 2 for i in shown) - 2 > room:
-        numbers = [i for i in shown if header[i].endswith(">")]
-        if not numbers:
-            break
-        shown.remove(numbers[-1])
-    return shown
-
-
-def _cut(widths: list[int]) -> list[int]:
-    """The columns' widths, the widest narrowed until all fit on the terminal; as they are where there is none."""
-    columns = _room()
-    if columns is None:
-        return widths
-    widths, room = list(widths), columns - 2 * (len(widths) - 1)
-    while sum(widths) > room and max(widths) > _NARROWEST:
-        widths[widths.index(max(widths))] -= 1
-    return widths
 
 
 def duration(seconds: float | None) -> str:

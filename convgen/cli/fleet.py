@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from . import bundle
-from .common import Command, Option, emit, json_option, note, say, table
+from .common import Command, Option, emit, json_option, note, say
+from .tables import table
 
 _UNSAFE = (
     "warning: {host} can be reached from other machines, and TVM's RPC has no authentication: whoever connects "

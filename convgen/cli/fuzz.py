@@ -24,10 +24,10 @@ from .common import (
     note,
     say,
     schedule_option,
-    table,
     target_option,
     threads_option,
 )
+from .tables import table
 from .view import LOG_SECONDS
 
 if TYPE_CHECKING:

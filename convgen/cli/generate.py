@@ -41,7 +41,6 @@ from .common import (
     single_sizes,
     skip_option,
     status_of,
-    table,
     target_option,
     threads_option,
     tidy,
@@ -52,6 +51,7 @@ from .separable import (
     validate_separable,
 )
 from .separable_options import refuse_for_separable, separable_of, strips_option, weights_option
+from .tables import table
 from .view import View
 
 if TYPE_CHECKING:

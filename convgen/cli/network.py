@@ -29,13 +29,13 @@ from .common import (
     say,
     size,
     sizes_option,
-    table,
     target_option,
     threads_option,
     tidy,
 )
 from .separable_options import strips_option
 from .steps import check_picture, compiling, timed_steps, write_steps
+from .tables import table
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -243,7 +243,7 @@ def _refuse(error: NotTakenError, as_json: bool) -> int:
         nothing: dict[str, Any] = {"folder": None, "seconds": None, "manifest": None, "networks": [], "profiles": []}
         emit({**nothing, "taken": False, "outside": outside})
     else:
-        say(table(["not taken", "because"], by_cause(error.nodes).items()))
+        say(table(["not taken", "because"], by_cause(error.nodes).items(), prose="because"))
     others = f", {plural(error.taken, 'other node')} would be" if error.taken else ""
     every = "; --json lists each" if not as_json and len(by_cause(error.nodes)) < len(error.nodes) else ""
     note(f"convgen: {error.where}: {error.counted} not taken{others}{every}")
@@ -267,7 +267,7 @@ def _say_model(made: OnnxRuntimeModel, seconds: float, as_json: bool) -> None:
     ]
     say(table(["operator", "inputs", "outputs", "convolutions>", "passes>"], cells))
     if made.outside:
-        say(table(["left to ONNX Runtime", "because"], by_cause(made.outside).items()))
+        say(table(["left to ONNX Runtime", "because"], by_cause(made.outside).items(), prose="because"))
     weights = size(sum(part.weights for part in made.parts))
     note(f"{tidy(made.model)} with {made.library.name}; weights {weights}; {duration(seconds)}")
 

@@ -34,11 +34,11 @@ from .common import (
     rate,
     say,
     store_option,
-    table,
     threads_option,
     tidy,
 )
 from .databases import measured_again, prune_database
+from .tables import table
 
 if TYPE_CHECKING:
     from ..records.answer import Answer

@@ -14,9 +14,10 @@ import click
 
 from ..errors import SpecError
 from ..problem.separable import SeparableSpec
-from .common import FAILED, duration, emit, note, say, table
+from .common import FAILED, duration, emit, note, say
 from .network import say_network, validate_model
 from .steps import compiling
+from .tables import table
 from .tuned import network_line, print_results, print_status, run_job, run_whole
 
 if TYPE_CHECKING:

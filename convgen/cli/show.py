@@ -28,11 +28,11 @@ from .common import (
     read_layers,
     say,
     size,
-    table,
     target_option,
     threads_option,
 )
 from .separable_options import refuse_for_separable, separable_of
+from .tables import fitted, table
 
 if TYPE_CHECKING:
     from ..hardware.target import Target
@@ -269,7 +269,8 @@ def schedules(as_json: bool) -> None:
     if as_json:
         emit(listed)
     else:
-        say(table(["schedule", "version>", "what it does"], [list(row.values()) for row in listed]))
+        rows = [list(row.values()) for row in listed]
+        say(table(["schedule", "version>", "what it does"], rows, prose="what it does"))
 
 
 def _cores(listed: list[dict[str, Any]]) -> list[list[Any]]:
@@ -328,4 +329,4 @@ def targets(as_json: bool) -> None:
     say(table(["target", *(f"{column}>" for column in WAITS), "facts"], _waits(listed)))
     say("")
     for family, module in target_families().items():
-        say(f"{family}: {_summary(module)}")
+        say(fitted(f"{family}: {_summary(module)}"))

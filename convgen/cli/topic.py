@@ -8,7 +8,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..errors import meant
-from .common import emit, json_option, say, table
+from .common import emit, json_option, say
+from .tables import table
 from .view import page
 
 

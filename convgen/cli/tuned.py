@@ -14,7 +14,8 @@ from ..formats.entries import SpecEntry
 from ..formats.sources import is_model, is_path
 from ..measure.standalone.words import printable
 from ..report.words import picks_text, plural
-from .common import FAILED, INTERRUPTED, duration, emit, label, note, note_busy, note_left_out, rate, say, table, tidy
+from .common import FAILED, INTERRUPTED, duration, emit, label, note, note_busy, note_left_out, rate, say, tidy
+from .tables import table
 from .view import JobView, clock, remaining
 
 if TYPE_CHECKING:

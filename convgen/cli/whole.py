@@ -14,7 +14,8 @@ import click
 from ..formats.entries import AccuracyRule
 from ..formats.sources import write_text
 from ..report.words import plural
-from .common import INTERRUPTED, emit, note, note_busy, say, table, tidy, whole_accuracy
+from .common import INTERRUPTED, emit, note, note_busy, say, tidy, whole_accuracy
+from .tables import table
 
 if TYPE_CHECKING:
     from ..measure.network_model import NetworkModel

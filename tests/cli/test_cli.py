@@ -23,8 +23,9 @@ from onnx import TensorProto, helper
 from convgen.check.validate import Check, Report
 from convgen.cli import cli
 from convgen.cli.bench import PEER_NAMES
-from convgen.cli.common import duration, size, table
+from convgen.cli.common import duration, size
 from convgen.cli.show import WAITS
+from convgen.cli.tables import table
 from convgen.hardware.roofline import roofline
 from convgen.lowering.discover import schedule_ids, schedules
 from convgen.measure.peers import PEERS

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from convgen.cli.common import table
+from convgen.cli.tables import fitted, table
 from convgen.cli.tuned import brought
 from convgen.lowering.schedule import Picks
 from convgen.report.words import picks_text
@@ -68,3 +68,17 @@ def test_tables_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) 
     assert "candidate" in fitting
     assert "number 11" in whole
     assert ("number 11" in fitting) == (columns >= 160)
+
+
+def test_reasons_are_wrapped_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What to type next stands at their end."""
+    monkeypatch.setenv("COLUMNS", "60")
+    reason = "expected a known shape (--dim), found [N, 3, 32, 32]; such as --dim N=1"
+    text = table(["not taken", "because"], [("input 'x'", reason), ("b", "short")], prose="because")
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert " ".join(" ".join(lines[2:-1]).split()) == f"input 'x' {reason}"
+    assert lines[-1].split() == ["b", "short"]
+    assert fitted(f"cpu: {reason}").splitlines()[1].startswith("  ")
+    monkeypatch.delenv("COLUMNS")
+    assert fitted(reason) == reason
