@@ -137,22 +137,34 @@ def _tiles(relation: Correlation, lanes: int, o: int) -> int:
     return groups * Tiling(_outputs(relation, lanes), o).count
 
 
+def _shared(relation: Correlation, target: Target, block: int, o: int) -> int:
+    """Tiles of a block that read the same of inner: of NCHW those of a group."""
+    groups = 1 if relation.spec.layout == "nhwc" else relation.spec.groups
+    return min(block, _tiles(relation, target.lanes, o) // groups)
+
+
 @lru_cache(maxsize=1024)
 def _default(schedule: CpuGradientGrouped, spec: ConvSpec, target: Target) -> Picks:
     domains, core, relation = schedule.space(spec, target).domains, core_of(target), Correlation(spec)
     is_last = spec.layout == "nhwc"
 
     def block(o: int, c: int, r: int) -> int:
-        """Of NHWC, all that leaves each core a task and its sums a quarter of the L2 cache; of NCHW, a group."""
+        """All that leaves each core a task and its sums a quarter of the L2 cache; of NCHW, what reads a group again.
+        Where images are small that is more: planes of channels that follow each other are fetched ahead, single ones of
+        image after image are not.
+        """
         tiles = _tiles(relation, target.lanes, o)
-        most = tiles // target.cores if is_last else min(tiles // target.cores, tiles // spec.groups)
+        most, of_group = tiles // target.cores, tiles // spec.groups
+        if not is_last:
+            read = 4 * relation.own * math.prod(relation.inner.size)
+            most = max(min(most, of_group), min(most // 4, of_group * ceildiv(2 * target.l1, read)))
         kept = 4 * target.lanes * _kept(relation, Picks(tile_o=o, tile_c=c, tile_r=r))
         return max(int(b) for b in domains["block"] if b == 1 or (b <= most and 4 * b * kept <= target.l2))
 
     def rows(each: int, o: int, c: int, r: int) -> int:
         """All where nothing is read again, else as many as half of the L2 cache has room for."""
         alone = c == relation.own and r == math.prod(relation.kernel[:2]) and len(_runs(relation)) == 1
-        if alone and each == 1:
+        if alone and _shared(relation, target, each, o) == 1:
             return relation.lines
         read = relation.own * relation.stride[1] * relation.stride[2]
         if is_last:
@@ -192,7 +204,8 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
             loads = o + c * r * len(offsets) * stride * apart
             shuffles = c * r * taps * (stride - 1)
         # What several tiles read comes from the L2 cache each time.
-        near = 1.5 * 4 * lanes * (o + c * r * (o if is_last else 1)) * (tiles * picks.block > 1)
+        is_again = tiles * _shared(relation, target, picks.block, o) > 1
+        near = 1.5 * 4 * lanes * (o + c * r * (o if is_last else 1)) * is_again
         work.append(Work(passes * lines * steps, fmas=sums, loads=loads, shuffles=shuffles, near=near, chain=1))
         work.append(Work(passes * lines, cycles=BEGIN_RUN + MASKED * edges * loads))
         work.append(Work(passes * ceildiv(lines, picks.rows), loads=2 * sums, stores=sums, cycles=BEGIN_TILE))

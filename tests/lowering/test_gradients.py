@@ -154,6 +154,18 @@ def test_gradients_of_large_images_are_fetched_ahead(layer: str, layout: str) ->
         np.testing.assert_array_equal(made, gradients(spec, **data))
 
 
+def test_depthwise_gradients_of_small_images_take_channels_together() -> None:
+    """Those of large ones one by one; either is autograd's, bit for bit."""
+    small, target = ConvSpec.parse("conv2d n3 ic40 oc40 g40 i14x13 k3x3 s2x2 p1x1 weights"), resolve("cpu").on(1)
+    schedule = schedules_of("cpu")["cpu_gradient_grouped"]
+    large = small.with_(in_spatial=(150, 150))
+    small_picks, large_picks = (schedule.default(spec.core, target) for spec in (small, large))
+    assert small_picks.block > large_picks.block == 1
+    data = exact_data(small)
+    made = compile_candidate(small, target, Candidate(schedule, small_picks), 1)(**data)
+    np.testing.assert_array_equal(made, gradients(small, **data))
+
+
 def test_a_gradient_of_src_is_a_layer_with_the_same_weights() -> None:
     strided = ConvSpec.parse("conv2d n2 ic4 oc6 i10x9 k3x3 s2x2 p1x1 data").core
     assert strided == ConvSpec.parse("convtranspose2d n2 ic6 oc4 i5x5 k3x3 s2x2 p1x1 op1x0 nobias")
