@@ -150,14 +150,14 @@ def _default(schedule: CpuGradientGrouped, spec: ConvSpec, target: Target) -> Pi
 
     def block(o: int, c: int, r: int) -> int:
         """All that leaves each core a task and its sums a quarter of the L2 cache; of NCHW, what reads a group again.
-        Where images are small that is more: planes of channels that follow each other are fetched ahead, single ones of
-        image after image are not.
+        Where images are small that is more, as long as tasks are many: planes of channels that follow each other are
+        fetched ahead, single ones of image after image are not.
         """
         tiles = _tiles(relation, target.lanes, o)
         most, of_group = tiles // target.cores, tiles // spec.groups
         if not is_last:
             read = 4 * relation.own * math.prod(relation.inner.size)
-            most = max(min(most, of_group), min(most // 4, of_group * ceildiv(2 * target.l1, read)))
+            most = max(min(most, of_group), min(most // 8, of_group * ceildiv(8 * target.l1, read)))
         kept = 4 * target.lanes * _kept(relation, Picks(tile_o=o, tile_c=c, tile_r=r))
         return max(int(b) for b in domains["block"] if b == 1 or (b <= most and 4 * b * kept <= target.l2))
 

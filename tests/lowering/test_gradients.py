@@ -158,7 +158,7 @@ def test_depthwise_gradients_of_small_images_take_channels_together() -> None:
     """Those of large ones one by one; either is autograd's, bit for bit."""
     small, target = ConvSpec.parse("conv2d n3 ic40 oc40 g40 i14x13 k3x3 s2x2 p1x1 weights"), resolve("cpu").on(1)
     schedule = schedules_of("cpu")["cpu_gradient_grouped"]
-    large = small.with_(in_spatial=(150, 150))
+    large = small.with_(in_spatial=(300, 300))
     small_picks, large_picks = (schedule.default(spec.core, target) for spec in (small, large))
     assert small_picks.block > large_picks.block == 1
     data = exact_data(small)
