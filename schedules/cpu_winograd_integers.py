@@ -37,7 +37,7 @@ REQUANTISED = 10
 
 
 class CpuWinogradIntegers(WinogradBlocks):
-    id, version = "cpu_winograd_integers", 1
+    id, version = "cpu_winograd_integers", 2
     sums_integers = only_integers = True
 
     def takes_integers(self, spec: ConvSpec) -> bool:

@@ -36,6 +36,8 @@ INPUTS = ((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0), (0, -
           (0, 4, 0, -5, 0, 1))  # fmt: skip
 WEIGHTS = ((1, 0, 0), (1, 1, 1), (1, -1, 1), (1, 2, 4), (1, -2, 4), (0, 0, 1))
 BACK = ((6, -4, -4, 1, 1, 0), (0, -4, 4, 2, -2, 0), (0, -4, -4, 4, 4, 0), (0, -4, 4, 8, -8, 24))
+#: Where the two points begin that are opposite: 1 and -1, 2 and -2.
+OPPOSITE = (1, 3)
 #: Outputs come times 9 · 2**SHIFTED; the inverse of 9 modulo 2**32.
 SHIFTED, INVERSE = 6, 954437177
 #: Products of two numbers of 8 bits, of which a sum is less than 2**25 in any case.
@@ -106,7 +108,8 @@ def _rows(matrix: Sequence[Sequence[int]], row: Expr, values: Sequence[Expr]) ->
 def combined(coefficients: Sequence[int], values: Sequence[Expr]) -> Expr:
     """The sum of values, of integers, times coefficients."""
     total: Expr = None
-    for c, value in zip(coefficients, values, strict=True):
+    # Those that are added first, so that none is taken from 0.
+    for c, value in sorted(zip(coefficients, values, strict=True), key=lambda term: term[0] < 0):
         if not c:
             continue
         size = value if abs(c) == 1 else value * _number(abs(c), value)
@@ -115,6 +118,30 @@ def combined(coefficients: Sequence[int], values: Sequence[Expr]) -> Expr:
         else:
             total = total + size if c > 0 else total - size
     return total
+
+
+def row_in(block: Block, values: Sequence[Expr]) -> list[Expr]:
+    """:data:`INPUTS` times six values. At points that are opposite, numbers differ by the sign of what is odd."""
+    rows = [combined(row, values) for row in INPUTS]
+    for first in OPPOSITE:
+        one, other = INPUTS[first], INPUTS[first + 1]
+        even, odd = (
+            block.let(combined([(a + sign * b) // 2 for a, b in zip(one, other, strict=True)], values))
+            for sign in (1, -1)
+        )
+        rows[first : first + 2] = [even + odd, even - odd]
+    return rows
+
+
+def row_back(block: Block, values: Sequence[Expr]) -> list[Expr]:
+    """:data:`BACK` times six values, of which it takes sums and differences at opposite points."""
+    values, columns = list(values), [list(column) for column in zip(*BACK, strict=True)]
+    for first in OPPOSITE:
+        one, other = values[first : first + 2]
+        values[first : first + 2] = [block.let(one + other), block.let(one - other)]
+        a, b = columns[first : first + 2]
+        columns[first : first + 2] = [[(x + sign * y) // 2 for x, y in zip(a, b, strict=True)] for sign in (1, -1)]
+    return [combined(row, values) for row in zip(*columns, strict=True)]
 
 
 def _number(c: int, like: Expr) -> Expr:
@@ -226,13 +253,12 @@ class Kernel(TaskKernel):
             with part.loop(columns) as (one, x):
                 place = one.let(x * read.block + within)
                 column = [self.numbers(one, panel, [0, y * OUTPUTS + k, block, place]) for k in range(EXTENT)]
-                for i, row_of in enumerate(INPUTS):
-                    one.add(self.stored(half, [i, x, 0], combined(row_of, column)))
+                for i, value in enumerate(row_in(one, column)):
+                    one.add(self.stored(half, [i, x, 0], value))
             with part.loop(g.tile_columns) as (one, tx), one.loop(EXTENT) as (inner, i):
                 line = [self.numbers(inner, half, [i, tx * OUTPUTS + k, 0]) for k in range(EXTENT)]
-                for j, row_of in enumerate(INPUTS):
-                    place = [i * EXTENT + j, y * g.tile_columns + tx, channel]
-                    inner.add(self.stored(values, place, combined(row_of, line)))
+                for j, value in enumerate(row_in(inner, line)):
+                    inner.add(self.stored(values, [i * EXTENT + j, y * g.tile_columns + tx, channel], value))
         return values
 
     def numbers(self, block: Block, buffer: tirx.Buffer, place: Sequence[Any]) -> Expr:
@@ -345,11 +371,10 @@ class Kernel(TaskKernel):
             for j in range(EXTENT):
                 places = [[part * POSITIONS + i * EXTENT + j, tile, _ramp(lane, self.lanes)] for i in range(EXTENT)]
                 read = [body.let(tirx.BufferLoad(sums, place)) for place in places]
-                columns.append([body.let(combined(row_of, read)) for row_of in BACK])
+                columns.append([body.let(value) for value in row_back(body, read)])
             for p in range(OUTPUTS):
-                line = [column[p] for column in columns]
-                for q, row_of in enumerate(BACK):
-                    times = body.let(combined(row_of, line))
+                for q, value in enumerate(row_back(body, [column[p] for column in columns])):
+                    times = body.let(value)
                     value = (times * _number(INVERSE, times)) >> _number(SHIFTED, times)
                     totals[p, q] = body.let(value if part == 0 else totals[p, q] + value)
         return totals

@@ -11,7 +11,20 @@ from drawn_points import random_picks
 
 from convgen.check.reference import run_onnxruntime
 from convgen.check.validate import validate
-from convgen.cpu.winograd_integers import BACK, EXTENT, INPUTS, INVERSE, OUTPUTS, SHIFTED, TAPS, WEIGHTS, parts_of
+from convgen.cpu.winograd_integers import (
+    BACK,
+    EXTENT,
+    INPUTS,
+    INVERSE,
+    OUTPUTS,
+    SHIFTED,
+    TAPS,
+    WEIGHTS,
+    parts_of,
+    row_back,
+    row_in,
+)
+from convgen.deferred import tirx
 from convgen.hardware.target import resolve
 from convgen.kernel.kernel import Kernel, compile_candidate
 from convgen.lowering.discover import schedule as find_schedule
@@ -76,6 +89,20 @@ def test_the_matrices_convolve() -> None:
     assert (24**2 >> SHIFTED) * INVERSE % 2**32 == 1
     assert max(np.abs(INPUTS).sum(axis=1)) ** 2 * 255 < 2**15  # 16 bits hold transformed numbers
     assert max(np.abs(WEIGHTS).sum(axis=1)) ** 2 * 128 < 2**15
+
+
+class Unnamed:
+    """In place of a block: values stay expressions."""
+
+    def let(self, value: Any) -> Any:
+        return value
+
+
+@pytest.mark.parametrize(("row", "matrix"), [(row_in, INPUTS), (row_back, BACK)])
+def test_rows_are_products_with_the_matrices(row: Any, matrix: Any) -> None:
+    given = np.random.default_rng(1).integers(-1000, 1000, EXTENT)
+    made = row(Unnamed(), [tirx.const(int(value), "int32") for value in given])
+    np.testing.assert_array_equal([int(value) for value in made], np.array(matrix) @ given)
 
 
 def test_channels_are_parted_evenly() -> None:
