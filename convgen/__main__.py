@@ -17,9 +17,14 @@ def main() -> None:
         if not sys.flags.safe_path and sys.path[0] in ("", os.getcwd()):
             del sys.path[0]
     os.environ["PYTHONSAFEPATH"] = "1"
-    from .cli import main as run
+    try:
+        from .cli import main as run
 
-    sys.exit(run())
+        status = run()
+    except KeyboardInterrupt:  # while the command line, which says the same, is being loaded
+        sys.stderr.write("convgen: interrupted\n")
+        status = 130
+    sys.exit(status)
 
 
 if __name__ == "__main__":

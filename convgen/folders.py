@@ -106,6 +106,22 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(folder / path.name, path)
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Alone in a folder, of all who come by this; not on a file system without locks.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    lock = os.open(os.path.realpath(folder), _FOLDER)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def _systems() -> str:
     try:
         return tempfile.gettempdir()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from convgen.interrupts import interrupts_blocked, interrupts_held
 
@@ -83,3 +86,24 @@ def test_processes_started_while_blocked_never_see_one() -> None:
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout == "alive\n"
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize("module", ["click", "convgen.cli", "convgen.cli.generate"])
+def test_a_command_that_is_interrupted_while_it_is_loaded_says_so(module: str, tmp_path: Path) -> None:
+    (script := tmp_path / "convgen").write_text(
+        "import signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from convgen.__main__ import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, str(script), "build", "conv2d n1 ic1 oc1 i1x1 k1x1", "--no-records"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130
+    assert done.stderr.startswith("convgen: interrupted")
+    assert done.stderr.count("\n") == 1

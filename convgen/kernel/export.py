@@ -33,7 +33,8 @@ from ..problem.dtypes import BYTES, UNDERFLOW, UNIT_ROUNDOFF
 from ..problem.layout import Blocks
 from ..problem.spec import PARAMETERS, ConvSpec
 from . import example_integers
-from .load import MANIFEST, UNFINISHED
+from .destination import check_destination, move
+from .load import MANIFEST
 from .names import check_export_name
 from .packages import Package, package_files
 from .templates import (
@@ -89,13 +90,14 @@ def write_library(
         raise ExportError(f"facts: expected threads among them, found {', '.join(facts) or 'none'}")
     target = Path(os.path.abspath(directory))
     try:
-        check_destination(target, interface.name, [*_file_names(interface.name), MANIFEST])
+        names = [*_file_names(interface.name), MANIFEST]
+        check_destination(target, interface.name, names)
         existing = next(parent for parent in target.parents if parent.exists())
         with TemporaryFolder(existing) as temporary:
             folder = temporary / target.name
             folder.mkdir()  # with the usual permissions
             manifest = _write_files(folder, interface, object_file, facts, libc)
-            move(folder, target, interface.name)
+            move(folder, target, interface.name, names)
     except OSError as error:
         raise ExportError(f"{target}: cannot write the library {interface.name}: {error}") from error
     return manifest
@@ -104,31 +106,6 @@ def write_library(
 def _file_names(name: str) -> tuple[str, ...]:
     """The names of a library's files but for the manifest."""
     return f"lib{name}.so", f"lib{name}.a", f"{name}.h", "example.c", *package_files(name)
-
-
-def check_destination(target: Path, library: str, files: Sequence[str]) -> None:
-    """Whether an export of a library may write its files to a folder.
-
-    Raises:
-        ExportError: something else is there.
-    """
-    if target.exists() and not target.is_dir():
-        raise ExportError(f"{target}: expected a directory, found a file")
-    for name in files:
-        if (target / name).exists() and not (target / name).is_file():
-            raise ExportError(f"{target / name}: expected a file or nothing, found a directory")
-    path = target / MANIFEST
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))["name"]
-        except (ValueError, KeyError, TypeError):
-            found = "something else"
-        if found != library:
-            raise ExportError(f"{target}: expected an earlier export of {library} or none, found {found}")
-    elif others := [name for name in files if (target / name).exists()]:
-        raise ExportError(
-            f"{target}: expected an earlier export of {library} or none, found {', '.join(others)} without {MANIFEST}"
-        )
 
 
 def _write_files(
@@ -164,19 +141,6 @@ def write_manifest(folder: Path, manifest: dict[str, Any], files: Sequence[Path]
     except (TypeError, ValueError) as error:
         raise ExportError(f"facts: expected JSON values, found {error}") from error
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-def move(folder: Path, target: Path, library: str) -> None:
-    """Put a folder's files, which are a library, into another one, the manifest last."""
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(folder, target)
-        return
-    # Until the new manifest arrives there is no library, but a folder whose files may be replaced.
-    (folder / UNFINISHED).write_text(json.dumps({"name": library, UNFINISHED: True}), encoding="utf-8")
-    os.replace(folder / UNFINISHED, target / MANIFEST)
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
-        os.replace(path, target / path.name)
 
 
 # ---- manifest ----------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from ..errors import ExportError
 from ..folders import TemporaryFolder
 from ..kernel.arrays import Array, drawn
 from ..kernel.cuda_library import TENSOR_ALIGNMENT
-from ..kernel.export import check_destination, devices_text, move, write_manifest
+from ..kernel.destination import check_destination, move
+from ..kernel.export import devices_text, write_manifest
 from ..kernel.load import MANIFEST
 from ..kernel.names import check_export_name
 from ..kernel.packages import Package, package_files
@@ -87,7 +88,8 @@ def write_network(
     check_export_name(code.name)
     target = Path(os.path.abspath(directory))
     try:
-        check_destination(target, code.name, [*_file_names(code, example), MANIFEST])
+        names = [*_file_names(code, example), MANIFEST]
+        check_destination(target, code.name, names)
         existing = next(parent for parent in target.parents if parent.exists())
         with TemporaryFolder(existing) as temporary:
             folder = temporary / target.name
@@ -98,7 +100,7 @@ def write_network(
             needs = package.needs(folder / f"lib{code.name}.so", libc)
             manifest = _manifest(code, layers, needs, facts, bool(built.device))
             write_manifest(folder, manifest, [folder / name for name in _file_names(code, example)])
-            move(folder, target, code.name)
+            move(folder, target, code.name, names)
     except OSError as error:
         raise ExportError(f"{target}: cannot write the network {code.name}: {error}") from error
     return manifest

@@ -15,6 +15,7 @@ import pytest
 from naive import compile_naive
 from paths import ROOT
 
+import convgen.kernel.export as export_module
 from convgen.api import build
 from convgen.errors import BuildError, ExportError
 from convgen.kernel.export import example_text, write_library
@@ -349,6 +350,40 @@ def test_another_library_is_not_mixed_in(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="expected an earlier export of other or none, found kernel"):
         write_library(out, interface, path, FACTS)
     assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new folder", "folder that is there"])
+@pytest.mark.parametrize("other", ["other", "kernel"])
+def test_of_two_exports_at_once_the_later_finds_the_earlier(
+    other: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is made and put into place while the other is linked."""
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    made = {
+        name: compile_naive(spec, tmp_path, "reference", name)
+        for name, spec in {"kernel": SPEC, "other": SPEC.with_(activation="none")}.items()
+    }
+    earlier = made[other]
+
+    def link(*arguments: Any, **options: Any) -> None:
+        monkeypatch.setattr(export_module, "link", linked)
+        if not (out / "manifest.json").exists():
+            write_library(out, *earlier, FACTS)
+        linked(*arguments, **options)
+
+    linked = export_module.link
+    monkeypatch.setattr(export_module, "link", link)
+    if other == "kernel":
+        write_library(out, *made["kernel"], FACTS)
+    else:
+        with pytest.raises(ExportError, match="expected an earlier export of kernel or none, found other"):
+            write_library(out, *made["kernel"], FACTS)
+    assert json.loads((out / "manifest.json").read_text())["name"] == other
+    assert (out / f"lib{other}.so").exists()
+    assert len(list(out.iterdir())) == 8
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
 @pytest.mark.parametrize("file", ["example.c", "kernel.h", "kernelConfig.cmake"])
