@@ -3,7 +3,8 @@
 Also as MIOpen logs them with ``MIOPEN_ENABLE_LOGGING_CMD=1``, after a prefix. Convolutions have two
 axes, or three with ``--spatial_dim 3``, never one. What is left out has MIOpenDriver's default. ``-c``
 is what goes in and ``-k`` what comes out, whether the mode is ``conv`` or ``trans``. ``convint8`` is of i8, and gives
-its sums, of i32; it has neither scales nor a bias.
+its sums, of i32; it has neither scales nor a bias. Commands about other primitives, such as ``pool`` and ``bnorm``, say
+nothing of layers.
 
 Source: ``driver/conv_driver.hpp``, ``driver/InputFlags.cpp``, ``src/convolution.cpp`` and
 ``src/driver_arguments.cpp`` in MIOpen.
@@ -21,10 +22,12 @@ from ..problem.tokens import DIRECTIONS
 from .notation import check_said, plain, unsupported
 
 _LINE = re.compile(
-    r"(?P<prefix>.*?)(?:^|[\s/\\])MIOpenDriver(?:\.exe)?\s+(?P<command>conv\w*|CBAInfer\w*)(?P<flags>(?:\s.*)?)"
+    r"(?P<prefix>.*?)(?:^|[\s/\\])MIOpenDriver(?:\.exe)?\s+(?P<command>\w+)(?P<flags>(?:\s.*)?)"
     r"|\s*(?P<bare>conv(?:b?fp16|int8|b?fp8)?)(?P<rest>\s+-.*)",
     re.DOTALL,
 )
+#: How commands begin that run convolutions, alone or with others in one kernel.
+_CONVOLUTIONS = ("conv", "CBAInfer")
 _DTYPES = {"conv": "f32", "convfp16": "f16", "convbfp16": "bf16", "convint8": "i8"}
 
 #: Flags that describe the layer: long name -> short name and default.
@@ -90,7 +93,7 @@ _LONG = {short: name for name, (short, _) in (_FLAGS | _NEUTRAL).items()} | {s: 
 
 
 def recognise(line: str) -> bool:
-    """Whether a line is, or ends in, a convolution's command for MIOpenDriver."""
+    """Whether a line is, or ends in, a command for MIOpenDriver, be it about another primitive."""
     return _LINE.match(line) is not None
 
 
@@ -101,12 +104,16 @@ def parse(line: str, where: str = "") -> ConvSpec:
         SpecError: a flag is unknown, has no value or a wrong one; names it.
         UnsupportedError: no forward convolution of ours is meant; names the flag.
     """
-    return parse_all(line, where)[0]
+    layers = parse_all(line, where)
+    if not layers:
+        raise SpecError("command", "MIOpenDriver conv", repr(line[:40]), where)
+    return layers[0]
 
 
 def parse_all(line: str, where: str = "") -> list[ConvSpec]:
     """The layer of a command in all its directions: ``-F`` is 1 for forward, 2 for data, 4 for weights, or a sum of
-    them. 0, the default, which runs all three, is read as the layer itself, forward.
+    them. 0, the default, which runs all three, is read as the layer itself, forward. None of a command about another
+    primitive.
 
     Raises:
         SpecError, UnsupportedError: as :func:`parse`.
@@ -115,6 +122,8 @@ def parse_all(line: str, where: str = "") -> list[ConvSpec]:
     if match is None:
         raise SpecError("command", "MIOpenDriver conv", repr(line[:40]), where)
     command = match["command"] or match["bare"]
+    if not command.startswith(_CONVOLUTIONS):
+        return []
     if command not in _DTYPES:
         raise unsupported(where, "command", f"one of {', '.join(_DTYPES)}", command)
     flags = _flags(match["flags"] or match["rest"] or "", where)

@@ -32,6 +32,7 @@ from convgen.check.fuzz.worker import Worker
 from convgen.check.random_specs import SMALL
 from convgen.check.validate import validate
 from convgen.cli import main
+from convgen.errors import Inapplicable
 from convgen.hardware.target import resolve
 from convgen.kernel.kernel import compile_candidate
 from convgen.lowering import discover
@@ -603,3 +604,8 @@ def test_a_wrong_command_line_is_refused(capsys: pytest.CaptureFixture[str]) -> 
 def test_every_kind_is_explained() -> None:
     assert all(KINDS.values())
     assert {kind for _, kind, _ in ENDS.values()} <= KINDS.keys()
+
+
+def test_a_schedule_that_applies_to_nothing_is_an_error() -> None:
+    with pytest.raises(Inapplicable, match=r"--schedule cuda_gemm on cpu.*: cuda_gemm applies to none of [0-9]+ specs"):
+        Kernels("cpu", schedule="cuda_gemm")

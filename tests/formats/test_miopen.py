@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from convgen.errors import SpecError, UnsupportedError
 from convgen.formats import benchdnn, miopen
+from convgen.formats.sources import read_specs
 
 #: Commands of MIOpen's documentation, tests and logs, and what they mean.
 COMMANDS = {
@@ -103,9 +106,20 @@ def test_command_for_something_else(command: str, message: str) -> None:
         miopen.parse(command, "here")
 
 
-@pytest.mark.parametrize(
-    "line", ["./bin/MIOpenDriver bnorm -n 1", "conv2d n1 ic4", "MIOpenDriver", "conv", "convoy -n 1"]
-)
+@pytest.mark.parametrize("line", ["./bin/MIOpenDriver -n 1", "conv2d n1 ic4", "MIOpenDriver", "conv", "convoy -n 1"])
 def test_what_is_no_command(line: str) -> None:
     assert not miopen.recognise(line)
     assert not benchdnn.recognise(line)
+
+
+def test_other_primitives_of_a_log_say_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "layers.txt"
+    conv = "./bin/MIOpenDriver conv -n 1 -c 4 -k 4 -H 5 -W 5 -F 1"
+    path.write_text(f"./bin/MIOpenDriver pool -n 1\n{conv}\nMIOpenDriver bnormfp16 -n 1 -c 4\n{conv}\n")
+    skipped: list[str] = []
+    (entry,) = read_specs(path, skipped=skipped)
+    assert (entry.spec, entry.count, skipped) == (miopen.parse(conv), 2, [])
+    with pytest.raises(SpecError, match=r"expected MIOpenDriver conv, found './bin/MIOpenDriver pool -n 1'"):
+        miopen.parse("./bin/MIOpenDriver pool -n 1")
+    with pytest.raises(SpecError, match="lines of which none is about a convolution"):
+        read_specs("./bin/MIOpenDriver pool -n 1")

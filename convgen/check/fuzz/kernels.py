@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...errors import Inapplicable
 from ...hardware.target import Target, check_native, resolve
 from ...lowering.discover import schedule as find_schedule
 from .cases import Case
@@ -19,6 +20,7 @@ class Kernels:
 
     Raises:
         UnsupportedError: the target is unknown or does not run here, or there is no such schedule.
+        Inapplicable: the schedule applies to no layer on the target.
     """
 
     def __init__(
@@ -34,6 +36,14 @@ class Kernels:
         self.seeds = seeds
         check_native(self.target)
         find_schedule(schedule or "reference")  # imports all of them
+        if schedule is not None:
+            self._check_applies(schedule)
+
+    def _check_applies(self, schedule: str) -> None:
+        """A draw looks at thousands of layers: where one finds none, a run would check nothing."""
+        first = self.draw(0, 0)
+        if not first.cases:
+            raise Inapplicable(f"--schedule {schedule} on {self.target}: {'; '.join(first.skipped)}")
 
     @property
     def options(self) -> str:
