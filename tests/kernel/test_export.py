@@ -15,11 +15,11 @@ import pytest
 from naive import compile_naive
 from paths import ROOT
 
-import convgen.kernel.export as export_module
 from convgen.api import build
 from convgen.errors import BuildError, ExportError
 from convgen.kernel.export import example_text, write_library
 from convgen.lowering.interface import ABI, Interface
+from convgen.lowering.link import link as linked
 from convgen.problem.activation import DEFAULTS
 from convgen.problem.spec import ConvSpec
 
@@ -368,13 +368,12 @@ def test_of_two_exports_at_once_the_later_finds_the_earlier(
     earlier = made[other]
 
     def link(*arguments: Any, **options: Any) -> None:
-        monkeypatch.setattr(export_module, "link", linked)
+        monkeypatch.setattr("convgen.kernel.export.link", linked)
         if not (out / "manifest.json").exists():
             write_library(out, *earlier, FACTS)
         linked(*arguments, **options)
 
-    linked = export_module.link
-    monkeypatch.setattr(export_module, "link", link)
+    monkeypatch.setattr("convgen.kernel.export.link", link)
     if other == "kernel":
         write_library(out, *made["kernel"], FACTS)
     else:
