@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..deferred import tirx
-from ..lowering.compute import ACCUMULATOR, INTEGER, STORAGE, Expr
+from ..lowering.compute import ACCUMULATOR, INTEGER, STORAGE, Expr, of_lanes
 from ..lowering.requantise import CLAMPS, steps_of
 from ..problem.spec import ConvSpec
 from .vector import Block, load, store_stored
@@ -50,7 +50,7 @@ def store_bytes(
         given = {name: value for name, value in vector.given.items() if name != "dst_zero"}
         if residual is not None:
             given["residual"] = load(residual, spec.residual_dtype, vector.place, LANES, LANES)
-        values.append(block.let(steps_of(spec, vector.sums, lanes=LANES, **given)))
+        values.append(block.let(steps_of(spec, vector.sums, lanes=LANES, whole=_whole, **given)))
     packed = _packed(block, spec, values, zero)
     first = 0
     while first < len(vectors):
@@ -77,6 +77,11 @@ def _packed(block: Block, spec: ConvSpec, values: Sequence[Expr], zero: Expr | N
     words = block.let(tirx.reinterpret(f"{INTEGER}x{LANES}", narrow))
     ordered = block.let(tirx.Shuffle([words], _ORDER))
     return block.let(tirx.reinterpret(f"{STORAGE[spec.dst_dtype]}x{TOGETHER * LANES}", ordered))
+
+
+def _whole(value: Expr) -> Expr:
+    """Rounded to nearest, ties to even, as f32: in one instruction."""
+    return tirx.call_llvm_pure_intrin(of_lanes(ACCUMULATOR, LANES), "llvm.nearbyint", value)
 
 
 def _nearest(value: Expr) -> Expr:

@@ -139,6 +139,14 @@ def whole_bits(
     value: Expr, dtype: str, offset: Expr | None, lanes: int, within: tuple[float, float] | None = None
 ) -> Expr:
     """The same before the zero point, here f32, is added."""
+    bounded = saturated(value, dtype, offset, lanes, within)
+    return tirx.reinterpret(of_lanes(INTEGER, lanes), bounded + tirx.const(SHIFT, ACCUMULATOR))
+
+
+def saturated(
+    value: Expr, dtype: str, offset: Expr | None, lanes: int, within: tuple[float, float] | None = None
+) -> Expr:
+    """The same before it is rounded: bounds are whole numbers."""
     low, high = (tirx.const(bound, ACCUMULATOR) for bound in RANGES[dtype])
     if offset is not None:  # bounds of the rounded number: saturating before rounding is the same
         low, high = low - offset, high - offset
@@ -152,10 +160,8 @@ def whole_bits(
         least = low if lanes == 1 or low.ty.dtype.lanes == lanes else tirx.Broadcast(low, lanes)
         number = tirx.Var("number", of_lanes(ACCUMULATOR, lanes))
         # In this order a single instruction, whose answer to NaN is its second operand.
-        value = tirx.Let(number, value, tirx.min(high, tirx.Select(number > least, number, least)))
-    else:
-        value = tirx.max(low, tirx.min(high, value))
-    return tirx.reinterpret(of_lanes(INTEGER, lanes), value + tirx.const(SHIFT, ACCUMULATOR))
+        return tirx.Let(number, value, tirx.min(high, tirx.Select(number > least, number, least)))
+    return tirx.max(low, tirx.min(high, value))
 
 
 def less(value: Expr, zero: Expr | None) -> Expr:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 from ..deferred import tirx
 from ..problem.spec import ConvSpec
-from .compute import ACCUMULATOR, INTEGER, SHIFT, STORAGE, Expr, epilogue, of_lanes, quantised_bits, whole_bits
+from .compute import ACCUMULATOR, INTEGER, SHIFT, STORAGE, Expr, epilogue, of_lanes, quantised_bits, saturated
 
 #: Activations that are bounds of a value; those of clip are its parameters.
 CLAMPS: dict[str, tuple[float, ...]] = {"none": (-math.inf, math.inf), "relu": (0, math.inf), "clip": ()}
@@ -59,14 +60,19 @@ def steps_of(
     residual: Expr | None = None,
     lanes: int = 1,
     times: Callable[[Expr, Expr], Expr] | None = None,
+    whole: Callable[[Expr], Expr] | None = None,
     **addends: Expr,
 ) -> Expr:
-    """What :func:`requantise` rounds and saturates, an f32 in steps of dst, before the activation."""
+    """What :func:`requantise` rounds and saturates, an f32 in steps of dst, before the activation.
+
+    ``whole`` rounds an f32, small enough for a number of 22 bits, to nearest, ties to even.
+    """
     sums = sums.astype(of_lanes(INTEGER, lanes))
     value = (sums if bias is None else sums + bias).astype(of_lanes(ACCUMULATOR, lanes)) * scale
     if residual is None:
         return value
-    return _added(spec, value, residual, lanes, times or rounded_product, **addends)
+    whole = whole or partial(_whole, lanes=lanes)
+    return _added(spec, value, residual, lanes, times or rounded_product, whole, **addends)
 
 
 def rounded_product(a: Expr, b: Expr) -> Expr:
@@ -81,6 +87,7 @@ def _added(
     residual: Expr,
     lanes: int,
     times: Callable[[Expr, Expr], Expr],
+    whole: Callable[[Expr], Expr],
     *,
     product_scale: Expr,
     product_zero: Expr,
@@ -88,7 +95,11 @@ def _added(
     residual_zero: Expr,
 ) -> Expr:
     """A product, rounded to dst's type, plus the residual, in steps of dst."""
-    bits = whole_bits(value, spec.dst_dtype, product_zero, lanes, (-math.inf, math.inf))
-    # Through integers, as the simplifier would take (a + b) - b for a.
-    product = tirx.reinterpret(of_lanes(ACCUMULATOR, lanes), bits) - tirx.const(SHIFT, ACCUMULATOR)
+    product = whole(saturated(value, spec.dst_dtype, product_zero, lanes, (-math.inf, math.inf)))
     return times(product, product_scale) + times(residual - residual_zero, residual_scale)
+
+
+def _whole(value: Expr, lanes: int) -> Expr:
+    # Through integers, as the simplifier would take (a + b) - b for a.
+    bits = tirx.reinterpret(of_lanes(INTEGER, lanes), value + tirx.const(SHIFT, ACCUMULATOR))
+    return tirx.reinterpret(of_lanes(ACCUMULATOR, lanes), bits) - tirx.const(SHIFT, ACCUMULATOR)

@@ -73,3 +73,11 @@ def test_no_vector_is_narrowed_alone() -> None:
         spec = ConvSpec.parse(f"conv2d ic64 i14x14 k1x1 i8 nhwc {words}")
         code = source(lower(spec, target, parse_candidate(spec, target, "cpu_direct", None)), "asm")
         assert not re.search(r"\bvpackuswb\b", code)
+
+
+def test_what_a_residual_is_added_to_is_rounded_by_one_instruction() -> None:
+    target = resolve("cpu:x86-64-v4")
+    for words, rounds in (("residual residual_u8", True), ("", False)):
+        spec = ConvSpec.parse(f"conv2d ic64 oc64 i14x14 k1x1 src_u8 dst_u8 i8 nhwc {words}")
+        code = source(lower(spec, target, default_candidate(spec, target)), "asm")
+        assert bool(re.search(r"\bvrndscaleps\b", code)) == rounds
