@@ -272,7 +272,10 @@ records_options = grouped(
     store_option(), click.option("--no-records", is_flag=True, help="Neither read nor write records.")
 )
 trials_option = click.option(
-    "--trials", type=click.IntRange(min=0), metavar="N", help="Trials per layer, including those of earlier runs."
+    "--trials",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Trials per layer, including those of earlier runs; 0: none.",
 )
 
 
@@ -297,7 +300,7 @@ class FiniteRange(click.FloatRange):
 NON_NEGATIVE = FiniteRange(min=0)
 budget_options = grouped(
     trials_option,
-    click.option("--seconds", type=NON_NEGATIVE, metavar="S", help="Tuning time for all layers together."),
+    click.option("--seconds", type=NON_NEGATIVE, metavar="S", help="Tuning time for all layers together; 0: none."),
 )
 
 

@@ -289,6 +289,8 @@ def build(
         raise click.UsageError("--weights: expected a separable problem, found layers, whose kernels are given theirs")
     if strips is not None:
         raise click.UsageError("--strips: expected a separable problem, found layers, which are computed one by one")
+    if trials == 0:  # as with no seconds
+        seconds = None
     if schedule and (trials or seconds):
         raise click.UsageError("--schedule fixes the candidate: there is nothing left to tune")
     (entries,), left_out = layers_of([" ".join(spec)], dims, accuracy)

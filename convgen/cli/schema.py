@@ -123,7 +123,7 @@ count                integer    how often it occurs
 spec                 text       its descriptor
 target               text       what it was tuned for
 threads              integer    that kernels run on
-state                text       waiting, searching, comparing, done, skipped or failed
+state                text       waiting, searching, comparing, done, out of budget, skipped or failed
 reason               text       why the search ended, or was skipped
 trials               integer    made in this run
 known_trials         integer    made in earlier runs

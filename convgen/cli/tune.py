@@ -65,14 +65,14 @@ def _check_targets(context: click.Context, parameter: click.Parameter, text: str
     "--seconds",
     type=NON_NEGATIVE,
     metavar="S",
-    help="Time for the whole job, including that of earlier runs.",
+    help="Time for the whole job, including that of earlier runs; 0: none.",
 )
 @trials_option
 @click.option(
     "--total-trials",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Trials for the whole job, including those of earlier runs.",
+    help="Trials for the whole job, including those of earlier runs; 0: none.",
 )
 @click.option(
     "--patience",

@@ -229,7 +229,20 @@ def print_results(
             f"convgen: {rest} of {len(results)} layers not reached within the budget; "
             "the same command with a larger budget goes on from here"
         )
+    elif not run.measured and run.is_spent() and any(layer.state in ("done", "out of budget") for layer in run.layers):
+        spent = f"the budget is spent ({_budget(run)}), and nothing was measured"
+        note(f"convgen: {spent}; the same command with a larger one goes on from here")
     return FAILED if failed or not reached else 0
+
+
+def _budget(run: JobState) -> str:
+    """What is spent of a job's budget, by the options that say it."""
+    job, parts = run.job, []
+    if job.seconds is not None:
+        parts.append(f"{run.spent:.0f} of --seconds {job.seconds:g}")
+    if job.trials is not None:
+        parts.append(f"{run.trials} of --total-trials {job.trials}")
+    return ", ".join(parts) or f"--trials {job.trials_per_layer}"
 
 
 def print_status(job: Job, records: Records, as_json: bool, facts: Mapping[str, Any] | None = None) -> int:
@@ -246,6 +259,8 @@ def print_status(job: Job, records: Records, as_json: bool, facts: Mapping[str, 
     store = RecordStore(path, readonly=True) if isinstance(path, Path) and path.exists() else None
     try:
         run = JobState(job, store)
+        if run.is_spent():
+            run.settle()
         run.close()
     finally:
         if store is not None:

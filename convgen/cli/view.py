@@ -27,7 +27,7 @@ LIVE_SECONDS, LOG_SECONDS = 0.03, 15.0
 #: Columns that the figures beside a layer's name take.
 _FIGURES = 60
 #: Order in which a job's layers are shown.
-STATES = ("comparing", "searching", "done", "failed", "waiting", "skipped")
+STATES = ("comparing", "searching", "out of budget", "done", "failed", "waiting", "skipped")
 
 
 def _text(line: str, style: str = "") -> Text:
@@ -203,8 +203,8 @@ def remaining(run: JobState) -> str:
     if run.left is not None:
         parts.append(f"{clock(run.left)} left")
     if run.job.trials is not None:
-        parts.append(f"{max(0, run.job.trials - run.trials)} trials left")
-    if run.job.trials_per_layer:
+        parts.append(f"{plural(max(0, run.job.trials - run.trials), 'trial')} left")
+    if run.job.trials_per_layer is not None:
         parts.append(f"up to {plural(run.job.trials_per_layer, 'trial')} a layer")
     return ", ".join(parts) or "until nothing more is gained"
 

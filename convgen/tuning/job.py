@@ -77,7 +77,7 @@ class Job:
         targets: as :func:`convgen.hardware.target.resolve` takes them.
         threads: of the kernels; none: all cores of the target.
         seconds, trials: budget in all, over all runs of the job; None: no limit.
-        trials_per_layer: trials of a layer in all, whoever made them; 0: no limit.
+        trials_per_layer: trials of a layer in all, whoever made them; None: no limit.
         patience: trials of a layer without a gain after which it is done; None: the usual number.
         exclude: ids of schedules that do not take part.
         seed: of the search.
@@ -96,7 +96,7 @@ class Job:
     threads: tuple[int, ...] = ()
     seconds: float | None = None
     trials: int | None = None
-    trials_per_layer: int = 0
+    trials_per_layer: int | None = None
     patience: int | None = None
     exclude: tuple[str, ...] = ()
     seed: int = 0

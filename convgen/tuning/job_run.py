@@ -81,7 +81,7 @@ class JobRun(JobState):
             self.running = True
 
             def stop() -> bool:
-                return interrupts.came or self._is_spent()
+                return interrupts.came or self.is_spent(self._reserve())
 
             while not interrupts.came:
                 take_rounds(self.workers, self._choose, stop)
@@ -97,23 +97,19 @@ class JobRun(JobState):
             self._last_comparisons(lambda: interrupts.came)
             if not interrupts.came:
                 self._judge_networks()
+                self.settle()
             self.running = False
-
-    def _is_spent(self) -> bool:
-        """Whether it is time to compare: the budget is spent, but for what that takes."""
-        job = self.job
-        if job.trials is not None and self.trials >= job.trials:
-            return True
-        return job.seconds is not None and self.spent >= job.seconds - self._reserve()
 
     def _reserve(self) -> float:
         """Seconds to keep for the final comparisons."""
+        if self.job.seconds is None:
+            return 0.0
         waiting = [layer for layer in self.layers if self._awaits_comparison(layer)]
         reserve = sum(map(self._final_seconds, waiting))
         in_networks = [layer for layer in waiting if layer.problem.spec in self._in_networks]
         if in_networks:
             reserve += NETWORK_GUESS + CHAINS * CHAIN_ROUNDS * sum(layer.share for layer in in_networks)
-        return min(reserve, RESERVE * (self.job.seconds or 0.0))
+        return min(reserve, RESERVE * self.job.seconds)
 
     def _final_seconds(self, layer: Layer) -> float:
         if self._finals:

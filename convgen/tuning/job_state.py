@@ -24,13 +24,18 @@ if TYPE_CHECKING:
     from .networks import NetworkTimes
 
 
+#: Why a layer is not searched any more that might be.
+SPENT = "the budget is spent"
+
+
 @dataclass
 class Layer:
     """A problem of a running job.
 
     Attributes:
-        state: ``waiting``, ``searching``, ``comparing``, ``done``, ``skipped`` (nothing to do) or ``failed``.
-        reason: why it was skipped, or failed.
+        state: ``waiting``, ``searching``, ``comparing``, ``done``, ``out of budget`` (not searched to the end),
+            ``skipped`` (nothing to do) or ``failed``.
+        reason: why it was skipped, or failed, or is not searched any more.
         predicted: seconds of its default, before anything was measured.
     """
 
@@ -131,7 +136,7 @@ class JobState:
             layer.search = search = Search(
                 context,
                 spec,
-                trials=self.job.trials_per_layer,
+                trials=self.job.trials_per_layer or 0,
                 patience=self.job.patience,
                 seed=self.job.seed,
                 exclude=self.job.exclude,
@@ -189,6 +194,23 @@ class JobState:
     def left(self) -> float | None:
         """Seconds left of the budget; None: there is no limit."""
         return None if self.job.seconds is None else max(0.0, self.job.seconds - self.spent)
+
+    def is_spent(self, reserve: float = 0.0) -> bool:
+        """Whether the budget is spent, but for some seconds.
+
+        A budget of none for each layer is one of none.
+        """
+        job = self.job
+        if job.trials_per_layer == 0 or (job.trials is not None and self.trials >= job.trials):
+            return True
+        return job.seconds is not None and self.spent >= job.seconds - reserve
+
+    def settle(self) -> None:
+        """Say of layers whose search the budget has ended that it was this."""
+        for layer in self.layers:
+            if layer.state in ("searching", "done") and layer.search is not None and not layer.search.over:
+                layer.state = "done" if layer.search.answered else "out of budget"
+                layer.reason = SPENT
 
     def close(self) -> None:
         """Give claims and files back; the workers are the caller's."""

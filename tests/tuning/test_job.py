@@ -12,6 +12,7 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fake_tuning import Clock, FakeRunner, FakeSchedule, Speed, fake_pools, fake
 from onnx import parser
 from paths import ROOT, SUPPORT
 
+from convgen.cli.tuned import print_results
 from convgen.errors import SpecError
 from convgen.hardware.target import resolve
 from convgen.problem.spec import ConvSpec
@@ -28,7 +30,7 @@ from convgen.records.record import TuningRecord
 from convgen.records.store import RecordStore
 from convgen.tuning.job import Job
 from convgen.tuning.job_run import JobRun
-from convgen.tuning.job_state import JobState
+from convgen.tuning.job_state import SPENT, JobState
 
 SMALL = "conv1d n1 ic4 oc4 i20 k3 s1 p0"
 LARGE = "conv2d n1 ic8 oc16 i10x10 k3x3 s1x1 p1x1 relu"
@@ -218,11 +220,40 @@ def test_seconds_are_totals_over_all_runs(store: RecordStore, monkeypatch: pytes
 
 def test_what_was_begun_within_a_budget_is_kept(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default, however long it takes; and no more, now or in another run."""
-    for states in (["done", "waiting"], ["searching", "waiting"]):
+    for _ in range(2):
         run, _ = run_job(monkeypatch, Job((FAST, SLOW), threads=(1,), seconds=10), store, build=30.0)
         assert [record.picks["x"] for record in searched(store)] == [0]
-        assert sorted(layer.state for layer in run.layers) == states
+        assert sorted((layer.state, layer.reason) for layer in run.layers) == [("done", SPENT), ("waiting", "")]
         assert run.spent > 10
+
+
+def test_a_layer_whose_search_the_budget_has_ended_is_not_being_searched(
+    store: RecordStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was not compared, as nothing seems better than the default, and there was no time; another one was."""
+    job = Job((FAST, SLOW), threads=(1,), seconds=30)
+    run, _ = run_job(monkeypatch, job, store, lambda *_: 1e-3, size=900)
+    states = {layer.state for layer in run.layers}
+    assert "searching" not in states
+    assert {layer.reason for layer in run.layers if layer.state != "waiting"} == {SPENT}
+    asked = JobState(replace(job, seconds=1.0), store)
+    asked.settle()
+    asked.close()
+    assert {(layer.state, layer.reason) for layer in asked.layers if layer.search and not layer.search.answered} <= {
+        ("out of budget", SPENT)
+    }
+    again, _ = run_job(monkeypatch, replace(job, seconds=1.0), store, lambda *_: 1e-3, size=900)
+    assert again.measured == 0
+    print_results(again, False, False, None)
+    assert "the budget is spent (" in (said := capsys.readouterr().err)
+    assert " of --seconds 1), and nothing was measured; the same command with a larger one goes on" in said
+
+
+def test_a_budget_of_no_trials_is_none(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for options in ({"trials": 0}, {"trials_per_layer": 0}, {"seconds": 0}):
+        run, _ = run_job(monkeypatch, Job((FAST, SLOW), threads=(1,), **options), store)
+        assert {layer.state for layer in run.layers} == {"waiting"}
+    assert not len(store)
 
 
 def test_without_time_layers_are_not_reached(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
