@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import BuildError, ExportError, Inapplicable, SpecError, UnsupportedError, meant
+from ..errors import BuildError, ExportError, Inapplicable, RecordError, SpecError, UnsupportedError, meant
 from ..formats.entries import AccuracyRule, SpecEntry, with_accuracy
 from ..formats.sources import read_specs, sizes_for
 from ..lowering.toolchain import check_libc
@@ -383,10 +383,20 @@ def status_of(left_out: Sequence[str], skip: bool) -> int:
     return WRONG
 
 
-def chosen_records(records: Path | None, no_records: bool) -> Records:
-    """What the options say about records, as :func:`convgen.records.opening.open_store` takes it."""
+def chosen_records(records: Path | None, no_records: bool, writes: bool = False) -> Records:
+    """What the options say about records, as :func:`convgen.records.opening.open_store` takes it.
+
+    Raises:
+        RecordError: a command that does not search is to read a store that is not there.
+    """
     if records is not None and no_records:
         raise click.UsageError("give either --records or --no-records, not both")
+    if records is not None and not writes and not records.exists():
+        raise RecordError(f"{records}: no such file")
+    from ..records.opening import refused_default
+
+    if records is None and not no_records and (refused := refused_default()):
+        note(f"convgen: {refused}: cannot be made, so no records are used or kept; CONVGEN_RECORDS names it")
     return False if no_records else records
 
 

@@ -275,7 +275,7 @@ def build(
         return build_separable(
             separable,
             {"target": target, "threads": threads},
-            chosen_records(records, no_records),
+            chosen_records(records, no_records, writes=bool(seconds)),
             weights=weights,
             strips=strips,
             seconds=seconds,
@@ -301,7 +301,8 @@ def build(
         check_library_name(name)
     root = out or Path("convgen-out", *(() if several else (entries[0].spec.name,)))
     results: list[dict[str, Any]] = []
-    with working(entries, target, threads, chosen_records(records, no_records), trials, seconds) as work:
+    kept = chosen_records(records, no_records, writes=bool(trials or seconds))
+    with working(entries, target, threads, kept, trials, seconds) as work:
         forced = forced_candidates(entries, work.target, schedule, picks)
         if several:
             _make_folder(root)

@@ -142,7 +142,7 @@ def compile_model(
 
     started = time.monotonic()
     options: dict[str, Any] = {"target": target, "threads": threads, "dims": dims, "accuracy": accuracy}
-    kept = chosen_records(records, no_records)
+    kept = chosen_records(records, no_records, writes=bool(seconds))
     if profile is not None:
         check_native(resolve(target))
     check_library_name(name if program == "c" or name is None else identifier(name))

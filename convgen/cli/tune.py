@@ -136,7 +136,12 @@ def tune(
         from .separable import tune_problem  # and what compiles networks
 
         return tune_problem(
-            separable, setting, chosen_records(records, no_records), options["seconds"], status=status, as_json=as_json
+            separable,
+            setting,
+            chosen_records(records, no_records, True),
+            options["seconds"],
+            status=status,
+            as_json=as_json,
         )
     job = _job(sources, job_file, dims, options)
     job = replace(job, accuracy=(*job.accuracy, *accuracy))
@@ -144,7 +149,7 @@ def tune(
         job = replace(job, records=records)
     if report is not None and not whole:
         raise click.UsageError("--report needs --whole; `convgen report` shows what other jobs have brought")
-    kept = chosen_records(records if job.records is None else job.records, no_records)
+    kept = chosen_records(records if job.records is None else job.records, no_records, writes=True)
     tuning, asked = _whole(job) if whole else None, job
     if tuning is not None:
         job = tuning.job(job)

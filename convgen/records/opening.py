@@ -61,6 +61,12 @@ def _default() -> Path | None:
     return path if os.path.exists(path) or _is_writable(path) else None
 
 
+def refused_default() -> Path | None:
+    """The store that the environment names, where there is none and none can be made; None where that is well."""
+    path = default_path() if os.environ.get("CONVGEN_RECORDS") else None
+    return None if path is None or os.path.exists(path) or _is_writable(path) else path
+
+
 def _copied(path: Path | None, folder: Path) -> Path:
     """A store in a folder: a copy, or a new one."""
     copy = folder / "records.sqlite"

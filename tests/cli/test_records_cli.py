@@ -19,6 +19,7 @@ from stores import some
 
 import convgen
 from convgen.cli import main
+from convgen.cli.common import chosen_records
 from convgen.hardware.machine import machine
 from convgen.hardware.target import resolve
 from convgen.lowering.candidates import default_candidate, parse_candidate
@@ -341,3 +342,23 @@ def test_one_command_makes_a_database_to_ship(tmp_path: Path, run: Run, run_json
     assert status == 3
     assert "expected at least one to ship" in err
     assert file.read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize("command", [["build", TEXT], ["compile", __file__, "--out", "out"], ["validate", TEXT]])
+def test_what_reads_records_makes_no_store(command: list[str], tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "typo.sqlite"
+    assert main([*command, "--records", str(path)]) == 3
+    assert capsys.readouterr().err == f"convgen: {path}: no such file\n"
+    assert not path.exists()
+
+
+def test_a_store_of_the_environment_that_cannot_be_made_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for name, said in (("file/x.sqlite", True), ("new/x.sqlite", False)):
+        monkeypatch.setenv("CONVGEN_RECORDS", str(tmp_path / name))
+        assert chosen_records(None, False) is None
+        assert ("x.sqlite: cannot be made, so no records are used" in capsys.readouterr().err) == said
+    assert chosen_records(None, True) is False
+    assert capsys.readouterr().err == ""
