@@ -11,8 +11,10 @@ import click
 from ..errors import MeasureError
 from ..formats.entries import AccuracyRule, SpecEntry, merge
 from ..formats.sources import split_sources
+from ..report.words import plural
 from .common import (
     FiniteRange,
+    check_names,
     check_target,
     chosen_records,
     complete_spec,
@@ -30,6 +32,7 @@ from .common import (
     thread_counts_option,
     tidy,
 )
+from .separable_options import separable_of
 
 if TYPE_CHECKING:
     from ..hardware.machine import Machine
@@ -71,7 +74,7 @@ if TYPE_CHECKING:
     help="Begin with small layers that have one feature each, by every schedule's default: is the device right? "
     "No layer need be given then.",
 )
-@click.option("--exclude", multiple=True, metavar="ID", help="A schedule to leave out; may be repeated.")
+@click.option("--exclude", default="", metavar="ID,…", help="Schedules to leave out.")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the choice of candidates."
 )
@@ -96,7 +99,7 @@ def pack(
     candidates: int,
     facts: Path | None,
     self_check: bool,
-    exclude: tuple[str, ...],
+    exclude: str,
     seed: int,
     records: Path | None,
     no_records: bool,
@@ -111,11 +114,15 @@ def pack(
     With --facts the candidates are chosen for that machine's caches and cores, and what the record
     store already knows of that machine is not measured again.
     """
+    if separable_of(spec, accuracy) is not None:
+        found = "a separable problem, which is tuned as a network, where that runs: `convgen tune`"
+        raise click.UsageError(f"expected layers or a model, found {found}")
     if not spec and not self_check:
         raise click.UsageError("expected a layer, a file or a model, or --self-check, found none of them")
     entries, left_out = _read(spec, dims, accuracy) if spec else ([], [])
 
     from ..hardware.target import resolve
+    from ..lowering.discover import schedule_ids
     from ..records.opening import open_store
     from ..tuning.bundle import pack as write
 
@@ -136,7 +143,7 @@ def pack(
             candidates=candidates,
             machine=machine,
             store=store,
-            exclude=exclude,
+            exclude=check_names("--exclude", exclude, schedule_ids()),
             seed=seed,
             self_check=self_check,
             progress=note,
@@ -150,7 +157,8 @@ def pack(
         note(f"convgen: did not compile: {error.splitlines()[0] if error else ''}")
     failed = f", {packed.failed} of which did not compile" if packed.failed else ""
     known = f"; {packed.known} more are known already and take part in the comparisons" if packed.known else ""
-    say(f"{packed.trials} trials of {packed.layers} layers{failed}{known}: {tidy(out)}, {size(packed.bytes)}")
+    packed_up = f"{plural(packed.trials, 'trial')} of {plural(packed.layers, 'layer')}"
+    say(f"{packed_up}{failed}{known}: {tidy(out)}, {size(packed.bytes)}")
     return status_of(left_out, skip)
 
 

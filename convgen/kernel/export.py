@@ -271,7 +271,7 @@ def header_text(interface: Interface) -> str:
     lines = []
     for name, tensor in interface.arguments.items():
         sizes = ", ".join(map(str, tensor.shape))
-        lines.append(f" *   {name:9}[{', '.join(axes[name])}] = [{sizes}], {tensor.dtype}, {tensor.bytes} bytes")
+        lines.append(f" *   {name + ' ':9}[{', '.join(axes[name])}] = [{sizes}], {tensor.dtype}, {tensor.bytes} bytes")
     if interface.spec.is_quantised:
         lines.append(" *   (i8 is int8_t, u8 uint8_t, i32 int32_t, f32 float)")
     lines.append(f" *   packed    {interface.packed_size} bytes, aligned to {ALIGNMENT}")
@@ -404,7 +404,7 @@ typedef float element;
 static double value(element x) { return x; }
 static element stored(float x) { return x; }""",
     "f16": """\
-typedef _Float16 element;
+__extension__ typedef _Float16 element; /* of compilers that have it, not of C11 */
 
 static double value(element x) { return (double)x; }
 static element stored(float x) { return (element)x; }""",

@@ -36,6 +36,7 @@ TYPOS: list[tuple[list[str], str]] = [
     (["compile", __file__, "--accuracy", "strcit", "--out", "out"], "strict"),
     (["build", SMALL, "--schedule", "cpu_drect"], "cpu_direct"),
     (["tune", SMALL, "--exclude", "cpu_wingrad"], "cpu_winograd"),
+    (["fleet", "pack", SMALL, "--target", "cpu:haswell", "--exclude", "cpu_wingrad"], "cpu_winograd"),
     (["build", "seperable2d", "ic8", "oc8", "i12x10", "k3x3"], "separable2d"),
     (["build", SMALL, "--target", "cpy"], "cpu"),
     (["build", SMALL, "--target", "cpu:haswel"], "cpu:haswell"),

@@ -33,7 +33,7 @@ FACTS = {
     "error_factor": 50.0,
     "versions": {"convgen": "0"},
 }
-STRICT = ("-std=c11", "-Wall", "-Wextra", "-Werror")
+STRICT = ("-std=c11", "-pedantic", "-Wall", "-Wextra", "-Werror")
 
 
 def export(spec: ConvSpec, folder: Path, how: str = "reference", name: str = "kernel", **facts: Any) -> Path:
@@ -331,6 +331,11 @@ def test_manifest_and_header_of_layouts_in_blocks(tmp_path: Path) -> None:
     assert found["dst"] == found["residual"] == (["n", "oc/8", "oh", "ow", "oc%8"], [2, 2, 5, 6, 8])
     assert manifest["spec"]["fields"]["dst_layout"] == "nchw8c"
     assert "[n, ic/16, ih, iw, ic%16] = [2, 2, 5, 6, 16], f32, 7680 bytes" in (out / "kernel.h").read_text()
+
+
+def test_a_header_sets_every_tensor_apart_from_its_axes(tmp_path: Path) -> None:
+    folder = export(ConvSpec.parse("conv2d n1 ic3 oc4 i9x8 k3 i8 weights_zero"), tmp_path, name="narrow")
+    assert re.search(r"^ \*   weights_zero \[oc\] = \[4\], ", (folder / "narrow.h").read_text(), re.MULTILINE)
 
 
 def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
