@@ -250,8 +250,9 @@ def test_a_layer_whose_search_the_budget_has_ended_is_not_being_searched(
 
 
 def test_a_budget_of_no_trials_is_none(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    for options in ({"trials": 0}, {"trials_per_layer": 0}, {"seconds": 0}):
-        run, _ = run_job(monkeypatch, Job((FAST, SLOW), threads=(1,), **options), store)
+    job = Job((FAST, SLOW), threads=(1,))
+    for none in (replace(job, trials=0), replace(job, trials_per_layer=0), replace(job, seconds=0)):
+        run, _ = run_job(monkeypatch, none, store)
         assert {layer.state for layer in run.layers} == {"waiting"}
     assert not len(store)
 
