@@ -24,6 +24,8 @@ def test_models_of_the_quantiser_compile(tmp_path: Path, kind: str) -> None:
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
         else:
             np.testing.assert_array_equal(found, expected)
+    report = network.validate(path)
+    assert report.passed, report
 
 
 def test_a_quantised_model_is_exported_and_loaded(tmp_path: Path) -> None:

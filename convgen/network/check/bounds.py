@@ -374,8 +374,9 @@ def _pad(call: Call, x: F64, value: float) -> F64:
 
 
 def _padded(call: Call) -> Measured:
-    (operand,) = call.operands
-    return Measured(_pad(call, operand.value, call["value"]), _pad(call, operand.error, 0.0))
+    operand, *given = call.operands  # a zero point that is computed stands around
+    around = (float(given[0].value.reshape(())), float(given[0].error.reshape(()))) if given else (call["value"], 0.0)
+    return Measured(_pad(call, operand.value, around[0]), _pad(call, operand.error, around[1]))
 
 
 def _resize(x: F64, ways: Sequence[Any], tables: Sequence[F64]) -> tuple[F64, F64]:
