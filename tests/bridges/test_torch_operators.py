@@ -11,31 +11,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import onnxruntime  # noqa: E402
+from onnx_reference import Reference  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402, N812
 
 import convgen.torch as ours  # noqa: E402
 from convgen.bridges.torch.exported import TorchProgram  # noqa: E402
-from convgen.network.reading import read_graph  # noqa: E402
 
 # Of PyTorch, about itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
-
-
-class Reference:
-    """An ONNX model that networks are read from, run by ONNX Runtime."""
-
-    def __init__(self, model: Any) -> None:
-        read_graph(model)
-        self.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        self.outputs = [value.name for value in self.session.get_outputs()]
-
-    def __call__(self, *arrays: Any, out: dict[str, Any]) -> None:
-        inputs = {value.name: array for value, array in zip(self.session.get_inputs(), arrays, strict=True)}
-        for name, array in zip(self.outputs, self.session.run(None, inputs), strict=True):
-            assert out[name].shape == array.shape
-            out[name][...] = array
 
 
 class After(nn.Module):

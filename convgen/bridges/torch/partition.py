@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -22,14 +21,17 @@ class Part:
     """Nodes that become one network.
 
     Attributes:
-        nodes: in order.
+        nodes: in order; each leads to an output.
         inputs: nodes outside, which are not known, whose tensors these read.
-        outputs: those of them whose tensors are read outside.
+        outputs: those of them whose tensors are read outside, or by those made again.
+        remade: what is read outside and no network can give: views with gaps in memory, or in another output's, and
+            lists. PyTorch makes them of the outputs; the network may compute them as well, for what it reads itself.
     """
 
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    remade: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Partition:
     Attributes:
         known: values of the nodes that do not depend on the graph's inputs.
         parts: what becomes networks; each depends on those before it only.
-        stages: of every other node, the number of parts that must be computed before it.
-        outside: nodes that stay PyTorch's by name, and why.
+        stages: of every node that is not taken, the number of parts that must be computed before it.
+        outside: nodes that stay PyTorch's by name, and why; those made again too.
     """
 
     known: Known
@@ -62,21 +64,24 @@ def divide(graph: fx.Graph, parameters: Known, *, views: bool = False) -> Partit
     """
     known = evaluated(graph, parameters)
     reasons = _refusals(graph, known)
-    if views:
-        reasons |= dict.fromkeys(_shared_views(graph, known), "another output lies in the same memory")
+    shared = set(_shared_views(graph, known)) if views else set()
     while True:
         stages = _stages(graph, known, reasons)
         found: dict[int, list[fx.Node]] = defaultdict(list)
         for node, stage in stages.items():
             if node not in reasons:
                 found[stage].append(node)
-        idle = [nodes for nodes in found.values() if not any(operator(node) in PRODUCTS for node in nodes)]
+        parts = {stage: _part(nodes, known, shared) for stage, nodes in sorted(found.items())}
+        idle = [stage for stage, part in parts.items() if not any(operator(node) in PRODUCTS for node in part.nodes)]
         if not idle:
             break
-        reasons |= {node: "no convolution or product is beside it" for nodes in idle for node in nodes}
-    parts = {stage: _part(nodes, known) for stage, nodes in sorted(found.items())}
+        reasons |= {node: "no convolution or product is beside it" for stage in idle for node in found[stage]}
     places = {stage: place for place, stage in enumerate(parts)}
     waits = {node: sum(1 for other in places if other < stages[node]) for node in reasons}
+    for node in (node for part in parts.values() for node in part.remade):
+        reasons[node] = (
+            "another output lies in the same memory" if node in shared else "its elements lie apart in memory"
+        )
     outside = {node.name: f"{node.target}: {reason}" for node, reason in reasons.items() if node.target is not getitem}
     return Partition(known, tuple(parts.values()), waits, outside)
 
@@ -115,12 +120,6 @@ def _refusals(graph: fx.Graph, known: Known) -> dict[fx.Node, str]:
             take(tried, node)
         except Refusal as error:
             reasons[node] = str(error)
-    # A tensor that lies in another one's memory with gaps is left to PyTorch where PyTorch reads it.
-    for node in reversed(_computed(graph, known)):
-        given = value(node)
-        apart = isinstance(given, Tensor) and storage_order(given) is None
-        if node not in reasons and apart and any(user in reasons or user.op == "output" for user in node.users):
-            reasons[node] = "its elements lie apart in memory"
     return reasons
 
 
@@ -189,14 +188,25 @@ def _stages(graph: fx.Graph, known: Known, reasons: dict[fx.Node, str]) -> dict[
     return stages
 
 
-def _part(nodes: list[fx.Node], known: Known) -> Part:
-    inside = set(nodes)
+def _part(taken: list[fx.Node], known: Known, shared: set[fx.Node]) -> Part:
+    """The network of what is taken in one stage; ``shared`` are views that must lie in the memory of what they view."""
+    inside = set(taken)
+    outputs, remade = set[fx.Node](), set[fx.Node]()
+    for node in reversed(taken):
+        if not any(user not in inside or user in remade for user in node.users):
+            continue
+        given = value(node)
+        if isinstance(given, Tensor) and storage_order(given) is not None and node not in shared:
+            outputs.add(node)
+        else:
+            remade.add(node)
+    needed = set(outputs)
+    for node in reversed(taken):
+        if node in needed:
+            needed.update(before for before in node.all_input_nodes if before in inside)
+    nodes = [node for node in taken if node in needed]
     inputs = dict.fromkeys(
         given for node in nodes for given in node.all_input_nodes if given not in inside and given not in known
     )
-    outputs = [node for node in nodes if any(user not in inside for user in node.users)]
-    return Part(tuple(nodes), tuple(_tensors(inputs)), tuple(_tensors(outputs)))
-
-
-def _tensors(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    return [node for node in nodes if isinstance(value(node), Tensor)]
+    in_order = [tuple(node for node in taken if node in chosen) for chosen in (outputs, remade)]
+    return Part(tuple(nodes), tuple(node for node in inputs if isinstance(value(node), Tensor)), *in_order)

@@ -122,24 +122,24 @@ def _joined(whole: fx.GraphModule, partition: Partition, calls: dict[Part, Netwo
     def copy(node: fx.Node) -> None:
         made[node] = graph.node_copy(node, made.__getitem__)
 
-    inside = {node for part in calls for node in part.nodes}
-    left = [node for node in whole.graph.nodes if node.op != "output" and node not in inside]
-    plain = [node for node in left if node.op != "call_function" or node in partition.known]
-    for node in plain:
-        copy(node)
-    waiting = [node for node in left if node not in set(plain)]
+    for node in whole.graph.nodes:
+        if node.op != "output" and (node.op != "call_function" or node in partition.known):
+            copy(node)
+    waiting = [node for node in whole.graph.nodes if node in partition.stages]
     for stage, part in enumerate(partition.parts):
-        for node in [node for node in waiting if partition.stages.get(node, stage + 1) <= stage]:
+        for node in [node for node in waiting if partition.stages[node] <= stage]:
             copy(node)
             waiting.remove(node)
         if part not in calls:
-            for node in part.nodes:
+            every = {*part.nodes, *part.remade}
+            for node in [node for node in whole.graph.nodes if node in every]:
                 copy(node)
-                waiting.remove(node)
             continue
         results = graph.call_module(f"network{stage}", tuple(made[node] for node in part.inputs))
         for place, node in enumerate(part.outputs):
             made[node] = graph.call_function(_item, (results, place))
+        for node in part.remade:
+            copy(node)
     for node in [*waiting, *whole.graph.find_nodes(op="output")]:
         copy(node)
     root: dict[str, Any] = {
