@@ -43,20 +43,33 @@ def _layer(given: object) -> ConvSpec:
     raise SpecError("spec", "a ConvSpec or its descriptor", f"{_named(given)}{_instead(given)}")
 
 
-def _check_model(given: object) -> None:
-    """Raise SpecError where something is no model; says what to call with that."""
+def _check_model(given: object, programs: bool = True) -> None:
+    """Raise SpecError where something is no model, nor a program of PyTorch's where these are taken; says what to call
+    with that.
+    """
     instead = _instead(given)
+    if not programs and _is_exported(given):
+        instead += "; torch.onnx.export makes an ONNX model"
     if isinstance(given, str) and given.partition(" ")[0] in OPERATORS and not os.path.exists(given):
         instead = "; convgen.build takes descriptors"
     elif isinstance(given, str) and given.partition(" ")[0] in SEPARABLE and not os.path.exists(given):
         pass
     elif isinstance(given, (str, Path)) or hasattr(given, "SerializeToString"):
         return
-    raise SpecError("source", "a path, an ONNX model or an exported program of PyTorch", f"{_named(given)}{instead}")
+    expected = "a path, an ONNX model or an exported program of PyTorch" if programs else "a path or an ONNX model"
+    raise SpecError("source", expected, f"{_named(given)}{instead}")
 
 
 def _named(given: object) -> str:
-    return repr(str(given)) if isinstance(given, (str, Path)) else f"a {type(given).__qualname__}"
+    if isinstance(given, (str, Path)):
+        return repr(str(given))
+    kind = type(given).__qualname__
+    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+
+
+def _is_exported(given: object) -> bool:
+    """Whether it is a program of PyTorch's, which is not imported for that."""
+    return (type(given).__module__, type(given).__name__) == ("torch.export.exported_program", "ExportedProgram")
 
 
 def _instead(given: object) -> str:
@@ -67,7 +80,7 @@ def _instead(given: object) -> str:
             "; of one layer, convgen.spec_from_torch(module, input_shape) gives the spec; "
             "convgen.compile(torch.export.export(module, (x,))) compiles a whole module"
         )
-    if (type(given).__module__, type(given).__name__) == ("torch.export.exported_program", "ExportedProgram"):
+    if _is_exported(given):
         return "; convgen.compile takes it"
     if roots & {"keras", "tensorflow", "tf_keras"}:
         return "; convgen.specs_from_keras gives the layers of a model's JSON"
@@ -206,7 +219,7 @@ def compile(  # noqa: A001
     """
     from .network.network import compile_model  # imports TVM and ONNX
 
-    if (type(source).__module__, type(source).__name__) == ("torch.export.exported_program", "ExportedProgram"):
+    if _is_exported(source):
         from .bridges.torch.exported import TorchProgram  # imports PyTorch
         from .network.choice import check_accuracy, check_strips, network_target
 
@@ -284,7 +297,7 @@ def for_onnxruntime(
         BuildError: TVM, LLVM or the C compiler failed.
         FolderError: the temporary folder cannot be written, is full, or nothing can be loaded from it.
     """
-    _check_model(source)
+    _check_model(source, programs=False)
     from .bridges.onnxruntime import write_for_onnxruntime  # imports TVM and ONNX
     from .network.choice import network_target, recorded_choice
 

@@ -379,7 +379,9 @@ def test_a_program_that_is_partly_pytorchs_has_no_library(tmp_path: Path) -> Non
     halves, x = Halves().eval(), torch.randn(2, 4, 9, 9)
     program = convgen.compile(torch.export.export(halves, (x,)), threads=1)
     assert list(program.outside) == ["cumsum"]
-    with pytest.raises(UnsupportedError, match=r"cumsum: aten\.cumsum\.default: no such operator"):
+    message = r"found 2 networks and 1 node outside: cumsum: aten\.cumsum\.default: no such operator"
+    assert repr(program).endswith("; 1 node left to PyTorch>")
+    with pytest.raises(UnsupportedError, match=message):
         program.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -15,8 +15,10 @@ from onnx_reference import Reference  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402, N812
 
+import convgen  # noqa: E402
 import convgen.torch as ours  # noqa: E402
 from convgen.bridges.torch.exported import TorchProgram  # noqa: E402
+from convgen.errors import SpecError  # noqa: E402
 
 # Of PyTorch, about itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
@@ -233,5 +235,21 @@ def test_a_program_without_a_product_is_left_alone() -> None:
     x = image()
     made = program(Sum(), x)
     assert made.networks == []
+    assert repr(made) == "<TorchProgram: no network; 2 nodes left to PyTorch>"
     assert all("no convolution" in reason for reason in made.outside.values())
     assert torch.equal(made(x), x.relu() + 1)
+
+
+def test_an_output_may_have_an_empty_name() -> None:
+    module, x = After(lambda y: {"": y, "more": y.relu()}), image()
+    made = program(module, x)
+    assert not made.outside
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), module(x), rtol=2e-5, atol=2e-5)
+
+
+def test_onnx_runtime_takes_no_exported_program() -> None:
+    exported = torch.export.export(After(lambda y: y).eval(), (image(),))
+    message = "source: expected a path or an ONNX model, found an ExportedProgram; .*torch.onnx.export"
+    with pytest.raises(SpecError, match=message):
+        convgen.for_onnxruntime(exported, "model.onnx")

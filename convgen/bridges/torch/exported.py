@@ -63,8 +63,9 @@ class TorchProgram:
         self._places = [placeholders.index(node) for node in self._given]
 
     def __repr__(self) -> str:
-        networks = ", ".join(network.name for network in self.networks)
-        return f"<TorchProgram: networks {networks}; {len(self.outside)} nodes left to PyTorch>"
+        names = ", ".join(network.name for network in self.networks)
+        networks = f"network{'s' * (len(self.networks) != 1)} {names}" if names else "no network"
+        return f"<TorchProgram: {networks}; {_counted(len(self.outside), 'node')} left to PyTorch>"
 
     def __reduce__(self) -> Any:
         raise UnsupportedError("a compiled program: expected export() to hand it on, found a copy or a pickle of it")
@@ -95,15 +96,21 @@ class TorchProgram:
         """
         if self.outside or len(self.networks) != 1:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.outside.items())
-            raise UnsupportedError(f"expected a program that is one network, found {len(self.networks)}: {reasons}")
+            found = f"{_counted(len(self.networks), 'network')} and {_counted(len(self.outside), 'node')} outside"
+            raise UnsupportedError(f"expected a program that is one network, found {found}: {reasons}")
         return self.networks[0].export(directory, facts=facts)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _name_outputs(graph: fx.Graph, tree: TreeSpec) -> None:
     """Call what the module returns by names as these are: networks call their outputs as nodes are called.
 
     ``{"logits": …, "features": [a, b]}`` gives ``logits``, ``features_0`` and ``features_1``. Another node of such a
-    name changes names with it; where that is an input, the output's has ``_out`` behind it.
+    name changes names with it; where that is an input, the output's has ``_out`` behind it. What lies under the empty
+    name keeps its node's.
     """
     (output,) = graph.find_nodes(op="output")
     results: list[Any] = list(output.args[0])
@@ -117,6 +124,8 @@ def _name_outputs(graph: fx.Graph, tree: TreeSpec) -> None:
             continue
         name = re.sub(r"\W", "_", "_".join(map(_key, path)))
         name = f"_{name}" if name[:1].isdigit() else name
+        if not name:
+            continue
         while called.get(name) in named:
             name += "_out"
         if (other := called.get(name)) is not None:
