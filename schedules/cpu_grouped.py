@@ -232,6 +232,10 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
             read = sum(count for count, _ in rows) * len(pixels)
             shuffled = read if vectors.permuted else 0
             loads = read * vectors.loaded
+            # A pixel's channels come from the L2 cache once, and then, one after another, from the L1 cache: unless a
+            # row's pixels displace each other there. What is permuted takes as long each time.
+            once = not vectors.permuted and len(pixels) <= target.places(4 * g.src_block) // 2
+            fetched = 4 * front * vectors.depth * vectors.groups * read if once else 4 * passes * picks.lanes * loads
             # Where all rows of a single channel are written out, they share the weights that they read.
             short = vectors.depth == 1 and bool(g.outer) and is_short(spec, g.axis)
             uses = spec.kernel[g.axis] if short else sum(count * served for count, served in rows)
@@ -243,7 +247,7 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
                     loads=passes * (loads + weights),
                     shuffles=passes * shuffled,
                     stores=sums,
-                    near=4 * picks.lanes * loads * passes * width * spec.stride[-1] / len(pixels),
+                    near=fetched * width * spec.stride[-1] / len(pixels),
                     chain=passes * products / sums,
                     cycles=BEGIN_TILE + (0 if short else BEGIN_RUN * front * len(rows) * vectors.depth),
                 )

@@ -31,13 +31,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from convgen.cpu.model import Core, Counts, Stream, Work, core_of
 from convgen.cpu.product import (
     BEGIN_RUN,
+    BEGIN_TASK,
     BEGIN_TILE,
     LINE,
     Ahead,
@@ -379,25 +380,28 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
     share, own = busiest(loads, target.cores) / sum(loads), ceildiv(tasks, target.cores)
     met = sum(0 <= z * stride - begin + k * dilation < g.planes_in for z in range(g.planes) for k in range(taps))
     made = g.planes_in if by_channels else min(g.planes_in, g.window) * g.plane_blocks.count
-    work = [
-        part.with_times(part.times * share * spec.n * spec.groups * times)
-        for parts, times in (
-            (_of_products(target, g, picks, met), 1),
-            (work_of_input(g), made),
-            (_of_output(spec, g, core_of(target, g.lanes).waits.sums), g.planes),
-        )
-        for part in parts
-    ]
-    work.append(finishing(spec, g.lanes, share))
     slab = 4 * taps * g.own * picks.tile_oc
     weights = slab * g.positions * oc_blocks
     products = 4 * g.positions * g.most_tiles
     values = products * round_up(g.own, LINE) * min(g.window, g.planes_in)  # in lines
     sums = products * picks.tile_oc * g.plane_blocks.full
+    # Whether a block of channels finds in the L1 cache what it reads, though all of its weights come by.
+    in_l1 = values + sums + slab * g.positions <= target.l1 and not by_channels
+    work = [
+        part.with_times(part.times * share * spec.n * spec.groups * times)
+        for parts, times in (
+            (_of_products(target, g, picks, met, in_l1), 1),
+            (work_of_input(g, near=in_l1), made),
+            (_of_output(spec, g, core_of(target, g.lanes).waits.sums, in_l1), g.planes),
+        )
+        for part in parts
+    ]
+    work += [finishing(spec, g.lanes, share), Work(own, cycles=BEGIN_TASK)]
     near, passes = values + sums + 2 * slab, own * (1 if by_channels else oc_blocks)
-    images = Stream(sum(spec.bytes[name] for name in ("src", "dst")) * share, ahead=True, footprint=target.l3)
-    streams = [images]
-    if by_channels or near > target.l2 * 3 // 4:  # transformed input comes from beyond the L2 cache, for every block
+    images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]  # a line is read before it is written
+    streams = [Stream(images * share, ahead=True, footprint=target.l3)]
+    # Transformed input comes from beyond the L2 cache, for every block.
+    if by_channels or near > core_of(target).kept * target.l2:
         streams.append(Stream(passes * values, footprint=max(near, target.l2 + 1)))
     if near > target.l2:  # sums leave the L2 cache, and come back, but for the share of them that it holds
         streams.append(Stream(2 * passes * sums * (1 - target.l2 / near), footprint=near))
@@ -406,11 +410,14 @@ def _counts(spec: ConvSpec, target: Target, picks: Picks) -> list[Counts]:
         return [Counts(work, streams, 2)]
     # A group's weights come from memory while its first block is worked on, and then from where they stay.
     new = min(own, ceildiv(spec.groups, target.cores))
-    first, rest = ([part.with_times(part.times * n / own) for part in work] for n in (new, own - new))
-    again = Stream((own - new) * weights, ahead=True, footprint=weights)
+    cold, warm = Stream(new * weights, True, ahead=True), Stream((own - new) * weights, ahead=True, footprint=weights)
     return [
-        Counts(first, [*streams, Stream(new * weights, weights=True, ahead=True)]),
-        Counts(rest, [again], 0),
+        Counts(
+            [part.with_times(part.times * n / own) for part in work],
+            [*(replace(stream, bytes=stream.bytes * n / own) for stream in streams), of_weights],
+            regions,
+        )
+        for n, of_weights, regions in ((new, cold, 1), (own - new, warm, 0))
     ]
 
 
@@ -427,8 +434,8 @@ def _of_packing(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     return Counts([work], [Stream(2 * more * times, footprint=4 * g.lanes * g.positions * times * target.cores)], 0)
 
 
-def _of_products(target: Target, g: Grid, picks: Picks, met: int) -> list[Work]:
-    """Work of the products of all planes, with ``met`` taps of the depth in all."""
+def _of_products(target: Target, g: Grid, picks: Picks, met: int, in_l1: bool = False) -> list[Work]:
+    """Work of the products of all planes, with ``met`` taps of the depth in all; sums may stay in the L1 cache."""
     lanes, width, found = g.lanes, picks.tile_oc // g.lanes, list[Work]()
     for size, blocks in g.groups.sizes:
         tiles = Even(g.tiles(size), picks.tile_px)
@@ -437,19 +444,26 @@ def _of_products(target: Target, g: Grid, picks: Picks, met: int) -> list[Work]:
             for pixels, count in tiles.sizes:
                 times = blocks * channel_blocks * count * g.positions
                 fetched = ceildiv(width, tiles.count)
-                found.append(steps(times * met * g.own, pixels, vectors, near=near, fetched=fetched))
-                found.append(Work(times * met, cycles=BEGIN_RUN))
-                stored = pixels * vectors
-                found.append(Work(times * g.planes, stores=stored, spilled=4 * lanes * stored, cycles=BEGIN_TILE))
+                step = steps(times * met * g.own, pixels, vectors, near=near, fetched=fetched)
+                sums = pixels * vectors
+                if in_l1:  # they go there beside the next tile's products
+                    step = replace(step, stores=sums * g.planes / max(1, met * g.own))
+                    tile = Work(times * g.planes, cycles=BEGIN_TILE)
+                else:
+                    tile = Work(times * g.planes, stores=sums, spilled=4 * lanes * sums, cycles=BEGIN_TILE)
+                found += [step, Work(times * met, cycles=BEGIN_RUN), tile]
     return found
 
 
-def _of_output(spec: ConvSpec, g: Grid, wait: float) -> list[Work]:
-    """Work of transforming a plane of dst back, and of its store. Each vector that a tile reads is a ``wait``."""
+def _of_output(spec: ConvSpec, g: Grid, wait: float, in_l1: bool) -> list[Work]:
+    """Work of transforming a plane of dst back, and of its store.
+
+    Each vector that a tile reads is a ``wait``, and comes from the L2 cache unless ``in_l1``.
+    """
     rows, columns, vectors = g.rows, g.columns, ceildiv(g.outputs, g.lanes)
     outputs = rows.outputs * columns.outputs
     sums = operations(rows.back) * columns.positions + operations(columns.back) * rows.outputs
-    near, loads = 4 * g.lanes * g.positions, g.positions + outputs * spec.residual
+    near, loads = 0 if in_l1 else 4 * g.lanes * g.positions, g.positions + outputs * spec.residual
     times, begin = rows.tiles * columns.tiles * vectors, wait * g.positions
     found = [Work(times, sums + 2 * outputs, loads, outputs, near=near, cycles=begin)]
     if g.dst.layout == "nchw":

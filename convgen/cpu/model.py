@@ -74,6 +74,7 @@ class Core:
         exposed: of what is fetched ahead, the part that products do not hide.
         checked: bytes of packed weights per cycle whose checksum is made: a product of integers for each 8 of them.
         l2_size, l3_size: bytes that the caches hold.
+        kept: the part of the L2 cache that stays what it is while other data pass.
         tile_product, tile_load, tile_store: cycles of a matrix tile each; without such, infinite.
         waits: what it loses besides.
     """
@@ -99,6 +100,7 @@ class Core:
     checked: float = 5
     l2_size: float = 0
     l3_size: float = 0
+    kept: float = 0.75
     tile_product: float = math.inf
     tile_load: float = math.inf
     tile_store: float = math.inf
@@ -218,7 +220,7 @@ class Counts:
 #: What processors have whatever vectors are used, by LLVM's name.
 _CHIPS: dict[str, dict[str, float]] = {
     "znver5": {"hertz": 4.5e9, "latency": 4, "l2": 26, "l3": 20, "memory": 9, "region": 1000},
-    "znver4": {"hertz": 3.7e9, "latency": 4, "l2": 28, "l3": 14, "memory": 8, "region": 2000},
+    "znver4": {"hertz": 3.7e9, "latency": 4, "l2": 28, "l3": 14, "memory": 8, "region": 2000, "kept": 0.725},
     "znver3": {"hertz": 3.5e9, "latency": 4, "l2": 28, "l3": 14, "memory": 7, "region": 2000},
     "haswell": {"hertz": 3.2e9, "latency": 5, "l2": 24, "l3": 10, "memory": 5, "region": 2000},
     "skylake-avx512": {"hertz": 2.8e9, "latency": 4, "l2": 40, "l3": 8, "memory": 5, "region": 2000},

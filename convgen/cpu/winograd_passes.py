@@ -199,8 +199,8 @@ class WayIn:
         return tirx.Shuffle(parts, list(range(lanes)))
 
 
-def work_of_input(g: Tiles) -> list[Work]:
-    """Work of copying and transforming a plane of src."""
+def work_of_input(g: Tiles, *, near: bool = False) -> list[Work]:
+    """Work of copying and transforming a plane of src. ``near``: what is made stays in the L1 cache."""
     rows, columns, vectors = g.rows, g.columns, ceildiv(g.own, g.lanes)
     shuffles = math.log2(g.lanes) if g.src.layout == "nchw" else 0
     copied_pixels = g.groups.count * g.lines * g.length
@@ -208,7 +208,7 @@ def work_of_input(g: Tiles) -> list[Work]:
     for axis, times in ((rows, rows.tiles * g.length), (columns, rows.tiles * rows.positions * columns.tiles)):
         if axis is not NO_AXIS:
             # What is written to the L2 cache comes from there first.
-            spilled = 4 * g.lanes * axis.positions if axis is columns else 0
+            spilled = 4 * g.lanes * axis.positions if axis is columns and not near else 0
             counted = (operations(axis.inputs), axis.extent, axis.positions)
             found.append(Work(times * vectors, *counted, near=2 * spilled, spilled=spilled, cycles=2))
     return found
