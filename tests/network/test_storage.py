@@ -10,6 +10,7 @@ from network_models import arrays_for, expected, furthest, model_of
 from onnx import helper
 
 from convgen.hardware.target import resolve
+from convgen.network.check.bounds import measure
 from convgen.network.network import compile_network
 from convgen.network.plan import Product
 from convgen.network.reading import read_graph
@@ -86,3 +87,12 @@ def test_outputs_are_within_their_bounds() -> None:
     report = compile_network(MODEL, resolve("cpu").on(2), 2, accuracy="bf16").validate(MODEL)
     assert report.passed, report
     assert 1e-3 < report.worst_error < 1
+
+
+def test_nothing_is_promised_of_what_f16_cannot_hold() -> None:
+    model = model_of([helper.make_node("Mul", ["x", "k"], ["y"])], {"x": (1, 4)}, ["y"], {"k": np.float32([1e5])})
+    graph = read_graph(model, {})
+    inputs = {"x": np.float32([[0.1, -0.5, 0.7, -2.0]])}
+    found = measure(graph, inputs, accuracy="f16")[graph.outputs[0]].error
+    assert np.isinf(found).tolist() == [[False, False, True, True]]
+    assert (found[0, :2] >= 2.0**-11 * np.float32([1e4, 5e4])).all()  # it is rounded to 11 bits
