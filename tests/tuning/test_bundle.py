@@ -96,6 +96,21 @@ def test_what_libraries_have_in_common_is_there_once_in_an_xz_archive(tmp_path: 
         assert [(folder / f"{number}.so").read_bytes()[-1] for number in range(4)] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_bundle_of_large_layers_is_small(tmp_path: Path) -> None:
+    """ResNet-50's 24 layers of 16 images, 16 candidates each, take less than 5 MB: large tensors are drawn there."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
+    specs = [
+        ConvSpec.parse(f"conv2d n16 {layer} relu f16 nhwc")
+        for layer in ("ic256 oc1024 i14x14 k1x1 s1 p0", "ic512 oc512 i7x7 k3x3 s1 p1")
+    ]
+    packed = pack(specs, [resolve("cuda:sm_90a")], [1], tmp_path / "layers.tar.xz", candidates=16)
+    assert packed.trials == 32
+    assert packed.bytes < 2 * 5e6 / 24
+    assert packed.bytes < sum(sum(spec.bytes.values()) for spec in specs) / 20
+
+
 @pytest.mark.parametrize("kind", ["a link", "outside", "absolute"])
 def test_an_archive_that_writes_elsewhere_is_refused(tmp_path: Path, kind: str) -> None:
     path, inner = tmp_path / "hostile.tar", tarfile.TarInfo("layer/manifest.json")
