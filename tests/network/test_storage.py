@@ -90,9 +90,11 @@ def test_outputs_are_within_their_bounds() -> None:
 
 
 def test_nothing_is_promised_of_what_f16_cannot_hold() -> None:
-    model = model_of([helper.make_node("Mul", ["x", "k"], ["y"])], {"x": (1, 4)}, ["y"], {"k": np.float32([1e5])})
+    model = model_of(
+        [helper.make_node("Mul", ["x", "k"], ["y"])], {"x": (1, 4)}, ["y"], {"k": np.array([1e5], np.float32)}
+    )
     graph = read_graph(model, {})
-    inputs = {"x": np.float32([[0.1, -0.5, 0.7, -2.0]])}
+    inputs = {"x": np.array([[0.1, -0.5, 0.7, -2.0]], np.float32)}
     found = measure(graph, inputs, accuracy="f16")[graph.outputs[0]].error
     assert np.isinf(found).tolist() == [[False, False, True, True]]
-    assert (found[0, :2] >= 2.0**-11 * np.float32([1e4, 5e4])).all()  # it is rounded to 11 bits
+    assert (found[0, :2] >= 2.0**-11 * np.array([1e4, 5e4])).all()  # it is rounded to 11 bits
