@@ -8,10 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from paths import SUPPORT
 
 from convgen.lowering.kept import VARIABLE
 from convgen.records import shipped
+
+# Tests make no assertions about time, and a machine may be busy.
+settings.register_profile("convgen", deadline=None)
+settings.load_profile("convgen")
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and all processes they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
