@@ -13,7 +13,9 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -531,8 +533,10 @@ def test_hours_stay_flat_in_memory(hours: int, tmp_path: Path, monkeypatch: pyte
             run.close()
     assert run.spent == pytest.approx(hours * 3600.0, rel=0.02)
     assert run.measured > 500 * hours
-    (first, least), (last, most) = sizes[1], sizes[-1]
-    assert most - least < 2000 * (last - first)
+    # The median: that Python's own table of interned strings doubles now and then is nobody's leak.
+    growth = [(most - least) / (last - first) for (first, least), (last, most) in pairwise(sizes[1:])]
+    assert len(growth) >= 2
+    assert median(growth) < 2000
 
 
 def test_the_example_is_a_job() -> None:
