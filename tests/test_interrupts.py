@@ -105,5 +105,4 @@ def test_a_command_that_is_interrupted_while_it_is_loaded_says_so(module: str, t
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 130
-    assert done.stderr.startswith("convgen: interrupted")
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.strip() == "convgen: interrupted"  # after the ^C of a terminal, on a line of its own

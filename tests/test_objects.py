@@ -77,7 +77,7 @@ class Module:
         (convgen.SpecEntry(ConvSpec.parse(TINY)), ".spec"),
         (SEPARABLE, "convgen.separable_model"),
         (SEPARABLE.descriptor, "convgen.separable_model"),
-        (3, "found a int"),
+        (3, "found an int"),
     ],
 )
 def test_what_is_no_spec_is_told_what_takes_it(given: Any, said: str) -> None:
