@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from ..errors import Inapplicable
-from ..problem.dtypes import RANGES
+from ..problem.dtypes import EXACT, RANGES
 from ..problem.layout import PLAIN
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 Pick = int | str | bool
 Array: TypeAlias = "npt.NDArray[Any]"
-
-#: Up to which whole numbers are f32.
-EXACT = 1 << 24
 
 
 def require(condition: bool, why: str) -> None:

@@ -26,7 +26,7 @@ OUTPUT_DTYPES = INPUT_DTYPES | {TensorProto.INT64: "i64"}
 _STORED = INPUT_DTYPES | {TensorProto.BOOL: "f32"}
 #: Operators that give places, whole numbers of f32 here, and those that may follow.
 _PLACES = ("ArgMax", "ArgMin")
-_AFTER_PLACES = (*_PLACES, "Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose")
+_MOVES = ("Identity", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose")
 
 
 class Refusal(Exception):  # noqa: N818  (an answer more than an error)
@@ -93,12 +93,10 @@ class Reading:
 
     def _are_places(self, name: str) -> bool:
         """Whether a tensor is of places that this node gives or takes."""
-        if self.node.op_type not in _AFTER_PLACES or (index := self.scope.producers.get(name)) is None:
+        if self.node.op_type not in (*_PLACES, *_MOVES, "Cast") or (index := self.scope.producers.get(name)) is None:
             return False
         producer = self.scope.nodes[index]
-        if producer.op_type in _PLACES:
-            return True
-        return producer.op_type in _AFTER_PLACES[3:] and self._are_places(producer.input[0])
+        return producer.op_type in _PLACES or (producer.op_type in _MOVES and self._are_places(producer.input[0]))
 
     def input(self, position: int = 0) -> str:
         if not (name := self.given(position)):

@@ -19,15 +19,13 @@ from ..formats.onnx.halves import HALVES, widen_halves
 from ..formats.onnx.layers import folded_graphs
 from ..formats.onnx.node import OnnxLayer
 from ..formats.onnx.prepare import prepare
-from ..problem.dtypes import numpy_dtype
+from ..problem.dtypes import EXACT, numpy_dtype
 from .ends import store_ends
 from .graph import Convolution, Graph, Node, Operator
 from .integers import READ_INTEGERS, integer_convolution
 from .node import DTYPES, INPUT_DTYPES, OUTPUT_DTYPES, Refusal
 from .nodes import READERS, read_node
 
-#: Up to which whole numbers are f32.
-MOST_EXACT = 1 << 24
 _READERS = {**READERS, **READ_INTEGERS}
 
 
@@ -217,8 +215,8 @@ class _Builder:
             if (dtype := DTYPES.get(self.scope.dtype(value), "f32")) != "f32":
                 self.made.dtypes[value] = dtype
             array = np.asarray(self.scope.value(value))
-            if array.dtype == np.int64 and np.abs(array).max(initial=0) > MOST_EXACT:
-                self.refused[f"constant {value!r}"] = f"whole numbers beyond {MOST_EXACT}, which f32 does not have"
+            if array.dtype == np.int64 and np.abs(array).max(initial=0) > EXACT:
+                self.refused[f"constant {value!r}"] = f"whole numbers beyond {EXACT}, which f32 does not have"
                 return []
             self.made.constants[value] = np.asarray(array, numpy_dtype(dtype), order="C")
             self.made.shapes[value] = self.made.constants[value].shape

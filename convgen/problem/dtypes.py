@@ -31,9 +31,10 @@ UNIT_ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
 UNDERFLOW = {"f32": 2.0**-150, "f16": 2.0**-25, "bf16": 2.0**-134}
 #: The largest number.
 LARGEST = {"f32": (2 - 2.0**-23) * 2.0**127, "f16": 65504.0, "bf16": (2 - 2.0**-7) * 2.0**127}
+#: Up to which whole numbers are f32.
+EXACT = 1 << 24
 #: What sums are kept in.
 ACCUMULATOR = "f32"
-
 
 _NUMPY = {
     "f32": "float32",

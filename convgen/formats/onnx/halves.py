@@ -23,7 +23,7 @@ from onnx import (
     numpy_helper,
 )
 
-from .file import STORED
+from .file import STORED, ModelFile
 from .graph import bodies, graphs_of, tensors_of
 
 #: ONNX's numbers of the types that have half the bytes of f32, and how such tensors are stored.
@@ -39,16 +39,14 @@ def widen_halves(model: ModelProto) -> bool:
         model: with tensors as :class:`~convgen.formats.onnx.file.ModelFile` has them: what is large refers to its data,
             and is widened when it is read.
     """
-    found = [
-        _widen_type(value.type)
-        for graph in _graphs(model)
-        for value in (*graph.input, *graph.output, *graph.value_info)
-    ]
+    graphs = list(_graphs(model))
+    every = [*graphs, *model.functions]
+    found = [_widen_type(value.type) for graph in graphs for value in (*graph.input, *graph.output, *graph.value_info)]
     for tensor in [tensor for graph in (model.graph, *model.functions) for tensor in tensors_of(graph)]:
         if tensor.data_type in HALVES:
             found.append(True)
             _widen_tensor(tensor)
-    for graph in (*_graphs(model), *model.functions):
+    for graph in every:
         for node in graph.node:
             for attribute in node.attribute:
                 if attribute.name in _TYPED and attribute.type == AttributeProto.INT and attribute.i in HALVES:
@@ -56,8 +54,8 @@ def widen_halves(model: ModelProto) -> bool:
                     if node.op_type != "Cast":
                         attribute.i = TensorProto.FLOAT
     if any(found):
-        taken = {name for graph in (*_graphs(model), *model.functions) for node in graph.node for name in node.output}
-        for graph in (*_graphs(model), *model.functions):
+        taken = {name for graph in every for node in graph.node for name in node.output}
+        for graph in every:
             _keep_casts(graph, taken)
     return any(found)
 
@@ -84,13 +82,12 @@ def as_f32(source: str | Path | ModelProto) -> ModelProto | None:
     model = ModelProto()
     if isinstance(source, ModelProto):
         model.CopyFrom(source)
-    else:
-        model = onnx.load(source, load_external_data=False)
-    if not widen_halves(model):
-        return None
-    if not isinstance(source, ModelProto):
-        model = onnx.load(source)
-        widen_halves(model)
+        return model if widen_halves(model) else None
+    with ModelFile(source) as file:  # without the data, which most models need not be read for
+        if not widen_halves(file.proto):
+            return None
+    model = onnx.load(source)
+    widen_halves(model)
     return model
 
 

@@ -18,6 +18,7 @@ from ...errors import MeasureError, UnsupportedError, ValidationError
 from ...formats.onnx.halves import as_f32
 from ...kernel.arrays import drawn
 from ...lowering.interface import MAX_THREADS, TensorInfo
+from ...measure.network_model import CHOSEN_ERROR, F32_ERROR
 from ..plan import Plan, Product
 from ..reading import read_graph
 from .bounds import Measured, measure
@@ -108,7 +109,7 @@ def validate_network(
     Raises:
         UnsupportedError: ONNX Runtime does not run the model.
     """
-    code, rng, widened = built.code, np.random.default_rng(seed), as_f32(source)
+    code, rng, reference = built.code, np.random.default_rng(seed), as_f32(source) or source
     given = [inputs] if inputs is not None else [_drawn(rng, size.inputs) for size in code.sizes]
     checks, ratio = [_places(plans)], math.inf
     counts = sorted({1, threads, min(threads + 1, MAX_THREADS)})
@@ -122,8 +123,8 @@ def validate_network(
         checks.append(_same(runs))
         ratio = 0.0
         for size, plan, arrays, found in zip(code.sizes, plans, given, runs, strict=True):
-            known = expected if widened is None else None
-            wanted = run_widened(source, arrays) if known is None else known
+            known = expected if reference is source else None
+            wanted = run_onnxruntime(reference, _as_f32(arrays)) if known is None else known
             check, worst_error = _compared(plan, source, arrays, next(iter(found.values())), wanted, accuracy)
             checks.append(replace(check, found=f"{size.label}: {check.found}") if size.label else check)
             ratio = max(ratio, worst_error)
@@ -136,15 +137,7 @@ def run_widened(source: str | Path | ModelProto, inputs: Arrays) -> dict[str, np
     Raises:
         UnsupportedError: ONNX Runtime does not run the model.
     """
-    widened = as_f32(source)
-    if widened is None:
-        return run_onnxruntime(source, inputs)
-    return run_onnxruntime(widened, {name: _as_f32(array) for name, array in inputs.items()})
-
-
-#: How far outputs may be from ONNX Runtime's where a network is only compared with it, as a share of the largest
-#: element: of f32, and where something between is rounded to less.
-APART, APART_ROUNDED = 1e-3, 0.2
+    return run_onnxruntime(as_f32(source) or source, _as_f32(inputs))
 
 
 def compare_network(
@@ -169,16 +162,14 @@ def compare_network(
     Raises:
         UnsupportedError: ONNX Runtime does not run the model.
     """
-    rng, widened, apart = np.random.default_rng(seed), as_f32(source), 0.0
-    rounded = accuracy in ("bf16", "f16", "tf32") or widened is not None
+    rng, reference, apart = np.random.default_rng(seed), as_f32(source) or source, 0.0
+    rounded = accuracy in ("bf16", "f16", "tf32") or reference is not source
     rounded |= any(node.spec.is_quantised for plan in plans for node in plan.graph.convolutions)
-    limit = APART_ROUNDED if rounded else APART
+    limit = CHOSEN_ERROR if rounded else F32_ERROR
     for size in built.code.sizes:
         given = _drawn(rng, size.inputs)
         made = call(*given.values(), out={})
-        wanted = run_onnxruntime(
-            widened or source, {name: _as_f32(a) for name, a in given.items()} if widened else given
-        )
+        wanted = run_onnxruntime(reference, _as_f32(given))
         found = made if isinstance(made, dict) else dict.fromkeys(wanted, made)
         apart = max([apart, *(_apart(found[name], array) for name, array in wanted.items())])
     text = f"outputs differ by {apart:.1e} of the largest element, {limit} is allowed"
@@ -195,9 +186,9 @@ def _apart(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
     return float(differ.max(initial=0.0) / (np.abs(b[np.isfinite(b)]).max(initial=0.0) or 1.0))
 
 
-def _as_f32(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """An array of f16 or bf16 as f32; others as they are."""
-    return array.astype(np.float32) if array.dtype.itemsize == 2 else array
+def _as_f32(arrays: Arrays) -> Arrays:
+    """Those of f16 or bf16 as f32; others as they are."""
+    return {name: array.astype(np.float32) if array.dtype.itemsize == 2 else array for name, array in arrays.items()}
 
 
 def _drawn(rng: np.random.Generator, tensors: Iterable[TensorInfo]) -> dict[str, npt.NDArray[Any]]:
