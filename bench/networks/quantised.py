@@ -13,7 +13,7 @@ import numpy.typing as npt
 from convgen.measure.network_model import NetworkModel
 
 #: Name -> the network that is quantised.
-QUANTISED = {f"{name}_int8": name for name in ("resnet18", "resnet50", "mobilenet_v2", "squeezenet1_1")}
+QUANTISED = {f"{name}_int8": name for name in ("resnet18", "resnet50", "mobilenet_v2", "squeezenet1_1", "densenet121")}
 #: Inputs that ranges of activations are taken from.
 CALIBRATED = 4
 

@@ -281,19 +281,19 @@ def add_quantised(graph: Graph, node: Node) -> Convolution | None:
     """What is quantised of a dequantised product and another dequantised tensor, their sum: the product takes it in
     where that gives the same for all numbers they may be.
     """
-    if not isinstance(node, Operator) or node.kind != "quantise" or not _is_of_tensor(graph, node):
+    if not isinstance(node, Operator) or node.kind != "quantise" or not is_of_tensor(graph, node):
         return None
     producers, activation = graph.producers(), "none"
-    total = _alone(graph, producers, node.inputs[0])
+    total = operator_alone(graph, producers, node.inputs[0])
     if total is not None and total.kind == "activate":
-        activation, total = total.attributes["activation"], _alone(graph, producers, total.inputs[0])
+        activation, total = total.attributes["activation"], operator_alone(graph, producers, total.inputs[0])
     if total is None or total.kind != "add" or len(total.inputs) != 2:
         return None
     for name, other in (total.inputs, total.inputs[::-1]):
-        product, residual = _alone(graph, producers, name), producers.get(other)
+        product, residual = operator_alone(graph, producers, name), producers.get(other)
         if product is None or not isinstance(residual, Operator) or graph.shapes[name] != graph.shapes[other]:
             continue
-        if not all(one.kind == "dequantise" and _is_of_tensor(graph, one) for one in (product, residual)):
+        if not all(one.kind == "dequantise" and is_of_tensor(graph, one) for one in (product, residual)):
             continue
         made = producers.get(product.inputs[0])
         if isinstance(made, Convolution) and (sum_of := _with_sum(graph, made, (product, residual, node), activation)):
@@ -301,7 +301,7 @@ def add_quantised(graph: Graph, node: Node) -> Convolution | None:
     return None
 
 
-def _alone(graph: Graph, producers: Mapping[str, Node], name: str) -> Operator | None:
+def operator_alone(graph: Graph, producers: Mapping[str, Node], name: str) -> Operator | None:
     """The operator that computes a tensor which one other node reads."""
     made = producers.get(name)
     alone = len(graph.users()[name]) == 1 and name not in graph.outputs
@@ -320,7 +320,7 @@ def _with_sum(
     plain = made.spec.is_quantised and not made.spec.residual and made.spec.activation == "none"
     if not alone or not plain or made.spec.dst_dtype != dtype or stored not in RANGES:
         return None
-    (a_scale, a_zero), (b_scale, b_zero), (scale, zero) = (_scale_and_zero(graph, part) for part in parts)
+    (a_scale, a_zero), (b_scale, b_zero), (scale, zero) = (scale_and_zero(graph, part) for part in parts)
     if not all(_LEAST_SCALE <= number <= 1 / _LEAST_SCALE for number in (a_scale, b_scale, scale)):
         return None
     parameters = {name: array for name, array in made.parameters.items() if name != "dst_zero"}
@@ -350,12 +350,12 @@ def multiply_scales(graph: Graph) -> None:
     """
     producers = graph.producers()
     for node in list(graph.nodes):
-        if not isinstance(node, Operator) or node.kind != "quantise" or not _is_of_tensor(graph, node):
+        if not isinstance(node, Operator) or node.kind != "quantise" or not is_of_tensor(graph, node):
             continue
-        made = _alone(graph, producers, node.inputs[0])
-        if made is None or made.kind != "dequantise" or not _is_of_tensor(graph, made):
+        made = operator_alone(graph, producers, node.inputs[0])
+        if made is None or made.kind != "dequantise" or not is_of_tensor(graph, made):
             continue
-        (a_scale, a_zero), (scale, zero) = (_scale_and_zero(graph, one) for one in (made, node))
+        (a_scale, a_zero), (scale, zero) = (scale_and_zero(graph, one) for one in (made, node))
         stored = graph.dtype(made.inputs[0])
         nothing = np.float32(0)
         if stored not in RANGES or not all(_LEAST_SCALE <= s <= 1 / _LEAST_SCALE for s in (a_scale, scale)):
@@ -406,7 +406,7 @@ def scales_of_sum(
     return None
 
 
-def _scale_and_zero(graph: Graph, node: Operator) -> tuple[np.float32, int]:
+def scale_and_zero(graph: Graph, node: Operator) -> tuple[np.float32, int]:
     """Of one for all elements."""
     scale, *zero = (graph.constants[name].reshape(()) for name in node.inputs[1:])
     return np.float32(scale), int(zero[0]) if zero else 0
@@ -445,7 +445,7 @@ def _stored(graph: Graph, node: Operator, after: Node, before: list[Node | None]
         return []
     undone = [made if _undone(graph, after, made) else None for made in before]
     is_dequantised = any(isinstance(made, Operator) and made.kind == "dequantise" for made in before)
-    if not all(undone) and (node.kind != "concat" or not is_dequantised or not _is_of_tensor(graph, after)):
+    if not all(undone) and (node.kind != "concat" or not is_dequantised or not is_of_tensor(graph, after)):
         return []
     nodes, inputs = list[Node](), list[str]()
     for number, (name, made) in enumerate(zip(node.inputs, undone, strict=True)):
@@ -459,7 +459,7 @@ def _stored(graph: Graph, node: Operator, after: Node, before: list[Node | None]
     return [*nodes, dataclasses.replace(node, inputs=tuple(inputs), output=after.output)]
 
 
-def _is_of_tensor(graph: Graph, node: Operator) -> bool:
+def is_of_tensor(graph: Graph, node: Operator) -> bool:
     """Whether all elements have one scale, and one zero point, which are known."""
     arrays = [graph.constants.get(name) for name in node.inputs[1:]]
     return all(array is not None and array.size == 1 for array in arrays)
@@ -471,7 +471,7 @@ def _undone(graph: Graph, after: Operator, made: Node | None) -> bool:
         return False
     if graph.dtype(made.inputs[0]) != after.attributes["dtype"]:
         return False
-    if not _is_of_tensor(graph, made) or not _is_of_tensor(graph, after):
+    if not is_of_tensor(graph, made) or not is_of_tensor(graph, after):
         return False
     pairs = zip(made.inputs[1:], after.inputs[1:], strict=True)
     return all((graph.constants[a] == graph.constants[b]).all() for a, b in pairs)

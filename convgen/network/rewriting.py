@@ -11,6 +11,7 @@ from ..errors import SpecError
 from ..problem.spec import ConvSpec
 from .graph import F32, Convolution, Graph, Node, Operator
 from .integers import add_quantised, keep_integers, multiply_scales, quantise_product
+from .steps import dequantise_apart, scale_in_steps
 
 
 def rewrite(graph: Graph) -> None:
@@ -23,7 +24,9 @@ def rewrite(graph: Graph) -> None:
         _each(graph, change)
     keep_integers(graph)
     _each(graph, add_quantised)
+    dequantise_apart(graph)
     multiply_scales(graph)
+    scale_in_steps(graph)
     _nest_concats(graph)
     graph.order()
 
