@@ -1,5 +1,7 @@
 """Convolutions for PyTorch that train: modules and functions in place of ``torch.nn``'s, computed by convgen's kernels.
 
+And :func:`wait`, for what ``torch.compile(…, backend="convgen", options={"background": True})`` compiles.
+
 >>> import convgen.torch
 >>> layer = convgen.torch.Conv2d(64, 128, 3, padding=1)  # doctest: +SKIP
 >>> convgen.torch.replace(model)  # doctest: +SKIP
@@ -31,6 +33,7 @@ from .bridges.torch.modules import (
     replace,
     restore,
 )
+from .network.apart import wait
 
 __all__ = [
     "CallError",
@@ -48,4 +51,5 @@ __all__ = [
     "conv_transpose3d",
     "replace",
     "restore",
+    "wait",
 ]

@@ -242,9 +242,10 @@ def test_options(compiled: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"thread": 2}, r"options\['thread'\]: expected one of threads, accuracy"),
+        ({"thread": 2}, r"options\['thread'\]: expected one of threads, accuracy, background,"),
         ({"threads": 0}, "threads: expected"),
         ({"accuracy": "best"}, r"options\['accuracy'\]: expected one of strict, standard"),
+        ({"background": 1}, r"options\['background'\]: expected True or False, found 1"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
@@ -256,7 +257,8 @@ def test_a_mode_is_refused(compiled: list[Any]) -> None:
     """As PyTorch hands it to backends."""
     layer, x = nn.Conv2d(4, 4, 3), torch.randn(1, 4, 6, 6)
     call = torch._TorchCompileWrapper(backend, "max-autotune", None, False)
-    with pytest.raises(SpecError, match="mode: expected none: options has threads, accuracy, found 'max-autotune'"):
+    message = "mode: expected none: options has threads, accuracy, background, found 'max-autotune'"
+    with pytest.raises(SpecError, match=message):
         call(torch.fx.symbolic_trace(layer), [x])
     close(torch.compile(layer, backend=backend, mode="default")(x), layer(x))
 

@@ -38,9 +38,9 @@ def check(function: Callable[[Any, Tensor], Any], monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(0)
     model, x = Model(function).eval(), torch.randn(2, 4, 6, 6)
     exported = TorchProgram(torch.export.export(model, (x,)), Reference, "network")  # type: ignore[arg-type]
-    found: list[Program] = []
+    found: list[Program[Any]] = []
 
-    def program(*args: Any, **options: Any) -> Program:
+    def program(*args: Any, **options: Any) -> Program[Any]:
         found.append(Program(*args, **options))
         return found[-1]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from operator import attrgetter, is_
 from typing import Any
@@ -17,9 +19,10 @@ from torch._guards import TracingContext
 
 from ...errors import SpecError, meant
 from ...hardware.target import check_threads, resolve
+from ...network.apart import compiler
 from ...network.choice import check_accuracy
 from ...network.network import Network, compile_model
-from .program import Program
+from .program import Divided, Program
 
 log = logging.getLogger("convgen.bridges.torch")
 #: How often one traced graph is compiled, for other weights; after that PyTorch runs it.
@@ -35,10 +38,12 @@ class Options:
     Attributes:
         threads: as many as PyTorch has when the graph is compiled, where None.
         accuracy: of convolutions: ``strict``, ``standard``, ``relaxed`` or ``bf16``.
+        background: whether another process compiles; until it has, PyTorch runs the graph.
     """
 
     threads: int | None = None
     accuracy: str = "standard"
+    background: bool = False
 
     @classmethod
     def read(cls, given: Mapping[str, Any] | None) -> Options:
@@ -50,12 +55,17 @@ class Options:
         options = cls(**(given or {}))
         check_accuracy(options.accuracy, "options['accuracy']")
         check_threads(options.threads, resolve("cpu"))
+        if not isinstance(options.background, bool):
+            raise SpecError("options['background']", "True or False", repr(options.background))
         return options
 
     def compile(self, model: Any) -> Network:
         """An ONNX model, compiled."""
-        threads = self.threads or torch.get_num_threads()
-        return compile_model(model, "cpu", threads, accuracy=self.accuracy)
+        return compile_model(model, "cpu", self.threads_now, accuracy=self.accuracy)
+
+    @property
+    def threads_now(self) -> int:
+        return self.threads or torch.get_num_threads()
 
 
 def backend(
@@ -95,33 +105,62 @@ def backend(
     return made
 
 
-@dataclass
-class _Frozen:
-    """A program, and the weights that it was compiled for as they were then."""
+@dataclass(frozen=True)
+class _Weights:
+    """Weights as they were once."""
 
-    program: Program
-    weights: list[Any]  # weak references: a program keeps no module alive
+    tensors: list[Any]  # weak references: a program keeps no module alive
     versions: list[int]
     addresses: list[int]
 
-    def fits(self, weights: list[Tensor]) -> bool:
+    @classmethod
+    def of(cls, weights: list[Tensor]) -> _Weights:
+        return cls([ref(weight) for weight in weights], list(map(_version, weights)), list(map(_address, weights)))
+
+    def are(self, weights: list[Tensor]) -> bool:
+        """Whether these are the same tensors."""
+        return all(map(is_, [weight() for weight in self.tensors], weights))
+
+    def fit(self, weights: list[Tensor]) -> bool:
         """Whether these are the same tensors, and nothing was written to them since, as far as PyTorch counts it."""
         return (
-            all(map(is_, [weight() for weight in self.weights], weights))
+            self.are(weights)
             and list(map(_version, weights)) == self.versions
             and list(map(_address, weights)) == self.addresses
         )
 
     @property
-    def is_alive(self) -> bool:
-        return all(weight() is not None for weight in self.weights)
+    def are_alive(self) -> bool:
+        return all(weight() is not None for weight in self.tensors)
+
+    @property
+    def identities(self) -> set[int]:
+        return {id(weight()) for weight in self.tensors}
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """A program, and the weights that it was compiled for."""
+
+    weights: _Weights
+    program: Program[Any]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A graph that another process compiles, and the weights that it does so for."""
+
+    weights: _Weights
+    divided: Divided
+    made: Future[Any]
 
 
 @dataclass
 class FrozenGraph:
     """A traced graph that is compiled when it is called, for the weights it is called with.
 
-    Called with other weights, or such as were changed since, it is compiled anew, :data:`LIMIT` times.
+    Called with other weights, or such as were changed since, it is compiled anew, :data:`LIMIT` times. What is not
+    compiled is run by PyTorch: any more sets of weights; and in the background what is not yet, or cannot be.
 
     Args:
         traced: with all weights among its inputs.
@@ -133,36 +172,89 @@ class FrozenGraph:
     places: list[int]
     options: Options
     programs: list[_Frozen] = field(default_factory=list)
+    pending: list[_Pending] = field(default_factory=list)
     count: int = 0
     said: bool = False
+    failed: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, *inputs: Any) -> Any:
         weights = [inputs[place] for place in self.places]
         for frozen in self.programs:
-            if frozen.fits(weights):
+            if frozen.weights.fit(weights):
                 return frozen.program(*inputs)
+        program = self._background(weights) if self.options.background else self._compiled(weights)
+        return program(*inputs) if program is not None else self.traced(*inputs)
+
+    def _compiled(self, weights: list[Tensor]) -> Program[Any] | None:
+        """The program for these weights; None where PyTorch shall run them."""
+        if not self._is_taken(weights):
+            return None
+        divided = self._divided(weights)
+        return self._keep(_Weights.of(weights), Program(divided, divided.compiled(self.options.compile)))
+
+    def _background(self, weights: list[Tensor]) -> Program[Any] | None:
+        """The program for these weights, once it is there: asks for it where that was not done; None until then.
+
+        While weights go on to be changed, one program of theirs at most is being compiled.
+        """
+        with self.lock:
+            for pending in self.pending:
+                if not pending.weights.are(weights):
+                    continue
+                if not pending.made.done():
+                    return None
+                self.pending.remove(pending)
+                if pending.weights.fit(weights) and (program := self._made(pending)) is not None:
+                    return self._keep(pending.weights, program)
+                break
+            if self.failed or not self._is_taken(weights):
+                return None
+            threads, accuracy = self.options.threads_now, self.options.accuracy
+            known, divided = _Weights.of(weights), self._divided(weights)
+            models = list(divided.models())
+            divided.forget()
+            self.pending = [pending for pending in self.pending if pending.weights.are_alive]
+            self.pending.append(_Pending(known, divided, compiler.submit(models, threads, accuracy)))
+            return None
+
+    def _made(self, pending: _Pending) -> Program[Any] | None:
+        """What was compiled in the background; where that failed, a warning says so, and nothing more is tried."""
+        try:
+            return Program(pending.divided, pending.made.result())
+        except CancelledError:  # this process was forked from the one that compiles
+            return None
+        except Exception as error:
+            self.failed = True
+            log.warning("a graph is left to PyTorch: it is not compiled: %s", error)
+            return None
+
+    def _is_taken(self, weights: list[Tensor]) -> bool:
+        """Whether a program may be compiled for these weights."""
         if self.count >= LIMIT:
-            return self.traced(*inputs)
+            return False
         if any(weight.is_inference() for weight in weights):
             if not self.said:
                 self.said = True
                 log.warning("a graph is left to PyTorch: of weights made in inference mode nothing tells what changes")
-            return self.traced(*inputs)
-        return self._compile(weights).program(*inputs)
+            return False
+        return True
 
-    def _compile(self, weights: list[Tensor]) -> _Frozen:
+    def _divided(self, weights: list[Tensor]) -> Divided:
         placeholders = self.traced.graph.find_nodes(op="placeholder")
         parameters = {placeholders[place]: weight for place, weight in zip(self.places, weights, strict=True)}
         parameters |= {node: getattr(self.traced, node.target) for node in self.traced.graph.find_nodes(op="get_attr")}
         self.count += 1
         if self.count == LIMIT:
             log.warning("a graph was compiled for %d sets of weights: PyTorch runs it with any more", LIMIT)
-        program = Program(self.traced, parameters, self.options.compile, "network", views=True)
-        identity = [ref(weight) for weight in weights]
-        frozen = _Frozen(program, identity, list(map(_version, weights)), list(map(_address, weights)))
-        same = {id(weight) for weight in weights}
+        return Divided(self.traced, parameters, "network", views=True)
+
+    def _keep(self, weights: _Weights, program: Program[Any]) -> Program[Any]:
+        """In the place of what was compiled for the same tensors, as they were before."""
         self.programs = [
-            kept for kept in self.programs if kept.is_alive and {id(weight()) for weight in kept.weights} != same
+            frozen
+            for frozen in self.programs
+            if frozen.weights.are_alive and frozen.weights.identities != weights.identities
         ]
-        self.programs.insert(0, frozen)
-        return frozen
+        self.programs.insert(0, _Frozen(weights, program))
+        return program

@@ -23,7 +23,7 @@ from torch.utils._pytree import (
 from ...errors import KernelError, SpecError, UnsupportedError
 from .aten import is_read
 from .onnx_graph import Known, value
-from .program import Compile, Program
+from .program import Compile, Divided, Program
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -56,7 +56,8 @@ class TorchProgram:
         weights = {node: values[str(spec.target)] for node, spec in kinds if spec.kind in _WEIGHTS}
         self._tree = program.call_spec
         _name_outputs(program.graph, self._tree.out_spec)
-        self._program = Program(program.graph_module, {**weights, **_attributes(program.graph_module)}, compiled, name)
+        divided = Divided(program.graph_module, {**weights, **_attributes(program.graph_module)}, name)
+        self._program = Program(divided, divided.compiled(compiled))
         self.networks, self.outside = self._program.networks, self._program.outside
         reads = set(self._program.reads)
         self._weights = [weights.get(node) if place in reads else None for place, node in enumerate(placeholders)]

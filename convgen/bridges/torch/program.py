@@ -3,30 +3,71 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from ...errors import SpecError, UnsupportedError
+from ...network.apart import Refused
+from ...network.library import NetworkLibrary
 from ...network.network import Network
 from .aten import take
 from .onnx_graph import Known, OnnxGraph, value
 from .partition import Part, Partition, divide
 from .strides import Perm, storage_order
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
 log = logging.getLogger("convgen.bridges.torch")
 
 #: What compiles an ONNX model.
 Compile: TypeAlias = Callable[[Any], Network]
+AnyNetwork = TypeVar("AnyNetwork", bound=NetworkLibrary)
 
 
-class Program:
-    """A traced graph, compiled: ``program(*inputs)`` takes and gives what the graph does.
+class Divided:
+    """A traced graph, divided into what becomes networks and what stays PyTorch's.
 
     Args:
         views: whether outputs that lie in one memory go on to do so.
+    """
+
+    def __init__(self, graph: fx.GraphModule, parameters: Known, name: str, *, views: bool = False) -> None:
+        self.graph, self.name = graph, name
+        self.partition = divide(graph.graph, parameters, views=views)
+
+    def models(self) -> Iterator[ModelProto]:
+        """What becomes networks, in order, as ONNX models with copies of their weights."""
+        several = len(self.partition.parts) > 1
+        for number, part in enumerate(self.partition.parts):
+            own = f"{self.name}_{number}" if several else self.name
+            yield _model(part, self.partition.known, own)
+
+    def compiled(self, compiled: Callable[[Any], AnyNetwork]) -> list[AnyNetwork | Refused]:
+        """The models, each compiled; or why one is not taken."""
+        found: list[AnyNetwork | Refused] = []
+        for model in self.models():
+            try:
+                found.append(compiled(model))
+            except (UnsupportedError, SpecError) as error:
+                found.append(error)
+        return found
+
+    def forget(self) -> None:
+        """Let go of the weights: from now on there are no models of it."""
+        self.partition = replace(self.partition, known=dict.fromkeys(self.partition.known))
+
+
+class Program(Generic[AnyNetwork]):
+    """A traced graph, compiled: ``program(*inputs)`` takes and gives what the graph does.
+
+    Args:
+        divided: the graph.
+        made: the network of each of its models; or why there is none.
 
     Attributes:
         networks: what convgen computes, in order.
@@ -34,24 +75,22 @@ class Program:
         reads: which of its inputs are read at all; the others are known, and may be anything.
     """
 
-    def __init__(
-        self, graph: fx.GraphModule, parameters: Known, compiled: Compile, name: str, *, views: bool = False
-    ) -> None:
-        partition = divide(graph.graph, parameters, views=views)
+    def __init__(self, divided: Divided, made: Sequence[AnyNetwork | Refused]) -> None:
+        partition = divided.partition
         self.outside = dict(partition.outside)
+        self.networks: list[AnyNetwork] = []
         calls: dict[Part, NetworkCall] = {}
-        for number, part in enumerate(partition.parts):
-            own = f"{name}_{number}" if len(partition.parts) > 1 else name
-            try:
-                calls[part] = _call(part, partition.known, compiled, own)
-            except (UnsupportedError, SpecError) as error:  # what its reader alone can tell
-                self.outside |= {node.name: f"{node.target}: {error}" for node in part.nodes}
-        self.networks = [call.network for call in calls.values()]
-        joined = _joined(graph, partition, calls)
+        for part, network in zip(partition.parts, made, strict=True):
+            if isinstance(network, Exception):
+                self.outside |= {node.name: f"{node.target}: {network}" for node in part.nodes}
+            else:
+                self.networks.append(network)
+                calls[part] = _call(part, network)
+        joined = _joined(divided.graph, partition, calls)
         self.reads = _drop_unread(joined)
         self._run = joined.forward
         for node, reason in self.outside.items():
-            log.info("%s: %s stays PyTorch's: %s", name, node, reason)
+            log.info("%s: %s stays PyTorch's: %s", divided.name, node, reason)
 
     def __call__(self, *inputs: Any) -> Any:
         return self._run(*[inputs[place] for place in self.reads])
@@ -66,7 +105,9 @@ class NetworkCall(nn.Module):  # type: ignore[misc]
         outputs: shape, strides, and the order of axes of each.
     """
 
-    def __init__(self, network: Network, inputs: Sequence[Perm], outputs: Sequence[tuple[Any, Any, Perm]]) -> None:
+    def __init__(
+        self, network: NetworkLibrary, inputs: Sequence[Perm], outputs: Sequence[tuple[Any, Any, Perm]]
+    ) -> None:
         super().__init__()
         self.network, self.inputs = network, tuple(inputs)
         self.outputs = tuple(zip(network.outputs, outputs, strict=True))
@@ -93,12 +134,7 @@ def _order(node: fx.Node) -> Perm:
     return storage_order(tensor) or tuple(range(tensor.dim()))
 
 
-def _call(part: Part, known: Known, compiled: Compile, name: str) -> NetworkCall:
-    """Compile a part.
-
-    Raises:
-        UnsupportedError: something of it is not taken after all.
-    """
+def _model(part: Part, known: Known, name: str) -> ModelProto:
     graph = OnnxGraph(known)
     for node in part.inputs:
         graph.add_input(node, _order(node))
@@ -106,7 +142,10 @@ def _call(part: Part, known: Known, compiled: Compile, name: str) -> NetworkCall
         take(graph, node)
     for node in part.outputs:
         graph.add_output(node, _order(node))
-    network = compiled(graph.model(name))
+    return graph.model(name)
+
+
+def _call(part: Part, network: NetworkLibrary) -> NetworkCall:
     outputs = [(_ints(value(node).shape), _ints(value(node).stride()), _order(node)) for node in part.outputs]
     return NetworkCall(network, [_order(node) for node in part.inputs], outputs)
 
