@@ -32,7 +32,7 @@ from convgen.cpu.correlation import add_sums_of_channels
 from convgen.cpu.model import Counts, Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, LINE, most_pixels, pieces, steps
 from convgen.cpu.vector import Block, written
-from convgen.cpu.winograd import ROWS, TILES, operations, transformed_axes
+from convgen.cpu.winograd import ROWS, TILES, operations, taps_covered, transformed_axes
 from convgen.cpu.winograd_gradient import (
     GradientGrid,
     GradientKernel,
@@ -74,6 +74,7 @@ class CpuGradientWinograd(Written):
         inside = all(2 * max(spec.padding[a]) <= (spec.kernel[a] + 1) * spec.dilation[a] for a in axes)
         require(inside, "needs windows with half of their taps inside the input")
         require(min(spec.ic, spec.oc) >= target.lanes, f"needs at least {target.lanes} channels of src and of dst")
+        require(all(taps_covered(spec, a) for a in axes), "needs taps that each meet the input")
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
         lanes, sizes = target.lanes, gradient_tile_sizes(spec)

@@ -158,6 +158,16 @@ def covered(spec: ConvSpec, axis: int) -> bool:
     return 2 * (taps - inside) <= taps + 1
 
 
+def taps_covered(spec: ConvSpec, axis: int) -> bool:
+    """Whether every tap of a convolution that is not transposed lies inside the input for some output: the first and the
+    last, and none steps over the input.
+    """
+    size, stride, begin = spec.in_spatial[axis], spec.stride[axis], spec.padding[axis][0]
+    first = (spec.out_spatial[axis] - 1) * stride - begin  # of the first tap, where it lies last
+    last = (spec.kernel[axis] - 1) * spec.dilation[axis] - begin  # of the last tap, where it lies first
+    return first >= 0 and last < size and stride <= size
+
+
 def block_choices(spec: ConvSpec, m: int) -> list[int]:
     """Choices for the rows of tiles of a block; in 1-D, its tiles. Those that interleave count as one."""
     groups = transformed_axis(spec, transformed_axes(spec)[0], m).groups

@@ -124,6 +124,20 @@ def test_accuracy_says_what_may_transform() -> None:
         assert WINOGRAD.reason_against(spec.with_(**changes), NATIVE)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        "i3x3 k2x2 p2_0x2_0 d4x4",  # the first tap lies before the input, always
+        "i3x3 k2x2 p0_2x0_2 d4x4",  # the last one behind it
+        "i2x9 k3x3 s3x1 p1x1",  # an output's step is longer than the input
+    ],
+)
+def test_a_tap_that_meets_padding_alone_is_not_transformed(sizes: str) -> None:
+    """Its gradient is 0 and admits no error; a transform of what its neighbours meet has one."""
+    spec = ConvSpec.parse(f"conv2d n1 ic16 oc17 {sizes} weights nhwc relaxed")
+    assert WINOGRAD.reason_against(spec, NATIVE) == "needs taps that each meet the input"
+
+
 def test_it_is_the_default_where_products_take_the_time() -> None:
     target = resolve("cpu:znver4").on(1)
     for layer in ("ic64 oc64 i56x56", "ic128 oc128 i28x28", "ic256 oc256 i14x14", "ic512 oc512 i7x7"):
