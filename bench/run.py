@@ -210,7 +210,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("problems", type=Path, nargs="*", help="spec files or ONNX models")
     parser.add_argument(
-        "--quick", action="store_true", help="measure the sample anew, with --threads 1 --seconds 0 --rounds 5"
+        "--quick",
+        action="store_true",
+        help="measure the sample anew, where not given with --threads 1 --seconds 0 --rounds 5",
     )
     parser.add_argument("--summary", action="store_true", help="write this processor's README.md and summary.svg")
     parser.add_argument("--threads", type=threads_listed, default=[1, 2])
@@ -241,6 +243,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="measure rows again whose ratio's interval spans more than a factor of F: the machine was disturbed",
     )
     options = parser.parse_args(arguments)
+    if options.quick:
+        if options.problems:
+            parser.error("--quick: expected no problems beside it, the sample is what it measures")
+        parser.set_defaults(problems=[SAMPLE], fresh=True, threads=[1], seconds=0.0, rounds=5)
+        options = parser.parse_args(arguments)
     try:
         for name in options.peers:
             find_peer(name)
@@ -248,10 +255,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             check_threads(count, resolve())
     except ConvgenError as error:
         parser.error(str(error))
-    if options.quick:
-        options.problems, options.fresh = [SAMPLE], True
-        options.threads, options.seconds, options.recorded, options.rounds = [1], 0.0, False, 5
-    elif not options.problems and not options.summary:
+    if not options.problems and not options.summary:
         parser.error("nothing to do: name problems, or give --quick or --summary")
     return options
 

@@ -175,6 +175,14 @@ def test_the_quick_sample_is_measured_anew(bench: Any, tmp_path: Path, capsys: p
         assert (status, len(asked), {threads for _, threads in asked}) == (0, 24, {1})
     assert "| depthwise 1-D | 1 |" in capsys.readouterr().out
     assert (layers_folder(tmp_path) / "sample.html").exists()
+    _, asked = bench("--quick", "--threads", "1,2")
+    assert {threads for _, threads in asked} == {1, 2}
+
+
+def test_the_quick_sample_is_all_that_is_measured(runner: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        runner.main(["--quick", "bench/problems/resnet50.json"])
+    assert "--quick: expected no problems beside it" in capsys.readouterr().err
 
 
 def test_a_summary_of_all_results(bench: Any, tmp_path: Path) -> None:
