@@ -159,8 +159,8 @@ def covered(spec: ConvSpec, axis: int) -> bool:
 
 
 def taps_covered(spec: ConvSpec, axis: int) -> bool:
-    """Whether every tap of a convolution that is not transposed lies inside the input for some output: the first and the
-    last, and none steps over the input.
+    """Whether every tap of a convolution that is not transposed lies inside the input for some output: the first and
+    the last, and none steps over the input.
     """
     size, stride, begin = spec.in_spatial[axis], spec.stride[axis], spec.padding[axis][0]
     first = (spec.out_spatial[axis] - 1) * stride - begin  # of the first tap, where it lies last

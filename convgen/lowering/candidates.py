@@ -11,15 +11,15 @@ from .discover import reference_schedule, schedules
 from .discover import schedule as find_schedule
 from .schedule import Candidate, Picks
 
-#: How many times the predicted seconds of what transforms (Winograd) count: its sums round worse, so it has to gain more
-#: than predictions of close schedules can tell apart. Of 132 layers that several schedules take (`bench/regret.py`) the
-#: wrong choice cost 0.5 % in the mean and 14 % at most without it, and 0.3 % and 8 % with it.
+#: How many times the predicted seconds of what transforms (Winograd) count: its sums round worse, so it has to gain
+#: more than predictions of close schedules can tell apart. Of 132 layers that several schedules take
+#: (`bench/regret.py`) the wrong choice cost 0.5 % in the mean and 14 % at most without it, and 0.3 % and 8 % with it.
 TRANSFORM = 1.04
 
 
 def default_candidate(spec: ConvSpec, target: Target, *, repacked: bool = False) -> Candidate:
-    """The zero-trial answer: the applicable schedule that predicts the shortest time, at its default; one that transforms
-    only where it gains :data:`TRANSFORM`.
+    """The zero-trial answer: the applicable schedule that predicts the shortest time, at its default; one that
+    transforms only where it gains :data:`TRANSFORM`.
 
     Args:
         repacked: weights are packed at every call, as training does.
