@@ -55,7 +55,7 @@ class Operator:
 
     Attributes:
         name: of the node it was, or is a part of.
-        kind: what it computes, a key of :data:`convgen.network.expressions.KINDS`.
+        kind: what it computes, a key of :data:`convgen.network.kinds.KINDS`.
         inputs, output: tensors.
         attributes: what else says what it computes.
     """

@@ -23,8 +23,8 @@ from ..lowering.kept import kept, key_of
 from ..lowering.schedule import Candidate, Picks
 from ..problem.layout import BLOCKS, PLAIN, Blocks
 from ..problem.spec import ConvSpec
-from .expressions import KINDS
 from .graph import ROW_MAJOR, Convolution, Graph, Node, Operator, Shape
+from .kinds import KINDS
 
 #: Operators after which elements may lie in another order.
 _REORDERING = ("reshape", "transpose")

@@ -14,8 +14,8 @@ from ..formats.onnx.graph import Scope, static, text
 from ..formats.onnx.halves import HALVES
 from ..problem.dtypes import numpy_dtype
 from ..problem.fields import INT32_MAX
-from .expressions import INTEGER_KINDS
 from .graph import Graph, Node, Operator, Shape
+from .kinds import INTEGER_KINDS
 
 #: ONNX's numbers of types, and how such tensors are stored.
 DTYPES = {TensorProto.FLOAT: "f32", TensorProto.UINT8: "u8", TensorProto.INT8: "i8", TensorProto.INT32: "i32"}

@@ -16,9 +16,10 @@ from ..hardware.target import Target
 from ..lowering.compute import ACCUMULATOR, INTEGER, STORAGE, Expr, nearest_bf16, widen
 from ..problem.dtypes import UNIT_ROUNDOFF
 from ..problem.layout import Blocks
-from .expressions import BLOCK, INTEGER_KINDS, KINDS, Lazy, Operation, const, kind
 from .graph import ROW_MAJOR, Graph, Shape
+from .kinds import INTEGER_KINDS, KINDS, kind
 from .layouts import physical
+from .lazy import BLOCK, Lazy, Operation, const
 from .views import Group, is_number
 
 #: Name of a stage whose last axis is computed as vectors.

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from ..errors import SpecError
 from ..problem.dtypes import LARGEST, narrow
-from .expressions import KINDS
 from .graph import Convolution, Graph, Node, Operator
+from .kinds import KINDS
 
 #: Accuracies of networks that store so, which have the types' names, and the classes of their convolutions: of those
 #: that read f32 and of those that read what is stored. TF32 has the digits of f16; products of f16 are exact in f32.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from ..problem.dtypes import BYTES
 from ..problem.layout import BLOCKS, PLAIN
-from .expressions import KINDS
 from .graph import Graph, Node, Operator
+from .kinds import KINDS
 from .layouts import Laid, keeps_order, lies_apart, memory_order
 
 

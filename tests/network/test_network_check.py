@@ -32,7 +32,7 @@ from convgen.network.check.drawn import Drawn, model_of, run_model
 from convgen.network.check.fuzz import NetworkCase, Networks, check
 from convgen.network.check.places import check_places
 from convgen.network.check.validate import compare_network, validate_network
-from convgen.network.expressions import KINDS
+from convgen.network.kinds import KINDS
 from convgen.network.memory import ARENA, Lifetime, Place, arrange
 from convgen.network.network import Network, compile_network
 from convgen.network.nodes import READERS

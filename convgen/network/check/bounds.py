@@ -550,7 +550,7 @@ def _lrn(call: Call) -> Measured:
     return Measured(value, _joined(e * base ** -call["beta"], moved, running, 4 * _few(value)))
 
 
-#: How each operator of :mod:`convgen.network.expressions` computes, and what errors become.
+#: How each operator of :mod:`convgen.network.kinds` computes, and what errors become.
 RULES: dict[str, _Rule] = {
     **_POINTWISE,
     **_MOVES,
