@@ -21,23 +21,22 @@ Why not     gradients of dst packed as weights are: they are as large as the ima
 
 from __future__ import annotations
 
+import itertools
 import math
-from functools import lru_cache
-from typing import Any
 
-from convgen.cpu.correlation import Correlation, add_sums_of_channels
+from convgen.cpu.correlation import Correlation, gradient_program
+from convgen.cpu.counted import Counted, at_most
 from convgen.cpu.gradient import WeightsGradient, reaches
-from convgen.cpu.model import Counts, Stream, Work, core_of
+from convgen.cpu.model import Counts, Stream, Work
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, most_pixels, pieces, steps
-from convgen.cpu.vector import Block, written
 from convgen.hardware.target import Target
-from convgen.lowering.compute import Operands, ceildiv, nothing_packed
-from convgen.lowering.schedule import Picks, Program, Space, Written, require
+from convgen.lowering.compute import ceildiv
+from convgen.lowering.schedule import Picks, Program, Space, require
 from convgen.problem.layout import PLAIN
 from convgen.problem.spec import ConvSpec
 
 
-class CpuGradient(Written):
+class CpuGradient(Counted):
     id, version, directions = "cpu_gradient", 3, ("weights",)
 
     def takes_layouts(self, src: str, dst: str) -> bool:
@@ -62,76 +61,53 @@ class CpuGradient(Written):
         require(sums <= most, f"{sums} numbers of a step, registers for {most}")
         require(picks.tile_c <= ceildiv(Correlation(spec).own, picks.parts), "tile_c exceeds the channels of a part")
 
-    def default(self, spec: ConvSpec, target: Target) -> Picks:
-        return _default(self, spec, target)
+    def chosen(self, spec: ConvSpec, target: Target) -> Picks:
+        """With as many rows as leave most of the L2 cache to src and the sums."""
+        domains, line = self.space(spec, target).domains, 4 * Correlation(spec).width
+        rows = {oc: at_most(target.l2 // 8 // (line * oc), domains["rows"]) for oc in domains["tile_oc"]}
+        tiles = itertools.product(*(domains[name] for name in ("tile_oc", "tile_c", "parts")))
+        points = (Picks(tile_oc=oc, tile_c=c, rows=rows[oc], parts=parts) for oc, c, parts in tiles)
+        return self.fastest(spec, target, points)
 
-    def cost(self, spec: ConvSpec, target: Target) -> float:
-        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
+    def counts(self, spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+        lanes, vectors, relation = target.lanes, picks.tile_oc // target.lanes, Correlation(spec)
+        blocks = spec.groups * ceildiv(relation.group, picks.tile_oc)
+        tasks = ceildiv(blocks * picks.parts, target.cores)
+        lines, width = relation.lines, relation.width
+        taps_down, channels = math.prod(relation.kernel[:2]), ceildiv(relation.own, picks.parts)
+        passes = spec.n * ceildiv(lines, picks.rows)
+        work = [Work(tasks, cycles=BEGIN_TASK)]
+        for reach in reaches(relation, most_pixels(target, vectors)):
+            for size, times in pieces(channels, picks.tile_c):
+                numbers, runs = size * reach.taps, tasks * times * taps_down
+                work.append(steps(runs * spec.n * lines * width, numbers, vectors, near=4 * picks.tile_oc))
+                checked = width - (reach.end - reach.start)
+                begin = BEGIN_RUN * (1 + 2 * (checked > 0))
+                work.append(Work(runs * spec.n * lines, cycles=begin + checked * numbers))
+                sums = numbers * vectors
+                work.append(Work(runs * passes, fmas=sums, loads=sums, stores=sums, cycles=BEGIN_TILE))
+        shuffles = math.log2(lanes) if relation.outer.layout == "nchw" else 0
+        work.append(Work(tasks * spec.n * lines * width * vectors, loads=1, stores=1, shuffles=shuffles, cycles=1))
+        weights = relation.own * relation.taps * picks.tile_oc / picks.parts
+        work.append(Work(tasks * weights, loads=1, stores=1, cycles=1))
+        moved = [
+            Stream(relation.outer_bytes / blocks * tasks, ahead=_fetches(relation, target)),
+            Stream(relation.inner_bytes / spec.groups / picks.parts * tasks, ahead=1),
+            Stream(spec.bytes["dst"] / (blocks * picks.parts) * tasks),
+        ]
+        return Counts(work, moved)
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
-        most = most_pixels(target, picks.tile_oc // target.lanes)
-
-        def statement(src: Any, gradient: Any, parameters: dict[str, Any], dst: Any) -> Any:
-            relation, block = Correlation(spec), Block()
-            fetches = _fetches(spec, target)
-            block.add(WeightsGradient(relation, picks, target.lanes, most, fetches, src, gradient, dst).statement())
-            if spec.bias and relation.is_swapped:
-                add_sums_of_channels(block, spec, target.lanes, gradient, dst)
-            return block.statement()
-
-        return written(Operands(spec), [nothing_packed()], statement)
+        relation, most = Correlation(spec), most_pixels(target, picks.tile_oc // target.lanes)
+        how = (relation, picks, target.lanes, most, _fetches(relation, target))
+        return gradient_program(
+            spec,
+            target.lanes,
+            lambda *tensors: WeightsGradient(*how, *tensors).statement(),
+            with_bias=spec.bias and relation.is_swapped,
+        )
 
 
-def _fetches(spec: ConvSpec, target: Target) -> bool:
+def _fetches(relation: Correlation, target: Target) -> bool:
     """Whether what is put in order comes from beyond the L2 cache."""
-    return spec.bytes["src" if Correlation(spec).is_swapped else "residual"] > target.l2
-
-
-@lru_cache(maxsize=1024)
-def _default(schedule: CpuGradient, spec: ConvSpec, target: Target) -> Picks:
-    domains, core = schedule.space(spec, target).domains, core_of(target)
-    width = Correlation(spec).width
-
-    def rows(tile_oc: int) -> int:
-        """As many as leave most of the L2 cache to src and the sums."""
-        return max(int(r) for r in domains["rows"] if r == 1 or 4 * tile_oc * r * width <= target.l2 // 8)
-
-    points = [
-        Picks(tile_oc=tile_oc, tile_c=tile_c, rows=rows(tile_oc), parts=parts)
-        for tile_oc in domains["tile_oc"]
-        for tile_c in domains["tile_c"]
-        for parts in domains["parts"]
-    ]
-    good = [picks for picks in points if schedule.reason_against(spec, target, picks) is None]
-    return min(good, key=lambda picks: core.cycles(_counts(spec, target, picks)))
-
-
-def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
-    """Of the busiest core."""
-    lanes, vectors, relation = target.lanes, picks.tile_oc // target.lanes, Correlation(spec)
-    blocks = spec.groups * ceildiv(relation.group, picks.tile_oc)
-    tasks = ceildiv(blocks * picks.parts, target.cores)
-    lines, width = relation.lines, relation.width
-    taps_down, channels = math.prod(relation.kernel[:2]), ceildiv(relation.own, picks.parts)
-    passes = spec.n * ceildiv(lines, picks.rows)
-    work = [Work(tasks, cycles=BEGIN_TASK)]
-    for reach in reaches(relation, most_pixels(target, vectors)):
-        for size, times in pieces(channels, picks.tile_c):
-            numbers, runs = size * reach.taps, tasks * times * taps_down
-            work.append(steps(runs * spec.n * lines * width, numbers, vectors, near=4 * picks.tile_oc))
-            checked = width - (reach.end - reach.start)
-            work.append(Work(runs * spec.n * lines, cycles=BEGIN_RUN * (1 + 2 * (checked > 0)) + checked * numbers))
-            sums = numbers * vectors
-            work.append(Work(runs * passes, fmas=sums, loads=sums, stores=sums, cycles=BEGIN_TILE))
-    shuffles = math.log2(lanes) if relation.outer.layout == "nchw" else 0
-    ordered = tasks * spec.n * lines * width * vectors
-    work.append(Work(ordered, loads=1, stores=1, masked_stores=0, shuffles=shuffles, cycles=1))
-    weights = relation.own * relation.taps * picks.tile_oc / picks.parts
-    work.append(Work(tasks * weights, loads=1, stores=1, cycles=1))
-    inner, outer = ("residual", "src") if relation.is_swapped else ("src", "residual")
-    moved = [
-        Stream(spec.bytes[outer] / blocks * tasks, ahead=_fetches(spec, target)),
-        Stream(spec.bytes[inner] / spec.groups / picks.parts * tasks, ahead=1),
-        Stream(spec.bytes["dst"] / (blocks * picks.parts) * tasks),
-    ]
-    return Counts(work, moved)
+    return relation.outer_bytes > target.l2

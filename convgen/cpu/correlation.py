@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from ..deferred import tirx
-from ..lowering.compute import Expr, ceildiv, narrow
+from ..lowering.compute import Expr, Operands, ceildiv, narrow, nothing_packed
+from ..lowering.schedule import Program
 from ..problem.spec import ConvSpec
 from .images import Images, three
-from .vector import Block, load_within
+from .vector import Block, load_within, written
 
 #: Pixels of a line of what are a single line's.
 LONGEST = 512
@@ -72,6 +73,14 @@ class Correlation:
         if self.is_folded:
             pixel = (0, 0, pixel[1] * images.size[2] + pixel[2])
         return images.element(image, channel, pixel)
+
+    @property
+    def inner_bytes(self) -> int:
+        return self.spec.bytes["residual" if self.is_swapped else "src"]
+
+    @property
+    def outer_bytes(self) -> int:
+        return self.spec.bytes["src" if self.is_swapped else "residual"]
 
     @property
     def own(self) -> int:
@@ -151,7 +160,23 @@ def total(block: Block, value: Expr, lanes: int) -> Expr:
     return value
 
 
-def add_sums_of_channels(block: Block, spec: ConvSpec, lanes: int, gradient: Any, dst: Any) -> None:
+def gradient_program(spec: ConvSpec, lanes: int, kernel: Callable[[Any, Any, Any], Any], *, with_bias: bool) -> Program:
+    """The program of a gradient of weights: what ``kernel(src, gradient, dst)`` states.
+
+    ``with_bias``: followed by the gradient of the bias, which the kernel does not make.
+    """
+
+    def statement(src: Any, gradient: Any, parameters: dict[str, Any], dst: Any) -> Any:
+        block = Block()
+        block.add(kernel(src, gradient, dst))
+        if with_bias:
+            _add_sums_of_channels(block, spec, lanes, gradient, dst)
+        return block.statement()
+
+    return written(Operands(spec), [nothing_packed()], statement)
+
+
+def _add_sums_of_channels(block: Block, spec: ConvSpec, lanes: int, gradient: Any, dst: Any) -> None:
     """The gradient of the bias from that of dst, NCHW or NHWC, where it is read for nothing else in this order: sums
     over images and pixels, stored after the gradient of weights. A task has a channel, or a vector of them.
     """

@@ -12,14 +12,14 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..deferred import tirx
 from ..lowering.compute import Expr, ceildiv, narrow, unflat
 from ..lowering.schedule import Picks
 from .correlation import Correlation, total
 from .groups import GroupVectors
-from .product import pieces
+from .product import LINE, pieces
 from .vector import Block, Registers, gathered, load, load_within, zeros
 
 #: A sum of a tile: channel of outer (or vector of channels), channel of inner, row of the kernel, tap.
@@ -38,6 +38,89 @@ class Tiling:
         if self.size % self.tile == 0:
             return index * self.tile
         return tirx.min(index * self.tile, self.size - self.tile)
+
+
+def runs_of_taps(relation: Correlation, most: int) -> list[tuple[int, int]]:
+    """The taps of a row as runs of so many at most: the first of each, and how many."""
+    sizes = [size for size, times in pieces(relation.kernel[2], most) for _ in range(times)]
+    return list(zip(itertools.accumulate([0, *sizes[:-1]]), sizes, strict=True))
+
+
+class Line(NamedTuple):
+    """What a tile does along a line: how many steps of how many loads and shuffles each, and with masks how many."""
+
+    steps: int
+    loads: float
+    shuffles: float
+    masked: int
+
+
+class TileSizes:
+    """How many tiles a layer has, and what each holds: what picks are judged by.
+
+    Attributes:
+        is_last: whether channels lie innermost, in the lanes.
+        vectors: which channels these are.
+        groups: of outer's channels, whose tiles have no channel in common.
+        outputs: channels of outer in such a group; of NHWC, vectors of all channels.
+        runs: of the taps of a row.
+        kernel_rows: rows of the kernel, of all its planes.
+    """
+
+    def __init__(self, relation: Correlation, lanes: int, most_taps: int) -> None:
+        self.relation, self.lanes, self.is_last = relation, lanes, relation.spec.layout == "nhwc"
+        self.vectors = GroupVectors(relation.channels, lanes)
+        self.groups = 1 if self.is_last else relation.spec.groups
+        self.outputs = self.vectors.number if self.is_last else relation.group
+        self.runs = runs_of_taps(relation, most_taps)
+        self.kernel_rows = math.prod(relation.kernel[:2])
+
+    def edges(self, run: tuple[int, int]) -> int:
+        """Vectors at the ends of a line, of NCHW, that are code of their own."""
+        start, end = inside(self.relation, self.lanes, run)
+        return start + max(0, ceildiv(self.relation.width, self.lanes) - end)
+
+    def sums(self, picks: Picks) -> int:
+        """Vectors of sums that are in registers at a time."""
+        return int(picks.tile_o * picks.tile_c * picks.tile_r * max(taps for _, taps in self.runs))
+
+    def of_channels(self, picks: Picks) -> int:
+        """Tiles that have the same channels of outer."""
+        return Tiling(self.relation.own, picks.tile_c).count * Tiling(self.kernel_rows, picks.tile_r).count
+
+    def kept(self, picks: Picks) -> int:
+        """Vectors of sums of all of these."""
+        sums = picks.tile_o * picks.tile_c * picks.tile_r * self.relation.kernel[2]
+        return int(self.of_channels(picks) * sums)
+
+    def tiles(self, o: int) -> int:
+        """Tiles of ``o`` of outer's channels each."""
+        return self.groups * Tiling(self.outputs, o).count
+
+    def shared(self, block: int, o: int) -> int:
+        """Tiles of a block that read the same of inner: of NCHW those of a group."""
+        return min(block, self.tiles(o) // self.groups)
+
+    def line(self, picks: Picks, run: tuple[int, int]) -> Line:
+        """What a tile does along a line of outer, for a run of taps."""
+        relation, lanes, stride, taps = self.relation, self.lanes, self.relation.stride[2], run[1]
+        o, rows = picks.tile_o, picks.tile_c * picks.tile_r
+        if self.is_last:
+            read = o * rows * taps
+            return Line(relation.width, o + read * self.vectors.loaded, read * self.vectors.permuted, 0)
+        offsets = {k * relation.dilation[2] // stride for k in range(taps)} if stride > 1 else set(range(taps))
+        apart = 2 if lanes == LINE else 1.5  # most vectors lie in two lines of the cache
+        loads = o + rows * len(offsets) * stride * apart
+        return Line(ceildiv(relation.width, lanes), loads, rows * taps * (stride - 1), self.edges(run))
+
+    def line_bytes(self, picks: Picks) -> int:
+        """What a task reads for a line of outer."""
+        relation, outputs = self.relation, picks.block * picks.tile_o
+        inputs = relation.own * relation.stride[1] * relation.stride[2]
+        if self.is_last:
+            inputs *= ceildiv(outputs, self.vectors.parts) * self.vectors.groups
+            outputs *= self.vectors.count
+        return int(4 * relation.width * (outputs + inputs))
 
 
 class GradientTiles(ABC):
@@ -61,8 +144,7 @@ class GradientTiles(ABC):
         self.dtype = relation.spec.dtype
         self.channels = Tiling(relation.own, picks.tile_c)
         self.kernel_rows = Tiling(math.prod(relation.kernel[:2]), picks.tile_r)
-        runs = [size for size, times in pieces(relation.kernel[2], most_taps) for _ in range(times)]
-        self.runs = list(zip(itertools.accumulate([0, *runs[:-1]]), runs, strict=True))
+        self.runs = runs_of_taps(relation, most_taps)
         self.with_bias = relation.spec.bias and not relation.is_swapped
 
     @property

@@ -118,7 +118,8 @@ class Core:
             rate = self.memory if cold and stream.weights else self._rate(stream.footprint)
             cycles = stream.bytes / rate
             visible += max(self.exposed * cycles, cycles - stream.ahead * work)
-        return work + visible + counts.regions * self.region
+        then = self.cycles(counts.then, cold=cold) if counts.then else 0
+        return work + visible + counts.regions * self.region + then
 
     def seconds(self, counts: Counts, *, cold: bool = True) -> float:
         """Seconds of the busiest core; see :meth:`cycles`."""
@@ -210,11 +211,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the busiest core has to do for a layer."""
+    """What the busiest core has to do for a layer, or for a part of it, and ``then`` for what follows."""
 
     work: Sequence[Work]
     streams: Sequence[Stream] = ()
     regions: int = 1
+    then: Counts | None = None
 
 
 #: What processors have whatever vectors are used, by LLVM's name.

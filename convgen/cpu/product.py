@@ -75,6 +75,12 @@ class Even:
             return index * self.full
         return index * (self.full - 1) + tirx.min(index, self.many)
 
+    def size_of(self, index: Expr) -> Expr:
+        """How large a tile is."""
+        if self.many == self.count:
+            return self.full
+        return tirx.Select(index < self.many, self.full, self.full - 1)
+
     def cases(self, block: Block, index: Expr) -> Iterator[tuple[Block, int]]:
         """Code for each size that the tile of an ``index`` may have: ``(its body, size)``."""
         if self.many == self.count:
@@ -83,6 +89,22 @@ class Even:
         for condition, size in ((index < self.many, self.full), (index >= self.many, self.full - 1)):
             with block.when(condition) as case:
                 yield case, size
+
+
+def register_tiles(
+    block: Block, cut: Even, size: Expr, pixels_of: Callable[[int], int], most: int
+) -> Iterator[tuple[Block, Expr, int, Expr, int]]:
+    """Code for the register tiles, of ``most`` pixels, of a piece of a cut whose ``size`` is known when it runs.
+
+    Yields:
+        its body, its first pixel, how many it has; the number of the tile, and how many there are.
+    """
+    for known, _ in cut.sizes:
+        with block.when(True if len(cut.sizes) == 1 else size == known) as case:
+            tiles = Even(pixels_of(known), most)
+            with case.loop(tiles.count) as (one, i):
+                for inner, pixels in tiles.cases(one, i):
+                    yield inner, inner.let(tiles.start(i)), pixels, i, tiles.count
 
 
 def blocks_ahead(fmas: int) -> int:
@@ -116,7 +138,7 @@ class Ahead:
 
     weights: Any
     start: Expr
-    steps: int
+    steps: Expr
     vectors: int
     tile: Expr
     tiles: int
@@ -145,6 +167,24 @@ class Ahead:
             for line in range(self.lines):
                 at = origin + (step // self.apart * self.lines + line) * LINE
                 due.add(prefetch(self.weights, [*zeros, at], level=2))
+
+
+def fetching(
+    block: Block, core: Core, weights: Any, start: Expr, steps: Expr, fmas: int, share: tuple[Expr, int]
+) -> Callable[[Block, Expr], None]:
+    """What fetches in a tile's step, by its number, some of the next block's weights (:class:`Ahead`), packed
+    ``[…][oc]``.
+
+    Args:
+        start: index of that block's first number.
+        steps, fmas: of the tile, and of a step.
+        share: which of how many tiles it is.
+    """
+    lines = ceildiv(int(weights.shape[-1]), LINE)
+    apart = steps_apart(core, fmas, lines, share[1])
+    ahead = Ahead(weights, block.let(start), steps, lines, *share, apart)
+    origin = block.let(ahead.origin)
+    return lambda step, k: ahead.fetch(step, origin, k)
 
 
 def multiply(

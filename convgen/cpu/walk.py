@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .model import Core
 from .narrowing import TOGETHER, Stored, store_bytes
 from .panel import Source, converted, word
 from .phases import Axis, Phase
-from .product import LINE, Ahead, Even, multiply, steps_apart
+from .product import LINE, Even, fetching, multiply
 from .tasks import TaskKernel
 from .vector import (
     Block,
@@ -281,8 +281,7 @@ class Kernel(TaskKernel):
         first_block = body.let(channels.group * of_group)
         if self.fetches_outputs:
             self.fetch_outputs(body, task, tile, channels)
-        ahead = self.ahead(body, tile, channels)
-        origin = body.let(ahead.origin)
+        fetched = self.fetching(body, tile, channels)
         length, is_short = g.words(1 if g.apart else x.taps), g.run < SHORT_ROW
         counts = (z.taps, y.taps, x.taps if g.apart else 1, g.runs[3], length if is_short else 1)
         with _loops(body, counts, tile.row.taps) as (run, (iz, iy, ix, block, step)):
@@ -305,7 +304,7 @@ class Kernel(TaskKernel):
                 return load(weights, dtype, [channels.weights, index, first + k, v * lanes], lanes, lanes)
 
             def fetch(step: Block, k: Expr) -> None:
-                ahead.fetch(step, origin, index * g.run + first + k)
+                fetched(step, index * g.run + first + k)
 
             # What a single tile uses once, one block of channels after another, the processor itself fetches ahead.
             is_ahead = self.picks.get("order", "oc") == "oc" and math.prod(g.task(self.picks)) > 1
@@ -320,13 +319,12 @@ class Kernel(TaskKernel):
                 at = [ty, place + (tx * g.x.stride * self.pitch + v * lanes)]
                 body.add(store(task.rows, STORED[operation.sums], at, sums[(ty, tx), v], lanes, lanes))
 
-    def ahead(self, body: Block, tile: _Tile, channels: _Channels) -> Ahead:
-        """What a tile fetches ahead: its share of what follows; blocks of merged lanes come last first."""
+    def fetching(self, body: Block, tile: _Tile, channels: _Channels) -> Callable[[Block, Expr], None]:
+        """What fetches a tile's share of the weights that follow; blocks of merged lanes come last first."""
         g, (rows, across), size = self.g, self.g.task(self.picks), self.g.products * self.picks.tile_oc
-        start = (channels.weights + (-1 if g.merge else 1)) * size
-        lines, tiles = ceildiv(self.picks.tile_oc, LINE), rows * across
-        apart = steps_apart(self.core, len(tile.pixels) * channels.vectors, lines, tiles)
-        return Ahead(self.parameters["weights"], body.let(start), g.products, lines, tile.index, tiles, apart)
+        start, fmas = (channels.weights + (-1 if g.merge else 1)) * size, len(tile.pixels) * channels.vectors
+        share = (tile.index, rows * across)
+        return fetching(body, self.core, self.parameters["weights"], start, g.products, fmas, share)
 
     @property
     def fetches_outputs(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -134,12 +134,12 @@ def lanes_of(spec: ConvSpec, target: Target) -> int:
     return target.lanes if spec.groups == 1 else max(sizes, default=0)
 
 
-def tile_sizes(spec: ConvSpec) -> list[int]:
+def tile_sizes(spec: ConvSpec, admits: Callable[[str, int], Sequence[int]] = admitted) -> list[int]:
     """The tile sizes that the accuracy class admits and that save enough products."""
     axes = transformed_axes(spec)
     of_axis = {a: phases(spec.kernel[a], spec.stride[a]) for a in axes}
     sizes = []
-    for m in admitted(spec.accuracy, max(max(taps) for taps in of_axis.values())):
+    for m in admits(spec.accuracy, max(max(taps) for taps in of_axis.values())):
         per_axis = {a: [outputs_of(spec, a, m) + taps - 1 for taps in of_axis[a]] for a in axes}
         share = math.prod(sum(per_axis[a]) / (outputs_of(spec, a, m) * spec.kernel[a]) for a in axes)
         if share <= MOST_PRODUCTS and all(sum(points) <= MOST_POSITIONS for points in per_axis.values()):
@@ -247,6 +247,13 @@ class Grid(Tiles):
         stride, dilation, _, taps = self.depth
         self.window = (self.plane_blocks.full - 1) * stride + (taps - 1) * dilation + 1
         self.dst = dst_images(spec)
+
+    @property
+    def met(self) -> int:
+        """Taps of the depth that lie in src, of all planes of dst together."""
+        stride, dilation, begin, taps = self.depth
+        places = (z * stride - begin + k * dilation for z in range(self.planes) for k in range(taps))
+        return sum(0 <= place < self.planes_in for place in places)
 
     def pixels(self, groups: int) -> int:
         """Pixels of dst at most."""

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from functools import lru_cache
 
 from ..hardware.target import Target
 from ..lowering.compute import ceildiv
-from ..lowering.schedule import Picks, Space, Written, require
+from ..lowering.schedule import Picks, Space, require
 from ..problem.spec import ConvSpec
+from .counted import Counted
 from .images import src_images
-from .model import Counts, Stream, Work, core_of
+from .model import Counts, Stream, Work
 from .operation import Operation
 from .product import BEGIN_RUN, BEGIN_TASK, Even, finishing, most_pixels, pieces, steps
+from .traffic import busiest_share, image_bytes, of_images
 from .winograd_integers import TAPS, Grid
 
 #: Rows of tiles of a block; parts of the channels; tiles in registers at most.
 ROWS, PARTS, MOST_TILES = (1, 2, 3, 4, 7, 8, 14), (1, 2, 4, 8), 14
 
 
-class WinogradBlocks(Written):
+class WinogradBlocks(Counted):
     """A schedule of this kind. What each says itself is its numbers, and how its tiles are transformed."""
 
     @abstractmethod
@@ -72,48 +73,42 @@ class WinogradBlocks(Written):
         blocks = ceildiv(spec.oc, picks.tile_oc)
         require(picks.parallel_oc <= blocks, f"{picks.parallel_oc} parts of {blocks} blocks of channels")
 
-    def default(self, spec: ConvSpec, target: Target) -> Picks:
-        return _default(self, spec, target)
+    def chosen(self, spec: ConvSpec, target: Target) -> Picks:
+        domains, lanes = self.space(spec, target).domains, target.lanes
+        names = ("tile_oc", "block_rows", "parallel_oc")
+        points = [
+            Picks(tile_oc=oc, tile_px=min(most, MOST_TILES, tiles), block_rows=rows, parallel_oc=parts)
+            for oc, rows, parts in itertools.product(*(domains[name] for name in names))
+            for most, tiles in [(most_pixels(target, oc // lanes), self.grid(spec, rows).most_tiles)]
+            if parts <= ceildiv(spec.oc, oc)
+        ]
+        return self.fastest(spec, target, points)
 
-    def cost(self, spec: ConvSpec, target: Target) -> float:
-        return core_of(target).seconds(_counts(self, spec, target, self.default(spec, target)))
-
-
-@lru_cache(maxsize=1024)
-def _default(schedule: WinogradBlocks, spec: ConvSpec, target: Target) -> Picks:
-    domains, core = schedule.space(spec, target).domains, core_of(target)
-    points = [
-        Picks(tile_oc=oc, tile_px=min(most, MOST_TILES, tiles), block_rows=b, parallel_oc=p)
-        for oc, b, p in itertools.product(domains["tile_oc"], domains["block_rows"], domains["parallel_oc"])
-        for most, tiles in [(most_pixels(target, oc // target.lanes), schedule.grid(spec, b).most_tiles)]
-        if p <= ceildiv(spec.oc, oc)
-    ]
-    return min(points, key=lambda picks: core.cycles(_counts(schedule, spec, target, picks)))
-
-
-def _counts(schedule: WinogradBlocks, spec: ConvSpec, target: Target, picks: Picks) -> Counts:
-    """What the busiest core does."""
-    g, lanes, operation = schedule.grid(spec, picks.block_rows), target.lanes, schedule.operation(spec)
-    tasks = spec.n * g.rows.count * picks.parallel_oc
-    own = ceildiv(tasks, target.cores)
-    share, work = own / tasks, list[Work]()
-    size = 2 * g.positions * spec.ic * spec.oc
-    for vectors, blocks in pieces(spec.oc // lanes, picks.tile_oc // lanes):
-        for rows, times in g.rows.sizes:
-            for pixels, tiles in Even(rows * g.tile_columns, picks.tile_px).sizes:
-                runs = spec.n * times * share * blocks * tiles * g.parts * g.positions
-                near = 4 * vectors * lanes
-                work.append(steps(runs * g.words, pixels, vectors, near=near, fetched=0.5, operation=operation))
-                work.append(Work(runs, cycles=BEGIN_RUN, stores=pixels * vectors))
-    tiles = spec.n * share * g.tile_rows * g.tile_columns
-    work.append(schedule.inputs(g).with_times(tiles * picks.parallel_oc * spec.ic / g.lanes))
-    work.append(schedule.outputs(spec, g).with_times(tiles * spec.oc / lanes))
-    work += [finishing(spec, lanes, share), Work(own, cycles=BEGIN_TASK)]
-    once, again = min(size, own * size / picks.parallel_oc), max(0.0, own * size / picks.parallel_oc - size)
-    streams = [Stream(once, True, 1), Stream(again, ahead=1, footprint=size)]
-    data = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]
-    streams.append(Stream(data * share, ahead=1, footprint=data))
-    between = g.positions * g.most_tiles * (2 * g.pitch + 4 * g.parts * picks.tile_oc)  # what passes hand to each other
-    if between > target.l2 // 2:
-        streams.append(Stream(2 * own * between, footprint=max(between, target.l2 + 1)))
-    return Counts(work, streams)
+    def counts(self, spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+        g, lanes, operation = self.grid(spec, picks.block_rows), target.lanes, self.operation(spec)
+        tasks = spec.n * g.rows.count * picks.parallel_oc
+        share, work = busiest_share(tasks, target.cores), list[Work]()
+        for vectors, blocks in pieces(spec.oc // lanes, picks.tile_oc // lanes):
+            for rows, times in g.rows.sizes:
+                for pixels, tiles in Even(rows * g.tile_columns, picks.tile_px).sizes:
+                    runs = spec.n * times * share * blocks * tiles * g.parts * g.positions
+                    near = 4 * vectors * lanes
+                    work.append(steps(runs * g.words, pixels, vectors, near=near, fetched=0.5, operation=operation))
+                    work.append(Work(runs, cycles=BEGIN_RUN, stores=pixels * vectors))
+        own_tiles = spec.n * share * g.tile_rows * g.tile_columns
+        work.append(self.inputs(g).with_times(own_tiles * picks.parallel_oc * spec.ic / g.lanes))
+        work.append(self.outputs(spec, g).with_times(own_tiles * spec.oc / lanes))
+        own = ceildiv(tasks, target.cores)
+        work += [finishing(spec, lanes, share), Work(own, cycles=BEGIN_TASK)]
+        weights = 2 * g.positions * spec.ic * spec.oc
+        read = own * weights / picks.parallel_oc
+        streams = [
+            Stream(min(weights, read), True, ahead=True),
+            Stream(max(0.0, read - weights), ahead=True, footprint=weights),
+            of_images(image_bytes(spec), share),
+        ]
+        # What passes hand to each other.
+        between = g.positions * g.most_tiles * (2 * g.pitch + 4 * g.parts * picks.tile_oc)
+        if between > target.l2 // 2:
+            streams.append(Stream(2 * own * between, footprint=max(between, target.l2 + 1)))
+        return Counts(work, streams)

@@ -6,31 +6,37 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from ..deferred import tirx
 from ..hardware.target import Target
 from ..lowering.compute import Expr, ceildiv, unflat
 from ..lowering.schedule import Picks
-from ..lowering.winograd import admitted_of_gradient, of_gradient, phases
+from ..lowering.winograd import admitted_of_gradient, of_gradient
 from ..problem.spec import ConvSpec
 from .images import dst_images, src_images
 from .product import Even, multiply
 from .vector import Block, interleave, load, store
-from .winograd import MOST_POSITIONS, MOST_PRODUCTS, Axis, Matrix, Tiles, rounded, transformed, transformed_axes
+from .winograd import (
+    ROWS,
+    TILES,
+    Axis,
+    Matrix,
+    Tiles,
+    outputs_of,
+    rounded,
+    tile_sizes,
+    transformed,
+    transformed_axes,
+)
 from .winograd_passes import Task, Values, WayIn
-
-
-def gradients_of(spec: ConvSpec, axis: int, m: int) -> int:
-    """Gradients of dst per tile: 1 along an axis where no transform saves products."""
-    return m if spec.kernel[axis] > spec.stride[axis] else 1
 
 
 @lru_cache(maxsize=1024)
 def gradient_axes(spec: ConvSpec, axis: int, m: int) -> tuple[Matrix, Axis, Axis]:
     """Of an axis, in tiles of ``m`` gradients of dst: the way back; the axis as src's tiles, and as the gradient's."""
-    kernel, stride, m = spec.kernel[axis], spec.stride[axis], gradients_of(spec, axis, m)
+    kernel, stride, m = spec.kernel[axis], spec.stride[axis], outputs_of(spec, axis, m)
     back, gradients, inputs = map(rounded, of_gradient(m, kernel, stride))
     size, period = spec.out_spatial[axis], spec.dilation[axis] if kernel > 1 else 1
     of_src = Axis(back, gradients, inputs, m, size, -spec.padding[axis][0], m * stride, period)
@@ -39,14 +45,18 @@ def gradient_axes(spec: ConvSpec, axis: int, m: int) -> tuple[Matrix, Axis, Axis
 
 def gradient_tile_sizes(spec: ConvSpec) -> list[int]:
     """The tile sizes that the accuracy class admits and that save enough products."""
-    axes, sizes = transformed_axes(spec), []
-    taps = {a: phases(spec.kernel[a], spec.stride[a]) for a in axes}
-    for m in admitted_of_gradient(spec.accuracy, max(max(found) for found in taps.values())):
-        positions = {a: sum(gradients_of(spec, a, m) + k - 1 for k in taps[a]) for a in axes}
-        share = math.prod(positions[a] / (gradients_of(spec, a, m) * spec.kernel[a]) for a in axes)
-        if share <= MOST_PRODUCTS and max(positions.values()) <= MOST_POSITIONS:
-            sizes.append(m)
-    return sizes
+    return tile_sizes(spec, admitted_of_gradient)
+
+
+def groups_of(spec: ConvSpec, m: int) -> int:
+    """Rows of tiles; in 1-D tiles. Those that interleave count as one."""
+    return gradient_axes(spec, transformed_axes(spec)[0], m)[1].groups
+
+
+def blocks_of(spec: ConvSpec, m: int) -> list[int]:
+    """Choices for the rows of tiles of a part; in 1-D, its tiles."""
+    groups = groups_of(spec, m)
+    return sorted({b for b in (ROWS if spec.rank > 1 else TILES) if b <= groups} | {groups})
 
 
 class GradientGrid:
@@ -121,9 +131,17 @@ class GradientKernel:
 
     g: GradientGrid
     picks: Picks
-    of_src: WayIn
-    of_gradient: WayIn
+    src: Any
+    gradient: Any
     dst: Any
+
+    @cached_property
+    def of_src(self) -> WayIn:
+        return WayIn(self.g.spec.dtype, self.g.src, self.src)
+
+    @cached_property
+    def of_gradient(self) -> WayIn:
+        return WayIn(self.g.spec.dtype, self.g.gradient, self.gradient)
 
     def statement(self) -> Any:
         """Part after part: both transformed, then products in tasks that have sums of their own."""
@@ -141,7 +159,7 @@ class GradientKernel:
 
     def part(self, body: Block, i: Expr, j: Expr) -> Part:
         cuts = ((self.g.images, i), (self.g.groups, j))
-        (image, images), (group, groups) = ((body.let(cut.start(k)), body.let(_size(cut, k))) for cut, k in cuts)
+        (image, images), (group, groups) = ((body.let(cut.start(k)), body.let(cut.size_of(k))) for cut, k in cuts)
         many = [(cut, k) for cut, k in cuts if cut.count > 1]
         ends = [k < 1 for _, k in many], [k > cut.count - 2 for cut, k in many]
         first, last = (body.let(tirx.all(*conditions)) if conditions else True for conditions in ends)
@@ -240,7 +258,3 @@ class GradientKernel:
             read = [body.let(load(sums, "f32", place, lanes, lanes)) for place in places]
             half.append(transformed(body, rows[0], read) if rows else read)
         return [tap for k in range(len(half[0])) for tap in transformed(body, columns, [made[k] for made in half])]
-
-
-def _size(cut: Even, index: Expr) -> Expr:
-    return cut.full if cut.many == cut.count else tirx.Select(index < cut.many, cut.full, cut.full - 1)

@@ -24,7 +24,7 @@ from .model import Core
 from .narrowing import Stored, store_bytes
 from .operation import Operation
 from .panel import Source, converted, word
-from .product import LINE, Ahead, Even, blocks_ahead, multiply, steps_apart
+from .product import Even, blocks_ahead, fetching, multiply, register_tiles
 from .tasks import TaskKernel
 from .vector import Block, load, load_parameters
 
@@ -221,8 +221,7 @@ class Kernel(TaskKernel):
         blocks = ceildiv(spec.oc, picks.tile_oc)
         first, end = (body.let((part + i) * blocks // picks.parallel_oc) for i in (0, 1))
         row = body.let(g.rows.start(block))
-        even = g.rows.many == g.rows.count
-        rows = g.rows.full if even else body.let(tirx.Select(block < g.rows.many, g.rows.full, g.rows.full - 1))
+        rows = body.let(g.rows.size_of(block))
         task = Task(image, row, rows, first, end)
         values = self.transformed(body, task)
         sums = body.buffer((g.parts * g.positions, g.most_tiles, picks.tile_oc), self.operation.sums)
@@ -274,13 +273,10 @@ class Kernel(TaskKernel):
         """The sums of a block of channels, a position of a part of src's channels after another."""
         g, positions = self.g, self.g.parts * self.g.positions
         with body.loop(positions) as (one, at):
-            for size, _ in g.rows.sizes:
-                with one.when(True if len(g.rows.sizes) == 1 else task.rows == size) as case:
-                    tiles = Even(size * g.tile_columns, self.picks.tile_px)
-                    with case.loop(tiles.count) as (inner, i):
-                        for some, pixels in tiles.cases(inner, i):
-                            first, share = some.let(tiles.start(i)), (i, tiles.count)
-                            self.register_tile(some, values, (b, at), (first, pixels), share, vectors, sums)
+            for inner, first, pixels, i, tiles in register_tiles(
+                one, g.rows, task.rows, lambda rows: rows * g.tile_columns, self.picks.tile_px
+            ):
+                self.register_tile(inner, values, (b, at), (first, pixels), (i, tiles), vectors, sums)
 
     def register_tile(
         self,
@@ -295,27 +291,18 @@ class Kernel(TaskKernel):
         """The sums of so many ``tiles`` from one on. ``slab``: a block of channels, and a position of a part of src's;
         ``share``: which of how many fetches of the next slab this does.
         """
-        g, lanes, tile_oc, weights, (b, at), (first, pixels) = (
-            *(self.g, self.lanes, self.picks.tile_oc, self.parameters["weights"]),
-            *(slab, tiles),
-        )
+        g, lanes, weights, (b, at), (first, pixels) = self.g, self.lanes, self.parameters["weights"], slab, tiles
         registers = body.registers([(t, v) for t in range(pixels) for v in range(vectors)], lanes, self.operation.sums)
         part, position = (0, at) if g.parts == 1 else (body.let(at // g.positions), body.let(at % g.positions))
         following = b * (g.parts * g.positions) + at + blocks_ahead(g.words * vectors * g.most_tiles)
-        lines = ceildiv(tile_oc, LINE)
-        apart = steps_apart(self.core, pixels * vectors, lines, share[1])
-        following = body.let(following * (g.words * tile_oc))
-        ahead = Ahead(weights, following, g.words, lines, *share, apart)
-        origin = body.let(ahead.origin)
+        following = following * (g.words * self.picks.tile_oc)
+        fetch = fetching(body, self.core, weights, following, g.words, pixels * vectors, share)
 
         def scalar(t: int, k: Expr) -> Expr:
             return word(values, self.operation, [position, first + t, (part * g.words + k) * 2])
 
         def vector(v: int, k: Expr) -> Expr:
             return load(weights, "i32", [b, at, k, v * lanes], lanes, lanes)
-
-        def fetch(step: Block, k: Expr) -> None:
-            ahead.fetch(step, origin, k)
 
         multiply(body, registers, g.words, scalar, vector, fetch, self.operation)
         for t, v in registers.keys:

@@ -5,16 +5,14 @@ Both go tile by tile, a vector of channels at a time; what lies between them, pr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 from ..deferred import tirx
-from ..lowering.compute import Expr, ceildiv, round_up
+from ..lowering.compute import Expr, round_up
 from ..problem.spec import ConvSpec
-from .model import Work
 from .vector import (
     Block,
     finish,
@@ -26,7 +24,7 @@ from .vector import (
     store,
     zeros,
 )
-from .winograd import NO_AXIS, Grid, Tiles, operations, transformed
+from .winograd import NO_AXIS, Grid, Tiles, transformed
 
 
 class Task(NamedTuple):
@@ -197,21 +195,6 @@ class WayIn:
         width = src.block
         parts = [loaded(t, width, width) if t < channels else zeros(width) for t in range(0, lanes, width)]
         return tirx.Shuffle(parts, list(range(lanes)))
-
-
-def work_of_input(g: Tiles, *, near: bool = False) -> list[Work]:
-    """Work of copying and transforming a plane of src. ``near``: what is made stays in the L1 cache."""
-    rows, columns, vectors = g.rows, g.columns, ceildiv(g.own, g.lanes)
-    shuffles = math.log2(g.lanes) if g.src.layout == "nchw" else 0
-    copied_pixels = g.groups.count * g.lines * g.length
-    found = [] if g.direct else [Work(copied_pixels * vectors, loads=1, stores=1, shuffles=shuffles, cycles=0.5)]
-    for axis, times in ((rows, rows.tiles * g.length), (columns, rows.tiles * rows.positions * columns.tiles)):
-        if axis is not NO_AXIS:
-            # What is written to the L2 cache comes from there first.
-            spilled = 4 * g.lanes * axis.positions if axis is columns and not near else 0
-            counted = (operations(axis.inputs), axis.extent, axis.positions)
-            found.append(Work(times * vectors, *counted, near=2 * spilled, spilled=spilled, cycles=2))
-    return found
 
 
 @dataclass(frozen=True)

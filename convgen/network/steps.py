@@ -14,7 +14,7 @@ from ..formats.onnx.quantised import stored_activation
 from ..lowering.requantise import CLAMPS
 from ..problem.activation import Activation
 from ..problem.dtypes import RANGES
-from .expressions import KINDS
+from .kinds import KINDS
 from .graph import F32, Array, Graph, Node, Operator
 from .integers import is_of_tensor, operator_alone, scale_and_zero
 

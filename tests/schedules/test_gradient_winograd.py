@@ -13,8 +13,8 @@ import pytest
 from convgen.check.data import exact_data, float_data
 from convgen.check.reference import run_onnxruntime
 from convgen.check.validate import validate
-from convgen.cpu.winograd import Axis, transformed_axes
-from convgen.cpu.winograd_gradient import GradientGrid, gradient_axes, gradient_tile_sizes, gradients_of
+from convgen.cpu.winograd import Axis, outputs_of, transformed_axes
+from convgen.cpu.winograd_gradient import GradientGrid, gradient_axes, gradient_tile_sizes
 from convgen.hardware.target import resolve
 from convgen.kernel.kernel import compile_candidate
 from convgen.lowering.candidates import default_candidate
@@ -85,7 +85,7 @@ def test_magnitudes_bound_what_tiles_add(descriptor: str) -> None:
     spec = ConvSpec.parse(descriptor).with_(dtype="f32", bias=False)
     data = {name: np.abs(array) for name, array in float_data(spec).items()}
     for m in gradient_tile_sizes(spec):
-        sizes = {axis: gradients_of(spec, axis, m) for axis in transformed_axes(spec)}
+        sizes = {axis: outputs_of(spec, axis, m) for axis in transformed_axes(spec)}
         made = magnitudes_of_gradient(spec, data["src"], data["residual"], sizes)
         found = run_onnxruntime(made.spec, made.src, residual=made.weights)
         assert (found >= 0.999 * by_tiles(spec, data["src"], data["residual"], m)).all()
