@@ -20,17 +20,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 
+from convgen.cpu.counted import Counted
 from convgen.cpu.images import src_images
-from convgen.cpu.model import Counts, Stream, Work, core_of
+from convgen.cpu.model import Counts, Stream, Work
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, Even, pieces
 from convgen.cpu.row_words import Geometry, Kernel, geometry_of, packed
 from convgen.cpu.tasks import Buffers
+from convgen.cpu.traffic import busiest_share, of_images
 from convgen.cpu.vector import written
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Operands, ceildiv
-from convgen.lowering.schedule import Picks, Program, Space, Written, require
+from convgen.lowering.schedule import Picks, Program, Space, require
 from convgen.problem.spec import ConvSpec
 
 #: Instructions of products that are written out in a tile, at most; those of the default.
@@ -39,7 +40,7 @@ MOST_UNROLLED, MOST_DEFAULT = 2048, 512
 REQUANTISED = 5
 
 
-class CpuGroupedIntegers(Written):
+class CpuGroupedIntegers(Counted):
     id, version = "cpu_grouped_integers", 1
     sums_integers = only_integers = True
 
@@ -77,11 +78,28 @@ class CpuGroupedIntegers(Written):
         unrolled = g.unrolled(picks.tile_oh, picks.tile_ow)
         require(unrolled <= MOST_UNROLLED, f"{unrolled} products written out, at most {MOST_UNROLLED}")
 
-    def default(self, spec: ConvSpec, target: Target) -> Picks:
-        return _default(self, spec, target)
+    def chosen(self, spec: ConvSpec, target: Target) -> Picks:
+        g = geometry_of(spec, target)
+        points = [
+            picks
+            for picks in self.space(spec, target)
+            if g.unrolled(picks.tile_oh, picks.tile_ow) <= MOST_DEFAULT
+            and Even(g.width, picks.tile_ow).full == picks.tile_ow
+        ]
 
-    def cost(self, spec: ConvSpec, target: Target) -> float:
-        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
+        def rank(picks: Picks) -> tuple[float, int]:
+            return self.cycles(spec, target, picks), picks.tile_oh * picks.tile_ow
+
+        return self.fastest(spec, target, points, rank, otherwise=Picks(tile_oh=1, tile_ow=1, block=1))
+
+    def counts(self, spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+        g = geometry_of(spec, target)
+        tasks = spec.n * g.out[0] * ceildiv(ceildiv(g.rows, picks.tile_oh), picks.block)
+        share, own = busiest_share(tasks, target.cores), ceildiv(tasks, target.cores)
+        work = [tile.with_times(tile.times * spec.n * g.out[0] * share) for tile in _tiles(g, picks)]
+        weights = Stream(spec.bytes["weights"] * share, weights=True)
+        images = of_images(spec.bytes["src"] + spec.bytes["dst"], share)
+        return Counts([*work, *_copying(g, target, picks, own), Work(own, cycles=BEGIN_TASK)], [weights, images])
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, g = Operands(spec, integers=True), geometry_of(spec, target)
@@ -90,42 +108,7 @@ class CpuGroupedIntegers(Written):
         )
 
 
-# ---- the default --------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1024)
-def _default(schedule: CpuGroupedIntegers, spec: ConvSpec, target: Target) -> Picks:
-    space, g, core = schedule.space(spec, target), geometry_of(spec, target), core_of(target)
-    smallest = Picks(tile_oh=1, tile_ow=1, block=1)
-    points = [
-        picks
-        for picks in space
-        if schedule.reason_against(spec, target, picks) is None
-        and g.unrolled(picks.tile_oh, picks.tile_ow) <= MOST_DEFAULT
-        and Even(g.width, picks.tile_ow).full == picks.tile_ow
-    ]
-
-    def cycles(picks: Picks) -> tuple[float, int]:
-        return core.cycles(_counts(spec, target, picks)), picks.tile_oh * picks.tile_ow
-
-    return min(points, key=cycles, default=smallest)
-
-
-def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
-    """What the busiest core does."""
-    g = geometry_of(spec, target)
-    tasks = spec.n * g.out[0] * ceildiv(ceildiv(g.rows, picks.tile_oh), picks.block)
-    own = ceildiv(tasks, target.cores)
-    share, images = own / tasks, sum(spec.bytes[name] for name in ("src", "dst"))
-    streams = [
-        Stream(spec.bytes["weights"] * share, weights=True),
-        Stream(images * share, ahead=True, footprint=images),
-    ]
-    work = [tile.with_times(tile.times * spec.n * g.out[0] * share) for tile in _tiles(g, target, picks)]
-    return Counts([*work, *_copying(g, target, picks, own), Work(own, cycles=BEGIN_TASK)], streams)
-
-
-def _tiles(g: Geometry, target: Target, picks: Picks) -> Iterator[Work]:
+def _tiles(g: Geometry, picks: Picks) -> Iterator[Work]:
     """The tiles of a plane."""
     vectors, operation, planes, turns = g.vectors, g.operation, g.kernel[0], g.spec.dst_layout == "nchw"
     for height, rows in pieces(g.rows, picks.tile_oh):
