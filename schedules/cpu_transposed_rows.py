@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import lru_cache
+from typing import Any
 
-from convgen.cpu.lanes import Pixels, RowProduct, columns_of, pack_rows, row_taps
-from convgen.cpu.model import Counts, Stream, Work, core_of
+from convgen.cpu.counted import Counted
+from convgen.cpu.lanes import Pixels, RowProduct, columns_of, pack_rows, row_taps, vector_lengths
+from convgen.cpu.model import Counts, Stream, Work
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, finishing
+from convgen.cpu.traffic import busiest_share, enough_parts, image_bytes, of_images
 from convgen.cpu.vector import Block, written
 from convgen.cpu.window import Lines
-from convgen.deferred import tirx
 from convgen.hardware.target import Target
 from convgen.lowering.compute import Operands, ceildiv, unflat
-from convgen.lowering.schedule import Picks, Program, Space, Written, require
+from convgen.lowering.schedule import Picks, Program, Space, require
 from convgen.problem.spec import ConvSpec
 
 #: Multiply-adds written out, in all tiles together; more take long to compile.
@@ -37,7 +38,7 @@ MOST_UNROLLED = 4096
 FAR = 2
 
 
-class CpuTransposedRows(Written):
+class CpuTransposedRows(Counted):
     id, version = "cpu_transposed_rows", 2
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
@@ -50,7 +51,7 @@ class CpuTransposedRows(Written):
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
         width, phases = ceildiv(spec.out_spatial[-1], spec.stride[-1]), spec.stride[-1]
-        lanes = [n for n in (4, 8, 16) if n <= target.lanes and (n == 4 or n < 2 * width)]
+        lanes = vector_lengths(target, width)
         return Space(
             lanes=lanes,
             tile_oc=[c for c in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16) if c <= spec.oc // spec.groups],
@@ -73,25 +74,57 @@ class CpuTransposedRows(Written):
             unrolled <= MOST_UNROLLED or per_phase == 1, f"{unrolled} unrolled multiply-adds, at most {MOST_UNROLLED}"
         )
 
-    def default(self, spec: ConvSpec, target: Target) -> Picks:
-        return _default(self, spec, target)
+    def chosen(self, spec: ConvSpec, target: Target) -> Picks:
+        """The fastest tile; then tasks enough."""
+        space, names = self.space(spec, target).domains, ("lanes", "tile_oc", "tile_ow", "tile_phase")
+        least = {name: min(space[name]) for name in names} | {"parallel_ow": 1, "prefetch_src": False}
+        small = Picks(**least | {"tile_phase": min(space["tile_phase"], key=lambda p: (abs(p - 8), p))})
+        points = [
+            small.replace(**dict(zip(names, values, strict=True)))
+            for values in itertools.product(*(space[name] for name in names))
+            if math.prod(values[1:]) <= _most_sums(target)
+        ]
+        tile = self.fastest(spec, target, points, otherwise=small)
+        tasks = spec.n * math.prod(spec.out_spatial[:-1]) * _blocks(spec, tile)
+        tiles = ceildiv(ceildiv(spec.out_spatial[-1], spec.stride[-1]), tile.lanes * tile.tile_ow)
+        parts = enough_parts([p for p in space["parallel_ow"] if p <= tiles], tasks, target.cores)
+        return tile.replace(parallel_ow=parts, prefetch_src=tiles > 1 and spec.bytes["src"] > target.l2)
 
-    def cost(self, spec: ConvSpec, target: Target) -> float:
-        return core_of(target).seconds(_counts(spec, target, self.default(spec, target)))
+    def counts(self, spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+        taps, phases, depth = spec.kernel[-1], spec.stride[-1], spec.ic // spec.groups
+        vectors = ceildiv(ceildiv(spec.out_spatial[-1], phases), picks.lanes)
+        tiles, groups = ceildiv(vectors, picks.tile_ow), ceildiv(phases, picks.tile_phase)
+        # Taps of the other axes that meet the input, on average over the output.
+        sizes = zip(spec.kernel[:-1], spec.in_spatial[:-1], spec.out_spatial[:-1], strict=True)
+        met = math.prod(min(k, k * i / o) for k, i, o in sizes)
+        tasks = spec.n * math.prod(spec.out_spatial[:-1]) * _blocks(spec, picks) * picks.parallel_ow
+        share = busiest_share(tasks, target.cores)
+        rows, wide = tasks / picks.parallel_ow * share, vectors / tiles
+        steps, stored = rows * tiles * groups * met, rows * vectors * picks.tile_oc * phases
+        met_pixels = len({tap.group for tap in row_taps(spec)})  # by the phases of one pixel
+        read = min(met_pixels, ceildiv(taps, groups)) * (1 + picks.lanes / target.lanes)
+        fmas, loads = taps / groups * picks.tile_oc * wide, read * wide + taps / groups * picks.tile_oc
+        work = [
+            Work(steps * depth, fmas, loads, chain=ceildiv(taps, phases), cycles=FAR),
+            Work(steps, cycles=BEGIN_RUN),
+            Work(rows * tiles, cycles=BEGIN_TILE),
+            Work(stored, stores=1, shuffles=math.log2(phases)),
+            finishing(spec, picks.lanes, share),
+        ]
+        return Counts(work, [Stream(spec.bytes["weights"], weights=True), of_images(image_bytes(spec), share)])
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
-        def statement(
-            src: tirx.Buffer, residual: tirx.Buffer, parameters: dict[str, tirx.Buffer], dst: tirx.Buffer
-        ) -> tirx.Stmt:
-            columns, tensors = columns_of(spec, picks.lanes, picks.tile_ow), (src, residual, parameters, dst)
-            how = {"together": picks.tile_phase, "fetches": picks.prefetch_src}
-            return _statement(RowProduct(spec, columns, picks.tile_oc, *tensors, spec.dtype, **how), picks.parallel_ow)
+        columns = columns_of(spec, picks.lanes, picks.tile_ow)
+        how = {"together": picks.tile_phase, "fetches": picks.prefetch_src}
+
+        def statement(*tensors: Any) -> Any:
+            return _statement(RowProduct(spec, columns, picks.tile_oc, spec.dtype, *tensors, **how), picks.parallel_ow)
 
         ops = Operands(spec)
         return written(ops, pack_rows(ops, picks.tile_oc), statement)
 
 
-def _statement(product: RowProduct, parts: int) -> tirx.Stmt:
+def _statement(product: RowProduct, parts: int) -> Any:
     """The parallel loop over images, rows, parts of them, groups and tiles of channels, around what a task does."""
     spec, count, whole = product.spec, product.columns.count, Block()
     tasks = (spec.n, *spec.out_spatial[:-1], parts, spec.groups, ceildiv(spec.oc // spec.groups, product.tile_oc))
@@ -102,62 +135,6 @@ def _statement(product: RowProduct, parts: int) -> tirx.Stmt:
             for tile_body, _, x, pattern in product.columns.tiles(case, *split):
                 product.tile(tile_body, channels, Pixels(image, image, Lines(row, 1, False), x, pattern))
     return whole.statement()
-
-
-@lru_cache(maxsize=1024)
-def _default(schedule: CpuTransposedRows, spec: ConvSpec, target: Target) -> Picks:
-    space, core = schedule.space(spec, target).domains, core_of(target)
-    names = ("lanes", "tile_oc", "tile_ow", "tile_phase")
-    least = {name: min(space[name]) for name in names} | {"parallel_ow": 1, "prefetch_src": False}
-    small = Picks(**least | {"tile_phase": min(space["tile_phase"], key=lambda p: (abs(p - 8), p))})
-    points = [
-        small.replace(**dict(zip(names, values, strict=True)))
-        for values in itertools.product(*(space[name] for name in names))
-        if math.prod(values[1:]) <= _most_sums(target)
-    ]
-    points.sort(key=lambda picks: core.cycles(_counts(spec, target, picks)))
-    good = (picks for picks in points if schedule.reason_against(spec, target, picks) is None)
-    base = next(good, small)
-    tasks = spec.n * math.prod(spec.out_spatial[:-1]) * _blocks(spec, base)
-    tiles = ceildiv(ceildiv(spec.out_spatial[-1], spec.stride[-1]), base.lanes * base.tile_ow)
-    possible = [p for p in space["parallel_ow"] if p <= tiles]
-    parts = next((p for p in possible if p * tasks >= 4 * target.cores), possible[-1])
-    return base.replace(parallel_ow=parts, prefetch_src=tiles > 1 and spec.bytes["src"] > target.l2)
-
-
-def _counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
-    """What the busiest core does."""
-    taps, phases, depth = spec.kernel[-1], spec.stride[-1], spec.ic // spec.groups
-    vectors = ceildiv(ceildiv(spec.out_spatial[-1], phases), picks.lanes)
-    tiles, groups = ceildiv(vectors, picks.tile_ow), ceildiv(phases, picks.tile_phase)
-    # Taps of the other axes that meet the input, on average over the output.
-    sizes = zip(spec.kernel[:-1], spec.in_spatial[:-1], spec.out_spatial[:-1], strict=True)
-    met = math.prod(min(k, k * i / o) for k, i, o in sizes)
-    tasks = spec.n * math.prod(spec.out_spatial[:-1]) * _blocks(spec, picks) * picks.parallel_ow
-    share = ceildiv(tasks, target.cores) / tasks
-    rows, wide = tasks / picks.parallel_ow * share, vectors / tiles
-    steps, stored = rows * tiles * groups * met, rows * vectors * picks.tile_oc * phases
-    met_pixels = len({tap.group for tap in row_taps(spec)})  # by the phases of one pixel
-    read = min(met_pixels, ceildiv(taps, groups)) * (1 + picks.lanes / target.lanes)
-    work = [
-        Work(
-            steps * depth,
-            fmas=taps / groups * picks.tile_oc * wide,
-            loads=read * wide + taps / groups * picks.tile_oc,
-            chain=ceildiv(taps, phases),
-            cycles=FAR,
-        ),
-        Work(steps, cycles=BEGIN_RUN),
-        Work(rows * tiles, cycles=BEGIN_TILE),
-        Work(stored, stores=1, shuffles=math.log2(phases)),
-        finishing(spec, picks.lanes, share),
-    ]
-    moved = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]
-    streams = [
-        Stream(spec.bytes["weights"], weights=True),
-        Stream(moved * share, ahead=True, footprint=moved),
-    ]
-    return Counts(work, streams)
 
 
 def _most_sums(target: Target) -> int:

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ..deferred import te, tirx
+from ..hardware.target import Target
 from ..lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, row_times, unflat
 from ..problem.dtypes import BYTES
 from ..problem.spec import ConvSpec
@@ -39,6 +40,11 @@ from .window import Lines, Met, kernel_rows
 MOST_TAPS = 64
 #: Bytes of a cache line: what a prefetch fetches.
 CACHE_LINE = 64
+
+
+def vector_lengths(target: Target, pixels: int) -> list[int]:
+    """Lanes that vectors of a row of so many pixels can have: fewer than the target's where it is short."""
+    return [n for n in (4, 8, 16) if n <= target.lanes and (n == 4 or n < 2 * pixels)]
 
 
 def pack_rows(ops: Operands, tile: int, matrix: Sequence[Sequence[Any]] | None = None) -> list[te.Tensor]:
@@ -249,11 +255,11 @@ class RowProduct:
     spec: ConvSpec
     columns: Columns
     tile_oc: int
+    dtype: str
     src: tirx.Buffer
     residual: tirx.Buffer
     parameters: dict[str, tirx.Buffer]
     dst: tirx.Buffer
-    dtype: str
     together: int = 1
     fetches: bool = False
 
