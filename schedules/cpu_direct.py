@@ -26,8 +26,9 @@ import math
 
 from convgen.cpu.channels import ChannelsInLanes, tiles_of
 from convgen.cpu.geometry import Geometry, geometry_of
-from convgen.cpu.model import Stream, Waits, Work, core_of
-from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, LINE, Even, most_pixels, steps
+from convgen.cpu.model import Stream, Work, core_of
+from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, Even, most_pixels, steps
+from convgen.cpu.traffic import image_bytes, is_read_again
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ceildiv, round_up
 from convgen.lowering.schedule import Picks, Space, require
@@ -93,10 +94,10 @@ class CpuDirect(ChannelsInLanes):
         for times, height, width, vectors in tiles_of(g, picks, lanes):
             weights = 4 * g.products * vectors * lanes
             near = 4 * vectors * lanes if weights > target.l1 // 2 else 0
-            slower = waits.crowded if _crowds(g, target, height * width) else 1
-            far = _far(g, target, waits, picks, height, width)
+            slower = waits.crowded if g.crowds(target, height * width) else 1
+            far = g.far_bytes(target, picks, height, width) * (1 if picks.copy_src else waits.paged)
             products = times * g.products * g.share_inside(picks.tile_oh) * slower
-            if far and _is_read_again(g, target, picks):
+            if far and not picks.copy_src and is_read_again(spec, target, g.blocks(picks)):
                 found.append(Work(products, cycles=waits.strips * height))
             pixels, operation = height * width, g.operation
             found.append(steps(products, pixels, vectors, near=near, far=far, fetched=0.5, operation=operation))
@@ -110,7 +111,7 @@ class CpuDirect(ChannelsInLanes):
         panel = g.operation.bytes * g.read.channels * math.prod(g.extent(picks))
         weights = 4 * g.products * spec.groups * round_up(g.channels, target.lanes)
         per_task, ahead = weights / picks.parallel_oc, picks.order == "oc"
-        images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]  # a line is read before it is written
+        images = image_bytes(spec)
         # Parts of rows are written in one pass, others in the next, when the cache has lost them.
         blocks_of_rows = ceildiv(g.blockable(picks.tile_oh, picks.tile_ow), rows if spec.rank > 1 else tiles)
         written_bytes = (1 + spec.residual) * spec.bytes["dst"] / (spec.n * g.z.pixels * blocks_of_rows)
@@ -130,34 +131,6 @@ class CpuDirect(ChannelsInLanes):
         if not ahead and per_task > target.l2 // 2:
             streams.append(Stream(tasks * rows * tiles * per_task, footprint=max(per_task, target.l2 + 1)))
         return streams
-
-
-def _crowds(g: Geometry, target: Target, pixels: int) -> bool:
-    """Whether a tile has more pixels in src, or in dst, than there is room for in the sets of the L1 cache that they
-    lie in, as they are a power of two apart.
-    """
-    src, dst = g.operation.bytes * g.read.block * g.moves[2], 4 * g.dst.block
-    return any(pixels > target.places(apart) for apart in (src, dst))
-
-
-def _far(g: Geometry, target: Target, waits: Waits, picks: Picks, height: int, width: int) -> float:
-    """Bytes of the cache lines that a step of a tile reads, if all of these come from the L2 cache: those of NCHW where
-    each step reads another channel, and all channels' do not fit into the L1 cache.
-    """
-    row: float = 4 * ((width - 1) * g.moves[2] + LINE)
-    if g.read.layout != "nchw" or not g.apart or g.inner * height * row <= target.l1 // 2:
-        return 0
-    if picks.copy_src:  # rows of all channels side by side
-        return height * min(row, 4 * round_up(g.extent(picks)[2], target.lanes))
-    return waits.paged * height * row
-
-
-def _is_read_again(g: Geometry, target: Target, picks: Picks) -> bool:
-    """Whether several blocks of channels read images where they lie that follow each other, each a large part of the L2
-    cache: their rows come from beyond it, in strips too short for the processor to fetch ahead.
-    """
-    image = g.spec.bytes["src"] // g.spec.n
-    return not picks.copy_src and g.spec.n > 1 and g.blocks(picks) > 1 and image > target.l2 // 4
 
 
 def _finish(g: Geometry, times: float, height: int, width: int, vectors: int, lanes: int) -> Work:

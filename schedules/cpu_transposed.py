@@ -24,6 +24,7 @@ from convgen.cpu.channels import ChannelsInLanes, tiles_of
 from convgen.cpu.geometry import Geometry, geometry_of
 from convgen.cpu.model import Stream, Work, core_of
 from convgen.cpu.product import BEGIN_RUN, BEGIN_TILE, FAR_ROW, Even, most_pixels, steps
+from convgen.cpu.traffic import image_bytes, of_images
 from convgen.hardware.target import Target
 from convgen.lowering.compute import ceildiv
 from convgen.lowering.schedule import Picks, Space, require
@@ -96,13 +97,12 @@ class CpuTransposed(ChannelsInLanes):
         blocks, panel = g.blocks(picks), g.operation.bytes * g.read.channels * math.prod(g.extent(picks))
         weights = 4 * g.products * picks.tile_oc * blocks * g.parts(picks)
         per_task = weights / picks.parallel_oc
-        images = spec.bytes["src"] + (2 + spec.residual) * spec.bytes["dst"]
         again = max(0, tasks - picks.parallel_oc) * per_task if per_task > target.l2 // 2 else 0
         streams = [
             # Weights: once from memory, then from where they stay between tasks.
             Stream(min(weights, tasks * per_task), weights=True, ahead=True),
             Stream(again, ahead=True, footprint=weights),
-            Stream(images * share, ahead=True, footprint=images),
+            of_images(image_bytes(spec), share),
         ]
         own_blocks, phases = ceildiv(blocks, picks.parallel_oc), g.z.stride * g.y.stride
         if panel + per_task / own_blocks / phases > target.l2 // 2:

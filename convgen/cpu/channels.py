@@ -9,15 +9,15 @@ import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..deferred import te, tirx
-from ..errors import Inapplicable
 from ..hardware.target import Target
 from ..lowering.compute import INTEGER, Expr, Operands, ceildiv, copied, flat, unflat
-from ..lowering.schedule import Picks, Program, Space, Written, busiest, require
+from ..lowering.schedule import Picks, Program, Space, busiest, require
 from ..problem.spec import ConvSpec
+from .counted import Counted
 from .geometry import Geometry, geometry_of
 from .model import Counts, Stream, Work, core_of
 from .product import BEGIN_RUN, BEGIN_TASK, FAR_ROW, Even, finishing, most_pixels, pieces
@@ -27,7 +27,7 @@ from .walk import Kernel
 from .weights import Channel, WeightRows, packed_by_panels
 
 
-class ChannelsInLanes(Written):
+class ChannelsInLanes(Counted):
     """A schedule of this kind. What each says itself is where it applies, its space, and what its tiles count."""
 
     sums_integers = True
@@ -64,12 +64,57 @@ class ChannelsInLanes(Written):
         count, what = g.blockable(picks.tile_oh, picks.tile_ow), "tiles" if spec.rank == 1 else "rows of tiles"
         require(picks.block < 2 * count, f"{picks.block} {what} in a block, the output has {count}")
 
-    def default(self, spec: ConvSpec, target: Target) -> Picks:
-        return _default(self, spec, target)
+    def chosen(self, spec: ConvSpec, target: Target) -> Picks:
+        """The fastest tile; with it, the fastest cut into tasks."""
+        space, core = self.space(spec, target), self.core(spec, target)
 
-    def cost(self, spec: ConvSpec, target: Target) -> float:
-        picks = self.default(spec, target)
-        return core_of(target).seconds(_counts(self, spec, target, picks, self.work(spec, target, picks)))
+        def speed(picks: Picks) -> tuple[float, int]:
+            work = self.work(spec, target, picks)
+            return core.cycles(Counts(work)), picks.tile_oc // target.lanes + picks.tile_oh * picks.tile_ow
+
+        tile = min(self.tiles(spec, target), key=speed)
+        points = [
+            (picks, work)
+            for variant in self.variants(spec, tile)
+            for work in [self.work(spec, target, variant)]
+            for picks in self._cuts(spec, target, variant, space)
+        ]
+
+        def penalty(point: tuple[Picks, list[Work]]) -> tuple[float, int, int]:
+            picks, work = point
+            return core.cycles(self._counts(spec, target, picks, work)), picks.parallel_oc, -picks.block
+
+        return min(points, key=penalty)[0]
+
+    def _cuts(self, spec: ConvSpec, target: Target, tile: Picks, space: Space) -> Iterator[Picks]:
+        """A tile with every cut into tasks that is valid with it: whether a cut is depends on each of its numbers
+        alone.
+        """
+
+        def values(name: str) -> list[Any]:
+            points = [(value, tile.replace(**{name: value})) for value in space.domains[name]]
+            return [value for value, picks in points if picks in space and self.is_valid(spec, target, picks)]
+
+        names = [name for name in ("order", "block", "parallel_oc") if name in space.domains]
+        cuts = itertools.product(*map(values, names))
+        return (tile.replace(**dict(zip(names, cut, strict=True))) for cut in cuts)
+
+    def counts(self, spec: ConvSpec, target: Target, picks: Picks) -> Counts:
+        return self._counts(spec, target, picks, self.work(spec, target, picks))
+
+    def _counts(self, spec: ConvSpec, target: Target, picks: Picks, work: Sequence[Work]) -> Counts:
+        """What the busiest core does of the ``work`` of an image."""
+        g, lanes = geometry_of(spec, target, picks.get("merge", False)), target.lanes
+        share, tasks = _share(g, picks, target.cores)
+        work = [part.with_times(part.times * share * spec.n) for part in work]
+        if picks.copy_src:
+            size = g.read.channels * math.prod(g.extent(picks)) * g.operation.bytes
+            work.append(_copying(g, tasks * size / (4 * lanes), lanes, size > target.l1))
+            if g.src.layout == "nchw":  # each row of a channel lies in another page
+                begin = FAR_ROW if spec.transposed else BEGIN_RUN
+                work.append(Work(tasks * spec.ic * math.prod(g.extent(picks)[:2]), cycles=begin))
+        work += [Work(tasks, cycles=BEGIN_TASK), finishing(spec, lanes, share)]
+        return Counts(work, self.streams(spec, target, picks, share, tasks))
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         g = geometry_of(spec, target, picks.get("merge", False))
@@ -99,67 +144,6 @@ def tiles_of(g: Geometry, picks: Picks, lanes: int) -> Iterator[Alike]:
         for height, rows in pieces(g.y.pixels, picks.tile_oh):
             for width, tiles in Even(g.width, picks.tile_ow).sizes:
                 yield Alike(g.z.pixels * g.spec.groups * blocks * rows * tiles, height, width, vectors)
-
-
-@lru_cache(maxsize=1024)
-def _default(schedule: ChannelsInLanes, spec: ConvSpec, target: Target) -> Picks:
-    """The fastest tile; with it, the fastest cut into tasks."""
-    space, core = schedule.space(spec, target), core_of(target)
-
-    def speed(picks: Picks) -> tuple[float, int]:
-        work = schedule.work(spec, target, picks)
-        return core.cycles(Counts(work)), picks.tile_oc // target.lanes + picks.tile_oh * picks.tile_ow
-
-    base = min(schedule.tiles(spec, target), key=speed)
-    points = [
-        (picks, work)
-        for variant in schedule.variants(spec, base)
-        for work in [schedule.work(spec, target, variant)]
-        for picks in _cuts(schedule, spec, target, variant, space)
-    ]
-
-    def penalty(point: tuple[Picks, list[Work]]) -> tuple[float, int, int]:
-        picks, work = point
-        return core.cycles(_counts(schedule, spec, target, picks, work)), picks.parallel_oc, -picks.block
-
-    return min(points, key=penalty)[0]
-
-
-def _cuts(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, tile: Picks, space: Space) -> Iterator[Picks]:
-    """A tile with every cut into tasks that is valid with it: whether a cut is depends on each of its numbers alone."""
-    names = [name for name in ("order", "block", "parallel_oc") if name in space.domains]
-    values = [
-        [
-            value
-            for value in space.domains[name]
-            if _is_valid(schedule, spec, target, tile.replace(**{name: value}), space)
-        ]
-        for name in names
-    ]
-    return (tile.replace(**dict(zip(names, chosen, strict=True))) for chosen in itertools.product(*values))
-
-
-def _is_valid(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, picks: Picks, space: Space) -> bool:
-    try:
-        schedule.valid(spec, target, picks)
-    except Inapplicable:
-        return False
-    return picks in space
-
-
-def _counts(schedule: ChannelsInLanes, spec: ConvSpec, target: Target, picks: Picks, work: Sequence[Work]) -> Counts:
-    """What the busiest core does of the ``work`` of an image."""
-    g, lanes = geometry_of(spec, target, picks.get("merge", False)), target.lanes
-    share, tasks = _share(g, picks, target.cores)
-    work = [part.with_times(part.times * share * spec.n) for part in work]
-    if picks.copy_src:
-        size = g.read.channels * math.prod(g.extent(picks)) * g.operation.bytes
-        work.append(_copying(g, tasks * size / (4 * lanes), lanes, size > target.l1))
-        if g.src.layout == "nchw":  # each row of a channel lies in another page
-            begin = FAR_ROW if spec.transposed else BEGIN_RUN
-            work.append(Work(tasks * spec.ic * math.prod(g.extent(picks)[:2]), cycles=begin))
-    work += [Work(tasks, cycles=BEGIN_TASK), finishing(spec, lanes, share)]
-    return Counts(work, schedule.streams(spec, target, picks, share, tasks))
 
 
 def _copying(g: Geometry, vectors: float, lanes: int, leaves_l1: bool) -> Work:

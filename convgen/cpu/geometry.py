@@ -17,7 +17,7 @@ from ..problem.spec import ConvSpec
 from .images import dst_images, src_images, three
 from .operation import Operation, operation_of
 from .phases import Axis
-from .product import Even
+from .product import LINE, Even
 
 #: Taps of a row, or products of a run, that are too few for a loop of their own: LLVM would unroll it, and keep what
 #: neighbouring taps share in registers.
@@ -158,6 +158,24 @@ class Geometry:
         lines = min(self.task(picks)[0] * picks.tile_oh, self.y.pixels)
         pixels = (1, lines, self.pixels(picks))
         return [(n - 1) * m + b - a + 1 for n, m, (a, b) in zip(pixels, self.moves, self.reads, strict=True)]
+
+    def crowds(self, target: Target, pixels: int) -> bool:
+        """Whether so many pixels of a tile are more, in src or in dst, than there is room for in the sets of the L1
+        cache that they lie in, as they are a power of two apart.
+        """
+        src, dst = self.operation.bytes * self.read.block * self.moves[2], 4 * self.dst.block
+        return any(pixels > target.places(apart) for apart in (src, dst))
+
+    def far_bytes(self, target: Target, picks: Picks, height: int, width: int) -> int:
+        """Of the cache lines that a step of a tile reads, if all of these come from the L2 cache: those of NCHW where
+        each step reads another channel, and all channels' do not fit into the L1 cache.
+        """
+        row = 4 * ((width - 1) * self.moves[2] + LINE)
+        if self.read.layout != "nchw" or not self.apart or self.inner * height * row <= target.l1 // 2:
+            return 0
+        if picks.copy_src:  # rows of all channels side by side
+            row = min(row, 4 * round_up(self.extent(picks)[2], target.lanes))
+        return height * row
 
 
 def taps_inside(axis: Axis, move: int, first: Expr, last: Expr) -> tuple[Expr, Expr]:
