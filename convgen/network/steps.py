@@ -14,9 +14,9 @@ from ..formats.onnx.quantised import stored_activation
 from ..lowering.requantise import CLAMPS
 from ..problem.activation import Activation
 from ..problem.dtypes import RANGES
-from .kinds import KINDS
 from .graph import F32, Array, Graph, Node, Operator
 from .integers import is_of_tensor, operator_alone, scale_and_zero
+from .kinds import KINDS
 
 #: Of so many neighbouring numbers of f32 a shift is looked for, on either side.
 _NEIGHBOURS = 64
