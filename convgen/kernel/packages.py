@@ -19,7 +19,8 @@ class Package:
 
     Attributes:
         name: of the library.
-        version: of its C interface.
+        version: of its C interface, ``major.minor``: programs made for the same major version and no newer minor one
+            find what they need.
         description: a line.
         arch: what it runs on.
         libraries: of the system, that an archive is linked with: ``m`` ….
@@ -37,9 +38,12 @@ class Package:
         """Write the files of :func:`package_files` to the folder in which the library and its header lie."""
         note = f"; {self.name}_WEIGHTS is the file of the weights" if self.weights else ""
         kept = f'set({self.name}_WEIGHTS "${{CMAKE_CURRENT_LIST_DIR}}/{self.weights}")\n' if self.weights else ""
+        major = int(self.version.partition(".")[0])
         values = {
             "name": self.name,
             "version": self.version,
+            "major": str(major),
+            "next": str(major + 1),
             "arch": self.arch,
             "processors": _PROCESSORS.get(self.arch, self.arch),
             "description": " ".join(self.description.split()),

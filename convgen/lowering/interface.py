@@ -17,7 +17,8 @@ from ..errors import BuildError
 from ..problem.dtypes import BYTES
 from ..problem.spec import ConvSpec
 
-#: Version of the C functions and structs (``runtime/types.h``) and of the manifest that goes with them.
+#: Version of the C functions and structs (``runtime/types.h``) and of the manifest that goes with them: the major
+#: version of packages, so that a change of a network's functions after which programs no longer compile raises it, too.
 ABI = 4
 #: Alignment in bytes of packed tensors, of the workspace and of each allocation within it.
 ALIGNMENT = 64

@@ -321,9 +321,22 @@ int convgen_network_run(const convgen_network_code *code, const convgen_network 
     return status;
 }
 
-const char *convgen_network_status_text(int status)
+const char *convgen_network_shared_text(int status)
 {
     switch (status) {
+    case CONVGEN_NULL_POINTER: return "a pointer that the network needs is NULL";
+    case CONVGEN_WRONG_SIZE: return "a size is not what the network needs";
+    default: return NULL;
+    }
+}
+
+const char *convgen_network_status_text(int status)
+{
+    const char *shared = convgen_network_shared_text(status);
+    if (shared != NULL)
+        return shared;
+    switch (status) {
+    case CONVGEN_MISALIGNED: return "weights or workspace are not aligned to 64 bytes, or a tensor not to its element";
     case CONVGEN_CANNOT_READ: return "the file of weights cannot be read";
     case CONVGEN_WRONG_WEIGHTS: return "the weights are another library's, or damaged";
     case CONVGEN_NO_SUCH_SIZE: return "the network was not made for tensors of such sizes";

@@ -73,6 +73,8 @@ void convgen_network_close(convgen_network *network);
 int convgen_network_run(const convgen_network_code *code, const convgen_network *network,
                         const convgen_network_args *args);
 const char *convgen_network_status_text(int status);
+/* The words for a status that kernels have others for, of networks on CPUs and GPUs; NULL of all others. */
+const char *convgen_network_shared_text(int status);
 
 /* The exported functions of one network. */
 #define CONVGEN_NETWORK_ENTRY_POINTS(name, code)                                                                \

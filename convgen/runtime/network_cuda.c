@@ -108,6 +108,9 @@ int convgen_device_network_run(const convgen_device_network *network, const conv
 
 const char *convgen_device_network_status_text(int status)
 {
+    const char *shared = convgen_network_shared_text(status);
+    if (shared != NULL)
+        return shared;
     switch (status) {
     case CONVGEN_DEVICE_WRONG_WEIGHTS: return "the weights are another library's, or damaged";
     case CONVGEN_DEVICE_NO_SUCH_SIZE: return "the network was not made for tensors of such sizes";

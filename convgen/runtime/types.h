@@ -11,16 +11,17 @@ extern "C" {
 /* What every function that returns int returns; <name>_error() puts it into words. */
 enum convgen_status {
     CONVGEN_OK = 0,
-    CONVGEN_NULL_POINTER,    /* a pointer that the layer needs is NULL */
-    CONVGEN_WRONG_SIZE,      /* a size is not what <name>_sizes() tells, or the layer has no such tensor */
-    CONVGEN_MISALIGNED,      /* packed or workspace is not at a multiple of 64, or a tensor not of its element */
+    CONVGEN_NULL_POINTER,    /* a pointer that the call needs is NULL */
+    CONVGEN_WRONG_SIZE,      /* a size is not what <name>_sizes() tells, or there is no such tensor */
+    CONVGEN_MISALIGNED,      /* packed, workspace or a network's weights are not at a multiple of 64, or a tensor not of
+                              * its element */
     CONVGEN_WRONG_PACKED,    /* packed was not written by this library's <name>_pack(): a call looks at its first 64 bytes,
                               * <name>_verify_packed() at all of it */
     CONVGEN_UNSUPPORTED_CPU, /* this CPU lacks instructions the library was compiled for */
     CONVGEN_OVERLAP,         /* a buffer that is written overlaps another one */
     CONVGEN_NO_MEMORY,       /* memory or threads ran out */
     CONVGEN_BAD_ARGUMENT,    /* a thread count out of range, or a pool of another ABI */
-    CONVGEN_INTERNAL         /* a fault in the library itself; dst is then unspecified */
+    CONVGEN_INTERNAL         /* a fault in the library itself; what it writes is then unspecified */
 };
 
 enum { CONVGEN_ALIGNMENT = 64, CONVGEN_MAX_THREADS = 1024 };

@@ -13,7 +13,7 @@ from naive import compile_naive
 from programs import cmake
 
 from convgen.kernel.export import write_library
-from convgen.kernel.packages import glibc_of
+from convgen.kernel.packages import Package, glibc_of, package_files
 from convgen.lowering.interface import ABI
 from convgen.problem.spec import ConvSpec
 
@@ -29,6 +29,26 @@ target_link_libraries(shared PRIVATE kernel::kernel m)
 add_executable(archive ${{kernel_DIR}}/example.c)
 target_link_libraries(archive PRIVATE kernel::static)
 """
+
+
+#: Asks CMake for versions of two packages that have one: of ours, and of what CMake itself writes for it.
+REQUESTS = """
+include(CMakePackageConfigHelpers)
+write_basic_package_version_file(
+  ${{CMAKE_CURRENT_LIST_DIR}}/theirs/theirsConfigVersion.cmake VERSION {version} COMPATIBILITY SameMajorVersion)
+foreach(request IN ITEMS {requests})
+  string(REPLACE " " ";" words "${{request}}")
+  foreach(name IN ITEMS ours theirs)
+    unset(${{name}}_DIR CACHE)
+    find_package(${{name}} ${{words}} QUIET CONFIG NO_DEFAULT_PATH PATHS ${{CMAKE_CURRENT_LIST_DIR}}/${{name}})
+    message("${{name}}|${{request}}|${{${{name}}_FOUND}}|${{${{name}}_CONSIDERED_VERSIONS}}")
+  endforeach()
+endforeach()
+"""
+ASKED = ["4", "4.0", "4.0.0", "4.1", "4.3", "4.3.0", "4.3.1", "4.4", "4.10", "3", "3.9", "5", "5.0", "0.1", "40", "04"]
+ASKED += ["4 EXACT", "4.0 EXACT", "4.3 EXACT", "4.3.0 EXACT", "4.10 EXACT"]
+RANGES = ["0...99", "3...4", "3...5", "4...5", "4...<5", "4...<5.0", "4...<5.1", "4...4.3", "4...<4.3", "4...<4.4"]
+RANGES += ["4.0...4.9", "4.1...<5", "4.3...4.3", "4.3...<4.3.1", "4.4...<5", "4.10...4.11", "5...6", "3.9...<4.9"]
 
 
 @pytest.fixture
@@ -63,6 +83,24 @@ def test_cmake_refuses_another_version_or_processor(
     said = cmake("-S", tmp_path, "-B", tmp_path / "build", *(f"-D{k}={v}" for k, v in values.items()), fails=True)
     assert "kernelConfig.cmake, version:" in said
     assert ("x86_64" in said or "aarch64" in said) == bool(changed)
+
+
+@pytest.mark.parametrize("version", ["4.0", "4.3", "4.10"])
+def test_versions_are_what_cmake_calls_same_major(tmp_path: Path, version: str) -> None:
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+    Package("ours", version, "a library", "x86_64").write(tmp_path / "ours")
+    for name in ("ours", "theirs"):
+        (tmp_path / name / package_files(name)[0]).write_text("")  # a script has no targets
+    requests = " ".join(f'"{request}"' for request in [*ASKED, *RANGES])
+    (tmp_path / "ask.cmake").write_text(REQUESTS.format(version=version, requests=requests))
+    said = [line.split("|", 1) for line in cmake("-P", tmp_path / "ask.cmake").splitlines() if "|" in line]
+    ours, theirs = ([line for name, line in said if name == which] for which in ("ours", "theirs"))
+    assert ours == theirs
+    found = [line.split("|")[0] for line in ours if line.split("|")[1] == "1"]
+    assert len(ours) == len(ASKED) + len(RANGES)
+    assert {"4", "4.0", "4...<5", f"{version} EXACT"} <= set(found)
+    assert not {"3", "5", "0.1", "3...5", "4...5"} & set(found)
 
 
 @pytest.mark.parametrize(

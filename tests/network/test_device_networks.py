@@ -113,7 +113,7 @@ def test_without_a_device_it_is_exported_and_not_called(network: DeviceNetwork, 
     assert set(manifest["files"]) >= {"libsmall.so", "libsmall.a", "small.h", "small.weights"}
     assert "example.c" not in manifest["files"]
     (tmp_path / "use.c").write_text(
-        '#include "small.h"\n#include <stdio.h>\n'
+        '#include "small.h"\n#include <stdio.h>\n#include <string.h>\n'
         "int main(void) {\n"
         "    convgen_network_sizes sizes;\n"
         "    if (small_sizes(1, &sizes) != CONVGEN_DEVICE_NO_SUCH_SIZE) return 1;\n"
@@ -121,6 +121,9 @@ def test_without_a_device_it_is_exported_and_not_called(network: DeviceNetwork, 
         "    if (sizes.workspace != small_WORKSPACE_BYTES || sizes.weights != small_WEIGHTS_BYTES) return 2;\n"
         "    convgen_network_cuda_args args = {0};\n"
         "    if (small_run(&args) != CONVGEN_NULL_POINTER) return 3;\n"
+        "    for (int status = 1; status < 64; ++status)\n"
+        '        if (strstr(small_error(status), "layer") != NULL) return 4;\n'
+        '    if (strstr(small_error(CONVGEN_WRONG_SIZE), "network") == NULL) return 5;\n'
         "    puts(small_error(CONVGEN_DEVICE_WRONG_WEIGHTS));\n    return 0;\n}\n"
     )
     flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-I", "out", "-o", "use"]

@@ -212,6 +212,14 @@ def test_the_header_names_tensors_as_the_model_does(network: Any, tmp_path: Path
     subprocess.run([*command, str(tmp_path / "odd.h")], check=True)
 
 
+def test_statuses_are_told_of_the_network(network: Any) -> None:
+    returned = [*range(1, 4), *range(5, 10), *range(32, 36)]  # all but CONVGEN_WRONG_PACKED
+    texts = [network._error(status).decode() for status in returned]
+    assert len(set(texts)) == len(returned)
+    assert not [text for text in texts if "layer" in text or "packed" in text or "not a status" in text]
+    assert all("network needs" in text for text in texts[:2])
+
+
 def test_what_is_no_file_cannot_be_read(exported: Path, tmp_path: Path) -> None:
     """At once: nobody writes to the pipe."""
     library = ctypes.CDLL(str(exported / "libsmall.so"))
