@@ -162,9 +162,7 @@ def compare(
         try:
             if vector_bits is not None:
                 peer.restrict(vector_bits)
-            entrants = peer().entrants(spec, data, threads)
-            for entrant in entrants:
-                _check(entrant, expected, bound)
+            entrants = _right(peer().entrants(spec, data, threads), expected, bound)
         except Exception as error:  # a peer's failures are of its own kinds, and part of the answer
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             found[name] = Timing(name, version, problem=first[:200])
@@ -220,6 +218,20 @@ def _allowed(spec: ConvSpec, data: Arrays, expected: npt.NDArray[Any], threads: 
     if spec.dst_dtype == "f32":
         return np.float32(2.0**-20) * np.abs(widen(expected))
     return np.full(spec.dst_shape, spec.dst_dtype != "i32", np.float32)
+
+
+def _right(entrants: Sequence[Entrant], expected: npt.NDArray[Any], bound: F32) -> list[Entrant]:
+    """Those of a library's ways whose output is right; raises what is wrong with the first where none is."""
+    right, wrong = list[Entrant](), list[Exception]()
+    for entrant in entrants:
+        try:
+            _check(entrant, expected, bound)
+            right.append(entrant)
+        except Exception as error:
+            wrong.append(error)
+    if not right and wrong:
+        raise wrong[0]
+    return right
 
 
 def _check(entrant: Entrant, expected: npt.NDArray[Any], bound: F32) -> None:

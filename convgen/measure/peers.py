@@ -152,16 +152,28 @@ class Torch(Peer):
         if spec.layout == "nchw" or not last:
             formats.insert(0, ("contiguous", torch.contiguous_format))
         if spec.is_quantised:
-            return [self._quantised(spec, data, label, form) for label, form in formats]
+            return self._quantised(spec, data, formats)
         return [self._entrant(spec, data, label, form) for label, form in formats]
 
-    def _quantised(self, spec: ConvSpec, data: Arrays, way: str, form: Any) -> Entrant:
-        from .quantised_peers import torch_layer
+    def _quantised(self, spec: ConvSpec, data: Arrays, formats: Sequence[tuple[str, Any]]) -> list[Entrant]:
+        """Each memory format with each of its engines that takes the layer."""
+        import torch
 
-        if spec.layout != "nchw":
-            raise UnsupportedError("takes layers of integers as NCHW only")
-        run, output = torch_layer(spec, data, form)
-        return Entrant(way, run, lambda: np.ascontiguousarray(output().numpy()))
+        from .quantised_peers import ENGINES, torch_layer
+
+        found = list[Entrant]()
+        refused: list[Exception] = [UnsupportedError(f"has neither of its engines here, {' and '.join(ENGINES)}")]
+        for engine in (name for name in ENGINES if name in torch.backends.quantized.supported_engines):
+            for label, form in formats:
+                try:
+                    run, output = torch_layer(spec, data, form, engine)
+                except RuntimeError as error:  # an engine's own limits
+                    refused.append(error)
+                    continue
+                found.append(Entrant(f"{label}, {engine}", run, partial(_contiguous, output)))
+        if not found:
+            raise refused[-1]
+        return found
 
     def _entrant(self, spec: ConvSpec, data: Arrays, way: str, form: Any) -> Entrant:
         import torch
@@ -268,6 +280,10 @@ class Torch(Peer):
         if name not in table:
             raise UnsupportedError(f"activation: expected one torch is asked for, found {name}")
         return table[name]
+
+
+def _contiguous(output: Callable[[], Any]) -> npt.NDArray[Any]:
+    return np.ascontiguousarray(output().numpy())
 
 
 def _stored_gradients(spec: ConvSpec, made: list[Any], back: Sequence[int]) -> F32:

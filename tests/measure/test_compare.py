@@ -30,8 +30,15 @@ class Fake(Peer):
         return "1.0"
 
     def entrants(self, spec: ConvSpec, data: Any, threads: int) -> list[Entrant]:
+        return [Entrant("wrong", lambda: None, lambda: np.zeros(spec.dst_shape, np.float32))]
+
+
+class Half(Fake):
+    """Two ways, of which the faster one is wrong."""
+
+    def entrants(self, spec: ConvSpec, data: Any, threads: int) -> list[Entrant]:
         (right,) = OnnxRuntime().entrants(spec, data, threads)
-        return [right, Entrant("wrong", lambda: None, lambda: np.zeros(spec.dst_shape, np.float32))]
+        return [*super().entrants(spec, data, threads), dataclasses.replace(right, way="right")]
 
 
 class Broken(Fake):
@@ -68,6 +75,13 @@ def test_compare_times_only_what_is_right(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.best_peer is timed
     assert found.ratio == pytest.approx(timed.seconds / found.kernels[0].seconds)  # type: ignore[operator]
     assert compare({"convgen": kernel}, [], 1, rounds=1, rest=0.0).ratio is None
+
+
+def test_of_a_library_s_ways_those_count_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PEERS, "half", Half)
+    found = compare({"convgen": built("conv1d n1 ic4 oc4 i20 k3 p1")}, ["half"], 1, rounds=1, rest=0.0)
+    assert [(timing.way, timing.problem) for timing in found.peers] == [("right", "")]
+    assert found.best_peer is found.peers[0]
 
 
 def test_a_peer_is_kept_to_narrower_vectors_or_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
