@@ -96,6 +96,15 @@ def _processes() -> list[str]:
     return texts
 
 
+def crowd_warning(threads: Iterable[int]) -> str:
+    """What to say of figures of so many threads; empty where this process may use a CPU for each."""
+    usable, most = len(os.sched_getaffinity(0)), max(threads, default=1)
+    if most <= usable:
+        return ""
+    cpus = "one CPU" if usable == 1 else f"{usable} CPUs"
+    return f"{most} threads shared {cpus}, as this process may use no more: the figures are not those of a CPU for each"
+
+
 def busy_warning(shares: Iterable[float | None]) -> str:
     """What to say of figures during which others had these shares of the CPUs; empty where they are reliable."""
     most = max((share for share in shares if share is not None), default=0.0)

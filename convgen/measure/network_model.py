@@ -5,7 +5,6 @@ A library is timed only after its outputs agree with those of ONNX Runtime witho
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..check.bounds import apart
 from ..check.reference import open_session
 from ..errors import MeasureError, UnsupportedError
 from ..formats.onnx.halves import HALVES
@@ -110,14 +110,12 @@ class NetworkModel:
         return outputs
 
     def error(self, outputs: Sequence[Array]) -> float:
-        """The largest difference from the expected outputs, relative to the largest element of each."""
+        """How far these are from the expected outputs, each in any shape (:func:`convgen.check.bounds.apart`)."""
         worst = 0.0
         for found, array in zip(outputs, self.expected.values(), strict=True):
             if found.size != array.size:
                 raise UnsupportedError(f"output: expected {array.size} elements, found {found.size}")
-            scale = float(np.abs(array).max()) or 1.0
-            difference = float(np.abs(found.reshape(-1).astype(np.float32) - array.reshape(-1)).max())
-            worst = max(worst, difference / scale) if math.isfinite(difference) else math.inf
+            worst = max(worst, apart(found.reshape(array.shape), array))
         return worst
 
 

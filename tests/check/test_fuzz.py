@@ -22,6 +22,7 @@ from paths import SUPPORT
 from usable import runnable
 
 import convgen.schedules
+from convgen.check.fuzz import kernels
 from convgen.check.fuzz.cases import Case, SeededCase, misread
 from convgen.check.fuzz.drawing import FEATURES, Draw, draw
 from convgen.check.fuzz.kernels import Kernels
@@ -157,6 +158,21 @@ def test_schedule_and_threads_can_be_chosen() -> None:
     for index in range(5):
         cases = draw(SEED, index, NATIVE, threads=4, schedule="cpu_rows").cases
         assert {(case.schedule, case.threads) for case in cases} == {("cpu_rows", 4)}
+
+
+def test_no_layer_is_drawn_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is drawn beforehand to see whether the schedule applies to any."""
+    drawn = list[tuple[int, int]]()
+
+    def counted(seed: int, index: int, *arguments: Any, **options: Any) -> Any:
+        drawn.append((seed, index))
+        return draw(seed, index, *arguments, **options)
+
+    monkeypatch.setattr(kernels, "draw", counted)
+    subject = Kernels(NATIVE, threads=1, schedule="cpu_rows")
+    found = [subject.draw(0, index) for index in range(2)]
+    assert drawn == [(0, 0), (0, 1)]
+    assert [one.spec for one in found] == [draw(0, i, NATIVE, threads=1, schedule="cpu_rows").spec for i in range(2)]
 
 
 def test_what_applies_to_nothing_is_skipped_with_the_reason() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from convgen.measure import busy
-from convgen.measure.busy import BusyWatch, busy_ticks, busy_warning, family_ticks
+from convgen.measure.busy import BusyWatch, busy_ticks, busy_warning, crowd_warning, family_ticks
 
 STAT = "cpu  9 9 9 9 9 9 9 9\ncpu0 100 10 20 5000 30 4 2 7 50 60\ncpu1 1 2 3 4 5 6 7 8 0 0\ncpu10 7 7 7 7 7 7 7\nintr 1"
 
@@ -82,6 +82,14 @@ def test_a_child_is_our_own() -> None:
     before = read[0](os.getpid(), read[1]())
     subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
     assert read[0](os.getpid(), read[1]()) - before >= 0.45 * os.sysconf("SC_CLK_TCK")
+
+
+def test_threads_that_share_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5})
+    assert crowd_warning([]) == crowd_warning([1, 2]) == ""
+    assert crowd_warning([1, 3]).startswith("3 threads shared 2 CPUs, as this process may use no more")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3})
+    assert crowd_warning([2]).startswith("2 threads shared one CPU")
 
 
 def test_what_is_said() -> None:

@@ -34,6 +34,7 @@ class Kernels:
     ) -> None:
         self.target, self.threads, self.schedule, self.directions = resolve(target), threads, schedule, directions
         self.seeds = seeds
+        self._drawn: dict[tuple[int, int], Draw] = {}  # to see whether there is any, and not yet taken
         check_native(self.target)
         find_schedule(schedule or "reference")  # imports all of them
         if schedule is not None:
@@ -42,7 +43,7 @@ class Kernels:
     def _check_applies(self, schedule: str) -> None:
         """A draw looks at thousands of layers: where one finds none, a run would check nothing."""
         try:
-            first = self.draw(0, 0)
+            first = self._drawn[0, 0] = self.draw(0, 0)
         except Exception:  # a schedule that breaks is what the run is for
             return
         if not first.cases:
@@ -58,6 +59,8 @@ class Kernels:
 
     def draw(self, seed: int, index: int) -> Draw:
         """Layer ``index`` of a seed with its candidates."""
+        if (seed, index) in self._drawn:
+            return self._drawn.pop((seed, index))
         return draw(
             seed,
             index,
