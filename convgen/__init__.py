@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .formats.sources import read_specs
     from .kernel.kernel import Kernel
     from .kernel.library import Layer, Library
+    from .network.check.exported import validate_folder
     from .network.load import load
     from .network.network import Network
     from .problem.separable import SeparableSpec
@@ -61,6 +62,7 @@ __all__ = [
     "specs_from_onnx",
     "tune",
     "validate",
+    "validate_folder",
 ]
 
 #: The modules that define the names above.
@@ -86,6 +88,7 @@ _MODULES = {
     "specs_from_onnx": "formats.onnx.reader",
     "tune": "api",
     "validate": "check.validate",
+    "validate_folder": "network.check.exported",
 }
 
 

@@ -22,7 +22,7 @@ Messages name the field, what was expected and what was found.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def meant(found: str, known: Iterable[str]) -> str:
@@ -30,7 +30,11 @@ def meant(found: str, known: Iterable[str]) -> str:
     from difflib import get_close_matches  # slow to load, and seldom needed
 
     words = {word.lower(): word for word in known}
-    close = [words[word] for word in get_close_matches(found.lower(), words, n=2)]
+    return meant_by([words[word] for word in get_close_matches(found.lower(), words, n=2)])
+
+
+def meant_by(close: Sequence[str]) -> str:
+    """The end of a message about a word that may mean one of others; empty where there are none."""
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 

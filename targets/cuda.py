@@ -15,10 +15,12 @@ taken for A100's.
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 from typing import NamedTuple
 
-from convgen.errors import UnsupportedError, meant
+from convgen.errors import UnsupportedError, meant_by
 from convgen.hardware.machine import Machine
 from convgen.hardware.target import Rates, Target
 from convgen.lowering.interface import read_architecture
@@ -81,6 +83,22 @@ ARCHITECTURES = {
     "sm_120": Architecture(99 << 10, 100 << 10, 1536, 96 << 20, 170, _BLACKWELL, _TMA),
 }
 
+#: What devices are called, in small letters and digits alone, and their architecture.
+CALLED = (
+    ("v100|titanv|volta", "sm_70"),
+    ("t4|rtx20..|gtx16..|titanrtx|turing", "sm_75"),
+    ("a100|a30", "sm_80"),
+    ("a10|a16|a2|a40|a[2456]000|rtxa[2456]000|rtx30..", "sm_86"),
+    ("(agx)?orin(nano|nx)?", "sm_87"),
+    ("l4|l40s?|ada|rtx40..|rtx6000ada", "sm_89"),
+    ("h100|h200|h800|h20|gh200|hopper", "sm_90a"),
+    ("b100|b200|gb200", "sm_100"),
+    ("rtx50..|rtxpro6000", "sm_120"),
+)
+
+#: Words beside a device's name that say nothing of its architecture.
+NO_NAME = r"nvidia|geforce|tesla|jetson|gpu|pcie|nvl|sxm\d?|\d+gb|ti|super|laptop"
+
 
 def resolve(model: str, machine: Machine | None = None) -> Target:
     """The target of an architecture such as ``sm_80``; that of this machine's first device where ``model`` is empty.
@@ -95,9 +113,8 @@ def resolve(model: str, machine: Machine | None = None) -> Target:
         raise UnsupportedError("target: expected a CUDA device for 'cuda', found none; name one such as cuda:sm_90a")
     arch = model or _of_device(found.capability if found else (0, 0))
     if arch not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"target: expected one of {', '.join(known())}, found {f'cuda:{model}'!r}{meant(f'cuda:{model}', known())}"
-        )
+        found_text = f"found {f'cuda:{model}'!r}{meant_by(close(model))}"
+        raise UnsupportedError(f"target: expected one of {', '.join(known())}, {found_text}")
     facts = ARCHITECTURES[arch]
     native = found is not None and runs(arch, found.capability)
     config = {
@@ -141,6 +158,28 @@ def known() -> list[str]:
     from convgen.cuda.driver import device
 
     return [*(["cuda"] if device() else []), *(f"cuda:{arch}" for arch in ARCHITECTURES)]
+
+
+def beginning(text: str) -> list[str]:
+    """Spellings that begin so."""
+    return [spelling for spelling in known() if spelling.startswith(text)]
+
+
+def close(name: str) -> list[str]:
+    """Spellings of what a name that is none may mean: a device, a capability, or one that is typed almost right."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    plain = "".join(word for word in words if not re.fullmatch(NO_NAME, word))
+    plain = plain.removeprefix("compute").removeprefix("sm")
+    if plain in ("", "cuda"):
+        return ["cuda"]
+    for pattern, arch in CALLED:
+        if re.fullmatch(f"({pattern})(ti|super)?", plain):
+            return [f"cuda:{arch}"]
+    if plain.rstrip("a").isdigit():
+        begin = [arch for arch in ARCHITECTURES if arch.startswith(f"sm_{plain}")]
+        if begin:
+            return [f"cuda:{arch}" for arch in sorted(begin, key=len, reverse=True)[:2]]
+    return [f"cuda:{arch}" for arch in difflib.get_close_matches(name.lower(), ARCHITECTURES, n=2)]
 
 
 def capability(arch: str) -> tuple[int, int]:

@@ -36,12 +36,12 @@ for bit; one that transforms (Winograd) is held to the bound for data of one sca
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ..lowering.schedule import Magnitudes
+from ..lowering.schedule import Candidate, Magnitudes
 from ..problem import dtypes
 from ..problem.accuracy import ACTIVATION_ERROR, SMALLEST_NORMAL, UNIT_ROUNDOFF, error_factor
 from ..problem.dtypes import UNDERFLOW, numpy_dtype, widen
@@ -49,7 +49,7 @@ from ..problem.spec import ConvSpec
 from .data import Arrays
 
 if TYPE_CHECKING:
-    from ..lowering.lower import Lowered
+    from ..hardware.target import Target
 
 #: From here on sums of pixels, times what a transform multiplies them by, may be too large for f32.
 LARGE = 1e30
@@ -79,18 +79,28 @@ def differences(expected: Stored, found: Stored) -> str:
     return f"{len(wrong)} of {found.size} elements differ; at {at} expected {expected[at]}, found {found[at]}"
 
 
-def tolerance(spec: ConvSpec, data: Arrays, lowered: Lowered | None = None, threads: int = 1) -> F32:
+class Made(Protocol):
+    """How something computes: lowered code, or a kernel."""
+
+    @property
+    def candidate(self) -> Candidate: ...
+
+    @property
+    def target(self) -> Target: ...
+
+
+def tolerance(spec: ConvSpec, data: Arrays, made: Made | None = None, threads: int = 1) -> F32:
     """The element-wise bound that holds on any data, of the output's shape; of integers, zeros.
 
     Args:
-        lowered: the kernel's candidate; sums in any order where None. Infinite where it promises nothing.
+        made: by which candidate, for which target; sums in any order where None. Infinite where it promises nothing.
     """
     if spec.dtype == "i8":
         return np.zeros(spec.dst_shape, np.float32)
     plain = _products(spec, data, None, threads)
-    if lowered is None or not lowered.candidate.schedule.transforms:
+    if made is None or not made.candidate.schedule.transforms:
         return _bound(spec, data, error_factor(spec), plain, plain, threads)
-    return _bound(spec, data, error_factor(spec), _products(spec, data, lowered, threads), plain, threads)
+    return _bound(spec, data, error_factor(spec), _products(spec, data, made, threads), plain, threads)
 
 
 def even_tolerance(spec: ConvSpec, data: Arrays, threads: int = 1) -> F32:
@@ -108,29 +118,29 @@ def _factors(spec: ConvSpec) -> tuple[str, str]:
     return "src", "residual" if spec.direction == "weights" else "weights"
 
 
-def _products(spec: ConvSpec, data: Arrays, lowered: Lowered | None, threads: int) -> F32:
+def _products(spec: ConvSpec, data: Arrays, made: Made | None, threads: int) -> F32:
     """``M``: sums of absolute values, of the output's shape."""
     if spec.n == 0:  # whose core has a batch of one
         return np.empty(spec.dst_shape, np.float32)
     # A gradient of bias is an output of its own; any other bias is added elsewhere.
     bias = spec.bias and spec.direction == "weights"
     layer = spec.with_(activation="none", dtype="f32", bias=bias, residual=False)
-    if lowered is not None:
+    if made is not None:
         layer = layer.core
     src = np.abs(widen(data["src"])).reshape(layer.src_shape)
     factor = _factors(spec)[1]
     weights = np.abs(widen(data[factor])).reshape(layer.shapes[factor])
 
     def magnitudes(src: F32, weights: F32) -> Magnitudes:
-        if lowered is None:
+        if made is None:
             return Magnitudes(layer, src, weights)
-        candidate = lowered.candidate
-        return candidate.schedule.magnitudes(layer, lowered.target, candidate.picks, src, weights)
+        candidate = made.candidate
+        return candidate.schedule.magnitudes(layer, made.target, candidate.picks, src, weights)
 
     def summed(src: F32, weights: F32) -> F32:
-        made = magnitudes(src, weights)
-        values = {"src": made.src.astype(np.float32), factor: made.weights.astype(np.float32)}
-        return widen(reference(made.spec, values, threads)).reshape(spec.dst_shape)
+        found = magnitudes(src, weights)
+        values = {"src": found.src.astype(np.float32), factor: found.weights.astype(np.float32)}
+        return widen(reference(found.spec, values, threads)).reshape(spec.dst_shape)
 
     with np.errstate(over="ignore", invalid="ignore"):
         total = summed(np.maximum(src, SMALLEST_NORMAL), np.maximum(weights, SMALLEST_NORMAL))
@@ -139,7 +149,7 @@ def _products(spec: ConvSpec, data: Arrays, lowered: Lowered | None, threads: in
         others = tuple(a for a in range(ones.weights.ndim) if a != int(spec.transposed))
         products = ones.weights.sum(axis=others if spec.direction == "forward" else None)
         total = total + np.float32(SMALLEST_NORMAL * products.max() * ones.src.max(initial=0))
-        if lowered is not None and max(src.max(initial=0), weights.max(initial=0)) > LARGE:
+        if made is not None and max(src.max(initial=0), weights.max(initial=0)) > LARGE:
             # Sums of pixels may be too large even where products are not.
             total = np.where(np.isfinite(summed(np.maximum(src, 1), np.maximum(weights, 1))), total, np.inf)
     return np.where(np.isnan(total), np.float32(np.inf), total)
@@ -168,6 +178,23 @@ def _bound(spec: ConvSpec, data: Arrays, factor: float, products: F32, plain: F3
             bound += 2 * (np.float32(dtypes.UNIT_ROUNDOFF[spec.dtype]) * largest + np.float32(UNDERFLOW[spec.dtype]))
             bound = np.where(largest < dtypes.LARGEST[spec.dtype], bound, np.float32(np.inf))
     return np.asarray(bound, np.float32)
+
+
+def apart(found: Stored, expected: Stored) -> float:
+    """How far an output as a whole is from what is expected: of floats the largest difference, as a fraction of the
+    largest element; of whole numbers the share of those that differ by more than one; of truth values that of those
+    that differ. Infinite where the shapes differ, or NaN and infinities are elsewhere.
+    """
+    if found.shape != expected.shape:
+        return math.inf
+    if expected.dtype.kind in "iub":
+        differ = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+        return float((~(differ <= (expected.dtype != np.bool_))).mean()) if differ.size else 0.0
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    finite = np.isfinite(b)
+    if differences(b[~finite], a[~finite]) or not np.isfinite(a[finite]).all():
+        return math.inf
+    return float(np.abs(a[finite] - b[finite]).max(initial=0.0) / (np.abs(b[finite]).max(initial=0.0) or 1.0))
 
 
 def worst(error: F32, bound: F32) -> float:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from ..kernel.templates import filled
 from ..lowering.link import link, link_program
 from ..lowering.toolchain import architecture, static_libc
 from ..problem.dtypes import UNIT_ROUNDOFF, numpy_dtype
+from ..problem.spec import ConvSpec
 from .data import Arrays
 from .sandbox import Run, run_child, runs_of
 
@@ -53,16 +54,45 @@ def run_emulated(
         MeasureError: the program was killed, ran longer than ``timeout`` seconds, or the kernel refused a call.
         BuildError: there is no C compiler for its architecture.
     """
-    spec, arch = kernel.spec, architecture(kernel.object_file.read_bytes())
-    command = emulator(arch)
+    arch = architecture(kernel.object_file.read_bytes())
+    emulator(arch)  # before anything is linked
     (directory / f"{kernel.name}.h").write_text(header_text(kernel.interface), encoding="utf-8")
-    archive = link(
-        kernel.interface, kernel.object_file, directory / f"lib{kernel.name}.a", archive=True, libc=static_libc(arch)
-    )
+    path, libc = directory / f"lib{kernel.name}.a", static_libc(arch)
+    archive = link(kernel.interface, kernel.object_file, path, archive=True, libc=libc)
+    return run_archive(archive, kernel.name, kernel, arch, kernel.interface.isa, cases, directory, timeout)
+
+
+class Layer(Protocol):
+    """A kernel as it is run here."""
+
+    @property
+    def spec(self) -> ConvSpec: ...
+
+    @property
+    def threads(self) -> int: ...
+
+
+def run_archive(
+    archive: Path,
+    name: str,
+    kernel: Layer,
+    arch: str,
+    isa: Sequence[str],
+    cases: Mapping[str, Arrays],
+    directory: Path,
+    timeout: float,
+) -> dict[Run, npt.NDArray[Any]]:
+    """The same of a static library, which its header lies beside.
+
+    Args:
+        name: the prefix of its functions.
+        arch, isa: what it is for.
+    """
+    spec, command = kernel.spec, emulator(arch)
     text = filled(
         "run_kernel.template.c",
-        name=kernel.name,
-        guarded=guarded_text(kernel.name),
+        name=name,
+        guarded=guarded_text(name),
         other_fill="0xff" if spec.dst_dtype in UNIT_ROUNDOFF else "0x55",
     )
     program = link_program(text, archive, arch, directory / "run")
@@ -73,7 +103,7 @@ def run_emulated(
     words = [word for run in runs for word in (run.case, str(run.threads), run.guard)]
     command = (*command, str(program), *words)
     if run_child(command, spec.descriptor, runs, timeout, {}, folder=directory, allowed=UNSUPPORTED) == UNSUPPORTED:
-        raise lacking(command, kernel.interface.isa)
+        raise lacking(command, isa)
     shape, dtype = spec.dst_shape, numpy_dtype(spec.dst_dtype)
     return {run: np.fromfile(directory / f"out.{index}", dtype).reshape(shape) for index, run in enumerate(runs)}
 
@@ -83,6 +113,6 @@ def guarded_text(name: str) -> str:
     return filled("guarded.template.h", name=name).rstrip()
 
 
-def lacking(command: tuple[str, ...], isa: tuple[str, ...]) -> UnsupportedError:
+def lacking(command: tuple[str, ...], isa: Sequence[str]) -> UnsupportedError:
     """The error of an emulator that lacks instructions."""
     return UnsupportedError(f"expected an emulator that has {', '.join(isa)}, found {command[0]}, which lacks some")

@@ -8,16 +8,18 @@ too. Layers of i8 are exact.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ..cuda.driver import device
 from ..errors import KernelError, MeasureError, SpecError, ValidationError
 from ..folders import TemporaryFolder
-from ..problem.accuracy import ACTIVATION_ERROR, UNIT_ROUNDOFF
+from ..problem.accuracy import ACTIVATION_ERROR, UNIT_ROUNDOFF, error_factor
 from ..problem.dtypes import distance, narrow, numpy_dtype, widen
 from ..problem.spec import ConvSpec
 from . import autograd
@@ -27,7 +29,9 @@ from .data import Arrays, exact_data, float_data, odd_data, special_data
 from .sandbox import Run, run_guarded
 
 if TYPE_CHECKING:
+    from ..hardware.target import Target
     from ..kernel.kernel import Kernel
+    from ..lowering.schedule import Candidate
 #: Seconds a kernel may take in the sandbox, per GFLOP and at least.
 SECONDS_PER_GFLOP, SECONDS_AT_LEAST = 60.0, 120.0
 EMULATED_SECONDS_PER_GFLOP = 10_000.0
@@ -103,24 +107,60 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
         UnsupportedError: the kernel is for another CPU, which nothing here emulates.
         BuildError: there is no C compiler for it.
     """
-    if not hasattr(kernel, "spec") or not hasattr(kernel, "threads"):
-        raise SpecError("kernel", "what convgen.build gives", f"a {type(kernel).__qualname__}")
-    spec, threads = kernel.spec, kernel.threads
-    checks: list[Check] = []
+    if not hasattr(kernel, "spec") or not hasattr(kernel, "lowered"):
+        instead = "; convgen.validate_folder(DIR) checks an exported one" * hasattr(kernel, "spec")
+        raise SpecError("kernel", "what convgen.build gives", f"a {type(kernel).__qualname__}{instead}")
+    words = f'"{kernel.spec.descriptor}" --target {kernel.target} --threads {kernel.threads}'
+    repro = f'convgen validate {words} --schedule {kernel.schedule} --picks "{kernel.picks}" --seed {seed}'
+    return check_outputs(kernel, partial(_outputs, kernel), seed, repro)
+
+
+class Checked(Protocol):
+    """What is checked: a kernel, or the library of one that was exported."""
+
+    @property
+    def spec(self) -> ConvSpec: ...
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def target(self) -> Target: ...
+
+    @property
+    def candidate(self) -> Candidate: ...
+
+    def bind(self, weights: object = None, bias: object = None, slope: object = None, **others: Any) -> Any:
+        """A layer with these weights; called of what runs on this machine's CPU."""
+
+
+#: Runs cases in a folder: the outputs, and, as the end of a sentence, what emulated them.
+Runner = Callable[[dict[str, Arrays], Path], tuple[dict[Run, Stored], str]]
+
+
+def check_outputs(kernel: Checked, run: Runner, seed: int, repro: str, first: Sequence[Check] = ()) -> Report:
+    """The report of :func:`validate` on what ``run`` gives.
+
+    Args:
+        repro: the command that repeats it.
+        first: checks that were made before.
+    """
+    spec, threads, candidate = kernel.spec, kernel.threads, kernel.candidate
+    on_device, exact = kernel.target.on_device, candidate.is_exact(spec)
+    factor = error_factor(spec, transforms=candidate.schedule.transforms)
+    checks: list[Check] = [*first]
     ratio = math.inf
     cases = {"float": float_data(spec, seed), "exact": exact_data(spec, seed), "odd": odd_data(spec, seed)}
-    if kernel.exact and spec.dtype != "i8":
+    if exact and spec.dtype != "i8":
         cases["special"] = special_data(spec, seed)
     try:
         with TemporaryFolder(runs=True) as directory:
-            outputs, emulated = _outputs(kernel, cases, directory)
+            outputs, emulated = run(cases, directory)
     except MeasureError as error:
         checks.append(Check("memory", False, str(error)))
         outputs = {}
     else:
-        found = (
-            "in device memory, nothing else written" if kernel.on_device else "between guard pages, inputs read-only"
-        )
+        found = "in device memory, nothing else written" if on_device else "between guard pages, inputs read-only"
         checks.append(Check("memory", True, f"{len(outputs)} runs {found}{emulated}"))
 
     if outputs:
@@ -132,7 +172,7 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
         if spec.dtype == "i8":
             checks.append(_equal("integers", expected, firsts["float"]))
         else:
-            found = f"largest error {ratio:.3g} of the bound (c = {kernel.error_factor:.3g})"
+            found = f"largest error {ratio:.3g} of the bound (c = {factor:.3g})"
             checks.append(Check("float", ratio <= 1, found))
         checks.append(_exact(kernel, cases["exact"], firsts["exact"], reference(spec, cases["exact"], threads)))
         if spec.direction != "forward" and spec.n and autograd.is_installed():
@@ -141,33 +181,39 @@ def validate(kernel: Kernel, *, seed: int = 0) -> Report:
         checks.append(_odd(kernel, cases["odd"], firsts["odd"]))
         if "special" in cases:
             checks.append(_special(spec, cases["special"], firsts["special"], threads))
-    if not kernel.on_device and kernel.target.native:
+    if not on_device and kernel.target.native:
         checks.append(_refusal(kernel))
-    repro = (
-        f'convgen validate "{spec.descriptor}" --target {kernel.target} --threads {threads} '
-        f'--schedule {kernel.schedule} --picks "{kernel.picks}" --seed {seed}'
-    )
-    return Report(
-        spec.descriptor, f"{kernel.schedule}({kernel.picks})", threads, tuple(checks), kernel.error_factor, ratio, repro
-    )
+    described = f"{candidate.schedule.id}({candidate.picks})"
+    return Report(spec.descriptor, described, threads, tuple(checks), factor, ratio, repro)
 
 
 def _outputs(kernel: Kernel, cases: dict[str, Arrays], directory: Path) -> tuple[dict[Run, Stored], str]:
     """The kernel's outputs, and, as the end of a sentence, what emulated it."""
     if not kernel.on_device and not kernel.target.native:
-        limit = SECONDS_AT_LEAST + EMULATED_SECONDS_PER_GFLOP * kernel.spec.flops / 1e9
-        return run_emulated(kernel, cases, directory, limit), ", emulated by QEMU"
+        return run_emulated(kernel, cases, directory, emulated_seconds(kernel.spec)), ", emulated by QEMU"
     library, driver = _runnable(kernel, directory)
+    return run_library(kernel, library, kernel.name, driver, cases, directory)
+
+
+def emulated_seconds(spec: ConvSpec) -> float:
+    """How long a layer may take in an emulator."""
+    return SECONDS_AT_LEAST + EMULATED_SECONDS_PER_GFLOP * spec.flops / 1e9
+
+
+def run_library(
+    kernel: Checked, library: Path, name: str, driver: Path | None, cases: dict[str, Arrays], directory: Path
+) -> tuple[dict[Run, Stored], str]:
+    """The outputs of a library that runs on this machine, or with a driver that emulates a GPU."""
     per_gflop = EMULATED_SECONDS_PER_GFLOP if driver else SECONDS_PER_GFLOP
     outputs = run_guarded(
         library,
-        kernel.name,
+        name,
         kernel.spec,
         cases,
         kernel.threads,
         directory,
         SECONDS_AT_LEAST + per_gflop * kernel.spec.flops / 1e9,
-        on_device=kernel.on_device,
+        on_device=kernel.target.on_device,
         environment={"CONVGEN_CUDA_DRIVER": str(driver)} if driver else {},
     )
     return outputs, ", emulated" if driver else ""
@@ -185,26 +231,26 @@ def _runnable(kernel: Kernel, directory: Path) -> tuple[Path, Path | None]:
     return emulated_library(kernel.lowered, kernel.interface, kernel.object_file, directory)
 
 
-def _same(kernel: Kernel, outputs: dict[Run, Stored], firsts: dict[str, Stored]) -> Check:
+def _same(kernel: Checked, outputs: dict[Run, Stored], firsts: dict[str, Stored]) -> Check:
     for run, output in outputs.items():
         if output.tobytes() != firsts[run.case].tobytes():
             return Check("threads", False, f"expected the bits of the first run, found others: {run}")
-    ways = "in every run" if kernel.on_device else "for every thread count and placement"
+    ways = "in every run" if kernel.target.on_device else "for every thread count and placement"
     return Check("threads", True, f"the same bits {ways}")
 
 
-def _even_bound(kernel: Kernel, data: Arrays) -> F32:
+def _even_bound(kernel: Checked, data: Arrays) -> F32:
     """The bound for data of one scale; where sums are only reordered, that for any data."""
-    bound = even_tolerance if kernel.lowered.candidate.schedule.transforms else tolerance
+    bound = even_tolerance if kernel.candidate.schedule.transforms else tolerance
     return bound(kernel.spec, data, threads=kernel.threads)
 
 
-def _odd(kernel: Kernel, data: Arrays, output: Stored) -> Check:
+def _odd(kernel: Checked, data: Arrays, output: Stored) -> Check:
     """Whether the bound for any data holds on data that are not of one scale, wherever something is promised."""
     spec, expected = kernel.spec, reference(kernel.spec, data, kernel.threads)
     if spec.dtype == "i8":
         return _equal("odd", expected, output)
-    bound = tolerance(spec, data, kernel.lowered, kernel.threads)
+    bound = tolerance(spec, data, kernel, kernel.threads)
     judged = np.isfinite(bound)
     error = distance(output, expected)
     ratio = worst(error[judged], bound[judged])
@@ -214,11 +260,11 @@ def _odd(kernel: Kernel, data: Arrays, output: Stored) -> Check:
     return Check("odd", ratio <= 1, found)
 
 
-def _exact(kernel: Kernel, data: Arrays, output: Stored, expected: Stored, name: str = "exact") -> Check:
-    spec = kernel.spec
-    if kernel.exact and spec.activation_op.exact:
+def _exact(kernel: Checked, data: Arrays, output: Stored, expected: Stored, name: str = "exact") -> Check:
+    spec, exact = kernel.spec, kernel.candidate.is_exact(kernel.spec)
+    if exact and spec.activation_op.exact:
         return _equal(name, expected, output)
-    why = f"activation {spec.activation}" if kernel.exact else "a transform"
+    why = f"activation {spec.activation}" if exact else "a transform"
     ratio = worst(distance(output, expected), _even_bound(kernel, data))
     return Check(name, ratio <= 1, f"integers through {why}: largest error {ratio:.3g} of the bound")
 
@@ -254,7 +300,7 @@ def _special(spec: ConvSpec, data: Arrays, output: Stored, threads: int) -> Chec
     return Check("special", True, found)
 
 
-def _refusal(kernel: Kernel) -> Check:
+def _refusal(kernel: Checked) -> Check:
     """The Python call refuses an output that it could not write where it is."""
     spec = kernel.spec
     data = float_data(spec)

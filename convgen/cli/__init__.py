@@ -30,6 +30,8 @@ Exit status:
   130  interrupted; what was measured is kept
 """
 
+#: What shells ask with: click's name for the program.
+_COMPLETE = "_CONVGEN_COMPLETE"
 
 #: Each command's module in this folder, and its name there.
 _COMMANDS = {
@@ -92,17 +94,21 @@ def completion(shell: str) -> None:
     zsh:   eval "$(convgen completion zsh)"       in ~/.zshrc
     fish:  convgen completion fish | source       in config.fish
     """  # noqa: D301 - click's mark for a paragraph that is not to be wrapped
-    from click.shell_completion import get_completion_class
+    from .shells import shell as shell_class
 
-    made = get_completion_class(shell)
+    made = shell_class(shell)
     if made is None:
         raise click.UsageError(f"no completion for {shell}")
-    say(made(cli, {}, "convgen", "_CONVGEN_COMPLETE").source())
+    say(made(cli, {}, "convgen", _COMPLETE).source())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (the process's own where None); returns its exit status."""
     keep_torch_out()
+    if completing := os.environ.get(_COMPLETE):
+        from .shells import shell
+
+        shell(completing.partition("_")[0])
     if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks is escaped, as on standard error
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -117,7 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.UsageError as error:
         help_line = f" (see: {error.ctx.command_path} --help)" if error.ctx else ""
         return _fail(error.format_message() + help_line, WRONG)
-    except (BrokenPipeError, SystemExit):  # click exits where it finds the pipe closed
+    except (BrokenPipeError, SystemExit) as error:  # click exits where it finds the pipe closed
+        if isinstance(error, SystemExit) and not error.code:  # or has completed a word
+            return 0
         # Whoever read has enough. Nothing more must be written, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

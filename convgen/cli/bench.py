@@ -36,6 +36,7 @@ from .common import (
     thread_counts_option,
     tidy,
 )
+from .completion import list_of
 from .generate import Work, chosen, describe, working
 from .separable import bench_separable
 from .separable_options import separable_of
@@ -56,7 +57,12 @@ PEER_NAMES = ("onnxruntime", "torch", "openvino", "ncnn")
 @target_option
 @thread_counts_option("Thread counts, such as 1,2.  [default: all cores]")
 @click.option(
-    "--peers", default=",".join(PEER_NAMES), show_default=True, metavar="NAME,…", help="Libraries to compare with."
+    "--peers",
+    default=",".join(PEER_NAMES),
+    show_default=True,
+    shell_complete=list_of(PEER_NAMES),
+    metavar="NAME,…",
+    help="Libraries to compare with.",
 )
 @click.option(
     "--repeats",
@@ -163,7 +169,7 @@ def bench(
         emit(facts | _document(kernels, rows) | {"failed": failed, "skipped": left_out})
     elif rows:
         say(_text(entries, rows))
-    note_busy(row.busy for row in rows)
+    note_busy((row.busy for row in rows), [kernel.threads for kernel in kernels])
     if interrupted:
         note(f"convgen: interrupted: {len(rows)} of {len(entries) * len(counts)} comparisons made")
         return INTERRUPTED

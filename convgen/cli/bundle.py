@@ -17,7 +17,6 @@ from .common import (
     check_names,
     check_target,
     chosen_records,
-    complete_spec,
     emit,
     json_option,
     layers_of,
@@ -32,6 +31,7 @@ from .common import (
     thread_counts_option,
     tidy,
 )
+from .completion import complete_spec, list_of, schedules_beginning, targets_beginning
 from .separable_options import separable_of
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     callback=lambda context, parameter, given: [
         check_target(context, parameter, part.strip()) for text in given or ("cpu",) for part in text.split(",")
     ],
+    shell_complete=list_of(targets_beginning),
     metavar="TARGET[,…]",
     help="What to compile for: cpu:<LLVM processor>, such as cpu:znver4 or cpu:aarch64-cortex-a72, or a GPU's "
     "architecture, such as cuda:sm_90a; may be repeated.  [default: cpu]",
@@ -74,7 +75,13 @@ if TYPE_CHECKING:
     help="Begin with small layers that have one feature each, by every schedule's default: is the device right? "
     "No layer need be given then.",
 )
-@click.option("--exclude", default="", metavar="ID,…", help="Schedules to leave out.")
+@click.option(
+    "--exclude",
+    default="",
+    shell_complete=list_of(schedules_beginning),
+    metavar="ID,…",
+    help="Schedules to leave out.",
+)
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the choice of candidates."
 )
@@ -253,7 +260,8 @@ def import_(results: Path, bundle: Path | None, store_path: Path | None, as_json
     """Make records of a bundle's results: the same as measuring here would have made.
 
     Each line is checked; where one is wrong, no result is taken. Results that were imported before
-    add nothing.
+    add nothing. Records that are such already are for `convgen records import`, lines of JSON, and `convgen records
+    merge`, a store.
     """
     from ..records.store import RecordStore
     from ..tuning.bundle import read_results

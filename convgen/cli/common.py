@@ -17,9 +17,8 @@ from ..formats.entries import AccuracyRule, SpecEntry, with_accuracy
 from ..formats.sources import read_specs, sizes_for
 from ..lowering.toolchain import check_libc
 from ..measure.standalone.words import one_line, printable
-from ..problem.separable import SEPARABLE
-from ..problem.spec import OPERATORS
 from ..report.words import plural
+from .completion import complete_accuracy, complete_spec, one_of, schedules_beginning, targets_beginning
 
 if TYPE_CHECKING:
     from ..hardware.target import Target
@@ -55,27 +54,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Option = Callable[[Any], Any]
 
 # ---- arguments --------------------------------------------------------------------------------
-
-
-def complete_spec(
-    context: click.Context, parameter: click.Parameter, incomplete: str
-) -> list[click.shell_completion.CompletionItem]:
-    from click.shell_completion import CompletionItem
-
-    operators = [CompletionItem(name) for name in (*OPERATORS, *SEPARABLE) if name.startswith(incomplete)]
-    return operators or [CompletionItem(incomplete, type="file")]
-
-
-def _complete_schedule(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    from ..lowering.discover import schedule_ids
-
-    return [name for name in schedule_ids() if name.startswith(incomplete)]
-
-
-def _complete_target(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    from ..hardware.discover import target_families
-
-    return [name for family in target_families().values() for name in family.known() if name.startswith(incomplete)]
 
 
 def _parse_dims(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, int]:
@@ -125,12 +103,10 @@ def check_target(context: click.Context, parameter: click.Parameter, spelling: s
 
     families = target_families()
     if spelling.partition(":")[0] not in families:
-        known = [name for family in families.values() for name in family.known()]
-        bare = {name.rpartition(":")[2]: name for name in known}  # people forget the family
-        like = meant(bare.get(spelling, spelling), known)
-        raise click.BadParameter(
-            f"expected one of {', '.join(families)}, or one that `convgen targets` lists, found {spelling!r}{like}"
-        )
+        from ..hardware.target import meant_target
+
+        expected = f"expected one of {', '.join(families)}, or one that `convgen targets` lists"
+        raise click.BadParameter(f"{expected}, found {spelling!r}{meant_target(spelling)}")
     return spelling
 
 
@@ -202,6 +178,7 @@ accuracy_option = click.option(
     "--accuracy",
     multiple=True,
     callback=_parse_accuracy,
+    shell_complete=complete_accuracy,
     metavar="[NAME=]CLASS",
     help="Accuracy of all layers, or of those with such a name (head.*=strict): strict, which no data can spoil; "
     "standard, fast: an infinity, a NaN or a much larger pixel spoils the results beside it; relaxed; tf32; bf16; of "
@@ -231,6 +208,7 @@ libc_option = click.option(
     "--libc",
     metavar="LIBC",
     callback=_check_libc,
+    shell_complete=one_of(("musl", "glibc-2.28")),
     help="C library that the exported library is for: musl, or the oldest glibc that it runs with, such as glibc-2.28. "
     "Takes zig: pip install ziglang.  [default: what the C compiler has]",
 )
@@ -239,7 +217,7 @@ target_option = click.option(
     default="cpu",
     show_default=True,
     callback=check_target,
-    shell_complete=_complete_target,
+    shell_complete=one_of(targets_beginning),
     metavar="TARGET",
     help="What to build for: cpu (this machine's), cpu:<LLVM processor>, cuda (this machine's GPU), or an "
     "architecture such as cuda:sm_90a, for which no GPU is needed.",
@@ -307,7 +285,7 @@ budget_options = grouped(
 def schedule_option(meaning: str) -> Option:
     """``--schedule``, which means this to the command."""
     return click.option(
-        "--schedule", callback=_check_schedule, shell_complete=_complete_schedule, metavar="ID", help=meaning
+        "--schedule", callback=_check_schedule, shell_complete=one_of(schedules_beginning), metavar="ID", help=meaning
     )
 
 
@@ -486,12 +464,19 @@ def note(message: str) -> None:
     click.echo(one_line(message), err=True)
 
 
-def note_busy(shares: Iterable[float | None]) -> None:
-    """Say that figures are not reliable where other programs had much of the CPUs while they were taken."""
-    from ..measure.busy import busy_warning
+def note_busy(shares: Iterable[float | None], threads: Iterable[int]) -> None:
+    """Say that figures are not reliable where other programs had much of the CPUs while they were taken, or where there
+    are fewer CPUs than threads.
 
-    if warning := busy_warning(shares):
-        note(f"convgen: {warning}")
+    Args:
+        shares: of the CPUs' time that others used, as far as it is known.
+        threads: the numbers of threads that figures were taken on.
+    """
+    from ..measure.busy import busy_warning, crowd_warning
+
+    for warning in (busy_warning(shares), crowd_warning(threads)):
+        if warning:
+            note(f"convgen: {warning}")
 
 
 def note_left_out(reasons: Sequence[str]) -> None:

@@ -27,6 +27,7 @@ from .common import (
     target_option,
     threads_option,
 )
+from .completion import list_of
 from .tables import table
 from .view import LOG_SECONDS
 
@@ -80,6 +81,7 @@ SECONDS = 60.0
 @click.option(
     "--directions",
     callback=parse_directions,
+    shell_complete=list_of(DIRECTIONS),
     metavar="D,D",
     help="Draw layers of these alone: forward, data, weights.  [default: mostly forward]",
 )

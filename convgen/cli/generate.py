@@ -45,6 +45,7 @@ from .common import (
     threads_option,
     tidy,
 )
+from .exported import INDEX, exported_folder, print_checks, refuse_options, validate_exports
 from .network import validate_model
 from .separable import (
     build_separable,
@@ -64,8 +65,6 @@ if TYPE_CHECKING:
     from ..records.store import RecordStore
     from ..tuning.search import Progress
     from ..tuning.tuner import Tuner
-
-INDEX = "index.json"
 
 
 @dataclass
@@ -331,7 +330,7 @@ def build(
         note(f"{len(results) - len(failed)} of {len(entries)} layers in {tidy(root)}, listed in {INDEX}")
     elif results and not failed:
         say(_single(results[0]))
-    note_busy(work.busy)
+    note_busy(work.busy, [work.threads] if work.busy else [])
     if work.interrupted:
         work.say_interrupted(f"; {len(results) - len(failed)} of {len(entries)} layers exported" if several else "")
         return INTERRUPTED
@@ -492,8 +491,16 @@ def _single(result: dict[str, Any]) -> str:
 @candidate_options
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random data.")
 @click.option("--whole", is_flag=True, help="Compile the model as one network, as compile does, and check that.")
+@click.option(
+    "--model",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="MODEL.onnx",
+    help="With the folder of an exported network: what it was compiled from.",
+)
 @json_option
+@click.pass_context
 def validate(
+    context: click.Context,
     spec: tuple[str, ...],
     dims: dict[str, tuple[int, ...]],
     accuracy: tuple[AccuracyRule, ...],
@@ -506,6 +513,7 @@ def validate(
     picks: str | None,
     seed: int,
     whole: bool,
+    model: Path | None,
     as_json: bool,
 ) -> int:
     """Check kernels against ONNX Runtime.
@@ -518,7 +526,15 @@ def validate(
     With --whole, SPEC is a model, which is compiled to one library and checked as such: every element of its outputs
     against a bound that is accumulated through the graph, guard pages, threads, and where its tensors lie; at
     each of its sizes, where --dim gives several.
+
+    SPEC may also be the folder of an export: its files are checked against its manifest, and its library as it is, a
+    kernel by what the manifest says, a network with --model by that model, else by its example.
     """
+    if (folder := exported_folder(spec)) is not None:
+        refuse_options(context)
+        return validate_exports(folder, model, threads, seed, as_json)
+    if model is not None:
+        raise click.UsageError("--model: expected the folder of an exported network, found layers or a model")
     check_picks(schedule, picks)
     if (separable := separable_of(spec, accuracy)) is not None:
         refuse_for_separable(schedule=schedule)
@@ -542,7 +558,7 @@ def validate(
                 results.append(describe(entry) | {"passed": False, "error": str(error), "checks": []})
             work.view.finish("passed" if results[-1]["passed"] else "failed")
             if not as_json:
-                _print_checks(results[-1])
+                print_checks(results[-1])
 
     failed = sum(not result["passed"] for result in results)
     if as_json:
@@ -561,14 +577,3 @@ def _checked(work: Work, entry: SpecEntry, forced: Candidate | None, seed: int) 
     kernel = work.kernel(entry, forced)
     work.view.phase("validating")
     return chosen(kernel) | validate(kernel, seed=seed).to_dict()
-
-
-def _print_checks(result: dict[str, Any]) -> None:
-    say(f"{result['spec']}  {result.get('candidate', '')}".rstrip())
-    if "error" in result:
-        say(f"  FAIL  {result['error']}")
-        return
-    for check in result["checks"]:
-        say(f"  {'ok  ' if check['passed'] else 'FAIL'}  {check['name']:<8}  {check['found']}")
-    if not result["passed"]:
-        say(f"  repeat with: {result['repro']}")

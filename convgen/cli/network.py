@@ -276,7 +276,11 @@ def validate_model(model: Path | ModelProto, seed: int, as_json: bool, **options
     """Compile a whole model, with the options of :func:`convgen.compile`, and check it; the exit status."""
     from ..api import compile as compile_network
 
-    report = compile_network(model, **options).validate(model, seed=seed)
+    return say_report(compile_network(model, **options).validate(model, seed=seed), as_json)
+
+
+def say_report(report: NetworkReport, as_json: bool) -> int:
+    """Print what was checked of a network; the exit status."""
     if as_json:
         emit(report.to_dict())
     else:

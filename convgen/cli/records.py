@@ -37,6 +37,7 @@ from .common import (
     threads_option,
     tidy,
 )
+from .completion import one_of, outcomes_beginning, schedules_beginning, targets_beginning
 from .databases import measured_again, prune_database
 from .tables import table
 
@@ -70,9 +71,16 @@ _filters = grouped(
     click.argument("sources", nargs=-1, metavar="[SPEC|FILE|MODEL.onnx]…"),
     dim_option,
     click.option("--spec", metavar="SPEC", help="Only records of this layer."),
-    click.option("--target", metavar="TARGET", help="Only records for this target."),
+    click.option(
+        "--target", shell_complete=one_of(targets_beginning), metavar="TARGET", help="Only records for this target."
+    ),
     threads_option("Only records for N threads."),
-    click.option("--schedule", metavar="ID", help="Only records of this schedule."),
+    click.option(
+        "--schedule",
+        shell_complete=one_of(schedules_beginning),
+        metavar="ID",
+        help="Only records of this schedule.",
+    ),
 )
 
 
@@ -101,7 +109,7 @@ class Wanted:
         schedule: str | None,
     ) -> Wanted:
         """From the values of :data:`_filters`; layers that cannot be read have no records, and are named."""
-        from ..hardware.target import resolve
+        from ..hardware.target import recorded_spelling
 
         if separable := _separable(spec or " ".join(sources)):
             names = [separable.descriptor]
@@ -110,8 +118,8 @@ class Wanted:
             layers = [entry for entries in models for entry in entries]
             layers += read_specs(spec) if spec else []
             names = list(dict.fromkeys(entry.spec.descriptor for entry in layers))
-        if target is not None and ":" not in target:
-            target = resolve(target).spelling
+        if target is not None:
+            target = recorded_spelling(target)
         return cls(names if sources or spec else None, target, threads, schedule)
 
     @property
@@ -193,6 +201,7 @@ def _say(document: dict[str, Any], text: str, as_json: bool) -> None:
 @_filters
 @click.option(
     "--outcome",
+    shell_complete=one_of(outcomes_beginning),
     metavar="NAME",
     help="Only this outcome: ok, build_error, crash, timeout, memory, wrong or run_error.",
 )
@@ -490,12 +499,16 @@ def recover(damaged: Path, into: Path, as_json: bool) -> None:
 # ---- travelling -------------------------------------------------------------------------------
 
 
-@records.command(short_help="Add the records of other stores.")
+@records.command(short_help="Add the records of other stores (SQLite files).")
 @click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="STORE…")
 @store_option("path")
 @json_option
 def merge(stores: tuple[Path, ...], path: Path | None, as_json: bool) -> None:
-    """Add the records of other stores; a record that is in several stays once."""
+    """Add the records of other stores, SQLite files as --records names them; a record that is in several stays once.
+
+    Lines of JSON, as `convgen records export` writes them, are for `convgen records import`; the results of a bundle,
+    .results.jsonl, for `convgen fleet import`.
+    """
     from ..records.store import RecordStore
 
     with RecordStore(path) as store:
@@ -563,12 +576,17 @@ def export(
     _say({"exported": count, "file": str(out)}, f"{count} records in {tidy(out)}", as_json)
 
 
-@records.command("import", short_help="Add the records of FILE, all or none.")
+@records.command("import", short_help="Add the records of a file of JSON lines, all or none.")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @store_option("path")
 @json_option
 def import_(file: Path, path: Path | None, as_json: bool) -> None:
-    """Add the records of FILE. Each is checked; where one is wrong, none is added."""
+    """Add the records of FILE, lines of JSON as `convgen records export` writes them. Each is checked; where one is
+    wrong, none is added.
+
+    Whole stores, SQLite files, are for `convgen records merge`; the results of a bundle, .results.jsonl, for `convgen
+    fleet import`.
+    """
     from ..records.record import read_lines
     from ..records.store import RecordStore, default_path
 

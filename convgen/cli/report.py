@@ -22,6 +22,7 @@ from .common import (
     tidy,
     whole_accuracy,
 )
+from .completion import one_of, targets_beginning
 from .steps import check_picture, report_model
 from .whole import existing_model
 
@@ -40,7 +41,12 @@ from .whole import existing_model
     help="File to write: FILE.html as a page, FILE.md as tables, with --whole also FILE.svg as a picture.  "
     "[default: print the tables]",
 )
-@click.option("--target", metavar="TARGET", help="Only what was tuned for this target: cpu, or cpu:<LLVM processor>.")
+@click.option(
+    "--target",
+    shell_complete=one_of(targets_beginning),
+    metavar="TARGET",
+    help="Only what was tuned for this target: cpu, or cpu:<LLVM processor>.",
+)
 @threads_option("Only what was tuned for N threads.")
 @click.option(
     "--bench",
@@ -88,6 +94,7 @@ def report(
         raise click.UsageError(
             "-o FILE.svg: expected --whole and a model, the steps of which can be drawn, or FILE.html"
         )
+    from ..hardware.target import recorded_spelling
     from ..records.store import RecordStore
     from ..report.gather import Model, gather, read_rows
     from ..report.tuning_text import markdown
@@ -110,7 +117,7 @@ def report(
     notes = [f"Left out: {reason}" for reason in left_out]
     rows = [row for bench in benches for row in read_rows(bench)]
     with RecordStore(path, readonly=True) as store:
-        spelled = [_spelling(name) for name in targets]
+        spelled = [recorded_spelling(name) for name in targets]
         found = gather(store, models, title=title, targets=spelled, threads=counts, rows=rows, notes=notes)
     if out is not None:
         if out.suffix == ".md":
@@ -126,13 +133,6 @@ def report(
     elif out is None:
         say(markdown(found).removesuffix("\n"))
     return status_of(left_out, skip)
-
-
-def _spelling(target: str) -> str:
-    """The spelling of a target in records: a family alone means this machine."""
-    from ..hardware.target import resolve
-
-    return target if ":" in target else resolve(target).spelling
 
 
 def _name(path: Path, source: str) -> str:

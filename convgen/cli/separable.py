@@ -14,7 +14,7 @@ import click
 
 from ..errors import SpecError
 from ..problem.separable import SeparableSpec
-from .common import FAILED, duration, emit, note, say
+from .common import FAILED, duration, emit, note, note_busy, say
 from .network import say_network, validate_model
 from .steps import compiling
 from .tables import table
@@ -204,6 +204,7 @@ def _height(
         return None, []
     with recorded_choice(records, target, threads) as choose:
         times = strip_times(model, target, threads, accuracy=spec.depthwise.accuracy, choose=choose)
+    note_busy([], [threads])
     with open_store(records) as store:
         if store is not None:
             store.add_all(height_records(spec, target, threads, times))

@@ -24,6 +24,7 @@ from .common import (
     json_option,
     layers_argument,
     note,
+    note_busy,
     note_left_out,
     read_layers,
     say,
@@ -189,6 +190,7 @@ def _print_layer(entry: SpecEntry, target: str, threads: int | None, as_json: bo
         emit(document)
     else:
         say(_text(document))
+    note_busy([], [count] if document["roofline"] else [])
 
 
 def _roofline(spec: ConvSpec, threads: int) -> dict[str, Any] | None:

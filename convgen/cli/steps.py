@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..formats.sources import write_text
-from .common import OK, emit, note, say, tidy
+from .common import OK, emit, note, note_busy, say, tidy
 
 if TYPE_CHECKING:
     from ..network.network import Network
@@ -52,6 +52,7 @@ def timed_steps(network: Network, compiled: Callable[[Records], Network]) -> lis
     from ..report.profile import profile_network
 
     defaults = compiled(False) if network.is_tuned else None
+    note_busy([], [network.threads])
     return [profile_network(network, defaults, size) for size in range(len(network.plans))]
 
 

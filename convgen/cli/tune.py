@@ -17,7 +17,6 @@ from .common import (
     check_names,
     check_target,
     chosen_records,
-    complete_spec,
     json_option,
     model_options,
     records_options,
@@ -27,6 +26,7 @@ from .common import (
     trials_option,
     whole_accuracy,
 )
+from .completion import complete_spec, list_of, schedules_beginning, targets_beginning
 from .separable_options import refuse_for_separable, separable_of
 from .steps import check_picture, timed_steps, write_steps
 from .tuned import print_results, print_status, run_job
@@ -57,6 +57,7 @@ def _check_targets(context: click.Context, parameter: click.Parameter, text: str
 @click.option(
     "--target",
     callback=_check_targets,
+    shell_complete=list_of(targets_beginning),
     metavar="TARGET[,…]",
     help="What to tune for: cpu, cpu:<LLVM processor>, cuda or cuda:<architecture>.",
 )
@@ -80,7 +81,7 @@ def _check_targets(context: click.Context, parameter: click.Parameter, text: str
     metavar="N",
     help="How many trials without a gain end the search of a layer.",
 )
-@click.option("--exclude", metavar="ID,…", help="Schedules to leave out.")
+@click.option("--exclude", shell_complete=list_of(schedules_beginning), metavar="ID,…", help="Schedules to leave out.")
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of the search.  [default: 0]")
 @records_options
 @click.option(

@@ -215,7 +215,8 @@ def print_results(
         _note_compared_alone(run.layers)
         if asked is not None:
             _note_next(run, results, asked)
-    note_busy([busy])
+    here = reached if run.measured and run.job.tracker is None else []  # devices have CPUs of their own
+    note_busy([busy], [result["threads"] for result in here])
     if interrupted:
         where = f"kept in {tidy(run.store.path)}" if run.store is not None else "not kept, without a record store"
         trials = f"{plural(run.measured, 'trial')} measured, {where}"

@@ -79,7 +79,7 @@ def bench_whole(
         emit({"interrupted": interrupted, "rows": [dict(row.values) for row in measured]})
     else:
         _print(measured)
-    note_busy(row.busy for row in measured)
+    note_busy((row.busy for row in measured), [row.threads for row in measured])
     if interrupted:
         note(f"convgen: interrupted: {len(measured)} of {comparisons} comparisons made")
         return INTERRUPTED

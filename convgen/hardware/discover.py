@@ -21,7 +21,7 @@ def modules(package_name: str) -> list[ModuleType]:
 
 @cache
 def target_families() -> dict[str, ModuleType]:
-    """Every target family by name: modules in ``targets/`` with ``resolve(model)``, ``known()`` and
-    ``fingerprint(machine)``.
+    """Every target family by name: modules in ``targets/`` with ``resolve(model)``, ``known()``, ``beginning(text)``,
+    ``close(name)`` and ``fingerprint(machine)``.
     """
     return {module.__name__.rpartition(".")[2]: module for module in modules("convgen.targets")}

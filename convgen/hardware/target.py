@@ -6,7 +6,6 @@ The families (``cpu``, ``cuda`` …) are files in ``targets/``, found by :mod:`c
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import json
@@ -15,7 +14,7 @@ import platform
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from ..errors import SpecError, UnsupportedError
+from ..errors import SpecError, UnsupportedError, meant_by
 from ..problem.dtypes import ACCUMULATOR, BYTES
 from .discover import target_families
 from .machine import Machine
@@ -168,20 +167,33 @@ def resolve(spelling: str | Target = "cpu", machine: Machine | None = None) -> T
     families = target_families()
     if family not in families:
         expected = f"target: expected one of {', '.join(sorted(families))}"
-        raise UnsupportedError(f"{expected}, found {spelling!r}{_meant(spelling)}")
+        raise UnsupportedError(f"{expected}, found {spelling!r}{meant_target(spelling)}")
     resolved: Target = families[family].resolve(model) if machine is None else families[family].resolve(model, machine)
     return resolved
 
 
-def _meant(spelling: str) -> str:
-    """What a spelling without its family means, as the end of a message."""
-    families, meant = target_families(), []
-    for module in families.values():
-        with contextlib.suppress(UnsupportedError):
-            if spelling and ":" not in spelling:
-                meant.append(module.resolve(spelling).spelling)
-    meant = meant or difflib.get_close_matches(spelling.partition(":")[0].lower(), families)
-    return f"; did you mean {' or '.join(meant)}?" if meant else ""
+def recorded_spelling(spelling: str) -> str:
+    """The one of a target's spellings that records have; of a processor that is not known here, but may be in a store
+    of another version, as it is.
+
+    Raises:
+        UnsupportedError: no such family, or this machine has no such device.
+    """
+    try:
+        return resolve(spelling).spelling
+    except UnsupportedError:
+        family, _, model = spelling.partition(":")
+        if family not in target_families() or not model:
+            raise
+        return spelling
+
+
+def meant_target(spelling: str) -> str:
+    """What a spelling of no family means, as the end of a message."""
+    families, (family, _, model) = target_families(), spelling.partition(":")
+    name = model or family
+    close = [found for module in families.values() for found in module.close(name)] if name else []
+    return meant_by(close or difflib.get_close_matches(family.lower(), families))
 
 
 def check_native(target: Target) -> None:

@@ -72,6 +72,11 @@ class Kernel(BaseLibrary):
         return f"<{type(self).__name__} {self.spec.descriptor} for {self.target}, {self._where}: {how}>"
 
     @property
+    def candidate(self) -> Candidate:
+        """The schedule and its picks."""
+        return self.lowered.candidate
+
+    @property
     def error_factor(self) -> float:
         """The ``c`` of its bound for data of one scale (:mod:`convgen.check.bounds`)."""
         return error_factor(self.spec, transforms=self.lowered.candidate.schedule.transforms)

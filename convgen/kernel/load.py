@@ -35,20 +35,73 @@ def load(directory: str | os.PathLike[str], threads: int | None = None) -> Libra
     """
     folder = Path(directory)
     path, manifest = folder / MANIFEST, read_manifest(folder)
-    try:
+    made = described(path, manifest)
+    check_architecture(path, manifest)
+    with checked(folder / made.file, made.sha256):
+        kind = CudaLibrary if made.on_device else Library
+        return kind(folder / made.file, made.spec, made.name, made.threads if threads is None else threads)
+
+
+class Described(NamedTuple):
+    """What a manifest says of a kernel's library.
+
+    Attributes:
+        spec, name, threads: the layer, the prefix of the functions, and what it was made for.
+        file, sha256: the shared library.
+    """
+
+    spec: ConvSpec
+    name: str
+    threads: int
+    file: str
+    sha256: str
+    on_device: bool
+
+
+def described(path: Path, manifest: Mapping[str, Any]) -> Described:
+    """What the manifest of a kernel, read from ``path``, says.
+
+    Raises:
+        ExportError: it is none, or of another ABI.
+    """
+    with reading(path, "a library"):
         if manifest["abi"] != ABI:
             raise ExportError(f"{path}: abi: expected {ABI}, found {manifest['abi']!r}")
         spec, name = ConvSpec.from_dict(manifest["spec"]["fields"], str(path)), check_name(manifest["name"])
         file, tuned = f"lib{name}.so", thread_count(manifest["threads"])
-        expected = manifest["files"][file]["sha256"]
-        check_architecture(path, manifest)
+        return Described(spec, name, tuned, file, manifest["files"][file]["sha256"], manifest.get("device") is not None)
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """What is wrong with the fields of a manifest, which are looked up in here, as an ExportError."""
+    try:
+        yield
     except (KeyError, TypeError, AttributeError) as error:
         found = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ExportError(f"{path}: expected the manifest of a library, found {found}") from error
+        raise ExportError(f"{path}: expected the manifest of {what}, found {found}") from error
     except (BuildError, KernelError, SpecError) as error:
         raise ExportError(f"{path}: {error}") from error
-    with checked(folder / file, expected):
-        return _kind(manifest)(folder / file, spec, name, tuned if threads is None else threads)
+
+
+def changed_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Why files of an export are not those that its manifest describes; empty where all are.
+
+    Raises:
+        ExportError: the manifest does not describe files.
+    """
+    found = []
+    with reading(folder / MANIFEST, "a library"):
+        files = {str(name): str(facts["sha256"]) for name, facts in manifest["files"].items()}
+    for name, expected in files.items():
+        if Path(name).name != name:
+            raise ExportError(f"{folder / MANIFEST}: files: expected names of files beside it, found {name!r}")
+        try:
+            with checked(folder / name, expected, "a file of the export"):
+                pass
+        except ExportError as error:
+            found.append(str(error))
+    return found
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -73,37 +126,33 @@ def check_architecture(path: Path, manifest: Mapping[str, Any]) -> None:
     """Whether this machine is of the architecture that a manifest's library needs.
 
     Raises:
-        ExportError: it is of another; names both.
-        KeyError, TypeError: it is no manifest of a library.
+        ExportError: it is of another; names both. Or it is no manifest of a library.
     """
-    needs, native = manifest["needs"], platform.machine()
-    if needs["architecture"] != native:
+    native = platform.machine()
+    with reading(path, "a library"):
+        needs = manifest["needs"]
+        found, triple = needs["architecture"], needs["triple"]
+    if found != native:
         raise ExportError(
-            f"{path}: needs: expected a library for {native}, this machine's architecture, "
-            f"found one for {needs['triple']}"
+            f"{path}: needs: expected a library for {native}, this machine's architecture, found one for {triple}"
         )
 
 
 @contextmanager
-def checked(path: Path, expected: str) -> Iterator[None]:
-    """A library is loaded in here: the file that has the SHA-256 it should have, before and after.
+def checked(path: Path, expected: str, what: str = "a library") -> Iterator[None]:
+    """A file of an export is used in here, such as a library loaded: the file that has the SHA-256 it should have,
+    before and after.
 
     Raises:
         ExportError: it is another file.
     """
-    found = _read(path, "a library")
+    found = _read(path, what)
     digest = hashlib.sha256(found.data).hexdigest()
     if digest != expected:
         raise ExportError(f"{path}: expected SHA-256 {expected}, as {MANIFEST} has it, found {digest}")
     yield
-    if _read(path, "a library") != found:
+    if _read(path, what) != found:
         raise ExportError(f"{path}: expected the file that was checked, found one that was put in its place")
-
-
-def _kind(manifest: dict[str, Any]) -> type[Library | CudaLibrary]:
-    if manifest.get("device") is None:
-        return Library
-    return CudaLibrary
 
 
 class _File(NamedTuple):

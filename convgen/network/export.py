@@ -98,7 +98,8 @@ def write_network(
             package = _package(built)
             package.write(folder)
             needs = package.needs(folder / f"lib{code.name}.so", libc)
-            manifest = _manifest(code, layers, needs, facts, bool(built.device))
+            shown = None if example is None else {"tolerance": example.tolerance}
+            manifest = _manifest(code, layers, {"needs": needs, "example": shown}, facts, bool(built.device))
             write_manifest(folder, manifest, [folder / name for name in _file_names(code, example)])
             move(folder, target, code.name, names)
     except OSError as error:
@@ -113,14 +114,14 @@ def _file_names(code: Code, example: Example | None) -> list[str]:
         return files
     files.append("example.c")
     for size in code.sizes:
-        files += [_example_file("input", number, size) for number in range(len(size.inputs))]
-        files += [_example_file("output", number, size) for number in range(len(size.outputs))]
+        files += [example_file("input", number, size.label) for number in range(len(size.inputs))]
+        files += [example_file("output", number, size.label) for number in range(len(size.outputs))]
     return files
 
 
-def _example_file(kind: str, number: int, size: Size) -> str:
-    """``example.input0``, of several sizes ``example.input0.N4``."""
-    return f"example.{kind}{number}{'.' * bool(size.label)}{size.label}"
+def example_file(kind: str, number: int, label: str) -> str:
+    """The file of an example's input or output: ``example.input0``, of several sizes ``example.input0.N4``."""
+    return f"example.{kind}{number}{'.' * bool(label)}{label}"
 
 
 def _package(built: Built) -> Package:
@@ -183,13 +184,13 @@ def _write_example(folder: Path, built: Built, example: Example, seed: int) -> N
         inputs = {info.name: drawn(rng, info) for info in size.inputs}
         for kind, arrays in (("input", inputs.values()), ("output", example.outputs(inputs))):
             for number, array in enumerate(arrays):
-                (folder / _example_file(kind, number, size)).write_bytes(array.tobytes())
+                (folder / example_file(kind, number, size.label)).write_bytes(array.tobytes())
 
 
 def _manifest(
     code: Code,
     layers: Sequence[Sequence[Mapping[str, Any]]],
-    needs: Mapping[str, Any],
+    written: Mapping[str, Any],
     facts: Mapping[str, Any],
     on_device: bool,
 ) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def _manifest(
             for size, steps in zip(code.sizes, layers, strict=True)
         ],
         "isa": list(code.isa),
-        "needs": dict(needs),
+        **written,
         "version": code.version,
     }
     if clash := sorted({*own, "files"} & facts.keys()):

@@ -148,6 +148,7 @@ class Network(NetworkLibrary):
         known: dict[str, Any] = {
             "target": self.target.spelling,
             "threads": self.threads,
+            "accuracy": self.accuracy,
             "versions": versions(),
         }
         layers = [self.layers(size) for size in range(len(self.plans))]

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from ..errors import RecordError
 from ..folders import TemporaryFolder
+from .kinds import STORE, found_instead
 from .record import FIELDS, RECORD_SCHEMA, TuningRecord, dump
 
 #: Version of the database (its ``user_version``).
@@ -266,6 +267,8 @@ class Database:
             raise RecordError(f"{self.path}: expected store version {STORE_SCHEMA}, found {version}, which never was")
 
     def _failure(self, error: Exception) -> RecordError:
+        if _code(error) == sqlite3.SQLITE_NOTADB and (instead := found_instead(self.path, STORE)):
+            return RecordError(f"{self.path}: expected {STORE.name}, {instead}")
         return RecordError(f"{self.path}: {error}" + (f"; {HINT}" if is_damage(error) else ""))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import RecordError
 from ..folders import replacing
+from .kinds import LINES, found_instead
 
 #: Version of a record's JSON form.
 RECORD_SCHEMA = 1
@@ -269,6 +270,8 @@ def read_lines(path: Path | str) -> Iterator[TuningRecord]:
     Raises:
         RecordError: the file cannot be read, or a line is not a record; names the file, line and field.
     """
+    if instead := found_instead(Path(path), LINES):
+        raise RecordError(f"{path}: expected {LINES.name}, {instead}")
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(_LINE_BYTES + 1), b""), 1):

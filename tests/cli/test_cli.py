@@ -213,6 +213,14 @@ def test_show_explains_a_layer(run: Run, run_json: Callable[..., Any]) -> None:
     assert f"limited by {found['roofline']['limited_by']}\n" in out
 
 
+def test_threads_that_share_cpus_are_told(run: Run, tmp_path: Path) -> None:
+    count = len(os.sched_getaffinity(0)) + 1
+    build = ["build", TINY, "--no-records", "--no-validate", "--out", tmp_path / "out"]
+    for command in (["show", SMALL], build):
+        assert f"{count} threads shared" in run(*command, "--threads", count)[2]
+        assert "shared" not in run(*command, "--threads", 1)[2]
+
+
 def test_show_lists_the_layers_of_a_file(tmp_path: Path, run: Run, run_json: Callable[..., Any]) -> None:
     file = tmp_path / "net.txt"
     file.write_text(f"{SMALL}\n{TINY}\n{SMALL}\n")

@@ -41,7 +41,11 @@ LINES: dict[str, list[Any]] = {
     "tune|whole": ["tune", "MODEL", "--whole", "--threads", 1, "--trials", 1, "--records", "NEW"],
     "tune --status": ["tune", TINY, "--status", "--records", "STORE"],
     "validate": ["validate", TINY, *ONE],
+    "validate|folder": ["validate", "KERNEL"],
+    "validate|folders": ["validate", "KERNELS", "--threads", 1],
     "validate --whole": ["validate", "MODEL", "--whole", *ONE],
+    "validate --whole|folder": ["validate", "NETWORK"],
+    "validate --whole|folder and model": ["validate", "NETWORK", "--model", "MODEL"],
     "bench": ["bench", TINY, *ONE, "--repeats", 1, "--peers", "onnxruntime"],
     "bench --whole": ["bench", "MODEL", "--whole", *ONE, "--repeats", 1, "--peers", "onnxruntime"],
     "show": ["show", SMALL],
@@ -70,6 +74,12 @@ LINES: dict[str, list[Any]] = {
     "fleet status": ["fleet", "status", "--tracker", "TRACKER"],
     "fleet pack": ["fleet", "pack", TINY, *ONE, "--candidates", 1, "-o", "new.zip"],
     "fleet import": ["fleet", "import", "RESULTS", "--records", "NEW"],
+}
+#: Folders, and the commands that export them.
+EXPORTED: dict[str, list[Any]] = {
+    "KERNEL": ["build", TINY, "--no-validate"],
+    "KERNELS": ["build", "LAYERS.txt", "--no-validate"],
+    "NETWORK": ["compile", "MODEL.onnx"],
 }
 #: Exit statuses that are not 0.
 STATUS = {"compile|refused": 2}
@@ -101,11 +111,14 @@ def tracker(tmp_path: Path) -> Iterator[str]:
 def files(request: pytest.FixtureRequest, words: set[str], run_json: RunJson) -> dict[str, object]:
     """What the words in capitals stand for, made in the working directory."""
     texts = {"LAYERS": f"{SMALL}\n{TINY}\n"}
-    for word in words & texts.keys():
+    for word in texts:
         Path(f"{word}.txt").write_text(texts[word])
     for word, text in {"MODEL": MODEL, "REFUSED": REFUSED}.items():
         Path(f"{word}.onnx").write_bytes(parser.parse_model(text).SerializeToString())
     known: dict[str, object] = {"LAYERS": "LAYERS.txt", "MODEL": "MODEL.onnx", "REFUSED": "REFUSED.onnx"}
+    for word, command in EXPORTED.items():
+        if word in words:
+            run_json(*command, *ONE, "--out", word)
     if words & {"STORE", "OTHER", "RECORD", "FILE"}:
         records = stores.some(3)
         for name in ("STORE", "OTHER"):

@@ -13,13 +13,13 @@ import pytest
 from convgen.errors import BuildError, MeasureError, UnsupportedError
 from convgen.hardware.discover import target_families
 from convgen.hardware.machine import Machine, machine
-from convgen.hardware.target import Target, resolve
+from convgen.hardware.target import Target, recorded_spelling, resolve
 from convgen.lowering.lower import Lowered, lower, source
 from convgen.lowering.schedule import Candidate
 from convgen.measure.trial import build_artifact, serialised
 from convgen.problem.spec import ConvSpec
 from convgen.schedules.reference import Reference
-from convgen.targets import cpu
+from convgen.targets import cpu, cuda
 
 x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86-64 processors")
 
@@ -80,6 +80,77 @@ def test_another_architecture_is_not_native() -> None:
 @pytest.mark.parametrize("name", ["cortex-a72", "neoverse-n1", "a64fx"])
 def test_a_processor_is_found_without_its_architecture(name: str) -> None:
     assert resolve(f"cpu:{name}") == resolve(f"cpu:aarch64-{name}")
+
+
+@pytest.mark.parametrize("name", [name for names in cpu.CALLED.values() for name in names])
+def test_what_people_mean_by_a_name_is_a_target(name: str) -> None:
+    assert resolve(f"cpu:{name}").spelling == (f"cpu:{name}" if name != "aarch64" else "cpu:aarch64-generic")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("m1", ["cpu:aarch64-apple-a14"]),
+        ("apple-m1", ["cpu:aarch64-apple-a14"]),
+        ("aarch64-M2", ["cpu:aarch64-apple-a15"]),
+        ("aarch64-apple-m3", ["cpu:aarch64-apple-a16"]),
+        ("m4", ["cpu:aarch64-apple-m4"]),
+        ("raspberry-pi-4", ["cpu:aarch64-cortex-a72"]),
+        ("rpi5", ["cpu:aarch64-cortex-a76"]),
+        ("Graviton3", ["cpu:aarch64-neoverse-v1"]),
+        ("AVX2", ["cpu:x86-64-v3", "cpu:haswell"]),
+        ("zen4", ["cpu:znver4"]),
+        ("x86_64-v3", ["cpu:x86-64-v3"]),
+        ("amd64", ["cpu:x86-64"]),
+        ("arm64", ["cpu:aarch64"]),
+        ("native", ["cpu"]),
+        ("quite another thing", []),
+    ],
+)
+def test_names_that_people_try(name: str, meant: list[str]) -> None:
+    assert cpu.close(name) == meant or (cpu.close(name)[:1] == meant and len(meant) == 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("h100", "cuda:sm_90a"),
+        ("NVIDIA H200 NVL", "cuda:sm_90a"),
+        ("A100-SXM4-40GB", "cuda:sm_80"),
+        ("Tesla V100", "cuda:sm_70"),
+        ("rtx 4090 Ti", "cuda:sm_89"),
+        ("RTX3080Ti", "cuda:sm_86"),
+        ("Jetson AGX Orin", "cuda:sm_87"),
+        ("8.6", "cuda:sm_86"),
+        ("compute_90", "cuda:sm_90a"),
+        ("sm90", "cuda:sm_90a"),
+        ("90", "cuda:sm_90a"),
+        ("sm_91", "cuda:sm_90"),
+        ("gpu", "cuda"),
+    ],
+)
+def test_devices_that_people_name(name: str, meant: str) -> None:
+    assert meant in cuda.close(name)
+    if ":" in meant:
+        with pytest.raises(UnsupportedError, match=f"did you mean.* {meant}"):
+            resolve(f"cuda:{name}")
+
+
+def test_every_device_that_has_a_name_has_an_architecture() -> None:
+    assert {arch for _, arch in cuda.CALLED} <= cuda.ARCHITECTURES.keys()
+
+
+def test_native_is_this_machine() -> None:
+    """As C compilers have it."""
+    assert resolve("cpu:native") == resolve("cpu:host") == resolve("cpu")
+
+
+def test_records_have_one_spelling_of_a_target() -> None:
+    assert recorded_spelling("cpu") == recorded_spelling("cpu:native") == resolve().spelling
+    assert recorded_spelling("cpu:cortex-a72") == "cpu:aarch64-cortex-a72"
+    assert recorded_spelling("cpu:of-another-llvm") == "cpu:of-another-llvm"
+    with pytest.raises(UnsupportedError, match="expected one of cpu, cuda"):
+        recorded_spelling("gpu:h100")
 
 
 def test_an_architecture_is_a_target_as_llvm_has_it_in_general() -> None:

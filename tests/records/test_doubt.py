@@ -47,7 +47,7 @@ def slow_one(**changes: Any) -> TuningRecord:
 
 
 def said_of(store: RecordStore, item: TuningRecord) -> str:
-    return doubt(item, store, SPEC, resolve())
+    return doubt(item, store, SPEC, resolve().on(2))
 
 
 def when(ahead: timedelta) -> str:
@@ -97,7 +97,7 @@ def test_what_cannot_answer_speaks_against_no_record(store: RecordStore) -> None
 
 def test_faster_than_any_cpu(store: RecordStore) -> None:
     """A wrong unit, or a clock that stood still: it would win every comparison of records."""
-    target, threads = resolve(), 2
+    target, threads = resolve().on(2), 2
     lanes = threads * target.lanes
     least = SPEC.flops / (lanes * 2 * 2 * 6e9)  # two FMAs a cycle at 6 GHz, which no CPU has surpassed much
     assert said_of(store, final(another(), least / 5, winner=True)) == ""
@@ -112,8 +112,8 @@ def test_faster_than_any_cpu(store: RecordStore) -> None:
 
 
 def test_absurdly_slower_than_predicted(store: RecordStore) -> None:
-    default = default_candidate(SPEC, resolve())
-    least = default.schedule.cost(SPEC.core, resolve()) + OVERHEAD
+    default = default_candidate(SPEC, resolve().on(2))
+    least = default.schedule.cost(SPEC.core, resolve().on(2)) + OVERHEAD
     assert said_of(store, record(seconds=0.9 * ABSURD * least)) == ""
     assert said_of(store, record(seconds=3 * ABSURD * least)) == "75 times slower than predicted for the default"
     compared = {"final": True, "winner": True, "default_seconds": 4 * ABSURD * least}
@@ -138,7 +138,7 @@ def test_it_is_measured_again_and_said(
     bad: dict[str, Any], others: str, store: RecordStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once: what a re-check finds answers from then on, whatever the clocks say."""
-    default, wrong = default_candidate(SPEC, resolve()), slow_one(**bad)
+    default, wrong = default_candidate(SPEC, resolve().on(2)), slow_one(**bad)
     honest = [record(default, 1e-5), final(another(), 9e-6, winner=True)]
     store.add_all([*(honest if others == "before" else []), wrong, *(honest if others == "after" else [])])
     calls = pretend(monkeypatch, {default: took(1e-5), another(): took(9e-6), reference(): took(1e-3)})
@@ -159,7 +159,7 @@ def test_it_is_measured_again_and_said(
 
 def test_many_that_cannot_be_are_one_measurement(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store.add_all([slow_one(when=f"{year}-01-01T00:00:00Z") for year in range(2090, 2099)])
-    default = default_candidate(SPEC, resolve())
+    default = default_candidate(SPEC, resolve().on(2))
     calls = pretend(monkeypatch, {default: took(1e-5), reference(): took(1e-3)})
     assert [convgen.build(SPEC, threads=2, records=store).schedule for _ in range(3)] == [default.schedule.id] * 3
     assert len(calls) == 1
@@ -167,7 +167,7 @@ def test_many_that_cannot_be_are_one_measurement(store: RecordStore, monkeypatch
 
 def test_it_wins_where_it_is_fast_after_all(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the clock was wrong."""
-    default = default_candidate(SPEC, resolve())
+    default = default_candidate(SPEC, resolve().on(2))
     store.add(final(another(), 1e-5, winner=True, when=LATER))
     pretend(monkeypatch, {default: took(2e-5), another(): took(1e-5)})
     kernel = convgen.build(SPEC, threads=2, records=store)
@@ -193,7 +193,7 @@ def test_where_nothing_can_be_measured_the_next_answers(store: RecordStore) -> N
 def test_an_import_does_not_outlive_what_is_measured_later(store: RecordStore, tmp_path: Path) -> None:
     write_lines(tmp_path / "r.jsonl", [final(another(), 1e-5, winner=True, when=when(timedelta(hours=20)))])
     store.import_(tmp_path / "r.jsonl")
-    mine = final(default_candidate(SPEC, resolve()), 1.1e-5, winner=True)
+    mine = final(default_candidate(SPEC, resolve().on(2)), 1.1e-5, winner=True)
     store.add(mine)
     assert find_record(store, SPEC, resolve(), 2).record == mine
 
@@ -208,7 +208,7 @@ def test_a_search_does_not_take_it_for_the_answer(bad: dict[str, Any], store: Re
     store.add(good)
 
     def searched() -> Search:
-        return Search(SearchContext(resolve(), 2, Journal(store)), SPEC)
+        return Search(SearchContext(resolve().on(2), 2, Journal(store)), SPEC)
 
     assert searched().winner == good
     store.add(slow_one(**bad))

@@ -31,8 +31,10 @@ def command_of(arguments: Sequence[str], document: Any) -> str:
         return "compile"
     if name == "report" and "--whole" in arguments:
         return "report --whole"
-    if name in ("validate", "bench") and ("--whole" in arguments or separable):
-        return f"{name} --whole"
+    if name == "validate" and "layers" not in document:  # of a model, or of the folder of a network
+        return "validate --whole"
+    if name == "bench" and ("--whole" in arguments or separable):
+        return "bench --whole"
     return "tune --status" if name == "tune" and "--status" in arguments else name
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,24 +38,30 @@ def run_on_device(built: Built, plans: Sequence[Plan], target: Target, inputs: S
         MeasureError: the process ended, or did not answer in time; or a run failed.
         BuildError: there is no C++ compiler for the emulation, or it failed.
     """
-    code = built.code
     with TemporaryFolder(runs=True) as folder:
         library, environment = built.library, dict[str, str]()
         if not target.native:
             library, driver = emulated_network(built, plans, target, folder)
             environment["CONVGEN_CUDA_DRIVER"] = str(driver)
-        worker = Worker(environment=environment)
-        try:
-            found: Runs = worker.call(device_runs, library, code.name, built.weights, inputs, seconds=SECONDS)
-            return found
-        except TimeoutError:
-            raise MeasureError(f"{code.name}: expected an answer within {SECONDS:.0f} s, found none") from None
-        except JobError as error:
-            raise MeasureError(f"{code.name}: {str(error).strip().rpartition(chr(10))[2]}") from error
-        except ChildProcessError:
-            raise MeasureError(f"{code.name}: expected a clean run, found status {worker.status}") from None
-        finally:
-            worker.stop()
+        return run_library(library, built.code.name, built.weights, inputs, environment)
+
+
+def run_library(
+    library: Path, name: str, weights: Path, inputs: Sequence[Arrays], environment: Mapping[str, str]
+) -> Runs:
+    """The same of a library, in a process with these variables besides this one's."""
+    worker = Worker(environment=environment)
+    try:
+        found: Runs = worker.call(device_runs, library, name, weights, inputs, seconds=SECONDS)
+        return found
+    except TimeoutError:
+        raise MeasureError(f"{name}: expected an answer within {SECONDS:.0f} s, found none") from None
+    except JobError as error:
+        raise MeasureError(f"{name}: {str(error).strip().rpartition(chr(10))[2]}") from error
+    except ChildProcessError:
+        raise MeasureError(f"{name}: expected a clean run, found status {worker.status}") from None
+    finally:
+        worker.stop()
 
 
 def emulated_network(built: Built, plans: Sequence[Plan], target: Target, folder: Path) -> tuple[Path, Path]:

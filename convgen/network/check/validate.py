@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from ...check.bounds import worst
+from ...check.bounds import apart, worst
 from ...check.validate import Check
 from ...errors import MeasureError, UnsupportedError, ValidationError
 from ...formats.onnx.halves import as_f32
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
     from ..compile import Built
+    from ..source import Size
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -109,26 +110,93 @@ def validate_network(
     Raises:
         UnsupportedError: ONNX Runtime does not run the model.
     """
-    code, rng, reference = built.code, np.random.default_rng(seed), as_f32(source) or source
-    given = [inputs] if inputs is not None else [_drawn(rng, size.inputs) for size in code.sizes]
-    checks, ratio = [_places(plans)], math.inf
-    counts = sorted({1, threads, min(threads + 1, MAX_THREADS)})
+    sizes = [Sized.of(plan, size) for plan, size in zip(plans, built.code.sizes, strict=True)]
+    files, first = Files(built.library, built.code.name, built.weights), [_places(plans)]
+    how: dict[str, Any] = {"threads": threads, "accuracy": accuracy, "seed": seed, "run": run, "where": where}
+    return check_files(files, sizes, source, inputs=inputs, expected=expected, first=first, **how)
+
+
+class Files(NamedTuple):
+    """A network's library, the prefix of its functions, and its weights."""
+
+    library: Path
+    name: str
+    weights: Path
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A network at one of its sizes.
+
+    Attributes:
+        label: what tells it from the others; empty where there is only one.
+        dims: the model's symbolic dimensions.
+        inputs, outputs: by the model's names.
+        transformed: names of the steps that compute convolutions by a transform.
+    """
+
+    label: str
+    dims: Mapping[str, int]
+    inputs: Sequence[TensorInfo]
+    outputs: Sequence[TensorInfo]
+    transformed: frozenset[str]
+
+    @classmethod
+    def of(cls, plan: Plan, size: Size) -> Sized:
+        transformed = frozenset(
+            step.name
+            for step in plan.steps
+            if isinstance(step.function, Product) and step.function.candidate.schedule.transforms
+        )
+        return cls(size.label, plan.graph.dims, size.inputs, size.outputs, transformed)
+
+
+def check_files(
+    files: Files,
+    sizes: Sequence[Sized],
+    source: str | Path | ModelProto,
+    *,
+    threads: int,
+    accuracy: str,
+    inputs: Arrays | None = None,
+    expected: Arrays | None = None,
+    seed: int = 0,
+    run: Callable[..., Runs] = run_guarded,
+    where: str,
+    first: Sequence[Check] = (),
+) -> NetworkReport:
+    """The report of :func:`validate_network` on a library; the arguments are the same but for ``first``: checks that
+    were made before.
+    """
+    rng, reference = np.random.default_rng(seed), as_f32(source) or source
+    given = [inputs] if inputs is not None else [_drawn(rng, size.inputs) for size in sizes]
+    checks, runs = run_files(files, given, threads, run, where)
+    ratio = math.inf if runs is None else 0.0
+    for size, arrays, found in zip(sizes, given, runs or (), strict=runs is not None):
+        known = expected if reference is source else None
+        wanted = run_onnxruntime(reference, _as_f32(arrays)) if known is None else known
+        check, worst_error = _compared(size, source, arrays, next(iter(found.values())), wanted, accuracy)
+        checks.append(labelled(size, check))
+        ratio = max(ratio, worst_error)
+    return NetworkReport(files.name, threads, (*first, *checks), ratio)
+
+
+def run_files(
+    files: Files, given: Sequence[Arrays], threads: int, run: Callable[..., Runs], where: str
+) -> tuple[list[Check], Runs | None]:
+    """A library's runs at each of its sizes on one, its own and one more thread, None where they failed; and what that
+    says of memory and of threads.
+    """
     try:
-        runs = run(built.library, code.name, built.weights, given, counts)
+        runs = run(*files, given, sorted({1, threads, min(threads + 1, MAX_THREADS)}))
     except MeasureError as error:
-        checks.append(Check("memory", False, str(error)))
-    else:
-        count = sum(map(len, runs))
-        checks.append(Check("memory", True, f"{count} runs {where}"))
-        checks.append(_same(runs))
-        ratio = 0.0
-        for size, plan, arrays, found in zip(code.sizes, plans, given, runs, strict=True):
-            known = expected if reference is source else None
-            wanted = run_onnxruntime(reference, _as_f32(arrays)) if known is None else known
-            check, worst_error = _compared(plan, source, arrays, next(iter(found.values())), wanted, accuracy)
-            checks.append(replace(check, found=f"{size.label}: {check.found}") if size.label else check)
-            ratio = max(ratio, worst_error)
-    return NetworkReport(code.name, threads, tuple(checks), ratio)
+        return [Check("memory", False, str(error))], None
+    return [Check("memory", True, f"{sum(map(len, runs))} runs {where}"), _same(runs)], runs
+
+
+def labelled(size: Sized, check: Check) -> Check:
+    """A check that says which of several sizes it is of."""
+    return replace(check, found=f"{size.label}: {check.found}") if size.label else check
 
 
 def run_widened(source: str | Path | ModelProto, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
@@ -152,7 +220,7 @@ def compare_network(
 ) -> NetworkReport:
     """One run at each size beside ONNX Runtime's of the model: what shows, in a second, that all is not wrong.
 
-    Of floats the largest difference counts, of whole numbers the share of those that differ by more than one.
+    How far outputs are apart is :func:`convgen.check.bounds.apart`.
 
     Args:
         plans, built, threads, accuracy, source: as of :func:`validate_network`.
@@ -162,7 +230,7 @@ def compare_network(
     Raises:
         UnsupportedError: ONNX Runtime does not run the model.
     """
-    rng, reference, apart = np.random.default_rng(seed), as_f32(source) or source, 0.0
+    rng, reference, worst_apart = np.random.default_rng(seed), as_f32(source) or source, 0.0
     rounded = accuracy in ("bf16", "f16", "tf32") or reference is not source
     rounded |= any(node.spec.is_quantised for plan in plans for node in plan.graph.convolutions)
     limit = CHOSEN_ERROR if rounded else F32_ERROR
@@ -171,19 +239,10 @@ def compare_network(
         made = call(*given.values(), out={})
         wanted = run_onnxruntime(reference, _as_f32(given))
         found = made if isinstance(made, dict) else dict.fromkeys(wanted, made)
-        apart = max([apart, *(_apart(found[name], array) for name, array in wanted.items())])
-    text = f"outputs differ by {apart:.1e} of the largest element, {limit} is allowed"
-    return NetworkReport(built.code.name, threads, (Check("onnxruntime", apart <= limit, text),), apart / limit)
-
-
-def _apart(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
-    a, b = found.astype(np.float64), wanted.astype(np.float64)
-    if a.shape != b.shape or not np.array_equal(np.isfinite(a), np.isfinite(b)):
-        return math.inf
-    differ = np.abs(np.where(np.isfinite(b), a - b, 0))
-    if wanted.dtype.kind != "f":
-        return float((differ > (wanted.dtype != np.bool_)).mean()) if differ.size else 0.0
-    return float(differ.max(initial=0.0) / (np.abs(b[np.isfinite(b)]).max(initial=0.0) or 1.0))
+        worst_apart = max([worst_apart, *(apart(found[name], array) for name, array in wanted.items())])
+    text = f"outputs differ by {worst_apart:.1e} of the largest element, {limit} is allowed"
+    check = Check("onnxruntime", worst_apart <= limit, text)
+    return NetworkReport(built.code.name, threads, (check,), worst_apart / limit)
 
 
 def _as_f32(arrays: Arrays) -> Arrays:
@@ -196,16 +255,11 @@ def _drawn(rng: np.random.Generator, tensors: Iterable[TensorInfo]) -> dict[str,
 
 
 def _compared(
-    plan: Plan, source: str | Path | ModelProto, inputs: Arrays, found: Arrays, wanted: Arrays, accuracy: str
+    size: Sized, source: str | Path | ModelProto, inputs: Arrays, found: Arrays, wanted: Arrays, accuracy: str
 ) -> tuple[Check, float]:
     """One size's outputs and ONNX Runtime's."""
-    transformed = {
-        step.name
-        for step in plan.steps
-        if isinstance(step.function, Product) and step.function.candidate.schedule.transforms
-    }
-    graph = read_graph(source, plan.graph.dims)
-    bounds = measure(graph, inputs, transformed, accuracy)
+    graph = read_graph(source, size.dims)
+    bounds = measure(graph, inputs, size.transformed, accuracy)
     named = {name: bounds[tensor] for name, tensor in zip(graph.names, graph.outputs, strict=True)}
     return _within(found, wanted, named)
 
@@ -248,7 +302,7 @@ def _same(runs: Runs) -> Check:
 
 
 def _within(found: Arrays, expected: Arrays, bounds: Mapping[str, Measured]) -> tuple[Check, float]:
-    ratio, apart, judged, count = 0.0, 0.0, 0, 0
+    ratio, largest, judged, count = 0.0, 0.0, 0, 0
     for name, wanted in expected.items():
         array, bound = found[name], bounds[name].error
         if array.shape != wanted.shape:
@@ -257,11 +311,11 @@ def _within(found: Arrays, expected: Arrays, bounds: Mapping[str, Measured]) -> 
         error = np.abs(array.astype(np.float64) - wanted)[promised]
         both = 2 * bound[promised]  # each of two results is within its bound of what is exact
         ratio = max(ratio, worst(error, both))  # type: ignore[arg-type]
-        apart = max(apart, float(error.max(initial=0.0) / (np.abs(wanted[promised]).max(initial=0.0) or 1.0)))
+        largest = max(largest, float(error.max(initial=0.0) / (np.abs(wanted[promised]).max(initial=0.0) or 1.0)))
         judged, count = judged + int(promised.sum()), count + array.size
     # Whatever is computed wrongly before it may not show in such an output.
     flat = [name for name, wanted in expected.items() if wanted.size > 1 and (wanted == wanted.flat[0]).all()]
-    text = f"largest error {ratio:.3g} of the bound accumulated through the graph, {apart:.1e} of the largest element"
+    text = f"largest error {ratio:.3g} of the bound accumulated through the graph, {largest:.1e} of the largest element"
     if judged < count:
         text += f"; nothing is promised of {count - judged} of {count} elements"
     if flat:

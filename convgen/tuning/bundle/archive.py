@@ -15,6 +15,7 @@ from typing import Any
 from ...errors import ExportError
 from ...folders import TemporaryFolder
 from ...measure.standalone.results import FORMAT
+from ...records.kinds import BUNDLE, found_instead
 from ...records.record import load_json
 
 RUNNER, MANIFEST = "run.py", "manifest.json"
@@ -95,7 +96,8 @@ def unpacked(path: Path) -> Iterator[Path]:
                 with tarfile.open(path) as tar:
                     _unpack(tar, temporary)
         except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, ValueError) as error:
-            raise ExportError(f"{path}: expected a bundle, found {error}") from error
+            found = found_instead(path, BUNDLE) or f"found {error}"
+            raise ExportError(f"{path}: expected a bundle, {found}") from error
         folders = [entry for entry in temporary.iterdir() if (entry / MANIFEST).is_file()]
         if len(folders) != 1:
             raise ExportError(f"{path}: expected a bundle with one {MANIFEST}, found {len(folders)}")

@@ -12,6 +12,7 @@ from ...hardware.discover import target_families
 from ...measure.standalone.bundle import IDENTITY
 from ...measure.standalone.results import FORMAT, digest
 from ...problem.spec import ConvSpec
+from ...records.kinds import RESULTS, found_instead
 from ...records.outcome import Result
 from ...records.record import OUTCOMES, TuningRecord, load_json
 from ...records.store import RecordStore
@@ -51,6 +52,8 @@ def read_results(path: Path, bundle: Path | None = None) -> list[TuningRecord]:
         RecordError: a line is not what a runner writes, or was changed since; names the file, line and field.
         ExportError: the bundle cannot be read.
     """
+    if instead := found_instead(path, RESULTS):
+        raise RecordError(f"{path}: expected {RESULTS.name}, {instead}")
     manifest = read_manifest(bundle) if bundle is not None else None
     reader = _Reader(manifest)
     try:
