@@ -10,9 +10,11 @@ Strategy    1. As many blocks as the GPU holds at once share the tiles, in an or
                operands arrive while sums are stored.
             4. A warpgroup stores its sums 64 pixels × 32 channels at a time. With `bulk_store` threads finish the sums
                that they have in registers and write the results to shared memory, from where the copy engine stores
-               them, while the next piece is finished, or the next tile multiplied: where dst is NHWC, and its rows
-               are whole vectors of 16 bytes. Else they pass through 10 KiB of shared memory, and are stored as
-               cuda_gemm's.
+               them, while the next piece is finished, or the next tile multiplied. Of two bytes they are written as
+               matrices (`stmatrix`), transposed where dst is NCHW: boxes of pixels of one image there. A residual
+               comes by the copy engine too, pieces ahead, to where the results go. What follows one another in dst,
+               channels of a group or pixels of an image, must be whole vectors of 16 bytes. Else sums pass through
+               10 KiB of shared memory, and are stored as cuda_gemm's.
             5. With `cluster` two blocks take tiles of the same channels. Each fetches half of the weights, for both:
                L2 reads them once. A stage is empty when the warps of both have multiplied.
             6. With `cluster_k` so many blocks take one tile, each a part of its reduction. Each finishes some of its
@@ -34,7 +36,7 @@ from typing import TYPE_CHECKING
 
 from convgen.cuda import implicit, model, tensorize
 from convgen.cuda.implicit import PIECE_ROWS, needs_layout
-from convgen.cuda.persistent import PLACES
+from convgen.cuda.persistent import stores_bytes
 from convgen.deferred import te
 from convgen.errors import Inapplicable
 from convgen.lowering.compute import Expr, Operand, Operands, ceildiv, round_up
@@ -44,7 +46,7 @@ from convgen.problem.dtypes import BYTES
 
 from .cuda_gemm import CudaGemm
 from .cuda_wgmma import WARPGROUP_ROWS
-from .cuda_wgmma_tma import ALIGNMENT, SHARE, CudaWgmmaTma
+from .cuda_wgmma_tma import ALIGNMENT, SHARE, CudaWgmmaTma, strides_of
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule as TirSchedule
@@ -61,12 +63,11 @@ MOST_SUMS = 128
 
 
 class CudaWgmmaPersistent(CudaWgmmaTma):
-    id, version = "cuda_wgmma_persistent", 2
+    id, version = "cuda_wgmma_persistent", 3
 
     def space(self, spec: ConvSpec, target: Target) -> Space:
         domains = super().space(spec, target).domains
-        sends = [0, 1] if _can_send(spec) else [0]
-        own = {"warps_m": [4, 8], "resident": [1, 2], "cluster": [1, 2], "cluster_k": [1, 2, 4], "bulk_store": sends}
+        own = {"warps_m": [4, 8], "resident": [1, 2], "cluster": [1, 2], "cluster_k": [1, 2, 4], "bulk_store": [0, 1]}
         return Space(**(domains | own))
 
     def valid(self, spec: ConvSpec, target: Target, picks: Picks) -> None:
@@ -83,7 +84,11 @@ class CudaWgmmaPersistent(CudaWgmmaTma):
         steps = ceildiv(self.reduction(spec), picks.tile_k)
         parts = picks.split_k * picks.cluster_k
         require(parts <= max(1, steps // 2), "less than two steps for each part of the reduction")
-        require(not picks.bulk_store or picks.split_k == 1, "threads store the parts of split_k")
+        if picks.bulk_store:
+            require(picks.split_k == 1, "threads store the parts of split_k")
+            what, count = _together(spec)
+            size = count * BYTES[spec.dtype]
+            require(size % tensorize.VECTOR == 0, f"bulk_store needs whole 16 bytes of {what}, there are {size}")
         have = self.turns(spec, target, picks) * ceildiv(steps, parts)
         require(picks.stages <= max(2, have), f"{picks.stages} stages, a block has no more than {have} steps")
 
@@ -95,7 +100,7 @@ class CudaWgmmaPersistent(CudaWgmmaTma):
             chosen = dict(zip(names, values, strict=True))
             if sum(chosen[name] > 1 for name in ("split_k", "cluster", "cluster_k")) > 1:
                 continue
-            store = domains["bulk_store"][-1] if chosen["split_k"] == 1 else 0
+            store = int(_can_send(spec) and chosen["split_k"] == 1)
             most = None  # stages, as there is room for
             with contextlib.suppress(Inapplicable):
                 for stages in domains["stages"]:
@@ -124,7 +129,7 @@ class CudaWgmmaPersistent(CudaWgmmaTma):
     def shared_memory(self, spec: ConvSpec, picks: Picks) -> int:
         warpgroups: int = picks.warps_m // 4
         if picks.bulk_store:
-            return warpgroups * PLACES * PIECE_ROWS * PIECE * BYTES[spec.dtype] + _operands(picks)
+            return sum(stores_bytes(BYTES[spec.dtype], PIECE, warpgroups, spec.residual)) + _operands(picks)
         piece = CudaGemm.shared_memory(self, spec, Picks(**{**_piece(picks), "stages": 0}))
         if spec.dst_layout == "nchw" and 1 < spec.out_pixels < WARPGROUP // PIECE:
             # A thread for each pixel of a channel: past the last channel of the piece they read on as well.
@@ -155,7 +160,8 @@ class CudaWgmmaPersistent(CudaWgmmaTma):
         step = picks.resident * max(products, copies)
         waits = model.L2_CYCLES + model.CLUSTER_CYCLES * (picks.cluster - 1)
         sums = ceildiv(picks.tile_m * picks.tile_n, picks.cluster_k)  # that it finishes
-        finish = sums * (2 * size / rates.shared if picks.bulk_store else 8 / rates.shared + size / l2)
+        through = (2 + 2 * spec.residual) * size  # bytes of a sum that shared memory takes and gives
+        finish = sums * (through / rates.shared if picks.bulk_store else 8 / rates.shared + size / l2)
         if picks.cluster_k > 1:
             moved = 4 * sums * (picks.cluster_k - 1)
             finish += 2 * model.CLUSTER_CYCLES + moved * (1 / rates.cluster + 1 / rates.shared)
@@ -208,14 +214,18 @@ class CudaWgmmaPersistent(CudaWgmmaTma):
         def held(*_: Expr) -> Expr:
             return tensorize.opaque(summed, *starts)
 
-        sums = te.compute(implicit.held_shape(products, PIECE), held, name="tile_sums")
-        return implicit.finished_pieces(spec, products, ops, sums, per_channel)
+        shape = implicit.held_shape(products, PIECE)
+        sums, added = te.compute(shape, held, name="tile_sums"), None
+        if ops.residual is not None:
+            first = ops.residual.tensor(*[0] * (spec.rank + 2))
+            added = te.compute(shape, lambda *_: tensorize.opaque_added(spec.dtype, first), name="tile_added")
+        return implicit.finished_pieces(spec, products, ops, sums, added, per_channel)
 
     def apply(self, sch: TirSchedule, spec: ConvSpec, target: Target, picks: Picks) -> None:
         if not _sends(picks):
             super().apply(sch, spec, target, _piece(picks))
             return
-        dst, sums = sch.get_sblock("dst"), sch.get_sblock("tile_sums")
+        dst = sch.get_sblock("dst")
         *blocks, warp, row, pair, chunk, lower, one = sch.get_loops(dst)
         sch.bind(sch.fuse(*blocks), "blockIdx.x")
         sch.bind(warp, "threadIdx.y")
@@ -223,10 +233,15 @@ class CudaWgmmaPersistent(CudaWgmmaTma):
         sch.unroll(chunk)
         sch.unroll(lower)
         sch.vectorize(one)
-        sch.compute_at(sums, warp, preserve_unit_loops=True)
-        sch.set_scope(sums, 0, "local")
-        *_, lane, _ = sch.get_loops(sums)
-        tensorize.replace(sch, lane, sums, tensorize.piece(spec.dtype, 32, PIECE // 2, spec.rank))
+        given = {"tile_sums": tensorize.piece}
+        if spec.residual:
+            given["tile_added"] = tensorize.added_piece
+        for name, intrinsic in given.items():
+            held = sch.get_sblock(name)
+            sch.compute_at(held, warp, preserve_unit_loops=True)
+            sch.set_scope(held, 0, "local")
+            *_, lane, _ = sch.get_loops(held)
+            tensorize.replace(sch, lane, held, intrinsic(spec.dtype, 32, PIECE // 2, spec.rank))
         self.lay_out(sch, spec, picks)
 
     def whole_reduction(self, spec: ConvSpec, picks: Picks) -> str:
@@ -236,7 +251,8 @@ class CudaWgmmaPersistent(CudaWgmmaTma):
         """As cuda_wgmma_tma's, but that a block of a cluster fetches its part of the weights."""
         maps = super().maps(spec, picks)
         rows = picks.tile_n // picks.cluster
-        return maps | {"packed0": replace(maps["packed0"], box=(picks.tile_k, rows))}
+        maps["packed0"] = replace(maps["packed0"], box=(picks.tile_k, rows))
+        return maps | ({"residual": _stores(spec)} if spec.residual and _sends(picks) else {})
 
     def persistent(self, spec: ConvSpec, picks: Picks) -> Persistent:
         warpgroups = picks.warps_m // 4
@@ -267,18 +283,33 @@ def _sends(picks: Picks) -> bool:
     return bool(picks.bulk_store) and not tensorize.is_described()
 
 
+def _together(spec: ConvSpec) -> tuple[str, int]:
+    """What follows one another in dst, and how many there are."""
+    if spec.dst_layout == "nchw":
+        return "an image's pixels", math.prod(spec.out_spatial)
+    return "a group's channels", spec.oc // spec.groups
+
+
 def _can_send(spec: ConvSpec) -> bool:
-    """Whether the copy engine can store dst: the rows of a group are whole vectors, as its maps have them."""
-    return spec.dst_layout == "nhwc" and spec.oc // spec.groups * BYTES[spec.dtype] % tensorize.VECTOR == 0
+    """Whether the copy engine can store dst: its maps want whole vectors of what follows one another."""
+    return _together(spec)[1] * BYTES[spec.dtype] % tensorize.VECTOR == 0
 
 
 def _stores(spec: ConvSpec) -> TensorMap:
-    """dst ``[pixel][group][channel]``, of which a piece is stored at a time: what it has besides is left out."""
+    """dst, or the residual, of which a piece is moved at a time: what it has besides is left out. It is ``[pixel]
+    [group][channel]``, of NCHW ``[image][group][channel][pixel]``, in boxes of pixels that no image ends within.
+    """
     size, oc = BYTES[spec.dtype], spec.oc // spec.groups
-    return TensorMap(
-        spec.dtype, (oc, spec.groups, implicit.pixels(spec)), (oc * size, spec.oc * size), (PIECE, 1, PIECE_ROWS),
-        PIECE * size,
-    )  # fmt: skip
+    dims: tuple[int, ...]
+    box: tuple[int, ...]
+    if spec.dst_layout == "nhwc":
+        dims, box = (oc, spec.groups, implicit.pixels(spec)), (PIECE, 1, PIECE_ROWS)
+    else:
+        pixels = math.prod(spec.out_spatial)
+        dims = (pixels, oc, spec.groups, spec.n)
+        box = (PIECE_ROWS if spec.n == 1 else math.gcd(pixels, PIECE_ROWS), PIECE, 1, 1)
+    row = box[0] * size
+    return TensorMap(spec.dtype, dims, strides_of(dims, size), box, row if row > tensorize.VECTOR else 0)
 
 
 def _sums(picks: Picks) -> int:

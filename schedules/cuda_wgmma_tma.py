@@ -120,7 +120,7 @@ class CudaWgmmaTma(CudaWgmma):
         lower, upper = (tuple(reversed(corner)) for corner in _corners(spec))
         return {
             "workspace0" if needs_layout(spec, picks) else "src": TensorMap(
-                spec.dtype, dims, _strides(dims, size), (picks.tile_k, picks.tile_m), tensorize.ROW,
+                spec.dtype, dims, strides_of(dims, size), (picks.tile_k, picks.tile_m), tensorize.ROW,
                 lower, upper, (1, *reversed(spec.stride), 1), _promotion(dims[0] * size),
             ),
             "packed0": TensorMap(
@@ -149,6 +149,6 @@ def _promotion(row: int) -> int:
     return 256 if row % 256 == 0 else 128
 
 
-def _strides(dims: Sequence[int], size: int) -> tuple[int, ...]:
+def strides_of(dims: Sequence[int], size: int) -> tuple[int, ...]:
     """Bytes from one element to the next, of every axis but the innermost."""
     return tuple(size * math.prod(dims[: i + 1]) for i in range(len(dims) - 1))

@@ -255,11 +255,13 @@ def _swizzled(kernel: str) -> str:
 
 def _mapped(kernel: str) -> str:
     """A kernel whose tiles the copy engine fetches, given maps of the tensors; others as they are."""
-    product = re.search(r"cg_tma_tile<.*?>>\(|cg_piece_sums\(", kernel)
-    if product is None:
+    pointers = []
+    for call in re.finditer(r"cg_tma_tile<.*?>>\(|cg_piece_(?:sums|added)\(", kernel):
+        parts = _parts(kernel[call.end() :])[1]
+        pointers += parts[1:] if call[0].startswith("cg_piece_") else parts[2:4]
+    if not pointers:
         return kernel
-    parts = _parts(kernel[product.end() :])[1]
-    for pointer in parts[1:] if product[0] == "cg_piece_sums(" else parts[2:4]:
+    for pointer in pointers:
         tensor = re.findall(r"\w+", pointer)[0]
         kernel = kernel.replace(pointer, tensor)
         kernel = re.sub(rf"(signed )?\w+\* __restrict__ {tensor}\b", f"{_MAP} {tensor}", kernel)

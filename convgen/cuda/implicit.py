@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..deferred import te, tirx
-from ..lowering.compute import Expr, Operand, Operands, ceildiv, epilogue, flat, narrow, round_up, unflat
+from ..lowering.compute import ACCUMULATOR, Expr, Operand, Operands, ceildiv, epilogue, flat, narrow, round_up, unflat
 from ..lowering.schedule import Picks
 from ..problem.dtypes import BYTES
 from ..problem.spec import ConvSpec
@@ -188,7 +188,12 @@ def held_shape(products: Products, channels: int) -> tuple[int, ...]:
 
 
 def finished_pieces(
-    spec: ConvSpec, products: Products, ops: Operands, held: te.Tensor, per_channel: Sequence[te.Tensor]
+    spec: ConvSpec,
+    products: Products,
+    ops: Operands,
+    held: te.Tensor,
+    added: te.Tensor | None,
+    per_channel: Sequence[te.Tensor],
 ) -> te.Tensor:
     """The outputs of sums in the order in which threads hold them, with those that whole tiles have besides:
     ``[group][piece along pixels][along channels][warp][lane / 4][lane % 4][8 channels][upper or lower row][of two]``.
@@ -197,6 +202,7 @@ def finished_pieces(
 
     Args:
         held: sums of :func:`held_shape`.
+        added: elements of the residual that are added to these; None where there is none.
         per_channel: what :func:`padded` packs.
     """
     *outer, _, lanes, sums = map(int, held.shape)
@@ -204,18 +210,10 @@ def finished_pieces(
 
     def value(*index: Expr) -> Expr:
         group, block, column_block, warp, row, pair, chunk, lower, one = index
-        pixel = block * PIECE_ROWS + warp * 16 + lower * 8 + row
         column = column_block * channels + chunk * 8 + pair * 2 + one
-        total = held[group, block, column_block, warp, row * 4 + pair, chunk * 4 + lower * 2 + one]
-        residual = None
-        if ops.residual is not None:
-            image, *out = unflat(pixel, (spec.n, *grid(spec)))
-            read = ops.residual[ops.order(image, group * products.oc + column, out)]
-            inside = [pixel < products.pixels] * (products.pixels < products.rows)
-            # Eight channels at a time, so that threads read two at once: see the strides that maps of dst have.
-            inside += [column_block * channels + chunk * 8 < products.oc] * (products.oc < products.columns)
-            zero = tirx.const(0, read.ty.dtype)
-            residual = tirx.if_then_else(tirx.all(*inside), read, zero) if inside else read
+        place = (group, block, column_block, warp, row * 4 + pair, chunk * 4 + lower * 2 + one)
+        total = held[place]
+        residual = added[place].astype(ACCUMULATOR) if added is not None else None
         parameters = ops.per_channel(per_channel, group * products.columns + column)
         return _stored(spec, epilogue(spec, total, residual=residual, **parameters))
 

@@ -324,6 +324,47 @@ def piece(dtype: str, rows: int, cols: int, rank: int) -> str:
     return _registered(f"convgen piece {rows} {cols} {stored} {rank}", description, implementation)
 
 
+def opaque_added(dtype: str, residual: Any) -> Any:
+    """An element of the residual; which, TIR is not told: the intrinsic of :func:`added_piece` takes its place."""
+    from tvm import tirx
+
+    return tirx.call_extern(STORED[dtype], "cg_added", residual)
+
+
+@functools.cache
+def added_piece(dtype: str, rows: int, cols: int, rank: int) -> str:
+    """The name of the intrinsic that has ``rows`` × ``cols`` of :func:`opaque_added` elements: ``cg_piece_added``, in
+    whose place :mod:`convgen.cuda.persistent` puts those that belong to the sums of a piece.
+    """
+    from tvm.script import tirx as T  # noqa: N812
+
+    ones = (1,) * (rank + 2)
+    first, stored, align = (0,) * len(ones), STORED[dtype], BYTES[dtype]
+
+    @T.prim_func(s_tir=True, private=True)
+    def description(c: T.handle, a: T.handle) -> None:
+        held = T.match_buffer(c, (rows, cols), stored, offset_factor=1, scope="local")
+        source = T.match_buffer(a, ones, stored, offset_factor=1, align=align)
+        with T.sblock("root"):
+            T.reads(source[first])
+            T.writes(held[0:rows, 0:cols])
+            for i, j in T.grid(rows, cols):
+                with T.sblock("element"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    held[vi, vj] = T.call_extern(stored, "cg_added", source[first])
+
+    @T.prim_func(s_tir=True, private=True)
+    def implementation(c: T.handle, a: T.handle) -> None:
+        held = T.match_buffer(c, (rows, cols), stored, offset_factor=1, scope="local")
+        source = T.match_buffer(a, ones, stored, offset_factor=1, align=align)
+        with T.sblock("root"):
+            T.reads(source[first])
+            T.writes(held[0:rows, 0:cols])
+            T.evaluate(T.call_extern("void", "cg_piece_added", held.access_ptr("w"), source.access_ptr("r")))
+
+    return _registered(f"convgen added {rows} {cols} {stored} {rank}", description, implementation)
+
+
 @functools.cache
 def clear(rows: int, cols: int, summed: str) -> str:
     """The name of the intrinsic ``sums[i, j] = 0``; ``summed`` is the type of sums."""

@@ -17,7 +17,7 @@
  * Kernels are compiled apart from this file, with the compiler's checks, whose calls arrive here.
  *
  * Sources: PTX ISA 8.8, "Matrix Fragments for mma.m16n8k16 with floating point type", "... mma.m16n8k8",
- * "ldmatrix", "cp.async", "mbarrier", "Tensors", "cp.async.bulk.tensor", "wgmma", "barrier.cluster", "mapa",
+ * "ldmatrix", "stmatrix", "cp.async", "mbarrier", "Tensors", "cp.async.bulk.tensor", "wgmma", "barrier.cluster", "mapa",
  * "Async proxy"; CUDA C++ Programming Guide, "Synchronization Functions".
  */
 #include "emulate.h"
@@ -782,44 +782,52 @@ static void whole_warp(void *const *lanes, const char *name)
             fault("%s takes 32 lanes, found fewer", name);
 }
 
-/* One to four 8x8 matrices of 16-bit elements, each row 16 bytes that one lane points to. Lane l receives
+/* One to four 8x8 matrices of 16-bit elements, each row 16 bytes that one lane points to. Lane l has
  * elements 2 (l % 4) and the next of row l / 4; of a matrix that is transposed, these of column l / 4. */
 struct Rows {
     uint32_t *r;
-    const void *row;
+    char *row;
     int matrices;
     bool transposed;
 };
 
-static void load(void *const *lanes)
+/* Between rows in shared memory and the lanes' registers. */
+template <bool STORE> static void move_rows(void *const *lanes)
 {
-    whole_warp(lanes, "ldmatrix");
+    const char *const name = STORE ? "stmatrix" : "ldmatrix";
+    whole_warp(lanes, name);
     Thread *const first = self - number(*self) % WARP;
-    const int matrices = ((Rows *)lanes[0])->matrices;
-    for (int i = 0; i < 8 * matrices; ++i) {
-        const void *const row = ((Rows *)lanes[i])->row;
+    const Rows all = *(Rows *)lanes[0];
+    for (int i = 0; i < 8 * all.matrices; ++i) {
+        char *const row = ((Rows *)lanes[i])->row;
         self = running = first + i;
         if ((uintptr_t)row % 16)
-            fault("ldmatrix of row %p: expected a multiple of 16", row);
+            fault("%s of row %p: expected a multiple of 16", name, row);
         if (!find_shared(row, 16))
-            fault("ldmatrix of row %p: expected shared memory", row);
-        access(row, 16, false);
+            fault("%s of row %p: expected shared memory", name, row);
+        access(row, 16, STORE);
         for (int column = 0; column < 8; ++column) {
-            const bool transposed = ((Rows *)lanes[0])->transposed;
-            const int down = transposed ? column : i % 8, along = transposed ? i % 8 : column;
-            char *const to = (char *)&((Rows *)lanes[down * 4 + along / 2])->r[i / 8];
-            memcpy(to + along % 2 * 2, (const char *)row + 2 * column, 2);
+            const int down = all.transposed ? column : i % 8, along = all.transposed ? i % 8 : column;
+            char *const held = (char *)&((Rows *)lanes[down * 4 + along / 2])->r[i / 8] + along % 2 * 2;
+            memcpy(STORE ? row + 2 * column : held, STORE ? held : row + 2 * column, 2);
         }
+        check_rewrite();
     }
     running = nullptr;
 }
 
 void load_rows(int line, uint32_t *r, const void *row, int matrices, bool transposed)
 {
-    Rows rows = {r, row, matrices, transposed};
+    Rows rows = {r, (char *)row, matrices, transposed};
     const char *const plain = matrices == 4 ? "ldmatrix.x4" : "ldmatrix.x2";
     const char *const trans = matrices == 4 ? "ldmatrix.x4.trans" : "ldmatrix.x2.trans";
-    together(transposed ? trans : plain, line, ~0u, &rows, load);
+    together(transposed ? trans : plain, line, ~0u, &rows, move_rows<false>);
+}
+
+void store_rows(int line, const uint32_t *r, void *row, int matrices, bool transposed)
+{
+    Rows rows = {(uint32_t *)r, (char *)row, matrices, transposed};
+    together(transposed ? "stmatrix.trans" : "stmatrix", line, ~0u, &rows, move_rows<true>);
 }
 
 struct Fragments {
@@ -1105,9 +1113,10 @@ void barrier_wait(int line, void *p, int parity)
         }
 }
 
-/* The pixels of a copy in im2col mode: the box is walked along w, then h, d and the images. */
+/* The pixels of a copy in im2col mode: the box is walked along w, then h, d and the images; or its rows. */
 struct Walk {
     const Map &map;
+    const int *first;
     int at[MOST_AXES];
 
     bool within(int axis) const
@@ -1124,6 +1133,15 @@ struct Walk {
             at[axis] = map.lower[axis - 1];
         }
         ++at[map.rank - 1];
+    }
+
+    void next_row()
+    {
+        for (int axis = 1; axis < map.rank; ++axis) {
+            if (++at[axis] < first[axis] + map.box[axis])
+                return;
+            at[axis] = first[axis];
+        }
     }
 };
 
@@ -1192,9 +1210,10 @@ void copy_tile(void *to, const void *opaque, void *p, int rank, const int *first
     for (int axis = 2; !by && axis < rank; ++axis)
         rows *= map.box[axis];
     check_tile(map, to, rows * row);
-    if (!by && (rank > 2 || map.steps[1] != 1))
-        fault("copies a tile of %d axes: not emulated", rank);
-    Walk walk = {map, {}};
+    for (int axis = 1; !by && axis < rank; ++axis)
+        if (map.steps[axis] != 1)
+            fault("copies every other element along axis %d: not emulated", axis);
+    Walk walk = {map, first, {}};
     std::copy(first, first + rank, walk.at);
     for (int axis = 1; by && axis < rank - 1; ++axis) {
         const int limit = 1 << 16 / (rank - 2);
@@ -1215,7 +1234,7 @@ void copy_tile(void *to, const void *opaque, void *p, int rank, const int *first
         if (by)
             walk.step();
         else
-            ++walk.at[1];
+            walk.next_row();
     }
     if (to_blocks >> blocks)
         fault("copies to blocks %x of a cluster of %d", to_blocks, blocks);

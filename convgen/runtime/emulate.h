@@ -67,6 +67,8 @@ int lane();
 int lanes();
 /* One to four 8x8 matrices, as ldmatrix does, and with .trans each transposed. */
 void load_rows(int line, uint32_t *r, const void *row, int matrices, bool transposed);
+/* The other way, as stmatrix does. */
+void store_rows(int line, const uint32_t *r, void *row, int matrices, bool transposed);
 /* D += A B of fragments. */
 void multiply_f16(int line, float *d, const uint32_t *a, const uint32_t *b);
 void multiply_bf16(int line, float *d, const uint32_t *a, const uint32_t *b);

@@ -155,7 +155,23 @@ CG_DEVICE void cg_copy_rows(void *to, const cg_tensor_map &map, uint64_t *barrie
                  : "memory");
 }
 
-/* The same, to the same place of every block of the cluster whose bit is set, each of which its barrier tells. */
+/* Boxes of three and four axes. */
+CG_DEVICE void cg_copy_rows(void *to, const cg_tensor_map &map, uint64_t *barrier, int x, int y, int z)
+{
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(cg_shared_address(to)),
+                 "l"(&map), "r"(cg_shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+                 : "memory");
+}
+CG_DEVICE void cg_copy_rows(void *to, const cg_tensor_map &map, uint64_t *barrier, int x, int y, int z, int w)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(cg_shared_address(to)),
+                 "l"(&map), "r"(cg_shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
+                 : "memory");
+}
+
+/* Rows to the same place of every block of the cluster whose bit is set, each of which its barrier tells. */
 CG_DEVICE void cg_share_rows(void *to, const cg_tensor_map &map, uint64_t *barrier, int x, int y, uint16_t blocks)
 {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
@@ -196,6 +212,16 @@ CG_DEVICE void cg_copy_rows(void *to, const cg_tensor_map &map, uint64_t *barrie
 {
     const int at[] = {x, y};
     emulation::copy_tile(to, &map, barrier, 2, at, nullptr);
+}
+CG_DEVICE void cg_copy_rows(void *to, const cg_tensor_map &map, uint64_t *barrier, int x, int y, int z)
+{
+    const int at[] = {x, y, z};
+    emulation::copy_tile(to, &map, barrier, 3, at, nullptr);
+}
+CG_DEVICE void cg_copy_rows(void *to, const cg_tensor_map &map, uint64_t *barrier, int x, int y, int z, int w)
+{
+    const int at[] = {x, y, z, w};
+    emulation::copy_tile(to, &map, barrier, 4, at, nullptr);
 }
 CG_DEVICE void cg_share_rows(void *to, const cg_tensor_map &map, uint64_t *barrier, int x, int y, uint16_t blocks)
 {
@@ -319,6 +345,12 @@ CG_DEVICE void cg_store_rows(const cg_tensor_map &map, const void *from, int x, 
                  "r"(cg_shared_address(from)), "r"(x), "r"(y), "r"(z)
                  : "memory");
 }
+CG_DEVICE void cg_store_rows(const cg_tensor_map &map, const void *from, int x, int y, int z, int w)
+{
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+                 "r"(cg_shared_address(from)), "r"(x), "r"(y), "r"(z), "r"(w)
+                 : "memory");
+}
 CG_DEVICE void cg_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 /* Waits until at most so many of this thread's latest groups of stores still read shared memory. */
 template <int PENDING> CG_DEVICE void cg_store_wait()
@@ -330,6 +362,20 @@ template <int PENDING> CG_DEVICE void cg_store_wait()
 template <int THREADS> CG_DEVICE void cg_sync(int number)
 {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(THREADS) : "memory");
+}
+
+/* Four 8x8 matrices of 16-bit elements to the rows that cg_ldmatrix reads them from; and each transposed. */
+CG_DEVICE void cg_stmatrix(void *row, const uint32_t (&r)[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(cg_shared_address(row)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+CG_DEVICE void cg_stmatrix_trans(void *row, const uint32_t (&r)[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(cg_shared_address(row)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
 }
 
 /* Registers of each thread of a warpgroup from here on, all of whose warps say so: fewer, or more. */
@@ -345,8 +391,21 @@ CG_DEVICE void cg_store_rows(const cg_tensor_map &map, const void *from, int x, 
     const int at[] = {x, y, z};
     emulation::store_tile(&map, from, 3, at);
 }
+CG_DEVICE void cg_store_rows(const cg_tensor_map &map, const void *from, int x, int y, int z, int w)
+{
+    const int at[] = {x, y, z, w};
+    emulation::store_tile(&map, from, 4, at);
+}
 CG_DEVICE void cg_store_commit() { emulation::commit_stores(); }
 template <int PENDING> CG_DEVICE void cg_store_wait() { emulation::wait_stores(PENDING); }
+CG_DEVICE void cg_stmatrix(void *row, const uint32_t (&r)[4], CG_LINE)
+{
+    emulation::store_rows(line, r, row, 4, false);
+}
+CG_DEVICE void cg_stmatrix_trans(void *row, const uint32_t (&r)[4], CG_LINE)
+{
+    emulation::store_rows(line, r, row, 4, true);
+}
 template <int THREADS> CG_DEVICE void cg_sync(int number, CG_LINE) { emulation::barrier(line, number, THREADS); }
 template <int COUNT> CG_DEVICE void cg_fewer_registers() { static_assert(COUNT % 8 == 0 && 24 <= COUNT, ""); }
 template <int COUNT> CG_DEVICE void cg_more_registers() { static_assert(COUNT % 8 == 0 && COUNT <= 256, ""); }
@@ -373,8 +432,9 @@ struct cg_persistent {
     static constexpr int PATCHES = ROWS * 128, BYTES = PATCHES + COLS * 128, SHARE = COLS / SHARES;
     static constexpr int HIGH = SIZES::m / SHARES, TURNS = HIGH * SIZES::n * SIZES::g * SIZES::parts;
     static constexpr int PIECES = TALL * WIDE, SUMS = COLS / 2, BAND = 8 / SHARES, CLUSTER = SHARES * SPLITS;
-    /* Sums of a piece that a thread has; pieces that a block adds up; bytes of what others send it. */
-    static constexpr int HELD = PIECE / 2, OWN = (PIECES + SPLITS - 1) / SPLITS;
+    /* Sums of a piece that a thread has; pieces that a block adds up; from one of these to the next; bytes of what others
+     * send it. */
+    static constexpr int HELD = PIECE / 2, OWN = (PIECES + SPLITS - 1) / SPLITS, NEXT = SPLITS;
     static constexpr int EXCHANGED = GROUPS * OWN * (SPLITS - 1) * HELD * 128 * 4;
     /* Registers that a thread begins with, keeps to fetch, and has to multiply. */
     static constexpr int BEGIN = 65536 / (RESIDENT * 128 * (GROUPS + 1)) / 8 * 8, FETCH = RESIDENT > 1 ? 24 : 40;
@@ -518,8 +578,9 @@ struct cg_persistent {
         }
     }
 
-    /* Whether this block finishes a piece. */
+    /* Whether this block finishes a piece; the first that it does. */
     CG_DEVICE bool owns(int piece) const { return SPLITS == 1 || piece % SPLITS == rank; }
+    CG_DEVICE int first() const { return SPLITS == 1 ? 0 : rank; }
 
     /* Of the pieces it finishes, the sums of all steps: those of the other blocks are added in their order. */
     template <class Sum> CG_DEVICE void add_up(Sum *acc)
@@ -579,63 +640,179 @@ struct cg_persistent {
     CG_DEVICE void sync() const { cg_sync<128>(1 + group); }
 };
 
-/* A thread's sums of a piece of 64 x COLS, COLS / 2 of them, wherever the code that finishes them counts from. */
-template <class Sum, int COLS> struct cg_held {
-    Sum *const sums;
-    CG_DEVICE Sum &operator[](int i) const { return sums[i & (COLS / 2 - 1)]; }
-    CG_DEVICE Sum *operator+(int i) const { return sums + (i & (COLS / 2 - 1)); }
+/* What a thread has of a piece of 64 x COLS, COLS / 2 values, wherever the code that finishes them counts from. */
+template <class T, int COLS> struct cg_held {
+    T *const values;
+    CG_DEVICE T &operator[](int i) const { return values[i & (COLS / 2 - 1)]; }
+    CG_DEVICE T *operator+(int i) const { return values + (i & (COLS / 2 - 1)); }
 };
 
-/* Where the values go that a thread makes of these sums: rows of COLS elements, swizzled as the map of dst says, so that
- * no two threads of a warp meet at a bank. */
-template <class T, int COLS> struct cg_staged {
-    static constexpr int ROW = COLS * sizeof(T);
-    char *const rows;
-    CG_DEVICE T *operator+(int i) const
+/* A piece on its way between threads and memory: 64 pixels x COLS channels as the copy engine has them in shared memory,
+ * swizzled so that no two threads of a warp meet at a bank. It is channels last; or, where the map is of NCHW, a box of
+ * BOX pixels of one image after the other, each channel's BOX together. IMAGE: pixels of an image there, else 0. */
+template <class T, int COLS, int IMAGE, int BOX> struct cg_staged {
+    static constexpr int SIZE = sizeof(T), ROW = (IMAGE ? BOX : COLS) * SIZE, BYTES = 64 * COLS * SIZE;
+    static_assert(SIZE <= 2 && 16 <= ROW && ROW <= 128 && COLS % 16 == 0, "");
+
+    static CG_DEVICE int at(int pixel, int channel)
     {
-        const int e = i & (COLS / 2 - 1), lane = cg_lane();
-        const int row = threadIdx.y % 4 * 16 + e / 2 % 2 * 8 + lane / 4, col = e / 4 * 8 + lane % 4 * 2 + e % 2;
-        const int at = row * ROW + col * (int)sizeof(T);
-        return (T *)(rows + (at ^ (at >> 3 & (ROW - 16))));
+        const int place = IMAGE ? (pixel / BOX * COLS + channel) * ROW + pixel % BOX * SIZE : pixel * ROW + channel * SIZE;
+        return place ^ (place >> 3 & (ROW - 16));
     }
-    CG_DEVICE T &operator[](int i) const { return *(*this + i); }
+
+    /* Where a thread's value is; of two bytes, where the row is that this lane points to of matrices 4 i to 4 i + 3. */
+    static CG_DEVICE int value(int i)
+    {
+        const int lane = cg_lane();
+        return at(threadIdx.y % 4 * 16 + i / 2 % 2 * 8 + lane / 4, i / 4 * 8 + lane % 4 * 2 + i % 2);
+    }
+    static CG_DEVICE int matrix(int i)
+    {
+        const int lane = cg_lane(), pixel = threadIdx.y % 4 * 16 + lane / 8 % 2 * 8, channel = i * 16 + lane / 16 * 8;
+        return IMAGE ? at(pixel, channel + lane % 8) : at(pixel + lane % 8, channel);
+    }
+
+    static CG_DEVICE void write(char *to, const T *values)
+    {
+        if constexpr (SIZE == 2) {
+#pragma unroll
+            for (int i = 0; i < COLS / 16; ++i) {
+                const uint32_t *const four = (const uint32_t *)values + i * 4;
+                const uint32_t r[] = {four[0], four[1], four[2], four[3]};
+                if constexpr (IMAGE)
+                    cg_stmatrix_trans(to + matrix(i), r);
+                else
+                    cg_stmatrix(to + matrix(i), r);
+            }
+        } else if constexpr (IMAGE) {
+#pragma unroll
+            for (int i = 0; i < COLS / 2; ++i)
+                *(T *)(to + value(i)) = values[i];
+        } else { /* two channels at a time */
+#pragma unroll
+            for (int i = 0; i < COLS / 2; i += 2)
+                *(uint16_t *)(to + value(i)) = *(const uint16_t *)(values + i);
+        }
+    }
+
+    static CG_DEVICE void read(T *values, const char *from)
+    {
+        static_assert(SIZE == 2, "");
+#pragma unroll
+        for (int i = 0; i < COLS / 16; ++i) {
+            uint32_t r[4];
+            if constexpr (IMAGE)
+                cg_ldmatrix_trans(r, from + matrix(i));
+            else
+                cg_ldmatrix(r, from + matrix(i));
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+                ((uint32_t *)values)[i * 4 + k] = r[k];
+        }
+    }
 };
 
-/* Pieces of a warpgroup on their way to dst: one after the other through two places in shared memory. The copy engine
- * reads one while the next is written, and the next tile's products begin while it reads the last. */
-template <class T, int COLS> struct cg_stores {
-    static constexpr int BYTES = 64 * COLS * sizeof(T);
+/* Pieces of a warpgroup on their way to dst: one after the other through PLACES places in shared memory. The copy engine
+ * reads one while the next is finished, and the next tile's products begin while it reads the last.
+ *
+ * What is added, if it ADDS, comes to the place of the sums it is added to, by a map that is as dst's: as early as the
+ * place can be free without waiting, the first pieces' while their tile is multiplied. `here` counts its bytes. */
+template <class TILES, class T, int COLS, int IMAGE, int BOX, int PLACES, bool ADDS> struct cg_stores {
+    using Staged = cg_staged<T, COLS, IMAGE, BOX>;
+    static constexpr int BYTES = Staged::BYTES, AHEAD = PLACES - 2;
+    static_assert(PLACES >= 2, "");
+    const TILES &tiles;
     const int group = threadIdx.y / 4;
     const bool leads = threadIdx.x == 0 && threadIdx.y % 4 == 0;
     char *const places;
-    const cg_tensor_map &dst;
-    int place = 0;
+    uint64_t *const here;
+    const cg_tensor_map &dst, &added;
+    int place = 0, phase = 0, coming = 0;
 
-    CG_DEVICE cg_stores(void *memory, const cg_tensor_map &dst) : places((char *)memory + group * 2 * BYTES), dst(dst)
+    CG_DEVICE cg_stores(const TILES &tiles, void *memory, void *barriers, const cg_tensor_map &dst,
+                        const cg_tensor_map &added)
+        : tiles(tiles), places((char *)memory + group * (PLACES * BYTES)), here((uint64_t *)barriers + group * PLACES),
+          dst(dst), added(added)
     {
-        if (leads)
+        if (leads) {
             cg_prefetch_map(dst);
+            if constexpr (ADDS) {
+                for (int k = 0; k < PLACES; ++k)
+                    cg_barrier_init(here + k, 1);
+                cg_barrier_fence();
+                cg_prefetch_map(added);
+            }
+        }
+        if constexpr (ADDS)
+            cg_sync<128>(1 + group);
     }
 
-    /* Where the next piece is to be written, of which nothing is read any more. */
-    CG_DEVICE cg_staged<T, COLS> begin() const
+    /* Of a tile that is about to be multiplied, what is added to the first pieces comes. */
+    CG_DEVICE void ahead()
     {
-        if (leads)
+        if (leads) {
             cg_store_wait<1>();
-        cg_sync<128>(1 + group);
-        return {places + place * BYTES};
+#pragma unroll
+            for (int k = 0; k <= AHEAD; ++k)
+                fetch(tiles.first() + k * TILES::NEXT);
+        }
     }
 
-    /* It is written, all of it: it goes to where (channel, group of channels, pixel) is. */
-    CG_DEVICE void send(int channel, int g, int pixel)
+    /* What is added to a piece, to a place that all stores but the latest have left. */
+    CG_DEVICE void fetch(int piece)
     {
+        if (piece >= TILES::PIECES)
+            return;
+        char *const to = places + coming * BYTES;
+        uint64_t *const barrier = here + coming;
+        const int pixel = tiles.pixel(piece), channel = tiles.channel(piece);
+        cg_barrier_expect(barrier, BYTES);
+        if constexpr (IMAGE)
+            for (int i = 0; i < 64; i += BOX)
+                cg_copy_rows(to + i * (COLS * Staged::SIZE), added, barrier, (pixel + i) % IMAGE, channel, tiles.rest,
+                             (pixel + i) / IMAGE);
+        else
+            cg_copy_rows(to, added, barrier, channel, tiles.rest, pixel);
+        coming = (coming + 1) % PLACES;
+    }
+
+    /* What is added to this thread's sums of a piece, in their order. */
+    CG_DEVICE void take(int piece, T *values)
+    {
+        if (leads && piece >= TILES::NEXT) {
+            cg_store_wait<1>();
+            fetch(piece + AHEAD * TILES::NEXT);
+        }
+        cg_barrier_wait(here + place, phase);
+        Staged::read(values, places + place * BYTES);
+    }
+
+    /* A piece is finished: it goes where it belongs. */
+    CG_DEVICE void send(int piece, const T *values)
+    {
+        char *const from = places + place * BYTES;
+        if constexpr (ADDS) {
+            __syncwarp(); /* its threads have read what was there for each other */
+        } else {
+            if (leads)
+                cg_store_wait<PLACES - 1>();
+            cg_sync<128>(1 + group);
+        }
+        Staged::write(from, values);
         cg_fence_async();
         cg_sync<128>(1 + group);
         if (leads) {
-            cg_store_rows(dst, places + place * BYTES, channel, g, pixel);
+            const int pixel = tiles.pixel(piece), channel = tiles.channel(piece);
+            if constexpr (IMAGE)
+                for (int i = 0; i < 64; i += BOX)
+                    cg_store_rows(dst, from + i * (COLS * Staged::SIZE), (pixel + i) % IMAGE, channel, tiles.rest,
+                                  (pixel + i) / IMAGE);
+            else
+                cg_store_rows(dst, from, channel, tiles.rest, pixel);
             cg_store_commit();
         }
-        place ^= 1;
+        if (++place == PLACES)
+            place = 0, phase ^= 1;
     }
 
     /* Shared memory is this block's until all has been read. */

@@ -31,6 +31,7 @@ from convgen.lowering.interface import Launch
 from convgen.lowering.lower import lower
 from convgen.lowering.runtime import source as runtime_source
 from convgen.lowering.schedule import Candidate, Picks
+from convgen.problem.dtypes import BYTES
 from convgen.problem.spec import ConvSpec
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install '.[cuda]'")
@@ -98,16 +99,45 @@ def test_tiles_are_the_convolutions(text: str, chosen: Picks, cluster: int) -> N
         ("conv3d n2 ic24 oc16 i3x4x5 k3x3x2 s1x2x1 p1 d1x1x2 nhwc f16", picks(tile_n=32, cluster=2)),
         ("conv2d n1 ic128 oc48 i9x9 k3x3 p1 relu nhwc i8", picks(tile_k=128)),
         ("conv2d n1 ic64 oc72 i8x8 k1x1 residual nhwc f16", picks()),
+        ("conv2d n2 ic64 oc72 i9x8 k3x3 p1 residual relu nhwc f16", picks(tile_m=128, tile_n=96)),
+        ("conv2d n2 ic64 oc40 i8x8 k3x3 p1 residual bf16", picks(tile_m=128, warps_m=8)),
+        ("conv2d n5 ic64 oc33 i6x4 k1x1 relu f16", picks(tile_n=32, cluster=2)),
+        ("conv2d n3 ic64 oc72 i6x8 k3x3 p1 residual relu f16", picks(tile_m=128, tile_n=96)),
+        ("conv2d n3 ic128 oc80 g2 i12x8 k3x3 p1 residual f16", picks()),
+        ("conv2d n1 ic64 oc33 i9x8 k1x1 residual f16", picks(tile_n=32)),
+        ("conv1d n3 ic64 oc24 i32 k3 p1 relu i8", picks(tile_k=128, tile_n=32)),
+        ("conv2d n3 ic64 oc40 i6x8 k1x1 i8", picks(tile_k=128)),
+        ("conv3d n2 ic24 oc16 i2x4x8 k3x1x1 p1x0x0 i8", picks(tile_k=128, tile_n=32)),
     ],
-    ids=["plain", "clusters", "tall", "groups", "1-D, prelu", "3-D", "i8", "residual"],
+    ids=[
+        "plain",
+        "clusters",
+        "tall",
+        "groups",
+        "1-D, prelu",
+        "3-D",
+        "i8",
+        "residual",
+        "residual of six pieces",
+        "nchw, boxes of 64, residual",
+        "nchw, boxes of 8",
+        "nchw, boxes of 16, residual of six pieces",
+        "nchw, boxes of 32, groups, residual",
+        "nchw, one image, residual",
+        "nchw, i8, boxes of 32",
+        "nchw, i8, boxes of 16",
+        "nchw, i8, boxes of 64",
+    ],
 )
 def test_the_copy_engine_stores_the_convolutions(text: str, chosen: Picks) -> None:
     """Tails of pixels and of channels among them."""
     spec, source, buffers, data = made(text, Picks(**{**chosen, "bulk_store": 1}))
-    assert "dst" in source.launches[-1].maps
+    assert {"dst", *(["residual"] if spec.residual else [])} <= source.launches[-1].maps.keys()
     np.testing.assert_array_equal(run(source, buffers, order=len(text)), reference(spec, data))
 
 
+#: Something is added, in boxes of 16 pixels.
+ADDED = "conv2d n3 ic64 oc72 i6x8 k3x3 p1 residual relu f16"
 #: Eighteen steps.
 LONG = "conv2d n1 ic128 oc72 i9x8 k3x3 s1 p1 relu nhwc f16"
 
@@ -120,10 +150,11 @@ LONG = "conv2d n1 ic128 oc72 i9x8 k3x3 s1 p1 relu nhwc f16"
         (LONG, picks(cluster_k=4, tile_m=128, warps_m=8)),
         (LONG, picks(cluster_k=4, tile_n=96, bulk_store=1)),
         (LONG, picks(cluster_k=4, tile_m=128, tile_n=32, bulk_store=1)),
+        (LONG.replace("relu", "residual relu"), picks(cluster_k=4, tile_m=128, tile_n=96, bulk_store=1)),
         ("conv2d n1 ic128 oc40 i9x9 k3x3 p1 relu nhwc i8", picks(tile_k=128, cluster_k=4)),
         ("conv2d n2 ic64 oc33 i7x6 k3x3 s2 p1x0_2 f16", picks(tile_n=32, cluster_k=2)),
     ],
-    ids=["two", "two warpgroups", "pieces that some lack", "tall", "i8", "nchw"],
+    ids=["two", "two warpgroups", "pieces that some lack", "tall", "residual", "i8", "nchw"],
 )
 def test_a_cluster_adds_up_a_tile(text: str, chosen: Picks) -> None:
     spec, source, buffers, data = made(text, chosen, blocks=chosen.cluster_k)
@@ -140,11 +171,21 @@ def test_parts_that_have_no_step_are_zeros() -> None:
 
 @emulated
 @pytest.mark.parametrize(
-    "others", [{}, {"cluster": 2}, {"cluster_k": 2}, {"bulk_store": 1}, {"cluster": 2, "bulk_store": 1}]
+    ("text", "others"),
+    [
+        (TILES, {}),
+        (TILES, {"cluster": 2}),
+        (TILES, {"cluster_k": 2}),
+        (TILES, {"bulk_store": 1}),
+        (TILES, {"cluster": 2, "bulk_store": 1}),
+        (f"{ADDED} nhwc", {"tile_m": 128, "tile_n": 96, "bulk_store": 1}),
+        (ADDED, {"tile_m": 128, "warps_m": 8, "cluster": 2, "bulk_store": 1}),
+        (ADDED, {"tile_n": 96, "cluster_k": 2, "bulk_store": 1}),
+    ],
 )
-def test_timing_changes_nothing(others: dict[str, int], tmp_path: Path) -> None:
+def test_timing_changes_nothing(text: str, others: dict[str, int], tmp_path: Path) -> None:
     """Whatever is late: copies, arrivals, warps, stores."""
-    spec, source, buffers, data = made(TILES, picks(stages=3, **others))
+    spec, source, buffers, data = made(text, picks(stages=3, **others))
     library = compile_emulated(source.text, tmp_path)
     for order in ("ascending", "descending", 11, 12, 13):
         buffers["dst"] = np.zeros_like(buffers["dst"])
@@ -152,10 +193,12 @@ def test_timing_changes_nothing(others: dict[str, int], tmp_path: Path) -> None:
         np.testing.assert_array_equal(out, reference(spec, data), err_msg=f"seed {order}")
 
 
-def in_orders(source: DeviceSource, buffers: dict[str, Any]) -> None:
-    """Run in several random orders: a fault may take one that is unlucky."""
+def in_orders(source: DeviceSource, buffers: dict[str, Any], expected: Any = None) -> None:
+    """Run in several random orders: a fault may take one that is unlucky. Where it is said what to expect, compare."""
     for order in (1, 2, 3, 4):
-        run(source, buffers, order=order)
+        out = run(source, buffers, order=order)
+        if expected is not None:
+            np.testing.assert_array_equal(out, expected, err_msg="outputs differ")
 
 
 #: What is changed in cg_persistent, and what the emulator says then.
@@ -224,15 +267,37 @@ WRONG_STORE = {
         r"\1",
         "no barrier between",
     ),
-    "no wait for the place": (r"cg_store_wait<1>\(\);", ";", "or stores"),
-    "a wait that is too early": (r"cg_store_wait<1>", "cg_store_wait<2>", "or stores"),
+    "no wait for the place": (r"cg_store_wait<PLACES - 1>\(\);", ";", "or stores"),
+    "a wait that is too early": (r"cg_store_wait<PLACES - 1>", "cg_store_wait<PLACES>", "or stores"),
     "only one thread waits": (
-        r"(cg_store_wait<1>\(\);\s+)cg_sync<128>\(1 \+ group\);",
+        r"(cg_store_wait<PLACES - 1>\(\);\s+)cg_sync<128>\(1 \+ group\);",
         r"\1",
         "or stores|no barrier between",
     ),
     "no wait at the end": (r"cg_store_wait<0>\(\);", ";", "ends while its stores"),
     "never committed": (r"cg_store_commit\(\);", "", "or stores|ends while its stores"),
+}
+#: What is added to sums comes the same way.
+WRONG_ADDED = {
+    "no wait for it": (r"cg_barrier_wait\(here \+ place, phase\);", "", "under way"),
+    "the other parity": (r"here \+ place, phase\)", "here + place, phase ^ 1)", "under way|does not end"),
+    "fewer bytes expected": (r"expect\(barrier, BYTES\)", "expect(barrier, BYTES - 16)", "does not end"),
+    "more bytes expected": (r"expect\(barrier, BYTES\)", "expect(barrier, BYTES + 16)", "does not end"),
+    "the place not waited for, ahead": (
+        r"(void ahead\(\)\s+\{\s+if \(leads\) \{\s+)cg_store_wait<1>\(\);",
+        r"\1",
+        "or stores",
+    ),
+    "the place not waited for": (r"cg_store_wait<1>\(\);(\s+fetch\(piece)", r"\1", "or stores"),
+    "a piece too early": (r"AHEAD = PLACES - 2", "AHEAD = PLACES - 1", "or stores|under way"),
+    "to the place after": (
+        r"= places \+ coming \* BYTES",
+        "= places + (coming + 1) % PLACES * BYTES",
+        "under way|stores",
+    ),
+    "barriers that others do not see": (r"if constexpr \(ADDS\)\s+cg_sync<128>\(1 \+ group\);", "", "barrier"),
+    "no fence": (r"cg_fence_async\(\);", "", "no fence for the copy engine"),
+    "one box of pixels for all": (r"(cg_copy_rows\(to \+ i.*?)\(pixel \+ i\) % IMAGE", r"\1pixel % IMAGE", "differ"),
 }
 
 
@@ -285,6 +350,46 @@ def test_a_wrong_store_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     _, source, buffers, _ = made(TILES, picks(tile_m=128, bulk_store=1))
     with pytest.raises(KernelError, match=message):
         in_orders(source, buffers)
+
+
+@emulated
+@pytest.mark.parametrize("name", WRONG_ADDED)
+def test_a_wrong_fetch_of_what_is_added_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern, wrong, message = WRONG_ADDED[name]
+    edit(monkeypatch, pattern, wrong)
+    one_step = ADDED.replace("k3x3 p1", "k1x1")  # so that stages in use again order nothing
+    spec, source, buffers, data = made(one_step, picks(tile_m=128, tile_n=96, bulk_store=1), blocks=1)
+    expected = reference(spec, data)
+    with pytest.raises((KernelError, AssertionError), match=message):
+        in_orders(source, buffers, expected)
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("kind", "image", "box"),
+    [
+        *[("half", 0, 64), ("half", 64, 64), ("half", 96, 32), ("half", 48, 16), ("half", 24, 8)],
+        *[("signed char", 0, 64), ("signed char", 64, 64), ("signed char", 96, 32), ("signed char", 48, 16)],
+    ],
+)
+def test_no_two_threads_meet_at_a_bank_on_the_way_to_dst(kind: str, image: int, box: int) -> None:
+    """Of a matrix, whose eight rows of 16 bytes are moved at once; of a warp's bytes, or pairs where they are two
+    channels'.
+    """
+    function, count, step = ("matrix", 2, 1) if kind == "half" else ("value", 16, 1) if image else ("value", 8, 2)
+    text = f"""#include "device.h"
+extern "C" __global__ void __launch_bounds__(128)
+places(const float* __restrict__ src, float* __restrict__ dst) {{
+  for (int i = 0; i < {count}; ++i)
+    dst[(threadIdx.y * 32 + threadIdx.x) * {count} + i] = cg_staged<{kind}, 32, {image}, {box}>::{function}(i * {step});
+}}
+"""
+    source = DeviceSource(text, (Launch("places", (1, 1, 1), (32, 4, 1), 1024, ("src", "dst")),))
+    found = run(source, {"src": np.zeros(1, np.float32), "dst": np.zeros((4, 32, count), np.float32)}).astype(int)
+    assert len(np.unique(found)) == found.size
+    for moved in found.transpose(0, 2, 1).reshape(-1, 8 if kind == "half" else 32):
+        words = {place // 4 + i for place in moved for i in range(4 if kind == "half" else 1)}
+        assert len({word % 32 for word in words}) == len(words)
 
 
 #: A block of two warps each: what they do, and what the emulator says.
@@ -402,15 +507,18 @@ LARGE = [picks(tile_m=128, tile_n=256, warps_m=8, stages=4), picks(tile_m=256, t
 LARGE += [picks(tile_m=128, tile_n=96, warps_m=8, stages=3, resident=2)]
 LARGE += [picks(tile_m=128, tile_n=256, warps_m=8, stages=4, cluster=2, bulk_store=1)]
 LARGE += [picks(tile_m=128, tile_n=128, warps_m=8, stages=4, cluster_k=4, bulk_store=1)]
+LARGE += [picks(tile_m=128, tile_n=96, warps_m=8, stages=2, resident=2, bulk_store=1)]
 NAMES = ["128 x 256", "256 x 128", "two blocks of 128 x 96", "128 x 256 in clusters", "128 x 128 of four blocks"]
+NAMES += ["two blocks of 128 x 96 that send"]
 
 
 @pytest.mark.parametrize("chosen", LARGE, ids=NAMES)
-def test_the_instructions_are_there_and_nothing_spills(chosen: Picks) -> None:
-    spec = ConvSpec.parse("conv2d n16 ic256 oc256 i28x28 k3x3 s1 p1 relu residual nhwc f16")
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+def test_the_instructions_are_there_and_nothing_spills(chosen: Picks, layout: str) -> None:
+    spec = ConvSpec.parse(f"conv2d n16 ic256 oc256 i28x28 k3x3 s1 p1 relu residual {layout} f16")
     assert SCHEDULE.reason_against(spec.core, TARGET, chosen) is None
     source = generate(lower(spec, TARGET, Candidate(SCHEDULE, chosen)))
-    images, (used,) = code.compile_images(source, TARGET)
+    images, (*_, used) = code.compile_images(source, TARGET)
     assert not used.spilled
     assert used.shared <= SCHEDULE.shared_memory(spec.core, chosen)  # type: ignore[attr-defined]
     assert used.threads == 384
@@ -422,7 +530,14 @@ def test_the_instructions_are_there_and_nothing_spills(chosen: Picks) -> None:
     for instruction in ("UTMALDG.4D.IM2COL", "UTMALDG.2D", f"HGMMA.64x{columns}x16.F32", "USETMAXREG"):
         assert instruction in sass
     assert ("UTMALDG.2D.MULTICAST" in sass) == (chosen.cluster > 1)
-    assert ("UTMASTG.3D" in sass) == bool(chosen.bulk_store)
+    axes, transposed = ("4D", "T") if layout == "nchw" else ("3D", "")
+    for instruction in (
+        f"UTMASTG.{axes}",
+        f"UTMALDG.{axes} ",
+        f"STSM.16.M{transposed}88.4",
+        f"LDSM.16.M{transposed}88.4",
+    ):
+        assert (instruction in sass) == bool(chosen.bulk_store), instruction
     assert not re.search(r"\bLDL\b|\bSTL\b", sass)
 
 
@@ -445,15 +560,19 @@ def test_picks_are_refused_that_do_not_fit() -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("conv2d n16 ic256 oc256 i28x28 k3x3 s1 p1 f16", "is not in the space"),
-        ("conv2d n16 ic256 oc260 i28x28 k3x3 s1 p1 nhwc f16", "is not in the space"),
-        ("conv2d n16 ic256 oc72 g2 i28x28 k3x3 s1 p1 nhwc f16", "is not in the space"),
+        ("conv2d n16 ic256 oc256 i28x28 k3x3 s1 p1 f16", None),
+        ("conv2d n16 ic256 oc33 i28x28 k3x3 s1 p1 residual f16", None),
+        ("conv2d n16 ic256 oc256 i14x14 k3x3 s1 p1 f16", "whole 16 bytes of an image's pixels, there are 392"),
+        ("conv2d n16 ic256 oc256 i14x14 k3x3 s1 p1 i8", "whole 16 bytes of an image's pixels, there are 196"),
+        ("conv2d n16 ic256 oc260 i28x28 k3x3 s1 p1 nhwc f16", "whole 16 bytes of a group's channels, there are 520"),
+        ("conv2d n16 ic256 oc72 g2 i28x28 k3x3 s1 p1 nhwc f16", "whole 16 bytes of a group's channels, there are 72"),
         ("conv2d n16 ic256 oc48 g3 i28x28 k3x3 s1 p1 nhwc f16", None),
     ],
 )
 def test_the_copy_engine_stores_whole_vectors(text: str, why: str | None) -> None:
     spec = ConvSpec.parse(text.replace("ic256", "ic192") if "g3" in text else text).core
-    found = SCHEDULE.reason_against(spec, TARGET, picks(tile_n=32, bulk_store=1))
+    chosen = picks(tile_n=32, tile_k=128 // BYTES[spec.dtype], bulk_store=1)
+    found = SCHEDULE.reason_against(spec, TARGET, chosen)
     assert (why in (found or "")) if why else found is None
 
 
