@@ -233,35 +233,57 @@ class Kernel(TaskKernel):
                 with case.loop(count) as (one, v):
                     self.back(one, task, sums, v * self.lanes, one.let(b * picks.tile_oc + v * self.lanes))
 
+    # ---- what another kind of numbers does in its own way ---------------------------------------
+
+    def panel(self, body: Block, task: Task, corner: Sequence[Expr]) -> tirx.Buffer:
+        """A copy of what a task reads, from the pixel ``corner`` on, as numbers that can be transformed."""
+        source = Source(self.spec, self.src, task.image, [*corner], self.g.extent, self.src_zero)
+        return converted(body, self.operation, source, src_images(self.spec), self.lanes)
+
+    def transform(self, block: Block, values: Sequence[Expr]) -> list[Expr]:
+        """Inputs of a tile along an axis."""
+        return row_in(block, values)
+
+    def operand(self, value: Expr) -> Expr:
+        """What is multiplied, of an input that is transformed along both axes."""
+        return value
+
+    def transform_back(self, block: Block, values: Sequence[Expr]) -> list[Expr]:
+        """Sums of a tile along an axis."""
+        return row_back(block, values)
+
+    def output(self, block: Block, value: Expr) -> Expr:
+        """An output, of a sum that is transformed back along both axes."""
+        times = block.let(value)
+        return (times * _number(INVERSE, times)) >> _number(SHIFTED, times)
+
     # ---- input --------------------------------------------------------------------------------
 
     def transformed(self, body: Block, task: Task) -> tirx.Buffer:
-        """A task's input, transformed: ``[position][tile][ic]``, 16-bit."""
-        spec, g, read = self.spec, self.g, src_images(self.spec)
-        (top, _), (left, _) = spec.padding
-        corner = [0, body.let(task.row * OUTPUTS - top), -left]
-        panel = converted(
-            body, self.operation, Source(spec, self.src, task.image, corner, g.extent, self.src_zero), read, self.lanes
-        )
+        """A task's input, transformed: operands ``[position][tile][ic]``."""
+        g, read, size, step = self.g, src_images(self.spec), self.g.size, self.g.outputs
+        (top, _), (left, _) = self.spec.padding
+        panel = self.panel(body, task, [0, body.let(task.row * step - top), -left])
         columns = g.extent[2]
-        values = body.buffer((POSITIONS, g.most_tiles, g.pitch), "int16")
-        half = body.buffer((EXTENT, columns, g.lanes), "int16")
-        with body.loop(task.rows) as (row, y), row.loop(spec.ic // g.lanes) as (part, c):
+        values = body.buffer((g.positions, g.most_tiles, g.pitch), self.operation.operand)
+        half = body.buffer((size, columns, g.lanes), str(panel.dtype))
+        with body.loop(task.rows) as (row, y), row.loop(self.spec.ic // g.lanes) as (part, c):
             channel = part.let(c * g.lanes)
             block, within = (0, channel) if read.layout == "nhwc" else (channel // read.block, channel % read.block)
             with part.loop(columns) as (one, x):
                 place = one.let(x * read.block + within)
-                column = [self.numbers(one, panel, [0, y * OUTPUTS + k, block, place]) for k in range(EXTENT)]
-                for i, value in enumerate(row_in(one, column)):
+                column = [self.numbers(one, panel, [0, y * step + k, block, place]) for k in range(size)]
+                for i, value in enumerate(self.transform(one, column)):
                     one.add(self.stored(half, [i, x, 0], value))
-            with part.loop(g.tile_columns) as (one, tx), one.loop(EXTENT) as (inner, i):
-                line = [self.numbers(inner, half, [i, tx * OUTPUTS + k, 0]) for k in range(EXTENT)]
-                for j, value in enumerate(row_in(inner, line)):
-                    inner.add(self.stored(values, [i * EXTENT + j, y * g.tile_columns + tx, channel], value))
+            with part.loop(g.tile_columns) as (one, tx), one.loop(size) as (inner, i):
+                line = [self.numbers(inner, half, [i, tx * step + k, 0]) for k in range(size)]
+                for j, value in enumerate(self.transform(inner, line)):
+                    place = [i * size + j, y * g.tile_columns + tx, channel]
+                    inner.add(self.stored(values, place, self.operand(value)))
         return values
 
     def numbers(self, block: Block, buffer: tirx.Buffer, place: Sequence[Any]) -> Expr:
-        """A vector of 16-bit numbers."""
+        """A vector of numbers of a panel, or of what is half transformed."""
         return block.let(tirx.BufferLoad(buffer, [*place[:-1], _ramp(place[-1], self.g.lanes)]))
 
     def stored(self, buffer: tirx.Buffer, place: Sequence[Any], value: Expr) -> tirx.Stmt:
@@ -352,18 +374,17 @@ class Kernel(TaskKernel):
 
     def outputs(self, body: Block, sums: tirx.Buffer, tile: Expr, lane: Expr) -> dict[tuple[int, int], Expr]:
         """The outputs of a tile, sums of those of all parts of src's channels."""
-        totals: dict[tuple[int, int], Expr] = {}
-        for part in range(self.g.parts):
+        g, size, totals = self.g, self.g.size, dict[tuple[int, int], Expr]()
+        for part in range(g.parts):
             columns = []
-            for j in range(EXTENT):
-                places = [[part * POSITIONS + i * EXTENT + j, tile, _ramp(lane, self.lanes)] for i in range(EXTENT)]
+            for j in range(size):
+                places = [[part * g.positions + i * size + j, tile, _ramp(lane, self.lanes)] for i in range(size)]
                 read = [body.let(tirx.BufferLoad(sums, place)) for place in places]
-                columns.append([body.let(value) for value in row_back(body, read)])
-            for p in range(OUTPUTS):
-                for q, value in enumerate(row_back(body, [column[p] for column in columns])):
-                    times = body.let(value)
-                    value = (times * _number(INVERSE, times)) >> _number(SHIFTED, times)
-                    totals[p, q] = body.let(value if part == 0 else totals[p, q] + value)
+                columns.append([body.let(value) for value in self.transform_back(body, read)])
+            for p in range(g.outputs):
+                for q, value in enumerate(self.transform_back(body, [column[p] for column in columns])):
+                    own = self.output(body, value)
+                    totals[p, q] = body.let(own if part == 0 else totals[p, q] + own)
         return totals
 
 

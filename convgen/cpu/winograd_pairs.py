@@ -17,7 +17,7 @@ from ..lowering.winograd import toom_cook
 from ..problem.spec import ConvSpec
 from .images import src_images
 from .operation import PAIRS, Operation
-from .vector import Block, load, weighted_sum
+from .vector import Block, weighted_sum
 from .winograd_integers import TAPS, Grid, Kernel, Task
 
 #: Outputs of a tile along an axis.
@@ -66,43 +66,18 @@ class PairsKernel(Kernel):
     def operation(self) -> Operation:
         return PAIRS
 
-    def transformed(self, body: Block, task: Task) -> tirx.Buffer:
-        """A task's input, transformed: ``[position][tile][ic]``, bf16."""
-        spec, g, lanes, read, inputs = self.spec, self.g, LANES, src_images(self.spec), matrices()[2]
-        (top, _), (left, _) = spec.padding
-        corner = [0, body.let(task.row * g.outputs - top), -left]
-        panel = read.copied(body, self.src, spec.src_dtype, task.image, corner, g.extent, lanes)
-        columns = g.extent[2]
-        values = body.buffer((g.positions, g.most_tiles, g.pitch), self.operation.operand)
-        half = body.buffer((g.size, columns, lanes))
-        with body.loop(task.rows) as (row, y), row.loop(spec.ic // lanes) as (part, c):
-            channel = part.let(c * lanes)
-            block, within = (0, channel) if read.layout == "nhwc" else (channel // read.block, channel % read.block)
-            with part.loop(columns) as (one, x):
-                place = one.let(x * read.block + within)
-                places = [[0, y * g.outputs + k, block, place] for k in range(g.size)]
-                column = [one.let(load(panel, "f32", at, lanes, lanes)) for at in places]
-                for i, row_of in enumerate(inputs):
-                    total = weighted_sum(zip(row_of, column, strict=True))
-                    one.add(self.stored(half, [i, x, 0], total))
-            with part.loop(g.tile_columns) as (one, tx), one.loop(g.size) as (inner, i):
-                places = [[i, tx * g.outputs + k, 0] for k in range(g.size)]
-                line = [inner.let(load(half, "f32", at, lanes, lanes)) for at in places]
-                for j, row_of in enumerate(inputs):
-                    total = weighted_sum(zip(row_of, line, strict=True))
-                    place = [i * g.size + j, y * g.tile_columns + tx, channel]
-                    inner.add(self.stored(values, place, self.operation.number(total, "f32", None, lanes)))
-        return values
+    def panel(self, body: Block, task: Task, corner: Sequence[Expr]) -> tirx.Buffer:
+        spec, read = self.spec, src_images(self.spec)
+        return read.copied(body, self.src, spec.src_dtype, task.image, corner, self.g.extent, LANES)
 
-    def outputs(self, body: Block, sums: tirx.Buffer, tile: Expr, lane: Expr) -> dict[tuple[int, int], Expr]:
-        """The outputs of a tile."""
-        size, back, columns = self.g.size, matrices()[0], []
-        for j in range(size):
-            places = [[i * size + j, tile, lane] for i in range(size)]
-            read = [body.let(load(sums, "f32", place, self.lanes, self.lanes)) for place in places]
-            columns.append([body.let(weighted_sum(zip(row_of, read, strict=True))) for row_of in back])
-        return {
-            (p, q): body.let(weighted_sum(zip(row_of, [column[p] for column in columns], strict=True)))
-            for p in range(self.g.outputs)
-            for q, row_of in enumerate(back)
-        }
+    def transform(self, block: Block, values: Sequence[Expr]) -> list[Expr]:
+        return [weighted_sum(zip(row, values, strict=True)) for row in matrices()[2]]
+
+    def operand(self, value: Expr) -> Expr:
+        return self.operation.number(value, "f32", None, LANES)
+
+    def transform_back(self, block: Block, values: Sequence[Expr]) -> list[Expr]:
+        return [weighted_sum(zip(row, values, strict=True)) for row in matrices()[0]]
+
+    def output(self, block: Block, value: Expr) -> Expr:
+        return value
