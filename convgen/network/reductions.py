@@ -17,6 +17,9 @@ from .lazy import BLOCK, LOWEST, Kind, Lazy, Operation, Stage, const
 
 #: Ways to reduce by which parts of a result may be reduced again.
 _EXTREMES = ("max", "min")
+#: Elements that are added one after another at most: longer sums are sums of such sums, whose roundings grow with the
+#: length of a run, not with that of the whole (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2).
+_RUN = 1024
 
 
 @cache
@@ -83,6 +86,11 @@ def _share(op: Operation, pixel: Index, bounds: Sequence[tuple[int, ...]]) -> Ex
 def _reduced(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
     """A sum, product, mean, maximum or minimum over axes; axes that are reduced have one element, or are gone."""
     (operand,), axes = op.operands, op["axes"]
+    if op["mode"] in ("sum", "mean", "square") and math.prod(operand.shape[axis] for axis in axes) > _RUN:
+        total = _over_blocks(operand, axes, op["mode"], stage, op.layout)
+        kept = iter(range(len(op.shape)))
+        places = [None if axis in axes and not op["keepdims"] else next(kept) for axis in range(len(operand.shape))]
+        return lambda index: total.broadcast([0 if place is None else index[place] for place in places])
     taps = {axis: te.reduce_axis((0, operand.shape[axis]), f"r{axis}") for axis in axes}
     kept = [axis for axis in range(len(operand.shape)) if axis not in taps]
 
@@ -98,11 +106,30 @@ def _reduced(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
     return at
 
 
-def _over(operand: Lazy, axes: Sequence[int], mode: str, stage: Stage) -> Lazy:
-    """A reduction that is computed beforehand; its axes have one element then."""
+def _over_blocks(operand: Lazy, axes: Sequence[int], mode: str, stage: Stage, layout: str) -> Lazy:
+    """:func:`_over`, of channels that are neighbours in memory those of a block alike."""
+    if layout == ROW_MAJOR or 1 in axes or operand.shape[1] % BLOCK:
+        return _over(operand, axes, mode, stage)
+    n, channels, *pixels = operand.shape
+
+    def at(index: Index) -> Expr:
+        return operand.at([index[0], index[1] * BLOCK + index[-1], *index[2:-1]])
+
+    total = _over(Lazy((n, channels // BLOCK, *pixels, BLOCK), at), axes, mode, stage, lanes=True)
+    shape = tuple(1 if axis in axes else size for axis, size in enumerate(operand.shape))
+    return Lazy(shape, lambda index: total.at([index[0], index[1] // BLOCK, *index[2:], index[1] % BLOCK]))
+
+
+def _over(operand: Lazy, axes: Sequence[int], mode: str, stage: Stage, lanes: bool = False) -> Lazy:
+    """A reduction that is computed beforehand; its axes have one element then.
+
+    Args:
+        lanes: elements of the last axis, which is not reduced, are computed alike.
+    """
     shape = tuple(1 if axis in axes else size for axis, size in enumerate(operand.shape))
     *rows, last = operand.shape
-    if tuple(axes) == (len(rows),) and last % BLOCK == 0 and last > BLOCK:
+    sums = mode not in _EXTREMES
+    if tuple(axes) == (len(rows),) and last % BLOCK == 0 and BLOCK < last <= (_RUN if sums else last) * BLOCK:
         parts = (last // BLOCK, BLOCK)
         parted = Lazy((*rows, *parts), lambda index: operand.at([*index[:-2], index[-2] * BLOCK + index[-1]]))
         inner = Operation({"axes": (len(rows),), "keepdims": False, "mode": mode}, [parted], (*rows, BLOCK))
@@ -112,12 +139,43 @@ def _over(operand: Lazy, axes: Sequence[int], mode: str, stage: Stage) -> Lazy:
         inner = Operation({"axes": (len(rows),), "keepdims": True, "mode": again}, [sides], shape)
         final = _reduced(inner, stage)
         return stage(shape, lambda *index: final(index))
-    if len(axes) > 1 and mode not in _EXTREMES:  # sums of sums: roundings of alike terms add up over each alone
-        inside = _over(operand, axes[-1:], mode, stage)
-        return _over(inside, axes[:-1], "mean" if mode == "mean" else "sum", stage)
+    if len(axes) > 1 and sums:  # sums of sums: roundings of alike terms add up over each alone
+        inside = _over(operand, axes[-1:], mode, stage, lanes)
+        return _over(inside, axes[:-1], "mean" if mode == "mean" else "sum", stage, lanes)
+    if sums and operand.shape[axes[0]] > _RUN:
+        share = const(1 / operand.shape[axes[0]])
+        total = _over(_runs(operand, axes[0], mode, stage, lanes), axes, "sum", stage, lanes)
+        return Lazy(shape, lambda index: total.at(index) * share) if mode == "mean" else total
     inner = Operation({"axes": tuple(axes), "keepdims": True, "mode": mode}, [operand], shape)
     at = _reduced(inner, stage)
-    return stage(shape, lambda *index: at(index))
+    return stage(shape, lambda *index: at(index), lanes)
+
+
+def _runs(operand: Lazy, axis: int, mode: str, stage: Stage, lanes: bool) -> Lazy:
+    """An axis as the sums of runs of its elements; where it is the innermost, of vectors of them."""
+    size = operand.shape[axis]
+    side = BLOCK if axis == len(operand.shape) - 1 and size % BLOCK == 0 else 1
+    length = size // side
+    parts = -(-length // _RUN)
+    each = -(-length // parts)
+    step = te.reduce_axis((0, each), "step")
+
+    def run(*index: Expr) -> Expr:
+        place = index[axis] * each + step
+        lane = index[-1] if side > 1 else 0
+        value = operand.at([*index[:axis], place * side + lane, *index[axis + 1 : len(operand.shape)]])
+        value = value * value if mode == "square" else value
+        return te.sum(tirx.if_then_else(place < length, value, const(0)) if parts * each > length else value, step)
+
+    shape = (*operand.shape[:axis], parts, *operand.shape[axis + 1 :])
+    sums = stage((*shape, side) if side > 1 else shape, run, lanes or side > 1)
+
+    def at(index: Index) -> Expr:
+        if side == 1:
+            return sums.at(index)
+        return sums.at([*index[:axis], index[axis] // side, index[axis] % side])
+
+    return Lazy((*operand.shape[:axis], parts * side, *operand.shape[axis + 1 :]), at)
 
 
 def _softmax(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
