@@ -88,9 +88,13 @@ def _reduced(op: Operation, stage: Stage) -> Callable[[Index], Expr]:
     (operand,), axes = op.operands, op["axes"]
     if op["mode"] in ("sum", "mean", "square") and math.prod(operand.shape[axis] for axis in axes) > _RUN:
         total = _over_blocks(operand, axes, op["mode"], stage, op.layout)
-        kept = iter(range(len(op.shape)))
-        places = [None if axis in axes and not op["keepdims"] else next(kept) for axis in range(len(operand.shape))]
-        return lambda index: total.broadcast([0 if place is None else index[place] for place in places])
+
+        def of_total(index: Index) -> Expr:
+            own = iter(index)
+            gone = () if op["keepdims"] else axes
+            return total.broadcast([0 if axis in gone else next(own) for axis in range(len(total.shape))])
+
+        return of_total
     taps = {axis: te.reduce_axis((0, operand.shape[axis]), f"r{axis}") for axis in axes}
     kept = [axis for axis in range(len(operand.shape)) if axis not in taps]
 
