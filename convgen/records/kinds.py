@@ -30,8 +30,10 @@ _LINE_BYTES = 1 << 24
 
 
 def kind_of(path: Path) -> Kind | None:
-    """What a file is; None where that does not show, or it cannot be read."""
+    """What a file is; None where that does not show, it cannot be read, or only once, as a pipe."""
     try:
+        if not path.is_file():
+            return None
         with path.open("rb") as file:
             line = file.readline(_LINE_BYTES)
         for beginning, kind in _BEGINNINGS.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import zipfile
 from pathlib import Path
 
@@ -64,6 +66,17 @@ def test_the_help_of_each_names_the_others(run: Run) -> None:
         said = " ".join(run(*words, "--help")[1].split())
         for others, _ in (TAKES["store"], TAKES["lines"], TAKES["results"]):
             assert others == words or f"convgen {' '.join(others)}" in said
+
+
+def test_what_can_be_read_once_is_not_looked_at(tmp_path: Path, run: Run) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    write_lines(tmp_path / "copy", stores.some(2))
+    data = (tmp_path / "copy").read_bytes()
+    sender = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,), daemon=True)
+    sender.start()
+    stores.fill(tmp_path / "store", [])
+    status, out, _ = run("records", "import", tmp_path / "pipe", "--records", tmp_path / "store")
+    assert (status, out[:7]) == (0, "2 added")
 
 
 def test_what_is_none_of_these(tmp_path: Path, files: dict[str, Path]) -> None:
