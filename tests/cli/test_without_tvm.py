@@ -126,7 +126,7 @@ QUICK = (
     ["records", "show", "{id}", "--records", "{store}"],
 )
 #: Modules that a command loads, at most, Python's own included: about a millisecond each.
-MODULES = 365
+MODULES = 380
 
 
 @pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
