@@ -371,14 +371,30 @@ def _bounded(source: DeviceSource, target: Target) -> str:
     """
     text = source.text
     for launch in source.launches:
-        threads = math.prod(launch.block)
         if launch.shared and "_tile<" in _body(text, launch.function):
-            blocks = min(
-                target.shared_per_core // (launch.shared + model.RESERVED), model.REGISTERS // (threads * _REGISTERS)
-            )
-            bounds = f"__launch_bounds__({threads}) {launch.function}("
-            text = text.replace(bounds, f"__launch_bounds__({threads}, {max(1, blocks)}) {launch.function}(")
+            text = _told(text, launch, target)
     return text
+
+
+def _told(text: str, launch: Launch, target: Target) -> str:
+    """The text, in which a launch's function says how many blocks a core is to hold, if it does not yet."""
+    threads = math.prod(launch.block)
+    blocks = min(target.shared_per_core // (launch.shared + model.RESERVED), model.REGISTERS // (threads * _REGISTERS))
+    bounds = f"__launch_bounds__({threads}) {launch.function}("
+    return text.replace(bounds, f"__launch_bounds__({threads}, {max(1, blocks)}) {launch.function}(")
+
+
+def _roomier(text: str, launch: Launch, target: Target) -> str:
+    """The text, in which a core is to hold fewer blocks of a launch's function: a block less than it says, or as few as
+    :func:`_told` says. A persistent one divides a core's registers itself, and stays as it is.
+    """
+    body = _body(text, launch.function)
+    said = re.search(rf"__launch_bounds__\((\d+), (\d+)\) {launch.function}\(", text)
+    if "cg_persistent<" in body or (said and said[2] == "1"):
+        return text
+    if said is None:
+        return _told(text, launch, target)
+    return text.replace(said[0], f"__launch_bounds__({said[1]}, {int(said[2]) - 1}) {launch.function}(")
 
 
 def _body(text: str, name: str) -> str:
@@ -429,14 +445,20 @@ def compile_images(source: DeviceSource, target: Target) -> tuple[tuple[tuple[st
         UnsupportedError: the compiler is not installed, or does not know the architecture.
         BuildError: it refused the source.
     """
-    cubin, ptx, log = compiled(source.text, target.arch)
+    text = source.text
+    cubin, ptx, log = compiled(text, target.arch)
+    for launch in source.launches:  # saving registers for more blocks is not worth a spill
+        if _resources(log, launch).spilled:
+            text = _roomier(text, launch, target)
+    if text != source.text:
+        cubin, ptx, log = compiled(text, target.arch)
     images = [(target.arch, cubin)]
     later = target.arch.replace("sm_", "compute_")
     if not later.endswith("a"):
         images.append((later, ptx))
-    elif "cg_wgmma" not in source.text:  # nothing of what only this architecture has
+    elif "cg_wgmma" not in text:  # nothing of what only this architecture has
         later = later.removesuffix("a")
-        images.append((later, compiled(source.text, later)[1]))
+        images.append((later, compiled(text, later)[1]))
     return tuple(images), tuple(_resources(log, launch) for launch in source.launches)
 
 

@@ -204,6 +204,44 @@ def test_real_layers_compile_without_spills(descriptor: str, schedule: Schedule)
             assert found.threads * found.registers <= 1 << 16
 
 
+@pytest.mark.parametrize(
+    ("descriptor", "arch", "schedule", "picks"),
+    [
+        (
+            "conv2d n1 ic3 oc32 i224x224 k3x3 s2 p1 clip(0,6) f16 nhwc",
+            "sm_80",
+            "cuda_direct",
+            {"thread_m": 4, "thread_n": 8, "tile_k": 16, "tile_m": 128, "tile_n": 32},
+        ),
+        (
+            "conv3d n1 ic64 oc128 i16x56x56 k3x3x3 s1 p1 relu i8 nhwc",
+            "sm_90a",
+            "cuda_gemm",
+            {
+                "tile_m": 128,
+                "tile_n": 128,
+                "tile_k": 32,
+                "warps_m": 2,
+                "warps_n": 2,
+                "stages": 4,
+                "split_k": 1,
+                "merge_g": 1,
+            },
+        ),
+    ],
+    ids=["as few as the compiler likes", "fewer than a third of what there is"],
+)
+def test_no_register_is_saved_at_the_price_of_a_spill(
+    descriptor: str, arch: str, schedule: str, picks: dict[str, int]
+) -> None:
+    """The compiler would spill some registers so that another block fits."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    spec, target = ConvSpec.parse(descriptor), resolve(f"cuda:{arch}")
+    source = generate(lower(spec, target, Candidate(schedules_of("cuda")[schedule], Picks(**picks))))
+    _, (used,) = compile_images(source, target)
+    assert used.spilled == 0
+
+
 def test_what_launches_hand_to_each_other_is_workspace() -> None:
     spec = ConvSpec.parse("conv2d n1 ic16 oc32 i8x8 k3x3 s1 p1")
     schedule = schedules_of("cuda")["cuda_winograd"]

@@ -26,10 +26,12 @@ import pytest
 from archives import untar
 from bundles import BARE, kernel, lines, plant, run, write
 from mounts import mounted
+from paths import ROOT
 
 from convgen.api import tune
 from convgen.cli import main
 from convgen.errors import BuildError, ExportError, MeasureError, RecordError, UnsupportedError
+from convgen.formats.sources import read_specs
 from convgen.hardware.machine import machine, parse_cpuinfo
 from convgen.hardware.target import resolve
 from convgen.lowering.candidates import default_candidate
@@ -109,6 +111,18 @@ def test_a_bundle_of_large_layers_is_small(tmp_path: Path) -> None:
     assert packed.trials == 32
     assert packed.bytes < 2 * 5e6 / 24
     assert packed.bytes < sum(sum(spec.bytes.values()) for spec in specs) / 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_bundle_of_a_whole_model_is_small(tmp_path: Path) -> None:
+    """ResNet-50's 24 layers of 16 images, three candidates each, take less than their share of 5 MB for 16."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs pip install 'convgen[cuda]'")
+    entries = read_specs(ROOT / "bench" / "problems" / "resnet50.json")
+    specs = [entry.spec.with_(n=16, dtype="f16", layout="nhwc") for entry in entries]
+    packed = pack(specs, [resolve("cuda:sm_90a")], [1], tmp_path / "model.tar.xz", candidates=3)
+    assert (packed.layers, packed.trials) == (24, 72)
+    assert packed.bytes < 5e6 * 3 / 16
 
 
 @pytest.mark.parametrize("kind", ["a link", "outside", "absolute"])
