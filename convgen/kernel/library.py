@@ -239,6 +239,8 @@ class BaseLibrary(Loaded, ABC):
         bias: object = None,
         slope: object = None,
         packed: Bytes | None = None,
+        *,
+        checksum: bool = True,
         **others: Any,
     ) -> Bytes:
         """The parameters as the kernel reads them; into ``packed`` where given.
@@ -252,6 +254,9 @@ class BaseLibrary(Loaded, ABC):
             others: of a layer of integers ``scale`` ``[oc]``, and what it has of ``src_zero`` ``[1]``,
                 ``weights_zero`` ``[oc]``, ``dst_zero`` ``[1]`` and ``sum`` ``[4]``; a number stands for equal elements.
             packed: ``sizes().packed`` bytes at a multiple of 64.
+            checksum: whether :meth:`verify_packed` can tell later that nothing has changed; it takes up to as long as
+                packing. Without one it says no, and a run does as ever: for weights that change at every call, as in
+                training.
 
         Raises:
             KernelError: an argument is not what the layer needs.
@@ -269,8 +274,18 @@ class BaseLibrary(Loaded, ABC):
         size = self.sizes().packed
         packed = aligned(size) if packed is None else _check_bytes("packed", packed, size, written=True)
         args.packed, args.packed_size, args.pool = packed.ctypes.data, size, self._pool(self.threads)
-        self._require(self._pack(ctypes.byref(args)))
+        self._require(self._packer(checksum)(ctypes.byref(args)))
         return packed
+
+    def _packer(self, checksum: bool) -> Any:
+        """The library's function that packs, with or without a checksum."""
+        if checksum:
+            return self._pack
+        try:
+            return self._function("repack", c_void_p)
+        except AttributeError as error:
+            expected = f"a library with the function {self.name}_repack"
+            raise KernelError(f"checksum: expected {expected}, found one that an earlier convgen made") from error
 
     def _filled(self, name: str, value: object) -> object:
         """A parameter's values; a number stands for a vector of it, as one element of a slope does."""

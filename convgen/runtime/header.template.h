@@ -26,6 +26,10 @@ int ${name}_sizes(int threads, convgen_sizes *sizes);
 /* Rearranges the weights for ${name}_run(), once. The packed buffer stays the caller's. */
 int ${name}_pack(const convgen_pack_args *args);
 
+/* The same without the checksum that ${name}_verify_packed() compares, which therefore refuses the buffer: for weights
+ * that change from call to call, as in training, and are stored nowhere. */
+int ${name}_repack(const convgen_pack_args *args);
+
 /* Computes dst. Buffers must not overlap dst or workspace. Any number of threads may call at once,
  * each with its own dst and workspace. Results do not depend on the number of threads. A call takes at
  * most $stack KiB of a thread's stack, of its own threads' and of a pool's; ${name}_pack(), too. */

@@ -31,6 +31,10 @@ int ${name}_sizes(convgen_sizes *sizes);
  * driver nor a device is needed. The caller copies the packed buffer, whole, to device memory. */
 int ${name}_pack(const convgen_pack_args *args);
 
+/* The same without the checksum that ${name}_verify_packed() compares, which therefore refuses the buffer: for weights
+ * that change from call to call, as in training, and are stored nowhere. */
+int ${name}_repack(const convgen_pack_args *args);
+
 /* Whether a packed buffer in the CPU's memory is this library's and unchanged to the last bit: for one
  * that was stored. ${name}_run() does not look into what device memory holds. */
 int ${name}_verify_packed(const void *packed, size_t size);

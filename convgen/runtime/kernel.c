@@ -248,6 +248,9 @@ static void add_blocks(void *context, int task, int tasks)
     atomic_fetch_add(&c->sum, sum); /* in any order */
 }
 
+/* What a header has where nothing was summed up: no checksum is that. */
+enum { NO_CHECKSUM = 0 };
+
 static uint64_t checksum_by(convgen_pool *pool, const void *payload, size_t size)
 {
     checksum c = {.payload = payload, .words = size / sizeof(uint64_t), .sum = size};
@@ -255,7 +258,8 @@ static uint64_t checksum_by(convgen_pool *pool, const void *payload, size_t size
         pool->launch(pool, add_blocks, &c);
     else
         add_blocks(&c, 0, 1);
-    return atomic_load(&c.sum);
+    const uint64_t sum = atomic_load(&c.sum);
+    return sum == NO_CHECKSUM ? 1 : sum;
 }
 
 uint64_t convgen_checksum(const void *payload, size_t size) { return checksum_by(NULL, payload, size); }
@@ -312,7 +316,7 @@ int convgen_kernel_sizes(const convgen_kernel *kernel, int threads, convgen_size
     return CONVGEN_OK;
 }
 
-int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *args)
+static int pack(const convgen_kernel *kernel, const convgen_pack_args *args, int is_stored)
 {
     if (args == NULL)
         return CONVGEN_NULL_POINTER;
@@ -358,7 +362,7 @@ int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *a
     const convgen_call c = {.pool = pool};
     const int status = convgen_enter(&c, NULL, kernel->pack, list.args, list.count);
     const size_t payload = kernel->packed_size - sizeof *header;
-    const uint64_t sum = status == CONVGEN_OK ? checksum_by(pool, header + 1, payload) : 0;
+    const uint64_t sum = status == CONVGEN_OK && is_stored ? checksum_by(pool, header + 1, payload) : NO_CHECKSUM;
     if (pool != NULL)
         pool->release(pool);
     if (status != CONVGEN_OK)
@@ -374,6 +378,10 @@ int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *a
     };
     return CONVGEN_OK;
 }
+
+int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *args) { return pack(kernel, args, 1); }
+
+int convgen_kernel_repack(const convgen_kernel *kernel, const convgen_pack_args *args) { return pack(kernel, args, 0); }
 
 int convgen_kernel_verify(const convgen_kernel *kernel, const void *packed, size_t size)
 {

@@ -84,6 +84,10 @@ const char *convgen_cuda_driver_error(void);
     {                                                                                                        \
         return convgen_kernel_pack(&kernel.host, args);                                                      \
     }                                                                                                        \
+    CONVGEN_EXPORT int name##_repack(const convgen_pack_args *args)                                          \
+    {                                                                                                        \
+        return convgen_kernel_repack(&kernel.host, args);                                                    \
+    }                                                                                                        \
     CONVGEN_EXPORT int name##_verify_packed(const void *packed, size_t size)                                 \
     {                                                                                                        \
         return convgen_kernel_verify(&kernel.host, packed, size);                                            \

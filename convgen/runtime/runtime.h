@@ -131,6 +131,8 @@ uint64_t convgen_checksum(const void *payload, size_t size); /* size is a multip
 
 int convgen_kernel_sizes(const convgen_kernel *kernel, int threads, convgen_sizes *sizes);
 int convgen_kernel_pack(const convgen_kernel *kernel, const convgen_pack_args *args);
+/* The same without the checksum: a run takes it, verify refuses it. */
+int convgen_kernel_repack(const convgen_kernel *kernel, const convgen_pack_args *args);
 int convgen_kernel_run(const convgen_kernel *kernel, const convgen_run_args *args);
 int convgen_kernel_verify(const convgen_kernel *kernel, const void *packed, size_t size);
 int convgen_create_pool(int threads, convgen_pool **pool);
@@ -147,6 +149,10 @@ const char *convgen_status_text(int status);
         return convgen_kernel_sizes(&kernel, threads, sizes);                                               \
     }                                                                                                       \
     CONVGEN_EXPORT int name##_pack(const convgen_pack_args *args) { return convgen_kernel_pack(&kernel, args); } \
+    CONVGEN_EXPORT int name##_repack(const convgen_pack_args *args)                                         \
+    {                                                                                                       \
+        return convgen_kernel_repack(&kernel, args);                                                        \
+    }                                                                                                       \
     CONVGEN_EXPORT int name##_run(const convgen_run_args *args) { return convgen_kernel_run(&kernel, args); } \
     CONVGEN_EXPORT int name##_verify_packed(const void *packed, size_t size)                                \
     {                                                                                                       \

@@ -223,6 +223,29 @@ def test_verify_packed(library: Library, layer: Layer) -> None:
     assert library.verify_packed(packed)
 
 
+def test_weights_packed_without_a_checksum_run_and_are_not_verified(
+    library: Library, layer: Layer, inputs: dict[str, np.ndarray]
+) -> None:
+    """All but the checksum is the same; what is damaged in the header is refused as ever."""
+    packed = library.pack(inputs["weights"], inputs["bias"], checksum=False)
+    np.testing.assert_array_equal(np.delete(packed, range(40, 48)), np.delete(layer.packed, range(40, 48)))
+    assert not packed[40:48].any()
+    assert layer.packed[40:48].any()
+    assert not library.verify_packed(packed)
+    np.testing.assert_array_equal(Layer(library, packed)(inputs["src"]), layer(inputs["src"]))
+    packed[20] ^= 1
+    with pytest.raises(KernelError, match="packed was not written by this library's pack"):
+        Layer(library, packed)(inputs["src"])
+
+
+def test_a_library_that_cannot_pack_without_a_checksum_is_said(
+    library: Library, inputs: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "name", f"{library.name}_of_old")
+    with pytest.raises(KernelError, match=r"^checksum: expected a library with the function \w+_of_old_repack"):
+        library.pack(inputs["weights"], inputs["bias"], checksum=False)
+
+
 def test_equal_weights_pack_to_equal_bytes(library: Library, inputs: dict[str, np.ndarray]) -> None:
     first, second = aligned(library.sizes().packed), aligned(library.sizes().packed)
     first[:], second[:] = 0xAA, 0x55

@@ -179,10 +179,10 @@ static void attack_pack(void)
         expected |= BIT(CONVGEN_BAD_ARGUMENT);
     }
     remember(b, 3);
-    const int status = planted_pack(&args);
+    const int is_stored = below(2) == 0, status = is_stored ? planted_pack(&args) : planted_repack(&args);
     judge("pack", status, expected, b, 3);
     if (expected == 0)
-        CHECK(planted_verify_packed(b[2].start, b[2].size) == CONVGEN_OK, "what was packed");
+        CHECK((planted_verify_packed(b[2].start, b[2].size) == CONVGEN_OK) == is_stored, "what was packed");
     discard(b, 3);
 }
 
@@ -266,7 +266,8 @@ static void attack_the_rest(void)
         CHECK(planted_pool_create(threads, NULL) == CONVGEN_NULL_POINTER, "no pool");
     }
     CHECK(strlen(planted_error(threads)) > 5, "status %d has no text", threads);
-    CHECK(planted_run(NULL) == CONVGEN_NULL_POINTER && planted_pack(NULL) == CONVGEN_NULL_POINTER, "no arguments");
+    CHECK(planted_run(NULL) == CONVGEN_NULL_POINTER, "no arguments");
+    CHECK(planted_pack(NULL) == CONVGEN_NULL_POINTER && planted_repack(NULL) == CONVGEN_NULL_POINTER, "no arguments");
     CHECK(planted_verify_packed(NULL, sizes.packed) == CONVGEN_NULL_POINTER, "no packed weights");
     CHECK(planted_check_cpu() == CONVGEN_OK, "this CPU");
 }

@@ -201,6 +201,14 @@ static void check_packing(void)
     packed[127] ^= 1;
     CHECK(convgen_kernel_verify(&kernel, packed, sizeof packed) == CONVGEN_WRONG_PACKED);
     packed[127] ^= 1;
+    char stored[sizeof packed];
+    memcpy(stored, packed, sizeof packed);
+    CHECK(convgen_kernel_repack(&kernel, &args) == CONVGEN_OK);
+    CHECK(memcmp(stored, packed, 40) == 0 && memcmp(stored + 48, packed + 48, sizeof packed - 48) == 0);
+    CHECK(run(NULL) == CONVGEN_OK);
+    CHECK(convgen_kernel_verify(&kernel, packed, sizeof packed) == CONVGEN_WRONG_PACKED);
+    CHECK(convgen_kernel_pack(&kernel, &args) == CONVGEN_OK);
+    CHECK(convgen_kernel_verify(&kernel, packed, sizeof packed) == CONVGEN_OK);
 }
 
 static void check_failures(convgen_pool *pool)
