@@ -51,7 +51,7 @@ PLANES, MOST_TILES = (1, 2, 4), 14
 
 
 class CpuWinograd(Counted):
-    id, version = "cpu_winograd", 8
+    id, version = "cpu_winograd", 9
     merged = ("cpu_winograd_grouped",)
     transforms = True
 

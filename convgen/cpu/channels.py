@@ -24,7 +24,7 @@ from .product import BEGIN_RUN, BEGIN_TASK, FAR_ROW, Even, finishing, most_pixel
 from .tasks import Buffers
 from .vector import Block, load, store, written
 from .walk import Kernel
-from .weights import Channel, WeightRows, packed_by_panels
+from .weights import Channels, WeightRows, packed_by_panels
 
 
 class ChannelsInLanes(Counted):
@@ -216,18 +216,19 @@ def _packed_weights(ops: Operands, g: Geometry, picks: Picks, lanes: int) -> te.
 
 
 def _store_panel(
-    g: Geometry, rows: WeightRows, body: Block, packed: Any, to: tuple[Expr, Expr], panel: Any, channel: Channel
+    g: Geometry, rows: WeightRows, body: Block, packed: Any, to: tuple[Expr, Expr], panel: Any, channels: Channels
 ) -> None:
-    """Store what is packed of an input channel: its taps, each in a run of its own or one after another in one."""
-    block, inner = unflat(channel.index, (g.runs[3], g.inner))
+    """Store what is packed of input channels: their taps, each in a run of its own or one after another in one."""
     axes = (g.z, g.y, g.x)
     with (
-        body.loop(g.z.kernel) as (planes, z),
+        body.loop(channels.count) as (each, c),
+        each.loop(g.z.kernel) as (planes, z),
         planes.loop(g.y.kernel) as (lines, y),
         lines.loop(g.x.kernel) as (one, x),
     ):
         taps = [axis.tap(p) for axis, p in zip(axes, (z, y, x), strict=True)] if g.spec.transposed else (z, y, x)
-        row = rows.row(channel.in_panel, flat(taps, [axis.kernel for axis in axes]))
+        row = rows.row(c, flat(taps, [axis.kernel for axis in axes]))
+        block, inner = unflat(channels.first + c, (g.runs[3], g.inner))
         run = flat((z, y, x if g.apart else 0, block), g.runs)
         place = [to[0], run, inner if g.apart else x * g.inner + inner, to[1]]
         one.add(

@@ -72,7 +72,6 @@ class Core:
         beside: cycles that a load takes from FMAs.
         spills: bytes per cycle that are written to the L2 cache.
         exposed: of what is fetched ahead, the part that products do not hide.
-        checked: bytes of packed weights per cycle whose checksum is made: a product of integers for each 8 of them.
         l2_size, l3_size: bytes that the caches hold.
         kept: the part of the L2 cache that stays what it is while other data pass.
         tile_product, tile_load, tile_store: cycles of a matrix tile each; without such, infinite.
@@ -97,7 +96,6 @@ class Core:
     exposed: float = 0.15
     quads: float = 1
     pairs: float = 1
-    checked: float = 5
     l2_size: float = 0
     l3_size: float = 0
     kept: float = 0.75

@@ -61,19 +61,19 @@ class WeightRows:
         return self._output > 1
 
     @property
-    def panel_shape(self) -> tuple[int, int]:
-        """Of :data:`PART` channels: ``[input channel and tap][lanes]``."""
-        return round_up(PART * self.pitch, self.lanes), self.lanes
+    def panel_rows(self) -> int:
+        """Of :data:`PART` channels: ``[input channel and tap]``."""
+        return round_up(PART * self.pitch, self.lanes)
 
     def row(self, channel: Expr, tap: Expr) -> Expr:
         """Which row of a panel is a tap of a channel."""
         return channel * self.pitch + (self.taps - 1 - tap if self._is_mirrored else tap)
 
     def panel(
-        self, body: Block, source: Any, panel: Any, group: Expr, output: Expr, channel: Expr, count: Expr
+        self, body: Block, source: Any, to: tuple[Any, Expr], group: Expr, output: Expr, channel: Expr, count: Expr
     ) -> None:
-        """Fill a panel with ``count`` input channels of a vector of output channels, from a channel on of each; zeros
-        past a group's last output channel.
+        """Fill a panel, from a lane on, with ``count`` input channels of a vector of output channels, from a channel on
+        of each; zeros past a group's last output channel.
         """
         start = body.let(group * self._group + channel * self._channel)
         if self._is_row:
@@ -82,11 +82,13 @@ class WeightRows:
             rows, length = count, self.taps
         squares = ceildiv(length, self.lanes) if isinstance(length, int) else (length + (self.lanes - 1)) // self.lanes
         with body.loop(rows) as (row, c), row.loop(squares) as (square, s):
-            self._square(square, source, panel, start + c * self._channel, output, (c * self.pitch, s * self.lanes))
+            self._square(square, source, to, start + c * self._channel, output, (c * self.pitch, s * self.lanes))
 
-    def _square(self, body: Block, source: Any, panel: Any, start: Expr, output: Expr, at: tuple[Expr, Expr]) -> None:
+    def _square(
+        self, body: Block, source: Any, to: tuple[Any, Expr], start: Expr, output: Expr, at: tuple[Expr, Expr]
+    ) -> None:
         """Transpose as many numbers as lanes of as many output channels."""
-        lanes, dtype = self.lanes, self._dtype
+        lanes, dtype, (panel, lane) = self.lanes, self._dtype, to
         exists = [tirx.min(output + i, self.outputs - 1) if self._is_ragged else output + i for i in range(lanes)]
         places = [body.let(start + at[1] + o * self._output) for o in exists]
         inside = places[-1] <= self._size - lanes
@@ -94,7 +96,7 @@ class WeightRows:
             with body.when(condition) as case:
                 read = [self._read(case, source, dtype, place, whole) for place in places]
                 for i, value in enumerate(interleave(case, read, lanes)):
-                    case.add(store(panel, "f32", [at[0] + at[1] + i, 0], self._kept(value, output), lanes, lanes))
+                    case.add(store(panel, "f32", [at[0] + at[1] + i, lane], self._kept(value, output), lanes, lanes))
 
     def _read(self, body: Block, source: Any, dtype: str, place: Expr, whole: bool) -> Expr:
         index, lanes = [*[0] * (self._rank - 1), place], self.lanes
@@ -111,20 +113,25 @@ class WeightRows:
         return tirx.Select(exists, value, zeros(self.lanes))
 
 
-class Channel(NamedTuple):
-    """An input channel: its index in its group, and its place in a panel."""
+class Channels(NamedTuple):
+    """Input channels in a panel: the index of the first in its group, and how many there are."""
 
-    index: Expr
-    in_panel: Expr
-
-
-#: Stores what is packed of an input channel for a vector of output channels. It gets a packed tensor, the index of a
-#: block in it and of a lane there, a panel, and the channel.
-Stores = Callable[[Block, Any, tuple[Expr, Expr], Any, Channel], None]
+    first: Expr
+    count: Expr
 
 
-def packed_by_panels(ops: Operands, rows: WeightRows, shape: tuple[int, ...], stores: Stores) -> te.Tensor:
-    """Packed weights ``[oc/t]…[t]`` of a shape, blocks of each group's output channels, part by part of the input's."""
+#: Stores what is packed of input channels for output channels. It gets a packed tensor, the index of a block in it and
+#: of a lane there, a panel of those that are stored from that lane on, and the input channels.
+Stores = Callable[[Block, Any, tuple[Expr, Expr], Any, Channels], None]
+
+
+def packed_by_panels(
+    ops: Operands, rows: WeightRows, shape: tuple[int, ...], stores: Stores, *, together: bool = False
+) -> te.Tensor:
+    """Packed weights ``[oc/t]…[t]`` of a shape, blocks of each group's output channels, part by part of the input's.
+
+    ``together``: ``stores`` gets all vectors of a block side by side, not one after another.
+    """
     blocks, lanes, parts = shape[0] // ops.spec.groups, rows.lanes, ceildiv(rows.own, PART)
 
     def statement(ins: Any, outs: Any) -> Any:
@@ -133,12 +140,14 @@ def packed_by_panels(ops: Operands, rows: WeightRows, shape: tuple[int, ...], st
             b, channel = body.let(tirx.floordiv(index, parts)), body.let(tirx.floormod(index, parts) * PART)
             count = PART if rows.own % PART == 0 else body.let(tirx.min(PART, rows.own - channel))
             group, first = (body.let(part) for part in unflat(b, (ops.spec.groups, blocks)))
-            panel = body.buffer(rows.panel_shape)
+            panel, channels = body.buffer((rows.panel_rows, shape[-1] if together else lanes)), Channels(channel, count)
             with body.loop(shape[-1] // lanes) as (vector, v):
                 output = vector.let(first * shape[-1] + v * lanes)
-                rows.panel(vector, ins[0], panel, group, output, channel, count)
-                with vector.loop(count) as (one, c):
-                    stores(one, outs[0], (b, v * lanes), panel, Channel(channel + c, c))
+                rows.panel(vector, ins[0], (panel, v * lanes if together else 0), group, output, channel, count)
+                if not together:
+                    stores(vector, outs[0], (b, v * lanes), panel, channels)
+            if together:
+                stores(body, outs[0], (b, 0), panel, channels)
         return whole.statement()
 
     return te.extern(shape, [ops.weights.tensor], statement, name="weights_packed", dtype=ACCUMULATOR)

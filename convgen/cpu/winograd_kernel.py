@@ -18,7 +18,7 @@ from .model import Core
 from .product import blocks_ahead, fetching, multiply, register_tiles
 from .tasks import Buffers
 from .vector import Block, load, store
-from .weights import Channel, WeightRows, packed_by_panels
+from .weights import Channels, WeightRows, packed_by_panels
 from .window import meeting
 from .winograd import Grid, transformed
 from .winograd_passes import Task, Values, WayIn, WayOut
@@ -32,21 +32,25 @@ def packed(ops: Operands, g: Grid, tile_oc: int) -> list[te.Tensor]:
     height, width = (len(axis.weights[0]) for axis in (g.rows, g.columns))
     direct = rows.taps // (height * width)
 
-    def stores(body: Block, packed: tirx.Buffer, to: tuple[Expr, Expr], panel: tirx.Buffer, channel: Channel) -> None:
-        with body.loop(direct) as (one, tap):
+    def stores(body: Block, packed: tirx.Buffer, to: tuple[Expr, Expr], panel: tirx.Buffer, channels: Channels) -> None:
+        # A row of positions of all the channels, then the next row: each position lies in pages of its own.
+        with body.loop(direct) as (each, tap):
+            for i, weights in enumerate(g.rows.weights):
+                with each.loop(channels.count) as (row, c), row.loop(tile_oc // lanes) as (one, v):
 
-            def read(y: int, x: int) -> Expr:
-                row = rows.row(channel.in_panel, (tap * height + y) * width + x)
-                return one.let(load(panel, "f32", [row, 0], lanes, lanes))
+                    def read(y: int, x: int, one: Block = one, c: Expr = c, v: Expr = v) -> Expr:
+                        at = rows.row(c, (tap * height + y) * width + x)
+                        return one.let(load(panel, "f32", [at, v * lanes], lanes, lanes))
 
-            columns = [transformed(one, g.rows.weights, [read(y, x) for y in range(height)]) for x in range(width)]
-            for i, row in enumerate(zip(*columns, strict=True)):
-                for j, value in enumerate(transformed(one, g.columns.weights, row)):
-                    place = [to[0], i * g.columns.positions + j, tap, channel.index, to[1]]
-                    one.add(store(packed, "f32", place, value, lanes, lanes))
+                    met = [y for y in range(height) if weights[y]]
+                    factors = (tuple(weights[y] for y in met),)
+                    columns = [transformed(one, factors, [read(y, x) for y in met])[0] for x in range(width)]
+                    for j, value in enumerate(transformed(one, g.columns.weights, columns)):
+                        place = [to[0], i * g.columns.positions + j, tap, channels.first + c, to[1] + v * lanes]
+                        one.add(store(packed, "f32", place, value, lanes, lanes))
 
     shape = (spec.groups * ceildiv(g.outputs, tile_oc), g.positions, direct, g.own, tile_oc)
-    return [packed_by_panels(ops, rows, shape, stores), *map(copied, ops.parameters[1:])]
+    return [packed_by_panels(ops, rows, shape, stores, together=True), *map(copied, ops.parameters[1:])]
 
 
 class _Slab(NamedTuple):

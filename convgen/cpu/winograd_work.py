@@ -162,13 +162,13 @@ def work_of_taps(g: GradientGrid, vectors: float) -> Work:
 
 
 def packing_counts(spec: ConvSpec, target: Target, core: Core, picks: Picks) -> Counts:
-    """What packing takes the busiest core beside a copy of the weights: what is transformed, what is written more than
-    there is (which is as much as it reads first), and the checksum of that.
+    """What packing takes the busiest core beside a copy of the weights: what is transformed, and what is written more
+    than there is, which is as much as it reads first.
     """
     g = Grid(spec, target, picks)
     rows, columns, taps = g.rows, g.columns, math.prod(spec.kernel[-len(transformed_axes(spec)) :])
     times = spec.groups * ceildiv(g.outputs, g.lanes) * g.own * g.depth[3] / target.cores
     sums = operations(rows.weights) * len(columns.weights[0]) + operations(columns.weights) * rows.positions
     more = 4 * g.lanes * (g.positions - taps)
-    work = Work(times, sums, taps, g.positions, cycles=more / core.checked)
+    work = Work(times, sums, taps, g.positions)
     return Counts([work], [Stream(2 * more * times, footprint=4 * g.lanes * g.positions * times * target.cores)], 0)
