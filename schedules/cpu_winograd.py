@@ -143,7 +143,7 @@ def _repacked(schedule: CpuWinograd, spec: ConvSpec, target: Target) -> tuple[Pi
     core = schedule.core(spec, target)
 
     def cycles(picks: Picks) -> float:
-        return schedule.cycles(spec, target, picks) + core.cycles(packing_counts(spec, target, core, picks))
+        return schedule.cycles(spec, target, picks) + core.cycles(packing_counts(spec, target, picks))
 
     best = schedule.fastest(spec, target, schedule.points(spec, target), cycles)
     return best, cycles(best) / core.hertz

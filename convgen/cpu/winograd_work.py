@@ -161,7 +161,7 @@ def work_of_taps(g: GradientGrid, vectors: float) -> Work:
     return Work(vectors, sums, g.positions, g.taps, shuffles=g.taps * g.taps, near=near, cycles=BEGIN_TILE)
 
 
-def packing_counts(spec: ConvSpec, target: Target, core: Core, picks: Picks) -> Counts:
+def packing_counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     """What packing takes the busiest core beside a copy of the weights: what is transformed, and what is written more
     than there is, which is as much as it reads first.
     """
