@@ -16,9 +16,16 @@ torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import convgen.torch as ours  # noqa: E402
-from convgen.bridges.torch.convolution import convolution, kernel_of  # noqa: E402
+from convgen.bridges.torch.convolution import (  # noqa: E402
+    convolution,
+    gradient_of_input,
+    gradient_of_weight,
+    kernel_of,
+)
+from convgen.bridges.torch.packed import layer_of  # noqa: E402
 from convgen.errors import SpecError  # noqa: E402
 from convgen.kernel.library import BaseLibrary  # noqa: E402
+from convgen.problem.spec import ConvSpec  # noqa: E402
 
 CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any], tuple[int, ...]]] = {
     "strided": ("Conv2d", (6, 8, 3), {"padding": 1, "stride": 2}, (2, 6, 9, 9)),
@@ -68,10 +75,68 @@ def test_a_module_is_pytorch_s(case: str, form: str) -> None:
         assert torch.equal(a.grad, b.grad)
 
 
-def test_the_operator_is_one_that_pytorch_can_compile() -> None:
-    tensors = (torch.randn(2, 6, 9, 9), torch.randn(8, 3, 3, 3), torch.randn(8))
+#: Modules whose sizes leave open, or not, how their tensors lie in memory.
+FORMATS: dict[str, tuple[str, tuple[int, ...], dict[str, Any], tuple[int, ...]]] = {
+    "square": ("Conv2d", (6, 8, 3), {"padding": 1}, (2, 6, 9, 8)),
+    "pointwise": ("Conv2d", (6, 8, 1), {"bias": False}, (2, 6, 4, 5)),
+    "depthwise": ("Conv2d", (8, 8, 3), {"padding": 1, "groups": 8}, (2, 8, 7, 6)),
+    "one channel": ("Conv2d", (1, 4, 3), {}, (2, 1, 6, 5)),
+    "one pixel": ("Conv2d", (6, 4, 1), {}, (2, 6, 1, 1)),
+    "transposed": ("ConvTranspose2d", (6, 4, 3), {"stride": 2}, (2, 6, 5, 4)),
+    "three axes": ("Conv3d", (2, 4, 3), {"padding": 1}, (2, 2, 4, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("of_weights", ["contiguous", "channels last"])
+@pytest.mark.parametrize("of_images", ["contiguous", "channels last"])
+@pytest.mark.parametrize("case", FORMATS)
+def test_results_and_gradients_lie_in_memory_as_pytorch_s(case: str, of_images: str, of_weights: str) -> None:
+    """Channels last where the images are, or the weights; the gradients that a step leaves, as their weights.
+
+    Of one small image of three axes PyTorch itself computes otherwise.
+    """
+    name, arguments, options, shape = FORMATS[case]
+    last = torch.channels_last_3d if len(shape) == 5 else torch.channels_last
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, name)(*arguments, **options)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(integers(*parameter.shape))
+    made = copy.deepcopy(theirs)
+    ours.replace(torch.nn.ModuleList([made]))
+    x, gradient = integers(*shape), None
+    if of_images == "channels last":
+        x = x.to(memory_format=last)
+    found = []
+    for module in (theirs, made):
+        if of_weights == "channels last":
+            module.to(memory_format=last)
+        given = x.detach().requires_grad_()
+        y = module(given)
+        gradient = integers(*y.shape) if gradient is None else gradient
+        of_x, of_weight = torch.autograd.grad(y, (given, module.weight), gradient, retain_graph=True)
+        y.backward(gradient)
+        found.append((y, of_x, of_weight, given.grad, module.weight.grad))
+    assert type(made).__module__.startswith("convgen.")
+    for of_theirs, of_made in zip(*found, strict=True):
+        assert torch.equal(of_theirs, of_made)
+        assert of_theirs.stride() == of_made.stride()
+
+
+@pytest.mark.parametrize("sizes", [(2, 6, 9, 9, 3), (2, 6, 5, 4, 1)])
+@pytest.mark.parametrize("form", ["contiguous", "channels last"])
+def test_the_operators_are_such_as_pytorch_can_compile(form: str, sizes: tuple[int, ...]) -> None:
+    n, channels, height, width, kernel = sizes
+    weight = torch.randn(8, channels // 2, kernel, kernel)
+    if form == "channels last":
+        weight = weight.to(memory_format=torch.channels_last)
+    tensors = (torch.randn(n, channels, height, width), weight, torch.randn(8))
     given = tuple(t.requires_grad_() for t in tensors)
-    torch.library.opcheck(convolution, (*given, [2, 2], [1, 1, 1, 1], [1, 1], False, [0, 0], 2))
+    options = ([2, 2], [1, 1, 1, 1], [1, 1], False, [0, 0], 2)
+    torch.library.opcheck(convolution, (*given, *options))
+    x, weight = (tensor.detach() for tensor in tensors[:2])  # there is no derivative of these operators
+    for operator in (gradient_of_input, gradient_of_weight):
+        torch.library.opcheck(operator, (torch.randn_like(convolution(x, weight, None, *options)), x, weight, *options))
 
 
 class Called(TorchDispatchMode):
@@ -139,7 +204,7 @@ def model_of_every_kind() -> Any:
     )
 
 
-@pytest.mark.parametrize("form", ["contiguous", "channels last"])
+@pytest.mark.parametrize("form", ["contiguous", "channels last", "weights channels last"])
 def test_a_model_trains_as_one_graph(form: str) -> None:
     """Compiled through aot_autograd, forward and backward, against PyTorch's own layers, over three steps."""
     torch._dynamo.reset()
@@ -151,6 +216,9 @@ def test_a_model_trains_as_one_graph(form: str) -> None:
     x = torch.randn(2, 3, 10, 12)
     if form == "channels last":
         x = x.to(memory_format=torch.channels_last)
+    if form == "weights channels last":
+        theirs.to(memory_format=torch.channels_last)
+        made.to(memory_format=torch.channels_last)
     target = torch.tensor([1, 3])
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     losses: dict[int, list[float]] = {0: [], 1: []}
@@ -253,6 +321,29 @@ def test_kernels_of_weights_that_train_are_chosen_with_the_time_of_packing(monke
     layer.weight.requires_grad_(False)
     layer(x)
     assert asked == [("forward", False)] * 2
+
+
+def test_weights_that_change_are_packed_into_the_memory_of_before() -> None:
+    """But for what a call reads at the moment."""
+    spec = ConvSpec.parse("conv2d n1 ic6 oc8 i7x7 k3x3 s1x1 p1x1 nobias")
+    kernels = [kernel_of(spec.with_(direction=direction), 1, True) for direction in ("forward", "data")]
+    weight, x = integers(8, 6, 3, 3), np.ones(spec.src_shape, np.float32)
+    memory = []
+    for _ in range(3):
+        for kernel in kernels:
+            with layer_of(kernel, weight) as layer, layer_of(kernel, weight) as same:
+                assert same is layer
+                memory.append(layer.packed)
+        weight.add_(1)
+    assert all(later is first for later, first in zip(memory, memory[:2] * 3, strict=True))
+    assert memory[0] is not memory[1]
+    with layer_of(kernels[0], weight) as layer:
+        before = layer(x)
+        weight.mul_(2)
+        with layer_of(kernels[0], weight) as other:
+            assert other.packed is not layer.packed
+            np.testing.assert_array_equal(other(x), 2 * before)
+        np.testing.assert_array_equal(layer(x), before)
 
 
 def test_what_is_no_convolution_is_refused() -> None:

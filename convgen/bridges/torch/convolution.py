@@ -8,6 +8,7 @@ by convgen, contiguous or channels last, as they come; those of f64 by the defin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -53,10 +54,27 @@ def _compiled(
     return compile_candidate(spec, target, candidate, threads, record=record)
 
 
-def is_last(x: Tensor) -> bool:
-    """Whether an image's channels lie innermost."""
+def is_last(*tensors: Tensor) -> bool:
+    """Whether PyTorch computes channels last: where the channels of one of the images or weights lie innermost.
+
+    Where axes of one element leave open how a tensor lies, its strides still say which format it was given.
+    """
+    return any(_lies_last(tensor) for tensor in tensors)
+
+
+def _lies_last(x: Tensor) -> bool:
     form = _LAST.get(x.dim() - 2)
-    return form is not None and x.is_contiguous(memory_format=form) and not x.is_contiguous()
+    if form is None or not x.is_contiguous(memory_format=form):
+        return False
+    return not x.is_contiguous() or x.stride() == _strides(x.shape, True) != _strides(x.shape, False)
+
+
+def _strides(sizes: Sequence[int], last: bool) -> tuple[int, ...]:
+    """Those of a tensor in a memory format, axes of one element too."""
+    axes = tuple(range(len(sizes)))
+    order = (0, *axes[2:], 1) if last else axes
+    inside = {axis: order[place + 1 :] for place, axis in enumerate(order)}
+    return tuple(math.prod(sizes[inner] for inner in inside[axis]) for axis in axes)
 
 
 def spec_of(
@@ -93,8 +111,9 @@ def spec_of(
 
 
 def _kernel(x: Tensor, weight: Tensor, options: Sequence[Any], repacked: bool = False, **more: Any) -> Kernel:
-    """The kernel of a call, of images as x lies."""
-    spec = spec_of(x.shape, weight.shape, x.dtype, *options, layout="nhwc" if is_last(x) else "nchw", **more)
+    """The kernel of a call, of images as PyTorch lays them out."""
+    layout = "nhwc" if is_last(x, weight) else "nchw"
+    spec = spec_of(x.shape, weight.shape, x.dtype, *options, layout=layout, **more)
     return kernel_of(spec, torch.get_num_threads(), repacked)
 
 
@@ -114,9 +133,16 @@ def _numbers(x: Tensor) -> Any:
 
 
 def _tensor(made: Any, last: bool) -> Tensor:
-    """An image of f64, in the format of its input."""
-    x = torch.from_numpy(made)
-    return x.contiguous(memory_format=_LAST[x.dim() - 2]) if last else x
+    """A tensor of f64, in PyTorch's format."""
+    return _formed(torch.from_numpy(made), last)
+
+
+def _formed(x: Tensor, last: bool) -> Tensor:
+    """An image or weights in a memory format."""
+    if not last:
+        return x.contiguous()
+    dense = x.contiguous(memory_format=_LAST[x.dim() - 2])
+    return dense.as_strided(dense.shape, _strides(dense.shape, last))
 
 
 def _stored(x: Tensor, last: bool) -> Tensor:
@@ -161,20 +187,20 @@ def convolution(
     """A convolution of images ``[n, ic, *spatial]``; ``padding`` is begin and end of each axis. ``trains``: the weight
     changes from call to call; a kernel is chosen by the time of packing it, too.
     """
+    options = (stride, padding, dilation, transposed, output_padding, groups)
+    last = is_last(x, weight)
     if _are_doubles(x, weight, bias):
-        options = (stride, padding, dilation, transposed, output_padding, groups)
         shape, given = _shape(x, weight, options), None if bias is None else _numbers(bias)
-        return _tensor(doubles.convolution(_numbers(x), _numbers(weight), given, shape, options), is_last(x))
+        return _tensor(doubles.convolution(_numbers(x), _numbers(weight), given, shape, options), last)
     if not _is_ours(x, weight, bias) or x.shape[0] == 0:
         even, pads = _even(x, padding, transposed)
         made = torch.ops.aten.convolution(
             even, weight, bias, stride, pads, dilation, transposed, output_padding, groups
         )
-        return made.contiguous(memory_format=_LAST[x.dim() - 2]) if is_last(x) else made.contiguous()
-    last = is_last(x)
-    options = (stride, padding, dilation, transposed, output_padding, groups)
+        return _formed(made, last)
     kernel = _kernel(x, weight, options, trains, bias=bias is not None)
-    return _image(layer_of(kernel, weight, bias)(_stored(x, last)), last)
+    with layer_of(kernel, weight, bias) as layer:
+        return _image(layer(_stored(x, last)), last)
 
 
 def _shape(x: Tensor, weight: Tensor, options: Sequence[Any]) -> tuple[Any, ...]:
@@ -193,7 +219,7 @@ def _shape(x: Tensor, weight: Tensor, options: Sequence[Any]) -> tuple[Any, ...]
 
 @convolution.register_fake  # type: ignore[untyped-decorator]
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    return _empty(x, _shape(x, weight, options[:6]), is_last(x))
+    return _empty(x, _shape(x, weight, options[:6]), is_last(x, weight))
 
 
 #: The arguments of both gradients, for PyTorch.
@@ -210,17 +236,17 @@ def gradient_of_input(gradient: Tensor, x: Tensor, weight: Tensor, *options: Any
     """
     if _are_doubles(gradient, x, weight):
         made = doubles.gradient_of_input(_numbers(gradient), x.shape, _numbers(weight), options)
-        return _tensor(made, is_last(x))
+        return _tensor(made, is_last(x, weight))
     if not _is_ours(gradient, x, weight) or x.shape[0] == 0:
         return _by_pytorch(gradient, x, weight, options, 0)
-    last = is_last(x)
-    layer = layer_of(_kernel(x, weight, options, True, direction="data"), weight)
-    return _image(layer(_stored(gradient, last)), last)
+    last = is_last(x, weight)
+    with layer_of(_kernel(x, weight, options, True, direction="data"), weight) as layer:
+        return _image(layer(_stored(gradient, last)), last)
 
 
 @gradient_of_input.register_fake  # type: ignore[untyped-decorator]
 def _(gradient: Tensor, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
-    return _empty(x, x.shape, is_last(x))
+    return _empty(x, x.shape, is_last(x, weight))
 
 
 @torch.library.custom_op("convgen::gradient_of_weight", mutates_args=(), schema=_OF_GRADIENTS)  # type: ignore[untyped-decorator]
@@ -229,36 +255,36 @@ def gradient_of_weight(gradient: Tensor, x: Tensor, weight: Tensor, *options: An
     :func:`convolution` from ``stride`` on.
     """
     if _are_doubles(gradient, x, weight):
-        return _tensor(doubles.gradient_of_weight(_numbers(gradient), _numbers(x), weight.shape, options), False)
+        made = doubles.gradient_of_weight(_numbers(gradient), _numbers(x), weight.shape, options)
+        return _tensor(made, is_last(x, weight))
     if not _is_ours(gradient, x, weight) or x.shape[0] == 0:
         return _by_pytorch(gradient, x, weight, options, 1)
-    last = is_last(x)
+    last = is_last(x, weight)
     layer = _kernel(x, weight, options, direction="weights", bias=False).bind()
-    made: Tensor = layer(_stored(x, last), residual=_stored(gradient, last))
-    return made
+    return _formed(layer(_stored(x, last), residual=_stored(gradient, last)), last)
 
 
 @gradient_of_weight.register_fake  # type: ignore[untyped-decorator]
 def _(gradient: Tensor, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
-    return torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+    return _empty(x, weight.shape, is_last(x, weight))
 
 
 def _by_pytorch(gradient: Tensor, x: Tensor, weight: Tensor, options: Sequence[Any], which: int) -> Tensor:
     """The gradient of the input (0) or of the weight (1) as PyTorch computes it."""
     stride, padding, dilation, transposed, output_padding, groups = options
-    even, pads = _even(x, padding, transposed)
+    (even, pads), last = _even(x, padding, transposed), is_last(x, weight)
     if x.shape[0] == 0:
-        return _empty(x, x.shape, is_last(x)) if which == 0 else torch.zeros_like(weight).contiguous()
+        return _formed(torch.zeros_like(weight if which else x), last)
     wanted = [index == which for index in range(3)]
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
     made: Tensor = torch.ops.aten.convolution_backward(
         gradient, even, weight, [channels], stride, pads, dilation, transposed, output_padding, groups, wanted
     )[which]
     if which == 1:
-        return made.contiguous()
+        return _formed(made, last)
     begins = [0] * len(pads) if pads == list(padding[::2]) else list(padding[::2])
     inside = made[(..., *(slice(b, b + size) for b, size in zip(begins, x.shape[2:], strict=True)))]
-    return inside.contiguous(memory_format=_LAST[x.dim() - 2]) if is_last(x) else inside.contiguous()
+    return _formed(inside, last)
 
 
 def _no_second(ctx: Any, gradient: Tensor) -> Any:
