@@ -240,7 +240,7 @@ class BaseLibrary(Loaded, ABC):
         slope: object = None,
         packed: Bytes | None = None,
         *,
-        checksum: bool = True,
+        checksum: object = True,
         **others: Any,
     ) -> Bytes:
         """The parameters as the kernel reads them; into ``packed`` where given.
@@ -277,8 +277,10 @@ class BaseLibrary(Loaded, ABC):
         self._require(self._packer(checksum)(ctypes.byref(args)))
         return packed
 
-    def _packer(self, checksum: bool) -> Any:
+    def _packer(self, checksum: object) -> Any:
         """The library's function that packs, with or without a checksum."""
+        if not isinstance(checksum, bool):
+            raise KernelError(f"checksum: expected True or False, found {_describe(checksum)}")
         if checksum:
             return self._pack
         try:

@@ -241,6 +241,8 @@ def test_weights_packed_without_a_checksum_run_and_are_not_verified(
 def test_a_library_that_cannot_pack_without_a_checksum_is_said(
     library: Library, inputs: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(KernelError, match=r"^checksum: expected True or False, found int"):
+        library.pack(inputs["weights"], inputs["bias"], checksum=1)
     monkeypatch.setattr(library, "name", f"{library.name}_of_old")
     with pytest.raises(KernelError, match=r"^checksum: expected a library with the function \w+_of_old_repack"):
         library.pack(inputs["weights"], inputs["bias"], checksum=False)
