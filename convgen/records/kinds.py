@@ -23,7 +23,7 @@ BUNDLE = Kind("an archive, as bundles are", "`convgen fleet run {}` measures a b
 _BEGINNINGS = {b"SQLite format 3\0": STORE, b"\x1f\x8b": BUNDLE, b"PK\x03\x04": BUNDLE, b"\xfd7zXZ\0": BUNDLE}
 #: Names that the first line's object has.
 _NAMES = {
-    frozenset({"spec", "target", "schedule", "outcome"}): LINES,
+    frozenset({"schema", "trial_key", "id"}): LINES,
     frozenset({"kind", "manifest", "facts"}): RESULTS,
 }
 _LINE_BYTES = 1 << 24

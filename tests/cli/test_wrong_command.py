@@ -82,7 +82,7 @@ def test_what_can_be_read_once_is_not_looked_at(tmp_path: Path, run: Run) -> Non
 def test_what_is_none_of_these(tmp_path: Path, files: dict[str, Path]) -> None:
     kinds = {"store": STORE, "lines": LINES, "results": RESULTS, "bundle": BUNDLE}
     assert {name: kind_of(path) for name, path in files.items()} == kinds
-    for text in ("", "[1]", '{"spec": 1}', "conv2d n1", "[" * 10**5):
+    for text in ("", "[1]", '{"spec": 1, "target": "cpu", "schedule": "x", "outcome": "ok"}', "conv2d n1", "[" * 10**5):
         (tmp_path / "other").write_text(text)
         assert kind_of(tmp_path / "other") is None
     assert kind_of(tmp_path) is None
