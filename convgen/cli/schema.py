@@ -8,8 +8,13 @@ may be missing. Seconds are seconds; nothing here is rounded. Fields are added, 
 
 from __future__ import annotations
 
+import json
 import re
+import sys
+from collections.abc import Sequence
 from typing import Any
+
+from ..errors import SpecError, meant
 
 #: Parts that several documents have.
 PARTS = {
@@ -496,8 +501,15 @@ def fields(text: str) -> dict[str, tuple[str, str, bool]]:
 
 
 def schema(command: str) -> dict[str, Any]:
-    """The JSON Schema (2020-12) of what a command prints, by its name in :data:`DOCUMENTS` without ``[]``."""
+    """The JSON Schema (2020-12) of what a command prints, by its name in :data:`DOCUMENTS` without ``[]``.
+
+    Raises:
+        SpecError: there is no such document.
+    """
     name = command if command in DOCUMENTS else f"{command}[]"
+    if name not in DOCUMENTS:
+        known = [document.removesuffix("[]") for document in DOCUMENTS]
+        raise SpecError("command", f"one of {', '.join(known)}", f"{command!r}{meant(command, known)}")
     made = _object(DOCUMENTS[name])
     made = {"type": "array", "items": made} if name.endswith("[]") else made
     parts = {part: _object(text) for part, text in {**PARTS, **INNER}.items()}
@@ -557,8 +569,15 @@ def _rows(text: str) -> list[str]:
     return rows
 
 
-if __name__ == "__main__":
-    import json
-    import sys
+def main(words: Sequence[str]) -> int:
+    """Print the schema of the command that the words name, or the page of all; returns the exit status."""
+    try:
+        sys.stdout.write(json.dumps(schema(" ".join(words)), indent=2) + "\n" if words else page())
+    except SpecError as error:
+        sys.stderr.write(f"convgen: {error}\n")
+        return 2
+    return 0
 
-    sys.stdout.write(json.dumps(schema(" ".join(sys.argv[1:])), indent=2) + "\n" if sys.argv[1:] else page())
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

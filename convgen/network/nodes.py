@@ -10,6 +10,7 @@ import numpy as np
 from onnx import NodeProto
 
 from ..errors import SpecError, UnsupportedError
+from ..formats.onnx.file import CONTRADICTIONS, contradiction
 from ..formats.onnx.graph import Scope
 from . import composed
 from .graph import Graph, Node, Shape
@@ -34,18 +35,20 @@ def read_node(
         raise Refusal("graphs inside of nodes are not taken")
     if node.op_type not in readers:
         raise Refusal("no such operator is known here")
-    reading = Reading(scope, node, opset, graph)
-    if any(reading.scope.users[name] or name in scope.outputs for name in node.output[1:] if name) and (
+    if any(scope.users[name] or name in scope.outputs for name in node.output[1:] if name) and (
         node.op_type not in ("Split", "DynamicQuantizeLinear")
     ):
         raise Refusal("an output but the first is used")
     try:
+        reading = Reading(scope, node, opset, graph)
         readers[node.op_type](reading)
         for made in reading.nodes:
             if made.output in node.output and scope.dtype(made.output):
                 reading.check_type(made.output)
     except (SpecError, UnsupportedError) as error:
         raise Refusal(str(error)) from error
+    except CONTRADICTIONS as error:  # that no reader has looked for
+        raise Refusal(contradiction(error)) from error
     return reading.nodes
 
 
@@ -125,7 +128,9 @@ def _transpose(r: Reading) -> None:
 
 def _concat(r: Reading) -> None:
     inputs = r.inputs()
-    axis = r.axis(r.get("axis", 1), len(r.shape(inputs[0])))
+    if len(ranks := {len(r.shape(name)) for name in inputs}) != 1:
+        raise Refusal(f"operands of {', '.join(map(str, sorted(ranks)))} axes")
+    axis = r.axis(r.get("axis", 1), ranks.pop())
     filled = [name for name in inputs if r.shape(name)[axis]]
     while len(filled) > MOST_OPERANDS:
         first, filled = filled[:MOST_OPERANDS], filled[MOST_OPERANDS:]
@@ -157,6 +162,9 @@ def _slice(r: Reading) -> None:
         raise Refusal("no starts or ends")
     axes = r.integers(3, "axes") or tuple(range(len(begins)))
     jumps = r.integers(4, "steps") or (1,) * len(begins)
+    counts = {"starts": len(begins), "ends": len(ends), "axes": len(axes), "steps": len(jumps)}
+    if len(set(counts.values())) != 1:
+        raise Refusal(f"as many of each expected, found {', '.join(f'{n} {what}' for what, n in counts.items())}")
     starts, steps = [0] * len(shape), [1] * len(shape)
     for axis, begin, end, step in zip(axes, begins, ends, jumps, strict=True):
         axis = r.axis(axis, len(shape))
@@ -235,9 +243,16 @@ def _end_mixed(r: Reading, operands: Sequence[str], ways: Sequence[Any], dtype: 
     r.end("quantise", [signed, r.constant(1.0, "step")], dtype=dtype)
 
 
-def _depth_to_space(r: Reading) -> None:
+def _image_in_blocks(r: Reading) -> tuple[str, int, Shape]:
+    """The operand of four axes, and the size of its blocks."""
     source, block = r.input(), r.get("blocksize")
-    n, c, h, w = r.shape(source)
+    if len(shape := r.shape(source)) != 4 or not isinstance(block, int) or block < 1:
+        raise Refusal(f"blocks of {block} of a tensor of {len(shape)} axes; 4 axes are supported")
+    return source, block, shape
+
+
+def _depth_to_space(r: Reading) -> None:
+    source, block, (n, c, h, w) = _image_in_blocks(r)
     last = r.get("mode", "DCR") == "CRD"
     parts = (n, c // block**2, block, block, h, w) if last else (n, block, block, c // block**2, h, w)
     perm = (0, 1, 4, 2, 5, 3) if last else (0, 3, 4, 1, 5, 2)
@@ -247,8 +262,7 @@ def _depth_to_space(r: Reading) -> None:
 
 
 def _space_to_depth(r: Reading) -> None:
-    source, block = r.input(), r.get("blocksize")
-    n, c, h, w = r.shape(source)
+    source, block, (n, c, h, w) = _image_in_blocks(r)
     parts = (n, c, h // block, block, w // block, block)
     perm = (0, 1, 3, 5, 2, 4) if r.get("mode", "DCR") == "CRD" else (0, 3, 5, 1, 2, 4)
     parted = r.add("reshape", [source], parts)
@@ -265,6 +279,11 @@ def _window(r: Reading, sizes: Shape) -> dict[str, Any]:
     rank = len(sizes)
     strides, dilations = r.get("strides", (1,) * rank), r.get("dilations", (1,) * rank)
     pads, word = r.get("pads", (0,) * (2 * rank)), r.get("auto_pad", "NOTSET")
+    if kernel is None or len(pads) != 2 * rank:
+        raise Refusal(f"kernel_shape {kernel} and pads {pads} of {rank} axes")
+    for what, values in (("kernel_shape", kernel), ("strides", strides), ("dilations", dilations)):
+        if len(values) != rank or min(values) < 1:
+            raise Refusal(f"{what} {values} of {rank} axes")
     if word in ("SAME_UPPER", "SAME_LOWER"):
         if max(dilations) > 1 or any(s > k for s, k in zip(strides, kernel, strict=True)):
             # ONNX Runtime's sizes are not ONNX's, or windows begin in the middle.

@@ -12,7 +12,7 @@ from commands import TINY, Run
 from jsonschema import Draft202012Validator
 from paths import ROOT
 
-from convgen.cli.schema import DOCUMENTS, page, schema
+from convgen.cli.schema import DOCUMENTS, main, page, schema
 from convgen.problem.spec import ConvSpec
 from convgen.topics import topic_text
 
@@ -49,3 +49,10 @@ def test_an_untuned_build_says_its_time(run: Run, run_json: RunJson, tmp_path: P
     assert 0 < layer["seconds"] < 1
     assert layer["gflops"] == pytest.approx(ConvSpec.parse(TINY).flops / layer["seconds"] / 1e9)
     assert "GFLOP/s, measured now" in run("build", TINY, *options)[1]
+
+
+def test_the_schema_of_no_command_is_an_error_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nosuch"]) == 2
+    assert "expected one of" in capsys.readouterr().err
+    assert main(["compile"]) == 0
+    assert "$schema" in capsys.readouterr().out

@@ -46,6 +46,9 @@ _FIELDS: dict[str, dict[int, str]] = {
 #: The key under which a tensor's external data says which type it is stored as, where that is not the tensor's.
 STORED = "convgen.stored"
 
+#: What Python and NumPy raise of a node whose attributes, operands and shapes contradict each other.
+CONTRADICTIONS = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+
 _HALF_BYTES = frozenset({TensorProto.UINT4, TensorProto.INT4, TensorProto.FLOAT4E2M1})
 
 
@@ -314,6 +317,11 @@ def _reference(offset: int, length: int) -> bytes:
         stub.external_data.add(key=key, value=str(value))
     content: bytes = stub.SerializeToString()
     return content
+
+
+def contradiction(error: Exception) -> str:
+    """One of :data:`CONTRADICTIONS` in words, which what raised it need not have."""
+    return f"attributes and operands that contradict each other ({type(error).__name__}: {first_line(error)})"
 
 
 def first_line(error: Exception) -> str:

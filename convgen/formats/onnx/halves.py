@@ -23,7 +23,8 @@ from onnx import (
     numpy_helper,
 )
 
-from .file import STORED, ModelFile
+from ...errors import SpecError
+from .file import CONTRADICTIONS, STORED, ModelFile, first_line
 from .graph import bodies, graphs_of, tensors_of
 
 #: ONNX's numbers of the types that have half the bytes of f32, and how such tensors are stored.
@@ -38,6 +39,9 @@ def widen_halves(model: ModelProto) -> bool:
     Args:
         model: with tensors as :class:`~convgen.formats.onnx.file.ModelFile` has them: what is large refers to its data,
             and is widened when it is read.
+
+    Raises:
+        SpecError: a tensor's data is not that of its shape.
     """
     graphs = list(_graphs(model))
     every = [*graphs, *model.functions]
@@ -116,5 +120,9 @@ def _widen_tensor(tensor: TensorProto) -> None:
         tensor.external_data.add(key=STORED, value=str(tensor.data_type))
         tensor.data_type = TensorProto.FLOAT
         return
-    array = np.asarray(numpy_helper.to_array(tensor), np.float32)
+    try:
+        array = np.asarray(numpy_helper.to_array(tensor), np.float32)
+    except CONTRADICTIONS as error:
+        where = f"tensor {tensor.name!r}"
+        raise SpecError("data", "that of its shape and dtype", first_line(error), where) from error
     tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))

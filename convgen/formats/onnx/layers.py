@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto
 
 from ...errors import ConvgenError, SpecError, UnsupportedError
 from ...problem.dtypes import save
-from .file import ModelFile
+from .file import CONTRADICTIONS, ModelFile, contradiction
 from .fold import Fold
 from .graph import ROOTS, Scope, static, text
 from .node import OnnxLayer, convolves, why_unread
@@ -113,6 +113,9 @@ class _Reader:
             return OnnxLayer(name, node.op_type, None, found)
         except UnsupportedError as error:
             return OnnxLayer(name, node.op_type, None, error)
+        except CONTRADICTIONS as error:
+            found = SpecError("node", "attributes and operands that fit each other", contradiction(error), where)
+            return OnnxLayer(name, node.op_type, None, found)
 
     def _fold(self, node: NodeProto, where: str) -> Fold:
         if node.op_type in ("QLinearConv", "ConvInteger"):
