@@ -13,8 +13,8 @@ from .schedule import Candidate, Picks
 
 #: How many times the predicted seconds of what transforms (Winograd) count: its sums round worse, so it has to gain
 #: more than predictions of close schedules can tell apart. Of 132 layers that several schedules take
-#: (`bench/regret.py`) the wrong choice cost 0.5 % in the mean and 14 % at most without it, and 0.3 % and 8 % with it.
-TRANSFORM = 1.04
+#: (`bench/regret.py`) the wrong choice cost 0.5 % in the mean without it, and 0.4 % with it.
+TRANSFORM = 1.02
 
 
 def default_candidate(spec: ConvSpec, target: Target, *, repacked: bool = False) -> Candidate:
