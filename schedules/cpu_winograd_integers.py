@@ -4,14 +4,15 @@ Applies to  2-D convolutions of i8 and u8 with 3×3 kernels at stride 1, dense, 
             innermost, on processors that multiply pairs of 16-bit numbers (AVX512-VNNI).
 Strategy    F(4×4, 3×3) in whole numbers (convgen.cpu.winograd_integers): 36 products of 16-bit numbers in place of 144
             of bytes, of which an instruction adds two, not four: half the instructions.
-            1. Pack weights transformed, as [oc/t][part of ic and position][ic/2][t] of pairs of 16-bit numbers.
+            1. Pack weights transformed, as [oc/t][position and part of ic][ic/2][t] of pairs of 16-bit numbers.
             2. A task is a block of rows of tiles and a part of the output channels. It copies its input with the
                padding, as 16-bit numbers, and transforms that along the columns, then the rows, to
                [position][tile][ic].
             3. Per block of `tile_oc` channels and position, products: `tile_px` tiles × `tile_oc` channels in
                registers, while the next position's weights are fetched into the L2 cache.
             4. Transform back a tile at a time, channels in the lanes: 32-bit sums, times the inverse of 9, shifted.
-               Requantise and store. Sums of many channels would be too large for that: it is done of parts, and added.
+               Requantise and store. Sums of many channels may be too large for that: unless the weights are small, it
+               is done of parts, and added.
 Why not     small planes with many channels: the transformed weights are eight times larger, and all of them are read
             for a few tiles. Few channels: sums are stored after few products.
 """
@@ -37,7 +38,7 @@ REQUANTISED = 10
 
 
 class CpuWinogradIntegers(WinogradBlocks):
-    id, version = "cpu_winograd_integers", 2
+    id, version = "cpu_winograd_integers", 3
     sums_integers = only_integers = True
 
     def takes_integers(self, spec: ConvSpec) -> bool:
@@ -65,8 +66,9 @@ class CpuWinogradIntegers(WinogradBlocks):
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, g, core = Operands(spec, integers=True), Grid(spec, picks.block_rows), core_of(target)
+        permutes = "avx512vbmi" in target.isa
         return written(
             ops,
             packed(ops, g, picks.tile_oc),
-            lambda *buffers: Kernel(Buffers(*buffers), spec, picks, g, target.lanes, core).statement(),
+            lambda *buffers: Kernel(Buffers(*buffers), spec, picks, g, target.lanes, core, permutes).statement(),
         )

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from ..problem.dtypes import RANGES, numpy_dtype
-from ..problem.spec import SUM, ConvSpec
+from ..problem.spec import MOST_SUM_SCALE, SUM, ConvSpec
 
 #: Storage type -> ONNX's number for it.
 ELEMENTS = {
@@ -191,8 +191,16 @@ def _addend_zero(tensor: str, dtype: str, emit: Emit, constant: Constant) -> str
 def sum_quantised(spec: ConvSpec, product: str, residual: str, emit: Emit, constant: Constant) -> str:
     """What QLinearAdd is documented to be, of the ``product`` that is stored and the residual; dst's scale is 1."""
     residual_zero = _addend_zero("residual", spec.residual_dtype, emit, constant)
+    bounds = [
+        constant(f"{word}_scale", np.array(bound, np.float32))
+        for word, bound in (("least", -MOST_SUM_SCALE), ("most", MOST_SUM_SCALE))
+    ]
+
+    def scale(tensor: str) -> str:
+        return emit("Clip", _addend(f"{tensor}_scale", emit, constant), *bounds, output=f"{tensor}_step")
+
     operands = [
-        emit("DequantizeLinear", name, _addend(f"{tensor}_scale", emit, constant), zero, output=f"{tensor}_f32")
+        emit("DequantizeLinear", name, scale(tensor), zero, output=f"{tensor}_f32")
         for tensor, name, zero in (("product", product, "product_is_at"), ("residual", residual, residual_zero))
     ]
     steps = _activated(spec, emit("Add", *operands, output="added"), emit, constant)

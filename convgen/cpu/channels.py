@@ -119,8 +119,10 @@ class ChannelsInLanes(Counted):
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         g = geometry_of(spec, target, picks.get("merge", False))
         ops = Operands(spec, integers=g.operation.sums == INTEGER)
-        packed = [_packed_weights(ops, g, picks, target.lanes), *map(copied, ops.parameters[1:])]
-        if g.operation.offset or (g.operation.biased and spec.src_zero):
+        starts = spec.is_quantised and spec.bias and not spec.transposed
+        given = [parameter for parameter in ops.parameters[1:] if parameter.name != "bias" or not starts]
+        packed = [_packed_weights(ops, g, picks, target.lanes), *map(copied, given)]
+        if starts or g.operation.offset or (g.operation.biased and spec.src_zero):
             packed.append(_starts(ops, g, picks))
         core = core_of(target)
         return written(
@@ -237,15 +239,20 @@ def _store_panel(
 
 
 def _starts(ops: Operands, g: Geometry, picks: Picks) -> te.Tensor:
-    """What sums start at, ``[oc/t][t]``: less what src's offset and zero point add to them."""
+    """What sums of integers start at, ``[oc/t][t]``: the bias, less what src's offset and zero point add to them."""
     spec, tile, offset = ops.spec, picks.tile_oc, tirx.const(g.operation.offset, INTEGER)
     blocks = g.blocks(picks) // spec.groups
-    axes = [te.reduce_axis((0, size)) for size in ops.weights.shape[1:]]
+    given = {parameter.name: parameter for parameter in ops.parameters}
+    totals: te.Tensor | None = None
+    if g.operation.offset or (g.operation.biased and spec.src_zero):
+        axes = [te.reduce_axis((0, size)) for size in ops.weights.shape[1:]]
+        totals = te.compute((spec.oc,), lambda o: te.sum(ops.weights[(o, *axes)], axes), name="totals")
     nothing = ops.zero("src")[0] + offset if spec.src_zero else offset
 
     def start(b: Expr, t: Expr) -> Expr:
         lane = b % blocks * tile + t
         channel = b // blocks * g.channels + tirx.min(lane, g.channels - 1)
-        return te.sum(ops.weights[(channel, *axes)] * (tirx.const(0, INTEGER) - nothing), axes)
+        value = given["bias"][channel] if spec.bias else tirx.const(0, INTEGER)
+        return value if totals is None else value - totals[channel] * nothing
 
     return te.compute((spec.groups * blocks, tile), start, name="start_packed")

@@ -51,6 +51,7 @@ class Operation:
         biased: whether src's zero point, and the offset, are in the operands: sums begin at less than 0 by what these
             add. Else the zero point is taken off first.
         packs: whether vectors of 32-bit integers can be packed as bytes (:mod:`convgen.cpu.narrowing`).
+        permutes: whether bytes of vectors can be permuted.
         helper: LLVM IR that its code needs.
     """
 
@@ -61,6 +62,7 @@ class Operation:
     offset: int = 0
     biased: bool = False
     packs: bool = False
+    permutes: bool = False
     helper: str = ""
 
     @property
@@ -191,12 +193,12 @@ def operation_of(spec: ConvSpec, target: Target) -> Operation:
     if spec.is_quantised:
         bytes_too = "avx512vnni" in isa if lanes == 16 else "avxvnni" in isa or {"avx512vnni", "avx512vl"} <= isa
         signed = spec.weights_dtype == "i8" and not spec.weights_zero
-        packs = lanes == 16 and "avx512bw" in isa
+        stores = {"packs": lanes == 16 and "avx512bw" in isa, "permutes": lanes == 16 and "avx512vbmi" in isa}
         if bytes_too and signed and not spec.transposed:
             offset = 128 if spec.src_dtype == "i8" else 0
-            return Operation("vpdpbusd", 4, "int8", INTEGER, offset, biased=True, packs=packs)
+            return Operation("vpdpbusd", 4, "int8", INTEGER, offset, biased=True, **stores)
         if "sse3" in isa and (lanes < 16 or "avx512bw" in isa):
-            return Operation("vpmaddwd", 2, "int16", INTEGER, packs=packs)
+            return Operation("vpmaddwd", 2, "int16", INTEGER, **stores)
         if "asimddp" in isa and signed and spec.src_dtype == "i8" and not spec.src_zero:
             return Operation("sdot", 4, "int8", INTEGER)
         return Operation("multiply", 1, INTEGER, INTEGER)

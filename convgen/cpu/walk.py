@@ -418,7 +418,8 @@ class Kernel(TaskKernel):
                 follows = before == ((p, v - 1) if by_channels else ((p[0], p[1] - 1), v))
                 place = g.dst.element(task.image, at[v], self.dst_pixel(task, tile, p))
                 vectors.append(Stored(place, sums[p, v], given[v], follows))
-            store_bytes(body, self.spec, (self.dst, self.residual), vectors, zero)
+            tensors, permutes = (self.dst, self.residual), g.operation.permutes
+            store_bytes(body, self.spec, tensors, vectors, zero, permutes=permutes)
 
     def vectors(
         self, body: Block, channels: _Channels, v: Expr

@@ -11,14 +11,14 @@ from abc import abstractmethod
 
 from ..hardware.target import Target
 from ..lowering.compute import ceildiv
-from ..lowering.schedule import Picks, Space, require
+from ..lowering.schedule import Picks, Space, busiest, require
 from ..problem.spec import ConvSpec
 from .counted import Counted
 from .images import src_images
 from .model import Counts, Stream, Work
 from .operation import Operation
 from .product import BEGIN_RUN, BEGIN_TASK, Even, finishing, most_pixels, pieces, steps
-from .traffic import busiest_share, image_bytes, of_images
+from .traffic import image_bytes, of_images
 from .winograd_integers import TAPS, Grid
 
 #: Rows of tiles of a block; parts of the channels; tiles in registers at most.
@@ -87,7 +87,8 @@ class WinogradBlocks(Counted):
     def counts(self, spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         g, lanes, operation = self.grid(spec, picks.block_rows), target.lanes, self.operation(spec)
         tasks = spec.n * g.rows.count * picks.parallel_oc
-        share, work = busiest_share(tasks, target.cores), list[Work]()
+        loads = [rows for rows, times in g.rows.sizes for _ in range(times * picks.parallel_oc)] * spec.n
+        share, work = busiest(loads, target.cores) / sum(loads), list[Work]()
         for vectors, blocks in pieces(spec.oc // lanes, picks.tile_oc // lanes):
             for rows, times in g.rows.sizes:
                 for pixels, tiles in Even(rows * g.tile_columns, picks.tile_px).sizes:

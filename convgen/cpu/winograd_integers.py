@@ -1,17 +1,19 @@
 """Winograd's F(4×4, 3×3) of integers, exactly: the sizes of such a kernel, and its statements.
 
 With ``d`` a tile of src and ``w`` the weights of a pair of channels, the outputs are ``Aᵀ[(G w Gᵀ) · (Bᵀ d B)]A``. Bᵀ
-is whole; 24 G is ``diag(c)`` times a matrix of small whole numbers, and ``diag(c)`` goes to A: so all of it is whole,
-and gives the outputs times 24². Sums wrap at 32 bits; as 24² is 9 · 2⁶ and 9 has an inverse there, an output is known
-but for multiples of 2²⁶, and so known where it is smaller than 2²⁵: of so few channels are the sums that are
-transformed back together.
+is whole; 24 G is whole, but for its last row, a quarter of which is taken, and four times Aᵀ's last column, so that
+weights have 16 bits: so all of it is whole, and gives the outputs times 24². Sums wrap at 32 bits; as 24² is 9 · 2⁶ and
+9 has an inverse there, an output is known but for multiples of 2²⁶, and so known where it is smaller than 2²⁵: of so
+few channels are the sums that are transformed back together. Of all of them, where the weights are small enough for
+that, which is known when they are packed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -31,17 +33,19 @@ from .vector import Block, load, load_parameters
 #: Outputs and taps of a tile along an axis, and its inputs, which are as many as its products.
 OUTPUTS, TAPS, EXTENT = 4, 3, 6
 POSITIONS = EXTENT * EXTENT
-#: Bᵀ, the whole part of 24 G, and Aᵀ diag(c): interpolation at 0, 1, -1, 2, -2 and infinity.
+#: Bᵀ, 24 G with a quarter of its last row, and Aᵀ with four times its last column: interpolation at 0, 1, -1, 2, -2
+#: and infinity.
 INPUTS = ((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0), (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0),
           (0, 4, 0, -5, 0, 1))  # fmt: skip
-WEIGHTS = ((1, 0, 0), (1, 1, 1), (1, -1, 1), (1, 2, 4), (1, -2, 4), (0, 0, 1))
-BACK = ((6, -4, -4, 1, 1, 0), (0, -4, 4, 2, -2, 0), (0, -4, -4, 4, 4, 0), (0, -4, 4, 8, -8, 24))
+WEIGHTS = ((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 6))
+BACK = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 4))
 #: Where the two points begin that are opposite: 1 and -1, 2 and -2.
 OPPOSITE = (1, 3)
 #: Outputs come times 9 · 2**SHIFTED; the inverse of 9 modulo 2**32.
 SHIFTED, INVERSE = 6, 954437177
-#: Products of two numbers of 8 bits, of which a sum is less than 2**25 in any case.
-MOST_PRODUCTS = (2**25 - 1) // 128**2
+#: Products of two numbers of 8 bits, of which a sum is less than 2**25 in any case; what weights add up to at most,
+#: their signs aside, where one is of any number of products.
+MOST_PRODUCTS, MOST_WEIGHTS = (2**25 - 1) // 128**2, (2**25 - 1) // 128
 #: Channels of a vector of 16-bit numbers.
 CHANNELS = 32
 
@@ -62,6 +66,7 @@ class Grid:
         most_tiles: of a block.
         parts: of the channels, whose sums are transformed back together.
         words: of a part, pairs of channels.
+        slabs: packed weights of a position, each of an equal part of the channels.
         lanes: channels of a vector that is transformed.
         pitch: numbers from a tile's transformed input to the next one's; no power of two, which would put them in few
             sets of the cache.
@@ -76,9 +81,16 @@ class Grid:
         self.rows = Even(self.tile_rows, block_rows)
         self.most_tiles = self.rows.full * self.tile_columns
         self.parts = parts or parts_of(spec.ic)
-        self.words = spec.ic // self.parts // 2
+        self.words, self.slabs = spec.ic // self.parts // 2, self.parts
         self.lanes = math.gcd(src_images(spec).block, lanes)
         self.pitch = spec.ic + CHANNELS
+
+    @property
+    def joined(self) -> Grid:
+        """The same with all parts of the channels as one."""
+        grid = copy(self)
+        grid.parts, grid.words = 1, self.words * self.parts
+        return grid
 
     @property
     def extent(self) -> list[int]:
@@ -152,7 +164,9 @@ def _number(c: int, like: Expr) -> Expr:
 
 
 def packed(ops: Operands, g: Grid, tile_oc: int) -> list[te.Tensor]:
-    """Transformed weights ``[oc/t][part and position][word][t]``, what sums start at, and what requantises them."""
+    """Transformed weights ``[oc/t][position and part][word][t]``, what sums start at, and what requantises them; where
+    there are several parts, whether one is enough for these weights.
+    """
     spec, operation = ops.spec, operation_of(ops.spec)
     half = te.compute(
         (spec.oc, spec.ic, EXTENT, TAPS),
@@ -161,7 +175,7 @@ def packed(ops: Operands, g: Grid, tile_oc: int) -> list[te.Tensor]:
     )
 
     def words(b: Expr, at: Expr, k: Expr, t: Expr) -> Expr:
-        part, i, j = unflat(at, (g.parts, EXTENT, EXTENT))
+        i, j, part = unflat(at, (EXTENT, EXTENT, g.parts))
         channel, o = (part * g.words + k) * 2, tirx.min(b * tile_oc + t, spec.oc - 1)
         pair = [_rows(WEIGHTS, j, [half(o, channel + n, i, tap) for tap in range(TAPS)]) for n in range(2)]
         return operation.joined([operation.weight(value) for value in pair], 1)
@@ -180,7 +194,19 @@ def packed(ops: Operands, g: Grid, tile_oc: int) -> list[te.Tensor]:
         return given["bias"][o] + value if spec.bias else value
 
     starts = te.compute((spec.oc,), start, name="bias_packed")
-    return [weights, starts, *(copied(p) for p in ops.parameters[1:] if p.name != "bias")]
+    single = [_single(ops)] if g.parts > 1 else []
+    return [weights, starts, *(copied(p) for p in ops.parameters[1:] if p.name != "bias"), *single]
+
+
+def _single(ops: Operands) -> te.Tensor:
+    """Whether the sums of all channels are small enough to be transformed back together: 1 or 0."""
+    spec = ops.spec
+    axes = [te.reduce_axis((0, size), f"s{i}") for i, size in enumerate(spec.weights_shape[1:])]
+    sizes = te.compute((spec.oc,), lambda o: te.sum(tirx.abs(ops.weights[(o, *axes)]), axes), name="sizes")
+    o = te.reduce_axis((0, spec.oc), "o")
+    largest = te.compute((1,), lambda i: te.max(sizes[o], axis=o), name="largest")
+    one, none = (tirx.const(number, INTEGER) for number in (1, 0))
+    return te.compute((1,), lambda i: tirx.Select(largest[i] <= MOST_WEIGHTS, one, none), name="single_packed")
 
 
 # ---- the kernel -----------------------------------------------------------------------------------
@@ -199,11 +225,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Kernel(TaskKernel):
-    """The statements of the whole layer: tasks are images, blocks of rows of tiles, and parts of the channels."""
+    """The statements of the whole layer: tasks are images, blocks of rows of tiles, and parts of the channels.
+
+    Attributes:
+        permutes: whether bytes of vectors can be permuted.
+    """
 
     g: Grid
     lanes: int
     core: Core
+    permutes: bool = False
 
     @property
     def operation(self) -> Operation:
@@ -229,9 +260,20 @@ class Kernel(TaskKernel):
             b = inner.let(first + i)
             vectors, width = spec.oc // self.lanes, picks.tile_oc // self.lanes
             for case, count in inner.cases(b, vectors // width, width, vectors % width):
-                self.products(case, task, values, b, count, sums)
-                with case.loop(count) as (one, v):
-                    self.back(one, task, sums, v * self.lanes, one.let(b * picks.tile_oc + v * self.lanes))
+                for some, kernel in self.in_parts(case):
+                    kernel.products(some, task, values, b, count, sums)
+                    with some.loop(count) as (one, v):
+                        kernel.back(one, task, sums, v * self.lanes, one.let(b * picks.tile_oc + v * self.lanes))
+
+    def in_parts(self, body: Block) -> Iterator[tuple[Block, Kernel]]:
+        """Code for weights of which the sums of all channels are transformed back together, and for others."""
+        if self.g.parts == 1:
+            yield body, self
+            return
+        single = self.parameters["single"][0]
+        for condition, g in ((single == 1, self.g.joined), (single == 0, self.g)):
+            with body.when(condition) as case:
+                yield case, replace(self, g=g)
 
     # ---- what another kind of numbers does in its own way ---------------------------------------
 
@@ -315,7 +357,7 @@ class Kernel(TaskKernel):
         """
         g, lanes, weights, (b, at), (first, pixels) = self.g, self.lanes, self.parameters["weights"], slab, tiles
         registers = body.registers([(t, v) for t in range(pixels) for v in range(vectors)], lanes, self.operation.sums)
-        part, position = (0, at) if g.parts == 1 else (body.let(at // g.positions), body.let(at % g.positions))
+        position, part = (at, 0) if g.parts == 1 else (body.let(at // g.parts), body.let(at % g.parts))
         following = b * (g.parts * g.positions) + at + blocks_ahead(g.words * vectors * g.most_tiles)
         following = following * (g.words * self.picks.tile_oc)
         fetch = fetching(body, self.core, weights, following, g.words, pixels * vectors, share)
@@ -324,7 +366,7 @@ class Kernel(TaskKernel):
             return word(values, self.operation, [position, first + t, (part * g.words + k) * 2])
 
         def vector(v: int, k: Expr) -> Expr:
-            return load(weights, "i32", [b, at, k, v * lanes], lanes, lanes)
+            return load(weights, "i32", [b, at * (g.slabs // g.parts), k, v * lanes], lanes, lanes)
 
         multiply(body, registers, g.words, scalar, vector, fetch, self.operation)
         for t, v in registers.keys:
@@ -370,7 +412,7 @@ class Kernel(TaskKernel):
             for q in range(self.g.outputs)
         ]
         zero = body.let(self.parameters["dst_zero"][0]) if self.spec.dst_zero else None
-        store_bytes(body, self.spec, (self.dst, self.residual), vectors, zero)
+        store_bytes(body, self.spec, (self.dst, self.residual), vectors, zero, permutes=self.permutes)
 
     def outputs(self, body: Block, sums: tirx.Buffer, tile: Expr, lane: Expr) -> dict[tuple[int, int], Expr]:
         """The outputs of a tile, sums of those of all parts of src's channels."""
@@ -378,7 +420,8 @@ class Kernel(TaskKernel):
         for part in range(g.parts):
             columns = []
             for j in range(size):
-                places = [[part * g.positions + i * size + j, tile, _ramp(lane, self.lanes)] for i in range(size)]
+                at = [(i * size + j) * g.parts + part for i in range(size)]
+                places = [[place, tile, _ramp(lane, self.lanes)] for place in at]
                 read = [body.let(tirx.BufferLoad(sums, place)) for place in places]
                 columns.append([body.let(value) for value in self.transform_back(body, read)])
             for p in range(g.outputs):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from ..deferred import tirx
-from ..problem.spec import ConvSpec
+from ..problem.spec import MOST_SUM_SCALE, ConvSpec
 from .compute import ACCUMULATOR, INTEGER, SHIFT, STORAGE, Expr, epilogue, of_lanes, quantised_bits, saturated
 
 #: Activations that are bounds of a value; those of clip are its parameters.
@@ -96,6 +96,11 @@ def _added(
 ) -> Expr:
     """A product, rounded to dst's type, plus the residual, in steps of dst."""
     product = whole(saturated(value, spec.dst_dtype, product_zero, lanes, (-math.inf, math.inf)))
+    least, most = (tirx.const(bound, ACCUMULATOR) for bound in (-MOST_SUM_SCALE, MOST_SUM_SCALE))
+    # In this order NaN stays.
+    product_scale, residual_scale = (
+        tirx.max(least, tirx.min(most, scale)) for scale in (product_scale, residual_scale)
+    )
     return times(product, product_scale) + times(residual - residual_zero, residual_scale)
 
 

@@ -14,7 +14,7 @@ from ..formats.onnx.graph import Scope
 from ..formats.onnx.node import OnnxLayer
 from ..formats.onnx.quantised import INTEGERS, Stored, dequantised, stored_activation
 from ..problem.dtypes import RANGES
-from ..problem.spec import ConvSpec
+from ..problem.spec import MOST_SUM_SCALE, ConvSpec
 from .graph import Array, Convolution, Graph, Node, Operator
 from .node import Reading, Refusal
 from .nodes import READERS
@@ -326,7 +326,7 @@ def _with_sum(
     parameters = {name: array for name, array in made.parameters.items() if name != "dst_zero"}
     types = (dtype, stored, dtype)
     scales = scales_of_sum((a_scale, b_scale, scale), (a_zero, b_zero, zero), types)
-    if scales is None:
+    if scales is None or max(scales) > MOST_SUM_SCALE:
         return None
     parameters["sum"] = np.array([scales[0], a_zero, scales[1], b_zero], np.float32)
     if zero:

@@ -39,6 +39,8 @@ PARAMETERS = ("weights", "bias", "slope", "scale", "src_zero", "weights_zero", "
 #: Numbers of the parameter ``sum``: scales, in steps of dst, and zero points of the product, which is rounded to dst's
 #: type, and of the residual.
 SUM = ("product_scale", "product_zero", "residual_scale", "residual_zero")
+#: What scales among them count as that are larger, or less than its negative: no sum is then too large for an i32.
+MOST_SUM_SCALE = 2.0**20
 
 #: Types of single tensors. Fields that are resolved where they are empty -> the field whose value they get.
 TYPES = ("src_dtype", "weights_dtype", "dst_dtype", "residual_dtype")

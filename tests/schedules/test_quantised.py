@@ -82,27 +82,43 @@ def test_large_weights_are_packed_beside_their_sums() -> None:
     validate(compile_candidate(spec, NATIVE, parse_candidate(spec, NATIVE, "cpu_direct", None), 1)).raise_if_failed()
 
 
-@pytest.mark.parametrize("schedule", ["reference", "cpu_direct"])
-def test_sums_with_a_residual_by_hand(schedule: str) -> None:
-    """Every number of src beside every number of the residual."""
+@pytest.mark.parametrize(
+    ("schedule", "channels", "more", "scales"),
+    [
+        ("reference", 2, "residual_u8", (0.71, 0.5)),
+        ("reference", 2, "residual_u8", (2.0**30, -(2.0**21))),
+        ("cpu_direct", 2, "residual_u8", (0.71, 0.5)),
+        ("cpu_direct", 32, "residual_u8 nhwc", (0.71, 0.5)),
+        ("cpu_direct", 32, "residual_u8 nhwc", (2.0**30, -(2.0**21))),
+        ("cpu_direct", 48, "nhwc", (0.5, 0.71)),
+        ("cpu_direct", 16, "nhwc", (0.5, 0.71)),
+        ("cpu_direct", 32, "residual_u8 nhwc dst_nchw16c", (0.71, 0.5)),
+        ("cpu_direct", 32, "nhwc dst_nchw16c", (0.5, 0.71)),
+    ],
+)
+def test_sums_with_a_residual_by_hand(schedule: str, channels: int, more: str, scales: tuple[float, float]) -> None:
+    """Every number of src beside every number of the residual, of few channels and of whole vectors."""
     spec = ConvSpec.parse(
-        "conv2d ic1 oc2 i256x256 k1 i8 src_u8 dst_u8 residual residual_u8 dst_zero clip(-90,100) nobias"
+        f"conv2d ic1 oc{channels} i256x256 k1 i8 src_u8 dst_u8 residual dst_zero clip(-90,100) nobias {more}"
     )
+    low, high = RANGES[spec.residual_dtype]
     given: dict[str, Any] = {
-        "weights": np.array([1, -2], np.int8).reshape(spec.weights_shape),
-        "scale": np.array([1, 0.37], np.float32),
-        "sum": np.array([0.71, 40, 0.5, 130], np.float32),
+        "weights": np.array([1, -2] * (channels // 2), np.int8).reshape(spec.weights_shape),
+        "scale": np.array([1, 0.37] * (channels // 2), np.float32),
+        "sum": np.array([scales[0], 40, scales[1], high - 125], np.float32),
         "dst_zero": np.array([100], np.uint8),
     }
-    image = np.repeat(np.arange(256, dtype=np.uint8), 256).reshape(spec.src_shape)
-    residual = np.tile(np.arange(256, dtype=np.uint8), 512).reshape(spec.dst_shape)
-    sums = np.concatenate([image, image.astype(np.int32) * -2], axis=1).astype(np.float32)
-    product = np.clip(np.rint(sums * given["scale"].reshape(1, 2, 1, 1)) + 40, 0, 255).astype(np.float32)
-    scales = given["sum"][::2]
-    total = (product - np.float32(40)) * scales[0] + (residual - np.float32(130)) * scales[1]
+    image = np.repeat(np.arange(256, dtype=np.uint8), 256).reshape(1, 1, 256, 256)
+    residual = np.broadcast_to(np.arange(low, high + 1), (1, channels, 256, 256))
+    sums = image * given["weights"].reshape(1, -1, 1, 1).astype(np.float32)
+    product = np.clip(np.rint(sums * given["scale"].reshape(1, -1, 1, 1)) + 40, 0, 255).astype(np.float32)
+    first, second = np.clip(given["sum"][::2], -(2.0**20), 2.0**20)
+    total = (product - np.float32(40)) * first + (residual - np.float32(high - 125)).astype(np.float32) * second
     by_hand = np.rint(np.clip(total, -90, 100)) + 100
     kernel = compile_candidate(spec, NATIVE, parse_candidate(spec, NATIVE, schedule, None), 1)
-    np.testing.assert_array_equal(kernel(image, residual=residual, **given), by_hand)
+    stored = spec.dst_blocks.stored(residual.astype(numpy_dtype(spec.residual_dtype)))
+    found = kernel(spec.src_blocks.stored(image), residual=np.ascontiguousarray(stored), **given)
+    np.testing.assert_array_equal(spec.dst_blocks.channels_first(found), by_hand)
 
 
 def test_long_sums_wrap_as_those_of_onnx_runtime() -> None:

@@ -16,6 +16,7 @@ from convgen.cpu.winograd_integers import (
     EXTENT,
     INPUTS,
     INVERSE,
+    MOST_WEIGHTS,
     OUTPUTS,
     SHIFTED,
     TAPS,
@@ -63,17 +64,21 @@ def test_layers_are_exact(text: str) -> None:
 
 @pytest.mark.parametrize("zero", [0, 128, 255])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_largest_sums_are_exact(zero: int, sign: int) -> None:
-    """Every product as large as it can be, of as many channels as are transformed back together."""
-    ic = 224
-    assert parts_of(ic) == 1
+@pytest.mark.parametrize(("ic", "size", "parts"), [(224, 127, 1), (256, 113, 2), (256, 114, 2), (256, 127, 2)])
+def test_the_largest_sums_are_exact(zero: int, sign: int, ic: int, size: int, parts: int) -> None:
+    """Every product as large as it can be: of as many channels as are transformed back together in any case, of more
+    with weights that are just small enough for that, and with weights that are not.
+    """
+    assert parts_of(ic) == parts
+    assert MOST_WEIGHTS // (9 * 256) == 113
     spec = ConvSpec.parse(f"conv2d ic{ic} oc16 i8x8 k3x3 p1 i8 src_u8 src_zero dst_i32 nobias nhwc")
     rng = np.random.default_rng(zero)
+    least = -128 if size == 127 else -size
     given: dict[str, Any] = {
-        "weights": np.full(spec.weights_shape, -128 if sign < 0 else 127, np.int8),
+        "weights": np.full(spec.weights_shape, least if sign < 0 else size, np.int8),
         "src_zero": np.array([zero], np.uint8),
     }
-    given["weights"][1] = rng.choice([-128, 127], given["weights"][1].shape)
+    given["weights"][1] = rng.choice([least, size], given["weights"][1].shape)
     kernel = compiled(spec)
     for src in (np.full(spec.src_shape, 0), np.full(spec.src_shape, 255), rng.choice([0, 255], spec.src_shape)):
         src = src.astype(np.uint8)
