@@ -16,7 +16,7 @@ Strategy    1. A layout is a block of channels that lie innermost: 1 in NCHW, 16
             5. One parallel loop over parts of the channels × batch × blocks of rows (in 1-D of tiles). `order` names a
                task's outer loop: `oc`, and every block of channels reads the pixels again, while the next one's
                weights are fetched ahead (a task of one tile: those that follow soon); `pixels`, and every tile reads
-               the weights again.
+               the weights again. 1×1 layers of many NCHW images fetch the next image instead, and what they write.
 Why not     pixels in the lanes (cpu_rows): NCHW then needs no transposition.
 """
 

@@ -132,6 +132,27 @@ class Geometry:
         """Loops of a tile's products: one for each run, or where runs are short one for all."""
         return math.prod(self.runs) if self.run >= SHORT_ROW else 1
 
+    def fetches_images(self, picks: Picks, l2: float) -> bool:
+        """Whether the next image is fetched into the L2 cache while one is worked on: of many images that come from
+        beyond it two fit in, beside the weights of a part, and each step reads from another row of NCHW, of which the
+        processor fetches little ahead. Where several blocks of channels read an image, more of the cache is left: what
+        is fetched must not displace it.
+        """
+        src, weights = self.spec.bytes["src"], self.spec.bytes["weights"] // picks.parallel_oc
+        image, once = src // self.spec.n, self.blocks(picks) <= picks.parallel_oc
+        fits = weights + 2 * image <= l2 and (once or image <= l2 // 4)
+        return self._is_product_of_rows and not picks.copy_src and self.read.layout == "nchw" and fits and src > l2
+
+    def fetches_rows(self, l2: float) -> bool:
+        """Whether what a tile writes is fetched while its products are summed: rows of NCHW beyond the L2 cache."""
+        return self._is_product_of_rows and self.dst.layout == "nchw" and self.spec.bytes["dst"] > l2
+
+    @property
+    def _is_product_of_rows(self) -> bool:
+        """Whether it is a product of matrices for each of several images, of numbers read as they are stored."""
+        spec = self.spec
+        return spec.n > 1 and spec.has_unit_kernel and not (spec.transposed or self.padded or self.operation.converts)
+
     def blocks(self, picks: Picks) -> int:
         """Blocks of channels of all groups, none of which shares one with another; merged phases: the groups."""
         return self.spec.groups * (1 if self.merge else ceildiv(self.channels, picks.tile_oc))

@@ -5,7 +5,7 @@ Spatial axes are always three here, those that a tensor lacks of size 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..deferred import tirx
 from ..lowering.compute import Expr, narrow, round_up
 from ..problem.layout import Blocks
 from ..problem.spec import ConvSpec
-from .vector import Block, Narrow, finish, load_within, store, zeros
+from .vector import Block, Narrow, finish, load_within, prefetch, store, zeros
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,19 @@ class Images:
     def element(self, image: Expr, channel: Expr, pixel: Sequence[Expr]) -> list[Expr]:
         """The index of a channel of a pixel."""
         return list(self.blocks.order(image, channel, pixel[3 - self.rank :]))
+
+    def fetch(
+        self, block: Block, tensor: Any, place: tuple[Expr, Expr, Sequence[Expr]], columns: Iterable[int]
+    ) -> None:
+        """Fetch pixels of a row of a channel into the L2 cache, those so many columns from one on, and what lies in
+        their lines. Each may lie past the end.
+
+        Args:
+            place: image, channel and pixel.
+        """
+        image, channel, (*outer, x) = place
+        for column in columns:
+            block.add(prefetch(tensor, self.element(image, channel, [*outer, x + column]), level=2))
 
     def copied(
         self,

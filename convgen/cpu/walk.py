@@ -281,6 +281,13 @@ class Kernel(TaskKernel):
         first_block = body.let(channels.group * of_group)
         if self.fetches_outputs:
             self.fetch_outputs(body, task, tile, channels)
+        if g.fetches_rows(self.core.l2_size):
+            with body.loop(channels.vectors * lanes) as (one, c):
+                row = channels.group * g.channels + channels.first + c
+                for line in range(tile.row.height):
+                    place = (task.image, row, self.dst_pixel(task, tile, (line, 0)))
+                    g.dst.fetch(one, self.dst, place, sorted({0, tile.width - 1}))
+        images_ahead = g.fetches_images(self.picks, self.core.l2_size)
         fetched = self.fetching(body, tile, channels)
         length, is_short = g.words(1 if g.apart else x.taps), g.run < SHORT_ROW
         counts = (z.taps, y.taps, x.taps if g.apart else 1, g.runs[3], length if is_short else 1)
@@ -293,10 +300,12 @@ class Kernel(TaskKernel):
                 for phase, axis, i, (start, _) in zip(phases, axes, (iz, iy, ix), g.reads, strict=True)
             ]
 
-            def pixel(p: tuple[int, int], k: Expr) -> Expr:
+            def met(p: tuple[int, int]) -> list[Expr]:
                 of_phase = (0, tile.row.y + p[0], tile.x + p[1])
-                at = [i * m + offset for i, m, offset in zip(of_phase, g.moves, moved, strict=True)]
-                return self.pixel(task, at, first_block, block, step + k)
+                return [i * m + offset for i, m, offset in zip(of_phase, g.moves, moved, strict=True)]
+
+            def pixel(p: tuple[int, int], k: Expr) -> Expr:
+                return self.pixel(task, met(p), first_block, block, step + k)
 
             dtype = STORED[operation.word]
 
@@ -304,11 +313,18 @@ class Kernel(TaskKernel):
                 return load(weights, dtype, [channels.weights, index, first + k, v * lanes], lanes, lanes)
 
             def fetch(step: Block, k: Expr) -> None:
-                fetched(step, index * g.run + first + k)
+                if not images_ahead:
+                    fetched(step, index * g.run + first + k)
+                    return
+                row, columns = first_block + first + k, range(0, (tile.width - 1) * g.moves[2] + 1, LINE)
+                for line in range(tile.row.height):
+                    at = [c + i for c, i in zip(task.corner, met((line, 0)), strict=True)]
+                    g.src.fetch(step, self.src, (task.image + 1, row, at), columns)
 
             # What a single tile uses once, one block of channels after another, the processor itself fetches ahead.
             is_ahead = self.picks.get("order", "oc") == "oc" and math.prod(g.task(self.picks)) > 1
-            multiply(run, sums, 1 if is_short else length, pixel, weight, fetch if is_ahead else None, operation)
+            fetches = images_ahead or is_ahead
+            multiply(run, sums, 1 if is_short else length, pixel, weight, fetch if fetches else None, operation)
         if task.rows is None:
             stored = self.store_squares if g.dst.layout == "nchw" else self.store_channels
             stored(body, task, tile, channels, sums)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from convgen.check.validate import validate
@@ -9,6 +11,7 @@ from convgen.hardware.target import resolve
 from convgen.kernel.kernel import compile_candidate
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.discover import schedule as find_schedule
+from convgen.lowering.lower import lower
 from convgen.lowering.schedule import Candidate
 from convgen.problem.spec import ConvSpec
 
@@ -42,3 +45,23 @@ def test_copies_of_several_tiles_are_right(descriptor: str) -> None:
         picks = rows.default(spec.core, native).replace(copy_src=True, parallel_oh=parts)
         rows.valid(spec.core, native, picks)
         validate(compile_candidate(spec, native, Candidate(rows, picks), 2)).raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    "layer", ["ic16 oc40 i14x13 k1x1", "ic24 oc20 i21x22 k1x1 s2x3", "ic32 oc48 g2 i9x10 k1x1 relu"]
+)
+def test_rows_of_the_next_image_are_fetched(layer: str) -> None:
+    """And those of dst: where images come from beyond the L2 cache, and are read where they lie. One alone is not."""
+    schedule, target = find_schedule("cpu_direct"), resolve("cpu").on(1)
+    one = ConvSpec.parse(f"conv2d n1 {layer} p0 nobias")
+    size = max(one.bytes["src"], one.bytes["dst"] // 2)
+    many = one.with_(n=target.l2 // min(one.bytes["src"], one.bytes["dst"]) + 2)
+    assert 3 * size < target.l2
+    for spec, fetched in ((many, {"src", "dst"}), (one, set()), (many.with_(layout="nhwc", dst_layout="nhwc"), set())):
+        picks = schedule.default(spec.core, target)
+        picks = picks.replace(copy_src=False) if spec.layout == "nchw" else picks
+        candidate = Candidate(schedule, picks)
+        script = str(lower(spec, target, candidate).module["main"].script())
+        names = set(re.findall(r"llvm\.prefetch.*?address_of\((?:T\.handle\(\), )?(\w+)\[", script))
+        assert names & {"src", "dst"} == fetched
+        validate(compile_candidate(spec, target, candidate, 1)).raise_if_failed()
