@@ -65,7 +65,7 @@ def compiled(descriptor: str, spelling: str) -> dict[str, Any]:
 
 
 def compile_layers(wanted: Sequence[Key], results: Path, console: Console, *, jobs: int, fresh: bool = False) -> int:
-    """Compile the layers that ``results`` has no row of, an error, or no prediction; write rows and tables.
+    """Compile the layers that ``results`` has no row of, or one that is not whole; write rows and tables.
 
     Args:
         wanted: in the order of the tables.
@@ -77,7 +77,7 @@ def compile_layers(wanted: Sequence[Key], results: Path, console: Console, *, jo
     """
     path = results / "compile.jsonl"
     kept = _read(path)
-    complete = {key for key, row in kept.items() if not row["error"] and "predicted_cycles" in row}
+    complete = {key for key, row in kept.items() if is_whole(row)}
     missing = [key for key in wanted if fresh or key not in complete]
     _compile_missing(missing, kept, path, console, jobs)
     rows = [kept[key] for key in wanted if key in kept]
@@ -87,6 +87,12 @@ def compile_layers(wanted: Sequence[Key], results: Path, console: Console, *, jo
     spilled = sum(any(function["spilled"] for function in row.get("functions", [])) for row in rows)
     console.print(f"{len(rows)} layers, {failed} failed, {spilled} spill; wrote {results / 'compile.md'}")
     return failed
+
+
+def is_whole(row: dict[str, Any]) -> bool:
+    """Whether a row has all there is to know, and nothing that was to be mended: an error, or registers in memory."""
+    spilled = any(function["spilled"] for function in row.get("functions", []))
+    return not row["error"] and "predicted_cycles" in row and not spilled
 
 
 def _read(path: Path) -> dict[Key, dict[str, Any]]:

@@ -218,6 +218,14 @@ def test_a_layer_as_i8_lacks_what_i8_does_not_take(bench: ModuleType, compiler: 
         bench.parse(["--modes", "i8"])
 
 
+def test_what_failed_or_spilled_is_compiled_again(compiler: ModuleType) -> None:
+    row = {"error": "", "predicted_cycles": None, "functions": [{"spilled": 0}, {"spilled": 0}]}
+    assert compiler.is_whole(row)
+    for wrong in ({"error": "none"}, {"functions": [{"spilled": 0}, {"spilled": 8}]}):
+        assert not compiler.is_whole(row | wrong)
+    assert not compiler.is_whole({"error": "", "functions": []})
+
+
 def test_what_does_not_compile_is_in_the_table(compiler: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVGEN_CUDA_DRIVER", "/none")
     failed = compiler.compiled("conv2d n1 ic8 oc8 i6x6 k1x1", "cuda:sm_1")
