@@ -21,7 +21,7 @@ from ..kernel.dlpack import View, view
 from ..kernel.frameworks import framework_of
 from ..kernel.library import Bytes, aligned
 from ..kernel.mapped import open_library
-from .library import NetworkLibrary, NetworkSizes, Tensors
+from .library import NetworkLibrary, NetworkSizes, Tensors, by_name
 
 #: Version of the C functions and structs of networks on GPUs (``runtime/network_cuda_types.h``).
 DEVICE_NETWORK_ABI = 2
@@ -106,14 +106,15 @@ class CudaNetworkLibrary(NetworkLibrary):
         self._device, self._on_device = device, memory
         self._own_workspaces.clear()
 
-    def __call__(self, *arrays: Any, out: Mapping[str, Any] | None = None, stream: Any = None, **named: Any) -> Any:
+    def __call__(self, *arrays: Any, out: Any = None, stream: Any = None, **named: Any) -> Any:
         """The network's outputs. Returns when the work is launched, not when it is done.
 
         Args:
             arrays: the inputs in the model's order and of its types, contiguous, in the device's memory: of PyTorch,
                 CuPy or anything else with DLPack. Or one mapping with inputs by their names.
             named: inputs by their names, where these are Python's.
-            out: arrays to write outputs to, by name; new ones of the first input's framework for others.
+            out: arrays to write outputs to, by name, of one output the array itself too; new ones of the first
+                input's framework for others.
             stream: where to run: a handle or an object with ``__cuda_stream__``; the current one of the first input's
                 framework where None. Of PyTorch's and CuPy's arrays the workspace comes from their allocator, so that
                 calls after the first, or after :meth:`to`, can be captured into a CUDA graph.
@@ -124,7 +125,7 @@ class CudaNetworkLibrary(NetworkLibrary):
         Raises:
             KernelError: an argument is not what the network needs, or the driver refused.
         """
-        given, out = self._inputs(arrays, named), out or {}
+        given, out = self._inputs(arrays, named), by_name(self.outputs, out)
         if not given:
             raise UnsupportedError(f"{self.name}: expected a network with inputs, whose framework says where to run")
         first = next(iter(given.values()))

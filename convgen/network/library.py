@@ -147,7 +147,7 @@ class NetworkLibrary(Loaded):
         weakref.finalize(self, close, self._network).atexit = False
         return tuple(Tensors(inputs, outputs) for inputs, outputs in values)
 
-    def __call__(self, *arrays: Any, out: Mapping[str, Any] | None = None, **named: Any) -> Any:
+    def __call__(self, *arrays: Any, out: Any = None, **named: Any) -> Any:
         """The network's outputs.
 
         Args:
@@ -156,7 +156,7 @@ class NetworkLibrary(Loaded):
                 are where they are contiguous, and copied first where they are not. Or one mapping with inputs by their
                 names, whatever these are.
             named: inputs by their names, where these are Python's.
-            out: arrays to write outputs to, by name, contiguous.
+            out: arrays to write outputs to, by name, contiguous; of one output the array itself too.
 
         Returns:
             The output, as what the first input is: an array, or a tensor of PyTorch; where there are several, all by
@@ -165,7 +165,7 @@ class NetworkLibrary(Loaded):
         Raises:
             KernelError: an argument is not what the network needs.
         """
-        return self._call(self._inputs(arrays, named), out or {}, None)
+        return self._call(self._inputs(arrays, named), by_name(self.outputs, out), None)
 
     def step_seconds(self, *arrays: Any, **named: Any) -> list[float]:
         """What each step of one run takes, in seconds and in the order in which they run; arguments as of a call."""
@@ -312,6 +312,20 @@ class NetworkLibrary(Loaded):
             raise KernelError(f"{self.name}: expected outputs apart from all other arguments, found an overlap")
         if status != _OK:
             raise KernelError(f"{self.name}: {self._error(status).decode()}")
+
+
+def by_name(outputs: Mapping[str, TensorInfo], out: Any) -> Mapping[str, Any]:
+    """Arrays for outputs by the names of these; of a network with one output an array is that.
+
+    Raises:
+        KernelError: one array for several outputs.
+    """
+    if out is None or isinstance(out, Mapping):
+        return out or {}
+    if len(outputs) != 1:
+        names = ", ".join(outputs)
+        raise KernelError(f"out: expected arrays by the names of outputs ({names}), found a {type(out).__name__}")
+    return dict.fromkeys(outputs, out)
 
 
 def _as_arrays(given: Mapping[str, Any]) -> dict[str, Array]:

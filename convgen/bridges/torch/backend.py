@@ -22,6 +22,8 @@ from ...hardware.target import check_threads, resolve
 from ...network.apart import compiler
 from ...network.choice import check_accuracy
 from ...network.network import Network, compile_model
+from .aten import PRODUCTS
+from .outside import in_words, of_products
 from .program import Divided, Program
 
 log = logging.getLogger("convgen.bridges.torch")
@@ -51,7 +53,7 @@ class Options:
         known = tuple(cls.__dataclass_fields__)
         for name in given or {}:
             if name not in known:
-                raise SpecError(f"options[{name!r}]", f"one of {', '.join(known)}", f"another one{meant(name, known)}")
+                raise SpecError("options", f"one of {', '.join(known)}", f"{name!r}{meant(str(name), known)}")
         options = cls(**(given or {}))
         check_accuracy(options.accuracy, "options['accuracy']")
         check_threads(options.threads, resolve("cpu"))
@@ -251,6 +253,10 @@ class FrozenGraph:
 
     def _keep(self, weights: _Weights, program: Program[Any]) -> Program[Any]:
         """In the place of what was compiled for the same tensors, as they were before."""
+        refused = {} if program.networks else of_products(program.outside, PRODUCTS)
+        if refused and not self.said:
+            self.said = True
+            log.warning("a graph is left to PyTorch: no network is made of it: %s", in_words(refused))
         self.programs = [
             frozen
             for frozen in self.programs

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -21,9 +23,12 @@ from torch.utils._pytree import (
 )
 
 from ...errors import KernelError, SpecError, UnsupportedError
-from .aten import is_read
+from ...network.network import Network
+from .aten import PRODUCTS, is_read
 from .onnx_graph import Known, value
+from .outside import in_words, of_products
 from .program import Compile, Divided, Program
+from .whole import Ends, is_whole, whole_model
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -37,7 +42,9 @@ class TorchProgram:
     """
 
     def __init__(self, program: ExportedProgram, compiled: Compile, name: str) -> None:
-        program = program.run_decompositions(_composites())
+        with warnings.catch_warnings():  # PyTorch warns of itself, when it copies a program
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            program = program.run_decompositions(_composites())
         _drop_checks(program.graph_module)
         signature = program.graph_signature
         changed = [spec.target for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
@@ -55,10 +62,11 @@ class TorchProgram:
         values = {**program.constants, **program.state_dict}
         weights = {node: values[str(spec.target)] for node, spec in kinds if spec.kind in _WEIGHTS}
         self._tree = program.call_spec
-        _name_outputs(program.graph, self._tree.out_spec)
+        called = _name_outputs(program.graph, self._tree.out_spec)
         divided = Divided(program.graph_module, {**weights, **_attributes(program.graph_module)}, name)
         self._program = Program(divided, divided.compiled(compiled))
         self.networks, self.outside = self._program.networks, self._program.outside
+        self._make_library = self._library_of(divided, compiled, called)
         reads = set(self._program.reads)
         self._weights = [weights.get(node) if place in reads else None for place, node in enumerate(placeholders)]
         self._places = [placeholders.index(node) for node in self._given]
@@ -66,7 +74,8 @@ class TorchProgram:
     def __repr__(self) -> str:
         names = ", ".join(network.name for network in self.networks)
         networks = f"network{'s' * (len(self.networks) != 1)} {names}" if names else "no network"
-        return f"<TorchProgram: {networks}; {_counted(len(self.outside), 'node')} left to PyTorch>"
+        why = "" if names else f": {in_words(of_products(self.outside, PRODUCTS) or self.outside)}"
+        return f"<TorchProgram: {networks}; {_counted(len(self.outside), 'node')} left to PyTorch{why}>"
 
     def __reduce__(self) -> Any:
         raise UnsupportedError("a compiled program: expected export() to hand it on, found a copy or a pickle of it")
@@ -89,52 +98,106 @@ class TorchProgram:
             results = self._program(*inputs)
         return tree_unflatten(list(results), self._tree.out_spec)
 
+    def _library_of(
+        self, divided: Divided, compiled: Compile, called: Mapping[str, Any]
+    ) -> Callable[[], Network] | None:
+        """What makes the network that the library is, for the weights as they are now; None where nodes stay
+        PyTorch's.
+
+        It is the program's own where that takes and gives what the module does. The axes of others' tensors are in
+        the order of their memory, say: the library's is compiled when it is wanted.
+        """
+        outputs = {name: node for name, node in called.items() if _is_tensor(node)}
+        ends = Ends(tuple(filter(_is_tensor, self._given)), tuple(outputs.items()))
+        rest = {name: node for name, node in called.items() if name not in outputs}
+        self._rest = {name: value(node) if isinstance(node, fx.Node) else node for name, node in rest.items()}
+        parts = divided.partition.parts
+        if not self.outside and len(self.networks) == 1 and is_whole(parts[0], list(self.networks[0].outputs), ends):
+            return lambda: self.networks[0]
+        if len(self.networks) != len(parts):
+            return None
+        try:
+            model = whole_model(divided.graph.graph, divided.partition, ends, divided.name)
+        except UnsupportedError as error:  # of the library alone: the program can be called
+            return partial(_refuse, error)
+        return None if model is None else cache(lambda: compiled(model))
+
     def export(self, directory: str | Path, *, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write it as a C library; see :meth:`convgen.network.network.Network.export`.
 
+        It takes and gives what the module does, each tensor with its axes, by name, in the module's order. What else
+        the module gives is the same at every call: ``values`` of the manifest.
+
         Raises:
-            UnsupportedError: nodes stay PyTorch's: names each of them, and why.
+            UnsupportedError: nodes stay PyTorch's: names each of them, and why; or a tensor is of a type that no
+                library takes or gives.
         """
-        if self.outside or len(self.networks) != 1:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.outside.items())
+        if self._make_library is None:
             found = f"{_counted(len(self.networks), 'network')} and {_counted(len(self.outside), 'node')} outside"
-            raise UnsupportedError(f"expected a program that is one network, found {found}: {reasons}")
-        return self.networks[0].export(directory, facts=facts)
+            raise UnsupportedError(f"expected a program that is one network, found {found}: {in_words(self.outside)}")
+        values = {"values": self._rest} if self._rest else {}
+        return self._make_library().export(directory, facts={**values, **(facts or {})})
+
+
+def _refuse(error: UnsupportedError) -> NoReturn:
+    raise error
+
+
+def _is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(value(node), Tensor)
 
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def _name_outputs(graph: fx.Graph, tree: TreeSpec) -> None:
+def _name_outputs(graph: fx.Graph, tree: TreeSpec) -> dict[str, Any]:
     """Call what the module returns by names as these are: networks call their outputs as nodes are called.
 
     ``{"logits": …, "features": [a, b]}`` gives ``logits``, ``features_0`` and ``features_1``. Another node of such a
-    name changes names with it; where that is an input, the output's has ``_out`` behind it. What lies under the empty
-    name keeps its node's.
+    name changes names with it; where that is an input, or returned, the output's has ``_out`` behind it. What lies
+    under the empty name, or under none, keeps its node's.
+
+    Returns:
+        All that is returned by name, nodes and else, in order. What is returned again, an input or a weight has a name
+        that is no node's.
     """
     (output,) = graph.find_nodes(op="output")
     results: list[Any] = list(output.args[0])
     paths, _ = tree_flatten_with_path(tree_unflatten(list(range(len(results))), tree))
     called = {node.name: node for node in graph.nodes}
     named = set(graph.find_nodes(op="placeholder"))
-    for path, place in paths:
+    names: dict[int, str] = {}
+
+    def call(place: int, wanted: str) -> None:
         node = results[place]
-        has_key = any(isinstance(step, MappingKey | GetAttrKey) for step in path)
-        if not isinstance(node, fx.Node) or node in named or not has_key:
-            continue
-        name = re.sub(r"\W", "_", "_".join(map(_key, path)))
-        name = f"_{name}" if name[:1].isdigit() else name
-        if not name:
-            continue
-        while called.get(name) in named:
-            name += "_out"
-        if (other := called.get(name)) is not None:
-            other.name = node.name
-            called[other.name] = other
-        node.name = name
-        called[name] = node
-        named.add(node)
+        while wanted in names.values() or called.get(wanted) in named:
+            wanted += "_out"
+        names[place] = wanted
+        other = called.get(wanted)
+        if isinstance(node, fx.Node) and node not in named:
+            if other is not None and other is not node:
+                other.name = node.name
+                called[other.name] = other
+            node.name = wanted
+            called[wanted] = node
+            named.add(node)
+        elif other is not None:
+            free = f"{wanted}_inner"
+            while free in called or free in names.values():
+                free += "_inner"
+            other.name = free
+            called[free] = called.pop(wanted)
+
+    for path, place in paths:
+        if any(isinstance(step, MappingKey | GetAttrKey) for step in path):
+            name = re.sub(r"\W", "_", "_".join(map(_key, path)))
+            if name:
+                call(place, f"_{name}" if name[:1].isdigit() else name)
+    for place, node in enumerate(results):
+        if place not in names:
+            call(place, node.name if isinstance(node, fx.Node) else f"output_{place}")
+    return {names[place]: node for place, node in enumerate(results)}
 
 
 def _key(step: Any) -> str:
@@ -146,7 +209,8 @@ def _described(tree: TreeSpec) -> str:
     """What a call gives, in words: its arguments, and what lies in them where that is more."""
     positional, named = tree.children()
     count, names = positional.num_children, list(named.context)
-    text = f"{count} input{'s' * (count != 1)}" + f" and {', '.join(names)}" * bool(names)
+    by_place, by_name = f"{count} input{'s' * (count != 1)}", f"{', '.join(names)} by name"
+    text = by_place if not names else by_name if not count else f"{by_place} and {by_name}"
     more = any(not child.is_leaf() for child in (*positional.children(), *named.children()))
     return f"{text} with {tree.num_leaves} values in them" if more else text
 

@@ -94,21 +94,27 @@ class OnnxGraph:
         self.nodes.append(helper.make_node(operation, list(inputs), outputs, name=outputs[0], **attributes))
         return outputs[0]
 
-    def add_input(self, node: fx.Node, perm: Perm) -> None:
+    def add_input(self, node: fx.Node, perm: Perm, kind: int = TensorProto.FLOAT) -> None:
         """A tensor that the caller gives, its axes in the order of its memory."""
         stored = f"{node.name}.stored" if perm != tuple(sorted(perm)) else node.name
         sizes = shape(node)
-        self.inputs.append(helper.make_tensor_value_info(stored, TensorProto.FLOAT, [sizes[axis] for axis in perm]))
+        self.inputs.append(helper.make_tensor_value_info(stored, kind, [sizes[axis] for axis in perm]))
         if stored != node.name:
             self.add("Transpose", [stored], node.name, perm=inverse(perm))
         self.names[node] = node.name
 
-    def add_output(self, node: fx.Node, perm: Perm) -> None:
-        """A tensor that the caller gets, its axes in the order in which they shall lie in memory."""
+    def add_output(self, node: fx.Node, perm: Perm, called: str | None = None, kind: int = TensorProto.FLOAT) -> None:
+        """A tensor that the caller gets, its axes in the order in which they shall lie in memory.
+
+        Args:
+            called: the output's name; as the node's tensor where None.
+        """
         name, sizes = self.name(node), shape(node)
         if perm != tuple(sorted(perm)):
-            name = self.add("Transpose", [name], f"{node.name}.stored", perm=perm)
-        self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [sizes[axis] for axis in perm]))
+            name = self.add("Transpose", [name], called or f"{node.name}.stored", perm=perm)
+        elif called is not None and called != name:
+            name = self.add("Identity", [name], called)
+        self.outputs.append(helper.make_tensor_value_info(name, kind, [sizes[axis] for axis in perm]))
 
     def model(self, name: str) -> Any:
         """All of it as a model."""

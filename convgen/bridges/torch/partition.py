@@ -22,8 +22,8 @@ class Part:
 
     Attributes:
         nodes: in order; each leads to an output.
-        inputs: nodes outside, which are not known, whose tensors these read.
-        outputs: those of them whose tensors are read outside, or by those made again.
+        inputs: nodes outside, which are not known, whose tensors these read, in the graph's order.
+        outputs: those of them whose tensors are read outside, or by those made again; first the graph's, in its order.
         remade: what is read outside and no network can give: views with gaps in memory, or in another output's, and
             lists. PyTorch makes them of the outputs; the network may compute them as well, for what it reads itself.
     """
@@ -65,13 +65,14 @@ def divide(graph: fx.Graph, parameters: Known, *, views: bool = False) -> Partit
     known = evaluated(graph, parameters)
     reasons = _refusals(graph, known)
     shared = set(_shared_views(graph, known)) if views else set()
+    order = _Order.of(graph)
     while True:
         stages = _stages(graph, known, reasons)
         found: dict[int, list[fx.Node]] = defaultdict(list)
         for node, stage in stages.items():
             if node not in reasons:
                 found[stage].append(node)
-        parts = {stage: _part(nodes, known, shared) for stage, nodes in sorted(found.items())}
+        parts = {stage: _part(nodes, known, shared, order) for stage, nodes in sorted(found.items())}
         idle = [stage for stage, part in parts.items() if not any(operator(node) in PRODUCTS for node in part.nodes)]
         if not idle:
             break
@@ -188,7 +189,23 @@ def _stages(graph: fx.Graph, known: Known, reasons: dict[fx.Node, str]) -> dict[
     return stages
 
 
-def _part(taken: list[fx.Node], known: Known, shared: set[fx.Node]) -> Part:
+@dataclass(frozen=True)
+class _Order:
+    """Places of a graph's nodes, and among its outputs."""
+
+    nodes: dict[fx.Node, int]
+    outputs: dict[fx.Node, int]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> _Order:
+        (output,) = graph.find_nodes(op="output")
+        numbered = (
+            {node: place for place, node in enumerate(nodes)} for nodes in (graph.nodes, output.all_input_nodes)
+        )
+        return cls(*numbered)
+
+
+def _part(taken: list[fx.Node], known: Known, shared: set[fx.Node], order: _Order) -> Part:
     """The network of what is taken in one stage; ``shared`` are views that must lie in the memory of what they view."""
     inside = set(taken)
     outputs, remade = set[fx.Node](), set[fx.Node]()
@@ -205,8 +222,8 @@ def _part(taken: list[fx.Node], known: Known, shared: set[fx.Node]) -> Part:
         if node in needed:
             needed.update(before for before in node.all_input_nodes if before in inside)
     nodes = [node for node in taken if node in needed]
-    inputs = dict.fromkeys(
-        given for node in nodes for given in node.all_input_nodes if given not in inside and given not in known
-    )
-    in_order = [tuple(node for node in taken if node in chosen) for chosen in (outputs, remade)]
-    return Part(tuple(nodes), tuple(node for node in inputs if isinstance(value(node), Tensor)), *in_order)
+    read = {given for node in nodes for given in node.all_input_nodes if given not in inside and given not in known}
+    inputs = sorted((node for node in read if isinstance(value(node), Tensor)), key=order.nodes.__getitem__)
+    given = [node for node in taken if node in outputs]
+    given.sort(key=lambda node: order.outputs.get(node, len(order.outputs)))
+    return Part(tuple(nodes), tuple(inputs), tuple(given), tuple(node for node in taken if node in remade))

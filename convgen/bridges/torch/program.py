@@ -16,6 +16,7 @@ from ...network.library import NetworkLibrary
 from ...network.network import Network
 from .aten import take
 from .onnx_graph import Known, OnnxGraph, value
+from .outside import causes
 from .partition import Part, Partition, divide
 from .strides import Perm, storage_order
 
@@ -89,8 +90,8 @@ class Program(Generic[AnyNetwork]):
         joined = _joined(divided.graph, partition, calls)
         self.reads = _drop_unread(joined)
         self._run = joined.forward
-        for node, reason in self.outside.items():
-            log.info("%s: %s stays PyTorch's: %s", divided.name, node, reason)
+        for nodes, reason in causes(self.outside):
+            log.info("%s: left to PyTorch: %s: %s", divided.name, nodes, reason)
 
     def __call__(self, *inputs: Any) -> Any:
         return self._run(*[inputs[place] for place in self.reads])
