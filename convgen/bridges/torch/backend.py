@@ -25,6 +25,7 @@ from ...network.network import Network, compile_model
 from .aten import PRODUCTS
 from .outside import in_words, of_products
 from .program import Divided, Program
+from .steps import steps
 
 log = logging.getLogger("convgen.bridges.torch")
 #: How often one traced graph is compiled, for other weights; after that PyTorch runs it.
@@ -114,21 +115,28 @@ class _Weights:
     tensors: list[Any]  # weak references: a program keeps no module alive
     versions: list[int]
     addresses: list[int]
+    steps: list[int]
+    total: int  # of all steps then: while it is the same, so are those of the weights
 
     @classmethod
     def of(cls, weights: list[Tensor]) -> _Weights:
-        return cls([ref(weight) for weight in weights], list(map(_version, weights)), list(map(_address, weights)))
+        total, taken = steps.total, steps.of_all(weights)
+        kept = [ref(weight) for weight in weights]
+        return cls(kept, list(map(_version, weights)), list(map(_address, weights)), taken, total)
 
     def are(self, weights: list[Tensor]) -> bool:
         """Whether these are the same tensors."""
         return all(map(is_, [weight() for weight in self.tensors], weights))
 
     def fit(self, weights: list[Tensor]) -> bool:
-        """Whether these are the same tensors, and nothing was written to them since, as far as PyTorch counts it."""
+        """Whether these are the same tensors, and nothing was written to them since, as far as PyTorch counts it, nor
+        by an optimiser.
+        """
         return (
             self.are(weights)
             and list(map(_version, weights)) == self.versions
             and list(map(_address, weights)) == self.addresses
+            and (steps.total == self.total or steps.of_all(weights) == self.steps)
         )
 
     @property
