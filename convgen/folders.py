@@ -71,10 +71,13 @@ class TemporaryFolder:
 
         Raises:
             FolderError: there is no space left.
+            OSError: there is none in the folder beside, which a compiler says in text.
         """
         try:
             yield
         except Exception as error:
+            if not isinstance(error, OSError | FolderError) and not self._is_systems and _is_full(error, self.path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path.parent)) from error
             if self._is_systems and not isinstance(error, FolderError) and _is_full(error, self.path):
                 hint = "set TMPDIR to a folder with more, or make room there"
                 raise FolderError(f"{self.path.parent.parent}: no space left; {hint}") from error

@@ -324,7 +324,7 @@ def build(
     document = _index(work, " ".join(spec), results, left_out)
     if as_json:
         busy = max((share for share in work.busy if share is not None), default=None)
-        emit(document | {"folder": str(root), "interrupted": work.interrupted, "busy": busy})
+        emit(document | {"folder": str(root) if root.is_dir() else None, "interrupted": work.interrupted, "busy": busy})
     elif several:
         say(_summary(entries, results))
         note(f"{len(results) - len(failed)} of {len(entries)} layers in {tidy(root)}, listed in {INDEX}")

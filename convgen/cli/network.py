@@ -165,6 +165,9 @@ def compile_model(
         network = compiled(kept)
     except NotTakenError as error:
         return _refuse(error, as_json)
+    if slow := network.slow():
+        counted = plural(len(slow), "convolution")
+        note(f"convgen: {counted} by the slow reference, as no fast schedule applies: {', '.join(slow)}")
     facts: dict[str, Any] = {"model": model.name, "accuracy": accuracy}
     report = _compared(network, model)
     if report is not None and not report.passed:

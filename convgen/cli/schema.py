@@ -177,7 +177,7 @@ target       text     what was built for
 threads      integer  that kernels run on
 complete     flag     whether all layers were reached
 layers       [BUILT]  each layer
-folder       text     where the files are
+folder       text?    where the files are; null where there are none, as it was interrupted before
 interrupted  flag     whether Ctrl-C ended it
 busy         number?  share of the CPUs that other programs had while something was timed
 skipped?     [text]   layers that could not be read, and why

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..formats.sources import write_text
+from ..report.words import plural
 from .common import OK, emit, note, note_busy, say, tidy
 
 if TYPE_CHECKING:
     from ..network.network import Network
     from ..records.opening import Records
     from ..report.profile import NetworkProfile
+
+#: Seconds between the lines that say how far compiling is, where no terminal shows it.
+LINE_SECONDS = 10.0
 
 
 def check_picture(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
@@ -28,16 +33,22 @@ def check_picture(context: click.Context, parameter: click.Parameter, path: Path
 
 @contextmanager
 def compiling(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal while a network is compiled; gives what is told how many functions are, and of how many."""
+    """A bar on a terminal while a network is compiled, elsewhere a line now and then; gives what is told how many
+    functions are, and of how many.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     off = quiet or not sys.stderr.isatty()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=off) as bar:
-        task = bar.add_task("planning", total=None)
+        task, said = bar.add_task("planning", total=None), time.monotonic()
 
         def tell(done: int, total: int) -> None:
+            nonlocal said
+            if off and not quiet and done < total and time.monotonic() - said >= LINE_SECONDS:
+                said = time.monotonic()
+                note(f"compiled {done} of {plural(total, 'function')}")
             bar.update(task, description="compiling" if done < total else "packing", completed=done, total=total)
 
         yield tell

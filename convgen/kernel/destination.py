@@ -46,7 +46,7 @@ def move(folder: Path, target: Path, library: str, files: Sequence[str]) -> None
 
     Another export may have come first since :func:`check_destination` has looked. So a new folder is renamed into
     place, which fails where there is another one by now, and in one that is there the check is made again, with all
-    others locked out.
+    others locked out. What the earlier export has left there and this one has not goes.
 
     Raises:
         ExportError: something else is there.
@@ -64,8 +64,24 @@ def move(folder: Path, target: Path, library: str, files: Sequence[str]) -> None
         check_destination(target, library, files)  # perhaps a file is there now
     with locked(target):
         check_destination(target, library, files)
+        earlier = _listed(target)
         # Until the new manifest arrives there is no library, but a folder whose files may be replaced.
-        (folder / UNFINISHED).write_text(json.dumps({"name": library, UNFINISHED: True}), encoding="utf-8")
+        unfinished = {"name": library, UNFINISHED: True, "files": dict.fromkeys(earlier)}
+        (folder / UNFINISHED).write_text(json.dumps(unfinished), encoding="utf-8")
         os.replace(folder / UNFINISHED, target / MANIFEST)
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
+        made = sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST)
+        for name in set(earlier) - {path.name for path in made}:
+            if (target / name).is_file():
+                (target / name).unlink()
+        for path in made:
             os.replace(path, target / path.name)
+
+
+def _listed(target: Path) -> list[str]:
+    """The files of an earlier export, as its manifest lists them; none where it lists what is no file beside it."""
+    try:
+        files = json.loads((target / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    plain = isinstance(files, dict) and all(name == Path(name).name != MANIFEST for name in files)
+    return list(files) if plain else []

@@ -120,7 +120,7 @@ def _write_files(
     libraries = ("m", "pthread") if device is None else ("m", "pthread", "dl")
     arch = architecture(object_file.read_bytes())
     package = Package(name, f"{ABI}.0", interface.spec.descriptor, arch, libraries)
-    package.write(folder)
+    package.write(folder, libc)
     manifest = {**_manifest(interface, facts), "needs": package.needs(shared, libc)}
     write_manifest(folder, manifest, files)
     return manifest

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from ..errors import UnsupportedError
 from ..folders import TemporaryFolder
 from ..hardware.target import Target, check_native
+from ..lowering.candidates import default_candidate, is_last_resort
 from ..lowering.interface import DeviceCode, Interface
 from ..lowering.link import link
 from ..lowering.lower import Lowered, compile_object, lower
@@ -90,9 +91,14 @@ class Kernel(BaseLibrary):
     def note(self) -> str:
         if not self.lowered.candidate.schedule.is_reference:
             return self._note
-        why = f"no fast schedule applies on {self.target}, or none was right"
         if self.record is not None:
             why = f"its record is {self.record.id[:12]}"
+        elif is_last_resort(self.spec, self.target):
+            why = f"no fast schedule applies on {self.target}"
+        elif default_candidate(self.spec, self.target).schedule.is_reference:
+            return self._note  # of a layer so small that nothing is predicted to be faster
+        else:
+            why = "it was asked for, or no fast schedule was right"
         slow = f"{self.spec.descriptor}: {why}; this is the slow reference"
         return f"{self._note}; {slow}" if self._note else slow
 

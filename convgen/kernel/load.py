@@ -123,19 +123,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_architecture(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Whether this machine is of the architecture that a manifest's library needs.
+    """Whether this machine is of the architecture that a manifest's library needs, and has its C library.
 
     Raises:
-        ExportError: it is of another; names both. Or it is no manifest of a library.
+        ExportError: it is of another, or has another; names both. Or it is no manifest of a library.
     """
     native = platform.machine()
     with reading(path, "a library"):
         needs = manifest["needs"]
-        found, triple = needs["architecture"], needs["triple"]
+        found, triple, libc = needs["architecture"], needs["triple"], needs["libc"]
     if found != native:
         raise ExportError(
             f"{path}: needs: expected a library for {native}, this machine's architecture, found one for {triple}"
         )
+    if platform.libc_ver()[0] == "glibc" != libc:
+        raise ExportError(f"{path}: needs: expected a library for glibc, this machine's, found one for {triple}")
 
 
 @contextmanager

@@ -34,8 +34,10 @@ class Package:
     libraries: tuple[str, ...] = ("m", "pthread")
     weights: str | None = None
 
-    def write(self, folder: Path) -> None:
-        """Write the files of :func:`package_files` to the folder in which the library and its header lie."""
+    def write(self, folder: Path, libc: str | None = None) -> None:
+        """Write the files of :func:`package_files` to the folder in which the library and its header lie; ``libc`` is
+        as of its linking.
+        """
         note = f"; {self.name}_WEIGHTS is the file of the weights" if self.weights else ""
         kept = f'set({self.name}_WEIGHTS "${{CMAKE_CURRENT_LIST_DIR}}/{self.weights}")\n' if self.weights else ""
         major = int(self.version.partition(".")[0])
@@ -45,6 +47,7 @@ class Package:
             "major": str(major),
             "next": str(major + 1),
             "arch": self.arch,
+            "libc": _c_library(libc),
             "processors": _PROCESSORS.get(self.arch, self.arch),
             "description": " ".join(self.description.split()),
             "libraries": ";".join(self.libraries),
@@ -64,7 +67,7 @@ class Package:
 
     def needs(self, library: Path, libc: str | None = None) -> dict[str, Any]:
         """What a program that runs the shared library must have, for a manifest; ``libc`` is as of its linking."""
-        c_library = "musl" if libc == "musl" else "glibc"
+        c_library = _c_library(libc)
         glibc = glibc_of(library)
         return {
             "architecture": self.arch,
@@ -73,6 +76,11 @@ class Package:
             "glibc": glibc,
             "libraries": list(self.libraries),
         }
+
+
+def _c_library(libc: str | None) -> str:
+    """Of a linking for a C library, which one it is."""
+    return "musl" if libc == "musl" else "glibc"
 
 
 def package_files(name: str) -> tuple[str, str, str]:

@@ -60,6 +60,12 @@ def reference_candidate(spec: ConvSpec, target: Target) -> Candidate:
     return Candidate(schedule, schedule.default(spec.core, target))
 
 
+def is_last_resort(spec: ConvSpec, target: Target) -> bool:
+    """Whether no schedule but the slow reference applies."""
+    core = spec.core
+    return all(made.is_reference or made.reason_against(core, target) is not None for made in schedules().values())
+
+
 def parse_candidate(spec: ConvSpec, target: Target, schedule_id: str, picks: str | None = None) -> Candidate:
     """A candidate from text such as ``tile_oc=32 tile_ow=14``; the default picks where none are given.
 

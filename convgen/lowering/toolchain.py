@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import BuildError
+from ..folders import user_cache
 
 #: This machine's architecture.
 NATIVE = platform.machine()
@@ -107,7 +108,9 @@ def archiver(arch: str, tools: tuple[str, ...]) -> tuple[str, ...]:
 
 def run_tool(command: Sequence[str], folder: Path) -> None:
     # A compiler that is killed leaves its own temporary files.
-    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)}
+    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder), "ZIG_LOCAL_CACHE_DIR": str(folder / "zig")}
+    if (cache := user_cache()) is not None:  # zig's own is elsewhere in the user's folder; it compiles its libc into it
+        environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(cache / "zig"))
     try:
         done = subprocess.run(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, errors="replace"

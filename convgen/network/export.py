@@ -96,7 +96,7 @@ def write_network(
             folder.mkdir()  # with the usual permissions
             _write_files(folder, built, example, seed, libc)
             package = _package(built)
-            package.write(folder)
+            package.write(folder, libc)
             needs = package.needs(folder / f"lib{code.name}.so", libc)
             shown = None if example is None else {"tolerance": example.tolerance}
             manifest = _manifest(code, layers, {"needs": needs, "example": shown}, facts, bool(built.device))

@@ -14,7 +14,7 @@ from ..hardware.target import Target, check_native
 from ..kernel.arrays import Array
 from ..kernel.library import Bytes
 from ..kernel.names import check_export_name, free_name
-from ..lowering.candidates import default_candidate
+from ..lowering.candidates import default_candidate, is_last_resort
 from ..lowering.versions import versions
 from ..problem.dtypes import UNIT_ROUNDOFF, narrow
 from ..records.opening import Records
@@ -87,6 +87,19 @@ class Network(NetworkLibrary):
                 facts["operators"] = step.function.descriptor
             found.append(facts)
         return found
+
+    def slow(self) -> list[str]:
+        """The convolutions that the slow reference computes as no fast schedule applies."""
+        products = [(step.name, step.function) for made in self.plans for step in made.steps]
+        return list(
+            dict.fromkeys(
+                name
+                for name, made in products
+                if isinstance(made, Product)
+                and made.candidate.schedule.is_reference
+                and is_last_resort(made.spec, self.target)
+            )
+        )
 
     def predicted(self, size: int = 0) -> list[float | None]:
         """Of each step at one of the sizes the seconds that a convolution's default is predicted to take; None of

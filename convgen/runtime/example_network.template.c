@@ -5,6 +5,8 @@
  * or, with the library in the program:
  *
  *     cc -std=c11 -O2 example.c lib$name.a $libraries -o example && ./example
+ *
+ * The file of the weights may lie elsewhere: ./example PATH
  */
 #include <math.h>
 #include <stdio.h>
@@ -135,9 +137,9 @@ static void check(int size, const char *label)
         free((void *)inputs[i]);
 }
 
-int main(void)
+int main(int count, char **arguments)
 {
-    open_network();
+    open_network(count > 1 ? arguments[1] : "$name.weights");
     static const char *const labels[SIZES] = {$labels};
     for (int size = 0; size < SIZES; ++size)
         check(size, labels[size]);

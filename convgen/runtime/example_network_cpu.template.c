@@ -5,10 +5,13 @@ enum { RUNS = 2 };
 
 static convgen_network *network;
 
-static void open_network(void)
+static void open_network(const char *weights)
 {
     must("check_cpu", ${name}_check_cpu());
-    must("open", ${name}_open("$name.weights", &network));
+    const int status = ${name}_open(weights, &network);
+    if (status != CONVGEN_OK)
+        fprintf(stderr, "%s: ", weights);
+    must("open", status);
 }
 
 static void compute(int threads, int size, const void *const *inputs, const size_t *input_sizes, void *const *outputs,

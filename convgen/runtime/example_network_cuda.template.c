@@ -9,12 +9,12 @@ static size_t weights_size;
 static struct CUstream_st *stream;
 
 /* Once per device: load the code, upload the weights. */
-static void open_network(void)
+static void open_network(const char *path)
 {
     convgen_network_sizes sizes;
     must("sizes", ${name}_sizes(0, &sizes));
     weights_size = sizes.weights;
-    void *file = contents("$name.weights", weights_size);
+    void *file = contents(path, weights_size);
     must("verify_weights", ${name}_verify_weights(file, weights_size));
     open_device();
     must_on_device("load", ${name}_load());

@@ -22,3 +22,8 @@ if(CMAKE_SYSTEM_PROCESSOR AND NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(@processors@
   set(PACKAGE_VERSION "@version@ (@arch@)")
   set(PACKAGE_VERSION_UNSUITABLE TRUE)
 endif()
+# So is code for musl in a program with glibc, as far as CMake tells that by its name for the system.
+if("@libc@" STREQUAL "musl" AND CMAKE_LIBRARY_ARCHITECTURE MATCHES "-gnu$")
+  set(PACKAGE_VERSION "@version@ (@arch@, musl)")
+  set(PACKAGE_VERSION_UNSUITABLE TRUE)
+endif()

@@ -441,3 +441,28 @@ def test_a_default_that_a_search_rejected_is_not_built() -> None:
     assert (candidate.schedule.id, found) == ("reference", None)
     known = record(default)
     assert choose(SPEC, target, known, {default}) == (default, known)
+
+
+# ---- when the reference is said to be slow -----------------------------------------------------
+
+
+def test_the_reference_is_slow_where_nothing_else_applies_or_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = resolve().on(1)
+    spec = ConvSpec.parse("conv2d n1 ic1 oc1 i2x2 k1x1")
+    kernel = compile_candidate(spec, target, candidates.reference_candidate(spec, target), 1)
+    chosen = default_candidate(spec, target).schedule.is_reference
+    monkeypatch.setattr(
+        "convgen.kernel.kernel.default_candidate", lambda spec, target: Candidate(schedules()["reference"], Picks())
+    )
+    assert kernel.note == ""  # predicted to be as fast as any
+    monkeypatch.undo()
+    assert ("it was asked for" in kernel.note) != chosen
+    monkeypatch.setattr("convgen.kernel.kernel.is_last_resort", lambda spec, target: True)
+    assert f"no fast schedule applies on {target}; this is the slow reference" in kernel.note
+
+
+def test_what_has_no_fast_schedule_is_told_from_what_has_one() -> None:
+    target = resolve().on(1)
+    blocked = ConvSpec.parse("conv2d n1 ic16 oc16 i8x8 k3x3 p1 nobias nchw8c").with_(direction="weights")
+    assert candidates.is_last_resort(blocked, target)
+    assert not candidates.is_last_resort(SPEC, target)

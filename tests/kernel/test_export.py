@@ -420,3 +420,26 @@ def test_nothing_is_left_of_an_export_that_failed(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == present
     write_library(tmp_path / "a" / "b", interface, path, FACTS)
     assert len(list((tmp_path / "a" / "b").iterdir())) == 8
+
+
+def test_what_an_earlier_export_has_left_goes(tmp_path: Path) -> None:
+    """Its own files, as its manifest lists them; those of the user stay."""
+    folder = export(SPEC, tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("example.input0.N1", "mine.txt"):
+        (folder / name).write_text("")
+    manifest["files"] |= {"example.input0.N1": {}, "example.output0.N1": {}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    export(SPEC, tmp_path)
+    assert not (folder / "example.input0.N1").exists()
+    assert (folder / "mine.txt").exists()
+    manifest["files"] |= {"../mine.txt": {}}  # what is no file beside it: nothing is believed
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "example.input0.N1").write_text("")
+    (tmp_path / "mine.txt").write_text("")
+    export(SPEC, tmp_path)
+    assert (folder / "example.input0.N1").exists()
+    assert (tmp_path / "mine.txt").exists()
+    assert set(json.loads((folder / "manifest.json").read_text())["files"]) == set(manifest["files"]) - {
+        *("example.input0.N1", "example.output0.N1", "../mine.txt")
+    }

@@ -85,6 +85,18 @@ def test_cmake_refuses_another_version_or_processor(
     assert ("x86_64" in said or "aarch64" in said) == bool(changed)
 
 
+@pytest.mark.parametrize(("libc", "system", "found"), [("musl", "gnu", 0), ("musl", "musl", 1), (None, "gnu", 1)])
+def test_cmake_refuses_another_c_library(tmp_path: Path, libc: str | None, system: str, found: int) -> None:
+    Package("ours", "4.0", "a library", "x86_64").write(tmp_path, libc)
+    config, *_ = package_files("ours")
+    (tmp_path / config).write_text("")  # a script has no targets
+    asked = f'set(CMAKE_LIBRARY_ARCHITECTURE x86_64-linux-{system})\nfind_package(ours QUIET PATHS "{tmp_path}")\n'
+    (tmp_path / "ask.cmake").write_text(asked + 'message("${ours_FOUND}|${ours_CONSIDERED_VERSIONS}")\n')
+    said = cmake("-P", tmp_path / "ask.cmake")
+    assert f"{found}|" in said
+    assert ("4.0 (x86_64, musl)" in said) == (not found)
+
+
 @pytest.mark.parametrize("version", ["4.0", "4.3", "4.10"])
 def test_versions_are_what_cmake_calls_same_major(tmp_path: Path, version: str) -> None:
     for name in ("ours", "theirs"):

@@ -285,6 +285,12 @@ def test_damaged_and_foreign_weights_are_refused(exported: Path, tmp_path: Path)
     weights.unlink()
     with pytest.raises(ExportError, match="cannot be read"):
         convgen.load(folder)
+    needs = dict(manifest["needs"])
+    manifest["needs"] |= {"libc": "musl", "triple": needs["triple"].replace("gnu", "musl")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ExportError, match=r"needs: expected a library for glibc, .*, found one for .*-linux-musl"):
+        convgen.load(folder)
+    manifest["needs"] = needs
     manifest["needs"] |= {"architecture": "riscv64", "triple": "riscv64-linux-musl"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ExportError, match=r"needs: expected a library for .*, found one for riscv64-linux-musl"):
@@ -353,9 +359,13 @@ def test_the_example_runs(exported: Path, tmp_path: Path) -> None:
     for kind, libraries in linked.items():
         program = tmp_path / kind
         subprocess.run(["cc", *flags, *libraries, "-lm", "-lpthread", "-o", str(program)], check=True)
-        done = subprocess.run([str(program)], cwd=exported, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert "2 outputs as expected; ok" in done.stdout
+        for given in ([], [str(exported / f"{name}.weights")]):
+            done = subprocess.run([str(program), *given], cwd=exported, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert "2 outputs as expected; ok" in done.stdout
+        done = subprocess.run([str(program), "nowhere.weights"], cwd=exported, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "nowhere.weights: open: " in done.stderr
 
 
 def test_loading_takes_numpy_alone(exported: Path) -> None:

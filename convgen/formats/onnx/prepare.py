@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorShapeProto, ValueInfoProto
 
 from ...errors import SpecError
 from .file import ModelFile
@@ -125,14 +125,16 @@ def _set_dims(graph: GraphProto, dims: dict[str, int], where: str) -> list[str]:
     stored = {tensor.name for tensor in graph.initializer}
     known: dict[str, None] = {}
     left: dict[str, None] = {}
+    given = _by_symbol(graph, dims, where)
     for value in graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if value.name in stored or (dim.HasField("dim_value") and dim.dim_value >= 0):
                 continue  # a negative size is an unknown one of old exporters
-            symbol = str(dim.dim_param) or f"{value.name}[{axis}]"
-            known[symbol] = None
-            if symbol in dims:
-                dim.dim_value = dims[symbol]
+            symbol, place = _symbol(dim), f"{value.name}[{axis}]"
+            known |= dict.fromkeys((symbol, place) if symbol and place in dims else (symbol or place,))
+            symbol = symbol or place
+            if symbol in given:
+                dim.dim_value = given[symbol]
             else:
                 left[symbol] = None
                 dim.dim_param = symbol
@@ -143,6 +145,27 @@ def _set_dims(graph: GraphProto, dims: dict[str, int], where: str) -> list[str]:
     for inside in graphs_of(graph):
         for value in [*inside.input, *inside.value_info, *inside.output]:
             for dim in value.type.tensor_type.shape.dim:
-                if dim.dim_param in dims:
-                    dim.dim_value = dims[dim.dim_param]
+                if (symbol := _symbol(dim)) in given:
+                    dim.dim_value = given[symbol]
     return list(left)
+
+
+def _symbol(dim: TensorShapeProto.Dimension) -> str:
+    """A dimension's name; empty where it has none, or the one of exporters for whatever is unknown."""
+    return "" if dim.dim_param == "?" else str(dim.dim_param)
+
+
+def _by_symbol(graph: GraphProto, dims: Mapping[str, int], where: str) -> dict[str, int]:
+    """The given sizes by the dimensions' names, of which inputs' axes, ``x[2]``, are others.
+
+    Raises:
+        SpecError: two sizes of one name.
+    """
+    found = dict(dims)
+    for value in graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if (place := f"{value.name}[{axis}]") not in dims or not (symbol := _symbol(dim)):
+                continue
+            if found.setdefault(symbol, dims[place]) != dims[place]:
+                raise SpecError("dims", f"one size of {printable(symbol)}", f"{found[symbol]} and {dims[place]}", where)
+    return found

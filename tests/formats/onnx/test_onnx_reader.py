@@ -370,3 +370,17 @@ def test_quantised_convolutions_that_mean_another_thing_are_refused(changes: dic
     skipped: list[str] = []
     assert specs_from_onnx(quantised(**changes), skipped=skipped) == []
     assert re.search(message, skipped[0]), skipped
+
+
+def test_an_axis_of_an_input_names_its_size_and_a_question_mark_is_no_name() -> None:
+    for name in ("H", "?"):
+        (entry,) = specs_from_onnx(model(src=(1, 4, name, 9)), {"x[2]": 12})
+        assert entry.spec.in_spatial == (12, 9)
+    (entry,) = specs_from_onnx(model(src=(1, 4, "H", "H")), {"x[3]": 12})
+    assert entry.spec.in_spatial == (12, 12)
+    (entry,) = specs_from_onnx(model(src=(1, 4, "?", "?")), {"x[2]": 12, "x[3]": 9})
+    assert entry.spec.in_spatial == (12, 9)
+    with pytest.raises(SpecError, match="dims: expected one size of H, found 5 and 6"):
+        specs_from_onnx(model(src=(1, 4, "H", 9)), {"H": 5, "x[2]": 6})
+    with pytest.raises(SpecError, match=r"dims: expected names among x\[2\], x\[3\], found '\?'"):
+        specs_from_onnx(model(src=(1, 4, "?", "?")), {"?": 5})
