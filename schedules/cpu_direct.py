@@ -23,6 +23,7 @@ Why not     pixels in the lanes (cpu_rows): NCHW then needs no transposition.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from convgen.cpu.channels import ChannelsInLanes, tiles_of
 from convgen.cpu.geometry import Geometry, geometry_of
@@ -88,22 +89,21 @@ class CpuDirect(ChannelsInLanes):
         """Of NCHW a copy may pay without padding, too: rows of channels lie side by side there."""
         return [picks, picks.replace(copy_src=True)] if spec.layout == "nchw" and not picks.copy_src else [picks]
 
-    def work(self, spec: ConvSpec, target: Target, picks: Picks) -> list[Work]:
-        lanes, g, found = target.lanes, geometry_of(spec, target), list[Work]()
-        waits = core_of(target).waits
+    def work(self, spec: ConvSpec, target: Target, picks: Picks) -> Iterator[Work]:
+        lanes, g, waits = target.lanes, geometry_of(spec, target), core_of(target).waits
+        inside, slowed = g.share_inside(picks.tile_oh), 1 if picks.copy_src else waits.paged
+        again = not picks.copy_src and is_read_again(spec, target, g.blocks(picks))
         for times, height, width, vectors in tiles_of(g, picks, lanes):
             weights = 4 * g.products * vectors * lanes
             near = 4 * vectors * lanes if weights > target.l1 // 2 else 0
             slower = waits.crowded if g.crowds(target, height * width) else 1
-            far = g.far_bytes(target, picks, height, width) * (1 if picks.copy_src else waits.paged)
-            products = times * g.products * g.share_inside(picks.tile_oh) * slower
-            if far and not picks.copy_src and is_read_again(spec, target, g.blocks(picks)):
-                found.append(Work(products, cycles=waits.strips * height))
-            pixels, operation = height * width, g.operation
-            found.append(steps(products, pixels, vectors, near=near, far=far, fetched=0.5, operation=operation))
-            found.append(Work(times * g.loops, cycles=BEGIN_RUN))
-            found.append(_finish(g, times, height, width, vectors, lanes))
-        return found
+            far = g.far_bytes(target, picks, height, width) * slowed
+            products = times * g.products * inside * slower
+            if far and again:
+                yield Work(products, cycles=waits.strips * height)
+            yield steps(products, height * width, vectors, near=near, far=far, fetched=0.5, operation=g.operation)
+            yield Work(times * g.loops, cycles=BEGIN_RUN)
+            yield _finish(g, times, height, width, vectors, lanes)
 
     def streams(self, spec: ConvSpec, target: Target, picks: Picks, share: float, tasks: float) -> list[Stream]:
         g = geometry_of(spec, target)

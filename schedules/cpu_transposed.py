@@ -19,6 +19,7 @@ Why not     GEMM and col2im: it writes each product, and adds them up again in m
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from convgen.cpu.channels import ChannelsInLanes, tiles_of
 from convgen.cpu.geometry import Geometry, geometry_of
@@ -75,8 +76,8 @@ class CpuTransposed(ChannelsInLanes):
             if h == 1 or w < 14
         ]
 
-    def work(self, spec: ConvSpec, target: Target, picks: Picks) -> list[Work]:
-        g, lanes, core, found = geometry_of(spec, target, picks.merge), target.lanes, core_of(target), list[Work]()
+    def work(self, spec: ConvSpec, target: Target, picks: Picks) -> Iterator[Work]:
+        g, lanes, core = geometry_of(spec, target, picks.merge), target.lanes, core_of(target)
         phases, along = g.z.stride * g.y.stride, 1 if g.merge else g.x.stride
         for times, height, width, vectors in tiles_of(g, picks, lanes):
             resident, passes = 4 * g.products * vectors * lanes, g.blockable(height, width)
@@ -85,12 +86,12 @@ class CpuTransposed(ChannelsInLanes):
             if resident > target.l2 // 2:  # what is fetched ahead is gone when it is used
                 near *= (core.l2 / core.memory + (passes - 1) * core.l2 / core.l3) / passes
             pixels, operation = height * width, g.operation
-            found.append(steps(times * g.products, pixels, vectors, near=near, fetched=0.5, operation=operation))
-            found.append(Work(times * math.prod(g.runs) * (1 if g.apart else along), cycles=BEGIN_RUN))
+            yield steps(times * g.products, pixels, vectors, near=near, fetched=0.5, operation=operation)
+            yield Work(times * math.prod(g.runs) * (1 if g.apart else along), cycles=BEGIN_RUN)
             stored = height * width * vectors
             loads = 0 if g.buffered else stored * spec.residual
-            found.append(Work(times * phases * along, loads=loads, stores=stored, cycles=BEGIN_TILE))
-        return found + _of_buffer(g, lanes)
+            yield Work(times * phases * along, loads=loads, stores=stored, cycles=BEGIN_TILE)
+        yield from _of_buffer(g, lanes)
 
     def streams(self, spec: ConvSpec, target: Target, picks: Picks, share: float, tasks: float) -> list[Stream]:
         g = geometry_of(spec, target, picks.merge)

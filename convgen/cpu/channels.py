@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from ..problem.spec import ConvSpec
 from .counted import Counted
 from .geometry import Geometry, geometry_of
 from .model import Counts, Stream, Work, core_of
-from .product import BEGIN_RUN, BEGIN_TASK, FAR_ROW, Even, finishing, most_pixels, pieces
+from .product import BEGIN_RUN, BEGIN_TASK, FAR_ROW, finishing, most_pixels, pieces
 from .tasks import Buffers
 from .vector import Block, load, store, written
 from .walk import Kernel
@@ -47,8 +47,8 @@ class ChannelsInLanes(Counted):
         return [picks]
 
     @abstractmethod
-    def work(self, spec: ConvSpec, target: Target, picks: Picks) -> list[Work]:
-        """Of all tiles of an image with all its channels."""
+    def work(self, spec: ConvSpec, target: Target, picks: Picks) -> Iterator[Work]:
+        """Of all tiles of an image with all its channels, what most is done of first."""
 
     @abstractmethod
     def streams(self, spec: ConvSpec, target: Target, picks: Picks, share: float, tasks: float) -> list[Stream]:
@@ -66,25 +66,28 @@ class ChannelsInLanes(Counted):
 
     def chosen(self, spec: ConvSpec, target: Target) -> Picks:
         """The fastest tile; with it, the fastest cut into tasks."""
-        space, core = self.space(spec, target), self.core(spec, target)
+        space, best = self.space(spec, target), self._fastest_tile(spec, target)
+        least = (math.inf, 0, 0)
+        for variant in self.variants(spec, best):
+            cuts = _Cuts(self, spec, target, variant)
+            for picks in self._cuts(spec, target, variant, space):
+                penalty = cuts.cycles(picks, least[0]), picks.parallel_oc, -picks.block
+                if penalty < least:
+                    best, least = picks, penalty
+        return best
 
-        def speed(picks: Picks) -> tuple[float, int]:
-            work = self.work(spec, target, picks)
-            return core.cycles(Counts(work)), picks.tile_oc // target.lanes + picks.tile_oh * picks.tile_ow
-
-        tile = min(self.tiles(spec, target), key=speed)
-        points = [
-            (picks, work)
-            for variant in self.variants(spec, tile)
-            for work in [self.work(spec, target, variant)]
-            for picks in self._cuts(spec, target, variant, space)
-        ]
-
-        def penalty(point: tuple[Picks, list[Work]]) -> tuple[float, int, int]:
-            picks, work = point
-            return core.cycles(self._counts(spec, target, picks, work)), picks.parallel_oc, -picks.block
-
-        return min(points, key=penalty)[0]
+    def _fastest_tile(self, spec: ConvSpec, target: Target) -> Picks:
+        """Of those that are as fast, the smallest, and then the first."""
+        core, tiles = self.core(spec, target), self.tiles(spec, target)
+        sizes = [picks.tile_oc // target.lanes + picks.tile_oh * picks.tile_ow for picks in tiles]
+        best, least = tiles[0], (math.inf, 0, 0)
+        # Large ones first: most others are slower, which a part of their work shows.
+        for number in sorted(range(len(tiles)), key=lambda n: -tiles[n].tile_oc * tiles[n].tile_oh * tiles[n].tile_ow):
+            work = core.cycles_of(self.work(spec, target, tiles[number]), least[0])
+            penalty = core.cycles_with(work, ()), sizes[number], number
+            if penalty < least:
+                best, least = tiles[number], penalty
+        return best
 
     def _cuts(self, spec: ConvSpec, target: Target, tile: Picks, space: Space) -> Iterator[Picks]:
         """A tile with every cut into tasks that is valid with it: whether a cut is depends on each of its numbers
@@ -100,20 +103,10 @@ class ChannelsInLanes(Counted):
         return (tile.replace(**dict(zip(names, cut, strict=True))) for cut in cuts)
 
     def counts(self, spec: ConvSpec, target: Target, picks: Picks) -> Counts:
-        return self._counts(spec, target, picks, self.work(spec, target, picks))
-
-    def _counts(self, spec: ConvSpec, target: Target, picks: Picks, work: Sequence[Work]) -> Counts:
-        """What the busiest core does of the ``work`` of an image."""
-        g, lanes = geometry_of(spec, target, picks.get("merge", False)), target.lanes
+        g = geometry_of(spec, target, picks.get("merge", False))
         share, tasks = _share(g, picks, target.cores)
-        work = [part.with_times(part.times * share * spec.n) for part in work]
-        if picks.copy_src:
-            size = g.read.channels * math.prod(g.extent(picks)) * g.operation.bytes
-            work.append(_copying(g, tasks * size / (4 * lanes), lanes, size > target.l1))
-            if g.src.layout == "nchw":  # each row of a channel lies in another page
-                begin = FAR_ROW if spec.transposed else BEGIN_RUN
-                work.append(Work(tasks * spec.ic * math.prod(g.extent(picks)[:2]), cycles=begin))
-        work += [Work(tasks, cycles=BEGIN_TASK), finishing(spec, lanes, share)]
+        work = [part.with_times(part.times * share * spec.n) for part in self.work(spec, target, picks)]
+        work += _besides(spec, g, target, picks, share, tasks)
         return Counts(work, self.streams(spec, target, picks, share, tasks))
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
@@ -144,8 +137,52 @@ def tiles_of(g: Geometry, picks: Picks, lanes: int) -> Iterator[Alike]:
     channels = g.channels * (g.x.stride if g.merge else 1)
     for vectors, blocks in pieces(ceildiv(channels, lanes), picks.tile_oc // lanes):
         for height, rows in pieces(g.y.pixels, picks.tile_oh):
-            for width, tiles in Even(g.width, picks.tile_ow).sizes:
+            for width, tiles in g.row(picks.tile_ow).sizes:
                 yield Alike(g.z.pixels * g.spec.groups * blocks * rows * tiles, height, width, vectors)
+
+
+class _Cuts:
+    """What a tile takes with its cuts into tasks: cycles of its counts, added in the same order."""
+
+    def __init__(self, schedule: ChannelsInLanes, spec: ConvSpec, target: Target, tile: Picks) -> None:
+        self.schedule, self.spec, self.target, self.core = schedule, spec, target, schedule.core(spec, target)
+        self.g = geometry_of(spec, target, tile.get("merge", False))
+        self.tiles = [(part.times, self.core.once(part)) for part in schedule.work(spec, target, tile)]
+        self._known: dict[tuple[int, int], tuple[float, float, float]] = {}
+
+    def cycles(self, picks: Picks, most: float = math.inf) -> float:
+        """Of the busiest core; where they are more than ``most``, maybe infinite."""
+        key = picks.block, picks.parallel_oc
+        if key not in self._known:
+            self._known[key] = self._work(picks)
+        work, share, tasks = self._known[key]
+        if self.core.cycles_with(work, ()) > most:
+            return math.inf
+        return self.core.cycles_with(work, self.schedule.streams(self.spec, self.target, picks, share, tasks))
+
+    def _work(self, picks: Picks) -> tuple[float, float, float]:
+        """Cycles of the busiest core's work, its share of all, and its number of tasks."""
+        share, tasks = _share(self.g, picks, self.target.cores)
+        cycles = 0.0
+        for times, once in self.tiles:
+            cycles += times * share * self.spec.n * once
+        for part in _besides(self.spec, self.g, self.target, picks, share, tasks):
+            cycles += part.times * self.core.once(part)
+        return cycles, share, tasks
+
+
+def _besides(spec: ConvSpec, g: Geometry, target: Target, picks: Picks, share: float, tasks: float) -> Iterator[Work]:
+    """What the busiest core does beside its tiles."""
+    lanes = target.lanes
+    if picks.copy_src:
+        extent = g.extent(picks)
+        size = g.read.channels * math.prod(extent) * g.operation.bytes
+        yield _copying(g, tasks * size / (4 * lanes), lanes, size > target.l1)
+        if g.src.layout == "nchw":  # each row of a channel lies in another page
+            begin = FAR_ROW if spec.transposed else BEGIN_RUN
+            yield Work(tasks * spec.ic * math.prod(extent[:2]), cycles=begin)
+    yield Work(tasks, cycles=BEGIN_TASK)
+    yield finishing(spec, lanes, share)
 
 
 def _copying(g: Geometry, vectors: float, lanes: int, leaves_l1: bool) -> Work:

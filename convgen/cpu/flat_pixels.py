@@ -5,7 +5,6 @@ comparing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -53,7 +52,7 @@ def product_counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         near = 4 * tile_px if picks.copy_src and 4 * spec.ic * tile_px * block > target.l1 // 2 else 0
         # Stores begin beside the next tile's products.
         step = steps(times * spec.ic, channels, vectors, near=near)
-        work += [replace(step, stores=channels * vectors / spec.ic), Work(times, cycles=BEGIN_TILE)]
+        work += [step._replace(stores=channels * vectors / spec.ic), Work(times, cycles=BEGIN_TILE)]
         # Rows of dst lie in a page each: short ones of stores begin a line, and a page, anew.
         work.append(Work(times * channels / block, cycles=FAR_ROW))
     rows = spec.ic * vectors * passes / part

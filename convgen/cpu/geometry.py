@@ -70,6 +70,7 @@ class Geometry:
         self.reads = (self.z.reads, self.y.reads, columns_read)
         ends = ((n - 1) * m + last for n, m, (_, last) in zip(self.phase_pixels, self.moves, self.reads, strict=True))
         ends_outside = any(end >= size for end, size in zip(ends, self.src.size, strict=True))
+        self._rows: dict[int, Even] = {}
         self.padded = any(first < 0 for first, _ in self.reads) or ends_outside
 
     @cached_property
@@ -161,18 +162,25 @@ class Geometry:
         """Blocks of lanes of a block of channels: more than one only where phases are merged."""
         return ceildiv(self.channels * self.x.stride, picks.tile_oc) if self.merge else 1
 
+    def row(self, tile_ow: int) -> Even:
+        """A row of a phase in tiles. (A default compares hundreds of cuts of one row.)"""
+        found = self._rows.get(tile_ow)
+        if found is None:
+            found = self._rows[tile_ow] = Even(self.width, tile_ow)
+        return found
+
     def blockable(self, tile_oh: int, tile_ow: int) -> int:
         """What a task takes a block of: rows of tiles; in 1-D, tiles."""
-        return ceildiv(self.y.pixels, tile_oh) if self.spec.rank > 1 else Even(self.width, tile_ow).count
+        return ceildiv(self.y.pixels, tile_oh) if self.spec.rank > 1 else self.row(tile_ow).count
 
     def task(self, picks: Picks) -> tuple[int, int]:
         """Rows of tiles of a task, and tiles of each."""
-        tiles = Even(self.width, picks.tile_ow).count
+        tiles = self.row(picks.tile_ow).count
         return (picks.block, tiles) if self.spec.rank > 1 else (1, min(picks.block, tiles))
 
     def pixels(self, picks: Picks) -> int:
         """Pixels of a row of a task, in each phase."""
-        return min(self.task(picks)[1] * Even(self.width, picks.tile_ow).full, self.width)
+        return min(self.task(picks)[1] * self.row(picks.tile_ow).full, self.width)
 
     def extent(self, picks: Picks) -> list[int]:
         """Planes, rows and columns that a task reads."""

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..hardware.machine import measured
 from ..hardware.processor import system_processor
@@ -110,37 +110,47 @@ class Core:
         Args:
             cold: weights come from memory, as in a network; else from where the last call left them.
         """
-        work = sum(part.times * self._once(part) for part in counts.work)
-        visible = 0.0
-        for stream in counts.streams:
-            rate = self.memory if cold and stream.weights else self._rate(stream.footprint)
-            cycles = stream.bytes / rate
-            visible += max(self.exposed * cycles, cycles - stream.ahead * work)
-        then = self.cycles(counts.then, cold=cold) if counts.then else 0
-        return work + visible + counts.regions * self.region + then
+        own = self.cycles_with(self.cycles_of(counts.work), counts.streams, counts.regions, cold=cold)
+        return own + self.cycles(counts.then, cold=cold) if counts.then else own
 
     def seconds(self, counts: Counts, *, cold: bool = True) -> float:
         """Seconds of the busiest core; see :meth:`cycles`."""
         return self.cycles(counts, cold=cold) / self.hertz
 
-    def _once(self, part: Work) -> float:
-        """Cycles of a piece of code: what its busiest unit needs, or its longest chain of sums."""
-        stores = part.stores / self.stores + part.masked_stores * max(self.masked_store, 1 / self.stores)
-        return (
-            max(
-                part.fmas / self.fmas + part.quads / self.quads + part.pairs / self.pairs + part.loads * self.beside,
-                part.loads / self.loads + part.lines,
-                stores,
-                part.shuffles / self.shuffles,
-                part.near / self.l2,
-                part.spilled / self.spills,
-                part.chain * self.latency,
-                _cycles(part.tile_products, self.tile_product),
-                _cycles(part.tile_loads, self.tile_load),
-                _cycles(part.tile_stores, self.tile_store),
-            )
-            + part.cycles
+    def cycles_of(self, work: Iterable[Work], most: float = math.inf) -> float:
+        """Cycles of work alone; infinite where they are more than ``most``, of which the rest is not looked at."""
+        total = 0.0  # added one by one: sum() rounds otherwise from Python 3.12 on
+        for part in work:
+            total += part.times * self.once(part)
+            if total > most:
+                return math.inf
+        return total
+
+    def cycles_with(self, work: float, streams: Iterable[Stream], regions: int = 1, *, cold: bool = True) -> float:
+        """Cycles of work that takes so many, and of streams beside it, which are never fewer."""
+        visible = 0.0
+        for stream in streams:
+            rate = self.memory if cold and stream.weights else self._rate(stream.footprint)
+            cycles = stream.bytes / rate
+            visible += max(self.exposed * cycles, cycles - stream.ahead * work)
+        return work + visible + regions * self.region
+
+    def once(self, part: Work) -> float:
+        """Cycles of a piece of code, once: what its busiest unit needs, or its longest chain of sums."""
+        _, fmas, loads, stores, masked, shuffles, near, spilled, lines, chain, cycles, quads, pairs, *tiles = part
+        busiest = max(
+            fmas / self.fmas + quads / self.quads + pairs / self.pairs + loads * self.beside,
+            loads / self.loads + lines,
+            stores / self.stores + masked * max(self.masked_store, 1 / self.stores),
+            shuffles / self.shuffles,
+            near / self.l2,
+            spilled / self.spills,
+            chain * self.latency,
         )
+        if any(tiles):
+            each = (self.tile_product, self.tile_load, self.tile_store)
+            busiest = max(busiest, *map(_cycles, tiles, each))
+        return busiest + cycles
 
     def _rate(self, footprint: float) -> float:
         """Bytes per cycle of a stream that comes round again after so many bytes."""
@@ -152,8 +162,7 @@ def _cycles(count: float, each: float) -> float:
     return count * each if count else 0
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """A piece of code that the busiest core runs ``times`` over.
 
     Attributes:
@@ -185,14 +194,11 @@ class Work:
     tile_stores: float = 0
 
     def with_times(self, times: float) -> Work:
-        """The same code so many times. (A default compares hundreds of points: ``dataclasses.replace`` is slow.)"""
-        made = Work.__new__(Work)
-        made.__dict__.update(self.__dict__, times=times)
-        return made
+        """The same code so many times."""
+        return Work(times, *self[1:])
 
 
-@dataclass(frozen=True)
-class Stream:
+class Stream(NamedTuple):
     """Bytes that one core reads or writes beyond its L2 cache.
 
     Attributes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..deferred import tirx
@@ -44,23 +44,23 @@ def pieces(size: int, most: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Even:
-    """``size`` as the fewest tiles of at most ``most``: the first are of :attr:`full`, the others one smaller."""
+    """``size`` as the fewest tiles of at most ``most``: the first are of ``full``, the others one smaller.
+
+    Attributes:
+        count: how many tiles there are.
+        many: how many of them are of ``full``.
+    """
 
     size: int
     most: int
+    count: int = field(init=False)
+    full: int = field(init=False)
+    many: int = field(init=False)
 
-    @property
-    def count(self) -> int:
-        return ceildiv(self.size, self.most)
-
-    @property
-    def full(self) -> int:
-        return ceildiv(self.size, self.count)
-
-    @property
-    def many(self) -> int:
-        """How many tiles are of :attr:`full`."""
-        return self.size - self.count * (self.full - 1)
+    def __post_init__(self) -> None:
+        count = ceildiv(self.size, self.most)
+        full = ceildiv(self.size, count) if count else 0
+        self.__dict__.update(count=count, full=full, many=self.size - count * (full - 1))
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

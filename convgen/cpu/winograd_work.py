@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from ..hardware.target import Target
 from ..lowering.compute import ceildiv, round_up
@@ -62,7 +61,7 @@ def winograd_counts(spec: ConvSpec, target: Target, core: Core, picks: Picks) ->
 
     def of_blocks(n: int, of_weights: Stream, regions: int, then: Counts | None = None) -> Counts:
         some = [part.with_times(part.times * n / own) for part in work]
-        moved = [replace(stream, bytes=stream.bytes * n / own) for stream in streams]
+        moved = [stream._replace(bytes=stream.bytes * n / own) for stream in streams]
         return Counts(some, [*moved, of_weights], regions, then)
 
     warm = Stream((own - new) * weights, ahead=True, footprint=weights)
@@ -126,7 +125,7 @@ def work_of_products(target: Target, g: Grid, picks: Picks, met: int, in_l1: boo
                 step = steps(times * met * g.own, pixels, vectors, near=near, fetched=fetched)
                 sums = pixels * vectors
                 if in_l1:  # they go there beside the next tile's products
-                    step = replace(step, stores=sums * g.planes / max(1, met * g.own))
+                    step = step._replace(stores=sums * g.planes / max(1, met * g.own))
                     tile = Work(times * g.planes, cycles=BEGIN_TILE)
                 else:
                     tile = Work(times * g.planes, stores=sums, spilled=4 * lanes * sums, cycles=BEGIN_TILE)

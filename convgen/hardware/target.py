@@ -12,10 +12,12 @@ import json
 import math
 import platform
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from ..errors import SpecError, UnsupportedError, meant_by
 from ..problem.dtypes import ACCUMULATOR, BYTES
+from ..problem.hashing import hashed_once
 from .discover import target_families
 from .machine import Machine
 from .machine import machine as this_machine
@@ -49,6 +51,7 @@ class Rates(NamedTuple):
 _NO_RATES = Rates(0, 0, 0, 0, 0)
 
 
+@hashed_once
 @dataclass(frozen=True)
 class Target:
     """A compilation target.
@@ -110,7 +113,7 @@ class Target:
         """The CPU's, by the name ``uname -m`` has: ``x86_64``, ``aarch64``; of a GPU, this machine's."""
         return str(json.loads(self.tvm_config).get("mtriple", platform.machine())).partition("-")[0]
 
-    @property
+    @cached_property
     def lanes(self) -> int:
         """How many sums a SIMD register holds; sums are f32 however tensors are stored."""
         return self.vector_bits // (8 * BYTES[ACCUMULATOR])

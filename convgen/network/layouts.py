@@ -223,15 +223,20 @@ class LayoutSearch:
 
     def choose(self, node: Convolution, layouts: Mapping[str, str]) -> tuple[Choice, float]:
         """The layouts that a convolution is computed in, and its seconds with the conversions that takes."""
-        options = [self._option(node, layouts, src, dst) for src, dst in self._pairs(node, layouts)]
-        return min(options, key=lambda option: option[1])
-
-    def _option(self, node: Convolution, layouts: Mapping[str, str], src: str, dst: str) -> tuple[Choice, float]:
-        seconds, candidate = self.costs.convolution(self.laid(node.spec, src, dst))
-        if not node.rows:  # whose tensors are as they are
-            seconds += self._converted(node.inputs[0], layouts, src)
-            seconds += sum(self._converted(name, layouts, dst) for name in (*node.inputs[1:], node.output))
-        return Choice(src, dst, candidate), seconds
+        best: tuple[Choice, float] | None = None
+        for src, dst in self._pairs(node, layouts):
+            converted = 0.0, 0.0
+            if not node.rows:  # whose tensors are as they are
+                after = sum(self._converted(name, layouts, dst) for name in (*node.inputs[1:], node.output))
+                converted = self._converted(node.inputs[0], layouts, src), after
+            if best is not None and sum(converted) >= best[1]:
+                continue  # the conversions alone take longer: nothing need be predicted
+            seconds, candidate = self.costs.convolution(self.laid(node.spec, src, dst))
+            seconds = seconds + converted[0] + converted[1]
+            if best is None or seconds < best[1]:
+                best = Choice(src, dst, candidate), seconds
+        assert best is not None
+        return best
 
     def _pairs(self, node: Convolution, layouts: Mapping[str, str]) -> Iterable[tuple[str, str]]:
         """The layouts of src and dst that are tried: those that the tensors have, and every one for both."""

@@ -26,6 +26,7 @@ from ..errors import SpecError, meant
 from .activation import Activation
 from .dtypes import BYTES, DTYPES, QUANTISED, RANGES
 from .fields import INT32_MAX, Pair, Spatial, flag, integer, layout_of, spatial
+from .hashing import hashed_once
 from .layout import Blocks
 from .padding import resolved_padding
 from .tokens import ACCURACIES, ACCURACY, DIRECTIONS, DST, FLAGS, SIZES, ZEROS, joined, read_token
@@ -47,6 +48,7 @@ TYPES = ("src_dtype", "weights_dtype", "dst_dtype", "residual_dtype")
 RESOLVED = {"dst_layout": "layout", **dict.fromkeys(TYPES, "dtype")}
 
 
+@hashed_once
 @dataclass(frozen=True)
 class ConvSpec:
     """One convolution layer with static shapes.

@@ -83,7 +83,7 @@ def test_predictions_wait_as_their_core_does(monkeypatch: pytest.MonkeyPatch) ->
         return chosen, lambda: chosen.cost(spec, target)
 
     def of_tile(spec: ConvSpec) -> tuple[Schedule, Callable[[], float]]:
-        return direct, lambda: core_of(target).cycles(Counts(direct.work(spec, target, tile)))  # type: ignore[attr-defined]
+        return direct, lambda: core_of(target).cycles_of(direct.work(spec, target, tile))  # type: ignore[attr-defined]
 
     cases = {
         "sums": of_schedule("cpu_winograd", squares),
