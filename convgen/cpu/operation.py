@@ -193,12 +193,12 @@ def operation_of(spec: ConvSpec, target: Target) -> Operation:
     if spec.is_quantised:
         bytes_too = "avx512vnni" in isa if lanes == 16 else "avxvnni" in isa or {"avx512vnni", "avx512vl"} <= isa
         signed = spec.weights_dtype == "i8" and not spec.weights_zero
-        stores = {"packs": lanes == 16 and "avx512bw" in isa, "permutes": lanes == 16 and "avx512vbmi" in isa}
+        packs, permutes = (lanes == 16 and feature in isa for feature in ("avx512bw", "avx512vbmi"))
         if bytes_too and signed and not spec.transposed:
             offset = 128 if spec.src_dtype == "i8" else 0
-            return Operation("vpdpbusd", 4, "int8", INTEGER, offset, biased=True, **stores)
+            return Operation("vpdpbusd", 4, "int8", INTEGER, offset, biased=True, packs=packs, permutes=permutes)
         if "sse3" in isa and (lanes < 16 or "avx512bw" in isa):
-            return Operation("vpmaddwd", 2, "int16", INTEGER, **stores)
+            return Operation("vpmaddwd", 2, "int16", INTEGER, packs=packs, permutes=permutes)
         if "asimddp" in isa and signed and spec.src_dtype == "i8" and not spec.src_zero:
             return Operation("sdot", 4, "int8", INTEGER)
         return Operation("multiply", 1, INTEGER, INTEGER)

@@ -285,8 +285,8 @@ class Kernel(TaskKernel):
             with body.loop(channels.vectors * lanes) as (one, c):
                 row = channels.group * g.channels + channels.first + c
                 for line in range(tile.row.height):
-                    place = (task.image, row, self.dst_pixel(task, tile, (line, 0)))
-                    g.dst.fetch(one, self.dst, place, sorted({0, tile.width - 1}))
+                    line_of_dst = (task.image, row, self.dst_pixel(task, tile, (line, 0)))
+                    g.dst.fetch(one, self.dst, line_of_dst, sorted({0, tile.width - 1}))
         images_ahead = g.fetches_images(self.picks, self.core.l2_size)
         fetched = self.fetching(body, tile, channels)
         length, is_short = g.words(1 if g.apart else x.taps), g.run < SHORT_ROW
