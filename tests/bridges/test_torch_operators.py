@@ -235,7 +235,9 @@ def test_a_program_without_a_product_is_left_alone() -> None:
     x = image()
     made = program(Sum(), x)
     assert made.networks == []
-    assert repr(made) == "<TorchProgram: no network; 2 nodes left to PyTorch>"
+    assert repr(made) == (
+        "<TorchProgram: no network; 2 nodes left to PyTorch: relu, add: no convolution or product is beside it>"
+    )
     assert all("no convolution" in reason for reason in made.outside.values())
     assert torch.equal(made(x), x.relu() + 1)
 

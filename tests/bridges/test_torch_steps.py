@@ -72,6 +72,7 @@ def test_steps_are_counted_of_memory_that_they_may_change() -> None:
     assert counted.of_all([one, other]) == [1, 2]
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # PyTorch's compiler imports one
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_step_that_is_compiled_is_counted(fused: bool) -> None:
     torch._dynamo.reset()
