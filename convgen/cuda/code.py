@@ -447,10 +447,14 @@ def compile_images(source: DeviceSource, target: Target) -> tuple[tuple[tuple[st
     """
     text = source.text
     cubin, ptx, log = compiled(text, target.arch)
-    for launch in source.launches:  # saving registers for more blocks is not worth a spill
-        if _resources(log, launch).spilled:
-            text = _roomier(text, launch, target)
-    if text != source.text:
+    while True:  # saving registers for more blocks is not worth a spill
+        roomier = text
+        for launch in source.launches:
+            if _resources(log, launch).spilled:
+                roomier = _roomier(roomier, launch, target)
+        if roomier == text:
+            break
+        text = roomier
         cubin, ptx, log = compiled(text, target.arch)
     images = [(target.arch, cubin)]
     later = target.arch.replace("sm_", "compute_")
