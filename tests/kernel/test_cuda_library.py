@@ -55,7 +55,7 @@ def test_the_library_needs_libc_only_and_shows_its_functions_only(path: Path, tm
     assert all(name in allowed or name.startswith("ld-linux") for name in needed), needed
     names = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
     found = {line.split()[-1] for line in names.splitlines()}
-    suffixes = ("sizes", "pack", "verify_packed", "load", "unload", "run", "version", "error", "driver_error")
+    suffixes = ("sizes", "pack", "repack", "verify_packed", "load", "unload", "run", "version", "error", "driver_error")
     assert found == {f"kernel_{suffix}" for suffix in suffixes}
 
 
