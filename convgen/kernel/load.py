@@ -131,12 +131,12 @@ def check_architecture(path: Path, manifest: Mapping[str, Any]) -> None:
     native = platform.machine()
     with reading(path, "a library"):
         needs = manifest["needs"]
-        found, triple, libc = needs["architecture"], needs["triple"], needs["libc"]
+        found, triple = needs["architecture"], needs["triple"]
     if found != native:
         raise ExportError(
             f"{path}: needs: expected a library for {native}, this machine's architecture, found one for {triple}"
         )
-    if platform.libc_ver()[0] == "glibc" != libc:
+    if platform.libc_ver()[0] == "glibc" != needs.get("libc", "glibc"):
         raise ExportError(f"{path}: needs: expected a library for glibc, this machine's, found one for {triple}")
 
 

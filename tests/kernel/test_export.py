@@ -155,6 +155,7 @@ def test_example_samples_large_layers(tmp_path: Path) -> None:
 FUNCTIONS = {
     "sizes",
     "pack",
+    "repack",
     "run",
     "verify_packed",
     "check_cpu",
