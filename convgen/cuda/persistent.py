@@ -23,7 +23,7 @@ from .implicit import PIECE_ROWS
 #: Threads of a warpgroup.
 WARPGROUP = 128
 _KERNEL = re.compile(
-    r'(?P<before>.*)extern "C" __global__ void __launch_bounds__\([\d, ]*\) (?P<head>\w+\([^)]*\)) \{\n'
+    r'extern "C" __global__ void __launch_bounds__\([\d, ]*\) (?P<head>\w+\([^)]*\)) \{\n'
     r"(?:  extern __shared__ __align__\(\d+\) (?P<kind>\w+) (?P<memory>\w+)\[\];\n)?"
     r"(?P<body>.*?)\n\}\n(?P<after>.*)",
     re.DOTALL,
@@ -178,4 +178,4 @@ extern "C" __global__ void {clusters}__launch_bounds__({threads}, {made.resident
     changed = replace(
         launch, grid=(grid, 1, 1), block=(32, threads // 32, 1), shared=shared + made.operands + barriers, maps=maps
     )  # fmt: skip
-    return text[:start] + found["before"] + kernel + found["after"], changed
+    return text[:start] + kernel + found["after"], changed
