@@ -23,6 +23,7 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402, N812
+from torch_modules import Halves  # noqa: E402
 
 import convgen  # noqa: E402
 from convgen.bridges.torch import backend as module  # noqa: E402
@@ -48,18 +49,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Any:
         features = self.features(x)
         return {"scores": self.last(features.mean((2, 3))), "features": features, "pair": (x, 3)}
-
-
-class Halves(nn.Module):
-    """Two convolutions, and between them what no network takes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.second(self.first(x).cumsum(1).relu())
-        return made
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from paths import ROOT
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
+from torch import nn  # noqa: E402
+from torch_modules import Halves  # noqa: E402
 
 import convgen.torch  # noqa: E402
 from convgen.bridges.torch import backend as module  # noqa: E402
@@ -27,18 +28,6 @@ pytestmark = [pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"), pyt
 LOG = "convgen.bridges.torch"
 #: Seconds after which something will never happen.
 LONG = 300.0
-
-
-class Halves(nn.Module):
-    """Two convolutions, and between them what no network takes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.second(self.first(x).cumsum(1).relu())
-        return made
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ from ...kernel.library import Bytes
 from ...lowering.interface import DeviceCode, read_architecture
 from ...lowering.link import link_device_network
 from ...problem.dtypes import numpy_dtype
-from ...processes import JobError, Worker
+from ...processes import Worker
 from ..compile import Built
 from ..cuda_library import CudaNetworkLibrary
 from ..device import argument_names, device_entry_source, device_source, images_of
 from ..plan import Function, Plan, Product
-from .guarded import Arrays, Runs
+from .guarded import Arrays, Runs, answered
 
 #: Seconds that the runs of one network may take, emulated.
 SECONDS = 3600.0
@@ -52,12 +52,9 @@ def run_library(
     """The same of a library, in a process with these variables besides this one's."""
     worker = Worker(environment=environment)
     try:
-        found: Runs = worker.call(device_runs, library, name, weights, inputs, seconds=SECONDS)
+        with answered(name, SECONDS):
+            found: Runs = worker.call(device_runs, library, name, weights, inputs, seconds=SECONDS)
         return found
-    except TimeoutError:
-        raise MeasureError(f"{name}: expected an answer within {SECONDS:.0f} s, found none") from None
-    except JobError as error:
-        raise MeasureError(f"{name}: {str(error).strip().rpartition(chr(10))[2]}") from error
     except ChildProcessError:
         raise MeasureError(f"{name}: expected a clean run, found status {worker.status}") from None
     finally:

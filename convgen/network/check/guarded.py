@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ Arrays = dict[str, npt.NDArray[Any]]
 Runs = list[dict[str, Arrays]]
 
 
+@contextmanager
+def answered(name: str, seconds: float) -> Iterator[None]:
+    """A call to another process, which runs a network: an error there, or no answer in time, is a MeasureError."""
+    try:
+        yield
+    except TimeoutError:
+        raise MeasureError(f"{name}: expected an answer within {seconds:.0f} s, found none") from None
+    except JobError as error:
+        raise MeasureError(f"{name}: {str(error).strip().rpartition(chr(10))[2]}") from error
+
+
 def run_guarded(library: Path, name: str, weights: Path, inputs: Sequence[Arrays], threads: Sequence[int]) -> Runs:
     """The outputs, at each of a network's sizes, of a run on each number of threads, and with guard pages at the
     beginning and the end of buffers.
@@ -33,12 +45,9 @@ def run_guarded(library: Path, name: str, weights: Path, inputs: Sequence[Arrays
     """
     worker = Worker()
     try:
-        found: Runs = worker.call(guarded_runs, library, name, weights, inputs, threads, seconds=SECONDS)
+        with answered(name, SECONDS):
+            found: Runs = worker.call(guarded_runs, library, name, weights, inputs, threads, seconds=SECONDS)
         return found
-    except TimeoutError:
-        raise MeasureError(f"{name}: expected an answer within {SECONDS:.0f} s, found none") from None
-    except JobError as error:
-        raise MeasureError(f"{name}: {str(error).strip().rpartition(chr(10))[2]}") from error
     except ChildProcessError:
         status = worker.status or 0
         cause = f"signal {-status}" if status < 0 else f"exit status {status}"
