@@ -56,7 +56,7 @@ WAYS: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
 }
 INTRODUCTION = (
     "Milliseconds of a call, batch 1, f32, medians of turns in which all ways alternate; and seconds of the first call,"
-    " which compiles: everything anew, in one process, without what earlier ones have kept on disk. Inductor has its"
+    " which compiles: everything anew, without what earlier ones have kept on disk. Inductor has its"
     " weights frozen. The ratio is the faster of inductor and eager over convgen, with its 95 % interval: above 1"
     " convgen is faster."
 )
@@ -76,7 +76,7 @@ class BackendRow(Compared):
 
 def frozen() -> AbstractContextManager[Any]:
     """In which inductor takes weights as constants, and what it compiles from no cache."""
-    patched: AbstractContextManager[Any] = config.patch(freezing=True, compile_threads=1, force_disable_caches=True)
+    patched: AbstractContextManager[Any] = config.patch(freezing=True, force_disable_caches=True)
     return patched
 
 

@@ -164,11 +164,11 @@ def test_tokens_that_the_page_about_specs_names_are_read() -> None:
 # ---- figures ----------------------------------------------------------------------------------
 
 
-def whole_models(machine: str) -> list[list[str]]:
-    """The rows of f32 on one thread: model, convgen, ONNX Runtime, OpenVINO f32, …, OpenVINO default, ratio."""
+def whole_models(machine: str, threads: int = 1) -> list[list[str]]:
+    """The rows of f32: model, convgen, ONNX Runtime, OpenVINO f32, …, OpenVINO default, ratio."""
     text = (RESULTS / machine / "whole.md").read_text(encoding="utf-8")
-    section = re.split(r"^## ", text, flags=re.MULTILINE)[1]
-    assert section.startswith("1 thread\n")
+    section = re.split(r"^## ", text, flags=re.MULTILINE)[threads]
+    assert section.startswith(f"{threads} thread")
     lines = [line.strip("|\n ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
     return [cells for cells in lines if len(cells) == 8 and cells[0] not in ("model", "---")]
 
@@ -180,14 +180,18 @@ def rounds_to(shown: str, measured: str) -> bool:
 
 
 def test_the_table_of_readme_is_the_measured_one() -> None:
-    measured = {cells[0]: cells for cells in whole_models(ZEN_4)}
+    """Every library on one and on two threads."""
+    measured = [{name: cells for name, *cells in whole_models(ZEN_4, threads)} for threads in (1, 2)]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in readme.splitlines() if line.startswith("| `") and "**" in line]
-    assert {row[0].strip("`") for row in rows} == set(measured)
-    for name, ours, runtime, openvino, ratio, default in rows:
-        _, *figures, wanted = measured[name.strip("`")]
-        shown = (ours, runtime, openvino, default, ratio.strip("*"))
-        assert all(map(rounds_to, shown, (*figures[:3], figures[5], wanted))), name
+    assert {row[0].strip("`") for row in rows} == set(measured[0]) == set(measured[1])
+    for name, *libraries, ratio, default in rows:
+        for cell, both in zip(
+            (*libraries, default, ratio), zip(*(of[name.strip("`")] for of in measured), strict=True), strict=True
+        ):
+            shown = [cell] * 2 if cell == "–" else cell.replace("*", "").split(" / ")
+            for figure, wanted in zip(shown, both, strict=True):
+                assert figure == wanted or rounds_to(figure, wanted), (name, cell)
 
 
 def test_means_are_those_of_committed_tables() -> None:

@@ -117,3 +117,10 @@ def test_no_module_imports_itself_through_others() -> None:
 
     for module in sorted(graph):
         visit(module, ())
+
+
+def test_a_cpu_s_schedule_says_what_it_takes_and_no_more() -> None:
+    """At most 150 lines; how it is computed lies in ``convgen/cpu``, whose modules other schedules share."""
+    lengths = {path.name: path.read_text().count("\n") for path in (ROOT / "schedules").glob("cpu_*.py")}
+    assert len(lengths) > 10
+    assert {name: length for name, length in lengths.items() if length > 150} == {}

@@ -120,7 +120,9 @@ def test_results_and_gradients_lie_in_memory_as_pytorch_s(case: str, of_images: 
     assert type(made).__module__.startswith("convgen.")
     for of_theirs, of_made in zip(*found, strict=True):
         assert torch.equal(of_theirs, of_made)
-        assert of_theirs.stride() == of_made.stride()
+        # How far apart an axis of one element is, PyTorch decides by the processor.
+        axes = [axis for axis, size in enumerate(of_made.shape) if size > 1]
+        assert [of_theirs.stride(axis) for axis in axes] == [of_made.stride(axis) for axis in axes]
 
 
 @pytest.mark.parametrize("sizes", [(2, 6, 9, 9, 3), (2, 6, 5, 4, 1)])

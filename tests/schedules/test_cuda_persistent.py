@@ -227,7 +227,7 @@ WRONG = {
     "no wait for the last": (r"cg_wgmma_wait<0>\(\);", "", "products .*under way|read"),
     "fewer bytes expected": (r"full \+ stage, BYTES", "full + stage, BYTES - 16", "does not end"),
     "a barrier of fewer threads": (r"cg_sync<128>", "cg_sync<96>", "expected|wait"),
-    "no barrier of the warpgroup": (r"cg_sync<128>\(1 \+ group\);", "", "no barrier between"),
+    "no barrier of the warpgroup": (r"cg_sync<128>\(1 \+ group\);", ";", "no barrier between"),
 }
 #: The same of clusters,
 WRONG_CLUSTER = {

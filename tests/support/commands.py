@@ -1,11 +1,15 @@
-"""Running the command line."""
+"""Running the command line, and scripts in a Python of their own."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
+
+from paths import SUPPORT
 
 SMALL = "conv2d n1 ic8 oc16 i10x10 k3x3 s1x1 p1x1 relu"
 
@@ -19,3 +23,9 @@ Run = Callable[..., tuple[int, str, str]]
 def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def run_script(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script that finds the modules beside this one; variables are added to the environment."""
+    given = {**os.environ, "PYTHONPATH": str(SUPPORT), **environment}
+    return python("-W", "ignore", "-c", textwrap.dedent(code), *arguments, env=given)
