@@ -86,7 +86,6 @@ def running(model: NetworkModel, way: str, first: dict[str, float]) -> Running:
     module: nn.Module = model.module()
     inputs: list[Tensor] = [torch.from_numpy(array) for array in model.inputs.values()]
     results: list[Any] = [None]
-    torch._dynamo.reset()
     function = WAYS[way](module)
 
     def run() -> None:
@@ -107,6 +106,7 @@ def running(model: NetworkModel, way: str, first: dict[str, float]) -> Running:
 def measure(name: str, model: NetworkModel, threads: int, rounds: int) -> BackendRow:
     """Compile a model in every way and time them in turns."""
     torch.set_num_threads(threads)
+    torch._dynamo.reset()  # once: it drops what was compiled, and a call would compile anew, without frozen weights
     first: dict[str, float] = {}
     made = versions()
     libraries = {"convgen": made["convgen"], "inductor": torch.__version__, "eager": torch.__version__}

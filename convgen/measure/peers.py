@@ -11,7 +11,7 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -98,7 +98,8 @@ ONEDNN = {256: {"ONEDNN_MAX_CPU_ISA": "AVX2"}, 128: {"ONEDNN_MAX_CPU_ISA": "SSE4
 
 
 class OnnxRuntime(Peer):
-    """ONNX Runtime: a session with full graph optimisation, inputs and output bound.
+    """ONNX Runtime: a session with full graph optimisation, inputs and output bound. A layer of integers runs as the
+    formula that defines it, and between DequantizeLinear and QuantizeLinear, which becomes its own operator.
 
     It takes the widest vectors there are, and nothing restricts it.
     """
@@ -109,7 +110,14 @@ class OnnxRuntime(Peer):
         from ..check.reference import OrtReference
 
         prepared = OrtReference(spec, **data, threads=threads)
-        return [Entrant("", prepared, lambda: prepared.output)]
+        found = [Entrant("", prepared, lambda: prepared.output)]
+        if spec.is_quantised:
+            from .quantised_peers import qdq_model
+
+            with suppress(UnsupportedError):
+                fused = OrtReference(spec, **data, threads=threads, model=qdq_model(spec, data))
+                found.append(Entrant("QDQ", fused, lambda: fused.output))
+        return found
 
 
 class Torch(Peer):

@@ -64,7 +64,7 @@ INTEGERS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["torch", "openvino"])
+@pytest.mark.parametrize("name", ["onnxruntime", "torch", "openvino"])
 @pytest.mark.parametrize("descriptor", INTEGERS)
 def test_layers_of_integers_are_computed_to_a_step(name: str, descriptor: str) -> None:
     if PEERS[name].version() is None:
@@ -78,6 +78,7 @@ def test_layers_of_integers_are_computed_to_a_step(name: str, descriptor: str) -
     expected = reference(spec, data)
     entrants = PEERS[name]().entrants(spec, data, threads=1)
     assert entrants
+    assert name != "onnxruntime" or [entrant.way for entrant in entrants] == ["", "QDQ"]
     for entrant in entrants:
         with entrant.context():
             entrant.run()
