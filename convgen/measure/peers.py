@@ -115,7 +115,8 @@ class OnnxRuntime(Peer):
             from .quantised_peers import qdq_model
 
             with suppress(UnsupportedError):
-                fused = OrtReference(spec, **data, threads=threads, model=qdq_model(spec, data))
+                model = qdq_model(spec, data, transposed=True)
+                fused = OrtReference(spec, **data, threads=threads, model=model)
                 found.append(Entrant("QDQ", fused, lambda: fused.output))
         return found
 

@@ -14,6 +14,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ..check.data import Arrays
+from ..check.onnx_integers import conv_attributes
 from ..errors import UnsupportedError
 from ..problem.dtypes import RANGES
 from ..problem.spec import ConvSpec
@@ -30,16 +31,20 @@ def _needs(condition: bool, what: str) -> None:
         raise UnsupportedError(what)
 
 
-def qdq_model(spec: ConvSpec, data: Arrays) -> ModelProto:
+def qdq_model(spec: ConvSpec, data: Arrays, *, transposed: bool = False) -> ModelProto:
     """The layer as a convolution between DequantizeLinear and QuantizeLinear, which compilers make one operator of.
 
     Tensors in NHWC, which ONNX does not have, are transposed outside of these, as their bytes: compilers whose code
     computes in NHWC find that nothing moves.
 
+    Args:
+        transposed: whether transposed layers are taken too, which no compiler fuses: they are computed in f32 between.
+
     Raises:
         UnsupportedError: it is transposed, its tensors are in blocks of channels, or its dst is not of 8 bits.
     """
-    _needs(not spec.transposed, "its compiler does not fuse transposed convolutions of integers")
+    _needs(transposed or not spec.transposed, "its compiler does not fuse transposed convolutions of integers")
+    _needs(not spec.transposed or spec.groups == 1, "has no scales of the channels of groups that are transposed")
     _needs(spec.src_blocks.is_plain and spec.dst_blocks.is_plain, "takes NCHW and NHWC only")
     _needs(not spec.residual, "rounds once where a residual is added, not twice")
     _needs(spec.dst_dtype in RANGES, "gives 8-bit integers only")
@@ -61,14 +66,15 @@ def qdq_model(spec: ConvSpec, data: Arrays) -> ModelProto:
         src = add("Transpose", ["src"], "channels_first", perm=(0, spec.rank + 1, *range(1, spec.rank + 1)))
     names = [
         scaled("DequantizeLinear", "src", src, "numbers", 1.0),
-        scaled("DequantizeLinear", "weights", "weights", "factors", scale, axis=0),
+        scaled("DequantizeLinear", "weights", "weights", "factors", scale, axis=int(spec.transposed)),
     ]
     if spec.bias:
         constants["bias"] = (data["bias"] * scale.astype(np.float64)).astype(np.float32)
         names.append("bias")
-    pads = [begin for begin, _ in spec.padding] + [end for _, end in spec.padding]
-    window = {"kernel_shape": spec.kernel, "strides": spec.stride, "dilations": spec.dilation, "pads": pads}
-    blob = add("Conv", names, "sums", group=spec.groups, **window)
+    kind, attributes = "Conv", conv_attributes(spec)
+    if spec.transposed:
+        kind, attributes = "ConvTranspose", attributes | {"output_padding": spec.output_padding}
+    blob = add(kind, names, "sums", **attributes)
     name, bounds = spec.activation_op.name, spec.activation_op.params
     if name == "relu":
         blob = add("Relu", [blob], "active")

@@ -61,6 +61,7 @@ INTEGERS = [
     "conv1d n1 ic6 oc4 i40 k5 d2 i8 src_u8 dst_u8 nhwc",
     "conv3d n1 ic4 oc8 i5x6x7 k2x3x3 i8 src_u8 dst_u8 nhwc",
     "conv2d n1 ic8 oc8 i9x9 k3x3 i8 src_zero clip(-3,40) nhwc dst_nchw",
+    "convtranspose2d n1 ic8 oc12 i9x7 k4x4 s2 p1 op1 i8 src_u8 dst_u8 src_zero dst_zero relu",
 ]
 
 
@@ -73,6 +74,10 @@ def test_layers_of_integers_are_computed_to_a_step(name: str, descriptor: str) -
     data = float_data(spec)
     if name == "torch" and spec.src_dtype == "i8":
         with pytest.raises(UnsupportedError, match=r"multiplies u8 by i8 to u8 only|gives what it takes"):
+            PEERS[name]().entrants(spec, data, threads=1)
+        return
+    if name != "onnxruntime" and spec.transposed:
+        with pytest.raises(UnsupportedError, match=r"no such operator|does not fuse"):
             PEERS[name]().entrants(spec, data, threads=1)
         return
     expected = reference(spec, data)
