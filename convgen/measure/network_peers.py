@@ -7,8 +7,10 @@ Each is used as its users would for speed. What a library's convolutions take in
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
+import signal
 import subprocess
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +22,7 @@ import numpy as np
 from ..check.reference import open_session
 from ..errors import UnsupportedError
 from ..folders import TemporaryFolder
+from ..processes import JobError, Worker
 from .network_model import CONVOLUTIONS, MODEL, Array, NetworkModel, Part, Running, profiled, ready
 from .peers import Ncnn, OnnxRuntime, OpenVino, Torch, f32_net
 from .profiles import Profile, median_profile, onnxruntime_profiles, openvino_profile
@@ -72,11 +75,21 @@ def _onnxruntime_profile(model: NetworkModel, threads: int) -> Profile:
 
 
 def openvino_parts(model: NetworkModel, threads: int, convolutions: bool = True) -> list[Part]:
-    """The whole model in f32 and in the precision that OpenVINO chooses, and the convolutions of both."""
+    """The whole model in f32 and in the precision that OpenVINO chooses, and the convolutions of both.
+
+    There are models that its compiler crashes on, and this process with it: a process of its own compiles first.
+    """
     version = OpenVino.version()
     chosen = "chosen"
-    with contextlib.suppress(Exception):  # where it fails, the parts say why
-        chosen = str(_compiled(model, threads, "").get_property("INFERENCE_PRECISION_HINT").to_string())
+    worker = Worker()
+    try:
+        with contextlib.suppress(JobError):  # where it fails, the parts say why
+            chosen = worker.call(_chosen_precision, dataclasses.replace(model, module=None), threads)
+    except ChildProcessError:
+        crashed = f"its compiler crashes: {_ending(worker.status)}"
+        return [Part("openvino", version, MODEL, model.precision, crashed)]
+    finally:
+        worker.stop()
     parts = []
     for precision in dict.fromkeys(("f32", chosen)):
         hint = "f32" if precision == "f32" else ""
@@ -86,6 +99,17 @@ def openvino_parts(model: NetworkModel, threads: int, convolutions: bool = True)
             profile = partial(_openvino_profile, model, threads, hint)
             parts.append(profiled(Part("openvino", version, CONVOLUTIONS, precision), profile))
     return parts
+
+
+def _chosen_precision(model: NetworkModel, threads: int) -> str:
+    """The precision that OpenVINO chooses for a model, which it compiles in this and in f32."""
+    _compiled(model, threads, "f32")
+    return str(_compiled(model, threads, "").get_property("INFERENCE_PRECISION_HINT").to_string())
+
+
+def _ending(status: int | None) -> str:
+    """How a process ended, in words."""
+    return signal.strsignal(-status) or f"signal {-status}" if status and status < 0 else f"exit status {status}"
 
 
 def _compiled(model: NetworkModel, threads: int, precision: str, profile: bool = False) -> Any:

@@ -13,7 +13,7 @@ from tiny_network import chain_model, kernels_for
 
 from convgen.errors import MeasureError, UnsupportedError
 from convgen.formats.onnx.reader import instances_from_onnx
-from convgen.measure import networks
+from convgen.measure import network_peers, networks
 from convgen.measure.chain import Chain
 from convgen.measure.network_model import CONVOLUTIONS, MODEL, NetworkModel, Part, Running, profiled, ready
 from convgen.measure.network_peers import NETWORK_PEERS, onnxruntime_parts, openvino_parts
@@ -76,6 +76,21 @@ def test_a_library_finds_the_models_convolutions(model: NetworkModel, parts: Any
         else:
             assert part.contestant.entrant.turn() > 0
             assert part.profiles[0].nodes == 4
+
+
+def test_a_library_that_crashes_leaves_the_others(model: NetworkModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Crashing:
+        status = -11
+
+        def call(self, *arguments: Any) -> str:
+            raise ChildProcessError
+
+        def stop(self) -> None: ...
+
+    monkeypatch.setattr(network_peers, "Worker", Crashing)
+    (part,) = openvino_parts(model, 1)
+    assert part.problem == "its compiler crashes: Segmentation fault"
+    assert part.contestant is None
 
 
 def test_a_wrong_library_is_not_timed(model: NetworkModel) -> None:
