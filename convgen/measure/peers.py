@@ -129,7 +129,7 @@ class Torch(Peer):
 
     name, package = "torch", "torch"
     restrictions: ClassVar = {
-        256: {**ONEDNN[256], "ATEN_CPU_CAPABILITY": "avx2"},
+        256: {**ONEDNN[256], "ATEN_CPU_CAPABILITY": "avx2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"},
         128: {**ONEDNN[128], "ATEN_CPU_CAPABILITY": "default"},
     }
 
@@ -172,7 +172,10 @@ class Torch(Peer):
 
         found = list[Entrant]()
         refused: list[Exception] = [UnsupportedError(f"has neither of its engines here, {' and '.join(ENGINES)}")]
-        for engine in (name for name in ENGINES if name in torch.backends.quantized.supported_engines):
+        engines = [name for name in ENGINES if name in torch.backends.quantized.supported_engines]
+        if os.environ.get("ATEN_CPU_CAPABILITY") == self.restrictions[128]["ATEN_CPU_CAPABILITY"]:
+            engines.remove("fbgemm")  # its vectors have 256 bits at least
+        for engine in engines:
             for label, form in formats:
                 try:
                     run, output = torch_layer(spec, data, form, engine)
