@@ -242,7 +242,10 @@ def test_only_layers_that_gain_are_replaced() -> None:
     """Those whose step is slower than PyTorch's stay, and nothing of the model is changed by finding out."""
     model = model_of_every_kind().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    replaced = ours.replace(model, torch.randn(2, 3, 10, 12))
+    steps: list[tuple[int, int]] = []
+    replaced = ours.replace(model, torch.randn(2, 3, 10, 12), progress=lambda *step: steps.append(step))
+    assert steps == [(done, len(steps)) for done in range(1, len(steps) + 1)]
+    assert len(steps) >= 4
     kinds = {name for name, module in model.named_modules() if type(module).__module__.startswith("convgen.")}
     assert kinds == set(replaced)
     assert set(replaced) <= {"0", "3", "4", "6"}

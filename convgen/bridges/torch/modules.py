@@ -82,7 +82,7 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def replace(model: nn.Module, *inputs: Any) -> list[str]:
+def replace(model: nn.Module, *inputs: Any, progress: Callable[[int, int], None] | None = None) -> list[str]:
     """Put convgen's layers in the place of a model's convolutions; its parameters, hooks and state dict stay.
 
     Subclasses of ``torch.nn``'s layers are left as they are; so are those that
@@ -91,6 +91,8 @@ def replace(model: nn.Module, *inputs: Any) -> list[str]:
     Args:
         inputs: of the model. Where there are any, it is run once, and only layers are replaced whose step, forward and
             backward, was faster in turn with PyTorch's at the sizes that they met.
+        progress: called with the number of layers that are settled, and of all; a layer's kernels are compiled before
+            it is timed, which takes seconds.
 
     Returns:
         The names of the layers that were replaced.
@@ -102,15 +104,16 @@ def replace(model: nn.Module, *inputs: Any) -> list[str]:
     layers = {name: module for name, module in model.named_modules() if type(module) in OURS}
     met = _met(model, layers, inputs) if inputs else dict.fromkeys(layers, ())
     replaced = []
-    for name, module in layers.items():
-        if name not in met:
-            continue
+    for done, (name, module) in enumerate(layers.items(), 1):
         theirs = type(module)
-        module.__class__ = OURS[theirs]
-        if inputs and not _gains(module, theirs, met[name]):
-            module.__class__ = theirs
-        else:
-            replaced.append(name)
+        if name in met:
+            module.__class__ = OURS[theirs]
+            if inputs and not _gains(module, theirs, met[name]):
+                module.__class__ = theirs
+            else:
+                replaced.append(name)
+        if progress is not None:
+            progress(done, len(layers))
     return replaced
 
 
