@@ -13,7 +13,7 @@ import click
 import documents
 import pytest
 import stores
-from commands import SMALL, TINY
+from commands import SMALL, TINY, Run
 from fleets import Fleet
 from onnx import parser
 
@@ -146,3 +146,15 @@ def test_what_is_printed_is_as_its_schema_says(
     document = run_json(*words, status=STATUS.get(label, 0))  # compares it
     name = label.partition("|")[0]
     assert documents.command_of(list(map(str, words)), document) == name
+
+
+@pytest.mark.parametrize("name", sorted(set(with_json(cli)) - {"schedules", "targets"}))
+def test_a_command_that_fails_prints_no_document(name: str, run: Run, tmp_path: Path) -> None:
+    """Its reason stands on standard error, and the exit status tells it from success."""
+    missing = tmp_path / "missing"
+    given = {"fuzz": ["--specs", "none"], "help": ["no-such-topic"], "fleet status": ["--tracker", "nowhere"]}
+    wrong = given.get(name, [missing])
+    status, out, err = run(*name.split(), *wrong, "--json")
+    assert status not in (0, 1)
+    assert out == ""
+    assert len(err.strip()) > 20
