@@ -42,7 +42,7 @@ BLOCKS, PARTS = (1, 2, 4, 7, 8, 14, 16, 28, 56, 112), (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 class CpuDirect(ChannelsInLanes):
-    id, version = "cpu_direct", 6
+    id, version = "cpu_direct", 7
     merged = ("cpu_channels_last", "cpu_gemm_channels", "cpu_im2col")
 
     def applies(self, spec: ConvSpec, target: Target) -> None:

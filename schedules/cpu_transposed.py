@@ -36,7 +36,7 @@ BLOCKS, PARTS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 class CpuTransposed(ChannelsInLanes):
-    id, version = "cpu_transposed", 6
+    id, version = "cpu_transposed", 7
     merged = ("cpu_transposed_pixel",)
 
     def applies(self, spec: ConvSpec, target: Target) -> None:

@@ -38,7 +38,7 @@ ROW_IN, ROW_OUT, CONVERSION = 4, 4, 2
 
 
 class CpuWinogradPairs(WinogradBlocks):
-    id, version = "cpu_winograd_pairs", 1
+    id, version = "cpu_winograd_pairs", 2
     transforms = True
 
     def instructions(self, spec: ConvSpec) -> tuple[str, ...]:

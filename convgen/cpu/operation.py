@@ -104,10 +104,7 @@ class Operation:
         if self.operand == STORAGE["bf16"]:
             if dtype == "bf16":
                 return value
-            wide = widen(value, dtype, lanes)
-            if lanes == 16:
-                return tirx.call_extern(of_lanes(self.operand, lanes), "convgen_to_bf16_512", wide)
-            return narrow(wide, "bf16", lanes)
+            return self.narrowed(widen(value, dtype, lanes), "bf16", lanes)
         value = value.astype(of_lanes(self.operand, lanes))
         if self.offset and self.depth == 2:
             return value + tirx.const(self.offset, of_lanes(self.operand, lanes))
@@ -117,6 +114,12 @@ class Operation:
             return value
         zero = zero.astype(self.operand)
         return value - (zero if lanes == 1 else tirx.Broadcast(zero, lanes))
+
+    def narrowed(self, value: Expr, dtype: str, lanes: int) -> Expr:
+        """f32 as it is stored: as bf16 by the instruction that makes operands, too."""
+        if dtype == "bf16" and lanes == 16 and self.operand == STORAGE["bf16"]:
+            return tirx.call_extern(of_lanes(self.operand, lanes), "convgen_to_bf16_512", value)
+        return narrow(value, dtype, lanes)
 
     def nothing(self, zero: Expr | None) -> Expr:
         """What stands for 0 of src: its zero point, an i32 where there is one."""
@@ -147,7 +150,8 @@ class Operation:
         if self.instruction == "multiply":
             return sums + words * factor
         if self.instruction == "vdpbf16ps":
-            return tirx.call_extern(of_lanes(ACCUMULATOR, lanes), "convgen_add_pairs_512", sums, factor, words)
+            # The number of a pixel comes last: the instruction itself then loads it into all lanes.
+            return tirx.call_extern(of_lanes(ACCUMULATOR, lanes), "convgen_add_pairs_512", sums, words, factor)
         name = _NAMES[self.instruction][lanes]
         numbers = of_lanes(self.operand, lanes * self.depth)
         a, b = (tirx.reinterpret(numbers, vector) for vector in (factor, words))

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..deferred import tirx
 from ..lowering.compute import STORED, Expr, ceildiv, flat, unflat, widen
@@ -394,7 +394,7 @@ class Kernel(TaskKernel):
 
     def store_channels(self, body: Block, task: _Task, tile: _Tile, channels: _Channels, sums: Registers) -> None:
         """The epilogue and store of a tile's vectors of channels, one per pixel."""
-        g, tensors = self.g, (self.dst, self.residual)
+        g = self.g
         if self.packs:
             self.store_packed(body, task, tile, channels, sums)
             return
@@ -407,7 +407,17 @@ class Kernel(TaskKernel):
                         there.when(_exists(g.x, column, tile.phase)) as exists,
                     ):
                         place = (task.image, channel, self.dst_pixel(task, tile, p))
-                        g.dst.finish(exists, self.spec, tensors, place, value, self.lanes, count, given)
+                        self.finish_channels(exists, place, value, count, given)
+
+    def finish_channels(self, body: Block, place: Any, value: Expr, count: int, given: Mapping[str, Expr]) -> None:
+        """The epilogue and store of a vector of a pixel's channels; ``place``: image, channel, pixel."""
+        tensors, narrowed = (self.dst, self.residual), self.g.operation.narrowed
+        self.g.dst.finish(body, self.spec, tensors, place, value, self.lanes, count, given, narrowed)
+
+    def finish_pixels(self, body: Block, place: Sequence[Expr], value: Expr, count: int, **more: Any) -> None:
+        """The same of a vector of pixels of a channel."""
+        narrowed = self.g.operation.narrowed
+        finish(body, self.spec, self.dst, self.residual, place, value, self.lanes, count, narrowed=narrowed, **more)
 
     @property
     def packs(self) -> bool:
@@ -449,7 +459,7 @@ class Kernel(TaskKernel):
 
     def store_squares(self, body: Block, task: _Task, tile: _Tile, channels: _Channels, sums: Registers) -> None:
         """The same as rows of pixels, transposed in registers, each with the epilogue of its channel."""
-        spec, lanes, g = self.spec, self.lanes, self.g
+        lanes, g = self.lanes, self.g
         for v in range(channels.vectors):
             within = body.let(channels.first + v * lanes)
             first = body.let(channels.group * g.channels + within)
@@ -462,7 +472,7 @@ class Kernel(TaskKernel):
                     with inner.when(True if g.channels % lanes == 0 else within + t < g.channels) as exists:
                         given = spread_parameters(exists, self.parameters, first + t, lanes)
                         place = g.dst.element(task.image, first + t, self.dst_pixel(task, tile, (y, x)))
-                        finish(exists, spec, self.dst, self.residual, place, row, lanes, count, **given)
+                        self.finish_pixels(exists, place, row, count, **given)
 
     def each(
         self, body: Block, vectors: Mapping[tuple[int, int], Expr]
@@ -509,8 +519,7 @@ class Kernel(TaskKernel):
             value = load(task.rows, STORED[self.g.operation.sums], at, self.lanes, self.lanes)
             for case, channel, count, given in self.vectors(some, channels, v):
                 place = (task.image, channel, [*outer, start + i])
-                tensors = (self.dst, self.residual)
-                self.g.dst.finish(case, self.spec, tensors, place, value, self.lanes, count, given)
+                self.finish_channels(case, place, value, count, given)
 
     def store_turned(self, body: Block, task: _Task, channels: _Channels, line: _Line) -> None:
         """A row as vectors of pixels, transposed in registers.
@@ -538,9 +547,7 @@ class Kernel(TaskKernel):
                     row, place = (task.turned, [t, x]) if turned else (task.rows, [line.row, line.skipped + x])
                     value = load(row, dtype, place, lanes, lanes)
                     more = {"within": True, "size": line.end} if size is None else {}
-                    finish(
-                        case, self.spec, self.dst, self.residual, where, value, lanes, size or lanes, **more, **given
-                    )
+                    self.finish_pixels(case, where, value, size or lanes, **more, **given)
 
 
 @contextmanager

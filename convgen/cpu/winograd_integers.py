@@ -394,7 +394,8 @@ class Kernel(TaskKernel):
                         column = x * outputs + q
                         with there.when(True if width % outputs == 0 else column < width) as exists:
                             place = (task.image, channel, [0, line, column])
-                            images.finish(exists, spec, tensors, place, pixels[p, q], lanes, lanes, given)
+                            narrowed = self.operation.narrowed
+                            images.finish(exists, spec, tensors, place, pixels[p, q], lanes, lanes, given, narrowed)
 
     def back_together(
         self,

@@ -65,6 +65,19 @@ def test_the_instruction_is_in_the_code(model: str, words: str, instruction: str
     assert "pmaddubsw" not in text  # it saturates
 
 
+def test_a_product_of_pairs_loads_its_pixel_into_all_lanes_itself() -> None:
+    """Of a tile with one vector of channels, where a load more for each product would take a third longer; and sums are
+    rounded by one instruction.
+    """
+    spec, target = ConvSpec.parse("conv2d ic32 oc32 g2 i14x14 k3x3 p1 relu bf16 nhwc"), resolve("cpu:znver4")
+    text = source(lower(spec, target, parse_candidate(spec, target, "cpu_direct", None)), "asm")
+    products = [line for line in text.splitlines() if "\tvdpbf16ps\t" in line]
+    assert products
+    assert all("{1to16}" in line for line in products)
+    assert "\tvcvtneps2bf16\t" in text
+    assert "\tvpmovdw\t" not in text
+
+
 @pytest.mark.parametrize(
     ("words", "depth"),
     [
