@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 
+from convgen.cpu.bf16 import is_stored
 from convgen.cpu.counted import Counted
 from convgen.cpu.grouped import Kernel, geometry_of, lanes_of, packed, work_of_tile
 from convgen.cpu.groups import GroupVectors
@@ -44,7 +45,7 @@ NARROW = 1.15
 
 
 class CpuGrouped(Counted):
-    id, version = "cpu_grouped", 3
+    id, version = "cpu_grouped", 4
     merged = ("cpu_grouped_last",)
 
     def takes_layouts(self, src: str, dst: str) -> bool:
@@ -140,8 +141,9 @@ class CpuGrouped(Counted):
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops, g, vectors = Operands(spec), geometry_of(spec), GroupVectors(spec, picks.lanes)
+        rounds = is_stored(spec, target)
         return written(
             ops,
             packed(ops, g, vectors, picks),
-            lambda *buffers: Kernel(Buffers(*buffers), spec, picks, g, vectors).statement(),
+            lambda *buffers: Kernel(Buffers(*buffers), spec, picks, g, vectors, rounds).statement(),
         )

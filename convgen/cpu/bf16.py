@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..deferred import tirx, tvm
-from ..lowering.compute import Expr
+from ..hardware.target import Target
+from ..lowering.compute import Expr, narrow
+from ..problem.spec import ConvSpec
 
 #: Lanes of what is converted at once.
 LANES = 16
@@ -27,6 +29,16 @@ define <16 x i16> @{_NAME}(<16 x float> %value) {{
 def rounded(value: Expr) -> Expr:
     """A vector of 16 f32 as the bits of bf16. What it is part of must be a statement of :func:`with_conversion`."""
     return tirx.call_pure_extern("uint16x16", _NAME, value)
+
+
+def narrowed(value: Expr, dtype: str, lanes: int) -> Expr:
+    """f32 as it is stored, as :func:`~convgen.lowering.compute.narrow` has it; vectors as bf16 by the instruction."""
+    return rounded(value) if dtype == "bf16" and lanes == LANES else narrow(value, dtype, lanes)
+
+
+def is_stored(spec: ConvSpec, target: Target) -> bool:
+    """Whether a layer stores bf16 on a CPU that has the instruction."""
+    return spec.dst_dtype == "bf16" and "avx512bf16" in target.isa and target.lanes == LANES
 
 
 def with_conversion(statement: Any) -> Any:

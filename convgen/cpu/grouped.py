@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from ..deferred import te, tirx
 from ..hardware.target import Target
-from ..lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, unflat
+from ..lowering.compute import ACCUMULATOR, Expr, Operands, ceildiv, copied, narrow, unflat
 from ..lowering.schedule import Picks
 from ..problem.spec import ConvSpec
+from . import bf16
 from .groups import GroupVectors
 from .model import Work
 from .product import BEGIN_RUN, BEGIN_TILE, pieces
@@ -162,10 +163,15 @@ class _Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel(TaskKernel):
-    """The statements of the whole layer: tasks are images, blocks of vectors, and parts of the rows."""
+    """The statements of the whole layer: tasks are images, blocks of vectors, and parts of the rows.
+
+    Attributes:
+        rounds: whether vectors become bf16 by an instruction of their own.
+    """
 
     g: Geometry
     vectors: GroupVectors
+    rounds: bool
 
     @property
     def number(self) -> int:
@@ -175,6 +181,9 @@ class Kernel(TaskKernel):
     @property
     def tasks(self) -> tuple[int, ...]:
         return self.spec.n, ceildiv(self.number, self.picks.block_c), self.picks.parallel_oh
+
+    def statement(self) -> tirx.Stmt:
+        return bf16.with_conversion(super().statement()) if self.rounds else super().statement()
 
     def work(self, body: Block, place: Sequence[Expr]) -> None:
         picks, number, (_, blocks, parts), (image, block, part) = self.picks, self.number, self.tasks, place
@@ -213,6 +222,7 @@ class Kernel(TaskKernel):
         """The sums of a tile, their epilogue and store."""
         spec, lanes, tile_c, vectors = self.spec, self.picks.lanes, self.picks.tile_c, self.vectors
         numbers = [body.let(tile.vectors * tile_c + v) for v in range(tile_c)]
+        narrowed = bf16.narrowed if self.rounds else narrow
         source = body.let(vectors.source(numbers[0]))
         sums = body.registers([(p, v) for p in tile.pixels for v in range(tile_c)], lanes)
         for inner, met in kernel_rows(body, spec, tile.lines):
@@ -223,7 +233,8 @@ class Kernel(TaskKernel):
             given = load_parameters(body, self.parameters, channel, lanes, lanes)
             for r, p in tile.pixels:
                 place = spec.dst_blocks.order(tile.image, channel, [*tile.lines.row(r), tile.x + p][: spec.rank])
-                finish(body, spec, self.dst, self.residual, place, sums[(r, p), v], lanes, vectors.count, **given)
+                value, count = sums[(r, p), v], vectors.count
+                finish(body, spec, self.dst, self.residual, place, value, lanes, count, narrowed=narrowed, **given)
 
     def step(self, body: Block, tile: _Tile, sums: Registers, c: Expr, source: Expr, met: Met) -> None:
         """The products of an input row with a channel of each group."""

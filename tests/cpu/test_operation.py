@@ -78,6 +78,14 @@ def test_a_product_of_pairs_loads_its_pixel_into_all_lanes_itself() -> None:
     assert "\tvpmovdw\t" not in text
 
 
+@pytest.mark.parametrize("model", ["znver4", "sapphirerapids"])
+def test_vectors_of_whole_groups_become_bf16_by_an_instruction(model: str) -> None:
+    spec, target = ConvSpec.parse("conv2d ic32 oc32 g32 i14x14 k3x3 p1 relu bf16 nhwc"), resolve(f"cpu:{model}")
+    text = source(lower(spec, target, parse_candidate(spec, target, "cpu_grouped", None)), "asm")
+    assert "\tvcvtneps2bf16\t" in text
+    assert "\tvpmovdw\t" not in text
+
+
 @pytest.mark.parametrize(
     ("words", "depth"),
     [

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from ...deferred import tirx
-from ...lowering.compute import ACCUMULATOR, INTEGER, Expr, ceildiv, narrow, round_up, unflat
+from ...lowering.compute import ACCUMULATOR, INTEGER, Expr, ceildiv, round_up, unflat
 from ...problem.dtypes import BYTES
 from ...problem.spec import ConvSpec
 from .. import bf16
@@ -211,7 +211,7 @@ class Geometry:
 
     def narrowed(self, value: Expr, dtype: str, lanes: int) -> Expr:
         """f32 as dst is stored."""
-        return bf16.rounded(value) if dtype == "bf16" and lanes == bf16.LANES else narrow(value, dtype, lanes)
+        return bf16.narrowed(value, dtype, lanes)
 
 
 @lru_cache(maxsize=1024)
