@@ -19,7 +19,7 @@ from .graph import Array, Convolution, Graph, Node, Operator
 from .node import Reading, Refusal
 from .nodes import READERS
 
-#: Least scale of DynamicQuantizeLinear: of a tensor of zeros, any does.
+#: Least scale of DynamicQuantizeLinear but that of a tensor of zeros, which is 1.
 _TINY = 2.0**-126
 #: Least scale with which a residual is added to a product, so that quotients of scales are ordinary numbers.
 _LEAST_SCALE = 2.0**-60
@@ -41,6 +41,8 @@ def _scaled(r: Reading, kind: str, **attributes: Any) -> None:
             inputs.append(r.tensor(name))
             continue
         values = r.array(name, what).astype(np.float32)
+        if what == "scale" and kind == "quantise" and not values.all():
+            raise Refusal("a scale of 0")
         if values.size > 1:
             axis = r.axis(r.get("axis", 1), rank)
             values = values.reshape(-1, *(1,) * (rank - 1 - axis))
@@ -72,7 +74,8 @@ def _quantise_dynamically(r: Reading) -> None:
         reach.append(r.add(mode, [found, nothing], ()))
     high, low = reach
     step = r.add("div", [r.add("sub", [high, low], ()), steps], ())
-    r.add("max", [step, tiny], (), scale)
+    is_zero = r.add("equal", [step, nothing], ())
+    r.add("add", [r.add("max", [step, tiny], ()), is_zero], (), scale)
     r.add("quantise", [r.add("neg", [low], ()), scale], (), zero, dtype="u8")
     r.add("quantise", [source, scale, zero], r.shape(source), output, dtype="u8")
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 SHAPE = (1, 3, 12, 12)
 
 
-def small_model() -> onnx.ModelProto:
+def small_model(opset: int = 17) -> onnx.ModelProto:
     """A convolution with Relu, pooling, a depthwise one with Clip, a residual, a mean and a product."""
     rng = np.random.default_rng(0)
     nodes: list[onnx.NodeProto] = []
@@ -51,7 +51,7 @@ def small_model() -> onnx.ModelProto:
         helper.make_tensor_value_info(n, TensorProto.FLOAT, size) for n, size in (("x", SHAPE), ("y", (1, 5)))
     )
     graph = helper.make_graph(nodes, "small", [given], [made], constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 
 def inputs(count: int) -> Iterator[npt.NDArray[np.float32]]:
@@ -68,7 +68,7 @@ class _Calibration:
         return None if x is None else {"x": x}
 
 
-def quantised(folder: Path, kind: str) -> Path:
+def quantised(folder: Path, kind: str, opset: int = 17) -> Path:
     """The model as ``kind`` says: ``dynamic``, or format, types of activations and weights, and whether per channel,
     such as ``QDQ u8 i8 channel``.
     """
@@ -76,7 +76,7 @@ def quantised(folder: Path, kind: str) -> Path:
 
     types = {"u8": quantization.QuantType.QUInt8, "i8": quantization.QuantType.QInt8}
     source, path = folder / "small.onnx", folder / "quantised.onnx"
-    onnx.save(small_model(), source)
+    onnx.save(small_model(opset), source)
     if kind == "dynamic":
         quantization.quantize_dynamic(source, path, weight_type=types["u8"])
         return path

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-from onnx import NodeProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 from .graph import ROOTS
 
@@ -24,16 +24,19 @@ _Speller: TypeAlias = Callable[[NodeProto, int], Iterator[NodeProto]]
 _Step: TypeAlias = tuple[str, Sequence[str | float], dict[str, Any]]
 
 
-def spelled_out(node: NodeProto, rank: int) -> list[NodeProto]:
+def spelled_out(node: NodeProto, rank: int, opset: int) -> list[NodeProto]:
     """The nodes of ONNX's own that a node means; itself where it is none that is known.
 
     Args:
         rank: how many spatial axes its first operand has; 0 or less where that is not known.
+        opset: the version of ONNX's operators that they are to be of.
     """
     domain = "" if node.domain in ROOTS else node.domain
     if domain == DOMAIN and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         return [helper.make_node(node.op_type, node.input, node.output, node.name, **_attributes(node))]
     try:
+        if domain == DOMAIN and node.op_type in _BY_VERSION:
+            return list(_BY_VERSION[node.op_type](node, max(rank, 0), opset))
         return list(_KNOWN.get((domain, node.op_type), _itself)(node, max(rank, 0)))
     except (
         AttributeError,
@@ -54,11 +57,13 @@ def _attributes(node: NodeProto, *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if not names or name in names}
 
 
-def _dequantised(node: NodeProto, place: int, axis: int = 1) -> tuple[NodeProto, str]:
-    """A DequantizeLinear of the integers, scale and zero point from an input on, and its output."""
+def _dequantised(node: NodeProto, place: int, values: str = "") -> tuple[NodeProto, str]:
+    """A DequantizeLinear of the integers (or others in their place), scale and zero point from an input on, and its
+    output. Scales are along the second axis, as without the attribute that versions below 13 do not have.
+    """
     name = f"{node.output[0]}/f32.{place}"
-    inputs = [given for given in node.input[place : place + 3] if given]
-    return helper.make_node("DequantizeLinear", inputs, [name], name, axis=axis), name
+    inputs = [values or node.input[place], *filter(None, node.input[place + 1 : place + 3])]
+    return helper.make_node("DequantizeLinear", inputs, [name], name), name
 
 
 def _between(operator: str, operands: Sequence[int], result: int, *attributes: str) -> _Speller:
@@ -82,24 +87,59 @@ def _between(operator: str, operands: Sequence[int], result: int, *attributes: s
     return spell
 
 
-def _gemm(node: NodeProto, rank: int) -> Iterator[NodeProto]:
+def _gemm(node: NodeProto, rank: int, opset: int) -> Iterator[NodeProto]:
     """QGemm: the bias is in steps of the product's scale; without one of its own the result is f32."""
     values = _attributes(node)
     given = [*node.input, *[""] * (9 - len(node.input))]
+    value, columns = f"{node.output[0]}/f32", ""
+    if values.pop("transB", 0):  # its scales are along its columns then, which are the second axis of what is turned
+        columns = f"{value}.columns"
+        yield helper.make_node("Transpose", [given[3]], [columns], columns, perm=(1, 0))
     left, a = _dequantised(node, 0)
-    right, b = _dequantised(node, 3, axis=0 if values.get("transB", 0) else 1)
+    right, b = _dequantised(node, 3, columns)
     yield left
     yield right
-    operands, value = [a, b], f"{node.output[0]}/f32"
+    operands = [a, b]
     if given[6]:
         steps, bias = f"{value}.steps", f"{value}.bias"
-        yield helper.make_node("Mul", [given[1], given[4]], [steps], steps)
-        yield helper.make_node("DequantizeLinear", [given[6], steps], [bias], bias, axis=0)
+        alpha: list[_Step] = [("Mul", [values["alpha"]], {})] if values.get("alpha", 1.0) != 1 else []
+        yield from _chain(steps, "", given[1], [("Mul", [given[4]], {}), *alpha], steps)
+        if opset >= 13:
+            yield helper.make_node("DequantizeLinear", [given[6], steps], [bias], bias, axis=0)
+        else:
+            yield helper.make_node("Cast", [given[6]], [f"{bias}.f32"], f"{bias}.f32", to=TensorProto.FLOAT)
+            yield helper.make_node("Mul", [f"{bias}.f32", steps], [bias], bias)
         operands.append(bias)
     result = value if given[7] else node.output[0]
     yield helper.make_node("Gemm", operands, [result], node.name, **values)
     if given[7]:
         yield helper.make_node("QuantizeLinear", [value, *filter(None, given[7:9])], node.output, f"{node.name}/stored")
+
+
+def _softmax(node: NodeProto, rank: int, opset: int) -> Iterator[NodeProto]:
+    """QLinearSoftmax, which says itself of which version it is: of those below 13 all axes from one on are one."""
+    values = _attributes(node)
+    meant, axis, axes = values["opset"], values.get("axis", -1), rank + 2 if rank else 0
+    is_last = axis == -1 or axis == axes - 1
+    if (meant < 13) != (opset < 13) and not is_last:
+        if opset < 13 or not axes:
+            return (yield node)
+        made, x = _dequantised(node, 0)
+        yield made
+        sizes, flat = f"{node.output[0]}/sizes", [("Flatten", [], {"axis": axis}), ("Softmax", [], {"axis": 1})]
+        yield helper.make_node("Shape", [x], [sizes], sizes)
+        steps: list[_Step] = [
+            *flat,
+            ("Reshape", [sizes], {}),
+            ("QuantizeLinear", list(filter(None, node.input[3:5])), {}),
+        ]
+        yield from _chain(node.name or node.output[0], "Softmax", x, steps, node.output[0])
+        return
+    given = NodeProto()
+    given.CopyFrom(node)
+    del given.attribute[:]
+    given.attribute.append(helper.make_attribute("axis", axes - 1 if is_last and axes else axis))
+    yield from _between("Softmax", (0,), 3, "axis")(given, rank)
 
 
 # ---- convolutions ------------------------------------------------------------------------------
@@ -239,6 +279,9 @@ _KNOWN: dict[tuple[str, str], _Speller] = {
     (DOMAIN, "QLinearGlobalAveragePool"): _between("GlobalAveragePool", (0,), 3),
     (DOMAIN, "QLinearSigmoid"): _between("Sigmoid", (0,), 3),
     (DOMAIN, "QLinearLeakyRelu"): _between("LeakyRelu", (0,), 3, "alpha"),
-    (DOMAIN, "QLinearSoftmax"): _between("Softmax", (0,), 3, "axis"),
-    (DOMAIN, "QGemm"): _gemm,
+}
+#: Of ONNX Runtime's own, what is another in other versions of ONNX's operators.
+_BY_VERSION: dict[str, Callable[[NodeProto, int, int], Iterator[NodeProto]]] = {
+    "QGemm": _gemm,
+    "QLinearSoftmax": _softmax,
 }

@@ -92,13 +92,16 @@ class _Walk:
             for own in inner:
                 self._take(scope, own, stored)
             return
-        spelled = spelled_out(node, len(scope.shape(node.input[0]) or ()) - 2 if node.input else 0)
+        rank = len(scope.shape(node.input[0]) or ()) - 2 if node.input else 0
+        spelled = spelled_out(node, rank, scope.opset)
         if spelled[0] is not node:
             for own in spelled:
                 self._take(scope, own, stored)
             return
         if node.op_type == "Range" and node.domain in ROOTS:
             node = self._of_scalars(scope, node, stored)
+        if node.op_type == "Cast" and node.domain in ROOTS and _casts_to_its_own(scope, node):
+            node = helper.make_node("Identity", node.input, node.output, node.name)
         scope.add(node)
         if node.op_type == "Constant" and node.domain in ROOTS:
             _store(scope, node)
@@ -376,6 +379,12 @@ def _corrected(scope: Scope, node: NodeProto, derived: dict[str, TypeProto]) -> 
         kept.append(count - ((count - 1) * stride >= size + begin) if known else count)  # type: ignore[operator]
     kinds = [tensor_type(derived[name].tensor_type.elem_type, kept) for name in node.output if name in derived]
     return derived | dict(zip([name for name in node.output if name in derived], kinds, strict=True))
+
+
+def _casts_to_its_own(scope: Scope, node: NodeProto) -> bool:
+    """Whether a Cast changes nothing, as PyTorch's exporter writes them between QuantizeLinear and DequantizeLinear."""
+    wanted = next((a.i for a in node.attribute if a.name == "to"), TensorProto.UNDEFINED)
+    return bool(node.input) and wanted != TensorProto.UNDEFINED and scope.dtype(node.input[0]) == wanted
 
 
 def _store(scope: Scope, node: NodeProto) -> None:
