@@ -11,7 +11,7 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -108,16 +108,21 @@ class OnnxRuntime(Peer):
 
     def entrants(self, spec: ConvSpec, data: Arrays, threads: int) -> list[Entrant]:
         from ..check.reference import OrtReference
+        from .quantised_peers import qdq_model
 
-        prepared = OrtReference(spec, **data, threads=threads)
-        found = [Entrant("", prepared, lambda: prepared.output)]
+        ways: dict[str, Callable[[], Any]] = {"": lambda: None}
         if spec.is_quantised:
-            from .quantised_peers import qdq_model
-
-            with suppress(UnsupportedError):
-                model = qdq_model(spec, data, transposed=True)
-                fused = OrtReference(spec, **data, threads=threads, model=model)
-                found.append(Entrant("QDQ", fused, lambda: fused.output))
+            ways["QDQ"] = lambda: qdq_model(spec, data, transposed=True)
+        found, refused = list[Entrant](), list[Exception]()
+        for way, model in ways.items():
+            try:
+                prepared = OrtReference(spec, **data, threads=threads, model=model())
+            except Exception as error:  # of the library's own kinds; there is none that all are of
+                refused.append(error)
+                continue
+            found.append(Entrant(way, prepared, partial(getattr, prepared, "output")))
+        if not found:
+            raise refused[0]
         return found
 
 
