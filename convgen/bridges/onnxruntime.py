@@ -22,6 +22,7 @@ from ..hardware.target import Target, check_native
 from ..kernel.names import check_export_name
 from ..lowering.link import link_custom_ops, link_network
 from ..lowering.versions import versions
+from ..measure.network_model import NetworkModel
 from ..network.choice import Choose
 from ..network.compile import Built, compile_plans
 from ..network.graph import Graph
@@ -77,6 +78,26 @@ class OnnxRuntimeModel:
     library: Path
     parts: tuple[Part, ...]
     outside: Mapping[str, str]
+
+    def compare(self, source: Path, dims: Mapping[str, int]) -> float:
+        """How far its outputs are from the original model's, which ONNX Runtime computes without optimisations, in
+        parts of the largest element (:func:`convgen.check.bounds.apart`).
+
+        Args:
+            dims: sizes of the dimensions that are open, by name.
+
+        Raises:
+            UnsupportedError, MeasureError: the original has no such inputs, or outputs that are not finite.
+            Exception: of ONNX Runtime's own kinds, where it does not run one of the two.
+        """
+        import onnxruntime
+
+        original = NetworkModel(source, dims)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        options.register_custom_ops_library(str(self.library))
+        session = onnxruntime.InferenceSession(str(self.model), options, providers=["CPUExecutionProvider"])
+        return original.error(session.run(list(original.expected), original.inputs))
 
 
 def write_for_onnxruntime(

@@ -41,8 +41,10 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
     from ..bridges.onnxruntime import OnnxRuntimeModel
+    from ..hardware.target import Target
     from ..network.check.validate import NetworkReport
     from ..network.network import Network
+    from ..network.sizes import Dims
     from ..records.opening import Records
     from ..tuning.networks import NetworkTimes
 
@@ -151,6 +153,11 @@ def compile_model(
         path = out / f"{name or model.stem}.onnx"
         with compiling(quiet=as_json) as progress:
             exported = for_onnxruntime(model, path, records=kept, progress=progress, **options)
+        if wrong := _wrong_outputs(exported, model, resolve(target), dims or {}, accuracy):
+            exported.model.unlink()
+            exported.library.unlink()
+            note(f"convgen: {model.name}: {wrong}")
+            return FAILED
         _say_model(exported, time.monotonic() - started, as_json)
         return 0
 
@@ -194,6 +201,26 @@ def _refuse_for_onnxruntime(**given: object) -> None:
     for name, value in given.items():
         if value:
             raise click.UsageError(f"--{name.replace('_', '-')}: expected a C library, found --for onnxruntime")
+
+
+def _wrong_outputs(made: OnnxRuntimeModel, model: Path, target: Target, dims: Dims, accuracy: str) -> str:
+    """What is wrong with the outputs of a model for ONNX Runtime; empty where nothing is, or they are not compared,
+    which is said with the reason.
+    """
+    from ..measure.network_model import CHOSEN_ERROR, F32_ERROR, NetworkModel
+
+    if not target.native:
+        note(f"convgen: not compared: {target.spelling} is another processor's")
+        return ""
+    sizes = {name: size if isinstance(size, int) else size[0] for name, size in dims.items()}
+    is_f32 = accuracy not in ("bf16", "f16", "tf32") and NetworkModel(model).precision == "f32"
+    limit = F32_ERROR if is_f32 else CHOSEN_ERROR
+    try:
+        error = made.compare(model, sizes)
+    except Exception as problem:  # ONNX Runtime's own kinds: it need not run the original
+        note(f"convgen: not compared: {problem}")
+        return ""
+    return "" if error <= limit else f"outputs differ by {error:.1e} of the largest element, {limit} is allowed"
 
 
 def _tune(model: Path, seconds: float, options: dict[str, Any], records: Records) -> list[NetworkTimes]:

@@ -126,13 +126,10 @@ def _softmax(node: NodeProto, rank: int, opset: int) -> Iterator[NodeProto]:
             return (yield node)
         made, x = _dequantised(node, 0)
         yield made
-        sizes, flat = f"{node.output[0]}/sizes", [("Flatten", [], {"axis": axis}), ("Softmax", [], {"axis": 1})]
+        sizes = f"{node.output[0]}/sizes"
         yield helper.make_node("Shape", [x], [sizes], sizes)
-        steps: list[_Step] = [
-            *flat,
-            ("Reshape", [sizes], {}),
-            ("QuantizeLinear", list(filter(None, node.input[3:5])), {}),
-        ]
+        steps: list[_Step] = [("Flatten", [], {"axis": axis}), ("Softmax", [], {"axis": 1}), ("Reshape", [sizes], {})]
+        steps.append(("QuantizeLinear", list(filter(None, node.input[3:5])), {}))
         yield from _chain(node.name or node.output[0], "Softmax", x, steps, node.output[0])
         return
     given = NodeProto()
