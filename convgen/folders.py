@@ -99,14 +99,44 @@ class TemporaryFolder:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write a file's new contents: they take its place at the end of the block, whole or not at all.
+    """Where to write a file's new contents, under its name: at the end of the block they take its place, whole or not
+    at all, with its permissions.
+
+    Of a link, what it leads to is replaced. A device, a pipe, or what is open already (``/dev/stdout``) stays what it
+    is: the contents are written to it.
 
     Raises:
-        OSError: its folder cannot be written.
+        OSError: it, or its folder, cannot be written.
     """
-    with TemporaryFolder(path.parent) as folder:
+    if not _is_replaceable(path):
+        with TemporaryFolder() as folder:
+            yield folder / path.name
+            # What is open may have contents already, and stays after them.
+            with (folder / path.name).open("rb") as made, path.open("ab") as out:
+                shutil.copyfileobj(made, out)
+        return
+    real = Path(os.path.realpath(path))
+    with TemporaryFolder(real.parent) as folder:
         yield folder / path.name
-        os.replace(folder / path.name, path)
+        if real.exists():
+            shutil.copymode(real, folder / path.name)
+        os.replace(folder / path.name, real)
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether a path leads to a file in a folder, or to nothing yet."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return True
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder is refused where it would be replaced
+        return False
+    at = os.path.abspath(path)
+    while os.path.islink(at):
+        if os.path.realpath(os.path.dirname(at)).startswith("/proc/"):  # an open file's link, which is no name of it
+            return False
+        at = os.path.join(os.path.dirname(at), os.readlink(at))
+    return True
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -182,6 +183,65 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with replacing(path) as new:
         new.write_text("new")
     assert (path.read_text(), list(tmp_path.iterdir())) == ("new", [path])
+
+
+def test_of_a_link_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    path, link = tmp_path / "elsewhere" / "file", tmp_path / "link"
+    link.symlink_to("elsewhere/file")
+    for text in ("new", "newer"):  # at first it leads to nothing
+        with replacing(link) as new:
+            new.write_text(text)
+        assert (link.is_symlink(), path.is_symlink(), path.read_text()) == (True, False, text)
+        if text == "new":
+            path.chmod(0o640)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["elsewhere", "file", "link"]
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = subprocess.Popen(["cat", path], stdout=subprocess.PIPE)
+    with replacing(path) as new:
+        new.write_text("data")
+    assert (reader.communicate(timeout=60)[0], stat.S_ISFIFO(path.stat().st_mode)) == (b"data", True)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_device_is_written_to(tmp_path: Path) -> None:
+    path = tmp_path / "null"
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        path.write_text("")
+    except OSError as error:
+        pytest.skip(f"no devices can be made here: {error}")
+    with replacing(path) as new:
+        new.write_text("data")
+    assert stat.S_ISCHR(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("piped", [True, False])
+def test_what_is_open_is_written_to_after_what_it_has(piped: bool, tmp_path: Path) -> None:
+    """As a link in ``/proc`` names it, which ``/dev/stdout`` is a link to."""
+    (tmp_path / "out").symlink_to("/proc/self/fd/1")
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from convgen.folders import replacing
+        print("before", flush=True)
+        with replacing(Path(sys.argv[1])) as new:
+            new.write_text("data\\n")
+    """
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    if piped:
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    else:
+        with (tmp_path / "file").open("wb") as file:
+            subprocess.run(command, check=True, stdout=file)
+            assert os.path.samestat(os.fstat(file.fileno()), (tmp_path / "file").stat())
+        said = (tmp_path / "file").read_bytes()
+    assert said == b"before\ndata\n"
 
 
 # ---- the system's folder -------------------------------------------------------------------------

@@ -27,7 +27,6 @@ import json
 import math
 import os
 import re
-import shutil
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -199,15 +198,9 @@ def write_text(text: str, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    path = Path(os.path.realpath(path))  # of a link, what it leads to
-    if path.exists() and not path.is_file():  # a device or a pipe
-        path.write_text(text, encoding="utf-8")
-        return
     try:
         with replacing(path) as new:
             new.write_text(text, encoding="utf-8")
-            if path.exists():
-                shutil.copymode(path, new)
     except OSError as error:
         error.filename = str(path)
         raise

@@ -321,6 +321,9 @@ def test_the_best_travel_in_a_file(tmp_path: Path, run: Run, run_json: Callable[
     assert run("export", "--best", "-o", "-", "--records", here)[1].count("\n") == 2
     assert run("export", layer_file(tmp_path), "--records", here)[1].count("\n") == 4
     assert run_json("export", "-o", tmp_path / "all.jsonl", "--records", here)["exported"] == 4
+    (tmp_path / "link").symlink_to("all.jsonl")
+    assert run_json("export", "--best", "-o", tmp_path / "link", "--records", here)["exported"] == 2
+    assert ((tmp_path / "link").is_symlink(), (tmp_path / "all.jsonl").read_text().count("\n")) == (True, 2)
     for extra in (["--json"], ["--note", "x"], ["--json", "-o", "-"]):
         assert run("export", *extra, "--records", here)[0] == 2
 

@@ -552,6 +552,19 @@ def raising(error: Exception) -> Callable[..., Any]:
     return raise_it
 
 
+def test_a_bundle_is_written_into_a_pipe(archive: Path, tmp_path: Path) -> None:
+    path = tmp_path / "layer.tar.gz"
+    os.mkfifo(path)
+    with subprocess.Popen(["cat", path], stdout=subprocess.PIPE) as reader:
+        packed = pack([SPEC], [resolve()], [1], path, candidates=1)
+        data = reader.communicate(timeout=60)[0]
+    assert (len(data), list(tmp_path.iterdir()), path.is_fifo()) == (packed.bytes, [path], True)
+    (tmp_path / "got.tar.gz").write_bytes(data)
+    (tmp_path / "unpacked").mkdir()
+    untar(tmp_path / "got.tar.gz", tmp_path / "unpacked")
+    assert (tmp_path / "unpacked" / "layer" / "run.py").is_file()
+
+
 def test_what_cannot_be_packed(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"expected a name that ends in .tar.gz or .tgz or .tar.xz or .zip"):
         pack([SPEC], [resolve()], [1], tmp_path / "b.rar")

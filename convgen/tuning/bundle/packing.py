@@ -17,7 +17,7 @@ import numpy as np
 
 from ...check.drawn import PART, Draws, digests, sampled
 from ...errors import BuildError, ExportError, Inapplicable, UnsupportedError
-from ...folders import TemporaryFolder
+from ...folders import TemporaryFolder, replacing
 from ...hardware.machine import Machine
 from ...hardware.target import Target
 from ...lowering.link import link_shared
@@ -120,27 +120,20 @@ def pack(
     layers = [*(feature_layers() if self_check else ()), *(("", spec) for spec in specs if spec.n)]
     if not layers:
         raise ExportError(f"{out}: expected a layer to measure, found none")
-    with contextlib.ExitStack() as stack:
-        try:
-            temporary = stack.enter_context(TemporaryFolder(out.absolute().parent))
-        except OSError as error:
-            raise ExportError(f"{out}: {error.strerror}") from error
-        builder = LocalBuilder(os.cpu_count() or 1)
-        stack.callback(builder.close)
-        packer = _Packer(temporary / bundle_name(out), builder, store, candidates, exclude, seed, machine is not None)
-        try:
+    try:
+        with replacing(out) as part, contextlib.closing(LocalBuilder(os.cpu_count() or 1)) as builder:
+            folder = part.parent / bundle_name(out)
+            packer = _Packer(folder, builder, store, candidates, exclude, seed, machine is not None)
             packer.begin(targets)
             for number, (feature, spec) in enumerate(layers, 1):
                 count = packer.add(spec, targets, threads, feature)
                 if progress:
                     progress(f"[{number}/{len(layers)}] {spec.descriptor}: {count} trials")
             packed = packer.finish()
-            part = temporary / out.name
             write_archive(packer.folder, part)
             packed.bytes = part.stat().st_size
-            os.replace(part, out)
-        except OSError as error:
-            raise ExportError(f"{out}: {error.strerror or error}") from error
+    except OSError as error:
+        raise ExportError(f"{out}: {error.strerror or error}") from error
     return packed
 
 
