@@ -177,6 +177,8 @@ def _bound(spec: ConvSpec, data: Arrays, factor: float, products: F32, plain: F3
             largest = np.abs(widen(reference(spec, data, threads))) + bound
             bound += 2 * (np.float32(dtypes.UNIT_ROUNDOFF[spec.dtype]) * largest + np.float32(UNDERFLOW[spec.dtype]))
             bound = np.where(largest < dtypes.LARGEST[spec.dtype], bound, np.float32(np.inf))
+        # Sums that are just numbers may be none with their errors: of factors that are rounded to bf16, far below.
+        bound = np.where(np.isfinite(products + added + bound), bound, np.float32(np.inf))
     return np.asarray(bound, np.float32)
 
 

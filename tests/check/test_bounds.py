@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convgen.check.bounds import tolerance, worst
+from convgen.check.bounds import reference, tolerance, worst
 from convgen.check.data import Arrays, odd_data
 from convgen.check.reference import run_onnxruntime
 from convgen.hardware.target import resolve
@@ -254,3 +254,15 @@ def test_plain_sums_of_any_data_have_a_bound_in_units_of_their_products() -> Non
     assert 0 < bound[1] < 1e-37
     huge = tolerance(spec, data | {"src": np.full(spec.src_shape, 3e38, np.float32)})
     assert np.isinf(huge).all()  # the sum of the products is no number of f32
+
+
+def test_nothing_is_promised_of_sums_that_may_be_too_large_with_their_errors() -> None:
+    """A product of 3.4e38 is one of 3.41e38, which is none, where a factor is rounded to bf16."""
+    spec = ConvSpec.parse("conv2d n1 ic1 oc2 i1x1 k1x1 nobias accuracy_bf16")
+    data = {
+        "src": np.full(spec.src_shape, 3e38, np.float32),
+        "weights": np.array([1.132, 0.5], np.float32).reshape(spec.weights_shape),
+    }
+    assert np.isfinite(reference(spec, data)).all()
+    assert np.isinf(tolerance(spec, data).ravel()).tolist() == [True, False]
+    assert np.isfinite(tolerance(spec.with_(accuracy="standard"), data)).all()
