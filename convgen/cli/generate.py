@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -298,15 +298,19 @@ def build(
         if several:
             raise click.UsageError(f"--name: expected a single layer, found {len(entries) + len(left_out)}")
         check_library_name(name)
+    from ..kernel.export import check_folder
+
     root = out or Path("convgen-out", *(() if several else (entries[0].spec.name,)))
     results: list[dict[str, Any]] = []
+    made: list[Path] = []
     kept = chosen_records(records, no_records, writes=bool(trials or seconds))
     with working(entries, target, threads, kept, trials, seconds) as work:
         forced = forced_candidates(entries, work.target, schedule, picks)
-        if several:
-            _make_folder(root)
-        for entry, candidate in zip(work.layers(), forced, strict=True):
-            folder = root / entry.spec.name if several else root
+        folders = [root / entry.spec.name if several else root for entry in entries]
+        for entry, folder in zip(entries, folders, strict=True):
+            check_folder(folder, name or entry.spec.name, entry.spec)
+        made = _make_folder(root) if several else []
+        for entry, candidate, folder in zip(work.layers(), forced, folders, strict=True):
             try:
                 result = _build_layer(work, entry, folder, candidate, name, libc, not no_validate)
             except (BuildError, MeasureError) as error:
@@ -320,11 +324,14 @@ def build(
             if several:
                 _write_index(root, work, " ".join(spec), results, left_out)
 
+    if not results:
+        _remove_empty(made)
+    is_written = any(several or "folder" in result for result in results)
     failed = [result for result in results if "error" in result]
     document = _index(work, " ".join(spec), results, left_out)
     if as_json:
         busy = max((share for share in work.busy if share is not None), default=None)
-        emit(document | {"folder": str(root) if root.is_dir() else None, "interrupted": work.interrupted, "busy": busy})
+        emit(document | {"folder": str(root) if is_written else None, "interrupted": work.interrupted, "busy": busy})
     elif several:
         say(_summary(entries, results))
         note(f"{len(results) - len(failed)} of {len(entries)} layers in {tidy(root)}, listed in {INDEX}")
@@ -425,11 +432,21 @@ def _index(work: Work, source: str, results: list[dict[str, Any]], left_out: lis
     }
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path) -> list[Path]:
+    """Make a folder; it and those above it that were not there, the innermost first."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ExportError(f"{folder}: expected a folder that can be made, found {error.strerror}") from error
+    return made
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders that were made for nothing, as long as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _write_index(root: Path, work: Work, source: str, results: list[dict[str, Any]], left_out: list[str]) -> None:

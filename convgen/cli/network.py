@@ -14,6 +14,7 @@ from ..problem.tokens import NETWORK_ACCURACIES
 from ..report.words import plural
 from .common import (
     FAILED,
+    INTERRUPTED,
     NON_NEGATIVE,
     OK,
     WRONG,
@@ -140,6 +141,8 @@ def compile_model(
     from ..api import compile as compile_network
     from ..api import for_onnxruntime
     from ..hardware.target import check_native, resolve
+    from ..kernel.names import free_name
+    from ..network.export import check_folder
     from ..network.reading import identifier
 
     started = time.monotonic()
@@ -167,28 +170,32 @@ def compile_model(
             made: Network = compile_network(model, progress=progress, **how, **options)
         return made
 
+    check_folder(out, name or free_name(identifier(model.stem)))
     try:
         tuned = _tune(model, seconds, {**options, "strips": strips}, kept) if seconds else []
         network = compiled(kept)
+        if slow := network.slow():
+            counted = plural(len(slow), "convolution")
+            note(f"convgen: {counted} by the slow reference, as no fast schedule applies: {', '.join(slow)}")
+        facts: dict[str, Any] = {"model": model.name, "accuracy": accuracy}
+        report = _compared(network, model)
+        if report is not None and not report.passed:
+            failed = next(check for check in report.checks if not check.passed)
+            note(f"convgen: {network.name}: {failed.name}: {failed.found}")
+            return FAILED
+        facts["validation"] = None if report is None else report.to_dict()
+        manifest = network.export(out, facts=facts, libc=libc, example=not no_example)
     except NotTakenError as error:
         return _refuse(error, as_json)
-    if slow := network.slow():
-        counted = plural(len(slow), "convolution")
-        note(f"convgen: {counted} by the slow reference, as no fast schedule applies: {', '.join(slow)}")
-    facts: dict[str, Any] = {"model": model.name, "accuracy": accuracy}
-    report = _compared(network, model)
-    if report is not None and not report.passed:
-        failed = next(check for check in report.checks if not check.passed)
-        note(f"convgen: {network.name}: {failed.name}: {failed.found}")
-        return FAILED
-    facts["validation"] = None if report is None else report.to_dict()
-    manifest = network.export(out, facts=facts, libc=libc, example=not no_example)
+    except KeyboardInterrupt:
+        return say_interrupted(as_json)
     taken = time.monotonic() - started
     profiles = timed_steps(network, compiled) if profile is not None else []
     if profile is not None:
         write_steps(profiles, network.target.spelling, profile)
     if as_json:
         outcome = {"folder": str(out), "seconds": taken, "manifest": manifest, "taken": True, "outside": []}
+        outcome["interrupted"] = False
         facts = {"networks": list(map(dataclasses.asdict, tuned)), "profiles": [made.to_dict() for made in profiles]}
         emit({**outcome, **facts})
         return 0
@@ -266,12 +273,22 @@ def say_network(network: Network, manifest: dict[str, Any], out: Path, seconds: 
     )
 
 
+_NOTHING: dict[str, Any] = {"folder": None, "seconds": None, "manifest": None, "networks": [], "profiles": []}
+
+
+def say_interrupted(as_json: bool) -> int:
+    """Say that Ctrl-C ended it before anything was written; the exit status."""
+    if as_json:
+        emit({**_NOTHING, "taken": True, "outside": [], "interrupted": True})
+    note("convgen: interrupted, and nothing written; what was measured is kept, the same command goes on from there")
+    return INTERRUPTED
+
+
 def _refuse(error: NotTakenError, as_json: bool) -> int:
     """Say which nodes are not taken, and why."""
     if as_json:
         outside = [{"node": node, "reason": reason} for node, reason in error.nodes.items()]
-        nothing: dict[str, Any] = {"folder": None, "seconds": None, "manifest": None, "networks": [], "profiles": []}
-        emit({**nothing, "taken": False, "outside": outside})
+        emit({**_NOTHING, "taken": False, "outside": outside, "interrupted": False})
     else:
         say(table(["not taken", "because"], by_cause(error.nodes).items(), prose="because"))
     others = f", {plural(error.taken, 'other node')} would be" if error.taken else ""

@@ -177,19 +177,20 @@ target       text     what was built for
 threads      integer  that kernels run on
 complete     flag     whether all layers were reached
 layers       [BUILT]  each layer
-folder       text?    where the files are; null where there are none, as it was interrupted before
+folder       text?    where the files are; null where none was written
 interrupted  flag     whether Ctrl-C ended it
 busy         number?  share of the CPUs that other programs had while something was timed
 skipped?     [text]   layers that could not be read, and why
 """,
     "compile": """
-folder    text?            where the files are; null where the model is refused
-seconds   number?          that it took
-manifest  object?          as in manifest.json
-taken     flag             whether all of the model is taken
-outside   [REFUSED]        what is not taken
-networks  [NETWORK_TIMES]  with --seconds: what tuning brought
-profiles  [PROFILE]        with --profile: each size's
+folder       text?            where the files are; null where the model is refused, or Ctrl-C ended it before
+seconds      number?          that it took
+manifest     object?          as in manifest.json
+taken        flag             false where something of the model is not taken
+outside      [REFUSED]        what is not taken
+interrupted  flag             whether Ctrl-C ended it
+networks     [NETWORK_TIMES]  with --seconds: what tuning brought
+profiles     [PROFILE]        with --profile: each size's
 """,
     "compile --for onnxruntime": """
 model    text     the file of the model

@@ -15,7 +15,7 @@ import click
 from ..errors import SpecError
 from ..problem.separable import SeparableSpec
 from .common import FAILED, duration, emit, note, note_busy, say
-from .network import say_network, validate_model
+from .network import say_interrupted, say_network, validate_model
 from .steps import compiling
 from .tables import table
 from .tuned import network_line, print_results, print_status, run_job, run_whole
@@ -86,30 +86,35 @@ def build_separable(
         strips: rows of a strip; None: what is recorded, or wins in ``seconds``, else what suits the caches.
     """
     from ..api import compile as compile_network
+    from ..network.export import check_folder
 
     started, folder = time.monotonic(), out or Path("convgen-out", spec.name)
     model = model_of(spec, weights)
-    if strips is None and (seconds or records is not False):
-        strips, _ = _height(spec, model, options, records, measure=bool(seconds))
-    if seconds and (left := _left(started, seconds)):
-        for times in run_whole(_tuning(spec, model, options, strips), left, records):
-            note(network_line(times))
-    options = {**options, "accuracy": spec.depthwise.accuracy}
-    with compiling(quiet=as_json) as progress:
-        network: Network = compile_network(
-            model, strips=strips, records=records, name=name or spec.name, progress=progress, **options
-        )
-    report = network.validate(model) if check else None
-    if report is not None and not report.passed:
-        failed = next(found for found in report.checks if not found.passed)
-        note(f"convgen: {spec}: {failed.name}: {failed.found}")
-        return FAILED
-    facts: dict[str, Any] = {"spec": spec.descriptor, "parameters": "random" if weights is None else weights.name}
-    facts["validation"] = None if report is None else report.to_dict()
-    manifest = network.export(folder, facts=facts, libc=libc)
+    check_folder(folder, name or spec.name)
+    try:
+        if strips is None and (seconds or records is not False):
+            strips, _ = _height(spec, model, options, records, measure=bool(seconds))
+        if seconds and (left := _left(started, seconds)):
+            for times in run_whole(_tuning(spec, model, options, strips), left, records):
+                note(network_line(times))
+        options = {**options, "accuracy": spec.depthwise.accuracy}
+        with compiling(quiet=as_json) as progress:
+            network: Network = compile_network(
+                model, strips=strips, records=records, name=name or spec.name, progress=progress, **options
+            )
+        report = network.validate(model) if check else None
+        if report is not None and not report.passed:
+            failed = next(found for found in report.checks if not found.passed)
+            note(f"convgen: {spec}: {failed.name}: {failed.found}")
+            return FAILED
+        facts: dict[str, Any] = {"spec": spec.descriptor, "parameters": "random" if weights is None else weights.name}
+        facts["validation"] = None if report is None else report.to_dict()
+        manifest = network.export(folder, facts=facts, libc=libc)
+    except KeyboardInterrupt:
+        return say_interrupted(as_json)
     taken = time.monotonic() - started
     if as_json:
-        facts = {"networks": [], "profiles": [], "taken": True, "outside": []}
+        facts = {"networks": [], "profiles": [], "taken": True, "outside": [], "interrupted": False}
         emit({"folder": str(folder), "seconds": taken, "manifest": manifest, **facts})
         return 0
     say_network(network, manifest, folder, taken)

@@ -374,7 +374,7 @@ def line(layer: Layer) -> str:
     """How a layer ended."""
     time, gflops, gain, peer, trials, failures, _, candidate = _cells(layer)
     if layer.best is None:
-        return f"no kernel: {candidate}"
+        return f"no kernel: {candidate}" if candidate else "no kernel yet"
     spent = layer.progress.elapsed if layer.progress else 0.0
     said = plural(int(trials), "trial") + (f", {failures} failed," if failures != "0" else "") + f" in {spent:.0f} s"
     against = f"{gain}× the default" + (f"  {peer}× ONNX Runtime" if peer != "–" else "")

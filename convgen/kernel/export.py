@@ -84,14 +84,11 @@ def write_library(
         ExportError: the directory holds something else, or cannot be written; the kernel's name is taken.
         BuildError: linking failed.
     """
-    if interface.name != interface.spec.name:  # which has the layer's sizes in it: nothing else is called so
-        check_export_name(interface.name)
+    names = check_folder(directory, interface.name, interface.spec)
     if "threads" not in facts:
         raise ExportError(f"facts: expected threads among them, found {', '.join(facts) or 'none'}")
     target = Path(os.path.abspath(directory))
     try:
-        names = [*_file_names(interface.name), MANIFEST]
-        check_destination(target, interface.name, names)
         existing = next(parent for parent in target.parents if parent.exists())
         with TemporaryFolder(existing) as temporary:
             folder = temporary / target.name
@@ -101,6 +98,25 @@ def write_library(
     except OSError as error:
         raise ExportError(f"{target}: cannot write the library {interface.name}: {error}") from error
     return manifest
+
+
+def check_folder(directory: str | os.PathLike[str], name: str, spec: ConvSpec) -> list[str]:
+    """Whether a layer's kernel of that name may be exported to a folder, before the minutes that making it may take.
+
+    Returns:
+        The files that are written.
+
+    Raises:
+        ExportError: something else is there, or cannot be looked at; the kernel's name is taken.
+    """
+    if name != spec.name:  # which has the layer's sizes in it: nothing else is called so
+        check_export_name(name)
+    names = [*_file_names(name), MANIFEST]
+    try:
+        check_destination(Path(os.path.abspath(directory)), name, names)
+    except OSError as error:
+        raise ExportError(f"{directory}: {error.strerror}") from error
+    return names
 
 
 def _file_names(name: str) -> tuple[str, ...]:

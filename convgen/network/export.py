@@ -107,9 +107,21 @@ def write_network(
     return manifest
 
 
+def check_folder(directory: str | os.PathLike[str], name: str) -> None:
+    """Whether a network's library of that name may be exported to a folder, before the minutes that making it may take.
+
+    Raises:
+        ExportError: something else is there.
+    """
+    check_destination(Path(os.path.abspath(directory)), name, [*_own_files(name), MANIFEST])
+
+
+def _own_files(name: str) -> list[str]:
+    return [f"lib{name}.so", f"lib{name}.a", f"{name}.h", f"{name}.weights", *package_files(name)]
+
+
 def _file_names(code: Code, example: Example | None) -> list[str]:
-    name = code.name
-    files = [f"lib{name}.so", f"lib{name}.a", f"{name}.h", f"{name}.weights", *package_files(name)]
+    files = _own_files(code.name)
     if example is None:
         return files
     files.append("example.c")
