@@ -48,7 +48,7 @@ class NamedRow(WholeRow):
 
     @property
     def key(self) -> Key:
-        return self.model, self.accuracy, self.target, self.threads
+        return self.model, self.accuracy, self.target, self.threads, ""
 
 
 def untuned(accuracy: str, model: NetworkModel, threads: int) -> Network:

@@ -231,6 +231,7 @@ skipped?     [text]    layers that could not be read, and why
     "bench --whole": """
 interrupted  flag       whether Ctrl-C ended it
 rows         [object]   each model and number of threads, as --rows keeps them
+kept         [flag]     of each row, whether it was not measured now, but is from the file of --rows
 """,
     "show": """
 names      [text]      the nodes that the layer came from

@@ -20,6 +20,7 @@ from .tables import table
 if TYPE_CHECKING:
     from ..measure.network_model import NetworkModel
     from ..network.network import Network
+    from ..network.plan import Plan
     from ..records.opening import Records
     from ..report.whole import Bench, WholeRow
 
@@ -36,6 +37,7 @@ def whole_bench(
     """What the options say is measured of each model; ``strips`` as :func:`convgen.compile` takes them."""
     from ..api import compile as compile_network
     from ..hardware.target import check_threads, resolve
+    from ..network.network import plan_recorded
     from ..report.whole import Bench
 
     chosen, resolved = whole_accuracy(accuracy), resolve(target)
@@ -45,8 +47,11 @@ def whole_bench(
         network: Network = compile_network(model.path, target, count, dims=model.dims, **how)
         return network
 
+    def planned(model: NetworkModel, count: int) -> list[Plan]:
+        return plan_recorded(model.path, target, count, model.dims, chosen, strips, records)
+
     counts = [check_threads(count, resolved) for count in threads or (None,)]
-    return Bench(compiled, peers, counts, chosen, resolved.spelling, rounds)
+    return Bench(compiled, peers, counts, chosen, resolved.spelling, rounds, planned)
 
 
 def bench_whole(
@@ -63,12 +68,14 @@ def bench_whole(
 
     paths = [existing_model(word) for word in models]
     known, measured, interrupted = whole_file(rows) if rows is not None else None, list[Any](), False
+    kept: list[bool] = []
     comparisons = len(paths) * len(bench.threads)
     try:
         with _bar(comparisons, as_json) as advance:
             for path in paths:
-                for row, _ in bench.rows(path.stem, NetworkModel(path, dims), known, partial(advance, path.stem)):
+                for row, is_new in bench.rows(path.stem, NetworkModel(path, dims), known, partial(advance, path.stem)):
                     measured.append(row)
+                    kept.append(not is_new)
                     advance(path.stem, "measured", 1)
     except KeyboardInterrupt:
         interrupted = True
@@ -76,9 +83,9 @@ def bench_whole(
         write_text(whole_page(measured), report)
         note(f"wrote {tidy(report)}")
     if as_json:
-        emit({"interrupted": interrupted, "rows": [dict(row.values) for row in measured]})
+        emit({"interrupted": interrupted, "rows": [dict(row.values) for row in measured], "kept": kept})
     else:
-        _print(measured)
+        _print(measured, [_origin(row, rows if was else None) for row, was in zip(measured, kept, strict=True)])
     note_busy((row.busy for row in measured), [row.threads for row in measured])
     if interrupted:
         note(f"convgen: interrupted: {len(measured)} of {comparisons} comparisons made")
@@ -114,13 +121,20 @@ def _bar(total: int, quiet: bool) -> Iterator[Any]:
         yield advance
 
 
-def _print(rows: Sequence[WholeRow]) -> None:
-    """For each model and number of threads a line per library; then the geometric mean."""
+def _origin(row: WholeRow, file: Path | None) -> str:
+    """From where a row's figures are, behind its model; nothing where they were measured now."""
+    return "" if file is None else f"; of {row.values['date']}, from {tidy(file)}"
+
+
+def _print(rows: Sequence[WholeRow], origins: Sequence[str]) -> None:
+    """For each model and number of threads, and from where its figures are, a line per library; then the geometric
+    mean.
+    """
     from ..report.whole import lines_of, summary
 
     header = ["library", "in", "ms>", "of convgen>", "not timed"]
-    for row in rows:
-        say(f"{row.model}, {plural(row.threads, 'thread')}\n\n{table(header, lines_of(row))}\n")
+    for row, origin in zip(rows, origins, strict=True):
+        say(f"{row.model}, {plural(row.threads, 'thread')}{origin}\n\n{table(header, lines_of(row))}\n")
     for threads in dict.fromkeys(row.threads for row in rows):
         chosen = [row for row in rows if row.threads == threads]
         if len(chosen) > 1:

@@ -270,6 +270,21 @@ def compile_model(
         return compile_planned(plans, resolved, threads, accuracy, progress, source, helpers)
 
 
+def plan_recorded(
+    source: str | Path | ModelProto,
+    target: str | Target,
+    threads: int | None,
+    dims: Dims | None,
+    accuracy: str,
+    strips: int | None,
+    records: Records,
+) -> list[Plan]:
+    """What :func:`compile_model` compiles."""
+    resolved, threads = network_target(target, threads, on_device=True)
+    with recorded_choice(records, resolved, threads) as choose:
+        return plan_model(source, resolved, dims=dims, accuracy=accuracy, choose=choose, strips=strips)
+
+
 def plan_graph(
     graph: Graph,
     target: Target,

@@ -21,9 +21,10 @@ from .words import factor, milliseconds, plural
 if TYPE_CHECKING:
     from ..measure.network_model import NetworkModel
     from ..network.network import Network
+    from ..network.plan import Plan
 
-#: What tells rows apart: what the model is known by, the accuracy, the target, threads.
-Key = tuple[str, str, str, int]
+#: What tells rows apart: what the model is known by, the accuracy, the target, threads, the kernels.
+Key = tuple[str, str, str, int, str]
 #: The page's columns: the heading, the library, and whether it computes in f32.
 COLUMNS = (
     ("convgen", "convgen", True),
@@ -42,11 +43,14 @@ INTRODUCTION = (
 
 @dataclass(frozen=True)
 class WholeRow(Compared):
-    """A whole model's row. Those of older versions have no digest: their model's name stands for it."""
+    """A whole model's row. Those of older versions have no digest: their model's name stands for it; and nothing that
+    tells the kernels.
+    """
 
     @property
     def key(self) -> Key:
-        return str(self.values.get("digest") or self.model), self.accuracy, self.target, self.threads
+        known_by, kernels = self.values.get("digest") or self.model, self.values.get("kernels", "")
+        return str(known_by), self.accuracy, self.target, self.threads, str(kernels)
 
     @property
     def target(self) -> str:
@@ -104,6 +108,8 @@ class Bench:
 
     Attributes:
         compiled: makes a model's network for a number of threads.
+        planned: its plans at each of its sizes, which say with which kernels; None where these are always the same,
+            and no row tells them.
         peers: names in :data:`convgen.measure.network_peers.NETWORK_PEERS`.
         threads: each of the numbers of threads.
         accuracy, target: what tells the rows apart besides the model.
@@ -116,6 +122,7 @@ class Bench:
     accuracy: str = "standard"
     target: str = "cpu"
     rounds: int = 7
+    planned: Callable[[NetworkModel, int], Sequence[Plan]] | None = None
 
     def rows(
         self,
@@ -132,17 +139,23 @@ class Bench:
             phase: told what happens next.
         """
         kind = WholeRow if known is None else known.kind
-        of_model = {"model": name, "digest": model_digest(model), "dims": dict(model.dims)}
+        digest = model_digest(model)
+        of_model = {"model": name, "digest": digest, "dims": dict(model.dims)}
         for threads in self.threads:
             facts = {**of_model, "accuracy": self.accuracy, "target": self.target, "threads": threads}
-            row = known.rows.get(kind(facts).key) if known is not None else None
-            if row is not None:
-                yield row, False
-                continue
+            if known is not None:
+                if self.planned is not None and any(row.values.get("digest") == digest for row in known.rows.values()):
+                    facts["kernels"] = kernels_digest(self.planned(model, threads))
+                row = known.rows.get(kind(facts).key)
+                if row is not None:
+                    yield row, False
+                    continue
             phase(f"compiling for {plural(threads, 'thread')}")
             started = time.monotonic()
             network = self.compiled(model, threads)
             compiling = time.monotonic() - started
+            if self.planned is not None:
+                facts["kernels"] = kernels_digest(network.plans)
             phase(f"timing {', '.join(['convgen', *self.peers])} on {plural(threads, 'thread')}")
             row = kind({**facts, **self._measured(model, network, threads), "compile_seconds": compiling})
             if known is not None:
@@ -176,6 +189,15 @@ def model_digest(model: NetworkModel) -> str:
     """What tells a model at its sizes from others, whatever its file is called."""
     dims = ",".join(f"{name}={size}" for name, size in sorted(model.dims.items()))
     return hashlib.sha256(model.data + dims.encode()).hexdigest()[:16]
+
+
+def kernels_digest(plans: Iterable[Plan]) -> str:
+    """What tells a model's networks apart by the kernels that compute its convolutions, which records decide."""
+    from ..network.plan import Product  # loads NumPy, and whoever only reads rows needs none
+
+    functions = [step.function for plan in plans for step in plan.steps if isinstance(step.function, Product)]
+    lines = [f"{made.spec.descriptor} {made.candidate.schedule.version} {made.candidate}" for made in functions]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def whole_file(path: Path) -> KeyedFile[WholeRow]:

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from answers import final
 from tiny_network import chain_model
 
 from convgen.cli import main
+from convgen.hardware.target import resolve
+from convgen.lowering.candidates import parse_candidate
 from convgen.measure.network_model import NetworkModel
+from convgen.network.network import plan_recorded
+from convgen.network.plan import Product
+from convgen.records.store import RecordStore
 from convgen.report.whole import WholeRow, lines_of, model_digest, summary, whole_file, whole_page
 
 
@@ -82,12 +88,34 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert max(map(len, told.out.splitlines())) <= 80
     assert "| tiny |" in page.read_text()
     (written,) = whole_file(kept).rows.values()
-    assert main([*command, "--json"]) == 0  # nothing is measured again
+    assert main(command) == 0  # nothing is measured again
+    assert f"tiny, 1 thread; of {written.values['date']}, from {kept}\n" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document == {"interrupted": False, "rows": [dict(written.values)]}
+    assert document == {"interrupted": False, "rows": [dict(written.values)], "kept": [True]}
     fields = (Path(__file__).parents[2] / "docs" / "networks.md").read_text()
     assert [name for name in document["rows"][0] if f"`{name}`" not in fields] == []
     assert len(kept.read_text().splitlines()) == 1
+
+
+def test_what_other_kernels_compute_is_measured_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After tuning, that is: another store's records answer for a convolution."""
+    chain_model(tmp_path / "tiny.onnx")
+    rows, store = tmp_path / "rows.jsonl", tmp_path / "s.sqlite"
+    plain = plan_recorded(tmp_path / "tiny.onnx", "cpu", 1, None, "standard", 0, False)
+    spec = next(step.function.spec for step in plain[0].steps if isinstance(step.function, Product))
+    other = parse_candidate(spec, resolve(), "reference")
+    with RecordStore(store) as kept:
+        kept.add_all([final(other, winner=True, spec=spec.descriptor, threads=1)])
+    command = ["bench", "--whole", str(tmp_path / "tiny.onnx"), "--threads", "1", "--peers", "onnxruntime"]
+    command += ["--rows", str(rows), "--repeats", "2", "--json"]
+    found = []
+    for records in (["--no-records"], ["--records", str(store)], ["--no-records"], ["--records", str(store)]):
+        assert main([*command, *records]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [document["kept"] for document in found] == [[False], [False], [True], [True]]
+    assert found[2:] == [{**document, "kept": [True]} for document in found[:2]]
+    assert len(rows.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
