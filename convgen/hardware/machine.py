@@ -380,7 +380,7 @@ def measured(threads: int, *, refresh: bool = False) -> Measured:
 
 def _cache_path(here: Machine, threads: int) -> Path | None:
     cache = user_cache()
-    return cache / "machine" / f"{here.fingerprint}-t{threads}.json" if cache else None
+    return cache / "machine" / f"{here.fingerprint}-{threads}t.json" if cache else None
 
 
 def _kept(path: Path) -> Measured | None:

@@ -139,6 +139,23 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "convgen" / "machine"
 
 
+def test_other_programs_take_nothing_from_what_is_measured(cache: Path) -> None:
+    """Three of them share the CPU meanwhile: of the wall's time a quarter is left."""
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cpus)})
+    try:
+        alone = measured(1).peak
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+        try:
+            assert measured(1, refresh=True).peak > 0.6 * alone
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+    finally:
+        os.sched_setaffinity(0, cpus)
+
+
 def test_what_is_measured_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = measured(1)
     assert measured_peak(1) == first.peak > 1e8
