@@ -298,17 +298,12 @@ def build(
         if several:
             raise click.UsageError(f"--name: expected a single layer, found {len(entries) + len(left_out)}")
         check_library_name(name)
-    from ..kernel.export import check_folder
-
     root = out or Path("convgen-out", *(() if several else (entries[0].spec.name,)))
-    results: list[dict[str, Any]] = []
-    made: list[Path] = []
+    results, made = list[dict[str, Any]](), list[Path]()
     kept = chosen_records(records, no_records, writes=bool(trials or seconds))
     with working(entries, target, threads, kept, trials, seconds) as work:
         forced = forced_candidates(entries, work.target, schedule, picks)
-        folders = [root / entry.spec.name if several else root for entry in entries]
-        for entry, folder in zip(entries, folders, strict=True):
-            check_folder(folder, name or entry.spec.name, entry.spec)
+        folders = _checked_folders(entries, root, several, name)
         made = _make_folder(root) if several else []
         for entry, candidate, folder in zip(work.layers(), forced, folders, strict=True):
             try:
@@ -324,15 +319,14 @@ def build(
             if several:
                 _write_index(root, work, " ".join(spec), results, left_out)
 
-    if not results:
-        _remove_empty(made)
+    _remove_empty(made)
     is_written = any(several or "folder" in result for result in results)
     failed = [result for result in results if "error" in result]
     document = _index(work, " ".join(spec), results, left_out)
     if as_json:
         busy = max((share for share in work.busy if share is not None), default=None)
         emit(document | {"folder": str(root) if is_written else None, "interrupted": work.interrupted, "busy": busy})
-    elif several:
+    elif several and results:
         say(_summary(entries, results))
         note(f"{len(results) - len(failed)} of {len(entries)} layers in {tidy(root)}, listed in {INDEX}")
     elif results and not failed:
@@ -440,6 +434,16 @@ def _make_folder(folder: Path) -> list[Path]:
     except OSError as error:
         raise ExportError(f"{folder}: expected a folder that can be made, found {error.strerror}") from error
     return made
+
+
+def _checked_folders(entries: Sequence[SpecEntry], root: Path, several: bool, name: str | None) -> list[Path]:
+    """Where each layer goes, as far as nothing is in the way there: before the minutes that tuning takes."""
+    from ..kernel.export import check_folder
+
+    folders = [root / entry.spec.name if several else root for entry in entries]
+    for entry, folder in zip(entries, folders, strict=True):
+        check_folder(folder, name or entry.spec.name, entry.spec)
+    return folders
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

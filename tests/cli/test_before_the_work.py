@@ -73,7 +73,7 @@ def test_a_folder_of_another_export_is_refused_before_anything_is_tuned(
 
 @pytest.mark.parametrize("words", [["build", TINY], ["build", "LAYERS"], ["compile", "MODEL"], ["build", PAIR]])
 def test_ctrl_c_before_anything_is_written_leaves_no_folder(
-    words: list[str], model: Path, run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    words: list[str], model: Path, run: Run, run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(model.parent)
     Path("layers.txt").write_text(f"{TINY}\n{SMALL}\n")
@@ -82,6 +82,8 @@ def test_ctrl_c_before_anything_is_written_leaves_no_folder(
     budget = ["--seconds", 20, "--threads", 1, "--records", "s.sqlite"]
     found = run_json(*given, *budget, "--out", "deep/out", status=130)
     assert (found["folder"], found["interrupted"], Path("deep").exists()) == (None, True, False)
+    _, out, err = run(*given, *budget, "--out", "deep/out")
+    assert (out, "listed in" in err, err.count("convgen: interrupted")) == ("", False, 1)
     Path("deep/out").mkdir(parents=True)  # who made it keeps it
     assert run_json(*given, *budget, "--out", "deep/out", status=130)["folder"] is None
     assert list(Path("deep/out").iterdir()) == []
