@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from .errors import FolderError
 
@@ -111,8 +112,7 @@ def replacing(path: Path) -> Iterator[Path]:
     if not _is_replaceable(path):
         with TemporaryFolder() as folder:
             yield folder / path.name
-            # What is open may have contents already, and stays after them.
-            with (folder / path.name).open("rb") as made, path.open("ab") as out:
+            with (folder / path.name).open("rb") as made, _opened(path) as out:
                 shutil.copyfileobj(made, out)
         return
     real = Path(os.path.realpath(path))
@@ -131,12 +131,23 @@ def _is_replaceable(path: Path) -> bool:
         return True
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder is refused where it would be replaced
         return False
+    return not os.path.islink(_end(path))
+
+
+def _end(path: Path) -> str:
+    """What a path leads to by links, but for those of open files in ``/proc``, which are no names of theirs."""
     at = os.path.abspath(path)
-    while os.path.islink(at):
-        if os.path.realpath(os.path.dirname(at)).startswith("/proc/"):  # an open file's link, which is no name of it
-            return False
+    while os.path.islink(at) and not os.path.realpath(os.path.dirname(at)).startswith("/proc/"):
         at = os.path.join(os.path.dirname(at), os.readlink(at))
-    return True
+    return at
+
+
+def _opened(path: Path) -> BinaryIO:
+    """What is no replaceable file, to write to: of what is open here after what was written, with what comes after."""
+    folder, name = os.path.split(_end(path))
+    if os.path.realpath(folder) == f"/proc/{os.getpid()}/fd":
+        return os.fdopen(os.dup(int(name)), "wb")
+    return path.open("ab")
 
 
 @contextlib.contextmanager

@@ -232,6 +232,7 @@ def test_what_is_open_is_written_to_after_what_it_has(piped: bool, tmp_path: Pat
         print("before", flush=True)
         with replacing(Path(sys.argv[1])) as new:
             new.write_text("data\\n")
+        print("after")
     """
     command = [sys.executable, "-c", code, str(tmp_path / "out")]
     if piped:
@@ -241,7 +242,7 @@ def test_what_is_open_is_written_to_after_what_it_has(piped: bool, tmp_path: Pat
             subprocess.run(command, check=True, stdout=file)
             assert os.path.samestat(os.fstat(file.fileno()), (tmp_path / "file").stat())
         said = (tmp_path / "file").read_bytes()
-    assert said == b"before\ndata\n"
+    assert said == b"before\ndata\nafter\n"
 
 
 # ---- the system's folder -------------------------------------------------------------------------
