@@ -47,6 +47,12 @@ from .store import Filters, RecordStore
 #: by some percent.
 CLEARLY = 0.97
 
+#: Names in the notes of final comparisons: where one is damaged, another is left.
+_COMPARED = ("final", "winner", "default_seconds")
+#: Of trials that are faster than what answers, how many are checked for damage: stores may have very many of schedules
+#: that are gone.
+_CHECKED = 30
+
 _FINGERPRINT = re.compile(r"(.+-[0-9a-f]{12})-(\d+)\Z")
 
 
@@ -198,7 +204,10 @@ class Answer:
 
 def best_record(store: RecordStore, spec: ConvSpec, target: Target, threads: int) -> TuningRecord | None:
     """The record of this machine and these versions to build from, or None."""
-    return _Known(store, spec, target, threads).own_best()
+    known = _Known(store, spec, target, threads)
+    best = known.own_best()
+    known.expect_whole(best)
+    return best
 
 
 def find_record(
@@ -215,12 +224,13 @@ def find_record(
         measure: whether the caller can measure again; records of other versions don't answer otherwise.
 
     Raises:
-        RecordError: the store cannot be read, or a shipped database is damaged.
+        RecordError: the store cannot be read, one of its records that may answer is damaged, or a shipped database is.
     """
     target = target.on(threads)
     known = _Known(store, spec, target, threads)
     measure = measure and spec.n > 0
     answer = known.answer(measure)
+    known.expect_whole(answer.record or next(iter(answer.to_measure), None))
     doubted: list[tuple[TuningRecord, str]] = []
     while answer.record is not None and (reason := doubt(answer.record, store, spec, target)):
         doubted.append((answer.record, reason))
@@ -280,6 +290,15 @@ class _Known:
         if all(record_candidate(record, spec, target) == default for record in contenders):
             return Answer(own)  # there is nothing to compare the default with
         return Answer(None, to_measure=tuple(contenders), reason=f"of {other_versions(old)}")
+
+    def expect_whole(self, best: TuningRecord | None) -> None:
+        """Raise where a record is damaged that might answer in place of ``best``: what is looked for in records may be
+        what is damaged, and they would be passed over.
+        """
+        machines: Filters = {**self._problem, "hardware": self._machines}
+        self._store.expect_whole(saying=_COMPARED, **machines)
+        if best is None or not is_final(best):
+            self._store.expect_whole(faster=best.seconds if best else None, limit=_CHECKED, **machines)
 
     def own_best(self) -> TuningRecord | None:
         """The preferred record of this machine and today's versions.

@@ -411,6 +411,37 @@ class RecordStore:
 
         return self._run(search)
 
+    def expect_whole(
+        self, *, saying: Sequence[str] = (), faster: float | None = None, limit: int = -1, **wanted: Unpack[Filters]
+    ) -> None:
+        """Check ``ok`` records that :meth:`first` may pass over, because what it looks for is damaged in them.
+
+        Args:
+            saying: only those whose note has one of these names.
+            faster: only those that take fewer seconds.
+            limit: only so many, the fastest; below 0: all.
+
+        Raises:
+            RecordError: some are damaged; says how many.
+        """
+        where, values = _where({**wanted, "outcome": "ok"})
+        if saying:
+            where += f" AND ({' OR '.join(['instr(detail, ?)'] * len(saying))})"
+            values += [f'"{name}":' for name in saying]
+        if faster is not None:
+            where += " AND seconds < ?"
+            values.append(faster)
+        query = f"SELECT {COLUMNS} FROM records{where} ORDER BY seconds LIMIT {int(limit)}"
+        damaged = []
+        for row in self._run(lambda db: db.execute(query, values).fetchall()):
+            try:
+                checked(row)
+            except RecordError as error:
+                damaged.append(f"record {row[ID]}: {error}")
+        if damaged:
+            count = f"{len(damaged)} damaged record{'s' * (len(damaged) > 1)} among those that may answer"
+            raise RecordError(f"{self.path}: {count}, `convgen records check` lists all: {damaged[0]}; {HINT}")
+
     def best(
         self,
         spec: str,

@@ -32,9 +32,9 @@ def best_height(store: RecordStore, spec: SeparableSpec, target: Target, threads
         target=target.spelling,
         hardware=target.hardware,
         threads=threads,
-        schedule=SCHEDULE,
     )
-    won = [record for record in found if record.versions == versions() and (record.note or {}).get("winner")]
+    heights = [record for record in found if is_height(record)]  # no filter of the store's: it would hide a damaged one
+    won = [record for record in heights if record.versions == versions() and (record.note or {}).get("winner")]
     return next((record for record in reversed(won) if record.schedule_version == VERSION and _has_rows(record)), None)
 
 

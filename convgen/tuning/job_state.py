@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import ConvgenError
+from ..errors import ConvgenError, RecordError
 from ..hardware.machine import check_memory
 from ..hardware.target import Target
 from ..problem.spec import ConvSpec
@@ -142,6 +142,8 @@ class JobState:
                 exclude=self.job.exclude,
                 progress=lambda _: self.report(self, layer),
             )
+        except RecordError:
+            raise  # no fault of the layer
         except ConvgenError as error:
             layer.state, layer.reason = "failed", str(error)
             return

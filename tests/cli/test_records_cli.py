@@ -24,6 +24,7 @@ from convgen.hardware.machine import machine
 from convgen.hardware.target import resolve
 from convgen.lowering.candidates import default_candidate, parse_candidate
 from convgen.lowering.versions import versions
+from convgen.problem.separable import SeparableSpec
 from convgen.records import shipped as tuned
 from convgen.records.answer import best_record
 from convgen.records.outcome import Result
@@ -365,3 +366,58 @@ def test_a_store_of_the_environment_that_cannot_be_made_is_said(
         assert ("x.sqlite: cannot be made, so no records are used" in capsys.readouterr().err) == said
     assert chosen_records(None, True) is False
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("damage", ['"winner":', '"final":', '"llvm":', "the schedule's name"])
+@pytest.mark.parametrize("command", [["records", "best"], ["build"], ["tune", "--trials", "1"]], ids=" ".join)
+def test_a_damaged_record_is_not_passed_over(
+    command: list[str], damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What answers is looked for by just what is damaged in it."""
+    best = final(another(), 1e-3, True)
+    path = filled(tmp_path / "a.sqlite", final(seconds=2e-3, winner=True), best)
+    data = bytearray(path.read_bytes())
+    word = (best.schedule if damage.startswith("the") else damage).encode()
+    data[data.index(word) + 2] ^= 1  # the row added last comes first in a page
+    path.write_bytes(data)
+    assert main(["records", "check", "--records", str(path)]) == 3
+    capsys.readouterr()
+    assert main([*command, *TEXT.split(), "--threads", "2", "--records", str(path)]) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert str(path) in err
+    if command[0] != "tune":  # which reads all, and stops at the first
+        assert "1 damaged record among those that may answer, `convgen records check` lists all" in err
+    else:
+        assert "convgen records recover" in err
+
+
+def test_a_damaged_trial_is_not_passed_over(tmp_path: Path, run: Run) -> None:
+    """Nor one that no comparison has measured."""
+    best = record(another(), 1e-4)
+    path = filled(tmp_path / "a.sqlite", record(default_candidate(SPEC, resolve().on(2)), 2e-3), best)
+    data = bytearray(path.read_bytes())
+    data[data.index(best.schedule.encode())] ^= 1
+    path.write_bytes(data)
+    status, out, err = run("best", TEXT, "--threads", 2, "--records", path)
+    assert (status, out) == (3, "")
+    assert "1 damaged record" in err
+
+
+def test_a_damaged_height_is_not_passed_over(tmp_path: Path, run: Run) -> None:
+    text = "separable2d n1 ic8 oc16 i16x16 k3x3 s1x1 p1x1"
+    spec = SeparableSpec.parse(text).descriptor
+    note = {"final": True, "winner": True}
+    fields: dict[str, Any] = {
+        "spec": spec,
+        "schedule": "strips",
+        "schedule_version": 1,
+        "picks": {"rows": 4},
+        "note": note,
+    }
+    path = filled(tmp_path / "a.sqlite", record(**fields))
+    assert "strips" in run("best", text, "--threads", 2, "--records", path)[1]
+    data = bytearray(path.read_bytes())
+    data[data.index(b"strips")] ^= 1
+    path.write_bytes(data)
+    assert run("best", text, "--threads", 2, "--records", path)[:2] == (3, "")

@@ -99,7 +99,7 @@ def test_few_records_are_decoded(many: Path, decoded: list[str]) -> None:
     with RecordStore(many, readonly=True) as store:
         answer = find_record(store, spec, resolve(), 2)
         assert answer.record is not None
-        assert len(decoded) < 10
+        assert len(decoded) < 20  # those of its comparisons are all checked
         decoded.clear()
         assert len(store.trials(threads=1, limit=20)) == len(decoded) == 20
 
