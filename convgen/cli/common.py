@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 OK, FAILED, WRONG, TROUBLE, INTERRUPTED = 0, 1, 2, 3, 130
 
+#: Characters of a document that are kept in memory until it is whole.
+_SPOOLED = 1 << 24
 #: How many reasons for left out layers are printed; --json gives all.
 REASONS = 20
 
@@ -436,12 +439,16 @@ def emit_text(document: str, end: str = "\n") -> None:
 
 
 def emit_each(items: Iterable[object]) -> None:
-    """Print what :func:`emit` prints for a list, item by item as they come."""
-    opened = False
-    for item in items:
-        text = json.dumps(_finite(item), indent=2, allow_nan=False)
-        emit_text((",\n" if opened else "[\n") + textwrap.indent(text, "  "), end="")
-        opened = True
+    """Print what :func:`emit` prints for a list, however long, once all items have come: half of it is no document."""
+    with tempfile.SpooledTemporaryFile(_SPOOLED, "w+", encoding="utf-8", newline="") as whole:
+        opened = False
+        for item in items:
+            text = json.dumps(_finite(item), indent=2, allow_nan=False)
+            whole.write((",\n" if opened else "[\n") + textwrap.indent(text, "  "))
+            opened = True
+        whole.seek(0)
+        while text := whole.read(_SPOOLED):
+            emit_text(text, end="")
     emit_text("\n]" if opened else "[]")
 
 

@@ -270,16 +270,17 @@ def best(path: Path | None, as_json: bool, **wanted: Any) -> None:
 def show(prefix: str, path: Path | None, as_json: bool) -> None:
     """Show everything about the record whose id begins with ID, and the command that builds its kernel."""
     from ..records.answer import reason_against
+    from ..records.doubt import disbelief
     from ..records.strips import is_height
 
     with _open(path) as store:
         record = store.find(prefix.lower())
+        reason = reason_against(record) or disbelief(record, store)
     command = ["convgen", "build", *record.spec.split(), "--target", record.target, "--threads", str(record.threads)]
     if is_height(record):
         command += ["--strips", str(record.picks.get("rows"))]
     else:
         command += ["--schedule", record.schedule, *(["--picks", picks_text(record.picks)] if record.picks else [])]
-    reason = reason_against(record)
     if as_json:
         emit(record.to_dict() | {"command": shlex.join(command), "reason_against": reason or None})
         return
@@ -385,7 +386,8 @@ def check(path: Path | None, measure: int | None, seed: int, as_json: bool, **wa
     document["not_believed"] = [{"id": id_, "reason": reason} for id_, reason in doubted]
     if measure:
         document["measured"] = [asdict(result) | {"record": result.record.to_dict()} for result in checked]
-    _say(document, f"{found.rows} records in {tidy(store.path)}: {'all whole' if found.ok else 'damaged'}", as_json)
+    state = "damaged" if not found.ok else f"all whole, {len(doubted)} not believed" if doubted else "all whole"
+    _say(document, f"{found.rows} records in {tidy(store.path)}: {state}", as_json)
     for id_, reason in doubted:
         note(f"convgen: record {id_[:12]} is not believed: it is {reason}")
     if not found.ok:

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from ..hardware.target import Target
+from ..hardware.target import Target, resolve
 from ..lowering.candidates import default_candidate
 from ..lowering.discover import schedules
 from ..lowering.schedule import Picks
 from ..problem.spec import ConvSpec
 from .record import TuningRecord
 from .store import RecordStore
+from .strips import is_height
 
 #: By how much clocks may differ.
 AHEAD = timedelta(days=1)
@@ -41,6 +42,15 @@ FASTEST = 8 * 8e9 * 8
 def is_ahead(record: TuningRecord) -> bool:
     """Whether a record is dated after now, by more than clocks may differ."""
     return datetime.fromisoformat(record.when) > datetime.now(UTC) + AHEAD
+
+
+def disbelief(record: TuningRecord, store: RecordStore) -> str:
+    """Why a record that would answer here is not believed; empty where it is, or says no time."""
+    if not record.seconds or is_height(record):
+        return ""
+    spec, target = ConvSpec.parse(record.spec), resolve(record.target).on(record.threads)
+    found = doubt(record, store, spec, target)
+    return f"it is not believed: it is {found}" if found else ""
 
 
 def doubt(record: TuningRecord, store: RecordStore, spec: ConvSpec, target: Target) -> str:

@@ -421,3 +421,13 @@ def test_a_damaged_height_is_not_passed_over(tmp_path: Path, run: Run) -> None:
     data[data.index(b"strips")] ^= 1
     path.write_bytes(data)
     assert run("best", text, "--threads", 2, "--records", path)[:2] == (3, "")
+
+
+def test_of_a_damaged_store_no_half_of_a_document_is_printed(tmp_path: Path, run: Run) -> None:
+    path = filled(tmp_path / "a.sqlite", *some(4))
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b'"samples"') + 2] ^= 1  # a row that is listed after others, or before
+    path.write_bytes(data)
+    status, out, err = run("list", "--json", "--records", path)
+    assert (status, out) == (3, "")
+    assert str(path) in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -223,7 +224,11 @@ def test_check_lists_it(store: RecordStore, capsys: pytest.CaptureFixture[str]) 
     store.add_all([final(another(), 9e-6, winner=True), wrong])
     said = f"record {wrong.id[:12]} is not believed: it is dated 2099-01-01, after now"
     assert cli.main(["records", "check", "--records", str(store.path)]) == 0
-    assert said in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert said in err
+    assert "all whole, 1 not believed" in out
+    assert cli.main(["records", "show", wrong.id[:12], "--records", str(store.path)]) == 0
+    assert re.search(r"answers here +no: it is not believed: it is dated 2099-01-01", capsys.readouterr().out)
     assert cli.main(["records", "best", "--records", str(store.path)]) == 0
     out, err = capsys.readouterr()
     assert said in err
