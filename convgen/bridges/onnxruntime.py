@@ -87,17 +87,24 @@ class OnnxRuntimeModel:
             dims: sizes of the dimensions that are open, by name.
 
         Raises:
-            UnsupportedError, MeasureError: the original has no such inputs, or outputs that are not finite.
-            Exception: of ONNX Runtime's own kinds, where it does not run one of the two.
+            UnsupportedError: the original cannot be run here, or has outputs that are not finite.
+            BuildError: ONNX Runtime does not run what was made.
         """
         import onnxruntime
 
         original = NetworkModel(source, dims)
+        try:
+            expected = list(original.expected)
+        except Exception as error:  # of ONNX Runtime's own kinds
+            raise UnsupportedError(str(error)) from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
-        options.register_custom_ops_library(str(self.library))
-        session = onnxruntime.InferenceSession(str(self.model), options, providers=["CPUExecutionProvider"])
-        return original.error(session.run(list(original.expected), original.inputs))
+        try:
+            options.register_custom_ops_library(str(self.library))
+            session = onnxruntime.InferenceSession(str(self.model), options, providers=["CPUExecutionProvider"])
+            return original.error(session.run(expected, original.inputs))
+        except Exception as error:  # likewise
+            raise BuildError(f"{self.model}: ONNX Runtime does not run it: {error}") from error
 
 
 def write_for_onnxruntime(

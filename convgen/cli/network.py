@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import NotTakenError, UnsupportedError, by_cause
+from ..errors import BuildError, NotTakenError, UnsupportedError, by_cause
 from ..problem.tokens import NETWORK_ACCURACIES
 from ..report.words import plural
 from .common import (
@@ -214,19 +214,21 @@ def _wrong_outputs(made: OnnxRuntimeModel, model: Path, target: Target, dims: Di
     """What is wrong with the outputs of a model for ONNX Runtime; empty where nothing is, or they are not compared,
     which is said with the reason.
     """
-    from ..measure.network_model import CHOSEN_ERROR, F32_ERROR, NetworkModel
+    from ..measure.network_model import CHOSEN_ERROR, F32_ERROR, ROUNDED, NetworkModel
 
     if not target.native:
         note(f"convgen: not compared: {target.spelling} is another processor's")
         return ""
     sizes = {name: size if isinstance(size, int) else size[0] for name, size in dims.items()}
-    is_f32 = accuracy not in ("bf16", "f16", "tf32") and NetworkModel(model).precision == "f32"
+    is_f32 = accuracy not in ROUNDED and NetworkModel(model).precision == "f32"
     limit = F32_ERROR if is_f32 else CHOSEN_ERROR
     try:
         error = made.compare(model, sizes)
-    except Exception as problem:  # ONNX Runtime's own kinds: it need not run the original
+    except UnsupportedError as problem:
         note(f"convgen: not compared: {problem}")
         return ""
+    except BuildError as problem:
+        return str(problem)
     return "" if error <= limit else f"outputs differ by {error:.1e} of the largest element, {limit} is allowed"
 
 

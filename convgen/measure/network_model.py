@@ -30,6 +30,8 @@ Array = npt.NDArray[Any]
 
 #: What outputs may differ by, relative to the largest, where a library computes in f32, and where it rounds more.
 F32_ERROR, CHOSEN_ERROR = 1e-3, 0.2
+#: Accuracy classes whose products are of numbers that are rounded before.
+ROUNDED = ("bf16", "f16", "tf32")
 #: ONNX Runtime's words for the types that inputs may have.
 _INPUTS = {
     "tensor(float)": "f32",

@@ -8,24 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import SMALL, TINY, Run
-from onnx import parser
+from commands import SMALL, TINY, Run, model_file
 
 from convgen.cli.generate import Work
 from convgen.problem.spec import ConvSpec
 from convgen.tuning.job_run import JobRun
 
 PAIR = "separable2d ic8 oc8 i12x10 k3x3 p1x1 nhwc relu"
-MODEL = """<ir_version: 8, opset_import: ["" : 17]>
-g (float[1,3,6,6] x) => (float[1,4,4,4] y)
-<float[4,3,3,3] w = {WEIGHTS}> { c = Conv(x, w)  y = Relu(c) }""".replace("WEIGHTS", ", ".join(["0.5"] * 108))
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    path = tmp_path / "net.onnx"
-    path.write_bytes(parser.parse_model(MODEL).SerializeToString())
-    return path
+    return model_file(tmp_path / "net.onnx")
 
 
 def never(*_: object, **__: object) -> None:

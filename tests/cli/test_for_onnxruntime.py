@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commands import Run
-from onnx import parser
+from commands import MODEL as MODEL_OF_ONE
+from commands import Run, model_file
 
 from convgen.bridges.onnxruntime import OnnxRuntimeModel, write_for_onnxruntime
 from convgen.hardware.target import resolve
 
-MODEL = """<ir_version: 8, opset_import: ["" : 17]>
-g (float[N,3,6,6] x) => (float[N,4,4,4] y)
-<float[4,3,3,3] w = {WEIGHTS}> { c = Conv(x, w)  y = Relu(c) }""".replace("WEIGHTS", ", ".join(["0.5"] * 108))
+MODEL = MODEL_OF_ONE.replace("float[1,", "float[N,")
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    path = tmp_path / "model.onnx"
-    path.write_bytes(parser.parse_model(MODEL).SerializeToString())
-    return path
+    return model_file(tmp_path / "model.onnx", MODEL)
 
 
 def test_outputs_are_compared(model: Path, tmp_path: Path) -> None:
     made = write_for_onnxruntime(model, tmp_path / "fast.onnx", resolve("cpu"), 1, dims={"N": 2})
     assert made.compare(model, {"N": 2}) < 1e-5
-    other = tmp_path / "other.onnx"
-    other.write_bytes(parser.parse_model(MODEL.replace("{0.5,", "{0.75,")).SerializeToString())
+    other = model_file(tmp_path / "other.onnx", MODEL.replace("{0.5,", "{0.75,"))
     assert made.compare(other, {"N": 2}) > 1e-3
 
 
@@ -43,4 +39,21 @@ def test_what_differs_is_not_handed_out(
     status, _, err = run(*words, tmp_path / "wrong")
     assert status == 1
     assert "model.onnx: outputs differ by 1.0e-02 of the largest element, 0.001 is allowed" in err
+    assert list((tmp_path / "wrong").iterdir()) == []
+
+
+def test_what_onnxruntime_does_not_run_is_not_handed_out(
+    model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That only the original cannot be run leaves nothing to compare with; that what was made cannot be, is a fault."""
+    compare = OnnxRuntimeModel.compare
+
+    def without_library(made: OnnxRuntimeModel, *given: object) -> float:
+        return compare(replace(made, library=tmp_path / "missing.so"), *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OnnxRuntimeModel, "compare", without_library)
+    words = ("compile", model, "--for", "onnxruntime", "--dim", "N=1", "--threads", 1, "--no-records", "--out")
+    status, _, err = run(*words, tmp_path / "wrong")
+    assert status == 1
+    assert "ONNX Runtime does not run it" in err
     assert list((tmp_path / "wrong").iterdir()) == []

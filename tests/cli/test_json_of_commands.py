@@ -13,18 +13,14 @@ import click
 import documents
 import pytest
 import stores
-from commands import SMALL, TINY, Run
+from commands import MODEL, SMALL, TINY, Run, model_file
 from fleets import Fleet
-from onnx import parser
 
 from convgen.cli import cli
 from convgen.cli.schema import DOCUMENTS
 
 RunJson = Callable[..., Any]
 
-MODEL = """<ir_version: 8, opset_import: ["" : 17]>
-g (float[1,3,6,6] x) => (float[1,4,4,4] y)
-<float[4,3,3,3] w = {WEIGHTS}> { c = Conv(x, w)  y = Relu(c) }""".replace("WEIGHTS", ", ".join(["0.5"] * 108))
 #: The same with a node that is not taken.
 REFUSED = MODEL.replace("y = Relu(c)", "y = Det(c)").replace("float[1,4,4,4] y", "float[1,4] y")
 ONE = ["--threads", 1, "--no-records"]
@@ -114,7 +110,7 @@ def files(request: pytest.FixtureRequest, words: set[str], run_json: RunJson) ->
     for word in texts:
         Path(f"{word}.txt").write_text(texts[word])
     for word, text in {"MODEL": MODEL, "REFUSED": REFUSED}.items():
-        Path(f"{word}.onnx").write_bytes(parser.parse_model(text).SerializeToString())
+        model_file(Path(f"{word}.onnx"), text)
     known: dict[str, object] = {"LAYERS": "LAYERS.txt", "MODEL": "MODEL.onnx", "REFUSED": "REFUSED.onnx"}
     for word, command in EXPORTED.items():
         if word in words:

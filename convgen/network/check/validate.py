@@ -18,7 +18,7 @@ from ...errors import MeasureError, UnsupportedError, ValidationError
 from ...formats.onnx.halves import as_f32
 from ...kernel.arrays import drawn
 from ...lowering.interface import MAX_THREADS, TensorInfo
-from ...measure.network_model import CHOSEN_ERROR, F32_ERROR
+from ...measure.network_model import CHOSEN_ERROR, F32_ERROR, ROUNDED
 from ..plan import Plan, Product
 from ..reading import read_graph
 from .bounds import Measured, measure
@@ -231,7 +231,7 @@ def compare_network(
         UnsupportedError: ONNX Runtime does not run the model.
     """
     rng, reference, worst_apart = np.random.default_rng(seed), as_f32(source) or source, 0.0
-    rounded = accuracy in ("bf16", "f16", "tf32") or reference is not source
+    rounded = accuracy in ROUNDED or reference is not source
     rounded |= any(node.spec.is_quantised for plan in plans for node in plan.graph.convolutions)
     limit = CHOSEN_ERROR if rounded else F32_ERROR
     for size in built.code.sizes:
