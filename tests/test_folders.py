@@ -347,12 +347,13 @@ def test_only_this_module_knows_where_temporary_files_lie() -> None:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert not node.value.startswith(("/tmp", "/var/tmp")), path
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "tempfile":
-                known = ("mkdtemp", "mkstemp", "TemporaryDirectory", "TemporaryFile")
+                known = ("mkdtemp", "mkstemp", "TemporaryDirectory", "TemporaryFile", "SpooledTemporaryFile")
                 assert node.attr in known or isinstance(node.ctx, ast.Store), (path, node.attr)
             if isinstance(node, ast.Call) and ast.unparse(node.func) in (
                 "tempfile.mkdtemp",
                 "tempfile.mkstemp",
                 "tempfile.TemporaryDirectory",
+                "tempfile.SpooledTemporaryFile",
             ):
                 assert any(keyword.arg == "dir" for keyword in node.keywords), path
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import BuildError, ExportError, Inapplicable, RecordError, SpecError, UnsupportedError, meant
+from ..folders import TemporaryFolder
 from ..formats.entries import AccuracyRule, SpecEntry, with_accuracy
 from ..formats.sources import read_specs, sizes_for
 from ..lowering.toolchain import check_libc
@@ -440,7 +441,10 @@ def emit_text(document: str, end: str = "\n") -> None:
 
 def emit_each(items: Iterable[object]) -> None:
     """Print what :func:`emit` prints for a list, however long, once all items have come: half of it is no document."""
-    with tempfile.SpooledTemporaryFile(_SPOOLED, "w+", encoding="utf-8", newline="") as whole:
+    with (
+        TemporaryFolder() as folder,
+        tempfile.SpooledTemporaryFile(_SPOOLED, "w+", encoding="utf-8", newline="", dir=str(folder)) as whole,
+    ):
         opened = False
         for item in items:
             text = json.dumps(_finite(item), indent=2, allow_nan=False)
