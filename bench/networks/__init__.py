@@ -25,6 +25,7 @@ __all__ = ["NAMES", "QUANTISED", "check_models", "check_peers", "network_model"]
 _MODULES = (
     "resnet18",
     "resnet50",
+    "mobilenet_v1",
     "mobilenet_v2",
     "mobilenet_v3_large",
     "efficientnet_b0",
@@ -34,6 +35,8 @@ _MODULES = (
     "squeezenet1_1",
     "convnext_tiny",
     "detector",
+    "detector_v8",
+    "fcn_resnet18",
     "unet",
     "vocoder",
 )

@@ -30,13 +30,18 @@ def _resnet_stem() -> list[nn.Module]:
     return [ConvNorm(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1)]
 
 
-def resnet18() -> nn.Module:
+def resnet18_trunk() -> list[nn.Module]:
+    """All but what classifies: two layers, and two blocks of 64, 128, 256 and 512 channels each."""
     layers, inner = _resnet_stem(), 64
     for stage, width in enumerate((64, 128, 256, 512)):
         for block in range(2):
             layers.append(_basic(inner, width, 2 if stage and not block else 1))
             inner = width
-    return nn.Sequential(*layers, classifier(inner))
+    return layers
+
+
+def resnet18() -> nn.Module:
+    return nn.Sequential(*resnet18_trunk(), classifier(512))
 
 
 def resnet50() -> nn.Module:
@@ -59,6 +64,16 @@ def regnet_x_800mf() -> nn.Module:
 
 
 # ---- MobileNet, EfficientNet ----------------------------------------------------------------------
+
+
+def mobilenet_v1() -> nn.Module:
+    layers: list[nn.Module] = [ConvNorm(3, 32, 3, 2)]
+    inner = 32
+    for outer, depth, first in ((64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 6, 2), (1024, 2, 2)):
+        for block in range(depth):
+            layers += [ConvNorm(inner, inner, 3, 1 if block else first, inner), ConvNorm(inner, outer)]
+            inner = outer
+    return nn.Sequential(*layers, classifier(inner))
 
 
 def mobilenet_v2() -> nn.Module:

@@ -4,11 +4,14 @@ $guarded
 
 enum { INPUTS = $inputs, OUTPUTS = $outputs };
 
-static void run(const convgen_network *network, int size, int threads, int at_end, int number)
+static void run(int size, int threads, int at_end, int number)
 {
     char path[64];
     convgen_network_sizes sizes;
     must("sizes", ${name}_sizes(size, threads, &sizes));
+    const buffer weights = filled("$name.weights", sizes.weights, at_end);
+    convgen_network *network;
+    must("open", ${name}_open_memory(weights.data, weights.size, &network));
     buffer given[INPUTS + 1], made[OUTPUTS];
     const void *inputs[INPUTS + 1];
     void *outputs[OUTPUTS];
@@ -49,18 +52,17 @@ static void run(const convgen_network *network, int size, int threads, int at_en
     for (int i = 0; i < INPUTS; ++i)
         release(given[i]);
     release(workspace);
+    ${name}_close(network);
+    release(weights);
 }
 
 int main(int argc, char **argv)
 {
     must("check_cpu", ${name}_check_cpu());
-    convgen_network *network;
-    must("open", ${name}_open("$name.weights", &network));
     for (int i = 0; 3 * i + 3 < argc; ++i) {
-        run(network, atoi(argv[3 * i + 1]), atoi(argv[3 * i + 2]), strcmp(argv[3 * i + 3], "end") == 0, i);
+        run(atoi(argv[3 * i + 1]), atoi(argv[3 * i + 2]), strcmp(argv[3 * i + 3], "end") == 0, i);
         puts("done");
         fflush(stdout);
     }
-    ${name}_close(network);
     return 0;
 }

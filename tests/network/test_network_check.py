@@ -26,6 +26,7 @@ from convgen.cli import main
 from convgen.errors import ValidationError
 from convgen.hardware.target import resolve
 from convgen.lowering.interface import ALIGNMENT
+from convgen.lowering.link import link_network
 from convgen.network.check.bounds import RULES, measure
 from convgen.network.check.drawing import draw_network
 from convgen.network.check.drawn import Drawn, model_of, run_model
@@ -33,12 +34,13 @@ from convgen.network.check.fuzz import NetworkCase, Networks, check
 from convgen.network.check.places import check_places
 from convgen.network.check.validate import compare_network, validate_network
 from convgen.network.kinds import KINDS
-from convgen.network.memory import ARENA, Lifetime, Place, arrange
+from convgen.network.memory import ARENA, WEIGHTS, Lifetime, Place, arrange
 from convgen.network.network import Network, compile_network
 from convgen.network.nodes import READERS
 from convgen.network.plan import Plan, plan
 from convgen.network.reading import read_graph
 from convgen.network.rewriting import rewrite
+from convgen.network.source import Call, entry_source
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -252,6 +254,36 @@ def test_what_cannot_run_is_a_failed_check(small: tuple[Network, Any], tmp_path:
     assert failed.name == "memory"
     assert "damaged" in failed.found
     assert report.to_dict()["worst_error"] is None
+
+
+@pytest.mark.parametrize("begin", [64, -64], ids=["at the end", "at the start"])
+def test_weights_lie_between_guard_pages(small: tuple[Network, Any], tmp_path: Path, begin: int) -> None:
+    """A convolution that reads weights one line of the cache past them, or from before them: other numbers, where the
+    file is mapped, and nothing else.
+    """
+    network, model = small
+    code = network.built.code
+    (size,) = code.sizes
+    places = [place for call in size.calls for _, place in call.arguments if place.space == WEIGHTS]
+    first = min(place.offset for place in places)
+    moved = begin if begin > 0 else begin - first
+
+    def displaced(call: Call) -> Call:
+        arguments = [
+            (info, replace(place, offset=place.offset + moved) if place.space == WEIGHTS else place)
+            for info, place in call.arguments
+        ]
+        return replace(call, arguments=tuple(arguments))
+
+    wrong = replace(code, sizes=(replace(size, calls=tuple(map(displaced, size.calls))),))
+    library, weights = tmp_path / "wrong.so", tmp_path / "wrong.weights"
+    link_network(code.name, entry_source(wrong), network.built.objects, library)
+    weights.write_bytes(network.built.weights.read_bytes())
+    built = replace(network.built, library=library, weights=weights)
+    report = validate_network(network.plans, built, model, threads=1, accuracy="standard")
+    failed = next(check for check in report.checks if not check.passed)
+    assert failed.name == "memory"
+    assert failed.found.endswith("expected a clean run between guard pages, found signal 11")
 
 
 def test_the_command(small: tuple[Network, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,9 +36,9 @@ def answered(name: str, seconds: float) -> Iterator[None]:
 
 def run_guarded(library: Path, name: str, weights: Path, inputs: Sequence[Arrays], threads: Sequence[int]) -> Runs:
     """The outputs, at each of a network's sizes, of a run on each number of threads, and with guard pages at the
-    beginning and the end of buffers.
+    beginning and the end of buffers, the weights among them.
 
-    Inputs are read-only; outputs and the workspace are filled with NaN.
+    Inputs and weights are read-only; outputs and the workspace are filled with NaN.
 
     Raises:
         MeasureError: the process was killed, by an access outside a buffer for one, or did not answer in time.
@@ -58,23 +58,30 @@ def run_guarded(library: Path, name: str, weights: Path, inputs: Sequence[Arrays
 
 def guarded_runs(library: Path, name: str, weights: Path, inputs: Sequence[Arrays], threads: Sequence[int]) -> Runs:
     """The same in this process, which an access outside a buffer ends."""
-    network = NetworkLibrary(library, name, weights, threads[0])
     found: Runs = [{} for _ in inputs]
-    for count in threads:
-        network.on(count)
-        for size, arrays in enumerate(inputs):
-            for guard in ("end", "start"):
+    for guard in ("end", "start"):
+        network = NetworkLibrary(library, name, _placed(np.fromfile(weights, np.uint8), guard), threads[0])
+        for count in threads:
+            network.on(count)
+            for size, arrays in enumerate(inputs):
                 found[size][f"{count} threads, guard page at the {guard}"] = _run(network, size, arrays, guard)
+        del network  # its weights may be large
     return found
+
+
+def _placed(array: npt.NDArray[Any], guard: str) -> npt.NDArray[np.uint8]:
+    """An array's bytes, read-only, against a guard page."""
+    buffer = Guarded(array.nbytes, guard)
+    buffer.bytes[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    buffer.seal()
+    return buffer.bytes
 
 
 def _run(network: NetworkLibrary, size: int, inputs: Arrays, guard: str) -> Arrays:
     given = []
     for name, info in network.at[size].inputs.items():
-        buffer = Guarded(info.bytes, guard)
-        buffer.bytes[:] = np.ascontiguousarray(inputs[name]).reshape(-1).view(np.uint8)
-        buffer.seal()
-        given.append(buffer.bytes.view(numpy_dtype(info.dtype)).reshape(info.shape))
+        placed = _placed(inputs[name], guard)
+        given.append(placed.view(numpy_dtype(info.dtype)).reshape(info.shape))
     out: Arrays = {}
     for name, info in network.at[size].outputs.items():
         memory = Guarded(info.bytes, guard).bytes
