@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -428,11 +428,11 @@ def keep_integers(graph: Graph) -> None:
         changed = False
         producers, users = graph.producers(), graph.users()
         for node in graph.nodes:
-            if not isinstance(node, Operator) or node.kind not in _KEEPING or node.attributes.get("mode") == "mean":
+            if not _keeps(node, graph, users):
                 continue
             after, before = users[node.output], [producers.get(name) for name in node.inputs]
-            if len(after) != 1 or node.output in graph.outputs:
-                continue
+            while len(before) == 1 and _keeps(before[0], graph, users) and len(before[0].inputs) == 1:
+                before = [producers.get(before[0].inputs[0])]
             if moved := _stored(graph, node, after[0], before):
                 graph.nodes = [other for other in graph.nodes if other is not node and other is not after[0]] + moved
                 graph.order()
@@ -440,9 +440,19 @@ def keep_integers(graph: Graph) -> None:
                 break
 
 
+def _keeps(node: Node | None, graph: Graph, users: Mapping[str, Sequence[Node]]) -> TypeGuard[Operator]:
+    """Whether a node moves elements, and one other node reads them."""
+    if not isinstance(node, Operator) or node.kind not in _KEEPING or node.attributes.get("mode") == "mean":
+        return False
+    return len(users[node.output]) == 1 and node.output not in graph.outputs
+
+
 def _stored(graph: Graph, node: Operator, after: Node, before: list[Node | None]) -> list[Node]:
     """A node that moves elements as they are stored, in place of one and of what quantises its elements; what is
     quantised before it, first. Nothing where this is not to be.
+
+    Args:
+        before: what computes its operands; of one that others have moved, what computes that.
     """
     if not isinstance(after, Operator) or after.kind != "quantise" or not before:
         return []
@@ -452,7 +462,7 @@ def _stored(graph: Graph, node: Operator, after: Node, before: list[Node | None]
         return []
     nodes, inputs = list[Node](), list[str]()
     for number, (name, made) in enumerate(zip(node.inputs, undone, strict=True)):
-        if made is not None:
+        if made is not None and made.output == name:
             inputs.append(made.inputs[0])
             continue
         part = f"{after.output}/part{number}"

@@ -24,7 +24,7 @@ from .fold import Fold
 from .graph import ROOTS, Scope, static, text
 from .node import OnnxLayer, convolves, why_unread
 from .prepare import prepare
-from .quantised import QuantisedFold, is_quantised
+from .quantised import QuantisedFold, is_quantised, refuse_other_integers
 
 #: Conv has always meant the same, but before this opset Add and others were broadcast another way.
 FOLDING_OPSET = 7
@@ -51,8 +51,8 @@ def folded_graphs(
     """A model's graphs, each with its convolutions: first the model's own, then those inside its nodes.
 
     Args:
-        strict: a convolution between dequantised integers that has no form in integers is refused; else it is read
-            as what the graph says, one of f32.
+        strict: a convolution of dequantised integers that has no form in integers is refused; else it is read as what
+            the graph says, one of f32.
 
     Raises:
         SpecError: see :func:`convgen.formats.onnx.prepare.prepare`.
@@ -121,6 +121,8 @@ class _Reader:
         if node.op_type in ("QLinearConv", "ConvInteger"):
             return QuantisedFold(self, node, where)
         if not self.folds or not is_quantised(self.scope, node):
+            if self.strict:
+                refuse_other_integers(self.scope, node, where)
             return Fold(self, node, where)
         try:
             return QuantisedFold(self, node, where)

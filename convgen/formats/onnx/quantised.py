@@ -72,6 +72,23 @@ def is_quantised(scope: Scope, node: NodeProto) -> bool:
     return integers and found[1] is not None and scope.constant(found[1].name)
 
 
+def refuse_other_integers(scope: Scope, node: NodeProto, where: str) -> None:
+    """Raise UnsupportedError where a Conv or ConvTranspose node multiplies dequantised numbers that no layer of
+    integers has: ones of other types, and constants that are scaled block by block.
+    """
+    producers = [scope.producers.get(name) for name in node.input[:2]]
+    found = [scope.nodes[index] for index in producers if index is not None]
+    if len(found) < 2 or any(made.op_type != "DequantizeLinear" or made.domain not in ROOTS for made in found):
+        return
+    for what, made in zip(("src", "weights"), found, strict=True):
+        name, dtype = made.input[0], scope.dtype(made.input[0])
+        if dtype not in INTEGERS:
+            known, other = ", ".join(INTEGERS.values()), enum_name(TensorProto.DataType, dtype)
+            raise UnsupportedError(f"{where}: {what} has the dtype of {name!r}, {other}; supported are {known}")
+        if _is_blocked(made):
+            raise UnsupportedError(f"{where}: {what} {name!r} have scales of blocks; one for each channel is supported")
+
+
 class QuantisedFold(Fold):
     """A convolution of integers. What it stores is its src and dst; zeros around src, a Relu or a Clip are taken in.
 
