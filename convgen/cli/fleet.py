@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from . import bundle
-from .common import Command, Option, emit, json_option, note, say
-from .tables import table
+from .common import Command, Option, emit, json_option, note
+from .tables import say_table, table
 
 _UNSAFE = (
     "warning: {host} can be reached from other machines, and TVM's RPC has no authentication: whoever connects "
@@ -111,7 +111,7 @@ def status(tracker: str, as_json: bool) -> None:
         note(f"tracker {tracker}: no devices")
         return
     header = ("key", "devices>", "free>", "busy>", "queued>")
-    say(table(header, [(d.key, d.devices, d.free, d.busy, d.queued) for d in keys]))
+    say_table(table(header, [(d.key, d.devices, d.free, d.busy, d.queued) for d in keys]))
 
 
 def _until_ended(run: Callable[..., None], *arguments: Any, **keywords: Any) -> None:

@@ -47,12 +47,9 @@ from .common import (
 )
 from .exported import INDEX, exported_folder, print_checks, refuse_options, validate_exports
 from .network import validate_model
-from .separable import (
-    build_separable,
-    validate_separable,
-)
+from .separable import build_separable, validate_separable
 from .separable_options import refuse_for_separable, separable_of, strips_option, weights_option
-from .tables import table
+from .tables import Table, say_table, table
 from .view import View
 
 if TYPE_CHECKING:
@@ -168,7 +165,7 @@ def working(
     seconds: float | None = None,
 ) -> Iterator[Work]:
     """The work on some layers. An interrupt ends the block and is noted in ``Work.interrupted``."""
-    from ..hardware.target import check_threads, resolve
+    from ..hardware.target import check_native, check_threads, resolve
     from ..kernel.kernel import kernel_type
     from ..records.opening import open_store
     from ..tuning.tuner import Tuner
@@ -177,6 +174,8 @@ def working(
     kernel_type(resolved).check(resolved)
     count = check_threads(threads, resolved)
     resolved = resolved.on(count)
+    if trials or seconds:
+        check_native(resolved)  # before there is a store
     with ExitStack() as stack:
         store = stack.enter_context(open_store(records, write=bool(trials or seconds)))
         tunes = resolved.native or trials or seconds
@@ -301,9 +300,9 @@ def build(
     root = out or Path("convgen-out", *(() if several else (entries[0].spec.name,)))
     results, made = list[dict[str, Any]](), list[Path]()
     kept = chosen_records(records, no_records, writes=bool(trials or seconds))
+    folders = _checked_folders(entries, root, several, name)  # before there is a store
     with working(entries, target, threads, kept, trials, seconds) as work:
         forced = forced_candidates(entries, work.target, schedule, picks)
-        folders = _checked_folders(entries, root, several, name)
         made = _make_folder(root) if several else []
         for entry, candidate, folder in zip(work.layers(), forced, folders, strict=True):
             try:
@@ -327,7 +326,7 @@ def build(
         busy = max((share for share in work.busy if share is not None), default=None)
         emit(document | {"folder": str(root) if is_written else None, "interrupted": work.interrupted, "busy": busy})
     elif several and results:
-        say(_summary(entries, results))
+        say_table(_summary(entries, results))
         note(f"{len(results) - len(failed)} of {len(entries)} layers in {tidy(root)}, listed in {INDEX}")
     elif results and not failed:
         say(_single(results[0]))
@@ -461,7 +460,7 @@ def _write_index(root: Path, work: Work, source: str, results: list[dict[str, An
         raise ExportError(f"{root / INDEX}: {error.strerror}") from error
 
 
-def _summary(entries: list[SpecEntry], results: list[dict[str, Any]]) -> str:
+def _summary(entries: list[SpecEntry], results: list[dict[str, Any]]) -> Table:
     rows = []
     for entry, result in zip(entries, results, strict=False):
         if "error" in result:

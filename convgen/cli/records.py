@@ -4,42 +4,37 @@ from __future__ import annotations
 
 import random
 import shlex
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import SpecError, meant
-from ..formats.sources import read_specs, split_sources
+from ..errors import RecordError, SpecError, meant
 from ..measure.standalone.words import printable
-from ..problem.separable import SEPARABLE, SeparableSpec
 from ..problem.spec import ConvSpec
 from ..report.words import picks_text
 from .common import (
     FAILED,
     NON_NEGATIVE,
     TROUBLE,
-    dim_option,
     duration,
     emit,
     emit_each,
     emit_text,
-    grouped,
     json_option,
-    layers_of,
     note,
     rate,
     say,
     store_option,
-    threads_option,
     tidy,
 )
-from .completion import one_of, outcomes_beginning, schedules_beginning, targets_beginning
+from .completion import one_of, outcomes_beginning
 from .databases import measured_again, prune_database
-from .tables import table
+from .tables import Table, say_table, table
+from .wanted import Wanted, filters, separable
 
 if TYPE_CHECKING:
     from ..records.answer import Answer
@@ -56,113 +51,13 @@ def records() -> None:
     """Look at tuning records, and move them between machines."""
 
 
-def _open(path: Path | None) -> RecordStore:
-    """A store to read: one that was named must exist."""
+def _open(path: Path | None, *, write: bool = False) -> RecordStore:
+    """A store to read, or to change: one that was named must exist."""
     from ..records.store import RecordStore
 
-    return RecordStore(path, readonly=path is not None)
-
-
-# ---- which records ----------------------------------------------------------------------------
-
-
-#: The layers, ``--target`` and so on that limit what a command looks at; for :meth:`Wanted.of`.
-_filters = grouped(
-    click.argument("sources", nargs=-1, metavar="[SPEC|FILE|MODEL.onnx]…"),
-    dim_option,
-    click.option("--spec", metavar="SPEC", help="Only records of this layer."),
-    click.option(
-        "--target", shell_complete=one_of(targets_beginning), metavar="TARGET", help="Only records for this target."
-    ),
-    threads_option("Only records for N threads."),
-    click.option(
-        "--schedule",
-        shell_complete=one_of(schedules_beginning),
-        metavar="ID",
-        help="Only records of this schedule.",
-    ),
-)
-
-
-def _separable(text: str) -> SeparableSpec | None:
-    """The separable problem that a text is; None where it is something else."""
-    return SeparableSpec.parse(text) if text.partition(" ")[0] in SEPARABLE else None
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which records a command looks at; None: all."""
-
-    specs: list[str] | None
-    target: str | None
-    threads: int | None
-    schedule: str | None
-
-    @classmethod
-    def of(
-        cls,
-        sources: Sequence[str],
-        dims: dict[str, int],
-        spec: str | None,
-        target: str | None,
-        threads: int | None,
-        schedule: str | None,
-    ) -> Wanted:
-        """From the values of :data:`_filters`; layers that cannot be read have no records, and are named."""
-        from ..hardware.target import recorded_spelling
-
-        if separable := _separable(spec or " ".join(sources)):
-            names = [separable.descriptor]
-        else:
-            models, _ = layers_of(split_sources(sources), dims, fits=False)
-            layers = [entry for entries in models for entry in entries]
-            layers += read_specs(spec) if spec else []
-            names = list(dict.fromkeys(entry.spec.descriptor for entry in layers))
-        if target is not None:
-            target = recorded_spelling(target)
-        return cls(names if sources or spec else None, target, threads, schedule)
-
-    @property
-    def filters(self) -> Filters:
-        """As stores take them."""
-        return {"spec": self.specs, "target": self.target, "threads": self.threads, "schedule": self.schedule}
-
-    def trials(self, store: RecordStore, spec: str, target: str, hardware: str, threads: int) -> list[TuningRecord]:
-        """The wanted records of a problem."""
-        schedule = self.schedule
-        return store.trials(spec=spec, target=target, hardware=hardware, threads=threads, schedule=schedule)
-
-    def problems(self, store: RecordStore) -> Iterator[list[TuningRecord]]:
-        """The wanted records of a store, problem by problem: what is held at once is small."""
-        for place in store.problems(**self.filters):
-            found = self.trials(store, *place)
-            if found:  # none where they were removed meanwhile
-                yield found
-
-    def answers(self, store: RecordStore) -> Iterator[Answer]:
-        """What builds on this machine would use: for the layers asked for, or for all of the store."""
-        from ..hardware.target import resolve
-        from ..records.answer import Answer, find_record
-        from ..records.strips import best_height
-
-        target = resolve(self.target or "cpu")
-        problems: dict[str, set[int]] = {}
-        wanted: Filters = {"spec": self.specs, "target": target.spelling, "threads": self.threads, "outcome": "ok"}
-        for name, _, _, count in store.problems(**wanted):
-            problems.setdefault(name, set()).add(count)
-        for name in problems if self.specs is None else self.specs:
-            counts = problems.get(name, set()) | ({self.threads or target.cores} if self.specs else set())
-            try:
-                if separable := _separable(name):
-                    yield from (Answer(best_height(store, separable, target, count)) for count in sorted(counts))
-                    continue
-                spec = ConvSpec.parse(name)
-            except SpecError:  # a record of another version
-                continue
-            for count in sorted(counts):
-                answer = find_record(store, spec, target, count, measure=False)
-                if answer.record is None or self.schedule in (None, answer.record.schedule):
-                    yield answer
+    if path is not None and write and not path.exists():
+        raise RecordError(f"{path}: no such file")
+    return RecordStore(path, readonly=path is not None and not write)
 
 
 # ---- how they are shown -----------------------------------------------------------------------
@@ -170,12 +65,12 @@ class Wanted:
 
 def _gflops(record: TuningRecord) -> str:
     try:
-        return rate((_separable(record.spec) or ConvSpec.parse(record.spec)).flops, record.seconds)
+        return rate((separable(record.spec) or ConvSpec.parse(record.spec)).flops, record.seconds)
     except SpecError:  # of another version
         return "–"
 
 
-def _rows(records: Iterable[TuningRecord], origins: Iterable[str] = ()) -> str:
+def _rows(records: Iterable[TuningRecord], origins: Iterable[str] = ()) -> Table:
     rows = []
     for record in records:
         time = duration(record.seconds) if record.outcome == "ok" else record.outcome
@@ -198,7 +93,7 @@ def _say(document: dict[str, Any], text: str, as_json: bool) -> None:
 
 
 @records.command("list", short_help="List the records, those added last at the end.")
-@_filters
+@filters
 @click.option(
     "--outcome",
     shell_complete=one_of(outcomes_beginning),
@@ -221,8 +116,9 @@ def list_(path: Path | None, outcome: str | None, limit: int | None, as_json: bo
         raise click.UsageError(
             f"--outcome: expected one of {', '.join(OUTCOMES)}, found {outcome!r}{meant(outcome, OUTCOMES)}"
         )
-    which: Filters = {**Wanted.of(**wanted).filters, "outcome": outcome}
+    asked = Wanted.of(**wanted)
     with _open(path) as store:
+        which: Filters = {**asked.among(store).filters, "outcome": outcome}
         if as_json:
             found = store.each(**which) if limit is None else store.trials(limit=limit, **which)
             emit_each(record.to_dict() for record in found)
@@ -230,7 +126,7 @@ def list_(path: Path | None, outcome: str | None, limit: int | None, as_json: bo
         shown = store.trials(limit=limit or SHOWN, **which)
         outcomes = store.outcomes(**which)
     if shown:
-        say(_rows(shown))
+        say_table(_rows(shown))
     kinds = f": {', '.join(f'{count} {kind}' for kind, count in outcomes.most_common())}" if outcomes else ""
     rest = outcomes.total() - len(shown)
     older = f"; {rest} added before these are not shown (--limit N shows more)" if rest > 0 else ""
@@ -238,7 +134,7 @@ def list_(path: Path | None, outcome: str | None, limit: int | None, as_json: bo
 
 
 @records.command(short_help="Show the records that builds would use here.")
-@_filters
+@filters
 @store_option("path")
 @json_option
 def best(path: Path | None, as_json: bool, **wanted: Any) -> None:
@@ -249,7 +145,7 @@ def best(path: Path | None, as_json: bool, **wanted: Any) -> None:
     """
     which = Wanted.of(**wanted)
     with _open(path) as store:
-        answers = list(which.answers(store))
+        answers = list(which.among(store).answers(store))
     for answer in answers:
         if answer.doubted:
             note(f"convgen: {answer.note}")
@@ -258,7 +154,7 @@ def best(path: Path | None, as_json: bool, **wanted: Any) -> None:
     if as_json:
         emit([record.to_dict() for record in chosen])
     elif found:
-        say(_rows(chosen, [answer.origin for answer in found]))
+        say_table(_rows(chosen, [answer.origin for answer in found]))
     else:
         note(f"no record for this machine and these versions in {tidy(store.path)}")
 
@@ -311,7 +207,7 @@ def show(prefix: str, path: Path | None, as_json: bool) -> None:
 @records.command(short_help="Compare two stores.")
 @click.argument("first", type=click.Path(dir_okay=False, path_type=Path), metavar="STORE_A")
 @click.argument("second", type=click.Path(dir_okay=False, path_type=Path), metavar="STORE_B")
-@_filters
+@filters
 @json_option
 def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> None:
     """Compare two stores: the records that only one of them has, and the best of each problem.
@@ -325,6 +221,7 @@ def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> None:
     only: list[list[dict[str, Any]]] = [[], []]
     counts, common, rows = [0, 0], 0, list[dict[str, Any]]()
     with RecordStore(first, readonly=True) as a, RecordStore(second, readonly=True) as b:
+        which = which.among(a, b)
         for place in sorted({*a.problems(**which.filters), *b.problems(**which.filters)}):
             problem = dict(zip(("spec", "target", "hardware", "threads"), place, strict=True))
             sides = [which.trials(store, *place) for store in (a, b)]
@@ -352,7 +249,7 @@ def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> None:
             + [f"{row['ratio']:.3f}" if row["ratio"] else "–"]
             for row in rows
         ]
-        say(table(["spec", "target", "hardware", "threads>", "A>", "B>", "A/B>"], cells))
+        say_table(table(["spec", "target", "hardware", "threads>", "A>", "B>", "A/B>"], cells))
     note(f"{counts[0]} records only in {tidy(first)}, {counts[1]} only in {tidy(second)}")
     note(f"{common} records in both")
 
@@ -361,7 +258,7 @@ def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> None:
 
 
 @records.command(short_help="Check the store and every record.")
-@_filters
+@filters
 @click.option("--measure", type=click.IntRange(1), metavar="N", help="Also measure N of the best records again.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the choice of these N records.")
 @store_option("path")
@@ -379,6 +276,7 @@ def check(path: Path | None, measure: int | None, seed: int, as_json: bool, **wa
     which = Wanted.of(**wanted)
     with _open(path) as store:
         found = store.check()
+        which = which.among(store) if found.ok else which
         answers = list(which.answers(store)) if found.ok else []
         checked = _measured(which, answers, measure, seed) if measure else []
     doubted = [record for answer in answers for record in answer.doubted]
@@ -411,7 +309,7 @@ def _measured(which: Wanted, answers: Sequence[Answer], count: int, seed: int) -
 
 
 @records.command(short_help="Drop records that can no longer answer.")
-@_filters
+@filters
 @click.option("--keep", type=click.IntRange(1), default=16, show_default=True, help="How many of each problem stay.")
 @click.option(
     "--days",
@@ -449,7 +347,6 @@ def prune(
     """
     from ..records.pruning import prunable
     from ..records.record import now
-    from ..records.store import RecordStore
 
     if database is not None:
         if path is not None or any(wanted.values()):
@@ -459,7 +356,8 @@ def prune(
     if measure:
         raise click.UsageError("--measure needs --database FILE")
     which = Wanted.of(**wanted)
-    with RecordStore(path) if yes else _open(path) as store:
+    with _open(path, write=yes) as store:
+        which = which.among(store)
         counts, dropped = Counter[str](), list[str]()
         for problem in which.problems(store):
             for reason, found in prunable(problem, keep=keep, days=days, now=now()).items():
@@ -511,16 +409,18 @@ def merge(stores: tuple[Path, ...], path: Path | None, as_json: bool) -> None:
     Lines of JSON, as `convgen records export` writes them, are for `convgen records import`; the results of a bundle,
     .results.jsonl, for `convgen fleet import`.
     """
-    from ..records.store import RecordStore
+    from ..records.opening import open_to_fill
+    from ..records.store import default_path
 
-    with RecordStore(path) as store:
+    where = path or default_path()
+    with open_to_fill(where) as store:
         added = {str(other): store.merge(other) for other in stores}
         total = len(store)
-    _say({"added": added, "records": total}, f"{sum(added.values())} added, {total} in {tidy(store.path)}", as_json)
+    _say({"added": added, "records": total}, f"{sum(added.values())} added, {total} in {tidy(where)}", as_json)
 
 
 @records.command(short_help="Write records as lines of JSON.")
-@_filters
+@filters
 @click.option("--best", "best_only", is_flag=True, help="Only the records that builds on this machine would use.")
 @click.option(
     "-o",
@@ -553,6 +453,7 @@ def export(
         raise click.UsageError(f"{'--json' if as_json else '--note'} needs --out FILE")
     which = Wanted.of(**wanted)
     with _open(path) as store:
+        which = which.among(store)
         found: Iterable[TuningRecord] = store.each(oldest_first=True, **which.filters)
         if best_only:
             best = {answer.record for answer in which.answers(store) if answer.record}
@@ -589,11 +490,10 @@ def import_(file: Path, path: Path | None, as_json: bool) -> None:
     Whole stores, SQLite files, are for `convgen records merge`; the results of a bundle, .results.jsonl, for `convgen
     fleet import`.
     """
-    from ..records.record import read_lines
-    from ..records.store import RecordStore, default_path
+    from ..records.opening import open_to_fill
+    from ..records.store import default_path
 
-    if not (path or default_path()).exists():
-        deque(read_lines(file), maxlen=0)  # a file that is refused makes no store
-    with RecordStore(path) as store:
+    where = path or default_path()
+    with open_to_fill(where) as store:
         added, total = store.import_(file), len(store)
-    _say({"added": added, "records": total}, f"{added} added, {total} in {tidy(store.path)}", as_json)
+    _say({"added": added, "records": total}, f"{added} added, {total} in {tidy(where)}", as_json)

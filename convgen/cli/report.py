@@ -24,6 +24,7 @@ from .common import (
 )
 from .completion import one_of, targets_beginning
 from .steps import check_picture, report_model
+from .wanted import recorded_target
 from .whole import existing_model
 
 
@@ -94,7 +95,6 @@ def report(
         raise click.UsageError(
             "-o FILE.svg: expected --whole and a model, the steps of which can be drawn, or FILE.html"
         )
-    from ..hardware.target import recorded_spelling
     from ..records.store import RecordStore
     from ..report.gather import Model, gather, read_rows
     from ..report.tuning_text import markdown
@@ -117,7 +117,7 @@ def report(
     notes = [f"Left out: {reason}" for reason in left_out]
     rows = [row for bench in benches for row in read_rows(bench)]
     with RecordStore(path, readonly=True) as store:
-        spelled = [recorded_spelling(name) for name in targets]
+        spelled = [recorded_target(name, store) for name in targets]
         found = gather(store, models, title=title, targets=spelled, threads=counts, rows=rows, notes=notes)
     if out is not None:
         if out.suffix == ".md":

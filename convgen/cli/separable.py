@@ -17,7 +17,7 @@ from ..problem.separable import SeparableSpec
 from .common import FAILED, duration, emit, note, note_busy, say
 from .network import say_interrupted, say_network, validate_model
 from .steps import compiling
-from .tables import table
+from .tables import say_table, table
 from .tuned import network_line, print_results, print_status, run_job, run_whole
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ def show_separable(spec: SeparableSpec, as_json: bool) -> None:
         return
     say(f"{spec}\n")
     rows = [[name, part.descriptor, f"{part.flops / 1e9:.4g}"] for name, part in spec.parts.items()]
-    say(table(["part", "computes", "GFLOP>"], rows))
+    say_table(table(["part", "computes", "GFLOP>"], rows))
     say(f"\n{between / 1024:.4g} KiB are between the two.\n")
-    say(table(["weights", "shape"], [[name, "x".join(map(str, shape))] for name, shape in weights.items()]))
+    say_table(table(["weights", "shape"], [[name, "x".join(map(str, shape))] for name, shape in weights.items()]))
 
 
 def build_separable(

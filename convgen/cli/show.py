@@ -33,7 +33,7 @@ from .common import (
     threads_option,
 )
 from .separable_options import refuse_for_separable, separable_of
-from .tables import fitted, table
+from .tables import fitted, say_table, table
 
 if TYPE_CHECKING:
     from ..hardware.target import Target
@@ -148,7 +148,7 @@ def _print_layers(entries: list[SpecEntry], skipped: list[str], separables: list
         [_names(layer["names"]), layer["count"], f"{layer['flops'] / 1e9:.4g}", f"{layer['share']:.1%}", layer["spec"]]
         for layer in layers
     ]
-    say(table(["layer", "count>", "GFLOP>", "share>", "spec"], rows))
+    say_table(table(["layer", "count>", "GFLOP>", "share>", "spec"], rows))
     count = sum(entry.count for entry in entries)
     layers_text = f"{plural(len(entries), 'different layer')}, {count} in all"
     say(f"{layers_text}; shares are of their {total / 1e9:.4g} GFLOP together")
@@ -223,30 +223,31 @@ def _schedules(spec: ConvSpec, target: Target) -> list[dict[str, Any]]:
 
 
 def _text(document: dict[str, Any]) -> str:
-    lines = [document["spec"]]
+    lines = [fitted(document["spec"])]
     for name, shape in document["shapes"].items():
         lines.append(f"  {name:<9} {' × '.join(map(str, shape)):<24} {size(document['bytes'][name]):>10}")
     work, traffic = document["flops"], sum(document["bytes"].values())
-    lines += ["", f"  work       {work / 1e9:.4g} GFLOP over {size(traffic)}: {document['intensity']:.4g} FLOP/byte"]
+    limits = [f"  work       {work / 1e9:.4g} GFLOP over {size(traffic)}: {document['intensity']:.4g} FLOP/byte"]
     if roofline := document["roofline"]:
         threads = roofline["threads"]
         compute, memory = (duration(roofline[f"{kind}_seconds"] or None) for kind in ("compute", "memory"))
         peak, bandwidth = (f"{roofline[kind] / 1e9:.4g}" for kind in ("peak_flops", "bandwidth"))
         rate = f"{peak} GFLOP/s of {roofline['peak_of']}"
-        lines += [
+        limits += [
             f"  compute    {compute} at {rate}, measured on {plural(threads, 'thread')}",
             f"  memory     {memory} at {bandwidth} GB/s from {roofline['level']}: limited by {roofline['limited_by']}",
         ]
-    lines += ["", f"  schedules on {document['target']}"]
+    lines += ["", *(fitted(limit, 13) for limit in limits), "", f"  schedules on {document['target']}"]
+    width = max(len(facts["id"]) for facts in document["schedules"])
     for facts in document["schedules"]:
         if facts["reason_against"] is not None:
-            lines.append(f"    {facts['id']:<14} no: {facts['reason_against']}")
+            lines.append(fitted(f"    {facts['id']:<{width}} no: {facts['reason_against']}", width + 5))
             continue
         picks = picks_text(facts["default"])
         mark = "  ← default" if facts["is_default"] else ""
         count = facts["candidates"]
         candidates = plural(count, "candidate") if count < 10**6 else f"10^{math.log10(count):.0f} candidates"
-        lines.append(f"    {facts['id']:<14} {candidates}: {picks or 'no picks'}{mark}")
+        lines.append(fitted(f"    {facts['id']:<{width}} {candidates}: {picks or 'no picks'}{mark}", width + 5))
     return "\n".join(lines)
 
 
@@ -272,7 +273,7 @@ def schedules(as_json: bool) -> None:
         emit(listed)
     else:
         rows = [list(row.values()) for row in listed]
-        say(table(["schedule", "version>", "what it does"], rows, prose="what it does"))
+        say_table(table(["schedule", "version>", "what it does"], rows, prose="what it does"))
 
 
 def _cores(listed: list[dict[str, Any]]) -> list[list[Any]]:
@@ -324,11 +325,11 @@ def targets(as_json: bool) -> None:
     rows = [
         [t["target"], t["resolved"] or "–", t["vector_bits"] or "–", "yes" if t["native"] else "no"] for t in listed
     ]
-    say(table(["target", "means", "vector bits>", "runs here"], rows))
+    say_table(table(["target", "means", "vector bits>", "runs here"], rows))
     say("\nA core per cycle, as costs are predicted: FMAs, vectors, bytes.\n")
-    say(table(["target", "GHz>", "FMAs>", "loads>", "stores>", "L2>", "L3>", "memory>", "facts"], _cores(listed)))
+    say_table(table(["target", "GHz>", "FMAs>", "loads>", "stores>", "L2>", "L3>", "memory>", "facts"], _cores(listed)))
     say("\nWhat it loses besides: times as long, or cycles of a row, of a vector of sums, of a line.\n")
-    say(table(["target", *(f"{column}>" for column in WAITS), "facts"], _waits(listed)))
+    say_table(table(["target", *(f"{column}>" for column in WAITS), "facts"], _waits(listed)))
     say("")
     for family, module in target_families().items():
         say(fitted(f"{family}: {_summary(module)}"))

@@ -9,11 +9,38 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 
+import click
+
 from ..measure.standalone.words import printable
 from ..report.words import shortened
+from .common import note, say
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]], prose: str = "") -> str:
+class Table(str):
+    """A table as text.
+
+    Attributes:
+        is_cut: whether it says less than it was given, to fit the terminal.
+    """
+
+    is_cut = False
+
+
+def say_table(text: Table) -> None:
+    """Print a table, and how what was cut of it is seen: once in a command."""
+    say(text)
+    context = click.get_current_context(silent=True)
+    if text.is_cut and not (context and context.meta.get(_SAID)):
+        note(f"convgen: cut to {_room()} columns; with COLUMNS=999 before the command it is whole")
+        if context:
+            context.meta[_SAID] = True
+
+
+#: What a command's context remembers.
+_SAID = f"{__name__}.said"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], prose: str = "") -> Table:
     """Aligned columns; empty ones are left out, and those whose name ends in ``>`` are aligned to the right.
 
     On a terminal, or where ``COLUMNS`` is set, it is as wide as that at most: the widest columns are cut, with ``…``
@@ -36,7 +63,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], prose: str = 
     ]
     lines = [line for row in zip(*columns, strict=True) for line in _lines(header, row, widths)]
     lines.insert(1, "  ".join("─" * width for width in widths))
-    return "\n".join(lines)
+    text = Table("\n".join(lines))
+    needed = zip(header, zip(*texts, strict=True), widths, strict=True)
+    text.is_cut = len(shown) < len(kept) or any(
+        name != prose and max(map(len, column)) > width for name, column, width in needed
+    )
+    return text
 
 
 def _lines(header: Sequence[str], row: Sequence[Sequence[str]], widths: Sequence[int]) -> Iterator[str]:
@@ -49,10 +81,13 @@ def _lines(header: Sequence[str], row: Sequence[Sequence[str]], widths: Sequence
         yield "  ".join(cells).rstrip()
 
 
-def fitted(text: str) -> str:
+def fitted(text: str, indent: int = 2) -> str:
     """A paragraph in lines that fit the terminal, the ones after the first indented; as it is where there is none."""
     room = _room()
-    return text if room is None else textwrap.fill(text, room, subsequent_indent="  ", break_on_hyphens=False)
+    if room is None:
+        return text
+    indent = min(indent, room // 2)
+    return textwrap.fill(text, room, subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
 #: What a table's column is not cut below.

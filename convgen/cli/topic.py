@@ -9,7 +9,7 @@ from click.shell_completion import CompletionItem
 
 from ..errors import meant
 from .common import emit, json_option, say
-from .tables import table
+from .tables import say_table, table
 from .view import page
 
 
@@ -36,7 +36,7 @@ def show_help(context: click.Context, topic: tuple[str, ...], as_json: bool) -> 
         if as_json:
             emit([{"topic": name, "title": title} for name, title in titles.items()])
         else:
-            say(table(["topic", "what it is about"], list(titles.items())))
+            say_table(table(["topic", "what it is about"], list(titles.items())))
             say("\nconvgen help TOPIC prints a page, convgen COMMAND --help what a command takes.")
     elif len(topic) == 1 and (as_json or topic[0] in titles):
         text = topic_text(topic[0])

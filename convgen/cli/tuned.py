@@ -15,7 +15,7 @@ from ..formats.sources import is_model, is_path
 from ..measure.standalone.words import printable
 from ..report.words import picks_text, plural
 from .common import FAILED, INTERRUPTED, duration, emit, label, note, note_busy, note_left_out, rate, say, tidy
-from .tables import table
+from .tables import Table, say_table, table
 from .view import JobView, clock, remaining
 
 if TYPE_CHECKING:
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from ..tuning.job_run import JobRun
     from ..tuning.job_state import JobState, Layer
     from ..tuning.networks import NetworkTimes
+
+
+#: A job that takes so much longer than its budget says why.
+LATE_SECONDS, LATE_SHARE = 5.0, 0.1
 
 
 def run_job(job: Job, records: Records, tuning: ModelTuning | None = None) -> tuple[JobRun, bool, float | None]:
@@ -47,6 +51,7 @@ def run_job(job: Job, records: Records, tuning: ModelTuning | None = None) -> tu
         except KeyboardInterrupt:
             interrupted = True
         finally:
+            run.rest()
             run.close()
     return run, interrupted, watch.share() if job.tracker is None and run.measured else None
 
@@ -73,27 +78,29 @@ def working(job: Job, records: Records, tuning: ModelTuning | None = None) -> It
 
     if job.tracker is None or "cuda" not in job.targets:  # else the device says which GPU that is
         job.problems(resolve_here)  # what is wrong shows before anything starts, or is loaded
+    if job.tracker is None:
+        for problem in job.problems():
+            check_native(problem.target)
 
-    from ..records.opening import open_store
+    from ..records.opening import expect_writable, open_store
     from ..tuning.job_run import JobRun
 
-    resolve: Callable[[str], Target] | None = None
-    with open_store(records) as store:
-        if job.tracker is None:
-            for problem in job.problems():
-                check_native(problem.target)
-        pools, resolve = _pools(job)
-        try:
-            view, expected = JobView(), None
-            if tuning is not None:
-                note("running the network with its defaults")
-                expected = tuning.expected()
+    expect_writable(records)  # the store is made when all is there that fills it
+    pools, resolve = _pools(job)
+    try:
+        view, expected = JobView(), None
+        if resolve is not None:
+            job.problems(resolve)  # waits for a device
+        if tuning is not None:
+            note("compiling the network and running it with its defaults; the budget begins after that")
+            expected = tuning.expected()
+        with open_store(records) as store:
             yield (
                 JobRun(job, store, pools, report=view.update, resolve=resolve, timing=tuning, expected=expected),
                 view,
             )
-        finally:
-            pools.close()
+    finally:
+        pools.close()
 
 
 def _pools(job: Job) -> tuple[Pools, Callable[[str], Target] | None]:
@@ -204,7 +211,7 @@ def print_results(
     if as_json:
         emit(job_document(run, results) | {"interrupted": interrupted, "busy": busy} | dict(facts or {}))
     elif len(results) > 1:
-        say(summary(run.layers))
+        say_table(summary(run.layers))
     elif reached and not failed:
         say(line(run.layers[0]))
     if not as_json:
@@ -224,6 +231,9 @@ def print_results(
         return INTERRUPTED
     for result in failed:
         note(f"convgen: {result['spec']}: {result['error']}")
+    if run.measured and run.over > max(LATE_SECONDS, LATE_SHARE * (run.job.seconds or 0.0)):
+        what = "what seems faster than its default is compared, and timed in its network, however long that takes"
+        note(f"convgen: {clock(run.over)} over the budget of {clock(run.job.seconds or 0.0)}: {what}")
     if len(reached) < len(results):
         rest = len(results) - len(reached)
         note(
@@ -262,17 +272,20 @@ def print_status(job: Job, records: Records, as_json: bool, facts: Mapping[str, 
         run = JobState(job, store)
         if run.is_spent():
             run.settle()
+        run.rest()
         run.close()
     finally:
         if store is not None:
             store.close()
     results = [_result(layer) for layer in run.layers]
     note_left_out(job.skipped)
+    if isinstance(path, Path) and store is None:
+        note(f"convgen: {tidy(path)}: no such file: nothing is recorded there yet")
     if as_json:
         emit(job_document(run, results) | dict(facts or {}))
         return 0
     if results:
-        say(summary(run.layers))
+        say_table(summary(run.layers))
     trials = plural(run.trials, "trial") + (f" of {job.trials}" if job.trials is not None else "")
     budget = f" of {clock(job.seconds)}" if job.seconds is not None else ""
     note(f"job {job.id}: {trials} in {clock(run.spent)}{budget}, {remaining(run)}")
@@ -381,7 +394,7 @@ def line(layer: Layer) -> str:
     return f"{time}  {gflops} GFLOP/s  {against}  {candidate}  {said}"
 
 
-def summary(layers: list[Layer]) -> str:
+def summary(layers: list[Layer]) -> Table:
     """A table of all layers."""
     several = len({(layer.problem.target.spelling, layer.problem.threads) for layer in layers}) > 1
     rows = []

@@ -27,7 +27,7 @@ LIVE_SECONDS, LOG_SECONDS = 0.03, 15.0
 #: Columns that the figures beside a layer's name take.
 _FIGURES = 60
 #: Order in which a job's layers are shown.
-STATES = ("comparing", "searching", "out of budget", "done", "failed", "waiting", "skipped")
+STATES = ("comparing", "searching", "begun", "out of budget", "done", "failed", "waiting", "skipped")
 
 
 def _text(line: str, style: str = "") -> Text:
@@ -198,7 +198,12 @@ def clock(seconds: float) -> str:
 
 
 def remaining(run: JobState) -> str:
-    """What is left of a job's budget."""
+    """What is left of a job's budget, or what is done beyond it."""
+    over = f", {clock(run.over)} over the budget" if run.running and run.over else ""
+    if run.judging:
+        return f"timing networks with what won{over}"
+    if over:
+        return f"comparing what was found{over}"
     parts = []
     if run.left is not None:
         parts.append(f"{clock(run.left)} left")
@@ -217,7 +222,7 @@ class JobView(_Display):
 
     def __init__(self) -> None:
         self._drawn = 0.0
-        self._said: dict[int, tuple[str, float | None]] = {}
+        self._said: dict[int, tuple[object, ...]] = {}
 
     def update(self, run: JobState, layer: Layer) -> None:
         """Something has happened to a layer."""
@@ -228,7 +233,8 @@ class JobView(_Display):
                 self._live.update(self._panel(run, layer), refresh=True)
             return
         state = layer.progress
-        said, self._said[id(layer)] = self._said.get(id(layer)), (layer.state, state.best if state else None)
+        saying = layer.state, state.best if state else None, run.judging
+        said, self._said[id(layer)] = self._said.get(id(layer)), saying
         if said != self._said[id(layer)] or now - self._drawn >= LOG_SECONDS:
             self._drawn = now
             note("  ".join([f"[{clock(run.spent)}]", *self._facts(run, layer)]))

@@ -175,22 +175,6 @@ def resolve(spelling: str | Target = "cpu", machine: Machine | None = None) -> T
     return resolved
 
 
-def recorded_spelling(spelling: str) -> str:
-    """The one of a target's spellings that records have; of a processor that is not known here, but may be in a store
-    of another version, as it is.
-
-    Raises:
-        UnsupportedError: no such family, or this machine has no such device.
-    """
-    try:
-        return resolve(spelling).spelling
-    except UnsupportedError:
-        family, _, model = spelling.partition(":")
-        if family not in target_families() or not model:
-            raise
-        return spelling
-
-
 def meant_target(spelling: str) -> str:
     """What a spelling of no family means, as the end of a message."""
     families, (family, _, model) = target_families(), spelling.partition(":")

@@ -89,6 +89,29 @@ def checked(row: Row) -> TuningRecord:
     return TuningRecord.from_dict({"schema": RECORD_SCHEMA, **_decode(row)})
 
 
+def refused(path: Path) -> str:
+    """Why a store cannot be written, as far as permissions and file systems say; empty where they let it."""
+    name = os.path.realpath(path)
+    for place, what in ((name, "the file"), (os.path.dirname(name), "its folder, where SQLite keeps a log,")):
+        if os.path.exists(place) and not os.access(place, os.W_OK, effective_ids=True):
+            other = "give another one as --records, or as CONVGEN_RECORDS"
+            return f"cannot be written: {what} is read-only for this user; {other}"
+    return ""
+
+
+def put_in_place(made: Path, path: Path) -> bool:
+    """Give a new store its name, unless a file has it by now; whether it got it."""
+    try:
+        os.link(made, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        if path.exists():
+            return False
+        os.rename(made, path)
+    return True
+
+
 class Database:
     """The file of a store: a connection for each process, and its lock.
 
@@ -217,13 +240,7 @@ class Database:
                 db.executescript(
                     f"{_TABLE} PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {STORE_SCHEMA};"
                 )
-            try:
-                os.link(part, path)
-            except FileExistsError:
-                pass  # another process was faster
-            except OSError:  # a file system without links
-                if not path.exists():
-                    os.rename(part, path)
+            put_in_place(part, path)  # unless another process was faster
 
     def _opened(self, mode: str) -> sqlite3.Connection:
         """A connection to the file, which must be a store of this version."""
@@ -267,6 +284,8 @@ class Database:
             raise RecordError(f"{self.path}: expected store version {STORE_SCHEMA}, found {version}, which never was")
 
     def _failure(self, error: Exception) -> RecordError:
+        if _code(error) in _NO_ACCESS and not self.readonly and (reason := refused(self.path)):
+            return RecordError(f"{self.path}: {reason}")
         if _code(error) == sqlite3.SQLITE_NOTADB and (instead := found_instead(self.path, STORE)):
             return RecordError(f"{self.path}: expected {STORE.name}, {instead}")
         return RecordError(f"{self.path}: {error}" + (f"; {HINT}" if is_damage(error) else ""))

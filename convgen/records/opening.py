@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import RecordError
 from ..folders import TemporaryFolder
+from .database import put_in_place, refused
 from .store import RecordStore, default_path
 
 #: What a caller may say of the store; see :func:`open_store`.
@@ -50,6 +51,74 @@ def open_store(records: Records, *, write: bool = True) -> Iterator[RecordStore 
             if path is None or refused or _needs_log(path):
                 path = _copied(path, stack.enter_context(TemporaryFolder()))
             yield stack.enter_context(RecordStore(path, readonly=True))
+
+
+@contextmanager
+def open_to_fill(path: Path | None) -> Iterator[RecordStore]:
+    """The store at a path, the default one where None, to add records to inside the ``with`` block.
+
+    Where there is none, one beside is filled, and gets its name in the end: a block that fails or adds nothing leaves
+    none.
+    """
+    path = default_path() if path is None else path
+    if _is_there(path):
+        with RecordStore(path) as store:
+            yield store
+        return
+    with ExitStack() as stack:
+        try:
+            folder = TemporaryFolder(_existing_folder(path))
+        except OSError as error:
+            raise RecordError(f"{path}: {error.strerror}") from error
+        stack.callback(folder.close)
+        made = folder.path / path.name
+        try:
+            with RecordStore(made) as store:
+                yield store
+                is_empty = not len(store)
+        except RecordError as error:
+            raise RecordError(str(error).replace(str(made), str(path))) from error
+        if not is_empty and not _is_placed(made, path):  # another process has made one meanwhile
+            with RecordStore(path) as store:
+                store.merge(made)
+
+
+def _is_placed(made: Path, path: Path) -> bool:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return put_in_place(made, path)
+    except OSError as error:
+        raise RecordError(f"{path}: {error.strerror}") from error
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a store, or what is left of one: its log, which is no new one's."""
+    return os.path.exists(path) or os.path.exists(f"{os.path.realpath(path)}-wal")
+
+
+def _existing_folder(path: Path) -> Path:
+    """The folder that a file would be in, or the nearest one above it that there is."""
+    return next(parent for parent in path.resolve().parents if os.path.lexists(parent))
+
+
+def expect_writable(records: Records) -> None:
+    """See that the store that ``records`` means can be written, or made, without making it.
+
+    Raises:
+        RecordError: neither can be, or it is no store; says why.
+    """
+    if isinstance(records, RecordStore) or records is False:
+        return
+    path = default_path() if records is None or records is True else Path(records)
+    if _is_there(path):
+        RecordStore(path).close()
+        if reason := refused(path):
+            raise RecordError(f"{path}: {reason}")
+        return
+    try:
+        TemporaryFolder(_existing_folder(path)).close()
+    except OSError as error:
+        raise RecordError(f"{path}: {error.strerror}") from error
 
 
 def _default() -> Path | None:
@@ -93,7 +162,7 @@ _REFUSED = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, 
 def _is_writable(path: Path) -> bool:
     """Whether this process may write to a store, and to its folder, where SQLite writes the log; or may make them."""
     path = path.resolve()
-    folder = next(parent for parent in path.parents if os.path.lexists(parent))
+    folder = _existing_folder(path)
     needed = [folder, path] if os.path.exists(path) else [folder]
     return folder.is_dir() and all(os.access(each, os.W_OK, effective_ids=True) for each in needed)
 

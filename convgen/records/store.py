@@ -570,8 +570,9 @@ class RecordStore:
         # Rows are numbered from 1 without a gap. A damaged number stands in one place, a real one in several.
         last = max((rowid for rowid, count in mentions.items() if count > 1), default=0)
         gaps = 0 if is_moved else last - sum(1 <= rowid <= last for rowid in seen | lost)
-        with RecordStore(into) as store:
-            store._insert(saved.values())
+        if saved or into.exists():  # nothing makes no store
+            with RecordStore(into) as store:
+                store._insert(saved.values())
         return Recovery(len(saved), len(lost) + gaps, file.missing_pages)
 
     # -- the connection --------------------------------------------------------------------------

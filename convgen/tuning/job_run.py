@@ -193,7 +193,11 @@ class JobRun(JobState):
             layers = [layer for layer in self.layers if (layer.problem.target.spelling, layer.problem.threads) == key]
             searches = {layer.problem.spec: _search(layer) for layer in layers if layer.search and layer.search.winner}
             judging = [layer for layer in layers if layer.is_compared_alone and layer.problem.spec in self._in_networks]
+            self.judging = bool(judging)
+            for layer in judging[:1]:
+                self.report(self, layer)  # before the minutes that compiling networks may take
             self.networks += judge_networks(context, self.job.networks, searches, self._timing)
+            self.judging = False
             for layer in judging:
                 self.report(self, layer)
 

@@ -33,8 +33,8 @@ class Layer:
     """A problem of a running job.
 
     Attributes:
-        state: ``waiting``, ``searching``, ``comparing``, ``done``, ``out of budget`` (not searched to the end),
-            ``skipped`` (nothing to do) or ``failed``.
+        state: ``waiting``, ``searching``, ``comparing``, ``begun`` (not searched to the end, and nothing searches it
+            now), ``done``, ``out of budget`` (not searched to the end), ``skipped`` (nothing to do) or ``failed``.
         reason: why it was skipped, or failed, or is not searched any more.
         predicted: seconds of its default, before anything was measured.
     """
@@ -94,6 +94,8 @@ class JobState:
         searches: of the layers that can be searched.
         contexts: what these share, by target and number of threads.
         networks: what the models' layers take one after another, where that was timed in this run.
+        running: whether the time that passes is the job's.
+        judging: whether what won is being timed in its networks.
 
     Raises:
         SpecError, UnsupportedError: a model cannot be read, or a target is unknown or does not run here.
@@ -117,7 +119,7 @@ class JobState:
         self.layers = [Layer(problem) for problem in job.problems(resolve)]
         self.networks: list[NetworkTimes] = []
         self.contexts: dict[tuple[str, int], SearchContext] = {}
-        self.running = False
+        self.running = self.judging = False
         for layer in self.layers:
             target, threads = layer.problem.target, layer.problem.threads
             key = (target.spelling, threads)
@@ -193,6 +195,11 @@ class JobState:
         return sum(search.made for search in self.searches)
 
     @property
+    def over(self) -> float:
+        """Seconds that were spent beyond the budget: what was found is compared in any case."""
+        return 0.0 if self.job.seconds is None else max(0.0, self.spent - self.job.seconds)
+
+    @property
     def left(self) -> float | None:
         """Seconds left of the budget; None: there is no limit."""
         return None if self.job.seconds is None else max(0.0, self.job.seconds - self.spent)
@@ -213,6 +220,12 @@ class JobState:
             if layer.state in ("searching", "done") and layer.search is not None and not layer.search.over:
                 layer.state = "done" if layer.search.answered else "out of budget"
                 layer.reason = SPENT
+
+    def rest(self) -> None:
+        """Say of layers that are not searched to the end that nothing searches them now."""
+        for layer in self.layers:
+            if layer.state in ("searching", "comparing"):
+                layer.state = "begun"
 
     def close(self) -> None:
         """Give claims and files back; the workers are the caller's."""

@@ -59,10 +59,13 @@ def test_a_folder_of_another_export_is_refused_before_anything_is_tuned(
     (Path(folder) / "manifest.json").write_text(json.dumps({"name": "another"}))
     forbid(monkeypatch, never)
     given = [{"MODEL": model, "LAYERS": "layers.txt"}.get(word, word) for word in words]
-    status, out, err = run(*given, *budget, "--threads", 1, "--out", "out")
+    status, out, err = run(
+        *given, *budget, "--threads", 1, "--out", "out", *(["--records", "new.sqlite"] * bool(budget))
+    )
     assert (status, out) == (3, "")
     assert "expected an earlier export of" in err
     assert "found another" in err
+    assert not Path("new.sqlite").exists()
 
 
 @pytest.mark.parametrize("words", [["build", TINY], ["build", "LAYERS"], ["compile", "MODEL"], ["build", PAIR]])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import click
 import pytest
+from commands import SMALL, Run
 
-from convgen.cli.tables import fitted, table
+from convgen.cli.tables import fitted, say_table, table
 from convgen.cli.tuned import brought
 from convgen.lowering.schedule import Picks
 from convgen.report.words import picks_text
@@ -68,6 +70,45 @@ def test_tables_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) 
     assert "candidate" in fitting
     assert "number 11" in whole
     assert ("number 11" in fitting) == (columns >= 160)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 130, None])
+def test_what_is_cut_is_said_once(
+    columns: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And how it is seen whole."""
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    spec = "conv2d n1 ic8 oc16 i10x10 k3x3 s1x1 p1x1 relu"
+    narrow, wide = (
+        table(["spec"], [["conv1d"]]),
+        table(["spec", *(f"number {i}>" for i in range(9))], [[spec, *range(9)]]),
+    )
+    reasons = table(["spec", "because"], [["a", spec * 3]], prose="because")
+    assert (narrow.is_cut, wide.is_cut, reasons.is_cut) == (False, columns is not None, False)
+    with click.Context(click.Command("show")):
+        for shown in (narrow, wide, wide):
+            say_table(shown)
+    out, err = capsys.readouterr()
+    assert out == f"{narrow}\n{wide}\n{wide}\n"
+    said = f"convgen: cut to {columns} columns; with COLUMNS=999 before the command it is whole\n"
+    assert err == ("" if columns is None else said)
+    monkeypatch.setenv("COLUMNS", "999")
+    assert not table(["spec"], [[spec]]).is_cut
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_what_is_shown_of_a_layer_fits_the_terminal(columns: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is cut, and without a terminal nothing is wrapped."""
+    spec = f"{SMALL} strict"
+    monkeypatch.setattr("convgen.cli.show._roofline", lambda *_: None)
+    whole = run("show", spec)[1]
+    assert max(map(len, whole.splitlines())) > columns
+    monkeypatch.setenv("COLUMNS", str(columns))
+    status, out, _ = run("show", spec)
+    assert status == 0
+    assert max(map(len, out.splitlines())) <= columns
+    assert out.split() == whole.split()
 
 
 def test_reasons_are_wrapped_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from convgen.errors import BuildError, MeasureError, UnsupportedError
 from convgen.hardware.discover import target_families
 from convgen.hardware.machine import Machine, machine
-from convgen.hardware.target import Target, recorded_spelling, resolve
+from convgen.hardware.target import Target, resolve
 from convgen.lowering.lower import Lowered, lower, source
 from convgen.lowering.schedule import Candidate
 from convgen.measure.trial import build_artifact, serialised
@@ -143,14 +143,6 @@ def test_every_device_that_has_a_name_has_an_architecture() -> None:
 def test_native_is_this_machine() -> None:
     """As C compilers have it."""
     assert resolve("cpu:native") == resolve("cpu:host") == resolve("cpu")
-
-
-def test_records_have_one_spelling_of_a_target() -> None:
-    assert recorded_spelling("cpu") == recorded_spelling("cpu:native") == resolve().spelling
-    assert recorded_spelling("cpu:cortex-a72") == "cpu:aarch64-cortex-a72"
-    assert recorded_spelling("cpu:of-another-llvm") == "cpu:of-another-llvm"
-    with pytest.raises(UnsupportedError, match="expected one of cpu, cuda"):
-        recorded_spelling("gpu:h100")
 
 
 def test_an_architecture_is_a_target_as_llvm_has_it_in_general() -> None:

@@ -34,7 +34,10 @@ def test_a_file_that_cannot_be_written() -> None:
                 assert set(store.trials()) == set(some(3))
                 assert store.check().ok
             with (
-                pytest.raises(RecordError, match=r"r\.sqlite: .*(readonly|unable to open)"),
+                pytest.raises(
+                    RecordError,
+                    match=r"r\.sqlite: cannot be written: the file is read-only for this user",
+                ),
                 RecordStore(path) as store,
             ):
                 store.add(record())

@@ -1,0 +1,147 @@
+"""Which records a command of ``convgen records`` looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import SpecError, UnsupportedError, meant
+from ..formats.sources import read_specs, split_sources
+from ..problem.separable import SEPARABLE, SeparableSpec
+from ..problem.spec import ConvSpec
+from .common import dim_option, grouped, layers_of, threads_option
+from .completion import one_of, schedules_beginning, targets_beginning
+
+if TYPE_CHECKING:
+    from ..records.answer import Answer
+    from ..records.record import TuningRecord
+    from ..records.store import Filters, RecordStore
+
+#: The layers, ``--target`` and so on that limit what a command looks at; for :meth:`Wanted.of`.
+filters = grouped(
+    click.argument("sources", nargs=-1, metavar="[SPEC|FILE|MODEL.onnx]…"),
+    dim_option,
+    click.option("--spec", metavar="SPEC", help="Only records of this layer."),
+    click.option(
+        "--target", shell_complete=one_of(targets_beginning), metavar="TARGET", help="Only records for this target."
+    ),
+    threads_option("Only records for N threads."),
+    click.option(
+        "--schedule",
+        shell_complete=one_of(schedules_beginning),
+        metavar="ID",
+        help="Only records of this schedule.",
+    ),
+)
+
+
+def separable(text: str) -> SeparableSpec | None:
+    """The separable problem that a text is; None where it is something else."""
+    return SeparableSpec.parse(text) if text.partition(" ")[0] in SEPARABLE else None
+
+
+def recorded_target(spelling: str, *stores: RecordStore) -> str:
+    """The one of a target's spellings that records have; of a processor that is not known here, but of which these
+    stores have records, as of another version, as it is.
+
+    Raises:
+        UnsupportedError: there is no such target, neither here nor there, or this machine has no such device.
+    """
+    from ..hardware.target import resolve
+
+    try:
+        return resolve(spelling).spelling
+    except UnsupportedError:
+        if any(store.outcomes(target=spelling) for store in stores):
+            return spelling
+        raise
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which records a command looks at; None: all."""
+
+    specs: list[str] | None
+    target: str | None
+    threads: int | None
+    schedule: str | None
+
+    @classmethod
+    def of(
+        cls,
+        sources: Sequence[str],
+        dims: dict[str, int],
+        spec: str | None,
+        target: str | None,
+        threads: int | None,
+        schedule: str | None,
+    ) -> Wanted:
+        """From the values of :data:`filters`; layers that cannot be read have no records, and are named."""
+        if problem := separable(spec or " ".join(sources)):
+            names = [problem.descriptor]
+        else:
+            models, _ = layers_of(split_sources(sources), dims, fits=False)
+            layers = [entry for entries in models for entry in entries]
+            layers += read_specs(spec) if spec else []
+            names = list(dict.fromkeys(entry.spec.descriptor for entry in layers))
+        return cls(names if sources or spec else None, target, threads, schedule)
+
+    def among(self, *stores: RecordStore) -> Wanted:
+        """The same, by the names that records of these stores have.
+
+        Raises:
+            UnsupportedError: there is no such target or schedule, neither here nor in a record.
+        """
+        from ..lowering.discover import schedule_ids
+        from ..records.strips import SCHEDULE as STRIPS
+
+        name, known = self.schedule, [*schedule_ids(), STRIPS]
+        if name is not None and name not in known and not any(store.outcomes(schedule=name) for store in stores):
+            expected = f"--schedule: expected one of {', '.join(known)}, or one that records have"
+            raise UnsupportedError(f"{expected}, found {name!r}{meant(name, known)}")
+        return self if self.target is None else replace(self, target=recorded_target(self.target, *stores))
+
+    @property
+    def filters(self) -> Filters:
+        """As stores take them."""
+        return {"spec": self.specs, "target": self.target, "threads": self.threads, "schedule": self.schedule}
+
+    def trials(self, store: RecordStore, spec: str, target: str, hardware: str, threads: int) -> list[TuningRecord]:
+        """The wanted records of a problem."""
+        schedule = self.schedule
+        return store.trials(spec=spec, target=target, hardware=hardware, threads=threads, schedule=schedule)
+
+    def problems(self, store: RecordStore) -> Iterator[list[TuningRecord]]:
+        """The wanted records of a store, problem by problem: what is held at once is small."""
+        for place in store.problems(**self.filters):
+            found = self.trials(store, *place)
+            if found:  # none where they were removed meanwhile
+                yield found
+
+    def answers(self, store: RecordStore) -> Iterator[Answer]:
+        """What builds on this machine would use: for the layers asked for, or for all of the store."""
+        from ..hardware.target import resolve
+        from ..records.answer import Answer, find_record
+        from ..records.strips import best_height
+
+        target = resolve(self.target or "cpu")
+        problems: dict[str, set[int]] = {}
+        wanted: Filters = {"spec": self.specs, "target": target.spelling, "threads": self.threads, "outcome": "ok"}
+        for name, _, _, count in store.problems(**wanted):
+            problems.setdefault(name, set()).add(count)
+        for name in problems if self.specs is None else self.specs:
+            counts = problems.get(name, set()) | ({self.threads or target.cores} if self.specs else set())
+            try:
+                if problem := separable(name):
+                    yield from (Answer(best_height(store, problem, target, count)) for count in sorted(counts))
+                    continue
+                spec = ConvSpec.parse(name)
+            except SpecError:  # a record of another version
+                continue
+            for count in sorted(counts):
+                answer = find_record(store, spec, target, count, measure=False)
+                if answer.record is None or self.schedule in (None, answer.record.schedule):
+                    yield answer
