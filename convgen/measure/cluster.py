@@ -105,9 +105,10 @@ class DaskBuilder(Builder):
         if isinstance(made, Result):
             return made
         name, files = made
-        folder = Path(tempfile.mkdtemp(dir=self.root))
-        for file, data in files.items():
-            (folder / file).write_bytes(data)
+        with self._folder.writing():
+            folder = Path(tempfile.mkdtemp(dir=self.root))
+            for file, data in files.items():
+                (folder / file).write_bytes(data)
         return str(folder / name)
 
     def _check_workers(self) -> None:

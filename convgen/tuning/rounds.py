@@ -136,7 +136,7 @@ def _discard(pools: Pools, path: str, _: Future[Any]) -> None:
 
 
 def _discard_built(pools: Pools, made: Future[str | Result]) -> None:
-    if isinstance(path := made.result(), str):
+    if made.exception() is None and isinstance(path := made.result(), str):  # the search has ended by another's error
         pools.discard(path)
 
 

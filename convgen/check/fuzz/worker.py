@@ -42,7 +42,7 @@ class Worker:
         self._folder.close()  # with what a killed process left behind
         self._folder = TemporaryFolder(runs=True)
         folder = self._folder.path
-        with (folder / "stderr").open("wb") as log:
+        with self._folder.writing(), (folder / "stderr").open("wb") as log:
             return processes.Worker(log=log, environment={"TMPDIR": str(folder), "PYTHONFAULTHANDLER": "1"})
 
     def kill(self) -> None:
