@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     "targets",
     multiple=True,
     callback=lambda context, parameter, given: [
-        check_target(context, parameter, part.strip()) for text in given or ("cpu",) for part in text.split(",")
+        check_target(context, parameter, part.strip()) for text in given for part in text.split(",")
     ],
     shell_complete=list_of(targets_beginning),
     metavar="TARGET[,…]",
@@ -133,13 +133,14 @@ def pack(
     from ..records.opening import open_store
     from ..tuning.bundle import pack as write
 
-    machine = _machine(facts)
-    if machine is not None and not machine.llvm and "cpu" in targets:
+    machine, asked = _machine(facts), targets or ["cpu"]
+    if machine is not None and not machine.llvm and "cpu" in asked:
+        found = f"{'cpu' if targets else 'none'}: {facts} has no name that LLVM knows, but {machine.cpu!r}"
         raise click.UsageError(
-            "--target: expected cpu:<LLVM processor>, found cpu: the facts do not name their machine's processor"
+            f"--target: expected cpu:<LLVM processor> beside --facts, found {found}; `convgen targets` lists some"
         )
-    # Plain cuda is the GPU of the machine that measures.
-    resolved = [resolve(target, machine if target == "cuda" else None) for target in dict.fromkeys(targets)]
+    # Plain names are those of the machine that measures.
+    resolved = [resolve(target, machine if ":" not in target else None) for target in dict.fromkeys(asked)]
     counts = threads or (machine.cores if machine else resolved[0].cores,)
     with open_store(chosen_records(records, no_records), write=False) as store:
         packed = write(
@@ -263,13 +264,14 @@ def import_(results: Path, bundle: Path | None, store_path: Path | None, as_json
     add nothing. Records that are such already are for `convgen records import`, lines of JSON, and `convgen records
     merge`, a store.
     """
-    from ..records.store import RecordStore
+    from ..records.opening import open_to_fill
+    from ..records.store import default_path
     from ..tuning.bundle import read_results
 
-    found = read_results(results, bundle)  # before there is a store
-    with RecordStore(store_path) as store:
-        added = store.add_all(found)
-        total, path = len(store), store.path
+    found = read_results(results, bundle)
+    path = store_path or default_path()
+    with open_to_fill(path) as store:
+        added, total = store.add_all(found), len(store)
     if as_json:
         emit({"results": len(found), "added": added, "records": total})
     else:

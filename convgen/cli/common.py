@@ -177,6 +177,12 @@ sizes_option = click.option(
     metavar="NAME=SIZE,…",
     help="Size of a model's symbolic dimension; may be repeated. With several sizes the library is made for each.",
 )
+#: What accuracy classes mean, for help.
+CLASSES = (
+    "CLASS is strict, which no data can spoil; standard, faster: an infinity, a NaN or a much larger pixel spoils the "
+    "results beside it; relaxed, which loses more digits; tf32 or bf16, which round what is multiplied; or, of whole "
+    "models for GPUs, f16. See `convgen help accuracy`."
+)
 #: Gives ``accuracy``, a tuple of rules.
 accuracy_option = click.option(
     "--accuracy",
@@ -184,9 +190,8 @@ accuracy_option = click.option(
     callback=_parse_accuracy,
     shell_complete=complete_accuracy,
     metavar="[NAME=]CLASS",
-    help="Accuracy of all layers, or of those with such a name (head.*=strict): strict, which no data can spoil; "
-    "standard, fast: an infinity, a NaN or a much larger pixel spoils the results beside it; relaxed; tf32; bf16; of "
-    "whole models for GPUs f16. May be repeated; the last that names a layer counts.",
+    help="Accuracy of all layers, or, with NAME=, of those whose name matches, such as 'head.*=strict'; may be "
+    f"repeated, the last that names a layer counts. {CLASSES}  [default: what the layer says, else standard]",
 )
 #: What is said of a model's layers; gives ``dims`` and ``accuracy``.
 model_options = grouped(dim_option, accuracy_option)

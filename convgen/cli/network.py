@@ -13,6 +13,7 @@ from ..errors import BuildError, NotTakenError, UnsupportedError, by_cause
 from ..problem.tokens import NETWORK_ACCURACIES
 from ..report.words import plural
 from .common import (
+    CLASSES,
     FAILED,
     INTERRUPTED,
     NON_NEGATIVE,
@@ -36,7 +37,7 @@ from .common import (
 )
 from .separable_options import strips_option
 from .steps import check_picture, compiling, timed_steps, write_steps
-from .tables import table
+from .tables import say_table, table
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     default="standard",
     show_default=True,
     metavar="CLASS",
-    help=f"Accuracy of its convolutions: {', '.join(NETWORK_ACCURACIES)}, the last for GPUs.",
+    help=f"Accuracy of its convolutions. {CLASSES}",
 )
 @target_option
 @threads_option("Threads that it runs on.  [default: all cores]")
@@ -153,12 +154,16 @@ def compile_model(
     check_library_name(name if program == "c" or name is None else identifier(name))
     if program == "onnxruntime":
         _refuse_for_onnxruntime(seconds=seconds, libc=libc, strips=strips != 0, no_example=no_example, profile=profile)
-        path = out / f"{name or model.stem}.onnx"
-        with compiling(quiet=as_json) as progress:
-            exported = for_onnxruntime(model, path, records=kept, progress=progress, **options)
-        if wrong := _wrong_outputs(exported, model, resolve(target), dims or {}, accuracy):
-            exported.model.unlink()
-            exported.library.unlink()
+        path, exported = out / f"{name or model.stem}.onnx", None
+        try:
+            with compiling(quiet=as_json) as progress:
+                exported = for_onnxruntime(model, path, records=kept, progress=progress, **options)
+            wrong = _wrong_outputs(exported, model, resolve(target), dims or {}, accuracy)
+        except KeyboardInterrupt:
+            _take_back(exported)
+            return say_interrupted(as_json, _NO_MODEL)
+        if wrong:
+            _take_back(exported)
             note(f"convgen: {model.name}: {wrong}")
             return FAILED
         _say_model(exported, time.monotonic() - started, as_json)
@@ -264,7 +269,7 @@ def say_network(network: Network, manifest: dict[str, Any], out: Path, seconds: 
     for made in manifest["sizes"]:
         if made["label"]:
             say(f"{made['label']}:")
-        say(table(["step", "computes", "by"], map(_row, made["layers"])))
+        say_table(table(["step", "computes", "by"], map(_row, made["layers"])))
     steps = [step for made in manifest["sizes"] for step in made["layers"]]
     kernels = sum("spec" in step for step in steps)
     sizes = f" for {plural(len(manifest['sizes']), 'size')}" if len(manifest["sizes"]) > 1 else ""
@@ -276,12 +281,14 @@ def say_network(network: Network, manifest: dict[str, Any], out: Path, seconds: 
 
 
 _NOTHING: dict[str, Any] = {"folder": None, "seconds": None, "manifest": None, "networks": [], "profiles": []}
+_NO_NETWORK: dict[str, Any] = {**_NOTHING, "taken": True, "outside": []}
+_NO_MODEL: dict[str, Any] = {"model": None, "library": None, "seconds": None, "parts": [], "outside": {}}
 
 
-def say_interrupted(as_json: bool) -> int:
+def say_interrupted(as_json: bool, document: dict[str, Any] = _NO_NETWORK) -> int:
     """Say that Ctrl-C ended it before anything was written; the exit status."""
     if as_json:
-        emit({**_NOTHING, "taken": True, "outside": [], "interrupted": True})
+        emit(document | {"interrupted": True})
     note("convgen: interrupted, and nothing written; what was measured is kept, the same command goes on from there")
     return INTERRUPTED
 
@@ -292,7 +299,7 @@ def _refuse(error: NotTakenError, as_json: bool) -> int:
         outside = [{"node": node, "reason": reason} for node, reason in error.nodes.items()]
         emit({**_NOTHING, "taken": False, "outside": outside, "interrupted": False})
     else:
-        say(table(["not taken", "because"], by_cause(error.nodes).items(), prose="because"))
+        say_table(table(["not taken", "because"], by_cause(error.nodes).items(), prose="because"))
     others = f", {plural(error.taken, 'other node')} would be" if error.taken else ""
     every = "; --json lists each" if not as_json and len(by_cause(error.nodes)) < len(error.nodes) else ""
     note(f"convgen: {error.where}: {error.counted} not taken{others}{every}")
@@ -303,20 +310,27 @@ def _row(step: dict[str, Any]) -> tuple[str, str, str]:
     return step["name"], step.get("spec") or step["operators"], step.get("schedule", "")
 
 
+def _take_back(made: OnnxRuntimeModel | None) -> None:
+    """Remove what was written for ONNX Runtime and not found to be right."""
+    if made is not None:
+        made.model.unlink()
+        made.library.unlink()
+
+
 def _say_model(made: OnnxRuntimeModel, seconds: float, as_json: bool) -> None:
     """What was written for ONNX Runtime."""
     if as_json:
         parts = [dataclasses.asdict(part) for part in made.parts]
         files = {"model": str(made.model), "library": str(made.library)}
-        emit({**files, "seconds": seconds, "parts": parts, "outside": dict(made.outside)})
+        emit({**files, "seconds": seconds, "parts": parts, "outside": dict(made.outside), "interrupted": False})
         return
     cells = [
         [part.operator, ", ".join(part.inputs), ", ".join(part.outputs), str(part.convolutions), str(part.passes)]
         for part in made.parts
     ]
-    say(table(["operator", "inputs", "outputs", "convolutions>", "passes>"], cells))
+    say_table(table(["operator", "inputs", "outputs", "convolutions>", "passes>"], cells))
     if made.outside:
-        say(table(["left to ONNX Runtime", "because"], by_cause(made.outside).items(), prose="because"))
+        say_table(table(["left to ONNX Runtime", "because"], by_cause(made.outside).items(), prose="because"))
     weights = size(sum(part.weights for part in made.parts))
     note(f"{tidy(made.model)} with {made.library.name}; weights {weights}; {duration(seconds)}")
 

@@ -128,7 +128,7 @@ count                integer    how often it occurs
 spec                 text       its descriptor
 target               text       what it was tuned for
 threads              integer    that kernels run on
-state                text       waiting, searching, comparing, done, out of budget, skipped or failed
+state                text       waiting, searching, comparing, begun, done, out of budget, skipped or failed
 reason               text       why the search ended, or was skipped
 trials               integer    made in this run
 known_trials         integer    made in earlier runs
@@ -193,11 +193,12 @@ networks     [NETWORK_TIMES]  with --seconds: what tuning brought
 profiles     [PROFILE]        with --profile: each size's
 """,
     "compile --for onnxruntime": """
-model    text     the file of the model
-library  text     the file of the custom operators
-seconds  number   that it took
-parts    [PART]   what convgen computes
-outside  {text}   nodes that ONNX Runtime computes, and why
+model        text?    the file of the model; null where Ctrl-C ended it before
+library      text?    the file of the custom operators
+seconds      number?  that it took
+parts        [PART]   what convgen computes
+outside      {text}   nodes that ONNX Runtime computes, and why
+interrupted  flag     whether Ctrl-C ended it
 """,
     "tune": _TUNING
     + """

@@ -513,6 +513,8 @@ def _entries(value: Any, where: str, skipped: list[str] | None) -> list[SpecEntr
     if isinstance(value, Mapping) and "class_name" in value:
         return _keras(value, where, skipped)
     if isinstance(value, Mapping) and "layers" not in value and "defaults" not in value:
+        if "models" in value:
+            raise SpecError("models", "layers", "a tuning job: `convgen tune --job` takes its file", where)
         value = dict(value)
         _network(value.pop("network", ""), where)
         return [_entry(value, {}, where)]
@@ -566,7 +568,8 @@ def _place(layer: object, number: int, where: str) -> str:
 
 def _entry(layer: object, defaults: Mapping[str, Any], where: str) -> SpecEntry:
     if not isinstance(layer, Mapping):
-        raise SpecError("layer", "fields of a layer", repr(layer), where)
+        hint = ": a descriptor is the field spec of one" if isinstance(layer, str) else ""
+        raise SpecError("layer", "fields of a layer", f"{layer!r}{hint}", where)
     fields = {key: value for key, value in layer.items() if key not in _LAYER_KEYS}
     names, count = layer.get("name", ()), layer.get("count", 1)
     names = (names,) if isinstance(names, str) else names

@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import SpecError, meant
+from ..errors import SpecError, meant, meant_by
 from ..formats.entries import AccuracyRule, SpecEntry, apart_with_accuracy, merge
 from ..formats.onnx.reader import instances_from_onnx
 from ..formats.sources import is_model, is_path, read_bytes, read_specs, sizes_for
@@ -262,11 +262,16 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+#: What a file of layers has, and people call models.
+_OTHERS = ("layers", "layer", "specs", "spec")
+
+
 def _checked(values: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
     """A job file's values as a job's arguments."""
     for key, value in values.items():
         if key not in _KEYS:
-            raise SpecError(key, f"one of {', '.join(_KEYS)}", f"an unknown key{meant(key, _KEYS)}", where)
+            hint = meant_by(["models"]) if key in _OTHERS else meant(key, _KEYS)
+            raise SpecError(key, f"one of {', '.join(_KEYS)}", f"an unknown key{hint}", where)
         is_right, expected = _KEYS[key]
         if not is_right(value):
             raise SpecError(key, expected, json.dumps(value, default=str), where)

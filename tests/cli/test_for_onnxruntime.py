@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import MODEL as MODEL_OF_ONE
@@ -40,6 +42,25 @@ def test_what_differs_is_not_handed_out(
     assert status == 1
     assert "model.onnx: outputs differ by 1.0e-02 of the largest element, 0.001 is allowed" in err
     assert list((tmp_path / "wrong").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "when", ["convgen.api.for_onnxruntime", "convgen.bridges.onnxruntime.OnnxRuntimeModel.compare"]
+)
+def test_ctrl_c_leaves_nothing_and_says_so(
+    when: str, model: Path, tmp_path: Path, run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither before it is written nor before it is found to be right."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(when, interrupted)
+    words = ("compile", model, "--for", "onnxruntime", "--dim", "N=1", "--threads", 1, "--no-records", "--out")
+    found = run_json(*words, tmp_path / "out", status=130)
+    assert (found["model"], found["parts"], found["interrupted"]) == (None, [], True)
+    assert list(tmp_path.rglob("*.so")) == []
+    assert list(tmp_path.rglob("*.onnx")) == [model]
 
 
 def test_what_onnxruntime_does_not_run_is_not_handed_out(

@@ -324,6 +324,12 @@ def test_wrong_descriptor_with_a_dot_is_a_descriptor() -> None:
         ("f.json", b'{"layers": {}}', "layers: expected a list of layers, found {}"),
         ("f.json", b'{"defaults": {"ic": 4}}', "layers: expected a list of layers, found None"),
         ("f.json", b'{"layers": [3]}', "layer 1: layer: expected fields of a layer, found 3"),
+        ("f.toml", b'layers = ["conv1d"]', "found 'conv1d': a descriptor is the field spec of one"),
+        (
+            "f.toml",
+            b'models = ["a.onnx"]',
+            "models: expected layers, found a tuning job: `convgen tune --job` takes its file",
+        ),
         (
             "f.json",
             b'{"layers": [{}], "layer": 1}',

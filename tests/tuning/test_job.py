@@ -143,6 +143,11 @@ def test_what_is_wrong_in_a_file_is_named(text: str, message: str, tmp_path: Pat
     assert str(error.value).startswith(f"{path}: {message.replace('{{', '{').replace('}}', '}')}")
 
 
+def test_who_writes_layers_is_told_of_models(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"layers: expected one of models, .*; did you mean models\?$"):
+        Job.from_file(job_file(tmp_path, f'layers = ["{SMALL}"]'))
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=f"{tmp_path}/none.toml: file: expected an existing file"):
         Job.from_file(tmp_path / "none.toml")
