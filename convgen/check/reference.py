@@ -20,17 +20,9 @@ from .onnx_model import checked, onnx_model
 Array = npt.NDArray[Any]
 
 
-def open_session(
-    model: bytes, threads: int, level: ort.GraphOptimizationLevel, profile: Path | None = None
-) -> ort.InferenceSession:
-    """A session on the CPU.
-
-    Args:
-        profile: the beginning of the name of a file to write a profile to; see ``session.end_profiling()``.
-    """
+def session_options(threads: int, level: ort.GraphOptimizationLevel) -> ort.SessionOptions:
+    """Of a session that computes products of integers as they are defined, and says errors only."""
     options = ort.SessionOptions()
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     # Without VNNI it saturates sums of pairs of products of 8-bit integers at 16 bits unless told not to. With VNNI the
     # same takes two to three times as long for nothing, and fails where layers share weights.
     if machine().features.isdisjoint(("avx512vnni", "avxvnni")):
@@ -39,7 +31,21 @@ def open_session(
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = level
-    options.log_severity_level = 3  # errors only
+    options.log_severity_level = 3
+    return options
+
+
+def open_session(
+    model: bytes, threads: int, level: ort.GraphOptimizationLevel, profile: Path | None = None
+) -> ort.InferenceSession:
+    """A session on the CPU.
+
+    Args:
+        profile: the beginning of the name of a file to write a profile to; see ``session.end_profiling()``.
+    """
+    options = session_options(threads, level)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -1,0 +1,99 @@
+"""How far the outputs of a quantised model may be from ONNX Runtime's: not at all, or by a step of what stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import ModelProto
+
+from ...formats.onnx.graph import ROOTS
+from ...measure.network_model import F32_ERROR
+from ...problem.dtypes import RANGES
+from ..graph import Graph, Operator
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+#: Operators whose results are the same to the last bit wherever they are computed: sums are of integers, and f32 is
+#: rounded once, from integers that are known, or kept as it is.
+_EXACT = frozenset({"QLinearConv", "ConvInteger", "MatMulInteger", "QuantizeLinear", "DequantizeLinear", "Cast"})
+_EXACT |= {"MaxPool", "Relu", "Clip", "Max", "Min", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Concat"}
+_EXACT |= {"Split", "Slice", "Gather", "Pad", "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "Identity", "Constant"}
+_EXACT |= {"Shape"}
+#: Operators of a network that hand on elements of their operands.
+_KEEPING = frozenset({"identity", "reshape", "transpose", "slice", "concat", "expand", "cast"})
+#: Roundings of a step that is computed in f32.
+_ROUNDED = 1 + 2.0**-16
+
+
+def is_exact(source: str | Path | ModelProto) -> bool:
+    """Whether a model has nothing but operators that are exact everywhere."""
+    model = source if isinstance(source, ModelProto) else onnx.load(source, load_external_data=False)
+    nodes = model.graph.node
+    return not model.functions and all(node.op_type in _EXACT and node.domain in ROOTS for node in nodes)
+
+
+def step_of(graph: Graph, name: str) -> float | None:
+    """The distance of two neighbours among the numbers that a tensor may have, the largest of several; None where it
+    is not of integers, nor dequantised from such.
+    """
+    if graph.dtype(name) in (*RANGES, "i32"):
+        return 1.0
+    node = graph.producers().get(name)
+    if not isinstance(node, Operator) or not node.inputs:
+        return None
+    if node.kind == "dequantise":
+        scale = graph.constants.get(node.inputs[1])
+        return None if scale is None else float(np.abs(scale).max(initial=0.0))
+    if node.kind not in _KEEPING:
+        return None
+    steps = [step_of(graph, given) for given in node.inputs]
+    return None if None in steps else max(step for step in steps if step is not None)
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What outputs differ by.
+
+    Attributes:
+        count, of: elements that differ, and all.
+        share: the largest difference as a share of what is allowed of its output; infinite where none is.
+        text: for people.
+    """
+
+    count: int
+    of: int
+    share: float
+    text: str
+
+
+def differences(graph: Graph, found: Arrays, expected: Arrays, exact: bool) -> Differences:
+    """How far the outputs of a graph, as it was read, are from what is expected.
+
+    Args:
+        exact: they must be the same; else they may be a step apart, and those without steps as floats may be.
+    """
+    count, of, share, steps, rest = 0, 0, 0.0, 0.0, 0.0
+    for name, tensor in zip(graph.names, graph.outputs, strict=True):
+        a, b = (np.asarray(given[name], np.float64) for given in (found, expected))
+        if a.shape != b.shape:
+            return Differences(1, 1, np.inf, f"{name}: expected shape {b.shape}, found {a.shape}")
+        apart = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+        apart = np.where(np.isnan(apart), np.inf, apart)
+        largest, step = float(apart.max(initial=0.0)), step_of(graph, tensor)
+        count, of = count + int((apart > 0).sum()), of + apart.size
+        if step is not None and largest:
+            steps = max(steps, largest / step if step else np.inf)
+            share = max(share, largest / (step * _ROUNDED) if step else np.inf)
+        elif largest:
+            relative = largest / (float(np.abs(b[np.isfinite(b)]).max(initial=0.0)) or 1.0)
+            rest, share = max(rest, relative), max(share, relative / F32_ERROR)
+    how = [f"by up to {steps:.3g} steps, 1 is allowed"] if steps else []
+    how += [f"by up to {rest:.1e} of the largest element, {F32_ERROR} is allowed"] if rest else []
+    text = f"{count} of {of} values differ" + "".join(f", {one}" for one in (["none may"] if exact else how))
+    return Differences(count, of, (np.inf if count else 0.0) if exact else share, text)
