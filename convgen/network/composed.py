@@ -6,9 +6,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from onnx import TensorProto
 
-from ..formats.onnx.halves import HALVES
 from ..problem.activation import Activation
 from .node import Reading, Refusal
 
@@ -151,18 +149,3 @@ def place_of(mode: str) -> Callable[[Reading], None]:
         r.end("reduce", [candidates], axes=(axis,), keepdims=keepdims, mode="max" if last else "min")
 
     return read
-
-
-def cast(r: Reading) -> None:
-    """Between f32 and truth values, which are 0 and 1 here, and f16 or bf16; and of integers to f32."""
-    source, wanted = r.input(), r.get("to")
-    if r.graph.dtype(source) != "f32" and wanted == TensorProto.FLOAT:
-        return r.end("cast", [source])
-    if wanted in HALVES:
-        return r.end("cast", [source], dtype=HALVES[wanted])
-    if wanted not in (TensorProto.FLOAT, TensorProto.BOOL) or r.graph.dtype(source) != "f32":
-        raise Refusal(f"a cast to {TensorProto.DataType.Name(wanted).lower()}; f32 is supported")
-    given = r.scope.dtype(r.given(0))
-    if wanted == TensorProto.BOOL and given == TensorProto.FLOAT:
-        return r.end("not_equal", [source, r.constant(0.0, "zero")])
-    return r.end("identity", [source])

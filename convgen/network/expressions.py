@@ -22,6 +22,7 @@ from ..lowering.compute import (
     unflat,
 )
 from ..problem.activation import Activation
+from ..problem.dtypes import LONG_RANGES, RANGES
 from .graph import Shape
 from .lazy import Kind, Operation, Stage, const
 
@@ -45,7 +46,17 @@ def _function(name: str) -> Kind:
 
 
 def _folded(function: Callable[[Expr, Expr], Expr]) -> Kind:
-    return _elementwise(lambda op, values: reduce(function, values))
+    return _elementwise(lambda op, values: reduce(function, _of_one_type(op, values)))
+
+
+def _of_one_type(op: Operation, values: list[Expr]) -> list[Expr]:
+    """Operands of i32 where one of them is: a number that is written into the code is of no type."""
+    if all(value.ty.dtype == ACCUMULATOR for value in values):
+        return values
+    return [
+        value.astype(INTEGER) if operand.scalar is None else tirx.const(int(operand.scalar), INTEGER)
+        for operand, value in zip(op.operands, values, strict=True)
+    ]
 
 
 def _power(op: Operation, values: list[Expr]) -> Expr:
@@ -90,8 +101,40 @@ def _sign(x: Expr) -> Expr:
 def _quantised(op: Operation, values: list[Expr]) -> Expr:
     """``saturate(round(x / scale) + zero)``, a whole number; QuantizeLinear."""
     x, scale, *zero = values
+    if op["dtype"] in LONG_RANGES:
+        steps = tirx.nearbyint(x / scale)
+        return _between(steps + zero[0] if zero else steps, *LONG_RANGES[op["dtype"]])
     whole = quantise(x / scale, op["dtype"], zero[0].astype(INTEGER) if zero else None)
     return whole.astype(ACCUMULATOR)
+
+
+def _between(x: Expr, low: float, high: float) -> Expr:
+    """The nearest number of a range; of NaN the least."""
+    dtype = x.ty.dtype
+    return tirx.min(tirx.max(x, tirx.const(low, dtype)), tirx.const(high, dtype))
+
+
+def _clamped(op: Operation, values: list[Expr]) -> Expr:
+    """Integers of any type between two of them."""
+    (x,), low, high = values, op["low"], op["high"]
+    return _between(x, low, high)
+
+
+def _truncated(op: Operation, values: list[Expr]) -> Expr:
+    """An f32 without what is behind its point, as an integer: of i32 the nearest that f32 has."""
+    low, high = RANGES.get(op["dtype"], (-(2.0**31), 2.0**31 - 2.0**7))
+    whole = _between(tirx.trunc(values[0]), low, high)
+    return whole.astype(INTEGER) if op["dtype"] == "i32" else whole
+
+
+def _wrapped(op: Operation, values: list[Expr]) -> Expr:
+    """The lowest bits of an integer, as one of another type."""
+    bits = values[0].astype(INTEGER)
+    if op["dtype"] == "i32":
+        return bits
+    unused = tirx.const(24, INTEGER)
+    low = bits & tirx.const(255, INTEGER) if op["dtype"] == "u8" else (bits << unused) >> unused
+    return low.astype(ACCUMULATOR)
 
 
 def _dequantised(op: Operation, values: list[Expr]) -> Expr:
@@ -159,6 +202,9 @@ ELEMENTWISE: dict[str, Kind] = {
     "quantise": _elementwise(_quantised),
     "dequantise": _elementwise(_dequantised),
     "centre": _elementwise(_centred),
+    "clamp": _elementwise(_clamped),
+    "truncate": _elementwise(_truncated),
+    "wrap": _elementwise(_wrapped),
     "cast": _elementwise(lambda op, x: rounded(x[0].astype(ACCUMULATOR), op.attributes.get("dtype", "f32"))),
     "scale_shift": _elementwise(lambda op, values: values[0] * values[1] + values[2]),
 }

@@ -12,12 +12,13 @@ import numpy as np
 from ..errors import SpecError, UnsupportedError
 from ..formats.onnx.graph import Scope
 from ..formats.onnx.node import OnnxLayer
-from ..formats.onnx.quantised import INTEGERS, Stored, dequantised, stored_activation
+from ..formats.onnx.quantised import INTEGERS, WEIGHTS, Stored, dequantised, stored_activation
 from ..problem.dtypes import RANGES
 from ..problem.spec import MOST_SUM_SCALE, ConvSpec
 from .graph import Array, Convolution, Graph, Node, Operator
-from .node import Reading, Refusal
+from .node import LONG_DTYPES, Reading, Refusal
 from .nodes import READERS
+from .whole import computed_product
 
 #: Least scale of DynamicQuantizeLinear but that of a tensor of zeros, which is 1.
 _TINY = 2.0**-126
@@ -52,9 +53,10 @@ def _scaled(r: Reading, kind: str, **attributes: Any) -> None:
 
 
 def _quantise(r: Reading) -> None:
-    dtype = INTEGERS.get(r.scope.dtype(str(r.node.output[0])))
+    known = INTEGERS | LONG_DTYPES
+    dtype = known.get(r.scope.dtype(str(r.node.output[0])))
     if dtype is None:
-        raise Refusal(f"to another type than {', '.join(INTEGERS.values())}")
+        raise Refusal(f"to another type than {', '.join(known.values())}")
     _scaled(r, "quantise", dtype=dtype)
 
 
@@ -153,6 +155,18 @@ def _constant_weights(r: Reading, stored: Stored, transposed: bool) -> tuple[Arr
 
 def _matmul_integer(r: Reading) -> None:
     """MatMulInteger: sums of products, i32; the zero point of the rows may be computed."""
+    known = all(r.scope.constant(name) for name in (r.given(1), r.given(3)) if name)
+    if not known or len(r.shape(r.given(1))) != 2 or _is_of_rows(r, r.given(2)):
+        return computed_product(r)
+    return _product_with_constant(r)
+
+
+def _is_of_rows(r: Reading, zero: str) -> bool:
+    """Whether each row has a zero point."""
+    return bool(zero) and math.prod(r.shape(zero)) > 1
+
+
+def _product_with_constant(r: Reading) -> None:
     source, output = r.input(0), str(r.node.output[0])
     weights, parameters, centred = _constant_weights(r, Stored(r.given(1), "", r.given(3)), False)
     types = {"src_dtype": r.graph.dtype(source), "weights_dtype": _type_of(weights), "dst_dtype": "i32", "bias": False}
@@ -165,10 +179,7 @@ def _matmul_integer(r: Reading) -> None:
     if not zero:
         r.nodes.append(Convolution(r.name, spec, parameters, (source,), output, rows=True))
     elif r.scope.constant(zero):
-        values = r.array(zero, "zero point").reshape(-1)
-        if values.size != 1:
-            raise Refusal("a zero point for each row")
-        whole = parameters | {"src_zero": values}
+        whole = parameters | {"src_zero": r.array(zero, "zero point").reshape(-1)}
         r.nodes.append(Convolution(r.name, spec.with_(src_zero=True), whole, (source,), output, rows=True))
     else:
         _take_zero(r.scope, r.graph, zero, spec)
@@ -204,7 +215,7 @@ def _product(r: Reading, left: Stored, right: Stored) -> bool:
     is_plain = r.get("alpha", 1.0) == r.get("beta", 1.0) == 1 and not r.get("transA", 0)
     if not is_plain or not all(map(scope.constant, [*known, right.name])):
         return False
-    if scope.dtype(left.name) not in INTEGERS or scope.dtype(right.name) not in INTEGERS:
+    if scope.dtype(left.name) not in INTEGERS or scope.dtype(right.name) not in WEIGHTS:
         return False
     transposed = bool(r.get("transB", 0))
     src_scale, scale = (r.array(stored.scale, "scale").astype(np.float32).reshape(-1) for stored in (left, right))
@@ -266,6 +277,8 @@ def quantise_product(graph: Graph, node: Node) -> Convolution | None:
     made = graph.producers().get(source)
     alone = len(graph.users()[source]) == 1 and source not in graph.outputs
     if not isinstance(made, Convolution) or not alone or made.spec.dst_dtype != "f32" or not made.spec.is_quantised:
+        return None
+    if node.attributes["dtype"] not in RANGES:  # of 16 bits
         return None
     values = [graph.constants.get(name) for name in quantisation]
     if any(array is None or array.size != 1 for array in values):

@@ -8,7 +8,11 @@ from .lazy import Kind
 from .reductions import REDUCES
 
 #: Those that take integers and give what they took.
-INTEGER_KINDS = frozenset({*MOVES, "identity", "pool"} - {"resize"})
+INTEGER_KINDS = frozenset({*MOVES, "identity", "pool", "clamp"} - {"resize"})
+#: Those that compute with i32.
+I32_KINDS = frozenset({"add", "sub", "mul", "max", "min", "neg", "abs", "product"})
+#: Those that say themselves what they give.
+TYPED_KINDS = frozenset({"quantise", "truncate", "wrap", "cast"})
 #: Every operator by its name.
 KINDS: dict[str, Kind] = {**ELEMENTWISE, **MOVES, **REDUCES}
 

@@ -12,18 +12,20 @@ from onnx import NodeProto, TensorProto, helper
 from ..errors import SpecError
 from ..formats.onnx.graph import Scope, static, text
 from ..formats.onnx.halves import HALVES
-from ..problem.dtypes import numpy_dtype
+from ..problem.dtypes import LONG_RANGES, RANGES, numpy_dtype
 from ..problem.fields import INT32_MAX
 from .graph import Graph, Node, Operator, Shape
-from .kinds import INTEGER_KINDS
+from .kinds import I32_KINDS, INTEGER_KINDS, TYPED_KINDS
 
 #: ONNX's numbers of types, and how such tensors are stored.
 DTYPES = {TensorProto.FLOAT: "f32", TensorProto.UINT8: "u8", TensorProto.INT8: "i8", TensorProto.INT32: "i32"}
 #: Types of a network's own inputs, and of its outputs.
 INPUT_DTYPES = DTYPES | {TensorProto.BOOL: "bool"} | HALVES
 OUTPUT_DTYPES = INPUT_DTYPES | {TensorProto.INT64: "i64"}
-#: How tensors are stored whose types :class:`Reading` takes: truth values are 0 and 1 of f32.
-_STORED = INPUT_DTYPES | {TensorProto.BOOL: "f32"}
+#: ONNX's numbers of the integers of 16 bits.
+LONG_DTYPES = {TensorProto.INT16: "i16", TensorProto.UINT16: "u16"}
+#: How tensors are stored whose types :class:`Reading` takes: truth values, 0 and 1, and integers of 16 bits as f32.
+_STORED = INPUT_DTYPES | dict.fromkeys((TensorProto.BOOL, *LONG_DTYPES), "f32")
 #: Operators that give places, whole numbers of f32 here, and those that may follow.
 _PLACES = ("ArgMax", "ArgMin")
 _MOVES = ("Identity", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose")
@@ -88,8 +90,12 @@ class Reading:
 
     def check_type(self, name: str) -> None:
         """Refuse a tensor of a type that is not taken."""
-        if (dtype := self.scope.dtype(name)) not in _STORED and not self._are_places(name):
-            raise Refusal(f"{name!r} is of type {TensorProto.DataType.Name(dtype).lower()}; f32 is supported")
+        if (dtype := self.scope.dtype(name)) in _STORED or self._are_places(name):
+            return
+        if dtype == TensorProto.UNDEFINED:
+            reason = self.scope.reason(name)
+            raise Refusal(f"the type of {name!r} is not known{reason and ': '}{reason}")
+        raise Refusal(f"{name!r} is of type {TensorProto.DataType.Name(dtype).lower()}; f32 is supported")
 
     def _are_places(self, name: str) -> bool:
         """Whether a tensor is of places that this node gives or takes."""
@@ -168,15 +174,23 @@ class Reading:
 
     def _dtype(self, kind: str, inputs: Sequence[str], attributes: Mapping[str, Any]) -> str:
         """What an operator gives: f32 of f32, and of integers where it only moves or compares them."""
-        if kind in ("quantise", "dequantise", "centre", "cast"):
-            return "i32" if kind == "centre" else str(attributes.get("dtype", "f32"))
+        if kind in TYPED_KINDS:
+            dtype = str(attributes.get("dtype", "f32"))
+            return "f32" if dtype in LONG_RANGES else dtype
+        if kind in ("centre", "dequantise"):
+            return "i32" if kind == "centre" else "f32"
         if kind == "resize" and "linear" not in attributes["axes"]:
             return self.graph.dtype(inputs[0])  # beside it there are tables
         taken = {self.graph.dtype(name) for name in inputs}
         if taken <= {"f32"}:
             return "f32"
+        if kind in I32_KINDS and taken == {"i32"}:
+            return "i32"
         if kind not in INTEGER_KINDS or len(taken) > 1 or attributes.get("mode", "max") == "mean":
-            raise Refusal(f"{kind} of {', '.join(sorted(taken))}; f32 is supported")
+            known = "f32 and i32 are" if kind in I32_KINDS else "f32 is"
+            around = "; DequantizeLinear before it and QuantizeLinear behind it make it one of f32"
+            way_out = around * bool(taken & RANGES.keys())
+            raise Refusal(f"{kind} of {', '.join(sorted(taken))}; {known} supported{way_out}")
         return taken.pop()
 
     def end(self, kind: str, inputs: Sequence[str], **attributes: Any) -> None:

@@ -371,7 +371,11 @@ def _lrn(r: Reading) -> None:
 
 
 def _matmul(r: Reading) -> None:
-    left, right = r.input(0), r.input(1)
+    end_product(r, r.input(0), r.input(1))
+
+
+def end_product(r: Reading, left: str, right: str) -> None:
+    """The product of two tensors of matrices, rows or columns, as the node's output."""
     trans: dict[str, Any] = {"trans_a": False, "trans_b": False}
     a, b = r.shape(left), r.shape(right)
     if len(a) > 1 and len(b) > 1:
@@ -443,7 +447,6 @@ READERS: Mapping[str, Callable[[Reading], None]] = {
     "Gelu": _gelu,
     "Identity": _passed,
     "Dropout": _passed,
-    "Cast": composed.cast,
     "BatchNormalization": _batch_normalization,
     "Reshape": _reshape,
     "Flatten": _reshape,

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..problem.dtypes import LONG_RANGES
 from .ends import store_ends
 from .graph import Convolution, Graph, Node
 from .reading import Outside
@@ -49,7 +50,7 @@ def split(graph: Graph, outside: Sequence[Outside], name: str, types: Mapping[st
     for members in flow.groups():
         inside = [graph.nodes[number] for number in members]
         made = _part(graph, inside, read_elsewhere, f"{name}_part{len(parts.networks)}")
-        if reason := _objection(made):
+        if reason := _objection(made, types or {}):
             parts.outside |= dict.fromkeys((node.name for node in inside), reason)
         else:
             store_ends(made, types or {})
@@ -58,12 +59,14 @@ def split(graph: Graph, outside: Sequence[Outside], name: str, types: Mapping[st
     return parts
 
 
-def _objection(part: Graph) -> str:
+def _objection(part: Graph, types: Mapping[str, str]) -> str:
     """Why a part is not worth while, or cannot be; empty where it is."""
     if not any(isinstance(node, Convolution) or node.kind in _HEAVY for node in part.nodes):
         return "no convolution or product is among its neighbours that are taken"
     if empty := [name for name in part.inputs if 0 in part.shapes[name]]:
         return f"{empty[0]!r} has no elements"
+    if wide := [name for name in (*part.inputs, *part.outputs) if types.get(name) in LONG_RANGES]:
+        return f"{wide[0]!r} is of {types[wide[0]]}, of which no part begins or ends"
     return ""
 
 

@@ -23,10 +23,11 @@ from ..problem.dtypes import EXACT, numpy_dtype
 from .ends import store_ends
 from .graph import Convolution, Graph, Node, Operator
 from .integers import READ_INTEGERS, integer_convolution
-from .node import DTYPES, INPUT_DTYPES, OUTPUT_DTYPES, Refusal
+from .node import DTYPES, INPUT_DTYPES, LONG_DTYPES, OUTPUT_DTYPES, Refusal
 from .nodes import READERS, read_node
+from .whole import READ_WHOLE
 
-_READERS = {**READERS, **READ_INTEGERS}
+_READERS = {**READERS, **READ_WHOLE, **READ_INTEGERS}
 
 
 def read_graph(source: str | Path | ModelProto, dims: Mapping[str, int] | None = None) -> Graph:
@@ -91,8 +92,8 @@ def read_partly(file: ModelFile, dims: Mapping[str, int]) -> PartlyRead:
 
 
 def _other_types(scope: Scope, names: Iterable[str]) -> dict[str, str]:
-    """Which of some tensors, f32 in a graph, are truth values or places in the model."""
-    others = {TensorProto.BOOL: "bool", TensorProto.INT64: "i64"}
+    """Which of some tensors, f32 in a graph, are truth values, places or integers of 16 bits in the model."""
+    others = {TensorProto.BOOL: "bool", TensorProto.INT64: "i64"} | LONG_DTYPES
     return {name: others[scope.dtype(name)] for name in names if scope.dtype(name) in others}
 
 

@@ -25,6 +25,8 @@ DTYPES = ("f32", "f16", "bf16", "i8")
 QUANTISED = {"src": ("i8", "u8"), "weights": ("i8", "u8"), "dst": ("i8", "u8", "i32", "f32"), "residual": ("i8", "u8")}
 #: The least and the largest number of the types that results are rounded to.
 RANGES = {"i8": (-128, 127), "u8": (0, 255)}
+#: The same of integers of 16 bits, which networks keep in f32: it has them all.
+LONG_RANGES = {"i16": (-(1 << 15), (1 << 15) - 1), "u16": (0, (1 << 16) - 1)}
 #: Half the distance from 1 to the next number: the largest relative error of rounding to it.
 UNIT_ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
 #: The largest absolute error of rounding numbers so small that they lose digits (subnormal ones).

@@ -18,14 +18,19 @@ from convgen.network.reading import read_graph
 
 CASES = [
     *(f"test_convinteger_{which}_padding" for which in ("with", "without")),
-    *(f"test_{operator}linear{axis}" for operator in ("dequantize", "quantize") for axis in ("", "_axis")),
+    *(
+        f"test_{operator}linear{which}"
+        for operator in ("dequantize", "quantize")
+        for which in ("", "_axis", "_int16", "_uint16")
+    ),
     *(f"test_dynamicquantizelinear{which}" for which in ("", "_max_adjusted", "_min_adjusted")),
     "test_matmulinteger",
     "test_qlinearconv",
     *(f"test_qlinearmatmul_{rank}D_{dtype}_float32" for rank in (2, 3) for dtype in ("int8", "uint8")),
 ]
 REFUSED = {
-    "test_quantizelinear_int16": "to another type than i8, u8",
+    "test_quantizelinear_int16": "expected one of f32, .*, found int16",
+    "test_quantizelinear_int4": "expected one of f32, .*, found int4",
     "test_dequantizelinear_uint16": "expected one of f32, .*, found uint16",
     "test_dequantizelinear_blocked": "scales of blocks",
 }

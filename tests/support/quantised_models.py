@@ -68,30 +68,41 @@ class _Calibration:
         return None if x is None else {"x": x}
 
 
+#: All that the quantiser makes of types that networks have.
+FORMATS = (
+    *(
+        f"{layout} {types}{channel}"
+        for layout in ("QDQ", "QOperator")
+        for types in ("u8 i8", "u8 u8", "i8 i8")
+        for channel in ("", " channel")
+    ),
+    *("QDQ u8 i8 reduced", "QOperator u8 i8 channel reduced", "QDQ u8 i4 channel", "QDQ u16 i8", "QDQ i16 i8 channel"),
+    *("dynamic u8", "dynamic i8", "dynamic i8 channel"),
+)
+
+
 def quantised(folder: Path, kind: str, opset: int = 17) -> Path:
-    """The model as ``kind`` says: ``dynamic``, or format, types of activations and weights, and whether per channel,
-    such as ``QDQ u8 i8 channel``.
+    """The model as ``kind`` says: ``dynamic`` or a format, the types of activations, unless these are dynamic, and of
+    weights, and whether per channel or with 7 bits, such as ``QDQ u8 i8 channel``, ``dynamic u8 reduced``.
     """
     from onnxruntime import quantization
 
-    types = {"u8": quantization.QuantType.QUInt8, "i8": quantization.QuantType.QInt8}
+    types = {dtype: quantization.QuantType[f"Q{word}"] for dtype, word in _TYPES.items()}
     source, path = folder / "small.onnx", folder / "quantised.onnx"
     onnx.save(small_model(opset), source)
-    if kind == "dynamic":
-        quantization.quantize_dynamic(source, path, weight_type=types["u8"])
+    layout, *words = kind.split()
+    *activations, weights = [word for word in words if word in types]
+    how = {"per_channel": "channel" in words, "reduce_range": "reduced" in words, "weight_type": types[weights]}
+    if layout == "dynamic":
+        quantization.quantize_dynamic(source, path, **how)
         return path
-    layout, activations, weights, *channel = kind.split()
     reader = type("Reader", (_Calibration, quantization.CalibrationDataReader), {})()
-    quantization.quantize_static(
-        source,
-        path,
-        reader,
-        quant_format=quantization.QuantFormat[layout],
-        activation_type=types[activations],
-        weight_type=types[weights],
-        per_channel=bool(channel),
-    )
+    layout_of, (activation,) = quantization.QuantFormat[layout], activations
+    quantization.quantize_static(source, path, reader, quant_format=layout_of, activation_type=types[activation], **how)
     return path
+
+
+_TYPES = {"u8": "UInt8", "i8": "Int8", "u16": "UInt16", "i16": "Int16", "i4": "Int4"}
 
 
 def run(path: Path, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -178,7 +178,9 @@ class _Walk:
         known = derived and all(_is_whole(kind) for kind in derived.values())
         if not known and (values := self._values(scope, node)):
             derived, reason = _inferred(schema, node, operands, values, self.opset)
-        if reason and all(map(_is_whole, operands.values())):
+        if not derived and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            derived = _quantisation(scope, node)
+        if reason and not derived and all(map(_is_whole, operands.values())):
             scope.reasons |= dict.fromkeys(filter(None, node.output), reason)
             return None
         return _corrected(scope, node, derived)
@@ -379,6 +381,16 @@ def _corrected(scope: Scope, node: NodeProto, derived: dict[str, TypeProto]) -> 
         kept.append(count - ((count - 1) * stride >= size + begin) if known else count)  # type: ignore[operator]
     kinds = [tensor_type(derived[name].tensor_type.elem_type, kept) for name in node.output if name in derived]
     return derived | dict(zip([name for name in node.output if name in derived], kinds, strict=True))
+
+
+def _quantisation(scope: Scope, node: NodeProto) -> dict[str, TypeProto]:
+    """What QuantizeLinear and DequantizeLinear give that are of types which ONNX has since later versions than the
+    model's: ONNX Runtime's own operators of these names have them in all.
+    """
+    source, *others = node.input
+    of = others[1:] if node.op_type == "QuantizeLinear" else others[:1]
+    shape, dtypes = scope.shape(source), [scope.dtype(name) for name in of if name]
+    return {node.output[0]: tensor_type(dtypes[0], shape)} if dtypes and dtypes[0] and static(shape) else {}
 
 
 def _casts_to_its_own(scope: Scope, node: NodeProto) -> bool:

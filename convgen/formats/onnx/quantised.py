@@ -14,7 +14,7 @@ from onnx import NodeProto, TensorProto
 
 from ...errors import SpecError, UnsupportedError
 from ...problem.activation import Activation
-from ...problem.dtypes import RANGES
+from ...problem.dtypes import RANGES, numpy_dtype
 from ...problem.spec import ConvSpec
 from .fold import F64, Fold, Reader, attributes_of, enum_name
 from .graph import ROOTS, Array, Scope, static
@@ -22,6 +22,8 @@ from .node import convolution_fields
 
 #: ONNX's numbers of the types of 8-bit integers.
 INTEGERS = {TensorProto.INT8: "i8", TensorProto.UINT8: "u8"}
+#: Types that constant weights may have, and in which they are read.
+WEIGHTS = {**INTEGERS, TensorProto.INT4: "i8", TensorProto.UINT4: "u8"}
 #: How far a bias's scale may be from the product of those of src and weights, relatively: it is rounded.
 _SAME_SCALE = 2.0**-20
 
@@ -68,8 +70,8 @@ def _stored(node: NodeProto, name: str) -> Stored:
 def is_quantised(scope: Scope, node: NodeProto) -> bool:
     """Whether a Conv or ConvTranspose node multiplies dequantised integers by constant ones."""
     found = [dequantised(scope, name) for name in node.input[:2]]
-    integers = all(stored is not None and scope.dtype(stored.name) in INTEGERS for stored in found)
-    return integers and found[1] is not None and scope.constant(found[1].name)
+    src, weights = (scope.dtype(stored.name) if stored is not None else 0 for stored in found)
+    return src in INTEGERS and weights in WEIGHTS and found[1] is not None and scope.constant(found[1].name)
 
 
 def refuse_other_integers(scope: Scope, node: NodeProto, where: str) -> None:
@@ -172,6 +174,8 @@ class QuantisedFold(Fold):
         return shape if static(shape) else self._unknown(what, name)
 
     def _type(self, what: str) -> str:
+        if what == "weights" and (dtype := WEIGHTS.get(self.scope.dtype(self.stored[what].name))) is not None:
+            return dtype
         return self._integer_type(what, self.stored[what].name)
 
     def _check_quantisation(self, what: str, most: int) -> None:
@@ -195,7 +199,12 @@ class QuantisedFold(Fold):
     def _has_zero(self, what: str) -> bool:
         """Whether a tensor's zero point is another than 0, or not known."""
         zero = self.stored[what].zero if what in self.stored else ""
-        return bool(zero) and not (self.scope.constant(zero) and not self.scope.value(zero).any())
+        return bool(zero) and not (self.scope.constant(zero) and not self._value(zero).any())
+
+    def _value(self, name: str) -> Array:
+        """The elements of a constant, integers of 4 bits as such of 8."""
+        value, dtype = self.scope.value(name), WEIGHTS.get(self.scope.dtype(name))
+        return value if dtype is None else value.astype(numpy_dtype(dtype), copy=False)
 
     def _weights_type(self) -> tuple[str, bool]:
         """How weights are stored, and whether with zero points: as i8 without, wherever that holds them."""
@@ -211,7 +220,7 @@ class QuantisedFold(Fold):
 
     def _centred(self) -> Array:
         """Weights less their zero points."""
-        values = self.scope.value(self.stored["weights"].name).astype(np.int32)
+        values = self._value(self.stored["weights"].name).astype(np.int32)
         zeros = self._by_channel("weights", "zero", 0)
         if zeros.any():
             by_channel = zeros.astype(np.int32)
@@ -225,7 +234,7 @@ class QuantisedFold(Fold):
     def _by_channel(self, what: str, part: str, default: float) -> Array:
         """The scales or zero points of a tensor, one for each output channel."""
         name = getattr(self.stored[what], part) if what in self.stored else ""
-        values = self.scope.value(name).reshape(-1) if name else np.array([default])
+        values = self._value(name).reshape(-1) if name else np.array([default])
         if self.spec.transposed and values.size > 1:
             values = np.tile(values, self.spec.groups)
         return np.broadcast_to(values, (self.spec.oc,))
@@ -240,28 +249,34 @@ class QuantisedFold(Fold):
         return (self.spec.n, self.spec.ic, *self.spec.in_spatial)
 
     def _take_what_follows(self) -> None:
-        """Relu and Clip, and the QuantizeLinear behind them."""
+        """Relu and Clip, the QuantizeLinear behind them, and Relu and Clip of the integers themselves."""
         low, high = -math.inf, math.inf
         while self._alone(self.dst) and self.dst_dtype != "i32":
             node = self.scope.nodes[next(iter(self.scope.users[self.dst]))]
             if node.domain not in ROOTS or node.input[0] != self.dst:
                 break
-            if node.op_type in ("Relu", "Clip") and (self.dst_dtype == "f32" or not self.spec.dst_zero):
-                if self.dst_dtype != "f32" and node.op_type == "Clip":
-                    break
-                bounds = (0.0, math.inf) if node.op_type == "Relu" else self._clip(node)
-                if bounds is None:
+            if node.op_type in ("Relu", "Clip"):
+                if (bounds := self._bounds(node)) is None:
                     break
                 low, high = max(low, bounds[0]), min(max(high, bounds[0]), bounds[1])
                 low = min(low, high)
-                self.dst = node.output[0]
             elif node.op_type == "QuantizeLinear" and self.dst_dtype == "f32" and self._store(node):
-                self.dst = node.output[0]
-                self._quantised_bounds(low, high)
-                return
+                scale = np.float32(self.scope.value(self.stored["dst"].scale).reshape(()))
+                low, high = self._in_steps(low, high, scale)
             else:
                 break
+            self.dst = node.output[0]
         self.spec = self.spec.with_(activation=clipped(low, high))
+
+    def _bounds(self, node: NodeProto) -> tuple[float, float] | None:
+        """What a Relu or Clip lets through, of integers less their zero point; None where that is not known."""
+        bounds = (0.0, math.inf) if node.op_type == "Relu" else self._clip(node)
+        if bounds is None or self.dst_dtype == "f32":
+            return bounds
+        if (zero := self.stored["dst"].zero) and not self.scope.constant(zero):
+            return None
+        at = int(self._by_channel("dst", "zero", 0)[0])
+        return self._in_steps(bounds[0] - at, bounds[1] - at, np.float32(1))
 
     def _clip(self, node: NodeProto) -> tuple[float, float] | None:
         low, high = (self._bound(node, index) for index in (1, 2))
@@ -281,10 +296,12 @@ class QuantisedFold(Fold):
         self.spec = self.spec.with_(dst_dtype=self.dst_dtype, dst_zero=self._has_zero("dst"))
         return True
 
-    def _quantised_bounds(self, low: float, high: float) -> None:
-        scale = np.float32(self.scope.value(self.stored["dst"].scale).reshape(()))
+    def _in_steps(self, low: float, high: float, scale: np.float32) -> tuple[float, float]:
+        """Bounds of numbers without their zero point, in steps of what is stored."""
         zero = int(self._by_channel("dst", "zero", 0)[0])
-        self.spec = self.spec.with_(activation=stored_activation(clipped(low, high), scale, zero, self.dst_dtype))
+        op = Activation.parse(stored_activation(clipped(low, high), scale, zero, self.dst_dtype))
+        least, most = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf)}.get(op.name, op.params)
+        return least, most
 
     # ---- arrays ----
 
@@ -293,7 +310,7 @@ class QuantisedFold(Fold):
         spec = self.spec
         if self.reason([*self.parameters, *(stored.zero for what, stored in self.stored.items() if what != "src")]):
             return {}
-        found: dict[str, Array] = {"weights": self.scope.value(self.weights)}
+        found: dict[str, Array] = {"weights": self._value(self.weights)}
         if spec.weights_dtype == "i8" and not spec.weights_zero:
             found["weights"] = self._centred().astype(np.int8)
         src, weights, dst = (

@@ -27,7 +27,7 @@ from ...check.reference import run_onnxruntime
 from ...problem import dtypes
 from ...problem.accuracy import ACTIVATION_ERROR, CLASS_FACTOR, SMALLEST_NORMAL, UNIT_ROUNDOFF
 from ...problem.activation import Activation
-from ...problem.dtypes import RANGES, numpy_dtype
+from ...problem.dtypes import LONG_RANGES, RANGES, numpy_dtype
 from ..graph import Convolution, Graph, Operator, Shape
 from ..storage import NARROW, class_of
 
@@ -90,11 +90,24 @@ def measure(
                 known[node.output] = _convolution(node, operands, graph.shapes[node.output], looser, accuracy)
             else:
                 made = RULES[node.kind](Call(node, operands, graph.shapes[node.output]))
+                if all(graph.dtype(name) in _WHOLE for name in (*node.inputs, node.output)):
+                    made = _of_whole_numbers(made, operands)
                 factor = CLASS_FACTOR[class_of(accuracy)] if looser else 1.0
                 known[node.output] = Measured(made.value, made.error * factor + SMALLEST_NORMAL)
             if (dtype := accuracy if accuracy in NARROW else graph.dtype(node.output)) in ("f16", "bf16"):
                 known[node.output] = _stored(known[node.output], dtype)
     return known
+
+
+#: Types of whole numbers.
+_WHOLE = (*RANGES, "i32")
+
+
+def _of_whole_numbers(computed: Measured, operands: Sequence[Measured]) -> Measured:
+    """What is computed of integers that are known is one, and wraps where it is longer than 32 bits."""
+    exact = all(operand.error.max(initial=0.0) < 0.5 for operand in operands)
+    wrapped = (computed.value + 2.0**31) % 2.0**32 - 2.0**31
+    return Measured(wrapped, np.zeros_like(computed.error) if exact else computed.error)
 
 
 def _stored(computed: Measured, dtype: str) -> Measured:
@@ -177,7 +190,7 @@ def _of_integers(node: Convolution, operands: Sequence[Measured], shape: Shape) 
 def _quantised(call: Call) -> Measured:
     """A step more or less where a number that is off may be rounded another way."""
     x, scale, *zero = call.operands
-    (low, high), at = RANGES[call["dtype"]], zero[0].value if zero else 0.0
+    (low, high), at = (RANGES | LONG_RANGES)[call["dtype"]], zero[0].value if zero else 0.0
 
     def stored(value: F64) -> F64:
         return np.asarray(np.clip(np.rint(value) + at, low, high))
@@ -187,6 +200,14 @@ def _quantised(call: Call) -> Measured:
     value = stored(steps)
     error = np.maximum(np.abs(stored(steps + off) - value), np.abs(stored(steps - off) - value))
     return Measured(value, error + (zero[0].error if zero else 0.0))
+
+
+def _within(x: F64, dtype: str) -> F64:
+    return np.clip(x, *RANGES.get(dtype, (-(2.0**31), 2.0**31 - 2.0**7)))
+
+
+def _wrapped(x: F64, dtype: str) -> F64:
+    return np.asarray(x.astype(np.int64).astype(numpy_dtype(dtype)), np.float64)
 
 
 # ---- element by element ------------------------------------------------------------------------
@@ -558,6 +579,9 @@ RULES: dict[str, _Rule] = {
     "dequantise": _pointwise(_plain(lambda x, scale, zero=0.0: (x - zero) * scale), _few),
     "centre": _pointwise(_plain(lambda sums, zero, totals: sums - zero * totals), lambda value, *_: 0 * value),
     "cast": _pointwise(_plain(lambda x: x), _few),
+    "clamp": _pointwise(lambda call, x: np.clip(x, call["low"], call["high"]), lambda value, x: 0 * value),
+    "truncate": _pointwise(lambda call, x: _within(np.trunc(x), call["dtype"]), lambda value, x: 0 * value),
+    "wrap": _pointwise(lambda call, x: _wrapped(x, call["dtype"]), lambda value, x: 0 * value),
     "pool": _pool,
     "reduce": _reduced,
     "product": _product,
