@@ -10,8 +10,6 @@ runs; and the seconds there from before it is loaded to its first result. Prints
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,42 +23,12 @@ import onnxruntime
 
 from bench.command import listed
 from bench.networks import NAMES, check_models, network_model
+from bench.starting import LOADED, SESSION, start
 from convgen.api import compile as compile_network
 from convgen.check.reference import open_session
 from convgen.folders import TemporaryFolder
 from convgen.network.network import Network
 from convgen.report.markdown import markdown_table
-
-#: What a process of its own runs: the memory that running a model added, at most, and the seconds to its first result.
-#: Libraries are loaded before.
-_CHILD = """
-import sys, json, time, numpy as np, {library}
-
-def status(field):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith(field))
-
-shapes = json.loads(sys.argv[2])
-arrays = [np.ones(shape, np.float32) for shape in shapes.values()]
-before, started = status("VmRSS"), time.perf_counter()
-{load}
-{run}
-first = time.perf_counter() - started
-for _ in range(2):
-    {run}
-print(json.dumps([status("VmHWM") - before, first]))
-"""
-_CONVGEN = {
-    "library": "convgen.network.load",
-    "load": "network = convgen.load(sys.argv[1], 1)",
-    "run": "network(*arrays)",
-}
-_ONNXRUNTIME = {
-    "library": "onnxruntime as ort",
-    "load": "options = ort.SessionOptions()\noptions.intra_op_num_threads = 1\n"
-    "session = ort.InferenceSession(sys.argv[1], options, providers=['CPUExecutionProvider'])",
-    "run": "session.run(None, dict(zip(shapes, arrays)))",
-}
 
 
 @dataclass(frozen=True)
@@ -101,33 +69,24 @@ def agreement(name: str, inputs: int, folder: Path) -> Agreement:
         apart = max(apart, float(np.abs(first - wanted).max() / np.abs(wanted).max()))
     report = network.validate(model.path)
     failed = [check.name for check in report.checks if not check.passed]
-    memory, first = _process(_CONVGEN, _exported(network, folder / f"{name}-exported"), network)
-    other_memory, other_first = _process(_ONNXRUNTIME, model.path, network)
+    own = start(LOADED, _exported(network, folder / f"{name}-exported"), model)
+    other = start(SESSION, model.path, model)
     return Agreement(
         model=name,
         same=same,
         inputs=inputs,
         apart=apart,
         share=f"failed: {', '.join(failed)}" if failed else f"{report.worst_error:.1g}",
-        memory=memory,
-        other_memory=other_memory,
-        first=first,
-        other_first=other_first,
+        memory=own.memory,
+        other_memory=other.memory,
+        first=own.seconds,
+        other_first=other.seconds,
     )
 
 
 def _exported(network: Network, folder: Path) -> Path:
     network.export(folder)
     return folder
-
-
-def _process(way: dict[str, str], path: Path, network: Network) -> tuple[int, float]:
-    """Bytes that running a model adds to a process, and seconds until its first result there."""
-    shapes = {name: info.shape for name, info in network.inputs.items()}
-    command = [sys.executable, "-c", _CHILD.format(**way), str(path), json.dumps(shapes)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    memory, first = json.loads(done.stdout)
-    return memory, first
 
 
 def _row(found: Agreement) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from rich.console import Console
 
@@ -22,6 +23,11 @@ def threads_listed(text: str) -> list[int]:
 def console_of_bench() -> Console:
     """Where a program says what it measures, as it is."""
     return Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def problems(values: Mapping[str, Any]) -> str:
+    """Why libraries of a row were not timed, to be said behind what is said of the others."""
+    return "".join(f"; {part['problem']}" for part in values["parts"] if part["problem"])
 
 
 def exit_status(work: Callable[[Console], None]) -> int:

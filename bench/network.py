@@ -22,19 +22,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.command import exit_status, listed, threads_listed
+from bench.kept import Kept
 from bench.networks import NAMES, check_models, check_peers, network_model
 from bench.networks.layouts import CHOICES, between_layers
 from convgen.errors import ConvgenError
 from convgen.folders import TemporaryFolder
 from convgen.formats.entries import SpecEntry
 from convgen.formats.onnx.reader import instances_from_onnx
-from convgen.formats.sources import write_text
-from convgen.hardware.machine import machine
 from convgen.hardware.target import Target, check_threads, resolve
 from convgen.kernel.kernel import Kernel, compile_candidate
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.schedule import Candidate
-from convgen.measure.busy import busy_warning
 from convgen.measure.network_model import NetworkModel
 from convgen.measure.network_peers import NETWORK_PEERS
 from convgen.problem.spec import ConvSpec
@@ -47,7 +45,6 @@ from convgen.report.networks import (
     layers_digest,
     measure_network,
     networks_page,
-    processor_slug,
 )
 from convgen.report.rows import KeyedFile
 from convgen.report.words import factor, milliseconds
@@ -76,35 +73,24 @@ class Kernels:
 
 def run(options: argparse.Namespace, console: Console, measurer: NetworkMeasurer) -> None:
     """Measure what is missing, and write the tables."""
-    here = options.results / processor_slug(machine())
-    here.mkdir(parents=True, exist_ok=True)
-    kept = KeyedFile(here / "network.jsonl", NetworkRow)
+    kept = Kept(options.results, "network", NetworkRow, networks_page, console)
     records = RecordStore(options.records) if options.recorded else None
     kernels = Kernels(resolve(), records)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     quiet = not console.is_terminal
-    measured: list[NetworkRow] = []
-    try:
-        with (
-            TemporaryFolder() as folder,
-            Progress(*columns, console=console, auto_refresh=False, transient=True, disable=quiet) as progress,
-        ):
-            task = progress.add_task("networks", total=len(options.models) * len(options.threads))
-            for name in options.models:
-                progress.update(task, description=name, refresh=True)
-                for row in _rows(name, folder, options, kept, kernels, measurer):
-                    if row is not None:
-                        kept.add(row)
-                        measured.append(row)
-                        progress.print(f"{row.model} {row.threads}T: {_line(row)}")
-                    progress.advance(task)
-    finally:
-        if warning := busy_warning(row.busy for row in measured):
-            console.print(f"bench: {warning}")
-        if kept.rows:
-            kept.compact()
-            write_text(networks_page(list(kept.rows.values())), here / "network.md")
-            console.print(f"wrote {here / 'network.md'}")
+    with (
+        kept,
+        TemporaryFolder() as folder,
+        Progress(*columns, console=console, auto_refresh=False, transient=True, disable=quiet) as progress,
+    ):
+        task = progress.add_task("networks", total=len(options.models) * len(options.threads))
+        for name in options.models:
+            progress.update(task, description=name, refresh=True)
+            for row in _rows(name, folder, options, kept.file, kernels, measurer):
+                if row is not None:
+                    kept.add(row)
+                    progress.print(f"{row.model} {row.threads}T: {_line(row)}")
+                progress.advance(task)
 
 
 def _rows(

@@ -10,9 +10,7 @@ is there is not measured again unless ``--fresh``. At the end, or when interrupt
 from __future__ import annotations
 
 import argparse
-import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,23 +26,22 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch._inductor import config
 
-from bench.command import exit_status, listed, threads_listed
+from bench.command import exit_status, listed, problems, threads_listed
+from bench.kept import Kept
 from bench.networks import check_models, network_model
 from bench.networks.modules import MODULES
 from convgen.bridges.torch.backend import backend
 from convgen.folders import TemporaryFolder
-from convgen.formats.sources import write_text
 from convgen.hardware.machine import machine
 from convgen.lowering.kept import VARIABLE
 from convgen.lowering.versions import versions
-from convgen.measure.busy import BusyWatch, busy_warning
-from convgen.measure.compare import REST, ratio_interval, take_turns
 from convgen.measure.network_model import NetworkModel, Part, Running, ready
+from convgen.measure.networks import compare_parts
 from convgen.report.markdown import markdown_table
-from convgen.report.networks import processor_slug
-from convgen.report.rows import Compared, KeyedFile
+from convgen.report.rows import Compared
 from convgen.report.tables import rated
-from convgen.report.words import factor, milliseconds, plural
+from convgen.report.whole import summary
+from convgen.report.words import milliseconds, plural
 
 HERE = Path(__file__).parent
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "squeezenet1_1", "densenet121")
@@ -114,20 +111,13 @@ def measure(name: str, model: NetworkModel, threads: int, rounds: int) -> Backen
     for way in WAYS:
         part = ready(model, Part(way, libraries[way]), lambda way=way: running(model, way, first))  # type: ignore[misc]
         parts.append(part)
-    watch = BusyWatch()
-    take_turns([p.contestant for p in parts if p.contestant], rounds, REST if threads > 1 else 0.0, all_stay=True)
-    own, *others = parts
-    best = min((part for part in others if part.seconds), key=lambda part: part.seconds or math.inf, default=None)
-    compared = best is not None and own.seconds
+    found = compare_parts(parts[0], parts[1:], threads, rounds).to_dict()
     return BackendRow(
         {
             "model": name,
             "threads": threads,
-            "parts": [{**part.to_dict(), "first_call": first.get(part.library)} for part in parts],
-            "best": best.library if best else None,
-            "ratio": (best.seconds or 0.0) / own.seconds if compared and best and own.seconds else None,
-            "interval": ratio_interval(best.rounds, own.rounds) if compared and best else None,
-            "busy": watch.share(),
+            **found,
+            "parts": [{**part, "first_call": first.get(part["library"])} for part in found["parts"]],
             "machine": machine().fingerprint,
             "versions": made,
         }
@@ -160,40 +150,25 @@ def page(rows: Sequence[BackendRow]) -> str:
             "inductor's first call, s>",
         ]
         document += [f"## {plural(threads, 'thread')}", "", *markdown_table((header, cells)), ""]
-        if ratios := [row.ratio for row in chosen if row.ratio]:
-            mean = math.exp(statistics.fmean(map(math.log, ratios)))
-            document += [f"Geometric mean {factor(mean)} over {len(ratios)} models, least {factor(min(ratios))}.", ""]
+        document += [*summary(chosen), ""]
     return "\n".join(document) + "\n"
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Measure what is missing, and write the table."""
-    here = options.results / processor_slug(machine())
-    here.mkdir(parents=True, exist_ok=True)
-    kept = KeyedFile(here / "torch.jsonl", BackendRow)
-    measured: list[BackendRow] = []
-    try:
-        with TemporaryFolder() as folder:
-            for name in options.models:
-                model = network_model(name, folder)
-                for threads in options.threads:
-                    if (name, threads) in kept.rows and not options.fresh:
-                        continue
-                    os.environ[VARIABLE] = str(folder / f"{name}-{threads}.sqlite")  # where nothing is kept yet
-                    if not measured:
-                        warm_up()
-                    row = measure(name, model, threads, options.rounds)
-                    kept.add(row)
-                    measured.append(row)
-                    said = "".join(f"; {part['problem']}" for part in row.values["parts"] if part["problem"])
-                    console.print(f"{name} {threads}T: {rated(row)} {row.values['best'] or ''}{said}")
-    finally:
-        if warning := busy_warning(row.busy for row in measured):
-            console.print(f"bench: {warning}")
-        if kept.rows:
-            kept.compact()
-            write_text(page(list(kept.rows.values())), here / "torch.md")
-            console.print(f"wrote {here / 'torch.md'}")
+    kept = Kept(options.results, "torch", BackendRow, page, console)
+    with kept, TemporaryFolder() as folder:
+        for name in options.models:
+            model = network_model(name, folder)
+            for threads in options.threads:
+                if (name, threads) in kept.file.rows and not options.fresh:
+                    continue
+                os.environ[VARIABLE] = str(folder / f"{name}-{threads}.sqlite")  # where nothing is kept yet
+                if not kept.measured:
+                    warm_up()
+                row = measure(name, model, threads, options.rounds)
+                kept.add(row)
+                console.print(f"{name} {threads}T: {rated(row)} {row.values['best'] or ''}{problems(row.values)}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

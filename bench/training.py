@@ -32,25 +32,24 @@ import numpy as np
 from rich.console import Console
 
 from bench.command import exit_status, listed, threads_listed
+from bench.kept import Kept
 from bench.networks import check_models, network_model
 from convgen.check.data import float_data
 from convgen.errors import ConvgenError, UnsupportedError
 from convgen.folders import TemporaryFolder
 from convgen.formats.onnx.reader import instances_from_onnx
-from convgen.formats.sources import write_text
 from convgen.hardware.machine import machine
 from convgen.hardware.target import check_threads, resolve
 from convgen.kernel.kernel import Kernel, compile_candidate
 from convgen.lowering.candidates import default_candidate
 from convgen.lowering.versions import versions
-from convgen.measure.busy import BusyWatch, busy_warning
+from convgen.measure.busy import BusyWatch
 from convgen.measure.compare import REST, Contestant, ratio_interval, take_turns
 from convgen.measure.peers import Entrant, Torch
 from convgen.measure.standalone.timing import repeats, sample
 from convgen.problem.spec import ConvSpec
 from convgen.report.markdown import code, escaped, markdown_table
-from convgen.report.networks import processor_slug
-from convgen.report.rows import Compared, KeyedFile
+from convgen.report.rows import Compared
 from convgen.report.tables import geometric_mean, rated
 from convgen.report.words import factor, milliseconds, plural
 
@@ -212,32 +211,21 @@ def _beside(own: Sequence[float], ways: Mapping[str, Sequence[float]]) -> dict[s
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Measure what is missing, and write the tables."""
-    here = options.results / processor_slug(machine())
-    here.mkdir(parents=True, exist_ok=True)
-    kept = KeyedFile(here / "training.jsonl", TrainingRow)
-    measured: list[TrainingRow] = []
-    try:
+    kept = Kept(options.results, "training", TrainingRow, page, console)
+    with kept:
         for batch in options.batch:
             for layer in layers_of(options.models, batch, options.layout):
                 for threads in options.threads:
-                    key = layer.spec.descriptor, threads
-                    known = kept.rows.get(key)
+                    known = kept.file.rows.get((layer.spec.descriptor, threads))
                     if known is None or options.fresh:
                         row = measure(layer, threads, options.rounds)
-                        measured.append(row)
                         console.print(
                             f"{row.key[0]} {threads}T: {milliseconds(row.values['seconds'])} ms, {rated(row)}"
                         )
                         kept.add(row)
                     elif not dict(layer.counts).items() <= known.values["counts"].items():  # of another network, too
-                        kept.add(TrainingRow({**known.values, "counts": {**known.values["counts"], **layer.counts}}))
-    finally:
-        if warning := busy_warning(row.busy for row in measured):
-            console.print(f"bench: {warning}")
-        if kept.rows:
-            kept.compact()
-            write_text(page(list(kept.rows.values())), here / "training.md")
-            console.print(f"wrote {here / 'training.md'}")
+                        more = {**known.values, "counts": {**known.values["counts"], **layer.counts}}
+                        kept.file.add(TrainingRow(more))
 
 
 # ---- tables ---------------------------------------------------------------------------------------

@@ -23,19 +23,15 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
-from bench.command import exit_status, listed, threads_listed
+from bench.command import exit_status, listed, problems, threads_listed
+from bench.kept import Kept
 from bench.networks import NAMES, check_models, check_peers, network_model
 from convgen.api import compile as compile_network
 from convgen.folders import TemporaryFolder
-from convgen.formats.sources import write_text
-from convgen.hardware.machine import machine
-from convgen.measure.busy import busy_warning
 from convgen.measure.network_model import NetworkModel
 from convgen.measure.network_peers import NETWORK_PEERS
 from convgen.network.network import Network
 from convgen.problem.tokens import ACCURACIES
-from convgen.report.networks import processor_slug
-from convgen.report.rows import KeyedFile
 from convgen.report.tables import rated
 from convgen.report.whole import Bench, Key, WholeRow, whole_page
 from convgen.report.words import milliseconds
@@ -58,39 +54,22 @@ def untuned(accuracy: str, model: NetworkModel, threads: int) -> Network:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Measure what is missing, and write the table."""
-    here = options.results / processor_slug(machine())
-    here.mkdir(parents=True, exist_ok=True)
-    kept = _file(here)
+    kept: Kept[WholeRow] = Kept(options.results, "whole", NamedRow, whole_page, console)
     compiled = partial(untuned, options.accuracy)
     bench = Bench(compiled, options.peers, options.threads, options.accuracy, rounds=options.rounds)
-    measured: list[WholeRow] = []
     if options.fresh:
-        kept.rows.clear()  # what is measured anew stands behind the old rows in the file, and counts
-    try:
-        with TemporaryFolder() as folder:
-            for name in options.models:
-                model = network_model(name, folder)
-                for row, new in bench.rows(model.path.stem, model, kept):
-                    if new:
-                        measured.append(row)
-                        console.print(f"{name} {row.threads}T: {_line(row)}")
-    finally:
-        if warning := busy_warning(row.busy for row in measured):
-            console.print(f"bench: {warning}")
-        kept = _file(here)
-        if kept.rows:
-            kept.compact()
-            write_text(whole_page(kept.rows.values()), here / "whole.md")
-            console.print(f"wrote {here / 'whole.md'}")
-
-
-def _file(folder: Path) -> KeyedFile[WholeRow]:
-    return KeyedFile(folder / "whole.jsonl", NamedRow)
+        kept.file.rows.clear()  # what is measured anew stands behind the old rows in the file, and counts
+    with kept, TemporaryFolder() as folder:
+        for name in options.models:
+            model = network_model(name, folder)
+            for row, new in bench.rows(model.path.stem, model, kept.file):
+                if new:
+                    kept.measured.append(row)
+                    console.print(f"{name} {row.threads}T: {_line(row)}")
 
 
 def _line(row: WholeRow) -> str:
-    problems = "".join(f"; {part['problem']}" for part in row.values["parts"] if part["problem"])
-    return f"{milliseconds(row.own_seconds)} ms, {rated(row)} {row.values['best'] or ''}{problems}"
+    return f"{milliseconds(row.own_seconds)} ms, {rated(row)} {row.values['best'] or ''}{problems(row.values)}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -36,14 +36,21 @@ def session_options(threads: int, level: ort.GraphOptimizationLevel) -> ort.Sess
 
 
 def open_session(
-    model: bytes, threads: int, level: ort.GraphOptimizationLevel, profile: Path | None = None
+    model: bytes,
+    threads: int,
+    level: ort.GraphOptimizationLevel,
+    profile: Path | None = None,
+    library: Path | None = None,
 ) -> ort.InferenceSession:
     """A session on the CPU.
 
     Args:
         profile: the beginning of the name of a file to write a profile to; see ``session.end_profiling()``.
+        library: of the custom operators that the model has.
     """
     options = session_options(threads, level)
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

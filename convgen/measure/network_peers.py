@@ -38,17 +38,23 @@ CONVERTING = 300.0
 def onnxruntime_parts(model: NetworkModel, threads: int, convolutions: bool = True) -> list[Part]:
     """The whole model with everything bound, and its convolutions."""
     version = OnnxRuntime.version()
-    parts = [ready(model, Part("onnxruntime", version), lambda: _onnxruntime(model, threads))]
+    parts = [ready(model, Part("onnxruntime", version), lambda: bound_session(model, model.data, threads))]
     if convolutions:
         part = Part("onnxruntime", version, CONVOLUTIONS)
         parts.append(profiled(part, lambda: _onnxruntime_profile(model, threads)))
     return parts
 
 
-def _onnxruntime(model: NetworkModel, threads: int) -> Running:
+def bound_session(model: NetworkModel, data: bytes, threads: int, library: Path | None = None) -> Running:
+    """A session of ONNX Runtime with all inputs and outputs bound.
+
+    Args:
+        data: the model, or another one with the same inputs and outputs.
+        library: of the custom operators that this one has.
+    """
     import onnxruntime
 
-    session = open_session(model.data, threads, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    session = open_session(data, threads, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL, library=library)
     binding = session.io_binding()
     for name, array in model.inputs.items():
         binding.bind_cpu_input(name, array)

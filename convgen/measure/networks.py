@@ -101,18 +101,33 @@ def compare_model(
     check_peers(peers)
     ours = ready(model, Part("convgen", version, precision=precision), own)
     others = [part for name in peers for part in NETWORK_PEERS[name](model, threads, convolutions=False)]
-    watch = BusyWatch()
-    contestants = [part.contestant for part in (ours, *others) if part.contestant]
-    take_turns(contestants, rounds, REST if threads > 1 else 0.0, all_stay=True)
-    busy = watch.share()
+    return compare_parts(ours, others, threads, rounds, precision)
+
+
+def compare_parts(
+    ours: Part, others: Sequence[Part], threads: int, rounds: int = 7, precision: str = "f32"
+) -> ModelComparison:
+    """Time ways of running a whole model in turn, several times over: those that are ready
+    (:func:`~convgen.measure.network_model.ready`). The arguments are those of :func:`compare_model`.
+    """
+    busy = time_in_turns([part.contestant for part in (ours, *others) if part.contestant], threads, rounds)
     best = _fastest(others, MODEL, precision) if ours.seconds else None
-    return ModelComparison(
-        (ours, *others),
-        best.library if best else None,
-        (best.seconds or 0.0) / (ours.seconds or 1.0) if best else None,
-        ratio_interval(best.rounds, ours.rounds) if best else None,
-        busy,
-    )
+    ratio, interval = quotient(best, ours)
+    return ModelComparison((ours, *others), best.library if best else None, ratio, interval, busy)
+
+
+def time_in_turns(contestants: Sequence[Contestant], threads: int, rounds: int) -> float | None:
+    """Fill in the rounds; returns the share of the CPUs that other programs used meanwhile."""
+    watch = BusyWatch()
+    take_turns(contestants, rounds, REST if threads > 1 else 0.0, all_stay=True)
+    return watch.share()
+
+
+def quotient(above: Part | None, below: Part) -> tuple[float | None, tuple[float, float] | None]:
+    """How many times as long one takes as the other, with the 95 % interval; None where one of them was not timed."""
+    if above is None or not above.seconds or not below.seconds:
+        return None, None
+    return above.seconds / below.seconds, ratio_interval(above.rounds, below.rounds)
 
 
 def check_peers(names: Sequence[str]) -> None:
@@ -144,9 +159,7 @@ def compare_network(
     own = Contestant("convgen", Entrant("chain", chain, chain.output), is_kernel=True)
     parts = [part for name in peers for part in NETWORK_PEERS[name](model, threads)]
     contestants = [part.contestant for part in parts if part.contestant]
-    watch = BusyWatch()
-    take_turns([own, *contestants], rounds, REST if threads > 1 else 0.0, all_stay=True)
-    busy = watch.share()
+    busy = time_in_turns([own, *contestants], threads, rounds)
     best = _fastest(parts, CONVOLUTIONS)
     return NetworkComparison(
         tuple(own.rounds),

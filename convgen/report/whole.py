@@ -19,7 +19,8 @@ from .tables import geometric_mean, rated
 from .words import factor, milliseconds, plural
 
 if TYPE_CHECKING:
-    from ..measure.network_model import NetworkModel
+    from ..measure.network_model import NetworkModel, Running
+    from ..network.library import NetworkLibrary
     from ..network.network import Network
     from ..network.plan import Plan
 
@@ -164,12 +165,9 @@ class Bench:
 
     def _measured(self, model: NetworkModel, network: Network, threads: int) -> dict[str, Any]:
         """What is found of a model, and where: a row's values besides what it is about."""
-        from ..measure.network_model import Running  # loads NumPy, and whoever only reads rows needs none
-        from ..measure.networks import compare_model
+        from ..measure.networks import compare_model  # loads NumPy, and whoever only reads rows needs none
 
-        out = {output: model.expected[output].copy() for output in network.outputs}
-        inputs = [model.inputs[given] for given in network.inputs]
-        running = Running(lambda: network(*inputs, out=out), lambda: list(out.values()))
+        running = running_network(model, network)
         here = versions()
         precision = "bf16" if self.accuracy == "bf16" else model.precision
         comparison = compare_model(model, lambda: running, here["convgen"], self.peers, threads, self.rounds, precision)
@@ -183,6 +181,15 @@ class Bench:
             "python": platform.python_version(),
             "versions": here,
         }
+
+
+def running_network(model: NetworkModel, network: NetworkLibrary) -> Running:
+    """A model's network, with its inputs and with arrays for its outputs."""
+    from ..measure.network_model import Running  # as above
+
+    out = {output: model.expected[output].copy() for output in network.outputs}
+    inputs = [model.inputs[given] for given in network.inputs]
+    return Running(lambda: network(*inputs, out=out), lambda: list(out.values()))
 
 
 def model_digest(model: NetworkModel) -> str:
@@ -242,10 +249,15 @@ def lines_of(row: WholeRow) -> list[list[str]]:
     return lines
 
 
-def summary(rows: Sequence[WholeRow]) -> list[str]:
+def summary(rows: Sequence[Compared]) -> list[str]:
     """The geometric mean of the ratios, of several rows."""
-    ratios = [row.ratio for row in rows if row.ratio]
-    mean = geometric_mean(ratios)
+    return mean_and_least(row.ratio for row in rows)
+
+
+def mean_and_least(ratios: Iterable[float | None]) -> list[str]:
+    """A line about the ratios of some models, where there are any."""
+    known = [ratio for ratio in ratios if ratio]
+    mean = geometric_mean(known)
     if mean is None:
         return []
-    return [f"Geometric mean {factor(mean)} over {plural(len(ratios), 'model')}, least {factor(min(ratios))}."]
+    return [f"Geometric mean {factor(mean)} over {plural(len(known), 'model')}, least {factor(min(known))}."]

@@ -28,4 +28,4 @@ def test_the_table_has_calls_and_first_calls() -> None:
     (row,) = [line for line in lines if line.startswith("| net")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == ["net", "2.000", "3.000", "4.000", "1.50 (1.40–1.60)", "12.0", "8.0"]
-    assert "Geometric mean 1.50 over 1 models, least 1.50." in lines
+    assert "Geometric mean 1.50 over 1 model, least 1.50." in lines
