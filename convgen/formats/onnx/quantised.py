@@ -86,7 +86,8 @@ def refuse_other_integers(scope: Scope, node: NodeProto, where: str) -> None:
         name, dtype = made.input[0], scope.dtype(made.input[0])
         if dtype not in INTEGERS:
             known, other = ", ".join(INTEGERS.values()), enum_name(TensorProto.DataType, dtype)
-            raise UnsupportedError(f"{where}: {what} has the dtype of {name!r}, {other}; supported are {known}")
+            alone = "; in the whole model, as compile takes it, it is a layer of f32"
+            raise UnsupportedError(f"{where}: {what} has the dtype of {name!r}, {other}; supported are {known}{alone}")
         if _is_blocked(made):
             raise UnsupportedError(f"{where}: {what} {name!r} have scales of blocks; one for each channel is supported")
 
