@@ -389,3 +389,35 @@ def test_a_network_is_compared_before_it_is_written(tmp_path: Path) -> None:
     validation = json.loads((tmp_path / "out" / "manifest.json").read_text())["validation"]
     assert validation["passed"]
     assert "of the largest element" in validation["checks"][0]["found"]
+
+
+def test_a_bound_beyond_the_outputs_promises_no_more_than_compare_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds of deep networks are larger than what these compute; those of drawn graphs are all there is."""
+    made, other = (
+        helper.make_model(
+            helper.make_graph(
+                [helper.make_node("Mul", ["x", "factor"], ["y"])],
+                "g",
+                [helper.make_tensor_value_info("x", TensorProto.FLOAT, [64])],
+                [helper.make_tensor_value_info("y", TensorProto.FLOAT, [64])],
+                [numpy_helper.from_array(np.float32(factor), "factor")],
+            ),
+            opset_imports=[helper.make_opsetid("", 17)],
+            ir_version=9,
+        )
+        for factor in (2, 2.01)
+    )
+    network = compile_network(made, resolve("cpu").on(1), 1)
+
+    def passed(**how: Any) -> bool:
+        args: dict[str, Any] = {"threads": 1, "accuracy": "standard", **how}
+        return validate_network(network.plans, network.built, other, **args).passed
+
+    assert not passed()
+    monkeypatch.setattr(
+        "convgen.network.check.validate.measure",
+        lambda *args: {name: replace(found, error=found.error + 1e6) for name, found in measure(*args).items()},
+    )
+    assert not passed()
+    assert passed(is_drawn=True)
+    assert passed(accuracy="bf16")  # 0.5 % are allowed there

@@ -139,6 +139,7 @@ def check(case: NetworkCase) -> Outcome:
             accuracy=network.accuracy,
             inputs=inputs,
             expected={name: drawn.values[name] for name in network.outputs},
+            is_drawn=True,
             run=guarded_runs,
         )
     except BuildError as error:

@@ -87,13 +87,15 @@ def validate_network(
     inputs: Arrays | None = None,
     expected: Arrays | None = None,
     seed: int = 0,
+    is_drawn: bool = False,
     run: Callable[..., Runs] = run_guarded,
     where: str = "between guard pages, inputs read-only",
 ) -> NetworkReport:
     """Check a network, at each of its sizes, against ONNX Runtime's outputs of the model that it was compiled from; of
     one of f16 or bf16, of the same in f32.
 
-    Every output element within its bound (:mod:`convgen.network.check.bounds`); the same bits on one, the network's and
+    Every output element within its bound (:mod:`convgen.network.check.bounds`), and, as the bounds of deep networks
+    grow beyond their outputs, no further than :func:`compare_network` allows; the same bits on one, the network's and
     one more thread, and for other places of the buffers; nothing touched outside of inputs, outputs and workspace, all
     of the outputs written, and nothing read that was not; no two tensors in one place at once.
 
@@ -106,6 +108,7 @@ def validate_network(
         inputs: by name, of the only size; standard normal ones where None.
         expected: ONNX Runtime's outputs for these, where they are known.
         seed: of these.
+        is_drawn: whether the graph is a random one, of which only the bound says how far errors may grow.
         run: :func:`~convgen.network.check.guarded.guarded_runs` in a process that may crash anyway.
         where: what it does that for.
 
@@ -115,7 +118,7 @@ def validate_network(
     sizes = [Sized.of(plan, size) for plan, size in zip(plans, built.code.sizes, strict=True)]
     files, first = Files(built.library, built.code.name, built.weights), [_places(plans)]
     how: dict[str, Any] = {"threads": threads, "accuracy": accuracy, "seed": seed, "run": run, "where": where}
-    return check_files(files, sizes, source, inputs=inputs, expected=expected, first=first, **how)
+    return check_files(files, sizes, source, inputs=inputs, expected=expected, first=first, is_drawn=is_drawn, **how)
 
 
 class Files(NamedTuple):
@@ -163,6 +166,7 @@ def check_files(
     inputs: Arrays | None = None,
     expected: Arrays | None = None,
     seed: int = 0,
+    is_drawn: bool = False,
     run: Callable[..., Runs] = run_guarded,
     where: str,
     first: Sequence[Check] = (),
@@ -173,11 +177,14 @@ def check_files(
     rng, reference = np.random.default_rng(seed), as_f32(source) or source
     given = [inputs] if inputs is not None else [_drawn(rng, size.inputs) for size in sizes]
     checks, runs = run_files(files, given, threads, run, where)
+    is_rounded = accuracy in ROUNDED or reference is not source
+    limit = math.inf if is_drawn else CHOSEN_ERROR if is_rounded else F32_ERROR
     ratio = math.inf if runs is None else 0.0
     for size, arrays, found in zip(sizes, given, runs or (), strict=runs is not None):
         known = expected if reference is source else None
         wanted = run_onnxruntime(reference, _as_f32(arrays)) if known is None else known
-        check, worst_error = _compared(size, source, arrays, next(iter(found.values())), wanted, accuracy)
+        made = next(iter(found.values()))
+        check, worst_error = _compared(size, source, arrays, made, wanted, accuracy, limit)
         checks.append(labelled(size, check))
         ratio = max(ratio, worst_error)
     return NetworkReport(files.name, threads, (*first, *checks), ratio)
@@ -286,13 +293,21 @@ def _drawn(rng: np.random.Generator, tensors: Iterable[TensorInfo]) -> dict[str,
 
 
 def _compared(
-    size: Sized, source: str | Path | ModelProto, inputs: Arrays, found: Arrays, wanted: Arrays, accuracy: str
+    size: Sized,
+    source: str | Path | ModelProto,
+    inputs: Arrays,
+    found: Arrays,
+    wanted: Arrays,
+    accuracy: str,
+    limit: float = math.inf,
 ) -> tuple[Check, float]:
-    """One size's outputs and ONNX Runtime's."""
+    """One size's outputs and ONNX Runtime's. ``limit``: of how far they may be apart besides, of f32."""
     graph = read_graph(source, size.dims)
+    if any(node.spec.is_quantised for node in graph.convolutions):
+        limit = max(limit, CHOSEN_ERROR)
     bounds = measure(graph, inputs, size.transformed, accuracy)
     named = {name: bounds[tensor] for name, tensor in zip(graph.names, graph.outputs, strict=True)}
-    return _within(found, wanted, named)
+    return _within(found, wanted, named, limit)
 
 
 def run_onnxruntime(
@@ -335,7 +350,8 @@ def _same(runs: Runs) -> Check:
     return Check("threads", True, "the same bits for every thread count and placement")
 
 
-def _within(found: Arrays, expected: Arrays, bounds: Mapping[str, Measured]) -> tuple[Check, float]:
+def _within(found: Arrays, expected: Arrays, bounds: Mapping[str, Measured], limit: float) -> tuple[Check, float]:
+    """``limit``: of how far outputs may be apart, of the largest element, whatever their bounds are."""
     ratio, largest, judged, count = 0.0, 0.0, 0, 0
     for name, wanted in expected.items():
         array, bound = found[name], bounds[name].error
@@ -350,8 +366,11 @@ def _within(found: Arrays, expected: Arrays, bounds: Mapping[str, Measured]) -> 
     # Whatever is computed wrongly before it may not show in such an output.
     flat = [name for name, wanted in expected.items() if wanted.size > 1 and (wanted == wanted.flat[0]).all()]
     text = f"largest error {ratio:.3g} of the bound accumulated through the graph, {largest:.1e} of the largest element"
+    if largest > limit:
+        text += f", {limit} is allowed"
     if judged < count:
         text += f"; nothing is promised of {count - judged} of {count} elements"
     if flat:
         text += f"; all elements of {', '.join(flat)} are the same, which shows little"
+    ratio = max(ratio, largest / limit if largest > limit else 0.0)
     return Check("float", ratio <= 1, text), ratio
