@@ -119,7 +119,7 @@ class CpuDirect(ChannelsInLanes):
         again = max(0, tasks - picks.parallel_oc) * per_task if per_task > target.l2 // 4 else 0
         streams = [
             # Weights: once from memory, then from where they stay between tasks, or between tiles.
-            Stream(min(weights, tasks * per_task), True, ahead and min(1, picks.parallel_oc / tasks)),
+            Stream(min(weights, tasks * per_task), weights, ahead and min(1, picks.parallel_oc / tasks)),
             Stream(again, ahead=ahead, footprint=weights),
             Stream(images * share, ahead=not revisited, footprint=images),
         ]

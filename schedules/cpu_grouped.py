@@ -136,7 +136,7 @@ class CpuGrouped(Counted):
                 tile = work_of_tile(g, vectors, target, picks, height, width)
                 work.append(tile.with_times(times * lines * tiles))
         work.append(finishing(spec, picks.lanes, share))
-        weights = Stream(spec.bytes["weights"] * share, weights=True)
+        weights = Stream(spec.bytes["weights"] * share, weights=spec.bytes["weights"])
         return Counts(work, [weights, of_images(spec.bytes["src"] + spec.bytes["dst"], share)])
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:

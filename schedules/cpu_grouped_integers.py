@@ -97,7 +97,7 @@ class CpuGroupedIntegers(Counted):
         tasks = spec.n * g.out[0] * ceildiv(ceildiv(g.rows, picks.tile_oh), picks.block)
         share, own = busiest_share(tasks, target.cores), ceildiv(tasks, target.cores)
         work = [tile.with_times(tile.times * spec.n * g.out[0] * share) for tile in _tiles(g, picks)]
-        weights = Stream(spec.bytes["weights"] * share, weights=True)
+        weights = Stream(spec.bytes["weights"] * share, weights=spec.bytes["weights"])
         images = of_images(spec.bytes["src"] + spec.bytes["dst"], share)
         return Counts([*work, *_copying(g, target, picks, own), Work(own, cycles=BEGIN_TASK)], [weights, images])
 

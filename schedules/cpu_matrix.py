@@ -116,7 +116,7 @@ class CpuMatrix(Counted):
         panels = own * g.group_bytes(min(picks.block * picks.tile, g.units)) * picks.copy_src
         streams = [
             Stream(2 * panels, footprint=panels / own),
-            Stream(min(weights, own * per_task), True, ahead and min(1, picks.parallel_oc / own)),
+            Stream(min(weights, own * per_task), weights, ahead and min(1, picks.parallel_oc / own)),
             Stream(again, ahead=ahead, footprint=weights),
             of_images(image_bytes(spec), share),
         ]

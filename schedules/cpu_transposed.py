@@ -101,7 +101,7 @@ class CpuTransposed(ChannelsInLanes):
         again = max(0, tasks - picks.parallel_oc) * per_task if per_task > target.l2 // 2 else 0
         streams = [
             # Weights: once from memory, then from where they stay between tasks.
-            Stream(min(weights, tasks * per_task), weights=True, ahead=True),
+            Stream(min(weights, tasks * per_task), weights=weights, ahead=True),
             Stream(again, ahead=True, footprint=weights),
             of_images(image_bytes(spec), share),
         ]

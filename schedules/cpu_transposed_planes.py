@@ -100,7 +100,9 @@ class CpuTransposedPlanes(Counted):
             Work(tasks * share, loads=taps, cycles=BEGIN_TASK / 4),
             finishing(spec, lanes, share),
         ]
-        return Counts(work, [Stream(spec.bytes["weights"], weights=True), of_images(image_bytes(spec), share)])
+        return Counts(
+            work, [Stream(spec.bytes["weights"], weights=spec.bytes["weights"]), of_images(image_bytes(spec), share)]
+        )
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         ops = Operands(spec)

@@ -111,7 +111,9 @@ class CpuTransposedRows(Counted):
             Work(stored, stores=1, shuffles=math.log2(phases)),
             finishing(spec, picks.lanes, share),
         ]
-        return Counts(work, [Stream(spec.bytes["weights"], weights=True), of_images(image_bytes(spec), share)])
+        return Counts(
+            work, [Stream(spec.bytes["weights"], weights=spec.bytes["weights"]), of_images(image_bytes(spec), share)]
+        )
 
     def program(self, spec: ConvSpec, target: Target, picks: Picks) -> Program:
         columns = columns_of(spec, picks.lanes, picks.tile_ow)

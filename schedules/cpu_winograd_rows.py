@@ -107,8 +107,8 @@ class CpuWinogradRows(Counted):
                 Work(times, cycles=BEGIN_TILE),
             ]
         work += [finishing(spec, g.lanes, share), Work(tasks * share, cycles=BEGIN_TASK)]
-        weights = Stream(4 * spec.oc * spec.ic * rows * g.positions, weights=True)
-        return Counts(work, [weights, of_images(image_bytes(spec), share)])
+        weights = 4 * spec.oc * spec.ic * rows * g.positions
+        return Counts(work, [Stream(weights, weights), of_images(image_bytes(spec), share)])
 
     def magnitudes(self, spec: ConvSpec, target: Target, picks: Picks, src: Array, weights: Array) -> Magnitudes:
         return magnitudes(spec, src, weights, {spec.rank - 1: picks.tile})

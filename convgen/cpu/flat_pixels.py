@@ -67,8 +67,10 @@ def product_counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
         )
     share = passes / (spec.n * parts * tiles * part)
     work.append(finishing(spec, lanes, share / 2))  # other units do half of it
-    weights = Stream(LATE * 4 * spec.ic * spec.oc / parts, weights=True)
-    return Counts(work, [weights, of_images(image_bytes(spec), share)], 1 + (not spec.is_pointwise))
+    weights = LATE * 4 * spec.ic * spec.oc
+    return Counts(
+        work, [Stream(weights / parts, weights), of_images(image_bytes(spec), share)], 1 + (not spec.is_pointwise)
+    )
 
 
 def product_points(spec: ConvSpec, target: Target, domains: Mapping[str, Sequence[Any]]) -> list[Picks]:

@@ -67,6 +67,7 @@ class Core:
         shuffles: of two vectors, per cycle.
         masked_store: cycles of a store of a part of a vector: with a mask, or of short ones in pieces.
         l2, l3, memory: bytes per cycle from there, one core alone.
+        together: bytes per cycle from memory to all cores: what two of them read at once comes once.
         region: cycles to start a parallel region and to wait for its end.
         fetches: lines per cycle that come from memory, fetched ahead, and slow down nothing else.
         beside: cycles that a load takes from FMAs.
@@ -90,6 +91,7 @@ class Core:
     l3: float
     memory: float
     region: float
+    together: float = math.inf
     fetches: float = math.inf
     beside: float = 0
     spills: float = math.inf
@@ -130,8 +132,10 @@ class Core:
         """Cycles of work that takes so many, and of streams beside it, which are never fewer."""
         visible = 0.0
         for stream in streams:
-            rate = self.memory if cold and stream.weights else self._rate(stream.footprint)
-            cycles = stream.bytes / rate
+            if cold and stream.weights:
+                cycles = max(stream.bytes / self.memory, stream.weights / self.together)
+            else:
+                cycles = stream.bytes / self._rate(stream.footprint)
             visible += max(self.exposed * cycles, cycles - stream.ahead * work)
         return work + visible + regions * self.region
 
@@ -202,13 +206,13 @@ class Stream(NamedTuple):
     """Bytes that one core reads or writes beyond its L2 cache.
 
     Attributes:
-        weights: whether they are weights, which in a network are cold.
+        weights: of weights, which in a network are cold, what all cores together read; of others 0.
         ahead: the share of the work during which they are fetched ahead, so that it hides them.
         footprint: bytes after which it comes round again: what a cache must hold to serve it.
     """
 
     bytes: float
-    weights: bool = False
+    weights: float = 0
     ahead: float = 0
     footprint: float = 0
 
@@ -226,7 +230,16 @@ class Counts:
 #: What processors have whatever vectors are used, by LLVM's name.
 _CHIPS: dict[str, dict[str, float]] = {
     "znver5": {"hertz": 4.5e9, "latency": 4, "l2": 26, "l3": 20, "memory": 9, "region": 1000},
-    "znver4": {"hertz": 3.7e9, "latency": 4, "l2": 28, "l3": 14, "memory": 8, "region": 2000, "kept": 0.725},
+    "znver4": {
+        "hertz": 3.7e9,
+        "latency": 4,
+        "l2": 28,
+        "l3": 14,
+        "memory": 8,
+        "region": 2000,
+        "together": 11,
+        "kept": 0.725,
+    },
     "znver3": {"hertz": 3.5e9, "latency": 4, "l2": 28, "l3": 14, "memory": 7, "region": 2000},
     "haswell": {"hertz": 3.2e9, "latency": 5, "l2": 24, "l3": 10, "memory": 5, "region": 2000},
     "skylake-avx512": {"hertz": 2.8e9, "latency": 4, "l2": 40, "l3": 8, "memory": 5, "region": 2000},

@@ -56,7 +56,7 @@ def row_counts(spec: ConvSpec, target: Target, picks: Picks) -> Counts:
     own_src = spec.bytes["src"] / (spec.n * spec.groups)
     again = (channels - 1) * spec.bytes["src"] if own_src > target.l1 else 0  # by every tile of channels
     streams = [
-        Stream(spec.bytes["weights"] * share, weights=True),
+        Stream(spec.bytes["weights"] * share, weights=spec.bytes["weights"]),
         of_images(spec.bytes["src"] + spec.bytes["dst"], share),
         Stream(again * share, ahead=True, footprint=own_src),
     ]

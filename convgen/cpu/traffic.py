@@ -11,6 +11,8 @@ from .model import Stream
 
 #: Tasks of each core that even out what some take longer.
 TASKS_OF_A_CORE = 4
+#: Bytes of a page, at whose end the processor stops fetching ahead.
+PAGE = 4096
 
 
 def busiest_share(tasks: int, cores: int) -> float:

@@ -88,24 +88,30 @@ class WinogradBlocks(Counted):
         g, lanes, operation = self.grid(spec, picks.block_rows), target.lanes, self.operation(spec)
         tasks = spec.n * g.rows.count * picks.parallel_oc
         loads = [rows for rows, times in g.rows.sizes for _ in range(times * picks.parallel_oc)] * spec.n
-        share, work = busiest(loads, target.cores) / sum(loads), list[Work]()
+        share, products = busiest(loads, target.cores) / sum(loads), list[Work]()
         for vectors, blocks in pieces(spec.oc // lanes, picks.tile_oc // lanes):
             for rows, times in g.rows.sizes:
                 for pixels, tiles in Even(rows * g.tile_columns, picks.tile_px).sizes:
                     runs = spec.n * times * share * blocks * tiles * g.parts * g.positions
                     near = 4 * vectors * lanes
-                    work.append(steps(runs * g.words, pixels, vectors, near=near, fetched=0.5, operation=operation))
-                    work.append(Work(runs, cycles=BEGIN_RUN, stores=pixels * vectors))
+                    products.append(steps(runs * g.words, pixels, vectors, near=near, fetched=0.5, operation=operation))
+                    products.append(Work(runs, cycles=BEGIN_RUN, stores=pixels * vectors))
         own_tiles = spec.n * share * g.tile_rows * g.tile_columns
-        work.append(self.inputs(g).with_times(own_tiles * picks.parallel_oc * spec.ic / g.lanes))
-        work.append(self.outputs(spec, g).with_times(own_tiles * spec.oc / lanes))
-        own = ceildiv(tasks, target.cores)
-        work += [finishing(spec, lanes, share), Work(own, cycles=BEGIN_TASK)]
+        own, core = ceildiv(tasks, target.cores), self.core(spec, target)
+        work = [
+            *products,
+            self.inputs(g).with_times(own_tiles * picks.parallel_oc * spec.ic / g.lanes),
+            self.outputs(spec, g).with_times(own_tiles * spec.oc / lanes),
+            finishing(spec, lanes, share),
+            Work(own, cycles=BEGIN_TASK),
+        ]
         weights = 2 * g.positions * spec.ic * spec.oc
         read = own * weights / picks.parallel_oc
+        # Weights are fetched while there are products, not while there are transforms.
+        ahead = core.cycles_of(products) / core.cycles_of(work)
         streams = [
-            Stream(min(weights, read), True, ahead=True),
-            Stream(max(0.0, read - weights), ahead=True, footprint=weights),
+            Stream(min(weights, read), weights, ahead),
+            Stream(max(0.0, read - weights), ahead=ahead, footprint=weights),
             of_images(image_bytes(spec), share),
         ]
         # What passes hand to each other.

@@ -10,7 +10,7 @@ from ..lowering.schedule import Picks, busiest
 from ..problem.spec import ConvSpec
 from .model import Core, Counts, Stream, Work
 from .product import BEGIN_RUN, BEGIN_TASK, BEGIN_TILE, LINE, Even, finishing, pieces, steps
-from .traffic import image_bytes
+from .traffic import PAGE, image_bytes
 from .winograd import NO_AXIS, Grid, Tiles, operations, transformed_axes
 from .winograd_gradient import GradientGrid
 
@@ -51,10 +51,15 @@ def winograd_counts(spec: ConvSpec, target: Target, core: Core, picks: Picks) ->
     """
     g = Grid(spec, target, picks)
     blocks = _Blocks(spec, target, g, picks)
-    work, streams = _work(spec, target, core, g, blocks, picks), _streams(spec, target, core, blocks)
-    own, weights = blocks.own, blocks.weights
+    products = _of_layer(spec, blocks, work_of_products(target, g, picks, g.met, blocks.in_l1))
+    work, streams = [*products, *_other_work(spec, core, g, blocks)], _streams(spec, target, core, blocks)
+    # Weights are fetched while there are products, not while there are transforms, and by these alone where groups are
+    # so small that the processor's own fetching begins anew with each position.
+    paged = spec.groups > 1 and blocks.slab <= PAGE
+    own, weights = blocks.own, blocks.weights * (core.waits.paged if paged else 1)
+    ahead = core.cycles_of(products) / core.cycles_of(work)
     if blocks.by_channels:
-        once = Stream(min(weights, own * weights / blocks.oc_blocks), weights=True, ahead=True)
+        once = Stream(min(weights, own * weights / blocks.oc_blocks), weights, ahead)
         return Counts(work, [*streams, once], 2)
     # A group's weights come from memory while its first block is worked on, and then from where they stay.
     new = min(own, ceildiv(spec.groups, target.cores))
@@ -64,24 +69,25 @@ def winograd_counts(spec: ConvSpec, target: Target, core: Core, picks: Picks) ->
         moved = [stream._replace(bytes=stream.bytes * n / own) for stream in streams]
         return Counts(some, [*moved, of_weights], regions, then)
 
-    warm = Stream((own - new) * weights, ahead=True, footprint=weights)
-    return of_blocks(new, Stream(new * weights, True, ahead=True), 1, of_blocks(own - new, warm, 0))
+    warm = Stream((own - new) * weights, ahead=ahead, footprint=weights)
+    return of_blocks(new, Stream(new * weights, spec.groups * weights, ahead), 1, of_blocks(own - new, warm, 0))
 
 
-def _work(spec: ConvSpec, target: Target, core: Core, g: Grid, blocks: _Blocks, picks: Picks) -> list[Work]:
-    """All passes, products and stores of the busiest core."""
+def _other_work(spec: ConvSpec, core: Core, g: Grid, blocks: _Blocks) -> list[Work]:
+    """Transforms and stores of the busiest core."""
     made = g.planes_in if blocks.by_channels else min(g.planes_in, g.window) * g.plane_blocks.count
-    passes = [
-        (work_of_products(target, g, picks, g.met, blocks.in_l1), 1),
-        (work_of_input(g, near=blocks.in_l1), made),
-        (_work_of_output(spec, g, core.waits.sums, blocks.in_l1), g.planes),
+    return [
+        *_of_layer(spec, blocks, work_of_input(g, near=blocks.in_l1), made),
+        *_of_layer(spec, blocks, _work_of_output(spec, g, core.waits.sums, blocks.in_l1), g.planes),
+        finishing(spec, g.lanes, blocks.share),
+        Work(blocks.own, cycles=BEGIN_TASK),
     ]
-    of_layer = [
-        part.with_times(part.times * blocks.share * spec.n * spec.groups * times)
-        for parts, times in passes
-        for part in parts
-    ]
-    return [*of_layer, finishing(spec, g.lanes, blocks.share), Work(blocks.own, cycles=BEGIN_TASK)]
+
+
+def _of_layer(spec: ConvSpec, blocks: _Blocks, parts: list[Work], times: float = 1) -> list[Work]:
+    """The busiest core's share of what each image and group has so many times."""
+    times *= blocks.share * spec.n * spec.groups
+    return [part.with_times(part.times * times) for part in parts]
 
 
 def _streams(spec: ConvSpec, target: Target, core: Core, blocks: _Blocks) -> list[Stream]:

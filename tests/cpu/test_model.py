@@ -32,7 +32,7 @@ def test_the_busiest_unit_decides() -> None:
 
 
 def test_weights_are_cold_in_a_network_and_warm_alone() -> None:
-    core, counts = replace(ZEN5, l2_size=1 << 21), Counts([Work(1, fmas=1)], [Stream(1 << 20, weights=True)])
+    core, counts = replace(ZEN5, l2_size=1 << 21), Counts([Work(1, fmas=1)], [Stream(1 << 20, weights=1 << 20)])
     assert core.cycles(counts) - core.cycles(counts, cold=False) == pytest.approx(
         (1 << 20) * (1 / core.memory - 1 / core.l2)
     )
@@ -47,10 +47,16 @@ def test_a_stream_comes_from_the_nearest_cache_that_holds_it() -> None:
     assert (core_of(target).l2_size, core_of(target).l3_size) == (1 << 19, 1 << 23)
 
 
+def test_what_all_cores_read_at_once_comes_once_and_memory_is_shared() -> None:
+    core, nothing = replace(ZEN5, memory=8, together=12), ZEN5.cycles(Counts([]))
+    for own, whole, cycles in ((96, 96, 12), (48, 96, 8), (24, 96, 8), (96, 24, 12)):
+        assert core.cycles(Counts([], [Stream(own, weights=whole)])) - nothing == pytest.approx(cycles)
+
+
 def test_what_is_fetched_ahead_hides_behind_products() -> None:
     work = Work(1e6, fmas=2)
-    late = Counts([work], [Stream(1 << 20, weights=True)])
-    ahead = Counts([work], [Stream(1 << 20, weights=True, ahead=True)])
+    late = Counts([work], [Stream(1 << 20, weights=1 << 20)])
+    ahead = Counts([work], [Stream(1 << 20, weights=1 << 20, ahead=True)])
     alone = Counts([work])
     assert ZEN5.cycles(alone) < ZEN5.cycles(ahead) < ZEN5.cycles(late)
     assert ZEN5.cycles(ahead) >= max(ZEN5.cycles(alone), (1 << 20) / ZEN5.memory)
