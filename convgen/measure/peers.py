@@ -193,8 +193,6 @@ class Torch(Peer):
         return found
 
     def _entrant(self, spec: ConvSpec, data: Arrays, way: str, form: Any) -> Entrant:
-        import torch
-
         # An NHWC array is a channels-last tensor as it lies in memory.
         order = (0, spec.rank + 1, *range(1, spec.rank + 1)) if spec.layout == "nhwc" else tuple(range(spec.rank + 2))
         back = tuple(int(axis) for axis in np.argsort(order))
@@ -203,14 +201,15 @@ class Torch(Peer):
             array = data.get(name)
             if array is None:
                 return None
-            shared = torch.from_numpy(array) if spec.dtype == "f32" else _bf16_tensor(array)
+            shared = _tensor(array)
             if name in ("src", "residual"):
                 shared = shared.permute(order)
             return shared.contiguous(memory_format=form) if shared.dim() > 1 else shared
 
+        context = partial(_inference, "bf16" if spec.accuracy == "bf16" else "ieee")
         if spec.direction != "forward":
             run_backward, made = self._gradient(spec, data, order, form)
-            return Entrant(way, run_backward, lambda: _stored_gradients(spec, made(), back), torch.inference_mode)
+            return Entrant(way, run_backward, lambda: _stored_gradients(spec, made(), back), context)
         src, residual = tensor("src"), tensor("residual")
         convolve = self._convolution(spec, tensor("weights"), tensor("bias"))
         activate = self._activation(spec, tensor("slope"))
@@ -225,7 +224,7 @@ class Torch(Peer):
         def output() -> npt.NDArray[Any]:
             return np.ascontiguousarray(widen(result[0].permute(back).float().numpy()))
 
-        return Entrant(way, run, output, partial(_inference, "bf16" if spec.accuracy == "bf16" else "ieee"))
+        return Entrant(way, run, output, context)
 
     def _gradient(
         self, spec: ConvSpec, data: Arrays, order: Sequence[int], form: Any
@@ -234,15 +233,18 @@ class Torch(Peer):
         import torch
 
         def image(name: str) -> Any:
-            return torch.from_numpy(data[name]).permute(*order).contiguous(memory_format=form)
+            return _tensor(data[name]).permute(*order).contiguous(memory_format=form)
+
+        def unread(shape: Sequence[int], like: Any) -> Any:  # of what the gradient is asked of, sizes alone matter
+            return torch.empty(*shape, dtype=like.dtype).contiguous(memory_format=form)
 
         wanted = [spec.direction == "data", spec.direction == "weights", spec.direction == "weights" and spec.bias]
         if spec.direction == "data":
-            gradient, weights = image("src"), torch.from_numpy(data["weights"]).contiguous(memory_format=form)
-            src = torch.empty((spec.n, spec.ic, *spec.in_spatial)).contiguous(memory_format=form)
+            gradient, weights = image("src"), _tensor(data["weights"]).contiguous(memory_format=form)
+            src = unread((spec.n, spec.ic, *spec.in_spatial), gradient)
         else:
             gradient, src = image("residual"), image("src")
-            weights = torch.empty(spec.weights_shape).contiguous(memory_format=form)
+            weights = unread(spec.weights_shape, gradient)
         padding = [begin for begin, _ in spec.padding]
         options = (spec.stride, padding, spec.dilation, spec.transposed, spec.output_padding, spec.groups, wanted)
         result: list[Any] = [None]
@@ -306,15 +308,17 @@ def _contiguous(output: Callable[[], Any]) -> npt.NDArray[Any]:
 def _stored_gradients(spec: ConvSpec, made: list[Any], back: Sequence[int]) -> F32:
     """PyTorch's gradients as dst."""
     if spec.direction == "data":
-        return np.ascontiguousarray(made[0].permute(*back).numpy())
-    parts = [np.ascontiguousarray(tensor.numpy()) for tensor in made]
+        return np.ascontiguousarray(made[0].permute(*back).float().numpy())
+    parts = [np.ascontiguousarray(tensor.float().numpy()) for tensor in made]
     return np.concatenate([part.reshape(-1) for part in parts]) if spec.bias else parts[0]
 
 
-def _bf16_tensor(array: npt.NDArray[Any]) -> Any:
-    """An array of bf16 as a tensor, which shares its memory."""
+def _tensor(array: npt.NDArray[Any]) -> Any:
+    """An array of f32 or bf16 as a tensor, which shares its memory."""
     import torch
 
+    if array.dtype == np.float32:
+        return torch.from_numpy(array)
     if array.dtype != numpy_dtype("bf16"):
         raise UnsupportedError(f"is asked for f32, bf16 and integers only, not {array.dtype}")
     return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)

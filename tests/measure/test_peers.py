@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from convgen.check.bounds import even_tolerance, reference, worst
-from convgen.check.data import float_data
+from convgen.check.data import exact_data, float_data
 from convgen.errors import UnsupportedError
 from convgen.measure.peers import PEERS, find_peer
-from convgen.problem.dtypes import distance
+from convgen.problem.dtypes import distance, widen
 from convgen.problem.spec import ConvSpec
 
 SPECS = [
@@ -115,6 +115,35 @@ def test_products_of_bf16(name: str, descriptor: str) -> None:
             entrant.run()
             output = entrant.output()
         assert worst(distance(output, reference(spec, data)), bound) <= 1, entrant.way
+
+
+@pytest.mark.parametrize("numbers", ["", "bf16", "accuracy_bf16"])
+@pytest.mark.parametrize("direction", ["data", "weights", "nobias weights"])
+@pytest.mark.parametrize("layer", ["conv2d n2 ic8 oc12 i9x8 k3 s2x1 p1 nhwc", "convtranspose1d n2 ic6 oc4 i9 k3 s2"])
+def test_gradients_of_pytorch(layer: str, direction: str, numbers: str) -> None:
+    """On integers of few bits, so that each is one number, however it is summed, which bf16 holds or is rounded to."""
+    if PEERS["torch"].version() is None:
+        pytest.skip("torch is not installed")
+    spec = ConvSpec.parse(f"{layer} {direction} {numbers}")
+    data = exact_data(spec)
+    expected = widen(reference(spec, data))
+    assert np.unique(expected).size > 10
+    entrants = PEERS["torch"]().entrants(spec, data, threads=1)
+    assert len(entrants) == 1
+    for entrant in entrants:
+        with entrant.context():
+            entrant.run()
+            np.testing.assert_array_equal(entrant.output(), expected, err_msg=entrant.way)
+
+
+@pytest.mark.parametrize("direction", ["forward", "data", "weights"])
+def test_pytorch_is_not_asked_for_f16(direction: str) -> None:
+    """Which its convolutions on a CPU have no fast kernels of: it is left out of a comparison, with the reason."""
+    if PEERS["torch"].version() is None:
+        pytest.skip("torch is not installed")
+    spec = ConvSpec.parse(f"conv2d n2 ic8 oc12 i9x8 k3x3 p1x1 f16 {direction}".removesuffix("forward"))
+    with pytest.raises(UnsupportedError, match="is asked for f32, bf16 and integers only, not float16"):
+        PEERS["torch"]().entrants(spec, float_data(spec), threads=1)
 
 
 @pytest.mark.parametrize("layouts", ["nchw8c", "nchw dst_nchw16c", "nhwc dst_nchw"])
