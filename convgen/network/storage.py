@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import SpecError
-from ..problem.dtypes import LARGEST, narrow
+from ..problem.dtypes import LARGEST, LONG_RANGES, narrow
 from .graph import Convolution, Graph, Node, Operator
 from .kinds import KINDS
 
@@ -70,13 +70,25 @@ def _narrowed(node: Convolution, name: str, array: npt.NDArray[np.generic], dtyp
     return made
 
 
+def _whole_numbers(node: Operator) -> tuple[str, ...]:
+    """Tensors of f32 that are whole numbers: integers of 16 bits, and what becomes integers, such as places."""
+    dtype = node.attributes.get("dtype")
+    if node.kind == "quantise" and dtype in LONG_RANGES:
+        return (node.output,)
+    return node.inputs[:1] if node.kind == "truncate" or (node.kind == "cast" and dtype == "i64") else ()
+
+
 def _kept(graph: Graph) -> set[str]:
-    """Tensors that stay as they are: inputs, outputs and constants, and what only moves to or from these."""
+    """Tensors that stay as they are: inputs, outputs and constants, whole numbers that are larger than the digits of a
+    narrow type tell, and what only moves to or from these.
+    """
+    operators = [node for node in graph.nodes if isinstance(node, Operator)]
     kept = {*graph.inputs, *graph.outputs, *graph.constants}
+    kept |= {name for node in operators for name in _whole_numbers(node)}
     moves = [
         {node.output, *(name for name in node.inputs if name not in graph.constants)}
-        for node in graph.nodes
-        if isinstance(node, Operator) and (KINDS[node.kind].moves or node.kind == "identity")
+        for node in operators
+        if KINDS[node.kind].moves or node.kind == "identity"
     ]
     grown = True
     while grown:
@@ -84,5 +96,10 @@ def _kept(graph: Graph) -> set[str]:
         for names in moves:
             if names & kept and not names <= kept:
                 kept |= names
+                grown = True
+        for node in operators:  # the largest of elements that are kept is looked for among them
+            is_one = node.kind == "reduce" and node.attributes["mode"] in ("max", "min")
+            if is_one and node.inputs[0] in kept and node.output not in kept:
+                kept.add(node.output)
                 grown = True
     return kept

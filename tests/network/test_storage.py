@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from network_models import arrays_for, expected, furthest, model_of
-from onnx import helper
+from onnx import TensorProto, helper
 
 from convgen.hardware.target import resolve
 from convgen.network.check.bounds import measure
+from convgen.network.check.validate import run_onnxruntime
 from convgen.network.network import compile_network
 from convgen.network.plan import Product
 from convgen.network.reading import read_graph
@@ -98,3 +99,28 @@ def test_nothing_is_promised_of_what_f16_cannot_hold() -> None:
     found = measure(graph, inputs, accuracy="f16")[graph.outputs[0]].error
     assert np.isinf(found).tolist() == [[False, False, True, True]]
     assert (found[0, :2] >= 2.0**-11 * np.array([1e4, 5e4])).all()  # it is rounded to 11 bits
+
+
+def test_whole_numbers_are_not_rounded() -> None:
+    """Places among many, and integers of 16 bits, have more digits than what is stored between nodes."""
+    nodes = [
+        helper.make_node("ArgMax", ["x"], ["first"], axis=1, keepdims=0),
+        helper.make_node("Mul", ["x", "two"], ["computed"]),
+        helper.make_node("ArgMin", ["computed"], ["least"], axis=1),
+        helper.make_node("Cast", ["least"], ["second"], to=TensorProto.INT32),
+        helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["third"]),
+        helper.make_node("Cast", ["q"], ["fourth"], to=TensorProto.FLOAT),
+    ]
+    constants: dict[str, Any] = {"two": np.float32(2), "step": np.float32(0.0003), "zero": np.uint16(32768)}
+    arrays = {name: np.asarray(value) for name, value in constants.items()}
+    model = model_of(nodes, {"x": (3, 3001)}, ["first", "second", "third", "fourth"], arrays, opset=21)
+    for value in model.graph.output:  # of types that are inferred
+        value.ClearField("type")
+    model.ir_version = 10
+    inputs = {"x": np.random.default_rng(5).standard_normal((3, 3001), np.float32)}
+    inputs["x"][:, 2999], inputs["x"][:, 2998] = 7, -7
+    network = compile_network(model, resolve("cpu").on(1), 1, accuracy="bf16")
+    found = network(inputs["x"])
+    for name, wanted in run_onnxruntime(model, inputs).items():
+        np.testing.assert_array_equal(found[name], wanted)

@@ -20,26 +20,27 @@ from convgen.problem.dtypes import BYTES
 from convgen.problem.layout import BLOCKS
 
 F64 = npt.NDArray[np.float64]
-#: Bytes of an element: networks of f32 are interpreted.
-ELEMENT = BYTES["f32"]
 
 
 class Interpreted:
-    """Memory, and what steps do to it."""
+    """Memory, and what steps do to it.
+
+    There is a number for each byte: the first of an element's bytes has it.
+    """
 
     def __init__(self, plan: Plan, inputs: Mapping[str, npt.NDArray[Any]]) -> None:
         graph = self.graph = plan.graph
         self.plan = plan
-        self.memory: dict[tuple[str, int], F64] = {("arena", 0): np.full(plan.arena // ELEMENT, np.nan)}
-        ends = [offset // ELEMENT + graph.size(name) for name, offset in plan.constants.items()]
+        self.memory: dict[tuple[str, int], F64] = {("arena", 0): np.full(plan.arena, np.nan)}
+        ends = [offset + graph.bytes(name) for name, offset in plan.constants.items()]
         self.memory["weights", 0] = np.full(max(ends, default=0), np.nan)
         for name, offset in plan.constants.items():
-            begin = offset // ELEMENT
-            self.memory["weights", 0][begin : begin + graph.size(name)] = graph.constants[name].ravel()
+            self._at(("weights", 0), offset, name)[:] = graph.constants[name].ravel()
         for number, name in enumerate(graph.inputs):
-            self.memory["input", number] = np.array(inputs[name], np.float64).ravel()
+            self.memory["input", number] = np.full(graph.bytes(name), np.nan)
+            self._at(("input", number), 0, name)[:] = inputs[name].ravel()
         for number, name in enumerate(graph.outputs):
-            self.memory["output", number] = np.full(graph.size(name), np.nan)
+            self.memory["output", number] = np.full(graph.bytes(name), np.nan)
 
     def run(self) -> dict[str, F64]:
         """The outputs by the model's names."""
@@ -50,14 +51,19 @@ class Interpreted:
                 self._pass(step, step.function)
         named = enumerate(zip(self.graph.names, self.graph.outputs, strict=True))
         return {
-            name: self.memory["output", number].reshape(self.graph.shapes[tensor]) for number, (name, tensor) in named
+            name: self._at(("output", number), 0, tensor).reshape(self.graph.shapes[tensor])
+            for number, (name, tensor) in named
         }
 
     def _elements(self, name: str) -> F64:
         """A tensor as it lies, to read and to write."""
         place = self.plan.places[name]
-        begin = place.offset // ELEMENT
-        return self.memory[place.space, place.number][begin : begin + self.graph.size(name)]
+        return self._at((place.space, place.number), place.offset, name)
+
+    def _at(self, memory: tuple[str, int], offset: int, name: str) -> F64:
+        """The elements of a tensor that lies there."""
+        element = BYTES[self.graph.dtype(name)]
+        return self.memory[memory][offset : offset + self.graph.bytes(name) : element]
 
     def _product(self, step: Step, function: Product) -> None:
         spec = function.spec

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from onnx import helper
+from onnx import TensorProto, helper
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from .drawn import Array, Drawn, model_of, run_model
@@ -531,10 +531,43 @@ def _normalised(d: _Drawing) -> None:
             raise _Left
 
 
+# ---- integers ----------------------------------------------------------------------------------
+
+
+def _quantised(d: _Drawing) -> None:
+    """What is quantised, bounded as it is stored, and dequantised."""
+    source, rng = d.pick(), d.rng
+    dtype = rng.choice((np.uint8, np.int8))
+    info = np.iinfo(dtype)
+    how = [d.constant(rng.choice((0.01, 0.05, 0.3))), d.constant(rng.randint(info.min, info.max), dtype)]
+    stored = d.add("QuantizeLinear", [source, *how])
+    if d.made.opset >= 13 and rng.random() < 0.7:
+        bounds = sorted(rng.randint(info.min, info.max) for _ in range(2))
+        stored = d.add("Clip", [stored, *(d.constant(bound, dtype) for bound in bounds)])
+    if d.made.opset >= 18 and dtype == np.int8 and rng.random() < 0.3:
+        stored = d.add("Relu", [stored])
+    d.add("DequantizeLinear", [stored, *how])
+
+
+_BYTES = (TensorProto.UINT8, TensorProto.INT8)
+
+
+def _whole(d: _Drawing) -> None:
+    """Whole numbers of floats, computed with as i32."""
+    source, rng = d.pick(), d.rng
+    whole = d.add("Cast", [d.add("Mul", [source, d.constant(16.0)])], to=TensorProto.INT32)
+    other = d.constant(d.numbers.integers(-9, 9, _broadcast(d, d.shape(source))), np.int32)
+    op = rng.choice(("Add", "Sub", "Mul", *(("Max", "Min") if d.made.opset >= 13 else ())))
+    whole = d.add(op, rng.sample([whole, other], 2))
+    if rng.random() < 0.3:
+        whole = d.add("Cast", [d.add("Cast", [whole], to=_BYTES[rng.random() < 0.5])], to=TensorProto.INT32)
+    d.add("Cast", [whole], to=TensorProto.FLOAT)
+
+
 #: What networks are drawn of, convolutions more often.
 _PARTS: tuple[Callable[[_Drawing], None], ...] = (
     *(4 * (_convolution,)),
     *(2 * (_product, _unary, _binary, _concat, _pool)),
     *(_clip, _choice, _swish, _squeeze_excite, _reshape, _transpose, _split, _slice, _pad, _expand, _resize, _shuffle),
-    *(_global, _reduce, _softmax, _normalised, _gather, _tile),
+    *(_global, _reduce, _softmax, _normalised, _gather, _tile, _quantised, _whole),
 )

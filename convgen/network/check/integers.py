@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto
 
+from ...check.bounds import apart
 from ...formats.onnx.graph import ROOTS
 from ...measure.network_model import F32_ERROR
 from ...problem.dtypes import RANGES
@@ -29,6 +30,13 @@ _EXACT |= {"Shape"}
 _KEEPING = frozenset({"identity", "reshape", "transpose", "slice", "concat", "expand", "cast"})
 #: Roundings of a step that is computed in f32.
 _ROUNDED = 1 + 2.0**-16
+
+
+def quantises(graph: Graph) -> bool:
+    """Whether something in a graph is rounded to integers."""
+    return any(
+        node.kind == "quantise" if isinstance(node, Operator) else node.spec.is_quantised for node in graph.nodes
+    )
 
 
 def is_exact(source: str | Path | ModelProto) -> bool:
@@ -83,16 +91,16 @@ def differences(graph: Graph, found: Arrays, expected: Arrays, exact: bool) -> D
         a, b = (np.asarray(given[name], np.float64) for given in (found, expected))
         if a.shape != b.shape:
             return Differences(1, 1, np.inf, f"{name}: expected shape {b.shape}, found {a.shape}")
-        apart = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
-        apart = np.where(np.isnan(apart), np.inf, apart)
-        largest, step = float(apart.max(initial=0.0)), step_of(graph, tensor)
-        count, of = count + int((apart > 0).sum()), of + apart.size
+        error = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+        error = np.where(np.isnan(error), np.inf, error)
+        largest, step = float(error.max(initial=0.0)), step_of(graph, tensor)
+        count, of = count + int((error > 0).sum()), of + error.size
         if step is not None and largest:
             steps = max(steps, largest / step if step else np.inf)
             share = max(share, largest / (step * _ROUNDED) if step else np.inf)
         elif largest:
-            relative = largest / (float(np.abs(b[np.isfinite(b)]).max(initial=0.0)) or 1.0)
-            rest, share = max(rest, relative), max(share, relative / F32_ERROR)
+            far = apart(np.asarray(found[name]), np.asarray(expected[name]))
+            rest, share = max(rest, far), max(share, far / F32_ERROR)
     how = [f"by up to {steps:.3g} steps, 1 is allowed"] if steps else []
     how += [f"by up to {rest:.1e} of the largest element, {F32_ERROR} is allowed"] if rest else []
     text = f"{count} of {of} values differ" + "".join(f", {one}" for one in (["none may"] if exact else how))

@@ -24,7 +24,7 @@ from ..plan import Plan, Product
 from ..reading import read_graph
 from .bounds import Measured, measure
 from .guarded import Runs, run_guarded
-from .integers import differences, is_exact
+from .integers import differences, is_exact, quantises
 from .places import check_places
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def compare_network(
     """
     rng, reference, worst_apart = np.random.default_rng(seed), as_f32(source) or source, 0.0
     rounded = accuracy in ROUNDED or reference is not source
-    is_quantised = any(node.spec.is_quantised for plan in plans for node in plan.graph.convolutions)
+    is_quantised = any(quantises(plan.graph) for plan in plans)
     limit, checks, ratios = CHOSEN_ERROR if rounded else F32_ERROR, list[Check](), [0.0]
     for plan, size in zip(plans, built.code.sizes, strict=True):
         given = _drawn(rng, size.inputs)
@@ -303,7 +303,7 @@ def _compared(
 ) -> tuple[Check, float]:
     """One size's outputs and ONNX Runtime's. ``limit``: of how far they may be apart besides, of f32."""
     graph = read_graph(source, size.dims)
-    if any(node.spec.is_quantised for node in graph.convolutions):
+    if quantises(graph):
         limit = max(limit, CHOSEN_ERROR)
     bounds = measure(graph, inputs, size.transformed, accuracy)
     named = {name: bounds[tensor] for name, tensor in zip(graph.names, graph.outputs, strict=True)}
