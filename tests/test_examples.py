@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from network_models import model_of
 from onnx import helper
 from paths import ROOT
@@ -38,6 +39,19 @@ def test_a_model_in_onnx_runtime_with_and_without(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert float(re.findall(r"largest difference: (\S+)", done.stdout)[0]) < 1e-6
     assert re.search(r"ONNX Runtime alone [\d.]+ ms, with convgen [\d.]+ ms", done.stdout)
+
+
+def test_a_module_in_pytorch_and_an_exported_program(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    command = [sys.executable, str(EXAMPLES / "in_pytorch.py")]
+    environment = {**os.environ, "CONVGEN_RECORDS": str(tmp_path / "records.sqlite"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        *2 * ["scores [1, 10] are PyTorch's"],
+        "exported: 1 network, 0 nodes outside",
+    ]
+    assert "cumsum" in done.stderr
 
 
 def test_lenet_trains_alike_with_both_libraries_convolutions(tmp_path: Path) -> None:

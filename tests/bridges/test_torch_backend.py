@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from bench_module import load_bench
 from onnx import numpy_helper
 from paths import ROOT, SUPPORT
 
@@ -86,6 +87,15 @@ def test_a_module_in_both_memory_formats_and_of_another_batch(compiled: list[Any
     close(fast(x), block(x))
     close(fast(x + 1), block(x + 1))
     assert len(compiled) == 3
+
+
+def test_a_real_module_is_one_network(compiled: list[Any]) -> None:
+    model, x = load_bench("networks.modules").module("squeezenet1_1", side=64), torch.randn(1, 3, 64, 64)
+    wanted, found = model(x), torch.compile(model, backend=backend)(x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=float(2e-5 * wanted.abs().max()))
+    (program,) = compiled
+    assert (len(program.networks), program.outside) == (1, {})
+    assert sum("spec" in layer for layer in program.networks[0].layers()) == 26
 
 
 def test_what_is_unknown_stays_with_pytorch_and_is_named(compiled: list[Any], caplog: pytest.LogCaptureFixture) -> None:
