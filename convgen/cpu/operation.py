@@ -19,6 +19,8 @@ from .model import core_of
 
 #: Bits of a word.
 WORD = 32
+#: The upper bit of a byte: with it turned, one is 128 more or less.
+_HALF = -128
 #: What adds the products of two vectors of pairs of bf16, and what rounds a vector to bf16: as functions of integers,
 #: as TVM would turn bf16 into f32 on its way to the instruction.
 _PAIRS_OF_BF16 = """
@@ -109,7 +111,7 @@ class Operation:
         if self.offset and self.depth == 2:
             return value + tirx.const(self.offset, of_lanes(self.operand, lanes))
         if self.offset:
-            return value ^ tirx.const(-self.offset, of_lanes(self.operand, lanes))
+            return value ^ tirx.const(_HALF, of_lanes(self.operand, lanes))
         if zero is None or self.biased:
             return value
         zero = zero.astype(self.operand)
@@ -126,7 +128,7 @@ class Operation:
         if not self.biased:
             return tirx.const(0, self.operand)
         if zero is None:
-            return tirx.const(self.offset if self.depth == 2 else -self.offset, self.operand)
+            return tirx.const(self.offset if self.depth == 2 or not self.offset else _HALF, self.operand)
         return (zero + tirx.const(self.offset, INTEGER)).astype(self.operand)
 
     def weight(self, value: Expr) -> Expr:
@@ -191,7 +193,8 @@ def _pays(target: Target) -> bool:
 def operation_of(spec: ConvSpec, target: Target) -> Operation:
     """The one that does most products at once and is exact for integers; for bf16, of f32 where pairs do not fit.
 
-    ``vpdpbusd`` multiplies unsigned bytes by signed ones: 128 is added to src.
+    ``vpdpbusd`` multiplies unsigned bytes by signed ones: 128 is added to src of i8. ``sdot`` multiplies signed ones:
+    128 is taken off src of u8.
     """
     isa, lanes = set(target.isa), target.lanes
     if spec.is_quantised:
@@ -203,6 +206,8 @@ def operation_of(spec: ConvSpec, target: Target) -> Operation:
             return Operation("vpdpbusd", 4, "int8", INTEGER, offset, biased=True, packs=packs, permutes=permutes)
         if "sse3" in isa and (lanes < 16 or "avx512bw" in isa):
             return Operation("vpmaddwd", 2, "int16", INTEGER, packs=packs, permutes=permutes)
+        if "asimddp" in isa and signed and not spec.transposed:
+            return Operation("sdot", 4, "int8", INTEGER, -128 if spec.src_dtype == "u8" else 0, biased=True)
         if "asimddp" in isa and signed and spec.src_dtype == "i8" and not spec.src_zero:
             return Operation("sdot", 4, "int8", INTEGER)
         return Operation("multiply", 1, INTEGER, INTEGER)

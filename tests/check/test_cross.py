@@ -67,6 +67,20 @@ def test_kernels_for_another_processor_are_validated_as_all_are(text: str, tools
     assert "emulated by QEMU" in report.checks[0].found
 
 
+@pytest.mark.skipif(CROSS != "aarch64", reason="this machine is of the architecture that has the instruction")
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("types", ["src_u8 src_zero dst_u8 dst_zero", "src_u8", "src_zero", ""])
+def test_products_of_four_bytes_are_exact_of_all_types(types: str, depthwise: bool, tools: None) -> None:
+    """Of src of u8 128 is taken off, and padding has what then stands for its zero point."""
+    layer = "ic24 oc24 g24 i8x7 k3x3 p1" if depthwise else "ic21 oc24 g3 i9x7 k3x3 s2x1 p1_0x1 relu"
+    kernel = built(f"conv2d {layer} nhwc i8 {types}", "cpu:cortex-a76")
+    schedule = "cpu_grouped_integers" if depthwise else "cpu_direct"
+    assert kernel.lowered.candidate.schedule.id == schedule
+    report = validate(kernel)
+    report.raise_if_failed()
+    assert report.worst_error == 0
+
+
 @pytest.mark.parametrize(
     ("fault", "check", "found"),
     [
