@@ -130,7 +130,8 @@ def list_(path: Path | None, outcome: str | None, limit: int | None, as_json: bo
     kinds = f": {', '.join(f'{count} {kind}' for kind, count in outcomes.most_common())}" if outcomes else ""
     rest = outcomes.total() - len(shown)
     older = f"; {rest} added before these are not shown (--limit N shows more)" if rest > 0 else ""
-    note(f"{outcomes.total()} records in {tidy(store.path)}{kinds}{older}")
+    hint = "" if outcomes else asked.hint
+    note(f"{outcomes.total()} records in {tidy(store.path)}{kinds}{older}{hint}")
 
 
 @records.command(short_help="Show the records that builds would use here.")
@@ -156,7 +157,7 @@ def best(path: Path | None, as_json: bool, **wanted: Any) -> None:
     elif found:
         say_table(_rows(chosen, [answer.origin for answer in found]))
     else:
-        note(f"no record for this machine and these versions in {tidy(store.path)}")
+        note(f"no record for this machine and these versions in {tidy(store.path)}{which.hint}")
 
 
 @records.command(short_help="Show all of one record.")
@@ -469,14 +470,15 @@ def export(
         if out is None or not to_file:
             for record in counted():
                 emit_text(record.to_json())
-            note(f"{count} records")
+            note(f"{count} records{'' if count else which.hint}")
             return
         if about is None:
             write_lines(out, counted())
         else:
             kept = list(counted())
             shipped.write(out, kept, shipped.Origin.of(kept, wanted["sources"], about))
-    _say({"exported": count, "file": str(out)}, f"{count} records in {tidy(out)}", as_json)
+    hint = "" if count else which.hint
+    _say({"exported": count, "file": str(out)}, f"{count} records in {tidy(out)}{hint}", as_json)
 
 
 @records.command("import", short_help="Add the records of a file of JSON lines, all or none.")

@@ -232,7 +232,7 @@ def print_results(
     for result in failed:
         note(f"convgen: {result['spec']}: {result['error']}")
     if run.measured and run.over > max(LATE_SECONDS, LATE_SHARE * (run.job.seconds or 0.0)):
-        what = "what seems faster than its default is compared, and timed in its network, however long that takes"
+        what = "what was begun is finished, and what seems faster is compared, however long that takes"
         note(f"convgen: {clock(run.over)} over the budget of {clock(run.job.seconds or 0.0)}: {what}")
     if len(reached) < len(results):
         rest = len(results) - len(reached)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import SpecError, UnsupportedError, meant
-from ..formats.sources import read_specs, split_sources
+from ..formats.sources import is_model, read_specs, split_sources
 from ..problem.separable import SEPARABLE, SeparableSpec
 from ..problem.spec import ConvSpec
-from .common import dim_option, grouped, layers_of, threads_option
+from ..problem.tokens import ACCURACIES
+from .common import Choice, dim_option, grouped, layers_of, threads_option
 from .completion import one_of, schedules_beginning, targets_beginning
 
 if TYPE_CHECKING:
@@ -34,6 +35,18 @@ filters = grouped(
         shell_complete=one_of(schedules_beginning),
         metavar="ID",
         help="Only records of this schedule.",
+    ),
+    click.option(
+        "--whole",
+        is_flag=True,
+        help="Only records of one model's convolutions as `convgen compile` plans them, which `convgen tune --whole` "
+        "tunes; for all cores unless --threads says otherwise.",
+    ),
+    click.option(
+        "--accuracy",
+        type=Choice(ACCURACIES),
+        metavar="CLASS",
+        help="With --whole: the accuracy that the model is compiled with.  [default: standard]",
     ),
 )
 
@@ -60,14 +73,39 @@ def recorded_target(spelling: str, *stores: RecordStore) -> str:
         raise
 
 
+def _planned(
+    sources: Sequence[str],
+    spec: str | None,
+    dims: dict[str, int],
+    target: str | None,
+    threads: int | None,
+    accuracy: str | None,
+) -> tuple[list[str], str, int]:
+    """Descriptors of a model's convolutions as they are compiled; the target's spelling, and the threads."""
+    from ..network.choice import network_target
+    from ..network.network import plan_model
+
+    if spec is not None or len(sources) != 1 or not is_model(sources[0]):
+        raise click.UsageError("--whole: expected one ONNX model, and no --spec")
+    resolved, count = network_target(target or "cpu", threads)
+    plans = plan_model(sources[0], resolved, dims=dims, accuracy=accuracy or "standard")
+    names = dict.fromkeys(spec.descriptor for plan in plans for spec in plan.specs)
+    return list(names), resolved.spelling, count
+
+
 @dataclass(frozen=True)
 class Wanted:
-    """Which records a command looks at; None: all."""
+    """Which records a command looks at; None: all.
+
+    Attributes:
+        hint: what is said where there are none.
+    """
 
     specs: list[str] | None
     target: str | None
     threads: int | None
     schedule: str | None
+    hint: str = ""
 
     @classmethod
     def of(
@@ -78,16 +116,27 @@ class Wanted:
         target: str | None,
         threads: int | None,
         schedule: str | None,
+        whole: bool,
+        accuracy: str | None,
     ) -> Wanted:
         """From the values of :data:`filters`; layers that cannot be read have no records, and are named."""
+        hint = ""
+        if whole:
+            names, target, threads = _planned(sources, spec, dims, target, threads, accuracy)
+            return cls(names, target, threads, schedule)
+        if accuracy is not None:
+            raise click.UsageError("--accuracy needs --whole: a layer has its own")
         if problem := separable(spec or " ".join(sources)):
             names = [problem.descriptor]
         else:
-            models, _ = layers_of(split_sources(sources), dims, fits=False)
+            given = split_sources(sources)
+            models, _ = layers_of(given, dims, fits=False)
+            if any(map(is_model, given)):
+                hint = "; with --whole those of `convgen tune --whole` are found"
             layers = [entry for entries in models for entry in entries]
             layers += read_specs(spec) if spec else []
             names = list(dict.fromkeys(entry.spec.descriptor for entry in layers))
-        return cls(names if sources or spec else None, target, threads, schedule)
+        return cls(names if sources or spec else None, target, threads, schedule, hint)
 
     def among(self, *stores: RecordStore) -> Wanted:
         """The same, by the names that records of these stores have.

@@ -76,6 +76,11 @@ class Plan:
     views: dict[str, View]
     seconds: float
 
+    @property
+    def specs(self) -> list[ConvSpec]:
+        """Of each convolution, in the order in which they run."""
+        return [step.function.spec for step in self.steps if isinstance(step.function, Product)]
+
     def shape(self, name: str) -> Shape:
         """A tensor's shape in memory."""
         return physical(self.graph.shapes[name], self.layouts.get(name, ROW_MAJOR))

@@ -85,7 +85,7 @@ class ModelTuning:
         labels = labels_of([plan.graph.dims for plan in self.plans])
         own = self.plans[0].graph.name
         self._sizes = {f"{own} {label}".rstrip(): number for number, label in enumerate(labels)}
-        if not any(map(_specs, self.plans)):
+        if not any(plan.specs for plan in self.plans):
             raise SpecError("model", "one with convolutions to tune", "none", own)
 
     def job(self, job: Job) -> Job:
@@ -117,7 +117,7 @@ class ModelTuning:
             RecordError: the store cannot be read.
             BuildError: TVM, LLVM or the C compiler failed.
         """
-        specs = {spec for plan in self.plans for spec in _specs(plan)}
+        specs = {spec for plan in self.plans for spec in plan.specs}
         with recorded_choice(records, self.target, self.threads) as choose:
             return self.network({spec: candidate for spec in specs if (candidate := choose(spec)) is not None})
 
@@ -126,7 +126,7 @@ class ModelTuning:
         network, found = self.network({}), defaultdict[ConvSpec, list[float]](list)
         with pinned(self.threads):
             for number, plan in enumerate(self.plans):
-                for spec, seconds in zip(_specs(plan), _of_products(plan, network.profile(number, LOOKS)), strict=True):
+                for spec, seconds in zip(plan.specs, _of_products(plan, network.profile(number, LOOKS)), strict=True):
                     found[spec].append(seconds)
         return {spec: statistics.fmean(seconds) for spec, seconds in found.items()}
 
@@ -160,15 +160,10 @@ class ModelTuning:
                     network = networks[which]
                     network(*inputs)  # caches are its own
                     steps = network.step_seconds(*inputs)
-                    products = zip(_specs(plan), _of_products(plan, steps), strict=True)
+                    products = zip(plan.specs, _of_products(plan, steps), strict=True)
                     own = [seconds for spec, seconds in products if spec in taking_part]
                     samples[which].append([*own, sum(steps) - sum(own)])
         return samples
-
-
-def _specs(plan: Plan) -> list[ConvSpec]:
-    """Of each convolution, in the order in which they run."""
-    return [step.function.spec for step in plan.steps if isinstance(step.function, Product)]
 
 
 def _of_products(plan: Plan, seconds: Sequence[float]) -> list[float]:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Run
+from answers import final
+from commands import Run, model_file
 from made_records import TEXT, record
 
+from convgen.network.tuning import ModelTuning
 from convgen.records.record import TuningRecord
 from convgen.records.store import RecordStore
+from convgen.tuning.job import Job
 
 #: What other versions of convgen and of LLVM called so.
 OLD: dict[str, Any] = {"schedule": "cpu_of_old", "target": "cpu:of-another-llvm"}
@@ -58,3 +61,40 @@ def test_heights_of_strips_have_a_name_as_schedules_do(tmp_path: Path, run_json:
     store = ["--records", filled(tmp_path / "a.sqlite", record())]
     assert run_json("records", "list", "--schedule", "strips", *store) == []
     assert run_json("records", "list", "--schedule", "reference", TEXT, *store) != []
+
+
+def test_records_of_a_whole_model_are_found_by_the_model(tmp_path: Path, run_json: Callable[..., Any]) -> None:
+    """Its convolutions are those of the network: of its accuracy, in its layouts, on its threads."""
+    model = model_file(tmp_path / "net.onnx")
+    (problem,) = ModelTuning(model, threads=1, accuracy="strict").job(Job(())).problems()
+    planned = problem.spec.descriptor
+    made, other = (final(spec=planned, threads=threads, winner=True) for threads in (1, 2))
+    store = ["--records", filled(tmp_path / "a.sqlite", made, record(), other)]
+    asked = [model, "--whole", "--threads", 1, "--accuracy", "strict"]
+    for command in ("list", "best"):
+        (found,) = run_json("records", command, *asked, *store)
+        assert found["id"] == made.id
+    out = tmp_path / "tuned.jsonl"
+    exported = run_json("records", "export", "--best", *asked, "-o", out, *store)
+    assert (exported["exported"], out.read_text()) == (1, made.to_json() + "\n")
+    assert run_json("records", "list", *asked[:-2], *store) == run_json("records", "list", model, *store) == []
+
+
+@pytest.mark.parametrize("command", [["list"], ["best"], ["export"], ["export", "--best"]])
+def test_who_asks_for_a_models_layers_is_told_of_the_whole(command: list[str], tmp_path: Path, run: Run) -> None:
+    model = model_file(tmp_path / "net.onnx")
+    store = ["--records", filled(tmp_path / "a.sqlite", record())]
+    hint = "with --whole those of `convgen tune --whole` are found"
+    assert hint in run("records", *command, model, *store)[2]
+    assert hint not in run("records", *command, model, "--whole", *store)[2]
+    assert hint not in run("records", *command, "conv1d ic1 oc1 i8 k1", *store)[2]
+
+
+def test_a_whole_is_one_model(tmp_path: Path, run: Run) -> None:
+    model = model_file(tmp_path / "net.onnx")
+    store = ["--records", filled(tmp_path / "a.sqlite", record())]
+    for words in ([], [TEXT], [model, model], [model, "--spec", TEXT]):
+        status, _, err = run("records", "list", *words, "--whole", *store)
+        assert (status, "--whole: expected one ONNX model" in err) == (2, True)
+    status, _, err = run("records", "list", model, "--accuracy", "strict", *store)
+    assert (status, "--accuracy needs --whole" in err) == (2, True)

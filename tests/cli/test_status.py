@@ -75,7 +75,7 @@ def test_what_takes_longer_than_the_budget_says_why(
     assert any(re.fullmatch(r"comparing what was found, \S+( s)? over the budget", text) for text in said) == is_late
     print_results(run, False, False, None)
     err = capsys.readouterr().err
-    assert ("over the budget of 40 s: what seems faster than its default is compared" in err) == is_late
+    assert ("over the budget of 40 s: what was begun is finished, and what seems faster is compared" in err) == is_late
 
 
 def test_that_networks_are_timed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
