@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ import onnx
 from onnx import ModelProto
 
 from ...check.bounds import apart
+from ...check.reference import run_onnxruntime
 from ...formats.onnx.graph import ROOTS
 from ...measure.network_model import F32_ERROR
-from ...problem.dtypes import RANGES
-from ..graph import Graph, Operator
+from ...problem.dtypes import LONG_RANGES, RANGES, numpy_dtype
+from ..graph import Convolution, Graph, Operator
+from .bounds import RULES, Call, Measured
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -105,3 +107,51 @@ def differences(graph: Graph, found: Arrays, expected: Arrays, exact: bool) -> D
     how += [f"by up to {rest:.1e} of the largest element, {F32_ERROR} is allowed"] if rest else []
     text = f"{count} of {of} values differ" + "".join(f", {one}" for one in (["none may"] if exact else how))
     return Differences(count, of, (np.inf if count else 0.0) if exact else share, text)
+
+
+# ---- what is defined ---------------------------------------------------------------------------
+
+#: Operators that are rounded to f32 once.
+_ROUNDED_ONCE: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "dequantise": lambda x, scale, zero=0.0: (x - zero) * scale,
+}
+
+
+def defined(graph: Graph, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
+    """A graph's outputs by its names, computed step by step as integers and f32 are defined: convolutions by ONNX
+    Runtime's, each by itself.
+    """
+    known: dict[str, npt.NDArray[Any]] = {**graph.constants, **inputs}
+    with np.errstate(all="ignore"):
+        for node in graph.nodes:
+            operands = [known[name] for name in node.inputs]
+            found = _convolved(node, operands) if isinstance(node, Convolution) else _operated(graph, node, operands)
+            array = found.reshape(graph.shapes[node.output])
+            known[node.output] = np.asarray(array, numpy_dtype(graph.dtype(node.output)))
+    return {name: known[tensor] for name, tensor in zip(graph.names, graph.outputs, strict=True)}
+
+
+def _convolved(node: Convolution, operands: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    spec, names = node.spec, ("src", "residual")
+    data: dict[str, Any] = {
+        name: np.asarray(array.reshape(spec.shapes[name]), numpy_dtype(spec.dtypes[name]))
+        for name, array in zip(names, operands, strict=False)
+    }
+    return run_onnxruntime(spec, **data | dict(node.parameters))
+
+
+def _operated(graph: Graph, node: Operator, operands: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    shape = graph.shapes[node.output]
+    floats = [np.asarray(array, np.float32) for array in operands]
+    once = len(floats) == 2 or node.kind == "dequantise"
+    if once and node.kind in _ROUNDED_ONCE and graph.dtype(node.output) == "f32":
+        return np.asarray(_ROUNDED_ONCE[node.kind](*floats))
+    if node.kind == "quantise":
+        steps, zero = np.rint(floats[0] / floats[1]), floats[2] if len(floats) > 2 else np.float32(0)
+        return np.asarray(np.clip(steps + zero, *(RANGES | LONG_RANGES)[node.attributes["dtype"]]))
+    given = [Measured(np.asarray(array, np.float64), np.zeros(array.shape)) for array in operands]
+    return np.broadcast_to(RULES[node.kind](Call(node, given, shape)).value, shape)
