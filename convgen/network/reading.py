@@ -13,8 +13,9 @@ import numpy as np
 from onnx import ModelProto, TensorProto
 
 from ..errors import NotTakenError
+from ..formats.onnx.constants import ROOTS
 from ..formats.onnx.file import ModelFile
-from ..formats.onnx.graph import ROOTS, Scope, Shape, names_read, printable, static, text
+from ..formats.onnx.graph import Scope, Shape, names_read, printable, static, text
 from ..formats.onnx.halves import HALVES, widen_halves
 from ..formats.onnx.layers import folded_graphs
 from ..formats.onnx.node import OnnxLayer

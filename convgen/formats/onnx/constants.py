@@ -7,6 +7,7 @@ opset newer than itself) ONNX's reference implementation.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -24,6 +25,10 @@ Array = npt.NDArray[Any]
 _RUNTIME = "com.microsoft"
 #: Limits of a constant that is computed: elements and nodes on the way to it, and products of numbers.
 MOST_ELEMENTS, MOST_STEPS, MOST_WORK = 1 << 28, 256, float(1 << 36)
+#: Most elements of the operands of an operator that is run to know the shape of what it gives.
+MOST_SEEN = 1 << 24
+#: The spellings of ONNX's own operator domain.
+ROOTS = frozenset({"", "ai.onnx"})
 
 #: Operators of ONNX that give something else every time.
 RANDOM = frozenset(
@@ -34,13 +39,21 @@ SIZED_BY_DATA = frozenset({"NonZero", "Unique", "Compress", "NonMaxSuppression",
 #: Operators that multiply each element with many others.
 _PRODUCTS = frozenset({"MatMul", "MatMulInteger", "QLinearMatMul", "Gemm", "Einsum", "Conv", "ConvTranspose"})
 _PRODUCTS |= {"ConvInteger", "QLinearConv", "DeformConv", "RNN", "LSTM", "GRU", "Attention", "Det", "NonMaxSuppression"}
+#: What the names of other domains' operators say of them: they give something else every time.
+_BY_CHANCE = re.compile("Random|Dropout|Bernoulli|Multinomial|Sampling")
+#: Those whose output may be of any size, whatever the sizes of their operands.
+_ANY_SIZE = frozenset({"Pad", "Range"})
 
 
 def is_deterministic(node: NodeProto) -> bool:
-    """Whether a node of ONNX's own domain gives one result for the same operands: no random one, none with a body."""
-    if node.op_type in RANDOM or any(a.HasField("g") or a.graphs for a in node.attribute):
+    """Whether a node gives one result for the same operands, of a size that is bounded: no random one, none with a
+    body. Of a Dropout only its graph tells (:meth:`convgen.formats.onnx.graph.Scope.drops`).
+    """
+    if any(a.HasField("g") or a.graphs for a in node.attribute):
         return False
-    return node.op_type != "Dropout" or len(node.input) < 3 or not node.input[2]
+    if node.domain in ROOTS:
+        return node.op_type not in RANDOM
+    return node.op_type not in _ANY_SIZE and not _BY_CHANCE.search(node.op_type)
 
 
 def work_of(node: NodeProto, shapes: Sequence[Sequence[Any] | None]) -> float:
@@ -48,43 +61,49 @@ def work_of(node: NodeProto, shapes: Sequence[Sequence[Any] | None]) -> float:
     product, whose three tensors have mk, kn and mn elements, mkn; of windows, all their elements.
     """
     sizes = sorted((math.prod(d for d in shape if isinstance(d, int)) for shape in shapes if shape), reverse=True)
-    if node.op_type in _PRODUCTS:
+    if node.domain in ROOTS and node.op_type in _PRODUCTS:
         return math.sqrt(math.prod(map(float, sizes[:3])))
+    if node.domain not in ROOTS:  # as if each element of the largest were multiplied along an axis of another
+        axes = [d for shape in shapes for d in shape or () if isinstance(d, int)]
+        return float(max(sizes, default=0)) * max(axes, default=0)
     window = next((a.ints for a in node.attribute if a.name == "kernel_shape"), ())
     return float(max(sizes, default=0) * math.prod(window)) if window else 0.0
 
 
-def evaluate(nodes: list[NodeProto], leaves: Mapping[str, Array], wanted: str, opset: int, where: str) -> Array:
+def evaluate(
+    nodes: list[NodeProto], leaves: Mapping[str, Array], wanted: str, opsets: Mapping[str, int], where: str
+) -> Array:
     """The value that some nodes compute of others.
 
     Args:
-        nodes: of ONNX's own domain, in order.
+        nodes: in order.
         leaves: the values that they read and do not compute.
-        opset: the version of the operators.
+        opsets: the version of each domain's operators.
         where: leads the message of an error.
 
     Raises:
         SpecError: neither implementation computes it.
     """
+    opsets = {node.domain: 1 for node in nodes if node.domain not in ROOTS} | dict(opsets)
     try:
-        return _by_runtime(nodes, leaves, wanted, opset)
+        return _by_runtime(nodes, leaves, wanted, opsets)
     except Exception as error:  # kernels raise whatever they happen to
         failure = error
     if any(node.op_type == "DequantizeLinear" for node in nodes):
         with suppress(Exception):
-            return _by_runtime(list(map(_of_runtime, nodes)), leaves, wanted, opset)
+            return _by_runtime(list(map(_of_runtime, nodes)), leaves, wanted, {_RUNTIME: 1} | opsets)
     try:
-        return _by_reference(nodes, leaves, wanted, opset)
+        return _by_reference(nodes, leaves, wanted, opsets)
     except Exception:
         raise SpecError(f"value {wanted!r}", "a constant that can be computed", first_line(failure), where) from failure
 
 
-def _model(graph: GraphProto, opset: int) -> ModelProto:
-    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(_RUNTIME, 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+def _model(graph: GraphProto, opsets: Mapping[str, int]) -> ModelProto:
+    imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+    return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
 
-def _by_runtime(nodes: list[NodeProto], leaves: Mapping[str, Array], wanted: str, opset: int) -> Array:
+def _by_runtime(nodes: list[NodeProto], leaves: Mapping[str, Array], wanted: str, opsets: Mapping[str, int]) -> Array:
     import onnxruntime  # only where there is something to compute
 
     plain = {name: array for name, array in leaves.items() if array.dtype.kind in "biufc" and array.dtype.isbuiltin}
@@ -99,7 +118,7 @@ def _by_runtime(nodes: list[NodeProto], leaves: Mapping[str, Array], wanted: str
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 4  # what fails is said by the exception
-    content = _model(graph, opset).SerializeToString()
+    content = _model(graph, opsets).SerializeToString()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     (value,) = session.run([wanted], plain)
     return np.asarray(value)
@@ -114,12 +133,12 @@ def _of_runtime(node: NodeProto) -> NodeProto:
     return own
 
 
-def _by_reference(nodes: list[NodeProto], leaves: Mapping[str, Array], wanted: str, opset: int) -> Array:
+def _by_reference(nodes: list[NodeProto], leaves: Mapping[str, Array], wanted: str, opsets: Mapping[str, int]) -> Array:
     from onnx.reference import ReferenceEvaluator
 
     inputs = [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in leaves]
     outputs = [helper.make_tensor_value_info(wanted, TensorProto.UNDEFINED, None)]
-    evaluator = ReferenceEvaluator(_model(helper.make_graph(nodes, "constants", inputs, outputs), opset))
+    evaluator = ReferenceEvaluator(_model(helper.make_graph(nodes, "constants", inputs, outputs), opsets))
     with np.errstate(all="ignore"):
         (value,) = evaluator.run(None, dict(leaves))
     return np.asarray(value)

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from onnx import NodeProto, TensorProto, helper
 
-from .graph import ROOTS
+from .constants import ROOTS
 
 #: The domain of ONNX Runtime's own operators.
 DOMAIN = "com.microsoft"
@@ -137,6 +137,12 @@ def _softmax(node: NodeProto, rank: int, opset: int) -> Iterator[NodeProto]:
     del given.attribute[:]
     given.attribute.append(helper.make_attribute("axis", axes - 1 if is_last and axes else axis))
     yield from _between("Softmax", (0,), 3, "axis")(given, rank)
+
+
+def _moved(node: NodeProto, rank: int, opset: int) -> Iterator[NodeProto]:
+    """Pad and Range, which ONNX has too since these take what they take as inputs."""
+    same = opset >= 11 and (node.op_type == "Pad" or len(node.input) == 3)
+    yield helper.make_node(node.op_type, node.input, node.output, node.name, **_attributes(node)) if same else node
 
 
 # ---- convolutions ------------------------------------------------------------------------------
@@ -279,6 +285,8 @@ _KNOWN: dict[tuple[str, str], _Speller] = {
 }
 #: Of ONNX Runtime's own, what is another in other versions of ONNX's operators.
 _BY_VERSION: dict[str, Callable[[NodeProto, int, int], Iterator[NodeProto]]] = {
+    "Pad": _moved,
     "QGemm": _gemm,
     "QLinearSoftmax": _softmax,
+    "Range": _moved,
 }

@@ -17,7 +17,8 @@ from ...problem.dtypes import UNIT_ROUNDOFF, narrow
 from ...problem.spec import ConvSpec
 from ..onnx import algebra
 from .algebra import Expr, NoExpressionError, X, number
-from .graph import ROOTS, Array, Scope, static, text
+from .constants import ROOTS
+from .graph import Array, Scope, static, text
 from .node import convolution_fields
 
 F64 = npt.NDArray[np.float64]
@@ -191,7 +192,7 @@ class Fold:
         if any(self.scope.users[name] or name in self.scope.outputs for name in node.output[1:]):
             return False
         if node.op_type == "Dropout":  # before opset 12 always as in inference
-            return len(node.input) < 3 or not node.input[2]
+            return not self.scope.drops(node)
         return bool(node.op_type == "Identity")
 
     def _normalizes(self, node: NodeProto) -> bool:

@@ -9,10 +9,10 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
-from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, TypeProto, numpy_helper
+from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper
 
 from ...errors import SpecError
-from .constants import MOST_ELEMENTS, MOST_STEPS, MOST_WORK, evaluate, work_of
+from .constants import MOST_ELEMENTS, MOST_STEPS, MOST_WORK, ROOTS, evaluate, work_of
 from .file import SMALL, ModelFile
 
 #: A dimension: a size, a symbol, or None where nothing is known.
@@ -20,7 +20,6 @@ Dim = int | str | None
 Shape = tuple[Dim, ...]
 Array = npt.NDArray[Any]
 
-ROOTS = frozenset({"", "ai.onnx"})  # the two spellings of ONNX's own operator domain
 MAX_NODES = 250_000  # of a model, functions inlined
 
 
@@ -130,7 +129,7 @@ class Scope:
             self._values[name] = value
         else:
             self.tensors[name] = numpy_helper.from_array(value, name)
-        self.declare(name, tensor_type(self.dtype(name), value.shape))
+        self.declare(name, tensor_type(self.dtype(name) or helper.np_dtype_to_tensor_dtype(value.dtype), value.shape))
         return True
 
     # ---- questions ----
@@ -186,6 +185,11 @@ class Scope:
             return None
         return float(value.reshape(())) if value.size == 1 and value.dtype.kind not in "SUOc" else None
 
+    def drops(self, node: NodeProto) -> bool:
+        """Whether a node is a Dropout that may drop: it is told to train, or that is not known."""
+        told = node.input[2] if node.op_type == "Dropout" and len(node.input) > 2 else ""
+        return bool(told) and self.scalar(told) != 0
+
     def small(self, name: str) -> bool:
         """Whether the value is a constant of few elements."""
         shape = self.shape(name)
@@ -222,7 +226,7 @@ class Scope:
             index = self.producers.get(at)
             if index is None or at in self.tensors or at in self._values:  # stored, or of a surrounding graph
                 leaves[at] = self.value(at)
-            elif self.nodes[index].op_type in ("Shape", "Size"):
+            elif self.nodes[index].op_type in ("Shape", "Size") and self.nodes[index].domain in ROOTS:
                 leaves[at] = self._shape_of(self.nodes[index])
             elif index not in needed:
                 node = self.nodes[index]
@@ -234,7 +238,11 @@ class Scope:
                     raise SpecError(f"value {name!r}", f"a constant of at most {limits}", "more", self.file.where)
                 wanted += [operand for operand in node.input if operand]
         nodes = [self.nodes[index] for index in sorted(needed)]
-        return leaves[name] if not nodes else evaluate(nodes, leaves, name, self.opset, self.file.where)
+        if not nodes:
+            return leaves[name]
+        used = {node.domain for node in nodes} - ROOTS
+        opsets = {o.domain: o.version for o in self.file.proto.opset_import if o.domain in used}
+        return evaluate(nodes, leaves, name, opsets | {"": self.opset}, self.file.where)
 
     def _shape_of(self, node: NodeProto) -> Array:
         """What Shape or Size gives."""

@@ -8,6 +8,7 @@ contradicts what is derived.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -18,11 +19,11 @@ from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper
 
 from ...errors import SpecError
-from .constants import SIZED_BY_DATA, is_deterministic
+from .constants import MOST_SEEN, ROOTS, SIZED_BY_DATA, is_deterministic
 from .contrib import spelled_out
 from .file import ModelFile, first_line
 from .functions import branch
-from .graph import MAX_NODES, ROOTS, Dim, Scope, Shape, bodies, dim_of, static, tensor_type, text
+from .graph import MAX_NODES, Dim, Scope, Shape, bodies, dim_of, static, tensor_type, text
 
 #: Operators that give a weight from an input by moving its elements alone.
 _SHAPING = frozenset({"ConstantOfShape", "Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze"})
@@ -145,7 +146,10 @@ class _Walk:
 
     def _mark(self, scope: Scope, node: NodeProto) -> None:
         """Say of a node's outputs whether they are constants, or the model's inputs in another shape."""
-        if node.domain not in ROOTS or scope.sparse.intersection(node.output) or not node.input:
+        if scope.sparse.intersection(node.output) or not node.input:
+            return
+        if node.domain not in ROOTS:
+            self._mark_foreign(scope, node)
             return
         outputs = [name for name in node.output if name and name not in scope.constants]
         if node.op_type in ("Shape", "Size"):
@@ -154,7 +158,7 @@ class _Walk:
                 scope.constants.update(outputs)
             return
         operands = [name for name in node.input if name]
-        if is_deterministic(node) and all(map(scope.constant, operands)):
+        if is_deterministic(node) and not scope.drops(node) and all(map(scope.constant, operands)):
             for name in outputs:
                 if node.op_type in SIZED_BY_DATA:
                     if scope.small(operands[0]) or scope.type(operands[0]).HasField("sequence_type"):
@@ -163,6 +167,16 @@ class _Walk:
                     scope.constants.add(name)
         elif node.op_type in _SHAPING and all(map(scope.parameter, operands)):
             scope.given.update(outputs)
+
+    def _mark_foreign(self, scope: Scope, node: NodeProto) -> None:
+        """Compute what a node of another domain gives of constants, if ONNX Runtime can: nothing else tells shapes."""
+        operands = [name for name in node.input if name]
+        shapes = [shape for shape in map(scope.shape, operands) if static(shape)]
+        if not is_deterministic(node) or not all(map(scope.constant, operands)) or len(shapes) < len(operands):
+            return
+        if sum(map(math.prod, shapes)) <= MOST_SEEN:
+            for name in filter(None, node.output):
+                scope.know(name)
 
     # ---- what is derived ----
 

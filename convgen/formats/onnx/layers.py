@@ -19,9 +19,10 @@ from onnx import ModelProto, NodeProto
 
 from ...errors import ConvgenError, SpecError, UnsupportedError
 from ...problem.dtypes import save
+from .constants import ROOTS
 from .file import CONTRADICTIONS, ModelFile, contradiction
 from .fold import Fold
-from .graph import ROOTS, Scope, static, text
+from .graph import Scope, static, text
 from .node import OnnxLayer, convolves, why_unread
 from .prepare import prepare
 from .quantised import QuantisedFold, is_quantised, refuse_other_integers

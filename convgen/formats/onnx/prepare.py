@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from onnx import GraphProto, ModelProto, NodeProto, TensorShapeProto, ValueInfoProto
 
 from ...errors import SpecError
+from .constants import ROOTS
 from .file import ModelFile
 from .functions import inline
-from .graph import ROOTS, Scope, bodies, graphs_of, names_read, printable
+from .graph import Scope, bodies, graphs_of, names_read, printable
 from .inference import infer, least_inputs
 
 

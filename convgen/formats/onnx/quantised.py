@@ -16,8 +16,9 @@ from ...errors import SpecError, UnsupportedError
 from ...problem.activation import Activation
 from ...problem.dtypes import RANGES, numpy_dtype
 from ...problem.spec import ConvSpec
+from .constants import ROOTS
 from .fold import F64, Fold, Reader, attributes_of, enum_name
-from .graph import ROOTS, Array, Scope, static
+from .graph import Array, Scope, static
 from .node import convolution_fields
 
 #: ONNX's numbers of the types of 8-bit integers.

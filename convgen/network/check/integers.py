@@ -14,7 +14,7 @@ from onnx import ModelProto
 
 from ...check.bounds import apart
 from ...check.reference import run_onnxruntime
-from ...formats.onnx.graph import ROOTS
+from ...formats.onnx.constants import ROOTS
 from ...measure.network_model import F32_ERROR
 from ...problem.dtypes import LONG_RANGES, RANGES, numpy_dtype
 from ..graph import Convolution, Graph, Operator

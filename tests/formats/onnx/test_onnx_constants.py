@@ -14,6 +14,7 @@ from onnx import ModelProto, helper, numpy_helper, parser
 from onnx_graphs import run_onnx, same_numbers
 
 from convgen.formats.onnx import graph as onnx_graph
+from convgen.formats.onnx import inference as onnx_inference
 from convgen.formats.onnx.node import OnnxLayer
 from convgen.formats.onnx.reader import layers_from_onnx
 
@@ -23,7 +24,8 @@ W = RNG.standard_normal((4, 3, 3, 3)).astype(np.float32)
 
 def model(body: str, opset: int = 18, **arrays: Any) -> ModelProto:
     made = parser.parse_model(
-        f'<ir_version: 8, opset_import: ["" : {opset}, "other" : 1]> g (float[1,3,9,9] x) => (y) {{ {body} }}'
+        f'<ir_version: 8, opset_import: ["" : {opset}, "other" : 1, "com.microsoft" : 1, "ai.onnx.ml" : 3]> '
+        f"g (float[1,3,9,9] x) => (y) {{ {body} }}"
     )
     used = {name for node in made.graph.node for name in node.input}
     stored = {name: np.asarray(array) for name, array in ({"w": W} | arrays).items() if name in used}
@@ -93,6 +95,13 @@ NORMS = {
     "resized": "v = Resize(small, , , sizes)",
     "a sum": "u = ConstantOfShape(shape) v = Add(u, w)",
     "scales of blocks": "v = DequantizeLinear<axis=1, block_size=3>(w8, blocks)",
+    "dropout that is told not to train": "v = Dropout(w, half, no)",
+    "a product of its own": "p = com.microsoft.FusedMatMul<alpha=0.5, transB=1>(tall, wide) v = Reshape(p, shape)",
+    "an inverse, then ONNX's own": 'i = com.microsoft.Inverse(square) v = Einsum<equation="ab,bcij->acij">(i, w)',
+    "of three results": "n, m, s = com.microsoft.SkipLayerNormalization(flat, flat, gamma) v = Reshape(n, shape)",
+    "padded by ONNX Runtime": "v = com.microsoft.Pad(small, around)",
+    "scaled by ONNX's of machine learning": "s = ai.onnx.ml.Scaler<offset=[0.5], scale=[2.0]>(tall) "
+    "p = MatMul(s, across) v = Reshape(p, shape)",
 }
 SMALL: dict[str, Any] = {
     "axes": np.array([1, 2, 3]),
@@ -114,6 +123,13 @@ SMALL: dict[str, Any] = {
     "shape": np.array([4, 3, 3, 3]),
     "w8": RNG.integers(-9, 9, (4, 3, 3, 3)).astype(np.int8),
     "blocks": RNG.uniform(0.1, 1, (4, 1, 3, 3)).astype(np.float32),
+    "half": np.float32(0.5),
+    "no": np.array(False),
+    "tall": RNG.standard_normal((12, 2)).astype(np.float32),
+    "wide": RNG.standard_normal((9, 2)).astype(np.float32),
+    "across": RNG.standard_normal((2, 9)).astype(np.float32),
+    "flat": RNG.standard_normal((1, 12, 9)).astype(np.float32),
+    "gamma": RNG.uniform(1, 2, 9).astype(np.float32),
 }
 
 
@@ -154,6 +170,10 @@ def test_bfloat16() -> None:
         ("v = RandomNormalLike(w) y = Conv(x, v)", "'v' is computed by RandomNormalLike 'v'"),
         ("b = Bernoulli(w) v = Mul(w, b) y = Conv(x, v)", "'v' is computed by Mul 'v'"),
         ("d = Dropout(w, half, yes) y = Conv(x, d)", "'d' is computed by Dropout 'd'"),
+        (
+            "s = ReduceSum<keepdims=0>(x) t = Cast<to=9>(s) d = Dropout(w, half, t) y = Conv(x, d)",
+            "'d' is computed by Dropout 'd'",
+        ),
         ("m = ReduceMean<keepdims=0>(x) v = Mul(w, m) y = Conv(x, v)", "'v' is computed by Mul 'v'"),
         ("m = ReduceMean<keepdims=0>(x) b = Expand(m, four) y = Conv(x, w, b)", "'b' is computed by Expand 'b'"),
     ],
@@ -162,6 +182,37 @@ def test_arrays_that_are_not_known_say_why(body: str, reason: str) -> None:
     layer = read(model(body, half=np.float32(0.5), yes=np.array(True), four=np.array([4])))
     assert layer.arrays == {}
     assert layer.unknown.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("operator", "reason"),
+    [
+        ("other.Mystery(w)", "after Mystery 'v': model: value 'v': expected a constant that can be computed"),
+        ("com.microsoft.BiasDropout(w, w)", "after BiasDropout 'v'"),
+        ("com.microsoft.Mystery(w)", "after Mystery 'v': model: value 'v': expected a constant that can be computed"),
+    ],
+)
+def test_other_domains_that_give_no_shape(operator: str, reason: str) -> None:
+    """What ONNX Runtime does not run, or would run with another result every time."""
+    (layer,) = layers_from_onnx(model(f"v = {operator} y = Conv(x, v)"), arrays=True)
+    assert reason in str(layer.refusal)
+
+
+def test_large_operands_of_other_domains_are_not_read_for_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model("v = com.microsoft.TransposeMatMul(square, w4) y = Conv(x, v)", square=SMALL["square"], w4=W)
+    monkeypatch.setattr(onnx_inference, "MOST_SEEN", 10)
+    (layer,) = layers_from_onnx(made)
+    assert "a shape that shape inference finds" in str(layer.refusal)
+
+
+def test_a_dropout_behind_a_convolution() -> None:
+    """Told not to train it hands on what it is given; told to train it stays, and nothing behind it is folded."""
+    behind = "c = Conv(x, w) d = Dropout(c, half, told) y = Relu(d)"
+    layer = read(inference := model(behind, half=np.float32(0.5), told=np.array(False)))
+    assert layer.spec is not None
+    assert (layer.dst, layer.spec.activation) == ("y", "relu")
+    same_numbers(inference, layer)
+    assert read(model(behind, half=np.float32(0.5), told=np.array(True))).dst == "c"
 
 
 def test_weights_that_are_given() -> None:
