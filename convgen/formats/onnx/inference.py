@@ -374,13 +374,17 @@ def _inferred(
 
 def _corrected(scope: Scope, node: NodeProto, derived: dict[str, TypeProto]) -> Mapping[str, TypeProto]:
     """What ONNX's inference misses, or gets wrong: normalisation keeps the shape, which is not found where an operator
-    is a function that asks for its input's; and a window of pooling with ``ceil_mode`` that would begin in the padding
-    after the tensor is left out by ONNX Runtime and PyTorch. ONNX says so too, but infers sizes with it.
+    is a function that asks for its input's; a window of pooling with ``ceil_mode`` that would begin in the padding
+    after the tensor is left out by ONNX Runtime and PyTorch; and ``SAME_*`` gives a ConvTranspose's size whatever the
+    padding of its output. ONNX says so too, but infers sizes with the one and the other.
     """
     given, output = scope.type(node.input[0]) if node.input else TypeProto(), node.output[0]
     shape, out = _shape(given), _shape(derived.get(output, TypeProto()))
     if node.op_type in _ALIKE and out is None and shape is not None:
         return derived | {output: given}
+    if out is not None and (taken := _padded_twice(scope, node)):
+        right = [size - more if isinstance(size, int) else size for size, more in zip(out[2:], taken, strict=False)]
+        return derived | {output: tensor_type(derived[output].tensor_type.elem_type, [*out[:2], *right])}
     if node.op_type not in _POOLS or shape is None or out is None or len(shape) != len(out):
         return derived
     if not _attribute(node, "ceil_mode") or (_attribute(node, "auto_pad") or b"NOTSET") != b"NOTSET":
@@ -405,6 +409,24 @@ def _quantisation(scope: Scope, node: NodeProto) -> dict[str, TypeProto]:
     of = others[1:] if node.op_type == "QuantizeLinear" else others[:1]
     shape, dtypes = scope.shape(source), [scope.dtype(name) for name in of if name]
     return {node.output[0]: tensor_type(dtypes[0], shape)} if dtypes and dtypes[0] and static(shape) else {}
+
+
+def _padded_twice(scope: Scope, node: NodeProto) -> list[int]:
+    """How much of a ConvTranspose's output padding ``SAME_*`` takes away on each axis, which ONNX leaves there; none of
+    other nodes.
+    """
+    added, wanted, strides, dilations, kernel = (
+        next((list(a.ints) for a in node.attribute if a.name == name), [])  # empty where a file has another type
+        for name in ("output_padding", "output_shape", "strides", "dilations", "kernel_shape")
+    )
+    is_same = next((a.s for a in node.attribute if a.name == "auto_pad"), b"").startswith(b"SAME")
+    shape = scope.shape(node.input[1]) if len(node.input) > 1 else None
+    if node.op_type != "ConvTranspose" or not added or wanted or not is_same or not static(shape):
+        return []
+    ones = [1] * len(added)
+    windows = zip(kernel or shape[2:], strides or ones, dilations or ones, strict=False)
+    gaps = [(k - 1) * d + 1 - s for k, s, d in windows]
+    return [max(0, gap + more) - max(0, gap) for gap, more in zip(gaps, added, strict=False)]
 
 
 def _casts_to_its_own(scope: Scope, node: NodeProto) -> bool:

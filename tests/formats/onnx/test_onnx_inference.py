@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 from onnx.tools import update_model_dims
-from onnx_graphs import run_onnx
+from onnx_graphs import run_onnx, same_numbers
 
 from convgen.errors import NotTakenError, SpecError
 from convgen.formats.onnx.node import OnnxLayer
@@ -131,6 +131,34 @@ def test_operands_that_contradict_each_other_are_named() -> None:
     assert found["z"].startswith("conv2d n1 ic4 oc6 i8x8")
     with pytest.raises(NotTakenError, match="Incompatible dimensions"):
         read_graph(model)
+
+
+@pytest.mark.parametrize("word", ["SAME_UPPER", "SAME_LOWER"])
+@pytest.mark.parametrize("stride", [2, 3])
+def test_padding_of_the_output_adds_nothing_to_a_size_that_is_given(word: str, stride: int) -> None:
+    """ONNX infers that it does; ONNX Runtime does what ONNX says."""
+    c = f'ConvTranspose<kernel_shape=[3,3], strides=[{stride},{stride}], auto_pad="{word}", output_padding=[1,1]>(x, w)'
+    made = parsed(f"g (float[1,6,8,8] x) => (y) {{ c = {c} y = Conv(c, w2) }}", w=W1, w2=W1)
+    layers = layers_from_onnx(made, arrays=True)
+    assert [layer.spec and layer.spec.in_spatial for layer in layers] == [(8, 8), (8 * stride, 8 * stride)]
+    for layer in layers:
+        same_numbers(made, layer)
+
+
+@pytest.mark.parametrize("size", [6, 7])
+def test_a_dst_that_is_not_what_src_and_weights_give(size: int) -> None:
+    """An operator of a later version than the model's has no shape but the stored one: where that is not the layer's,
+    the layer's dst would not be the next one's src.
+    """
+    made = parsed("g (float[1,4,8,8] x) => (z) { c = Conv(x, w) y = HardSwish(c) z = Conv(y, w2) }", w=W1, w2=W2)
+    made.opset_import[0].version = 13  # HardSwish is of 14
+    found = texts(layers_from_onnx(store(made, [1, 6, size, size], "y")))
+    if size == 6:
+        assert found["c"].endswith("nobias hardswish")
+    else:
+        wrong = "dst: expected shape [1, 6, 6, 6] as src and weights give, found [1, 6, 7, 7]"
+        assert wrong in found["c"]
+    assert f"i{size}x{size}" in found["z"]
 
 
 def test_an_output_that_another_shape_is_declared_for() -> None:
