@@ -19,6 +19,7 @@ from ..problem.activation import Activation
 from ..problem.separable import SeparableSpec
 from ..problem.spec import ConvSpec
 from .entries import SpecEntry
+from .keras_sizes import example
 
 _Config = Mapping[str, Any]
 _Shape = tuple[Any, ...]  # with the batch and in the layer's data format; None where a size is not known
@@ -126,6 +127,7 @@ def _read(
         raise SpecError("class_name", "a convolution, or a model of layers", _class(layer), _name(layer))
     given = input_shape is not None
     reader = _Reader(accuracy, _version(layer), [], given, skipped if is_model else None)
+    reader.hint = "" if given else example(layer)
     try:
         reader.read(layer, [None if input_shape is None else _sizes(input_shape)])
     except RecursionError:
@@ -379,7 +381,7 @@ class _Reader:
     """Collects the convolutions of nested layers.
 
     ``given``: the input's shape is the caller's, so what layers say of theirs does not count. ``separables``: those of
-    f32, whose two parts are among the ``entries``.
+    f32, whose two parts are among the ``entries``. ``hint``: how to give a size that is open.
     """
 
     accuracy: str
@@ -388,6 +390,7 @@ class _Reader:
     given: bool
     skipped: list[str] | None
     separables: list[SeparableSpec] = field(default_factory=list)
+    hint: str = ""
 
     def read(self, layer: _Config, shapes: Sequence[_Shape | None]) -> list[_Shape | None]:
         """Add the convolutions of a layer or model that is fed ``shapes``; the shapes after it. None: not known."""
@@ -468,7 +471,8 @@ class _Reader:
         rank, layout = _rank(name), _layout(config, where)
         n, ic, *in_spatial = shape if layout == "nchw" else (shape[0], shape[-1], *shape[1:-1])
         if None in (ic, *in_spatial):
-            raise SpecError("input_shape", "sizes, where only the batch may be None", list(shape), where)
+            expected = f"sizes, where only the batch may be None{self.hint}"
+            raise SpecError("input_shape", expected, list(shape), where)
         fields: dict[str, Any] = {
             "n": 1 if n is None else n,
             "ic": ic,

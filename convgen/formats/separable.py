@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import SpecError
 from ..problem.separable import SeparableSpec
 from .keras import separables_from_keras
+from .keras_sizes import is_keras, with_sizes
 from .onnx.node import OnnxLayer
 from .onnx.reader import layers_from_onnx
 
@@ -26,7 +27,7 @@ def read_separables(source: str | Path, dims: Mapping[str, int] | None = None) -
     if path.suffix.lower() != ".json":
         return []
     config = json.loads(path.read_text(encoding="utf-8-sig"))
-    return separables_from_keras(config) if isinstance(config, Mapping) and "class_name" in config else []
+    return separables_from_keras(with_sizes(config, dims or {}, str(path))) if is_keras(config) else []
 
 
 def separable_pairs(layers: Sequence[OnnxLayer]) -> list[SeparableSpec]:

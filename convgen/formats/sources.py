@@ -42,6 +42,7 @@ from . import benchdnn, miopen, onednn
 from .entries import SpecEntry, merge
 from .foreign import foreign, is_onnx, missing
 from .keras import entries_from_keras
+from .keras_sizes import is_keras, with_sizes
 from .onnx.reader import specs_from_onnx
 
 #: Takes a line and its place; gives its layers, how often each occurs and its names, or errors instead.
@@ -108,6 +109,8 @@ _NUMBER = re.compile(
 )
 #: How layers are written.
 FORMS = (*_WRITTEN, "toml", "yaml", "json")
+#: What symbolic dimensions' sizes are for.
+_SIZED = "an ONNX model to use them in, or the JSON of a Keras model"
 #: A file's suffix -> its form.
 SUFFIXES = {".toml": "toml", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".txt": "descriptors"}
 
@@ -119,7 +122,7 @@ def read_specs(
 
     Args:
         source: a descriptor, benchdnn problem or MIOpenDriver command, or the path of a file.
-        dims: sizes of an ONNX model's symbolic dimensions, such as ``{"N": 1}``.
+        dims: sizes of an ONNX model's symbolic dimensions, such as ``{"N": 1}``, or of axes of a Keras model's inputs.
         skipped: where given, one of several layers that is wrong, or beyond this version as a backward
             pass is, is left out, and the reason appended here.
 
@@ -130,13 +133,14 @@ def read_specs(
     path = Path(source)
     if is_model(source):
         return specs_from_onnx(path, dims, skipped)
-    if dims:
-        raise SpecError("dims", "an ONNX model to use them in", f"{', '.join(dims)} for another source", str(source))
+    if dims and not _is_keras(path):
+        raise SpecError("dims", _SIZED, f"{', '.join(dims)} for another source", str(source))
     if not is_path(source):
         return _read_lines([("", str(source).strip())], None, skipped)
     suffix = path.suffix.lower()
     if suffix in _PARSERS:
-        return merge(_entries(_PARSERS[suffix](_read_text(path), str(path)), str(path), skipped))
+        value = _PARSERS[suffix](_read_text(path), str(path))
+        return merge(_entries(with_sizes(value, dims, str(path)) if dims else value, str(path), skipped))
     return _read_lines(_lines_of(path), path, skipped)
 
 
@@ -282,16 +286,19 @@ def sizes_for(
     """What sizes of symbolic dimensions are for each of several sources: those of all models are given together.
 
     Raises:
-        SpecError: there are sizes, and none of the sources is an ONNX model.
+        SpecError: there are sizes, and none of the sources is a model that takes any.
     """
     if not dims:
         return [None] * len(sources)
-    sizes = [dims if is_model(source, folder) else None for source in sources]
+    sizes = [dims if is_model(source, folder) or _is_keras(folder / source) else None for source in sources]
     if not any(sizes):
-        raise SpecError(
-            "dims", "an ONNX model to use them in", f"{', '.join(dims)} for {', '.join(sources) or 'no source'}"
-        )
+        raise SpecError("dims", _SIZED, f"{', '.join(dims)} for {', '.join(sources) or 'no source'}")
     return sizes
+
+
+def _is_keras(path: Path) -> bool:
+    """Whether a file is the configuration of a Keras layer or model."""
+    return path.suffix.lower() == ".json" and path.is_file() and is_keras(_parse_json(_read_text(path), str(path)))
 
 
 def _is_named(text: str) -> bool:
@@ -510,7 +517,7 @@ _LAYER_KEYS = ("name", "count", "spec")
 
 def _entries(value: Any, where: str, skipped: list[str] | None) -> list[SpecEntry]:
     defaults: Any = {}
-    if isinstance(value, Mapping) and "class_name" in value:
+    if is_keras(value):
         return _keras(value, where, skipped)
     if isinstance(value, Mapping) and "layers" not in value and "defaults" not in value:
         if "models" in value:

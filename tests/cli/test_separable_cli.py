@@ -18,6 +18,7 @@ from convgen.check.onnx_separable import random_parameters, separable_model
 from convgen.hardware.target import resolve
 from convgen.network.strip_tuning import StripTime, height_records
 from convgen.problem.separable import SeparableSpec
+from convgen.problem.spec import ConvSpec
 from convgen.records.store import RecordStore
 
 SPEC = "separable2d ic8 oc8 i12x10 k3x3 p1x1 nhwc relu"
@@ -79,6 +80,24 @@ def test_status_and_json_say_the_height(run_json: Callable[..., Any], tmp_path: 
     after = run_json("tune", SPEC, "--status", *setting)
     assert (after["strips"], after["heights"]) == (found["strips"], [])
     assert len(after["layers"]) >= 2
+
+
+def test_dims_of_a_keras_model(run_json: Callable[..., Any], run: Run, tmp_path: Path) -> None:
+    """Open sizes are given as those of ONNX models are, and separable layers have them, too."""
+    config = {
+        "name": "s",
+        "filters": 8,
+        "kernel_size": [3, 3],
+        "padding": "same",
+        "batch_input_shape": [None] * 3 + [8],
+    }
+    (tmp_path / "k.json").write_text(json.dumps({"class_name": "SeparableConv2D", "config": config}))
+    shown = run_json("show", tmp_path / "k.json", "--dim", "s[1]=12", "--dim", "s[2]=10")
+    assert [ConvSpec.parse(layer["spec"]).in_spatial for layer in shown["layers"]] == [(12, 10), (12, 10)]
+    (pair,) = shown["separable"]
+    assert "i12x10" in pair
+    status, _, err = run("show", tmp_path / "k.json")
+    assert (status, "(as in --dim 's[1]=32')" in err) == (2, True)
 
 
 @pytest.fixture

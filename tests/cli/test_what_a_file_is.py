@@ -86,7 +86,7 @@ def test_sizes_that_no_source_takes_are_refused(
     monkeypatch.setenv("CONVGEN_RECORDS", str(tmp_path / "store.sqlite"))
     status, _, said = run(*command, SMALL, LARGE, "--dim", "N=2")
     assert status == 2
-    assert "dims: expected an ONNX model to use them in, found N for " in said
+    assert "dims: expected an ONNX model to use them in, or the JSON of a Keras model, found N for " in said
 
 
 def test_a_model_beside_layers_takes_the_sizes(run_json: Callable[..., Any], model: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,3 +192,48 @@ def test_any_wrong_value_is_an_error_of_ours_or_does_not_matter(junk: Any) -> No
             holder[way[-1]] = junk
             with contextlib.suppress(ConvgenError):
                 specs_from_keras(changed)
+
+
+# ---- open sizes -------------------------------------------------------------------------------
+
+OPEN = (None, None, None, 3)
+
+
+@pytest.mark.parametrize("change", [lambda value: value, in_keras_3], ids=["Keras 2", "Keras 3"])
+def test_sizes_by_name_are_those_of_the_input(change: Any, tmp_path: Path) -> None:
+    """A file with open sizes and these given is the one that has them, batch too; what is asked for is named."""
+    path, whole = tmp_path / "open.json", model([source(shape=(4, 32, 32, 3)), *BLOCK[1:]], ["x"], ["last"])
+    path.write_text(json.dumps(change(model([source(shape=OPEN), *BLOCK[1:]], ["x"], ["last"]))))
+    dims = {"x[0]": 4, "x[1]": 32, "x[2]": 32}
+    found = [entry.spec.descriptor for entry in read_specs(path, dims) for _ in range(entry.count)]
+    assert sorted(found) == sorted(read(whole))
+    with pytest.raises(SpecError, match=r"only the batch may be None \(as in --dim 'x\[1\]=32'\), found"):
+        read_specs(path)
+    with pytest.raises(SpecError, match=r"dims: expected names among x\[0\], x\[1\], x\[2\], found 'y\[1\]'"):
+        read_specs(path, {"y[1]": 32})
+    path.write_text(json.dumps(change(whole)))
+    with pytest.raises(SpecError, match=r"dims: expected none, as the model has all sizes, found 'x\[1\]'"):
+        read_specs(path, {"x[1]": 32})
+
+
+def test_sizes_of_each_of_several_inputs(tmp_path: Path) -> None:
+    ends = [source("x", OPEN), source("z", (None, 8, None, 3))]
+    both = model([*ends, layer("Conv2D", "c", [["x"], ["z"]], **CONV)], ["x", "z"], ["c"])
+    (tmp_path / "both.json").write_text(json.dumps(both))
+    found = read_specs(tmp_path / "both.json", {"x[1]": 16, "x[2]": 12, "z[2]": 9})
+    assert [entry.spec.descriptor for entry in found] == [
+        "conv2d n1 ic3 oc8 i16x12 k3x3 s1x1 p1x1 nhwc",
+        "conv2d n1 ic3 oc8 i8x9 k3x3 s1x1 p1x1 nhwc",
+    ]
+
+
+def test_a_layer_that_says_its_own_shape(tmp_path: Path) -> None:
+    """Without an input layer the axes are those of the layer that states them: Keras 2's first, a serialised one."""
+    config = {"name": "first", **CONV, "batch_input_shape": [None, None, 32, 3]}
+    first = {"class_name": "Conv2D", "config": config}
+    built = {"class_name": "Conv2D", "config": {"name": "first", **CONV}, "build_config": {"input_shape": list(OPEN)}}
+    for value in ({"class_name": "Sequential", "config": {"name": "s", "layers": [first]}}, first, built):
+        (tmp_path / "one.json").write_text(json.dumps(value))
+        sizes = {"first[1]": 40} | ({"first[2]": 32} if value is built else {})
+        (entry,) = read_specs(tmp_path / "one.json", sizes)
+        assert entry.spec.descriptor == "conv2d n1 ic3 oc8 i40x32 k3x3 s1x1 p1x1 nhwc"
