@@ -326,9 +326,10 @@ def targets(as_json: bool) -> None:
         [t["target"], t["resolved"] or "–", t["vector_bits"] or "–", "yes" if t["native"] else "no"] for t in listed
     ]
     say_table(table(["target", "means", "vector bits>", "runs here"], rows))
-    say("\nA core per cycle, as costs are predicted: FMAs, vectors, bytes.\n")
+    say(f"\n{fitted('A core per cycle, as costs are predicted: FMAs, vectors, bytes.')}\n")
     say_table(table(["target", "GHz>", "FMAs>", "loads>", "stores>", "L2>", "L3>", "memory>", "facts"], _cores(listed)))
-    say("\nWhat it loses besides: times as long, or cycles of a row, of a vector of sums, of a line.\n")
+    lost = "What it loses besides: times as long, or cycles of a row, of a vector of sums, of a line."
+    say(f"\n{fitted(lost)}\n")
     say_table(table(["target", *(f"{column}>" for column in WAITS), "facts"], _waits(listed)))
     say("")
     for family, module in target_families().items():

@@ -293,6 +293,15 @@ def test_a_forced_schedule_must_apply_to_every_layer(tmp_path: Path, run: Run) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("columns", [80, 130])
+@pytest.mark.parametrize("words", ["targets", "schedules", "records list"])
+def test_lists_fit_the_terminal(words: str, columns: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    status, out, _ = run(*words.split())
+    assert status == 0
+    assert max(map(len, out.splitlines()), default=0) <= columns
+
+
 def test_schedules_and_targets(run: Run, run_json: Callable[..., Any]) -> None:
     shown = run("targets")[1]
     assert "``" not in shown
