@@ -194,6 +194,7 @@ def _height(
     """The recorded height of strips, and no times; where there is none the one that is the fastest, which is recorded,
     and the times of all, or None where nothing is to be measured.
     """
+    from ..measure.busy import BusyWatch
     from ..network.choice import network_target, recorded_choice
     from ..network.strip_tuning import fastest, height_records, strip_times
     from ..records.opening import open_store
@@ -207,9 +208,10 @@ def _height(
         return rows_of(known), []
     if not measure:
         return None, []
+    watch = BusyWatch()
     with recorded_choice(records, target, threads) as choose:
         times = strip_times(model, target, threads, accuracy=spec.depthwise.accuracy, choose=choose)
-    note_busy([], [threads])
+    note_busy([watch.share()], [threads])
     with open_store(records) as store:
         if store is not None:
             store.add_all(height_records(spec, target, threads, times))

@@ -60,11 +60,14 @@ def timed_steps(network: Network, compiled: Callable[[Records], Network]) -> lis
     Args:
         compiled: makes the network with the kernels of a store; with the defaults where that is False.
     """
+    from ..measure.busy import BusyWatch
     from ..report.profile import profile_network
 
     defaults = compiled(False) if network.is_tuned else None
-    note_busy([], [network.threads])
-    return [profile_network(network, defaults, size) for size in range(len(network.plans))]
+    watch = BusyWatch()
+    profiles = [profile_network(network, defaults, size) for size in range(len(network.plans))]
+    note_busy([watch.share()], [network.threads])
+    return profiles
 
 
 def write_steps(profiles: list[NetworkProfile], target: str, out: Path) -> None:

@@ -64,7 +64,8 @@ def run_whole(tuning: ModelTuning, seconds: float | None, records: Records) -> l
     """
     from ..tuning.job import Job
 
-    run, interrupted, _ = run_job(tuning.job(Job((), seconds=seconds)), records, tuning)
+    run, interrupted, busy = run_job(tuning.job(Job((), seconds=seconds)), records, tuning)
+    note_busy([busy], [layer.problem.threads for layer in run.layers] if run.measured else [])
     if interrupted:
         raise KeyboardInterrupt
     return run.networks
