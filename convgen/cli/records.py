@@ -19,6 +19,7 @@ from ..report.words import picks_text
 from .common import (
     FAILED,
     NON_NEGATIVE,
+    OK,
     TROUBLE,
     duration,
     emit,
@@ -108,7 +109,7 @@ def _say(document: dict[str, Any], text: str, as_json: bool) -> None:
 )
 @store_option("path")
 @json_option
-def list_(path: Path | None, outcome: str | None, limit: int | None, as_json: bool, **wanted: Any) -> None:
+def list_(path: Path | None, outcome: str | None, limit: int | None, as_json: bool, **wanted: Any) -> int:
     """List the records of some layers or of all, in the order in which they were added."""
     from ..records.record import OUTCOMES
 
@@ -122,7 +123,7 @@ def list_(path: Path | None, outcome: str | None, limit: int | None, as_json: bo
         if as_json:
             found = store.each(**which) if limit is None else store.trials(limit=limit, **which)
             emit_each(record.to_dict() for record in found)
-            return
+            return asked.status()
         shown = store.trials(limit=limit or SHOWN, **which)
         outcomes = store.outcomes(**which)
     if shown:
@@ -132,13 +133,14 @@ def list_(path: Path | None, outcome: str | None, limit: int | None, as_json: bo
     older = f"; {rest} added before these are not shown (--limit N shows more)" if rest > 0 else ""
     hint = "" if outcomes else asked.hint
     note(f"{outcomes.total()} records in {tidy(store.path)}{kinds}{older}{hint}")
+    return asked.status()
 
 
 @records.command(short_help="Show the records that builds would use here.")
 @filters
 @store_option("path")
 @json_option
-def best(path: Path | None, as_json: bool, **wanted: Any) -> None:
+def best(path: Path | None, as_json: bool, **wanted: Any) -> int:
     """Show which records builds on this machine would use, for some layers or for all in the store.
 
     For layers that are named, the records that ship with convgen count too. A record of other versions
@@ -158,6 +160,7 @@ def best(path: Path | None, as_json: bool, **wanted: Any) -> None:
         say_table(_rows(chosen, [answer.origin for answer in found]))
     else:
         note(f"no record for this machine and these versions in {tidy(store.path)}{which.hint}")
+    return which.status()
 
 
 @records.command(short_help="Show all of one record.")
@@ -210,7 +213,7 @@ def show(prefix: str, path: Path | None, as_json: bool) -> None:
 @click.argument("second", type=click.Path(dir_okay=False, path_type=Path), metavar="STORE_B")
 @filters
 @json_option
-def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> None:
+def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> int:
     """Compare two stores: the records that only one of them has, and the best of each problem.
 
     A ratio is the time of A's best over that of B's: above 1, B's is faster.
@@ -241,7 +244,7 @@ def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> None:
             )
     if as_json:
         emit({"only": dict(zip("ab", only, strict=True)), "common": common, "problems": rows})
-        return
+        return which.status()
     if rows:
         hardware = len({row["hardware"] for row in rows}) > 1
         cells = [
@@ -253,6 +256,7 @@ def diff(first: Path, second: Path, as_json: bool, **wanted: Any) -> None:
         say_table(table(["spec", "target", "hardware", "threads>", "A>", "B>", "A/B>"], cells))
     note(f"{counts[0]} records only in {tidy(first)}, {counts[1]} only in {tidy(second)}")
     note(f"{common} records in both")
+    return which.status()
 
 
 # ---- upkeep -----------------------------------------------------------------------------------
@@ -297,7 +301,7 @@ def check(path: Path | None, measure: int | None, seed: int, as_json: bool, **wa
     bad = [result for result in checked if result.outcome != "ok"]
     if measure and not as_json:
         say(f"{len(checked)} measured again: {len(checked) - len(bad)} right and no slower than the default")
-    return FAILED if bad else 0
+    return FAILED if bad else which.status()
 
 
 def _measured(which: Wanted, answers: Sequence[Answer], count: int, seed: int) -> list[Checked]:
@@ -338,7 +342,7 @@ def prune(
     yes: bool,
     as_json: bool,
     **wanted: Any,
-) -> None:
+) -> int:
     """Drop records that no build will use, now or later.
 
     A record goes if its schedule has another version now; if it is of another version of convgen, TVM or LLVM
@@ -353,7 +357,7 @@ def prune(
         if path is not None or any(wanted.values()):
             raise click.UsageError("--database prunes all of a file: expected neither --records nor layers beside it")
         _say_pruned(database, *prune_database(database, measure, yes), as_json)
-        return
+        return OK
     if measure:
         raise click.UsageError("--measure needs --database FILE")
     which = Wanted.of(**wanted)
@@ -367,6 +371,7 @@ def prune(
         removed = store.remove(dropped, compact=True) if yes and dropped else 0
         total = len(store)
     _say_pruned(store.path, counts, total, removed if yes else None, as_json)
+    return which.status()
 
 
 def _say_pruned(path: Path, counts: Counter[str], total: int, removed: int | None, as_json: bool) -> None:
@@ -440,7 +445,7 @@ def merge(stores: tuple[Path, ...], path: Path | None, as_json: bool) -> None:
 @json_option
 def export(
     best_only: bool, out: Path | None, about: str | None, path: Path | None, as_json: bool, **wanted: Any
-) -> None:
+) -> int:
     """Write records, one JSON object per line: all, those of some layers, or the best.
 
     `convgen records export --best MODEL.onnx > tuned.jsonl` makes a file that, imported on another machine of
@@ -471,7 +476,7 @@ def export(
             for record in counted():
                 emit_text(record.to_json())
             note(f"{count} records{'' if count else which.hint}")
-            return
+            return which.status()
         if about is None:
             write_lines(out, counted())
         else:
@@ -479,6 +484,7 @@ def export(
             shipped.write(out, kept, shipped.Origin.of(kept, wanted["sources"], about))
     hint = "" if count else which.hint
     _say({"exported": count, "file": str(out)}, f"{count} records in {tidy(out)}{hint}", as_json)
+    return which.status()
 
 
 @records.command("import", short_help="Add the records of a file of JSON lines, all or none.")

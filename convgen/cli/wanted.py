@@ -13,7 +13,7 @@ from ..formats.sources import is_model, read_specs, split_sources
 from ..problem.separable import SEPARABLE, SeparableSpec
 from ..problem.spec import ConvSpec
 from ..problem.tokens import ACCURACIES
-from .common import Choice, dim_option, grouped, layers_of, threads_option
+from .common import Choice, dim_option, grouped, layers_of, skip_option, status_of, threads_option
 from .completion import one_of, schedules_beginning, targets_beginning
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ filters = grouped(
         metavar="CLASS",
         help="With --whole: the accuracy that the model is compiled with.  [default: standard]",
     ),
+    skip_option,
 )
 
 
@@ -99,6 +100,7 @@ class Wanted:
 
     Attributes:
         hint: what is said where there are none.
+        left_out: why there are layers that could not be read; ``skip``: that this is no failure.
     """
 
     specs: list[str] | None
@@ -106,6 +108,8 @@ class Wanted:
     threads: int | None
     schedule: str | None
     hint: str = ""
+    left_out: tuple[str, ...] = ()
+    skip: bool = False
 
     @classmethod
     def of(
@@ -118,9 +122,10 @@ class Wanted:
         schedule: str | None,
         whole: bool,
         accuracy: str | None,
+        skip: bool,
     ) -> Wanted:
         """From the values of :data:`filters`; layers that cannot be read have no records, and are named."""
-        hint = ""
+        hint, left_out = "", list[str]()
         if whole:
             names, target, threads = _planned(sources, spec, dims, target, threads, accuracy)
             return cls(names, target, threads, schedule)
@@ -130,13 +135,17 @@ class Wanted:
             names = [problem.descriptor]
         else:
             given = split_sources(sources)
-            models, _ = layers_of(given, dims, fits=False)
+            models, left_out = layers_of(given, dims, fits=False)
             if any(map(is_model, given)):
                 hint = "; with --whole those of `convgen tune --whole` are found"
             layers = [entry for entries in models for entry in entries]
             layers += read_specs(spec) if spec else []
             names = list(dict.fromkeys(entry.spec.descriptor for entry in layers))
-        return cls(names if sources or spec else None, target, threads, schedule, hint)
+        return cls(names if sources or spec else None, target, threads, schedule, hint, tuple(left_out), skip)
+
+    def status(self) -> int:
+        """The exit status of a command that did what it could."""
+        return status_of(self.left_out, self.skip)
 
     def among(self, *stores: RecordStore) -> Wanted:
         """The same, by the names that records of these stores have.

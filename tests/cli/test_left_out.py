@@ -62,6 +62,33 @@ def test_a_report_lists_them(run: Run, file: Path, tmp_path: Path) -> None:
     assert run("report", store, file, "--skip")[0] == 0
 
 
+def test_where_a_job_stands_and_a_bundle(run: Run, file: Path, tmp_path: Path) -> None:
+    """`tune --status` shows the others, `fleet pack` packs them."""
+    store, bundle = ["--records", tmp_path / "r.sqlite"], tmp_path / "bundle.zip"
+    pack = [
+        "fleet",
+        "pack",
+        file,
+        "--target",
+        "cpu",
+        "--threads",
+        "1",
+        "--candidates",
+        "1",
+        "-o",
+        bundle,
+        "--no-records",
+    ]
+    for words in (["tune", file, "--status", "--threads", "1", "--trials", "1", *store], pack):
+        for options, expected in {(): 2, ("--skip",): 0}.items():
+            status, out, err = run(*words, *options, "--json")
+            assert status == expected, err
+            assert f"left out: {file}: layer 2 (odd)" in err
+            assert ("with --skip that is no failure" in err) == (expected == 2)
+            (reason,) = json.loads(out)["skipped"]
+            assert "layer 2 (odd)" in reason
+
+
 def test_nothing_that_can_be_read_is_an_error(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "layers.json"
     path.write_text(json.dumps({"layers": LAYERS["layers"][1:] * 2}))

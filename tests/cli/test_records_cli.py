@@ -156,13 +156,20 @@ def test_the_best_are_those_that_answer(tmp_path: Path, run: Run, run_json: Call
     assert run("best", "--threads", 7, *store)[2].startswith("no record for this machine")
 
 
-def test_layers_that_cannot_be_read_are_named_and_have_no_records(tmp_path: Path, run: Run) -> None:
+def test_layers_that_cannot_be_read_are_named_and_have_no_records(
+    tmp_path: Path, run: Run, run_json: Callable[..., Any]
+) -> None:
     winner = final(another(), winner=True)
     store = ["--records", filled(tmp_path / "r.sqlite", winner)]
     (tmp_path / "net.txt").write_text(f"{winner.spec}\nconv1d ic4 oc4 i20 k99\n")
-    status, out, err = run("export", "--best", tmp_path / "net.txt", *store)
-    assert (status, out) == (0, winner.to_json() + "\n")
-    assert "net.txt: line 2: kernel[0]: expected" in err
+    for words in (["export", "--best"], ["export"], ["best"], ["list"], ["check"], ["prune"]):
+        for options, expected in {(): 2, ("--skip",): 0}.items():
+            status, out, err = run(*words, tmp_path / "net.txt", *options, *store)
+            assert status == expected, err
+            assert "net.txt: line 2: kernel[0]: expected" in err
+            assert ("1 layer left out, as said above; with --skip" in err) == (expected == 2)
+            assert out == winner.to_json() + "\n" or words[0] != "export"
+    assert [r["id"] for r in run_json("best", tmp_path / "net.txt", *store, status=2)] == [winner.id]
 
 
 def test_the_best_of_a_layer_may_be_shipped(tmp_path: Path, run: Run, run_json: Callable[..., Any]) -> None:
