@@ -1,29 +1,53 @@
 """What the accuracy classes cost a network: a stack of residual blocks, beside ONNX Runtime and PyTorch in double.
 
     python bench/accuracy.py [--images 120] [--layers 20] [--channels 64] [--pixels 28]
+    python bench/accuracy.py --models pictures,resnet18,mobilenet_v2 [--images 200]
 
 Prints, for each class and for ONNX Runtime, the largest and the root mean square error of the logits relative to those
 of double precision, and how many images' first choice it changed.
+
+With ``--models``: how far whole networks quantised to 8 bits, and multiplied in bf16, are from themselves in f32, here
+and in another library: ONNX Runtime runs the same quantised model, OpenVINO chooses its precision itself. ``pictures``
+is a network that is trained first, and asked for the classes of pictures that it has not seen. Prints a table in
+Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 import torch
 
 import convgen
-from convgen.check.reference import OrtReference
+from bench.command import listed
+from bench.networks import QUANTISED, check_models, network_model, pictures
+from bench.networks.quantised import write_quantised
+from convgen.check.reference import OrtReference, open_session
+from convgen.folders import TemporaryFolder
+from convgen.measure.network_model import NetworkModel
 from convgen.problem.spec import ConvSpec
 from convgen.problem.tokens import ACCURACIES
+from convgen.report.markdown import markdown_table
 
 Array = npt.NDArray[Any]
 Layer = Callable[[Array, Array | None], Array]
 CLASSES = 1000
+#: A network: from its input to its first output.
+Run = Callable[[Array], Array]
+#: Of inputs: others than those that the networks are calibrated with.
+SEED = 1
+#: Pictures that a trained network's ranges of activations are taken from.
+CALIBRATED = 64
 
 
 def stack(layers: Sequence[Layer], image: Array) -> Array:
@@ -81,11 +105,106 @@ def in_double(weights: Sequence[Array], bias: Array) -> list[Layer]:
     return [layer(w) for w in weights]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, size in (("images", 120), ("layers", 20), ("channels", 64), ("pixels", 28)):
-        parser.add_argument(f"--{name}", type=int, default=size)
-    options = parser.parse_args()
+# ---- whole networks ------------------------------------------------------------------------------
+
+
+def by_convgen(model: NetworkModel, accuracy: str = "standard") -> Run:
+    network = convgen.compile(model.path, threads=1, accuracy=accuracy, records=False)
+
+    def run(x: Array) -> Array:
+        found = network(x)
+        return np.asarray(next(iter(found.values())) if isinstance(found, dict) else found)
+
+    return run
+
+
+def by_onnxruntime(model: NetworkModel) -> Run:
+    session = open_session(model.data, 1, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    (given,) = session.get_inputs()
+    return lambda x: np.asarray(session.run(None, {given.name: x})[0])
+
+
+def by_openvino(model: NetworkModel) -> tuple[Run, str]:
+    """In the precision that it chooses, and which that is."""
+    import openvino
+
+    core = openvino.Core()
+    options = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = core.compile_model(core.read_model(model.data), "CPU", options)
+    precision = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+    return lambda x: np.array(compiled([x])[0]), precision
+
+
+def decibels(exact: Array, found: Array) -> float:
+    """Outputs over their error."""
+    with np.errstate(divide="ignore"):
+        return float(10 * np.log10((exact**2).sum() / ((found - exact) ** 2).sum()))
+
+
+class Question:
+    """A network in f32 and quantised, and what it is asked.
+
+    Attributes:
+        inputs: arrays.
+        classes: what is right; empty where that is not known.
+        quantised: None where it is not known how.
+    """
+
+    def __init__(self, name: str, images: int, folder: Path) -> None:
+        self.name, self.classes, self.quantised = name, np.zeros(0, int), None
+        if name == pictures.NAME:
+            self.model = pictures.write_trained(folder)
+            shown, self.classes = pictures.drawn(images, pictures.ASKED)
+            self.inputs = [shown[i : i + 1] for i in range(images)]
+            known, _ = pictures.drawn(CALIBRATED, pictures.CALIBRATED)
+            given = [{"x": known[i : i + 1]} for i in range(CALIBRATED)]
+            self.quantised = NetworkModel(write_quantised(f"{name}_int8", self.model, folder, given))
+            return
+        self.model = network_model(name, folder)
+        (shape,) = (array.shape for array in self.model.inputs.values())
+        rng = np.random.default_rng(SEED)
+        self.inputs = [rng.standard_normal(shape, np.float32) for _ in range(images)]
+        for key, value in QUANTISED.items():
+            if value == name:
+                self.quantised = network_model(key, folder)
+
+    def answers(self, run: Run) -> Array:
+        return np.stack([run(x).reshape(-1) for x in self.inputs]).astype(np.float64)
+
+    def rows(self) -> Iterator[list[str]]:
+        """Its precision, then of convgen and of another library how far it is from f32."""
+        exact = self.answers(by_onnxruntime(self.model))
+        choices = exact.argmax(1)
+
+        def right(found: Array) -> str:
+            return f"{int((found.argmax(1) == self.classes).sum())}" if self.classes.size else ""
+
+        def told(run: Run) -> list[str]:
+            found = self.answers(run)
+            same = int((found.argmax(1) == choices).sum())
+            return [f"{decibels(exact, found):.1f}", f"{same} of {len(self.inputs)}", right(found)]
+
+        known = [self.name, str(len(set(choices.tolist()))), right(exact)]
+        if self.quantised is not None:
+            own, other = by_convgen(self.quantised), by_onnxruntime(self.quantised)
+            yield [*known, "i8", *told(own), "ONNX Runtime, i8", *told(other)]
+        other, precision = by_openvino(self.model)
+        yield [*known, "bf16", *told(by_convgen(self.model, "bf16")), f"OpenVINO, {precision}", *told(other)]
+
+
+def compare_networks(models: Sequence[str], images: int) -> None:
+    found = ("SNR, dB>", "same first choice>", "right>")
+    header = ["model", "different choices>", "right in f32>", "precision", *found, "beside", *found]
+    rows = []
+    with TemporaryFolder() as folder:
+        for name in models:
+            for row in Question(name, images, folder).rows():
+                rows.append(row)
+                print(" ".join(row), file=sys.stderr, flush=True)
+    print("\n".join(markdown_table((header, rows))))
+
+
+def compare_classes(options: argparse.Namespace) -> None:
     rng = np.random.default_rng(0)
     c, shape = options.channels, (options.channels, options.channels, 3, 3)
     # The scale of He's initialisation, less in a block's second layer so that the sums do not grow.
@@ -117,5 +236,20 @@ def main() -> None:
         print(f"{name:14}{error.max():15.2e}{rms:12.2e}{rms / ort:8.1f}{changed:15} of {len(images)}")
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, size in (("images", 120), ("layers", 20), ("channels", 64), ("pixels", 28)):
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--models", type=listed, help="names of bench/networks, or ONNX files with one input")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if options.models:
+        check_models(parser, [name for name in options.models if name != pictures.NAME])
+        compare_networks(options.models, options.images)
+    else:
+        compare_classes(options)
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,27 @@ CALIBRATED = 4
 class _Inputs:
     """What ONNX Runtime's quantiser reads: arrays by name, until None."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._shapes, self._rng, self._left = shapes, np.random.default_rng(0), CALIBRATED
+    def __init__(self, inputs: Iterable[Mapping[str, npt.NDArray[Any]]]) -> None:
+        self._left = iter(inputs)
 
-    def get_next(self) -> dict[str, npt.NDArray[Any]] | None:
-        if self._left == 0:
-            return None
-        self._left -= 1
-        return {name: self._rng.standard_normal(shape, np.float32) for name, shape in self._shapes.items()}
+    def get_next(self) -> Mapping[str, npt.NDArray[Any]] | None:
+        return next(self._left, None)
 
 
-def write_quantised(name: str, model: NetworkModel, folder: Path) -> Path:
-    """A network's quantised model in a folder, with QuantizeLinear and DequantizeLinear round its operators."""
+def _random(shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Mapping[str, npt.NDArray[Any]]]:
+    rng = np.random.default_rng(0)
+    for _ in range(CALIBRATED):
+        yield {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+def write_quantised(
+    name: str, model: NetworkModel, folder: Path, inputs: Iterable[Mapping[str, npt.NDArray[Any]]] | None = None
+) -> Path:
+    """A network's quantised model in a folder, with QuantizeLinear and DequantizeLinear round its operators.
+
+    Args:
+        inputs: that ranges of activations are taken from; a few random ones where None.
+    """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     path = folder / f"{name}.onnx"
@@ -41,7 +50,7 @@ def write_quantised(name: str, model: NetworkModel, folder: Path) -> Path:
         quantize_static(
             str(model.path),
             str(path),
-            _Inputs({given: array.shape for given, array in model.inputs.items()}),
+            _Inputs(inputs or _random({given: array.shape for given, array in model.inputs.items()})),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,
