@@ -28,6 +28,14 @@ def python(script: str, *arguments: object, **options: object) -> str:
     return str(done.stdout)
 
 
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "reference" / "api.rst").read_text(encoding="utf-8")
+    shown = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", page, re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    assert ".. automodule:: convgen.errors\n" in page  # ConvgenError, and all that are one
+    assert set(shown) == PUBLIC - {"ConvgenError", "__version__"}
+
+
 # ---- the package from Python ------------------------------------------------------------------
 
 
@@ -181,7 +189,12 @@ def test_the_checks_run_by_themselves() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "ruff check" in done.stdout
+    assert "mypy" in done.stdout
+    assert "sphinx" in done.stdout
+    assert "--fail-on-warning" in done.stdout
     assert "pytest" in done.stdout
+    made = {word for line in re.findall(r"^\s*make (.*)$", script.read_text(), re.MULTILINE) for word in line.split()}
+    assert made >= {"check", "docs", "test", "test-python"}
 
 
 def test_the_oldest_python_promised_is_found(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from naive import convolve, link_naive, operands
 
+from convgen.api import build
 from convgen.errors import KernelError
 from convgen.kernel.dlpack import view
 from convgen.kernel.library import Library
@@ -97,6 +98,39 @@ def test_tensors_of_pytorch_in_and_out(folder: Path, dtype: str) -> None:
     out = torch.zeros(spec.dst_shape, dtype=given["src"].dtype)
     assert bound(given["src"], out=out) is out
     assert torch.equal(out.double(), expected)
+
+
+@pytest.mark.parametrize("tokens", ["i8", "i8 src_u8", "i8 src_u8 weights_u8", "i8 dst_i32 nobias", "i8 dst_u8"])
+def test_tensors_of_integers_of_pytorch(tokens: str) -> None:
+    """int8, uint8 and int32 go in and come out as they are stored: whole numbers, so that PyTorch's are the same."""
+    torch = pytest.importorskip("torch")
+    spec = ConvSpec.parse(f"conv2d n1 ic4 oc6 i8x8 k3 {tokens}")
+    layer = build(spec, threads=1, records=False)
+    kinds = {"i8": torch.int8, "u8": torch.uint8, "i32": torch.int32, "f32": torch.float32}
+    shapes = {"src": spec.src_shape, "weights": spec.weights_shape, "bias": (spec.oc,), "scale": (spec.oc,)}
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        name: torch.randint(0, 3, shapes[name], generator=generator).to(kinds[dtype])
+        for name, dtype in spec.dtypes.items()
+        if name in shapes
+    }
+    if "scale" in given:
+        given["scale"].fill_(0.25)
+    operands = [given[name].double() for name in ("src", "weights", "bias") if name in given]
+    sums = torch.nn.functional.conv2d(*operands)
+    limits = {"i8": (-128, 127), "u8": (0, 255)}.get(spec.dtypes["dst"])
+    expected = torch.round(sums * 0.25).clamp(*limits) if limits else sums
+    src = given.pop("src")
+    bound = layer.bind(**given)
+    found = bound(src)
+    assert type(found) is torch.Tensor
+    assert found.dtype == kinds[spec.dtypes["dst"]]
+    assert torch.equal(found.double(), expected)
+    out = torch.zeros(spec.dst_shape, dtype=found.dtype)
+    assert bound(src, out=out) is out
+    assert torch.equal(out, found)
+    with pytest.raises(KernelError, match=r"expected dtype u?int8 in native byte order, found float32"):
+        bound(src.float())
 
 
 def test_a_tensor_of_a_class_of_ones_own_comes_back_as_a_tensor(library: Library) -> None:
