@@ -7,9 +7,12 @@ import random
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 from tvm import tirx
 
+from convgen.api import build
+from convgen.check.bounds import reference
 from convgen.check.validate import validate
 from convgen.cpu.vector import Block
 from convgen.cpu.winograd import Grid, tile_sizes, transformed, transformed_axes, transformed_axis
@@ -223,3 +226,34 @@ def test_the_default_keeps_the_sums_of_a_block_in_the_cache() -> None:
     picks = WINOGRAD.default(spec.core, target)
     grid = Grid(spec.core, target, picks)
     assert 4 * grid.positions * grid.most_tiles * picks.tile_oc <= target.l2
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_what_one_odd_pixel_spoils_at_standard(value: float) -> None:
+    """All outputs of its tiles, of 4x4 at most, and no others; at ``strict`` its own nine, as ONNX Runtime has it."""
+    spec = ConvSpec.parse("conv2d n1 ic16 oc16 i24x24 k3x3 p1 nobias")
+    picks = WINOGRAD.default(spec, NATIVE)
+    assert max(WINOGRAD.space(spec, NATIVE).domains["tile"]) == 4
+    spreading = compile_candidate(spec, NATIVE, Candidate(WINOGRAD, picks), 1)
+    strict = build(spec.with_(accuracy="strict"), threads=1, records=False)
+    rng = np.random.default_rng(0)
+    weights, src = rng.uniform(0.5, 1, spec.weights_shape).astype(np.float32), np.ones(spec.src_shape, np.float32)
+    run, exactly = spreading.bind(weights), strict.bind(weights)
+    usual, edge = run(src), exactly(src)
+    for y, x in itertools.product((8, 9, 11), repeat=2):
+        odd = src.copy()
+        odd[0, 3, y, x] = value
+        changed = np.argwhere(differs(run(odd), usual).any((0, 1)))
+        tiles = {(i // picks.tile, j // picks.tile) for i in range(y - 1, y + 2) for j in range(x - 1, x + 2)}
+        assert {(int(i) // picks.tile, int(j) // picks.tile) for i, j in changed} == tiles
+        own = np.argwhere(differs(exactly(odd), edge).any((0, 1)))
+        assert {(int(i), int(j)) for i, j in own} == set(itertools.product(range(y - 1, y + 2), range(x - 1, x + 2)))
+        assert len(changed) > len(own)
+        with np.errstate(invalid="ignore", over="ignore"):
+            expected = reference(strict.spec, {"src": odd, "weights": weights}, 1)
+        np.testing.assert_array_equal(np.isfinite(exactly(odd)), np.isfinite(expected))
+
+
+def differs(found: np.ndarray, usual: np.ndarray) -> np.ndarray:
+    """Where two results are not the same bits."""
+    return np.asarray(found.view(np.uint32) != usual.view(np.uint32))
