@@ -43,7 +43,8 @@ BLOCKS, PARTS = (1, 2, 4, 7, 8, 14, 16, 28, 56, 112), (1, 2, 3, 4, 6, 8, 12, 16)
 
 class CpuDirect(ChannelsInLanes):
     id, version = "cpu_direct", 7
-    merged = ("cpu_channels_last", "cpu_gemm_channels", "cpu_im2col")
+    # Beside it Strassen's products for 1x1 layers won hardly anything.
+    merged = ("cpu_channels_last", "cpu_dense", "cpu_gemm_channels", "cpu_im2col", "cpu_strassen")
 
     def applies(self, spec: ConvSpec, target: Target) -> None:
         lanes, own = target.lanes, spec.ic // spec.groups

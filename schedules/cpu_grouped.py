@@ -46,7 +46,7 @@ NARROW = 1.15
 
 class CpuGrouped(Counted):
     id, version = "cpu_grouped", 4
-    merged = ("cpu_grouped_last",)
+    merged = ("cpu_depthwise", "cpu_grouped_last")
 
     def takes_layouts(self, src: str, dst: str) -> bool:
         return "nchw" not in (src, dst)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,3 +126,31 @@ def test_a_cpu_s_schedule_says_what_it_takes_and_no_more() -> None:
     lengths = {path.name: path.read_text().count("\n") for path in (ROOT / "schedules").glob("cpu_*.py")}
     assert len(lengths) > 10
     assert {name: length for name, length in lengths.items() if length > 150} == {}
+    assert sum(lengths.values()) <= 2400
+
+
+def test_schedules_name_no_machine() -> None:
+    """What they know of one is a fact of ``convgen/cpu/model.py`` or ``convgen/hardware``: no rates, no processors."""
+    processors = (
+        "zen|epyc|ryzen|xeon|haswell|broadwell|skylake|icelake|sapphire|granite|graviton|neoverse|cortex|hopper"
+    )
+    machine = re.compile(rf"\d(?:\.\d*)?e[+]?(?:9|1[0-9])\b|\b(?:znver\d|{processors})", re.IGNORECASE)
+    found = {
+        f"{path.name}:{number}": token.string
+        for path in (ROOT / "schedules").glob("*.py")
+        for number, token in _code(path)
+        if machine.search(token.string)
+    }
+    assert found == {}
+
+
+def _code(path: Path) -> Iterator[tuple[int, tokenize.TokenInfo]]:
+    """The words of a file that are no comments and no docstrings."""
+    with path.open("rb") as file:
+        before = tokenize.ENCODING
+        for token in tokenize.tokenize(file.readline):
+            if token.type in (tokenize.COMMENT, tokenize.NL):
+                continue
+            if token.type != tokenize.STRING or before not in (tokenize.ENCODING, tokenize.NEWLINE, tokenize.INDENT):
+                yield token.start[0], token
+            before = token.type

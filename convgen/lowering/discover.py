@@ -34,7 +34,7 @@ def schedules_of(kind: str) -> dict[str, Schedule]:
 
 
 def merged_into(schedule_id: str) -> str:
-    """The schedule that has taken in one of an earlier version; empty where none has."""
+    """The schedule that has taken the place of one of an earlier version; empty where none has."""
     return next((schedule.id for schedule in schedules().values() if schedule_id in schedule.merged), "")
 
 
@@ -51,7 +51,7 @@ def schedule(schedule_id: str) -> Schedule:
     """
     known = schedules()
     if schedule_id not in known and (now := merged_into(schedule_id)):
-        raise UnsupportedError(f"schedule: {schedule_id} is part of {now} now: expected {now}, found {schedule_id!r}")
+        raise UnsupportedError(f"schedule: {schedule_id} gave way to {now}: expected {now}, found {schedule_id!r}")
     if schedule_id not in known:
         raise UnsupportedError(
             f"schedule: expected one of {', '.join(known)}, found {schedule_id!r}{meant(schedule_id, known)}"

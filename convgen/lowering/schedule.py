@@ -168,7 +168,7 @@ class Schedule(ABC):
     ``directions`` are those of specs that it takes; a gradient of src is a forward layer wherever it can be.
     ``only_integers`` says that it is for layers of integers alone.
     ``is_reference`` says that it is the definition itself, which the others are checked against; one schedule is.
-    ``merged`` names schedules of earlier versions that it has taken in: records of theirs stay readable.
+    ``merged`` names schedules of earlier versions in whose place it is: records of theirs stay readable.
     """
 
     id: ClassVar[str]

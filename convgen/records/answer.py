@@ -385,7 +385,7 @@ def reason_against(record: TuningRecord) -> str:
     if record.outcome != "ok":
         return f"its outcome is {record.outcome}"
     if now := merged_into(record.schedule):
-        return f"{record.schedule} is part of {now} now, which has to be measured anew"
+        return f"{record.schedule} gave way to {now}, which has to be measured anew"
     if not has_schedule(record):
         return f"{record.schedule} is gone, or no longer has version {record.schedule_version}"
     try:

@@ -21,10 +21,12 @@ from stores import unprivileged
 
 import convgen
 from convgen import ConvSpec
-from convgen.errors import RecordError
+from convgen.errors import RecordError, UnsupportedError
 from convgen.hardware.machine import machine
 from convgen.hardware.target import Target, resolve
 from convgen.lowering.candidates import default_candidate, parse_candidate
+from convgen.lowering.discover import schedule as find_schedule
+from convgen.lowering.discover import schedules
 from convgen.lowering.schedule import Candidate
 from convgen.lowering.versions import versions
 from convgen.measure.workers import LocalBuilder, LocalRunner, Pools
@@ -48,6 +50,14 @@ def pools() -> Iterator[Pools]:
 
 
 PROBLEMS = ROOT / "bench" / "problems"
+#: Schedules that there were once, by what is in their place.
+EARLIER = {
+    "cpu_direct": {"cpu_channels_last", "cpu_dense", "cpu_gemm_channels", "cpu_im2col", "cpu_strassen"},
+    "cpu_grouped": {"cpu_depthwise", "cpu_grouped_last"},
+    "cpu_rows": {"cpu_gemm", "cpu_masked"},
+    "cpu_transposed": {"cpu_transposed_pixel"},
+    "cpu_winograd": {"cpu_winograd_grouped"},
+}
 WHEN = "2026-01-{:02}T12:00:00Z"
 
 
@@ -497,7 +507,7 @@ def test_records_are_measured_again(pools: Pools, monkeypatch: pytest.MonkeyPatc
         ({}, ""),
         ({"outcome": "crash", "seconds": None}, "its outcome is crash"),
         ({"schedule": "cpu_gone"}, "cpu_gone is gone"),
-        ({"schedule": "cpu_im2col"}, "cpu_im2col is part of cpu_direct now"),
+        ({"schedule": "cpu_im2col"}, "cpu_im2col gave way to cpu_direct, which has to be measured anew"),
         ({"picks": {"tile": 3}}, "no longer admits its picks"),
         ({"hardware": "another"}, "another kind of machine"),
         ({"versions": OTHER}, "convgen 0.0.1, llvm 19, tvm 0.26.0: a build would measure it"),
@@ -510,6 +520,18 @@ def test_why_a_record_does_not_answer(changes: dict[str, Any], reason: str) -> N
     found = reason_against(record(default_candidate(SPEC, resolve().on(2)), **changes))
     assert reason in found
     assert bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize(("old", "now"), sorted((old, now) for now, names in EARLIER.items() for old in names))
+def test_records_of_earlier_schedules_say_what_is_in_their_place(old: str, now: str) -> None:
+    assert reason_against(record(schedule=old)) == f"{old} gave way to {now}, which has to be measured anew"
+    with pytest.raises(UnsupportedError, match=f"schedule: {old} gave way to {now}: expected {now}, found '{old}'"):
+        find_schedule(old)
+    assert old not in schedules()
+
+
+def test_these_are_all_earlier_schedules() -> None:
+    assert {name: set(found.merged) for name, found in schedules().items() if found.merged} == EARLIER
 
 
 def test_what_can_go_and_what_stays() -> None:
