@@ -71,28 +71,6 @@ static int deallocate(int device_type, int device_id, void *start)
 
 /* ---- parallel regions ------------------------------------------------------------------------ */
 
-/* Whether denormals are flushed and how results are rounded is a property of a thread. Workers take
- * the caller's, so that results do not depend on the number of threads, and get theirs back: they may be a program's. */
-static unsigned floating_point_mode(void)
-{
-#ifdef __x86_64__
-    return __builtin_ia32_stmxcsr();
-#else
-    return 0;
-#endif
-}
-
-static void set_floating_point_mode(unsigned mode)
-{
-#ifdef __x86_64__
-    const unsigned flags = 0x3f; /* what has happened so far: no part of the mode */
-    if ((__builtin_ia32_stmxcsr() ^ mode) & ~flags)
-        __builtin_ia32_ldmxcsr(mode & ~flags);
-#else
-    (void)mode;
-#endif
-}
-
 typedef struct {
     const convgen_call *call;
     convgen_lambda lambda;
@@ -108,14 +86,14 @@ static void run_task(void *context, int task, int tasks)
     frame f = {.call = r->call, .top = share, .end = share + r->call->share, .in_task = 1};
     frame *outer = current;
     convgen_group group = {NULL, tasks};
-    const unsigned own_mode = floating_point_mode();
+    const unsigned own_mode = convgen_float_mode();
     current = &f;
-    set_floating_point_mode(r->mode);
+    convgen_set_float_mode(r->mode);
     if (r->lambda(task, &group, r->closure) != 0)
         atomic_store(&r->failed, 1);
     while (f.blocks != NULL)
         pop_block(&f);
-    set_floating_point_mode(own_mode);
+    convgen_set_float_mode(own_mode);
     current = outer;
 }
 
@@ -127,7 +105,7 @@ static int parallel_launch(convgen_lambda lambda, void *closure, int tasks)
         convgen_group group = {NULL, 1};
         return lambda(0, &group, closure);
     }
-    region r = {.call = f->call, .lambda = lambda, .closure = closure, .mode = floating_point_mode()};
+    region r = {.call = f->call, .lambda = lambda, .closure = closure, .mode = convgen_float_mode()};
     if (f->call->pool != NULL)
         f->call->pool->launch(f->call->pool, run_task, &r);
     else

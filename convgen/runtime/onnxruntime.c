@@ -6,6 +6,7 @@
 #include "onnxruntime.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -192,45 +193,55 @@ static OrtStatus *get_output(const kernel *k, OrtKernelContext *context, int siz
     return status != NULL ? status : k->api->GetTensorMutableData(value, data);
 }
 
+/* What the threads of a session are in a run: the first to come walks through the network's steps, and the others take
+ * tasks of these until it is done. The session is asked for threads once and not at every step, which would cost
+ * microseconds each time, and give the parts of a tensor to other cores than those that have them in their caches. */
 typedef struct {
-    const OrtApi *api;
-    const OrtKernelContext *context;
-} session_threads;
+    const kernel *k;
+    const convgen_network_args *args;
+    unsigned mode; /* of the thread that calls, which need not be the first */
+    atomic_int come;
+    int status;
+} crew;
 
-typedef struct {
-    void (*body)(void *, int);
-    void *data;
-} loop_body;
-
-static void run_body(void *data, size_t i)
+static void take_part(void *data, size_t unused)
 {
-    const loop_body *b = data;
-    b->body(b->data, (int)i);
+    (void)unused;
+    crew *c = data;
+    const int number = atomic_fetch_add(&c->come, 1);
+    if (number > 0) {
+        convgen_lent_work(c->args->pool, number);
+        return;
+    }
+    const unsigned own_mode = convgen_float_mode();
+    convgen_set_float_mode(c->mode);
+    c->status = c->k->op->run(c->k->network, c->args);
+    convgen_set_float_mode(own_mode);
+    convgen_lent_stop(c->args->pool);
 }
 
-/* A convgen_parallel_for on the threads of the session. */
-static void session_loop(void *context, int count, void (*body)(void *, int), void *data)
+/* Run on the threads of the session, with a pool in some memory. */
+static int run_together(const kernel *k, const OrtKernelContext *context, convgen_network_args *args, void *memory)
 {
-    const session_threads *threads = context;
-    loop_body b = {body, data};
-    OrtStatus *status =
-        threads->api->KernelContext_ParallelFor(threads->context, run_body, (size_t)count, (size_t)count, &b);
-    if (status == NULL)
-        return;
-    threads->api->ReleaseStatus(status); /* it refuses before it begins */
-    for (int i = 0; i < count; ++i)
-        body(data, i);
+    const size_t threads = (size_t)k->op->threads;
+    args->pool = convgen_lend(memory, k->op->threads);
+    crew c = {.k = k, .args = args, .mode = convgen_float_mode()};
+    OrtStatus *status = k->api->KernelContext_ParallelFor(context, take_part, threads, threads, &c);
+    if (status != NULL) {
+        k->api->ReleaseStatus(status); /* it refuses before it begins */
+        take_part(&c, 0);
+    }
+    convgen_lent_end(args->pool);
+    return c.status;
 }
 
 static OrtStatus *run(const kernel *k, const OrtKernelContext *context, convgen_network_args *args)
 {
-    session_threads threads = {k->api, context};
-    convgen_borrowed_pool pool = convgen_borrowed(k->op->threads, session_loop, &threads);
-    args->pool = k->op->threads > 1 ? &pool.head : NULL;
     convgen_network_sizes sizes = {0};
     OrtStatus *status = failed_with(k, k->op->sizes(args->size, k->op->threads, &sizes));
+    const size_t pool = k->op->threads > 1 ? convgen_round_up(convgen_lent_size(k->op->threads)) : 0;
     args->workspace_size = sizes.workspace;
-    if (status != NULL || sizes.workspace == 0)
+    if (status != NULL || pool + sizes.workspace == 0)
         return status != NULL ? status : failed_with(k, k->op->run(k->network, args));
 
     OrtAllocator *allocator = NULL;
@@ -238,10 +249,11 @@ static OrtStatus *run(const kernel *k, const OrtKernelContext *context, convgen_
     status = k->api->KernelContext_GetAllocator(context, k->memory, &allocator);
     if (status != NULL)
         return status;
-    status = k->api->AllocatorAlloc(allocator, sizes.workspace + CONVGEN_ALIGNMENT, &memory);
+    status = k->api->AllocatorAlloc(allocator, pool + sizes.workspace + CONVGEN_ALIGNMENT, &memory);
     if (status == NULL) {
-        args->workspace = (void *)convgen_round_up((uintptr_t)memory); /* allocators promise less */
-        status = failed_with(k, k->op->run(k->network, args));
+        char *aligned = (char *)convgen_round_up((uintptr_t)memory); /* allocators promise less */
+        args->workspace = aligned + pool;
+        status = failed_with(k, pool > 0 ? run_together(k, context, args, aligned) : k->op->run(k->network, args));
         OrtStatus *freed = k->api->AllocatorFree(allocator, memory);
         if (freed != NULL)
             k->api->ReleaseStatus(freed);

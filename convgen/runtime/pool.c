@@ -175,11 +175,23 @@ static int acquire(convgen_pool *head)
 
 static void release(convgen_pool *head) { atomic_store(&((pool *)head)->busy, 0); }
 
-/* Stop and join the first `count` workers. */
-static void join(pool *p, int count)
+static void stop(pool *p)
 {
     atomic_store(&p->stop, 1);
     announce(p);
+}
+
+static void taken_down(pool *p)
+{
+    pthread_cond_destroy(&p->done);
+    pthread_cond_destroy(&p->wake);
+    pthread_mutex_destroy(&p->mutex);
+}
+
+/* Stop and join the first `count` workers. */
+static void join(pool *p, int count)
+{
+    stop(p);
     for (int i = 0; i < count; ++i)
         pthread_join(p->workers[i].thread, NULL);
 }
@@ -191,9 +203,7 @@ static void destroy(convgen_pool *head)
         while (!acquire(head)) /* a call that has the threads ends first */
             sched_yield();
         join(p, head->threads - 1);
-        pthread_cond_destroy(&p->done);
-        pthread_cond_destroy(&p->wake);
-        pthread_mutex_destroy(&p->mutex);
+        taken_down(p);
     }
     free(p);
 }
@@ -208,18 +218,11 @@ static int available_cpus(void)
     return (int)sysconf(_SC_NPROCESSORS_ONLN);
 }
 
-int convgen_create_pool(int threads, convgen_pool **out)
+/* A pool in memory that is aligned and large enough; its workers have no threads yet. */
+static pool *made_in(void *memory, int threads)
 {
-    if (out == NULL)
-        return CONVGEN_NULL_POINTER;
-    *out = NULL;
-    if (threads < 1 || threads > CONVGEN_MAX_THREADS)
-        return CONVGEN_BAD_ARGUMENT;
     pthread_once(&forks_counted, count_forks);
-
-    pool *p = aligned_alloc(CONVGEN_ALIGNMENT, sizeof(pool) + (size_t)(threads - 1) * sizeof(worker));
-    if (p == NULL)
-        return CONVGEN_NO_MEMORY;
+    pool *p = memory;
     *p = (pool){
         .head = {CONVGEN_ABI, threads, acquire, release, launch, destroy},
         .forks = atomic_load(&forks),
@@ -228,6 +231,28 @@ int convgen_create_pool(int threads, convgen_pool **out)
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
     pthread_cond_init(&p->done, NULL);
+    for (int i = 0; i < threads - 1; ++i) {
+        worker *w = &p->workers[i];
+        atomic_init(&w->claimed, 0);
+        w->pool = p;
+        w->task = i + 1;
+    }
+    return p;
+}
+
+size_t convgen_lent_size(int threads) { return sizeof(pool) + (size_t)(threads - 1) * sizeof(worker); }
+
+int convgen_create_pool(int threads, convgen_pool **out)
+{
+    if (out == NULL)
+        return CONVGEN_NULL_POINTER;
+    *out = NULL;
+    if (threads < 1 || threads > CONVGEN_MAX_THREADS)
+        return CONVGEN_BAD_ARGUMENT;
+    void *memory = aligned_alloc(CONVGEN_ALIGNMENT, convgen_lent_size(threads));
+    if (memory == NULL)
+        return CONVGEN_NO_MEMORY;
+    pool *p = made_in(memory, threads);
 
     /* Signals are the program's business: its own threads handle them. */
     sigset_t all, before;
@@ -236,9 +261,6 @@ int convgen_create_pool(int threads, convgen_pool **out)
     int started = 0;
     while (started < threads - 1) {
         worker *w = &p->workers[started];
-        atomic_init(&w->claimed, 0);
-        w->pool = p;
-        w->task = started + 1;
         if (pthread_create(&w->thread, NULL, work, w) != 0)
             break;
         ++started;
@@ -253,7 +275,24 @@ int convgen_create_pool(int threads, convgen_pool **out)
     return CONVGEN_OK;
 }
 
+/* ---- threads that are lent for a while --------------------------------------------------------- */
+
+convgen_pool *convgen_lend(void *memory, int threads) { return &made_in(memory, threads)->head; }
+
+void convgen_lent_work(convgen_pool *head, int number) { work(&((pool *)head)->workers[number - 1]); }
+
+void convgen_lent_stop(convgen_pool *head) { stop((pool *)head); }
+
+void convgen_lent_end(convgen_pool *head) { taken_down((pool *)head); }
+
 /* ---- a program's own threads ------------------------------------------------------------------- */
+
+/* A pool that runs on a program's own threads. */
+typedef struct {
+    convgen_pool head;
+    convgen_parallel_for loop;
+    void *context;
+} borrowed_pool;
 
 typedef struct {
     convgen_task task;
@@ -269,7 +308,7 @@ static void run_borrowed(void *data, int i)
 
 static void launch_borrowed(convgen_pool *head, convgen_task task, void *context)
 {
-    const convgen_borrowed_pool *p = (convgen_borrowed_pool *)head;
+    const borrowed_pool *p = (borrowed_pool *)head;
     borrowed_launch launched = {task, context, head->threads};
     p->loop(p->context, head->threads, run_borrowed, &launched);
 }
@@ -280,15 +319,6 @@ static void release_borrowed(convgen_pool *head) { (void)head; }
 
 static void destroy_borrowed(convgen_pool *head) { free(head); }
 
-convgen_borrowed_pool convgen_borrowed(int threads, convgen_parallel_for loop, void *context)
-{
-    return (convgen_borrowed_pool){
-        .head = {CONVGEN_ABI, threads, acquire_borrowed, release_borrowed, launch_borrowed, destroy_borrowed},
-        .loop = loop,
-        .context = context,
-    };
-}
-
 int convgen_borrow_pool(int threads, convgen_parallel_for loop, void *context, convgen_pool **out)
 {
     if (out == NULL || loop == NULL)
@@ -296,10 +326,14 @@ int convgen_borrow_pool(int threads, convgen_parallel_for loop, void *context, c
     *out = NULL;
     if (threads < 1 || threads > CONVGEN_MAX_THREADS)
         return CONVGEN_BAD_ARGUMENT;
-    convgen_borrowed_pool *p = malloc(sizeof *p);
+    borrowed_pool *p = malloc(sizeof *p);
     if (p == NULL)
         return CONVGEN_NO_MEMORY;
-    *p = convgen_borrowed(threads, loop, context);
+    *p = (borrowed_pool){
+        .head = {CONVGEN_ABI, threads, acquire_borrowed, release_borrowed, launch_borrowed, destroy_borrowed},
+        .loop = loop,
+        .context = context,
+    };
     *out = &p->head;
     return CONVGEN_OK;
 }

@@ -99,14 +99,14 @@ struct convgen_pool {
     void (*destroy)(convgen_pool *pool);
 };
 
-/* A pool that runs on a program's own threads. Costs nothing to make, so that it can be one for each call. */
-typedef struct {
-    convgen_pool head;
-    convgen_parallel_for loop;
-    void *context;
-} convgen_borrowed_pool;
-
-convgen_borrowed_pool convgen_borrowed(int threads, convgen_parallel_for loop, void *context);
+/* A pool in the caller's memory, of that many bytes and aligned, whose threads a program lends for a while: each calls
+ * work() with a number of its own, 1 … threads - 1, and returns from it after stop(). Threads may come late or not at all:
+ * their tasks are the launching thread's. After the last one has returned, end(). */
+size_t convgen_lent_size(int threads);
+convgen_pool *convgen_lend(void *memory, int threads);
+void convgen_lent_work(convgen_pool *pool, int number);
+void convgen_lent_stop(convgen_pool *pool);
+void convgen_lent_end(convgen_pool *pool);
 
 /* One call of generated code. Its workspace is [main][task 0][task 1]...; code that packs has none and
  * allocates from the heap, because packing is rare and its needs are not worth a buffer. */
@@ -119,6 +119,28 @@ typedef struct {
 static inline size_t convgen_round_up(size_t size)
 {
     return (size + CONVGEN_ALIGNMENT - 1) & ~(size_t)(CONVGEN_ALIGNMENT - 1);
+}
+
+/* Whether denormals are flushed and how results are rounded is a property of a thread. Those that take part in a call
+ * take the caller's, so that results do not depend on them, and get theirs back: they may be a program's. */
+static inline unsigned convgen_float_mode(void)
+{
+#ifdef __x86_64__
+    return __builtin_ia32_stmxcsr();
+#else
+    return 0;
+#endif
+}
+
+static inline void convgen_set_float_mode(unsigned mode)
+{
+#ifdef __x86_64__
+    const unsigned flags = 0x3f; /* what has happened so far: no part of the mode */
+    if ((__builtin_ia32_stmxcsr() ^ mode) & ~flags)
+        __builtin_ia32_ldmxcsr(mode & ~flags);
+#else
+    (void)mode;
+#endif
 }
 
 /* Run generated code. */

@@ -382,6 +382,48 @@ static void check_borrowed(void)
 #endif
 }
 
+/* ---- threads that are lent for a while --------------------------------------------------------- */
+
+typedef struct {
+    convgen_pool *pool;
+    int number;
+} lent;
+
+static void *lend(void *argument)
+{
+    const lent *l = argument;
+    convgen_lent_work(l->pool, l->number);
+    return NULL;
+}
+
+/* So many threads come at once, another one between two runs, the last one when all is over. */
+static void check_lent(int at_once)
+{
+    static _Alignas(CONVGEN_ALIGNMENT) char memory[1 << 14];
+    CHECK(convgen_lent_size(THREADS) <= sizeof memory);
+    convgen_pool *pool = convgen_lend(memory, THREADS);
+    pthread_t threads[THREADS];
+    lent given[THREADS];
+    for (int i = 1; i < THREADS; ++i)
+        given[i] = (lent){pool, i};
+    for (int i = 1; i <= at_once; ++i)
+        pthread_create(&threads[i], NULL, lend, &given[i]);
+    for (int i = 0; i < 40; ++i) {
+        if (i == 20)
+            pthread_create(&threads[at_once + 1], NULL, lend, &given[at_once + 1]);
+        if (i == 30)
+            usleep(2000); /* those that came are asleep by now */
+        most_tasks = 0;
+        CHECK(run(pool) == CONVGEN_OK && most_tasks == THREADS);
+    }
+    check_failures(pool);
+    convgen_lent_stop(pool);
+    for (int i = 1; i <= at_once + 1; ++i)
+        pthread_join(threads[i], NULL);
+    lend(&given[THREADS - 1]);
+    convgen_lent_end(pool);
+}
+
 int main(int argc, char **argv)
 {
     const int forks = argc > 1 && strcmp(argv[1], "fork") == 0, limits = argc > 2 && strcmp(argv[2], "limits") == 0;
@@ -414,6 +456,8 @@ int main(int argc, char **argv)
     check_failures(pool);
     check_callers(pool);
     check_borrowed();
+    for (int at_once = 0; at_once < THREADS - 2; ++at_once)
+        check_lent(at_once);
     if (forks)
         check_fork(pool);
     if (limits)
