@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 import zipfile
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+import numpy as np
 import pytest
 from paths import ROOT
 
 import convgen
+from convgen.cli import main
 
 PUBLIC = set(convgen.__all__)
 #: Where the databases that ship with the package are.
@@ -218,6 +222,31 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     assert (tmp_path / "conv" / "manifest.json").exists()
+
+
+def test_the_page_about_gradients_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """With two images, for the time it takes: its commands; and its Python, against PyTorch's autograd."""
+    page = (ROOT / "docs" / "gradients.md").read_text(encoding="utf-8").replace("n16", "n2")
+    commands = re.findall(r"^convgen (validate .*)$", page, re.MULTILINE)
+    assert [command.split()[-1].strip('"') for command in commands] == ["data", "weights"]
+    for command in commands:
+        assert main([*shlex.split(command), "--no-records"]) == 0, command
+        assert "FAIL" not in capsys.readouterr().out
+
+    code, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code.count("ConvSpec(16, ") == 1
+    rng = np.random.default_rng(0)
+    x, weights, gradient = (
+        rng.integers(-3, 4, shape).astype(np.float32) for shape in ((2, 64, 56, 56), (128, 64, 3, 3), (2, 128, 28, 28))
+    )
+    found: dict[str, Any] = {"convgen": convgen, "weights": weights, "x": x, "gradient": gradient}
+    exec(code.replace("ConvSpec(16, ", "ConvSpec(2, "), found)
+    torch = pytest.importorskip("torch")
+    given = [torch.from_numpy(array).requires_grad_() for array in (x, weights, np.zeros(128, np.float32))]
+    torch.nn.functional.conv2d(*given, stride=2, padding=1).backward(torch.from_numpy(gradient))
+    for name, tensor in zip(("of_src", "of_weights", "of_bias"), given, strict=True):
+        expected = tensor.grad.numpy()  # of integers: a tap too few would be 1 away, rounding is far less
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=name)
 
 
 def test_the_python_example_runs() -> None:

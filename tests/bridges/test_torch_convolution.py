@@ -40,6 +40,13 @@ CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any], tuple[int, ...]]] =
         {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2},
         (2, 6, 5, 5),
     ),
+    "transposed, one axis": ("ConvTranspose1d", (6, 4, 4), {"stride": 3, "output_padding": 2}, (2, 6, 7)),
+    "transposed, three axes": (
+        "ConvTranspose3d",
+        (4, 2, 3),
+        {"stride": (1, 2, 1), "padding": 1, "dilation": (1, 1, 2), "bias": False},
+        (1, 4, 3, 4, 5),
+    ),
     "no image": ("Conv2d", (4, 5, 3), {}, (0, 4, 6, 5)),
 }
 
@@ -236,6 +243,44 @@ def test_a_model_trains_as_one_graph(form: str) -> None:
     assert losses[0][2] < losses[0][0]
     for a, b in zip(theirs.parameters(), made.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_trains_compiled_by_inductor() -> None:
+    """PyTorch's own compiler generates C++ around the operators, forward and backward."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    theirs = model_of_every_kind().eval()  # normalised as it is, not by the mean of the batch
+    made = copy.deepcopy(theirs)
+    assert ours.replace(made) == ["0", "3", "4", "6"]
+    compiled = torch.compile(made, fullgraph=True, backend="inductor")
+    x = torch.randn(2, 3, 10, 12)
+    theirs(x).square().mean().backward()
+    _, code = torch._inductor.utils.run_and_get_code(lambda: compiled(x).square().mean().backward())
+    for name in ("convolution", "gradient_of_input", "gradient_of_weight"):
+        assert f"torch.ops.convgen.{name}" in "".join(code)
+    for a, b in zip(theirs.parameters(), made.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("gaining", [["0", "3", "4", "6"], [], ["3", "6"]])
+def test_layers_that_gain_are_replaced_and_no_others(gaining: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a clock says of them here: of each it is asked once, as the layer that it would become."""
+    model = model_of_every_kind()
+    names, asked = {module: name for name, module in model.named_modules()}, list[str]()
+
+    def gains(module: Any, theirs: type, given: tuple[Any, ...]) -> bool:
+        assert type(module).__module__.startswith("convgen.")
+        assert issubclass(type(module), theirs)
+        assert given[0].shape[:2] == (2, module.in_channels)
+        asked.append(names[module])
+        return names[module] in gaining
+
+    monkeypatch.setattr("convgen.bridges.torch.modules._gains", gains)
+    assert ours.replace(model, torch.randn(2, 3, 10, 12)) == gaining
+    assert asked == ["0", "3", "4", "6"]
+    kinds = {name for name, module in model.named_modules() if type(module).__module__.startswith("convgen.")}
+    assert kinds == set(gaining)
 
 
 def test_only_layers_that_gain_are_replaced() -> None:

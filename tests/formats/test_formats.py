@@ -211,7 +211,16 @@ def test_names_within_lines_of_benchdnn() -> None:
 
 @pytest.mark.parametrize(
     ("number", "directions"),
-    [(0, ["forward"]), (1, ["forward"]), (2, ["data"]), (4, ["weights"]), (6, ["data", "weights"])],
+    [
+        (0, ["forward"]),
+        (1, ["forward"]),
+        (2, ["data"]),
+        (3, ["forward", "data"]),
+        (4, ["weights"]),
+        (5, ["forward", "weights"]),
+        (6, ["data", "weights"]),
+        (7, ["forward", "data", "weights"]),
+    ],
 )
 def test_a_command_for_several_directions_is_several_layers(number: int, directions: list[str]) -> None:
     layers = miopen.parse_all(f"conv -n 1 -c 4 -k 8 -H 5 -W 5 -b 1 -F {number}")

@@ -20,6 +20,7 @@ from convgen.errors import BuildError, ExportError
 from convgen.kernel.export import example_text, write_library
 from convgen.lowering.interface import ABI, Interface
 from convgen.lowering.link import link as linked
+from convgen.network.check.exported import validate_folder
 from convgen.problem.activation import DEFAULTS
 from convgen.problem.spec import ConvSpec
 
@@ -96,6 +97,23 @@ def test_example_of_layouts_in_blocks_passes(tmp_path: Path, text: str) -> None:
     folder = export(ConvSpec.parse(text), tmp_path, name="layer")
     succeed("cc", *STRICT, "example.c", "liblayer.a", "-lm", "-lpthread", "-o", "example", cwd=folder)
     assert "; ok" in succeed("./example", cwd=folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "conv2d n2 ic6 oc5 i9x8 k3x2 s2x1 p1x0 data",
+        "conv1d n2 ic8 oc8 g8 i30 k5 d3 data nhwc",
+        "conv2d n2 ic6 oc5 i9x8 k3x2 s2x1 p1x0 weights",
+        "convtranspose2d n2 ic6 oc4 g2 i9x8 k3 s2 p1_0x1 nobias weights nhwc",
+    ],
+)
+def test_a_gradient_is_exported_as_a_layer_is(tmp_path: Path, text: str) -> None:
+    """Its example, compiled as its comments say; and the folder is validated as it lies there."""
+    build(ConvSpec.parse(text), threads=2, records=False, name="layer").export(tmp_path / "layer")
+    succeed("cc", *STRICT, "example.c", "-L.", "-llayer", "-lm", "-lpthread", "-o", "example", cwd=tmp_path / "layer")
+    assert re.search(r": (\d+) of \1 outputs checked.*; ok\n$", succeed("./example", cwd=tmp_path / "layer"))
+    validate_folder(tmp_path / "layer").raise_if_failed()
 
 
 def test_every_activation_has_an_example(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from convgen.lowering.candidates import default_candidate, reference_candidate
 from convgen.lowering.discover import schedules_of
 from convgen.lowering.lower import lower
 from convgen.lowering.schedule import Candidate
+from convgen.problem.dtypes import widen
 from convgen.problem.spec import ConvSpec
 
 Array = np.ndarray[Any, Any]
@@ -74,6 +75,18 @@ def test_kernels_and_onnx_are_autograd_s(layer: str, direction: str) -> None:
     np.testing.assert_array_equal(by_onnx(spec, data), expected)
     np.testing.assert_array_equal(computed(spec, "reference", **data), expected)
     np.testing.assert_array_equal(computed(spec.with_(accuracy="strict"), "default", **data), expected)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("layer", ["plain", "depthwise", "channels last"])
+def test_gradients_that_may_multiply_in_bf16(layer: str, dtype: str, direction: str) -> None:
+    """Of integers that bf16 holds, their products and sums are the same whether they do or not."""
+    spec = ConvSpec.parse(LAYERS[layer]).with_(direction=direction, accuracy="bf16", dtype=dtype)
+    data = exact_data(spec)
+    found = widen(computed(spec, "default", **data))
+    assert np.unique(found).size > 10
+    np.testing.assert_array_equal(found, widen(by_onnx(spec, data)))
 
 
 def test_gradients_of_ordinary_layers_need_no_reference() -> None:
