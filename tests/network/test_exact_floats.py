@@ -41,7 +41,7 @@ def sums_of(node: NodeProto, given: dict[str, Array]) -> float:
     match node.op_type:
         case "Conv" | "ConvTranspose":
             shape = given[node.input[1]].shape
-            terms = math.prod(shape) // shape[node.op_type == "ConvTranspose"]
+            terms: int = math.prod(shape) // shape[node.op_type == "ConvTranspose"]
             return terms * sizes[0] * sizes[1] + sum(sizes[2:])
         case "MatMul" | "Gemm":
             return float(max(given[node.input[0]].shape)) * sizes[0] * sizes[1] + sum(sizes[2:])
