@@ -245,24 +245,6 @@ def test_a_model_trains_as_one_graph(form: str) -> None:
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_a_model_trains_compiled_by_inductor() -> None:
-    """PyTorch's own compiler generates C++ around the operators, forward and backward."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    theirs = model_of_every_kind().eval()  # normalised as it is, not by the mean of the batch
-    made = copy.deepcopy(theirs)
-    assert ours.replace(made) == ["0", "3", "4", "6"]
-    compiled = torch.compile(made, fullgraph=True, backend="inductor")
-    x = torch.randn(2, 3, 10, 12)
-    theirs(x).square().mean().backward()
-    _, code = torch._inductor.utils.run_and_get_code(lambda: compiled(x).square().mean().backward())
-    for name in ("convolution", "gradient_of_input", "gradient_of_weight"):
-        assert f"torch.ops.convgen.{name}" in "".join(code)
-    for a, b in zip(theirs.parameters(), made.parameters(), strict=True):
-        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-6)
-
-
 @pytest.mark.parametrize("gaining", [["0", "3", "4", "6"], [], ["3", "6"]])
 def test_layers_that_gain_are_replaced_and_no_others(gaining: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a clock says of them here: of each it is asked once, as the layer that it would become."""
