@@ -71,6 +71,12 @@ def test_zig_alone_builds_for_another_processor(
     assert main([*command, "--out", str(tmp_path), "--name", "layer"]) == 0
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["needs"]["architecture"] == other
+    assert {"layer.h", "liblayer.so", "liblayer.a", "example.c", "layerConfig.cmake", "layer.pc"} <= set(
+        manifest["files"]
+    )
+    zig = [*compiler(other), "-std=c11", "-Wall", "-Werror"]
+    subprocess.run([*zig, "example.c", "liblayer.a", "-lm", "-lpthread", "-o", "example"], cwd=tmp_path, check=True)
+    assert (tmp_path / "example").read_bytes()[18] == {"aarch64": 183, "x86_64": 62}[other]  # ELF's e_machine
     assert tuple(map(int, manifest["needs"]["glibc"].split("."))) <= (2, 28)
     if found(f"qemu-{other}"):
         assert manifest["validation"]["passed"]
