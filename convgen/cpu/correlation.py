@@ -13,6 +13,7 @@ from ..lowering.compute import Expr, Operands, ceildiv, narrow, nothing_packed
 from ..lowering.schedule import Program
 from ..problem.spec import ConvSpec
 from .images import Images, three
+from .product import LINE
 from .vector import Block, load_within, written
 
 #: Pixels of a line of what are a single line's.
@@ -132,6 +133,18 @@ class Correlation:
         shift, stride, size = tap * self.dilation[2] - self.begin[2], self.stride[2], self.inner.size[2]
         start = min(self.width, max(0, ceildiv(-shift, stride)))
         return start, max(start, min(self.width, (size - 1 - shift) // stride + 1))
+
+    @cached_property
+    def is_single(self) -> bool:
+        """Whether a pixel of outer meets a single pixel of inner, which there is for each."""
+        axes = zip(self.outer.size, self.inner.size, self.stride, self.begin, strict=True)
+        inside = all(begin <= 0 and (out - 1) * stride - begin < size for out, size, stride, begin in axes)
+        return self.taps == 1 and inside
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether these pixels lie apart, near enough to be put side by side."""
+        return self.is_single and max(self.stride) > 1 and self.stride[2] <= LINE
 
     def line(self, pixel: Sequence[Expr], tap: Sequence[Expr]) -> Iterator[Expr]:
         """The plane and line of inner that a tap reads for a plane and line of outer."""
