@@ -195,7 +195,7 @@ class WeightsGradient:
         begin, each, number, blocks = 0, reaches(self.relation, self.most_taps), 0, self.picks.blocks
         rows = self.taps[0] * self.taps[1]
         tiles = ceildiv(self.channels, self.picks.tile_c) * rows * len(each) * blocks
-        following = self._following(body, piece) if any(self.fetches) else None
+        following = self._following(body, piece) if any(self.fetches) else piece
         origin = body.let(group * self.own + start)
         for channels, times in pieces(self.channels, self.picks.tile_c):
             with body.loop(times) as (tile, i):
@@ -260,8 +260,8 @@ class WeightsGradient:
         """Of NCHW the next tile's, after the last one the first one's of what follows; of NHWC that follows at once."""
         if self.reader.is_last:
             return self.reader.fetching(following, own, own, b)
-        is_last = channel + own.count >= self.channels
-        first = body.let(_either(is_last, origin, own.first + own.count))
+        is_last = channel + own.number >= self.channels
+        first = body.let(_either(is_last, origin, own.first + own.number))
         image = body.let(_either(is_last, following.image, piece.image))
         line = body.let(_either(is_last, following.line, piece.line))
         there = Piece(image, piece.images, line, piece.lines)
@@ -279,7 +279,7 @@ class WeightsGradient:
     ) -> None:
         sums, ordered, copy = buffers
         own, channel, b = chosen
-        keys = [(c, k) for c in range(own.count) for k in range(reach.taps)]
+        keys = [(c, k) for c in range(own.number) for k in range(reach.taps)]
         made = body.registers([(key, v) for key in keys for v in range(self.vectors)], self.lanes)
 
         def run(block: Block, first: Expr, length: Expr, scalar: Callable[[Any, Expr], Expr]) -> None:
@@ -291,7 +291,7 @@ class WeightsGradient:
 
         if copy is not None:
             place = self.reader.place
-            run(body, 0, piece.images * piece.lines * self.width, lambda key, k: copy[place(own.count, key[0], k)])
+            run(body, 0, piece.images * piece.lines * self.width, lambda key, k: copy[place(own.number, key[0], k)])
         else:
             self._lines(body, piece, own, tap, reach, run)
         at = body.let(channel * math.prod(self.taps) + tap * self.taps[2] + reach.first)
@@ -303,7 +303,7 @@ class WeightsGradient:
         self, body: Block, piece: Piece, own: Channels, tap: Expr, reach: Reach, run: Callable[..., None]
     ) -> None:
         """The products of each line of a piece."""
-        first = [body.let(own.at(c)) for c in range(own.count)] if own.last is not None else None
+        first = [body.let(own.at(c)) for c in range(own.number)] if own.last is not None else None
         kz, ky = unflat(tap, self.taps[:2])
         with body.loop(piece.images) as (image, j), image.loop(piece.lines) as (one, i):
             pixel = unflat(one.let(piece.line + i), self.relation.outer.size[:2])
@@ -311,7 +311,7 @@ class WeightsGradient:
             with one.when(self.relation.is_inside(reached)) as row:
                 base = row.let((j * self.picks.rows + i) * self.width)
                 for begin, end, checked in self._runs(reach):
-                    channels = first or [own.first + c for c in range(own.count)]
+                    channels = first or [own.first + c for c in range(own.number)]
                     scalar = self._scalar(piece.image + j, channels, reached, begin, reach, checked)
                     run(row, base + begin, end - begin, scalar)
 

@@ -30,12 +30,12 @@ class Piece(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """A tile's channels of inner: ``count`` from ``first`` on. Of those past ``last`` that one is taken again; where
+    """A tile's channels of inner: ``number`` from ``first`` on. Of those past ``last`` that one is taken again; where
     it is None, there are none.
     """
 
     first: Expr
-    count: int
+    number: int
     last: Expr | None
 
     def at(self, index: Expr) -> Expr:
@@ -94,22 +94,22 @@ class Inner:
             for image, line, where, at in self._lines(block, piece):
                 with line.loop(relation.width) as (pixel, x):
                     column = pixel.let(x * relation.stride[2] - relation.begin[2])
-                    for c in range(0, channels.count, lanes):
+                    for c in range(0, channels.number, lanes):
                         value = self._load(image, channels.first + c, [*where, column], relation.inner.channels)
-                        to = self.place(channels.count, c, at + x)
+                        to = self.place(channels.number, c, at + x)
                         pixel.add(store(copy, "f32", [to], value, lanes, lanes))
             return
         stride = relation.stride[2]
         count = ceildiv((min(lanes, relation.width) - 1) * stride + 1, lanes)
         order = [min(i * stride, count * lanes - 1) for i in range(lanes)]
-        with block.loop(channels.count) as (channel, c):
+        with block.loop(channels.number) as (channel, c):
             source = channel.let(channels.at(c))
             for image, line, where, at in self._lines(channel, piece):
                 with line.loop(ceildiv(relation.width, lanes)) as (step, v):
                     x = step.let(v * (lanes * stride) - relation.begin[2])
                     read = [step.let(self._load(image, source, [*where, x + i * lanes])) for i in range(count)]
                     value = read[0] if stride == 1 else gathered(read, order, lanes)
-                    to = self.place(channels.count, c, at + v * lanes)
+                    to = self.place(channels.number, c, at + v * lanes)
                     step.add(store(copy, "f32", [to], value, lanes, lanes))
 
     def _lines(self, block: Block, piece: Piece) -> Iterator[tuple[Expr, Block, list[Expr], Expr]]:
@@ -146,7 +146,7 @@ class Inner:
         relation = self.relation
         j, line, x = self._pixel(step, pixel)
         where = [*self._source(step, piece.line + line), x * relation.stride[2] - relation.begin[2]]
-        for c in range(0, channels.count, LINE):
+        for c in range(0, channels.number, LINE):
             place = relation.element(relation.inner, piece.image + j, channels.first + c, where)
             step.add(prefetch(self.tensor, place, level=2))
 
@@ -154,7 +154,7 @@ class Inner:
         """With each pixel its share of the memory lines of a line of inner, of all channels."""
         relation = self.relation
         parts = ceildiv((relation.width - 1) * relation.stride[2] + LINE, LINE)
-        steps, lines = relation.width * self.blocks, channels.count * parts
+        steps, lines = relation.width * self.blocks, channels.number * parts
         each, apart = ceildiv(lines, steps), max(1, steps // lines)
         j, line, x = self._pixel(step, pixel)
         where = self._source(step, piece.line + line)

@@ -73,7 +73,8 @@ def test_any_piece_gives_what_onnx_runtime_does(descriptor: str) -> None:
 def test_threads_change_no_bit(descriptor: str) -> None:
     spec = ConvSpec.parse(descriptor)
     data, picks = float_data(spec), points(spec, NATIVE, 1)[0]
-    np.testing.assert_array_equal(*(computed(spec, FAR, picks, data, threads) for threads in (1, 2)))
+    one, two = (computed(spec, FAR, picks, data, threads) for threads in (1, 2))
+    np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.parametrize("descriptor", [LAYERS[0], LAYERS[1], LAYERS[2], LAYERS[8]])
