@@ -22,13 +22,17 @@ pytestmark = [
 ]
 
 
-def quantised(*modules: Any, shape: tuple[int, ...], training: bool = False) -> Any:
-    """A model between quantisation and dequantisation, calibrated with random data and converted."""
+def quantised(*modules: Any, shape: tuple[int, ...], training: bool = False, engine: str = "onednn") -> Any:
+    """A model between quantisation and dequantisation, calibrated with random data and converted. Weights have a scale
+    for each channel; with FBGEMM one.
+    """
     ao = torch.ao.quantization
     torch.manual_seed(0)
-    torch.backends.quantized.engine = "onednn"
+    torch.backends.quantized.engine = engine
     model = torch.nn.Sequential(ao.QuantStub(), *modules, ao.DeQuantStub())
     model.qconfig = ao.get_default_qat_qconfig("onednn") if training else ao.get_default_qconfig("onednn")
+    if engine == "fbgemm":
+        model.qconfig = ao.QConfig(activation=model.qconfig.activation, weight=ao.default_weight_observer)
     prepared = ao.prepare_qat(model.train()) if training else ao.prepare(model.eval())
     for _ in range(3):
         prepared(torch.randn(shape))
@@ -62,6 +66,32 @@ def test_a_converted_convolution_computes_what_pytorch_does(name: str, training:
         pytest.skip("torch.ao trains 2-D convolutions by itself")
     model = quantised(make(torch.nn), shape=shape, training=training)
     (layer,) = layers_from_torch(model, shape, arrays=True)
+    assert (layer.spec.src_dtype, layer.spec.weights_dtype, layer.spec.dst_dtype) == ("u8", "i8", "u8")
+    src, expected = stored(model, torch.randn(shape), 2)
+    found = run_onnxruntime(layer.spec, src, threads=1, **layer.arrays)
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+    assert (found == expected).mean() > 0.98
+    assert found.std() > 5
+
+
+TRANSPOSED: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
+    "1-D": (lambda nn: nn.ConvTranspose1d(8, 12, 4, stride=2, padding=1), (2, 8, 15)),
+    "2-D, grouped": (
+        lambda nn: nn.ConvTranspose2d(8, 12, 3, stride=2, padding=1, output_padding=1, groups=2),
+        (1, 8, 9, 7),
+    ),
+    "2-D, dilated, without a bias": (lambda nn: nn.ConvTranspose2d(6, 10, 3, dilation=2, bias=False), (1, 6, 8, 8)),
+    "3-D": (lambda nn: nn.ConvTranspose3d(4, 6, 3, stride=2), (1, 4, 4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_a_transposed_convolution_computes_what_pytorch_does(name: str) -> None:
+    """By FBGEMM: what PyTorch 2.13 computes by oneDNN is not what its own weights, dequantised, give."""
+    make, shape = TRANSPOSED[name]
+    model = quantised(make(torch.nn), shape=shape, engine="fbgemm")
+    (layer,) = layers_from_torch(model, shape, arrays=True)
+    assert layer.spec.transposed
     assert (layer.spec.src_dtype, layer.spec.weights_dtype, layer.spec.dst_dtype) == ("u8", "i8", "u8")
     src, expected = stored(model, torch.randn(shape), 2)
     found = run_onnxruntime(layer.spec, src, threads=1, **layer.arrays)
