@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,14 @@ def test_programs_print_what_the_guide_says(folder: Path, name: str) -> None:
         pytest.skip("the C compiler has no OpenMP")
     assert built.returncode == 0, built.stderr
     assert subprocess.check_output([f"./{line}"], cwd=folder, text=True) == f"{said}\n"
+
+
+def test_a_whole_model_as_the_guide_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python, shell = r"```python\n((?:(?!```).)*)```", r"```sh\npython model\.py\nconvgen (compile [^\n]*)"
+    c = r"cd net\n(cc [^\n]*)\n(\S+) +# ([^\n]*)\n```"
+    ((program, command, building, running, said),) = re.findall(rf"{python}\n\n{shell}\n{c}", GUIDE, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert main([*shlex.split(command), "--no-records"]) == 0
+    subprocess.run(shlex.split(building), check=True, cwd="net")
+    assert subprocess.check_output([running], cwd="net", text=True) == f"{said}\n"
