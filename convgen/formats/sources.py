@@ -41,7 +41,6 @@ from ..problem.spec import OPERATORS, ConvSpec
 from . import benchdnn, miopen, onednn
 from .entries import SpecEntry, merge
 from .foreign import foreign, is_onnx, missing
-from .keras import entries_from_keras
 from .keras_sizes import is_keras, with_sizes
 from .onnx.reader import specs_from_onnx
 
@@ -550,6 +549,8 @@ def _entries(value: Any, where: str, skipped: list[str] | None) -> list[SpecEntr
 
 def _keras(config: Mapping[str, Any], where: str, skipped: list[str] | None) -> list[SpecEntry]:
     """The layers of the configuration of a Keras layer or model."""
+    from .keras import entries_from_keras  # few commands read one
+
     reasons: list[str] | None = None if skipped is None else []
     try:
         entries = entries_from_keras(config, skipped=reasons)
