@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +20,14 @@ def listed(text: str) -> list[str]:
 def threads_listed(text: str) -> list[int]:
     """Numbers of threads between commas."""
     return [int(word) for word in text.split(",")]
+
+
+def add_kept_options(parser: argparse.ArgumentParser, rounds: int = 7) -> None:
+    """What every program has that keeps rows: ``--rounds``, ``--results`` and ``--fresh``."""
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds of timing")
+    parser.add_argument("--results", type=Path, default=results, help="where results are kept")
+    parser.add_argument("--fresh", action="store_true", help="measure known rows again")
 
 
 def console_of_bench() -> Console:

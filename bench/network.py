@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.command import exit_status, listed, threads_listed
+from bench.command import add_kept_options, exit_status, listed, threads_listed
 from bench.kept import Kept
 from bench.networks import NAMES, check_models, check_peers, network_model
 from bench.networks.layouts import CHOICES, between_layers
@@ -48,8 +48,6 @@ from convgen.report.networks import (
 )
 from convgen.report.rows import KeyedFile
 from convgen.report.words import factor, milliseconds
-
-HERE = Path(__file__).parent
 
 
 class Kernels:
@@ -147,9 +145,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recorded", action="store_true", help="take the kernels that --records has, not the defaults")
     parser.add_argument("--records", type=Path, help="record store; the default one unless given")
     parser.add_argument("--peers", type=listed, default=list(NETWORK_PEERS), help="libraries to run the models in")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
-    parser.add_argument("--fresh", action="store_true", help="measure known rows again")
+    add_kept_options(parser)
     options = parser.parse_args(arguments)
     try:
         for count in options.threads:

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
-from bench.command import exit_status, listed, problems, threads_listed
+from bench.command import add_kept_options, exit_status, listed, problems, threads_listed
 from bench.kept import Kept
 from bench.networks import NAMES, check_models, network_model
 from bench.starting import LOADED, OPENED, SESSION, start
@@ -242,9 +242,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", type=listed, default=list(NAMES), help="names of bench/networks, or ONNX files")
     parser.add_argument("--threads", type=threads_listed, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
-    parser.add_argument("--fresh", action="store_true", help="measure known rows again")
+    add_kept_options(parser)
     options = parser.parse_args(arguments)
     check_models(parser, options.models)
     return options

@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch._inductor import config
 
-from bench.command import exit_status, listed, problems, threads_listed
+from bench.command import add_kept_options, exit_status, listed, problems, threads_listed
 from bench.kept import Kept
 from bench.networks import check_models, network_model
 from bench.networks.modules import MODULES
@@ -43,7 +43,6 @@ from convgen.report.tables import rated
 from convgen.report.whole import summary
 from convgen.report.words import milliseconds, plural
 
-HERE = Path(__file__).parent
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "squeezenet1_1", "densenet121")
 #: How PyTorch runs a model: the name, and what makes its function of the module.
 WAYS: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
@@ -175,9 +174,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", type=listed, default=list(MODELS), help="modules of bench/networks")
     parser.add_argument("--threads", type=threads_listed, default=[1])
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
-    parser.add_argument("--fresh", action="store_true", help="measure known rows again")
+    add_kept_options(parser)
     options = parser.parse_args(arguments)
     check_models(parser, options.models)
     if others := [name for name in options.models if name not in MODULES]:

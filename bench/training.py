@@ -31,7 +31,7 @@ if __name__ == "__main__":
 import numpy as np
 from rich.console import Console
 
-from bench.command import exit_status, listed, threads_listed
+from bench.command import add_kept_options, exit_status, listed, threads_listed
 from bench.kept import Kept
 from bench.networks import check_models, network_model
 from convgen.check.data import float_data
@@ -53,7 +53,6 @@ from convgen.report.rows import Compared
 from convgen.report.tables import geometric_mean, rated
 from convgen.report.words import factor, milliseconds, plural
 
-HERE = Path(__file__).parent
 DIRECTIONS = ("forward", "data", "weights")
 #: Samples of packing alone, and their length in seconds.
 SAMPLES, SAMPLE_SECONDS = 5, 2e-3
@@ -325,9 +324,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=_sizes, default=[16], metavar="N,…", help="images of a step (16)")
     parser.add_argument("--threads", type=threads_listed, default=[resolve().cores])
     parser.add_argument("--layout", choices=("nchw", "nhwc"), default="nchw", help="of our kernels; PyTorch has both")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
-    parser.add_argument("--fresh", action="store_true", help="measure known rows again")
+    add_kept_options(parser, rounds=5)
     options = parser.parse_args(arguments)
     try:
         for count in options.threads:

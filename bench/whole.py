@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
-from bench.command import exit_status, listed, problems, threads_listed
+from bench.command import add_kept_options, exit_status, listed, problems, threads_listed
 from bench.kept import Kept
 from bench.networks import NAMES, check_models, check_peers, network_model
 from convgen.api import compile as compile_network
@@ -35,8 +35,6 @@ from convgen.problem.tokens import ACCURACIES
 from convgen.report.tables import rated
 from convgen.report.whole import Bench, Key, WholeRow, whole_page
 from convgen.report.words import milliseconds
-
-HERE = Path(__file__).parent
 
 
 class NamedRow(WholeRow):
@@ -78,9 +76,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=threads_listed, default=[1, 2])
     parser.add_argument("--peers", type=listed, default=list(NETWORK_PEERS), help="libraries to run the models in")
     parser.add_argument("--accuracy", choices=ACCURACIES, default="standard", help="class of the convolutions")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where results are kept")
-    parser.add_argument("--fresh", action="store_true", help="measure known rows again")
+    add_kept_options(parser)
     options = parser.parse_args(arguments)
     check_peers(parser, options.peers)
     check_models(parser, options.models)

@@ -219,14 +219,14 @@ def _wrong_outputs(made: OnnxRuntimeModel, model: Path, target: Target, dims: Di
     """What is wrong with the outputs of a model for ONNX Runtime; empty where nothing is, or they are not compared,
     which is said with the reason.
     """
-    from ..measure.network_model import CHOSEN_ERROR, F32_ERROR, ROUNDED, NetworkModel
+    from ..measure.network_model import ROUNDED, NetworkModel, allowed_error
 
     if not target.native:
         note(f"convgen: not compared: {target.spelling} is another processor's")
         return ""
     sizes = {name: size if isinstance(size, int) else size[0] for name, size in dims.items()}
     is_f32 = accuracy not in ROUNDED and NetworkModel(model).precision == "f32"
-    limit = F32_ERROR if is_f32 else CHOSEN_ERROR
+    limit = allowed_error(is_f32=is_f32)
     try:
         error = made.compare(model, sizes)
     except UnsupportedError as problem:

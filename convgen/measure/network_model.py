@@ -46,6 +46,11 @@ _INPUTS = {
 MODEL, CONVOLUTIONS = "model", "convolutions"
 
 
+def allowed_error(*, is_f32: bool) -> float:
+    """What outputs may differ by of one that computes in f32, or not."""
+    return F32_ERROR if is_f32 else CHOSEN_ERROR
+
+
 @dataclass(frozen=True)
 class NetworkModel:
     """A model to run, with its inputs.
@@ -196,7 +201,7 @@ def ready(model: NetworkModel, part: Part, start: Callable[[], Running]) -> Part
         with running.context():
             running.run()
             part.error = model.error(running.outputs())
-        limit = F32_ERROR if part.precision == "f32" else CHOSEN_ERROR
+        limit = allowed_error(is_f32=part.precision == "f32")
         if not part.error <= limit:
             raise UnsupportedError(f"wrong outputs: they differ by {part.error:.2g} of the largest, not by {limit}")
         entrant = Entrant(part.precision, running.run, lambda: running.outputs()[0], running.context)

@@ -57,6 +57,16 @@ CONVOLUTIONS: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
 }
 
 
+def assert_computes(layer: Any, model: Any, shape: tuple[int, ...]) -> None:
+    """What a layer of u8 by i8 gives is what its module does, to a step."""
+    assert (layer.spec.src_dtype, layer.spec.weights_dtype, layer.spec.dst_dtype) == ("u8", "i8", "u8")
+    src, expected = stored(model, torch.randn(shape), 2)
+    found = run_onnxruntime(layer.spec, src, threads=1, **layer.arrays)
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+    assert (found == expected).mean() > 0.98
+    assert found.std() > 5
+
+
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("training", [False, True], ids=["calibrated", "trained"])
 def test_a_converted_convolution_computes_what_pytorch_does(name: str, training: bool) -> None:
@@ -66,12 +76,7 @@ def test_a_converted_convolution_computes_what_pytorch_does(name: str, training:
         pytest.skip("torch.ao trains 2-D convolutions by itself")
     model = quantised(make(torch.nn), shape=shape, training=training)
     (layer,) = layers_from_torch(model, shape, arrays=True)
-    assert (layer.spec.src_dtype, layer.spec.weights_dtype, layer.spec.dst_dtype) == ("u8", "i8", "u8")
-    src, expected = stored(model, torch.randn(shape), 2)
-    found = run_onnxruntime(layer.spec, src, threads=1, **layer.arrays)
-    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
-    assert (found == expected).mean() > 0.98
-    assert found.std() > 5
+    assert_computes(layer, model, shape)
 
 
 TRANSPOSED: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
@@ -92,12 +97,7 @@ def test_a_transposed_convolution_computes_what_pytorch_does(name: str) -> None:
     model = quantised(make(torch.nn), shape=shape, engine="fbgemm")
     (layer,) = layers_from_torch(model, shape, arrays=True)
     assert layer.spec.transposed
-    assert (layer.spec.src_dtype, layer.spec.weights_dtype, layer.spec.dst_dtype) == ("u8", "i8", "u8")
-    src, expected = stored(model, torch.randn(shape), 2)
-    found = run_onnxruntime(layer.spec, src, threads=1, **layer.arrays)
-    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
-    assert (found == expected).mean() > 0.98
-    assert found.std() > 5
+    assert_computes(layer, model, shape)
 
 
 def test_layers_follow_each_other() -> None:

@@ -19,7 +19,7 @@ from ...errors import MeasureError, UnsupportedError, ValidationError
 from ...formats.onnx.halves import as_f32
 from ...kernel.arrays import drawn
 from ...lowering.interface import MAX_THREADS, TensorInfo
-from ...measure.network_model import CHOSEN_ERROR, F32_ERROR, ROUNDED
+from ...measure.network_model import CHOSEN_ERROR, ROUNDED, allowed_error
 from ..plan import Plan, Product
 from ..reading import read_graph
 from .bounds import Measured, measure
@@ -177,8 +177,7 @@ def check_files(
     rng, reference = np.random.default_rng(seed), as_f32(source) or source
     given = [inputs] if inputs is not None else [_drawn(rng, size.inputs) for size in sizes]
     checks, runs = run_files(files, given, threads, run, where)
-    is_rounded = accuracy in ROUNDED or reference is not source
-    limit = math.inf if is_drawn else CHOSEN_ERROR if is_rounded else F32_ERROR
+    limit = math.inf if is_drawn else allowed_error(is_f32=accuracy not in ROUNDED and reference is source)
     ratio = math.inf if runs is None else 0.0
     for size, arrays, found in zip(sizes, given, runs or (), strict=runs is not None):
         known = expected if reference is source else None
@@ -242,7 +241,7 @@ def compare_network(
     rng, reference, worst_apart = np.random.default_rng(seed), as_f32(source) or source, 0.0
     rounded = accuracy in ROUNDED or reference is not source
     is_quantised = any(quantises(plan.graph) for plan in plans)
-    limit, checks, ratios = CHOSEN_ERROR if rounded else F32_ERROR, list[Check](), [0.0]
+    limit, checks, ratios = allowed_error(is_f32=not rounded), list[Check](), [0.0]
     for plan, size in zip(plans, built.code.sizes, strict=True):
         given = _drawn(rng, size.inputs)
         made = call(*given.values(), out={})
